@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bypass: a learned mix of a layer's input and output, forward and backward, one pass over memory each.
+
+    y = x_orig + (x - x_orig) * scale
+    dx_orig = grad (1 - scale)      dx = grad scale      dscale = sum over the dimensions scale lacks of
+                                                                  grad (x - x_orig)
+
+x is seen as a matrix (rows, K) with K = scale.numel(): scale is (C,) or (B, C), the last dimensions of x.
+
+Bytes per element of e bytes: forward 3e, backward 5e. FLOPs per element: 3 and 5. A 1500x20x192 bf16 tensor takes
+8 us forward and 13 us backward at 4.3 TB/s.
+
+In the backward, each program walks its share of the rows of 256 columns, adds up dscale in registers, and writes it
+as one row of a float32 table; a second kernel adds the table's rows. How rows are dealt out depends on the shape
+alone, never on the device, so results repeat bit for bit; there are no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+MAX_PROGRAMS = 2048
+MAX_PARTS = 1024
+NUM_WARPS = 4
+
+
+@triton.jit(do_not_specialize=["rows"])
+def forward_kernel(X_ORIG, X, SCALE, Y, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    column_tiles = tl.cdiv(columns, BLOCK_C)
+    r = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = (tl.program_id(0) % column_tiles).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offsets = r[:, None] * columns + c[None, :]  # [BLOCK_R, BLOCK_C]
+    keep = (r < rows)[:, None] & (c < columns)[None, :]
+    x_orig = tl.load(X_ORIG + offsets, mask=keep, other=0.0).to(tl.float32)
+    x = tl.load(X + offsets, mask=keep, other=0.0).to(tl.float32)
+    scale = tl.load(SCALE + c, mask=c < columns, other=0.0).to(tl.float32)
+    y = x_orig + (x - x_orig) * scale[None, :]
+    tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_part"])
+def backward_kernel(
+    GRAD, X_ORIG, X, SCALE, DX_ORIG, DX, PARTS, rows, rows_per_part, columns,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    column_tiles = tl.cdiv(columns, BLOCK_C)
+    part = (tl.program_id(0) // column_tiles).to(tl.int64)
+    c = (tl.program_id(0) % column_tiles).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_row = c < columns
+    scale = tl.load(SCALE + c, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    dscale = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    first = part * rows_per_part
+    end = tl.minimum(first + rows_per_part, rows)
+    while first < end:
+        r = first + tl.arange(0, BLOCK_R)
+        offsets = r[:, None] * columns + c[None, :]  # [BLOCK_R, BLOCK_C]
+        keep = (r < end)[:, None] & in_row[None, :]
+        grad = tl.load(GRAD + offsets, mask=keep, other=0.0).to(tl.float32)
+        x_orig = tl.load(X_ORIG + offsets, mask=keep, other=0.0).to(tl.float32)
+        x = tl.load(X + offsets, mask=keep, other=0.0).to(tl.float32)
+        tl.store(DX_ORIG + offsets, (grad * (1.0 - scale)).to(DX_ORIG.dtype.element_ty), mask=keep)
+        tl.store(DX + offsets, (grad * scale).to(DX.dtype.element_ty), mask=keep)
+        dscale += grad * (x - x_orig)
+        first += BLOCK_R
+    tl.store(PARTS + part * columns + c, tl.sum(dscale, axis=0), mask=in_row)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def add_parts_kernel(PARTS, DSCALE, parts, columns, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    p = tl.arange(0, BLOCK_P).to(tl.int64)
+    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    keep = (p < parts)[:, None] & (c < columns)[None, :]
+    dscale = tl.sum(tl.load(PARTS + p[:, None] * columns + c[None, :], mask=keep, other=0.0), axis=0)
+    tl.store(DSCALE + c, dscale.to(DSCALE.dtype.element_ty), mask=c < columns)
+
+
+def _block_columns(columns: int) -> int:
+    return 32 if columns <= 32 else 256
+
+
+def _output_dtype(x_orig: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x_orig.dtype, x.dtype), scale.dtype)
+
+
+def bypass_forward(x_orig: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x_orig + (x - x_orig) * scale, for x_orig and x of one shape that ends in scale's shape.
+
+    Returns that shape in the promoted dtype of all three.
+    """
+    y = torch.empty_like(x, dtype=_output_dtype(x_orig, x, scale))
+    if x.numel():
+        columns = scale.numel()
+        rows = x.numel() // columns
+        block_c = _block_columns(columns)
+        block_r = 2048 // block_c
+        with torch.cuda.device_of(x):
+            forward_kernel[(triton.cdiv(rows, block_r) * triton.cdiv(columns, block_c),)](
+                x_orig, x, scale, y, rows, columns, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS
+            )
+    return y
+
+
+def bypass_backward(
+    grad: torch.Tensor, x_orig: torch.Tensor, x: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx_orig, dx, dscale) in the dtypes and shapes of x_orig, x and scale, for ``grad`` of the output."""
+    dx_orig, dx = torch.empty_like(x_orig), torch.empty_like(x)
+    if not x.numel():
+        return dx_orig, dx, torch.zeros_like(scale)
+    columns = scale.numel()
+    rows = x.numel() // columns
+    block_c = _block_columns(columns)
+    block_r = 2048 // block_c
+    column_tiles = triton.cdiv(columns, block_c)
+    most_parts = max(1, min(MAX_PARTS, MAX_PROGRAMS // column_tiles))
+    rows_per_part = triton.cdiv(triton.cdiv(rows, most_parts), block_r) * block_r
+    parts = triton.cdiv(rows, rows_per_part)
+    dscale = torch.empty_like(scale)
+    table = x.new_empty((parts, columns), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        backward_kernel[(parts * column_tiles,)](
+            grad, x_orig, x, scale, dx_orig, dx, table, rows, rows_per_part, columns,
+            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS,
+        )  # fmt: skip
+        block_p = max(16, triton.next_power_of_2(parts))
+        add_parts_kernel[(triton.cdiv(columns, 16),)](
+            table, dscale, parts, columns, BLOCK_P=block_p, BLOCK_C=16, num_warps=8
+        )
+    return dx_orig, dx, dscale

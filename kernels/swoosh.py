@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Swoosh activations, optionally times a dropout mask, forward and backward in one pass over memory each.
+
+    swoosh(x)  = log(1 + exp(x - a)) - 0.08 x - c      SwooshL: a = 4, c = 0.035;  SwooshR: a = 1, c = 0.313261687
+    swoosh'(x) = sigmoid(x - a) - 0.08
+    forward:  y  = swoosh(x) * mask
+    backward: dx = grad * mask * swoosh'(x), and y once more for the weight gradient of the linear that follows
+
+With z = x - a and u = exp(-|z|) in [0, 1], nothing overflows:
+
+    log(1 + exp(z)) = max(z, 0) + log1p(u)             sigmoid(z) = (1 if z > 0 else u) / (1 + u)
+
+log1p is a polynomial: Triton's log costs about 40 instructions per element, this one 9 (5 for 16-bit outputs).
+
+Bytes per element of e bytes: forward 2e, backward 3e, or 4e with y; a shared mask adds next to nothing.
+Instructions per element: about 20 forward, 30 backward, two of them on the exponential unit. A 1500x20x512 bf16
+tensor takes 14 us forward and 21 us backward at 4.3 TB/s, and about 10 us of instruction issue: memory-bound.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# 16 elements per thread: two (16-bit) or four (32-bit) 128-bit loads in flight in every thread.
+BLOCK = 2048
+NUM_WARPS = 4
+
+NO_MASK, FULL_MASK, ROW_MASK, COLUMN_MASK = 0, 1, 2, 3
+
+
+@triton.jit
+def _exp_minus_abs(x, RIGHT: tl.constexpr):
+    """z = x - a and u = exp(-|z|)."""
+    z = x - (1.0 if RIGHT else 4.0)
+    return z, tl.exp2(tl.abs(z) * -1.4426950408889634)
+
+
+@triton.jit
+def _activation(x, z, u, RIGHT: tl.constexpr, SHORT: tl.constexpr):
+    """swoosh(x). log1p(u) = u + u^2 Q(u), Q minimax on [0, 1]: error 3.3e-8, or 1e-5 when SHORT, of log1p(u)."""
+    if SHORT:
+        q = tl.fma(u, -0.024734515696763992, 0.10359258204698563)
+        q = tl.fma(u, q, -0.21240416169166565)
+        q = tl.fma(u, q, 0.32622605562210083)
+        q = tl.fma(u, q, -0.49953946471214294)
+    else:
+        q = tl.fma(u, 0.0053648208267986774, -0.030065778642892838)
+        q = tl.fma(u, q, 0.0792045146226883)
+        q = tl.fma(u, q, -0.13753800094127655)
+        q = tl.fma(u, q, 0.191536545753479)
+        q = tl.fma(u, q, -0.24857163429260254)
+        q = tl.fma(u, q, 0.3332132399082184)
+        q = tl.fma(u, q, -0.49999648332595825)
+    log1p = tl.fma(u * u, q, u)
+    # log1p - c first: both are small, so the sum is rounded once at its own scale, not at that of max(z, 0).
+    return tl.fma(x, -0.08, tl.maximum(z, 0.0) + (log1p - (0.313261687 if RIGHT else 0.035)))
+
+
+@triton.jit
+def _slope(z, u, SHORT: tl.constexpr):
+    """swoosh'(x). One Newton step takes the hardware's reciprocal from 2 ulp to under 1."""
+    d = 1.0 + u
+    r = 1.0 / d
+    if not SHORT:
+        r = tl.fma(r, tl.fma(-d, r, 1.0), r)
+    return tl.where(z > 0.0, r, u * r) - 0.08
+
+
+@triton.jit
+def _forward_at(X, Y, offsets, keep, mask, RIGHT: tl.constexpr):
+    SHORT: tl.constexpr = Y.dtype.element_ty.primitive_bitwidth == 16
+    x = tl.load(X + offsets, mask=keep, other=0.0).to(tl.float32)
+    z, u = _exp_minus_abs(x, RIGHT)
+    y = _activation(x, z, u, RIGHT, SHORT) * mask
+    tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _backward_at(GRAD, X, DX, Y, offsets, keep, mask, RIGHT: tl.constexpr, OUTPUT: tl.constexpr):
+    SHORT: tl.constexpr = DX.dtype.element_ty.primitive_bitwidth == 16
+    x = tl.load(X + offsets, mask=keep, other=0.0).to(tl.float32)
+    grad = tl.load(GRAD + offsets, mask=keep, other=0.0).to(tl.float32)
+    z, u = _exp_minus_abs(x, RIGHT)
+    dx = grad * mask * _slope(z, u, SHORT)
+    tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=keep)
+    if OUTPUT:
+        y = _activation(x, z, u, RIGHT, SHORT) * mask
+        tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _flat_range(groups, BLOCK: tl.constexpr):
+    """Offsets of this program among groups of 16 elements: whole groups keep masked accesses 128 bits wide."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return offsets, offsets < groups.to(tl.int64) * 16
+
+
+@triton.jit
+def _flat_tail(groups, tail):
+    """Offsets of the last ``tail`` < 16 elements, in the last program only."""
+    lanes = tl.arange(0, 16)
+    return groups.to(tl.int64) * 16 + lanes, (lanes < tail) & (tl.program_id(0) == tl.num_programs(0) - 1)
+
+
+@triton.jit
+def _tile_range(MASK, rows, columns, KIND: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Offsets, bounds and mask values of this program's tile of x viewed as (group, rows, columns)."""
+    column_tiles = tl.cdiv(columns, BLOCK_C)
+    row_tiles = tl.cdiv(rows, BLOCK_R)
+    program = tl.program_id(0)
+    group = (program // (column_tiles * row_tiles)).to(tl.int64)
+    r = ((program // column_tiles) % row_tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    c = (program % column_tiles).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    offsets = (group * rows + r)[:, None] * columns + c[None, :]  # [BLOCK_R, BLOCK_C]
+    keep = (r < rows)[:, None] & (c < columns)[None, :]
+    if KIND == 3:  # COLUMN_MASK: (group, columns)
+        mask = tl.load(MASK + group * columns + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
+    else:  # ROW_MASK: (rows,)
+        mask = tl.load(MASK + r, mask=r < rows, other=0.0).to(tl.float32)[:, None]
+    return offsets, keep, mask
+
+
+@triton.jit(do_not_specialize=["groups", "tail"])
+def forward_flat(
+    X, MASK, Y, groups, tail, RIGHT: tl.constexpr, KIND: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr
+):
+    offsets, keep = _flat_range(groups, BLOCK)
+    mask = 1.0
+    if KIND == 1:
+        mask = tl.load(MASK + offsets, mask=keep, other=0.0).to(tl.float32)
+    _forward_at(X, Y, offsets, keep, mask, RIGHT)
+    if TAIL:
+        offsets, keep = _flat_tail(groups, tail)
+        mask = 1.0
+        if KIND == 1:
+            mask = tl.load(MASK + offsets, mask=keep, other=0.0).to(tl.float32)
+        _forward_at(X, Y, offsets, keep, mask, RIGHT)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def forward_tile(
+    X, MASK, Y, rows, columns, RIGHT: tl.constexpr, KIND: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    offsets, keep, mask = _tile_range(MASK, rows, columns, KIND, BLOCK_R, BLOCK_C)
+    _forward_at(X, Y, offsets, keep, mask, RIGHT)
+
+
+@triton.jit(do_not_specialize=["groups", "tail"])
+def backward_flat(
+    GRAD, X, MASK, DX, Y, groups, tail,
+    RIGHT: tl.constexpr, KIND: tl.constexpr, OUTPUT: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offsets, keep = _flat_range(groups, BLOCK)
+    mask = 1.0
+    if KIND == 1:
+        mask = tl.load(MASK + offsets, mask=keep, other=0.0).to(tl.float32)
+    _backward_at(GRAD, X, DX, Y, offsets, keep, mask, RIGHT, OUTPUT)
+    if TAIL:
+        offsets, keep = _flat_tail(groups, tail)
+        mask = 1.0
+        if KIND == 1:
+            mask = tl.load(MASK + offsets, mask=keep, other=0.0).to(tl.float32)
+        _backward_at(GRAD, X, DX, Y, offsets, keep, mask, RIGHT, OUTPUT)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def backward_tile(
+    GRAD, X, MASK, DX, Y, rows, columns,
+    RIGHT: tl.constexpr, KIND: tl.constexpr, OUTPUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    offsets, keep, mask = _tile_range(MASK, rows, columns, KIND, BLOCK_R, BLOCK_C)
+    _backward_at(GRAD, X, DX, Y, offsets, keep, mask, RIGHT, OUTPUT)
+
+
+def _view(shape: torch.Size, shared_dim: int) -> tuple[int, int, int, int]:
+    """(groups, rows, columns, kind) of a tensor whose mask is constant along ``shared_dim``."""
+    outer, size, inner = shape[:shared_dim].numel(), shape[shared_dim], shape[shared_dim + 1 :].numel()
+    if inner == 1:
+        return 1, outer, size, ROW_MASK
+    return outer, size, inner, COLUMN_MASK
+
+
+def _launch(flat, tile, before, mask, after, shape, shared_dim: int, **options) -> None:
+    """Runs ``flat`` or ``tile`` on (*before, mask, *after): tile when the mask is shared over a dimension."""
+    numel = shape.numel()
+    with torch.cuda.device_of(before[0]):
+        if mask is None or shared_dim < 0:
+            options |= {"KIND": NO_MASK if mask is None else FULL_MASK, "TAIL": numel % 16 != 0, "BLOCK": BLOCK}
+            grid = (max(1, triton.cdiv(numel // 16 * 16, BLOCK)),)
+            flat[grid](*before, mask, *after, numel // 16, numel % 16, num_warps=NUM_WARPS, **options)
+            return
+        groups, rows, columns, kind = _view(shape, shared_dim)
+        block_c = 32 if columns <= 32 else 256
+        block_r = BLOCK // block_c
+        grid = (groups * triton.cdiv(rows, block_r) * triton.cdiv(columns, block_c),)
+        options |= {"KIND": kind, "BLOCK_R": block_r, "BLOCK_C": block_c}
+        tile[grid](*before, mask, *after, rows, columns, num_warps=NUM_WARPS, **options)
+
+
+def swoosh_forward(x: torch.Tensor, right: bool, mask: torch.Tensor | None, shared_dim: int) -> torch.Tensor:
+    """swoosh(x), times ``mask`` if there is one.
+
+    ``right``: SwooshR, else SwooshL. ``mask``: x's shape, or with size 1 in the non-negative ``shared_dim``
+    (-1: full size or no mask). Returns x's shape in the promoted dtype of x and mask.
+    """
+    dtype = x.dtype if mask is None else torch.promote_types(x.dtype, mask.dtype)
+    y = torch.empty_like(x, dtype=dtype)
+    if x.numel():
+        _launch(forward_flat, forward_tile, (x,), mask, (y,), x.shape, shared_dim, RIGHT=right)
+    return y
+
+
+def swoosh_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    right: bool,
+    mask: torch.Tensor | None,
+    shared_dim: int,
+    need_output: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(grad * mask * swoosh'(x) in x's dtype, swoosh(x) * mask as the forward returns it).
+
+    The second is an empty tensor of 0 elements unless ``need_output``. ``grad`` has the forward's shape.
+    """
+    dtype = x.dtype if mask is None else torch.promote_types(x.dtype, mask.dtype)
+    dx = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=dtype) if need_output else x.new_empty(0, dtype=dtype)
+    if x.numel():
+        after = (dx, y if need_output else None)
+        options = {"RIGHT": right, "OUTPUT": need_output}
+        _launch(backward_flat, backward_tile, (grad, x), mask, after, x.shape, shared_dim, **options)
+    return dx, y
