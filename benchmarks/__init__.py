@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks of the ops, the models and the dispatch cost; installed as ``fastasr.benchmarks``.
+
+``python -m fastasr.benchmarks`` (or ``fastasr bench``) measures and writes rows. The parts:
+
+- ``rows``: the row, its JSON Lines file and the environment it is stamped with;
+- ``harness``: interleaved timing, waiting for idle cores, peak memory;
+- ``limits``: what the machine can do (copy bandwidth, GEMM rate), measured once per run;
+- ``ops/``, ``models/``, ``dispatch``: what is measured;
+- ``runner``: runs suites and resumes an interrupted run;
+- ``plots``, ``page``, ``readme_table``: what is made of the rows.
+"""

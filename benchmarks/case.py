@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A case: one op at one shape, its implementations, and what each pass must at least move and compute."""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fastasr.benchmarks import limits
+from fastasr.benchmarks.harness import LoadMeter, Variant, interleave, peak_bytes
+from fastasr.benchmarks.rows import Row
+
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+PASSES = (FORWARD, BACKWARD, BOTH)
+
+Report = Callable[[str], None]
+
+
+class Unavailable(Exception):
+    """An implementation cannot be measured here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a pass needs at least: bytes read and written once, multiply and add operations of its products."""
+
+    bytes: int
+    flops: int = 0
+
+
+@dataclass
+class Implementation:
+    """``call`` computes the output; gradients are taken with respect to ``differentiable``.
+
+    ``inference``: what runs in the forward pass (no gradients) when that is another call, as where a module
+    is in evaluation mode then.
+    """
+
+    call: Callable[[], torch.Tensor]
+    differentiable: Callable[[], tuple[torch.Tensor, ...]]
+    inference: Callable[[], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """``make(device, dtype)`` allocates the inputs and returns, per implementation, a function without
+    arguments that builds it (and may raise ``Unavailable``), so that a missing package costs one
+    implementation only.
+
+    ``copy``: add the implementation "copy", a plain copy of the pass's bytes, as the limit of the machine.
+    """
+
+    op: str
+    name: str
+    shape: str
+    make: Callable[[str, torch.dtype], Mapping[str, Callable[[], Implementation]]]
+    costs: Callable[[int], Mapping[str, Cost]]  # item size in bytes -> cost by pass
+    copy: bool = False
+    passes: tuple[str, ...] = PASSES
+    quick: bool = True  # part of a quick run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure. ``compile``: include torch.compile'd formulas."""
+
+    reps: int = 15
+    warmup: int = 3
+    sample_seconds: float = 0.02
+    compile: bool = True
+    memory: bool = True
+
+    @classmethod
+    def quick(cls, **changes) -> "Settings":
+        return cls(**{"reps": 3, "warmup": 1, "sample_seconds": 0.002, "memory": False, **changes})
+
+
+def parameters(*tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """The tensors, made to require gradients."""
+    for tensor in tensors:
+        tensor.requires_grad_(True)
+    return lambda: tensors
+
+
+def simple(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> Implementation:
+    """``function(*tensors)`` with gradients of every tensor."""
+    return Implementation(lambda: function(*tensors), parameters(*tensors))
+
+
+def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``function`` under torch.compile for exactly these shapes, whole graph."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _variant(implementation: Implementation, pass_: str) -> Variant:
+    if pass_ == FORWARD:
+        call = implementation.inference or implementation.call
+
+        def forward():
+            with torch.no_grad():
+                return call()
+
+        return Variant(forward)
+    call, wanted = implementation.call, implementation.differentiable()
+    grad = torch.randn_like(call().detach())
+    if pass_ == BOTH:
+        return Variant(lambda: torch.autograd.grad(call(), wanted, grad))
+    return Variant(lambda y: torch.autograd.grad(y, wanted, grad), prepare=call)
+
+
+def _copy_variant(bytes_moved: int, device: str) -> Variant:
+    source, destination = limits.copy_buffers(bytes_moved, device)
+    return Variant(lambda: destination.copy_(source))
+
+
+def _floor_seconds(
+    cost: Cost, device: str, dtype: torch.dtype, copy_seconds: float | None
+) -> tuple[float, str]:
+    """Least seconds for ``cost`` on this machine, and what sets it."""
+    if cost.flops:
+        rate = limits.gemm_flops_per_second(device, dtype)
+        return cost.flops / rate, f"GEMM {rate / 1e9:.0f} GFLOP/s"
+    seconds = copy_seconds or limits.copy_seconds(cost.bytes, device)
+    return seconds, f"copy {cost.bytes / seconds / 1e9:.1f} GB/s"
+
+
+def measure(
+    case: Case,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    settings: Settings | None = None,
+    skip: Callable[[str], bool] = lambda _: False,
+    report: Report = lambda _: None,
+) -> Iterator[list[Row]]:
+    """Measures ``case`` pass by pass; yields the rows of each. ``skip(pass)``: leave that pass out."""
+    settings = settings or Settings()
+    passes = [p for p in case.passes if not skip(p)]
+    if not passes:
+        return
+    # Each case compiles from scratch: graphs of an earlier shape would turn this one's dynamic.
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    implementations = {}
+    for name, build in case.make(device, dtype).items():
+        if name == "compile" and not settings.compile:
+            continue
+        try:
+            implementations[name] = build()
+        except Unavailable as reason:
+            report(f"{case.op} {case.name}: {name} left out: {reason}")
+    for pass_ in passes:
+        cost = case.costs(dtype.itemsize)[pass_]
+        variants = {}
+        for name, implementation in implementations.items():
+            try:
+                variant = _variant(implementation, pass_)
+                variant.call()
+            except Exception as error:  # one broken implementation must not end the run; the report names it
+                first = (str(error).strip().splitlines() or [""])[0]
+                report(
+                    f"{case.op} {case.name}, {pass_}: {name} failed: {type(error).__name__}: {first[:160]}"
+                )
+                continue
+            variants[name] = variant
+        if not variants:
+            continue
+        if case.copy:
+            variants["copy"] = _copy_variant(cost.bytes, device)
+        load = LoadMeter()
+        timings = interleave(
+            variants,
+            reps=settings.reps,
+            warmup=settings.warmup,
+            sample_seconds=settings.sample_seconds,
+            device=device,
+        )
+        other = load.other_cores()
+        floor, limit = _floor_seconds(cost, device, dtype, timings["copy"].median if case.copy else None)
+        rows = []
+        for name, timing in timings.items():
+            lower, upper = timing.quartiles
+            memory = peak_bytes(variants[name], device) if settings.memory and name != "copy" else None
+            rows.append(
+                Row.measured(
+                    suite="ops",
+                    name=case.op,
+                    case=case.name,
+                    shape=case.shape,
+                    dtype=str(dtype).removeprefix("torch."),
+                    device=device,
+                    pass_=pass_,
+                    implementation=name,
+                    median_ms=round(timing.median * 1e3, 6),
+                    q1_ms=round(lower * 1e3, 6),
+                    q3_ms=round(upper * 1e3, 6),
+                    reps=timing.reps,
+                    peak_bytes=memory,
+                    bytes=cost.bytes,
+                    flops=cost.flops,
+                    fraction_of_limit=round(floor / timing.median, 4),
+                    limit=limit,
+                    load=other,
+                )
+            )
+        yield rows
+
+
+def upstream_module(*names: str):
+    """Classes of the PyPI package ``zipformer``, or ``Unavailable`` with the reason."""
+    found = []
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        try:
+            found.append(getattr(importlib.import_module(f"zipformer.modules.{module}"), attribute))
+        except (ImportError, OSError, AttributeError) as error:
+            raise Unavailable(f"the package zipformer cannot be imported ({error})") from None
+    return found[0] if len(found) == 1 else tuple(found)

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call costs besides its arithmetic: every op on a tensor of a few elements.
+
+Rows hold milliseconds like all others; a call takes microseconds. Implementations: the eager formula, the
+public function ``fastasr.ops.<name>``, and the registered operator ``torch.ops.fastasr.<name>``
+("operator").
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from fastasr import ops
+from fastasr.benchmarks.case import Report, Settings
+from fastasr.benchmarks.harness import LoadMeter, Variant, interleave
+from fastasr.benchmarks.ops import bias_norm, bypass, swoosh
+from fastasr.benchmarks.rows import Row
+
+NAME = "dispatch"
+INFERENCE, NO_GRAD, FORWARD, BOTH = "inference mode", "no_grad", "forward", "forward+backward"
+PASSES = (INFERENCE, NO_GRAD, FORWARD, BOTH)
+CASE = "tiny tensor"
+SHAPE = (2, 8)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """An op's inputs at the smallest sensible size, and its three ways of being called."""
+
+    inputs: tuple[torch.Tensor, ...]
+    eager: Callable[..., torch.Tensor]
+    public: Callable[..., torch.Tensor]
+    operator: Callable[..., torch.Tensor]
+
+
+def _swoosh_linear_formula(x, weight, bias):
+    return F.linear(swoosh.swoosh_l(x), weight, bias)
+
+
+def _swoosh_linear_operator(x, weight, bias):
+    return torch.ops.fastasr.swoosh_linear(x, weight, bias, "SwooshL", None, -1)
+
+
+def table(device: str = "cpu") -> dict[str, Tiny]:
+    """Every op with its inputs on ``device``."""
+    channels = SHAPE[-1]
+    x, other = torch.randn(SHAPE, device=device), torch.randn(SHAPE, device=device)
+    weight = torch.randn(channels, channels, device=device)
+    bias, scale = torch.randn(channels, device=device), torch.rand(channels, device=device)
+    log_scale = torch.tensor(0.5, device=device)
+    registered = torch.ops.fastasr
+    return {
+        "swoosh_l": Tiny((x,), swoosh.swoosh_l, ops.swoosh_l, registered.swoosh_l),
+        "swoosh_r": Tiny((x,), swoosh.swoosh_r, ops.swoosh_r, registered.swoosh_r),
+        "swoosh_linear": Tiny(
+            (x, weight, bias), _swoosh_linear_formula, ops.swoosh_linear, _swoosh_linear_operator
+        ),
+        "bias_norm": Tiny((x, bias, log_scale), bias_norm.formula, ops.bias_norm, registered.bias_norm),
+        "bypass": Tiny((x, other, scale), bypass.formula, ops.bypass, registered.bypass),
+        "linear": Tiny((x, weight, bias), F.linear, ops.linear, registered.linear),
+    }
+
+
+def _variant(function: Callable, inputs: tuple[torch.Tensor, ...], pass_: str) -> Variant:
+    if pass_ in (INFERENCE, NO_GRAD):
+        return Variant(lambda: function(*inputs))
+    inputs = tuple(t.detach().requires_grad_(True) for t in inputs)
+    if pass_ == FORWARD:
+        return Variant(lambda: function(*inputs))
+    grad = torch.ones_like(function(*inputs).detach())
+
+    def both():
+        function(*inputs).backward(grad)
+        for tensor in inputs:
+            tensor.grad = None
+
+    return Variant(both)
+
+
+def _mode(pass_: str):
+    """Entered once around the timing: entering it is not part of a call."""
+    if pass_ == INFERENCE:
+        return torch.inference_mode()
+    return torch.set_grad_enabled(pass_ != NO_GRAD)
+
+
+def measure(
+    *,
+    device: str = "cpu",
+    settings: Settings | None = None,
+    only: Callable[[str], bool] = lambda _: True,
+    skip: Callable[[str, str], bool] = lambda _name, _pass: False,
+    report: Report = lambda _: None,
+) -> Iterator[list[Row]]:
+    """Yields the rows of one op and pass at a time. ``only(op)`` chooses ops, ``skip(op, pass)`` leaves
+    out.
+    """
+    settings = settings or Settings()
+    for name, tiny in table(device).items():
+        if not only(name):
+            continue
+        for pass_ in PASSES:
+            if skip(name, pass_):
+                continue
+            functions = {"eager": tiny.eager, "fastasr": tiny.public, "operator": tiny.operator}
+            variants = {}
+            with _mode(pass_):
+                for implementation, function in functions.items():
+                    try:
+                        variant = _variant(function, tiny.inputs, pass_)
+                        variant.call()
+                    except Exception as error:  # reported, and the others measured
+                        report(f"dispatch {name}, {pass_}: {implementation} failed: {error}")
+                        continue
+                    variants[implementation] = variant
+                load = LoadMeter()
+                timings = interleave(
+                    variants,
+                    reps=settings.reps,
+                    warmup=20,
+                    sample_seconds=settings.sample_seconds,
+                    max_calls=5000,
+                    device=device,
+                )
+            other = load.other_cores()
+            yield [
+                Row.measured(
+                    suite="dispatch",
+                    name=name,
+                    case=CASE,
+                    shape="x".join(map(str, SHAPE)),
+                    dtype="float32",
+                    device=device,
+                    pass_=pass_,
+                    implementation=implementation,
+                    median_ms=round(timing.median * 1e3, 7),
+                    q1_ms=round(timing.quartiles[0] * 1e3, 7),
+                    q3_ms=round(timing.quartiles[1] * 1e3, 7),
+                    reps=timing.reps,
+                    load=other,
+                )
+                for implementation, timing in timings.items()
+            ]

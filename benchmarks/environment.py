@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The environment a row is stamped with: commit, versions, device, threads, date."""
+
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+# A change in these makes a measurement a different one; results and documentation do not.
+MEASURED_PATHS = ("fastasr", "kernels", "csrc", "benchmarks", "setup.py", "CMakeLists.txt")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+@functools.cache
+def commit() -> str:
+    """Commit of the working tree; ``<commit>-dirty.<hash of the changes>`` when measured files differ from
+    it.
+
+    Outside a checkout (an installed wheel): ``v<version>``.
+    """
+    here = Path(__file__).resolve()
+    tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
+    head = _git(here.parent, "rev-parse", "--short=10", "HEAD") if tracked else None
+    if not head:
+        return f"v{_fastasr_version()}"
+    root = Path((_git(here.parent, "rev-parse", "--show-toplevel") or "").strip() or here.parent)
+    paths = [p for p in MEASURED_PATHS if (root / p).exists()]
+    changes = _git(root, "diff", "HEAD", "--", *paths, ":(exclude)benchmarks/results")
+    if not changes:
+        return head.strip()
+    return f"{head.strip()}-dirty.{hashlib.sha1(changes.encode()).hexdigest()[:6]}"
+
+
+def _fastasr_version() -> str:
+    try:
+        import fastasr
+
+        return str(fastasr.__version__)
+    except (ImportError, AttributeError):
+        return "unknown"
+
+
+@functools.cache
+def cpu_name() -> str:
+    """Model name of the CPU from /proc/cpuinfo, else from lscpu, else the architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    try:
+        listing = subprocess.run(["lscpu"], capture_output=True, text=True, timeout=10).stdout
+        for line in listing.splitlines():
+            if line.startswith("Model name"):
+                return line.split(":", 1)[1].strip()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return platform.machine()
+
+
+def device_name(device: str = "cpu") -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()} ({os.cpu_count()} cores)"
+
+
+@functools.cache
+def triton_version() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        import triton
+
+        return str(triton.__version__)
+    except ImportError:
+        return None
+
+
+def stamp(device: str = "cpu") -> dict:
+    """The environment fields of a row for ``device``, with the present date (UTC)."""
+    return {
+        "commit": commit(),
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "cuda": torch.version.cuda,
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }

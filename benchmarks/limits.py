@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the machine can do, measured once per run: the time of a plain copy and the rate of the best GEMM.
+
+An elementwise op that moves ``n`` bytes cannot be faster than a copy that moves as many (half read, half
+written, into a destination that exists already); a product cannot be faster than the library's best GEMM.
+The fractions in the rows refer to these.
+"""
+
+import functools
+
+import torch
+
+from fastasr.benchmarks.harness import interleave
+
+
+def copy_buffers(bytes_moved: int, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    """Source and destination such that ``destination.copy_(source)`` reads and writes ``bytes_moved``
+    together.
+    """
+    elements = max(1, bytes_moved // (2 * dtype.itemsize))
+    source = torch.ones(elements, dtype=dtype, device=device)
+    return source, torch.zeros_like(source)
+
+
+@functools.cache
+def copy_seconds(bytes_moved: int, device: str = "cpu", reps: int = 15) -> float:
+    """Median seconds of a copy that moves ``bytes_moved`` bytes, both directions counted."""
+    source, destination = copy_buffers(bytes_moved, device)
+    return interleave({"copy": lambda: destination.copy_(source)}, reps=reps, device=device)["copy"].median
+
+
+def _onednn_linear(x: torch.Tensor, weight: torch.Tensor):
+    """A oneDNN product of torch's own, or None: on some CPUs it is twice as fast as ``F.linear``."""
+    try:
+        call = torch.ops.mkldnn._linear_pointwise
+        call(x[:2], weight, None, "none", [], "")
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return None
+    return lambda: call(x, weight, None, "none", [], "")
+
+
+@functools.cache
+def gemm_flops_per_second(device: str = "cpu", dtype: torch.dtype = torch.float32, reps: int = 7) -> float:
+    """Best rate of torch's own GEMMs on large matrices, in multiply and add operations per second."""
+    size = 1024 if torch.device(device).type == "cpu" else 8192
+    x = torch.randn(2 * size, size, device=device, dtype=dtype)
+    weight = torch.randn(size, size, device=device, dtype=dtype)
+    variants = {"matmul": lambda: torch.nn.functional.linear(x, weight)}
+    if torch.device(device).type == "cpu" and (onednn := _onednn_linear(x, weight)):
+        variants["onednn"] = onednn
+    with torch.no_grad():
+        timings = interleave(variants, reps=reps, device=device)
+    flops = 2 * x.shape[0] * size * size
+    return flops / min(min(t.samples) for t in timings.values())

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks of whole models: one file per model, each with ``NAME`` and ``measure``."""
+
+from fastasr.benchmarks.models import zipformer
+
+MODULES = (zipformer,)
+
+
+def names() -> list[str]:
+    return [module.NAME for module in MODULES]

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Zipformer-M inference, batch of 4, 16 s: upstream as shipped, upstream with only its linears replaced,
+fastasr.
+
+The second shows how much of the gain is the GEMM's and how much the kernels'. Measured: the whole model,
+each of its stacks, and in a fresh process with cold caches the first call against the second.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastasr.benchmarks import limits, upstream
+from fastasr.benchmarks.case import Report, Settings
+from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, interleave, peak_bytes
+from fastasr.benchmarks.rows import Row
+
+NAME = "zipformer"
+WHOLE, STACKS = "whole model", "stacks"
+FIRST, SECOND, SWAP = "first call", "second call", "accelerate()"
+UPSTREAM, LINEAR, FASTASR, COMPILE = "upstream", "upstream+linear", "fastasr", "compile"
+BATCH, FRAMES = 4, 1600
+FIRST_CALL_TIMEOUT = 300  # seconds for one fresh process
+
+
+def swapped(model: torch.nn.Module, implementation: str) -> torch.nn.Module:
+    """A copy of ``model`` with all, or only the linear, replacements of fastasr; upstream's stays as it is."""
+    import fastasr
+
+    if implementation == UPSTREAM:
+        return model
+    model = copy.deepcopy(model)
+    fastasr.accelerate(model, only=["linear"] if implementation == LINEAR else None)
+    return model
+
+
+def _call(model: Callable, inputs: tuple) -> Callable[[], torch.Tensor]:
+    def forward():
+        with torch.no_grad():
+            return model(*inputs)[0]
+
+    return forward
+
+
+def _flops(size: str, inputs: tuple) -> int:
+    """Multiply and add operations of the products and convolutions of one forward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        _call(upstream.zipformer(size, inner_compile=False), inputs)()
+    return counter.get_total_flops()
+
+
+class _Parts:
+    """Seconds spent in the front end and in each stack, by forward hooks; one list per call."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.seconds: dict[str, list[float]] = {}
+        self._handles = []
+        parts = {"front end": model.encoder_embed}
+        parts.update({f"stack {i}": stack for i, stack in enumerate(model.encoder.encoders)})
+        for name, module in parts.items():
+            self._watch(name, module)
+
+    def _watch(self, name: str, module: torch.nn.Module) -> None:
+        times = self.seconds.setdefault(name, [])
+        begun = []
+
+        def before(_module, _inputs):
+            begun.append(time.perf_counter())
+
+        def after(_module, _inputs, _output):
+            times.append(time.perf_counter() - begun.pop())
+
+        self._handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _row(case: str, implementation: str, timing: Timing, shape: str, load: float | None, **more) -> Row:
+    lower, upper = timing.quartiles
+    return Row.measured(
+        suite="models",
+        name=NAME,
+        case=case,
+        shape=shape,
+        dtype="float32",
+        device="cpu",
+        pass_="forward",
+        implementation=implementation,
+        median_ms=round(timing.median * 1e3, 3),
+        q1_ms=round(lower * 1e3, 3),
+        q3_ms=round(upper * 1e3, 3),
+        reps=timing.reps,
+        load=load,
+        **more,
+    )
+
+
+def _fresh_process(implementation: str, size: str) -> dict[str, float]:
+    """Seconds of accelerate(), the first and the second call in a new process with empty caches."""
+    with tempfile.TemporaryDirectory() as cache:
+        caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "FASTASR_CACHE_DIR")
+        environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
+        environment.update({name: os.path.join(cache, name.lower()) for name in caches})
+        done = subprocess.run(
+            [sys.executable, "-m", "fastasr.benchmarks.models.first_call", implementation, size],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=FIRST_CALL_TIMEOUT,
+        )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"the fresh process ended with {done.returncode}: {last}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _first_calls(size: str, shape: str, report: Report) -> list[list[Row]]:
+    units: dict[str, list[Row]] = {FIRST: [], SECOND: [], SWAP: []}
+    for implementation in (UPSTREAM, FASTASR):
+        report(f"{NAME}: first and second call of {implementation} in a fresh process, empty caches")
+        load = LoadMeter()
+        try:
+            seconds = _fresh_process(implementation, size)
+        except (RuntimeError, subprocess.SubprocessError, ValueError, OSError) as error:
+            report(f"{NAME}: first call of {implementation} not measured: {error}")
+            continue
+        for case, value in seconds.items():
+            units[case].append(_row(case, implementation, Timing([value]), shape, load.other_cores()))
+    return [rows for rows in units.values() if rows]
+
+
+def shape_name(size: str = "medium", batch: int = BATCH, frames: int = FRAMES) -> str:
+    return f"{size} {batch}x{frames}x{upstream.BINS}"
+
+
+def measure(
+    *,
+    size: str = "medium",
+    batch: int = BATCH,
+    frames: int = FRAMES,
+    settings: Settings | None = None,
+    reps: int | None = None,
+    compile_model: bool = False,
+    fresh: bool = True,
+    skip: Callable[[str], bool] = lambda _: False,
+    report: Report = lambda _: None,
+) -> Iterator[list[Row]]:
+    """Yields the rows of the whole model, of its parts and of the first calls.
+
+    ``compile_model`` adds upstream under torch.compile (minutes of compilation); ``fresh`` the first calls in
+    fresh processes; ``skip(case)`` leaves WHOLE, STACKS or FIRST out. Raises ``upstream.MissingUpstream``.
+    """
+    settings = settings or Settings()
+    reps = reps or min(settings.reps, 9)
+    name = shape_name(size, batch, frames)
+    inputs = upstream.example(batch, frames)
+    if fresh and not skip(FIRST):
+        yield from _first_calls(size, name, report)
+    if skip(WHOLE) and skip(STACKS):
+        return
+    report(f"{NAME}: building upstream's model ({size}) and its replacements")
+    shipped = upstream.zipformer(size)
+    models: dict[str, torch.nn.Module] = {}
+    for implementation in (UPSTREAM, LINEAR, FASTASR):
+        try:
+            models[implementation] = swapped(shipped, implementation)
+        except Exception as error:  # the other implementations are still worth measuring
+            report(f"{NAME}: {implementation} left out: {type(error).__name__}: {error}")
+    calls = {key: _call(model, inputs) for key, model in models.items()}
+    if compile_model:
+        calls[COMPILE] = _call(torch.compile(copy.deepcopy(shipped)), inputs)
+    for key, call in calls.items():
+        report(f"{NAME}: first call of {key}" + (" (compiles for minutes)" if key == COMPILE else ""))
+        call()
+    if not skip(WHOLE):
+        flops = _flops(size, inputs)
+        rate = limits.gemm_flops_per_second("cpu")
+        report(f"{NAME}: timing {', '.join(calls)}, {reps} rounds")
+        load = LoadMeter()
+        variants = {key: Variant(call) for key, call in calls.items()}
+        timings = interleave(variants, reps=reps, warmup=1, sample_seconds=0.0)
+        other = load.other_cores()
+        yield [
+            _row(
+                WHOLE,
+                key,
+                timing,
+                name,
+                other,
+                peak_bytes=peak_bytes(variants[key]) if settings.memory else None,
+                flops=flops,
+                fraction_of_limit=round(flops / rate / timing.median, 4),
+                limit=f"GEMM {rate / 1e9:.0f} GFLOP/s",
+            )
+            for key, timing in timings.items()
+        ]
+    if not skip(STACKS):
+        report(f"{NAME}: timing each stack, {reps} rounds")
+        parts = {key: _Parts(model) for key, model in models.items()}
+        load = LoadMeter()
+        interleave({key: Variant(calls[key]) for key in models}, reps=reps, warmup=1, sample_seconds=0.0)
+        other = load.other_cores()
+        for part in parts.values():
+            part.remove()
+        for case in next(iter(parts.values())).seconds:
+            yield [
+                _row(case, key, Timing(part.seconds[case][-reps:]), name, other)
+                for key, part in parts.items()
+            ]

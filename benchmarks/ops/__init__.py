@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks of the ops: one file per op, each with its table ``CASES``."""
+
+from fastasr.benchmarks.case import Case
+from fastasr.benchmarks.ops import bias_norm, bypass, linear, swoosh, swoosh_linear
+
+MODULES = (swoosh, swoosh_linear, bias_norm, bypass, linear)
+
+
+def cases() -> list[Case]:
+    """Every case of every op."""
+    return [case for module in MODULES for case in module.CASES]
+
+
+def names() -> list[str]:
+    """The ops that have cases, in table order."""
+    return list(dict.fromkeys(case.op for case in cases()))

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmark rows and their JSON Lines files.
+
+A row is one implementation of one case in one pass. The rows of a case and pass were measured interleaved and
+form a *unit*: a unit is written whole and replaced whole.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastasr.benchmarks.environment import stamp
+
+SUITES = ("ops", "models", "dispatch")
+
+
+@dataclass
+class Row:
+    """One measurement. Times are wall-clock milliseconds of one call.
+
+    ``suite`` "ops" | "models" | "dispatch"; ``name`` the op or model; ``case`` which of its cases;
+    ``shape`` and ``dtype`` of the main input; ``implementation`` "eager" | "compile" | "upstream" |
+    "fastasr" | "copy" | .... ``peak_bytes``: memory above what was held before the call. ``bytes`` and
+    ``flops``: what the mathematics needs at least. ``fraction_of_limit``: least possible time on this
+    machine over the median, 1.0 being the limit, which ``limit`` names. ``load``: cores kept busy by other
+    processes meanwhile.
+    """
+
+    suite: str
+    name: str
+    case: str
+    shape: str
+    dtype: str
+    device: str
+    # "pass" is a keyword of Python: the attribute is pass_, the key in the file is "pass"
+    pass_: str
+    implementation: str
+    median_ms: float
+    q1_ms: float
+    q3_ms: float
+    reps: int
+    peak_bytes: int | None = None
+    bytes: int | None = None
+    flops: int | None = None
+    fraction_of_limit: float | None = None
+    limit: str | None = None
+    load: float | None = None
+    commit: str = ""
+    torch: str = ""
+    triton: str | None = None
+    cuda: str | None = None
+    device_name: str = ""
+    threads: int = 0
+    python: str = ""
+    date: str = ""
+
+    @classmethod
+    def measured(cls, **fields) -> "Row":
+        """A row stamped with the present environment."""
+        return cls(**{**fields, **stamp(fields["device"])})
+
+    @property
+    def unit(self) -> tuple:
+        """What was measured together, on which kind of machine; without the commit."""
+        return (
+            self.suite,
+            self.name,
+            self.case,
+            self.shape,
+            self.pass_,
+            self.dtype,
+            self.device,
+            self.device_name,
+        )
+
+    def to_dict(self) -> dict:
+        return {("pass" if key == "pass_" else key): value for key, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Row":
+        """Raises ``ValueError`` for a missing required field; fields this version does not know are
+        dropped.
+        """
+        values = {("pass_" if key == "pass" else key): value for key, value in values.items()}
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        missing = [
+            name
+            for name, field in known.items()
+            if field.default is dataclasses.MISSING and name not in values
+        ]
+        if missing:
+            raise ValueError(f"benchmark row lacks {', '.join(missing)}")
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+
+def read(path: str | os.PathLike) -> list[Row]:
+    """Rows of a JSON Lines file, in file order; an absent file has none. Raises ``ValueError`` with the
+    line.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(Row.from_dict(json.loads(line)))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    return rows
+
+
+def read_all(paths: Iterable[str | os.PathLike]) -> list[Row]:
+    return [row for path in paths for row in read(path)]
+
+
+def write(path: str | os.PathLike, rows: Iterable[Row]) -> None:
+    """Replaces the file in one step: a reader, or an interrupt, never sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row.to_dict()) + "\n")
+    os.replace(partial, path)
+
+
+def merge(path: str | os.PathLike, new: Iterable[Row]) -> list[Row]:
+    """Adds ``new`` to the file, in place of older rows of the same units. Returns all rows of the file."""
+    new = list(new)
+    units = {row.unit for row in new}
+    rows = [row for row in read(path) if row.unit not in units] + new
+    write(path, rows)
+    return rows

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs suites, writes each unit's rows as soon as they are measured, and resumes an interrupted run."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fastasr.benchmarks import dispatch, models, ops, rows, upstream
+from fastasr.benchmarks.case import Report, Settings, measure
+from fastasr.benchmarks.environment import commit, device_name
+from fastasr.benchmarks.harness import wait_until_idle
+from fastasr.benchmarks.models import zipformer
+from fastasr.benchmarks.rows import Row
+
+
+@dataclass(frozen=True)
+class Options:
+    """``names``: ops, "dispatch", models, or the suites "ops" and "models"; empty: everything.
+
+    ``quick``: a functional run of seconds, whose figures mean nothing. ``fresh``: measure again what the
+    file already has for this commit. ``compile``: torch.compile of the ops' formulas; ``compile_model``: of
+    the whole model as well (minutes). ``patience``: seconds to wait for idle cores before each op or model.
+    """
+
+    names: tuple[str, ...] = ()
+    out: Path = Path("bench-report/results.jsonl")
+    quick: bool = False
+    fresh: bool = False
+    compile: bool = True
+    compile_model: bool = False
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    patience: float = 60.0
+    reps: int | None = None
+
+    def settings(self) -> Settings:
+        if self.quick:
+            return Settings.quick(compile=self.compile, reps=self.reps or 3)
+        return Settings(compile=self.compile, reps=self.reps or 15)
+
+
+@dataclass
+class Summary:
+    """What a run did: rows measured now, units found done, and messages about what could not be measured."""
+
+    rows: list[Row] = field(default_factory=list)
+    resumed: int = 0
+    problems: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def known_names() -> list[str]:
+    return [*ops.names(), dispatch.NAME, *models.names()]
+
+
+def select(names: tuple[str, ...]) -> list[str]:
+    """The known names that ``names`` stand for, in table order. Raises ``ValueError`` for an unknown one."""
+    suites = {"ops": ops.names(), "models": models.names(), "all": known_names()}
+    chosen: set[str] = set()
+    for name in names or ("all",):
+        if name not in suites and name not in known_names():
+            choices = ", ".join([*known_names(), *suites])
+            raise ValueError(f"no benchmark is called {name!r}; there are: {choices}")
+        chosen.update(suites.get(name, [name]))
+    return [name for name in known_names() if name in chosen]
+
+
+def _finished(options: Options) -> Callable[..., bool]:
+    """Tells whether the file already holds a unit, measured at this commit with as many repetitions."""
+    if options.fresh:
+        return lambda *unit: False
+    at, wanted = commit(), options.settings().reps
+    machine = device_name(options.device)
+    done = {
+        (row.suite, row.name, row.case, row.shape, row.pass_, row.dtype)
+        for row in rows.read(options.out)
+        if row.commit == at
+        and row.device_name == machine
+        and row.device == options.device
+        and (row.reps >= wanted or row.suite == "models")
+    }
+    return lambda *unit: unit in done
+
+
+def _units(name: str, options: Options, summary: Summary, report: Report) -> Iterator[list[Row]]:
+    """The rows of everything that ``name`` stands for, unit by unit, without what is already in the file."""
+    settings, finished = options.settings(), _finished(options)
+    dtype = str(options.dtype).removeprefix("torch.")
+
+    def done(*unit: str) -> bool:
+        found = finished(*unit)
+        summary.resumed += found
+        return found
+
+    if name == dispatch.NAME:
+        shape = "x".join(map(str, dispatch.SHAPE))
+
+        def skip(op: str, pass_: str) -> bool:
+            return done("dispatch", op, dispatch.CASE, shape, pass_, "float32")
+
+        yield from dispatch.measure(device=options.device, settings=settings, skip=skip, report=report)
+    elif name == zipformer.NAME:
+        if torch.device(options.device).type != "cpu":
+            report(f"{name}: measured on the CPU only")
+            return
+        size = {"size": "tiny", "batch": 2, "frames": 200, "fresh": False} if options.quick else {}
+        shape = zipformer.shape_name(**{k: v for k, v in size.items() if k != "fresh"})
+        yield from zipformer.measure(
+            **size,
+            settings=settings,
+            reps=options.reps,
+            compile_model=options.compile_model,
+            skip=lambda case: done(
+                "models", name, "stack 0" if case == zipformer.STACKS else case, shape, "forward", "float32"
+            ),
+            report=report,
+        )
+    else:
+        for case in ops.cases():
+            if case.op != name or (options.quick and not case.quick):
+                continue
+
+            def skip_pass(pass_: str, case=case) -> bool:
+                return done("ops", case.op, case.name, case.shape, pass_, dtype)
+
+            yield from measure(
+                case,
+                device=options.device,
+                dtype=options.dtype,
+                settings=settings,
+                skip=skip_pass,
+                report=report,
+            )
+
+
+def run(
+    options: Options,
+    report: Report = lambda _: None,
+    on_rows: Callable[[list[Row]], None] = lambda _: None,
+) -> Summary:
+    """Measures and writes to ``options.out``. A benchmark that fails is reported and the next one begun."""
+    chosen = select(options.names)
+    summary = Summary()
+    start = time.monotonic()
+
+    def note(message: str) -> None:
+        if "failed" in message or "left out" in message or "not measured" in message:
+            summary.problems.append(message)
+        report(message)
+
+    for name in chosen:
+        report(name)
+        if not options.quick and options.patience > 0:
+            wait_until_idle(patience=options.patience, report=report)
+        try:
+            for unit in _units(name, options, summary, note):
+                rows.merge(options.out, unit)
+                summary.rows += unit
+                on_rows(unit)
+        except upstream.MissingUpstream as error:
+            note(f"{name}: left out: {error}")
+        except Exception as error:  # one benchmark must not take the others with it
+            first = (str(error).strip().splitlines() or [""])[0]
+            note(f"{name}: failed: {type(error).__name__}: {first[:200]}")
+    summary.seconds = time.monotonic() - start
+    return summary

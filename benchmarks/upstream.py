@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Upstream's Zipformer from the PyPI package ``zipformer``, as its recipes build it, with random weights."""
+
+import importlib
+import os
+
+import torch
+
+INSTALL = "pip install --no-deps zipformer==0.1.3, and what it imports"
+
+# Zipformer-M, the published medium configuration
+MEDIUM = {
+    "output_downsampling_factor": 2,
+    "downsampling_factor": (1, 2, 4, 8, 4, 2),
+    "num_encoder_layers": (2, 2, 3, 4, 3, 2),
+    "encoder_dim": (192, 256, 384, 512, 384, 256),
+    "encoder_unmasked_dim": (192, 192, 256, 256, 256, 192),
+    "query_head_dim": (32,),
+    "pos_head_dim": (4,),
+    "value_head_dim": (12,),
+    "pos_dim": 48,
+    "num_heads": (4, 4, 4, 8, 4, 4),
+    "feedforward_dim": (512, 768, 1024, 1536, 1024, 768),
+    "cnn_module_kernel": (31, 31, 15, 15, 15, 31),
+    "warmup_batches": 4000.0,
+}
+# The same structure in miniature, for smoke tests
+TINY = {
+    **MEDIUM,
+    "downsampling_factor": (1, 2),
+    "num_encoder_layers": (1, 1),
+    "encoder_dim": (48, 64),
+    "encoder_unmasked_dim": (32, 48),
+    "query_head_dim": (8,),
+    "num_heads": (2, 2),
+    "feedforward_dim": (64, 96),
+    "cnn_module_kernel": (15, 15),
+    "pos_dim": 16,
+}
+SIZES = {"medium": MEDIUM, "tiny": TINY}
+BINS = 80
+# Steady state of the training schedules (dropout 0.1, low probabilities of the regularisers)
+BATCH_COUNT = 20000.0
+
+
+class MissingUpstream(ImportError):
+    """The PyPI package ``zipformer`` cannot be imported."""
+
+
+def _imported():
+    try:
+        return tuple(
+            importlib.import_module(f"zipformer.{name}")
+            for name in ("modules.scaling", "modules.subsampling", "modules.zipformer", "utils")
+        )
+    except (ImportError, OSError, AttributeError) as error:
+        raise MissingUpstream(
+            f"upstream's package zipformer cannot be imported ({error}); {INSTALL}"
+        ) from None
+
+
+class Encoder(torch.nn.Module):
+    """Upstream's front end and encoder: ``AsrModel.forward_encoder``.
+
+    ``forward(x [B, T, 80], lengths [B])`` returns output ``[B, T', C]`` and its lengths.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        scaling, subsampling, zipformer, utils = _imported()
+
+        def dropout():
+            return scaling.ScheduledFloat((0.0, 0.3), (20000.0, 0.1))
+
+        self.encoder_embed = subsampling.Conv2dSubsampling(BINS, config["encoder_dim"][0], dropout=dropout())
+        self.encoder = zipformer.Zipformer(**config, dropout=dropout())
+        self._make_pad_mask = utils.make_pad_mask
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor):
+        x, lengths = self.encoder_embed(x, lengths)
+        padding = self._make_pad_mask(lengths)
+        x, lengths = self.encoder(x.permute(1, 0, 2), lengths, padding)
+        return x.permute(1, 0, 2), lengths
+
+
+def zipformer(size: str = "medium", seed: int = 0, inner_compile: bool = True) -> Encoder:
+    """Upstream's encoder in evaluation mode, with random weights.
+
+    ``inner_compile``: keep the ``torch.compile`` that upstream puts around its activations. Raises
+    ``MissingUpstream``.
+    """
+    torch.manual_seed(seed)
+    before = os.environ.get("K2_ONNX_EXPORT")
+    if not inner_compile:
+        os.environ["K2_ONNX_EXPORT"] = "1"  # upstream's own switch
+    try:
+        model = Encoder(SIZES[size])
+    finally:
+        if not inner_compile:
+            os.environ.pop("K2_ONNX_EXPORT")
+            if before is not None:
+                os.environ["K2_ONNX_EXPORT"] = before
+    for module in model.modules():
+        if hasattr(module, "batch_count"):
+            module.batch_count = BATCH_COUNT
+    return model.eval()
+
+
+def example(batch: int = 4, frames: int = 1600, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random features ``[batch, frames, 80]`` and lengths that differ by 8 frames, as a sampler batches
+    them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([max(16, frames - 8 * i) for i in range(batch)])
+    return torch.randn(batch, frames, BINS, generator=generator), lengths
