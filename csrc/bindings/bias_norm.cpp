@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/bias_norm.h"
+
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "bindings/dispatch.h"
+
+namespace fastasr {
+namespace {
+
+int64_t checked_rows(const Tensor& x, const Tensor& bias, const Tensor& log_scale, const char* op) {
+  check_like(x, x, op, "x");
+  check_like(bias, x, op, "bias");
+  STD_TORCH_CHECK(x.dim() >= 1 && bias.numel() == x.size(x.dim() - 1), op, ": bias does not match the last dimension");
+  STD_TORCH_CHECK(log_scale.numel() == 1 && log_scale.scalar_type() == x.scalar_type(), op, ": log_scale");
+  return bias.numel() == 0 ? 0 : x.numel() / bias.numel();
+}
+
+template <typename T>
+cpu::compute_t<T> scale_of(const Tensor& log_scale) {
+  return std::exp(cpu::load(*data<T>(log_scale)));
+}
+
+Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_scale) {
+  const int64_t rows = checked_rows(x, bias, log_scale, "bias_norm_forward"), channels = bias.numel();
+  Tensor y = torch::stable::empty_like(x);
+  with_kernel_type(x.scalar_type(), "bias_norm_forward", [&]<typename T>() {
+    const T *xp = data<T>(x), *bp = data<T>(bias);
+    T* yp = mutable_data<T>(y);
+    const auto scale = scale_of<T>(log_scale);
+    parallel_range(rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels)), [&](int64_t b, int64_t e) {
+      cpu::bias_norm_forward(xp + b * channels, bp, scale, yp + b * channels, e - b, channels);
+    });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& bias,
+                                                      const Tensor& log_scale) {
+  const int64_t rows = checked_rows(x, bias, log_scale, "bias_norm_backward"), channels = bias.numel();
+  check_same_size(grad, x, "bias_norm_backward", "grad");
+  Tensor dx = torch::stable::empty_like(x), dbias = torch::stable::empty_like(bias);
+  Tensor dlog_scale = torch::stable::empty_like(log_scale);
+  with_kernel_type(x.scalar_type(), "bias_norm_backward", [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const T *gp = data<T>(grad), *xp = data<T>(x), *bp = data<T>(bias);
+    T* dp = mutable_data<T>(dx);
+    const C scale = scale_of<T>(log_scale);
+    const RowBlocks blocks(rows, channels);
+    std::vector<C> parts(blocks.count * channels);
+    std::vector<double> scale_parts(blocks.count);
+    parallel_range(blocks.count, std::max<int64_t>(1, kGrain / (blocks.rows_per_block * std::max<int64_t>(1, channels))),
+                   [&](int64_t b, int64_t e) {
+                     for (int64_t k = b; k < e; k++) {
+                       const int64_t at = blocks.begin(k) * channels;
+                       cpu::bias_norm_backward(gp + at, xp + at, bp, scale, dp + at, parts.data() + k * channels,
+                                               &scale_parts[k], blocks.size(k), channels);
+                     }
+                   });
+    reduce_blocks<T>(parts.data(), blocks.count, channels, mutable_data<T>(dbias));
+    double sum = 0;
+    for (double v : scale_parts) sum += v;
+    cpu::store(mutable_data<T>(dlog_scale), static_cast<C>(sum));
+  });
+  return {dx, dbias, dlog_scale};
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def("bias_norm_forward(Tensor x, Tensor bias, Tensor log_scale) -> Tensor");
+  m.def("bias_norm_backward(Tensor grad, Tensor x, Tensor bias, Tensor log_scale) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("bias_norm_forward", TORCH_BOX(&fastasr::bias_norm_forward));
+  m.impl("bias_norm_backward", TORCH_BOX(&fastasr::bias_norm_backward));
+}

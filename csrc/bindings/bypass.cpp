@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/bypass.h"
+
+#include <tuple>
+#include <vector>
+
+#include "bindings/dispatch.h"
+
+namespace fastasr {
+namespace {
+
+int64_t checked_rows(const Tensor& x_orig, const Tensor& x, const Tensor& scale, const char* op) {
+  check_like(x, x, op, "x");
+  check_same_size(x_orig, x, op, "x_orig");
+  check_like(scale, x, op, "scale");
+  const int64_t period = scale.numel();
+  STD_TORCH_CHECK(period > 0 ? x.numel() % period == 0 : x.numel() == 0, op, ": scale does not divide x");
+  return period == 0 ? 0 : x.numel() / period;
+}
+
+Tensor bypass_forward(const Tensor& x_orig, const Tensor& x, const Tensor& scale) {
+  const int64_t rows = checked_rows(x_orig, x, scale, "bypass_forward"), period = scale.numel();
+  Tensor y = torch::stable::empty_like(x);
+  with_kernel_type(x.scalar_type(), "bypass_forward", [&]<typename T>() {
+    const T *op = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
+    T* yp = mutable_data<T>(y);
+    parallel_range(rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, period)), [&](int64_t b, int64_t e) {
+      cpu::bypass_forward(op + b * period, xp + b * period, sp, yp + b * period, e - b, period);
+    });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> bypass_backward(const Tensor& grad, const Tensor& x_orig, const Tensor& x,
+                                                   const Tensor& scale) {
+  const int64_t rows = checked_rows(x_orig, x, scale, "bypass_backward"), period = scale.numel();
+  check_same_size(grad, x, "bypass_backward", "grad");
+  Tensor dx_orig = torch::stable::empty_like(x), dx = torch::stable::empty_like(x);
+  Tensor dscale = torch::stable::empty_like(scale);
+  with_kernel_type(x.scalar_type(), "bypass_backward", [&]<typename T>() {
+    const T *gp = data<T>(grad), *op = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
+    T *dop = mutable_data<T>(dx_orig), *dxp = mutable_data<T>(dx);
+    const RowBlocks blocks(rows, period);
+    std::vector<cpu::compute_t<T>> parts(blocks.count * period);
+    parallel_range(blocks.count, std::max<int64_t>(1, kGrain / (blocks.rows_per_block * std::max<int64_t>(1, period))),
+                   [&](int64_t b, int64_t e) {
+                     for (int64_t k = b; k < e; k++) {
+                       const int64_t at = blocks.begin(k) * period;
+                       cpu::bypass_backward(gp + at, op + at, xp + at, sp, dop + at, dxp + at,
+                                            parts.data() + k * period, blocks.size(k), period);
+                     }
+                   });
+    reduce_blocks<T>(parts.data(), blocks.count, period, mutable_data<T>(dscale));
+  });
+  return {dx_orig, dx, dscale};
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def("bypass_forward(Tensor x_orig, Tensor x, Tensor scale) -> Tensor");
+  m.def("bypass_backward(Tensor grad, Tensor x_orig, Tensor x, Tensor scale) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("bypass_forward", TORCH_BOX(&fastasr::bypass_forward));
+  m.impl("bypass_backward", TORCH_BOX(&fastasr::bypass_backward));
+}

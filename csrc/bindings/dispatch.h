@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/number.h"
+
+// What every binding needs: the kernel's storage type for a tensor, checks, and a split of the work that depends on
+// the shape alone. Python has already checked the arguments and named them: the checks here guard memory.
+namespace fastasr {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <typename T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Calls f.template operator()<T>() with the kernel type of dtype.
+template <typename F>
+auto with_kernel_type(ScalarType dtype, const char* op, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f.template operator()<float>();
+    case ScalarType::Double:
+      return f.template operator()<double>();
+    case ScalarType::BFloat16:
+      return f.template operator()<cpu::bfloat16>();
+    case ScalarType::Half:
+      return f.template operator()<cpu::float16>();
+    default:
+      STD_TORCH_CHECK(false, op, ": unsupported dtype");
+  }
+}
+
+inline void check_like(const Tensor& t, const Tensor& reference, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == reference.scalar_type(), op, ": ", name, " has another dtype");
+  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " is not contiguous");
+}
+
+inline void check_same_size(const Tensor& t, const Tensor& reference, const char* op, const char* name) {
+  check_like(t, reference, op, name);
+  STD_TORCH_CHECK(t.numel() == reference.numel(), op, ": ", name, " has another number of elements");
+}
+
+// Elements below which a second thread costs more than it saves.
+constexpr int64_t kGrain = 16384;
+
+// f(begin, end) over [0, n), on torch's own threads; serial when small.
+template <typename F>
+void parallel_range(int64_t n, int64_t grain, const F& f) {
+  if (n <= grain) {
+    if (n > 0) f(int64_t{0}, n);
+    return;
+  }
+  torch::stable::parallel_for(0, n, grain, f);
+}
+
+// Row blocks for deterministic reductions: their number depends on the shape alone, never on the thread count.
+struct RowBlocks {
+  int64_t rows, rows_per_block, count;
+  RowBlocks(int64_t rows_, int64_t row_elements)
+      : rows(rows_),
+        rows_per_block(std::max<int64_t>(1, std::min<int64_t>(64, 65536 / std::max<int64_t>(1, row_elements)))),
+        count((rows_ + rows_per_block - 1) / rows_per_block) {}
+  int64_t begin(int64_t block) const { return block * rows_per_block; }
+  int64_t size(int64_t block) const { return std::min(rows_per_block, rows - begin(block)); }
+};
+
+// out[j] = sum over blocks of parts[block][j], in block order, in double.
+template <typename T>
+void reduce_blocks(const cpu::compute_t<T>* parts, int64_t blocks, int64_t width, T* out) {
+  parallel_range(width, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, blocks)), [&](int64_t b, int64_t e) {
+    double sum[64];
+    for (int64_t j = b; j < e; j += 64) {
+      const int64_t m = std::min<int64_t>(64, e - j);
+      for (int64_t i = 0; i < m; i++) sum[i] = 0;
+      for (int64_t k = 0; k < blocks; k++)
+        for (int64_t i = 0; i < m; i++) sum[i] += static_cast<double>(parts[k * width + j + i]);
+      for (int64_t i = 0; i < m; i++) cpu::store(&out[j + i], static_cast<cpu::compute_t<T>>(sum[i]));
+    }
+  });
+}
+
+}  // namespace fastasr

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused, verified, reversible kernels for speech models: the same call on GPU and CPU.
+
+``accelerate(model)`` swaps faster forwards into a model in place and reports what it did; ``verify``, ``restore``,
+``eager_mode`` and ``explain`` check, undo, suspend and preview it. ``fastasr.ops`` holds the operations themselves.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from fastasr import ops
+from fastasr.ops._dispatch import backend
+
+__version__ = "0.1.0"
+
+_SWAP = ("accelerate", "explain", "verify", "restore", "eager_mode", "SwapReport")
+_SUBPACKAGES = ("models", "swap", "testing", "kernels", "benchmarks")
+__all__ = ["backend", "ops", *_SWAP]
+
+if TYPE_CHECKING:
+    from fastasr.swap import SwapReport, accelerate, eager_mode, explain, restore, verify
+
+
+def __getattr__(name: str):
+    if name in _SWAP:
+        return getattr(import_module("fastasr.swap"), name)
+    if name in _SUBPACKAGES:
+        return import_module(f"fastasr.{name}")
+    raise AttributeError(f"module 'fastasr' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *_SWAP, *_SUBPACKAGES})

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations. Each file holds one: formula and source, eager definition, checks, registration, backends.
+
+Every op is also registered as ``torch.ops.fastasr.<name>``; ``fastasr ops`` prints which backends serve it here.
+"""
+
+from fastasr.ops import _dispatch
+from fastasr.ops.bias_norm import bias_norm
+from fastasr.ops.bypass import bypass
+from fastasr.ops.linear import linear
+from fastasr.ops.swoosh import swoosh_l, swoosh_r
+from fastasr.ops.swoosh_linear import swoosh_linear
+
+_dispatch.native_library()  # registers torch.ops.fastasr_cpu.*; its absence is reported, not raised
+
+NAMES = ("swoosh_l", "swoosh_r", "swoosh_linear", "bias_norm", "bypass", "linear")
+__all__ = [*NAMES]

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel serves a tensor: backends, their availability, and the reasons.
+
+A :class:`KernelFamily` groups the kernels that share one implementation (``swoosh`` serves three ops). For a tensor's
+device and dtype it answers with the kernels to call, or with ``None``: then the op runs its eager definition. The
+choice is made once per (device type, dtype) and remembered until :func:`backend` changes it.
+"""
+
+import contextlib
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("cpu", "cuda", "triton", "eager")
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_log = logging.getLogger("fastasr")
+
+
+# --------------------------------------------------------------------------- what is installed
+@cache
+def _load_native() -> tuple[ModuleType | None, str]:
+    try:
+        module = importlib.import_module("fastasr._C")
+    except ModuleNotFoundError as error:
+        if error.name != "fastasr._C":
+            return None, f"the native library did not load: {error}"
+        return None, "the native library is not built (installed with FASTASR_NATIVE=0, or from source files alone)"
+    except Exception as error:  # a binary for another system must not stop the import: it is reported
+        return None, f"the native library did not load: {error}"
+    return module, ""
+
+
+def native_library() -> ModuleType | None:
+    """The module ``fastasr._C``, or None where it is missing."""
+    return _load_native()[0]
+
+
+def native_reason() -> str:
+    """Why the native library is missing; "" when it is loaded."""
+    return _load_native()[1]
+
+
+def native_build_info() -> dict:
+    """Compiler, SIMD level in use, CUDA architectures of the native library; {} when it is missing."""
+    module = native_library()
+    return dict(module.build_info()) if module is not None else {}
+
+
+@cache
+def _triton_reason() -> str:
+    try:
+        importlib.import_module("triton")
+    except Exception as error:
+        return f"triton does not import: {error}"
+    return ""
+
+
+def interpreting() -> bool:
+    """True when Triton kernels run in its interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _reason_cpu() -> str:
+    return native_reason()
+
+
+def _reason_triton() -> str:
+    reason = _triton_reason()
+    if reason or interpreting():
+        return reason
+    return "" if torch.cuda.is_available() else "no CUDA device"
+
+
+# --------------------------------------------------------------------------- the forced backend
+def _initial_backend() -> str:
+    name = os.environ.get("FASTASR_BACKEND", "auto") or "auto"
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"FASTASR_BACKEND: expected one of {('auto', *BACKENDS)}, got {name!r}")
+    return name
+
+
+_forced = _initial_backend()
+
+
+def forced_backend() -> str:
+    """The backend in force: "auto", or the one that was asked for."""
+    return _forced
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force every op to one backend inside the ``with`` block (for the whole process, not one thread).
+
+    ``name``: "auto", "eager", "cpu", "cuda" or "triton". An op that has no such kernel for the tensor it is given
+    raises ``RuntimeError`` with the reason; "eager" always works.
+    """
+    global _forced
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"fastasr.backend: name: expected one of {('auto', *BACKENDS)}, got {name!r}")
+    previous, _forced = _forced, name
+    _forget()
+    try:
+        yield
+    finally:
+        _forced = previous
+        _forget()
+
+
+def _forget() -> None:
+    for family in FAMILIES.values():
+        family.chosen.clear()
+
+
+# --------------------------------------------------------------------------- kernels
+@dataclass(frozen=True)
+class Kernels:
+    """The callables of one backend for one kernel family."""
+
+    backend: str
+    forward: Callable
+    backward: Callable
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend of a kernel family: where it works, why it may not, and how to load it."""
+
+    backend: str
+    device_types: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    reason: Callable[[], str]
+    load: Callable[[], Kernels]
+
+
+@dataclass
+class KernelFamily:
+    name: str
+    ops: tuple[str, ...]
+    implementations: tuple[Implementation, ...]
+    vendor: bool = False  # the eager definition is a vendor library's kernel: taking it is no loss worth a warning
+    chosen: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        FAMILIES[self.name] = self
+
+    def kernels(self, x: torch.Tensor) -> Kernels | None:
+        """The kernels for tensors like ``x``; None: run the eager definition."""
+        key = (x.device.type, x.dtype)
+        try:
+            return self.chosen[key]
+        except KeyError:
+            pass
+        kernels = self._choose(*key)
+        self.chosen[key] = kernels
+        return kernels
+
+    def _choose(self, device_type: str, dtype: torch.dtype) -> Kernels | None:
+        forced = _forced
+        if forced == "eager":
+            return None
+        reasons = []
+        for implementation in self.implementations:
+            if forced not in ("auto", implementation.backend):
+                continue
+            reason = self._why_not(implementation, device_type, dtype, forced)
+            if not reason:
+                return implementation.load()
+            if device_type in implementation.device_types or forced != "auto":
+                reasons.append(f"{implementation.backend}: {reason}")
+        where = f"{self.name} on {device_type}, {str(dtype).removeprefix('torch.')}"
+        if forced != "auto":
+            raise RuntimeError(
+                f"fastasr: backend {forced!r} is forced but cannot serve {where}: "
+                f"{'; '.join(reasons) or 'there is no such kernel'}"
+            )
+        if reasons and not self.vendor:
+            _log.warning("%s runs in eager: %s", where, "; ".join(reasons))
+        return None
+
+    @staticmethod
+    def _why_not(implementation: Implementation, device_type: str, dtype: torch.dtype, forced: str) -> str:
+        interpreted = implementation.backend == "triton" and forced == "triton" and interpreting()
+        if device_type not in implementation.device_types and not (interpreted and device_type == "cpu"):
+            return f"serves {', '.join(implementation.device_types)} tensors only"
+        if dtype not in implementation.dtypes:
+            return f"no {str(dtype).removeprefix('torch.')} kernel"
+        return implementation.reason()
+
+
+FAMILIES: dict[str, KernelFamily] = {}
+
+
+def native_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Implementation:
+    """The C++ kernels ``torch.ops.fastasr_cpu.<name>_forward`` and ``_backward``."""
+
+    def load() -> Kernels:
+        namespace = torch.ops.fastasr_cpu
+        return Kernels(
+            "cpu", getattr(namespace, f"{name}_forward").default, getattr(namespace, f"{name}_backward").default
+        )
+
+    return Implementation("cpu", ("cpu",), dtypes, _reason_cpu, load)
+
+
+def triton_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING[:3]) -> Implementation:
+    """The Triton launchers ``fastasr.kernels.<name>.<name>_forward`` and ``_backward``."""
+
+    def load() -> Kernels:
+        module = importlib.import_module(f"fastasr.kernels.{name}")
+        return Kernels("triton", getattr(module, f"{name}_forward"), getattr(module, f"{name}_backward"))
+
+    return Implementation("triton", ("cuda",), dtypes, _reason_triton, load)
+
+
+def table() -> list[dict]:
+    """One row per op and backend: op, backend, available, reason, devices, dtypes."""
+    rows = []
+    for family in FAMILIES.values():
+        for op in family.ops:
+            for implementation in family.implementations:
+                reason = implementation.reason()
+                rows.append(
+                    {
+                        "op": op,
+                        "backend": implementation.backend,
+                        "available": not reason,
+                        "reason": reason,
+                        "devices": list(implementation.device_types),
+                        "dtypes": [str(d).removeprefix("torch.") for d in implementation.dtypes],
+                    }
+                )
+            rows.append(
+                {
+                    "op": op,
+                    "backend": "eager",
+                    "available": True,
+                    "reason": "",
+                    "devices": ["any"],
+                    "dtypes": [str(d).removeprefix("torch.") for d in FLOATING],
+                }
+            )
+    return rows
+
+
+def explain_choice(family: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+    """(backend, reason) that a tensor of this kind gets now; the reason tells why it is eager, else ""."""
+    reasons = []
+    if _forced == "eager":
+        return "eager", "backend 'eager' is forced"
+    for implementation in FAMILIES[family].implementations:
+        if _forced not in ("auto", implementation.backend):
+            continue
+        reason = KernelFamily._why_not(implementation, device_type, dtype, _forced)
+        if not reason:
+            return implementation.backend, ""
+        if device_type in implementation.device_types:
+            reasons.append(f"{implementation.backend}: {reason}")
+    return "eager", "; ".join(reasons) or f"no kernel for {device_type} tensors"
+
+
+# --------------------------------------------------------------------------- plain tensors
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def direct(*tensors: torch.Tensor | None) -> bool:
+    """True when kernels may be called without the dispatcher: plain tensors, nothing being traced.
+
+    Fake, functional, distributed and other subclassed tensors, and everything under ``torch.compile`` or
+    ``torch.export``, go through the registered op instead.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return all(t is None or type(t) in _PLAIN for t in tensors)

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrix product around a kernel: torch's or oneDNN's, whichever measured faster on this machine.
+
+torch's float32 products go through MKL, which on some CPUs takes a slow path; the oneDNN inside the same torch does
+not. Which is faster is measured, never guessed from a vendor name: the first call of each shape class runs both on
+its own operands (a few milliseconds), and the winner is kept on disk by CPU, torch version and thread count. oneDNN
+must win by 3 % to be taken. Only float32 on CPU is a choice; everything else is torch's.
+
+Environment: ``FASTASR_GEMM=auto|torch|onednn``, ``FASTASR_CACHE=<folder>`` (default: the user's cache folder).
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_log = logging.getLogger("fastasr")
+_MARGIN = 0.97
+_REPETITIONS = 3
+_BUDGET_S = 0.03
+
+
+# --------------------------------------------------------------------------- the two candidates
+# Each takes 2-D or wider operands: forward(x, w, b) = x wᵀ + b, input_grad(g, w) = g w,
+# weight_grad(g, x) = gᵀ x with g (M, N), x (M, K).
+def _torch_forward(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return F.linear(x, w, b)
+
+
+def _torch_input_grad(g: Tensor, w: Tensor) -> Tensor:
+    return torch.matmul(g, w)
+
+
+def _torch_weight_grad(g: Tensor, x: Tensor) -> Tensor:
+    return torch.mm(g.t(), x)
+
+
+_linear = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+
+
+def _onednn_forward(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return _linear(x, w, b, "none", [], "")
+
+
+def _onednn_input_grad(g: Tensor, w: Tensor) -> Tensor:
+    return _linear(g, w.t(), None, "none", [], "")
+
+
+def _onednn_weight_grad(g: Tensor, x: Tensor) -> Tensor:
+    return _linear(g.t(), x.t(), None, "none", [], "")
+
+
+_CANDIDATES: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "forward": {"torch": _torch_forward, "onednn": _onednn_forward},
+    "input_grad": {"torch": _torch_input_grad, "onednn": _onednn_input_grad},
+    "weight_grad": {"torch": _torch_weight_grad, "onednn": _onednn_weight_grad},
+}
+
+
+@cache
+def onednn_reason() -> str:
+    """Why oneDNN cannot be a candidate; "" when it is. The op is torch's own and private: it is probed, not assumed."""
+    if not torch.backends.mkldnn.is_available():
+        return "this torch has no oneDNN"
+    if _linear is None:
+        return "this torch has no mkldnn::_linear_pointwise"
+    x, w = torch.arange(6.0).reshape(2, 3), torch.arange(12.0).reshape(4, 3)
+    try:
+        with torch.no_grad():
+            right = torch.equal(_onednn_forward(x, w, w.new_ones(4)), x @ w.t() + 1)
+            right &= torch.equal(_onednn_input_grad(torch.ones(2, 4), w), torch.ones(2, 4) @ w)
+            right &= torch.equal(_onednn_weight_grad(torch.ones(2, 4), x), torch.ones(4, 2) @ x)
+    except Exception as error:  # a private op may change its signature: that only removes the candidate
+        return f"mkldnn::_linear_pointwise failed its probe: {error}"
+    return "" if right else "mkldnn::_linear_pointwise gave a wrong result in its probe"
+
+
+# --------------------------------------------------------------------------- what has been measured
+@cache
+def _machine() -> str:
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "cpu family", "model\t", "flags")):
+                name += line
+                if line.startswith("flags"):
+                    break
+    except OSError:
+        pass
+    return hashlib.sha256(name.encode()).hexdigest()[:12]
+
+
+def cache_file() -> Path:
+    """Where the measured choices are kept."""
+    root = os.environ.get("FASTASR_CACHE")
+    if not root:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastasr"
+    version = torch.__version__.replace("+", "-")
+    return Path(root) / f"gemm-{_machine()}-torch{version}.json"
+
+
+_choices: dict[tuple, Callable[..., Tensor]] = {}
+_saved: dict[str, str] | None = None
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {k: v for k, v in content.items() if v in ("torch", "onednn")} if isinstance(content, dict) else {}
+
+
+def _remember(key: str, choice: str) -> None:
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        merged = _read(path) | {key: choice}  # another process may have written meanwhile
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps(merged, indent=1, sort_keys=True))
+        scratch.replace(path)
+    except OSError as error:
+        _log.debug("measured GEMM choices are not kept on disk: %s", error)
+
+
+def forget() -> None:
+    """Drop every remembered choice of this process; the next call of each shape class reads or measures again."""
+    global _saved
+    _choices.clear()
+    _saved = None
+
+
+def _half_octave(n: int) -> int:
+    return round(2 * math.log2(n))
+
+
+def _decide(key: tuple, operation: str, operands: tuple) -> Callable[..., Tensor]:
+    global _saved
+    candidates = _CANDIDATES[operation]
+    policy = os.environ.get("FASTASR_GEMM", "auto")
+    if policy not in ("auto", "torch", "onednn"):
+        raise ValueError(f"FASTASR_GEMM: expected auto, torch or onednn, got {policy!r}")
+    if policy == "torch" or onednn_reason():
+        return candidates["torch"]
+    if policy == "onednn":
+        return candidates["onednn"]
+    name = f"{operation} {' '.join(map(str, key[1:]))}"
+    if _saved is None:
+        _saved = _read(cache_file())
+    choice = _saved.get(name)
+    if choice is None:
+        choice = _saved[name] = _measure(candidates, operands)
+        _remember(name, choice)
+    return candidates[choice]
+
+
+def _measure(candidates: dict[str, Callable[..., Tensor]], operands: tuple) -> str:
+    best = dict.fromkeys(candidates, math.inf)
+    start = time.perf_counter()
+    for repetition in range(1 + _REPETITIONS):
+        for name, f in candidates.items():
+            begin = time.perf_counter()
+            f(*operands)
+            if repetition:  # the first run of each packs, allocates and creates primitives
+                best[name] = min(best[name], time.perf_counter() - begin)
+        if repetition and time.perf_counter() - start > _BUDGET_S:
+            break
+    return "onednn" if best["onednn"] < _MARGIN * best["torch"] else "torch"
+
+
+def _call(operation: str, m: int, n: int, k: int, *operands: Tensor | None) -> Tensor:
+    x = operands[0]
+    if x.dtype is not torch.float32 or not x.is_cpu or not (m and n and k):
+        return _CANDIDATES[operation]["torch"](*operands)
+    if torch.are_deterministic_algorithms_enabled():  # the same choice on every machine and in every run
+        return _CANDIDATES[operation]["torch"](*operands)
+    key = (operation, m.bit_length(), _half_octave(n), _half_octave(k), torch.get_num_threads())
+    f = _choices.get(key)
+    if f is None:
+        f = _choices[key] = _decide(key, operation, operands)
+    return f(*operands)
+
+
+# --------------------------------------------------------------------------- what ops call, below autograd
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weightᵀ + bias for x (..., K), weight (N, K)."""
+    n, k = weight.shape
+    return _call("forward", x.numel() // k if k else 0, n, k, x, weight, bias)
+
+
+def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad weight for grad (..., N), weight (N, K)."""
+    n, k = weight.shape
+    return _call("input_grad", grad.numel() // n if n else 0, k, n, grad, weight)
+
+
+def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """gradᵀ x over all leading dimensions, for grad (..., N), x (..., K)."""
+    n, k = grad.shape[-1], x.shape[-1]
+    rows = grad.numel() // n if n else 0
+    return _call("weight_grad", n, k, rows, grad.reshape(rows, n), x.reshape(rows, k))

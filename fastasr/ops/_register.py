@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration of ``torch.ops.fastasr.<name>``: implementation, fake, autograd and autocast rule of an op."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("fastasr", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+
+def register(
+    schema: str,
+    implementation: Callable,
+    fake: Callable,
+    *,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    autocast: Callable | None = None,
+) -> torch._ops.OpOverload:
+    """Define an op from its schema. ``autocast(dtype, *args)`` returns the arguments cast for autocast's dtype.
+
+    An op without ``backward`` is itself a backward: differentiating through it raises.
+    """
+    name = schema.split("(", 1)[0]
+    qualified = f"fastasr::{name}"
+    LIBRARY.define(schema, tags=_TAGS)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    if backward is None:
+        backward = _no_double_backward(name.removesuffix("_backward"))
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+    op = getattr(torch.ops.fastasr, name).default
+    if autocast is not None:
+        for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            LIBRARY.impl(name, _autocast_kernel(op, device_type, key, autocast), key)
+    return op
+
+
+def _autocast_kernel(op, device_type: str, key: str, autocast: Callable) -> Callable:
+    dispatch_key = getattr(torch._C.DispatchKey, key)
+
+    def kernel(*args):
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(dispatch_key)):
+            return op(*autocast(torch.get_autocast_dtype(device_type), *args))
+
+    return kernel
+
+
+def _no_double_backward(name: str) -> Callable:
+    def backward(ctx, *grads):
+        raise RuntimeError(double_backward_message(name))
+
+    return backward
+
+
+def double_backward_message(name: str) -> str:
+    return (
+        f"fastasr.{name}: gradients of gradients are not implemented by the kernels; "
+        f"compute them under `with fastasr.backend('eager'):`"
+    )
+
+
+def refuse_double_backward(name: str) -> None:
+    """Called at the start of a backward on the direct path: grad mode is on only under ``create_graph=True``."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(double_backward_message(name))
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for on this tensor's device, or None outside autocast."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Autocast's rule for arguments: floating tensors except float64 take ``dtype``."""
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors
+    )

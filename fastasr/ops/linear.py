@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Linear layer: y = x Wᵀ + b, dx = g W, dW = gᵀ x, db = Σ_rows g.
+
+``torch.nn.functional.linear`` with a measured choice of matrix product on CPU, see :mod:`fastasr.ops._gemm`. FLOPs:
+2 M N K each for y, dx and dW.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastasr.ops import _check, _gemm
+from fastasr.ops._dispatch import Implementation, KernelFamily, Kernels, direct
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+
+
+# --------------------------------------------------------------------------- definition
+def definition(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The formula in eager PyTorch."""
+    return F.linear(x, weight, bias)
+
+
+# --------------------------------------------------------------------------- kernels
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y without autograd."""
+    return _gemm.forward(x, weight, bias)
+
+
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool] | tuple[bool, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias) without autograd; an empty tensor for each that ``needs`` does not ask for."""
+    none = grad.new_empty(0)
+    dx = _gemm.input_grad(grad, weight) if needs[0] else none
+    dweight = _gemm.weight_grad(grad, x) if needs[1] else none
+    dbias = grad.sum(tuple(range(grad.dim() - 1))) if needs[2] else none
+    if needs[2] and grad.dim() == 1:
+        dbias = grad.clone()
+    return dx, dweight, dbias
+
+
+FAMILY = KernelFamily(
+    "linear",
+    ("linear",),
+    (
+        Implementation(
+            "cpu",
+            ("cpu",),
+            (torch.float32,),
+            _gemm.onednn_reason,
+            lambda: Kernels("cpu", forward, backward),
+        ),
+    ),
+    vendor=True,
+)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        refuse_double_backward("linear")
+        needs = ctx.needs_input_grad
+        grads = backward(grad, *ctx.saved_tensors, needs)
+        return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+# --------------------------------------------------------------------------- registration
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]):
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    return tuple(grad.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
+
+
+_BACKWARD_OP = register(
+    "linear_backward(Tensor grad, Tensor x, Tensor weight, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    backward,
+    _fake_backward,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _op_backward(ctx, grad: Tensor):
+    needs = list(ctx.needs_input_grad)
+    grads = _BACKWARD_OP(grad, *ctx.saved_tensors, needs)
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+_OP = register(
+    "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    forward,
+    _fake_forward,
+    setup_context=_setup_context,
+    backward=_op_backward,
+    autocast=lambda dtype, x, weight, bias=None: cast(dtype, x, weight, bias),
+)
+
+
+def check_affine(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, same_dtype: bool) -> None:
+    """The checks that every op with a linear layer in it shares. Under autocast dtypes may differ: they are cast."""
+    _check.floating_tensor(op, "x", x)
+    _check.floating_tensor(op, "weight", weight)
+    _check.shape(op, "weight", weight, "(N, K)", weight.dim() == 2)
+    _check.shape(
+        op, "x", x, f"(..., {weight.shape[1]}), K of weight", x.dim() >= 1 and x.shape[-1] == weight.shape[1]
+    )
+    _check.same_device(op, "weight", weight, x, "x")
+    if same_dtype and weight.dtype != x.dtype:
+        raise TypeError(f"fastasr.{op}: weight: expected dtype {x.dtype} (that of x), got {weight.dtype}")
+    if bias is None:
+        return
+    _check.floating_tensor(op, "bias", bias)
+    _check.shape(op, "bias", bias, f"({weight.shape[0]},)", bias.dim() == 1 and bias.shape[0] == weight.shape[0])
+    _check.same_device(op, "bias", bias, x, "x")
+    if same_dtype and bias.dtype != x.dtype:
+        raise TypeError(f"fastasr.{op}: bias: expected dtype {x.dtype} (that of x), got {bias.dtype}")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weightᵀ + bias: ``torch.nn.functional.linear``, faster where another matrix product is.
+
+    Args:
+        x: (..., K); float32, bfloat16, float16 or float64.
+        weight: (N, K); bias: (N,) or None; x's dtype, except under autocast, which casts all three.
+    Returns:
+        (..., N).
+    Raises:
+        TypeError: an argument is not a floating tensor, or dtypes differ outside autocast.
+        ValueError: shapes or devices do not match.
+    """
+    if isinstance(x, Tensor):
+        dtype = autocast_dtype(x)
+    else:
+        dtype = None
+    check_affine("linear", x, weight, bias, dtype is None)
+    if dtype is not None or FAMILY.kernels(x) is None:
+        return F.linear(x, weight, bias)
+    if not direct(x, weight, bias):
+        return _OP(x, weight, bias)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _Linear.apply(x, weight, bias)
+    return forward(x, weight, bias)
