@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Swoosh activations, alone and fused with dropout and a linear layer.
+
+    SwooshL(x) = log(1 + e^(x-4)) - 0.08 x - 0.035
+    SwooshR(x) = log(1 + e^(x-1)) - 0.08 x - 0.313261687
+"""
+
+import torch
+
+from fastasr import ops
+
+
+class SwooshL(torch.nn.Module):
+    """SwooshL, elementwise, any shape. No parameters."""
+
+    def forward(self, x):
+        return ops.swoosh_l(x)
+
+
+class SwooshR(torch.nn.Module):
+    """SwooshR, elementwise, any shape. No parameters."""
+
+    def forward(self, x):
+        return ops.swoosh_r(x)
+
+
+class ActivationDropoutAndLinear(torch.nn.Module):
+    """``linear(dropout(swoosh(x)))``; only ``x`` is kept for the backward pass.
+
+    x (..., in_channels) -> (..., out_channels). In training the dropout mask is drawn once per call from the
+    generator of ``x.device``, in x's dtype, with size 1 over ``dropout_shared_dim`` (None: a full mask).
+
+    Raises ValueError for an ``activation`` other than "SwooshL" and "SwooshR".
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        bias=True,
+        activation="SwooshL",
+        dropout_p=0.0,
+        dropout_shared_dim=-1,
+        initial_scale=1.0,
+    ):
+        super().__init__()
+        if activation not in ("SwooshL", "SwooshR"):
+            raise ValueError(
+                f"ActivationDropoutAndLinear: activation must be 'SwooshL' or 'SwooshR', got {activation!r}"
+            )
+        linear = torch.nn.Linear(in_channels, out_channels, bias=bias)
+        with torch.no_grad():
+            linear.weight.mul_(initial_scale)
+            if bias:
+                linear.bias.uniform_(-0.1 * initial_scale, 0.1 * initial_scale)
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        self.activation = activation
+        self.dropout_p = dropout_p
+        self.dropout_shared_dim = dropout_shared_dim
+
+    def forward(self, x):
+        # A scheduled rate draws a random number when it is read, and upstream reads it in training only.
+        dropout_p = float(self.dropout_p) if self.training else 0.0
+        return ops.swoosh_linear(
+            x,
+            self.weight,
+            self.bias,
+            kind=self.activation,
+            dropout_p=dropout_p,
+            dropout_shared_dim=self.dropout_shared_dim,
+            training=self.training,
+        )

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learnable bypass around a module, with random skipping of whole sequences in training.
+
+    y = x_orig + (x - x_orig) * scale
+"""
+
+import torch
+
+from fastasr import ops
+from fastasr.models.zipformer.parameter_limits import limit_param_value
+
+
+class BypassModule(torch.nn.Module):
+    """src_orig, src (time, batch, embed_dim) -> same shape.
+
+    scale is ``bypass_scale`` (embed_dim,), and in training (batch, embed_dim) with rows set to 0 at
+    ``skip_rate`` (the module is skipped) and to at least 1 at ``straight_through_rate``. Rates and limits are
+    numbers or schedules that convert to float.
+    """
+
+    def __init__(self, embed_dim, skip_rate=0.0, straight_through_rate=0.0, scale_min=0.0, scale_max=1.0):
+        super().__init__()
+        self.bypass_scale = torch.nn.Parameter(torch.full((embed_dim,), 0.5))
+        self.skip_rate = skip_rate
+        self.straight_through_rate = straight_through_rate
+        self.scale_min = scale_min
+        self.scale_max = scale_max
+
+    def _get_bypass_scale(self, batch_size):
+        scale = self.bypass_scale
+        if not self.training:
+            return scale
+        scale = limit_param_value(scale, min=float(self.scale_min), max=float(self.scale_max))
+        skip_rate = float(self.skip_rate)
+        if skip_rate != 0.0:
+            scale = scale * (torch.rand(batch_size, 1, device=scale.device) > skip_rate)
+        straight_through_rate = float(self.straight_through_rate)
+        if straight_through_rate != 0.0:
+            straight = torch.rand(batch_size, 1, device=scale.device) < straight_through_rate
+            scale = torch.maximum(scale, straight.to(scale.dtype))
+        return scale
+
+    def forward(self, src_orig, src):
+        return ops.bypass(src_orig, src, self._get_bypass_scale(src.shape[1]))

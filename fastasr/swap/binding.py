@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Binding a forward to one instance, and undoing it.
+
+A swapped module has two more entries in its ``__dict__`` and nothing else: ``forward``, our function as a bound
+method, and ``__prepare_scriptable__``, which torch.jit.script calls on every module before it compiles anything.
+Bound methods survive deepcopy (bound to the copy) and pickle by name, so a pickled model loads unswapped.
+"""
+
+import functools
+import types
+
+import torch
+
+_GUARD = "__prepare_scriptable__"
+
+_EXPORT_MESSAGE = (
+    "{what} cannot take a model swapped by fastasr.accelerate: {path} runs fastasr's kernels. "
+    "Export upstream's own code instead:\n"
+    "    with fastasr.eager_mode(model):\n"
+    "        ...  # {what}"
+)
+
+
+class ExportError(RuntimeError):
+    """A swapped model was handed to TorchScript or to the ONNX exporter."""
+
+
+def _refuse(module, what):
+    raise ExportError(_EXPORT_MESSAGE.format(what=what, path=f"a {type(module).__name__} module"))
+
+
+@functools.cache
+def guarded(forward):
+    """``forward`` with a check that it is not being traced. One function per forward: it is the mark of a swap."""
+
+    @functools.wraps(forward)
+    def guard(self, *args, **kwargs):
+        if torch.jit.is_tracing():
+            _refuse(self, "torch.jit.trace and the tracing ONNX exporter")
+        if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+            _refuse(self, "torch.onnx.export")
+        return forward(self, *args, **kwargs)
+
+    guard.__name__ = "forward"  # a bound method pickles by name: upstream's forward is found on loading
+    guard.fastasr_forward = forward
+    return guard
+
+
+class _ScriptGuard:
+    """Raises when called by torch.jit.script; copies with its module and disappears in a pickle."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self):
+        _refuse(self.module, "torch.jit.script")
+
+    def __deepcopy__(self, memo):
+        import copy
+
+        return _ScriptGuard(copy.deepcopy(self.module, memo))
+
+    def __reduce__(self):
+        # A loaded module is unswapped and may be scripted, without fastasr: max((module,)) is the module.
+        return functools.partial, (max, (self.module,))
+
+
+def bind(module, forward):
+    """Make ``module`` run ``forward``, a function with ``self`` first."""
+    vars(module)["forward"] = types.MethodType(guarded(forward), module)
+    vars(module)[_GUARD] = _ScriptGuard(module)
+
+
+def unbind(module):
+    """Undo ``bind``; returns the forward that was bound, or None when the module was not swapped."""
+    forward = bound_forward(module)
+    if forward is not None:
+        del vars(module)["forward"]
+        vars(module).pop(_GUARD, None)
+    return forward
+
+
+def bound_forward(module):
+    """The forward that ``bind`` gave to this module, or None."""
+    method = vars(module).get("forward")
+    return getattr(getattr(method, "__func__", None), "fastasr_forward", None)
+
+
+def foreign_forward(module):
+    """A forward that somebody else put on this instance, or None.
+
+    Unpickled swapped modules carry their class's own forward, which is no change.
+    """
+    method = vars(module).get("forward")
+    if method is None or bound_forward(module) is not None:
+        return None
+    own = getattr(method, "__func__", None) is getattr(type(module), "forward", None)
+    return None if own and method.__self__ is module else method

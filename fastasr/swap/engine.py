@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""accelerate, explain, restore and eager_mode: walk a model, decide per module, bind, undo."""
+
+import contextlib
+import fnmatch
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils import parametrize
+
+from fastasr.swap import binding
+from fastasr.swap.report import REPLACED, ROLLED_BACK, SKIPPED, Row, SwapReport
+from fastasr.swap.rules import Rule, families, upstream_class
+from fastasr.swap.source_hash import SourceUnavailable, fingerprint
+
+
+@dataclass
+class Decision:
+    """What to do with one module. ``rule`` is the rule whose class it is; ``apply`` says whether it fits.
+
+    ``unknown_source`` marks a module that fits in structure and runs code of no known version.
+    """
+
+    rule: Rule | None
+    apply: bool
+    reason: str
+    unknown_source: bool = False
+
+
+def accelerate(model, only=None, exclude=None, verify=None, strict=True):
+    """Replace the forward of every module that a rule recognises, in place. Returns a SwapReport.
+
+    Parameters, buffers, submodules, hooks and types stay as they are; calling it again changes nothing.
+
+    only, exclude: which modules to consider: glob patterns on module paths ("encoder.*.norm"), classes, callables
+        ``(path, module) -> bool``, or a list of these.
+    verify: inputs (a tuple of arguments, a dict of keyword arguments, a tensor, or a callable that takes the model
+        and runs it). Every swapped module is then run both ways and rolled back when it disagrees.
+    strict: False also accepts modules that fit in structure but run an unknown version of the code, provided that
+        they pass ``verify``.
+
+    Raises TypeError when model is not a torch.nn.Module or a selector is of another type, ValueError when a
+    pattern matches nothing or ``strict=False`` comes without ``verify``.
+    """
+    if not strict and verify is None:
+        raise ValueError(
+            "accelerate: strict=False accepts unknown code only when it is verified; pass inputs as verify=..."
+        )
+    plan = _plan(model, only, exclude)
+    report = SwapReport(type(model).__name__)
+    bound, unproven = [], set()
+    for path, module, decision in plan:
+        accept = decision.apply or (decision.unknown_source and not strict)
+        if accept and binding.bound_forward(module) is None:
+            binding.bind(module, decision.rule.forward)
+            bound.append(module)
+        if accept and not decision.apply:
+            unproven.add(path)
+        report.rows.append(_row(path, module, decision, accept))
+    if verify is not None:
+        _verify(model, verify, report, bound, unproven)
+    return report
+
+
+def _verify(model, inputs, report, bound, unproven):
+    from fastasr.swap.verify import verify as run
+
+    try:
+        checked = run(model, inputs)
+    except BaseException:
+        for module in bound:
+            binding.unbind(module)
+        raise
+    report.verified = True
+    modules = dict(model.named_modules())
+    results = {row.path: row for row in checked.rows}
+    for row in report.rows:
+        result = results.get(row.path)
+        if result is None:
+            continue
+        row.status, row.errors = result.status, result.errors
+        if result.status == ROLLED_BACK:
+            row.reason = result.reason
+        elif row.path in unproven and result.errors is None:
+            binding.unbind(modules[row.path])
+            row.status = ROLLED_BACK
+            row.reason = f"{row.reason}, and the inputs of verify do not reach it"
+        elif result.reason:
+            row.reason = f"{row.reason}; {result.reason}" if row.reason else result.reason
+
+
+def explain(model, only=None, exclude=None):
+    """The report that ``accelerate`` would return, without touching anything. Raises as it does."""
+    report = SwapReport(type(model).__name__, dry_run=True)
+    for path, module, decision in _plan(model, only, exclude):
+        report.rows.append(_row(path, module, decision, decision.apply))
+    return report
+
+
+def restore(model):
+    """Give every swapped module of ``model`` its own forward back. Returns how many there were."""
+    _check_model("restore", model)
+    return sum(binding.unbind(module) is not None for module in list(model.modules()))
+
+
+@contextlib.contextmanager
+def eager_mode(model):
+    """Upstream's code inside the block, the swap as it was after it. For TorchScript and ONNX export."""
+    _check_model("eager_mode", model)
+    swapped = [(module, binding.unbind(module)) for module in list(model.modules())]
+    try:
+        yield model
+    finally:
+        for module, forward in swapped:
+            if forward is not None and binding.foreign_forward(module) is None:
+                binding.bind(module, forward)
+
+
+def swapped_modules(model):
+    """(path, module, rule) of every swapped module of ``model``."""
+    by_forward = {rule.forward: rule for family in families() for rule in family}
+    for path, module in model.named_modules():
+        forward = binding.bound_forward(module)
+        if forward is not None:
+            yield path, module, by_forward[forward]
+
+
+def _check_model(function, model):
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _row(path, module, decision, accept):
+    rule = decision.rule
+    status = REPLACED if accept else SKIPPED
+    kernels = rule.kernels if rule is not None else ()
+    return Row(path, type(module).__name__, rule.name if rule else None, kernels, status, decision.reason)
+
+
+# --- deciding -------------------------------------------------------------------------------------------------
+
+
+def _plan(model, only, exclude):
+    """[(path, module, Decision)] for every module of the model."""
+    _check_model("accelerate", model)
+    modules = list(model.named_modules())
+    only = _selector("only", only, modules)
+    exclude = _selector("exclude", exclude, modules)
+    decisions = [_decide(module) for _, module in modules]
+    matched = {id(d.rule) for d in decisions if d.apply and not d.rule.companion}
+    companions = {rule for family in families() if any(id(r) in matched for r in family) for rule in family}
+    plan = []
+    for (path, module), decision in zip(modules, decisions, strict=True):
+        rule = decision.rule
+        if binding.bound_forward(module) is None and (decision.apply or decision.unknown_source):
+            if rule.companion and rule not in companions:
+                decision = Decision(rule, False, "no module of this model is of a known family")
+            elif only is not None and not only(path, module):
+                decision = Decision(rule, False, "not selected by only=")
+            elif exclude is not None and exclude(path, module):
+                decision = Decision(rule, False, "excluded by exclude=")
+        plan.append((path, module, decision))
+    return plan
+
+
+def _decide(module):
+    rule = _rule_for(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return Decision(None, False, "compiled by TorchScript")
+    if rule is None:
+        container = next(module.children(), None) is not None
+        return Decision(None, False, "container: see its submodules" if container else "no rule for this class")
+    forward = binding.bound_forward(module)
+    if forward is not None:
+        return Decision(rule, True, "already swapped")
+    reason = _obstacle(module) or _structure(rule, module)
+    if reason is not None:
+        return Decision(rule, False, reason)
+    return _recognise(rule, module)
+
+
+def _rule_for(module):
+    bound = binding.bound_forward(module)
+    names = [cls.__name__ for cls in type(module).__mro__]
+    for family in families():
+        for rule in family:
+            if rule.forward is bound or (bound is None and rule.class_name in names):
+                return rule
+    return None
+
+
+def _obstacle(module):
+    """Why no forward may be bound to this instance, whatever its class; None when nothing is in the way."""
+    if type(module).__module__.startswith("fastasr."):
+        return "is fastasr's own class already"
+    foreign = binding.foreign_forward(module)
+    if foreign is not None:
+        name = getattr(foreign, "__qualname__", type(foreign).__name__)
+        return f"its forward was already replaced on this instance, by {name}"
+    if parametrize.is_parametrized(module):
+        return f"has parametrizations on {', '.join(module.parametrizations)}"
+    for what, hooks in (("pre-hook", module._forward_pre_hooks), ("hook", module._forward_hooks)):
+        if hooks:
+            names = [getattr(h, "__qualname__", type(h).__name__) for h in hooks.values()]
+            return f"has a forward {what}: {', '.join(names)}"
+    return None
+
+
+def _structure(rule, module):
+    try:
+        return rule.structure(module)
+    except AttributeError as error:
+        return f"lacks an attribute of upstream's {rule.class_name}: {error}"
+
+
+def _recognise(rule, module):
+    if rule.known is None:
+        forward = upstream_class(module).forward
+        if not forward.__module__.startswith("torch.nn."):
+            return Decision(rule, False, f"{rule.class_name}.forward was replaced by {forward.__qualname__}")
+        return Decision(rule, True, "torch's own class")
+    owner = upstream_class(module)
+    try:
+        value = fingerprint(rule.functions(module), owner)
+    except SourceUnavailable as error:
+        return Decision(rule, False, f"its source cannot be read: {error}")
+    known = rule.known.get(value)
+    if known is not None:
+        reason = known.condition(module) if known.condition is not None else None
+        return Decision(rule, reason is None, reason or f"same source as {known.origin}")
+    if owner.__name__ != rule.class_name:
+        changed = ", ".join(_overridden(owner, rule.class_name)) or "something its forward uses"
+        return Decision(rule, False, f"{owner.__name__} is a subclass of {rule.class_name} that overrides {changed}")
+    reason = f"its source is no known version of {rule.class_name} (fingerprint {value})"
+    return Decision(rule, False, reason, unknown_source=True)
+
+
+def _overridden(owner, class_name):
+    names = []
+    for cls in owner.__mro__:
+        if cls.__name__ == class_name:
+            break
+        names += [name for name, value in vars(cls).items() if callable(value) and name != "__init__"]
+    return names
+
+
+# --- selecting ------------------------------------------------------------------------------------------------
+
+
+def _selector(name, value, modules):
+    """``only`` or ``exclude`` as one function (path, module) -> bool; None when there is none."""
+    if value is None:
+        return None
+    parts = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
+    for part in parts:
+        if isinstance(part, str):
+            if not any(fnmatch.fnmatchcase(path, part) for path, _ in modules):
+                raise ValueError(f"accelerate: {name} pattern {part!r} matches no module of the model")
+        elif not callable(part):
+            raise TypeError(
+                f"accelerate: {name} takes glob patterns, classes or callables (path, module) -> bool, "
+                f"got {type(part).__name__}"
+            )
+
+    def selected(path, module):
+        for part in parts:
+            if isinstance(part, str):
+                hit = fnmatch.fnmatchcase(path, part)
+            elif isinstance(part, type):
+                hit = isinstance(module, part)
+            else:
+                hit = bool(part(path, module))
+            if hit:
+                return True
+        return False
+
+    return selected

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was replaced in a model, what was not, and why."""
+
+import io
+import json
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+
+REPLACED = "replaced"
+SKIPPED = "skipped"
+ROLLED_BACK = "rolled back"
+
+
+@dataclass
+class Row:
+    """One module. ``errors`` is filled by verification.
+
+    Its numbers are the largest error against an fp64 run of upstream's code, relative to the largest magnitude
+    of the result: ``values`` and ``gradients`` for fastasr, ``upstream_values`` and ``upstream_gradients`` for
+    upstream in the model's own precision.
+    """
+
+    path: str
+    class_name: str
+    rule: str | None
+    kernels: tuple
+    status: str
+    reason: str
+    errors: dict | None = None
+
+
+@dataclass
+class SwapReport:
+    """One row per module of the model, in the order of ``model.named_modules()``.
+
+    ``dry_run`` is True for ``explain``: status "replaced" then means that accelerate would replace the module.
+    ``print(report)`` shows like rows as one line; ``report.table(every=True)`` has one line per module.
+    """
+
+    model: str
+    rows: list = field(default_factory=list)
+    dry_run: bool = False
+    verified: bool = False
+
+    def _with_status(self, status):
+        return [row for row in self.rows if row.status == status]
+
+    @property
+    def replaced(self):
+        return self._with_status(REPLACED)
+
+    @property
+    def skipped(self):
+        return self._with_status(SKIPPED)
+
+    @property
+    def rolled_back(self):
+        return self._with_status(ROLLED_BACK)
+
+    @property
+    def ok(self):
+        """False when verification rolled a module back."""
+        return not self.rolled_back
+
+    def __getitem__(self, path):
+        """The row of the module at ``path``; KeyError when the model has none there."""
+        for row in self.rows:
+            if row.path == path:
+                return row
+        raise KeyError(path)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def to_dict(self):
+        rows = [asdict(row) for row in self.rows]
+        for row in rows:
+            row["kernels"] = list(row["kernels"])
+        counts = {REPLACED: len(self.replaced), SKIPPED: len(self.skipped), ROLLED_BACK: len(self.rolled_back)}
+        return {
+            "model": self.model,
+            "dry_run": self.dry_run,
+            "verified": self.verified,
+            "counts": counts,
+            "rows": rows,
+        }
+
+    def to_json(self, **options):
+        """``to_dict`` as JSON; ``options`` go to ``json.dumps``."""
+        return json.dumps(self.to_dict(), **options)
+
+    @property
+    def summary(self):
+        verb = "would be replaced" if self.dry_run else "replaced"
+        parts = [f"{len(self.replaced)} {verb}", f"{len(self.skipped)} skipped"]
+        if self.verified or self.rolled_back:
+            parts.append(f"{len(self.rolled_back)} rolled back")
+        checked = [row for row in self.replaced if row.errors]
+        if self.verified:
+            parts.append(f"{len(checked)} verified")
+        return f"{self.model}: {', '.join(parts)} ({len(self.rows)} modules)"
+
+    def table(self, every=False):
+        """The report as text: one line per module, or (``every=False``) per group of like modules."""
+        columns, lines = self._lines(every)
+        try:
+            text = _rich_table(columns, lines)
+        except ImportError:
+            text = _plain_table(columns, lines)
+        return f"{text}\n{self.summary}"
+
+    def _lines(self, every):
+        columns = ["module", "class", "kernels", "status", "error", "reason"]
+        if every:
+            rows = [(row, row.path or "(the model)") for row in self.rows]
+        else:
+            rows = _grouped(self.rows)
+        lines = [
+            [where, row.class_name, " ".join(row.kernels), self._status(row), _largest_error(row), row.reason]
+            for row, where in rows
+        ]
+        return columns, lines
+
+    def _status(self, row):
+        return "would be replaced" if self.dry_run and row.status == REPLACED else row.status
+
+    def __str__(self):
+        return self.table()
+
+    def __rich__(self):
+        columns, lines = self._lines(every=False)
+        return _build_rich(columns, lines, self.summary)
+
+
+def _grouped(rows):
+    """[(row, where)], one per group of like rows; modules without a rule share a line per reason."""
+    groups = {}
+    for row in rows:
+        like = row.class_name if row.rule else None
+        groups.setdefault((row.status, row.reason, row.rule, like, row.kernels), []).append(row)
+    result = []
+    for group in groups.values():
+        first = group[0]
+        path = first.path or "(the model)"
+        if first.rule is None and len(group) > 1:
+            counts = Counter(row.class_name for row in group)
+            names = ", ".join(name if n == 1 else f"{n} {name}" for name, n in counts.most_common())
+            errors = None
+        else:
+            names, errors = first.class_name, _worst(group)
+        merged = Row(path, names, first.rule, first.kernels, first.status, first.reason, errors)
+        result.append((merged, path if len(group) == 1 else f"{len(group)} x, first {path}"))
+    order = [REPLACED, ROLLED_BACK, SKIPPED]
+    return sorted(result, key=lambda item: order.index(item[0].status))
+
+
+def _worst(group):
+    errors = {}
+    for row in group:
+        for name, value in (row.errors or {}).items():
+            errors[name] = max(errors.get(name, 0.0), value)
+    return errors or None
+
+
+def _largest_error(row):
+    if not row.errors:
+        return ""
+    values = [row.errors[k] for k in ("values", "gradients") if row.errors.get(k) is not None]
+    return f"{max(values):.1e}" if values else ""
+
+
+def _build_rich(columns, lines, caption=None):
+    from rich.table import Table
+
+    table = Table(caption=caption, caption_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    styles = {REPLACED: "green", ROLLED_BACK: "bold red", SKIPPED: "dim"}
+    for line in lines:
+        table.add_row(*[_escape(cell) for cell in line], style=styles.get(line[3]))
+    return table
+
+
+def _escape(cell):
+    from rich.markup import escape
+
+    return escape(cell)
+
+
+def _rich_table(columns, lines):
+    from rich.console import Console
+
+    width = max(110, shutil.get_terminal_size((150, 24)).columns)
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(_build_rich(columns, lines))
+    return console.file.getvalue().rstrip("\n")
+
+
+def _plain_table(columns, lines):
+    rows = [columns, *lines]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

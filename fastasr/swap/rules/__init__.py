@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rule is, and the families of rules. A new framework is one file here and one line in ``families``."""
+
+from dataclasses import dataclass, field
+from typing import Callable
+
+import torch
+
+
+@dataclass(frozen=True)
+class Known:
+    """One accepted version of upstream's code: where it is from, and what it demands of an instance, if anything.
+
+    ``condition(module)`` returns a reason against the instance, or None.
+    """
+
+    origin: str
+    condition: Callable | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """How to recognise one upstream class, and whose ``forward`` to bind to its instances.
+
+    ``functions(module)`` are the functions to fingerprint, beginning with the class's forward.
+    ``structure(module)`` returns why the instance does not fit our forward, or None.
+    ``known`` maps fingerprints to Known; None means the class is torch's own and ``functions`` is not used.
+    ``companion`` rules apply only to models in which another rule of the family matched a module.
+    """
+
+    name: str
+    class_name: str
+    forward: Callable
+    kernels: tuple
+    structure: Callable
+    functions: Callable = field(default=lambda module: [type(module).forward])
+    known: dict | None = None
+    companion: bool = False
+
+
+def families():
+    """The rule families, each a tuple of rules, in the order in which they are tried."""
+    from fastasr.swap.rules import zipformer
+
+    return (zipformer.RULES,)
+
+
+def upstream_class(module):
+    """The class of ``module`` without the one that FSDP2 puts in front of it."""
+    cls = type(module)
+    if cls.__name__.startswith("FSDP") and len(cls.__bases__) == 2:
+        wrapper, inner = cls.__bases__
+        if wrapper.__module__.startswith("torch.distributed."):
+            return inner
+    return cls
+
+
+def check_parameters(module, shapes, optional=()):
+    """A reason when the module's own parameters are not exactly ``shapes`` (name -> shape), else None.
+
+    Names in ``optional`` may be None. All parameters must be floating point and of one device.
+    """
+    own = {name: p for name, p in module._parameters.items()}
+    extra = sorted(set(own) - set(shapes))
+    if extra:
+        return f"has parameters this class does not have upstream: {', '.join(extra)}"
+    buffers = sorted(name for name, b in module._buffers.items() if b is not None)
+    if buffers:
+        return f"has buffers this class does not have upstream: {', '.join(buffers)}"
+    for name, shape in shapes.items():
+        parameter = own.get(name)
+        if parameter is None:
+            if name in optional and name in own:
+                continue
+            return f"lacks the parameter {name}"
+        if tuple(parameter.shape) != tuple(shape):
+            return f"{name} has shape {tuple(parameter.shape)}, expected {tuple(shape)}"
+        if not parameter.is_floating_point():
+            return f"{name} is {parameter.dtype}, expected a floating-point type"
+    return None
+
+
+def check_children(module, allowed):
+    """A reason when a submodule is not in ``allowed`` (name -> class name), else None."""
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if name not in allowed:
+            return f"has a submodule this class does not have upstream: {name} ({type(child).__name__})"
+        if upstream_class(child).__name__ != allowed[name]:
+            return f"submodule {name} is a {type(child).__name__}, expected {allowed[name]}"
+    return None
+
+
+def is_rate(value):
+    """A number, or a schedule module that converts to float."""
+    return isinstance(value, (int, float)) or (
+        isinstance(value, torch.nn.Module) and hasattr(type(value), "__float__")
+    )

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for Zipformer: the ``zipformer`` package and the icefall recipe folders that carry the same classes.
+
+Fingerprints come from ``fastasr.swap.source_hash``; ``docs/swap.md`` says how to compute one. icefall's Swoosh
+classes call k2, whose backward pass rounds the derivative to 8 bits at random; ours is exact.
+"""
+
+import torch
+
+from fastasr.models import zipformer as models
+from fastasr.swap.binding import foreign_forward
+from fastasr.swap.rules import Known, Rule, check_children, check_parameters, is_rate, upstream_class
+from fastasr.swap.source_hash import SourceUnavailable, fingerprint
+
+_PACKAGE = Known("zipformer 0.1.3")  # on PyPI
+_ICEFALL = Known("icefall's zipformer")  # egs/*/*/zipformer
+_BOTH = Known("zipformer 0.1.3 and icefall's zipformer")
+
+
+def _own_forward(module):
+    return [upstream_class(module).forward]
+
+
+# --- activations ----------------------------------------------------------------------------------------------
+
+
+def _swoosh_functions(module):
+    """icefall calls k2 by name; the package keeps its function, compiled or not, in ``func``."""
+    return _own_forward(module) + ([module.func] if hasattr(module, "func") else [])
+
+
+def _swoosh_structure(module):
+    return check_parameters(module, {}) or check_children(module, {})
+
+
+def _adl_functions(module):
+    extra = [getattr(module, name) for name in ("forward_func", "backward_func") if hasattr(module, name)]
+    return _own_forward(module) + extra
+
+
+def _adl_structure(module):
+    weight = module._parameters.get("weight")
+    if weight is None or weight.ndim != 2:
+        return "lacks a two-dimensional weight"
+    shapes = {"weight": weight.shape, "bias": weight.shape[:1]}
+    reason = check_parameters(module, shapes, optional=("bias",))
+    reason = reason or check_children(module, {"dropout_p": "ScheduledFloat"})
+    if reason:
+        return reason
+    if module.activation not in ("SwooshL", "SwooshR"):
+        return f"activation is {module.activation!r}, expected 'SwooshL' or 'SwooshR'"
+    for name, suffix in (("forward_func", ""), ("backward_func", "_and_deriv")):
+        function = getattr(module, name, None)
+        expected = f"_{module.activation.lower()}{suffix}"
+        if function is not None and _name(function) != expected:
+            return f"{name} is {_name(function)}, expected {expected}"
+    if not is_rate(module.dropout_p):
+        return f"dropout_p is a {type(module.dropout_p).__name__}, expected a number or a schedule"
+    shared = module.dropout_shared_dim
+    if shared is not None and not isinstance(shared, int):
+        return f"dropout_shared_dim is {shared!r}, expected an int or None"
+    return None
+
+
+def _name(function):
+    inner = getattr(function, "_torchdynamo_orig_callable", function)
+    return getattr(inner, "__name__", type(inner).__name__)
+
+
+def _scheduled_or_no_dropout(module):
+    """Before icefall's pull request 1770 the dropout rate also acted in eval mode, where schedules have a default."""
+    if getattr(module.dropout_p, "default", module.dropout_p) != 0:
+        return "this version of the class applies dropout_p in eval mode too"
+    return None
+
+
+# --- norm, bypass, linear -------------------------------------------------------------------------------------
+
+
+def _bias_norm_structure(module):
+    shapes = {"bias": (module.num_channels,), "log_scale": ()}
+    allowed = {"log_scale_min": "ScheduledFloat", "log_scale_max": "ScheduledFloat"}
+    reason = check_parameters(module, shapes) or check_children(module, allowed)
+    if reason is None and not isinstance(module.channel_dim, int):
+        reason = f"channel_dim is {module.channel_dim!r}, expected an int"
+    return reason
+
+
+_BYPASS_RATES = ("skip_rate", "straight_through_rate", "scale_min", "scale_max")
+
+
+def _bypass_structure(module):
+    scale = module._parameters.get("bypass_scale")
+    if scale is None or scale.ndim != 1:
+        return "lacks a one-dimensional bypass_scale"
+    reason = check_parameters(module, {"bypass_scale": scale.shape})
+    reason = reason or check_children(module, dict.fromkeys(_BYPASS_RATES, "ScheduledFloat"))
+    for name in _BYPASS_RATES:
+        if reason is None and not is_rate(getattr(module, name)):
+            reason = f"{name} is a {type(getattr(module, name)).__name__}, expected a number or a schedule"
+    return reason
+
+
+def _linear_structure(module):
+    if upstream_class(module) is not torch.nn.Linear:
+        return f"is a subclass of torch.nn.Linear ({type(module).__module__}.{type(module).__qualname__})"
+    shapes = {"weight": (module.out_features, module.in_features), "bias": (module.out_features,)}
+    return check_parameters(module, shapes, optional=("bias",)) or check_children(module, {})
+
+
+# --- front end ------------------------------------------------------------------------------------------------
+
+_CONVNEXT_CHILDREN = {
+    "depthwise_conv": "Conv2d",
+    "pointwise_conv1": "Conv2d",
+    "hidden_balancer": "Balancer",
+    "activation": "SwooshL",
+    "pointwise_conv2": "Conv2d",
+    "out_balancer": "Balancer",
+    "out_whiten": "Whiten",
+    "layerdrop_rate": "ScheduledFloat",
+}
+
+# Inference leaves the balancers out: these versions return their input when it needs no gradient.
+_BALANCERS = {
+    "11eb10d0735c5e5c3fea5f1a",  # zipformer 0.1.3 on PyPI
+    "5b8544f975686064be524bb7",  # icefall since pull request 1974
+    "5e2cd40d81ed3f21460c0365",  # icefall before it
+}
+
+
+def _convnext_structure(module):
+    reason = check_parameters(module, {}) or check_children(module, _CONVNEXT_CHILDREN)
+    missing = sorted(set(_CONVNEXT_CHILDREN) - {"layerdrop_rate"} - set(module._modules))
+    if reason or missing:
+        return reason or f"lacks the submodules {', '.join(missing)}"
+    if not is_rate(module.layerdrop_rate):
+        return f"layerdrop_rate is a {type(module.layerdrop_rate).__name__}, expected a number or a schedule"
+    depthwise, expand, contract = module.depthwise_conv, module.pointwise_conv1, module.pointwise_conv2
+    channels, hidden = depthwise.in_channels, expand.out_channels
+    expected = {
+        "depthwise_conv": (depthwise, (channels, 1, *depthwise.kernel_size)),
+        "pointwise_conv1": (expand, (hidden, channels, 1, 1)),
+        "pointwise_conv2": (contract, (channels, hidden, 1, 1)),
+    }
+    for name, (conv, shape) in expected.items():
+        if upstream_class(conv) is not torch.nn.Conv2d or foreign_forward(conv) is not None:
+            return f"submodule {name} is not a plain torch.nn.Conv2d"
+        reason = check_parameters(conv, {"weight": shape, "bias": shape[:1]}, optional=("bias",))
+        if reason:
+            return f"submodule {name} {reason}"
+        plain = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+        same = name != "depthwise_conv" or conv.padding == tuple((k - 1) // 2 for k in conv.kernel_size)
+        if not (plain and same and (name == "depthwise_conv" or conv.padding == (0, 0))):
+            return f"submodule {name} has another stride, dilation or padding than upstream's"
+    for name in ("hidden_balancer", "out_balancer"):
+        balancer = getattr(module, name)
+        try:
+            value = fingerprint([upstream_class(balancer).forward], upstream_class(balancer))
+        except SourceUnavailable as error:
+            return f"submodule {name}: {error}"
+        if value not in _BALANCERS or foreign_forward(balancer) is not None:
+            return f"submodule {name} runs code that is not upstream's (fingerprint {value})"
+    activation = module.activation
+    try:
+        value = fingerprint(_swoosh_functions(activation), upstream_class(activation))
+    except SourceUnavailable as error:
+        return f"submodule activation: {error}"
+    if value not in SWOOSH_L.known or foreign_forward(activation) is not None:
+        return f"submodule activation runs code that is not upstream's (fingerprint {value})"
+    return None
+
+
+# --- the table ------------------------------------------------------------------------------------------------
+
+SWOOSH_L = Rule(
+    name="zipformer.swoosh_l",
+    class_name="SwooshL",
+    forward=models.SwooshL.forward,
+    kernels=("swoosh_l",),
+    structure=_swoosh_structure,
+    functions=_swoosh_functions,
+    known={
+        "6f2dee7a835d9f8e6dcef639": _PACKAGE,
+        "43926691ea5904af92c73f93": _ICEFALL,  # since pull request 1940: the output has the input's dtype
+    },
+)
+
+SWOOSH_R = Rule(
+    name="zipformer.swoosh_r",
+    class_name="SwooshR",
+    forward=models.SwooshR.forward,
+    kernels=("swoosh_r",),
+    structure=_swoosh_structure,
+    functions=_swoosh_functions,
+    known={
+        "336a09ba89d66c7f0cf011e1": _PACKAGE,
+        "efb990e8dee97a31a9e9d681": _ICEFALL,  # since pull request 1940
+    },
+)
+
+ACTIVATION_DROPOUT_AND_LINEAR = Rule(
+    name="zipformer.activation_dropout_and_linear",
+    class_name="ActivationDropoutAndLinear",
+    forward=models.ActivationDropoutAndLinear.forward,
+    kernels=("swoosh_linear",),
+    structure=_adl_structure,
+    functions=_adl_functions,
+    known={
+        "781e452b79baa27b704fe4c1": _PACKAGE,  # activation SwooshL
+        "35132d02a7d6bf2a98a0f1ba": _PACKAGE,  # activation SwooshR
+        "23c796cf93a9157ec368b352": _ICEFALL,  # since pull request 1770
+        "553d188554ac839c5fbd665f": Known("icefall before pull request 1770", _scheduled_or_no_dropout),
+    },
+)
+
+BIAS_NORM = Rule(
+    name="zipformer.bias_norm",
+    class_name="BiasNorm",
+    forward=models.BiasNorm.forward,
+    kernels=("bias_norm",),
+    structure=_bias_norm_structure,
+    functions=_own_forward,
+    known={"9e1dc79eb532fd8122f42674": _BOTH},  # icefall: every version so far
+)
+
+BYPASS = Rule(
+    name="zipformer.bypass",
+    class_name="BypassModule",
+    forward=models.BypassModule.forward,
+    kernels=("bypass",),
+    structure=_bypass_structure,
+    functions=_own_forward,
+    known={"a4edc035344a0e73d0329665": _BOTH},  # icefall: since pull request 1108
+)
+
+CONVNEXT = Rule(
+    name="zipformer.convnext",
+    class_name="ConvNeXt",
+    forward=models.ConvNeXt.forward,
+    kernels=("linear", "swoosh_linear"),
+    structure=_convnext_structure,
+    functions=_own_forward,
+    known={"a5bcd4f71743691dc267c6ba": _BOTH},  # icefall: since pull request 1180
+)
+
+LINEAR = Rule(
+    name="zipformer.linear",
+    class_name="Linear",
+    forward=models.Linear.forward,
+    kernels=("linear",),
+    structure=_linear_structure,
+    companion=True,
+)
+
+RULES = (SWOOSH_L, SWOOSH_R, ACTIVATION_DROPOUT_AND_LINEAR, BIAS_NORM, BYPASS, CONVNEXT, LINEAR)

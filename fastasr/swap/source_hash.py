@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fingerprint of the code a module runs, equal for copies of the same code and different for edited ones.
+
+The fingerprint of some functions is the SHA-256 of their normalised syntax trees and of everything they reach
+that lives beside them: functions and classes named in their bodies, and methods called on ``self``. "Beside"
+means a source file in the same folder: recipe folders import ``scaling`` from ``zipformer`` in that way, while
+torch, k2 and the standard library stay names.
+
+Normalised means: docstrings, annotations, the wording of assertion and exception messages and of f-strings are
+dropped, ``nn`` is spelled ``torch.nn`` and formatting and comments do not exist in a syntax tree. Field order and
+line numbers play no part, so the value does not depend on the Python version.
+"""
+
+import ast
+import functools
+import hashlib
+import inspect
+import os
+import textwrap
+import types
+
+import torch
+
+_ALIASES = {id(torch.nn): ("torch", "nn"), id(torch.nn.functional): ("torch", "nn", "functional")}
+
+
+class SourceUnavailable(Exception):
+    """The source of a function cannot be read, so it cannot be recognised."""
+
+
+def unwrap(function):
+    """The plain Python function behind bound methods, ``functools.wraps`` and ``torch.compile`` wrappers."""
+    while True:
+        inner = (
+            getattr(function, "_torchdynamo_orig_callable", None)
+            or getattr(function, "__wrapped__", None)
+            or getattr(function, "__func__", None)
+        )
+        if inner is None:
+            return function
+        function = inner
+
+
+def fingerprint(functions, owner=None):
+    """SHA-256 (first 24 hex digits) of ``functions`` and what they reach beside them.
+
+    ``owner`` is the class on which ``self.<method>`` is looked up. Raises SourceUnavailable when a source is
+    missing, as it is for code typed at a prompt or compiled by TorchScript.
+    """
+    return _fingerprint(tuple(unwrap(f) for f in functions), owner)
+
+
+@functools.lru_cache(maxsize=4096)
+def _fingerprint(functions, owner):
+    texts, pending, seen = {}, list(functions), set()
+    while pending:
+        obj = pending.pop()
+        if id(obj) in seen:
+            continue
+        seen.add(id(obj))
+        tree = _normalised_tree(obj)
+        texts[f"{obj.__qualname__}"] = _spell(tree)
+        pending.extend(_reached(obj, tree, owner))
+    digest = hashlib.sha256()
+    for name in sorted(texts):
+        digest.update(f"{name}\n{texts[name]}\n".encode())
+    return digest.hexdigest()[:24]
+
+
+def _source_file(obj):
+    try:
+        return inspect.getsourcefile(obj)
+    except TypeError:
+        return None
+
+
+def _normalised_tree(obj):
+    try:
+        source = textwrap.dedent(inspect.getsource(obj))
+    except (OSError, TypeError) as error:
+        raise SourceUnavailable(f"no source for {getattr(obj, '__qualname__', obj)}: {error}") from None
+    tree = ast.parse(source).body[0]
+    return _Normaliser(_globals_of(obj)).visit(tree)
+
+
+def _globals_of(obj):
+    if isinstance(obj, types.FunctionType):
+        return obj.__globals__
+    module = inspect.getmodule(obj)
+    return vars(module) if module is not None else {}
+
+
+def _reached(obj, tree, owner):
+    """Functions and classes beside ``obj`` that its body names, and methods it calls on ``self``."""
+    folder = os.path.dirname(_source_file(obj) or "")
+    namespace = _globals_of(obj)
+    for node in ast.walk(tree):
+        found = None
+        if isinstance(node, ast.Name):
+            found = namespace.get(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+            found = inspect.getattr_static(owner, node.attr, None) if owner is not None else None
+        if isinstance(found, (staticmethod, classmethod)):
+            found = found.__func__
+        if not isinstance(found, (types.FunctionType, type)):
+            continue
+        found = unwrap(found)
+        if "<locals>" in found.__qualname__:  # a decorator built at import: known by its name only
+            continue
+        file = _source_file(found)
+        if file is not None and os.path.dirname(file) == folder:
+            yield found
+
+
+class _Normaliser(ast.NodeTransformer):
+    def __init__(self, namespace):
+        self.namespace = namespace
+
+    def _function(self, node):
+        self.generic_visit(node)
+        node.returns = None
+        arguments = node.args
+        for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]:
+            argument.annotation = None
+        for argument in (arguments.vararg, arguments.kwarg):
+            if argument is not None:
+                argument.annotation = None
+        return _without_docstring(node)
+
+    visit_FunctionDef = _function
+    visit_AsyncFunctionDef = _function
+
+    def visit_ClassDef(self, node):
+        self.generic_visit(node)
+        return _without_docstring(node)
+
+    def visit_AnnAssign(self, node):
+        self.generic_visit(node)
+        return None if node.value is None else ast.Assign(targets=[node.target], value=node.value)
+
+    def visit_Assert(self, node):
+        self.generic_visit(node)
+        node.msg = None
+        return node
+
+    def visit_Raise(self, node):
+        self.generic_visit(node)
+        if isinstance(node.exc, ast.Call):
+            node.exc = node.exc.func
+        return node
+
+    def visit_JoinedStr(self, node):
+        return ast.Constant("f-string")
+
+    def visit_Name(self, node):
+        parts = _ALIASES.get(id(self.namespace.get(node.id)))
+        if parts is None:
+            return node
+        spelled = ast.Name(parts[0])
+        for part in parts[1:]:
+            spelled = ast.Attribute(spelled, part)
+        return spelled
+
+
+def _without_docstring(node):
+    body = node.body
+    if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if isinstance(body[0].value.value, str):
+            node.body = body[1:] or [ast.Pass()]
+    return node
+
+
+_SILENT = {"ctx", "type_comment", "kind", "type_params", "type_ignores"}
+
+
+def _spell(node):
+    """A syntax tree as text, independent of the Python version that parsed it."""
+    if isinstance(node, ast.AST):
+        fields = [
+            f"{name}={_spell(value)}"
+            for name, value in ast.iter_fields(node)
+            if name not in _SILENT and value is not None and value != []
+        ]
+        return f"{type(node).__name__}({','.join(sorted(fields))})"
+    if isinstance(node, list):
+        return f"[{','.join(_spell(item) for item in node)}]"
+    return repr(node)

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run every swapped module both ways on the activations that a real input produces, and undo those that disagree.
+
+The model runs once on upstream's code. Whenever that run reaches a swapped module, the module's inputs go through
+four forwards: fastasr's and upstream's, each for inference (eval mode, no gradients) and for training (training
+mode, gradients of all inputs and parameters for a random gradient of the output), from the same random state.
+Both are measured against upstream's own code in fp64 with the same random draws. A module passes when
+
+* fastasr's error is at most twice upstream's, or a few units in the last place of the largest result, or
+  a few times what rounding the inputs once does to the result (sums with cancellation need this one);
+* both produce the same shapes, dtypes and non-finite values, and leave the same random state behind.
+
+Where no fp64 run is possible the two are compared with each other, with a tolerance for their dtype.
+"""
+
+import contextlib
+import copy
+import sys
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from fastasr.swap import binding
+from fastasr.swap.engine import swapped_modules
+from fastasr.swap.report import REPLACED, ROLLED_BACK, Row, SwapReport
+from fastasr.swap.state import ModelState, RandomState
+
+_NOISE = 2.0  # times upstream's own error: the largest error of one call is a noisy figure
+_ULPS = 8  # of the largest result
+_ROUNDINGS = 4  # times the effect of rounding the inputs once
+_PLAIN_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+_PASSES = ("inference", "training")
+
+
+def verify(model, inputs, gradients=True, rollback=True):
+    """Check every swapped module of ``model`` on ``inputs``. Returns a SwapReport with a row for each of them.
+
+    inputs: a tuple of arguments, a dict of keyword arguments, a tensor, or a callable that takes the model and
+        runs it.
+    gradients: also compare the gradients of inputs and parameters, in training mode.
+    rollback: restore the modules that disagree; otherwise they are reported as "rolled back" and left swapped.
+
+    Gradients, buffers, training flags and random states are the same afterwards. Raises what the model raises when
+    it cannot run the inputs on upstream's code.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"verify: model must be a torch.nn.Module, got {type(model).__name__}")
+    report = SwapReport(type(model).__name__, verified=True)
+    swapped = list(swapped_modules(model))
+    checks = _Checks(_PASSES if gradients else _PASSES[:1])
+    with ModelState(model), RandomState(), _no_compilation(), torch.no_grad():
+        probes = [_Probe(module, rule, checks) for _, module, rule in swapped]
+        try:
+            for probe in probes:
+                probe.attach()
+            _run(model, inputs)
+        finally:
+            for probe in probes:
+                probe.detach()
+    for (path, module, rule), probe in zip(swapped, probes, strict=True):
+        row = Row(path, type(module).__name__, rule.name, rule.kernels, REPLACED, "", probe.errors)
+        if probe.failure is not None:
+            row.status, row.reason = ROLLED_BACK, f"verification: {probe.failure}"
+            if rollback:
+                binding.unbind(module)
+        elif probe.errors is None:
+            row.reason = "not reached by the inputs of verify"
+        report.rows.append(row)
+    return report
+
+
+def _run(model, inputs):
+    if isinstance(inputs, torch.Tensor):
+        model(inputs)
+    elif isinstance(inputs, dict):
+        model(**inputs)
+    elif isinstance(inputs, (tuple, list)):
+        model(*inputs)
+    elif callable(inputs):
+        inputs(model)
+    else:
+        raise TypeError(
+            f"verify: inputs must be a tensor, a tuple, a dict or a callable, got {type(inputs).__name__}"
+        )
+
+
+@contextlib.contextmanager
+def _no_compilation():
+    """Upstream's inner torch.compile runs as plain Python: its formula is wanted, not 20 s of compilation."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+# --- the probes -----------------------------------------------------------------------------------------------
+
+
+class _Checks:
+    """What the probes of one verification share. ``side`` is whose forward a probe runs when it is called."""
+
+    def __init__(self, passes):
+        self.passes = passes
+        self.side = "capture"
+
+    @contextlib.contextmanager
+    def run_as(self, side):
+        before, self.side = self.side, side
+        try:
+            yield
+        finally:
+            self.side = before
+
+
+class _Probe:
+    """Stands in for a swapped module's forward while the model runs."""
+
+    def __init__(self, module, rule, checks):
+        self.module, self.rule, self.checks = module, rule, checks
+        self.ours = vars(module)["forward"]
+        self.errors = None
+        self.failure = None
+
+    def attach(self):
+        def forward(*args, **kwargs):
+            return self(*args, **kwargs)
+
+        vars(self.module)["forward"] = forward
+
+    def detach(self):
+        vars(self.module)["forward"] = self.ours
+
+    def upstream(self, *args, **kwargs):
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __call__(self, *args, **kwargs):
+        if self.checks.side == "ours":
+            return self.ours(*args, **kwargs)
+        if self.checks.side == "capture" and self.errors is None and self.failure is None:
+            with ModelState(self.module), RandomState():
+                self.failure = self._compare(args, kwargs)
+        return self.upstream(*args, **kwargs)
+
+    def _compare(self, args, kwargs):
+        """Why fastasr and upstream disagree on this call, or None. Fills ``errors``."""
+        self.errors = {}
+        for name in self.checks.passes:
+            training = name == "training"
+            self.module.train(training)
+            reason = self._compare_once(args, kwargs, training)
+            if reason is not None:
+                return f"{name}: {reason}"
+        return None
+
+    def _compare_once(self, args, kwargs, training):
+        start = RandomState.now()
+        outcomes = {}
+        for side, forward in (("ours", self.ours), ("upstream", self.upstream)):
+            start.restore()
+            who = "fastasr" if side == "ours" else "upstream"
+            try:
+                with self.checks.run_as(side):
+                    outcomes[side] = _replay(self.module, forward, args, kwargs, training)
+            except Exception as error:
+                return f"{who} raised {type(error).__name__}: {error}"
+            outcomes[side].random = RandomState.now()
+        ours, upstream = outcomes["ours"], outcomes["upstream"]
+        if ours.random != upstream.random and not self._draws_by_k2():
+            return "fastasr and upstream draw different random numbers"
+        start.restore()
+        reference = _Reference(self.module, args, kwargs, training, start)
+        for kind, mine, theirs in (
+            ("values", ours.values, upstream.values),
+            ("gradients", ours.gradients, upstream.gradients),
+        ):
+            verdict = _Verdict(kind, mine, theirs, reference)
+            self._record(kind, verdict)
+            if verdict.failure is not None:
+                return verdict.failure
+        return None
+
+    def _draws_by_k2(self):
+        """k2's Swoosh draws random numbers of its own to round derivatives; fastasr's has none to draw."""
+        return "k2" in type(self.module).forward.__globals__
+
+    def _record(self, kind, verdict):
+        if verdict.error is None:
+            return
+        for key, value in ((kind, verdict.error), (f"upstream_{kind}", verdict.upstream_error)):
+            self.errors[key] = max(self.errors.get(key, 0.0), value)
+
+
+# --- one call -------------------------------------------------------------------------------------------------
+
+
+class _Outcome:
+    """``values``: the output tensors; ``gradients``: of the inputs, then the parameters, with names."""
+
+    def __init__(self, values, gradients):
+        self.values, self.gradients = values, gradients
+        self.random = None
+
+
+def _replay(module, forward, args, kwargs, training, roundings=None):
+    """Run ``forward`` once on detached inputs. ``roundings`` perturbs what the gradients are seeded with."""
+
+    def fresh(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = value.detach()
+        return value.clone().requires_grad_() if training and value.is_floating_point() else value
+
+    args, kwargs = tree_map(fresh, (args, kwargs))
+    with torch.set_grad_enabled(training):
+        outputs = [t for t in tree_flatten(forward(*args, **kwargs))[0] if isinstance(t, torch.Tensor)]
+        values = [(f"output {i}" if len(outputs) > 1 else "the output", t) for i, t in enumerate(outputs)]
+        gradients = _gradients(module, outputs, (args, kwargs), roundings) if training else []
+    return _Outcome([(name, t.detach()) for name, t in values], gradients)
+
+
+def _gradients(module, outputs, inputs, roundings):
+    leaves = [t for t in tree_flatten(inputs)[0] if isinstance(t, torch.Tensor) and t.requires_grad]
+    named = [(f"input {i}", t) for i, t in enumerate(leaves)]
+    named += [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    outputs = [t for t in outputs if t.requires_grad]
+    if not named or not outputs:
+        return []
+    generator = torch.Generator().manual_seed(0)
+    seeds = []
+    for t in outputs:
+        seed = torch.randn(t.shape, generator=generator).to(t.device, t.dtype)
+        seeds.append(seed if roundings is None else roundings(seed))
+    found = torch.autograd.grad(outputs, [t for _, t in named], seeds, allow_unused=True)
+    return [(f"the gradient of {name}", g) for (name, _), g in zip(named, found, strict=True)]
+
+
+class _DrawInLowPrecision(TorchFunctionMode):
+    """fp64 code draws the numbers that the same code draws in ``dtype``, so that masks are the same."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in (torch.rand, torch.randn) and kwargs.get("dtype") is torch.float64:
+            kwargs["dtype"] = self.dtype
+            return func(*args, **kwargs).double()
+        return func(*args, **kwargs)
+
+
+class _Reference:
+    """Upstream's code on a copy of the module in fp64, run when it is asked for."""
+
+    def __init__(self, module, args, kwargs, training, start):
+        self.training, self.start = training, start
+        self.module, self.outcome, self.rounded = None, None, None
+        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+        floating = [t.dtype for t in [*tensors, *module.parameters()] if t.is_floating_point()]
+        self.dtype = min(floating, key=lambda d: -torch.finfo(d).eps, default=torch.float32)
+        try:
+            self.module = self._in_fp64(module)
+            self.args, self.kwargs = tree_map(self._double, (args, kwargs))
+            self.outcome = self._replay(None)
+        except Exception:  # an extension without fp64, a sharded parameter: compare without a reference
+            self.outcome = None
+
+    @staticmethod
+    def _in_fp64(module):
+        result = copy.deepcopy(module)
+        for part in result.modules():
+            vars(part).pop("forward", None)
+        return result.double()
+
+    @staticmethod
+    def _double(value):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.detach().double()
+        return value
+
+    def _replay(self, roundings):
+        self.start.restore()
+        args, kwargs = self.args, self.kwargs
+        if roundings is not None:
+            args, kwargs = tree_map(roundings, (args, kwargs))
+        forward = type(self.module).forward.__get__(self.module)
+        device = next((t.device.type for t in tree_flatten(args)[0] if isinstance(t, torch.Tensor)), "cpu")
+        with _DrawInLowPrecision(self.dtype), torch.autocast(device, enabled=False):
+            return _replay(self.module, forward, args, kwargs, self.training, roundings)
+
+    def of(self, kind):
+        """The list of named fp64 tensors, or None without a reference."""
+        return None if self.outcome is None else getattr(self.outcome, kind)
+
+    def rounding_effect(self, kind):
+        """Per tensor, the largest change when inputs, parameters and output gradient are rounded once."""
+        if self.rounded is None:
+            generator = torch.Generator().manual_seed(1)
+            step = torch.finfo(self.dtype).eps / 2
+
+            def roundings(value):
+                if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                    return value
+                signs = torch.randint(0, 2, value.shape, generator=generator).to(value.device, value.dtype)
+                return value * (1 + step * (2 * signs - 1))
+
+            with torch.no_grad():
+                for parameter in self.module.parameters():
+                    parameter.copy_(roundings(parameter))
+            self.rounded = self._replay(roundings)
+        pairs = zip(getattr(self.rounded, kind), getattr(self.outcome, kind), strict=True)
+        return [0.0 if b is None else _largest(a - b) for (_, a), (_, b) in pairs]
+
+
+# --- the verdict ----------------------------------------------------------------------------------------------
+
+
+class _Verdict:
+    """Compares lists of named tensors. ``failure`` is a reason or None; errors are relative, None without any."""
+
+    def __init__(self, kind, ours, upstream, reference):
+        self.kind, self.failure, self.error, self.upstream_error = kind, None, None, None
+        exact = reference.of(kind)
+        for index, ((name, mine), (_, theirs)) in enumerate(zip(ours, upstream, strict=False)):
+            truth = None if exact is None else exact[index][1]
+            self.failure = self._compare(name, mine, theirs, truth, reference, index)
+            if self.failure is not None:
+                return
+        if len(ours) != len(upstream):
+            self.failure = f"fastasr gives {len(ours)} {kind}, upstream {len(upstream)}"
+
+    def _compare(self, name, mine, theirs, truth, reference, index):
+        if mine is None or theirs is None:
+            if mine is theirs:
+                return None
+            return f"{name} is {'missing' if mine is None else 'unexpected'}"
+        if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+            return (
+                f"{name} is {mine.dtype} {tuple(mine.shape)}, upstream's is {theirs.dtype} {tuple(theirs.shape)}"
+            )
+        if mine.numel() == 0:
+            return None
+        if not mine.is_floating_point():
+            return None if torch.equal(mine, theirs) else f"{name} differs from upstream's"
+        finite = torch.isfinite(theirs)
+        if truth is not None and truth.shape == theirs.shape:
+            finite = finite & torch.isfinite(truth)
+        if not torch.equal(torch.isfinite(mine) & finite, finite):
+            return f"{name} is not finite where upstream's is"
+        return self._errors(name, mine, theirs, truth, finite, reference, index)
+
+    def _errors(self, name, mine, theirs, truth, finite, reference, index):
+        eps = torch.finfo(theirs.dtype).eps
+        mine, theirs = (torch.where(finite, t, 0).double() for t in (mine, theirs))
+        if truth is None or truth.shape != theirs.shape:
+            scale = _largest(theirs)
+            error, upstream_error = _largest(mine - theirs), 0.0
+            limit = _PLAIN_TOLERANCE[reference.dtype] * scale
+        else:
+            truth = torch.where(finite, truth, 0)
+            scale = _largest(truth)
+            error, upstream_error = _largest(mine - truth), _largest(theirs - truth)
+            limit = max(_NOISE * upstream_error, _ULPS * eps * scale)
+            if error > limit:
+                limit = max(limit, _ROUNDINGS * reference.rounding_effect(self.kind)[index])
+        scale = scale or 1.0
+        self.error = max(self.error or 0.0, error / scale)
+        self.upstream_error = max(self.upstream_error or 0.0, upstream_error / scale)
+        if error > limit:
+            return (
+                f"error of {name} is {error / scale:.1e}, upstream's is {upstream_error / scale:.1e} "
+                f"and at most {limit / scale:.1e} passes"
+            )
+        return None
+
+
+def _largest(tensor):
+    return tensor.abs().max().item() if tensor.numel() else 0.0
