@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from fastasr import ops
 from fastasr.benchmarks.case import Report, Settings
 from fastasr.benchmarks.harness import LoadMeter, Variant, interleave
-from fastasr.benchmarks.ops import bias_norm, bypass, swoosh
 from fastasr.benchmarks.rows import Row
+from fastasr.ops.bias_norm import definition as bias_norm_definition
+from fastasr.ops.bypass import definition as bypass_definition
+from fastasr.ops.swoosh import definition_l, definition_r
 
 NAME = "dispatch"
 INFERENCE, NO_GRAD, FORWARD, BOTH = "inference mode", "no_grad", "forward", "forward+backward"
@@ -36,7 +38,7 @@ class Tiny:
 
 
 def _swoosh_linear_formula(x, weight, bias):
-    return F.linear(swoosh.swoosh_l(x), weight, bias)
+    return F.linear(definition_l(x), weight, bias)
 
 
 def _swoosh_linear_operator(x, weight, bias):
@@ -52,13 +54,13 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
     log_scale = torch.tensor(0.5, device=device)
     registered = torch.ops.fastasr
     return {
-        "swoosh_l": Tiny((x,), swoosh.swoosh_l, ops.swoosh_l, registered.swoosh_l),
-        "swoosh_r": Tiny((x,), swoosh.swoosh_r, ops.swoosh_r, registered.swoosh_r),
+        "swoosh_l": Tiny((x,), definition_l, ops.swoosh_l, registered.swoosh_l),
+        "swoosh_r": Tiny((x,), definition_r, ops.swoosh_r, registered.swoosh_r),
         "swoosh_linear": Tiny(
             (x, weight, bias), _swoosh_linear_formula, ops.swoosh_linear, _swoosh_linear_operator
         ),
-        "bias_norm": Tiny((x, bias, log_scale), bias_norm.formula, ops.bias_norm, registered.bias_norm),
-        "bypass": Tiny((x, other, scale), bypass.formula, ops.bypass, registered.bypass),
+        "bias_norm": Tiny((x, bias, log_scale), bias_norm_definition, ops.bias_norm, registered.bias_norm),
+        "bypass": Tiny((x, other, scale), bypass_definition, ops.bypass, registered.bypass),
         "linear": Tiny((x, weight, bias), F.linear, ops.linear, registered.linear),
     }
 

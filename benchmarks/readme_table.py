@@ -111,14 +111,14 @@ def _linear_part(found: Sequence[Unit]) -> list[str]:
         if unit.first.case == "whole model" and alone and both:
             lines += [
                 "",
-                f"{unit.first.name}: of the {times(both)} over upstream as shipped, replacing only its linear "
-                f"layers brings {times(alone)}; the other kernels {times(both / alone)}.",
+                f"{unit.first.name}: of the {times(both)} over upstream as shipped, replacing only its "
+                f"linear layers brings {times(alone)}; the other kernels {times(both / alone)}.",
             ]
     return lines
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown for all machines in ``rows``; quick runs and other dtypes appear as they were measured."""
+    """Markdown for all machines in ``rows``."""
     if not rows:
         return "No measurements yet: `make bench` writes them."
     machines = dict.fromkeys(row.device_name for row in rows)

@@ -30,15 +30,17 @@ BATCH, FRAMES = 4, 1600
 FIRST_CALL_TIMEOUT = 300  # seconds for one fresh process
 
 
-def swapped(model: torch.nn.Module, implementation: str) -> torch.nn.Module:
-    """A copy of ``model`` with all, or only the linear, replacements of fastasr; upstream's stays as it is."""
-    import fastasr
+def variants(shipped: torch.nn.Module) -> dict[str, Callable[[], torch.nn.Module]]:
+    """Functions that make each implementation's model from upstream's."""
 
-    if implementation == UPSTREAM:
+    def accelerated():
+        import fastasr
+
+        model = copy.deepcopy(shipped)
+        fastasr.accelerate(model)
         return model
-    model = copy.deepcopy(model)
-    fastasr.accelerate(model, only=["linear"] if implementation == LINEAR else None)
-    return model
+
+    return {UPSTREAM: lambda: shipped, LINEAR: lambda: copy.deepcopy(shipped), FASTASR: accelerated}
 
 
 def _call(model: Callable, inputs: tuple) -> Callable[[], torch.Tensor]:
@@ -47,6 +49,22 @@ def _call(model: Callable, inputs: tuple) -> Callable[[], torch.Tensor]:
             return model(*inputs)[0]
 
     return forward
+
+
+def _with_linear(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """``call`` with fastasr's product in place of ``F.linear``, and nothing else of fastasr."""
+    from fastasr import ops
+
+    functional = torch.nn.functional
+
+    def replaced():
+        original, functional.linear = functional.linear, ops.linear
+        try:
+            return call()
+        finally:
+            functional.linear = original
+
+    return replaced
 
 
 def _flops(size: str, inputs: tuple) -> int:
@@ -109,7 +127,7 @@ def _row(case: str, implementation: str, timing: Timing, shape: str, load: float
 def _fresh_process(implementation: str, size: str) -> dict[str, float]:
     """Seconds of accelerate(), the first and the second call in a new process with empty caches."""
     with tempfile.TemporaryDirectory() as cache:
-        caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "FASTASR_CACHE_DIR")
+        caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "FASTASR_CACHE")
         environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
         environment.update({name: os.path.join(cache, name.lower()) for name in caches})
         done = subprocess.run(
@@ -172,12 +190,13 @@ def measure(
     report(f"{NAME}: building upstream's model ({size}) and its replacements")
     shipped = upstream.zipformer(size)
     models: dict[str, torch.nn.Module] = {}
-    for implementation in (UPSTREAM, LINEAR, FASTASR):
+    for implementation, make in variants(shipped).items():
         try:
-            models[implementation] = swapped(shipped, implementation)
+            models[implementation] = make()
         except Exception as error:  # the other implementations are still worth measuring
             report(f"{NAME}: {implementation} left out: {type(error).__name__}: {error}")
     calls = {key: _call(model, inputs) for key, model in models.items()}
+    calls[LINEAR] = _with_linear(calls[LINEAR])
     if compile_model:
         calls[COMPILE] = _call(torch.compile(copy.deepcopy(shipped)), inputs)
     for key, call in calls.items():
@@ -188,8 +207,8 @@ def measure(
         rate = limits.gemm_flops_per_second("cpu")
         report(f"{NAME}: timing {', '.join(calls)}, {reps} rounds")
         load = LoadMeter()
-        variants = {key: Variant(call) for key, call in calls.items()}
-        timings = interleave(variants, reps=reps, warmup=1, sample_seconds=0.0)
+        runs = {key: Variant(call) for key, call in calls.items()}
+        timings = interleave(runs, reps=reps, warmup=1, sample_seconds=0.0)
         other = load.other_cores()
         yield [
             _row(
@@ -198,7 +217,7 @@ def measure(
                 timing,
                 name,
                 other,
-                peak_bytes=peak_bytes(variants[key]) if settings.memory else None,
+                peak_bytes=peak_bytes(runs[key]) if settings.memory else None,
                 flops=flops,
                 fraction_of_limit=round(flops / rate / timing.median, 4),
                 limit=f"GEMM {rate / 1e9:.0f} GFLOP/s",

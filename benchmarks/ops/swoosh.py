@@ -20,19 +20,9 @@ from fastasr.benchmarks.case import (
     simple,
     upstream_module,
 )
+from fastasr.ops.swoosh import definition_l, definition_r
 
-
-def swoosh_l(x: torch.Tensor) -> torch.Tensor:
-    """log(1 + e^(x-4)) - 0.08 x - 0.035, as upstream writes it."""
-    return torch.logaddexp(torch.zeros_like(x), x - 4.0) - 0.08 * x - 0.035
-
-
-def swoosh_r(x: torch.Tensor) -> torch.Tensor:
-    """log(1 + e^(x-1)) - 0.08 x - 0.313261687, as upstream writes it."""
-    return torch.logaddexp(torch.zeros_like(x), x - 1.0) - 0.08 * x - 0.313261687
-
-
-FORMULAS = {"swoosh_l": swoosh_l, "swoosh_r": swoosh_r}
+FORMULAS = {"swoosh_l": definition_l, "swoosh_r": definition_r}
 UPSTREAM = {"swoosh_l": "scaling.SwooshL", "swoosh_r": "scaling.SwooshR"}
 
 

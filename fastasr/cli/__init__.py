@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``fastasr``: env, ops, check, bench, swap (needs the extra ``cli``)."""
+
+import os
+import sys
+
+INSTALL = "pip install 'fastasr[cli]'"
+
+
+def main() -> None:
+    """Entry point. Errors go to stderr without a traceback; FASTASR_DEBUG=1 shows it."""
+    try:
+        import rich  # noqa: F401
+        import typer  # noqa: F401
+    except ImportError as error:
+        sys.exit(f"fastasr: the command line needs {error.name}: {INSTALL}")
+    from fastasr.cli.app import app
+
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("FASTASR_DEBUG") == "1":
+            raise
+        sys.exit(f"error: {type(error).__name__}: {error}\n(FASTASR_DEBUG=1 shows where)")

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The typer application: options and help; the work is in the module of each command's name."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="fastasr",
+    help="Fused, verified, reversible kernels for speech models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import fastasr
+
+        typer.echo(f"fastasr {fastasr.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def env(json: Json = False) -> None:
+    """What is installed: versions, devices, native library, and what is missing and why."""
+    from fastasr.cli import env as command
+
+    command.run(as_json=json)
+
+
+@app.command()
+def ops(json: Json = False) -> None:
+    """Every op and backend: available here or not, and why not."""
+    from fastasr.cli import ops as command
+
+    command.run(as_json=json)
+
+
+@app.command()
+def check(
+    op: Annotated[str | None, typer.Argument(help="An op's name; without one, every op.")] = None,
+    json: Json = False,
+) -> None:
+    """Test the ops on this machine: values against float64, and gradients.
+
+    Ends with 1 when any check fails.
+    """
+    from fastasr.cli import check as command
+
+    command.run(op, as_json=json)
+
+
+@app.command()
+def bench(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OP|MODEL|dispatch|ops|models]...", help="What to measure; default: everything."
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for results.jsonl, the plots and index.html.", file_okay=False)
+    ] = Path("bench-report"),
+    quick: Annotated[
+        bool, typer.Option(help="Run in seconds to see that it works; figures mean nothing.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option(help="Measure again what the folder has for this commit.")] = False,
+    compile_ops: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Measure torch.compile'd formulas as well.")
+    ] = True,
+    compile_model: Annotated[
+        bool, typer.Option("--compile-model", help="Measure the model under torch.compile too (minutes).")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    reps: Annotated[int | None, typer.Option(min=1, help="Rounds of interleaved repetitions.")] = None,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for idle cores, each time.")] = 60.0,
+    plots: Annotated[bool, typer.Option(help="Draw plots and the HTML page.")] = True,
+) -> None:
+    """Measure ops, models and the cost of a call: rows, table, plots, one HTML page.
+
+    The same command resumes an interrupted run.
+    """
+    from fastasr.cli import bench as command
+
+    command.run(
+        names or [],
+        out,
+        quick=quick,
+        fresh=fresh,
+        compile_ops=compile_ops,
+        compile_model=compile_model,
+        device=device,
+        dtype=dtype,
+        reps=reps,
+        patience=patience,
+        plots=plots,
+    )
+
+
+@app.command()
+def swap(
+    factory: Annotated[
+        str, typer.Argument(metavar="MODULE:FACTORY", help="Function that returns the model.")
+    ],
+    input_factory: Annotated[
+        str | None,
+        typer.Option(
+            "--input",
+            metavar="MODULE:FACTORY",
+            help="Function that returns the inputs: a tensor, a tuple of arguments or a dict of them.",
+        ),
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Run every swapped module both ways on the inputs.")] = True,
+    time: Annotated[bool, typer.Option(help="Time the model before and after.")] = True,
+    reps: Annotated[int, typer.Option(min=1, help="Timed calls before and after, interleaved.")] = 5,
+    json: Json = False,
+) -> None:
+    """Swap faster kernels into a model; show what was done, that it is right, and what it gains.
+
+    The current folder is searched for MODULE. Ends with 1 when verification fails; the modules that
+    disagree have then been restored. Without --input the model is swapped and reported, but neither
+    verified nor timed.
+    """
+    from fastasr.cli import swap as command
+
+    command.run(factory, input_factory, verify=verify, timed=time, reps=reps, as_json=json)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastasr bench``: measure, and show the rows as a table, plots and one HTML page."""
+
+from pathlib import Path
+
+import torch
+import typer
+
+from fastasr.cli.console import err, escape, fail, out, table
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _print_table(rows: list) -> None:
+    from fastasr.benchmarks import table as rows_table
+
+    found = rows_table.units(rows)
+    groups: dict[tuple[str, str], list] = {}
+    for unit in found:
+        groups.setdefault((unit.first.suite, unit.first.name), []).append(unit)
+    for (suite, name), members in groups.items():
+        columns = rows_table.implementations(members)
+        titles = [f"{rows_table.title(column)}:right" for column in columns]
+        heading = f"{name} (cost of a call)" if suite == "dispatch" else name
+        shown = table(
+            "case", "pass", *titles, "× upstream:right", "× eager:right", "of limit:right", title=heading
+        )
+        for unit in members:
+            ours = unit.row("fastasr")
+            shown.add_row(
+                escape(unit.first.case),
+                escape(unit.first.pass_),
+                *(_cell(column, unit.median(column)) for column in columns),
+                rows_table.times(unit.ratio("upstream")),
+                rows_table.times(unit.ratio("eager")),
+                rows_table.percent(ours.fraction_of_limit if ours else None),
+            )
+        out().print(shown)
+        out().print()
+
+
+def _cell(implementation: str, median: float | None) -> str:
+    from fastasr.benchmarks.table import duration
+
+    text = duration(median)
+    return f"[bold red]{text}[/]" if implementation == "fastasr" and median is not None else text
+
+
+def _draw(rows: list, folder: Path, problems: list[str]) -> None:
+    try:
+        from fastasr.benchmarks import page, plots
+
+        pictures = plots.write(rows, folder)
+        written = page.write(rows, folder / "index.html", notes=problems)
+    except ImportError as error:
+        err().print(f"[yellow]no plots and no page:[/] {escape(error)}", soft_wrap=True)
+        return
+    err().print(f"{len(pictures)} plots and the page: {escape(written)}", soft_wrap=True)
+
+
+def run(
+    names: list[str],
+    folder: Path,
+    *,
+    quick: bool,
+    fresh: bool,
+    compile_ops: bool,
+    compile_model: bool,
+    device: str,
+    dtype: str,
+    reps: int | None,
+    patience: float,
+    plots: bool,
+) -> None:
+    from fastasr.benchmarks import rows, runner
+    from fastasr.benchmarks.table import line
+
+    if dtype not in DTYPES:
+        fail(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    try:
+        kind = torch.device(device).type
+        chosen = runner.select(tuple(names))
+    except (RuntimeError, ValueError) as error:
+        fail(str(error).splitlines()[0])
+    if kind == "cuda" and not torch.cuda.is_available():
+        fail(f"--device {device}: no CUDA device here")
+    options = runner.Options(
+        names=tuple(chosen),
+        out=folder / "results.jsonl",
+        quick=quick,
+        fresh=fresh,
+        compile=compile_ops,
+        compile_model=compile_model,
+        device=device,
+        dtype=getattr(torch, dtype),
+        patience=patience,
+        reps=reps,
+    )
+    console = err()
+    with console.status("measuring") as status:
+
+        def report(message: str) -> None:
+            status.update(escape(message))
+            if not console.is_terminal or message not in chosen:
+                console.print(f"[dim]{escape(message)}[/]", soft_wrap=True)
+
+        def on_rows(unit: list) -> None:
+            console.print(escape(line(unit)), soft_wrap=True)
+
+        summary = runner.run(options, report, on_rows)
+    found = [row for row in rows.read(options.out) if _wanted(row, chosen)]
+    _print_table(found)
+    console.print(
+        f"{len(summary.rows)} rows in {summary.seconds:.0f} s"
+        + (
+            f", {summary.resumed} units were there already (--fresh measures them again)"
+            if summary.resumed
+            else ""
+        )
+        + f": {escape(options.out)}",
+        soft_wrap=True,
+    )
+    if quick:
+        console.print("[yellow]a quick run: these figures mean nothing[/]")
+    if plots and found:
+        _draw(found, folder, summary.problems)
+    if summary.problems:
+        raise typer.Exit(1)
+
+
+def _wanted(row, chosen: list[str]) -> bool:
+    return "dispatch" in chosen if row.suite == "dispatch" else row.name in chosen

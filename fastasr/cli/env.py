@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastasr env``: what is installed, and what is missing and why."""
+
+import importlib.metadata
+import json
+import os
+import platform
+
+import torch
+
+import fastasr
+from fastasr.benchmarks.environment import cpu_name
+from fastasr.cli.console import escape, out, table
+from fastasr.ops import _dispatch
+
+# extra -> distributions it brings
+EXTRAS = {
+    "cli": ("typer", "rich"),
+    "bench": ("matplotlib", "jinja2", "psutil"),
+    "demo": ("kaldi-native-fbank", "soundfile", "numpy"),
+}
+UPSTREAM = ("zipformer",)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cuda() -> dict:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        return {"devices": [], "reason": "no CUDA device" if built else "torch is built without CUDA"}
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    return {"devices": devices, "reason": ""}
+
+
+def _native() -> dict:
+    """Build information; a negative count of devices is the CUDA runtime's error code."""
+    info = {str(key).replace("_", " "): value for key, value in _dispatch.native_build_info().items()}
+    devices = info.get("cuda devices")
+    if isinstance(devices, int) and devices < 0:
+        info["cuda devices"] = f"none (CUDA error {-devices})"
+    return info
+
+
+def collect() -> dict:
+    """Everything the command shows, as JSON can hold it."""
+    missing = {extra: [d for d in needed if _version(d) is None] for extra, needed in EXTRAS.items()}
+    triton = next((row for row in _dispatch.table() if row["backend"] == "triton"), None)
+    return {
+        "versions": {
+            "fastasr": fastasr.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "cuda (torch)": torch.version.cuda,
+            "zipformer (upstream)": _version("zipformer"),
+            "system": platform.platform(),
+        },
+        "cpu": {
+            "name": cpu_name(),
+            "cores": os.cpu_count(),
+            "torch threads": torch.get_num_threads(),
+            "torch SIMD level": torch.backends.cpu.get_cpu_capability(),
+        },
+        "cuda": _cuda(),
+        "native": {
+            "loaded": _dispatch.native_library() is not None,
+            "reason": _dispatch.native_reason(),
+            **_native(),
+        },
+        "triton": {
+            "usable": bool(triton and triton["available"]),
+            "reason": triton["reason"] if triton else "no op has a Triton kernel",
+        },
+        "backend": os.environ.get("FASTASR_BACKEND") or "auto",
+        "missing": {extra: names for extra, names in missing.items() if names},
+    }
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "[yellow]not installed[/]"
+    if isinstance(value, list | tuple):
+        return escape(", ".join(map(str, value))) or "none"
+    return escape(value)
+
+
+def _block(console, name: str, values: dict) -> None:
+    shown = table("", "", title=name)
+    shown.show_header = False
+    for key, value in values.items():
+        shown.add_row(f"  {escape(key)}", _text(value))
+    console.print(shown)
+
+
+def run(as_json: bool) -> None:
+    found = collect()
+    if as_json:
+        print(json.dumps(found, indent=2, default=str))
+        return
+    console = out()
+    _block(
+        console,
+        "Versions",
+        {k: ("none" if k.startswith("cuda") and not v else v) for k, v in found["versions"].items()},
+    )
+    _block(console, "CPU", found["cpu"])
+    devices = found["cuda"]["devices"]
+    shown = {
+        f"cuda:{i}": f"{d['name']}, sm_{d['capability'].replace('.', '')}, {d['memory_gib']} GiB"
+        for i, d in enumerate(devices)
+    }
+    _block(console, "CUDA", shown or {"devices": f"none: {found['cuda']['reason']}"})
+    native = {k: v for k, v in found["native"].items() if k not in ("loaded", "reason")}
+    loaded = "yes" if found["native"]["loaded"] else f"no: {found['native']['reason']}"
+    _block(console, "Native library (fastasr._C)", {"loaded": loaded, **native})
+    usable = "usable" if found["triton"]["usable"] else f"not usable: {found['triton']['reason']}"
+    _block(console, "Backends", {"in force": found["backend"], "Triton kernels": usable})
+    if found["missing"]:
+        missing = {
+            f"extra '{extra}'": f"{', '.join(names)} not installed: pip install 'fastasr[{extra}]'"
+            for extra, names in found["missing"].items()
+        }
+        _block(console, "Missing", missing)
