@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# cpp_tests.sh FOLDER SANITIZERS: builds csrc/tests in FOLDER and runs them. SANITIZERS: "", address,undefined or thread.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=$1 sanitizers=$2
+jobs=$(nproc 2>/dev/null || echo 2)
+
+mkdir -p "$folder"
+cmake -S . -B "$folder" -DFASTASR_TESTS=ON "-DFASTASR_SANITIZE=$sanitizers" >"$folder/configure.log" 2>&1 || {
+  cat "$folder/configure.log" >&2
+  exit 1
+}
+cmake --build "$folder" -j "$jobs"
+ctest --test-dir "$folder" --output-on-failure -j "$jobs"

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# install_peers.sh PYTHON: the upstream packages that parity tests and benchmarks compare with. PYTHON has torch.
+set -euo pipefail
+python=$1
+here=$(cd "$(dirname "$0")" && pwd)
+pip=("$python" -m pip install --quiet --disable-pip-version-check -c "$here/constraints.txt")
+
+# What `import zipformer` imports, and what its ONNX export needs.
+"${pip[@]}" tensorboard huggingface_hub tqdm pandas braceexpand kaldialign sentencepiece simple-sentencepiece \
+  packaging pyyaml onnx onnxruntime onnxscript
+# Without their dependencies: these ask for torch packages of their own.
+"${pip[@]}" --no-deps kaldifst webdataset atdataset zipformer torchaudio
+
+# torchaudio's wheels are linked against CUDA: with a CPU torch their libraries do not load and the import fails.
+# Its Python parts (torchaudio.models, compliance) need none of them, so the libraries go.
+"$python" - <<'PY'
+import importlib.util
+import pathlib
+
+import torch
+
+if torch.version.cuda is None:
+    package = pathlib.Path(importlib.util.find_spec("torchaudio").origin).parent
+    for library in package.rglob("*.so"):
+        library.unlink()
+PY
+
+"$python" - <<'PY'
+import torchaudio
+from zipformer.modules.zipformer import Zipformer  # noqa: F401
+
+print("upstream packages: zipformer, torchaudio", torchaudio.__version__)
+PY
