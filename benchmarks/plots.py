@@ -33,17 +33,21 @@ def pyplot():
     return plt
 
 
-def bars(axes, values: dict[str, float], spread: dict[str, tuple[float, float]] | None = None) -> None:
+def bars(
+    axes,
+    values: dict[str, float],
+    spread: dict[str, tuple[float, float]],
+    colours: dict[str, str] = COLOURS,
+) -> None:
     """Horizontal bars in milliseconds, each with its figure; ``spread``: quartiles drawn as whiskers."""
-    spread = spread or {}
     names = list(values)[::-1]
     heights = [values[name] for name in names]
-    colours = [COLOURS.get(name, OTHER_COLOUR) for name in names]
-    axes.barh(range(len(names)), heights, color=colours, height=0.66)
+    filled = [colours.get(name, OTHER_COLOUR) for name in names]
+    axes.barh(range(len(names)), heights, color=filled, height=0.66)
     for position, name in enumerate(names):
         end = values[name]
         if name in spread:
-            lower, upper = spread[name]
+            lower, upper = spread[name][0], min(spread[name][1], 1.1 * max(heights))
             axes.plot([lower, upper], [position, position], color="#20242c", linewidth=1)
             end = max(end, upper)
         axes.annotate(
