@@ -51,7 +51,8 @@ std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const 
     const RowBlocks blocks(rows, channels);
     std::vector<C> parts(blocks.count * channels);
     std::vector<double> scale_parts(blocks.count);
-    parallel_range(blocks.count, std::max<int64_t>(1, kGrain / (blocks.rows_per_block * std::max<int64_t>(1, channels))),
+    parallel_range(blocks.count,
+                   std::max<int64_t>(1, kGrain / (blocks.rows_per_block * std::max<int64_t>(1, channels))),
                    [&](int64_t b, int64_t e) {
                      for (int64_t k = b; k < e; k++) {
                        const int64_t at = blocks.begin(k) * channels;

@@ -54,14 +54,14 @@ FASTASR_INLINE void backward_body(const T* __restrict grad, const T* __restrict 
 
 }  // namespace
 
-#define FASTASR_DEFINE(T)                                                                                          \
-  FASTASR_CLONES void bias_norm_forward(const T* x, const T* bias, compute_t<T> scale, T* y, int64_t rows,         \
-                                        int64_t channels) {                                                        \
-    forward_body<T>(x, bias, scale, y, rows, channels);                                                            \
-  }                                                                                                                \
-  FASTASR_CLONES void bias_norm_backward(const T* grad, const T* x, const T* bias, compute_t<T> scale, T* dx,      \
+#define FASTASR_DEFINE(T)                                                                                           \
+  FASTASR_CLONES void bias_norm_forward(const T* x, const T* bias, compute_t<T> scale, T* y, int64_t rows,          \
+                                        int64_t channels) {                                                         \
+    forward_body<T>(x, bias, scale, y, rows, channels);                                                             \
+  }                                                                                                                 \
+  FASTASR_CLONES void bias_norm_backward(const T* grad, const T* x, const T* bias, compute_t<T> scale, T* dx,       \
                                          compute_t<T>* dbias, double* dlog_scale, int64_t rows, int64_t channels) { \
-    backward_body<T>(grad, x, bias, scale, dx, dbias, dlog_scale, rows, channels);                                 \
+    backward_body<T>(grad, x, bias, scale, dx, dbias, dlog_scale, rows, channels);                                  \
   }
 
 FASTASR_DEFINE(float)

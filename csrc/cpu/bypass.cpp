@@ -36,14 +36,14 @@ FASTASR_INLINE void backward_body(const T* __restrict grad, const T* __restrict 
 
 }  // namespace
 
-#define FASTASR_DEFINE(T)                                                                                         \
-  FASTASR_CLONES void bypass_forward(const T* x_orig, const T* x, const T* scale, T* y, int64_t rows,             \
-                                     int64_t period) {                                                            \
-    forward_body<T>(x_orig, x, scale, y, rows, period);                                                           \
-  }                                                                                                               \
-  FASTASR_CLONES void bypass_backward(const T* grad, const T* x_orig, const T* x, const T* scale, T* dx_orig,     \
-                                      T* dx, compute_t<T>* dscale, int64_t rows, int64_t period) {                \
-    backward_body<T>(grad, x_orig, x, scale, dx_orig, dx, dscale, rows, period);                                  \
+#define FASTASR_DEFINE(T)                                                                                            \
+  FASTASR_CLONES void bypass_forward(const T* x_orig, const T* x, const T* scale, T* y, int64_t rows,                \
+                                     int64_t period) {                                                               \
+    forward_body<T>(x_orig, x, scale, y, rows, period);                                                              \
+  }                                                                                                                  \
+  FASTASR_CLONES void bypass_backward(const T* grad, const T* x_orig, const T* x, const T* scale, T* dx_orig, T* dx, \
+                                      compute_t<T>* dscale, int64_t rows, int64_t period) {                          \
+    backward_body<T>(grad, x_orig, x, scale, dx_orig, dx, dscale, rows, period);                                     \
   }
 
 FASTASR_DEFINE(float)

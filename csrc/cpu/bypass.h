@@ -10,9 +10,9 @@
 namespace fastasr::cpu {
 
 // dscale (period, overwritten) is the sum over these rows alone, see bias_norm.h.
-#define FASTASR_DECLARE(T)                                                                                     \
-  void bypass_forward(const T* x_orig, const T* x, const T* scale, T* y, int64_t rows, int64_t period);        \
-  void bypass_backward(const T* grad, const T* x_orig, const T* x, const T* scale, T* dx_orig, T* dx,          \
+#define FASTASR_DECLARE(T)                                                                              \
+  void bypass_forward(const T* x_orig, const T* x, const T* scale, T* y, int64_t rows, int64_t period); \
+  void bypass_backward(const T* grad, const T* x_orig, const T* x, const T* scale, T* dx_orig, T* dx,   \
                        compute_t<T>* dscale, int64_t rows, int64_t period);
 FASTASR_DECLARE(float)
 FASTASR_DECLARE(double)

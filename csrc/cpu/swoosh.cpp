@@ -73,38 +73,38 @@ FASTASR_INLINE void backward_body(const T* grad, const T* __restrict x, const T*
   FASTASR_CLONES static void forward_##KIND(const T* x, const T* mask, T* y, int64_t n, Swoosh kind) { \
     forward_body<T, Mask::KIND>(x, mask, y, n, kind);                                                  \
   }
-#define FASTASR_BACKWARD(T, KIND)                                                                                   \
-  FASTASR_CLONES static void backward_##KIND(const T* grad, const T* x, const T* mask, T* dx, int64_t n,            \
-                                             Swoosh kind) {                                                         \
-    backward_body<T, Mask::KIND, false>(grad, x, mask, dx, static_cast<T*>(nullptr), n, kind);                      \
-  }                                                                                                                 \
-  FASTASR_CLONES static void backward_output_##KIND(const T* grad, const T* x, const T* mask, T* dx, T* y,          \
-                                                    int64_t n, Swoosh kind) {                                       \
-    backward_body<T, Mask::KIND, true>(grad, x, mask, dx, y, n, kind);                                              \
+#define FASTASR_BACKWARD(T, KIND)                                                                                     \
+  FASTASR_CLONES static void backward_##KIND(const T* grad, const T* x, const T* mask, T* dx, int64_t n,              \
+                                             Swoosh kind) {                                                           \
+    backward_body<T, Mask::KIND, false>(grad, x, mask, dx, static_cast<T*>(nullptr), n, kind);                        \
+  }                                                                                                                   \
+  FASTASR_CLONES static void backward_output_##KIND(const T* grad, const T* x, const T* mask, T* dx, T* y, int64_t n, \
+                                                    Swoosh kind) {                                                    \
+    backward_body<T, Mask::KIND, true>(grad, x, mask, dx, y, n, kind);                                                \
   }
 
-#define FASTASR_DEFINE(T)                                                                                             \
-  FASTASR_FORWARD(T, none)                                                                                            \
-  FASTASR_FORWARD(T, scalar)                                                                                          \
-  FASTASR_FORWARD(T, elementwise)                                                                                     \
-  FASTASR_BACKWARD(T, none)                                                                                           \
-  FASTASR_BACKWARD(T, scalar)                                                                                         \
-  FASTASR_BACKWARD(T, elementwise)                                                                                    \
-  void swoosh_forward(const T* x, const T* mask, Mask mask_kind, T* y, int64_t n, Swoosh kind) {                      \
-    if (mask_kind == Mask::none) return forward_none(x, mask, y, n, kind);                                            \
-    if (mask_kind == Mask::scalar) return forward_scalar(x, mask, y, n, kind);                                        \
-    forward_elementwise(x, mask, y, n, kind);                                                                         \
-  }                                                                                                                   \
-  void swoosh_backward(const T* grad, const T* x, const T* mask, Mask mask_kind, T* dx, T* y, int64_t n,              \
-                       Swoosh kind) {                                                                                 \
-    if (y == nullptr) {                                                                                               \
-      if (mask_kind == Mask::none) return backward_none(grad, x, mask, dx, n, kind);                                  \
-      if (mask_kind == Mask::scalar) return backward_scalar(grad, x, mask, dx, n, kind);                              \
-      return backward_elementwise(grad, x, mask, dx, n, kind);                                                        \
-    }                                                                                                                 \
-    if (mask_kind == Mask::none) return backward_output_none(grad, x, mask, dx, y, n, kind);                          \
-    if (mask_kind == Mask::scalar) return backward_output_scalar(grad, x, mask, dx, y, n, kind);                      \
-    backward_output_elementwise(grad, x, mask, dx, y, n, kind);                                                       \
+#define FASTASR_DEFINE(T)                                                                                \
+  FASTASR_FORWARD(T, none)                                                                               \
+  FASTASR_FORWARD(T, scalar)                                                                             \
+  FASTASR_FORWARD(T, elementwise)                                                                        \
+  FASTASR_BACKWARD(T, none)                                                                              \
+  FASTASR_BACKWARD(T, scalar)                                                                            \
+  FASTASR_BACKWARD(T, elementwise)                                                                       \
+  void swoosh_forward(const T* x, const T* mask, Mask mask_kind, T* y, int64_t n, Swoosh kind) {         \
+    if (mask_kind == Mask::none) return forward_none(x, mask, y, n, kind);                               \
+    if (mask_kind == Mask::scalar) return forward_scalar(x, mask, y, n, kind);                           \
+    forward_elementwise(x, mask, y, n, kind);                                                            \
+  }                                                                                                      \
+  void swoosh_backward(const T* grad, const T* x, const T* mask, Mask mask_kind, T* dx, T* y, int64_t n, \
+                       Swoosh kind) {                                                                    \
+    if (y == nullptr) {                                                                                  \
+      if (mask_kind == Mask::none) return backward_none(grad, x, mask, dx, n, kind);                     \
+      if (mask_kind == Mask::scalar) return backward_scalar(grad, x, mask, dx, n, kind);                 \
+      return backward_elementwise(grad, x, mask, dx, n, kind);                                           \
+    }                                                                                                    \
+    if (mask_kind == Mask::none) return backward_output_none(grad, x, mask, dx, y, n, kind);             \
+    if (mask_kind == Mask::scalar) return backward_output_scalar(grad, x, mask, dx, y, n, kind);         \
+    backward_output_elementwise(grad, x, mask, dx, y, n, kind);                                          \
   }
 
 FASTASR_DEFINE(float)

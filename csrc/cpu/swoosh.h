@@ -13,9 +13,9 @@ enum class Swoosh { L, R };
 enum class Mask { none, scalar, elementwise };
 
 // y[i] = swoosh(x[i]) * m[i], i in [0, n); m = 1, mask[0] or mask[i].
-#define FASTASR_DECLARE(T)                                                                                     \
-  void swoosh_forward(const T* x, const T* mask, Mask mask_kind, T* y, int64_t n, Swoosh kind);                \
-  /* dx[i] = grad[i] m[i] swoosh'(x[i]); y[i] = swoosh(x[i]) m[i] unless y is null. dx may be grad. */         \
+#define FASTASR_DECLARE(T)                                                                             \
+  void swoosh_forward(const T* x, const T* mask, Mask mask_kind, T* y, int64_t n, Swoosh kind);        \
+  /* dx[i] = grad[i] m[i] swoosh'(x[i]); y[i] = swoosh(x[i]) m[i] unless y is null. dx may be grad. */ \
   void swoosh_backward(const T* grad, const T* x, const T* mask, Mask mask_kind, T* dx, T* y, int64_t n, Swoosh kind);
 FASTASR_DECLARE(float)
 FASTASR_DECLARE(double)
