@@ -5,9 +5,11 @@ Environment:
   FASTASR_NATIVE=0   install without the native library (every op then runs in eager and says so)
   FASTASR_CUDA=0|1   never | always compile csrc/cuda; default: when nvcc is found
   MAX_JOBS           parallel compile jobs
+  CMAKE_ARGS         further arguments for CMake
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,9 +25,7 @@ def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home and (Path(home) / "bin" / "nvcc").exists():
         return str(Path(home) / "bin" / "nvcc")
-    return shutil.which("nvcc") or next(
-        (p for p in ("/usr/local/cuda/bin/nvcc",) if os.path.exists(p)), None
-    )
+    return shutil.which("nvcc") or next((p for p in ("/usr/local/cuda/bin/nvcc",) if os.path.exists(p)), None)
 
 
 def with_cuda() -> bool:
@@ -60,6 +60,7 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         if cuda:
             config.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc()}")
+        config += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.run(config, check=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.run(["cmake", "--build", str(build), "--target", "_C", "-j", jobs], check=True)
@@ -68,7 +69,7 @@ class CMakeBuild(build_ext):
 def packages(folder: str, name: str) -> list[str]:
     """Every package under ``folder``, named as it is imported."""
     found = [folder, *(f"{folder}.{p}" for p in find_packages(folder))]
-    return [name + p[len(folder):] for p in found]
+    return [name + p[len(folder) :] for p in found]
 
 
 setup(
