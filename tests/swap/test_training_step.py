@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Same seed, same draws: a swapped training step is upstream's, up to rounding."""
+
+import copy
+
+import pytest
+import torch
+from tiny_zipformer import assert_close, set_batch_count, training_step
+
+import fastasr
+
+
+def _steps(model, inputs, seed):
+    """The step of upstream and of a swapped copy, after comparing all but the gradients' values."""
+    swapped = copy.deepcopy(model)
+    assert fastasr.accelerate(swapped).replaced
+    loss, gradients, random_states = training_step(model, inputs, seed)
+    loss_now, gradients_now, random_states_now = training_step(swapped, inputs, seed)
+    assert_close(loss_now, loss, what="loss")
+    assert gradients.keys() == gradients_now.keys()
+    assert random_states_now[0] == random_states[0]
+    assert torch.equal(random_states_now[1], random_states[1])
+    return gradients, gradients_now
+
+
+@pytest.mark.parametrize("batch_count", [0.0, 2000.0, 20000.0])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.float32, 2e-5), (torch.float64, 1e-6)], ids=["fp32", "fp64"])
+def test_loss_every_gradient_and_the_random_states(model, inputs, dtype, digits, batch_count, seed):
+    set_batch_count(model.to(dtype), batch_count)
+    x, lens = inputs[0].to(dtype), inputs[1]
+    rounded = copy.deepcopy(model)
+    gradients, gradients_now = _steps(model, (x, lens), seed)
+
+    # How far upstream's own gradients move when the features are rounded: some are sums that cancel. Upstream's
+    # softmax, balancers and whitening compute in fp32 whatever the dtype; where the attention's projections get
+    # gradients that cancel to almost nothing, that rounding is all one sees in fp64.
+    eps = torch.finfo(dtype).eps
+    generator = torch.Generator().manual_seed(0)
+    signs = [torch.randint(0, 2, x.shape, generator=generator) * 2 - 1 for _ in range(4)]
+    nearby = [training_step(rounded, (x * (1 + eps * sign), lens), seed)[1] for sign in signs]
+    for name, gradient in gradients.items():
+        scale = gradient.abs().max().clamp_min(1e-12)
+        noise = max(((other[name] - gradient).abs().max() / scale).item() for other in nearby)
+        least = 1e-3 if dtype is torch.float64 and "self_attn_weights" in name else digits
+        assert_close(gradients_now[name], gradient, tolerance=max(least, 20 * noise), what=name)
+
+
+def test_optimizer_made_before_the_swap_steps_the_same_parameters(model, inputs):
+    model, inputs = model.double(), (inputs[0].double(), inputs[1])
+    swapped = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-3, momentum=0.9) for m in (model, swapped)]
+    fastasr.accelerate(swapped)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for step in range(2):
+        for m, optimizer in zip((model, swapped), optimizers, strict=True):
+            training_step(m, inputs, seed=step)
+            optimizer.step()
+    moved = 0
+    for (name, p), q in zip(model.named_parameters(), swapped.parameters(), strict=True):
+        assert_close(q.detach(), p.detach(), tolerance=1e-6, what=name)
+        moved += not torch.equal(p, start[name])
+    assert moved > 100
+
+
+def test_frozen_parameters_stay_frozen(model, inputs):
+    fastasr.accelerate(model)
+    model.encoder_embed.out_norm.requires_grad_(False)
+    model.encoder_embed.out.weight.requires_grad_(False)
+    _, gradients, _ = training_step(model, inputs, seed=0)
+    assert "encoder_embed.out.weight" not in gradients
+    assert "encoder_embed.out_norm.bias" not in gradients
+    assert "encoder_embed.out.bias" in gradients

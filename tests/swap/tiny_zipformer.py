@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Upstream's Zipformer from the ``zipformer`` package, small enough to test with, and its published size M."""
+
+import contextlib
+import os
+import random
+
+import torch
+
+TINY = dict(
+    output_downsampling_factor=2,
+    downsampling_factor=(1, 2),
+    encoder_dim=(32, 48),
+    num_encoder_layers=(1, 1),
+    encoder_unmasked_dim=(24, 32),
+    query_head_dim=(8,),
+    pos_head_dim=(4,),
+    value_head_dim=(6,),
+    pos_dim=16,
+    num_heads=(2, 2),
+    feedforward_dim=(48, 64),
+    cnn_module_kernel=(7, 7),
+    warmup_batches=4000.0,
+)
+MEDIUM = dict(
+    output_downsampling_factor=2,
+    downsampling_factor=(1, 2, 4, 8, 4, 2),
+    encoder_dim=(192, 256, 384, 512, 384, 256),
+    num_encoder_layers=(2, 2, 3, 4, 3, 2),
+    encoder_unmasked_dim=(192, 192, 256, 256, 256, 192),
+    query_head_dim=(32,),
+    pos_head_dim=(4,),
+    value_head_dim=(12,),
+    pos_dim=48,
+    num_heads=(4, 4, 4, 8, 4, 4),
+    feedforward_dim=(512, 768, 1024, 1536, 1024, 768),
+    cnn_module_kernel=(31, 31, 15, 15, 15, 31),
+    warmup_batches=4000.0,
+)
+
+
+@contextlib.contextmanager
+def plain_swoosh():
+    """Upstream compiles its Swoosh functions when a module is built; this switch of its own leaves them plain."""
+    before = os.environ.get("K2_ONNX_EXPORT")
+    os.environ["K2_ONNX_EXPORT"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["K2_ONNX_EXPORT"]
+        else:
+            os.environ["K2_ONNX_EXPORT"] = before
+
+
+class Encoder(torch.nn.Module):
+    """Front end and encoder, as upstream's AsrModel.forward_encoder runs them. x (batch, time, features)."""
+
+    def __init__(self, config, features, dim, channels, dropout=(0.3, 0.1)):
+        from zipformer.modules.scaling import ScheduledFloat
+        from zipformer.modules.subsampling import Conv2dSubsampling
+        from zipformer.modules.zipformer import Zipformer
+
+        super().__init__()
+        dropout = ScheduledFloat((0.0, dropout[0]), (20000.0, dropout[1]))
+        self.encoder_embed = Conv2dSubsampling(features, dim, *channels, dropout=dropout)
+        self.encoder = Zipformer(**config, dropout=dropout)
+
+    def forward(self, x, x_lens):
+        from zipformer.utils import make_pad_mask
+
+        x, x_lens = self.encoder_embed(x, x_lens)
+        mask = make_pad_mask(x_lens)
+        out, lens = self.encoder(x.permute(1, 0, 2), x_lens, mask)
+        return out.permute(1, 0, 2), lens
+
+
+def set_batch_count(model, count):
+    for module in model.modules():
+        if hasattr(module, "batch_count"):
+            module.batch_count = count
+    return model
+
+
+def tiny(batch_count=20000.0, seed=0):
+    """Dropout is 0.5: upstream rounds 1 / (1 - p) to fp32, which would show in fp64 with another rate."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    with plain_swoosh():
+        return set_batch_count(Encoder(TINY, 20, 32, (4, 8, 16), dropout=(0.5, 0.5)), batch_count)
+
+
+def medium():
+    torch.manual_seed(0)
+    with plain_swoosh():
+        return set_batch_count(Encoder(MEDIUM, 80, 192, ()), 20000.0)
+
+
+def batch(seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 60, 20, generator=generator), torch.tensor([60, 52])
+
+
+def seeded(seed):
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def training_step(model, inputs, seed):
+    """Loss, gradients by name, and the random states afterwards."""
+    model.train()
+    model.zero_grad(set_to_none=True)
+    seeded(seed)
+    out, lens = model(*inputs)
+    weight = torch.linspace(-1, 1, out.numel()).view_as(out)
+    loss = (out * weight).sum() / out.shape[1]
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients, (random.getstate(), torch.get_rng_state())
+
+
+def assert_close(actual, expected, tolerance=2e-5, what=""):
+    """Largest difference at most ``tolerance`` times the largest magnitude."""
+    scale = expected.abs().max().clamp_min(1e-12)
+    error = ((actual - expected).abs().max() / scale).item()
+    assert error <= tolerance, f"{what}: relative error {error:.2e}"
