@@ -66,7 +66,7 @@ install: $(STAMPS)/fastasr $(STAMPS)/peers
 
 # --------------------------------------------------------------------------- the two commands
 demo: install
-	$(PY) -m fastasr.cli demo $(ARGS)
+	$(PY) -m fastasr.demo $(ARGS)
 
 test: test-cpp install
 	@echo "== fuzzing"

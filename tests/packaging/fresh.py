@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fresh environments that hold one wheel, and commands run in them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _clean(environment: dict[str, str]) -> dict[str, str]:
+    """This process's environment without what would change an import, and with this Python's tools on PATH."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "FASTASR", "TRITON"))}
+    kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
+    return kept | environment
+
+
+def run(*command, **environment) -> str:
+    """Standard output of a command; a failure shows both streams."""
+    cwd = environment.pop("cwd", None)
+    done = subprocess.run(
+        [str(c) for c in command],
+        cwd=cwd,
+        env=_clean(environment),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+class Fresh:
+    """A new environment that holds one wheel. ``python(code)`` runs outside the repository."""
+
+    def __init__(self, folder: Path, wheel: Path) -> None:
+        self.folder = folder
+        run(sys.executable, "-m", "venv", "--without-pip", folder)
+        self.bin = folder / "bin"
+        run(
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            self.bin / "python",
+            "install",
+            "--no-deps",
+            "--no-index",
+            wheel,
+        )
+        (self.packages,) = (folder / "lib").glob("python*/site-packages")
+        # After the wheel's own packages, and without reading that folder's .pth files (an editable fastasr).
+        (self.packages / "torch-from-elsewhere.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+        (folder / "elsewhere").mkdir()
+
+    def python(self, code: str, **environment) -> str:
+        return run(self.bin / "python", "-c", code, cwd=self.folder / "elsewhere", **environment)
+
+    def command(self, *arguments: str, **environment) -> str:
+        return run(self.bin / "fastasr", *arguments, cwd=self.folder / "elsewhere", **environment)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in the source distribution, the wheels and the native library."""
+
+import re
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from fresh import ROOT, run
+
+pytestmark = pytest.mark.packaging
+
+
+def _names(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+def test_the_sdist_holds_every_source(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {n.split("/", 1)[1] for n in archive.getnames() if "/" in n}
+    for folder, patterns in {
+        "csrc": ("*.cpp", "*.h", "*.cu", "*.map", "CMakeLists.txt"),
+        "fastasr": ("*.py", "*.html"),
+        "kernels": ("*.py",),
+        "benchmarks": ("*.py", "*.html"),
+        "tests": ("*.py", "*.toml"),
+        "scripts": ("*.sh", "*.txt"),
+        "docs": ("*.md",),
+    }.items():
+        wanted = {
+            p.relative_to(ROOT).as_posix() for pattern in patterns for p in (ROOT / folder).rglob(pattern)
+        }
+        wanted = {n for n in wanted if "__pycache__" not in n}
+        assert wanted - names == set(), f"{folder} is not complete"
+    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile"} <= names
+    assert not [n for n in names if n.endswith((".so", ".pyc"))]
+
+
+def test_the_wheel_holds_the_package_alone(wheel):
+    names = _names(wheel)
+    (library,) = (n for n in names if n.endswith(".so"))
+    assert re.fullmatch(r"fastasr/_C\.[\w-]+\.so", library)
+    for source, target in {
+        "fastasr": "fastasr",
+        "kernels": "fastasr/kernels",
+        "benchmarks": "fastasr/benchmarks",
+    }.items():
+        wanted = {
+            f"{target}/{p.relative_to(ROOT / source).as_posix()}"
+            for pattern in ("*.py", "*.html", "py.typed")
+            for p in (ROOT / source).rglob(pattern)
+        }
+        assert wanted - set(names) == set()
+    top = {n.split("/", 1)[0] for n in names}
+    assert top == {"fastasr", "fastasr-0.1.0.dist-info"}
+    assert not [n for n in names if n.endswith((".cpp", ".h", ".cu", ".map", ".jsonl"))]
+    assert not [n for n in names if n.startswith(("fastasr/tests", "fastasr/csrc"))]
+
+
+def test_the_pure_wheel_serves_every_machine(pure_wheel):
+    assert pure_wheel.name == "fastasr-0.1.0-py3-none-any.whl"
+    assert not [n for n in _names(pure_wheel) if n.endswith(".so")]
+
+
+@pytest.fixture(scope="module")
+def dynamic(library) -> str:
+    return run("readelf", "--dynamic", "--wide", library)
+
+
+def test_the_library_links_torch_and_the_system_alone(dynamic):
+    needed = set(re.findall(r"\(NEEDED\).*\[(.+?)\.so", dynamic))
+    assert {"libtorch", "libtorch_cpu", "libc10"} <= needed
+    allowed = {
+        "libtorch",
+        "libtorch_cpu",
+        "libc10",
+        "libstdc++",
+        "libm",
+        "libgcc_s",
+        "libc",
+        "ld-linux-x86-64",
+    }
+    allowed |= {"ld-linux-aarch64", "libpthread", "libdl", "librt"}
+    # neither a second OpenMP runtime nor a CUDA one
+    assert needed <= allowed
+
+
+def test_the_library_looks_nowhere_for_libraries(dynamic):
+    assert not re.findall(r"\((?:RPATH|RUNPATH)\).*", dynamic)
+
+
+def test_the_library_exports_its_init_alone(library):
+    lines = run("nm", "--dynamic", "--defined-only", library).split("\n")
+    assert [line.split()[-1] for line in lines if line.strip()] == ["PyInit__C"]
+
+
+def test_the_library_uses_the_stable_abi_alone(library):
+    symbols = run("nm", "--dynamic", "--undefined-only", "--demangle", library)
+    names = [line.split(maxsplit=1)[-1] for line in symbols.splitlines()]
+    assert [n for n in names if n.startswith(("aoti_torch_", "torch_"))], "the registration shims are used"
+    assert not [n for n in names if re.match(r"(at|c10|torch|caffe2|pybind11)::", n)]
+    assert not [n for n in names if n.startswith(("GOMP_", "omp_", "cuda", "__cuda"))]
+
+
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"][^>"]+[>"])', re.MULTILINE)
+
+
+def test_bindings_include_the_stable_headers_alone():
+    seen = 0
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix not in (".cpp", ".h", ".cu", ".cuh"):
+            continue
+        for name in INCLUDE.findall(path.read_text()):
+            inner = name.strip('<>"')
+            library = inner.split("/", 1)[0]
+            if library in ("torch", "ATen", "c10", "caffe2"):
+                seen += 1
+                assert inner.startswith(("torch/csrc/stable/", "torch/headeronly/")), f"{path}: {name}"
+                assert "bindings" in path.parts, f"{path}: only csrc/bindings may know torch, includes {name}"
+            if library == "pybind11":
+                assert path.name == "module.cpp", f"{path}: {name}"
+    assert seen > 3
+
+
+def test_every_architecture_is_compiled_where_nvcc_is(installed):
+    architectures = installed.python(
+        "from fastasr.ops import _dispatch; print(_dispatch.native_build_info()['cuda_architectures'])"
+    ).strip()
+    has_nvcc = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()
+    wanted = re.search(r'FASTASR_CUDA_ARCHITECTURES "([^"]+)"', (ROOT / "CMakeLists.txt").read_text())[1]
+    assert architectures == (wanted.replace(";", ",") if has_nvcc else "None")

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The installed wheel, from outside the repository: with everything, without the native library, without Triton."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.packaging
+
+# Every op forward and backward; prints where the package is, and the table of backends.
+RUN = """
+import json, sys
+import torch
+{before}
+import fastasr
+from fastasr import ops
+from fastasr.ops import _dispatch
+
+x = torch.randn(5, 2, 8, requires_grad=True)
+weight, bias = torch.randn(3, 8, requires_grad=True), torch.randn(3, requires_grad=True)
+channel = torch.rand(8, requires_grad=True)
+calls = {{
+    "swoosh_l": lambda: ops.swoosh_l(x),
+    "swoosh_r": lambda: ops.swoosh_r(x),
+    "swoosh_linear": lambda: ops.swoosh_linear(x, weight, bias, "SwooshL", 0.2, 0, True),
+    "bias_norm": lambda: ops.bias_norm(x, channel, torch.zeros(())),
+    "bypass": lambda: ops.bypass(x, 2 * x, channel),
+    "linear": lambda: ops.linear(x, weight, bias),
+}}
+assert set(calls) <= set(ops.NAMES), ops.NAMES
+for call in calls.values():
+    y = call()
+    y.sum().backward()
+    assert torch.isfinite(y).all() and torch.isfinite(x.grad).all()
+expected = torch.logaddexp(torch.zeros(()), x - 4) - 0.08 * x - 0.035
+torch.testing.assert_close(ops.swoosh_l(x), expected)
+chosen = _dispatch.explain_choice("swoosh", "cpu", torch.float32)
+print(json.dumps({{
+    "file": fastasr.__file__,
+    "version": fastasr.__version__,
+    "reason": _dispatch.native_reason(),
+    "chosen": chosen,
+    "table": _dispatch.table(),
+}}))
+"""
+
+
+def result(environment, before="", **variables) -> dict:
+    return json.loads(environment.python(RUN.format(before=before), **variables).splitlines()[-1])
+
+
+def rows(found: dict, backend: str) -> list[dict]:
+    return [row for row in found["table"] if row["backend"] == backend]
+
+
+def test_every_op_runs_on_its_kernels(installed):
+    found = result(installed)
+    assert found["file"].startswith(str(installed.folder)), "the wheel's package, not the repository's"
+    assert found["version"] == "0.1.0"
+    assert found["reason"] == ""
+    assert found["chosen"] == ["cpu", ""]
+    kernels = [row for row in rows(found, "cpu") if row["op"] != "linear"]
+    assert len(kernels) >= 5
+    assert all(row["available"] for row in kernels)
+    assert {row["op"] for row in found["table"]} == {row["op"] for row in rows(found, "eager")}
+
+
+def test_without_the_native_library(installed_pure):
+    found = result(installed_pure)
+    assert "not built" in found["reason"]
+    assert found["chosen"][0] == "eager"
+    assert "not built" in found["chosen"][1]
+    swoosh = [row for row in rows(found, "cpu") if row["op"] == "swoosh_l"]
+    assert [row["available"] for row in swoosh] == [False]
+    assert "not built" in swoosh[0]["reason"]
+
+
+def test_with_a_native_library_that_does_not_load(installed_pure, tmp_path):
+    """A binary for another system: reported, and eager serves."""
+    suffix = installed_pure.python("import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))").strip()
+    library = installed_pure.packages / "fastasr" / f"_C{suffix}"
+    library.write_bytes(b"\x7fELF nonsense")
+    try:
+        found = result(installed_pure)
+    finally:
+        library.unlink()
+    assert "did not load" in found["reason"]
+    assert found["chosen"][0] == "eager"
+
+
+def test_without_triton(installed):
+    found = result(installed, before="sys.modules['triton'] = None")
+    assert found["chosen"] == ["cpu", ""]
+    triton = rows(found, "triton")
+    assert triton
+    assert not any(row["available"] for row in triton)
+    assert all("triton" in row["reason"] for row in triton)
+
+
+def test_without_either(installed_pure):
+    found = result(installed_pure, before="sys.modules['triton'] = None")
+    assert found["chosen"][0] == "eager"
+    assert [row for row in found["table"] if row["available"]] == [
+        row
+        for row in found["table"]
+        if row["backend"] == "eager" or (row["op"], row["backend"]) == ("linear", "cpu")
+    ]
+
+
+def test_forced_eager(installed):
+    assert result(installed, FASTASR_BACKEND="eager")["chosen"] == ["eager", "backend 'eager' is forced"]
+
+
+def test_the_command_is_installed(installed):
+    assert "0.1.0" in installed.command("--version")
+    listed = installed.command("ops")
+    for name in ("swoosh_l", "bias_norm", "bypass"):
+        assert name in listed
+    assert "Python" in installed.command("env") or "python" in installed.command("env")
+
+
+def test_subpackages_import(installed):
+    installed.python(
+        "import fastasr, importlib\n"
+        "for name in ('kernels', 'benchmarks', 'swap', 'models', 'testing', 'cli'):\n"
+        "    module = importlib.import_module(f'fastasr.{name}')\n"
+        f"    assert module.__file__.startswith({str(installed.folder)!r}), module.__file__\n"
+    )
+
+
+def test_import_is_light(installed):
+    """``import fastasr`` takes neither the swap engine, the command line nor the benchmarks with it."""
+    loaded = installed.python(
+        "import sys, fastasr; print(*sorted(n for n in sys.modules if n.startswith(('fastasr', 'typer', 'matplotlib'))))"
+    ).split()
+    assert not [
+        n for n in loaded if n.startswith(("fastasr.cli", "fastasr.benchmarks", "fastasr.swap", "typer"))
+    ]
