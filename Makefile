@@ -49,8 +49,8 @@ $(STAMPS)/tools: $(STAMPS)/torch scripts/constraints.txt
 
 $(STAMPS)/fastasr: $(STAMPS)/tools scripts/python_headers.sh $(NATIVE_SOURCES)
 	@echo "== $(VENV): fastasr, editable, with its native library"
-	headers=$$(scripts/python_headers.sh $(PY) $(VENV)/headers); eval "$$headers"; \
-	$(PINNED) --no-build-isolation -e ".[test,demo]"
+	scripts/python_headers.sh $(PY) $(VENV)/headers > $(STAMPS)/build.env
+	source $(STAMPS)/build.env; $(PINNED) --no-build-isolation -e ".[test,demo]"
 	touch $@
 
 $(STAMPS)/peers: $(STAMPS)/tools scripts/install_peers.sh
@@ -72,11 +72,11 @@ test: test-cpp install
 	@echo "== fuzzing"
 	$(PY) -m fastasr.testing.fuzz -n 2000 --seed $(SEED)
 	@echo "== Python tests"
-	$(PY) -m pytest -m "not long" $(ARGS)
+	source $(STAMPS)/build.env; $(PY) -m pytest -m "not long" $(ARGS)
 
 test-long: test-cpp test-cpp-long install
 	$(PY) -m fastasr.testing.fuzz -n 100000 --seed $(SEED)
-	$(PY) -m pytest -m "long or not long" $(ARGS)
+	source $(STAMPS)/build.env; $(PY) -m pytest -m "long or not long" $(ARGS)
 
 # The C++ tests need a compiler and CMake, no Python.
 test-cpp:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package as a user gets it: a source distribution, wheels made from it, fresh environments they are installed in.
+"""The package as a user gets it: a source distribution, wheels made from it, fresh environments with them.
 
 Nothing is downloaded. The fresh environments see this environment's torch behind their own packages.
 """
