@@ -6,15 +6,21 @@ method, and ``__prepare_scriptable__``, which torch.jit.script calls on every mo
 Bound methods survive deepcopy (bound to the copy) and pickle by name, so a pickled model loads unswapped.
 """
 
+import copy
 import functools
 import types
 
 import torch
 
+try:  # torch.compile takes torch.onnx.is_in_onnx_export() for False always; it reads this flag as it is
+    from torch.onnx._internal.exporter import _flags as _onnx
+except ImportError:
+    _onnx = types.SimpleNamespace(_is_onnx_exporting=False)
+
 _GUARD = "__prepare_scriptable__"
 
 _EXPORT_MESSAGE = (
-    "{what} cannot take a model swapped by fastasr.accelerate: {path} runs fastasr's kernels. "
+    "{what} cannot take a model swapped by fastasr.accelerate: a {name} module runs fastasr's kernels. "
     "Export upstream's own code instead:\n"
     "    with fastasr.eager_mode(model):\n"
     "        ...  # {what}"
@@ -26,7 +32,7 @@ class ExportError(RuntimeError):
 
 
 def _refuse(module, what):
-    raise ExportError(_EXPORT_MESSAGE.format(what=what, path=f"a {type(module).__name__} module"))
+    raise ExportError(_EXPORT_MESSAGE.format(what=what, name=type(module).__name__))
 
 
 @functools.cache
@@ -37,7 +43,7 @@ def guarded(forward):
     def guard(self, *args, **kwargs):
         if torch.jit.is_tracing():
             _refuse(self, "torch.jit.trace and the tracing ONNX exporter")
-        if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        if torch.compiler.is_exporting() and _onnx._is_onnx_exporting:
             _refuse(self, "torch.onnx.export")
         return forward(self, *args, **kwargs)
 
@@ -56,8 +62,6 @@ class _ScriptGuard:
         _refuse(self.module, "torch.jit.script")
 
     def __deepcopy__(self, memo):
-        import copy
-
         return _ScriptGuard(copy.deepcopy(self.module, memo))
 
     def __reduce__(self):

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TorchScript and ONNX: upstream's code inside eager_mode, an error that names it outside."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from tiny_zipformer import assert_close, plain_swoosh
+
+import fastasr
+from fastasr.swap.binding import ExportError
+
+HELP = "with fastasr.eager_mode"
+
+
+@pytest.fixture
+def head():
+    """Modules that upstream itself can script: norm, linear, activation."""
+    from zipformer.modules.scaling import BiasNorm, SwooshR
+
+    torch.manual_seed(0)
+    with plain_swoosh():
+        return torch.nn.Sequential(torch.nn.Linear(12, 8), BiasNorm(8), SwooshR()).eval()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+
+
+def test_script_inside_eager_mode(head, x):
+    expected = head(x)
+    fastasr.accelerate(head)
+    with fastasr.eager_mode(head):
+        scripted = torch.jit.script(head)
+    assert_close(scripted(x), expected)
+    assert_close(head(x), expected)
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    assert_close(torch.jit.load(file)(x), expected)
+
+
+def test_script_outside_raises(head):
+    fastasr.accelerate(head)
+    with pytest.raises(ExportError, match=HELP):
+        torch.jit.script(head)
+    with pytest.raises(ExportError, match=HELP):
+        torch.jit.script(copy.deepcopy(head))
+
+
+@pytest.mark.parametrize("first", ["swapped", "plain"])
+def test_script_after_a_partial_swap_raises_whichever_came_first(first, x):
+    """Instances of one class share a scripted type, so a half-swapped model would compile one of the two."""
+    from zipformer.modules.scaling import BiasNorm
+
+    pair = torch.nn.Sequential(BiasNorm(12), BiasNorm(12)).eval()
+    fastasr.accelerate(pair, only="0" if first == "swapped" else "1")
+    with pytest.raises(ExportError, match=HELP):
+        torch.jit.script(pair)
+    fastasr.restore(pair)
+    assert_close(torch.jit.script(pair)(x), pair(x))
+
+
+def test_a_loaded_pickle_can_be_scripted(head, x):
+    fastasr.accelerate(head)
+    loaded = pickle.loads(pickle.dumps(head))
+    assert_close(torch.jit.script(loaded)(x), head(x))
+
+
+def test_trace(head, x):
+    expected = head(x)
+    fastasr.accelerate(head)
+    with pytest.raises(ExportError, match=HELP):
+        torch.jit.trace(head, (x,))
+    with fastasr.eager_mode(head):
+        traced = torch.jit.trace(head, (x,))
+    assert_close(traced(x), expected)
+
+
+def test_trace_of_the_whole_model(model, inputs):
+    model.eval()
+    fastasr.accelerate(model)
+    with pytest.raises(ExportError, match=HELP):
+        torch.jit.trace(model, inputs)
+    with torch.no_grad():
+        expected = model(*inputs)[0]
+        with fastasr.eager_mode(model):
+            traced = torch.jit.trace(model, inputs, check_trace=False)
+        assert_close(traced(*inputs)[0], expected)
+
+
+def test_onnx_by_tracing(head, x):
+    pytest.importorskip("onnx")
+    fastasr.accelerate(head)
+    with pytest.raises(ExportError, match=HELP):
+        torch.onnx.export(head, (x,), io.BytesIO(), dynamo=False)
+    with fastasr.eager_mode(head):
+        file = io.BytesIO()
+        torch.onnx.export(head, (x,), file, dynamo=False)
+    assert file.getvalue()
+
+
+def test_onnx_by_export(head, x):
+    pytest.importorskip("onnxscript")
+    fastasr.accelerate(head)
+    with pytest.raises(Exception, match="eager_mode"):
+        torch.onnx.export(head, (x,), dynamo=True, verbose=False)
+    with fastasr.eager_mode(head):
+        program = torch.onnx.export(head, (x,), dynamo=True, verbose=False)
+    assert program.model is not None
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_torch_export(head, x, strict):
+    """torch.export keeps fastasr's ops in the program."""
+    expected = head(x)
+    fastasr.accelerate(head)
+    program = torch.export.export(head, (x,), strict=strict)
+    assert any("fastasr" in str(node.target) for node in program.graph.nodes)
+    assert_close(program.module()(x), expected)
+
+
+def test_scripted_submodules_are_declined(head, x):
+    scripted = torch.nn.Sequential(torch.jit.script(head), torch.nn.Linear(8, 8))
+    report = fastasr.accelerate(scripted)
+    assert not report.replaced
+    assert report["0"].reason == "compiled by TorchScript"
+    assert_close(scripted[0](x), head(x))

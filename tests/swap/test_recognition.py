@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Known code is swapped wherever it lives; everything else is declined with a reason."""
+
+import ast
+import importlib.util
+import inspect
+import sys
+
+import pytest
+import torch
+from tiny_zipformer import assert_close, plain_swoosh
+from torch.nn.utils import parametrizations, weight_norm
+
+import fastasr
+from fastasr.swap.source_hash import fingerprint
+
+
+def _reason(module, **options):
+    """The reason for which the only module of a model was declined; its forward must be its own afterwards."""
+    report = fastasr.accelerate(torch.nn.Sequential(module), **options)
+    assert report["0"].status == "skipped"
+    assert "fastasr" not in repr(vars(module).get("forward"))
+    return report["0"].reason
+
+
+# --- copies in recipe folders ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """recipe(edit) -> modules scaling, subsampling, zipformer of a recipe folder made from the installed package.
+
+    ``edit`` changes the text of a file. Like icefall's folders they import each other by bare name.
+    """
+    import zipformer.modules.scaling
+    import zipformer.modules.subsampling
+    import zipformer.modules.zipformer
+
+    loaded = []
+
+    def make(edit=lambda name, text: text):
+        folder = tmp_path / f"recipe{len(loaded)}"
+        folder.mkdir()
+        result = []
+        for name in ("scaling", "subsampling", "zipformer"):
+            text = inspect.getsource(getattr(zipformer.modules, name))
+            text = text.replace("from zipformer.modules.scaling import", f"from {folder.name}_scaling import")
+            path = folder / f"{folder.name}_{name}.py"
+            path.write_text(edit(name, text))
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            module = importlib.util.module_from_spec(spec)
+            monkeypatch.setitem(sys.modules, path.stem, module)
+            spec.loader.exec_module(module)
+            result.append(module)
+        loaded.append(result)
+        return result
+
+    return make
+
+
+def _one_of_each(scaling, subsampling, zipformer):
+    with plain_swoosh():
+        return torch.nn.ModuleDict(
+            {
+                "swoosh_l": scaling.SwooshL(),
+                "swoosh_r": scaling.SwooshR(),
+                "fused_l": scaling.ActivationDropoutAndLinear(4, 3, activation="SwooshL"),
+                "fused_r": scaling.ActivationDropoutAndLinear(4, 3, activation="SwooshR"),
+                "norm": scaling.BiasNorm(4),
+                "bypass": zipformer.BypassModule(4),
+                "convnext": subsampling.ConvNeXt(4, kernel_size=(3, 3)),
+                "linear": torch.nn.Linear(4, 3),
+            }
+        )
+
+
+def _reformat(name, text):
+    """Without comments and blank lines, annotated and quoted differently, with ``nn`` for ``torch.nn``."""
+    text = ast.unparse(ast.parse(text)).replace("torch.Tensor", "Tensor").replace("torch.nn.", "nn.")
+    return f"from torch import nn, Tensor\n{text}"
+
+
+@pytest.mark.parametrize("edit", [lambda name, text: text, _reformat], ids=["copied", "reformatted"])
+def test_copies_in_a_recipe_folder_are_swapped(recipe, edit):
+    model = _one_of_each(*recipe(edit))
+    report = fastasr.accelerate(model)
+    assert {row.path for row in report.replaced} == {*model.keys(), "convnext.activation"}
+
+
+EDITS = {
+    "a constant of the activation": (
+        "scaling",
+        "0.08 * x - 0.035",
+        "0.08 * x - 0.036",
+        {"swoosh_l", "fused_l", "fused_r"},  # both activations are spelled out in the fused forward
+    ),
+    "the derivative": ("scaling", "deriv = 0.92 - inv_denom", "deriv = 0.9 - inv_denom", {"fused_l", "fused_r"}),
+    "the norm's formula": ("scaling", "x - bias) ** 2", "x - bias) ** 4", {"norm"}),
+    "how often a limit applies": ("scaling", "prob: float = 0.6", "prob: float = 0.7", {"norm", "bypass"}),
+    "what a limit does": ("scaling", "x_grad > 0, x < ctx.min", "x_grad > 0, x > ctx.min", {"norm", "bypass"}),
+    "the bypass": ("zipformer", "(src - src_orig) * bypass_scale", "(src - src_orig) / bypass_scale", {"bypass"}),
+    "how a scale is drawn": ("zipformer", "> skip_rate", ">= skip_rate", {"bypass"}),
+    "the front end": ("subsampling", "x = bypass + x\n", "x = bypass - x\n", {"convnext"}),
+}
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_edited_copies_are_declined(recipe, what):
+    file, old, new, affected = EDITS[what]
+
+    def edit(name, text):
+        if name != file:
+            return text
+        assert old in text
+        return text.replace(old, new)
+
+    model = _one_of_each(*recipe(edit))
+    report = fastasr.accelerate(model)
+    declined = set(model.keys()) - {row.path for row in report.replaced}
+    if "swoosh_l" in affected:
+        affected = affected | {"convnext"}  # it runs a SwooshL
+    assert declined == affected
+    for path in affected - {"convnext"}:
+        assert "is no known version" in report[path].reason
+
+
+def test_fingerprints_do_not_depend_on_the_folder(recipe):
+    from zipformer.modules.scaling import BiasNorm
+
+    copied = recipe()[0].BiasNorm
+    assert copied is not BiasNorm
+    assert fingerprint([copied.forward], copied) == fingerprint([BiasNorm.forward], BiasNorm)
+
+
+def test_code_without_source_is_declined():
+    namespace = {"torch": torch}
+    code = "class BiasNorm(torch.nn.Module):\n    num_channels = 4\n    channel_dim = -1\n"
+    exec(code + "    def forward(self, x):\n        return x\n", namespace)
+    module = namespace["BiasNorm"]()
+    module.bias = torch.nn.Parameter(torch.zeros(4))
+    module.log_scale = torch.nn.Parameter(torch.zeros(()))
+    assert "source cannot be read" in _reason(module)
+
+
+# --- instances that are not as upstream makes them ------------------------------------------------------------
+
+
+@pytest.fixture
+def norm():
+    from zipformer.modules.scaling import BiasNorm
+
+    return BiasNorm(8)
+
+
+@pytest.fixture
+def fused():
+    from zipformer.modules.scaling import ActivationDropoutAndLinear
+
+    with plain_swoosh():
+        return ActivationDropoutAndLinear(6, 4)
+
+
+def test_hooks(norm):
+    def watch(*_):
+        return None
+
+    handle = norm.register_forward_hook(watch)
+    assert "has a forward hook" in _reason(norm)
+    assert "watch" in _reason(norm)
+    handle.remove()
+    norm.register_forward_pre_hook(watch)
+    assert "has a forward pre-hook" in _reason(norm)
+
+
+def test_weight_norm_and_parametrizations(model):
+    before = len(fastasr.explain(model).replaced)
+    parametrizations.weight_norm(model.encoder_embed.out)
+    weight_norm(model.encoder.encoders[0].layers[0].feed_forward1.in_proj)
+    report = fastasr.accelerate(model)
+    assert len(report.replaced) == before - 2
+    assert "has parametrizations on weight" in report["encoder_embed.out"].reason
+    assert "pre-hook" in report["encoder.encoders.0.layers.0.feed_forward1.in_proj"].reason
+
+
+def test_a_forward_replaced_on_the_instance(norm):
+    def quiet(x):
+        return x
+
+    norm.forward = quiet
+    assert _reason(norm) == f"its forward was already replaced on this instance, by {quiet.__qualname__}"
+    assert norm.forward is quiet
+
+
+def test_extra_parameters_buffers_and_submodules(norm, fused):
+    norm.gain = torch.nn.Parameter(torch.ones(8))
+    assert "parameters this class does not have upstream: gain" in _reason(norm)
+    del norm.gain
+    norm.register_buffer("running", torch.zeros(8))
+    assert "buffers this class does not have upstream: running" in _reason(norm)
+    fused.lora = torch.nn.Linear(6, 4)
+    assert "a submodule this class does not have upstream: lora (Linear)" in _reason(fused)
+
+
+def test_wrong_shapes_and_dtypes(norm, fused):
+    norm.bias = torch.nn.Parameter(torch.zeros(9))
+    assert _reason(norm) == "bias has shape (9,), expected (8,)"
+    fused.weight = torch.nn.Parameter(torch.zeros(4, 6, dtype=torch.int8), requires_grad=False)
+    assert _reason(fused) == "weight is torch.int8, expected a floating-point type"
+
+
+def test_missing_attributes_and_odd_values(norm, fused):
+    del norm.channel_dim
+    assert "lacks an attribute of upstream's BiasNorm" in _reason(norm)
+    fused.activation = "Tanh"
+    assert "activation is 'Tanh'" in _reason(fused)
+    fused.activation = "SwooshR"
+    assert _reason(fused) == "forward_func is _swooshl, expected _swooshr"
+    fused.activation, fused.dropout_p = "SwooshL", "often"
+    assert "dropout_p is a str" in _reason(fused)
+
+
+def test_subclasses(norm):
+    from zipformer.modules.scaling import BiasNorm
+
+    class Loud(BiasNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Named(BiasNorm):
+        label = "same code under another name"
+
+    assert _reason(Loud(8)) == "Loud is a subclass of BiasNorm that overrides forward"
+    assert fastasr.accelerate(Named(8)).replaced
+
+
+def test_a_helper_overridden_in_a_subclass():
+    from zipformer.modules.zipformer import BypassModule
+
+    class Fixed(BypassModule):
+        def _get_bypass_scale(self, batch_size):
+            return self.bypass_scale * 0.5
+
+    assert _reason(Fixed(8)) == "Fixed is a subclass of BypassModule that overrides _get_bypass_scale"
+
+
+def test_a_class_patched_as_a_whole(norm, monkeypatch):
+    monkeypatch.setattr(type(norm), "forward", lambda self, x: x)
+    assert "is no known version of BiasNorm" in _reason(norm)
+
+
+def test_an_unrelated_class_of_the_same_name():
+    class BiasNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return x * self.scale
+
+    assert "lacks an attribute of upstream's BiasNorm" in _reason(BiasNorm())
+
+
+def test_linear_alone_is_left_alone_and_subclasses_too(norm):
+    class Adapted(torch.nn.Linear):
+        pass
+
+    assert _reason(torch.nn.Linear(3, 3)) == "no module of this model is of a known family"
+    report = fastasr.accelerate(torch.nn.Sequential(norm, Adapted(3, 3), torch.nn.Linear(3, 3)))
+    assert "is a subclass of torch.nn.Linear" in report["1"].reason
+    assert report["2"].status == "replaced"
+
+
+def test_convnext_with_another_convolution(model):
+    embed = model.encoder_embed
+    embed.convnext.pointwise_conv1.stride = (2, 2)
+    report = fastasr.explain(model)
+    assert "pointwise_conv1 has another stride" in report["encoder_embed.convnext"].reason
+    embed.convnext.pointwise_conv1.stride = (1, 1)
+    embed.convnext.hidden_balancer.forward = lambda x: x + 1
+    report = fastasr.explain(model)
+    assert "hidden_balancer runs code that is not upstream's" in report["encoder_embed.convnext"].reason
+
+
+def test_own_classes_are_not_swapped():
+    from fastasr.models.zipformer import BiasNorm
+
+    assert _reason(BiasNorm(4)) == "is fastasr's own class already"
+
+
+def test_shared_modules_are_swapped_once(norm):
+    model = torch.nn.Sequential(norm, torch.nn.Sequential(norm)).eval()
+    report = fastasr.accelerate(model)
+    assert [row.path for row in report.replaced] == ["0"]
+    x = torch.randn(3, 8)
+    actual = model(x)
+    fastasr.restore(model)
+    assert_close(actual, model(x))
