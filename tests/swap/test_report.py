@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report names every module with a reason, as text, dictionary and JSON."""
+
+import json
+import sys
+
+import pytest
+from tiny_zipformer import medium
+
+import fastasr
+
+
+def test_zipformer_m_every_module_with_a_reason():
+    model = medium()
+    report = fastasr.explain(model)
+    assert [row.path for row in report.rows] == [name for name, _ in model.named_modules()]
+    assert all(row.reason for row in report.rows)
+    counts = {}
+    for row in report.replaced:
+        counts[row.class_name] = counts.get(row.class_name, 0) + 1
+    layers = 2 + 2 + 3 + 4 + 3 + 2
+    assert counts == {
+        "SwooshL": 1,
+        "SwooshR": 3,
+        "ConvNeXt": 1,
+        "BiasNorm": layers + 1,
+        "BypassModule": 2 * layers + 5,
+        "ActivationDropoutAndLinear": 5 * layers,
+        "Linear": 1 + layers * (2 + 2 * 2 + 3 + 2 + 2),
+    }
+    assert report.summary.startswith("Encoder: ")
+
+
+def test_dictionary_and_json(model, inputs):
+    report = fastasr.accelerate(model, only="encoder_embed.*", verify=inputs)
+    data = json.loads(report.to_json())
+    assert data == report.to_dict()
+    assert data["model"] == "Encoder"
+    assert data["verified"]
+    assert data["counts"]["replaced"] == len(report.replaced)
+    assert len(data["rows"]) == len(report) == len(list(model.named_modules()))
+    row = next(row for row in data["rows"] if row["path"] == "encoder_embed.out_norm")
+    assert row["class_name"] == "BiasNorm"
+    assert row["rule"] == "zipformer.bias_norm"
+    assert row["kernels"] == ["bias_norm"]
+    assert row["status"] == "replaced"
+    assert row["errors"]["values"] >= 0
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_as_text(model, monkeypatch, rich):
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich", None)
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+        monkeypatch.setitem(sys.modules, "rich.table", None)
+    report = fastasr.accelerate(model)
+    text = str(report)
+    assert report.summary in text
+    assert "BiasNorm" in text
+    assert "no rule for this class" in text
+    every = report.table(every=True)
+    assert len(every.splitlines()) >= len(report.rows)
+    assert "would be replaced" in str(fastasr.explain(model))
+
+
+def test_looking_up_a_row(model):
+    report = fastasr.explain(model)
+    assert report["encoder_embed.out"].class_name == "Linear"
+    with pytest.raises(KeyError):
+        report["nowhere"]
