@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DDP and FSDP2 on two gloo processes."""
+
+import distributed_workers
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="torch without gloo"
+)
+
+
+@pytest.mark.parametrize("worker", ["ddp", "fsdp2"])
+def test_two_processes(worker, tmp_path):
+    arguments = (2, str(tmp_path / "rendezvous"), worker)
+    torch.multiprocessing.spawn(distributed_workers.run, args=arguments, nprocs=2)
