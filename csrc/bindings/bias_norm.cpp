@@ -19,8 +19,8 @@ int64_t checked_rows(const Tensor& x, const Tensor& bias, const Tensor& log_scal
 }
 
 template <typename T>
-cpu::compute_t<T> scale_of(const Tensor& log_scale) {
-  return std::exp(cpu::load(*data<T>(log_scale)));
+double scale_of(const Tensor& log_scale) {
+  return std::exp(static_cast<double>(cpu::load(*data<T>(log_scale))));
 }
 
 Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_scale) {
@@ -29,7 +29,7 @@ Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_
   with_kernel_type(x.scalar_type(), "bias_norm_forward", [&]<typename T>() {
     const T *xp = data<T>(x), *bp = data<T>(bias);
     T* yp = mutable_data<T>(y);
-    const auto scale = scale_of<T>(log_scale);
+    const double scale = scale_of<T>(log_scale);
     parallel_range(rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels)), [&](int64_t b, int64_t e) {
       cpu::bias_norm_forward(xp + b * channels, bp, scale, yp + b * channels, e - b, channels);
     });
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const 
     using C = cpu::compute_t<T>;
     const T *gp = data<T>(grad), *xp = data<T>(x), *bp = data<T>(bias);
     T* dp = mutable_data<T>(dx);
-    const C scale = scale_of<T>(log_scale);
+    const double scale = scale_of<T>(log_scale);
     const RowBlocks blocks(rows, channels);
     std::vector<C> parts(blocks.count * channels);
     std::vector<double> scale_parts(blocks.count);

@@ -68,12 +68,13 @@ void parallel_range(int64_t n, int64_t grain, const F& f) {
   torch::stable::parallel_for(0, n, grain, f);
 }
 
-// Row blocks for deterministic reductions: their number depends on the shape alone, never on the thread count.
+// Row blocks for deterministic reductions: their number depends on the shape alone, never on the thread count. At most
+// 16 rows are added in a chain of floats; the blocks are then added in double.
 struct RowBlocks {
   int64_t rows, rows_per_block, count;
   RowBlocks(int64_t rows_, int64_t row_elements)
       : rows(rows_),
-        rows_per_block(std::max<int64_t>(1, std::min<int64_t>(64, 65536 / std::max<int64_t>(1, row_elements)))),
+        rows_per_block(std::max<int64_t>(1, std::min<int64_t>(16, 65536 / std::max<int64_t>(1, row_elements)))),
         count((rows_ + rows_per_block - 1) / rows_per_block) {}
   int64_t begin(int64_t block) const { return block * rows_per_block; }
   int64_t size(int64_t block) const { return std::min(rows_per_block, rows - begin(block)); }

@@ -31,7 +31,10 @@ def _load_native() -> tuple[ModuleType | None, str]:
     except ModuleNotFoundError as error:
         if error.name != "fastasr._C":
             return None, f"the native library did not load: {error}"
-        return None, "the native library is not built (installed with FASTASR_NATIVE=0, or from source files alone)"
+        return (
+            None,
+            "the native library is not built (installed with FASTASR_NATIVE=0, or from source files alone)",
+        )
     except Exception as error:  # a binary for another system must not stop the import: it is reported
         return None, f"the native library did not load: {error}"
     return module, ""
@@ -144,7 +147,9 @@ class KernelFamily:
     name: str
     ops: tuple[str, ...]
     implementations: tuple[Implementation, ...]
-    vendor: bool = False  # the eager definition is a vendor library's kernel: taking it is no loss worth a warning
+    vendor: bool = (
+        False  # the eager definition is a vendor library's kernel: taking it is no loss worth a warning
+    )
     chosen: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -197,13 +202,25 @@ class KernelFamily:
 FAMILIES: dict[str, KernelFamily] = {}
 
 
+@torch.compiler.assume_constant_result
+def _served(family: str, device_type: str, dtype: torch.dtype, forced: str) -> bool:
+    return FAMILIES[family]._choose(device_type, dtype) is not None
+
+
+def served(family: str, x: torch.Tensor) -> bool:
+    """Whether a kernel serves x; for code that is being traced: a graph is valid for one forced backend only."""
+    return _served(family, x.device.type, x.dtype, _forced)
+
+
 def native_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Implementation:
     """The C++ kernels ``torch.ops.fastasr_cpu.<name>_forward`` and ``_backward``."""
 
     def load() -> Kernels:
         namespace = torch.ops.fastasr_cpu
         return Kernels(
-            "cpu", getattr(namespace, f"{name}_forward").default, getattr(namespace, f"{name}_backward").default
+            "cpu",
+            getattr(namespace, f"{name}_forward").default,
+            getattr(namespace, f"{name}_backward").default,
         )
 
     return Implementation("cpu", ("cpu",), dtypes, _reason_cpu, load)

@@ -71,11 +71,14 @@ def refuse_double_backward(name: str) -> None:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for on this tensor's device, or None outside autocast."""
     device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Autocast's rule for arguments: floating tensors except float64 take ``dtype``."""
     return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t
+        for t in tensors
     )

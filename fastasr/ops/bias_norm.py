@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastasr.ops import _check
-from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, triton_kernels
+from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served, triton_kernels
 from fastasr.ops._register import refuse_double_backward, register
 
 FAMILY = KernelFamily("bias_norm", ("bias_norm",), (native_kernels("bias_norm"), triton_kernels("bias_norm")))
@@ -26,7 +26,9 @@ def definition(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int = -1
     return x * scale
 
 
-def definition_backward(grad: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def definition_backward(
+    grad: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dbias, dlog_scale), channels last, computed in float32 or better."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, bias.dtype), torch.float32)
     g, v, b = grad.to(dtype), x.to(dtype), bias.to(dtype)
@@ -90,7 +92,7 @@ class _BiasNorm(torch.autograd.Function):
 
 
 # --------------------------------------------------------------------------- registration
-def _fake_forward(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int = -1) -> Tensor:
+def _fake_forward(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int) -> Tensor:
     dtype = torch.promote_types(x.dtype, bias.dtype)
     if FAMILY.kernels(x) is None:
         return torch.empty_like(x, dtype=dtype)
@@ -101,7 +103,11 @@ def _fake_forward(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int =
 def _fake_backward(grad: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int):
     moved = x.movedim(channel_dim, -1)
     dx = torch.empty(moved.shape, dtype=x.dtype, device=x.device).movedim(-1, channel_dim)
-    return dx, torch.empty(bias.shape, dtype=bias.dtype, device=x.device), log_scale.new_empty(log_scale.shape)
+    return (
+        dx,
+        torch.empty(bias.shape, dtype=bias.dtype, device=x.device),
+        log_scale.new_empty(log_scale.shape),
+    )
 
 
 _BACKWARD_OP = register(
@@ -118,7 +124,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 _OP = register(
-    "bias_norm(Tensor x, Tensor bias, Tensor log_scale, int channel_dim=-1) -> Tensor",
+    "bias_norm(Tensor x, Tensor bias, Tensor log_scale, int channel_dim) -> Tensor",
     forward,
     _fake_forward,
     setup_context=_setup_context,
@@ -152,11 +158,11 @@ def bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int = -1)
     _check.shape(op, "log_scale", log_scale, "() or (1,)", log_scale.dim() <= 1 and log_scale.numel() == 1)
     _check.same_device(op, "bias", bias, x, "x")
     _check.same_device(op, "log_scale", log_scale, x, "x")
-    if FAMILY.kernels(x) is None:
-        return definition(x, bias, log_scale.reshape(()), channel_dim)
     log_scale = log_scale.reshape(()) if log_scale.dim() else log_scale
     if not direct(x, bias, log_scale):
-        return _OP(x, bias, log_scale, channel_dim)
+        return (_OP if served("bias_norm", x) else definition)(x, bias, log_scale, channel_dim)
+    if FAMILY.kernels(x) is None:
+        return definition(x, bias, log_scale, channel_dim)
     if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad or log_scale.requires_grad):
         return _BiasNorm.apply(x, bias, log_scale, channel_dim)
     return forward(x, bias, log_scale, channel_dim)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastasr.ops import _check
-from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, triton_kernels
+from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served, triton_kernels
 from fastasr.ops._register import refuse_double_backward, register
 
 FAMILY = KernelFamily("bypass", ("bypass",), (native_kernels("bypass"), triton_kernels("bypass")))
@@ -23,7 +23,9 @@ def definition(x_orig: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     return x_orig + (x - x_orig) * scale
 
 
-def definition_backward(grad: Tensor, x_orig: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def definition_backward(
+    grad: Tensor, x_orig: Tensor, x: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dx_orig, dx, dscale), computed in float32 or better."""
     dtype = torch.promote_types(_result_dtype(x_orig, x, scale), torch.float32)
     g, s = grad.to(dtype), scale.to(dtype)
@@ -125,10 +127,10 @@ def bypass(x_orig: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     )
     _check.same_device(op, "x", x, x_orig, "x_orig")
     _check.same_device(op, "scale", scale, x_orig, "x_orig")
+    if not direct(x_orig, x, scale):
+        return (_OP if served("bypass", x) else definition)(x_orig, x, scale)
     if FAMILY.kernels(x) is None:
         return definition(x_orig, x, scale)
-    if not direct(x_orig, x, scale):
-        return _OP(x_orig, x, scale)
     if torch.is_grad_enabled() and (x_orig.requires_grad or x.requires_grad or scale.requires_grad):
         return _Bypass.apply(x_orig, x, scale)
     return forward(x_orig, x, scale)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _check, _gemm
-from fastasr.ops._dispatch import Implementation, KernelFamily, Kernels, direct
+from fastasr.ops._dispatch import Implementation, KernelFamily, Kernels, direct, served
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 
 
@@ -33,10 +33,12 @@ def backward(
     none = grad.new_empty(0)
     dx = _gemm.input_grad(grad, weight) if needs[0] else none
     dweight = _gemm.weight_grad(grad, x) if needs[1] else none
-    dbias = grad.sum(tuple(range(grad.dim() - 1))) if needs[2] else none
-    if needs[2] and grad.dim() == 1:
-        dbias = grad.clone()
-    return dx, dweight, dbias
+    return dx, dweight, bias_grad(grad) if needs[2] else none
+
+
+def bias_grad(grad: Tensor) -> Tensor:
+    """The sum over rows; a copy where there is one row (an op's output may not be its input)."""
+    return grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad.clone()
 
 
 FAMILY = KernelFamily(
@@ -70,7 +72,7 @@ class _Linear(torch.autograd.Function):
 
 
 # --------------------------------------------------------------------------- registration
-def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -98,12 +100,12 @@ def _op_backward(ctx, grad: Tensor):
 
 
 _OP = register(
-    "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     forward,
     _fake_forward,
     setup_context=_setup_context,
     backward=_op_backward,
-    autocast=lambda dtype, x, weight, bias=None: cast(dtype, x, weight, bias),
+    autocast=lambda dtype, x, weight, bias: cast(dtype, x, weight, bias),
 )
 
 
@@ -121,7 +123,9 @@ def check_affine(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, same_d
     if bias is None:
         return
     _check.floating_tensor(op, "bias", bias)
-    _check.shape(op, "bias", bias, f"({weight.shape[0]},)", bias.dim() == 1 and bias.shape[0] == weight.shape[0])
+    _check.shape(
+        op, "bias", bias, f"({weight.shape[0]},)", bias.dim() == 1 and bias.shape[0] == weight.shape[0]
+    )
     _check.same_device(op, "bias", bias, x, "x")
     if same_dtype and bias.dtype != x.dtype:
         raise TypeError(f"fastasr.{op}: bias: expected dtype {x.dtype} (that of x), got {bias.dtype}")
@@ -144,10 +148,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     else:
         dtype = None
     check_affine("linear", x, weight, bias, dtype is None)
+    if not direct(x, weight, bias):
+        return (_OP if served("linear", x) else F.linear)(x, weight, bias)
     if dtype is not None or FAMILY.kernels(x) is None:
         return F.linear(x, weight, bias)
-    if not direct(x, weight, bias):
-        return _OP(x, weight, bias)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastasr.ops import _check, _layout
-from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, triton_kernels
+from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served, triton_kernels
 from fastasr.ops._register import refuse_double_backward, register
 
 FAMILY = KernelFamily(
@@ -89,7 +89,7 @@ class _Swoosh(torch.autograd.Function):
 def _swoosh(x: Tensor, right: bool, op) -> Tensor:
     _check.floating_tensor("swoosh_r" if right else "swoosh_l", "x", x)
     if not direct(x):
-        return definition(x, right) if FAMILY.kernels(x) is None else op(x)
+        return op(x) if served("swoosh", x) else definition(x, right)
     if FAMILY.kernels(x) is None:
         return definition(x, right)
     if x.requires_grad and torch.is_grad_enabled():

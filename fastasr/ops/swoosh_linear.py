@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _check, _gemm, swoosh
-from fastasr.ops._dispatch import direct
+from fastasr.ops._dispatch import direct, served
 from fastasr.ops._register import autocast_dtype, refuse_double_backward, register
-from fastasr.ops.linear import check_affine
+from fastasr.ops.linear import bias_grad, check_affine
 
 FAMILY = swoosh.FAMILY
 KINDS = {"SwooshL": False, "SwooshR": True}
@@ -23,7 +23,12 @@ KINDS = {"SwooshL": False, "SwooshR": True}
 
 # --------------------------------------------------------------------------- definition
 def definition(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, mask: Tensor | None = None, shared_dim: int = -1
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    mask: Tensor | None = None,
+    shared_dim: int = -1,
 ) -> Tensor:
     """The formula in eager PyTorch, for a given mask."""
     y = swoosh.definition(x, KINDS[kind])
@@ -83,8 +88,7 @@ def backward(
     elif needs[1]:
         activation = activate(x, kind, mask, shared_dim)
     dweight = _gemm.weight_grad(grad, activation.to(weight.dtype)) if needs[1] else none
-    dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if needs[2] else none
-    return dx, dweight, dbias
+    return dx, dweight, bias_grad(grad) if needs[2] else none
 
 
 class _SwooshLinear(torch.autograd.Function):
@@ -191,10 +195,12 @@ def swoosh_linear(
     if training and dropout_p > 0.0:
         mask = draw_mask(x, dropout_p, dropout_shared_dim)
         shared_dim = -1 if dropout_shared_dim is None else dropout_shared_dim
+    if not direct(x, weight, bias, mask):
+        if not served("swoosh", x):
+            return definition(x, weight, bias, kind, mask)
+        return _OP(x, weight, bias, kind, mask, shared_dim)
     if FAMILY.kernels(x) is None:
         return definition(x, weight, bias, kind, mask)
-    if not direct(x, weight, bias, mask):
-        return _OP(x, weight, bias, kind, mask, shared_dim)
     if dtype is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if torch.is_grad_enabled() and (

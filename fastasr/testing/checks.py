@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks that every op passes, each driven by the op's sample table alone.
+
+A check is a function ``(table, sample, dtype, device)`` that raises ``AssertionError``; ``CHECKS`` lists them with the
+samples and dtypes they apply to. The test suite parametrises over the same list that ``fastasr check`` runs.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastasr.ops import _dispatch
+from fastasr.testing.table import Make, OpTable, Sample, floating, tables, with_tensors
+from fastasr.testing.tolerance import compare
+
+_SEED = 1234
+
+
+def _make(sample: Sample, dtype: torch.dtype, device: str) -> dict:
+    return sample.arguments(Make(dtype, device))
+
+
+def _call(f: Callable[..., Tensor], arguments: dict, seed: int = _SEED) -> Tensor:
+    torch.manual_seed(seed)  # an op that draws (dropout) draws the same numbers in every run
+    return f(**arguments)
+
+
+def _values_and_gradients(
+    f: Callable[..., Tensor], arguments: dict, cotangent: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    leaves = with_tensors(arguments, lambda _, t: t.detach().clone().requires_grad_())
+    out = _call(f, leaves)
+    if cotangent is None:
+        generator = torch.Generator().manual_seed(99)
+        cotangent = (
+            torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out.dtype).to(out.device)
+        )
+    names = list(floating(leaves))
+    grads = torch.autograd.grad(out, [leaves[n] for n in names], cotangent.to(out.dtype), allow_unused=True)
+    return out, dict(zip(names, grads, strict=True)), cotangent
+
+
+def _same(a: Tensor, b: Tensor, what: str) -> None:
+    if a.dtype != b.dtype:
+        raise AssertionError(f"{what}: dtype {a.dtype}, expected {b.dtype}")
+    if not torch.equal(a.nan_to_num(7.0, 8.0, 9.0), b.nan_to_num(7.0, 8.0, 9.0)) or not torch.equal(
+        a.isnan(), b.isnan()
+    ):
+        worst = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+        raise AssertionError(f"{what}: not bitwise equal, largest difference {worst:.3e}")
+
+
+def _close(a: Tensor, b: Tensor, what: str) -> None:
+    eps = torch.finfo(a.dtype).eps
+    torch.testing.assert_close(
+        a, b, rtol=16 * eps, atol=16 * eps, equal_nan=True, msg=lambda m: f"{what}: {m}"
+    )
+
+
+# --------------------------------------------------------------------------- numerics
+def parity(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """Values and gradients against the float64 definition: error not above eager's."""
+    arguments = _make(sample, dtype, device)
+    wide = with_tensors(arguments, lambda _, t: t.double())
+    if not sample.exact:
+        with torch.no_grad():
+            out, eager, reference = (
+                _call(f, a)
+                for f, a in (
+                    (table.function, arguments),
+                    (table.definition, arguments),
+                    (table.definition, wide),
+                )
+            )
+        comparison = compare(out, eager, reference)
+        assert comparison.ok, f"values: {comparison}"
+        return
+    eager, eager_grads, cotangent = _values_and_gradients(table.definition, arguments)
+    out, grads, _ = _values_and_gradients(table.function, arguments, cotangent)
+    with _drawing_like(dtype):
+        reference, reference_grads, _ = _values_and_gradients(table.definition, wide, cotangent)
+    assert out.dtype == eager.dtype, f"dtype {out.dtype}, eager gives {eager.dtype}"
+    comparison = compare(out, eager, reference)
+    assert comparison.ok, f"values: {comparison}"
+    for name, grad in grads.items():
+        assert grad is not None, f"no gradient for {name}"
+        assert grad.dtype == arguments[name].dtype, f"gradient of {name} has dtype {grad.dtype}"
+        comparison = compare(grad, eager_grads[name], reference_grads[name])
+        assert comparison.ok, f"gradient of {name}: {comparison}"
+
+
+@contextmanager
+def _drawing_like(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, ``torch.rand`` draws in ``dtype`` and widens: the float64 reference sees the same dropout mask."""
+    original = torch.rand
+
+    def rand(*shape, device=None, dtype=None, _draw=dtype):
+        return original(*shape, device=device, dtype=_draw).to(dtype)
+
+    torch.rand = rand
+    try:
+        yield
+    finally:
+        torch.rand = original
+
+
+def no_grad_equals_grad(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """Inference mode, no_grad and grad mode give the same values; the registered op too."""
+    arguments = _make(sample, dtype, device)
+    out = _call(table.function, with_tensors(arguments, lambda _, t: t.clone().requires_grad_()))
+    with torch.no_grad():
+        _same(_call(table.function, arguments), out.detach(), "no_grad")
+    with torch.inference_mode():
+        _same(_call(table.function, arguments).clone(), out.detach(), "inference_mode")
+    torch.manual_seed(_SEED)
+    _same(table.overload(*table.registered(arguments)), out.detach(), "registered op")
+
+
+def gradcheck(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """Analytic against numerical gradients in float64, through the public function and the registered op."""
+    arguments = with_tensors(_make(sample, torch.float64, device), lambda _, t: t.requires_grad_())
+    names = list(floating(arguments))
+
+    def public(*tensors):
+        return _call(table.function, arguments | dict(zip(names, tensors, strict=True)))
+
+    def registered(*tensors):
+        torch.manual_seed(_SEED)
+        return table.overload(*table.registered(arguments | dict(zip(names, tensors, strict=True))))
+
+    tensors = tuple(arguments[n] for n in names)
+    assert torch.autograd.gradcheck(public, tensors, nondet_tol=0.0)
+    assert torch.autograd.gradcheck(registered, tensors, nondet_tol=0.0)
+
+
+def double_backward(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """Gradients of gradients raise, with the way out; under the eager backend they work."""
+    arguments = with_tensors(_make(sample, torch.float64, device), lambda _, t: t.requires_grad_())
+    leaves = list(floating(arguments).values())
+
+    def twice(out: Tensor) -> None:
+        grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    def registered() -> Tensor:
+        return table.overload(*table.registered(arguments))
+
+    for run in (lambda: _call(table.function, arguments), registered):
+        if _dispatch.explain_choice(_family(table), device, torch.float64)[0] == "eager":
+            continue
+        try:
+            twice(run())
+        except RuntimeError as error:
+            assert "eager" in str(error), f"the error does not say what to do: {error}"
+        else:
+            raise AssertionError("a second derivative was returned")
+    with _dispatch.backend("eager"):
+        twice(_call(table.function, arguments))
+
+
+def _family(table: OpTable) -> str:
+    return next(f.name for f in _dispatch.FAMILIES.values() if table.op in f.ops)
+
+
+# --------------------------------------------------------------------------- layout and memory
+def _transposed(t: Tensor) -> Tensor:
+    return t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t
+
+
+def _sliced(t: Tensor) -> Tensor:
+    if t.dim() == 0:
+        return t
+    wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), float("nan"), dtype=t.dtype, device=t.device)
+    view = wide[..., 1::2]
+    view.copy_(t)
+    return view
+
+
+def _offset(t: Tensor) -> Tensor:
+    # one element past an aligned address: vector loads must not assume alignment
+    buffer = torch.full((t.numel() + 1,), float("nan"), dtype=t.dtype, device=t.device)
+    view = buffer[1:].view(t.shape)
+    view.copy_(t)
+    return view
+
+
+def _reversed_order(t: Tensor) -> Tensor:
+    order = tuple(reversed(range(t.dim())))
+    return t.permute(order).contiguous().permute(order)
+
+
+def strides(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """Transposed, sliced, reordered and unaligned arguments and gradients give what contiguous ones give."""
+    arguments = _make(sample, dtype, device)
+    out, grads, cotangent = _values_and_gradients(table.function, arguments)
+    for layout in (_transposed, _sliced, _offset, _reversed_order):
+        leaves = {k: v for k, v in arguments.items()}
+        for name, t in floating(arguments).items():
+            leaves[name] = layout(t).requires_grad_()
+        other = _call(table.function, leaves)
+        _close(other.detach(), out.detach(), layout.__name__)
+        names = list(floating(leaves))
+        other_grads = torch.autograd.grad(
+            other, [leaves[n] for n in names], layout(cotangent), allow_unused=True
+        )
+        for name, grad in zip(names, other_grads, strict=True):
+            _close(grad, grads[name], f"{layout.__name__}, gradient of {name}")
+
+
+def expanded(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """An expanded gradient (all strides 0, as from ``.sum()``) works."""
+    arguments = with_tensors(_make(sample, dtype, device), lambda _, t: t.requires_grad_())
+    leaves = list(floating(arguments).values())
+    out = _call(table.function, arguments)
+    expected = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    actual = torch.autograd.grad(_call(table.function, arguments).sum(), leaves)
+    for a, b in zip(actual, expected, strict=True):
+        _close(a, b, "gradient of a sum")
+
+
+def poisoned(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """With every fresh allocation filled with NaN the results are the same: nothing is read before it is written."""
+    arguments = _make(sample, dtype, device)
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        out, grads, cotangent = _values_and_gradients(table.function, arguments)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        again, grads_again, _ = _values_and_gradients(table.function, arguments, cotangent)
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    _same(again.detach(), out.detach(), "values")
+    for name, grad in grads_again.items():
+        _same(grad, grads[name], f"gradient of {name}")
+
+
+def inputs_untouched(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """No argument and no gradient is written to."""
+    arguments = _make(sample, dtype, device)
+    copies = with_tensors(arguments, lambda _, t: t.clone())
+    leaves = with_tensors(arguments, lambda _, t: t.requires_grad_())
+    out = _call(table.function, leaves)
+    cotangent = torch.ones_like(out)
+    torch.autograd.grad(out, list(floating(leaves).values()), cotangent)
+    for name, t in floating(copies).items():
+        _same(arguments[name].detach(), t, name)
+    _same(cotangent, torch.ones_like(out), "gradient")
+
+
+def deterministic(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """Two runs are bitwise equal, and so are runs on one thread and on several."""
+    arguments = _make(sample, dtype, device)
+    out, grads, cotangent = _values_and_gradients(table.function, arguments)
+    threads = torch.get_num_threads()
+    for n in (threads, 1, 2) if table.thread_invariant and device == "cpu" else (threads,):
+        torch.set_num_threads(n)
+        try:
+            again, grads_again, _ = _values_and_gradients(table.function, arguments, cotangent)
+        finally:
+            torch.set_num_threads(threads)
+        _same(again.detach(), out.detach(), f"values, {n} threads")
+        for name, grad in grads_again.items():
+            _same(grad, grads[name], f"gradient of {name}, {n} threads")
+
+
+def chunked(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """Rows cut anywhere and computed apart are what they are together; so padding cannot leak either."""
+    arguments = _make(sample, dtype, device)
+    if not table.rows or arguments[table.rows[0]].dim() < 2 or arguments.get("training"):
+        return
+    length = arguments[table.rows[0]].shape[0]
+    with torch.no_grad():
+        whole = _call(table.function, arguments)
+        for cut in {1, length // 2, length - 1}:
+            if not 0 < cut < length:
+                continue
+            parts = []
+            for piece in (slice(0, cut), slice(cut, length)):
+                parts.append(_call(table.function, arguments | {n: arguments[n][piece] for n in table.rows}))
+            _close(torch.cat(parts), whole, f"cut at {cut}")
+
+
+# --------------------------------------------------------------------------- integration
+def opcheck(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """``torch.library.opcheck``: schema, fake, autograd registration, AOT dispatch with dynamic shapes."""
+    arguments = _make(sample, dtype, device)
+    torch.library.opcheck(table.overload, table.registered(arguments))
+    arguments = with_tensors(arguments, lambda _, t: t.requires_grad_())
+    torch.library.opcheck(table.overload, table.registered(arguments))
+
+
+def compiles(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """``torch.compile(fullgraph=True)``: one graph, the same values and gradients."""
+    arguments = _make(sample, dtype, device)
+    torch._dynamo.reset()
+    compiled = torch.compile(table.function, fullgraph=True, backend="aot_eager")
+    out, grads, cotangent = _values_and_gradients(table.function, arguments)
+    other, other_grads, _ = _values_and_gradients(lambda **a: compiled(**a), arguments, cotangent)
+    _close(other.detach(), out.detach(), "values")
+    for name, grad in other_grads.items():
+        _close(grad, grads[name], f"gradient of {name}")
+
+
+def no_recompile(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """Ragged lengths do not recompile: one graph serves every length of dimension 0."""
+    arguments = _make(sample, dtype, device)
+    if not table.rows or arguments[table.rows[0]].dim() < 2:
+        return
+    from torch._dynamo.testing import CompileCounterWithBackend  # slow to import, and used here alone
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(table.function, fullgraph=True, backend=counter, dynamic=True)
+    with torch.no_grad():
+        for n in (43, 41, 37):  # like no other size: equal sizes would be taken for one symbol
+            short = arguments | {name: torch.cat([arguments[name]] * n)[:n] for name in table.rows}
+            _close(_call(compiled, short), _call(table.function, short), f"length {n}")
+    assert counter.frame_count == 1, f"compiled {counter.frame_count} times for three lengths"
+
+
+def autocast(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """Under autocast: eager's output dtype and accuracy, and gradients in the arguments' own dtypes."""
+    arguments = _make(sample, torch.float32, device)
+
+    def under(f):
+        def run(**a):
+            with torch.autocast(device, torch.bfloat16):
+                return f(**a)
+
+        return run
+
+    def overload(**a):
+        return table.overload(*table.registered(a))
+
+    eager, eager_grads, cotangent = _values_and_gradients(under(table.definition), arguments)
+    reference, reference_grads, _ = _values_and_gradients(
+        table.definition, with_tensors(arguments, lambda _, t: t.double()), cotangent.double()
+    )
+    for name, f in (("function", table.function), ("registered op", overload)):
+        if name == "registered op" and arguments.get("training"):
+            continue
+        out, grads, _ = _values_and_gradients(under(f), arguments, cotangent)
+        assert out.dtype == eager.dtype, f"{name}: dtype {out.dtype}, eager gives {eager.dtype}"
+        comparison = compare(out, eager, reference)
+        assert comparison.ok, f"{name}: values: {comparison}"
+        for argument, grad in grads.items():
+            assert grad.dtype == torch.float32, f"{name}: gradient of {argument} has dtype {grad.dtype}"
+            comparison = compare(grad.bfloat16(), eager_grads[argument].bfloat16(), reference_grads[argument])
+            assert comparison.ok, f"{name}: gradient of {argument}: {comparison}"
+
+
+def forced_eager(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
+    """``backend("eager")`` runs the definition, bitwise."""
+    arguments = _make(sample, dtype, device)
+    with _dispatch.backend("eager"):
+        out = _call(table.function, arguments)
+    _same(out, _call(table.definition, arguments), "values")
+
+
+# --------------------------------------------------------------------------- errors
+def refuses(table: OpTable, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(name, check) for every call that must raise: the table's, and those that follow from its first sample."""
+
+    def expect(arguments: dict, error: type[Exception] | tuple, match: str) -> None:
+        try:
+            table.function(**arguments)
+        except error as raised:
+            message = str(raised)
+            assert message.startswith(f"fastasr.{table.op}: "), f"the message does not name the op: {message}"
+            assert match in message, f"{match!r} is not in the message: {message}"
+            assert "expected" in message, f"what was expected is not in the message: {message}"
+            assert "got" in message, f"what came is not in the message: {message}"
+        except Exception as raised:
+            raise AssertionError(f"raised {type(raised).__name__}: {raised}") from raised
+        else:
+            raise AssertionError("nothing was raised")
+
+    for invalid in table.invalid:
+        arguments = invalid.arguments(Make(torch.float32, device))
+        yield invalid.name, lambda a=arguments, i=invalid: expect(a, i.error, i.match)
+    base = _make(table.samples[0], torch.float32, device)
+    for name, t in floating(base).items():
+        for label, value in (
+            ("a list", [1.0]),
+            ("an int tensor", t.int()),
+            ("a string", "x"),
+            ("complex", t.cfloat()),
+        ):
+            yield f"{name} is {label}", lambda n=name, v=value: expect(base | {n: v}, TypeError, n)
+    if len(floating(base)) > 1:
+        for name, t in floating(base).items():
+            yield (
+                f"{name} on meta",
+                lambda n=name, v=t.to("meta"): expect(base | {n: v}, ValueError, "device"),
+            )
+
+
+# --------------------------------------------------------------------------- the list
+WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check with where it applies. ``forced``: meaningful when a backend is forced (the Triton interpreter)."""
+
+    run: Callable[[OpTable, Sample, torch.dtype, str], None]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    thorough_only: bool = False
+    forced: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__
+
+    def samples(self, table: OpTable) -> tuple[Sample, ...]:
+        chosen = table.thorough if self.thorough_only else table.samples
+        return chosen if self.run is parity else tuple(s for s in chosen if s.exact)
+
+
+CHECKS = (
+    Check(parity, WIDE),
+    Check(no_grad_equals_grad),
+    Check(gradcheck, (torch.float64,), thorough_only=True, forced=False),
+    Check(double_backward, (torch.float64,), thorough_only=True, forced=False),
+    Check(strides, (torch.float32, torch.bfloat16), thorough_only=True),
+    Check(expanded, thorough_only=True),
+    Check(poisoned, thorough_only=True),
+    Check(inputs_untouched, thorough_only=True),
+    Check(deterministic),
+    Check(chunked),
+    Check(opcheck, thorough_only=True, forced=False),
+    Check(compiles, thorough_only=True, forced=False),
+    Check(no_recompile, thorough_only=True, forced=False),
+    Check(autocast, thorough_only=True, forced=False),
+    Check(forced_eager, WIDE, thorough_only=True, forced=False),
+)
+
+
+def cases(
+    table: OpTable, device: str, *, forced: bool = False
+) -> Iterator[tuple[str, Sample, torch.dtype, Callable[[], None]]]:
+    """(check, sample, dtype, run) for one op."""
+    for check in CHECKS:
+        if forced and not check.forced:
+            continue
+        for sample in check.samples(table):
+            for dtype in check.dtypes:
+                if forced and dtype is torch.float64:
+                    continue
+                yield check.name, sample, dtype, lambda c=check, s=sample, d=dtype: c.run(table, s, d, device)
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    op: str
+    check: str
+    sample: str
+    dtype: str
+    passed: bool
+    message: str
+
+
+def check_op(
+    name: str, *, device: str = "cpu", progress: Callable[[int, int, str], None] | None = None
+) -> list[CheckResult]:
+    """Run every check of one op on this machine; ``progress(done, total, label)`` is called before each."""
+    if name not in tables():
+        raise ValueError(f"fastasr.testing: op: expected one of {tuple(tables())}, got {name!r}")
+    table = tables()[name]
+    work = [(c, s.name, str(d).removeprefix("torch."), run) for c, s, d, run in cases(table, device)]
+    work += [("refuses", label, "-", run) for label, run in refuses(table, device)]
+    results = []
+    for i, (check, sample, dtype, run) in enumerate(work):
+        if progress is not None:
+            progress(i, len(work), f"{name}: {check} {sample} {dtype}")
+        message = ""
+        try:
+            run()
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+        results.append(CheckResult(name, check, sample, dtype, not message, message))
+    return results

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One sample table per op."""

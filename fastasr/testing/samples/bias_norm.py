@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of bias_norm."""
+
+from fastasr.ops.bias_norm import definition
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
+
+
+def _norm(make: Make, shape: tuple[int, ...], channel_dim: int = -1, scale: float = 1.0) -> dict:
+    return {
+        "x": make.normal(*shape, scale=scale),
+        "bias": make.normal(shape[channel_dim], scale=0.1 * scale),
+        "log_scale": make.normal(scale=0.3),
+        "channel_dim": channel_dim,
+    }
+
+
+def _with(**arguments):
+    return lambda m: _norm(m, (3, 2, 8)) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
+
+
+TABLE = OpTable(
+    op="bias_norm",
+    definition=definition,
+    registered=lambda a: (a["x"], a["bias"], a["log_scale"].reshape(()), a["channel_dim"]),
+    samples=(
+        Sample("tbc", lambda m: _norm(m, (5, 3, 24)), thorough=True),
+        Sample("channels first", lambda m: _norm(m, (3, 12, 5), 1), thorough=True),
+        Sample("channels in the middle", lambda m: _norm(m, (2, 6, 5, 3), -3)),
+        Sample("vector", lambda m: _norm(m, (40,))),
+        Sample("two channels", lambda m: _norm(m, (30, 2))),
+        Sample("odd channels", lambda m: _norm(m, (11, 193))),
+        Sample("encoder", lambda m: _norm(m, (150, 4, 192))),
+        Sample("wide", lambda m: _norm(m, (7, 1030))),
+        Sample("large values", lambda m: _norm(m, (5, 3, 24), scale=50.0)),
+        Sample("no rows", lambda m: _norm(m, (0, 3, 8))),
+        Sample(
+            "row equal to bias",
+            lambda m: (
+                _norm(m, (2, 8)) | {"x": m.values(*[0.5] * 16).reshape(2, 8), "bias": m.values(*[0.5] * 8)}
+            ),
+            exact=False,
+        ),
+        Sample(
+            "NaN and inf",
+            lambda m: (
+                _norm(m, (2, 4))
+                | {"x": m.values(1.0, float("nan"), 2.0, 3.0, 1.0, float("inf"), 2.0, 3.0).reshape(2, 4)}
+            ),
+            exact=False,
+        ),
+    ),
+    invalid=(
+        Invalid("bias of another size", _with(bias=lambda m: m.normal(7)), ValueError, "bias"),
+        Invalid("bias is a matrix", _with(bias=lambda m: m.normal(1, 8)), ValueError, "bias"),
+        Invalid(
+            "log_scale has two elements", _with(log_scale=lambda m: m.normal(2)), ValueError, "log_scale"
+        ),
+        Invalid("log_scale is a float", _with(log_scale=0.5), TypeError, "log_scale"),
+        Invalid("channel_dim out of range", _with(channel_dim=3), ValueError, "channel_dim"),
+        Invalid("channel_dim is a float", _with(channel_dim=1.0), TypeError, "channel_dim"),
+        Invalid("x has no dimensions", _with(x=lambda m: m.normal()), ValueError, "x"),
+    ),
+    rows=("x",),
+    random=lambda m, shape: _norm(m, (*shape(), shape.size())),
+)

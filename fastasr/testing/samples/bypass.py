@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of bypass."""
+
+from fastasr.ops.bypass import definition
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
+
+
+def _bypass(make: Make, shape: tuple[int, ...], scale_dims: int = 1) -> dict:
+    return {
+        "x_orig": make.normal(*shape),
+        "x": make.normal(*shape),
+        "scale": make.uniform(*shape[len(shape) - scale_dims :]),
+    }
+
+
+def _with(**arguments):
+    return lambda m: _bypass(m, (3, 2, 8)) | {k: v(m) for k, v in arguments.items()}
+
+
+TABLE = OpTable(
+    op="bypass",
+    definition=definition,
+    registered=lambda a: (a["x_orig"], a["x"], a["scale"]),
+    samples=(
+        Sample("tbc", lambda m: _bypass(m, (5, 3, 24)), thorough=True),
+        Sample("scale per sequence", lambda m: _bypass(m, (6, 3, 8), 2), thorough=True),
+        Sample("vector", lambda m: _bypass(m, (17,))),
+        Sample("one channel", lambda m: _bypass(m, (9, 1))),
+        Sample("odd channels", lambda m: _bypass(m, (11, 193))),
+        Sample("encoder", lambda m: _bypass(m, (150, 4, 192), 2)),
+        Sample(
+            "layer skipped",
+            lambda m: (
+                _bypass(m, (5, 3, 8), 2)
+                | {"scale": m.values(*[0.0] * 8, *[1.0] * 8, *[0.5] * 8).reshape(3, 8)}
+            ),
+        ),
+        Sample("no rows", lambda m: _bypass(m, (0, 3, 8))),
+        Sample("no channels", lambda m: _bypass(m, (4, 0))),
+    ),
+    invalid=(
+        Invalid("x of another shape", _with(x=lambda m: m.normal(3, 2, 7)), ValueError, "x"),
+        Invalid("x would broadcast", _with(x=lambda m: m.normal(1, 2, 8)), ValueError, "x"),
+        Invalid("scale of another size", _with(scale=lambda m: m.normal(7)), ValueError, "scale"),
+        Invalid("scale would broadcast", _with(scale=lambda m: m.normal(2, 1)), ValueError, "scale"),
+        Invalid("scale has no dimensions", _with(scale=lambda m: m.normal()), ValueError, "scale"),
+        Invalid(
+            "scale has more dimensions than x",
+            _with(scale=lambda m: m.normal(1, 3, 2, 8)),
+            ValueError,
+            "scale",
+        ),
+    ),
+    rows=("x_orig", "x"),
+    random=lambda m, shape: _bypass(m, shape() or (3,)),
+)

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of swoosh_l; swoosh_r has the same with its own definition."""
+
+from fastasr.ops import swoosh
+from fastasr.testing.table import Make, OpTable, Sample
+
+
+def _extremes(make: Make) -> dict:
+    nan, inf = float("nan"), float("inf")
+    return {
+        "x": make.values(
+            nan, inf, -inf, 0.0, -0.0, 4.0, 1.0, 88.0, -88.0, 104.0, -104.0, 6e4, -6e4, 1e-8, -1e-8
+        )
+    }
+
+
+SAMPLES = (
+    Sample("btc", lambda m: {"x": m.normal(3, 5, 64, scale=3.0)}, thorough=True),
+    Sample("vector", lambda m: {"x": m.normal(17)}, thorough=True),
+    Sample("nchw", lambda m: {"x": m.normal(2, 3, 4, 5)}),
+    Sample("scalar", lambda m: {"x": m.normal()}),
+    Sample("single", lambda m: {"x": m.normal(1)}),
+    Sample("wide range", lambda m: {"x": m.uniform(4099, low=-30.0, high=30.0)}),
+    Sample("large values", lambda m: {"x": m.normal(1000, scale=100.0)}),
+    Sample("threads", lambda m: {"x": m.normal(33, 4, 257, scale=2.0)}),
+    Sample("no elements", lambda m: {"x": m.normal(0)}),
+    Sample("no frames", lambda m: {"x": m.normal(0, 4, 8)}),
+    Sample("no channels", lambda m: {"x": m.normal(3, 4, 0)}),
+    Sample("extremes", _extremes, exact=False),
+)
+
+TABLE = OpTable(
+    op="swoosh_l",
+    definition=swoosh.definition_l,
+    registered=lambda a: (a["x"],),
+    samples=SAMPLES,
+    invalid=(),
+    rows=("x",),
+    random=lambda m, shape: {"x": m.normal(*shape(), scale=4.0)},
+)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of swoosh_linear."""
+
+from torch import Tensor
+
+from fastasr.ops.swoosh_linear import definition, draw_mask
+from fastasr.testing.samples.linear import affine, invalid_affine
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
+
+
+def _definition(
+    x, weight, bias, kind="SwooshL", dropout_p=0.0, dropout_shared_dim=None, training=False
+) -> Tensor:
+    mask = draw_mask(x, dropout_p, dropout_shared_dim) if training and dropout_p else None
+    return definition(x, weight, bias, kind, mask)
+
+
+def _registered(a: dict) -> tuple:
+    mask, shared_dim = None, -1
+    if a.get("training") and a.get("dropout_p"):
+        mask = draw_mask(a["x"].detach(), a["dropout_p"], a["dropout_shared_dim"])
+        shared_dim = -1 if a["dropout_shared_dim"] is None else a["dropout_shared_dim"] % a["x"].dim()
+    return a["x"], a["weight"], a["bias"], a.get("kind", "SwooshL"), mask, shared_dim
+
+
+def _training(
+    make: Make, shape: tuple[int, ...], n: int, shared_dim: int | None, kind: str = "SwooshL"
+) -> dict:
+    dropout = {"dropout_p": 0.25, "dropout_shared_dim": shared_dim, "training": True}
+    return affine(make, shape, n) | {"kind": kind} | dropout
+
+
+def _with(**arguments):
+    return lambda m: affine(m, (3, 8), 5) | arguments
+
+
+TABLE = OpTable(
+    op="swoosh_linear",
+    definition=_definition,
+    registered=_registered,
+    samples=(
+        Sample("tbc", lambda m: affine(m, (6, 2, 16), 12) | {"kind": "SwooshL"}, thorough=True),
+        Sample(
+            "SwooshR, no bias",
+            lambda m: affine(m, (7, 9), 5, bias=False) | {"kind": "SwooshR"},
+            thorough=True,
+        ),
+        Sample("dropout shared over time", lambda m: _training(m, (6, 2, 16), 12, 0), thorough=True),
+        Sample(
+            "dropout shared over channels",
+            lambda m: _training(m, (6, 2, 16), 12, -1, "SwooshR"),
+            thorough=True,
+        ),
+        Sample("dropout shared over the batch", lambda m: _training(m, (6, 3, 16), 12, 1)),
+        Sample("dropout of every element", lambda m: _training(m, (6, 2, 16), 12, None)),
+        Sample("dropout in eval", lambda m: _training(m, (6, 2, 16), 12, 0) | {"training": False}),
+        Sample("feed-forward", lambda m: _training(m, (150, 4, 160), 96, 0)),
+        Sample("vector", lambda m: affine(m, (16,), 8)),
+        Sample("no rows", lambda m: _training(m, (0, 3, 8), 5, 0)),
+        Sample("no outputs", lambda m: affine(m, (4, 8), 0)),
+        Sample("no channels", lambda m: affine(m, (4, 0), 5)),
+    ),
+    invalid=(
+        *invalid_affine(),
+        Invalid("unknown kind", _with(kind="SiLU"), ValueError, "kind"),
+        Invalid("p is 1", _with(dropout_p=1.0), ValueError, "dropout_p"),
+        Invalid("p is negative", _with(dropout_p=-0.1), ValueError, "dropout_p"),
+        Invalid("p is NaN", _with(dropout_p=float("nan")), ValueError, "dropout_p"),
+        Invalid("p is a string", _with(dropout_p="0.1"), TypeError, "dropout_p"),
+        Invalid(
+            "shared dimension out of range", _with(dropout_shared_dim=2), ValueError, "dropout_shared_dim"
+        ),
+        Invalid(
+            "shared dimension is a float", _with(dropout_shared_dim=0.0), TypeError, "dropout_shared_dim"
+        ),
+    ),
+    rows=("x",),
+    thread_invariant=False,
+    random=lambda m, shape: (
+        affine(m, shape() or (3,), shape.size()) | {"kind": shape.choice(("SwooshL", "SwooshR"))}
+    ),
+)

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of swoosh_r."""
+
+from dataclasses import replace
+
+from fastasr.ops import swoosh
+from fastasr.testing.samples import swoosh_l
+
+TABLE = replace(swoosh_l.TABLE, op="swoosh_r", definition=swoosh.definition_r)

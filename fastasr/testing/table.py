@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a sample table holds: calls that are right, calls that must be refused, and the op they are for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from fastasr import ops
+
+
+@dataclass
+class Make:
+    """Makes the tensors of a sample, reproducibly: the same seed gives the same numbers in every dtype and device."""
+
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+        # Drawn in float64 and rounded to the dtype: the float64 oracle then sees the very numbers the kernel sees.
+        values = torch.randn(shape, dtype=torch.float64, generator=self._generator) * scale + mean
+        return values.to(self.dtype).to(self.device)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        values = torch.rand(shape, dtype=torch.float64, generator=self._generator) * (high - low) + low
+        return values.to(self.dtype).to(self.device)
+
+    def values(self, *numbers: float) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64).to(self.dtype).to(self.device)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One valid call: ``arguments(make)`` returns the op's keyword arguments.
+
+    ``exact``: finite and smooth, so gradients are compared (off for infinities and the like).
+    ``thorough``: small, and used for the slower checks (gradcheck, opcheck, compile, autocast).
+    """
+
+    name: str
+    arguments: Callable[[Make], dict]
+    exact: bool = True
+    thorough: bool = False
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """A call that must raise ``error`` with ``match`` in its message, before anything is launched."""
+
+    name: str
+    arguments: Callable[[Make], dict]
+    error: type[Exception]
+    match: str
+
+
+@dataclass(frozen=True)
+class OpTable:
+    """Everything the checks need to know of an op.
+
+    op: its public name. definition: the eager formula, called with the same keyword arguments as the op.
+    registered: keyword arguments -> positional arguments of ``torch.ops.fastasr.<op>``.
+    rows: names of the arguments that are cut along dimension 0 when a call is split; () when rows depend on each
+    other. thread_invariant: bitwise equal for any number of threads (a vendor's matrix product need not be).
+    """
+
+    op: str
+    definition: Callable[..., Tensor]
+    registered: Callable[[dict], tuple]
+    samples: tuple[Sample, ...]
+    invalid: tuple[Invalid, ...]
+    rows: tuple[str, ...] = ()
+    thread_invariant: bool = True
+    random: Callable[["Make", "object"], dict] | None = field(default=None)
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        return getattr(ops, self.op)
+
+    @property
+    def overload(self):
+        return getattr(torch.ops.fastasr, self.op).default
+
+    @property
+    def thorough(self) -> tuple[Sample, ...]:
+        return tuple(s for s in self.samples if s.thorough)
+
+
+@cache
+def tables() -> dict[str, OpTable]:
+    """The table of every public op, by name."""
+    return {name: import_module(f"fastasr.testing.samples.{name}").TABLE for name in ops.NAMES}
+
+
+def floating(arguments: dict) -> dict[str, Tensor]:
+    """The floating-point tensors of a call: those that gradients are taken for."""
+    return {k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()}
+
+
+def with_tensors(arguments: dict, f: Callable[[str, Tensor], Tensor]) -> dict:
+    """The call with every floating tensor replaced by ``f(name, tensor)``."""
+    return {
+        k: f(k, v) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()
+    }

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op contract, for every op, from its sample table alone: a new op needs no code here.
+
+With FASTASR_TEST_BACKEND set the ops are forced onto that backend (tests/ops/test_interpreter.py runs this file so,
+with Triton's interpreter).
+"""
+
+import os
+
+import pytest
+import torch
+
+import fastasr
+from fastasr import ops
+from fastasr.ops import _dispatch
+from fastasr.testing import tables
+from fastasr.testing.checks import cases, refuses
+
+FORCED = os.environ.get("FASTASR_TEST_BACKEND")
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() and not FORCED else ("cpu",)
+
+
+def _served(name: str) -> bool:
+    return not FORCED or any(
+        i.backend == FORCED for f in _dispatch.FAMILIES.values() if name in f.ops for i in f.implementations
+    )
+
+
+CASES = [
+    pytest.param(
+        run, id=f"{name}-{check}-{sample.name}-{str(dtype).removeprefix('torch.')}-{device}".replace(" ", "_")
+    )
+    for name, table in tables().items()
+    if _served(name)
+    for device in DEVICES
+    for check, sample, dtype, run in cases(table, device, forced=bool(FORCED))
+]
+
+
+@pytest.mark.parametrize("run", CASES)
+def test_contract(run):
+    with fastasr.backend(FORCED or "auto"):
+        run()
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(run, id=f"{name}-{label}-{device}".replace(" ", "_"))
+        for name, table in tables().items()
+        for device in DEVICES
+        for label, run in refuses(table, device)
+    ],
+)
+def test_refuses(run):
+    run()
+
+
+def test_every_public_op_has_a_table():
+    assert set(tables()) == set(ops.NAMES) == set(ops.__all__)
+    assert {op for f in _dispatch.FAMILIES.values() for op in f.ops} == set(ops.NAMES)
+    for name in ops.NAMES:
+        assert getattr(ops, name).__doc__, f"{name} has no docstring"
+        assert getattr(torch.ops.fastasr, name), f"{name} is not registered"
