@@ -55,15 +55,16 @@ def ops(json: Json = False) -> None:
 @app.command()
 def check(
     op: Annotated[str | None, typer.Argument(help="An op's name; without one, every op.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     json: Json = False,
 ) -> None:
-    """Test the ops on this machine: values against float64, and gradients.
+    """Test the ops on this machine: values against float64, gradients, strides, memory, errors.
 
     Ends with 1 when any check fails.
     """
     from fastasr.cli import check as command
 
-    command.run(op, as_json=json)
+    command.run(op, device, as_json=json)
 
 
 @app.command()

@@ -1,2 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastasr check``: values against float64 and gradients of every op, on this machine."""
+"""``fastasr check``: every check of every op, on this machine."""
+
+import dataclasses
+import json
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fastasr.cli.console import err, escape, fail, out, table
+
+SHOWN = 20  # failures printed in full
+
+
+def _run(names: list[str], device: str, quiet: bool) -> list:
+    from fastasr import testing
+
+    results = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err(), disable=quiet) as progress:
+        for name in names:
+            task = progress.add_task(name, total=None)
+
+            def report(done: int, total: int, label: str, task=task) -> None:
+                progress.update(task, completed=done, total=total, description=escape(label))
+
+            found = testing.check_op(name, device=device, progress=report)
+            failed = sum(not result.passed for result in found)
+            words = f"{name}: {failed} of {len(found)} failed" if failed else f"{name}: all passed"
+            progress.update(task, completed=len(found), total=len(found), description=words)
+            results += found
+    return results
+
+
+def _summary(results: list):
+    """An op and check per line, with how many of its cases passed."""
+    counts: dict[tuple[str, str], list[int]] = {}
+    for result in results:
+        passed = counts.setdefault((result.op, result.check), [0, 0])
+        passed[0] += result.passed
+        passed[1] += 1
+    shown = table("op", "check", "passed:right", "cases:right", "")
+    previous = None
+    for (op, check), (passed, total) in counts.items():
+        verdict = "[green]passed[/]" if passed == total else "[bold red]failed[/]"
+        shown.add_row("" if op == previous else op, check, str(passed), str(total), verdict)
+        previous = op
+    return shown
+
+
+def run(op: str | None, device: str, as_json: bool) -> None:
+    from fastasr import testing
+
+    known = list(testing.tables())
+    if op is not None and op not in known:
+        fail(f"no op is called {op!r}; there are: {', '.join(known)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {device}: {str(error).splitlines()[0]}")
+    results = _run([op] if op else known, device, quiet=as_json)
+    failures = [result for result in results if not result.passed]
+    if as_json:
+        print(json.dumps([dataclasses.asdict(result) for result in results], indent=2))
+    else:
+        out().print(_summary(results))
+        for result in failures[:SHOWN]:
+            where = f"{result.op}, {result.check}, {result.sample}, {result.dtype}"
+            err().print(f"[bold red]failed:[/] {escape(where)}: {escape(result.message)}", soft_wrap=True)
+        if len(failures) > SHOWN:
+            err().print(f"... and {len(failures) - SHOWN} more; --json prints them all")
+    if failures:
+        raise typer.Exit(1)

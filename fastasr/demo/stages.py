@@ -13,10 +13,11 @@ EVERY = 20.0  # seconds between two signs of life where there is no terminal
 
 
 class Stages:
-    """Numbered stages on ``console``."""
+    """Numbered stages on ``console``; inside one, ``alive`` names what takes long."""
 
     def __init__(self, console: Console, count: int):
         self.console, self.count, self.number = console, count, 0
+        self._running: list[tuple[str, float]] = []  # innermost last: (text, since)
 
     @contextlib.contextmanager
     def stage(self, title: str) -> Iterator["Stages"]:
@@ -26,7 +27,7 @@ class Stages:
             f"[bold cyan]{self.number}/{self.count}[/] [bold]{escape(title)}[/]", soft_wrap=True
         )
         start = time.monotonic()
-        with self.alive(title):
+        with self._pulse(), self.alive(title):
             yield self
         self.console.print(f"    [dim]{time.monotonic() - start:.1f} s[/]")
 
@@ -35,24 +36,33 @@ class Stages:
 
     @contextlib.contextmanager
     def alive(self, text: str) -> Iterator[None]:
-        """Shows ``text`` and the seconds since it began until the block ends."""
-        start, ended = time.monotonic(), threading.Event()
+        """Until the block ends, signs of life show ``text`` and the seconds since now."""
+        self._running.append((text, time.monotonic()))
+        try:
+            yield
+        finally:
+            self._running.pop()
+
+    @contextlib.contextmanager
+    def _pulse(self) -> Iterator[None]:
+        ended = threading.Event()
         terminal = self.console.is_terminal
-        status = self.console.status(escape(text)) if terminal else contextlib.nullcontext()
-
-        def beat(shown) -> None:
-            while not ended.wait(1.0 if terminal else EVERY):
-                seconds = time.monotonic() - start
-                if terminal:
-                    shown.update(f"{escape(text)} [dim]{seconds:.0f} s[/]")
-                else:
-                    self.say(f"… {text}: {seconds:.0f} s")
-
-        with status as shown:
-            pulse = threading.Thread(target=beat, args=(shown,), daemon=True)
+        with self.console.status("") if terminal else contextlib.nullcontext() as status:
+            pulse = threading.Thread(target=self._beat, args=(ended, status), daemon=True)
             pulse.start()
             try:
                 yield
             finally:
                 ended.set()
                 pulse.join()
+
+    def _beat(self, ended: threading.Event, status) -> None:
+        while not ended.wait(0.5 if status is not None else EVERY):
+            if not self._running:
+                continue
+            text, since = self._running[-1]
+            seconds = time.monotonic() - since
+            if status is not None:
+                status.update(f"{escape(text)} [dim]{seconds:.0f} s[/]")
+            elif seconds >= EVERY / 2:
+                self.say(f"… {text}: {seconds:.0f} s")
