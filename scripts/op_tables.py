@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the measured tables of docs/ops from benchmarks/results, between the markers that README.md has too.
+
+    python scripts/op_tables.py [--check]
+
+``--check`` changes nothing and ends with 1 when a page does not say what the rows say.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fastasr import ops
+from fastasr.benchmarks.readme_table import replaced, table
+from fastasr.benchmarks.rows import read_all
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {"swoosh": ("swoosh_l", "swoosh_r")}  # a page that is not named after its one op
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compare only")
+    options = parser.parse_args(arguments)
+    rows = read_all(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
+    pages = sorted((ROOT / "docs" / "ops").glob("*.md"))
+    described = [name for page in pages for name in PAGES.get(page.stem, (page.stem,))]
+    if missing := sorted(set(ops.NAMES) - set(described)):
+        print(f"docs/ops has no page for {', '.join(missing)}", file=sys.stderr)
+        return 1
+    stale = 0
+    for page in pages:
+        names = PAGES.get(page.stem, (page.stem,))
+        text = page.read_text(encoding="utf-8")
+        made = replaced(text, table([row for row in rows if row.suite == "ops" and row.name in names]))
+        if made == text:
+            continue
+        stale += 1
+        if options.check:
+            print(f"{page.relative_to(ROOT)}: the table is not what the rows say", file=sys.stderr)
+        else:
+            page.write_text(made, encoding="utf-8")
+    return int(options.check and stale > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

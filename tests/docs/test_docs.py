@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documentation points to exists, and its tables say what the committed rows say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastasr import ops
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [
+    p
+    for p in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md"))
+    if p.is_file()
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_named_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(
+        r"`((?:fastasr|csrc|kernels|benchmarks|tests|scripts|docs|examples)/[\w./]+\.\w+)`", text
+    ):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_op_has_a_page_and_current_tables():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "op_tables.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{done.stderr}run python scripts/op_tables.py"
+
+
+def test_the_readme_has_current_tables():
+    command = [sys.executable, "-m", "fastasr.benchmarks.readme_table", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_lists_every_op():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in ops.NAMES if f"`{name}`" not in text] == []
+
+
+def test_every_environment_variable_is_documented():
+    documented = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    used = set()
+    for folder in ("fastasr", "kernels", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            used |= set(
+                re.findall(r"environ(?:\.get\(|\[)\s*\"(FASTASR_\w+)\"", path.read_text(encoding="utf-8"))
+            )
+    used |= set(
+        re.findall(r"\"(FASTASR_\w+|MAX_JOBS|CMAKE_ARGS)\"", (ROOT / "setup.py").read_text(encoding="utf-8"))
+    )
+    assert {n for n in used if n not in documented and f'"{n}"' not in documented} == set()
