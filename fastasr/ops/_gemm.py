@@ -67,6 +67,8 @@ def _onednn(pairs: Iterator[tuple[Tensor, Tensor]], bias: Tensor | None) -> Tens
 
 
 def _onednn_forward(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    if b is not None and not b.is_contiguous():
+        b = b.contiguous()  # mkldnn::_linear_pointwise ignores the bias's stride
     k = w.shape[1]
     if k <= _CHAIN:
         return _linear(x, w, b, "none", [], "")

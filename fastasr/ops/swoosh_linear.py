@@ -183,6 +183,8 @@ def swoosh_linear(
     op = "swoosh_linear"
     dtype = autocast_dtype(x) if isinstance(x, Tensor) else None
     check_affine(op, x, weight, bias, dtype is None)
+    if not isinstance(kind, str):
+        raise TypeError(f"fastasr.{op}: kind: expected a str, got {type(kind).__name__}")
     if kind not in KINDS:
         raise ValueError(f"fastasr.{op}: kind: expected 'SwooshL' or 'SwooshR', got {kind!r}")
     mask, shared_dim = None, -1

@@ -66,6 +66,7 @@ TABLE = OpTable(
         Sample("one channel", lambda m: affine(m, (5, 1), 3)),
         Sample("skinny", lambda m: affine(m, (16, 384), 256)),
         Sample("feed-forward", lambda m: affine(m, (200, 4, 192), 128)),
+        Sample("strided bias", lambda m: affine(m, (5, 64), 32) | {"bias": m.normal(64)[::2]}),
         Sample("no rows", lambda m: affine(m, (0, 3, 8), 5)),
         Sample("no outputs", lambda m: affine(m, (4, 8), 0)),
         Sample("no channels", lambda m: affine(m, (4, 0), 5)),

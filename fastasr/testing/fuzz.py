@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random valid and invalid calls at every public op: an error of the right type or the right answer, never a crash.
+
+``python -m fastasr.testing.fuzz -n 2000 --seed 7``. A call depends on (seed, index) alone; the calls run in a child
+process, so a crash is reported with the call that caused it: ``--only INDEX`` runs that one again.
+"""
+
+import argparse
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastasr.testing.table import Make, floating, tables, with_tensors
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_SIZES = (0, 1, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 64, 65, 129)
+
+
+@dataclass
+class Shape:
+    """Draws sizes for a table's ``random`` entry: calling it gives the dimensions of a tensor."""
+
+    rng: random.Random
+
+    def __call__(self) -> tuple[int, ...]:
+        return tuple(self.size() for _ in range(self.rng.randint(0, 4)))
+
+    def size(self) -> int:
+        return self.rng.choice(_SIZES)
+
+    def choice(self, options):
+        return self.rng.choice(options)
+
+
+# --------------------------------------------------------------------------- mutations
+def _relayout(t: Tensor, rng: random.Random) -> Tensor:
+    """The same values at other strides or another offset."""
+    kind = rng.randrange(5)
+    if kind == 0 or t.dim() == 0:
+        return t
+    if kind == 1:
+        order = list(range(t.dim()))
+        rng.shuffle(order)
+        inverse = [order.index(d) for d in range(t.dim())]
+        return t.permute(order).contiguous().permute(inverse)
+    if kind == 2:
+        wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), float("nan"), dtype=t.dtype, device=t.device)
+        wide[..., 1::2] = t
+        return wide[..., 1::2]
+    if kind == 3:
+        buffer = torch.full((t.numel() + 3,), float("nan"), dtype=t.dtype, device=t.device)
+        buffer[3:] = t.flatten()
+        return buffer[3:].view(t.shape)
+    return t[:1].expand(t.shape) if t.shape[0] else t
+
+
+def _special(t: Tensor, rng: random.Random) -> Tensor:
+    if not t.numel():
+        return t
+    t = t.clone(memory_format=torch.contiguous_format)
+    value = rng.choice((float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-8, 60000.0, -60000.0))
+    t.view(-1)[rng.randrange(t.numel())] = value
+    return t
+
+
+def _break(arguments: dict, rng: random.Random) -> dict:
+    """One argument replaced by something that does not belong there (now and then it still does)."""
+    name = rng.choice(list(arguments))
+    value = arguments[name]
+    if not isinstance(value, Tensor):
+        wrong = rng.choice((None, -7, 99, 1.5, "x", [], (), True, float("nan"), torch.zeros(2)))
+        return arguments | {name: wrong}
+    options = (
+        lambda: None,
+        lambda: value.tolist(),
+        lambda: 3,
+        lambda: "tensor",
+        lambda: value.int(),
+        lambda: value.to(rng.choice(_DTYPES)),
+        lambda: value.cfloat(),
+        lambda: value.to("meta"),
+        lambda: value.bool(),
+        lambda: value.unsqueeze(0),
+        lambda: value.flatten(),
+        lambda: value.new_zeros(rng.choice(_SIZES)),
+        lambda: value.new_zeros((rng.choice(_SIZES), rng.choice(_SIZES))),
+        lambda: torch.cat([value, value], -1) if value.dim() else value.new_zeros(2),
+        lambda: value.to_sparse() if value.dim() else value.new_zeros(0),
+        lambda: value.transpose(0, -1) if value.dim() else value,
+    )
+    return arguments | {name: rng.choice(options)()}
+
+
+# --------------------------------------------------------------------------- judging
+def _agrees(out: Tensor, reference: Tensor, magnitude: float) -> str:
+    """"" when ``out`` is the float64 ``reference`` up to rounding; non-finite values must stand in the same places."""
+    if out.shape != reference.shape:
+        return f"shape {tuple(out.shape)}, expected {tuple(reference.shape)}"
+    if out.device.type == "meta":
+        return ""
+    rounded = reference.to(out.dtype).double()
+    if out.dtype is torch.float16 and not rounded.isfinite().all():
+        return ""  # near the end of half's range the last rounding decides
+    finite = rounded.isfinite()
+    if not torch.equal(finite, out.isfinite()):
+        return "infinities or NaNs stand in other places"
+    if not finite.any():
+        return ""
+    error = (out.double() - rounded)[finite].abs().max().item()
+    size = max(magnitude, rounded[finite].abs().max().item())
+    limit = 64 * torch.finfo(out.dtype).eps * size
+    return "" if error <= limit else f"error {error:.3e}, allowed {limit:.3e}"
+
+
+def run_one(seed: int, index: int) -> tuple[str, str]:
+    """(what was called, what is wrong or "") of one call."""
+    rng = random.Random(f"{seed}/{index}")
+    name = rng.choice(list(tables()))
+    table = tables()[name]
+    dtype = rng.choice(_DTYPES)
+    arguments = table.random(Make(dtype, seed=rng.randrange(1 << 30)), Shape(rng))
+    arguments = with_tensors(arguments, lambda _, t: _relayout(t, rng))
+    special = rng.random() < 0.2
+    if special:
+        arguments = with_tensors(arguments, lambda _, t: _special(t, rng) if rng.random() < 0.5 else t)
+    if rng.random() < 0.5:
+        arguments = _break(arguments, rng)
+    gradients = rng.random() < 0.5 and not special
+    label = f"{name}({', '.join(f'{k}={_describe(v)}' for k, v in arguments.items())})"
+    draws = bool(arguments.get("training")) and bool(arguments.get("dropout_p"))
+    if gradients:
+        arguments = with_tensors(arguments, lambda _, t: t.detach().requires_grad_() if t.is_leaf else t)
+    try:
+        out = table.function(**arguments)
+    except (TypeError, ValueError) as error:
+        ok = str(error).startswith(f"fastasr.{name}: ")
+        return label, "" if ok else f"{type(error).__name__} that does not name the op: {error}"
+    except Exception as error:
+        return label, f"{type(error).__name__}: {error}"
+    if draws or any(t.device.type == "meta" for t in floating(arguments).values()):
+        return label, ""
+    wide = with_tensors(arguments, lambda _, t: t.detach().double().requires_grad_(t.requires_grad))
+    try:
+        reference = table.definition(**wide)
+    except Exception as error:
+        return label, f"accepted a call that its definition refuses: {type(error).__name__}: {error}"
+    wrong = _agrees(out.detach(), reference.detach(), 1.0)
+    if wrong or not gradients or special or not out.numel():
+        return label, wrong
+    names = [n for n, t in floating(arguments).items() if t.requires_grad]
+    try:
+        ours = torch.autograd.grad(out.sum(), [arguments[n] for n in names], allow_unused=True)
+    except Exception as error:
+        return label, f"backward: {type(error).__name__}: {error}"
+    expected = torch.autograd.grad(reference.sum(), [wide[n] for n in names], allow_unused=True)
+    for n, a, e in zip(names, ours, expected, strict=True):
+        if (a is None) != (e is None):
+            return label, f"gradient of {n} is {'missing' if a is None else 'unexpected'}"
+        # the terms of a gradient may cancel: rounding is relative to what was added up
+        rows = max(1, out.numel() // max(1, e.numel())) if e is not None else 1
+        wrong = a is not None and _agrees(a, e, float(rows) ** 0.5 * _scale_of(arguments))
+        if wrong:
+            return label, f"gradient of {n}: {wrong}"
+    return label, ""
+
+
+def _scale_of(arguments: dict) -> float:
+    sizes = [t.detach().double().abs().max().item() for t in floating(arguments).values() if t.numel()]
+    return max([1.0, *sizes]) ** 2
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        kind = str(value.dtype).removeprefix("torch.")
+        where = "" if value.device.type == "cpu" else f" on {value.device.type}"
+        strides = "" if value.layout is not torch.strided or value.is_contiguous() else f" strides {value.stride()}"
+        return f"{kind}{tuple(value.shape)}{strides}{where}"
+    return repr(value)[:60]
+
+
+# --------------------------------------------------------------------------- processes
+def _child(seed: int, first: int, count: int) -> int:
+    for index in range(first, first + count):
+        print(f"@{index}", flush=True)  # the parent reports the last one seen when this process dies
+        label, wrong = run_one(seed, index)
+        if wrong:
+            print(f"call {index}: {label}\n    {wrong}", flush=True)
+    print("@end", flush=True)
+    return 0
+
+
+def fuzz(count: int, seed: int) -> int:
+    """Run ``count`` calls; the number of calls that went wrong (a crash counts as one, and the rest still runs)."""
+    failures, first = 0, 0
+    while first < count:
+        command = [sys.executable, "-m", "fastasr.testing.fuzz", "--child", "--seed", str(seed)]
+        command += ["--first", str(first), "-n", str(count - first)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            last, ended = first, False
+            for line in process.stdout:
+                if line == "@end\n":
+                    ended = True
+                elif line.startswith("@"):
+                    last = int(line[1:])
+                else:
+                    failures += line.startswith("call ")
+                    print(line, end="", flush=True)
+        if ended and process.returncode == 0:
+            break
+        failures += 1
+        print(f"call {last}: the process died (exit status {process.returncode}); again: --seed {seed} --only {last}")
+        first = last + 1
+    return failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastasr.testing.fuzz", description=__doc__)
+    parser.add_argument("-n", type=int, default=1000, help="number of calls")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, help="run this one call, in this process")
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return _child(options.seed, options.first, options.n)
+    if options.only is not None:
+        label, wrong = run_one(options.seed, options.only)
+        print(f"{label}\n{wrong or 'right'}")
+        return 1 if wrong else 0
+    start = time.perf_counter()
+    failures = fuzz(options.n, options.seed)
+    elapsed = time.perf_counter() - start
+    print(f"fuzz: {options.n} calls, {failures} wrong, seed {options.seed}, {elapsed:.0f} s")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
