@@ -93,7 +93,8 @@ def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def _variant(implementation: Implementation, pass_: str) -> Variant:
+def variant(implementation: Implementation, pass_: str) -> Variant:
+    """What is timed in a pass: a call without gradients, a call and its gradients, or the gradients alone."""
     if pass_ == FORWARD:
         call = implementation.inference or implementation.call
 
@@ -155,15 +156,15 @@ def measure(
         variants = {}
         for name, implementation in implementations.items():
             try:
-                variant = _variant(implementation, pass_)
-                variant.call()
+                made = variant(implementation, pass_)
+                made.call()
             except Exception as error:  # one broken implementation must not end the run; the report names it
                 first = (str(error).strip().splitlines() or [""])[0]
                 report(
                     f"{case.op} {case.name}, {pass_}: {name} failed: {type(error).__name__}: {first[:160]}"
                 )
                 continue
-            variants[name] = variant
+            variants[name] = made
         if not variants:
             continue
         if case.copy:

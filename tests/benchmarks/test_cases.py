@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of cases, and a measurement from a case to its rows."""
+
+import pytest
+import torch
+
+from fastasr import ops
+from fastasr.benchmarks import case as cases
+from fastasr.benchmarks import dispatch, runner
+from fastasr.benchmarks import ops as op_cases
+from fastasr.benchmarks.case import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    Case,
+    Cost,
+    Settings,
+    Unavailable,
+    measure,
+    simple,
+)
+
+QUICK = Settings.quick(compile=False, reps=2, sample_seconds=0.0)
+
+
+def tiny(implementations: dict, **more) -> Case:
+    x = torch.randn(4, 8)
+    made = {name: (lambda f=f: simple(f, x)) for name, f in implementations.items()}
+    costs = {FORWARD: Cost(256), BACKWARD: Cost(384), BOTH: Cost(640)}
+    return Case("doubled", "4x8", "4x8", lambda device, dtype: made, lambda size: costs, copy=True, **more)
+
+
+def test_every_op_has_cases_and_dispatch():
+    assert set(op_cases.names()) == set(ops.NAMES)
+    assert set(dispatch.table()) == set(ops.NAMES)
+
+
+def test_every_case_costs_something_in_each_of_its_passes():
+    for case in op_cases.cases():
+        for pass_ in case.passes:
+            cost = case.costs(4)[pass_]
+            assert cost.bytes > 0
+            assert cost.flops > 0 or case.copy, f"{case.op} {case.name}: a limit is needed"
+
+
+def test_a_case_gives_rows_pass_by_pass():
+    units = list(measure(tiny({"eager": lambda x: x + x, "fastasr": lambda x: 2 * x}), settings=QUICK))
+    assert [unit[0].pass_ for unit in units] == [FORWARD, BACKWARD, BOTH]
+    for unit in units:
+        assert [row.implementation for row in unit] == ["eager", "fastasr", "copy"]
+        assert unit[-1].fraction_of_limit == pytest.approx(1.0, abs=1e-3)
+        assert all(row.q1_ms <= row.median_ms <= row.q3_ms for row in unit)
+        assert unit[0].limit.startswith("copy ")
+
+
+def test_passes_can_be_skipped():
+    units = measure(tiny({"eager": torch.abs}), settings=QUICK, skip=lambda pass_: pass_ != BACKWARD)
+    assert [unit[0].pass_ for unit in units] == [BACKWARD]
+
+
+def test_what_cannot_be_measured_is_reported_and_the_rest_measured():
+    def missing():
+        raise Unavailable("not here")
+
+    def broken(x):
+        raise RuntimeError("no kernel\nlong story")
+
+    case = tiny({"eager": torch.abs, "broken": broken})
+    case.make("cpu", torch.float32)["missing"] = missing
+    said = []
+    units = list(measure(case, settings=QUICK, report=said.append))
+    assert [row.implementation for row in units[0]] == ["eager", "copy"]
+    assert any("missing left out: not here" in message for message in said)
+    assert any("broken failed: RuntimeError: no kernel" in message for message in said)
+    assert not any("long story" in message for message in said)
+
+
+def test_linear_measures_one_gradient_at_a_time():
+    from fastasr.benchmarks.ops import linear
+
+    inputs = next(case for case in linear.CASES if linear.INPUT_GRADIENT in case.passes)
+    wanted = inputs.make("cpu", torch.float32)["eager"]().differentiable()
+    assert [tuple(t.shape) for t in wanted] == [(3184, 192)]
+
+
+def test_names_stand_for_suites():
+    assert runner.select(()) == runner.known_names()
+    assert runner.select(("ops",)) == op_cases.names()
+    assert runner.select(("dispatch", "bypass")) == ["bypass", "dispatch"]
+    with pytest.raises(ValueError, match="nonsense"):
+        runner.select(("nonsense",))
+
+
+def test_a_run_is_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(op_cases, "cases", lambda: [tiny({"eager": torch.abs, "fastasr": torch.abs})])
+    monkeypatch.setattr(op_cases, "names", lambda: ["doubled"])
+    options = runner.Options(names=("doubled",), out=tmp_path / "r.jsonl", quick=True, compile=False, reps=2)
+    first = runner.run(options)
+    assert (len(first.rows), first.resumed, first.problems) == (9, 0, [])
+    again = runner.run(options)
+    assert (len(again.rows), again.resumed) == (0, 3)
+    more = runner.run(runner.Options(**{**vars(options), "reps": 3}))
+    assert len(more.rows) == 9, "more repetitions are another measurement"
+    fresh = runner.run(runner.Options(**{**vars(options), "fresh": True}))
+    assert len(fresh.rows) == 9
+
+
+def test_a_benchmark_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
+    def broken(**_):
+        raise RuntimeError("the machine is on fire")
+
+    monkeypatch.setattr(dispatch, "measure", broken)
+    summary = runner.run(runner.Options(names=("dispatch",), out=tmp_path / "r.jsonl", quick=True))
+    assert summary.problems == ["dispatch: failed: RuntimeError: the machine is on fire"]
+
+
+def test_dispatch_rows(tmp_path):
+    settings = Settings.quick(reps=1, sample_seconds=0.0)
+    units = list(dispatch.measure(settings=settings, only=lambda op: op == "bypass"))
+    assert [unit[0].pass_ for unit in units] == list(dispatch.PASSES)
+    assert {"eager", "fastasr"} <= {row.implementation for row in units[0]}
+
+
+def test_upstream_that_cannot_be_imported_is_unavailable(monkeypatch):
+    with pytest.raises(Unavailable, match="zipformer"):
+        cases.upstream_module("nowhere.Nothing")

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interleaved timing: order, statistics, preparation, load, memory, limits."""
+
+import gc
+import time
+
+import pytest
+import torch
+
+from fastasr.benchmarks import harness, limits
+from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, interleave
+
+
+def test_median_and_quartiles():
+    timing = Timing([5.0, 1.0, 4.0, 2.0, 3.0])
+    assert timing.median == 3.0
+    assert timing.quartiles == (2.0, 4.0)
+    assert timing.reps == 5
+    assert Timing([7.0]).quartiles == (7.0, 7.0)
+
+
+def test_implementations_take_turns():
+    calls = []
+    variants = {name: (lambda n=name: calls.append(n)) for name in "abc"}
+    interleave(variants, reps=3, warmup=1, max_calls=1)
+    rounds = calls[6:]  # a warm-up and a probe each
+    assert [sorted(rounds[i : i + 3]) for i in (0, 3, 6)] == [["a", "b", "c"]] * 3
+    assert [rounds[i] for i in (0, 3, 6)] == ["a", "b", "c"], "each begins a round once"
+
+
+def test_a_slower_call_is_measured_slower():
+    timings = interleave(
+        {"fast": lambda: None, "slow": lambda: time.sleep(0.004)}, reps=3, sample_seconds=0.001
+    )
+    assert timings["slow"].median >= 0.004 > timings["fast"].median
+
+
+def test_preparation_is_not_timed():
+    variant = Variant(run=lambda state: state, prepare=lambda: time.sleep(0.01))
+    assert interleave({"v": variant}, reps=2, warmup=1, sample_seconds=0.0)["v"].median < 0.005
+
+
+def test_garbage_collection_rests_while_timing_and_comes_back():
+    seen = []
+
+    def run():
+        seen.append(gc.isenabled())
+        if len(seen) == 4:
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        interleave({"v": run}, reps=5, warmup=1, sample_seconds=0.0)
+    assert seen[-1] is False
+    assert gc.isenabled()
+
+
+def test_no_variants():
+    assert interleave({}, reps=2) == {}
+
+
+def test_load_of_other_processes_is_read():
+    meter = LoadMeter()
+    time.sleep(0.05)
+    load = meter.other_cores()
+    assert load is None or load >= 0.0
+
+
+def test_waiting_for_idle_cores_ends(monkeypatch):
+    monkeypatch.setattr(LoadMeter, "other_cores", lambda self: 3.0)
+    said = []
+    assert harness.wait_until_idle(patience=0.05, window=0.01, report=said.append) == 3.0
+    assert "waiting" in said[0]
+    assert "all the same" in said[-1]
+    monkeypatch.setattr(LoadMeter, "other_cores", lambda self: 0.0)
+    assert harness.wait_until_idle(window=0.01, report=said.append) == 0.0
+
+
+def test_peak_memory_sees_an_allocation():
+    size = 64 * 2**20
+    found = harness.peak_bytes(lambda: torch.ones(size // 4))
+    if found is None:
+        pytest.skip("the high-water mark cannot be reset here")
+    assert 0.9 * size < found < 1.5 * size
+
+
+def test_limits_are_measured_once():
+    assert limits.copy_seconds(4096, reps=2) == limits.copy_seconds(4096, reps=2) > 0
+    source, destination = limits.copy_buffers(4096)
+    assert source.nbytes + destination.nbytes == 4096

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows: stamp, round trip, replacement of units, bad files."""
+
+import json
+
+import pytest
+import torch
+
+from fastasr.benchmarks import environment, rows
+from fastasr.benchmarks.rows import Row
+
+KEYS = [
+    "suite",
+    "name",
+    "case",
+    "shape",
+    "dtype",
+    "device",
+    "pass",
+    "implementation",
+    "median_ms",
+    "q1_ms",
+    "q3_ms",
+    "reps",
+    "peak_bytes",
+    "bytes",
+    "flops",
+    "fraction_of_limit",
+    "limit",
+    "commit",
+    "torch",
+    "triton",
+    "cuda",
+    "device_name",
+    "threads",
+    "python",
+    "date",
+]
+
+
+def row(**changes) -> Row:
+    fields = {
+        "suite": "ops",
+        "name": "bypass",
+        "case": "8x4",
+        "shape": "8x4",
+        "dtype": "float32",
+        "device": "cpu",
+        "pass_": "forward",
+        "implementation": "fastasr",
+        "median_ms": 0.5,
+        "q1_ms": 0.4,
+        "q3_ms": 0.7,
+        "reps": 15,
+    }
+    return Row.measured(**{**fields, **changes})
+
+
+def test_a_row_is_stamped_with_its_environment():
+    stamped = row().to_dict()
+    assert set(KEYS) <= set(stamped)
+    assert stamped["torch"] == torch.__version__
+    assert stamped["threads"] == torch.get_num_threads()
+    assert stamped["commit"]
+    assert stamped["device_name"]
+    assert stamped["date"].endswith("Z")
+
+
+def test_rows_survive_the_file(tmp_path):
+    written = [row(), row(implementation="copy", median_ms=0.25, bytes=256, limit="copy 46.0 GB/s")]
+    rows.write(tmp_path / "r.jsonl", written)
+    assert rows.read(tmp_path / "r.jsonl") == written
+    assert all("pass" in json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines())
+
+
+def test_a_unit_is_replaced_whole(tmp_path):
+    path = tmp_path / "r.jsonl"
+    rows.merge(path, [row(), row(implementation="eager", median_ms=2.0)])
+    rows.merge(path, [row(pass_="backward")])
+    rows.merge(path, [row(median_ms=0.3)])
+    found = [(r.pass_, r.implementation, r.median_ms) for r in rows.read(path)]
+    assert found == [("backward", "fastasr", 0.5), ("forward", "fastasr", 0.3)]
+    assert [p.name for p in tmp_path.iterdir()] == ["r.jsonl"]
+
+
+def test_another_machine_is_another_unit():
+    other = row()
+    other.device_name = "another machine"
+    assert other.unit != row().unit
+    assert row(commit="x").unit == row().unit
+
+
+def test_an_absent_file_has_no_rows(tmp_path):
+    assert rows.read(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("line", ["{", '{"suite": "ops"}', "[1]", '"text"'])
+def test_a_bad_line_is_named(tmp_path, line):
+    path = tmp_path / "r.jsonl"
+    rows.write(path, [row()])
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match="line 2"):
+        rows.read(path)
+
+
+def test_unknown_fields_are_dropped():
+    assert not hasattr(Row.from_dict({**row().to_dict(), "later": 1}), "later")
+
+
+def test_commit_is_stable_within_a_run():
+    assert environment.commit() == environment.commit()
+    assert environment.cpu_name()

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command: what it prints, what it returns, how it fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fastasr
+from fastasr import ops, testing
+from fastasr.cli.app import app
+from fastasr.ops import _dispatch
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a command in this folder, so that its modules can be imported."""
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str):
+        return CliRunner().invoke(app, list(arguments))
+
+    return call
+
+
+def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "fastasr.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=HERE,
+        env={**os.environ, **environment},
+    )
+
+
+# --- help and failures
+
+
+@pytest.mark.parametrize("command", ["env", "ops", "check", "bench", "swap"])
+def test_every_command_has_help(run, command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "--help" in result.stdout
+    assert command in run("--help").stdout
+
+
+def test_version(run):
+    assert run("--version").stdout.strip() == f"fastasr {fastasr.__version__}"
+
+
+def test_the_installed_command_ends_without_a_traceback():
+    done = process("bench", "nonsense")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no benchmark is called 'nonsense'")
+    assert done.stdout == ""
+
+
+def test_without_the_extra_the_command_names_it(tmp_path):
+    (tmp_path / "typer.py").write_text("raise ImportError('No module named typer', name='typer')\n")
+    done = process("env", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.strip() == "fastasr: the command line needs typer: pip install 'fastasr[cli]'"
+
+
+def test_an_unexpected_error_shows_its_traceback_on_request(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import fastasr.benchmarks.environment as environment\n"
+        "def broken():\n"
+        "    raise RuntimeError('no name')\n"
+        "environment.cpu_name = broken\n"
+    )
+    done = process("env", PYTHONPATH=str(tmp_path), FASTASR_DEBUG="")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: RuntimeError: no name")
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in process("env", PYTHONPATH=str(tmp_path), FASTASR_DEBUG="1").stderr
+
+
+# --- env and ops
+
+
+def test_env(run):
+    text = run("env").stdout
+    assert torch.__version__ in text
+    assert fastasr.__version__ in text
+    found = json.loads(run("env", "--json").stdout)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["cpu"]["torch threads"] == torch.get_num_threads()
+    assert found["native"]["loaded"] == (_dispatch.native_library() is not None)
+    assert found["triton"]["usable"] or found["triton"]["reason"]
+
+
+def test_env_names_what_is_missing(run, monkeypatch):
+    from fastasr.cli import env
+
+    known = env._version
+    monkeypatch.setattr(env, "_version", lambda name: None if name == "soundfile" else known(name))
+    monkeypatch.setattr(_dispatch, "native_library", lambda: None)
+    monkeypatch.setattr(_dispatch, "native_reason", lambda: "the native library is not built")
+    text = run("env").stdout
+    assert "soundfile not installed: pip install 'fastasr[demo]'" in text
+    assert "no: the native library is not built" in text
+
+
+def test_ops_shows_every_op_with_every_backend(run):
+    rows = json.loads(run("ops", "--json").stdout)
+    assert {row["op"] for row in rows} == set(ops.NAMES)
+    assert all(row["available"] or row["reason"] for row in rows)
+    text = run("ops").stdout
+    assert all(name in text for name in ops.NAMES)
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in text or "triton" in text
+
+
+# --- check
+
+
+def result_of(op: str, passed: bool) -> testing.CheckResult:
+    return testing.CheckResult(op, "parity", "small", "float32", passed, "" if passed else "off by [2]")
+
+
+def test_check_passes(run, monkeypatch):
+    monkeypatch.setattr(testing, "check_op", lambda name, device, progress: [result_of(name, True)])
+    result = run("check")
+    assert result.exit_code == 0
+    assert all(name in result.stdout for name in ops.NAMES)
+
+
+def test_check_fails_with_one(run, monkeypatch):
+    monkeypatch.setattr(
+        testing, "check_op", lambda name, device, progress: [result_of(name, name != "bypass")]
+    )
+    result = run("check")
+    assert result.exit_code == 1
+    assert "failed: bypass, parity, small, float32: off by [2]" in result.stderr
+    assert run("check", "linear").exit_code == 0
+    assert json.loads(run("check", "bypass", "--json").stdout)[0]["message"] == "off by [2]"
+
+
+def test_check_runs_the_real_checks(run, monkeypatch):
+    from fastasr.testing import checks
+
+    monkeypatch.setattr(checks, "CHECKS", checks.CHECKS[:2])
+    result = run("check", "bypass", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert {row["check"] for row in json.loads(result.stdout)} >= {"parity", "refuses"}
+
+
+def test_check_refuses_an_unknown_op_and_device(run):
+    assert run("check", "nope").exit_code == 2
+    assert run("check", "bypass", "--device", "nowhere").exit_code == 2
+
+
+# --- bench
+
+
+def test_bench_writes_rows_plots_and_a_page(run, tmp_path, monkeypatch):
+    from fastasr.benchmarks import ops as op_cases
+
+    small = [case for case in op_cases.cases() if case.name == "100x4x512" and case.op == "bypass"]
+    monkeypatch.setattr(op_cases, "cases", lambda: small)
+    monkeypatch.setattr(op_cases, "names", lambda: ["bypass"])
+    command = ("bench", "bypass", "--quick", "--no-compile", "--reps", "1", "--out", str(tmp_path))
+    result = run(*command)
+    assert result.exit_code == 0, result.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"results.jsonl", "bypass.png", "index.html"}
+    assert "100x4x512" in result.stdout
+    assert "these figures mean nothing" in result.stderr
+    assert "3 units were there already" in run(*command).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("nonsense",), ("bypass", "--dtype", "int8"), ("bypass", "--device", "nowhere")]
+)
+def test_bench_refuses(run, arguments, tmp_path):
+    result = run("bench", *arguments, "--out", str(tmp_path))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_bench_on_a_device_that_is_not_there(run, tmp_path):
+    result = run("bench", "bypass", "--device", "cuda", "--out", str(tmp_path))
+    assert result.exit_code == 2
+    assert "no CUDA device here" in result.stderr
+
+
+# --- swap
+
+SMALL = ("swap", "models_for_cli:model", "--input", "models_for_cli:inputs")
+
+
+def test_swap_explains_swaps_verifies_and_times(run):
+    result = run(*SMALL, "--reps", "1")
+    assert result.exit_code == 0, result.stderr
+    assert "3 replaced" in result.stdout
+    assert "3 verified" in result.stdout
+    assert "before" in result.stdout
+    assert "× as fast" in result.stdout
+
+
+def test_swap_as_json(run):
+    result = run(*SMALL, "--json", "--no-time")
+    found = json.loads(result.stdout)
+    assert found["ok"]
+    assert found["verified"]
+    assert found["explain"]["counts"]["replaced"] == found["report"]["counts"]["replaced"] == 3
+    assert "times" not in found
+
+
+def test_swap_takes_inputs_by_name(run):
+    result = run(
+        "swap", "models_for_cli:model", "--input", "models_for_cli:inputs_by_name", "--json", "--reps", "1"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert set(json.loads(result.stdout)["times"]) == {"before", "after"}
+
+
+def test_swap_without_inputs_says_what_it_left_out(run):
+    result = run("swap", "models_for_cli:model")
+    assert result.exit_code == 0
+    assert "neither verified nor timed" in result.stderr
+
+
+def test_a_model_with_nothing_to_replace(run):
+    result = run("swap", "models_for_cli:unknown_model")
+    assert result.exit_code == 0
+    assert "nothing in this model can be replaced" in result.stderr
+
+
+def test_a_failing_verification_ends_with_one(run, monkeypatch):
+    """A kernel that is wrong is found, its module restored and named."""
+    right = ops.bias_norm
+    monkeypatch.setattr(ops, "bias_norm", lambda *a, **k: right(*a, **k) * 1.01)
+    result = run(*SMALL, "--no-time")
+    assert result.exit_code == 1, result.stdout
+    assert "restored norm" in result.stdout
+    assert "verification failed for 1 module" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nocolon",), "expected MODULE:FACTORY"),
+        (("no_such_module:f",), "cannot import 'no_such_module'"),
+        (("models_for_cli:nothing",), "has no 'nothing'"),
+        (("models_for_cli:not_callable",), "is a int, not a function"),
+        (("models_for_cli:broken_model",), "RuntimeError: no checkpoint here"),
+        (("models_for_cli:not_a_model",), "returned a int, not a torch.nn.Module"),
+        (
+            ("models_for_cli:model", "--input", "models_for_cli:wrong_inputs"),
+            "could not be run on the inputs",
+        ),
+    ],
+)
+def test_swap_refuses(run, arguments, message):
+    result = run("swap", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
