@@ -23,7 +23,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a pass needs at least: bytes read and written once, multiply and add operations of its products."""
+    """What a pass needs at least: bytes read and written once, multiply and add operations of products."""
 
     bytes: int
     flops: int = 0

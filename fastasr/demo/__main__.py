@@ -12,8 +12,8 @@ NEEDED = ("rich", "numpy", "matplotlib", "jinja2", "kaldi_native_fbank")
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m fastasr.demo",
-        description="Accelerates upstream's Zipformer-M on real speech: swaps, verifies layer by layer, times, "
-        "and writes an HTML report. About five minutes on two cores, most of them torch.compile's.",
+        description="Accelerates upstream's Zipformer-M on real speech: swaps, verifies layer by layer, "
+        "times, and writes an HTML report. About five minutes on two cores, most of them torch.compile's.",
     )
     made.add_argument("--audio", type=Path, metavar="DIR", help="your own recordings (wav, flac, ogg)")
     made.add_argument("--no-compile", action="store_true", help="leave upstream under torch.compile out")
