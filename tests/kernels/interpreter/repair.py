@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes Triton's interpreter round as the hardware does: bfloat16 to nearest, ties to even, and ``fma`` once.
+
+The stock interpreter rounds the product and the sum of an ``fma`` separately; it truncates float32 to
+bfloat16, or rounds ties away from zero without carrying into the exponent, and multiplies raw 16-bit patterns
+in ``tl.dot``. This is a pytest plugin: ``pytest -p tests.kernels.interpreter.repair``, with
+TRITON_INTERPRET=1. ``test_rounding.py`` tells whether the repair still holds.
+"""
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bit patterns (uint16) to float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """float32 to bfloat16 bit patterns: add just under half a unit, plus the last kept bit so that ties go to
+    even."""
+    values = np.asarray(values, dtype=np.float32)
+    bits = values.view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _repair(builder: type) -> None:
+    stock_cast, stock_convert, stock_dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
+    stock_fma = builder.create_fma
+
+    def conversion(source, target):
+        kinds = source.dtype.scalar, target.scalar
+        if kinds == (tl.float32, tl.bfloat16):
+            return interpreter.TensorHandle(narrow(source.data), tl.bfloat16)
+        if kinds == (tl.bfloat16, tl.float32):
+            return interpreter.TensorHandle(widen(source.data), tl.float32)
+        return None
+
+    def cast(self, source, target):
+        converted = conversion(source, target)  # a handle's truth value is that of its data
+        return stock_cast(self, source, target) if converted is None else converted
+
+    def convert(self, source, target, rounding):
+        converted = conversion(source, target)
+        return stock_convert(self, source, target, rounding) if converted is None else converted
+
+    def dot(self, a, b, accumulator, *options):
+        if tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar):
+            return stock_dot(self, a, b, accumulator, *options)
+        product = np.matmul(widen(a.data), widen(b.data))
+        return interpreter.TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
+
+    def fma(self, a, b, c):
+        if c.dtype.scalar != tl.float32:
+            return stock_fma(self, a, b, c)
+        wide = a.data.astype(np.float64) * b.data + c.data  # the product of two float32 is exact in float64
+        return interpreter.TensorHandle(wide.astype(np.float32), tl.float32)
+
+    builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast, convert, dot
+    builder.create_fma = fma
+
+
+if not hasattr(interpreter.InterpreterBuilder, "_fastasr_repaired"):
+    _repair(interpreter.InterpreterBuilder)
+    interpreter.InterpreterBuilder._fastasr_repaired = True

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles every kernel configuration ahead of time for sm_80 and sm_90 and measures what the compiler made
+of it.
+
+    python tests/kernels/update_budgets.py          measures, rewrites the section of budgets.toml for this
+    Triton python tests/kernels/update_budgets.py --json   measures, prints JSON
+
+No GPU is needed: Triton's wheel ships ptxas and cuobjdump. Measured per configuration:
+
+    registers      per thread            spills        bytes of stack or local memory per thread
+    shared         bytes per program     instructions  of the whole program, in SASS
+    wide, narrow   global loads and stores of 128 bits, and of fewer, in PTX
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported, which follows
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+BUDGETS = Path(__file__).with_name("budgets.toml")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = (80, 90)
+MEASURES = ("registers", "spills", "shared", "wide", "narrow", "instructions")
+
+
+@dataclass
+class Configuration:
+    """A kernel with everything that selects its code.
+
+    ``types``: element types of the pointers (other arguments are i32). ``divisible``: integers that Triton
+    knows to be multiples of 16.
+    """
+
+    name: str
+    kernel: object
+    types: dict[str, str]
+    constants: dict
+    warps: int
+    divisible: tuple[str, ...] = ()
+
+
+def configurations() -> list[Configuration]:
+    """What the launchers use at model shapes: every kernel, mask kind, tile shape and element type."""
+    return [*_swoosh(), *_bias_norm(), *_bypass()]
+
+
+def _swoosh():
+    from fastasr.kernels import swoosh
+
+    kinds = {"no mask": 0, "full mask": 1, "row mask": 2, "column mask": 3}
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = dict.fromkeys(("X", "MASK", "Y", "GRAD", "DX"), dtype)
+        for label, kind in kinds.items():
+            if dtype == "fp16" and label != "column mask":
+                continue
+            tile = (
+                {"BLOCK_R": 8, "BLOCK_C": 256, "GROUPED": False}
+                if kind >= 2
+                else {"TAIL": False, "BLOCK": swoosh.BLOCK}
+            )
+            common = {"RIGHT": False, "KIND": kind, **tile, **({"MASK": None} if kind == 0 else {})}
+            forward, backward = (
+                (swoosh.forward_tile, swoosh.backward_tile)
+                if kind >= 2
+                else (swoosh.forward_flat, swoosh.backward_flat)
+            )
+            divisible = ("columns",)
+            yield Configuration(f"swoosh forward, {label}, {dtype}", forward, types, common, 4, divisible)
+            for output in (False, True):
+                constants = {**common, "OUTPUT": output, **({} if output else {"Y": None})}
+                name = f"swoosh backward{' + output' if output else ''}, {label}, {dtype}"
+                yield Configuration(name, backward, types, constants, 4, divisible)
+    types = dict.fromkeys(("X", "Y"), "bf16")
+    base = {"RIGHT": True, "KIND": 0, "MASK": None, "BLOCK": swoosh.BLOCK}
+    yield Configuration("swooshR forward, tail, bf16", swoosh.forward_flat, types, {**base, "TAIL": True}, 4)
+    types = dict.fromkeys(("X", "Y", "MASK"), "bf16")
+    narrow = {"RIGHT": True, "KIND": 3, "GROUPED": True, "BLOCK_R": 64, "BLOCK_C": 32}
+    yield Configuration(
+        "swooshR forward, groups, column mask of 32, bf16",
+        swoosh.forward_tile,
+        types,
+        narrow,
+        4,
+        ("columns",),
+    )
+    one = {"RIGHT": True, "KIND": 2, "GROUPED": False, "BLOCK_R": 64, "BLOCK_C": 32, "columns": 1}
+    yield Configuration("swooshR forward, row mask, one column, bf16", swoosh.forward_tile, types, one, 4)
+
+
+def _bias_norm():
+    from fastasr.kernels import bias_norm
+
+    parts = {"DBIAS_PARTS": "fp32", "DLOG_SCALE_PARTS": "fp32"}
+    sizes = {"fp32": (192, 512, 768, 2048, 8192), "bf16": (192, 512, 768, 2048, 8192), "fp16": (512,)}
+    for dtype, channels in sizes.items():
+        types = (
+            dict.fromkeys(("X", "BIAS", "LOG_SCALE", "Y", "GRAD", "DX", "DBIAS", "DLOG_SCALE"), dtype) | parts
+        )
+        for c in channels:
+            for kernel, least in (("forward", bias_norm.FORWARD_TILE), ("backward", 0)):
+                block_r, block_c, warps = bias_norm._blocks(c, least)
+                constants = {"BLOCK_R": block_r, "BLOCK_C": block_c}
+                function = getattr(bias_norm, f"{kernel}_kernel")
+                yield Configuration(
+                    f"bias_norm {kernel}, C={c}, {dtype}", function, types, constants, warps, ("C",)
+                )
+    mixed = dict.fromkeys(("BIAS", "LOG_SCALE", "Y", "GRAD", "DBIAS", "DLOG_SCALE"), "fp32") | parts
+    mixed |= {"X": "bf16", "DX": "bf16"}
+    for kernel, least in (("forward", bias_norm.FORWARD_TILE), ("backward", 0)):
+        block_r, block_c, warps = bias_norm._blocks(512, least)
+        constants = {"BLOCK_R": block_r, "BLOCK_C": block_c}
+        function = getattr(bias_norm, f"{kernel}_kernel")
+        yield Configuration(f"bias_norm {kernel}, C=512, x bf16", function, mixed, constants, warps, ("C",))
+    block_r, block_c, warps = bias_norm._blocks(1)
+    one = {"BLOCK_R": block_r, "BLOCK_C": block_c, "C": 1}  # Triton makes integers that are 1 constants
+    yield Configuration("bias_norm backward, C=1, x bf16", bias_norm.backward_kernel, mixed, one, warps)
+    for block_p, warps in ((128, 4), (2048, 16)):
+        constants = {"BLOCK_P": block_p, "BLOCK_C": 16}
+        name = f"bias_norm parts, {block_p}"
+        yield Configuration(name, bias_norm.add_parts_kernel, mixed, constants, warps, ("C",))
+
+
+def _bypass():
+    from fastasr.kernels import bypass
+
+    names = ("X_ORIG", "X", "SCALE", "Y", "GRAD", "DX_ORIG", "DX", "DSCALE")
+    every = {dtype: dict.fromkeys(names, dtype) for dtype in ("fp32", "bf16", "fp16")}
+    every["x bf16"] = every["fp32"] | {"X": "bf16", "DX": "bf16"}
+    for dtype, types in every.items():
+        types = types | {"PARTS": "fp32"}
+        for block_c in (256, 32) if dtype in ("fp32", "bf16") else (256,):
+            constants = {"BLOCK_R": 2048 // block_c, "BLOCK_C": block_c}
+            for kernel in ("forward", "backward"):
+                function = getattr(bypass, f"{kernel}_kernel")
+                name = f"bypass {kernel}, tile {2048 // block_c}x{block_c}, {dtype}"
+                yield Configuration(name, function, types, constants, 4, ("columns",))
+    one = {"BLOCK_R": 64, "BLOCK_C": 32, "columns": 1}
+    types = every["fp32"] | {"PARTS": "fp32"}
+    yield Configuration("bypass backward, one column, fp32", bypass.backward_kernel, types, one, 4)
+    for block_p in (128, bypass.MAX_PROGRAMS):
+        constants = {"BLOCK_P": block_p, "BLOCK_C": 16}
+        types = {"PARTS": "fp32", "DSCALE": "fp32"}
+        yield Configuration(
+            f"bypass parts, {block_p}", bypass.add_parts_kernel, types, constants, 4, ("columns",)
+        )
+
+
+def compiled(configuration: Configuration, architecture: int):
+    """The kernel, compiled for ``sm_<architecture>``, every pointer aligned to 16 bytes."""
+    names = configuration.kernel.arg_names
+    signature = {
+        name: "constexpr"
+        if name in configuration.constants
+        else "*" + configuration.types[name]
+        if name in configuration.types
+        else "i32"
+        for name in names
+    }
+    aligned = {n for n in names if signature[n].startswith("*") or n in configuration.divisible}
+    source = ASTSource(
+        configuration.kernel,
+        signature,
+        constexprs={(names.index(n),): v for n, v in configuration.constants.items() if n in names},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    target = GPUTarget("cuda", architecture, 32)
+    return triton.compile(source, target=target, options={"num_warps": configuration.warps})
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def measure(configuration: Configuration, architecture: int) -> dict[str, int]:
+    code = compiled(configuration, architecture)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _tool("cuobjdump", "-sass", file.name)
+    registers, stack, local = map(
+        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
+    )
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", sass)
+    widths = [
+        int(lanes or 1) * int(bits)
+        for lanes, bits in re.findall(
+            r"(?:ld|st)\.global(?:\.[a-z][\w:]*?)*?(?:\.v(\d))?\.b(\d+)", code.asm["ptx"]
+        )
+    ]
+    return {
+        "registers": registers,
+        "spills": stack + local,
+        "shared": code.metadata.shared,
+        "wide": sum(width >= 128 for width in widths),
+        "narrow": sum(width < 128 for width in widths),
+        "instructions": sum(op != "NOP" for op in instructions),
+    }
+
+
+def triton_series() -> str:
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def measure_all() -> dict[str, dict[str, int]]:
+    """Measures by "name, sm_NN"."""
+    return {
+        f"{configuration.name}, sm_{architecture}": measure(configuration, architecture)
+        for configuration in configurations()
+        for architecture in ARCHITECTURES
+    }
+
+
+def write(measured: dict[str, dict[str, int]]) -> None:
+    """Replaces this Triton's section of budgets.toml; the head of the file and other sections stay."""
+    section = f'["triton {triton_series()}"]'
+    width = max(map(len, measured)) + 2
+    lines = [section]
+    for name, values in measured.items():
+        body = ", ".join(f"{key} = {values[key]:>{4 if key != 'spills' else 1}}" for key in MEASURES)
+        lines.append(f"{json.dumps(name):<{width}} = {{ {body} }}")
+    head, *sections = re.split(r"^(?=\[)", BUDGETS.read_text(), flags=re.MULTILINE)
+    kept = [s.strip() for s in sections if not s.startswith(section)]
+    BUDGETS.write_text("\n\n".join([head.strip(), *sorted([*kept, "\n".join(lines)])]) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--json", action="store_true", help="print the measures instead of writing budgets.toml"
+    )
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    measured = measure_all()
+    if arguments.json:
+        json.dump({"triton": triton_series(), "measured": measured}, sys.stdout)
+    else:
+        write(measured)
+        print(f"{len(measured)} configurations written to {BUDGETS.name}, section triton {triton_series()}")
+
+
+if __name__ == "__main__":
+    main()
