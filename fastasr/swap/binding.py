@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Binding a forward to one instance, and undoing it.
 
-A swapped module has two more entries in its ``__dict__`` and nothing else: ``forward``, our function as a bound
-method, and ``__prepare_scriptable__``, which torch.jit.script calls on every module before it compiles anything.
-Bound methods survive deepcopy (bound to the copy) and pickle by name, so a pickled model loads unswapped.
+A swapped module has two more entries in its ``__dict__`` and nothing else: ``forward``, our function as a
+bound method, and ``__prepare_scriptable__``, which torch.jit.script calls on every module before it compiles
+anything. Bound methods survive deepcopy (bound to the copy) and pickle by name, so a pickled model loads
+unswapped. A shallow copy (``copy.copy``, the replicas of ``nn.DataParallel``) keeps a forward bound to the
+module that it was copied from: restore before making one.
 """
 
 import copy
@@ -37,7 +39,9 @@ def _refuse(module, what):
 
 @functools.cache
 def guarded(forward):
-    """``forward`` with a check that it is not being traced. One function per forward: it is the mark of a swap."""
+    """``forward`` with a check that it is not being traced. One function per forward: it is the mark of a
+    swap.
+    """
 
     @functools.wraps(forward)
     def guard(self, *args, **kwargs):

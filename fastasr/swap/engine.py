@@ -32,19 +32,19 @@ def accelerate(model, only=None, exclude=None, verify=None, strict=True):
 
     Parameters, buffers, submodules, hooks and types stay as they are; calling it again changes nothing.
 
-    only, exclude: which modules to consider: glob patterns on module paths ("encoder.*.norm"), classes, callables
-        ``(path, module) -> bool``, or a list of these.
-    verify: inputs (a tuple of arguments, a dict of keyword arguments, a tensor, or a callable that takes the model
-        and runs it). Every swapped module is then run both ways and rolled back when it disagrees.
-    strict: False also accepts modules that fit in structure but run an unknown version of the code, provided that
-        they pass ``verify``.
+    only, exclude: which modules to consider: glob patterns on module paths ("encoder.*.norm"), classes,
+        callables ``(path, module) -> bool``, or a list of these.
+    verify: inputs (a tuple of arguments, a dict of keyword arguments, a tensor, or a callable that takes the
+        model and runs it). Every swapped module is then run both ways and rolled back when it disagrees.
+    strict: False also accepts modules that fit in structure but run an unknown version of the code, provided
+        that they pass ``verify``.
 
     Raises TypeError when model is not a torch.nn.Module or a selector is of another type, ValueError when a
     pattern matches nothing or ``strict=False`` comes without ``verify``.
     """
     if not strict and verify is None:
         raise ValueError(
-            "accelerate: strict=False accepts unknown code only when it is verified; pass inputs as verify=..."
+            "accelerate: strict=False accepts unknown code only when it is verified; pass verify=inputs"
         )
     plan = _plan(model, only, exclude)
     report = SwapReport(type(model).__name__)
@@ -137,9 +137,6 @@ def _row(path, module, decision, accept):
     return Row(path, type(module).__name__, rule.name if rule else None, kernels, status, decision.reason)
 
 
-# --- deciding -------------------------------------------------------------------------------------------------
-
-
 def _plan(model, only, exclude):
     """[(path, module, Decision)] for every module of the model."""
     _check_model("accelerate", model)
@@ -169,7 +166,9 @@ def _decide(module):
         return Decision(None, False, "compiled by TorchScript")
     if rule is None:
         container = next(module.children(), None) is not None
-        return Decision(None, False, "container: see its submodules" if container else "no rule for this class")
+        return Decision(
+            None, False, "container: see its submodules" if container else "no rule for this class"
+        )
     forward = binding.bound_forward(module)
     if forward is not None:
         return Decision(rule, True, "already swapped")
@@ -230,7 +229,9 @@ def _recognise(rule, module):
         return Decision(rule, reason is None, reason or f"same source as {known.origin}")
     if owner.__name__ != rule.class_name:
         changed = ", ".join(_overridden(owner, rule.class_name)) or "something its forward uses"
-        return Decision(rule, False, f"{owner.__name__} is a subclass of {rule.class_name} that overrides {changed}")
+        return Decision(
+            rule, False, f"{owner.__name__} is a subclass of {rule.class_name} that overrides {changed}"
+        )
     reason = f"its source is no known version of {rule.class_name} (fingerprint {value})"
     return Decision(rule, False, reason, unknown_source=True)
 
@@ -242,9 +243,6 @@ def _overridden(owner, class_name):
             break
         names += [name for name, value in vars(cls).items() if callable(value) and name != "__init__"]
     return names
-
-
-# --- selecting ------------------------------------------------------------------------------------------------
 
 
 def _selector(name, value, modules):

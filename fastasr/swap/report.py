@@ -16,9 +16,9 @@ ROLLED_BACK = "rolled back"
 class Row:
     """One module. ``errors`` is filled by verification.
 
-    Its numbers are the largest error against an fp64 run of upstream's code, relative to the largest magnitude
-    of the result: ``values`` and ``gradients`` for fastasr, ``upstream_values`` and ``upstream_gradients`` for
-    upstream in the model's own precision.
+    Its numbers are the largest error against an fp64 run of upstream's code, relative to the largest
+    magnitude of the result: ``values`` and ``gradients`` for fastasr, ``upstream_values`` and
+    ``upstream_gradients`` for upstream in the model's own precision.
     """
 
     path: str
@@ -34,8 +34,9 @@ class Row:
 class SwapReport:
     """One row per module of the model, in the order of ``model.named_modules()``.
 
-    ``dry_run`` is True for ``explain``: status "replaced" then means that accelerate would replace the module.
-    ``print(report)`` shows like rows as one line; ``report.table(every=True)`` has one line per module.
+    ``dry_run`` is True for ``explain``: status "replaced" then means that accelerate would replace the
+    module. ``print(report)`` shows like rows as one line; ``report.table(every=True)`` has one line per
+    module.
     """
 
     model: str
@@ -77,7 +78,11 @@ class SwapReport:
         rows = [asdict(row) for row in self.rows]
         for row in rows:
             row["kernels"] = list(row["kernels"])
-        counts = {REPLACED: len(self.replaced), SKIPPED: len(self.skipped), ROLLED_BACK: len(self.rolled_back)}
+        counts = {
+            REPLACED: len(self.replaced),
+            SKIPPED: len(self.skipped),
+            ROLLED_BACK: len(self.rolled_back),
+        }
         return {
             "model": self.model,
             "dry_run": self.dry_run,

@@ -3,12 +3,12 @@
 
 The fingerprint of some functions is the SHA-256 of their normalised syntax trees and of everything they reach
 that lives beside them: functions and classes named in their bodies, and methods called on ``self``. "Beside"
-means a source file in the same folder: recipe folders import ``scaling`` from ``zipformer`` in that way, while
-torch, k2 and the standard library stay names.
+means a source file in the same folder: recipe folders import ``scaling`` from ``zipformer`` in that way,
+while torch, k2 and the standard library stay names.
 
-Normalised means: docstrings, annotations, the wording of assertion and exception messages and of f-strings are
-dropped, ``nn`` is spelled ``torch.nn`` and formatting and comments do not exist in a syntax tree. Field order and
-line numbers play no part, so the value does not depend on the Python version.
+Normalised means: docstrings, annotations, the wording of assertion and exception messages and of f-strings
+are dropped, ``nn`` is spelled ``torch.nn`` and formatting and comments do not exist in a syntax tree. Field
+order and line numbers play no part, so the value does not depend on the Python version.
 """
 
 import ast
@@ -163,10 +163,9 @@ class _Normaliser(ast.NodeTransformer):
 
 
 def _without_docstring(node):
-    body = node.body
-    if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-        if isinstance(body[0].value.value, str):
-            node.body = body[1:] or [ast.Pass()]
+    match node.body:
+        case [ast.Expr(value=ast.Constant(value=str())), *rest]:
+            node.body = rest or [ast.Pass()]
     return node
 
 

@@ -50,8 +50,8 @@ class RandomState:
 class ModelState:
     """Training flags, buffers and plain attributes of all modules, restored when the context ends.
 
-    Plain attributes are numbers, strings and None on modules and on the small helper objects they own (upstream's
-    regularisers adapt their probabilities and cutoffs as they run).
+    Plain attributes are numbers, strings and None on modules and on the small helper objects they own
+    (upstream's regularisers adapt their probabilities and cutoffs as they run).
     """
 
     def __init__(self, model):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run every swapped module both ways on the activations that a real input produces, and undo those that disagree.
+"""Run every swapped module both ways on the activations of a real input, and undo those that disagree.
 
-The model runs once on upstream's code. Whenever that run reaches a swapped module, the module's inputs go through
-four forwards: fastasr's and upstream's, each for inference (eval mode, no gradients) and for training (training
-mode, gradients of all inputs and parameters for a random gradient of the output), from the same random state.
-Both are measured against upstream's own code in fp64 with the same random draws. A module passes when
+The model runs once on upstream's code. Whenever that run reaches a swapped module, the module's inputs go
+through four forwards: fastasr's and upstream's, each for inference (eval mode, no gradients) and for training
+(training mode, gradients of all inputs and parameters for a random gradient of the output), from the same
+random state. Both are measured against upstream's own code in fp64 with the same random draws. A module
+passes when
 
 * fastasr's error is at most twice upstream's, or a few units in the last place of the largest result, or
   a few times what rounding the inputs once does to the result (sums with cancellation need this one);
@@ -35,15 +36,16 @@ _PASSES = ("inference", "training")
 
 
 def verify(model, inputs, gradients=True, rollback=True):
-    """Check every swapped module of ``model`` on ``inputs``. Returns a SwapReport with a row for each of them.
+    """Check every swapped module of ``model`` on ``inputs``. Returns a SwapReport with a row for each.
 
-    inputs: a tuple of arguments, a dict of keyword arguments, a tensor, or a callable that takes the model and
-        runs it.
+    inputs: a tuple of arguments, a dict of keyword arguments, a tensor, or a callable that takes the model
+        and runs it.
     gradients: also compare the gradients of inputs and parameters, in training mode.
-    rollback: restore the modules that disagree; otherwise they are reported as "rolled back" and left swapped.
+    rollback: restore the modules that disagree; otherwise they are reported as "rolled back" and left
+        swapped.
 
-    Gradients, buffers, training flags and random states are the same afterwards. Raises what the model raises when
-    it cannot run the inputs on upstream's code.
+    Gradients, buffers, training flags and random states are the same afterwards. Raises what the model raises
+    when it cannot run the inputs on upstream's code.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"verify: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -94,9 +96,6 @@ def _no_compilation():
         return
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-# --- the probes -----------------------------------------------------------------------------------------------
 
 
 class _Checks:
@@ -200,9 +199,6 @@ class _Probe:
             return
         for key, value in ((kind, verdict.error), (f"upstream_{kind}", verdict.upstream_error)):
             self.errors[key] = max(self.errors.get(key, 0.0), value)
-
-
-# --- one call -------------------------------------------------------------------------------------------------
 
 
 class _Outcome:
@@ -324,11 +320,8 @@ class _Reference:
         return [0.0 if b is None else _largest(a - b) for (_, a), (_, b) in pairs]
 
 
-# --- the verdict ----------------------------------------------------------------------------------------------
-
-
 class _Verdict:
-    """Compares lists of named tensors. ``failure`` is a reason or None; errors are relative, None without any."""
+    """Compares lists of named tensors. ``failure`` is a reason or None; errors are relative."""
 
     def __init__(self, kind, ours, upstream, reference):
         self.kind, self.failure, self.error, self.upstream_error = kind, None, None, None
@@ -348,7 +341,8 @@ class _Verdict:
             return f"{name} is {'missing' if mine is None else 'unexpected'}"
         if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
             return (
-                f"{name} is {mine.dtype} {tuple(mine.shape)}, upstream's is {theirs.dtype} {tuple(theirs.shape)}"
+                f"{name} is {mine.dtype} {tuple(mine.shape)}, "
+                f"upstream's is {theirs.dtype} {tuple(theirs.shape)}"
             )
         if mine.numel() == 0:
             return None

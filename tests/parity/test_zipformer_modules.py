@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fastasr's Zipformer classes against those of the ``zipformer`` package: states, values, gradients, draws."""
+"""fastasr's Zipformer classes against the ``zipformer`` package: states, values, gradients, draws."""
 
 import random
 
@@ -83,7 +83,12 @@ CASES = {
     "BiasNorm below its limit": ("BiasNorm", (12,), {"log_scale": -2.0}, [(7, 3, 12)]),
     "BiasNorm above its limit": ("BiasNorm", (12,), {"log_scale": 2.0}, [(7, 3, 12)]),
     "Bypass": ("BypassModule", (12,), {}, [(7, 3, 12), (7, 3, 12)]),
-    "Bypass outside its limits": ("BypassModule", (12,), {"scale_min": 0.6, "scale_max": 0.7}, [(7, 3, 12)] * 2),
+    "Bypass outside its limits": (
+        "BypassModule",
+        (12,),
+        {"scale_min": 0.6, "scale_max": 0.7},
+        [(7, 3, 12)] * 2,
+    ),
     "Bypass skipping": ("BypassModule", (12,), {"skip_rate": 0.4, "scale_min": 0.2}, [(7, 3, 12)] * 2),
     "Bypass straight": (
         "BypassModule",
@@ -133,13 +138,12 @@ def test_linear_is_torch_linear():
     _compare(ours, theirs, [torch.randn(7, 3, 12)], 3e-6)
 
 
-# --- ConvNeXt -------------------------------------------------------------------------------------------------
-
-
 def _convnext(channels=8):
     upstream = subsampling.ConvNeXt(channels)
     with torch.no_grad():
-        upstream.pointwise_conv2.weight.mul_(50)  # upstream starts it at a hundredth, which would hide its errors
+        upstream.pointwise_conv2.weight.mul_(
+            50
+        )  # upstream starts it at a hundredth, which would hide its errors
     return upstream.eval()
 
 

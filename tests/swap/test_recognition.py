@@ -16,19 +16,17 @@ from fastasr.swap.source_hash import fingerprint
 
 
 def _reason(module, **options):
-    """The reason for which the only module of a model was declined; its forward must be its own afterwards."""
+    """Why the only module of a model was declined; its forward must be its own afterwards."""
     report = fastasr.accelerate(torch.nn.Sequential(module), **options)
     assert report["0"].status == "skipped"
     assert "fastasr" not in repr(vars(module).get("forward"))
     return report["0"].reason
 
 
-# --- copies in recipe folders ---------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """recipe(edit) -> modules scaling, subsampling, zipformer of a recipe folder made from the installed package.
+    """recipe(edit) -> modules scaling, subsampling, zipformer of a recipe folder made from the installed
+    package.
 
     ``edit`` changes the text of a file. Like icefall's folders they import each other by bare name.
     """
@@ -94,11 +92,26 @@ EDITS = {
         "0.08 * x - 0.036",
         {"swoosh_l", "fused_l", "fused_r"},  # both activations are spelled out in the fused forward
     ),
-    "the derivative": ("scaling", "deriv = 0.92 - inv_denom", "deriv = 0.9 - inv_denom", {"fused_l", "fused_r"}),
+    "the derivative": (
+        "scaling",
+        "deriv = 0.92 - inv_denom",
+        "deriv = 0.9 - inv_denom",
+        {"fused_l", "fused_r"},
+    ),
     "the norm's formula": ("scaling", "x - bias) ** 2", "x - bias) ** 4", {"norm"}),
     "how often a limit applies": ("scaling", "prob: float = 0.6", "prob: float = 0.7", {"norm", "bypass"}),
-    "what a limit does": ("scaling", "x_grad > 0, x < ctx.min", "x_grad > 0, x > ctx.min", {"norm", "bypass"}),
-    "the bypass": ("zipformer", "(src - src_orig) * bypass_scale", "(src - src_orig) / bypass_scale", {"bypass"}),
+    "what a limit does": (
+        "scaling",
+        "x_grad > 0, x < ctx.min",
+        "x_grad > 0, x > ctx.min",
+        {"norm", "bypass"},
+    ),
+    "the bypass": (
+        "zipformer",
+        "(src - src_orig) * bypass_scale",
+        "(src - src_orig) / bypass_scale",
+        {"bypass"},
+    ),
     "how a scale is drawn": ("zipformer", "> skip_rate", ">= skip_rate", {"bypass"}),
     "the front end": ("subsampling", "x = bypass + x\n", "x = bypass - x\n", {"convnext"}),
 }
@@ -140,9 +153,6 @@ def test_code_without_source_is_declined():
     module.bias = torch.nn.Parameter(torch.zeros(4))
     module.log_scale = torch.nn.Parameter(torch.zeros(()))
     assert "source cannot be read" in _reason(module)
-
-
-# --- instances that are not as upstream makes them ------------------------------------------------------------
 
 
 @pytest.fixture

@@ -101,7 +101,8 @@ def test_compile_fullgraph(model, part, training):
     """Without a graph break, at two lengths, with gradients."""
     fastasr.accelerate(model)
     module, count, channels = _parts(model.train(training))[part]
-    # Limits on parameters and scheduled rates draw from Python's random in training, as upstream: a graph break.
+    # Limits on parameters and scheduled rates draw from Python's random in training, as upstream: a graph
+    # break.
     fullgraph = not (training and part in ("bias_norm", "bypass", "swoosh_linear"))
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=fullgraph, backend="aot_eager")
@@ -138,12 +139,16 @@ def test_a_compiled_module_notices_a_later_swap():
 
 
 def test_upstream_with_its_own_compiled_swoosh(inputs):
-    """As shipped, upstream wraps its Swoosh functions in torch.compile; the swap looks through that wrapper."""
+    """As shipped, upstream wraps its Swoosh functions in torch.compile; the swap looks through it."""
     from zipformer.modules.scaling import ActivationDropoutAndLinear, SwooshL, SwooshR
 
-    shipped = torch.nn.Sequential(SwooshL(), SwooshR(), ActivationDropoutAndLinear(6, 4, activation="SwooshR"))
+    shipped = torch.nn.Sequential(
+        SwooshL(), SwooshR(), ActivationDropoutAndLinear(6, 4, activation="SwooshR")
+    )
     with plain_swoosh():
-        plain = torch.nn.Sequential(SwooshL(), SwooshR(), ActivationDropoutAndLinear(6, 4, activation="SwooshR"))
+        plain = torch.nn.Sequential(
+            SwooshL(), SwooshR(), ActivationDropoutAndLinear(6, 4, activation="SwooshR")
+        )
     plain.load_state_dict(shipped.state_dict())
     report = fastasr.accelerate(shipped, verify=(torch.randn(7, 6),))
     assert [row.class_name for row in report.replaced] == ["SwooshL", "SwooshR", "ActivationDropoutAndLinear"]

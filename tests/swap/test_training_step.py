@@ -25,16 +25,18 @@ def _steps(model, inputs, seed):
 
 @pytest.mark.parametrize("batch_count", [0.0, 2000.0, 20000.0])
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize(("dtype", "digits"), [(torch.float32, 2e-5), (torch.float64, 1e-6)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(
+    ("dtype", "digits"), [(torch.float32, 2e-5), (torch.float64, 1e-6)], ids=["fp32", "fp64"]
+)
 def test_loss_every_gradient_and_the_random_states(model, inputs, dtype, digits, batch_count, seed):
     set_batch_count(model.to(dtype), batch_count)
     x, lens = inputs[0].to(dtype), inputs[1]
     rounded = copy.deepcopy(model)
     gradients, gradients_now = _steps(model, (x, lens), seed)
 
-    # How far upstream's own gradients move when the features are rounded: some are sums that cancel. Upstream's
-    # softmax, balancers and whitening compute in fp32 whatever the dtype; where the attention's projections get
-    # gradients that cancel to almost nothing, that rounding is all one sees in fp64.
+    # How far upstream's own gradients move when the features are rounded: some are sums that cancel.
+    # Upstream's softmax, balancers and whitening compute in fp32 whatever the dtype; where the attention's
+    # projections get gradients that cancel to almost nothing, that rounding is all one sees in fp64.
     eps = torch.finfo(dtype).eps
     generator = torch.Generator().manual_seed(0)
     signs = [torch.randint(0, 2, x.shape, generator=generator) * 2 - 1 for _ in range(4)]

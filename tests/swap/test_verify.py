@@ -33,7 +33,9 @@ def test_everything_verifies(model, inputs):
 @pytest.mark.parametrize("form", ["tuple", "dict", "callable"])
 def test_forms_of_inputs(model, inputs, form):
     x, lens = inputs
-    given = {"tuple": (x, lens), "dict": {"x": x, "x_lens": lens}, "callable": lambda m: m(x, x_lens=lens)}[form]
+    given = {"tuple": (x, lens), "dict": {"x": x, "x_lens": lens}, "callable": lambda m: m(x, x_lens=lens)}[
+        form
+    ]
     fastasr.accelerate(model, only="*norm")
     assert all(row.errors for row in fastasr.verify(model, given, gradients=False).rows)
 
@@ -47,7 +49,11 @@ def test_bad_inputs(model, inputs):
 
 
 BROKEN = {
-    "bias_norm off by one part in a thousand": ("bias_norm", lambda f, *a, **k: f(*a, **k) * 1.001, "BiasNorm"),
+    "bias_norm off by one part in a thousand": (
+        "bias_norm",
+        lambda f, *a, **k: f(*a, **k) * 1.001,
+        "BiasNorm",
+    ),
     "bypass with its inputs exchanged": ("bypass", lambda f, a, b, s: f(b, a, s), "BypassModule"),
     "swoosh_r as swoosh_l": ("swoosh_r", lambda f, x: ops.swoosh_l(x), "SwooshR"),
     "linear with another weight": ("linear", lambda f, x, w, b=None: f(x, w * 1.01, b), "Linear"),
@@ -189,7 +195,9 @@ def test_fp64(model, inputs):
 
 
 def test_bf16_where_upstream_cannot_train(model):
-    """Its dropout mask is fp32, so outside autocast a bf16 layer runs in inference only; that much is compared."""
+    """Its dropout mask is fp32, so outside autocast a bf16 layer runs in inference only; that much is
+    compared.
+    """
     layer = model.encoder.encoders[0].layers[0].to(torch.bfloat16).eval()
     parts = [layer.feed_forward1.in_proj, model.encoder_embed.conv[3], layer.feed_forward1.out_proj]
     tail = torch.nn.Sequential(*parts).eval()

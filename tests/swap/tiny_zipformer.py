@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Upstream's Zipformer from the ``zipformer`` package, small enough to test with, and its published size M."""
+"""Upstream's Zipformer from the ``zipformer`` package, small enough for tests, and its published size M."""
 
 import contextlib
 import os
@@ -7,41 +7,43 @@ import random
 
 import torch
 
-TINY = dict(
-    output_downsampling_factor=2,
-    downsampling_factor=(1, 2),
-    encoder_dim=(32, 48),
-    num_encoder_layers=(1, 1),
-    encoder_unmasked_dim=(24, 32),
-    query_head_dim=(8,),
-    pos_head_dim=(4,),
-    value_head_dim=(6,),
-    pos_dim=16,
-    num_heads=(2, 2),
-    feedforward_dim=(48, 64),
-    cnn_module_kernel=(7, 7),
-    warmup_batches=4000.0,
-)
-MEDIUM = dict(
-    output_downsampling_factor=2,
-    downsampling_factor=(1, 2, 4, 8, 4, 2),
-    encoder_dim=(192, 256, 384, 512, 384, 256),
-    num_encoder_layers=(2, 2, 3, 4, 3, 2),
-    encoder_unmasked_dim=(192, 192, 256, 256, 256, 192),
-    query_head_dim=(32,),
-    pos_head_dim=(4,),
-    value_head_dim=(12,),
-    pos_dim=48,
-    num_heads=(4, 4, 4, 8, 4, 4),
-    feedforward_dim=(512, 768, 1024, 1536, 1024, 768),
-    cnn_module_kernel=(31, 31, 15, 15, 15, 31),
-    warmup_batches=4000.0,
-)
+TINY = {
+    "output_downsampling_factor": 2,
+    "downsampling_factor": (1, 2),
+    "encoder_dim": (32, 48),
+    "num_encoder_layers": (1, 1),
+    "encoder_unmasked_dim": (24, 32),
+    "query_head_dim": (8,),
+    "pos_head_dim": (4,),
+    "value_head_dim": (6,),
+    "pos_dim": 16,
+    "num_heads": (2, 2),
+    "feedforward_dim": (48, 64),
+    "cnn_module_kernel": (7, 7),
+    "warmup_batches": 4000.0,
+}
+MEDIUM = {
+    "output_downsampling_factor": 2,
+    "downsampling_factor": (1, 2, 4, 8, 4, 2),
+    "encoder_dim": (192, 256, 384, 512, 384, 256),
+    "num_encoder_layers": (2, 2, 3, 4, 3, 2),
+    "encoder_unmasked_dim": (192, 192, 256, 256, 256, 192),
+    "query_head_dim": (32,),
+    "pos_head_dim": (4,),
+    "value_head_dim": (12,),
+    "pos_dim": 48,
+    "num_heads": (4, 4, 4, 8, 4, 4),
+    "feedforward_dim": (512, 768, 1024, 1536, 1024, 768),
+    "cnn_module_kernel": (31, 31, 15, 15, 15, 31),
+    "warmup_batches": 4000.0,
+}
 
 
 @contextlib.contextmanager
 def plain_swoosh():
-    """Upstream compiles its Swoosh functions when a module is built; this switch of its own leaves them plain."""
+    """Upstream compiles its Swoosh functions when a module is built; this switch of its own leaves them
+    plain.
+    """
     before = os.environ.get("K2_ONNX_EXPORT")
     os.environ["K2_ONNX_EXPORT"] = "1"
     try:
@@ -111,7 +113,7 @@ def training_step(model, inputs, seed):
     model.train()
     model.zero_grad(set_to_none=True)
     seeded(seed)
-    out, lens = model(*inputs)
+    out, _ = model(*inputs)
     weight = torch.linspace(-1, 1, out.numel()).view_as(out)
     loss = (out * weight).sum() / out.shape[1]
     loss.backward()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Swoosh activations, alone and fused with dropout and a linear layer.
 
-    SwooshL(x) = log(1 + e^(x-4)) - 0.08 x - 0.035
-    SwooshR(x) = log(1 + e^(x-1)) - 0.08 x - 0.313261687
+SwooshL(x) = log(1 + e^(x-4)) - 0.08 x - 0.035
+SwooshR(x) = log(1 + e^(x-1)) - 0.08 x - 0.313261687
 """
 
 import torch

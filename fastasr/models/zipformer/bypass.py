@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The learnable bypass around a module, with random skipping of whole sequences in training.
 
-    y = x_orig + (x - x_orig) * scale
+y = x_orig + (x - x_orig) * scale
 """
 
 import torch

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """BiasNorm: a normalisation that keeps a learnable part of each vector's length.
 
-    y = x * mean((x - bias)^2)^(-1/2) * exp(log_scale), the mean over channels, without epsilon
+y = x * mean((x - bias)^2)^(-1/2) * exp(log_scale), the mean over channels, without epsilon
 """
 
 import torch

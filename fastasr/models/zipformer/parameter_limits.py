@@ -28,8 +28,8 @@ class _LimitGradient(torch.autograd.Function):
 def limit_param_value(x, min, max, prob=0.6, training=True):
     """x itself; in training, with probability ``prob`` per call, with the limited gradient.
 
-    In training one number is drawn from Python's ``random``. Raises ValueError when ``min > max`` and the limit
-    applies.
+    In training one number is drawn from Python's ``random``. Raises ValueError when ``min > max`` and the
+    limit applies.
     """
     if not training or random.random() >= prob:
         return x

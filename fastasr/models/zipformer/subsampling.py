@@ -3,9 +3,9 @@
 
     y = x + pointwise2(SwooshL(pointwise1(depthwise(x))))
 
-Inference on CPU keeps channels last: the depthwise convolution has no oneDNN reorder on either side, a pointwise
-convolution is a matrix product over rows of C channels, and the 3 C wide hidden rows of one block stay in cache
-instead of crossing memory four times.
+Inference on CPU keeps channels last: the depthwise convolution has no oneDNN reorder on either side, a
+pointwise convolution is a matrix product over rows of C channels, and the 3 C wide hidden rows of one block
+stay in cache instead of crossing memory four times.
 """
 
 import torch

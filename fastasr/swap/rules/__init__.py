@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rule is, and the families of rules. A new framework is one file here and one line in ``families``."""
+"""What a rule is, and the families of rules. A new framework is one file here and a line in ``families``."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 import torch
 
 
 @dataclass(frozen=True)
 class Known:
-    """One accepted version of upstream's code: where it is from, and what it demands of an instance, if anything.
+    """One accepted version of upstream's code: where it is from, and what it demands of an instance, if
+    anything.
 
     ``condition(module)`` returns a reason against the instance, or None.
     """
@@ -60,7 +61,7 @@ def check_parameters(module, shapes, optional=()):
 
     Names in ``optional`` may be None. All parameters must be floating point and of one device.
     """
-    own = {name: p for name, p in module._parameters.items()}
+    own = module._parameters
     extra = sorted(set(own) - set(shapes))
     if extra:
         return f"has parameters this class does not have upstream: {', '.join(extra)}"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for Zipformer: the ``zipformer`` package and the icefall recipe folders that carry the same classes.
 
-Fingerprints come from ``fastasr.swap.source_hash``; ``docs/swap.md`` says how to compute one. icefall's Swoosh
-classes call k2, whose backward pass rounds the derivative to 8 bits at random; ours is exact.
+Fingerprints come from ``fastasr.swap.source_hash``; ``docs/swap.md`` says how to compute one. icefall's
+Swoosh classes call k2, whose backward pass rounds the derivative to 8 bits at random; ours is exact.
 """
 
 import torch
@@ -19,9 +19,6 @@ _BOTH = Known("zipformer 0.1.3 and icefall's zipformer")
 
 def _own_forward(module):
     return [upstream_class(module).forward]
-
-
-# --- activations ----------------------------------------------------------------------------------------------
 
 
 def _swoosh_functions(module):
@@ -68,13 +65,12 @@ def _name(function):
 
 
 def _scheduled_or_no_dropout(module):
-    """Before icefall's pull request 1770 the dropout rate also acted in eval mode, where schedules have a default."""
+    """Before icefall's pull request 1770 the dropout rate also acted in eval mode, where schedules have a
+    default.
+    """
     if getattr(module.dropout_p, "default", module.dropout_p) != 0:
         return "this version of the class applies dropout_p in eval mode too"
     return None
-
-
-# --- norm, bypass, linear -------------------------------------------------------------------------------------
 
 
 def _bias_norm_structure(module):
@@ -107,8 +103,6 @@ def _linear_structure(module):
     shapes = {"weight": (module.out_features, module.in_features), "bias": (module.out_features,)}
     return check_parameters(module, shapes, optional=("bias",)) or check_children(module, {})
 
-
-# --- front end ------------------------------------------------------------------------------------------------
 
 _CONVNEXT_CHILDREN = {
     "depthwise_conv": "Conv2d",
@@ -170,8 +164,6 @@ def _convnext_structure(module):
         return f"submodule activation runs code that is not upstream's (fingerprint {value})"
     return None
 
-
-# --- the table ------------------------------------------------------------------------------------------------
 
 SWOOSH_L = Rule(
     name="zipformer.swoosh_l",
