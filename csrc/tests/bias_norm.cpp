@@ -42,7 +42,7 @@ void values(int64_t rows, int64_t channels) {
       const long double v = value(c.x[i]), d = v - value(c.bias[j]), g = value(c.grad[i]);
       sum += d * d, dot += g * v, dot_size += std::fabs(g * v);
     }
-    const long double s = c.scale / std::sqrt(sum / channels), k = dot * s / sum, n = 8 + channels / 4.0L;
+    const long double s = c.scale / std::sqrt(sum / channels), k = dot * s / sum, n = 6;
     dls += dot * s, dls_size += dot_size * s * n;
     for (int64_t j = 0; j < channels; j++) {
       const int64_t i = r * channels + j;
