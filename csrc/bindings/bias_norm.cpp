@@ -13,8 +13,9 @@ namespace {
 int64_t checked_rows(const Tensor& x, const Tensor& bias, const Tensor& log_scale, const char* op) {
   check_like(x, x, op, "x");
   check_like(bias, x, op, "bias");
-  STD_TORCH_CHECK(x.dim() >= 1 && bias.numel() == x.size(x.dim() - 1), op, ": bias does not match the last dimension");
-  STD_TORCH_CHECK(log_scale.numel() == 1 && log_scale.scalar_type() == x.scalar_type(), op, ": log_scale");
+  STD_TORCH_CHECK(x.dim() >= 1 && bias.dim() == 1 && bias.size(0) == x.size(x.dim() - 1), op,
+                  ": bias does not match the last dimension");
+  STD_TORCH_CHECK(log_scale.dim() == 0 && log_scale.scalar_type() == x.scalar_type(), op, ": log_scale");
   return bias.numel() == 0 ? 0 : x.numel() / bias.numel();
 }
 
@@ -25,7 +26,7 @@ double scale_of(const Tensor& log_scale) {
 
 Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_scale) {
   const int64_t rows = checked_rows(x, bias, log_scale, "bias_norm_forward"), channels = bias.numel();
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = new_like(x);
   with_kernel_type(x.scalar_type(), "bias_norm_forward", [&]<typename T>() {
     const T *xp = data<T>(x), *bp = data<T>(bias);
     T* yp = mutable_data<T>(y);
@@ -41,8 +42,8 @@ std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const 
                                                       const Tensor& log_scale) {
   const int64_t rows = checked_rows(x, bias, log_scale, "bias_norm_backward"), channels = bias.numel();
   check_same_size(grad, x, "bias_norm_backward", "grad");
-  Tensor dx = torch::stable::empty_like(x), dbias = torch::stable::empty_like(bias);
-  Tensor dlog_scale = torch::stable::empty_like(log_scale);
+  Tensor dx = new_like(x), dbias = new_like(bias);
+  Tensor dlog_scale = new_like(log_scale);
   with_kernel_type(x.scalar_type(), "bias_norm_backward", [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const T *gp = data<T>(grad), *xp = data<T>(x), *bp = data<T>(bias);

@@ -13,6 +13,10 @@ int64_t checked_rows(const Tensor& x_orig, const Tensor& x, const Tensor& scale,
   check_like(x, x, op, "x");
   check_same_size(x_orig, x, op, "x_orig");
   check_like(scale, x, op, "scale");
+  STD_TORCH_CHECK(x_orig.dim() == x.dim() && scale.dim() >= 1 && scale.dim() <= x.dim(), op, ": dimensions");
+  for (int64_t d = 0; d < x.dim(); d++) STD_TORCH_CHECK(x_orig.size(d) == x.size(d), op, ": x_orig has another shape");
+  for (int64_t d = 1; d <= scale.dim(); d++)
+    STD_TORCH_CHECK(scale.size(scale.dim() - d) == x.size(x.dim() - d), op, ": scale is not x's trailing dimensions");
   const int64_t period = scale.numel();
   STD_TORCH_CHECK(period > 0 ? x.numel() % period == 0 : x.numel() == 0, op, ": scale does not divide x");
   return period == 0 ? 0 : x.numel() / period;
@@ -20,7 +24,7 @@ int64_t checked_rows(const Tensor& x_orig, const Tensor& x, const Tensor& scale,
 
 Tensor bypass_forward(const Tensor& x_orig, const Tensor& x, const Tensor& scale) {
   const int64_t rows = checked_rows(x_orig, x, scale, "bypass_forward"), period = scale.numel();
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = new_like(x);
   with_kernel_type(x.scalar_type(), "bypass_forward", [&]<typename T>() {
     const T *op = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
     T* yp = mutable_data<T>(y);
@@ -35,8 +39,8 @@ std::tuple<Tensor, Tensor, Tensor> bypass_backward(const Tensor& grad, const Ten
                                                    const Tensor& scale) {
   const int64_t rows = checked_rows(x_orig, x, scale, "bypass_backward"), period = scale.numel();
   check_same_size(grad, x, "bypass_backward", "grad");
-  Tensor dx_orig = torch::stable::empty_like(x), dx = torch::stable::empty_like(x);
-  Tensor dscale = torch::stable::empty_like(scale);
+  Tensor dx_orig = new_like(x), dx = new_like(x);
+  Tensor dscale = new_like(scale);
   with_kernel_type(x.scalar_type(), "bypass_backward", [&]<typename T>() {
     const T *gp = data<T>(grad), *op = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
     T *dop = mutable_data<T>(dx_orig), *dxp = mutable_data<T>(dx);

@@ -45,6 +45,20 @@ auto with_kernel_type(ScalarType dtype, const char* op, F&& f) {
   }
 }
 
+// A new contiguous tensor of t's shape. torch::stable::empty_like looks its op up by name at every call, which costs
+// more than a small kernel.
+inline Tensor new_like(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  int32_t dtype, device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
 inline void check_like(const Tensor& t, const Tensor& reference, const char* op, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == reference.scalar_type(), op, ": ", name, " has another dtype");
   STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " is not contiguous");

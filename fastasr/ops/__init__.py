@@ -11,7 +11,7 @@ from fastasr.ops.linear import linear
 from fastasr.ops.swoosh import swoosh_l, swoosh_r
 from fastasr.ops.swoosh_linear import swoosh_linear
 
-_dispatch.native_library()  # registers torch.ops.fastasr_cpu.*; its absence is reported, not raised
+_dispatch.prepare()  # registers torch.ops.fastasr_cpu.*; where that is missing it is reported, not raised
 
 NAMES = ("swoosh_l", "swoosh_r", "swoosh_linear", "bias_norm", "bypass", "linear")
-__all__ = [*NAMES]
+__all__ = ["bias_norm", "bypass", "linear", "swoosh_l", "swoosh_linear", "swoosh_r"]

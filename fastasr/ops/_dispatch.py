@@ -119,6 +119,18 @@ def backend(name: str) -> Iterator[None]:
 def _forget() -> None:
     for family in FAMILIES.values():
         family.chosen.clear()
+        family.native = None
+    prepare()
+
+
+def prepare() -> None:
+    """Load the native library, where there is one, and open the shortest path to its kernels."""
+    if native_library() is None or _forced not in ("auto", "cpu"):
+        return
+    for family in FAMILIES.values():
+        for implementation in family.implementations:
+            if implementation.backend == "cpu" and not implementation.reason():
+                family.native = implementation.load()
 
 
 # --------------------------------------------------------------------------- kernels
@@ -151,6 +163,9 @@ class KernelFamily:
         False  # the eager definition is a vendor library's kernel: taking it is no loss worth a warning
     )
     chosen: dict = field(default_factory=dict)
+    # The native kernels while they serve plain CPU tensors, else None. An op's shortest path calls them before any
+    # check: the kernels' own checks raise RuntimeError, and the op then takes the checked path.
+    native: Kernels | None = None
 
     def __post_init__(self) -> None:
         FAMILIES[self.name] = self
@@ -283,7 +298,7 @@ def explain_choice(family: str, device_type: str, dtype: torch.dtype) -> tuple[s
 
 
 # --------------------------------------------------------------------------- plain tensors
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def direct(*tensors: torch.Tensor | None) -> bool:
@@ -294,4 +309,4 @@ def direct(*tensors: torch.Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return all(t is None or type(t) in _PLAIN for t in tensors)
+    return all(t is None or type(t) in PLAIN for t in tensors)

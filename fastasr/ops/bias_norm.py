@@ -9,10 +9,19 @@ Memory traffic per element: read x, write y forward; read x and grad, write dx b
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from fastasr.ops import _check
-from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served, triton_kernels
+from fastasr.ops._dispatch import (
+    PLAIN,
+    KernelFamily,
+    Kernels,
+    direct,
+    native_kernels,
+    served,
+    triton_kernels,
+)
 from fastasr.ops._register import refuse_double_backward, register
 
 FAMILY = KernelFamily("bias_norm", ("bias_norm",), (native_kernels("bias_norm"), triton_kernels("bias_norm")))
@@ -91,6 +100,22 @@ class _BiasNorm(torch.autograd.Function):
         return *backward(grad, *ctx.saved_tensors, ctx.channel_dim), None
 
 
+class _NativeBiasNorm(torch.autograd.Function):
+    """The same for operands that the native kernels take as they are: contiguous, of one dtype, channels last."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor, log_scale: Tensor, kernels: Kernels) -> Tensor:
+        y = kernels.forward(x, bias, log_scale)
+        ctx.save_for_backward(x, bias, log_scale)
+        ctx.kernels = kernels
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        refuse_double_backward("bias_norm")
+        return *ctx.kernels.backward(grad.contiguous(), *ctx.saved_tensors), None
+
+
 # --------------------------------------------------------------------------- registration
 def _fake_forward(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int) -> Tensor:
     dtype = torch.promote_types(x.dtype, bias.dtype)
@@ -147,6 +172,24 @@ def bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int = -1)
         TypeError: an argument is not a floating tensor, or channel_dim not an int.
         ValueError: shapes or devices do not match.
     """
+    if (
+        not is_compiling()
+        and FAMILY.native is not None
+        and type(channel_dim) is int
+        and channel_dim == -1
+        and type(x) in PLAIN
+        and type(bias) in PLAIN
+        and type(log_scale) in PLAIN
+        and x.is_cpu
+        and x.dtype is bias.dtype
+    ):
+        try:
+            if is_grad_enabled() and (x.requires_grad or bias.requires_grad or log_scale.requires_grad):
+                return _NativeBiasNorm.apply(x, bias, log_scale, FAMILY.native)
+            if x.is_contiguous():
+                return FAMILY.native.forward(x, bias, log_scale)
+        except RuntimeError:
+            pass  # the checked path tells why, or does what the kernels do not
     op = "bias_norm"
     _check.floating_tensor(op, "x", x)
     _check.floating_tensor(op, "bias", bias)
@@ -163,6 +206,6 @@ def bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int = -1)
         return (_OP if served("bias_norm", x) else definition)(x, bias, log_scale, channel_dim)
     if FAMILY.kernels(x) is None:
         return definition(x, bias, log_scale, channel_dim)
-    if torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad or log_scale.requires_grad):
+    if is_grad_enabled() and (x.requires_grad or bias.requires_grad or log_scale.requires_grad):
         return _BiasNorm.apply(x, bias, log_scale, channel_dim)
     return forward(x, bias, log_scale, channel_dim)

@@ -8,10 +8,19 @@ Memory traffic per element: read x_orig and x, write y forward; read grad, x_ori
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from fastasr.ops import _check
-from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served, triton_kernels
+from fastasr.ops._dispatch import (
+    PLAIN,
+    KernelFamily,
+    Kernels,
+    direct,
+    native_kernels,
+    served,
+    triton_kernels,
+)
 from fastasr.ops._register import refuse_double_backward, register
 
 FAMILY = KernelFamily("bypass", ("bypass",), (native_kernels("bypass"), triton_kernels("bypass")))
@@ -75,6 +84,22 @@ class _Bypass(torch.autograd.Function):
         return backward(grad, *ctx.saved_tensors)
 
 
+class _NativeBypass(torch.autograd.Function):
+    """The same for operands that the native kernels take as they are: contiguous, of one dtype."""
+
+    @staticmethod
+    def forward(ctx, x_orig: Tensor, x: Tensor, scale: Tensor, kernels: Kernels) -> Tensor:
+        y = kernels.forward(x_orig, x, scale)
+        ctx.save_for_backward(x_orig, x, scale)
+        ctx.kernels = kernels
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        refuse_double_backward("bypass")
+        return *ctx.kernels.backward(grad.contiguous(), *ctx.saved_tensors), None
+
+
 # --------------------------------------------------------------------------- registration
 def _fake_forward(x_orig: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     if FAMILY.kernels(x) is None:
@@ -113,6 +138,23 @@ def bypass(x_orig: Tensor, x: Tensor, scale: Tensor) -> Tensor:
         TypeError: an argument is not a floating tensor.
         ValueError: shapes or devices do not match.
     """
+    if (
+        not is_compiling()
+        and FAMILY.native is not None
+        and type(x_orig) in PLAIN
+        and type(x) in PLAIN
+        and type(scale) in PLAIN
+        and x.is_cpu
+        and x.dtype is x_orig.dtype
+        and x.dtype is scale.dtype
+    ):
+        try:
+            if is_grad_enabled() and (x_orig.requires_grad or x.requires_grad or scale.requires_grad):
+                return _NativeBypass.apply(x_orig, x, scale, FAMILY.native)
+            if x.is_contiguous() and x_orig.is_contiguous():
+                return FAMILY.native.forward(x_orig, x, scale)
+        except RuntimeError:
+            pass  # the checked path tells why, or does what the kernels do not
     op = "bypass"
     _check.floating_tensor(op, "x_orig", x_orig)
     _check.floating_tensor(op, "x", x)
@@ -131,6 +173,6 @@ def bypass(x_orig: Tensor, x: Tensor, scale: Tensor) -> Tensor:
         return (_OP if served("bypass", x) else definition)(x_orig, x, scale)
     if FAMILY.kernels(x) is None:
         return definition(x_orig, x, scale)
-    if torch.is_grad_enabled() and (x_orig.requires_grad or x.requires_grad or scale.requires_grad):
+    if is_grad_enabled() and (x_orig.requires_grad or x.requires_grad or scale.requires_grad):
         return _Bypass.apply(x_orig, x, scale)
     return forward(x_orig, x, scale)

@@ -7,10 +7,11 @@ r"""Linear layer: y = x Wᵀ + b, dx = g W, dW = gᵀ x, db = Σ_rows g.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from fastasr.ops import _check, _gemm
-from fastasr.ops._dispatch import Implementation, KernelFamily, Kernels, direct, served
+from fastasr.ops._dispatch import PLAIN, Implementation, KernelFamily, Kernels, direct, served
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 
 
@@ -131,6 +132,22 @@ def check_affine(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, same_d
         raise TypeError(f"fastasr.{op}: bias: expected dtype {x.dtype} (that of x), got {bias.dtype}")
 
 
+def plain_affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these need none of :func:`check_affine`: plain float32 CPU tensors, a right bias. K is left to the
+    product itself, which raises RuntimeError."""
+    return (
+        type(x) in PLAIN
+        and type(weight) in PLAIN
+        and x.is_cpu
+        and weight.is_cpu
+        and x.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and weight.dim() == 2
+        and (bias is None or (type(bias) in PLAIN and bias.is_cpu and bias.dtype is torch.float32))
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias: ``torch.nn.functional.linear``, faster where another matrix product is.
 
@@ -143,16 +160,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         TypeError: an argument is not a floating tensor, or dtypes differ outside autocast.
         ValueError: shapes or devices do not match.
     """
-    if isinstance(x, Tensor):
-        dtype = autocast_dtype(x)
-    else:
-        dtype = None
+    if (
+        not is_compiling()
+        and FAMILY.native is not None
+        and plain_affine(x, weight, bias)
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        try:
+            if is_grad_enabled() and (
+                x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+            ):
+                return _Linear.apply(x, weight, bias)
+            return _gemm.forward(x, weight, bias)
+        except RuntimeError:
+            pass  # the checked path tells why
+    dtype = autocast_dtype(x) if isinstance(x, Tensor) else None
     check_affine("linear", x, weight, bias, dtype is None)
     if not direct(x, weight, bias):
         return (_OP if served("linear", x) else F.linear)(x, weight, bias)
     if dtype is not None or FAMILY.kernels(x) is None:
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (
+    if is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _Linear.apply(x, weight, bias)

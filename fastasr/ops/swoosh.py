@@ -8,10 +8,19 @@ Memory traffic per element: read x, write y forward; read x and grad, write dx b
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from fastasr.ops import _check, _layout
-from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served, triton_kernels
+from fastasr.ops._dispatch import (
+    PLAIN,
+    KernelFamily,
+    Kernels,
+    direct,
+    native_kernels,
+    served,
+    triton_kernels,
+)
 from fastasr.ops._register import refuse_double_backward, register
 
 FAMILY = KernelFamily(
@@ -54,9 +63,8 @@ def definition_r(x: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------- kernels
-def forward(x: Tensor, right: bool) -> Tensor:
-    """y without autograd, by the best kernel for x."""
-    kernels = FAMILY.kernels(x)
+def forward(kernels: Kernels | None, x: Tensor, right: bool) -> Tensor:
+    """y without autograd."""
     if kernels is None:
         return definition(x, right)
     if x.is_contiguous():
@@ -64,44 +72,53 @@ def forward(x: Tensor, right: bool) -> Tensor:
     return _layout.elementwise(lambda t: kernels.forward(t, right, None, -1), x)
 
 
-def backward(grad: Tensor, x: Tensor, right: bool) -> Tensor:
-    """dx without autograd, by the best kernel for x."""
-    kernels = FAMILY.kernels(x)
+def backward(kernels: Kernels | None, grad: Tensor, x: Tensor, right: bool) -> Tensor:
+    """dx without autograd."""
     if kernels is None:
         return definition_backward(grad, x, right, None, False)[0]
+    if x.is_contiguous() and grad.is_contiguous():
+        return kernels.backward(grad, x, right, None, -1, False)[0]
     return _layout.elementwise(lambda t, g: kernels.backward(g, t, right, None, -1, False)[0], x, grad)
 
 
 class _Swoosh(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, right: bool) -> Tensor:
+    def forward(ctx, x: Tensor, right: bool, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.right = right
-        return forward(x, right)
+        ctx.right, ctx.kernels = right, kernels
+        return forward(kernels, x, right)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         refuse_double_backward("swoosh_r" if ctx.right else "swoosh_l")
-        (x,) = ctx.saved_tensors
-        return backward(grad, x, ctx.right), None
+        return backward(ctx.kernels, grad, *ctx.saved_tensors, ctx.right), None, None
 
 
 def _swoosh(x: Tensor, right: bool, op) -> Tensor:
+    if not is_compiling() and FAMILY.native is not None and type(x) in PLAIN and x.is_cpu:
+        try:
+            if x.requires_grad and is_grad_enabled():
+                return _Swoosh.apply(x, right, FAMILY.native)
+            if x.is_contiguous():
+                return FAMILY.native.forward(x, right, None, -1)
+        except RuntimeError:
+            pass  # the checked path tells why
     _check.floating_tensor("swoosh_r" if right else "swoosh_l", "x", x)
     if not direct(x):
         return op(x) if served("swoosh", x) else definition(x, right)
-    if FAMILY.kernels(x) is None:
+    kernels = FAMILY.kernels(x)
+    if kernels is None:
         return definition(x, right)
-    if x.requires_grad and torch.is_grad_enabled():
-        return _Swoosh.apply(x, right)
-    return forward(x, right)
+    if x.requires_grad and is_grad_enabled():
+        return _Swoosh.apply(x, right, kernels)
+    return forward(kernels, x, right)
 
 
 # --------------------------------------------------------------------------- registration
 def _register(name: str, right: bool):
     backward_op = register(
         f"{name}_backward(Tensor grad, Tensor x) -> Tensor",
-        lambda grad, x: backward(grad, x, right),
+        lambda grad, x: backward(FAMILY.kernels(x), grad, x, right),
         lambda grad, x: torch.empty_like(x),
     )
 
@@ -110,7 +127,7 @@ def _register(name: str, right: bool):
 
     return register(
         f"{name}(Tensor x) -> Tensor",
-        lambda x: forward(x, right),
+        lambda x: forward(FAMILY.kernels(x), x, right),
         lambda x: torch.empty_like(x),
         setup_context=setup_context,
         backward=lambda ctx, grad: backward_op(grad, *ctx.saved_tensors),

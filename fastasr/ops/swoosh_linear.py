@@ -10,12 +10,13 @@ Memory traffic per element of x besides the products: read x, write a forward; r
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from fastasr.ops import _check, _gemm, swoosh
 from fastasr.ops._dispatch import direct, served
 from fastasr.ops._register import autocast_dtype, refuse_double_backward, register
-from fastasr.ops.linear import bias_grad, check_affine
+from fastasr.ops.linear import bias_grad, check_affine, plain_affine
 
 FAMILY = swoosh.FAMILY
 KINDS = {"SwooshL": False, "SwooshR": True}
@@ -180,6 +181,19 @@ def swoosh_linear(
         TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
         ValueError: shapes or devices do not match; kind, dropout_p or dropout_shared_dim out of range.
     """
+    if (
+        not is_compiling()
+        and FAMILY.native is not None
+        and not training
+        and not is_grad_enabled()
+        and plain_affine(x, weight, bias)
+        and x.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        try:
+            return _gemm.forward(FAMILY.native.forward(x, KINDS[kind], None, -1), weight, bias)
+        except (RuntimeError, KeyError, TypeError):
+            pass  # the checked path tells why
     op = "swoosh_linear"
     dtype = autocast_dtype(x) if isinstance(x, Tensor) else None
     check_affine(op, x, weight, bias, dtype is None)
@@ -205,7 +219,7 @@ def swoosh_linear(
         return definition(x, weight, bias, kind, mask)
     if dtype is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    if torch.is_grad_enabled() and (
+    if is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _SwooshLinear.apply(x, weight, bias, kind, mask, shared_dim)

@@ -8,6 +8,7 @@ samples and dtypes they apply to. The test suite parametrises over the same list
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -154,7 +155,8 @@ def double_backward(table: OpTable, sample: Sample, dtype: torch.dtype, device: 
         try:
             twice(run())
         except RuntimeError as error:
-            assert "eager" in str(error), f"the error does not say what to do: {error}"
+            if "eager" not in str(error):
+                raise AssertionError(f"the error does not say what to do: {error}") from error
         else:
             raise AssertionError("a second derivative was returned")
     with _dispatch.backend("eager"):
@@ -197,7 +199,7 @@ def strides(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> 
     arguments = _make(sample, dtype, device)
     out, grads, cotangent = _values_and_gradients(table.function, arguments)
     for layout in (_transposed, _sliced, _offset, _reversed_order):
-        leaves = {k: v for k, v in arguments.items()}
+        leaves = dict(arguments)
         for name, t in floating(arguments).items():
             leaves[name] = layout(t).requires_grad_()
         other = _call(table.function, leaves)
@@ -384,7 +386,7 @@ def refuses(table: OpTable, device: str) -> Iterator[tuple[str, Callable[[], Non
 
     for invalid in table.invalid:
         arguments = invalid.arguments(Make(torch.float32, device))
-        yield invalid.name, lambda a=arguments, i=invalid: expect(a, i.error, i.match)
+        yield invalid.name, partial(expect, arguments, invalid.error, invalid.match)
     base = _make(table.samples[0], torch.float32, device)
     for name, t in floating(base).items():
         for label, value in (
@@ -393,13 +395,10 @@ def refuses(table: OpTable, device: str) -> Iterator[tuple[str, Callable[[], Non
             ("a string", "x"),
             ("complex", t.cfloat()),
         ):
-            yield f"{name} is {label}", lambda n=name, v=value: expect(base | {n: v}, TypeError, n)
+            yield f"{name} is {label}", partial(expect, base | {name: value}, TypeError, name)
     if len(floating(base)) > 1:
         for name, t in floating(base).items():
-            yield (
-                f"{name} on meta",
-                lambda n=name, v=t.to("meta"): expect(base | {n: v}, ValueError, "device"),
-            )
+            yield f"{name} on meta", partial(expect, base | {name: t.to("meta")}, ValueError, "device")
 
 
 # --------------------------------------------------------------------------- the list

@@ -3,7 +3,8 @@
 
 Both are compared with the definition evaluated in float64 on the same numbers. 10 % is allowed for rounding noise,
 plus what correct rounding itself may cost where eager happens to be exact: 0.3 units in the last place on average
-(0.5 for a handful of elements), one at the worst element. Float64 results are compared with a reference that rounds as they do: there the floor is 32 units.
+(0.5 for a handful of elements), one at the worst element. Float64 results are compared with a reference that rounds
+as they do: there the floor is 32 units.
 """
 
 from dataclasses import dataclass
