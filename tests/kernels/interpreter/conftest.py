@@ -10,14 +10,13 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 if INTERPRETING:
-    import numpy as np
-
     sys.path.insert(0, str(Path(__file__).parent))
     import repair
     from triton.runtime import interpreter
