@@ -22,7 +22,14 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 
 NATIVE_SOURCES := $(shell find csrc/cpu csrc/cuda csrc/bindings -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help install demo test test-long test-cpp test-cpp-long test-python bench lint fuzz clean distclean
+# The stamp alone does not prove that the library is still there.
+ifneq ($(FASTASR_NATIVE),0)
+ifeq ($(wildcard fastasr/_C*.so),)
+NATIVE_SOURCES += rebuild
+endif
+endif
+
+.PHONY: rebuild help install demo test test-long test-cpp test-cpp-long test-python bench lint fuzz clean distclean
 
 help:
 	@echo "make demo       a Zipformer on real speech: upstream against fastasr, with a report"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is in the source distribution, the wheels and the native library."""
 
+import os
 import re
 import shutil
 import tarfile
@@ -129,6 +130,7 @@ def test_every_architecture_is_compiled_where_nvcc_is(installed):
     architectures = installed.python(
         "from fastasr.ops import _dispatch; print(_dispatch.native_build_info()['cuda_architectures'])"
     ).strip()
-    has_nvcc = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()
+    homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""), "/usr/local/cuda"]
+    has_nvcc = shutil.which("nvcc") or any(home and (Path(home) / "bin" / "nvcc").exists() for home in homes)
     wanted = re.search(r'FASTASR_CUDA_ARCHITECTURES "([^"]+)"', (ROOT / "CMakeLists.txt").read_text())[1]
     assert architectures == (wanted.replace(";", ",") if has_nvcc else "None")
