@@ -85,11 +85,11 @@ FASTASR_INLINE void backward_body(const T* __restrict grad, const T* __restrict 
 }  // namespace
 
 #define FASTASR_DEFINE(T)                                                                                           \
-  FASTASR_CLONES void bias_norm_forward(const T* x, const T* bias, double scale, T* y, int64_t rows,          \
+  FASTASR_CLONES void bias_norm_forward(const T* x, const T* bias, double scale, T* y, int64_t rows,                \
                                         int64_t channels) {                                                         \
     forward_body<T>(x, bias, scale, y, rows, channels);                                                             \
   }                                                                                                                 \
-  FASTASR_CLONES void bias_norm_backward(const T* grad, const T* x, const T* bias, double scale, T* dx,       \
+  FASTASR_CLONES void bias_norm_backward(const T* grad, const T* x, const T* bias, double scale, T* dx,             \
                                          compute_t<T>* dbias, double* dlog_scale, int64_t rows, int64_t channels) { \
     backward_body<T>(grad, x, bias, scale, dx, dbias, dlog_scale, rows, channels);                                  \
   }

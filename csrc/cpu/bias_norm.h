@@ -12,7 +12,7 @@ namespace fastasr::cpu {
 
 // scale = e^log_scale. dbias (C, overwritten) and *dlog_scale are the sums over these rows alone: the caller adds
 // the parts of fixed row blocks in order, so the result does not depend on the number of threads.
-#define FASTASR_DECLARE(T)                                                                                          \
+#define FASTASR_DECLARE(T)                                                                                    \
   void bias_norm_forward(const T* x, const T* bias, double scale, T* y, int64_t rows, int64_t channels);      \
   void bias_norm_backward(const T* grad, const T* x, const T* bias, double scale, T* dx, compute_t<T>* dbias, \
                           double* dlog_scale, int64_t rows, int64_t channels);
