@@ -189,7 +189,8 @@ def _resource_usage(cubin: bytes) -> str:
 
 
 def _instructions(cubin: bytes) -> int:
-    """Instructions in the ELF file's .text sections: 16 bytes each, opcode in the low 12 bits, padding left out.
+    """Instructions in the ELF file's .text sections: 16 bytes each, opcode in the low 12 bits, padding left
+    out.
 
     As cuobjdump -sass lists them, which takes a second per kernel.
     """

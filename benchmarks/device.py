@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m fastasr.benchmarks.device --out DIR``: every check and benchmark that needs a GPU, in one
+command.
+
+Needs a checkout (for the tests) with fastasr installed from it, and no network. Steps, each of which may be
+left out with ``--skip``:
+
+    environment  versions, the GPU, which kernel serves which op            -> DIR/environment.json
+    tests        the op contract on the GPU, the kernels' own tests         -> DIR/*.xml (JUnit), DIR/*.log
+    sanitizer    compute-sanitizer memcheck and racecheck on small shapes   -> DIR/sanitizer-*.log
+    benchmarks   every op at training sizes, float32 and bfloat16           -> DIR/device.jsonl
+
+Exit code: 0 when every step passed, 1 when one failed, 2 without a usable GPU or checkout.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fastasr.benchmarks import limits, rows
+from fastasr.benchmarks.case import Case, Settings, Unavailable, variant
+from fastasr.benchmarks.environment import stamp
+from fastasr.benchmarks.harness import Variant, peak_bytes, synchronize
+from fastasr.benchmarks.ops import bias_norm, bypass, swoosh, swoosh_linear
+from fastasr.benchmarks.rows import Row
+
+STEPS = ("environment", "tests", "sanitizer", "benchmarks")
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = 0.85  # of the card's copy bandwidth, for the ops that are bound by memory
+
+
+def training_cases() -> list[Case]:
+    """30 s of speech, 20 utterances: stacks of Zipformer-M and -L, time-major, and their feed-forward
+    widths."""
+    frames, batch = 1500, 20
+    cases = []
+    for width in (512, 768, 1536):
+        cases += [swoosh._case(op, frames, batch, width) for op in ("swoosh_l", "swoosh_r")]
+    for channels in (192, 512, 768):
+        cases += [make(frames, batch, channels) for make in (bias_norm._case, bypass._case)]
+    cases += [make(188, batch, 512) for make in (bias_norm._case, bypass._case)]  # stack 3: bound by launches
+    for inputs, outputs in ((512, 192), (1536, 512)):
+        cases.append(swoosh_linear._case((frames, batch, inputs), outputs))
+    return cases
+
+
+class Timer:
+    """Time of one call on the device alone, caches cold, as in training where other layers ran in between.
+
+    A buffer larger than the L2 cache is overwritten before each call. Meanwhile the host queues the call, so
+    the events around it measure the device, not Python. On a CPU: wall-clock time.
+    """
+
+    def __init__(self, device: str):
+        self.device = device
+        self.on_gpu = torch.device(device).type == "cuda"
+        self.flushed = torch.empty(2**28 if self.on_gpu else 1, dtype=torch.int32, device=device)
+
+    def milliseconds(self, variant: Variant, calls: int) -> float:
+        """Median over ``calls`` calls."""
+        states = (() if variant.prepare is None else (variant.prepare(),) for _ in range(calls))
+        if not self.on_gpu:
+            times = []
+            for state in states:
+                start = time.perf_counter()
+                variant.run(*state)
+                times.append((time.perf_counter() - start) * 1e3)
+            return statistics.median(times)
+        pairs = []
+        for state in states:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.flushed.zero_()
+            start.record()
+            variant.run(*state)
+            end.record()
+            pairs.append((start, end))
+        synchronize(self.device)
+        return statistics.median(start.elapsed_time(end) for start, end in pairs)
+
+
+def _variants(
+    case: Case, device: str, dtype: torch.dtype, pass_: str, settings: Settings
+) -> Mapping[str, Variant]:
+    """What runs in this pass, each called once; what cannot run is left out with a message."""
+    variants = {}
+    for name, build in case.make(device, dtype).items():
+        if name == "upstream" or (name == "compile" and not settings.compile):
+            continue
+        try:
+            variants[name] = variant(build(), pass_)
+            variants[name].call()
+        except Unavailable as reason:
+            print(f"# {case.op} {case.name}, {pass_}: {name} left out: {reason}", flush=True)
+            variants.pop(name, None)
+        except Exception as error:
+            if name == "fastasr":
+                raise
+            print(f"# {case.op} {case.name}, {pass_}: {name} failed: {error!r:.200}", flush=True)
+            variants.pop(name, None)
+    source, destination = limits.copy_buffers(case.costs(dtype.itemsize)[pass_].bytes, device)
+    variants["copy"] = Variant(lambda: destination.copy_(source))
+    return variants
+
+
+def measure(
+    case: Case, device: str, dtype: torch.dtype, settings: Settings, timer: Timer
+) -> Iterator[list[Row]]:
+    """Rows of each pass; ``fraction_of_limit`` is the time of a copy of the same bytes over the median."""
+    for pass_ in case.passes:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        cost = case.costs(dtype.itemsize)[pass_]
+        variants = _variants(case, device, dtype, pass_, settings)
+        for made in variants.values():
+            timer.milliseconds(made, settings.warmup)
+        samples: dict[str, list[float]] = {name: [] for name in variants}
+        for _ in range(settings.reps):
+            for name, made in variants.items():
+                samples[name].append(timer.milliseconds(made, 5))
+        copy = statistics.median(samples["copy"])
+        limit_ms, limit = copy, f"copy {cost.bytes / copy / 1e6:.0f} GB/s"
+        if cost.flops:
+            rate = limits.gemm_flops_per_second(device, dtype)
+            if cost.flops / rate * 1e3 > copy:
+                limit_ms, limit = cost.flops / rate * 1e3, f"GEMM {rate / 1e12:.0f} TFLOP/s"
+        measured = []
+        for name, times in samples.items():
+            q1, median, q3 = (
+                statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+            )
+            measured.append(
+                Row.measured(
+                    suite="ops",
+                    name=case.op,
+                    case=case.name,
+                    shape=case.shape,
+                    dtype=str(dtype).removeprefix("torch."),
+                    device=device,
+                    pass_=pass_,
+                    implementation=name,
+                    median_ms=round(median, 6),
+                    q1_ms=round(q1, 6),
+                    q3_ms=round(q3, 6),
+                    reps=len(times),
+                    peak_bytes=peak_bytes(variants[name], device)
+                    if settings.memory and name != "copy"
+                    else None,
+                    bytes=cost.bytes,
+                    flops=cost.flops,
+                    fraction_of_limit=round(limit_ms / median, 4),
+                    limit=limit,
+                )
+            )
+        yield measured
+
+
+def environment(out: Path, quick: bool) -> bool:
+    """Writes what the machine and the installation are."""
+    from fastasr.ops import _dispatch
+
+    properties = torch.cuda.get_device_properties(0)
+    smi = shutil.which("nvidia-smi")
+    report = {
+        **stamp("cuda"),
+        "capability": torch.cuda.get_device_capability(0),
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "native": _dispatch.native_build_info(),
+        "native_reason": _dispatch.native_reason(),
+        "ops": _dispatch.table(),
+        "nvidia_smi": subprocess.run([smi], capture_output=True, text=True).stdout if smi else "not found",
+    }
+    (out / "environment.json").write_text(json.dumps(report, indent=1, default=str))
+    missing = [r for r in report["ops"] if r["backend"] == "triton" and not r["available"]]
+    for row in missing:
+        print(f"# {row['op']}: no Triton kernel: {row['reason']}")
+    return not missing
+
+
+def _logged(command: list[str], log: Path, **variables: str) -> int:
+    """Runs from the checkout, output to ``log``; prints the last line. Returns the exit code."""
+    with log.open("w") as file:
+        code = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | variables, cwd=ROOT
+        ).returncode
+    lines = log.read_text(errors="replace").strip().splitlines() or [""]
+    print(f"# exit {code}: {log.name}: {lines[-1]}", flush=True)
+    return code
+
+
+def tests(out: Path, quick: bool) -> bool:
+    """The device suite: the op contract on CUDA tensors, then the kernels' tests, those marked gpu
+    included."""
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    runs = {
+        "contract": ["tests/ops/test_contract.py", "-k", "cuda" + (" and swoosh_l" if quick else "")],
+        "kernels": ["tests/kernels", *(["-m", "gpu"] if quick else [])],
+    }
+    codes = [
+        _logged([*pytest, *arguments, f"--junitxml={out / name}.xml"], out / f"{name}.log")
+        for name, arguments in runs.items()
+    ]
+    return not any(codes)
+
+
+def launch_everything() -> None:
+    """Every kernel once on shapes with and without tails: the program that compute-sanitizer watches."""
+    from fastasr import ops
+
+    for dtype in (torch.float32, torch.bfloat16):
+        make = partial(torch.randn, device="cuda", dtype=dtype)
+        for shape in ((7, 3, 40), (65, 2, 192), (33, 1, 513)):
+            x, other = make(shape).requires_grad_(), make(shape).requires_grad_()
+            channels = make(shape[-1]).requires_grad_()
+            weight = make(24, shape[-1]).requires_grad_()
+            outputs = [ops.swoosh_l(x), ops.swoosh_r(x)]
+            for shared in (None, 0, 1, 2):
+                options = {"dropout_p": 0.2, "dropout_shared_dim": shared, "training": True}
+                outputs.append(ops.swoosh_linear(x, weight, **options))
+            outputs += [ops.bias_norm(x, channels, make(()).requires_grad_()), ops.bypass(other, x, channels)]
+            outputs.append(ops.bypass(other, x, make(shape[1:]).requires_grad_()))
+            for y in outputs:
+                y.sum().backward()
+    torch.cuda.synchronize()
+
+
+def sanitizer(out: Path, quick: bool) -> bool:
+    """memcheck and racecheck; passes with a message where compute-sanitizer is not installed."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = [
+        shutil.which("compute-sanitizer"),
+        *(Path(home) / "bin" / "compute-sanitizer" for home in homes if home),
+    ]
+    program = next((str(path) for path in found if path and Path(path).exists()), None)
+    if program is None:
+        print("# compute-sanitizer is not installed: memcheck and racecheck were not run", flush=True)
+        return True
+    target = "from fastasr.benchmarks.device import launch_everything; launch_everything()"
+    # Without torch's caching allocator, so that each tensor's end is the end of an allocation.
+    variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    codes = []
+    for tool in ("memcheck",) if quick else ("memcheck", "racecheck"):
+        command = [program, f"--tool={tool}", "--error-exitcode=3", sys.executable, "-c", target]
+        codes.append(_logged(command, out / f"sanitizer-{tool}.log", **variables))
+    return not any(codes)
+
+
+def benchmarks(out: Path, quick: bool) -> bool:
+    """Measures every case; passes unless one fails. Below-target rows are printed, not failures."""
+    file, timer = out / "device.jsonl", Timer("cuda")
+    settings = Settings.quick(compile=False) if quick else Settings(reps=25)
+    failed = False
+    for case in training_cases()[:: 6 if quick else 1]:
+        for dtype in (torch.float32, torch.bfloat16):
+            try:
+                for unit in measure(case, "cuda", dtype, settings, timer):
+                    rows.merge(file, unit)
+                    _print(unit)
+            except Exception as error:  # one case must not end the run
+                failed = True
+                print(f"# {case.op} {case.name} {dtype}: failed: {error!r:.300}", flush=True)
+            torch.cuda.empty_cache()
+    return not failed
+
+
+def _print(unit: list[Row]) -> None:
+    first = unit[0]
+    times = "  ".join(f"{row.implementation} {row.median_ms * 1e3:.1f} us" for row in unit)
+    ours = next((row for row in unit if row.implementation == "fastasr"), None)
+    fraction = f"  {ours.fraction_of_limit:.0%} of {ours.limit}" if ours else ""
+    low = "  BELOW TARGET" if ours and not ours.flops and ours.fraction_of_limit < TARGET else ""
+    print(f"{first.name} {first.case} {first.dtype} {first.pass_}: {times}{fraction}{low}", flush=True)
+
+
+def obstacle() -> str:
+    """Why nothing can run here; "" when it can."""
+    if not torch.cuda.is_available():
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
+        return f"no GPU: torch {torch.__version__}, built for {built}, sees no CUDA device"
+    if torch.cuda.get_device_capability(0) < (8, 0):
+        return f"{torch.cuda.get_device_name(0)} is older than compute capability 8.0"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton does not import ({error})"
+    return ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastasr.benchmarks.device",
+        description="All checks and benchmarks that need a GPU; writes reports and rows to a folder.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for reports and rows")
+    parser.add_argument("--skip", nargs="*", choices=STEPS, default=[], help="steps to leave out")
+    parser.add_argument("--quick", action="store_true", help="a few cases; shows that everything runs")
+    options = parser.parse_args(arguments)
+    reason = obstacle()
+    if not reason and "tests" not in options.skip and not (ROOT / "tests" / "ops").is_dir():
+        reason = f"no tests beside {ROOT}: use a checkout, installed with pip install -e, or --skip tests"
+    if reason:
+        print(f"fastasr.benchmarks.device: {reason}", file=sys.stderr)
+        return 2
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for step in STEPS:
+        if step in options.skip:
+            continue
+        print(f"== {step}", flush=True)
+        start = time.monotonic()
+        passed = globals()[step](out, options.quick)
+        results[step] = {"passed": passed, "seconds": round(time.monotonic() - start, 1)}
+        (out / "summary.json").write_text(json.dumps({**stamp("cuda"), "steps": results}, indent=1))
+    for step, result in results.items():
+        print(f"{step:12} {'passed' if result['passed'] else 'FAILED'}  {result['seconds']:.0f} s")
+    return 0 if all(result["passed"] for result in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

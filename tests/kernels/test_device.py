@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only hardware can show: offsets beyond 32 bits, graph capture, streams, no host synchronisation."""
+
+import pytest
+import torch
+
+from fastasr import ops
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def _calls(dtype=torch.float32):
+    """(name, function, tensors) for every op with a Triton kernel."""
+    make = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype)  # noqa: E731
+    x, other, bias = make(60, 4, 192), make(60, 4, 192), make(192)
+    return [
+        ("swoosh_l", ops.swoosh_l, (x,)),
+        ("swoosh_r", ops.swoosh_r, (x,)),
+        ("bias_norm", ops.bias_norm, (x, bias, make(()))),
+        ("bypass", ops.bypass, (other, x, bias)),
+        ("bypass per sequence", ops.bypass, (other, x, make(4, 192))),
+        ("swoosh_linear", ops.swoosh_linear, (x, make(32, 192), make(32))),
+    ]
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_capture_in_a_graph(index):
+    name, function, tensors = _calls()[index]
+    tensors = tuple(t.requires_grad_() for t in tensors)
+
+    def step():
+        y = function(*tensors)
+        return (y, *torch.autograd.grad(y.sum(), tensors))
+
+    expected = [t.clone() for t in step()]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for t in captured:
+        t.detach().zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(captured, expected, strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_no_wait_for_the_device(index):
+    _, function, tensors = _calls()[index]
+    tensors = tuple(t.requires_grad_() for t in tensors)
+    function(*tensors).sum().backward()  # compile first
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(function(*tensors).sum(), tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_on_a_stream_of_its_own(index):
+    name, function, tensors = _calls(torch.bfloat16)[index]
+    expected = function(*tensors)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        delayed = tensors[0] + 0
+        y = function(delayed, *tensors[1:])
+    stream.synchronize()
+    assert torch.equal(y, expected), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("index", range(6))
+def test_on_the_tensors_device(index):
+    name, function, tensors = _calls()[index]
+    y = function(*(t.to("cuda:1") for t in tensors))
+    assert y.device == torch.device("cuda:1")
+    torch.testing.assert_close(y.cpu(), function(*tensors).cpu(), msg=name)
+
+
+@pytest.mark.parametrize("op", ["swoosh_l", "bias_norm", "bypass"])
+def test_offsets_beyond_32_bits(op):
+    """The last rows of a tensor of more than 2^31 elements are those of the same rows alone."""
+    rows, channels = 2**31 // 256 + 9, 256
+    if torch.cuda.mem_get_info()[0] < 6 * rows * channels * 2:
+        pytest.skip("needs 26 GB of free device memory")
+    x = torch.empty(rows, channels, device="cuda", dtype=torch.bfloat16).normal_()
+    scale = torch.rand(channels, device="cuda", dtype=torch.bfloat16)
+    calls = {
+        "swoosh_l": lambda t: ops.swoosh_l(t),
+        "bias_norm": lambda t: ops.bias_norm(t, scale, scale[0]),
+        "bypass": lambda t: ops.bypass(t, t, scale),
+    }
+    tail = x[-16:].clone()
+    y = calls[op](x)
+    assert torch.equal(y[-16:], calls[op](tail))
+    assert torch.equal(y[:16], calls[op](x[:16].clone()))
+
+
+def test_ragged_lengths_reuse_the_compiled_kernels():
+    """A new length compiles nothing: at most a handful of variants per kernel, whatever the lengths."""
+    from fastasr.kernels import bias_norm, bypass, swoosh
+
+    kernels = (swoosh.forward_flat, bias_norm.forward_kernel, bypass.forward_kernel)
+
+    def run(frames):
+        x, scale = torch.randn(frames, 3, 192, device="cuda"), torch.rand(192, device="cuda")
+        ops.swoosh_l(x), ops.bias_norm(x, scale, scale[0]), ops.bypass(x, x, scale)
+
+    for frames in (1, 2, 17):
+        run(frames)
+    before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
+    for frames in range(18, 60):
+        run(frames)
+    assert [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels] == before
