@@ -2,6 +2,7 @@
 #include "cpu/swoosh.h"
 
 #include "cpu/elementary.h"
+#include "cpu/softplus_avx512.h"
 
 namespace fastasr::cpu {
 namespace {
@@ -43,6 +44,49 @@ FASTASR_INLINE void forward_body(const T* __restrict x, const T* __restrict mask
   }
 }
 
+#ifdef FASTASR_AVX512
+template <typename T, Mask kMask>
+FASTASR_AVX512_INLINE void forward16(const avx512::Registers& table, const T* x, const T* mask, T* y, __mmask16 lanes,
+                                     __m512 scalar, const Constants<float>& k) {
+  const __m512 v = avx512::load16(x, lanes), z = _mm512_sub_ps(v, _mm512_set1_ps(k.shift));
+  const __m512 softplus = _mm512_add_ps(avx512::softplus_tail(table, z), _mm512_max_ps(z, _mm512_setzero_ps()));
+  __m512 out = _mm512_add_ps(softplus, _mm512_fmadd_ps(v, _mm512_set1_ps(-0.08f), _mm512_set1_ps(-k.offset)));
+  if (kMask == Mask::scalar) out = _mm512_mul_ps(out, scalar);
+  if (kMask == Mask::elementwise) out = _mm512_mul_ps(out, avx512::load16(mask, lanes));
+  avx512::store16(y, lanes, out);
+}
+
+template <typename T, Mask kMask>
+FASTASR_AVX512_TARGET void forward_avx512(const T* x, const T* mask, T* y, int64_t n, Swoosh kind) {
+  const Constants<float> k = constants<float>(kind);
+  const avx512::Registers table = avx512::load_table();
+  const __m512 scalar = _mm512_set1_ps(kMask == Mask::scalar ? load(mask[0]) : 1.0f);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)  // a constant mask: the compiler drops it
+    forward16<T, kMask>(table, x + i, kMask == Mask::elementwise ? mask + i : mask, y + i, 0xffff, scalar, k);
+  if (i < n)
+    forward16<T, kMask>(table, x + i, kMask == Mask::elementwise ? mask + i : mask, y + i,
+                        static_cast<__mmask16>((1u << (n - i)) - 1), scalar, k);
+}
+
+template <Mask kMask, typename T>
+bool forward_table(const T* x, const T* mask, T* y, int64_t n, Swoosh kind) {
+  if (!avx512::available()) return false;
+  forward_avx512<T, kMask>(x, mask, y, n, kind);
+  return true;
+}
+#else
+template <Mask kMask, typename T>
+bool forward_table(const T*, const T*, T*, int64_t, Swoosh) {
+  return false;
+}
+#endif
+
+template <Mask kMask>
+bool forward_table(const double*, const double*, double*, int64_t, Swoosh) {
+  return false;
+}
+
 // dx may be the same memory as grad: each element is read before it is written.
 template <typename T, Mask kMask, bool kOutput>
 FASTASR_INLINE void backward_body(const T* grad, const T* __restrict x, const T* __restrict mask, T* dx,
@@ -69,9 +113,12 @@ FASTASR_INLINE void backward_body(const T* grad, const T* __restrict x, const T*
 }  // namespace
 
 // A function of its own for each (type, mask, output): several bodies in one function spill.
-#define FASTASR_FORWARD(T, KIND)                                                                       \
-  FASTASR_CLONES static void forward_##KIND(const T* x, const T* mask, T* y, int64_t n, Swoosh kind) { \
-    forward_body<T, Mask::KIND>(x, mask, y, n, kind);                                                  \
+#define FASTASR_FORWARD(T, KIND)                                                                              \
+  FASTASR_CLONES static void forward_clones_##KIND(const T* x, const T* mask, T* y, int64_t n, Swoosh kind) { \
+    forward_body<T, Mask::KIND>(x, mask, y, n, kind);                                                         \
+  }                                                                                                           \
+  static void forward_##KIND(const T* x, const T* mask, T* y, int64_t n, Swoosh kind) {                       \
+    if (!forward_table<Mask::KIND>(x, mask, y, n, kind)) forward_clones_##KIND(x, mask, y, n, kind);          \
   }
 #define FASTASR_BACKWARD(T, KIND)                                                                                     \
   FASTASR_CLONES static void backward_##KIND(const T* grad, const T* x, const T* mask, T* dx, int64_t n,              \
