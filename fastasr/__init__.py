@@ -15,7 +15,16 @@ __version__ = "0.1.0"
 
 _SWAP = ("accelerate", "explain", "verify", "restore", "eager_mode", "SwapReport")
 _SUBPACKAGES = ("models", "swap", "testing", "kernels", "benchmarks")
-__all__ = ["backend", "ops", *_SWAP]
+__all__ = [
+    "SwapReport",
+    "accelerate",
+    "backend",
+    "eager_mode",
+    "explain",
+    "ops",
+    "restore",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from fastasr.swap import SwapReport, accelerate, eager_mode, explain, restore, verify
