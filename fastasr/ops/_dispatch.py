@@ -170,9 +170,10 @@ class KernelFamily:
     def __post_init__(self) -> None:
         FAMILIES[self.name] = self
 
-    def kernels(self, x: torch.Tensor) -> Kernels | None:
-        """The kernels for tensors like ``x``; None: run the eager definition."""
-        key = (x.device.type, x.dtype)
+    def kernels(self, x: torch.Tensor, *others: torch.Tensor) -> Kernels | None:
+        """The kernels for tensors like ``x``, or None: run the eager definition. A float64 among ``others`` asks for
+        float64 kernels."""
+        key = (x.device.type, _widest(x, others))
         try:
             return self.chosen[key]
         except KeyError:
@@ -217,14 +218,18 @@ class KernelFamily:
 FAMILIES: dict[str, KernelFamily] = {}
 
 
+def _widest(x: torch.Tensor, others: tuple[torch.Tensor, ...]) -> torch.dtype:
+    return torch.float64 if any(t.dtype is torch.float64 for t in others) else x.dtype
+
+
 @torch.compiler.assume_constant_result
 def _served(family: str, device_type: str, dtype: torch.dtype, forced: str) -> bool:
     return FAMILIES[family]._choose(device_type, dtype) is not None
 
 
-def served(family: str, x: torch.Tensor) -> bool:
+def served(family: str, x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether a kernel serves x; for code that is being traced: a graph is valid for one forced backend only."""
-    return _served(family, x.device.type, x.dtype, _forced)
+    return _served(family, x.device.type, _widest(x, others), _forced)
 
 
 def native_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Implementation:

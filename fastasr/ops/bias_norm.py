@@ -62,7 +62,7 @@ def _operands(kernels, x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tens
 
 def forward(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int) -> Tensor:
     """y without autograd, by the best kernel for x."""
-    kernels = FAMILY.kernels(x)
+    kernels = FAMILY.kernels(x, bias)
     if kernels is None:
         return definition(x, bias, log_scale, channel_dim)
     last = channel_dim == -1 or channel_dim == x.dim() - 1
@@ -74,7 +74,7 @@ def backward(
     grad: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dbias, dlog_scale) without autograd, by the best kernel for x."""
-    kernels = FAMILY.kernels(x)
+    kernels = FAMILY.kernels(x, bias)
     last = channel_dim == -1 or channel_dim == x.dim() - 1
     if not last:
         x, grad = x.movedim(channel_dim, -1), grad.movedim(channel_dim, -1)
@@ -119,7 +119,7 @@ class _NativeBiasNorm(torch.autograd.Function):
 # --------------------------------------------------------------------------- registration
 def _fake_forward(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int) -> Tensor:
     dtype = torch.promote_types(x.dtype, bias.dtype)
-    if FAMILY.kernels(x) is None:
+    if FAMILY.kernels(x, bias) is None:
         return torch.empty_like(x, dtype=dtype)
     moved = x.movedim(channel_dim, -1)
     return torch.empty(moved.shape, dtype=dtype, device=x.device).movedim(-1, channel_dim)
@@ -203,8 +203,8 @@ def bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int = -1)
     _check.same_device(op, "log_scale", log_scale, x, "x")
     log_scale = log_scale.reshape(()) if log_scale.dim() else log_scale
     if not direct(x, bias, log_scale):
-        return (_OP if served("bias_norm", x) else definition)(x, bias, log_scale, channel_dim)
-    if FAMILY.kernels(x) is None:
+        return (_OP if served("bias_norm", x, bias) else definition)(x, bias, log_scale, channel_dim)
+    if FAMILY.kernels(x, bias) is None:
         return definition(x, bias, log_scale, channel_dim)
     if is_grad_enabled() and (x.requires_grad or bias.requires_grad or log_scale.requires_grad):
         return _BiasNorm.apply(x, bias, log_scale, channel_dim)

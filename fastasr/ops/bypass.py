@@ -57,7 +57,7 @@ def _operands(kernels, x_orig: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor
 
 def forward(x_orig: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     """y without autograd, by the best kernel for x."""
-    kernels = FAMILY.kernels(x)
+    kernels = FAMILY.kernels(x, x_orig, scale)
     if kernels is None:
         return definition(x_orig, x, scale)
     return kernels.forward(*_operands(kernels, x_orig, x, scale))
@@ -65,7 +65,7 @@ def forward(x_orig: Tensor, x: Tensor, scale: Tensor) -> Tensor:
 
 def backward(grad: Tensor, x_orig: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dx_orig, dx, dscale) without autograd, by the best kernel for x."""
-    kernels = FAMILY.kernels(x)
+    kernels = FAMILY.kernels(x, x_orig, scale)
     if kernels is None:
         return definition_backward(grad, x_orig, x, scale)
     dx_orig, dx, dscale = kernels.backward(grad.contiguous(), *_operands(kernels, x_orig, x, scale))
@@ -102,7 +102,7 @@ class _NativeBypass(torch.autograd.Function):
 
 # --------------------------------------------------------------------------- registration
 def _fake_forward(x_orig: Tensor, x: Tensor, scale: Tensor) -> Tensor:
-    if FAMILY.kernels(x) is None:
+    if FAMILY.kernels(x, x_orig, scale) is None:
         return definition(x_orig, x, scale)
     return torch.empty(x.shape, dtype=_result_dtype(x_orig, x, scale), device=x.device)
 
@@ -170,8 +170,8 @@ def bypass(x_orig: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     _check.same_device(op, "x", x, x_orig, "x_orig")
     _check.same_device(op, "scale", scale, x_orig, "x_orig")
     if not direct(x_orig, x, scale):
-        return (_OP if served("bypass", x) else definition)(x_orig, x, scale)
-    if FAMILY.kernels(x) is None:
+        return (_OP if served("bypass", x, x_orig, scale) else definition)(x_orig, x, scale)
+    if FAMILY.kernels(x, x_orig, scale) is None:
         return definition(x_orig, x, scale)
     if is_grad_enabled() and (x_orig.requires_grad or x.requires_grad or scale.requires_grad):
         return _Bypass.apply(x_orig, x, scale)
