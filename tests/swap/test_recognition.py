@@ -67,6 +67,7 @@ def _one_of_each(scaling, subsampling, zipformer):
                 "norm": scaling.BiasNorm(4),
                 "bypass": zipformer.BypassModule(4),
                 "convnext": subsampling.ConvNeXt(4, kernel_size=(3, 3)),
+                "embed": subsampling.Conv2dSubsampling(9, 4, 2, 3, 4),
                 "linear": torch.nn.Linear(4, 3),
             }
         )
@@ -82,7 +83,9 @@ def _reformat(name, text):
 def test_copies_in_a_recipe_folder_are_swapped(recipe, edit):
     model = _one_of_each(*recipe(edit))
     report = fastasr.accelerate(model)
-    assert {row.path for row in report.replaced} == {*model.keys(), "convnext.activation"}
+    parts = ("conv.3", "conv.6", "conv.9", "convnext", "convnext.activation", "out", "out_norm")
+    inner = {"convnext.activation", *(f"embed.{part}" for part in parts)}
+    assert {row.path for row in report.replaced} == {*model.keys(), *inner}
 
 
 EDITS = {
@@ -113,7 +116,19 @@ EDITS = {
         {"bypass"},
     ),
     "how a scale is drawn": ("zipformer", "> skip_rate", ">= skip_rate", {"bypass"}),
-    "the front end": ("subsampling", "x = bypass + x\n", "x = bypass - x\n", {"convnext"}),
+    "the layer of the front end": (
+        "subsampling",
+        "x = bypass + x\n",
+        "x = bypass - x\n",
+        {"convnext", "embed"},
+    ),
+    "the front end": ("subsampling", "reshape(b, t, c * f)", "reshape(b, t, f * c)", {"embed"}),
+    "what a regulariser does to strides": (
+        "scaling",
+        "if not x.requires_grad or (\n",
+        "if not x.view(-1).requires_grad or (\n",
+        {"convnext", "embed"},
+    ),
 }
 
 
@@ -131,9 +146,9 @@ def test_edited_copies_are_declined(recipe, what):
     report = fastasr.accelerate(model)
     declined = set(model.keys()) - {row.path for row in report.replaced}
     if "swoosh_l" in affected:
-        affected = affected | {"convnext"}  # it runs a SwooshL
+        affected = affected | {"convnext", "embed"}  # they run a SwooshL
     assert declined == affected
-    for path in affected - {"convnext"}:
+    for path in affected - {"convnext", "embed"}:
         assert "is no known version" in report[path].reason
 
 
@@ -289,6 +304,98 @@ def test_convnext_with_another_convolution(model):
     embed.convnext.hidden_balancer.forward = lambda x: x + 1
     report = fastasr.explain(model)
     assert "hidden_balancer runs code that is not upstream's" in report["encoder_embed.convnext"].reason
+
+
+def _append(embed):
+    embed.conv.append(torch.nn.Identity())
+
+
+def _hold_a_subclass(embed):
+    class Causal(torch.nn.Conv2d):
+        pass
+
+    embed.conv[4] = Causal(4, 8, 3, stride=2)
+
+
+def _use_another_activation(embed):
+    embed.conv[6] = torch.nn.ReLU()
+
+
+def _replace_a_forward(embed):
+    embed.conv[2].forward = lambda x: x.view(-1)
+
+
+def _subclass_the_container(embed):
+    class Residual(torch.nn.Sequential):
+        pass
+
+    embed.conv = Residual(*embed.conv)
+
+
+def _add_a_module(embed):
+    embed.extra = torch.nn.Linear(3, 3)
+
+
+def _exchange_the_layer(embed):
+    embed.convnext = torch.nn.Identity()
+
+
+def _patch_the_layer(embed):
+    embed.convnext.out_balancer.forward = lambda x: x.view(-1)
+
+
+def _lose_the_norm(embed):
+    del embed.out_norm
+
+
+@pytest.mark.parametrize(
+    ("alter", "reason"),
+    [
+        (_append, "submodule conv holds Conv2d, ScaleGrad, Balancer, SwooshR, Conv2d, Balancer, SwooshR"),
+        (_hold_a_subclass, "submodule conv holds Conv2d, ScaleGrad, Balancer, SwooshR, Causal"),
+        (
+            _use_another_activation,
+            "submodule conv holds Conv2d, ScaleGrad, Balancer, SwooshR, Conv2d, Balanc",
+        ),
+        (_replace_a_forward, "submodule conv.2 runs code that is not upstream's"),
+        (_subclass_the_container, "submodule conv is a Residual, expected Sequential"),
+        (_add_a_module, "has a submodule this class does not have upstream: extra (Linear)"),
+        (_exchange_the_layer, "submodule convnext is a Identity, expected ConvNeXt"),
+        (_patch_the_layer, "submodule convnext: submodule out_balancer runs code that is not upstream's"),
+        (_lose_the_norm, "lacks an attribute of upstream's Conv2dSubsampling"),
+    ],
+)
+def test_an_altered_front_end(model, alter, reason):
+    alter(model.encoder_embed)
+    row = fastasr.explain(model)["encoder_embed"]
+    assert row.status == "skipped"
+    assert row.reason.startswith(reason)
+
+
+def test_a_front_end_of_another_class(model):
+    class Conv2dSubsampling(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU())
+
+    class Padded(type(model.encoder_embed)):
+        def forward(self, x, x_lens):
+            return super().forward(torch.nn.functional.pad(x, (0, 0, 3, 3)), x_lens + 6)
+
+    assert "lacks an attribute" in _reason(Conv2dSubsampling())
+    model.encoder_embed.__class__ = Padded
+    row = fastasr.accelerate(model)["encoder_embed"]
+    assert row.reason == "Padded is a subclass of Conv2dSubsampling that overrides forward"
+
+
+def test_any_projection_behind_the_convolutions(model):
+    class Adapted(torch.nn.Linear):
+        pass
+
+    model.encoder_embed.out.__class__ = Adapted
+    report = fastasr.explain(model)
+    assert report["encoder_embed"].status == "replaced"
+    assert report["encoder_embed.out"].status == "skipped"
 
 
 def test_own_classes_are_not_swapped():

@@ -23,12 +23,22 @@ def test_zipformer_m_every_module_with_a_reason():
         "SwooshL": 1,
         "SwooshR": 3,
         "ConvNeXt": 1,
+        "Conv2dSubsampling": 1,
         "BiasNorm": layers + 1,
         "BypassModule": 2 * layers + 5,
         "ActivationDropoutAndLinear": 5 * layers,
         "Linear": 1 + layers * (2 + 2 * 2 + 3 + 2 + 2),
     }
     assert report.summary.startswith("Encoder: ")
+
+
+def test_the_front_end_does_not_hide_its_parts():
+    report = fastasr.explain(medium())
+    assert report["encoder_embed"].kernels == ("channels_last",)
+    parts = ["conv.3", "conv.6", "conv.9", "convnext", "convnext.activation", "out", "out_norm"]
+    assert all(report[f"encoder_embed.{part}"].status == "replaced" for part in parts)
+    assert "container" in report["encoder_embed.conv"].reason
+    assert "container" in report["encoder_embed.out_whiten"].reason
 
 
 def test_dictionary_and_json(model, inputs):

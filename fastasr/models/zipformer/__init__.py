@@ -7,12 +7,13 @@ from fastasr.models.zipformer.bypass import BypassModule
 from fastasr.models.zipformer.linear import Linear
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.parameter_limits import limit_param_value
-from fastasr.models.zipformer.subsampling import ConvNeXt
+from fastasr.models.zipformer.subsampling import Conv2dSubsampling, ConvNeXt
 
 __all__ = [
     "ActivationDropoutAndLinear",
     "BiasNorm",
     "BypassModule",
+    "Conv2dSubsampling",
     "ConvNeXt",
     "Linear",
     "SwooshL",

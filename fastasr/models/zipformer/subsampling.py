@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ConvNeXt layer of the convolutional front end.
+"""The convolutional front end: three convolutions and a ConvNeXt layer, to half the frame rate.
 
-    y = x + pointwise2(SwooshL(pointwise1(depthwise(x))))
+    h = ConvNeXt(conv(x))                                   x as one channel of (time, frequency)
+    y = dropout(BiasNorm(whiten(W rows(h) + b)))            rows: channels and frequencies of a frame
 
-Inference on CPU keeps channels last: the depthwise convolution has no oneDNN reorder on either side, a
-pointwise convolution is a matrix product over rows of C channels, and the 3 C wide hidden rows of one block
-stay in cache instead of crossing memory four times.
+with conv three times SwooshR(Conv2d(x)), and ConvNeXt(x) = x + pointwise2(SwooshL(pointwise1(depthwise(x)))).
+
+Inference on CPU keeps channels last: no convolution has a oneDNN reorder on either side, a pointwise
+convolution is a matrix product over rows of C channels, and the 3 C wide hidden rows of one block stay in
+cache instead of crossing memory four times.
 """
 
 import torch
@@ -14,6 +17,41 @@ from fastasr import ops
 
 # Rows per block: the hidden activations of a block, 3 * 128 channels in fp32, then take 1.5 MB.
 BLOCK_ROWS = 1024
+
+
+class Conv2dSubsampling(torch.nn.Module):
+    """x (batch, time, features), x_lens (batch,) of ints -> (batch, (time - 7) // 2, channels), lengths.
+
+    ``forward`` is written for front ends with the submodules conv, convnext, out, out_whiten, out_norm and
+    dropout, and calls each of them. In inference on CPU, conv gets its input in channels_last order: the same
+    values with other strides. The result is contiguous either way.
+
+    Raises AssertionError when the largest of the lengths is not the number of frames.
+    """
+
+    def forward(self, x, x_lens):
+        x = x.unsqueeze(1)
+        if _runs_channels_last(self, x):
+            # Not contiguous(memory_format=...): with one channel that returns x, and conv would stay NCHW.
+            x = x.to(memory_format=torch.channels_last)
+        x = self.convnext(self.conv(x))
+        batch, channels, time, frequency = x.shape
+        rows = x.transpose(1, 2).reshape(batch, time, channels * frequency)
+        y = self.dropout(self.out_norm(self.out_whiten(self.out(rows))))
+        lengths = (x_lens - 7) // 2
+        longest = lengths.max().item()
+        assert y.shape[1] == longest, f"{y.shape[1]} frames, and the longest length is {longest}"
+        return y, lengths
+
+
+def _runs_channels_last(embed, x):
+    weight = next(embed.conv.parameters(), None)  # of whatever stands in for conv by now
+    return (
+        weight is not None
+        and _is_plain_inference(embed, x, weight)
+        and not _any_hooked(embed.conv.modules())
+        and not _any_hooked(embed.convnext.modules())
+    )
 
 
 class ConvNeXt(torch.nn.Module):
@@ -52,26 +90,30 @@ def _by_submodules(layer, x, mask):
 
 
 def _runs_in_blocks(layer, x):
-    weight = layer.pointwise_conv1.weight
+    return _is_plain_inference(layer, x, layer.pointwise_conv1.weight) and not _any_hooked(layer.children())
+
+
+def _is_plain_inference(module, x, weight):
+    """Eval mode on CPU without gradients, autocast or compilation; x 4-D, not empty, of the weight's dtype."""
     return (
-        x.device.type == "cpu"
+        not module.training
+        and x.device.type == "cpu"
         and weight.device.type == "cpu"
         and x.dtype == weight.dtype
         and x.ndim == 4
         and x.numel() > 0
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and not (torch.is_grad_enabled() and (x.requires_grad or _wants_gradients(layer)))
-        and not _is_hooked(layer)
+        and not (torch.is_grad_enabled() and (x.requires_grad or _wants_gradients(module)))
     )
 
 
-def _wants_gradients(layer):
-    return any(p.requires_grad for p in layer.parameters())
+def _wants_gradients(module):
+    return any(p.requires_grad for p in module.parameters())
 
 
-def _is_hooked(layer):
-    return any(child._forward_hooks or child._forward_pre_hooks for child in layer.children())
+def _any_hooked(modules):
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def _in_blocks(layer, x):

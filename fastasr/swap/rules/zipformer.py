@@ -147,21 +147,65 @@ def _convnext_structure(module):
         same = name != "depthwise_conv" or conv.padding == tuple((k - 1) // 2 for k in conv.kernel_size)
         if not (plain and same and (name == "depthwise_conv" or conv.padding == (0, 0))):
             return f"submodule {name} has another stride, dilation or padding than upstream's"
-    for name in ("hidden_balancer", "out_balancer"):
-        balancer = getattr(module, name)
-        try:
-            value = fingerprint([upstream_class(balancer).forward], upstream_class(balancer))
-        except SourceUnavailable as error:
-            return f"submodule {name}: {error}"
-        if value not in _BALANCERS or foreign_forward(balancer) is not None:
-            return f"submodule {name} runs code that is not upstream's (fingerprint {value})"
-    activation = module.activation
+    reason = _unread_code("hidden_balancer", module.hidden_balancer, _own_forward, _BALANCERS)
+    reason = reason or _unread_code("out_balancer", module.out_balancer, _own_forward, _BALANCERS)
+    return reason or _unread_code("activation", module.activation, _swoosh_functions, SWOOSH_L.known)
+
+
+def _unread_code(name, module, functions, known):
+    """A reason when the submodule runs code other than upstream's ``known`` fingerprints, else None."""
     try:
-        value = fingerprint(_swoosh_functions(activation), upstream_class(activation))
+        value = fingerprint(functions(module), upstream_class(module))
     except SourceUnavailable as error:
-        return f"submodule activation: {error}"
-    if value not in SWOOSH_L.known or foreign_forward(activation) is not None:
-        return f"submodule activation runs code that is not upstream's (fingerprint {value})"
+        return f"submodule {name}: {error}"
+    if value not in known or foreign_forward(module) is not None:
+        return f"submodule {name} runs code that is not upstream's (fingerprint {value})"
+    return None
+
+
+_EMBED_CONV = (
+    *("Conv2d", "ScaleGrad", "Balancer", "SwooshR"),
+    *("Conv2d", "Balancer", "SwooshR"),
+    *("Conv2d", "Balancer", "SwooshR"),
+)
+_SCALE_GRAD = {"355a5d7cda322cd00a5a21ae"}  # zipformer 0.1.3, and icefall since pull request 1108
+
+
+def _conv2d_subsampling_structure(module):
+    """conv and convnext, which see other strides, must be upstream's through and through.
+
+    What follows them gets the same tensors as ever, so any class will do there (a wrapped projection).
+    """
+    allowed = {"conv": "Sequential", "convnext": "ConvNeXt"}
+    for name in ("out", "out_whiten", "out_norm", "dropout"):
+        allowed[name] = upstream_class(getattr(module, name)).__name__
+    reason = check_parameters(module, {}) or check_children(module, allowed)
+    if reason:
+        return reason
+    conv, convnext = module.conv, module.convnext
+    if upstream_class(conv) is not torch.nn.Sequential or foreign_forward(conv) is not None:
+        return "submodule conv is not a plain torch.nn.Sequential"
+    names = tuple(upstream_class(part).__name__ for part in conv)
+    if names != _EMBED_CONV:
+        return f"submodule conv holds {', '.join(names)}; upstream's holds {', '.join(_EMBED_CONV)}"
+    for index, part in enumerate(conv):
+        reason = _embed_conv_part(f"conv.{index}", part)
+        if reason:
+            return reason
+    reason = _unread_code("convnext", convnext, _own_forward, CONVNEXT.known)
+    if reason is None and (inner := _convnext_structure(convnext)):
+        reason = f"submodule convnext: {inner}"
+    return reason
+
+
+def _embed_conv_part(name, part):
+    cls = upstream_class(part)
+    if cls.__name__ == "SwooshR":
+        return _unread_code(name, part, _swoosh_functions, SWOOSH_R.known)
+    if cls.__name__ != "Conv2d":
+        return _unread_code(name, part, _own_forward, _SCALE_GRAD | _BALANCERS)
+    if cls is not torch.nn.Conv2d or foreign_forward(part) is not None:
+        return f"submodule {name} is not a plain torch.nn.Conv2d"
     return None
 
 
@@ -236,6 +280,20 @@ CONVNEXT = Rule(
     known={"a5bcd4f71743691dc267c6ba": _BOTH},  # icefall: since pull request 1180
 )
 
+CONV2D_SUBSAMPLING = Rule(
+    name="zipformer.conv2d_subsampling",
+    class_name="Conv2dSubsampling",
+    forward=models.Conv2dSubsampling.forward,
+    kernels=("channels_last",),
+    structure=_conv2d_subsampling_structure,
+    functions=_own_forward,
+    known={
+        "0daf1ced9900d8ed1fe82020": _BOTH,  # icefall: since pull request 1108
+        "806777fcc2889d54c4698be2": Known("icefall's zipformer_prompt_asr"),  # says nothing of TorchScript
+        "536b01a8fe378cfdf7853b9c": Known("icefall before pull request 1108"),  # nothing of tracing
+    },
+)
+
 LINEAR = Rule(
     name="zipformer.linear",
     class_name="Linear",
@@ -245,4 +303,13 @@ LINEAR = Rule(
     companion=True,
 )
 
-RULES = (SWOOSH_L, SWOOSH_R, ACTIVATION_DROPOUT_AND_LINEAR, BIAS_NORM, BYPASS, CONVNEXT, LINEAR)
+RULES = (
+    SWOOSH_L,
+    SWOOSH_R,
+    ACTIVATION_DROPOUT_AND_LINEAR,
+    BIAS_NORM,
+    BYPASS,
+    CONVNEXT,
+    CONV2D_SUBSAMPLING,
+    LINEAR,
+)
