@@ -45,18 +45,24 @@ auto with_kernel_type(ScalarType dtype, const char* op, F&& f) {
   }
 }
 
-// A new contiguous tensor of t's shape. torch::stable::empty_like looks its op up by name at every call, which costs
+// A new tensor of t's dtype and device. torch::stable::empty_like looks its op up by name at every call, which costs
 // more than a small kernel.
-inline Tensor new_like(const Tensor& t) {
-  const auto sizes = t.sizes(), strides = t.strides();
+inline Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int64_t* strides) {
   int32_t dtype, device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype, device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle));
   return Tensor(handle);
+}
+
+inline Tensor new_like(const Tensor& t) { return new_strided(t, t.dim(), t.sizes().data(), t.strides().data()); }
+
+inline Tensor new_without_elements(const Tensor& t) {
+  const int64_t size = 0, stride = 1;
+  return new_strided(t, 1, &size, &stride);
 }
 
 inline void check_like(const Tensor& t, const Tensor& reference, const char* op, const char* name) {

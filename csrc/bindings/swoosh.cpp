@@ -3,7 +3,6 @@
 
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "bindings/dispatch.h"
 
@@ -101,8 +100,7 @@ std::tuple<Tensor, Tensor> swoosh_backward(const Tensor& grad, const Tensor& x, 
   check_like(x, x, "swoosh_backward", "x");
   check_same_size(grad, x, "swoosh_backward", "grad");
   Tensor dx = new_like(x);
-  const std::vector<int64_t> none{0};
-  Tensor y = need_output ? new_like(x) : torch::stable::new_empty(x, none);
+  Tensor y = need_output ? new_like(x) : new_without_elements(x);
   backward_into(grad, x, right, mask, shared_dim, dx, need_output ? &y : nullptr);
   return {dx, y};
 }

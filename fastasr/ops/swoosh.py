@@ -85,13 +85,15 @@ class _Swoosh(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, right: bool, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.right, ctx.kernels = right, kernels
-        return forward(kernels, x, right)
+        ctx.call = right, kernels
+        return kernels.forward(x, right, None, -1) if x.is_contiguous() else forward(kernels, x, right)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        refuse_double_backward("swoosh_r" if ctx.right else "swoosh_l")
-        return backward(ctx.kernels, grad, *ctx.saved_tensors, ctx.right), None, None
+        right, kernels = ctx.call
+        if is_grad_enabled():
+            refuse_double_backward("swoosh_r" if right else "swoosh_l")
+        return backward(kernels, grad, *ctx.saved_tensors, right), None, None
 
 
 def _swoosh(x: Tensor, right: bool, op) -> Tensor:
