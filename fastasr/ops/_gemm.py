@@ -29,6 +29,7 @@ _MARGIN = 0.97
 _REPETITIONS = 3
 _BUDGET_S = 0.1
 _SMALL = 1 << 16
+_CLEAR = 1.1  # behind by this much after a repetition: no more of them
 _HOPELESS = 8.0  # a first run this many times slower is not given another
 
 
@@ -215,7 +216,7 @@ def _measure(candidates: dict[str, Callable[..., Tensor]], operands: tuple) -> s
     for _ in range(_REPETITIONS):
         for name, f in candidates.items():
             best[name] = min(best[name], _timed(f, operands))
-        if time.perf_counter() - start > _BUDGET_S:
+        if best["onednn"] > _CLEAR * best["torch"] or time.perf_counter() - start > _BUDGET_S:
             break
     return "onednn" if best["onednn"] < _MARGIN * best["torch"] else "torch"
 
