@@ -68,6 +68,7 @@ def _one_of_each(scaling, subsampling, zipformer):
                 "bypass": zipformer.BypassModule(4),
                 "convnext": subsampling.ConvNeXt(4, kernel_size=(3, 3)),
                 "embed": subsampling.Conv2dSubsampling(9, 4, 2, 3, 4),
+                "convolution": zipformer.ConvolutionModule(4, 3, causal=False),
                 "linear": torch.nn.Linear(4, 3),
             }
         )
@@ -85,6 +86,7 @@ def test_copies_in_a_recipe_folder_are_swapped(recipe, edit):
     report = fastasr.accelerate(model)
     parts = ("conv.3", "conv.6", "conv.9", "convnext", "convnext.activation", "out", "out_norm")
     inner = {"convnext.activation", *(f"embed.{part}" for part in parts)}
+    inner |= {"convolution.in_proj", "convolution.out_proj"}
     assert {row.path for row in report.replaced} == {*model.keys(), *inner}
 
 
@@ -127,7 +129,14 @@ EDITS = {
         "scaling",
         "if not x.requires_grad or (\n",
         "if not x.view(-1).requires_grad or (\n",
-        {"convnext", "embed"},
+        {"convnext", "embed", "convolution"},
+    ),
+    "the convolution module": ("zipformer", "x, s = x.chunk(2", "s, x = x.chunk(2", {"convolution"}),
+    "what whitening returns": (
+        "scaling",
+        "if not x.requires_grad or random.random() > self.prob or grad_scale == 0:\n            return _no_op(x)",
+        "if not x.requires_grad or random.random() > self.prob or grad_scale == 0:\n            return 2 * x",
+        {"convolution"},
     ),
 }
 
@@ -148,7 +157,7 @@ def test_edited_copies_are_declined(recipe, what):
     if "swoosh_l" in affected:
         affected = affected | {"convnext", "embed"}  # they run a SwooshL
     assert declined == affected
-    for path in affected - {"convnext", "embed"}:
+    for path in affected - {"convnext", "embed", "convolution"}:
         assert "is no known version" in report[path].reason
 
 
@@ -396,6 +405,105 @@ def test_any_projection_behind_the_convolutions(model):
     report = fastasr.explain(model)
     assert report["encoder_embed"].status == "replaced"
     assert report["encoder_embed.out"].status == "skipped"
+
+
+def _stride(module):
+    module.depthwise_conv.stride = (2,)
+
+
+def _pad_one_side(module):
+    module.depthwise_conv.padding = "same"
+
+
+def _mix_channels(module):
+    module.depthwise_conv = torch.nn.Conv1d(32, 32, 7, padding=3)
+
+
+def _hold_a_subclassed_convolution(module):
+    class Conv1d(torch.nn.Conv1d):
+        pass
+
+    module.depthwise_conv.__class__ = Conv1d
+
+
+def _reflect(module):
+    module.depthwise_conv.padding_mode = "reflect"
+
+
+def _gate_with_another_function(module):
+    module.sigmoid = torch.nn.Tanh()
+
+
+def _patch_the_gate(module):
+    module.sigmoid.forward = torch.tanh
+
+
+def _use_torchs_identity(module):
+    module.activation2 = torch.nn.Identity()
+
+
+def _patch_the_balancer(module):
+    module.balancer2.forward = lambda x: 2 * x
+
+
+def _exchange_the_whitening(module):
+    module.whiten = torch.nn.Identity()
+
+
+def _add_a_projection(module):
+    module.extra = torch.nn.Linear(3, 3)
+
+
+def _drop_the_balancer(module):
+    del module.balancer1
+
+
+def _lose_the_projection(module):
+    del module.out_proj
+
+
+def _say_causal(module):
+    module.causal = True
+
+
+@pytest.mark.parametrize(
+    ("alter", "reason"),
+    [
+        (_stride, "submodule depthwise_conv has other groups, stride, dilation or padding than upstream's"),
+        (_pad_one_side, "submodule depthwise_conv has other groups, stride, dilation or padding"),
+        (_mix_channels, "submodule depthwise_conv weight has shape (32, 32, 7), expected (32, 1, 7)"),
+        (_hold_a_subclassed_convolution, "submodule depthwise_conv is not a plain torch.nn.Conv1d"),
+        (_reflect, "submodule depthwise_conv has other groups, stride, dilation or padding"),
+        (_gate_with_another_function, "submodule sigmoid is a Tanh, expected Sigmoid"),
+        (_patch_the_gate, "submodule sigmoid is not a plain torch.nn.Sigmoid"),
+        (_use_torchs_identity, "submodule activation2 runs code that is not upstream's"),
+        (_patch_the_balancer, "submodule balancer2 runs code that is not upstream's"),
+        (_exchange_the_whitening, "submodule whiten is a Identity, expected Whiten"),
+        (_add_a_projection, "has a submodule this class does not have upstream: extra (Linear)"),
+        (_drop_the_balancer, "lacks the submodules balancer1"),
+        (_lose_the_projection, "lacks an attribute of upstream's ConvolutionModule"),
+        (_say_causal, "is causal: its convolution works in chunks"),
+    ],
+)
+def test_an_altered_convolution_module(model, alter, reason):
+    layer = model.encoder.encoders[0].layers[0]
+    alter(layer.conv_module1)
+    report = fastasr.explain(model)
+    row = report["encoder.encoders.0.layers.0.conv_module1"]
+    assert row.status == "skipped"
+    assert row.reason.startswith(reason)
+    assert report["encoder.encoders.0.layers.0.conv_module2"].status == "replaced"
+
+
+def test_any_projections_of_a_convolution_module(model):
+    class Adapted(torch.nn.Linear):
+        pass
+
+    path = "encoder.encoders.0.layers.0.conv_module1"
+    model.get_submodule(path).in_proj.__class__ = Adapted
+    report = fastasr.explain(model)
+    assert report[path].status == "replaced"
+    assert report[f"{path}.in_proj"].status == "skipped"
 
 
 def test_own_classes_are_not_swapped():

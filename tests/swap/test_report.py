@@ -24,6 +24,7 @@ def test_zipformer_m_every_module_with_a_reason():
         "SwooshR": 3,
         "ConvNeXt": 1,
         "Conv2dSubsampling": 1,
+        "ConvolutionModule": 2 * layers,
         "BiasNorm": layers + 1,
         "BypassModule": 2 * layers + 5,
         "ActivationDropoutAndLinear": 5 * layers,
@@ -39,6 +40,14 @@ def test_the_front_end_does_not_hide_its_parts():
     assert all(report[f"encoder_embed.{part}"].status == "replaced" for part in parts)
     assert "container" in report["encoder_embed.conv"].reason
     assert "container" in report["encoder_embed.out_whiten"].reason
+
+
+def test_convolution_modules_do_not_hide_their_parts():
+    report, path = fastasr.explain(medium()), "encoder.encoders.1.encoder.layers.0.conv_module2"
+    assert report[path].kernels == ("channels_last",)
+    assert report[f"{path}.in_proj"].kernels == ("linear",)
+    assert report[f"{path}.out_proj"].kernels == ("swoosh_linear",)
+    assert report[f"{path}.depthwise_conv"].reason == "no rule for this class"
 
 
 def test_dictionary_and_json(model, inputs):

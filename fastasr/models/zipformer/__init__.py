@@ -4,6 +4,7 @@ recognition", ICLR 2024, https://arxiv.org/abs/2310.11230."""
 
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear, SwooshL, SwooshR
 from fastasr.models.zipformer.bypass import BypassModule
+from fastasr.models.zipformer.convolution import ConvolutionModule
 from fastasr.models.zipformer.linear import Linear
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.parameter_limits import limit_param_value
@@ -15,6 +16,7 @@ __all__ = [
     "BypassModule",
     "Conv2dSubsampling",
     "ConvNeXt",
+    "ConvolutionModule",
     "Linear",
     "SwooshL",
     "SwooshR",

@@ -14,6 +14,7 @@ cache instead of crossing memory four times.
 import torch
 
 from fastasr import ops
+from fastasr.models.zipformer.inference import any_hooked, is_plain_inference
 
 # Rows per block: the hidden activations of a block, 3 * 128 channels in fp32, then take 1.5 MB.
 BLOCK_ROWS = 1024
@@ -48,9 +49,9 @@ def _runs_channels_last(embed, x):
     weight = next(embed.conv.parameters(), None)  # of whatever stands in for conv by now
     return (
         weight is not None
-        and _is_plain_inference(embed, x, weight)
-        and not _any_hooked(embed.conv.modules())
-        and not _any_hooked(embed.convnext.modules())
+        and is_plain_inference(embed, x, weight, 4)
+        and not any_hooked(embed.conv.modules())
+        and not any_hooked(embed.convnext.modules())
     )
 
 
@@ -90,30 +91,7 @@ def _by_submodules(layer, x, mask):
 
 
 def _runs_in_blocks(layer, x):
-    return _is_plain_inference(layer, x, layer.pointwise_conv1.weight) and not _any_hooked(layer.children())
-
-
-def _is_plain_inference(module, x, weight):
-    """Eval mode on CPU without gradients, autocast or compilation; x 4-D, not empty, of the weight's dtype."""
-    return (
-        not module.training
-        and x.device.type == "cpu"
-        and weight.device.type == "cpu"
-        and x.dtype == weight.dtype
-        and x.ndim == 4
-        and x.numel() > 0
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and not (torch.is_grad_enabled() and (x.requires_grad or _wants_gradients(module)))
-    )
-
-
-def _wants_gradients(module):
-    return any(p.requires_grad for p in module.parameters())
-
-
-def _any_hooked(modules):
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    return is_plain_inference(layer, x, layer.pointwise_conv1.weight, 4) and not any_hooked(layer.children())
 
 
 def _in_blocks(layer, x):

@@ -120,6 +120,7 @@ _BALANCERS = {
     "11eb10d0735c5e5c3fea5f1a",  # zipformer 0.1.3 on PyPI
     "5b8544f975686064be524bb7",  # icefall since pull request 1974
     "5e2cd40d81ed3f21460c0365",  # icefall before it
+    "ea1e082139b9f1b7c8175862",  # icefall before pull request 1108, and its zipformer_prompt_asr
 }
 
 
@@ -209,6 +210,69 @@ def _embed_conv_part(name, part):
     return None
 
 
+_CONVOLUTION_CHILDREN = {
+    "balancer1": "Balancer",
+    "activation1": "Identity",
+    "sigmoid": "Sigmoid",
+    "activation2": "Identity",
+    "depthwise_conv": "Conv1d",
+    "balancer2": "Balancer",
+    "whiten": "Whiten",
+}
+
+# Inference leaves the second balancer and the whitening out, and writes to what the last Identity returns.
+_IDENTITIES = {
+    "e87203451183b502ecc10090",  # zipformer 0.1.3, and icefall since pull request 1108
+    "b84fe666b5dfd19e547474b5",  # icefall before it, and its zipformer_prompt_asr
+}
+_WHITENS = {
+    "59f435fe5116d207ed3b2a9d",  # zipformer 0.1.3
+    "2427f1994408e76d9e722891",  # icefall since pull request 1974
+    "c3009322678ced8184ee6400",  # icefall since pull request 1663
+    "f27d60a9ca1403688b23218a",  # icefall before it
+    "f78c8e3e256cd2088a274bfd",  # icefall before pull request 1108, and its zipformer_prompt_asr
+}
+
+
+def _convolution_structure(module):
+    """in_proj and out_proj are called with the values of ever, so any class will do there."""
+    if module.causal:
+        return "is causal: its convolution works in chunks"
+    allowed = dict(_CONVOLUTION_CHILDREN)
+    for name in ("in_proj", "out_proj"):
+        allowed[name] = upstream_class(getattr(module, name)).__name__
+    reason = check_parameters(module, {}) or check_children(module, allowed)
+    missing = sorted(set(allowed) - set(module._modules))
+    if reason or missing:
+        return reason or f"lacks the submodules {', '.join(missing)}"
+    if upstream_class(module.sigmoid) is not torch.nn.Sigmoid or foreign_forward(module.sigmoid) is not None:
+        return "submodule sigmoid is not a plain torch.nn.Sigmoid"
+    reason = _depthwise_over_time(module.depthwise_conv)
+    for name, known in (
+        ("balancer1", _BALANCERS),
+        ("activation1", _IDENTITIES),
+        ("activation2", _IDENTITIES),
+        ("balancer2", _BALANCERS),
+        ("whiten", _WHITENS),
+    ):
+        reason = reason or _unread_code(name, getattr(module, name), _own_forward, known)
+    return reason
+
+
+def _depthwise_over_time(conv):
+    if upstream_class(conv) is not torch.nn.Conv1d or foreign_forward(conv) is not None:
+        return "submodule depthwise_conv is not a plain torch.nn.Conv1d"
+    channels, taps = conv.in_channels, conv.kernel_size[0]
+    shapes = {"weight": (channels, 1, taps), "bias": (channels,)}
+    reason = check_parameters(conv, shapes, optional=("bias",))
+    if reason:
+        return f"submodule depthwise_conv {reason}"
+    found = (conv.groups, conv.stride, conv.dilation, conv.padding, conv.padding_mode, taps % 2)
+    if found != (channels, (1,), (1,), (taps // 2,), "zeros", 1):
+        return "submodule depthwise_conv has other groups, stride, dilation or padding than upstream's"
+    return None
+
+
 SWOOSH_L = Rule(
     name="zipformer.swoosh_l",
     class_name="SwooshL",
@@ -294,6 +358,21 @@ CONV2D_SUBSAMPLING = Rule(
     },
 )
 
+CONVOLUTION = Rule(
+    name="zipformer.convolution",
+    class_name="ConvolutionModule",
+    forward=models.ConvolutionModule.forward,
+    kernels=("channels_last",),
+    structure=_convolution_structure,
+    functions=_own_forward,
+    known={
+        "9b84169b9f16a44f2041a5d9": _BOTH,  # icefall: since pull request 1316
+        "f9ec4766f5a91d5b957e067b": _ICEFALL,  # since pull request 2086, which converts masks to bool
+        "fd82544a1174a138113bbe6d": Known("icefall before pull request 1316"),  # and in some recipes since
+        "ea047be430d7fdd6d8a235a1": Known("icefall before pull request 1108"),  # says nothing of tracing
+    },
+)
+
 LINEAR = Rule(
     name="zipformer.linear",
     class_name="Linear",
@@ -311,5 +390,6 @@ RULES = (
     BYPASS,
     CONVNEXT,
     CONV2D_SUBSAMPLING,
+    CONVOLUTION,
     LINEAR,
 )

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a module may take its inference path: nothing watches, differentiates, casts or compiles the call."""
+
+import torch
+
+
+def is_plain_inference(module, x, weight, ndim):
+    """Eval mode on CPU without gradients, autocast or compilation.
+
+    x must have ``ndim`` dimensions, not be empty and be of the weight's dtype.
+    """
+    return (
+        not module.training
+        and x.device.type == "cpu"
+        and weight.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.ndim == ndim
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.is_grad_enabled() and (x.requires_grad or _wants_gradients(module)))
+    )
+
+
+def _wants_gradients(module):
+    return any(p.requires_grad for p in module.parameters())
+
+
+def any_hooked(modules):
+    """Whether one of the modules has forward hooks, which would see other tensors or none."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
