@@ -64,7 +64,9 @@ def test_elsewhere_upstream_runs():
     module = upstream()
     ours = attention.RelPositionMultiheadAttentionWeights.forward
     x, pos_emb = torch.randn(9, 2, 64, requires_grad=True), torch.randn(1, 17, 48)
-    torch.testing.assert_close(ours(module, x, pos_emb), type(module).forward(module, x, pos_emb), rtol=0, atol=0)
+    torch.testing.assert_close(
+        ours(module, x, pos_emb), type(module).forward(module, x, pos_emb), rtol=0, atol=0
+    )
     ours(module, x, pos_emb).square().sum().backward()
     assert x.grad.abs().sum() > 0
     module.train()

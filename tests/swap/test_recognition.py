@@ -69,6 +69,7 @@ def _one_of_each(scaling, subsampling, zipformer):
                 "convnext": subsampling.ConvNeXt(4, kernel_size=(3, 3)),
                 "embed": subsampling.Conv2dSubsampling(9, 4, 2, 3, 4),
                 "convolution": zipformer.ConvolutionModule(4, 3, causal=False),
+                "weights": zipformer.RelPositionMultiheadAttentionWeights(4, 6, 2, 3, 2),
                 "linear": torch.nn.Linear(4, 3),
             }
         )
@@ -86,11 +87,17 @@ def test_copies_in_a_recipe_folder_are_swapped(recipe, edit):
     report = fastasr.accelerate(model)
     parts = ("conv.3", "conv.6", "conv.9", "convnext", "convnext.activation", "out", "out_norm")
     inner = {"convnext.activation", *(f"embed.{part}" for part in parts)}
-    inner |= {"convolution.in_proj", "convolution.out_proj"}
+    inner |= {"convolution.in_proj", "convolution.out_proj", "weights.in_proj", "weights.linear_pos"}
     assert {row.path for row in report.replaced} == {*model.keys(), *inner}
 
 
 EDITS = {
+    "the score of a masked position": (
+        "zipformer",
+        "attn_scores = attn_scores.masked_fill(attn_mask, -1000)",
+        "attn_scores = attn_scores.masked_fill(attn_mask, -10000)",
+        {"weights"},
+    ),
     "a constant of the activation": (
         "scaling",
         "0.08 * x - 0.035",

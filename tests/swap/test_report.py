@@ -25,6 +25,7 @@ def test_zipformer_m_every_module_with_a_reason():
         "ConvNeXt": 1,
         "Conv2dSubsampling": 1,
         "ConvolutionModule": 2 * layers,
+        "RelPositionMultiheadAttentionWeights": layers,
         "BiasNorm": layers + 1,
         "BypassModule": 2 * layers + 5,
         "ActivationDropoutAndLinear": 5 * layers,

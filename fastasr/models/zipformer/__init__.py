@@ -3,6 +3,7 @@
 recognition", ICLR 2024, https://arxiv.org/abs/2310.11230."""
 
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear, SwooshL, SwooshR
+from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.bypass import BypassModule
 from fastasr.models.zipformer.convolution import ConvolutionModule
 from fastasr.models.zipformer.linear import Linear
@@ -18,6 +19,7 @@ __all__ = [
     "ConvNeXt",
     "ConvolutionModule",
     "Linear",
+    "RelPositionMultiheadAttentionWeights",
     "SwooshL",
     "SwooshR",
     "limit_param_value",

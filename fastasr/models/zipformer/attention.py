@@ -15,6 +15,8 @@ import random
 
 import torch
 
+from fastasr.models.zipformer.inference import is_plain_inference
+
 # Position scores above this size (bytes) are computed in pieces of at most PIECE_BYTES.
 WHOLE_BYTES = 32 << 20
 PIECE_BYTES = 6 << 20
@@ -28,21 +30,11 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
     """
 
     def forward(self, x, pos_emb, key_padding_mask=None, attn_mask=None):
-        if not _in_place(self, x):
-            return type(self).forward(self, x, pos_emb, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
+        if not is_plain_inference(self, x, self.in_proj.weight, 3) or pos_emb.requires_grad:
+            return type(self).forward(
+                self, x, pos_emb, key_padding_mask=key_padding_mask, attn_mask=attn_mask
+            )
         return _weights(self, x, pos_emb, key_padding_mask, attn_mask)
-
-
-def _in_place(module, x):
-    return (
-        not module.training
-        and x.device.type == "cpu"
-        and x.ndim == 3
-        and x.numel() > 0
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-    )
 
 
 def _weights(module, x, pos_emb, key_padding_mask, attn_mask):
@@ -61,7 +53,7 @@ def _weights(module, x, pos_emb, key_padding_mask, attn_mask):
         assert attn_mask.dtype == torch.bool, attn_mask.dtype
     if key_padding_mask is not None:
         assert key_padding_mask.shape == (batch, frames), key_padding_mask.shape
-        key_padding_mask = key_padding_mask.unsqueeze(1)  # [B, 1, T]
+        key_padding_mask = key_padding_mask.to(torch.bool).unsqueeze(1)  # [B, 1, T]
 
     size = heads * batch * frames * (2 * frames - 1) * x.element_size()
     compute = _whole if size <= WHOLE_BYTES else _pieces

@@ -273,6 +273,38 @@ def _depthwise_over_time(conv):
     return None
 
 
+_ATTENTION_WEIGHTS_CHILDREN = (
+    "in_proj",
+    "linear_pos",
+    "balance_keys",
+    "whiten_keys",
+    "copy_query",
+    "copy_pos_query",
+)
+
+
+def _attention_weights_structure(module):
+    """Every submodule is called with the values of ever, so any class will do."""
+    children = [name for name, child in module._modules.items() if child is not None]
+    extra = sorted(set(children) - {*_ATTENTION_WEIGHTS_CHILDREN, "pos_emb_skip_rate"})
+    missing = sorted(set(_ATTENTION_WEIGHTS_CHILDREN) - set(children))
+    reason = check_parameters(module, {})
+    if extra:
+        reason = reason or f"has submodules this class does not have upstream: {', '.join(extra)}"
+    if missing:
+        reason = reason or f"lacks the submodules {', '.join(missing)}"
+    for name in ("num_heads", "query_head_dim", "pos_head_dim"):
+        if not isinstance(getattr(module, name, None), int):
+            reason = reason or f"{name} is {getattr(module, name, None)!r}, expected an int"
+    if reason is not None:
+        return reason
+    width = module.num_heads * (2 * module.query_head_dim + module.pos_head_dim)
+    weight = getattr(module.in_proj, "weight", None)
+    if weight is None or tuple(weight.shape[:1]) != (width,):
+        return f"in_proj does not give {width} channels, heads * (2 * query_head_dim + pos_head_dim)"
+    return None
+
+
 SWOOSH_L = Rule(
     name="zipformer.swoosh_l",
     class_name="SwooshL",
@@ -358,6 +390,22 @@ CONV2D_SUBSAMPLING = Rule(
     },
 )
 
+ATTENTION_WEIGHTS = Rule(
+    name="zipformer.attention_weights",
+    class_name="RelPositionMultiheadAttentionWeights",
+    forward=models.RelPositionMultiheadAttentionWeights.forward,
+    kernels=("in_place",),
+    structure=_attention_weights_structure,
+    functions=_own_forward,
+    known={
+        "dccf6d652ee4e33bc79bd3e5": _PACKAGE,
+        "2da99df99dfd990b292021c9": _ICEFALL,  # since pull request 2086, which converts masks to bool
+        "3d99df543b9bd9ebf08b3e79": Known("icefall since pull request 1974"),
+        "7490a944768da44e04a4559a": Known("icefall since pull request 1700"),
+        "ed3b08cca7fe1fcca7a134b4": Known("icefall before pull request 1700"),
+    },
+)
+
 CONVOLUTION = Rule(
     name="zipformer.convolution",
     class_name="ConvolutionModule",
@@ -391,5 +439,6 @@ RULES = (
     CONVNEXT,
     CONV2D_SUBSAMPLING,
     CONVOLUTION,
+    ATTENTION_WEIGHTS,
     LINEAR,
 )
