@@ -59,7 +59,12 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
         "swoosh_linear": Tiny(
             (x, weight, bias), _swoosh_linear_formula, ops.swoosh_linear, _swoosh_linear_operator
         ),
-        "bias_norm": Tiny((x, bias, log_scale), bias_norm_definition, ops.bias_norm, registered.bias_norm),
+        "bias_norm": Tiny(
+            (x, bias, log_scale),
+            bias_norm_definition,
+            ops.bias_norm,
+            lambda x, b, s: registered.bias_norm(x, b, s, -1),
+        ),
         "bypass": Tiny((x, other, scale), bypass_definition, ops.bypass, registered.bypass),
         "linear": Tiny((x, weight, bias), F.linear, ops.linear, registered.linear),
     }

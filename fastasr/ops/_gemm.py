@@ -251,10 +251,15 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     """grad weight for grad (..., N), weight (N, K)."""
     n, k = weight.shape
-    return _call("input_grad", grad.numel() // n if n else 0, k, n, grad, weight)
+    if grad.numel() * k < _SMALL:
+        return torch.matmul(grad, weight)
+    return _call("input_grad", grad.numel() // n, k, n, grad, weight)
 
 
 def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """gradᵀ x over all leading dimensions, for grad (..., N), x (..., K)."""
-    n, k, rows = grad.shape[-1], x.shape[-1], grad.shape[:-1].numel()
-    return _call("weight_grad", n, k, rows, grad.reshape(rows, n), x.reshape(rows, k))
+    if grad.dim() != 2:
+        rows = grad.shape[:-1].numel()
+        grad, x = grad.reshape(rows, grad.shape[-1]), x.reshape(rows, x.shape[-1])
+    rows, n = grad.shape
+    return _call("weight_grad", n, x.shape[1], rows, grad, x)

@@ -27,19 +27,25 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _gemm.forward(x, weight, bias)
 
 
-def backward(
+def gradients(
     grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool] | tuple[bool, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias) without autograd; an empty tensor for each that ``needs`` does not ask for."""
-    none = grad.new_empty(0)
-    dx = _gemm.input_grad(grad, weight) if needs[0] else none
-    dweight = _gemm.weight_grad(grad, x) if needs[1] else none
-    return dx, dweight, bias_grad(grad) if needs[2] else none
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias) without autograd; None for each that ``needs`` does not ask for."""
+    return (
+        _gemm.input_grad(grad, weight) if needs[0] else None,
+        _gemm.weight_grad(grad, x) if needs[1] else None,
+        bias_grad(grad) if needs[2] else None,
+    )
 
 
 def bias_grad(grad: Tensor) -> Tensor:
     """The sum over rows; a copy where there is one row (an op's output may not be its input)."""
     return grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad.clone()
+
+
+def backward(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`gradients` as a registered op returns them: an empty tensor for None."""
+    return tuple(grad.new_empty(0) if g is None else g for g in gradients(grad, x, weight, needs))
 
 
 FAMILY = KernelFamily(
@@ -67,9 +73,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         refuse_double_backward("linear")
-        needs = ctx.needs_input_grad
-        grads = backward(grad, *ctx.saved_tensors, needs)
-        return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+        return gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad)
 
 
 # --------------------------------------------------------------------------- registration

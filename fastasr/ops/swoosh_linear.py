@@ -65,7 +65,7 @@ def forward(
     return _gemm.forward(activate(x, kind, mask, shared_dim).to(weight.dtype), weight, bias)
 
 
-def backward(
+def gradients(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -73,10 +73,9 @@ def backward(
     mask: Tensor | None,
     shared_dim: int,
     needs: list[bool] | tuple[bool, ...],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias) without autograd; an empty tensor for each that ``needs`` does not ask for."""
-    none = grad.new_empty(0)
-    dx, activation = x.new_empty(0), None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias) without autograd; None for each that ``needs`` does not ask for."""
+    dx = activation = None
     if needs[0]:
         dy = _gemm.input_grad(grad, weight).to(x.dtype)
         kernels = FAMILY.kernels(x)
@@ -88,8 +87,26 @@ def backward(
             )
     elif needs[1]:
         activation = activate(x, kind, mask, shared_dim)
-    dweight = _gemm.weight_grad(grad, activation.to(weight.dtype)) if needs[1] else none
-    return dx, dweight, bias_grad(grad) if needs[2] else none
+    dweight = _gemm.weight_grad(grad, activation.to(weight.dtype)) if needs[1] else None
+    return dx, dweight, bias_grad(grad) if needs[2] else None
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    kind: str,
+    mask: Tensor | None,
+    shared_dim: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`gradients` as a registered op returns them: an empty tensor for None."""
+    dx, dweight, dbias = gradients(grad, x, weight, kind, mask, shared_dim, needs)
+    return (
+        x.new_empty(0) if dx is None else dx,
+        grad.new_empty(0) if dweight is None else dweight,
+        grad.new_empty(0) if dbias is None else dbias,
+    )
 
 
 class _SwooshLinear(torch.autograd.Function):
@@ -103,9 +120,8 @@ class _SwooshLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         refuse_double_backward("swoosh_linear")
         x, weight, mask = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        grads = backward(grad, x, weight, ctx.kind, mask, ctx.shared_dim, needs)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
+        needs = ctx.needs_input_grad
+        return *gradients(grad, x, weight, ctx.kind, mask, ctx.shared_dim, needs), None, None, None
 
 
 # --------------------------------------------------------------------------- registration
@@ -185,14 +201,24 @@ def swoosh_linear(
         not is_compiling()
         and FAMILY.native is not None
         and not training
-        and not is_grad_enabled()
         and plain_affine(x, weight, bias)
+        and type(kind) is str
+        and type(dropout_p) is float
+        and 0.0 <= dropout_p < 1.0
+        and (
+            dropout_shared_dim is None
+            or (type(dropout_shared_dim) is int and -x.dim() <= dropout_shared_dim < x.dim())
+        )
         and x.is_contiguous()
         and not torch.is_autocast_enabled("cpu")
     ):
         try:
+            if is_grad_enabled() and (
+                x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+            ):
+                return _SwooshLinear.apply(x, weight, bias, kind, None, -1)
             return _gemm.forward(FAMILY.native.forward(x, KINDS[kind], None, -1), weight, bias)
-        except (RuntimeError, KeyError, TypeError):
+        except (RuntimeError, KeyError):
             pass  # the checked path tells why
     op = "swoosh_linear"
     dtype = autocast_dtype(x) if isinstance(x, Tensor) else None
