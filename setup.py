@@ -79,6 +79,7 @@ setup(
         *packages("kernels", "fastasr.kernels"),
         *packages("benchmarks", "fastasr.benchmarks"),
     ],
+    include_package_data=False,  # what the source distribution holds beside code (benchmark rows) stays out of wheels
     package_data={"": ["*.html", "*.toml", "*.json", "py.typed"]},
     ext_modules=[Extension("fastasr._C", [])] if os.environ.get("FASTASR_NATIVE", "1") != "0" else [],
     cmdclass={"build_ext": CMakeBuild},
