@@ -4,9 +4,11 @@
 import argparse
 import contextlib
 import copy
+import logging
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -99,6 +101,9 @@ def _speech(stages: Stages, options: argparse.Namespace) -> tuple[audio.Speech, 
 def _compiled(stages: Stages, model, inputs: tuple, story: Story):
     """Upstream under torch.compile after its first call, or None with a note."""
     compiled = torch.compile(copy.deepcopy(model))
+    # its warnings about upstream's code fill screens and ask nothing of the reader
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch._dynamo")
     text = f"torch.compile of the whole model (about two minutes here, {COMPILE_LIMIT} s at most)"
     start = time.perf_counter()
     try:
@@ -211,7 +216,7 @@ def _time(stages: Stages, shipped, ours, story: Story, options: argparse.Namespa
         stages.say(f"largest difference of the outputs, relative to the largest: {story.difference:.1e}")
         if options.no_compile:
             story.notes.append("torch.compile was left out (--no-compile)")
-        elif compiled := _compiled(stages, shipped, inputs, story):
+        elif (compiled := _compiled(stages, shipped, inputs, story)) is not None:
             models = {UPSTREAM: shipped, COMPILED: compiled, FASTASR: ours}
         wait_until_idle(patience=20, report=stages.say)
         with stages.alive(f"{options.reps} interleaved rounds of {len(models)}"):
