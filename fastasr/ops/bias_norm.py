@@ -16,13 +16,12 @@ from fastasr.ops import _check
 from fastasr.ops._dispatch import (
     PLAIN,
     KernelFamily,
-    Kernels,
     direct,
     native_kernels,
     served,
     triton_kernels,
 )
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._register import NativeFunction, refuse_double_backward, register
 
 FAMILY = KernelFamily("bias_norm", ("bias_norm",), (native_kernels("bias_norm"), triton_kernels("bias_norm")))
 
@@ -100,22 +99,6 @@ class _BiasNorm(torch.autograd.Function):
         return *backward(grad, *ctx.saved_tensors, ctx.channel_dim), None
 
 
-class _NativeBiasNorm(torch.autograd.Function):
-    """The same for operands that the native kernels take as they are: contiguous, of one dtype, channels last."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor, log_scale: Tensor, kernels: Kernels) -> Tensor:
-        y = kernels.forward(x, bias, log_scale)
-        ctx.save_for_backward(x, bias, log_scale)
-        ctx.kernels = kernels
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        refuse_double_backward("bias_norm")
-        return *ctx.kernels.backward(grad.contiguous(), *ctx.saved_tensors), None
-
-
 # --------------------------------------------------------------------------- registration
 def _fake_forward(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int) -> Tensor:
     dtype = torch.promote_types(x.dtype, bias.dtype)
@@ -185,7 +168,7 @@ def bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int = -1)
     ):
         try:
             if is_grad_enabled() and (x.requires_grad or bias.requires_grad or log_scale.requires_grad):
-                return _NativeBiasNorm.apply(x, bias, log_scale, FAMILY.native)
+                return NativeFunction.apply("bias_norm", FAMILY.native, x, bias, log_scale)
             if x.is_contiguous():
                 return FAMILY.native.forward(x, bias, log_scale)
         except RuntimeError:

@@ -15,13 +15,12 @@ from fastasr.ops import _check
 from fastasr.ops._dispatch import (
     PLAIN,
     KernelFamily,
-    Kernels,
     direct,
     native_kernels,
     served,
     triton_kernels,
 )
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops._register import NativeFunction, refuse_double_backward, register
 
 FAMILY = KernelFamily("bypass", ("bypass",), (native_kernels("bypass"), triton_kernels("bypass")))
 
@@ -84,22 +83,6 @@ class _Bypass(torch.autograd.Function):
         return backward(grad, *ctx.saved_tensors)
 
 
-class _NativeBypass(torch.autograd.Function):
-    """The same for operands that the native kernels take as they are: contiguous, of one dtype."""
-
-    @staticmethod
-    def forward(ctx, x_orig: Tensor, x: Tensor, scale: Tensor, kernels: Kernels) -> Tensor:
-        y = kernels.forward(x_orig, x, scale)
-        ctx.save_for_backward(x_orig, x, scale)
-        ctx.kernels = kernels
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        refuse_double_backward("bypass")
-        return *ctx.kernels.backward(grad.contiguous(), *ctx.saved_tensors), None
-
-
 # --------------------------------------------------------------------------- registration
 def _fake_forward(x_orig: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     if FAMILY.kernels(x, x_orig, scale) is None:
@@ -150,7 +133,7 @@ def bypass(x_orig: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     ):
         try:
             if is_grad_enabled() and (x_orig.requires_grad or x.requires_grad or scale.requires_grad):
-                return _NativeBypass.apply(x_orig, x, scale, FAMILY.native)
+                return NativeFunction.apply("bypass", FAMILY.native, x_orig, x, scale)
             if x.is_contiguous() and x_orig.is_contiguous():
                 return FAMILY.native.forward(x_orig, x, scale)
         except RuntimeError:
