@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op contract, for every op, from its sample table alone: a new op needs no code here.
 
-With FASTASR_TEST_BACKEND set the ops are forced onto that backend (tests/ops/test_contract_interpreted.py runs this file so,
-with Triton's interpreter).
+With FASTASR_TEST_BACKEND set the ops are forced onto that backend: tests/ops/test_contract_interpreted.py runs this
+file so, with Triton's interpreter.
 """
 
 import os
