@@ -4,7 +4,7 @@
 #include "cpu/number.h"
 
 // log(1 + e^-t), t >= 0, sixteen at a time: 32 pieces of degree 5 whose coefficients stay in registers and are picked
-// by a permutation of two registers. 0.26 ns per Swoosh on one Zen 4 core against 0.39 for an exponential and a
+// by a permutation of two registers. 0.26 ns per Swoosh on one Zen 4 core against 0.46 for an exponential and a
 // logarithm in polynomial form, at the same error. The compiler does not find such a form, hence the intrinsics.
 #if defined(__x86_64__) && (!defined(FASTASR_NO_CLONES) || (defined(__AVX512F__) && defined(__AVX512BW__)))
 #define FASTASR_AVX512 1
