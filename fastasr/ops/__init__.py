@@ -7,9 +7,12 @@ Every op is also registered as ``torch.ops.fastasr.<name>``; ``fastasr ops`` pri
 from fastasr.ops import _dispatch
 from fastasr.ops.bias_norm import bias_norm
 from fastasr.ops.bypass import bypass
+from fastasr.ops.gated_residual_norm import gated_residual_norm as gated_residual_norm
+from fastasr.ops.gated_residual_norm import residual_norm as residual_norm
 from fastasr.ops.linear import linear
 from fastasr.ops.swoosh import swoosh_l, swoosh_r
 from fastasr.ops.swoosh_linear import swoosh_linear
+from fastasr.ops.toeplitz_attention import toeplitz_attention as toeplitz_attention
 
 _dispatch.prepare()  # registers torch.ops.fastasr_cpu.*; where that is missing it is reported, not raised
 

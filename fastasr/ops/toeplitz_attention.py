@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Gated attention of MEGA (Ma et al., 2022, section 3.3) with a Toeplitz bias, between its matrix products.
+
+With z = act(query_key), q = (z ⊙ w₀ + b₀) / √d and k = z ⊙ w₁ + b₁, per sequence and chunk of C frames:
+
+S_ij = q_i · k_j + β_{j−i}, masked where j > i (causal) or key j is padding;  A = softmax_j(S) ⊙ M;
+h = A v;  y = h ⊙ act(gate).
+
+β_{j−i} is entry P − 1 + (j − i) of ``position_bias`` (2 P − 1 entries, P ≥ C). M, optional, is the mask of dropout.
+A chunk whose keys are all padding ignores the padding mask, as upstream does. There is one head.
+Upstream: ``MEGA`` in ``espnet2.asr_transducer.decoder.blocks.mega``.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastasr.ops import _activation, _check
+
+
+# --------------------------------------------------------------------------- definition
+def definition(
+    query_key: Tensor,
+    gate: Tensor,
+    value: Tensor,
+    qk_weight: Tensor,
+    qk_bias: Tensor,
+    position_bias: Tensor,
+    *,
+    causal: bool = True,
+    padding_mask: Tensor | None = None,
+    chunk_size: int = 0,
+    activation: str = "silu",
+    weights_dropout: Tensor | None = None,
+    activate_value: bool = False,
+) -> Tensor:
+    """The formula in eager PyTorch."""
+    act = _activation.function(activation)
+    length, batch, channels = query_key.shape
+    size, count = chunks(length, chunk_size)
+
+    def apart(t: Tensor) -> Tensor:  # (L, B, C) -> (B, chunks, size, C), zeros behind the last frame
+        t = F.pad(t, (0, 0, 0, 0, 0, size * count - length)) if size * count != length else t
+        return t.transpose(0, 1).reshape(batch, count, size, t.shape[-1])
+
+    z = act(query_key)
+    query = apart((z * qk_weight[0] + qk_bias[0]) * channels**-0.5)
+    key = apart(z * qk_weight[1] + qk_bias[1])
+    middle = position_bias.shape[0] // 2
+    bias = position_bias[middle + 1 - size : middle + size].unfold(0, size, 1).flip(0)
+    scores = torch.matmul(query, key.transpose(-1, -2)) + bias
+    mask = mask_of(length, size, count, causal, padding_mask, scores.device)
+    if mask is not None:
+        scores = scores.masked_fill(mask, -math.inf)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.softmax(scores, -1, dtype=wide).to(value.dtype)
+    if weights_dropout is not None:
+        weights = weights * weights_dropout
+    mixed = torch.matmul(weights, apart(act(value) if activate_value else value))
+    mixed = mixed.reshape(batch, size * count, value.shape[-1])[:, :length].transpose(0, 1)
+    return mixed * act(gate)
+
+
+def chunks(length: int, chunk_size: int) -> tuple[int, int]:
+    """(frames per chunk, number of chunks) of a sequence."""
+    size = max(1, min(chunk_size, length) if chunk_size > 0 else length)
+    return size, (length + size - 1) // size
+
+
+def mask_of(
+    length: int, size: int, count: int, causal: bool, padding_mask: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """True where a key may not be seen, broadcastable to (B, chunks, size, size); None when all may."""
+    mask = None
+    if causal:
+        mask = torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
+    if padding_mask is not None:
+        padded = F.pad(padding_mask, (0, size * count - length), value=True).reshape(-1, count, 1, size)
+        padded = padded & ~padded.all(-1, keepdim=True)
+        mask = padded if mask is None else mask | padded
+    if size * count != length:
+        behind = torch.arange(size * count, device=device).reshape(count, 1, size) >= length
+        mask = behind if mask is None else mask | behind
+    return mask
+
+
+# --------------------------------------------------------------------------- public function
+def toeplitz_attention(
+    query_key: Tensor,
+    gate: Tensor,
+    value: Tensor,
+    qk_weight: Tensor,
+    qk_bias: Tensor,
+    position_bias: Tensor,
+    *,
+    causal: bool = True,
+    padding_mask: Tensor | None = None,
+    chunk_size: int = 0,
+    activation: str = "silu",
+    weights_dropout: Tensor | None = None,
+    activate_value: bool = False,
+) -> Tensor:
+    """softmax(q kᵀ / √d + bias) value · act(gate), q and k affine in act(query_key); queries and keys of one length.
+
+    Decoding against a longer history of keys is another operation.
+
+    Args:
+        query_key: (L, B, d), before the activation; any strides, so a slice of a projection needs no copy.
+        gate: (L, B, V), before the activation.
+        value: (L, B, V), after it, or before it with ``activate_value``.
+        qk_weight, qk_bias: (2, d): row 0 makes queries, row 1 keys.
+        position_bias: (2 P − 1,), P at least the frames of a chunk (of the sequence without chunks): entry
+            P − 1 + j − i is added to the score of query i and key j.
+        causal: query i sees keys j ≤ i alone.
+        padding_mask: bool (B, L), True where a key is padding. A chunk of padding alone ignores it. A query that is
+            left without any key gives NaN, as a softmax of nothing does.
+        chunk_size: frames per chunk, each attending to itself; 0: one chunk. The last one may be shorter.
+        activation: "identity", "silu", "relu", "tanh" or "gelu".
+        weights_dropout: (B, chunks, C, C), C the frames of a chunk: multiplied on the weights after the softmax.
+    Returns:
+        (L, B, V) in the promoted dtype of value and gate.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or names do not match.
+    """
+    op = "toeplitz_attention"
+    tensors = {
+        "query_key": query_key,
+        "gate": gate,
+        "value": value,
+        "qk_weight": qk_weight,
+        "qk_bias": qk_bias,
+        "position_bias": position_bias,
+    }
+    for name, t in tensors.items():
+        _check.floating_tensor(op, name, t)
+        _check.same_device(op, name, t, query_key, "query_key")
+    _activation.number(op, activation)
+    return definition(
+        query_key,
+        gate,
+        value,
+        qk_weight,
+        qk_bias,
+        position_bias,
+        causal=causal,
+        padding_mask=padding_mask,
+        chunk_size=chunk_size,
+        activation=activation,
+        weights_dropout=weights_dropout,
+        activate_value=activate_value,
+    )
