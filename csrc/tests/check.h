@@ -147,6 +147,8 @@ void elementary();
 void swoosh();
 void bias_norm();
 void bypass();
+void skinny_gemm();
+void mega_step();
 void simd();
 void threads();
 

@@ -15,9 +15,10 @@ struct Test {
 };
 
 constexpr Test kTests[] = {
-    {"numbers", fastasr::test::numbers}, {"elementary", fastasr::test::elementary},
-    {"swoosh", fastasr::test::swoosh},   {"bias_norm", fastasr::test::bias_norm},
-    {"bypass", fastasr::test::bypass},   {"simd", fastasr::test::simd},
+    {"numbers", fastasr::test::numbers},     {"elementary", fastasr::test::elementary},
+    {"swoosh", fastasr::test::swoosh},       {"bias_norm", fastasr::test::bias_norm},
+    {"bypass", fastasr::test::bypass},       {"skinny_gemm", fastasr::test::skinny_gemm},
+    {"mega_step", fastasr::test::mega_step}, {"simd", fastasr::test::simd},
     {"threads", fastasr::test::threads},
 };
 
