@@ -18,6 +18,7 @@ from fastasr.benchmarks.harness import LoadMeter, Variant, interleave
 from fastasr.benchmarks.rows import Row
 from fastasr.ops.bias_norm import definition as bias_norm_definition
 from fastasr.ops.bypass import definition as bypass_definition
+from fastasr.ops.ema_scan import definition as ema_scan_definition
 from fastasr.ops.swoosh import definition_l, definition_r
 
 NAME = "dispatch"
@@ -66,6 +67,12 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             lambda x, b, s: registered.bias_norm(x, b, s, -1),
         ),
         "bypass": Tiny((x, other, scale), bypass_definition, ops.bypass, registered.bypass),
+        "ema_scan": Tiny(
+            (x.unsqueeze(0), weight, weight, weight, weight, bias),
+            ema_scan_definition,
+            ops.ema_scan,
+            lambda *tensors: registered.ema_scan(*tensors, None, None, 0, 0, 0, 0, False)[0],
+        ),
         "linear": Tiny((x, weight, bias), F.linear, ops.linear, registered.linear),
     }
 

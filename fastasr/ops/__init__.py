@@ -7,6 +7,7 @@ Every op is also registered as ``torch.ops.fastasr.<name>``; ``fastasr ops`` pri
 from fastasr.ops import _dispatch
 from fastasr.ops.bias_norm import bias_norm
 from fastasr.ops.bypass import bypass
+from fastasr.ops.ema_scan import ema_scan
 from fastasr.ops.gated_residual_norm import gated_residual_norm as gated_residual_norm
 from fastasr.ops.gated_residual_norm import residual_norm as residual_norm
 from fastasr.ops.linear import linear
@@ -16,5 +17,5 @@ from fastasr.ops.toeplitz_attention import toeplitz_attention as toeplitz_attent
 
 _dispatch.prepare()  # registers torch.ops.fastasr_cpu.*; where that is missing it is reported, not raised
 
-NAMES = ("swoosh_l", "swoosh_r", "swoosh_linear", "bias_norm", "bypass", "linear")
-__all__ = ["bias_norm", "bypass", "linear", "swoosh_l", "swoosh_linear", "swoosh_r"]
+NAMES = ("swoosh_l", "swoosh_r", "swoosh_linear", "bias_norm", "bypass", "linear", "ema_scan")
+__all__ = ["bias_norm", "bypass", "ema_scan", "linear", "swoosh_l", "swoosh_linear", "swoosh_r"]

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -72,6 +72,16 @@ def interpreting() -> bool:
 
 def _reason_cpu() -> str:
     return native_reason()
+
+
+def _reason_cuda(name: str) -> str:
+    if native_reason():
+        return native_reason()
+    if native_build_info()["cuda_architectures"] is None:
+        return "the native library was built without CUDA"
+    if not hasattr(torch.ops.fastasr_cuda, f"{name}_forward"):
+        return "the native library has no CUDA kernel for it"
+    return "" if torch.cuda.is_available() else "no CUDA device"
 
 
 def _reason_triton() -> str:
@@ -235,15 +245,23 @@ def served(family: str, x: torch.Tensor, *others: torch.Tensor) -> bool:
 def native_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Implementation:
     """The C++ kernels ``torch.ops.fastasr_cpu.<name>_forward`` and ``_backward``."""
 
-    def load() -> Kernels:
-        namespace = torch.ops.fastasr_cpu
-        return Kernels(
-            "cpu",
-            getattr(namespace, f"{name}_forward").default,
-            getattr(namespace, f"{name}_backward").default,
-        )
+    return Implementation("cpu", ("cpu",), dtypes, _reason_cpu, partial(_registered, "cpu", name))
 
-    return Implementation("cpu", ("cpu",), dtypes, _reason_cpu, load)
+
+def cuda_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Implementation:
+    """The CUDA kernels ``torch.ops.fastasr_cuda.<name>_forward`` and ``_backward``."""
+    return Implementation(
+        "cuda", ("cuda",), dtypes, partial(_reason_cuda, name), partial(_registered, "cuda", name)
+    )
+
+
+def _registered(backend: str, name: str) -> Kernels:
+    namespace = getattr(torch.ops, f"fastasr_{backend}")
+    return Kernels(
+        backend,
+        getattr(namespace, f"{name}_forward").default,
+        getattr(namespace, f"{name}_backward").default,
+    )
 
 
 def triton_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING[:3]) -> Implementation:

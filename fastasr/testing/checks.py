@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastasr.ops import _dispatch
-from fastasr.testing.table import Make, OpTable, Sample, floating, tables, with_tensors
+from fastasr.testing.table import Make, OpTable, Sample, flat, floating, tables, with_tensors
 from fastasr.testing.tolerance import compare
 
 _SEED = 1234
@@ -26,7 +26,7 @@ def _make(sample: Sample, dtype: torch.dtype, device: str) -> dict:
 
 def _call(f: Callable[..., Tensor], arguments: dict, seed: int = _SEED) -> Tensor:
     torch.manual_seed(seed)  # an op that draws (dropout) draws the same numbers in every run
-    return f(**arguments)
+    return flat(f(**arguments))
 
 
 def _values_and_gradients(
@@ -117,7 +117,7 @@ def no_grad_equals_grad(table: OpTable, sample: Sample, dtype: torch.dtype, devi
     with torch.inference_mode():
         _same(_call(table.function, arguments).clone(), out.detach(), "inference_mode")
     torch.manual_seed(_SEED)
-    _same(table.overload(*table.registered(arguments)), out.detach(), "registered op")
+    _same(table.call_registered(arguments), out.detach(), "registered op")
 
 
 def gradcheck(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
@@ -130,7 +130,7 @@ def gradcheck(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -
 
     def registered(*tensors):
         torch.manual_seed(_SEED)
-        return table.overload(*table.registered(arguments | dict(zip(names, tensors, strict=True))))
+        return table.call_registered(arguments | dict(zip(names, tensors, strict=True)))
 
     tensors = tuple(arguments[n] for n in names)
     assert torch.autograd.gradcheck(public, tensors, nondet_tol=0.0)
@@ -147,7 +147,7 @@ def double_backward(table: OpTable, sample: Sample, dtype: torch.dtype, device: 
         torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
 
     def registered() -> Tensor:
-        return table.overload(*table.registered(arguments))
+        return table.call_registered(arguments)
 
     for run in (lambda: _call(table.function, arguments), registered):
         if _dispatch.explain_choice(_family(table), device, torch.float64)[0] == "eager":
@@ -339,7 +339,7 @@ def autocast(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) ->
         return run
 
     def overload(**a):
-        return table.overload(*table.registered(a))
+        return table.call_registered(a)
 
     eager, eager_grads, cotangent = _values_and_gradients(under(table.definition), arguments)
     reference, reference_grads, _ = _values_and_gradients(

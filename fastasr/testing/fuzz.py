@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastasr.testing.table import Make, floating, tables, with_tensors
+from fastasr.testing.table import Make, flat, floating, tables, with_tensors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ELEMENTS = 50_000
@@ -141,7 +141,7 @@ def run_one(seed: int, index: int) -> tuple[str, str]:
     if gradients:
         arguments = with_tensors(arguments, lambda _, t: t.detach().requires_grad_() if t.is_leaf else t)
     try:
-        out = table.function(**arguments)
+        out = flat(table.function(**arguments))
     except (TypeError, ValueError) as error:
         ok = str(error).startswith(f"fastasr.{name}: ")
         return label, "" if ok else f"{type(error).__name__} that does not name the op: {error}"
@@ -151,7 +151,7 @@ def run_one(seed: int, index: int) -> tuple[str, str]:
         return label, ""
     wide = with_tensors(arguments, lambda _, t: t.detach().double().requires_grad_(t.requires_grad))
     try:
-        reference = table.definition(**wide)
+        reference = flat(table.definition(**wide))
     except Exception as error:
         return label, f"accepted a call that its definition refuses: {type(error).__name__}: {error}"
     wrong = _agrees(out.detach(), reference.detach(), 1.0)

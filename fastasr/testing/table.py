@@ -65,7 +65,8 @@ class OpTable:
     """Everything the checks need to know of an op.
 
     op: its public name. definition: the eager formula, called with the same keyword arguments as the op.
-    registered: keyword arguments -> positional arguments of ``torch.ops.fastasr.<op>``.
+    registered: keyword arguments -> positional arguments of ``torch.ops.fastasr.<op>``. result: from the keyword
+    arguments and what that operator returns, what the public function returns.
     rows: names of the arguments that are cut along dimension 0 when a call is split; () when rows depend on each
     other. thread_invariant: bitwise equal for any number of threads (a vendor's matrix product need not be).
     """
@@ -78,6 +79,7 @@ class OpTable:
     rows: tuple[str, ...] = ()
     thread_invariant: bool = True
     random: Callable[["Make", "object"], dict] | None = field(default=None)
+    result: Callable[[dict, object], object] = lambda arguments, outputs: outputs
 
     @property
     def function(self) -> Callable[..., Tensor]:
@@ -86,6 +88,10 @@ class OpTable:
     @property
     def overload(self):
         return getattr(torch.ops.fastasr, self.op).default
+
+    def call_registered(self, arguments: dict) -> Tensor:
+        """The registered op on the public function's keyword arguments; see :func:`flat`."""
+        return flat(self.result(arguments, self.overload(*self.registered(arguments))))
 
     @property
     def thorough(self) -> tuple[Sample, ...]:
@@ -96,6 +102,11 @@ class OpTable:
 def tables() -> dict[str, OpTable]:
     """The table of every public op, by name."""
     return {name: import_module(f"fastasr.testing.samples.{name}").TABLE for name in ops.NAMES}
+
+
+def flat(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """One tensor for an op's outputs: several are joined, in their widest dtype, so that they are checked together."""
+    return outputs if isinstance(outputs, Tensor) else torch.cat([t.flatten() for t in outputs])
 
 
 def floating(arguments: dict) -> dict[str, Tensor]:
