@@ -21,6 +21,7 @@ import sys
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fastasr.swap import binding
@@ -269,6 +270,17 @@ class _DrawInLowPrecision(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _StayInFp64(TorchDispatchMode):
+    """Casts of fp64 tensors to fp32, as in the backward passes of upstream's softmax and regularisers, copy."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        cast = func is torch.ops.aten._to_copy.default and kwargs.get("dtype") is torch.float32
+        if cast and args[0].dtype is torch.float64:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
 class _Reference:
     """Upstream's code on a copy of the module in fp64. ``count`` modules of it are swapped."""
 
@@ -305,8 +317,8 @@ class _Reference:
             args, kwargs = tree_map(roundings, (args, kwargs))
         forward = type(self.module).forward.__get__(self.module)
         device = next((t.device.type for t in tree_flatten(args)[0] if isinstance(t, torch.Tensor)), "cpu")
-        precision = _DrawInLowPrecision(self.dtype), torch.autocast(device, enabled=False)
-        with ModelState(self.module), precision[0], precision[1]:
+        draws, precision = _DrawInLowPrecision(self.dtype), torch.autocast(device, enabled=False)
+        with ModelState(self.module), draws, precision, _StayInFp64():
             return _replay(self.module, forward, args, kwargs, self.training, roundings)
 
     def of(self, kind):

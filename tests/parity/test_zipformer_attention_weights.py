@@ -84,6 +84,6 @@ def test_elsewhere_upstream_runs():
 
 @pytest.mark.parametrize("frames", [1, 15, 16, 17, 100, 796, 3000, 20000])
 def test_pieces_stay_small(frames):
-    rows = attention._rows_per_piece(frames, 4)
+    rows = attention._rows_per_piece(frames, frames, 4)
     assert 1 <= rows <= frames
     assert rows <= 16 or rows * (frames + rows - 1) * 4 <= attention.PIECE_BYTES

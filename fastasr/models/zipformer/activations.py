@@ -8,6 +8,7 @@ SwooshR(x) = log(1 + e^(x-1)) - 0.08 x - 0.313261687
 import torch
 
 from fastasr import ops
+from fastasr.models.zipformer.initial_scale import ScaledLinear
 
 
 class SwooshL(torch.nn.Module):
@@ -48,11 +49,7 @@ class ActivationDropoutAndLinear(torch.nn.Module):
             raise ValueError(
                 f"ActivationDropoutAndLinear: activation must be 'SwooshL' or 'SwooshR', got {activation!r}"
             )
-        linear = torch.nn.Linear(in_channels, out_channels, bias=bias)
-        with torch.no_grad():
-            linear.weight.mul_(initial_scale)
-            if bias:
-                linear.bias.uniform_(-0.1 * initial_scale, 0.1 * initial_scale)
+        linear = ScaledLinear(in_channels, out_channels, bias=bias, initial_scale=initial_scale)
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         self.activation = activation

@@ -4,10 +4,13 @@
 y = x_orig + (x - x_orig) * scale
 """
 
+import copy
+
 import torch
 
 from fastasr import ops
 from fastasr.models.zipformer.parameter_limits import limit_param_value
+from fastasr.models.zipformer.schedules import ScheduledFloat
 
 
 class BypassModule(torch.nn.Module):
@@ -18,13 +21,20 @@ class BypassModule(torch.nn.Module):
     numbers or schedules that convert to float.
     """
 
-    def __init__(self, embed_dim, skip_rate=0.0, straight_through_rate=0.0, scale_min=0.0, scale_max=1.0):
+    def __init__(
+        self,
+        embed_dim,
+        skip_rate=0.0,
+        straight_through_rate=0.0,
+        scale_min=ScheduledFloat((0.0, 0.9), (20000.0, 0.2), default=0),  # noqa: B008 (copied)
+        scale_max=1.0,
+    ):
         super().__init__()
         self.bypass_scale = torch.nn.Parameter(torch.full((embed_dim,), 0.5))
-        self.skip_rate = skip_rate
-        self.straight_through_rate = straight_through_rate
-        self.scale_min = scale_min
-        self.scale_max = scale_max
+        self.skip_rate = copy.deepcopy(skip_rate)
+        self.straight_through_rate = copy.deepcopy(straight_through_rate)
+        self.scale_min = copy.deepcopy(scale_min)
+        self.scale_max = copy.deepcopy(scale_max)
 
     def _get_bypass_scale(self, batch_size):
         scale = self.bypass_scale

@@ -30,7 +30,7 @@ class BiasNorm(torch.nn.Module):
         self.num_channels = num_channels
         self.channel_dim = channel_dim
         self.log_scale = torch.nn.Parameter(torch.tensor(log_scale))
-        self.bias = torch.nn.Parameter(torch.randn(num_channels) * 1e-4)
+        self.bias = torch.nn.Parameter(torch.empty(num_channels).normal_(std=1e-4))
         self.log_scale_min = log_scale_min
         self.log_scale_max = log_scale_max
         self.store_output_for_backprop = store_output_for_backprop

@@ -10,7 +10,7 @@ import random
 import torch
 
 
-class _LimitGradient(torch.autograd.Function):
+class LimitParamValue(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, min, max):
         ctx.save_for_backward(x)
@@ -35,4 +35,4 @@ def limit_param_value(x, min, max, prob=0.6, training=True):
         return x
     if min > max:
         raise ValueError(f"limit_param_value: min must not exceed max, got min={min}, max={max}")
-    return _LimitGradient.apply(x, min, max)
+    return LimitParamValue.apply(x, min, max)

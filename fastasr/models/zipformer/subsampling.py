@@ -12,9 +12,19 @@ cache instead of crossing memory four times.
 """
 
 import torch
+import torch.nn.functional as F
 
 from fastasr import ops
+from fastasr.models.zipformer.activations import SwooshL, SwooshR
+from fastasr.models.zipformer.balancer import Balancer
+from fastasr.models.zipformer.dropout import Dropout3
+from fastasr.models.zipformer.gradient_scale import ScaleGrad
 from fastasr.models.zipformer.inference import any_hooked, is_plain_inference
+from fastasr.models.zipformer.initial_scale import ScaledConv2d
+from fastasr.models.zipformer.linear import Linear
+from fastasr.models.zipformer.normalization import BiasNorm
+from fastasr.models.zipformer.schedules import ScheduledFloat
+from fastasr.models.zipformer.whitening import Whiten
 
 # Rows per block: the hidden activations of a block, 3 * 128 channels in fp32, then take 1.5 MB.
 BLOCK_ROWS = 1024
@@ -27,8 +37,46 @@ class Conv2dSubsampling(torch.nn.Module):
     dropout, and calls each of them. In inference on CPU, conv gets its input in channels_last order: the same
     values with other strides. The result is contiguous either way.
 
-    Raises AssertionError when the largest of the lengths is not the number of frames.
+    Raises ValueError for fewer than 7 in_channels, AssertionError when the largest of the lengths is not the
+    number of frames.
     """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        layer1_channels=8,
+        layer2_channels=32,
+        layer3_channels=128,
+        dropout=0.1,
+    ):
+        if in_channels < 7:
+            raise ValueError(f"Conv2dSubsampling: in_channels must be at least 7, got {in_channels}")
+        super().__init__()
+        self.conv = torch.nn.Sequential(
+            torch.nn.Conv2d(1, layer1_channels, 3, padding=(0, 1)),
+            ScaleGrad(0.2),  # else this layer's gradients could leave the range of float16
+            Balancer(layer1_channels, channel_dim=1, max_abs=1.0),
+            SwooshR(),
+            torch.nn.Conv2d(layer1_channels, layer2_channels, 3, stride=2),
+            Balancer(layer2_channels, channel_dim=1, max_abs=4.0),
+            SwooshR(),
+            torch.nn.Conv2d(layer2_channels, layer3_channels, 3, stride=(1, 2)),
+            Balancer(layer3_channels, channel_dim=1, max_abs=4.0),
+            SwooshR(),
+        )
+        self.convnext = ConvNeXt(layer3_channels, kernel_size=(7, 7))
+        self.out_width = ((in_channels - 1) // 2 - 1) // 2
+        self.layer3_channels = layer3_channels
+        self.out = Linear(self.out_width * layer3_channels, out_channels)
+        self.out_whiten = Whiten(
+            num_groups=1,
+            whitening_limit=ScheduledFloat((0.0, 4.0), (20000.0, 8.0), default=4.0),
+            prob=(0.025, 0.25),
+            grad_scale=0.02,
+        )
+        self.out_norm = BiasNorm(out_channels)
+        self.dropout = Dropout3(dropout, shared_dim=1)
 
     def forward(self, x, x_lens):
         x = x.unsqueeze(1)
@@ -36,13 +84,33 @@ class Conv2dSubsampling(torch.nn.Module):
             # Not contiguous(memory_format=...): with one channel that returns x, and conv would stay NCHW.
             x = x.to(memory_format=torch.channels_last)
         x = self.convnext(self.conv(x))
-        batch, channels, time, frequency = x.shape
-        rows = x.transpose(1, 2).reshape(batch, time, channels * frequency)
-        y = self.dropout(self.out_norm(self.out_whiten(self.out(rows))))
-        lengths = (x_lens - 7) // 2
-        longest = lengths.max().item()
-        assert y.shape[1] == longest, f"{y.shape[1]} frames, and the longest length is {longest}"
-        return y, lengths
+        y = self.dropout(self.out_norm(self.out_whiten(self.out(_frames(x)))))
+        return y, _lengths(y, (x_lens - 7) // 2)
+
+    def streaming_forward(self, x, x_lens, cached_left_pad):
+        """One chunk: (batch, time, features) -> (batch, (time - 7) // 2 - 3, channels), lengths, and
+        cached_left_pad for the next chunk. The last 3 frames after subsampling are seen as future alone.
+        """
+        x, cached_left_pad = self.convnext.streaming_forward(self.conv(x.unsqueeze(1)), cached_left_pad)
+        y = self.out_norm(self.out(_frames(x)))
+        return y, _lengths(y, (x_lens - 7) // 2 - self.convnext.padding[0]), cached_left_pad
+
+    def get_init_states(self, batch_size=1, device=torch.device("cpu")):  # noqa: B008 (immutable)
+        """cached_left_pad before the first chunk: (batch_size, layer3_channels, left padding, frequencies)."""
+        return torch.zeros(
+            batch_size, self.layer3_channels, self.convnext.padding[0], self.out_width, device=device
+        )
+
+
+def _frames(x):
+    """(batch, channels, time, frequency) -> (batch, time, channels * frequency)"""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _lengths(y, lengths):
+    longest = lengths.max().item()
+    assert y.shape[1] == longest, f"{y.shape[1]} frames, and the longest length is {longest}"
+    return lengths
 
 
 def _runs_channels_last(embed, x):
@@ -63,12 +131,51 @@ class ConvNeXt(torch.nn.Module):
     whitening act on gradients only, so where none is needed they are left out.
     """
 
+    def __init__(self, channels, hidden_ratio=3, kernel_size=(7, 7), layerdrop_rate=None):
+        super().__init__()
+        self.padding = tuple((size - 1) // 2 for size in kernel_size)
+        hidden_channels = channels * hidden_ratio
+        if layerdrop_rate is None:
+            layerdrop_rate = ScheduledFloat((0.0, 0.2), (20000.0, 0.015))
+        self.layerdrop_rate = layerdrop_rate
+        self.depthwise_conv = torch.nn.Conv2d(
+            channels, channels, kernel_size, groups=channels, padding=self.padding
+        )
+        self.pointwise_conv1 = torch.nn.Conv2d(channels, hidden_channels, 1)
+        self.hidden_balancer = Balancer(
+            hidden_channels, channel_dim=1, min_positive=0.3, max_positive=1.0, min_abs=0.75, max_abs=5.0
+        )
+        self.activation = SwooshL()
+        self.pointwise_conv2 = ScaledConv2d(hidden_channels, channels, 1, initial_scale=0.01)
+        self.out_balancer = Balancer(
+            channels, channel_dim=1, min_positive=0.4, max_positive=0.6, min_abs=1.0, max_abs=6.0
+        )
+        self.out_whiten = Whiten(num_groups=1, whitening_limit=5.0, prob=(0.025, 0.25), grad_scale=0.01)
+
     def forward(self, x):
         if self.training:
             return _by_submodules(self, x, _layerdrop_mask(self, x))
         if _runs_in_blocks(self, x):
             return _in_blocks(self, x)
         return _by_submodules(self, x, None)
+
+    def streaming_forward(self, x, cached_left_pad):
+        """x (batch, channels, time, frequency), cached_left_pad (batch, channels, padding, frequency), the
+        frames before it -> (batch, channels, time - padding, frequency), the cache for the next chunk.
+
+        Raises ValueError for a cache of another length.
+        """
+        pad = self.padding[0]
+        if cached_left_pad.shape[2] != pad:
+            raise ValueError(
+                f"ConvNeXt: cached_left_pad must hold {pad} frames, got {cached_left_pad.shape[2]}"
+            )
+        frames = x.shape[2] - pad
+        extended = torch.cat([cached_left_pad, x], dim=2)
+        conv = self.depthwise_conv
+        h = F.conv2d(extended, conv.weight, conv.bias, padding=(0, self.padding[1]), groups=conv.groups)
+        h = self.activation(self.hidden_balancer(self.pointwise_conv1(h)))
+        return x[:, :, :frames] + self.pointwise_conv2(h), extended[:, :, frames : frames + pad]
 
 
 def _layerdrop_mask(layer, x):

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A depthwise convolution over time that looks ahead within chunks only.
+
+    y = causal(x) + chunkwise(x) scale
+
+causal has (K + 1) / 2 taps and sees the past; chunkwise has K taps, centred, and sees zeros outside the chunk. scale
+depends on the position within the chunk of C frames: 1 + left[pos] within K frames of its left edge, plus
+right[K - C + pos] within K frames of its right edge.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+class ChunkCausalDepthwiseConv1d(torch.nn.Module):
+    """x (batch, channels, time) -> same shape. A chunk_size below 0, or above the time, is the whole of it.
+
+    Raises ValueError for an even kernel_size or a chunk_size of 0.
+    """
+
+    def __init__(self, channels, kernel_size, initial_scale=1.0, bias=True):
+        super().__init__()
+        if kernel_size % 2 != 1:
+            raise ValueError(f"ChunkCausalDepthwiseConv1d: kernel_size must be odd, got {kernel_size}")
+        self.causal_conv = torch.nn.Conv1d(channels, channels, (kernel_size + 1) // 2, groups=channels)
+        self.chunkwise_conv = torch.nn.Conv1d(
+            channels, channels, kernel_size, groups=channels, padding=kernel_size // 2, bias=bias
+        )
+        # Added to a scale of 1: near the left edge of the chunk, near the right edge.
+        self.chunkwise_conv_scale = torch.nn.Parameter(torch.zeros(2, channels, kernel_size))
+        self.kernel_size = kernel_size
+        with torch.no_grad():
+            self.causal_conv.weight.mul_(initial_scale)
+            self.chunkwise_conv.weight.mul_(initial_scale)
+            if bias:
+                self.causal_conv.bias.uniform_(-0.1 * initial_scale, 0.1 * initial_scale)
+
+    def forward(self, x, chunk_size=-1):
+        if chunk_size == 0:
+            raise ValueError("ChunkCausalDepthwiseConv1d: chunk_size must not be 0; below 0 is one chunk")
+        batch, channels, frames = x.shape
+        if chunk_size < 0 or chunk_size > frames:
+            chunk_size = frames
+        causal = self.causal_conv(F.pad(x, (self.kernel_size // 2, 0)))
+        chunks = -(-frames // chunk_size)
+        padded = F.pad(x, (0, chunks * chunk_size - frames))
+        by_chunk = padded.reshape(batch, channels, chunks, chunk_size).transpose(1, 2).flatten(0, 1)
+        y = self.chunkwise_conv(by_chunk) * self._get_chunk_scale(chunk_size)  # [B * chunks, C, chunk]
+        y = y.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2)
+        return y[..., :frames] + causal
+
+    def streaming_forward(self, x, cache):
+        """x (batch, channels, time), one chunk; cache (batch, channels, kernel_size // 2), the frames before
+        it -> output of x's shape, the cache for the next chunk.
+        """
+        left = self.kernel_size // 2
+        if cache.shape[-1] != left:
+            raise ValueError(
+                f"ChunkCausalDepthwiseConv1d: cache must hold {left} frames, got {cache.shape[-1]}"
+            )
+        extended = torch.cat([cache, x], dim=2)
+        chunkwise = self.chunkwise_conv(x) * self._get_chunk_scale(x.shape[2])
+        return chunkwise + self.causal_conv(extended), extended[..., extended.shape[2] - left :]
+
+    def _get_chunk_scale(self, chunk_size):
+        """(channels, chunk_size)"""
+        left, right = self.chunkwise_conv_scale
+        kernel_size = self.kernel_size
+        if chunk_size < kernel_size:
+            left, right = left[:, :chunk_size], right[:, kernel_size - chunk_size :]
+        else:
+            missing = chunk_size - kernel_size
+            left, right = F.pad(left, (0, missing)), F.pad(right, (missing, 0))
+        return 1.0 + (left + right)

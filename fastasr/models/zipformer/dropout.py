@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dropout with a rate that is a number or a schedule."""
+
+import torch
+
+
+class Dropout2(torch.nn.Module):
+    """Elementwise dropout."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return torch.nn.functional.dropout(x, p=float(self.p), training=self.training)
+
+
+class Dropout3(torch.nn.Module):
+    """Dropout whose mask has size 1 along ``shared_dim``; only the mask is kept for the backward pass."""
+
+    def __init__(self, p, shared_dim):
+        super().__init__()
+        self.p = p
+        self.shared_dim = shared_dim
+
+    def forward(self, x):
+        p = float(self.p)
+        if not self.training or p == 0:
+            return x
+        shape = list(x.shape)
+        shape[self.shared_dim] = 1
+        kept = torch.rand(*shape, device=x.device) > p
+        return x * kept * (1.0 / (1.0 - p))

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Zipformer encoder: stacks at different frame rates and widths, from (time, batch, channels) to half the rate."""
+
+import random
+
+import torch
+import torch.nn.functional as F
+
+from fastasr.models.zipformer.layer import ZipformerEncoderLayer
+from fastasr.models.zipformer.resampling import SimpleDownsample
+from fastasr.models.zipformer.schedules import ScheduledFloat
+from fastasr.models.zipformer.stack import STATES_PER_LAYER, DownsampledZipformerEncoder, ZipformerEncoder
+
+
+class Zipformer(torch.nn.Module):
+    """x (time, batch, encoder_dim[0]), x_lens (batch,) -> ((time + 1) // 2, batch, max(encoder_dim)), lengths.
+
+    The arguments are upstream's. Those per stack are an int, a sequence of ints, one or as many as
+    ``downsampling_factor`` has, or a string of them, "1,2,4"; so are ``chunk_size`` and ``left_context_frames``.
+
+    With ``causal``, forward draws a chunk size, and unless that is -1 the frames of left context, from these
+    two; attention and convolutions then see whole chunks. src_key_padding_mask (batch, time): True is padding.
+
+    Raises ValueError for arguments that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        output_downsampling_factor=2,
+        downsampling_factor=(2, 4),
+        encoder_dim=384,
+        num_encoder_layers=4,
+        encoder_unmasked_dim=256,
+        query_head_dim=24,
+        pos_head_dim=4,
+        value_head_dim=12,
+        num_heads=8,
+        feedforward_dim=1536,
+        cnn_module_kernel=31,
+        pos_dim=192,
+        dropout=None,
+        warmup_batches=4000.0,
+        causal=False,
+        chunk_size=(-1,),
+        left_context_frames=(-1,),
+    ):
+        super().__init__()
+        if dropout is None:
+            dropout = ScheduledFloat((0.0, 0.3), (20000.0, 0.1))
+        downsampling_factor = int_tuple("downsampling_factor", downsampling_factor)
+        stacks = len(downsampling_factor)
+
+        def per_stack(name, value):
+            return _per_stack(name, int_tuple(name, value), stacks)
+
+        if output_downsampling_factor != 2:
+            raise ValueError(
+                f"Zipformer: output_downsampling_factor must be 2, got {output_downsampling_factor}"
+            )
+        self.output_downsampling_factor = output_downsampling_factor
+        self.downsampling_factor = downsampling_factor
+        self.encoder_dim = encoder_dim = per_stack("encoder_dim", encoder_dim)
+        self.encoder_unmasked_dim = per_stack("encoder_unmasked_dim", encoder_unmasked_dim)
+        self.num_encoder_layers = per_stack("num_encoder_layers", num_encoder_layers)
+        self.query_head_dim = per_stack("query_head_dim", query_head_dim)
+        self.value_head_dim = per_stack("value_head_dim", value_head_dim)
+        pos_head_dim = per_stack("pos_head_dim", pos_head_dim)
+        self.num_heads = per_stack("num_heads", num_heads)
+        feedforward_dim = per_stack("feedforward_dim", feedforward_dim)
+        self.cnn_module_kernel = per_stack("cnn_module_kernel", cnn_module_kernel)
+        self.causal = causal
+        self.chunk_size = int_tuple("chunk_size", chunk_size)
+        self.left_context_frames = int_tuple("left_context_frames", left_context_frames)
+        for unmasked, dim in zip(self.encoder_unmasked_dim, encoder_dim, strict=True):
+            if unmasked > dim:
+                raise ValueError(
+                    f"Zipformer: encoder_unmasked_dim must not exceed encoder_dim, got "
+                    f"{self.encoder_unmasked_dim} and {encoder_dim}"
+                )
+
+        encoders = []
+        for i, factor in enumerate(downsampling_factor):
+            layer = ZipformerEncoderLayer(
+                embed_dim=encoder_dim[i],
+                pos_dim=pos_dim,
+                num_heads=self.num_heads[i],
+                query_head_dim=self.query_head_dim[i],
+                pos_head_dim=pos_head_dim[i],
+                value_head_dim=self.value_head_dim[i],
+                feedforward_dim=feedforward_dim[i],
+                dropout=dropout,
+                cnn_module_kernel=self.cnn_module_kernel[i],
+                causal=causal,
+            )
+            # The front end learns alone for the first part of the warm-up, then stack after stack joins in.
+            encoder = ZipformerEncoder(
+                layer,
+                self.num_encoder_layers[i],
+                pos_dim=pos_dim,
+                dropout=dropout,
+                warmup_begin=warmup_batches * (i + 1) / (stacks + 1),
+                warmup_end=warmup_batches * (i + 2) / (stacks + 1),
+                final_layerdrop_rate=0.035 * factor**0.5,
+            )
+            if factor != 1:
+                encoder = DownsampledZipformerEncoder(
+                    encoder, dim=encoder_dim[i], downsample=factor, dropout=dropout, causal=causal
+                )
+            encoders.append(encoder)
+        self.encoders = torch.nn.ModuleList(encoders)
+        self.downsample_output = SimpleDownsample(
+            max(encoder_dim), downsample=output_downsampling_factor, dropout=dropout, causal=causal
+        )
+
+    def forward(self, x, x_lens, src_key_padding_mask=None):
+        feature_masks = self.get_feature_masks(x)
+        chunk_size, left_context_chunks = self.get_chunk_info()
+        attn_mask = self._get_attn_mask(x, chunk_size, left_context_chunks)
+        outputs = []
+        for i, encoder in enumerate(self.encoders):
+            factor = self.downsampling_factor[i]
+            x = encoder(
+                convert_num_channels(x, self.encoder_dim[i]),
+                chunk_size=chunk_size,
+                feature_mask=feature_masks[i],
+                src_key_padding_mask=None
+                if src_key_padding_mask is None
+                else src_key_padding_mask[..., ::factor],
+                attn_mask=attn_mask,
+            )
+            outputs.append(x)
+        x = self.downsample_output(self._get_full_dim_output(outputs))
+        return x, (x_lens + 1) // 2
+
+    def streaming_forward(self, x, x_lens, states, src_key_padding_mask):
+        """One chunk of x (time, batch, channels), with states from get_init_states or the chunk before ->
+        output, lengths, states for the next chunk. src_key_padding_mask (batch, left_context_frames[0] + time).
+        """
+        outputs, new_states = [], []
+        first = 0
+        for i, encoder in enumerate(self.encoders):
+            factor = self.downsampling_factor[i]
+            last = first + encoder.num_layers * STATES_PER_LAYER
+            x, encoder_states = encoder.streaming_forward(
+                convert_num_channels(x, self.encoder_dim[i]),
+                states=states[first:last],
+                left_context_len=self._left_context_len(factor),
+                src_key_padding_mask=None
+                if src_key_padding_mask is None
+                else src_key_padding_mask[..., ::factor],
+            )
+            first = last
+            outputs.append(x)
+            new_states += encoder_states
+        x = self.downsample_output(self._get_full_dim_output(outputs))
+        return x, (x_lens + 1) // 2, new_states
+
+    def get_init_states(self, batch_size=1, device=torch.device("cpu")):  # noqa: B008 (immutable)
+        """The states before the first chunk, zeros: per layer cached_key, cached_nonlin_attn, cached_val1,
+        cached_val2, cached_conv1, cached_conv2.
+        """
+        states = []
+        for i, encoder in enumerate(self.encoders):
+            left = self._left_context_len(self.downsampling_factor[i])
+            dim = self.encoder_dim[i]
+            key_dim = self.query_head_dim[i] * self.num_heads[i]
+            value_dim = self.value_head_dim[i] * self.num_heads[i]
+            pad = self.cnn_module_kernel[i] // 2
+            shapes = (
+                (left, batch_size, key_dim),
+                (1, batch_size, left, 3 * dim // 4),
+                (left, batch_size, value_dim),
+                (left, batch_size, value_dim),
+                (batch_size, dim, pad),
+                (batch_size, dim, pad),
+            )
+            for _ in range(encoder.num_layers):
+                states += [torch.zeros(shape, device=device) for shape in shapes]
+        return states
+
+    def _left_context_len(self, factor):
+        frames = self.left_context_frames[0]
+        if frames < 0:
+            raise ValueError(
+                f"Zipformer: streaming needs left_context_frames of 0 or more, got {self.left_context_frames}"
+            )
+        return frames // factor
+
+    def get_feature_masks(self, x):
+        """Per stack what multiplies its features: 1.0 in eval mode, in training (1, batch, channels) of 0 and 1.
+
+        For an eighth of the sequences the channels beyond encoder_unmasked_dim are 0 in all stacks, for about
+        another eighth the upper half of them.
+        """
+        if not self.training:
+            return [1.0] * len(self.encoder_dim)
+        _, batch, channels = x.shape
+        if channels != self.encoder_dim[0]:
+            raise ValueError(f"Zipformer: x must have {self.encoder_dim[0]} channels, got {channels}")
+        all_kept = torch.rand(1, batch, 1, device=x.device) > 0.125
+        upper_kept = all_kept & (torch.rand(1, batch, 1, device=x.device) > 0.125)
+        masks = []
+        for dim, unmasked in zip(self.encoder_dim, self.encoder_unmasked_dim, strict=True):
+            middle = unmasked + (dim - unmasked) // 2
+            mask = torch.ones(1, batch, dim, dtype=x.dtype, device=x.device)
+            mask[:, :, unmasked:middle] *= all_kept
+            mask[:, :, middle:] *= upper_kept
+            masks.append(mask)
+        return masks
+
+    def get_chunk_info(self):
+        """(chunk size, left context in chunks), drawn from Python's ``random``; -1 is all."""
+        if not self.causal:
+            return -1, -1
+        chunk_size = random.choice(self.chunk_size)
+        if chunk_size == -1:
+            return -1, -1
+        left_context_chunks = random.choice(self.left_context_frames) // chunk_size  # -1 stays -1
+        return chunk_size, left_context_chunks or 1
+
+    def _get_attn_mask(self, x, chunk_size, left_context_chunks):
+        """(time, time), target by source, True where the source is in a later chunk or beyond the left context;
+        None without chunks.
+        """
+        if chunk_size <= 0:
+            return None
+        for factor, kernel in zip(self.downsampling_factor, self.cnn_module_kernel, strict=True):
+            if chunk_size % factor != 0:
+                raise ValueError(
+                    f"Zipformer: chunk_size must be divisible by downsampling_factor {self.downsampling_factor}, "
+                    f"got {chunk_size}"
+                )
+            if left_context_chunks >= 0 and chunk_size * left_context_chunks < kernel // 2 * factor:
+                raise ValueError(
+                    f"Zipformer: left_context_frames must cover half of cnn_module_kernel at every rate, "
+                    f"{kernel // 2 * factor} frames, got {chunk_size * left_context_chunks}"
+                )
+        chunk = torch.arange(x.shape[0], dtype=torch.int32, device=x.device) // chunk_size
+        age = chunk.unsqueeze(-1) - chunk  # [target, source], in chunks
+        if left_context_chunks < 0:
+            return age < 0
+        return (age < 0) | (age > left_context_chunks)
+
+    def _get_full_dim_output(self, outputs):
+        """The last stack's output; channels that it lacks come from the last stack that has them."""
+        pieces = [outputs[-1]]
+        width = self.encoder_dim[-1]
+        for output, dim in zip(outputs[-2::-1], self.encoder_dim[-2::-1], strict=True):
+            if dim > width:
+                pieces.append(output[..., width:dim])
+                width = dim
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+
+def convert_num_channels(x, num_channels):
+    """The first ``num_channels`` channels (the last dimension) of x, or x and zeros."""
+    missing = num_channels - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing > 0 else x[..., :num_channels]
+
+
+def int_tuple(name, value):
+    """A tuple of ints from an int, a sequence of ints or a string, "1,2,4"."""
+    if isinstance(value, str):
+        parts = value.split(",")
+    elif isinstance(value, int):
+        parts = (value,)
+    else:
+        parts = tuple(value)
+    try:
+        values = tuple(int(part) for part in parts)
+    except (TypeError, ValueError):
+        values = ()
+    if not values or any(isinstance(part, float) for part in parts):
+        raise ValueError(f"Zipformer: {name} must be an int, ints or a string of ints, got {value!r}")
+    return values
+
+
+def _per_stack(name, values, stacks):
+    if len(values) == 1:
+        return values * stacks
+    if len(values) != stacks:
+        raise ValueError(f"Zipformer: {name} must have 1 or {stacks} values, one per stack, got {values}")
+    return values

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Identities whose backward pass scales the gradient or adds to it."""
+
+import logging
+import random
+
+import torch
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, alpha):
+        ctx.alpha = alpha
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.alpha, None
+
+
+def scale_grad(x, alpha):
+    """x, with ``alpha`` times its gradient."""
+    return _ScaleGradient.apply(x, alpha)
+
+
+class ScaleGrad(torch.nn.Module):
+    """x -> x; in training its gradient is scaled by ``alpha``."""
+
+    def __init__(self, alpha):
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, x):
+        return scale_grad(x, self.alpha) if self.training else x
+
+
+class _WithLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, loss):
+        ctx.shape = loss.shape
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad.new_ones(ctx.shape)
+
+
+def _draw_for_log():
+    """The draw of upstream's function, one in 500 of which logs."""
+    return random.random() < 0.002
+
+
+def with_loss(x, y, name=None):
+    """x; the gradients are as if y.sum() were part of the loss. Draws one number from ``random``."""
+    if _draw_for_log() and name is not None:
+        logging.debug("with_loss: name=%s, sum=%.3e", name, y.sum().item())
+    return _WithLoss.apply(x, y)
+
+
+class _Penalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, limit, penalty):
+        ctx.save_for_backward((x > limit).to(torch.int8) - (x < -limit).to(torch.int8))
+        ctx.penalty = penalty
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (sign,) = ctx.saved_tensors
+        return torch.add(grad, sign, alpha=ctx.penalty), None, None
+
+
+def penalize_abs_values_gt(x, limit, penalty, name=None):
+    """x; its gradient grows by penalty * sign(x) where |x| > limit. Draws one number from ``random``."""
+    if _draw_for_log() and name is not None:
+        excess = (x.detach().abs() - limit).clamp_(min=0).sum()
+        logging.debug("penalize_abs_values_gt: name=%s, loss=%.3e", name, penalty * excess.item())
+    return _Penalize.apply(x, limit, penalty)

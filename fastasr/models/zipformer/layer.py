@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer of the encoder: its modules take turns, and share one set of attention weights.
+
+    x <- x + f(x) for f = feed_forward1, nonlin_attention, self_attn1, conv_module1, feed_forward2
+    x <- bypass_mid(input, x)
+    x <- x + f(x) for f = self_attn2, conv_module2, feed_forward3
+    x <- bypass(input, norm(x))
+
+The weights come from the layer's input; nonlin_attention uses those of the first head.
+"""
+
+import copy
+import random
+
+import torch
+
+from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
+from fastasr.models.zipformer.balancer import Balancer
+from fastasr.models.zipformer.bypass import BypassModule
+from fastasr.models.zipformer.convolution import ConvolutionModule
+from fastasr.models.zipformer.feed_forward import FeedforwardModule
+from fastasr.models.zipformer.nonlin_attention import NonlinAttention
+from fastasr.models.zipformer.normalization import BiasNorm
+from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
+from fastasr.models.zipformer.self_attention import SelfAttention
+from fastasr.models.zipformer.whitening import Whiten
+
+
+def _skip_rate(*points, default=0.0):
+    """Default of an argument, of which every layer takes a copy."""
+    return ScheduledFloat(*points, default=default)
+
+
+class ZipformerEncoderLayer(torch.nn.Module):
+    """src (time, batch, embed_dim), pos_emb (1 or batch, 2 time - 1, pos_dim) -> src's shape.
+
+    attn_mask ((batch,) time, time) and src_key_padding_mask (batch, time) are True where a source counts for
+    nothing; chunk_size, if not negative, is that of a causal layer's convolutions.
+
+    The rates, numbers or schedules, act in training: sequences for which the result of the attentions, a
+    convolution, feed_forward2 or feed_forward3 is dropped, calls on which nonlin_attention gets constant
+    weights, and sequences for which the whole layer is skipped.
+    """
+
+    def __init__(
+        self,
+        embed_dim,
+        pos_dim,
+        num_heads,
+        query_head_dim,
+        pos_head_dim,
+        value_head_dim,
+        feedforward_dim,
+        dropout=0.1,
+        cnn_module_kernel=31,
+        causal=False,
+        attention_skip_rate=_skip_rate((0.0, 0.2), (4000.0, 0.05), (16000, 0.0)),  # noqa: B008 (copied)
+        conv_skip_rate=_skip_rate((0.0, 0.2), (4000.0, 0.05), (16000, 0.0)),  # noqa: B008
+        const_attention_rate=_skip_rate((0.0, 0.25), (4000.0, 0.025)),  # noqa: B008
+        ff2_skip_rate=_skip_rate((0.0, 0.1), (4000.0, 0.01), (50000.0, 0.0)),  # noqa: B008
+        ff3_skip_rate=_skip_rate((0.0, 0.1), (4000.0, 0.01), (50000.0, 0.0)),  # noqa: B008
+        bypass_skip_rate=_skip_rate((0.0, 0.5), (4000.0, 0.02)),  # noqa: B008
+    ):
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.bypass = BypassModule(embed_dim, skip_rate=bypass_skip_rate, straight_through_rate=0)
+        self.bypass_mid = BypassModule(embed_dim, straight_through_rate=0)
+        self.attention_skip_rate = copy.deepcopy(attention_skip_rate)
+        self.conv_skip_rate = copy.deepcopy(conv_skip_rate)
+        self.ff2_skip_rate = copy.deepcopy(ff2_skip_rate)
+        self.ff3_skip_rate = copy.deepcopy(ff3_skip_rate)
+        self.const_attention_rate = copy.deepcopy(const_attention_rate)
+        self.self_attn_weights = RelPositionMultiheadAttentionWeights(
+            embed_dim,
+            pos_dim=pos_dim,
+            num_heads=num_heads,
+            query_head_dim=query_head_dim,
+            pos_head_dim=pos_head_dim,
+            dropout=0.0,
+        )
+        self.self_attn1 = SelfAttention(embed_dim, num_heads, value_head_dim)
+        self.self_attn2 = SelfAttention(embed_dim, num_heads, value_head_dim)
+        self.feed_forward1 = FeedforwardModule(embed_dim, feedforward_dim * 3 // 4, dropout)
+        self.feed_forward2 = FeedforwardModule(embed_dim, feedforward_dim, dropout)
+        self.feed_forward3 = FeedforwardModule(embed_dim, feedforward_dim * 5 // 4, dropout)
+        self.nonlin_attention = NonlinAttention(embed_dim, hidden_channels=3 * embed_dim // 4)
+        self.conv_module1 = ConvolutionModule(embed_dim, cnn_module_kernel, causal=causal)
+        self.conv_module2 = ConvolutionModule(embed_dim, cnn_module_kernel, causal=causal)
+        # Nothing reads it; upstream's state dict has it.
+        self.bypass_scale = torch.nn.Parameter(torch.full((embed_dim,), 0.5))
+        self.norm = BiasNorm(embed_dim)
+        self.balancer1 = _balancer(embed_dim, 0.45, 0.55, min_abs=0.2, max_abs=4.0)
+        self.balancer_na = _balancer(
+            embed_dim, 0.3, 0.7, min_abs=ScheduledFloat((0.0, 0.004), (4000.0, 0.02)), prob=0.05
+        )
+        self.balancer_ff2 = _balancer(
+            embed_dim, 0.3, 0.7, min_abs=ScheduledFloat((0.0, 0.0), (4000.0, 0.1)), max_abs=2.0, prob=0.05
+        )
+        self.balancer_ff3 = _balancer(
+            embed_dim, 0.3, 0.7, min_abs=ScheduledFloat((0.0, 0.0), (4000.0, 0.2)), max_abs=4.0, prob=0.05
+        )
+        self.whiten = Whiten(
+            num_groups=1,
+            whitening_limit=whitening_schedule(4.0, ratio=3.0),
+            prob=(0.025, 0.25),
+            grad_scale=0.01,
+        )
+        self.balancer2 = _balancer(embed_dim, 0.45, 0.55, min_abs=0.1, max_abs=4.0)
+
+    def forward(self, src, pos_emb, chunk_size=-1, attn_mask=None, src_key_padding_mask=None):
+        src_orig = src
+        attention_skip_rate = float(self.attention_skip_rate) if self.training else 0.0
+        attn_weights = self.self_attn_weights(
+            src, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=src_key_padding_mask
+        )
+        src = src + self.feed_forward1(src)
+
+        attention_mask = _sequence_mask(self, src, attention_skip_rate)
+        first_head = attn_weights[0:1]
+        if self.training and random.random() < float(self.const_attention_rate):
+            first_head = _constant(first_head)
+        src = src + _masked(self.balancer_na(self.nonlin_attention(src, first_head)), attention_mask)
+        src = src + _masked(self.self_attn1(src, attn_weights), attention_mask)
+        src = src + _convolved(self, self.conv_module1, src, chunk_size, src_key_padding_mask)
+        ff2_skip_rate = float(self.ff2_skip_rate) if self.training else 0.0
+        src = src + _dropped(self, self.balancer_ff2(self.feed_forward2(src)), ff2_skip_rate)
+        src = self.bypass_mid(src_orig, src)
+
+        src = src + _masked(self.self_attn2(src, attn_weights), attention_mask)
+        src = src + _convolved(self, self.conv_module2, src, chunk_size, src_key_padding_mask)
+        ff3_skip_rate = float(self.ff3_skip_rate) if self.training else 0.0
+        src = src + _dropped(self, self.balancer_ff3(self.feed_forward3(src)), ff3_skip_rate)
+        src = self.norm(self.balancer1(src))
+        return self.whiten(self.balancer2(self.bypass(src_orig, src)))
+
+    def streaming_forward(
+        self,
+        src,
+        pos_emb,
+        cached_key,
+        cached_nonlin_attn,
+        cached_val1,
+        cached_val2,
+        cached_conv1,
+        cached_conv2,
+        left_context_len,
+        src_key_padding_mask,
+    ):
+        """One chunk: src (time, batch, embed_dim), pos_emb (1 or batch, left_context_len + 2 time - 1, pos_dim),
+        src_key_padding_mask (batch, left_context_len + time) -> output of src's shape and the six caches for
+        the next chunk, in the order of the arguments.
+        """
+        src_orig = src
+        attn_weights, cached_key = self.self_attn_weights.streaming_forward(
+            src,
+            pos_emb=pos_emb,
+            cached_key=cached_key,
+            left_context_len=left_context_len,
+            key_padding_mask=src_key_padding_mask,
+        )
+        chunk_mask = None if src_key_padding_mask is None else src_key_padding_mask[:, left_context_len:]
+        src = src + self.feed_forward1(src)
+
+        y, cached_nonlin_attn = self.nonlin_attention.streaming_forward(
+            src, attn_weights[0:1], cached_x=cached_nonlin_attn, left_context_len=left_context_len
+        )
+        src = src + y
+        y, cached_val1 = self.self_attn1.streaming_forward(
+            src, attn_weights=attn_weights, cached_val=cached_val1, left_context_len=left_context_len
+        )
+        src = src + y
+        y, cached_conv1 = self.conv_module1.streaming_forward(
+            src, cache=cached_conv1, src_key_padding_mask=chunk_mask
+        )
+        src = src + y
+        src = src + self.feed_forward2(src)
+        src = self.bypass_mid(src_orig, src)
+
+        y, cached_val2 = self.self_attn2.streaming_forward(
+            src, attn_weights=attn_weights, cached_val=cached_val2, left_context_len=left_context_len
+        )
+        src = src + y
+        y, cached_conv2 = self.conv_module2.streaming_forward(
+            src, cache=cached_conv2, src_key_padding_mask=chunk_mask
+        )
+        src = src + y
+        src = src + self.feed_forward3(src)
+        src = self.bypass(src_orig, self.norm(src))
+        return src, cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2
+
+
+def _balancer(channels, min_positive, max_positive, **limits):
+    return Balancer(channels, channel_dim=-1, min_positive=min_positive, max_positive=max_positive, **limits)
+
+
+def _constant(weights):
+    """Equal weights on all sources with any weight."""
+    weights = (weights > 0.0).to(weights.dtype)
+    return weights * (1.0 / weights.sum(dim=-1, keepdim=True))
+
+
+def _convolved(layer, conv_module, src, chunk_size, src_key_padding_mask):
+    rate = float(layer.conv_skip_rate) if layer.training else 0.0
+    y = conv_module(src, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask)
+    return _dropped(layer, y, rate)
+
+
+def _sequence_mask(layer, x, rate):
+    """(batch, 1) of 0 and 1, 0 for dropped sequences; None where none is. Draws from torch's generator."""
+    if rate == 0.0 or not layer.training:
+        return None
+    return (torch.rand(x.shape[1], 1, device=x.device) > rate).to(x.dtype)
+
+
+def _dropped(layer, x, rate):
+    return _masked(x, _sequence_mask(layer, x, rate))
+
+
+def _masked(x, mask):
+    return x if mask is None else x * mask

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention with a nonlinearity before it and a gate after it, on given weights W.
+
+s, v, y = thirds of in_proj(x)
+out     = out_proj(W (v tanh(s)) y)
+"""
+
+import torch
+
+from fastasr.models.zipformer.balancer import Balancer
+from fastasr.models.zipformer.identity import Identity
+from fastasr.models.zipformer.initial_scale import ScaledLinear
+from fastasr.models.zipformer.linear import Linear
+from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
+from fastasr.models.zipformer.self_attention import check_cache, check_weights, weighted
+from fastasr.models.zipformer.whitening import Whiten
+
+
+class NonlinAttention(torch.nn.Module):
+    """x (time, batch, channels), attn_weights (heads, batch, time, time) -> x's shape. The layer gives it the
+    first head's weights alone.
+
+    Raises ValueError for weights of another shape.
+    """
+
+    def __init__(self, channels, hidden_channels):
+        super().__init__()
+        self.hidden_channels = hidden_channels
+        self.in_proj = Linear(channels, hidden_channels * 3)
+        self.balancer = Balancer(
+            hidden_channels,
+            channel_dim=-1,
+            min_positive=ScheduledFloat((0.0, 0.25), (20000.0, 0.05)),
+            max_positive=ScheduledFloat((0.0, 0.75), (20000.0, 0.95)),
+            min_abs=0.5,
+            max_abs=5.0,
+        )
+        self.tanh = torch.nn.Tanh()
+        self.identity1 = Identity()
+        self.identity2 = Identity()
+        self.identity3 = Identity()
+        self.out_proj = ScaledLinear(hidden_channels, channels, initial_scale=0.05)
+        self.whiten1 = Whiten(
+            num_groups=1, whitening_limit=whitening_schedule(5.0), prob=(0.025, 0.25), grad_scale=0.01
+        )
+        self.whiten2 = Whiten(
+            num_groups=1,
+            whitening_limit=whitening_schedule(5.0, ratio=3.0),
+            prob=(0.025, 0.25),
+            grad_scale=0.01,
+        )
+
+    def forward(self, x, attn_weights):
+        check_weights("NonlinAttention", attn_weights, x, x.shape[0])
+        s, v, y = self.in_proj(x).chunk(3, dim=2)
+        s = self.tanh(self.balancer(s))
+        v = self.identity1(self.whiten1(v) * s)
+        v = weighted(attn_weights, v)
+        return self.whiten2(self.out_proj(self.identity3(v * self.identity2(y))))
+
+    def streaming_forward(self, x, attn_weights, cached_x, left_context_len):
+        """attn_weights (heads, batch, time, left_context_len + time), cached_x (heads, batch,
+        left_context_len, hidden_channels / heads) -> output of x's shape, the cache for the next chunk.
+        """
+        check_weights("NonlinAttention", attn_weights, x, left_context_len + x.shape[0])
+        check_cache("NonlinAttention", "cached_x", cached_x.shape[2], left_context_len)
+        s, v, y = self.in_proj(x).chunk(3, dim=2)
+        frames, batch, _ = v.shape
+        v = (v * self.tanh(s)).reshape(frames, batch, attn_weights.shape[0], -1).permute(2, 1, 0, 3)
+        v = torch.cat([cached_x, v], dim=2)  # [H, B, L + T, dim]
+        cached_x = v[:, :, v.shape[2] - left_context_len :]
+        v = (attn_weights @ v).permute(2, 1, 0, 3).flatten(2)
+        return self.out_proj(v * y), cached_x

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changing the frame rate by a whole factor.
+
+down: y[t] = sum_i softmax(bias)[i] x[ds t + i]         the last frame repeated to a multiple of ds
+up:   y[t] = x[t // ds]
+"""
+
+import copy
+
+import torch
+
+
+class SimpleDownsample(torch.nn.Module):
+    """(time, batch, channels) -> (ceil(time / downsample), batch, channels).
+
+    ``channels``, ``dropout`` and ``causal`` are accepted and kept for compatibility; they change nothing.
+    """
+
+    def __init__(self, channels, downsample, dropout, causal):
+        super().__init__()
+        self.causal = causal
+        self.bias = torch.nn.Parameter(torch.zeros(downsample))
+        self.name = None
+        self.dropout = copy.deepcopy(dropout)
+        self.downsample = downsample
+
+    def forward(self, src):
+        frames, batch, channels = src.shape
+        factor = self.downsample
+        missing = -frames % factor
+        if missing:
+            src = torch.cat((src, src[-1:].expand(missing, batch, channels)))
+        src = src.reshape(-1, factor, batch, channels)
+        weights = self.bias.softmax(dim=0).view(factor, 1, 1)
+        return (src * weights).sum(dim=1)
+
+
+class SimpleUpsample(torch.nn.Module):
+    """(time, batch, channels) -> (time * upsample, batch, channels), each frame repeated."""
+
+    def __init__(self, num_channels, upsample):
+        super().__init__()
+        self.upsample = upsample
+
+    def forward(self, src):
+        frames, batch, channels = src.shape
+        repeated = src.unsqueeze(1).expand(frames, self.upsample, batch, channels)
+        return repeated.reshape(frames * self.upsample, batch, channels)

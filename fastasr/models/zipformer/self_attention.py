@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done with given attention weights W (heads, batch, targets, sources): values, weighted, projected.
+
+y = out_proj(concat over heads of W_h in_proj(x)_h)
+"""
+
+import torch
+
+from fastasr.models.zipformer.initial_scale import ScaledLinear
+from fastasr.models.zipformer.linear import Linear
+from fastasr.models.zipformer.schedules import whitening_schedule
+from fastasr.models.zipformer.whitening import Whiten
+
+
+class SelfAttention(torch.nn.Module):
+    """x (time, batch, embed_dim), attn_weights (heads, batch, time, time) -> x's shape.
+
+    Raises ValueError for weights of another shape.
+    """
+
+    def __init__(self, embed_dim, num_heads, value_head_dim):
+        super().__init__()
+        self.in_proj = Linear(embed_dim, num_heads * value_head_dim)
+        self.out_proj = ScaledLinear(num_heads * value_head_dim, embed_dim, initial_scale=0.05)
+        self.whiten = Whiten(
+            num_groups=1,
+            whitening_limit=whitening_schedule(7.5, ratio=3.0),
+            prob=(0.025, 0.25),
+            grad_scale=0.01,
+        )
+
+    def forward(self, x, attn_weights):
+        check_weights("SelfAttention", attn_weights, x, x.shape[0])
+        return self.whiten(self.out_proj(weighted(attn_weights, self.in_proj(x))))
+
+    def streaming_forward(self, x, attn_weights, cached_val, left_context_len):
+        """attn_weights (heads, batch, time, left_context_len + time), cached_val (left_context_len, batch,
+        heads * value_head_dim) -> output of x's shape, the cache for the next chunk.
+        """
+        check_weights("SelfAttention", attn_weights, x, left_context_len + x.shape[0])
+        check_cache("SelfAttention", "cached_val", cached_val.shape[0], left_context_len)
+        values = torch.cat([cached_val, self.in_proj(x)])
+        cached_val = values[values.shape[0] - left_context_len :]
+        return self.out_proj(weighted(attn_weights, values)), cached_val
+
+
+def weighted(attn_weights, values):
+    """W (heads, batch, T, S), values (S, batch, heads * dim) -> (T, batch, heads * dim)."""
+    heads = attn_weights.shape[0]
+    sources, batch, channels = values.shape
+    values = values.reshape(sources, batch, heads, channels // heads).permute(2, 1, 0, 3)  # [H, B, S, dv]
+    return (attn_weights @ values).permute(2, 1, 0, 3).flatten(2)
+
+
+def check_weights(name, attn_weights, x, sources):
+    frames, batch, _ = x.shape
+    if tuple(attn_weights.shape[1:]) != (batch, frames, sources):
+        raise ValueError(
+            f"{name}: attn_weights must be (heads, {batch}, {frames}, {sources}), got {tuple(attn_weights.shape)}"
+        )
+
+
+def check_cache(name, argument, frames, left_context_len):
+    if frames != left_context_len:
+        raise ValueError(f"{name}: {argument} must hold {left_context_len} frames, got {frames}")

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stack of layers at one frame rate, and one at a lower rate between down- and upsampling."""
+
+import copy
+
+import torch
+
+from fastasr.models.zipformer.bypass import BypassModule
+from fastasr.models.zipformer.positional_encoding import CompactRelPositionalEncoding
+from fastasr.models.zipformer.resampling import SimpleDownsample, SimpleUpsample
+from fastasr.models.zipformer.schedules import ScheduledFloat
+
+STATES_PER_LAYER = 6
+
+
+class ZipformerEncoder(torch.nn.Module):
+    """``num_layers`` copies of ``encoder_layer``: src (time, batch, embed_dim) -> same shape.
+
+    feature_mask, a number or a tensor that broadcasts with src, multiplies the input and the result of each
+    layer. The layers' skip rates fall from ``initial_layerdrop_rate`` to ``final_layerdrop_rate`` between
+    batches ``warmup_begin`` and ``warmup_end``, one layer after the other. ``dropout`` is accepted and unused.
+
+    Raises ValueError unless 0 <= warmup_begin <= warmup_end.
+    """
+
+    def __init__(
+        self,
+        encoder_layer,
+        num_layers,
+        pos_dim,
+        dropout,
+        warmup_begin,
+        warmup_end,
+        initial_layerdrop_rate=0.5,
+        final_layerdrop_rate=0.05,
+    ):
+        super().__init__()
+        if not 0 <= warmup_begin <= warmup_end:
+            raise ValueError(
+                f"ZipformerEncoder: expected 0 <= warmup_begin <= warmup_end, got {warmup_begin}, {warmup_end}"
+            )
+        self.encoder_pos = CompactRelPositionalEncoding(pos_dim, dropout_rate=0.15, length_factor=1.0)
+        self.layers = torch.nn.ModuleList(copy.deepcopy(encoder_layer) for _ in range(num_layers))
+        self.num_layers = num_layers
+        step = (1.0 / num_layers) * (warmup_end - warmup_begin)
+        begin = warmup_begin
+        for layer in self.layers:
+            end = begin + step
+            layer.bypass.skip_rate = ScheduledFloat(
+                (begin, initial_layerdrop_rate), (end, final_layerdrop_rate), default=0.0
+            )
+            begin = end
+
+    def forward(self, src, chunk_size=-1, feature_mask=1.0, attn_mask=None, src_key_padding_mask=None):
+        pos_emb = self.encoder_pos(src)
+        src = _scaled(src, feature_mask)
+        for layer in self.layers:
+            src = layer(
+                src,
+                pos_emb,
+                chunk_size=chunk_size,
+                attn_mask=attn_mask,
+                src_key_padding_mask=src_key_padding_mask,
+            )
+            src = _scaled(src, feature_mask)
+        return src
+
+    def streaming_forward(self, src, states, left_context_len, src_key_padding_mask):
+        """One chunk; ``states`` are the six caches of each layer in turn -> output, states for the next chunk.
+        src_key_padding_mask (batch, left_context_len + time).
+        """
+        pos_emb = self.encoder_pos(src, left_context_len)
+        new_states = []
+        for i, layer in enumerate(self.layers):
+            caches = states[i * STATES_PER_LAYER : (i + 1) * STATES_PER_LAYER]
+            src, *caches = layer.streaming_forward(
+                src,
+                pos_emb,
+                *caches,
+                left_context_len=left_context_len,
+                src_key_padding_mask=src_key_padding_mask,
+            )
+            new_states += caches
+        return src, new_states
+
+
+def _scaled(src, feature_mask):
+    """src * feature_mask, without the work in inference, where it is 1."""
+    return src if isinstance(feature_mask, (int, float)) and feature_mask == 1 else src * feature_mask
+
+
+class DownsampledZipformerEncoder(torch.nn.Module):
+    """``encoder`` at a frame rate lower by ``downsample``, around which a learned bypass goes. The result has
+    src's shape; attn_mask and chunk_size are given at the outer rate, src_key_padding_mask at the inner one.
+    """
+
+    def __init__(self, encoder, dim, downsample, dropout, causal):
+        super().__init__()
+        self.downsample_factor = downsample
+        self.downsample = SimpleDownsample(dim, downsample, dropout, causal)
+        self.num_layers = encoder.num_layers
+        self.encoder = encoder
+        self.upsample = SimpleUpsample(dim, downsample)
+        self.out_combiner = BypassModule(dim, straight_through_rate=0)
+
+    def forward(self, src, chunk_size=-1, feature_mask=1.0, attn_mask=None, src_key_padding_mask=None):
+        factor = self.downsample_factor
+        y = self.encoder(
+            self.downsample(src),
+            chunk_size=chunk_size // factor,
+            feature_mask=feature_mask,
+            attn_mask=None if attn_mask is None else attn_mask[::factor, ::factor],
+            src_key_padding_mask=src_key_padding_mask,
+        )
+        return self.out_combiner(src, self.upsample(y)[: src.shape[0]])
+
+    def streaming_forward(self, src, states, left_context_len, src_key_padding_mask):
+        """As ZipformerEncoder's; left_context_len and src_key_padding_mask at the inner rate."""
+        y, states = self.encoder.streaming_forward(
+            self.downsample(src),
+            states=states,
+            left_context_len=left_context_len,
+            src_key_padding_mask=src_key_padding_mask,
+        )
+        return self.out_combiner(src, self.upsample(y)[: src.shape[0]]), states

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whiten: keeps the covariance of the channels near a multiple of the identity, through the gradients.
+
+The forward pass is the identity. Over all N frames of x, with the channels in G groups of c, each centred,
+
+    S_g = x_g^T x_g    d = mean of the diagonals    w = sum_g |S_g|^2 / (G c) / d^2
+
+w is 1 where every S_g is the same multiple of the identity, else larger. Where w reaches ``whitening_limit``, the
+gradient g of x becomes g + grad_scale |g| v / |v|, with
+
+    v_g = dw / dx_g = 4 / (G c d^2) x_g (S_g - w d I)
+"""
+
+import logging
+import random
+
+import torch
+
+_EPS = 1.0e-20
+
+
+def whitening_metric(x, num_groups):
+    """w of x (..., channels), a scalar tensor of x's dtype."""
+    return _metric(_grouped(x, num_groups))[0]
+
+
+def _grouped(x, num_groups):
+    frames = x.reshape(-1, num_groups, x.shape[-1] // num_groups).transpose(0, 1)  # [G, N, c]
+    return frames - frames.mean(dim=1, keepdim=True)
+
+
+def _metric(frames):
+    covariance = torch.bmm(frames.transpose(1, 2), frames)  # [G, c, c]
+    d = covariance.diagonal(dim1=1, dim2=2).mean()
+    size = covariance.shape[0] * covariance.shape[1]
+    return covariance.square().sum() / size / (d * d + _EPS), covariance, d
+
+
+def whitening_gradient(grad, x, num_groups, strength):
+    """The new gradient, in the dtype of ``grad``; computed in float32 or better.
+
+    ``strength(w)`` is grad_scale, a number or a scalar tensor, or None where the gradient stays as it is.
+    """
+    compute = torch.promote_types(x.dtype, torch.float32)
+    frames = _grouped(x.detach().to(compute), num_groups)
+    metric, covariance, d = _metric(frames)
+    grad_scale = strength(metric)
+    if grad_scale is None:
+        return grad
+    covariance.diagonal(dim1=1, dim2=2).sub_(metric * d)
+    covariance *= 4.0 / (covariance.shape[0] * covariance.shape[1]) / (d * d + _EPS)
+    penalty = torch.bmm(frames, covariance).transpose(0, 1).reshape(x.shape)
+    scale = grad_scale * (_norm(grad, compute) / (_norm(penalty, compute) + _EPS))
+    return torch.addcmul(grad.to(compute), penalty, scale).to(grad.dtype)
+
+
+def _norm(x, dtype):
+    return torch.linalg.vector_norm(x, dtype=dtype)
+
+
+class _Whitening(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.save_for_backward(x)
+        ctx.module = module
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        module = ctx.module
+
+        def strength(metric):
+            if random.random() < 0.005:
+                _log(module, x, metric)
+            return _strength(module, metric)
+
+        return whitening_gradient(grad, x, module.num_groups, strength), None
+
+
+def _strength(module, metric):
+    """grad_scale where the metric is at its limit; says so to the module's next call."""
+    white = metric < float(module.whitening_limit)
+    if metric.is_cuda:
+        vars(module)["_verdict"] = _Verdict(white)
+        return torch.where(white, 0.0, float(module.grad_scale))
+    white = white.item()
+    module.prob = module.min_prob if white else module.max_prob
+    return None if white else float(module.grad_scale)
+
+
+def _log(module, x, metric):
+    limit = float(module.whitening_limit)  # read in any case: it may draw a random number
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        logging.debug(
+            "Whiten: name=%s, num_groups=%d, num_channels=%d, metric=%.2f, limit=%.2f",
+            *(module.name, module.num_groups, x.shape[-1], metric.item(), limit),
+        )
+
+
+class _Verdict:
+    """A boolean on its way from a CUDA device. Reading it waits for the one copy, not for the stream."""
+
+    def __init__(self, value):
+        self.value = torch.empty((), dtype=torch.bool, pin_memory=True)
+        self.value.copy_(value, non_blocking=True)
+        self.copied = torch.cuda.Event()
+        self.copied.record()
+
+    def read(self):
+        self.copied.synchronize()
+        return self.value.item()
+
+    def __deepcopy__(self, memo):
+        return _Settled(self.read())
+
+    def __reduce__(self):
+        return _Settled, (self.read(),)
+
+
+class _Settled:
+    """A verdict that is in."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def read(self):
+        return self.value
+
+
+class Whiten(torch.nn.Module):
+    """x (..., channels) -> x.
+
+    On a share of the calls that need gradients these are changed while the channels are less white than
+    ``whitening_limit``; ``grad_scale`` is the size of the change relative to the gradient. ``prob`` is that
+    share, or a pair: the smaller one holds after a call that was within the limit, the larger one otherwise.
+    One number is drawn from Python's ``random`` per call that needs gradients, and in its backward pass one
+    more and one per schedule read. On CUDA the backward pass does not wait for the device: the next call
+    reads which of the two shares holds.
+
+    Raises ValueError for arguments out of range.
+    """
+
+    def __init__(self, num_groups, whitening_limit, prob, grad_scale):
+        super().__init__()
+        if num_groups < 1 or float(whitening_limit) < 1 or float(grad_scale) < 0:
+            raise ValueError(
+                f"Whiten: expected num_groups >= 1, whitening_limit >= 1 and grad_scale >= 0, got {num_groups}, "
+                f"{float(whitening_limit)} and {float(grad_scale)}"
+            )
+        self.num_groups = num_groups
+        self.whitening_limit = whitening_limit
+        self.grad_scale = grad_scale
+        self.min_prob, self.max_prob = (prob, prob) if isinstance(prob, (int, float)) else prob
+        if not 0 < self.min_prob <= self.max_prob <= 1:
+            raise ValueError(f"Whiten: expected 0 < min_prob <= max_prob <= 1, got prob={prob}")
+        self.prob = self.max_prob
+        self.name = None
+
+    def forward(self, x):
+        grad_scale = float(self.grad_scale)
+        if not x.requires_grad:
+            return x
+        verdict = vars(self).pop("_verdict", None)
+        if verdict is not None:
+            self.prob = self.min_prob if verdict.read() else self.max_prob
+        if random.random() > self.prob or grad_scale == 0:
+            return x
+        return _Whitening.apply(x, self)

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Properties of the Zipformer classes that need no upstream package."""
+
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+
+from fastasr.models import zipformer as models
+from fastasr.models.zipformer.balancer import balancer_gradient
+from fastasr.models.zipformer.encoder import int_tuple
+from fastasr.models.zipformer.whitening import whitening_gradient, whitening_metric
+
+TINY = {
+    "downsampling_factor": (1, 2, 4),
+    "encoder_dim": (24, 32, 28),
+    "num_encoder_layers": (1, 2, 1),
+    "encoder_unmasked_dim": (24, 24, 24),
+    "query_head_dim": 8,
+    "pos_head_dim": 4,
+    "value_head_dim": 6,
+    "num_heads": (2, 2, 4),
+    "feedforward_dim": (32, 48, 48),
+    "cnn_module_kernel": (7, 7, 5),
+    "pos_dim": 16,
+}
+STREAMING = {**TINY, "causal": True, "chunk_size": (8,), "left_context_frames": (16,)}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    random.seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _encoder(config=TINY, **changes):
+    """An encoder none of whose parameters is at its initial 0 or 0.5."""
+    torch.manual_seed(0)
+    encoder = models.Zipformer(**{**config, **changes})
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p += 0.05 * torch.randn(p.shape)
+    return encoder.eval()
+
+
+def _padding(lengths, frames):
+    return torch.arange(frames) >= lengths.unsqueeze(1)
+
+
+def _close(actual, expected, tolerance=5e-6):
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("config", [TINY, STREAMING], ids=["whole", "chunks"])
+def test_padded_equals_unpadded_on_valid_frames(config):
+    """Where the length is a multiple of the slowest stack's factor: else padding frames are repeated ones."""
+    encoder = _encoder(config)
+    lengths = torch.tensor([40, 24, 8])
+    x = torch.randn(40, 3, 24)
+    y, y_lens = encoder(x, lengths, _padding(lengths, 40))
+    for i, length in enumerate(lengths):
+        alone, alone_lens = encoder(x[:length, i : i + 1], lengths[i : i + 1])
+        assert alone_lens == y_lens[i]
+        _close(y[: y_lens[i], i], alone[:, 0])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("lengths", [(48, 48), (8,)], ids=str)
+def test_streaming_equals_chunked_forward(lengths):
+    encoder = _encoder(STREAMING)
+    batch, frames = len(lengths), lengths[0]
+    x, lens = torch.randn(frames, batch, 24), torch.tensor(lengths)
+    expected, _ = encoder(x, lens)
+    states = encoder.get_init_states(batch)
+    chunks = []
+    for first in range(0, frames, 8):
+        mask = torch.zeros(batch, 16 + 8, dtype=torch.bool)
+        mask[:, : max(0, 16 - first)] = True  # left context from before the first frame
+        y, y_lens, states = encoder.streaming_forward(
+            x[first : first + 8], torch.full((batch,), 8), states, mask
+        )
+        assert y_lens.tolist() == [4] * batch
+        chunks.append(y)
+    _close(torch.cat(chunks), expected)
+
+
+@torch.inference_mode()
+def test_front_end_streaming_equals_whole():
+    """Within a chunk's reach: at the ends, whole sees zero padding where the stream sees frames or zeros."""
+    embed = models.Conv2dSubsampling(20, 24, 4, 8, 16).eval()
+    chunk, chunks = 16, 3
+    x = torch.randn(2, chunk * chunks + 13, 20)
+    whole, _ = embed(x, torch.tensor([x.shape[1]] * 2))
+    cache, parts = embed.get_init_states(2), []
+    for first in range(0, chunk * chunks, chunk):
+        y, lens, cache = embed.streaming_forward(
+            x[:, first : first + chunk + 13], torch.tensor([chunk + 13] * 2), cache
+        )
+        assert lens.tolist() == [chunk // 2] * 2
+        parts.append(y)
+    streamed = torch.cat(parts, 1)
+    _close(streamed, whole[:, : streamed.shape[1]])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 9, 21])
+def test_short_and_odd_inputs(frames):
+    """Fewer frames than taps, no multiple of a chunk or of a downsampling factor, one sequence."""
+    for config in (TINY, STREAMING):
+        y, lens = _encoder(config)(torch.randn(frames, 1, 24), torch.tensor([frames]))
+        assert y.shape == ((frames + 1) // 2, 1, 32)
+        assert lens.tolist() == [(frames + 1) // 2]
+        assert y.isfinite().all()
+
+
+@torch.inference_mode()
+def test_a_wholly_padded_sequence_is_finite():
+    lengths = torch.tensor([12, 0])
+    y, _ = _encoder()(torch.randn(12, 2, 24), lengths, _padding(lengths, 12))
+    assert y.isfinite().all()
+
+
+def test_training_and_inference_modes_agree_without_schedules():
+    """With rates of 0 the differentiable path computes what the inference path does."""
+    encoder = _encoder()
+    x, lens = torch.randn(20, 2, 24), torch.tensor([20, 16])
+    mask = _padding(lens, 20)
+    y, _ = encoder(x, lens, mask)
+    with torch.inference_mode():
+        _close(y.detach(), encoder(x, lens, mask)[0])
+    y.sum().backward()
+    assert all(
+        p.grad is not None
+        for n, p in encoder.named_parameters()
+        if "layers" not in n or "bypass_scale" not in n
+    )
+
+
+@pytest.mark.parametrize("kind", [TINY, STREAMING], ids=["whole", "chunks"])
+def test_bfloat16_autocast(kind):
+    encoder = _encoder(kind)
+    x, lens = torch.randn(24, 2, 24), torch.tensor([24, 16])
+    expected, _ = encoder(x, lens, _padding(lens, 24))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = encoder(x, lens, _padding(lens, 24))
+        _close(y.float(), expected, 0.1)
+        loss = encoder.train()(x, lens, _padding(lens, 24))[0].float().sum()
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in encoder.parameters())
+
+
+def test_strings_and_tuples_are_one():
+    strings = {
+        name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for name, value in TINY.items()
+        if name != "pos_dim"
+    }
+    encoder = models.Zipformer(
+        **strings, pos_dim=16, causal=True, chunk_size="8,-1", left_context_frames=[16, -1]
+    )
+    assert encoder.state_dict().keys() == _encoder(causal=True).state_dict().keys()
+    assert (encoder.chunk_size, encoder.left_context_frames) == ((8, -1), (16, -1))
+    assert encoder.num_heads == (2, 2, 4)
+    assert int_tuple("x", 3) == (3,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder_dim": (24, 32)}, "encoder_dim must have 1 or 3 values"),
+        ({"num_heads": "2,two,4"}, "num_heads must be an int, ints or a string of ints"),
+        ({"num_heads": (2.5,)}, "num_heads must be"),
+        ({"encoder_unmasked_dim": 25}, "encoder_unmasked_dim must not exceed"),
+        ({"cnn_module_kernel": 6}, "kernel_size must be odd"),
+        ({"output_downsampling_factor": 4}, "output_downsampling_factor must be 2"),
+        ({"pos_dim": 15}, "embed_dim must be even"),
+    ],
+)
+def test_constructor_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        models.Zipformer(**{**TINY, **changes})
+
+
+def test_call_errors():
+    x, lens = torch.randn(16, 1, 24), torch.tensor([16])
+    with pytest.raises(ValueError, match="chunk_size must be divisible"):
+        _encoder(STREAMING, chunk_size=6)(x, lens)
+    with pytest.raises(ValueError, match="left_context_frames must cover"):
+        _encoder(STREAMING, chunk_size=4, left_context_frames=4)(x, lens)
+    with pytest.raises(ValueError, match="streaming needs left_context_frames"):
+        _encoder(STREAMING, left_context_frames=-1).get_init_states()
+    with pytest.raises(ValueError, match="x must have 24 channels, got 23"):
+        _encoder().train()(x[..., :23], lens)
+    with pytest.raises(ValueError, match=r"key_padding_mask must be \(1, 16\)"):
+        _encoder()(x, lens, torch.zeros(2, 16, dtype=torch.bool))
+    layer = _encoder().encoders[0].layers[0]
+    weights = torch.rand(2, 1, 16, 15)
+    with pytest.raises(ValueError, match=r"attn_weights must be \(heads, 1, 16, 16\)"):
+        layer.self_attn1(x, weights)
+    with pytest.raises(TypeError, match=r"attn_mask must be torch.bool"):
+        layer.self_attn_weights(x, torch.randn(1, 31, 16), attn_mask=torch.zeros(16, 16))
+    conv = models.ChunkCausalDepthwiseConv1d(4, 5)
+    with pytest.raises(ValueError, match="chunk_size must not be 0"):
+        conv(torch.randn(1, 4, 6), 0)
+    with pytest.raises(ValueError, match="cache must hold 2 frames, got 3"):
+        conv.streaming_forward(torch.randn(1, 4, 6), torch.randn(1, 4, 3))
+
+
+def test_copies_and_pickles():
+    encoder = _encoder()
+    x, lens = torch.randn(12, 1, 24), torch.tensor([12])
+    expected = encoder(x, lens)[0]
+    for copied in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert torch.equal(copied(x, lens)[0], expected)
+
+
+# --------------------------------------------------------------------------- regularisers
+def _balancer_loss(x, limits, channel_dim):
+    """The loss whose gradient the balancer adds, as its docstring says."""
+    dims = [i for i in range(x.ndim) if i != channel_dim % x.ndim]
+    min_mean, max_mean, min_rms, max_rms = limits
+    mu, square = x.mean(dims), (x**2).mean(dims)
+    m, r = mu / (square - mu**2).sqrt(), square.sqrt()
+    return (m - m.clamp(min_mean, max_mean)).abs() + (r.clamp(min_rms, max_rms) / r).log().abs()
+
+
+@pytest.mark.parametrize("channel_dim", [-1, 1])
+@pytest.mark.parametrize(
+    "limits", [(-0.1, 0.1, 0.0, 9.0), (-9.0, 9.0, 2.0, 3.0), (0.3, 0.5, 0.1, 0.2)], ids=str
+)
+def test_balancer_gradient_is_that_of_its_loss(limits, channel_dim):
+    x = torch.randn(7, 5, 6, 5, dtype=torch.float64, requires_grad=True) + 0.2
+    grad = torch.randn_like(x)
+    (slope,) = torch.autograd.grad(_balancer_loss(x, limits, channel_dim).sum(), x)
+    dims = [i for i in range(x.ndim) if i != channel_dim % x.ndim]
+    rms = slope.square().mean(dims, keepdim=True).sqrt().clamp(min=1e-20)
+    expected = grad + grad.abs() * slope * 0.04 / rms
+    found = balancer_gradient(grad, x, *limits, 0.04, channel_dim)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_whitening_gradient_is_that_of_its_metric(groups):
+    x = torch.randn(20, 3, 6, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn_like(x)
+    (slope,) = torch.autograd.grad(whitening_metric(x, groups), x)
+    expected = grad + 0.1 * grad.norm() / slope.norm() * slope
+    found = whitening_gradient(grad, x, groups, lambda metric: 0.1)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert whitening_gradient(grad, x, groups, lambda metric: None) is grad
+
+
+def test_whitening_metric_of_white_data():
+    q, _ = torch.linalg.qr(torch.randn(64, 8, dtype=torch.float64) - 0)
+    q = q - q.mean(0)
+    q, _ = torch.linalg.qr(q)
+    assert whitening_metric(3.0 * q, 1).item() == pytest.approx(1.0, abs=1e-3)
+    assert whitening_metric(q * torch.linspace(1, 4, 8, dtype=torch.float64), 1).item() > 1.3
+
+
+def test_regularisers_do_not_synchronise():
+    """On the meta device reading a value raises."""
+    x, grad = torch.randn(5, 4, 6, device="meta"), torch.randn(5, 4, 6, device="meta")
+    assert balancer_gradient(grad, x, -1.0, 1.0, 0.1, 2.0, 0.04, -1).shape == x.shape
+    limit = 2.0
+    found = whitening_gradient(grad, x, 2, lambda metric: torch.where(metric < limit, 0.0, 0.1))
+    assert found.shape == x.shape
+
+
+def test_whiten_reads_a_late_verdict():
+    """What a CUDA backward pass leaves behind is read by the next call, and survives copies."""
+    from fastasr.models.zipformer.whitening import _Settled
+
+    whiten = models.Whiten(1, 5.0, (0.025, 0.25), 0.01)
+    vars(whiten)["_verdict"] = _Settled(True)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(whiten)))
+    for module in (whiten, copied):
+        assert module.prob == 0.25
+        module(torch.randn(3, 2, 4, requires_grad=True))
+        assert module.prob == 0.025
+
+
+def test_balancer_checks_its_channels():
+    balancer = models.Balancer(6, -1, prob=1.0)
+    with pytest.raises(ValueError, match="Balancer: x must have 6 elements along dimension -1"):
+        balancer(torch.randn(2, 5, requires_grad=True))
+    x = torch.randn(2, 5)
+    assert balancer(x) is x
+
+
+def test_piecewise_linear_errors():
+    with pytest.raises(ValueError, match="at least one"):
+        models.PiecewiseLinear()
+    with pytest.raises(ValueError, match="x must increase"):
+        models.PiecewiseLinear((0, 1), (0, 2))
+    with pytest.raises(TypeError, match="a number or a PiecewiseLinear"):
+        models.PiecewiseLinear((0, 1)).max("1")
