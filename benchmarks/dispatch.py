@@ -19,6 +19,7 @@ from fastasr.benchmarks.rows import Row
 from fastasr.ops.bias_norm import definition as bias_norm_definition
 from fastasr.ops.bypass import definition as bypass_definition
 from fastasr.ops.ema_scan import definition as ema_scan_definition
+from fastasr.ops.rel_position_attention_weights import definition as attention_weights_definition
 from fastasr.ops.swoosh import definition_l, definition_r
 
 NAME = "dispatch"
@@ -74,6 +75,14 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             lambda *tensors: registered.ema_scan(*tensors, None, None, 0, 0, 0, 0, False)[0],
         ),
         "linear": Tiny((x, weight, bias), F.linear, ops.linear, registered.linear),
+        "rel_position_attention_weights": Tiny(
+            (torch.randn(2, 1, 5, device=device), torch.randn(1, 3, 1, device=device)),
+            lambda x, pos: attention_weights_definition(x, pos, 1, 2),
+            lambda x, pos: ops.rel_position_attention_weights(x, pos, 1, 2),
+            lambda x, pos: registered.rel_position_attention_weights(
+                x, pos, None, None, None, 1, 2, -1, -1, 0.0, 25.0
+            ),
+        ),
     }
 
 

@@ -2,9 +2,17 @@
 """Benchmarks of the ops: one file per op, each with its table ``CASES``."""
 
 from fastasr.benchmarks.case import Case
-from fastasr.benchmarks.ops import bias_norm, bypass, ema_scan, linear, swoosh, swoosh_linear
+from fastasr.benchmarks.ops import (
+    bias_norm,
+    bypass,
+    ema_scan,
+    linear,
+    rel_position_attention_weights,
+    swoosh,
+    swoosh_linear,
+)
 
-MODULES = (swoosh, swoosh_linear, bias_norm, bypass, linear, ema_scan)
+MODULES = (swoosh, swoosh_linear, bias_norm, bypass, linear, ema_scan, rel_position_attention_weights)
 
 
 def cases() -> list[Case]:

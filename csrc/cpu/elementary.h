@@ -26,6 +26,22 @@ FASTASR_INLINE float exp_nonpositive(float x) {
 }
 FASTASR_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
+// e^x for x <= 0, exactly 0 below -87.3 (where float has no normal number left); NaN stays NaN.
+FASTASR_INLINE float exp_or_zero(float x) {
+  const float t = x * 1.44269504f + 12582912.0f, n = t - 12582912.0f;
+  const float f = (x * 1.44269504f - n) + x * 1.92596303e-8f;
+  float p = 1.53458110e-4f;
+  p = p * f + 1.33999309e-3f;
+  p = p * f + 9.61848907e-3f;
+  p = p * f + 5.55032864e-2f;
+  p = p * f + 2.40226462e-1f;
+  p = p * f + 6.93147182e-1f;
+  p = p * f + 1.0f;
+  const uint32_t scaled = static_cast<uint32_t>(to_bits(p)) + (static_cast<uint32_t>(to_bits(t)) << 23);
+  return x < -87.3f ? 0.0f : from_bits(static_cast<int32_t>(scaled));
+}
+FASTASR_INLINE double exp_or_zero(double x) { return std::exp(x); }
+
 // log(1 + u) for 0 <= u <= 1; relative error 5e-9 before rounding.
 FASTASR_INLINE float log1p_unit(float u) {
   float p = -3.24402121e-3f;

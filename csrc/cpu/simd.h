@@ -16,6 +16,8 @@
 namespace fastasr::cpu {
 
 // The instruction set that FASTASR_CLONES resolves to on this machine.
+enum class Simd { portable, avx2, avx512 };
+Simd simd();
 const char* simd_level();
 
 }  // namespace fastasr::cpu

@@ -149,6 +149,7 @@ void bias_norm();
 void bypass();
 void skinny_gemm();
 void mega_step();
+void rel_position_attention_weights();
 void simd();
 void threads();
 

@@ -15,11 +15,16 @@ struct Test {
 };
 
 constexpr Test kTests[] = {
-    {"numbers", fastasr::test::numbers},     {"elementary", fastasr::test::elementary},
-    {"swoosh", fastasr::test::swoosh},       {"bias_norm", fastasr::test::bias_norm},
-    {"bypass", fastasr::test::bypass},       {"skinny_gemm", fastasr::test::skinny_gemm},
-    {"mega_step", fastasr::test::mega_step}, {"simd", fastasr::test::simd},
+    {"numbers", fastasr::test::numbers},
+    {"elementary", fastasr::test::elementary},
+    {"swoosh", fastasr::test::swoosh},
+    {"bias_norm", fastasr::test::bias_norm},
+    {"bypass", fastasr::test::bypass},
+    {"skinny_gemm", fastasr::test::skinny_gemm},
+    {"mega_step", fastasr::test::mega_step},
+    {"simd", fastasr::test::simd},
     {"threads", fastasr::test::threads},
+    {"rel_position_attention_weights", fastasr::test::rel_position_attention_weights},
 };
 
 bool machine_has(const char* level) {

@@ -11,11 +11,30 @@ from fastasr.ops.ema_scan import ema_scan
 from fastasr.ops.gated_residual_norm import gated_residual_norm as gated_residual_norm
 from fastasr.ops.gated_residual_norm import residual_norm as residual_norm
 from fastasr.ops.linear import linear
+from fastasr.ops.rel_position_attention_weights import rel_position_attention_weights
 from fastasr.ops.swoosh import swoosh_l, swoosh_r
 from fastasr.ops.swoosh_linear import swoosh_linear
 from fastasr.ops.toeplitz_attention import toeplitz_attention as toeplitz_attention
 
 _dispatch.prepare()  # registers torch.ops.fastasr_cpu.*; where that is missing it is reported, not raised
 
-NAMES = ("swoosh_l", "swoosh_r", "swoosh_linear", "bias_norm", "bypass", "linear", "ema_scan")
-__all__ = ["bias_norm", "bypass", "ema_scan", "linear", "swoosh_l", "swoosh_linear", "swoosh_r"]
+NAMES = (
+    "swoosh_l",
+    "swoosh_r",
+    "swoosh_linear",
+    "bias_norm",
+    "bypass",
+    "linear",
+    "ema_scan",
+    "rel_position_attention_weights",
+)
+__all__ = [
+    "bias_norm",
+    "bypass",
+    "ema_scan",
+    "linear",
+    "rel_position_attention_weights",
+    "swoosh_l",
+    "swoosh_linear",
+    "swoosh_r",
+]

@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/rel_position_attention_weights.h"
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "bindings/dispatch.h"
+#include "cpu/buffer_pool.h"
+
+namespace fastasr {
+namespace {
+
+using cpu::AttentionProblem;
+using OptionalTensor = std::optional<Tensor>;
+
+// Rows of W start at multiples of this many elements.
+constexpr int64_t kRowPadding = 16;
+
+// What a call may write to and throw away.
+template <typename C>
+class Workspace {
+ public:
+  explicit Workspace(int64_t n) : data_(static_cast<C*>(cpu::acquire_buffer(sizeof(C) * static_cast<size_t>(n)))) {
+    STD_TORCH_CHECK(data_, "rel_position_attention_weights: no memory for ", n, " elements");
+  }
+  ~Workspace() { cpu::release_buffer(data_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  C* data() const { return data_; }
+
+ private:
+  C* data_;
+};
+
+AttentionProblem checked_problem(const Tensor& x, const OptionalTensor& pos, const OptionalTensor& cached_key,
+                                 const OptionalTensor& padding, const OptionalTensor& mask, int64_t heads,
+                                 int64_t query_dim, int64_t chunk, int64_t left_chunks, const char* op) {
+  check_like(x, x, op, "x");
+  STD_TORCH_CHECK(x.dim() == 3 && heads > 0 && query_dim > 0 && x.size(2) % heads == 0, op, ": sizes of x");
+  AttentionProblem a{};
+  a.frames = x.size(0), a.batch = x.size(1), a.heads = heads, a.query_dim = query_dim;
+  a.pos_dim = x.size(2) / heads - 2 * query_dim;
+  STD_TORCH_CHECK(a.pos_dim >= 0, op, ": x has too few channels");
+  a.chunk = chunk, a.left_chunks = left_chunks;
+  if (cached_key.has_value()) {
+    check_like(*cached_key, x, op, "cached_key");
+    STD_TORCH_CHECK(
+        cached_key->dim() == 3 && cached_key->size(1) == a.batch && cached_key->size(2) == heads * query_dim, op,
+        ": sizes of cached_key");
+    a.left = cached_key->size(0);
+  }
+  if (pos.has_value()) {
+    check_like(*pos, x, op, "pos");
+    STD_TORCH_CHECK(pos->dim() == 3 && (pos->size(0) == 1 || pos->size(0) == a.batch) && pos->size(1) == a.offsets() &&
+                        pos->size(2) == heads * a.pos_dim,
+                    op, ": sizes of pos");
+    a.pos_batch = a.pos_dim > 0 ? (pos->size(0) == 1 ? 1 : a.batch) : 0;
+  }
+  const auto check_mask = [&](const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Bool && t.is_contiguous(), op, ": ", name);
+  };
+  if (padding.has_value()) {
+    check_mask(*padding, "key_padding_mask");
+    STD_TORCH_CHECK(padding->dim() == 2 && padding->size(0) == a.batch && padding->size(1) == a.keys(), op,
+                    ": sizes of key_padding_mask");
+    a.padding = data<uint8_t>(*padding);
+  }
+  if (mask.has_value()) {
+    check_mask(*mask, "attn_mask");
+    const int64_t d = mask->dim();
+    STD_TORCH_CHECK((d == 2 || (d == 3 && mask->size(0) == a.batch)) && mask->size(d - 2) == a.frames &&
+                        mask->size(d - 1) == a.keys(),
+                    op, ": sizes of attn_mask");
+    a.mask = data<uint8_t>(*mask);
+    a.mask_per_sequence = d == 3;
+  }
+  return a;
+}
+
+// W and its gradient: (heads, batch, frames, keys), keys side by side.
+void check_weights(const Tensor& w, const AttentionProblem& a, const Tensor& x, const char* op, const char* name) {
+  STD_TORCH_CHECK(w.scalar_type() == x.scalar_type() && w.dim() == 4 && w.size(0) == a.heads && w.size(1) == a.batch &&
+                      w.size(2) == a.frames && w.size(3) == a.keys() &&
+                      (w.stride(3) == 1 || a.keys() <= 1 || w.numel() == 0),
+                  op, ": ", name);
+}
+
+// A new W. Its memory comes from the pool and goes back to it with the tensor.
+Tensor new_weights(const AttentionProblem& a, const Tensor& x) {
+  const int64_t stride = (a.keys() + kRowPadding - 1) / kRowPadding * kRowPadding;
+  const int64_t sizes[4] = {a.heads, a.batch, a.frames, a.keys()};
+  const int64_t strides[4] = {a.batch * a.frames * stride, a.frames * stride, stride, 1};
+  const size_t bytes = static_cast<size_t>(a.heads * strides[0]) * x.element_size();
+  if (bytes < (size_t{1} << 20)) return new_strided(x, 4, sizes, strides);
+  void* memory = cpu::acquire_buffer(bytes);
+  STD_TORCH_CHECK(memory, "rel_position_attention_weights: no memory for ", bytes, " bytes");
+  return torch::stable::from_blob(memory, {sizes, 4}, {strides, 4}, x.device(), x.scalar_type(),
+                                  [](void* p) { cpu::release_buffer(p); });
+}
+
+template <typename C>
+struct Packed {
+  int64_t kt, key_rows, rt, total;  // offsets into the workspace
+  Packed(const AttentionProblem& a, bool backward) {
+    const int64_t pairs = a.heads * a.batch;
+    kt = 0;
+    key_rows = kt + pairs * a.keys_transposed_size();
+    rt = key_rows + (backward ? pairs * a.key_rows_size() : 0);
+    total = rt + a.heads * a.pos_batch * a.positions_size();
+  }
+};
+
+template <typename T>
+void pack(const AttentionProblem& a, const Tensor& x, const OptionalTensor& pos, const OptionalTensor& cached_key,
+          const Packed<cpu::compute_t<T>>& packed, cpu::compute_t<T>* w, bool backward) {
+  const int64_t pairs = a.heads * a.batch, grain = std::max<int64_t>(1, kGrain / (a.padded_keys() * a.query_dim));
+  const T *xp = data<T>(x), *cp = a.left ? data<T>(*cached_key) : nullptr, *pp = a.pos_batch ? data<T>(*pos) : nullptr;
+  parallel_range(pairs + a.heads * a.pos_batch, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      if (i < pairs) {
+        cpu::attention_pack_keys(a, xp, cp, i, w + packed.kt + i * a.keys_transposed_size(),
+                                 backward ? w + packed.key_rows + i * a.key_rows_size() : nullptr);
+      } else {
+        const int64_t k = i - pairs;
+        cpu::attention_pack_positions(a, pp, k / a.pos_batch, k % a.pos_batch, w + packed.rt + k * a.positions_size());
+      }
+    }
+  });
+}
+
+template <typename C>
+const C* positions_of(const AttentionProblem& a, const C* rt, int64_t hb) {
+  if (!a.pos_batch) return nullptr;
+  return rt + (hb / a.batch * a.pos_batch + (a.pos_batch == 1 ? 0 : hb % a.batch)) * a.positions_size();
+}
+
+Tensor rel_position_attention_weights_forward(const Tensor& x, const OptionalTensor& pos,
+                                              const OptionalTensor& cached_key, const OptionalTensor& padding,
+                                              const OptionalTensor& mask, int64_t heads, int64_t query_dim,
+                                              int64_t chunk, int64_t left_chunks) {
+  const char* op = "rel_position_attention_weights_forward";
+  const AttentionProblem a =
+      checked_problem(x, pos, cached_key, padding, mask, heads, query_dim, chunk, left_chunks, op);
+  Tensor weights = new_weights(a, x);
+  if (weights.numel() == 0) return weights;
+  std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
+  attention_key_ranges(a, ranges.data());
+  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const Packed<C> packed(a, false);
+    const Workspace<C> workspace(packed.total);
+    C* const w = workspace.data();
+    pack<T>(a, x, pos, cached_key, packed, w, false);
+    const T* xp = data<T>(x);
+    T* wp = mutable_data<T>(weights);
+    // Tasks of four strips: a task's W fits in the second cache together with the packed keys.
+    const int64_t rows = 4 * cpu::attention_rows(sizeof(C) == 8), tasks = (a.frames + rows - 1) / rows;
+    const int64_t grain = std::max<int64_t>(1, kGrain / (rows * a.keys()));
+    parallel_range(a.heads * a.batch * tasks, grain, [&](int64_t begin, int64_t end) {
+      const Workspace<C> scratch(a.forward_scratch());
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t hb = i / tasks, first = i % tasks * rows;
+        cpu::attention_weights_forward(a, ranges.data(), xp, w + packed.kt + hb * a.keys_transposed_size(),
+                                       positions_of(a, w + packed.rt, hb), hb, first, std::min(first + rows, a.frames),
+                                       wp + hb * weights.stride(1), weights.stride(2), scratch.data());
+      }
+    });
+  });
+  return weights;
+}
+
+// Parts of the queries of one head and sequence: each has its own dk and dR, which are then added in order. Their
+// number depends on the shape alone.
+struct Parts {
+  int64_t rows, count;
+  explicit Parts(const AttentionProblem& a) {
+    const int64_t pairs = std::max<int64_t>(1, a.heads * a.batch);
+    const int64_t wanted = std::clamp<int64_t>((32 + pairs - 1) / pairs, 1, std::max<int64_t>(1, a.frames / 128));
+    rows = std::max<int64_t>(1, (a.frames + wanted - 1) / wanted);
+    rows = (rows + cpu::kAttentionStep - 1) / cpu::kAttentionStep * cpu::kAttentionStep;
+    count = std::max<int64_t>(1, (a.frames + rows - 1) / rows);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> rel_position_attention_weights_backward(
+    const Tensor& grad, const Tensor& weights, const Tensor& x, const OptionalTensor& pos,
+    const OptionalTensor& cached_key, const OptionalTensor& padding, const OptionalTensor& mask, int64_t heads,
+    int64_t query_dim, int64_t chunk, int64_t left_chunks, double penalty, double limit) {
+  const char* op = "rel_position_attention_weights_backward";
+  AttentionProblem a = checked_problem(x, pos, cached_key, padding, mask, heads, query_dim, chunk, left_chunks, op);
+  a.penalty = penalty, a.limit = limit;
+  check_weights(weights, a, x, op, "weights");
+  check_weights(grad, a, x, op, "grad");
+  Tensor dx = new_like(x);
+  Tensor dpos = pos.has_value() ? new_like(*pos) : new_without_elements(x);
+  Tensor dcached = cached_key.has_value() ? new_like(*cached_key) : new_without_elements(x);
+  if (grad.numel() == 0) {
+    torch::stable::zero_(dx), torch::stable::zero_(dpos), torch::stable::zero_(dcached);
+    return {dx, dpos, dcached};
+  }
+  std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
+  attention_key_ranges(a, ranges.data());
+  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const Packed<C> packed(a, true);
+    const Parts parts(a);
+    const int64_t pairs = a.heads * a.batch, tasks = pairs * parts.count;
+    const int64_t dk_at = packed.total, drt_at = dk_at + tasks * a.key_rows_size();
+    const Workspace<C> workspace(drt_at + (a.pos_batch ? tasks * a.positions_size() : 0));
+    C* const w = workspace.data();
+    pack<T>(a, x, pos, cached_key, packed, w, true);
+    const T *xp = data<T>(x), *wp = data<T>(weights), *gp = data<T>(grad);
+    T *dxp = mutable_data<T>(dx), *dcp = cached_key.has_value() ? mutable_data<T>(dcached) : nullptr;
+    const int64_t grain = std::max<int64_t>(1, kGrain / (parts.rows * a.keys()));
+    parallel_range(tasks, grain, [&](int64_t begin, int64_t end) {
+      const Workspace<C> scratch(a.backward_scratch());
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t hb = i / parts.count, first = i % parts.count * parts.rows, h = hb / a.batch, b = hb % a.batch;
+        cpu::attention_weights_backward(
+            a, ranges.data(), xp, wp + h * weights.stride(0) + b * weights.stride(1), weights.stride(2),
+            gp + h * grad.stride(0) + b * grad.stride(1), grad.stride(2), w + packed.kt + hb * a.keys_transposed_size(),
+            w + packed.key_rows + hb * a.key_rows_size(), positions_of(a, w + packed.rt, hb), hb, first,
+            std::min(first + parts.rows, a.frames), dxp, w + dk_at + i * a.key_rows_size(),
+            a.pos_batch ? w + drt_at + i * a.positions_size() : nullptr, scratch.data());
+      }
+    });
+    parallel_range(pairs, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t hb = begin; hb < end; hb++)
+        cpu::attention_store_keys(a, w + dk_at + hb * parts.count * a.key_rows_size(), parts.count, hb, dxp, dcp);
+    });
+    if (a.pos_batch) {
+      T* dpp = mutable_data<T>(dpos);
+      parallel_range(a.heads * a.pos_batch, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; k++)
+          cpu::attention_store_positions(a, w + drt_at, parts.count, k / a.pos_batch, k % a.pos_batch, dpp);
+      });
+    }
+  });
+  return {dx, dpos, dcached};
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def(
+      "rel_position_attention_weights_forward(Tensor x, Tensor? pos, Tensor? cached_key, Tensor? key_padding_mask, "
+      "Tensor? attn_mask, int num_heads, int query_head_dim, int chunk_size, int left_context_chunks) -> Tensor");
+  m.def(
+      "rel_position_attention_weights_backward(Tensor grad, Tensor weights, Tensor x, Tensor? pos, Tensor? cached_key, "
+      "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int chunk_size, "
+      "int left_context_chunks, float score_penalty, float score_limit) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("rel_position_attention_weights_forward", TORCH_BOX(&fastasr::rel_position_attention_weights_forward));
+  m.impl("rel_position_attention_weights_backward", TORCH_BOX(&fastasr::rel_position_attention_weights_backward));
+}

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/attention_rows.h"
+
+#include <cmath>
+
+#include "cpu/elementary.h"
+
+// Sums run in 32 lanes, the same on every instruction set.
+namespace fastasr::cpu {
+namespace {
+
+constexpr int kLanes = 32;
+
+template <typename C>
+FASTASR_INLINE C maximum_body(const C* __restrict s, int64_t n) {
+  C lanes[16];
+  for (int l = 0; l < 16; l++) lanes[l] = static_cast<C>(-3e38);
+  for (int64_t j = 0; j < n; j += 16) {
+#pragma omp simd
+    for (int l = 0; l < 16; l++) lanes[l] = s[j + l] > lanes[l] ? s[j + l] : lanes[l];
+  }
+  C top = lanes[0];
+  for (int l = 1; l < 16; l++) top = lanes[l] > top ? lanes[l] : top;
+  return top;
+}
+
+template <typename C>
+FASTASR_INLINE C exponentials_body(C* __restrict s, int64_t n, C top) {
+  C lanes[kLanes] = {};
+  for (int64_t j = 0; j < n; j += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; l++) {
+      const C e = exp_or_zero(s[j + l] - top);
+      s[j + l] = e;
+      lanes[l] += e;
+    }
+  }
+  return sum_of_lanes(lanes);
+}
+
+template <typename C>
+FASTASR_INLINE void fill_body(const uint8_t* __restrict hidden, C* __restrict s, int64_t n, C value) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) s[j] = hidden[j] ? value : s[j];
+}
+
+template <typename C>
+FASTASR_INLINE void penalty_body(const C* __restrict s, C* __restrict ds, int64_t n, C penalty, C limit) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) ds[j] += s[j] > limit ? penalty : s[j] < -limit ? -penalty : C(0);
+}
+
+// s / sum as s inverse + s rest, where inverse + rest = 1 / sum to twice the precision: as exact as a division.
+template <typename T>
+FASTASR_INLINE void divided_body(const compute_t<T>* __restrict s, compute_t<T> sum, T* __restrict out, int64_t n) {
+  using C = compute_t<T>;
+  const C inverse = 1 / sum, rest = std::fma(-sum, inverse, C(1)) * inverse;
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) store(&out[j], s[j] * inverse + s[j] * rest);
+}
+
+template <typename T>
+FASTASR_INLINE void softmax_gradient_body(const T* __restrict w, const T* __restrict g, compute_t<T>* __restrict ds,
+                                          int64_t n) {
+  using C = compute_t<T>;
+  C lanes[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; l++) lanes[l] += load(w[j + l]) * load(g[j + l]);
+  }
+  for (int l = 0; j + l < n; l++) lanes[l] += load(w[j + l]) * load(g[j + l]);
+  const C sum = sum_of_lanes(lanes);
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) ds[i] = load(w[i]) * (load(g[i]) - sum);
+}
+
+}  // namespace
+
+#define FASTASR_DEFINE(C)                                                                                             \
+  FASTASR_CLONES void fill_where(const uint8_t* hidden, C* s, int64_t n, C value) { fill_body(hidden, s, n, value); } \
+  FASTASR_CLONES C row_maximum(const C* s, int64_t n) { return maximum_body(s, n); }                                  \
+  FASTASR_CLONES C row_exponentials(C* s, int64_t n, C top) { return exponentials_body(s, n, top); }                  \
+  FASTASR_CLONES void row_penalty(const C* s, C* ds, int64_t n, C penalty, C limit) {                                 \
+    penalty_body(s, ds, n, penalty, limit);                                                                           \
+  }
+FASTASR_DEFINE(float)
+FASTASR_DEFINE(double)
+#undef FASTASR_DEFINE
+
+#define FASTASR_DEFINE(T)                                                                         \
+  FASTASR_CLONES void row_divided(const compute_t<T>* s, compute_t<T> sum, T* out, int64_t n) {   \
+    divided_body<T>(s, sum, out, n);                                                              \
+  }                                                                                               \
+  FASTASR_CLONES void row_softmax_gradient(const T* w, const T* g, compute_t<T>* ds, int64_t n) { \
+    softmax_gradient_body<T>(w, g, ds, n);                                                        \
+  }
+FASTASR_DEFINE(float)
+FASTASR_DEFINE(double)
+FASTASR_DEFINE(bfloat16)
+FASTASR_DEFINE(float16)
+
+}  // namespace fastasr::cpu

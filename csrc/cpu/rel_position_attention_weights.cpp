@@ -1,0 +1,349 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/rel_position_attention_weights.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/attention_rows.h"
+#include "cpu/attention_tiles.h"
+
+namespace fastasr::cpu {
+namespace {
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Masked scores are exactly this, as upstream's. Keys outside the window of a row may be left out while e^(-1000 - max)
+// is 0 in every type that is computed in float; double is never narrowed so far (its e^-745 is not 0).
+constexpr double kMasked = -1000;
+template <typename C>
+constexpr C kNarrowAbove = sizeof(C) == 4 ? C(-890) : C(-250);
+
+struct Window {
+  int64_t begin, end;
+};
+
+// Keys that the chunk window of row i lets through.
+Window chunk_window(const AttentionProblem& a, int64_t i) {
+  if (a.chunk <= 0) return {0, a.keys()};
+  const int64_t chunk = i / a.chunk;
+  const int64_t last = chunk < a.frames / a.chunk ? (chunk + 1) * a.chunk : a.frames;
+  int64_t first = -a.left;
+  if (a.left_chunks >= 0 && a.left_chunks < chunk + a.left / a.chunk + 1)
+    first = std::max(first, (chunk - a.left_chunks) * a.chunk);
+  return {first + a.left, last + a.left};
+}
+
+// Rows of one strip. Beyond the last frame, rows repeat it and are not stored.
+struct Strip {
+  int64_t head, sequence, begin;
+  int rows;    // of the tile
+  int stored;  // of them, before the last frame
+  int64_t frame(const AttentionProblem& a, int m) const { return std::min(begin + m, a.frames - 1); }
+};
+
+template <typename T, typename C>
+void load_queries(const AttentionProblem& a, const Strip& t, const T* x, C* q, C* p) {
+  for (int m = 0; m < t.rows; m++) {
+    const T* row = x + (t.frame(a, m) * a.batch + t.sequence) * a.width();
+    const T* position = row + 2 * a.heads * a.query_dim + t.head * a.pos_dim;
+    row += t.head * a.query_dim;
+    for (int64_t d = 0; d < a.query_dim; d++) q[d * t.rows + m] = load(row[d]);
+    if (a.pos_batch)
+      for (int64_t d = 0; d < a.pos_dim; d++) p[d * t.rows + m] = load(position[d]);
+  }
+}
+
+const uint8_t* mask_row(const AttentionProblem& a, int64_t sequence, int64_t frame) {
+  return a.mask ? a.mask + ((a.mask_per_sequence ? sequence * a.frames : 0) + frame) * a.keys() : nullptr;
+}
+
+// A key that the masks hide from this row, or -1. All hidden keys of a row have the same weight.
+int64_t hidden_key(const AttentionProblem& a, const KeyRange& range, const Window& window, int64_t sequence,
+                   int64_t frame) {
+  if (window.begin > 0) return 0;
+  if (window.end < a.keys()) return a.keys() - 1;
+  if (range.masked >= 0) return range.masked;
+  if (!a.mask) return -1;
+  const uint8_t* row = mask_row(a, sequence, frame);
+  const void* found = std::memchr(row, 1, static_cast<size_t>(a.keys()));
+  return found ? static_cast<const uint8_t*>(found) - row : -1;
+}
+
+// Calls f(begin, end) for the keys that chunk window and padding hide, of which some may be hidden one by one by
+// `bytes`.
+template <typename C>
+void fill_hidden(const AttentionProblem& a, const Strip& t, int m, const KeyRange& range, int64_t j0, int64_t j1, C* s,
+                 C value) {
+  const int64_t frame = t.frame(a, m), keys = std::min(j1, a.keys());
+  const Window w = chunk_window(a, frame);
+  for (int64_t j = j0; j < std::min(w.begin, keys); j++) s[j] = value;
+  for (int64_t j = std::max(j0, w.end); j < keys; j++) s[j] = value;
+  if (range.masked >= 0) fill_where(a.padding + t.sequence * a.keys() + j0, s + j0, keys - j0, value);
+  if (const uint8_t* row = mask_row(a, t.sequence, frame)) fill_where(row + j0, s + j0, keys - j0, value);
+}
+
+// The keys of a strip that are worked on: those that some row sees, in whole tiles.
+Window strip_window(const AttentionProblem& a, const Strip& t, const KeyRange& range) {
+  Window w = {a.keys(), 0};
+  for (const int m : {0, t.stored - 1}) {
+    const Window one = chunk_window(a, t.begin + m);
+    w.begin = std::min(w.begin, one.begin);
+    w.end = std::max(w.end, one.end);
+  }
+  w.begin = std::max(w.begin, range.begin);
+  w.end = std::min(w.end, range.end);
+  if (w.begin >= w.end) return {0, a.padded_keys()};  // nothing is seen: every key has the same weight
+  return {w.begin / kAttentionPad * kAttentionPad, round_up(w.end, kAttentionPad)};
+}
+
+template <typename T, typename C = compute_t<T>>
+void forward_strip(const AttentionProblem& a, const KeyRange& range, const T* x, const C* kt, const C* rt,
+                   const Strip& t, T* weights, int64_t stride, C* scratch) {
+  const AttentionTiles<C>& tiles = attention_tiles<C>();
+  const int64_t padded = a.padded_keys(), keys = a.keys();
+  C *q = scratch, *p = q + a.query_dim * t.rows,
+    *s = scratch + round_up((a.query_dim + a.padded_pos_dim()) * t.rows, 16);
+  load_queries(a, t, x, q, p);
+  const C* shifted = rt ? rt + kAttentionMargin + a.frames - 1 - t.begin : nullptr;
+  T* out = weights + t.begin * stride;
+  const bool whole = t.stored == t.rows && stride >= padded - 16;
+  Window w = strip_window(a, t, range);
+  C top[kAttentionRows];
+  for (;;) {
+    tiles.scores(q, kt, padded, a.query_dim, p, shifted, a.padded_offsets(), a.pos_batch ? a.pos_dim : 0, w.begin,
+                 w.end, s, padded, whole ? reinterpret_cast<const char*>(out) : nullptr,
+                 static_cast<int64_t>(sizeof(T)) * t.rows);
+    bool narrow = true;
+    for (int m = 0; m < t.stored; m++) {
+      C* row = s + m * padded;
+      fill_hidden(a, t, m, range, w.begin, w.end, row, static_cast<C>(kMasked));
+      for (int64_t j = keys; j < w.end; j++) row[j] = static_cast<C>(-3e38);  // behind the last key: weight 0
+      top[m] = row_maximum(row + w.begin, w.end - w.begin);
+      narrow = narrow && top[m] > kNarrowAbove<C>;
+    }
+    if (narrow || (w.begin == 0 && w.end == padded)) break;
+    w = {0, padded};  // hidden keys have some weight: all of them are needed
+  }
+  for (int m = 0; m < t.stored; m++) {
+    C* row = s + m * padded;
+    const C sum = row_exponentials(row + w.begin, w.end - w.begin, top[m]);
+    T* o = out + m * stride;
+    const int64_t end = std::min(w.end, keys);
+    if (sum != sum) {  // a NaN or infinite score spoils the whole row, hidden keys too
+      for (int64_t j = 0; j < keys; j++) store(&o[j], sum);
+      continue;
+    }
+    std::memset(static_cast<void*>(o), 0, sizeof(T) * static_cast<size_t>(w.begin));
+    row_divided(row + w.begin, sum, o + w.begin, end - w.begin);
+    std::memset(static_cast<void*>(o + end), 0, sizeof(T) * static_cast<size_t>(keys - end));
+  }
+}
+
+template <typename T, typename C = compute_t<T>>
+void backward_strip(const AttentionProblem& a, const KeyRange& range, const T* x, const T* weights,
+                    int64_t weights_stride, const T* grad, int64_t grad_stride, const C* kt, const C* key_rows,
+                    const C* rt, const Strip& t, T* dx, C* dk, C* drt, C* scratch) {
+  const AttentionTiles<C>& tiles = attention_tiles<C>();
+  const int64_t padded = a.padded_keys(), keys = a.keys(), dim = a.padded_dim(), pos = a.padded_pos_dim();
+  const int64_t stride = padded + 2 * kAttentionMargin;
+  C *q = scratch, *p = q + dim * t.rows, *dq = p + pos * t.rows, *dp = dq + dim * t.rows;
+  C* ds = scratch + round_up(2 * (dim + pos) * kAttentionRows, 16) + kAttentionMargin;
+
+  int64_t hidden[kAttentionRows];
+  bool full = a.penalty != 0;  // the penalty reaches masked scores too
+  for (int m = 0; m < t.stored; m++) {
+    const int64_t frame = t.begin + m;
+    hidden[m] = hidden_key(a, range, chunk_window(a, frame), t.sequence, frame);
+    if (hidden[m] >= 0 && load(weights[frame * weights_stride + hidden[m]]) == 0) hidden[m] = -1;
+    full = full || hidden[m] >= 0;
+  }
+  const Window w = full ? Window{0, padded} : strip_window(a, t, range);
+  const int64_t end = std::min(w.end, keys);
+  if (a.penalty != 0) {
+    load_queries(a, t, x, q, p);
+    tiles.scores(q, kt, padded, a.query_dim, p, rt ? rt + kAttentionMargin + a.frames - 1 - t.begin : nullptr,
+                 a.padded_offsets(), a.pos_batch ? a.pos_dim : 0, 0, padded, ds, stride, nullptr, 0);
+  }
+  for (int m = 0; m < t.rows; m++) {
+    C* row = ds + m * stride;
+    if (m >= t.stored) {
+      std::memset(row - kAttentionMargin, 0, sizeof(C) * static_cast<size_t>(stride));
+      continue;
+    }
+    const int64_t frame = t.begin + m;
+    const T *o = weights + frame * weights_stride + w.begin, *g = grad + frame * grad_stride + w.begin;
+    C* scores = a.penalty != 0 ? ds + kAttentionRows * stride : nullptr;
+    if (scores) std::memcpy(scores, row, sizeof(C) * static_cast<size_t>(keys));
+    row_softmax_gradient(o, g, row + w.begin, end - w.begin);
+    if (hidden[m] >= 0) fill_hidden(a, t, m, range, w.begin, w.end, row, C(0));
+    if (scores) row_penalty(scores, row, keys, static_cast<C>(a.penalty), static_cast<C>(a.limit));
+    std::memset(row - kAttentionMargin, 0, sizeof(C) * static_cast<size_t>(kAttentionMargin + w.begin));
+    std::memset(row + end, 0, sizeof(C) * static_cast<size_t>(padded + kAttentionMargin - end));
+  }
+  for (int m = 0; m < t.rows; m++) {
+    const T* row = x + (t.frame(a, m) * a.batch + t.sequence) * a.width();
+    const T* position = row + 2 * a.heads * a.query_dim + t.head * a.pos_dim;
+    row += t.head * a.query_dim;
+    for (int64_t d = 0; d < dim; d++) q[m * dim + d] = d < a.query_dim ? load(row[d]) : C(0);
+    for (int64_t d = 0; d < pos; d++) p[m * pos + d] = d < a.pos_dim && a.pos_batch ? load(position[d]) : C(0);
+  }
+  tiles.queries(ds, stride, key_rows, dim, w.begin, w.end, dq);
+  const bool more = t.begin + 2 * t.rows <= a.frames;  // the next strip's rows, read while this one's are used
+  const char* next = reinterpret_cast<const char*>(weights + (t.begin + t.rows) * weights_stride);
+  const char* next_grad = reinterpret_cast<const char*>(grad + (t.begin + t.rows) * grad_stride);
+  tiles.keys(ds, stride, q, dim, w.begin, w.end, dk, more ? next : nullptr, more ? next_grad : nullptr,
+             static_cast<int64_t>(sizeof(T)) * t.rows);
+  if (a.pos_batch) {
+    const int64_t shift = kAttentionMargin + a.frames - 1 - t.begin;
+    for (int64_t e = 0; e < pos; e += kAttentionPositions) {
+      tiles.positions(ds, stride, rt + e * a.padded_offsets() + shift, a.padded_offsets(), w.begin, w.end, dp + e, pos);
+      tiles.offsets(ds, stride, p + e, pos, w.begin, w.end, drt + e * a.padded_offsets() + shift, a.padded_offsets());
+    }
+  }
+  for (int m = 0; m < t.stored; m++) {
+    T* row = dx + ((t.begin + m) * a.batch + t.sequence) * a.width();
+    T* position = row + 2 * a.heads * a.query_dim + t.head * a.pos_dim;
+    row += t.head * a.query_dim;
+    for (int64_t d = 0; d < a.query_dim; d++) store(&row[d], dq[m * dim + d]);
+    for (int64_t d = 0; d < a.pos_dim; d++) store(&position[d], a.pos_batch ? dp[m * pos + d] : C(0));
+  }
+}
+
+template <typename T, typename C = compute_t<T>>
+void pack_keys(const AttentionProblem& a, const T* x, const T* cached, int64_t hb, C* transposed, C* rows) {
+  const int64_t h = hb / a.batch, b = hb % a.batch, padded = a.padded_keys(), dim = a.padded_dim();
+  for (int64_t j0 = 0; j0 < padded; j0 += 16)
+    for (int64_t j = j0; j < j0 + 16; j++) {
+      const T* key = nullptr;
+      if (j < a.left)
+        key = cached + ((j * a.batch + b) * a.heads + h) * a.query_dim;
+      else if (j < a.keys())
+        key = x + ((j - a.left) * a.batch + b) * a.width() + (a.heads + h) * a.query_dim;
+      for (int64_t d = 0; d < a.query_dim; d++) transposed[d * padded + j] = key ? load(key[d]) : C(0);
+      if (rows)
+        for (int64_t d = 0; d < dim; d++) rows[j * dim + d] = key && d < a.query_dim ? load(key[d]) : C(0);
+    }
+}
+
+template <typename T, typename C = compute_t<T>>
+void pack_positions(const AttentionProblem& a, const T* pos, int64_t head, int64_t sequence, C* packed) {
+  const int64_t stride = a.padded_offsets();
+  std::memset(packed, 0, sizeof(C) * static_cast<size_t>(a.positions_size()));
+  for (int64_t r = 0; r < a.offsets(); r++) {
+    const T* row = pos + ((sequence * a.offsets() + r) * a.heads + head) * a.pos_dim;
+    for (int64_t d = 0; d < a.pos_dim; d++) packed[d * stride + kAttentionMargin + r] = load(row[d]);
+  }
+}
+
+template <typename T, typename C = compute_t<T>>
+void store_keys(const AttentionProblem& a, const C* dk, int64_t parts, int64_t hb, T* dx, T* dcached) {
+  const int64_t h = hb / a.batch, b = hb % a.batch, dim = a.padded_dim(), size = a.key_rows_size();
+  for (int64_t j = 0; j < a.keys(); j++) {
+    T* key = j < a.left ? dcached + ((j * a.batch + b) * a.heads + h) * a.query_dim
+                        : dx + ((j - a.left) * a.batch + b) * a.width() + (a.heads + h) * a.query_dim;
+    for (int64_t d = 0; d < a.query_dim; d++) {
+      C sum = dk[j * dim + d];
+      for (int64_t part = 1; part < parts; part++) sum += dk[part * size + j * dim + d];
+      store(&key[d], sum);
+    }
+  }
+}
+
+template <typename T, typename C = compute_t<T>>
+void store_positions(const AttentionProblem& a, const C* drt, int64_t parts, int64_t head, int64_t sequence, T* dpos) {
+  const int64_t stride = a.padded_offsets(), size = a.positions_size();
+  const int64_t first = a.pos_batch == 1 ? 0 : sequence, last = a.pos_batch == 1 ? a.batch : sequence + 1;
+  for (int64_t r = 0; r < a.offsets(); r++)
+    for (int64_t d = 0; d < a.pos_dim; d++) {
+      double sum = 0;
+      for (int64_t b = first; b < last; b++)
+        for (int64_t part = 0; part < parts; part++)
+          sum += static_cast<double>(
+              drt[((head * a.batch + b) * parts + part) * size + d * stride + kAttentionMargin + r]);
+      store(&dpos[((sequence * a.offsets() + r) * a.heads + head) * a.pos_dim + d], static_cast<C>(sum));
+    }
+}
+
+template <typename C, typename F>
+void for_each_strip(const AttentionProblem& a, int64_t hb, int64_t begin, int64_t end, const F& f) {
+  const int rows = attention_tiles<C>().rows;
+  for (int64_t i = begin; i < end; i += rows)
+    f(Strip{hb / a.batch, hb % a.batch, i, rows, static_cast<int>(std::min<int64_t>(rows, a.frames - i))});
+}
+
+}  // namespace
+
+int64_t AttentionProblem::padded_keys() const { return round_up(keys(), kAttentionPad); }
+int64_t AttentionProblem::padded_dim() const { return round_up(query_dim, kAttentionPad); }
+int64_t AttentionProblem::padded_pos_dim() const { return round_up(pos_dim, kAttentionPositions); }
+int64_t AttentionProblem::padded_offsets() const {
+  return round_up(offsets() + kAttentionPad + 2 * kAttentionMargin, 16);
+}
+int64_t AttentionProblem::forward_scratch() const {
+  return round_up((query_dim + padded_pos_dim()) * kAttentionRows, 16) + 16 + kAttentionRows * padded_keys();
+}
+int64_t AttentionProblem::backward_scratch() const {
+  return round_up(2 * (padded_dim() + padded_pos_dim()) * kAttentionRows, 16) +
+         (kAttentionRows + 1) * (padded_keys() + 2 * kAttentionMargin);
+}
+
+int64_t attention_rows(bool wide) { return wide ? attention_tiles<double>().rows : attention_tiles<float>().rows; }
+
+void attention_key_ranges(const AttentionProblem& a, KeyRange* ranges) {
+  const int64_t keys = a.keys();
+  for (int64_t b = 0; b < a.batch; b++) {
+    KeyRange r = {0, keys, -1};
+    if (a.padding) {
+      const uint8_t* row = a.padding + b * keys;
+      while (r.begin < keys && row[r.begin]) r.begin++;
+      while (r.end > r.begin && row[r.end - 1]) r.end--;
+      for (int64_t j = 0; j < keys && r.masked < 0; j++)
+        if (row[j]) r.masked = j;
+    }
+    ranges[b] = r;
+  }
+}
+
+#define FASTASR_DEFINE(T)                                                                                             \
+  void attention_pack_keys(const AttentionProblem& a, const T* x, const T* cached, int64_t hb,                        \
+                           compute_t<T>* transposed, compute_t<T>* rows) {                                            \
+    pack_keys(a, x, cached, hb, transposed, rows);                                                                    \
+  }                                                                                                                   \
+  void attention_pack_positions(const AttentionProblem& a, const T* pos, int64_t head, int64_t sequence,              \
+                                compute_t<T>* packed) {                                                               \
+    pack_positions(a, pos, head, sequence, packed);                                                                   \
+  }                                                                                                                   \
+  void attention_weights_forward(const AttentionProblem& a, const KeyRange* ranges, const T* x,                       \
+                                 const compute_t<T>* keys_transposed, const compute_t<T>* positions, int64_t hb,      \
+                                 int64_t begin, int64_t end, T* weights, int64_t stride, compute_t<T>* scratch) {     \
+    for_each_strip<compute_t<T>>(a, hb, begin, end, [&](const Strip& t) {                                             \
+      forward_strip(a, ranges[t.sequence], x, keys_transposed, positions, t, weights, stride, scratch);               \
+    });                                                                                                               \
+  }                                                                                                                   \
+  void attention_weights_backward(const AttentionProblem& a, const KeyRange* ranges, const T* x, const T* weights,    \
+                                  int64_t weights_stride, const T* grad, int64_t grad_stride,                         \
+                                  const compute_t<T>* keys_transposed, const compute_t<T>* key_rows,                  \
+                                  const compute_t<T>* positions, int64_t hb, int64_t begin, int64_t end, T* dx,       \
+                                  compute_t<T>* dk, compute_t<T>* drt, compute_t<T>* scratch) {                       \
+    std::memset(dk, 0, sizeof(*dk) * static_cast<size_t>(a.key_rows_size()));                                         \
+    if (a.pos_batch) std::memset(drt, 0, sizeof(*drt) * static_cast<size_t>(a.positions_size()));                     \
+    for_each_strip<compute_t<T>>(a, hb, begin, end, [&](const Strip& t) {                                             \
+      backward_strip(a, ranges[t.sequence], x, weights, weights_stride, grad, grad_stride, keys_transposed, key_rows, \
+                     positions, t, dx, dk, drt, scratch);                                                             \
+    });                                                                                                               \
+  }                                                                                                                   \
+  void attention_store_keys(const AttentionProblem& a, const compute_t<T>* dk, int64_t parts, int64_t hb, T* dx,      \
+                            T* dcached) {                                                                             \
+    store_keys(a, dk, parts, hb, dx, dcached);                                                                        \
+  }                                                                                                                   \
+  void attention_store_positions(const AttentionProblem& a, const compute_t<T>* drt, int64_t parts, int64_t head,     \
+                                 int64_t sequence, T* dpos) {                                                         \
+    store_positions(a, drt, parts, head, sequence, dpos);                                                             \
+  }
+
+FASTASR_DEFINE(float)
+FASTASR_DEFINE(double)
+FASTASR_DEFINE(bfloat16)
+FASTASR_DEFINE(float16)
+
+}  // namespace fastasr::cpu

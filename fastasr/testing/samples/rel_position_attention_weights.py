@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of rel_position_attention_weights."""
+
+import torch
+
+from fastasr.ops.rel_position_attention_weights import definition
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
+
+_ORDER = ("cached_key", "key_padding_mask", "attn_mask")
+
+
+def _registered(a: dict) -> tuple:
+    return (
+        a["x"],
+        a["pos"],
+        *(a.get(name) for name in _ORDER),
+        a["num_heads"],
+        a["query_head_dim"],
+        a.get("chunk_size", -1),
+        a.get("left_context_chunks", -1),
+        a.get("score_penalty", 0.0),
+        a.get("score_limit", 25.0),
+    )
+
+
+def _call(
+    make: Make,
+    frames: int,
+    batch: int,
+    heads: int = 2,
+    dim: int = 8,
+    pos_dim: int = 4,
+    *,
+    left: int = 0,
+    pos_batch: int = 1,
+    position: bool = True,
+    scale: float = 0.7,
+    **rest,
+) -> dict:
+    offsets = 2 * frames - 1 + left if frames else 0
+    arguments = {
+        "x": make.normal(frames, batch, heads * (2 * dim + pos_dim), scale=scale),
+        "pos": make.normal(pos_batch, offsets, heads * pos_dim) if position else None,
+        "num_heads": heads,
+        "query_head_dim": dim,
+    }
+    if left:
+        arguments["cached_key"] = make.normal(left, batch, heads * dim, scale=scale)
+    return arguments | rest
+
+
+def _padding(make: Make, lengths: list[int], keys: int) -> torch.Tensor:
+    return torch.arange(keys, device=make.device) >= torch.tensor(lengths, device=make.device)[:, None]
+
+
+def _random_mask(make: Make, *shape: int) -> torch.Tensor:
+    return make.uniform(*shape).float() > 0.6
+
+
+def _below_the_masked(make: Make) -> dict:
+    """Scores around -1020: hidden keys get most of the weight. In quarters, so that products are exact."""
+    q, k = (make.normal(20, 1, 1).mul(2).round().div(4) + 32 for _ in range(2))
+    return {"x": torch.cat([q, -k], -1), "pos": None, "num_heads": 1, "query_head_dim": 1, "chunk_size": 8}
+
+
+def _with(**arguments):
+    return lambda m: _call(m, 5, 2) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
+
+
+def _random(make: Make, shape) -> dict:
+    size = shape.size
+    frames, batch, heads = min(size(), 40), min(size(), 4), min(max(size(), 1), 4)
+    left = shape.choice((0, 0, 3, 17)) if frames else 0
+    arguments = _call(
+        make, frames, batch, heads, min(max(size(), 1), 40), min(size(), 6),
+        left=left, pos_batch=shape.choice((1, batch)), position=shape.choice((True, True, False)), scale=0.5,
+    )  # fmt: skip
+    if shape.choice((True, False)):
+        arguments["chunk_size"] = max(size(), 1)
+        arguments["left_context_chunks"] = shape.choice((-1, 0, 1, 3))
+    if shape.choice((True, False)):
+        arguments["key_padding_mask"] = _random_mask(make, batch, left + frames)
+    if shape.choice((True, False)):
+        arguments["attn_mask"] = _random_mask(make, frames, left + frames)
+    return arguments
+
+
+TABLE = OpTable(
+    op="rel_position_attention_weights",
+    definition=definition,
+    registered=_registered,
+    samples=(
+        Sample("tbc", lambda m: _call(m, 7, 3, scale=0.3), thorough=True),
+        Sample(
+            "padded",
+            lambda m: _call(m, 17, 3, 2, 3, 1, scale=0.3, key_padding_mask=_padding(m, [17, 8, 0], 17)),
+            thorough=True,
+        ),
+        Sample(
+            "streaming",
+            lambda m: _call(
+                m, 8, 2, 2, 4, 2, left=11, scale=0.3, key_padding_mask=_padding(m, [19, 12], 19).flip(1)
+            ),
+            thorough=True,
+        ),
+        Sample(
+            "masked, positions of each sequence",
+            lambda m: _call(m, 16, 2, 2, 2, 1, pos_batch=2, scale=0.3, attn_mask=_random_mask(m, 16, 16)),
+            thorough=True,
+        ),
+        Sample("chunks", lambda m: _call(m, 50, 2, chunk_size=8, left_context_chunks=2)),
+        Sample("chunks, all before", lambda m: _call(m, 37, 2, chunk_size=16)),
+        Sample(
+            "chunks, padding and a mask of each sequence",
+            lambda m: _call(
+                m,
+                45,
+                3,
+                chunk_size=7,
+                left_context_chunks=1,
+                key_padding_mask=_padding(m, [45, 20, 3], 45),
+                attn_mask=_random_mask(m, 3, 45, 45),
+            ),
+        ),
+        Sample(
+            "chunks and a cache",
+            lambda m: _call(m, 24, 2, left=19, chunk_size=8, left_context_chunks=1),
+        ),
+        Sample("no positions", lambda m: _call(m, 33, 2, position=False)),
+        Sample("no position channels", lambda m: _call(m, 12, 2, pos_dim=0, position=False)),
+        Sample("odd sizes", lambda m: _call(m, 35, 1, 3, 5, 3)),
+        Sample("wide heads", lambda m: _call(m, 21, 2, 1, 48, 8, scale=0.4)),
+        Sample("stack 3", lambda m: _call(m, 100, 2, 8, 32, 4, scale=0.5)),
+        Sample(
+            "stack 0, padded",
+            lambda m: _call(m, 199, 3, 4, 32, 4, key_padding_mask=_padding(m, [199, 150, 33], 199)),
+        ),
+        Sample("penalty", lambda m: _call(m, 40, 2, 2, 16, score_penalty=1e-2, score_limit=2.5)),
+        Sample(
+            "penalty under masks",
+            lambda m: _call(
+                m,
+                40,
+                2,
+                score_penalty=0.02,
+                score_limit=1.5,
+                chunk_size=8,
+                key_padding_mask=_padding(m, [40, 17], 40),
+            ),
+        ),
+        Sample("large scores", lambda m: _call(m, 30, 2, scale=3.0)),
+        Sample("scores below the masked ones", _below_the_masked),
+        Sample("one frame", lambda m: _call(m, 1, 2)),
+        Sample("no frames", lambda m: _call(m, 0, 2)),
+        Sample("no sequences", lambda m: _call(m, 5, 0)),
+    ),
+    invalid=(
+        Invalid("x has two dimensions", _with(x=lambda m: m.normal(5, 40)), ValueError, "x"),
+        Invalid("x does not divide", _with(x=lambda m: m.normal(5, 2, 41)), ValueError, "x"),
+        Invalid("x is too narrow", _with(x=lambda m: m.normal(5, 2, 30)), ValueError, "x"),
+        Invalid("no heads", _with(num_heads=0), ValueError, "num_heads"),
+        Invalid("heads is a float", _with(num_heads=2.0), TypeError, "num_heads"),
+        Invalid("no query channels", _with(query_head_dim=0), ValueError, "query_head_dim"),
+        Invalid("pos has other offsets", _with(pos=lambda m: m.normal(1, 8, 8)), ValueError, "pos"),
+        Invalid("pos of another batch", _with(pos=lambda m: m.normal(3, 9, 8)), ValueError, "pos"),
+        Invalid("pos in another dtype", _with(pos=lambda m: m.normal(1, 9, 8).double()), TypeError, "pos"),
+        Invalid(
+            "cached_key of another width",
+            _with(cached_key=lambda m: m.normal(3, 2, 15)),
+            ValueError,
+            "cached_key",
+        ),
+        Invalid(
+            "pos without the cache's offsets",
+            _with(cached_key=lambda m: m.normal(3, 2, 16)),
+            ValueError,
+            "pos",
+        ),
+        Invalid(
+            "padding is not bool",
+            _with(key_padding_mask=lambda m: m.normal(2, 5)),
+            TypeError,
+            "key_padding_mask",
+        ),
+        Invalid("padding is a list", _with(key_padding_mask=[True]), TypeError, "key_padding_mask"),
+        Invalid(
+            "padding is transposed",
+            _with(key_padding_mask=lambda m: _random_mask(m, 5, 2)),
+            ValueError,
+            "key_padding_mask",
+        ),
+        Invalid(
+            "mask of another size", _with(attn_mask=lambda m: _random_mask(m, 5, 4)), ValueError, "attn_mask"
+        ),
+        Invalid(
+            "mask would broadcast",
+            _with(attn_mask=lambda m: _random_mask(m, 1, 5, 5)),
+            ValueError,
+            "attn_mask",
+        ),
+        Invalid("chunk size is 0", _with(chunk_size=0), ValueError, "chunk_size"),
+        Invalid("chunk size is a float", _with(chunk_size=4.0), TypeError, "chunk_size"),
+        Invalid("left context is -2", _with(left_context_chunks=-2), ValueError, "left_context_chunks"),
+        Invalid("penalty is negative", _with(score_penalty=-1.0), ValueError, "score_penalty"),
+        Invalid("penalty is NaN", _with(score_penalty=float("nan")), ValueError, "score_penalty"),
+        Invalid("limit is a string", _with(score_limit="25"), TypeError, "score_limit"),
+    ),
+    random=_random,
+)
