@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Binding a forward to one instance, and undoing it.
+"""Binding a forward, and what other methods go with it, to one instance, and undoing it.
 
-A swapped module has two more entries in its ``__dict__`` and nothing else: ``forward``, our function as a
-bound method, and ``__prepare_scriptable__``, which torch.jit.script calls on every module before it compiles
-anything. Bound methods survive deepcopy (bound to the copy) and pickle by name, so a pickled model loads
-unswapped. A shallow copy (``copy.copy``, the replicas of ``nn.DataParallel``) keeps a forward bound to the
-module that it was copied from: restore before making one.
+A swapped module has these more entries in its ``__dict__`` and nothing else: ``forward`` and the rule's other
+methods, our functions as bound methods, and ``__prepare_scriptable__``, which torch.jit.script calls on every
+module before it compiles anything. Bound methods survive deepcopy (bound to the copy) and pickle by name, so a
+pickled model loads unswapped. A shallow copy (``copy.copy``, the replicas of ``nn.DataParallel``) keeps methods
+bound to the module that it was copied from: restore before making one.
 """
 
 import copy
@@ -38,21 +38,19 @@ def _refuse(module, what):
 
 
 @functools.cache
-def guarded(forward):
-    """``forward`` with a check that it is not being traced. One function per forward: it is the mark of a
-    swap.
-    """
+def guarded(function, name="forward"):
+    """``function`` with a check that it is not being traced. One per function: it is the mark of a swap."""
 
-    @functools.wraps(forward)
+    @functools.wraps(function)
     def guard(self, *args, **kwargs):
         if torch.jit.is_tracing():
             _refuse(self, "torch.jit.trace and the tracing ONNX exporter")
         if torch.compiler.is_exporting() and _onnx._is_onnx_exporting:
             _refuse(self, "torch.onnx.export")
-        return forward(self, *args, **kwargs)
+        return function(self, *args, **kwargs)
 
-    guard.__name__ = "forward"  # a bound method pickles by name: upstream's forward is found on loading
-    guard.fastasr_forward = forward
+    guard.__name__ = name  # a bound method pickles by name: upstream's own is found on loading
+    guard.fastasr_forward = function
     return guard
 
 
@@ -73,34 +71,48 @@ class _ScriptGuard:
         return functools.partial, (max, (self.module,))
 
 
-def bind(module, forward):
-    """Make ``module`` run ``forward``, a function with ``self`` first."""
-    vars(module)["forward"] = types.MethodType(guarded(forward), module)
+def bind(module, forward, methods=()):
+    """Make ``module`` run ``forward``, a function with ``self`` first, and ``methods``, pairs (name, function)."""
+    for name, function in (("forward", forward), *methods):
+        vars(module)[name] = types.MethodType(guarded(function, name), module)
     vars(module)[_GUARD] = _ScriptGuard(module)
 
 
 def unbind(module):
-    """Undo ``bind``; returns the forward that was bound, or None when the module was not swapped."""
-    forward = bound_forward(module)
-    if forward is not None:
-        del vars(module)["forward"]
+    """Undo ``bind``; returns the (forward, methods) that were bound, or None when the module was not swapped."""
+    bound = {name: bound_function(module, name) for name in vars(module)}
+    bound = {name: function for name, function in bound.items() if function is not None}
+    for name in bound:
+        del vars(module)[name]
+    if bound:
         vars(module).pop(_GUARD, None)
-    return forward
+    forward = bound.pop("forward", None)
+    return None if forward is None else (forward, tuple(bound.items()))
+
+
+def bound_function(module, name):
+    """The function that ``bind`` gave to this module under ``name``, or None."""
+    method = vars(module).get(name)
+    return getattr(getattr(method, "__func__", None), "fastasr_forward", None)
 
 
 def bound_forward(module):
     """The forward that ``bind`` gave to this module, or None."""
-    method = vars(module).get("forward")
-    return getattr(getattr(method, "__func__", None), "fastasr_forward", None)
+    return bound_function(module, "forward")
+
+
+def foreign_method(module, name):
+    """A method that somebody else put on this instance, or None.
+
+    Unpickled swapped modules carry their class's own methods, which is no change.
+    """
+    method = vars(module).get(name)
+    if method is None or bound_function(module, name) is not None:
+        return None
+    own = getattr(method, "__func__", None) is getattr(type(module), name, None)
+    return None if own and method.__self__ is module else method
 
 
 def foreign_forward(module):
-    """A forward that somebody else put on this instance, or None.
-
-    Unpickled swapped modules carry their class's own forward, which is no change.
-    """
-    method = vars(module).get("forward")
-    if method is None or bound_forward(module) is not None:
-        return None
-    own = getattr(method, "__func__", None) is getattr(type(module), "forward", None)
-    return None if own and method.__self__ is module else method
+    """A forward that somebody else put on this instance, or None."""
+    return foreign_method(module, "forward")

@@ -52,7 +52,7 @@ def accelerate(model, only=None, exclude=None, verify=None, strict=True):
     for path, module, decision in plan:
         accept = decision.apply or (decision.unknown_source and not strict)
         if accept and binding.bound_forward(module) is None:
-            binding.bind(module, decision.rule.forward)
+            decision.rule.bind(module)
             bound.append(module)
         if accept and not decision.apply:
             unproven.add(path)
@@ -111,9 +111,9 @@ def eager_mode(model):
     try:
         yield model
     finally:
-        for module, forward in swapped:
-            if forward is not None and binding.foreign_forward(module) is None:
-                binding.bind(module, forward)
+        for module, functions in swapped:
+            if functions is not None and binding.foreign_forward(module) is None:
+                binding.bind(module, *functions)
 
 
 def swapped_modules(model):
@@ -172,7 +172,7 @@ def _decide(module):
     forward = binding.bound_forward(module)
     if forward is not None:
         return Decision(rule, True, "already swapped")
-    reason = _obstacle(module) or _structure(rule, module)
+    reason = _obstacle(module, rule) or _structure(rule, module)
     if reason is not None:
         return Decision(rule, False, reason)
     return _recognise(rule, module)
@@ -188,14 +188,15 @@ def _rule_for(module):
     return None
 
 
-def _obstacle(module):
-    """Why no forward may be bound to this instance, whatever its class; None when nothing is in the way."""
+def _obstacle(module, rule):
+    """Why nothing may be bound to this instance, whatever its class; None when nothing is in the way."""
     if type(module).__module__.startswith("fastasr."):
         return "is fastasr's own class already"
-    foreign = binding.foreign_forward(module)
-    if foreign is not None:
-        name = getattr(foreign, "__qualname__", type(foreign).__name__)
-        return f"its forward was already replaced on this instance, by {name}"
+    for method in ("forward", *(name for name, _ in rule.methods)):
+        foreign = binding.foreign_method(module, method)
+        if foreign is not None:
+            name = getattr(foreign, "__qualname__", type(foreign).__name__)
+            return f"its {method} was already replaced on this instance, by {name}"
     if parametrize.is_parametrized(module):
         return f"has parametrizations on {', '.join(module.parametrizations)}"
     for what, hooks in (("pre-hook", module._forward_pre_hooks), ("hook", module._forward_hooks)):
@@ -226,7 +227,8 @@ def _recognise(rule, module):
     known = rule.known.get(value)
     if known is not None:
         reason = known.condition(module) if known.condition is not None else None
-        return Decision(rule, reason is None, reason or f"same source as {known.origin}")
+        note = f"; {rule.note}" if rule.note else ""
+        return Decision(rule, reason is None, reason or f"same source as {known.origin}{note}")
     if owner.__name__ != rule.class_name:
         changed = ", ".join(_overridden(owner, rule.class_name)) or "something its forward uses"
         return Decision(

@@ -51,7 +51,7 @@ class ModelState:
     """Training flags, buffers and plain attributes of all modules, restored when the context ends.
 
     Plain attributes are numbers, strings and None on modules and on the small helper objects they own
-    (upstream's regularisers adapt their probabilities and cutoffs as they run).
+    (upstream's regularisers adapt their probabilities and cutoffs as they run), and dicts of modules (caches).
     """
 
     def __init__(self, model):
@@ -59,9 +59,12 @@ class ModelState:
 
     def __enter__(self):
         self.buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
-        self.plain = []
+        self.plain, self.dicts = [], []
         for module in self.model.modules():
             self.plain.append((vars(module), _plain(vars(module))))
+            for name, value in vars(module).items():
+                if type(value) is dict and not name.startswith("_"):
+                    self.dicts.append((value, dict(value)))
             for value in vars(module).values():
                 if _is_helper(value):
                     self.plain.append((vars(value), _plain(vars(value))))
@@ -70,6 +73,9 @@ class ModelState:
     def __exit__(self, *_):
         for namespace, saved in self.plain:
             namespace.update(saved)
+        for value, saved in self.dicts:
+            value.clear()
+            value.update(saved)
         with torch.no_grad():
             for buffer, saved in self.buffers:
                 buffer.copy_(saved)

@@ -17,9 +17,12 @@ Where no fp64 run is possible the two are compared with each other, with a toler
 
 import contextlib
 import copy
+import functools
+import itertools
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -27,7 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from fastasr.swap import binding
 from fastasr.swap.engine import swapped_modules
 from fastasr.swap.report import REPLACED, ROLLED_BACK, Row, SwapReport
-from fastasr.swap.rules import upstream_class
+from fastasr.swap.rules import families, upstream_class
 from fastasr.swap.state import ModelState, RandomState
 
 _NOISE = 2.0  # times upstream's own error: the largest error of one call is a noisy figure
@@ -56,21 +59,40 @@ def verify(model, inputs, gradients=True, rollback=True):
     swapped = list(swapped_modules(model))
     checks = _Checks(_PASSES if gradients else _PASSES[:1])
     with ModelState(model), RandomState(), _no_compilation(), torch.no_grad():
-        probes = [_Probe(module, rule, checks) for _, module, rule in swapped]
+        probes = [
+            [_Probe(module, rule, name, checks) for name in ("forward", *rule.compared)]
+            for _, module, rule in swapped
+        ]
+        aside = [
+            (vars(module), name, vars(module)[name])
+            for _, module, rule in swapped
+            for name, _ in rule.methods
+            if name not in rule.compared and binding.bound_function(module, name) is not None
+        ]
         try:
-            for probe in probes:
+            for namespace, name, _ in aside:
+                del namespace[name]
+            for probe in itertools.chain(*probes):
                 probe.attach()
             _run(model, inputs)
         finally:
-            for probe in probes:
+            for probe in itertools.chain(*probes):
                 probe.detach()
-    for (path, module, rule), probe in zip(swapped, probes, strict=True):
-        row = Row(path, type(module).__name__, rule.name, rule.kernels, REPLACED, probe.note, probe.errors)
-        if probe.failure is not None:
-            row.status, row.reason = ROLLED_BACK, f"verification: {probe.failure}"
+            for namespace, name, method in aside:
+                namespace[name] = method
+    for (path, module, rule), own in zip(swapped, probes, strict=True):
+        row = Row(path, type(module).__name__, rule.name, rule.kernels, REPLACED, "")
+        reached = [probe for probe in own if probe.errors is not None]
+        row.reason = "; ".join(dict.fromkeys(probe.note for probe in reached if probe.note))
+        failures = [probe.failure for probe in own if probe.failure is not None]
+        if reached:
+            names = {name for probe in reached for name in probe.errors}
+            row.errors = {name: max(probe.errors.get(name, 0.0) for probe in reached) for name in names}
+        if failures:
+            row.status, row.reason = ROLLED_BACK, f"verification: {failures[0]}"
             if rollback:
                 binding.unbind(module)
-        elif probe.errors is None:
+        elif not reached:
             row.reason = "not reached by the inputs of verify"
         report.rows.append(row)
     return report
@@ -118,27 +140,28 @@ class _Checks:
 
 
 class _Probe:
-    """Stands in for a swapped module's forward while the model runs."""
+    """Stands in for a swapped module's forward, or another of its methods, while the model runs."""
 
-    def __init__(self, module, rule, checks):
-        self.module, self.rule, self.checks = module, rule, checks
-        self.ours = vars(module)["forward"]
+    def __init__(self, module, rule, name, checks):
+        self.module, self.rule, self.name, self.checks = module, rule, name, checks
+        self.ours = vars(module)[name]
         self.count = sum(binding.bound_forward(part) is not None for part in module.modules())
         self.errors = None
         self.failure = None
         self.note = ""
 
     def attach(self):
-        def forward(*args, **kwargs):
+        @functools.wraps(self.ours)  # with the attributes of ours
+        def method(*args, **kwargs):
             return self(*args, **kwargs)
 
-        vars(self.module)["forward"] = forward
+        vars(self.module)[self.name] = method
 
     def detach(self):
-        vars(self.module)["forward"] = self.ours
+        vars(self.module)[self.name] = self.ours
 
     def upstream(self, *args, **kwargs):
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 
     def __call__(self, *args, **kwargs):
         if self.checks.side == "ours":
@@ -171,7 +194,7 @@ class _Probe:
                 ours = self._replay_as("ours", self.ours, args, kwargs, training)
             except Exception as error:
                 return f"{name}: fastasr raises {type(error).__name__}: {error}"
-            reference = _Reference(self.module, args, kwargs, training, start, self.count)
+            reference = _Reference(self.module, self.name, args, kwargs, training, start, self.count)
             reason = self._judge(ours, upstream, reference)
             if reason is not None:
                 return f"{name}: {reason}"
@@ -233,10 +256,18 @@ def _replay(module, forward, args, kwargs, training, roundings=None):
 
     args, kwargs = tree_map(fresh, (args, kwargs))
     with torch.set_grad_enabled(training):
-        outputs = [t for t in tree_flatten(forward(*args, **kwargs))[0] if isinstance(t, torch.Tensor)]
+        outputs = tree_flatten(_sorted(forward(*args, **kwargs)))[0]
+        outputs = [t for t in outputs if isinstance(t, torch.Tensor)]
         values = [(f"output {i}" if len(outputs) > 1 else "the output", t) for i, t in enumerate(outputs)]
         gradients = _gradients(module, outputs, (args, kwargs), roundings) if training else []
     return _Outcome([(name, t.detach()) for name, t in values], gradients)
+
+
+def _sorted(value):
+    """A result with its dicts in the order of their keys."""
+    if isinstance(value, dict):
+        return {key: _sorted(value[key]) for key in sorted(value, key=str)}
+    return type(value)(map(_sorted, value)) if type(value) in (list, tuple) else value
 
 
 def _gradients(module, outputs, inputs, roundings):
@@ -267,7 +298,15 @@ class _DrawInLowPrecision(TorchFunctionMode):
         if func in (torch.rand, torch.randn) and kwargs.get("dtype") is torch.float64:
             kwargs["dtype"] = self.dtype
             return func(*args, **kwargs).double()
+        if func is F.dropout and args and args[0].dtype is torch.float64:
+            return self._dropout(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _dropout(self, x, p=0.5, training=True, inplace=False):
+        if not training or p == 0:
+            return F.dropout(x, p, training, inplace)
+        kept = F.dropout(torch.ones_like(x, dtype=self.dtype), p) != 0
+        return x * kept / (1 - p) if p < 1 else x * 0
 
 
 class _StayInFp64(TorchDispatchMode):
@@ -284,8 +323,8 @@ class _StayInFp64(TorchDispatchMode):
 class _Reference:
     """Upstream's code on a copy of the module in fp64. ``count`` modules of it are swapped."""
 
-    def __init__(self, module, args, kwargs, training, start, count):
-        self.training, self.start, self.count = training, start, count
+    def __init__(self, module, name, args, kwargs, training, start, count):
+        self.name, self.training, self.start, self.count = name, training, start, count
         self.module, self.outcome, self.rounded = None, None, None
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
         floating = [t.dtype for t in [*tensors, *module.parameters()] if t.is_floating_point()]
@@ -299,9 +338,15 @@ class _Reference:
 
     @staticmethod
     def _in_fp64(module):
+        rules = {rule.forward: rule for family in families() for rule in family}
         result = copy.deepcopy(module)
         for part in result.modules():
-            vars(part).pop("forward", None)
+            bound = getattr(vars(part).pop("forward", None), "fastasr_forward", None)
+            rule = rules.get(bound)
+            if rule is not None:
+                rule.empty_caches(part)
+                for name, _ in rule.methods:
+                    vars(part).pop(name, None)
         return result.double()
 
     @staticmethod
@@ -315,7 +360,7 @@ class _Reference:
         args, kwargs = self.args, self.kwargs
         if roundings is not None:
             args, kwargs = tree_map(roundings, (args, kwargs))
-        forward = type(self.module).forward.__get__(self.module)
+        forward = getattr(type(self.module), self.name).__get__(self.module)
         device = next((t.device.type for t in tree_flatten(args)[0] if isinstance(t, torch.Tensor)), "cpu")
         draws, precision = _DrawInLowPrecision(self.dtype), torch.autocast(device, enabled=False)
         with ModelState(self.module), draws, precision, _StayInFp64():

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a rule is, and the families of rules. A new framework is one file here and a line in ``families``."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+
+from fastasr.swap import binding
+from fastasr.swap.source_hash import SourceUnavailable, fingerprint
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,12 @@ class Rule:
     ``functions(module)`` are the functions to fingerprint, beginning with the class's forward.
     ``structure(module)`` returns why the instance does not fit our forward, or None.
     ``known`` maps fingerprints to Known; None means the class is torch's own and ``functions`` is not used.
+    ``methods`` are further methods to bind, pairs (name, function). Verification compares those in ``compared``
+    by themselves; they must depend on nothing but arguments, parameters and buffers. The others are upstream's
+    while it runs.
+    ``caches`` are attributes, name -> empty value, in which upstream keeps results that parameters have a part in.
+    Binding empties them, and so does verification before it runs upstream's code in another precision.
+    ``note`` is what the report says of an instance beyond where its source is from.
     ``companion`` rules apply only to models in which another rule of the family matched a module.
     """
 
@@ -37,13 +47,26 @@ class Rule:
     functions: Callable = field(default=lambda module: [type(module).forward])
     known: dict | None = None
     companion: bool = False
+    methods: tuple = ()
+    compared: tuple = ()
+    caches: dict = field(default_factory=dict)
+    note: str = ""
+
+    def bind(self, module):
+        self.empty_caches(module)
+        binding.bind(module, self.forward, self.methods)
+
+    def empty_caches(self, module):
+        for name, empty in self.caches.items():
+            if name in vars(module):
+                vars(module)[name] = copy.copy(empty)
 
 
 def families():
     """The rule families, each a tuple of rules, in the order in which they are tried."""
-    from fastasr.swap.rules import zipformer
+    from fastasr.swap.rules import espnet, zipformer
 
-    return (zipformer.RULES,)
+    return (zipformer.RULES, espnet.RULES)
 
 
 def upstream_class(module):
@@ -56,16 +79,19 @@ def upstream_class(module):
     return cls
 
 
-def check_parameters(module, shapes, optional=()):
+def check_parameters(module, shapes, optional=(), allowed_buffers=()):
     """A reason when the module's own parameters are not exactly ``shapes`` (name -> shape), else None.
 
-    Names in ``optional`` may be None. All parameters must be floating point and of one device.
+    Names in ``optional`` may be None. Buffers may be ``allowed_buffers`` only. All parameters must be floating
+    point and of one device.
     """
     own = module._parameters
     extra = sorted(set(own) - set(shapes))
     if extra:
         return f"has parameters this class does not have upstream: {', '.join(extra)}"
-    buffers = sorted(name for name, b in module._buffers.items() if b is not None)
+    buffers = sorted(
+        name for name, b in module._buffers.items() if b is not None and name not in allowed_buffers
+    )
     if buffers:
         return f"has buffers this class does not have upstream: {', '.join(buffers)}"
     for name, shape in shapes.items():
@@ -98,3 +124,18 @@ def is_rate(value):
     return isinstance(value, (int, float)) or (
         isinstance(value, torch.nn.Module) and hasattr(type(value), "__float__")
     )
+
+
+def own_forward(module):
+    return [upstream_class(module).forward]
+
+
+def unread_code(name, module, functions, known):
+    """A reason when the submodule runs code other than upstream's ``known`` fingerprints, else None."""
+    try:
+        value = fingerprint(functions(module), upstream_class(module))
+    except SourceUnavailable as error:
+        return f"submodule {name}: {error}"
+    if value not in known or binding.foreign_forward(module) is not None:
+        return f"submodule {name} runs code that is not upstream's (fingerprint {value})"
+    return None

@@ -9,21 +9,25 @@ import torch
 
 from fastasr.models import zipformer as models
 from fastasr.swap.binding import foreign_forward
-from fastasr.swap.rules import Known, Rule, check_children, check_parameters, is_rate, upstream_class
-from fastasr.swap.source_hash import SourceUnavailable, fingerprint
+from fastasr.swap.rules import (
+    Known,
+    Rule,
+    check_children,
+    check_parameters,
+    is_rate,
+    own_forward,
+    unread_code,
+    upstream_class,
+)
 
 _PACKAGE = Known("zipformer 0.1.3")  # on PyPI
 _ICEFALL = Known("icefall's zipformer")  # egs/*/*/zipformer
 _BOTH = Known("zipformer 0.1.3 and icefall's zipformer")
 
 
-def _own_forward(module):
-    return [upstream_class(module).forward]
-
-
 def _swoosh_functions(module):
     """icefall calls k2 by name; the package keeps its function, compiled or not, in ``func``."""
-    return _own_forward(module) + ([module.func] if hasattr(module, "func") else [])
+    return own_forward(module) + ([module.func] if hasattr(module, "func") else [])
 
 
 def _swoosh_structure(module):
@@ -32,7 +36,7 @@ def _swoosh_structure(module):
 
 def _adl_functions(module):
     extra = [getattr(module, name) for name in ("forward_func", "backward_func") if hasattr(module, name)]
-    return _own_forward(module) + extra
+    return own_forward(module) + extra
 
 
 def _adl_structure(module):
@@ -148,20 +152,9 @@ def _convnext_structure(module):
         same = name != "depthwise_conv" or conv.padding == tuple((k - 1) // 2 for k in conv.kernel_size)
         if not (plain and same and (name == "depthwise_conv" or conv.padding == (0, 0))):
             return f"submodule {name} has another stride, dilation or padding than upstream's"
-    reason = _unread_code("hidden_balancer", module.hidden_balancer, _own_forward, _BALANCERS)
-    reason = reason or _unread_code("out_balancer", module.out_balancer, _own_forward, _BALANCERS)
-    return reason or _unread_code("activation", module.activation, _swoosh_functions, SWOOSH_L.known)
-
-
-def _unread_code(name, module, functions, known):
-    """A reason when the submodule runs code other than upstream's ``known`` fingerprints, else None."""
-    try:
-        value = fingerprint(functions(module), upstream_class(module))
-    except SourceUnavailable as error:
-        return f"submodule {name}: {error}"
-    if value not in known or foreign_forward(module) is not None:
-        return f"submodule {name} runs code that is not upstream's (fingerprint {value})"
-    return None
+    reason = unread_code("hidden_balancer", module.hidden_balancer, own_forward, _BALANCERS)
+    reason = reason or unread_code("out_balancer", module.out_balancer, own_forward, _BALANCERS)
+    return reason or unread_code("activation", module.activation, _swoosh_functions, SWOOSH_L.known)
 
 
 _EMBED_CONV = (
@@ -193,7 +186,7 @@ def _conv2d_subsampling_structure(module):
         reason = _embed_conv_part(f"conv.{index}", part)
         if reason:
             return reason
-    reason = _unread_code("convnext", convnext, _own_forward, CONVNEXT.known)
+    reason = unread_code("convnext", convnext, own_forward, CONVNEXT.known)
     if reason is None and (inner := _convnext_structure(convnext)):
         reason = f"submodule convnext: {inner}"
     return reason
@@ -202,9 +195,9 @@ def _conv2d_subsampling_structure(module):
 def _embed_conv_part(name, part):
     cls = upstream_class(part)
     if cls.__name__ == "SwooshR":
-        return _unread_code(name, part, _swoosh_functions, SWOOSH_R.known)
+        return unread_code(name, part, _swoosh_functions, SWOOSH_R.known)
     if cls.__name__ != "Conv2d":
-        return _unread_code(name, part, _own_forward, _SCALE_GRAD | _BALANCERS)
+        return unread_code(name, part, own_forward, _SCALE_GRAD | _BALANCERS)
     if cls is not torch.nn.Conv2d or foreign_forward(part) is not None:
         return f"submodule {name} is not a plain torch.nn.Conv2d"
     return None
@@ -255,7 +248,7 @@ def _convolution_structure(module):
         ("balancer2", _BALANCERS),
         ("whiten", _WHITENS),
     ):
-        reason = reason or _unread_code(name, getattr(module, name), _own_forward, known)
+        reason = reason or unread_code(name, getattr(module, name), own_forward, known)
     return reason
 
 
@@ -352,7 +345,7 @@ BIAS_NORM = Rule(
     forward=models.BiasNorm.forward,
     kernels=("bias_norm",),
     structure=_bias_norm_structure,
-    functions=_own_forward,
+    functions=own_forward,
     known={"9e1dc79eb532fd8122f42674": _BOTH},  # icefall: every version so far
 )
 
@@ -362,7 +355,7 @@ BYPASS = Rule(
     forward=models.BypassModule.forward,
     kernels=("bypass",),
     structure=_bypass_structure,
-    functions=_own_forward,
+    functions=own_forward,
     known={"a4edc035344a0e73d0329665": _BOTH},  # icefall: since pull request 1108
 )
 
@@ -372,7 +365,7 @@ CONVNEXT = Rule(
     forward=models.ConvNeXt.forward,
     kernels=("linear", "swoosh_linear"),
     structure=_convnext_structure,
-    functions=_own_forward,
+    functions=own_forward,
     known={"a5bcd4f71743691dc267c6ba": _BOTH},  # icefall: since pull request 1180
 )
 
@@ -382,7 +375,7 @@ CONV2D_SUBSAMPLING = Rule(
     forward=models.Conv2dSubsampling.forward,
     kernels=("channels_last",),
     structure=_conv2d_subsampling_structure,
-    functions=_own_forward,
+    functions=own_forward,
     known={
         "0daf1ced9900d8ed1fe82020": _BOTH,  # icefall: since pull request 1108
         "806777fcc2889d54c4698be2": Known("icefall's zipformer_prompt_asr"),  # says nothing of TorchScript
@@ -396,7 +389,7 @@ ATTENTION_WEIGHTS = Rule(
     forward=models.RelPositionMultiheadAttentionWeights.forward,
     kernels=("in_place",),
     structure=_attention_weights_structure,
-    functions=_own_forward,
+    functions=own_forward,
     known={
         "dccf6d652ee4e33bc79bd3e5": _PACKAGE,
         "2da99df99dfd990b292021c9": _ICEFALL,  # since pull request 2086, which converts masks to bool
@@ -412,7 +405,7 @@ CONVOLUTION = Rule(
     forward=models.ConvolutionModule.forward,
     kernels=("channels_last",),
     structure=_convolution_structure,
-    functions=_own_forward,
+    functions=own_forward,
     known={
         "9b84169b9f16a44f2041a5d9": _BOTH,  # icefall: since pull request 1316
         "f9ec4766f5a91d5b957e067b": _ICEFALL,  # since pull request 2086, which converts masks to bool
@@ -422,7 +415,7 @@ CONVOLUTION = Rule(
 )
 
 LINEAR = Rule(
-    name="zipformer.linear",
+    name="torch.linear",
     class_name="Linear",
     forward=models.Linear.forward,
     kernels=("linear",),

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations by ESPnet's names, and which of them the kernels compute themselves."""
+
+import torch
+import torch.nn.functional as F
+
+
+class FTSwish(torch.nn.Module):
+    """Flattened-T Swish (Chieng et al., 2018): x sigmoid(x) + T where that is not negative, T elsewhere."""
+
+    def __init__(self, threshold=-0.2, mean_shift=0.0):
+        super().__init__()
+        if not threshold < 0:
+            raise ValueError(f"FTSwish: threshold: expected a negative number, got {threshold}")
+        self.threshold, self.mean_shift = threshold, mean_shift
+
+    def forward(self, x):
+        y = F.silu(x) + self.threshold
+        return torch.where(y >= 0, y, self.threshold) - self.mean_shift
+
+
+class Smish(torch.nn.Module):
+    """Smish (Wang et al., 2022): alpha x tanh(log(1 + sigmoid(beta x))). Factors that are not positive count as 1."""
+
+    def __init__(self, alpha=1.0, beta=1.0):
+        super().__init__()
+        self.alpha, self.beta = alpha if alpha > 0 else 1.0, beta if beta > 0 else 1.0
+
+    def forward(self, x):
+        return self.alpha * x * torch.tanh(torch.log1p(torch.sigmoid(self.beta * x)))
+
+
+class Swish(torch.nn.Module):
+    """E-Swish (Alcaide, 2018): beta x sigmoid(x). A beta below 1 counts as 1."""
+
+    def __init__(self, beta=1.0):
+        super().__init__()
+        self.beta = max(beta, 1.0)
+
+    def forward(self, x):
+        return self.beta * x * torch.sigmoid(x)
+
+
+def get_activation(
+    activation_type,
+    ftswish_threshold=-0.2,
+    ftswish_mean_shift=0.0,
+    hardtanh_min_val=-1.0,
+    hardtanh_max_val=1.0,
+    leakyrelu_neg_slope=0.01,
+    smish_alpha=1.0,
+    smish_beta=1.0,
+    softplus_beta=1.0,
+    softplus_threshold=20,
+    swish_beta=1.0,
+):
+    """The module that ESPnet's ``get_activation`` makes for these arguments.
+
+    ``softplus_beta`` and ``softplus_threshold`` are accepted and without effect, as they are there: Mish is torch's.
+    Raises ValueError for an unknown ``activation_type``.
+    """
+    makers = {
+        "ftswish": lambda: FTSwish(ftswish_threshold, ftswish_mean_shift),
+        "hardtanh": lambda: torch.nn.Hardtanh(hardtanh_min_val, hardtanh_max_val),
+        "leaky_relu": lambda: torch.nn.LeakyReLU(leakyrelu_neg_slope),
+        "mish": torch.nn.Mish,
+        "relu": torch.nn.ReLU,
+        "selu": torch.nn.SELU,
+        "smish": lambda: Smish(smish_alpha, smish_beta),
+        "swish": lambda: Swish(swish_beta) if swish_beta > 1 else torch.nn.SiLU(),
+        "tanh": torch.nn.Tanh,
+        "identity": torch.nn.Identity,
+    }
+    if activation_type not in makers:
+        raise ValueError(
+            f"MEGA: activation_type: expected one of {', '.join(makers)}, got {activation_type!r}"
+        )
+    return makers[activation_type]()
+
+
+_FUSED = {
+    torch.nn.SiLU: "silu",
+    torch.nn.ReLU: "relu",
+    torch.nn.Tanh: "tanh",
+    torch.nn.Identity: "identity",
+}
+_IN_PLACE = {"silu": lambda x: F.silu(x, inplace=True), "relu": torch.relu_, "tanh": torch.tanh_}
+
+
+def fused_name(activation):
+    """The name under which the kernels know this module's function; None when they do not, or a hook watches it."""
+    if activation._forward_hooks or activation._forward_pre_hooks:
+        return None
+    name = _FUSED.get(type(activation))
+    # ESPnet wraps torch's module in a class of its own
+    if name is None and type(activation).__name__ == "Swish":
+        name = _FUSED.get(type(getattr(activation, "swish", None)))
+    return name
+
+
+def activate(activation, x):
+    """``activation(x)`` for an x that nobody else holds: in place where no gradient needs the argument."""
+    name = fused_name(activation)
+    if name is None or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        return activation(x)
+    return x if name == "identity" else _IN_PLACE[name](x)
+
+
+def instance(activation):
+    """A module as it is; a class (ESPnet's default argument is one) made without arguments."""
+    return activation() if isinstance(activation, type) else activation

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Attention with one head and a relative-position bias in plain PyTorch: where no kernel serves, and in streaming.
+
+    s[i, j] = q[i] . k[j] scaling + bias[j - i]        W = softmax_j(s), s = -inf where j may not be seen
+
+q (B, C, Lq, Z), k (B, C, Lk, Z) for C chunks that do not see each other. Queries are the last Lq of the Lk positions.
+"""
+
+import torch
+
+CAUSAL = "causal"  # what an attention mask may be instead of a matrix
+
+
+def weights(q, k, bias, scaling, mask=None, attn_mask=None):
+    """W (B, C, Lq, Lk), computed in float32 or better, in the scores' type.
+
+    bias: (Lq, Lk). mask: (B, C, Lk), True = padding; a row of padding alone counts as none. attn_mask: (1, Lq, Lk),
+    True = may not be seen, or CAUSAL.
+    """
+    scores = torch.matmul(q * scaling, k.transpose(2, 3)) + bias
+    if attn_mask is not None:
+        if isinstance(attn_mask, str):
+            attn_mask = causal(q.shape[2], k.shape[2], q.device)
+        scores = scores.masked_fill(attn_mask.unsqueeze(1), float("-inf"))
+    if mask is not None:
+        mask = mask & ~mask.all(dim=-1, keepdim=True)
+        scores = scores.masked_fill(mask.unsqueeze(2), float("-inf"))
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return torch.softmax(scores, dim=-1, dtype=wide).type_as(scores)
+
+
+def causal(queries, keys, device):
+    """True above the diagonal that ends in the last query and key: (1, queries, keys)."""
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return mask.triu(keys - queries + 1).unsqueeze(0)
+
+
+def is_causal(attn_mask):
+    """Whether a mask is the causal one. A tensor is looked at on CPU only: elsewhere that would be a wait."""
+    if isinstance(attn_mask, str):
+        if attn_mask != CAUSAL:
+            raise ValueError(f"MEGA: attn_mask: expected a tensor or {CAUSAL!r}, got {attn_mask!r}")
+        return True
+    if attn_mask is None or attn_mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    rows, columns = attn_mask.shape[-2:]
+    return attn_mask.shape[0] == 1 and torch.equal(attn_mask, causal(rows, columns, attn_mask.device))

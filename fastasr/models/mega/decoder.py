@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The MEGA decoder of ESPnet's transducers: embedding, blocks of gated attention and feed-forward, normalisation.
+
+Streaming: a hypothesis's state is a dict per block, see ``MEGA``. Started from ``init_state`` and fed label by label,
+the decoder gives what ``forward`` gives for the whole sequence. ESPnet's does not: it starts from a key and a value of
+zero, which attention sees, fills the shorter states of a batch with such zeros, and keeps the last key and value of a
+finished chunk. ``phantom_first_step=True`` does the same. A label that equals ``embed_pad`` is padding for ``forward``
+(unless it comes first) and an ordinary label in streaming.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from fastasr.models.mega import activations, decoding, normalizations
+from fastasr.models.mega.attention import CAUSAL, causal
+from fastasr.models.mega.feed_forward import NormalizedPositionwiseFeedForward
+from fastasr.models.mega.gated_attention import MEGA
+from fastasr.models.mega.plumbing import is_idle, is_watched
+
+SCORE_CACHE_SIZE = 128  # hypotheses; an entry holds a state, 0.9 MB of 50 labels at ESPnet's default sizes
+
+
+class MEGADecoder(torch.nn.Module):
+    """labels (B, L) -> (B, L, block_size). Arguments are ESPnet's, and ``phantom_first_step`` (see above).
+
+    Raises ValueError for an unknown type name and for a sequence longer than ``max_positions`` (``rel_pos_bias_type``
+    "simple"), TypeError for labels that are not integers.
+    """
+
+    def __init__(
+        self,
+        vocab_size,
+        block_size=512,
+        linear_size=1024,
+        qk_size=128,
+        v_size=1024,
+        num_heads=4,
+        rel_pos_bias_type="simple",
+        max_positions=2048,
+        truncation_length=None,
+        normalization_type="layer_norm",
+        normalization_args=None,
+        activation_type="swish",
+        activation_args=None,
+        chunk_size=-1,
+        num_blocks=4,
+        dropout_rate=0.0,
+        embed_dropout_rate=0.0,
+        att_dropout_rate=0.0,
+        ema_dropout_rate=0.0,
+        ffn_dropout_rate=0.0,
+        embed_pad=0,
+        phantom_first_step=False,
+    ):
+        super().__init__()
+        self.embed = torch.nn.Embedding(vocab_size, block_size, padding_idx=embed_pad)
+        self.dropout_embed = torch.nn.Dropout(p=embed_dropout_rate)
+        activation = activations.get_activation(activation_type, **(activation_args or {}))
+        norm_class, norm_args = normalizations.get_normalization(
+            normalization_type, **(normalization_args or {})
+        )
+
+        def block():
+            return torch.nn.ModuleList(
+                [
+                    MEGA(
+                        block_size,
+                        num_heads=num_heads,
+                        qk_size=qk_size,
+                        v_size=v_size,
+                        activation=activation,
+                        normalization=norm_class(block_size, **norm_args),
+                        rel_pos_bias_type=rel_pos_bias_type,
+                        max_positions=max_positions,
+                        truncation_length=truncation_length,
+                        chunk_size=chunk_size,
+                        dropout_rate=dropout_rate,
+                        att_dropout_rate=att_dropout_rate,
+                        ema_dropout_rate=ema_dropout_rate,
+                        phantom_first_step=phantom_first_step,
+                    ),
+                    NormalizedPositionwiseFeedForward(
+                        block_size,
+                        linear_size,
+                        normalization=norm_class(block_size, **norm_args),
+                        activation=activation,
+                        dropout_rate=ffn_dropout_rate,
+                    ),
+                ]
+            )
+
+        self.mega_blocks = torch.nn.ModuleList([block() for _ in range(num_blocks)])
+        self.final_norm = norm_class(block_size, **norm_args)
+        self.vocab_size, self.output_size, self.chunk_size = vocab_size, block_size, chunk_size
+        self.mega_num_heads = self.mega_ema_num_heads = num_heads
+        self.mega_att_k_size, self.mega_att_v_size = qk_size, v_size
+        self.mega_ema_size = block_size
+        self.pad_idx, self.num_blocks = embed_pad, num_blocks
+        self.phantom_first_step = phantom_first_step
+        self.score_cache = {}
+        self._device = None
+
+    @property
+    def device(self):
+        """Where states and labels are made: that of ``set_device``, or of the parameters."""
+        return self.embed.weight.device if self._device is None else self._device
+
+    def set_device(self, device):
+        """Make states and labels on ``device``, until the parameters move to another one."""
+        self._device = torch.device(device)
+
+    def _apply(self, fn, recurse=True):
+        result = super()._apply(fn, recurse)
+        self._device = None
+        self.score_cache.clear()
+        return result
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.score_cache.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def train(self, mode=True):
+        self.score_cache.clear()
+        return super().train(mode)
+
+    def forward(self, labels):
+        _check_labels(labels)
+        length, chunk = labels.shape[1], self.chunk_size
+        if 0 < chunk < length:
+            labels = F.pad(labels, (0, -length % chunk), value=self.pad_idx)
+            attended = chunk
+        else:
+            attended = length
+        x = _embedded(self, labels, self.dropout_embed)
+        mask = _padding(labels, self.pad_idx)
+        matrix = None
+        for mega, feed_forward in self.mega_blocks:
+            attn_mask = CAUSAL
+            if not _takes_causal(mega):
+                matrix = causal(attended, attended, x.device) if matrix is None else matrix
+                attn_mask = matrix
+            x, _ = mega(x, mask=mask, attn_mask=attn_mask)
+            x = feed_forward(x)
+        return self.final_norm(x).transpose(0, 1)[:, :length]
+
+    def inference(self, labels, states):
+        """labels (B, L) and the states before them, a dict per block -> (out (B, L, block_size), states after)."""
+        done = decoding.step(self, labels, states)
+        if done is not None:
+            return done
+        _check_labels(labels)
+        _check_states(self, states)
+        x = _embedded(self, labels)
+        after = []
+        for (mega, feed_forward), state in zip(self.mega_blocks, states, strict=True):
+            attn_mask = CAUSAL if labels.shape[1] > 1 and _takes_causal(mega) else None
+            x, state = mega(x, attn_mask=attn_mask, state=state)
+            x = feed_forward(x)
+            after.append(state)
+        return self.final_norm(x).transpose(0, 1), after
+
+    def score(self, label_sequence, states):
+        """The last label of a hypothesis and the states before it -> (out (1, block_size), states after).
+
+        Results are remembered by hypothesis and states object, the last SCORE_CACHE_SIZE of them, for one utterance: a
+        sequence of a single label with states not seen with it before begins another.
+        """
+        key, cache = tuple(label_sequence), self.score_cache
+        known = cache.pop(key, None)
+        if known is None or known[0] is not states:
+            if len(key) == 1:
+                cache.clear()
+            label = torch.full((1, 1), label_sequence[-1], dtype=torch.long, device=_device(self))
+            known = (states, *self.inference(label, states))
+            while len(cache) >= SCORE_CACHE_SIZE:
+                del cache[next(iter(cache))]
+        cache[key] = known
+        _, out, after = known
+        return out[0], after
+
+    def batch_score(self, hyps):
+        """The last labels of hypotheses (``yseq``) and the states before them (``dec_state``).
+
+        Returns (out (B, block_size), states after: a dict per block for the whole batch).
+        """
+        labels = torch.tensor([[h.yseq[-1]] for h in hyps], dtype=torch.long, device=_device(self))
+        states = self.create_batch_states([h.dec_state for h in hyps])
+        out, states = self.inference(labels, states)
+        return out.squeeze(1), states
+
+    def init_state(self, batch_size=0):
+        """States before the first label: of a batch, or of one hypothesis (0)."""
+        rows = 1 if self.phantom_first_step else 0
+        batch = max(batch_size, 1)
+        average = (self.output_size, self.mega_ema_num_heads)
+        like = {"dtype": self.embed.weight.dtype, "device": self.device}
+        return [
+            {
+                "ema_state": torch.zeros((batch, *average) if batch_size > 0 else average, **like),
+                "prev_key": torch.zeros((batch, rows, self.mega_att_k_size), **like),
+                "prev_value": torch.zeros((batch, rows, self.mega_att_v_size), **like),
+            }
+            for _ in range(self.num_blocks)
+        ]
+
+    def select_state(self, states, idx):
+        """The states of hypothesis ``idx`` of a batch."""
+        selected = []
+        for state in states:
+            key, value = state["prev_key"][idx], state["prev_value"][idx]
+            if "prev_length" in state:
+                first = key.shape[0] - int(state["prev_length"][idx])
+                key, value = key[first:], value[first:]
+            selected.append({"ema_state": state["ema_state"][idx], "prev_key": key, "prev_value": value})
+        return selected
+
+    def create_batch_states(self, new_states):
+        """States of hypotheses, [B x [N x dict]], as those of a batch, [N x dict]."""
+        batched = []
+        for parts in zip(*new_states, strict=True):
+            keys = [_unbatched(part["prev_key"], 2) for part in parts]
+            state = {
+                "ema_state": torch.stack([_unbatched(part["ema_state"], 2) for part in parts]),
+                "prev_key": self.stack_qk_states(keys, self.mega_att_k_size),
+                "prev_value": self.stack_qk_states(
+                    [part["prev_value"] for part in parts], self.mega_att_v_size
+                ),
+            }
+            lengths = [key.shape[0] for key in keys]
+            if not self.phantom_first_step and min(lengths) < max(lengths):
+                state["prev_length"] = torch.tensor(lengths)
+            batched.append(state)
+        return batched
+
+    def stack_qk_states(self, state_list, dim):
+        """States (H, dim) as one (B, the largest H, dim), the shorter ones filled with zeros in front.
+
+        In the type and on the device of the states.
+        """
+        states = [_unbatched(state, 2) for state in state_list]
+        lengths = [state.shape[0] for state in states]
+        longest = max(lengths)
+        stacked = decoding.stack(states)
+        if stacked is not None:
+            return stacked
+        if min(lengths) == longest:
+            return torch.stack(states)
+        stacked = states[0].new_zeros(len(states), longest, dim)
+        for row, state, length in zip(stacked, states, lengths, strict=True):
+            row[longest - length :] = state
+        return stacked
+
+
+# These run on instances of ESPnet's class too.
+def _device(decoder):
+    return decoder.embed.weight.device
+
+
+def _takes_causal(mega):
+    """Whether the block knows the causal mask by name; somebody else's forward wants a tensor."""
+    return getattr(mega.forward, "takes_causal", False)
+
+
+def _unbatched(state, ndim):
+    """A hypothesis's tensor without the batch dimension of ``init_state``."""
+    return state.squeeze(0) if state.ndim > ndim else state
+
+
+def _embedded(decoder, labels, dropout=None):
+    """Time-major: (L, B, block_size), contiguous."""
+    embed = decoder.embed
+    try:
+        if (
+            type(embed) is not torch.nn.Embedding
+            or is_watched(embed)
+            or not (dropout is None or is_idle(dropout))
+        ):
+            x = embed(labels)  # the mask of dropout is drawn in this order
+            return (x if dropout is None else dropout(x)).transpose(0, 1).contiguous()
+        return embed(labels.t())
+    except IndexError:
+        raise ValueError(
+            f"MEGADecoder: labels: expected 0 to {embed.num_embeddings - 1}, "
+            f"got {int(labels.min())} to {int(labels.max())}"
+        ) from None
+
+
+def _padding(labels, pad):
+    """(B, 1, L), True where a label is padding; None when none is. On CPU only one looks."""
+    mask = labels == pad
+    mask[:, :1] = False
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not mask.any():
+        return None
+    return mask.unsqueeze(1)
+
+
+def _check_labels(labels):
+    if labels.ndim != 2:
+        raise ValueError(f"MEGADecoder: labels: expected shape (B, L), got {tuple(labels.shape)}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"MEGADecoder: labels: expected dtype int64 or int32, got {labels.dtype}")
+
+
+def _check_states(decoder, states):
+    if len(states) != decoder.num_blocks:
+        raise ValueError(
+            f"MEGADecoder: states: expected {decoder.num_blocks} dicts, one per block, got {len(states)}"
+        )
+    for state in states:
+        missing = [name for name in ("ema_state", "prev_key", "prev_value") if name not in state]
+        if missing:
+            raise ValueError(f"MEGADecoder: states: lack {', '.join(missing)}; keys are {', '.join(state)}")
+        for name, size in (
+            ("prev_key", decoder.mega_att_k_size),
+            ("prev_value", decoder.mega_att_v_size),
+        ):
+            tensor = state[name]
+            if tensor is not None and (tensor.ndim != 3 or tensor.shape[2] != size):
+                raise ValueError(
+                    f"MEGADecoder: states: {name}: expected shape (B, H, {size}), got {tuple(tensor.shape)}"
+                )

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Moving average equipped gated attention (Ma et al., "Mega", ICLR 2023), ESPnet's form: normalised after the sum.
+
+    v = act(W_v x)                   e = EMA(x)                   [u | z | r | c] = W_mx e
+    q, k = act(z) w + b, rows 0, 1   h = softmax(q k^T / sqrt(d) + bias) v * act(r)
+    y = norm(x + sigmoid(u) (act(c + W_h h) - x))
+
+``forward`` also runs on instances of ESPnet's class; what it needs of a submodule beyond a call, it checks.
+"""
+
+import torch
+
+from fastasr import ops
+from fastasr.models.mega import activations, attention, normalizations, plumbing, positional_bias
+from fastasr.models.mega.damped_ema import MultiHeadDampedEMA
+from fastasr.models.mega.positional_bias import RelativePositionBias, RotaryRelativePositionBias
+
+
+class MEGA(torch.nn.Module):
+    """x (L, B, size) -> (y (L, B, size), state or None).
+
+    mask (B, 1, L), True = padding. attn_mask (1, L, L), True = may not be seen, or "causal" (one chunk: with
+    ``chunk_size`` > 0 its length replaces L).
+    state: a dict of "ema_state" (B, size, num_heads), "prev_key" (B, H, qk_size) and "prev_value" (B, H, v_size), H
+        positions before x; the last two may be None. "prev_length", an int64 tensor (B,) on CPU, is there when the
+        sequences of a batch have fewer than H: theirs are the last ones. Then the state after x is returned.
+    chunk_size: attention stays within chunks of so many positions; streaming drops the keys of a finished chunk.
+    phantom_first_step: stream as ESPnet does: absent positions of a batch count as keys and values of zero, and
+        the last key and value of a finished chunk are kept.
+    """
+
+    def __init__(
+        self,
+        size=512,
+        num_heads=4,
+        qk_size=128,
+        v_size=1024,
+        activation=torch.nn.ReLU,
+        normalization=torch.nn.LayerNorm,
+        rel_pos_bias_type="simple",
+        max_positions=2048,
+        truncation_length=None,
+        chunk_size=-1,
+        dropout_rate=0.0,
+        att_dropout_rate=0.0,
+        ema_dropout_rate=0.0,
+        phantom_first_step=False,
+    ):
+        super().__init__()
+        activation = activations.instance(activation)
+        self.multihead_damped_ema = MultiHeadDampedEMA(
+            size, num_heads=num_heads, activation=activation, truncation_length=truncation_length
+        )
+        if chunk_size > 0:
+            max_positions = chunk_size
+        if rel_pos_bias_type == "rotary":
+            self.rel_pos_bias = RotaryRelativePositionBias(qk_size, max_positions)
+        elif rel_pos_bias_type == "simple":
+            self.rel_pos_bias = RelativePositionBias(max_positions)
+        else:
+            raise ValueError(
+                f"MEGA: rel_pos_bias_type: expected 'simple' or 'rotary', got {rel_pos_bias_type!r}"
+            )
+        self.proj_v = torch.nn.Linear(size, v_size)
+        self.proj_mx = torch.nn.Linear(size, qk_size + v_size + 2 * size)
+        self.proj_h = torch.nn.Linear(v_size, size)
+        self.qk_weight = torch.nn.Parameter(torch.empty(2, qk_size))
+        self.qk_bias = torch.nn.Parameter(torch.empty(2, qk_size))
+        self.scaling = qk_size**-0.5
+        self.activation = activation
+        self.normalization = normalizations.instance(normalization, size)
+        self.dropout = torch.nn.Dropout(p=dropout_rate)
+        self.dropout_attn = torch.nn.Dropout(p=att_dropout_rate)
+        self.dropout_ema = torch.nn.Dropout(p=ema_dropout_rate)
+        self.qk_size, self.v_size = qk_size, v_size
+        self.size, self.chunk_size = size, chunk_size
+        self.phantom_first_step = phantom_first_step
+        self.reset_parameters()
+
+    def reset_parameters(self, val=0.0, std=0.02):
+        for linear in (self.proj_v, self.proj_mx, self.proj_h):
+            torch.nn.init.normal_(linear.weight, mean=val, std=std)
+            torch.nn.init.constant_(linear.bias, val)
+        torch.nn.init.normal_(self.qk_weight, mean=val, std=std)
+        torch.nn.init.constant_(self.qk_bias, val)
+
+    def softmax_attention(self, query, key, mask=None, attn_mask=None):
+        """Weights (B, C, Lq, Lk) of query (B, C, Lq, d) and key (B, C, Lk, d); masks as in ``forward``."""
+        bias = _bias(self, query.shape[2], key.shape[2])
+        return attention.weights(query, key, bias, self.scaling, mask, attn_mask)
+
+    def forward(self, x, mask=None, attn_mask=None, state=None):
+        if x.ndim != 3 or x.shape[-1] != self.size:
+            raise ValueError(f"MEGA: x: expected shape (L, B, {self.size}), got {tuple(x.shape)}")
+        if state is not None and self.chunk_size > 0 and x.shape[0] > 1 and mask is None:
+            return _one_by_one(self, x, state)
+        average, average_state = self.multihead_damped_ema(x, mask=mask, state=state)
+        if state is not None:
+            state = {**state, "ema_state": average_state}
+        mixed = plumbing.linear(self.proj_mx, _ema_dropout(self.dropout_ema, average))
+        if state is None and _serves(self, x, mixed, attn_mask):
+            context = _fused(self, x, mixed, mask, attn_mask)
+        else:
+            context, state = _composed(self, x, mixed, mask, attn_mask, state)
+        return _end(self, x, mixed, context), state
+
+    forward.takes_causal = True
+
+
+def _parts(module, mixed):
+    """Gate of the residual, queries and keys, gate of the context, candidate: views."""
+    return mixed.split([module.size, module.qk_size, module.v_size, module.size], dim=-1)
+
+
+def _one_by_one(module, x, state):
+    """Streaming over the ends of chunks."""
+    outputs = []
+    for position in x.split(1):
+        y, state = module(position, state=state)
+        outputs.append(y)
+    return torch.cat(outputs), state
+
+
+def _ema_dropout(dropout, average):
+    """ESPnet's average lies in memory as (B, size, L), and masks are drawn in the order of memory."""
+    if plumbing.is_idle(dropout):
+        return average
+    if type(dropout) is not torch.nn.Dropout or plumbing.is_watched(dropout):
+        return dropout(average)
+    ones = torch.ones_like(average.permute(1, 2, 0), memory_format=torch.contiguous_format)
+    return average * dropout(ones).permute(2, 0, 1)
+
+
+def _bias(module, queries, keys):
+    """Bias of the last ``queries`` of ``keys`` positions, (queries, keys)."""
+    values = positional_bias.relative(module.rel_pos_bias, keys)
+    if values is None:
+        return module.rel_pos_bias(keys)[keys - queries :]
+    return values.unfold(0, keys, 1)[:queries].flip(0)
+
+
+# --------------------------------------------------------------------------- one kernel
+def _serves(module, x, mixed, attn_mask):
+    if activations.fused_name(module.activation) is None or plumbing.is_watched(module.rel_pos_bias):
+        return False
+    for dropout in (module.dropout, module.dropout_attn):
+        if type(dropout) is not torch.nn.Dropout or plumbing.is_watched(dropout):
+            return False
+    if positional_bias.relative(module.rel_pos_bias, 1) is None:
+        return False
+    return attn_mask is None or attention.is_causal(attn_mask)
+
+
+def _fused(module, x, mixed, mask, attn_mask):
+    _, query_key, gate, _ = _parts(module, mixed)
+    length, batch, _ = x.shape
+    frames = max(min(module.chunk_size, length) if module.chunk_size > 0 else length, 1)
+    value = plumbing.linear(module.proj_v, x)
+    drops = not plumbing.is_idle(module.dropout)
+    if drops:  # the mask is drawn in the order (B, L, V)
+        value = module.dropout(activations.activate(module.activation, value).transpose(0, 1)).transpose(0, 1)
+    kept = None
+    if not plumbing.is_idle(module.dropout_attn):
+        bias_dtype = next(module.rel_pos_bias.parameters()).dtype
+        kept = module.dropout_attn(
+            torch.ones(
+                (batch, length // frames, frames, frames),
+                dtype=torch.promote_types(mixed.dtype, bias_dtype),
+                device=x.device,
+            )
+        )
+    return ops.toeplitz_attention(
+        query_key,
+        gate,
+        value,
+        module.qk_weight,
+        module.qk_bias,
+        positional_bias.relative(module.rel_pos_bias, frames),
+        causal=attn_mask is not None,
+        padding_mask=None if mask is None else mask.squeeze(1),
+        chunk_size=max(module.chunk_size, 0),
+        activation=activations.fused_name(module.activation),
+        weights_dropout=kept,
+        activate_value=not drops,
+    )
+
+
+# --------------------------------------------------------------------------- torch's operations
+def _composed(module, x, mixed, mask, attn_mask, state):
+    """(context (L, B, v_size), state after x)."""
+    length, batch, _ = x.shape
+    _, query_key, gate, _ = _parts(module, mixed)
+    value = plumbing.activated(module.proj_v, module.activation, x).transpose(0, 1)
+    z = module.activation(query_key)
+    query = torch.addcmul(module.qk_bias[0], z, module.qk_weight[0]).transpose(0, 1)
+    key = torch.addcmul(module.qk_bias[1], z, module.qk_weight[1]).transpose(0, 1)
+    if state is not None:
+        key, value = _joined(state["prev_key"], key), _joined(state["prev_value"], value)
+        absent = _absent(state, key.shape[1], length)
+        if absent is not None:
+            mask = absent if mask is None else absent | mask
+        state = _after(module, state, key, value, length)
+    chunk = module.chunk_size
+    query = query.unflatten(1, (-1, chunk) if 0 < chunk <= length else (1, length))
+    chunked = 0 < chunk <= key.shape[1] and state is None
+    key = key.unflatten(1, (-1, chunk) if chunked else (1, key.shape[1]))
+    value = value.unflatten(1, key.shape[1:3])
+    if mask is not None:
+        mask = mask.reshape(batch, key.shape[1], key.shape[2])
+    weights = module.softmax_attention(query, key, mask=mask, attn_mask=attn_mask)
+    value = module.dropout(value)
+    context = torch.matmul(module.dropout_attn(weights), value)
+    return context.reshape(batch, length, module.v_size).transpose(0, 1) * module.activation(gate), state
+
+
+def _joined(before, now):
+    return now if before is None or before.shape[1] == 0 else torch.cat([before, now], dim=1)
+
+
+def _absent(state, keys, length):
+    """True where a sequence has no such position, (B, 1, keys); None when all have all."""
+    lengths = state.get("prev_length")
+    if lengths is None:
+        return None
+    first = (keys - length - lengths).to(state["prev_key"].device)
+    return (torch.arange(keys, device=first.device) < first.unsqueeze(1)).unsqueeze(1)
+
+
+def _after(module, state, key, value, length):
+    """The state once ``length`` positions have been added to its keys and values."""
+    chunk, kept = module.chunk_size, key.shape[1]
+    after = {"prev_key": key, "prev_value": value, "ema_state": state["ema_state"]}  # ESPnet's order
+    if getattr(module, "phantom_first_step", True):  # ESPnet's instances do not have the attribute
+        if chunk > 0 and kept % chunk == 0:
+            after["prev_key"], after["prev_value"] = key[:, -1:], value[:, -1:]
+        return after
+    lengths = state.get("prev_length")
+    if lengths is None:
+        kept = 0 if chunk > 0 and kept >= chunk else kept
+    else:
+        lengths = lengths + length
+        if chunk > 0:
+            lengths = torch.where(lengths >= chunk, 0, lengths)
+        kept = int(lengths.max())
+        if int(lengths.min()) < kept:
+            after["prev_length"] = lengths
+    if kept < key.shape[1]:
+        first = key.shape[1] - kept
+        after["prev_key"], after["prev_value"] = key[:, first:], value[:, first:]
+    return after
+
+
+# --------------------------------------------------------------------------- the end of the block
+def _end(module, x, mixed, context):
+    update, _, _, candidate = _parts(module, mixed)
+    hidden = plumbing.linear(module.proj_h, context)
+    name = activations.fused_name(module.activation)
+    norm = module.normalization
+    dropout = module.dropout
+    plain = type(dropout) is torch.nn.Dropout and not plumbing.is_watched(dropout)
+    if name is not None and plain and plumbing.is_layer_norm(norm):
+        kept = None
+        if not plumbing.is_idle(dropout):
+            kept = dropout(torch.ones_like(hidden, memory_format=torch.contiguous_format))
+        return ops.gated_residual_norm(
+            x, update, candidate, hidden, norm.weight, norm.bias, norm.eps, activation=name, dropout_mask=kept
+        )
+    proposal = dropout(module.activation(candidate + hidden))
+    return norm(torch.addcmul(x, torch.sigmoid(update), proposal - x))

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of a block's submodules, without what the call does not need.
+
+These functions also run on instances of ESPnet's classes, where a submodule may be anything: a wrapped projection, a
+watched dropout. What is not a plain module of torch's is called as it is.
+"""
+
+import torch
+
+from fastasr import ops
+from fastasr.models.mega import activations
+
+
+def is_watched(module):
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_plain(module):
+    """Whether this is a linear layer that is no more than its weight and bias."""
+    return type(module) is torch.nn.Linear and not is_watched(module) and _has_known_forward(module)
+
+
+def _has_known_forward(module):
+    """Its class's own, or the one that fastasr's swap gave it."""
+    method = vars(module).get("forward")
+    return method is None or hasattr(method, "fastasr_forward")
+
+
+def linear(module, x):
+    return ops.linear(x, module.weight, module.bias) if is_plain(module) else module(x)
+
+
+def activated(module, activation, x):
+    """activation(module(x)) for a linear layer."""
+    y = linear(module, x)
+    return activations.activate(activation, y) if is_plain(module) else activation(y)
+
+
+def is_idle(module):
+    """Whether this dropout returns its input and draws nothing."""
+    return (
+        type(module) is torch.nn.Dropout and not is_watched(module) and not (module.training and module.p > 0)
+    )
+
+
+def dropout(module, x):
+    return x if is_idle(module) else module(x)
+
+
+def is_layer_norm(module):
+    """Whether this is torch's LayerNorm over the last dimension with weight and bias, and nothing watches it."""
+    return (
+        type(module) is torch.nn.LayerNorm
+        and len(module.normalized_shape) == 1
+        and module.bias is not None
+        and not is_watched(module)
+        and _has_known_forward(module)
+    )

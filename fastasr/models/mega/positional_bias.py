@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Relative-position biases of attention: b[i, j] depends on the offset j - i only, a Toeplitz matrix.
+
+``simple``: one learned value per offset. ``rotary``: with R(m) the rotation of channel pairs (c, c + size/2) by the
+angles m theta_c, theta_c = 10000^(-c / (size/2)),
+
+    b[i, j] = R(i) alpha . R(j) beta
+            = sum_c (a1 b1 + a2 b2)_c cos((j - i) theta_c) - (a1 b2 - a2 b1)_c sin((j - i) theta_c)
+
+where 1 and 2 are the halves of alpha and beta. So 2L - 1 values hold the bias of L positions; attention takes these.
+"""
+
+import functools
+import math
+
+import torch
+
+
+def _matrix(values):
+    """Values by offset, (2L-1,), as the matrix (L, L) whose row i holds the offsets -i .. L-1-i."""
+    length = (values.shape[0] + 1) // 2
+    return values.unfold(0, length, 1).flip(0)
+
+
+class RelativePositionBias(torch.nn.Module):
+    """One learned value for each of the 2 max_positions - 1 offsets.
+
+    Raises ValueError for a length beyond max_positions.
+    """
+
+    def __init__(self, max_positions):
+        super().__init__()
+        self.max_positions = max_positions
+        self.relative_position_bias = torch.nn.Parameter(torch.empty(2 * max_positions - 1))
+        self.reset_parameters()
+
+    def reset_parameters(self, val=0.0, std=0.02):
+        torch.nn.init.normal_(self.relative_position_bias, mean=val, std=std)
+
+    def relative(self, length):
+        """The bias by offset -(length-1) .. length-1, a view of the parameter: (2 length - 1,)."""
+        return relative(self, length)
+
+    def forward(self, length):
+        """The bias of ``length`` positions, (length, length)."""
+        return _matrix(relative(self, length))
+
+
+class RotaryRelativePositionBias(torch.nn.Module):
+    """The bias of two learned vectors, rotated. ``size`` must be even; any length will do.
+
+    The buffer ``_pe`` holds no information; checkpoints have it.
+    """
+
+    def __init__(self, size, max_positions=2048):
+        super().__init__()
+        if size % 2:
+            raise ValueError(f"RotaryRelativePositionBias: size: expected an even number, got {size}")
+        self.alpha = torch.nn.Parameter(torch.empty(1, size))
+        self.beta = torch.nn.Parameter(torch.empty(1, size))
+        self.register_buffer("_pe", torch.zeros(1, dtype=torch.float32))
+        self.size, self.max_positions = size, max_positions
+        self.reset_parameters()
+
+    def reset_parameters(self, val=0.0, std=0.02):
+        torch.nn.init.normal_(self.alpha, mean=val, std=std)
+        torch.nn.init.normal_(self.beta, mean=val, std=std)
+
+    @staticmethod
+    def get_sinusoid_embeddings(max_positions, size):
+        """(sine, cosine) of position times angle, each (max_positions, size // 2), in float32."""
+        angles = _angles(torch.arange(max_positions, dtype=torch.float64), size // 2)
+        return angles.sin().float(), angles.cos().float()
+
+    def rotary(self, x):
+        """Row m of x (length, size), rotated by R(m)."""
+        length, size = x.shape
+        table = _table(_bucket(length), size // 2, x.dtype, x.device)
+        centre = (table.shape[0] - 1) // 2
+        cosine, sine = table[centre : centre + length].chunk(2, dim=-1)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=1)
+
+    def relative(self, length):
+        """The bias by offset -(length-1) .. length-1: (2 length - 1,)."""
+        return relative(self, length)
+
+    def forward(self, length):
+        """The bias of ``length`` positions, (length, length)."""
+        return _matrix(relative(self, length))
+
+
+def relative(bias, length):
+    """The values by offset, (2 length - 1,), of a bias of either class here or of ESPnet's of the same names.
+
+    None for a module of another class: its ``forward`` is all that is known of it.
+    """
+    if "relative_position_bias" in bias._parameters:
+        if length > bias.max_positions:
+            raise ValueError(
+                f"RelativePositionBias: length: expected at most {bias.max_positions} (max_positions), got {length}"
+            )
+        centre = bias.max_positions - 1
+        return bias.relative_position_bias[centre - length + 1 : centre + length]
+    if "alpha" in bias._parameters and "beta" in bias._parameters:
+        return _rotary(bias.alpha, bias.beta, length)
+    return None
+
+
+def _rotary(alpha, beta, length):
+    a1, a2 = alpha[0].chunk(2)
+    b1, b2 = beta[0].chunk(2)
+    weights = torch.cat((a1 * b1 + a2 * b2, a2 * b1 - a1 * b2))
+    table = _table(_bucket(length), a1.shape[0], alpha.dtype, alpha.device)
+    centre = (table.shape[0] - 1) // 2
+    return torch.mv(table[centre - length + 1 : centre + length], weights)
+
+
+def _bucket(length):
+    """Tables are made for powers of two, so that growing lengths need few of them."""
+    return max(64, 1 << (length - 1).bit_length())
+
+
+def _angles(positions, half):
+    theta = torch.exp(
+        torch.arange(half, dtype=torch.float64, device=positions.device) * (-math.log(1e4) / half)
+    )
+    return positions.unsqueeze(1) * theta
+
+
+def _table(length, half, dtype, device):
+    if torch.compiler.is_compiling():
+        return _make_table(length, half, dtype, device)
+    return _kept_table(length, half, dtype, device)
+
+
+def _make_table(length, half, dtype, device):
+    """[cos | sin] of offset times angle, rows for the offsets -(length-1) .. length-1, (2 length - 1, 2 half)."""
+    with torch.inference_mode(False), torch.no_grad():
+        angles = _angles(torch.arange(1 - length, length, dtype=torch.float64, device=device), half)
+        return torch.cat((angles.cos(), angles.sin()), dim=1).to(dtype)
+
+
+_kept_table = functools.lru_cache(maxsize=16)(_make_table)

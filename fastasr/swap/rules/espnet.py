@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for ESPnet: the MEGA decoder of its transducers (espnet2/asr_transducer/decoder).
+
+Instances stream as ESPnet's do, from a key and a value of zero: they have no attribute ``phantom_first_step``.
+"""
+
+import torch
+
+from fastasr.models import mega as models
+from fastasr.swap.rules import (
+    Known,
+    Rule,
+    check_children,
+    check_parameters,
+    own_forward,
+    unread_code,
+    upstream_class,
+)
+from fastasr.swap.rules.zipformer import LINEAR
+
+_ESPNET = Known("espnet 202511")
+
+_SWISH = {"bb9057b4092aa516672c4ebc"}  # activation.py: calls what its constructor chose
+
+
+def _activation(module):
+    """A reason against the module's activation. Only Swish is looked into; any other is called."""
+    if upstream_class(module.activation).__name__ != "Swish":
+        return None
+    return unread_code("activation", module.activation, own_forward, _SWISH)
+
+
+def _missing(module, names):
+    """A reason when the module's children are not exactly ``names``. What classes they are is left open: they are
+    called with the values of ever."""
+    children = {name for name, child in module._modules.items() if child is not None}
+    extra, missing = sorted(children - set(names)), sorted(set(names) - children)
+    if extra:
+        return f"has submodules this class does not have upstream: {', '.join(extra)}"
+    return f"lacks the submodules {', '.join(missing)}" if missing else None
+
+
+def _linear_shapes(module, shapes):
+    """A reason when a child that is a plain linear layer does not map ``shapes`` (name -> (in, out))."""
+    for name, (inputs, outputs) in shapes.items():
+        linear = getattr(module, name)
+        if type(linear) is torch.nn.Linear and tuple(linear.weight.shape) != (outputs, inputs):
+            return f"{name}.weight has shape {tuple(linear.weight.shape)}, expected {(outputs, inputs)}"
+    return None
+
+
+def _ema_structure(module):
+    projection = module._parameters.get("kernel_projection_matrix")
+    if projection is None or projection.ndim != 2:
+        return "lacks a two-dimensional kernel_projection_matrix"
+    size, heads = projection.shape
+    shapes = dict.fromkeys(("damping_factor", "decay_factor", "ema_expansion_matrix"), (size, heads, 1))
+    shapes |= {"kernel_projection_matrix": (size, heads), "residual_weight": (size,)}
+    reason = check_parameters(module, shapes) or _missing(module, ("activation",)) or _activation(module)
+    if reason is None and abs(module.scaling - heads**-0.5) > 1e-12:
+        reason = f"scaling is {module.scaling}, expected 1 / sqrt({heads})"
+    truncation = module.truncation_length
+    if reason is None and not (truncation is None or (isinstance(truncation, int) and truncation > 0)):
+        reason = f"truncation_length is {truncation!r}, expected None or a positive int"
+    return reason
+
+
+def _simple_bias_structure(module):
+    return check_parameters(
+        module, {"relative_position_bias": (2 * module.max_positions - 1,)}
+    ) or check_children(module, {})
+
+
+def _rotary_bias_structure(module):
+    shapes = dict.fromkeys(("alpha", "beta"), (1, module.size))
+    reason = check_parameters(module, shapes, allowed_buffers=("_pe",)) or check_children(module, {})
+    return reason or (f"size is {module.size}, expected an even number" if module.size % 2 else None)
+
+
+_MEGA_CHILDREN = (
+    *("multihead_damped_ema", "rel_pos_bias", "proj_v", "proj_mx", "proj_h"),
+    *("activation", "normalization", "dropout", "dropout_attn", "dropout_ema"),
+)
+
+
+def _mega_structure(module):
+    shapes = dict.fromkeys(("qk_weight", "qk_bias"), (2, module.qk_size))
+    reason = check_parameters(module, shapes) or _missing(module, _MEGA_CHILDREN)
+    size, z, v = module.size, module.qk_size, module.v_size
+    widths = {"proj_v": (size, v), "proj_mx": (size, z + v + 2 * size), "proj_h": (v, size)}
+    reason = reason or _linear_shapes(module, widths) or _activation(module)
+    if reason is None and abs(module.scaling - z**-0.5) > 1e-12:
+        reason = f"scaling is {module.scaling}, expected 1 / sqrt({z})"
+    if reason is None and not isinstance(module.chunk_size, int):
+        reason = f"chunk_size is {module.chunk_size!r}, expected an int"
+    return reason or _bias(module.rel_pos_bias)
+
+
+def _bias(bias):
+    """A reason against the bias, which is read by offset."""
+    for rule in (SIMPLE_BIAS, ROTARY_BIAS):
+        if upstream_class(bias).__name__ == rule.class_name:
+            reason = unread_code("rel_pos_bias", bias, own_forward, rule.known) or rule.structure(bias)
+            return reason and f"submodule rel_pos_bias: {reason}"
+    return f"submodule rel_pos_bias is a {type(bias).__name__}, expected one of ESPnet's two"
+
+
+def _feed_forward_structure(module):
+    names = ("linear1", "linear2", "normalization", "activation", "dropout", "hidden_dropout")
+    return check_parameters(module, {}) or _missing(module, names) or _activation(module)
+
+
+_DECODER_METHODS = ("inference", "score", "batch_score", "stack_qk_states")
+
+
+def _decoder_functions(module):
+    cls = upstream_class(module)
+    return [getattr(cls, name) for name in ("forward", *_DECODER_METHODS, "create_batch_states")]
+
+
+def _decoder_structure(module):
+    reason = check_parameters(module, {})
+    reason = reason or _missing(module, ("embed", "dropout_embed", "mega_blocks", "final_norm"))
+    if reason:
+        return reason
+    blocks = module.mega_blocks
+    if len(blocks) != module.num_blocks or any(len(block) != 2 for block in blocks):
+        return f"mega_blocks does not hold {module.num_blocks} pairs (num_blocks)"
+    if not isinstance(module.score_cache, dict):
+        return f"score_cache is a {type(module.score_cache).__name__}, expected a dict"
+    for name in ("pad_idx", "chunk_size", "mega_att_k_size", "mega_att_v_size"):
+        if not isinstance(getattr(module, name), int):
+            return f"{name} is {getattr(module, name)!r}, expected an int"
+    return None
+
+
+DAMPED_EMA = Rule(
+    name="espnet.multi_head_damped_ema",
+    class_name="MultiHeadDampedEMA",
+    forward=models.MultiHeadDampedEMA.forward,
+    kernels=("ema_scan",),
+    structure=_ema_structure,
+    functions=own_forward,
+    known={"1bfbbaaa87a4d0d1020b26b0": _ESPNET},
+    caches={"_coeffs": None, "_kernel": None},
+    note="coefficients are computed at every call",
+)
+
+SIMPLE_BIAS = Rule(
+    name="espnet.relative_position_bias",
+    class_name="RelativePositionBias",
+    forward=models.RelativePositionBias.forward,
+    kernels=("toeplitz",),
+    structure=_simple_bias_structure,
+    functions=own_forward,
+    known={"87db028706b508b2d70920d2": _ESPNET},
+)
+
+ROTARY_BIAS = Rule(
+    name="espnet.rotary_relative_position_bias",
+    class_name="RotaryRelativePositionBias",
+    forward=models.RotaryRelativePositionBias.forward,
+    kernels=("toeplitz",),
+    structure=_rotary_bias_structure,
+    functions=own_forward,
+    known={"04daf756cc39cbb6fa17ef09": _ESPNET},
+)
+
+MEGA = Rule(
+    name="espnet.mega",
+    class_name="MEGA",
+    forward=models.MEGA.forward,
+    kernels=("linear", "toeplitz_attention", "gated_residual_norm"),
+    structure=_mega_structure,
+    functions=own_forward,
+    known={"95a64d782457ce05429107d5": _ESPNET},
+)
+
+FEED_FORWARD = Rule(
+    name="espnet.normalized_positionwise_feed_forward",
+    class_name="NormalizedPositionwiseFeedForward",
+    forward=models.NormalizedPositionwiseFeedForward.forward,
+    kernels=("linear", "residual_norm"),
+    structure=_feed_forward_structure,
+    functions=own_forward,
+    known={"8c82b89c0bca5d0c6f04d6f5": _ESPNET},
+)
+
+DECODER = Rule(
+    name="espnet.mega_decoder",
+    class_name="MEGADecoder",
+    forward=models.MEGADecoder.forward,
+    methods=tuple((name, vars(models.MEGADecoder)[name]) for name in _DECODER_METHODS),
+    compared=("inference",),
+    kernels=("time_major",),
+    structure=_decoder_structure,
+    functions=_decoder_functions,
+    known={"5b3a37c8799d1e482afcec8b": _ESPNET},
+    caches={"score_cache": {}},
+    note="score remembers the last 128 hypotheses of one utterance; states are stacked on their device",
+)
+
+RULES = (DECODER, MEGA, DAMPED_EMA, FEED_FORWARD, SIMPLE_BIAS, ROTARY_BIAS, LINEAR)

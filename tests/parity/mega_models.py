@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ESPnet's MEGA decoder and ours, tiny, with parameters far from their initial values."""
+
+import contextlib
+
+import pytest
+import torch
+
+ARGUMENTS = {
+    "vocab_size": 30,
+    "block_size": 24,
+    "linear_size": 40,
+    "qk_size": 16,
+    "v_size": 32,
+    "num_heads": 3,
+    "max_positions": 40,
+    "num_blocks": 2,
+}
+DROPOUT = {
+    "dropout_rate": 0.2,
+    "embed_dropout_rate": 0.1,
+    "att_dropout_rate": 0.3,
+    "ema_dropout_rate": 0.25,
+    "ffn_dropout_rate": 0.15,
+}
+
+
+def upstream(**arguments):
+    from espnet2.asr_transducer.decoder.mega_decoder import MEGADecoder
+
+    torch.manual_seed(0)
+    return randomised(MEGADecoder(**{**ARGUMENTS, **arguments}))
+
+
+def randomised(model):
+    """Fresh decoders are ill-conditioned: biases are zero, and so is the padding's embedding."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+    return model
+
+
+def ours(theirs, **arguments):
+    from fastasr.models.mega import MEGADecoder
+
+    model = MEGADecoder(**{**ARGUMENTS, **arguments}).to(theirs.embed.weight.dtype)
+    model.load_state_dict(theirs.state_dict())
+    return model.train(theirs.training)
+
+
+def labels(batch=3, length=12):
+    """Sequences that begin with blank, which is also the padding behind the shorter ones."""
+    generator = torch.Generator().manual_seed(2)
+    result = torch.randint(1, 30, (batch, length), generator=generator)
+    result[:, 0] = 0
+    for row in range(1, batch):
+        result[row, length - 2 * row :] = 0
+    return result
+
+
+@contextlib.contextmanager
+def in_fp64():
+    """ESPnet's code computes its convolution and its softmax in float32 whatever the model is; here in float64."""
+    softmax = torch.softmax
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", lambda self: self.double())
+        patch.setattr(torch, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+def close(actual, expected, tolerance):
+    """Largest difference at most ``tolerance`` times the largest magnitude."""
+    scale = expected.abs().max().clamp_min(1e-6) if expected.numel() else 1.0
+    assert actual.shape == expected.shape
+    error = ((actual - expected).abs().max() / scale).item() if expected.numel() else 0.0
+    assert error <= tolerance, f"relative error {error:.2e}"
