@@ -86,8 +86,7 @@ class MEGA(torch.nn.Module):
 
     def softmax_attention(self, query, key, mask=None, attn_mask=None):
         """Weights (B, C, Lq, Lk) of query (B, C, Lq, d) and key (B, C, Lk, d); masks as in ``forward``."""
-        bias = _bias(self, query.shape[2], key.shape[2])
-        return attention.weights(query, key, bias, self.scaling, mask, attn_mask)
+        return _weights(self, query, key, mask, attn_mask)
 
     def forward(self, x, mask=None, attn_mask=None, state=None):
         if x.ndim != 3 or x.shape[-1] != self.size:
@@ -207,10 +206,15 @@ def _composed(module, x, mixed, mask, attn_mask, state):
     value = value.unflatten(1, key.shape[1:3])
     if mask is not None:
         mask = mask.reshape(batch, key.shape[1], key.shape[2])
-    weights = module.softmax_attention(query, key, mask=mask, attn_mask=attn_mask)
+    weights = _weights(module, query, key, mask, attn_mask)
     value = module.dropout(value)
     context = torch.matmul(module.dropout_attn(weights), value)
     return context.reshape(batch, length, module.v_size).transpose(0, 1) * module.activation(gate), state
+
+
+def _weights(module, query, key, mask, attn_mask):
+    bias = _bias(module, query.shape[2], key.shape[2])
+    return attention.weights(query, key, bias, module.scaling, mask, attn_mask)
 
 
 def _joined(before, now):
