@@ -200,12 +200,13 @@ def _logged(command: list[str], log: Path, **variables: str) -> int:
 
 
 def tests(out: Path, quick: bool) -> bool:
-    """The device suite: the op contract on CUDA tensors, then the kernels' tests, those marked gpu
+    """The device suite: the op contract on CUDA tensors, the kernels' tests and the models', those marked gpu
     included."""
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     runs = {
         "contract": ["tests/ops/test_contract.py", "-k", "cuda" + (" and swoosh_l" if quick else "")],
         "kernels": ["tests/kernels", *(["-m", "gpu"] if quick else [])],
+        "models": ["tests/models", "-m", "gpu"],
     }
     codes = [
         _logged([*pytest, *arguments, f"--junitxml={out / name}.xml"], out / f"{name}.log")

@@ -12,7 +12,7 @@ from fastasr.benchmarks import dispatch, models, ops, rows, upstream
 from fastasr.benchmarks.case import Report, Settings, measure
 from fastasr.benchmarks.environment import commit, device_name
 from fastasr.benchmarks.harness import wait_until_idle
-from fastasr.benchmarks.models import zipformer
+from fastasr.benchmarks.models import mega_step, zipformer
 from fastasr.benchmarks.rows import Row
 
 
@@ -116,6 +116,19 @@ def _units(name: str, options: Options, summary: Summary, report: Report) -> Ite
             skip=lambda case: done(
                 "models", name, "stack 0" if case == zipformer.STACKS else case, shape, "forward", "float32"
             ),
+            report=report,
+        )
+    elif name == mega_step.NAME:
+        if torch.device(options.device).type != "cpu":
+            report(f"{name}: measured on the CPU only")
+            return
+        sizes = {"size": "tiny", "histories": (3,), "batches": (2,)} if options.quick else {}
+        yield from mega_step.measure(
+            **sizes,
+            settings=settings,
+            reps=options.reps,
+            compile_model=options.compile_model,
+            skip=lambda case, shape: done("models", name, case, shape, "forward", "float32"),
             report=report,
         )
     else:

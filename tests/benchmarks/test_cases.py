@@ -6,7 +6,7 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks import case as cases
-from fastasr.benchmarks import dispatch, runner
+from fastasr.benchmarks import dispatch, runner, upstream
 from fastasr.benchmarks import ops as op_cases
 from fastasr.benchmarks.case import (
     BACKWARD,
@@ -124,3 +124,17 @@ def test_dispatch_rows(tmp_path):
 def test_upstream_that_cannot_be_imported_is_unavailable(monkeypatch):
     with pytest.raises(Unavailable, match="zipformer"):
         cases.upstream_module("nowhere.Nothing")
+
+
+def test_a_step_of_the_mega_decoder():
+    from fastasr.benchmarks.models import mega_step
+
+    try:
+        units = list(mega_step.measure(size="tiny", histories=(0, 3), batches=(2,), settings=QUICK, reps=2))
+    except upstream.MissingUpstream as reason:
+        pytest.skip(str(reason))
+    assert [unit[0].case for unit in units] == ["history 0", "history 3"]
+    for unit in units:
+        assert [row.implementation for row in unit] == ["upstream", "fastasr"]
+        assert unit[0].bytes > 4 * 64 * 96
+    assert list(mega_step.measure(size="tiny", settings=QUICK, skip=lambda case, shape: True)) == []

@@ -1,10 +1,392 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decoding step of all blocks at once."""
+"""One decoding step of all blocks at once: a native call on CPU, a captured graph on a CUDA device.
+
+On CPU a step of a few hypotheses costs what reading the weights costs: 51 MB at ESPnet's default sizes. So they are
+packed once, in the order in which a step reads them, into one block of memory on huge pages. **This doubles the memory
+of the blocks' weights**; ``decoder.packed_decoding = False`` declines it, and steps then run block by block.
+
+The packed copy is made at the first step and made again when a parameter, a submodule or a forward has changed: it
+remembers the identity, the version counter and the address of every parameter. Writing through ``parameter.data``
+changes none of these: call :func:`forget` after it.
+
+Keys and values are kept in buffers with room to grow: the states returned are views of them, and the next step writes
+one row behind the view instead of copying the history. Two hypotheses may go on from one state: the first to do so
+takes the row, the other copies. Treat states as read-only.
+
+On a CUDA device the step is ``StaticStep`` (``graph_decoding``), captured per batch size and power of two of the
+history's length; weights are read where they are.
+"""
+
+import itertools
+import operator
+import weakref
+
+import torch
+
+from fastasr.models.mega import activations, graph_decoding, plumbing, positional_bias
+from fastasr.ops import _dispatch
+
+_STATE = ("ema_state", "prev_key", "prev_value")
+_GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+)
+_VERSION = torch.Tensor._version.__get__
+_POSITIONS = 512  # of a rotary bias, to begin with: it has no largest length
 
 
 def step(decoder, labels, states):
-    """``decoder.inference(labels, states)`` for labels (B, 1), or None where no kernel does the whole step."""
+    """``decoder.inference(labels, states)`` for labels (B, 1), or None where this path does not serve.
+
+    It serves MEGADecoder, ours or ESPnet's swapped, in evaluation mode, without gradients, with the activation swish
+    and layer_norm, on CPU in float32 or on a CUDA device; :func:`why_not` names the first reason against. On CPU bits
+    depend neither on the number of threads nor on the other hypotheses of the batch.
+    """
+    if _why_not_now(decoder, labels):
+        return None
+    plan = _plan(decoder)
+    if plan.reason or len(states) != plan.blocks:
+        return None
+    flat, lengths = [], []
+    for state in states:
+        for name in _STATE:
+            if name not in state:
+                return None
+            tensor = state[name]
+            if tensor is None:
+                tensor = plan.nothing
+            elif type(tensor) is not torch.Tensor or tensor.is_cpu is not plan.on_cpu:
+                return None
+            flat.append(tensor)
+        lengths.append(state.get("prev_length"))
+    ragged = any(length is not None for length in lengths)
+    if ragged:
+        if plan.phantom:
+            return None
+        lengths = [
+            torch.full((labels.shape[0],), keys.shape[1] if keys.numel() else 0) if length is None else length
+            for length, keys in zip(lengths, flat[1::3], strict=True)
+        ]
+    out = plan.run(labels, flat, lengths if ragged else [])
+    if not out:
+        return None
+    after = [dict(zip(_STATE, out[i : i + 3], strict=True)) for i in range(1, len(out), 3)]
+    if ragged:
+        for state, length in zip(after, lengths, strict=True):
+            _advance(state, length, plan.chunk)
+    return out[0], after
 
 
 def stack(states):
-    """Histories (T_i, H) as one (B, max T, H), zeros in front of the shorter; None where no kernel does it."""
+    """Histories (T_i, H) as one (B, max T, H), zeros in front of the shorter, with room to grow; None where the native
+    path does not serve."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _native():
+        return None
+    if not all(type(t) is torch.Tensor and t.is_cpu and t.dtype is torch.float32 for t in states):
+        return None
+    return torch.ops.fastasr_cpu.mega_stack.default(states)
+
+
+def why_not(decoder, labels=None):
+    """Why :func:`step` does not serve this decoder now; "" when it does."""
+    return _why_not_now(decoder, labels) or _plan(decoder).reason
+
+
+def unbatched(states):
+    """States of one hypothesis as ``select_state`` gives them, from ``init_state``'s or from a batch of one."""
+    ranks = {"ema_state": 2, "prev_key": 2, "prev_value": 2}
+    return [
+        {name: t.squeeze(0) if t.ndim > ranks.get(name, t.ndim) else t for name, t in state.items()}
+        for state in states
+    ]
+
+
+def forget(decoder):
+    """Drop the packed weights; the next step packs anew."""
+    _PLANS.pop(decoder, None)
+
+
+def _advance(state, length, chunk):
+    """What ``MEGA`` keeps behind one more position when the sequences of a batch differ in length."""
+    length = length + 1
+    if chunk > 0:
+        length = torch.where(length >= chunk, 0, length)
+    kept = int(length.max())
+    first = state["prev_key"].shape[1] - kept
+    state["prev_key"], state["prev_value"] = state["prev_key"][:, first:], state["prev_value"][:, first:]
+    if int(length.min()) < kept:
+        state["prev_length"] = length
+
+
+# --------------------------------------------------------------------------- whether it serves
+def _native():
+    return _dispatch.forced_backend() in ("auto", "cpu") and _dispatch.native_library() is not None
+
+
+def _serves_natively(decoder):
+    return decoder.embed.weight.is_cpu
+
+
+def _why_not_now(decoder, labels):
+    """What may change from call to call."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "the call is being compiled or traced"
+    if decoder.training:
+        return "the decoder is in training mode"
+    if not getattr(decoder, "packed_decoding", True):
+        return "packed_decoding is False"
+    if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
+        return "gradients are on"
+    weight = decoder.embed.weight
+    if torch.is_autocast_enabled(weight.device.type):
+        return "autocast is on"
+    if weight.is_cpu and not _native():
+        return _dispatch.native_reason() or f"backend {_dispatch.forced_backend()!r} is forced"
+    if not weight.is_cpu and _dispatch.forced_backend() not in ("auto", "cuda"):
+        return f"backend {_dispatch.forced_backend()!r} is forced"
+    if labels is None:
+        return ""
+    if type(labels) is not torch.Tensor or labels.ndim != 2 or labels.device != weight.device:
+        return "labels are not a tensor of shape (B, 1) on the decoder's device"
+    return "" if labels.shape[1] == 1 else "it is more than one step"
+
+
+def _why_never(decoder):
+    """What only a change of the module can change."""
+    parameters = list(decoder.parameters())
+    device, dtype = decoder.embed.weight.device, decoder.embed.weight.dtype
+    if device.type not in ("cpu", "cuda") or any(type(p) not in _dispatch.PLAIN for p in parameters):
+        return "not all parameters are plain tensors on CPU or on a CUDA device"
+    if any(p.device != device or p.dtype != dtype for p in parameters):
+        return "parameters differ in device or dtype"
+    if device.type == "cpu" and dtype is not torch.float32:
+        return "not all parameters are float32"
+    if any(p.is_inference() for p in parameters):
+        return "parameters were made in inference mode, where changes leave no trace"
+    embed = decoder.embed
+    if type(embed) is not torch.nn.Embedding or "forward" in vars(embed) or embed.max_norm is not None:
+        return "embed is not a plain Embedding"
+    if not plumbing.is_layer_norm(decoder.final_norm):
+        return "final_norm is not a LayerNorm with weight and bias"
+    if not len(decoder.mega_blocks):
+        return "there are no blocks"
+    for i, (mega, feed_forward) in enumerate(decoder.mega_blocks):
+        reason = _why_not_block(mega, feed_forward)
+        if reason:
+            return f"block {i}: {reason}"
+    shapes = {_widths(mega, feed_forward) for mega, feed_forward in decoder.mega_blocks}
+    if len(shapes) > 1:
+        return "blocks differ in shape"
+    return ""
+
+
+def _why_not_block(mega, feed_forward):
+    from fastasr.models.mega.feed_forward import NormalizedPositionwiseFeedForward
+    from fastasr.models.mega.gated_attention import MEGA
+
+    if not _runs(mega, MEGA) or not _runs(feed_forward, NormalizedPositionwiseFeedForward):
+        return "a forward that is not fastasr's"
+    if _foreign(mega.multihead_damped_ema, "MultiHeadDampedEMA"):
+        return "the moving average is not MultiHeadDampedEMA"
+    if _foreign(mega.rel_pos_bias, "RelativePositionBias", "RotaryRelativePositionBias"):
+        return "the bias is neither simple nor rotary"
+    for name in ("proj_v", "proj_mx", "proj_h"):
+        if not plumbing.is_plain(getattr(mega, name)):
+            return f"{name} is not a plain Linear"
+    for name in ("linear1", "linear2"):
+        if not plumbing.is_plain(getattr(feed_forward, name)):
+            return f"{name} is not a plain Linear"
+    for module in (mega, mega.multihead_damped_ema, feed_forward):
+        if activations.fused_name(module.activation) != "silu":
+            return "the activation is not swish"
+    for module in (mega, feed_forward):
+        if not plumbing.is_layer_norm(module.normalization):
+            return "the normalisation is not a LayerNorm with weight and bias"
+    return ""
+
+
+def _runs(module, ours):
+    """Whether a call of the module runs our class's forward, as its own or bound by a swap."""
+    bound = vars(module).get("forward")
+    if bound is None:
+        return type(module).forward is ours.forward
+    return getattr(getattr(bound, "__func__", None), "fastasr_forward", None) is ours.forward
+
+
+def _foreign(module, *names):
+    """Whether this is no class of these names, ours or ESPnet's, as it is or swapped."""
+    bound = vars(module).get("forward")
+    if bound is not None and not hasattr(getattr(bound, "__func__", None), "fastasr_forward"):
+        return True
+    package = type(module).__module__.partition(".")[0]
+    return type(module).__name__ not in names or package not in ("fastasr", "espnet2")
+
+
+def _widths(mega, feed_forward):
+    chunk, phantom = max(mega.chunk_size, 0), bool(getattr(mega, "phantom_first_step", True))
+    heads = mega.multihead_damped_ema.kernel_projection_matrix.shape[1]
+    inner = feed_forward.linear1.weight.shape[0]
+    return mega.size, heads, mega.qk_size, mega.v_size, inner, chunk, phantom
+
+
+# --------------------------------------------------------------------------- the packed decoder
+_PLANS = weakref.WeakKeyDictionary()
+
+
+def _plan(decoder):
+    plan = _PLANS.get(decoder)
+    if plan is None or not plan.fresh():
+        plan = _PLANS[decoder] = _Plan(decoder)
+    return plan
+
+
+class _Plan:
+    """What a decoder's step needs, or the reason why there is none, as long as the decoder stays as it is."""
+
+    def __init__(self, decoder):
+        parts = list(decoder.modules())
+        self._dicts = [d for m in parts for d in (m._modules, m._parameters) if d]
+        self._members = list(self._now())
+        self._parameters = [t for t in self._members if isinstance(t, torch.Tensor)]
+        self._hooks = [d for m in parts[1:] for d in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks += _GLOBAL_HOOKS
+        self._dropouts = [m for m in parts[1:] if getattr(m, "p", 0)]
+        self._instances = [vars(m) for m in parts[1:]]
+        self._forwards = list(self._bound())
+        self._state = self._values()
+        self.blocks, self.on_cpu = len(decoder.mega_blocks), decoder.embed.weight.is_cpu
+        self.reason = (
+            "a submodule has hooks, or is in training mode" if self._watched() else _why_never(decoder)
+        )
+        if not self.reason:
+            self._pack(decoder)
+
+    def _now(self):
+        return itertools.chain.from_iterable(map(dict.values, self._dicts))
+
+    def _bound(self):
+        return map(dict.get, self._instances, itertools.repeat("forward"))
+
+    def _values(self):
+        try:
+            return [*map(_VERSION, self._parameters)], [*map(torch.Tensor.data_ptr, self._parameters)]
+        except RuntimeError:  # neither exists: a reason is given elsewhere
+            return None
+
+    def _watched(self):
+        return any(self._hooks) or any(m.training for m in self._dropouts)
+
+    def fresh(self):
+        """Whether modules, parameters, their values, forwards and hooks are those that were packed."""
+        now = list(self._now())
+        return (
+            len(now) == len(self._members)
+            and all(map(operator.is_, now, self._members))
+            and all(map(operator.is_, self._bound(), self._forwards))
+            and self._values() == self._state
+            and self._watched() == self.reason.startswith("a submodule has hooks")
+        )
+
+    @torch.no_grad()
+    def _pack(self, decoder):
+        size, heads, key, value, inner, self.chunk, self.phantom = _widths(*decoder.mega_blocks[0])
+        self.shape = [size, heads, key, value, inner, self.blocks, self.chunk, int(self.phantom)]
+        self._native = _serves_natively(decoder)
+        self._biases = biases = [mega.rel_pos_bias for mega, _ in decoder.mega_blocks]
+        # positions of a simple bias; a rotary one has no limit
+        self._limit = min(
+            (b.max_positions for b in biases if "relative_position_bias" in b._parameters), default=0
+        )
+        if not self._native:
+            self._decoder, self._graphs = weakref.ref(decoder), {}
+            self.embed = decoder.embed.weight.detach()
+            self.nothing = self.embed.new_empty(0)
+            return
+        weights, eps = [], []
+        for mega, feed_forward in decoder.mega_blocks:
+            average = mega.multihead_damped_ema
+            weights += [average.damping_factor, average.decay_factor, average.ema_expansion_matrix]
+            weights += [average.kernel_projection_matrix, average.residual_weight]
+            for linear in (mega.proj_v, mega.proj_mx, mega.proj_h):
+                weights += _affine(linear)
+            weights += [mega.qk_weight, mega.qk_bias, mega.normalization.weight, mega.normalization.bias]
+            weights += [*_affine(feed_forward.linear1), *_affine(feed_forward.linear2)]
+            weights += [feed_forward.normalization.weight, feed_forward.normalization.bias]
+            eps += [mega.normalization.eps, feed_forward.normalization.eps]
+        weights += [decoder.final_norm.weight, decoder.final_norm.bias]
+        eps.append(decoder.final_norm.eps)
+        self.embed = decoder.embed.weight.detach().contiguous()
+        self.nothing = self.embed.new_empty(0)
+        namespace = torch.ops.fastasr_cpu
+        self._op = namespace.mega_step.default
+        self._packed = namespace.mega_pack.default(self.shape, [w.contiguous() for w in weights], eps)
+        self._lay_bias(self._limit or _POSITIONS)
+
+    def _lay_bias(self, positions):
+        """The bias of the offsets -(positions - 1) .. 0, (blocks, positions): a step reads the end of a row."""
+        rows = [positional_bias.relative(bias, positions)[:positions] for bias in self._biases]
+        self._bias = torch.stack(rows).detach().contiguous()
+
+    @torch.no_grad()
+    def run(self, labels, states, lengths):
+        """[out, then per block the moving average, keys and values], or nothing."""
+        if not self._native:
+            return self._replay(labels, states, lengths)
+        out = self._op(self._packed, self.shape, self._bias, self.embed, labels, states, lengths)
+        if not out and not self._limit:
+            needed = 1 + max(keys.shape[1] if keys.ndim == 3 else 0 for keys in states[1::3])
+            if needed > self._bias.shape[1]:
+                self._lay_bias(1 << needed.bit_length())
+                out = self._op(self._packed, self.shape, self._bias, self.embed, labels, states, lengths)
+        return out
+
+    def _replay(self, labels, states, lengths):
+        if torch.cuda.is_current_stream_capturing():
+            return []
+        batch, length = labels.shape[0], states[1].shape[1] if states[1].numel() else 0
+        if not batch or not self._fit(states, batch, length):
+            return []
+        return ended(self._static(batch, length + 1).step(labels, states, lengths), self, lengths)
+
+    def _fit(self, states, batch, length):
+        """Whether these are states of ``length`` positions that a step takes."""
+        size, heads, key, value = self.shape[:4]
+        limit = self.chunk or self._limit
+        if limit and length + 1 > limit:
+            return False
+        for average, keys, values in zip(*[iter(states)] * 3, strict=True):
+            if average.numel() and (
+                average.shape[-2:] != (size, heads) or average.numel() != batch * size * heads
+            ):
+                return False
+            if any(t.dtype is not self.embed.dtype for t in (average, keys, values)):
+                return False
+            if length and (keys.shape != (batch, length, key) or values.shape != (batch, length, value)):
+                return False
+            if not length and (keys.numel() or values.numel()):
+                return False
+        return True
+
+    def _static(self, batch, positions):
+        """The captured step for these sizes; the least recently used goes when there are many."""
+        name = (batch, graph_decoding.bucket(positions, self.chunk or self._limit))
+        static = self._graphs.pop(name, None)
+        if static is None:
+            static = graph_decoding.StaticStep(self._decoder(), *name).capture()
+            while len(self._graphs) >= graph_decoding.GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+        self._graphs[name] = static
+        return static
+
+
+def ended(results, shape, lengths):
+    """``results`` with the keys and values that are kept at the end of a chunk."""
+    if lengths or not shape.chunk or results[2].shape[1] < shape.chunk:
+        return results
+    kept = slice(shape.chunk - 1, None) if shape.phantom else slice(0)
+    return [t if i % 3 == 1 or i == 0 else t[:, kept] for i, t in enumerate(results)]
+
+
+def _affine(linear):
+    weight, bias = linear.weight, linear.bias
+    return weight, weight.new_zeros(weight.shape[0]) if bias is None else bias

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decoding step of ESPnet's MEGA decoder at its default sizes: upstream as shipped, fastasr.
+
+A step of B hypotheses that have a history of so many labels; the states come from the step before, as in a
+search. The floor is the longer of two: a copy of as many bytes as the weights and the history have, and their
+products at the rate of the machine's best GEMM.
+"""
+
+import copy
+import importlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastasr.benchmarks import limits
+from fastasr.benchmarks.case import Report, Settings
+from fastasr.benchmarks.harness import LoadMeter, Variant, interleave, peak_bytes
+from fastasr.benchmarks.rows import Row
+from fastasr.benchmarks.upstream import MissingUpstream
+
+NAME = "mega_step"
+UPSTREAM, COMPILE, FASTASR = "upstream", "compile", "fastasr"
+SIZES = {"default": {"vocab_size": 500}, "tiny": {"vocab_size": 50, "block_size": 64, "linear_size": 96}}
+HISTORIES, BATCHES = (0, 50, 200), (1, 4, 10)
+INSTALL = "pip install --no-deps espnet==202511, and typeguard"
+
+
+def cases(histories=HISTORIES, batches=BATCHES) -> list[tuple[str, str, int, int]]:
+    """(case, shape, history, batch) of every unit."""
+    return [(f"history {h}", f"B={b}", h, b) for b in batches for h in histories]
+
+
+def decoders(size: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Upstream's decoder and ours with the same parameters. Raises ``MissingUpstream``."""
+    from fastasr.models.mega import MEGADecoder
+
+    try:
+        module = importlib.import_module("espnet2.asr_transducer.decoder.mega_decoder")
+    except ImportError as error:
+        raise MissingUpstream(f"upstream's package espnet cannot be imported ({error}); {INSTALL}") from None
+    torch.manual_seed(0)
+    upstream = module.MEGADecoder(**SIZES[size]).eval()
+    ours = MEGADecoder(**SIZES[size], phantom_first_step=True).eval()
+    ours.load_state_dict(upstream.state_dict())
+    return upstream, ours
+
+
+def _states(decoder: torch.nn.Module, batch: int, history: int) -> list[dict[str, torch.Tensor]]:
+    """Of ``batch`` hypotheses after ``history`` labels, less the last one: the step before adds it."""
+    rows = max(1, history)  # the first is a key and a value of zero
+    sizes = {"prev_key": decoder.mega_att_k_size, "prev_value": decoder.mega_att_v_size}
+    return [
+        {
+            "ema_state": torch.randn(batch, decoder.output_size, decoder.mega_num_heads),
+            **{name: torch.randn(batch, rows, width) for name, width in sizes.items()},
+        }
+        for _ in range(decoder.num_blocks)
+    ]
+
+
+def cost(decoder: torch.nn.Module, batch: int, history: int) -> tuple[int, int]:
+    """(bytes, multiply and add operations) of a step: weights and history read once, states written once."""
+    weights = sum(p.numel() for p in decoder.mega_blocks.parameters() if p.ndim == 2)
+    width = decoder.mega_att_k_size + decoder.mega_att_v_size
+    rows = decoder.num_blocks * batch * width
+    average = decoder.num_blocks * batch * decoder.output_size * decoder.mega_num_heads
+    attended = history + 2  # the phantom and the new label besides
+    return 4 * (weights + rows * attended + 2 * average), 2 * (batch * weights + rows * attended)
+
+
+def _variant(decoder: torch.nn.Module, step: Callable, batch: int, history: int) -> Variant:
+    labels, states = torch.full((batch, 1), 3), _states(decoder, batch, history)
+
+    def before():
+        with torch.no_grad():
+            return decoder.inference(labels, states)[1] if history else states
+
+    def one(states):
+        with torch.no_grad():
+            return step(labels, states)
+
+    return Variant(one, prepare=before)
+
+
+def measure(
+    *,
+    size: str = "default",
+    histories: tuple[int, ...] = HISTORIES,
+    batches: tuple[int, ...] = BATCHES,
+    settings: Settings | None = None,
+    reps: int | None = None,
+    compile_model: bool = False,
+    skip: Callable[[str, str], bool] = lambda case, shape: False,
+    report: Report = lambda _: None,
+) -> Iterator[list[Row]]:
+    """Yields the rows of each batch size and history. ``skip(case, shape)`` leaves a unit out. Raises
+    ``MissingUpstream``.
+    """
+    settings = settings or Settings()
+    todo = [unit for unit in cases(histories, batches) if not skip(*unit[:2])]
+    if not todo:
+        return
+    upstream, ours = decoders(size)
+    steps = {UPSTREAM: (upstream, upstream.inference), FASTASR: (ours, ours.inference)}
+    if compile_model:
+        steps[COMPILE] = (upstream, torch.compile(copy.deepcopy(upstream).inference))
+    for case, shape, history, batch in todo:
+        report(f"{NAME}: {shape}, {case}")
+        variants = {name: _variant(*pair, batch, history) for name, pair in steps.items()}
+        load = LoadMeter()
+        timings = interleave(
+            variants, reps=reps or 2 * settings.reps, warmup=3, sample_seconds=settings.sample_seconds
+        )
+        other = load.other_cores()
+        moved, flops = cost(upstream, batch, history)
+        rate, copied = limits.gemm_flops_per_second("cpu"), limits.copy_seconds(moved)
+        floor = max(copied, flops / rate)
+        limit = (
+            f"copy {moved / copied / 1e9:.1f} GB/s" if floor == copied else f"GEMM {rate / 1e9:.0f} GFLOP/s"
+        )
+        rows = []
+        for name, timing in timings.items():
+            lower, upper = timing.quartiles
+            rows.append(
+                Row.measured(
+                    suite="models",
+                    name=NAME,
+                    case=case,
+                    shape=shape,
+                    dtype="float32",
+                    device="cpu",
+                    pass_="forward",
+                    implementation=name,
+                    median_ms=round(timing.median * 1e3, 4),
+                    q1_ms=round(lower * 1e3, 4),
+                    q3_ms=round(upper * 1e3, 4),
+                    reps=timing.reps,
+                    peak_bytes=peak_bytes(variants[name]) if settings.memory else None,
+                    bytes=moved,
+                    flops=flops,
+                    fraction_of_limit=round(floor / timing.median, 4),
+                    limit=limit,
+                    load=other,
+                )
+            )
+        yield rows
