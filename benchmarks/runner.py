@@ -12,7 +12,7 @@ from fastasr.benchmarks import dispatch, models, ops, rows, upstream
 from fastasr.benchmarks.case import Report, Settings, measure
 from fastasr.benchmarks.environment import commit, device_name
 from fastasr.benchmarks.harness import wait_until_idle
-from fastasr.benchmarks.models import mega_step, zipformer
+from fastasr.benchmarks.models import mega, mega_step, zipformer
 from fastasr.benchmarks.rows import Row
 
 
@@ -129,6 +129,20 @@ def _units(name: str, options: Options, summary: Summary, report: Report) -> Ite
             reps=options.reps,
             compile_model=options.compile_model,
             skip=lambda case, shape: done("models", name, case, shape, "forward", "float32"),
+            report=report,
+        )
+    elif name == mega.NAME:
+        if torch.device(options.device).type != "cpu":
+            report(f"{name}: measured on the CPU only")
+            return
+        size = {"size": "tiny", "batch": 2, "length": 20} if options.quick else {}
+        yield from mega.measure(
+            **size,
+            histories=mega.HISTORIES[:2] if options.quick else mega.HISTORIES,
+            settings=settings,
+            reps=options.reps,
+            compile_model=options.compile_model,
+            skip=lambda case, shape, pass_: done("models", name, case, shape, pass_, "float32"),
             report=report,
         )
     else:

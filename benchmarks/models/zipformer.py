@@ -51,7 +51,7 @@ def _call(model: Callable, inputs: tuple) -> Callable[[], torch.Tensor]:
     return forward
 
 
-def _with_linear(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+def with_linear(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """``call`` with fastasr's product in place of ``F.linear``, and nothing else of fastasr."""
     from fastasr import ops
 
@@ -204,7 +204,7 @@ def measure(
         except Exception as error:  # the other implementations are still worth measuring
             report(f"{NAME}: {implementation} left out: {type(error).__name__}: {error}")
     calls = {key: _call(model, inputs) for key, model in models.items()}
-    calls[LINEAR] = _with_linear(calls[LINEAR])
+    calls[LINEAR] = with_linear(calls[LINEAR])
     if compile_model:
         calls[COMPILE] = _call(torch.compile(copy.deepcopy(shipped)), inputs)
     for key, call in calls.items():

@@ -226,6 +226,27 @@ def test_swap_takes_inputs_by_name(run):
     assert set(json.loads(result.stdout)["times"]) == {"before", "after"}
 
 
+def test_swap_of_espnets_decoder(run):
+    pytest.importorskip("espnet2.asr_transducer.decoder.mega_decoder")
+    result = run(
+        *(
+            "swap",
+            "models_for_cli:espnet_decoder",
+            "--input",
+            "models_for_cli:labels",
+            "--json",
+            "--reps",
+            "1",
+        )
+    )
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["ok"]
+    replaced = {row["class_name"] for row in found["report"]["rows"] if row["status"] == "replaced"}
+    assert {"MEGADecoder", "MEGA", "MultiHeadDampedEMA", "RelativePositionBias"} < replaced
+    assert set(found["times"]) == {"before", "after"}
+
+
 def test_swap_without_inputs_says_what_it_left_out(run):
     result = run("swap", "models_for_cli:model")
     assert result.exit_code == 0

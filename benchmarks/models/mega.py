@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ESPnet's MEGA decoder at its default sizes (500 symbols, 4 blocks): a batch of sequences, forward and with
+gradients, and one step of a search from histories of several lengths.
+
+Beside upstream as shipped stand upstream with only its linears replaced (how much of the gain is the GEMM's),
+upstream under torch.compile, upstream swapped by ``accelerate``, and fastasr's own class.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastasr.benchmarks import limits, upstream
+from fastasr.benchmarks.case import Report, Settings
+from fastasr.benchmarks.harness import LoadMeter, Variant, interleave, peak_bytes
+from fastasr.benchmarks.models.zipformer import with_linear
+from fastasr.benchmarks.rows import Row
+
+NAME = "mega"
+WHOLE, STEP = "whole model", "one step after {} labels"
+UPSTREAM, LINEAR, COMPILE, FASTASR, OWN = "upstream", "upstream+linear", "compile", "fastasr", "fastasr own"
+FORWARD, BOTH = "forward", "forward+backward"
+HISTORIES = (0, 50, 200)
+VOCABULARY, BATCH, LENGTH = 500, 4, 200
+SIZES = {
+    "default": {},
+    "tiny": {"block_size": 32, "linear_size": 64, "qk_size": 16, "v_size": 64, "num_blocks": 2},
+}
+
+
+def shape_name(size: str = "default", batch: int = BATCH, length: int = LENGTH) -> str:
+    return f"{size} {batch}x{length}"
+
+
+def decoder(size: str) -> torch.nn.Module:
+    """Upstream's decoder with random parameters. Raises ``upstream.MissingUpstream``."""
+    try:
+        from espnet2.asr_transducer.decoder.mega_decoder import MEGADecoder
+    except (ImportError, OSError) as error:
+        raise upstream.MissingUpstream(
+            f"ESPnet cannot be imported ({error}); pip install --no-deps espnet==202511, and what it imports"
+        ) from None
+    torch.manual_seed(0)
+    return MEGADecoder(VOCABULARY, **SIZES[size])
+
+
+def variants(shipped: torch.nn.Module, size: str) -> dict[str, Callable[[], torch.nn.Module]]:
+    """Functions that make each implementation's model from upstream's."""
+
+    def accelerated():
+        import fastasr
+
+        model = copy.deepcopy(shipped)
+        fastasr.accelerate(model)
+        return model
+
+    def own():
+        from fastasr.models.mega import MEGADecoder
+
+        model = MEGADecoder(VOCABULARY, **SIZES[size])
+        model.load_state_dict(shipped.state_dict())
+        return model
+
+    return {
+        UPSTREAM: lambda: shipped,
+        LINEAR: lambda: copy.deepcopy(shipped),
+        FASTASR: accelerated,
+        OWN: own,
+    }
+
+
+def _forward(model: Callable, labels: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def run():
+        with torch.no_grad():
+            return model(labels)
+
+    return run
+
+
+def _both(model: Callable, parameters: list, labels: torch.Tensor) -> Callable[[], None]:
+    gradient = torch.randn(*labels.shape, parameters[0].shape[1])
+
+    def run():
+        for p in parameters:
+            p.grad = None
+        model(labels).backward(gradient)
+
+    return run
+
+
+def _step(
+    model: torch.nn.Module, history: int, inference: Callable | None = None
+) -> Callable[[], torch.Tensor]:
+    """``score`` of one label; ``inference`` in its place for a compiled model."""
+    states = model.init_state()
+    if history:
+        generator = torch.Generator().manual_seed(1)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator)
+
+        states = [
+            {
+                "ema_state": normal(1, *state["ema_state"].shape),
+                "prev_key": normal(1, history, model.mega_att_k_size),
+                "prev_value": normal(1, history, model.mega_att_v_size),
+            }
+            for state in states
+        ]
+    sequence, label = [0] * history + [7], torch.tensor([[7]])
+
+    def run():
+        with torch.no_grad():
+            if inference is not None:
+                return inference(label, states)[0]
+            model.score_cache.clear()  # every call computes
+            return model.score(sequence, states)[0]
+
+    return run
+
+
+def _flops(call: Callable[[], object]) -> int:
+    """Multiply and add operations of the products."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def measure(
+    *,
+    size: str = "default",
+    batch: int = BATCH,
+    length: int = LENGTH,
+    histories: tuple[int, ...] = HISTORIES,
+    settings: Settings | None = None,
+    reps: int | None = None,
+    compile_model: bool = False,
+    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
+    report: Report = lambda _: None,
+) -> Iterator[list[Row]]:
+    """Yields the rows of the whole decoder in both passes, then of one step from each history.
+
+    ``compile_model`` adds upstream under torch.compile (minutes of compilation); ``skip(case, shape, pass)`` leaves
+    one out. Raises ``upstream.MissingUpstream``.
+    """
+    settings = settings or Settings()
+    reps = reps or settings.reps
+    report(f"{NAME}: building upstream's decoder ({size}) and its replacements")
+    shipped = decoder(size)
+    models: dict[str, torch.nn.Module] = {}
+    for implementation, make in variants(shipped, size).items():
+        try:
+            models[implementation] = make()
+        except Exception as error:  # the other implementations are still worth measuring
+            report(f"{NAME}: {implementation} left out: {type(error).__name__}: {error}")
+    compiled = copy.deepcopy(shipped) if compile_model else None
+    labels = torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(2))
+    name = shape_name(size, batch, length)
+
+    def whole(pass_: str) -> dict[str, Callable]:
+        runs = {}
+        every = dict(models) | ({COMPILE: compiled} if compiled is not None else {})
+        for key, model in every.items():
+            model.train(pass_ == BOTH)
+            called = torch.compile(model) if key == COMPILE else model
+            if pass_ == FORWARD:
+                runs[key] = _forward(called, labels)
+            else:
+                runs[key] = _both(called, list(model.parameters()), labels)
+            if key == LINEAR:
+                runs[key] = with_linear(runs[key])
+        return runs
+
+    def step(history: int) -> dict[str, Callable]:
+        runs = {key: _step(model.eval(), history) for key, model in models.items()}
+        runs[LINEAR] = with_linear(runs[LINEAR])
+        if compiled is not None:
+            runs[COMPILE] = _step(compiled.eval(), history, torch.compile(compiled.inference))
+        return runs
+
+    units = [(WHOLE, pass_, name, lambda p=pass_: whole(p)) for pass_ in (FORWARD, BOTH)]
+    units += [(STEP.format(h), FORWARD, f"{size} 1x1", lambda h=h: step(h)) for h in histories]
+    for case, pass_, shape, make in units:
+        if not skip(case, shape, pass_):
+            yield _unit(case, pass_, shape, make(), settings, reps, report)
+
+
+def _unit(
+    case: str, pass_: str, shape: str, runs: dict, settings: Settings, reps: int, report: Report
+) -> list[Row]:
+    for key, run in runs.items():
+        report(f"{NAME}: {case}, {pass_}: first call of {key}" + (" (compiles)" if key == COMPILE else ""))
+        run()
+    flops = _flops(runs[UPSTREAM])
+    rate = limits.gemm_flops_per_second("cpu")
+    report(f"{NAME}: {case}, {pass_}: timing {', '.join(runs)}, {reps} rounds")
+    load = LoadMeter()
+    made = {key: Variant(run) for key, run in runs.items()}
+    timings = interleave(made, reps=reps, warmup=2, sample_seconds=settings.sample_seconds)
+    other = load.other_cores()
+    rows = []
+    for key, timing in timings.items():
+        lower, upper = timing.quartiles
+        rows.append(
+            Row.measured(
+                suite="models",
+                name=NAME,
+                case=case,
+                shape=shape,
+                dtype="float32",
+                device="cpu",
+                pass_=pass_,
+                implementation=key,
+                median_ms=round(timing.median * 1e3, 4),
+                q1_ms=round(lower * 1e3, 4),
+                q3_ms=round(upper * 1e3, 4),
+                reps=timing.reps,
+                load=other,
+                peak_bytes=peak_bytes(made[key]) if settings.memory else None,
+                flops=flops,
+                fraction_of_limit=round(flops / rate / timing.median, 4),
+                limit=f"GEMM {rate / 1e9:.0f} GFLOP/s",
+            )
+        )
+    return rows
