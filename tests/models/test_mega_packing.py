@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from mega_decoders import CHANGES, bits, block_by_block, current, espnet, labels_of, ours
+from mega_decoders import CHANGES, bits, block_by_block, current, espnet, labels_of, ours, same
 
 import fastasr
 from fastasr.models.mega import decoding
@@ -107,6 +107,13 @@ def test_reasons_do_not_outlive_their_cause():
         current(decoder)
 
 
+def test_a_decoder_without_memory_runs_block_by_block():
+    decoder = ours().to("meta")
+    assert decoding.why_not(decoder) == "no kernel for meta tensors"
+    out, _ = decoder.inference(torch.zeros(1, 1, dtype=torch.int64, device="meta"), decoder.init_state())
+    assert out.shape == (1, 1, 40)
+
+
 def test_dropout_that_is_active_by_itself():
     decoder = ours(dropout_rate=0.5)
     assert decoding.why_not(decoder) == ""
@@ -192,3 +199,13 @@ def test_states_of_other_shapes_are_refused_as_before():
 
 def test_an_espnet_decoder_that_was_not_swapped_keeps_its_blocks():
     assert decoding.why_not(espnet()) == "block 0: a forward that is not fastasr's"
+
+
+def test_an_accelerated_espnet_decoder_takes_the_step():
+    decoder = espnet()
+    fastasr.accelerate(decoder)
+    assert decoding.why_not(decoder) == ""
+    labels, states = labels_of(), decoder.init_state()
+    same(decoding.step(decoder, labels, states), block_by_block(decoder, labels, states))
+    fastasr.restore(decoder)
+    assert decoding.why_not(decoder) != ""
