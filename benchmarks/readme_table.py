@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastasr.benchmarks import curves
 from fastasr.benchmarks.rows import Row, read_all
 from fastasr.benchmarks.table import Unit, duration, percent, times, units
 
@@ -148,7 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         text = options.readme.read_text(encoding="utf-8")
-        made = replaced(text, table(read_all(sorted(options.results.glob("*.jsonl")))))
+        rows = read_all(sorted(options.results.glob("*.jsonl")))
+        made = replaced(text, table([row for row in rows if not row.case.startswith(curves.PREFIX)]))
     except (OSError, ValueError) as error:
         print(f"error: {options.readme}: {error}", file=sys.stderr)
         return 2

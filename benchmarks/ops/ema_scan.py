@@ -26,6 +26,7 @@ from fastasr.ops.ema_scan import definition
 
 LENGTHS = (1, 16, 64, 200, 512, 2048, 16384)
 BATCH, CHANNELS = 4, 512
+CURVE, CURVE_CHANNELS = tuple(2**k for k in range(6, 18)), 128
 
 
 def _upstream(x, damping, decay, expansion, projection, residual) -> Implementation:
@@ -47,11 +48,15 @@ def _upstream(x, damping, decay, expansion, projection, residual) -> Implementat
     return Implementation(lambda: module(x)[0], parameters(x, *module.parameters()))
 
 
-def _make(length: int, states: int, device: str, dtype: torch.dtype):
+def _inputs(length: int, batch: int, channels: int, states: int, device: str, dtype: torch.dtype):
     make = partial(torch.randn, device=device, dtype=dtype)
-    x, residual = make(length, BATCH, CHANNELS), make(CHANNELS)
-    damping, decay = 0.2 * make(CHANNELS, states), 0.2 * make(CHANNELS, states)
-    inputs = (x, damping, decay, make(CHANNELS, states), make(CHANNELS, states), residual)
+    x, residual = make(length, batch, channels), make(channels)
+    damping, decay = 0.2 * make(channels, states), 0.2 * make(channels, states)
+    return x, damping, decay, make(channels, states), make(channels, states), residual
+
+
+def _make(length: int, states: int, device: str, dtype: torch.dtype):
+    inputs = _inputs(length, BATCH, CHANNELS, states, device, dtype)
     call = partial(ops.ema_scan, activation="silu")
     formula = partial(definition, activation="silu")
     return {
@@ -84,4 +89,24 @@ def _case(length: int, states: int = 4) -> Case:
     )
 
 
-CASES = (*(_case(length) for length in LENGTHS), _case(2048, 16))
+def _curve_make(length: int, device: str, dtype: torch.dtype):
+    inputs = _inputs(length, 1, CURVE_CHANNELS, 4, device, dtype)
+    return {
+        "upstream": lambda: _upstream(*inputs),
+        "fastasr": lambda: simple(partial(ops.ema_scan, activation="silu"), *inputs),
+    }
+
+
+def _curve_case(length: int) -> Case:
+    return Case(
+        "ema_scan",
+        f"length {length}",
+        f"{length}x1x{CURVE_CHANNELS}",
+        partial(_curve_make, length),
+        partial(_costs, length * CURVE_CHANNELS),
+        passes=(FORWARD, BOTH),
+        quick=False,
+    )
+
+
+CASES = (*(_case(length) for length in LENGTHS), _case(2048, 16), *map(_curve_case, CURVE))

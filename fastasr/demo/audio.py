@@ -178,9 +178,14 @@ def transcripts(text: str) -> dict[str, str]:
     return found
 
 
+def prompt_transcripts(cache: Path) -> dict[str, str]:
+    """Name -> words of the prompts that ``fetch_prompts`` has unpacked into ``cache``."""
+    return transcripts(gzip.decompress((cache / TRANSCRIPTS).read_bytes()).decode("utf-8", "replace"))
+
+
 def from_debian(cache: Path) -> list[Clip]:
     """The unpacked prompts that have a transcript and last one to twelve seconds."""
-    words = transcripts(gzip.decompress((cache / TRANSCRIPTS).read_bytes()).decode("utf-8", "replace"))
+    words = prompt_transcripts(cache)
     clips = []
     for path in sorted((cache / PROMPTS).glob("*.wav")):
         if path.stem in words:

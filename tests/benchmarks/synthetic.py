@@ -47,3 +47,13 @@ def rows() -> list[Row]:
         for name, median in (("eager", 0.0075), ("operator", 0.0017), ("fastasr", 0.0015))
     ]
     return made
+
+
+def lengths(op: str, found: tuple[int, ...]) -> list[Row]:
+    """Rows over the length, two implementations in two passes."""
+    return [
+        _row("ops", op, f"length {n}", pass_, name, 0.01 * factor * n, peak_bytes=factor * n * 1024)
+        for n in found
+        for pass_ in ("forward", "forward+backward")
+        for name, factor in (("upstream", 10), ("fastasr", 1))
+    ]

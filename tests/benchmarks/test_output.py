@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastasr.benchmarks import page, plots, readme_table, rows, table
+from fastasr.benchmarks import curves, page, plots, readme_table, rows, table
 
 sys.path.insert(0, str(Path(__file__).parent))
 import synthetic
@@ -121,3 +121,23 @@ def test_the_committed_readme_says_what_the_rows_say():
     if not readme.exists() or readme_table.START not in readme.read_text(encoding="utf-8"):
         pytest.skip("this installation has no README with a table")
     assert readme_table.main([str(readme), "--check"]) == 0
+
+
+def test_curves_over_the_length(tmp_path):
+    """One picture per op with rows over the length, the newest of each; none without such rows."""
+    made = synthetic.lengths("ema_scan", (64, 1024, 256))
+    found = curves.lengths([*made, *synthetic.rows()])
+    assert list(found) == ["ema_scan"]
+    assert [curves.length(row) for row in found["ema_scan"]] == [64] * 4 + [256] * 4 + [1024] * 4
+    picture = curves.figure("ema_scan", found["ema_scan"])
+    assert [panel.get_title(loc="left") for panel in picture.axes] == [
+        "forward, ms",
+        "forward+backward, ms",
+        "peak memory of forward+backward, MiB",
+    ]
+    line = next(line for line in picture.axes[0].lines if line.get_label() == "fastasr")
+    assert list(line.get_xdata()) == [64, 256, 1024]
+    rows.write(tmp_path / "rows.jsonl", made)
+    assert curves.main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "ema_scan_length.png").read_bytes().startswith(PNG)
+    assert curves.main(["--results", str(tmp_path / "none"), "--out", str(tmp_path)]) == 1

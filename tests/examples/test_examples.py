@@ -11,9 +11,9 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-def run(name: str, folder: Path) -> str:
+def run(name: str, folder: Path, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, EXAMPLES / name],
+        [sys.executable, EXAMPLES / name, *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -32,6 +32,21 @@ def test_accelerate_zipformer(tmp_path):
     assert float(losses[1]) == pytest.approx(float(losses[2]), rel=1e-4)
     assert float(re.search(r"difference of the output (\S+)", text)[1]) < 1e-3
     assert int(re.search(r"restored (\d+) modules", text)[1]) > 20
+
+
+def test_train_char_lm(tmp_path):
+    """Learns a text of two repeated sentences, to the same perplexity in eager and fused, and continues one."""
+    text = tmp_path / "text.txt"
+    text.write_text("all agents are busy\nplease call back later\n" * 40)
+    arguments = ("--text", str(text), "--steps", "60", "--batch", "8", "--size", "32", "--blocks", "1")
+    printed = run("train_char_lm.py", tmp_path, *arguments, "--log", str(tmp_path / "log.csv"))
+    found = re.search(r"perplexity eager (\S+), fused (\S+): (\S+) apart", printed)
+    assert float(found[1]) < 8  # 17 distinct characters
+    assert float(found[3]) < 1e-3
+    log = (tmp_path / "log.csv").read_text().splitlines()
+    assert log[0] == "step,eager,fused"
+    assert len(log) == 61
+    assert "continued: all ag" in printed
 
 
 def test_every_example_is_tested():

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time and memory over the length of the input, from the rows whose case is called "length …".
+
+``python -m fastasr.benchmarks.curves [--results DIR] [--out DIR]`` writes one picture per op that has such rows.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, png, pyplot
+from fastasr.benchmarks.rows import Row, read_all
+from fastasr.benchmarks.table import title
+
+ROOT = Path(__file__).resolve().parent.parent
+PREFIX = "length "
+
+
+def lengths(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Op -> its rows over the length, shortest first; the newest measurement of each."""
+    newest: dict[tuple, Row] = {}
+    for row in sorted((row for row in rows if row.case.startswith(PREFIX)), key=lambda row: row.date):
+        newest[row.name, row.case, row.pass_, row.implementation] = row
+    found = defaultdict(list)
+    for row in sorted(newest.values(), key=length):
+        found[row.name].append(row)
+    return dict(found)
+
+
+def length(row: Row) -> int:
+    return int(row.case.removeprefix(PREFIX).split()[0])
+
+
+def figure(name: str, rows: Sequence[Row]):
+    """Log-log: milliseconds per pass, and the peak memory of the last pass, one line per implementation."""
+    plt = pyplot()
+    passes = list(dict.fromkeys(row.pass_ for row in rows))
+    picture, axes = plt.subplots(
+        1, len(passes) + 1, figsize=(4.2 * (len(passes) + 1), 3.6), layout="constrained"
+    )
+    for panel, pass_ in zip(axes, passes, strict=False):
+        _lines(panel, [row for row in rows if row.pass_ == pass_], lambda row: row.median_ms)
+        panel.set_title(f"{pass_}, ms", fontsize=9, loc="left")
+    remembered = [row for row in rows if row.pass_ == passes[-1] and row.peak_bytes]
+    _lines(axes[-1], remembered, lambda row: row.peak_bytes / 2**20)
+    axes[-1].set_title(f"peak memory of {passes[-1]}, MiB", fontsize=9, loc="left")
+    axes[0].legend(fontsize=8, frameon=False)
+    shape = "×".join(["L", *rows[0].shape.split("x")[1:]])
+    picture.suptitle(
+        f"{name} over the length, {shape}, {rows[0].device_name}", fontsize=10, x=0.01, ha="left"
+    )
+    return picture
+
+
+def _lines(axes, rows: Sequence[Row], value) -> None:
+    for name in dict.fromkeys(row.implementation for row in rows if row.implementation != "copy"):
+        points = [(length(row), value(row)) for row in rows if row.implementation == name]
+        axes.plot(
+            *zip(*points, strict=True), "o-", ms=3, color=COLOURS.get(name, OTHER_COLOUR), label=title(name)
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("L", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(True, which="major", color="#e6e8ec", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastasr.benchmarks.curves", description=__doc__)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "plots")
+    options = parser.parse_args(arguments)
+    found = lengths(read_all(sorted(options.results.glob("*.jsonl"))))
+    if not found:
+        print(f"no rows over the length in {options.results}", file=sys.stderr)
+        return 1
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in found.items():
+        path = options.out / f"{name}_length.png"
+        path.write_bytes(png(figure(name, rows)))
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
