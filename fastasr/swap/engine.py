@@ -100,7 +100,13 @@ def explain(model, only=None, exclude=None):
 def restore(model):
     """Give every swapped module of ``model`` its own forward back. Returns how many there were."""
     _check_model("restore", model)
-    return sum(binding.unbind(module) is not None for module in list(model.modules()))
+    rules, count = _rules_by_forward(), 0
+    for module in list(model.modules()):
+        bound = binding.unbind(module)
+        if bound is not None:
+            rules[bound[0]].release(module)
+            count += 1
+    return count
 
 
 @contextlib.contextmanager
@@ -118,11 +124,15 @@ def eager_mode(model):
 
 def swapped_modules(model):
     """(path, module, rule) of every swapped module of ``model``."""
-    by_forward = {rule.forward: rule for family in families() for rule in family}
+    by_forward = _rules_by_forward()
     for path, module in model.named_modules():
         forward = binding.bound_forward(module)
         if forward is not None:
             yield path, module, by_forward[forward]
+
+
+def _rules_by_forward():
+    return {rule.forward: rule for family in families() for rule in family}
 
 
 def _check_model(function, model):

@@ -20,6 +20,7 @@ import copy
 import functools
 import itertools
 import sys
+import types
 
 import torch
 import torch.nn.functional as F
@@ -151,11 +152,11 @@ class _Probe:
         self.note = ""
 
     def attach(self):
-        @functools.wraps(self.ours)  # with the attributes of ours
-        def method(*args, **kwargs):
+        @functools.wraps(self.ours)  # with the attributes of ours: what asks whose method this is, is told so
+        def method(module, *args, **kwargs):
             return self(*args, **kwargs)
 
-        vars(self.module)[self.name] = method
+        vars(self.module)[self.name] = types.MethodType(method, self.module)
 
     def detach(self):
         vars(self.module)[self.name] = self.ours
@@ -341,8 +342,8 @@ class _Reference:
         rules = {rule.forward: rule for family in families() for rule in family}
         result = copy.deepcopy(module)
         for part in result.modules():
-            bound = getattr(vars(part).pop("forward", None), "fastasr_forward", None)
-            rule = rules.get(bound)
+            rule = rules.get(binding.bound_forward(part))
+            vars(part).pop("forward", None)
             if rule is not None:
                 rule.empty_caches(part)
                 for name, _ in rule.methods:

@@ -336,3 +336,33 @@ def test_wrapped_projections_are_called(model):
     assert report["mega_blocks.0.0"].status == "replaced"
     assert_close(model(labels()), expected)
     assert block.proj_h.calls == 1
+
+
+def test_restore_lets_go_of_packed_weights(model):
+    from fastasr.models.mega import decoding
+
+    fastasr.accelerate(model)
+    streamed(model)
+    if not decoding._native():
+        pytest.skip("no native library")
+    assert model in decoding._PLANS
+    fastasr.restore(model)
+    assert model not in decoding._PLANS
+
+
+def test_verify_runs_the_packed_step(model, monkeypatch):
+    """What serves a step after the swap is what verification compares."""
+    from fastasr.models.mega import decoding
+
+    if not decoding._native():
+        pytest.skip("no native library")
+    served, step = [], decoding.step
+
+    def counted(*arguments):
+        result = step(*arguments)
+        served.append(result is not None)
+        return result
+
+    monkeypatch.setattr(decoding, "step", counted)
+    assert fastasr.accelerate(model, verify=everything).ok
+    assert any(served)

@@ -145,7 +145,7 @@ def _serves(module, x, mixed, attn_mask):
     for dropout in (module.dropout, module.dropout_attn):
         if type(dropout) is not torch.nn.Dropout or plumbing.is_watched(dropout):
             return False
-    if positional_bias.relative(module.rel_pos_bias, 1) is None:
+    if not positional_bias.has_values(module.rel_pos_bias):
         return False
     return attn_mask is None or attention.is_causal(attn_mask)
 

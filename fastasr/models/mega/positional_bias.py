@@ -90,6 +90,12 @@ class RotaryRelativePositionBias(torch.nn.Module):
         return _matrix(relative(self, length))
 
 
+def has_values(bias):
+    """Whether this is a bias of either class here or of ESPnet's of the same names: read by offset."""
+    parameters = bias._parameters
+    return "relative_position_bias" in parameters or ("alpha" in parameters and "beta" in parameters)
+
+
 def relative(bias, length):
     """The values by offset, (2 length - 1,), of a bias of either class here or of ESPnet's of the same names.
 
@@ -102,9 +108,7 @@ def relative(bias, length):
             )
         centre = bias.max_positions - 1
         return bias.relative_position_bias[centre - length + 1 : centre + length]
-    if "alpha" in bias._parameters and "beta" in bias._parameters:
-        return _rotary(bias.alpha, bias.beta, length)
-    return None
+    return _rotary(bias.alpha, bias.beta, length) if has_values(bias) else None
 
 
 def _rotary(alpha, beta, length):

@@ -35,6 +35,7 @@ class Rule:
     while it runs.
     ``caches`` are attributes, name -> empty value, in which upstream keeps results that parameters have a part in.
     Binding empties them, and so does verification before it runs upstream's code in another precision.
+    ``release(module)`` lets go of what our functions keep for an instance; ``restore`` calls it.
     ``note`` is what the report says of an instance beyond where its source is from.
     ``companion`` rules apply only to models in which another rule of the family matched a module.
     """
@@ -50,6 +51,7 @@ class Rule:
     methods: tuple = ()
     compared: tuple = ()
     caches: dict = field(default_factory=dict)
+    release: Callable = field(default=lambda module: None)
     note: str = ""
 
     def bind(self, module):

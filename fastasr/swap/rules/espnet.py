@@ -7,6 +7,7 @@ Instances stream as ESPnet's do, from a key and a value of zero: they have no at
 import torch
 
 from fastasr.models import mega as models
+from fastasr.models.mega import decoding
 from fastasr.swap.rules import (
     Known,
     Rule,
@@ -197,6 +198,7 @@ DECODER = Rule(
     functions=_decoder_functions,
     known={"5b3a37c8799d1e482afcec8b": _ESPNET},
     caches={"score_cache": {}},
+    release=decoding.forget,
     note="score remembers the last 128 hypotheses of one utterance; states are stacked on their device",
 )
 
