@@ -163,7 +163,7 @@ def _fused(module, x, mixed, mask, attn_mask):
         bias_dtype = next(module.rel_pos_bias.parameters()).dtype
         kept = module.dropout_attn(
             torch.ones(
-                (batch, length // frames, frames, frames),
+                (batch, -(-length // frames), frames, frames),
                 dtype=torch.promote_types(mixed.dtype, bias_dtype),
                 device=x.device,
             )
