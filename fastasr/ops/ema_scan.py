@@ -15,12 +15,13 @@ Memory traffic per element: read x, write y forward; read dy and x twice or less
 import torch
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from fastasr.ops import _check
-from fastasr.ops._dispatch import KernelFamily, cuda_kernels, direct, served
+from fastasr.ops._dispatch import PLAIN, KernelFamily, cuda_kernels, direct, native_kernels, served
 from fastasr.ops._register import refuse_double_backward, register
 
-FAMILY = KernelFamily("ema_scan", ("ema_scan",), (cuda_kernels("ema_scan"),))
+FAMILY = KernelFamily("ema_scan", ("ema_scan",), (native_kernels("ema_scan"), cuda_kernels("ema_scan")))
 
 LAYOUTS = {"LBD": 0, "BLD": 1, "BDL": 2}
 DIRECTIONS = {"forward": 0, "reverse": 1, "bidirectional": 2}
@@ -115,13 +116,30 @@ def convolution(
     y = y + torch.stack([(carry * decayed[:, None, :, i]).sum(-1) for i in range(CHUNK)], -1)
 
     y = y.reshape(batch, channels, chunks * CHUNK)[..., :length]
-    if not need_state:
-        return y, before.squeeze(2)
+    if not need_state or length == 0:
+        return y, before.squeeze(2) + q[:0].sum()  # + 0: the gradients of what is not used are zeros
     rest = length - (chunks - 1) * CHUNK
     exponents = torch.arange(CHUNK, device=x.device, dtype=q.dtype)
     last = q**rest * carry[:, :, -1]
     tail = b.unsqueeze(-1) * q.unsqueeze(-1) ** (rest - 1 - exponents).clamp(min=0)  # the padding holds zeros
     return y, last + (blocks[:, :, -1, None] * tail).sum(-1)
+
+
+def _window(inputs: Tensor, q: Tensor, taps: int) -> Tensor:
+    """Σ_{j<taps} q^j inputs(t−j) of (B, D, N, L), by doubling: no tap is subtracted again."""
+
+    def late(h: Tensor, steps: int) -> Tensor:
+        return (q ** float(steps)).unsqueeze(-1) * F.pad(h, (steps, -steps))
+
+    total, counted, block, size = 0.0 * q.unsqueeze(-1), 0, inputs, 1  # block: the sum of `size` taps
+    while True:
+        if taps & size:
+            total = total + (late(block, counted) if counted else block)
+            counted += size
+        if 2 * size > taps:
+            return total
+        block = block + late(block, size)
+        size *= 2
 
 
 def _formula(
@@ -148,11 +166,10 @@ def _formula(
 
     def scan(v: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         qs, bs, cs = q[rows], b[rows], c[rows]
-        y, final = convolution(v, qs, bs, cs, start, need_state)
-        if 0 < truncation < length:  # h_K(t) = h(t) − q^K h(t−K)
-            late = F.pad(v, (truncation, -truncation))
-            y = y - convolution(late, qs, bs * qs ** float(truncation), cs, None, False)[0]
-        return y, final
+        if 0 < truncation < length:
+            h = _window(bs.unsqueeze(-1) * v.unsqueeze(2), qs, truncation)
+            return (cs.unsqueeze(-1) * h).sum(2), h.new_empty(0)
+        return convolution(v, qs, bs, cs, start, need_state)
 
     if direction == DIRECTIONS["reverse"]:
         z, final = scan(masked.flip(-1), slice(None))
@@ -446,6 +463,35 @@ def ema_scan(
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes or devices do not match, or options exclude each other.
     """
+    if (
+        not is_compiling()
+        and FAMILY.native is not None
+        and type(x) in PLAIN
+        and x.is_cpu
+        and (truncation is None or (type(truncation) is int and truncation > 0))
+        and type(return_state) is bool
+        and _plain_constants((damping, decay, expansion, projection, residual, state, padding_mask))
+        and not (x.requires_grad and is_grad_enabled())
+    ):
+        try:
+            y, final = FAMILY.native.forward(
+                x,
+                damping,
+                decay,
+                expansion,
+                projection,
+                residual,
+                state,
+                padding_mask,
+                truncation or 0,
+                DIRECTIONS[direction],
+                ACTIVATIONS[activation],
+                LAYOUTS[layout],
+                return_state,
+            )
+            return (y, final) if return_state else y
+        except (RuntimeError, KeyError, TypeError):
+            pass  # the checked path tells why, or does what the kernels do not
     op = "ema_scan"
     _check.floating_tensor(op, "x", x)
     layout = _option(op, "layout", layout, LAYOUTS)
@@ -495,6 +541,12 @@ def ema_scan(
     else:
         y, final = forward(*arguments)
     return (y, final) if return_state else y
+
+
+def _plain_constants(tensors: tuple) -> bool:
+    """Plain tensors (or None) that no gradient is wanted of."""
+    wanted = is_grad_enabled()
+    return all(t is None or (type(t) in PLAIN and not (wanted and t.requires_grad)) for t in tensors)
 
 
 def _option(op: str, name: str, value: object, options: dict[str, int]) -> int:

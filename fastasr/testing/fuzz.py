@@ -141,7 +141,7 @@ def run_one(seed: int, index: int) -> tuple[str, str]:
     if gradients:
         arguments = with_tensors(arguments, lambda _, t: t.detach().requires_grad_() if t.is_leaf else t)
     try:
-        out = flat(table.function(**arguments))
+        outputs = table.function(**arguments)
     except (TypeError, ValueError) as error:
         ok = str(error).startswith(f"fastasr.{name}: ")
         return label, "" if ok else f"{type(error).__name__} that does not name the op: {error}"
@@ -151,12 +151,16 @@ def run_one(seed: int, index: int) -> tuple[str, str]:
         return label, ""
     wide = with_tensors(arguments, lambda _, t: t.detach().double().requires_grad_(t.requires_grad))
     try:
-        reference = flat(table.definition(**wide))
+        references = table.definition(**wide)
     except Exception as error:
         return label, f"accepted a call that its definition refuses: {type(error).__name__}: {error}"
-    wrong = _agrees(out.detach(), reference.detach(), 1.0)
-    if wrong or not gradients or special or not out.numel():
-        return label, wrong
+    for ours, theirs in zip(_tuple(outputs), _tuple(references), strict=True):
+        wrong = _agrees(ours.detach(), theirs.detach(), 1.0)
+        if wrong:
+            return label, wrong
+    out, reference = flat(outputs), flat(references)
+    if not gradients or special or not out.numel():
+        return label, ""
     names = [n for n, t in floating(arguments).items() if t.requires_grad]
     try:
         ours = torch.autograd.grad(out.sum(), [arguments[n] for n in names], allow_unused=True)
@@ -172,6 +176,10 @@ def run_one(seed: int, index: int) -> tuple[str, str]:
         if wrong:
             return label, f"gradient of {n}: {wrong}"
     return label, ""
+
+
+def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
 def _scale_of(arguments: dict) -> float:

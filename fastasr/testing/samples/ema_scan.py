@@ -58,8 +58,9 @@ def _registered(a: dict) -> tuple:
 
 
 def _random(make: Make, shape) -> dict:
-    # not relu and tanh: they map infinities, which a convolution and a scan reach by different NaNs, to numbers
-    kind = shape.choice(("plain", "state", "truncated", "bidirectional"))
+    # not relu and tanh: they map infinities, which a convolution and a scan reach by different NaNs, to numbers; nor
+    # truncated: an infinity taints more than its window (tests/ops/test_ema_scan.py draws truncated calls)
+    kind = shape.choice(("plain", "state", "bidirectional"))
     options = {
         "layout": shape.choice(tuple(LAYOUTS)),
         "activation": shape.choice(("identity", "silu", "gelu")),
@@ -67,8 +68,6 @@ def _random(make: Make, shape) -> dict:
         "mask": shape.choice((False, True)),
         "state": kind == "state",
     }
-    if kind == "truncated":
-        options["truncation"] = shape.size() + 1
     if kind == "bidirectional":
         options["direction"] = kind
     batch, states = shape.choice((0, 1, 2, 3)), shape.choice((1, 2, 3, 4, 5, 16))
@@ -121,7 +120,7 @@ TABLE = OpTable(
         _sample("long, few channels", 5000, 1, 3, activation="silu", state=True),
         _sample("decay close to 1", 700, 1, 40, damping=-7.0, decay=-3.0, state=True),
         _sample("decay close to 0", 300, 1, 40, damping=12.0, decay=12.0, state=True),
-        _sample("decay is 0 and 1", 60, 2, 16, damping=0.0, spread=100.0),
+        _sample("decay is 0 and 1", 20, 2, 64, spread=100.0),
         _sample("close to 1, truncated", 700, 1, 40, damping=-7.0, decay=-3.0, truncation=100),
         _sample("one step", 1, 4, 70, state=True, activation="silu"),
         _sample("one step, no state", 1, 3, 33),

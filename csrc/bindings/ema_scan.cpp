@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/ema_scan.h"
+
+#include <optional>
+#include <tuple>
+
+#include "bindings/dispatch.h"
+
+namespace fastasr {
+namespace {
+
+using Optional = std::optional<Tensor>;
+using cpu::EmaShape;
+using cpu::EmaStrides;
+
+// Multiply-adds below which a second thread costs more than it saves.
+constexpr int64_t kWork = 200000;
+
+void in_parallel(int64_t tasks, int64_t work, const std::function<void(int64_t, int64_t)>& f) {
+  parallel_range(tasks, std::max<int64_t>(1, kWork / std::max<int64_t>(1, work)), f);
+}
+
+// Dimensions of time, batch and channel in LBD, BLD and BDL.
+constexpr int64_t kTime[] = {0, 1, 2}, kBatch[] = {1, 0, 0}, kChannel[] = {2, 2, 1};
+
+EmaStrides strides_of(const Tensor& t, int64_t layout) {
+  return {t.stride(kTime[layout]), t.stride(kBatch[layout]), t.stride(kChannel[layout])};
+}
+
+struct Inputs {
+  const Tensor &x, &damping, &decay, &expansion, &projection;
+  const Optional &residual, &state, &mask;
+  int64_t truncation, direction, activation, layout;
+};
+
+void check_size(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes, const char* op,
+                const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous(), op, ": ", name, " has another dtype or strides");
+  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(sizes.size()), op, ": ", name, " has other dimensions");
+  int64_t d = 0;
+  for (const int64_t size : sizes) STD_TORCH_CHECK(t.size(d++) == size, op, ": ", name, " has another shape");
+}
+
+// (rows, N), or (rows, N, 1) as the modules hold them
+void check_parameter(const Tensor& t, ScalarType dtype, int64_t rows, int64_t states, const char* op,
+                     const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous(), op, ": ", name, " has another dtype or strides");
+  STD_TORCH_CHECK((t.dim() == 2 || (t.dim() == 3 && t.size(2) == 1)) && t.size(0) == rows && t.size(1) == states, op,
+                  ": ", name, " has another shape");
+}
+
+EmaShape checked_shape(const Inputs& in, bool with_state, const char* op) {
+  STD_TORCH_CHECK(in.layout >= 0 && in.layout <= 2 && in.direction >= 0 && in.direction <= 2 && in.activation >= 0 &&
+                      in.activation <= 4 && in.truncation >= 0,
+                  op, ": unknown option");
+  STD_TORCH_CHECK(in.x.dim() == 3 && in.damping.dim() >= 2, op, ": dimensions");
+  const EmaShape s{in.x.size(kTime[in.layout]),
+                   in.x.size(kBatch[in.layout]),
+                   in.x.size(kChannel[in.layout]),
+                   in.damping.size(1),
+                   in.truncation,
+                   static_cast<cpu::EmaDirection>(in.direction),
+                   static_cast<cpu::EmaActivation>(in.activation)};
+  const ScalarType dtype = in.x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const int64_t rows = in.direction == 2 ? 2 * s.channels : s.channels;
+  STD_TORCH_CHECK(s.states >= 1 && s.states <= 64, op, ": from 1 to 64 states");
+  check_parameter(in.damping, dtype, rows, s.states, op, "damping");
+  check_parameter(in.decay, dtype, rows, s.states, op, "decay");
+  check_parameter(in.expansion, dtype, rows, s.states, op, "expansion");
+  check_parameter(in.projection, dtype, rows, s.states, op, "projection");
+  if (in.residual) check_size(*in.residual, dtype, {s.channels}, op, "residual");
+  if (in.state) check_size(*in.state, dtype, {s.batch, s.channels, s.states}, op, "state");
+  if (in.mask) check_size(*in.mask, ScalarType::Bool, {s.batch, s.length}, op, "padding_mask");
+  STD_TORCH_CHECK(!(with_state || in.state) || (in.direction != 2 && in.truncation == 0), op,
+                  ": no state with a truncation or in both directions");
+  return s;
+}
+
+template <typename C>
+const C* data_or_null(const Optional& t) {
+  return t ? data<C>(*t) : nullptr;
+}
+
+template <typename C>
+cpu::EmaParameters<C> parameters(const Inputs& in) {
+  return {
+      data<C>(in.damping),          data<C>(in.decay),         data<C>(in.expansion),         data<C>(in.projection),
+      data_or_null<C>(in.residual), data_or_null<C>(in.state), data_or_null<uint8_t>(in.mask)};
+}
+
+Tensor new_contiguous(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  int64_t strides[3], stride = 1;
+  for (int64_t d = static_cast<int64_t>(sizes.size()); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(1, sizes.begin()[d]);
+  }
+  return new_strided(like, static_cast<int64_t>(sizes.size()), sizes.begin(), strides);
+}
+
+std::tuple<Tensor, Tensor> ema_scan_forward(const Tensor& x, const Tensor& damping, const Tensor& decay,
+                                            const Tensor& expansion, const Tensor& projection, const Optional& residual,
+                                            const Optional& state, const Optional& mask, int64_t truncation,
+                                            int64_t direction, int64_t activation, int64_t layout, bool need_state) {
+  const Inputs in{x,     damping, decay,      expansion, projection, residual,
+                  state, mask,    truncation, direction, activation, layout};
+  const EmaShape s = checked_shape(in, need_state, "ema_scan_forward");
+  Tensor y = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
+  Tensor final_state =
+      need_state ? new_contiguous(damping, {s.batch, s.channels, s.states}) : new_without_elements(damping);
+  with_kernel_type(x.scalar_type(), "ema_scan_forward", [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    C* last = need_state ? mutable_data<C>(final_state) : nullptr;
+    const EmaStrides xs = strides_of(x, layout), ys = strides_of(y, layout);
+    if (s.length == 1 && direction != 2)
+      cpu::ema_scan_step(s, parameters<C>(in), data<T>(x), xs, mutable_data<T>(y), ys, last);
+    else
+      cpu::ema_scan_forward(s, parameters<C>(in), data<T>(x), xs, mutable_data<T>(y), ys, last, in_parallel);
+  });
+  return {y, final_state};
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients ema_scan_backward(const Tensor& grad, const Optional& grad_state, const Tensor& x, const Tensor& damping,
+                            const Tensor& decay, const Tensor& expansion, const Tensor& projection,
+                            const Optional& residual, const Optional& state, const Optional& mask, int64_t truncation,
+                            int64_t direction, int64_t activation, int64_t layout) {
+  const char* op = "ema_scan_backward";
+  const Inputs in{x,     damping, decay,      expansion, projection, residual,
+                  state, mask,    truncation, direction, activation, layout};
+  const EmaShape s = checked_shape(in, grad_state.has_value(), op);
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == 3, op, ": grad");
+  for (int64_t d = 0; d < 3; d++) STD_TORCH_CHECK(grad.size(d) == x.size(d), op, ": grad has another shape");
+  if (grad_state) check_size(*grad_state, damping.scalar_type(), {s.batch, s.channels, s.states}, op, "grad_state");
+  Tensor dx = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
+  Tensor ddamping = new_like(damping), ddecay = new_like(decay), dexpansion = new_like(expansion);
+  Tensor dprojection = new_like(projection);
+  Tensor dresidual = residual ? new_like(*residual) : new_without_elements(damping);
+  Tensor dstate = state ? new_like(*state) : new_without_elements(damping);
+  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const cpu::EmaParameterGradients<C> gradients{mutable_data<C>(ddamping),
+                                                  mutable_data<C>(ddecay),
+                                                  mutable_data<C>(dexpansion),
+                                                  mutable_data<C>(dprojection),
+                                                  residual ? mutable_data<C>(dresidual) : nullptr,
+                                                  state ? mutable_data<C>(dstate) : nullptr};
+    cpu::ema_scan_backward(s, parameters<C>(in), data<T>(x), strides_of(x, layout), data<T>(grad),
+                           strides_of(grad, layout), data_or_null<C>(grad_state), mutable_data<T>(dx),
+                           strides_of(dx, layout), gradients, in_parallel);
+  });
+  return {dx, ddamping, ddecay, dexpansion, dprojection, dresidual, dstate};
+}
+
+}  // namespace
+}  // namespace fastasr
+
+#define FASTASR_INPUTS                                                                                             \
+  "Tensor x, Tensor damping, Tensor decay, Tensor expansion, Tensor projection, Tensor? residual, Tensor? state, " \
+  "Tensor? padding_mask, int truncation, int direction, int activation, int layout"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def("ema_scan_forward(" FASTASR_INPUTS ", bool need_state) -> (Tensor, Tensor)");
+  m.def("ema_scan_backward(Tensor grad, Tensor? grad_state, " FASTASR_INPUTS
+        ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("ema_scan_forward", TORCH_BOX(&fastasr::ema_scan_forward));
+  m.impl("ema_scan_backward", TORCH_BOX(&fastasr::ema_scan_backward));
+}

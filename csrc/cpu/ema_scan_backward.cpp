@@ -1,0 +1,428 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/ema_scan_plan.h"
+
+namespace fastasr::cpu {
+namespace {
+
+// Two passes over each row of the batch and tile of channels. The first, in the scan's order, recomputes h and v =
+// dh/dq and sums the gradients of q and c, and turns dy into g = dy act'(z). The second is the forward's scan in the
+// other order, of g, and gives dx. No state is stored but at chunk borders.
+template <typename T>
+class Backward {
+ public:
+  using C = compute_t<T>;
+  static constexpr int64_t kBlock = EmaScan<T>::kBlock;
+
+  Backward(const EmaShape& shape, const EmaParameters<C>& parameters, const T* x, EmaStrides xs, const T* grad,
+           EmaStrides grad_strides, const C* grad_state, T* dx, EmaStrides dx_strides,
+           const EmaParameterGradients<C>& gradients, const Parallel& parallel)
+      : scan_(shape, parameters, parameters.state || grad_state ? EmaScan<T>::Form::states : EmaScan<T>::Form::unit,
+              parallel),
+        plan_(scan_.plan()),
+        x_(x),
+        xs_(xs),
+        grad_(grad),
+        grad_strides_(grad_strides),
+        grad_state_(grad_state),
+        dx_(dx),
+        dx_strides_(dx_strides),
+        gradients_(gradients),
+        batch_(shape.batch),
+        rows_(plan_.tiles * shape.batch),
+        active_(shape.activation != EmaActivation::identity),
+        kinds_(scan_.unit() ? 2 : 4),
+        slot_(plan_.halves * kinds_ * scan_.rows() + kEmaLanes),
+        slots_(plan_.chunks == 1 ? plan_.groups : batch_ * plan_.chunks),
+        sums_(static_cast<size_t>(plan_.tiles * slots_ * slot_)) {}
+
+  void run(const Parallel& parallel) {
+    const int64_t work = plan_.chunk * scan_.rows() * 10 * plan_.halves;
+    if (plan_.chunks == 1) {
+      // A group of rows of the batch is one task: its sums are added in order, its g stays in a cache.
+      const int64_t share = (batch_ + plan_.groups - 1) / plan_.groups;
+      parallel(plan_.tiles * plan_.groups, work * share, [&](int64_t begin, int64_t end) {
+        std::vector<C> g(static_cast<size_t>(active_ ? plan_.length * kEmaLanes : 0));
+        std::vector<C> first_half(static_cast<size_t>(plan_.halves == 2 ? plan_.length * kEmaLanes : 0));
+        for (int64_t i = begin; i < end; i++) {
+          const int64_t tile = i / plan_.groups, group = i % plan_.groups;
+          for (int64_t b = group * batch_ / plan_.groups; b < (group + 1) * batch_ / plan_.groups; b++) {
+            first(b * plan_.tiles + tile, 0, sums(tile, group), g.data());
+            second(b * plan_.tiles + tile, 0, sums(tile, group), g.data(), first_half.data());
+          }
+        }
+      });
+    } else {
+      in_chunks(parallel, work);
+    }
+    parallel(plan_.halves * plan_.tiles, slots_ * scan_.rows() * kinds_, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) reduce(i / plan_.tiles, i % plan_.tiles);
+    });
+  }
+
+ private:
+  void in_chunks(const Parallel& parallel, int64_t work) {
+    const auto each = [&](int64_t n, int64_t w, const auto& f) {
+      parallel(n, w, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) f(i);
+      });
+    };
+    const int64_t all = rows_ * plan_.chunks, border = plan_.halves * plan_.chunks * scan_.rows();
+    std::vector<C> g(static_cast<size_t>(active_ ? rows_ * plan_.length * kEmaLanes : 0));
+    const auto g_of = [&](int64_t row) { return active_ ? g.data() + row * plan_.length * kEmaLanes : nullptr; };
+    if (plan_.carried()) {
+      for (std::vector<C>* borders : {&h_, &v_, &adjoint_}) borders->resize(static_cast<size_t>(rows_ * border));
+      each(all, work / 2, [&](int64_t i) {
+        for (int64_t half = 0; half < plan_.halves; half++) local(half, i / plan_.chunks, i % plan_.chunks);
+      });
+      each(rows_, border * 80, [&](int64_t row) {
+        for (int64_t half = 0; half < plan_.halves; half++) carry(half, row);
+      });
+    }
+    each(all, work, [&](int64_t i) {
+      const int64_t row = i / plan_.chunks, j = i % plan_.chunks;
+      first(row, j, sums_in_chunks(row, j), g_of(row));
+    });
+    if (plan_.carried())
+      each(rows_, border * 40, [&](int64_t row) {
+        for (int64_t half = 0; half < plan_.halves; half++) carry_adjoint(half, row);
+      });
+    parallel(all, work / 2, [&](int64_t begin, int64_t end) {
+      std::vector<C> first_half(static_cast<size_t>(plan_.halves == 2 ? plan_.chunk * kEmaLanes : 0));
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t row = i / plan_.chunks, j = i % plan_.chunks;
+        second(row, j, sums_in_chunks(row, j), g_of(row), first_half.data());
+      }
+    });
+  }
+
+  // --- sums of the parameters' gradients: [tile][slot], a slot being [half][kind][N][64] and the residual's [64]
+  enum Kind { of_c, of_q, of_b, of_q_directly };
+
+  double* sums(int64_t tile, int64_t slot) { return sums_.data() + (tile * slots_ + slot) * slot_; }
+  double* sums_in_chunks(int64_t row, int64_t j) {
+    return sums(row % plan_.tiles, row / plan_.tiles * plan_.chunks + j);
+  }
+  double* kind(double* slot, int64_t half, Kind k) const { return slot + (half * kinds_ + k) * scan_.rows(); }
+  double* residual_sum(double* slot) const { return slot + plan_.halves * kinds_ * scan_.rows(); }
+
+  C* border(std::vector<C>& borders, int64_t half, int64_t row, int64_t j) {
+    return borders.data() + ((half * rows_ + row) * plan_.chunks + j) * scan_.rows();
+  }
+
+  // --- what the passes read
+  auto input(int64_t row, bool backwards, bool masked = true) const {
+    return [this, tile = row % plan_.tiles, b = row / plan_.tiles, backwards, masked](int64_t tau, int64_t steps,
+                                                                                      C* buffer) {
+      scan_.load(x_, xs_, tile, b, tau, steps, backwards, masked, buffer);
+    };
+  }
+  auto cotangent(int64_t row, bool backwards) const {
+    return [this, tile = row % plan_.tiles, b = row / plan_.tiles, backwards](int64_t tau, int64_t steps, C* buffer) {
+      scan_.load(grad_, grad_strides_, tile, b, tau, steps, backwards, false, buffer);
+    };
+  }
+  // dy act'(z), once the first pass has stored it
+  auto activated(int64_t row, bool backwards, const C* g) const {
+    return [this, row, backwards, g](int64_t tau, int64_t steps, C* buffer) {
+      if (active_)
+        scan_.load_rows(g, 0, tau, steps, backwards, buffer);
+      else
+        cotangent(row, backwards)(tau, steps, buffer);
+    };
+  }
+
+  EmaGradient<C> gradient(const EmaWeights<C>& w, int64_t tile, C* buffers) const {
+    const int64_t n = scan_.rows();
+    EmaGradient<C> a{};
+    a.decay = w.decay, a.in = w.in, a.late_gain = w.late, a.late_slope = w.slope;
+    a.g = buffers, a.v = buffers + n, a.last_v = buffers + 2 * n, a.dc = buffers + 3 * n, a.dq = buffers + 4 * n;
+    a.lanes = scan_.lanes(tile), a.states = scan_.shape().states;
+    return a;
+  }
+
+  // --- borders of chunks
+  void local(int64_t half, int64_t row, int64_t j) {
+    const bool backwards = scan_.reversed(half);
+    C *h = border(h_, half, row, j), *v = border(v_, half, row, j);
+    std::fill(h, h + scan_.rows(), C(0)), std::fill(v, v + scan_.rows(), C(0));
+    if (scan_.ordered(plan_.chunks - 1, backwards) == j) return;
+    alignas(64) C x[kBlock];
+    std::vector<C> buffers(static_cast<size_t>(5 * scan_.rows()));
+    EmaGradient<C> a = gradient(scan_.weights(half, row % plan_.tiles), row % plan_.tiles, buffers.data());
+    a.x = a.dy = x, a.g = h, a.v = v;
+    const auto load = input(row, backwards);
+    for (int64_t tau = scan_.begin(j, backwards), end = scan_.end(j, backwards); tau < end; tau += kEmaSteps) {
+      a.steps = std::min(kEmaSteps, end - tau);
+      load(tau, a.steps, x);
+      ema_block(C{}).gradient(a);
+    }
+  }
+  void carry(int64_t half, int64_t row) {
+    const int64_t tile = row % plan_.tiles, b = row / plan_.tiles;
+    const bool backwards = scan_.reversed(half);
+    const auto n = static_cast<size_t>(scan_.rows());
+    std::vector<C> h(n), v(n), own(2 * n);
+    scan_.first(half, tile, b, h.data());
+    scan_.load_state(scan_.parameters().state, tile, b, v.data());
+    for (int64_t k = 0; k < plan_.chunks; k++) {
+      const int64_t j = scan_.ordered(k, backwards);
+      C *h_slot = border(h_, half, row, j), *v_slot = border(v_, half, row, j);
+      std::copy(h_slot, h_slot + n, own.data()), std::copy(v_slot, v_slot + n, own.data() + n);
+      std::copy(h.begin(), h.end(), h_slot), std::copy(v.begin(), v.end(), v_slot);
+      scan_.carry(half, tile, scan_.end(j, backwards) - scan_.begin(j, backwards), h.data(), own.data(), h.data(),
+                  v.data(), own.data() + n, v.data());
+    }
+  }
+  void carry_adjoint(int64_t half, int64_t row) {
+    const int64_t tile = row % plan_.tiles, b = row / plan_.tiles;
+    const bool backwards = !scan_.reversed(half);
+    const auto n = static_cast<size_t>(scan_.rows());
+    std::vector<C> before(n), own(n);
+    scan_.load_state(grad_state_, tile, b, before.data());
+    for (int64_t k = 0; k < plan_.chunks; k++) {
+      const int64_t j = scan_.ordered(k, backwards);
+      C* slot = border(adjoint_, half, row, j);
+      std::copy(slot, slot + n, own.data());
+      std::copy(before.begin(), before.end(), slot);
+      scan_.carry(half, tile, scan_.end(j, backwards) - scan_.begin(j, backwards), before.data(), own.data(),
+                  before.data(), nullptr, nullptr, nullptr);
+    }
+  }
+
+  // --- the first pass
+  void first(int64_t row, int64_t j, double* slot, C* g) {
+    if (active_ && plan_.halves == 2) both_directions(row, j, g);
+    for (int64_t half = 0; half < plan_.halves; half++) {
+      parameter_sums(half, row, j, slot, g);
+      if (!plan_.carried()) continue;
+      const bool backwards = !scan_.reversed(half);
+      C* e = border(adjoint_, half, row, j);
+      std::fill(e, e + scan_.rows(), C(0));
+      if (scan_.ordered(plan_.chunks - 1, backwards) == j) continue;
+      const int64_t tile = row % plan_.tiles;
+      scan_.convolve(
+          scan_.adjoint(half, tile), tile, scan_.begin(j, backwards), scan_.end(j, backwards), e, nullptr,
+          activated(row, backwards, g), [](int64_t, int64_t, C*) { return true; }, [](int64_t, int64_t, C*, C*) {});
+    }
+  }
+
+  // h before chunk j, into g, and v
+  void enter(int64_t half, int64_t row, int64_t j, C* h, C* v) {
+    const int64_t tile = row % plan_.tiles, b = row / plan_.tiles;
+    if (plan_.carried()) {
+      std::copy_n(border(h_, half, row, j), scan_.rows(), h);
+      if (v) std::copy_n(border(v_, half, row, j), scan_.rows(), v);
+    } else {
+      scan_.first(half, tile, b, h);
+      if (v) scan_.load_state(scan_.parameters().state, tile, b, v);
+    }
+  }
+
+  // g = dy act'(z) where z takes both directions: the first goes through g itself.
+  void both_directions(int64_t row, int64_t j, C* g) {
+    const int64_t tile = row % plan_.tiles, lanes = scan_.lanes(tile);
+    std::vector<C> h(static_cast<size_t>(scan_.rows()));
+    alignas(64) C dy[kBlock];
+    for (int64_t half = 0; half < 2; half++) {
+      const bool backwards = scan_.reversed(half);
+      enter(half, row, j, h.data(), nullptr);
+      const auto start = [&](int64_t tau, int64_t steps, C* z) {
+        if (half == 1) scan_.load_rows(g, 0, tau, steps, backwards, z);
+        return half == 0;
+      };
+      const auto done = [&](int64_t tau, int64_t steps, C* z, C* x) {
+        if (half == 1) {
+          if (scan_.residual(tile) && scan_.parameters().mask) input(row, backwards, false)(tau, steps, x);
+          cotangent(row, backwards)(tau, steps, dy);
+          ema_activate_backward(z, x, scan_.residual(tile), dy, scan_.shape().activation, steps, lanes);
+        }
+        scan_.store_rows(z, g, 0, tau, steps, backwards);
+      };
+      scan_.convolve(scan_.weights(half, tile), tile, scan_.begin(j, backwards), scan_.end(j, backwards), h.data(),
+                     nullptr, input(row, backwards), start, done);
+    }
+  }
+
+  void parameter_sums(int64_t half, int64_t row, int64_t j, double* slot, C* g) {
+    const int64_t tile = row % plan_.tiles, b = row / plan_.tiles, lanes = scan_.lanes(tile), n = scan_.rows();
+    const bool backwards = scan_.reversed(half), here = active_ && plan_.halves == 1;
+    const EmaWeights<C> w = scan_.weights(half, tile);
+    const EmaBlock<C>& block = ema_block(C{});
+    alignas(64) C x[kBlock], late[kBlock], raw[kBlock], z[kBlock], dy[kBlock];
+    std::vector<C> buffers(static_cast<size_t>(6 * n));
+    EmaGradient<C> a = gradient(w, tile, buffers.data());
+    EmaConvolution<C> forward{};
+    forward.x = x, forward.decay = w.decay, forward.in = w.in, forward.out = w.out, forward.late_gain = w.late;
+    forward.y = z, forward.g = buffers.data() + 5 * n, forward.start = true, forward.lanes = lanes;
+    forward.states = a.states;
+    const auto load = input(row, backwards);
+    enter(half, row, j, a.g, a.v);
+    const int64_t begin = scan_.begin(j, backwards), end = scan_.end(j, backwards);
+    const bool residual = scan_.residual(tile) != nullptr, reload = residual && scan_.parameters().mask != nullptr;
+    for (int64_t tau = begin; tau < end; tau += kEmaSteps) {
+      if (plan_.truncation > 0 && (tau - begin) % plan_.run == 0) {
+        a.x_late = nullptr;
+        scan_.warm_up(tau, a.g, a.v, [&](int64_t at, int64_t steps) {
+          load(at, steps, x);
+          a.x = a.dy = x, a.steps = steps;
+          block.gradient(a);
+        });
+        a.x_late = forward.x_late = late;
+      }
+      const int64_t steps = forward.steps = std::min(kEmaSteps, end - tau);
+      load(tau, steps, x);
+      if (forward.x_late) scan_.load_late(tau, steps, load, late);
+      if (reload) input(row, backwards, false)(tau, steps, raw);
+      const C* plain = reload ? raw : x;
+      if (here) {
+        std::copy_n(a.g, n, forward.g);
+        block.convolution(forward);
+        cotangent(row, backwards)(tau, steps, dy);
+        ema_activate_backward(z, plain, scan_.residual(tile), dy, scan_.shape().activation, steps, lanes);
+        scan_.store_rows(z, g, 0, tau, steps, backwards);
+      } else {
+        activated(row, backwards, g)(tau, steps, dy);
+      }
+      const C* cotangents = here ? z : dy;
+      for (int64_t s = 0; s < steps; s += kEmaChain) {
+        a.steps = std::min(kEmaChain, steps - s);
+        a.x = x + s * kEmaLanes, a.dy = cotangents + s * kEmaLanes;
+        if (forward.x_late) a.x_late = late + s * kEmaLanes;
+        block.gradient(a);
+        ema_fold(a.dc, kind(slot, half, of_c), n);
+        ema_fold(a.dq, kind(slot, half, of_q), n);
+      }
+      if (residual && half == 0) ema_add_products(cotangents, plain, residual_sum(slot), steps, lanes);
+    }
+    if (grad_state_ && scan_.ordered(plan_.chunks - 1, backwards) == j) {
+      std::vector<C> last(static_cast<size_t>(n));
+      scan_.load_state(grad_state_, tile, b, last.data());
+      double* sum = kind(slot, half, of_q_directly);
+      for (int64_t i = 0; i < n; i++) sum[i] += static_cast<double>(last[i]) * static_cast<double>(a.last_v[i]);
+    }
+  }
+
+  // --- the second pass
+  void second(int64_t row, int64_t j, double* slot, const C* g, C* first_half) {
+    const int64_t tile = row % plan_.tiles, b = row / plan_.tiles, lanes = scan_.lanes(tile);
+    const int64_t origin = j * plan_.chunk;
+    const uint8_t* mask = scan_.parameters().mask ? scan_.parameters().mask + b * plan_.length : nullptr;
+    std::vector<C> own(static_cast<size_t>(scan_.rows()));
+    for (int64_t half = 0; half < plan_.halves; half++) {
+      const bool backwards = !scan_.reversed(half), closing = half + 1 == plan_.halves;
+      C* e = own.data();
+      if (plan_.carried())
+        e = border(adjoint_, half, row, j);
+      else
+        scan_.load_state(grad_state_, tile, b, e);
+      const auto start = [&](int64_t tau, int64_t steps, C* out) {
+        if (half == 1) scan_.load_rows(first_half, origin, tau, steps, backwards, out);
+        return half == 0;
+      };
+      const auto done = [&](int64_t tau, int64_t steps, C* out, C* dy) {
+        if (!closing) return scan_.store_rows(out, first_half, origin, tau, steps, backwards);
+        ema_finish_gradient(out, dy, scan_.residual(tile), mask ? mask + scan_.time(tau, backwards) : nullptr,
+                            backwards ? -1 : 1, steps, lanes);
+        scan_.store(out, dx_, dx_strides_, tile, b, tau, steps, backwards);
+      };
+      const EmaWeights<C> w = scan_.adjoint(half, tile);
+      const int64_t begin = scan_.begin(j, backwards), end = scan_.end(j, backwards);
+      if (scan_.unit())
+        scan_.convolve(w, tile, begin, end, e, nullptr, activated(row, backwards, g), start, done);
+      else
+        scan_.convolve(w, tile, begin, end, e, nullptr, activated(row, backwards, g), start, done,
+                       input(row, backwards),
+                       [&](const C* part) { ema_fold(part, kind(slot, half, of_b), scan_.rows()); });
+      if (gradients_.state && scan_.ordered(plan_.chunks - 1, backwards) == j)
+        scan_.store_state(e, tile, b, gradients_.state);
+    }
+  }
+
+  // --- the parameters' gradients
+  void reduce(int64_t half, int64_t tile) {
+    const int64_t n = scan_.rows(), states = scan_.shape().states, m = scan_.channels(tile);
+    std::vector<double> total(static_cast<size_t>(kinds_ * n)), natural(static_cast<size_t>(3 * m * states));
+    for (int64_t k = 0; k < slots_; k++) {
+      const double* from = kind(sums(tile, k), half, of_c);
+      for (int64_t i = 0; i < kinds_ * n; i++) total[static_cast<size_t>(i)] += from[i];
+    }
+    const int64_t at = (half * scan_.shape().channels + tile * kEmaLanes) * states;
+    const EmaParameters<C>& p = scan_.parameters();
+    const double scale = 1.0 / std::sqrt(static_cast<double>(states));
+    std::vector<C> coefficients(static_cast<size_t>(3 * m * states));
+    C *d = coefficients.data(), *b = d + m * states, *c = b + m * states;
+    ema_coefficients(p.damping + at, p.decay + at, p.expansion + at, p.projection + at, scale, d, b, c, m * states);
+    double *dq = natural.data(), *db = dq + m * states, *dc = db + m * states;
+    const double* kinds = total.data();
+    for (int64_t j = 0; j < m; j++)
+      for (int64_t s = 0; s < states; s++) {
+        const int64_t i = s * kEmaLanes + j, to = j * states + s;
+        const double bi = static_cast<double>(b[to]), ci = static_cast<double>(c[to]);
+        const double of_h = kinds[of_c * n + i], of_v = kinds[of_q * n + i];
+        dc[to] = scan_.unit() ? bi * of_h : of_h;
+        db[to] = scan_.unit() ? ci * of_h : kinds[of_b * n + i];
+        dq[to] = scan_.unit() ? bi * ci * of_v : ci * of_v + kinds[of_q_directly * n + i];
+      }
+    ema_coefficients_backward(p.damping + at, p.decay + at, p.expansion + at, scale, dq, db, dc,
+                              gradients_.damping + at, gradients_.decay + at, gradients_.expansion + at,
+                              gradients_.projection + at, m * states);
+    if (half == 0 && gradients_.residual)
+      for (int64_t j = 0; j < m; j++) {
+        double sum = 0;
+        for (int64_t k = 0; k < slots_; k++) sum += residual_sum(sums(tile, k))[j];
+        gradients_.residual[tile * kEmaLanes + j] = static_cast<C>(sum);
+      }
+  }
+
+  EmaScan<T> scan_;
+  const EmaPlan& plan_;
+  const T* x_;
+  EmaStrides xs_;
+  const T* grad_;
+  EmaStrides grad_strides_;
+  const C* grad_state_;
+  T* dx_;
+  EmaStrides dx_strides_;
+  EmaParameterGradients<C> gradients_;
+  int64_t batch_, rows_;
+  bool active_;
+  int64_t kinds_, slot_, slots_;
+  std::vector<double> sums_;
+  std::vector<C> h_, v_, adjoint_;  // [half][row][chunk][N][64]: before each chunk, in the order of its scan
+};
+
+template <typename T>
+void run(const EmaShape& shape, const EmaParameters<compute_t<T>>& parameters, const T* x, EmaStrides xs, const T* grad,
+         EmaStrides grad_strides, const compute_t<T>* grad_state, T* dx, EmaStrides dx_strides,
+         const EmaParameterGradients<compute_t<T>>& gradients, const Parallel& parallel) {
+  if (shape.length == 0 || shape.batch == 0 || shape.channels == 0) {
+    const int64_t halves = shape.direction == EmaDirection::bidirectional ? 2 : 1;
+    const int64_t n = halves * shape.channels * shape.states;
+    for (auto* p : {gradients.damping, gradients.decay, gradients.expansion, gradients.projection})
+      std::fill(p, p + n, 0);
+    if (gradients.residual) std::fill(gradients.residual, gradients.residual + shape.channels, 0);
+    if (gradients.state)
+      for (int64_t i = 0; i < shape.batch * shape.channels * shape.states; i++)
+        gradients.state[i] = grad_state ? grad_state[i] : 0;
+    return;
+  }
+  Backward<T>(shape, parameters, x, xs, grad, grad_strides, grad_state, dx, dx_strides, gradients, parallel)
+      .run(parallel);
+}
+
+}  // namespace
+
+#define FASTASR_DEFINE(T)                                                                                              \
+  void ema_scan_backward(const EmaShape& shape, const EmaParameters<compute_t<T>>& parameters, const T* x,             \
+                         EmaStrides x_strides, const T* grad, EmaStrides grad_strides, const compute_t<T>* grad_state, \
+                         T* dx, EmaStrides dx_strides, const EmaParameterGradients<compute_t<T>>& gradients,           \
+                         const Parallel& parallel) {                                                                   \
+    run<T>(shape, parameters, x, x_strides, grad, grad_strides, grad_state, dx, dx_strides, gradients, parallel);      \
+  }
+
+FASTASR_DEFINE(float)
+FASTASR_DEFINE(double)
+FASTASR_DEFINE(bfloat16)
+FASTASR_DEFINE(float16)
+
+}  // namespace fastasr::cpu

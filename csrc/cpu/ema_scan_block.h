@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/simd.h"
+
+// One block of ema_scan: up to 32 time steps of up to 64 channels, in buffers of C that lie in the first cache. A row
+// holds kEmaLanes channels of one step; arrays over states hold N such rows.
+namespace fastasr::cpu {
+
+inline constexpr int64_t kEmaLanes = 64, kEmaSteps = 32;
+// Steps whose products are summed in C before the sum goes on in double.
+inline constexpr int64_t kEmaChain = 8;
+
+// The decay q as the kernels hold it. In float that is d = 1 - q = p sigmoid(alpha): close to q = 1 the difference is
+// what matters, and h - d h costs no more than q h. In double it is q, rounded as the definition rounds it.
+FASTASR_INLINE double ema_log_decay(float d) { return std::log1p(-static_cast<double>(d)); }
+FASTASR_INLINE double ema_log_decay(double q) { return std::log(q); }
+FASTASR_INLINE float ema_decayed(float h, float d) { return h - d * h; }
+FASTASR_INLINE double ema_decayed(double h, double q) { return q * h; }
+
+// Per state and lane: h(t) = g(t) + in x(t) [- late x(t-K)], g(t+1) = q h(t); y(t) += out h(t).
+template <typename C>
+struct EmaConvolution {
+  const C *x, *x_late;                    // [steps][64]; x_late is null unless truncated
+  const C *decay, *in, *out, *late_gain;  // [N][64]
+  C *y, *g, *last;  // y [steps][64]; g [N][64], carried on; last [N][64]: h of the last step, or null
+  const C* other;   // [steps][64] or null: then sum [N][64] = sum over steps of h(t) other(t)
+  C* sum;
+  bool start;  // y begins at 0
+  int64_t steps, lanes, states;
+};
+
+// h as above, v = dh/dq: dc = sum dy(t) h(t), dq = sum dy(t) v(t); v(t+1) = q v(t) + h(t), with truncation
+// v(t) less late_slope x(t-K).
+template <typename C>
+struct EmaGradient {
+  const C *x, *x_late, *dy;
+  const C *decay, *in, *late_gain, *late_slope;
+  C *g, *v, *last_v;  // last_v: v of the last step
+  C *dc, *dq;         // [N][64], overwritten
+  int64_t steps, lanes, states;
+};
+
+template <typename C>
+struct EmaBlock {
+  void (*convolution)(const EmaConvolution<C>&);
+  void (*gradient)(const EmaGradient<C>&);
+};
+
+// The functions for this machine's instruction set.
+const EmaBlock<float>& ema_block(float);
+const EmaBlock<double>& ema_block(double);
+
+}  // namespace fastasr::cpu

@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "cpu/ema_scan.h"
+
+// How ema_scan is cut into tasks, and what its passes share: packed coefficients, staging, and the scan of a range of
+// time in blocks. The cut depends on the shape alone, so results do not depend on the number of threads.
+namespace fastasr::cpu {
+
+struct EmaPlan {
+  static constexpr int64_t kFewTiles = 8, kLong = 4096, kLeastChunk = 1024, kTasks = 32;
+
+  int64_t length, tiles, halves, truncation, chunk, chunks, groups, run;
+
+  explicit EmaPlan(const EmaShape& s)
+      : length(s.length),
+        tiles((s.channels + kEmaLanes - 1) / kEmaLanes),
+        halves(s.direction == EmaDirection::bidirectional ? 2 : 1),
+        truncation(s.truncation < s.length ? s.truncation : 0) {
+    const int64_t rows = std::max<int64_t>(1, tiles * s.batch);
+    chunk = std::max<int64_t>(1, length), chunks = 1;
+    if (rows < kFewTiles && length >= kLong)
+      chunk = std::max(kLeastChunk, (length * rows + 2 * kFewTiles - 1) / (2 * kFewTiles));
+    if (chunk < length) {
+      chunk = (chunk + kEmaSteps - 1) / kEmaSteps * kEmaSteps;
+      chunks = (length + chunk - 1) / chunk;
+    }
+    // A truncated scan begins anew after so many steps, from the taps before: what a step subtracts is not what
+    // rounding left of it, and in dh/dq the difference is summed twice.
+    run = truncation > 0 ? (truncation + kEmaSteps - 1) / kEmaSteps * kEmaSteps : chunk;
+    // rows of the batch share the sums of the parameters' gradients where that leaves tasks enough
+    groups = std::min(std::max<int64_t>(1, s.batch),
+                      (kTasks + std::max<int64_t>(1, tiles) - 1) / std::max<int64_t>(1, tiles));
+  }
+  bool carried() const { return chunks > 1 && truncation == 0; }
+};
+
+// Coefficients of one tile: [N][64] each.
+template <typename C>
+struct EmaWeights {
+  const C *decay, *in, *out, *late, *slope;
+};
+
+template <typename T>
+class EmaScan {
+ public:
+  using C = compute_t<T>;
+  static constexpr int64_t kBlock = kEmaSteps * kEmaLanes;
+
+  // How b and c enter: the forward scan computes h itself (in = b, out = c). Without a state the backward scans u = h /
+  // b (in = 1, out = b c), so that one sum of dy u serves the gradients of b and of c.
+  enum class Form { states, unit };
+
+  EmaScan(const EmaShape& shape, const EmaParameters<C>& parameters, Form form, const Parallel& parallel)
+      : shape_(shape),
+        parameters_(parameters),
+        plan_(shape),
+        states_(shape.states),
+        rows_(shape.states * kEmaLanes),
+        unit_(form == Form::unit),
+        arrays_(plan_.truncation > 0 ? 5 : 3),
+        residual_(static_cast<size_t>(plan_.tiles * kEmaLanes)),
+        packed_(static_cast<size_t>(plan_.halves * plan_.tiles * arrays_ * rows_)) {
+    parallel(plan_.halves * plan_.tiles, 40 * rows_, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) pack(i / plan_.tiles, i % plan_.tiles);
+    });
+    if (parameters.residual)
+      std::memcpy(residual_.data(), parameters.residual, sizeof(C) * static_cast<size_t>(shape.channels));
+  }
+
+  const EmaShape& shape() const { return shape_; }
+  const EmaParameters<C>& parameters() const { return parameters_; }
+  const EmaPlan& plan() const { return plan_; }
+  int64_t rows() const { return rows_; }  // elements of a tile's array over states
+  bool unit() const { return unit_; }
+  int64_t channels(int64_t tile) const { return std::min(kEmaLanes, shape_.channels - tile * kEmaLanes); }
+  int64_t lanes(int64_t tile) const { return (channels(tile) + 15) / 16 * 16; }
+  const C* residual(int64_t tile) const { return parameters_.residual ? residual_.data() + tile * kEmaLanes : nullptr; }
+  bool reversed(int64_t half) const { return half == 1 || shape_.direction == EmaDirection::reverse; }
+
+  EmaWeights<C> weights(int64_t half, int64_t tile) const {
+    const C* p = packed_.data() + (half * plan_.tiles + tile) * arrays_ * rows_;
+    const bool truncated = plan_.truncation > 0;
+    return {p, p + rows_, p + 2 * rows_, truncated ? p + 3 * rows_ : nullptr, truncated ? p + 4 * rows_ : nullptr};
+  }
+  // Of the adjoint scan, which takes dy and gives dx: c enters and b leaves.
+  EmaWeights<C> adjoint(int64_t half, int64_t tile) const {
+    EmaWeights<C> w = weights(half, tile);
+    if (!unit_) std::swap(w.in, w.out);
+    return w;
+  }
+
+  // Time of scan step tau: the scan may run backwards.
+  int64_t time(int64_t tau, bool backwards) const { return backwards ? plan_.length - 1 - tau : tau; }
+  // Scan steps of chunk `j`, which is a range of time.
+  int64_t begin(int64_t j, bool backwards) const {
+    return backwards ? plan_.length - std::min(plan_.length, (j + 1) * plan_.chunk) : j * plan_.chunk;
+  }
+  int64_t end(int64_t j, bool backwards) const {
+    return backwards ? plan_.length - j * plan_.chunk : std::min(plan_.length, (j + 1) * plan_.chunk);
+  }
+  // The chunk that is k-th in the order of the scan.
+  int64_t ordered(int64_t k, bool backwards) const { return backwards ? plan_.chunks - 1 - k : k; }
+
+  // Steps of a tensor into a buffer, in the scan's order.
+  void load(const T* p, const EmaStrides& strides, int64_t tile, int64_t b, int64_t tau, int64_t steps, bool backwards,
+            bool masked, C* buffer) const {
+    const int64_t t = time(tau, backwards), sign = backwards ? -1 : 1;
+    const uint8_t* mask = masked && parameters_.mask ? parameters_.mask + b * plan_.length + t : nullptr;
+    ema_load(p + t * strides.time + b * strides.batch + tile * kEmaLanes * strides.channel, sign * strides.time,
+             strides.channel, mask, sign, steps, channels(tile), lanes(tile), buffer);
+  }
+  void store(const C* buffer, T* p, const EmaStrides& strides, int64_t tile, int64_t b, int64_t tau, int64_t steps,
+             bool backwards) const {
+    ema_store(buffer, p + time(tau, backwards) * strides.time + b * strides.batch + tile * kEmaLanes * strides.channel,
+              backwards ? -strides.time : strides.time, strides.channel, steps, channels(tile));
+  }
+  // The same with rows [64] of C that lie in the order of time, the first being that of time `origin`.
+  void load_rows(const C* rows, int64_t origin, int64_t tau, int64_t steps, bool backwards, C* buffer) const {
+    copy(rows + (time(tau, backwards) - origin) * kEmaLanes, backwards ? -kEmaLanes : kEmaLanes, buffer, kEmaLanes,
+         steps);
+  }
+  void store_rows(const C* buffer, C* rows, int64_t origin, int64_t tau, int64_t steps, bool backwards) const {
+    copy(buffer, kEmaLanes, rows + (time(tau, backwards) - origin) * kEmaLanes, backwards ? -kEmaLanes : kEmaLanes,
+         steps);
+  }
+
+  // Blocks of the scan steps [from, to). load(tau, steps, buffer) reads the input, start(tau, steps, y) may put
+  // something into y and returns whether it did not, done(tau, steps, y, input) takes the result. g: see
+  // EmaConvolution. other: null, or as load, with sum(part) called per block. Truncated scans begin by themselves, `g`
+  // is then overwritten.
+  template <typename Load, typename Start, typename Done, typename Other, typename Sum>
+  void convolve(const EmaWeights<C>& w, int64_t tile, int64_t from, int64_t to, C* g, C* last, const Load& load,
+                const Start& start, const Done& done, const Other& other, const Sum& sum) const {
+    alignas(64) C input[kBlock], late[kBlock], y[kBlock], second[kBlock];
+    EmaConvolution<C> a{};
+    a.x = input, a.decay = w.decay, a.in = w.in, a.out = w.out, a.late_gain = w.late, a.y = y, a.g = g, a.last = last;
+    a.lanes = lanes(tile), a.states = states_;
+    const EmaBlock<C>& block = ema_block(C{});
+    std::vector<C> part;
+    if constexpr (!std::is_null_pointer_v<Other>) part.resize(static_cast<size_t>(rows_)), a.sum = part.data();
+    for (int64_t tau = from; tau < to; tau += kEmaSteps) {
+      if (plan_.truncation > 0 && (tau - from) % plan_.run == 0) {
+        a.x_late = nullptr, a.start = true;
+        warm_up(tau, g, nullptr, [&](int64_t at, int64_t steps) {
+          load(at, steps, input);
+          a.steps = steps;
+          block.convolution(a);
+        });
+        a.x_late = late;
+      }
+      const int64_t steps = std::min(kEmaSteps, to - tau);
+      load(tau, steps, input);
+      if (a.x_late) load_late(tau, steps, load, late);
+      a.start = start(tau, steps, y);
+      if constexpr (std::is_null_pointer_v<Other>) {
+        a.steps = steps;
+        block.convolution(a);
+      } else {
+        other(tau, steps, second);
+        for (int64_t s = 0; s < steps; s += kEmaChain) {
+          const int64_t at = s * kEmaLanes;
+          a.x = input + at, a.y = y + at, a.other = second + at, a.steps = std::min(kEmaChain, steps - s);
+          block.convolution(a);
+          sum(part.data());
+        }
+      }
+      done(tau, steps, y, input);
+    }
+  }
+  template <typename Load, typename Start, typename Done>
+  void convolve(const EmaWeights<C>& w, int64_t tile, int64_t from, int64_t to, C* g, C* last, const Load& load,
+                const Start& start, const Done& done) const {
+    convolve(w, tile, from, to, g, last, load, start, done, nullptr, nullptr);
+  }
+
+  // The input K steps before.
+  template <typename Load>
+  void load_late(int64_t tau, int64_t steps, const Load& load, C* buffer) const {
+    const int64_t absent = std::clamp<int64_t>(plan_.truncation - tau, 0, steps);
+    std::fill(buffer, buffer + absent * kEmaLanes, C(0));
+    if (absent < steps) load(tau + absent - plan_.truncation, steps - absent, buffer + absent * kEmaLanes);
+  }
+  // Zeroes the states and calls block(tau, steps) over the K steps before `from`.
+  template <typename Block>
+  void warm_up(int64_t from, C* g, C* v, const Block& block) const {
+    std::fill(g, g + rows_, C(0));
+    if (v) std::fill(v, v + rows_, C(0));
+    for (int64_t tau = std::max<int64_t>(0, from - plan_.truncation); tau < from; tau += kEmaSteps)
+      block(tau, std::min(kEmaSteps, from - tau));
+  }
+
+  // A state (B, D, N) to and from a tile [N][64].
+  void load_state(const C* state, int64_t tile, int64_t b, C* out) const {
+    std::fill(out, out + rows_, C(0));
+    if (!state) return;
+    const C* p = state + (b * shape_.channels + tile * kEmaLanes) * states_;
+    for (int64_t j = 0; j < channels(tile); j++)
+      for (int64_t n = 0; n < states_; n++) out[n * kEmaLanes + j] = p[j * states_ + n];
+  }
+  void store_state(const C* in, int64_t tile, int64_t b, C* state) const {
+    C* p = state + (b * shape_.channels + tile * kEmaLanes) * states_;
+    for (int64_t j = 0; j < channels(tile); j++)
+      for (int64_t n = 0; n < states_; n++) p[j * states_ + n] = in[n * kEmaLanes + j];
+  }
+  // g before the first step: q times the state.
+  void first(int64_t half, int64_t tile, int64_t b, C* g) const {
+    load_state(parameters_.state, tile, b, g);
+    const C* d = weights(half, tile).decay;
+    for (int64_t i = 0; i < rows_; i++) g[i] = ema_decayed(g[i], d[i]);
+  }
+  // out = in q^steps + local, where out may be in; with v: v and the state's share in it too.
+  void carry(int64_t half, int64_t tile, int64_t steps, const C* g, const C* local, C* out, const C* v,
+             const C* local_v, C* out_v) const {
+    const C* d = weights(half, tile).decay;
+    const double n = static_cast<double>(steps);
+    for (int64_t i = 0; i < rows_; i++) {
+      const double log_q = ema_log_decay(d[i]), before = static_cast<double>(g[i]);
+      const double power = std::exp(n * log_q), one_less = steps == 1 ? 1.0 : std::exp((n - 1) * log_q);
+      if (v)
+        out_v[i] =
+            static_cast<C>(power * static_cast<double>(v[i]) + n * one_less * before + static_cast<double>(local_v[i]));
+      out[i] = static_cast<C>(power * before + static_cast<double>(local[i]));
+    }
+  }
+
+ private:
+  static void copy(const C* from, int64_t from_step, C* to, int64_t to_step, int64_t steps) {
+    for (int64_t s = 0; s < steps; s++) std::memcpy(to + s * to_step, from + s * from_step, sizeof(C) * kEmaLanes);
+  }
+
+  void pack(int64_t half, int64_t tile) {
+    const int64_t m = channels(tile), at = (half * shape_.channels + tile * kEmaLanes) * states_;
+    std::vector<C> natural(static_cast<size_t>(3 * m * states_));
+    C *nd = natural.data(), *nb = nd + m * states_, *nc = nb + m * states_;
+    ema_coefficients(parameters_.damping + at, parameters_.decay + at, parameters_.expansion + at,
+                     parameters_.projection + at, 1.0 / std::sqrt(static_cast<double>(states_)), nd, nb, nc,
+                     m * states_);
+    C* d = packed_.data() + (half * plan_.tiles + tile) * arrays_ * rows_;
+    C *in = d + rows_, *out = in + rows_;
+    for (int64_t n = 0; n < states_; n++)
+      for (int64_t j = 0; j < m; j++) {
+        const int64_t from = j * states_ + n, to = n * kEmaLanes + j;
+        d[to] = nd[from];
+        in[to] = unit_ ? C(1) : nb[from];
+        out[to] = unit_ ? nb[from] * nc[from] : nc[from];
+      }
+    if (plan_.truncation == 0) return;
+    const double k = static_cast<double>(plan_.truncation);
+    C *late = out + rows_, *slope = late + rows_;
+    for (int64_t i = 0; i < rows_; i++) {
+      const double log_q = ema_log_decay(d[i]), gain = static_cast<double>(in[i]);
+      late[i] = static_cast<C>(gain * std::exp(k * log_q));
+      slope[i] = static_cast<C>(gain * k * (k > 1 ? std::exp((k - 1) * log_q) : 1.0));
+    }
+  }
+
+  EmaShape shape_;
+  EmaParameters<C> parameters_;
+  EmaPlan plan_;
+  int64_t states_, rows_;
+  bool unit_;
+  int64_t arrays_;
+  std::vector<C> residual_, packed_;
+};
+
+}  // namespace fastasr::cpu
