@@ -13,7 +13,7 @@
 namespace fastasr::cpu {
 
 struct EmaPlan {
-  static constexpr int64_t kFewTiles = 8, kLong = 4096, kLeastChunk = 1024, kTasks = 32;
+  static constexpr int64_t kFewTiles = 4, kLong = 4096, kLeastChunk = 1024, kPieces = 16, kTasks = 32;
 
   int64_t length, tiles, halves, truncation, chunk, chunks, groups, run;
 
@@ -24,8 +24,7 @@ struct EmaPlan {
         truncation(s.truncation < s.length ? s.truncation : 0) {
     const int64_t rows = std::max<int64_t>(1, tiles * s.batch);
     chunk = std::max<int64_t>(1, length), chunks = 1;
-    if (rows < kFewTiles && length >= kLong)
-      chunk = std::max(kLeastChunk, (length * rows + 2 * kFewTiles - 1) / (2 * kFewTiles));
+    if (rows < kFewTiles && length >= kLong) chunk = std::max(kLeastChunk, (length * rows + kPieces - 1) / kPieces);
     if (chunk < length) {
       chunk = (chunk + kEmaSteps - 1) / kEmaSteps * kEmaSteps;
       chunks = (length + chunk - 1) / chunk;

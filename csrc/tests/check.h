@@ -151,6 +151,7 @@ void skinny_gemm();
 void mega_step();
 void rel_position_attention_weights();
 void simd();
+void ema_scan();
 void threads();
 
 }  // namespace fastasr::test

@@ -23,6 +23,7 @@ constexpr Test kTests[] = {
     {"skinny_gemm", fastasr::test::skinny_gemm},
     {"mega_step", fastasr::test::mega_step},
     {"simd", fastasr::test::simd},
+    {"ema_scan", fastasr::test::ema_scan},
     {"threads", fastasr::test::threads},
     {"rel_position_attention_weights", fastasr::test::rel_position_attention_weights},
 };
