@@ -146,9 +146,10 @@ def plain_affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.is_cpu
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
+        and x.layout is weight.layout is torch.strided
         and weight.dim() == 2
         and (bias is None or (type(bias) in PLAIN and bias.is_cpu and bias.dtype is torch.float32))
-        and (bias is None or bias.shape == weight.shape[:1])
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.layout is torch.strided))
     )
 
 

@@ -32,6 +32,18 @@ def invalid_affine() -> tuple[Invalid, ...]:
             "weight",
         ),
         Invalid(
+            "weight is sparse",
+            lambda m: affine(m, (3, 8), 5) | {"weight": m.normal(5, 8).to_sparse()},
+            TypeError,
+            "weight",
+        ),
+        Invalid(
+            "bias is sparse",
+            lambda m: affine(m, (3, 8), 5) | {"bias": m.normal(5).to_sparse()},
+            TypeError,
+            "bias",
+        ),
+        Invalid(
             "bias of another N", lambda m: affine(m, (3, 8), 5) | {"bias": m.normal(4)}, ValueError, "bias"
         ),
         Invalid(
