@@ -18,6 +18,7 @@ from fastasr.benchmarks.harness import LoadMeter, Variant, interleave
 from fastasr.benchmarks.rows import Row
 from fastasr.ops.bias_norm import definition as bias_norm_definition
 from fastasr.ops.bypass import definition as bypass_definition
+from fastasr.ops.complex_ema_scan import definition as complex_ema_scan_definition
 from fastasr.ops.ema_scan import definition as ema_scan_definition
 from fastasr.ops.rel_position_attention_weights import definition as attention_weights_definition
 from fastasr.ops.swoosh import definition_l, definition_r
@@ -73,6 +74,12 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             ema_scan_definition,
             ops.ema_scan,
             lambda *tensors: registered.ema_scan(*tensors, None, None, 0, 0, 0, 0, False)[0],
+        ),
+        "complex_ema_scan": Tiny(
+            (x.unsqueeze(0), weight, weight, bias, torch.stack((weight, weight), -1), bias),
+            complex_ema_scan_definition,
+            ops.complex_ema_scan,
+            lambda *tensors: registered.complex_ema_scan(*tensors, None, None, 0, 0, 0, 0, False)[0],
         ),
         "linear": Tiny((x, weight, bias), F.linear, ops.linear, registered.linear),
         "rel_position_attention_weights": Tiny(

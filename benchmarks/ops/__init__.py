@@ -5,6 +5,7 @@ from fastasr.benchmarks.case import Case
 from fastasr.benchmarks.ops import (
     bias_norm,
     bypass,
+    complex_ema_scan,
     ema_scan,
     linear,
     rel_position_attention_weights,
@@ -12,7 +13,16 @@ from fastasr.benchmarks.ops import (
     swoosh_linear,
 )
 
-MODULES = (swoosh, swoosh_linear, bias_norm, bypass, linear, ema_scan, rel_position_attention_weights)
+MODULES = (
+    swoosh,
+    swoosh_linear,
+    bias_norm,
+    bypass,
+    linear,
+    ema_scan,
+    complex_ema_scan,
+    rel_position_attention_weights,
+)
 
 
 def cases() -> list[Case]:

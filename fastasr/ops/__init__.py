@@ -7,6 +7,7 @@ Every op is also registered as ``torch.ops.fastasr.<name>``; ``fastasr ops`` pri
 from fastasr.ops import _dispatch
 from fastasr.ops.bias_norm import bias_norm
 from fastasr.ops.bypass import bypass
+from fastasr.ops.complex_ema_scan import complex_ema_scan
 from fastasr.ops.ema_scan import ema_scan
 from fastasr.ops.gated_residual_norm import gated_residual_norm as gated_residual_norm
 from fastasr.ops.gated_residual_norm import residual_norm as residual_norm
@@ -26,11 +27,13 @@ NAMES = (
     "bypass",
     "linear",
     "ema_scan",
+    "complex_ema_scan",
     "rel_position_attention_weights",
 )
 __all__ = [
     "bias_norm",
     "bypass",
+    "complex_ema_scan",
     "ema_scan",
     "linear",
     "rel_position_attention_weights",

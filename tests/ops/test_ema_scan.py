@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastasr import ops
-from fastasr.ops.ema_scan import coefficients, convolution, definition, recurrence
+from fastasr.ops._ema import convolution, recurrence
+from fastasr.ops.ema_scan import coefficients, definition
 from fastasr.testing import Make
 from fastasr.testing.samples.ema_scan import ema
 from fastasr.testing.table import floating, with_tensors

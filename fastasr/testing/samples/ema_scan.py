@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of ema_scan."""
 
-from fastasr.ops.ema_scan import ACTIVATIONS, DIRECTIONS, LAYOUTS, definition
+from fastasr.ops._ema import ACTIVATIONS, DIRECTIONS, LAYOUTS
+from fastasr.ops.ema_scan import definition
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 NAMES = ("x", "damping", "decay", "expansion", "projection", "residual", "state", "padding_mask")
