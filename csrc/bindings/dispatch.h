@@ -9,6 +9,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
+#include <vector>
 
 #include "cpu/number.h"
 
@@ -45,6 +47,10 @@ auto with_kernel_type(ScalarType dtype, const char* op, F&& f) {
   }
 }
 
+// The dtype that a kernel type is computed in: parameters are passed so.
+template <typename T>
+constexpr ScalarType kComputeType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
 // A new tensor of t's dtype and device. torch::stable::empty_like looks its op up by name at every call, which costs
 // more than a small kernel.
 inline Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int64_t* strides) {
@@ -59,6 +65,30 @@ inline Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, co
 }
 
 inline Tensor new_like(const Tensor& t) { return new_strided(t, t.dim(), t.sizes().data(), t.strides().data()); }
+
+// Contiguous, of t's sizes.
+inline Tensor new_contiguous(const Tensor& t) {
+  const int64_t dim = t.dim();
+  std::vector<int64_t> strides(dim);
+  int64_t stride = 1;
+  for (int64_t d = dim - 1; d >= 0; d--) strides[d] = stride, stride *= std::max<int64_t>(1, t.size(d));
+  return new_strided(t, dim, t.sizes().data(), strides.data());
+}
+
+// Elements from one row to the next of a tensor seen as rows of its last dimension: slices of a wider tensor qualify.
+inline int64_t row_stride(const Tensor& t, const char* op, const char* name) {
+  const int64_t last = t.dim() - 1;
+  int64_t stride = 0, next = -1;  // of a row; of the dimension to the left, if it continues the rows
+  bool ok = t.size(last) <= 1 || t.stride(last) == 1;
+  for (int64_t d = last - 1; d >= 0; d--) {
+    if (t.size(d) == 1) continue;
+    if (next < 0) stride = next = t.stride(d);
+    ok = ok && t.stride(d) == next;
+    next *= t.size(d);
+  }
+  STD_TORCH_CHECK(ok || t.numel() == 0, op, ": the rows of ", name, " are not evenly spaced");
+  return stride;
+}
 
 inline Tensor new_without_elements(const Tensor& t) {
   const int64_t size = 0, stride = 1;

@@ -9,13 +9,12 @@ from fastasr.ops.bias_norm import bias_norm
 from fastasr.ops.bypass import bypass
 from fastasr.ops.complex_ema_scan import complex_ema_scan
 from fastasr.ops.ema_scan import ema_scan
-from fastasr.ops.gated_residual_norm import gated_residual_norm as gated_residual_norm
-from fastasr.ops.gated_residual_norm import residual_norm as residual_norm
+from fastasr.ops.gated_residual_norm import gated_residual_norm, residual_norm
 from fastasr.ops.linear import linear
 from fastasr.ops.rel_position_attention_weights import rel_position_attention_weights
 from fastasr.ops.swoosh import swoosh_l, swoosh_r
 from fastasr.ops.swoosh_linear import swoosh_linear
-from fastasr.ops.toeplitz_attention import toeplitz_attention as toeplitz_attention
+from fastasr.ops.toeplitz_attention import toeplitz_attention
 
 _dispatch.prepare()  # registers torch.ops.fastasr_cpu.*; where that is missing it is reported, not raised
 
@@ -29,15 +28,21 @@ NAMES = (
     "ema_scan",
     "complex_ema_scan",
     "rel_position_attention_weights",
+    "gated_residual_norm",
+    "residual_norm",
+    "toeplitz_attention",
 )
 __all__ = [
     "bias_norm",
     "bypass",
     "complex_ema_scan",
     "ema_scan",
+    "gated_residual_norm",
     "linear",
     "rel_position_attention_weights",
+    "residual_norm",
     "swoosh_l",
     "swoosh_linear",
     "swoosh_r",
+    "toeplitz_attention",
 ]

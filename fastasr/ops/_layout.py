@@ -26,3 +26,20 @@ def elementwise(f: Callable[..., Tensor], x: Tensor, *like: Tensor):
     if isinstance(out, tuple):
         return tuple(t.permute(inverse) if t.dim() == x.dim() else t for t in out)
     return out.permute(inverse)
+
+
+def rows(t: Tensor) -> Tensor:
+    """``t`` itself when its rows (the last dimension) are dense and evenly spaced, as those of a slice of a projection
+    are; else a contiguous copy."""
+    if t.is_contiguous():
+        return t
+    if t.shape[-1] > 1 and t.stride(-1) != 1:
+        return t.contiguous()
+    expected = None
+    for size, stride in zip(reversed(t.shape[:-1]), reversed(t.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if expected is not None and stride != expected:
+            return t.contiguous()
+        expected = stride * size
+    return t

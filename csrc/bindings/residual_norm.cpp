@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/residual_norm.h"
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "bindings/dispatch.h"
+#include "cpu/activation.h"
+
+namespace fastasr {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+// What a call holds: every pointer but those of the outputs.
+template <typename T>
+struct Call {
+  cpu::ResidualNorm<T> p{};
+  int64_t rows = 0;
+};
+
+template <typename T>
+cpu::Rows<T> rows_of(const Tensor& t, const Tensor& x, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.numel() == x.numel() && t.dim() == x.dim(), op, ": ", name,
+                  " is not like x");
+  return {data<T>(t), row_stride(t, op, name)};
+}
+
+template <typename T>
+Call<T> checked(const Tensor& x, const Tensor& update, const Optional& candidate, const Optional& hidden,
+                const Optional& mask, const Tensor& weight, const Tensor& bias, double eps, int64_t activation,
+                const char* op) {
+  using C = cpu::compute_t<T>;
+  Call<T> call;
+  const int64_t channels = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(candidate.has_value() == hidden.has_value(), op, ": candidate and hidden go together");
+  for (const Tensor* t : {&weight, &bias})
+    STD_TORCH_CHECK(t->scalar_type() == kComputeType<T> && t->is_contiguous() && t->numel() == channels, op,
+                    ": weight and bias");
+  STD_TORCH_CHECK(activation >= 0 && activation < cpu::kActivations, op, ": activation");
+  call.rows = channels ? x.numel() / channels : 0;
+  call.p.x = rows_of<T>(x, x, op, "x");
+  call.p.update = rows_of<T>(update, x, op, "update");
+  if (candidate) {
+    call.p.candidate = rows_of<T>(*candidate, x, op, "candidate");
+    call.p.hidden = rows_of<T>(*hidden, x, op, "hidden");
+  }
+  if (mask) {
+    STD_TORCH_CHECK(mask->scalar_type() == kComputeType<T> && mask->is_contiguous() && mask->numel() == x.numel(), op,
+                    ": mask");
+    call.p.mask = data<C>(*mask);
+  }
+  call.p.weight = data<C>(weight), call.p.bias = data<C>(bias);
+  call.p.eps = eps, call.p.activation = static_cast<int>(activation), call.p.channels = channels;
+  return call;
+}
+
+Tensor residual_norm_forward(const Tensor& x, const Tensor& update, const Optional& candidate, const Optional& hidden,
+                             const Optional& mask, const Tensor& weight, const Tensor& bias, double eps,
+                             int64_t activation) {
+  const char* op = "residual_norm_forward";
+  STD_TORCH_CHECK(x.dim() >= 1, op, ": x has no dimensions");
+  Tensor y = new_contiguous(x);
+  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    const auto call = checked<T>(x, update, candidate, hidden, mask, weight, bias, eps, activation, op);
+    T* out = mutable_data<T>(y);
+    const int64_t n = call.p.channels;
+    parallel_range(call.rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, 2 * n)), [&](int64_t b, int64_t e) {
+      std::vector<cpu::compute_t<T>> scratch(cpu::residual_norm_scratch(n));
+      cpu::residual_norm_forward(call.p, b, e, out, scratch.data());
+    });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& update, const Optional& candidate, const Optional& hidden,
+    const Optional& mask, const Tensor& weight, const Tensor& bias, double eps, int64_t activation) {
+  const char* op = "residual_norm_backward";
+  STD_TORCH_CHECK(x.dim() >= 1, op, ": x has no dimensions");
+  check_same_size(grad, x, op, "grad");
+  Tensor dx = new_contiguous(x);
+  Tensor dupdate = candidate ? new_contiguous(x) : new_without_elements(x);
+  Tensor dsum = candidate ? new_contiguous(x) : new_without_elements(x);
+  Tensor dweight = new_like(weight), dbias = new_like(bias);
+  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const auto call = checked<T>(x, update, candidate, hidden, mask, weight, bias, eps, activation, op);
+    const int64_t n = call.p.channels;
+    const T* g = data<T>(grad);
+    T *ox = mutable_data<T>(dx), *ou = mutable_data<T>(dupdate), *os = mutable_data<T>(dsum);
+    const RowBlocks blocks(call.rows, n);
+    std::vector<C> parts(blocks.count * 2 * n);
+    parallel_range(blocks.count, std::max<int64_t>(1, kGrain / (blocks.rows_per_block * std::max<int64_t>(1, 4 * n))),
+                   [&](int64_t b, int64_t e) {
+                     std::vector<C> scratch(cpu::residual_norm_scratch(n));
+                     for (int64_t k = b; k < e; k++) {
+                       C* part = parts.data() + k * 2 * n;
+                       cpu::residual_norm_backward(call.p, g, blocks.begin(k), blocks.begin(k) + blocks.size(k), ox, ou,
+                                                   os, part, part + n, scratch.data());
+                     }
+                   });
+    std::vector<C> sums(2 * n);
+    reduce_blocks<C>(parts.data(), blocks.count, 2 * n, sums.data());
+    std::copy_n(sums.data(), n, mutable_data<C>(dweight));
+    std::copy_n(sums.data() + n, n, mutable_data<C>(dbias));
+  });
+  return {dx, dupdate, dsum, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def(
+      "residual_norm_forward(Tensor x, Tensor update, Tensor? candidate, Tensor? hidden, Tensor? mask, Tensor weight, "
+      "Tensor bias, float eps, int activation) -> Tensor");
+  m.def(
+      "residual_norm_backward(Tensor grad, Tensor x, Tensor update, Tensor? candidate, Tensor? hidden, Tensor? mask, "
+      "Tensor weight, Tensor bias, float eps, int activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("residual_norm_forward", TORCH_BOX(&fastasr::residual_norm_forward));
+  m.impl("residual_norm_backward", TORCH_BOX(&fastasr::residual_norm_backward));
+}

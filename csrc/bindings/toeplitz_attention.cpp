@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/toeplitz_attention.h"
+
+#include <memory>
+#include <new>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "bindings/dispatch.h"
+#include "cpu/activation.h"
+
+namespace fastasr {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+// Packed operands of as many units as fit share the memory: they stay in the last cache, and long sequences of large
+// batches need no more than one.
+constexpr int64_t kWorkspaceBytes = int64_t{16} << 20;
+
+struct Inputs {
+  const Tensor &query_key, &gate, &value, &qk_weight, &qk_bias, &position_bias;
+  const Optional &padding, &dropout;
+  bool causal;
+  int64_t chunk_size, activation;
+  bool activate_value;
+};
+
+template <typename T>
+cpu::Sequence<const T> sequence(const Tensor& t, const Tensor& like, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 3 && t.scalar_type() == like.scalar_type() && t.size(0) == like.size(0) &&
+                      t.size(1) == like.size(1) && (t.size(2) == 1 || t.stride(2) == 1 || t.numel() == 0),
+                  op, ": ", name, " is not (time, batch, dense channels) like query_key");
+  return {data<T>(t), t.stride(0), t.stride(1)};
+}
+
+template <typename T>
+cpu::ToeplitzAttention<T> checked(const Inputs& in, const char* op) {
+  using C = cpu::compute_t<T>;
+  cpu::ToeplitzAttention<T> p{};
+  STD_TORCH_CHECK(in.query_key.dim() == 3 && in.query_key.size(2) > 0, op, ": query_key");
+  p.query_key = sequence<T>(in.query_key, in.query_key, op, "query_key");
+  p.gate = sequence<T>(in.gate, in.query_key, op, "gate");
+  p.value = sequence<T>(in.value, in.query_key, op, "value");
+  STD_TORCH_CHECK(in.gate.size(2) == in.value.size(2), op, ": gate and value differ in width");
+  p.length = in.query_key.size(0), p.batch = in.query_key.size(1), p.d = in.query_key.size(2), p.v = in.gate.size(2);
+  p.size = std::max<int64_t>(1, in.chunk_size > 0 ? std::min(in.chunk_size, p.length) : p.length);
+  p.count = (p.length + p.size - 1) / p.size;
+  for (const Tensor* t : {&in.qk_weight, &in.qk_bias})
+    STD_TORCH_CHECK(t->scalar_type() == kComputeType<T> && t->is_contiguous() && t->numel() == 2 * p.d, op,
+                    ": qk_weight and qk_bias");
+  p.reach = (in.position_bias.numel() - 1) / 2;
+  STD_TORCH_CHECK(in.position_bias.scalar_type() == kComputeType<T> && in.position_bias.is_contiguous() &&
+                      in.position_bias.numel() % 2 == 1 && p.reach + 1 >= p.size,
+                  op, ": position_bias");
+  p.qk_weight = data<C>(in.qk_weight), p.qk_bias = data<C>(in.qk_bias);
+  p.position_bias = data<C>(in.position_bias) + p.reach;
+  if (in.padding) {
+    STD_TORCH_CHECK(in.padding->scalar_type() == ScalarType::Bool && in.padding->is_contiguous() &&
+                        in.padding->numel() == p.batch * p.length,
+                    op, ": padding_mask");
+    p.padding = data<uint8_t>(*in.padding);
+  }
+  if (in.dropout) {
+    STD_TORCH_CHECK(in.dropout->scalar_type() == kComputeType<T> && in.dropout->is_contiguous() &&
+                        in.dropout->numel() == p.units() * p.size * p.size,
+                    op, ": dropout");
+    p.dropout = data<C>(*in.dropout);
+  }
+  STD_TORCH_CHECK(in.activation >= 0 && in.activation < cpu::kActivations, op, ": activation");
+  p.causal = in.causal, p.activate_value = in.activate_value, p.activation = static_cast<int>(in.activation);
+  return p;
+}
+
+// Cache-aligned memory that is not cleared: the packed operands are megabytes.
+template <typename C>
+class Memory {
+ public:
+  explicit Memory(int64_t n)
+      : data_(static_cast<C*>(::operator new(sizeof(C) * static_cast<size_t>(n), std::align_val_t{64}))) {}
+  ~Memory() { ::operator delete(data_, std::align_val_t{64}); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  C* get() const { return data_; }
+
+ private:
+  C* data_;
+};
+
+// The units in groups that share a workspace: f(first unit, units, unit's operands by index).
+template <typename T, typename F>
+void for_groups(const cpu::ToeplitzAttention<T>& p, bool backward, const F& f) {
+  using C = cpu::compute_t<T>;
+  const int64_t units = p.units(), elements = (cpu::attention_unit_elements(p, backward) + 15) / 16 * 16;
+  if (units == 0) return;
+  const int64_t most = kWorkspaceBytes / (elements * static_cast<int64_t>(sizeof(C)));
+  const int64_t group = std::clamp<int64_t>(most, 1, units);
+  Memory<C> memory(group * elements);
+  std::vector<cpu::AttentionUnit<C>> operands;
+  for (int64_t i = 0; i < group; i++) operands.push_back(cpu::attention_unit(p, backward, memory.get() + i * elements));
+  for (int64_t first = 0; first < units; first += group) f(first, std::min(group, units - first), operands.data());
+}
+
+// f(unit in the group, task of the unit, scratch), `work` in multiplications each.
+template <typename T, typename F>
+void for_tasks(const cpu::ToeplitzAttention<T>& p, int64_t units, int64_t tasks, int64_t work, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, 16 * kGrain / std::max<int64_t>(1, work));
+  parallel_range(units * tasks, grain, [&](int64_t b, int64_t e) {
+    Memory<cpu::compute_t<T>> scratch(cpu::attention_scratch_elements(p));
+    for (int64_t t = b; t < e; t++) f(t / tasks, t % tasks, scratch.get());
+  });
+}
+
+// Early and late blocks alternate: causal ones differ in cost, and threads get neighbours.
+int64_t folded(int64_t task, int64_t tasks) { return task % 2 ? tasks - 1 - task / 2 : task / 2; }
+
+template <typename T>
+void pack_units(const cpu::ToeplitzAttention<T>& p, bool backward, int64_t first, int64_t units,
+                const cpu::AttentionUnit<cpu::compute_t<T>>* operands) {
+  const int64_t panels = p.v_panels();
+  for_tasks(p, units, panels + 1, p.rows() * cpu::kPanel * 16, [&](int64_t u, int64_t task, auto* scratch) {
+    if (task == panels)
+      cpu::attention_pack(p, first + u, backward, operands[u], scratch);
+    else
+      cpu::attention_pack_value(p, first + u, task, operands[u]);
+  });
+}
+
+std::tuple<Tensor, Tensor> toeplitz_attention_forward(const Tensor& query_key, const Tensor& gate, const Tensor& value,
+                                                      const Tensor& qk_weight, const Tensor& qk_bias,
+                                                      const Tensor& position_bias, const Optional& padding_mask,
+                                                      const Optional& dropout, bool causal, int64_t chunk_size,
+                                                      int64_t activation, bool activate_value, bool need_gradients) {
+  const char* op = "toeplitz_attention_forward";
+  const Inputs in{query_key,    gate,    value,  qk_weight,  qk_bias,    position_bias,
+                  padding_mask, dropout, causal, chunk_size, activation, activate_value};
+  STD_TORCH_CHECK(gate.dim() == 3, op, ": gate");
+  Tensor y = new_contiguous(gate), mixed = need_gradients ? new_contiguous(gate) : new_without_elements(gate);
+  with_kernel_type(query_key.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const auto p = checked<T>(in, op);
+    T *yp = mutable_data<T>(y), *hp = need_gradients ? mutable_data<T>(mixed) : nullptr;
+    const int64_t blocks = p.blocks();
+    for_groups(p, false, [&](int64_t first, int64_t units, const cpu::AttentionUnit<C>* operands) {
+      pack_units(p, false, first, units, operands);
+      for_tasks(p, units, blocks, cpu::kPanel * p.rows() * (p.d + p.v), [&](int64_t u, int64_t task, C* scratch) {
+        cpu::attention_forward(p, first + u, folded(task, blocks), operands[u], yp, hp, scratch);
+      });
+    });
+  });
+  return {y, mixed};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> toeplitz_attention_backward(
+    const Tensor& grad, const Tensor& query_key, const Tensor& gate, const Tensor& value, const Tensor& qk_weight,
+    const Tensor& qk_bias, const Tensor& position_bias, const Optional& padding_mask, const Optional& dropout,
+    const Tensor& mixed, bool causal, int64_t chunk_size, int64_t activation, bool activate_value) {
+  const char* op = "toeplitz_attention_backward";
+  const Inputs in{query_key,    gate,    value,  qk_weight,  qk_bias,    position_bias,
+                  padding_mask, dropout, causal, chunk_size, activation, activate_value};
+  Tensor dquery_key = new_contiguous(query_key), dgate = new_contiguous(gate), dvalue = new_contiguous(value);
+  Tensor dqk_weight = new_like(qk_weight), dqk_bias = new_like(qk_bias), dposition_bias = new_like(position_bias);
+  with_kernel_type(query_key.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const auto p = checked<T>(in, op);
+    check_same_size(mixed, gate, op, "mixed");
+    cpu::AttentionGradients<T> g{sequence<T>(grad, query_key, op, "grad"), sequence<T>(mixed, query_key, op, "mixed"),
+                                 mutable_data<T>(dquery_key), mutable_data<T>(dgate), mutable_data<T>(dvalue)};
+    STD_TORCH_CHECK(grad.size(2) == p.v && mixed.size(2) == p.v, op, ": grad and mixed differ from gate");
+    const int64_t blocks = p.blocks(), panels = p.v_panels() + p.d_panels(), distances = 2 * p.size - 1;
+    const int64_t width = 4 * p.d + distances;
+    std::vector<double> parts(p.units() * width);
+    for_groups(p, true, [&](int64_t first, int64_t units, const cpu::AttentionUnit<C>* operands) {
+      pack_units(p, true, first, units, operands);
+      for_tasks(p, units, blocks, cpu::kPanel * p.rows() * (2 * p.d + p.v), [&](int64_t u, int64_t task, C* scratch) {
+        cpu::attention_backward(p, g, first + u, folded(task, blocks), operands[u], scratch);
+      });
+      for_tasks(p, units, panels, cpu::kPanel * p.rows() * p.rows(), [&](int64_t u, int64_t task, C* scratch) {
+        cpu::attention_backward_keys(p, g, first + u, task, operands[u], scratch);
+      });
+      for_tasks(p, units, 1, p.rows() * (16 * p.d + 4 * p.rows()), [&](int64_t u, int64_t, C* scratch) {
+        double* part = parts.data() + (first + u) * width;
+        cpu::attention_backward_parameters(p, g, first + u, operands[u], part, part + 4 * p.d, scratch);
+      });
+    });
+    std::vector<double> sums(width);
+    for (int64_t u = 0; u < p.units(); u++)
+      for (int64_t j = 0; j < width; j++) sums[j] += parts[u * width + j];
+    C *dw = mutable_data<C>(dqk_weight), *db = mutable_data<C>(dqk_bias), *dp = mutable_data<C>(dposition_bias);
+    for (int64_t j = 0; j < 2 * p.d; j++) dw[j] = static_cast<C>(sums[j]), db[j] = static_cast<C>(sums[2 * p.d + j]);
+    std::fill_n(dp, dposition_bias.numel(), C(0));
+    for (int64_t j = 0; j < distances; j++) dp[p.reach + 1 - p.size + j] = static_cast<C>(sums[4 * p.d + j]);
+  });
+  return {dquery_key, dgate, dvalue, dqk_weight, dqk_bias, dposition_bias};
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def(
+      "toeplitz_attention_forward(Tensor query_key, Tensor gate, Tensor value, Tensor qk_weight, Tensor qk_bias, "
+      "Tensor position_bias, Tensor? padding_mask, Tensor? dropout, bool causal, int chunk_size, int activation, "
+      "bool activate_value, bool need_gradients) -> (Tensor, Tensor)");
+  m.def(
+      "toeplitz_attention_backward(Tensor grad, Tensor query_key, Tensor gate, Tensor value, Tensor qk_weight, "
+      "Tensor qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? dropout, Tensor mixed, "
+      "bool causal, int chunk_size, int activation, bool activate_value) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("toeplitz_attention_forward", TORCH_BOX(&fastasr::toeplitz_attention_forward));
+  m.impl("toeplitz_attention_backward", TORCH_BOX(&fastasr::toeplitz_attention_backward));
+}

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+// Products of small tiles, 8 rows by 32 columns, over operands packed in panels 32 wide; the whole tile stays in
+// registers. Sums run in chains of at most 64 terms, which are then added: longer chains of floats would be less exact
+// than a BLAS.
+namespace fastasr::cpu {
+
+constexpr int64_t kTileRows = 8, kPanel = 32;
+
+// c[m][n] (+)= sum over k of a(m, k) b[k][n], b and c with rows of 32. `add`: onto what c holds.
+// rows: a(m, 32 i + k) = a[i a_block + 32 m + k], i < blocks.  columns: a(m, k) = a[32 k + m], k < depth.
+#define FASTASR_DECLARE(C)                                                                 \
+  void tile_rows(const C* a, int64_t a_block, const C* b, int64_t blocks, C* c, bool add); \
+  void tile_columns(const C* a, const C* b, int64_t depth, C* c, bool add);
+FASTASR_DECLARE(float)
+FASTASR_DECLARE(double)
+#undef FASTASR_DECLARE
+
+}  // namespace fastasr::cpu

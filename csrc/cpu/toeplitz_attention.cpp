@@ -1,0 +1,478 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/toeplitz_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cpu/activation.h"
+
+namespace fastasr::cpu {
+namespace {
+
+constexpr int64_t kTile = kPanel * kPanel;
+
+// The frames of a unit.
+struct Span {
+  int64_t batch, first, length;
+};
+template <typename T>
+Span span_of(const ToeplitzAttention<T>& p, int64_t unit) {
+  const int64_t first = unit % p.count * p.size;
+  return {unit / p.count, first, std::min(p.size, p.length - first)};
+}
+
+// Keys that a block's queries may see: [0, end), whole tiles.
+template <typename T>
+int64_t keys_of(const ToeplitzAttention<T>& p, int64_t block) {
+  const int64_t all = (p.size + kTileRows - 1) / kTileRows * kTileRows;
+  return p.causal ? std::min(all, (block + 1) * kPanel) : all;
+}
+
+// out[j][l] = in[l][j], 32 by 32.
+template <typename C>
+FASTASR_INLINE void transpose(const C* __restrict in, C* __restrict out) {
+  for (int64_t l = 0; l < kPanel; l++)
+    for (int64_t j = 0; j < kPanel; j++) out[j * kPanel + l] = in[l * kPanel + j];
+}
+
+// [first, first + 32) of channels of `rows` frames from frame t on, into rows of 32; zeros beyond `frames` and
+// `channels`.
+template <typename T>
+FASTASR_INLINE void fetch(const Sequence<const T>& x, int64_t t, int64_t b, int64_t first, int64_t channels,
+                          int64_t frames, int64_t rows, compute_t<T>* __restrict out) {
+  const int64_t n = std::min(kPanel, channels - first);
+  for (int64_t i = 0; i < rows; i++, out += kPanel) {
+    const int64_t m = i < frames ? n : 0;
+    const T* __restrict in = i < frames ? x.at(t + i, b) + first : nullptr;
+    if (m == kPanel) {
+#pragma omp simd
+      for (int64_t j = 0; j < kPanel; j++) out[j] = load(in[j]);
+      continue;
+    }
+    for (int64_t j = 0; j < m; j++) out[j] = load(in[j]);
+    for (int64_t j = m; j < kPanel; j++) out[j] = 0;
+  }
+}
+
+template <typename T>
+FASTASR_INLINE void put(T* __restrict out, const compute_t<T>* __restrict in, int64_t n) {
+  if (n == kPanel) {
+#pragma omp simd
+    for (int64_t j = 0; j < kPanel; j++) store(&out[j], in[j]);
+    return;
+  }
+  for (int64_t j = 0; j < n; j++) store(&out[j], in[j]);
+}
+
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void pack(const ToeplitzAttention<T>& p, int64_t unit, bool backward, const AttentionUnit<C>& u,
+                         C* __restrict z) {
+  const Span s = span_of(p, unit);
+  const int64_t rows = p.rows();
+  const C scale = static_cast<C>(1 / std::sqrt(static_cast<double>(p.d)));
+  for (int64_t panel = 0; panel < p.d_panels(); panel++) {
+    const int64_t first = panel * kPanel, n = std::min(kPanel, p.d - first);
+    const C *w = p.qk_weight + first, *b = p.qk_bias + first;
+    alignas(64) C qw[kPanel] = {}, qb[kPanel] = {}, kw[kPanel] = {}, kb[kPanel] = {};
+    for (int64_t j = 0; j < n; j++) qw[j] = w[j], qb[j] = b[j], kw[j] = w[p.d + j], kb[j] = b[p.d + j];
+    C* __restrict key = u.key + panel * rows * kPanel;
+    for (int64_t i0 = 0; i0 < rows; i0 += kPanel) {
+      const int64_t frames = std::clamp<int64_t>(s.length - i0, 0, kPanel);
+      fetch(p.query_key, s.first + i0, s.batch, first, p.d, frames, kPanel, z);
+      activate(p.activation, z, kTile);
+      alignas(64) C q[kTile];
+      for (int64_t i = 0; i < kPanel; i++) {
+        const C keep = i < frames ? C(1) : C(0);
+#pragma omp simd
+        for (int64_t j = 0; j < kPanel; j++) {
+          q[i * kPanel + j] = (z[i * kPanel + j] * qw[j] + qb[j]) * scale * keep;
+          key[(i0 + i) * kPanel + j] = (z[i * kPanel + j] * kw[j] + kb[j]) * keep;
+        }
+      }
+      transpose(q, u.query_t + i0 * p.d_panels() * kPanel + panel * kTile);
+      if (backward) std::memcpy(u.query + (panel * rows + i0) * kPanel, q, sizeof(q));
+    }
+  }
+  // reversed_bias[rows + t] = bias of distance -t: lanes of a row of scores are neighbours
+  for (int64_t t = -rows; t < rows + kPanel; t++)
+    u.reversed_bias[rows + t] = t > -p.size && t < p.size ? p.position_bias[-t] : C(0);
+  bool all = p.padding != nullptr;
+  for (int64_t j = 0; j < s.length && all; j++) all = p.padding[s.batch * p.length + s.first + j];
+  for (int64_t j = 0; j < rows; j++)
+    u.hidden[j] = j >= s.length || (p.padding && !all && p.padding[s.batch * p.length + s.first + j]);
+}
+
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void pack_value(const ToeplitzAttention<T>& p, int64_t unit, int64_t panel, const AttentionUnit<C>& u) {
+  const Span s = span_of(p, unit);
+  C* out = u.value + panel * p.rows() * kPanel;
+  fetch(p.value, s.first, s.batch, panel * kPanel, p.v, s.length, p.rows(), out);
+  if (p.activate_value) activate(p.activation, out, s.length * kPanel);
+}
+
+// S[j][l] = q_l k_j, j < keys.
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void products(const ToeplitzAttention<T>& p, const AttentionUnit<C>& u, int64_t block, int64_t keys,
+                             C* s) {
+  const C* q = u.query_t + block * p.d_panels() * kTile;
+  for (int64_t j = 0; j < keys; j += kTileRows)
+    tile_rows(u.key + j * kPanel, p.rows() * kPanel, q, p.d_panels(), s + j * kPanel, false);
+}
+
+// Query l of block i0 / 32 does not see key j.
+FASTASR_INLINE bool behind(bool causal, int64_t i0, int64_t l, int64_t j) { return causal && j > i0 + l; }
+
+// S += bias, with -inf where a key is not seen; m[l] = max.
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void bias_and_maximum(const ToeplitzAttention<T>& p, const AttentionUnit<C>& u, int64_t i0, int64_t keys,
+                                     C* __restrict s, C* __restrict m) {
+  constexpr C kNone = -std::numeric_limits<C>::infinity();
+  for (int64_t l = 0; l < kPanel; l++) m[l] = kNone;
+  for (int64_t j = 0; j < keys; j++, s += kPanel) {
+    if (u.hidden[j]) {
+      for (int64_t l = 0; l < kPanel; l++) s[l] = kNone;
+      continue;
+    }
+    const C* __restrict r = u.reversed_bias + p.rows() + i0 - j;
+    const int64_t first = p.causal ? std::max<int64_t>(0, j - i0) : 0;  // lane
+#pragma omp simd
+    for (int64_t l = 0; l < kPanel; l++) {
+      const C v = l < first ? kNone : s[l] + r[l];
+      s[l] = v;
+      m[l] = v > m[l] ? v : m[l];
+    }
+  }
+}
+
+// S = exp(S - shift), exactly 0 where S is -inf by masking; total[l] = sum.
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void exponentials(const ToeplitzAttention<T>& p, const AttentionUnit<C>& u, int64_t i0, int64_t keys,
+                                 const C* __restrict shift, C* __restrict s, double* __restrict total) {
+  alignas(64) double sum[kPanel] = {};
+  for (int64_t j0 = 0; j0 < keys; j0 += kPanel) {
+    alignas(64) C part[kPanel] = {};
+    const int64_t end = std::min(keys, j0 + kPanel);
+    for (int64_t j = j0; j < end; j++, s += kPanel) {
+      if (u.hidden[j]) {
+        for (int64_t l = 0; l < kPanel; l++) s[l] = 0;
+        continue;
+      }
+      const int64_t first = p.causal ? std::max<int64_t>(0, j - i0) : 0;
+#pragma omp simd
+      for (int64_t l = 0; l < kPanel; l++) {
+        const C e = exp_nonpositive(s[l] - shift[l]);
+        s[l] = l < first ? C(0) : e;
+        part[l] += s[l];
+      }
+    }
+#pragma omp simd
+    for (int64_t l = 0; l < kPanel; l++) sum[l] += static_cast<double>(part[l]);
+  }
+  for (int64_t l = 0; l < kPanel; l++) total[l] = sum[l];
+}
+
+// 1 / total, NaN for a query that sees no key.
+template <typename C>
+FASTASR_INLINE void inverse_of(const C* __restrict m, const double* __restrict total, C* __restrict inverse) {
+  for (int64_t l = 0; l < kPanel; l++)
+    inverse[l] = m[l] == -std::numeric_limits<C>::infinity() ? std::numeric_limits<C>::quiet_NaN()
+                                                             : static_cast<C>(1 / total[l]);
+}
+
+// The weights' rows add up to 1 within a rounding: dS is a difference of sums over them.
+template <typename C>
+FASTASR_INLINE void normalise(const C* m, const double* total, C* __restrict a, int64_t keys) {
+  alignas(64) C inverse[kPanel];
+  inverse_of(m, total, inverse);
+  for (int64_t j = 0; j < keys; j++) {
+#pragma omp simd
+    for (int64_t l = 0; l < kPanel; l++) a[j * kPanel + l] *= inverse[l];
+  }
+}
+
+// S *= dropout, j < keys.
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void drop(const ToeplitzAttention<T>& p, int64_t unit, int64_t i0, int64_t keys, C* __restrict s) {
+  const Span span = span_of(p, unit);
+  const C* __restrict m = p.dropout + (unit * p.size + i0) * p.size;
+  const int64_t queries = std::min(kPanel, span.length - i0), end = std::min(keys, span.length);
+  for (int64_t j = 0; j < end; j++)
+    for (int64_t l = 0; l < queries; l++) s[j * kPanel + l] *= m[l * p.size + j];
+}
+
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void forward_block(const ToeplitzAttention<T>& p, int64_t unit, int64_t block, const AttentionUnit<C>& u,
+                                  T* __restrict y, T* __restrict mixed, C* __restrict scratch) {
+  const Span span = span_of(p, unit);
+  const int64_t i0 = block * kPanel, rows = p.rows(), queries = std::min(kPanel, span.length - i0);
+  if (queries <= 0) return;
+  const int64_t keys = keys_of(p, block);
+  C *s = scratch, *h = s + rows * kPanel, *gate = h + kTile;
+  alignas(64) C m[kPanel], inverse[kPanel];
+  alignas(64) double total[kPanel];
+  products(p, u, block, keys, s);
+  bias_and_maximum(p, u, i0, keys, s, m);
+  exponentials(p, u, i0, keys, m, s, total);
+  inverse_of(m, total, inverse);
+  if (p.dropout) drop(p, unit, i0, keys, s);
+  for (int64_t panel = 0; panel < p.v_panels(); panel++) {
+    const C* v = u.value + panel * rows * kPanel;
+    for (int64_t l = 0; l < kPanel; l += kTileRows)
+      tile_columns(s + l, v, p.causal ? std::min(keys, i0 + l + kTileRows) : keys, h + l * kPanel, false);
+    const int64_t first = panel * kPanel, n = std::min(kPanel, p.v - first);
+    fetch(p.gate, span.first + i0, span.batch, first, p.v, queries, kPanel, gate);
+    activate(p.activation, gate, queries * kPanel);
+    for (int64_t l = 0; l < queries; l++) {
+      C* __restrict hl = h + l * kPanel, * __restrict gl = gate + l * kPanel;
+#pragma omp simd
+      for (int64_t c = 0; c < kPanel; c++) hl[c] *= inverse[l], gl[c] *= hl[c];
+      const int64_t at = ((span.first + i0 + l) * p.batch + span.batch) * p.v + first;
+      put(y + at, gl, n);
+      if (mixed) put(mixed + at, hl, n);
+    }
+  }
+}
+
+// g = dy act(gate) of a block: panels into u.grad, transposed ([v][32]) into gt; dgate = dy h act'(gate).
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void ungate(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g, const Span& span, int64_t i0,
+                           int64_t queries, const AttentionUnit<C>& u, C* __restrict gt, C* __restrict scratch) {
+  C* __restrict gate = scratch, * __restrict slope = gate + kTile, * __restrict mixed = slope + kTile;
+  const int64_t t = span.first + i0;
+  for (int64_t panel = 0; panel < p.v_panels(); panel++) {
+    const int64_t first = panel * kPanel, n = std::min(kPanel, p.v - first);
+    C* __restrict out = u.grad + (panel * p.rows() + i0) * kPanel;
+    fetch(p.gate, t, span.batch, first, p.v, queries, kPanel, gate);
+    fetch(g.grad, t, span.batch, first, p.v, queries, kPanel, out);
+    fetch(g.mixed, t, span.batch, first, p.v, queries, kPanel, mixed);
+    activate_with_slope(p.activation, gate, slope, kTile);
+#pragma omp simd
+    for (int64_t i = 0; i < kTile; i++) {
+      mixed[i] *= out[i] * slope[i];
+      out[i] *= gate[i];
+    }
+    for (int64_t l = 0; l < queries; l++)
+      put(g.dgate + ((t + l) * p.batch + span.batch) * p.v + first, mixed + l * kPanel, n);
+    transpose(out, gt + panel * kTile);
+  }
+}
+
+// dS = A (dA - D), D = sum_j A dA, in place of dA. D is divided by the sum of A as it was rounded, and subtracted in
+// two parts: the rows of dS then add up to zero as nearly as their elements allow, which the sums over them rely on.
+template <typename C>
+FASTASR_INLINE void softmax_backward(const C* __restrict a, C* __restrict ds, int64_t keys) {
+  alignas(64) double sum[kPanel] = {}, one[kPanel] = {};
+  for (int64_t j0 = 0; j0 < keys; j0 += kTileRows) {
+    alignas(64) C part[kPanel] = {}, weight[kPanel] = {};
+    for (int64_t j = j0; j < j0 + kTileRows; j++) {
+#pragma omp simd
+      for (int64_t l = 0; l < kPanel; l++) {
+        part[l] += a[j * kPanel + l] * ds[j * kPanel + l];
+        weight[l] += a[j * kPanel + l];
+      }
+    }
+#pragma omp simd
+    for (int64_t l = 0; l < kPanel; l++) {
+      sum[l] += static_cast<double>(part[l]);
+      one[l] += static_cast<double>(weight[l]);
+    }
+  }
+  alignas(64) C high[kPanel], low[kPanel];
+  for (int64_t l = 0; l < kPanel; l++) {
+    const double along = sum[l] / one[l];
+    high[l] = static_cast<C>(along);
+    low[l] = static_cast<C>(along - static_cast<double>(high[l]));
+  }
+  for (int64_t j = 0; j < keys; j++) {
+#pragma omp simd
+    for (int64_t l = 0; l < kPanel; l++)
+      ds[j * kPanel + l] = a[j * kPanel + l] * ((ds[j * kPanel + l] - high[l]) - low[l]);
+  }
+}
+
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void backward_block(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g, int64_t unit,
+                                   int64_t block, const AttentionUnit<C>& u, C* __restrict scratch) {
+  const Span span = span_of(p, unit);
+  const int64_t i0 = block * kPanel, rows = p.rows(), keys = keys_of(p, block);
+  const int64_t queries = std::clamp<int64_t>(span.length - i0, 0, kPanel);
+  C *a = u.weights + block * rows * kPanel, *ds = u.dscores + block * rows * kPanel;
+  if (queries == 0) {
+    std::memset(a, 0, sizeof(C) * rows * kPanel);
+    std::memset(ds, 0, sizeof(C) * rows * kPanel);
+    for (int64_t panel = 0; panel < p.v_panels(); panel++)
+      std::memset(u.grad + (panel * rows + i0) * kPanel, 0, sizeof(C) * kTile);
+    return;
+  }
+  C *gt = scratch, *rest = gt + p.v_panels() * kTile;
+  alignas(64) C m[kPanel];
+  alignas(64) double total[kPanel];
+  products(p, u, block, keys, a);
+  bias_and_maximum(p, u, i0, keys, a, m);
+  exponentials(p, u, i0, keys, m, a, total);
+  normalise(m, total, a, keys);
+  ungate(p, g, span, i0, queries, u, gt, rest);
+  for (int64_t j = 0; j < keys; j += kTileRows)
+    tile_rows(u.value + j * kPanel, rows * kPanel, gt, p.v_panels(), ds + j * kPanel, false);
+  if (p.dropout) drop(p, unit, i0, keys, ds);
+  softmax_backward(a, ds, keys);
+  if (p.dropout) drop(p, unit, i0, keys, a);
+  for (int64_t panel = 0; panel < p.d_panels(); panel++)
+    for (int64_t l = 0; l < kPanel; l += kTileRows)
+      tile_columns(ds + l, u.key + panel * rows * kPanel, p.causal ? std::min(keys, i0 + l + kTileRows) : keys,
+                   u.dquery + (panel * rows + i0 + l) * kPanel, false);
+}
+
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void backward_keys(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g, int64_t unit,
+                                  int64_t panel, const AttentionUnit<C>& u, C* __restrict scratch) {
+  const Span span = span_of(p, unit);
+  const int64_t rows = p.rows(), blocks = p.blocks();
+  const bool of_key = panel >= p.v_panels();
+  const C* a = of_key ? u.dscores : u.weights;
+  const C* b = of_key ? u.query + (panel - p.v_panels()) * rows * kPanel : u.grad + panel * rows * kPanel;
+  C *out = scratch, *slope = out + kTile, *value = slope + kTile;
+  for (int64_t j0 = 0; j0 < span.length; j0 += kPanel) {
+    const int64_t n = std::min(kPanel, span.length - j0), first = p.causal ? j0 / kPanel : 0;
+    C* to = of_key ? u.dkey + ((panel - p.v_panels()) * rows + j0) * kPanel : out;
+    for (int64_t j = 0; j < n; j += kTileRows)
+      tile_rows(a + (first * rows + j0 + j) * kPanel, rows * kPanel, b + first * kTile, blocks - first, to + j * kPanel,
+                false);
+    if (of_key) continue;
+    const int64_t channel = panel * kPanel, width = std::min(kPanel, p.v - channel);
+    if (p.activate_value) {
+      fetch(p.value, span.first + j0, span.batch, channel, p.v, n, kPanel, value);
+      activate_with_slope(p.activation, value, slope, kTile);
+#pragma omp simd
+      for (int64_t i = 0; i < kTile; i++) out[i] *= slope[i];
+    }
+    for (int64_t j = 0; j < n; j++)
+      put(g.dvalue + ((span.first + j0 + j) * p.batch + span.batch) * p.v + channel, out + j * kPanel, width);
+  }
+}
+
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void backward_parameters(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g, int64_t unit,
+                                        const AttentionUnit<C>& u, double* __restrict dparameters,
+                                        double* __restrict dposition, C* __restrict scratch) {
+  const Span span = span_of(p, unit);
+  const int64_t rows = p.rows();
+  const C scale = static_cast<C>(1 / std::sqrt(static_cast<double>(p.d)));
+  C *z = scratch, *slope = z + kTile;
+  // A key's bias adds the same to all scores of a query, so its gradient is 0 (or NaN where a weight is), not the sum
+  // of rounding errors that adding up dkey would give.
+  std::fill_n(dparameters, 4 * p.d, 0.0);
+  for (int64_t panel = 0; panel < p.d_panels(); panel++) {
+    const int64_t first = panel * kPanel, n = std::min(kPanel, p.d - first);
+    alignas(64) C qw[kPanel] = {}, kw[kPanel] = {};
+    for (int64_t j = 0; j < n; j++) qw[j] = p.qk_weight[first + j], kw[j] = p.qk_weight[p.d + first + j];
+    alignas(64) double sums[4][kPanel] = {};
+    for (int64_t i0 = 0; i0 < span.length; i0 += kPanel) {
+      const int64_t frames = std::min(kPanel, span.length - i0);
+      fetch(p.query_key, span.first + i0, span.batch, first, p.d, frames, kPanel, z);
+      activate_with_slope(p.activation, z, slope, frames * kPanel);
+      const C* __restrict dq = u.dquery + (panel * rows + i0) * kPanel, * __restrict dk =
+                                                                            u.dkey + (panel * rows + i0) * kPanel;
+      for (int64_t i = 0; i < frames; i++) {
+        alignas(64) C dz[kPanel];
+#pragma omp simd
+        for (int64_t j = 0; j < kPanel; j++) {
+          const int64_t at = i * kPanel + j;
+          const C q = dq[at] * scale, k = dk[at];
+          sums[0][j] += static_cast<double>(q * z[at]);
+          sums[1][j] += static_cast<double>(k * z[at]);
+          sums[2][j] += static_cast<double>(q);
+          sums[3][j] += static_cast<double>(k) * 0;
+          dz[j] = (q * qw[j] + k * kw[j]) * slope[at];
+        }
+        put(g.dquery_key + ((span.first + i0 + i) * p.batch + span.batch) * p.d + first, dz, n);
+      }
+    }
+    for (int64_t r = 0; r < 4; r++)
+      for (int64_t j = 0; j < n; j++) dparameters[r * p.d + first + j] = sums[r][j];
+  }
+  // dS of key j and query i counts for distance j - i: a row of dscores is a slice of the reversed vector
+  const int64_t middle = p.size - 1;
+  std::fill_n(dposition, 2 * p.size - 1, 0.0);
+  for (int64_t block = 0; block < p.blocks(); block++) {
+    const int64_t i0 = block * kPanel, queries = std::min(kPanel, span.length - i0);
+    const int64_t keys = std::min(keys_of(p, block), span.length);
+    for (int64_t j = 0; j < keys; j++) {
+      const C* __restrict ds = u.dscores + (block * rows + j) * kPanel;
+      double* __restrict to = dposition + middle + j - i0;
+      for (int64_t l = 0; l < queries; l++) to[-l] += static_cast<double>(ds[l]);
+    }
+  }
+}
+
+}  // namespace
+
+template <typename T>
+int64_t attention_unit_elements(const ToeplitzAttention<T>& p, bool backward) {
+  const int64_t rows = p.rows(), d = p.d_panels() * kPanel * rows, v = p.v_panels() * kPanel * rows;
+  const int64_t common = 2 * d + v + 2 * rows + kPanel + rows / static_cast<int64_t>(sizeof(compute_t<T>));
+  return common + (backward ? 3 * d + v + 2 * rows * rows : 0);
+}
+
+template <typename T>
+AttentionUnit<compute_t<T>> attention_unit(const ToeplitzAttention<T>& p, bool backward, compute_t<T>* memory) {
+  const int64_t rows = p.rows(), d = p.d_panels() * kPanel * rows, v = p.v_panels() * kPanel * rows;
+  const auto take = [&](int64_t n) {
+    compute_t<T>* at = memory;
+    memory += n;
+    return at;
+  };
+  AttentionUnit<compute_t<T>> u{};
+  u.query_t = take(d), u.key = take(d), u.value = take(v), u.reversed_bias = take(2 * rows + kPanel);
+  if (backward) {
+    u.query = take(d), u.grad = take(v), u.weights = take(rows * rows), u.dscores = take(rows * rows);
+    u.dquery = take(d), u.dkey = take(d);
+  }
+  u.hidden = reinterpret_cast<uint8_t*>(memory);
+  return u;
+}
+
+template <typename T>
+int64_t attention_scratch_elements(const ToeplitzAttention<T>& p) {
+  return std::max(p.rows(), p.v_panels() * kPanel) * kPanel + 3 * kTile;
+}
+
+#define FASTASR_DEFINE(T)                                                                                              \
+  template int64_t attention_unit_elements(const ToeplitzAttention<T>&, bool);                                         \
+  template AttentionUnit<compute_t<T>> attention_unit(const ToeplitzAttention<T>&, bool, compute_t<T>*);               \
+  template int64_t attention_scratch_elements(const ToeplitzAttention<T>&);                                            \
+  FASTASR_CLONES void attention_pack(const ToeplitzAttention<T>& p, int64_t unit, bool backward,                       \
+                                     const AttentionUnit<compute_t<T>>& u, compute_t<T>* scratch) {                    \
+    pack(p, unit, backward, u, scratch);                                                                               \
+  }                                                                                                                    \
+  FASTASR_CLONES void attention_pack_value(const ToeplitzAttention<T>& p, int64_t unit, int64_t panel,                 \
+                                           const AttentionUnit<compute_t<T>>& u) {                                     \
+    pack_value(p, unit, panel, u);                                                                                     \
+  }                                                                                                                    \
+  FASTASR_CLONES void attention_forward(const ToeplitzAttention<T>& p, int64_t unit, int64_t block,                    \
+                                        const AttentionUnit<compute_t<T>>& u, T* y, T* mixed, compute_t<T>* scratch) { \
+    forward_block(p, unit, block, u, y, mixed, scratch);                                                               \
+  }                                                                                                                    \
+  FASTASR_CLONES void attention_backward(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g, int64_t unit,  \
+                                         int64_t block, const AttentionUnit<compute_t<T>>& u, compute_t<T>* scratch) { \
+    backward_block(p, g, unit, block, u, scratch);                                                                     \
+  }                                                                                                                    \
+  FASTASR_CLONES void attention_backward_keys(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g,           \
+                                              int64_t unit, int64_t panel, const AttentionUnit<compute_t<T>>& u,       \
+                                              compute_t<T>* scratch) {                                                 \
+    backward_keys(p, g, unit, panel, u, scratch);                                                                      \
+  }                                                                                                                    \
+  FASTASR_CLONES void attention_backward_parameters(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g,     \
+                                                    int64_t unit, const AttentionUnit<compute_t<T>>& u,                \
+                                                    double* dparameters, double* dposition, compute_t<T>* scratch) {   \
+    backward_parameters(p, g, unit, u, dparameters, dposition, scratch);                                               \
+  }
+
+FASTASR_DEFINE(float)
+FASTASR_DEFINE(double)
+FASTASR_DEFINE(bfloat16)
+FASTASR_DEFINE(float16)
+
+}  // namespace fastasr::cpu

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/number.h"
+#include "cpu/tile_gemm.h"
+
+// Gated attention with a Toeplitz bias, per sequence and chunk (a "unit"), 32 queries at a time (a "block"):
+//   z = act(query_key), q = (z w0 + b0) / sqrt(d), k = z w1 + b1, S_ij = q_i k_j + bias[j - i], A = softmax_j(S) M,
+//   h = A v, y = h act(gate).
+// Scores are held transposed, one row per key with the 32 queries as lanes: the softmax needs no sum across lanes, the
+// bias of a row is a contiguous slice of the reversed vector, and A is already packed for its products. A block sees
+// all its keys at once (one pass, exact maximum); keys behind its last query are skipped when causal. Backward, with g
+// = dy act(gate): dA = g v^T M, dS = A (dA - sum_j A dA), dv = A^T g, dq = dS k, dk = dS^T q, dbias = diagonal sums.
+namespace fastasr::cpu {
+
+// (time, batch, channel) with dense channels.
+template <typename T>
+struct Sequence {
+  T* data = nullptr;
+  int64_t time = 0, batch = 0;
+  T* at(int64_t t, int64_t b) const { return data + t * time + b * batch; }
+};
+
+template <typename T>
+struct ToeplitzAttention {
+  using C = compute_t<T>;
+  Sequence<const T> query_key, gate, value;
+  const C *qk_weight, *qk_bias;  // (2, d)
+  const C* position_bias;        // of distance 0; `reach` entries on either side
+  const uint8_t* padding;        // (B, L), or null
+  const C* dropout;              // (B, count, size, size), or null
+  int64_t length, batch, d, v, reach;
+  int64_t size, count;  // frames per chunk, chunks
+  bool causal, activate_value;
+  int activation;
+
+  // Everything padded to whole panels: frames of a chunk, blocks, panels of d and v.
+  int64_t rows() const { return (size + kPanel - 1) / kPanel * kPanel; }
+  int64_t blocks() const { return rows() / kPanel; }
+  int64_t d_panels() const { return (d + kPanel - 1) / kPanel; }
+  int64_t v_panels() const { return (v + kPanel - 1) / kPanel; }
+  int64_t units() const { return batch * count; }
+};
+
+// A unit's operands, packed; elements of C. The second group is for the backward alone.
+template <typename C>
+struct AttentionUnit {
+  C *query_t, *key, *value, *reversed_bias;             // [block][d][32], [panel][row][32] twice, [2 rows + 32]
+  C *query, *grad, *weights, *dscores, *dquery, *dkey;  // panels; weights, dscores: [block][key][32 queries]
+  uint8_t* hidden;                                      // [row]: the key is not to be seen
+};
+template <typename T>
+int64_t attention_unit_elements(const ToeplitzAttention<T>& p, bool backward);
+template <typename T>
+AttentionUnit<compute_t<T>> attention_unit(const ToeplitzAttention<T>& p, bool backward, compute_t<T>* memory);
+
+// Elements of C that a call on one block or panel needs besides.
+template <typename T>
+int64_t attention_scratch_elements(const ToeplitzAttention<T>& p);
+
+// What the backward reads and writes besides. Gradients are contiguous.
+template <typename T>
+struct AttentionGradients {
+  using C = compute_t<T>;
+  Sequence<const T> grad, mixed;  // of y; h
+  T *dquery_key, *dgate, *dvalue;
+};
+
+#define FASTASR_DECLARE(T)                                                                                            \
+  void attention_pack(const ToeplitzAttention<T>& p, int64_t unit, bool backward,                                     \
+                      const AttentionUnit<compute_t<T>>& u, compute_t<T>* scratch);                                   \
+  void attention_pack_value(const ToeplitzAttention<T>& p, int64_t unit, int64_t panel,                               \
+                            const AttentionUnit<compute_t<T>>& u);                                                    \
+  /* y and, when not null, h of one block */                                                                          \
+  void attention_forward(const ToeplitzAttention<T>& p, int64_t unit, int64_t block,                                  \
+                         const AttentionUnit<compute_t<T>>& u, T* y, T* mixed, compute_t<T>* scratch);                \
+  /* dgate, and into u: weights, dscores, grad, dquery of one block */                                                \
+  void attention_backward(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g, int64_t unit, int64_t block, \
+                          const AttentionUnit<compute_t<T>>& u, compute_t<T>* scratch);                               \
+  /* dvalue of a panel of v, or dkey (into u) of panel - v_panels */                                                  \
+  void attention_backward_keys(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g, int64_t unit,           \
+                               int64_t panel, const AttentionUnit<compute_t<T>>& u, compute_t<T>* scratch);           \
+  /* dquery_key; this unit's sums: dparameters (4, d): dweight rows 0 and 1, dbias rows 0 and 1; dposition (2 size -  \
+   * 1) */                                                                                                            \
+  void attention_backward_parameters(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g, int64_t unit,     \
+                                     const AttentionUnit<compute_t<T>>& u, double* dparameters, double* dposition,    \
+                                     compute_t<T>* scratch);
+FASTASR_DECLARE(float)
+FASTASR_DECLARE(double)
+FASTASR_DECLARE(bfloat16)
+FASTASR_DECLARE(float16)
+#undef FASTASR_DECLARE
+
+}  // namespace fastasr::cpu

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of gated_residual_norm."""
+
+import torch
+
+from fastasr.ops import _activation
+from fastasr.ops.gated_residual_norm import definition
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
+
+
+def _call(make: Make, shape: tuple[int, ...], **more) -> dict:
+    channels = shape[-1]
+    return {
+        "x": make.normal(*shape),
+        "update": make.normal(*shape, scale=2.0),
+        "candidate": make.normal(*shape, scale=1.5),
+        "hidden": make.normal(*shape),
+        "weight": make.normal(channels, scale=0.3, mean=1.0),
+        "bias": make.normal(channels, scale=0.2),
+        "eps": 1e-12,
+    } | more
+
+
+def _slices(make: Make, length: int, batch: int, channels: int) -> dict:
+    """update and candidate as slices of one projection, as in a MEGA block."""
+    call = _call(make, (length, batch, channels))
+    base = make.normal(length, batch, 2 * channels + 7)
+    return call | {"update": base[..., :channels], "candidate": base[..., -channels:]}
+
+
+def _with_mask(make: Make, shape: tuple[int, ...]) -> dict:
+    return _call(make, shape, dropout_mask=make.uniform(*shape) > 0.3)
+
+
+def _same_rows(make: Make) -> dict:
+    """Rows of zeros, and rows of one value that float32 does not hold exactly."""
+    zero = make.normal(4, 8, scale=0.0)
+    call = _call(make, (4, 8)) | {"x": zero.clone(), "candidate": zero.clone(), "hidden": zero.clone()}
+    call["x"][2:] = 0.1
+    call["candidate"][2:] = 0.1
+    return call | {"activation": "identity"}
+
+
+def _with(**arguments):
+    return lambda m: _call(m, (3, 2, 8)) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
+
+
+TABLE = OpTable(
+    op="gated_residual_norm",
+    definition=definition,
+    registered=lambda a: (
+        a["x"],
+        a["update"],
+        a["candidate"],
+        a["hidden"],
+        None
+        if a.get("dropout_mask") is None
+        else a["dropout_mask"].to(torch.promote_types(a["x"].dtype, torch.float32)),
+        a["weight"].to(torch.promote_types(a["x"].dtype, torch.float32)),
+        a["bias"].to(torch.promote_types(a["x"].dtype, torch.float32)),
+        a.get("eps", 1e-5),
+        _activation.NAMES.index(a.get("activation", "silu")),
+    ),
+    samples=(
+        Sample("lbd", lambda m: _call(m, (5, 3, 24)), thorough=True),
+        Sample("slices of a projection", lambda m: _slices(m, 6, 2, 20), thorough=True),
+        Sample("dropout", lambda m: _with_mask(m, (4, 3, 17)), thorough=True),
+        *(
+            Sample(name, lambda m, name=name: _call(m, (7, 2, 33), activation=name))
+            for name in _activation.NAMES
+        ),
+        Sample("block", lambda m: _slices(m, 40, 4, 512)),
+        Sample("matrix", lambda m: _call(m, (9, 193))),
+        Sample("vector", lambda m: _call(m, (40,))),
+        Sample("five channels", lambda m: _call(m, (300, 5), eps=0.1)),
+        Sample("one channel", lambda m: _call(m, (30, 1), eps=1e-3), exact=False),  # no gradient but to bias
+        Sample("no rows", lambda m: _call(m, (0, 3, 8))),
+        Sample("rows of one value", _same_rows, exact=False),
+    ),
+    invalid=(
+        Invalid("weight of another size", _with(weight=lambda m: m.normal(7)), ValueError, "weight"),
+        Invalid("bias is a matrix", _with(bias=lambda m: m.normal(1, 8)), ValueError, "bias"),
+        Invalid("update of another shape", _with(update=lambda m: m.normal(3, 8)), ValueError, "update"),
+        Invalid("hidden of another shape", _with(hidden=lambda m: m.normal(2, 3, 8)), ValueError, "hidden"),
+        Invalid("candidate is None", _with(candidate=None), TypeError, "candidate"),
+        Invalid("negative eps", _with(eps=-1.0), ValueError, "eps"),
+        Invalid("eps is a string", _with(eps="1e-5"), TypeError, "eps"),
+        Invalid("unknown activation", _with(activation="swoosh"), ValueError, "activation"),
+        Invalid("activation is a function", _with(activation=lambda m: torch.tanh), TypeError, "activation"),
+        Invalid(
+            "mask of another shape",
+            _with(dropout_mask=lambda m: m.normal(3, 2, 1) > 0),
+            ValueError,
+            "dropout_mask",
+        ),
+        Invalid(
+            "mask of integers",
+            _with(dropout_mask=lambda m: m.normal(3, 2, 8).int()),
+            TypeError,
+            "dropout_mask",
+        ),
+        Invalid(
+            "mask that wants a gradient",
+            _with(dropout_mask=lambda m: m.normal(3, 2, 8).requires_grad_()),
+            ValueError,
+            "dropout_mask",
+        ),
+        Invalid("x has no dimensions", _with(x=lambda m: m.normal()), ValueError, "x"),
+        Invalid("no channels", _with(x=lambda m: m.normal(3, 2, 0)), ValueError, "x"),
+    ),
+    rows=("x", "update", "candidate", "hidden", "dropout_mask"),
+    # with few channels and a small eps, what LayerNorm divides by may be all rounding
+    random=lambda m, shape: _call(m, (*shape(), 1 + shape.size()), eps=shape.choice((0.1, 1.0))),
+)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of residual_norm."""
+
+import torch
+
+from fastasr.ops.gated_residual_norm import definition_residual
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
+
+
+def _call(make: Make, shape: tuple[int, ...], eps: float = 1e-12, scale: float = 1.0) -> dict:
+    channels = shape[-1]
+    return {
+        "x": make.normal(*shape, scale=scale),
+        "update": make.normal(*shape, scale=scale),
+        "weight": make.normal(channels, scale=0.3, mean=1.0),
+        "bias": make.normal(channels, scale=0.2),
+        "eps": eps,
+    }
+
+
+def _with(**arguments):
+    return lambda m: _call(m, (3, 2, 8)) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
+
+
+TABLE = OpTable(
+    op="residual_norm",
+    definition=definition_residual,
+    registered=lambda a: (
+        a["x"],
+        a["update"],
+        a["weight"].to(torch.promote_types(a["x"].dtype, torch.float32)),
+        a["bias"].to(torch.promote_types(a["x"].dtype, torch.float32)),
+        a["eps"],
+    ),
+    samples=(
+        Sample("lbd", lambda m: _call(m, (5, 3, 24)), thorough=True),
+        Sample("odd channels", lambda m: _call(m, (11, 193)), thorough=True),
+        Sample("block", lambda m: _call(m, (40, 4, 512))),
+        Sample("wide", lambda m: _call(m, (3, 2070))),
+        Sample("vector", lambda m: _call(m, (40,))),
+        Sample("five channels", lambda m: _call(m, (300, 5), eps=0.1)),
+        Sample("large values", lambda m: _call(m, (5, 3, 24), scale=300.0)),
+        Sample("no rows", lambda m: _call(m, (0, 3, 8))),
+        Sample("rows of zeros", lambda m: _call(m, (4, 8), scale=0.0), exact=False),
+        Sample(
+            "NaN and inf",
+            lambda m: (
+                _call(m, (3, 4))
+                | {"x": m.values(1, float("nan"), 2, 3, 1, float("inf"), 2, 3, 1, 2, 3, 4).view(3, 4)}
+            ),
+            exact=False,
+        ),
+    ),
+    invalid=(
+        Invalid("weight of another size", _with(weight=lambda m: m.normal(7)), ValueError, "weight"),
+        Invalid("bias is a matrix", _with(bias=lambda m: m.normal(1, 8)), ValueError, "bias"),
+        Invalid("update of another shape", _with(update=lambda m: m.normal(3, 8)), ValueError, "update"),
+        Invalid("eps is not a number", _with(eps=float("nan")), ValueError, "eps"),
+        Invalid("x has no dimensions", _with(x=lambda m: m.normal()), ValueError, "x"),
+    ),
+    rows=("x", "update"),
+    # with few channels and a small eps, what LayerNorm divides by may be all rounding
+    random=lambda m, shape: _call(m, (*shape(), 1 + shape.size()), eps=shape.choice((0.1, 1.0))),
+)
