@@ -12,15 +12,15 @@ constexpr int kActivations = 5;
 // sigmoid(x) and sigmoid(-x), neither as one minus the other.
 template <typename C>
 FASTASR_INLINE void sigmoid_pair(C x, C* positive, C* negative) {
-  const C e = exp_nonpositive(x < 0 ? x : -x), larger = 1 / (1 + e), smaller = e * larger;
+  const C e = exp_nonpositive(x < 0 ? x : -x), d = 1 + e, larger = 1 / d, smaller = e / d;
   *positive = x < 0 ? smaller : larger;
   *negative = x < 0 ? larger : smaller;
 }
 
 template <typename C>
 FASTASR_INLINE C sigmoid(C x) {
-  const C e = exp_nonpositive(x < 0 ? x : -x), larger = 1 / (1 + e);
-  return x < 0 ? e * larger : larger;
+  const C e = exp_nonpositive(x < 0 ? x : -x);
+  return (x < 0 ? e : C(1)) / (1 + e);
 }
 
 FASTASR_INLINE float tanh(float x) {

@@ -63,7 +63,7 @@ TABLE = OpTable(
     ),
     samples=(
         Sample("lbd", lambda m: _call(m, (5, 3, 24)), thorough=True),
-        Sample("slices of a projection", lambda m: _slices(m, 6, 2, 20), thorough=True),
+        Sample("slices of a projection", lambda m: _slices(m, 30, 4, 64), thorough=True),
         Sample("dropout", lambda m: _with_mask(m, (4, 3, 17)), thorough=True),
         *(
             Sample(name, lambda m, name=name: _call(m, (7, 2, 33), activation=name))
@@ -71,7 +71,7 @@ TABLE = OpTable(
         ),
         Sample("block", lambda m: _slices(m, 40, 4, 512)),
         Sample("matrix", lambda m: _call(m, (9, 193))),
-        Sample("vector", lambda m: _call(m, (40,))),
+        Sample("vector", lambda m: _call(m, (40,)), exact=False),
         Sample("five channels", lambda m: _call(m, (300, 5), eps=0.1)),
         Sample("one channel", lambda m: _call(m, (30, 1), eps=1e-3), exact=False),  # no gradient but to bias
         Sample("no rows", lambda m: _call(m, (0, 3, 8))),

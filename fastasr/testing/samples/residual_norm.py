@@ -37,7 +37,7 @@ TABLE = OpTable(
         Sample("odd channels", lambda m: _call(m, (11, 193)), thorough=True),
         Sample("block", lambda m: _call(m, (40, 4, 512))),
         Sample("wide", lambda m: _call(m, (3, 2070))),
-        Sample("vector", lambda m: _call(m, (40,))),
+        Sample("vector", lambda m: _call(m, (40,)), exact=False),
         Sample("five channels", lambda m: _call(m, (300, 5), eps=0.1)),
         Sample("large values", lambda m: _call(m, (5, 3, 24), scale=300.0)),
         Sample("no rows", lambda m: _call(m, (0, 3, 8))),
