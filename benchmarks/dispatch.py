@@ -20,8 +20,11 @@ from fastasr.ops.bias_norm import definition as bias_norm_definition
 from fastasr.ops.bypass import definition as bypass_definition
 from fastasr.ops.complex_ema_scan import definition as complex_ema_scan_definition
 from fastasr.ops.ema_scan import definition as ema_scan_definition
+from fastasr.ops.gated_residual_norm import definition as gated_residual_norm_definition
+from fastasr.ops.gated_residual_norm import definition_residual as residual_norm_definition
 from fastasr.ops.rel_position_attention_weights import definition as attention_weights_definition
 from fastasr.ops.swoosh import definition_l, definition_r
+from fastasr.ops.toeplitz_attention import definition as toeplitz_attention_definition
 
 NAME = "dispatch"
 INFERENCE, NO_GRAD, FORWARD, BOTH = "inference mode", "no_grad", "forward", "forward+backward"
@@ -81,6 +84,12 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             ops.complex_ema_scan,
             lambda *tensors: registered.complex_ema_scan(*tensors, None, None, 0, 0, 0, 0, False)[0],
         ),
+        "gated_residual_norm": Tiny(
+            (x, other, x, other, scale, bias),
+            gated_residual_norm_definition,
+            ops.gated_residual_norm,
+            lambda x, u, c, h, w, b: registered.gated_residual_norm(x, u, c, h, None, w, b, 1e-5, 1),
+        ),
         "linear": Tiny((x, weight, bias), F.linear, ops.linear, registered.linear),
         "rel_position_attention_weights": Tiny(
             (torch.randn(2, 1, 5, device=device), torch.randn(1, 3, 1, device=device)),
@@ -89,6 +98,18 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             lambda x, pos: registered.rel_position_attention_weights(
                 x, pos, None, None, None, 1, 2, -1, -1, 0.0, 25.0
             ),
+        ),
+        "residual_norm": Tiny(
+            (x, other, scale, bias),
+            residual_norm_definition,
+            ops.residual_norm,
+            lambda x, u, w, b: registered.residual_norm(x, u, w, b, 1e-5),
+        ),
+        "toeplitz_attention": Tiny(
+            (x.unsqueeze(0), x.unsqueeze(0), other.unsqueeze(0), x, other, x[0, :1]),
+            toeplitz_attention_definition,
+            ops.toeplitz_attention,
+            lambda *tensors: registered.toeplitz_attention(*tensors, None, None, True, 0, 1, False),
         ),
     }
 

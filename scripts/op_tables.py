@@ -15,7 +15,10 @@ from fastasr.benchmarks.readme_table import replaced, table
 from fastasr.benchmarks.rows import read_all
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"swoosh": ("swoosh_l", "swoosh_r")}  # a page that is not named after its one op
+PAGES = {
+    "swoosh": ("swoosh_l", "swoosh_r"),
+    "residual_norm": ("gated_residual_norm", "residual_norm"),
+}  # pages that are not named after their one op
 
 
 def main(arguments: list[str] | None = None) -> int:

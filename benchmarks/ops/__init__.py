@@ -9,8 +9,10 @@ from fastasr.benchmarks.ops import (
     ema_scan,
     linear,
     rel_position_attention_weights,
+    residual_norm,
     swoosh,
     swoosh_linear,
+    toeplitz_attention,
 )
 
 MODULES = (
@@ -22,6 +24,8 @@ MODULES = (
     ema_scan,
     complex_ema_scan,
     rel_position_attention_weights,
+    toeplitz_attention,
+    residual_norm,
 )
 
 

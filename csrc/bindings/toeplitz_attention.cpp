@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/toeplitz_attention.h"
 
-#include <memory>
-#include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "bindings/dispatch.h"
 #include "cpu/activation.h"
+#include "cpu/buffer_pool.h"
 
 namespace fastasr {
 namespace {
@@ -73,13 +72,14 @@ cpu::ToeplitzAttention<T> checked(const Inputs& in, const char* op) {
   return p;
 }
 
-// Cache-aligned memory that is not cleared: the packed operands are megabytes.
+// Memory that is neither cleared nor, at the next call, fresh.
 template <typename C>
 class Memory {
  public:
-  explicit Memory(int64_t n)
-      : data_(static_cast<C*>(::operator new(sizeof(C) * static_cast<size_t>(n), std::align_val_t{64}))) {}
-  ~Memory() { ::operator delete(data_, std::align_val_t{64}); }
+  explicit Memory(int64_t n) : data_(static_cast<C*>(cpu::acquire_buffer(sizeof(C) * static_cast<size_t>(n)))) {
+    STD_TORCH_CHECK(data_, "toeplitz_attention: no memory for ", n, " packed elements");
+  }
+  ~Memory() { cpu::release_buffer(data_); }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
   C* get() const { return data_; }

@@ -26,6 +26,9 @@ constexpr Test kTests[] = {
     {"ema_scan", fastasr::test::ema_scan},
     {"threads", fastasr::test::threads},
     {"rel_position_attention_weights", fastasr::test::rel_position_attention_weights},
+    {"activation", fastasr::test::activation},
+    {"residual_norm", fastasr::test::residual_norm},
+    {"toeplitz_attention", fastasr::test::toeplitz_attention},
 };
 
 bool machine_has(const char* level) {

@@ -132,7 +132,10 @@ def run_one(seed: int, index: int) -> tuple[str, str]:
     arguments = with_tensors(arguments, lambda _, t: _relayout(t, rng))
     special = rng.random() < 0.2
     if special:
-        arguments = with_tensors(arguments, lambda _, t: _special(t, rng) if rng.random() < 0.5 else t)
+        arguments = with_tensors(
+            arguments,
+            lambda name, t: _special(t, rng) if name not in table.unread and rng.random() < 0.5 else t,
+        )
     if rng.random() < 0.5:
         arguments = _break(arguments, rng)
     gradients = rng.random() < 0.5 and not special

@@ -65,17 +65,12 @@ class OpTable:
     """Everything the checks need to know of an op.
 
     op: its public name. definition: the eager formula, called with the same keyword arguments as the op.
-<<<<<<< HEAD
     registered: keyword arguments -> positional arguments of ``torch.ops.fastasr.<op>``. result: from the keyword
     arguments and what that operator returns, what the public function returns.
-    rows: names of the arguments that are cut along dimension 0 when a call is split; () when rows depend on each
-    other. thread_invariant: bitwise equal for any number of threads (a vendor's matrix product need not be).
-=======
-    registered: keyword arguments -> positional arguments of ``torch.ops.fastasr.<op>``.
     rows: names of the arguments that are cut along dimension 0 when a call is split (those that the call has); ()
     when rows depend on each other. thread_invariant: bitwise equal for any number of threads (a vendor's matrix
-    product need not be).
->>>>>>> 56073dd (Gated Toeplitz attention and residual norms: C++ kernels for CPU, samples)
+    product need not be). unread: arguments whose elements a call may leave unread (masked keys): eager multiplies
+    them by zero, so a NaN there shows in its result alone.
     """
 
     op: str
@@ -85,6 +80,7 @@ class OpTable:
     invalid: tuple[Invalid, ...]
     rows: tuple[str, ...] = ()
     thread_invariant: bool = True
+    unread: tuple[str, ...] = ()
     random: Callable[["Make", "object"], dict] | None = field(default=None)
     result: Callable[[dict, object], object] = lambda arguments, outputs: outputs
 

@@ -160,5 +160,6 @@ TABLE = OpTable(
             "weights_dropout",
         ),
     ),
+    unread=("value",),
     random=_random,
 )

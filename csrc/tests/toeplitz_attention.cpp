@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/toeplitz_attention.h"
+
+#include <algorithm>
+
+#include "tests/check.h"
+
+namespace fastasr::test {
+namespace {
+
+template <typename C>
+void tiles() {
+  for (const int64_t depth : {0, 1, 5, 31, 64, 65, 200}) {
+    const int64_t blocks = (depth + 31) / 32, block = 40 * 32;
+    Buffer<C> a(std::max<int64_t>(1, blocks) * block + depth * 32 + 8), b(std::max<int64_t>(1, blocks) * 32 * 32),
+        c(8 * 32), c2(8 * 32);
+    Random random(static_cast<uint64_t>(depth) + 9);
+    a.fill(random), b.fill(random), c.fill(random);
+    for (int64_t i = 0; i < 8 * 32; i++) c2[i] = c[i];
+    std::vector<C> before(c.data(), c.data() + 8 * 32);
+    cpu::tile_columns(a.data(), b.data(), depth, c.data(), true);
+    cpu::tile_rows(a.data(), block, b.data(), blocks, c2.data(), false);
+    for (int64_t m = 0; m < 8; m++)
+      for (int64_t n = 0; n < 32; n++) {
+        long double columns = before[static_cast<size_t>(m * 32 + n)], rows = 0, size = 1 + std::fabs(columns),
+                    size2 = 1;
+        for (int64_t k = 0; k < depth; k++) {
+          const long double v = static_cast<long double>(a[k * 32 + m]) * b[k * 32 + n];
+          columns += v, size += std::fabs(v);
+        }
+        for (int64_t k = 0; k < blocks * 32; k++) {
+          const long double v = static_cast<long double>(a[k / 32 * block + m * 32 + k % 32]) * b[k * 32 + n];
+          rows += v, size2 += std::fabs(v);
+        }
+        CHECK(std::fabs(c[m * 32 + n] - columns) <= 20 * Type<C>::half_ulp * size, "columns, depth %ld", long(depth));
+        CHECK(std::fabs(c2[m * 32 + n] - rows) <= 20 * Type<C>::half_ulp * size2, "rows, depth %ld", long(depth));
+      }
+    CHECK(c.intact() && c2.intact(), "depth %ld: wrote outside", long(depth));
+  }
+}
+
+struct Shape {
+  int64_t length, batch, d, v, chunk;
+  bool causal, padded, dropped, activate_value;
+};
+
+// Everything of one call: inputs, outputs, and the steps in the order of the bindings.
+template <typename T>
+struct Call {
+  using C = compute_t<T>;
+  Shape shape;
+  Buffer<T> query_key, gate, value, grad, y, mixed, dquery_key, dgate, dvalue;
+  Buffer<C> weight, bias, position, dropout;
+  std::vector<uint8_t> padding;
+  cpu::ToeplitzAttention<T> p{};
+  std::vector<double> parts;
+  static constexpr int64_t kExtra = 5;  // channels of a wider projection that query_key and gate are slices of
+
+  explicit Call(const Shape& s)
+      : shape(s),
+        query_key(s.length * s.batch * (s.d + kExtra)),
+        gate(s.length * s.batch * (s.v + kExtra)),
+        value(s.length * s.batch * s.v),
+        grad(s.length * s.batch * s.v),
+        y(s.length * s.batch * s.v),
+        mixed(s.length * s.batch * s.v),
+        dquery_key(s.length * s.batch * s.d),
+        dgate(s.length * s.batch * s.v),
+        dvalue(s.length * s.batch * s.v),
+        weight(2 * s.d),
+        bias(2 * s.d),
+        position(2 * size_of(s) + 1),
+        dropout(s.batch * ((s.length + size_of(s) - 1) / size_of(s)) * size_of(s) * size_of(s)),
+        padding(static_cast<size_t>(s.length * s.batch)) {
+    Random random(static_cast<uint64_t>(s.length * 31 + s.d));
+    for (Buffer<T>* t : {&query_key, &gate, &value, &grad}) t->fill(random);
+    for (Buffer<C>* t : {&weight, &bias, &position}) t->fill(random, 0.5);
+    for (int64_t i = 0; i < dropout.size(); i++) dropout[i] = random.uniform() < 0.2 ? C(0) : C(1.25);
+    for (int64_t b = 0; b < s.batch; b++)  // never the first of a chunk: that could leave a query without a key
+      for (int64_t j = 0; j < s.length; j++)
+        padding[static_cast<size_t>(b * s.length + j)] = j % size_of(s) != 0 && (j >= s.length - b || j % 5 == 3);
+    p.query_key = {query_key.data(), s.batch * (s.d + kExtra), s.d + kExtra};
+    p.gate = {gate.data(), s.batch * (s.v + kExtra), s.v + kExtra};
+    p.value = {value.data(), s.batch * s.v, s.v};
+    p.qk_weight = weight.data(), p.qk_bias = bias.data();
+    p.reach = size_of(s), p.position_bias = position.data() + p.reach;
+    p.padding = s.padded ? padding.data() : nullptr, p.dropout = s.dropped ? dropout.data() : nullptr;
+    p.length = s.length, p.batch = s.batch, p.d = s.d, p.v = s.v;
+    p.size = size_of(s), p.count = (s.length + p.size - 1) / p.size;
+    p.causal = s.causal, p.activate_value = s.activate_value, p.activation = 1;
+  }
+
+  static int64_t size_of(const Shape& s) {
+    return std::max<int64_t>(1, s.chunk > 0 ? std::min(s.chunk, s.length) : s.length);
+  }
+
+  void run() {
+    const int64_t width = 4 * p.d + 2 * p.size - 1;
+    parts.assign(static_cast<size_t>(p.units() * width), 0.0);
+    cpu::AttentionGradients<T> g{{grad.data(), p.batch * p.v, p.v},
+                                 {mixed.data(), p.batch * p.v, p.v},
+                                 dquery_key.data(),
+                                 dgate.data(),
+                                 dvalue.data()};
+    for (int64_t unit = 0; unit < p.units(); unit++) {
+      Buffer<C> memory(cpu::attention_unit_elements(p, true)), scratch(cpu::attention_scratch_elements(p));
+      const auto u = cpu::attention_unit(p, true, memory.data());
+      cpu::attention_pack(p, unit, true, u, scratch.data());
+      for (int64_t panel = 0; panel < p.v_panels(); panel++) cpu::attention_pack_value(p, unit, panel, u);
+      for (int64_t block = p.blocks(); block-- > 0;)
+        cpu::attention_forward(p, unit, block, u, y.data(), mixed.data(), scratch.data());
+      for (int64_t block = p.blocks(); block-- > 0;) cpu::attention_backward(p, g, unit, block, u, scratch.data());
+      for (int64_t panel = 0; panel < p.v_panels() + p.d_panels(); panel++)
+        cpu::attention_backward_keys(p, g, unit, panel, u, scratch.data());
+      double* part = parts.data() + unit * width;
+      cpu::attention_backward_parameters(p, g, unit, u, part, part + 4 * p.d, scratch.data());
+      CHECK(memory.intact() && scratch.intact(), "wrote outside the packed operands");
+    }
+    for (Buffer<T>* t : {&y, &mixed, &dquery_key, &dgate, &dvalue}) CHECK(t->intact(), "wrote outside an output");
+  }
+
+  // y in double from the formula.
+  std::vector<double> expected() {
+    std::vector<double> out(static_cast<size_t>(y.size()));
+    const auto silu = [](double x) { return x / (1 + std::exp(-x)); };
+    for (int64_t b = 0; b < p.batch; b++)
+      for (int64_t i = 0; i < p.length; i++) {
+        const int64_t first = i / p.size * p.size, last = std::min(p.length, first + p.size);
+        bool all = true;
+        for (int64_t j = first; j < last; j++) all = all && padding[static_cast<size_t>(b * p.length + j)];
+        std::vector<double> a(static_cast<size_t>(last - first));
+        double sum = 0;
+        for (int64_t j = first; j < last; j++) {
+          double s = 0;
+          for (int64_t c = 0; c < p.d; c++) {
+            const double zi = silu(test::value(*(p.query_key.at(i, b) + c)));
+            const double zj = silu(test::value(*(p.query_key.at(j, b) + c)));
+            s += (zi * weight[c] + bias[c]) * (zj * weight[p.d + c] + bias[p.d + c]);
+          }
+          const bool hidden = (p.causal && j > i) || (p.padding && !all && p.padding[b * p.length + j]);
+          const double e = hidden ? 0 : std::exp(s / std::sqrt(double(p.d)) + p.position_bias[j - i]);
+          a[static_cast<size_t>(j - first)] = e, sum += e;
+        }
+        for (int64_t c = 0; c < p.v; c++) {
+          double h = 0;
+          for (int64_t j = first; j < last; j++) {
+            double w = a[static_cast<size_t>(j - first)] / sum, x = test::value(*(p.value.at(j, b) + c));
+            if (p.dropout) w *= p.dropout[((b * p.count + i / p.size) * p.size + i - first) * p.size + j - first];
+            h += w * (p.activate_value ? silu(x) : x);
+          }
+          out[static_cast<size_t>((i * p.batch + b) * p.v + c)] = h * silu(test::value(*(p.gate.at(i, b) + c)));
+        }
+      }
+    return out;
+  }
+
+  double loss() {
+    const auto out = expected();
+    double sum = 0;
+    for (size_t i = 0; i < out.size(); i++) sum += out[i] * test::value(grad[static_cast<int64_t>(i)]);
+    return sum;
+  }
+};
+
+const Shape kShapes[] = {
+    {1, 1, 1, 1, 0, true, false, false, false},   {7, 2, 5, 9, 0, true, true, false, true},
+    {33, 1, 33, 34, 0, true, false, true, false}, {40, 2, 16, 31, 0, false, true, false, false},
+    {45, 1, 8, 40, 20, true, true, true, true},   {70, 1, 40, 33, 33, false, false, false, true},
+    {100, 1, 4, 8, 0, true, true, false, false},
+};
+
+template <typename T>
+void values() {
+  for (const Shape& shape : kShapes) {
+    Call<T> call(shape);
+    call.run();
+    const auto want = call.expected();
+    for (size_t i = 0; i < want.size(); i++)
+      CHECK(close(call.y[static_cast<int64_t>(i)], want[i], 200), "%s, length %ld: expected %.8g, got %.8g",
+            Type<T>::name, long(shape.length), want[i], value(call.y[static_cast<int64_t>(i)]));
+  }
+}
+
+// Gradients in double against differences of the formula, at elements all over each argument.
+void gradients() {
+  for (const Shape& shape : kShapes) {
+    Call<double> call(shape);
+    call.run();
+    const auto& p = call.p;
+    const auto probe = [&](double* at, double got, const char* name) {
+      const double saved = *at, step = 1e-5;
+      *at = saved + step;
+      const double above = call.loss();
+      *at = saved - step;
+      const double below = call.loss();
+      *at = saved;
+      const double want = (above - below) / (2 * step);
+      CHECK(std::fabs(want - got) <= 2e-8 * (10 + std::fabs(want)), "%s, length %ld: expected %.9g, got %.9g", name,
+            long(shape.length), want, got);
+    };
+    const auto sum = [&](int64_t column) {
+      double total = 0;
+      const int64_t width = 4 * p.d + 2 * p.size - 1;
+      for (int64_t unit = 0; unit < p.units(); unit++) total += call.parts[static_cast<size_t>(unit * width + column)];
+      return total;
+    };
+    for (int64_t f = 0; f < p.length * p.batch; f += std::max<int64_t>(1, p.length * p.batch / 5)) {
+      const int64_t t = f / p.batch, b = f % p.batch, c = f % p.d, e = f % p.v;
+      probe(const_cast<double*>(p.query_key.at(t, b)) + c, call.dquery_key[f * p.d + c], "query_key");
+      probe(const_cast<double*>(p.gate.at(t, b)) + e, call.dgate[f * p.v + e], "gate");
+      probe(const_cast<double*>(p.value.at(t, b)) + e, call.dvalue[f * p.v + e], "value");
+    }
+    for (int64_t j = 0; j < 2 * p.d; j += 3) {
+      probe(call.weight.data() + j, sum(j), "qk_weight");
+      probe(call.bias.data() + j, sum(2 * p.d + j), "qk_bias");
+    }
+    for (int64_t t = 1 - p.size; t < p.size; t += std::max<int64_t>(1, p.size / 4))
+      probe(const_cast<double*>(p.position_bias) + t, sum(4 * p.d + p.size - 1 + t), "position_bias");
+  }
+}
+
+// What a query may not see is not even read.
+void masked_keys_are_not_read() {
+  Call<float> call({40, 2, 8, 12, 0, true, true, false, false}), other({40, 2, 8, 12, 0, true, true, false, false});
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (int64_t c = 0; c < 12; c++) other.value[(39 * 2) * 12 + c] = nan;  // the last frame of the first sequence
+  call.run(), other.run();
+  for (int64_t i = 0; i < 32 * 2 * 12; i++) CHECK(same_bits(call.y[i], other.y[i]), "a later frame was read");
+}
+
+}  // namespace
+
+void toeplitz_attention() {
+  tiles<float>();
+  tiles<double>();
+  for_each_type([&]<typename T>() { values<T>(); });
+  gradients();
+  masked_keys_are_not_read();
+}
+
+}  // namespace fastasr::test
