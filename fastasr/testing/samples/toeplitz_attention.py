@@ -105,7 +105,7 @@ TABLE = OpTable(
         ),
         Sample("chunks", lambda m: _call(m, 192, 2, 64, 96, chunk_size=64)),
         Sample("a long bias", lambda m: _call(m, 40, 2, 16, 32, positions=64)),
-        Sample("dropout in chunks", lambda m: _dropout(m, 192, 3, 64, 96, 64, causal=False)),
+        Sample("dropout in chunks", lambda m: _dropout(m, 256, 3, 128, 160, 64, causal=False)),
         *(
             Sample(
                 name, lambda m, name=name: _call(m, 100, 2, 128, 129, activation=name, activate_value=True)
