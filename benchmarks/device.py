@@ -31,7 +31,7 @@ from fastasr.benchmarks import limits, rows
 from fastasr.benchmarks.case import Case, Settings, Unavailable, variant
 from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.harness import Variant, peak_bytes, synchronize
-from fastasr.benchmarks.ops import bias_norm, bypass, swoosh, swoosh_linear
+from fastasr.benchmarks.ops import bias_norm, bypass, ema_scan, swoosh, swoosh_linear
 from fastasr.benchmarks.rows import Row
 
 STEPS = ("environment", "tests", "sanitizer", "benchmarks")
@@ -51,6 +51,8 @@ def training_cases() -> list[Case]:
     cases += [make(188, batch, 512) for make in (bias_norm._case, bypass._case)]  # stack 3: bound by launches
     for inputs, outputs in ((512, 192), (1536, 512)):
         cases.append(swoosh_linear._case((frames, batch, inputs), outputs))
+    for length, sequences, states in ((2048, 8, 4), (16384, 8, 4), (2048, 2, 4), (2048, 8, 16), (1, 8, 4)):
+        cases.append(ema_scan._case(length, states, sequences))
     return cases
 
 
@@ -233,7 +235,37 @@ def launch_everything() -> None:
             outputs.append(ops.bypass(other, x, make(shape[1:]).requires_grad_()))
             for y in outputs:
                 y.sum().backward()
+    launch_ema_scan()
     torch.cuda.synchronize()
+
+
+def launch_ema_scan() -> None:
+    """Every path of the CUDA kernels: layouts, storage types, groups of states, one segment and several, one step."""
+    from fastasr import ops
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        make = partial(torch.randn, device="cuda", dtype=dtype)
+        for length, batch, channels, states in (
+            (1, 3, 40, 4),
+            (70, 2, 33, 5),
+            (700, 1, 40, 4),
+            (300, 130, 8, 1),
+        ):
+            mask = torch.rand(batch, length, device="cuda") > 0.8
+            state = make(batch, channels, states)
+            for options in (
+                {"activation": "silu", "state": state, "return_state": True},
+                {"direction": "reverse", "layout": "BLD", "padding_mask": mask, "activation": "gelu"},
+                {"direction": "bidirectional", "layout": "BDL", "padding_mask": mask, "activation": "tanh"},
+                {"truncation": 20, "layout": "BDL", "activation": "relu"},
+            ):
+                rows = channels * (2 if options.get("direction") == "bidirectional" else 1)
+                sizes = {"L": length, "B": batch, "D": channels}
+                x = make(*(sizes[letter] for letter in options.get("layout", "LBD"))).requires_grad_()
+                parameters = [make(rows, states).requires_grad_() for _ in range(4)]
+                y = ops.ema_scan(x, *parameters, make(channels).requires_grad_(), **options)
+                outputs = y if isinstance(y, tuple) else (y,)
+                sum(t.float().sum() for t in outputs).backward()
 
 
 def sanitizer(out: Path, quick: bool) -> bool:

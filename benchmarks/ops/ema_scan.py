@@ -55,7 +55,7 @@ def _inputs(length: int, batch: int, channels: int, states: int, device: str, dt
     return x, damping, decay, make(channels, states), make(channels, states), residual
 
 
-def _make(length: int, states: int, device: str, dtype: torch.dtype):
+def _make(length: int, batch: int, states: int, device: str, dtype: torch.dtype):
     inputs = _inputs(length, BATCH, CHANNELS, states, device, dtype)
     call = partial(ops.ema_scan, activation="silu")
     formula = partial(definition, activation="silu")
@@ -75,14 +75,14 @@ def _costs(elements: int, size: int) -> dict[str, Cost]:
     }
 
 
-def _case(length: int, states: int = 4) -> Case:
-    shape = f"{length}x{BATCH}x{CHANNELS}"
+def _case(length: int, states: int = 4, batch: int = BATCH) -> Case:
+    shape = f"{length}x{batch}x{CHANNELS}"
     return Case(
         "ema_scan",
         shape if states == 4 else f"{shape}, {states} states",
         shape,
-        partial(_make, length, states),
-        partial(_costs, length * BATCH * CHANNELS),
+        partial(_make, length, batch, states),
+        partial(_costs, length * batch * CHANNELS),
         copy=True,
         passes=(FORWARD, BOTH),
         quick=length == 200,

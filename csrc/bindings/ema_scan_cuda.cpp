@@ -98,6 +98,9 @@ struct Arguments {
     }
   }
 
+  // After every other check, so that those can be tried on any machine.
+  void check_device(const Tensor& x) const { STD_TORCH_CHECK(x.is_cuda(), op, ": x: expected a CUDA tensor"); }
+
   FastasrSequence sequence(const Tensor& t) const {
     return {t.const_data_ptr(), t.stride(time), t.stride(batch), t.stride(channel)};
   }
@@ -141,6 +144,7 @@ std::tuple<Tensor, Tensor> ema_scan_forward(const Tensor& x, const Tensor& dampi
               direction, activation, layout);
   STD_TORCH_CHECK(!need_state || (direction != 2 && truncation == 0), a.op,
                   ": need_state: expected false with both directions or truncation");
+  a.check_device(x);
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor y = make(x, x.scalar_type(), {x.size(0), x.size(1), x.size(2)});
   Tensor final_state =
@@ -162,10 +166,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ema_scan_back
   for (int64_t d = 0; d < 3; d++)
     STD_TORCH_CHECK(grad.size(d) == x.size(d), a.op, ": grad: expected ", x.size(d), " in dimension ", d, ", got ",
                     grad.size(d));
-  STD_TORCH_CHECK(grad.is_cuda() && grad.get_device_index() == x.get_device_index(), a.op,
+  STD_TORCH_CHECK(grad.is_cuda() == x.is_cuda() && grad.get_device_index() == x.get_device_index(), a.op,
                   ": grad is on another device");
   STD_TORCH_CHECK(!grad_state.has_value() || (direction != 2 && truncation == 0), a.op,
                   ": grad_state: expected none with both directions or truncation");
+  a.check_device(x);
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor dx = make(x, x.scalar_type(), {x.size(0), x.size(1), x.size(2)});
   const auto like_parameter = [&] { return make(x, a.compute, {damping.size(0), damping.size(1)}); };

@@ -29,27 +29,29 @@ FASTASR_HD double ema_log2(const EmaCoefficients& k) {
   return k.q > 0 ? log1p(-k.p * k.a) * 1.44269504088896340736 : -1e30;
 }
 
-template <typename C>
+template <typename C, typename P>
 struct CoefficientParameters {
   int64_t channels, states, truncation;
   int warp_rows;  // steps that a warp of the scan takes
   int groups, groups_each;
-  const C *damping, *decay, *expansion, *projection;  // (rows, states)
-  C* out;                                             // [kind][state][channel]
+  const P *damping, *decay, *expansion, *projection;  // (rows, states)
+  const P* residual;                                  // (channels) or null
+  C* out;                                             // [kind][state][channel], then the residual weights
 };
 
 constexpr int kFlatThreads = 128;
 
 // One thread per padded state and channel.
-template <typename C>
+template <typename C, typename P>
 FASTASR_KERNEL(kFlatThreads, 1)
-prepare_coefficients(CoefficientParameters<C> p) {
+prepare_coefficients(CoefficientParameters<C, P> p) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kFlatThreads + threadIdx.x;
   const int64_t size = static_cast<int64_t>(p.groups) * 4 * p.channels;
   if (at >= size) return;
   const int64_t channel = at % p.channels, state = at / p.channels;
   const int64_t n = state % (p.groups_each * 4), row = channel + state / (p.groups_each * 4) * p.channels;
   EmaCoefficients k{0, 0, 0, 0, 0};
+  if (p.residual != nullptr && state == 0) p.out[kCoefficients * size + channel] = static_cast<C>(p.residual[channel]);
   if (n < p.states) {
     const int64_t i = row * p.states + n;
     k = ema_coefficients(p.damping[i], p.decay[i], p.expansion[i], p.projection[i], p.states);
@@ -60,6 +62,7 @@ prepare_coefficients(CoefficientParameters<C> p) {
   p.out[kIn * size + at] = static_cast<C>(k.b);
   p.out[kOut * size + at] = static_cast<C>(k.c);
   p.out[kLog * size + at] = static_cast<C>(log);
+  p.out[kQLessOne * size + at] = static_cast<C>(-k.p * k.a);
   p.out[kQRows * size + at] = static_cast<C>(exp2(rows * log));
   p.out[kSlopeRows * size + at] = static_cast<C>(rows * exp2((rows - 1) * log));
   if (p.truncation) {
@@ -116,7 +119,7 @@ struct GradientParameters {
   int groups, groups_each;
   const C *damping, *decay, *expansion, *projection;
   const C *state, *grad_state;  // or null
-  const C* parts;               // [block][group x 8 + 1][channel]
+  const double* parts;          // [block][group x 8 + 1][channel]
   const C* finals;              // of the adjoint scan, [batch][group][8][channel], or null
   const C* input_finals;        // of the same scan over x, or null
   C *ddamping, *ddecay, *dexpansion, *dprojection, *dresidual, *dstate;
@@ -138,8 +141,8 @@ finish_gradients(GradientParameters<C> p) {
   if (channel < p.channels) {
 #pragma unroll 4
     for (int64_t i = warp; i < p.blocks; i += 8) {
-      sum_u += static_cast<double>(p.parts[(i * rows + row) * p.channels + channel]);
-      if (state < all) sum_f += static_cast<double>(p.parts[(i * rows + row + 4) * p.channels + channel]);
+      sum_u += p.parts[(i * rows + row) * p.channels + channel];
+      if (state < all) sum_f += p.parts[(i * rows + row + 4) * p.channels + channel];
     }
   }
   shared[warp * 32 + lane] = sum_u;
@@ -204,27 +207,27 @@ scan_step(StepParameters<C> p) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kFlatThreads + threadIdx.x;
   if (at >= p.batch * p.channels) return;
   const int64_t batch = at / p.channels, channel = at % p.channels;
-  C x = C(0), sum = C(0);
+  double x = 0, sum = 0;  // in double: a step is bound by its launch
   if (p.length > 0) {
-    x = load_one<C>(p.x.type, p.x.data, batch * p.x.batch + channel * p.x.channel);
-    if (p.residual != nullptr) sum = p.residual[channel] * x;
-    if (p.mask != nullptr && p.mask[batch]) x = C(0);
+    x = static_cast<double>(load_one<C>(p.x.type, p.x.data, batch * p.x.batch + channel * p.x.channel));
+    if (p.residual != nullptr) sum = static_cast<double>(p.residual[channel]) * x;
+    if (p.mask != nullptr && p.mask[batch]) x = 0;
   }
-  const C scale = C(1) / sqrt(static_cast<C>(p.states));
   for (int direction = 0; direction < p.directions; direction++) {
     const int64_t row = (channel + direction * p.channels) * p.states;
     for (int64_t n = 0; n < p.states; n++) {
-      C h = p.state != nullptr ? p.state[at * p.states + n] : C(0);
+      double h = p.state != nullptr ? static_cast<double>(p.state[at * p.states + n]) : 0;
       if (p.length > 0) {
-        const C input = sigmoid(p.damping[row + n]);
-        h = (C(1) - input * sigmoid(p.decay[row + n])) * h + input * p.expansion[row + n] * x;
-        sum += p.projection[row + n] * scale * h;
+        const int64_t i = row + n;
+        const EmaCoefficients k = ema_coefficients(p.damping[i], p.decay[i], p.expansion[i], p.projection[i], p.states);
+        h = k.q * h + k.b * x;
+        sum += k.c * h;
       }
-      if (p.final_state != nullptr) p.final_state[at * p.states + n] = h;
+      if (p.final_state != nullptr) p.final_state[at * p.states + n] = static_cast<C>(h);
     }
   }
   if (p.length > 0) {
-    C y[1] = {sum};
+    C y[1] = {static_cast<C>(sum)};
     activate<1>(p.activation, y);
     store_one(p.y.type, const_cast<void*>(p.y.data), batch * p.y.batch + channel * p.y.channel, y[0]);
   }

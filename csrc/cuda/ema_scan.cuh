@@ -14,6 +14,14 @@
 // of one tile. The choice depends on the shape alone, so results do too.
 namespace fastasr::cuda {
 
+// What a block may use on the GPUs with the least (compute capability 8.6, 8.9, 12.0): 64 states fit everywhere.
+constexpr int64_t kLeastShared = 99 * 1024;
+static_assert(ScanShape<float, kOutput>::shared(16, false) <= kLeastShared, "64 states");
+static_assert(ScanShape<float, kChain>::shared(16, false) <= kLeastShared, "64 states");
+static_assert(ScanShape<float, kAdjoint>::shared(16, false) <= kLeastShared, "64 states");
+static_assert(ScanShape<double, kOutput>::shared(16, false) <= kLeastShared, "64 states");
+static_assert(ScanShape<double, kAdjoint>::shared(16, false) <= kLeastShared, "64 states");
+
 constexpr int64_t kEnoughBlocks = 128, kWantedBlocks = 512;
 
 // A view of a sequence: lanes run along whichever dimension is contiguous.
@@ -44,7 +52,10 @@ enum class Pass { kSize, kRun };
 
 // The scans of one call. The pass that sizes the workspace and the one that launches are one function, so that they
 // cannot differ.
-template <typename C>
+//
+// P: type of the parameters and states. C: type of computation, wider than P for truncated convolutions: what leaves
+// the window is subtracted, and what its rounding leaves behind stays for as long as the memory would have lasted.
+template <typename C, typename P>
 class EmaScan {
  public:
   EmaScan(Pass pass, const FastasrEmaScan& scan, void* stream)
@@ -62,9 +73,9 @@ class EmaScan {
     prepare(ScanShape<C, kOutput>::kRows);
     ScanParameters<C> p = scan_of(view(s_.x), view(y), reversed_);
     p.mask_in = true;
-    p.residual = pointer(s_.residual);
+    p.residual = residual_;
     p.activation = s_.activation;
-    p.initial = pointer(s_.state);
+    p.initial = state(s_.state);
     p.first_power = 1;
     p.final_state = static_cast<C*>(final_state);
     scan<kOutput>(p);
@@ -73,7 +84,7 @@ class EmaScan {
 
   int backward(const FastasrEmaScanGrads& g) {
     if (s_.channels == 0) return 0;
-    GradientParameters<C> finish{s_.length,
+    GradientParameters<P> finish{s_.length,
                                  s_.batch,
                                  s_.channels,
                                  s_.states,
@@ -89,12 +100,12 @@ class EmaScan {
                                  nullptr,
                                  nullptr,
                                  nullptr,
-                                 static_cast<C*>(g.ddamping),
-                                 static_cast<C*>(g.ddecay),
-                                 static_cast<C*>(g.dexpansion),
-                                 static_cast<C*>(g.dprojection),
-                                 static_cast<C*>(g.dresidual),
-                                 static_cast<C*>(g.dstate)};
+                                 static_cast<P*>(g.ddamping),
+                                 static_cast<P*>(g.ddecay),
+                                 static_cast<P*>(g.dexpansion),
+                                 static_cast<P*>(g.dprojection),
+                                 static_cast<P*>(g.dresidual),
+                                 static_cast<P*>(g.dstate)};
     if (s_.length > 0 && s_.batch > 0) {
       static_assert(ScanShape<C, kChain>::kRows == ScanShape<C, kAdjoint>::kRows, "one set of coefficients");
       prepare(ScanShape<C, kAdjoint>::kRows);
@@ -105,9 +116,9 @@ class EmaScan {
         ScanParameters<C> p = scan_of(view(s_.x), slope, reversed_);
         p.other = view(g.grad);
         p.mask_in = true;
-        p.residual = pointer(s_.residual);
+        p.residual = residual_;
         p.activation = s_.activation;
-        p.initial = pointer(s_.state);
+        p.initial = state(s_.state);
         p.first_power = 1;
         scan<kChain>(p);
       }
@@ -117,24 +128,24 @@ class EmaScan {
         p.mask_in = true;
         p.finals = workspace_.template take<C>(values);
         scan<kAdjoint>(p);
-        finish.input_finals = p.finals;
+        finish.input_finals = pointer(p.finals);
       }
       ScanParameters<C> p = scan_of(slope, view(g.dx), ~reversed_ & (directions_ == 2 ? 3u : 1u));
       p.other = view(s_.x);
       p.mask_out = true;
-      p.residual = pointer(s_.residual);
-      p.initial = pointer(g.grad_state);
+      p.residual = residual_;
+      p.initial = state(g.grad_state);
       p.out_coefficient = kIn;
       p.first_power = 0;
       if (s_.state != nullptr) p.finals = workspace_.template take<C>(values);
       const int64_t blocks = cut<kAdjoint>(p) * s_.batch;
-      p.parts = workspace_.template take<C>(blocks * (groups_ * 8 + 1) * s_.channels);
+      p.parts = workspace_.template take<double>(blocks * (groups_ * 8 + 1) * s_.channels);
       scan<kAdjoint>(p);
-      finish.finals = p.finals;
+      finish.finals = pointer(p.finals);
       finish.parts = p.parts;
       finish.blocks = blocks;
     }
-    start(&finish_gradients<C>, ceil_div(s_.channels, 32) * (groups_ * 4 + 1), 256, 2 * 8 * 32 * sizeof(double),
+    start(&finish_gradients<P>, ceil_div(s_.channels, 32) * (groups_ * 4 + 1), 256, 2 * 8 * 32 * sizeof(double),
           finish);
     return error_;
   }
@@ -143,15 +154,16 @@ class EmaScan {
 
  private:
   ScanView view(const FastasrSequence& s) const { return scan_view(s, s_.dtype); }
-  static const C* pointer(const void* p) { return static_cast<const C*>(p); }
+  static const P* pointer(const void* p) { return static_cast<const P*>(p); }
+  static const C* state(const void* p) { return static_cast<const C*>(p); }  // null unless C is P
 
-  template <typename P>
-  void start(void (*kernel)(P), int64_t blocks, int threads, int64_t shared, const P& p) {
+  template <typename Parameters>
+  void start(void (*kernel)(Parameters), int64_t blocks, int threads, int64_t shared, const Parameters& p) {
     if (error_ == 0 && runs_) error_ = launch(kernel, blocks, threads, shared, stream_, p);
   }
 
   int step(const FastasrSequence& y, void* final_state) {
-    StepParameters<C> p{view(s_.x),
+    StepParameters<P> p{view(s_.x),
                         view(y),
                         s_.length,
                         s_.batch,
@@ -166,26 +178,29 @@ class EmaScan {
                         pointer(s_.residual),
                         pointer(s_.state),
                         s_.mask,
-                        static_cast<C*>(final_state)};
-    start(&scan_step<C>, ceil_div(s_.batch * s_.channels, kFlatThreads), kFlatThreads, 0, p);
+                        static_cast<P*>(final_state)};
+    start(&scan_step<P>, ceil_div(s_.batch * s_.channels, kFlatThreads), kFlatThreads, 0, p);
     return error_;
   }
 
   void prepare(int warp_rows) {
     const int64_t size = static_cast<int64_t>(groups_) * 4 * s_.channels;
-    coefficients_ = workspace_.template take<C>(kCoefficients * size);
-    CoefficientParameters<C> p{s_.channels,
-                               s_.states,
-                               truncation_,
-                               warp_rows,
-                               groups_,
-                               groups_each_,
-                               pointer(s_.damping),
-                               pointer(s_.decay),
-                               pointer(s_.expansion),
-                               pointer(s_.projection),
-                               coefficients_};
-    start(&prepare_coefficients<C>, ceil_div(size, kFlatThreads), kFlatThreads, 0, p);
+    const bool has_residual = s_.residual != nullptr;
+    coefficients_ = workspace_.template take<C>(kCoefficients * size + (has_residual ? s_.channels : 0));
+    if (has_residual && coefficients_ != nullptr) residual_ = coefficients_ + kCoefficients * size;
+    CoefficientParameters<C, P> p{s_.channels,
+                                  s_.states,
+                                  truncation_,
+                                  warp_rows,
+                                  groups_,
+                                  groups_each_,
+                                  pointer(s_.damping),
+                                  pointer(s_.decay),
+                                  pointer(s_.expansion),
+                                  pointer(s_.projection),
+                                  pointer(s_.residual),
+                                  coefficients_};
+    start(&prepare_coefficients<C, P>, ceil_div(size, kFlatThreads), kFlatThreads, 0, p);
   }
 
   // A dense sequence in the order of `order`'s strides.
@@ -231,7 +246,7 @@ class EmaScan {
     using Shape = ScanShape<C, mode>;
     cut<mode>(p);
     const int64_t blocks = ceil_div(s_.channels, 32) * s_.batch * p.segments;
-    const int64_t shared = Shape::shared(groups_) * static_cast<int64_t>(sizeof(C));
+    const int64_t shared = Shape::shared(groups_, p.tiles_per_segment == 1);
     if (p.segments > 1) {
       p.carry = workspace_.template take<C>(p.segments * s_.batch * groups_ * Shape::kValues * s_.channels);
       p.ends_only = true;
@@ -253,6 +268,7 @@ class EmaScan {
   unsigned reversed_;
   int64_t truncation_;
   C* coefficients_ = nullptr;
+  const C* residual_ = nullptr;
 };
 
 }  // namespace fastasr::cuda

@@ -63,22 +63,28 @@ struct Storage<float> {
   }
 };
 
+// Double holds the narrower types too: see Pass in ema_scan.cuh.
 template <>
 struct Storage<double> {
   using Raw = uint64_t;
   static constexpr StorageType kOwn = kDouble;
 
-  template <int>
+  template <int type>
   FASTASR_HD static Raw load(const void* p) {
-    return *static_cast<const uint64_t*>(p);
+    if (type == kDouble) return *static_cast<const uint64_t*>(p);
+    return Storage<float>::load<type>(p);
   }
-  template <int>
+  template <int type>
   FASTASR_HD static double widen(Raw r) {
-    return bit_cast<double>(r);
+    if (type == kDouble) return bit_cast<double>(r);
+    return static_cast<double>(Storage<float>::widen<type>(static_cast<uint32_t>(r)));
   }
-  template <int>
+  template <int type>
   FASTASR_HD static void store(void* p, double v) {
-    *static_cast<double*>(p) = v;
+    if (type == kDouble)
+      *static_cast<double*>(p) = v;
+    else
+      Storage<float>::store<type>(p, static_cast<float>(v));
   }
 };
 
@@ -90,8 +96,10 @@ struct Constant {
 // f(Constant<type>) for the storage types of C
 template <typename C, typename F>
 FASTASR_HD void with_storage_type(int type, const F& f) {
-  if (Storage<C>::kOwn == kDouble || type == Storage<C>::kOwn)
+  if (type == Storage<C>::kOwn)
     f(Constant<Storage<C>::kOwn>{});
+  else if (Storage<C>::kOwn == kDouble && type == kFloat)
+    f(Constant<kFloat>{});
   else if (type == kBfloat16)
     f(Constant<kBfloat16>{});
   else

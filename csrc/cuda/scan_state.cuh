@@ -43,8 +43,12 @@ FASTASR_HD C zero(C) {
   return C(0);
 }
 template <typename C>
-FASTASR_HD C add_real(C q, C s) {
-  return q + s;
+FASTASR_HD C from_real(C s, C) {
+  return s;
+}
+template <typename C>
+FASTASR_HD C add(C a, C b) {
+  return a + b;
 }
 template <typename C>
 FASTASR_HD C real_part(C q) {

@@ -25,9 +25,22 @@ enum ScanMode { kOutput = 0, kChain = 1, kAdjoint = 2 };
 
 // Coefficients in global memory: [kind][part][state][channel], states padded to whole groups, directions one after the
 // other.
+// kQLessOne is q - 1: the adjoint takes u + ((q - 1) u + s), which is exact for q close to 1, where q itself is not.
 // kQRows and its derivative by q, kSlopeRows, are for the rows of a warp: rounded once, not power by power, so that
 // the error of a long memory grows with the number of warps passed, not of steps.
-enum Coefficient { kQ = 0, kWeight, kIn, kOut, kLog, kQRows, kSlopeRows, kDelayed, kDelayedSlope, kCoefficients };
+enum Coefficient {
+  kQ = 0,
+  kWeight,
+  kIn,
+  kOut,
+  kLog,
+  kQLessOne,
+  kQRows,
+  kSlopeRows,
+  kDelayed,
+  kDelayedSlope,
+  kCoefficients
+};
 
 // A sequence in global memory. along_time: its threads run along time, which is contiguous, else along channels.
 struct ScanView {
@@ -58,7 +71,7 @@ struct ScanParameters {
   C* carry;        // [segment][batch][group][value][channel]: in: state before the segment; null: zero
   C* final_state;  // kOutput: h after the last step, (batch, channels, states), or null
   C* finals;       // kAdjoint: u and f after the last step, [batch][group][value][channel], or null
-  C* parts;        // kAdjoint: [segment][batch][group x 8 + 1][channel]: sums of the block, or null
+  double* parts;   // kAdjoint: [segment][batch][group x 8 + 1][channel]: sums of the block, or null
 };
 
 template <typename C, ScanMode mode>
@@ -73,11 +86,14 @@ struct ScanShape {
   static constexpr int kValues = mode == kAdjoint ? 8 : 4;  // real numbers that a group passes on
   static constexpr int kSums = 8;                           // kAdjoint: real numbers that a group adds up
 
-  // Elements of shared memory: input, second input, output of several groups, ends (two in turn), sums (two in turn),
-  // carries (one more than there are groups, so that the one being written is never the one being read).
-  static constexpr int64_t shared(int groups) {
-    return static_cast<int64_t>(kWarps) * kPart * (1 + (mode != kOutput) + (groups > 1)) + 2 * kWarps * kValues * 32 +
-           (mode == kAdjoint ? 2 * kWarps * kSums * 32 : 0) + static_cast<int64_t>(groups + 1) * kValues * 32;
+  // Bytes of shared memory: input, second input, output of several groups, ends (two in turn), sums (two in turn), and
+  // between tiles the carries (one more than there are groups, so that the one being written is never the one being
+  // read).
+  static constexpr int64_t shared(int groups, bool one_tile) {
+    const int64_t tiles = static_cast<int64_t>(kWarps) * kPart * (1 + (mode != kOutput) + (groups > 1));
+    const int64_t ends = 2 * kWarps * kValues * 32, sums = mode == kAdjoint ? 2 * kWarps * kSums * 32 : 0;
+    const int64_t carries = one_tile ? 0 : static_cast<int64_t>(groups + 1) * kValues * 32;
+    return (tiles + ends + sums + carries) * static_cast<int64_t>(sizeof(C));
   }
 };
 
@@ -107,11 +123,14 @@ FASTASR_DEVICE void fetch(const ScanView& v, int64_t batch, int64_t first, int r
       from += step;
     }
   };
-  const bool whole = rows == kRows && channels == 32, own = v.type == Storage<C>::kOwn;
-  if (own)
-    whole ? load(Constant<Storage<C>::kOwn>{}, Constant<1>{}) : load(Constant<Storage<C>::kOwn>{}, Constant<0>{});
-  else  // 16 bits, whichever they are
-    whole ? load(Constant<kBfloat16>{}, Constant<1>{}) : load(Constant<kBfloat16>{}, Constant<0>{});
+  const bool whole = rows == kRows && channels == 32;
+  const auto load_rows = [&](auto type) { whole ? load(type, Constant<1>{}) : load(type, Constant<0>{}); };
+  if (v.type == Storage<C>::kOwn)
+    load_rows(Constant<Storage<C>::kOwn>{});
+  else if (Storage<C>::kOwn == kDouble && v.type == kFloat)
+    load_rows(Constant<kFloat>{});
+  else
+    load_rows(Constant<kBfloat16>{});  // 16 bits, whichever they are
 }
 
 template <typename C, int kRows>
@@ -160,11 +179,13 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
   const int64_t first_tile = segment * p.tiles_per_segment;
   const int64_t count = tiles - first_tile < p.tiles_per_segment ? tiles - first_tile : p.tiles_per_segment;
   const bool backwards = p.reversed & 1u;  // the walk over tiles; with two directions a segment is one tile
-  const int64_t carried = (segment * p.batch + batch) * p.groups * kValues;
-  for (int v = warp; v < p.groups * kValues; v += kWarps) {
-    const bool given = p.carry != nullptr && !p.ends_only;
-    slots[v * 32 + lane] = given ? p.carry[(carried + v) * p.channels + channel] : C(0);
-  }
+  const bool one_tile = p.tiles_per_segment == 1;
+  const bool starts = p.carry != nullptr && !p.ends_only;  // from a given state
+  const int64_t carried = (segment * p.batch + batch) * p.groups * kValues * p.channels + channel;
+  C* const carry = p.carry != nullptr ? p.carry + carried : nullptr;
+  if (!one_tile)
+    for (int v = warp; v < p.groups * kValues; v += kWarps)
+      slots[v * 32 + lane] = starts ? carry[v * p.channels] : C(0);
 
   const bool reads_other = kReadsOther && !p.ends_only && p.other.data != nullptr;
   const bool sums_up = kAdjoins && !p.ends_only && p.parts != nullptr;
@@ -172,8 +193,9 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
   const int64_t states_all = static_cast<int64_t>(p.groups) * kStates;
   const int64_t kind_pitch = states_all * p.channels * kParts, part_pitch = states_all * p.channels;
 
-  Q q[kStates], weight[kStates], q_rows[kStates], slope_rows[kStates];
-  C total[kSums / kWarps] = {}, total_residual = C(0);
+  Q decay[kStates], weight[kStates], q_rows[kStates], slope_rows[kStates];
+  double total[kSums / kWarps] = {};
+  C total_residual = C(0);
 
   typename Storage<C>::Raw next[kRows], next_other[kRows];
   unsigned char next_padding = 0;
@@ -191,18 +213,19 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
     if (reads_other) fetch<C, kRows>(p.other, batch, row, rows, channel0, channels, lane, next_other);
     next_padding = p.mask != nullptr && lane < rows ? p.mask[batch * p.length + row + lane] : 0;
   };
-  // Adds the warps' sums of one group and tile: thread (warp, lane) owns sums `warp`, `warp` + kWarps, ... of a
-  // channel.
+  // Adds the warps' sums of one group and tile, in double: thread (warp, lane) owns sums `warp`, `warp` + kWarps, ...
+  // of a channel.
   const auto add_sums = [&](int parity, int group, bool first) {
     for (int k = 0; k < kSums / kWarps; k++) {
       const int sum = warp + k * kWarps;
-      C v = C(0);
-      for (int w = 0; w < kWarps; w++) v += sums[((parity * kWarps + w) * kSums + sum) * 32 + lane];
+      double v = 0;
+      for (int w = 0; w < kWarps; w++)
+        v += static_cast<double>(sums[((parity * kWarps + w) * kSums + sum) * 32 + lane]);
       if (!several) {
         total[k] += v;
       } else if (lane < channels) {
         const int64_t row = (segment * p.batch + batch) * (p.groups * kSums + 1) + group * kSums + sum;
-        C* const at = p.parts + row * p.channels + channel;
+        double* const at = p.parts + row * p.channels + channel;
         *at = first ? v : *at + v;
       }
     }
@@ -213,10 +236,10 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
   for (int64_t k = 0; k < count; k++) {
     const int64_t row = row0(k);
     const int rows = rows_at(row);
-    stage<C, kRows>(next, p.in, lane, in);
-    if (reads_other) stage<C, kRows>(next_other, p.other, lane, other);
     const unsigned inside = rows == 32 ? ~0u : (1u << rows) - 1u;
     const unsigned kept = inside & ~__ballot_sync(~0u, next_padding != 0);
+    stage<C, kRows>(next, p.in, lane, in);
+    if (reads_other) stage<C, kRows>(next_other, p.other, lane, other);
     if (k + 1 < count) prefetch(k + 1);
     __syncwarp();
 
@@ -238,7 +261,7 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
       if (several || k == 0) {
 #pragma unroll
         for (int n = 0; n < kStates; n++) {
-          q[n] = coefficient(kQ, n);
+          decay[n] = coefficient(kAdjoins ? kQLessOne : kQ, n);
           weight[n] = coefficient(kWeight, n);
           q_rows[n] = coefficient(kQRows, n);
           slope_rows[n] = kAdjoins ? coefficient(kSlopeRows, n) : zero(Q());
@@ -253,19 +276,24 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
       };
       // one step of the states u and of their derivatives f
       Q u[kStates], f[kStates];
+      const auto next_state = [&](Q decay, Q state, Q enters) {
+        const Q change = multiply_add(decay, state, enters);
+        return kAdjoins ? add(state, change) : change;
+      };
       const auto advance = [&](C s) {
 #pragma unroll
         for (int n = 0; n < kStates; n++) {
-          if (kAdjoins) f[n] = multiply_add(q[n], f[n], u[n]);
-          u[n] = add_real(multiply(q[n], u[n]), s);
+          if (kAdjoins) f[n] = next_state(decay[n], f[n], u[n]);
+          u[n] = next_state(decay[n], u[n], from_real(s, Q()));
         }
       };
-      const auto drop = [&](int i) {
+      // the same for the i-th row where the convolution is truncated: what leaves is taken off what enters
+      const auto advance_truncated = [&](C s, int i) {
         const C late = delayed(i);
 #pragma unroll
         for (int n = 0; n < kStates; n++) {
-          u[n] = add_scaled(u[n], -late, coefficient(kDelayed, n));
-          if (kAdjoins) f[n] = add_scaled(f[n], -late, coefficient(kDelayedSlope, n));
+          if (kAdjoins) f[n] = next_state(decay[n], f[n], add_scaled(u[n], -late, coefficient(kDelayedSlope, n)));
+          u[n] = next_state(decay[n], u[n], add_scaled(from_real(s, Q()), -late, coefficient(kDelayed, n)));
         }
       };
 
@@ -286,8 +314,8 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
         const C* const s = in + (kWay == 0 ? start : kWay > 0 ? 0 : kRows - 1) * kPitch + lane;
 #pragma unroll kWay == 0 ? 1 : 16
         for (int i = 0; i < kRows; i++) {
-          advance(kWay != 0 || (scan_in >> i & 1u) ? s[i * (kWay == 0 ? step : kWay * kPitch)] : C(0));
-          if (kWay == 0 && p.truncation) drop(i);
+          const C entering = kWay != 0 || (scan_in >> i & 1u) ? s[i * (kWay == 0 ? step : kWay * kPitch)] : C(0);
+          kWay == 0 && p.truncation ? advance_truncated(entering, i) : advance(entering);
         }
       });
       C* const end = ends + ((iteration & 1) * kWarps + warp) * kValues * 32 + lane;
@@ -301,11 +329,15 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
         add_sums((iteration - 1) & 1, (group == 0 ? p.groups : group) - 1, group == 0 ? k == 1 : k == 0);
 
       // carry
-      const C* const slot = slots + read_slot * kValues * 32 + lane;
+      C* const group_carry = carry != nullptr ? carry + static_cast<int64_t>(group) * kValues * p.channels : nullptr;
+      const C* const slot = one_tile ? group_carry : slots + read_slot * kValues * 32 + lane;
+      const int64_t slot_pitch = one_tile ? p.channels : 32;
 #pragma unroll
       for (int n = 0; n < kStates; n++) {
-        u[n] = read_state(slot + n * kParts * 32, 32, Q());
-        if (kAdjoins) f[n] = read_state(slot + (kStates + n) * kParts * 32, 32, Q());
+        u[n] = f[n] = zero(Q());
+        if (one_tile && !starts) continue;
+        u[n] = read_state(slot + n * kParts * slot_pitch, slot_pitch, Q());
+        if (kAdjoins) f[n] = read_state(slot + (kStates + n) * kParts * slot_pitch, slot_pitch, Q());
       }
       const int place = reverse ? kWarps - 1 - warp : warp;
       const auto pass = [&](int w) {
@@ -320,21 +352,22 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
         }
       };
       for (int w = 0; w < place; w++) pass(w);
-      if (place == kWarps - 1) {
+      const bool keep_end = p.ends_only && k == count - 1;
+      if (place == kWarps - 1 && (!one_tile || keep_end)) {
         Q u0[kStates], f0[kStates];
 #pragma unroll
         for (int n = 0; n < kStates; n++) u0[n] = u[n], f0[n] = f[n];
         pass(place);
         C* const to = slots + write_slot * kValues * 32 + lane;
-        const bool keep_end = p.ends_only && k == count - 1 && lane < channels;
-        C* const end_to = p.carry + (carried + group * kValues) * p.channels + channel;
 #pragma unroll
         for (int n = 0; n < kStates; n++) {
-          write_state(to + n * kParts * 32, 32, u[n]);
-          if (keep_end) write_state(end_to + n * kParts * p.channels, p.channels, u[n]);
-          if (kAdjoins) {
-            write_state(to + (kStates + n) * kParts * 32, 32, f[n]);
-            if (keep_end) write_state(end_to + (kStates + n) * kParts * p.channels, p.channels, f[n]);
+          if (!one_tile) {
+            write_state(to + n * kParts * 32, 32, u[n]);
+            if (kAdjoins) write_state(to + (kStates + n) * kParts * 32, 32, f[n]);
+          }
+          if (keep_end && lane < channels) {
+            write_state(group_carry + n * kParts * p.channels, p.channels, u[n]);
+            if (kAdjoins) write_state(group_carry + (kStates + n) * kParts * p.channels, p.channels, f[n]);
           }
           u[n] = u0[n], f[n] = f0[n];
         }
@@ -356,13 +389,13 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
         const C* const other_at = other + first;
         C* const out_at = out + first;
         const int count_rows = kWay == 0 ? rows : kRows;
-        const bool adds = group > 0, adds_residual = group == 0 && p.residual != nullptr;
+        const bool adds = group > 0, adds_residual = group == p.groups - 1 && p.residual != nullptr;
 #pragma unroll kWay == 0 ? 1 : 16
         for (int j = 0; j < count_rows; j++) {
           const int i = j + skipped, at = j * (kWay == 0 ? step : kWay * kPitch);
           const C value = value_at[at];
-          advance(kWay != 0 || (scan_in >> i & 1u) ? value : C(0));
-          if (kWay == 0 && p.truncation) drop(i);
+          const C entering = kWay != 0 || (scan_in >> i & 1u) ? value : C(0);
+          kWay == 0 && p.truncation ? advance_truncated(entering, i) : advance(entering);
           C sum = C(0);
 #pragma unroll
           for (int n = 0; n < kStates; n++) sum = add_output(sum, weight[n], u[n]);
@@ -377,8 +410,8 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
             }
             sum_residual += raw * value;
           }
-          if (adds_residual) sum += omega * value;
           if (adds) sum += out_at[at];
+          if (adds_residual) sum += omega * value;
           out_at[at] = sum;
         }
       });
@@ -433,7 +466,7 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
 #pragma unroll
           for (int n = 0; n < kStates; n++) {
             if (!p.mask_out || (scan_out >> (j + skipped) & 1u)) sum += real_part(u[n]);
-            u[n] = multiply(q[n], u[n]);
+            u[n] = multiply(coefficient(kQ, n), u[n]);
           }
           out[offset] = sum;
           offset += step;
@@ -488,13 +521,14 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
     add_sums((iteration - 1) & 1, p.groups - 1, count == 1);
     sums[((iteration & 1) * kWarps + warp) * kSums * 32 + lane] = total_residual;
     __syncthreads();
-    C* const parts = p.parts + (segment * p.batch + batch) * (p.groups * kSums + 1) * p.channels + channel;
+    double* const parts = p.parts + (segment * p.batch + batch) * (p.groups * kSums + 1) * p.channels + channel;
     if (lane < channels) {
       if (!several)
         for (int k = 0; k < kSums / kWarps; k++) parts[(warp + k * kWarps) * p.channels] = total[k];
       if (warp == 0) {
-        C v = C(0);
-        for (int w = 0; w < kWarps; w++) v += sums[((iteration & 1) * kWarps + w) * kSums * 32 + lane];
+        double v = 0;
+        for (int w = 0; w < kWarps; w++)
+          v += static_cast<double>(sums[((iteration & 1) * kWarps + w) * kSums * 32 + lane]);
         parts[p.groups * kSums * p.channels] = v;
       }
     }

@@ -357,7 +357,7 @@ void options() {
 void long_memory() {
   for (const double decay : {-7.0, 0.0, 8.0}) {
     Config c{1500, 1, 2, 4, 0, 1, kLbd, true, true, true};
-    c.decay = decay;
+    c.decay = decay, c.slack = 4;  // a memory of 1500 steps: q is rounded once, and taken to the power of up to 31
     one<float>(c);
     c.direction = 1, c.layout = kBdl;
     one<float>(c);
@@ -462,6 +462,34 @@ void expanded_gradient() {
   CHECK(a.dx.data.equals(b.dx.data) && a.ddamping.equals(b.ddamping), "an expanded gradient differs");
 }
 
+// Shared memory of the largest launch, in bytes: two blocks of 4 states must fit into a multiprocessor.
+void shared_memory() {
+  const auto largest = [](const Config& c, bool backward) {
+    Case<float> a(c, 1);
+    FastasrEmaScan s = a.scan();
+    FastasrEmaScanGrads g = a.grads();
+    Buffer<unsigned char> workspace(backward ? fastasr_cuda_ema_scan_backward_workspace(&s, &g)
+                                             : fastasr_cuda_ema_scan_forward_workspace(&s));
+    s.workspace = workspace.data();
+    Emulator::get().largest_shared = 0;
+    backward ? fastasr_cuda_ema_scan_backward(&s, &g, nullptr)
+             : fastasr_cuda_ema_scan_forward(&s, a.y.view(), nullptr, nullptr);
+    return Emulator::get().largest_shared;
+  };
+  const struct {
+    int64_t states;
+    int direction;
+    bool backward;
+    int64_t bytes;
+  } expected[] = {{4, 0, false, 43008},  {4, 0, true, 68608},   {64, 0, false, 84480},
+                  {64, 0, true, 100864}, {64, 2, false, 75776}, {64, 2, true, 83456}};
+  for (const auto& e : expected) {
+    const int64_t got = largest({270, 1, 1, e.states, e.direction, 1}, e.backward);
+    CHECK(got == e.bytes, "%ld states, direction %d, %s: %ld bytes, expected %ld", long(e.states), e.direction,
+          e.backward ? "backward" : "forward", long(got), long(e.bytes));
+  }
+}
+
 struct Test {
   const char* name;
   void (*run)();
@@ -477,6 +505,7 @@ constexpr Test kTests[] = {
     {"carried_state", carried_state},
     {"not_finite", not_finite},
     {"expanded_gradient", expanded_gradient},
+    {"shared_memory", shared_memory},
 };
 
 }  // namespace

@@ -18,8 +18,8 @@
 
 // Runs CUDA kernel bodies on the CPU: every CUDA thread is a fiber, a barrier hands over to the others. Shared memory
 // holds NaNs when a block starts and ends with its last byte (address sanitizer). The order in which threads run
-// between barriers is a parameter: a body that lacks a barrier gives other results in another order. A barrier that
-// some thread does not reach ends the program.
+// between barriers is a parameter: a body that lacks a barrier gives other results in another order, and a warp may
+// run ahead of the others. A barrier that some thread does not reach ends the program.
 struct Dim3 {
   unsigned x = 0, y = 0, z = 0;
 };
@@ -122,12 +122,6 @@ class Emulator {
 #endif
   }
 
-  int nth(int i) {
-    if (order == Order::kDescending) return threads_ - 1 - i;
-    if (order == Order::kShuffled) return static_cast<int>((static_cast<unsigned>(i) * 77u + round_ * 13u) % threads_);
-    return i;
-  }
-
   void run_block() {
     for (int i = 0; i < threads_; i++) {
       Fiber& f = *fibers_[static_cast<size_t>(i)];
@@ -140,34 +134,58 @@ class Emulator {
       f.fake_stack = nullptr;
     }
     for (;;) {
-      bool progress = false;
+      // To the block's barrier or the end: warp after warp, or all of them in step.
+      if (order == Order::kShuffled) {
+        while (advance_all()) {
+        }
+      } else {
+        for (int i = 0; i < threads_; i += 32) {
+          const int first = order == Order::kDescending ? threads_ - 32 - i : i;
+          while (advance_warp(first)) {
+          }
+        }
+      }
       int waiting = 0, done = 0;
       for (int i = 0; i < threads_; i++) {
-        const int index = nth(i);
-        Fiber& f = *fibers_[static_cast<size_t>(index)];
-        if (f.state == State::kReady) resume(index), progress = true;
-        waiting += f.state == State::kBlock;
-        done += f.state == State::kDone;
+        waiting += fibers_[static_cast<size_t>(i)]->state == State::kBlock;
+        done += fibers_[static_cast<size_t>(i)]->state == State::kDone;
       }
-      round_++;
       if (done == threads_) return;
-      for (int w = 0; w < threads_; w += 32) progress |= release_warp(w);
-      if (waiting == threads_) {
-        for (int i = 0; i < threads_; i++) fibers_[static_cast<size_t>(i)]->state = State::kReady;
-        progress = true;
-      }
-      if (!progress) {
+      if (waiting < threads_) {
         std::printf("a barrier was not reached by every thread: %d wait, %d have returned\n", waiting, done);
         std::abort();
       }
+      for (int i = 0; i < threads_; i++) fibers_[static_cast<size_t>(i)]->state = State::kReady;
     }
   }
 
-  bool release_warp(int first) {
+  // Both return whether a thread ran.
+  bool advance_warp(int first) {
+    bool ran = false;
+    for (int i = 0; i < 32; i++) {
+      const int index = first + (order == Order::kDescending ? 31 - i : i);
+      if (fibers_[static_cast<size_t>(index)]->state == State::kReady) resume(index), ran = true;
+    }
+    release_warp(first);
+    return ran;
+  }
+
+  bool advance_all() {
+    bool ran = false;
+    for (int i = 0; i < threads_; i++) {
+      const int index = static_cast<int>((static_cast<unsigned>(i) * 77u + round_ * 13u) % threads_);
+      if (fibers_[static_cast<size_t>(index)]->state == State::kReady) resume(index), ran = true;
+    }
+    round_++;
+    for (int w = 0; w < threads_; w += 32) release_warp(w);
+    return ran;
+  }
+
+  void release_warp(int first) {
     uint32_t ballot = 0;
     for (int lane = 0; lane < 32; lane++) {
       const Fiber& f = *fibers_[static_cast<size_t>(first + lane)];
-      if (f.state != State::kWarp) return false;
+      if (f.state != State::kWarp) return;
       ballot |= static_cast<uint32_t>(f.predicate) << lane;
     }
     for (int lane = 0; lane < 32; lane++) {
@@ -175,7 +193,6 @@ class Emulator {
       f.ballot = ballot;
       f.state = State::kReady;
     }
-    return true;
   }
 
   std::vector<std::unique_ptr<Fiber>> fibers_;
@@ -213,6 +230,7 @@ using std::erf;
 using std::exp;
 using std::exp2;
 using std::log1p;
+using std::log2;
 using std::tanh;
 
 template <typename Parameters>

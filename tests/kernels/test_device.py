@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only hardware can show: offsets beyond 32 bits, graph capture, streams, no host synchronisation."""
 
+from functools import partial
+
 import pytest
 import torch
 
+import fastasr
 from fastasr import ops
+from fastasr.ops.ema_scan import definition
 
 pytestmark = [
     pytest.mark.gpu,
@@ -13,7 +17,7 @@ pytestmark = [
 
 
 def _calls(dtype=torch.float32):
-    """(name, function, tensors) for every op with a Triton kernel."""
+    """(name, function, tensors) for every op with a GPU kernel."""
     make = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype)  # noqa: E731
     x, other, bias = make(60, 4, 192), make(60, 4, 192), make(192)
     return [
@@ -23,10 +27,12 @@ def _calls(dtype=torch.float32):
         ("bypass", ops.bypass, (other, x, bias)),
         ("bypass per sequence", ops.bypass, (other, x, make(4, 192))),
         ("swoosh_linear", ops.swoosh_linear, (x, make(32, 192), make(32))),
+        ("ema_scan", partial(ops.ema_scan, activation="silu"), (x, *(make(192, 4) for _ in range(4)), bias)),
+        ("ema_scan, one step", ops.ema_scan, (x[:1], *(make(192, 4) for _ in range(4)), bias)),
     ]
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(8))
 def test_capture_in_a_graph(index):
     name, function, tensors = _calls()[index]
     tensors = tuple(t.requires_grad_() for t in tensors)
@@ -52,7 +58,7 @@ def test_capture_in_a_graph(index):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(8))
 def test_no_wait_for_the_device(index):
     _, function, tensors = _calls()[index]
     tensors = tuple(t.requires_grad_() for t in tensors)
@@ -64,7 +70,7 @@ def test_no_wait_for_the_device(index):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(8))
 def test_on_a_stream_of_its_own(index):
     name, function, tensors = _calls(torch.bfloat16)[index]
     expected = function(*tensors)
@@ -79,7 +85,7 @@ def test_on_a_stream_of_its_own(index):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(8))
 def test_on_the_tensors_device(index):
     name, function, tensors = _calls()[index]
     y = function(*(t.to("cuda:1") for t in tensors))
@@ -104,6 +110,48 @@ def test_offsets_beyond_32_bits(op):
     y = calls[op](x)
     assert torch.equal(y[-16:], calls[op](tail))
     assert torch.equal(y[:16], calls[op](x[:16].clone()))
+
+
+def test_ema_scan_offsets_beyond_32_bits():
+    """The last sequences of a batch of more than 2^31 elements are those of the same sequences alone."""
+    length, channels = 16, 256
+    batch = 2**31 // (length * channels) + 9
+    if torch.cuda.mem_get_info()[0] < 6 * batch * length * channels * 2:
+        pytest.skip("needs 26 GB of free device memory")
+    x = torch.empty(batch, length, channels, device="cuda", dtype=torch.bfloat16).normal_()
+    parameters = [torch.randn(channels, 4, device="cuda") for _ in range(4)]
+    call = partial(ops.ema_scan, layout="BLD")
+    y = call(x, *parameters)
+    assert torch.equal(y[-4:], call(x[-4:].clone(), *parameters))
+    assert torch.equal(y[:4], call(x[:4].clone(), *parameters))
+
+
+@pytest.mark.parametrize("layout", ["LBD", "BDL"])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("shape", [(2048, 4, 512), (2048, 16, 512), (2**17, 1, 40)])
+def test_ema_scan_in_one_segment_and_in_several(shape, direction, layout):
+    """Values and gradients of both ways to cut the work, repeatable to the bit."""
+    channels = shape[2]
+    rows = channels * (2 if direction == "bidirectional" else 1)
+    torch.manual_seed(0)
+    x = torch.randn(shape, device="cuda")
+    x = (x.permute(1, 2, 0).contiguous() if layout == "BDL" else x).requires_grad_()
+    parameters = [torch.randn(rows, 4, device="cuda", requires_grad=True) for _ in range(4)]
+    residual = torch.randn(channels, device="cuda", requires_grad=True)
+    inputs = (x, *parameters, residual)
+    options = {"direction": direction, "layout": layout, "activation": "silu"}
+
+    def run(f, inputs):
+        y = f(*inputs, **options)
+        return (y, *torch.autograd.grad(y.square().sum(), inputs))
+
+    with fastasr.backend("cuda"):
+        first, second = run(ops.ema_scan, inputs), run(ops.ema_scan, inputs)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    reference = run(definition, wide)
+    for a, b, r in zip(first, second, reference, strict=True):
+        assert torch.equal(a, b)
+        assert (a - r).abs().max() <= 1e-5 * r.abs().max()
 
 
 def test_ragged_lengths_reuse_the_compiled_kernels():

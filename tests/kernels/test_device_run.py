@@ -39,5 +39,6 @@ def test_cases_are_those_of_training():
         "swoosh_linear",
         "bias_norm",
         "bypass",
+        "ema_scan",
     }
     assert len({(case.op, case.name) for case in cases}) == len(cases)
