@@ -31,7 +31,7 @@ from fastasr.benchmarks import limits, rows
 from fastasr.benchmarks.case import Case, Settings, Unavailable, variant
 from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.harness import Variant, peak_bytes, synchronize
-from fastasr.benchmarks.ops import bias_norm, bypass, ema_scan, swoosh, swoosh_linear
+from fastasr.benchmarks.ops import bias_norm, bypass, ema_scan, residual_norm, swoosh, swoosh_linear
 from fastasr.benchmarks.rows import Row
 
 STEPS = ("environment", "tests", "sanitizer", "benchmarks")
@@ -53,6 +53,7 @@ def training_cases() -> list[Case]:
         cases.append(swoosh_linear._case((frames, batch, inputs), outputs))
     for length, sequences, states in ((2048, 8, 4), (16384, 8, 4), (2048, 2, 4), (2048, 8, 16), (1, 8, 4)):
         cases.append(ema_scan._case(length, states, sequences))
+    cases += residual_norm.CASES  # of a MEGA decoder
     return cases
 
 

@@ -104,6 +104,7 @@ def _curve_case(length: int) -> Case:
         f"{length}x1x{CURVE_CHANNELS}",
         partial(_curve_make, length),
         partial(_costs, length * CURVE_CHANNELS),
+        copy=True,
         passes=(FORWARD, BOTH),
         quick=False,
     )

@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 
 from fastasr.ops import _activation, _check, _layout
-from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served
+from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served, triton_kernels
 from fastasr.ops._register import refuse_double_backward, register
 
 FAMILY = KernelFamily(
     "residual_norm",
     ("gated_residual_norm", "residual_norm"),
-    (native_kernels("residual_norm"),),
+    (native_kernels("residual_norm"), triton_kernels("residual_norm")),
 )
 
 

@@ -29,6 +29,12 @@ def _calls(dtype=torch.float32):
         ("swoosh_linear", ops.swoosh_linear, (x, make(32, 192), make(32))),
         ("ema_scan", partial(ops.ema_scan, activation="silu"), (x, *(make(192, 4) for _ in range(4)), bias)),
         ("ema_scan, one step", ops.ema_scan, (x[:1], *(make(192, 4) for _ in range(4)), bias)),
+        (
+            "gated_residual_norm",
+            ops.gated_residual_norm,
+            (other, x, make(60, 4, 192), x * 2, bias, make(192)),
+        ),
+        ("residual_norm", ops.residual_norm, (other, x, bias, make(192))),
     ]
 
 

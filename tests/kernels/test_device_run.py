@@ -40,5 +40,7 @@ def test_cases_are_those_of_training():
         "bias_norm",
         "bypass",
         "ema_scan",
+        "gated_residual_norm",
+        "residual_norm",
     }
     assert len({(case.op, case.name) for case in cases}) == len(cases)

@@ -41,7 +41,7 @@ class Configuration:
     """A kernel with everything that selects its code.
 
     ``types``: element types of the pointers (other arguments are i32). ``divisible``: integers that Triton
-    knows to be multiples of 16.
+    knows to be multiples of 16. ``floats``: numbers that are fp32.
     """
 
     name: str
@@ -50,11 +50,12 @@ class Configuration:
     constants: dict
     warps: int
     divisible: tuple[str, ...] = ()
+    floats: tuple[str, ...] = ()
 
 
 def configurations() -> list[Configuration]:
     """What the launchers use at model shapes: every kernel, mask kind, tile shape and element type."""
-    return [*_swoosh(), *_bias_norm(), *_bypass()]
+    return [*_swoosh(), *_bias_norm(), *_bypass(), *_residual_norm()]
 
 
 def _swoosh():
@@ -158,6 +159,48 @@ def _bypass():
         )
 
 
+def _residual_norm():
+    from fastasr.kernels import residual_norm
+
+    elements = {"forward": residual_norm.FORWARD_ELEMENTS, "backward": residual_norm.BACKWARD_ELEMENTS}
+    inputs, outputs = ("X", "UPDATE", "CANDIDATE", "HIDDEN", "GRAD"), ("Y", "DX", "DUPDATE", "DSUM")
+    wide = dict.fromkeys(("MASK", "WEIGHT", "BIAS", "DWEIGHT", "DBIAS"), "fp32")
+    shares = {"fp32": "fp64", "bf16": "fp32", "fp16": "fp32"}
+    plain = {"CANDIDATE": None, "HIDDEN": None, "MASK": None, "ACTIVATION": 0}
+    gated, masked = {"MASK": None, "ACTIVATION": 1}, {"ACTIVATION": 1}
+    strides = ("C", "x_stride", "update_stride", "candidate_stride", "hidden_stride")
+
+    def configuration(label: str, kernel: str, dtype: str, channels: int, constants: dict):
+        block_r, block_c, warps = residual_norm._blocks(channels, elements[kernel])
+        return Configuration(
+            f"residual_norm {kernel}, {label}, {dtype}",
+            getattr(residual_norm, f"{kernel}_kernel"),
+            dict.fromkeys((*inputs, *outputs), dtype) | wide | {"PARTS": shares[dtype]},
+            constants | {"BLOCK_R": block_r, "BLOCK_C": block_c},
+            warps,
+            strides if channels > 1 else (),
+            ("eps",),
+        )
+
+    for kernel in elements:
+        for dtype in ("fp32", "bf16"):
+            for channels in (128, 512, 4096):
+                yield configuration(f"gated, C={channels}", kernel, dtype, channels, gated)
+            yield configuration("gated, mask, C=512", kernel, dtype, 512, masked)
+            yield configuration("C=512", kernel, dtype, 512, plain)
+        for number, name in ((0, "identity"), (3, "tanh"), (4, "gelu")):
+            yield configuration(f"{name}, C=512", kernel, "fp32", 512, {**gated, "ACTIVATION": number})
+        yield configuration("gated, C=512", kernel, "fp16", 512, gated)
+    ones = dict.fromkeys(strides, 1)  # Triton makes integers that are 1 constants
+    yield configuration("C=1, gated", "backward", "fp32", 1, {**gated, **ones})
+    for block_p, warps in ((128, 4), (2048, 16)):
+        constants = {"BLOCK_P": block_p, "BLOCK_C": 16}
+        for dtype in ("fp32", "fp64"):
+            name = f"residual_norm parts, {block_p}, {dtype}"
+            types = wide | {"PARTS": dtype}
+            yield Configuration(name, residual_norm.add_parts_kernel, types, constants, warps, ("C",))
+
+
 def compiled(configuration: Configuration, architecture: int):
     """The kernel, compiled for ``sm_<architecture>``, every pointer aligned to 16 bytes."""
     names = configuration.kernel.arg_names
@@ -166,6 +209,8 @@ def compiled(configuration: Configuration, architecture: int):
         if name in configuration.constants
         else "*" + configuration.types[name]
         if name in configuration.types
+        else "fp32"
+        if name in configuration.floats
         else "i32"
         for name in names
     }

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations inside other kernels, by the numbers of fastasr/ops/_activation.py, and their derivatives.
+
+PRECISE, for float32 tensors, keeps the relative error within a few units in the last place, in the tails too; otherwise
+the hardware's exponential and division, whose errors 16-bit results do not show, are taken as they are.
+"""
+
+import triton
+import triton.language as tl
+
+IDENTITY, SILU, RELU, TANH, GELU = (tl.constexpr(number) for number in range(5))
+
+
+@triton.jit
+def exp_nonpositive(x, PRECISE: tl.constexpr):
+    """exp(x) for x <= 0; PRECISE: within 0.7 ulp, as 2^n exp(f), f = x - n ln 2 in [-0.35, 0.35], and 0 below -87."""
+    if not PRECISE:
+        return tl.exp(x)
+    n = tl.floor(tl.fma(x, 1.4426950408889634, 0.5))
+    f = tl.fma(n, 2.12194440e-4, tl.fma(n, -0.693359375, x))
+    p = tl.fma(f, 1.0 / 5040.0, 1.0 / 720.0)
+    p = tl.fma(f, p, 1.0 / 120.0)
+    p = tl.fma(f, p, 1.0 / 24.0)
+    p = tl.fma(f, p, 1.0 / 6.0)
+    p = tl.fma(f, p, 0.5)
+    return tl.where(x < -87.0, 0.0, (1.0 + tl.fma(f * f, p, f)) * tl.exp2(n))  # a NaN stays
+
+
+@triton.jit
+def reciprocal(d, PRECISE: tl.constexpr):
+    """1 / d for d in [1, 2]; PRECISE: a Newton step takes the hardware's reciprocal from 2 ulp to under 1."""
+    r = 1.0 / d
+    if PRECISE:
+        r = tl.fma(r, tl.fma(-d, r, 1.0), r)
+    return r
+
+
+@triton.jit
+def sigmoid_pair(x, PRECISE: tl.constexpr):
+    """sigmoid(x) and sigmoid(-x), neither as one minus the other."""
+    e = exp_nonpositive(-tl.abs(x), PRECISE)
+    larger = reciprocal(1.0 + e, PRECISE)
+    smaller = e * larger
+    return tl.where(x < 0.0, smaller, larger), tl.where(x < 0.0, larger, smaller)
+
+
+@triton.jit
+def normal_pair(x, PRECISE: tl.constexpr):
+    """The normal distribution: cumulative (relative error 3e-7 in either tail) and density."""
+    e = exp_nonpositive(-0.5 * x * x, PRECISE)
+    u = 1.0 / tl.fma(tl.abs(x), 0.4, 1.0)
+    p = tl.fma(u, -3.96011658e-2, 2.00602097e-1)  # the tail over e
+    p = tl.fma(u, p, -3.73684850e-1)
+    p = tl.fma(u, p, 2.50974918e-1)
+    p = tl.fma(u, p, -1.23865632e-2)
+    p = tl.fma(u, p, 1.58416807e-1)
+    p = tl.fma(u, p, 1.55786572e-1)
+    p = tl.fma(u, p, 1.59904189e-1)
+    p = tl.fma(u, p, -1.19876988e-5)
+    tail = e * p
+    return tl.where(x < 0.0, tail, 1.0 - tail), e * 0.398942280
+
+
+@triton.jit
+def activate_with_slope(x, ACTIVATION: tl.constexpr, PRECISE: tl.constexpr):
+    """act(x) and act'(x); what the caller leaves unused is not computed."""
+    if ACTIVATION == SILU:
+        e = exp_nonpositive(-tl.abs(x), PRECISE)
+        larger = reciprocal(1.0 + e, PRECISE)
+        smaller = e * larger
+        s = tl.where(x < 0.0, smaller, larger)
+        r = tl.where(x < 0.0, larger, smaller)
+        return tl.where(x < 0.0, x * e, x) * larger, s * tl.fma(x, r, 1.0)
+    if ACTIVATION == RELU:
+        return tl.where(x < 0.0, 0.0, x), tl.where(x > 0.0, 1.0, 0.0)  # a NaN stays
+    if ACTIVATION == TANH:
+        e = exp_nonpositive(-2.0 * tl.abs(x), PRECISE)
+        larger = reciprocal(1.0 + e, PRECISE)
+        u = x * x
+        p = tl.fma(u, -6.04539637e-3, 2.09615151e-2)  # (tanh(x) - x) / x^3 below 0.63
+        p = tl.fma(u, p, -5.38433100e-2)
+        p = tl.fma(u, p, 1.33327192e-1)
+        p = tl.fma(u, p, -3.33333284e-1)
+        large = tl.fma(-2.0 * e, larger, 1.0)
+        y = tl.where(u < 0.4, tl.fma(x * u, p, x), tl.where(x < 0.0, -large, large))
+        return y, 4.0 * e * larger * larger  # 1 - y^2 would cancel
+    if ACTIVATION == GELU:
+        cumulative, density = normal_pair(x, PRECISE)
+        return x * cumulative, tl.fma(x, density, cumulative)
+    return x, tl.full(x.shape, 1.0, tl.float32)

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LayerNorm of a residual, gated or not, over the last dimension (C channels), one pass over memory each way.
+
+    t = x + sigmoid(update) (a - x), a = act(candidate + hidden) mask            without a gate: t = x + update
+    n = (t - mean t) / sqrt(var t + eps)      y = n weight + bias
+    With d = grad weight, per row: dt = (d - mean d - n mean(d n)) / sqrt(var t + eps)
+    dx = dt (1 - s)   dupdate = dt s (1 - s) (a - x)   dsum = dt s mask act'      without a gate: dx = dupdate = dt
+    dweight = sum_rows grad n      dbias = sum_rows grad
+
+Bytes per element of e bytes: forward 5e, backward 8e; without a gate 3e and 4e; a mask adds 4. A 1024x4x512 bf16 tensor
+takes 5 us forward and 8 us backward at 4.3 TB/s.
+
+A program holds tiles of whole rows in registers: forward 16 elements in each thread, and a row of up to 512 channels
+stays within one warp, so its sums need no barrier; backward, where nine values per element are alive, 8 elements.
+Rows of the four inputs may lie apart, as slices of a projection do. In the backward, program p sums its rows' shares of
+dweight and dbias and writes them as row p of two tables, float64 ones for float32 tensors, and a second kernel adds the
+tables' rows in float64. How rows are dealt out depends on the shape alone, never on the device, so results repeat bit
+for bit; there are no atomics. At most 2048 warps share the rows: with 128 registers per thread all of them fit on an
+H200 at once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastasr.kernels.activation import activate_with_slope, sigmoid_pair
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Rows live in registers: up to 4096 channels are at most 8 elements in each thread; wider rows spill.
+MAX_CHANNELS = 65536
+MAX_WARPS = 2048
+FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 512, 256  # per warp
+
+
+@triton.jit
+def _mean(values, C, PRECISE: tl.constexpr):
+    """Row means, in float64 when PRECISE."""
+    if PRECISE:
+        values = values.to(tl.float64)
+    return tl.sum(values, axis=1) / C
+
+
+@triton.jit
+def _centred(t, keep, eps, C, PRECISE: tl.constexpr):
+    """t - mean t, 0 where not ``keep``, and 1 / sqrt(var t + eps).
+
+    MEGA's epsilon is 1e-12: a row of almost equal elements is normalised by its rounding errors, which must not
+    be ours. So the mean of float32 tensors is subtracted in two parts, exact to float64.
+    """
+    mean = _mean(t, C, PRECISE)
+    high = mean.to(tl.float32)
+    t = t - high[:, None]
+    if PRECISE:
+        t = t - (mean - high.to(tl.float64)).to(tl.float32)[:, None]
+    t = tl.where(keep, t, 0.0)
+    variance = _mean(t * t, C, PRECISE) + eps
+    return t, tl.div_rn(1.0, tl.sqrt_rn(variance.to(tl.float32)))
+
+
+@triton.jit
+def _load(X, r, c, stride, keep):
+    return tl.load(X + r[:, None] * stride + c[None, :], mask=keep, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _proposal(
+    CANDIDATE, HIDDEN, MASK, r, c, keep, C, candidate_stride, hidden_stride,
+    ACTIVATION: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """a = act(candidate + hidden) mask, and its derivative."""
+    total = _load(CANDIDATE, r, c, candidate_stride, keep) + _load(HIDDEN, r, c, hidden_stride, keep)
+    a, slope = activate_with_slope(total, ACTIVATION, PRECISE)
+    if MASK is not None:
+        mask = _load(MASK, r, c, C, keep)
+        a = a * mask
+        slope = slope * mask
+    return a, slope
+
+
+@triton.jit(do_not_specialize=["rows"])
+def forward_kernel(
+    X, UPDATE, CANDIDATE, HIDDEN, MASK, WEIGHT, BIAS, Y, rows, C,
+    x_stride, update_stride, candidate_stride, hidden_stride, eps,
+    ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    PRECISE: tl.constexpr = Y.dtype.element_ty == tl.float32
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.arange(0, BLOCK_C)
+    keep = (r < rows)[:, None] & (c < C)[None, :]
+    x = _load(X, r, c, x_stride, keep)
+    update = _load(UPDATE, r, c, update_stride, keep)
+    if CANDIDATE is None:
+        t = x + update
+    else:
+        a, _ = _proposal(
+            CANDIDATE, HIDDEN, MASK, r, c, keep, C, candidate_stride, hidden_stride, ACTIVATION, PRECISE
+        )
+        s, _ = sigmoid_pair(update, PRECISE)
+        t = tl.fma(s, a - x, x)
+    t, scale = _centred(t, keep, eps, C, PRECISE)
+    w = tl.load(WEIGHT + c, mask=c < C, other=0.0)
+    b = tl.load(BIAS + c, mask=c < C, other=0.0)
+    y = tl.fma(t * scale[:, None], w[None, :], b[None, :])
+    tl.store(Y + r[:, None] * C + c[None, :], y.to(Y.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_part"])
+def backward_kernel(
+    GRAD, X, UPDATE, CANDIDATE, HIDDEN, MASK, WEIGHT, DX, DUPDATE, DSUM, PARTS, rows, rows_per_part, C,
+    x_stride, update_stride, candidate_stride, hidden_stride, eps,
+    ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
+    part = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    in_row = c < C
+    w = tl.load(WEIGHT + c, mask=in_row, other=0.0)
+    dweight = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    dbias = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    first = part * rows_per_part
+    end = tl.minimum(first + rows_per_part, rows)
+    while first < end:
+        r = first + tl.arange(0, BLOCK_R)
+        keep = (r < end)[:, None] & in_row[None, :]
+        offsets = r[:, None] * C + c[None, :]  # [BLOCK_R, BLOCK_C]
+        x = _load(X, r, c, x_stride, keep)
+        update = _load(UPDATE, r, c, update_stride, keep)
+        if CANDIDATE is None:
+            t = x + update
+        else:
+            a, slope = _proposal(
+                CANDIDATE, HIDDEN, MASK, r, c, keep, C, candidate_stride, hidden_stride, ACTIVATION, PRECISE
+            )
+            s, rest = sigmoid_pair(update, PRECISE)
+            t = tl.fma(s, a - x, x)
+            to_update = s * rest * (a - x)
+            to_sum = s * slope
+        n, scale = _centred(t, keep, eps, C, PRECISE)
+        # With eps = 0 the scale of a row past the end is infinite.
+        n = tl.where(keep, n * scale[:, None], 0.0)
+        grad = tl.load(GRAD + offsets, mask=keep, other=0.0).to(tl.float32)
+        dweight = tl.fma(grad, n, dweight)
+        dbias += grad
+        d = grad * w[None, :]
+        mean = _mean(d, C, PRECISE).to(tl.float32)
+        along = _mean(d * n, C, PRECISE).to(tl.float32)
+        dt = tl.fma(-n, along[:, None], d - mean[:, None]) * scale[:, None]
+        if CANDIDATE is None:
+            tl.store(DX + offsets, dt.to(DX.dtype.element_ty), mask=keep)
+        else:
+            tl.store(DX + offsets, (dt * rest).to(DX.dtype.element_ty), mask=keep)
+            tl.store(DUPDATE + offsets, (dt * to_update).to(DX.dtype.element_ty), mask=keep)
+            tl.store(DSUM + offsets, (dt * to_sum).to(DX.dtype.element_ty), mask=keep)
+        first += BLOCK_R
+    row = PARTS + part * C + c
+    dweight = tl.sum(dweight.to(PARTS.dtype.element_ty), axis=0)
+    dbias = tl.sum(dbias.to(PARTS.dtype.element_ty), axis=0)
+    tl.store(row, dweight, mask=in_row)
+    tl.store(row + tl.num_programs(0).to(tl.int64) * C, dbias, mask=in_row)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def add_parts_kernel(PARTS, DWEIGHT, DBIAS, parts, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Column sums of two tables of ``parts`` rows, one behind the other."""
+    second = tl.program_id(1)
+    p = tl.arange(0, BLOCK_P)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    keep = (p < parts)[:, None] & (c < C)[None, :]
+    rows = second.to(tl.int64) * parts + p
+    table = tl.load(PARTS + rows[:, None] * C + c[None, :], mask=keep, other=0.0)  # [BLOCK_P, BLOCK_C]
+    total = tl.sum(table.to(tl.float64), axis=0).to(tl.float32)
+    if second == 0:
+        tl.store(DWEIGHT + c, total, mask=c < C)
+    else:
+        tl.store(DBIAS + c, total, mask=c < C)
+
+
+def _blocks(channels: int, elements: int) -> tuple[int, int, int]:
+    """(rows per tile, padded channels, warps) for ``elements`` per warp; at most 16 warps."""
+    if channels > MAX_CHANNELS:
+        raise ValueError(
+            f"residual_norm: expected at most {MAX_CHANNELS} channels in the Triton kernel, got {channels}"
+        )
+    block_c = max(32, triton.next_power_of_2(channels))
+    warps = max(1, min(16, block_c // elements))
+    return max(1, elements * warps // block_c), block_c, warps
+
+
+def _stride(t: torch.Tensor | None) -> int:
+    """Elements from one row to the next; rows are dense and evenly spaced (``fastasr.ops._layout.rows``)."""
+    if t is None:
+        return 0
+    return next((t.stride(d) for d in range(t.dim() - 2, -1, -1) if t.shape[d] > 1), t.shape[-1])
+
+
+def residual_norm_forward(
+    x: torch.Tensor,
+    update: torch.Tensor,
+    candidate: torch.Tensor | None,
+    hidden: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    activation: int,
+) -> torch.Tensor:
+    """y, contiguous, in x's dtype; candidate and hidden are both None or neither, mask, weight and bias contiguous
+    float32.
+
+    The rows of x, update, candidate and hidden are evenly spaced. Raises ``ValueError`` for C > ``MAX_CHANNELS``.
+    """
+    channels = x.shape[-1]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        rows = x.numel() // channels
+        block_r, block_c, warps = _blocks(channels, FORWARD_ELEMENTS)
+        with torch.cuda.device_of(x):
+            forward_kernel[(triton.cdiv(rows, block_r),)](
+                x, update, candidate, hidden, mask, weight, bias, y, rows, channels,
+                *map(_stride, (x, update, candidate, hidden)), eps,
+                ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
+            )  # fmt: skip
+    return y
+
+
+def residual_norm_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    update: torch.Tensor,
+    candidate: torch.Tensor | None,
+    hidden: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    activation: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx, dupdate, dsum, dweight, dbias) for a contiguous ``grad`` of the output; dsum is the gradient of candidate
+    and of hidden. Without them dx is that of x and of update, and dupdate and dsum have no elements."""
+    channels, gated = x.shape[-1], candidate is not None
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dupdate, dsum = (
+        torch.empty(x.shape if gated else (0,), dtype=x.dtype, device=x.device) for _ in range(2)
+    )
+    if not x.numel():
+        return dx, dupdate, dsum, torch.zeros_like(weight), torch.zeros_like(bias)
+    rows = x.numel() // channels
+    block_r, block_c, warps = _blocks(channels, BACKWARD_ELEMENTS)
+    rows_per_part = triton.cdiv(triton.cdiv(rows, MAX_WARPS // warps), block_r) * block_r
+    parts = triton.cdiv(rows, rows_per_part)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    shares = torch.float64 if x.dtype == torch.float32 else torch.float32
+    table = torch.empty((2, parts, channels), dtype=shares, device=x.device)
+    with torch.cuda.device_of(x):
+        backward_kernel[(parts,)](
+            grad, x, update, candidate, hidden, mask, weight, dx, dupdate, dsum, table, rows, rows_per_part, channels,
+            *map(_stride, (x, update, candidate, hidden)), eps,
+            ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
+        )  # fmt: skip
+        block_p, warps = (128, 4) if parts <= 128 else (2048, 16)
+        add_parts_kernel[(triton.cdiv(channels, 16), 2)](
+            table, dweight, dbias, parts, channels, BLOCK_P=block_p, BLOCK_C=16, num_warps=warps
+        )
+    return dx, dupdate, dsum, dweight, dbias
