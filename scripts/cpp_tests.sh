@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# cpp_tests.sh FOLDER SANITIZERS: builds csrc/tests in FOLDER and runs them. SANITIZERS: "", address,undefined or thread.
+# cpp_tests.sh FOLDER SANITIZERS [PATHS]: builds csrc/tests in FOLDER and runs them. SANITIZERS: "", address,undefined or
+# thread. PATHS: code paths as in csrc/tests/CMakeLists.txt, "dispatch;avx2" for example; default all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-folder=$1 sanitizers=$2
+folder=$1 sanitizers=$2 paths=${3:-dispatch;baseline;avx2;avx512}
 jobs=$(nproc 2>/dev/null || echo 2)
 
 mkdir -p "$folder"
-cmake -S . -B "$folder" -DFASTASR_TESTS=ON "-DFASTASR_SANITIZE=$sanitizers" >"$folder/configure.log" 2>&1 || {
+cmake -S . -B "$folder" -DFASTASR_TESTS=ON "-DFASTASR_SANITIZE=$sanitizers" "-DFASTASR_TEST_PATHS=$paths" >"$folder/configure.log" 2>&1 || {
   cat "$folder/configure.log" >&2
   exit 1
 }
