@@ -40,12 +40,12 @@ def _readable(mangled: str) -> str:
     if name is None:
         return mangled
     length, rest = int(name[1]), name[2]
-    arguments = re.match(r"I([fd])(?:LNS0_8ScanModeE(\d)E)?E", rest[length:])
+    arguments = re.match(r"I([fd]+)(?:LNS0_8ScanModeE(\d)E)?E", rest[length:])
     if arguments is None:
         return mangled
-    real = {"f": "float", "d": "double"}[arguments[1]]
-    mode = {None: "", "0": ", output", "1": ", chain", "2": ", adjoint"}[arguments[2]]
-    return f"{rest[:length]}<{real}{mode}>"
+    types = [{"f": "float", "d": "double"}[letter] for letter in arguments[1]]
+    mode = {None: [], "0": ["output"], "1": ["chain"], "2": ["adjoint"]}[arguments[2]]
+    return f"{rest[:length]}<{', '.join(types + mode)}>"
 
 
 def measure() -> dict[str, dict[str, int]]:
