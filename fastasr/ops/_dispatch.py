@@ -70,8 +70,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _reason_cpu() -> str:
-    return native_reason()
+def _reason_cpu(name: str) -> str:
+    if native_reason():
+        return native_reason()
+    if hasattr(torch.ops.fastasr_cpu, f"{name}_forward"):
+        return ""
+    return "the native library has no kernel for it: it was built from another version, build it again"
 
 
 def _reason_cuda(name: str) -> str:
@@ -245,7 +249,9 @@ def served(family: str, x: torch.Tensor, *others: torch.Tensor) -> bool:
 def native_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Implementation:
     """The C++ kernels ``torch.ops.fastasr_cpu.<name>_forward`` and ``_backward``."""
 
-    return Implementation("cpu", ("cpu",), dtypes, _reason_cpu, partial(_registered, "cpu", name))
+    return Implementation(
+        "cpu", ("cpu",), dtypes, partial(_reason_cpu, name), partial(_registered, "cpu", name)
+    )
 
 
 def cuda_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Implementation:

@@ -159,7 +159,7 @@ def run_one(seed: int, index: int) -> tuple[str, str]:
         return label, f"accepted a call that its definition refuses: {type(error).__name__}: {error}"
     for ours, theirs in zip(_tuple(outputs), _tuple(references), strict=True):
         wrong = _agrees(ours.detach(), theirs.detach(), 1.0)
-        if wrong:
+        if wrong and not (special and _as_good_as_eager(table.definition, arguments, outputs, references)):
             return label, wrong
     out, reference = flat(outputs), flat(references)
     if not gradients or special or not out.numel():
@@ -179,6 +179,21 @@ def run_one(seed: int, index: int) -> tuple[str, str]:
         if wrong:
             return label, f"gradient of {n}: {wrong}"
     return label, ""
+
+
+def _as_good_as_eager(definition, arguments: dict, outputs, references) -> bool:
+    """Whether the definition, in the call's own dtypes, is about as far from float64: a value of 60000 among scores of
+    1 leaves no accuracy to anyone."""
+    eager = definition(**with_tensors(arguments, lambda _, t: t.detach()))
+    for ours, theirs, exact in zip(_tuple(outputs), _tuple(eager), _tuple(references), strict=True):
+        finite = exact.isfinite() & theirs.isfinite()
+        if not torch.equal(finite, ours.isfinite()):
+            return False
+        if finite.any():
+            error, allowed = ((t.detach().double() - exact)[finite].abs().max() for t in (ours, theirs))
+            if error > 2 * allowed:
+                return False
+    return True
 
 
 def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
