@@ -20,6 +20,7 @@ from fastasr.ops.bias_norm import definition as bias_norm_definition
 from fastasr.ops.bypass import definition as bypass_definition
 from fastasr.ops.complex_ema_scan import definition as complex_ema_scan_definition
 from fastasr.ops.ema_scan import definition as ema_scan_definition
+from fastasr.ops.gated_depthwise_conv import definition as gated_depthwise_conv_definition
 from fastasr.ops.gated_residual_norm import definition as gated_residual_norm_definition
 from fastasr.ops.gated_residual_norm import definition_residual as residual_norm_definition
 from fastasr.ops.rel_position_attention_weights import definition as attention_weights_definition
@@ -89,6 +90,12 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             gated_residual_norm_definition,
             ops.gated_residual_norm,
             lambda x, u, c, h, w, b: registered.gated_residual_norm(x, u, c, h, None, w, b, 1e-5, 1),
+        ),
+        "gated_depthwise_conv": Tiny(
+            (torch.randn(2, 1, 2 * channels, device=device), weight[:, :3].contiguous(), bias),
+            gated_depthwise_conv_definition,
+            ops.gated_depthwise_conv,
+            lambda h, w, b: registered.gated_depthwise_conv(h, w, b, None, None, None, None, None, -1, True),
         ),
         "linear": Tiny((x, weight, bias), F.linear, ops.linear, registered.linear),
         "rel_position_attention_weights": Tiny(

@@ -7,6 +7,7 @@ from fastasr.benchmarks.ops import (
     bypass,
     complex_ema_scan,
     ema_scan,
+    gated_depthwise_conv,
     linear,
     rel_position_attention_weights,
     residual_norm,
@@ -26,6 +27,7 @@ MODULES = (
     rel_position_attention_weights,
     toeplitz_attention,
     residual_norm,
+    gated_depthwise_conv,
 )
 
 

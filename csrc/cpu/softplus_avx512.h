@@ -93,6 +93,9 @@ FASTASR_AVX512_INLINE __m512 softplus_tail(const Registers& c, __m512 z) {
   return _mm512_fmadd_ps(p, r, _mm512_permutex2var_ps(c.low[0], k, c.high[0]));
 }
 
+// The lanes that exist where n elements are left.
+FASTASR_AVX512_INLINE __mmask16 lanes(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
+
 // Sixteen elements to and from float; `m` selects the lanes that exist.
 FASTASR_AVX512_INLINE __m512 load16(const float* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
 FASTASR_AVX512_INLINE __m512 load16(const bfloat16* p, __mmask16 m) {

@@ -147,6 +147,7 @@ void elementary();
 void swoosh();
 void bias_norm();
 void bypass();
+void gated_depthwise_conv();
 void skinny_gemm();
 void mega_step();
 void rel_position_attention_weights();

@@ -20,6 +20,7 @@ constexpr Test kTests[] = {
     {"swoosh", fastasr::test::swoosh},
     {"bias_norm", fastasr::test::bias_norm},
     {"bypass", fastasr::test::bypass},
+    {"gated_depthwise_conv", fastasr::test::gated_depthwise_conv},
     {"skinny_gemm", fastasr::test::skinny_gemm},
     {"mega_step", fastasr::test::mega_step},
     {"simd", fastasr::test::simd},

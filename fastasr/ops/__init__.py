@@ -9,6 +9,7 @@ from fastasr.ops.bias_norm import bias_norm
 from fastasr.ops.bypass import bypass
 from fastasr.ops.complex_ema_scan import complex_ema_scan
 from fastasr.ops.ema_scan import ema_scan
+from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv
 from fastasr.ops.gated_residual_norm import gated_residual_norm, residual_norm
 from fastasr.ops.linear import linear
 from fastasr.ops.rel_position_attention_weights import rel_position_attention_weights
@@ -27,6 +28,7 @@ NAMES = (
     "linear",
     "ema_scan",
     "complex_ema_scan",
+    "gated_depthwise_conv",
     "rel_position_attention_weights",
     "gated_residual_norm",
     "residual_norm",
@@ -37,6 +39,7 @@ __all__ = [
     "bypass",
     "complex_ema_scan",
     "ema_scan",
+    "gated_depthwise_conv",
     "gated_residual_norm",
     "linear",
     "rel_position_attention_weights",

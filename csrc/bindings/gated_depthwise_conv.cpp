@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/gated_depthwise_conv.h"
+
+#include <array>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "bindings/dispatch.h"
+
+namespace fastasr {
+namespace {
+
+using cpu::GatedDepthwiseConv;
+using Optional = std::optional<Tensor>;
+
+struct Operands {
+  const Tensor &h, &weight;
+  const Optional &bias, &causal_weight, &causal_bias, &chunk_scale, &mask, &cache;
+  int64_t chunk;
+  bool swoosh;
+};
+
+bool has_shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
+  if (t.dim() != static_cast<int64_t>(sizes.size())) return false;
+  int64_t d = 0;
+  for (const int64_t size : sizes)
+    if (t.size(d++) != size) return false;
+  return true;
+}
+
+void check_shape(const Optional& t, const Tensor& h, std::initializer_list<int64_t> sizes, const char* op,
+                 const char* name) {
+  if (!t.has_value()) return;
+  check_like(*t, h, op, name);
+  STD_TORCH_CHECK(has_shape(*t, sizes), op, ": ", name, " has another shape");
+}
+
+template <typename T>
+const T* data_or_null(const Optional& t) {
+  return t.has_value() ? data<T>(*t) : nullptr;
+}
+
+// Rows of x (T, B, channels) have contiguous channels; the other strides are x's.
+void check_rows(const Tensor& x, const Tensor& h, int64_t channels, const char* op, const char* name) {
+  STD_TORCH_CHECK(x.scalar_type() == h.scalar_type(), op, ": ", name, " has another dtype");
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == h.size(0) && x.size(1) == h.size(1) && x.size(2) == channels, op, ": ",
+                  name, " has another shape");
+  STD_TORCH_CHECK(channels <= 1 || !x.numel() || x.stride(2) == 1, op, ": the channels of ", name,
+                  " are not contiguous");
+}
+
+template <typename T>
+GatedDepthwiseConv<T> checked(const Operands& o, const char* op) {
+  STD_TORCH_CHECK(o.h.dim() == 3 && o.h.size(2) % 2 == 0, op, ": h is not (T, B, 2 C)");
+  const int64_t frames = o.h.size(0), batch = o.h.size(1), channels = o.h.size(2) / 2;
+  check_rows(o.h, o.h, 2 * channels, op, "h");
+  check_like(o.weight, o.h, op, "weight");
+  STD_TORCH_CHECK(o.weight.dim() >= 2, op, ": weight has another shape");
+  const int64_t taps = o.weight.size(o.weight.dim() - 1), causal = taps / 2 + 1;
+  STD_TORCH_CHECK(taps % 2 == 1 && (has_shape(o.weight, {channels, 1, taps}) || has_shape(o.weight, {channels, taps})),
+                  op, ": weight has another shape");
+  const bool chunked = o.causal_weight.has_value();
+  STD_TORCH_CHECK(
+      chunked == o.chunk_scale.has_value() && (chunked || !(o.causal_bias.has_value() || o.cache.has_value())), op,
+      ": chunk-causal form needs causal_weight and chunk_scale, plain form takes neither");
+  check_shape(o.bias, o.h, {channels}, op, "bias");
+  if (chunked) {
+    check_like(*o.causal_weight, o.h, op, "causal_weight");
+    STD_TORCH_CHECK(
+        has_shape(*o.causal_weight, {channels, 1, causal}) || has_shape(*o.causal_weight, {channels, causal}), op,
+        ": causal_weight has another shape");
+  }
+  check_shape(o.causal_bias, o.h, {channels}, op, "causal_bias");
+  check_shape(o.chunk_scale, o.h, {2, channels, taps}, op, "chunk_scale");
+  check_shape(o.cache, o.h, {batch, channels, taps / 2}, op, "cache");
+  if (o.mask.has_value())
+    STD_TORCH_CHECK(
+        o.mask->scalar_type() == ScalarType::Bool && o.mask->is_contiguous() && has_shape(*o.mask, {batch, frames}), op,
+        ": padding_mask is not a contiguous bool tensor (B, T)");
+  STD_TORCH_CHECK(o.chunk != 0, op, ": chunk_size is 0");
+  const int64_t whole = std::max<int64_t>(1, frames);
+  return {data<T>(o.h),
+          o.h.stride(0),
+          o.h.stride(1),
+          data<T>(o.weight),
+          data_or_null<T>(o.bias),
+          data_or_null<T>(o.causal_weight),
+          data_or_null<T>(o.causal_bias),
+          data_or_null<T>(o.chunk_scale),
+          data_or_null<bool>(o.mask),
+          data_or_null<T>(o.cache),
+          frames,
+          batch,
+          channels,
+          taps,
+          chunked && o.chunk > 0 ? std::min(o.chunk, whole) : whole,
+          o.swoosh};
+}
+
+template <int kDims>
+Tensor new_contiguous(const Tensor& t, const std::array<int64_t, kDims>& sizes) {
+  std::array<int64_t, kDims> strides;
+  int64_t step = 1;
+  for (int d = kDims - 1; d >= 0; d--) strides[d] = step, step *= std::max<int64_t>(1, sizes[d]);
+  return new_strided(t, kDims, sizes.data(), strides.data());
+}
+
+Tensor new_like_if(const Optional& t, const Tensor& h) {
+  return t.has_value() ? new_like(*t) : new_without_elements(h);
+}
+
+template <typename T>
+T* mutable_or_null(const Tensor& t, bool wanted) {
+  return wanted ? mutable_data<T>(t) : nullptr;
+}
+
+// Tasks that are worth a thread of their own.
+int64_t grain(int64_t frames, int64_t taps) {
+  return std::max<int64_t>(1, 2 * kGrain / std::max<int64_t>(1, frames * cpu::kGatedStripe * (taps / 8 + 1)));
+}
+
+std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const Tensor& h, const Tensor& weight, const Optional& bias,
+                                                        const Optional& causal_weight, const Optional& causal_bias,
+                                                        const Optional& chunk_scale, const Optional& padding_mask,
+                                                        const Optional& cache, int64_t chunk_size, bool swoosh,
+                                                        bool need_cache) {
+  const char* op = "gated_depthwise_conv_forward";
+  const Operands operands{h,           weight,       bias,  causal_weight, causal_bias,
+                          chunk_scale, padding_mask, cache, chunk_size,    swoosh};
+  Tensor y = new_without_elements(h), new_cache = y;
+  with_kernel_type(h.scalar_type(), op, [&]<typename T>() {
+    const GatedDepthwiseConv<T> conv = checked<T>(operands, op);
+    STD_TORCH_CHECK(!need_cache || conv.chunked(), op, ": the plain form has no cache");
+    y = new_contiguous<3>(h, {conv.frames, conv.batch, conv.channels});
+    if (need_cache) new_cache = new_contiguous<3>(h, {conv.batch, conv.channels, conv.pad()});
+    T *yp = mutable_data<T>(y), *cp = mutable_or_null<T>(new_cache, need_cache);
+    const int64_t stripes = (conv.channels + cpu::kGatedStripe - 1) / cpu::kGatedStripe;
+    parallel_range(stripes * conv.batch, grain(conv.frames, conv.taps),
+                   [&](int64_t b, int64_t e) { cpu::gated_depthwise_conv_forward(conv, yp, cp, b, e); });
+  });
+  return {y, new_cache};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_depthwise_conv_backward(
+    const Tensor& grad, const Tensor& h, const Tensor& weight, const Optional& bias, const Optional& causal_weight,
+    const Optional& causal_bias, const Optional& chunk_scale, const Optional& padding_mask, const Optional& cache,
+    int64_t chunk_size, bool swoosh) {
+  const char* op = "gated_depthwise_conv_backward";
+  const Operands operands{h,           weight,       bias,  causal_weight, causal_bias,
+                          chunk_scale, padding_mask, cache, chunk_size,    swoosh};
+  Tensor dh = new_without_elements(h);
+  Tensor dweight = new_like(weight), dbias = new_like_if(bias, h), dcausal_weight = new_like_if(causal_weight, h),
+         dcausal_bias = new_like_if(causal_bias, h), dchunk_scale = new_like_if(chunk_scale, h),
+         dcache = new_like_if(cache, h);
+  with_kernel_type(h.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const GatedDepthwiseConv<T> conv = checked<T>(operands, op);
+    check_rows(grad, h, conv.channels, op, "grad");
+    dh = new_contiguous<3>(h, {conv.frames, conv.batch, 2 * conv.channels});
+    const T* gp = data<T>(grad);
+    T *dp = mutable_data<T>(dh), *dcp = mutable_or_null<T>(dcache, cache.has_value());
+    const int64_t stripes = (conv.channels + cpu::kGatedStripe - 1) / cpu::kGatedStripe;
+    const int64_t groups = std::min(conv.batch, cpu::kGatedGroups);
+    const std::unique_ptr<C[]> parts(new C[static_cast<size_t>(groups * conv.sums() * conv.channels)]);
+    parallel_range(stripes * groups, grain(2 * conv.frames * conv.batch / std::max<int64_t>(1, groups), conv.taps),
+                   [&](int64_t b, int64_t e) {
+                     cpu::gated_depthwise_conv_backward(conv, gp, grad.stride(0), grad.stride(1), dp, dcp, parts.get(),
+                                                        groups, b, e);
+                   });
+    cpu::gated_depthwise_conv_reduce(conv, parts.get(), groups, mutable_data<T>(dweight),
+                                     mutable_or_null<T>(dbias, bias.has_value()),
+                                     mutable_or_null<T>(dcausal_weight, causal_weight.has_value()),
+                                     mutable_or_null<T>(dcausal_bias, causal_bias.has_value()),
+                                     mutable_or_null<T>(dchunk_scale, chunk_scale.has_value()));
+  });
+  return {dh, dweight, dbias, dcausal_weight, dcausal_bias, dchunk_scale, dcache};
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def(
+      "gated_depthwise_conv_forward(Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, Tensor? causal_bias, "
+      "Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, bool swoosh, bool need_cache) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "gated_depthwise_conv_backward(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, "
+      "Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, bool swoosh) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("gated_depthwise_conv_forward", TORCH_BOX(&fastasr::gated_depthwise_conv_forward));
+  m.impl("gated_depthwise_conv_backward", TORCH_BOX(&fastasr::gated_depthwise_conv_backward));
+}

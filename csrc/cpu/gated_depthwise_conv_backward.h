@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward of gated_depthwise_conv for one instruction set (no include guard; see each_instruction_set.h). With
+// q = dy act'(z), r = q scale and e the convolution within the chunk:
+//   dbias = sum_t r (plain: q)         dweight[k] = sum_t r[t] u[t + k - P]      (within chunks)
+//   dcausal_bias = sum_t q             dcausal_weight[j] = sum_t q[t] u[t + j - P]
+//   dL[p], dR[p - (S - K)] = sum over the frames at position p of q e
+//   du[t] = sum_k weight[k] r[t - k + P] (within chunks) + sum_j causal_weight[j] q[t - j + P]
+//   dx = du gate        ds = du u (1 - gate)
+#include "cpu/gated_depthwise_conv_rows.h"
+
+// q = grad act'(z + bias)
+template <bool kSwoosh, typename T, typename C>
+FASTASR_INLINE void output_gradient(const T* __restrict grad, const C* __restrict z, const C* __restrict bias,
+                                    int64_t n, C* __restrict q) {
+#if FASTASR_VECTOR_BYTES == 64 && defined(FASTASR_AVX512)
+  if constexpr (kSwoosh && !std::is_same_v<T, double>) {
+    for (int64_t c = 0; c < n; c += 16) {
+      const __m512 v = _mm512_add_ps(_mm512_load_ps(z + c), _mm512_load_ps(bias + c));
+      const __m512 d = avx512::logistic(_mm512_sub_ps(v, _mm512_set1_ps(1.0f)));
+      const __m512 g = avx512::load16(grad + c, avx512::lanes(n - c));
+      _mm512_store_ps(q + c, _mm512_mul_ps(g, _mm512_sub_ps(d, _mm512_set1_ps(0.08f))));
+    }
+    return;
+  }
+#endif
+#pragma omp simd
+  for (int64_t c = 0; c < n; c++) {
+    const C d = kSwoosh ? logistic(z[c] + bias[c] - C(1)) - C(0.08) : C(1);
+    q[c] = static_cast<C>(load(grad[c])) * d;
+  }
+}
+
+template <typename C>
+FASTASR_INLINE void scaled(const C* __restrict q, const C* __restrict left, const C* __restrict right,
+                           C* __restrict r) {
+#pragma omp simd
+  for (int64_t c = 0; c < kStripe; c++) r[c] = q[c] * (C(1) + (left[c] + right[c]));
+}
+
+template <typename C>
+FASTASR_INLINE void add_product(const C* __restrict a, const C* __restrict b, C* __restrict sum) {
+#pragma omp simd
+  for (int64_t c = 0; c < kStripe; c++) sum[c] += a[c] * b[c];
+}
+
+template <typename C>
+FASTASR_INLINE void add_row(const C* __restrict row, C* __restrict sum) {
+#pragma omp simd
+  for (int64_t c = 0; c < kStripe; c++) sum[c] += row[c];
+}
+
+template <typename T, typename C>
+FASTASR_INLINE void gate_gradient(const C* __restrict du, const C* __restrict u, const C* __restrict gate, int64_t n,
+                                  T* __restrict dx, T* __restrict ds) {
+#pragma omp simd
+  for (int64_t c = 0; c < n; c++) {
+    store(&dx[c], du[c] * gate[c]);
+    store(&ds[c], du[c] * u[c] * (C(1) - gate[c]));
+  }
+}
+
+// Sums of a channel: short chains of the compute type (a block's), added up in double.
+template <typename C>
+class Sums {
+ public:
+  explicit Sums(int64_t rows) : rows_(rows), part_(rows), total_(rows) {}
+  void clear() {
+    for (int64_t i = 0; i < rows_ * kStripe; i++) part_[0][i] = 0;
+    for (int64_t i = 0; i < rows_ * kStripe; i++) total_[0][i] = 0;
+  }
+  C* part(int64_t row) { return part_[row]; }
+  const double* total(int64_t row) { return total_[row]; }
+  void carry(int64_t first, int64_t rows) {
+    C* __restrict part = part_[first];
+    double* __restrict total = total_[first];
+#pragma omp simd
+    for (int64_t i = 0; i < rows * kStripe; i++) {
+      total[i] += static_cast<double>(part[i]);
+      part[i] = 0;
+    }
+  }
+  void add(int64_t row, const C* rows, int64_t n) {
+    double* __restrict total = total_[row];
+    for (int64_t i = 0; i < n; i++) {
+#pragma omp simd
+      for (int64_t c = 0; c < kStripe; c++) total[c] += static_cast<double>(rows[i * kStripe + c]);
+    }
+  }
+
+ private:
+  const int64_t rows_;
+  Rows<C> part_;
+  Rows<double> total_;
+};
+
+template <typename T>
+class Backward : Convolution<T> {
+  using Base = Convolution<T>;
+  using Base::conv_, Base::pad_, Base::bias_, Base::z_, Base::e_, Base::copy_, Base::taps_, Base::causal_;
+  using typename Base::C;
+
+ public:
+  explicit Backward(const GatedDepthwiseConv<T>& conv)
+      : Base(conv),
+        weight_row_(1),
+        causal_bias_row_(weight_row_ + whole_tiles(conv.taps)),
+        causal_row_(causal_bias_row_ + 1),
+        edge_row_(causal_row_ + whole_tiles(pad_ + 1)),
+        sums_(conv.chunked() ? edge_row_ + 2 * conv.taps : causal_bias_row_),
+        u_(kBlock + 2 * pad_ + 2 * kTile),
+        gate_(kBlock + 2 * pad_ + 2 * kTile),
+        q_(kBlock + 2 * pad_ + 2 * kTile),
+        r_(conv.chunked() ? kBlock + 2 * pad_ + 2 * kTile : 0) {}
+
+  struct Gradient {
+    const T* grad;
+    int64_t time, batch;
+    T *dh, *dcache;
+  };
+
+  void run(const Gradient& g, C* parts, int64_t groups, int64_t begin, int64_t end) {
+    const int64_t each = (conv_.batch + groups - 1) / groups;
+    for (int64_t task = begin, staged = -1; task < end; task++) {
+      const int64_t group = task % groups;
+      const Stripe<T> stripe(conv_, task / groups, 0);
+      if (staged != stripe.first) this->stage_weights(stripe), staged = stripe.first;
+      sums_.clear();
+      for (int64_t b = group * each; b < std::min(conv_.batch, (group + 1) * each); b++)
+        sequence(Stripe<T>(conv_, task / groups, b), g);
+      write_sums(stripe, parts + group * conv_.sums() * conv_.channels);
+    }
+  }
+
+ private:
+  static int64_t whole_tiles(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
+
+  // Row r of u_ and gate_ is frame t - P + r; row r of q_ and r_ is frame t - 2 P + r.
+  void sequence(const Stripe<T>& stripe, const Gradient& g) {
+    const int64_t frames = conv_.frames, reach = 2 * pad_;
+    stage<true>(stripe, -pad_, reach, u_[0], gate_[0]);
+    clear(q_[0], reach);
+    if (conv_.chunked()) clear(r_[0], reach);
+    int64_t chained = 0;
+    for (int64_t t = 0; t < frames + pad_;) {
+      const bool within = t < frames;
+      const int64_t end =
+          within ? block_end(t, kBlock, frames, conv_.chunk, conv_.chunked()) : std::min(t + kBlock, frames + pad_);
+      const int64_t n = end - t;
+      stage<true>(stripe, t + pad_, n, u_[reach], gate_[reach]);
+      if (within) {
+        if (conv_.swoosh || conv_.chunked()) {
+          this->convolve_block(u_[0], t, end, [&](int64_t i) {
+            stripe.prefetch(end + pad_ + i, kTile);
+            for (int64_t j = t + i; j < std::min(t + i + kTile, end); j++) prefetch_row<0>(row_of(g, stripe, j));
+          });
+        }
+        output_gradients(stripe, g, t, end);
+        tap_gradients(t, end);
+        chained += n / conv_.chunk + 1;
+        if (conv_.chunked() && chained > kChain)  // chunks whose edges are one chain
+          sums_.carry(edge_row_, 2 * conv_.taps), chained = 0;
+      } else {
+        clear(q_[reach], n);
+        if (conv_.chunked()) clear(r_[reach], n);
+      }
+      input_gradients(stripe, g, t, end);
+      for (Rows<C>* ring : {&u_, &gate_, &q_, &r_})
+        if (ring != &r_ || conv_.chunked())
+          std::memmove((*ring)[0], (*ring)[n], sizeof(C) * static_cast<size_t>(reach * kStripe));
+      t = end;
+    }
+    if (conv_.chunked()) sums_.carry(edge_row_, 2 * conv_.taps);
+  }
+
+  static const T* row_of(const Gradient& g, const Stripe<T>& stripe, int64_t t) {
+    return g.grad + t * g.time + stripe.batch * g.batch + stripe.first;
+  }
+
+  static void clear(C* rows, int64_t n) {
+    for (int64_t i = 0; i < n * kStripe; i++) rows[i] = 0;
+  }
+
+  void output_gradients(const Stripe<T>& stripe, const Gradient& g, int64_t t, int64_t end) {
+    const int64_t reach = 2 * pad_, n = end - t;
+    C *q = q_[reach], *z = z_[0];
+    for (int64_t i = t; i < end; i++, q += kStripe, z += kStripe) {
+      if (conv_.swoosh)
+        output_gradient<true>(row_of(g, stripe, i), z, bias_[0], stripe.channels, q);
+      else
+        output_gradient<false>(row_of(g, stripe, i), z, bias_[0], stripe.channels, q);
+    }
+    sums_.add(conv_.chunked() ? causal_bias_row_ : 0, q_[reach], n);
+    if (!conv_.chunked()) return;
+    for (int64_t i = t; i < end; i++) {
+      const int64_t p = i % conv_.chunk;
+      const C* row = q_[reach + i - t];
+      scaled(row, this->left(p), this->right(p), r_[reach + i - t]);
+      if (this->has_left(p)) add_product(row, e_[i - t], sums_.part(edge_row_ + p));
+      if (this->has_right(p)) add_product(row, e_[i - t], sums_.part(edge_row_ + 2 * conv_.taps + p - conv_.chunk));
+    }
+    sums_.add(0, r_[reach], n);
+  }
+
+  void tap_gradients(int64_t t, int64_t end) {
+    const int64_t reach = 2 * pad_, K = conv_.taps;
+    if (!conv_.chunked()) {
+      add_tap_gradients(u_[0], q_[reach], end - t, K, sums_.part(weight_row_));
+      return sums_.carry(weight_row_, K);
+    }
+    add_tap_gradients(u_[0], q_[reach], end - t, pad_ + 1, sums_.part(causal_row_));
+    sums_.carry(causal_row_, pad_ + 1);
+    for_each_chunk(t, end, conv_.chunk, conv_.frames, [&](int64_t begin, int64_t stop, int64_t first, int64_t last) {
+      const C* seen = window(u_[begin - t], begin, stop, first, last, pad_, copy_[0]);
+      for (int64_t k = 0; k < K; k += kTile) {  // of frames from which one of these taps reaches into the chunk
+        const int64_t low = std::max(begin, first - (k + kTile - 1) + pad_), high = std::min(stop, last - k + pad_);
+        add_tap_gradient(seen + (low - begin + k) * kStripe, r_[reach + low - t], high - low,
+                         sums_.part(weight_row_ + k));
+      }
+    });
+    sums_.carry(weight_row_, K);
+  }
+
+  // Frames [t - P, end - P): those whose gradient is complete.
+  void input_gradients(const Stripe<T>& stripe, const Gradient& g, int64_t t, int64_t end) {
+    const int64_t channels = conv_.channels, n = end - t, start = t - pad_;
+    const int64_t low = std::max<int64_t>(start, 0), high = std::min(end - pad_, conv_.frames);
+    if (!conv_.chunked()) {
+      convolve_reversed(q_[0], taps_[0], conv_.taps, n, z_[0]);
+    } else {
+      convolve_reversed(q_[pad_], causal_[0], pad_ + 1, n, z_[0]);
+      for_each_chunk(
+          low, high, conv_.chunk, conv_.frames, [&](int64_t begin, int64_t stop, int64_t first, int64_t last) {
+            const C* seen = window(r_[begin - pad_ - t + 2 * pad_], begin, stop, first, last, pad_, copy_[0]);
+            convolve_chunk(seen, begin, stop, first, last, taps_[conv_.taps - 1], -kStripe, conv_.taps,
+                           e_[begin - start]);
+          });
+      for (int64_t i = low; i < high; i++) add_row(e_[i - start], z_[i - start]);
+      if (g.dcache)
+        for (int64_t i = start; i < std::min<int64_t>(0, start + n); i++)
+          for (int64_t c = 0; c < stripe.channels; c++)
+            store(&g.dcache[(stripe.batch * channels + stripe.first + c) * pad_ + pad_ + i], z_[i - start][c]);
+    }
+    for (int64_t i = low; i < high; i++) {
+      T* dx = g.dh + (i * conv_.batch + stripe.batch) * 2 * channels + stripe.first;
+      const int64_t r = i - start;
+      if (stripe.channels == kStripe)
+        gate_gradient(z_[r], u_[r], gate_[r], kStripe, dx, dx + channels);
+      else
+        gate_gradient(z_[r], u_[r], gate_[r], stripe.channels, dx, dx + channels);
+    }
+  }
+
+  void write_sums(const Stripe<T>& stripe, C* parts) {
+    const auto write = [&](int64_t row, int64_t rows) {
+      for (int64_t i = 0; i < rows; i++, parts += conv_.channels)
+        for (int64_t c = 0; c < stripe.channels; c++) parts[stripe.first + c] = static_cast<C>(sums_.total(row + i)[c]);
+    };
+    write(0, 1 + conv_.taps);
+    if (!conv_.chunked()) return;
+    write(causal_bias_row_, 1 + pad_ + 1);
+    write(edge_row_, 2 * conv_.taps);
+  }
+
+  // Rows of sums_; those of taps are whole tiles.
+  const int64_t weight_row_, causal_bias_row_, causal_row_, edge_row_;
+  Sums<C> sums_;
+  Rows<C> u_, gate_, q_, r_;
+};
+
+template <typename T>
+void backward(const GatedDepthwiseConv<T>& conv, const T* grad, int64_t grad_time, int64_t grad_batch, T* dh, T* dcache,
+              compute_t<T>* parts, int64_t groups, int64_t begin, int64_t end) {
+  if (begin < end) Backward<T>(conv).run({grad, grad_time, grad_batch, dh, dcache}, parts, groups, begin, end);
+}

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward of gated_depthwise_conv for one instruction set (no include guard; see each_instruction_set.h).
+#include "cpu/gated_depthwise_conv_rows.h"
+
+// y[i] = z[i] + bias or SwooshR of it, for n rows of `channels`; rows of y are y_row elements apart.
+template <bool kSwoosh, typename T, typename C>
+__attribute__((noinline)) void finish(const C* __restrict z, const C* __restrict bias, int64_t n, int64_t channels,
+                                      T* __restrict y, int64_t y_row) {
+#if FASTASR_VECTOR_BYTES == 64 && defined(FASTASR_AVX512)
+  if constexpr (kSwoosh && !std::is_same_v<T, double>) {
+    const avx512::Registers table = avx512::load_table();
+    const __m512 one = _mm512_set1_ps(1.0f);
+    for (int64_t i = 0; i < n; i++, z += kStripe, y += y_row)
+      for (int64_t c = 0; c < channels; c += 16) {
+        const __m512 v = _mm512_add_ps(_mm512_load_ps(z + c), _mm512_load_ps(bias + c)), e = _mm512_sub_ps(v, one);
+        const __m512 plus = _mm512_add_ps(avx512::softplus_tail(table, e), _mm512_max_ps(e, _mm512_setzero_ps()));
+        const __m512 line = _mm512_fmadd_ps(v, _mm512_set1_ps(-0.08f), _mm512_set1_ps(-0.313261687f));
+        avx512::store16(y + c, avx512::lanes(channels - c), _mm512_add_ps(plus, line));
+      }
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; i++, z += kStripe, y += y_row) {
+#pragma omp simd
+    for (int64_t c = 0; c < channels; c++) {
+      const C v = z[c] + bias[c], e = v - C(1);
+      const C plus = kSwoosh ? (e > 0 ? e : C(0)) + log1p_unit(exp_nonpositive(-std::fabs(e))) : C(0);
+      store(&y[c], kSwoosh ? plus - (C(0.08) * v + C(0.313261687)) : v);
+    }
+  }
+}
+
+template <typename T>
+class Forward : Convolution<T> {
+  using Base = Convolution<T>;
+  using Base::conv_, Base::pad_, Base::bias_, Base::z_;
+  using typename Base::C;
+
+ public:
+  explicit Forward(const GatedDepthwiseConv<T>& conv) : Base(conv), ring_(kBlock + 2 * pad_ + 2 * kTile) {}
+
+  void run(T* y, T* new_cache, int64_t begin, int64_t end) {
+    for (int64_t task = begin, staged = -1; task < end; task++) {
+      const Stripe<T> stripe(conv_, task / conv_.batch, task % conv_.batch);
+      if (staged != stripe.first) this->stage_weights(stripe), staged = stripe.first;
+      sequence(stripe, y);
+      if (new_cache) keep(stripe, new_cache);
+    }
+  }
+
+ private:
+  void sequence(const Stripe<T>& stripe, T* y) {
+    const int64_t frames = conv_.frames, reach = 2 * pad_, y_row = conv_.batch * conv_.channels;
+    const auto write = conv_.swoosh ? finish<true, T, C> : finish<false, T, C>;
+    stage<false>(stripe, -pad_, reach, ring_[0], static_cast<C*>(nullptr));
+    for (int64_t t = 0; t < frames;) {  // row r of the ring: frame t - pad + r
+      const int64_t end = block_end(t, kBlock, frames, conv_.chunk, conv_.chunked()), n = end - t;
+      stage<false>(stripe, t + pad_, n, ring_[reach], static_cast<C*>(nullptr));
+      T* to = y + t * y_row + stripe.batch * conv_.channels + stripe.first;
+      this->convolve_block(ring_[0], t, end, [&](int64_t i) {
+        stripe.prefetch(end + pad_ + i, kTile);
+        for (int64_t j = i; j < std::min(i + kTile, n); j++) prefetch_row<1>(to + j * y_row);
+      });
+      write(z_[0], bias_[0], n, stripe.channels, to, y_row);
+      std::memmove(ring_[0], ring_[n], sizeof(C) * static_cast<size_t>(reach * kStripe));
+      t = end;
+    }
+  }
+
+  // u of the last P frames, and of the cache where there are fewer.
+  void keep(const Stripe<T>& stripe, T* new_cache) {
+    for (int64_t p = 0; p < pad_; p++) {
+      stage<false>(stripe, conv_.frames - pad_ + p, 1, ring_[0], static_cast<C*>(nullptr));
+      for (int64_t c = 0; c < stripe.channels; c++)
+        store(&new_cache[(stripe.batch * conv_.channels + stripe.first + c) * pad_ + p], ring_[0][c]);
+    }
+  }
+
+  Rows<C> ring_;
+};
+
+template <typename T>
+void forward(const GatedDepthwiseConv<T>& conv, T* y, T* new_cache, int64_t begin, int64_t end) {
+  if (begin < end) Forward<T>(conv).run(y, new_cache, begin, end);
+}

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+// What forward and backward of gated_depthwise_conv share, per instruction set (see depthwise_tile.h; no include
+// guard): the stripe's rows, their staging, and the chunks of a block.
+#include "cpu/depthwise_tile.h"
+
+static_assert(kStripe == kGatedStripe);
+
+// Frames of a block: its rows, and 2 P + kTile more for the taps' reach, stay in the first or second cache.
+constexpr int64_t kBlock = 64;
+
+template <typename C>
+FASTASR_INLINE C logistic(C x) {
+  const C u = exp_nonpositive(-std::fabs(x));
+  return (x > 0 ? C(1) : u) / (C(1) + u);
+}
+
+// Scratch rows, 64-byte aligned, zeroed.
+template <typename C>
+class Rows {
+ public:
+  explicit Rows(int64_t rows) : memory_(new C[static_cast<size_t>(rows * kStripe + kSlack)]()) {
+    rows_ = memory_.get();
+    while (reinterpret_cast<uintptr_t>(rows_) % 64) rows_++;
+  }
+  C* operator[](int64_t row) { return rows_ + row * kStripe; }
+
+ private:
+  static constexpr int64_t kSlack = 64 / sizeof(C);
+  std::unique_ptr<C[]> memory_;
+  C* rows_;
+};
+
+template <int kWrite, typename T>
+FASTASR_INLINE void prefetch_row(const T* row) {
+  for (int64_t c = 0; c < kStripe; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + c, kWrite);
+}
+
+// One stripe of the channels of one sequence.
+template <typename T>
+struct Stripe {
+  const GatedDepthwiseConv<T>& conv;
+  int64_t batch, first, channels;  // channels [first, first + channels), at most kStripe
+
+  Stripe(const GatedDepthwiseConv<T>& conv_, int64_t stripe, int64_t batch_)
+      : conv(conv_), batch(batch_), first(stripe * kStripe), channels(std::min(kStripe, conv_.channels - first)) {}
+
+  bool valid(int64_t t) const {
+    return t >= 0 && t < conv.frames && !(conv.mask && conv.mask[batch * conv.frames + t]);
+  }
+  const T* input(int64_t t) const { return conv.h + t * conv.h_time + batch * conv.h_batch + first; }
+
+  // of the inputs of frames [t, t + n)
+  void prefetch(int64_t t, int64_t n) const {
+    for (const int64_t end = std::min(t + n, conv.frames); t < end; t++) {
+      prefetch_row<0>(input(t));
+      prefetch_row<0>(input(t) + conv.channels);
+    }
+  }
+};
+
+template <typename T, bool kGates, typename C>
+FASTASR_INLINE void gate_row(const T* __restrict x, const T* __restrict s, int64_t n, C* __restrict u,
+                             C* __restrict gate) {
+#if FASTASR_VECTOR_BYTES == 64 && defined(FASTASR_AVX512)
+  if constexpr (!std::is_same_v<T, double>) {
+    for (int64_t c = 0; c < n; c += 16) {
+      const __mmask16 lanes = avx512::lanes(n - c);
+      const __m512 g = avx512::logistic(avx512::load16(s + c, lanes));
+      _mm512_store_ps(u + c, _mm512_mul_ps(avx512::load16(x + c, lanes), g));
+      if (kGates) _mm512_store_ps(gate + c, g);
+    }
+    return;
+  }
+#endif
+#pragma omp simd
+  for (int64_t c = 0; c < n; c++) {
+    const C g = logistic(static_cast<C>(load(s[c])));
+    u[c] = load(x[c]) * g;
+    if (kGates) gate[c] = g;
+  }
+}
+
+// u of frames [t, t + n) into rows `u`; their gates into rows `gate` where wanted. Frames that do not count are 0,
+// before the first they are the cache. Channels beyond the stripe's stay as they are: 0.
+template <bool kGates, typename T, typename C>
+void stage(const Stripe<T>& stripe, int64_t t, int64_t n, C* u, C* gate) {
+  const GatedDepthwiseConv<T>& conv = stripe.conv;
+  const int64_t channels = stripe.channels, pad = conv.pad();
+  for (const int64_t end = t + n; t < end; t++, u += kStripe, gate += kGates ? kStripe : 0) {
+    if (stripe.valid(t)) {
+      const T* x = stripe.input(t);
+      if (channels == kStripe)
+        gate_row<T, kGates>(x, x + conv.channels, kStripe, u, gate);
+      else
+        gate_row<T, kGates>(x, x + conv.channels, channels, u, gate);
+      continue;
+    }
+    for (int64_t c = 0; c < kStripe; c++) u[c] = 0;
+    if (kGates)
+      for (int64_t c = 0; c < kStripe; c++) gate[c] = 0;
+    if (t < 0 && conv.cache)
+      for (int64_t c = 0; c < channels; c++)
+        u[c] = load(conv.cache[(stripe.batch * conv.channels + stripe.first + c) * pad + pad + t]);
+  }
+}
+
+// The frame after the last of the block that starts at frame t: whole chunks, or a part of one.
+FASTASR_INLINE int64_t block_end(int64_t t, int64_t block, int64_t frames, int64_t chunk, bool chunked) {
+  int64_t end = t + block;
+  if (chunked) end = chunk > block ? std::min(end, (t / chunk + 1) * chunk) : t + block / chunk * chunk;
+  return std::min(end, frames);
+}
+
+// What frames [begin, end) of chunk [first, last) see of their chunk: rows of frames begin - pad on. `rows` holds
+// frames begin - pad to end + pad. Where these reach beyond the chunk, they are copied to `copy` and are 0 there; a
+// tile reads at most kTile - 1 rows beyond the chunk, as chunk_taps and chunk_rows keep it.
+template <typename C>
+FASTASR_INLINE const C* window(const C* rows, int64_t begin, int64_t end, int64_t first, int64_t last, int64_t pad,
+                               C* copy) {
+  const int64_t start = begin - pad;
+  if (start >= first && end + pad <= last) return rows;
+  const int64_t low = std::max(start, first), high = std::min(end + pad, last);
+  const int64_t zeros = std::max(start, first - kTile), stop = std::min(end + pad + kTile, last + kTile);
+  for (int64_t i = (zeros - start) * kStripe; i < (low - start) * kStripe; i++) copy[i] = 0;
+  std::memcpy(copy + (low - start) * kStripe, rows + (low - start) * kStripe,
+              sizeof(C) * static_cast<size_t>((high - low) * kStripe));
+  for (int64_t i = (high - start) * kStripe; i < (stop - start) * kStripe; i++) copy[i] = 0;
+  return copy;
+}
+
+// Taps [first, last) of K that reach into the chunk from any of the frames [t, t + n).
+struct Range {
+  int64_t first, last;
+};
+FASTASR_INLINE Range chunk_taps(int64_t t, int64_t n, int64_t first, int64_t last, int64_t taps) {
+  const int64_t pad = taps / 2;
+  return {std::max<int64_t>(0, first - (t + n - 1) + pad), std::min(taps, last - t + pad)};
+}
+
+// f(begin, end, first, last) for the parts [begin, end) of frames [t, stop) within one chunk [first, last) each.
+template <typename F>
+FASTASR_INLINE void for_each_chunk(int64_t t, int64_t stop, int64_t chunk, int64_t frames, const F& f) {
+  while (t < stop) {
+    const int64_t first = t / chunk * chunk, last = std::min(first + chunk, frames);
+    const int64_t end = std::min(stop, last);
+    f(t, end, first, last);
+    t = end;
+  }
+}
+
+// The convolution within the chunk for frames [begin, end) of chunk [first, last): out[i] = sum_k taps[k] u[t + k - P],
+// taken from their window; `step` rows of taps from one to the next, negative to run them in reverse.
+template <typename C>
+void convolve_chunk(const C* seen, int64_t begin, int64_t end, int64_t first, int64_t last, const C* taps, int64_t step,
+                    int64_t K, C* out) {
+  for (int64_t t = begin; t < end; t += kTile) {
+    const int64_t n = end - t > 4 ? kTile : 4;  // rows that the tile computes
+    const Range k = chunk_taps(t, n, first, last, K);
+    tile_of<false>(n, seen + (t - begin + k.first) * kStripe, taps + k.first * step, step, k.last - k.first,
+                   out + (t - begin) * kStripe);
+  }
+}
+
+// z += e scale, e holding its bias: e + bias is stored there.
+template <typename C>
+FASTASR_INLINE void add_scaled(C* __restrict z, C* __restrict e, const C* __restrict bias, const C* __restrict left,
+                               const C* __restrict right) {
+#pragma omp simd
+  for (int64_t c = 0; c < kStripe; c++) {
+    e[c] += bias[c];
+    z[c] += e[c] * (C(1) + (left[c] + right[c]));
+  }
+}
+
+// The weights of a stripe, and z of a block of frames without the bias that is common to all.
+template <typename T>
+class Convolution {
+ protected:
+  using C = compute_t<T>;
+
+  explicit Convolution(const GatedDepthwiseConv<T>& conv)
+      : conv_(conv),
+        pad_(conv.pad()),
+        taps_(conv.taps),
+        causal_(conv.chunked() ? pad_ + 1 : 0),
+        edges_(conv.chunked() ? 2 * conv.taps + 1 : 0),
+        bias_(2),
+        z_(kBlock + kTile),
+        e_(conv.chunked() ? kBlock + kTile : 0),
+        copy_(conv.chunked() ? kBlock + 2 * pad_ + 2 * kTile : 0) {}
+
+  void stage_weights(const Stripe<T>& stripe) {
+    const int64_t c = stripe.first, n = stripe.channels, K = conv_.taps;
+    stage_taps(conv_.weight + c * K, n, K, taps_[0]);
+    // bias_[0]: what is added to z; bias_[1]: to the convolution within the chunk
+    stage_bias(conv_.chunked() ? conv_.causal_bias : conv_.bias, c, n, bias_[0]);
+    if (!conv_.chunked()) return;
+    stage_bias(conv_.bias, c, n, bias_[1]);
+    stage_taps(conv_.causal_weight + c * (pad_ + 1), n, pad_ + 1, causal_[0]);
+    stage_taps(conv_.chunk_scale + c * K, n, K, edges_[0]);
+    stage_taps(conv_.chunk_scale + (conv_.channels + c) * K, n, K, edges_[K]);
+  }
+
+  // z_ of frames [t, stop), and e_ in chunk-causal form; rows of u begin with frame t - P.
+  template <typename F>
+  void convolve_block(C* u, int64_t t, int64_t stop, const F& ahead) {
+    if (!conv_.chunked()) return convolve(u, taps_[0], conv_.taps, stop - t, z_[0], ahead);
+    convolve(u, causal_[0], pad_ + 1, stop - t, z_[0], ahead);
+    for_each_chunk(t, stop, conv_.chunk, conv_.frames, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+      const C* seen = window(u + (begin - t) * kStripe, begin, end, first, last, pad_, copy_[0]);
+      convolve_chunk(seen, begin, end, first, last, taps_[0], kStripe, conv_.taps, e_[begin - t]);
+      for (int64_t i = begin; i < end; i++)
+        add_scaled(z_[i - t], e_[i - t], bias_[1], left(i - first), right(i - first));
+    });
+  }
+
+  // Rows of the scale at position p of a chunk, zeros where they do not reach.
+  bool has_left(int64_t p) const { return p < conv_.taps; }
+  bool has_right(int64_t p) const { return p >= conv_.chunk - conv_.taps; }
+  const C* left(int64_t p) { return edges_[has_left(p) ? p : 2 * conv_.taps]; }
+  const C* right(int64_t p) { return edges_[2 * conv_.taps + (has_right(p) ? p - conv_.chunk : 0)]; }
+
+  const GatedDepthwiseConv<T>& conv_;
+  const int64_t pad_;
+  Rows<C> taps_, causal_, edges_, bias_, z_, e_, copy_;
+
+ private:
+  static void stage_bias(const T* bias, int64_t first, int64_t n, C* row) {
+    for (int64_t c = 0; c < kStripe; c++) row[c] = bias && c < n ? load(bias[first + c]) : C(0);
+  }
+};

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of gated_depthwise_conv."""
+
+import torch
+
+from fastasr.ops.gated_depthwise_conv import ACTIVATIONS, definition
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
+
+
+def _mask(make: Make, frames: int, batch: int) -> torch.Tensor:
+    """Padding of a ragged batch: the first sequence is whole, the others end earlier and earlier."""
+    lengths = torch.tensor([frames - 2 * b for b in range(batch)]).clamp(min=0)
+    return (torch.arange(frames) >= lengths[:, None]).to(make.device)
+
+
+def _plain(make: Make, frames: int, batch: int, channels: int, taps: int, **options) -> dict:
+    return {
+        "h": make.normal(frames, batch, 2 * channels, scale=1.5),
+        "weight": make.normal(channels, 1, taps, scale=0.3),
+        "bias": make.normal(channels),
+        "padding_mask": _mask(make, frames, batch),
+        **options,
+    }
+
+
+def _causal(
+    make: Make, frames: int, batch: int, channels: int, taps: int, chunk: int = -1, **options
+) -> dict:
+    return _plain(make, frames, batch, channels, taps) | {
+        "causal_weight": make.normal(channels, 1, taps // 2 + 1, scale=0.3),
+        "causal_bias": make.normal(channels),
+        "chunk_scale": make.normal(2, channels, taps, scale=0.3),
+        "chunk_size": chunk,
+        **options,
+    }
+
+
+def _stream(make: Make, frames: int, batch: int, channels: int, taps: int, chunk: int = -1) -> dict:
+    cache = make.normal(batch, channels, taps // 2)
+    return _causal(make, frames, batch, channels, taps, chunk, cache=cache)
+
+
+def _with(**arguments):
+    return lambda m: _plain(m, 6, 2, 5, 3) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
+
+
+def _causal_with(**arguments):
+    return lambda m: _causal(m, 6, 2, 5, 3) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
+
+
+def _registered(a: dict) -> tuple:
+    names = ("bias", "causal_weight", "causal_bias", "chunk_scale", "padding_mask", "cache")
+    options = a.get("chunk_size", -1), ACTIVATIONS[a.get("activation", "swoosh_r")]
+    return a["h"], a["weight"], *(a.get(n) for n in names), *options
+
+
+def _random(make: Make, shape) -> dict:
+    frames, batch, channels = shape.size(), shape.choice((0, 1, 2, 5)), shape.size()
+    taps = shape.choice((1, 3, 7, 15, 31))
+    options = {"activation": shape.choice(tuple(ACTIVATIONS))}
+    form = shape.choice(("plain", "causal", "stream"))
+    if form == "plain":
+        return _plain(make, frames, batch, channels, taps) | options
+    chunk = shape.choice((-1, 1, 2, 3, 4, 8, 13, 32, 65, 100))
+    return (_causal if form == "causal" else _stream)(make, frames, batch, channels, taps, chunk) | options
+
+
+def _one_bad_frame(make: Make, arguments: dict, value: float) -> dict:
+    arguments["h"][9, 0, 3] = value
+    return arguments
+
+
+TABLE = OpTable(
+    op="gated_depthwise_conv",
+    definition=definition,
+    registered=_registered,
+    samples=(
+        Sample("plain", lambda m: _plain(m, 14, 2, 12, 7), thorough=True),
+        Sample("chunks", lambda m: _causal(m, 14, 2, 12, 5, 4), thorough=True),
+        Sample("stream", lambda m: _stream(m, 13, 2, 12, 5, 6), thorough=True),
+        Sample(
+            "identity, no biases",
+            lambda m: _causal(m, 12, 2, 10, 3, activation="identity") | {"bias": None, "causal_bias": None},
+            thorough=True,
+        ),
+        Sample(
+            "weight is a matrix, no mask",
+            lambda m: (
+                _plain(m, 30, 3, 16, 5, activation="identity")
+                | {"weight": m.normal(16, 5), "padding_mask": None}
+            ),
+        ),
+        Sample("one tap", lambda m: _plain(m, 40, 2, 24, 1)),
+        Sample("one tap, causal", lambda m: _stream(m, 40, 2, 24, 1, 5)),
+        Sample("shorter than the kernel", lambda m: _plain(m, 7, 3, 80, 31)),
+        Sample("one frame, causal", lambda m: _stream(m, 1, 8, 33, 15)),
+        Sample("encoder", lambda m: _plain(m, 150, 4, 192, 31)),
+        Sample("encoder, identity", lambda m: _plain(m, 100, 5, 96, 15, activation="identity")),
+        Sample("encoder, chunks of 32", lambda m: _causal(m, 150, 3, 64, 31, 32)),
+        Sample("encoder, chunks of 4", lambda m: _causal(m, 70, 3, 80, 15, 4)),
+        Sample(
+            "encoder, chunks of 2, identity", lambda m: _causal(m, 70, 3, 64, 15, 2, activation="identity")
+        ),
+        Sample("chunks longer than a block", lambda m: _causal(m, 230, 2, 33, 31, 100)),
+        Sample("whole sequence, causal", lambda m: _causal(m, 150, 2, 64, 31)),
+        Sample("no frames", lambda m: _plain(m, 0, 3, 8, 5)),
+        Sample("no frames, causal", lambda m: _stream(m, 0, 3, 8, 5)),
+        Sample("no sequences", lambda m: _causal(m, 4, 0, 8, 5, 2)),
+        Sample("no channels", lambda m: _causal(m, 4, 2, 0, 5, 2)),
+        Sample(
+            "infinity in one frame",
+            lambda m: _one_bad_frame(m, _plain(m, 20, 2, 8, 5), float("inf")),
+            exact=False,
+        ),
+        Sample(
+            "NaN in one frame, chunks",
+            lambda m: _one_bad_frame(m, _causal(m, 20, 2, 8, 5, 4), float("nan")),
+            exact=False,
+        ),
+    ),
+    invalid=(
+        Invalid("h is a matrix", _with(h=lambda m: m.normal(6, 10)), ValueError, "h"),
+        Invalid("h has an odd number of channels", _with(h=lambda m: m.normal(6, 2, 9)), ValueError, "h"),
+        Invalid("an even number of taps", _with(weight=lambda m: m.normal(5, 1, 4)), ValueError, "weight"),
+        Invalid("weight of other channels", _with(weight=lambda m: m.normal(4, 1, 3)), ValueError, "weight"),
+        Invalid("weight is dense", _with(weight=lambda m: m.normal(5, 5, 3)), ValueError, "weight"),
+        Invalid(
+            "weight of another dtype", _with(weight=lambda m: m.normal(5, 1, 3).half()), TypeError, "weight"
+        ),
+        Invalid("bias of another size", _with(bias=lambda m: m.normal(4)), ValueError, "bias"),
+        Invalid(
+            "mask is not bool",
+            _with(padding_mask=lambda m: torch.zeros(2, 6, device=m.device)),
+            TypeError,
+            "padding_mask",
+        ),
+        Invalid(
+            "mask is transposed",
+            _with(padding_mask=lambda m: torch.zeros(6, 2, dtype=torch.bool, device=m.device)),
+            ValueError,
+            "padding_mask",
+        ),
+        Invalid("chunk_size without the form", _with(chunk_size=4), ValueError, "chunk_size"),
+        Invalid("cache without the form", _with(cache=lambda m: m.normal(2, 5, 1)), ValueError, "cache"),
+        Invalid("return_cache without the form", _with(return_cache=True), ValueError, "return_cache"),
+        Invalid(
+            "causal_weight alone", _with(causal_weight=lambda m: m.normal(5, 1, 2)), ValueError, "chunk_scale"
+        ),
+        Invalid(
+            "chunk_scale alone", _with(chunk_scale=lambda m: m.normal(2, 5, 3)), ValueError, "chunk_scale"
+        ),
+        Invalid(
+            "causal_weight of another size",
+            _causal_with(causal_weight=lambda m: m.normal(5, 1, 3)),
+            ValueError,
+            "causal_weight",
+        ),
+        Invalid(
+            "chunk_scale of another size",
+            _causal_with(chunk_scale=lambda m: m.normal(2, 5, 2)),
+            ValueError,
+            "chunk_scale",
+        ),
+        Invalid(
+            "cache of another size", _causal_with(cache=lambda m: m.normal(2, 5, 2)), ValueError, "cache"
+        ),
+        Invalid("chunk_size is 0", _causal_with(chunk_size=0), ValueError, "chunk_size"),
+        Invalid("chunk_size is -2", _causal_with(chunk_size=-2), ValueError, "chunk_size"),
+        Invalid("chunk_size is a float", _causal_with(chunk_size=4.0), TypeError, "chunk_size"),
+        Invalid("unknown activation", _with(activation="relu"), ValueError, "activation"),
+        Invalid("activation is None", _with(activation=None), TypeError, "activation"),
+        Invalid("return_cache is an int", _causal_with(return_cache=1), TypeError, "return_cache"),
+    ),
+    random=_random,
+)

@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gate, padding mask, depthwise convolution over time (plain or chunk-causal) and SwooshR, forward and backward.
+
+    h (T, B, 2C) = (x, s)      u = x sigmoid(s), 0 at padding and outside [0, T); K taps, P = K // 2
+    plain:         z[t] = b + sum_k w[k] u[t + k - P]
+    chunk-causal:  z[t] = b' + sum_(j <= P) v[j] u[t + j - P] + scale (b + sum_k w[k] u[t + k - P], t's chunk alone)
+                   scale at position p of a chunk of S: 1 + L[p] (p < K) + R[p - (S - K)] (p >= S - K)
+    y = z or SwooshR(z).    With q = dy act'(z), r = q scale, e the sum within the chunk:
+    du[t] = sum_k w[k] r[t - k + P] (in the chunk) + sum_j v[j] q[t - j + P]
+    dw[k] = sum r[t] u[t + k - P] (in the chunk)     dv[j] = sum q[t] u[t + j - P]     dL, dR: sums of q e by position
+
+The first kernel of a pass writes u, after P rows of the cache or of zeros, and the weights as rows of channels, so
+that the others read shifted tiles of u: 2 bytes per tap and element from the first-level cache, converted and
+multiplied, 128 bits at a time. Applying the gate in every tap would cost ten times the arithmetic; two Toeplitz
+products per channel need channel-major memory, which h does not have. Launches: forward 2; backward 5 (4 without an
+activation), 7 in chunk-causal form.
+
+Bytes per element of u, of e bytes: forward 3e and 2e for u; backward 5e, 2e for u and 2e for q (chunk-causal: 6e for
+q, r and q e). A 1500x20x192 bf16 tensor at 4.3 TB/s: 13 us forward, 24 us backward; by count of instructions (about 2.5
+per tap and element) 20 us forward and 70 us backward. The weights' gradients are added up in parts that depend on the
+shape alone, in registers, and the parts in float64: results repeat bit for bit, there are no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastasr.kernels.swoosh import _activation, _exp_minus_abs, _slope
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+BLOCK_T, BLOCK_C, NUM_WARPS = 32, 64, 4  # a tile of 16 elements per thread
+TAPS, BLOCK_R = 8, 16  # a program's share of the taps' gradients: 64 sums per thread
+MAX_PARTS = 64
+BLOCK_K = 32
+
+
+@triton.jit
+def _logistic(x, SHORT: tl.constexpr):
+    """1 / (1 + exp(-x)); unless SHORT, corrected as in swoosh.py to the error of torch's."""
+    e = x * 1.4426950408889634
+    u = tl.exp2(-tl.abs(e))
+    if not SHORT:
+        r = tl.fma(e, -0.6931471805599453, x)
+        u = tl.where(u > 1e-20, tl.fma(u, tl.where(x > 0.0, -r, r), u), u)  # r is nan for infinite x
+    d = 1.0 + u
+    r = 1.0 / d
+    if not SHORT:
+        r = tl.fma(r, tl.fma(-d, r, 1.0), r)
+    return tl.where(x > 0.0, 1.0, u) * r
+
+
+@triton.jit
+def _lay_out(SOURCE, TABLE, row, taps, C, pid, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """SOURCE (C, taps) to rows ``row`` on of TABLE (rows, C)."""
+    k = pid // tl.cdiv(C, BLOCK_C) * BLOCK_K + tl.arange(0, BLOCK_K)
+    c = pid % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+    keep = (k < taps)[:, None] & (c < C)[None, :]
+    w = tl.load(SOURCE + c[None, :] * taps + k[:, None], mask=keep, other=0.0)  # [BLOCK_K, BLOCK_C]
+    tl.store(TABLE + (row + k[:, None]) * C + c[None, :], w.to(TABLE.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["frames", "batch", "gate_programs"])
+def gate_kernel(
+    H, MASK, CACHE, WEIGHT, CAUSAL_WEIGHT, CHUNK_SCALE, U, TABLE,
+    time_stride, batch_stride, frames, batch, C, taps, gate_programs,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # U (P + T, B, C): P rows of the cache, or zeros, then u. TABLE: rows of w (K), v (P + 1), L (K), R (K).
+    pad = taps // 2
+    pid = tl.program_id(0)
+    if pid < gate_programs:
+        SHORT: tl.constexpr = U.dtype.element_ty.primitive_bitwidth == 16
+        c_tiles = tl.cdiv(C, BLOCK_C)
+        row = (pid // c_tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+        t, b = row // batch - pad, row % batch
+        valid = (t >= 0) & (t < frames)
+        if MASK is not None:
+            valid = valid & (tl.load(MASK + b * frames + t, mask=valid, other=1) == 0)
+        keep = valid[:, None] & (c < C)[None, :]
+        at = t[:, None] * time_stride + b[:, None] * batch_stride + c[None, :]
+        x = tl.load(H + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_C]
+        s = tl.load(H + at + C, mask=keep, other=0.0).to(tl.float32)
+        u = tl.where(keep, x * _logistic(s, SHORT), 0.0)
+        if CACHE is not None:
+            cached = (t < 0)[:, None] & (c < C)[None, :]
+            before = (b[:, None] * C + c[None, :]) * pad + pad + t[:, None]
+            u += tl.load(CACHE + before, mask=cached, other=0.0).to(tl.float32)
+        inside = (t < frames)[:, None] & (c < C)[None, :]
+        tl.store(U + row[:, None] * C + c[None, :], u.to(U.dtype.element_ty), mask=inside)
+    else:
+        tiles = tl.cdiv(taps, BLOCK_K) * tl.cdiv(C, BLOCK_C)
+        pid -= gate_programs
+        if pid < tiles:
+            _lay_out(WEIGHT, TABLE, 0, taps, C, pid, BLOCK_K, BLOCK_C)
+        else:
+            if CAUSAL_WEIGHT is not None:
+                if pid < 2 * tiles:
+                    _lay_out(CAUSAL_WEIGHT, TABLE, taps, pad + 1, C, pid - tiles, BLOCK_K, BLOCK_C)
+                elif pid < 3 * tiles:
+                    row = taps + pad + 1
+                    _lay_out(CHUNK_SCALE, TABLE, row, taps, C, pid - 2 * tiles, BLOCK_K, BLOCK_C)
+                else:
+                    row = 2 * taps + pad + 1
+                    _lay_out(CHUNK_SCALE + C * taps, TABLE, row, taps, C, pid - 3 * tiles, BLOCK_K, BLOCK_C)
+
+
+@triton.jit
+def _place(batch, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(frames, sequence, channels) of this program: channels vary fastest, then sequences."""
+    pid = tl.program_id(0)
+    c_tiles = tl.cdiv(C, BLOCK_C)
+    c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    b = (pid // c_tiles) % batch
+    t = (pid // (c_tiles * batch)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    return t, b, c
+
+
+@triton.jit
+def _row(POINTER, c, C):
+    return tl.load(POINTER + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _edge_scale(TABLE, position, c, C, chunk, taps):
+    """The scale of rows at these positions of a chunk, [BLOCK_T, BLOCK_C]."""
+    left = taps + taps // 2 + 1 + position
+    right = 2 * taps + taps // 2 + 1 + position - (chunk - taps)
+    near = (position < taps)[:, None] & (c < C)[None, :]
+    far = (position >= chunk - taps)[:, None] & (c < C)[None, :]
+    scale = tl.load(TABLE + left[:, None] * C + c[None, :], mask=near, other=0.0)
+    return 1.0 + (scale + tl.load(TABLE + right[:, None] * C + c[None, :], mask=far, other=0.0))
+
+
+@triton.jit
+def _convolve(
+    U, TABLE, BIAS, CAUSAL_BIAS, t, b, c, frames, batch, C, chunk, taps,
+    CHUNKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """(z, e, scale) of these frames; e and scale in chunk-causal form alone."""
+    pad = taps // 2
+    z = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    e = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    scale = e
+    first = t // chunk * chunk
+    last = tl.minimum(first + chunk, frames)
+    for k in range(taps):
+        frame = t + k - pad
+        keep = (frame < frames)[:, None] & (c < C)[None, :]
+        at = ((t + k) * batch + b)[:, None] * C + c[None, :]
+        u = tl.load(U + at, mask=keep, other=0.0).to(tl.float32)
+        if CHUNKED:
+            if k <= pad:
+                z = tl.fma(u, _row(TABLE + (taps + k) * C, c, C), z)
+            seen = tl.where(((frame >= first) & (frame < last))[:, None], u, 0.0)
+            e = tl.fma(seen, _row(TABLE + k * C, c, C), e)
+        else:
+            z = tl.fma(u, _row(TABLE + k * C, c, C), z)
+    if CHUNKED:
+        if BIAS is not None:
+            e += _row(BIAS, c, C)
+        if CAUSAL_BIAS is not None:
+            z += _row(CAUSAL_BIAS, c, C)
+        scale = _edge_scale(TABLE, t - first, c, C, chunk, taps)
+        z = tl.fma(e, scale, z)
+    else:
+        if BIAS is not None:
+            z += _row(BIAS, c, C)
+    return z, e, scale
+
+
+@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps"])
+def forward_kernel(
+    U, TABLE, BIAS, CAUSAL_BIAS, Y, frames, batch, C, chunk, taps,
+    CHUNKED: tl.constexpr, RIGHT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    SHORT: tl.constexpr = Y.dtype.element_ty.primitive_bitwidth == 16
+    t, b, c = _place(batch, C, BLOCK_T, BLOCK_C)
+    z, _, _ = _convolve(
+        U, TABLE, BIAS, CAUSAL_BIAS, t, b, c, frames, batch, C, chunk, taps, CHUNKED, BLOCK_T, BLOCK_C
+    )
+    if RIGHT:
+        shifted, u = _exp_minus_abs(z, True, SHORT)
+        z = _activation(z, shifted, u, True, SHORT)
+    keep = (t < frames)[:, None] & (c < C)[None, :]
+    tl.store(Y + (t * batch + b)[:, None] * C + c[None, :], z.to(Y.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps"])
+def output_gradient_kernel(
+    GRAD, U, TABLE, BIAS, CAUSAL_BIAS, Q, R, V, grad_time_stride, grad_batch_stride, frames, batch, C, chunk, taps,
+    CHUNKED: tl.constexpr, RIGHT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # Q = q (T, B, C); in chunk-causal form R = q scale and V = q e.
+    SHORT: tl.constexpr = Q.dtype.element_ty.primitive_bitwidth == 16
+    t, b, c = _place(batch, C, BLOCK_T, BLOCK_C)
+    z, e, scale = _convolve(
+        U, TABLE, BIAS, CAUSAL_BIAS, t, b, c, frames, batch, C, chunk, taps, CHUNKED, BLOCK_T, BLOCK_C
+    )
+    keep = (t < frames)[:, None] & (c < C)[None, :]
+    at = t[:, None] * grad_time_stride + (b.to(tl.int64) * grad_batch_stride + c)[None, :]
+    q = tl.load(GRAD + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_C]
+    if RIGHT:
+        shifted, u = _exp_minus_abs(z, True, SHORT)
+        q *= _slope(shifted, u, SHORT)
+    at = (t * batch + b)[:, None] * C + c[None, :]
+    tl.store(Q + at, q.to(Q.dtype.element_ty), mask=keep)
+    if CHUNKED:
+        tl.store(R + at, (q * scale).to(R.dtype.element_ty), mask=keep)
+        tl.store(V + at, (q * e).to(V.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps"])
+def input_gradient_kernel(
+    Q, R, H, MASK, TABLE, DH, DCACHE, time_stride, batch_stride, frames, batch, C, chunk, taps,
+    CHUNKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # Plain form: R is Q. With DCACHE the first P rows are frames before the first.
+    SHORT: tl.constexpr = DH.dtype.element_ty.primitive_bitwidth == 16
+    pad = taps // 2
+    t, b, c = _place(batch, C, BLOCK_T, BLOCK_C)
+    if DCACHE is not None:
+        t -= pad
+    in_row = (c < C)[None, :]
+    du = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    first = t // chunk * chunk
+    last = tl.minimum(first + chunk, frames)
+    for k in range(taps):
+        frame = t - k + pad
+        at = (frame * batch + b)[:, None] * C + c[None, :]
+        inside = (frame >= 0) & (frame < frames)
+        if CHUNKED:
+            if k <= pad:
+                q = tl.load(Q + at, mask=inside[:, None] & in_row, other=0.0).to(tl.float32)
+                du = tl.fma(q, _row(TABLE + (taps + k) * C, c, C), du)
+            inside = inside & (t >= 0) & (frame >= first) & (frame < last)
+        r = tl.load(R + at, mask=inside[:, None] & in_row, other=0.0).to(tl.float32)
+        du = tl.fma(r, _row(TABLE + k * C, c, C), du)
+    if DCACHE is not None:
+        before = (t < 0)[:, None] & in_row
+        at = (b.to(tl.int64) * C + c)[None, :] * pad + pad + t[:, None]
+        tl.store(DCACHE + at, du.to(DCACHE.dtype.element_ty), mask=before)
+    stored = (t >= 0) & (t < frames)
+    valid = stored
+    if MASK is not None:
+        valid = valid & (tl.load(MASK + b.to(tl.int64) * frames + t, mask=stored, other=1) == 0)
+    keep = valid[:, None] & in_row
+    at = t[:, None] * time_stride + (b.to(tl.int64) * batch_stride + c)[None, :]
+    x = tl.load(H + at, mask=keep, other=0.0).to(tl.float32)
+    s = tl.load(H + at + C, mask=keep, other=0.0).to(tl.float32)
+    gate = _logistic(s, SHORT)
+    du = tl.where(keep, du, 0.0)
+    at = (t * batch + b)[:, None] * (2 * C) + c[None, :]
+    tl.store(DH + at, (du * gate).to(DH.dtype.element_ty), mask=stored[:, None] & in_row)
+    ds = du * (x * gate) * (1.0 - gate)
+    tl.store(DH + at + C, ds.to(DH.dtype.element_ty), mask=stored[:, None] & in_row)
+
+
+@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "count", "row", "rows", "rows_per_part"])
+def weight_gradient_kernel(
+    G, U, PARTS, frames, batch, C, chunk, taps, count, row, rows, rows_per_part,
+    CHUNKED: tl.constexpr, TAPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # Rows `row` (sum of G) and row + 1 + k (sum of G[t] u[t + k - P], k < count) of a part's `rows` rows. Frames and
+    # sequences are one dimension: k frames on are k batch rows on.
+    pid = tl.program_id(0)
+    c_tiles, groups = tl.cdiv(C, BLOCK_C), tl.cdiv(count, TAPS)
+    c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = (pid // c_tiles) % groups * TAPS + tl.arange(0, TAPS)
+    part = (pid // (c_tiles * groups)).to(tl.int64)
+    in_row = c < C
+    total = tl.zeros([TAPS, BLOCK_R, BLOCK_C], tl.float32)
+    sums = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    start = part * rows_per_part
+    end = tl.minimum(start + rows_per_part, frames.to(tl.int64) * batch)
+    limit = (frames + taps // 2).to(tl.int64) * batch
+    while start < end:
+        r = start + tl.arange(0, BLOCK_R)
+        g = tl.load(G + r[:, None] * C + c[None, :], mask=(r < end)[:, None] & in_row[None, :], other=0.0)
+        g = g.to(tl.float32)  # [BLOCK_R, BLOCK_C]
+        there = r[None, :] + k[:, None] * batch  # [TAPS, BLOCK_R]
+        seen = (there < limit) & (k < count)[:, None] & (r < end)[None, :]
+        if CHUNKED:
+            t = r // batch
+            frame = t[None, :] + k[:, None] - taps // 2
+            first = (t // chunk * chunk)[None, :]
+            seen = seen & (frame >= first) & (frame < first + chunk)
+        u = tl.load(
+            U + there[:, :, None] * C + c[None, None, :],
+            mask=seen[:, :, None] & in_row[None, None, :],
+            other=0.0,
+        )
+        total += u.to(tl.float32) * g[None, :, :]
+        sums += g
+        start += BLOCK_R
+    at = PARTS + (part * rows + row) * C + c
+    keep = (k < count)[:, None] & in_row[None, :]
+    tl.store((at + C)[None, :] + k[:, None] * C, tl.sum(total, axis=1), mask=keep)
+    if (pid // c_tiles) % groups == 0:
+        tl.store(at, tl.sum(sums, axis=0), mask=in_row)
+
+
+@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps"])
+def edge_gradient_kernel(
+    V, DCHUNK_SCALE, frames, batch, C, chunk, taps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    # One column of (dL, dR): the sum of V over the frames at its position, chunk by chunk, sequence by sequence.
+    pid = tl.program_id(0)
+    c_tiles = tl.cdiv(C, BLOCK_C)
+    c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    column = pid // c_tiles  # of 2 K
+    right = column >= taps
+    position = tl.where(right, chunk - 2 * taps + column, column)
+    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    if (position >= 0) & (position < chunk):
+        here = tl.cdiv(frames, chunk) * batch
+        start = 0
+        while start < here:
+            i = start + tl.arange(0, BLOCK_R)
+            t = (i // batch).to(tl.int64) * chunk + position
+            keep = ((i < here) & (t < frames))[:, None] & (c < C)[None, :]
+            at = (t * batch + i % batch)[:, None] * C + c[None, :]
+            total += tl.load(V + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_C]
+            start += BLOCK_R
+    at = (tl.where(right, C, 0) + c).to(tl.int64) * taps + tl.where(right, column - taps, column)
+    tl.store(DCHUNK_SCALE + at, tl.sum(total, axis=0).to(DCHUNK_SCALE.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def _store_column(POINTER, total, c, C, columns, column):
+    at = POINTER + c.to(tl.int64) * columns + column
+    tl.store(at, total.to(POINTER.dtype.element_ty), mask=c < C)
+
+
+@triton.jit(do_not_specialize=["parts", "taps"])
+def add_parts_kernel(
+    PARTS, DWEIGHT, DBIAS, DCAUSAL_WEIGHT, DCAUSAL_BIAS, parts, C, taps,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # Rows of a part: dbias, dweight (K), and in chunk-causal form dcausal_bias, dcausal_weight (P + 1).
+    pid = tl.program_id(0)
+    c_tiles = tl.cdiv(C, BLOCK_C)
+    c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = pid // c_tiles
+    rows = tl.num_programs(0) // c_tiles
+    p = tl.arange(0, BLOCK_P)
+    keep = (p < parts)[:, None] & (c < C)[None, :]
+    table = tl.load(
+        PARTS + (p[:, None] * rows + row) * C + c[None, :], mask=keep, other=0.0
+    )  # [BLOCK_P, BLOCK_C]
+    total = tl.sum(table.to(tl.float64), axis=0).to(tl.float32)
+    if row == 0:
+        if DBIAS is not None:
+            _store_column(DBIAS, total, c, C, 1, 0)
+    elif row <= taps:
+        _store_column(DWEIGHT, total, c, C, taps, row - 1)
+    elif row == taps + 1:
+        if DCAUSAL_BIAS is not None:
+            _store_column(DCAUSAL_BIAS, total, c, C, 1, 0)
+    else:
+        if DCAUSAL_WEIGHT is not None:
+            _store_column(DCAUSAL_WEIGHT, total, c, C, taps // 2 + 1, row - taps - 2)
+
+
+class _Call:
+    """The sizes of a call, u and the weights' table: what forward and backward share."""
+
+    def __init__(self, h, weight, causal_weight, chunk_scale, mask, cache, chunk_size):
+        self.frames, self.batch, self.channels = h.shape[0], h.shape[1], h.shape[2] // 2
+        self.taps = weight.shape[-1]
+        self.pad = self.taps // 2
+        self.chunked = causal_weight is not None
+        whole = self.chunked and 0 < chunk_size < self.frames
+        self.chunk = chunk_size if whole else self.frames
+        self.c_tiles = triton.cdiv(self.channels, BLOCK_C)
+        self.dtype = h.dtype if chunk_scale is None else torch.promote_types(h.dtype, chunk_scale.dtype)
+        rows = 4 * self.taps + 1 if self.chunked else self.taps
+        self.u = torch.empty(
+            self.frames + self.pad, self.batch, self.channels, dtype=self.dtype, device=h.device
+        )
+        self.table = torch.empty(rows, self.channels, dtype=torch.float32, device=h.device)
+        gates = triton.cdiv((self.frames + self.pad) * self.batch, BLOCK_T) * self.c_tiles
+        tables = triton.cdiv(self.taps, BLOCK_K) * self.c_tiles * (4 if self.chunked else 1)
+        gate_kernel[(gates + tables,)](
+            h, _bytes(mask), cache, weight, causal_weight, chunk_scale, self.u, self.table,
+            h.stride(0), h.stride(1), self.frames, self.batch, self.channels, self.taps, gates,
+            BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K, num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+    def grid(self, frames: int) -> tuple[int]:
+        return (triton.cdiv(frames, BLOCK_T) * self.batch * self.c_tiles,)
+
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        return self.frames, self.batch, self.channels, self.chunk, self.taps
+
+    def empty(self) -> torch.Tensor:
+        return torch.empty(self.frames, self.batch, self.channels, dtype=self.dtype, device=self.u.device)
+
+
+def _bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
+    return None if mask is None else mask.view(torch.uint8)
+
+
+def gated_depthwise_conv_forward(
+    h,
+    weight,
+    bias,
+    causal_weight,
+    causal_bias,
+    chunk_scale,
+    mask,
+    cache,
+    chunk_size: int,
+    right: bool,
+    need_cache: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y (T, B, C), new cache (B, C, K // 2), or a tensor without elements); y in the promotion of h's and
+    chunk_scale's dtype. The channels of h are contiguous, all else is."""
+    if not h.numel() or not weight.numel():
+        y = h.new_zeros(h.shape[0], h.shape[1], h.shape[2] // 2)
+        pad = weight.shape[-1] // 2
+        before = h.new_zeros(h.shape[1], h.shape[2] // 2, pad) if cache is None else cache.clone()
+        return y, before if need_cache else h.new_empty(0)
+    with torch.cuda.device_of(h):
+        call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size)
+        y = call.empty()
+        forward_kernel[call.grid(call.frames)](
+            call.u, call.table, bias, causal_bias, y, *call.sizes(),
+            CHUNKED=call.chunked, RIGHT=right, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return y, call.u[call.frames :].permute(1, 2, 0).contiguous() if need_cache else h.new_empty(0)
+
+
+def gated_depthwise_conv_backward(
+    grad, h, weight, bias, causal_weight, causal_bias, chunk_scale, mask, cache, chunk_size: int, right: bool
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of h to chunk_scale and of cache, without elements where the tensor is None. The channels of grad
+    and h are contiguous, all else is."""
+    tensors = (h, weight, bias, causal_weight, causal_bias, chunk_scale, cache)
+    if not h.numel() or not weight.numel():
+        return tuple(h.new_empty(0) if t is None else torch.zeros_like(t) for t in tensors)
+    dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    found = [None if t is None else torch.empty_like(t) for t in tensors[1:]]
+    dweight, dbias, dcausal_weight, dcausal_bias, dchunk_scale, dcache = found
+    if not (weight.shape[-1] // 2):
+        dcache = None  # of no frames
+    with torch.cuda.device_of(h):
+        call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size)
+        frames, batch, channels, _, taps = call.sizes()
+        form = {"CHUNKED": call.chunked, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "num_warps": NUM_WARPS}
+        q = r = v = None
+        if call.chunked or right:
+            q = call.empty()
+            if call.chunked:
+                r, v = call.empty(), call.empty()
+            output_gradient_kernel[call.grid(frames)](
+                grad, call.u, call.table, bias, causal_bias, q, r, v, grad.stride(0), grad.stride(1),
+                *call.sizes(), RIGHT=right, **form,
+            )  # fmt: skip
+        else:
+            q = grad.contiguous()
+        if r is None:
+            r = q
+        input_gradient_kernel[call.grid(frames + (0 if dcache is None else call.pad))](
+            q, r, h, _bytes(mask), call.table, dh, dcache, h.stride(0), h.stride(1), *call.sizes(), **form
+        )
+        rows = 1 + taps + (2 + call.pad if call.chunked else 0)
+        per_part = triton.cdiv(triton.cdiv(frames * batch, MAX_PARTS), BLOCK_R) * BLOCK_R
+        parts = triton.cdiv(frames * batch, per_part)
+        table = torch.empty(parts, rows, channels, dtype=torch.float32, device=h.device)
+        # (gradient, the frames its taps see, number of taps, first row)
+        sums = [(r, call.chunked, taps, 0)] + ([(q, False, call.pad + 1, taps + 1)] if call.chunked else [])
+        for gradient, within, count, row in sums:
+            weight_gradient_kernel[(parts * triton.cdiv(count, TAPS) * call.c_tiles,)](
+                gradient, call.u, table, *call.sizes(), count, row, rows, per_part,
+                CHUNKED=within, TAPS=TAPS, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+            )  # fmt: skip
+        if call.chunked:
+            edge_gradient_kernel[(2 * taps * call.c_tiles,)](
+                v, dchunk_scale, *call.sizes(), BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS
+            )
+        add_parts_kernel[(rows * call.c_tiles,)](
+            table, dweight, dbias, dcausal_weight, dcausal_bias, parts, channels, taps,
+            BLOCK_P=MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return dh, *(h.new_empty(0) if g is None else g for g in found)
