@@ -5,6 +5,7 @@ Every op is also registered as ``torch.ops.fastasr.<name>``; ``fastasr ops`` pri
 """
 
 from fastasr.ops import _dispatch
+from fastasr.ops.balancer_gradient import balancer_gradient as balancer_gradient
 from fastasr.ops.bias_norm import bias_norm
 from fastasr.ops.bypass import bypass
 from fastasr.ops.complex_ema_scan import complex_ema_scan

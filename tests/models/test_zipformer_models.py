@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fastasr.models import zipformer as models
-from fastasr.models.zipformer.balancer import balancer_gradient
 from fastasr.models.zipformer.encoder import int_tuple
 from fastasr.models.zipformer.whitening import whitening_gradient, whitening_metric
+from fastasr.ops import balancer_gradient
 
 TINY = {
     "downsampling_factor": (1, 2, 4),

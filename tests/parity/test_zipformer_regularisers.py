@@ -141,6 +141,18 @@ def test_balancer_dtypes(dtype):
     torch.testing.assert_close(found, expected, rtol=4 * eps, atol=4 * eps)
 
 
+def test_balancer_where_means_dwarf_deviations():
+    """Error against fp64, beside upstream's own."""
+    generator = torch.Generator().manual_seed(0)
+    x = 0.02 * torch.randn(50, 4, 8, generator=generator) + torch.linspace(-4, 4, 8)
+    grad = torch.randn(x.shape, generator=generator)
+    options = {"max_positive": 0.55, "min_positive": 0.45, "max_abs": 0.5, "prob": 1.0}
+    truth, _ = _gradient(ours.Balancer(8, -1, **options), x.double(), grad.double())
+    found, _ = _gradient(ours.Balancer(8, -1, **options), x, grad)
+    upstream, _ = _gradient(theirs.Balancer(8, -1, **options), x, grad)
+    assert (found - truth).abs().max() <= 1.1 * (upstream - truth).abs().max()
+
+
 def test_balancer_on_constant_channels():
     x, grad = torch.ones(8, 3, 4), torch.randn(8, 3, 4)
     found, _ = _gradient(ours.Balancer(4, -1, max_positive=0.5, prob=1.0), x, grad)

@@ -1,53 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Balancer: keeps the mean and the size of each channel in a range, through the gradients.
 
-The forward pass is the identity. Per channel of x, over its N elements,
-
-    u = mean(x^2)   mu = mean(x)   s = sqrt(u - mu^2)   r = sqrt(u)   m = mu / s
-    loss = |m - clamp(m, m_min, m_max)| + |log(clamp(r, r_min, r_max) / r)|
-
-and the gradient g of x becomes g + |g| l with l = d loss / dx scaled to root mean square ``grad_scale``. The first
-term is active for m outside its range, with the sign e of the excess, the second for r outside its own, with sign f:
-
-    d loss / dx = e (1 - m (x - mu) / s) / (N s)  +  f x / (N r^2)  =  p + q (x - mu)
-    p = (e / s + f mu / r^2) / N        q = (f / r^2 - e m / s^2) / N        mean square = p^2 + q^2 s^2
-
-So the backward pass is one reduction over x and one elementwise pass over x and g.
+The forward pass is the identity; ``fastasr.ops.balancer_gradient`` has the mathematics of the backward pass.
 """
 
 import math
 import random
 
 import torch
+from torch.autograd.function import once_differentiable
 
+from fastasr import ops
 from fastasr.models.zipformer.schedules import ScheduledFloat
-
-_FLOOR = 1.0e-20  # of u - mu^2, u, and the root mean square of d loss / dx
-
-
-def balancer_gradient(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim):
-    """The new gradient, in the dtype of ``grad``; computed in float32 or better, without synchronisation."""
-    compute = torch.promote_types(x.dtype, torch.float32)
-    x, g = x.detach().to(compute), grad.to(compute)
-    dims = [i for i in range(x.ndim) if i != channel_dim % x.ndim]
-    mu = x.mean(dims, keepdim=True)
-    square = (x * x).mean(dims, keepdim=True)
-    centred = square - mu * mu
-    variance, power = centred.clamp(min=_FLOOR), square.clamp(min=_FLOOR)
-    s, r = variance.sqrt(), power.sqrt()
-    m = mu / s
-
-    e = (m - m.clamp(min_mean, max_mean)).sign()
-    f = (r - r.clamp(min_rms, max_rms)).sign()
-    # Below the floors the statistics are constants.
-    e_slope, f = e * (centred >= _FLOOR), f * (square >= _FLOOR)
-    p = e / s + f * mu / power
-    q = f / power - e_slope * m / variance
-    count = x.numel() // max(1, mu.numel())
-    rms = (p * p + q * q * centred.clamp(min=0)).sqrt() / count
-    scale = grad_scale / rms.clamp(min=_FLOOR) / count
-    p, q = (p - q * mu) * scale, q * scale
-    return torch.addcmul(g, g.abs(), torch.addcmul(p, q, x)).to(grad.dtype)
 
 
 class _Balance(torch.autograd.Function):
@@ -58,9 +22,10 @@ class _Balance(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        return balancer_gradient(grad, x, *ctx.limits), *([None] * len(ctx.limits))
+        return ops.balancer_gradient(grad, x, *ctx.limits), *([None] * len(ctx.limits))
 
 
 def mean_limit(positive):

@@ -15,6 +15,7 @@ import logging
 import random
 
 import torch
+from torch.autograd.function import once_differentiable
 
 _EPS = 1.0e-20
 
@@ -66,6 +67,7 @@ class _Whitening(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         module = ctx.module

@@ -289,6 +289,9 @@ def _attention_weights_structure(module):
     for name in ("num_heads", "query_head_dim", "pos_head_dim"):
         if not isinstance(getattr(module, name, None), int):
             reason = reason or f"{name} is {getattr(module, name, None)!r}, expected an int"
+    for name in ("dropout", "pos_emb_skip_rate"):
+        if not is_rate(getattr(module, name, None)):
+            reason = reason or f"{name} is {getattr(module, name, None)!r}, expected a number or a schedule"
     if reason is not None:
         return reason
     width = module.num_heads * (2 * module.query_head_dim + module.pos_head_dim)

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/balancer.h"
+
+#include <vector>
+
+#include "bindings/dispatch.h"
+
+namespace fastasr {
+namespace {
+
+constexpr int64_t kRowsPerBlock = 256, kShiftSamples = 8;
+
+// x seen as (outer, channels, inner): inner is 1 where channels come last; rows of x are then `stride` apart.
+struct Layout {
+  int64_t outer, channels, inner, stride;
+  explicit Layout(const Tensor& x) : outer(x.size(0)), channels(x.size(1)), inner(1), stride(channels) {
+    if (x.dim() == 3) {
+      inner = x.size(2);
+    } else if (outer > 1) {
+      stride = x.stride(0);
+    }
+  }
+};
+
+// The mean of a few elements of each channel: near enough to its mean for the sums.
+template <typename T>
+std::vector<cpu::compute_t<T>> shifts(const T* x, const Layout& l) {
+  std::vector<cpu::compute_t<T>> shift(l.channels);
+  const int64_t count = l.outer * l.inner;
+  if (count == 0) return shift;
+  for (int64_t c = 0; c < l.channels; c++) {
+    double sum = 0;
+    for (int64_t k = 0; k < kShiftSamples; k++) {
+      const int64_t at = count * k / kShiftSamples, o = at / l.inner, i = at % l.inner;
+      sum += cpu::load(l.inner == 1 ? x[o * l.stride + c] : x[(o * l.channels + c) * l.inner + i]);
+    }
+    shift[c] = static_cast<cpu::compute_t<T>>(sum / kShiftSamples);
+  }
+  return shift;
+}
+
+template <typename T>
+std::vector<double> sums(const T* x, const Layout& l, const std::vector<cpu::compute_t<T>>& shift) {
+  const int64_t channels = l.channels;
+  const bool by_rows = l.inner == 1;
+  const int64_t blocks = by_rows ? (l.outer + kRowsPerBlock - 1) / kRowsPerBlock : l.outer;
+  std::vector<double> parts(blocks * 2 * channels), total(2 * channels, 0.0);
+  const int64_t block_elements = std::max<int64_t>(1, channels * (by_rows ? kRowsPerBlock : l.inner));
+  parallel_range(blocks, std::max<int64_t>(1, kGrain / block_elements), [&](int64_t b, int64_t e) {
+    for (int64_t k = b; k < e; k++) {
+      double* part = parts.data() + k * 2 * channels;
+      if (by_rows) {
+        const int64_t first = k * kRowsPerBlock, rows = std::min(kRowsPerBlock, l.outer - first);
+        cpu::balancer_sums_rows(x + first * l.stride, l.stride, shift.data(), part, part + channels, rows, channels);
+      } else {
+        for (int64_t c = 0; c < channels; c++)
+          cpu::balancer_sums_run(x + (k * channels + c) * l.inner, shift[c], part + c, part + channels + c, l.inner);
+      }
+    }
+  });
+  for (int64_t k = 0; k < blocks; k++)
+    for (int64_t j = 0; j < 2 * channels; j++) total[j] += parts[k * 2 * channels + j];
+  return total;
+}
+
+Tensor balancer_gradient(const Tensor& grad, const Tensor& x, double min_mean, double max_mean, double min_rms,
+                         double max_rms, double grad_scale) {
+  constexpr const char* kOp = "balancer_gradient";
+  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3, kOp, ": x must be (rows, channels) or (outer, channels, inner)");
+  STD_TORCH_CHECK(grad.dim() == x.dim() && grad.is_contiguous(), kOp, ": grad is not contiguous, or of another shape");
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), kOp, ": grad has another dtype");
+  for (int64_t d = 0; d < x.dim(); d++) STD_TORCH_CHECK(grad.size(d) == x.size(d), kOp, ": grad has another shape");
+  STD_TORCH_CHECK(x.is_contiguous() || (x.dim() == 2 && (x.stride(1) == 1 || x.size(1) == 1)), kOp,
+                  ": x is not contiguous, or not along its channels");
+  const cpu::BalancerLimits limits{min_mean, max_mean, min_rms, max_rms, grad_scale};
+  const Layout l(x);
+  Tensor y = new_like(grad);
+  if (grad.numel() == 0) return y;
+  with_kernel_type(x.scalar_type(), kOp, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const T *gp = data<T>(grad), *xp = data<T>(x);
+    T* yp = mutable_data<T>(y);
+    const std::vector<C> shift = shifts(xp, l);
+    const std::vector<double> total = sums(xp, l, shift);
+    std::vector<C> offset(l.channels), slope(l.channels);
+    for (int64_t c = 0; c < l.channels; c++) {
+      double o, s;
+      cpu::balancer_coefficients(total[c], total[l.channels + c], static_cast<double>(shift[c]), l.outer * l.inner,
+                                 limits, &o, &s);
+      offset[c] = static_cast<C>(o), slope[c] = static_cast<C>(s);
+    }
+    const int64_t row = l.channels * l.inner;
+    parallel_range(l.outer, std::max<int64_t>(1, kGrain / row), [&](int64_t b, int64_t e) {
+      if (l.inner == 1) {
+        cpu::balancer_apply_rows(gp + b * row, xp + b * l.stride, l.stride, shift.data(), offset.data(), slope.data(),
+                                 yp + b * row, e - b, l.channels);
+        return;
+      }
+      for (int64_t k = b * l.channels; k < e * l.channels; k++) {
+        const int64_t c = k % l.channels, at = k * l.inner;
+        cpu::balancer_apply_run(gp + at, xp + at, shift[c], offset[c], slope[c], yp + at, l.inner);
+      }
+    });
+  });
+  return y;
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def(
+      "balancer_gradient(Tensor grad, Tensor x, float min_mean, float max_mean, float min_rms, float max_rms, float "
+      "grad_scale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) { m.impl("balancer_gradient", TORCH_BOX(&fastasr::balancer_gradient)); }

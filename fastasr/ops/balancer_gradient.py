@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Gradient of a balancer, which keeps the mean and size of channels in a range (Zipformer; Yao et al., 2023, 3.5).
+
+The balancer itself is the identity. Per channel of x, over its N elements,
+
+    u = mean(x²)   μ = mean(x)   s = √(u − μ²)   r = √u   m = μ / s
+    loss = |m − clamp(m, m_min, m_max)| + |log(clamp(r, r_min, r_max) / r)|
+
+and the gradient g of x becomes g + |g| l, with l = d loss / dx scaled to root mean square ``grad_scale``. The first
+term is active for m outside its range, with the sign e of the excess, the second for r outside its own, with sign f:
+
+    d loss / dx = e (1 − m (x − μ) / s) / (N s)  +  f x / (N r²)  =  p + q (x − μ)
+    p = (e / s + f μ / r²) / N        q = (f / r² − e m / s²) / N        mean square = p² + q² s²
+
+Upstream: ``BalancerFunction`` in ``zipformer.modules.scaling``, by a second autograd graph.
+
+Memory traffic per element: x is read for the sums; x and g are read and the result written. 8 FLOPs.
+"""
+
+import torch
+from torch import Tensor
+
+from fastasr.ops import _check
+from fastasr.ops._dispatch import FLOATING, Implementation, KernelFamily, Kernels, direct, native_reason
+from fastasr.ops._register import register
+
+OP = "balancer_gradient"
+FLOOR = 1.0e-20  # of u − μ², u, and the root mean square of d loss / dx
+
+
+def _load_native() -> Kernels:
+    return Kernels("cpu", torch.ops.fastasr_cpu.balancer_gradient.default, None)
+
+
+FAMILY = KernelFamily(OP, (OP,), (Implementation("cpu", ("cpu",), FLOATING, native_reason, _load_native),))
+
+
+# --------------------------------------------------------------------------- definition
+def definition(
+    grad: Tensor,
+    x: Tensor,
+    min_mean: float,
+    max_mean: float,
+    min_rms: float,
+    max_rms: float,
+    grad_scale: float,
+    channel_dim: int = -1,
+) -> Tensor:
+    """The formula in eager PyTorch, in float32 or better, without synchronisation."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    x, g = x.detach().to(compute), grad.to(compute)
+    dims = [i for i in range(x.dim()) if i != channel_dim % x.dim()]
+    mu = x.mean(dims, keepdim=True)
+    d = x - mu
+    centred = (d * d).mean(dims, keepdim=True)  # not u − μ², which cancels where |μ| is much larger than s
+    square = centred + mu * mu
+    variance, power = centred.clamp(min=FLOOR), square.clamp(min=FLOOR)
+    s, r = variance.sqrt(), power.sqrt()
+    m = mu / s
+
+    e = (m - m.clamp(min_mean, max_mean)).sign()
+    f = (r - r.clamp(min_rms, max_rms)).sign()
+    # Below the floors the statistics are constants.
+    e_slope, f = e * (centred >= FLOOR), f * (square >= FLOOR)
+    p = e / s + f * mu / power
+    q = f / power - e_slope * m / variance
+    count = x.numel() // max(1, mu.numel())
+    rms = (p * p + q * q * centred).sqrt() / max(1, count)
+    scale = grad_scale / rms.clamp(min=FLOOR) / max(1, count)
+    return torch.addcmul(g, g.abs(), torch.addcmul(p * scale, q * scale, d)).to(grad.dtype)
+
+
+# --------------------------------------------------------------------------- kernels
+def forward(
+    grad: Tensor,
+    x: Tensor,
+    min_mean: float,
+    max_mean: float,
+    min_rms: float,
+    max_rms: float,
+    grad_scale: float,
+    channel_dim: int,
+) -> Tensor:
+    """The new gradient without autograd, by the best kernel for x."""
+    limits = (min_mean, max_mean, min_rms, max_rms, grad_scale)
+    kernels = FAMILY.kernels(x, grad) if grad.dtype is x.dtype and x.numel() else None
+    if kernels is None:
+        return definition(grad, x, *limits, channel_dim)
+    dim = channel_dim % x.dim()
+    rows = _rows(x.movedim(dim, -1))
+    if rows is not None:
+        last = grad.movedim(dim, -1)
+        y = kernels.forward(last.reshape(rows.shape).contiguous(), rows, *limits)
+        return y.view(last.shape).movedim(-1, dim)
+    shape = (x.shape[:dim].numel(), x.shape[dim], x.shape[dim + 1 :].numel())
+    return kernels.forward(grad.contiguous().view(shape), x.contiguous().view(shape), *limits).view(x.shape)
+
+
+def _rows(x: Tensor) -> Tensor | None:
+    """x (..., channels) as (rows, channels) where it lies, or None: its channels or rows are not regular."""
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        return None
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return None
+
+
+# --------------------------------------------------------------------------- registration
+_OP = register(
+    "balancer_gradient(Tensor grad, Tensor x, float min_mean, float max_mean, float min_rms, float max_rms, "
+    "float grad_scale, int channel_dim) -> Tensor",
+    lambda *arguments: forward(*arguments).contiguous(),
+    lambda grad, x, *_: torch.empty_like(grad, memory_format=torch.contiguous_format),
+)
+
+
+def balancer_gradient(
+    grad: Tensor,
+    x: Tensor,
+    min_mean: float,
+    max_mean: float,
+    min_rms: float,
+    max_rms: float,
+    grad_scale: float,
+    channel_dim: int = -1,
+) -> Tensor:
+    """The gradient of x, changed so that the channels of x keep to the limits. Not differentiable.
+
+    Args:
+        grad, x: the same shape, with at least one dimension. float32, bfloat16, float16 or float64.
+        min_mean, max_mean: limits of a channel's mean over its standard deviation.
+        min_rms, max_rms: limits of its root mean square.
+        grad_scale: root mean square of the change relative to ``grad``.
+        channel_dim: the dimension of the channels.
+    Returns:
+        A tensor of grad's shape and dtype, computed in float32 or better, rounded once.
+    Raises:
+        TypeError: grad or x is not a floating tensor.
+        ValueError: shapes or devices do not match; channel_dim is no dimension of x.
+    """
+    _check.floating_tensor(OP, "grad", grad)
+    _check.floating_tensor(OP, "x", x)
+    _check.shape(OP, "x", x, f"{tuple(grad.shape)} (that of grad)", x.shape == grad.shape)
+    _check.same_device(OP, "x", x, grad, "grad")
+    channel_dim = _check.dimension(OP, "channel_dim", channel_dim, x.dim())
+    arguments = grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim
+    return forward(*arguments) if direct(grad, x) else _OP(*arguments)

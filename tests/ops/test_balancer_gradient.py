@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""balancer_gradient: a gradient that is no function's, so it has tests of its own instead of a table."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastasr
+from fastasr.ops import balancer_gradient
+from fastasr.ops.balancer_gradient import definition
+
+LIMITS = {
+    "mean": (-0.1, 0.1, 0.0, 9.0, 0.04),
+    "size": (-9.0, 9.0, 2.0, 3.0, 0.04),
+    "both": (0.3, 0.4, 0.2, 0.5, 0.1),
+    "nothing": (-9.0, 9.0, 0.0, 99.0, 0.04),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _case(shape, dtype=torch.float32, channel_dim=-1, seed=0):
+    """Channels of different means and sizes, one of them constant."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = shape[channel_dim]
+    broadcast = [1] * len(shape)
+    broadcast[channel_dim] = channels
+    mean, scale = torch.randn(2, channels, generator=generator, dtype=torch.float64).view(2, *broadcast)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * scale.abs() + 3 * mean
+    x.select(channel_dim, channels - 1).fill_(0.75)
+    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return grad.to(dtype), x.to(dtype)
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "channel_dim"),
+    [
+        ((40, 3, 24), -1),
+        ((3, 24, 50), 1),
+        ((700, 33), 1),
+        ((2, 5, 6, 7), 1),
+        ((9, 4), 0),
+        ((1, 6), -1),
+        ((17, 1), -1),
+    ],
+    ids=str,
+)
+def test_error_against_fp64(shape, channel_dim, dtype, limits):
+    """Never above eager's."""
+    grad, x = _case(shape, dtype, channel_dim)
+    truth = definition(grad.double(), x.double(), *limits, channel_dim)
+    found = balancer_gradient(grad, x, *limits, channel_dim)
+    assert found.dtype == dtype
+    assert found.shape == grad.shape
+    eager = definition(grad, x, *limits, channel_dim)
+    # fp64 is its own oracle: another order of additions is a few units in the last place
+    unit = (4 if dtype is torch.float64 else 1) * torch.finfo(dtype).eps * truth.abs().max()
+    assert (found.double() - truth).abs().max() <= 1.1 * (eager.double() - truth).abs().max() + unit
+    with fastasr.backend("eager"):
+        assert torch.equal(balancer_gradient(grad, x, *limits, channel_dim), eager)
+
+
+@pytest.mark.parametrize("channel_dim", [0, 1, 2])
+def test_strides(channel_dim):
+    limits = LIMITS["both"]
+    grad, x = _case((6, 8, 10), channel_dim=channel_dim)
+    expected = balancer_gradient(grad, x, *limits, channel_dim)
+    for layout in ((0, 1, 2), (2, 0, 1), (1, 2, 0), (0, 2, 1)):
+        inverse = [layout.index(i) for i in range(3)]
+        strided = [t.permute(layout).contiguous().permute(inverse) for t in (grad, x)]
+        torch.testing.assert_close(balancer_gradient(*strided, *limits, channel_dim), expected)
+    wide = torch.stack((x, x), -1).flatten(-2)[..., ::2]  # no two elements side by side
+    torch.testing.assert_close(balancer_gradient(grad, wide, *limits, channel_dim), expected)
+    halves = torch.cat((x, x), -1).chunk(2, -1)[1]  # a row stride
+    torch.testing.assert_close(balancer_gradient(grad, halves, *limits, channel_dim), expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=4), st.data())
+def test_any_shape(shape, data):
+    channel_dim = data.draw(st.integers(-len(shape), len(shape) - 1))
+    generator = torch.Generator().manual_seed(0)
+    grad, x = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    limits = LIMITS["size"]
+    found = balancer_gradient(grad, x, *limits, channel_dim)
+    torch.testing.assert_close(found, definition(grad, x, *limits, channel_dim))
+
+
+def test_threads_change_nothing():
+    before = torch.get_num_threads()
+    try:
+        for shape, dim in (((3000, 64), -1), ((6, 40, 300), 1)):
+            grad, x = _case(shape, channel_dim=dim)
+            results = []
+            for threads in (1, 2, 4):
+                torch.set_num_threads(threads)
+                results.append(balancer_gradient(grad, x, *LIMITS["both"], dim))
+            assert all(torch.equal(result, results[0]) for result in results)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_operands_are_left_alone():
+    grad, x = _case((30, 5))
+    copies = grad.clone(), x.clone()
+    balancer_gradient(grad, x, *LIMITS["both"])
+    assert torch.equal(grad, copies[0])
+    assert torch.equal(x, copies[1])
+
+
+def test_non_finite_values_stay_in_their_channel():
+    grad, x = _case((30, 6))
+    expected = balancer_gradient(grad, x, *LIMITS["both"])
+    x[3, 2] = float("nan")
+    found = balancer_gradient(grad, x, *LIMITS["both"])
+    assert found[:, 2].isnan().all()
+    keep = [0, 1, 3, 4, 5]
+    assert torch.equal(found[:, keep], expected[:, keep])
+
+
+def test_registered_op():
+    op = torch.ops.fastasr.balancer_gradient.default
+    for shape, dim in (((12, 3, 8), 2), ((3, 8, 12), 1)):
+        arguments = (*_case(shape, channel_dim=dim), *LIMITS["both"], dim)
+        torch.library.opcheck(op, arguments)
+        torch.testing.assert_close(op(*arguments), balancer_gradient(*arguments))
+
+
+def test_compiles_whole():
+    grad, x = _case((12, 3, 8))
+    compiled = torch.compile(
+        lambda g, x: balancer_gradient(g, x, *LIMITS["both"]), fullgraph=True, backend="eager"
+    )
+    torch.testing.assert_close(compiled(grad, x), balancer_gradient(grad, x, *LIMITS["both"]))
+
+
+def test_is_not_differentiable():
+    grad, x = _case((12, 8))
+    y = torch.ops.fastasr.balancer_gradient(grad.requires_grad_(), x, *LIMITS["both"], 1)
+    with pytest.raises(RuntimeError, match="balancer_gradient"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"grad": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, "grad: expected dtype"),
+        ({"x": [1.0]}, TypeError, "x: expected a torch.Tensor"),
+        ({"x": torch.zeros(3, 5)}, ValueError, r"x: expected shape \(3, 4\)"),
+        ({"x": torch.zeros(3, 4, device="meta")}, ValueError, "x: expected device"),
+        ({"channel_dim": 2}, ValueError, "channel_dim: expected a dimension"),
+        ({"channel_dim": 1.0}, TypeError, "channel_dim: expected an int"),
+    ],
+)
+def test_refuses(change, error, message):
+    arguments = {"grad": torch.zeros(3, 4), "x": torch.zeros(3, 4), "channel_dim": 1, **change}
+    grad, x, dim = arguments["grad"], arguments["x"], arguments["channel_dim"]
+    with pytest.raises(error, match=message):
+        balancer_gradient(grad, x, *LIMITS["both"], dim)
