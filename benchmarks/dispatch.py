@@ -16,6 +16,7 @@ from fastasr import ops
 from fastasr.benchmarks.case import Report, Settings
 from fastasr.benchmarks.harness import LoadMeter, Variant, interleave
 from fastasr.benchmarks.rows import Row
+from fastasr.ops.balancer_gradient import definition as balancer_gradient_definition
 from fastasr.ops.bias_norm import definition as bias_norm_definition
 from fastasr.ops.bypass import definition as bypass_definition
 from fastasr.ops.complex_ema_scan import definition as complex_ema_scan_definition
@@ -42,6 +43,7 @@ class Tiny:
     eager: Callable[..., torch.Tensor]
     public: Callable[..., torch.Tensor]
     operator: Callable[..., torch.Tensor]
+    passes: tuple[str, ...] = PASSES
 
 
 def _swoosh_linear_formula(x, weight, bias):
@@ -60,7 +62,15 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
     bias, scale = torch.randn(channels, device=device), torch.rand(channels, device=device)
     log_scale = torch.tensor(0.5, device=device)
     registered = torch.ops.fastasr
+    limits = -0.05, 0.05, 0.2, 0.5, 0.04, -1
     return {
+        "balancer_gradient": Tiny(
+            (x, other),
+            lambda g, x: balancer_gradient_definition(g, x, *limits),
+            lambda g, x: ops.balancer_gradient(g, x, *limits),
+            lambda g, x: registered.balancer_gradient(g, x, *limits),
+            (INFERENCE, NO_GRAD),  # it is no function's gradient, and has none
+        ),
         "swoosh_l": Tiny((x,), definition_l, ops.swoosh_l, registered.swoosh_l),
         "swoosh_r": Tiny((x,), definition_r, ops.swoosh_r, registered.swoosh_r),
         "swoosh_linear": Tiny(
@@ -159,7 +169,7 @@ def measure(
     for name, tiny in table(device).items():
         if not only(name):
             continue
-        for pass_ in PASSES:
+        for pass_ in tiny.passes:
             if skip(name, pass_):
                 continue
             functions = {"eager": tiny.eager, "fastasr": tiny.public, "operator": tiny.operator}

@@ -3,6 +3,7 @@
 
 from fastasr.benchmarks.case import Case
 from fastasr.benchmarks.ops import (
+    balancer_gradient,
     bias_norm,
     bypass,
     complex_ema_scan,
@@ -21,6 +22,7 @@ MODULES = (
     swoosh_linear,
     bias_norm,
     bypass,
+    balancer_gradient,
     linear,
     ema_scan,
     complex_ema_scan,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/balancer.h"
 
+#include <type_traits>
 #include <vector>
 
 #include "bindings/dispatch.h"
@@ -80,8 +81,12 @@ Tensor balancer_gradient(const Tensor& grad, const Tensor& x, double min_mean, d
     using C = cpu::compute_t<T>;
     const T *gp = data<T>(grad), *xp = data<T>(x);
     T* yp = mutable_data<T>(y);
-    const std::vector<C> shift = shifts(xp, l);
-    const std::vector<double> total = sums(xp, l, shift);
+    std::vector<C> shift = shifts(xp, l);
+    std::vector<double> total = sums(xp, l, shift);
+    if constexpr (std::is_same_v<C, double>) {  // sums no wider than the elements: only about the mean nothing cancels
+      for (int64_t c = 0; c < l.channels; c++) shift[c] += total[c] / static_cast<double>(l.outer * l.inner);
+      total = sums(xp, l, shift);
+    }
     std::vector<C> offset(l.channels), slope(l.channels);
     for (int64_t c = 0; c < l.channels; c++) {
       double o, s;

@@ -70,10 +70,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _reason_cpu(name: str) -> str:
+def reason_cpu(operator: str) -> str:
+    """Why ``torch.ops.fastasr_cpu.<operator>`` cannot serve here, or ""."""
     if native_reason():
         return native_reason()
-    if hasattr(torch.ops.fastasr_cpu, f"{name}_forward"):
+    if hasattr(torch.ops.fastasr_cpu, operator):
         return ""
     return "the native library has no kernel for it: it was built from another version, build it again"
 
@@ -250,7 +251,7 @@ def native_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Imp
     """The C++ kernels ``torch.ops.fastasr_cpu.<name>_forward`` and ``_backward``."""
 
     return Implementation(
-        "cpu", ("cpu",), dtypes, partial(_reason_cpu, name), partial(_registered, "cpu", name)
+        "cpu", ("cpu",), dtypes, partial(reason_cpu, f"{name}_forward"), partial(_registered, "cpu", name)
     )
 
 

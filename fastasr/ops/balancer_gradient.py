@@ -17,11 +17,13 @@ Upstream: ``BalancerFunction`` in ``zipformer.modules.scaling``, by a second aut
 Memory traffic per element: x is read for the sums; x and g are read and the result written. 8 FLOPs.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fastasr.ops import _check
-from fastasr.ops._dispatch import FLOATING, Implementation, KernelFamily, Kernels, direct, native_reason
+from fastasr.ops._dispatch import FLOATING, Implementation, KernelFamily, Kernels, direct, reason_cpu
 from fastasr.ops._register import register
 
 OP = "balancer_gradient"
@@ -32,7 +34,9 @@ def _load_native() -> Kernels:
     return Kernels("cpu", torch.ops.fastasr_cpu.balancer_gradient.default, None)
 
 
-FAMILY = KernelFamily(OP, (OP,), (Implementation("cpu", ("cpu",), FLOATING, native_reason, _load_native),))
+FAMILY = KernelFamily(
+    OP, (OP,), (Implementation("cpu", ("cpu",), FLOATING, partial(reason_cpu, OP), _load_native),)
+)
 
 
 # --------------------------------------------------------------------------- definition
@@ -48,8 +52,12 @@ def definition(
 ) -> Tensor:
     """The formula in eager PyTorch, in float32 or better, without synchronisation."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    x, g = x.detach().to(compute), grad.to(compute)
-    dims = [i for i in range(x.dim()) if i != channel_dim % x.dim()]
+    channel_dim = channel_dim % x.dim() + 1
+    x, g = (
+        x.detach().to(compute)[None],
+        grad.to(compute)[None],
+    )  # mean over no dimension would be one over all
+    dims = [i for i in range(x.dim()) if i != channel_dim]
     mu = x.mean(dims, keepdim=True)
     d = x - mu
     centred = (d * d).mean(dims, keepdim=True)  # not u − μ², which cancels where |μ| is much larger than s
@@ -67,7 +75,7 @@ def definition(
     count = x.numel() // max(1, mu.numel())
     rms = (p * p + q * q * centred).sqrt() / max(1, count)
     scale = grad_scale / rms.clamp(min=FLOOR) / max(1, count)
-    return torch.addcmul(g, g.abs(), torch.addcmul(p * scale, q * scale, d)).to(grad.dtype)
+    return torch.addcmul(g, g.abs(), torch.addcmul(p * scale, q * scale, d))[0].to(grad.dtype)
 
 
 # --------------------------------------------------------------------------- kernels
