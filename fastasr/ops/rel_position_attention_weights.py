@@ -45,17 +45,16 @@ def definition(
     score_limit: float = 25.0,
 ) -> Tensor:
     """The formula in eager PyTorch."""
-    scores = _scores(x, pos, cached_key, num_heads, query_head_dim)
+    s = scores(x, pos, cached_key, num_heads, query_head_dim)
     if score_penalty:
-        scores = _Penalty.apply(scores, score_penalty, score_limit)
-    hidden = _hidden(scores, key_padding_mask, attn_mask, chunk_size, left_context_chunks)
-    for mask in hidden:
-        scores = scores.masked_fill(mask, MASKED)
-    weights = scores.softmax(-1)
-    return weights.to(autocast_dtype(x) or scores.dtype) if x.dtype != torch.float64 else weights
+        s = _Penalty.apply(s, score_penalty, score_limit)
+    for mask in _hidden(s, key_padding_mask, attn_mask, chunk_size, left_context_chunks):
+        s = s.masked_fill(mask, MASKED)
+    weights = s.softmax(-1)
+    return weights.to(autocast_dtype(x) or s.dtype) if x.dtype != torch.float64 else weights
 
 
-def _scores(x: Tensor, pos: Tensor | None, cached_key: Tensor | None, heads: int, dim: int) -> Tensor:
+def scores(x: Tensor, pos: Tensor | None, cached_key: Tensor | None, heads: int, dim: int) -> Tensor:
     """(H, B, T, left + T), before the masks."""
     frames, batch, width = x.shape
     q, k, p = x.split([heads * dim, heads * dim, width - 2 * heads * dim], -1)
@@ -64,15 +63,23 @@ def _scores(x: Tensor, pos: Tensor | None, cached_key: Tensor | None, heads: int
     keys = k.shape[0]
     q = q.reshape(frames, batch, heads, dim).permute(2, 1, 0, 3)
     k = k.reshape(keys, batch, heads, dim).permute(2, 1, 3, 0)
-    scores = torch.matmul(q, k)
-    if pos is None or not scores.numel():
-        return scores if pos is None else scores + 0 * (p.sum() + pos.sum())
+    by_key = torch.matmul(q, k)
+    if pos is None or not by_key.numel():
+        return by_key if pos is None else by_key + 0 * (p.sum() + pos.sum())
     pos_dim = width // heads - 2 * dim
     p = p.reshape(frames, batch, heads, pos_dim).permute(2, 1, 0, 3)
     r = pos.reshape(pos.shape[0], pos.shape[1], heads, pos_dim).permute(2, 0, 3, 1)
-    by_offset = torch.matmul(p, r)  # (H, B, T, 2T - 1 + left)
-    offset = torch.arange(frames - 1, -1, -1, device=x.device)[:, None] + torch.arange(keys, device=x.device)
-    return scores + by_offset.gather(-1, offset.expand(heads, batch, frames, keys))
+    return by_key + _by_key(torch.matmul(p, r), keys)
+
+
+def _by_key(by_offset: Tensor, keys: int) -> Tensor:
+    """(..., T, W) by offset, W = T - 1 + keys, as (..., T, keys): row i from column T-1-i on. The rows laid end to end
+    from there on are W - 1 apart."""
+    frames, width = by_offset.shape[-2:]
+    if frames == 1:
+        return by_offset
+    rows = by_offset.flatten(-2)[..., frames - 1 : frames * width - 1]
+    return rows.unflatten(-1, (frames, width - 1))[..., :keys]
 
 
 def _hidden(

@@ -4,11 +4,8 @@
     s[h,b,i,j] = q[h,b,i] . k[h,b,j] + p[h,b,i] . R[h, T-1-i+j]        R = linear_pos(pos_emb), 2T-1 rows
     weights    = softmax_j(s), masked scores set to -1000 first
 
-Inference on CPU does this in place: the scores are added to, masked and normalised where they lie. When the
-position scores of all heads and sequences together are larger than what the allocator keeps (32 MiB: glibc
-returns anything above to the system at each release, and writing it again costs a page fault every 4 KiB), they
-are computed a piece at a time in one small buffer. In place the results are bitwise those of upstream's sequence; in
-pieces the matrix products may round differently.
+``fastasr.ops.rel_position_attention_weights`` computes this from the projection: no scores in memory, and nothing but
+the weights is kept for the backward pass.
 """
 
 import copy
@@ -18,18 +15,18 @@ import random
 import torch
 
 from fastasr.models.zipformer.balancer import Balancer
-from fastasr.models.zipformer.gradient_scale import penalize_abs_values_gt
+from fastasr.models.zipformer.gradient_scale import draw_for_log
 from fastasr.models.zipformer.identity import Identity
-from fastasr.models.zipformer.inference import is_plain_inference
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import check_cache
-from fastasr.models.zipformer.softmax import softmax
 from fastasr.models.zipformer.whitening import Whiten
+from fastasr.ops import rel_position_attention_weights
+from fastasr.ops.rel_position_attention_weights import scores
 
-# Position scores above this size (bytes) are computed in pieces of at most PIECE_BYTES.
-WHOLE_BYTES = 32 << 20
-PIECE_BYTES = 6 << 20
+# Scores beyond this are penalised on a share of the training calls.
+SCORE_LIMIT = 25.0
+SCORE_PENALTY = 1.0e-04
 
 
 class RelPositionMultiheadAttentionWeights(torch.nn.Module):
@@ -86,17 +83,12 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
 
     def forward(self, x, pos_emb, key_padding_mask=None, attn_mask=None):
         _check_masks(x, key_padding_mask, attn_mask)
-        plain = is_plain_inference(self, x, self.in_proj.weight, 3) and not pos_emb.requires_grad
-        q, k, p = _projections(self, x)
-        q, k, p = self.copy_query(q), self.whiten_keys(self.balance_keys(k)), self.copy_pos_query(p)
+        projected = self.in_proj(x)
+        projected = _with_gradient_changes(self, projected)
         with_positions = not self.training or random.random() >= float(self.pos_emb_skip_rate)
         relative = self.linear_pos(pos_emb) if with_positions else None
         penalized = self.training and random.random() < 0.1
-        masks = (
-            None if key_padding_mask is None else key_padding_mask.to(torch.bool).unsqueeze(1),  # [B, 1, T]
-            attn_mask,
-        )
-        weights = _weights(self, q, k, p, relative, *masks, penalized, plain)
+        weights = _weights(self, projected, relative, key_padding_mask, attn_mask, penalized)
         if random.random() < 0.001 and not self.training:
             _log_entropy(self, weights)
         if self.dropout != 0.0:
@@ -111,17 +103,14 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
         check_cache(
             "RelPositionMultiheadAttentionWeights", "cached_key", cached_key.shape[0], left_context_len
         )
-        q, k, p = _projections(self, x)
-        k = torch.cat([cached_key, k])
+        projected = self.in_proj(x)
+        width = self.num_heads * self.query_head_dim
+        k = torch.cat([cached_key, projected[..., width : 2 * width]])
         _check_masks(k, key_padding_mask, None)
-        cached_key = k[k.shape[0] - left_context_len :]
-        if key_padding_mask is not None:
-            key_padding_mask = key_padding_mask.to(torch.bool).unsqueeze(1)
-        relative = self.linear_pos(pos_emb)
-        plain = is_plain_inference(self, x, self.in_proj.weight, 3) and not (
-            pos_emb.requires_grad or (torch.is_grad_enabled() and cached_key.requires_grad)
+        weights = _weights(
+            self, projected, self.linear_pos(pos_emb), key_padding_mask, None, False, cached_key.to(k.dtype)
         )
-        return _weights(self, q, k, p, relative, key_padding_mask, None, False, plain), cached_key
+        return weights, k[k.shape[0] - left_context_len :]
 
 
 def _log_entropy(module, weights):
@@ -144,88 +133,67 @@ def _check_masks(sources, key_padding_mask, attn_mask):
         )
 
 
-def _projections(module, x):
-    """q, k, p of x (T, B, C): (T, B, heads * dim) each."""
-    width = module.num_heads * module.query_head_dim
-    return module.in_proj(x).split([width, width, module.num_heads * module.pos_head_dim], -1)
+def _with_gradient_changes(module, projected):
+    """The projection (T, B, q | k | p) after the modules that watch its parts or change their gradients.
 
-
-def _weights(module, q, k, p, relative, key_padding_mask, attn_mask, penalized, plain):
-    """The softmax of the scores: q, p (T, B, heads * dim), k (S, B, heads * dim), relative (1 or B, T + S - 1,
-    heads * dim) or None for no position scores, key_padding_mask (B, 1, S), attn_mask ((B,) T, S).
+    These return what they are given, or a view of it, on most calls: then it stays in one piece.
     """
-    heads, dim, pos_dim = module.num_heads, module.query_head_dim, module.pos_head_dim
-    targets, batch, _ = q.shape
-    sources = k.shape[0]
-    q = q.reshape(targets, batch, heads, dim).permute(2, 1, 0, 3)  # [H, B, T, dq]
-    k = k.reshape(sources, batch, heads, dim).permute(2, 1, 3, 0)  # [H, B, dq, S]
-    p = p.reshape(targets, batch, heads, pos_dim).permute(2, 1, 0, 3)  # [H, B, T, dp]
-    if relative is not None:
-        relative = relative.reshape(-1, targets + sources - 1, heads, pos_dim)
-        relative = relative.permute(2, 0, 3, 1)  # [H, 1 or B, dp, T+S-1]
-    if not plain:
-        return _differentiable(module, q, k, p, relative, key_padding_mask, attn_mask, penalized)
-    size = heads * batch * targets * (targets + sources - 1) * q.element_size()
-    compute = _whole if size <= WHOLE_BYTES else _pieces
-    return compute(q, k, p, relative, key_padding_mask, attn_mask)
+    width = module.num_heads * module.query_head_dim
+    parts = projected.split([width, width, module.num_heads * module.pos_head_dim], -1)
+    q, k, p = parts
+    after = module.copy_query(q), module.whiten_keys(module.balance_keys(k)), module.copy_pos_query(p)
+    if all(map(_is_still, after, parts)):
+        return projected
+    return torch.cat(after, -1)
 
 
-def _differentiable(module, q, k, p, relative, key_padding_mask, attn_mask, penalized):
-    scores = torch.matmul(q, k)  # [H, B, T, S]
-    if relative is not None:
-        scores = scores + _by_key(torch.matmul(p, relative), q.shape[2] - 1)
-    if penalized:
-        scores = penalize_abs_values_gt(scores, limit=25.0, penalty=1.0e-04, name=module.name)
-    for mask in (attn_mask, key_padding_mask):
-        if mask is not None:
-            scores = scores.masked_fill(mask, -1000)
-    return softmax(scores, dim=-1)
+_VIEWS = {
+    "AliasBackward0",
+    "SliceBackward0",
+    "SplitBackward0",
+    "SplitWithSizesBackward0",
+    "ViewBackward0",
+}
 
 
-def _by_key(scores, first):
-    """Scores by offset (contiguous, [..., n, width]) as a view by key: row r, key j is offset first - r + j."""
-    *outer, rows, width = scores.shape
-    return scores.as_strided((*outer, rows, width - first), (*scores.stride()[:-2], width - 1, 1), first)
+def _is_still(part, original):
+    """Whether ``part`` is ``original``: the same memory, and no node between them that could change its gradient."""
+    if part is original:
+        return True
+    if torch.compiler.is_compiling() or type(part) is not torch.Tensor or type(original) is not torch.Tensor:
+        return False
+    if (part.data_ptr(), part.shape, part.stride(), part.dtype) != (
+        original.data_ptr(), original.shape, original.stride(), original.dtype
+    ):  # fmt: skip
+        return False
+    node = part.grad_fn
+    while node is not original.grad_fn:
+        if node is None or node.name() not in _VIEWS:
+            return False
+        node = node.next_functions[0][0]
+    return True
 
 
-def _whole(q, k, p, relative, key_padding_mask, attn_mask):
-    scores = torch.matmul(q, k)  # [H, B, T, T]
-    scores += _by_key(torch.matmul(p, relative), q.shape[2] - 1)
-    for mask in (attn_mask, key_padding_mask):
-        if mask is not None:
-            scores.masked_fill_(mask, -1000)
-    return torch.softmax(scores, -1)
+def _weights(module, projected, relative, key_padding_mask, attn_mask, penalized, cached_key=None):
+    """The softmax of the scores of ``projected`` (T, B, q | k | p)."""
+    if penalized and draw_for_log() and module.name is not None:
+        _log_penalty(module, projected, relative)
+    return rel_position_attention_weights(
+        projected,
+        relative,
+        module.num_heads,
+        module.query_head_dim,
+        key_padding_mask=None if key_padding_mask is None else key_padding_mask.to(torch.bool),
+        attn_mask=attn_mask,
+        cached_key=cached_key,
+        score_penalty=SCORE_PENALTY if penalized else 0.0,
+        score_limit=SCORE_LIMIT,
+    )
 
 
-def _pieces(q, k, p, relative, key_padding_mask, attn_mask):
-    heads, batch, frames, _ = q.shape
-    sources = k.shape[-1]
-    rows = _rows_per_piece(frames, sources, q.element_size())
-    weights = q.new_empty(heads, batch, frames, sources)
-    offset_buffer, score_buffer = q.new_empty(rows * (sources + rows - 1)), q.new_empty(rows * sources)
-    for h in range(heads):
-        for b in range(batch):
-            offsets = relative[h, b if relative.shape[1] > 1 else 0]  # [dp, T+S-1]
-            for first in range(0, frames, rows):
-                piece = slice(first, min(first + rows, frames))
-                n = piece.stop - first
-                start, width = frames - piece.stop, sources + n - 1  # the offsets that these rows use
-                by_offset = offset_buffer[: n * width].view(n, width)
-                torch.mm(p[h, b, piece], offsets[:, start : start + width], out=by_offset)
-                scores = score_buffer[: n * sources].view(n, sources)
-                torch.mm(q[h, b, piece], k[h, b], out=scores)
-                scores += _by_key(by_offset, n - 1)
-                if attn_mask is not None:
-                    scores.masked_fill_((attn_mask if attn_mask.ndim == 2 else attn_mask[b])[piece], -1000)
-                if key_padding_mask is not None:
-                    scores.masked_fill_(key_padding_mask[b], -1000)
-                torch.softmax(scores, -1, out=weights[h, b, piece])
-    return weights
-
-
-def _rows_per_piece(frames, sources, element_size):
-    """Rows of which the position scores take at most PIECE_BYTES."""
-    rows = frames
-    while rows > 16 and rows * (sources + rows - 1) * element_size > PIECE_BYTES:
-        rows = (rows + 1) // 2
-    return rows
+def _log_penalty(module, projected, relative):
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        with torch.no_grad():
+            s = scores(projected, relative, None, module.num_heads, module.query_head_dim)
+        loss = SCORE_PENALTY * (s.abs() - SCORE_LIMIT).clamp_(min=0).sum().item()
+        logging.debug("attention scores: name=%s, penalty=%.3e", module.name, loss)

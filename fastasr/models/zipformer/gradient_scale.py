@@ -45,14 +45,14 @@ class _WithLoss(torch.autograd.Function):
         return grad, grad.new_ones(ctx.shape)
 
 
-def _draw_for_log():
+def draw_for_log():
     """The draw of upstream's function, one in 500 of which logs."""
     return random.random() < 0.002
 
 
 def with_loss(x, y, name=None):
     """x; the gradients are as if y.sum() were part of the loss. Draws one number from ``random``."""
-    if _draw_for_log() and name is not None:
+    if draw_for_log() and name is not None:
         logging.debug("with_loss: name=%s, sum=%.3e", name, y.sum().item())
     return _WithLoss.apply(x, y)
 
@@ -72,7 +72,7 @@ class _Penalize(torch.autograd.Function):
 
 def penalize_abs_values_gt(x, limit, penalty, name=None):
     """x; its gradient grows by penalty * sign(x) where |x| > limit. Draws one number from ``random``."""
-    if _draw_for_log() and name is not None:
+    if draw_for_log() and name is not None:
         excess = (x.detach().abs() - limit).clamp_(min=0).sum()
         logging.debug("penalize_abs_values_gt: name=%s, loss=%.3e", name, penalty * excess.item())
     return _Penalize.apply(x, limit, penalty)
