@@ -2,6 +2,7 @@
 #include "cpu/attention_rows.h"
 
 #include <cmath>
+#include <limits>
 
 #include "cpu/elementary.h"
 
@@ -14,7 +15,7 @@ constexpr int kLanes = 32;
 template <typename C>
 FASTASR_INLINE C maximum_body(const C* __restrict s, int64_t n) {
   C lanes[16];
-  for (int l = 0; l < 16; l++) lanes[l] = static_cast<C>(-3e38);
+  for (int l = 0; l < 16; l++) lanes[l] = -std::numeric_limits<C>::infinity();
   for (int64_t j = 0; j < n; j += 16) {
 #pragma omp simd
     for (int l = 0; l < 16; l++) lanes[l] = s[j + l] > lanes[l] ? s[j + l] : lanes[l];

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "cpu/attention_rows.h"
 #include "cpu/attention_tiles.h"
@@ -17,6 +18,8 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 constexpr double kMasked = -1000;
 template <typename C>
 constexpr C kNarrowAbove = sizeof(C) == 4 ? C(-890) : C(-250);
+template <typename C>
+constexpr C kInfinity = std::numeric_limits<C>::infinity();
 
 struct Window {
   int64_t begin, end;
@@ -117,7 +120,7 @@ void forward_strip(const AttentionProblem& a, const KeyRange& range, const T* x,
     for (int m = 0; m < t.stored; m++) {
       C* row = s + m * padded;
       fill_hidden(a, t, m, range, w.begin, w.end, row, static_cast<C>(kMasked));
-      for (int64_t j = keys; j < w.end; j++) row[j] = static_cast<C>(-3e38);  // behind the last key: weight 0
+      for (int64_t j = keys; j < w.end; j++) row[j] = -kInfinity<C>;  // behind the last key: weight 0
       top[m] = row_maximum(row + w.begin, w.end - w.begin);
       narrow = narrow && top[m] > kNarrowAbove<C>;
     }

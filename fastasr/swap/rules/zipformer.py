@@ -276,6 +276,11 @@ _ATTENTION_WEIGHTS_CHILDREN = (
 )
 
 
+def _attention_weights_functions(module):
+    streaming = getattr(upstream_class(module), "streaming_forward", None)
+    return own_forward(module) + ([streaming] if streaming else [])
+
+
 def _attention_weights_structure(module):
     """Every submodule is called with the values of ever, so any class will do."""
     children = [name for name, child in module._modules.items() if child is not None]
@@ -390,15 +395,23 @@ ATTENTION_WEIGHTS = Rule(
     name="zipformer.attention_weights",
     class_name="RelPositionMultiheadAttentionWeights",
     forward=models.RelPositionMultiheadAttentionWeights.forward,
+    methods=(("streaming_forward", models.RelPositionMultiheadAttentionWeights.streaming_forward),),
+    compared=("streaming_forward",),
     kernels=("rel_position_attention_weights",),
     structure=_attention_weights_structure,
-    functions=own_forward,
+    functions=_attention_weights_functions,
     known={
-        "dccf6d652ee4e33bc79bd3e5": _PACKAGE,
-        "2da99df99dfd990b292021c9": _ICEFALL,  # since pull request 2086, which converts masks to bool
-        "3d99df543b9bd9ebf08b3e79": Known("icefall since pull request 1974"),
-        "7490a944768da44e04a4559a": Known("icefall since pull request 1700"),
-        "ed3b08cca7fe1fcca7a134b4": Known("icefall before pull request 1700"),
+        "f41130237f56f29288f4eed3": _PACKAGE,
+        "82ce9c023898984ea0183483": _ICEFALL,  # since pull request 2086, which converts masks to bool
+        "c003313bb3c86b4bef3288c4": Known("icefall since pull request 1974"),  # and its SSL, adapter recipes
+        "4ff76c9551040c4aa1a333a7": Known("icefall between pull requests 1814 and 1841"),
+        "6598551840ecd27c02bc5532": Known("icefall since pull request 1700"),
+        "7688d353a00c386e7fd66c89": Known(
+            "icefall before pull request 1700"
+        ),  # and its HENT, multijoiner recipes
+        "7bde99d2f6dc4fbe627fc4ef": Known("icefall before pull request 1108"),  # says nothing of tracing
+        "8817422495e9946f28b068a9": Known("icefall's zipformer_lora"),
+        "8a8d0fb3170199a40eeff338": Known("icefall's zipformer_lora before pull request 1974"),
     },
 )
 

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Upstream's attention weights by the op: inference, seeded training, streaming; what is bound, compared, declined."""
+
+import copy
+import random
+
+import pytest
+import torch
+
+import fastasr
+from fastasr.models.zipformer import RelPositionMultiheadAttentionWeights as Ours
+from fastasr.swap import binding
+
+zipformer = pytest.importorskip("zipformer.modules.zipformer")
+
+FRAMES, BATCH, CHANNELS = 18, 2, 24
+
+
+def attention(cls=None, **options):
+    torch.manual_seed(0)
+    cls = cls or zipformer.RelPositionMultiheadAttentionWeights
+    module = cls(CHANNELS, pos_dim=16, num_heads=2, query_head_dim=8, pos_head_dim=4, **options)
+    return torch.nn.ModuleDict({"weights": module})
+
+
+def inputs(left=0, scale=1.0):
+    torch.manual_seed(1)
+    return torch.randn(FRAMES, BATCH, CHANNELS) * scale, torch.randn(1, 2 * FRAMES - 1 + left, 16)
+
+
+def padding(keys):
+    return torch.arange(keys) >= torch.tensor([[keys], [keys - 7]])
+
+
+def train(module, seed, *args):
+    random.seed(seed)
+    torch.manual_seed(seed)
+    leaves = [t.clone().requires_grad_() for t in args[:2]]
+    weights = module(*leaves, *args[2:])
+    generator = torch.Generator().manual_seed(9)
+    wanted = [*leaves, *module.parameters()]
+    grads = torch.autograd.grad(
+        weights, wanted, torch.randn(weights.shape, generator=generator), allow_unused=True
+    )
+    return weights, grads, (random.random(), torch.rand(()).item())
+
+
+def test_methods_bound_and_undone():
+    model = attention()
+    report = fastasr.accelerate(model)
+    assert report.replaced[0].kernels == ("rel_position_attention_weights",)
+    assert binding.bound_forward(model["weights"]) is Ours.forward
+    assert binding.bound_function(model["weights"], "streaming_forward") is Ours.streaming_forward
+    fastasr.restore(model)
+    assert not {"forward", "streaming_forward"} & set(vars(model["weights"]))
+
+
+def test_inference():
+    model = attention().eval()
+    mask = torch.rand(FRAMES, FRAMES) > 0.7
+    arguments = *inputs(), padding(FRAMES), mask
+    with torch.no_grad():
+        expected = model["weights"](*arguments)
+        fastasr.accelerate(model)
+        torch.testing.assert_close(model["weights"](*arguments), expected, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{"pos_emb_skip_rate": 0.4}, {"dropout": 0.2, "pos_emb_skip_rate": 0.4}])
+def test_seeded_training(options):
+    """Skipped positions, the penalty on large scores, Balancer, Whiten and dropout come up as upstream draws them."""
+    theirs = attention(**options).train()
+    ours = copy.deepcopy(theirs)
+    fastasr.accelerate(ours)
+    arguments = *inputs(scale=8.0), padding(FRAMES)
+    for seed in range(20):
+        expected, expected_grads, expected_draws = train(theirs["weights"], seed, *arguments)
+        actual, grads, draws = train(ours["weights"], seed, *arguments)
+        assert draws == expected_draws
+        assert torch.equal(actual > 1e-30, expected > 1e-30)  # what dropout keeps
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+        for a, e in zip(grads, expected_grads, strict=True):
+            assert (a is None) == (e is None)
+            if a is not None:
+                torch.testing.assert_close(a, e, rtol=2e-3, atol=2e-4 * e.abs().max().item() + 1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_streaming(masked):
+    left = 12
+    model = attention().eval()
+    x, pos_emb = inputs(left)
+    mask = padding(left + FRAMES) if masked else None
+    caches = [torch.randn(left, BATCH, 16)] * 2
+    ours = copy.deepcopy(model)
+    fastasr.accelerate(ours)
+    for _ in range(3):
+        results = []
+        for i, side in enumerate((model, ours)):
+            with torch.no_grad():
+                weights, caches[i] = side["weights"].streaming_forward(x, pos_emb, caches[i], left, mask)
+            results.append(weights)
+        torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=1e-7)
+        assert torch.equal(*caches)
+        x = x.flip(0)
+
+
+def test_streaming_is_compared_by_verify():
+    left = 12
+    model = attention().eval()
+    fastasr.accelerate(model)
+    x, pos_emb = inputs(left)
+    report = fastasr.verify(
+        model, lambda m: m["weights"].streaming_forward(x, pos_emb, torch.randn(left, BATCH, 16), left, None)
+    )
+    row = next(row for row in report.replaced if row.path == "weights")
+    assert {"values", "gradients"} <= set(row.errors)
+
+
+def test_streaming_of_the_whole_encoder():
+    theirs = zipformer.Zipformer(
+        output_downsampling_factor=2, downsampling_factor=(1, 2), encoder_dim=(24, 32), num_encoder_layers=(1, 1),
+        encoder_unmasked_dim=(24, 24), query_head_dim=(8,), pos_head_dim=(4,), value_head_dim=(6,), num_heads=(2, 2),
+        feedforward_dim=(32, 48), cnn_module_kernel=(7, 7), pos_dim=16, causal=True, chunk_size=(8,),
+        left_context_frames=(16,), warmup_batches=4000.0,
+    ).eval()  # fmt: skip
+    ours = copy.deepcopy(theirs)
+    assert fastasr.accelerate(ours).replaced
+    states = [side.get_init_states(BATCH) for side in (theirs, ours)]
+    torch.manual_seed(2)
+    for chunk in torch.randn(3, 8, BATCH, 24):
+        lengths, mask = torch.full((BATCH,), 8), torch.zeros(BATCH, 16 + 8, dtype=torch.bool)
+        outputs = []
+        for i, side in enumerate((theirs, ours)):
+            with torch.no_grad():
+                y, _, states[i] = side.streaming_forward(chunk, lengths, states[i], mask)
+            outputs.append(y)
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+        for a, b in zip(states[1], states[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class OtherStreaming(zipformer.RelPositionMultiheadAttentionWeights):
+    def streaming_forward(self, x, pos_emb, cached_key, left_context_len, key_padding_mask):
+        return super().streaming_forward(x, pos_emb, cached_key, left_context_len, key_padding_mask)
+
+
+def test_a_subclass_that_streams_otherwise_is_declined():
+    report = fastasr.accelerate(attention(OtherStreaming))
+    row = next(row for row in report.rows if row.path == "weights")
+    assert row not in report.replaced
+    assert "streaming_forward" in row.reason
