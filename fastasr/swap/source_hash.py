@@ -76,11 +76,18 @@ def _source_file(obj):
 
 def _normalised_tree(obj):
     try:
-        source = textwrap.dedent(inspect.getsource(obj))
+        source = inspect.getsource(obj)
     except (OSError, TypeError) as error:
         raise SourceUnavailable(f"no source for {getattr(obj, '__qualname__', obj)}: {error}") from None
-    tree = ast.parse(source).body[0]
-    return _Normaliser(_globals_of(obj)).visit(tree)
+    return _Normaliser(_globals_of(obj)).visit(_parse(source))
+
+
+def _parse(source):
+    """The one definition in ``source``, however far it is indented."""
+    try:
+        return ast.parse(textwrap.dedent(source)).body[0]
+    except IndentationError:  # a docstring or comment starts further left than its function
+        return ast.parse(f"if True:\n{source}").body[0].body[0]
 
 
 def _globals_of(obj):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The swapped ConvolutionModule against upstream's: values, masks, gradients, draws, memory order."""
+"""The swapped ConvolutionModule against upstream's: values, masks, chunks, streaming, gradients, draws."""
 
 import copy
 import random
@@ -14,6 +14,7 @@ from zipformer.modules.zipformer import ConvolutionModule
 
 import fastasr
 from fastasr.models import zipformer as ours_of
+from fastasr.models.zipformer import convolution
 
 
 @pytest.fixture(autouse=True)
@@ -52,38 +53,46 @@ def _mask(batch, time):
     return torch.arange(time) >= lengths.unsqueeze(1)
 
 
-def _orders(module):
-    """A list that fills with "as it is" or "moved" per call of the module, without a hook."""
-    seen, inner = [], module.depthwise_conv._conv_forward
+@pytest.fixture
+def convolved(monkeypatch):
+    """The convolutions that were called, in order."""
+    seen, inner = [], torch.nn.Conv1d._conv_forward
 
-    def watched(x, weight, bias):
-        seen.append("moved")
-        return inner(x, weight, bias)
+    def watched(self, x, weight, bias):
+        seen.append(self)
+        return inner(self, x, weight, bias)
 
-    module.depthwise_conv._conv_forward = watched
+    monkeypatch.setattr(torch.nn.Conv1d, "_conv_forward", watched)
     return seen
+
+
+def _close(actual, expected, tolerance):
+    assert actual.shape == expected.shape
+    error = (actual - expected).abs().max()
+    assert error <= tolerance * expected.abs().max().clamp_min(1e-12), error
 
 
 SHAPES = [(20, 2), (20, 1), (1, 1), (1, 3), (2, 2), (3, 1), (7, 3), (33, 5)]
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("channels", "taps"), [(12, 7), (1, 3), (19, 1), (16, 31)])
 @pytest.mark.parametrize(("time", "batch"), SHAPES)
-def test_inference(time, batch, channels, taps, masked):
-    upstream = _module(channels, taps)
+def test_inference(convolved, time, batch, channels, taps, masked, causal):
+    upstream = _module(channels, taps, causal)
     x = torch.randn(time, batch, channels)
     mask = _mask(batch, time) if masked else None
     own_parts, ours = _swapped(upstream, only=lambda path, module: path == ""), _swapped(upstream)
-    moved = _orders(own_parts)
-    with torch.inference_mode():
-        expected = upstream(x, src_key_padding_mask=mask)
-        same, close = own_parts(x, mask), ours(x, mask)
-    assert moved == []
-    assert same.shape == expected.shape
-    assert same.stride() == expected.stride()
-    torch.testing.assert_close(same, expected, rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(close, expected, rtol=1e-5, atol=1e-5)
+    for chunk_size in (-1, 1, 4, 7, 100) if causal else (-1,):
+        with torch.inference_mode():
+            expected = upstream(x, src_key_padding_mask=mask, chunk_size=chunk_size)
+            del convolved[:]
+            same, close = own_parts(x, mask, chunk_size), ours(x, mask, chunk_size)
+        assert convolved == []
+        assert same.stride() == expected.stride()
+        torch.testing.assert_close(same, expected, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(close, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
@@ -123,13 +132,13 @@ def test_other_dtypes(upstream, dtype):
     torch.testing.assert_close(actual, expected, **tolerance)
 
 
-def test_autocast(upstream):
+@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
+def test_autocast(causal):
+    upstream = _module(causal=causal)
     x, mask = torch.randn(20, 3, 12), _mask(3, 20)
     ours = _swapped(upstream)
-    moved = _orders(ours)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected, actual = upstream(x, mask), ours(x, mask)
-    assert moved == ["moved"]
     assert actual.dtype == expected.dtype
     torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
 
@@ -141,11 +150,10 @@ def test_without_a_bias(upstream):
         torch.testing.assert_close(_swapped(upstream)(x), upstream(x), rtol=1e-5, atol=1e-5)
 
 
-def test_frozen_weights_need_no_inference_mode(upstream):
+def test_frozen_weights(upstream):
     ours = _swapped(upstream.requires_grad_(False))
-    moved, x, mask = _orders(ours), torch.randn(20, 3, 12), _mask(3, 20)
+    x, mask = torch.randn(20, 3, 12), _mask(3, 20)
     torch.testing.assert_close(ours(x, mask), upstream(x, mask), rtol=1e-5, atol=1e-5)
-    assert moved == []
 
 
 def test_an_empty_batch(upstream):
@@ -154,13 +162,13 @@ def test_an_empty_batch(upstream):
         assert _swapped(upstream)(x).shape == upstream(x).shape
 
 
-def _step(module, x, mask, seed):
+def _step(module, x, mask, chunk_size, seed):
     """Output, gradients of the input and the parameters, and the random states afterwards."""
     random.seed(seed)
     torch.manual_seed(seed)
     x = x.clone().requires_grad_()
     module.zero_grad()
-    y = module(x, src_key_padding_mask=mask)
+    y = module(x, src_key_padding_mask=mask, chunk_size=chunk_size)
     loss = y.mul(torch.linspace(-1, 2, y.numel()).view_as(y)).sum()
     loss.backward()
     named = {"loss": loss.detach(), "y": y.detach(), "x": x.grad}
@@ -168,39 +176,95 @@ def _step(module, x, mask, seed):
     return named, (random.getstate(), torch.get_rng_state().tolist())
 
 
+# taps, time, chunk size; None: not causal
+FORMS = [(7, 20, None), (31, 9, None), (7, 20, -1), (7, 22, 4), (15, 20, 16), (31, 9, 2)]
+
+
+@pytest.mark.parametrize("always", [False, True], ids=["drawn", "always"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("seed", range(4))
-def test_with_gradients(upstream, training, seed):
-    """The same code runs, so with upstream's projections the gradients are the same to the last bit."""
+@pytest.mark.parametrize(("taps", "time", "chunk_size"), FORMS)
+def test_with_gradients(convolved, taps, time, chunk_size, training, always):
+    """Upstream's gradients, those of its balancers and whitening included, and its random draws."""
+    upstream = _module(taps=taps, causal=chunk_size is not None)
+    if upstream.causal:
+        torch.nn.init.normal_(upstream.depthwise_conv.chunkwise_conv_scale, std=0.3)
     for module in upstream.modules():
         if hasattr(module, "batch_count"):
             module.batch_count = 20000.0
+        if always and hasattr(module, "prob"):
+            module._modules.pop("prob", None)  # a schedule
+            module.prob = module.min_prob = module.max_prob = 1.0
     upstream.train(training)
     ours, own_parts = _swapped(upstream), _swapped(upstream, only=lambda path, module: path == "")
-    x, mask = torch.randn(20, 3, 12), _mask(3, 20)
-    moved = _orders(ours)
-    expected, expected_states = _step(copy.deepcopy(upstream), x, mask, seed)
-    for module, tolerance in ((own_parts, 0.0), (ours, 1e-4)):
-        named, states = _step(module, x, mask, seed)
-        assert states == expected_states
-        assert named.keys() == expected.keys()
-        for name, value in expected.items():
-            error = (named[name] - value).abs().max()
-            assert error <= tolerance * value.abs().max().clamp_min(1e-12), name
-    assert moved == ["moved"]
+    x, mask = torch.randn(time, 3, 12), _mask(3, time)
+    chunk_size = -1 if chunk_size is None else chunk_size
+    for seed in range(1 if always else 4):
+        expected, expected_states = _step(copy.deepcopy(upstream), x, mask, chunk_size, seed)
+        del convolved[:]
+        for module in (own_parts, ours):
+            named, states = _step(copy.deepcopy(module), x, mask, chunk_size, seed)
+            assert states == expected_states
+            assert named.keys() == expected.keys()
+            for name, value in expected.items():
+                error = (named[name] - value).abs().max()
+                assert error <= 2e-5 * value.abs().max().clamp_min(1e-12), name
+        assert convolved == []
 
 
-@pytest.mark.parametrize("chunk_size", [-1, 4, 7])
-def test_causal_modules_keep_their_code(chunk_size):
-    """They are declined; and on them our forward is upstream's, chunks included."""
+@pytest.mark.parametrize("seed", range(6))
+def test_the_gates_balancer_acts_on_the_gates_gradient(seed):
+    """Ours and upstream's alike; and where it acts on nothing no part of the graph stands for it."""
+    module = ours_of.ConvolutionModule(12, 7, causal=False).train()
+    x = torch.randn(20, 3, 12, requires_grad=True)
+    random.seed(seed)
+    acts = random.random() < float(module.balancer1.prob)
+    random.seed(seed)
+    h = module.in_proj(x)
+    assert (convolution._with_balanced_gate(module, h) is h) == (not acts)
+
+
+@pytest.mark.parametrize("taps", [1, 7, 31])
+@pytest.mark.parametrize("chunk_size", [2, 4, 16])
+def test_streaming(convolved, chunk_size, taps):
+    upstream = _module(taps=taps, causal=True)
+    torch.nn.init.normal_(upstream.depthwise_conv.chunkwise_conv_scale, std=0.3)
+    x, mask = torch.randn(32, 3, 12), _mask(3, 32)
+    for ours in (_swapped(upstream), _swapped(upstream, only=lambda path, module: path == "")):
+        cache = theirs = torch.zeros(3, 12, taps // 2)
+        with torch.no_grad():
+            for start in range(0, 32, chunk_size):
+                part = slice(start, start + chunk_size)
+                if taps == 1:  # upstream's cache then keeps every frame
+                    theirs = torch.zeros(3, 12, 0)
+                expected, theirs = upstream.streaming_forward(x[part], theirs, mask[:, part])
+                if taps == 1:
+                    cache = torch.zeros(3, 12, 0)
+                del convolved[:]
+                y, cache = ours.streaming_forward(x[part], cache, mask[:, part])
+                assert taps == 1 or convolved == []
+                assert cache.shape == theirs.shape
+                torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(cache, theirs, rtol=2e-6, atol=2e-6)
+
+
+def test_streaming_gradients():
     upstream = _module(causal=True)
-    report = fastasr.accelerate(copy.deepcopy(upstream))
-    assert report[""].status == "skipped"
-    assert report[""].reason == "is causal: its convolution works in chunks"
-    x, mask = torch.randn(20, 3, 12), _mask(3, 20)
-    with torch.no_grad():
-        expected = upstream(x, mask, chunk_size=chunk_size)
-        assert torch.equal(ours_of.ConvolutionModule.forward(upstream, x, mask, chunk_size), expected)
+    x, first = torch.randn(6, 2, 12), torch.randn(2, 12, 3)
+    found = []
+    for module in (upstream, _swapped(upstream)):
+        chunk, cache = x.clone().requires_grad_(), first.clone().requires_grad_()
+        y, after = module.streaming_forward(chunk, cache, None)
+        loss = y.square().sum() + after.square().sum()
+        found.append(torch.autograd.grad(loss, (chunk, cache, *module.parameters())))
+    for a, e in zip(*found, strict=True):
+        _close(a, e, 2e-5)
+
+
+def test_a_cache_of_another_length_raises():
+    upstream = _module(causal=True)
+    for module in (upstream, _swapped(upstream), ours_of.ConvolutionModule(12, 7, True).eval()):
+        with torch.no_grad(), pytest.raises((AssertionError, ValueError)):
+            module.streaming_forward(torch.randn(4, 2, 12), torch.zeros(2, 12, 2), None)
 
 
 def test_chunks_without_a_causal_module_raise(upstream):
@@ -248,7 +312,9 @@ def test_a_convolution_replaced_after_the_swap(upstream):
         torch.testing.assert_close(ours(x), upstream(x), rtol=1e-5, atol=1e-5)
 
 
-def test_compiled(upstream):
+@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
+def test_compiled(causal):
+    upstream = _module(causal=causal)
     x, mask = torch.randn(20, 3, 12), _mask(3, 20)
     with torch.no_grad():
         compiled = torch.compile(_swapped(upstream), backend="eager", fullgraph=True)
@@ -268,12 +334,9 @@ def test_no_warnings(upstream):
         _swapped(upstream)(torch.randn(20, 3, 12), _mask(3, 20))
 
 
-def test_streaming_forward_is_upstreams(upstream):
-    assert "streaming_forward" not in vars(_swapped(upstream))
-
-
+@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_verify(upstream, masked):
-    ours = _swapped(upstream)
+def test_verify(masked, causal):
+    ours = _swapped(_module(causal=causal))
     inputs = (torch.randn(20, 3, 12), _mask(3, 20)) if masked else (torch.randn(20, 3, 12),)
     assert fastasr.verify(ours, inputs).ok

@@ -176,6 +176,25 @@ def test_fingerprints_do_not_depend_on_the_folder(recipe):
     assert fingerprint([copied.forward], copied) == fingerprint([BiasNorm.forward], BiasNorm)
 
 
+def test_a_docstring_may_start_further_left_than_its_function(tmp_path):
+    """Some recipes' do."""
+    code = [
+        "class Module:\n",
+        "    def forward(self, x):\n",
+        '        """What\n  it does."""\n',
+        "        return x\n",
+    ]
+    found = set()
+    for docstring in (True, False):
+        path = tmp_path / f"docstring_{docstring}.py"
+        path.write_text("".join(code if docstring else [*code[:2], code[3]]))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found.add(fingerprint([module.Module.forward], module.Module))
+    assert len(found) == 1
+
+
 def test_code_without_source_is_declined():
     namespace = {"torch": torch}
     code = "class BiasNorm(torch.nn.Module):\n    num_channels = 4\n    channel_dim = -1\n"
@@ -489,7 +508,7 @@ def _say_causal(module):
         (_add_a_projection, "has a submodule this class does not have upstream: extra (Linear)"),
         (_drop_the_balancer, "lacks the submodules balancer1"),
         (_lose_the_projection, "lacks an attribute of upstream's ConvolutionModule"),
-        (_say_causal, "is causal: its convolution works in chunks"),
+        (_say_causal, "submodule depthwise_conv is a Conv1d, expected ChunkCausalDepthwiseConv1d"),
     ],
 )
 def test_an_altered_convolution_module(model, alter, reason):
@@ -500,6 +519,53 @@ def test_an_altered_convolution_module(model, alter, reason):
     assert row.status == "skipped"
     assert row.reason.startswith(reason)
     assert report["encoder.encoders.0.layers.0.conv_module2"].status == "replaced"
+
+
+@pytest.fixture
+def causal():
+    from zipformer.modules.zipformer import ConvolutionModule
+
+    with plain_swoosh():
+        return ConvolutionModule(8, 7, causal=True)
+
+
+def _hide_the_first_chunk(module):
+    module.depthwise_conv.forward = lambda x, chunk_size=-1: x
+
+
+def _pad_the_causal_part(module):
+    module.depthwise_conv.causal_conv.padding = (1,)
+
+
+def _shorten_the_causal_part(module):
+    module.depthwise_conv.causal_conv = torch.nn.Conv1d(8, 8, 3, groups=8)
+
+
+def _scale_fewer_frames(module):
+    module.depthwise_conv.chunkwise_conv_scale = torch.nn.Parameter(torch.zeros(2, 8, 5))
+
+
+def _convolve_without_chunks(module):
+    module.depthwise_conv = torch.nn.Conv1d(8, 8, 7, padding=3, groups=8)
+
+
+@pytest.mark.parametrize(
+    ("alter", "reason"),
+    [
+        (_hide_the_first_chunk, "submodule depthwise_conv runs code that is not upstream's"),
+        (_pad_the_causal_part, "submodule depthwise_conv.causal_conv has other groups, stride, dilation or"),
+        (_shorten_the_causal_part, "submodule depthwise_conv has convolutions of other sizes"),
+        (_scale_fewer_frames, "submodule depthwise_conv chunkwise_conv_scale has shape (2, 8, 5)"),
+        (
+            _convolve_without_chunks,
+            "submodule depthwise_conv is a Conv1d, expected ChunkCausalDepthwiseConv1d",
+        ),
+    ],
+)
+def test_an_altered_causal_convolution_module(causal, alter, reason):
+    assert fastasr.explain(causal)[""].status == "replaced"
+    alter(causal)
+    assert _reason(causal).startswith(reason)
 
 
 def test_any_projections_of_a_convolution_module(model):

@@ -45,7 +45,7 @@ def test_the_front_end_does_not_hide_its_parts():
 
 def test_convolution_modules_do_not_hide_their_parts():
     report, path = fastasr.explain(medium()), "encoder.encoders.1.encoder.layers.0.conv_module2"
-    assert report[path].kernels == ("channels_last",)
+    assert report[path].kernels == ("gated_depthwise_conv",)
     assert report[f"{path}.in_proj"].kernels == ("linear",)
     assert report[f"{path}.out_proj"].kernels == ("swoosh_linear",)
     assert report[f"{path}.depthwise_conv"].reason == "no rule for this class"

@@ -14,6 +14,7 @@ import random
 
 import torch
 
+from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.gradient_scale import draw_for_log
 from fastasr.models.zipformer.identity import Identity
@@ -142,36 +143,9 @@ def _with_gradient_changes(module, projected):
     parts = projected.split([width, width, module.num_heads * module.pos_head_dim], -1)
     q, k, p = parts
     after = module.copy_query(q), module.whiten_keys(module.balance_keys(k)), module.copy_pos_query(p)
-    if all(map(_is_still, after, parts)):
+    if all(map(is_same, after, parts)):
         return projected
     return torch.cat(after, -1)
-
-
-_VIEWS = {
-    "AliasBackward0",
-    "SliceBackward0",
-    "SplitBackward0",
-    "SplitWithSizesBackward0",
-    "ViewBackward0",
-}
-
-
-def _is_still(part, original):
-    """Whether ``part`` is ``original``: the same memory, and no node between them that could change its gradient."""
-    if part is original:
-        return True
-    if torch.compiler.is_compiling() or type(part) is not torch.Tensor or type(original) is not torch.Tensor:
-        return False
-    if (part.data_ptr(), part.shape, part.stride(), part.dtype) != (
-        original.data_ptr(), original.shape, original.stride(), original.dtype
-    ):  # fmt: skip
-        return False
-    node = part.grad_fn
-    while node is not original.grad_fn:
-        if node is None or node.name() not in _VIEWS:
-            return False
-        node = node.next_functions[0][0]
-    return True
 
 
 def _weights(module, projected, relative, key_padding_mask, attn_mask, penalized, cached_key=None):

@@ -5,19 +5,22 @@
     h    = x sigmoid(s), zero where the frame is padding
     y    = out_proj(whiten(conv(h)))                        out_proj: SwooshR, dropout, linear layer
 
-Activations are (time, batch, channels). A depthwise convolution over time with K taps is also one over the
-(time, batch) plane with K x 1 taps, and (1, channels, time, batch) over these very elements is a channels_last
-tensor. So inference on CPU moves no activations: upstream goes to (batch, channels, time) and back.
+Activations are (time, batch, channels). ``fastasr.ops.gated_depthwise_conv`` computes conv(h) from the projection, in
+inference with SwooshR; only the projection is kept for the backward pass. The modules that act on gradients alone run
+where upstream runs them: balancer1 on s, balancer2 and whiten on what the convolution gives.
 """
 
-import torch
-import torch.nn.functional as F
+import inspect
 
+import torch
+
+from fastasr import ops
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
+from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.chunk_causal_convolution import ChunkCausalDepthwiseConv1d
 from fastasr.models.zipformer.identity import Identity
-from fastasr.models.zipformer.inference import any_hooked, is_plain_inference
+from fastasr.models.zipformer.inference import any_hooked
 from fastasr.models.zipformer.linear import Linear
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.whitening import Whiten
@@ -26,10 +29,10 @@ from fastasr.models.zipformer.whitening import Whiten
 class ConvolutionModule(torch.nn.Module):
     """x (time, batch, channels) -> same shape. src_key_padding_mask (batch, time): True where x is padding.
 
-    ``forward`` is written for modules with the submodules in_proj, balancer1, activation1, sigmoid,
-    activation2, depthwise_conv, balancer2, whiten and out_proj, and ``causal``. A ``chunk_size`` of 0 or more
-    is the argument of that name of a causal depthwise_conv. balancer2 and whiten act on gradients only: where
-    none is needed they are left out.
+    ``forward`` and ``streaming_forward`` are written for modules with the submodules in_proj, balancer1, activation1,
+    sigmoid, activation2, depthwise_conv, balancer2, whiten and out_proj, and ``causal``. A ``chunk_size`` of 0 or more
+    is the argument of that name of a causal depthwise_conv. balancer2 and whiten act on gradients only: where none is
+    needed they are left out. Submodules that are hooked or of another kind than here are called one by one.
 
     Raises ValueError for an even kernel_size, AssertionError for such a chunk_size without ``causal``.
     """
@@ -73,55 +76,140 @@ class ConvolutionModule(torch.nn.Module):
         )
 
     def forward(self, x, src_key_padding_mask=None, chunk_size=-1):
-        stays = _stays_time_major(self, x, src_key_padding_mask, chunk_size)
-        x, s = self.in_proj(x).chunk(2, dim=2)
-        s = self.sigmoid(self.balancer1(s))
-        h = self.activation2(self.activation1(x) * s)
-        if stays:
-            y = _time_major(self.depthwise_conv, h, src_key_padding_mask)
-        else:
-            y = _by_submodules(self, h, src_key_padding_mask, chunk_size)
+        h = self.in_proj(x)
+        weights = _weights(self, h, src_key_padding_mask, chunk_size)
+        if weights is None:
+            return self.out_proj(_by_submodules(self, h, src_key_padding_mask, chunk_size))
+        options = {"padding_mask": _of_batch(src_key_padding_mask, h), "chunk_size": chunk_size}
+        if not _needs_gradients(h, *weights) and _is_swoosh_r_and_linear(self.out_proj):
+            y = ops.gated_depthwise_conv(h, *weights, **options)
+            return ops.linear(y, self.out_proj.weight, self.out_proj.bias)
+        h = _with_balanced_gate(self, h)
+        y = ops.gated_depthwise_conv(h, *weights, **options, activation="identity")
+        if y.requires_grad:
+            y = self.whiten(self.balancer2(y.permute(1, 2, 0)).permute(2, 0, 1))
         return self.out_proj(y)
 
     def streaming_forward(self, x, cache, src_key_padding_mask):
         """One chunk; cache (batch, channels, kernel_size // 2) is the gated input before it -> output of x's
         shape, the cache for the next chunk. Only with ``causal``.
         """
-        x, s = self.in_proj(x).chunk(2, dim=2)
-        h = _masked((x * self.sigmoid(s)).permute(1, 2, 0), src_key_padding_mask)
-        y, cache = self.depthwise_conv.streaming_forward(h, cache=cache)
-        return self.out_proj(y.permute(2, 0, 1)), cache
+        h = self.in_proj(x)
+        weights = _weights(self, h, src_key_padding_mask, -1)
+        if weights is None or not _continues(cache, h, weights):
+            return _stream_by_submodules(self, h, cache, src_key_padding_mask)
+        fused = not _needs_gradients(h, cache, *weights) and _is_swoosh_r_and_linear(self.out_proj)
+        y, cache = ops.gated_depthwise_conv(
+            h,
+            *weights,
+            padding_mask=_of_batch(src_key_padding_mask, h),
+            cache=cache,
+            activation="swoosh_r" if fused else "identity",
+            return_cache=True,
+        )
+        if fused:
+            return ops.linear(y, self.out_proj.weight, self.out_proj.bias), cache
+        return self.out_proj(y), cache
 
 
-def _stays_time_major(module, x, mask, chunk_size):
-    conv = module.depthwise_conv
+def _weights(module, h, mask, chunk_size):
+    """The tensors of depthwise_conv that ``gated_depthwise_conv`` takes after h; None where the submodules must be
+    called one by one: they are hooked, of another kind, or meant to raise.
+    """
+    if h.ndim != 3 or chunk_size == 0 or not _fits(mask, h) or any_hooked(module.children()):
+        return None
+    conv, channels = module.depthwise_conv, h.shape[2] // 2
+    if type(conv) is torch.nn.Conv1d:
+        taps = conv.kernel_size[0]
+        if chunk_size > 0 or taps % 2 != 1 or not _is_depthwise(conv, channels, taps, taps // 2):
+            return None
+        found = conv.weight, conv.bias
+    elif type(conv).__name__ == "ChunkCausalDepthwiseConv1d":
+        taps, inner, causal = conv.kernel_size, conv.chunkwise_conv, conv.causal_conv
+        if (
+            not _is_depthwise(inner, channels, taps, taps // 2)
+            or not _is_depthwise(causal, channels, taps // 2 + 1, 0)
+            or any_hooked(conv.children())
+            or "forward" in vars(conv)
+        ):
+            return None
+        found = inner.weight, inner.bias, causal.weight, causal.bias, conv.chunkwise_conv_scale
+    else:
+        return None
+    casts = torch.is_autocast_enabled(h.device.type)
+    return found if casts or all(t is None or t.dtype == h.dtype for t in found) else None
+
+
+def _is_depthwise(conv, channels, taps, padding):
     return (
-        type(conv) is torch.nn.Conv1d  # the causal one is of another class
-        and chunk_size < 0
-        and (mask is None or mask.ndim == 2)
-        and is_plain_inference(module, x, conv.weight, 3)
-        and not any_hooked(module.children())
+        type(conv) is torch.nn.Conv1d
+        and tuple(conv.weight.shape) == (channels, 1, taps)
+        and (conv.stride, conv.dilation, conv.padding) == ((1,), (1,), (padding,))
+        and (conv.groups, conv.padding_mode) == (channels, "zeros")
+        and "forward" not in vars(conv)
+        and "_conv_forward" not in vars(conv)
     )
 
 
-def _time_major(conv, h, mask):
-    """conv of h (time, batch, channels), a tensor that nobody else holds."""
-    h = h.contiguous()
-    if mask is not None:
-        h.masked_fill_(mask.to(torch.bool).t().unsqueeze(-1), 0.0)
-    # Only in this order of the two calls has the dimension of size 1 the stride of a channels_last tensor.
-    plane = h.unsqueeze(0).permute(0, 3, 1, 2)  # [1, C, T, B]
-    taps = conv.weight.unsqueeze(-1)  # [C, 1, K, 1]
-    y = F.conv2d(plane, taps, conv.bias, padding=(taps.shape[2] // 2, 0), groups=conv.groups)
-    return y.permute(0, 2, 3, 1).squeeze(0)  # [T, B, C]
+def _fits(mask, h):
+    """Whether the mask is (batch, time) or one for the whole batch; others are the submodules' to refuse."""
+    frames, batch = h.shape[0], h.shape[1]
+    return mask is None or (mask.ndim == 2 and mask.shape[0] in (1, batch) and mask.shape[1] == frames)
 
 
-def _masked(h, mask):
-    """h (B, C, T), zero where the frame is padding."""
-    return h if mask is None else h.masked_fill(mask.to(torch.bool).unsqueeze(1), 0.0)
+def _of_batch(mask, h):
+    return None if mask is None else mask.to(torch.bool).expand(h.shape[1], h.shape[0])
+
+
+def _continues(cache, h, weights):
+    """Whether the cache is one of h's stream. With one tap there is nothing to keep, and upstream keeps it all."""
+    taps = weights[0].shape[-1]
+    return (
+        len(weights) > 2
+        and taps > 1
+        and tuple(cache.shape) == (h.shape[1], h.shape[2] // 2, taps // 2)
+        and (cache.dtype == h.dtype or torch.is_autocast_enabled(h.device.type))
+    )
+
+
+def _needs_gradients(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _is_swoosh_r_and_linear(out_proj):
+    """Whether ``out_proj`` runs our code, in eval mode, with SwooshR: the convolution can apply that."""
+    if torch.compiler.is_compiling() or out_proj.training:
+        return False
+    forward = inspect.unwrap(out_proj.forward)
+    ours = getattr(forward, "__func__", forward) is ActivationDropoutAndLinear.forward
+    return ours and out_proj.activation == "SwooshR"
+
+
+class _Joined(torch.autograd.Function):
+    """h, whose halves are x and s, with the gradients of its halves given to these."""
+
+    @staticmethod
+    def forward(ctx, h, x, s):
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, *grad.chunk(2, dim=-1)
+
+
+def _with_balanced_gate(module, h):
+    """h = (x, s) after balancer1 of s, which acts on gradients alone."""
+    if not (torch.is_grad_enabled() and h.requires_grad):
+        return h
+    x, s = h.chunk(2, dim=2)
+    balanced = module.balancer1(s)
+    return h if is_same(balanced, s) else _Joined.apply(h.detach(), x, balanced)
 
 
 def _by_submodules(module, h, mask, chunk_size):
+    x, s = h.chunk(2, dim=2)
+    s = module.sigmoid(module.balancer1(s))
+    h = module.activation2(module.activation1(x) * s)
     h = _masked(h.permute(1, 2, 0), mask)
     if chunk_size >= 0:
         assert module.causal, f"chunk_size is {chunk_size}, and the module is not causal"
@@ -129,3 +217,15 @@ def _by_submodules(module, h, mask, chunk_size):
     else:
         y = module.depthwise_conv(h)
     return module.whiten(module.balancer2(y).permute(2, 0, 1))
+
+
+def _stream_by_submodules(module, h, cache, mask):
+    x, s = h.chunk(2, dim=2)
+    h = _masked((x * module.sigmoid(s)).permute(1, 2, 0), mask)
+    y, cache = module.depthwise_conv.streaming_forward(h, cache=cache)
+    return module.out_proj(y.permute(2, 0, 1)), cache
+
+
+def _masked(h, mask):
+    """h (B, C, T), zero where the frame is padding."""
+    return h if mask is None else h.masked_fill(mask.to(torch.bool).unsqueeze(1), 0.0)

@@ -208,12 +208,11 @@ _CONVOLUTION_CHILDREN = {
     "activation1": "Identity",
     "sigmoid": "Sigmoid",
     "activation2": "Identity",
-    "depthwise_conv": "Conv1d",
     "balancer2": "Balancer",
     "whiten": "Whiten",
 }
 
-# Inference leaves the second balancer and the whitening out, and writes to what the last Identity returns.
+# The identities are left out, and inference leaves the second balancer and the whitening out.
 _IDENTITIES = {
     "e87203451183b502ecc10090",  # zipformer 0.1.3, and icefall since pull request 1108
     "b84fe666b5dfd19e547474b5",  # icefall before it, and its zipformer_prompt_asr
@@ -227,11 +226,21 @@ _WHITENS = {
 }
 
 
+_CHUNK_CAUSAL = {
+    "5966ecc233800c72c950d9bb",  # zipformer 0.1.3 and icefall
+    "dd67efc8ef82285f83940ad6",  # icefall's zipformer_lora
+}
+
+
+def _forward_and_streaming(module):
+    streaming = getattr(upstream_class(module), "streaming_forward", None)
+    return own_forward(module) + ([streaming] if streaming else [])
+
+
 def _convolution_structure(module):
     """in_proj and out_proj are called with the values of ever, so any class will do there."""
-    if module.causal:
-        return "is causal: its convolution works in chunks"
-    allowed = dict(_CONVOLUTION_CHILDREN)
+    conv = "ChunkCausalDepthwiseConv1d" if module.causal else "Conv1d"
+    allowed = _CONVOLUTION_CHILDREN | {"depthwise_conv": conv}
     for name in ("in_proj", "out_proj"):
         allowed[name] = upstream_class(getattr(module, name)).__name__
     reason = check_parameters(module, {}) or check_children(module, allowed)
@@ -240,7 +249,8 @@ def _convolution_structure(module):
         return reason or f"lacks the submodules {', '.join(missing)}"
     if upstream_class(module.sigmoid) is not torch.nn.Sigmoid or foreign_forward(module.sigmoid) is not None:
         return "submodule sigmoid is not a plain torch.nn.Sigmoid"
-    reason = _depthwise_over_time(module.depthwise_conv)
+    over_time = _chunk_causal if module.causal else _depthwise_over_time
+    reason = over_time("depthwise_conv", module.depthwise_conv)
     for name, known in (
         ("balancer1", _BALANCERS),
         ("activation1", _IDENTITIES),
@@ -252,18 +262,33 @@ def _convolution_structure(module):
     return reason
 
 
-def _depthwise_over_time(conv):
+def _depthwise_over_time(name, conv, causal=False):
     if upstream_class(conv) is not torch.nn.Conv1d or foreign_forward(conv) is not None:
-        return "submodule depthwise_conv is not a plain torch.nn.Conv1d"
+        return f"submodule {name} is not a plain torch.nn.Conv1d"
     channels, taps = conv.in_channels, conv.kernel_size[0]
     shapes = {"weight": (channels, 1, taps), "bias": (channels,)}
     reason = check_parameters(conv, shapes, optional=("bias",))
     if reason:
-        return f"submodule depthwise_conv {reason}"
-    found = (conv.groups, conv.stride, conv.dilation, conv.padding, conv.padding_mode, taps % 2)
-    if found != (channels, (1,), (1,), (taps // 2,), "zeros", 1):
-        return "submodule depthwise_conv has other groups, stride, dilation or padding than upstream's"
+        return f"submodule {name} {reason}"
+    found = (conv.groups, conv.stride, conv.dilation, conv.padding, conv.padding_mode)
+    if found != (channels, (1,), (1,), (0 if causal else taps // 2,), "zeros") or not (causal or taps % 2):
+        return f"submodule {name} has other groups, stride, dilation or padding than upstream's"
     return None
+
+
+def _chunk_causal(name, conv):
+    taps, channels = conv.kernel_size, conv.chunkwise_conv.in_channels
+    reason = check_parameters(conv, {"chunkwise_conv_scale": (2, channels, taps)})
+    reason = reason or check_children(conv, {"causal_conv": "Conv1d", "chunkwise_conv": "Conv1d"})
+    if reason:
+        return f"submodule {name} {reason}"
+    reason = unread_code(name, conv, _forward_and_streaming, _CHUNK_CAUSAL)
+    reason = reason or _depthwise_over_time(f"{name}.chunkwise_conv", conv.chunkwise_conv)
+    reason = reason or _depthwise_over_time(f"{name}.causal_conv", conv.causal_conv, causal=True)
+    found = conv.chunkwise_conv.kernel_size, conv.causal_conv.kernel_size, conv.causal_conv.in_channels
+    if reason is None and found != ((taps,), (taps // 2 + 1,), channels):
+        reason = f"submodule {name} has convolutions of other sizes than upstream's"
+    return reason
 
 
 _ATTENTION_WEIGHTS_CHILDREN = (
@@ -274,11 +299,6 @@ _ATTENTION_WEIGHTS_CHILDREN = (
     "copy_query",
     "copy_pos_query",
 )
-
-
-def _attention_weights_functions(module):
-    streaming = getattr(upstream_class(module), "streaming_forward", None)
-    return own_forward(module) + ([streaming] if streaming else [])
 
 
 def _attention_weights_structure(module):
@@ -399,7 +419,7 @@ ATTENTION_WEIGHTS = Rule(
     compared=("streaming_forward",),
     kernels=("rel_position_attention_weights",),
     structure=_attention_weights_structure,
-    functions=_attention_weights_functions,
+    functions=_forward_and_streaming,
     known={
         "f41130237f56f29288f4eed3": _PACKAGE,
         "82ce9c023898984ea0183483": _ICEFALL,  # since pull request 2086, which converts masks to bool
@@ -419,14 +439,17 @@ CONVOLUTION = Rule(
     name="zipformer.convolution",
     class_name="ConvolutionModule",
     forward=models.ConvolutionModule.forward,
-    kernels=("channels_last",),
+    methods=(("streaming_forward", models.ConvolutionModule.streaming_forward),),
+    compared=("streaming_forward",),
+    kernels=("gated_depthwise_conv",),
     structure=_convolution_structure,
-    functions=own_forward,
+    functions=_forward_and_streaming,
     known={
-        "9b84169b9f16a44f2041a5d9": _BOTH,  # icefall: since pull request 1316
-        "f9ec4766f5a91d5b957e067b": _ICEFALL,  # since pull request 2086, which converts masks to bool
-        "fd82544a1174a138113bbe6d": Known("icefall before pull request 1316"),  # and in some recipes since
-        "ea047be430d7fdd6d8a235a1": Known("icefall before pull request 1108"),  # says nothing of tracing
+        "df95c5ab6f048b58a93ee9ed": _BOTH,  # icefall: since pull request 1316
+        "4053a40ef406b863c3dcc02f": _ICEFALL,  # since pull request 2086, which converts masks to bool
+        "6c0ecf0385c1b92430724293": Known("icefall before pull request 1316"),  # and in some recipes since
+        "4fa18653b036d5169f44cf57": Known("icefall before pull request 1316"),  # other spelling of the halves
+        "6d54719e8a05aad902314433": Known("icefall before pull request 1108"),  # says nothing of tracing
     },
 )
 

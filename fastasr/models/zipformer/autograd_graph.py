@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happened to a tensor on its way through modules that act on gradients alone."""
+
+import torch
+
+_VIEWS = {
+    "AliasBackward0",
+    "SliceBackward0",
+    "SplitBackward0",
+    "SplitWithSizesBackward0",
+    "ViewBackward0",
+}
+
+
+def is_same(part, original):
+    """Whether ``part`` is ``original``: the same memory, and no node between them that could change its gradient."""
+    if part is original:
+        return True
+    if torch.compiler.is_compiling() or type(part) is not torch.Tensor or type(original) is not torch.Tensor:
+        return False
+    if _place(part) != _place(original):
+        return False
+    node = part.grad_fn
+    while node is not original.grad_fn:
+        if node is None or node.name() not in _VIEWS:
+            return False
+        node = node.next_functions[0][0]
+    return True
+
+
+def _place(tensor):
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
