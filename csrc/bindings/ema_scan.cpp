@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "bindings/dispatch.h"
+#include "cpu/complex_ema_scan.h"
 
 namespace fastasr {
 namespace {
@@ -27,10 +28,12 @@ EmaStrides strides_of(const Tensor& t, int64_t layout) {
   return {t.stride(kTime[layout]), t.stride(kBatch[layout]), t.stride(kChannel[layout])};
 }
 
+// The four parameters: damping, decay, expansion, projection, or alpha, delta, theta, gamma.
 struct Inputs {
   const Tensor &x, &damping, &decay, &expansion, &projection;
   const Optional &residual, &state, &mask;
   int64_t truncation, direction, activation, layout;
+  bool complex = false;
 };
 
 void check_size(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes, const char* op,
@@ -41,12 +44,26 @@ void check_size(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t
   for (const int64_t size : sizes) STD_TORCH_CHECK(t.size(d++) == size, op, ": ", name, " has another shape");
 }
 
+// (rows), or with trailing dimensions of 1
+void check_column(const Tensor& t, ScalarType dtype, int64_t rows, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous(), op, ": ", name, " has another dtype or strides");
+  STD_TORCH_CHECK(t.dim() >= 1 && t.dim() <= 3 && t.size(0) == rows && t.numel() == rows, op, ": ", name,
+                  " has another shape");
+}
+
 // (rows, N), or (rows, N, 1) as the modules hold them
 void check_parameter(const Tensor& t, ScalarType dtype, int64_t rows, int64_t states, const char* op,
                      const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous(), op, ": ", name, " has another dtype or strides");
   STD_TORCH_CHECK((t.dim() == 2 || (t.dim() == 3 && t.size(2) == 1)) && t.size(0) == rows && t.size(1) == states, op,
                   ": ", name, " has another shape");
+}
+
+void check_state(const Tensor& t, ScalarType dtype, const EmaShape& s, bool complex, const char* op, const char* name) {
+  if (complex)
+    check_size(t, dtype, {s.batch, s.channels, s.states, 2}, op, name);
+  else
+    check_size(t, dtype, {s.batch, s.channels, s.states}, op, name);
 }
 
 EmaShape checked_shape(const Inputs& in, bool with_state, const char* op) {
@@ -64,12 +81,18 @@ EmaShape checked_shape(const Inputs& in, bool with_state, const char* op) {
   const ScalarType dtype = in.x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const int64_t rows = in.direction == 2 ? 2 * s.channels : s.channels;
   STD_TORCH_CHECK(s.states >= 1 && s.states <= 64, op, ": from 1 to 64 states");
-  check_parameter(in.damping, dtype, rows, s.states, op, "damping");
-  check_parameter(in.decay, dtype, rows, s.states, op, "decay");
-  check_parameter(in.expansion, dtype, rows, s.states, op, "expansion");
-  check_parameter(in.projection, dtype, rows, s.states, op, "projection");
-  if (in.residual) check_size(*in.residual, dtype, {s.channels}, op, "residual");
-  if (in.state) check_size(*in.state, dtype, {s.batch, s.channels, s.states}, op, "state");
+  check_parameter(in.damping, dtype, rows, s.states, op, in.complex ? "alpha" : "damping");
+  check_parameter(in.decay, dtype, rows, s.states, op, in.complex ? "delta" : "decay");
+  if (in.complex) {
+    check_column(in.expansion, dtype, rows, op, "theta");
+    check_size(in.projection, dtype, {rows, s.states, 2}, op, "gamma");
+    if (in.residual) check_column(*in.residual, dtype, s.channels, op, "omega");
+  } else {
+    check_parameter(in.expansion, dtype, rows, s.states, op, "expansion");
+    check_parameter(in.projection, dtype, rows, s.states, op, "projection");
+    if (in.residual) check_size(*in.residual, dtype, {s.channels}, op, "residual");
+  }
+  if (in.state) check_state(*in.state, dtype, s, in.complex, op, "state");
   if (in.mask) check_size(*in.mask, ScalarType::Bool, {s.batch, s.length}, op, "padding_mask");
   STD_TORCH_CHECK(!(with_state || in.state) || (in.direction != 2 && in.truncation == 0), op,
                   ": no state with a truncation or in both directions");
@@ -88,8 +111,15 @@ cpu::EmaParameters<C> parameters(const Inputs& in) {
       data_or_null<C>(in.residual), data_or_null<C>(in.state), data_or_null<uint8_t>(in.mask)};
 }
 
+template <typename C>
+cpu::ComplexEmaParameters<C> complex_parameters(const Inputs& in) {
+  return {
+      data<C>(in.damping),          data<C>(in.decay),         data<C>(in.expansion),         data<C>(in.projection),
+      data_or_null<C>(in.residual), data_or_null<C>(in.state), data_or_null<uint8_t>(in.mask)};
+}
+
 Tensor new_contiguous(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  int64_t strides[3], stride = 1;
+  int64_t strides[4], stride = 1;
   for (int64_t d = static_cast<int64_t>(sizes.size()); d-- > 0;) {
     strides[d] = stride;
     stride *= std::max<int64_t>(1, sizes.begin()[d]);
@@ -152,20 +182,76 @@ Gradients ema_scan_backward(const Tensor& grad, const Optional& grad_state, cons
   return {dx, ddamping, ddecay, dexpansion, dprojection, dresidual, dstate};
 }
 
+std::tuple<Tensor, Tensor> complex_ema_scan_forward(const Tensor& x, const Tensor& alpha, const Tensor& delta,
+                                                    const Tensor& theta, const Tensor& gamma, const Optional& omega,
+                                                    const Optional& state, const Optional& mask, int64_t truncation,
+                                                    int64_t direction, int64_t activation, int64_t layout,
+                                                    bool need_state) {
+  const Inputs in{x, alpha, delta, theta, gamma, omega, state, mask, truncation, direction, activation, layout, true};
+  const EmaShape s = checked_shape(in, need_state, "complex_ema_scan_forward");
+  Tensor y = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
+  Tensor final_state =
+      need_state ? new_contiguous(alpha, {s.batch, s.channels, s.states, 2}) : new_without_elements(alpha);
+  with_kernel_type(x.scalar_type(), "complex_ema_scan_forward", [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    cpu::complex_ema_scan_forward(s, complex_parameters<C>(in), data<T>(x), strides_of(x, layout), mutable_data<T>(y),
+                                  strides_of(y, layout), need_state ? mutable_data<C>(final_state) : nullptr,
+                                  in_parallel);
+  });
+  return {y, final_state};
+}
+
+Gradients complex_ema_scan_backward(const Tensor& grad, const Optional& grad_state, const Tensor& x,
+                                    const Tensor& alpha, const Tensor& delta, const Tensor& theta, const Tensor& gamma,
+                                    const Optional& omega, const Optional& state, const Optional& mask,
+                                    int64_t truncation, int64_t direction, int64_t activation, int64_t layout) {
+  const char* op = "complex_ema_scan_backward";
+  const Inputs in{x, alpha, delta, theta, gamma, omega, state, mask, truncation, direction, activation, layout, true};
+  const EmaShape s = checked_shape(in, grad_state.has_value(), op);
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == 3, op, ": grad");
+  for (int64_t d = 0; d < 3; d++) STD_TORCH_CHECK(grad.size(d) == x.size(d), op, ": grad has another shape");
+  if (grad_state) check_state(*grad_state, alpha.scalar_type(), s, true, op, "grad_state");
+  Tensor dx = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
+  Tensor dalpha = new_like(alpha), ddelta = new_like(delta), dtheta = new_like(theta), dgamma = new_like(gamma);
+  Tensor domega = omega ? new_like(*omega) : new_without_elements(alpha);
+  Tensor dstate = state ? new_like(*state) : new_without_elements(alpha);
+  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const cpu::ComplexEmaGradients<C> gradients{mutable_data<C>(dalpha),
+                                                mutable_data<C>(ddelta),
+                                                mutable_data<C>(dtheta),
+                                                mutable_data<C>(dgamma),
+                                                omega ? mutable_data<C>(domega) : nullptr,
+                                                state ? mutable_data<C>(dstate) : nullptr};
+    cpu::complex_ema_scan_backward(s, complex_parameters<C>(in), data<T>(x), strides_of(x, layout), data<T>(grad),
+                                   strides_of(grad, layout), data_or_null<C>(grad_state), mutable_data<T>(dx),
+                                   strides_of(dx, layout), gradients, in_parallel);
+  });
+  return {dx, dalpha, ddelta, dtheta, dgamma, domega, dstate};
+}
+
 }  // namespace
 }  // namespace fastasr
 
 #define FASTASR_INPUTS                                                                                             \
   "Tensor x, Tensor damping, Tensor decay, Tensor expansion, Tensor projection, Tensor? residual, Tensor? state, " \
   "Tensor? padding_mask, int truncation, int direction, int activation, int layout"
+#define FASTASR_COMPLEX_INPUTS                                                                       \
+  "Tensor x, Tensor alpha, Tensor delta, Tensor theta, Tensor gamma, Tensor? omega, Tensor? state, " \
+  "Tensor? padding_mask, int truncation, int direction, int activation, int layout"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
   m.def("ema_scan_forward(" FASTASR_INPUTS ", bool need_state) -> (Tensor, Tensor)");
   m.def("ema_scan_backward(Tensor grad, Tensor? grad_state, " FASTASR_INPUTS
+        ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("complex_ema_scan_forward(" FASTASR_COMPLEX_INPUTS ", bool need_state) -> (Tensor, Tensor)");
+  m.def("complex_ema_scan_backward(Tensor grad, Tensor? grad_state, " FASTASR_COMPLEX_INPUTS
         ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
   m.impl("ema_scan_forward", TORCH_BOX(&fastasr::ema_scan_forward));
   m.impl("ema_scan_backward", TORCH_BOX(&fastasr::ema_scan_backward));
+  m.impl("complex_ema_scan_forward", TORCH_BOX(&fastasr::complex_ema_scan_forward));
+  m.impl("complex_ema_scan_backward", TORCH_BOX(&fastasr::complex_ema_scan_backward));
 }

@@ -7,17 +7,19 @@ namespace {
 // Two passes over each row of the batch and tile of channels. The first, in the scan's order, recomputes h and v =
 // dh/dq and sums the gradients of q and c, and turns dy into g = dy act'(z). The second is the forward's scan in the
 // other order, of g, and gives dx. No state is stored but at chunk borders.
-template <typename T>
+template <typename T, template <typename> typename NumbersOf>
 class Backward {
  public:
   using C = compute_t<T>;
-  static constexpr int64_t kBlock = EmaScan<T>::kBlock;
+  using Numbers = NumbersOf<C>;
+  using Scan = EmaScan<T, NumbersOf>;
+  using Gradients = typename Numbers::Gradients;
+  static constexpr int64_t kBlock = Scan::kBlock;
 
-  Backward(const EmaShape& shape, const EmaParameters<C>& parameters, const T* x, EmaStrides xs, const T* grad,
-           EmaStrides grad_strides, const C* grad_state, T* dx, EmaStrides dx_strides,
-           const EmaParameterGradients<C>& gradients, const Parallel& parallel)
-      : scan_(shape, parameters, parameters.state || grad_state ? EmaScan<T>::Form::states : EmaScan<T>::Form::unit,
-              parallel),
+  Backward(const EmaShape& shape, const typename Numbers::Parameters& parameters, const T* x, EmaStrides xs,
+           const T* grad, EmaStrides grad_strides, const C* grad_state, T* dx, EmaStrides dx_strides,
+           const Gradients& gradients, const Parallel& parallel)
+      : scan_(shape, parameters, parameters.state || grad_state ? Scan::Form::states : Scan::Form::unit, parallel),
         plan_(scan_.plan()),
         x_(x),
         xs_(xs),
@@ -134,7 +136,7 @@ class Backward {
   EmaGradient<C> gradient(const EmaWeights<C>& w, int64_t tile, C* buffers) const {
     const int64_t n = scan_.rows();
     EmaGradient<C> a{};
-    a.decay = w.decay, a.in = w.in, a.late_gain = w.late, a.late_slope = w.slope;
+    a.decay = w.decay, a.low = w.low, a.in = w.in, a.late_gain = w.late, a.late_slope = w.slope;
     a.g = buffers, a.v = buffers + n, a.last_v = buffers + 2 * n, a.dc = buffers + 3 * n, a.dq = buffers + 4 * n;
     a.lanes = scan_.lanes(tile), a.states = scan_.shape().states;
     return a;
@@ -154,7 +156,7 @@ class Backward {
     for (int64_t tau = scan_.begin(j, backwards), end = scan_.end(j, backwards); tau < end; tau += kEmaSteps) {
       a.steps = std::min(kEmaSteps, end - tau);
       load(tau, a.steps, x);
-      ema_block(C{}).gradient(a);
+      Numbers::block().gradient(a);
     }
   }
   void carry(int64_t half, int64_t row) {
@@ -178,7 +180,7 @@ class Backward {
     const bool backwards = !scan_.reversed(half);
     const auto n = static_cast<size_t>(scan_.rows());
     std::vector<C> before(n), own(n);
-    scan_.load_state(grad_state_, tile, b, before.data());
+    scan_.load_gradient(grad_state_, tile, b, before.data());
     for (int64_t k = 0; k < plan_.chunks; k++) {
       const int64_t j = scan_.ordered(k, backwards);
       C* slot = border(adjoint_, half, row, j);
@@ -247,14 +249,15 @@ class Backward {
     const int64_t tile = row % plan_.tiles, b = row / plan_.tiles, lanes = scan_.lanes(tile), n = scan_.rows();
     const bool backwards = scan_.reversed(half), here = active_ && plan_.halves == 1;
     const EmaWeights<C> w = scan_.weights(half, tile);
-    const EmaBlock<C>& block = ema_block(C{});
+    const EmaBlock<C>& block = Numbers::block();
     alignas(64) C x[kBlock], late[kBlock], raw[kBlock], z[kBlock], dy[kBlock];
     std::vector<C> buffers(static_cast<size_t>(6 * n));
     EmaGradient<C> a = gradient(w, tile, buffers.data());
     EmaConvolution<C> forward{};
-    forward.x = x, forward.decay = w.decay, forward.in = w.in, forward.out = w.out, forward.late_gain = w.late;
+    forward.x = x, forward.decay = w.decay, forward.low = w.low, forward.in = w.in, forward.out = w.out,
+    forward.late_gain = w.late;
     forward.y = z, forward.g = buffers.data() + 5 * n, forward.start = true, forward.lanes = lanes;
-    forward.states = a.states;
+    forward.states = a.states, forward.real = w.real;
     const auto load = input(row, backwards);
     enter(half, row, j, a.g, a.v);
     const int64_t begin = scan_.begin(j, backwards), end = scan_.end(j, backwards);
@@ -296,9 +299,8 @@ class Backward {
     }
     if (grad_state_ && scan_.ordered(plan_.chunks - 1, backwards) == j) {
       std::vector<C> last(static_cast<size_t>(n));
-      scan_.load_state(grad_state_, tile, b, last.data());
-      double* sum = kind(slot, half, of_q_directly);
-      for (int64_t i = 0; i < n; i++) sum[i] += static_cast<double>(last[i]) * static_cast<double>(a.last_v[i]);
+      scan_.load_gradient(grad_state_, tile, b, last.data());
+      Numbers::add_products(last.data(), a.last_v, kind(slot, half, of_q_directly), a.states);
     }
   }
 
@@ -314,7 +316,7 @@ class Backward {
       if (plan_.carried())
         e = border(adjoint_, half, row, j);
       else
-        scan_.load_state(grad_state_, tile, b, e);
+        scan_.load_gradient(grad_state_, tile, b, e);
       const auto start = [&](int64_t tau, int64_t steps, C* out) {
         if (half == 1) scan_.load_rows(first_half, origin, tau, steps, backwards, out);
         return half == 0;
@@ -334,38 +336,22 @@ class Backward {
                        input(row, backwards),
                        [&](const C* part) { ema_fold(part, kind(slot, half, of_b), scan_.rows()); });
       if (gradients_.state && scan_.ordered(plan_.chunks - 1, backwards) == j)
-        scan_.store_state(e, tile, b, gradients_.state);
+        scan_.store_gradient(e, tile, b, gradients_.state);
     }
   }
 
   // --- the parameters' gradients
   void reduce(int64_t half, int64_t tile) {
-    const int64_t n = scan_.rows(), states = scan_.shape().states, m = scan_.channels(tile);
-    std::vector<double> total(static_cast<size_t>(kinds_ * n)), natural(static_cast<size_t>(3 * m * states));
+    const int64_t n = scan_.rows(), m = scan_.channels(tile);
+    std::vector<double> total(static_cast<size_t>(4 * n));
     for (int64_t k = 0; k < slots_; k++) {
       const double* from = kind(sums(tile, k), half, of_c);
       for (int64_t i = 0; i < kinds_ * n; i++) total[static_cast<size_t>(i)] += from[i];
     }
-    const int64_t at = (half * scan_.shape().channels + tile * kEmaLanes) * states;
-    const EmaParameters<C>& p = scan_.parameters();
-    const double scale = 1.0 / std::sqrt(static_cast<double>(states));
-    std::vector<C> coefficients(static_cast<size_t>(3 * m * states));
-    C *d = coefficients.data(), *b = d + m * states, *c = b + m * states;
-    ema_coefficients(p.damping + at, p.decay + at, p.expansion + at, p.projection + at, scale, d, b, c, m * states);
-    double *dq = natural.data(), *db = dq + m * states, *dc = db + m * states;
     const double* kinds = total.data();
-    for (int64_t j = 0; j < m; j++)
-      for (int64_t s = 0; s < states; s++) {
-        const int64_t i = s * kEmaLanes + j, to = j * states + s;
-        const double bi = static_cast<double>(b[to]), ci = static_cast<double>(c[to]);
-        const double of_h = kinds[of_c * n + i], of_v = kinds[of_q * n + i];
-        dc[to] = scan_.unit() ? bi * of_h : of_h;
-        db[to] = scan_.unit() ? ci * of_h : kinds[of_b * n + i];
-        dq[to] = scan_.unit() ? bi * ci * of_v : ci * of_v + kinds[of_q_directly * n + i];
-      }
-    ema_coefficients_backward(p.damping + at, p.decay + at, p.expansion + at, scale, dq, db, dc,
-                              gradients_.damping + at, gradients_.decay + at, gradients_.expansion + at,
-                              gradients_.projection + at, m * states);
+    Numbers::finish(scan_.parameters(), half * scan_.shape().channels + tile * kEmaLanes, m, scan_.shape().states,
+                    scan_.unit(), kinds + of_c * n, kinds + of_q * n, kinds + of_b * n, kinds + of_q_directly * n,
+                    gradients_);
     if (half == 0 && gradients_.residual)
       for (int64_t j = 0; j < m; j++) {
         double sum = 0;
@@ -374,7 +360,7 @@ class Backward {
       }
   }
 
-  EmaScan<T> scan_;
+  Scan scan_;
   const EmaPlan& plan_;
   const T* x_;
   EmaStrides xs_;
@@ -383,7 +369,7 @@ class Backward {
   const C* grad_state_;
   T* dx_;
   EmaStrides dx_strides_;
-  EmaParameterGradients<C> gradients_;
+  Gradients gradients_;
   int64_t batch_, rows_;
   bool active_;
   int64_t kinds_, slot_, slots_;
@@ -391,22 +377,22 @@ class Backward {
   std::vector<C> h_, v_, adjoint_;  // [half][row][chunk][N][64]: before each chunk, in the order of its scan
 };
 
-template <typename T>
-void run(const EmaShape& shape, const EmaParameters<compute_t<T>>& parameters, const T* x, EmaStrides xs, const T* grad,
-         EmaStrides grad_strides, const compute_t<T>* grad_state, T* dx, EmaStrides dx_strides,
-         const EmaParameterGradients<compute_t<T>>& gradients, const Parallel& parallel) {
+template <typename T, template <typename> typename NumbersOf>
+void run(const EmaShape& shape, const typename NumbersOf<compute_t<T>>::Parameters& parameters, const T* x,
+         EmaStrides xs, const T* grad, EmaStrides grad_strides, const compute_t<T>* grad_state, T* dx,
+         EmaStrides dx_strides, const typename NumbersOf<compute_t<T>>::Gradients& gradients,
+         const Parallel& parallel) {
+  using Numbers = NumbersOf<compute_t<T>>;
   if (shape.length == 0 || shape.batch == 0 || shape.channels == 0) {
     const int64_t halves = shape.direction == EmaDirection::bidirectional ? 2 : 1;
-    const int64_t n = halves * shape.channels * shape.states;
-    for (auto* p : {gradients.damping, gradients.decay, gradients.expansion, gradients.projection})
-      std::fill(p, p + n, 0);
+    Numbers::clear(gradients, halves * shape.channels, shape.states);
     if (gradients.residual) std::fill(gradients.residual, gradients.residual + shape.channels, 0);
     if (gradients.state)
-      for (int64_t i = 0; i < shape.batch * shape.channels * shape.states; i++)
+      for (int64_t i = 0; i < shape.batch * shape.channels * shape.states * Numbers::width; i++)
         gradients.state[i] = grad_state ? grad_state[i] : 0;
     return;
   }
-  Backward<T>(shape, parameters, x, xs, grad, grad_strides, grad_state, dx, dx_strides, gradients, parallel)
+  Backward<T, NumbersOf>(shape, parameters, x, xs, grad, grad_strides, grad_state, dx, dx_strides, gradients, parallel)
       .run(parallel);
 }
 
@@ -417,7 +403,15 @@ void run(const EmaShape& shape, const EmaParameters<compute_t<T>>& parameters, c
                          EmaStrides x_strides, const T* grad, EmaStrides grad_strides, const compute_t<T>* grad_state, \
                          T* dx, EmaStrides dx_strides, const EmaParameterGradients<compute_t<T>>& gradients,           \
                          const Parallel& parallel) {                                                                   \
-    run<T>(shape, parameters, x, x_strides, grad, grad_strides, grad_state, dx, dx_strides, gradients, parallel);      \
+    run<T, RealNumbers>(shape, parameters, x, x_strides, grad, grad_strides, grad_state, dx, dx_strides, gradients,    \
+                        parallel);                                                                                     \
+  }                                                                                                                    \
+  void complex_ema_scan_backward(const EmaShape& shape, const ComplexEmaParameters<compute_t<T>>& parameters,          \
+                                 const T* x, EmaStrides x_strides, const T* grad, EmaStrides grad_strides,             \
+                                 const compute_t<T>* grad_state, T* dx, EmaStrides dx_strides,                         \
+                                 const ComplexEmaGradients<compute_t<T>>& gradients, const Parallel& parallel) {       \
+    run<T, ComplexNumbers>(shape, parameters, x, x_strides, grad, grad_strides, grad_state, dx, dx_strides, gradients, \
+                           parallel);                                                                                  \
   }
 
 FASTASR_DEFINE(float)

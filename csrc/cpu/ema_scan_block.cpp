@@ -6,6 +6,11 @@
 namespace fastasr::cpu {
 namespace {
 
+template <typename C>
+struct Blocks {
+  EmaBlock<C> real, complex;
+};
+
 #if defined(__x86_64__) && !defined(FASTASR_NO_CLONES)
 
 namespace avx512 {
@@ -40,27 +45,31 @@ namespace portable {
 }  // namespace portable
 
 template <typename C>
-const EmaBlock<C>& chosen() {
+const Blocks<C>& chosen() {
 #if defined(__x86_64__) && !defined(FASTASR_NO_CLONES)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
-    return avx512::kBlock<C>;
+    return avx512::kBlocks<C>;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    return avx2::kBlock<C>;
+    return avx2::kBlocks<C>;
 #endif
-  return portable::kBlock<C>;
+  return portable::kBlocks<C>;
 }
 
 }  // namespace
 
-const EmaBlock<float>& ema_block(float) {
-  static const EmaBlock<float>& block = chosen<float>();
-  return block;
-}
-const EmaBlock<double>& ema_block(double) {
-  static const EmaBlock<double>& block = chosen<double>();
-  return block;
-}
+#define FASTASR_DEFINE(C)                                  \
+  const EmaBlock<C>& ema_block(C) {                        \
+    static const EmaBlock<C>& block = chosen<C>().real;    \
+    return block;                                          \
+  }                                                        \
+  const EmaBlock<C>& complex_ema_block(C) {                \
+    static const EmaBlock<C>& block = chosen<C>().complex; \
+    return block;                                          \
+  }
+
+FASTASR_DEFINE(float)
+FASTASR_DEFINE(double)
 
 }  // namespace fastasr::cpu

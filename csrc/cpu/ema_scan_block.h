@@ -24,12 +24,13 @@ FASTASR_INLINE double ema_decayed(double h, double q) { return q * h; }
 // Per state and lane: h(t) = g(t) + in x(t) [- late x(t-K)], g(t+1) = q h(t); y(t) += out h(t).
 template <typename C>
 struct EmaConvolution {
-  const C *x, *x_late;                    // [steps][64]; x_late is null unless truncated
-  const C *decay, *in, *out, *late_gain;  // [N][64]
+  const C *x, *x_late;                          // [steps][64]; x_late is null unless truncated
+  const C *decay, *low, *in, *out, *late_gain;  // [N][64]; low: of complex numbers in double
   C *y, *g, *last;  // y [steps][64]; g [N][64], carried on; last [N][64]: h of the last step, or null
   const C* other;   // [steps][64] or null: then sum [N][64] = sum over steps of h(t) other(t)
   C* sum;
   bool start;  // y begins at 0
+  bool real;   // `in` has no imaginary part
   int64_t steps, lanes, states;
 };
 
@@ -38,7 +39,7 @@ struct EmaConvolution {
 template <typename C>
 struct EmaGradient {
   const C *x, *x_late, *dy;
-  const C *decay, *in, *late_gain, *late_slope;
+  const C *decay, *low, *in, *late_gain, *late_slope;
   C *g, *v, *last_v;  // last_v: v of the last step
   C *dc, *dq;         // [N][64], overwritten
   int64_t steps, lanes, states;
@@ -53,5 +54,10 @@ struct EmaBlock {
 // The functions for this machine's instruction set.
 const EmaBlock<float>& ema_block(float);
 const EmaBlock<double>& ema_block(double);
+// The same on complex numbers: arrays over states hold a row of real and a row of imaginary parts for each, x and y are
+// real, y(t) += Re(out h(t)), sum takes the real part and its other rows are left alone. The decay is 1 - q in float;
+// in double it is q, and `low` what q lacks by rounding: of 1e-16 per step a slow scan would have made 1e-13.
+const EmaBlock<float>& complex_ema_block(float);
+const EmaBlock<double>& complex_ema_block(double);
 
 }  // namespace fastasr::cpu

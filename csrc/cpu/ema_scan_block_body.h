@@ -153,6 +153,11 @@ FASTASR_TARGET void gradient(const EmaGradient<C>& a) {
 template <typename C>
 constexpr EmaBlock<C> kBlock = {&convolution<C>, &gradient<C>};
 
+#include "cpu/complex_ema_scan_block_body.h"
+
+template <typename C>
+constexpr Blocks<C> kBlocks = {kBlock<C>, kComplexBlock<C>};
+
 #undef FASTASR_AT
 #undef FASTASR_TO
 #undef FASTASR_TARGET

@@ -4,14 +4,15 @@
 namespace fastasr::cpu {
 namespace {
 
-template <typename T>
+template <typename T, template <typename> typename Numbers>
 class Forward {
  public:
   using C = compute_t<T>;
+  using Scan = EmaScan<T, Numbers>;
 
-  Forward(const EmaShape& shape, const EmaParameters<C>& parameters, const T* x, EmaStrides xs, T* y, EmaStrides ys,
-          C* final_state, const Parallel& parallel)
-      : scan_(shape, parameters, EmaScan<T>::Form::states, parallel),
+  Forward(const EmaShape& shape, const typename Scan::Parameters& parameters, const T* x, EmaStrides xs, T* y,
+          EmaStrides ys, C* final_state, const Parallel& parallel)
+      : scan_(shape, parameters, Scan::Form::states, parallel),
         plan_(scan_.plan()),
         x_(x),
         xs_(xs),
@@ -113,7 +114,7 @@ class Forward {
     }
   }
 
-  EmaScan<T> scan_;
+  Scan scan_;
   const EmaPlan& plan_;
   const T* x_;
   EmaStrides xs_;
@@ -124,25 +125,30 @@ class Forward {
   std::vector<C> carries_;  // [half][row][chunk][N][64]
 };
 
-template <typename T>
-void run(const EmaShape& shape, const EmaParameters<compute_t<T>>& parameters, const T* x, EmaStrides xs, T* y,
-         EmaStrides ys, compute_t<T>* final_state, const Parallel& parallel) {
+template <typename T, template <typename> typename Numbers>
+void run(const EmaShape& shape, const typename Numbers<compute_t<T>>::Parameters& parameters, const T* x, EmaStrides xs,
+         T* y, EmaStrides ys, compute_t<T>* final_state, const Parallel& parallel) {
   if (shape.length == 0 || shape.batch == 0 || shape.channels == 0) {
     if (!final_state) return;
-    const int64_t n = shape.batch * shape.channels * shape.states;
+    const int64_t n = shape.batch * shape.channels * shape.states * Numbers<compute_t<T>>::width;
     for (int64_t i = 0; i < n; i++) final_state[i] = parameters.state ? parameters.state[i] : 0;
     return;
   }
-  Forward<T>(shape, parameters, x, xs, y, ys, final_state, parallel).run(parallel);
+  Forward<T, Numbers>(shape, parameters, x, xs, y, ys, final_state, parallel).run(parallel);
 }
 
 }  // namespace
 
-#define FASTASR_DEFINE(T)                                                                                 \
-  void ema_scan_forward(const EmaShape& shape, const EmaParameters<compute_t<T>>& parameters, const T* x, \
-                        EmaStrides x_strides, T* y, EmaStrides y_strides, compute_t<T>* final_state,      \
-                        const Parallel& parallel) {                                                       \
-    run<T>(shape, parameters, x, x_strides, y, y_strides, final_state, parallel);                         \
+#define FASTASR_DEFINE(T)                                                                                    \
+  void ema_scan_forward(const EmaShape& shape, const EmaParameters<compute_t<T>>& parameters, const T* x,    \
+                        EmaStrides x_strides, T* y, EmaStrides y_strides, compute_t<T>* final_state,         \
+                        const Parallel& parallel) {                                                          \
+    run<T, RealNumbers>(shape, parameters, x, x_strides, y, y_strides, final_state, parallel);               \
+  }                                                                                                          \
+  void complex_ema_scan_forward(const EmaShape& shape, const ComplexEmaParameters<compute_t<T>>& parameters, \
+                                const T* x, EmaStrides x_strides, T* y, EmaStrides y_strides,                \
+                                compute_t<T>* final_state, const Parallel& parallel) {                       \
+    run<T, ComplexNumbers>(shape, parameters, x, x_strides, y, y_strides, final_state, parallel);            \
   }
 
 FASTASR_DEFINE(float)

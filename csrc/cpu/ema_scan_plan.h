@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/ema_scan.h"
+#include "cpu/ema_scan_numbers.h"
 
 // How ema_scan is cut into tasks, and what its passes share: packed coefficients, staging, and the scan of a range of
 // time in blocks. The cut depends on the shape alone, so results do not depend on the number of threads.
@@ -39,30 +40,26 @@ struct EmaPlan {
   bool carried() const { return chunks > 1 && truncation == 0; }
 };
 
-// Coefficients of one tile: [N][64] each.
-template <typename C>
-struct EmaWeights {
-  const C *decay, *in, *out, *late, *slope;
-};
-
-template <typename T>
+template <typename T, template <typename> typename NumbersOf>
 class EmaScan {
  public:
   using C = compute_t<T>;
+  using Numbers = NumbersOf<C>;
+  using Parameters = typename Numbers::Parameters;
   static constexpr int64_t kBlock = kEmaSteps * kEmaLanes;
 
   // How b and c enter: the forward scan computes h itself (in = b, out = c). Without a state the backward scans u = h /
   // b (in = 1, out = b c), so that one sum of dy u serves the gradients of b and of c.
   enum class Form { states, unit };
 
-  EmaScan(const EmaShape& shape, const EmaParameters<C>& parameters, Form form, const Parallel& parallel)
+  EmaScan(const EmaShape& shape, const Parameters& parameters, Form form, const Parallel& parallel)
       : shape_(shape),
         parameters_(parameters),
         plan_(shape),
         states_(shape.states),
-        rows_(shape.states * kEmaLanes),
+        rows_(shape.states * Numbers::width * kEmaLanes),
         unit_(form == Form::unit),
-        arrays_(plan_.truncation > 0 ? 5 : 3),
+        arrays_(3 + (Numbers::precise ? 2 : 0) + (plan_.truncation > 0 ? 2 : 0)),
         residual_(static_cast<size_t>(plan_.tiles * kEmaLanes)),
         packed_(static_cast<size_t>(plan_.halves * plan_.tiles * arrays_ * rows_)) {
     parallel(plan_.halves * plan_.tiles, 40 * rows_, [&](int64_t begin, int64_t end) {
@@ -73,7 +70,7 @@ class EmaScan {
   }
 
   const EmaShape& shape() const { return shape_; }
-  const EmaParameters<C>& parameters() const { return parameters_; }
+  const Parameters& parameters() const { return parameters_; }
   const EmaPlan& plan() const { return plan_; }
   int64_t rows() const { return rows_; }  // elements of a tile's array over states
   bool unit() const { return unit_; }
@@ -83,14 +80,12 @@ class EmaScan {
   bool reversed(int64_t half) const { return half == 1 || shape_.direction == EmaDirection::reverse; }
 
   EmaWeights<C> weights(int64_t half, int64_t tile) const {
-    const C* p = packed_.data() + (half * plan_.tiles + tile) * arrays_ * rows_;
-    const bool truncated = plan_.truncation > 0;
-    return {p, p + rows_, p + 2 * rows_, truncated ? p + 3 * rows_ : nullptr, truncated ? p + 4 * rows_ : nullptr};
+    return arrays(packed_.data() + (half * plan_.tiles + tile) * arrays_ * rows_);
   }
   // Of the adjoint scan, which takes dy and gives dx: c enters and b leaves.
   EmaWeights<C> adjoint(int64_t half, int64_t tile) const {
     EmaWeights<C> w = weights(half, tile);
-    if (!unit_) std::swap(w.in, w.out);
+    if (!unit_) std::swap(w.in, w.out), w.real = false;
     return w;
   }
 
@@ -138,9 +133,10 @@ class EmaScan {
                 const Start& start, const Done& done, const Other& other, const Sum& sum) const {
     alignas(64) C input[kBlock], late[kBlock], y[kBlock], second[kBlock];
     EmaConvolution<C> a{};
-    a.x = input, a.decay = w.decay, a.in = w.in, a.out = w.out, a.late_gain = w.late, a.y = y, a.g = g, a.last = last;
-    a.lanes = lanes(tile), a.states = states_;
-    const EmaBlock<C>& block = ema_block(C{});
+    a.x = input, a.decay = w.decay, a.low = w.low, a.in = w.in, a.out = w.out, a.late_gain = w.late, a.y = y, a.g = g,
+    a.last = last;
+    a.lanes = lanes(tile), a.states = states_, a.real = w.real;
+    const EmaBlock<C>& block = Numbers::block();
     std::vector<C> part;
     if constexpr (!std::is_null_pointer_v<Other>) part.resize(static_cast<size_t>(rows_)), a.sum = part.data();
     for (int64_t tau = from; tau < to; tau += kEmaSteps) {
@@ -194,38 +190,39 @@ class EmaScan {
       block(tau, std::min(kEmaSteps, from - tau));
   }
 
-  // A state (B, D, N) to and from a tile [N][64].
+  // A state (B, D, N) to and from a tile [N][64], real and imaginary parts apart.
   void load_state(const C* state, int64_t tile, int64_t b, C* out) const {
     std::fill(out, out + rows_, C(0));
     if (!state) return;
-    const C* p = state + (b * shape_.channels + tile * kEmaLanes) * states_;
+    const int64_t values = states_ * Numbers::width;
+    const C* p = state + (b * shape_.channels + tile * kEmaLanes) * values;
     for (int64_t j = 0; j < channels(tile); j++)
-      for (int64_t n = 0; n < states_; n++) out[n * kEmaLanes + j] = p[j * states_ + n];
+      for (int64_t n = 0; n < values; n++) out[n * kEmaLanes + j] = p[j * values + n];
   }
   void store_state(const C* in, int64_t tile, int64_t b, C* state) const {
-    C* p = state + (b * shape_.channels + tile * kEmaLanes) * states_;
+    const int64_t values = states_ * Numbers::width;
+    C* p = state + (b * shape_.channels + tile * kEmaLanes) * values;
     for (int64_t j = 0; j < channels(tile); j++)
-      for (int64_t n = 0; n < states_; n++) p[j * states_ + n] = in[n * kEmaLanes + j];
+      for (int64_t n = 0; n < values; n++) p[j * values + n] = in[n * kEmaLanes + j];
+  }
+  // The same with a state's gradient, in the tile as a derivative.
+  void load_gradient(const C* gradient, int64_t tile, int64_t b, C* out) const {
+    load_state(gradient, tile, b, out);
+    Numbers::conjugate(out, states_);
+  }
+  void store_gradient(C* in, int64_t tile, int64_t b, C* gradient) const {
+    Numbers::conjugate(in, states_);
+    store_state(in, tile, b, gradient);
   }
   // g before the first step: q times the state.
   void first(int64_t half, int64_t tile, int64_t b, C* g) const {
     load_state(parameters_.state, tile, b, g);
-    const C* d = weights(half, tile).decay;
-    for (int64_t i = 0; i < rows_; i++) g[i] = ema_decayed(g[i], d[i]);
+    Numbers::decay(weights(half, tile), g, states_);
   }
-  // out = in q^steps + local, where out may be in; with v: v and the state's share in it too.
+  // out = g q^steps + local, where out may be g; with v: v and g's share in it too.
   void carry(int64_t half, int64_t tile, int64_t steps, const C* g, const C* local, C* out, const C* v,
              const C* local_v, C* out_v) const {
-    const C* d = weights(half, tile).decay;
-    const double n = static_cast<double>(steps);
-    for (int64_t i = 0; i < rows_; i++) {
-      const double log_q = ema_log_decay(d[i]), before = static_cast<double>(g[i]);
-      const double power = std::exp(n * log_q), one_less = steps == 1 ? 1.0 : std::exp((n - 1) * log_q);
-      if (v)
-        out_v[i] =
-            static_cast<C>(power * static_cast<double>(v[i]) + n * one_less * before + static_cast<double>(local_v[i]));
-      out[i] = static_cast<C>(power * before + static_cast<double>(local[i]));
-    }
+    Numbers::carry(weights(half, tile), states_, static_cast<double>(steps), g, local, out, v, local_v, out_v);
   }
 
  private:
@@ -233,34 +230,27 @@ class EmaScan {
     for (int64_t s = 0; s < steps; s++) std::memcpy(to + s * to_step, from + s * from_step, sizeof(C) * kEmaLanes);
   }
 
+  template <typename P>
+  EmaArrays<P> arrays(P p) const {
+    const int64_t late = Numbers::precise ? 5 : 3;
+    const bool truncated = plan_.truncation > 0;
+    return {p,
+            p + rows_,
+            p + 2 * rows_,
+            Numbers::precise ? p + 3 * rows_ : nullptr,
+            Numbers::precise ? p + 4 * rows_ : nullptr,
+            truncated ? p + late * rows_ : nullptr,
+            truncated ? p + (late + 1) * rows_ : nullptr,
+            true};
+  }
   void pack(int64_t half, int64_t tile) {
-    const int64_t m = channels(tile), at = (half * shape_.channels + tile * kEmaLanes) * states_;
-    std::vector<C> natural(static_cast<size_t>(3 * m * states_));
-    C *nd = natural.data(), *nb = nd + m * states_, *nc = nb + m * states_;
-    ema_coefficients(parameters_.damping + at, parameters_.decay + at, parameters_.expansion + at,
-                     parameters_.projection + at, 1.0 / std::sqrt(static_cast<double>(states_)), nd, nb, nc,
-                     m * states_);
-    C* d = packed_.data() + (half * plan_.tiles + tile) * arrays_ * rows_;
-    C *in = d + rows_, *out = in + rows_;
-    for (int64_t n = 0; n < states_; n++)
-      for (int64_t j = 0; j < m; j++) {
-        const int64_t from = j * states_ + n, to = n * kEmaLanes + j;
-        d[to] = nd[from];
-        in[to] = unit_ ? C(1) : nb[from];
-        out[to] = unit_ ? nb[from] * nc[from] : nc[from];
-      }
-    if (plan_.truncation == 0) return;
-    const double k = static_cast<double>(plan_.truncation);
-    C *late = out + rows_, *slope = late + rows_;
-    for (int64_t i = 0; i < rows_; i++) {
-      const double log_q = ema_log_decay(d[i]), gain = static_cast<double>(in[i]);
-      late[i] = static_cast<C>(gain * std::exp(k * log_q));
-      slope[i] = static_cast<C>(gain * k * (k > 1 ? std::exp((k - 1) * log_q) : 1.0));
-    }
+    const EmaArrays<C*> to = arrays(packed_.data() + (half * plan_.tiles + tile) * arrays_ * rows_);
+    Numbers::pack(parameters_, half * shape_.channels + tile * kEmaLanes, channels(tile), states_, unit_, to);
+    if (plan_.truncation > 0) Numbers::pack_late(static_cast<double>(plan_.truncation), states_, to);
   }
 
   EmaShape shape_;
-  EmaParameters<C> parameters_;
+  Parameters parameters_;
   EmaPlan plan_;
   int64_t states_, rows_;
   bool unit_;

@@ -157,6 +157,7 @@ void residual_norm();
 void toeplitz_attention();
 void simd();
 void ema_scan();
+void complex_ema_scan();
 void threads();
 
 }  // namespace fastasr::test

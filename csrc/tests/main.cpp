@@ -26,6 +26,7 @@ constexpr Test kTests[] = {
     {"mega_step", fastasr::test::mega_step},
     {"simd", fastasr::test::simd},
     {"ema_scan", fastasr::test::ema_scan},
+    {"complex_ema_scan", fastasr::test::complex_ema_scan},
     {"threads", fastasr::test::threads},
     {"rel_position_attention_weights", fastasr::test::rel_position_attention_weights},
     {"activation", fastasr::test::activation},

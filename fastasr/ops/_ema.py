@@ -89,17 +89,21 @@ def convolution(
 def _window(inputs: Tensor, q: Tensor, taps: int) -> Tensor:
     """Σ_{j<taps} q^j inputs(t−j) of (B, D, N, L), by doubling: no tap is subtracted again."""
 
-    def late(h: Tensor, steps: int) -> Tensor:
-        return (q ** float(steps)).unsqueeze(-1) * F.pad(h, (steps, -steps))
+    def late(h: Tensor, power: Tensor, steps: int) -> Tensor:
+        return power.unsqueeze(-1) * F.pad(h, (steps, -steps))
 
-    total, counted, block, size = 0.0 * (q**1.0).unsqueeze(-1), 0, inputs, 1  # block: the sum of `size` taps
+    # q to powers of two alone: their angle is exact, that of q^36 would be rounded before its cosine is taken
+    total, counted, shift = 0.0 * (q**1.0).unsqueeze(-1), 0, q**0.0
+    block, size = inputs, 1  # the sum of `size` taps
     while True:
+        power = q ** float(size)
         if taps & size:
-            total = total + (late(block, counted) if counted else block)
+            total = total + (late(block, shift, counted) if counted else block)
+            shift = power if counted == 0 else shift * power
             counted += size
         if 2 * size > taps:
             return total
-        block = block + late(block, size)
+        block = block + late(block, power, size)
         size *= 2
 
 

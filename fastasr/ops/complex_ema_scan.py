@@ -21,7 +21,7 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
 from fastasr.ops import _check
-from fastasr.ops._dispatch import PLAIN, KernelFamily, cuda_kernels, direct, served
+from fastasr.ops._dispatch import PLAIN, KernelFamily, cuda_kernels, direct, native_kernels, served
 from fastasr.ops._ema import (
     ACTIVATIONS,
     DIRECTIONS,
@@ -45,7 +45,7 @@ from fastasr.ops._register import refuse_double_backward, register
 FAMILY = KernelFamily(
     "complex_ema_scan",
     ("complex_ema_scan",),
-    (cuda_kernels("complex_ema_scan"),),
+    (native_kernels("complex_ema_scan"), cuda_kernels("complex_ema_scan")),
 )
 
 

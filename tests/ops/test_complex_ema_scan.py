@@ -188,7 +188,7 @@ def test_an_angle_of_zero_is_ema_scan():
     torch.testing.assert_close(y, ops.ema_scan(**kept, **real), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("alpha", [0.0])
+@pytest.mark.parametrize("alpha", [0.0, -9.0])
 def test_long_and_narrow(alpha):
     arguments = complex_ema(Make(), 6000, 1, 3, 2, alpha=alpha, delta=alpha / 4, activation="silu")
     cotangents = (Make(seed=1).normal(6000, 1, 3),)

@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <complex>
+#include <vector>
+
+#include "cpu/complex_ema_scan.h"
+#include "cpu/ema_scan.h"
+
+// What differs between the real and the complex average: how the coefficients come from the parameters and the
+// parameters' gradients from theirs, and the arithmetic of states outside of blocks. Arrays over states hold `width`
+// rows of 64 channels for each: the number, or its real and its imaginary part.
+namespace fastasr::cpu {
+
+// Of one tile, [N][width][64] each. low: what `decay` lacks by rounding, polar: radius and angle, both of complex
+// numbers in double alone, else null. Truncated: late = in q^K, slope = in K q^(K-1), else null. real: `in` is.
+template <typename P>
+struct EmaArrays {
+  P decay, in, out, low, polar, late, slope;
+  bool real;
+};
+template <typename C>
+using EmaWeights = EmaArrays<const C*>;
+
+template <typename C>
+struct RealNumbers {
+  static constexpr int64_t width = 1;
+  static constexpr bool precise = false;  // no low and polar
+  using Parameters = EmaParameters<C>;
+  using Gradients = EmaParameterGradients<C>;
+
+  static const EmaBlock<C>& block() { return ema_block(C{}); }
+
+  // m channels from row `first` on; in the unit form b goes into c.
+  static void pack(const Parameters& p, int64_t first, int64_t m, int64_t states, bool unit, const EmaArrays<C*>& to) {
+    const int64_t at = first * states;
+    std::vector<C> natural(static_cast<size_t>(3 * m * states));
+    C *nd = natural.data(), *nb = nd + m * states, *nc = nb + m * states;
+    ema_coefficients(p.damping + at, p.decay + at, p.expansion + at, p.projection + at,
+                     1.0 / std::sqrt(static_cast<double>(states)), nd, nb, nc, m * states);
+    for (int64_t n = 0; n < states; n++)
+      for (int64_t j = 0; j < m; j++) {
+        const int64_t from = j * states + n, i = n * kEmaLanes + j;
+        to.decay[i] = nd[from];
+        to.in[i] = unit ? C(1) : nb[from];
+        to.out[i] = unit ? nb[from] * nc[from] : nc[from];
+      }
+  }
+  static void pack_late(double k, int64_t states, const EmaArrays<C*>& a) {
+    for (int64_t i = 0; i < states * kEmaLanes; i++) {
+      const double log_q = ema_log_decay(a.decay[i]), gain = static_cast<double>(a.in[i]);
+      a.late[i] = static_cast<C>(gain * std::exp(k * log_q));
+      a.slope[i] = static_cast<C>(gain * k * (k > 1 ? std::exp((k - 1) * log_q) : 1.0));
+    }
+  }
+
+  // h = q h
+  static void decay(const EmaWeights<C>& w, C* h, int64_t states) {
+    for (int64_t i = 0; i < states * kEmaLanes; i++) h[i] = ema_decayed(h[i], w.decay[i]);
+  }
+  // out = g q^steps + local, where out may be g; with v: v and g's share in it too.
+  static void carry(const EmaWeights<C>& w, int64_t states, double n, const C* g, const C* local, C* out, const C* v,
+                    const C* local_v, C* out_v) {
+    for (int64_t i = 0; i < states * kEmaLanes; i++) {
+      const double log_q = ema_log_decay(w.decay[i]), before = static_cast<double>(g[i]);
+      const double power = std::exp(n * log_q), one_less = n == 1 ? 1.0 : std::exp((n - 1) * log_q);
+      if (v)
+        out_v[i] =
+            static_cast<C>(power * static_cast<double>(v[i]) + n * one_less * before + static_cast<double>(local_v[i]));
+      out[i] = static_cast<C>(power * before + static_cast<double>(local[i]));
+    }
+  }
+  // From the gradient of a state to its derivative, and back.
+  static void conjugate(C*, int64_t) {}
+  // sum += a b
+  static void add_products(const C* a, const C* b, double* sum, int64_t states) {
+    for (int64_t i = 0; i < states * kEmaLanes; i++) sum[i] += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  }
+
+  // of_h, of_v: sums of g h and g v; of_b, direct: that of b, and what the final state adds to q's; unit: neither is.
+  static void finish(const Parameters& p, int64_t first, int64_t m, int64_t states, bool unit, const double* of_h,
+                     const double* of_v, const double* of_b, const double* direct, const Gradients& gradients) {
+    const int64_t at = first * states;
+    const double scale = 1.0 / std::sqrt(static_cast<double>(states));
+    std::vector<double> natural(static_cast<size_t>(3 * m * states));
+    std::vector<C> coefficients(static_cast<size_t>(3 * m * states));
+    C *d = coefficients.data(), *b = d + m * states, *c = b + m * states;
+    ema_coefficients(p.damping + at, p.decay + at, p.expansion + at, p.projection + at, scale, d, b, c, m * states);
+    double *dq = natural.data(), *db = dq + m * states, *dc = db + m * states;
+    for (int64_t j = 0; j < m; j++)
+      for (int64_t s = 0; s < states; s++) {
+        const int64_t i = s * kEmaLanes + j, to = j * states + s;
+        const double bi = static_cast<double>(b[to]), ci = static_cast<double>(c[to]);
+        dc[to] = unit ? bi * of_h[i] : of_h[i];
+        db[to] = unit ? ci * of_h[i] : of_b[i];
+        dq[to] = unit ? bi * ci * of_v[i] : ci * of_v[i] + direct[i];
+      }
+    ema_coefficients_backward(p.damping + at, p.decay + at, p.expansion + at, scale, dq, db, dc, gradients.damping + at,
+                              gradients.decay + at, gradients.expansion + at, gradients.projection + at, m * states);
+  }
+  static void clear(const Gradients& g, int64_t rows, int64_t states) {
+    for (C* p : {g.damping, g.decay, g.expansion, g.projection}) std::fill(p, p + rows * states, C(0));
+  }
+};
+
+template <typename C>
+struct ComplexNumbers {
+  static constexpr int64_t width = 2;
+  static constexpr bool precise = sizeof(C) == 8;
+  using Parameters = ComplexEmaParameters<C>;
+  using Gradients = ComplexEmaGradients<C>;
+  using Z = std::complex<double>;
+
+  static const EmaBlock<C>& block() { return complex_ema_block(C{}); }
+
+  struct Coefficients {
+    double p, p1, a, a1, s, s1, radius, angle;
+  };
+  // Of state n (from 0) of one channel; p1 = 1 - p without its cancellation, and so on.
+  static Coefficients coefficients(const Parameters& p, int64_t channel, int64_t n, int64_t states) {
+    const auto sigmoid = [](double z) { return 1.0 / (1.0 + std::exp(-z)); };
+    const double alpha = static_cast<double>(p.alpha[channel * states + n]);
+    const double delta = static_cast<double>(p.delta[channel * states + n]);
+    const double theta = static_cast<double>(p.theta[channel]);
+    Coefficients k{
+        sigmoid(alpha), sigmoid(-alpha), sigmoid(delta), sigmoid(-delta), sigmoid(theta), sigmoid(-theta), 0, 0};
+    if constexpr (sizeof(C) == 8) k.p1 = 1.0 - k.p, k.a1 = 1.0 - k.a, k.s1 = 1.0 - k.s;  // as the definition rounds
+    volatile double product = k.p * k.a;  // rounded, and not fused with the subtraction
+    k.radius = 1.0 - product;
+    k.angle = static_cast<double>(n + 1) * (k.s * (kTurn / static_cast<double>(states)));
+    return k;
+  }
+
+  static void pack(const Parameters& p, int64_t first, int64_t m, int64_t states, bool unit, const EmaArrays<C*>& to) {
+    const double scale = 1.0 / std::sqrt(static_cast<double>(states));
+    for (int64_t n = 0; n < states; n++)
+      for (int64_t j = 0; j < m; j++) {
+        const Coefficients k = coefficients(p, first + j, n, states);
+        const C* gamma = p.gamma + ((first + j) * states + n) * 2;
+        const double gain = unit ? k.p * scale : scale;
+        const int64_t re = 2 * n * kEmaLanes + j, im = re + kEmaLanes;
+        if constexpr (!precise) {
+          // 1 - q = (1 - |q|) + 2 |q| sin^2(angle / 2) - i |q| sin(angle): without cancellation
+          const double half = std::sin(0.5 * k.angle);
+          to.decay[re] = static_cast<C>(k.p * k.a + 2.0 * k.radius * half * half);
+          to.decay[im] = static_cast<C>(-k.radius * std::sin(k.angle));
+        } else {
+          const long double r = k.radius * std::cos(static_cast<long double>(k.angle));
+          const long double i = k.radius * std::sin(static_cast<long double>(k.angle));
+          to.decay[re] = static_cast<C>(r), to.low[re] = static_cast<C>(r - to.decay[re]), to.polar[re] = k.radius;
+          to.decay[im] = static_cast<C>(i), to.low[im] = static_cast<C>(i - to.decay[im]), to.polar[im] = k.angle;
+        }
+        to.in[re] = unit ? C(1) : static_cast<C>(k.p);
+        to.in[im] = 0;
+        to.out[re] = static_cast<C>(gain * static_cast<double>(gamma[0]));
+        to.out[im] = static_cast<C>(gain * static_cast<double>(gamma[1]));
+      }
+  }
+  static void pack_late(double k, int64_t states, const EmaArrays<C*>& a) {
+    each(states, [&](int64_t re, int64_t im) {
+      const Z gain = at(a.in, re, im);
+      put(gain * power(a.decay, a.polar, re, im, k), a.late, re, im);
+      put(gain * k * power(a.decay, a.polar, re, im, k - 1), a.slope, re, im);
+    });
+  }
+
+  static void decay(const EmaWeights<C>& w, C* h, int64_t states) {
+    each(states, [&](int64_t re, int64_t im) {
+      const C r = h[re], i = h[im], d = w.decay[re], e = w.decay[im];
+      if constexpr (!precise) {
+        h[re] = r - d * r + e * i;
+        h[im] = i - d * i - e * r;
+      } else {
+        h[re] = w.low[re] * r - w.low[im] * i + d * r - e * i;
+        h[im] = w.low[re] * i + w.low[im] * r + d * i + e * r;
+      }
+    });
+  }
+  static void carry(const EmaWeights<C>& w, int64_t states, double n, const C* g, const C* local, C* out, const C* v,
+                    const C* local_v, C* out_v) {
+    each(states, [&](int64_t re, int64_t im) {
+      const Z before = at(g, re, im), q_n = power(w.decay, w.polar, re, im, n);
+      if (v)
+        put(q_n * at(v, re, im) + n * power(w.decay, w.polar, re, im, n - 1) * before + at(local_v, re, im), out_v, re,
+            im);
+      put(q_n * before + at(local, re, im), out, re, im);
+    });
+  }
+  static void conjugate(C* h, int64_t states) {
+    each(states, [&](int64_t, int64_t im) { h[im] = -h[im]; });
+  }
+  static void add_products(const C* a, const C* b, double* sum, int64_t states) {
+    each(states, [&](int64_t re, int64_t im) {
+      const Z product = at(a, re, im) * at(b, re, im);
+      sum[re] += product.real(), sum[im] += product.imag();
+    });
+  }
+
+  static void finish(const Parameters& p, int64_t first, int64_t m, int64_t states, bool unit, const double* of_h,
+                     const double* of_v, const double* of_b, const double* direct, const Gradients& gradients) {
+    const double scale = 1.0 / std::sqrt(static_cast<double>(states));
+    for (int64_t j = 0; j < m; j++) {
+      double dangle = 0, slope = 0;
+      for (int64_t n = 0; n < states; n++) {
+        const Coefficients k = coefficients(p, first + j, n, states);
+        const int64_t re = 2 * n * kEmaLanes + j, im = re + kEmaLanes, i = (first + j) * states + n;
+        const Z turn(std::cos(k.angle), std::sin(k.angle));
+        const Z c(scale * static_cast<double>(p.gamma[2 * i]), scale * static_cast<double>(p.gamma[2 * i + 1]));
+        const Z h(of_h[re], of_h[im]), v(of_v[re], of_v[im]);
+        const Z dc = unit ? k.p * h : h;
+        const double dp = unit ? (c * h).real() : of_b[re];
+        const Z dq = (unit ? k.p * c * v : c * v + Z(direct[re], direct[im])) * turn;
+        const double dradius = dq.real();
+        dangle -= static_cast<double>(n + 1) * (dq.imag() * k.radius);
+        slope = k.s * k.s1 * (kTurn / static_cast<double>(states));
+        gradients.alpha[i] = static_cast<C>((dp - dradius * k.a) * k.p * k.p1);
+        gradients.delta[i] = static_cast<C>(-dradius * k.p * k.a * k.a1);
+        gradients.gamma[2 * i] = static_cast<C>(scale * dc.real());
+        gradients.gamma[2 * i + 1] = static_cast<C>(-scale * dc.imag());
+      }
+      gradients.theta[first + j] = static_cast<C>(dangle * slope);
+    }
+  }
+  static void clear(const Gradients& g, int64_t rows, int64_t states) {
+    for (C* p : {g.alpha, g.delta}) std::fill(p, p + rows * states, C(0));
+    std::fill(g.theta, g.theta + rows, C(0));
+    std::fill(g.gamma, g.gamma + 2 * rows * states, C(0));
+  }
+
+ private:
+  static constexpr double kTurn = 6.283185307179586477;
+
+  template <typename F>
+  static void each(int64_t states, const F& f) {
+    for (int64_t n = 0; n < states; n++)
+      for (int64_t j = 0; j < kEmaLanes; j++) f(2 * n * kEmaLanes + j, (2 * n + 1) * kEmaLanes + j);
+  }
+  static Z at(const C* p, int64_t re, int64_t im) { return {static_cast<double>(p[re]), static_cast<double>(p[im])}; }
+  static void put(Z z, C* p, int64_t re, int64_t im) {
+    p[re] = static_cast<C>(z.real()), p[im] = static_cast<C>(z.imag());
+  }
+  // q^n: in float of q as the blocks hold it, in double of the radius and angle that the definition has
+  static Z power(const C* d, const C* polar, int64_t re, int64_t im, double n) {
+    if (n == 0) return 1;
+    if constexpr (precise) {  // n times the angle, rounded to double, would have an error of 1e-14 at 100 steps
+      const long double turned = static_cast<long double>(n) * static_cast<long double>(polar[im]);
+      const double radius = std::pow(polar[re], n);
+      return {radius * static_cast<double>(std::cos(turned)), radius * static_cast<double>(std::sin(turned))};
+    }
+    const double r = static_cast<double>(d[re]), i = static_cast<double>(d[im]);
+    const double log_radius = 0.5 * std::log1p(std::max(-1.0, r * (r - 2.0) + i * i));
+    return std::polar(std::exp(n * log_radius), n * std::atan2(-i, 1.0 - r));
+  }
+};
+
+}  // namespace fastasr::cpu
