@@ -87,7 +87,10 @@ class ConvolutionModule(torch.nn.Module):
         h = _with_balanced_gate(self, h)
         y = ops.gated_depthwise_conv(h, *weights, **options, activation="identity")
         if y.requires_grad:
-            y = self.whiten(self.balancer2(y.permute(1, 2, 0)).permute(2, 0, 1))
+            y = y.permute(1, 2, 0)
+            if y.dtype is torch.float64:  # of which upstream's regularisers make float32 sums, in the order of memory
+                y = y.contiguous()
+            y = self.whiten(self.balancer2(y).permute(2, 0, 1))
         return self.out_proj(y)
 
     def streaming_forward(self, x, cache, src_key_padding_mask):
