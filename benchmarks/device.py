@@ -31,7 +31,15 @@ from fastasr.benchmarks import limits, rows
 from fastasr.benchmarks.case import Case, Settings, Unavailable, variant
 from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.harness import Variant, peak_bytes, synchronize
-from fastasr.benchmarks.ops import bias_norm, bypass, ema_scan, residual_norm, swoosh, swoosh_linear
+from fastasr.benchmarks.ops import (
+    bias_norm,
+    bypass,
+    ema_scan,
+    gated_depthwise_conv,
+    residual_norm,
+    swoosh,
+    swoosh_linear,
+)
 from fastasr.benchmarks.rows import Row
 
 STEPS = ("environment", "tests", "sanitizer", "benchmarks")
@@ -54,6 +62,9 @@ def training_cases() -> list[Case]:
     for length, sequences, states in ((2048, 8, 4), (16384, 8, 4), (2048, 2, 4), (2048, 8, 16), (1, 8, 4)):
         cases.append(ema_scan._case(length, states, sequences))
     cases += residual_norm.CASES  # of a MEGA decoder
+    for chunk in (None, 32):  # a convolution module of stack 0 and of stack 3, plain and chunk-causal
+        cases.append(gated_depthwise_conv._case((frames, batch, 192), 31, chunk))
+        cases.append(gated_depthwise_conv._case((188, batch, 512), 15, chunk and chunk // 8))
     return cases
 
 

@@ -72,23 +72,23 @@ def gate_kernel(
     if pid < gate_programs:
         SHORT: tl.constexpr = U.dtype.element_ty.primitive_bitwidth == 16
         c_tiles = tl.cdiv(C, BLOCK_C)
-        row = (pid // c_tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        row = pid // c_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
         c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
         t, b = row // batch - pad, row % batch
         valid = (t >= 0) & (t < frames)
         if MASK is not None:
             valid = valid & (tl.load(MASK + b * frames + t, mask=valid, other=1) == 0)
         keep = valid[:, None] & (c < C)[None, :]
-        at = t[:, None] * time_stride + b[:, None] * batch_stride + c[None, :]
+        at = t[:, None].to(tl.int64) * time_stride + b[:, None].to(tl.int64) * batch_stride + c[None, :]
         x = tl.load(H + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_C]
         s = tl.load(H + at + C, mask=keep, other=0.0).to(tl.float32)
         u = tl.where(keep, x * _logistic(s, SHORT), 0.0)
         if CACHE is not None:
             cached = (t < 0)[:, None] & (c < C)[None, :]
-            before = (b[:, None] * C + c[None, :]) * pad + pad + t[:, None]
+            before = (b[:, None].to(tl.int64) * C + c[None, :]) * pad + pad + t[:, None]
             u += tl.load(CACHE + before, mask=cached, other=0.0).to(tl.float32)
         inside = (t < frames)[:, None] & (c < C)[None, :]
-        tl.store(U + row[:, None] * C + c[None, :], u.to(U.dtype.element_ty), mask=inside)
+        tl.store(U + row[:, None].to(tl.int64) * C + c[None, :], u.to(U.dtype.element_ty), mask=inside)
     else:
         tiles = tl.cdiv(taps, BLOCK_K) * tl.cdiv(C, BLOCK_C)
         pid -= gate_programs
@@ -113,7 +113,7 @@ def _place(batch, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     c_tiles = tl.cdiv(C, BLOCK_C)
     c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     b = (pid // c_tiles) % batch
-    t = (pid // (c_tiles * batch)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t = pid // (c_tiles * batch) * BLOCK_T + tl.arange(0, BLOCK_T)
     return t, b, c
 
 
@@ -148,7 +148,7 @@ def _convolve(
     for k in range(taps):
         frame = t + k - pad
         keep = (frame < frames)[:, None] & (c < C)[None, :]
-        at = ((t + k) * batch + b)[:, None] * C + c[None, :]
+        at = ((t + k) * batch + b)[:, None].to(tl.int64) * C + c[None, :]
         u = tl.load(U + at, mask=keep, other=0.0).to(tl.float32)
         if CHUNKED:
             if k <= pad:
@@ -184,7 +184,7 @@ def forward_kernel(
         shifted, u = _exp_minus_abs(z, True, SHORT)
         z = _activation(z, shifted, u, True, SHORT)
     keep = (t < frames)[:, None] & (c < C)[None, :]
-    tl.store(Y + (t * batch + b)[:, None] * C + c[None, :], z.to(Y.dtype.element_ty), mask=keep)
+    tl.store(Y + (t * batch + b)[:, None].to(tl.int64) * C + c[None, :], z.to(Y.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps"])
@@ -199,12 +199,12 @@ def output_gradient_kernel(
         U, TABLE, BIAS, CAUSAL_BIAS, t, b, c, frames, batch, C, chunk, taps, CHUNKED, BLOCK_T, BLOCK_C
     )
     keep = (t < frames)[:, None] & (c < C)[None, :]
-    at = t[:, None] * grad_time_stride + (b.to(tl.int64) * grad_batch_stride + c)[None, :]
+    at = t[:, None].to(tl.int64) * grad_time_stride + (b.to(tl.int64) * grad_batch_stride + c)[None, :]
     q = tl.load(GRAD + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_C]
     if RIGHT:
         shifted, u = _exp_minus_abs(z, True, SHORT)
         q *= _slope(shifted, u, SHORT)
-    at = (t * batch + b)[:, None] * C + c[None, :]
+    at = (t * batch + b)[:, None].to(tl.int64) * C + c[None, :]
     tl.store(Q + at, q.to(Q.dtype.element_ty), mask=keep)
     if CHUNKED:
         tl.store(R + at, (q * scale).to(R.dtype.element_ty), mask=keep)
@@ -228,7 +228,7 @@ def input_gradient_kernel(
     last = tl.minimum(first + chunk, frames)
     for k in range(taps):
         frame = t - k + pad
-        at = (frame * batch + b)[:, None] * C + c[None, :]
+        at = (frame * batch + b)[:, None].to(tl.int64) * C + c[None, :]
         inside = (frame >= 0) & (frame < frames)
         if CHUNKED:
             if k <= pad:
@@ -246,12 +246,12 @@ def input_gradient_kernel(
     if MASK is not None:
         valid = valid & (tl.load(MASK + b.to(tl.int64) * frames + t, mask=stored, other=1) == 0)
     keep = valid[:, None] & in_row
-    at = t[:, None] * time_stride + (b.to(tl.int64) * batch_stride + c)[None, :]
+    at = t[:, None].to(tl.int64) * time_stride + (b.to(tl.int64) * batch_stride + c)[None, :]
     x = tl.load(H + at, mask=keep, other=0.0).to(tl.float32)
     s = tl.load(H + at + C, mask=keep, other=0.0).to(tl.float32)
     gate = _logistic(s, SHORT)
     du = tl.where(keep, du, 0.0)
-    at = (t * batch + b)[:, None] * (2 * C) + c[None, :]
+    at = (t * batch + b)[:, None].to(tl.int64) * (2 * C) + c[None, :]
     tl.store(DH + at, (du * gate).to(DH.dtype.element_ty), mask=stored[:, None] & in_row)
     ds = du * (x * gate) * (1.0 - gate)
     tl.store(DH + at + C, ds.to(DH.dtype.element_ty), mask=stored[:, None] & in_row)
@@ -268,16 +268,18 @@ def weight_gradient_kernel(
     c_tiles, groups = tl.cdiv(C, BLOCK_C), tl.cdiv(count, TAPS)
     c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     k = (pid // c_tiles) % groups * TAPS + tl.arange(0, TAPS)
-    part = (pid // (c_tiles * groups)).to(tl.int64)
+    part = pid // (c_tiles * groups)
     in_row = c < C
     total = tl.zeros([TAPS, BLOCK_R, BLOCK_C], tl.float32)
     sums = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     start = part * rows_per_part
-    end = tl.minimum(start + rows_per_part, frames.to(tl.int64) * batch)
-    limit = (frames + taps // 2).to(tl.int64) * batch
+    end = tl.minimum(start + rows_per_part, frames * batch)
+    limit = (frames + taps // 2) * batch
     while start < end:
         r = start + tl.arange(0, BLOCK_R)
-        g = tl.load(G + r[:, None] * C + c[None, :], mask=(r < end)[:, None] & in_row[None, :], other=0.0)
+        g = tl.load(
+            G + r[:, None].to(tl.int64) * C + c[None, :], mask=(r < end)[:, None] & in_row[None, :], other=0.0
+        )
         g = g.to(tl.float32)  # [BLOCK_R, BLOCK_C]
         there = r[None, :] + k[:, None] * batch  # [TAPS, BLOCK_R]
         seen = (there < limit) & (k < count)[:, None] & (r < end)[None, :]
@@ -287,7 +289,7 @@ def weight_gradient_kernel(
             first = (t // chunk * chunk)[None, :]
             seen = seen & (frame >= first) & (frame < first + chunk)
         u = tl.load(
-            U + there[:, :, None] * C + c[None, None, :],
+            U + there[:, :, None].to(tl.int64) * C + c[None, None, :],
             mask=seen[:, :, None] & in_row[None, None, :],
             other=0.0,
         )
@@ -318,9 +320,9 @@ def edge_gradient_kernel(
         start = 0
         while start < here:
             i = start + tl.arange(0, BLOCK_R)
-            t = (i // batch).to(tl.int64) * chunk + position
+            t = i // batch * chunk + position
             keep = ((i < here) & (t < frames))[:, None] & (c < C)[None, :]
-            at = (t * batch + i % batch)[:, None] * C + c[None, :]
+            at = (t * batch + i % batch)[:, None].to(tl.int64) * C + c[None, :]
             total += tl.load(V + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_C]
             start += BLOCK_R
     at = (tl.where(right, C, 0) + c).to(tl.int64) * taps + tl.where(right, column - taps, column)
@@ -374,6 +376,10 @@ class _Call:
         whole = self.chunked and 0 < chunk_size < self.frames
         self.chunk = chunk_size if whole else self.frames
         self.c_tiles = triton.cdiv(self.channels, BLOCK_C)
+        if (self.frames + self.taps + BLOCK_T + BLOCK_R) * self.batch >= 2**31:
+            raise ValueError(
+                f"fastasr.gated_depthwise_conv: h: expected fewer than 2**31 rows on CUDA, got shape {tuple(h.shape)}"
+            )
         self.dtype = h.dtype if chunk_scale is None else torch.promote_types(h.dtype, chunk_scale.dtype)
         rows = 4 * self.taps + 1 if self.chunked else self.taps
         self.u = torch.empty(

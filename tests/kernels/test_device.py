@@ -35,10 +35,16 @@ def _calls(dtype=torch.float32):
             (other, x, make(60, 4, 192), x * 2, bias, make(192)),
         ),
         ("residual_norm", ops.residual_norm, (other, x, bias, make(192))),
+        ("gated_depthwise_conv", ops.gated_depthwise_conv, (x, make(96, 1, 7), make(96))),
+        (
+            "gated_depthwise_conv, chunks",
+            partial(ops.gated_depthwise_conv, chunk_size=16),
+            (x, make(96, 1, 7), make(96), make(96, 1, 4), make(96), make(2, 96, 7)),
+        ),
     ]
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(12))
 def test_capture_in_a_graph(index):
     name, function, tensors = _calls()[index]
     tensors = tuple(t.requires_grad_() for t in tensors)
@@ -64,7 +70,7 @@ def test_capture_in_a_graph(index):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(12))
 def test_no_wait_for_the_device(index):
     _, function, tensors = _calls()[index]
     tensors = tuple(t.requires_grad_() for t in tensors)
@@ -76,7 +82,7 @@ def test_no_wait_for_the_device(index):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(12))
 def test_on_a_stream_of_its_own(index):
     name, function, tensors = _calls(torch.bfloat16)[index]
     expected = function(*tensors)
@@ -91,7 +97,7 @@ def test_on_a_stream_of_its_own(index):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(12))
 def test_on_the_tensors_device(index):
     name, function, tensors = _calls()[index]
     y = function(*(t.to("cuda:1") for t in tensors))

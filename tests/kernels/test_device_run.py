@@ -40,6 +40,7 @@ def test_cases_are_those_of_training():
         "bias_norm",
         "bypass",
         "ema_scan",
+        "gated_depthwise_conv",
         "gated_residual_norm",
         "residual_norm",
     }

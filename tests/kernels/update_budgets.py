@@ -55,7 +55,7 @@ class Configuration:
 
 def configurations() -> list[Configuration]:
     """What the launchers use at model shapes: every kernel, mask kind, tile shape and element type."""
-    return [*_swoosh(), *_bias_norm(), *_bypass(), *_residual_norm()]
+    return [*_swoosh(), *_bias_norm(), *_bypass(), *_residual_norm(), *_gated_depthwise_conv()]
 
 
 def _swoosh():
@@ -199,6 +199,39 @@ def _residual_norm():
             name = f"residual_norm parts, {block_p}, {dtype}"
             types = wide | {"PARTS": dtype}
             yield Configuration(name, residual_norm.add_parts_kernel, types, constants, warps, ("C",))
+
+
+def _gated_depthwise_conv():
+    from fastasr.kernels import gated_depthwise_conv as conv
+
+    inputs = ("H", "CACHE", "WEIGHT", "CAUSAL_WEIGHT", "CHUNK_SCALE", "BIAS", "CAUSAL_BIAS", "GRAD")
+    between = ("U", "Q", "R", "V", "G")
+    outputs = ("Y", "DH", "DCACHE", "DWEIGHT", "DBIAS", "DCAUSAL_WEIGHT", "DCAUSAL_BIAS", "DCHUNK_SCALE")
+    chunk_causal = ("CACHE", "CAUSAL_WEIGHT", "CHUNK_SCALE", "CAUSAL_BIAS", "DCACHE", "DCAUSAL_WEIGHT")
+    absent = dict.fromkeys((*chunk_causal, "DCAUSAL_BIAS"))
+    divisible = ("C", "time_stride", "batch_stride", "grad_time_stride", "grad_batch_stride")
+    tile = {"BLOCK_T": conv.BLOCK_T, "BLOCK_C": conv.BLOCK_C}
+    sums = {"BLOCK_R": conv.BLOCK_R, "BLOCK_C": conv.BLOCK_C}
+    for dtype in ("fp32", "bf16"):
+        types = dict.fromkeys((*inputs, *between, *outputs), dtype)
+        types |= {"MASK": "u8", "TABLE": "fp32", "PARTS": "fp32"}
+        for form, none in (("plain", absent), ("chunks", {})):
+            chunked = {"CHUNKED": form == "chunks"}
+            outer = {"RIGHT": True, **tile, **chunked, **none}
+            only_q = dict.fromkeys(("R", "V")) if form == "plain" else {}
+            for kernel, constants in (
+                ("gate", {**tile, "BLOCK_K": conv.BLOCK_K, **none}),
+                ("forward", outer),
+                ("output_gradient", outer | only_q),
+                ("input_gradient", {**tile, **chunked, **none}),
+                ("weight_gradient", {**sums, **chunked, "TAPS": conv.TAPS}),
+                ("add_parts", {"BLOCK_P": conv.MAX_PARTS, "BLOCK_C": conv.BLOCK_C, **none}),
+            ):
+                name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, {form}, {dtype}"
+                function = getattr(conv, f"{kernel}_kernel")
+                yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
+        name = f"gated_depthwise_conv edge gradient, chunks, {dtype}"
+        yield Configuration(name, conv.edge_gradient_kernel, types, sums, conv.NUM_WARPS, divisible)
 
 
 def compiled(configuration: Configuration, architecture: int):

@@ -88,7 +88,9 @@ class ConvolutionModule(torch.nn.Module):
         y = ops.gated_depthwise_conv(h, *weights, **options, activation="identity")
         if y.requires_grad:
             y = y.permute(1, 2, 0)
-            if y.dtype is torch.float64:  # of which upstream's regularisers make float32 sums, in the order of memory
+            if (
+                y.dtype is torch.float64
+            ):  # of which upstream's regularisers make float32 sums, in the order of memory
                 y = y.contiguous()
             y = self.whiten(self.balancer2(y).permute(2, 0, 1))
         return self.out_proj(y)
