@@ -34,6 +34,7 @@ from fastasr.benchmarks.harness import Variant, peak_bytes, synchronize
 from fastasr.benchmarks.ops import (
     bias_norm,
     bypass,
+    complex_ema_scan,
     ema_scan,
     gated_depthwise_conv,
     residual_norm,
@@ -61,6 +62,7 @@ def training_cases() -> list[Case]:
         cases.append(swoosh_linear._case((frames, batch, inputs), outputs))
     for length, sequences, states in ((2048, 8, 4), (16384, 8, 4), (2048, 2, 4), (2048, 8, 16), (1, 8, 4)):
         cases.append(ema_scan._case(length, states, sequences))
+    cases.append(complex_ema_scan._case(2048))
     cases += residual_norm.CASES  # of a MEGA decoder
     for chunk in (None, 32):  # a convolution module of stack 0 and of stack 3, plain and chunk-causal
         cases.append(gated_depthwise_conv._case((frames, batch, 192), 31, chunk))
@@ -275,9 +277,14 @@ def launch_ema_scan() -> None:
                 sizes = {"L": length, "B": batch, "D": channels}
                 x = make(*(sizes[letter] for letter in options.get("layout", "LBD"))).requires_grad_()
                 parameters = [make(rows, states).requires_grad_() for _ in range(4)]
-                y = ops.ema_scan(x, *parameters, make(channels).requires_grad_(), **options)
-                outputs = y if isinstance(y, tuple) else (y,)
-                sum(t.float().sum() for t in outputs).backward()
+                omega = make(channels).requires_grad_()
+                outputs = [ops.ema_scan(x, *parameters, omega, **options)]
+                parameters[2:] = [make(rows).requires_grad_(), make(rows, states, 2).requires_grad_()]
+                if "state" in options:
+                    options["state"] = make(batch, channels, states, 2)
+                outputs.append(ops.complex_ema_scan(x, *parameters, omega, **options))
+                flat = [t for y in outputs for t in (y if isinstance(y, tuple) else (y,))]
+                sum(t.float().sum() for t in flat).backward()
 
 
 def sanitizer(out: Path, quick: bool) -> bool:

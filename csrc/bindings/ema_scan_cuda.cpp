@@ -43,7 +43,7 @@ int dtype_code(ScalarType dtype, const char* op) {
 }
 
 Tensor make(const Tensor& device_of, ScalarType dtype, std::initializer_list<int64_t> sizes) {
-  std::array<int64_t, 3> size{}, stride{};
+  std::array<int64_t, 4> size{}, stride{};
   int64_t dim = 0, next = 1;
   for (const int64_t n : sizes) size[dim++] = n;
   for (int64_t d = dim; d-- > 0; next *= std::max<int64_t>(1, size[d])) stride[d] = next;
@@ -55,16 +55,26 @@ Tensor make(const Tensor& device_of, ScalarType dtype, std::initializer_list<int
   return Tensor(handle);
 }
 
+// The four parameters and the residual weights, as the caller knows them.
+struct Names {
+  const char *damping, *decay, *expansion, *projection, *residual;
+};
+constexpr Names kReal{"damping", "decay", "expansion", "projection", "residual"};
+constexpr Names kComplex{"alpha", "delta", "theta", "gamma", "omega"};
+
 // The checked arguments of both passes. Python has named what is wrong with them; the checks here guard memory.
 struct Arguments {
   FastasrEmaScan scan{};
   ScalarType compute;
   const char* op;
+  bool complex;
 
-  Arguments(const char* op_, const Tensor& x, const Tensor& damping, const Tensor& decay, const Tensor& expansion,
-            const Tensor& projection, const OptionalTensor& residual, const OptionalTensor& state,
-            const OptionalTensor& mask, int64_t truncation, int64_t direction, int64_t activation, int64_t layout)
-      : op(op_) {
+  Arguments(const char* op_, bool complex_, const Tensor& x, const Tensor& damping, const Tensor& decay,
+            const Tensor& expansion, const Tensor& projection, const OptionalTensor& residual,
+            const OptionalTensor& state, const OptionalTensor& mask, int64_t truncation, int64_t direction,
+            int64_t activation, int64_t layout)
+      : op(op_), complex(complex_) {
+    const Names& names = complex ? kComplex : kReal;
     STD_TORCH_CHECK(x.dim() == 3, op, ": x: expected three dimensions, got ", x.dim());
     STD_TORCH_CHECK(layout >= 0 && layout <= 2, op, ": layout: expected 0, 1 or 2, got ", layout);
     STD_TORCH_CHECK(direction >= 0 && direction <= 2, op, ": direction: expected 0, 1 or 2, got ", direction);
@@ -76,21 +86,28 @@ struct Arguments {
     scan.dtype = dtype_code(x.scalar_type(), op);
     compute = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     scan.length = x.size(time), scan.batch = x.size(batch), scan.channels = x.size(channel);
-    STD_TORCH_CHECK(damping.dim() == 2, op, ": damping: expected (rows, states), got ", damping.dim(), " dimensions");
+    STD_TORCH_CHECK(damping.dim() == 2, op, ": ", names.damping, ": expected (rows, states), got ", damping.dim(),
+                    " dimensions");
     scan.states = damping.size(1);
-    STD_TORCH_CHECK(scan.states >= 1 && scan.states <= 64, op, ": damping: expected 1 to 64 states, got ", scan.states);
+    STD_TORCH_CHECK(scan.states >= 1 && scan.states <= 64, op, ": ", names.damping, ": expected 1 to 64 states, got ",
+                    scan.states);
     STD_TORCH_CHECK(direction != 2 || !state.has_value(), op, ": state: expected none with both directions");
     STD_TORCH_CHECK(truncation == 0 || !state.has_value(), op, ": state: expected none with truncation");
     scan.truncation = truncation;
     scan.direction = static_cast<int>(direction), scan.activation = static_cast<int>(activation);
     scan.x = sequence(x);
     const int64_t rows = scan.channels * (direction == 2 ? 2 : 1);
-    scan.damping = parameter(x, damping, "damping", {rows, scan.states});
-    scan.decay = parameter(x, decay, "decay", {rows, scan.states});
-    scan.expansion = parameter(x, expansion, "expansion", {rows, scan.states});
-    scan.projection = parameter(x, projection, "projection", {rows, scan.states});
-    if (residual.has_value()) scan.residual = parameter(x, *residual, "residual", {scan.channels});
-    if (state.has_value()) scan.state = parameter(x, *state, "state", {scan.batch, scan.channels, scan.states});
+    scan.damping = parameter(x, damping, names.damping, {rows, scan.states});
+    scan.decay = parameter(x, decay, names.decay, {rows, scan.states});
+    if (complex) {
+      scan.expansion = parameter(x, expansion, names.expansion, {rows});
+      scan.projection = parameter(x, projection, names.projection, {rows, scan.states, 2});
+    } else {
+      scan.expansion = parameter(x, expansion, names.expansion, {rows, scan.states});
+      scan.projection = parameter(x, projection, names.projection, {rows, scan.states});
+    }
+    if (residual.has_value()) scan.residual = parameter(x, *residual, names.residual, {scan.channels});
+    if (state.has_value()) scan.state = state_parameter(x, *state, "state");
     if (mask.has_value()) {
       STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, op, ": mask: expected bool");
       shaped(x, *mask, "mask", {scan.batch, scan.length});
@@ -125,6 +142,15 @@ struct Arguments {
     return t.const_data_ptr();
   }
 
+  const void* state_parameter(const Tensor& x, const Tensor& t, const char* name) const {
+    if (complex) return parameter(x, t, name, {scan.batch, scan.channels, scan.states, 2});
+    return parameter(x, t, name, {scan.batch, scan.channels, scan.states});
+  }
+  Tensor new_state(const Tensor& x) const {
+    if (complex) return make(x, compute, {scan.batch, scan.channels, scan.states, 2});
+    return make(x, compute, {scan.batch, scan.channels, scan.states});
+  }
+
   void check(int error) const {
     // cudaErrorInvalidValue: a state count whose carries do not fit into this GPU's shared memory
     STD_TORCH_CHECK(error == 0, op, ": CUDA error ", error, " for ", scan.states, " states");
@@ -136,81 +162,103 @@ struct Arguments {
 
 Tensor workspace_of(const Tensor& x, int64_t bytes) { return make(x, ScalarType::Byte, {bytes}); }
 
-std::tuple<Tensor, Tensor> ema_scan_forward(const Tensor& x, const Tensor& damping, const Tensor& decay,
-                                            const Tensor& expansion, const Tensor& projection, OptionalTensor residual,
-                                            OptionalTensor state, OptionalTensor mask, int64_t truncation,
-                                            int64_t direction, int64_t activation, int64_t layout, bool need_state) {
-  Arguments a("ema_scan_forward", x, damping, decay, expansion, projection, residual, state, mask, truncation,
-              direction, activation, layout);
-  STD_TORCH_CHECK(!need_state || (direction != 2 && truncation == 0), a.op,
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+std::tuple<Tensor, Tensor> forward(Arguments& a, const Tensor& x, bool need_state) {
+  STD_TORCH_CHECK(!need_state || (a.scan.direction != 2 && a.scan.truncation == 0), a.op,
                   ": need_state: expected false with both directions or truncation");
   a.check_device(x);
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor y = make(x, x.scalar_type(), {x.size(0), x.size(1), x.size(2)});
-  Tensor final_state =
-      need_state ? make(x, a.compute, {a.scan.batch, a.scan.channels, a.scan.states}) : make(x, a.compute, {0});
-  Tensor workspace = workspace_of(x, fastasr_cuda_ema_scan_forward_workspace(&a.scan));
+  Tensor final_state = need_state ? a.new_state(x) : make(x, a.compute, {0});
+  const auto size =
+      a.complex ? fastasr_cuda_complex_ema_scan_forward_workspace : fastasr_cuda_ema_scan_forward_workspace;
+  const auto run = a.complex ? fastasr_cuda_complex_ema_scan_forward : fastasr_cuda_ema_scan_forward;
+  Tensor workspace = workspace_of(x, size(&a.scan));
   a.scan.workspace = workspace.mutable_data_ptr();
-  a.check(fastasr_cuda_ema_scan_forward(&a.scan, a.sequence(y), need_state ? final_state.mutable_data_ptr() : nullptr,
-                                        current_stream(x, a.op)));
+  a.check(run(&a.scan, a.sequence(y), need_state ? final_state.mutable_data_ptr() : nullptr, current_stream(x, a.op)));
   return {y, final_state};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ema_scan_backward(
-    const Tensor& grad, OptionalTensor grad_state, const Tensor& x, const Tensor& damping, const Tensor& decay,
-    const Tensor& expansion, const Tensor& projection, OptionalTensor residual, OptionalTensor state,
-    OptionalTensor mask, int64_t truncation, int64_t direction, int64_t activation, int64_t layout) {
-  Arguments a("ema_scan_backward", x, damping, decay, expansion, projection, residual, state, mask, truncation,
-              direction, activation, layout);
+Gradients backward(Arguments& a, const Tensor& grad, const OptionalTensor& grad_state, const Tensor& x,
+                   const Tensor& damping, bool residual, bool state) {
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == 3, a.op, ": grad: expected x's dtype");
   for (int64_t d = 0; d < 3; d++)
     STD_TORCH_CHECK(grad.size(d) == x.size(d), a.op, ": grad: expected ", x.size(d), " in dimension ", d, ", got ",
                     grad.size(d));
   STD_TORCH_CHECK(grad.is_cuda() == x.is_cuda() && grad.get_device_index() == x.get_device_index(), a.op,
                   ": grad is on another device");
-  STD_TORCH_CHECK(!grad_state.has_value() || (direction != 2 && truncation == 0), a.op,
+  STD_TORCH_CHECK(!grad_state.has_value() || (a.scan.direction != 2 && a.scan.truncation == 0), a.op,
                   ": grad_state: expected none with both directions or truncation");
+  FastasrEmaScanGrads g{};
+  if (grad_state.has_value()) g.grad_state = a.state_parameter(x, *grad_state, "grad_state");
   a.check_device(x);
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor dx = make(x, x.scalar_type(), {x.size(0), x.size(1), x.size(2)});
-  const auto like_parameter = [&] { return make(x, a.compute, {damping.size(0), damping.size(1)}); };
-  Tensor ddamping = like_parameter(), ddecay = like_parameter(), dexpansion = like_parameter(),
-         dprojection = like_parameter();
-  Tensor dresidual = make(x, a.compute, {residual.has_value() ? a.scan.channels : 0});
-  Tensor dstate =
-      state.has_value() ? make(x, a.compute, {a.scan.batch, a.scan.channels, a.scan.states}) : make(x, a.compute, {0});
-  FastasrEmaScanGrads g{};
+  const int64_t rows = damping.size(0), states = damping.size(1);
+  Tensor ddamping = make(x, a.compute, {rows, states}), ddecay = make(x, a.compute, {rows, states});
+  Tensor dexpansion = a.complex ? make(x, a.compute, {rows}) : make(x, a.compute, {rows, states});
+  Tensor dprojection = a.complex ? make(x, a.compute, {rows, states, 2}) : make(x, a.compute, {rows, states});
+  Tensor dresidual = make(x, a.compute, {residual ? a.scan.channels : 0});
+  Tensor dstate = state ? a.new_state(x) : make(x, a.compute, {0});
   g.grad = a.sequence(grad);
-  if (grad_state.has_value())
-    g.grad_state = a.parameter(x, *grad_state, "grad_state", {a.scan.batch, a.scan.channels, a.scan.states});
   g.dx = a.sequence(dx);
   g.ddamping = ddamping.mutable_data_ptr(), g.ddecay = ddecay.mutable_data_ptr();
   g.dexpansion = dexpansion.mutable_data_ptr(), g.dprojection = dprojection.mutable_data_ptr();
-  if (residual.has_value()) g.dresidual = dresidual.mutable_data_ptr();
-  if (state.has_value()) g.dstate = dstate.mutable_data_ptr();
-  Tensor workspace = workspace_of(x, fastasr_cuda_ema_scan_backward_workspace(&a.scan, &g));
+  if (residual) g.dresidual = dresidual.mutable_data_ptr();
+  if (state) g.dstate = dstate.mutable_data_ptr();
+  const auto size =
+      a.complex ? fastasr_cuda_complex_ema_scan_backward_workspace : fastasr_cuda_ema_scan_backward_workspace;
+  const auto run = a.complex ? fastasr_cuda_complex_ema_scan_backward : fastasr_cuda_ema_scan_backward;
+  Tensor workspace = workspace_of(x, size(&a.scan, &g));
   a.scan.workspace = workspace.mutable_data_ptr();
-  a.check(fastasr_cuda_ema_scan_backward(&a.scan, &g, current_stream(x, a.op)));
+  a.check(run(&a.scan, &g, current_stream(x, a.op)));
   return {dx, ddamping, ddecay, dexpansion, dprojection, dresidual, dstate};
+}
+
+// The registered functions: one pair for real and one for complex numbers.
+template <bool complex>
+std::tuple<Tensor, Tensor> registered_forward(const Tensor& x, const Tensor& damping, const Tensor& decay,
+                                              const Tensor& expansion, const Tensor& projection,
+                                              OptionalTensor residual, OptionalTensor state, OptionalTensor mask,
+                                              int64_t truncation, int64_t direction, int64_t activation, int64_t layout,
+                                              bool need_state) {
+  Arguments a(complex ? "complex_ema_scan_forward" : "ema_scan_forward", complex, x, damping, decay, expansion,
+              projection, residual, state, mask, truncation, direction, activation, layout);
+  return forward(a, x, need_state);
+}
+
+template <bool complex>
+Gradients registered_backward(const Tensor& grad, OptionalTensor grad_state, const Tensor& x, const Tensor& damping,
+                              const Tensor& decay, const Tensor& expansion, const Tensor& projection,
+                              OptionalTensor residual, OptionalTensor state, OptionalTensor mask, int64_t truncation,
+                              int64_t direction, int64_t activation, int64_t layout) {
+  Arguments a(complex ? "complex_ema_scan_backward" : "ema_scan_backward", complex, x, damping, decay, expansion,
+              projection, residual, state, mask, truncation, direction, activation, layout);
+  return backward(a, grad, grad_state, x, damping, residual.has_value(), state.has_value());
 }
 
 }  // namespace
 }  // namespace fastasr
 
+#define FASTASR_OPTIONS "Tensor? state, Tensor? mask, int truncation, int direction, int activation, int layout"
+#define FASTASR_REAL \
+  "Tensor x, Tensor damping, Tensor decay, Tensor expansion, Tensor projection, Tensor? residual, " FASTASR_OPTIONS
+#define FASTASR_COMPLEX \
+  "Tensor x, Tensor alpha, Tensor delta, Tensor theta, Tensor gamma, Tensor? omega, " FASTASR_OPTIONS
+#define FASTASR_GRADIENTS "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+
 STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cuda, m) {
-  m.def(
-      "ema_scan_forward(Tensor x, Tensor damping, Tensor decay, Tensor expansion, Tensor projection, Tensor? residual, "
-      "Tensor? state, Tensor? mask, int truncation, int direction, int activation, int layout, bool need_state) -> "
-      "(Tensor, Tensor)");
-  m.def(
-      "ema_scan_backward(Tensor grad, Tensor? grad_state, Tensor x, Tensor damping, Tensor decay, Tensor expansion, "
-      "Tensor projection, Tensor? residual, Tensor? state, Tensor? mask, int truncation, int direction, int "
-      "activation, "
-      "int layout) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("ema_scan_forward(" FASTASR_REAL ", bool need_state) -> (Tensor, Tensor)");
+  m.def("ema_scan_backward(Tensor grad, Tensor? grad_state, " FASTASR_REAL ") -> " FASTASR_GRADIENTS);
+  m.def("complex_ema_scan_forward(" FASTASR_COMPLEX ", bool need_state) -> (Tensor, Tensor)");
+  m.def("complex_ema_scan_backward(Tensor grad, Tensor? grad_state, " FASTASR_COMPLEX ") -> " FASTASR_GRADIENTS);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastasr_cuda, CUDA, m) {
-  m.impl("ema_scan_forward", TORCH_BOX(&fastasr::ema_scan_forward));
-  m.impl("ema_scan_backward", TORCH_BOX(&fastasr::ema_scan_backward));
+  m.impl("ema_scan_forward", TORCH_BOX(&fastasr::registered_forward<false>));
+  m.impl("ema_scan_backward", TORCH_BOX(&fastasr::registered_backward<false>));
+  m.impl("complex_ema_scan_forward", TORCH_BOX(&fastasr::registered_forward<true>));
+  m.impl("complex_ema_scan_backward", TORCH_BOX(&fastasr::registered_backward<true>));
 }
 #endif

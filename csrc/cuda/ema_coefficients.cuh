@@ -62,6 +62,7 @@ prepare_coefficients(CoefficientParameters<C, P> p) {
   p.out[kIn * size + at] = static_cast<C>(k.b);
   p.out[kOut * size + at] = static_cast<C>(k.c);
   p.out[kLog * size + at] = static_cast<C>(log);
+  p.out[kLogLow * size + at] = C(0);
   p.out[kQLessOne * size + at] = static_cast<C>(-k.p * k.a);
   p.out[kQRows * size + at] = static_cast<C>(exp2(rows * log));
   p.out[kSlopeRows * size + at] = static_cast<C>(rows * exp2((rows - 1) * log));
@@ -75,40 +76,45 @@ prepare_coefficients(CoefficientParameters<C, P> p) {
 template <typename C>
 struct CarryParameters {
   int64_t batch, channels, segments, segment_length;
-  int groups, groups_each, values;  // values per group: 4 (u) or 8 (u and f)
+  int groups, groups_each, values;  // real numbers per group: 4 (u) or 8 (u and f)
   unsigned reversed;
   const C* coefficients;
   C* carry;  // [segment][batch][group][value][channel]
 };
 
 // One thread per batch row, state and channel.
-template <typename C>
+template <typename Q>
 FASTASR_KERNEL(kFlatThreads, 1)
-carry_segments(CarryParameters<C> p) {
+carry_segments(CarryParameters<typename StateTraits<Q>::Real> p) {
+  using C = typename StateTraits<Q>::Real;
+  constexpr int kStates = StateTraits<Q>::kStates, kParts = StateTraits<Q>::kParts;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kFlatThreads + threadIdx.x;
-  const int64_t states = static_cast<int64_t>(p.groups) * 4;
-  if (at >= p.batch * states * p.channels) return;
+  const int64_t states = static_cast<int64_t>(p.groups) * kStates, size = states * p.channels;
+  if (at >= p.batch * size) return;
   const int64_t channel = at % p.channels, state = at / p.channels % states, batch = at / p.channels / states;
-  const int64_t group = state / 4;
-  const C log = p.coefficients[(kLog * states + state) * p.channels + channel];
+  const int64_t group = state / kStates;
+  const auto coefficient = [&](int kind) {
+    return read_state(p.coefficients + kind * kParts * size + state * p.channels + channel, size, Q());
+  };
+  const Q log = coefficient(kLog), low = kParts == 1 ? zero(Q()) : coefficient(kLogLow);
   const C length = static_cast<C>(p.segment_length);
-  const C q = power(log, length), slope = length * power(log, length - C(1));
+  const Q q = power(log, low, length), slope = multiply(from_real(length, Q()), power(log, low, length - C(1)));
   const int64_t pitch = p.batch * p.groups * p.values * p.channels;
   const bool reverse = p.reversed >> (group / p.groups_each) & 1u;
-  C* u = p.carry + ((batch * p.groups + group) * p.values + state % 4) * p.channels + channel;
+  C* u = p.carry + ((batch * p.groups + group) * p.values + state % kStates * kParts) * p.channels + channel;
   const int64_t step = reverse ? -pitch : pitch;
   if (reverse) u += (p.segments - 1) * pitch;
-  C before_u = C(0), before_f = C(0);
+  Q before_u = zero(Q()), before_f = zero(Q());
   for (int64_t i = 0; i < p.segments; i++) {
-    const C end_u = u[0];
-    u[0] = before_u;
+    const Q end_u = read_state(u, p.channels, Q());
+    write_state(u, p.channels, before_u);
     if (p.values == 8) {
       C* const f = u + 4 * p.channels;
-      const C end_f = *f;
-      *f = before_f;
-      before_f = q * before_f + (slope * before_u + end_f);
+      const Q end_f = read_state(f, p.channels, Q());
+      write_state(f, p.channels, before_f);
+      before_f = multiply_add(q, before_f, multiply_add(slope, before_u, end_f));
     }
-    before_u = q * before_u + end_u;
+    before_u = multiply_add(q, before_u, end_u);
     u += step;
   }
 }
@@ -123,6 +129,7 @@ struct GradientParameters {
   const C* finals;              // of the adjoint scan, [batch][group][8][channel], or null
   const C* input_finals;        // of the same scan over x, or null
   C *ddamping, *ddecay, *dexpansion, *dprojection, *dresidual, *dstate;
+  double* by_angle;  // complex numbers: [row][state], else null
 };
 
 // Block (32 channels, state): adds the parts in a fixed order, in double; its first warp then applies the chain rule.

@@ -3,10 +3,12 @@
 
 #include <algorithm>
 
+#include "cuda/complex_ema_coefficients.cuh"
 #include "cuda/ema_coefficients.cuh"
 #include "cuda/ema_scan.h"
 
-// Plans and launches of the EMA scan; the kernels are in scan_tile.cuh and ema_coefficients.cuh.
+// Plans and launches of the EMA scan, real and complex; the kernels are in scan_tile.cuh, ema_coefficients.cuh and
+// complex_ema_coefficients.cuh.
 //
 // One block per 32 channels of a batch row walks all of time: x is read once and y written once. Where that gives fewer
 // blocks than a large GPU has multiprocessors, time is cut into segments: their ends are computed first (x is read a
@@ -15,12 +17,15 @@
 namespace fastasr::cuda {
 
 // What a block may use on the GPUs with the least (compute capability 8.6, 8.9, 12.0): 64 states fit everywhere.
+// Complex ones need twice the carries; where those do not fit, time is cut so that no block keeps any.
 constexpr int64_t kLeastShared = 99 * 1024;
 static_assert(ScanShape<float, kOutput>::shared(16, false) <= kLeastShared, "64 states");
 static_assert(ScanShape<float, kChain>::shared(16, false) <= kLeastShared, "64 states");
 static_assert(ScanShape<float, kAdjoint>::shared(16, false) <= kLeastShared, "64 states");
 static_assert(ScanShape<double, kOutput>::shared(16, false) <= kLeastShared, "64 states");
 static_assert(ScanShape<double, kAdjoint>::shared(16, false) <= kLeastShared, "64 states");
+static_assert(ScanShape<float, kAdjoint>::shared(64, true) <= kLeastShared, "64 complex states in both directions");
+static_assert(ScanShape<double, kAdjoint>::shared(64, true) <= kLeastShared, "64 complex states in both directions");
 
 constexpr int64_t kEnoughBlocks = 128, kWantedBlocks = 512;
 
@@ -53,15 +58,19 @@ enum class Pass { kSize, kRun };
 // The scans of one call. The pass that sizes the workspace and the one that launches are one function, so that they
 // cannot differ.
 //
-// P: type of the parameters and states. C: type of computation, wider than P for truncated convolutions: what leaves
-// the window is subtracted, and what its rounding leaves behind stays for as long as the memory would have lasted.
-template <typename C, typename P>
+// P: type of the parameters and states. Q: a state as it is computed, C or Complex<C>. C is wider than P for truncated
+// convolutions: what leaves the window is subtracted, and what its rounding leaves behind stays for as long as the
+// memory would have lasted.
+template <typename Q, typename P>
 class EmaScan {
  public:
+  using C = typename StateTraits<Q>::Real;
+  static constexpr int kStates = StateTraits<Q>::kStates, kParts = StateTraits<Q>::kParts;
+
   EmaScan(Pass pass, const FastasrEmaScan& scan, void* stream)
       : s_(scan), runs_(pass == Pass::kRun), workspace_(runs_ ? scan.workspace : nullptr), stream_(stream) {
     directions_ = scan.direction == 2 ? 2 : 1;
-    groups_each_ = static_cast<int>(ceil_div(scan.states, 4));
+    groups_each_ = static_cast<int>(ceil_div(scan.states, kStates));
     groups_ = groups_each_ * directions_;
     reversed_ = scan.direction == 0 ? 0u : scan.direction == 1 ? 1u : 2u;
     truncation_ = scan.truncation >= scan.length ? 0 : scan.truncation;
@@ -105,7 +114,8 @@ class EmaScan {
                                  static_cast<P*>(g.dexpansion),
                                  static_cast<P*>(g.dprojection),
                                  static_cast<P*>(g.dresidual),
-                                 static_cast<P*>(g.dstate)};
+                                 static_cast<P*>(g.dstate),
+                                 nullptr};
     if (s_.length > 0 && s_.batch > 0) {
       static_assert(ScanShape<C, kChain>::kRows == ScanShape<C, kAdjoint>::kRows, "one set of coefficients");
       prepare(ScanShape<C, kAdjoint>::kRows);
@@ -145,8 +155,16 @@ class EmaScan {
       finish.parts = p.parts;
       finish.blocks = blocks;
     }
-    start(&finish_gradients<P>, ceil_div(s_.channels, 32) * (groups_ * 4 + 1), 256, 2 * 8 * 32 * sizeof(double),
-          finish);
+    const int64_t blocks = ceil_div(s_.channels, 32) * (groups_ * kStates + 1);
+    if constexpr (kParts == 1) {
+      start(&finish_gradients<P>, blocks, 256, 2 * 8 * 32 * sizeof(double), finish);
+    } else {
+      const int64_t rows = directions_ * s_.channels;
+      finish.by_angle = workspace_.template take<double>(rows * s_.states);
+      start(&finish_complex_gradients<P>, blocks, 256, 4 * 8 * 32 * sizeof(double), finish);
+      const AngleParameters<P> angles{rows, s_.states, finish.by_angle, finish.expansion, finish.dexpansion};
+      start(&add_angles<P>, ceil_div(rows, kFlatThreads), kFlatThreads, 0, angles);
+    }
     return error_;
   }
 
@@ -179,15 +197,21 @@ class EmaScan {
                         pointer(s_.state),
                         s_.mask,
                         static_cast<P*>(final_state)};
-    start(&scan_step<P>, ceil_div(s_.batch * s_.channels, kFlatThreads), kFlatThreads, 0, p);
+    void (*kernel)(StepParameters<P>);
+    if constexpr (kParts == 1)
+      kernel = &scan_step<P>;
+    else
+      kernel = &complex_scan_step<P>;
+    start(kernel, ceil_div(s_.batch * s_.channels, kFlatThreads), kFlatThreads, 0, p);
     return error_;
   }
 
   void prepare(int warp_rows) {
-    const int64_t size = static_cast<int64_t>(groups_) * 4 * s_.channels;
+    const int64_t states = static_cast<int64_t>(groups_) * kStates * s_.channels,
+                  size = kCoefficients * kParts * states;
     const bool has_residual = s_.residual != nullptr;
-    coefficients_ = workspace_.template take<C>(kCoefficients * size + (has_residual ? s_.channels : 0));
-    if (has_residual && coefficients_ != nullptr) residual_ = coefficients_ + kCoefficients * size;
+    coefficients_ = workspace_.template take<C>(size + (has_residual ? s_.channels : 0));
+    if (has_residual && coefficients_ != nullptr) residual_ = coefficients_ + size;
     CoefficientParameters<C, P> p{s_.channels,
                                   s_.states,
                                   truncation_,
@@ -200,7 +224,12 @@ class EmaScan {
                                   pointer(s_.projection),
                                   pointer(s_.residual),
                                   coefficients_};
-    start(&prepare_coefficients<C, P>, ceil_div(size, kFlatThreads), kFlatThreads, 0, p);
+    void (*kernel)(CoefficientParameters<C, P>);
+    if constexpr (kParts == 1)
+      kernel = &prepare_coefficients<C, P>;
+    else
+      kernel = &prepare_complex_coefficients<C, P>;
+    start(kernel, ceil_div(states, kFlatThreads), kFlatThreads, 0, p);
   }
 
   // A dense sequence in the order of `order`'s strides.
@@ -233,7 +262,7 @@ class EmaScan {
     const int64_t tiles = ceil_div(s_.length, ScanShape<C, mode>::kTile);
     const int64_t blocks = ceil_div(s_.channels, 32) * s_.batch;
     p.tiles_per_segment = tiles;
-    if (directions_ == 2)
+    if (directions_ == 2 || ScanShape<C, mode>::shared(groups_, false) > kLeastShared)
       p.tiles_per_segment = 1;
     else if (blocks < kEnoughBlocks && tiles > 2)
       p.tiles_per_segment = ceil_div(tiles, std::min(ceil_div(kWantedBlocks, blocks), ceil_div(tiles, 2)));
@@ -250,14 +279,15 @@ class EmaScan {
     if (p.segments > 1) {
       p.carry = workspace_.template take<C>(p.segments * s_.batch * groups_ * Shape::kValues * s_.channels);
       p.ends_only = true;
-      start(&scan_tiles<C, mode>, blocks, Shape::kThreads, shared, p);
+      start(&scan_tiles<Q, mode>, blocks, Shape::kThreads, shared, p);
       p.ends_only = false;
       CarryParameters<C> carry{s_.batch,      s_.channels,  p.segments,     p.tiles_per_segment * Shape::kTile,
                                groups_,       groups_each_, Shape::kValues, p.reversed,
                                coefficients_, p.carry};
-      start(&carry_segments<C>, ceil_div(s_.batch * groups_ * 4 * s_.channels, kFlatThreads), kFlatThreads, 0, carry);
+      start(&carry_segments<Q>, ceil_div(s_.batch * groups_ * kStates * s_.channels, kFlatThreads), kFlatThreads, 0,
+            carry);
     }
-    start(&scan_tiles<C, mode>, blocks, Shape::kThreads, shared, p);
+    start(&scan_tiles<Q, mode>, blocks, Shape::kThreads, shared, p);
   }
 
   const FastasrEmaScan& s_;

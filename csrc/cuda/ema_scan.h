@@ -15,6 +15,9 @@ struct FastasrSequence {
   int64_t time, batch, channel;
 };
 
+// The complex scan has the same form: `damping` is alpha, `decay` delta, `expansion` theta (rows), `projection` gamma
+// (rows, states, 2), and states are (batch, channels, states, 2).
+//
 // Parameters, residual and states are contiguous, in float (double where dtype is double). Sizes and options as in
 // fastasr/ops/ema_scan.py; rows of the parameters: channels, twice that for direction 2.
 struct FastasrEmaScan {
@@ -41,5 +44,11 @@ int64_t fastasr_cuda_ema_scan_backward_workspace(const FastasrEmaScan* scan, con
 // final_state: (batch, channels, states) or null.
 int fastasr_cuda_ema_scan_forward(const FastasrEmaScan* scan, FastasrSequence y, void* final_state, void* stream);
 int fastasr_cuda_ema_scan_backward(const FastasrEmaScan* scan, const FastasrEmaScanGrads* grads, void* stream);
+
+int64_t fastasr_cuda_complex_ema_scan_forward_workspace(const FastasrEmaScan* scan);
+int64_t fastasr_cuda_complex_ema_scan_backward_workspace(const FastasrEmaScan* scan, const FastasrEmaScanGrads* grads);
+int fastasr_cuda_complex_ema_scan_forward(const FastasrEmaScan* scan, FastasrSequence y, void* final_state,
+                                          void* stream);
+int fastasr_cuda_complex_ema_scan_backward(const FastasrEmaScan* scan, const FastasrEmaScanGrads* grads, void* stream);
 
 }  // extern "C"

@@ -6,7 +6,7 @@
 // The C interface over the templates: compiled by nvcc in ema_scan.cu, and by the C++ tests with the emulation.
 namespace fastasr::cuda {
 
-// f(type of computation, type of the parameters)
+// f(a state, a parameter)
 template <typename F>
 auto with_types(const FastasrEmaScan& scan, F f) {
   if (scan.dtype == kFastasrDouble) return f(double{}, double{});

@@ -25,15 +25,16 @@ enum ScanMode { kOutput = 0, kChain = 1, kAdjoint = 2 };
 
 // Coefficients in global memory: [kind][part][state][channel], states padded to whole groups, directions one after the
 // other.
-// kQLessOne is q - 1: the adjoint takes u + ((q - 1) u + s), which is exact for q close to 1, where q itself is not.
-// kQRows and its derivative by q, kSlopeRows, are for the rows of a warp: rounded once, not power by power, so that
-// the error of a long memory grows with the number of warps passed, not of steps.
+// kQLessOne is q - 1: the adjoint takes u + ((q - 1) u + s), which is exact for q close to 1, where q itself is not;
+// with complex numbers every scan does. kQRows and its derivative by q, kSlopeRows, are for the rows of a warp: rounded
+// once, not power by power, so that the error of a long memory grows with the number of warps passed, not of steps.
 enum Coefficient {
   kQ = 0,
   kWeight,
   kIn,
   kOut,
   kLog,
+  kLogLow,  // of complex numbers, see power
   kQLessOne,
   kQRows,
   kSlopeRows,
@@ -153,6 +154,7 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
   constexpr int kValues = Shape::kValues, kSums = Shape::kSums;
   constexpr int kStates = StateTraits<Q>::kStates, kParts = StateTraits<Q>::kParts;
   constexpr bool kAdjoins = mode == kAdjoint, kReadsOther = mode != kOutput;
+  constexpr bool kDifference = kAdjoins || StateTraits<Q>::kDifference;
   FASTASR_DYNAMIC_SHARED(memory);
 
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
@@ -258,10 +260,13 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
       const auto coefficient = [&](int kind, int n) {
         return read_state(coefficients + kind * kind_pitch + n * p.channels, part_pitch, Q());
       };
+      const auto q_to_the = [&](int n, int64_t steps) {
+        return power(coefficient(kLog, n), kParts == 1 ? zero(Q()) : coefficient(kLogLow, n), C(steps));
+      };
       if (several || k == 0) {
 #pragma unroll
         for (int n = 0; n < kStates; n++) {
-          decay[n] = coefficient(kAdjoins ? kQLessOne : kQ, n);
+          decay[n] = coefficient(kDifference ? kQLessOne : kQ, n);
           weight[n] = coefficient(kWeight, n);
           q_rows[n] = coefficient(kQRows, n);
           slope_rows[n] = kAdjoins ? coefficient(kSlopeRows, n) : zero(Q());
@@ -278,7 +283,7 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
       Q u[kStates], f[kStates];
       const auto next_state = [&](Q decay, Q state, Q enters) {
         const Q change = multiply_add(decay, state, enters);
-        return kAdjoins ? add(state, change) : change;
+        return kDifference ? add(state, change) : change;
       };
       const auto advance = [&](C s) {
 #pragma unroll
@@ -442,8 +447,7 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
             if (state >= p.states) break;
             const int64_t at = ((batch * p.channels + channel) * p.states + state) * kParts;
             Q h = multiply(coefficient(kIn, n), u[n]);
-            if (p.initial != nullptr)
-              h = multiply_add(power(coefficient(kLog, n), C(p.length)), read_state(p.initial + at, 1, Q()), h);
+            if (p.initial != nullptr) h = multiply_add(q_to_the(n, p.length), read_state(p.initial + at, 1, Q()), h);
             write_state(p.final_state + at, 1, h);
           }
         }
@@ -457,8 +461,8 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
           u[n] = zero(Q());
           if (state < p.states)
             u[n] = read_state(p.initial + ((batch * p.channels + channel) * p.states + state) * kParts, 1, Q());
-          u[n] = multiply(multiply(coefficient(p.out_coefficient, n), u[n]),
-                          power(coefficient(kLog, n), C(done + p.first_power)));
+          if (kAdjoins) u[n] = conjugate(u[n]);  // the final state's gradient
+          u[n] = multiply(multiply(coefficient(p.out_coefficient, n), u[n]), q_to_the(n, done + p.first_power));
         }
         int offset = (start * kPitch) + lane + skipped * step;
         for (int j = 0; j < rows; j++) {
@@ -466,7 +470,8 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
 #pragma unroll
           for (int n = 0; n < kStates; n++) {
             if (!p.mask_out || (scan_out >> (j + skipped) & 1u)) sum += real_part(u[n]);
-            u[n] = multiply(coefficient(kQ, n), u[n]);
+            u[n] = StateTraits<Q>::kDifference ? multiply_add(coefficient(kQLessOne, n), u[n], u[n])
+                                               : multiply(coefficient(kQ, n), u[n]);
           }
           out[offset] = sum;
           offset += step;

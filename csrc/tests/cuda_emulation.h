@@ -229,9 +229,16 @@ namespace fastasr::cuda {
 using std::erf;
 using std::exp;
 using std::exp2;
+using std::fma;
 using std::log1p;
 using std::log2;
+using std::rint;
 using std::tanh;
+
+inline double sinpi(double x) { return static_cast<double>(std::sin(3.14159265358979323846L * x)); }
+inline double cospi(double x) { return static_cast<double>(std::cos(3.14159265358979323846L * x)); }
+inline float sinpi(float x) { return static_cast<float>(sinpi(static_cast<double>(x))); }
+inline float cospi(float x) { return static_cast<float>(cospi(static_cast<double>(x))); }
 
 template <typename Parameters>
 int launch(void (*kernel)(Parameters), int64_t blocks, int threads, int64_t shared, void*,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastasr.ops import _dispatch
 
+OPS = ("ema_scan", "complex_ema_scan")
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 AXES = ((0, 1, 2), (1, 0, 2), (2, 0, 1))  # of time, batch and channels, by layout
@@ -61,12 +62,16 @@ def build(folder: Path) -> ctypes.CDLL:
     command = [compiler(), "-std=c++20", "-O2", *fused, "-w", "-shared", "-fPIC", f"-I{CSRC}"]
     subprocess.run([*command, str(CSRC / "tests" / "cuda_emulated.cpp"), "-o", str(target)], check=True)
     library = ctypes.CDLL(str(target))
-    forward, backward = library.fastasr_cuda_ema_scan_forward, library.fastasr_cuda_ema_scan_backward
-    forward.argtypes = [POINTER(_Scan), _Sequence, c_void_p, c_void_p]
-    backward.argtypes = [POINTER(_Scan), POINTER(_Grads), c_void_p]
-    for name in ("forward", "backward"):
-        getattr(library, f"fastasr_cuda_ema_scan_{name}_workspace").restype = c_int64
+    for op in OPS:
+        _function(library, op, "forward").argtypes = [POINTER(_Scan), _Sequence, c_void_p, c_void_p]
+        _function(library, op, "backward").argtypes = [POINTER(_Scan), POINTER(_Grads), c_void_p]
+        for name in ("forward", "backward"):
+            _function(library, op, f"{name}_workspace").restype = c_int64
     return library
+
+
+def _function(library: ctypes.CDLL, op: str, name: str):
+    return getattr(library, f"fastasr_cuda_{op}_{name}")
 
 
 def _pointer(t: Tensor | None) -> int | None:
@@ -96,37 +101,40 @@ def _scan(
     )
 
 
-def _forward(library: ctypes.CDLL, x: Tensor, damping: Tensor, *rest) -> tuple[Tensor, Tensor]:
+def _forward(library: ctypes.CDLL, op: str, x: Tensor, damping: Tensor, *rest) -> tuple[Tensor, Tensor]:
     *options, need_state = rest
     scan, layout = _scan(x, damping, *options), options[-1]
     y = x.new_empty(x.shape)
-    batch, channels = x.shape[AXES[layout][1]], x.shape[AXES[layout][2]]
-    final = damping.new_empty((batch, channels, damping.shape[1]) if need_state else 0)
-    workspace = x.new_empty(library.fastasr_cuda_ema_scan_forward_workspace(byref(scan)), dtype=torch.uint8)
+    shape = (x.shape[AXES[layout][1]], x.shape[AXES[layout][2]], damping.shape[1])
+    shape += (2,) if op == "complex_ema_scan" else ()
+    final = damping.new_empty(shape if need_state else 0)
+    workspace = x.new_empty(_function(library, op, "forward_workspace")(byref(scan)), dtype=torch.uint8)
     scan.workspace = workspace.data_ptr()
     state = final.data_ptr() if need_state else None
-    assert library.fastasr_cuda_ema_scan_forward(byref(scan), _sequence(y, layout), state, None) == 0
+    assert _function(library, op, "forward")(byref(scan), _sequence(y, layout), state, None) == 0
     return y, final
 
 
-def _backward(library: ctypes.CDLL, grad: Tensor, grad_state: Tensor | None, *inputs) -> tuple[Tensor, ...]:
+def _backward(
+    library: ctypes.CDLL, op: str, grad: Tensor, grad_state: Tensor | None, *inputs
+) -> tuple[Tensor, ...]:
     scan, layout = _scan(*inputs), inputs[-1]
     grads = [None if t is None else t.new_empty(t.shape) for t in inputs[:7]]
     descriptor = _Grads(
         _sequence(grad, layout), _pointer(grad_state), _sequence(grads[0], layout), *map(_pointer, grads[1:])
     )
-    size = library.fastasr_cuda_ema_scan_backward_workspace(byref(scan), byref(descriptor))
+    size = _function(library, op, "backward_workspace")(byref(scan), byref(descriptor))
     workspace = grad.new_empty(size, dtype=torch.uint8)
     scan.workspace = workspace.data_ptr()
-    assert library.fastasr_cuda_ema_scan_backward(byref(scan), byref(descriptor), None) == 0
+    assert _function(library, op, "backward")(byref(scan), byref(descriptor), None) == 0
     return tuple(grad.new_empty(0) if g is None else g for g in grads)
 
 
 @contextmanager
-def serving(library: ctypes.CDLL):
-    """Inside, ema_scan's only kernels are the emulated ones, on CPU tensors."""
-    family = _dispatch.FAMILIES["ema_scan"]
-    kernels = _dispatch.Kernels("cuda", partial(_forward, library), partial(_backward, library))
+def serving(library: ctypes.CDLL, op: str):
+    """Inside, the op's only kernels are the emulated ones, on CPU tensors."""
+    family = _dispatch.FAMILIES[op]
+    kernels = _dispatch.Kernels("cuda", partial(_forward, library, op), partial(_backward, library, op))
     emulated = _dispatch.Implementation("cuda", ("cpu",), _dispatch.FLOATING, str, lambda: kernels)
     before, family.implementations = family.implementations, (emulated,)
     _dispatch._forget()

@@ -37,6 +37,24 @@ def _arguments(**changed) -> list:
     return list((values | changed).values())
 
 
+def _complex_arguments(**changed) -> list:
+    values = {
+        "x": torch.zeros(5, 2, 3),
+        "alpha": torch.zeros(3, 4),
+        "delta": torch.zeros(3, 4),
+        "theta": torch.zeros(3),
+        "gamma": torch.zeros(3, 4, 2),
+        "omega": torch.zeros(3),
+        "state": None,
+        "mask": None,
+        "truncation": 0,
+        "direction": 0,
+        "activation": 0,
+        "layout": 0,
+    }
+    return list((values | changed).values())
+
+
 WRONG = [
     ("x", torch.zeros(5, 6), "x: expected three dimensions, got 2"),
     ("x", torch.zeros(5, 2, 3, dtype=torch.int32), "unsupported dtype"),
@@ -72,6 +90,41 @@ def test_both_passes_name_what_is_wrong(name, value, message):
         namespace.ema_scan_backward.default._op_dk(CUDA, grad, None, *arguments)
 
 
+COMPLEX_WRONG = [
+    ("x", torch.zeros(5, 2, 4), "alpha: expected 4 in dimension 0, got 3"),
+    ("alpha", torch.zeros(3, 65), "alpha: expected 1 to 64 states, got 65"),
+    ("delta", torch.zeros(3, 5), "delta: expected 4 in dimension 1, got 5"),
+    ("theta", torch.zeros(3, 4), "theta: expected 1 dimensions, contiguous"),
+    ("theta", torch.zeros(3, dtype=torch.float64), "theta: expected float32"),
+    ("gamma", torch.zeros(3, 4), "gamma: expected 3 dimensions, contiguous"),
+    ("gamma", torch.zeros(3, 4, 3), "gamma: expected 2 in dimension 2, got 3"),
+    ("omega", torch.zeros(1), "omega: expected 3 in dimension 0, got 1"),
+    ("state", torch.zeros(2, 3, 4), "state: expected 4 dimensions, contiguous"),
+    ("state", torch.zeros(2, 3, 4, dtype=torch.complex64), "state: expected float32"),
+    ("mask", torch.zeros(5, 2, dtype=torch.bool), "mask: expected 2 in dimension 0, got 5"),
+    ("x", torch.zeros(5, 2, 3), "x: expected a CUDA tensor"),
+]
+
+
+@built
+@pytest.mark.parametrize(("name", "value", "message"), COMPLEX_WRONG)
+def test_complex_numbers_too(name, value, message):
+    namespace = torch.ops.fastasr_cuda
+    arguments = _complex_arguments(**{name: value})
+    with pytest.raises(RuntimeError, match=f"complex_ema_scan_forward: {message}"):
+        namespace.complex_ema_scan_forward.default._op_dk(CUDA, *arguments, False)
+    with pytest.raises(RuntimeError, match=f"complex_ema_scan_backward: {message}"):
+        namespace.complex_ema_scan_backward.default._op_dk(CUDA, torch.zeros(5, 2, 3), None, *arguments)
+
+
+@built
+def test_the_gradient_of_a_complex_state():
+    backward = torch.ops.fastasr_cuda.complex_ema_scan_backward.default
+    grad, grad_state = torch.zeros(5, 2, 3), torch.zeros(2, 3, 4, 3)
+    with pytest.raises(RuntimeError, match="grad_state: expected 2 in dimension 3, got 3"):
+        backward._op_dk(CUDA, grad, grad_state, *_complex_arguments())
+
+
 @built
 def test_options_that_exclude_each_other():
     forward = torch.ops.fastasr_cuda.ema_scan_forward.default
@@ -99,7 +152,7 @@ def test_options_that_exclude_each_other():
 
 @built
 def test_schemas_have_no_defaults():
-    for name in ("ema_scan_forward", "ema_scan_backward"):
+    for name in (f"{op}_{way}" for op in ("ema_scan", "complex_ema_scan") for way in ("forward", "backward")):
         schema = getattr(torch.ops.fastasr_cuda, name).default._schema
         assert not any(argument.has_default_value() for argument in schema.arguments)
 

@@ -35,15 +35,18 @@ def _cuobjdump() -> str | None:
 
 
 def _readable(mangled: str) -> str:
-    """``scan_tiles<float, mode 2>`` of the mangled name of a kernel in fastasr::cuda."""
+    """``scan_tiles<complex float, adjoint>`` of the mangled name of a kernel in fastasr::cuda."""
     name = re.match(r"_ZN7fastasr4cuda(\d+)(.*)", mangled)
     if name is None:
         return mangled
     length, rest = int(name[1]), name[2]
-    arguments = re.match(r"I([fd]+)(?:LNS0_8ScanModeE(\d)E)?E", rest[length:])
+    arguments = re.match(r"I((?:[fd]|NS0_7ComplexI[fd]EE)+)(?:LNS0_8ScanModeE(\d)E)?E", rest[length:])
     if arguments is None:
         return mangled
-    types = [{"f": "float", "d": "double"}[letter] for letter in arguments[1]]
+    types = [
+        ("complex " if prefix else "") + {"f": "float", "d": "double"}[letter]
+        for prefix, letter in re.findall(r"(NS0_7ComplexI)?([fd])", arguments[1])
+    ]
     mode = {None: [], "0": ["output"], "1": ["chain"], "2": ["adjoint"]}[arguments[2]]
     return f"{rest[:length]}<{', '.join(types + mode)}>"
 

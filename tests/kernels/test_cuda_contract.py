@@ -17,12 +17,15 @@ def library(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "run",
+    ("op", "run"),
     [
-        pytest.param(run, id=f"{check}-{sample.name}-{str(dtype).removeprefix('torch.')}".replace(" ", "_"))
-        for check, sample, dtype, run in cases(tables()["ema_scan"], "cpu", forced=True)
+        pytest.param(
+            op, run, id=f"{op}-{check}-{sample.name}-{dtype}".replace("torch.", "").replace(" ", "_")
+        )
+        for op in cuda_emulated.OPS
+        for check, sample, dtype, run in cases(tables()[op], "cpu", forced=True)
     ],
 )
-def test_contract(run, library):
-    with cuda_emulated.serving(library), fastasr.backend("cuda"):
+def test_contract(op, run, library):
+    with cuda_emulated.serving(library, op), fastasr.backend("cuda"):
         run()

@@ -30,6 +30,11 @@ def _calls(dtype=torch.float32):
         ("ema_scan", partial(ops.ema_scan, activation="silu"), (x, *(make(192, 4) for _ in range(4)), bias)),
         ("ema_scan, one step", ops.ema_scan, (x[:1], *(make(192, 4) for _ in range(4)), bias)),
         (
+            "complex_ema_scan",
+            partial(ops.complex_ema_scan, activation="silu"),
+            (x, make(192, 4), make(192, 4), make(192), make(192, 4, 2), bias),
+        ),
+        (
             "gated_residual_norm",
             ops.gated_residual_norm,
             (other, x, make(60, 4, 192), x * 2, bias, make(192)),
@@ -44,7 +49,7 @@ def _calls(dtype=torch.float32):
     ]
 
 
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(13))
 def test_capture_in_a_graph(index):
     name, function, tensors = _calls()[index]
     tensors = tuple(t.requires_grad_() for t in tensors)
@@ -70,7 +75,7 @@ def test_capture_in_a_graph(index):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(13))
 def test_no_wait_for_the_device(index):
     _, function, tensors = _calls()[index]
     tensors = tuple(t.requires_grad_() for t in tensors)
@@ -82,7 +87,7 @@ def test_no_wait_for_the_device(index):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(13))
 def test_on_a_stream_of_its_own(index):
     name, function, tensors = _calls(torch.bfloat16)[index]
     expected = function(*tensors)
@@ -97,7 +102,7 @@ def test_on_a_stream_of_its_own(index):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(13))
 def test_on_the_tensors_device(index):
     name, function, tensors = _calls()[index]
     y = function(*(t.to("cuda:1") for t in tensors))

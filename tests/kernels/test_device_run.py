@@ -39,6 +39,7 @@ def test_cases_are_those_of_training():
         "swoosh_linear",
         "bias_norm",
         "bypass",
+        "complex_ema_scan",
         "ema_scan",
         "gated_depthwise_conv",
         "gated_residual_norm",

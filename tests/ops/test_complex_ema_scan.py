@@ -15,6 +15,7 @@ from fastasr.ops.complex_ema_scan import coefficients, definition
 from fastasr.testing import Make
 from fastasr.testing.samples.complex_ema_scan import NAMES, complex_ema
 from fastasr.testing.table import floating, with_tensors
+from fastasr.testing.tolerance import compare
 
 PARAMETERS = NAMES[1:5]
 
@@ -188,13 +189,54 @@ def test_an_angle_of_zero_is_ema_scan():
     torch.testing.assert_close(y, ops.ema_scan(**kept, **real), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("length", [6000, 1 << 17])
 @pytest.mark.parametrize("alpha", [0.0, -9.0])
-def test_long_and_narrow(alpha):
-    arguments = complex_ema(Make(), 6000, 1, 3, 2, alpha=alpha, delta=alpha / 4, activation="silu")
-    cotangents = (Make(seed=1).normal(6000, 1, 3),)
+def test_long_and_narrow(length, alpha):
+    arguments = complex_ema(Make(), length, 1, 3, 2, alpha=alpha, delta=alpha / 4, activation="silu")
+    cotangents = (Make(seed=1).normal(length, 1, 3),)
     (y,), grads = _gradients(ops.complex_ema_scan, arguments, cotangents)
+    (eager,), eager_grads = _gradients(definition, arguments, cotangents)
     wide = with_tensors(arguments, lambda _, t: t.double())
     (expected,), expected_grads = _gradients(definition, wide, (cotangents[0].double(),))
-    _close(y, expected, 2e-5)
+    comparison = compare(y, eager, expected)
+    assert comparison.ok, comparison
     for name, grad in grads.items():
-        _close(grad, expected_grads[name], 2e-4)
+        comparison = compare(grad, eager_grads[name], expected_grads[name])
+        assert comparison.ok, f"{name}: {comparison}"
+
+
+def _by_fft(x, alpha, delta, theta, gamma, omega, activation) -> Tensor:
+    """Upstream's form: a kernel from powers of q and one product of transforms, in float32."""
+    length, states = x.shape[0], alpha.shape[1]
+    p = torch.sigmoid(alpha)
+    n = torch.arange(1, states + 1).to(theta)
+    angle = n * (torch.sigmoid(theta) * (2 * math.pi / states)).unsqueeze(-1)
+    log_q = torch.complex(torch.log1p(-p * torch.sigmoid(delta)).float(), angle.float())
+    powers = torch.exp(log_q.unsqueeze(-1) * torch.arange(length))
+    weight = torch.complex(gamma[..., 0].float(), gamma[..., 1].float()) * (p * states**-0.5).float()
+    kernel = (weight.unsqueeze(-1) * powers).sum(1).real
+    u = x.permute(1, 2, 0)
+    transform = torch.fft.rfft(u.float(), n=2 * length) * torch.fft.rfft(kernel, n=2 * length)
+    y = torch.fft.irfft(transform, n=2 * length)[..., :length].to(x.dtype).permute(2, 0, 1)
+    return activation(y + x * omega)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_error_is_not_above_that_of_the_fft(dtype):
+    arguments = complex_ema(Make(dtype), 400, 2, 64, alpha=-2.0, activation="silu")
+    wide = with_tensors(arguments, lambda _, t: t.double())
+    cotangent = Make(dtype, seed=1).normal(400, 2, 64)
+
+    def fft(activation, layout, direction, **tensors):
+        return _by_fft(**tensors, activation=torch.nn.functional.silu)
+
+    (expected,), expected_grads = _gradients(definition, wide, (cotangent.double(),))
+    (ours,), our_grads = _gradients(ops.complex_ema_scan, arguments, (cotangent,))
+    (theirs,), their_grads = _gradients(fft, arguments, (cotangent,))
+
+    def error(a, b):
+        return (a.double() - b).square().mean().sqrt().item()
+
+    assert error(ours, expected) <= error(theirs, expected)
+    for name, grad in expected_grads.items():
+        assert error(our_grads[name], grad) <= 1.1 * error(their_grads[name], grad), name
