@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/number.h"
+#include "cpu/sum_blocks.h"
 
 // What every binding needs: the kernel's storage type for a tensor, checks, and a split of the work that depends on
 // the shape alone. Python has already checked the arguments and named them: the checks here guard memory.
@@ -133,16 +134,8 @@ struct RowBlocks {
 // out[j] = sum over blocks of parts[block][j], in block order, in double.
 template <typename T>
 void reduce_blocks(const cpu::compute_t<T>* parts, int64_t blocks, int64_t width, T* out) {
-  parallel_range(width, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, blocks)), [&](int64_t b, int64_t e) {
-    double sum[64];
-    for (int64_t j = b; j < e; j += 64) {
-      const int64_t m = std::min<int64_t>(64, e - j);
-      for (int64_t i = 0; i < m; i++) sum[i] = 0;
-      for (int64_t k = 0; k < blocks; k++)
-        for (int64_t i = 0; i < m; i++) sum[i] += static_cast<double>(parts[k * width + j + i]);
-      for (int64_t i = 0; i < m; i++) cpu::store(&out[j + i], static_cast<cpu::compute_t<T>>(sum[i]));
-    }
-  });
+  const int64_t grain = std::max<int64_t>(64, kGrain / std::max<int64_t>(1, blocks));
+  parallel_range(width, grain, [&](int64_t b, int64_t e) { cpu::sum_blocks(parts, blocks, width, b, e, out); });
 }
 
 }  // namespace fastasr

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #ifdef FASTASR_WITH_CUDA
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <array>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/residual_norm.h"
 
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -56,27 +57,34 @@ Call<T> checked(const Tensor& x, const Tensor& update, const Optional& candidate
   return call;
 }
 
-Tensor residual_norm_forward(const Tensor& x, const Tensor& update, const Optional& candidate, const Optional& hidden,
-                             const Optional& mask, const Tensor& weight, const Tensor& bias, double eps,
-                             int64_t activation) {
+std::tuple<Tensor, Tensor> residual_norm_forward(const Tensor& x, const Tensor& update, const Optional& candidate,
+                                                 const Optional& hidden, const Optional& mask, const Tensor& weight,
+                                                 const Tensor& bias, double eps, int64_t activation,
+                                                 bool keep_statistics) {
   const char* op = "residual_norm_forward";
   STD_TORCH_CHECK(x.dim() >= 1, op, ": x has no dimensions");
   Tensor y = new_contiguous(x);
+  const int64_t channels = x.size(x.dim() - 1), kept = keep_statistics && channels ? 3 * (x.numel() / channels) : 0;
+  const int64_t stride = 1;
+  Tensor statistics = new_strided(weight, 1, &kept, &stride);
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     const auto call = checked<T>(x, update, candidate, hidden, mask, weight, bias, eps, activation, op);
+    using Statistics = cpu::RowStatistics<cpu::compute_t<T>>;
     T* out = mutable_data<T>(y);
+    auto* kept_rows = kept ? reinterpret_cast<Statistics*>(mutable_data<cpu::compute_t<T>>(statistics)) : nullptr;
     const int64_t n = call.p.channels;
     parallel_range(call.rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, 2 * n)), [&](int64_t b, int64_t e) {
       std::vector<cpu::compute_t<T>> scratch(cpu::residual_norm_scratch(n));
-      cpu::residual_norm_forward(call.p, b, e, out, scratch.data());
+      cpu::residual_norm_forward(call.p, b, e, out, kept_rows, scratch.data());
     });
   });
-  return y;
+  return {y, statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
     const Tensor& grad, const Tensor& x, const Tensor& update, const Optional& candidate, const Optional& hidden,
-    const Optional& mask, const Tensor& weight, const Tensor& bias, double eps, int64_t activation) {
+    const Optional& mask, const Tensor& weight, const Tensor& bias, const Optional& statistics, double eps,
+    int64_t activation) {
   const char* op = "residual_norm_backward";
   STD_TORCH_CHECK(x.dim() >= 1, op, ": x has no dimensions");
   check_same_size(grad, x, op, "grad");
@@ -89,20 +97,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
     const auto call = checked<T>(x, update, candidate, hidden, mask, weight, bias, eps, activation, op);
     const int64_t n = call.p.channels;
     const T* g = data<T>(grad);
+    const cpu::RowStatistics<C>* rows = nullptr;
+    if (statistics) {
+      STD_TORCH_CHECK(statistics->scalar_type() == kComputeType<T> && statistics->is_contiguous() &&
+                          statistics->numel() == 3 * call.rows,
+                      op, ": statistics");
+      rows = reinterpret_cast<const cpu::RowStatistics<C>*>(data<C>(*statistics));
+    }
     T *ox = mutable_data<T>(dx), *ou = mutable_data<T>(dupdate), *os = mutable_data<T>(dsum);
     const RowBlocks blocks(call.rows, n);
-    std::vector<C> parts(blocks.count * 2 * n);
+    const std::unique_ptr<C[]> parts(new C[static_cast<size_t>(blocks.count * 2 * n)]);  // every block is written
     parallel_range(blocks.count, std::max<int64_t>(1, kGrain / (blocks.rows_per_block * std::max<int64_t>(1, 4 * n))),
                    [&](int64_t b, int64_t e) {
                      std::vector<C> scratch(cpu::residual_norm_scratch(n));
                      for (int64_t k = b; k < e; k++) {
-                       C* part = parts.data() + k * 2 * n;
-                       cpu::residual_norm_backward(call.p, g, blocks.begin(k), blocks.begin(k) + blocks.size(k), ox, ou,
-                                                   os, part, part + n, scratch.data());
+                       C* part = parts.get() + k * 2 * n;
+                       cpu::residual_norm_backward(call.p, g, rows, blocks.begin(k), blocks.begin(k) + blocks.size(k),
+                                                   ox, ou, os, part, part + n, scratch.data());
                      }
                    });
     std::vector<C> sums(2 * n);
-    reduce_blocks<C>(parts.data(), blocks.count, 2 * n, sums.data());
+    reduce_blocks<C>(parts.get(), blocks.count, 2 * n, sums.data());
     std::copy_n(sums.data(), n, mutable_data<C>(dweight));
     std::copy_n(sums.data() + n, n, mutable_data<C>(dbias));
   });
@@ -115,10 +130,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
   m.def(
       "residual_norm_forward(Tensor x, Tensor update, Tensor? candidate, Tensor? hidden, Tensor? mask, Tensor weight, "
-      "Tensor bias, float eps, int activation) -> Tensor");
+      "Tensor bias, float eps, int activation, bool keep_statistics) -> (Tensor, Tensor)");
   m.def(
       "residual_norm_backward(Tensor grad, Tensor x, Tensor update, Tensor? candidate, Tensor? hidden, Tensor? mask, "
-      "Tensor weight, Tensor bias, float eps, int activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor weight, Tensor bias, Tensor? statistics, float eps, int activation) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {

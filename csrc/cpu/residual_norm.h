@@ -29,15 +29,24 @@ struct ResidualNorm {
   int64_t channels;
 };
 
+// (t - high) - low is t less its mean, which is exact to double; scale is 1 / sqrt(var + eps).
+template <typename C>
+struct RowStatistics {
+  C high, low, scale;
+};
+
 // Elements of scratch a call needs.
 constexpr int64_t residual_norm_scratch(int64_t channels) { return 6 * channels; }
 
-// Rows [begin, end). Outputs are contiguous. dweight, dbias (channels each, overwritten) are the sums over these rows:
+// Rows [begin, end). Outputs are contiguous. statistics, one per row of the whole, may be null: then they are not kept,
+// and in the backward pass computed again. dweight, dbias (channels each, overwritten) are the sums over these rows:
 // the caller adds the parts of fixed row blocks in order. dupdate and dsum are null in the plain form.
 #define FASTASR_DECLARE(T)                                                                                            \
-  void residual_norm_forward(const ResidualNorm<T>& p, int64_t begin, int64_t end, T* y, compute_t<T>* scratch);      \
-  void residual_norm_backward(const ResidualNorm<T>& p, const T* grad, int64_t begin, int64_t end, T* dx, T* dupdate, \
-                              T* dsum, compute_t<T>* dweight, compute_t<T>* dbias, compute_t<T>* scratch);
+  void residual_norm_forward(const ResidualNorm<T>& p, int64_t begin, int64_t end, T* y,                              \
+                             RowStatistics<compute_t<T>>* statistics, compute_t<T>* scratch);                         \
+  void residual_norm_backward(const ResidualNorm<T>& p, const T* grad, const RowStatistics<compute_t<T>>* statistics, \
+                              int64_t begin, int64_t end, T* dx, T* dupdate, T* dsum, compute_t<T>* dweight,          \
+                              compute_t<T>* dbias, compute_t<T>* scratch);
 FASTASR_DECLARE(float)
 FASTASR_DECLARE(double)
 FASTASR_DECLARE(bfloat16)

@@ -23,10 +23,14 @@ void values(int64_t rows, int64_t channels, bool gated, bool masked) {
   p.weight = w.data(), p.bias = b.data(), p.eps = 1e-3, p.activation = 1, p.channels = channels;
   Buffer<T> y(rows * channels), dx(rows * channels), du(rows * channels), ds(rows * channels);
   Buffer<C> dw(channels), db(channels), scratch(cpu::residual_norm_scratch(channels));
-  cpu::residual_norm_forward(p, 0, rows, y.data(), scratch.data());
-  cpu::residual_norm_backward(p, g.data(), 0, rows, dx.data(), gated ? du.data() : nullptr, gated ? ds.data() : nullptr,
-                              dw.data(), db.data(), scratch.data());
-  CHECK(y.intact() && dx.intact() && du.intact() && ds.intact() && dw.intact() && db.intact() && scratch.intact(),
+  Buffer<C> kept(3 * rows);
+  auto* statistics = reinterpret_cast<cpu::RowStatistics<C>*>(kept.data());
+  cpu::residual_norm_forward(p, 0, rows, y.data(), statistics, scratch.data());
+  cpu::residual_norm_backward(p, g.data(), channels % 2 ? statistics : nullptr, 0, rows, dx.data(),
+                              gated ? du.data() : nullptr, gated ? ds.data() : nullptr, dw.data(), db.data(),
+                              scratch.data());
+  CHECK(y.intact() && dx.intact() && du.intact() && ds.intact() && dw.intact() && db.intact() && scratch.intact() &&
+            kept.intact(),
         "%s %ldx%ld: wrote outside", Type<T>::name, long(rows), long(channels));
 
   std::vector<long double> ew(static_cast<size_t>(channels)), t(ew), a(ew), s(ew), slope(ew);
@@ -84,9 +88,9 @@ void rows_apart() {
   cpu::ResidualNorm<T> p{};
   p.x = {x.data(), channels}, p.update = {u.data(), channels};
   p.weight = w.data(), p.bias = b.data(), p.eps = 1e-12, p.channels = channels;
-  cpu::residual_norm_forward(p, 0, rows, y.data(), scratch.data());
-  cpu::residual_norm_forward(p, 0, 2, y2.data(), scratch.data());
-  cpu::residual_norm_forward(p, 2, rows, y2.data(), scratch.data());
+  cpu::residual_norm_forward(p, 0, rows, y.data(), nullptr, scratch.data());
+  cpu::residual_norm_forward(p, 0, 2, y2.data(), nullptr, scratch.data());
+  cpu::residual_norm_forward(p, 2, rows, y2.data(), nullptr, scratch.data());
   CHECK(y.equals(y2), "%s: blocks of rows differ from the whole", Type<T>::name);
   for (int64_t j = 0; j < channels; j++)
     CHECK(same_bits(y[2 * channels + j], make<T>(static_cast<double>(b[j]))), "%s: a row of one value", Type<T>::name);

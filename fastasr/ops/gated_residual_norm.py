@@ -102,27 +102,41 @@ def definition_backward(
 # the arguments of the C++ operators: (x, update, candidate, hidden, mask, weight, bias, eps, activation).
 def forward(x, update, candidate, hidden, mask, weight, bias, eps: float, activation: int) -> Tensor:
     """y without autograd, by the best kernel for x."""
+    return _forward(x, update, candidate, hidden, mask, weight, bias, eps, activation, False)[0]
+
+
+def _forward(
+    x, update, candidate, hidden, mask, weight, bias, eps: float, activation: int, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y and, where they are kept for the backward pass, each row's mean in two parts and 1 / deviation."""
     kernels = FAMILY.kernels(x)
     if kernels is not None:
-        return kernels.forward(
-            *_rows(x, update, candidate, hidden), *_dense(mask, weight, bias), eps, activation
-        )
+        arguments = *_rows(x, update, candidate, hidden), *_dense(mask, weight, bias), eps, activation
+        if kernels.backend != "cpu":
+            return kernels.forward(*arguments), None
+        y, statistics = kernels.forward(*arguments, keep)
+        return y, statistics if keep else None
     if candidate is None:
-        return definition_residual(x, update, weight, bias, eps)
+        return definition_residual(x, update, weight, bias, eps), None
     name = _activation.NAMES[activation]
     y = definition(
         x, update, candidate, hidden, weight, bias, eps, activation=name, dropout_mask=_as(mask, x)
     )
-    return y.contiguous()
+    return y.contiguous(), None
 
 
-def backward(grad, x, update, candidate, hidden, mask, weight, bias, eps: float, activation: int):
+def backward(
+    grad, x, update, candidate, hidden, mask, weight, bias, eps: float, activation: int, statistics=None
+):
     """(dx, dupdate, dsum, dweight, dbias) without autograd, by the best kernel for x."""
     kernels = FAMILY.kernels(x)
     if kernels is None:
         return definition_backward(grad, x, update, candidate, hidden, mask, weight, eps, activation)
     inputs = _rows(x, update, candidate, hidden)
-    return kernels.backward(grad.contiguous(), *inputs, *_dense(mask, weight, bias), eps, activation)
+    operands = grad.contiguous(), *inputs, *_dense(mask, weight, bias)
+    if kernels.backend == "cpu":
+        operands = *operands, statistics
+    return kernels.backward(*operands, eps, activation)
 
 
 def _rows(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -140,14 +154,18 @@ def _as(t: Tensor | None, x: Tensor) -> Tensor | None:
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, update, candidate, hidden, mask, weight, bias, eps: float, activation: int) -> Tensor:
-        ctx.save_for_backward(x, update, candidate, hidden, mask, weight, bias)
+        arguments = x, update, candidate, hidden, mask, weight, bias
+        y, statistics = _forward(*arguments, eps, activation, True)
+        ctx.save_for_backward(*arguments, statistics)
         ctx.rest = eps, activation
-        return forward(x, update, candidate, hidden, mask, weight, bias, eps, activation)
+        return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        refuse_double_backward("gated_residual_norm" if ctx.saved_tensors[2] is not None else "residual_norm")
-        return _gradients(backward(grad, *ctx.saved_tensors, *ctx.rest), ctx.saved_tensors[2] is not None)
+        *inputs, statistics = ctx.saved_tensors
+        gated = inputs[2] is not None
+        refuse_double_backward("gated_residual_norm" if gated else "residual_norm")
+        return _gradients(backward(grad, *inputs, *ctx.rest, statistics), gated)
 
 
 def _gradients(found: tuple[Tensor, ...], gated: bool) -> tuple[Tensor | None, ...]:
