@@ -106,9 +106,11 @@ void add_tap_gradients(const C* in, const C* grad, int64_t rows, int64_t K, C* d
   for (int64_t k = 0; k < K; k += kTile) add_tap_gradient(in + k * kStripe, grad, rows, dtaps + k * kStripe);
 }
 
-// din[t] = sum over k < K of taps[k] grad[t + K - 1 - k], t < rows rounded up to whole tiles.
-template <typename C>
-void convolve_reversed(const C* grad, const C* taps, int64_t K, int64_t rows, C* din) {
-  for (int64_t t = 0; t < rows; t += kTile)
+// din[t] = sum over k < K of taps[k] grad[t + K - 1 - k], t < rows rounded up to whole tiles; ahead(t) as above.
+template <typename C, typename F>
+void convolve_reversed(const C* grad, const C* taps, int64_t K, int64_t rows, C* din, const F& ahead) {
+  for (int64_t t = 0; t < rows; t += kTile) {
+    ahead(t);
     tile_of<false>(rows - t, grad + t * kStripe, taps + (K - 1) * kStripe, -kStripe, K, din + t * kStripe);
+  }
 }

@@ -149,10 +149,7 @@ class Backward : Convolution<T> {
       stage<true>(stripe, t + pad_, n, u_[reach], gate_[reach]);
       if (within) {
         if (conv_.swoosh || conv_.chunked()) {
-          this->convolve_block(u_[0], t, end, [&](int64_t i) {
-            stripe.prefetch(end + pad_ + i, kTile);
-            for (int64_t j = t + i; j < std::min(t + i + kTile, end); j++) prefetch_row<0>(row_of(g, stripe, j));
-          });
+          this->convolve_block(u_[0], t, end, [&](int64_t i) { stripe.prefetch(end + pad_ + i, kTile); });
         }
         output_gradients(stripe, g, t, end);
         tap_gradients(t, end);
@@ -174,6 +171,10 @@ class Backward : Convolution<T> {
 
   static const T* row_of(const Gradient& g, const Stripe<T>& stripe, int64_t t) {
     return g.grad + t * g.time + stripe.batch * g.batch + stripe.first;
+  }
+
+  T* output(const Stripe<T>& stripe, const Gradient& g, int64_t t) const {
+    return g.dh + (t * conv_.batch + stripe.batch) * 2 * conv_.channels + stripe.first;
   }
 
   static void clear(C* rows, int64_t n) {
@@ -224,10 +225,17 @@ class Backward : Convolution<T> {
   void input_gradients(const Stripe<T>& stripe, const Gradient& g, int64_t t, int64_t end) {
     const int64_t channels = conv_.channels, n = end - t, start = t - pad_;
     const int64_t low = std::max<int64_t>(start, 0), high = std::min(end - pad_, conv_.frames);
+    const auto ahead = [&](int64_t i) {  // what the end of this block writes and what the next one reads
+      for (int64_t j = std::max(low, start + i); j < std::min(start + i + kTile, high); j++) {
+        prefetch_row(output(stripe, g, j));
+        prefetch_row(output(stripe, g, j) + channels);
+      }
+      for (int64_t j = end + i; j < std::min(end + i + kTile, conv_.frames); j++) prefetch_row(row_of(g, stripe, j));
+    };
     if (!conv_.chunked()) {
-      convolve_reversed(q_[0], taps_[0], conv_.taps, n, z_[0]);
+      convolve_reversed(q_[0], taps_[0], conv_.taps, n, z_[0], ahead);
     } else {
-      convolve_reversed(q_[pad_], causal_[0], pad_ + 1, n, z_[0]);
+      convolve_reversed(q_[pad_], causal_[0], pad_ + 1, n, z_[0], ahead);
       for_each_chunk(
           low, high, conv_.chunk, conv_.frames, [&](int64_t begin, int64_t stop, int64_t first, int64_t last) {
             const C* seen = window(r_[begin - pad_ - t + 2 * pad_], begin, stop, first, last, pad_, copy_[0]);
@@ -241,7 +249,7 @@ class Backward : Convolution<T> {
             store(&g.dcache[(stripe.batch * channels + stripe.first + c) * pad_ + pad_ + i], z_[i - start][c]);
     }
     for (int64_t i = low; i < high; i++) {
-      T* dx = g.dh + (i * conv_.batch + stripe.batch) * 2 * channels + stripe.first;
+      T* dx = output(stripe, g, i);
       const int64_t r = i - start;
       if (stripe.channels == kStripe)
         gate_gradient(z_[r], u_[r], gate_[r], kStripe, dx, dx + channels);

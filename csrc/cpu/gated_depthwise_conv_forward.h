@@ -59,7 +59,7 @@ class Forward : Convolution<T> {
       T* to = y + t * y_row + stripe.batch * conv_.channels + stripe.first;
       this->convolve_block(ring_[0], t, end, [&](int64_t i) {
         stripe.prefetch(end + pad_ + i, kTile);
-        for (int64_t j = i; j < std::min(i + kTile, n); j++) prefetch_row<1>(to + j * y_row);
+        for (int64_t j = i; j < std::min(i + kTile, n); j++) prefetch_row(to + j * y_row);
       });
       write(z_[0], bias_[0], n, stripe.channels, to, y_row);
       std::memmove(ring_[0], ring_[n], sizeof(C) * static_cast<size_t>(reach * kStripe));
