@@ -40,6 +40,7 @@ from fastasr.benchmarks.ops import (
     residual_norm,
     swoosh,
     swoosh_linear,
+    toeplitz_attention,
 )
 from fastasr.benchmarks.rows import Row
 
@@ -63,7 +64,7 @@ def training_cases() -> list[Case]:
     for length, sequences, states in ((2048, 8, 4), (16384, 8, 4), (2048, 2, 4), (2048, 8, 16), (1, 8, 4)):
         cases.append(ema_scan._case(length, states, sequences))
     cases.append(complex_ema_scan._case(2048))
-    cases += residual_norm.CASES  # of a MEGA decoder
+    cases += [*residual_norm.CASES, *toeplitz_attention.CASES]  # of a MEGA decoder
     for chunk in (None, 32):  # a convolution module of stack 0 and of stack 3, plain and chunk-causal
         cases.append(gated_depthwise_conv._case((frames, batch, 192), 31, chunk))
         cases.append(gated_depthwise_conv._case((188, batch, 512), 15, chunk and chunk // 8))
@@ -250,7 +251,35 @@ def launch_everything() -> None:
             for y in outputs:
                 y.sum().backward()
     launch_ema_scan()
+    launch_attention()
     torch.cuda.synchronize()
+
+
+def launch_attention() -> None:
+    """Tiles with tails in every direction, masks, chunks; one block of channels and several."""
+    from fastasr import ops
+
+    for dtype in (torch.float32, torch.bfloat16):
+        make = partial(torch.randn, device="cuda", dtype=dtype)
+        for length, batch, d, v in ((1, 2, 8, 12), (150, 2, 20, 40), (70, 1, 150, 140)):
+            padding = torch.rand(batch, length, device="cuda") > 0.8
+            padding[:, 0] = False
+            keep = torch.rand(batch, 1, length, length, device="cuda") > 0.2
+            for options in (
+                {},
+                {"padding_mask": padding, "weights_dropout": keep, "causal": False},
+                {"chunk_size": 40, "activate_value": True, "activation": "gelu"},
+            ):
+                shapes = (
+                    (length, batch, d),
+                    (length, batch, v),
+                    (length, batch, v),
+                    (2, d),
+                    (2, d),
+                    (2 * length - 1,),
+                )
+                tensors = [make(shape).requires_grad_() for shape in shapes]
+                ops.toeplitz_attention(*tensors, **options).sum().backward()
 
 
 def launch_ema_scan() -> None:

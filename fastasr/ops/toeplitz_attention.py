@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 
 from fastasr.ops import _activation, _check
-from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served
+from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served, triton_kernels
 from fastasr.ops._register import refuse_double_backward, register
 
 FAMILY = KernelFamily(
     "toeplitz_attention",
     ("toeplitz_attention",),
-    (native_kernels("toeplitz_attention"),),
+    (native_kernels("toeplitz_attention"), triton_kernels("toeplitz_attention")),
 )
 
 

@@ -456,6 +456,8 @@ def cases(
         if forced and not check.forced:
             continue
         for sample in check.samples(table):
+            if forced and sample.large:
+                continue
             for dtype in check.dtypes:
                 if forced and dtype is torch.float64:
                     continue

@@ -42,12 +42,14 @@ class Sample:
 
     ``exact``: finite and smooth, so gradients are compared (off for infinities and the like).
     ``thorough``: small, and used for the slower checks (gradcheck, opcheck, compile, autocast).
+    ``large``: left out where kernels are interpreted, which takes minutes.
     """
 
     name: str
     arguments: Callable[[Make], dict]
     exact: bool = True
     thorough: bool = False
+    large: bool = False
 
 
 @dataclass(frozen=True)

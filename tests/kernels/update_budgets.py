@@ -26,6 +26,7 @@ from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported, which follows
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -41,7 +42,7 @@ class Configuration:
     """A kernel with everything that selects its code.
 
     ``types``: element types of the pointers (other arguments are i32). ``divisible``: integers that Triton
-    knows to be multiples of 16. ``floats``: numbers that are fp32.
+    knows to be multiples of 16. ``floats``: numbers that are fp32. ``stages``: of the pipeline of loads.
     """
 
     name: str
@@ -51,11 +52,20 @@ class Configuration:
     warps: int
     divisible: tuple[str, ...] = ()
     floats: tuple[str, ...] = ()
+    stages: int = 3  # Triton's own choice
+    architectures: tuple[int, ...] = ARCHITECTURES
 
 
 def configurations() -> list[Configuration]:
     """What the launchers use at model shapes: every kernel, mask kind, tile shape and element type."""
-    return [*_swoosh(), *_bias_norm(), *_bypass(), *_residual_norm(), *_gated_depthwise_conv()]
+    return [
+        *_swoosh(),
+        *_bias_norm(),
+        *_bypass(),
+        *_residual_norm(),
+        *_gated_depthwise_conv(),
+        *_toeplitz_attention(),
+    ]
 
 
 def _swoosh():
@@ -234,6 +244,83 @@ def _gated_depthwise_conv():
         yield Configuration(name, conv.edge_gradient_kernel, types, sums, conv.NUM_WARPS, divisible)
 
 
+def _toeplitz_attention():
+    from fastasr.kernels import toeplitz_attention as module
+
+    like = [
+        "X",
+        "VALUE",
+        "GATE",
+        "GRAD",
+        "MIXED",
+        "QUERY",
+        "KEY",
+        "ACTIVE",
+        "G",
+        "DGATE",
+        "Y",
+        "DVALUE",
+        "DX",
+    ]
+    wide = [
+        "WEIGHT",
+        "SHIFT",
+        "BIAS",
+        "DROPOUT",
+        "ALONG",
+        "DQUERY",
+        "DKEY",
+        "MAXIMUM",
+        "INVERSE",
+        "REST",
+        "PARTS",
+        "OUT",
+        "DBIAS",
+    ]
+    strides = [f"{name}_{of}" for name in ("x", "value", "gate", "grad") for of in ("time", "batch")]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    plain = {"HIDDEN": None, "DROPOUT": None}
+    extra = {"prepare": module.PREPARE, "parameters": module.PARAMETERS}
+
+    def configuration(
+        name: str, label: str, dtype: str, d: int = 128, v: int = 1024, only: int = 0, **constants
+    ):
+        width, shapes = module.tiles(d, v, dtypes[dtype], only == 90, "DROPOUT" not in constants)
+        options = dict(shapes[name] if name in shapes else extra.get(name, {"num_warps": 4}))
+        warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
+        pointers = dict.fromkeys(like, dtype) | dict.fromkeys(wide, "fp32")
+        pointers |= {"PADDING": "i8", "HIDDEN": "i8"} | ({"PARTS": "fp64"} if dtype == "fp32" else {})
+        return Configuration(
+            f"toeplitz_attention {name}{label and ', ' + label}, d={d}, V={v}, {dtype}",
+            getattr(module, f"{name}_kernel"),
+            pointers,
+            {"CAUSAL": True, "ACTIVATION": 1, "WIDTH": width} | options | constants,
+            warps,
+            ("D", "V", *strides, "out_time"),
+            ("scale",),
+            stages,
+            (only,) if only else ARCHITECTURES,
+        )
+
+    for dtype in dtypes:
+        for name in ("forward", "queries", "keys", "values"):
+            for only in (0,) if dtype == "fp32" else ARCHITECTURES:
+                yield configuration(name, "", dtype, only=only, **plain)
+                if dtype == "fp16":
+                    continue
+                yield configuration(name, "both ways, padding, dropout", dtype, only=only, CAUSAL=False)
+                if dtype == "bf16":
+                    yield configuration(name, "", dtype, 256, 512, only, **plain)
+    for dtype in ("fp32", "bf16"):
+        forward = dict.fromkeys(("GATE", "GRAD", "MIXED", "G", "DGATE", "ALONG"))
+        yield configuration("prepare", "forward, padding", dtype, **forward)
+        yield configuration("prepare", "backward", dtype, PADDING=None, HIDDEN=None)
+        yield configuration("parameters", "", dtype)
+        for block_p in (128, module.MAX_PARTS):
+            yield configuration("add_parts", f"parts, {block_p}", dtype, BLOCK_P=block_p, BLOCK_C=16)
+        yield configuration("add_diagonals", "", dtype, BLOCK=64, BLOCK_P=16)
+
+
 def compiled(configuration: Configuration, architecture: int):
     """The kernel, compiled for ``sm_<architecture>``, every pointer aligned to 16 bytes."""
     names = configuration.kernel.arg_names
@@ -255,7 +342,8 @@ def compiled(configuration: Configuration, architecture: int):
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": configuration.warps})
+    options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
+    return triton.compile(source, target=target, options=options)
 
 
 def _resource_usage(cubin: bytes) -> str:
@@ -314,7 +402,7 @@ def measure_all() -> dict[str, dict[str, int]]:
     return {
         f"{configuration.name}, sm_{architecture}": measure(configuration, architecture)
         for configuration in configurations()
-        for architecture in ARCHITECTURES
+        for architecture in configuration.architectures
     }
 
 

@@ -103,17 +103,19 @@ TABLE = OpTable(
             "nothing but padding",
             lambda m: _call(m, 12, 2, 8, 12, padding_mask=torch.tensor([[True] * 12, [False] * 12])),
         ),
-        Sample("chunks", lambda m: _call(m, 192, 2, 64, 96, chunk_size=64)),
+        Sample("chunks", lambda m: _call(m, 192, 2, 64, 96, chunk_size=64), large=True),
         Sample("a long bias", lambda m: _call(m, 40, 2, 16, 32, positions=64)),
-        Sample("dropout in chunks", lambda m: _dropout(m, 256, 3, 128, 160, 64, causal=False)),
+        Sample("dropout in chunks", lambda m: _dropout(m, 256, 3, 128, 160, 64, causal=False), large=True),
         *(
             Sample(
-                name, lambda m, name=name: _call(m, 100, 2, 128, 129, activation=name, activate_value=True)
+                name,
+                lambda m, name=name: _call(m, 100, 2, 128, 129, activation=name, activate_value=True),
+                large=True,
             )
             for name in _activation.NAMES
         ),
-        Sample("block", lambda m: _slices(m, 100, 2, 128, 256)),
-        Sample("long", lambda m: _call(m, 300, 1, 64, 64)),
+        Sample("block", lambda m: _slices(m, 100, 2, 128, 256), large=True),
+        Sample("long", lambda m: _call(m, 300, 1, 64, 64), large=True),
         Sample("one frame", lambda m: _call(m, 1, 3, 8, 12)),
         Sample("no frames", lambda m: _call(m, 0, 3, 8, 12)),
         Sample("no sequences", lambda m: _call(m, 5, 0, 8, 12)),

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pieces of the attention kernels: spans of chunks, tiles of products and of scores, the running softmax.
+
+PRECISE, for float32 tensors: sums in float64, exponentials within a unit in the last place.
+"""
+
+import triton
+import triton.language as tl
+
+from fastasr.kernels.activation import exp_nonpositive
+
+NONE = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def span(program, blocks, length, size, count):
+    """(unit, its sequence, first frame and number of frames, block) of a program."""
+    unit = program // blocks
+    first = unit % count * size
+    frames = tl.minimum(size, length - first)
+    return unit.to(tl.int64), (unit // count).to(tl.int64), first.to(tl.int64), frames, program % blocks
+
+
+@triton.jit
+def load_rows(X, r, stride, c, keep, width):
+    """[rows, columns] of X, zeros outside."""
+    pointers = (X + r.to(tl.int64) * stride)[:, None] + c[None, :]
+    return tl.load(pointers, mask=keep[:, None] & (c < width)[None, :], other=0.0)
+
+
+@triton.jit
+def products(total, A, a, a_stride, keep_a, B, b, b_stride, keep_b, width, BLOCK: tl.constexpr):
+    """total + A[a] B[b]^T over ``width`` columns."""
+    for first in range(0, width, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        left = load_rows(A, a, a_stride, c, keep_a, width)  # [a, BLOCK]
+        right = load_rows(B, b, b_stride, c, keep_b, width)  # [b, BLOCK]
+        total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def biased(scores, scale, BIAS, HIDDEN, i, j, n, CAUSAL: tl.constexpr):
+    """scale scores + bias[j - i], -inf where query i does not see key j; one of i, j is a row, the other a column."""
+    seen = (i < n) & (j < n)
+    if CAUSAL:
+        seen = seen & (j <= i)
+    if HIDDEN is not None:
+        seen = seen & (tl.load(HIDDEN + j, mask=j < n, other=1) == 0)
+    bias = tl.load(BIAS + (j - i), mask=seen, other=0.0)
+    return tl.where(seen, tl.fma(scores, scale, bias), NONE)
+
+
+@triton.jit
+def dropped(values, DROPOUT, unit, i, j, n, size):
+    """values M."""
+    if DROPOUT is not None:
+        row = DROPOUT + (unit * size + i) * size
+        values = values * tl.load(row + j, mask=(i < n) & (j < n), other=0.0)
+    return values
+
+
+@triton.jit
+def sums(values, axis: tl.constexpr, PRECISE: tl.constexpr):
+    """Sums along an axis, in float64 when PRECISE."""
+    if PRECISE:
+        values = values.to(tl.float64)
+    return tl.sum(values, axis=axis)
+
+
+@triton.jit
+def running(maximum, scores, PRECISE: tl.constexpr):
+    """(new maximum of rows, factor of what was summed so far, exponentials); rows without a key so far are 0."""
+    new = tl.maximum(maximum, tl.max(scores, axis=1))
+    shift = tl.where(new == NONE, 0.0, new)
+    return new, exp_nonpositive(maximum - shift, PRECISE), exp_nonpositive(scores - shift[:, None], PRECISE)

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gated attention of one head with a bias of the distance; no tensor of length x length reaches memory.
+
+    q = (act(x) w0 + b0) / sqrt(d), k = act(x) w1 + b1, S_ij = q_i k_j + bias[j - i], s = softmax_j(S), h = (s M) v,
+    y = h act(gate)
+    With g = dy act(gate): dgate = dy h act'(gate), dv = (s M)^T g, dA = (g v^T) M, D = sum_j s dA, dS = s (dA - D),
+    dq = dS k, dk = dS^T q, dbias[t] = sum over j - i = t of dS, and from dq, dk those of x, w, b.
+
+A unit is a chunk of a sequence. Its N = L B frames have d channels of queries and V of values, of e bytes:
+
+    kernel       program                       products per pair    reads and writes, in elements per frame
+    prepare      4 frames                      -                    x, q, k; v twice if activated; backward dy, gate, h,
+                                                                    g, dgate
+    forward      queries x columns of v        d + columns          q, k, v, gate; y, h
+    queries      queries x columns of d        d + V + 2 columns    q, k, v, g; dq (float32)
+    keys         keys x columns of d           d + V + columns      q, k, v, g; dk (float32), diagonal sums
+    values       keys x columns of v           d + columns          q, k, g; dv
+    parameters   frames                        -                    x, dq, dk; dx
+
+Scores are computed again wherever they are needed; those of one tile serve all columns that fit registers: 256 of 16
+bits. Forward and queries sweep the keys once with a running maximum. The sweep of queries needs no statistics of the
+forward: with D0 = g h, from h as it was rounded, it sums e = exp(S - max), e (dA - D0), and both times k, and from
+these D - D0 and dq follow. So rows of dS add up to zero as nearly as float32 allows, however h was rounded, which the
+sums over them rely on.
+
+Diagonal sums: a square tile of dS is rolled, row c by c, in registers; its columns are then halves of two neighbouring
+diagonal blocks, and one block is finished per tile. Parts are written per block of keys and added in float64, as are
+those of the parameters. What a program does depends on the shape alone: results repeat bit for bit, without atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastasr.kernels.activation import activate_with_slope
+from fastasr.kernels.attention_tiles import NONE, biased, dropped, load_rows, products, running, span, sums
+from fastasr.kernels.toeplitz_attention_backward import (
+    add_diagonals_kernel,
+    add_parts_kernel,
+    keys_kernel,
+    parameters_kernel,
+    queries_kernel,
+    values_kernel,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_PARTS = 512
+
+
+# --------------------------------------------------------------------------- elementwise, per frame
+@triton.jit(do_not_specialize=["length", "size", "count", "blocks"])
+def prepare_kernel(
+    X, WEIGHT, SHIFT, PADDING, VALUE, GATE, GRAD, MIXED, QUERY, KEY, HIDDEN, ACTIVE, G, DGATE, ALONG,
+    length, size, count, blocks, D, V, x_time, x_batch, value_time, value_batch, gate_time, gate_batch,
+    grad_time, grad_batch, out_time,
+    ACTIVATION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """q, k, keys that are hidden, act(value); backward also g, dgate and D0."""
+    PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
+    _unit, batch, first, n, block = span(tl.program_id(0), blocks, length, size, count)
+    i = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    keep = i < n
+    row = batch * length + first  # of the tables that hold a sequence's frames together
+    if HIDDEN is not None:
+        visible = 0
+        for start in range(0, n, BLOCK_C):
+            j = start + tl.arange(0, BLOCK_C)
+            visible += tl.sum((tl.load(PADDING + row + j, mask=j < n, other=1) == 0).to(tl.int32))
+        padding = tl.load(PADDING + row + i, mask=keep, other=0).to(tl.int32)
+        tl.store(HIDDEN + row + i, ((padding != 0) & (visible > 0)).to(tl.int8), mask=keep)
+    for start in range(0, WIDTH, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        x = load_rows(X + batch * x_batch + first * x_time, i, x_time, c, keep, D).to(tl.float32)
+        z, slope = activate_with_slope(x, ACTIVATION, PRECISE)
+        in_row = c < D
+        w = tl.load(WEIGHT + c, mask=in_row, other=0.0)
+        b = tl.load(SHIFT + c, mask=in_row, other=0.0)
+        q = tl.fma(z, w[None, :], b[None, :])
+        w = tl.load(WEIGHT + D + c, mask=in_row, other=0.0)
+        b = tl.load(SHIFT + D + c, mask=in_row, other=0.0)
+        k = tl.fma(z, w[None, :], b[None, :])
+        offsets = (row + i)[:, None] * WIDTH + c[None, :]
+        whole = keep[:, None] & (c < WIDTH)[None, :]  # zeros behind the last channel
+        tl.store(QUERY + offsets, q.to(QUERY.dtype.element_ty), mask=whole)
+        tl.store(KEY + offsets, k.to(KEY.dtype.element_ty), mask=whole)
+    if (ACTIVE is not None) or (G is not None):
+        along = tl.zeros([BLOCK_T], tl.float32)
+        for start in range(0, V, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            whole = keep[:, None] & (c < V)[None, :]
+            offsets = (row + i)[:, None] * V + c[None, :]
+            if ACTIVE is not None:
+                base = VALUE + batch * value_batch + first * value_time
+                v, slope = activate_with_slope(
+                    load_rows(base, i, value_time, c, keep, V).to(tl.float32), ACTIVATION, PRECISE
+                )
+                tl.store(ACTIVE + offsets, v.to(ACTIVE.dtype.element_ty), mask=whole)
+            if G is not None:
+                gate = load_rows(GATE + batch * gate_batch + first * gate_time, i, gate_time, c, keep, V)
+                dy = load_rows(GRAD + batch * grad_batch + first * grad_time, i, grad_time, c, keep, V)
+                out = (first + i)[:, None] * out_time + batch * V + c[None, :]
+                h = tl.load(MIXED + out, mask=whole, other=0.0).to(tl.float32)
+                dy = dy.to(tl.float32)
+                act, slope = activate_with_slope(gate.to(tl.float32), ACTIVATION, PRECISE)
+                g = (dy * act).to(G.dtype.element_ty)
+                tl.store(G + offsets, g, mask=whole)
+                tl.store(DGATE + out, (dy * h * slope).to(DGATE.dtype.element_ty), mask=whole)
+                along += tl.sum(g.to(tl.float32) * h, axis=1)
+        if G is not None:
+            tl.store(ALONG + row + i, along, mask=keep)
+
+
+# --------------------------------------------------------------------------- forward
+@triton.jit(do_not_specialize=["length", "size", "count", "blocks"])
+def forward_kernel(
+    QUERY, KEY, VALUE, GATE, BIAS, HIDDEN, DROPOUT, Y, MIXED,
+    length, size, count, blocks, V, value_time, value_batch, gate_time, gate_batch, out_time, scale,
+    CAUSAL: tl.constexpr, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """y and h of a block of queries and of columns. BIAS points at distance 0."""
+    PRECISE: tl.constexpr = QUERY.dtype.element_ty == tl.float32
+    SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
+    unit, batch, first, n, block = span(tl.program_id(0), blocks, length, size, count)
+    block = blocks - 1 - block  # the longest first
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    keep_i = i < n
+    row = batch * length + first
+    QUERY += row * WIDTH
+    KEY += row * WIDTH
+    VALUE += batch * value_batch + first * value_time
+    if HIDDEN is not None:
+        HIDDEN += row
+    c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    if WIDTH == BLOCK_D:
+        query = load_rows(QUERY, i, WIDTH, tl.arange(0, BLOCK_D), keep_i, WIDTH)  # [BLOCK_M, WIDTH]
+    maximum = tl.full([BLOCK_M], NONE, tl.float32)
+    total = tl.zeros([BLOCK_M], SUM)
+    mixed = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    end = n
+    if CAUSAL:
+        end = tl.minimum(n, (block + 1) * BLOCK_M)
+    for start in range(0, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        keep_j = j < n
+        scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if WIDTH == BLOCK_D:
+            key = load_rows(KEY, j, WIDTH, tl.arange(0, BLOCK_D), keep_j, WIDTH)  # [BLOCK_N, WIDTH]
+            scores = tl.dot(query, tl.trans(key), scores, input_precision="ieee")
+        else:
+            scores = products(scores, QUERY, i, WIDTH, keep_i, KEY, j, WIDTH, keep_j, WIDTH, BLOCK_D)
+        scores = biased(scores, scale, BIAS, HIDDEN, i[:, None], j[None, :], n, CAUSAL)
+        maximum, factor, e = running(maximum, scores, PRECISE)
+        total = total * factor + sums(e, 1, PRECISE)
+        e = dropped(e, DROPOUT, unit, i[:, None], j[None, :], n, size)
+        if HIDDEN is not None:  # what a hidden frame holds does not matter
+            keep_j = keep_j & (tl.load(HIDDEN + j, mask=keep_j, other=1) == 0)
+        value = load_rows(VALUE, j, value_time, c, keep_j, V)  # [BLOCK_N, BLOCK_V]
+        mixed = tl.dot(e.to(value.dtype), value, mixed * factor[:, None], input_precision="ieee")
+    mixed = mixed * tl.div_rn(1.0, total.to(tl.float32))[:, None]
+    gate = load_rows(GATE + batch * gate_batch + first * gate_time, i, gate_time, c, keep_i, V).to(tl.float32)
+    act, _ = activate_with_slope(gate, ACTIVATION, PRECISE)
+    out = (first + i) * out_time + batch * V
+    whole = keep_i[:, None] & (c < V)[None, :]
+    tl.store((Y + out)[:, None] + c[None, :], (mixed * act).to(Y.dtype.element_ty), mask=whole)
+    if MIXED is not None:
+        tl.store((MIXED + out)[:, None] + c[None, :], mixed.to(MIXED.dtype.element_ty), mask=whole)
+
+
+# --------------------------------------------------------------------------- launchers
+class _Plan:
+    """Sizes that the launches of one call share."""
+
+    def __init__(
+        self, query_key, value, position_bias, dropout, causal, chunk_size, activation, activate_value
+    ):
+        self.length, self.batch, self.d = query_key.shape
+        self.v = value.shape[2]
+        self.size = max(1, min(chunk_size, self.length) if chunk_size > 0 else self.length)
+        self.count = triton.cdiv(self.length, self.size)
+        self.units = self.batch * self.count
+        self.reach = position_bias.shape[0] // 2
+        self.causal, self.activation, self.activate_value = causal, activation, activate_value
+        self.dtype, self.device = query_key.dtype, query_key.device
+        self.scale = self.d**-0.5
+        self.width, self.blocks = tiles(self.d, self.v, self.dtype, _hopper(query_key), dropout is not None)
+
+    def frames(self, block: int) -> tuple[int, int, int, int]:
+        """(length, size, count, blocks per unit) for blocks of that many frames."""
+        return self.length, self.size, self.count, triton.cdiv(self.size, block)
+
+    def programs(self, block: int) -> int:
+        return self.units * triton.cdiv(self.size, block)
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+
+def tiles(
+    d: int, v: int, dtype: torch.dtype, hopper: bool, dropout: bool
+) -> tuple[int, dict[str, dict[str, int]]]:
+    """(channels of a row of q and k, tile shapes, warps and stages by kernel).
+
+    The largest that do not spill (tests/kernels/budgets.toml). Products of float32 are exact ones, without tensor
+    cores; those of 16 bits take operands from shared memory on capability 9.0, from registers before it.
+    """
+    wide = dtype == torch.float32
+    block_d = min(32 if wide else 128, max(16, triton.next_power_of_2(d)))
+    columns = max(16, triton.next_power_of_2(v))
+    own = {"BLOCK_D": block_d, "BLOCK_V": min(64 if wide else 128, columns), "num_warps": 8, "num_stages": 2}
+    inner = own | {"BLOCK_V": min(32 if wide else 64, columns)}
+    keys = {"BLOCK": 32 if dropout and (wide or not hopper) else 64, **inner}
+    if dropout and hopper:
+        keys["num_stages"] = 1
+    shapes = {
+        "forward": {"BLOCK_M": 64, "BLOCK_N": 64 if hopper or wide else 32, **own},
+        "queries": {"BLOCK_M": 64 if hopper and not wide else 32, "BLOCK_N": 64, **inner},
+        "keys": keys,
+        "values": {"BLOCK": 32 if dropout and wide else 64, **own},
+    }
+    return triton.cdiv(d, block_d) * block_d, shapes
+
+
+def _hopper(t: torch.Tensor) -> bool:
+    return t.is_cuda and torch.cuda.get_device_capability(t.device)[0] >= 9
+
+
+def _strides(t: torch.Tensor | None) -> tuple[int, int]:
+    return (0, 0) if t is None else (t.stride(0), t.stride(1))
+
+
+PREPARE = {"BLOCK_T": 4, "BLOCK_C": 256, "num_warps": 4}
+PARAMETERS = {"BLOCK_R": 8, "BLOCK_C": 128, "num_warps": 4}
+
+
+def _prepared(p: _Plan, query_key, gate, value, qk_weight, qk_bias, padding_mask, grad=None, mixed=None):
+    """(q, k, keys that are hidden, value activated, g, dgate, D0), the last three for a backward alone."""
+    rows = p.length * p.batch
+    query, key = p.empty(rows, p.width), p.empty(rows, p.width)
+    hidden = None if padding_mask is None else p.empty(rows, dtype=torch.int8)
+    active = p.empty(p.batch, p.length, p.v).transpose(0, 1) if p.activate_value else None
+    g = dgate = along = None
+    if grad is not None:
+        g, dgate, along = p.empty(rows, p.v), p.empty(*gate.shape), p.empty(rows, dtype=torch.float32)
+    prepare_kernel[(p.programs(PREPARE["BLOCK_T"]),)](
+        query_key, qk_weight, qk_bias, None if hidden is None else padding_mask.view(torch.int8),
+        value if p.activate_value else None, None if g is None else gate, grad, mixed,
+        query, key, hidden, active, g, dgate, along,
+        *p.frames(PREPARE["BLOCK_T"]), p.d, p.v, *_strides(query_key), *_strides(value), *_strides(gate),
+        *_strides(grad), p.batch * p.v, ACTIVATION=p.activation, WIDTH=p.width, **PREPARE,
+    )  # fmt: skip
+    return query, key, hidden, active if p.activate_value else value, g, dgate, along
+
+
+def toeplitz_attention_forward(
+    query_key: torch.Tensor,
+    gate: torch.Tensor,
+    value: torch.Tensor,
+    qk_weight: torch.Tensor,
+    qk_bias: torch.Tensor,
+    position_bias: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    dropout: torch.Tensor | None,
+    causal: bool,
+    chunk_size: int,
+    activation: int,
+    activate_value: bool,
+    need_gradients: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, h), contiguous, h without elements unless needed. Channels of the first three are dense; the parameters and
+    dropout are contiguous float32, padding_mask contiguous."""
+    p = _Plan(query_key, value, position_bias, dropout, causal, chunk_size, activation, activate_value)
+    y = p.empty(*gate.shape)
+    mixed = p.empty(*gate.shape) if need_gradients else p.empty(0)
+    if not y.numel():
+        return y, mixed
+    with torch.cuda.device_of(query_key):
+        query, key, hidden, value, *_ = _prepared(p, query_key, gate, value, qk_weight, qk_bias, padding_mask)
+        tile = p.blocks["forward"]
+        forward_kernel[(p.programs(tile["BLOCK_M"]), triton.cdiv(p.v, tile["BLOCK_V"]))](
+            query, key, value, gate, position_bias[p.reach :], hidden, dropout, y, mixed if need_gradients else None,
+            *p.frames(tile["BLOCK_M"]), p.v, *_strides(value), *_strides(gate), p.batch * p.v, p.scale,
+            CAUSAL=causal, ACTIVATION=activation, WIDTH=p.width, **tile,
+        )  # fmt: skip
+    return y, mixed
+
+
+def toeplitz_attention_backward(
+    grad: torch.Tensor,
+    query_key: torch.Tensor,
+    gate: torch.Tensor,
+    value: torch.Tensor,
+    qk_weight: torch.Tensor,
+    qk_bias: torch.Tensor,
+    position_bias: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    dropout: torch.Tensor | None,
+    mixed: torch.Tensor,
+    causal: bool,
+    chunk_size: int,
+    activation: int,
+    activate_value: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of the six tensors; those of the parameters in float32. ``grad`` has dense channels, h is
+    contiguous."""
+    p = _Plan(query_key, value, position_bias, dropout, causal, chunk_size, activation, activate_value)
+    tensors = query_key, gate, value, qk_weight, qk_bias, position_bias
+    if not gate.numel():
+        return tuple(torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in tensors)
+    rows, wide = p.length * p.batch, torch.float32
+    dquery_key, dvalue = p.empty(*query_key.shape), p.empty(*value.shape)
+    parameters, dposition_bias = p.empty(4, p.d, dtype=wide), torch.empty_like(position_bias)
+    bias = position_bias[p.reach :]
+    with torch.cuda.device_of(query_key):
+        query, key, hidden, active, g, dgate, along = _prepared(
+            p, query_key, gate, value, qk_weight, qk_bias, padding_mask, grad, mixed
+        )
+        dquery, dkey = (p.empty(rows, p.width, dtype=wide) for _ in range(2))
+        maximum, inverse, rest = (p.empty(rows, dtype=wide) for _ in range(3))
+        common = {"CAUSAL": causal, "WIDTH": p.width}
+
+        tile = p.blocks["queries"]
+        queries_kernel[(p.programs(tile["BLOCK_M"]), p.width // tile["BLOCK_D"])](
+            query, key, active, g, bias, hidden, dropout, along, dquery, maximum, inverse, rest,
+            *p.frames(tile["BLOCK_M"]), p.v, *_strides(active), p.scale, **common, **tile,
+        )  # fmt: skip
+
+        tile = p.blocks["keys"]
+        block, programs = tile["BLOCK"], p.programs(tile["BLOCK"])
+        blocks = triton.cdiv(p.size, block)
+        shares = torch.float64 if p.dtype == wide else wide
+        diagonals = p.empty(programs, blocks + 1, block, dtype=shares)
+        keys_kernel[(programs, p.width // tile["BLOCK_D"])](
+            query, key, active, g, bias, hidden, dropout, along, maximum, inverse, rest, dkey, diagonals,
+            *p.frames(block), p.v, *_strides(active), p.scale, **common, **tile,
+        )  # fmt: skip
+        least = -(p.reach // block)
+        add_diagonals_kernel[(triton.cdiv(p.reach, block) - least + 1,)](
+            diagonals, dposition_bias, p.units, blocks, p.reach, least,
+            CAUSAL=causal, BLOCK=block, BLOCK_P=16, num_warps=4,
+        )  # fmt: skip
+
+        tile = p.blocks["values"]
+        values_kernel[(p.programs(tile["BLOCK"]), triton.cdiv(p.v, tile["BLOCK_V"]))](
+            query, key, value if activate_value else None, g, bias, hidden, dropout, maximum, inverse, dvalue,
+            *p.frames(tile["BLOCK"]), p.v, *_strides(value), p.batch * p.v, p.scale,
+            ACTIVATION=activation, **common, **tile,
+        )  # fmt: skip
+
+        rows_per_part = (
+            triton.cdiv(triton.cdiv(rows, MAX_PARTS), PARAMETERS["BLOCK_R"]) * PARAMETERS["BLOCK_R"]
+        )
+        parts = triton.cdiv(rows, rows_per_part)
+        table = p.empty(4, parts, p.d, dtype=shares)
+        parameters_kernel[(parts, triton.cdiv(p.d, PARAMETERS["BLOCK_C"]))](
+            query_key, qk_weight, dquery, dkey, dquery_key, table, rows, p.length, rows_per_part, p.d, p.scale,
+            *_strides(query_key), p.batch * p.d, ACTIVATION=activation, WIDTH=p.width, **PARAMETERS,
+        )  # fmt: skip
+        block_p = 128 if parts <= 128 else MAX_PARTS
+        add_parts_kernel[(triton.cdiv(p.d, 16), 4)](
+            table, parameters, parts, p.d, BLOCK_P=block_p, BLOCK_C=16, num_warps=4
+        )
+    return dquery_key, dgate, dvalue, parameters[:2], parameters[2:], dposition_bias

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of toeplitz_attention in the interpreter against float64, with the tiles of either kind of GPU."""
+
+import pytest
+import torch
+
+from fastasr.kernels import toeplitz_attention as kernels
+from fastasr.ops import _activation
+from fastasr.ops.toeplitz_attention import chunks, definition
+from fastasr.testing.tolerance import compare
+
+NAMES = ("y", "dquery_key", "dgate", "dvalue", "dqk_weight", "dqk_bias", "dposition_bias")
+
+
+def _inputs(length, batch, d, v, dtype, *, chunk_size=0, padding=False, dropout=False, positions=0):
+    torch.manual_seed(0)
+    size, count = chunks(length, chunk_size)
+    shapes = (length, batch, d), (length, batch, v), (length, batch, v), (2, d), (2, d)
+    scales = 1.5, 1.0, 1.0, 0.5, 0.3
+    tensors = [s * torch.randn(shape) for shape, s in zip(shapes, scales, strict=True)]
+    tensors.append(0.5 * torch.randn(2 * max(size, positions) - 1))
+    tensors[:3] = (t.to(dtype) for t in tensors[:3])
+    mask = None
+    if padding:
+        mask = torch.arange(length)[None] >= torch.randint(1, length, (batch, 1))
+        mask[0, min(3, length - 1)] = True
+    keep = (torch.rand(batch, count, size, size) > 0.2) / 0.8 if dropout else None
+    return torch.randn(length, batch, v).to(dtype), [*tensors, mask, keep], chunk_size
+
+
+def _expected(grad, tensors, chunk_size, causal, activation, activate_value, dtype):
+    """(y, the six gradients) by autograd through the definition, in ``dtype``."""
+    leaves = [t.to(dtype).requires_grad_() for t in tensors[:6]]
+    mask, keep = tensors[6:]
+    y = definition(
+        *leaves,
+        causal=causal,
+        padding_mask=mask,
+        chunk_size=chunk_size,
+        activation=_activation.NAMES[activation],
+        weights_dropout=None if keep is None else keep.to(dtype),
+        activate_value=activate_value,
+    )
+    return y.detach(), *torch.autograd.grad(y, leaves, grad.to(dtype))
+
+
+def _run(grad, tensors, chunk_size, causal=True, activation=1, activate_value=False):
+    rest = causal, chunk_size, activation, activate_value
+    y, mixed = kernels.toeplitz_attention_forward(*tensors, *rest, True)
+    return y, *kernels.toeplitz_attention_backward(grad, *tensors, mixed, *rest)
+
+
+def _compare(arguments, causal=True, activation=1, activate_value=False):
+    options = causal, activation, activate_value
+    dtype = arguments[1][0].dtype
+    eager, truth = (_expected(*arguments, *options, t) for t in (dtype, torch.float64))
+    for name, a, e, t in zip(NAMES, _run(*arguments, *options), eager, truth, strict=True):
+        assert a.dtype == (torch.float32 if name in NAMES[4:] else dtype)
+        assert a.is_contiguous()
+        comparison = compare(a, e, t)
+        # Sums over all pairs share the errors of the scores: few elements are few samples of them.
+        few = name in NAMES[4:] and comparison.worst < 3 * comparison.eps
+        assert comparison.ok or few, f"{name}: {comparison}"
+
+
+@pytest.fixture(params=[False, True], ids=["sm_80", "sm_90"])
+def _tiles(request, monkeypatch):
+    monkeypatch.setattr(kernels, "_hopper", lambda _: request.param)
+
+
+CASES = {
+    "one tile": ((20, 2, 12, 20), {}),
+    "tiles": ((150, 1, 20, 24), {}),
+    "columns": ((70, 1, 150, 140), {}),
+    "padding and dropout": ((90, 2, 16, 20), {"padding": True, "dropout": True}),
+    "chunks": ((150, 1, 16, 20), {"chunk_size": 70, "padding": True, "positions": 90}),
+}
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
+@pytest.mark.parametrize("case", CASES)
+def test_error_is_not_above_that_of_eager(case, causal, dtype):
+    shape, options = CASES[case]
+    arguments = _inputs(*shape, dtype, **options)
+    if causal and options.get("padding"):  # every query sees a key
+        first = 0 if "chunk_size" not in options else slice(None, None, options["chunk_size"])
+        arguments[1][6][:, first] = False
+    _compare(arguments, causal)
+
+
+@pytest.mark.parametrize("activation", range(len(_activation.NAMES)), ids=_activation.NAMES)
+def test_activations(activation):
+    _compare(_inputs(24, 2, 40, 36, torch.float16), True, activation, True)
+
+
+def test_a_bias_longer_than_the_sequence():
+    """Entries that no pair has get no gradient."""
+    arguments = _inputs(20, 1, 8, 12, torch.float32, positions=100)
+    *_, dbias = _run(*arguments, causal=False)
+    truth = _expected(*arguments, False, 1, False, torch.float64)[-1]
+    assert torch.equal(dbias == 0, truth == 0)
+    torch.testing.assert_close(dbias, truth.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_slices_of_a_projection():
+    grad, tensors, _ = _inputs(30, 2, 12, 20, torch.float32)
+    wide = torch.full((30, 2, 50), float("nan"))
+    wide[..., 5:17], wide[..., 20:40] = tensors[0], tensors[1]
+    sliced = _run(grad, [wide[..., 5:17], wide[..., 20:40], *tensors[2:]], 0)
+    for a, b in zip(sliced, _run(grad, tensors, 0), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_hidden_frames_may_hold_anything():
+    """As a key and as a value a padded frame counts for nothing, unless its chunk is padding alone."""
+    grad, tensors, chunk_size = _inputs(40, 2, 12, 20, torch.float32, chunk_size=20)
+    mask = torch.zeros(2, 40, dtype=torch.bool)
+    mask[0, 10:20], mask[1, :20] = True, True
+    expected = _run(grad, [*tensors[:6], mask, None], chunk_size, False)
+    tensors[2] = tensors[2].clone()
+    tensors[2][10:20, 0] = float("nan")
+    found = _run(grad, [*tensors[:6], mask, None], chunk_size, False)
+    for name, a, b in zip(NAMES, found, expected, strict=True):
+        assert torch.equal(a, b), name
+    mask[1, :20] = False
+    for a, b in zip(_run(grad, [*tensors[:6], mask, None], chunk_size, False), found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_query_without_a_key():
+    grad, tensors, _ = _inputs(8, 1, 4, 4, torch.float32)
+    mask = torch.tensor([[True] * 2 + [False] * 6])
+    y, dquery, *_ = _run(grad, [*tensors[:6], mask, None], 0)
+    assert torch.isnan(y[:2]).all()
+    assert torch.isfinite(y[2:]).all()
+    assert torch.isnan(dquery[:2]).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 4, 4), (3, 0, 4, 4), (3, 2, 4, 0)])
+def test_empty(shape):
+    grad, tensors, _ = _inputs(*shape, torch.float32)
+    y, *grads = _run(grad, tensors, 0)
+    assert y.shape == grad.shape
+    for g, t in zip(grads, tensors, strict=False):
+        assert torch.equal(g, torch.zeros_like(t))
+
+
+def test_repeats_bit_for_bit():
+    arguments = _inputs(70, 2, 12, 20, torch.float32, padding=True)
+    for a, b in zip(_run(*arguments), _run(*arguments), strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("case", ["columns", "chunks"])
+def test_no_address_is_stored_twice(case, writes):
+    shape, options = CASES[case]
+    _run(*_inputs(*shape, torch.bfloat16, **options), activate_value=True)
+    assert writes.clashes == 0
+    assert writes.count > 4 * shape[0] * shape[1] * shape[3]
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("case", ["one tile", "columns", "chunks", "padding and dropout"])
+def test_no_read_past_the_end(case, guarded):
+    shape, options = CASES[case]
+    grad, tensors, chunk_size = _inputs(*shape, torch.bfloat16, **options)
+    again = guarded(grad), [t if t is None else guarded(t) for t in tensors], chunk_size
+    for a, b in zip(_run(grad, tensors, chunk_size, False), _run(*again, False), strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
