@@ -209,15 +209,15 @@ def tiles(
     columns = max(16, triton.next_power_of_2(v))
     own = {"BLOCK_D": block_d, "BLOCK_V": min(64 if wide else 128, columns), "num_warps": 8, "num_stages": 2}
     inner = own | {"BLOCK_V": min(32 if wide else 64, columns)}
-    keys = {"BLOCK": 32 if dropout and (wide or not hopper) else 64, **inner}
-    if dropout and hopper:
-        keys["num_stages"] = 1
+    short = dropout and wide
     shapes = {
-        "forward": {"BLOCK_M": 64, "BLOCK_N": 64 if hopper or wide else 32, **own},
-        "queries": {"BLOCK_M": 64 if hopper and not wide else 32, "BLOCK_N": 64, **inner},
-        "keys": keys,
-        "values": {"BLOCK": 32 if dropout and wide else 64, **own},
+        "forward": {"BLOCK_M": 64, "BLOCK_N": 64 if wide or (hopper and d <= 128) else 32, **own},
+        "queries": {"BLOCK_M": 64 if hopper and not wide else 32, "BLOCK_N": 32 if short else 64, **inner},
+        "keys": {"BLOCK": 32 if short or (dropout and not hopper) else 64, **inner},
+        "values": {"BLOCK": 32 if short else 64, **own},
     }
+    if hopper:
+        shapes["keys"]["num_stages"] = 1
     return triton.cdiv(d, block_d) * block_d, shapes
 
 

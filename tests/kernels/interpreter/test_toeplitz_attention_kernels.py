@@ -12,8 +12,8 @@ from fastasr.testing.tolerance import compare
 NAMES = ("y", "dquery_key", "dgate", "dvalue", "dqk_weight", "dqk_bias", "dposition_bias")
 
 
-def _inputs(length, batch, d, v, dtype, *, chunk_size=0, padding=False, dropout=False, positions=0):
-    torch.manual_seed(0)
+def _inputs(length, batch, d, v, dtype, *, chunk_size=0, padding=False, dropout=False, positions=0, seed=0):
+    torch.manual_seed(seed)
     size, count = chunks(length, chunk_size)
     shapes = (length, batch, d), (length, batch, v), (length, batch, v), (2, d), (2, d)
     scales = 1.5, 1.0, 1.0, 0.5, 0.3
@@ -50,17 +50,19 @@ def _run(grad, tensors, chunk_size, causal=True, activation=1, activate_value=Fa
     return y, *kernels.toeplitz_attention_backward(grad, *tensors, mixed, *rest)
 
 
-def _compare(arguments, causal=True, activation=1, activate_value=False):
+def _compare(draws, causal=True, activation=1, activate_value=False):
+    """Over several draws of inputs: elements share the rounding errors of scores, so one is few samples of them."""
     options = causal, activation, activate_value
-    dtype = arguments[1][0].dtype
-    eager, truth = (_expected(*arguments, *options, t) for t in (dtype, torch.float64))
-    for name, a, e, t in zip(NAMES, _run(*arguments, *options), eager, truth, strict=True):
+    dtype = draws[0][1][0].dtype
+    runs = [
+        (_run(*draw, *options), *(_expected(*draw, *options, t) for t in (dtype, torch.float64)))
+        for draw in draws
+    ]
+    for number, name in enumerate(NAMES):
+        a, e, t = (torch.cat([run[which][number].flatten() for run in runs]) for which in range(3))
         assert a.dtype == (torch.float32 if name in NAMES[4:] else dtype)
-        assert a.is_contiguous()
         comparison = compare(a, e, t)
-        # Sums over all pairs share the errors of the scores: few elements are few samples of them.
-        few = name in NAMES[4:] and comparison.worst < 3 * comparison.eps
-        assert comparison.ok or few, f"{name}: {comparison}"
+        assert comparison.ok, f"{name}: {comparison}"
 
 
 @pytest.fixture(params=[False, True], ids=["sm_80", "sm_90"])
@@ -70,7 +72,7 @@ def _tiles(request, monkeypatch):
 
 CASES = {
     "one tile": ((20, 2, 12, 20), {}),
-    "tiles": ((150, 1, 20, 24), {}),
+    "tiles": ((130, 1, 20, 24), {}),
     "columns": ((70, 1, 150, 140), {}),
     "padding and dropout": ((90, 2, 16, 20), {"padding": True, "dropout": True}),
     "chunks": ((150, 1, 16, 20), {"chunk_size": 70, "padding": True, "positions": 90}),
@@ -83,16 +85,18 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_error_is_not_above_that_of_eager(case, causal, dtype):
     shape, options = CASES[case]
-    arguments = _inputs(*shape, dtype, **options)
+    draws = [
+        _inputs(*shape, dtype, **options, seed=seed) for seed in range(3 if dtype == torch.float32 else 1)
+    ]
     if causal and options.get("padding"):  # every query sees a key
-        first = 0 if "chunk_size" not in options else slice(None, None, options["chunk_size"])
-        arguments[1][6][:, first] = False
-    _compare(arguments, causal)
+        for _, tensors, chunk_size in draws:
+            tensors[6][:, :: chunk_size or shape[0]] = False
+    _compare(draws, causal)
 
 
 @pytest.mark.parametrize("activation", range(len(_activation.NAMES)), ids=_activation.NAMES)
 def test_activations(activation):
-    _compare(_inputs(24, 2, 40, 36, torch.float16), True, activation, True)
+    _compare([_inputs(24, 2, 40, 36, torch.float16)], True, activation, True)
 
 
 def test_a_bias_longer_than_the_sequence():
