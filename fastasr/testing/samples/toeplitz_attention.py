@@ -93,11 +93,12 @@ TABLE = OpTable(
             lambda m: _call(m, 10, 2, 8, 12, chunk_size=4, padding_mask=_padding(10, 7)),
             thorough=True,
         ),
-        Sample("both ways", lambda m: _call(m, 65, 2, 64, 96, causal=False)),
+        Sample("both ways", lambda m: _call(m, 65, 2, 64, 96, causal=False), large=True),
         Sample("padding", lambda m: _call(m, 70, 3, 64, 97, padding_mask=_padding(70, 40, 1))),
         Sample(
             "padding both ways",
             lambda m: _call(m, 70, 3, 64, 97, padding_mask=_padding(70, 40, 1), causal=False),
+            large=True,
         ),
         Sample(
             "nothing but padding",

@@ -61,7 +61,7 @@ def _compare(draws, causal=True, activation=1, activate_value=False):
     for number, name in enumerate(NAMES):
         a, e, t = (torch.cat([run[which][number].flatten() for run in runs]) for which in range(3))
         assert a.dtype == (torch.float32 if name in NAMES[4:] else dtype)
-        comparison = compare(a, e, t)
+        comparison = compare(a.to(dtype), e, t)  # parameters of the tensors' dtype
         assert comparison.ok, f"{name}: {comparison}"
 
 
