@@ -304,6 +304,8 @@ def _toeplitz_attention():
 
     for dtype in dtypes:
         for name in ("forward", "queries", "keys", "values"):
+            if dtype == "fp16" and name != "forward":
+                continue
             for only in (0,) if dtype == "fp32" else ARCHITECTURES:
                 yield configuration(name, "", dtype, only=only, **plain)
                 if dtype == "fp16":
