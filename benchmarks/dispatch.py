@@ -24,6 +24,7 @@ from fastasr.ops.ema_scan import definition as ema_scan_definition
 from fastasr.ops.gated_depthwise_conv import definition as gated_depthwise_conv_definition
 from fastasr.ops.gated_residual_norm import definition as gated_residual_norm_definition
 from fastasr.ops.gated_residual_norm import definition_residual as residual_norm_definition
+from fastasr.ops.rel_position_attention import definition as attention_definition
 from fastasr.ops.rel_position_attention_weights import definition as attention_weights_definition
 from fastasr.ops.swoosh import definition_l, definition_r
 from fastasr.ops.toeplitz_attention import definition as toeplitz_attention_definition
@@ -108,6 +109,16 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             lambda h, w, b: registered.gated_depthwise_conv(h, w, b, None, None, None, None, None, -1, True),
         ),
         "linear": Tiny((x, weight, bias), F.linear, ops.linear, registered.linear),
+        "rel_position_attention": Tiny(
+            (
+                torch.randn(2, 1, 5, device=device),
+                torch.randn(1, 3, 1, device=device),
+                torch.randn(2, 1, 3, device=device),
+            ),
+            lambda x, pos, v: attention_definition(x, pos, v, 1, 2),
+            lambda x, pos, v: ops.rel_position_attention(x, pos, v, 1, 2),
+            lambda x, pos, v: registered.rel_position_attention(x, pos, v, None, None, None, 1, 2, 1, -1, -1),
+        ),
         "rel_position_attention_weights": Tiny(
             (torch.randn(2, 1, 5, device=device), torch.randn(1, 3, 1, device=device)),
             lambda x, pos: attention_weights_definition(x, pos, 1, 2),

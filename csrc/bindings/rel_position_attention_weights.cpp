@@ -1,82 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/rel_position_attention_weights.h"
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "bindings/dispatch.h"
-#include "cpu/buffer_pool.h"
+#include "bindings/attention_problem.h"
 
 namespace fastasr {
 namespace {
 
-using cpu::AttentionProblem;
-using OptionalTensor = std::optional<Tensor>;
-
 // Rows of W start at multiples of this many elements.
 constexpr int64_t kRowPadding = 16;
-
-// What a call may write to and throw away.
-template <typename C>
-class Workspace {
- public:
-  explicit Workspace(int64_t n) : data_(static_cast<C*>(cpu::acquire_buffer(sizeof(C) * static_cast<size_t>(n)))) {
-    STD_TORCH_CHECK(data_, "rel_position_attention_weights: no memory for ", n, " elements");
-  }
-  ~Workspace() { cpu::release_buffer(data_); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  C* data() const { return data_; }
-
- private:
-  C* data_;
-};
-
-AttentionProblem checked_problem(const Tensor& x, const OptionalTensor& pos, const OptionalTensor& cached_key,
-                                 const OptionalTensor& padding, const OptionalTensor& mask, int64_t heads,
-                                 int64_t query_dim, int64_t chunk, int64_t left_chunks, const char* op) {
-  check_like(x, x, op, "x");
-  STD_TORCH_CHECK(x.dim() == 3 && heads > 0 && query_dim > 0 && x.size(2) % heads == 0, op, ": sizes of x");
-  AttentionProblem a{};
-  a.frames = x.size(0), a.batch = x.size(1), a.heads = heads, a.query_dim = query_dim;
-  a.pos_dim = x.size(2) / heads - 2 * query_dim;
-  STD_TORCH_CHECK(a.pos_dim >= 0, op, ": x has too few channels");
-  a.chunk = chunk, a.left_chunks = left_chunks;
-  if (cached_key.has_value()) {
-    check_like(*cached_key, x, op, "cached_key");
-    STD_TORCH_CHECK(
-        cached_key->dim() == 3 && cached_key->size(1) == a.batch && cached_key->size(2) == heads * query_dim, op,
-        ": sizes of cached_key");
-    a.left = cached_key->size(0);
-  }
-  if (pos.has_value()) {
-    check_like(*pos, x, op, "pos");
-    STD_TORCH_CHECK(pos->dim() == 3 && (pos->size(0) == 1 || pos->size(0) == a.batch) && pos->size(1) == a.offsets() &&
-                        pos->size(2) == heads * a.pos_dim,
-                    op, ": sizes of pos");
-    a.pos_batch = a.pos_dim > 0 ? (pos->size(0) == 1 ? 1 : a.batch) : 0;
-  }
-  const auto check_mask = [&](const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Bool && t.is_contiguous(), op, ": ", name);
-  };
-  if (padding.has_value()) {
-    check_mask(*padding, "key_padding_mask");
-    STD_TORCH_CHECK(padding->dim() == 2 && padding->size(0) == a.batch && padding->size(1) == a.keys(), op,
-                    ": sizes of key_padding_mask");
-    a.padding = data<uint8_t>(*padding);
-  }
-  if (mask.has_value()) {
-    check_mask(*mask, "attn_mask");
-    const int64_t d = mask->dim();
-    STD_TORCH_CHECK((d == 2 || (d == 3 && mask->size(0) == a.batch)) && mask->size(d - 2) == a.frames &&
-                        mask->size(d - 1) == a.keys(),
-                    op, ": sizes of attn_mask");
-    a.mask = data<uint8_t>(*mask);
-    a.mask_per_sequence = d == 3;
-  }
-  return a;
-}
 
 // W and its gradient: (heads, batch, frames, keys), keys side by side.
 void check_weights(const Tensor& w, const AttentionProblem& a, const Tensor& x, const char* op, const char* name) {
@@ -97,42 +31,6 @@ Tensor new_weights(const AttentionProblem& a, const Tensor& x) {
   STD_TORCH_CHECK(memory, "rel_position_attention_weights: no memory for ", bytes, " bytes");
   return torch::stable::from_blob(memory, {sizes, 4}, {strides, 4}, x.device(), x.scalar_type(),
                                   [](void* p) { cpu::release_buffer(p); });
-}
-
-template <typename C>
-struct Packed {
-  int64_t kt, key_rows, rt, total;  // offsets into the workspace
-  Packed(const AttentionProblem& a, bool backward) {
-    const int64_t pairs = a.heads * a.batch;
-    kt = 0;
-    key_rows = kt + pairs * a.keys_transposed_size();
-    rt = key_rows + (backward ? pairs * a.key_rows_size() : 0);
-    total = rt + a.heads * a.pos_batch * a.positions_size();
-  }
-};
-
-template <typename T>
-void pack(const AttentionProblem& a, const Tensor& x, const OptionalTensor& pos, const OptionalTensor& cached_key,
-          const Packed<cpu::compute_t<T>>& packed, cpu::compute_t<T>* w, bool backward) {
-  const int64_t pairs = a.heads * a.batch, grain = std::max<int64_t>(1, kGrain / (a.padded_keys() * a.query_dim));
-  const T *xp = data<T>(x), *cp = a.left ? data<T>(*cached_key) : nullptr, *pp = a.pos_batch ? data<T>(*pos) : nullptr;
-  parallel_range(pairs + a.heads * a.pos_batch, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      if (i < pairs) {
-        cpu::attention_pack_keys(a, xp, cp, i, w + packed.kt + i * a.keys_transposed_size(),
-                                 backward ? w + packed.key_rows + i * a.key_rows_size() : nullptr);
-      } else {
-        const int64_t k = i - pairs;
-        cpu::attention_pack_positions(a, pp, k / a.pos_batch, k % a.pos_batch, w + packed.rt + k * a.positions_size());
-      }
-    }
-  });
-}
-
-template <typename C>
-const C* positions_of(const AttentionProblem& a, const C* rt, int64_t hb) {
-  if (!a.pos_batch) return nullptr;
-  return rt + (hb / a.batch * a.pos_batch + (a.pos_batch == 1 ? 0 : hb % a.batch)) * a.positions_size();
 }
 
 Tensor rel_position_attention_weights_forward(const Tensor& x, const OptionalTensor& pos,

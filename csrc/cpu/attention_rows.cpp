@@ -51,6 +51,14 @@ FASTASR_INLINE void penalty_body(const C* __restrict s, C* __restrict ds, int64_
   for (int64_t j = 0; j < n; j++) ds[j] += s[j] > limit ? penalty : s[j] < -limit ? -penalty : C(0);
 }
 
+template <typename C>
+FASTASR_INLINE void rescaled_body(C* __restrict total, const C* __restrict part, int64_t n, C scale) {
+  for (int64_t j = 0; j < n; j += 16) {
+#pragma omp simd
+    for (int l = 0; l < 16; l++) total[j + l] = total[j + l] * scale + part[j + l];
+  }
+}
+
 // s / sum as s inverse + s rest, where inverse + rest = 1 / sum to twice the precision: as exact as a division.
 template <typename T>
 FASTASR_INLINE void divided_body(const compute_t<T>* __restrict s, compute_t<T> sum, T* __restrict out, int64_t n) {
@@ -84,6 +92,9 @@ FASTASR_INLINE void softmax_gradient_body(const T* __restrict w, const T* __rest
   FASTASR_CLONES C row_exponentials(C* s, int64_t n, C top) { return exponentials_body(s, n, top); }                  \
   FASTASR_CLONES void row_penalty(const C* s, C* ds, int64_t n, C penalty, C limit) {                                 \
     penalty_body(s, ds, n, penalty, limit);                                                                           \
+  }                                                                                                                   \
+  FASTASR_CLONES void row_rescaled(C* total, const C* part, int64_t n, C scale) {                                     \
+    rescaled_body(total, part, n, scale);                                                                             \
   }
 FASTASR_DEFINE(float)
 FASTASR_DEFINE(double)

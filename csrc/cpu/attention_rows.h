@@ -23,6 +23,8 @@ namespace fastasr::cpu {
   C row_maximum(const C* s, int64_t n);                             \
   /* s[j] = e^(s[j] - top), returns the sum; n a multiple of 32 */  \
   C row_exponentials(C* s, int64_t n, C top);                       \
+  /* total[j] = total[j] scale + part[j], n a multiple of 16 */     \
+  void row_rescaled(C* total, const C* part, int64_t n, C scale);   \
   /* ds[j] += penalty sign(s[j]) where |s[j]| > limit */            \
   void row_penalty(const C* s, C* ds, int64_t n, C penalty, C limit);
 FASTASR_DECLARE(float)

@@ -141,6 +141,10 @@ FASTASR_INLINE void offsets_body(const C* __restrict ds, int64_t stride, const C
                                                               int64_t j0, int64_t j1, C* dq) {                         \
     queries_body<C, R, L>(ds, stride, k, depth, j0, j1, dq);                                                           \
   }                                                                                                                    \
+  TARGET __attribute__((noinline)) static void NAME##_narrow(const C* ds, int64_t stride, const C* k, int64_t depth,   \
+                                                             int64_t j0, int64_t j1, C* dq) {                          \
+    queries_body<C, R, L / 2>(ds, stride, k, depth, j0, j1, dq);                                                       \
+  }                                                                                                                    \
   TARGET __attribute__((noinline)) static void NAME##_keys(const C* ds, int64_t stride, const C* q, int64_t depth,     \
                                                            int64_t j0, int64_t j1, C* dk, const char* next0,           \
                                                            const char* next1, int64_t next_bytes) {                    \
@@ -154,7 +158,7 @@ FASTASR_INLINE void offsets_body(const C* __restrict ds, int64_t stride, const C
       const C* ds, int64_t stride, const C* p, int64_t p_stride, int64_t j0, int64_t j1, C* drt, int64_t drt_stride) { \
     offsets_body<C, R, L>(ds, stride, p, p_stride, j0, j1, drt, drt_stride);                                           \
   }                                                                                                                    \
-  static constexpr AttentionTiles<C> NAME = {R,           NAME##_scores,    NAME##_queries,                            \
+  static constexpr AttentionTiles<C> NAME = {R,           NAME##_scores,    NAME##_queries, NAME##_narrow,             \
                                              NAME##_keys, NAME##_positions, NAME##_offsets};
 
 #if defined(__x86_64__) && !defined(FASTASR_NO_CLONES)

@@ -31,6 +31,9 @@ struct AttentionTiles {
   // dq[m][d] = sum_j ds[m][j] k[j][d], j0 <= j < j1, d < depth (padded).
   void (*queries)(const C* ds, int64_t stride, const C* k, int64_t depth, int64_t j0, int64_t j1, C* dq);
 
+  // The same for a depth that is a multiple of kAttentionPad / 2 alone.
+  void (*narrow)(const C* ds, int64_t stride, const C* k, int64_t depth, int64_t j0, int64_t j1, C* dq);
+
   // dk[j][d] += sum_m ds[m][j] q[m][d], j0 <= j < j1.
   void (*keys)(const C* ds, int64_t stride, const C* q, int64_t depth, int64_t j0, int64_t j1, C* dk, const char* next0,
                const char* next1, int64_t next_bytes);

@@ -3,62 +3,11 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 
-#include "cpu/attention_rows.h"
-#include "cpu/attention_tiles.h"
+#include "cpu/attention_strips.h"
 
 namespace fastasr::cpu {
 namespace {
-
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Masked scores are exactly this, as upstream's. Keys outside the window of a row may be left out while e^(-1000 - max)
-// is 0 in every type that is computed in float; double is never narrowed so far (its e^-745 is not 0).
-constexpr double kMasked = -1000;
-template <typename C>
-constexpr C kNarrowAbove = sizeof(C) == 4 ? C(-890) : C(-250);
-template <typename C>
-constexpr C kInfinity = std::numeric_limits<C>::infinity();
-
-struct Window {
-  int64_t begin, end;
-};
-
-// Keys that the chunk window of row i lets through.
-Window chunk_window(const AttentionProblem& a, int64_t i) {
-  if (a.chunk <= 0) return {0, a.keys()};
-  const int64_t chunk = i / a.chunk;
-  const int64_t last = chunk < a.frames / a.chunk ? (chunk + 1) * a.chunk : a.frames;
-  int64_t first = -a.left;
-  if (a.left_chunks >= 0 && a.left_chunks < chunk + a.left / a.chunk + 1)
-    first = std::max(first, (chunk - a.left_chunks) * a.chunk);
-  return {first + a.left, last + a.left};
-}
-
-// Rows of one strip. Beyond the last frame, rows repeat it and are not stored.
-struct Strip {
-  int64_t head, sequence, begin;
-  int rows;    // of the tile
-  int stored;  // of them, before the last frame
-  int64_t frame(const AttentionProblem& a, int m) const { return std::min(begin + m, a.frames - 1); }
-};
-
-template <typename T, typename C>
-void load_queries(const AttentionProblem& a, const Strip& t, const T* x, C* q, C* p) {
-  for (int m = 0; m < t.rows; m++) {
-    const T* row = x + (t.frame(a, m) * a.batch + t.sequence) * a.width();
-    const T* position = row + 2 * a.heads * a.query_dim + t.head * a.pos_dim;
-    row += t.head * a.query_dim;
-    for (int64_t d = 0; d < a.query_dim; d++) q[d * t.rows + m] = load(row[d]);
-    if (a.pos_batch)
-      for (int64_t d = 0; d < a.pos_dim; d++) p[d * t.rows + m] = load(position[d]);
-  }
-}
-
-const uint8_t* mask_row(const AttentionProblem& a, int64_t sequence, int64_t frame) {
-  return a.mask ? a.mask + ((a.mask_per_sequence ? sequence * a.frames : 0) + frame) * a.keys() : nullptr;
-}
 
 // A key that the masks hide from this row, or -1. All hidden keys of a row have the same weight.
 int64_t hidden_key(const AttentionProblem& a, const KeyRange& range, const Window& window, int64_t sequence,
@@ -70,33 +19,6 @@ int64_t hidden_key(const AttentionProblem& a, const KeyRange& range, const Windo
   const uint8_t* row = mask_row(a, sequence, frame);
   const void* found = std::memchr(row, 1, static_cast<size_t>(a.keys()));
   return found ? static_cast<const uint8_t*>(found) - row : -1;
-}
-
-// Calls f(begin, end) for the keys that chunk window and padding hide, of which some may be hidden one by one by
-// `bytes`.
-template <typename C>
-void fill_hidden(const AttentionProblem& a, const Strip& t, int m, const KeyRange& range, int64_t j0, int64_t j1, C* s,
-                 C value) {
-  const int64_t frame = t.frame(a, m), keys = std::min(j1, a.keys());
-  const Window w = chunk_window(a, frame);
-  for (int64_t j = j0; j < std::min(w.begin, keys); j++) s[j] = value;
-  for (int64_t j = std::max(j0, w.end); j < keys; j++) s[j] = value;
-  if (range.masked >= 0) fill_where(a.padding + t.sequence * a.keys() + j0, s + j0, keys - j0, value);
-  if (const uint8_t* row = mask_row(a, t.sequence, frame)) fill_where(row + j0, s + j0, keys - j0, value);
-}
-
-// The keys of a strip that are worked on: those that some row sees, in whole tiles.
-Window strip_window(const AttentionProblem& a, const Strip& t, const KeyRange& range) {
-  Window w = {a.keys(), 0};
-  for (const int m : {0, t.stored - 1}) {
-    const Window one = chunk_window(a, t.begin + m);
-    w.begin = std::min(w.begin, one.begin);
-    w.end = std::max(w.end, one.end);
-  }
-  w.begin = std::max(w.begin, range.begin);
-  w.end = std::min(w.end, range.end);
-  if (w.begin >= w.end) return {0, a.padded_keys()};  // nothing is seen: every key has the same weight
-  return {w.begin / kAttentionPad * kAttentionPad, round_up(w.end, kAttentionPad)};
 }
 
 template <typename T, typename C = compute_t<T>>
@@ -119,7 +41,7 @@ void forward_strip(const AttentionProblem& a, const KeyRange& range, const T* x,
     bool narrow = true;
     for (int m = 0; m < t.stored; m++) {
       C* row = s + m * padded;
-      fill_hidden(a, t, m, range, w.begin, w.end, row, static_cast<C>(kMasked));
+      fill_hidden(a, t, m, range, w.begin, w.end, row + w.begin, static_cast<C>(kMasked));
       for (int64_t j = keys; j < w.end; j++) row[j] = -kInfinity<C>;  // behind the last key: weight 0
       top[m] = row_maximum(row + w.begin, w.end - w.begin);
       narrow = narrow && top[m] > kNarrowAbove<C>;
@@ -178,7 +100,7 @@ void backward_strip(const AttentionProblem& a, const KeyRange& range, const T* x
     C* scores = a.penalty != 0 ? ds + kAttentionRows * stride : nullptr;
     if (scores) std::memcpy(scores, row, sizeof(C) * static_cast<size_t>(keys));
     row_softmax_gradient(o, g, row + w.begin, end - w.begin);
-    if (hidden[m] >= 0) fill_hidden(a, t, m, range, w.begin, w.end, row, C(0));
+    if (hidden[m] >= 0) fill_hidden(a, t, m, range, w.begin, w.end, row + w.begin, C(0));
     if (scores) row_penalty(scores, row, keys, static_cast<C>(a.penalty), static_cast<C>(a.limit));
     std::memset(row - kAttentionMargin, 0, sizeof(C) * static_cast<size_t>(kAttentionMargin + w.begin));
     std::memset(row + end, 0, sizeof(C) * static_cast<size_t>(padded + kAttentionMargin - end));
@@ -265,13 +187,6 @@ void store_positions(const AttentionProblem& a, const C* drt, int64_t parts, int
               drt[((head * a.batch + b) * parts + part) * size + d * stride + kAttentionMargin + r]);
       store(&dpos[((sequence * a.offsets() + r) * a.heads + head) * a.pos_dim + d], static_cast<C>(sum));
     }
-}
-
-template <typename C, typename F>
-void for_each_strip(const AttentionProblem& a, int64_t hb, int64_t begin, int64_t end, const F& f) {
-  const int rows = attention_tiles<C>().rows;
-  for (int64_t i = begin; i < end; i += rows)
-    f(Strip{hb / a.batch, hb % a.batch, i, rows, static_cast<int>(std::min<int64_t>(rows, a.frames - i))});
 }
 
 }  // namespace

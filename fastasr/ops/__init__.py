@@ -13,6 +13,7 @@ from fastasr.ops.ema_scan import ema_scan
 from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv
 from fastasr.ops.gated_residual_norm import gated_residual_norm, residual_norm
 from fastasr.ops.linear import linear
+from fastasr.ops.rel_position_attention import rel_position_attention
 from fastasr.ops.rel_position_attention_weights import rel_position_attention_weights
 from fastasr.ops.swoosh import swoosh_l, swoosh_r
 from fastasr.ops.swoosh_linear import swoosh_linear
@@ -30,6 +31,7 @@ NAMES = (
     "ema_scan",
     "complex_ema_scan",
     "gated_depthwise_conv",
+    "rel_position_attention",
     "rel_position_attention_weights",
     "gated_residual_norm",
     "residual_norm",
@@ -46,6 +48,7 @@ __all__ = [
     "gated_depthwise_conv",
     "gated_residual_norm",
     "linear",
+    "rel_position_attention",
     "rel_position_attention_weights",
     "residual_norm",
     "swoosh_l",

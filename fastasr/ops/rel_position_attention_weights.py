@@ -48,7 +48,7 @@ def definition(
     s = scores(x, pos, cached_key, num_heads, query_head_dim)
     if score_penalty:
         s = _Penalty.apply(s, score_penalty, score_limit)
-    for mask in _hidden(s, key_padding_mask, attn_mask, chunk_size, left_context_chunks):
+    for mask in hidden(s, key_padding_mask, attn_mask, chunk_size, left_context_chunks):
         s = s.masked_fill(mask, MASKED)
     weights = s.softmax(-1)
     return weights.to(autocast_dtype(x) or s.dtype) if x.dtype != torch.float64 else weights
@@ -63,16 +63,16 @@ def scores(x: Tensor, pos: Tensor | None, cached_key: Tensor | None, heads: int,
     keys = k.shape[0]
     q = q.reshape(frames, batch, heads, dim).permute(2, 1, 0, 3)
     k = k.reshape(keys, batch, heads, dim).permute(2, 1, 3, 0)
-    by_key = torch.matmul(q, k)
-    if pos is None or not by_key.numel():
-        return by_key if pos is None else by_key + 0 * (p.sum() + pos.sum())
+    products = torch.matmul(q, k)
+    if pos is None or not products.numel():
+        return products if pos is None else products + 0 * (p.sum() + pos.sum())
     pos_dim = width // heads - 2 * dim
     p = p.reshape(frames, batch, heads, pos_dim).permute(2, 1, 0, 3)
     r = pos.reshape(pos.shape[0], pos.shape[1], heads, pos_dim).permute(2, 0, 3, 1)
-    return by_key + _by_key(torch.matmul(p, r), keys)
+    return products + by_key(torch.matmul(p, r), keys)
 
 
-def _by_key(by_offset: Tensor, keys: int) -> Tensor:
+def by_key(by_offset: Tensor, keys: int) -> Tensor:
     """(..., T, W) by offset, W = T - 1 + keys, as (..., T, keys): row i from column T-1-i on. The rows laid end to end
     from there on are W - 1 apart."""
     frames, width = by_offset.shape[-2:]
@@ -82,7 +82,7 @@ def _by_key(by_offset: Tensor, keys: int) -> Tensor:
     return rows.unflatten(-1, (frames, width - 1))[..., :keys]
 
 
-def _hidden(
+def hidden(
     scores: Tensor,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
@@ -243,41 +243,84 @@ _OP = register(
 
 
 # --------------------------------------------------------------------------- checks
-def _mask(name: str, mask: Tensor | None, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+def _mask(op: str, name: str, mask: Tensor | None, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.layout is not torch.strided:
-        raise TypeError(f"fastasr.{NAME}: {name}: expected a strided torch.Tensor or None, got {_kind(mask)}")
+        raise TypeError(f"fastasr.{op}: {name}: expected a strided torch.Tensor or None, got {_kind(mask)}")
     if mask.dtype is not torch.bool:
-        raise TypeError(f"fastasr.{NAME}: {name}: expected dtype bool (True: hidden), got {mask.dtype}")
-    _check.shape(NAME, name, mask, " or ".join(map(str, shapes)), tuple(mask.shape) in shapes)
-    _check.same_device(NAME, name, mask, x, "x")
+        raise TypeError(f"fastasr.{op}: {name}: expected dtype bool (True: hidden), got {mask.dtype}")
+    _check.shape(op, name, mask, " or ".join(map(str, shapes)), tuple(mask.shape) in shapes)
+    _check.same_device(op, name, mask, x, "x")
 
 
 def _kind(value: object) -> str:
     return f"layout {value.layout}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _number(name: str, value: object) -> float:
+def _number(op: str, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
-        raise TypeError(f"fastasr.{NAME}: {name}: expected a float, got {type(value).__name__}")
+        raise TypeError(f"fastasr.{op}: {name}: expected a float, got {type(value).__name__}")
     if not 0.0 <= value < float("inf"):
-        raise ValueError(f"fastasr.{NAME}: {name}: expected a number >= 0, got {value}")
+        raise ValueError(f"fastasr.{op}: {name}: expected a number >= 0, got {value}")
     return float(value)
 
 
-def _at_least(name: str, value: object, least: int) -> int:
-    _check.integer(NAME, name, value)
+def _at_least(op: str, name: str, value: object, least: int) -> int:
+    _check.integer(op, name, value)
     if value < least:
-        raise ValueError(f"fastasr.{NAME}: {name}: expected an int >= {least}, got {value}")
+        raise ValueError(f"fastasr.{op}: {name}: expected an int >= {least}, got {value}")
     return value
 
 
-def _companion(name: str, value: Tensor, x: Tensor, any_dtype: bool) -> None:
-    _check.floating_tensor(NAME, name, value)
-    _check.same_device(NAME, name, value, x, "x")
+def _companion(op: str, name: str, value: Tensor, x: Tensor, any_dtype: bool) -> None:
+    _check.floating_tensor(op, name, value)
+    _check.same_device(op, name, value, x, "x")
     if value.dtype != x.dtype and not any_dtype:
-        raise TypeError(f"fastasr.{NAME}: {name}: expected dtype {x.dtype} (that of x), got {value.dtype}")
+        raise TypeError(f"fastasr.{op}: {name}: expected dtype {x.dtype} (that of x), got {value.dtype}")
+
+
+def check_arguments(
+    op: str,
+    x: Tensor,
+    pos: Tensor | None,
+    heads: int,
+    dim: int,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    chunk_size: int,
+    left_context_chunks: int,
+    cached_key: Tensor | None,
+) -> int:
+    """The number of keys; raises where the arguments that the attention ops share do not fit each other."""
+    _check.floating_tensor(op, "x", x)
+    _at_least(op, "num_heads", heads, 1)
+    _at_least(op, "query_head_dim", dim, 1)
+    _check.shape(op, "x", x, "(T, B, C)", x.dim() == 3)
+    frames, batch, width = x.shape
+    expected = f"(T, B, C), C a multiple of num_heads {heads} and at least {2 * heads * dim}"
+    _check.shape(op, "x", x, expected, width % heads == 0 and width >= 2 * heads * dim)
+    any_dtype = autocast_dtype(x) is not None
+    left = 0
+    if cached_key is not None:
+        _companion(op, "cached_key", cached_key, x, any_dtype)
+        expected = f"(left, {batch}, {heads * dim})"
+        ok = cached_key.dim() == 3 and tuple(cached_key.shape[1:]) == (batch, heads * dim)
+        _check.shape(op, "cached_key", cached_key, expected, ok)
+        left = cached_key.shape[0]
+    keys = left + frames
+    if pos is not None:
+        _companion(op, "pos", pos, x, any_dtype)
+        rest = (max(2 * frames - 1 + left, 0) if frames else 0, width - 2 * heads * dim)
+        ok = pos.dim() == 3 and tuple(pos.shape[1:]) == rest and pos.shape[0] in (1, batch)
+        _check.shape(op, "pos", pos, f"(1 or {batch}, {rest[0]}, {rest[1]})", ok)
+    _mask(op, "key_padding_mask", key_padding_mask, x, ((batch, keys),))
+    _mask(op, "attn_mask", attn_mask, x, ((frames, keys), (batch, frames, keys)))
+    _at_least(op, "chunk_size", chunk_size, -1)
+    if chunk_size == 0:
+        raise ValueError(f"fastasr.{op}: chunk_size: expected an int > 0, or -1, got 0")
+    _at_least(op, "left_context_chunks", left_context_chunks, -1)
+    return keys
 
 
 def rel_position_attention_weights(
@@ -316,33 +359,12 @@ def rel_position_attention_weights(
         TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
         ValueError: shapes or devices do not match; a number is out of range.
     """
-    _check.floating_tensor(NAME, "x", x)
-    heads, dim = _at_least("num_heads", num_heads, 1), _at_least("query_head_dim", query_head_dim, 1)
-    _check.shape(NAME, "x", x, "(T, B, C)", x.dim() == 3)
-    frames, batch, width = x.shape
-    expected = f"(T, B, C), C a multiple of num_heads {heads} and at least {2 * heads * dim}"
-    _check.shape(NAME, "x", x, expected, width % heads == 0 and width >= 2 * heads * dim)
+    heads, dim = num_heads, query_head_dim
+    check_arguments(
+        NAME, x, pos, heads, dim, key_padding_mask, attn_mask, chunk_size, left_context_chunks, cached_key
+    )
     dtype = autocast_dtype(x)
-    left = 0
-    if cached_key is not None:
-        _companion("cached_key", cached_key, x, dtype is not None)
-        expected = f"(left, {batch}, {heads * dim})"
-        ok = cached_key.dim() == 3 and tuple(cached_key.shape[1:]) == (batch, heads * dim)
-        _check.shape(NAME, "cached_key", cached_key, expected, ok)
-        left = cached_key.shape[0]
-    keys = left + frames
-    if pos is not None:
-        _companion("pos", pos, x, dtype is not None)
-        rest = (max(2 * frames - 1 + left, 0) if frames else 0, width - 2 * heads * dim)
-        ok = pos.dim() == 3 and tuple(pos.shape[1:]) == rest and pos.shape[0] in (1, batch)
-        _check.shape(NAME, "pos", pos, f"(1 or {batch}, {rest[0]}, {rest[1]})", ok)
-    _mask("key_padding_mask", key_padding_mask, x, ((batch, keys),))
-    _mask("attn_mask", attn_mask, x, ((frames, keys), (batch, frames, keys)))
-    _at_least("chunk_size", chunk_size, -1)
-    if chunk_size == 0:
-        raise ValueError(f"fastasr.{NAME}: chunk_size: expected an int > 0, or -1, got 0")
-    _at_least("left_context_chunks", left_context_chunks, -1)
-    penalty, limit = _number("score_penalty", score_penalty), _number("score_limit", score_limit)
+    penalty, limit = _number(NAME, "score_penalty", score_penalty), _number(NAME, "score_limit", score_limit)
     rest = (key_padding_mask, attn_mask, heads, dim, chunk_size, left_context_chunks, penalty, limit)
     if not direct(x, pos, cached_key, key_padding_mask, attn_mask):
         return (_OP if served(NAME, x) else _by_position)(x, pos, cached_key, *rest)

@@ -21,6 +21,7 @@ from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import check_cache
+from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import rel_position_attention_weights
 from fastasr.ops.rel_position_attention_weights import scores
@@ -95,6 +96,19 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
         if self.dropout != 0.0:
             weights = torch.nn.functional.dropout(weights, p=self.dropout, training=self.training)
         return weights
+
+    def unmaterialised(self, x, pos_emb, key_padding_mask=None, attn_mask=None):
+        """What :meth:`forward` gives, as UnmaterialisedWeights; for inference. Draws what forward draws."""
+        _check_masks(x, key_padding_mask, attn_mask)
+        random.random()  # whether forward would log the entropy: it takes all weights to know it
+        return UnmaterialisedWeights(
+            self.in_proj(x),
+            self.linear_pos(pos_emb),
+            self.num_heads,
+            self.query_head_dim,
+            key_padding_mask=None if key_padding_mask is None else key_padding_mask.to(torch.bool),
+            attn_mask=attn_mask,
+        )
 
     def streaming_forward(self, x, pos_emb, cached_key, left_context_len, key_padding_mask):
         """x (T, B, C), one chunk; pos_emb (1 or B, left_context_len + 2T - 1, pos_dim); cached_key

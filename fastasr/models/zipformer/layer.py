@@ -19,11 +19,16 @@ from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.bypass import BypassModule
 from fastasr.models.zipformer.convolution import ConvolutionModule
 from fastasr.models.zipformer.feed_forward import FeedforwardModule
+from fastasr.models.zipformer.inference import any_hooked, is_plain_inference
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import SelfAttention
 from fastasr.models.zipformer.whitening import Whiten
+
+# Larger weights are not materialised in inference. One thread of Zen 4 takes as long either way, within 15 % at 800
+# frames and 5 % from 1600 on; what counts is the memory: 14 GB in a layer of stack 0 for ten minutes of speech.
+MOST_WEIGHT_BYTES = 128 << 20
 
 
 def _skip_rate(*points, default=0.0):
@@ -110,7 +115,8 @@ class ZipformerEncoderLayer(torch.nn.Module):
     def forward(self, src, pos_emb, chunk_size=-1, attn_mask=None, src_key_padding_mask=None):
         src_orig = src
         attention_skip_rate = float(self.attention_skip_rate) if self.training else 0.0
-        attn_weights = self.self_attn_weights(
+        weights = self.self_attn_weights.unmaterialised if _is_long(self, src) else self.self_attn_weights
+        attn_weights = weights(
             src, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=src_key_padding_mask
         )
         src = src + self.feed_forward1(src)
@@ -187,6 +193,20 @@ class ZipformerEncoderLayer(torch.nn.Module):
         src = src + self.feed_forward3(src)
         src = self.bypass(src_orig, self.norm(src))
         return src, cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2
+
+
+def _is_long(layer, src):
+    """Whether the weights of this call are better computed by their consumers than kept."""
+    attention = layer.self_attn_weights
+    if type(attention) is not RelPositionMultiheadAttentionWeights:
+        return False
+    frames, batch, _ = src.shape
+    size = attention.num_heads * batch * frames * frames * src.element_size()
+    return (
+        size > MOST_WEIGHT_BYTES
+        and is_plain_inference(layer, src, attention.in_proj.weight, 3)
+        and not any_hooked((attention, layer.nonlin_attention, layer.self_attn1, layer.self_attn2))
+    )
 
 
 def _balancer(channels, min_positive, max_positive, **limits):

@@ -9,6 +9,7 @@ import torch
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.linear import Linear
 from fastasr.models.zipformer.schedules import whitening_schedule
+from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten
 
 
@@ -46,6 +47,8 @@ class SelfAttention(torch.nn.Module):
 
 def weighted(attn_weights, values):
     """W (heads, batch, T, S), values (S, batch, heads * dim) -> (T, batch, heads * dim)."""
+    if isinstance(attn_weights, UnmaterialisedWeights):
+        return attn_weights.weighted(values)
     heads = attn_weights.shape[0]
     sources, batch, channels = values.shape
     values = values.reshape(sources, batch, heads, channels // heads).permute(2, 1, 0, 3)  # [H, B, S, dv]

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention weights that are not in memory: what they weigh is computed from the projection when it is asked for.
+
+For long inputs the weights (heads, batch, time, time) would be the largest tensor of the model by far. The layer hands
+:class:`UnmaterialisedWeights` to its consumers instead; each runs a kernel that needs O(time) memory. Everything a
+consumer of another kind does with weights works too: it materialises them for that one operation.
+"""
+
+import torch
+
+from fastasr.ops import rel_position_attention, rel_position_attention_weights
+
+
+class UnmaterialisedWeights:
+    """The weights of the first ``heads`` heads, (heads, batch, time, time), of the arguments of
+    ``fastasr.ops.rel_position_attention_weights``.
+
+    ``weights[0:n]``, ``weights @ values`` and ``weighted(values)`` stay unmaterialised; anything else (comparisons,
+    sums, products, other indices, torch functions) works on ``materialised()``. No gradients.
+    """
+
+    def __init__(self, projected, positions, num_heads, query_head_dim, heads=None, **masks):
+        self.projected, self.positions = projected, positions
+        self.num_heads, self.query_head_dim, self.masks = num_heads, query_head_dim, masks
+        self.heads = num_heads if heads is None else heads
+
+    @property
+    def shape(self):
+        frames, batch, _ = self.projected.shape
+        return torch.Size((self.heads, batch, frames, frames))
+
+    @property
+    def dtype(self):
+        return self.projected.dtype
+
+    @property
+    def device(self):
+        return self.projected.device
+
+    @property
+    def ndim(self):
+        return 4
+
+    def weighted(self, values):
+        """values (time, batch, heads * dim) -> the same, weighted."""
+        return rel_position_attention(
+            self.projected, self.positions, values, self.num_heads, self.query_head_dim, value_heads=self.heads,
+            **self.masks,
+        )  # fmt: skip
+
+    def materialised(self):
+        """The weights as a tensor."""
+        weights = rel_position_attention_weights(
+            self.projected, self.positions, self.num_heads, self.query_head_dim, **self.masks
+        )
+        return weights[: self.heads]
+
+    def __getitem__(self, index):
+        if isinstance(index, slice) and index.step in (None, 1) and not index.start:
+            heads = len(range(self.heads)[index])
+            if heads > 0:
+                return UnmaterialisedWeights(
+                    self.projected, self.positions, self.num_heads, self.query_head_dim, heads, **self.masks
+                )
+        return self.materialised()[index]
+
+    def __matmul__(self, values):
+        shape = self.shape
+        same = (
+            isinstance(values, torch.Tensor) and values.dtype == self.dtype and values.shape[:-1] == shape[:3]
+        )
+        if not same:
+            return self.materialised() @ values
+        y = self.weighted(values.permute(2, 1, 0, 3).flatten(2))
+        return y.reshape(shape[2], shape[1], shape[0], values.shape[-1]).permute(2, 1, 0, 3)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.matmul, torch.Tensor.matmul) and not kwargs and isinstance(args[0], cls):
+            return args[0] @ args[1]
+
+        def plain(value):
+            if isinstance(value, (list, tuple)):
+                return type(value)(map(plain, value))
+            return value.materialised() if isinstance(value, cls) else value
+
+        return function(*map(plain, args), **{name: plain(value) for name, value in (kwargs or {}).items()})
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.materialised(), name)
+
+    def __len__(self):
+        return self.heads
+
+
+def _on_tensors(name):
+    def operator(self, *others):
+        others = (o.materialised() if isinstance(o, UnmaterialisedWeights) else o for o in others)
+        return getattr(self.materialised(), name)(*others)
+
+    return operator
+
+
+for _name in (
+    "gt",
+    "ge",
+    "lt",
+    "le",
+    "mul",
+    "rmul",
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "truediv",
+    "rtruediv",
+    "neg",
+    "pow",
+):
+    setattr(UnmaterialisedWeights, f"__{_name}__", _on_tensors(f"__{_name}__"))

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of rel_position_attention: those of the weights, with values."""
+
+from fastasr.ops.rel_position_attention import definition
+from fastasr.testing.samples import rel_position_attention_weights as weights
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
+
+_PENALTY = ("score_penalty", "score_limit")
+
+
+def _registered(a: dict) -> tuple:
+    return (
+        a["x"],
+        a["pos"],
+        a["value"],
+        *(a.get(name) for name in ("cached_key", "key_padding_mask", "attn_mask")),
+        a["num_heads"],
+        a["query_head_dim"],
+        a["num_heads"] if a.get("value_heads") is None else a["value_heads"],
+        a.get("chunk_size", -1),
+        a.get("left_context_chunks", -1),
+    )
+
+
+def _valued(make: Make, arguments: dict, heads: int | None = None, dim: int = 3) -> dict:
+    x, cached = arguments["x"], arguments.get("cached_key")
+    keys = x.shape[0] + (0 if cached is None else cached.shape[0])
+    if heads is not None:
+        arguments["value_heads"] = heads
+    count = arguments["num_heads"] if heads is None else heads
+    return arguments | {"value": make.normal(keys, x.shape[1], count * dim)}
+
+
+def _sample(sample: Sample) -> Sample:
+    return Sample(
+        sample.name, lambda m: _valued(m, sample.arguments(m)), exact=sample.exact, thorough=sample.thorough
+    )
+
+
+def _with(**arguments):
+    def call(make: Make) -> dict:
+        changed = {k: v(make) if callable(v) else v for k, v in arguments.items()}
+        return _valued(make, weights._call(make, 5, 2)) | changed
+
+    return call
+
+
+def _valued_call(make: Make, invalid: Invalid) -> dict:
+    return invalid.arguments(make) | {"value": make.normal(5, 2, 6)}
+
+
+def _random(make: Make, shape) -> dict:
+    arguments = {k: v for k, v in weights._random(make, shape).items() if k not in _PENALTY}
+    heads = shape.choice((None, 1, arguments["num_heads"]))
+    return _valued(make, arguments, heads, min(max(shape.size(), 1), 40))
+
+
+TABLE = OpTable(
+    op="rel_position_attention",
+    definition=definition,
+    registered=_registered,
+    samples=(
+        *(_sample(s) for s in weights.TABLE.samples if "penalty" not in s.name),
+        Sample(
+            "the first head, wide values",
+            lambda m: _valued(m, weights._call(m, 20, 2, 4, 4, 2, scale=0.4), 1, 144),
+        ),
+        Sample(
+            "two of three heads",
+            lambda m: _valued(m, weights._call(m, 9, 2, 3, 4, 2, left=3, scale=0.4), 2, 5),
+            thorough=True,
+        ),
+        Sample("values of 48 channels", lambda m: _valued(m, weights._call(m, 40, 1, 2, 8, 4), None, 48)),
+        Sample(
+            "several blocks of keys",
+            lambda m: _valued(
+                m,
+                weights._call(m, 600, 1, 1, 8, 4, left=70, key_padding_mask=weights._padding(m, [650], 670)),
+                None,
+                4,
+            ),
+        ),
+        Sample(
+            "several blocks of keys, chunks",
+            lambda m: _valued(m, weights._call(m, 700, 1, 1, 8, 4, chunk_size=32, left_context_chunks=3)),
+        ),
+    ),
+    invalid=(
+        *(
+            Invalid(i.name, lambda m, i=i: _valued_call(m, i), i.error, i.match)
+            for i in weights.TABLE.invalid
+            if i.match not in _PENALTY
+        ),
+        Invalid("value lacks a key", _with(value=lambda m: m.normal(4, 2, 6)), ValueError, "value"),
+        Invalid("value does not divide", _with(value=lambda m: m.normal(5, 2, 7)), ValueError, "value"),
+        Invalid(
+            "value in another dtype", _with(value=lambda m: m.normal(5, 2, 6).double()), TypeError, "value"
+        ),
+        Invalid("value is None", _with(value=None), TypeError, "value"),
+        Invalid("values of three heads", _with(value_heads=3), ValueError, "value_heads"),
+        Invalid("values of no head", _with(value_heads=0), ValueError, "value_heads"),
+        Invalid("value_heads is a float", _with(value_heads=1.0), TypeError, "value_heads"),
+    ),
+    random=_random,
+)
