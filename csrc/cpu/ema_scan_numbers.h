@@ -115,37 +115,42 @@ struct ComplexNumbers {
 
   static const EmaBlock<C>& block() { return complex_ema_block(C{}); }
 
+  static double sigmoid(double z) { return 1.0 / (1.0 + std::exp(-z)); }
+  // 1 - sigmoid(z): in double as the definition rounds it, else without its cancellation
+  static double less_sigmoid(double z) { return precise ? 1.0 - sigmoid(z) : sigmoid(-z); }
+  // What the angles of a channel's states are multiples of.
+  static double step_of_angle(const Parameters& p, int64_t channel, int64_t states) {
+    return sigmoid(static_cast<double>(p.theta[channel])) * (kTurn / static_cast<double>(states));
+  }
+
   struct Coefficients {
-    double p, p1, a, a1, s, s1, radius, angle;
+    double p, a, radius, angle;
   };
-  // Of state n (from 0) of one channel; p1 = 1 - p without its cancellation, and so on.
-  static Coefficients coefficients(const Parameters& p, int64_t channel, int64_t n, int64_t states) {
-    const auto sigmoid = [](double z) { return 1.0 / (1.0 + std::exp(-z)); };
-    const double alpha = static_cast<double>(p.alpha[channel * states + n]);
-    const double delta = static_cast<double>(p.delta[channel * states + n]);
-    const double theta = static_cast<double>(p.theta[channel]);
-    Coefficients k{
-        sigmoid(alpha), sigmoid(-alpha), sigmoid(delta), sigmoid(-delta), sigmoid(theta), sigmoid(-theta), 0, 0};
-    if constexpr (sizeof(C) == 8) k.p1 = 1.0 - k.p, k.a1 = 1.0 - k.a, k.s1 = 1.0 - k.s;  // as the definition rounds
+  // Of state n (from 0) of one channel.
+  static Coefficients coefficients(const Parameters& p, int64_t channel, int64_t n, int64_t states, double step) {
+    const int64_t i = channel * states + n;
+    Coefficients k{sigmoid(static_cast<double>(p.alpha[i])), sigmoid(static_cast<double>(p.delta[i])), 0, 0};
     volatile double product = k.p * k.a;  // rounded, and not fused with the subtraction
     k.radius = 1.0 - product;
-    k.angle = static_cast<double>(n + 1) * (k.s * (kTurn / static_cast<double>(states)));
+    k.angle = static_cast<double>(n + 1) * step;
     return k;
   }
 
   static void pack(const Parameters& p, int64_t first, int64_t m, int64_t states, bool unit, const EmaArrays<C*>& to) {
     const double scale = 1.0 / std::sqrt(static_cast<double>(states));
+    double step[kEmaLanes];
+    for (int64_t j = 0; j < m; j++) step[j] = step_of_angle(p, first + j, states);
     for (int64_t n = 0; n < states; n++)
       for (int64_t j = 0; j < m; j++) {
-        const Coefficients k = coefficients(p, first + j, n, states);
+        const Coefficients k = coefficients(p, first + j, n, states, step[j]);
         const C* gamma = p.gamma + ((first + j) * states + n) * 2;
         const double gain = unit ? k.p * scale : scale;
         const int64_t re = 2 * n * kEmaLanes + j, im = re + kEmaLanes;
         if constexpr (!precise) {
           // 1 - q = (1 - |q|) + 2 |q| sin^2(angle / 2) - i |q| sin(angle): without cancellation
-          const double half = std::sin(0.5 * k.angle);
-          to.decay[re] = static_cast<C>(k.p * k.a + 2.0 * k.radius * half * half);
-          to.decay[im] = static_cast<C>(-k.radius * std::sin(k.angle));
+          const double sine = std::sin(0.5 * k.angle), cosine = std::cos(0.5 * k.angle);
+          to.decay[re] = static_cast<C>(k.p * k.a + 2.0 * k.radius * sine * sine);
+          to.decay[im] = static_cast<C>(-2.0 * k.radius * sine * cosine);
         } else {
           const long double r = k.radius * std::cos(static_cast<long double>(k.angle));
           const long double i = k.radius * std::sin(static_cast<long double>(k.angle));
@@ -202,9 +207,10 @@ struct ComplexNumbers {
                      const double* of_v, const double* of_b, const double* direct, const Gradients& gradients) {
     const double scale = 1.0 / std::sqrt(static_cast<double>(states));
     for (int64_t j = 0; j < m; j++) {
-      double dangle = 0, slope = 0;
+      const double theta = static_cast<double>(p.theta[first + j]), step = step_of_angle(p, first + j, states);
+      double dangle = 0;
       for (int64_t n = 0; n < states; n++) {
-        const Coefficients k = coefficients(p, first + j, n, states);
+        const Coefficients k = coefficients(p, first + j, n, states, step);
         const int64_t re = 2 * n * kEmaLanes + j, im = re + kEmaLanes, i = (first + j) * states + n;
         const Z turn(std::cos(k.angle), std::sin(k.angle));
         const Z c(scale * static_cast<double>(p.gamma[2 * i]), scale * static_cast<double>(p.gamma[2 * i + 1]));
@@ -214,13 +220,14 @@ struct ComplexNumbers {
         const Z dq = (unit ? k.p * c * v : c * v + Z(direct[re], direct[im])) * turn;
         const double dradius = dq.real();
         dangle -= static_cast<double>(n + 1) * (dq.imag() * k.radius);
-        slope = k.s * k.s1 * (kTurn / static_cast<double>(states));
-        gradients.alpha[i] = static_cast<C>((dp - dradius * k.a) * k.p * k.p1);
-        gradients.delta[i] = static_cast<C>(-dradius * k.p * k.a * k.a1);
+        const double p1 = less_sigmoid(static_cast<double>(p.alpha[i]));
+        const double a1 = less_sigmoid(static_cast<double>(p.delta[i]));
+        gradients.alpha[i] = static_cast<C>((dp - dradius * k.a) * k.p * p1);
+        gradients.delta[i] = static_cast<C>(-dradius * k.p * k.a * a1);
         gradients.gamma[2 * i] = static_cast<C>(scale * dc.real());
         gradients.gamma[2 * i + 1] = static_cast<C>(-scale * dc.imag());
       }
-      gradients.theta[first + j] = static_cast<C>(dangle * slope);
+      gradients.theta[first + j] = static_cast<C>(dangle * step * less_sigmoid(theta));
     }
   }
   static void clear(const Gradients& g, int64_t rows, int64_t states) {
