@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gated attention of one head with a bias of the distance; no tensor of length x length reaches memory.
 
-    q = (act(x) w0 + b0) / sqrt(d), k = act(x) w1 + b1, S_ij = q_i k_j + bias[j - i], s = softmax_j(S), h = (s M) v,
+    q = act(x) w0 + b0, k = act(x) w1 + b1, S_ij = q_i k_j / sqrt(d) + bias[j - i], s = softmax_j(S), h = (s M) v,
     y = h act(gate)
     With g = dy act(gate): dgate = dy h act'(gate), dv = (s M)^T g, dA = (g v^T) M, D = sum_j s dA, dS = s (dA - D),
-    dq = dS k, dk = dS^T q, dbias[t] = sum over j - i = t of dS, and from dq, dk those of x, w, b.
+    dq = dS k / sqrt(d), dk = dS^T q / sqrt(d), dbias[t] = sum over j - i = t of dS, and from dq, dk those of x, w, b.
 
 A unit is a chunk of a sequence. Its N = L B frames have d channels of queries and V of values, of e bytes:
 
@@ -17,7 +17,7 @@ A unit is a chunk of a sequence. Its N = L B frames have d channels of queries a
     values       keys x columns of v           d + columns          q, k, g; dv
     parameters   frames                        -                    x, dq, dk; dx
 
-Scores are computed again wherever they are needed; those of one tile serve all columns that fit registers: 256 of 16
+Scores are computed again wherever they are needed; those of one tile serve all columns that fit registers: 128 of 16
 bits. Forward and queries sweep the keys once with a running maximum. The sweep of queries needs no statistics of the
 forward: with D0 = g h, from h as it was rounded, it sums e = exp(S - max), e (dA - D0), and both times k, and from
 these D - D0 and dq follow. So rows of dS add up to zero as nearly as float32 allows, however h was rounded, which the
@@ -25,7 +25,8 @@ sums over them rely on.
 
 Diagonal sums: a square tile of dS is rolled, row c by c, in registers; its columns are then halves of two neighbouring
 diagonal blocks, and one block is finished per tile. Parts are written per block of keys and added in float64, as are
-those of the parameters. What a program does depends on the shape alone: results repeat bit for bit, without atomics.
+those of the parameters. What a program does depends on the shape and the generation of the GPU alone: results repeat
+bit for bit, without atomics.
 """
 
 import torch
@@ -111,7 +112,7 @@ def prepare_kernel(
 
 
 # --------------------------------------------------------------------------- forward
-@triton.jit(do_not_specialize=["length", "size", "count", "blocks"])
+@triton.jit(do_not_specialize=["length", "size", "count", "blocks"], do_not_specialize_on_alignment=["BIAS"])
 def forward_kernel(
     QUERY, KEY, VALUE, GATE, BIAS, HIDDEN, DROPOUT, Y, MIXED,
     length, size, count, blocks, V, value_time, value_batch, gate_time, gate_batch, out_time, scale,

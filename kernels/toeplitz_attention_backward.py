@@ -8,7 +8,7 @@ from fastasr.kernels.activation import activate_with_slope, exp_nonpositive
 from fastasr.kernels.attention_tiles import NONE, biased, dropped, load_rows, products, running, span, sums
 
 
-@triton.jit(do_not_specialize=["length", "size", "count", "blocks"])
+@triton.jit(do_not_specialize=["length", "size", "count", "blocks"], do_not_specialize_on_alignment=["BIAS"])
 def queries_kernel(
     QUERY, KEY, VALUE, G, BIAS, HIDDEN, DROPOUT, ALONG, DQUERY, MAXIMUM, INVERSE, REST,
     length, size, count, blocks, V, value_time, value_batch, scale,
@@ -81,7 +81,7 @@ def _weights(
     return exp_nonpositive(scores - maximum[None, :], PRECISE) * inverse[None, :]
 
 
-@triton.jit(do_not_specialize=["length", "size", "count", "blocks"])
+@triton.jit(do_not_specialize=["length", "size", "count", "blocks"], do_not_specialize_on_alignment=["BIAS"])
 def keys_kernel(
     QUERY, KEY, VALUE, G, BIAS, HIDDEN, DROPOUT, ALONG, MAXIMUM, INVERSE, REST, DKEY, PARTS,
     length, size, count, blocks, V, value_time, value_batch, scale,
@@ -144,7 +144,7 @@ def keys_kernel(
     tl.store((DKEY + (row + j) * WIDTH)[:, None] + c[None, :], dkey, mask=keep_j[:, None])
 
 
-@triton.jit(do_not_specialize=["length", "size", "count", "blocks"])
+@triton.jit(do_not_specialize=["length", "size", "count", "blocks"], do_not_specialize_on_alignment=["BIAS"])
 def values_kernel(
     QUERY, KEY, VALUE, G, BIAS, HIDDEN, DROPOUT, MAXIMUM, INVERSE, DVALUE,
     length, size, count, blocks, V, value_time, value_batch, out_time, scale,
