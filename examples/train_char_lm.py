@@ -29,7 +29,7 @@ BOUNDARY = 0  # before the first and after the last character; also the padding
 class CharacterModel(torch.nn.Module):
     """Next-character logits (B, L, V) of label sequences (B, L) that begin with BOUNDARY."""
 
-    def __init__(self, vocabulary: int, size: int, blocks: int):
+    def __init__(self, vocabulary: int, size: int, blocks: int, positions: int):
         super().__init__()
         self.decoder = MEGADecoder(
             vocabulary,
@@ -38,7 +38,7 @@ class CharacterModel(torch.nn.Module):
             qk_size=size // 2,
             v_size=2 * size,
             num_blocks=blocks,
-            max_positions=512,
+            max_positions=positions,
             embed_pad=BOUNDARY,
         )
         self.output = torch.nn.Linear(size, vocabulary)
@@ -100,7 +100,8 @@ def perplexity(model: CharacterModel, lines: list[list[int]]) -> float:
 def train(backend: str, options, training: list[list[int]], held_out: list[list[int]], vocabulary: int):
     """One training run from ``options.seed``: the model, its losses and what it says of the held-out lines."""
     torch.manual_seed(options.seed)
-    model = CharacterModel(vocabulary, options.size, options.blocks)
+    longest = max(512, *(len(line) + 1 for line in training + held_out))
+    model = CharacterModel(vocabulary, options.size, options.blocks, longest)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=options.steps, pct_start=0.1)
     stream = itertools.islice(batches(training, options.batch, options.seed), options.steps)
