@@ -31,15 +31,18 @@ class CharacterModel(torch.nn.Module):
 
     def __init__(self, vocabulary: int, size: int, blocks: int, positions: int):
         super().__init__()
+        # The padding label's embedding is 0, and a row of zeros divided by a deviation of 1e-6 (the epsilon of ESPnet's
+        # LayerNorm is 1e-12) has gradients a million times too large in every block: it must not begin the lines.
+        padding = vocabulary
         self.decoder = MEGADecoder(
-            vocabulary,
+            vocabulary + 1,
             block_size=size,
             linear_size=2 * size,
             qk_size=size // 2,
             v_size=2 * size,
             num_blocks=blocks,
             max_positions=positions,
-            embed_pad=BOUNDARY,
+            embed_pad=padding,
         )
         self.output = torch.nn.Linear(size, vocabulary)
 
