@@ -76,7 +76,7 @@ TABLE = OpTable(
     registered=_registered,
     samples=(
         Sample("plain", lambda m: _plain(m, 14, 2, 12, 7), thorough=True),
-        Sample("chunks", lambda m: _causal(m, 14, 2, 12, 5, 4), thorough=True),
+        Sample("chunks", lambda m: _causal(m, 24, 3, 12, 5, 4), thorough=True),
         Sample("stream", lambda m: _stream(m, 13, 2, 12, 5, 6), thorough=True),
         Sample(
             "identity, no biases",

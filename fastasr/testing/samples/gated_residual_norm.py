@@ -63,7 +63,8 @@ TABLE = OpTable(
     ),
     samples=(
         Sample("lbd", lambda m: _call(m, (4, 2, 11)), thorough=True),
-        Sample("slices of a projection", lambda m: _slices(m, 5, 2, 20), thorough=True),
+        Sample("slices of a projection", lambda m: _slices(m, 30, 4, 64)),
+        Sample("slices", lambda m: _slices(m, 6, 2, 20), thorough=True),
         Sample("dropout", lambda m: _with_mask(m, (3, 2, 9)), thorough=True),
         *(
             Sample(name, lambda m, name=name: _call(m, (7, 2, 33), activation=name))
