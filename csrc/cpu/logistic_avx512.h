@@ -3,17 +3,17 @@
 
 #include "cpu/softplus_avx512.h"
 
-// 1 / (1 + e^-x), sixteen at a time: an exponential without clamping or bit fiddling, and a reciprocal by one Newton
-// step in place of a division. Within 1.5 ulp, down to 2^-126.
+// 1 / (1 + e^-x), sixteen at a time: an exponential without bit fiddling, and a reciprocal by one Newton step in place
+// of a division. Within 1.5 ulp, down to 2^-126, where it stays for smaller x.
 #ifdef FASTASR_AVX512
 
 namespace fastasr::cpu::avx512 {
 
 FASTASR_AVX512_INLINE __m512 logistic(__m512 x) {
-  const __m512 log2e = _mm512_set1_ps(-1.44269504f);
+  const __m512 log2e = _mm512_set1_ps(-1.44269504f), limit = _mm512_set1_ps(87.3365f);
   // the operand order keeps a NaN
-  const __m512 a = _mm512_min_ps(_mm512_set1_ps(126.0f), _mm512_mul_ps(x, log2e));
-  const __m512 n = _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  x = _mm512_min_ps(limit, _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), limit), x));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_fmadd_ps(x, _mm512_set1_ps(-1.92596303e-8f), _mm512_fmsub_ps(x, log2e, n));
   __m512 p = _mm512_set1_ps(1.53458110e-4f);
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.33999309e-3f));

@@ -191,9 +191,19 @@ def _as_good_as_eager(definition, arguments: dict, outputs, references) -> bool:
             return False
         if finite.any():
             error, allowed = ((t.detach().double() - exact)[finite].abs().max() for t in (ours, theirs))
+            if (
+                ours.dtype is torch.float64
+            ):  # eager is the oracle: another order of operations at the extreme's scale
+                allowed = 64 * torch.finfo(torch.float64).eps * _largest(arguments)
             if error > 2 * allowed:
                 return False
     return True
+
+
+def _largest(arguments: dict) -> float:
+    """The largest finite magnitude among the tensors."""
+    finite = [t.detach().double()[t.isfinite()].abs() for t in floating(arguments).values()]
+    return max([1.0, *(t.max().item() for t in finite if t.numel())])
 
 
 def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -70,6 +70,14 @@ def _one_bad_frame(make: Make, arguments: dict, value: float) -> dict:
     return arguments
 
 
+def _saturated_gates(make: Make, arguments: dict) -> dict:
+    """Gates so far out that the logistic function is 0 or 1, which no exponential may overflow on."""
+    channels = arguments["weight"].shape[0]
+    for frame, value in enumerate((-88.0, -104.0, -6e4, -float("inf"), 88.0, 6e4, float("inf"))):
+        arguments["h"][frame, 0, channels + frame] = value
+    return arguments
+
+
 TABLE = OpTable(
     op="gated_depthwise_conv",
     definition=definition,
@@ -107,6 +115,7 @@ TABLE = OpTable(
         Sample("no frames, causal", lambda m: _stream(m, 0, 3, 8, 5)),
         Sample("no sequences", lambda m: _causal(m, 4, 0, 8, 5, 2)),
         Sample("no channels", lambda m: _causal(m, 4, 2, 0, 5, 2)),
+        Sample("saturated gates", lambda m: _saturated_gates(m, _plain(m, 40, 2, 20, 5))),
         Sample(
             "infinity in one frame",
             lambda m: _one_bad_frame(m, _plain(m, 20, 2, 8, 5), float("inf")),
