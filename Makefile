@@ -79,11 +79,11 @@ test: test-cpp install
 	@echo "== fuzzing"
 	$(PY) -m fastasr.testing.fuzz -n 2000 --seed $(SEED)
 	@echo "== Python tests"
-	source $(STAMPS)/build.env; $(PY) -m pytest -m "not long" $(ARGS)
+	source $(STAMPS)/build.env; scripts/python_tests.sh $(PY) "not long" $(ARGS)
 
 test-long: test-cpp test-cpp-long install
 	$(PY) -m fastasr.testing.fuzz -n 100000 --seed $(SEED)
-	source $(STAMPS)/build.env; $(PY) -m pytest -m "long or not long" $(ARGS)
+	source $(STAMPS)/build.env; scripts/python_tests.sh $(PY) "long or not long" $(ARGS)
 
 # The C++ tests need a compiler and CMake, no Python. Here the widest path, and the sanitizers on the one that most machines
 # can run: the Python suite covers what the loader picks. Every path under every sanitizer: test-cpp-long.
