@@ -26,6 +26,7 @@ from fastasr.ops.gated_residual_norm import definition as gated_residual_norm_de
 from fastasr.ops.gated_residual_norm import definition_residual as residual_norm_definition
 from fastasr.ops.rel_position_attention import definition as attention_definition
 from fastasr.ops.rel_position_attention_weights import definition as attention_weights_definition
+from fastasr.ops.rnnt_joiner import definition as rnnt_joiner_definition
 from fastasr.ops.swoosh import definition_l, definition_r
 from fastasr.ops.toeplitz_attention import definition as toeplitz_attention_definition
 
@@ -63,6 +64,10 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
     bias, scale = torch.randn(channels, device=device), torch.rand(channels, device=device)
     log_scale = torch.tensor(0.5, device=device)
     registered = torch.ops.fastasr
+    joined = (
+        torch.ones(1, 1, dtype=torch.int64, device=device),
+        torch.zeros(1, 2, dtype=torch.int64, device=device),
+    )
     limits = -0.05, 0.05, 0.2, 0.5, 0.04, -1
     return {
         "balancer_gradient": Tiny(
@@ -132,6 +137,12 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             residual_norm_definition,
             ops.residual_norm,
             lambda x, u, w, b: registered.residual_norm(x, u, w, b, 1e-5),
+        ),
+        "rnnt_joiner": Tiny(
+            (x.unsqueeze(0), other.unsqueeze(0), weight, bias),
+            lambda *tensors: rnnt_joiner_definition(*tensors, *joined, s_range=1, termination_symbol=0)[1],
+            lambda *tensors: ops.rnnt_joiner(*tensors, *joined, s_range=1, termination_symbol=0)[1],
+            lambda *tensors: registered.rnnt_joiner(*tensors, *joined, None, 1, 0, 3, False)[1],
         ),
         "toeplitz_attention": Tiny(
             (x.unsqueeze(0), x.unsqueeze(0), other.unsqueeze(0), x, other, x[0, :1]),

@@ -13,6 +13,7 @@ from fastasr.benchmarks.ops import (
     rel_position_attention,
     rel_position_attention_weights,
     residual_norm,
+    rnnt_joiner,
     swoosh,
     swoosh_linear,
     toeplitz_attention,
@@ -32,6 +33,7 @@ MODULES = (
     toeplitz_attention,
     residual_norm,
     gated_depthwise_conv,
+    rnnt_joiner,
 )
 
 

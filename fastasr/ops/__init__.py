@@ -15,6 +15,7 @@ from fastasr.ops.gated_residual_norm import gated_residual_norm, residual_norm
 from fastasr.ops.linear import linear
 from fastasr.ops.rel_position_attention import rel_position_attention
 from fastasr.ops.rel_position_attention_weights import rel_position_attention_weights
+from fastasr.ops.rnnt_joiner import rnnt_joiner
 from fastasr.ops.swoosh import swoosh_l, swoosh_r
 from fastasr.ops.swoosh_linear import swoosh_linear
 from fastasr.ops.toeplitz_attention import toeplitz_attention
@@ -37,6 +38,7 @@ NAMES = (
     "residual_norm",
     "toeplitz_attention",
     "balancer_gradient",
+    "rnnt_joiner",
 )
 GRADIENTS = ("balancer_gradient",)  # ops of backward passes: they have no gradient and tests of their own
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "rel_position_attention",
     "rel_position_attention_weights",
     "residual_norm",
+    "rnnt_joiner",
     "swoosh_l",
     "swoosh_linear",
     "swoosh_r",

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of rnnt_joiner."""
+
+import torch
+
+from fastasr.ops import _activation
+from fastasr.ops.rnnt_joiner import definition
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
+
+
+def _call(
+    make: Make, batch: int, frames: int, length: int, s_range: int, d: int, v: int, bias: bool = True, **more
+) -> dict:
+    """Windows that move evenly from the first context to the last."""
+    last = max(0, length + 1 - s_range)
+    starts = torch.arange(frames) * last // max(1, frames - 1)
+    generator = torch.Generator().manual_seed(7)
+    call = {
+        "am": make.normal(batch, frames, d),
+        "lm": make.normal(batch, length + 1, d),
+        "weight": make.normal(v, d, scale=d**-0.5 if d else 1.0),
+        "bias": make.normal(v, scale=0.3) if bias else None,
+        "symbols": torch.randint(0, v, (batch, length), generator=generator).to(make.device),
+        "starts": starts.expand(batch, frames).contiguous().to(make.device),
+        "s_range": s_range,
+        "termination_symbol": 0,
+    }
+    return call | more
+
+
+def _short(make: Make, *sizes: int, **more) -> dict:
+    """Windows that end before the last context: every row has a symbol, so all values are finite."""
+    call = _call(make, *sizes, **more)
+    return call | {"starts": call["starts"].clamp(max=sizes[2] - sizes[3])}
+
+
+def _symbols_but_blank(call: dict) -> dict:
+    """Symbols that are never blank, whose probability is 0 in a HAT."""
+    outputs, blank = call["weight"].shape[0], call["termination_symbol"]
+    return call | {"symbols": (blank + 1 + call["symbols"] % (outputs - 1)) % outputs}
+
+
+def _hat(make: Make, *sizes: int, **more) -> dict:
+    return _symbols_but_blank(_short(make, *sizes, hat=True, **more))
+
+
+def _boundary(make: Make, *rows: tuple[int, int, int, int]) -> torch.Tensor:
+    return torch.tensor(rows, device=make.device)
+
+
+def _padded(make: Make) -> dict:
+    """Ragged sequences; behind each one symbols that are none."""
+    call = _call(make, 3, 9, 6, 3, 16, 11)
+    symbols = call["symbols"].clone()
+    symbols[1, 4:] = -1
+    symbols[2, 0:] = 99
+    boundary = _boundary(make, (0, 0, 6, 9), (1, 2, 4, 7), (0, 0, 0, 5))
+    return call | {"symbols": symbols, "boundary": boundary}
+
+
+def _with(**arguments):
+    return lambda m: (
+        _call(m, 2, 4, 5, 2, 8, 7) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
+    )
+
+
+def _registered(a: dict) -> tuple:
+    return (
+        *(a[name] for name in ("am", "lm", "weight", "bias", "symbols", "starts")),
+        a.get("boundary"),
+        a["s_range"],
+        a["termination_symbol"],
+        _activation.NAMES.index(a.get("activation", "tanh")),
+        a.get("hat", False),
+    )
+
+
+def _random(make: Make, shape) -> dict:
+    length, v = shape.size() % 20, 2 + shape.size()
+    call = _call(
+        make,
+        shape.size() % 4,
+        shape.size() % 20,
+        length,
+        1 + shape.size() % 6,
+        shape.size() % 40,
+        v,
+        termination_symbol=shape.choice((0, v - 1)),
+        activation=shape.choice(("tanh", "relu")),
+        hat=shape.choice((False, True)),
+        keep_logits=shape.choice((None, True, False)),
+    )
+    return _symbols_but_blank(call)
+
+
+TABLE = OpTable(
+    op="rnnt_joiner",
+    definition=definition,
+    registered=_registered,
+    samples=(
+        Sample("small", lambda m: _short(m, 2, 4, 5, 2, 8, 7), thorough=True),
+        Sample(
+            "relu, no bias",
+            lambda m: _short(m, 2, 3, 4, 2, 5, 6, bias=False, activation="relu"),
+            thorough=True,
+        ),
+        Sample("HAT", lambda m: _hat(m, 2, 4, 5, 2, 8, 7, termination_symbol=3), thorough=True),
+        Sample(
+            "logits computed again",
+            lambda m: _short(m, 2, 4, 5, 3, 8, 7, termination_symbol=6, keep_logits=False),
+            thorough=True,
+        ),
+        Sample("to the last context", lambda m: _call(m, 2, 7, 5, 3, 17, 33)),
+        Sample("boundary", _padded),
+        Sample("boundary, computed again", lambda m: _padded(m) | {"keep_logits": False}),
+        Sample(
+            "HAT with a boundary",
+            lambda m: _symbols_but_blank(_padded(m)) | {"hat": True, "activation": "relu"},
+        ),
+        Sample("full lattice", lambda m: _call(m, 2, 3, 4, 5, 16, 12)),
+        Sample("a window beyond the last context", lambda m: _call(m, 1, 3, 2, 5, 16, 12)),
+        Sample("one output", lambda m: _call(m, 2, 3, 4, 2, 8, 1)),
+        Sample("model", lambda m: _call(m, 2, 60, 13, 5, 128, 500), large=True),
+        Sample(
+            "model, computed again", lambda m: _call(m, 2, 60, 13, 5, 128, 500, keep_logits=False), large=True
+        ),
+        Sample("wide", lambda m: _call(m, 1, 11, 7, 3, 96, 2051), large=True),
+        Sample("no symbols", lambda m: _call(m, 2, 4, 0, 1, 8, 7)),
+        Sample("no frames", lambda m: _call(m, 2, 0, 3, 2, 8, 7)),
+        Sample("no sequences", lambda m: _call(m, 0, 4, 3, 2, 8, 7)),
+        Sample("no channels", lambda m: _call(m, 2, 4, 3, 2, 0, 7)),
+    ),
+    invalid=(
+        Invalid("am is a matrix", _with(am=lambda m: m.normal(4, 8)), ValueError, "am"),
+        Invalid("lm of another width", _with(lm=lambda m: m.normal(2, 6, 9)), ValueError, "lm"),
+        Invalid("lm without contexts", _with(lm=lambda m: m.normal(2, 0, 8)), ValueError, "lm"),
+        Invalid("weight of another width", _with(weight=lambda m: m.normal(7, 9)), ValueError, "weight"),
+        Invalid(
+            "weight in half precision", _with(weight=lambda m: m.normal(7, 8).half()), TypeError, "weight"
+        ),
+        Invalid("bias of another size", _with(bias=lambda m: m.normal(8)), ValueError, "bias"),
+        Invalid("symbols of another length", _with(symbols=torch.zeros(2, 4).long()), ValueError, "symbols"),
+        Invalid("symbols of floats", _with(symbols=torch.zeros(2, 5)), TypeError, "symbols"),
+        Invalid(
+            "a symbol outside the vocabulary", _with(symbols=torch.full((2, 5), 7)), ValueError, "symbols"
+        ),
+        Invalid("a negative symbol", _with(symbols=torch.full((2, 5), -1)), ValueError, "symbols"),
+        Invalid(
+            "starts with three dimensions", _with(starts=torch.zeros(2, 4, 2).long()), ValueError, "starts"
+        ),
+        Invalid("starts out of range", _with(starts=torch.full((2, 4), 6)), ValueError, "starts"),
+        Invalid("boundary of two columns", _with(boundary=torch.zeros(2, 2).long()), ValueError, "boundary"),
+        Invalid(
+            "boundary beyond the frames",
+            _with(boundary=torch.tensor([[0, 0, 5, 4], [0, 0, 5, 5]])),
+            ValueError,
+            "boundary",
+        ),
+        Invalid("s_range is 0", _with(s_range=0), ValueError, "s_range"),
+        Invalid("s_range is a float", _with(s_range=2.0), TypeError, "s_range"),
+        Invalid("termination_symbol outside", _with(termination_symbol=7), ValueError, "termination_symbol"),
+        Invalid("unknown activation", _with(activation="silu"), ValueError, "activation"),
+        Invalid("hat is an int", _with(hat=1), TypeError, "hat"),
+        Invalid("keep_logits is a string", _with(keep_logits="auto"), TypeError, "keep_logits"),
+    ),
+    thread_invariant=False,
+    unread=("am", "lm"),
+    random=_random,
+)
