@@ -27,6 +27,8 @@ from fastasr.ops.gated_residual_norm import definition_residual as residual_norm
 from fastasr.ops.rel_position_attention import definition as attention_definition
 from fastasr.ops.rel_position_attention_weights import definition as attention_weights_definition
 from fastasr.ops.rnnt_joiner import definition as rnnt_joiner_definition
+from fastasr.ops.rnnt_lattice import definition as lattice_definition
+from fastasr.ops.rnnt_pruned_lattice import definition as pruned_lattice_definition
 from fastasr.ops.swoosh import definition_l, definition_r
 from fastasr.ops.toeplitz_attention import definition as toeplitz_attention_definition
 
@@ -63,6 +65,7 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
     weight = torch.randn(channels, channels, device=device)
     bias, scale = torch.randn(channels, device=device), torch.rand(channels, device=device)
     log_scale = torch.tensor(0.5, device=device)
+    starts = torch.zeros(1, 4, dtype=torch.int64, device=device)
     registered = torch.ops.fastasr
     joined = (
         torch.ones(1, 1, dtype=torch.int64, device=device),
@@ -143,6 +146,18 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             lambda *tensors: rnnt_joiner_definition(*tensors, *joined, s_range=1, termination_symbol=0)[1],
             lambda *tensors: ops.rnnt_joiner(*tensors, *joined, s_range=1, termination_symbol=0)[1],
             lambda *tensors: registered.rnnt_joiner(*tensors, *joined, None, 1, 0, 3, False)[1],
+        ),
+        "rnnt_lattice": Tiny(
+            (torch.randn(1, 2, 4, device=device), torch.randn(1, 3, 3, device=device)),
+            lattice_definition,
+            ops.rnnt_lattice,
+            lambda x, y: registered.rnnt_lattice(x, y, None, False, True)[0],
+        ),
+        "rnnt_pruned_lattice": Tiny(
+            (torch.randn(1, 4, 2, device=device), torch.randn(1, 4, 2, device=device)),
+            lambda x, y: pruned_lattice_definition(x, y, starts),
+            lambda x, y: ops.rnnt_pruned_lattice(x, y, starts),
+            lambda x, y: registered.rnnt_pruned_lattice(x, y, starts, None, False, False, True)[0],
         ),
         "toeplitz_attention": Tiny(
             (x.unsqueeze(0), x.unsqueeze(0), other.unsqueeze(0), x, other, x[0, :1]),

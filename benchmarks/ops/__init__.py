@@ -14,6 +14,8 @@ from fastasr.benchmarks.ops import (
     rel_position_attention_weights,
     residual_norm,
     rnnt_joiner,
+    rnnt_lattice,
+    rnnt_pruned_lattice,
     swoosh,
     swoosh_linear,
     toeplitz_attention,
@@ -34,6 +36,8 @@ MODULES = (
     residual_norm,
     gated_depthwise_conv,
     rnnt_joiner,
+    rnnt_lattice,
+    rnnt_pruned_lattice,
 )
 
 

@@ -16,6 +16,8 @@ from fastasr.ops.linear import linear
 from fastasr.ops.rel_position_attention import rel_position_attention
 from fastasr.ops.rel_position_attention_weights import rel_position_attention_weights
 from fastasr.ops.rnnt_joiner import rnnt_joiner
+from fastasr.ops.rnnt_lattice import rnnt_lattice
+from fastasr.ops.rnnt_pruned_lattice import rnnt_pruned_lattice
 from fastasr.ops.swoosh import swoosh_l, swoosh_r
 from fastasr.ops.swoosh_linear import swoosh_linear
 from fastasr.ops.toeplitz_attention import toeplitz_attention
@@ -37,6 +39,8 @@ NAMES = (
     "gated_residual_norm",
     "residual_norm",
     "toeplitz_attention",
+    "rnnt_lattice",
+    "rnnt_pruned_lattice",
     "balancer_gradient",
     "rnnt_joiner",
 )
@@ -54,6 +58,8 @@ __all__ = [
     "rel_position_attention_weights",
     "residual_norm",
     "rnnt_joiner",
+    "rnnt_lattice",
+    "rnnt_pruned_lattice",
     "swoosh_l",
     "swoosh_linear",
     "swoosh_r",

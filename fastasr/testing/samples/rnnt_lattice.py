@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of rnnt_lattice."""
+
+import torch
+
+from fastasr.ops.rnnt_lattice import definition
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
+
+
+def _registered(a: dict) -> tuple:
+    occupation = a.get("return_occupation", False)
+    return a["symbol_logprobs"], a["blank_logprobs"], a.get("boundary"), occupation, True
+
+
+def _result(a: dict, outputs: tuple) -> tuple:
+    return outputs[:3] if a.get("return_occupation", False) else outputs[0]
+
+
+def _lattice(
+    make: Make,
+    batch: int,
+    symbols: int,
+    frames: int,
+    *,
+    modified: bool = False,
+    boundary: list | None = None,
+    mean: float = -2.0,
+    scale: float = 1.0,
+    **rest,
+) -> dict:
+    x = make.normal(batch, symbols, frames + (not modified), scale=scale, mean=mean)
+    y = make.normal(batch, symbols + 1, frames, scale=scale, mean=mean / 2)
+    arguments = {"symbol_logprobs": x, "blank_logprobs": y}
+    if boundary is not None:
+        arguments["boundary"] = torch.tensor(boundary, device=make.device).reshape(batch, 4)
+    return arguments | rest
+
+
+def _last_column(make: Make, batch: int, symbols: int, frames: int, **rest) -> dict:
+    """As losses make it: no symbol after the last frame, and some symbols impossible."""
+    arguments = _lattice(make, batch, symbols, frames, **rest)
+    x = arguments["symbol_logprobs"]
+    x[:, :, frames] = -float("inf")
+    x[:, 1, :2] = -float("inf")
+    return arguments
+
+
+def _special(value: float, modified: bool = False, **rest):
+    def arguments(make: Make) -> dict:
+        made = _lattice(make, 2, 4, 6, modified=modified, boundary=[[0, 0, 4, 6], [0, 0, 3, 6]], **rest)
+        made["symbol_logprobs"][0, 2, 3] = value
+        made["blank_logprobs"][1, 4, 2] = value  # outside the boundary
+        return made
+
+    return arguments
+
+
+def _with(**arguments):
+    return lambda m: _lattice(m, 2, 3, 4) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
+
+
+def _integers(*shape: int):
+    return lambda m: torch.zeros(shape, dtype=torch.int64, device=m.device)
+
+
+def _boundary(*rows: list):
+    return lambda m: torch.tensor(rows, device=m.device)
+
+
+def _random(make: Make, shape) -> dict:
+    batch, symbols, frames = shape.choice((0, 1, 2, 3)), min(shape.size(), 40), min(shape.size(), 40)
+    arguments = _lattice(make, batch, symbols, frames, modified=shape.choice((False, True)))
+    if shape.choice((False, True)):
+        rows = []
+        for _ in range(batch):
+            s, t = (
+                sorted(shape.choice(range(symbols + 1)) for _ in "12"),
+                sorted(shape.choice(range(frames + 1)) for _ in "12"),
+            )
+            rows.append([s[0], t[0], s[1], t[1]])
+        arguments["boundary"] = torch.tensor(rows, dtype=torch.int64, device=make.device).reshape(batch, 4)
+    return arguments
+
+
+_RAGGED = [[0, 0, 5, 9], [1, 2, 3, 7], [0, 0, 0, 4]]
+
+TABLE = OpTable(
+    op="rnnt_lattice",
+    definition=definition,
+    registered=_registered,
+    result=_result,
+    samples=(
+        Sample("regular", lambda m: _lattice(m, 2, 3, 5), thorough=True),
+        Sample("ragged", lambda m: _lattice(m, 3, 5, 9, boundary=_RAGGED), thorough=True),
+        Sample("modified", lambda m: _lattice(m, 3, 5, 9, modified=True, boundary=_RAGGED), thorough=True),
+        Sample("no symbol after the last frame", lambda m: _last_column(m, 2, 4, 7), thorough=False),
+        Sample("one sequence, occupations", lambda m: _lattice(m, 1, 7, 11, return_occupation=True)),
+        Sample(
+            "one modified sequence, occupations",
+            lambda m: _lattice(m, 1, 7, 11, modified=True, boundary=[[1, 2, 6, 10]], return_occupation=True),
+        ),
+        Sample("no symbols", lambda m: _lattice(m, 2, 0, 5)),
+        Sample("no frames", lambda m: _lattice(m, 2, 3, 0)),
+        Sample("no frames and no symbols", lambda m: _lattice(m, 2, 0, 0, modified=True)),
+        Sample("no sequences", lambda m: _lattice(m, 0, 3, 4)),
+        Sample("one symbol, one frame", lambda m: _lattice(m, 2, 1, 1, modified=True)),
+        Sample("unreachable: more symbols than frames", lambda m: _lattice(m, 2, 6, 4, modified=True)),
+        Sample(
+            "empty boundaries",
+            lambda m: _lattice(m, 3, 4, 6, boundary=[[0, 0, 0, 0], [2, 3, 2, 3], [4, 6, 4, 6]]),
+        ),
+        Sample("sixteen rows", lambda m: _lattice(m, 2, 15, 40)),
+        Sample("seventeen rows", lambda m: _lattice(m, 2, 16, 33)),
+        Sample(
+            "long",
+            lambda m: _lattice(m, 3, 37, 110, boundary=[[0, 0, 37, 110], [0, 0, 20, 61], [3, 5, 36, 99]]),
+        ),
+        Sample("long, modified", lambda m: _lattice(m, 2, 37, 110, modified=True), large=True),
+        Sample("steep", lambda m: _lattice(m, 2, 90, 7), large=True),
+        Sample("improbable", lambda m: _lattice(m, 2, 12, 20, mean=-300.0, scale=100.0)),
+        Sample("probable", lambda m: _lattice(m, 2, 12, 20, mean=40.0, scale=10.0)),
+        Sample("NaN", _special(float("nan")), exact=False),
+        Sample("NaN, modified", _special(float("nan"), modified=True), exact=False),
+        Sample("inf", _special(float("inf")), exact=False),
+        Sample("-inf", _special(-float("inf")), exact=False),
+        Sample("NaN, occupations", _special(float("nan"), return_occupation=True), exact=False),
+        Sample("-inf, occupations", _special(-float("inf"), return_occupation=True), exact=False),
+        Sample(
+            "unreachable, occupations",
+            lambda m: _lattice(m, 1, 6, 4, modified=True, return_occupation=True),
+            exact=False,
+        ),
+    ),
+    invalid=(
+        Invalid("a matrix", _with(symbol_logprobs=lambda m: m.normal(3, 5)), ValueError, "symbol_logprobs"),
+        Invalid("rows", _with(blank_logprobs=lambda m: m.normal(2, 3, 4)), ValueError, "blank_logprobs"),
+        Invalid("batch", _with(blank_logprobs=lambda m: m.normal(1, 4, 4)), ValueError, "blank_logprobs"),
+        Invalid("frames", _with(symbol_logprobs=lambda m: m.normal(2, 3, 6)), ValueError, "symbol_logprobs"),
+        Invalid(
+            "boundary of int32", _with(boundary=lambda m: _integers(2, 4)(m).int()), TypeError, "boundary"
+        ),
+        Invalid("boundary is a list", _with(boundary=[[0, 0, 3, 4]] * 2), TypeError, "boundary"),
+        Invalid("boundary of another shape", _with(boundary=_integers(2, 3)), ValueError, "boundary"),
+        Invalid("boundary of another batch", _with(boundary=_integers(1, 4)), ValueError, "boundary"),
+        Invalid("occupation is an int", _with(return_occupation=1), TypeError, "return_occupation"),
+        *(
+            Invalid(name, _with(boundary=_boundary([0, 0, 3, 4], row)), ValueError, "boundary")
+            for name, row in (
+                ("symbols outside", [0, 0, 4, 4]),
+                ("frames outside", [0, 0, 3, 5]),
+                ("negative begin", [-1, 0, 3, 4]),
+                ("end before begin", [2, 0, 1, 4]),
+                ("frames backwards", [0, 3, 1, 2]),
+            )
+            if not torch.cuda.is_available()  # values are looked at on the CPU alone
+        ),
+    ),
+    rows=("symbol_logprobs", "blank_logprobs", "boundary"),
+    random=_random,
+)
