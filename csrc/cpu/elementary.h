@@ -38,7 +38,8 @@ FASTASR_INLINE float exp_or_zero(float x) {
   p = p * f + 6.93147182e-1f;
   p = p * f + 1.0f;
   const uint32_t scaled = static_cast<uint32_t>(to_bits(p)) + (static_cast<uint32_t>(to_bits(t)) << 23);
-  return x < -87.3f ? 0.0f : from_bits(static_cast<int32_t>(scaled));
+  const float finite = x < -87.3f ? 0.0f : from_bits(static_cast<int32_t>(scaled));
+  return x == x ? finite : x;  // the shift above would make a number of a NaN's low bits
 }
 FASTASR_INLINE double exp_or_zero(double x) { return std::exp(x); }
 

@@ -154,6 +154,7 @@ void mega_step();
 void rel_position_attention_weights();
 void activation();
 void residual_norm();
+void rnnt_joiner();
 void toeplitz_attention();
 void simd();
 void ema_scan();

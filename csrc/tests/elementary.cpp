@@ -40,6 +40,7 @@ void exponential() {
   CHECK(least >= 0 && least < 1.7e-38f, "e^-inf: got %g", least);
   CHECK(exp_nonpositive(-1e30f) == least && exp_nonpositive(-88.0f) == least, "far below the cut-off");
   CHECK(std::isnan(exp_nonpositive(std::numeric_limits<float>::quiet_NaN())), "e^NaN");
+  CHECK(std::isnan(cpu::exp_or_zero(cpu::from_bits(0x7fffffff))), "e^NaN with all bits set");
   CHECK(exp_nonpositive(-1.0) == std::exp(-1.0), "the double is the library's");
 }
 

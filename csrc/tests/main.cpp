@@ -31,6 +31,7 @@ constexpr Test kTests[] = {
     {"rel_position_attention_weights", fastasr::test::rel_position_attention_weights},
     {"activation", fastasr::test::activation},
     {"residual_norm", fastasr::test::residual_norm},
+    {"rnnt_joiner", fastasr::test::rnnt_joiner},
     {"toeplitz_attention", fastasr::test::toeplitz_attention},
 };
 

@@ -23,28 +23,27 @@ N (20 V + 4 D) bytes at the peak of its backward.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 
-from fastasr.ops import _activation, _check
-from fastasr.ops._dispatch import FLOATING, Implementation, KernelFamily, Kernels, direct, served
+from fastasr.ops import _activation, _check, _joiner_rows
+from fastasr.ops._dispatch import FLOATING, Implementation, KernelFamily, Kernels, direct, reason_cpu, served
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 
 ACTIVATIONS = ("tanh", "relu")
 
 
 def _load_cpu() -> Kernels:
-    from fastasr.ops import _joiner_rows as rows  # it imports this module
-
-    return Kernels("cpu", rows.forward, rows.backward)
+    return Kernels("cpu", _joiner_rows.forward, _joiner_rows.backward)
 
 
 FAMILY = KernelFamily(
     "rnnt_joiner",
     ("rnnt_joiner",),
-    (Implementation("cpu", ("cpu",), FLOATING, lambda: "", _load_cpu),),
+    (Implementation("cpu", ("cpu",), FLOATING, partial(reason_cpu, "rnnt_joiner_rows"), _load_cpu),),
 )
 
 

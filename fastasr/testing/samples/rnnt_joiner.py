@@ -104,7 +104,7 @@ TABLE = OpTable(
             lambda m: _short(m, 2, 3, 4, 2, 5, 6, bias=False, activation="relu"),
             thorough=True,
         ),
-        Sample("HAT", lambda m: _hat(m, 2, 4, 5, 2, 8, 7, termination_symbol=3), thorough=True),
+        Sample("HAT", lambda m: _hat(m, 2, 5, 6, 3, 8, 13, termination_symbol=3), thorough=True),
         Sample(
             "logits computed again",
             lambda m: _short(m, 2, 4, 5, 3, 8, 7, termination_symbol=6, keep_logits=False),

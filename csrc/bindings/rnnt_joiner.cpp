@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/rnnt_joiner.h"
+
+#include <optional>
+#include <vector>
+
+#include "bindings/dispatch.h"
+#include "cpu/activation.h"
+
+namespace fastasr {
+namespace {
+
+using cpu::JoinerRow;
+using Optional = std::optional<Tensor>;
+
+// Rows of a block share one part of dbias.
+constexpr int64_t kBlock = 16;
+
+void check_indices(const Tensor& t, int64_t dim, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.dim() == dim, op, ": ", name);
+}
+
+bool is_tanh(int64_t activation, const char* op) {
+  const bool tanh = activation == static_cast<int64_t>(cpu::Activation::tanh);
+  STD_TORCH_CHECK(tanh || activation == static_cast<int64_t>(cpu::Activation::relu), op, ": activation");
+  return tanh;
+}
+
+// f.template operator()<C>() for float and double.
+template <typename F>
+void with_compute_type(ScalarType dtype, const char* op, F&& f) {
+  if (dtype == ScalarType::Double) return f.template operator()<double>();
+  STD_TORCH_CHECK(dtype == ScalarType::Float, op, ": unsupported dtype");
+  f.template operator()<float>();
+}
+
+template <typename T>
+constexpr ScalarType kScalar = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
+// A contiguous tensor of the compute type with this many elements.
+template <typename C>
+void check_plain(const Tensor& t, int64_t elements, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == kScalar<C> && t.is_contiguous() && t.numel() == elements, op, ": ", name);
+}
+
+// The rows of a table, each of which is within the tensors that are read and written by it.
+const JoinerRow* checked_rows(const Tensor& rows, int64_t places, int64_t frames, int64_t contexts, int64_t outputs,
+                              const char* op) {
+  check_indices(rows, 2, op, "rows");
+  STD_TORCH_CHECK(rows.size(1) == 4, op, ": rows");
+  static_assert(sizeof(JoinerRow) == 4 * sizeof(int64_t));
+  const auto* found = reinterpret_cast<const JoinerRow*>(data<int64_t>(rows));
+  bool right = true;
+  for (int64_t i = 0; i < rows.size(0); i++) {
+    const JoinerRow& row = found[i];
+    right = right && row.place >= 0 && row.place < places && row.frame >= 0 && row.frame < frames && row.context >= 0 &&
+            row.context < contexts && row.symbol < outputs;
+  }
+  STD_TORCH_CHECK(right, op, ": a row is out of range");
+  return found;
+}
+
+constexpr int64_t kAny = int64_t{1} << 62;
+
+Tensor rnnt_joiner_rows(const Tensor& starts, const Tensor& symbols, const Optional& boundary, int64_t s_range,
+                        int64_t outputs, const Optional& grad_symbol, const Optional& grad_blank) {
+  const char* op = "rnnt_joiner_rows";
+  check_indices(starts, 2, op, "starts");
+  check_indices(symbols, 2, op, "symbols");
+  const int64_t batch = starts.size(0), frames = starts.size(1);
+  STD_TORCH_CHECK(symbols.size(0) == batch && s_range >= 1, op, ": symbols, s_range");
+  cpu::JoinerBand band{
+      data<int64_t>(starts), data<int64_t>(symbols), nullptr, batch, frames, symbols.size(1), s_range, outputs};
+  if (boundary) {
+    check_indices(*boundary, 2, op, "boundary");
+    STD_TORCH_CHECK(boundary->size(0) == batch && boundary->size(1) == 4, op, ": boundary");
+    band.boundary = data<int64_t>(*boundary);
+  }
+  STD_TORCH_CHECK(grad_symbol.has_value() == grad_blank.has_value(), op, ": one gradient of two");
+  Tensor found;
+  with_compute_type(grad_symbol ? grad_symbol->scalar_type() : ScalarType::Float, op, [&]<typename C>() {
+    const C *gx = nullptr, *gy = nullptr;
+    if (grad_symbol) {
+      check_plain<C>(*grad_symbol, batch * frames * s_range, op, "grad_symbol");
+      check_plain<C>(*grad_blank, batch * frames * s_range, op, "grad_blank");
+      gx = data<C>(*grad_symbol), gy = data<C>(*grad_blank);
+    }
+    const int64_t sizes[] = {cpu::joiner_rows(band, gx, gy, nullptr), 4}, strides[] = {4, 1};
+    found = new_strided(starts, 2, sizes, strides);
+    if (sizes[0]) cpu::joiner_rows(band, gx, gy, reinterpret_cast<JoinerRow*>(mutable_data<int64_t>(found)));
+  });
+  return found;
+}
+
+void rnnt_joiner_hidden(const Tensor& am, const Tensor& lm, const Tensor& rows, int64_t activation, Tensor out) {
+  const char* op = "rnnt_joiner_hidden";
+  STD_TORCH_CHECK(am.dim() == 3 && lm.dim() == 3 && am.size(2) == lm.size(2), op, ": am, lm");
+  check_like(am, am, op, "am");
+  check_like(lm, am, op, "lm");
+  const bool tanh = is_tanh(activation, op);
+  const int64_t channels = am.size(2), frames = am.size(0) * am.size(1), contexts = lm.size(0) * lm.size(1);
+  const JoinerRow* table = checked_rows(rows, kAny, frames, contexts, kAny, op);
+  with_kernel_type(am.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    check_plain<C>(out, rows.size(0) * channels, op, "out");
+    const T *left = data<T>(am), *right = data<T>(lm);
+    C* hidden = mutable_data<C>(out);
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels));
+    parallel_range(rows.size(0), grain, [&](int64_t begin, int64_t end) {
+      cpu::joiner_hidden(left, right, table, begin, end, channels, tanh, hidden);
+    });
+  });
+}
+
+void rnnt_joiner_scores(const Tensor& logits, const Tensor& rows, int64_t blank, bool hat, Tensor symbol_logprobs,
+                        Tensor blank_logprobs, Tensor normaliser) {
+  const char* op = "rnnt_joiner_scores";
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(0) == rows.size(0), op, ": logits");
+  const int64_t count = rows.size(0), outputs = logits.size(1), places = normaliser.numel();
+  STD_TORCH_CHECK(blank >= 0 && blank < outputs, op, ": termination_symbol");
+  const JoinerRow* table = checked_rows(rows, places, kAny, kAny, outputs, op);
+  check_plain<double>(normaliser, places, op, "normaliser");
+  with_compute_type(logits.scalar_type(), op, [&]<typename C>() {
+    check_plain<C>(logits, count * outputs, op, "logits");
+    check_plain<C>(symbol_logprobs, places, op, "symbol_logprobs");
+    check_plain<C>(blank_logprobs, places, op, "blank_logprobs");
+    const C* x = data<C>(logits);
+    C *px = mutable_data<C>(symbol_logprobs), *py = mutable_data<C>(blank_logprobs);
+    double* total = mutable_data<double>(normaliser);
+    parallel_range(count, std::max<int64_t>(1, kGrain / outputs), [&](int64_t begin, int64_t end) {
+      cpu::joiner_scores(x, table, begin, end, outputs, blank, hat, px, py, total);
+    });
+  });
+}
+
+// out may be logits. dbias, float64, is added to.
+void rnnt_joiner_logits_gradient(const Tensor& logits, const Tensor& rows, const Tensor& normaliser,
+                                 const Tensor& grad_symbol, const Tensor& grad_blank, int64_t blank, bool hat,
+                                 Tensor out, Tensor dbias) {
+  const char* op = "rnnt_joiner_logits_gradient";
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(0) == rows.size(0), op, ": logits");
+  const int64_t count = rows.size(0), outputs = logits.size(1), places = normaliser.numel();
+  STD_TORCH_CHECK(blank >= 0 && blank < outputs, op, ": termination_symbol");
+  const JoinerRow* table = checked_rows(rows, places, kAny, kAny, outputs, op);
+  check_plain<double>(normaliser, places, op, "normaliser");
+  check_plain<double>(dbias, outputs, op, "dbias");
+  with_compute_type(logits.scalar_type(), op, [&]<typename C>() {
+    check_plain<C>(logits, count * outputs, op, "logits");
+    check_plain<C>(out, count * outputs, op, "out");
+    check_plain<C>(grad_symbol, places, op, "grad_symbol");
+    check_plain<C>(grad_blank, places, op, "grad_blank");
+    const cpu::JoinerGradient<C> g{data<C>(logits), data<double>(normaliser), data<C>(grad_symbol), data<C>(grad_blank),
+                                   mutable_data<C>(out)};
+    double* sum = mutable_data<double>(dbias);
+    const int64_t blocks = (count + kBlock - 1) / kBlock;
+    std::vector<C> parts(static_cast<size_t>(blocks * outputs));
+    parallel_range(blocks, std::max<int64_t>(1, kGrain / (kBlock * outputs)), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; b++)
+        cpu::joiner_logits_gradient(g, table, b * kBlock, std::min(count, (b + 1) * kBlock), outputs, blank, hat,
+                                    parts.data() + b * outputs);
+    });
+    parallel_range(outputs, 1024, [&](int64_t begin, int64_t end) {
+      for (int64_t b = 0; b < blocks; b++)
+        for (int64_t j = begin; j < end; j++) sum[j] += static_cast<double>(parts[b * outputs + j]);
+    });
+  });
+}
+
+void rnnt_joiner_hidden_gradient(const Tensor& dhidden, const Tensor& hidden, const Tensor& rows, int64_t activation,
+                                 Tensor dam, Tensor dlm) {
+  const char* op = "rnnt_joiner_hidden_gradient";
+  STD_TORCH_CHECK(dam.dim() == 3 && dlm.dim() == 3 && dam.size(2) == dlm.size(2), op, ": dam, dlm");
+  const bool tanh = is_tanh(activation, op);
+  const int64_t channels = dam.size(2), count = rows.size(0);
+  const int64_t frames = dam.size(0) * dam.size(1), contexts = dlm.size(0) * dlm.size(1);
+  const JoinerRow* table = checked_rows(rows, kAny, frames, contexts, kAny, op);
+  with_compute_type(dhidden.scalar_type(), op, [&]<typename C>() {
+    check_plain<C>(dhidden, count * channels, op, "dhidden");
+    check_plain<C>(hidden, count * channels, op, "hidden");
+    check_plain<C>(dam, frames * channels, op, "dam");
+    check_plain<C>(dlm, contexts * channels, op, "dlm");
+    const C *d = data<C>(dhidden), *h = data<C>(hidden);
+    C *a = mutable_data<C>(dam), *c = mutable_data<C>(dlm);
+    // threads own columns, in whole cache lines: every sum runs in row order
+    constexpr int64_t kColumns = 16;
+    const int64_t stripes = (channels + kColumns - 1) / kColumns;
+    const int64_t grain = std::max<int64_t>(1, kGrain / (kColumns * std::max<int64_t>(1, count)));
+    parallel_range(stripes, grain, [&](int64_t begin, int64_t end) {
+      cpu::joiner_hidden_gradient(d, h, table, count, begin * kColumns, std::min(channels, end * kColumns), channels,
+                                  tanh, a, c);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def(
+      "rnnt_joiner_rows(Tensor starts, Tensor symbols, Tensor? boundary, int s_range, int outputs, "
+      "Tensor? grad_symbol, Tensor? grad_blank) -> Tensor");
+  m.def("rnnt_joiner_hidden(Tensor am, Tensor lm, Tensor rows, int activation, Tensor(a!) out) -> ()");
+  m.def(
+      "rnnt_joiner_scores(Tensor logits, Tensor rows, int termination_symbol, bool hat, Tensor(a!) symbol_logprobs, "
+      "Tensor(b!) blank_logprobs, Tensor(c!) normaliser) -> ()");
+  m.def(
+      "rnnt_joiner_logits_gradient(Tensor logits, Tensor rows, Tensor normaliser, Tensor grad_symbol, "
+      "Tensor grad_blank, int termination_symbol, bool hat, Tensor(a!) out, Tensor(b!) dbias) -> ()");
+  m.def(
+      "rnnt_joiner_hidden_gradient(Tensor dhidden, Tensor hidden, Tensor rows, int activation, Tensor(a!) dam, "
+      "Tensor(b!) dlm) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("rnnt_joiner_rows", TORCH_BOX(&fastasr::rnnt_joiner_rows));
+  m.impl("rnnt_joiner_hidden", TORCH_BOX(&fastasr::rnnt_joiner_hidden));
+  m.impl("rnnt_joiner_scores", TORCH_BOX(&fastasr::rnnt_joiner_scores));
+  m.impl("rnnt_joiner_logits_gradient", TORCH_BOX(&fastasr::rnnt_joiner_logits_gradient));
+  m.impl("rnnt_joiner_hidden_gradient", TORCH_BOX(&fastasr::rnnt_joiner_hidden_gradient));
+}

@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/rnnt_joiner.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/activation.h"
+
+namespace fastasr::cpu {
+namespace {
+
+template <typename C>
+int64_t rows_body(const JoinerBand& p, const C* gx, const C* gy, JoinerRow* out) {
+  int64_t count = 0;
+  for (int64_t b = 0; b < p.batch; b++) {
+    int64_t s_begin = 0, t_begin = 0, s_end = p.length, t_end = p.frames;
+    if (p.boundary) {
+      const int64_t* at = p.boundary + 4 * b;
+      s_begin = std::max<int64_t>(0, at[0]), t_begin = std::max<int64_t>(0, at[1]);
+      s_end = std::min(s_end, at[2]), t_end = std::min(t_end, at[3]);
+    }
+    for (int64_t t = t_begin; t < t_end; t++) {
+      const int64_t frame = b * p.frames + t, start = p.starts[frame];
+      const int64_t last = start > s_end ? 0 : std::min(p.range, s_end - start + 1);  // no overflow at absurd starts
+      for (int64_t r = start < s_begin ? s_begin - start : 0; r < last; r++) {
+        const int64_t place = frame * p.range + r, s = start + r;
+        const bool has_symbol = s < s_end;
+        if (gx && gy[place] == 0 && (!has_symbol || gx[place] == 0)) continue;
+        if (out) {
+          int64_t symbol = JoinerRow::kNoSymbol;
+          if (has_symbol) symbol = p.symbols[b * p.length + s];
+          if (has_symbol && (symbol < 0 || symbol >= p.outputs)) symbol = JoinerRow::kUnknown;
+          out[count] = {place, frame, b * (p.length + 1) + s, symbol};
+        }
+        count++;
+      }
+    }
+  }
+  return count;
+}
+
+template <typename T, bool kTanh, typename C = compute_t<T>>
+FASTASR_INLINE void hidden_rows(const T* am, const T* lm, const JoinerRow* rows, int64_t begin, int64_t end, int64_t n,
+                                C* hidden) {
+  constexpr Activation kActivation = kTanh ? Activation::tanh : Activation::relu;
+  for (int64_t i = begin; i < end; i++) {
+    const T* __restrict a = am + rows[i].frame * n;
+    const T* __restrict c = lm + rows[i].context * n;
+    C* __restrict h = hidden + i * n;
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) h[j] = activate<kActivation>(load(a[j]) + load(c[j]));
+  }
+}
+
+// Sums of at most kChain terms per lane in the compute type, then in double.
+constexpr int64_t kChain = 512;
+
+template <typename C>
+FASTASR_INLINE C largest(const C* __restrict x, int64_t begin, int64_t end, C so_far) {
+#pragma omp simd reduction(max : so_far)
+  for (int64_t j = begin; j < end; j++) so_far = x[j] > so_far ? x[j] : so_far;
+  return so_far;
+}
+
+template <typename C>
+FASTASR_INLINE double sum_of_exp(const C* __restrict x, int64_t begin, int64_t end, C shift) {
+  double total = 0;
+  for (int64_t first = begin; first < end; first += kChain) {
+    const int64_t last = first + kChain < end ? first + kChain : end;
+    C sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = first; j < last; j++) sum += exp_or_zero(x[j] - shift);
+    total += static_cast<double>(sum);
+  }
+  return total;
+}
+
+// log(1 + e^x)
+double softplus(double x) { return std::log1p(std::exp(-std::fabs(x))) + (x > 0 ? x : 0); }
+
+template <typename C>
+FASTASR_INLINE void scores_body(const C* logits, const JoinerRow* rows, int64_t begin, int64_t end, int64_t n,
+                                int64_t blank, bool hat, C* px, C* py, double* normaliser) {
+  constexpr C kNone = -std::numeric_limits<C>::infinity();
+  for (int64_t i = begin; i < end; i++) {
+    const C* x = logits + i * n;
+    // a HAT leaves blank out: two stretches
+    const int64_t first = hat ? blank : n, second = hat ? blank + 1 : n;
+    const C shift = largest(x, second, n, largest(x, 0, first, kNone));
+    const double sum = sum_of_exp(x, 0, first, shift) + sum_of_exp(x, second, n, shift);
+    const double total = static_cast<double>(shift) + std::log(sum), z = static_cast<double>(x[blank]);
+    const int64_t y = rows[i].symbol, place = rows[i].place;
+    double symbol = y == JoinerRow::kUnknown ? std::numeric_limits<double>::quiet_NaN() : static_cast<double>(kNone);
+    if (y >= 0 && !(hat && y == blank)) symbol = static_cast<double>(x[y]) - total - (hat ? softplus(z) : 0);
+    px[place] = static_cast<C>(symbol);
+    py[place] = static_cast<C>(hat ? -softplus(-z) : z - total);
+    normaliser[place] = total;
+  }
+}
+
+// exp(x - L) weight of four rows at a time, so that dbias is read and written once for them. L in two parts: its
+// rounding would scale a whole row.
+template <typename C>
+struct GradientRow {
+  const C* x;
+  C* out;
+  C high, low, weight;
+};
+
+template <int kRows, typename C>
+FASTASR_INLINE void softmax_gradient(const GradientRow<C>* rows, int64_t n, C* __restrict dbias) {
+  const GradientRow<C> r0 = rows[0], r1 = rows[kRows > 1 ? 1 : 0], r2 = rows[kRows > 1 ? 2 : 0],
+                       r3 = rows[kRows > 1 ? 3 : 0];
+  const auto of = [](const GradientRow<C>& r, int64_t j) __attribute__((always_inline)) {
+    const C a = (r.x[j] - r.high) - r.low;
+    return exp_or_zero(a > 0 ? C(0) : a) * r.weight;  // above 0 by rounding, and a HAT's blank, which is replaced
+  };
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) {
+    const C d0 = of(r0, j);
+    r0.out[j] = d0;
+    C sum = d0;
+    if constexpr (kRows > 1) {
+      const C d1 = of(r1, j), d2 = of(r2, j), d3 = of(r3, j);
+      r1.out[j] = d1, r2.out[j] = d2, r3.out[j] = d3;
+      sum = (d0 + d1) + (d2 + d3);
+    }
+    dbias[j] += sum;
+  }
+}
+
+template <typename C>
+FASTASR_INLINE void logits_gradient_body(const JoinerGradient<C>& g, const JoinerRow* rows, int64_t begin, int64_t end,
+                                         int64_t n, int64_t blank, bool hat, C* dbias) {
+  for (int64_t j = 0; j < n; j++) dbias[j] = 0;
+  double at_blank = 0;
+  for (int64_t i = begin; i < end;) {
+    const int count = end - i >= 4 ? 4 : 1;
+    GradientRow<C> four[4];
+    C z[4];
+    for (int k = 0; k < count; k++) {
+      const JoinerRow& row = rows[i + k];
+      const double total = g.normaliser[row.place];
+      const C gx = row.symbol == JoinerRow::kNoSymbol ? C(0) : g.gx[row.place], gy = g.gy[row.place];
+      const C high = static_cast<C>(total);
+      four[k] = {g.logits + (i + k) * n, g.out + (i + k) * n, high, static_cast<C>(total - static_cast<double>(high)),
+                 hat ? -gx : -(gx + gy)};
+      z[k] = four[k].x[blank];  // out may be the same memory
+    }
+    if (count == 4)
+      softmax_gradient<4>(four, n, dbias);
+    else
+      softmax_gradient<1>(four, n, dbias);
+    for (int k = 0; k < count; k++) {
+      const JoinerRow& row = rows[i + k];
+      const C gx = row.symbol == JoinerRow::kNoSymbol ? C(0) : g.gx[row.place], gy = g.gy[row.place];
+      C* d = four[k].out;
+      if (hat) {
+        C s, r;
+        sigmoid_pair(z[k], &s, &r);
+        d[blank] = gy * r - gx * s;
+      } else {
+        d[blank] += row.symbol == blank ? gx + gy : gy;
+      }
+      if (row.symbol >= 0 && row.symbol != blank) d[row.symbol] += gx, dbias[row.symbol] += gx;
+      at_blank += static_cast<double>(d[blank]);
+    }
+    i += count;
+  }
+  dbias[blank] = static_cast<C>(at_blank);
+}
+
+template <bool kTanh, typename C>
+FASTASR_INLINE void hidden_gradient_rows(const C* dhidden, const C* hidden, const JoinerRow* rows, int64_t count,
+                                         int64_t begin, int64_t end, int64_t n, C* dam, C* dlm) {
+  for (int64_t i = 0; i < count; i++) {
+    const C* __restrict d = dhidden + i * n;
+    const C* __restrict h = hidden + i * n;
+    C* __restrict a = dam + rows[i].frame * n;
+    C* __restrict c = dlm + rows[i].context * n;
+#pragma omp simd
+    for (int64_t j = begin; j < end; j++) {
+      const C da = kTanh ? d[j] * (1 - h[j] * h[j]) : (h[j] > 0 ? d[j] : C(0));
+      a[j] += da;
+      c[j] += da;
+    }
+  }
+}
+
+}  // namespace
+
+int64_t joiner_rows(const JoinerBand& band, const float* gx, const float* gy, JoinerRow* out) {
+  return rows_body(band, gx, gy, out);
+}
+int64_t joiner_rows(const JoinerBand& band, const double* gx, const double* gy, JoinerRow* out) {
+  return rows_body(band, gx, gy, out);
+}
+
+#define FASTASR_DEFINE(T)                                                                                        \
+  FASTASR_CLONES void joiner_hidden(const T* am, const T* lm, const JoinerRow* rows, int64_t begin, int64_t end, \
+                                    int64_t channels, bool tanh, compute_t<T>* hidden) {                         \
+    if (tanh)                                                                                                    \
+      hidden_rows<T, true>(am, lm, rows, begin, end, channels, hidden);                                          \
+    else                                                                                                         \
+      hidden_rows<T, false>(am, lm, rows, begin, end, channels, hidden);                                         \
+  }
+
+FASTASR_DEFINE(float)
+FASTASR_DEFINE(double)
+FASTASR_DEFINE(bfloat16)
+FASTASR_DEFINE(float16)
+#undef FASTASR_DEFINE
+
+#define FASTASR_DEFINE(C)                                                                                             \
+  FASTASR_CLONES void joiner_scores(const C* logits, const JoinerRow* rows, int64_t begin, int64_t end,               \
+                                    int64_t outputs, int64_t blank, bool hat, C* symbol_logprobs, C* blank_logprobs,  \
+                                    double* normaliser) {                                                             \
+    scores_body(logits, rows, begin, end, outputs, blank, hat, symbol_logprobs, blank_logprobs, normaliser);          \
+  }                                                                                                                   \
+  FASTASR_CLONES void joiner_logits_gradient(const JoinerGradient<C>& g, const JoinerRow* rows, int64_t begin,        \
+                                             int64_t end, int64_t outputs, int64_t blank, bool hat, C* dbias) {       \
+    logits_gradient_body(g, rows, begin, end, outputs, blank, hat, dbias);                                            \
+  }                                                                                                                   \
+  FASTASR_CLONES void joiner_hidden_gradient(const C* dhidden, const C* hidden, const JoinerRow* rows, int64_t count, \
+                                             int64_t begin, int64_t end, int64_t channels, bool tanh, C* dam,         \
+                                             C* dlm) {                                                                \
+    if (tanh)                                                                                                         \
+      hidden_gradient_rows<true>(dhidden, hidden, rows, count, begin, end, channels, dam, dlm);                       \
+    else                                                                                                              \
+      hidden_gradient_rows<false>(dhidden, hidden, rows, count, begin, end, channels, dam, dlm);                      \
+  }
+
+FASTASR_DEFINE(float)
+FASTASR_DEFINE(double)
+
+}  // namespace fastasr::cpu

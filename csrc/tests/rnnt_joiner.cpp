@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/rnnt_joiner.h"
+
+#include "tests/check.h"
+
+namespace fastasr::test {
+namespace {
+
+using cpu::JoinerRow;
+
+// Ragged sequences, starts that leave the sequence, a symbol outside the vocabulary.
+void rows() {
+  const int64_t starts[] = {0, 1, 3, 9, /**/ -2, 0, 2, int64_t{1} << 62}, symbols[] = {4, 9, 2, /**/ 1, -1, 3};
+  const int64_t boundary[] = {0, 0, 3, 4, /**/ 1, 1, 2, 3};
+  cpu::JoinerBand band{starts, symbols, nullptr, 2, 4, 3, 2, 5};
+  const float* none = nullptr;
+  CHECK(cpu::joiner_rows(band, none, none, nullptr) == 2 + 2 + 1 + 0 + 0 + 2 + 2 + 0, "rows without a boundary");
+  band.boundary = boundary;
+  const int64_t count = cpu::joiner_rows(band, none, none, nullptr);
+  std::vector<JoinerRow> found(static_cast<size_t>(count));
+  cpu::joiner_rows(band, none, none, found.data());
+  const JoinerRow expected[] = {{0, 0, 0, 4},
+                                {1, 0, 1, JoinerRow::kUnknown},
+                                {2, 1, 1, JoinerRow::kUnknown},
+                                {3, 1, 2, 2},
+                                {4, 2, 3, JoinerRow::kNoSymbol},
+                                {11, 5, 5, JoinerRow::kUnknown},
+                                {12, 6, 6, JoinerRow::kNoSymbol}};
+  CHECK(count == 7 && std::memcmp(found.data(), expected, sizeof(expected)) == 0, "rows in a boundary: %ld",
+        long(count));
+  float gx[16] = {}, gy[16] = {};
+  gx[3] = 1, gx[4] = 1, gy[12] = 1;  // at 4 there is no symbol
+  CHECK(cpu::joiner_rows(band, gx, gy, found.data()) == 2 && found[0].place == 3 && found[1].place == 12,
+        "rows with a gradient");
+}
+
+template <typename T>
+void hidden(int64_t n) {
+  using C = compute_t<T>;
+  Random random(static_cast<uint64_t>(n) + 1);
+  Buffer<T> am(3 * n), lm(4 * n);
+  am.fill(random, 1.5), lm.fill(random, 1.5);
+  const JoinerRow table[] = {{0, 2, 1, 0}, {1, 0, 3, 0}, {2, 1, 0, 0}};
+  for (const bool tanh : {true, false}) {
+    Buffer<C> h(3 * n);
+    cpu::joiner_hidden(am.data(), lm.data(), table, 0, 2, n, tanh, h.data());
+    cpu::joiner_hidden(am.data(), lm.data(), table, 2, 3, n, tanh, h.data());
+    CHECK(h.intact(), "%s hidden %ld: wrote outside", Type<T>::name, long(n));
+    for (int64_t i = 0; i < 3 * n; i++) {
+      const JoinerRow& row = table[i / n];
+      const C sum =
+          static_cast<C>(value(am[row.frame * n + i % n])) + static_cast<C>(value(lm[row.context * n + i % n]));
+      const long double x = sum;
+      CHECK(close(h[i], tanh ? std::tanh(x) : (x > 0 ? x : 0), 4), "%s hidden %ld", Type<T>::name, long(n));
+    }
+  }
+}
+
+// Scores and the gradient of the logits, 19 rows, against the formulas in long double; then the same in place.
+template <typename C>
+void logits(int64_t n, bool hat) {
+  const int64_t count = 19, blank = n / 2;
+  Random random(static_cast<uint64_t>(2 * n + hat));
+  Buffer<C> x(count * n), gx(count), gy(count), px(count), py(count), d(count * n), sum(n);
+  Buffer<double> total(count);
+  x.fill(random, 3), gx.fill(random), gy.fill(random);
+  std::vector<JoinerRow> table;
+  for (int64_t i = 0; i < count; i++) {
+    int64_t symbol = static_cast<int64_t>(random.bits() % static_cast<uint64_t>(n));
+    if (i % 5 == 4) symbol = JoinerRow::kNoSymbol;
+    table.push_back({count - 1 - i, 0, 0, symbol});  // places in another order
+  }
+  cpu::joiner_scores(x.data(), table.data(), 0, 7, n, blank, hat, px.data(), py.data(), total.data());
+  cpu::joiner_scores(x.data(), table.data(), 7, count, n, blank, hat, px.data(), py.data(), total.data());
+  cpu::joiner_logits_gradient({x.data(), total.data(), gx.data(), gy.data(), d.data()}, table.data(), 0, count, n,
+                              blank, hat, sum.data());
+  CHECK(px.intact() && py.intact() && total.intact() && d.intact() && sum.intact(), "%s %ld: wrote outside",
+        Type<C>::name, long(n));
+  std::vector<long double> column(static_cast<size_t>(n));
+  for (int64_t i = 0; i < count; i++) {
+    const JoinerRow& row = table[static_cast<size_t>(i)];
+    const C* l = x.data() + i * n;
+    long double z = 0;
+    for (int64_t j = 0; j < n; j++)
+      if (!hat || j != blank) z += std::exp(static_cast<long double>(l[j]));
+    const long double L = std::log(z), b = l[blank], s = 1 / (1 + std::exp(-b));
+    const long double y = row.symbol < 0 || (hat && row.symbol == blank)
+                              ? -std::numeric_limits<long double>::infinity()
+                              : l[row.symbol] - L + (hat ? std::log1p(-s) : 0);
+    const C got = px[row.place];
+    CHECK(std::isinf(y) ? got == -std::numeric_limits<C>::infinity() : close(got, y, 20), "%s symbol %ld: %.9Lg, %.9g",
+          Type<C>::name, long(n), y, value(got));
+    CHECK(close(py[row.place], hat ? std::log(s) : b - L, 20), "%s blank %ld", Type<C>::name, long(n));
+    const long double u = row.symbol < 0 ? 0 : gx[row.place], v = gy[row.place];
+    for (int64_t j = 0; j < n; j++) {
+      long double e = -(hat ? u : u + v) * std::exp(l[j] - L) + (j == row.symbol ? u : 0);
+      if (j == blank) e = hat ? v * (1 - s) - u * s : e + v;
+      CHECK(close(d[i * n + j], e, 20), "%s gradient %ld, hat %d: %.9Lg, %.9g", Type<C>::name, long(n), hat, e,
+            value(d[i * n + j]));
+      column[static_cast<size_t>(j)] += e;
+    }
+  }
+  for (int64_t j = 0; j < n; j++)
+    CHECK(close(sum[j], column[static_cast<size_t>(j)], 200), "%s dbias %ld", Type<C>::name, long(n));
+  Buffer<C> again(n);
+  cpu::joiner_logits_gradient({x.data(), total.data(), gx.data(), gy.data(), x.data()}, table.data(), 0, count, n,
+                              blank, hat, again.data());
+  CHECK(x.equals(d) && again.equals(sum), "%s %ld: in place", Type<C>::name, long(n));
+}
+
+// A NaN among the logits shows in the whole row; a symbol that is none as NaN; one output as certainty.
+void special() {
+  const float nan = cpu::from_bits(0x7fffffff), x[] = {1, nan, 2, 3, 0.5f, -4};
+  const JoinerRow table[] = {{0, 0, 0, 0}, {1, 0, 0, JoinerRow::kUnknown}};
+  float px[2], py[2];
+  double total[2];
+  cpu::joiner_scores(x, table, 0, 2, 3, 2, false, px, py, total);
+  CHECK(std::isnan(px[0]) && std::isnan(py[0]), "a NaN logit");
+  CHECK(std::isnan(px[1]) && std::isfinite(py[1]), "an unknown symbol");
+  const JoinerRow one[] = {{0, 0, 0, 0}};
+  const float gx = 0.7f, gy = 0.4f;
+  float d, sum;
+  cpu::joiner_scores(x + 3, one, 0, 1, 1, 0, false, px, py, total);
+  cpu::joiner_logits_gradient({x + 3, total, &gx, &gy, &d}, one, 0, 1, 1, 0, false, &sum);
+  CHECK(px[0] == 0 && py[0] == 0 && d == 0 && sum == 0, "one output");
+}
+
+template <typename C>
+void hidden_gradient(int64_t n) {
+  Random random(static_cast<uint64_t>(n) + 5);
+  Buffer<C> dh(4 * n), h(4 * n), dam(2 * n), dlm(2 * n);
+  dh.fill(random), h.fill(random, 0.3);
+  const JoinerRow table[] = {{0, 0, 1, 0}, {1, 0, 0, 0}, {2, 1, 1, 0}, {3, 1, 0, 0}};
+  for (const bool tanh : {true, false}) {
+    for (int64_t j = 0; j < 2 * n; j++) dam[j] = dlm[j] = 1;
+    cpu::joiner_hidden_gradient(dh.data(), h.data(), table, 4, 0, n / 2, n, tanh, dam.data(), dlm.data());
+    cpu::joiner_hidden_gradient(dh.data(), h.data(), table, 4, n / 2, n, n, tanh, dam.data(), dlm.data());
+    CHECK(dam.intact() && dlm.intact(), "%s hidden gradient %ld: wrote outside", Type<C>::name, long(n));
+    const auto da = [&](int64_t row, int64_t j) -> long double {
+      const long double y = h[row * n + j], g = dh[row * n + j];
+      return tanh ? g * (1 - y * y) : (y > 0 ? g : 0);
+    };
+    for (int64_t j = 0; j < n; j++) {
+      CHECK(close(dam[j], 1 + da(0, j) + da(1, j), 20) && close(dam[n + j], 1 + da(2, j) + da(3, j), 20), "%s dam",
+            Type<C>::name);
+      CHECK(close(dlm[n + j], 1 + da(0, j) + da(2, j), 20) && close(dlm[j], 1 + da(1, j) + da(3, j), 20), "%s dlm",
+            Type<C>::name);
+    }
+  }
+}
+
+}  // namespace
+
+void rnnt_joiner() {
+  rows();
+  special();
+  for_each_type([&]<typename T>() {
+    for (const int64_t n : kSizes) hidden<T>(n);
+  });
+  for (const int64_t n : kSizes) {
+    hidden_gradient<float>(n), hidden_gradient<double>(n);
+    for (const bool hat : {false, true})
+      if (n > hat) logits<float>(n, hat), logits<double>(n, hat);
+  }
+}
+
+}  // namespace fastasr::test
