@@ -156,6 +156,7 @@ void activation();
 void residual_norm();
 void rnnt_joiner();
 void toeplitz_attention();
+void rnnt_lattice();
 void simd();
 void ema_scan();
 void complex_ema_scan();

@@ -24,6 +24,7 @@ constexpr Test kTests[] = {
     {"balancer", fastasr::test::balancer},
     {"skinny_gemm", fastasr::test::skinny_gemm},
     {"mega_step", fastasr::test::mega_step},
+
     {"simd", fastasr::test::simd},
     {"ema_scan", fastasr::test::ema_scan},
     {"complex_ema_scan", fastasr::test::complex_ema_scan},
@@ -32,6 +33,7 @@ constexpr Test kTests[] = {
     {"activation", fastasr::test::activation},
     {"residual_norm", fastasr::test::residual_norm},
     {"rnnt_joiner", fastasr::test::rnnt_joiner},
+    {"rnnt_lattice", fastasr::test::rnnt_lattice},
     {"toeplitz_attention", fastasr::test::toeplitz_attention},
 };
 

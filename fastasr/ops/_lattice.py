@@ -6,8 +6,8 @@ from torch import Tensor
 
 from fastasr.ops import _check
 
-# Log probabilities below -LIMIT count as -inf, above LIMIT as NaN: kernels keep a sum's power of two as a float32.
-LIMIT = 1e38
+# Log probabilities below LEAST count as -inf: kernels keep powers of two as float32 numbers, the impossible as -2^100.
+LEAST = -(2.0**80)
 _INF = float("inf")
 
 
@@ -18,8 +18,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def log_probabilities(x: Tensor, dtype: torch.dtype, inside: Tensor) -> Tensor:
     """The entries as they are used; -inf outside the boundary."""
     x = x.to(dtype)
-    x = torch.where(x > LIMIT, float("nan"), x)
-    return torch.where((x < -LIMIT) | ~inside, -_INF, x)
+    x = torch.where(x == _INF, float("nan"), x)
+    return torch.where((x < LEAST) | ~inside, -_INF, x)
 
 
 def log_add(a: Tensor, b: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 
 from fastasr.ops import _check
-from fastasr.ops._dispatch import KernelFamily, direct
+from fastasr.ops._dispatch import KernelFamily, direct, native_kernels
 from fastasr.ops._lattice import (
     check_boundary,
     check_boundary_values,
@@ -38,7 +38,7 @@ from fastasr.ops._lattice import (
 from fastasr.ops._register import refuse_double_backward, register
 
 NAME = "rnnt_lattice"
-FAMILY = KernelFamily(NAME, (NAME,), ())
+FAMILY = KernelFamily(NAME, (NAME,), (native_kernels(NAME),))
 
 _INF = float("inf")
 
@@ -244,6 +244,8 @@ def shares_shape(backend: str, x: Tensor, y: Tensor) -> tuple[int, int, int]:
     """What the kernels of a backend keep: a row of S + 1 shares per step, padded as they like it."""
     batch, symbols, width = x.shape
     steps = y.shape[2] + (symbols if width == y.shape[2] + 1 else 0)
+    if backend == "cpu":
+        return batch, steps, (symbols + 16) // 16 * 16
     return batch, steps + 1, symbols + 1
 
 
@@ -311,7 +313,7 @@ def rnnt_lattice(
     Args:
         symbol_logprobs: (B, S, T+1) for the regular lattice, (B, S, T) for the modified one, where a symbol takes a
             frame: log probability of symbol s+1 in cell (s, t). float32, bfloat16, float16 or float64. Values below
-            -1e38 count as -inf; a NaN, or a value above 1e38, inside the boundary makes the sequence's results NaN.
+            -2^80 count as -inf; a NaN or +inf inside the boundary makes the sequence's score and occupations NaN.
         blank_logprobs: (B, S+1, T), log probability of a blank in cell (s, t).
         boundary: (B, 4) int64, [s_begin, t_begin, s_end, t_end] of each sequence; None: [0, 0, S, T]. The symbol arcs
             of frame t_end are part of a regular lattice.

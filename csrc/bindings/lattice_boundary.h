@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <limits>
+#include <optional>
+
+#include "bindings/dispatch.h"
+
+// What the lattices' bindings share: boundaries, and the values outside them.
+namespace fastasr {
+
+using OptionalTensor = std::optional<Tensor>;
+
+struct Boundary {
+  int64_t s_begin, t_begin, s_end, t_end;
+  int64_t symbols() const { return s_end - s_begin; }
+  int64_t frames() const { return t_end - t_begin; }
+};
+
+// The boundary of every sequence; symbols < 0: s_end has no limit.
+inline std::vector<Boundary> checked_boundaries(const OptionalTensor& boundary, int64_t batch, int64_t symbols,
+                                                int64_t frames, const char* op) {
+  std::vector<Boundary> out(static_cast<size_t>(batch), Boundary{0, 0, symbols, frames});
+  if (!boundary.has_value()) return out;
+  const Tensor& t = *boundary;
+  STD_TORCH_CHECK(
+      t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.dim() == 2 && t.size(0) == batch && t.size(1) == 4,
+      op, ": boundary");
+  const int64_t* p = data<int64_t>(t);
+  for (Boundary& b : out) {
+    b = {p[0], p[1], p[2], p[3]};
+    STD_TORCH_CHECK(0 <= b.s_begin && b.s_begin <= b.s_end && (symbols < 0 || b.s_end <= symbols) && 0 <= b.t_begin &&
+                        b.t_begin <= b.t_end && b.t_end <= frames,
+                    op, ": boundary outside the lattice");
+    p += 4;
+  }
+  return out;
+}
+
+// The i-th sequence to work on: neighbours, which are often alike in length, go to different threads.
+inline int64_t dealt(int64_t i, int64_t batch) {
+  const int64_t even = (batch + 1) / 2;
+  return i < even ? 2 * i : 2 * (i - even) + 1;
+}
+
+}  // namespace fastasr

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <array>
+
+#include "bindings/dispatch.h"
+#include "cpu/buffer_pool.h"
+
+namespace fastasr {
+
+// A new contiguous tensor of t's dtype. A large one takes its memory from the pool and gives it back when it is freed:
+// fresh memory costs a page fault every 4 KiB.
+template <size_t kDim>
+Tensor new_pooled(const Tensor& t, const std::array<int64_t, kDim>& sizes) {
+  std::array<int64_t, kDim> strides;
+  int64_t elements = 1;
+  for (size_t d = kDim; d-- > 0;) strides[d] = std::max<int64_t>(1, elements), elements *= sizes[d];
+  const size_t bytes = static_cast<size_t>(elements) * t.element_size();
+  if (bytes < (size_t{1} << 20)) return new_strided(t, kDim, sizes.data(), strides.data());
+  void* memory = cpu::acquire_buffer(bytes);
+  STD_TORCH_CHECK(memory, "no memory for ", bytes, " bytes");
+  return torch::stable::from_blob(memory, {sizes.data(), kDim}, {strides.data(), kDim}, t.device(), t.scalar_type(),
+                                  [](void* p) { cpu::release_buffer(p); });
+}
+
+// What a call may write to and throw away, aligned to 64 bytes.
+template <typename C>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : data_(static_cast<C*>(cpu::acquire_buffer(sizeof(C) * static_cast<size_t>(n)))) {
+    STD_TORCH_CHECK(data_, "no memory for ", n, " elements");
+  }
+  ~Scratch() { cpu::release_buffer(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  C* data() const { return data_; }
+
+ private:
+  C* data_;
+};
+
+}  // namespace fastasr

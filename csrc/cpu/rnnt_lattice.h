@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/simd.h"
+
+// The lattice of a transducer, one sequence: p[s,t] = log(e^(p[s-1,t'] + x[s-1,t']) + e^(p[s,t-1] + y[s,t-1])), t' = t
+// in a regular lattice and t - 1 in a modified one.
+namespace fastasr::cpu {
+
+struct LatticeSize {
+  int64_t symbols, frames;
+  bool regular;
+  // Steps of cells: anti-diagonals s + t of a regular lattice, frames of a modified one.
+  int64_t steps() const { return frames + (regular ? symbols : 0); }
+  int64_t columns() const { return frames + (regular ? 1 : 0); }  // of x
+};
+
+// Shares are kept as one row per step of this many elements, whatever the instruction set.
+FASTASR_INLINE int64_t lattice_row(int64_t symbols) { return (symbols + 16) / 16 * 16; }
+// Elements of the scratch memory, which is aligned to 64 bytes.
+FASTASR_INLINE int64_t lattice_scratch(int64_t symbols) { return 34 * lattice_row(symbols) + 32; }
+
+// x (symbols, columns) with rows x_row apart, y (symbols + 1, frames) with rows y_row apart. Returns the score; a NaN
+// if a NaN was read. shares: steps * lattice_row elements, aligned to 64 bytes, or null.
+#define FASTASR_DECLARE(C)                                                                                            \
+  C lattice_forward(const LatticeSize& size, const C* x, int64_t x_row, const C* y, int64_t y_row, C* shares,         \
+                    C* scratch);                                                                                      \
+  /* The gradients of a score that is finite, for `grad` of it; every element of dx and dy is written. */             \
+  void lattice_backward(const LatticeSize& size, C grad, const C* shares, C* dx, int64_t x_row, C* dy, int64_t y_row, \
+                        C* scratch);
+FASTASR_DECLARE(float)
+FASTASR_DECLARE(double)
+#undef FASTASR_DECLARE
+
+}  // namespace fastasr::cpu

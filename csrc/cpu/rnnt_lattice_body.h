@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+// Included by rnnt_lattice.cpp once per instruction set, as cpu/scaled_number.h is: hence no include guard.
+//
+// Lanes are neighbouring s; N steps of N rows at a time are turned by a transposition in registers into step-major
+// blocks that lie in the first cache, X and Y: [step][s], X by the s a symbol leads to. No gathers.
+#include "cpu/scaled_number.h"
+
+template <typename C, int kBit, bool kHigh, size_t... kJ>
+FASTASR_VECTOR_INLINE constexpr BitVector<C> mixing(std::index_sequence<kJ...>) {
+  constexpr int n = Lanes<C>::count;
+  return BitVector<C>{
+      (kHigh ? (static_cast<int>(kJ) & kBit ? n + static_cast<int>(kJ) : static_cast<int>(kJ) + kBit)
+             : (static_cast<int>(kJ) & kBit ? n + static_cast<int>(kJ) - kBit : static_cast<int>(kJ)))...};
+}
+
+template <typename C, int kBit>
+FASTASR_VECTOR_INLINE void transpose_bit(Vector<C>* r) {
+  constexpr int n = Lanes<C>::count;
+#pragma GCC unroll 16
+  for (int i = 0; i < n; i++) {
+    if (i & kBit) continue;
+    const Vector<C> a = r[i], b = r[i + kBit];
+    r[i] = __builtin_shuffle(a, b, (mixing<C, kBit, false>(std::make_index_sequence<n>())));
+    r[i + kBit] = __builtin_shuffle(a, b, (mixing<C, kBit, true>(std::make_index_sequence<n>())));
+  }
+}
+template <typename C>
+FASTASR_VECTOR_INLINE void transpose(Vector<C>* r) {
+  if constexpr (Lanes<C>::count > 8) transpose_bit<C, 8>(r);
+  if constexpr (Lanes<C>::count > 4) transpose_bit<C, 4>(r);
+  if constexpr (Lanes<C>::count > 2) transpose_bit<C, 2>(r);
+  transpose_bit<C, 1>(r);
+}
+
+template <typename C, size_t... kJ>
+FASTASR_VECTOR_INLINE Vector<C> previous_lane(Vector<C> before, Vector<C> v, std::index_sequence<kJ...>) {
+  return __builtin_shuffle(before, v, BitVector<C>{(Lanes<C>::count - 1 + static_cast<int>(kJ))...});
+}
+template <typename C, size_t... kJ>
+FASTASR_VECTOR_INLINE Vector<C> next_lane(Vector<C> v, Vector<C> after, std::index_sequence<kJ...>) {
+  return __builtin_shuffle(v, after, BitVector<C>{(1 + static_cast<int>(kJ))...});
+}
+
+// Columns t to t + N - 1 of a row whose ends lie among them. Not inlined: sixteen copies of it do not fit in the
+// instruction cache beside the rest.
+template <typename C>
+FASTASR_TARGET __attribute__((noinline)) Vector<C> load_edge(const C* from, int64_t t, int64_t columns) {
+  alignas(64) C part[Lanes<C>::count];
+  for (int j = 0; j < Lanes<C>::count; j++)
+    part[j] = t + j >= 0 && t + j < columns ? from[t + j] : -std::numeric_limits<C>::infinity();
+  return at(part);
+}
+template <typename C>
+FASTASR_TARGET __attribute__((noinline)) void store_edge(C* to, int64_t t, int64_t columns, Vector<C> v) {
+  alignas(64) C part[Lanes<C>::count];
+  put(part, v);
+  for (int j = 0; j < Lanes<C>::count; j++)
+    if (t + j >= 0 && t + j < columns) to[t + j] = part[j];
+}
+
+// Steps ahead that rows are fetched: there are more of them than the hardware follows.
+constexpr int64_t kAhead = 32;
+
+// N rows from `row` on of a matrix (rows, columns), N columns of row i from first - i * skew on, by columns; what lies
+// outside is -inf. Results are `stride` vectors apart.
+template <typename C>
+FASTASR_VECTOR_INLINE void load_steps(const C* p, int64_t distance, int64_t row, int64_t rows, int64_t first,
+                                      int64_t skew, int64_t columns, C* out, int64_t stride) {
+  constexpr int n = Lanes<C>::count;
+  const C none = -std::numeric_limits<C>::infinity();
+  Vector<C> r[n];
+#pragma GCC unroll 16
+  for (int i = 0; i < n; i++) {
+    const int64_t at_row = row + i, t = first - i * skew;
+    if (at_row < 0 || at_row >= rows || t >= columns || t + n <= 0) {
+      r[i] = vector_of(none);
+    } else if (t >= 0 && t + n <= columns) {
+      __builtin_prefetch(p + at_row * distance + t + kAhead);
+      r[i] = at(p + at_row * distance + t);
+    } else {
+      r[i] = load_edge(p + at_row * distance, t, columns);
+    }
+  }
+  transpose<C>(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < n; i++) put(out + i * stride, r[i]);
+}
+
+template <typename C>
+FASTASR_VECTOR_INLINE void store_steps(C* p, int64_t distance, int64_t row, int64_t rows, int64_t first, int64_t skew,
+                                       int64_t columns, const C* in, int64_t stride) {
+  constexpr int n = Lanes<C>::count;
+  Vector<C> r[n];
+#pragma GCC unroll 16
+  for (int i = 0; i < n; i++) r[i] = at(in + i * stride);
+  transpose<C>(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < n; i++) {
+    const int64_t at_row = row + i, t = first - i * skew;
+    if (at_row < 0 || at_row >= rows || t >= columns || t + n <= 0) continue;
+    C* to = p + at_row * distance;
+    if (t >= 0 && t + n <= columns) {
+      __builtin_prefetch(to + t - kAhead, 1);
+      put(to + t, r[i]);
+    } else {
+      store_edge(to, t, columns, r[i]);
+    }
+  }
+}
+
+// N steps from `first` on, step 1 being the first that has incoming arcs, and the vectors whose cells they reach.
+struct LatticeBlock {
+  int64_t first, steps, low, high;
+  FASTASR_VECTOR_INLINE LatticeBlock at(const LatticeSize& size, int64_t first, int64_t n) {
+    const int64_t left = size.steps() + 1 - first, top = size.symbols / n;
+    if (!size.regular) return {first, std::min(n, left), 0, top};
+    return {first, std::min(n, left), std::max<int64_t>(0, first - size.frames) / n,
+            std::min(size.symbols, first + n - 1) / n};
+  }
+};
+
+template <typename C, bool kKeep>
+FASTASR_TARGET C forward_steps(const LatticeSize& size, const C* x, int64_t x_row, const C* y, int64_t y_row, C* shares,
+                               C* scratch) {
+  constexpr int n = Lanes<C>::count;
+  const auto lanes = std::make_index_sequence<n>();
+  const int64_t vectors = size.symbols / n + 1, row = vectors * n, skew = size.regular;
+  // p and its powers, after a vector of impossible cells before s = 0
+  C *const m = scratch + n, *const e = m + row + n, *const xs = e + row, *const ys = xs + n * row;
+  for (int64_t v = -n; v < row; v += n) put(m + v, vector_of<C>(1)), put(e + v, vector_of(kFloor<C>));
+  e[0] = 0;
+  for (int64_t first = 1; first <= size.steps(); first += n) {
+    const LatticeBlock b = LatticeBlock::at(size, first, n);
+    for (int64_t v = b.low; v <= b.high; v++) {
+      const int64_t s = v * n;
+      load_steps(x, x_row, s - 1, size.symbols, first - (size.regular ? s : 1), skew, size.columns(), xs + s, row);
+      load_steps(y, y_row, s, size.symbols + 1, first - 1 - s * skew, skew, size.frames, ys + s, row);
+    }
+    for (int64_t j = 0; j < b.steps; j++) {
+      C* const kept = shares + (first - 1 + j) * lattice_row(size.symbols);
+      if constexpr (kKeep) {  // no cells there: zeros, so that what is kept repeats bit for bit
+        for (int64_t s = 0; s < b.low * n; s += n) put(kept + s, Vector<C>{});
+        for (int64_t s = (b.high + 1) * n; s < lattice_row(size.symbols); s += n) put(kept + s, Vector<C>{});
+      }
+      Vector<C> pm = at(m + b.high * n), pe = at(e + b.high * n);
+      for (int64_t s = b.high * n; s >= b.low * n; s -= n) {
+        const Vector<C> before_m = at(m + s - n), before_e = at(e + s - n);
+        Vector<C> xm, xe, ym, ye;
+        split<C>(at(xs + j * row + s), xm, xe);
+        split<C>(at(ys + j * row + s), ym, ye);
+        xm *= previous_lane<C>(before_m, pm, lanes);
+        xe += previous_lane<C>(before_e, pe, lanes);
+        ym *= pm;
+        ye += pe;
+        const Vector<C> top = xe > ye ? xe : ye;
+        const Vector<C> symbol = xm * power_of_two<C>(xe - top);
+        const Vector<C> sum = ym * power_of_two<C>(ye - top) + symbol;
+        if constexpr (kKeep) put(kept + s, symbol / sum);
+        put(m + s, sum);
+        put(e + s, top);
+        pm = before_m, pe = before_e;
+      }
+    }
+    for (int64_t s = b.low * n; s <= b.high * n; s += n) {
+      Vector<C> vm = at(m + s), ve = at(e + s);
+      normalise<C>(vm, ve);
+      put(m + s, vm), put(e + s, ve);
+    }
+  }
+  if (!size.regular)  // a NaN may stand in a cell that does not lead to the end
+    for (int64_t s = 0; s < size.symbols; s++)
+      if (m[s] != m[s]) return m[s];
+  return logarithm(m[size.symbols], e[size.symbols]);
+}
+
+template <typename C>
+FASTASR_TARGET C forward_body(const LatticeSize& size, const C* x, int64_t x_row, const C* y, int64_t y_row, C* shares,
+                              C* scratch) {
+  return shares ? forward_steps<C, true>(size, x, x_row, y, y_row, shares, scratch)
+                : forward_steps<C, false>(size, x, x_row, y, y_row, shares, scratch);
+}
+
+template <typename C>
+FASTASR_TARGET void backward_body(const LatticeSize& size, C grad, const C* shares, C* dx, int64_t x_row, C* dy,
+                                  int64_t y_row, C* scratch) {
+  constexpr int n = Lanes<C>::count;
+  const auto lanes = std::make_index_sequence<n>();
+  const int64_t vectors = size.symbols / n + 1, row = vectors * n, skew = size.regular;
+  C *const g = scratch, *const xs = g + row + n, *const ys = xs + n * row;
+  for (int64_t s = 0; s < row; s += n) put(g + s, Vector<C>{});
+  g[size.symbols] = grad;
+  for (int64_t first = size.steps() - (size.steps() + n - 1) % n; first > 0; first -= n) {
+    const LatticeBlock b = LatticeBlock::at(size, first, n);
+    for (int64_t j = n - 1; j >= b.steps; j--)  // steps behind the end are transposed, though never stored
+      for (int64_t s = b.low * n; s <= b.high * n; s += n)
+        put(xs + j * row + s, Vector<C>{}), put(ys + j * row + s, Vector<C>{});
+    for (int64_t j = b.steps - 1; j >= 0; j--) {
+      const C* const kept = shares + (first - 1 + j) * lattice_row(size.symbols);
+      Vector<C> above{};  // the symbol arcs into the next vector of cells
+      for (int64_t s = b.high * n; s >= b.low * n; s -= n) {
+        const Vector<C> whole = at(g + s), symbol = whole * at(kept + s), blank = whole - symbol;
+        put(xs + j * row + s, symbol);
+        put(ys + j * row + s, blank);
+        put(g + s, blank + next_lane<C>(symbol, above, lanes));
+        above = symbol;
+      }
+      if (b.low > 0) g[b.low * n - 1] += above[0];
+    }
+    for (int64_t v = b.low; v <= b.high; v++) {
+      const int64_t s = v * n;
+      store_steps(dx, x_row, s - 1, size.symbols, first - (size.regular ? s : 1), skew, size.columns(), xs + s, row);
+      store_steps(dy, y_row, s, size.symbols + 1, first - 1 - s * skew, skew, size.frames, ys + s, row);
+    }
+  }
+}

@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/rnnt_lattice.h"
+
+#include <algorithm>
+
+#include "tests/check.h"
+
+namespace fastasr::test {
+namespace {
+
+using cpu::LatticeSize;
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+double log_add(double a, double b) {
+  const double m = std::max(a, b);
+  return m == -kInf ? m : m + std::log(std::exp(a - m) + std::exp(b - m));
+}
+
+// Memory aligned to 64 bytes; what is behind it is checked by Buffer.
+template <typename C>
+struct Aligned {
+  Buffer<C> buffer;
+  int64_t size;
+  explicit Aligned(int64_t n) : buffer(n + 64), size(n) {}
+  C* data() {
+    const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+    return buffer.data() + (64 - address % 64) % 64 / sizeof(C);
+  }
+};
+
+template <typename C>
+struct Case {
+  LatticeSize size;
+  int64_t x_row, y_row;  // rows lie apart: what is between them must stay
+  Buffer<C> x, y, dx, dy;
+  Aligned<C> shares, scratch;
+  Case(int64_t symbols, int64_t frames, bool regular, double mean, double scale, int64_t gap = 0)
+      : size{symbols, frames, regular},
+        x_row(size.columns() + gap),
+        y_row(frames + gap),
+        x(symbols * x_row, 1),
+        y((symbols + 1) * y_row, 3),
+        dx(symbols * x_row, 2),
+        dy((symbols + 1) * y_row, 1),
+        shares(size.steps() * cpu::lattice_row(symbols)),
+        scratch(cpu::lattice_scratch(symbols)) {
+    Random random(static_cast<uint64_t>(symbols * 1000 + frames * 2 + regular));
+    x.fill(random, scale, mean);
+    y.fill(random, scale, mean);
+  }
+  C forward(bool keep = true) {
+    return cpu::lattice_forward(size, x.data(), x_row, y.data(), y_row, keep ? shares.data() : nullptr, scratch.data());
+  }
+  void backward(C grad) {
+    cpu::lattice_backward(size, grad, shares.data(), dx.data(), x_row, dy.data(), y_row, scratch.data());
+  }
+};
+
+// The recursion in double and in the log domain.
+template <typename C>
+struct Reference {
+  int64_t columns;
+  std::vector<double> p, dx, dy;
+  double score;
+  explicit Reference(Case<C>& c) : columns(c.size.frames + 1) {
+    const int64_t symbols = c.size.symbols, frames = c.size.frames, back = c.size.regular ? 0 : 1;
+    p.assign(static_cast<size_t>((symbols + 1) * columns), -kInf);
+    std::vector<double> g(p.size(), 0.0);
+    dx.assign(static_cast<size_t>(symbols * c.x_row), 0.0);
+    dy.assign(static_cast<size_t>((symbols + 1) * c.y_row), 0.0);
+    const auto cell = [&](int64_t s, int64_t t) { return static_cast<size_t>(s * columns + t); };
+    const auto by_symbol = [&](int64_t s, int64_t t) {
+      return s > 0 && t >= back ? p[cell(s - 1, t - back)] + value(c.x[(s - 1) * c.x_row + t - back]) : -kInf;
+    };
+    const auto by_blank = [&](int64_t s, int64_t t) {
+      return t > 0 ? p[cell(s, t - 1)] + value(c.y[s * c.y_row + t - 1]) : -kInf;
+    };
+    for (int64_t s = 0; s <= symbols; s++)
+      for (int64_t t = 0; t <= frames; t++) p[cell(s, t)] = s + t == 0 ? 0.0 : log_add(by_symbol(s, t), by_blank(s, t));
+    score = p[cell(symbols, frames)];
+    g[cell(symbols, frames)] = score > -kInf ? 1.0 : 0.0;
+    for (int64_t s = symbols; s >= 0; s--)
+      for (int64_t t = frames; t >= 0; t--) {
+        const double whole = p[cell(s, t)], mass = g[cell(s, t)];
+        if (whole == -kInf || mass == 0) continue;
+        if (s > 0 && t >= back) {
+          const double d = mass * std::exp(by_symbol(s, t) - whole);
+          dx[static_cast<size_t>((s - 1) * c.x_row + t - back)] = d;
+          g[cell(s - 1, t - back)] += d;
+        }
+        if (t > 0) {
+          const double d = mass * std::exp(by_blank(s, t) - whole);
+          dy[static_cast<size_t>(s * c.y_row + t - 1)] = d;
+          g[cell(s, t - 1)] += d;
+        }
+      }
+  }
+};
+
+template <typename C>
+bool near(double got, double expected, double relative) {
+  if (std::isinf(expected)) return got == expected;
+  return std::fabs(got - expected) <= relative * std::fabs(expected) + 1e-30;
+}
+
+template <typename C>
+void values(int64_t symbols, int64_t frames, bool regular, double mean, double scale, int64_t gap = 0) {
+  Case<C> c(symbols, frames, regular, mean, scale, gap);
+  const Reference<C> r(c);
+  const C score = c.forward(), again = c.forward(false);
+  const bool wide = sizeof(C) == 8;
+  // the reference rounds logarithms; float: a hundred roundings of a product, and the score's own
+  const double allowed = wide ? 1e-11 : 1e-5;
+  CHECK(same_bits(score, again), "%s: %ldx%ld: keeping shares changes the score", Type<C>::name, long(symbols),
+        long(frames));
+  CHECK(near<C>(score, r.score, wide ? 1e-13 : 2e-7) || std::fabs(score - r.score) < allowed,
+        "%s: %ldx%ld %s: score %.9g, expected %.9g", Type<C>::name, long(symbols), long(frames),
+        regular ? "regular" : "modified", double(score), r.score);
+  if (!(r.score > -kInf)) return;
+  c.backward(C(1));
+  CHECK(c.dx.intact() && c.dy.intact(), "%s: %ldx%ld wrote outside", Type<C>::name, long(symbols), long(frames));
+  const auto compare = [&](Buffer<C>& got, const std::vector<double>& expected, int64_t rows, int64_t columns,
+                           int64_t distance, const char* name) {
+    C untouched;
+    std::memset(&untouched, 0x5a, sizeof(C));
+    for (int64_t s = 0; s < rows; s++)
+      for (int64_t t = 0; t < distance; t++) {
+        const int64_t i = s * distance + t;
+        if (t < columns)
+          CHECK(std::fabs(got[i] - expected[static_cast<size_t>(i)]) <= allowed,
+                "%s: %ldx%ld %s: %s(%ld, %ld) = %.9g, expected %.9g", Type<C>::name, long(symbols), long(frames),
+                regular ? "regular" : "modified", name, long(s), long(t), double(got[i]),
+                expected[static_cast<size_t>(i)]);
+        else
+          CHECK(same_bits(got[i], untouched), "%s: %s: wrote between rows", Type<C>::name, name);
+      }
+  };
+  compare(c.dx, r.dx, symbols, c.size.columns(), c.x_row, "dx");
+  compare(c.dy, r.dy, symbols + 1, frames, c.y_row, "dy");
+}
+
+// Every path takes every frame's blank once (regular), and every symbol once.
+template <typename C>
+void mass() {
+  Case<C> c(37, 201, true, -200, 50);
+  c.forward();
+  c.backward(C(2));
+  double symbols = 0, blanks = 0;
+  for (int64_t i = 0; i < c.dx.size(); i++) symbols += c.dx[i];
+  for (int64_t i = 0; i < c.dy.size(); i++) blanks += c.dy[i];
+  CHECK(std::fabs(symbols - 2 * 37) < 1e-3 && std::fabs(blanks - 2 * 201) < 1e-3, "%s: %.9g symbols, %.9g blanks",
+        Type<C>::name, symbols, blanks);
+}
+
+template <typename C>
+void special() {
+  const C nan = std::numeric_limits<C>::quiet_NaN(), inf = std::numeric_limits<C>::infinity();
+  for (const bool regular : {true, false})
+    for (const C bad : {nan, inf})
+      for (const int64_t at : {0, 40, 399}) {
+        Case<C> c(20, 20, regular, -1, 1);
+        c.x[at % c.x.size()] = bad;
+        CHECK(std::isnan(c.forward()), "%s: x[%ld] = %g is lost", Type<C>::name, long(at), double(bad));
+        Case<C> d(20, 20, regular, -1, 1);
+        d.y[at] = bad;
+        CHECK(std::isnan(d.forward()), "%s: y[%ld] = %g is lost", Type<C>::name, long(at), double(bad));
+      }
+  for (const C none : {-inf, static_cast<C>(-1e30), std::numeric_limits<C>::lowest()}) {
+    Case<C> c(18, 40, true, -1, 1);
+    for (int64_t t = 0; t < 20; t++) c.x[9 * c.x_row + t] = none, c.y[3 * c.y_row + 30] = none;
+    for (int64_t t = 0; t < 20; t++) c.x[9 * c.x_row + t] = -inf;
+    c.y[3 * c.y_row + 30] = -inf;
+    const Reference<C> r(c);
+    for (int64_t t = 0; t < 20; t++) c.x[9 * c.x_row + t] = none;
+    c.y[3 * c.y_row + 30] = none;
+    CHECK(near<C>(c.forward(), r.score, 1e-6), "%s: entries of %g", Type<C>::name, double(none));
+    c.backward(C(1));
+    for (int64_t t = 0; t < 20; t++)
+      CHECK(c.dx[9 * c.x_row + t] == 0, "%s: occupied at %g", Type<C>::name, double(none));
+    for (int64_t t = 0; t <= 40; t++) c.x[9 * c.x_row + t] = none;
+    CHECK(c.forward() == -inf, "%s: a wall of %g is passed", Type<C>::name, double(none));
+  }
+  for (const double mean : {-1e4, -1e7, -1e12, 1e4, 1e7}) {  // far beyond what a float's exponent holds
+    Case<C> c(21, 50, true, mean, 1);
+    const Reference<C> r(c);
+    CHECK(near<C>(c.forward(), r.score, sizeof(C) == 8 ? 1e-12 : 1e-6), "%s: mean %g: %.9g, expected %.9g",
+          Type<C>::name, mean, double(c.forward()), r.score);
+    c.backward(C(1));
+    for (int64_t i = 0; i < c.dx.size(); i++)
+      CHECK(c.dx[i] >= 0 && c.dx[i] <= C(1.0001), "%s: mean %g: %g", Type<C>::name, mean, double(c.dx[i]));
+  }
+}
+
+template <typename C>
+void all() {
+  for (const bool regular : {true, false}) {
+    for (const int64_t symbols : {0, 1, 2, 3, 7, 8, 14, 15, 16, 17, 31, 33, 70})
+      for (const int64_t frames : {0, 1, 2, 5, 15, 16, 17, 33, 90}) {
+        values<C>(symbols, frames, regular, -2, 1);
+        values<C>(symbols, frames, regular, -1, 1, 5);
+      }
+    values<C>(600, 40, regular, -1, 1);
+    values<C>(40, 1000, regular, -1, 1);
+    values<C>(25, 60, regular, -800, 200);
+  }
+  mass<C>();
+  special<C>();
+}
+
+}  // namespace
+
+void rnnt_lattice() {
+  all<float>();
+  all<double>();
+}
+
+}  // namespace fastasr::test
