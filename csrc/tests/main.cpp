@@ -24,7 +24,6 @@ constexpr Test kTests[] = {
     {"balancer", fastasr::test::balancer},
     {"skinny_gemm", fastasr::test::skinny_gemm},
     {"mega_step", fastasr::test::mega_step},
-
     {"simd", fastasr::test::simd},
     {"ema_scan", fastasr::test::ema_scan},
     {"complex_ema_scan", fastasr::test::complex_ema_scan},
