@@ -60,9 +60,9 @@ $(STAMPS)/fastasr: $(STAMPS)/tools scripts/python_headers.sh $(NATIVE_SOURCES)
 	source $(STAMPS)/build.env; $(PINNED) --no-build-isolation -e ".[test,demo]"
 	touch $@
 
-$(STAMPS)/peers: $(STAMPS)/tools scripts/install_peers.sh
+$(STAMPS)/peers: scripts/install_peers.sh scripts/build_fast_rnnt.py | $(STAMPS)/fastasr
 	@echo "== $(VENV): upstream packages"
-	scripts/install_peers.sh $(PY)
+	source $(STAMPS)/build.env; scripts/install_peers.sh $(PY)
 	touch $@
 
 $(STAMPS)/lint: $(STAMPS)/torch scripts/constraints.txt

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Log-probabilities of the additive joiner, whose logits are l = am[b, t] + lm[b, s], without its logits.
+
+With N[b,s,t] = log Σ_c e^(am[b,t,c] + lm[b,s,c]), which is one matrix product of the two exponentials,
+
+    px[b,s,t] = am[b,t,y] + lm[b,s,y] − N[b,s,t],  y = symbols[b,s];    py[b,s,t] = the same with y = blank.
+
+Smoothing (Kuang et al., "Pruned RNN-T", 2022, section 3.1) interpolates with what each model says alone, weights λ and
+α: lm − log Σ_c e^lm, and am + u − log Σ_c e^(am + u), e^u being the mean over (b, s) of softmax(lm), a unigram:
+
+    px = (1−λ) am_y + (1−α) lm_y + α u_y − (1−λ−α) N − λ N_lm − α N_am.
+
+Backward, with gx, gy the gradients, h = gx + gy (over all s), and w = −(1−λ−α) h e^−N: dam = e^am ⊙ Σ_s w e^lm,
+and dlm = e^lm ⊙ Σ_t w e^am, two matrix products; the other terms are sums of gx and gy. The unigram is one more row
+of e^lm.
+
+Bytes: am and lm once, and 3 (B S T) numbers; nothing of size (B, T, C) but one slice of frames at a time. The
+exponentials are shifted by their rows' maxima, and the smallest normal number is added to each sum: where the two
+models' best classes have nothing in common, N is bounded below by that number, as it is upstream.
+Upstream: ``get_rnnt_logprobs``, ``get_rnnt_logprobs_smoothed`` of k2.
+"""
+
+import torch
+from torch import Tensor
+
+from fastasr.ops import _gemm
+from fastasr.ops._register import register
+
+_SLICE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}  # of exponentials at a time
+
+
+def _frames(am: Tensor, dtype: torch.dtype):
+    """Slices of frames whose exponentials take about a cache's, or on a GPU a buffer's, worth of memory."""
+    batch, frames, classes = am.shape
+    row = max(1, batch * classes * dtype.itemsize)
+    step = max(16, _SLICE_BYTES.get(am.device.type, 1 << 26) // row)
+    count = max(1, -(-frames // step))
+    return [slice(frames * i // count, frames * (i + 1) // count) for i in range(count)]
+
+
+def _compute_dtype(lm: Tensor, am: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(lm.dtype, am.dtype), torch.float32)
+
+
+def _exponentials(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(e^(x − m), m), m the maximum of each row."""
+    maximum = x.amax(-1, keepdim=True)
+    return torch.sub(x.to(dtype), maximum.to(dtype)).exp_(), maximum.to(dtype)
+
+
+def _products(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out[b] = left[b] right[b]ᵀ."""
+    if out.is_cuda:
+        torch.bmm(left, right.transpose(1, 2), out=out)
+    else:
+        for o, a, b in zip(out, left, right, strict=True):
+            o.copy_(_gemm.forward(a, b, None))
+
+
+def _left_rows(lm: Tensor, dtype: torch.dtype, unigram: bool):
+    """(e^lm with the unigram as one more row, maxima, sums): (B, S+1 or S+2, C), (B, S+1, 1), (B, S+1, 1)."""
+    tiny = torch.finfo(dtype).tiny
+    batch, positions, classes = lm.shape
+    left = lm.new_empty(batch, positions + int(unigram), classes, dtype=dtype)
+    probs = left[:, :positions]
+    maximum = lm.amax(-1, keepdim=True).to(dtype)
+    torch.sub(lm.to(dtype), maximum, out=probs).exp_()
+    sums = probs.sum(-1, keepdim=True)
+    if unigram:
+        shares = (1.0 / sums).reshape(1, -1) / max(1, batch * positions)
+        left[:, positions] = (shares @ probs.reshape(-1, classes)) + tiny
+    return left, maximum, sums
+
+
+def forward(
+    lm: Tensor, am: Tensor, symbols: Tensor, blank: int, lm_scale: float, am_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(px (B, S, T), py (B, S+1, T), sums (B, S+1 or S+2, T) for the backward)."""
+    dtype = _compute_dtype(lm, am)
+    tiny = torch.finfo(dtype).tiny
+    (batch, positions, _), frames = lm.shape, am.shape[1]
+    length = positions - 1
+    left, lm_max, lm_sums = _left_rows(lm, dtype, am_scale != 0)
+    sums = am.new_empty(batch, left.shape[1], frames, dtype=dtype)
+    am_max = am.new_empty(batch, 1, frames, dtype=dtype)
+    for part in _frames(am, dtype):
+        exponentials, maximum = _exponentials(am[:, part], dtype)
+        am_max[:, 0, part] = maximum.squeeze(-1)
+        _products(sums[:, :, part], left, exponentials)
+    base = sums[:, :positions].add(tiny).log_().add_(lm_max).add_(am_max)  # N
+    base.mul_(lm_scale + am_scale - 1.0)
+    if lm_scale:
+        base.sub_((lm_sums.log() + lm_max) * lm_scale)
+    if am_scale:
+        base.sub_((sums[:, positions:].log() + am_max) * am_scale)
+    index = symbols.unsqueeze(1).expand(batch, frames, length)
+    px = am.gather(2, index).transpose(1, 2).to(dtype) * (1.0 - lm_scale)
+    px.add_(lm[:, :length].gather(2, symbols.unsqueeze(2)).to(dtype) * (1.0 - am_scale)).add_(
+        base[:, :length]
+    )
+    py = base.add_(am[:, :, blank].unsqueeze(1).to(dtype) * (1.0 - lm_scale))
+    py.add_(lm[:, :, blank].unsqueeze(2).to(dtype) * (1.0 - am_scale))
+    if am_scale and batch:
+        unigram = left[0, positions].log()
+        px.add_(unigram[symbols].unsqueeze(2) * am_scale)
+        py.add_(unigram[blank] * am_scale)
+    return px.contiguous(), py, sums
+
+
+def backward(
+    grad_px: Tensor,
+    grad_py: Tensor,
+    lm: Tensor,
+    am: Tensor,
+    symbols: Tensor,
+    sums: Tensor,
+    blank: int,
+    lm_scale: float,
+    am_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(dlm, dam)."""
+    dtype = sums.dtype
+    tiny = torch.finfo(dtype).tiny
+    (batch, positions, classes), length = lm.shape, symbols.shape[1]
+    left, _, lm_sums = _left_rows(lm, dtype, am_scale != 0)
+    total = grad_py.clone()
+    total[:, :length] += grad_px
+    weights = torch.empty_like(sums)
+    torch.mul(total, lm_scale + am_scale - 1.0, out=weights[:, :positions])
+    weights[:, :positions] /= sums[:, :positions] + tiny
+    if am_scale:
+        weights[:, positions] = total.sum(1) * -am_scale / sums[:, positions]
+    symbol_grad = (grad_px * (1.0 - lm_scale)).transpose(1, 2)  # (B, T, S)
+    blank_grad = grad_py.sum(1) * (1.0 - lm_scale)  # (B, T)
+    # Several positions may hold one symbol. Adding them up by index is deterministic on the CPU, and on a GPU
+    # a product is.
+    chosen = _one_hot(symbols, classes, dtype) if lm.is_cuda else None
+    dleft, dam = torch.zeros_like(left), torch.empty_like(am, memory_format=torch.contiguous_format)
+    for part in _frames(am, dtype):
+        exponentials, _ = _exponentials(am[:, part], dtype)
+        w = weights[:, :, part]
+        if lm.is_cuda:
+            dleft.baddbmm_(w, exponentials)
+            grad = torch.bmm(w.transpose(1, 2), left).mul_(exponentials)
+            grad.baddbmm_(symbol_grad[:, part], chosen)
+        else:
+            grad = exponentials  # of one batch row after the other, in place
+            for b in range(batch):
+                dleft[b] += _gemm.input_grad(w[b].contiguous(), exponentials[b])
+                grad[b].mul_(_gemm.weight_grad(w[b].contiguous(), left[b]))
+            grad.scatter_add_(
+                2,
+                symbols.unsqueeze(1).expand(batch, grad.shape[1], length),
+                symbol_grad[:, part].contiguous(),
+            )
+        grad[:, :, blank] += blank_grad[:, part]
+        dam[:, part] = grad
+    return _grad_lm(
+        dleft, left, lm_sums, total, grad_px, grad_py, symbols, chosen, blank, lm_scale, am_scale
+    ).to(lm.dtype), dam
+
+
+def _grad_lm(dleft, left, lm_sums, total, grad_px, grad_py, symbols, chosen, blank, lm_scale, am_scale):
+    """dlm (B, S+1, C), from the gradient of the rows of ``left``."""
+    batch, positions, classes = total.shape[0], total.shape[1], left.shape[2]
+    length = positions - 1
+    probs = left[:, :positions]
+    dlm = dleft[:, :positions]
+    by_symbol, by_blank = grad_px.sum(2), grad_py.sum(2)  # (B, S), (B, S+1)
+    if lm_scale:
+        dlm.sub_(total.sum(2, keepdim=True) * lm_scale / lm_sums)
+    if am_scale and batch:
+        chosen_sum = (
+            torch.zeros(classes, dtype=total.dtype).index_add_(0, symbols.reshape(-1), by_symbol.reshape(-1))
+            if chosen is None
+            else by_symbol.reshape(1, -1).matmul(chosen.reshape(-1, classes)).squeeze(0)
+        )
+        chosen_sum[blank] += by_blank.sum()
+        dmean = (dleft[:, positions].sum(0) + chosen_sum * am_scale / left[0, positions]) / (
+            batch * positions
+        )
+        inner = (probs * dmean).sum(-1, keepdim=True) / lm_sums
+        dlm.add_((dmean - inner) / lm_sums)
+    dlm = dlm.mul_(probs).contiguous()
+    dlm[:, :length].scatter_add_(2, symbols.unsqueeze(2), by_symbol.unsqueeze(2) * (1.0 - am_scale))
+    dlm[:, :, blank] += by_blank * (1.0 - am_scale)
+    return dlm
+
+
+def _one_hot(symbols: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """(B, S, C)."""
+    zeros = torch.zeros(*symbols.shape, classes, dtype=dtype, device=symbols.device)
+    return zeros.scatter_(2, symbols.unsqueeze(2), 1.0)
+
+
+# --------------------------------------------------------------------------- registration
+def _fake_forward(lm, am, symbols, blank, lm_scale, am_scale):
+    dtype = _compute_dtype(lm, am)
+    batch, positions, frames = lm.shape[0], lm.shape[1], am.shape[1]
+    return (
+        am.new_empty(batch, positions - 1, frames, dtype=dtype),
+        am.new_empty(batch, positions, frames, dtype=dtype),
+        am.new_empty(batch, positions + int(am_scale != 0), frames, dtype=dtype),
+    )
+
+
+def _fake_backward(grad_px, grad_py, lm, am, symbols, sums, blank, lm_scale, am_scale):
+    return lm.new_empty(lm.shape), am.new_empty(am.shape)
+
+
+_BACKWARD_OP = register(
+    "rnnt_additive_logprobs_backward(Tensor grad_px, Tensor grad_py, Tensor lm, Tensor am, Tensor symbols, "
+    "Tensor sums, int blank, float lm_scale, float am_scale) -> (Tensor, Tensor)",
+    backward,
+    _fake_backward,
+    autocast=lambda dtype, *arguments: arguments,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    lm, am, symbols, *ctx.rest = inputs
+    ctx.save_for_backward(lm, am, symbols, output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward(ctx, grad_px, grad_py, _):
+    return *_BACKWARD_OP(grad_px, grad_py, *ctx.saved_tensors, *ctx.rest), None, None, None, None
+
+
+_OP = register(
+    "rnnt_additive_logprobs(Tensor lm, Tensor am, Tensor symbols, int blank, float lm_scale, float am_scale) "
+    "-> (Tensor, Tensor, Tensor)",
+    forward,
+    _fake_forward,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=lambda dtype, *arguments: arguments,
+)
+
+
+def additive_logprobs(
+    lm: Tensor, am: Tensor, symbols: Tensor, blank: int, lm_scale: float = 0.0, am_scale: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(px (B, S, T), py (B, S+1, T)) in float32, or float64 where an input is; checked arguments only."""
+    px, py, _ = _OP(lm, am, symbols, blank, float(lm_scale), float(am_scale))
+    return px, py

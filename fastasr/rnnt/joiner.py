@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""A transducer's joiner and its loss in one operation, which never holds the logits.
+
+logits[b, t, s] = activation(am[b, t] + lm[b, s]) Wᵀ + bias for the cells in the pruning windows, or for all.
+Each cell gives the lattice two numbers, so that is what ``fastasr.ops.rnnt_joiner`` returns; the rest is
+``fastasr.ops.rnnt_pruned_lattice``. Gradients of am, lm, weight and bias are exact and deterministic; cells outside
+the boundary, or with no part in any path, are left out.
+"""
+
+import torch
+from torch import Tensor
+
+from fastasr import ops
+from fastasr.ops import _check
+from fastasr.rnnt import _arguments as arguments
+from fastasr.rnnt import logprobs, losses
+
+
+def pruned_joiner_loss(
+    am: Tensor,
+    lm: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    symbols: Tensor,
+    ranges: Tensor,
+    termination_symbol: int,
+    boundary: Tensor | None = None,
+    rnnt_type: str = "regular",
+    delay_penalty: float = 0.0,
+    use_hat_loss: bool = False,
+    reduction: str | None = "mean",
+    activation: str = "tanh",
+    *,
+    keep_logits: bool | None = None,
+    zero_infinity: bool = False,
+    fastemit_lambda: float = 0.0,
+) -> Tensor:
+    """``do_rnnt_pruning``, the joiner activation(am + lm) Wᵀ + bias, and ``rnnt_loss_pruned``, without the logits.
+
+    Args:
+        am: (B, T, D), the encoder's output after the joiner's projection.
+        lm: (B, S + 1, D), the prediction network's.
+        weight: (V, D); bias: (V,) or None. The joiner's output layer.
+        symbols: (B, S), integers in [0, V).
+        ranges: (B, T, R) from ``get_rnnt_prune_ranges``.
+        termination_symbol: blank, in [0, V).
+        activation: tanh or relu.
+        keep_logits: whether to keep logits for the backward pass instead of computing them again, which is faster and
+            needs B T R V more numbers; None decides by their size.
+        boundary, rnnt_type, delay_penalty, reduction, zero_infinity, fastemit_lambda: see ``fastasr.rnnt.losses``.
+        use_hat_loss: see ``get_hat_logprobs_pruned``.
+    """
+    op = "rnnt.pruned_joiner_loss"
+    am, lm, length, symbols, boundary = _checked(
+        op, am, lm, weight, bias, symbols, termination_symbol, boundary
+    )
+    batch, frames = am.shape[:2]
+    starts = arguments.ranges(op, ranges, batch, frames, length, am)
+    width = ranges.shape[2]
+    arguments.choice(op, "rnnt_type", rnnt_type, arguments.RNNT_TYPES)
+    arguments.wide_enough(op, width, length, rnnt_type)
+    delay_penalty, factor = losses._numbers(op, delay_penalty, fastemit_lambda)
+    px, py = ops.rnnt_joiner(
+        am,
+        lm,
+        weight,
+        bias,
+        symbols,
+        starts,
+        s_range=width,
+        termination_symbol=termination_symbol,
+        boundary=boundary,
+        activation=activation,
+        hat=_check.flag(op, "use_hat_loss", use_hat_loss),
+        keep_logits=keep_logits,
+    )
+    return losses.over_band(
+        op, px, py, starts, length, boundary, rnnt_type, delay_penalty, factor, reduction, zero_infinity
+    )
+
+
+def joiner_loss(
+    am: Tensor,
+    lm: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    symbols: Tensor,
+    termination_symbol: int,
+    boundary: Tensor | None = None,
+    rnnt_type: str = "regular",
+    delay_penalty: float = 0.0,
+    use_hat_loss: bool = False,
+    reduction: str | None = "mean",
+    activation: str = "tanh",
+    *,
+    keep_logits: bool | None = None,
+    zero_infinity: bool = False,
+    fastemit_lambda: float = 0.0,
+) -> Tensor:
+    """``rnnt_loss`` of the joiner activation(am + lm) Wᵀ + bias over the whole lattice, without its (B, T, S + 1, V)
+    logits. Arguments as in ``pruned_joiner_loss``.
+    """
+    op = "rnnt.joiner_loss"
+    am, lm, length, symbols, boundary = _checked(
+        op, am, lm, weight, bias, symbols, termination_symbol, boundary
+    )
+    arguments.choice(op, "rnnt_type", rnnt_type, arguments.RNNT_TYPES)
+    delay_penalty, factor = losses._numbers(op, delay_penalty, fastemit_lambda)
+    px, py = ops.rnnt_joiner(
+        am,
+        lm,
+        weight,
+        bias,
+        symbols,
+        torch.zeros(am.shape[:2], dtype=torch.int64, device=am.device),
+        s_range=length + 1,
+        termination_symbol=termination_symbol,
+        boundary=boundary,
+        activation=activation,
+        hat=_check.flag(op, "use_hat_loss", use_hat_loss),
+        keep_logits=keep_logits,
+    )
+    px, py = px[:, :, :length].transpose(1, 2), py.transpose(1, 2)
+    px, py = logprobs.lattice(op, px, py, boundary, rnnt_type, factor, delay_penalty)
+    return losses.over_lattice(op, px, py, boundary, reduction, False, zero_infinity)
+
+
+def _checked(op, am, lm, weight, bias, symbols, termination_symbol, boundary):
+    arguments.floating(op, "am", am, "(B, T, D)")
+    arguments.floating(op, "lm", lm, "(B, S + 1, D)")
+    arguments.floating(op, "weight", weight, "(V, D)")
+    (batch, frames, channels), positions = am.shape, lm.shape[1]
+    fits = lm.shape[0] == batch and lm.shape[2] == channels and positions >= 1
+    _check.shape(op, "lm", lm, f"({batch}, S + 1, {channels}) with S >= 0", fits)
+    _check.shape(
+        op, "weight", weight, f"(V, {channels}) with V >= 1", weight.shape[1] == channels and len(weight) > 0
+    )
+    arguments.class_index(op, "termination_symbol", termination_symbol, weight.shape[0])
+    boundary = arguments.boundary(op, boundary, batch, positions - 1, frames, am)
+    symbols = arguments.symbols(op, symbols, positions - 1, weight.shape[0], boundary, am)
+    return am, lm, positions - 1, symbols, boundary

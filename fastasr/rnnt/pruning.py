@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Windows of the lattice that keep most of its mass, from the occupation probabilities of a cheap joiner.
+
+Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training" (2022), section 3.2. For every frame t the window
+of R positions is chosen that holds the most probability: Σ_{s in window} blank occupation, less the symbol occupation
+that enters it from below. The starts are then made a path that a transducer can follow: they never go back, step by
+less than R (by at most 1 where a symbol takes a frame), begin at 0 and end with the last symbol in the window.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastasr.ops import _check
+from fastasr.rnnt import _arguments as arguments
+
+
+def get_rnnt_prune_ranges(px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_range: int) -> Tensor:
+    """Positions (B, T, R) to keep at each frame, int64.
+
+    Args:
+        px_grad: (B, S, T + 1) or (B, S, T), occupation of the symbol arcs, as ``return_grad=True`` gives them.
+        py_grad: (B, S + 1, T), occupation of the blank arcs.
+        boundary: (B, 4), rows [s_begin, t_begin, s_end, t_end].
+        s_range: R, positions per frame; at least 2 in a regular lattice. S + 1 where it is more than that.
+
+    In a regular lattice T frames with windows of R reach at most T (R − 1) symbols. Where a sequence has more, R
+    grows to the smallest that reaches them all, with a warning; on a GPU that would mean waiting for the boundary,
+    so R stays as it is there, and the pruned loss of such a sequence is infinite (``zero_infinity`` drops it).
+    """
+    op = "rnnt.get_rnnt_prune_ranges"
+    px_grad, py_grad, boundary, s_range = _checked(op, px_grad, py_grad, boundary, s_range)
+    length, frames, width = px_grad.shape[1], py_grad.shape[2], px_grad.shape[2]
+    if width != frames and not boundary.is_cuda and not torch.compiler.is_compiling():
+        least = _least_range(boundary)
+        if s_range < least:
+            warnings.warn(
+                f"fastasr.{op}: s_range {s_range} cannot reach all symbols of a sequence: {least} is taken",
+                stacklevel=2,
+            )
+            s_range = least
+    s_range = _clip(op, s_range, length, width != frames)
+    kept = py_grad.unfold(1, s_range, 1).movedim(-1, 2).sum(2)  # (B, S + 2 - R, T)
+    entering = F.pad(px_grad[:, :, :frames], (0, 0, 1, 0))[:, : kept.shape[1]]
+    return _windows(
+        torch.argmax(kept - entering, dim=1), boundary, s_range, s_range if width != frames else 2
+    )
+
+
+def get_rnnt_prune_ranges_deprecated(
+    px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_range: int
+) -> Tensor:
+    """k2's first version: windows by the sum of both occupations. Arguments as in ``get_rnnt_prune_ranges``."""
+    op = "rnnt.get_rnnt_prune_ranges_deprecated"
+    px_grad, py_grad, boundary, s_range = _checked(op, px_grad, py_grad, boundary, s_range)
+    length, frames, width = px_grad.shape[1], py_grad.shape[2], px_grad.shape[2]
+    s_range = _clip(op, s_range, length, width != frames)
+    mass = F.pad(px_grad, (0, 0, 0, 1)) + F.pad(py_grad, (0, width - frames))
+    below = torch.cumsum(F.pad(mass, (0, 0, 1, 0)), dim=1)  # (B, S + 2, width)
+    best = torch.argmax(below[:, s_range:] - below[:, :-s_range], dim=1)[:, :frames]
+    return _windows(best, boundary, s_range, s_range if width != frames else 2)
+
+
+def do_rnnt_pruning(am: Tensor, lm: Tensor, ranges: Tensor) -> tuple[Tensor, Tensor]:
+    """am (B, T, C) and lm (B, S + 1, C) at the positions in ``ranges`` (B, T, R): both (B, T, R, C); am's is a view."""
+    op = "rnnt.do_rnnt_pruning"
+    arguments.floating(op, "am", am, "(B, T, C)")
+    arguments.floating(op, "lm", lm, "(B, S + 1, D)")
+    (batch, frames, channels), (_, positions, width) = am.shape, lm.shape
+    _check.shape(op, "lm", lm, f"({batch}, S + 1, D)", lm.shape[0] == batch)
+    ranges = arguments.integers(op, "ranges", ranges, (batch, frames, None), am, "am")
+    inside = (ranges >= 0) & (ranges < positions)
+    arguments.holds(op, "ranges", inside, f"positions in [0, S] = [0, {positions - 1}]", ranges)
+    s_range = ranges.shape[2]
+    index = ranges.reshape(batch, frames * s_range, 1).expand(-1, -1, width)
+    return (
+        am.unsqueeze(2).expand(batch, frames, s_range, channels),
+        lm.gather(1, index).view(batch, frames, s_range, width),
+    )
+
+
+def _checked(op: str, px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_range: int):
+    arguments.floating(op, "px_grad", px_grad, "(B, S, T + 1)")
+    arguments.floating(op, "py_grad", py_grad, "(B, S + 1, T)")
+    (batch, length, width), frames = px_grad.shape, py_grad.shape[2]
+    _check.shape(
+        op, "py_grad", py_grad, f"({batch}, {length + 1}, T)", py_grad.shape[:2] == (batch, length + 1)
+    )
+    fits = width in (frames, frames + 1)
+    _check.shape(op, "px_grad", px_grad, f"(B, S, {frames + 1}) or (B, S, {frames})", fits)
+    if boundary is None:
+        raise TypeError(f"fastasr.{op}: boundary: expected an integer tensor, got None")
+    boundary = arguments.boundary(op, boundary, batch, length, frames, px_grad)
+    return px_grad.detach(), py_grad.detach(), boundary, _check.integer(op, "s_range", s_range)
+
+
+def _least_range(boundary: Tensor) -> int:
+    """The smallest R with T_b (R − 1) >= S_b for every sequence that has frames."""
+    if boundary.shape[0] == 0:
+        return 1
+    symbols, frames = boundary[:, 2], boundary[:, 3]
+    reach = torch.div(symbols - 1, frames.clamp(min=1), rounding_mode="trunc") + 2
+    return int(torch.where(frames > 0, reach, 1).max())
+
+
+def _clip(op: str, s_range: int, length: int, regular: bool) -> int:
+    least = 2 if regular else 1
+    if s_range > length:
+        return length + 1
+    if s_range < least:
+        kind = "regular" if regular else "modified or constrained"
+        raise ValueError(
+            f"fastasr.{op}: s_range: expected at least {least} for a {kind} lattice, got {s_range}"
+        )
+    return s_range
+
+
+def _never_falling(x: Tensor) -> Tensor:
+    """The largest sequence below x that does not fall over the last dimension."""
+    return x.flip(-1).cummin(-1).values.flip(-1)
+
+
+def _windows(best: Tensor, boundary: Tensor, s_range: int, step: int) -> Tensor:
+    """The windows that begin at ``best`` (B, T), corrected to rise from 0 by less than ``step`` to the last symbol."""
+    t = torch.arange(best.shape[1], device=best.device)
+    final = (boundary[:, 2:3] - s_range + 1).clamp(min=0)
+    lower = _never_falling(torch.where(t < boundary[:, 3:] - 1, best, final))
+    fastest = t * (step - 1)
+    starts = fastest - _never_falling(fastest - lower).clamp(min=0)
+    return starts.unsqueeze(2) + torch.arange(s_range, device=best.device)

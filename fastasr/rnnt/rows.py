@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The two log-probabilities that a lattice reads of each row of logits: its symbol's and blank's.
+
+With L = log Σ_c e^l_c: px = l_y − L, py = l_blank − L. HAT (Variani et al., "Hybrid autoregressive transducer", 2020):
+py = log σ(l_blank), and with L over the other classes px = l_y − L + log σ(−l_blank).
+
+Backward, with p = e^(l − L): dl = gx e_y + gy e_blank − (gx + gy) p. HAT: dl_c = gx ([c = y] − p_c) for c ≠ blank, and
+dl_blank = gy σ(−l_blank) − gx σ(l_blank). One pass over the logits forward, one over them and their gradient
+backward, in slices of rows: nothing else of their size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastasr.ops._register import register
+
+_SLICE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
+
+
+def _slices(rows: int, classes: int, dtype: torch.dtype, device: str):
+    step = max(1, _SLICE_BYTES.get(device, 1 << 26) // max(1, classes * dtype.itemsize))
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def forward(logits: Tensor, symbols: Tensor, blank: int, hat: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(px, py, L), each of symbols' shape."""
+    dtype, classes = _wide(logits.dtype), logits.shape[-1]
+    flat, index = logits.reshape(-1, classes), symbols.reshape(-1, 1)
+    normaliser = flat.new_empty(flat.shape[0], dtype=dtype)
+    for part in _slices(flat.shape[0], classes, dtype, flat.device.type):
+        rows = flat[part].to(dtype)
+        if hat:
+            rows = rows.clone() if rows.dtype is flat.dtype else rows
+            rows[:, blank] = -math.inf
+        normaliser[part] = torch.logsumexp(rows, 1)
+    px = flat.gather(1, index).squeeze(1).to(dtype) - normaliser
+    py = flat[:, blank].to(dtype)
+    if hat:
+        px, py = px + F.logsigmoid(-py), F.logsigmoid(py)
+    else:
+        py = py - normaliser
+    return px.view(symbols.shape), py.view(symbols.shape), normaliser.view(symbols.shape)
+
+
+def backward(
+    grad_px: Tensor,
+    grad_py: Tensor,
+    logits: Tensor,
+    symbols: Tensor,
+    normaliser: Tensor,
+    blank: int,
+    hat: bool,
+) -> Tensor:
+    """dlogits."""
+    dtype, classes = normaliser.dtype, logits.shape[-1]
+    flat, index, normaliser = logits.reshape(-1, classes), symbols.reshape(-1, 1), normaliser.reshape(-1, 1)
+    gx, gy = grad_px.reshape(-1, 1).to(dtype), grad_py.reshape(-1, 1).to(dtype)
+    grad = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    for part in _slices(flat.shape[0], classes, dtype, flat.device.type):
+        x, y = gx[part], gy[part]
+        d = torch.sub(flat[part].to(dtype), normaliser[part]).exp_()
+        if hat:
+            z = flat[part, blank : blank + 1].to(dtype)
+            d.mul_(-x)
+            d[:, blank : blank + 1] = y * torch.sigmoid(-z) - x * torch.sigmoid(z)
+        else:
+            d.mul_(-(x + y))
+            d[:, blank : blank + 1] += y
+        grad[part] = d.scatter_add_(1, index[part], x)
+    return grad.view(logits.shape)
+
+
+def _fake_forward(logits, symbols, blank, hat):
+    return tuple(logits.new_empty(symbols.shape, dtype=_wide(logits.dtype)) for _ in range(3))
+
+
+_BACKWARD_OP = register(
+    "rnnt_row_logprobs_backward(Tensor grad_px, Tensor grad_py, Tensor logits, Tensor symbols, Tensor normaliser, "
+    "int blank, bool hat) -> Tensor",
+    backward,
+    lambda grad_px, grad_py, logits, symbols, normaliser, blank, hat: logits.new_empty(logits.shape),
+    autocast=lambda dtype, *arguments: arguments,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    logits, symbols, *ctx.rest = inputs
+    ctx.save_for_backward(logits, symbols, output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+_OP = register(
+    "rnnt_row_logprobs(Tensor logits, Tensor symbols, int blank, bool hat) -> (Tensor, Tensor, Tensor)",
+    forward,
+    _fake_forward,
+    setup_context=_setup_context,
+    backward=lambda ctx, gx, gy, _: (_BACKWARD_OP(gx, gy, *ctx.saved_tensors, *ctx.rest), None, None, None),
+    autocast=lambda dtype, *arguments: arguments,
+)
+
+
+def row_logprobs(logits: Tensor, symbols: Tensor, blank: int, hat: bool = False) -> tuple[Tensor, Tensor]:
+    """(px, py) of symbols' shape, for logits (..., C) and symbols (...): float32, or float64 where logits are."""
+    px, py, _ = _OP(logits, symbols, blank, hat)
+    return px, py

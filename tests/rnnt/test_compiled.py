@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses under torch.compile without a graph break, and the operators behind them."""
+
+import pytest
+import torch
+from problems import TYPES, random_problem
+
+from fastasr import rnnt
+from fastasr.rnnt import additive, rows
+
+
+def both(function, *leaves):
+    """Values and gradients, plain and compiled for any shape."""
+    torch._dynamo.reset()
+    results = []
+    for call in (function, torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")):
+        inputs = [x.detach().clone().requires_grad_() for x in leaves]
+        loss = call(*inputs)
+        results.append((loss.detach(), *torch.autograd.grad(loss, inputs)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("rnnt_type", TYPES)
+def test_the_three_steps(rnnt_type):
+    p = random_problem(7)
+    weight, bias = torch.randn(9, p.am.shape[2], dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+
+    def three_steps(lm, am, weight, bias):
+        simple, occupation = rnnt.rnnt_loss_smoothed(
+            lm, am, p.symbols, p.blank, 0.25, 0.1, p.boundary, rnnt_type, 0.1, "sum", return_grad=True
+        )
+        ranges = rnnt.get_rnnt_prune_ranges(*occupation, p.boundary, 3)
+        fused = rnnt.pruned_joiner_loss(
+            am, lm, weight, bias, p.symbols, ranges, p.blank, p.boundary, rnnt_type, 0.1, fastemit_lambda=0.1
+        )
+        am_pruned, lm_pruned = rnnt.do_rnnt_pruning(am, lm, ranges)
+        logits = torch.nn.functional.linear(torch.tanh(am_pruned + lm_pruned), weight, bias)
+        pruned = rnnt.rnnt_loss_pruned(
+            logits, p.symbols, ranges, p.blank, p.boundary, rnnt_type, zero_infinity=True
+        )
+        return 0.5 * simple + fused + pruned
+
+    both(three_steps, p.lm, p.am, weight, bias)
+
+
+@pytest.mark.parametrize("rnnt_type", TYPES)
+def test_the_whole_lattice(rnnt_type):
+    p = random_problem(7)
+    weight = torch.randn(9, p.am.shape[2], dtype=torch.float64)
+
+    def losses(lm, am, weight):
+        tail = p.symbols, p.blank, p.boundary, rnnt_type
+        logits = torch.tanh(am.unsqueeze(2) + lm.unsqueeze(1))
+        return (
+            rnnt.rnnt_loss_simple(lm, am, *tail)
+            + rnnt.rnnt_loss(logits, *tail)
+            + rnnt.joiner_loss(am, lm, weight, None, *tail)
+        )
+
+    both(losses, p.lm, p.am, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_operators(dtype):
+    p = random_problem(3)
+    lm, am = (x.to(dtype).requires_grad_() for x in (p.lm, p.am))
+    for scales in ((0.0, 0.0), (0.25, 0.1)):
+        torch.library.opcheck(additive._OP, (lm, am, p.symbols, p.blank, *scales))
+    logits = p.full.to(dtype)[:, :, :-1].detach().requires_grad_()
+    symbols = p.symbols.unsqueeze(1).expand(-1, p.am.shape[1], -1).contiguous()
+    for hat in (False, True):
+        torch.library.opcheck(rows._OP, (logits, symbols, p.blank, hat))
+
+
+def test_autocast_leaves_the_precision_alone():
+    p = random_problem(3, dtype=torch.float32)
+    tail = p.symbols, p.blank
+    expected = rnnt.rnnt_loss_smoothed(p.lm, p.am, *tail)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rnnt.rnnt_loss_smoothed(p.lm, p.am, *tail), expected)
+        assert torch.equal(rnnt.rnnt_loss(p.full, *tail), rnnt.rnnt_loss(p.full.clone(), *tail))
+
+
+def test_slices_do_not_show(monkeypatch):
+    """One slice of frames or rows, or one for each."""
+    p = random_problem(6)
+
+    def losses():
+        lm, am, logits = (x.detach().clone().requires_grad_() for x in (p.lm, p.am.repeat(1, 5, 1), p.full))
+        loss = rnnt.rnnt_loss_smoothed(lm, am, p.symbols, p.blank) + rnnt.rnnt_loss(
+            logits, p.symbols, p.blank
+        )
+        return loss.detach(), *torch.autograd.grad(loss, (lm, am, logits))
+
+    whole = losses()
+    monkeypatch.setattr(additive, "_SLICE_BYTES", {"cpu": 1})
+    monkeypatch.setattr(rows, "_SLICE_BYTES", {"cpu": 1})
+    for found, expected in zip(losses(), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

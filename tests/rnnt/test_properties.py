@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must hold of transducer losses whatever they are computed with: invariances, identities, gradients."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import TYPES, random_problem
+
+from fastasr import rnnt
+
+SEEDS = range(8)
+
+
+def close(found, expected, tolerance=1e-9):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rnnt_type", TYPES)
+def test_shifted_scores_change_nothing(rnnt_type):
+    """A constant per frame or per position is normalised away; in the smoothed loss as well."""
+    for seed in SEEDS:
+        p = random_problem(seed)
+        head = p.symbols, p.blank
+        am, lm = p.am + torch.randn(*p.am.shape[:2], 1) * 5, p.lm + torch.randn(*p.lm.shape[:2], 1) * 5
+        tail = {"boundary": p.boundary, "rnnt_type": rnnt_type, "reduction": "none"}
+        close(rnnt.rnnt_loss_simple(lm, am, *head, **tail), rnnt.rnnt_loss_simple(p.lm, p.am, *head, **tail))
+        scales = 0.2, 0.3
+        close(
+            rnnt.rnnt_loss_smoothed(lm, am, *head, *scales, **tail),
+            rnnt.rnnt_loss_smoothed(p.lm, p.am, *head, *scales, **tail),
+        )
+        shifted = p.full + torch.randn(*p.full.shape[:3], 1)
+        close(rnnt.rnnt_loss(shifted, *head, **tail), rnnt.rnnt_loss(p.full, *head, **tail))
+
+
+@pytest.mark.parametrize("rnnt_type", TYPES)
+def test_simple_is_the_joint_loss_of_added_scores(rnnt_type):
+    for seed in SEEDS:
+        p = random_problem(seed)
+        tail = p.symbols, p.blank, p.boundary, rnnt_type, 0.25
+        joint = rnnt.rnnt_loss(p.am.unsqueeze(2) + p.lm.unsqueeze(1), *tail)
+        close(rnnt.rnnt_loss_simple(p.lm, p.am, *tail), joint)
+        close(rnnt.rnnt_loss_smoothed(p.lm, p.am, p.symbols, p.blank, 0.0, 0.0, *tail[2:]), joint)
+
+
+@pytest.mark.parametrize("rnnt_type", TYPES)
+def test_windows_of_everything_prune_nothing(rnnt_type):
+    for seed in SEEDS:
+        p = random_problem(seed)
+        _, occupation = rnnt.rnnt_loss_simple(
+            p.lm, p.am, p.symbols, p.blank, p.boundary, rnnt_type, return_grad=True
+        )
+        ranges = rnnt.get_rnnt_prune_ranges(*occupation, p.boundary, p.symbols.shape[1] + 1)
+        tail = p.blank, p.boundary, rnnt_type, 0.25
+        close(
+            rnnt.rnnt_loss_pruned(p.full, p.symbols, ranges, *tail), rnnt.rnnt_loss(p.full, p.symbols, *tail)
+        )
+        weight = torch.randn(9, p.am.shape[2], dtype=torch.float64)
+        joiner = p.am, p.lm, weight, None, p.symbols
+        for hat in (False, True):
+            pruned = rnnt.pruned_joiner_loss(*joiner, ranges, *tail, use_hat_loss=hat)
+            close(pruned, rnnt.joiner_loss(*joiner, *tail, use_hat_loss=hat))
+
+
+@pytest.mark.parametrize("rnnt_type", TYPES)
+def test_occupations_sum_to_what_a_path_has(rnnt_type):
+    """S_b symbols, and with blanks one arc per frame, T_b in all; a regular path has T_b blanks besides its symbols."""
+    for seed in SEEDS:
+        p = random_problem(seed)
+        _, (px, py) = rnnt.rnnt_loss(p.full, p.symbols, p.blank, p.boundary, rnnt_type, return_grad=True)
+        length, frames = p.boundary[:, 2].double(), p.boundary[:, 3].double()
+        close(px.sum((1, 2)), length)
+        close(py.sum((1, 2)), frames if rnnt_type == "regular" else frames - length)
+
+
+@pytest.mark.parametrize("rnnt_type", TYPES)
+def test_what_pads_a_sequence_has_no_part(rnnt_type):
+    for seed in SEEDS:
+        p = random_problem(seed)
+        tail = {"boundary": p.boundary, "rnnt_type": rnnt_type, "reduction": "none", "delay_penalty": 0.25}
+        loss = rnnt.rnnt_loss(p.full, p.symbols, p.blank, **tail)
+        simple = rnnt.rnnt_loss_simple(p.lm, p.am, p.symbols, p.blank, **tail)
+        padded = p.symbols.masked_fill(torch.arange(p.symbols.shape[1]) >= p.boundary[:, 2:3], -1)
+        close(rnnt.rnnt_loss(p.full, padded, p.blank, **tail), loss, 0)
+        for b, (_, _, length, frames) in enumerate(p.boundary.tolist()):
+            cut = p.symbols[b : b + 1, :length], p.blank, None, rnnt_type, 0.25
+            close(rnnt.rnnt_loss(p.full[b : b + 1, :frames, : length + 1], *cut), loss[b])
+            close(
+                rnnt.rnnt_loss_simple(p.lm[b : b + 1, : length + 1], p.am[b : b + 1, :frames], *cut),
+                simple[b],
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_half_precision_is_computed_in_float32(dtype):
+    p = random_problem(3)
+    lm, am = p.lm.to(dtype), p.am.to(dtype)
+    tail = p.symbols, p.blank, p.boundary
+    for name, head in {"rnnt_loss_simple": (lm, am), "rnnt_loss": (p.full.to(dtype),)}.items():
+        leaves = [x.clone().requires_grad_() for x in head]
+        loss = getattr(rnnt, name)(*leaves, *tail)
+        assert loss.dtype is torch.float32
+        loss.backward()
+        exact = [x.double().requires_grad_() for x in head]
+        reference = getattr(rnnt, name)(*exact, *tail)
+        reference.backward()
+        close(loss.double(), reference, 1e-5)
+        for leaf, wanted in zip(leaves, exact, strict=True):
+            assert leaf.grad.dtype is dtype
+            bound = max(1e-5, torch.finfo(dtype).eps)
+            torch.testing.assert_close(leaf.grad.double(), wanted.grad, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("rnnt_type", TYPES)
+def test_gradients(rnnt_type):
+    p = random_problem(5)
+    p.lm.requires_grad_()
+    p.am.requires_grad_()
+    tail = p.symbols, p.blank
+
+    def smoothed(lm, am, lm_scale, am_scale):
+        return rnnt.rnnt_loss_smoothed(lm, am, *tail, lm_scale, am_scale, p.boundary, rnnt_type, 0.1, "none")
+
+    for scales in ((0.0, 0.0), (0.3, 0.0), (0.2, 0.3)):
+        assert torch.autograd.gradcheck(
+            lambda a, b, s=scales: smoothed(a, b, *s), (p.lm, p.am), fast_mode=True
+        )
+    logits = p.full.detach().requires_grad_()
+    full = lambda x: rnnt.rnnt_loss(x, *tail, p.boundary, rnnt_type, 0.1, "none")  # noqa: E731
+    assert torch.autograd.gradcheck(full, logits, fast_mode=True)
+    ranges = torch.arange(p.symbols.shape[1] + 1).expand(*p.am.shape[:2], -1)
+    for hat in (False, True):
+        pruned = lambda x, h=hat: rnnt.rnnt_loss_pruned(  # noqa: E731
+            x, p.symbols, ranges, p.blank, p.boundary, rnnt_type, 0.1, "none", h
+        )
+        assert torch.autograd.gradcheck(pruned, logits, fast_mode=True)
+
+
+def test_occupations_survive_the_backward_pass():
+    """fast_rnnt scales them in place."""
+    p = random_problem(2)
+    lm = p.lm.requires_grad_()
+    loss, occupation = rnnt.rnnt_loss_simple(lm, p.am, p.symbols, p.blank, p.boundary, return_grad=True)
+    before = [x.clone() for x in occupation]
+    (loss * 17).backward()
+    assert all(torch.equal(x, y) for x, y in zip(occupation, before, strict=True))
+    assert not any(x.requires_grad for x in occupation)
+
+
+@pytest.mark.parametrize("rnnt_type", TYPES)
+def test_fastemit_scales_gradients_of_symbols(rnnt_type):
+    p = random_problem(4)
+    logits = p.full.requires_grad_()
+    ranges = torch.arange(p.symbols.shape[1] + 1).expand(*p.am.shape[:2], -1)
+    rest = {"boundary": p.boundary, "rnnt_type": rnnt_type, "reduction": "sum"}
+
+    def gradient(**more):
+        loss = rnnt.rnnt_loss(logits, p.symbols, p.blank, **rest, **more)
+        pruned = rnnt.rnnt_loss_pruned(logits, p.symbols, ranges, p.blank, **rest, **more)
+        close(pruned, loss)
+        first, second = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, pruned))
+        close(first, second)
+        return loss.detach(), first
+
+    plain, grad = gradient()
+    loss, with_fastemit = gradient(fastemit_lambda=0.5)
+    close(loss, plain, 0)
+    # logits' gradient is linear in the gradient of (px, py): what λ adds is the symbols' part of it
+    _, (px, _) = rnnt.rnnt_loss(logits, p.symbols, p.blank, **rest, return_grad=True)
+    px = px[..., : p.am.shape[1]].transpose(1, 2)
+    symbols = logits.detach()[:, :, :-1].requires_grad_()
+    picked = symbols.log_softmax(-1).gather(3, p.symbols[:, None, :, None].expand(-1, p.am.shape[1], -1, 1))
+    (part,) = torch.autograd.grad(-(picked.squeeze(-1) * px).sum(), symbols)
+    close(with_fastemit - grad, torch.nn.functional.pad(part * 0.5, (0, 0, 0, 1)))
+
+
+def test_wide_scores_do_not_overflow():
+    p = random_problem(1, dtype=torch.float32)
+    loss = rnnt.rnnt_loss_simple(p.lm * 1e4, p.am * 1e4, p.symbols, p.blank, p.boundary)
+    assert math.isfinite(loss)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_ragged_boundaries(data):
+    """Any boundary within the shapes, empty transcripts, no frames and unreachable ends included, against each sequence
+    alone."""
+    batch = data.draw(st.integers(0, 3))
+    length, frames, classes = (
+        data.draw(st.integers(0, 4)),
+        data.draw(st.integers(0, 5)),
+        data.draw(st.integers(1, 4)),
+    )
+    rnnt_type = data.draw(st.sampled_from(TYPES))
+    rows = []
+    for _ in range(batch):
+        s, t = data.draw(st.integers(0, length)), data.draw(st.integers(0, frames))
+        rows.append([data.draw(st.integers(0, s)), data.draw(st.integers(0, t)), s, t])
+    boundary = torch.tensor(rows, dtype=torch.int64).view(batch, 4)
+    logits = torch.randn(batch, frames, length + 1, classes, dtype=torch.float64).requires_grad_()
+    symbols = torch.randint(0, classes, (batch, length))
+    loss = rnnt.rnnt_loss(logits, symbols, 0, boundary, rnnt_type, reduction="none")
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    assert torch.isfinite(grad).all()
+    for b, (s0, t0, s1, t1) in enumerate(rows):
+        reachable = t1 - t0 >= s1 - s0 if rnnt_type != "regular" else t1 > t0 or s1 == s0
+        assert bool(torch.isfinite(loss[b])) == reachable
+        if not reachable:
+            assert loss[b] == math.inf
+            assert not grad[b].any()
+            continue
+        alone = rnnt.rnnt_loss(
+            logits[b : b + 1, t0:t1, s0 : s1 + 1], symbols[b : b + 1, s0:s1], 0, None, rnnt_type
+        )
+        close(loss[b], alone)
+    pruned = rnnt.rnnt_loss_pruned(
+        logits,
+        symbols,
+        torch.arange(length + 1).expand(batch, frames, -1),
+        0,
+        boundary,
+        rnnt_type,
+        reduction="none",
+    )
+    close(pruned, loss)
