@@ -10,17 +10,6 @@
 namespace fastasr {
 namespace {
 
-// Calls f with float or double, which is what the kernels know.
-template <typename F>
-void with_lattice_type(const Tensor& t, const char* op, const F& f) {
-  if (t.scalar_type() == ScalarType::Float)
-    f.template operator()<float>();
-  else if (t.scalar_type() == ScalarType::Double)
-    f.template operator()<double>();
-  else
-    STD_TORCH_CHECK(false, op, ": unsupported dtype");
-}
-
 int64_t lattice_grain(int64_t symbols, int64_t frames) {
   return std::max<int64_t>(1, kGrain / ((symbols + 1) * (frames + 1)));
 }

@@ -157,6 +157,7 @@ void residual_norm();
 void rnnt_joiner();
 void toeplitz_attention();
 void rnnt_lattice();
+void rnnt_pruned_lattice();
 void simd();
 void ema_scan();
 void complex_ema_scan();

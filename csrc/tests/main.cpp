@@ -33,6 +33,7 @@ constexpr Test kTests[] = {
     {"residual_norm", fastasr::test::residual_norm},
     {"rnnt_joiner", fastasr::test::rnnt_joiner},
     {"rnnt_lattice", fastasr::test::rnnt_lattice},
+    {"rnnt_pruned_lattice", fastasr::test::rnnt_pruned_lattice},
     {"toeplitz_attention", fastasr::test::toeplitz_attention},
 };
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 
 from fastasr.ops import _check
-from fastasr.ops._dispatch import KernelFamily, direct
+from fastasr.ops._dispatch import KernelFamily, direct, native_kernels
 from fastasr.ops._lattice import (
     check_boundary,
     check_boundary_values,
@@ -33,7 +33,7 @@ from fastasr.ops._lattice import (
 from fastasr.ops._register import refuse_double_backward, register
 
 NAME = "rnnt_pruned_lattice"
-FAMILY = KernelFamily(NAME, (NAME,), ())
+FAMILY = KernelFamily(NAME, (NAME,), (native_kernels(NAME),))
 
 _INF = float("inf")
 
@@ -253,11 +253,22 @@ def _whole_forward(x, y, starts, boundary, modified: bool, return_occupation: bo
     return scores, *occupation, shares if keep else scores.new_empty(0)
 
 
+def shares_shape(kernels, batch: int, frames: int, window: int) -> tuple[int, ...]:
+    """What kernels keep; those of the CPU work on sixteen sequences at a time."""
+    if kernels is not None and kernels.backend == "cpu":
+        return (batch + 15) // 16, frames, window + 1, 16
+    return batch, frames, window + 1
+
+
 def _fake_forward(x, y, starts, boundary, modified: bool, return_occupation: bool, keep: bool):
     like = x.new_empty if x.dtype is compute_dtype(x, y) else x.to(compute_dtype(x, y)).new_empty
     batch, frames, window = x.shape
     occupation = (like(x.shape), like(x.shape)) if return_occupation else (like(0), like(0))
-    return like(batch), *occupation, like(batch, frames, window + 1) if keep else like(0)
+    return (
+        like(batch),
+        *occupation,
+        like(shares_shape(FAMILY.kernels(x, y), batch, frames, window)) if keep else like(0),
+    )
 
 
 def _fake_backward(grad, scores, shares, starts, boundary, window: int, modified: bool):

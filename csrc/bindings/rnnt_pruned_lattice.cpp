@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/rnnt_pruned_lattice.h"
+
+#include <array>
+#include <tuple>
+
+#include "bindings/lattice_boundary.h"
+#include "bindings/pooled.h"
+
+namespace fastasr {
+namespace {
+
+using cpu::kBandLanes;
+
+int64_t groups_of(int64_t batch) { return (batch + kBandLanes - 1) / kBandLanes; }
+
+int64_t band_grain(const cpu::BandSize& size) {
+  return std::max<int64_t>(1, kGrain / (4 * std::max<int64_t>(1, size.frames * size.window)));
+}
+
+// Every sequence's boundary, without one from (0, 0) to the top of the last window. starts must not decrease.
+std::vector<Boundary> checked_band(const Tensor& starts, const OptionalTensor& boundary, int64_t window,
+                                   const char* op) {
+  STD_TORCH_CHECK(starts.scalar_type() == ScalarType::Long && starts.is_contiguous() && starts.dim() == 2, op,
+                  ": starts");
+  const int64_t batch = starts.size(0), frames = starts.size(1);
+  std::vector<Boundary> out = checked_boundaries(boundary, batch, -1, frames, op);
+  const int64_t* p = data<int64_t>(starts);
+  for (int64_t b = 0; b < batch; b++, p += frames) {
+    int64_t before = 0;
+    bool ok = true;
+    for (int64_t t = 0; t < frames; t++) ok = ok && p[t] >= before, before = p[t];
+    STD_TORCH_CHECK(ok, op, ": starts decrease or are negative");
+    if (!boundary.has_value()) out[static_cast<size_t>(b)] = {0, 0, frames ? p[frames - 1] + window - 1 : 0, frames};
+  }
+  return out;
+}
+
+template <typename C>
+using Group = std::array<cpu::BandSequence<C>, kBandLanes>;
+
+template <typename C>
+int64_t fill_group(Group<C>& group, int64_t index, const std::vector<Boundary>& boundaries, const int64_t* starts,
+                   int64_t frames) {
+  const int64_t first = index * kBandLanes, batch = static_cast<int64_t>(boundaries.size());
+  const int64_t count = std::min(kBandLanes, batch - first);
+  for (int64_t l = 0; l < count; l++) {
+    const Boundary& at = boundaries[static_cast<size_t>(first + l)];
+    group[static_cast<size_t>(l)] = {starts + (first + l) * frames,
+                                     at.s_begin,
+                                     at.t_begin,
+                                     at.s_end,
+                                     at.t_end,
+                                     nullptr,
+                                     nullptr,
+                                     0,
+                                     1,
+                                     nullptr,
+                                     nullptr};
+  }
+  return count;
+}
+
+std::tuple<Tensor, Tensor> rnnt_pruned_lattice_forward(const Tensor& x, const Tensor& y, const Tensor& starts,
+                                                       const OptionalTensor& boundary, bool modified, bool keep) {
+  const char* op = "rnnt_pruned_lattice_forward";
+  check_like(x, x, op, "symbol_logprobs");
+  check_same_size(y, x, op, "blank_logprobs");
+  STD_TORCH_CHECK(
+      x.dim() == 3 && x.size(2) >= 1 && starts.dim() == 2 && starts.size(0) == x.size(0) && starts.size(1) == x.size(1),
+      op, ": sizes");
+  const int64_t batch = x.size(0), frames = x.size(1), window = x.size(2), groups = groups_of(batch);
+  const cpu::BandSize size{frames, window, modified};
+  const std::vector<Boundary> boundaries = checked_band(starts, boundary, window, op);
+  Tensor scores = new_pooled<1>(x, {batch});
+  Tensor shares = keep ? new_pooled<4>(x, {groups, frames, window + 1, kBandLanes}) : new_without_elements(x);
+  with_lattice_type(x, op, [&]<typename C>() {
+    const C *xp = data<C>(x), *yp = data<C>(y);
+    C *sp = mutable_data<C>(scores), *kept = keep && shares.numel() ? mutable_data<C>(shares) : nullptr;
+    const int64_t *start = data<int64_t>(starts), elements = frames * window;
+    parallel_range(groups, band_grain(size), [&](int64_t begin, int64_t end) {
+      const Scratch<C> scratch(cpu::band_scratch(size));
+      Group<C> group;
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t first = i * kBandLanes, count = fill_group(group, i, boundaries, start, frames);
+        for (int64_t l = 0; l < count; l++) {
+          auto& sequence = group[static_cast<size_t>(l)];
+          sequence.x = xp + (first + l) * elements, sequence.y = yp + (first + l) * elements;
+        }
+        cpu::band_forward(size, group.data(), count, kept ? kept + i * cpu::band_shares(size) : nullptr,
+                          scratch.data());
+        for (int64_t l = 0; l < count; l++) sp[first + l] = group[static_cast<size_t>(l)].score;
+      }
+    });
+  });
+  return {scores, shares};
+}
+
+std::tuple<Tensor, Tensor> rnnt_pruned_lattice_backward(const OptionalTensor& grad, const Tensor& scores,
+                                                        const Tensor& shares, const Tensor& starts,
+                                                        const OptionalTensor& boundary, int64_t window, bool modified) {
+  const char* op = "rnnt_pruned_lattice_backward";
+  check_like(scores, scores, op, "scores");
+  check_like(shares, scores, op, "shares");
+  STD_TORCH_CHECK(scores.dim() == 1 && window >= 1 && starts.dim() == 2 && starts.size(0) == scores.size(0), op,
+                  ": sizes");
+  if (grad.has_value()) check_same_size(*grad, scores, op, "grad");
+  const int64_t batch = scores.size(0), frames = starts.size(1), groups = groups_of(batch);
+  const cpu::BandSize size{frames, window, modified};
+  const std::vector<Boundary> boundaries = checked_band(starts, boundary, window, op);
+  STD_TORCH_CHECK(shares.numel() == groups * cpu::band_shares(size), op, ": shares");
+  Tensor dx = new_pooled<3>(scores, {batch, frames, window}), dy = new_pooled<3>(scores, {batch, frames, window});
+  with_lattice_type(scores, op, [&]<typename C>() {
+    const C *gp = grad.has_value() ? data<C>(*grad) : nullptr, *sp = data<C>(scores), *kept = data<C>(shares);
+    C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);
+    const int64_t *start = data<int64_t>(starts), elements = frames * window;
+    parallel_range(groups, band_grain(size), [&](int64_t begin, int64_t end) {
+      const Scratch<C> scratch(cpu::band_scratch(size));
+      Group<C> group;
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t first = i * kBandLanes, count = fill_group(group, i, boundaries, start, frames);
+        for (int64_t l = 0; l < count; l++) {
+          auto& sequence = group[static_cast<size_t>(l)];
+          sequence.dx = dxp + (first + l) * elements, sequence.dy = dyp + (first + l) * elements;
+          sequence.score = sp[first + l];
+          if (gp) sequence.grad = gp[first + l];
+        }
+        cpu::band_backward(size, group.data(), count, kept + i * cpu::band_shares(size), scratch.data());
+      }
+    });
+  });
+  return {dx, dy};
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def(
+      "rnnt_pruned_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor starts, Tensor? boundary, "
+      "bool modified, bool keep) -> (Tensor, Tensor)");
+  m.def(
+      "rnnt_pruned_lattice_backward(Tensor? grad, Tensor scores, Tensor shares, Tensor starts, Tensor? boundary, "
+      "int window, bool modified) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("rnnt_pruned_lattice_forward", TORCH_BOX(&fastasr::rnnt_pruned_lattice_forward));
+  m.impl("rnnt_pruned_lattice_backward", TORCH_BOX(&fastasr::rnnt_pruned_lattice_backward));
+}

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/rnnt_pruned_lattice.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/rnnt_lattice.h"
+#include "tests/check.h"
+
+namespace fastasr::test {
+namespace {
+
+using cpu::BandSequence;
+using cpu::BandSize;
+using cpu::kBandLanes;
+
+template <typename C>
+C* aligned(std::vector<C>& memory, int64_t n) {
+  memory.assign(static_cast<size_t>(n + 32), std::numeric_limits<C>::quiet_NaN());
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  return memory.data() + (64 - address % 64) % 64 / sizeof(C);
+}
+
+// A batch of bands, each compared with the whole lattice that holds it among minus infinities, in double.
+template <typename C>
+struct Batch {
+  BandSize size;
+  int64_t count, elements;
+  Buffer<C> x, y, dx, dy;
+  std::vector<int64_t> starts;
+  std::vector<BandSequence<C>> sequences;
+  std::vector<C> share_memory, scratch_memory;
+
+  Batch(int64_t count_, int64_t frames, int64_t window, bool modified, int64_t step)
+      : size{frames, window, modified},
+        count(count_),
+        elements(frames * window),
+        x(count * elements, 1),
+        y(count * elements, 3),
+        dx(count * elements, 2),
+        dy(count * elements, 1),
+        starts(static_cast<size_t>(count * frames)) {
+    Random random(static_cast<uint64_t>(frames * 1000 + window * 10 + step));
+    x.fill(random, 1, -1);
+    y.fill(random, 1, -1);
+    const auto draw = [&](int64_t most) { return static_cast<int64_t>(random.uniform() * double(most + 1)); };
+    for (int64_t b = 0; b < count; b++) {
+      int64_t* start = starts.data() + b * frames;
+      for (int64_t t = 0; t < frames; t++) start[t] = t ? start[t - 1] + draw(step) : draw(b % 4 == 0 ? 2 : 0);
+      BandSequence<C> q{};
+      q.starts = start;
+      q.t_end = b % 5 ? frames : draw(frames);
+      q.t_begin = b % 3 ? 0 : draw(q.t_end) / 2;
+      const int64_t low = q.t_begin < frames && frames ? start[q.t_begin] : 0;
+      const int64_t high = q.t_end > 0 ? start[q.t_end - 1] : 0;
+      q.s_begin = b % 3 ? 0 : low;
+      q.s_end = std::max(q.s_begin, high + draw(window));
+      q.x = x.data() + b * elements, q.y = y.data() + b * elements;
+      q.dx = dx.data() + b * elements, q.dy = dy.data() + b * elements;
+      q.grad = make<C>(1 + double(b % 3));
+      sequences.push_back(q);
+    }
+  }
+
+  void run() {
+    C* const shares = aligned(share_memory, cpu::band_shares(size));
+    C* const scratch = aligned(scratch_memory, cpu::band_scratch(size));
+    for (int64_t first = 0; first < count; first += kBandLanes) {
+      const int64_t here = std::min(kBandLanes, count - first);
+      cpu::band_forward(size, sequences.data() + first, here, static_cast<C*>(nullptr), scratch);
+      std::vector<C> alone;
+      for (int64_t l = 0; l < here; l++) alone.push_back(sequences[static_cast<size_t>(first + l)].score);
+      cpu::band_forward(size, sequences.data() + first, here, shares, scratch);
+      for (int64_t l = 0; l < here; l++)
+        CHECK(same_bits(alone[static_cast<size_t>(l)], sequences[static_cast<size_t>(first + l)].score),
+              "%s: keeping shares changes the score", Type<C>::name);
+      for (int64_t i = 0; i < cpu::band_shares(size); i++) {
+        const int64_t l = i % kBandLanes;
+        if (l < here && std::isnan(value(sequences[static_cast<size_t>(first + l)].score))) continue;
+        CHECK(shares[i] >= 0 && shares[i] <= 1, "%s: share %ld is %g", Type<C>::name, long(i), double(shares[i]));
+      }
+      cpu::band_backward(size, sequences.data() + first, here, shares, scratch);
+    }
+    CHECK(dx.intact() && dy.intact(), "%s: wrote outside", Type<C>::name);
+  }
+
+  void compare(const BandSequence<C>& q) {
+    const int64_t frames = size.frames, window = size.window, extent = q.t_end - q.t_begin;
+    const cpu::LatticeSize whole{q.s_end - q.s_begin, extent, !size.modified};
+    const int64_t symbols = whole.symbols, columns = whole.columns();
+    const double none = -std::numeric_limits<double>::infinity();
+    std::vector<double> wx(static_cast<size_t>(symbols * columns), none), wdx(wx.size(), 0);
+    std::vector<double> wy(static_cast<size_t>((symbols + 1) * extent), none), wdy(wy.size(), 0);
+    const auto each = [&](const auto& f) {  // every arc of the band, and whether the boundary holds it
+      for (int64_t t = 0; t < frames; t++)
+        for (int64_t r = 0; r < window; r++) {
+          const int64_t s = q.starts[t] + r - q.s_begin, at = t - q.t_begin;
+          const bool row = s >= 0 && at >= 0;
+          f(t * window + r, row && s < symbols && at < columns && (size.modified || r + 1 < window),
+            row && s <= symbols && at < extent, static_cast<size_t>(std::max<int64_t>(0, s * columns + at)),
+            static_cast<size_t>(std::max<int64_t>(0, s * extent + at)));
+        }
+    };
+    each([&](int64_t i, bool has_x, bool has_y, size_t ix, size_t iy) {
+      if (has_x) wx[ix] = value(q.x[i]);
+      if (has_y) wy[iy] = value(q.y[i]);
+    });
+    std::vector<double> kept, memory;
+    double* const shares = aligned(kept, whole.steps() * cpu::lattice_row(symbols));
+    double* const scratch = aligned(memory, cpu::lattice_scratch(symbols));
+    const double score = cpu::lattice_forward(whole, wx.data(), columns, wy.data(), extent, shares, scratch);
+    const double allowed = sizeof(C) == 8 ? 1e-12 : 1e-5;
+    if (std::isinf(score))
+      CHECK(value(q.score) == score, "%s: score %g, expected %g", Type<C>::name, double(q.score), score);
+    else
+      CHECK(std::fabs(q.score - score) <= allowed * (1 + std::fabs(score)), "%s: score %.9g, expected %.9g",
+            Type<C>::name, double(q.score), score);
+    if (std::isfinite(score))
+      cpu::lattice_backward(whole, 1.0, shares, wdx.data(), columns, wdy.data(), extent, scratch);
+    each([&](int64_t i, bool has_x, bool has_y, size_t ix, size_t iy) {
+      const double ex = has_x ? wdx[ix] * q.grad : 0, ey = has_y ? wdy[iy] * q.grad : 0;
+      CHECK(std::fabs(q.dx[i] - ex) <= allowed, "%s: %s: dx[%ld] = %.9g, expected %.9g", Type<C>::name,
+            size.modified ? "modified" : "regular", long(i), double(q.dx[i]), ex);
+      CHECK(std::fabs(q.dy[i] - ey) <= allowed, "%s: %s: dy[%ld] = %.9g, expected %.9g", Type<C>::name,
+            size.modified ? "modified" : "regular", long(i), double(q.dy[i]), ey);
+    });
+  }
+};
+
+template <typename C>
+void all() {
+  for (const bool modified : {false, true})
+    for (const int64_t count : {1, 3, 16, 19, 37})
+      for (const int64_t frames : {0, 1, 2, 9, 40})
+        for (const int64_t window : {1, 2, 5, 17})
+          for (const int64_t step : {0, 1, 3, 40}) {
+            if (count > 19 && frames < 9) continue;
+            Batch<C> batch(count, frames, window, modified, step);
+            batch.run();
+            for (const auto& q : batch.sequences) batch.compare(q);
+          }
+  // a window so wide that a frame's sum grows past a float's exponent unless it is brought back
+  Batch<C> wide(2, 3, 400, false, 0);
+  wide.x.fill(*std::make_unique<Random>(5), 0.1, 1);
+  wide.run();
+  for (const auto& q : wide.sequences) wide.compare(q);
+  for (const double special : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()})
+    for (const bool modified : {false, true}) {
+      Batch<C> batch(19, 12, 4, modified, 1);
+      batch.sequences[18].t_begin = 0, batch.sequences[18].s_begin = 0, batch.sequences[18].t_end = 12;
+      batch.sequences[18].s_end = batch.starts[18 * 12 + 11];
+      batch.x[17 * batch.elements + 1] = make<C>(special);
+      batch.y[18 * batch.elements + 5] = make<C>(special);
+      batch.run();
+      CHECK(std::isnan(value(batch.sequences[17].score)), "%s: %g in x is lost", Type<C>::name, special);
+      CHECK(std::isnan(value(batch.sequences[18].score)), "%s: %g in y is lost", Type<C>::name, special);
+      for (int64_t b = 0; b < 17; b++) batch.compare(batch.sequences[static_cast<size_t>(b)]);
+    }
+}
+
+}  // namespace
+
+void rnnt_pruned_lattice() {
+  all<float>();
+  all<double>();
+}
+
+}  // namespace fastasr::test
