@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""k2's transducer and Swoosh functions, under k2's names.
+
+    import fastasr.compat.k2
+    fastasr.compat.k2.install()     # before the code that says `import k2`
+
+From then on ``import k2`` gives this module. What k2 has besides (finite-state automata, ragged tensors) is not
+provided: using such a name raises an error that says so. Its classes can be named, in annotations for example, but not used.
+"""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from fastasr import ops
+from fastasr.rnnt import (
+    do_rnnt_pruning,
+    get_hat_logprobs_pruned,
+    get_rnnt_logprobs,
+    get_rnnt_logprobs_joint,
+    get_rnnt_logprobs_pruned,
+    get_rnnt_logprobs_smoothed,
+    get_rnnt_prune_ranges,
+    get_rnnt_prune_ranges_deprecated,
+    joint_mutual_information_recursion,
+    mutual_information_recursion,
+    rnnt_loss,
+    rnnt_loss_pruned,
+    rnnt_loss_simple,
+    rnnt_loss_smoothed,
+)
+
+__all__ = [
+    "NotProvided",
+    "do_rnnt_pruning",
+    "get_hat_logprobs_pruned",
+    "get_rnnt_logprobs",
+    "get_rnnt_logprobs_joint",
+    "get_rnnt_logprobs_pruned",
+    "get_rnnt_logprobs_smoothed",
+    "get_rnnt_prune_ranges",
+    "get_rnnt_prune_ranges_deprecated",
+    "install",
+    "joint_mutual_information_recursion",
+    "mutual_information_recursion",
+    "rnnt_loss",
+    "rnnt_loss_pruned",
+    "rnnt_loss_simple",
+    "rnnt_loss_smoothed",
+    "swoosh_l",
+    "swoosh_l_forward",
+    "swoosh_l_forward_and_deriv",
+    "swoosh_r",
+    "swoosh_r_forward",
+    "swoosh_r_forward_and_deriv",
+    "uninstall",
+    "with_cuda",
+]
+
+_NAME = "k2"
+
+
+# --------------------------------------------------------------------------- under the name k2
+def install() -> None:
+    """Let ``import k2`` give this module. Modules that have tried it before, and went on without k2, do not notice.
+
+    Raises:
+        RuntimeError: k2 itself is loaded already: code that uses it would not see the change.
+    """
+    present = sys.modules.get(_NAME)
+    if present is not None and present is not sys.modules[__name__]:
+        raise RuntimeError(
+            f"fastasr.compat.k2.install: expected that k2 is not loaded yet, got "
+            f"{getattr(present, '__file__', present)}; install first, or leave k2 out of the environment"
+        )
+    sys.modules[_NAME] = sys.modules[__name__]
+
+
+def uninstall() -> None:
+    """Undo ``install``: ``import k2`` finds k2 itself again, or nothing."""
+    if sys.modules.get(_NAME) is sys.modules[__name__]:
+        del sys.modules[_NAME]
+
+
+# --------------------------------------------------------------------------- Swoosh
+def swoosh_l(x: Tensor, dropout_prob: float = 0.0) -> Tensor:
+    """log(1 + e^(x − 4)) − 0.08 x − 0.035; dropout follows where x requires a gradient.
+
+    k2 keeps the derivative in 8 bits, rounded at random; ours is exact.
+    """
+    return _dropout(x, ops.swoosh_l(x), dropout_prob)
+
+
+def swoosh_r(x: Tensor, dropout_prob: float = 0.0) -> Tensor:
+    """log(1 + e^(x − 1)) − 0.08 x − 0.313261687; dropout follows where x requires a gradient."""
+    return _dropout(x, ops.swoosh_r(x), dropout_prob)
+
+
+def swoosh_l_forward(x: Tensor) -> Tensor:
+    """SwooshL without a gradient."""
+    with torch.no_grad():
+        return ops.swoosh_l(x)
+
+
+def swoosh_r_forward(x: Tensor) -> Tensor:
+    """SwooshR without a gradient."""
+    with torch.no_grad():
+        return ops.swoosh_r(x)
+
+
+def swoosh_l_forward_and_deriv(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(SwooshL(x), its derivative σ(x − 4) − 0.08), without gradients."""
+    return swoosh_l_forward(x), _derivative(x, 4.0)
+
+
+def swoosh_r_forward_and_deriv(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(SwooshR(x), its derivative σ(x − 1) − 0.08), without gradients."""
+    return swoosh_r_forward(x), _derivative(x, 1.0)
+
+
+def _dropout(x: Tensor, y: Tensor, probability: float) -> Tensor:
+    if probability and x.requires_grad:
+        return torch.nn.functional.dropout(y, probability)
+    return y
+
+
+@torch.no_grad()
+def _derivative(x: Tensor, shift: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (torch.sigmoid(wide - shift) - 0.08).to(x.dtype)
+
+
+# --------------------------------------------------------------------------- what is not provided
+class NotProvided(AttributeError):
+    """A part of k2 that fastasr does not have was used."""
+
+
+def _message(name: str) -> str:
+    return (
+        f"k2.{name}: fastasr.compat.k2, which stands in for k2 here, has k2's transducer and Swoosh functions only; "
+        f"{name} needs k2 itself"
+    )
+
+
+class _Absent(type):
+    """The type of k2's classes that are not provided: they can be named in annotations and nothing else."""
+
+    def __call__(cls, *args, **kwargs):
+        raise NotProvided(_message(cls.__name__))
+
+    def __getattr__(cls, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise NotProvided(_message(cls.__name__))
+
+
+_CLASSES = (
+    "CtcLoss",
+    "DecodeStateInfo",
+    "DenseFsaVec",
+    "DeterminizeWeightPushingType",
+    "Fsa",
+    "MWERLoss",
+    "Nbest",
+    "OnlineDenseIntersecter",
+    "RaggedShape",
+    "RaggedTensor",
+    "RnntDecodingConfig",
+    "RnntDecodingStream",
+    "RnntDecodingStreams",
+    "SymbolTable",
+)
+
+
+class _Flag:
+    """``k2.with_cuda`` is a flag in k2 and a function in fast_rnnt: true where a GPU's kernels can run."""
+
+    def __bool__(self) -> bool:
+        return torch.cuda.is_available()
+
+    __call__ = __bool__
+
+    def __repr__(self) -> str:
+        return repr(bool(self))
+
+
+with_cuda = _Flag()
+
+
+def __getattr__(name: str):
+    if name in _CLASSES:
+        made = globals()[name] = _Absent(name, (), {"__module__": __name__, "__doc__": _message(name)})
+        return made
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise NotProvided(_message(name))

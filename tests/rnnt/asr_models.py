@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small AsrModel of the PyPI package ``zipformer``, a batch for it, and one training step."""
+
+import random
+from pathlib import Path
+
+import torch
+
+from fastasr.demo import audio, features
+
+VOCABULARY = 64
+CONFIG = {
+    "downsampling_factor": "1,2",
+    "encoder_dim": "24,32",
+    "num_encoder_layers": "1,1",
+    "encoder_unmasked_dim": "24,24",
+    "query_head_dim": "8",
+    "pos_head_dim": "4",
+    "value_head_dim": "6",
+    "num_heads": "2,2",
+    "feedforward_dim": "32,48",
+    "cnn_module_kernel": "7,7",
+    "pos_dim": 16,
+    "chunk_size": "-1",
+    "left_context_frames": "-1",
+    "vocab_size": VOCABULARY,
+    "decoder_dim": 32,
+    "joiner_dim": 48,
+}
+
+
+def model(**changes):
+    """AsrModel with every parameter moved, in training mode."""
+    from zipformer.modules.model import AsrModel
+
+    random.seed(0)
+    torch.manual_seed(0)
+    made = AsrModel(**{**CONFIG, **changes})
+    with torch.no_grad():
+        for p in made.parameters():
+            p += 0.05 * torch.randn(p.shape)
+    for module in made.modules():
+        if hasattr(module, "batch_count"):
+            module.batch_count = 20000.0
+    return made
+
+
+def batch(cache: Path):
+    """Features and characters of prompts as tokens; of a generated signal and random tokens where there are none."""
+    speech = audio.load(None, cache, 2.0, lambda text: None, count=3)
+    x, lengths = features.batch(speech.utterances)
+    tokens = []
+    for index, clip in enumerate(speech.utterances):
+        text = clip.text.lower()[: 12 + 3 * index] or "".join(
+            chr(97 + (7 * i + index) % 26) for i in range(15)
+        )
+        tokens.append([1 + ord(c) % (VOCABULARY - 1) for c in text])
+    return x, lengths, tokens
+
+
+def step(asr, inputs, reduction="sum", **scales):
+    """(losses, gradients by parameter) of a step with its own seed."""
+    random.seed(1)
+    torch.manual_seed(1)
+    asr.zero_grad()
+    x, lengths, tokens = inputs
+    simple, pruned, *_ = asr(x, lengths, [list(t) for t in tokens], reduction=reduction, **scales)
+    (0.5 * simple + pruned).backward()
+    gradients = {name: p.grad.clone() for name, p in asr.named_parameters() if p.grad is not None}
+    return (simple.detach(), pruned.detach()), gradients

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fastasr.compat.k2: what it has, what it says of the rest, and its place under the name k2."""
+
+import math
+import sys
+import types
+
+import pytest
+import torch
+
+from fastasr import ops, rnnt
+from fastasr.compat import k2 as compat
+
+
+@pytest.fixture
+def installed():
+    compat.install()
+    yield
+    compat.uninstall()
+
+
+def test_it_is_imported_under_the_name_k2(installed):
+    import k2
+    from k2 import rnnt_loss_pruned
+
+    assert k2 is compat
+    assert rnnt_loss_pruned is rnnt.rnnt_loss_pruned
+    compat.install()  # again: nothing to do
+    compat.uninstall()
+    assert "k2" not in sys.modules
+
+
+def test_it_does_not_take_the_place_of_a_loaded_k2(monkeypatch):
+    other = types.ModuleType("k2")
+    monkeypatch.setitem(sys.modules, "k2", other)
+    with pytest.raises(RuntimeError, match="expected that k2 is not loaded yet"):
+        compat.install()
+    compat.uninstall()
+    assert sys.modules["k2"] is other
+
+
+def test_all_of_the_transducer_api_is_there():
+    shared = {name for name in rnnt.__all__ if name not in ("joiner_loss", "pruned_joiner_loss")}
+    assert shared <= set(compat.__all__)
+    for name in compat.__all__:
+        assert getattr(compat, name) is not None
+
+
+def test_what_is_not_there_says_so():
+    with pytest.raises(compat.NotProvided, match=r"k2.intersect_dense: .* needs k2 itself"):
+        compat.intersect_dense  # noqa: B018
+    assert not hasattr(compat, "ctc_loss")
+    assert not hasattr(compat, "__path__")
+
+
+def test_classes_that_are_not_there_can_be_named():
+    def decode(lattice: compat.Fsa | None) -> "compat.RaggedTensor":
+        return lattice
+
+    assert compat.Fsa is compat.Fsa
+    assert not isinstance(3, compat.Fsa)
+    with pytest.raises(compat.NotProvided, match=r"k2.Fsa: .* needs k2 itself"):
+        compat.Fsa("0 1 1 0.5\n1")
+    with pytest.raises(compat.NotProvided, match=r"k2.Fsa"):
+        compat.Fsa.from_dict({})
+
+
+def test_with_cuda_is_a_flag_and_a_function():
+    assert bool(compat.with_cuda) is compat.with_cuda() is torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("side", ["l", "r"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_swoosh(side, dtype):
+    shift, offset = {"l": (4.0, 0.035), "r": (1.0, 0.313261687)}[side]
+    x = (torch.randn(3, 50) * 5).to(dtype).requires_grad_()
+    wide = x.detach().double()
+    expected = (torch.logaddexp(torch.zeros(()), wide - shift) - 0.08 * wide - offset).to(dtype)
+    derivative = (torch.sigmoid(wide - shift) - 0.08).to(dtype)
+    function = getattr(compat, f"swoosh_{side}")
+    y = function(x)
+    torch.testing.assert_close(y, expected)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, derivative)
+    forward = getattr(compat, f"swoosh_{side}_forward")(x)
+    both = getattr(compat, f"swoosh_{side}_forward_and_deriv")(x)
+    torch.testing.assert_close((forward, *both), (expected, expected, derivative))
+    assert not any(t.requires_grad for t in (forward, *both))
+
+
+def test_swoosh_s_dropout():
+    x = torch.randn(1000)
+    assert torch.equal(compat.swoosh_l(x, 0.5), ops.swoosh_l(x))
+    y = compat.swoosh_l(x.requires_grad_(), dropout_prob=0.25)
+    kept = y != 0
+    assert math.isclose(kept.float().mean(), 0.75, abs_tol=0.08)
+    torch.testing.assert_close(y[kept], ops.swoosh_l(x)[kept] / 0.75)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The AsrModel of the PyPI package ``zipformer`` trains without k2: losses and gradients are fast_rnnt's."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("zipformer", reason="upstream's package is not installed")
+
+import asr_models
+from zipformer.modules import model as upstream
+
+from fastasr.compat import k2
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    pytest.importorskip("kaldi_native_fbank", reason="features need the extra fastasr[demo]")
+    return asr_models.batch(Path(__file__).parents[2] / "demo/cache")  # where `make demo` keeps them
+
+
+@pytest.fixture(autouse=True)
+def _plain_upstream(monkeypatch):
+    """Upstream's Swoosh functions without torch.compile."""
+    monkeypatch.setenv("K2_ONNX_EXPORT", "1")
+
+
+@pytest.mark.parametrize(
+    ("reduction", "scales"),
+    [("sum", {}), ("mean", {"lm_scale": 0.25, "am_scale": 0.1})],
+    ids=["sum", "mean, smoothed"],
+)
+def test_a_training_step(fast_rnnt, inputs, monkeypatch, reduction, scales):
+    asr = asr_models.model()
+    results = []
+    for package in (k2, fast_rnnt):
+        monkeypatch.setattr(upstream, "k2", package)
+        results.append(asr_models.step(asr, inputs, reduction, **scales))
+    (ours, our_gradients), (theirs, their_gradients) = results
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert our_gradients.keys() == their_gradients.keys()
+    # gradients that nearly cancel (the biases of downsampling) have float32's error of the terms: a part of the whole
+    floor = 1e-8 * float(torch.stack([g.norm() for g in their_gradients.values()]).norm())
+    for name, expected in their_gradients.items():
+        error = float((our_gradients[name] - expected).norm())
+        assert error <= 1e-5 * float(expected.norm()) + floor, name
+
+
+def test_it_learns(inputs, monkeypatch):
+    monkeypatch.setattr(upstream, "k2", k2)
+    asr = asr_models.model()
+    optimizer = torch.optim.Adam(asr.parameters(), 2e-3)
+    history = []
+    for _ in range(4):
+        losses, _ = asr_models.step(asr, inputs)
+        optimizer.step()
+        history.append(float(sum(losses)))
+    assert history[-1] < history[0]
+
+
+_FRESH = """
+import fastasr.compat.k2
+fastasr.compat.k2.install()
+import torch, asr_models
+asr = asr_models.model()
+y = [[3, 5, 2], [7, 1]]
+losses, gradients = asr_models.step(asr, (torch.randn(2, 90, 80), torch.tensor([90, 71]), y))
+assert all(torch.isfinite(x) for x in losses) and len(gradients) > 50, losses
+import k2
+assert k2.__name__ == "fastasr.compat.k2"
+"""
+
+
+def test_a_fresh_process_that_installs_it():
+    """As a user does it: install, then import upstream's unmodified code."""
+    here = Path(__file__).parent
+    code = f"import sys; sys.path.insert(0, {str(here)!r})\n{_FRESH}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
