@@ -5,7 +5,8 @@
     fastasr.compat.k2.install()     # before the code that says `import k2`
 
 From then on ``import k2`` gives this module. What k2 has besides (finite-state automata, ragged tensors) is not
-provided: using such a name raises an error that says so. Its classes can be named, in annotations for example, but not used.
+provided: using such a name raises an error that says so. Its classes can be named, in annotations for example, but
+not used.
 """
 
 import sys
