@@ -38,6 +38,7 @@ from fastasr.benchmarks.ops import (
     ema_scan,
     gated_depthwise_conv,
     residual_norm,
+    rnnt_joiner,
     swoosh,
     swoosh_linear,
     toeplitz_attention,
@@ -65,6 +66,7 @@ def training_cases() -> list[Case]:
         cases.append(ema_scan._case(length, states, sequences))
     cases.append(complex_ema_scan._case(2048))
     cases += [*residual_norm.CASES, *toeplitz_attention.CASES]  # of a MEGA decoder
+    cases += rnnt_joiner.CASES[::2]
     for chunk in (None, 32):  # a convolution module of stack 0 and of stack 3, plain and chunk-causal
         cases.append(gated_depthwise_conv._case((frames, batch, 192), 31, chunk))
         cases.append(gated_depthwise_conv._case((188, batch, 512), 15, chunk and chunk // 8))

@@ -30,7 +30,16 @@ import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 
 from fastasr.ops import _activation, _check, _joiner_rows
-from fastasr.ops._dispatch import FLOATING, Implementation, KernelFamily, Kernels, direct, reason_cpu, served
+from fastasr.ops._dispatch import (
+    FLOATING,
+    Implementation,
+    KernelFamily,
+    Kernels,
+    direct,
+    reason_cpu,
+    served,
+    triton_kernels,
+)
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 
 ACTIVATIONS = ("tanh", "relu")
@@ -43,7 +52,10 @@ def _load_cpu() -> Kernels:
 FAMILY = KernelFamily(
     "rnnt_joiner",
     ("rnnt_joiner",),
-    (Implementation("cpu", ("cpu",), FLOATING, partial(reason_cpu, "rnnt_joiner_rows"), _load_cpu),),
+    (
+        Implementation("cpu", ("cpu",), FLOATING, partial(reason_cpu, "rnnt_joiner_rows"), _load_cpu),
+        triton_kernels("rnnt_joiner"),
+    ),
 )
 
 

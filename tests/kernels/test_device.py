@@ -51,10 +51,17 @@ def _calls(dtype=torch.float32):
             ops.toeplitz_attention,
             (make(60, 4, 64), x, other, make(2, 64), make(2, 64), make(119)),
         ),
+        ("rnnt_joiner", _joiner, (make(2, 30, 192), make(2, 9, 192), make(70, 192), make(70))),
     ]
 
 
-@pytest.mark.parametrize("index", range(14))
+def _joiner(*tensors: torch.Tensor) -> torch.Tensor:
+    symbols = torch.ones(2, 8, dtype=torch.int64, device="cuda")
+    starts = torch.zeros(2, 30, dtype=torch.int64, device="cuda")
+    return torch.stack(ops.rnnt_joiner(*tensors, symbols, starts, s_range=5, termination_symbol=0))
+
+
+@pytest.mark.parametrize("index", range(15))
 def test_capture_in_a_graph(index):
     name, function, tensors = _calls()[index]
     tensors = tuple(t.requires_grad_() for t in tensors)
@@ -80,7 +87,7 @@ def test_capture_in_a_graph(index):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("index", range(14))
+@pytest.mark.parametrize("index", range(15))
 def test_no_wait_for_the_device(index):
     _, function, tensors = _calls()[index]
     tensors = tuple(t.requires_grad_() for t in tensors)
@@ -92,7 +99,7 @@ def test_no_wait_for_the_device(index):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("index", range(14))
+@pytest.mark.parametrize("index", range(15))
 def test_on_a_stream_of_its_own(index):
     name, function, tensors = _calls(torch.bfloat16)[index]
     expected = function(*tensors)
@@ -107,7 +114,7 @@ def test_on_a_stream_of_its_own(index):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("index", range(14))
+@pytest.mark.parametrize("index", range(15))
 def test_on_the_tensors_device(index):
     name, function, tensors = _calls()[index]
     y = function(*(t.to("cuda:1") for t in tensors))

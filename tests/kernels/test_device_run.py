@@ -44,6 +44,7 @@ def test_cases_are_those_of_training():
         "gated_depthwise_conv",
         "gated_residual_norm",
         "residual_norm",
+        "rnnt_joiner",
         "toeplitz_attention",
     }
     assert len({(case.op, case.name) for case in cases}) == len(cases)

@@ -65,6 +65,7 @@ def configurations() -> list[Configuration]:
         *_residual_norm(),
         *_gated_depthwise_conv(),
         *_toeplitz_attention(),
+        *_rnnt_joiner(),
     ]
 
 
@@ -321,6 +322,44 @@ def _toeplitz_attention():
         for block_p in (128, module.MAX_PARTS):
             yield configuration("add_parts", f"parts, {block_p}", dtype, BLOCK_P=block_p, BLOCK_C=16)
         yield configuration("add_diagonals", "", dtype, BLOCK=64, BLOCK_P=16)
+
+
+def _rnnt_joiner():
+    from fastasr.kernels import rnnt_joiner as module
+
+    like = dict.fromkeys(("AM", "LM", "HIDDEN", "WEIGHT", "BIAS", "DLOGITS", "DAM"))
+    wide = dict.fromkeys(("PX", "PY", "GX", "GY", "DHIDDEN", "DA", "DLM"), "fp32")
+    types = wide | dict.fromkeys(("STARTS", "SYMBOLS", "BOUNDARY"), "i64") | {"NORMALISER": "fp64"}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    extra = {"hidden": module.HIDDEN, "frame_gradient": module.FRAME, "context_gradient": module.CONTEXT}
+
+    def configuration(name: str, label: str, dtype: str, d: int = 512, **constants):
+        options = dict(extra[name] if name in extra else module.tiles(d, dtypes[dtype]))
+        warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
+        precise = {"PRECISE": dtype == "fp32"} if name == "frame_gradient" else {}
+        return Configuration(
+            f"rnnt_joiner {name.replace('_', ' ')}{label and ', ' + label}, D={d}, {dtype}",
+            getattr(module, f"{name}_kernel"),
+            types | dict.fromkeys(like, dtype) | {"PARTS": "fp64" if dtype == "fp32" else "fp32"},
+            {"ACTIVATION": 3, "HAT": False} | options | precise | constants,
+            warps,
+            ("width", "d_stride", *(("D", "V") if d % 16 == 0 else ())),
+            stages=stages,
+        )
+
+    for dtype in dtypes:
+        for name in ("scores", "logits_gradient"):
+            yield configuration(name, "", dtype)
+            if dtype == "fp16":
+                continue
+            yield configuration(name, "HAT", dtype, HAT=True, BOUNDARY=None, BIAS=None)
+            if dtype == "bf16":
+                yield configuration(name, "odd sizes", dtype, d=100)
+        if dtype == "fp16":
+            continue
+        for name in extra:
+            yield configuration(name, "", dtype)
+        yield configuration("hidden", "relu, odd sizes", dtype, d=100, ACTIVATION=2, BOUNDARY=None)
 
 
 def compiled(configuration: Configuration, architecture: int):

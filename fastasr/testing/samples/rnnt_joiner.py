@@ -101,7 +101,7 @@ TABLE = OpTable(
         Sample("small", lambda m: _short(m, 2, 4, 5, 2, 8, 7), thorough=True),
         Sample(
             "relu, no bias",
-            lambda m: _short(m, 2, 3, 4, 2, 5, 6, bias=False, activation="relu"),
+            lambda m: _short(m, 2, 4, 5, 2, 12, 9, bias=False, activation="relu"),
             thorough=True,
         ),
         Sample("HAT", lambda m: _hat(m, 2, 5, 6, 3, 8, 13, termination_symbol=3), thorough=True),
