@@ -13,6 +13,7 @@ pytest.importorskip("zipformer", reason="upstream's package is not installed")
 import asr_models
 from zipformer.modules import model as upstream
 
+import fastasr
 from fastasr.compat import k2
 
 
@@ -41,11 +42,15 @@ def test_a_training_step(fast_rnnt, inputs, monkeypatch, reduction, scales):
         results.append(asr_models.step(asr, inputs, reduction, **scales))
     (ours, our_gradients), (theirs, their_gradients) = results
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert our_gradients.keys() == their_gradients.keys()
+    assert_same_gradients(our_gradients, their_gradients)
+
+
+def assert_same_gradients(ours, theirs):
+    assert ours.keys() == theirs.keys()
     # gradients that nearly cancel (the biases of downsampling) have float32's error of the terms: a part of the whole
-    floor = 1e-8 * float(torch.stack([g.norm() for g in their_gradients.values()]).norm())
-    for name, expected in their_gradients.items():
-        error = float((our_gradients[name] - expected).norm())
+    floor = 1e-8 * float(torch.stack([g.norm() for g in theirs.values()]).norm())
+    for name, expected in theirs.items():
+        error = float((ours[name] - expected).norm())
         assert error <= 1e-5 * float(expected.norm()) + floor, name
 
 
@@ -80,3 +85,57 @@ def test_a_fresh_process_that_installs_it():
     code = f"import sys; sys.path.insert(0, {str(here)!r})\n{_FRESH}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_accelerate_takes_the_transducer_loss(fast_rnnt, inputs, monkeypatch):
+    monkeypatch.setattr(upstream, "k2", fast_rnnt)
+    asr = asr_models.model()
+    theirs, their_gradients = asr_models.step(asr, inputs, lm_scale=0.25, am_scale=0.1)
+    report = fastasr.accelerate(asr, only=lambda path, module: path == "")
+    assert report[""].status == "replaced", report[""].reason
+    monkeypatch.setattr(upstream, "k2", None)  # not needed any more
+    ours, our_gradients = asr_models.step(asr, inputs, lm_scale=0.25, am_scale=0.1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(our_gradients, their_gradients)
+    assert fastasr.restore(asr) == 1
+    with pytest.raises(AttributeError, match="rnnt_loss_smoothed"):
+        asr_models.step(asr, inputs)
+
+
+def test_a_swapped_model_is_verified(inputs, monkeypatch):
+    monkeypatch.setattr(upstream, "k2", k2)
+    asr = asr_models.model()
+    x, lengths, tokens = inputs
+    report = fastasr.accelerate(asr, exclude="encoder*", verify=(x, lengths, tokens))
+    assert report.ok, str(report)
+    assert report[""].status == "replaced"
+    assert report[""].errors["values"] < 1e-4
+    losses, gradients = asr_models.step(asr, inputs)
+    assert all(torch.isfinite(x) for x in losses)
+    assert gradients["joiner.output_linear.weight"].any()
+
+
+def test_a_joiner_of_another_kind_is_declined(monkeypatch):
+    asr = asr_models.model()
+    assert fastasr.explain(asr)[""].status == "replaced"
+    handle = asr.joiner.output_linear.register_forward_hook(lambda *_: None)
+    assert fastasr.explain(asr)[""].reason == "submodule joiner.output_linear has hooks"
+    handle.remove()
+    asr.joiner.output_linear = torch.nn.Sequential(asr.joiner.output_linear)
+    assert "joiner.output_linear is not a plain torch.nn.Linear" in fastasr.explain(asr)[""].reason
+    assert (
+        fastasr.explain(asr_models.model(use_transducer=False, use_ctc=True))[""].reason
+        == "has no transducer"
+    )
+
+
+def test_another_version_of_the_loss_is_declined():
+    class Changed(upstream.AsrModel):
+        def forward_transducer(self, *args, **kwargs):
+            return super().forward_transducer(*args, **kwargs)
+
+    asr = asr_models.model()
+    asr.__class__ = Changed
+    row = fastasr.explain(asr)[""]
+    assert row.status == "skipped"
+    assert "overrides forward_transducer" in row.reason

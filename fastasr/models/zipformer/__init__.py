@@ -26,10 +26,12 @@ from fastasr.models.zipformer.self_attention import SelfAttention
 from fastasr.models.zipformer.softmax import softmax
 from fastasr.models.zipformer.stack import DownsampledZipformerEncoder, ZipformerEncoder
 from fastasr.models.zipformer.subsampling import Conv2dSubsampling, ConvNeXt
+from fastasr.models.zipformer.transducer import AsrModel
 from fastasr.models.zipformer.whitening import Whiten
 
 __all__ = [
     "ActivationDropoutAndLinear",
+    "AsrModel",
     "Balancer",
     "BiasNorm",
     "BypassModule",

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Zipformer's transducer loss: smoothed loss, windows, joiner and pruned loss, without the joiner's logits.
+
+Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training" (2022). Upstream: ``AsrModel.forward_transducer``
+in ``zipformer.modules.model``, which makes logits (B, T, R, V) between the pruning and the loss.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastasr import rnnt
+
+
+class AsrModel:
+    """The part of upstream's class that is ours. ``forward`` is upstream's own."""
+
+    def forward(self, *args, **kwargs):
+        return type(self).forward(self, *args, **kwargs)
+
+    def forward_transducer(
+        self,
+        encoder_out: Tensor,
+        encoder_out_lens: Tensor,
+        y: list[list[int]],
+        prune_range: int = 5,
+        am_scale: float = 0.0,
+        lm_scale: float = 0.0,
+        reduction: str = "sum",
+    ) -> tuple[Tensor, Tensor]:
+        """(simple loss, pruned loss).
+
+        Args:
+            encoder_out: (B, T, C); encoder_out_lens: (B,).
+            y: one list of tokens per sequence.
+            prune_range: positions per frame that the pruned loss keeps.
+            am_scale, lm_scale: weights of the two models alone in the simple loss.
+            reduction: none, mean or sum.
+        """
+        blank, device = self.blank_id, encoder_out.device
+        longest = max(map(len, y), default=0)
+        lengths = torch.tensor([len(tokens) for tokens in y], device=device)
+        rows = [list(tokens) + [0] * (longest - len(tokens)) for tokens in y]
+        symbols = torch.tensor(rows, dtype=torch.int64, device=device).view(len(y), longest)
+        padding = torch.arange(longest, device=device) >= lengths.unsqueeze(1)
+        contexts = F.pad(symbols.masked_fill(padding, blank), (1, 0), value=blank)
+        boundary = torch.zeros(len(y), 4, dtype=torch.int64, device=device)
+        boundary[:, 2] = lengths
+        boundary[:, 3] = encoder_out_lens
+
+        decoder_out = self.decoder(contexts)
+        lm, am = self.simple_lm_proj(decoder_out), self.simple_am_proj(encoder_out)
+        simple, occupation = rnnt.rnnt_loss_smoothed(
+            lm.float(),
+            am.float(),
+            symbols,
+            blank,
+            lm_only_scale=lm_scale,
+            am_only_scale=am_scale,
+            boundary=boundary,
+            reduction=reduction,
+            return_grad=True,
+        )
+        ranges = rnnt.get_rnnt_prune_ranges(*occupation, boundary, prune_range)
+        joiner = self.joiner
+        pruned = rnnt.pruned_joiner_loss(
+            joiner.encoder_proj(encoder_out),
+            joiner.decoder_proj(decoder_out),
+            joiner.output_linear.weight,
+            joiner.output_linear.bias,
+            symbols,
+            ranges,
+            blank,
+            boundary,
+            reduction=reduction,
+        )
+        return simple, pruned.float()
