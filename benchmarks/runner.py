@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from fastasr.benchmarks import dispatch, models, ops, rows, upstream
-from fastasr.benchmarks.case import Report, Settings, measure
+from fastasr.benchmarks.case import BOTH, Report, Settings, measure
 from fastasr.benchmarks.environment import commit, device_name
 from fastasr.benchmarks.harness import wait_until_idle
-from fastasr.benchmarks.models import mega, mega_step, zipformer
+from fastasr.benchmarks.models import mega, mega_step, pruned_transducer, zipformer
 from fastasr.benchmarks.rows import Row
 
 
@@ -129,6 +129,18 @@ def _units(name: str, options: Options, summary: Summary, report: Report) -> Ite
             reps=options.reps,
             compile_model=options.compile_model,
             skip=lambda case, shape: done("models", name, case, shape, "forward", "float32"),
+            report=report,
+        )
+    elif name == pruned_transducer.NAME:
+        if torch.device(options.device).type != "cpu":
+            report(f"{name}: measured on the CPU only")
+            return
+        sizes = {"cases": pruned_transducer.TINY} if options.quick else {}
+        yield from pruned_transducer.measure(
+            **sizes,
+            settings=settings,
+            reps=options.reps,
+            skip=lambda case, shape: done("models", name, case, shape, BOTH, "float32"),
             report=report,
         )
     elif name == mega.NAME:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmarks of whole models: one file per model, each with ``NAME`` and ``measure``."""
 
-from fastasr.benchmarks.models import mega, mega_step, zipformer
+from fastasr.benchmarks.models import mega, mega_step, pruned_transducer, zipformer
 
-MODULES = (zipformer, mega, mega_step)
+MODULES = (zipformer, mega, mega_step, pruned_transducer)
 
 
 def names() -> list[str]:

@@ -138,3 +138,35 @@ def test_a_step_of_the_mega_decoder():
         assert [row.implementation for row in unit] == ["upstream", "fastasr"]
         assert unit[0].bytes > 4 * 64 * 96
     assert list(mega_step.measure(size="tiny", settings=QUICK, skip=lambda case, shape: True)) == []
+
+
+def test_the_loss_of_a_pruned_transducer(tmp_path):
+    from fastasr.benchmarks import rows, transducer_memory
+    from fastasr.benchmarks.models import pruned_transducer
+
+    table = tmp_path / "rows.jsonl"
+    try:
+        units = list(pruned_transducer.measure(cases=pruned_transducer.TINY, settings=QUICK, reps=2))
+    except upstream.MissingUpstream as reason:
+        pytest.skip(str(reason))
+    assert [row.implementation for row in units[0]] == ["upstream", "fastasr", "fastasr, logits again"]
+    assert [row.implementation for row in units[1]] == ["upstream", "fastasr"]
+    for unit in units:
+        rows.merge(table, unit)
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "memory.png"
+    assert transducer_memory.main(["--results", str(tmp_path), "--out", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert transducer_memory.main(["--results", str(tmp_path / "none"), "--out", str(picture)]) == 1
+
+
+def test_both_losses_of_a_pruned_transducer_are_one_number():
+    from fastasr.benchmarks.models import pruned_transducer
+
+    problem = pruned_transducer._Problem(2, 12, 4, 3, 16, 20)
+    try:
+        expected = problem.upstream(pruned_transducer._peer(), True)
+    except upstream.MissingUpstream as reason:
+        pytest.skip(str(reason))
+    torch.testing.assert_close(problem.fused(None, True), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(problem.fused(False, True), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss of a pruned transducer from the encoder's output on: smoothed loss, windows, joiner, pruned loss; forward
+and backward.
+
+"upstream" is what recipes do: fast_rnnt's functions (its C++ compiled here) around a joiner in eager PyTorch. Cases
+"joiner and loss" are the last two steps alone, over the rows B T R and the outputs V, for their peak memory; there
+fastasr computes logits again instead of keeping them. ``python -m fastasr.benchmarks.transducer_memory`` draws it.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastasr import rnnt
+from fastasr.benchmarks import limits
+from fastasr.benchmarks.case import BOTH, Report, Settings
+from fastasr.benchmarks.harness import LoadMeter, Variant, interleave, peak_bytes
+from fastasr.benchmarks.rows import Row
+from fastasr.benchmarks.upstream import MissingUpstream
+
+NAME = "pruned_transducer"
+UPSTREAM, COMPILE, FASTASR, AGAIN = "upstream", "compile", "fastasr", "fastasr, logits again"
+WHOLE, PART = "whole path", "joiner and loss"
+# (case, B, T, S, R, D, V)
+WHOLES = tuple((WHOLE, 4, 400, 60, 5, 512, v) for v in (500, 5000))
+PARTS = tuple(
+    (PART, batch, frames, 60, 5, 512, outputs)
+    for batch, frames in ((4, 100), (4, 400), (8, 750), (40, 750))
+    for outputs in (500, 2000, 5000)
+)
+CASES = (*WHOLES, *PARTS)
+TINY = ((WHOLE, 2, 12, 4, 3, 16, 20), (PART, 2, 12, 4, 3, 16, 20))
+INSTALL = "python scripts/build_fast_rnnt.py SOURCES"
+
+
+def shape_name(batch, frames, symbols, s_range, channels, outputs) -> str:
+    return f"{batch}x{frames}x{symbols}x{s_range}x{channels}, V={outputs}"
+
+
+def _peer():
+    try:
+        import fast_rnnt
+    except ImportError as error:
+        raise MissingUpstream(f"the package fast_rnnt cannot be imported ({error}); {INSTALL}") from None
+    return fast_rnnt
+
+
+class _Problem:
+    """Random scores of both joiners, symbols, and the losses of either implementation."""
+
+    def __init__(self, batch: int, frames: int, symbols: int, s_range: int, channels: int, outputs: int):
+        torch.manual_seed(0)
+        self.s_range = s_range
+        self.am, self.lm = torch.randn(batch, frames, channels), torch.randn(batch, symbols + 1, channels)
+        self.simple_am = torch.randn(batch, frames, outputs)
+        self.simple_lm = torch.randn(batch, symbols + 1, outputs)
+        output = torch.nn.Linear(channels, outputs)
+        self.weight, self.bias = output.weight.detach(), output.bias.detach()
+        self.symbols = torch.randint(1, outputs, (batch, symbols))
+        self.boundary = torch.tensor([[0, 0, symbols, frames]] * batch)
+        starts = torch.arange(frames) * (symbols + 1 - s_range) // max(1, frames - 1)
+        self.ranges = (starts.unsqueeze(1) + torch.arange(s_range)).expand(batch, -1, -1).contiguous()
+
+    def leaves(self, whole: bool) -> tuple[Tensor, ...]:
+        simple = (self.simple_lm, self.simple_am) if whole else ()
+        return tuple(t.requires_grad_() for t in (self.am, self.lm, self.weight, self.bias, *simple))
+
+    def windows(self, package) -> tuple[Tensor, Tensor]:
+        simple, occupation = package.rnnt_loss_smoothed(
+            self.simple_lm,
+            self.simple_am,
+            self.symbols,
+            0,
+            lm_only_scale=0.25,
+            am_only_scale=0.0,
+            boundary=self.boundary,
+            reduction="sum",
+            return_grad=True,
+        )
+        return simple, package.get_rnnt_prune_ranges(*occupation, self.boundary, self.s_range)
+
+    def upstream(self, package, whole: bool) -> Tensor:
+        simple, ranges = self.windows(package) if whole else (0.0, self.ranges)
+        am, lm = package.do_rnnt_pruning(self.am, self.lm, ranges)
+        logits = F.linear(torch.tanh(am + lm), self.weight, self.bias)
+        pruned = package.rnnt_loss_pruned(
+            logits, self.symbols, ranges, 0, boundary=self.boundary, reduction="sum"
+        )
+        return 0.5 * simple + pruned
+
+    def fused(self, keep_logits: bool | None, whole: bool) -> Tensor:
+        simple, ranges = self.windows(rnnt) if whole else (0.0, self.ranges)
+        pruned = rnnt.pruned_joiner_loss(
+            self.am,
+            self.lm,
+            self.weight,
+            self.bias,
+            self.symbols,
+            ranges,
+            0,
+            self.boundary,
+            reduction="sum",
+            keep_logits=keep_logits,
+        )
+        return 0.5 * simple + pruned
+
+
+def cost(case: str, batch, frames, symbols, s_range, channels, outputs) -> tuple[int, int]:
+    """(bytes, multiply and add operations) of forward and backward: operands and gradients once, products once."""
+    rows = batch * frames * s_range
+    operands = batch * (frames + symbols + 1) * channels + outputs * channels
+    flops = 6 * rows * channels * outputs
+    if case == WHOLE:
+        operands += batch * (frames + symbols + 1) * outputs
+        flops += 6 * batch * frames * (symbols + 1) * outputs
+    return 3 * 4 * operands + 16 * rows, flops
+
+
+def _eager_bytes(batch, frames, symbols, s_range, channels, outputs) -> int:
+    """About what the eager joiner and loss hold at the peak of their backward."""
+    return batch * frames * s_range * (20 * outputs + 4 * channels)
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _calls(
+    problem: _Problem, case: str, sizes, compile_: bool, report: Report
+) -> dict[str, Callable[[], Tensor]]:
+    package, whole = _peer(), case == WHOLE
+    upstream = partial(problem.upstream, package, whole)
+    if not whole:
+        calls = {FASTASR: partial(problem.fused, False, False)}
+        if _eager_bytes(*sizes) < 0.8 * _memory_bytes():
+            calls = {UPSTREAM: upstream, **calls}
+        else:
+            where = f"{NAME}: {case}, {shape_name(*sizes)}"
+            report(f"{where}: {UPSTREAM} not measured: it needs more memory than is free")
+        return calls
+    calls = {UPSTREAM: upstream}
+    if compile_:
+        torch._dynamo.reset()
+        calls[COMPILE] = torch.compile(upstream, dynamic=False)
+    return {**calls, FASTASR: partial(problem.fused, None, True), AGAIN: partial(problem.fused, False, True)}
+
+
+def measure(
+    *,
+    cases=CASES,
+    settings: Settings | None = None,
+    reps: int | None = None,
+    skip: Callable[[str, str], bool] = lambda case, shape: False,
+    report: Report = lambda _: None,
+) -> Iterator[list[Row]]:
+    """Yields the rows of each case. ``skip(case, shape)`` leaves one out. Raises ``MissingUpstream``."""
+    settings = settings or Settings()
+    for case, *sizes in cases:
+        shape = shape_name(*sizes)
+        if skip(case, shape):
+            continue
+        report(f"{NAME}: {case}, {shape}")
+        problem = _Problem(*sizes)
+        leaves = problem.leaves(case == WHOLE)
+        variants = {
+            name: Variant(lambda call=call, leaves=leaves: torch.autograd.grad(call(), leaves))
+            for name, call in _calls(problem, case, sizes, settings.compile, report).items()
+        }
+        load = LoadMeter()
+        timings = interleave(
+            variants,
+            reps=(reps or settings.reps) if case == WHOLE else 1,
+            warmup=settings.warmup if case == WHOLE else 1,
+            sample_seconds=settings.sample_seconds if case == WHOLE else 0.0,
+        )
+        other = load.other_cores()
+        moved, flops = cost(case, *sizes)
+        rate = limits.gemm_flops_per_second("cpu")
+        rows = []
+        for name, timing in timings.items():
+            lower, upper = timing.quartiles
+            rows.append(
+                Row.measured(
+                    suite="models",
+                    name=NAME,
+                    case=case,
+                    shape=shape,
+                    dtype="float32",
+                    device="cpu",
+                    pass_=BOTH,
+                    implementation=name,
+                    median_ms=round(timing.median * 1e3, 4),
+                    q1_ms=round(lower * 1e3, 4),
+                    q3_ms=round(upper * 1e3, 4),
+                    reps=timing.reps,
+                    peak_bytes=peak_bytes(variants[name]) if settings.memory or case == PART else None,
+                    bytes=moved,
+                    flops=flops,
+                    fraction_of_limit=round(flops / rate / timing.median, 4),
+                    limit=f"GEMM {rate / 1e9:.0f} GFLOP/s",
+                    load=other,
+                )
+            )
+        yield rows
