@@ -74,6 +74,7 @@ def pruned_joiner_loss(
         hat=_check.flag(op, "use_hat_loss", use_hat_loss),
         keep_logits=keep_logits,
     )
+    px, py = _Negligible.apply(px, py)
     return losses.over_band(
         op, px, py, starts, length, boundary, rnnt_type, delay_penalty, factor, reduction, zero_infinity
     )
@@ -120,9 +121,31 @@ def joiner_loss(
         hat=_check.flag(op, "use_hat_loss", use_hat_loss),
         keep_logits=keep_logits,
     )
+    px, py = _Negligible.apply(px, py)
     px, py = px[:, :, :length].transpose(1, 2), py.transpose(1, 2)
     px, py = logprobs.lattice(op, px, py, boundary, rnnt_type, factor, delay_penalty)
     return losses.over_lattice(op, px, py, boundary, reduction, False, zero_infinity)
+
+
+class _Negligible(torch.autograd.Function):
+    """(px, py) as they are; in their gradients, cells with next to no part in any path count as having none, so that
+    the joiner's backward pass leaves them out.
+
+    A cell's part is |gx| + |gy|, that of a sequence's first cell the whole. 1/64 of the dtype's rounding error (2e-9 in
+    float32) of that does not show in sums over cells: of windows of 5 at random weights it is 43 % of the cells.
+    """
+
+    @staticmethod
+    def forward(ctx, px: Tensor, py: Tensor) -> tuple[Tensor, Tensor]:
+        return px.view_as(px), py.view_as(py)
+
+    @staticmethod
+    def backward(ctx, gx: Tensor, gy: Tensor):
+        part = gx.abs() + gy.abs()
+        if part.numel() == 0:
+            return gx, gy
+        negligible = part <= part.amax((1, 2), keepdim=True) * (torch.finfo(part.dtype).eps / 64)
+        return gx.masked_fill(negligible, 0.0), gy.masked_fill(negligible, 0.0)
 
 
 def _checked(op, am, lm, weight, bias, symbols, termination_symbol, boundary):

@@ -226,3 +226,37 @@ def test_ragged_boundaries(data):
         reduction="none",
     )
     close(pruned, loss)
+
+
+def test_cells_that_the_joiner_leaves_out_do_not_show():
+    """Gradients in float32 are as close to float64's as those of all cells."""
+    batch, frames, length, channels, outputs = 2, 60, 12, 24, 40
+    tensors = [
+        torch.randn(*shape, dtype=torch.float64)
+        for shape in (
+            (batch, frames, channels),
+            (batch, length + 1, channels),
+            (outputs, channels),
+            (outputs,),
+        )
+    ]
+    symbols = torch.randint(1, outputs, (batch, length))
+    starts = torch.arange(frames) * (length - 3) // (frames - 1)
+    ranges = (starts.unsqueeze(1) + torch.arange(4)).expand(batch, -1, -1)
+
+    def gradients(dtype, fused):
+        am, lm, weight, bias = leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        if fused:
+            loss = rnnt.pruned_joiner_loss(am, lm, weight, bias, symbols, ranges, 0, reduction="sum")
+        else:
+            hidden = torch.tanh(sum(rnnt.do_rnnt_pruning(am, lm, ranges)))
+            logits = torch.nn.functional.linear(hidden, weight, bias)
+            loss = rnnt.rnnt_loss_pruned(logits, symbols, ranges, 0, reduction="sum")
+        return torch.autograd.grad(loss, leaves)
+
+    exact = gradients(torch.float64, False)
+    for found, plain, wanted in zip(
+        gradients(torch.float32, True), gradients(torch.float32, False), exact, strict=True
+    ):
+        error, allowed = (float((g.double() - wanted).norm() / wanted.norm()) for g in (found, plain))
+        assert error <= max(1.5 * allowed, 5e-7)
