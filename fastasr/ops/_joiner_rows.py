@@ -19,7 +19,7 @@ from fastasr.ops import _gemm
 CHUNK_BYTES = (
     6 << 20
 )  # of hidden and logits: what a chunk's passes write, the next ones still find in the cache
-CHUNK_ROWS = 1040
+CHUNK_ROWS = 528
 
 Chunk = tuple[Tensor, Tensor, Tensor]  # rows, hidden, logits
 
@@ -66,6 +66,7 @@ class Joiner:
             hidden = self.weight.new_empty(len(chunk), self.weight.shape[1])
             torch.ops.fastasr_cpu.rnnt_joiner_hidden(self.am, self.lm, chunk, self.activation, hidden)
             yield chunk, hidden, _gemm.forward(hidden, self.weight, self.bias)
+            del hidden  # before the next chunk's is made
 
 
 def _without_autocast():
@@ -86,6 +87,7 @@ def forward(*arguments) -> tuple[Tensor, Tensor, Tensor, list[Chunk] | None]:
             torch.ops.fastasr_cpu.rnnt_joiner_scores(logits, rows, p.blank, p.hat, px, py, normaliser)
             if kept is not None:
                 kept.append(chunk)
+            del chunk, logits, _
     return px, py, normaliser, kept
 
 
@@ -116,6 +118,8 @@ def backward(grad_symbol, grad_blank, *arguments) -> tuple[Tensor, Tensor, Tenso
                 torch.ops.fastasr_cpu.rnnt_joiner_hidden_gradient(
                     dhidden, hidden, chunk, p.activation, dam, dlm
                 )
+                del dhidden
+            del hidden, logits, d
     am, lm, weight, bias = tensors[:4]
     dbias = weight.new_empty(0) if bias is None else dbias.to(bias.dtype)
     return dam.to(am.dtype), dlm.to(lm.dtype), dweight.to(weight.dtype), dbias

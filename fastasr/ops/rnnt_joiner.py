@@ -433,15 +433,18 @@ def _check_tensors(op: str, am, lm, weight, bias) -> torch.dtype | None:
     batch, _, channels = am.shape
     _check.floating_tensor(op, "lm", lm)
     ok = lm.dim() == 3 and lm.shape[0] == batch and lm.shape[1] >= 1 and lm.shape[2] == channels
-    _check.shape(op, "lm", lm, f"({batch}, S + 1, {channels}) like am", ok)
+    if not ok:  # a number in a message would make a traced size a constant, hence not before
+        _check.shape(op, "lm", lm, f"({batch}, S + 1, {channels}) like am", ok)
     _check.floating_tensor(op, "weight", weight)
     ok = weight.dim() == 2 and weight.shape[0] >= 1 and weight.shape[1] == channels
-    _check.shape(op, "weight", weight, f"(V, {channels}) with V of at least 1", ok)
+    if not ok:
+        _check.shape(op, "weight", weight, f"(V, {channels}) with V of at least 1", ok)
     affine = {"weight": weight}
     if bias is not None:
         _check.floating_tensor(op, "bias", bias)
         ok = bias.dim() == 1 and bias.shape[0] == weight.shape[0]
-        _check.shape(op, "bias", bias, f"({weight.shape[0]},)", ok)
+        if not ok:
+            _check.shape(op, "bias", bias, f"({weight.shape[0]},)", ok)
         affine["bias"] = bias
     for name, t in {"lm": lm, **affine}.items():
         _check.same_device(op, name, t, am, "am")
@@ -468,7 +471,10 @@ def _check_indices(op: str, am, lm, symbols, starts, boundary) -> tuple[Tensor, 
             raise TypeError(
                 f"fastasr.{op}: {name}: expected a strided int64 tensor, got {t.dtype}, {t.layout}"
             )
-        _check.shape(op, name, t, f"{tuple(shapes[name])}", tuple(t.shape) == shapes[name])
+        rows, columns = shapes[name]
+        ok = t.dim() == 2 and t.shape[0] == rows and t.shape[1] == columns
+        if not ok:
+            _check.shape(op, name, t, f"({rows}, {columns})", ok)
         _check.same_device(op, name, t, am, "am")
         found.append(t.to(torch.int64))
     return tuple(found)
