@@ -48,9 +48,15 @@ def _exponentials(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.sub(x.to(dtype), maximum.to(dtype)).exp_(), maximum.to(dtype)
 
 
+def _batched(x: Tensor) -> bool:
+    """Whether products run over the batch in one call, and sums over equal symbols are products too: by index they are
+    deterministic on the CPU only."""
+    return x.is_cuda
+
+
 def _products(out: Tensor, left: Tensor, right: Tensor) -> None:
     """out[b] = left[b] right[b]ᵀ."""
-    if out.is_cuda:
+    if _batched(out):
         torch.bmm(left, right.transpose(1, 2), out=out)
     else:
         for o, a, b in zip(out, left, right, strict=True):
@@ -132,14 +138,12 @@ def backward(
         weights[:, positions] = total.sum(1) * -am_scale / sums[:, positions]
     symbol_grad = (grad_px * (1.0 - lm_scale)).transpose(1, 2)  # (B, T, S)
     blank_grad = grad_py.sum(1) * (1.0 - lm_scale)  # (B, T)
-    # Several positions may hold one symbol. Adding them up by index is deterministic on the CPU, and on a GPU
-    # a product is.
-    chosen = _one_hot(symbols, classes, dtype) if lm.is_cuda else None
+    chosen = _one_hot(symbols, classes, dtype) if _batched(lm) else None
     dleft, dam = torch.zeros_like(left), torch.empty_like(am, memory_format=torch.contiguous_format)
     for part in _frames(am, dtype):
         exponentials, _ = _exponentials(am[:, part], dtype)
         w = weights[:, :, part]
-        if lm.is_cuda:
+        if chosen is not None:
             dleft.baddbmm_(w, exponentials)
             grad = torch.bmm(w.transpose(1, 2), left).mul_(exponentials)
             grad.baddbmm_(symbol_grad[:, part], chosen)
@@ -182,7 +186,11 @@ def _grad_lm(dleft, left, lm_sums, total, grad_px, grad_py, symbols, chosen, bla
         inner = (probs * dmean).sum(-1, keepdim=True) / lm_sums
         dlm.add_((dmean - inner) / lm_sums)
     dlm = dlm.mul_(probs).contiguous()
-    dlm[:, :length].scatter_add_(2, symbols.unsqueeze(2), by_symbol.unsqueeze(2) * (1.0 - am_scale))
+    by_symbol = by_symbol.unsqueeze(2) * (1.0 - am_scale)
+    if chosen is None:
+        dlm[:, :length].scatter_add_(2, symbols.unsqueeze(2), by_symbol)
+    else:
+        dlm[:, :length] += chosen * by_symbol
     dlm[:, :, blank] += by_blank * (1.0 - am_scale)
     return dlm
 

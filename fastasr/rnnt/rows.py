@@ -63,6 +63,7 @@ def backward(
     flat, index, normaliser = logits.reshape(-1, classes), symbols.reshape(-1, 1), normaliser.reshape(-1, 1)
     gx, gy = grad_px.reshape(-1, 1).to(dtype), grad_py.reshape(-1, 1).to(dtype)
     grad = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    outputs = torch.arange(classes, device=flat.device)
     for part in _slices(flat.shape[0], classes, dtype, flat.device.type):
         x, y = gx[part], gy[part]
         d = torch.sub(flat[part].to(dtype), normaliser[part]).exp_()
@@ -73,7 +74,10 @@ def backward(
         else:
             d.mul_(-(x + y))
             d[:, blank : blank + 1] += y
-        grad[part] = d.scatter_add_(1, index[part], x)
+        if d.is_cuda:  # torch refuses scatter_add_ there where deterministic algorithms are asked for
+            grad[part] = d.add_((outputs == index[part]) * x)
+        else:
+            grad[part] = d.scatter_add_(1, index[part], x)
     return grad.view(logits.shape)
 
 

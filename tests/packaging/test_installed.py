@@ -122,7 +122,7 @@ def test_the_command_is_installed(installed):
 def test_subpackages_import(installed):
     installed.python(
         "import fastasr, importlib\n"
-        "for name in ('kernels', 'benchmarks', 'swap', 'models', 'testing', 'cli'):\n"
+        "for name in ('kernels', 'benchmarks', 'swap', 'models', 'rnnt', 'compat.k2', 'testing', 'cli'):\n"
         "    module = importlib.import_module(f'fastasr.{name}')\n"
         f"    assert module.__file__.startswith({str(installed.folder)!r}), module.__file__\n"
     )

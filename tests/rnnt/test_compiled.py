@@ -98,3 +98,55 @@ def test_slices_do_not_show(monkeypatch):
     monkeypatch.setattr(rows, "_SLICE_BYTES", {"cpu": 1})
     for found, expected in zip(losses(), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scales", [(0.0, 0.0), (0.25, 0.0), (0.2, 0.3)])
+def test_the_gpu_s_products_on_the_cpu(monkeypatch, scales):
+    """Products over the whole batch, and one-hot matrices in place of sums by index."""
+    p = random_problem(6)
+
+    def losses():
+        lm, am = (x.detach().clone().requires_grad_() for x in (p.lm, p.am))
+        loss = rnnt.rnnt_loss_smoothed(lm, am, p.symbols, p.blank, *scales, p.boundary)
+        return loss.detach(), *torch.autograd.grad(loss, (lm, am))
+
+    expected = losses()
+    monkeypatch.setattr(additive, "_batched", lambda x: True)
+    monkeypatch.setattr(additive, "_SLICE_BYTES", {"cpu": 1})
+    for found, wanted in zip(losses(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """The sizes of all tensors that operators make."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        inputs = {
+            t.untyped_storage().data_ptr()
+            for t in torch.utils._pytree.tree_leaves(args)
+            if torch.is_tensor(t)
+        }
+        for t in torch.utils._pytree.tree_leaves(made):
+            if torch.is_tensor(t) and t.untyped_storage().data_ptr() not in inputs:
+                self.sizes.append(t.untyped_storage().nbytes() // t.element_size())
+        return made
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["CPU", "GPU"])
+def test_nothing_of_the_size_of_am_is_made_but_its_gradient(monkeypatch, batched):
+    batch, frames, length, classes = 2, 128, 6, 50
+    lm, am = torch.randn(batch, length + 1, classes), torch.randn(batch, frames, classes)
+    symbols = torch.randint(0, classes, (batch, length))
+    monkeypatch.setattr(additive, "_batched", lambda x: batched)
+    monkeypatch.setattr(additive, "_SLICE_BYTES", {"cpu": am.nbytes // 8})
+    with _Largest() as forward:
+        px, py, sums = additive.forward(lm, am, symbols, 0, 0.2, 0.1)
+    with _Largest() as backward:
+        additive.backward(px, py, lm, am, symbols, sums, 0, 0.2, 0.1)
+    assert max(forward.sizes) < am.numel() / 3
+    assert [size for size in backward.sizes if size > am.numel() / 3] == [am.numel()]
