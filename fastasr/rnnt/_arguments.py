@@ -53,18 +53,25 @@ def class_index(op: str, name: str, value: object, classes: int) -> int:
     return value
 
 
+def has_values(value: Tensor) -> bool:
+    """Whether there are values to check: not while a graph is traced."""
+    return not torch.compiler.is_compiling() and type(value) in PLAIN and value.numel() > 0
+
+
 def holds(op: str, name: str, condition: Tensor, expected: str, value: Tensor) -> None:
     """``condition.all()``: an error that names ``value``'s range on the CPU, an assertion on a CUDA device."""
-    if torch.compiler.is_compiling() or type(condition) not in PLAIN or condition.numel() == 0:
-        return
     if condition.is_cuda:
         torch._assert_async(condition.all(), f"fastasr.{op}: {name}: expected {expected}")
     elif condition.is_cpu and not condition.all():
-        low, high = value.aminmax()
-        raise ValueError(
-            f"fastasr.{op}: {name}: expected {expected}, got values in [{int(low)}, {int(high)}]: "
-            f"{value.tolist() if value.numel() <= 32 else 'of shape ' + str(tuple(value.shape))}"
-        )
+        _refuse(op, name, expected, value)
+
+
+def _refuse(op: str, name: str, expected: str, value: Tensor) -> None:
+    low, high = value.aminmax()
+    raise ValueError(
+        f"fastasr.{op}: {name}: expected {expected}, got values in [{int(low)}, {int(high)}]: "
+        f"{value.tolist() if value.numel() <= 32 else 'of shape ' + str(tuple(value.shape))}"
+    )
 
 
 def symbols(
@@ -72,11 +79,12 @@ def symbols(
 ) -> Tensor:
     """(B, S) in [0, C) up to the boundary's end; what pads them may be anything and is returned within [0, C)."""
     value = integers(op, "symbols", value, (like.shape[0], length), like, "the scores")
-    right = (value >= 0) & (value < classes)
-    if boundary is not None:
-        s = torch.arange(value.shape[1], device=value.device)
-        right |= (s < boundary[:, 0:1]) | (s >= boundary[:, 2:3])
-    holds(op, "symbols", right, f"classes in [0, {classes})", value)
+    if has_values(value):
+        right = (value >= 0) & (value < classes)
+        if boundary is not None:
+            s = torch.arange(value.shape[1], device=value.device)
+            right |= (s < boundary[:, 0:1]) | (s >= boundary[:, 2:3])
+        holds(op, "symbols", right, f"classes in [0, {classes})", value)
     return value.clamp(0, classes - 1)
 
 
@@ -85,15 +93,17 @@ def boundary(op: str, value: object, batch: int, length: int, frames: int, like:
     if value is None:
         return None
     value = integers(op, "boundary", value, (batch, 4), like, "the scores")
-    begin, end = value[:, :2], value[:, 2:]
-    limit = torch.tensor((length, frames)) if not value.is_cuda else None
-    inside = (begin >= 0) & (begin <= end)
-    if limit is None:
-        inside &= torch.stack((end[:, 0] <= length, end[:, 1] <= frames), 1)
-    else:
-        inside &= end <= limit
+    if not has_values(value):
+        return value
     expected = f"rows [s_begin, t_begin, s_end, t_end] within S = {length} and T = {frames}, begin <= end"
-    holds(op, "boundary", inside, expected, value)
+    if value.is_cpu:
+        rows = value.tolist()  # Python is faster at so few
+        if not all(0 <= s <= end <= length and 0 <= t <= stop <= frames for s, t, end, stop in rows):
+            _refuse(op, "boundary", expected, value)
+    else:
+        s, t, end, stop = value.unbind(1)
+        right = (s >= 0) & (s <= end) & (end <= length) & (t >= 0) & (t <= stop) & (stop <= frames)
+        holds(op, "boundary", right, expected, value)
     return value
 
 
@@ -109,9 +119,16 @@ def ranges(op: str, value: object, batch: int, frames: int, length: int, like: T
         1 <= width <= length + 1,
     )
     starts = value[..., 0]
-    holds(op, "ranges", (value >= 0) & (value <= length), f"positions in [0, S] = [0, {length}]", value)
-    holds(op, "ranges", value[..., 1:] == value[..., :-1] + 1, "neighbouring positions in each window", value)
-    holds(op, "ranges", starts[:, 1:] >= starts[:, :-1], "windows that never go back in time", value)
+    if has_values(value):
+        holds(op, "ranges", (value >= 0) & (value <= length), f"positions in [0, S] = [0, {length}]", value)
+        holds(
+            op,
+            "ranges",
+            value[..., 1:] == value[..., :-1] + 1,
+            "neighbouring positions in each window",
+            value,
+        )
+        holds(op, "ranges", starts[:, 1:] >= starts[:, :-1], "windows that never go back in time", value)
     return starts
 
 

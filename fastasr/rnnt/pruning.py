@@ -71,8 +71,9 @@ def do_rnnt_pruning(am: Tensor, lm: Tensor, ranges: Tensor) -> tuple[Tensor, Ten
     (batch, frames, channels), (_, positions, width) = am.shape, lm.shape
     _check.shape(op, "lm", lm, f"({batch}, S + 1, D)", lm.shape[0] == batch)
     ranges = arguments.integers(op, "ranges", ranges, (batch, frames, None), am, "am")
-    inside = (ranges >= 0) & (ranges < positions)
-    arguments.holds(op, "ranges", inside, f"positions in [0, S] = [0, {positions - 1}]", ranges)
+    if arguments.has_values(ranges):
+        inside = (ranges >= 0) & (ranges < positions)
+        arguments.holds(op, "ranges", inside, f"positions in [0, S] = [0, {positions - 1}]", ranges)
     s_range = ranges.shape[2]
     index = ranges.reshape(batch, frames * s_range, 1).expand(-1, -1, width)
     return (
