@@ -331,7 +331,8 @@ def rnnt_joiner_backward(
     stride = triton.cdiv(p.v, 16) * 16
     size = weight.element_size()
     sum_dtype = torch.float64 if weight.dtype is torch.float32 else torch.float32
-    with torch.cuda.device_of(am):
+    # a backward inside autocast would take float32 products in 16 bits
+    with torch.autocast(am.device.type, enabled=False), torch.cuda.device_of(am):
         for first, end in p.chunks(stride * size + p.width * (size + 4)):
             hidden, count, blocks = p.hidden(first, end), end - first, p.blocks(end - first)
             dlogits = weight.new_empty(count, stride)
