@@ -482,7 +482,6 @@ def _check_indices(op: str, am, lm, symbols, starts, boundary) -> tuple[Tensor, 
 
 def _check_values(op: str, symbols, starts, boundary, frames: int, outputs: int) -> None:
     length = symbols.shape[1]
-    s, t = torch.arange(length), torch.arange(frames)
     if boundary is not None and boundary.numel():
         s_begin, t_begin, s_end, t_end = boundary.unbind(1)
         right = (s_begin >= 0) & (s_begin <= s_end) & (s_end <= length)
@@ -493,6 +492,7 @@ def _check_values(op: str, symbols, starts, boundary, frames: int, outputs: int)
                 f"fastasr.{op}: boundary: expected 0 <= s_begin <= s_end <= {length} and 0 <= t_begin <= t_end <= "
                 f"{frames}, got {first}"
             )
+        s, t = torch.arange(length), torch.arange(frames)
         symbols = symbols[(s >= s_begin.unsqueeze(1)) & (s < s_end.unsqueeze(1))]
         starts = starts[(t >= t_begin.unsqueeze(1)) & (t < t_end.unsqueeze(1))]
     for name, values, end in (("symbols", symbols, outputs), ("starts", starts, length + 1)):
