@@ -112,7 +112,7 @@ TABLE = OpTable(
         ),
         Sample("to the last context", lambda m: _call(m, 2, 7, 5, 3, 17, 33)),
         Sample("boundary", _padded),
-        Sample("boundary, computed again", lambda m: _padded(m) | {"keep_logits": False}),
+        Sample("boundary, computed again", lambda m: _padded(m) | {"keep_logits": False}, large=True),
         Sample(
             "HAT with a boundary",
             lambda m: _symbols_but_blank(_padded(m)) | {"hat": True, "activation": "relu"},
