@@ -7,6 +7,8 @@ Upstream's own build asks for a CMake and a torch of its day; its three C++ file
 extension in C++20, in under a minute. Tests compare fastasr.rnnt with it, and benchmarks measure it.
 """
 
+import os
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -24,6 +26,10 @@ SOURCES = {
 
 def main(root: Path) -> None:
     packages = Path(sysconfig.get_path("purelib"))
+    # where scripts/python_headers.sh has put Python.h, if it was missing
+    definition = "-DPython_INCLUDE_DIR="
+    cmake = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+    headers = [argument.removeprefix(definition) for argument in cmake if argument.startswith(definition)]
     with tempfile.TemporaryDirectory() as folder:
         build = Path(folder)
         for source, name in SOURCES.items():
@@ -31,8 +37,9 @@ def main(root: Path) -> None:
         extension.load(
             name="_fast_rnnt",
             sources=[str(build / name) for name in SOURCES.values()],
-            extra_include_paths=[str(root)],
-            extra_cflags=["-O3", "-DNDEBUG", "-std=c++20"],  # upstream's release build
+            extra_include_paths=[str(root), *headers],
+            # as upstream's release build
+            extra_cflags=["-O3", "-DNDEBUG", "-std=c++20", *shlex.split(os.environ.get("CXXFLAGS", ""))],
             build_directory=str(build),
         )
         shutil.copytree(root / "fast_rnnt/python/fast_rnnt", packages / "fast_rnnt", dirs_exist_ok=True)

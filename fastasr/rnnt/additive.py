@@ -26,16 +26,22 @@ from torch import Tensor
 from fastasr.ops import _gemm
 from fastasr.ops._register import register
 
-_SLICE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}  # of exponentials at a time
+# of exponentials at a time. At 400 frames, 61 positions and 5000 classes 2 MB are 104 frames: fewer make thin products
+_SLICE_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 
-def _frames(am: Tensor, dtype: torch.dtype):
-    """Slices of frames whose exponentials take about a cache's, or on a GPU a buffer's, worth of memory."""
+def _slices(am: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice]]:
+    """(sequences, frames) whose exponentials are computed at a time: those of all sequences where products are
+    batched, else of one.
+    """
     batch, frames, classes = am.shape
-    row = max(1, batch * classes * dtype.itemsize)
+    together = batch if _batched(am) else 1
+    row = max(1, together * classes * dtype.itemsize)
     step = max(16, _SLICE_BYTES.get(am.device.type, 1 << 26) // row)
     count = max(1, -(-frames // step))
-    return [slice(frames * i // count, frames * (i + 1) // count) for i in range(count)]
+    parts = [slice(frames * i // count, frames * (i + 1) // count) for i in range(count)]
+    sequences = [slice(0, batch)] if _batched(am) else [slice(b, b + 1) for b in range(batch)]
+    return [(sequence, part) for sequence in sequences for part in parts]
 
 
 def _compute_dtype(lm: Tensor, am: Tensor) -> torch.dtype:
@@ -89,10 +95,10 @@ def forward(
     left, lm_max, lm_sums = _left_rows(lm, dtype, am_scale != 0)
     sums = am.new_empty(batch, left.shape[1], frames, dtype=dtype)
     am_max = am.new_empty(batch, 1, frames, dtype=dtype)
-    for part in _frames(am, dtype):
-        exponentials, maximum = _exponentials(am[:, part], dtype)
-        am_max[:, 0, part] = maximum.squeeze(-1)
-        _products(sums[:, :, part], left, exponentials)
+    for rows, part in _slices(am, dtype):
+        exponentials, maximum = _exponentials(am[rows, part], dtype)
+        am_max[rows, 0, part] = maximum.squeeze(-1)
+        _products(sums[rows, :, part], left[rows], exponentials)
     base = sums[:, :positions].add(tiny).log_().add_(lm_max).add_(am_max)  # N
     base.mul_(lm_scale + am_scale - 1.0)
     if lm_scale:
@@ -127,7 +133,7 @@ def backward(
     """(dlm, dam)."""
     dtype = sums.dtype
     tiny = torch.finfo(dtype).tiny
-    (batch, positions, classes), length = lm.shape, symbols.shape[1]
+    (_, positions, classes), length = lm.shape, symbols.shape[1]
     left, _, lm_sums = _left_rows(lm, dtype, am_scale != 0)
     total = grad_py.clone()
     total[:, :length] += grad_px
@@ -140,25 +146,21 @@ def backward(
     blank_grad = grad_py.sum(1) * (1.0 - lm_scale)  # (B, T)
     chosen = _one_hot(symbols, classes, dtype) if _batched(lm) else None
     dleft, dam = torch.zeros_like(left), torch.empty_like(am, memory_format=torch.contiguous_format)
-    for part in _frames(am, dtype):
-        exponentials, _ = _exponentials(am[:, part], dtype)
-        w = weights[:, :, part]
+    for rows, part in _slices(am, dtype):
+        exponentials, _ = _exponentials(am[rows, part], dtype)
+        w = weights[rows, :, part]
         if chosen is not None:
-            dleft.baddbmm_(w, exponentials)
-            grad = torch.bmm(w.transpose(1, 2), left).mul_(exponentials)
-            grad.baddbmm_(symbol_grad[:, part], chosen)
-        else:
-            grad = exponentials  # of one batch row after the other, in place
-            for b in range(batch):
-                dleft[b] += _gemm.input_grad(w[b].contiguous(), exponentials[b])
-                grad[b].mul_(_gemm.weight_grad(w[b].contiguous(), left[b]))
-            grad.scatter_add_(
-                2,
-                symbols.unsqueeze(1).expand(batch, grad.shape[1], length),
-                symbol_grad[:, part].contiguous(),
-            )
-        grad[:, :, blank] += blank_grad[:, part]
-        dam[:, part] = grad
+            dleft[rows].baddbmm_(w, exponentials)
+            grad = torch.bmm(w.transpose(1, 2), left[rows]).mul_(exponentials)
+            grad.baddbmm_(symbol_grad[rows, part], chosen[rows])
+        else:  # one sequence
+            w = w[0].contiguous()
+            dleft[rows] += _gemm.input_grad(w, exponentials[0])
+            grad = exponentials.mul_(_gemm.weight_grad(w, left[rows][0]))
+            index = symbols[rows].unsqueeze(1).expand(1, grad.shape[1], length)
+            grad.scatter_add_(2, index, symbol_grad[rows, part].contiguous())
+        grad[:, :, blank] += blank_grad[rows, part]
+        dam[rows, part] = grad
     return _grad_lm(
         dleft, left, lm_sums, total, grad_px, grad_py, symbols, chosen, blank, lm_scale, am_scale
     ).to(lm.dtype), dam
