@@ -39,6 +39,8 @@ from fastasr.benchmarks.ops import (
     gated_depthwise_conv,
     residual_norm,
     rnnt_joiner,
+    rnnt_lattice,
+    rnnt_pruned_lattice,
     swoosh,
     swoosh_linear,
     toeplitz_attention,
@@ -67,6 +69,7 @@ def training_cases() -> list[Case]:
     cases.append(complex_ema_scan._case(2048))
     cases += [*residual_norm.CASES, *toeplitz_attention.CASES]  # of a MEGA decoder
     cases += rnnt_joiner.CASES[::2]
+    cases += [*rnnt_lattice.CASES[:3], rnnt_pruned_lattice.CASES[0]]
     for chunk in (None, 32):  # a convolution module of stack 0 and of stack 3, plain and chunk-causal
         cases.append(gated_depthwise_conv._case((frames, batch, 192), 31, chunk))
         cases.append(gated_depthwise_conv._case((188, batch, 512), 15, chunk and chunk // 8))
@@ -254,7 +257,22 @@ def launch_everything() -> None:
                 y.sum().backward()
     launch_ema_scan()
     launch_attention()
+    launch_lattices()
     torch.cuda.synchronize()
+
+
+def launch_lattices() -> None:
+    """More columns than a block holds, ragged boundaries, bands that move."""
+    from fastasr import ops
+
+    make = partial(torch.randn, device="cuda")
+    for modified in (False, True):
+        x, y = make(2, 5, 1500 + (not modified)).requires_grad_(), make(2, 6, 1500).requires_grad_()
+        boundary = torch.tensor([[0, 0, 5, 1500], [1, 3, 4, 90]], device="cuda")
+        ops.rnnt_lattice(x, y, boundary).sum().backward()
+        x, y = make(3, 70, 5).requires_grad_(), make(3, 70, 5).requires_grad_()
+        starts = (torch.arange(70, device="cuda") // 3).expand(3, 70)
+        ops.rnnt_pruned_lattice(x, y, starts, modified=modified).sum().backward()
 
 
 def launch_attention() -> None:

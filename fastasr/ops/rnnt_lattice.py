@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 
 from fastasr.ops import _check
-from fastasr.ops._dispatch import KernelFamily, direct, native_kernels
+from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, triton_kernels
 from fastasr.ops._lattice import (
     check_boundary,
     check_boundary_values,
@@ -38,7 +38,7 @@ from fastasr.ops._lattice import (
 from fastasr.ops._register import refuse_double_backward, register
 
 NAME = "rnnt_lattice"
-FAMILY = KernelFamily(NAME, (NAME,), (native_kernels(NAME),))
+FAMILY = KernelFamily(NAME, (NAME,), (native_kernels(NAME), triton_kernels(NAME)))
 
 _INF = float("inf")
 
@@ -246,6 +246,8 @@ def shares_shape(backend: str, x: Tensor, y: Tensor) -> tuple[int, int, int]:
     steps = y.shape[2] + (symbols if width == y.shape[2] + 1 else 0)
     if backend == "cpu":
         return batch, steps, (symbols + 16) // 16 * 16
+    if backend == "triton":
+        return batch, symbols + 1, (y.shape[2] + 16) // 16 * 16
     return batch, steps + 1, symbols + 1
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 
 from fastasr.ops import _check
-from fastasr.ops._dispatch import KernelFamily, direct, native_kernels
+from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, triton_kernels
 from fastasr.ops._lattice import (
     check_boundary,
     check_boundary_values,
@@ -33,7 +33,7 @@ from fastasr.ops._lattice import (
 from fastasr.ops._register import refuse_double_backward, register
 
 NAME = "rnnt_pruned_lattice"
-FAMILY = KernelFamily(NAME, (NAME,), (native_kernels(NAME),))
+FAMILY = KernelFamily(NAME, (NAME,), (native_kernels(NAME), triton_kernels(NAME)))
 
 _INF = float("inf")
 

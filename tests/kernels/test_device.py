@@ -52,7 +52,14 @@ def _calls(dtype=torch.float32):
             (make(60, 4, 64), x, other, make(2, 64), make(2, 64), make(119)),
         ),
         ("rnnt_joiner", _joiner, (make(2, 30, 192), make(2, 9, 192), make(70, 192), make(70))),
+        ("rnnt_lattice", ops.rnnt_lattice, (make(4, 20, 61), make(4, 21, 60))),
+        ("rnnt_pruned_lattice", _pruned_lattice, (make(4, 60, 5), make(4, 60, 5))),
     ]
+
+
+def _pruned_lattice(*tensors: torch.Tensor) -> torch.Tensor:
+    starts = (torch.arange(60, device="cuda") // 4).expand(4, 60)
+    return ops.rnnt_pruned_lattice(*tensors, starts)
 
 
 def _joiner(*tensors: torch.Tensor) -> torch.Tensor:
@@ -61,7 +68,7 @@ def _joiner(*tensors: torch.Tensor) -> torch.Tensor:
     return torch.stack(ops.rnnt_joiner(*tensors, symbols, starts, s_range=5, termination_symbol=0))
 
 
-@pytest.mark.parametrize("index", range(15))
+@pytest.mark.parametrize("index", range(17))
 def test_capture_in_a_graph(index):
     name, function, tensors = _calls()[index]
     tensors = tuple(t.requires_grad_() for t in tensors)
@@ -87,7 +94,7 @@ def test_capture_in_a_graph(index):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("index", range(15))
+@pytest.mark.parametrize("index", range(17))
 def test_no_wait_for_the_device(index):
     _, function, tensors = _calls()[index]
     tensors = tuple(t.requires_grad_() for t in tensors)
@@ -99,7 +106,7 @@ def test_no_wait_for_the_device(index):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("index", range(15))
+@pytest.mark.parametrize("index", range(17))
 def test_on_a_stream_of_its_own(index):
     name, function, tensors = _calls(torch.bfloat16)[index]
     expected = function(*tensors)
@@ -114,7 +121,7 @@ def test_on_a_stream_of_its_own(index):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("index", range(15))
+@pytest.mark.parametrize("index", range(17))
 def test_on_the_tensors_device(index):
     name, function, tensors = _calls()[index]
     y = function(*(t.to("cuda:1") for t in tensors))

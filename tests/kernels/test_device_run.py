@@ -45,6 +45,8 @@ def test_cases_are_those_of_training():
         "gated_residual_norm",
         "residual_norm",
         "rnnt_joiner",
+        "rnnt_lattice",
+        "rnnt_pruned_lattice",
         "toeplitz_attention",
     }
     assert len({(case.op, case.name) for case in cases}) == len(cases)

@@ -66,6 +66,8 @@ def configurations() -> list[Configuration]:
         *_gated_depthwise_conv(),
         *_toeplitz_attention(),
         *_rnnt_joiner(),
+        *_rnnt_lattice(),
+        *_rnnt_pruned_lattice(),
     ]
 
 
@@ -360,6 +362,49 @@ def _rnnt_joiner():
         for name in extra:
             yield configuration(name, "", dtype)
         yield configuration("hidden", "relu, odd sizes", dtype, d=100, ACTIVATION=2, BOUNDARY=None)
+
+
+def _rnnt_lattice():
+    from fastasr.kernels import rnnt_lattice as module
+
+    names = ("X", "Y", "SCORES", "SHARES", "COLUMN", "GRAD", "DX", "DY")
+    types = dict.fromkeys(names, "fp32") | {"BOUNDARY": "i64"}
+    for frames in (40, 750, 2000):
+        lanes, warps = module._lanes(frames)
+        for modified in (False, True):
+            constants = {"BLOCK": lanes, "MODIFIED": modified}
+            label = f"{'modified' if modified else 'regular'}, T={frames}"
+            for kernel in ("forward", "backward"):
+                function = getattr(module, f"{kernel}_kernel")
+                yield Configuration(
+                    f"rnnt_lattice {kernel}, {label}", function, types, constants, warps, ("share_row",)
+                )
+    lanes, warps = module._lanes(750)
+    constants = {"BLOCK": lanes, "MODIFIED": False, "BOUNDARY": None}
+    yield Configuration(
+        "rnnt_lattice forward, no shares, T=750",
+        module.forward_kernel,
+        types,
+        constants | {"SHARES": None},
+        warps,
+    )
+
+
+def _rnnt_pruned_lattice():
+    from fastasr.kernels import rnnt_pruned_lattice as module
+
+    names = ("X", "Y", "SCORES", "SHARES", "GRAD", "DX", "DY")
+    types = dict.fromkeys(names, "fp32") | {"BOUNDARY": "i64", "STARTS": "i64"}
+    for window in (5, 16):
+        lanes, warps = module._lanes(window)
+        for modified in (False, True):
+            label = f"{'modified' if modified else 'regular'}, R={window}"
+            for kernel in ("forward", "backward"):
+                function = getattr(module, f"{kernel}_kernel")
+                constants = {"BLOCK": lanes, "MODIFIED": modified}
+                yield Configuration(
+                    f"rnnt_pruned_lattice {kernel}, {label}", function, types, constants, warps
+                )
 
 
 def compiled(configuration: Configuration, architecture: int):

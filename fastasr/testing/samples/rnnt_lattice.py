@@ -82,7 +82,7 @@ def _random(make: Make, shape) -> dict:
     return arguments
 
 
-_RAGGED = [[0, 0, 5, 9], [1, 2, 3, 7], [0, 0, 0, 4]]
+_RAGGED = [[0, 0, 4, 7], [1, 2, 3, 6], [0, 0, 0, 4]]
 
 TABLE = OpTable(
     op="rnnt_lattice",
@@ -91,9 +91,9 @@ TABLE = OpTable(
     result=_result,
     samples=(
         Sample("regular", lambda m: _lattice(m, 2, 3, 5), thorough=True),
-        Sample("ragged", lambda m: _lattice(m, 3, 5, 9, boundary=_RAGGED), thorough=True),
-        Sample("modified", lambda m: _lattice(m, 3, 5, 9, modified=True, boundary=_RAGGED), thorough=True),
-        Sample("no symbol after the last frame", lambda m: _last_column(m, 2, 4, 7), thorough=False),
+        Sample("ragged", lambda m: _lattice(m, 3, 4, 7, boundary=_RAGGED), thorough=True),
+        Sample("modified", lambda m: _lattice(m, 3, 4, 7, modified=True, boundary=_RAGGED), thorough=True),
+        Sample("no symbol after the last frame", lambda m: _last_column(m, 2, 4, 7)),
         Sample("one sequence, occupations", lambda m: _lattice(m, 1, 7, 11, return_occupation=True)),
         Sample(
             "one modified sequence, occupations",
@@ -107,18 +107,19 @@ TABLE = OpTable(
         Sample("unreachable: more symbols than frames", lambda m: _lattice(m, 2, 6, 4, modified=True)),
         Sample(
             "empty boundaries",
-            lambda m: _lattice(m, 3, 4, 6, boundary=[[0, 0, 0, 0], [2, 3, 2, 3], [4, 6, 4, 6]]),
+            lambda m: _lattice(m, 3, 2, 3, boundary=[[0, 0, 0, 0], [1, 2, 1, 2], [2, 3, 2, 3]]),
         ),
-        Sample("sixteen rows", lambda m: _lattice(m, 2, 15, 40)),
-        Sample("seventeen rows", lambda m: _lattice(m, 2, 16, 33)),
+        Sample("sixteen rows", lambda m: _lattice(m, 2, 15, 40), large=True),
+        Sample("seventeen rows", lambda m: _lattice(m, 2, 16, 33), large=True),
         Sample(
             "long",
             lambda m: _lattice(m, 3, 37, 110, boundary=[[0, 0, 37, 110], [0, 0, 20, 61], [3, 5, 36, 99]]),
+            large=True,
         ),
         Sample("long, modified", lambda m: _lattice(m, 2, 37, 110, modified=True), large=True),
         Sample("steep", lambda m: _lattice(m, 2, 90, 7, mean=0.0), large=True),
-        Sample("improbable", lambda m: _lattice(m, 2, 12, 20, mean=-300.0, scale=100.0)),
-        Sample("probable", lambda m: _lattice(m, 2, 6, 9, mean=1.0)),
+        Sample("improbable", lambda m: _lattice(m, 2, 5, 7, mean=-20.0, scale=10.0)),
+        Sample("probable", lambda m: _lattice(m, 2, 5, 7, mean=1.0)),
         Sample("NaN", _special(float("nan")), exact=False),
         Sample("NaN, modified", _special(float("nan"), modified=True), exact=False),
         Sample("inf", _special(float("inf")), exact=False),
