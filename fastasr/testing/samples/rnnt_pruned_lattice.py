@@ -105,7 +105,7 @@ TABLE = OpTable(
         Sample("windows that jump over each other", lambda m: _band(m, 3, 6, 3, step=5, modified=True)),
         Sample("no frames", lambda m: _band(m, 2, 0, 3)),
         Sample("no sequences", lambda m: _band(m, 0, 4, 3)),
-        Sample("standing windows", lambda m: _band(m, 2, 4, 6, step=0)),
+        Sample("standing windows", lambda m: _band(m, 2, 4, 6, step=0), large=True),
         Sample(
             "many sequences",
             lambda m: _band(m, 19, 21, 5, step=1, ends=[21 - b for b in range(19)]),
@@ -114,7 +114,7 @@ TABLE = OpTable(
         Sample("wide", lambda m: _band(m, 2, 30, 17, step=2, ends=[30, 11]), large=True),
         Sample("wide, modified", lambda m: _band(m, 2, 30, 17, step=1, modified=True), large=True),
         Sample("long", lambda m: _band(m, 2, 150, 5, step=1), large=True),
-        Sample("improbable", lambda m: _band(m, 2, 6, 3, step=1, mean=-20.0, scale=10.0)),
+        Sample("improbable", lambda m: _band(m, 2, 6, 3, step=1, mean=-20.0, scale=10.0), large=True),
         Sample("NaN", _special(float("nan")), exact=False),
         Sample("inf, modified", _special(float("inf"), modified=True), exact=False),
         Sample("-inf", _special(-float("inf")), exact=False),
