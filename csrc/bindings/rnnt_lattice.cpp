@@ -24,9 +24,9 @@ std::tuple<Tensor, Tensor> rnnt_lattice_forward(const Tensor& x, const Tensor& y
   STD_TORCH_CHECK(width == frames || width == frames + 1, op, ": columns of symbol_logprobs");
   const std::vector<Boundary> boundaries = checked_boundaries(boundary, batch, symbols, frames, op);
   const cpu::LatticeSize whole{symbols, frames, width > frames};
-  const int64_t slab = whole.steps() * cpu::lattice_row(symbols);
+  const int64_t slab = whole.steps() * cpu::lattice_row(whole);
   Tensor scores = new_pooled<1>(x, {batch});
-  Tensor shares = keep ? new_pooled<3>(x, {batch, whole.steps(), cpu::lattice_row(symbols)}) : new_without_elements(x);
+  Tensor shares = keep ? new_pooled<3>(x, {batch, whole.steps(), cpu::lattice_row(whole)}) : new_without_elements(x);
   with_lattice_type(x, op, [&]<typename C>() {
     const C *xp = data<C>(x), *yp = data<C>(y);
     C *sp = mutable_data<C>(scores), *kept = keep && slab ? mutable_data<C>(shares) : nullptr;
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> rnnt_lattice_forward(const Tensor& x, const Tensor& y
                                      yp + (b * (symbols + 1) + at.s_begin) * frames + at.t_begin, frames,
                                      kept ? kept + b * slab : nullptr, scratch.data());
         if (kept) {
-          const int64_t used = size.steps() * cpu::lattice_row(size.symbols);
+          const int64_t used = size.steps() * cpu::lattice_row(size);
           std::fill(kept + b * slab + used, kept + (b + 1) * slab, C(0));
         }
       }
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> rnnt_lattice_backward(const OptionalTensor& grad, con
   if (grad.has_value()) check_same_size(*grad, scores, op, "grad");
   const std::vector<Boundary> boundaries = checked_boundaries(boundary, batch, symbols, frames, op);
   const cpu::LatticeSize whole{symbols, frames, width > frames};
-  const int64_t slab = whole.steps() * cpu::lattice_row(symbols);
+  const int64_t slab = whole.steps() * cpu::lattice_row(whole);
   STD_TORCH_CHECK(shares.numel() == batch * slab, op, ": shares");
   Tensor dx = new_pooled<3>(scores, {batch, symbols, width}), dy = new_pooled<3>(scores, {batch, symbols + 1, frames});
   with_lattice_type(scores, op, [&]<typename C>() {

@@ -17,10 +17,14 @@ struct LatticeSize {
   int64_t columns() const { return frames + (regular ? 1 : 0); }  // of x
 };
 
-// Shares are kept as one row per step of this many elements, whatever the instruction set.
-FASTASR_INLINE int64_t lattice_row(int64_t symbols) { return (symbols + 16) / 16 * 16; }
+// Shares are kept as one row per step of this many elements, whatever the instruction set: the cells of a step, which
+// are at most frames + 1 of a regular lattice, and what is missing to whole vectors.
+FASTASR_INLINE int64_t lattice_row(const LatticeSize& size) {
+  const int64_t all = (size.symbols + 16) / 16 * 16, diagonal = (size.frames + 63) / 16 * 16;
+  return size.regular && diagonal < all ? diagonal : all;
+}
 // Elements of the scratch memory, which is aligned to 64 bytes.
-FASTASR_INLINE int64_t lattice_scratch(int64_t symbols) { return 34 * lattice_row(symbols) + 32; }
+FASTASR_INLINE int64_t lattice_scratch(int64_t symbols) { return 34 * ((symbols + 16) / 16 * 16) + 32; }
 
 // x (symbols, columns) with rows x_row apart, y (symbols + 1, frames) with rows y_row apart. Returns the score; a NaN
 // if a NaN was read. shares: steps * lattice_row elements, aligned to 64 bytes, or null.

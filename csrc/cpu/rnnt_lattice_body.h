@@ -125,6 +125,7 @@ FASTASR_TARGET C forward_steps(const LatticeSize& size, const C* x, int64_t x_ro
   constexpr int n = Lanes<C>::count;
   const auto lanes = std::make_index_sequence<n>();
   const int64_t vectors = size.symbols / n + 1, row = vectors * n, skew = size.regular;
+  const int64_t kept_row = lattice_row(size);
   // p and its powers, after a vector of impossible cells before s = 0
   C *const m = scratch + n, *const e = m + row + n, *const xs = e + row, *const ys = xs + n * row;
   for (int64_t v = -n; v < row; v += n) put(m + v, vector_of<C>(1)), put(e + v, vector_of(kFloor<C>));
@@ -137,11 +138,9 @@ FASTASR_TARGET C forward_steps(const LatticeSize& size, const C* x, int64_t x_ro
       load_steps(y, y_row, s, size.symbols + 1, first - 1 - s * skew, skew, size.frames, ys + s, row);
     }
     for (int64_t j = 0; j < b.steps; j++) {
-      C* const kept = shares + (first - 1 + j) * lattice_row(size.symbols);
-      if constexpr (kKeep) {  // no cells there: zeros, so that what is kept repeats bit for bit
-        for (int64_t s = 0; s < b.low * n; s += n) put(kept + s, Vector<C>{});
-        for (int64_t s = (b.high + 1) * n; s < lattice_row(size.symbols); s += n) put(kept + s, Vector<C>{});
-      }
+      C* const kept = shares + (first - 1 + j) * kept_row;
+      if constexpr (kKeep)  // no cells there: zeros, so that what is kept repeats bit for bit
+        for (int64_t s = (b.high - b.low + 1) * n; s < kept_row; s += n) put(kept + s, Vector<C>{});
       Vector<C> pm = at(m + b.high * n), pe = at(e + b.high * n);
       for (int64_t s = b.high * n; s >= b.low * n; s -= n) {
         const Vector<C> before_m = at(m + s - n), before_e = at(e + s - n);
@@ -155,7 +154,7 @@ FASTASR_TARGET C forward_steps(const LatticeSize& size, const C* x, int64_t x_ro
         const Vector<C> top = xe > ye ? xe : ye;
         const Vector<C> symbol = xm * power_of_two<C>(xe - top);
         const Vector<C> sum = ym * power_of_two<C>(ye - top) + symbol;
-        if constexpr (kKeep) put(kept + s, symbol / sum);
+        if constexpr (kKeep) put(kept + s - b.low * n, symbol / sum);
         put(m + s, sum);
         put(e + s, top);
         pm = before_m, pe = before_e;
@@ -186,6 +185,7 @@ FASTASR_TARGET void backward_body(const LatticeSize& size, C grad, const C* shar
   constexpr int n = Lanes<C>::count;
   const auto lanes = std::make_index_sequence<n>();
   const int64_t vectors = size.symbols / n + 1, row = vectors * n, skew = size.regular;
+  const int64_t kept_row = lattice_row(size);
   C *const g = scratch, *const xs = g + row + n, *const ys = xs + n * row;
   for (int64_t s = 0; s < row; s += n) put(g + s, Vector<C>{});
   g[size.symbols] = grad;
@@ -195,10 +195,10 @@ FASTASR_TARGET void backward_body(const LatticeSize& size, C grad, const C* shar
       for (int64_t s = b.low * n; s <= b.high * n; s += n)
         put(xs + j * row + s, Vector<C>{}), put(ys + j * row + s, Vector<C>{});
     for (int64_t j = b.steps - 1; j >= 0; j--) {
-      const C* const kept = shares + (first - 1 + j) * lattice_row(size.symbols);
+      const C* const kept = shares + (first - 1 + j) * kept_row;
       Vector<C> above{};  // the symbol arcs into the next vector of cells
       for (int64_t s = b.high * n; s >= b.low * n; s -= n) {
-        const Vector<C> whole = at(g + s), symbol = whole * at(kept + s), blank = whole - symbol;
+        const Vector<C> whole = at(g + s), symbol = whole * at(kept + s - b.low * n), blank = whole - symbol;
         put(xs + j * row + s, symbol);
         put(ys + j * row + s, blank);
         put(g + s, blank + next_lane<C>(symbol, above, lanes));

@@ -43,7 +43,7 @@ struct Case {
         y((symbols + 1) * y_row, 3),
         dx(symbols * x_row, 2),
         dy((symbols + 1) * y_row, 1),
-        shares(size.steps() * cpu::lattice_row(symbols)),
+        shares(size.steps() * cpu::lattice_row(size)),
         scratch(cpu::lattice_scratch(symbols)) {
     Random random(static_cast<uint64_t>(symbols * 1000 + frames * 2 + regular));
     x.fill(random, scale, mean);

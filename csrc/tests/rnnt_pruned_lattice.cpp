@@ -106,7 +106,7 @@ struct Batch {
       if (has_y) wy[iy] = value(q.y[i]);
     });
     std::vector<double> kept, memory;
-    double* const shares = aligned(kept, whole.steps() * cpu::lattice_row(symbols));
+    double* const shares = aligned(kept, whole.steps() * cpu::lattice_row(whole));
     double* const scratch = aligned(memory, cpu::lattice_scratch(symbols));
     const double score = cpu::lattice_forward(whole, wx.data(), columns, wy.data(), extent, shares, scratch);
     const double allowed = sizeof(C) == 8 ? 1e-12 : 1e-5;

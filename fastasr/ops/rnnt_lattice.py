@@ -23,9 +23,10 @@ bytes: forward 2 e (3 e when shares are kept), backward 3 e. Upstream:
 import torch
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from fastasr.ops import _check
-from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, triton_kernels
+from fastasr.ops._dispatch import PLAIN, KernelFamily, direct, native_kernels, triton_kernels
 from fastasr.ops._lattice import (
     check_boundary,
     check_boundary_values,
@@ -230,6 +231,22 @@ class _Lattice(torch.autograd.Function):
         return dx.to(ctx.dtypes[0]), dy.to(ctx.dtypes[1]), None, None
 
 
+class _NativeLattice(torch.autograd.Function):
+    """The shortest path: the native kernels check their arguments themselves and raise RuntimeError."""
+
+    @staticmethod
+    def forward(ctx, kernels, x: Tensor, y: Tensor, boundary: Tensor | None) -> Tensor:
+        scores, shares = kernels.forward(x, y, boundary, True)
+        ctx.save_for_backward(scores, shares, boundary)
+        ctx.kernels, ctx.sizes = kernels, (x.shape[1], x.shape[2], y.shape[2])
+        return scores
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        refuse_double_backward(NAME)
+        return None, *ctx.kernels.backward(grad.contiguous(), *ctx.saved_tensors, *ctx.sizes), None
+
+
 # --------------------------------------------------------------------------- registration
 def _whole_forward(x: Tensor, y: Tensor, boundary: Tensor | None, return_occupation: bool, keep: bool):
     scores, shares = forward(x, y, boundary, keep or return_occupation)
@@ -245,7 +262,8 @@ def shares_shape(backend: str, x: Tensor, y: Tensor) -> tuple[int, int, int]:
     batch, symbols, width = x.shape
     steps = y.shape[2] + (symbols if width == y.shape[2] + 1 else 0)
     if backend == "cpu":
-        return batch, steps, (symbols + 16) // 16 * 16
+        row = (symbols + 16) // 16 * 16
+        return batch, steps, torch.sym_min(row, (y.shape[2] + 63) // 16 * 16) if steps > y.shape[2] else row
     if backend == "triton":
         return batch, symbols + 1, (y.shape[2] + 16) // 16 * 16
     return batch, steps + 1, symbols + 1
@@ -331,6 +349,22 @@ def rnnt_lattice(
             inside instead: to look at it would stall the GPU).
     """
     op, x, y = NAME, symbol_logprobs, blank_logprobs
+    if (
+        not is_compiling()
+        and FAMILY.native is not None
+        and return_occupation is False
+        and type(x) in PLAIN
+        and type(y) in PLAIN
+        and (boundary is None or type(boundary) in PLAIN)
+        and x.is_cpu
+        and x.dtype in (torch.float32, torch.float64)
+    ):
+        try:
+            if is_grad_enabled() and (x.requires_grad or y.requires_grad):
+                return _NativeLattice.apply(FAMILY.native, x, y, boundary)
+            return FAMILY.native.forward(x, y, boundary, False)[0]
+        except RuntimeError:
+            pass  # the checked path tells why, or does what the kernels do not
     _check.floating_tensor(op, "symbol_logprobs", x)
     _check.floating_tensor(op, "blank_logprobs", y)
     _check.flag(op, "return_occupation", return_occupation)

@@ -18,9 +18,10 @@ kept), backward 3 e. Upstream scatters: ``rnnt_loss_pruned`` of k2 and fast_rnnt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from fastasr.ops import _check
-from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, triton_kernels
+from fastasr.ops._dispatch import PLAIN, KernelFamily, direct, native_kernels, triton_kernels
 from fastasr.ops._lattice import (
     check_boundary,
     check_boundary_values,
@@ -243,6 +244,25 @@ class _PrunedLattice(torch.autograd.Function):
         return dx.to(ctx.dtypes[0]), dy.to(ctx.dtypes[1]), None, None, None, None
 
 
+class _NativeLattice(torch.autograd.Function):
+    """The shortest path: the native kernels check their arguments themselves and raise RuntimeError."""
+
+    @staticmethod
+    def forward(
+        ctx, kernels, x: Tensor, y: Tensor, starts: Tensor, boundary: Tensor | None, modified: bool
+    ) -> Tensor:
+        scores, shares = kernels.forward(x, y, starts, boundary, modified, True)
+        ctx.save_for_backward(scores, shares, starts, boundary)
+        ctx.kernels, ctx.window, ctx.modified = kernels, x.shape[2], modified
+        return scores
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        refuse_double_backward(NAME)
+        gradients = ctx.kernels.backward(grad.contiguous(), *ctx.saved_tensors, ctx.window, ctx.modified)
+        return None, *gradients, None, None, None
+
+
 # --------------------------------------------------------------------------- registration
 def _whole_forward(x, y, starts, boundary, modified: bool, return_occupation: bool, keep: bool):
     scores, shares = forward(x, y, starts, boundary, modified, keep or return_occupation)
@@ -350,6 +370,25 @@ def rnnt_pruned_lattice(
             tensors is read, and what comes out is unspecified.
     """
     op, x, y = NAME, symbol_logprobs, blank_logprobs
+    if (
+        not is_compiling()
+        and FAMILY.native is not None
+        and return_occupation is False
+        and type(modified) is bool
+        and type(x) in PLAIN
+        and type(y) in PLAIN
+        and type(starts) in PLAIN
+        and (boundary is None or type(boundary) in PLAIN)
+        and x.is_cpu
+        and x.dtype in (torch.float32, torch.float64)
+        and x.shape == y.shape
+    ):
+        try:
+            if is_grad_enabled() and (x.requires_grad or y.requires_grad):
+                return _NativeLattice.apply(FAMILY.native, x, y, starts, boundary, modified)
+            return FAMILY.native.forward(x, y, starts, boundary, modified, False)[0]
+        except RuntimeError:
+            pass  # the checked path tells why, or does what the kernels do not
     _check.floating_tensor(op, "symbol_logprobs", x)
     _check.floating_tensor(op, "blank_logprobs", y)
     _check.flag(op, "modified", modified)
