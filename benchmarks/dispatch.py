@@ -22,10 +22,10 @@ from fastasr.ops.bypass import definition as bypass_definition
 from fastasr.ops.complex_ema_scan import definition as complex_ema_scan_definition
 from fastasr.ops.ema_scan import definition as ema_scan_definition
 from fastasr.ops.gated_depthwise_conv import definition as gated_depthwise_conv_definition
-from fastasr.ops.gated_residual_norm import definition as gated_residual_norm_definition
-from fastasr.ops.gated_residual_norm import definition_residual as residual_norm_definition
 from fastasr.ops.rel_position_attention import definition as attention_definition
 from fastasr.ops.rel_position_attention_weights import definition as attention_weights_definition
+from fastasr.ops.residual_norm import definition as gated_residual_norm_definition
+from fastasr.ops.residual_norm import definition_residual as residual_norm_definition
 from fastasr.ops.rnnt_joiner import definition as rnnt_joiner_definition
 from fastasr.ops.rnnt_lattice import definition as lattice_definition
 from fastasr.ops.rnnt_pruned_lattice import definition as pruned_lattice_definition

@@ -204,11 +204,13 @@ def residual_norm_forward(
     bias: torch.Tensor,
     eps: float,
     activation: int,
-) -> torch.Tensor:
+    keep_statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y, contiguous, in x's dtype; candidate and hidden are both None or neither, mask, weight and bias contiguous
     float32.
 
-    The rows of x, update, candidate and hidden are evenly spaced. Raises ``ValueError`` for C > ``MAX_CHANNELS``.
+    The rows of x, update, candidate and hidden are evenly spaced. No statistics are kept, asked for or not: the
+    backward has the rows in registers and computes them again. Raises ``ValueError`` for C > ``MAX_CHANNELS``.
     """
     channels = x.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -221,7 +223,7 @@ def residual_norm_forward(
                 *map(_stride, (x, update, candidate, hidden)), eps,
                 ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
             )  # fmt: skip
-    return y
+    return y, None
 
 
 def residual_norm_backward(
@@ -233,6 +235,7 @@ def residual_norm_backward(
     mask: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
+    statistics: torch.Tensor | None,
     eps: float,
     activation: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

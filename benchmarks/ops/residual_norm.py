@@ -7,7 +7,7 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import BACKWARD, BOTH, FORWARD, Case, Cost, Implementation, compiled, parameters
-from fastasr.ops.gated_residual_norm import definition, definition_residual
+from fastasr.ops.residual_norm import definition, definition_residual
 
 SIZE, BETWEEN, EPS = 512, 1152, 1e-12
 

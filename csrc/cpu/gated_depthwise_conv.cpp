@@ -7,6 +7,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "cpu/activation.h"
 #include "cpu/elementary.h"
 #include "cpu/instruction_sets.h"
 #include "cpu/logistic_avx512.h"

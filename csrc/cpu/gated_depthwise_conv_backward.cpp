@@ -5,6 +5,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "cpu/activation.h"
 #include "cpu/elementary.h"
 #include "cpu/gated_depthwise_conv.h"
 #include "cpu/instruction_sets.h"

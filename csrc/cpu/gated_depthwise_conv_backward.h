@@ -25,7 +25,7 @@ FASTASR_INLINE void output_gradient(const T* __restrict grad, const C* __restric
 #endif
 #pragma omp simd
   for (int64_t c = 0; c < n; c++) {
-    const C d = kSwoosh ? logistic(z[c] + bias[c] - C(1)) - C(0.08) : C(1);
+    const C d = kSwoosh ? sigmoid(z[c] + bias[c] - C(1)) - C(0.08) : C(1);
     q[c] = static_cast<C>(load(grad[c])) * d;
   }
 }

@@ -8,12 +8,6 @@ static_assert(kStripe == kGatedStripe);
 // Frames of a block: its rows, and 2 P + kTile more for the taps' reach, stay in the first or second cache.
 constexpr int64_t kBlock = 64;
 
-template <typename C>
-FASTASR_INLINE C logistic(C x) {
-  const C u = exp_nonpositive(-std::fabs(x));
-  return (x > 0 ? C(1) : u) / (C(1) + u);
-}
-
 // Scratch rows, 64-byte aligned, zeroed.
 template <typename C>
 class Rows {
@@ -81,7 +75,7 @@ FASTASR_INLINE void gate_row(const T* __restrict x, const T* __restrict s, int64
 #endif
 #pragma omp simd
   for (int64_t c = 0; c < n; c++) {
-    const C g = logistic(static_cast<C>(load(s[c])));
+    const C g = sigmoid(static_cast<C>(load(s[c])));
     u[c] = load(x[c]) * g;
     if (kGates) gate[c] = g;
   }

@@ -148,7 +148,7 @@ void swoosh();
 void bias_norm();
 void bypass();
 void gated_depthwise_conv();
-void balancer();
+void balancer_gradient();
 void skinny_gemm();
 void mega_step();
 void rel_position_attention_weights();

@@ -21,7 +21,7 @@ constexpr Test kTests[] = {
     {"bias_norm", fastasr::test::bias_norm},
     {"bypass", fastasr::test::bypass},
     {"gated_depthwise_conv", fastasr::test::gated_depthwise_conv},
-    {"balancer", fastasr::test::balancer},
+    {"balancer_gradient", fastasr::test::balancer_gradient},
     {"skinny_gemm", fastasr::test::skinny_gemm},
     {"mega_step", fastasr::test::mega_step},
     {"simd", fastasr::test::simd},

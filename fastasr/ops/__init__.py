@@ -11,10 +11,10 @@ from fastasr.ops.bypass import bypass
 from fastasr.ops.complex_ema_scan import complex_ema_scan
 from fastasr.ops.ema_scan import ema_scan
 from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv
-from fastasr.ops.gated_residual_norm import gated_residual_norm, residual_norm
 from fastasr.ops.linear import linear
 from fastasr.ops.rel_position_attention import rel_position_attention
 from fastasr.ops.rel_position_attention_weights import rel_position_attention_weights
+from fastasr.ops.residual_norm import gated_residual_norm, residual_norm
 from fastasr.ops.rnnt_joiner import rnnt_joiner
 from fastasr.ops.rnnt_lattice import rnnt_lattice
 from fastasr.ops.rnnt_pruned_lattice import rnnt_pruned_lattice

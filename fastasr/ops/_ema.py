@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ema_scan and complex_ema_scan share: options, the formula from q, b and c on, checks."""
+"""What ema_scan and complex_ema_scan share: options, the formula from q, b and c on, kernels and autograd, checks."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 
 from fastasr.ops import _check
-from fastasr.ops._dispatch import PLAIN
+from fastasr.ops._dispatch import PLAIN, KernelFamily, cuda_kernels, direct, native_kernels, served
+from fastasr.ops._register import refuse_double_backward, register
 
 LAYOUTS = {"LBD": 0, "BLD": 1, "BDL": 2}
 DIRECTIONS = {"forward": 0, "reverse": 1, "bidirectional": 2}
@@ -236,8 +239,104 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 # --------------------------------------------------------------------------- kernels and autograd
-def kernel_operands(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """(x, damping, decay, expansion, projection, residual, state, padding_mask) as the kernels take them."""
+class Scan:
+    """Kernels, autograd and registration of one scan.
+
+    Its arguments are x, the four ``parameters``, the residual's weights, state, padding_mask, truncation, direction,
+    activation, layout and need_state. ``formula(*arguments)`` -> (y, final state, empty unless needed) and
+    ``gradients(grad, grad_state, *arguments without need_state)`` -> gradients of the first seven (empty where absent)
+    compute in eager. ``parts`` is the shape of one state: (), or (2,) for a complex number.
+    """
+
+    def __init__(
+        self, name: str, parameters: str, formula: Callable, gradients: Callable, parts: tuple[int, ...] = ()
+    ) -> None:
+        self.name, self.parts = name, parts
+        self.formula, self.gradients = formula, gradients
+        self.family = KernelFamily(name, (name,), (native_kernels(name), cuda_kernels(name)))
+        *tensors, residual = (f"Tensor {p}" for p in parameters.split())
+        optional = residual.replace("Tensor", "Tensor?"), "Tensor? state", "Tensor? padding_mask"
+        options = "SymInt truncation", "int direction", "int activation", "int layout"
+        arguments = ", ".join(("Tensor x", *tensors, *optional, *options))
+        self._backward_op = register(
+            f"{name}_backward(Tensor grad, Tensor? grad_state, {arguments}) -> ({', '.join(['Tensor'] * 7)})",
+            self.backward,
+            self._fake_backward,
+        )
+        self._op = register(
+            f"{name}({arguments}, bool need_state) -> (Tensor, Tensor)",
+            self.forward,
+            self._fake_forward,
+            setup_context=_remember,
+            backward=lambda ctx, grad, grad_state: _gradients(self._backward_op, ctx, grad, grad_state),
+        )
+
+    def __call__(self, *arguments) -> tuple[Tensor, Tensor]:
+        """(y, final state) of checked arguments, by the best path; the state is empty unless needed."""
+        x, floating = arguments[0], _floating_of(arguments)
+        if not direct(*arguments[:8]):
+            return (self._op if served(self.name, x, *floating) else self.formula)(*arguments)
+        if self.family.kernels(x, *floating) is None:
+            return self.formula(*arguments)
+        if is_grad_enabled() and any(t.requires_grad for t in (x, *floating)):
+            return _Scan.apply(self, *arguments)
+        return self.forward(*arguments)
+
+    def forward(self, *arguments) -> tuple[Tensor, Tensor]:
+        """(y, final state) without autograd, by the best kernel for x."""
+        x = arguments[0]
+        kernels = self.family.kernels(x, *_floating_of(arguments))
+        if kernels is None:
+            return self.formula(*arguments)
+        y, final = kernels.forward(*_kernel_operands(arguments[:8]), *arguments[8:])
+        return y.to(x.dtype), final
+
+    def backward(self, grad: Tensor, grad_state: Tensor | None, *arguments) -> tuple[Tensor, ...]:
+        """Gradients of the first seven arguments (empty where absent) without autograd, by the best kernel for x."""
+        kernels = self.family.kernels(arguments[0], *_floating_of(arguments))
+        if kernels is None:
+            return self.gradients(grad, grad_state, *arguments)
+        operands = _kernel_operands(arguments[:8])
+        if grad_state is not None:
+            grad_state = grad_state.to(operands[1].dtype).contiguous()
+        grads = kernels.backward(grad.to(operands[0].dtype), grad_state, *operands, *arguments[8:])
+        return tuple(
+            g if t is None else g.to(t.dtype).reshape(t.shape)
+            for g, t in zip(grads, arguments[:7], strict=True)
+        )
+
+    def _fake_forward(self, *arguments) -> tuple[Tensor, Tensor]:
+        x, first = arguments[:2]
+        if self.family.kernels(x, *_floating_of(arguments)) is None:
+            return self.formula(*arguments)
+        layout, need_state = arguments[11:]
+        batch, channels, _ = x.permute(TO_BDL[layout]).shape
+        shape = (batch, channels, first.shape[1], *self.parts) if need_state else (0,)
+        return x.new_empty(x.shape), x.new_empty(shape, dtype=compute_dtype(*arguments[:7]))
+
+    @staticmethod
+    def _fake_backward(grad: Tensor, grad_state: Tensor | None, *arguments) -> tuple[Tensor, ...]:
+        return tuple(grad.new_empty(0) if t is None else t.new_empty(t.shape) for t in arguments[:7])
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scan: Scan, *arguments):
+        found = scan.forward(*arguments)
+        ctx.scan = scan
+        _remember(ctx, arguments, found)
+        if not ctx.need_state:
+            ctx.mark_non_differentiable(found[1])
+        return found
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, grad_state: Tensor | None):
+        refuse_double_backward(ctx.scan.name)
+        return None, *_gradients(ctx.scan.backward, ctx, grad, grad_state)
+
+
+def _kernel_operands(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """x, the parameters, residual, state and padding_mask as the kernels take them."""
     x, *parameters, mask = tensors
     dtype = compute_dtype(x, *parameters)
     return (
@@ -247,17 +346,17 @@ def kernel_operands(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, 
     )
 
 
-def floating_of(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    return tuple(t for t in tensors[1:7] if t is not None)
+def _floating_of(arguments: tuple) -> tuple[Tensor, ...]:
+    return tuple(t for t in arguments[1:7] if t is not None)
 
 
-def remember(ctx, inputs, output) -> None:
+def _remember(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:8])
     ctx.options = inputs[8:12]
     ctx.need_state = inputs[12]
 
 
-def gradients(function, ctx, grad: Tensor, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(function: Callable, ctx, grad: Tensor, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     grads = function(grad, grad_state if ctx.need_state else None, *tensors, *ctx.options)
     given = (None if t is None else g for g, t in zip(grads, tensors[:7], strict=True))
@@ -288,6 +387,16 @@ def check_mask(op: str, mask: object, shape: tuple[int, int], x: Tensor) -> None
         )
     _check.shape(op, "padding_mask", mask, f"{tuple(shape)}", mask.shape == shape)
     _check.same_device(op, "padding_mask", mask, x, "x")
+
+
+def check_return_state(op: str, return_state: object, state: Tensor | None, direction: int) -> None:
+    if not isinstance(return_state, bool):
+        raise TypeError(f"fastasr.{op}: return_state: expected a bool, got {type(return_state).__name__}")
+    if direction == DIRECTIONS["bidirectional"] and (state is not None or return_state):
+        raise ValueError(
+            f"fastasr.{op}: direction: expected 'forward' or 'reverse' with state or return_state, "
+            "got 'bidirectional'"
+        )
 
 
 def check_truncation(op: str, truncation: object, with_state: bool) -> int:

@@ -21,31 +21,22 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
 from fastasr.ops import _check
-from fastasr.ops._dispatch import PLAIN, KernelFamily, cuda_kernels, direct, native_kernels, served
+from fastasr.ops._dispatch import PLAIN
 from fastasr.ops._ema import (
     ACTIVATIONS,
     DIRECTIONS,
     LAYOUTS,
     MOST_STATES,
     TO_BDL,
+    Scan,
     check_mask,
+    check_return_state,
     check_truncation,
     compute_dtype,
-    floating_of,
-    gradients,
     gradients_of_coefficients,
-    kernel_operands,
     option,
     plain_constants,
-    remember,
     scan_of_coefficients,
-)
-from fastasr.ops._register import refuse_double_backward, register
-
-FAMILY = KernelFamily(
-    "complex_ema_scan",
-    ("complex_ema_scan",),
-    (native_kernels("complex_ema_scan"), cuda_kernels("complex_ema_scan")),
 )
 
 
@@ -196,111 +187,7 @@ def definition_backward(
     )
 
 
-# --------------------------------------------------------------------------- kernels
-def forward(
-    x: Tensor,
-    alpha: Tensor,
-    delta: Tensor,
-    theta: Tensor,
-    gamma: Tensor,
-    omega: Tensor | None,
-    state: Tensor | None,
-    padding_mask: Tensor | None,
-    truncation: int,
-    direction: int,
-    activation: int,
-    layout: int,
-    need_state: bool,
-) -> tuple[Tensor, Tensor]:
-    """(y, final state (B, D, N, 2)) without autograd, by the best kernel for x; the state is empty unless needed."""
-    tensors = (x, alpha, delta, theta, gamma, omega, state, padding_mask)
-    options = (truncation, direction, activation, layout, need_state)
-    kernels = FAMILY.kernels(x, *floating_of(tensors))
-    if kernels is None:
-        return _formula(*tensors, *options)
-    y, final = kernels.forward(*kernel_operands(tensors), *options)
-    return y.to(x.dtype), final
-
-
-def backward(
-    grad: Tensor,
-    grad_state: Tensor | None,
-    x: Tensor,
-    alpha: Tensor,
-    delta: Tensor,
-    theta: Tensor,
-    gamma: Tensor,
-    omega: Tensor | None,
-    state: Tensor | None,
-    padding_mask: Tensor | None,
-    truncation: int,
-    direction: int,
-    activation: int,
-    layout: int,
-) -> tuple[Tensor, ...]:
-    """Gradients of x, alpha, delta, theta, gamma, omega and state (empty where absent), without autograd, by the best
-    kernel for x."""
-    tensors = (x, alpha, delta, theta, gamma, omega, state, padding_mask)
-    options = (truncation, direction, activation, layout)
-    kernels = FAMILY.kernels(x, *floating_of(tensors))
-    if kernels is None:
-        return definition_backward(grad, grad_state, *tensors, *options)
-    operands = kernel_operands(tensors)
-    if grad_state is not None:
-        grad_state = grad_state.to(operands[1].dtype).contiguous()
-    grads = kernels.backward(grad.to(operands[0].dtype), grad_state, *operands, *options)
-    return tuple(
-        g if t is None else g.to(t.dtype).reshape(t.shape) for g, t in zip(grads, tensors[:7], strict=True)
-    )
-
-
-class _ComplexEmaScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *arguments):
-        y, final = forward(*arguments)
-        remember(ctx, arguments, (y, final))
-        return (y, final) if arguments[-1] else y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor | None, grad_state: Tensor | None = None):
-        refuse_double_backward("complex_ema_scan")
-        return gradients(backward, ctx, grad, grad_state)
-
-
-# --------------------------------------------------------------------------- registration
-def _fake_forward(*arguments) -> tuple[Tensor, Tensor]:
-    x, alpha = arguments[:2]
-    if FAMILY.kernels(x, *floating_of(arguments)) is None:
-        return _formula(*arguments)
-    layout, need_state = arguments[11:]
-    batch, channels, _ = x.permute(TO_BDL[layout]).shape
-    shape = (batch, channels, alpha.shape[1], 2) if need_state else (0,)
-    return x.new_empty(x.shape), x.new_empty(shape, dtype=compute_dtype(*arguments[:7]))
-
-
-def _fake_backward(grad: Tensor, grad_state: Tensor | None, *arguments) -> tuple[Tensor, ...]:
-    return tuple(grad.new_empty(0) if t is None else t.new_empty(t.shape) for t in arguments[:7])
-
-
-_TENSORS = (
-    "Tensor x, Tensor alpha, Tensor delta, Tensor theta, Tensor gamma, Tensor? omega, Tensor? state, "
-    "Tensor? padding_mask, SymInt truncation, int direction, int activation, int layout"
-)
-
-_BACKWARD_OP = register(
-    f"complex_ema_scan_backward(Tensor grad, Tensor? grad_state, {_TENSORS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    backward,
-    _fake_backward,
-)
-
-_OP = register(
-    f"complex_ema_scan({_TENSORS}, bool need_state) -> (Tensor, Tensor)",
-    forward,
-    _fake_forward,
-    setup_context=remember,
-    backward=lambda ctx, grad, grad_state: gradients(_BACKWARD_OP, ctx, grad, grad_state),
-)
+_SCAN = Scan("complex_ema_scan", "alpha delta theta gamma omega", _formula, definition_backward, (2,))
 
 
 # --------------------------------------------------------------------------- public function
@@ -346,7 +233,7 @@ def complex_ema_scan(
     """
     if (
         not is_compiling()
-        and FAMILY.native is not None
+        and _SCAN.family.native is not None
         and type(x) in PLAIN
         and x.is_cpu
         and (truncation is None or (type(truncation) is int and truncation > 0))
@@ -355,7 +242,7 @@ def complex_ema_scan(
         and not (x.requires_grad and is_grad_enabled())
     ):
         try:
-            y, final = FAMILY.native.forward(
+            y, final = _SCAN.family.native.forward(
                 x,
                 alpha,
                 delta,
@@ -380,37 +267,21 @@ def complex_ema_scan(
     activation = option(op, "activation", activation, ACTIVATIONS)
     _check.shape(op, "x", x, "of three dimensions", x.dim() == 3)
     batch, channels, length = (x.shape[d] for d in TO_BDL[layout])
-    bidirectional = direction == DIRECTIONS["bidirectional"]
-    rows = 2 * channels if bidirectional else channels
+    rows = 2 * channels if direction == DIRECTIONS["bidirectional"] else channels
     parameters = _parameters(op, x, rows, alpha, delta, theta, gamma)
     states = parameters[0].shape[1]
     if omega is not None:
         omega = _column(op, "omega", omega, x, channels, 2)
-    if not isinstance(return_state, bool):
-        raise TypeError(f"fastasr.{op}: return_state: expected a bool, got {type(return_state).__name__}")
     given = state
     if state is not None:
         state = _checked_state(op, state, (batch, channels, states), x)
-    if bidirectional and (state is not None or return_state):
-        raise ValueError(
-            f"fastasr.{op}: direction: expected 'forward' or 'reverse' with state or return_state, "
-            "got 'bidirectional'"
-        )
+    check_return_state(op, return_state, state, direction)
     if padding_mask is not None:
         check_mask(op, padding_mask, (batch, length), x)
     truncation = check_truncation(op, truncation, state is not None or return_state)
-    tensors = (x, *parameters, omega, state, padding_mask)
-    arguments = (*tensors, truncation, direction, activation, layout, return_state)
-    floating = floating_of(tensors)
-    if not direct(*tensors):
-        y, final = (_OP if served(op, x, *floating) else _formula)(*arguments)
-    elif FAMILY.kernels(x, *floating) is None:
-        y, final = _formula(*arguments)
-    elif is_grad_enabled() and any(t.requires_grad for t in (x, *floating)):
-        out = _ComplexEmaScan.apply(*arguments)
-        y, final = out if return_state else (out, None)
-    else:
-        y, final = forward(*arguments)
+    y, final = _SCAN(
+        x, *parameters, omega, state, padding_mask, truncation, direction, activation, layout, return_state
+    )
     return (y, _as_given(final, given)) if return_state else y
 
 

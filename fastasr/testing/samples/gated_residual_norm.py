@@ -4,7 +4,7 @@
 import torch
 
 from fastasr.ops import _activation
-from fastasr.ops.gated_residual_norm import definition
+from fastasr.ops.residual_norm import definition
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 

@@ -3,7 +3,7 @@
 
 import torch
 
-from fastasr.ops.gated_residual_norm import definition_residual
+from fastasr.ops.residual_norm import definition_residual
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 

@@ -14,7 +14,7 @@ from fastasr.kernels.residual_norm import (
     residual_norm_forward,
 )
 from fastasr.ops import _activation
-from fastasr.ops.gated_residual_norm import definition, definition_residual
+from fastasr.ops.residual_norm import definition, definition_residual
 from fastasr.testing.tolerance import compare
 
 SHAPES = [(40,), (3, 7), (9, 2, 16), (5, 4, 192), (11, 193), (6, 513), (3, 2048), (2, 5000)]
@@ -57,8 +57,9 @@ def _expected(grad, x, update, candidate, hidden, mask, weight, bias, activation
 
 
 def _run(grad, x, update, candidate, hidden, mask, weight, bias, activation=1, eps=EPS):
-    rest = (x, update, candidate, hidden, mask, weight, bias, eps, activation)
-    return (residual_norm_forward(*rest), *residual_norm_backward(grad, *rest))
+    tensors = (x, update, candidate, hidden, mask, weight, bias)
+    y, _ = residual_norm_forward(*tensors, eps, activation, False)
+    return (y, *residual_norm_backward(grad, *tensors, None, eps, activation))
 
 
 def _compare(arguments, activation, dtype, few):
@@ -187,16 +188,16 @@ def test_repeats_bit_for_bit():
 def test_too_many_channels():
     x = torch.empty(1, MAX_CHANNELS + 1)
     with pytest.raises(ValueError, match="channels"):
-        residual_norm_forward(x, x, None, None, None, x[0], x[0], EPS, 0)
+        residual_norm_forward(x, x, None, None, None, x[0], x[0], EPS, 0, False)
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_address_is_stored_twice(shape, gated, writes):
     grad, *rest = _inputs(shape, torch.float32, gated)
-    residual_norm_forward(*rest, EPS, 1)
+    residual_norm_forward(*rest, EPS, 1, False)
     assert writes.count == grad.numel()
-    residual_norm_backward(grad, *rest, EPS, 1)
+    residual_norm_backward(grad, *rest, None, EPS, 1)
     assert writes.clashes == 0
 
 

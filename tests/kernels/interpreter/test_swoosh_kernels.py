@@ -38,12 +38,18 @@ def _expected(x, right, mask, grad):
 CASES = [(shape, d) for shape in SHAPES for d in (None, -1, *range(len(shape)))]
 
 
+# Long vectors take the interpreter long, and float16 follows bfloat16's path through them.
+TYPED_CASES = [
+    (*case, dtype)
+    for case in CASES
+    for dtype in DTYPES
+    if not (dtype is torch.float16 and len(case[0]) == 1 and case[0][0] > 5)
+]
+
+
 @pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "shared_dim"), CASES, ids=str)
+@pytest.mark.parametrize(("shape", "shared_dim", "dtype"), TYPED_CASES, ids=str)
 def test_values_and_gradients(shape, shared_dim, dtype, right):
-    if dtype is torch.float16 and len(shape) == 1 and shape[0] > 5:
-        pytest.skip("covered by the other types")
     x, mask, grad = _inputs(shape, shared_dim, dtype)
     index = -1 if shared_dim is None else shared_dim
     y = swoosh_forward(x, right, mask, index)

@@ -99,7 +99,7 @@ def definition_backward(
 
 # --------------------------------------------------------------------------- kernels
 # From here on the inputs have one dtype, mask, weight and bias the dtype that is computed in, and the functions take
-# the arguments of the C++ operators: (x, update, candidate, hidden, mask, weight, bias, eps, activation).
+# (x, update, candidate, hidden, mask, weight, bias, eps, activation), as the kernels do.
 def forward(x, update, candidate, hidden, mask, weight, bias, eps: float, activation: int) -> Tensor:
     """y without autograd, by the best kernel for x."""
     return _forward(x, update, candidate, hidden, mask, weight, bias, eps, activation, False)[0]
@@ -111,10 +111,8 @@ def _forward(
     """y and, where they are kept for the backward pass, each row's mean in two parts and 1 / deviation."""
     kernels = FAMILY.kernels(x)
     if kernels is not None:
-        arguments = *_rows(x, update, candidate, hidden), *_dense(mask, weight, bias), eps, activation
-        if kernels.backend != "cpu":
-            return kernels.forward(*arguments), None
-        y, statistics = kernels.forward(*arguments, keep)
+        tensors = *_rows(x, update, candidate, hidden), *_dense(mask, weight, bias)
+        y, statistics = kernels.forward(*tensors, eps, activation, keep)
         return y, statistics if keep else None
     if candidate is None:
         return definition_residual(x, update, weight, bias, eps), None
@@ -134,9 +132,7 @@ def backward(
         return definition_backward(grad, x, update, candidate, hidden, mask, weight, eps, activation)
     inputs = _rows(x, update, candidate, hidden)
     operands = grad.contiguous(), *inputs, *_dense(mask, weight, bias)
-    if kernels.backend == "cpu":
-        operands = *operands, statistics
-    return kernels.backward(*operands, eps, activation)
+    return kernels.backward(*operands, statistics, eps, activation)
 
 
 def _rows(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

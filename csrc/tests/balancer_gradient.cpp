@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/balancer.h"
+#include "cpu/balancer_gradient.h"
 
 #include "tests/check.h"
 
@@ -72,7 +72,7 @@ void coefficients() {
 
 }  // namespace
 
-void balancer() {
+void balancer_gradient() {
   coefficients();
   for_each_type([&]<typename T>() {
     for (const int64_t rows : {0, 1, 15, 16, 17, 40, 300})

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/balancer.h"
+#include "cpu/balancer_gradient.h"
 
 #include <algorithm>
 #include <cmath>
