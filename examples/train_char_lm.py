@@ -2,6 +2,7 @@
 """Train a small character language model, a MEGADecoder on its own, on the transcripts of Debian's telephone prompts.
 
     python examples/train_char_lm.py [--text FILE] [--steps 300] [--backends eager fused] [--log losses.csv]
+        [--report perplexity.json]
 
 The same seed trains once per backend: "eager" is the formula in PyTorch, "fused" the kernels. Every tenth line is held
 out; the perplexity per character on those lines must come out the same. At the end the model continues a few words,
@@ -11,6 +12,7 @@ one ``score`` at a time, as a transducer's decoder would. ``--text`` takes a fil
 import argparse
 import csv
 import itertools
+import json
 import math
 import random
 import time
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 import fastasr
+from fastasr.benchmarks.environment import stamp
 from fastasr.demo import audio
 from fastasr.models.mega import MEGADecoder
 
@@ -161,6 +164,9 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, help="a CSV file: step, and the loss of each backend")
+    parser.add_argument(
+        "--report", type=Path, help="a JSON file: held-out perplexities, settings, commit, machine, versions"
+    )
     options = parser.parse_args()
 
     text = [line.lower() for line in sentences(options.text, options.cache)]
@@ -190,6 +196,15 @@ def main() -> None:
             rows.writerows(
                 [step, *values] for step, values in enumerate(zip(*losses.values(), strict=True), 1)
             )
+    if options.report:
+        settings = ("steps", "batch", "size", "blocks", "seed")
+        report = {
+            "held_out_perplexity": results,
+            "held_out_lines": len(held_out),
+            **{name: getattr(options, name) for name in settings},
+            **stamp(),
+        }
+        options.report.write_text(json.dumps(report, indent=1) + "\n")
     start = lines[0][: max(1, len(lines[0]) // 3)]
     print("continued:", "".join(characters[c - 1] for c in continued(model, start, 40)))
 

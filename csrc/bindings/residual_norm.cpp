@@ -21,10 +21,16 @@ struct Call {
   int64_t rows = 0;
 };
 
+void check_shape_of(const Tensor& t, const Tensor& x, const char* op, const char* name) {
+  bool ok = t.dim() == x.dim();
+  for (int64_t d = 0; ok && d < x.dim(); d++) ok = t.size(d) == x.size(d);
+  STD_TORCH_CHECK(ok, op, ": ", name, " has another shape than x");
+}
+
 template <typename T>
 cpu::Rows<T> rows_of(const Tensor& t, const Tensor& x, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.numel() == x.numel() && t.dim() == x.dim(), op, ": ", name,
-                  " is not like x");
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " is not of x's dtype");
+  check_shape_of(t, x, op, name);
   return {data<T>(t), row_stride(t, op, name)};
 }
 
@@ -37,8 +43,10 @@ Call<T> checked(const Tensor& x, const Tensor& update, const Optional& candidate
   const int64_t channels = x.size(x.dim() - 1);
   STD_TORCH_CHECK(candidate.has_value() == hidden.has_value(), op, ": candidate and hidden go together");
   for (const Tensor* t : {&weight, &bias})
-    STD_TORCH_CHECK(t->scalar_type() == kComputeType<T> && t->is_contiguous() && t->numel() == channels, op,
+    STD_TORCH_CHECK(t->scalar_type() == kComputeType<T> && t->is_contiguous() && t->dim() == 1 && t->numel() == channels, op,
                     ": weight and bias");
+  STD_TORCH_CHECK(channels > 0, op, ": x has no channels");
+  STD_TORCH_CHECK(eps >= 0, op, ": eps");
   STD_TORCH_CHECK(activation >= 0 && activation < cpu::kActivations, op, ": activation");
   call.rows = channels ? x.numel() / channels : 0;
   call.p.x = rows_of<T>(x, x, op, "x");
@@ -48,8 +56,8 @@ Call<T> checked(const Tensor& x, const Tensor& update, const Optional& candidate
     call.p.hidden = rows_of<T>(*hidden, x, op, "hidden");
   }
   if (mask) {
-    STD_TORCH_CHECK(mask->scalar_type() == kComputeType<T> && mask->is_contiguous() && mask->numel() == x.numel(), op,
-                    ": mask");
+    STD_TORCH_CHECK(mask->scalar_type() == kComputeType<T> && mask->is_contiguous(), op, ": mask");
+    check_shape_of(*mask, x, op, "mask");
     call.p.mask = data<C>(*mask);
   }
   call.p.weight = data<C>(weight), call.p.bias = data<C>(bias);

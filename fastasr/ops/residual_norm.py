@@ -18,9 +18,10 @@ without the gate) backward. Nothing but the inputs is kept for the backward.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from fastasr.ops import _activation, _check, _layout
-from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served, triton_kernels
+from fastasr.ops._dispatch import PLAIN, KernelFamily, direct, native_kernels, served, triton_kernels
 from fastasr.ops._register import refuse_double_backward, register
 
 FAMILY = KernelFamily(
@@ -257,6 +258,15 @@ def gated_residual_norm(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or names do not match.
     """
+    tensors = (x, update, candidate, hidden, dropout_mask, weight, bias)
+    constants = (
+        candidate is not None and hidden is not None and not getattr(dropout_mask, "requires_grad", False)
+    )
+    if constants and activation in _activation.NAMES and _plain(eps, tensors):
+        try:
+            return FAMILY.native.forward(*tensors, eps, _activation.NAMES.index(activation), False)[0]
+        except RuntimeError:
+            pass  # the checked path tells why, or does what the kernels do not
     op = "gated_residual_norm"
     inputs = (x, update, candidate, hidden)
     for name, t in zip(("x", "update", "candidate", "hidden"), inputs, strict=True):
@@ -292,6 +302,12 @@ def residual_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: 
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not match.
     """
+    tensors = (x, update, None, None, None, weight, bias)
+    if _plain(eps, tensors):
+        try:
+            return FAMILY.native.forward(*tensors, eps, 0, False)[0]
+        except RuntimeError:
+            pass  # the checked path tells why, or does what the kernels do not
     op = "residual_norm"
     for name, t in (("x", x), ("update", update)):
         _check_input(op, name, t, x)
@@ -304,6 +320,17 @@ def residual_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: 
     ):
         return definition_residual(x, update, weight, bias, eps)
     return _dispatch(_PLAIN_OP, (x, update), None, weight, bias, eps, 0)
+
+
+def _plain(eps: object, tensors: tuple) -> bool:
+    """Whether the native kernels may be tried on the arguments as they are, with no gradient wanted: they check the
+    rest themselves."""
+    if is_compiling() or FAMILY.native is None or type(eps) is not float:
+        return False
+    wanted = is_grad_enabled()
+    return all(
+        t is None or (type(t) in PLAIN and t.is_cpu and not (wanted and t.requires_grad)) for t in tensors
+    )
 
 
 def _dispatch(

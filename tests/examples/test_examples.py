@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every example runs, outside the repository's folder, and says what it says it does."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -39,13 +41,17 @@ def test_train_char_lm(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("all agents are busy\nplease call back later\n" * 40)
     arguments = ("--text", str(text), "--steps", "60", "--batch", "8", "--size", "32", "--blocks", "1")
-    printed = run("train_char_lm.py", tmp_path, *arguments, "--log", str(tmp_path / "log.csv"))
+    files = ("--log", str(tmp_path / "log.csv"), "--report", str(tmp_path / "report.json"))
+    printed = run("train_char_lm.py", tmp_path, *arguments, *files)
     found = re.search(r"perplexity eager (\S+), fused (\S+): (\S+) apart", printed)
     assert float(found[1]) < 8  # 17 distinct characters
     assert float(found[3]) < 1e-3
     log = (tmp_path / "log.csv").read_text().splitlines()
     assert log[0] == "step,eager,fused"
     assert len(log) == 61
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert f"{report['held_out_perplexity']['fused']:.4f}" == found[2]
+    assert report["torch"] == torch.__version__
     assert "continued: all ag" in printed
 
 
