@@ -12,8 +12,28 @@ from fastasr.benchmarks import dispatch, models, ops, rows, upstream
 from fastasr.benchmarks.case import BOTH, Report, Settings, measure
 from fastasr.benchmarks.environment import commit, device_name
 from fastasr.benchmarks.harness import wait_until_idle
-from fastasr.benchmarks.models import mega, mega_step, pruned_transducer, zipformer
+from fastasr.benchmarks.models import (
+    mega,
+    mega_step,
+    pruned_transducer,
+    zipformer,
+    zipformer_streaming,
+    zipformer_training,
+)
 from fastasr.benchmarks.rows import Row
+
+# Models whose units are skipped by (case, shape, pass), and the arguments of a quick run.
+_BY_PASS = {
+    mega.NAME: (mega, {"size": "tiny", "batch": 2, "length": 20, "histories": mega.HISTORIES[:2]}),
+    zipformer_training.NAME: (
+        zipformer_training,
+        {"size": "tiny", "batch": 2, "frames": 200, "inner_compile": False},
+    ),
+    zipformer_streaming.NAME: (
+        zipformer_streaming,
+        {"size": "tiny", "chunks": (16,), "inner_compile": False},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -106,18 +126,26 @@ def _units(name: str, options: Options, summary: Summary, report: Report) -> Ite
         if torch.device(options.device).type != "cpu":
             report(f"{name}: measured on the CPU only")
             return
-        size = {"size": "tiny", "batch": 2, "frames": 200, "fresh": False} if options.quick else {}
-        shape = zipformer.shape_name(**{k: v for k, v in size.items() if k != "fresh"})
-        yield from zipformer.measure(
-            **size,
-            settings=settings,
-            reps=options.reps,
-            compile_model=options.compile_model,
-            skip=lambda case: done(
-                "models", name, "stack 0" if case == zipformer.STACKS else case, shape, "forward", "float32"
-            ),
-            report=report,
-        )
+        quick = {"size": "tiny", "batch": 2, "frames": 200, "fresh": False}
+        # the whole model, its stacks and first calls; then one long recording, the whole model alone
+        for size in (quick,) if options.quick else ({}, {"batch": 1, "frames": 6000, "fresh": False}):
+            shape = zipformer.shape_name(**{k: v for k, v in size.items() if k != "fresh"})
+            alone = "batch" in size and not options.quick
+
+            def skip_part(case: str, shape=shape, alone=alone) -> bool:
+                if alone and case != zipformer.WHOLE:
+                    return True
+                case = "stack 0" if case == zipformer.STACKS else case
+                return done("models", name, case, shape, "forward", "float32")
+
+            yield from zipformer.measure(
+                **size,
+                settings=settings,
+                reps=options.reps,
+                compile_model=options.compile_model and not alone,
+                skip=skip_part,
+                report=report,
+            )
     elif name == mega_step.NAME:
         if torch.device(options.device).type != "cpu":
             report(f"{name}: measured on the CPU only")
@@ -143,14 +171,13 @@ def _units(name: str, options: Options, summary: Summary, report: Report) -> Ite
             skip=lambda case, shape: done("models", name, case, shape, BOTH, "float32"),
             report=report,
         )
-    elif name == mega.NAME:
+    elif name in _BY_PASS:
         if torch.device(options.device).type != "cpu":
             report(f"{name}: measured on the CPU only")
             return
-        size = {"size": "tiny", "batch": 2, "length": 20} if options.quick else {}
-        yield from mega.measure(
-            **size,
-            histories=mega.HISTORIES[:2] if options.quick else mega.HISTORIES,
+        module, quick = _BY_PASS[name]
+        yield from module.measure(
+            **(quick if options.quick else {}),
             settings=settings,
             reps=options.reps,
             compile_model=options.compile_model,

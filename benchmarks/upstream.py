@@ -83,8 +83,8 @@ class Encoder(torch.nn.Module):
         return x.permute(1, 0, 2), lengths
 
 
-def zipformer(size: str = "medium", seed: int = 0, inner_compile: bool = True) -> Encoder:
-    """Upstream's encoder in evaluation mode, with random weights.
+def zipformer(size: str = "medium", seed: int = 0, inner_compile: bool = True, **options) -> Encoder:
+    """Upstream's encoder in evaluation mode, with random weights; ``options`` go to its constructor.
 
     ``inner_compile``: keep the ``torch.compile`` that upstream puts around its activations. Raises
     ``MissingUpstream``.
@@ -94,7 +94,7 @@ def zipformer(size: str = "medium", seed: int = 0, inner_compile: bool = True) -
     if not inner_compile:
         os.environ["K2_ONNX_EXPORT"] = "1"  # upstream's own switch
     try:
-        model = Encoder(SIZES[size])
+        model = Encoder({**SIZES[size], **options})
     finally:
         if not inner_compile:
             os.environ.pop("K2_ONNX_EXPORT")

@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmarks of whole models: one file per model, each with ``NAME`` and ``measure``."""
 
-from fastasr.benchmarks.models import mega, mega_step, pruned_transducer, zipformer
+from fastasr.benchmarks.models import (
+    mega,
+    mega_step,
+    pruned_transducer,
+    zipformer,
+    zipformer_streaming,
+    zipformer_training,
+)
 
-MODULES = (zipformer, mega, mega_step, pruned_transducer)
+MODULES = (zipformer, zipformer_training, zipformer_streaming, mega, mega_step, pruned_transducer)
 
 
 def names() -> list[str]:

@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from fastasr.benchmarks import limits, upstream
+from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import Report, Settings
-from fastasr.benchmarks.harness import LoadMeter, Variant, interleave, peak_bytes
+from fastasr.benchmarks.models.unit import BOTH, COMPILE, FASTASR, FORWARD, UPSTREAM, measure_unit
 from fastasr.benchmarks.models.zipformer import with_linear
 from fastasr.benchmarks.rows import Row
 
 NAME = "mega"
 WHOLE, STEP = "whole model", "one step after {} labels"
-UPSTREAM, LINEAR, COMPILE, FASTASR, OWN = "upstream", "upstream+linear", "compile", "fastasr", "fastasr own"
-FORWARD, BOTH = "forward", "forward+backward"
+LINEAR, OWN = "upstream+linear", "fastasr own"
 HISTORIES = (0, 50, 200)
 VOCABULARY, BATCH, LENGTH = 500, 4, 200
 SIZES = {
@@ -120,15 +119,6 @@ def _step(
     return run
 
 
-def _flops(call: Callable[[], object]) -> int:
-    """Multiply and add operations of the products."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
-
-
 def measure(
     *,
     size: str = "default",
@@ -185,44 +175,4 @@ def measure(
     units += [(STEP.format(h), FORWARD, f"{size} 1x1", lambda h=h: step(h)) for h in histories]
     for case, pass_, shape, make in units:
         if not skip(case, shape, pass_):
-            yield _unit(case, pass_, shape, make(), settings, reps, report)
-
-
-def _unit(
-    case: str, pass_: str, shape: str, runs: dict, settings: Settings, reps: int, report: Report
-) -> list[Row]:
-    for key, run in runs.items():
-        report(f"{NAME}: {case}, {pass_}: first call of {key}" + (" (compiles)" if key == COMPILE else ""))
-        run()
-    flops = _flops(runs[UPSTREAM])
-    rate = limits.gemm_flops_per_second("cpu")
-    report(f"{NAME}: {case}, {pass_}: timing {', '.join(runs)}, {reps} rounds")
-    load = LoadMeter()
-    made = {key: Variant(run) for key, run in runs.items()}
-    timings = interleave(made, reps=reps, warmup=2, sample_seconds=settings.sample_seconds)
-    other = load.other_cores()
-    rows = []
-    for key, timing in timings.items():
-        lower, upper = timing.quartiles
-        rows.append(
-            Row.measured(
-                suite="models",
-                name=NAME,
-                case=case,
-                shape=shape,
-                dtype="float32",
-                device="cpu",
-                pass_=pass_,
-                implementation=key,
-                median_ms=round(timing.median * 1e3, 4),
-                q1_ms=round(lower * 1e3, 4),
-                q3_ms=round(upper * 1e3, 4),
-                reps=timing.reps,
-                load=other,
-                peak_bytes=peak_bytes(made[key]) if settings.memory else None,
-                flops=flops,
-                fraction_of_limit=round(flops / rate / timing.median, 4),
-                limit=f"GEMM {rate / 1e9:.0f} GFLOP/s",
-            )
-        )
-    return rows
+            yield measure_unit(NAME, case, pass_, shape, make(), settings, reps, report)

@@ -66,6 +66,7 @@ def _one_of_each(scaling, subsampling, zipformer):
                 "fused_r": scaling.ActivationDropoutAndLinear(4, 3, activation="SwooshR"),
                 "norm": scaling.BiasNorm(4),
                 "bypass": zipformer.BypassModule(4),
+                "balancer": scaling.Balancer(4, channel_dim=-1),
                 "convnext": subsampling.ConvNeXt(4, kernel_size=(3, 3)),
                 "embed": subsampling.Conv2dSubsampling(9, 4, 2, 3, 4),
                 "convolution": zipformer.ConvolutionModule(4, 3, causal=False),
@@ -88,6 +89,7 @@ def test_copies_in_a_recipe_folder_are_swapped(recipe, edit):
     parts = ("conv.3", "conv.6", "conv.9", "convnext", "convnext.activation", "out", "out_norm")
     inner = {"convnext.activation", *(f"embed.{part}" for part in parts)}
     inner |= {"convolution.in_proj", "convolution.out_proj", "weights.in_proj", "weights.linear_pos"}
+    inner |= {path for path, module in model.named_modules() if type(module).__name__ == "Balancer"}
     assert {row.path for row in report.replaced} == {*model.keys(), *inner}
 
 
@@ -136,7 +138,13 @@ EDITS = {
         "scaling",
         "if not x.requires_grad or (\n",
         "if not x.view(-1).requires_grad or (\n",
-        {"convnext", "embed", "convolution"},
+        {"balancer", "convnext", "embed", "convolution"},
+    ),
+    "what a balancer does to gradients": (
+        "scaling",
+        "loss = m_loss + r_loss",
+        "loss = m_loss - r_loss",
+        {"balancer", "convnext", "embed", "convolution"},
     ),
     "the convolution module": ("zipformer", "x, s = x.chunk(2", "s, x = x.chunk(2", {"convolution"}),
     "what whitening returns": (

@@ -28,6 +28,7 @@ def test_zipformer_m_every_module_with_a_reason():
         "RelPositionMultiheadAttentionWeights": layers,
         "BiasNorm": layers + 1,
         "BypassModule": 2 * layers + 5,
+        "Balancer": 5 + 14 * layers,
         "ActivationDropoutAndLinear": 5 * layers,
         "Linear": 1 + layers * (2 + 2 * 2 + 3 + 2 + 2),
     }

@@ -86,7 +86,7 @@ def test_explain_touches_nothing_and_tells_the_same(model):
     ("only", "expected"),
     [
         ("encoder_embed.out_norm", {"encoder_embed.out_norm"}),
-        ("encoder_embed.conv.*", {"encoder_embed.conv.3", "encoder_embed.conv.6", "encoder_embed.conv.9"}),
+        ("encoder_embed.conv.*", {f"encoder_embed.conv.{i}" for i in (2, 3, 5, 6, 8, 9)}),
         (lambda path, module: path.endswith("embed.out"), {"encoder_embed.out"}),
         (["encoder_embed.out", "*.out_norm"], {"encoder_embed.out", "encoder_embed.out_norm"}),
     ],

@@ -10,10 +10,10 @@ from tiny_zipformer import assert_close, set_batch_count, training_step
 import fastasr
 
 
-def _steps(model, inputs, seed):
+def _steps(model, inputs, seed, **options):
     """The step of upstream and of a swapped copy, after comparing all but the gradients' values."""
     swapped = copy.deepcopy(model)
-    assert fastasr.accelerate(swapped).replaced
+    assert fastasr.accelerate(swapped, **options).replaced
     loss, gradients, random_states = training_step(model, inputs, seed)
     loss_now, gradients_now, random_states_now = training_step(swapped, inputs, seed)
     assert_close(loss_now, loss, what="loss")
@@ -32,7 +32,9 @@ def test_loss_every_gradient_and_the_random_states(model, inputs, dtype, digits,
     set_batch_count(model.to(dtype), batch_count)
     x, lens = inputs[0].to(dtype), inputs[1]
     rounded = copy.deepcopy(model)
-    gradients, gradients_now = _steps(model, (x, lens), seed)
+    # In fp64 upstream's balancers still compute in fp32, ours do not: there the difference would be upstream's error.
+    exclude = (lambda path, module: type(module).__name__ == "Balancer") if dtype is torch.float64 else None
+    gradients, gradients_now = _steps(model, (x, lens), seed, exclude=exclude)
 
     # How far upstream's own gradients move when the features are rounded: some are sums that cancel.
     # Upstream's softmax, balancers and whitening compute in fp32 whatever the dtype; where the attention's

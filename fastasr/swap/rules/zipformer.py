@@ -122,11 +122,24 @@ _CONVNEXT_CHILDREN = {
 
 # Inference leaves the balancers out: these versions return their input when it needs no gradient.
 _BALANCERS = {
-    "11eb10d0735c5e5c3fea5f1a",  # zipformer 0.1.3 on PyPI
-    "5b8544f975686064be524bb7",  # icefall since pull request 1974
-    "5e2cd40d81ed3f21460c0365",  # icefall before it
-    "ea1e082139b9f1b7c8175862",  # icefall before pull request 1108, and its zipformer_prompt_asr
+    "11eb10d0735c5e5c3fea5f1a": _PACKAGE,
+    "5b8544f975686064be524bb7": _ICEFALL,  # since pull request 1974
+    "5e2cd40d81ed3f21460c0365": Known("icefall before pull request 1974"),
+    "ea1e082139b9f1b7c8175862": Known("icefall before pull request 1108"),  # and its zipformer_prompt_asr
 }
+_BALANCER_LIMITS = ("prob", "min_positive", "max_positive", "min_abs", "max_abs", "grad_scale")
+
+
+def _balancer_structure(module):
+    reason = check_parameters(module, {})
+    reason = reason or check_children(module, dict.fromkeys(_BALANCER_LIMITS, "ScheduledFloat"))
+    for name in _BALANCER_LIMITS:
+        if reason is None and not is_rate(getattr(module, name)):
+            reason = f"{name} is a {type(getattr(module, name)).__name__}, expected a number or a schedule"
+    for name in ("num_channels", "channel_dim"):
+        if reason is None and not isinstance(getattr(module, name), int):
+            reason = f"{name} is {getattr(module, name)!r}, expected an int"
+    return reason
 
 
 def _convnext_structure(module):
@@ -198,7 +211,7 @@ def _embed_conv_part(name, part):
     if cls.__name__ == "SwooshR":
         return unread_code(name, part, _swoosh_functions, SWOOSH_R.known)
     if cls.__name__ != "Conv2d":
-        return unread_code(name, part, own_forward, _SCALE_GRAD | _BALANCERS)
+        return unread_code(name, part, own_forward, _SCALE_GRAD | _BALANCERS.keys())
     if cls is not torch.nn.Conv2d or foreign_forward(part) is not None:
         return f"submodule {name} is not a plain torch.nn.Conv2d"
     return None
@@ -420,6 +433,16 @@ BYPASS = Rule(
     known={"a4edc035344a0e73d0329665": _BOTH},  # icefall: since pull request 1108
 )
 
+BALANCER = Rule(
+    name="zipformer.balancer",
+    class_name="Balancer",
+    forward=models.Balancer.forward,
+    kernels=("balancer_gradient",),
+    structure=_balancer_structure,
+    functions=own_forward,
+    known=_BALANCERS,
+)
+
 CONVNEXT = Rule(
     name="zipformer.convnext",
     class_name="ConvNeXt",
@@ -515,6 +538,7 @@ RULES = (
     ACTIVATION_DROPOUT_AND_LINEAR,
     BIAS_NORM,
     BYPASS,
+    BALANCER,
     CONVNEXT,
     CONV2D_SUBSAMPLING,
     CONVOLUTION,

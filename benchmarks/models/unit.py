@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What benchmarks of whole models share: names of implementations and passes, and the rows of one unit."""
+
+from collections.abc import Callable
+
+from fastasr.benchmarks import limits
+from fastasr.benchmarks.case import Report, Settings
+from fastasr.benchmarks.harness import LoadMeter, Variant, interleave, peak_bytes
+from fastasr.benchmarks.rows import Row
+
+UPSTREAM, COMPILE, FASTASR = "upstream", "compile", "fastasr"
+FORWARD, BOTH = "forward", "forward+backward"
+
+
+def product_flops(call: Callable[[], object]) -> int:
+    """Multiply and add operations of the products."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def measure_unit(
+    name: str, case: str, pass_: str, shape: str, runs: dict, settings: Settings, reps: int, report: Report
+) -> list[Row]:
+    """One row per implementation (its call in ``runs``), all of them timed in turns. The floor is that of the products
+    alone, counted in ``runs[UPSTREAM]``."""
+    for key, run in runs.items():
+        report(f"{name}: {case}, {pass_}: first call of {key}" + (" (compiles)" if key == COMPILE else ""))
+        run()
+    flops = product_flops(runs[UPSTREAM])
+    rate = limits.gemm_flops_per_second("cpu")
+    report(f"{name}: {case}, {pass_}: timing {', '.join(runs)}, {reps} rounds")
+    load = LoadMeter()
+    made = {key: Variant(run) for key, run in runs.items()}
+    timings = interleave(made, reps=reps, warmup=2, sample_seconds=settings.sample_seconds)
+    other = load.other_cores()
+    rows = []
+    for key, timing in timings.items():
+        lower, upper = timing.quartiles
+        rows.append(
+            Row.measured(
+                suite="models",
+                name=name,
+                case=case,
+                shape=shape,
+                dtype="float32",
+                device="cpu",
+                pass_=pass_,
+                implementation=key,
+                median_ms=round(timing.median * 1e3, 4),
+                q1_ms=round(lower * 1e3, 4),
+                q3_ms=round(upper * 1e3, 4),
+                reps=timing.reps,
+                load=other,
+                peak_bytes=peak_bytes(made[key]) if settings.memory else None,
+                flops=flops,
+                fraction_of_limit=round(flops / rate / timing.median, 4),
+                limit=f"GEMM {rate / 1e9:.0f} GFLOP/s",
+            )
+        )
+    return rows

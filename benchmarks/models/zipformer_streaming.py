@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One chunk of a streaming Zipformer-M, one stream, chunks of 16 and 32 frames (320 and 640 ms) with 128 frames of left
+context: upstream as shipped, swapped. As upstream's own streaming wrapper does, the front end takes 13 frames more.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastasr.benchmarks import upstream
+from fastasr.benchmarks.case import Report, Settings
+from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, measure_unit
+from fastasr.benchmarks.rows import Row
+
+NAME = "zipformer_streaming"
+CASE = "one chunk of {}"
+CHUNKS = (16, 32)
+LEFT_CONTEXT = 128
+PADDING = 13  # 7 of the first convolutions, 2 * 3 of ConvNeXt
+
+
+def _chunk(model: torch.nn.Module, chunk: int) -> Callable[[], torch.Tensor]:
+    """A call in the middle of a stream: no state is new, none is kept, so every call does the same."""
+    encoder = model.encoder
+    encoder.chunk_size = (chunk,)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 2 * chunk + PADDING, upstream.BINS, generator=generator)
+    lengths = torch.tensor([x.shape[1]])
+    states = [
+        torch.randn(s.shape, generator=generator) for s in encoder.get_init_states(1, torch.device("cpu"))
+    ]
+    left_pad = model.encoder_embed.get_init_states(1, torch.device("cpu"))
+    mask = torch.zeros(1, LEFT_CONTEXT + chunk, dtype=torch.bool)
+
+    def run():
+        with torch.no_grad():
+            y, y_lengths, _ = model.encoder_embed.streaming_forward(
+                x=x, x_lens=lengths, cached_left_pad=left_pad
+            )
+            return encoder.streaming_forward(
+                x=y.permute(1, 0, 2), x_lens=y_lengths, states=states, src_key_padding_mask=mask
+            )[0]
+
+    return run
+
+
+def measure(
+    *,
+    size: str = "medium",
+    chunks: tuple[int, ...] = CHUNKS,
+    inner_compile: bool = True,
+    settings: Settings | None = None,
+    reps: int | None = None,
+    compile_model: bool = False,
+    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
+    report: Report = lambda _: None,
+) -> Iterator[list[Row]]:
+    """Yields the rows of a chunk of each size; ``skip(case, shape, pass)`` leaves one out, ``compile_model`` changes
+    nothing. ``inner_compile``: as upstream ships its activations, compiled. Raises ``upstream.MissingUpstream``."""
+    import fastasr
+
+    settings = settings or Settings()
+    shape = f"{size} 1 stream, left context {LEFT_CONTEXT}"
+    options = {"causal": True, "chunk_size": chunks, "left_context_frames": (LEFT_CONTEXT,)}
+    shipped = upstream.zipformer(size, inner_compile=inner_compile, **options)
+    swapped = copy.deepcopy(shipped)
+    fastasr.accelerate(swapped)
+    for chunk in chunks:
+        case = CASE.format(chunk)
+        if not skip(case, shape, FORWARD):
+            runs = {UPSTREAM: _chunk(shipped, chunk), FASTASR: _chunk(swapped, chunk)}
+            yield measure_unit(NAME, case, FORWARD, shape, runs, settings, reps or settings.reps, report)
