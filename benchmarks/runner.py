@@ -135,8 +135,9 @@ def _units(name: str, options: Options, summary: Summary, report: Report) -> Ite
             def skip_part(case: str, shape=shape, alone=alone) -> bool:
                 if alone and case != zipformer.WHOLE:
                     return True
+                dtype = "bfloat16" if case == zipformer.AUTOCAST else "float32"
                 case = "stack 0" if case == zipformer.STACKS else case
-                return done("models", name, case, shape, "forward", "float32")
+                return done("models", name, case, shape, "forward", dtype)
 
             yield from zipformer.measure(
                 **size,

@@ -14,12 +14,12 @@ import torch
 
 from fastasr.benchmarks import limits
 from fastasr.benchmarks.case import Report, Settings
-from fastasr.benchmarks.harness import LoadMeter, Variant, interleave, peak_bytes
+from fastasr.benchmarks.harness import LoadMeter, Variant, interleave
+from fastasr.benchmarks.models.unit import COMPILE, FASTASR, FORWARD, UPSTREAM, measured_rows
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.upstream import MissingUpstream
 
 NAME = "mega_step"
-UPSTREAM, COMPILE, FASTASR = "upstream", "compile", "fastasr"
 SIZES = {"default": {"vocab_size": 500}, "tiny": {"vocab_size": 50, "block_size": 64, "linear_size": 96}}
 HISTORIES, BATCHES = (0, 50, 200), (1, 4, 10)
 INSTALL = "pip install --no-deps espnet==202511, and typeguard"
@@ -118,29 +118,17 @@ def measure(
         limit = (
             f"copy {moved / copied / 1e9:.1f} GB/s" if floor == copied else f"GEMM {rate / 1e9:.0f} GFLOP/s"
         )
-        rows = []
-        for name, timing in timings.items():
-            lower, upper = timing.quartiles
-            rows.append(
-                Row.measured(
-                    suite="models",
-                    name=NAME,
-                    case=case,
-                    shape=shape,
-                    dtype="float32",
-                    device="cpu",
-                    pass_="forward",
-                    implementation=name,
-                    median_ms=round(timing.median * 1e3, 4),
-                    q1_ms=round(lower * 1e3, 4),
-                    q3_ms=round(upper * 1e3, 4),
-                    reps=timing.reps,
-                    peak_bytes=peak_bytes(variants[name]) if settings.memory else None,
-                    bytes=moved,
-                    flops=flops,
-                    fraction_of_limit=round(floor / timing.median, 4),
-                    limit=limit,
-                    load=other,
-                )
-            )
-        yield rows
+        yield measured_rows(
+            timings,
+            variants,
+            memory=settings.memory,
+            name=NAME,
+            case=case,
+            shape=shape,
+            pass_=FORWARD,
+            bytes=moved,
+            flops=flops,
+            seconds=floor,
+            limit=limit,
+            load=other,
+        )

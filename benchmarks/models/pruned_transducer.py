@@ -18,12 +18,13 @@ from torch import Tensor
 from fastasr import rnnt
 from fastasr.benchmarks import limits
 from fastasr.benchmarks.case import BOTH, Report, Settings
-from fastasr.benchmarks.harness import LoadMeter, Variant, interleave, peak_bytes
+from fastasr.benchmarks.harness import LoadMeter, Variant, interleave
+from fastasr.benchmarks.models.unit import COMPILE, FASTASR, UPSTREAM, measured_rows
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.upstream import MissingUpstream
 
 NAME = "pruned_transducer"
-UPSTREAM, COMPILE, FASTASR, AGAIN = "upstream", "compile", "fastasr", "fastasr, logits again"
+AGAIN = "fastasr, logits again"
 WHOLE, PART = "whole path", "joiner and loss"
 # (case, B, T, S, R, D, V)
 WHOLES = tuple((WHOLE, 4, 400, 60, 5, 512, v) for v in (500, 5000))
@@ -136,7 +137,7 @@ def _calls(
     upstream = partial(problem.upstream, package, whole)
     if not whole:
         calls = {FASTASR: partial(problem.fused, False, False)}
-        if _eager_bytes(*sizes) < 0.8 * _memory_bytes():
+        if _eager_bytes(*sizes) < 0.6 * _memory_bytes():
             calls = {UPSTREAM: upstream, **calls}
         else:
             where = f"{NAME}: {case}, {shape_name(*sizes)}"
@@ -180,29 +181,17 @@ def measure(
         other = load.other_cores()
         moved, flops = cost(case, *sizes)
         rate = limits.gemm_flops_per_second("cpu")
-        rows = []
-        for name, timing in timings.items():
-            lower, upper = timing.quartiles
-            rows.append(
-                Row.measured(
-                    suite="models",
-                    name=NAME,
-                    case=case,
-                    shape=shape,
-                    dtype="float32",
-                    device="cpu",
-                    pass_=BOTH,
-                    implementation=name,
-                    median_ms=round(timing.median * 1e3, 4),
-                    q1_ms=round(lower * 1e3, 4),
-                    q3_ms=round(upper * 1e3, 4),
-                    reps=timing.reps,
-                    peak_bytes=peak_bytes(variants[name]) if settings.memory or case == PART else None,
-                    bytes=moved,
-                    flops=flops,
-                    fraction_of_limit=round(flops / rate / timing.median, 4),
-                    limit=f"GEMM {rate / 1e9:.0f} GFLOP/s",
-                    load=other,
-                )
-            )
-        yield rows
+        yield measured_rows(
+            timings,
+            variants,
+            memory=settings.memory or case == PART,
+            name=NAME,
+            case=case,
+            shape=shape,
+            pass_=BOTH,
+            bytes=moved,
+            flops=flops,
+            seconds=flops / rate,
+            limit=f"GEMM {rate / 1e9:.0f} GFLOP/s",
+            load=other,
+        )

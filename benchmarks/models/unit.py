@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from fastasr.benchmarks import limits
 from fastasr.benchmarks.case import Report, Settings
-from fastasr.benchmarks.harness import LoadMeter, Variant, interleave, peak_bytes
+from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, interleave, peak_bytes
 from fastasr.benchmarks.rows import Row
 
 UPSTREAM, COMPILE, FASTASR = "upstream", "compile", "fastasr"
@@ -36,28 +36,42 @@ def measure_unit(
     made = {key: Variant(run) for key, run in runs.items()}
     timings = interleave(made, reps=reps, warmup=2, sample_seconds=settings.sample_seconds)
     other = load.other_cores()
+    return measured_rows(
+        timings,
+        made,
+        memory=settings.memory,
+        name=name,
+        case=case,
+        shape=shape,
+        pass_=pass_,
+        load=other,
+        flops=flops,
+        seconds=flops / rate,
+        limit=f"GEMM {rate / 1e9:.0f} GFLOP/s",
+    )
+
+
+def measured_rows(
+    timings: dict[str, Timing], variants: dict[str, Variant], *, memory: bool, seconds: float, **fields
+) -> list[Row]:
+    """A row of the suite "models" per implementation; ``seconds`` is what the limit allows, ``memory``: measure the
+    peaks too."""
     rows = []
-    for key, timing in timings.items():
+    for implementation, timing in timings.items():
         lower, upper = timing.quartiles
         rows.append(
             Row.measured(
                 suite="models",
-                name=name,
-                case=case,
-                shape=shape,
                 dtype="float32",
                 device="cpu",
-                pass_=pass_,
-                implementation=key,
+                implementation=implementation,
                 median_ms=round(timing.median * 1e3, 4),
                 q1_ms=round(lower * 1e3, 4),
                 q3_ms=round(upper * 1e3, 4),
                 reps=timing.reps,
-                load=other,
-                peak_bytes=peak_bytes(made[key]) if settings.memory else None,
-                flops=flops,
-                fraction_of_limit=round(flops / rate / timing.median, 4),
-                limit=f"GEMM {rate / 1e9:.0f} GFLOP/s",
+                peak_bytes=peak_bytes(variants[implementation]) if memory else None,
+                fraction_of_limit=round(seconds / timing.median, 4),
+                **fields,
             )
         )
     return rows

@@ -23,7 +23,7 @@ from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, interleave, p
 from fastasr.benchmarks.rows import Row
 
 NAME = "zipformer"
-WHOLE, STACKS = "whole model", "stacks"
+WHOLE, STACKS, AUTOCAST = "whole model", "stacks", "whole model, autocast(bfloat16)"
 FIRST, SECOND, SWAP = "first call", "second call", "accelerate()"
 UPSTREAM, LINEAR, FASTASR, COMPILE = "upstream", "upstream+linear", "fastasr", "compile"
 BATCH, FRAMES = 4, 1600
@@ -47,6 +47,14 @@ def _call(model: Callable, inputs: tuple) -> Callable[[], torch.Tensor]:
     def forward():
         with torch.no_grad():
             return model(*inputs)[0]
+
+    return forward
+
+
+def _autocast(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16):
+            return call()
 
     return forward
 
@@ -119,7 +127,7 @@ def _row(case: str, implementation: str, timing: Timing, shape: str, load: float
         name=NAME,
         case=case,
         shape=shape,
-        dtype="float32",
+        dtype="bfloat16" if case == AUTOCAST else "float32",
         device="cpu",
         pass_="forward",
         implementation=implementation,
@@ -185,7 +193,7 @@ def measure(
     """Yields the rows of the whole model, of its parts and of the first calls.
 
     ``compile_model`` adds upstream under torch.compile (minutes of compilation); ``fresh`` the first calls in
-    fresh processes; ``skip(case)`` leaves WHOLE, STACKS or FIRST out. Raises ``upstream.MissingUpstream``.
+    fresh processes; ``skip(case)`` leaves WHOLE, AUTOCAST, STACKS or FIRST out. Raises ``upstream.MissingUpstream``.
     """
     settings = settings or Settings()
     reps = reps or min(settings.reps, 9)
@@ -193,7 +201,7 @@ def measure(
     inputs = upstream.example(batch, frames)
     if fresh and not skip(FIRST):
         yield from _first_calls(size, name, report)
-    if skip(WHOLE) and skip(STACKS):
+    if skip(WHOLE) and skip(STACKS) and skip(AUTOCAST):
         return
     report(f"{NAME}: building upstream's model ({size}) and its replacements")
     shipped = upstream.zipformer(size)
@@ -232,6 +240,13 @@ def measure(
             )
             for key, timing in timings.items()
         ]
+    if not skip(AUTOCAST):
+        report(f"{NAME}: timing under autocast, {reps} rounds")
+        load = LoadMeter()
+        runs = {key: Variant(_autocast(calls[key])) for key in (UPSTREAM, FASTASR) if key in calls}
+        timings = interleave(runs, reps=reps, warmup=1, sample_seconds=0.0)
+        other = load.other_cores()
+        yield [_row(AUTOCAST, key, timing, name, other) for key, timing in timings.items()]
     if not skip(STACKS):
         report(f"{NAME}: timing each stack, {reps} rounds")
         parts = {key: _Parts(model) for key, model in models.items()}

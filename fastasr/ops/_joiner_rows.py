@@ -16,9 +16,8 @@ from torch import Tensor
 
 from fastasr.ops import _gemm
 
-CHUNK_BYTES = (
-    6 << 20
-)  # of hidden and logits: what a chunk's passes write, the next ones still find in the cache
+# Of hidden and logits: what a chunk's passes write, the next ones still find in the cache.
+CHUNK_BYTES = 6 << 20
 CHUNK_ROWS = 528
 
 Chunk = tuple[Tensor, Tensor, Tensor]  # rows, hidden, logits

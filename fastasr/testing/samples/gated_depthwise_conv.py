@@ -180,5 +180,6 @@ TABLE = OpTable(
         Invalid("activation is None", _with(activation=None), TypeError, "activation"),
         Invalid("return_cache is an int", _causal_with(return_cache=1), TypeError, "return_cache"),
     ),
+    unread=("weight", "causal_weight"),  # taps that reach no frame of a short sequence
     random=_random,
 )
