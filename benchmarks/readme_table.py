@@ -17,13 +17,22 @@ from fastasr.benchmarks.table import Unit, duration, percent, times, units
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("eager", "compile", "upstream", "fastasr")
+_HEADLINES = (
+    "first call",
+    "second call",
+    "whole model",
+    "whole model, autocast(bfloat16)",
+    "training step",
+    "whole path",
+)
 TITLES = ("eager", "`torch.compile`", "upstream", "**fastasr**")
 
 
 def _label(unit: Unit) -> str:
     first = unit.first
     if first.suite == "models":
-        return f"{first.name} ({first.shape}), {first.case}"
+        pass_ = "" if first.pass_ == "forward" else f", {first.pass_}"
+        return f"{first.name} ({first.shape}), {first.case}{pass_}"
     return f"`{first.name}` {first.case}, {first.pass_}"
 
 
@@ -65,7 +74,7 @@ def _headlines(found: Sequence[Unit]) -> list[Unit]:
 
 def _is_headline(row: Row, first_case: dict[str, str]) -> bool:
     if row.suite == "models":
-        return row.case in ("whole model", "first call", "second call")
+        return row.case in _HEADLINES or row.case.startswith("one chunk")
     return row.case == first_case[row.name] and row.pass_ != "backward"
 
 
