@@ -38,7 +38,7 @@ def _make(
         boundary = torch.tensor(rows, device=device)
     return {
         "eager": lambda: simple(partial(definition, boundary=boundary), x, y),
-        "fast_rnnt": lambda: _peer(x, y, boundary),
+        "upstream": lambda: _peer(x, y, boundary),
         "fastasr": lambda: simple(partial(ops.rnnt_lattice, boundary=boundary), x, y),
     }
 

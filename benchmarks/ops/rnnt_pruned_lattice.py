@@ -33,7 +33,7 @@ def _make(batch: int, symbols: int, frames: int, window: int, device: str, dtype
     x[starts[..., None] + torch.arange(window, device=device) >= symbols] = -float("inf")
     return {
         "eager": lambda: simple(lambda x, y: definition(x, y, starts), x, y),
-        "fast_rnnt": lambda: _peer(x, y, starts, symbols),
+        "upstream": lambda: _peer(x, y, starts, symbols),
         "fastasr": lambda: simple(lambda x, y: ops.rnnt_pruned_lattice(x, y, starts), x, y),
     }
 
