@@ -33,7 +33,8 @@ def _label(unit: Unit) -> str:
     if first.suite == "models":
         pass_ = "" if first.pass_ == "forward" else f", {first.pass_}"
         return f"{first.name} ({first.shape}), {first.case}{pass_}"
-    return f"`{first.name}` {first.case}, {first.pass_}"
+    dtype = "" if first.dtype == "float32" else f", {first.dtype}"
+    return f"`{first.name}` {first.case}, {first.pass_}{dtype}"
 
 
 def _dispatch_lines(found: Sequence[Unit]) -> list[str]:
