@@ -43,8 +43,9 @@ Call<T> checked(const Tensor& x, const Tensor& update, const Optional& candidate
   const int64_t channels = x.size(x.dim() - 1);
   STD_TORCH_CHECK(candidate.has_value() == hidden.has_value(), op, ": candidate and hidden go together");
   for (const Tensor* t : {&weight, &bias})
-    STD_TORCH_CHECK(t->scalar_type() == kComputeType<T> && t->is_contiguous() && t->dim() == 1 && t->numel() == channels, op,
-                    ": weight and bias");
+    STD_TORCH_CHECK(
+        t->scalar_type() == kComputeType<T> && t->is_contiguous() && t->dim() == 1 && t->numel() == channels, op,
+        ": weight and bias");
   STD_TORCH_CHECK(channels > 0, op, ": x has no channels");
   STD_TORCH_CHECK(eps >= 0, op, ": eps");
   STD_TORCH_CHECK(activation >= 0 && activation < cpu::kActivations, op, ": activation");
