@@ -352,7 +352,7 @@ def rnnt_lattice(
     if (
         not is_compiling()
         and FAMILY.native is not None
-        and return_occupation is False
+        and type(return_occupation) is bool
         and type(x) in PLAIN
         and type(y) in PLAIN
         and (boundary is None or type(boundary) in PLAIN)
@@ -360,9 +360,15 @@ def rnnt_lattice(
         and x.dtype in (torch.float32, torch.float64)
     ):
         try:
-            if is_grad_enabled() and (x.requires_grad or y.requires_grad):
+            wanted = is_grad_enabled() and (x.requires_grad or y.requires_grad)
+            if wanted and not return_occupation:
                 return _NativeLattice.apply(FAMILY.native, x, y, boundary)
-            return FAMILY.native.forward(x, y, boundary, False)[0]
+            if not wanted:
+                scores, shares = FAMILY.native.forward(x, y, boundary, return_occupation)
+                if not return_occupation:
+                    return scores
+                sizes = x.shape[1], x.shape[2], y.shape[2]
+                return scores, *FAMILY.native.backward(None, scores, shares, boundary, *sizes)
         except RuntimeError:
             pass  # the checked path tells why, or does what the kernels do not
     _check.floating_tensor(op, "symbol_logprobs", x)
