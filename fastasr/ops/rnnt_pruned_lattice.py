@@ -137,7 +137,9 @@ class _Band:
 
     @staticmethod
     def _pick(scores: Tensor, cells: Tensor, where: Tensor) -> Tensor:
-        return torch.where(where.any(1), torch.where(where, cells, -_INF).amax(1), scores)
+        """The one cell of each sequence where there is one; no gradient where no path reaches it."""
+        picked = torch.where(where, cells, 0.0).sum(1)
+        return torch.where(where.any(1), torch.where(picked == -_INF, -_INF, picked), scores)
 
     def occupation(self, grad: Tensor | None, scores: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of the arcs for ``grad`` (B,) of the scores (None: 1)."""

@@ -144,3 +144,17 @@ def test_types():
     x = x.bfloat16().requires_grad_()
     ops.rnnt_lattice(x, y).sum().backward()
     assert x.grad.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("modified", [False, True], ids=["regular", "modified"])
+@pytest.mark.parametrize("name", ["auto", "eager"])
+def test_an_end_that_is_a_cell_of_the_band_but_not_reached_gives_zeros(name, modified):
+    """The beginning lies outside every window; the log-probabilities next to the end are finite."""
+    x, y = (torch.randn(1, 4, 5, requires_grad=True) for _ in range(2))
+    starts = torch.tensor([[0, 3, 6, 9]])
+    boundary = torch.tensor([[1, 3, 10, 4]])
+    with backend(name):
+        scores = ops.rnnt_pruned_lattice(x, y, starts, boundary, modified=modified)
+    assert scores.tolist() == [-INF]
+    for grad in torch.autograd.grad(scores.sum(), (x, y)):
+        assert torch.equal(grad, torch.zeros(1, 4, 5))
