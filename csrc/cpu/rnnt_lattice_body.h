@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Included by rnnt_lattice.cpp once per instruction set, as cpu/scaled_number.h is: hence no include guard.
+// For one instruction set (no include guard; see each_instruction_set.h), as cpu/scaled_number.h is.
 //
 // Lanes are neighbouring s; N steps of N rows at a time are turned by a transposition in registers into step-major
 // blocks that lie in the first cache, X and Y: [step][s], X by the s a symbol leads to. No gathers.
+namespace {
+
 #include "cpu/scaled_number.h"
 
 template <typename C, int kBit, bool kHigh, size_t... kJ>
@@ -44,14 +46,14 @@ FASTASR_VECTOR_INLINE Vector<C> next_lane(Vector<C> v, Vector<C> after, std::ind
 // Columns t to t + N - 1 of a row whose ends lie among them. Not inlined: sixteen copies of it do not fit in the
 // instruction cache beside the rest.
 template <typename C>
-FASTASR_TARGET __attribute__((noinline)) Vector<C> load_edge(const C* from, int64_t t, int64_t columns) {
+__attribute__((noinline)) Vector<C> load_edge(const C* from, int64_t t, int64_t columns) {
   alignas(64) C part[Lanes<C>::count];
   for (int j = 0; j < Lanes<C>::count; j++)
     part[j] = t + j >= 0 && t + j < columns ? from[t + j] : -std::numeric_limits<C>::infinity();
   return at(part);
 }
 template <typename C>
-FASTASR_TARGET __attribute__((noinline)) void store_edge(C* to, int64_t t, int64_t columns, Vector<C> v) {
+__attribute__((noinline)) void store_edge(C* to, int64_t t, int64_t columns, Vector<C> v) {
   alignas(64) C part[Lanes<C>::count];
   put(part, v);
   for (int j = 0; j < Lanes<C>::count; j++)
@@ -120,8 +122,7 @@ struct LatticeBlock {
 };
 
 template <typename C, bool kKeep>
-FASTASR_TARGET C forward_steps(const LatticeSize& size, const C* x, int64_t x_row, const C* y, int64_t y_row, C* shares,
-                               C* scratch) {
+C forward_steps(const LatticeSize& size, const C* x, int64_t x_row, const C* y, int64_t y_row, C* shares, C* scratch) {
   constexpr int n = Lanes<C>::count;
   const auto lanes = std::make_index_sequence<n>();
   const int64_t vectors = size.symbols / n + 1, row = vectors * n, skew = size.regular;
@@ -173,15 +174,14 @@ FASTASR_TARGET C forward_steps(const LatticeSize& size, const C* x, int64_t x_ro
 }
 
 template <typename C>
-FASTASR_TARGET C forward_body(const LatticeSize& size, const C* x, int64_t x_row, const C* y, int64_t y_row, C* shares,
-                              C* scratch) {
+C forward_body(const LatticeSize& size, const C* x, int64_t x_row, const C* y, int64_t y_row, C* shares, C* scratch) {
   return shares ? forward_steps<C, true>(size, x, x_row, y, y_row, shares, scratch)
                 : forward_steps<C, false>(size, x, x_row, y, y_row, shares, scratch);
 }
 
 template <typename C>
-FASTASR_TARGET void backward_body(const LatticeSize& size, C grad, const C* shares, C* dx, int64_t x_row, C* dy,
-                                  int64_t y_row, C* scratch) {
+void backward_body(const LatticeSize& size, C grad, const C* shares, C* dx, int64_t x_row, C* dy, int64_t y_row,
+                   C* scratch) {
   constexpr int n = Lanes<C>::count;
   const auto lanes = std::make_index_sequence<n>();
   const int64_t vectors = size.symbols / n + 1, row = vectors * n, skew = size.regular;
@@ -213,3 +213,7 @@ FASTASR_TARGET void backward_body(const LatticeSize& size, C grad, const C* shar
     }
   }
 }
+
+}  // namespace
+
+#undef FASTASR_VECTOR_INLINE

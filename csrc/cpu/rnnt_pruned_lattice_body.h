@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Included by rnnt_pruned_lattice.cpp once per instruction set, as cpu/scaled_number.h is: hence no include guard.
+// For one instruction set (no include guard; see each_instruction_set.h), as cpu/scaled_number.h is.
 //
 // Lanes are sequences: a band is too narrow for anything else. A row holds cell r of every sequence; a window that
 // moves shifts its lane's cells by a binary decomposition of the distance.
+namespace {
+
 #include "cpu/scaled_number.h"
 
 // The arcs of frame t inside the boundary: symbols from cells [0, symbols), blanks from [0, blanks), both less `low`.
@@ -47,8 +49,7 @@ FASTASR_VECTOR_INLINE int64_t moves(const BandSequence<C>* sequences, int64_t co
 }
 
 template <typename C, bool kKeep>
-FASTASR_TARGET void band_forward_lanes(const BandSize& size, BandSequence<C>* sequences, int64_t count, C* shares,
-                                       C* scratch) {
+void band_forward_lanes(const BandSize& size, BandSequence<C>* sequences, int64_t count, C* shares, C* scratch) {
   constexpr int n = Lanes<C>::count;
   const int64_t window = size.window, rows = window + 1;
   C *const m = scratch, *const e = m + rows * n, *const xs = e + rows * n, *const ys = xs + rows * n;
@@ -162,7 +163,7 @@ FASTASR_TARGET void band_forward_lanes(const BandSize& size, BandSequence<C>* se
 
 // dx and dy of a sequence with a constant inside the boundary, 0 outside; frames [from, to).
 template <typename C>
-FASTASR_TARGET void fill_band(const BandSize& size, const BandSequence<C>& q, int64_t from, int64_t to, C constant) {
+void fill_band(const BandSize& size, const BandSequence<C>& q, int64_t from, int64_t to, C constant) {
   for (int64_t t = from; t < to; t++) {
     const BandArcs arcs = BandArcs::at(size, q, t);
     for (int64_t r = 0; r < size.window; r++) {
@@ -173,8 +174,8 @@ FASTASR_TARGET void fill_band(const BandSize& size, const BandSequence<C>& q, in
 }
 
 template <typename C>
-FASTASR_TARGET void band_backward_lanes(const BandSize& size, const BandSequence<C>* sequences, int64_t count,
-                                        const C* shares, C* scratch) {
+void band_backward_lanes(const BandSize& size, const BandSequence<C>* sequences, int64_t count, const C* shares,
+                         C* scratch) {
   constexpr int n = Lanes<C>::count;
   const int64_t window = size.window, rows = window + 1;
   C *const g = scratch, *const xs = g + rows * n, *const ys = xs + rows * n;
@@ -248,8 +249,7 @@ FASTASR_TARGET void band_backward_lanes(const BandSize& size, const BandSequence
 }
 
 template <typename C>
-FASTASR_TARGET void forward_body(const BandSize& size, BandSequence<C>* sequences, int64_t count, C* shares,
-                                 C* scratch) {
+void forward_body(const BandSize& size, BandSequence<C>* sequences, int64_t count, C* shares, C* scratch) {
   for (int64_t l = 0; l < (shares ? kBandLanes : count); l += Lanes<C>::count) {
     const int64_t here = std::clamp<int64_t>(count - l, 0, Lanes<C>::count);
     if (shares)
@@ -260,8 +260,11 @@ FASTASR_TARGET void forward_body(const BandSize& size, BandSequence<C>* sequence
 }
 
 template <typename C>
-FASTASR_TARGET void backward_body(const BandSize& size, const BandSequence<C>* sequences, int64_t count,
-                                  const C* shares, C* scratch) {
+void backward_body(const BandSize& size, const BandSequence<C>* sequences, int64_t count, const C* shares, C* scratch) {
   for (int64_t l = 0; l < count; l += Lanes<C>::count)
     band_backward_lanes<C>(size, sequences + l, std::min<int64_t>(count - l, Lanes<C>::count), shares + l, scratch);
 }
+
+}  // namespace
+
+#undef FASTASR_VECTOR_INLINE

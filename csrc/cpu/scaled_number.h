@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Included by kernels once per instruction set, with FASTASR_TARGET (an attribute) and FASTASR_VECTOR (bytes) set,
-// inside a namespace of its own: hence no include guard.
+// Included by kernels once per instruction set, inside a namespace of its own (no include guard; see
+// each_instruction_set.h).
 //
 // Vectors of positive numbers as m 2^e, m and e floating: sums of probabilities that neither underflow nor round as
 // logarithms do. An impossible one has e below kNever.
 
-#define FASTASR_VECTOR_INLINE FASTASR_TARGET static inline __attribute__((always_inline))
+#define FASTASR_VECTOR_INLINE static inline __attribute__((always_inline))
 
 template <typename C>
 struct Bits;
@@ -25,10 +25,10 @@ struct Bits<double> {
 template <typename C>
 struct Lanes {
   using integer = typename Bits<C>::integer;
-  static constexpr int count = FASTASR_VECTOR / static_cast<int>(sizeof(C));
-  typedef C vector __attribute__((vector_size(FASTASR_VECTOR)));
-  typedef integer bits __attribute__((vector_size(FASTASR_VECTOR)));
-  typedef C memory __attribute__((vector_size(FASTASR_VECTOR), aligned(sizeof(C)), may_alias));
+  static constexpr int count = FASTASR_VECTOR_BYTES / static_cast<int>(sizeof(C));
+  typedef C vector __attribute__((vector_size(FASTASR_VECTOR_BYTES)));
+  typedef integer bits __attribute__((vector_size(FASTASR_VECTOR_BYTES)));
+  typedef C memory __attribute__((vector_size(FASTASR_VECTOR_BYTES), aligned(sizeof(C)), may_alias));
 };
 template <typename C>
 using Vector = typename Lanes<C>::vector;
@@ -123,7 +123,7 @@ FASTASR_VECTOR_INLINE void normalise(Vector<C>& m, Vector<C>& e) {
 
 // The logarithm of one number, -inf where it is impossible.
 template <typename C>
-FASTASR_TARGET inline C logarithm(C m, C e) {
+inline C logarithm(C m, C e) {
   if (m != m) return m;
   if (e < kNever<C>) return -std::numeric_limits<C>::infinity();
   return static_cast<C>(std::log(static_cast<double>(m)) + 0.6931471805599453 * static_cast<double>(e));

@@ -118,8 +118,8 @@ def test_a_readme_without_markers_is_refused(checkout, capsys):
 
 def test_the_committed_readme_says_what_the_rows_say():
     readme = readme_table.ROOT / "README.md"
-    if not readme.exists() or readme_table.START not in readme.read_text(encoding="utf-8"):
-        pytest.skip("this installation has no README with a table")
+    if not readme.exists():
+        pytest.skip("this installation has no README")
     assert readme_table.main([str(readme), "--check"]) == 0
 
 
