@@ -2,20 +2,33 @@
 """Zipformer, one file per concept. Yao et al., "Zipformer: A faster and better encoder for automatic speech
 recognition", ICLR 2024, https://arxiv.org/abs/2310.11230."""
 
+from fastasr.models.zipformer.absolute_position import PositionalEncoding
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear, SwooshL, SwooshR
+from fastasr.models.zipformer.asr_model import AsrModel
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
+from fastasr.models.zipformer.attention_decoder import (
+    AttentionDecoderModel,
+    DecoderLayer,
+    Swish,
+    TransformerDecoder,
+)
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.bypass import BypassModule
 from fastasr.models.zipformer.chunk_causal_convolution import ChunkCausalDepthwiseConv1d
 from fastasr.models.zipformer.convolution import ConvolutionModule
+from fastasr.models.zipformer.decoder import Decoder
 from fastasr.models.zipformer.dropout import Dropout2, Dropout3
 from fastasr.models.zipformer.encoder import Zipformer, convert_num_channels
 from fastasr.models.zipformer.feed_forward import FeedforwardModule
 from fastasr.models.zipformer.gradient_scale import ScaleGrad, penalize_abs_values_gt, scale_grad, with_loss
 from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.initial_scale import ScaledConv2d, ScaledLinear
+from fastasr.models.zipformer.installed import is_module_available
+from fastasr.models.zipformer.joiner import Joiner
+from fastasr.models.zipformer.label_smoothing import LabelSmoothingLoss
 from fastasr.models.zipformer.layer import ZipformerEncoderLayer
 from fastasr.models.zipformer.linear import Linear
+from fastasr.models.zipformer.multi_head_attention import MultiHeadAttention
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.parameter_limits import LimitParamValue, limit_param_value
@@ -23,15 +36,18 @@ from fastasr.models.zipformer.positional_encoding import CompactRelPositionalEnc
 from fastasr.models.zipformer.resampling import SimpleDownsample, SimpleUpsample
 from fastasr.models.zipformer.schedules import FloatLike, PiecewiseLinear, ScheduledFloat
 from fastasr.models.zipformer.self_attention import SelfAttention
+from fastasr.models.zipformer.sequences import make_pad_mask, pad_sequences, subsequent_mask
 from fastasr.models.zipformer.softmax import softmax
 from fastasr.models.zipformer.stack import DownsampledZipformerEncoder, ZipformerEncoder
+from fastasr.models.zipformer.stream_states import stack_states, unstack_states
 from fastasr.models.zipformer.subsampling import Conv2dSubsampling, ConvNeXt
-from fastasr.models.zipformer.transducer import AsrModel
+from fastasr.models.zipformer.symbol_table import SymbolTable, num_tokens, token_ids_to_text
 from fastasr.models.zipformer.whitening import Whiten
 
 __all__ = [
     "ActivationDropoutAndLinear",
     "AsrModel",
+    "AttentionDecoderModel",
     "Balancer",
     "BiasNorm",
     "BypassModule",
@@ -40,16 +56,22 @@ __all__ = [
     "Conv2dSubsampling",
     "ConvNeXt",
     "ConvolutionModule",
+    "Decoder",
+    "DecoderLayer",
     "DownsampledZipformerEncoder",
     "Dropout2",
     "Dropout3",
     "FeedforwardModule",
     "FloatLike",
     "Identity",
+    "Joiner",
+    "LabelSmoothingLoss",
     "LimitParamValue",
     "Linear",
+    "MultiHeadAttention",
     "NonlinAttention",
     "PiecewiseLinear",
+    "PositionalEncoding",
     "RelPositionMultiheadAttentionWeights",
     "ScaleGrad",
     "ScaledConv2d",
@@ -58,16 +80,27 @@ __all__ = [
     "SelfAttention",
     "SimpleDownsample",
     "SimpleUpsample",
+    "Swish",
     "SwooshL",
     "SwooshR",
+    "SymbolTable",
+    "TransformerDecoder",
     "Whiten",
     "Zipformer",
     "ZipformerEncoder",
     "ZipformerEncoderLayer",
     "convert_num_channels",
+    "is_module_available",
     "limit_param_value",
+    "make_pad_mask",
+    "num_tokens",
+    "pad_sequences",
     "penalize_abs_values_gt",
     "scale_grad",
     "softmax",
+    "stack_states",
+    "subsequent_mask",
+    "token_ids_to_text",
+    "unstack_states",
     "with_loss",
 ]

@@ -6,17 +6,16 @@ in ``zipformer.modules.model``, which makes logits (B, T, R, V) between the prun
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import rnnt
+from fastasr.models.zipformer.sequences import pad_sequences
 
 
-class AsrModel:
-    """The part of upstream's class that is ours. ``forward`` is upstream's own."""
-
-    def forward(self, *args, **kwargs):
-        return type(self).forward(self, *args, **kwargs)
+class TransducerLoss:
+    """The transducer's part of AsrModel, written for models with ``blank_id``, ``decoder``, ``joiner``,
+    ``simple_am_proj`` and ``simple_lm_proj``.
+    """
 
     def forward_transducer(
         self,
@@ -38,12 +37,8 @@ class AsrModel:
             reduction: none, mean or sum.
         """
         blank, device = self.blank_id, encoder_out.device
-        longest = max(map(len, y), default=0)
-        lengths = torch.tensor([len(tokens) for tokens in y], device=device)
-        rows = [list(tokens) + [0] * (longest - len(tokens)) for tokens in y]
-        symbols = torch.tensor(rows, dtype=torch.int64, device=device).view(len(y), longest)
-        padding = torch.arange(longest, device=device) >= lengths.unsqueeze(1)
-        contexts = F.pad(symbols.masked_fill(padding, blank), (1, 0), value=blank)
+        contexts, _ = pad_sequences(y, blank, sos_id=blank, device=device)
+        symbols, lengths = pad_sequences(y, 0, device=device)
         boundary = torch.zeros(len(y), 4, dtype=torch.int64, device=device)
         boundary[:, 2] = lengths
         boundary[:, 3] = encoder_out_lens

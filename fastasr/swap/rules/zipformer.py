@@ -368,6 +368,10 @@ def _asr_model_structure(module):
     return None
 
 
+def _upstreams_forward(self, *args, **kwargs):
+    return type(self).forward(self, *args, **kwargs)
+
+
 def _forward_transducer(module):
     return [upstream_class(module).forward_transducer]
 
@@ -521,7 +525,7 @@ LINEAR = Rule(
 ASR_MODEL = Rule(
     name="zipformer.asr_model",
     class_name="AsrModel",
-    forward=models.AsrModel.forward,
+    forward=_upstreams_forward,
     methods=(("forward_transducer", models.AsrModel.forward_transducer),),
     compared=("forward_transducer",),
     kernels=("rnnt_lattice", "rnnt_joiner", "rnnt_pruned_lattice"),

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sinusoids of the absolute position, added to scaled embeddings.
+
+    y[t] = dropout(sqrt(d) x[t] + pe[t]),   pe[t, 2i] = sin(t / 10000^(2i / d)), pe[t, 2i + 1] = cos(same)
+
+Vaswani et al., "Attention is all you need" (2017).
+"""
+
+import math
+
+import torch
+
+
+class PositionalEncoding(torch.nn.Module):
+    """x (batch, time, d_model) -> same shape. ``max_len`` positions are made at once, more when they are needed."""
+
+    def __init__(self, d_model, dropout_rate, max_len=5000):
+        super().__init__()
+        self.d_model = d_model
+        self.xscale = math.sqrt(d_model)
+        self.dropout = torch.nn.Dropout(p=dropout_rate)
+        self.pe = None  # not a buffer: state dicts have none
+        self.extend_pe(torch.zeros(()).expand(1, max_len))
+
+    def extend_pe(self, x):
+        """Make ``pe`` (1, at least as long as x, d_model), with the dtype and device of x."""
+        if self.pe is not None and self.pe.shape[1] >= x.shape[1]:
+            self.pe = self.pe.to(device=x.device, dtype=x.dtype)
+            return
+        even = torch.arange(0, self.d_model, 2, dtype=torch.float32)
+        angles = torch.arange(x.shape[1], dtype=torch.float32).unsqueeze(1) * torch.exp(
+            even * -(math.log(10000.0) / self.d_model)
+        )
+        pe = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, : self.d_model]
+        self.pe = pe.unsqueeze(0).to(device=x.device, dtype=x.dtype)
+
+    def forward(self, x):
+        self.extend_pe(x)
+        return self.dropout(x * self.xscale + self.pe[:, : x.shape[1]])

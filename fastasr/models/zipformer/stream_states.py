@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streaming states of several utterances as those of one batch, and back.
+
+A list of states has six tensors per layer of the encoder (cached_key, cached_nonlin_attn, cached_val1, cached_val2,
+cached_conv1, cached_conv2), then the front end's left padding, then the number of processed frames, (batch,).
+"""
+
+import torch
+
+from fastasr.models.zipformer.stack import STATES_PER_LAYER
+
+BATCH_DIMENSIONS = (1, 1, 1, 1, 0, 0)  # of the six tensors of a layer
+
+
+def _batch_dimension(index, count):
+    return 0 if index >= count - 2 else BATCH_DIMENSIONS[index % STATES_PER_LAYER]
+
+
+def _check(name, states):
+    if len(states) < 2 or (len(states) - 2) % STATES_PER_LAYER:
+        raise ValueError(
+            f"{name}: expected {STATES_PER_LAYER} states per layer and 2 more, got {len(states)}"
+        )
+
+
+def stack_states(state_list):
+    """The states of one batch from a list of states, those of one batch each. Undone by ``unstack_states``."""
+    if not state_list:
+        raise ValueError("stack_states: expected at least one list of states, got none")
+    for states in state_list:
+        _check("stack_states", states)
+    count = len(state_list[0])
+    if any(len(states) != count for states in state_list):
+        raise ValueError(
+            f"stack_states: states must be of one model, got lengths {list(map(len, state_list))}"
+        )
+    return [
+        torch.cat([states[i] for states in state_list], dim=_batch_dimension(i, count)) for i in range(count)
+    ]
+
+
+def unstack_states(batch_states):
+    """One list of states per utterance of the batch, each with a batch of one. Undoes ``stack_states``."""
+    _check("unstack_states", batch_states)
+    count, batch = len(batch_states), batch_states[-1].shape[0]
+    pieces = [state.chunk(batch, dim=_batch_dimension(i, count)) for i, state in enumerate(batch_states)]
+    return [[piece[n] for piece in pieces] for n in range(batch)]

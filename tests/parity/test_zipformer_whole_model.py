@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole recogniser against the ``zipformer`` package: states, losses, gradients, draws; fast_rnnt stands for k2."""
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("zipformer", reason="upstream's package is not installed")
+
+import tiny_asr
+import tiny_encoders as tiny
+from zipformer.modules import attention_decoder as their_attention
+from zipformer.modules import model as theirs
+from zipformer.modules.label_smoothing import LabelSmoothingLoss
+from zipformer.utils import make_pad_mask
+
+from fastasr.models import zipformer as ours
+
+
+@pytest.fixture(autouse=True)
+def _plain_upstream(monkeypatch):
+    """Upstream's Swoosh functions without torch.compile, one thread, fast_rnnt for k2 where it is built."""
+    monkeypatch.setenv("K2_ONNX_EXPORT", "1")
+    try:
+        import fast_rnnt
+    except ImportError:
+        fast_rnnt = None
+    monkeypatch.setattr(theirs, "k2", fast_rnnt)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _twins(config, count=20000.0):
+    tiny.seeded(0)
+    their_model = tiny.randomized(theirs.AsrModel(**config))
+    our_model = ours.AsrModel(**config)
+    our_model.load_state_dict(their_model.state_dict(), strict=True)
+    return [tiny.set_batch_count(m, count).train() for m in (our_model, their_model)]
+
+
+@pytest.mark.parametrize("config", tiny_asr.CONFIGS.values(), ids=tiny_asr.CONFIGS)
+def test_same_modules_same_initial_state_same_draws(config):
+    tiny.seeded(5)
+    their_model = theirs.AsrModel(**config)
+    expected = tiny.draws()
+    tiny.seeded(5)
+    our_model = ours.AsrModel(**config)
+    assert tiny.draws() == expected
+    assert [(n, type(m).__name__) for n, m in our_model.named_modules()] == [
+        (n, type(m).__name__) for n, m in their_model.named_modules()
+    ]
+    assert [n for n, _ in our_model.named_parameters()] == [n for n, _ in their_model.named_parameters()]
+    state = their_model.state_dict()
+    assert list(our_model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in our_model.state_dict().items())
+    tiny.randomized(our_model)
+    their_model.load_state_dict(our_model.state_dict(), strict=True)
+
+
+def _step(model, inputs, **arguments):
+    tiny.seeded(2)
+    model.zero_grad()
+    x, lengths, tokens = inputs
+    losses = model(x, lengths, [list(t) for t in tokens], **arguments)
+    sum(
+        (weight * loss).sum() for weight, loss in zip((0.5, 1, 0.3, 0.7, 0.2), losses, strict=True)
+    ).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return [loss.detach() for loss in losses], gradients, tiny.draws()
+
+
+_CASES = {
+    "transducer": (tiny_asr.TRANSDUCER, {}),
+    "transducer, smoothed": (tiny_asr.TRANSDUCER, {"am_scale": 0.1, "lm_scale": 0.25, "prune_range": 3}),
+    "transducer, mean": (tiny_asr.TRANSDUCER, {"reduction": "mean"}),
+    "CTC": (tiny_asr.CTC, {}),
+    "CTC, mean": (tiny_asr.CTC, {"reduction": "mean"}),
+    "CR-CTC": (tiny_asr.CTC, {"use_cr_ctc": True}),
+    "CR-CTC, mean": (tiny_asr.CTC, {"use_cr_ctc": True, "reduction": "mean"}),
+    "all": (tiny_asr.ALL, {}),
+    "all, CR-CTC": (tiny_asr.ALL, {"use_cr_ctc": True}),
+    "streaming": (tiny_asr.STREAMING, {}),
+}
+
+
+@pytest.mark.parametrize(("config", "arguments"), _CASES.values(), ids=_CASES)
+def test_a_training_step(config, arguments):
+    if config.get("use_transducer", True) and theirs.k2 is None:
+        pytest.skip("fast_rnnt is not built here: scripts/install_peers.sh")
+    results = [_step(model, tiny_asr.batch(), **arguments) for model in _twins(config)]
+    (our_losses, our_gradients, our_draws), (their_losses, their_gradients, their_draws) = results
+    assert our_draws == their_draws
+    for loss, expected in zip(our_losses, their_losses, strict=True):
+        assert loss.shape == expected.shape
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert our_gradients.keys() == their_gradients.keys()
+    floor = 1e-7 * float(torch.stack([g.norm() for g in their_gradients.values()]).norm())
+    for name, expected in their_gradients.items():
+        error = float((our_gradients[name] - expected).norm())
+        assert error <= 2e-5 * float(expected.norm()) + floor, name
+
+
+def test_encoder_output_and_lengths():
+    our_model, their_model = _twins(tiny_asr.STREAMING)
+    x, lengths, _ = tiny_asr.batch()
+    with torch.inference_mode():
+        y, y_lens = our_model.eval().forward_encoder(x, lengths)
+        expected, expected_lens = their_model.eval().forward_encoder(x, lengths)
+    assert torch.equal(y_lens, expected_lens)
+    assert tiny.relative_error(y, expected) < 1e-5
+
+
+# --------------------------------------------------------------------------- parts
+@pytest.mark.parametrize("context", [1, 2, 3])
+@pytest.mark.parametrize("need_pad", [True, False])
+def test_decoder(context, need_pad):
+    tiny.seeded(0)
+    their_decoder = theirs.Decoder(11, 8, 0, context).eval()
+    our_decoder = ours.Decoder(11, 8, 0, context).eval()
+    our_decoder.load_state_dict(their_decoder.state_dict(), strict=True)
+    y = torch.tensor([[-1] * (context - 1) + [0], list(range(1, context + 1))])
+    if need_pad:
+        y = torch.cat([y, y], dim=1)
+    torch.testing.assert_close(our_decoder(y, need_pad), their_decoder(y, need_pad))
+
+
+def test_joiner():
+    their_joiner, our_joiner = theirs.Joiner(6, 5, 7, 9), ours.Joiner(6, 5, 7, 9)
+    our_joiner.load_state_dict(their_joiner.state_dict(), strict=True)
+    a, b = torch.randn(2, 3, 1, 6), torch.randn(2, 1, 4, 5)
+    torch.testing.assert_close(our_joiner(a, b), their_joiner(a, b))
+    a, b = torch.randn(2, 7), torch.randn(2, 7)
+    torch.testing.assert_close(our_joiner(a, b, project_input=False), their_joiner(a, b, project_input=False))
+
+
+@pytest.mark.parametrize("scale", [1.0, 40.0], ids=["usual scores", "scores beyond the limit"])
+@pytest.mark.parametrize("masks", ["none", "padding", "attention", "both"])
+def test_attention(masks, scale):
+    """Values and gradients, those of the penalty on large scores included."""
+    tiny.seeded(0)
+    their_attn = their_attention.MultiHeadAttention(12, 16, 4, memory_dim=10).double()
+    our_attn = ours.MultiHeadAttention(12, 16, 4, memory_dim=10).double()
+    our_attn.load_state_dict(their_attn.state_dict(), strict=True)
+    query = scale * torch.randn(5, 3, 12, dtype=torch.float64)
+    memory = scale * torch.randn(7, 3, 10, dtype=torch.float64)
+    kwargs = {}
+    if masks in ("padding", "both"):
+        kwargs["key_padding_mask"] = make_pad_mask(torch.tensor([7, 4, 2]))
+    if masks in ("attention", "both"):
+        kwargs["attn_mask"] = torch.rand(3, 5, 7) > 0.7
+        kwargs["attn_mask"][:, :, 0] = False
+    results = []
+    for attention in (our_attn, their_attn):
+        leaves = [query.clone().requires_grad_(), memory.clone().requires_grad_()]
+        random.seed(3)
+        with tiny.InFp64():
+            out = attention(leaves[0], leaves[1], leaves[1], **kwargs)
+            (out.sin()).sum().backward()
+        grads = [leaf.grad for leaf in leaves] + [p.grad for p in attention.parameters()]
+        results.append(([out.detach(), *grads], random.getstate()))
+    assert results[0][1] == results[1][1]
+    for value, expected in zip(results[0][0], results[1][0], strict=True):
+        assert tiny.relative_error(value, expected) < 1e-9 or (value - expected).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("width", [8, 12])
+def test_positional_encoding(width):
+    our_pe = ours.PositionalEncoding(width, 0.1, max_len=4).eval()
+    their_pe = their_attention.PositionalEncoding(width, 0.1, max_len=4).eval()
+    for length in (3, 9):
+        x = torch.randn(2, length, width)
+        torch.testing.assert_close(our_pe(x), their_pe(x))
+    assert torch.equal(our_pe.pe, their_pe.pe)
+
+
+def test_attention_decoder_losses():
+    tiny.seeded(0)
+    arguments = {"num_decoder_layers": 2, "attention_dim": 8, "num_heads": 2, "feedforward_dim": 12}
+    arguments |= {"decoder_dim": 8, "memory_dim": 6, "sos_id": 1, "eos_id": 2}
+    their_model = their_attention.AttentionDecoderModel(11, **arguments).eval()
+    our_model = ours.AttentionDecoderModel(11, **arguments).eval()
+    our_model.load_state_dict(their_model.state_dict(), strict=True)
+    memory, lengths = torch.randn(3, 9, 6), torch.tensor([9, 4, 6])
+    for reduction in ("sum", "none"):
+        loss, expected = (
+            m.calc_att_loss(memory, lengths, tiny_asr.TOKENS, reduction) for m in (our_model, their_model)
+        )
+        torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(m.nll(memory, lengths, tiny_asr.TOKENS) for m in (our_model, their_model)))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_label_smoothing(reduction, smoothing):
+    x, target = torch.randn(2, 4, 6), torch.tensor([[1, 2, 0, -1], [5, -1, -1, -1]])
+    torch.testing.assert_close(
+        *(cls(-1, smoothing, reduction)(x, target) for cls in (ours.LabelSmoothingLoss, LabelSmoothingLoss))
+    )
+
+
+def test_swish_and_subsequent_mask():
+    x = torch.randn(50) * 5
+    torch.testing.assert_close(ours.Swish()(x), their_attention.Swish()(x))
+    for size in (0, 1, 5):
+        assert torch.equal(ours.subsequent_mask(size), their_attention.subsequent_mask(size))
