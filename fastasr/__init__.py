@@ -14,7 +14,7 @@ from fastasr.ops._dispatch import backend
 __version__ = "0.1.0"
 
 _SWAP = ("accelerate", "explain", "verify", "restore", "eager_mode", "SwapReport")
-_SUBPACKAGES = ("models", "rnnt", "compat", "swap", "testing", "kernels", "benchmarks")
+_SUBPACKAGES = ("models", "decoding", "export", "rnnt", "compat", "swap", "testing", "kernels", "benchmarks")
 __all__ = [
     "SwapReport",
     "accelerate",

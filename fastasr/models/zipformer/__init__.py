@@ -19,6 +19,16 @@ from fastasr.models.zipformer.convolution import ConvolutionModule
 from fastasr.models.zipformer.decoder import Decoder
 from fastasr.models.zipformer.dropout import Dropout2, Dropout3
 from fastasr.models.zipformer.encoder import Zipformer, convert_num_channels
+from fastasr.models.zipformer.export_wrappers import (
+    EncoderWrapper,
+    OnnxCtcWrapper,
+    OnnxDecoderWrapper,
+    OnnxEncoderWrapper,
+    OnnxJoinerWrapper,
+    OnnxStreamingCtcWrapper,
+    OnnxStreamingEncoderWrapper,
+    StreamingEncoderWrapper,
+)
 from fastasr.models.zipformer.feed_forward import FeedforwardModule
 from fastasr.models.zipformer.gradient_scale import ScaleGrad, penalize_abs_values_gt, scale_grad, with_loss
 from fastasr.models.zipformer.identity import Identity
@@ -31,6 +41,12 @@ from fastasr.models.zipformer.linear import Linear
 from fastasr.models.zipformer.multi_head_attention import MultiHeadAttention
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.normalization import BiasNorm
+from fastasr.models.zipformer.onnx_models import (
+    OnnxCtcModel,
+    OnnxStreamingCtcModel,
+    OnnxStreamingTransducerModel,
+    OnnxTransducerModel,
+)
 from fastasr.models.zipformer.parameter_limits import LimitParamValue, limit_param_value
 from fastasr.models.zipformer.positional_encoding import CompactRelPositionalEncoding
 from fastasr.models.zipformer.resampling import SimpleDownsample, SimpleUpsample
@@ -61,6 +77,7 @@ __all__ = [
     "DownsampledZipformerEncoder",
     "Dropout2",
     "Dropout3",
+    "EncoderWrapper",
     "FeedforwardModule",
     "FloatLike",
     "Identity",
@@ -70,6 +87,16 @@ __all__ = [
     "Linear",
     "MultiHeadAttention",
     "NonlinAttention",
+    "OnnxCtcModel",
+    "OnnxCtcWrapper",
+    "OnnxDecoderWrapper",
+    "OnnxEncoderWrapper",
+    "OnnxJoinerWrapper",
+    "OnnxStreamingCtcModel",
+    "OnnxStreamingCtcWrapper",
+    "OnnxStreamingEncoderWrapper",
+    "OnnxStreamingTransducerModel",
+    "OnnxTransducerModel",
     "PiecewiseLinear",
     "PositionalEncoding",
     "RelPositionMultiheadAttentionWeights",
@@ -80,6 +107,7 @@ __all__ = [
     "SelfAttention",
     "SimpleDownsample",
     "SimpleUpsample",
+    "StreamingEncoderWrapper",
     "Swish",
     "SwooshL",
     "SwooshR",

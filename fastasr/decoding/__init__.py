@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an encoder's output to tokens: greedy and beam search, of transducers and CTC, whole or chunk by chunk.
+
+A search has three methods, and whole utterances go through the same three as streams:
+
+    search = GreedySearch(model)
+    state = search.start(batch_size)
+    state = search.advance(state, encoder_out)      # (batch, frames, channels), as often as there is more
+    search.result(state)                            # Decoded(tokens, timestamps, scores), partial or final
+
+``model`` is an AsrModel, ours or upstream's, or one of the ONNX models. Functions of the same name take everything at
+once. See docs/decoding.md.
+"""
+
+from fastasr.decoding.chunks import FeatureChunks
+from fastasr.decoding.ctc_greedy_search import CtcGreedySearch, ctc_greedy_search
+from fastasr.decoding.ctc_prefix_beam_search import CtcPrefixBeamSearch, ctc_prefix_beam_search
+from fastasr.decoding.encoders import StreamingEncoder, encode
+from fastasr.decoding.greedy_search import GreedySearch, greedy_search
+from fastasr.decoding.modified_beam_search import ModifiedBeamSearch, modified_beam_search
+from fastasr.decoding.results import Decoded
+
+__all__ = [
+    "CtcGreedySearch",
+    "CtcPrefixBeamSearch",
+    "Decoded",
+    "FeatureChunks",
+    "GreedySearch",
+    "ModifiedBeamSearch",
+    "StreamingEncoder",
+    "ctc_greedy_search",
+    "ctc_prefix_beam_search",
+    "encode",
+    "greedy_search",
+    "modified_beam_search",
+]

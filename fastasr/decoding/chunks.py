@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features as they arrive, cut into the chunks that a streaming encoder takes.
+
+A chunk of ``chunk_size`` encoder frames (of 20 ms) needs 2 chunk_size + 13 frames of features (of 10 ms): 7 are
+what the front end's convolutions consume, 6 what its ConvNeXt layer sees of the future. The next chunk begins 2
+chunk_size frames later.
+"""
+
+import math
+
+import torch
+
+RIGHT_CONTEXT = 7 + 2 * 3
+SILENCE = math.log(1e-10)  # a feature of no energy
+
+
+class FeatureChunks:
+    """Collects features (frames, channels) of one utterance and gives chunks (frames_per_chunk, channels) when full.
+
+    chunks = FeatureChunks(chunk_size=16)
+    for features in source:
+        for chunk in chunks.accept(features): ...
+    for chunk in chunks.finish(): ...
+    """
+
+    def __init__(self, chunk_size, right_context=RIGHT_CONTEXT):
+        if chunk_size < 1:
+            raise ValueError(f"FeatureChunks: chunk_size must be at least 1, got {chunk_size}")
+        self.step = 2 * chunk_size
+        self.frames_per_chunk = self.step + right_context
+        self._waiting = None
+        self._finished = False
+
+    def accept(self, features):
+        """The chunks that are complete with these features."""
+        if self._finished:
+            raise ValueError("FeatureChunks: features after finish")
+        if features.ndim != 2:
+            raise ValueError(
+                f"FeatureChunks: features must be (frames, channels), got {tuple(features.shape)}"
+            )
+        self._waiting = features if self._waiting is None else torch.cat([self._waiting, features])
+        return self._complete()
+
+    def finish(self):
+        """The last chunks: what is left, and silence until nothing of it is future alone."""
+        if self._finished or self._waiting is None:
+            self._finished = True
+            return []
+        self._finished = True
+        missing = -(-len(self._waiting) // self.step) * self.step - len(self._waiting)
+        silence = self._waiting.new_full(
+            (missing + self.frames_per_chunk - self.step, self._waiting.shape[1]), SILENCE
+        )
+        self._waiting = torch.cat([self._waiting, silence])
+        return self._complete()
+
+    def _complete(self):
+        chunks = []
+        while len(self._waiting) >= self.frames_per_chunk:
+            chunks.append(self._waiting[: self.frames_per_chunk])
+            self._waiting = self._waiting[self.step :]
+        return chunks

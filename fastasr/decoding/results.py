@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a search returns, and the checks that all searches share."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Decoded:
+    """Per sequence of a batch: tokens, the frame of the encoder's output at which each was decided, and a score.
+
+    A frame is 0.04 s with features every 10 ms. The score is a log-probability: of the best path for greedy searches,
+    summed over the paths that were kept for beam searches.
+    """
+
+    tokens: list[list[int]]
+    timestamps: list[list[int]]
+    scores: list[float]
+
+
+def frames_of(name, x, lengths, batch):
+    """The lengths (batch,) as a list; all frames when None. Raises ValueError when shapes do not fit."""
+    if x.ndim != 3 or x.shape[0] != batch:
+        raise ValueError(
+            f"{name}: expected (batch, frames, channels) with a batch of {batch}, got {tuple(x.shape)}"
+        )
+    if lengths is None:
+        return [x.shape[1]] * batch
+    frames = torch.as_tensor(lengths).tolist()
+    if len(frames) != batch or not all(0 <= count <= x.shape[1] for count in frames):
+        raise ValueError(f"{name}: expected {batch} lengths of at most {x.shape[1]} frames, got {frames}")
+    return frames
+
+
+def check_beam(name, beam):
+    if beam < 1:
+        raise ValueError(f"{name}: beam must be at least 1, got {beam}")

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the ONNX files of a recogniser, by tracing.
+
+Our encoder is traced in its plain definition (``fastasr.models.zipformer.plain``), upstream's as it is: a model that
+``fastasr.accelerate`` has swapped goes in inside ``fastasr.eager_mode``.
+"""
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from fastasr.export import metadata
+from fastasr.models.zipformer import export_wrappers as wrappers
+
+OPSET = 13
+STATE_NAMES = (
+    "cached_key",
+    "cached_nonlin_attn",
+    "cached_val1",
+    "cached_val2",
+    "cached_conv1",
+    "cached_conv2",
+)
+STATE_BATCH = (1, 1, 1, 1, 0, 0)  # the dimension of the batch in each
+
+
+@torch.no_grad()
+def export_onnx(model, folder, suffix="", feature_dim=None):
+    """Writes what ``model`` has, an AsrModel of this package or of upstream's, in eval mode on the CPU.
+
+    A transducer becomes ``encoder``, ``decoder`` and ``joiner``, a CTC output ``ctc`` (with the encoder in it):
+    streaming files of a causal model, which must have one chunk_size and one left_context_frames, else files
+    for whole utterances. Batch is free in all of them, time in those for whole utterances.
+
+    Args:
+        folder: is made when it is missing. Files are called ``encoder-SUFFIX.onnx`` and so on; each replaces one of
+            the same name when it is complete.
+        feature_dim: channels of the features; as many as the front end takes by default.
+
+    Returns what was written, {"encoder": path, ...}. Raises ValueError for a model that cannot be exported.
+    """
+    _check(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    channels = feature_dim or _channels(model)
+    causal = model.encoder.causal
+    ending = f"-{suffix}.onnx" if suffix else ".onnx"
+    written = {}
+    parts = model.encoder, model.encoder_embed
+
+    def path(name):
+        written[name] = folder / f"{name}{ending}"
+        return written[name]
+
+    if model.decoder is not None:
+        projection = model.joiner.encoder_proj
+        if causal:
+            _write_streaming(
+                wrappers.OnnxStreamingEncoderWrapper(*parts, projection), path("encoder"), channels, False
+            )
+        else:
+            _write_whole(wrappers.OnnxEncoderWrapper(*parts, projection), path("encoder"), channels, False)
+        _write_decoder(model, path("decoder"))
+        _write_joiner(model, path("joiner"))
+    if model.ctc_output is not None:
+        if causal:
+            _write_streaming(
+                wrappers.OnnxStreamingCtcWrapper(*parts, model.ctc_output), path("ctc"), channels, True
+            )
+        else:
+            _write_whole(wrappers.OnnxCtcWrapper(*parts, model.ctc_output), path("ctc"), channels, True)
+    return written
+
+
+def _check(model):
+    missing = [
+        name for name in ("encoder_embed", "encoder", "decoder", "ctc_output") if not hasattr(model, name)
+    ]
+    if missing:
+        raise ValueError(
+            f"export_onnx: expected an AsrModel, got {type(model).__name__} without {', '.join(missing)}"
+        )
+    if model.training:
+        raise ValueError("export_onnx: expected a model in eval mode: call model.eval()")
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        raise ValueError(f"export_onnx: expected a model on the CPU, got one on {device}")
+    if next(model.parameters()).dtype is not torch.float32:
+        raise ValueError(f"export_onnx: expected float32 parameters, got {next(model.parameters()).dtype}")
+
+
+def _channels(model):
+    """The fewest features that give the front end's width: (features - 1) // 2 - 1) // 2; 80 where that fits."""
+    width = model.encoder_embed.out_width
+    return 80 if width == ((80 - 1) // 2 - 1) // 2 else 4 * width + 3
+
+
+def _write_whole(wrapper, path, channels, ctc):
+    x, x_lens = torch.zeros(2, 100, channels), torch.tensor([100, 80])
+    outputs = ["log_probs", "log_probs_len"] if ctc else ["encoder_out", "encoder_out_lens"]
+    names = ["x", "x_lens", *outputs]
+    axes = {
+        name: {0: "N"} if "len" in name else {0: "N", 1: "T" if name == "x" else "frames"} for name in names
+    }
+    _write(wrapper, (x, x_lens), path, names[:2], outputs, axes, metadata.whole(ctc))
+
+
+def _write_streaming(wrapper, path, channels, ctc):
+    wrapper.eval()
+    x = torch.rand(2, 2 * wrapper.chunk_size + wrapper.pad_length, channels)
+    states = wrapper.get_init_states(2)
+    inputs, axes = ["x"], {"x": {0: "N"}}
+    for layer in range((len(states) - 2) // len(STATE_NAMES)):
+        for name, dimension in zip(STATE_NAMES, STATE_BATCH, strict=True):
+            inputs.append(f"{name}_{layer}")
+            axes[inputs[-1]] = {dimension: "N"}
+    for name in ("embed_states", "processed_lens"):
+        inputs.append(name)
+        axes[name] = {0: "N"}
+    outputs = ["log_probs" if ctc else "encoder_out", *(f"new_{name}" for name in inputs[1:])]
+    axes |= {f"new_{name}": axes[name] for name in inputs[1:]} | {outputs[0]: {0: "N"}}
+    _write(wrapper, (x, states), path, inputs, outputs, axes, metadata.streaming(wrapper, ctc))
+
+
+def _write_decoder(model, path):
+    wrapper = wrappers.OnnxDecoderWrapper(model.decoder, model.joiner.decoder_proj)
+    y = torch.zeros(10, model.decoder.context_size, dtype=torch.int64)
+    axes = {"y": {0: "N"}, "decoder_out": {0: "N"}}
+    _write(wrapper, (y,), path, ["y"], ["decoder_out"], axes, metadata.decoder(model))
+
+
+def _write_joiner(model, path):
+    wrapper = wrappers.OnnxJoinerWrapper(model.joiner.output_linear)
+    inputs = (
+        torch.rand(11, model.joiner.output_linear.in_features),
+        torch.rand(11, model.joiner.output_linear.in_features),
+    )
+    names = ["encoder_out", "decoder_out"]
+    axes = {name: {0: "N"} for name in (*names, "logit")}
+    _write(wrapper, inputs, path, names, ["logit"], axes, metadata.joiner(model))
+
+
+def _write(wrapper, inputs, path, input_names, output_names, axes, fields):
+    import onnx
+
+    unfinished = path.with_name(path.name + ".unfinished")
+    with warnings.catch_warnings():
+        # The tracer warns of every Python branch; those on shapes are upstream's checks. The exporter is old and stays.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", message="Constant folding", category=UserWarning)
+        torch.onnx.export(
+            wrapper.eval(),
+            inputs,
+            str(unfinished),
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=input_names,
+            output_names=output_names,
+            dynamic_axes=axes,
+        )
+    written = onnx.load(str(unfinished))
+    for key, value in fields.items():
+        entry = written.metadata_props.add()
+        entry.key, entry.value = key, value
+    onnx.save(written, str(unfinished))
+    os.replace(unfinished, path)
