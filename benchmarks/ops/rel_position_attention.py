@@ -38,8 +38,8 @@ def _costs(frames: int, batch: int, heads: int, size: int) -> dict[str, Cost]:
     product, weighting = 2 * scores * (QUERY_DIM + POS_DIM), 2 * scores * VALUE_DIM
     return {
         FORWARD: Cost((operands + result) * size, product + weighting),
-        BACKWARD: Cost((2 * operands + result) * size, 3 * (product + weighting)),
-        BOTH: Cost((3 * operands + 2 * result) * size, 4 * (product + weighting)),
+        BACKWARD: Cost((2 * operands + result) * size, 3 * product + 2 * weighting),
+        BOTH: Cost((3 * operands + 2 * result) * size, 4 * product + 3 * weighting),
     }
 
 

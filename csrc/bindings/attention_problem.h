@@ -75,6 +75,22 @@ inline AttentionProblem checked_problem(const Tensor& x, const OptionalTensor& p
   return a;
 }
 
+// Parts of the queries of each of `pairs` heads and sequences: each part has its own dk, dR and dV, `elements` in all,
+// which are then added in order. Their number depends on the shape alone.
+struct QueryParts {
+  static constexpr int64_t kElements = int64_t{1} << 24;  // 64 MB of them in all, unless one part per pair takes more
+  int64_t rows, count;
+  QueryParts(const AttentionProblem& a, int64_t pairs, int64_t elements) {
+    pairs = std::max<int64_t>(1, pairs);
+    const int64_t fit = std::max<int64_t>(1, kElements / std::max<int64_t>(1, pairs * elements));
+    const int64_t most = std::min(fit, std::max<int64_t>(1, a.frames / 128));
+    const int64_t wanted = std::clamp<int64_t>((32 + pairs - 1) / pairs, 1, most);
+    rows = std::max<int64_t>(1, (a.frames + wanted - 1) / wanted);
+    rows = (rows + cpu::kAttentionStep - 1) / cpu::kAttentionStep * cpu::kAttentionStep;
+    count = std::max<int64_t>(1, (a.frames + rows - 1) / rows);
+  }
+};
+
 template <typename C>
 struct Packed {
   int64_t kt, key_rows, rt, total;  // offsets into the workspace

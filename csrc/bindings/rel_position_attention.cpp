@@ -1,12 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/rel_position_attention.h"
 
+#include <tuple>
 #include <vector>
 
 #include "bindings/attention_problem.h"
 
 namespace fastasr {
 namespace {
+
+cpu::ValueShape checked_values(const Tensor& value, int64_t value_heads, const AttentionProblem& a, const Tensor& x,
+                               const char* op) {
+  check_like(value, x, op, "value");
+  STD_TORCH_CHECK(value.dim() == 3 && value.size(0) == a.keys() && value.size(1) == a.batch && value_heads > 0 &&
+                      value_heads <= a.heads && value.size(2) % value_heads == 0,
+                  op, ": sizes of value");
+  return {value_heads, value.size(2) / value_heads};
+}
 
 Tensor rel_position_attention_forward(const Tensor& x, const OptionalTensor& pos, const Tensor& value,
                                       const OptionalTensor& cached_key, const OptionalTensor& padding,
@@ -15,11 +25,7 @@ Tensor rel_position_attention_forward(const Tensor& x, const OptionalTensor& pos
   const char* op = "rel_position_attention_forward";
   const AttentionProblem a =
       checked_problem(x, pos, cached_key, padding, mask, heads, query_dim, chunk, left_chunks, op);
-  check_like(value, x, op, "value");
-  STD_TORCH_CHECK(value.dim() == 3 && value.size(0) == a.keys() && value.size(1) == a.batch && value_heads > 0 &&
-                      value_heads <= heads && value.size(2) % value_heads == 0,
-                  op, ": sizes of value");
-  const cpu::ValueShape v = {value_heads, value.size(2) / value_heads};
+  const cpu::ValueShape v = checked_values(value, value_heads, a, x, op);
   const int64_t sizes[3] = {a.frames, a.batch, value.size(2)};
   const int64_t strides[3] = {a.batch * value.size(2), value.size(2), 1};
   Tensor y = new_strided(x, 3, sizes, strides);
@@ -54,6 +60,76 @@ Tensor rel_position_attention_forward(const Tensor& x, const OptionalTensor& pos
   return y;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> rel_position_attention_backward(
+    const Tensor& grad, const Tensor& x, const OptionalTensor& pos, const Tensor& value,
+    const OptionalTensor& cached_key, const OptionalTensor& padding, const OptionalTensor& mask, int64_t heads,
+    int64_t query_dim, int64_t value_heads, int64_t chunk, int64_t left_chunks) {
+  const char* op = "rel_position_attention_backward";
+  const AttentionProblem a =
+      checked_problem(x, pos, cached_key, padding, mask, heads, query_dim, chunk, left_chunks, op);
+  const cpu::ValueShape v = checked_values(value, value_heads, a, x, op);
+  check_like(grad, x, op, "grad");
+  STD_TORCH_CHECK(
+      grad.dim() == 3 && grad.size(0) == a.frames && grad.size(1) == a.batch && grad.size(2) == value.size(2), op,
+      ": sizes of grad");
+  Tensor dx = new_like(x), dvalue = new_like(value);
+  Tensor dpos = pos.has_value() ? new_like(*pos) : new_without_elements(x);
+  Tensor dcached = cached_key.has_value() ? new_like(*cached_key) : new_without_elements(x);
+  const bool any = grad.numel() > 0;
+  if (!any || v.heads < a.heads || a.pos_batch == 0)  // what no head with values writes
+    torch::stable::zero_(dx), torch::stable::zero_(dpos), torch::stable::zero_(dcached);
+  if (!any) {
+    torch::stable::zero_(dvalue);
+    return {dx, dpos, dvalue, dcached};
+  }
+  std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
+  attention_key_ranges(a, ranges.data());
+  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const Packed<C> packed(a, true);
+    const int64_t pairs = v.heads * a.batch, dk_size = a.key_rows_size(), dv_size = attention_values_size(a, v);
+    const int64_t drt_size = a.pos_batch ? a.positions_size() : 0, vt_size = attention_values_transposed_size(a, v);
+    const QueryParts parts(a, pairs, dk_size + dv_size + drt_size);
+    const int64_t tasks = pairs * parts.count, vt_at = packed.total, dk_at = vt_at + pairs * vt_size;
+    const int64_t drt_at = dk_at + tasks * dk_size, dv_at = drt_at + tasks * drt_size;
+    const Workspace<C> workspace(dv_at + tasks * dv_size);
+    C* const w = workspace.data();
+    pack<T>(a, x, pos, cached_key, packed, w, true);
+    const T *xp = data<T>(x), *gp = data<T>(grad), *vp = data<T>(value);
+    T *dxp = mutable_data<T>(dx), *dvp = mutable_data<T>(dvalue);
+    T* dcp = cached_key.has_value() ? mutable_data<T>(dcached) : nullptr;
+    parallel_range(pairs, std::max<int64_t>(1, kGrain / vt_size), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) cpu::attention_transpose_values(a, v, vp, i, w + vt_at + i * vt_size);
+    });
+    const int64_t grain = std::max<int64_t>(1, kGrain / (parts.rows * a.keys()));
+    parallel_range(tasks, grain, [&](int64_t begin, int64_t end) {
+      const Workspace<C> scratch(attention_values_backward_scratch(a, v));
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t hb = i / parts.count, first = i % parts.count * parts.rows;
+        cpu::attention_backward(a, v, ranges.data(), gp, xp, w + packed.kt + hb * a.keys_transposed_size(),
+                                w + packed.key_rows + hb * dk_size, positions_of(a, w + packed.rt, hb),
+                                w + vt_at + hb * vt_size, hb, first, std::min(first + parts.rows, a.frames), dxp,
+                                w + dk_at + i * dk_size, w + drt_at + i * drt_size, w + dv_at + i * dv_size,
+                                scratch.data());
+      }
+    });
+    parallel_range(pairs, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t hb = begin; hb < end; hb++) {
+        cpu::attention_store_keys(a, w + dk_at + hb * parts.count * dk_size, parts.count, hb, dxp, dcp);
+        cpu::attention_store_values(a, v, w + dv_at + hb * parts.count * dv_size, parts.count, hb, dvp);
+      }
+    });
+    if (a.pos_batch) {
+      T* dpp = mutable_data<T>(dpos);
+      parallel_range(v.heads * a.pos_batch, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; k++)
+          cpu::attention_store_positions(a, w + drt_at, parts.count, k / a.pos_batch, k % a.pos_batch, dpp);
+      });
+    }
+  });
+  return {dx, dpos, dvalue, dcached};
+}
+
 }  // namespace
 }  // namespace fastasr
 
@@ -62,8 +138,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
       "rel_position_attention_forward(Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
       "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int value_heads, "
       "int chunk_size, int left_context_chunks) -> Tensor");
+  m.def(
+      "rel_position_attention_backward(Tensor grad, Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
+      "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int value_heads, "
+      "int chunk_size, int left_context_chunks) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
   m.impl("rel_position_attention_forward", TORCH_BOX(&fastasr::rel_position_attention_forward));
+  m.impl("rel_position_attention_backward", TORCH_BOX(&fastasr::rel_position_attention_backward));
 }

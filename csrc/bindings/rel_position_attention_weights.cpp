@@ -68,19 +68,6 @@ Tensor rel_position_attention_weights_forward(const Tensor& x, const OptionalTen
   return weights;
 }
 
-// Parts of the queries of one head and sequence: each has its own dk and dR, which are then added in order. Their
-// number depends on the shape alone.
-struct Parts {
-  int64_t rows, count;
-  explicit Parts(const AttentionProblem& a) {
-    const int64_t pairs = std::max<int64_t>(1, a.heads * a.batch);
-    const int64_t wanted = std::clamp<int64_t>((32 + pairs - 1) / pairs, 1, std::max<int64_t>(1, a.frames / 128));
-    rows = std::max<int64_t>(1, (a.frames + wanted - 1) / wanted);
-    rows = (rows + cpu::kAttentionStep - 1) / cpu::kAttentionStep * cpu::kAttentionStep;
-    count = std::max<int64_t>(1, (a.frames + rows - 1) / rows);
-  }
-};
-
 std::tuple<Tensor, Tensor, Tensor> rel_position_attention_weights_backward(
     const Tensor& grad, const Tensor& weights, const Tensor& x, const OptionalTensor& pos,
     const OptionalTensor& cached_key, const OptionalTensor& padding, const OptionalTensor& mask, int64_t heads,
@@ -102,8 +89,9 @@ std::tuple<Tensor, Tensor, Tensor> rel_position_attention_weights_backward(
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const Packed<C> packed(a, true);
-    const Parts parts(a);
-    const int64_t pairs = a.heads * a.batch, tasks = pairs * parts.count;
+    const int64_t pairs = a.heads * a.batch;
+    const QueryParts parts(a, pairs, a.key_rows_size() + a.positions_size());
+    const int64_t tasks = pairs * parts.count;
     const int64_t dk_at = packed.total, drt_at = dk_at + tasks * a.key_rows_size();
     const Workspace<C> workspace(drt_at + (a.pos_batch ? tasks * a.positions_size() : 0));
     C* const w = workspace.data();

@@ -68,6 +68,19 @@ FASTASR_INLINE void divided_body(const compute_t<T>* __restrict s, compute_t<T> 
   for (int64_t j = 0; j < n; j++) store(&out[j], s[j] * inverse + s[j] * rest);
 }
 
+template <typename C>
+FASTASR_INLINE void attention_gradient_body(const C* __restrict w, C sum, C* __restrict g, int64_t n) {
+  C lanes[kLanes] = {};
+  for (int64_t j = 0; j < n; j += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; l++) lanes[l] += w[j + l] * g[j + l];
+  }
+  const C inverse = 1 / sum, rest = std::fma(-sum, inverse, C(1)) * inverse;
+  const C delta = sum_of_lanes(lanes) / sum;
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) g[j] = (w[j] * inverse + w[j] * rest) * (g[j] - delta);
+}
+
 template <typename T>
 FASTASR_INLINE void softmax_gradient_body(const T* __restrict w, const T* __restrict g, compute_t<T>* __restrict ds,
                                           int64_t n) {
@@ -92,6 +105,9 @@ FASTASR_INLINE void softmax_gradient_body(const T* __restrict w, const T* __rest
   FASTASR_CLONES C row_exponentials(C* s, int64_t n, C top) { return exponentials_body(s, n, top); }                  \
   FASTASR_CLONES void row_penalty(const C* s, C* ds, int64_t n, C penalty, C limit) {                                 \
     penalty_body(s, ds, n, penalty, limit);                                                                           \
+  }                                                                                                                   \
+  FASTASR_CLONES void row_attention_gradient(const C* w, C sum, C* g, int64_t n) {                                    \
+    attention_gradient_body(w, sum, g, n);                                                                            \
   }                                                                                                                   \
   FASTASR_CLONES void row_rescaled(C* total, const C* part, int64_t n, C scale) {                                     \
     rescaled_body(total, part, n, scale);                                                                             \

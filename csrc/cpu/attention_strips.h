@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "cpu/attention_rows.h"
@@ -84,6 +85,68 @@ inline Window strip_window(const AttentionProblem& a, const Strip& t, const KeyR
   w.end = std::min(w.end, range.end);
   if (w.begin >= w.end) return {0, a.padded_keys()};  // nothing is seen: every key has the same weight
   return {w.begin / kAttentionPad * kAttentionPad, round_up(w.end, kAttentionPad)};
+}
+
+// Keys that dq adds in one chain: the rounding error grows with it.
+inline constexpr int64_t kQueryChain = 256;
+
+// Working memory of strip_gradients.
+template <typename C>
+struct StripGradients {
+  C *q, *p, *dq, *part, *dp;
+  StripGradients(const AttentionProblem& a, C* scratch)
+      : q(scratch),
+        p(q + a.padded_dim() * kAttentionRows),
+        dq(p + a.padded_pos_dim() * kAttentionRows),
+        part(dq + a.padded_dim() * kAttentionRows),
+        dp(part + a.padded_dim() * kAttentionRows) {}
+  static int64_t size(const AttentionProblem& a) {
+    return round_up((3 * a.padded_dim() + 2 * a.padded_pos_dim()) * kAttentionRows, 16);
+  }
+};
+
+// Rows that are read next, while the gradients of these are formed.
+struct NextRows {
+  const char *first, *second;
+  int64_t bytes;  // per key, of all rows of a strip
+};
+
+// From the gradient of a strip's scores: dq and dp into dx, dk and drt are added to. Rows of ds are `stride` apart and
+// are 0 outside the window, for kAttentionMargin on both sides.
+template <typename T, typename C>
+void strip_gradients(const AttentionProblem& a, const Strip& t, const Window& w, const T* x, const C* key_rows,
+                     const C* rt, const C* ds, int64_t stride, const StripGradients<C>& memory, const NextRows& next,
+                     T* dx, C* dk, C* drt) {
+  const AttentionTiles<C>& tiles = attention_tiles<C>();
+  const int64_t dim = a.padded_dim(), pos = a.padded_pos_dim();
+  const auto [q, p, dq, part, dp] = memory;
+  for (int m = 0; m < t.rows; m++) {
+    const T* row = x + (t.frame(a, m) * a.batch + t.sequence) * a.width();
+    const T* position = row + 2 * a.heads * a.query_dim + t.head * a.pos_dim;
+    row += t.head * a.query_dim;
+    for (int64_t d = 0; d < dim; d++) q[m * dim + d] = d < a.query_dim ? load(row[d]) : C(0);
+    for (int64_t d = 0; d < pos; d++) p[m * pos + d] = d < a.pos_dim && a.pos_batch ? load(position[d]) : C(0);
+  }
+  std::memset(dq, 0, sizeof(C) * static_cast<size_t>(t.rows * dim));
+  for (int64_t j = w.begin; j < w.end; j += kQueryChain) {
+    tiles.queries(ds, stride, key_rows, dim, j, std::min(j + kQueryChain, w.end), part);
+    row_rescaled(dq, part, t.rows * dim, C(1));
+  }
+  tiles.keys(ds, stride, q, dim, w.begin, w.end, dk, next.first, next.second, next.bytes);
+  if (a.pos_batch) {
+    const int64_t shift = kAttentionMargin + a.frames - 1 - t.begin;
+    for (int64_t e = 0; e < pos; e += kAttentionPositions) {
+      tiles.positions(ds, stride, rt + e * a.padded_offsets() + shift, a.padded_offsets(), w.begin, w.end, dp + e, pos);
+      tiles.offsets(ds, stride, p + e, pos, w.begin, w.end, drt + e * a.padded_offsets() + shift, a.padded_offsets());
+    }
+  }
+  for (int m = 0; m < t.stored; m++) {
+    T* row = dx + ((t.begin + m) * a.batch + t.sequence) * a.width();
+    T* position = row + 2 * a.heads * a.query_dim + t.head * a.pos_dim;
+    row += t.head * a.query_dim;
+    for (int64_t d = 0; d < a.query_dim; d++) store(&row[d], dq[m * dim + d]);
+    for (int64_t d = 0; d < a.pos_dim; d++) store(&position[d], a.pos_batch ? dp[m * pos + d] : C(0));
+  }
 }
 
 template <typename C, typename F>

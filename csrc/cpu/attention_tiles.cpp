@@ -150,6 +150,10 @@ FASTASR_INLINE void offsets_body(const C* __restrict ds, int64_t stride, const C
                                                            const char* next1, int64_t next_bytes) {                    \
     keys_body<C, R, L>(ds, stride, q, depth, j0, j1, dk, next0, next1, next_bytes);                                    \
   }                                                                                                                    \
+  TARGET __attribute__((noinline)) static void NAME##_narrow_keys(const C* ds, int64_t stride, const C* q,             \
+                                                                  int64_t depth, int64_t j0, int64_t j1, C* dk) {      \
+    keys_body<C, R, L / 2>(ds, stride, q, depth, j0, j1, dk, nullptr, nullptr, 0);                                     \
+  }                                                                                                                    \
   TARGET __attribute__((noinline)) static void NAME##_positions(                                                       \
       const C* ds, int64_t stride, const C* rt, int64_t rt_stride, int64_t j0, int64_t j1, C* dp, int64_t dp_stride) { \
     positions_body<C, R, L>(ds, stride, rt, rt_stride, j0, j1, dp, dp_stride);                                         \
@@ -158,8 +162,8 @@ FASTASR_INLINE void offsets_body(const C* __restrict ds, int64_t stride, const C
       const C* ds, int64_t stride, const C* p, int64_t p_stride, int64_t j0, int64_t j1, C* drt, int64_t drt_stride) { \
     offsets_body<C, R, L>(ds, stride, p, p_stride, j0, j1, drt, drt_stride);                                           \
   }                                                                                                                    \
-  static constexpr AttentionTiles<C> NAME = {R,           NAME##_scores,    NAME##_queries, NAME##_narrow,             \
-                                             NAME##_keys, NAME##_positions, NAME##_offsets};
+  static constexpr AttentionTiles<C> NAME = {R,           NAME##_scores,      NAME##_queries,   NAME##_narrow,         \
+                                             NAME##_keys, NAME##_narrow_keys, NAME##_positions, NAME##_offsets};
 
 #if defined(__x86_64__) && !defined(FASTASR_NO_CLONES)
 FASTASR_TILES(avx512_float, __attribute__((target("arch=x86-64-v4"))), float, 8, 32)

@@ -38,6 +38,9 @@ struct AttentionTiles {
   void (*keys)(const C* ds, int64_t stride, const C* q, int64_t depth, int64_t j0, int64_t j1, C* dk, const char* next0,
                const char* next1, int64_t next_bytes);
 
+  // The same for a depth that is a multiple of kAttentionPad / 2 alone; nothing is prefetched.
+  void (*narrow_keys)(const C* ds, int64_t stride, const C* q, int64_t depth, int64_t j0, int64_t j1, C* dk);
+
   // dp[m][e] = sum_j ds[m][j] rt[e][j - m], e < 4.
   void (*positions)(const C* ds, int64_t stride, const C* rt, int64_t rt_stride, int64_t j0, int64_t j1, C* dp,
                     int64_t dp_stride);

@@ -126,6 +126,109 @@ void pack_values(const AttentionProblem& a, const ValueShape& v, const T* values
   }
 }
 
+template <typename T, typename C = compute_t<T>>
+void transpose_values(const AttentionProblem& a, const ValueShape& v, const T* values, int64_t hb, C* transposed) {
+  const int64_t h = hb / a.batch, b = hb % a.batch, padded = a.padded_keys();
+  for (int64_t j0 = 0; j0 < padded; j0 += 16)
+    for (int64_t j = j0; j < j0 + 16; j++) {
+      const T* row = j < a.keys() ? values + ((j * a.batch + b) * v.heads + h) * v.dim : nullptr;
+      for (int64_t d = 0; d < v.dim; d++) transposed[d * padded + j] = row ? load(row[d]) : C(0);
+    }
+}
+
+// Memory of one strip of the backward pass.
+template <typename C>
+struct BackwardStrip {
+  StripGradients<C> gradients;
+  C *q, *p;           // by channel
+  C *columns, *rows;  // of the gradient: (dim, strip rows) and (strip rows, padded dim), those by 1 / sum
+  C *weights, *ds;    // rows padded_keys and ds_stride apart
+  int64_t depth, ds_stride;
+
+  BackwardStrip(const AttentionProblem& a, const ValueShape& v, C* memory)
+      : gradients(a, memory), depth(v.padded_dim()), ds_stride(a.padded_keys() + 2 * kAttentionMargin) {
+    q = memory + StripGradients<C>::size(a);
+    p = q + a.query_dim * kAttentionRows;
+    columns = p + a.padded_pos_dim() * kAttentionRows;
+    rows = columns + v.dim * kAttentionRows;
+    weights = memory + before(a, v);
+    ds = weights + kAttentionRows * a.padded_keys() + kAttentionMargin;
+  }
+  static int64_t before(const AttentionProblem& a, const ValueShape& v) {
+    const int64_t channels = a.query_dim + a.padded_pos_dim() + v.dim + v.padded_dim();
+    return StripGradients<C>::size(a) + round_up(channels * kAttentionRows, 16);
+  }
+  static int64_t size(const AttentionProblem& a, const ValueShape& v) {
+    return before(a, v) + kAttentionRows * (2 * a.padded_keys() + 2 * kAttentionMargin);
+  }
+};
+
+template <typename T, typename C = compute_t<T>>
+void backward_strip(const AttentionProblem& a, const ValueShape& v, const KeyRange& range, const Strip& t,
+                    const T* grad, const T* x, const C* kt, const C* key_rows, const C* rt, const C* vt, T* dx, C* dk,
+                    C* drt, C* dv, const BackwardStrip<C>& s) {
+  const AttentionTiles<C>& tiles = attention_tiles<C>();
+  const int64_t padded = a.padded_keys(), keys = a.keys();
+  load_queries(a, t, x, s.q, s.p);
+  C sum[kAttentionRows];
+  bool seen[kAttentionRows];  // else hidden keys have some weight
+  Window w = strip_window(a, t, range);
+  for (;;) {
+    tiles.scores(s.q, kt, padded, a.query_dim, s.p, rt ? rt + kAttentionMargin + a.frames - 1 - t.begin : nullptr,
+                 a.padded_offsets(), a.pos_batch ? a.pos_dim : 0, w.begin, w.end, s.weights, padded, nullptr, 0);
+    bool narrow = true;
+    for (int m = 0; m < t.stored; m++) {
+      C* row = s.weights + m * padded;
+      fill_hidden(a, t, m, range, w.begin, w.end, row + w.begin, static_cast<C>(kMasked));
+      for (int64_t j = keys; j < w.end; j++) row[j] = -kInfinity<C>;  // behind the last key: weight 0
+      const C top = row_maximum(row + w.begin, w.end - w.begin);
+      sum[m] = row_exponentials(row + w.begin, w.end - w.begin, top);
+      seen[m] = top > kNarrowAbove<C> && sum[m] == sum[m];
+      narrow = narrow && seen[m];
+    }
+    if (narrow || (w.begin == 0 && w.end == padded)) break;
+    w = {0, padded};
+  }
+  const int64_t end = std::min(w.end, keys), width = v.heads * v.dim;
+  for (int m = 0; m < t.rows; m++) {
+    const T* g = grad + (t.frame(a, m) * a.batch + t.sequence) * width + t.head * v.dim;
+    const bool stored = m < t.stored;
+    for (int64_t d = 0; d < v.dim; d++) s.columns[d * t.rows + m] = load(g[d]);
+    for (int64_t d = 0; d < s.depth; d++) s.rows[m * s.depth + d] = stored && d < v.dim ? load(g[d]) / sum[m] : C(0);
+    if (!stored) std::memset(s.weights + m * padded + w.begin, 0, sizeof(C) * static_cast<size_t>(w.end - w.begin));
+  }
+  if (s.depth % kAttentionPad)
+    tiles.narrow_keys(s.weights, padded, s.rows, s.depth, w.begin, w.end, dv);
+  else
+    tiles.keys(s.weights, padded, s.rows, s.depth, w.begin, w.end, dv, nullptr, nullptr, 0);
+  tiles.scores(s.columns, vt, padded, v.dim, nullptr, nullptr, 0, 0, w.begin, w.end, s.ds, s.ds_stride, nullptr, 0);
+  for (int m = 0; m < t.rows; m++) {
+    C* row = s.ds + m * s.ds_stride;
+    if (m >= t.stored) {
+      std::memset(row - kAttentionMargin, 0, sizeof(C) * static_cast<size_t>(s.ds_stride));
+      continue;
+    }
+    row_attention_gradient(s.weights + m * padded + w.begin, sum[m], row + w.begin, w.end - w.begin);
+    if (!seen[m]) fill_hidden(a, t, m, range, w.begin, w.end, row + w.begin, C(0));
+    std::memset(row - kAttentionMargin, 0, sizeof(C) * static_cast<size_t>(kAttentionMargin + w.begin));
+    std::memset(row + end, 0, sizeof(C) * static_cast<size_t>(padded + kAttentionMargin - end));
+  }
+  strip_gradients(a, t, w, x, key_rows, rt, s.ds, s.ds_stride, s.gradients, NextRows{}, dx, dk, drt);
+}
+
+template <typename T, typename C = compute_t<T>>
+void store_values(const AttentionProblem& a, const ValueShape& v, const C* dv, int64_t parts, int64_t hb, T* dvalue) {
+  const int64_t h = hb / a.batch, b = hb % a.batch, depth = v.padded_dim(), size = attention_values_size(a, v);
+  for (int64_t j = 0; j < a.keys(); j++) {
+    T* row = dvalue + ((j * a.batch + b) * v.heads + h) * v.dim;
+    for (int64_t d = 0; d < v.dim; d++) {
+      C total = dv[j * depth + d];
+      for (int64_t part = 1; part < parts; part++) total += dv[part * size + j * depth + d];
+      store(&row[d], total);
+    }
+  }
+}
+
 }  // namespace
 
 int64_t ValueShape::padded_dim() const { return round_up(dim, kAttentionPad / 2); }
@@ -139,16 +242,46 @@ int64_t attention_values_scratch(const AttentionProblem& a, const ValueShape& v)
          (kAttentionQueries + kAttentionRows) * (v.padded_dim() + a.query_dim + a.padded_pos_dim());
 }
 
-#define FASTASR_DEFINE(T)                                                                                    \
-  void attention_pack_values(const AttentionProblem& a, const ValueShape& v, const T* values, int64_t hb,    \
-                             compute_t<T>* packed) {                                                         \
-    pack_values(a, v, values, hb, packed);                                                                   \
-  }                                                                                                          \
-  void attention_forward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ranges, const T* x, \
-                         const compute_t<T>* keys_transposed, const compute_t<T>* positions,                 \
-                         const compute_t<T>* packed_values, int64_t hb, int64_t begin, int64_t end, T* y,    \
-                         compute_t<T>* scratch) {                                                            \
-    forward(a, v, ranges, x, keys_transposed, positions, packed_values, hb, begin, end, y, scratch);         \
+int64_t attention_values_transposed_size(const AttentionProblem& a, const ValueShape& v) {
+  return v.dim * a.padded_keys();
+}
+
+int64_t attention_values_backward_scratch(const AttentionProblem& a, const ValueShape& v) {
+  return BackwardStrip<float>::size(a, v);
+}
+
+#define FASTASR_DEFINE(T)                                                                                            \
+  void attention_pack_values(const AttentionProblem& a, const ValueShape& v, const T* values, int64_t hb,            \
+                             compute_t<T>* packed) {                                                                 \
+    pack_values(a, v, values, hb, packed);                                                                           \
+  }                                                                                                                  \
+  void attention_forward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ranges, const T* x,         \
+                         const compute_t<T>* keys_transposed, const compute_t<T>* positions,                         \
+                         const compute_t<T>* packed_values, int64_t hb, int64_t begin, int64_t end, T* y,            \
+                         compute_t<T>* scratch) {                                                                    \
+    forward(a, v, ranges, x, keys_transposed, positions, packed_values, hb, begin, end, y, scratch);                 \
+  }                                                                                                                  \
+  void attention_transpose_values(const AttentionProblem& a, const ValueShape& v, const T* values, int64_t hb,       \
+                                  compute_t<T>* transposed) {                                                        \
+    transpose_values(a, v, values, hb, transposed);                                                                  \
+  }                                                                                                                  \
+  void attention_backward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ranges, const T* grad,     \
+                          const T* x, const compute_t<T>* keys_transposed, const compute_t<T>* key_rows,             \
+                          const compute_t<T>* positions, const compute_t<T>* values_transposed, int64_t hb,          \
+                          int64_t begin, int64_t end, T* dx, compute_t<T>* dk, compute_t<T>* drt, compute_t<T>* dv,  \
+                          compute_t<T>* scratch) {                                                                   \
+    std::memset(dk, 0, sizeof(*dk) * static_cast<size_t>(a.key_rows_size()));                                        \
+    std::memset(dv, 0, sizeof(*dv) * static_cast<size_t>(attention_values_size(a, v)));                              \
+    if (a.pos_batch) std::memset(drt, 0, sizeof(*drt) * static_cast<size_t>(a.positions_size()));                    \
+    const BackwardStrip<compute_t<T>> strip(a, v, scratch);                                                          \
+    for_each_strip<compute_t<T>>(a, hb, begin, end, [&](const Strip& t) {                                            \
+      backward_strip(a, v, ranges[t.sequence], t, grad, x, keys_transposed, key_rows, positions, values_transposed,  \
+                     dx, dk, drt, dv, strip);                                                                        \
+    });                                                                                                              \
+  }                                                                                                                  \
+  void attention_store_values(const AttentionProblem& a, const ValueShape& v, const compute_t<T>* dv, int64_t parts, \
+                              int64_t hb, T* dvalue) {                                                               \
+    store_values(a, v, dv, parts, hb, dvalue);                                                                       \
   }
 FASTASR_DEFINE(float)
 FASTASR_DEFINE(double)

@@ -69,10 +69,9 @@ void backward_strip(const AttentionProblem& a, const KeyRange& range, const T* x
                     int64_t weights_stride, const T* grad, int64_t grad_stride, const C* kt, const C* key_rows,
                     const C* rt, const Strip& t, T* dx, C* dk, C* drt, C* scratch) {
   const AttentionTiles<C>& tiles = attention_tiles<C>();
-  const int64_t padded = a.padded_keys(), keys = a.keys(), dim = a.padded_dim(), pos = a.padded_pos_dim();
-  const int64_t stride = padded + 2 * kAttentionMargin;
-  C *q = scratch, *p = q + dim * t.rows, *dq = p + pos * t.rows, *dp = dq + dim * t.rows;
-  C* ds = scratch + round_up(2 * (dim + pos) * kAttentionRows, 16) + kAttentionMargin;
+  const int64_t padded = a.padded_keys(), keys = a.keys(), stride = padded + 2 * kAttentionMargin;
+  const StripGradients<C> memory(a, scratch);
+  C* ds = scratch + StripGradients<C>::size(a) + kAttentionMargin;
 
   int64_t hidden[kAttentionRows];
   bool full = a.penalty != 0;  // the penalty reaches masked scores too
@@ -85,9 +84,10 @@ void backward_strip(const AttentionProblem& a, const KeyRange& range, const T* x
   const Window w = full ? Window{0, padded} : strip_window(a, t, range);
   const int64_t end = std::min(w.end, keys);
   if (a.penalty != 0) {
-    load_queries(a, t, x, q, p);
-    tiles.scores(q, kt, padded, a.query_dim, p, rt ? rt + kAttentionMargin + a.frames - 1 - t.begin : nullptr,
-                 a.padded_offsets(), a.pos_batch ? a.pos_dim : 0, 0, padded, ds, stride, nullptr, 0);
+    load_queries(a, t, x, memory.q, memory.p);
+    tiles.scores(memory.q, kt, padded, a.query_dim, memory.p,
+                 rt ? rt + kAttentionMargin + a.frames - 1 - t.begin : nullptr, a.padded_offsets(),
+                 a.pos_batch ? a.pos_dim : 0, 0, padded, ds, stride, nullptr, 0);
   }
   for (int m = 0; m < t.rows; m++) {
     C* row = ds + m * stride;
@@ -105,33 +105,11 @@ void backward_strip(const AttentionProblem& a, const KeyRange& range, const T* x
     std::memset(row - kAttentionMargin, 0, sizeof(C) * static_cast<size_t>(kAttentionMargin + w.begin));
     std::memset(row + end, 0, sizeof(C) * static_cast<size_t>(padded + kAttentionMargin - end));
   }
-  for (int m = 0; m < t.rows; m++) {
-    const T* row = x + (t.frame(a, m) * a.batch + t.sequence) * a.width();
-    const T* position = row + 2 * a.heads * a.query_dim + t.head * a.pos_dim;
-    row += t.head * a.query_dim;
-    for (int64_t d = 0; d < dim; d++) q[m * dim + d] = d < a.query_dim ? load(row[d]) : C(0);
-    for (int64_t d = 0; d < pos; d++) p[m * pos + d] = d < a.pos_dim && a.pos_batch ? load(position[d]) : C(0);
-  }
-  tiles.queries(ds, stride, key_rows, dim, w.begin, w.end, dq);
-  const bool more = t.begin + 2 * t.rows <= a.frames;  // the next strip's rows, read while this one's are used
-  const char* next = reinterpret_cast<const char*>(weights + (t.begin + t.rows) * weights_stride);
-  const char* next_grad = reinterpret_cast<const char*>(grad + (t.begin + t.rows) * grad_stride);
-  tiles.keys(ds, stride, q, dim, w.begin, w.end, dk, more ? next : nullptr, more ? next_grad : nullptr,
-             static_cast<int64_t>(sizeof(T)) * t.rows);
-  if (a.pos_batch) {
-    const int64_t shift = kAttentionMargin + a.frames - 1 - t.begin;
-    for (int64_t e = 0; e < pos; e += kAttentionPositions) {
-      tiles.positions(ds, stride, rt + e * a.padded_offsets() + shift, a.padded_offsets(), w.begin, w.end, dp + e, pos);
-      tiles.offsets(ds, stride, p + e, pos, w.begin, w.end, drt + e * a.padded_offsets() + shift, a.padded_offsets());
-    }
-  }
-  for (int m = 0; m < t.stored; m++) {
-    T* row = dx + ((t.begin + m) * a.batch + t.sequence) * a.width();
-    T* position = row + 2 * a.heads * a.query_dim + t.head * a.pos_dim;
-    row += t.head * a.query_dim;
-    for (int64_t d = 0; d < a.query_dim; d++) store(&row[d], dq[m * dim + d]);
-    for (int64_t d = 0; d < a.pos_dim; d++) store(&position[d], a.pos_batch ? dp[m * pos + d] : C(0));
-  }
+  const bool more = t.begin + 2 * t.rows <= a.frames;
+  const NextRows next = {more ? reinterpret_cast<const char*>(weights + (t.begin + t.rows) * weights_stride) : nullptr,
+                         more ? reinterpret_cast<const char*>(grad + (t.begin + t.rows) * grad_stride) : nullptr,
+                         static_cast<int64_t>(sizeof(T)) * t.rows};
+  strip_gradients(a, t, w, x, key_rows, rt, ds, stride, memory, next, dx, dk, drt);
 }
 
 template <typename T, typename C = compute_t<T>>
@@ -201,8 +179,7 @@ int64_t AttentionProblem::forward_scratch() const {
   return round_up((query_dim + padded_pos_dim()) * kAttentionRows, 16) + 16 + kAttentionRows * padded_keys();
 }
 int64_t AttentionProblem::backward_scratch() const {
-  return round_up(2 * (padded_dim() + padded_pos_dim()) * kAttentionRows, 16) +
-         (kAttentionRows + 1) * (padded_keys() + 2 * kAttentionMargin);
+  return StripGradients<float>::size(*this) + (kAttentionRows + 1) * (padded_keys() + 2 * kAttentionMargin);
 }
 
 int64_t attention_rows(bool wide) { return wide ? attention_tiles<double>().rows : attention_tiles<float>().rows; }

@@ -151,6 +151,7 @@ void gated_depthwise_conv();
 void balancer_gradient();
 void skinny_gemm();
 void mega_step();
+void rel_position_attention();
 void rel_position_attention_weights();
 void activation();
 void residual_norm();
