@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from fastasr.swap import binding
 from fastasr.swap.report import REPLACED, ROLLED_BACK, SKIPPED, Row, SwapReport
-from fastasr.swap.rules import Rule, families, upstream_class
+from fastasr.swap.rules import Known, Rule, families, rules_by_forward, upstream_class
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
 
 
@@ -18,13 +18,15 @@ from fastasr.swap.source_hash import SourceUnavailable, fingerprint
 class Decision:
     """What to do with one module. ``rule`` is the rule whose class it is; ``apply`` says whether it fits.
 
-    ``unknown_source`` marks a module that fits in structure and runs code of no known version.
+    ``unknown_source`` marks a module that fits in structure and runs code of no known version; ``known`` is the
+    version it runs.
     """
 
     rule: Rule | None
     apply: bool
     reason: str
     unknown_source: bool = False
+    known: Known | None = None
 
 
 def accelerate(model, only=None, exclude=None, verify=None, strict=True):
@@ -52,7 +54,7 @@ def accelerate(model, only=None, exclude=None, verify=None, strict=True):
     for path, module, decision in plan:
         accept = decision.apply or (decision.unknown_source and not strict)
         if accept and binding.bound_forward(module) is None:
-            decision.rule.bind(module)
+            decision.rule.bind(module, decision.known)
             bound.append(module)
         if accept and not decision.apply:
             unproven.add(path)
@@ -100,7 +102,7 @@ def explain(model, only=None, exclude=None):
 def restore(model):
     """Give every swapped module of ``model`` its own forward back. Returns how many there were."""
     _check_model("restore", model)
-    rules, count = _rules_by_forward(), 0
+    rules, count = rules_by_forward(), 0
     for module in list(model.modules()):
         bound = binding.unbind(module)
         if bound is not None:
@@ -124,15 +126,11 @@ def eager_mode(model):
 
 def swapped_modules(model):
     """(path, module, rule) of every swapped module of ``model``."""
-    by_forward = _rules_by_forward()
+    by_forward = rules_by_forward()
     for path, module in model.named_modules():
         forward = binding.bound_forward(module)
         if forward is not None:
             yield path, module, by_forward[forward]
-
-
-def _rules_by_forward():
-    return {rule.forward: rule for family in families() for rule in family}
 
 
 def _check_model(function, model):
@@ -193,7 +191,7 @@ def _rule_for(module):
     names = [cls.__name__ for cls in type(module).__mro__]
     for family in families():
         for rule in family:
-            if rule.forward is bound or (bound is None and rule.class_name in names):
+            if bound in rule.forwards or (bound is None and rule.class_name in names):
                 return rule
     return None
 
@@ -238,7 +236,7 @@ def _recognise(rule, module):
     if known is not None:
         reason = known.condition(module) if known.condition is not None else None
         note = f"; {rule.note}" if rule.note else ""
-        return Decision(rule, reason is None, reason or f"same source as {known.origin}{note}")
+        return Decision(rule, reason is None, reason or f"same source as {known.origin}{note}", known=known)
     if owner.__name__ != rule.class_name:
         changed = ", ".join(_overridden(owner, rule.class_name)) or "something its forward uses"
         return Decision(

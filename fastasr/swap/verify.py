@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from fastasr.swap import binding
 from fastasr.swap.engine import swapped_modules
 from fastasr.swap.report import REPLACED, ROLLED_BACK, Row, SwapReport
-from fastasr.swap.rules import families, upstream_class
+from fastasr.swap.rules import rules_by_forward, upstream_class
 from fastasr.swap.state import ModelState, RandomState
 
 _NOISE = 2.0  # times upstream's own error: the largest error of one call is a noisy figure
@@ -146,7 +146,8 @@ class _Probe:
     def __init__(self, module, rule, name, checks):
         self.module, self.rule, self.name, self.checks = module, rule, name, checks
         self.ours = vars(module)[name]
-        self.count = sum(binding.bound_forward(part) is not None for part in module.modules())
+        parts = (module,) if rule.shallow else module.modules()
+        self.count = sum(binding.bound_forward(part) is not None for part in parts)
         self.errors = None
         self.failure = None
         self.note = ""
@@ -192,7 +193,8 @@ class _Probe:
                 continue
             start.restore()
             try:
-                ours = self._replay_as("ours", self.ours, args, kwargs, training)
+                parts = "upstream" if self.rule.shallow else "ours"
+                ours = self._replay_as(parts, self.ours, args, kwargs, training)
             except Exception as error:
                 return f"{name}: fastasr raises {type(error).__name__}: {error}"
             reference = _Reference(self.module, self.name, args, kwargs, training, start, self.count)
@@ -205,6 +207,7 @@ class _Probe:
         return None
 
     def _replay_as(self, side, forward, args, kwargs, training):
+        """``side`` is whose forward runs in the swapped modules below."""
         with self.checks.run_as(side), ModelState(self.module):
             outcome = _replay(self.module, forward, args, kwargs, training)
         outcome.random = RandomState.now()
@@ -339,7 +342,7 @@ class _Reference:
 
     @staticmethod
     def _in_fp64(module):
-        rules = {rule.forward: rule for family in families() for rule in family}
+        rules = rules_by_forward()
         result = copy.deepcopy(module)
         for part in result.modules():
             rule = rules.get(binding.bound_forward(part))

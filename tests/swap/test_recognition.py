@@ -4,14 +4,16 @@
 import ast
 import importlib.util
 import inspect
+import random
 import sys
 
 import pytest
 import torch
-from tiny_zipformer import assert_close, plain_swoosh
+from tiny_zipformer import assert_close, plain_swoosh, seeded
 from torch.nn.utils import parametrizations, weight_norm
 
 import fastasr
+from fastasr.models.zipformer.layer import constant_attention_in_eval
 from fastasr.swap.source_hash import fingerprint
 
 
@@ -71,6 +73,10 @@ def _one_of_each(scaling, subsampling, zipformer):
                 "embed": subsampling.Conv2dSubsampling(9, 4, 2, 3, 4),
                 "convolution": zipformer.ConvolutionModule(4, 3, causal=False),
                 "weights": zipformer.RelPositionMultiheadAttentionWeights(4, 6, 2, 3, 2),
+                "whiten": scaling.Whiten(1, 5.0, (0.025, 0.25), 0.01),
+                "self_attention": zipformer.SelfAttention(4, 2, 3),
+                "nonlin_attention": zipformer.NonlinAttention(4, 3),
+                "layer": zipformer.ZipformerEncoderLayer(4, 6, 2, 3, 2, 2, 8, cnn_module_kernel=3),
                 "linear": torch.nn.Linear(4, 3),
             }
         )
@@ -88,9 +94,23 @@ def test_copies_in_a_recipe_folder_are_swapped(recipe, edit):
     report = fastasr.accelerate(model)
     parts = ("conv.3", "conv.6", "conv.9", "convnext", "convnext.activation", "out", "out_norm")
     inner = {"convnext.activation", *(f"embed.{part}" for part in parts)}
-    inner |= {"convolution.in_proj", "convolution.out_proj", "weights.in_proj", "weights.linear_pos"}
-    inner |= {path for path, module in model.named_modules() if type(module).__name__ == "Balancer"}
-    assert {row.path for row in report.replaced} == {*model.keys(), *inner}
+    inner |= {
+        f"{path}.{part}"
+        for path in ("convolution", "self_attention", "nonlin_attention")
+        for part in ("in_proj", "out_proj")
+    }
+    inner |= {"weights.in_proj", "weights.linear_pos"}
+    regularisers = ("Balancer", "Whiten")
+    inner |= {path for path, module in model.named_modules() if type(module).__name__ in regularisers}
+    inner = {path for path in inner if not path.startswith("layer.")}
+    replaced = {row.path for row in report.replaced}
+    assert {path for path in replaced if not path.startswith("layer.")} == {*model.keys(), *inner}
+    skipped = {
+        type(module).__name__
+        for path, module in model.layer.named_modules()
+        if f"layer.{path}" not in replaced and path
+    }
+    assert skipped == {"FeedforwardModule", "ScheduledFloat", "Identity", "Sigmoid", "Tanh", "Conv1d"}
 
 
 EDITS = {
@@ -151,7 +171,31 @@ EDITS = {
         "scaling",
         "if not x.requires_grad or random.random() > self.prob or grad_scale == 0:\n            return _no_op(x)",
         "if not x.requires_grad or random.random() > self.prob or grad_scale == 0:\n            return 2 * x",
-        {"convolution"},
+        {"convolution", "whiten"},
+    ),
+    "what whitening does to gradients": (
+        "scaling",
+        "penalty_grad = penalty_grad * scale",
+        "penalty_grad = penalty_grad / scale",
+        {"convolution", "whiten"},
+    ),
+    "the order of the thirds": (
+        "zipformer",
+        "s, x, y = x.chunk(3",
+        "x, s, y = x.chunk(3",
+        {"nonlin_attention"},
+    ),
+    "what is done with the weights": (
+        "zipformer",
+        "x = self.whiten(x)\n\n        return x",
+        "x = 2 * self.whiten(x)\n\n        return x",
+        {"self_attention"},
+    ),
+    "the layer": (
+        "zipformer",
+        "src = self.bypass_mid(src_orig, src)",
+        "src = self.bypass_mid(src, src_orig)",
+        {"layer"},
     ),
 }
 
@@ -174,6 +218,33 @@ def test_edited_copies_are_declined(recipe, what):
     assert declined == affected
     for path in affected - {"convnext", "embed", "convolution"}:
         assert "is no known version" in report[path].reason
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_a_layer_whose_constant_attention_acts_in_eval_mode(recipe, training):
+    """icefall's layer before March 2024, and those of its recipes that keep it."""
+
+    def edit(name, text):
+        if name != "zipformer":
+            return text
+        old = "elif self.training and random.random() < float(self.const_attention_rate)"
+        assert old in text
+        return text.replace(old, old.replace("self.training", "not self.training"))
+
+    scaling, _, zipformer = recipe(edit)
+    with plain_swoosh():
+        layer = zipformer.ZipformerEncoderLayer(8, 6, 2, 4, 2, 4, 16, cnn_module_kernel=3)
+    layer.const_attention_rate = scaling.ScheduledFloat((0.0, 0.5), default=0.5)
+    layer.train(training)
+    x, pos_emb = torch.randn(5, 2, 8), torch.randn(1, 9, 6)
+    for seed in range(6):
+        results = []
+        for forward in (type(layer).forward, constant_attention_in_eval):
+            seeded(seed)
+            with torch.no_grad():
+                results.append((forward(layer, x, pos_emb), random.getstate()))
+        assert_close(results[1][0], results[0][0], what="output")
+        assert results[1][1] == results[0][1]
 
 
 def test_fingerprints_do_not_depend_on_the_folder(recipe):

@@ -113,6 +113,12 @@ class ZipformerEncoderLayer(torch.nn.Module):
         self.balancer2 = _balancer(embed_dim, 0.45, 0.55, min_abs=0.1, max_abs=4.0)
 
     def forward(self, src, pos_emb, chunk_size=-1, attn_mask=None, src_key_padding_mask=None):
+        return ZipformerEncoderLayer._encode(
+            self, src, pos_emb, chunk_size, attn_mask, src_key_padding_mask, self.training
+        )
+
+    def _encode(self, src, pos_emb, chunk_size, attn_mask, src_key_padding_mask, may_be_constant):
+        """``may_be_constant``: whether nonlin_attention may get constant weights on this call."""
         src_orig = src
         attention_skip_rate = float(self.attention_skip_rate) if self.training else 0.0
         weights = self.self_attn_weights.unmaterialised if _is_long(self, src) else self.self_attn_weights
@@ -123,19 +129,19 @@ class ZipformerEncoderLayer(torch.nn.Module):
 
         attention_mask = _sequence_mask(self, src, attention_skip_rate)
         first_head = attn_weights[0:1]
-        if self.training and random.random() < float(self.const_attention_rate):
+        if may_be_constant and random.random() < float(self.const_attention_rate):
             first_head = _constant(first_head)
-        src = src + _masked(self.balancer_na(self.nonlin_attention(src, first_head)), attention_mask)
-        src = src + _masked(self.self_attn1(src, attn_weights), attention_mask)
-        src = src + _convolved(self, self.conv_module1, src, chunk_size, src_key_padding_mask)
+        src = _plus(src, self.balancer_na(self.nonlin_attention(src, first_head)), attention_mask)
+        src = _plus(src, self.self_attn1(src, attn_weights), attention_mask)
+        src = _plus_convolved(self, self.conv_module1, src, chunk_size, src_key_padding_mask)
         ff2_skip_rate = float(self.ff2_skip_rate) if self.training else 0.0
-        src = src + _dropped(self, self.balancer_ff2(self.feed_forward2(src)), ff2_skip_rate)
+        src = _plus_dropped(self, src, self.balancer_ff2(self.feed_forward2(src)), ff2_skip_rate)
         src = self.bypass_mid(src_orig, src)
 
-        src = src + _masked(self.self_attn2(src, attn_weights), attention_mask)
-        src = src + _convolved(self, self.conv_module2, src, chunk_size, src_key_padding_mask)
+        src = _plus(src, self.self_attn2(src, attn_weights), attention_mask)
+        src = _plus_convolved(self, self.conv_module2, src, chunk_size, src_key_padding_mask)
         ff3_skip_rate = float(self.ff3_skip_rate) if self.training else 0.0
-        src = src + _dropped(self, self.balancer_ff3(self.feed_forward3(src)), ff3_skip_rate)
+        src = _plus_dropped(self, src, self.balancer_ff3(self.feed_forward3(src)), ff3_skip_rate)
         src = self.norm(self.balancer1(src))
         return self.whiten(self.balancer2(self.bypass(src_orig, src)))
 
@@ -219,10 +225,10 @@ def _constant(weights):
     return weights * (1.0 / weights.sum(dim=-1, keepdim=True))
 
 
-def _convolved(layer, conv_module, src, chunk_size, src_key_padding_mask):
+def _plus_convolved(layer, conv_module, src, chunk_size, src_key_padding_mask):
     rate = float(layer.conv_skip_rate) if layer.training else 0.0
     y = conv_module(src, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask)
-    return _dropped(layer, y, rate)
+    return _plus_dropped(layer, src, y, rate)
 
 
 def _sequence_mask(layer, x, rate):
@@ -232,9 +238,19 @@ def _sequence_mask(layer, x, rate):
     return (torch.rand(x.shape[1], 1, device=x.device) > rate).to(x.dtype)
 
 
-def _dropped(layer, x, rate):
-    return _masked(x, _sequence_mask(layer, x, rate))
+def _plus_dropped(layer, src, y, rate):
+    return _plus(src, y, _sequence_mask(layer, y, rate))
 
 
-def _masked(x, mask):
-    return x if mask is None else x * mask
+def _plus(src, y, mask):
+    """src + y * mask in one pass; the products with 0 and 1 are exact."""
+    return src + y if mask is None else torch.addcmul(src, y, mask)
+
+
+def constant_attention_in_eval(layer, src, pos_emb, chunk_size=-1, attn_mask=None, src_key_padding_mask=None):
+    """``ZipformerEncoderLayer.forward`` as icefall had it before March 2024: ``const_attention_rate`` acts in eval
+    mode, where the published schedule is 0, and not in training. Its random draw goes with it.
+    """
+    return ZipformerEncoderLayer._encode(
+        layer, src, pos_emb, chunk_size, attn_mask, src_key_padding_mask, not layer.training
+    )

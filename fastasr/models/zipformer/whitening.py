@@ -50,7 +50,11 @@ def whitening_gradient(grad, x, num_groups, strength):
         return grad
     covariance.diagonal(dim1=1, dim2=2).sub_(metric * d)
     covariance *= 4.0 / (covariance.shape[0] * covariance.shape[1]) / (d * d + _EPS)
-    penalty = torch.bmm(frames, covariance).transpose(0, 1).reshape(x.shape)
+    penalty = torch.bmm(frames, covariance)
+    penalty -= penalty.mean(
+        dim=1, keepdim=True
+    )  # 0 but for rounding, which the gradient of a bias would add up
+    penalty = penalty.transpose(0, 1).reshape(x.shape)
     scale = grad_scale * (_norm(grad, compute) / (_norm(penalty, compute) + _EPS))
     return torch.addcmul(grad.to(compute), penalty, scale).to(grad.dtype)
 
@@ -77,7 +81,8 @@ class _Whitening(torch.autograd.Function):
                 _log(module, x, metric)
             return _strength(module, metric)
 
-        return whitening_gradient(grad, x, module.num_groups, strength), None
+        with torch.autocast(x.device.type, enabled=False):  # for whoever calls backward() inside autocast
+            return whitening_gradient(grad, x, module.num_groups, strength), None
 
 
 def _strength(module, metric):

@@ -2,6 +2,7 @@
 """What a rule is, and the families of rules. A new framework is one file here and a line in ``families``."""
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,11 +17,13 @@ class Known:
     """One accepted version of upstream's code: where it is from, and what it demands of an instance, if
     anything.
 
-    ``condition(module)`` returns a reason against the instance, or None.
+    ``condition(module)`` returns a reason against the instance, or None. ``forward`` stands in for the rule's where
+    this version computes something else.
     """
 
     origin: str
     condition: Callable | None = None
+    forward: Callable | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,8 @@ class Rule:
     Binding empties them, and so does verification before it runs upstream's code in another precision.
     ``release(module)`` lets go of what our functions keep for an instance; ``restore`` calls it.
     ``note`` is what the report says of an instance beyond where its source is from.
+    ``shallow`` rules are of modules that only call others: verification runs upstream's code in those below, which
+    are verified by themselves.
     ``companion`` rules apply only to models in which another rule of the family matched a module.
     """
 
@@ -48,15 +53,24 @@ class Rule:
     functions: Callable = field(default=lambda module: [type(module).forward])
     known: dict | None = None
     companion: bool = False
+    shallow: bool = False
     methods: tuple = ()
     compared: tuple = ()
     caches: dict = field(default_factory=dict)
     release: Callable = field(default=lambda module: None)
     note: str = ""
 
-    def bind(self, module):
+    @functools.cached_property
+    def forwards(self):
+        """Every forward that this rule binds."""
+        versions = (self.known or {}).values()
+        return {self.forward, *(known.forward for known in versions if known.forward is not None)}
+
+    def bind(self, module, known=None):
+        """``known`` is the version of upstream's code that ``module`` runs, where that is known."""
         self.empty_caches(module)
-        binding.bind(module, self.forward, self.methods)
+        forward = known.forward if known is not None and known.forward is not None else self.forward
+        binding.bind(module, forward, self.methods)
 
     def empty_caches(self, module):
         for name, empty in self.caches.items():
@@ -69,6 +83,11 @@ def families():
     from fastasr.swap.rules import espnet, zipformer
 
     return (zipformer.RULES, espnet.RULES)
+
+
+def rules_by_forward():
+    """The rule of every forward that a rule binds."""
+    return {forward: rule for family in families() for rule in family for forward in rule.forwards}
 
 
 def upstream_class(module):

@@ -5,10 +5,13 @@ Fingerprints come from ``fastasr.swap.source_hash``; ``docs/swap.md`` says how t
 Swoosh classes call k2, whose backward pass rounds the derivative to 8 bits at random; ours is exact.
 """
 
+from dataclasses import replace
+
 import torch
 from torch.nn.utils import parametrize
 
 from fastasr.models import zipformer as models
+from fastasr.models.zipformer.layer import constant_attention_in_eval
 from fastasr.swap.binding import foreign_forward
 from fastasr.swap.rules import (
     Known,
@@ -317,14 +320,8 @@ _ATTENTION_WEIGHTS_CHILDREN = (
 
 def _attention_weights_structure(module):
     """Every submodule is called with the values of ever, so any class will do."""
-    children = [name for name, child in module._modules.items() if child is not None]
-    extra = sorted(set(children) - {*_ATTENTION_WEIGHTS_CHILDREN, "pos_emb_skip_rate"})
-    missing = sorted(set(_ATTENTION_WEIGHTS_CHILDREN) - set(children))
     reason = check_parameters(module, {})
-    if extra:
-        reason = reason or f"has submodules this class does not have upstream: {', '.join(extra)}"
-    if missing:
-        reason = reason or f"lacks the submodules {', '.join(missing)}"
+    reason = reason or _check_names(module, _ATTENTION_WEIGHTS_CHILDREN, optional=("pos_emb_skip_rate",))
     for name in ("num_heads", "query_head_dim", "pos_head_dim"):
         if not isinstance(getattr(module, name, None), int):
             reason = reason or f"{name} is {getattr(module, name, None)!r}, expected an int"
@@ -338,6 +335,90 @@ def _attention_weights_structure(module):
     if weight is None or tuple(weight.shape[:1]) != (width,):
         return f"in_proj does not give {width} channels, heads * (2 * query_head_dim + pos_head_dim)"
     return None
+
+
+def _whiten_structure(module):
+    limits = ("whitening_limit", "grad_scale")
+    reason = check_parameters(module, {}) or check_children(module, dict.fromkeys(limits, "ScheduledFloat"))
+    for name in (*limits, "prob", "min_prob", "max_prob"):
+        if reason is None and not is_rate(getattr(module, name)):
+            reason = f"{name} is a {type(getattr(module, name)).__name__}, expected a number or a schedule"
+    if reason is None and not isinstance(module.num_groups, int):
+        reason = f"num_groups is {module.num_groups!r}, expected an int"
+    return reason
+
+
+def _grad_scale_is_a_number(module):
+    """These versions multiply a tensor by it, which a schedule cannot do."""
+    if isinstance(module.grad_scale, (int, float)):
+        return None
+    return f"grad_scale is a {type(module.grad_scale).__name__}, which this version of the class cannot use"
+
+
+def _self_attention_structure(module):
+    """Every submodule is called with the values of ever, so any class will do."""
+    return check_parameters(module, {}) or _check_names(module, ("in_proj", "out_proj", "whiten"))
+
+
+_NONLIN_IDENTITIES = ("identity1", "identity2", "identity3")
+_NONLIN_CHILDREN = ("in_proj", "balancer", "tanh", *_NONLIN_IDENTITIES, "out_proj", "whiten1", "whiten2")
+
+
+def _nonlin_attention_structure(module):
+    """The hyperbolic tangent and the identities are left out; the rest is called with the values of ever, so any class
+    will do there.
+    """
+    reason = check_parameters(module, {}) or _check_names(module, _NONLIN_CHILDREN)
+    if reason is not None:
+        return reason
+    if upstream_class(module.tanh) is not torch.nn.Tanh or foreign_forward(module.tanh) is not None:
+        return "submodule tanh is not a plain torch.nn.Tanh"
+    for name in _NONLIN_IDENTITIES:
+        reason = reason or unread_code(name, getattr(module, name), own_forward, _IDENTITIES)
+    weight = getattr(module.in_proj, "weight", None)
+    if reason is None and (weight is None or tuple(weight.shape[:1]) != (3 * module.hidden_channels,)):
+        reason = f"in_proj does not give {3 * module.hidden_channels} channels, 3 * hidden_channels"
+    return reason
+
+
+_LAYER_PARTS = (
+    *("self_attn_weights", "self_attn1", "self_attn2", "nonlin_attention"),
+    *("feed_forward1", "feed_forward2", "feed_forward3", "conv_module1", "conv_module2"),
+    *("bypass", "bypass_mid", "norm", "whiten"),
+    *("balancer1", "balancer2", "balancer_na", "balancer_ff2", "balancer_ff3"),
+)
+_LAYER_RATES = (
+    "attention_skip_rate",
+    "conv_skip_rate",
+    "const_attention_rate",
+    "ff2_skip_rate",
+    "ff3_skip_rate",
+)
+
+
+def _encoder_layer_structure(module):
+    """Every submodule is called with the values of ever, so any class will do."""
+    shapes = {
+        name: module._parameters[name].shape for name in ("bypass_scale",) if name in module._parameters
+    }
+    reason = check_parameters(module, shapes) or _check_names(module, _LAYER_PARTS, optional=_LAYER_RATES)
+    for name in _LAYER_RATES:
+        if reason is None and not is_rate(getattr(module, name)):
+            reason = f"{name} is a {type(getattr(module, name)).__name__}, expected a number or a schedule"
+    return reason
+
+
+def _no_adapters(module):
+    return "has adapters between its modules" if module.use_adapters else None
+
+
+def _check_names(module, names, optional=()):
+    """A reason when the submodules are not ``names``, of any class, besides ``optional``; else None."""
+    children = {name for name, child in module._modules.items() if child is not None}
+    extra, missing = sorted(children - {*names, *optional}), sorted(set(names) - children)
+    if extra:
+        return f"has submodules this class does not have upstream: {', '.join(extra)}"
+    return f"lacks the submodules {', '.join(missing)}" if missing else None
 
 
 _JOINERS = {
@@ -447,6 +528,83 @@ BALANCER = Rule(
     known=_BALANCERS,
 )
 
+WHITEN = Rule(
+    name="zipformer.whiten",
+    class_name="Whiten",
+    forward=models.Whiten.forward,
+    kernels=("whitening_gradient",),
+    structure=_whiten_structure,
+    functions=own_forward,
+    known={
+        "59f435fe5116d207ed3b2a9d": _PACKAGE,
+        "2427f1994408e76d9e722891": _ICEFALL,  # since pull request 1974
+        "c3009322678ced8184ee6400": Known("icefall before pull request 1974"),
+        "c2821462c174d2086c812d37": Known("icefall between pull requests 1814 and 1841"),
+        "f27d60a9ca1403688b23218a": Known("icefall before pull request 1663", _grad_scale_is_a_number),
+        "f78c8e3e256cd2088a274bfd": Known("icefall before pull request 1108", _grad_scale_is_a_number),
+    },
+)
+
+SELF_ATTENTION = Rule(
+    name="zipformer.self_attention",
+    class_name="SelfAttention",
+    forward=models.SelfAttention.forward,
+    methods=(("streaming_forward", models.SelfAttention.streaming_forward),),
+    compared=("streaming_forward",),
+    kernels=("rel_position_attention",),
+    structure=_self_attention_structure,
+    functions=_forward_and_streaming,
+    known={"836323bd78272a27e5e90971": _BOTH},  # icefall: every version so far
+)
+
+NONLIN_ATTENTION = Rule(
+    name="zipformer.nonlin_attention",
+    class_name="NonlinAttention",
+    forward=models.NonlinAttention.forward,
+    methods=(("streaming_forward", models.NonlinAttention.streaming_forward),),
+    compared=("streaming_forward",),
+    kernels=("nonlin_attention", "rel_position_attention"),
+    structure=_nonlin_attention_structure,
+    functions=_forward_and_streaming,
+    known={
+        "b5ad09c7eb732457b1e70f40": _BOTH,  # icefall: since pull request 1316
+        "3f97f9cdb30b3190c5aaaa44": Known("icefall before pull request 1316"),  # other spelling of the thirds
+    },
+)
+
+ENCODER_LAYER = Rule(
+    name="zipformer.encoder_layer",
+    class_name="ZipformerEncoderLayer",
+    forward=models.ZipformerEncoderLayer.forward,
+    methods=(("streaming_forward", models.ZipformerEncoderLayer.streaming_forward),),
+    compared=("streaming_forward",),
+    kernels=("rel_position_attention",),
+    structure=_encoder_layer_structure,
+    functions=_forward_and_streaming,
+    known={"b72fc595549d7a9dba5a40a1": _PACKAGE},
+    shallow=True,
+)
+
+ZIPFORMER2_ENCODER_LAYER = replace(
+    ENCODER_LAYER,
+    class_name="Zipformer2EncoderLayer",
+    known={
+        "5718a2a12ff1cca637c6b081": Known("icefall's zipformer since pull request 1566"),
+        "49cb2da3402689d14445f5b4": Known(  # and its SSL, LoRA, HENT and multi-joiner recipes
+            "icefall before pull request 1566", forward=constant_attention_in_eval
+        ),
+        "2853abe45f57bb017c4159e0": Known(  # says nothing of tracing
+            "icefall before pull request 1108", forward=constant_attention_in_eval
+        ),
+        "ebceec3b861625e5b7c741cb": Known(
+            "icefall's zipformer_adapter", _no_adapters, constant_attention_in_eval
+        ),
+        "669f54ca3d25affa8d2b6816": Known(
+            "icefall's zipformer_adapter before pull request 1566", _no_adapters, constant_attention_in_eval
+        ),
+    },
+)
+
 CONVNEXT = Rule(
     name="zipformer.convnext",
     class_name="ConvNeXt",
@@ -537,12 +695,17 @@ ASR_MODEL = Rule(
 
 RULES = (
     ASR_MODEL,
+    ENCODER_LAYER,
+    ZIPFORMER2_ENCODER_LAYER,
+    SELF_ATTENTION,
+    NONLIN_ATTENTION,
     SWOOSH_L,
     SWOOSH_R,
     ACTIVATION_DROPOUT_AND_LINEAR,
     BIAS_NORM,
     BYPASS,
     BALANCER,
+    WHITEN,
     CONVNEXT,
     CONV2D_SUBSAMPLING,
     CONVOLUTION,
