@@ -35,6 +35,7 @@ from fastasr.benchmarks.ops import (
     bias_norm,
     bypass,
     complex_ema_scan,
+    depthwise_conv2d,
     ema_scan,
     gated_depthwise_conv,
     residual_norm,
@@ -70,6 +71,7 @@ def training_cases() -> list[Case]:
     cases += [*residual_norm.CASES, *toeplitz_attention.CASES]  # of a MEGA decoder
     cases += rnnt_joiner.CASES[::2]
     cases += [*rnnt_lattice.CASES[:3], rnnt_pruned_lattice.CASES[0]]
+    cases.append(depthwise_conv2d._case((batch, frames, 19, 128), (7, 7)))  # a front end
     for chunk in (None, 32):  # a convolution module of stack 0 and of stack 3, plain and chunk-causal
         cases.append(gated_depthwise_conv._case((frames, batch, 192), 31, chunk))
         cases.append(gated_depthwise_conv._case((188, batch, 512), 15, chunk and chunk // 8))

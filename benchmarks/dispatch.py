@@ -20,6 +20,7 @@ from fastasr.ops.balancer_gradient import definition as balancer_gradient_defini
 from fastasr.ops.bias_norm import definition as bias_norm_definition
 from fastasr.ops.bypass import definition as bypass_definition
 from fastasr.ops.complex_ema_scan import definition as complex_ema_scan_definition
+from fastasr.ops.depthwise_conv2d import definition as depthwise_conv2d_definition
 from fastasr.ops.ema_scan import definition as ema_scan_definition
 from fastasr.ops.gated_depthwise_conv import definition as gated_depthwise_conv_definition
 from fastasr.ops.rel_position_attention import definition as attention_definition
@@ -109,6 +110,12 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             gated_residual_norm_definition,
             ops.gated_residual_norm,
             lambda x, u, c, h, w, b: registered.gated_residual_norm(x, u, c, h, None, w, b, 1e-5, 1),
+        ),
+        "depthwise_conv2d": Tiny(
+            (torch.randn(1, 2, 1, channels, device=device), weight[:, :1, None].contiguous(), bias),
+            depthwise_conv2d_definition,
+            ops.depthwise_conv2d,
+            lambda x, w, b: registered.depthwise_conv2d(x, w, b, 0, 0),
         ),
         "gated_depthwise_conv": Tiny(
             (torch.randn(2, 1, 2 * channels, device=device), weight[:, :3].contiguous(), bias),

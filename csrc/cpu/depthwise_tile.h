@@ -23,7 +23,8 @@ struct Vector {
   static constexpr int64_t lanes = FASTASR_VECTOR_BYTES / sizeof(C);
 };
 
-template <int kRows, typename C>
+// Rows of `slide` are kRow elements apart.
+template <int kRows, int64_t kRow = kStripe, typename C>
 FASTASR_INLINE void correlate(const C* slide, const C* fixed, int64_t fixed_stride, int64_t n,
                               typename Vector<C>::type (&sum)[kRows]) {
   using V = typename Vector<C>::type;
@@ -34,18 +35,18 @@ FASTASR_INLINE void correlate(const C* slide, const C* fixed, int64_t fixed_stri
     for (int m = 0; m < 4; m++) f[m] = *reinterpret_cast<const V*>(fixed + m * fixed_stride);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows + 3; r++) {
-      const V x = *reinterpret_cast<const V*>(slide + r * kStripe);
+      const V x = *reinterpret_cast<const V*>(slide + r * kRow);
 #pragma GCC unroll 4
       for (int m = 0; m < 4; m++)
         if (r - m >= 0 && r - m < kRows) sum[r - m] += f[m] * x;
     }
-    slide += 4 * kStripe, fixed += 4 * fixed_stride;
+    slide += 4 * kRow, fixed += 4 * fixed_stride;
   }
   for (; j < n; j++) {
     const V f = *reinterpret_cast<const V*>(fixed);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; i++) sum[i] += f * *reinterpret_cast<const V*>(slide + i * kStripe);
-    slide += kStripe, fixed += fixed_stride;
+    for (int i = 0; i < kRows; i++) sum[i] += f * *reinterpret_cast<const V*>(slide + i * kRow);
+    slide += kRow, fixed += fixed_stride;
   }
 }
 

@@ -147,6 +147,7 @@ void elementary();
 void swoosh();
 void bias_norm();
 void bypass();
+void depthwise_conv2d();
 void gated_depthwise_conv();
 void balancer_gradient();
 void skinny_gemm();

@@ -20,6 +20,7 @@ constexpr Test kTests[] = {
     {"swoosh", fastasr::test::swoosh},
     {"bias_norm", fastasr::test::bias_norm},
     {"bypass", fastasr::test::bypass},
+    {"depthwise_conv2d", fastasr::test::depthwise_conv2d},
     {"gated_depthwise_conv", fastasr::test::gated_depthwise_conv},
     {"balancer_gradient", fastasr::test::balancer_gradient},
     {"skinny_gemm", fastasr::test::skinny_gemm},

@@ -9,6 +9,7 @@ from fastasr.ops.balancer_gradient import balancer_gradient
 from fastasr.ops.bias_norm import bias_norm
 from fastasr.ops.bypass import bypass
 from fastasr.ops.complex_ema_scan import complex_ema_scan
+from fastasr.ops.depthwise_conv2d import depthwise_conv2d
 from fastasr.ops.ema_scan import ema_scan
 from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv
 from fastasr.ops.linear import linear
@@ -33,6 +34,7 @@ NAMES = (
     "linear",
     "ema_scan",
     "complex_ema_scan",
+    "depthwise_conv2d",
     "gated_depthwise_conv",
     "rel_position_attention",
     "rel_position_attention_weights",
@@ -50,6 +52,7 @@ __all__ = [
     "bias_norm",
     "bypass",
     "complex_ema_scan",
+    "depthwise_conv2d",
     "ema_scan",
     "gated_depthwise_conv",
     "gated_residual_norm",

@@ -40,6 +40,11 @@ def _calls(dtype=torch.float32):
             (other, x, make(60, 4, 192), x * 2, bias, make(192)),
         ),
         ("residual_norm", ops.residual_norm, (other, x, bias, make(192))),
+        (
+            "depthwise_conv2d",
+            partial(ops.depthwise_conv2d, padding=(3, 3)),
+            (make(2, 60, 19, 64), make(64, 1, 7, 7), make(64)),
+        ),
         ("gated_depthwise_conv", ops.gated_depthwise_conv, (x, make(96, 1, 7), make(96))),
         (
             "gated_depthwise_conv, chunks",
@@ -68,7 +73,7 @@ def _joiner(*tensors: torch.Tensor) -> torch.Tensor:
     return torch.stack(ops.rnnt_joiner(*tensors, symbols, starts, s_range=5, termination_symbol=0))
 
 
-@pytest.mark.parametrize("index", range(17))
+@pytest.mark.parametrize("index", range(18))
 def test_capture_in_a_graph(index):
     name, function, tensors = _calls()[index]
     tensors = tuple(t.requires_grad_() for t in tensors)

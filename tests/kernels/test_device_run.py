@@ -41,6 +41,7 @@ def test_cases_are_those_of_training():
         "bypass",
         "complex_ema_scan",
         "ema_scan",
+        "depthwise_conv2d",
         "gated_depthwise_conv",
         "gated_residual_norm",
         "residual_norm",

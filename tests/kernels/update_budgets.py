@@ -63,6 +63,7 @@ def configurations() -> list[Configuration]:
         *_bias_norm(),
         *_bypass(),
         *_residual_norm(),
+        *_depthwise_conv2d(),
         *_gated_depthwise_conv(),
         *_toeplitz_attention(),
         *_rnnt_joiner(),
@@ -212,6 +213,24 @@ def _residual_norm():
             name = f"residual_norm parts, {block_p}, {dtype}"
             types = wide | {"PARTS": dtype}
             yield Configuration(name, residual_norm.add_parts_kernel, types, constants, warps, ("C",))
+
+
+def _depthwise_conv2d():
+    from fastasr.kernels import depthwise_conv2d as conv
+
+    tile = {"BLOCK_R": conv.BLOCK_R, "BLOCK_C": conv.BLOCK_C}
+    sums = {"TAPS": conv.TAPS, "BLOCK_S": conv.BLOCK_S, "BLOCK_C": conv.BLOCK_C}
+    parts = {"BLOCK_P": conv.MAX_PARTS, "BLOCK_C": conv.BLOCK_C}
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = dict.fromkeys(("X", "TABLE", "BIAS", "Y", "G", "DWEIGHT", "DBIAS"), dtype) | {"PARTS": "fp32"}
+        for name, kernel, constants in (
+            ("forward", conv.forward_kernel, tile),
+            ("input gradient", conv.forward_kernel, {**tile, "BIAS": None}),
+            ("weight gradient", conv.weight_gradient_kernel, sums),
+            ("parts", conv.add_parts_kernel, parts),
+        ):
+            name = f"depthwise_conv2d {name}, {dtype}"
+            yield Configuration(name, kernel, types, constants, conv.NUM_WARPS, ("C",))
 
 
 def _gated_depthwise_conv():

@@ -6,9 +6,10 @@
 
 with conv three times SwooshR(Conv2d(x)), and ConvNeXt(x) = x + pointwise2(SwooshL(pointwise1(depthwise(x)))).
 
-Inference on CPU keeps channels last: no convolution has a oneDNN reorder on either side, a pointwise
-convolution is a matrix product over rows of C channels, and the 3 C wide hidden rows of one block stay in
-cache instead of crossing memory four times.
+Channels are kept last, in inference and training: no convolution has a reorder on either side, the depthwise
+convolution is ``ops.depthwise_conv2d``, and a pointwise convolution is a matrix product over rows of C channels. In
+inference on CPU the rows go through in blocks, whose 3 C wide hidden rows stay in cache instead of crossing memory
+four times.
 """
 
 import torch
@@ -29,13 +30,16 @@ from fastasr.models.zipformer.whitening import Whiten
 # Rows per block: the hidden activations of a block, 3 * 128 channels in fp32, then take 1.5 MB.
 BLOCK_ROWS = 1024
 
+_SHORT = (torch.float16, torch.bfloat16)
+
 
 class Conv2dSubsampling(torch.nn.Module):
     """x (batch, time, features), x_lens (batch,) of ints -> (batch, (time - 7) // 2, channels), lengths.
 
     ``forward`` is written for front ends with the submodules conv, convnext, out, out_whiten, out_norm and
-    dropout, and calls each of them. In inference on CPU, conv gets its input in channels_last order: the same
-    values with other strides. The result is contiguous either way.
+    dropout, and calls each of them. conv gets its input in channels_last order, the same values with other strides,
+    unless something watches, casts or compiles the call; on a GPU, in 16-bit types alone. The result is contiguous
+    either way.
 
     Raises ValueError for fewer than 7 in_channels, AssertionError when the largest of the lengths is not the
     number of frames.
@@ -115,20 +119,18 @@ def _lengths(y, lengths):
 
 def _runs_channels_last(embed, x):
     weight = next(embed.conv.parameters(), None)  # of whatever stands in for conv by now
-    return (
-        weight is not None
-        and is_plain_inference(embed, x, weight, 4)
-        and not any_hooked(embed.conv.modules())
-        and not any_hooked(embed.convnext.modules())
-    )
+    if weight is None or not _runs_by_rows(x, weight, (*embed.conv.modules(), *embed.convnext.modules())):
+        return False
+    cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return x.is_cpu or cast in _SHORT
 
 
 class ConvNeXt(torch.nn.Module):
     """x (batch, channels, time, frequency) -> same shape.
 
     ``forward`` is written for layers with the submodules depthwise_conv, pointwise_conv1, hidden_balancer,
-    activation, pointwise_conv2, out_balancer and out_whiten, and ``layerdrop_rate``. The balancers and the
-    whitening act on gradients only, so where none is needed they are left out.
+    activation, pointwise_conv2, out_balancer and out_whiten, and ``layerdrop_rate``; activation is a SwooshL. The
+    balancers and the whitening act on gradients only, so where none is needed they are left out.
     """
 
     def __init__(self, channels, hidden_ratio=3, kernel_size=(7, 7), layerdrop_rate=None):
@@ -153,11 +155,12 @@ class ConvNeXt(torch.nn.Module):
         self.out_whiten = Whiten(num_groups=1, whitening_limit=5.0, prob=(0.025, 0.25), grad_scale=0.01)
 
     def forward(self, x):
-        if self.training:
-            return _by_submodules(self, x, _layerdrop_mask(self, x))
+        mask = _layerdrop_mask(self, x) if self.training else None
         if _runs_in_blocks(self, x):
             return _in_blocks(self, x)
-        return _by_submodules(self, x, None)
+        if x.dim() == 4 and _runs_by_rows(x, self.pointwise_conv1.weight, self.children()):
+            return _by_rows(self, x, mask)
+        return _by_submodules(self, x, mask)
 
     def streaming_forward(self, x, cached_left_pad):
         """x (batch, channels, time, frequency), cached_left_pad (batch, channels, padding, frequency), the
@@ -172,10 +175,17 @@ class ConvNeXt(torch.nn.Module):
             )
         frames = x.shape[2] - pad
         extended = torch.cat([cached_left_pad, x], dim=2)
-        conv = self.depthwise_conv
-        h = F.conv2d(extended, conv.weight, conv.bias, padding=(0, self.padding[1]), groups=conv.groups)
-        h = self.activation(self.hidden_balancer(self.pointwise_conv1(h)))
-        return x[:, :, :frames] + self.pointwise_conv2(h), extended[:, :, frames : frames + pad]
+        cache = extended[:, :, frames : frames + pad]
+        padding = (0, self.padding[1])
+        if x.dtype == cached_left_pad.dtype and _runs_by_rows(
+            x, self.pointwise_conv1.weight, self.children()
+        ):
+            y = _contracted(self, _hidden_rows(self, extended.permute(0, 2, 3, 1), padding))
+        else:
+            conv = self.depthwise_conv
+            h = F.conv2d(extended, conv.weight, conv.bias, padding=padding, groups=conv.groups)
+            y = self.pointwise_conv2(self.activation(self.hidden_balancer(self.pointwise_conv1(h))))
+        return x[:, :, :frames] + y, cache
 
 
 def _layerdrop_mask(layer, x):
@@ -188,13 +198,49 @@ def _layerdrop_mask(layer, x):
 
 def _by_submodules(layer, x, mask):
     hidden = layer.hidden_balancer(layer.pointwise_conv1(layer.depthwise_conv(x)))
-    y = layer.pointwise_conv2(layer.activation(hidden))
+    return _residual(layer, x, layer.pointwise_conv2(layer.activation(hidden)), mask)
+
+
+def _residual(layer, x, y, mask):
     if mask is not None:
         y = y * mask
     y = layer.out_balancer(x + y)
     if y.requires_grad:  # the whitening works on the last dimension
         y = layer.out_whiten(y.transpose(1, 3)).transpose(1, 3)
     return y
+
+
+def _runs_by_rows(x, weight, modules):
+    """Whether nothing sees the layout or the pieces of a call: no hooks, no compiler, on CPU no cast."""
+    plain = x.is_cpu and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
+    return (
+        (plain or x.is_cuda)
+        and x.device == weight.device
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not any_hooked(modules)
+    )
+
+
+def _by_rows(layer, x, mask):
+    """Channels last throughout: the balancers and the whitening see the same values with other strides."""
+    hidden = _hidden_rows(layer, x.permute(0, 2, 3, 1), layer.depthwise_conv.padding)
+    hidden = layer.hidden_balancer(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return _residual(layer, x, _contracted(layer, hidden), mask)
+
+
+def _hidden_rows(layer, rows, padding):
+    """(batch, time, frequency, channels) -> the hidden channels before the activation, in the same order"""
+    conv, expand = layer.depthwise_conv, layer.pointwise_conv1
+    y = ops.depthwise_conv2d(rows, conv.weight, conv.bias, padding=tuple(padding))
+    return ops.linear(y, expand.weight.flatten(1), expand.bias)
+
+
+def _contracted(layer, hidden):
+    """Hidden rows -> (batch, channels, time, frequency), channels last in memory"""
+    contract = layer.pointwise_conv2
+    y = ops.swoosh_linear(hidden, contract.weight.flatten(1), contract.bias, kind="SwooshL")
+    return y.permute(0, 3, 1, 2)
 
 
 def _runs_in_blocks(layer, x):
@@ -204,13 +250,16 @@ def _runs_in_blocks(layer, x):
 def _in_blocks(layer, x):
     batch, channels, time, frequency = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
-    conv = layer.depthwise_conv(x)
+    conv = layer.depthwise_conv
+    maps = x.permute(0, 2, 3, 1)
+    conv_rows = ops.depthwise_conv2d(maps, conv.weight, conv.bias, padding=tuple(conv.padding)).view(
+        -1, channels
+    )
+    x_rows = maps.view(-1, channels)  # [N*T*F, C]
 
     expand, contract = layer.pointwise_conv1, layer.pointwise_conv2
     w1 = expand.weight.view(-1, channels)  # [3C, C]
     w2 = contract.weight.view(channels, -1)  # [C, 3C]
-    conv_rows = conv.permute(0, 2, 3, 1).reshape(-1, channels)  # [N*T*F, C]
-    x_rows = x.permute(0, 2, 3, 1).reshape(-1, channels)  # [N*T*F, C]
 
     # The layer after this one reads (time, channels * frequency), so that is how the result lies in memory.
     frames = x.new_empty(batch * time, channels, frequency)  # [N*T, C, F]

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of depthwise_conv2d."""
+
+import torch
+
+from fastasr.ops.depthwise_conv2d import definition
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
+
+
+def _maps(make: Make, shape: tuple[int, ...], taps=(7, 7), padding=(3, 3), **options) -> dict:
+    channels = shape[-1]
+    return {
+        "x": make.normal(*shape),
+        "weight": make.normal(channels, 1, *taps, scale=0.2),
+        "bias": make.normal(channels),
+        "padding": padding,
+        **options,
+    }
+
+
+def _with(**arguments):
+    return lambda m: (
+        _maps(m, (2, 5, 4, 3), (3, 3), (1, 1)) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
+    )
+
+
+def _registered(a: dict) -> tuple:
+    return a["x"], a["weight"], a["bias"], *a["padding"]
+
+
+def _random(make: Make, shape) -> dict:
+    taps = shape.choice((1, 2, 3, 5, 7)), shape.choice((1, 3, 4, 7, 9))
+    padding = tuple(shape.choice(range(k)) for k in taps)
+    least = [max(1, k - 2 * p) for k, p in zip(taps, padding, strict=True)]
+    frames, width = least[0] + shape.choice((0, 1, 2, 5, 33, 64)), least[1] + shape.choice((0, 1, 3, 9, 18))
+    batch, channels = shape.choice((0, 1, 2, 5)), shape.choice((0, 1, 3, 8, 16, 17, 33))
+    return _maps(make, (batch, frames, width, channels), taps, padding) | (
+        {"bias": None} if shape.choice((False, True)) else {}
+    )
+
+
+def _one_bad_pixel(make: Make, value: float) -> dict:
+    arguments = _maps(make, (2, 12, 9, 5), (5, 3), (2, 1))
+    arguments["x"][0, 9, 4, 3] = value
+    return arguments
+
+
+TABLE = OpTable(
+    op="depthwise_conv2d",
+    definition=definition,
+    registered=_registered,
+    samples=(
+        Sample("maps", lambda m: _maps(m, (2, 6, 5, 4), (3, 5), (1, 2)), thorough=True),
+        Sample("no bias", lambda m: _maps(m, (1, 5, 4, 3), (3, 3), (2, 0), bias=None), thorough=True),
+        Sample(
+            "weight without its 1",
+            lambda m: _maps(m, (2, 8, 9, 6), (3, 3), (1, 1)) | {"weight": m.normal(6, 3, 3)},
+        ),
+        Sample("ConvNeXt", lambda m: _maps(m, (2, 37, 19, 32)), large=True),
+        Sample("one block and a frame", lambda m: _maps(m, (1, 33, 9, 40)), large=True),
+        Sample("streaming: the cache's frames are before", lambda m: _maps(m, (1, 9, 6, 24), (5, 3), (0, 1))),
+        Sample("one frame", lambda m: _maps(m, (3, 1, 9, 17), (5, 3), (2, 1))),
+        Sample("one pixel", lambda m: _maps(m, (2, 9, 1, 16), (3, 1), (1, 0))),
+        Sample("one tap", lambda m: _maps(m, (2, 9, 5, 18), (1, 1), (0, 0))),
+        Sample("even taps", lambda m: _maps(m, (2, 5, 6, 8), (2, 4), (1, 2))),
+        Sample("padding as wide as the taps", lambda m: _maps(m, (2, 4, 5, 8), (3, 4), (2, 3))),
+        Sample("one channel", lambda m: _maps(m, (2, 7, 5, 1), (3, 3), (1, 1))),
+        Sample("no sequences", lambda m: _maps(m, (0, 9, 5, 8))),
+        Sample("no channels", lambda m: _maps(m, (2, 9, 5, 0))),
+        Sample("infinity in one pixel", lambda m: _one_bad_pixel(m, float("inf")), exact=False),
+        Sample("NaN in one pixel", lambda m: _one_bad_pixel(m, float("nan")), exact=False),
+    ),
+    invalid=(
+        Invalid("x is a matrix", _with(x=lambda m: m.normal(6, 10)), ValueError, "x"),
+        Invalid(
+            "x is smaller than the kernel",
+            _with(padding=(0, 0), x=lambda m: m.normal(2, 2, 4, 3)),
+            ValueError,
+            "x",
+        ),
+        Invalid("x has no frames", _with(x=lambda m: m.normal(2, 0, 4, 3)), ValueError, "x"),
+        Invalid("x is channels first", _with(x=lambda m: m.normal(2, 3, 5, 4)), ValueError, "weight"),
+        Invalid("weight is dense", _with(weight=lambda m: m.normal(3, 3, 3, 3)), ValueError, "weight"),
+        Invalid("weight has no taps", _with(weight=lambda m: m.normal(3, 1, 3, 0)), ValueError, "weight"),
+        Invalid(
+            "weight of another dtype",
+            _with(weight=lambda m: m.normal(3, 1, 3, 3).half()),
+            TypeError,
+            "weight",
+        ),
+        Invalid("bias of another size", _with(bias=lambda m: m.normal(4)), ValueError, "bias"),
+        Invalid(
+            "bias is not floating", _with(bias=lambda m: torch.zeros(3, dtype=torch.int32)), TypeError, "bias"
+        ),
+        Invalid("padding is an int", _with(padding=1), TypeError, "padding"),
+        Invalid("padding of one", _with(padding=(1,)), TypeError, "padding"),
+        Invalid("padding is a float", _with(padding=(1.0, 1)), TypeError, "padding"),
+        Invalid("negative padding", _with(padding=(-1, 1)), ValueError, "padding"),
+        Invalid("padding beyond the taps", _with(padding=(1, 3)), ValueError, "padding"),
+    ),
+    rows=("x",),
+    random=_random,
+)
