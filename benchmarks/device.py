@@ -38,6 +38,7 @@ from fastasr.benchmarks.ops import (
     depthwise_conv2d,
     ema_scan,
     gated_depthwise_conv,
+    rel_position_attention_weights,
     residual_norm,
     rnnt_joiner,
     rnnt_lattice,
@@ -69,6 +70,7 @@ def training_cases() -> list[Case]:
         cases.append(ema_scan._case(length, states, sequences))
     cases.append(complex_ema_scan._case(2048))
     cases += [*residual_norm.CASES, *toeplitz_attention.CASES]  # of a MEGA decoder
+    cases += [rel_position_attention_weights._case(*size) for size in ((frames, batch, 4), (188, batch, 8))]
     cases += rnnt_joiner.CASES[::2]
     cases += [*rnnt_lattice.CASES[:3], rnnt_pruned_lattice.CASES[0]]
     cases.append(depthwise_conv2d._case((batch, frames, 19, 128), (7, 7)))  # a front end
@@ -259,6 +261,7 @@ def launch_everything() -> None:
                 y.sum().backward()
     launch_ema_scan()
     launch_attention()
+    launch_relative_attention()
     launch_lattices()
     torch.cuda.synchronize()
 
@@ -302,6 +305,27 @@ def launch_attention() -> None:
                 )
                 tensors = [make(shape).requires_grad_() for shape in shapes]
                 ops.toeplitz_attention(*tensors, **options).sum().backward()
+
+
+def launch_relative_attention() -> None:
+    """Both forms of the forward pass, packed and other positions, caches, masks, chunks, the penalty."""
+    from fastasr import ops
+
+    for dtype in (torch.float32, torch.bfloat16):
+        make = partial(torch.randn, device="cuda", dtype=dtype)
+        for frames, left, dim, pos_dim in ((1, 0, 8, 4), (70, 9, 20, 3), (600, 0, 32, 4)):
+            keys = left + frames
+            x, pos = make(frames, 2, 3 * (2 * dim + pos_dim)) / 4, make(1, keys + frames - 1, 3 * pos_dim) / 4
+            options = {"cached_key": make(left, 2, 3 * dim) / 4} if left else {}
+            padding = torch.arange(keys, device="cuda") >= torch.tensor([[keys], [keys // 2]], device="cuda")
+            mask = torch.rand(2, frames, keys, device="cuda") > 0.9
+            for masks in (
+                {},
+                {"key_padding_mask": padding, "attn_mask": mask, "score_penalty": 1e-3, "score_limit": 1.0},
+                {"chunk_size": 16, "left_context_chunks": 1, "key_padding_mask": padding},
+            ):
+                leaves = [t.detach().requires_grad_() for t in (x, pos)]
+                ops.rel_position_attention_weights(*leaves, 3, dim, **options, **masks).sum().backward()
 
 
 def launch_ema_scan() -> None:

@@ -20,11 +20,12 @@ from fastasr.ops._dispatch import (
     direct,
     native_kernels,
     served,
+    triton_kernels,
 )
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 
 NAME = "rel_position_attention_weights"
-FAMILY = KernelFamily(NAME, (NAME,), (native_kernels(NAME),))
+FAMILY = KernelFamily(NAME, (NAME,), (native_kernels(NAME), triton_kernels(NAME)))
 
 MASKED = -1000.0  # a row with nothing to attend to is uniform, not NaN
 

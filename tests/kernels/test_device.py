@@ -56,6 +56,11 @@ def _calls(dtype=torch.float32):
             ops.toeplitz_attention,
             (make(60, 4, 64), x, other, make(2, 64), make(2, 64), make(119)),
         ),
+        (
+            "rel_position_attention_weights",
+            lambda x, pos: ops.rel_position_attention_weights(x, pos, 3, 8, chunk_size=16),
+            (make(60, 2, 60), make(1, 119, 12)),
+        ),
         ("rnnt_joiner", _joiner, (make(2, 30, 192), make(2, 9, 192), make(70, 192), make(70))),
         ("rnnt_lattice", ops.rnnt_lattice, (make(4, 20, 61), make(4, 21, 60))),
         ("rnnt_pruned_lattice", _pruned_lattice, (make(4, 60, 5), make(4, 60, 5))),
@@ -99,7 +104,7 @@ def test_capture_in_a_graph(index):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("index", range(17))
+@pytest.mark.parametrize("index", range(18))
 def test_no_wait_for_the_device(index):
     _, function, tensors = _calls()[index]
     tensors = tuple(t.requires_grad_() for t in tensors)
@@ -111,7 +116,7 @@ def test_no_wait_for_the_device(index):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("index", range(17))
+@pytest.mark.parametrize("index", range(18))
 def test_on_a_stream_of_its_own(index):
     name, function, tensors = _calls(torch.bfloat16)[index]
     expected = function(*tensors)
@@ -126,7 +131,7 @@ def test_on_a_stream_of_its_own(index):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("index", range(17))
+@pytest.mark.parametrize("index", range(18))
 def test_on_the_tensors_device(index):
     name, function, tensors = _calls()[index]
     y = function(*(t.to("cuda:1") for t in tensors))

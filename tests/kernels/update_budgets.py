@@ -66,6 +66,7 @@ def configurations() -> list[Configuration]:
         *_depthwise_conv2d(),
         *_gated_depthwise_conv(),
         *_toeplitz_attention(),
+        *_rel_position_attention_weights(),
         *_rnnt_joiner(),
         *_rnnt_lattice(),
         *_rnnt_pruned_lattice(),
@@ -343,6 +344,61 @@ def _toeplitz_attention():
         for block_p in (128, module.MAX_PARTS):
             yield configuration("add_parts", f"parts, {block_p}", dtype, BLOCK_P=block_p, BLOCK_C=16)
         yield configuration("add_diagonals", "", dtype, BLOCK=64, BLOCK_P=16)
+
+
+def _rel_position_attention_weights():
+    from fastasr.kernels import rel_position_attention_weights as module
+
+    like = ("X", "K", "R", "W", "GRAD", "DX", "DS", "DK")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    strides = [f"{name}_{of}" for name in ("x", "k") for of in ("time", "batch")]
+    strides += [f"{name}_{of}" for name in ("g", "w") for of in ("head", "batch", "row")] + ["ds_row"]
+    masked = {"PADDING": "u8", "MASK": "u8"}
+
+    def configuration(
+        name: str, label: str, dtype: str, keys: int = 1500, dim: int = 32, pos_dim: int = 4, **constants
+    ):
+        shapes = module.tiles(keys, dim, pos_dim, dtypes[dtype], "mask" in label, "PENALTY" in constants)
+        options = dict(shapes[name])
+        warps, stages = options.pop("num_warps"), options.pop("num_stages")
+        packed = pos_dim == 4 and dtype != "fp32"
+        pointers = dict.fromkeys(like, dtype) | masked | ({"R": "i64"} if packed else {})
+        pointers["PARTS"] = "fp64" if dtype == "fp32" else "fp32"
+        fixed = {"DIM": dim, "POS_DIM": pos_dim, "PACKED": packed, "WIDE_POS": pos_dim, "PENALTY": False}
+        fixed |= {"WINDOW": "chunks" in label} | ({} if "mask" in label else dict.fromkeys(masked))
+        return Configuration(
+            f"rel_position_attention_weights {name}{label and ', ' + label}, {dtype}",
+            getattr(module, f"{name}_kernel"),
+            pointers,
+            fixed | options | constants,
+            warps,
+            strides,
+            ("penalty", "limit"),
+            stages,
+        )
+
+    for dtype in dtypes:
+        for name in ("forward", "queries", "keys", "positions"):
+            yield configuration(name, "", dtype)
+            if dtype == "fp16":
+                continue
+            if name in ("forward", "queries"):
+                yield configuration(name, "chunks, padding, mask", dtype)
+            if name == "forward":
+                for keys in (50,) if dtype == "fp32" else (100, 200, 400):
+                    yield configuration(name, f"{keys} keys", dtype, keys)
+            if name == "queries":
+                yield configuration(name, "penalty", dtype, PENALTY=True)
+            if name == "keys":
+                yield configuration(name, "chunks", dtype)
+            yield configuration(name, "odd sizes", dtype, 1500, 40, 6)
+    for dtype in ("fp32", "bf16"):
+        types = {"PARTS": "fp64" if dtype == "fp32" else "fp32", "OUT": dtype}
+        constants = {"BLOCK": module.PARTS["BLOCK"]}
+        name = f"rel_position_attention_weights parts, {dtype}"
+        yield Configuration(
+            name, module.add_parts_kernel, types, constants, module.PARTS["num_warps"], ("size",)
+        )
 
 
 def _rnnt_joiner():

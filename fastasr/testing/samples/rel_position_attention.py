@@ -41,6 +41,7 @@ def _sample(sample: Sample) -> Sample:
         lambda m: _valued(m, sample.arguments(m), dim=_VALUE_DIM.get(sample.name, 3)),
         exact=sample.exact,
         thorough=sample.thorough,
+        large=sample.large,
     )
 
 
@@ -67,7 +68,11 @@ TABLE = OpTable(
     definition=definition,
     registered=_registered,
     samples=(
-        *(_sample(s) for s in weights.TABLE.samples if "penalty" not in s.name),
+        *(
+            _sample(s)
+            for s in weights.TABLE.samples
+            if "penalty" not in s.name and s.name != "several blocks of keys"
+        ),
         Sample(
             "the first head, wide values",
             lambda m: _valued(m, weights._call(m, 20, 2, 4, 4, 2, scale=0.4), 1, 144),

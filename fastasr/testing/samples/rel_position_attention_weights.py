@@ -130,11 +130,13 @@ TABLE = OpTable(
         Sample("no position channels", lambda m: _call(m, 12, 2, pos_dim=0, position=False)),
         Sample("odd sizes", lambda m: _call(m, 35, 1, 3, 5, 3)),
         Sample("wide heads", lambda m: _call(m, 21, 2, 1, 48, 8, scale=0.4)),
-        Sample("stack 3", lambda m: _call(m, 100, 2, 8, 32, 4, scale=0.5)),
+        Sample("stack 3", lambda m: _call(m, 100, 2, 8, 32, 4, scale=0.5), large=True),
         Sample(
             "stack 0, padded",
             lambda m: _call(m, 199, 3, 4, 32, 4, key_padding_mask=_padding(m, [199, 150, 33], 199)),
+            large=True,
         ),
+        Sample("several blocks of keys", lambda m: _call(m, 70, 1, 1, 32, 4, scale=0.5)),
         Sample("penalty", lambda m: _call(m, 40, 2, 2, 16, score_penalty=1e-2, score_limit=2.5)),
         Sample(
             "penalty under masks",

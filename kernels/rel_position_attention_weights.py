@@ -1,0 +1,517 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention weights with relative positions, materialised; scores stay in registers.
+
+    s[i, j] = q[i] . k[j] + p[i] . R[T - 1 - i + j], masked scores -1000, W = softmax_j(s)
+    With g = dW, delta = sum_j W g: dS = W (g - delta), 0 where masked, + penalty sign(s) where |s| > limit;
+    dq = dS k, dk = dS^T q, dp[i] = sum_j dS R[T - 1 - i + j], dR[r] = sum of p[i] dS[i, j] over r = T - 1 - i + j
+
+Per score, of e bytes, for a head and sequence of T queries and S keys:
+
+    kernel      program              reads, writes    does
+    forward     BLOCK_M queries      -, e             scores twice (once where S <= WHOLE), softmax
+    queries     BLOCK_M queries      4 e, e           delta; dS, dq and dp (W and g again from the cache)
+    keys        BLOCK_N keys         e, -             dk
+    positions   BLOCK_O offsets      e, -             dR of one head and sequence: diagonals of dS read as columns
+    add_parts   1024 numbers         -                dR over the sequences, where they share R
+
+delta is divided by sum_j W, which rounding moves from 1: rows of dS then add up to zero as nearly as float32 allows,
+however W was rounded, and what all keys have in common cancels in dq. Rows of W and dS start at multiples of 16
+elements. Keys outside the chunk window of a block are not looked at, unless a row sees nothing above -896, where the
+masked keys would weigh more than 0. What a program does depends on the shape alone: results repeat bit for bit,
+without atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastasr.kernels.activation import exp_nonpositive
+from fastasr.kernels.attention_tiles import NONE, load_rows, running, sums
+from fastasr.kernels.rel_position_tiles import (
+    ALONE,
+    head_block,
+    load_positions,
+    masked,
+    operands,
+    place,
+    position_scores,
+    query_key,
+    scores_of,
+    unpacked,
+    window,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROW = 16  # elements that rows of W and dS are padded to
+PARTS = {"BLOCK": 1024, "num_warps": 4}
+SIZES = ["frames", "keys", "left", "batch", "blocks", "heads", "offsets", "chunk", "left_chunks"]
+UNALIGNED = ["X", "K", "R", "PADDING", "MASK"]
+
+
+# --------------------------------------------------------------------------- forward
+@triton.jit
+def _statistics(
+    query, Q, P, K, R, PADDING, MASK, i, p0, p1, p2, p3, first_seen, end_seen, begin, end,
+    frames, keys, offsets, q_time, k_time,
+    DIM: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """Maximum of the scores of keys [begin, end), and the sum of their exponentials."""
+    SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
+    maximum = tl.full([BLOCK_M], NONE, tl.float32)
+    total = tl.zeros([BLOCK_M], SUM)
+    for start in range(begin, end, BLOCK_N):
+        scores = scores_of(
+            query, Q, P, K, R, PADDING, MASK, i, start + tl.arange(0, BLOCK_N), p0, p1, p2, p3, first_seen, end_seen,
+            frames, keys, offsets, q_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        maximum, factor, e = running(maximum, scores, PRECISE)
+        total = total * factor + sums(e, 1, PRECISE)
+    return maximum, total
+
+
+@triton.jit
+def _divided(e, total, PRECISE: tl.constexpr):
+    if PRECISE:
+        quotient = tl.div_rn(e, tl.broadcast_to(total.to(tl.float32)[:, None], e.shape))
+    else:
+        quotient = e * (1.0 / total)[:, None]
+    return quotient
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+def forward_kernel(
+    X, K, R, PADDING, MASK, W,
+    frames, keys, left, batch, blocks, heads, offsets, chunk, left_chunks,
+    x_time, x_batch, k_time, k_batch, r_batch, mask_batch, w_row,
+    DIM: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """W of a block of queries. WHOLE: one block holds all keys."""
+    PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
+    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    keep_i = i < frames
+    Q = X + sequence * x_batch + head * DIM
+    P = X + sequence * x_batch + 2 * heads * DIM + head * POS_DIM + i.to(tl.int64) * x_time
+    K += sequence * k_batch + head * DIM
+    if POS_DIM > 0:
+        R += sequence * r_batch + head * offsets * (1 if PACKED else POS_DIM)
+    if PADDING is not None:
+        PADDING += sequence * keys
+    if MASK is not None:
+        MASK += sequence * mask_batch
+    W += ((head * batch + sequence) * frames + i)[:, None] * w_row
+    query = tl.zeros([BLOCK_M, BLOCK_D], X.dtype.element_ty)
+    if DIM <= BLOCK_D:
+        query = load_rows(Q, i, x_time, tl.arange(0, BLOCK_D), keep_i, DIM)
+    p0, p1, p2, p3 = load_positions(P, keep_i, PACKED)
+    first_seen, end_seen = i, i
+    begin, end = 0, keys
+    if WINDOW:
+        first_seen, end_seen = window(i, frames, left, keys, chunk, left_chunks)
+        begin = tl.min(first_seen) // BLOCK_N * BLOCK_N
+        end = tl.max(end_seen)
+    if WHOLE:
+        j = tl.arange(0, BLOCK_N)
+        scores = scores_of(
+            query, Q, P, K, R, PADDING, MASK, i, j, p0, p1, p2, p3, first_seen, end_seen,
+            frames, keys, offsets, x_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        e = exp_nonpositive(scores - tl.max(scores, axis=1)[:, None], PRECISE)
+        w = _divided(e, sums(e, 1, PRECISE), PRECISE)
+        tl.store(W + j[None, :], w.to(W.dtype.element_ty), mask=keep_i[:, None] & (j < w_row)[None, :])
+    else:
+        maximum, total = _statistics(
+            query, Q, P, K, R, PADDING, MASK, i, p0, p1, p2, p3, first_seen, end_seen, begin, end,
+            frames, keys, offsets, x_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, PRECISE,
+        )  # fmt: skip
+        if WINDOW:  # noqa: SIM102, the inner condition is known on the device alone
+            if tl.min(tl.where(keep_i, maximum, 0.0)) <= ALONE:  # masked keys weigh something: all are needed
+                begin, end = begin * 0, keys
+                maximum, total = _statistics(
+                    query, Q, P, K, R, PADDING, MASK, i, p0, p1, p2, p3, first_seen, end_seen, begin, end,
+                    frames, keys, offsets, x_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
+                    PRECISE,
+                )  # fmt: skip
+        for start in range(begin, end, BLOCK_N):
+            j = start + tl.arange(0, BLOCK_N)
+            scores = scores_of(
+                query, Q, P, K, R, PADDING, MASK, i, j, p0, p1, p2, p3, first_seen, end_seen,
+                frames, keys, offsets, x_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            w = _divided(exp_nonpositive(scores - maximum[:, None], PRECISE), total, PRECISE)
+            tl.store(W + j[None, :], w.to(W.dtype.element_ty), mask=keep_i[:, None] & (j < w_row)[None, :])
+        if WINDOW:
+            zeros = tl.zeros([BLOCK_M, BLOCK_N], W.dtype.element_ty)
+            for start in range(0, begin, BLOCK_N):
+                tl.store(W + (start + tl.arange(0, BLOCK_N))[None, :], zeros, mask=keep_i[:, None])
+            for start in range(tl.cdiv(end, BLOCK_N) * BLOCK_N, w_row, BLOCK_N):
+                j = start + tl.arange(0, BLOCK_N)
+                tl.store(W + j[None, :], zeros, mask=keep_i[:, None] & (j < w_row)[None, :])
+
+
+# --------------------------------------------------------------------------- backward
+@triton.jit
+def softmax_gradient(w, g, delta):
+    """W (g - delta), in float32."""
+    return w.to(tl.float32) * (g.to(tl.float32) - delta[:, None])
+
+
+@triton.jit
+def add_positions(
+    dp, ds, R, at, offsets, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    POS_DIM: tl.constexpr, PACKED: tl.constexpr, ELEMENT: tl.constexpr,
+):  # fmt: skip
+    """dp + dS R[at], [BLOCK_M, BLOCK_P]."""
+    c = tl.arange(0, BLOCK_P)[None, :]
+    if PACKED:
+        r0, r1, r2, r3 = unpacked(tl.load(R + at), ELEMENT)
+        d0, d1 = tl.sum(ds * r0, axis=1)[:, None], tl.sum(ds * r1, axis=1)[:, None]
+        d2, d3 = tl.sum(ds * r2, axis=1)[:, None], tl.sum(ds * r3, axis=1)[:, None]
+        dp += tl.where(c < 2, tl.where(c == 0, d0, d1), tl.where(c == 2, d2, d3))
+    else:
+        for number in range(POS_DIM):
+            r = tl.load(R + number * offsets + at).to(tl.float32)
+            dp += tl.where(c == number, tl.sum(ds * r, axis=1)[:, None], 0.0)
+    return dp
+
+
+@triton.jit(do_not_specialize=[*SIZES, "penalty", "limit"], do_not_specialize_on_alignment=[*UNALIGNED, "DX"])
+def queries_kernel(
+    GRAD, W, X, K, R, PADDING, MASK, DX, DS,
+    frames, keys, left, batch, blocks, heads, offsets, chunk, left_chunks,
+    g_head, g_batch, g_row, w_head, w_batch, w_row, x_time, x_batch, k_time, k_batch, r_batch, mask_batch, ds_row,
+    penalty, limit,
+    DIM: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, PENALTY: tl.constexpr,
+    WIDE_POS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """dq of a block of queries and of channels; programs of the first block of channels also store dS and dp, which has
+    WIDE_POS channels and is 0 without position scores."""
+    PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
+    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    keep_i = i < frames
+    once = tl.program_id(1) == 0
+    Q = X + sequence * x_batch + head * DIM
+    P = X + sequence * x_batch + 2 * heads * DIM + head * POS_DIM + i.to(tl.int64) * x_time
+    K += sequence * k_batch + head * DIM
+    if POS_DIM > 0:
+        R += sequence * r_batch + head * offsets * (1 if PACKED else POS_DIM)
+    if PADDING is not None:
+        PADDING += sequence * keys
+    if MASK is not None:
+        MASK += sequence * mask_batch
+    GRAD += head * g_head + sequence * g_batch + i.to(tl.int64)[:, None] * g_row
+    W += head * w_head + sequence * w_batch + i.to(tl.int64)[:, None] * w_row
+    DS += ((head * batch + sequence) * frames + i)[:, None] * ds_row
+    first_seen, end_seen = i, i
+    begin, end = 0, keys
+    if WINDOW:
+        first_seen, end_seen = window(i, frames, left, keys, chunk, left_chunks)
+        if not PENALTY:  # outside the window W is 0, unless a row sees nothing above -896
+            first, last = tl.min(first_seen), tl.max(end_seen)
+            before = tl.load(W + 0 * i[:, None], mask=keep_i[:, None] & (first > 0), other=0.0)
+            behind = tl.load(W + keys - 1 + 0 * i[:, None], mask=keep_i[:, None] & (last < keys), other=0.0)
+            if (tl.max(before.to(tl.float32)) == 0.0) & (tl.max(behind.to(tl.float32)) == 0.0):
+                begin, end = first // BLOCK_N * BLOCK_N, last
+    whole = end // BLOCK_N * BLOCK_N
+    rows = keep_i[:, None]
+
+    weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    along = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(begin, whole, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)[None, :]
+        w = tl.load(W + j, mask=rows, other=0.0).to(tl.float32)
+        weight += w
+        along = tl.fma(w, tl.load(GRAD + j, mask=rows, other=0.0).to(tl.float32), along)
+    if whole < end:
+        j = whole + tl.arange(0, BLOCK_N)[None, :]
+        w = tl.load(W + j, mask=rows & (j < keys), other=0.0).to(tl.float32)
+        weight += w
+        along = tl.fma(w, tl.load(GRAD + j, mask=rows & (j < keys), other=0.0).to(tl.float32), along)
+    total = sums(weight, 1, PRECISE)
+    delta = (sums(along, 1, PRECISE) / tl.where(total == 0.0, 1.0, total)).to(tl.float32)
+
+    query = tl.zeros([BLOCK_M, BLOCK_D], X.dtype.element_ty)
+    if PENALTY and DIM <= BLOCK_D:
+        query = load_rows(Q, i, x_time, tl.arange(0, BLOCK_D), keep_i, DIM)
+    p0, p1, p2, p3 = load_positions(P, keep_i, PACKED and PENALTY)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dp = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        keep_j = j < keys
+        if start < whole:
+            w = tl.load(W + j[None, :], mask=rows, other=0.0)
+            g = tl.load(GRAD + j[None, :], mask=rows, other=0.0)
+        else:
+            w = tl.load(W + j[None, :], mask=rows & keep_j[None, :], other=0.0)
+            g = tl.load(GRAD + j[None, :], mask=rows & keep_j[None, :], other=0.0)
+        ds = softmax_gradient(w, g, delta)
+        ds = masked(
+            ds,
+            0.0,
+            PADDING,
+            MASK,
+            i[:, None],
+            j[None, :],
+            frames,
+            keys,
+            first_seen[:, None],
+            end_seen[:, None],
+            WINDOW,
+        )
+        at = (frames - 1 - tl.minimum(i, frames - 1))[:, None] + tl.minimum(j, keys - 1)[None, :]
+        if PENALTY:
+            s = query_key(query, Q, i, x_time, keep_i, K, j, k_time, keep_j, DIM, BLOCK_D, BLOCK_M, BLOCK_N)
+            s = position_scores(
+                s, P[:, None], rows, p0[:, None], p1[:, None], p2[:, None], p3[:, None], R, at, offsets,
+                POS_DIM, PACKED, X.dtype.element_ty,
+            )  # fmt: skip
+            large = tl.where(s > limit, penalty, tl.where(s < -limit, -penalty, 0.0))
+            ds += tl.where(rows & keep_j[None, :], large, 0.0)
+        key = load_rows(K, j, k_time, d, keep_j, DIM)  # [BLOCK_N, BLOCK_D]
+        narrow = ds.to(key.dtype)
+        dq = tl.dot(narrow, key, dq, input_precision="ieee")
+        if POS_DIM > 0:
+            dp = add_positions(dp, ds, R, at, offsets, BLOCK_M, BLOCK_P, POS_DIM, PACKED, X.dtype.element_ty)
+        tl.store(DS + j[None, :], narrow, mask=rows & (j < ds_row)[None, :] & once)
+    if WINDOW and not PENALTY:
+        zeros = tl.zeros([BLOCK_M, BLOCK_N], DS.dtype.element_ty)
+        for start in range(0, begin, BLOCK_N):
+            tl.store(DS + (start + tl.arange(0, BLOCK_N))[None, :], zeros, mask=rows & once)
+        for start in range(tl.cdiv(end, BLOCK_N) * BLOCK_N, ds_row, BLOCK_N):
+            j = start + tl.arange(0, BLOCK_N)[None, :]
+            tl.store(DS + j, zeros, mask=rows & (j < ds_row) & once)
+    DX += sequence * x_batch + i.to(tl.int64)[:, None] * x_time
+    tl.store(DX + head * DIM + d[None, :], dq.to(DX.dtype.element_ty), mask=rows & (d < DIM)[None, :])
+    c = tl.arange(0, BLOCK_P)[None, :]
+    out = DX + 2 * heads * DIM + head * WIDE_POS + c
+    tl.store(out, dp.to(DX.dtype.element_ty), mask=rows & (c < WIDE_POS) & once)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["X", "DK"])
+def keys_kernel(
+    DS, X, DK, frames, keys, left, batch, blocks, chunk, left_chunks, ds_row, x_time, x_batch, k_time, k_batch,
+    DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dS^T q of a block of keys and of channels. WINDOW: dS is 0 outside it."""
+    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    j = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    X += sequence * x_batch + head * DIM
+    DS += (head * batch + sequence) * frames * ds_row
+    begin, end = 0, frames
+    if WINDOW:
+        begin, end = seeing(block * BLOCK_N, BLOCK_N, frames, left, chunk, left_chunks)
+        begin = begin // BLOCK_M * BLOCK_M
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_M):
+        i = start + tl.arange(0, BLOCK_M)
+        keep_i = i < frames
+        ds = load_rows(DS, i, ds_row, j, keep_i, ds_row)  # [BLOCK_M, BLOCK_N]
+        query = load_rows(X, i, x_time, d, keep_i, DIM)  # [BLOCK_M, BLOCK_D]
+        dk = tl.dot(tl.trans(ds), query, dk, input_precision="ieee")
+    out = DK + sequence * k_batch + head * DIM + j.to(tl.int64)[:, None] * k_time + d[None, :]
+    tl.store(out, dk.to(DK.dtype.element_ty), mask=(j < keys)[:, None] & (d < DIM)[None, :])
+
+
+@triton.jit
+def seeing(first_key, count, frames, left, chunk, left_chunks):
+    """[first, end) of the frames that may see ``count`` keys from ``first_key`` on."""
+    first = tl.maximum(first_key - left, 0) // chunk * chunk
+    last = tl.maximum(first_key + count - 1 - left, 0) // chunk
+    end = tl.where(left_chunks < 0, frames, tl.minimum((last + left_chunks + 1) * chunk, frames))
+    return tl.minimum(first, frames), end
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["X"])
+def positions_kernel(
+    DS, X, PARTS, frames, keys, batch, blocks, heads, offsets, ds_row, x_time, x_batch,
+    DIM: tl.constexpr, POS_DIM: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """sum_i dS[i, i - (T - 1) + r] p[i] of a block of offsets r: PARTS is (batch, offsets, heads POS_DIM)."""
+    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    r = block * BLOCK_O + tl.arange(0, BLOCK_O)
+    c = tl.arange(0, BLOCK_P)
+    X += sequence * x_batch + 2 * heads * DIM + head * POS_DIM
+    DS += (head * batch + sequence) * frames * ds_row
+    low = frames - 1 - block * BLOCK_O  # the query whose key 0 the first offset is
+    begin = tl.maximum(low - (BLOCK_O - 1), 0)
+    end = tl.minimum(low + keys, frames)
+    dr = tl.zeros([BLOCK_O, BLOCK_P], tl.float32)
+    for start in range(begin, end, BLOCK_M):
+        i = start + tl.arange(0, BLOCK_M)
+        keep_i = i < frames
+        j = (r - (frames - 1))[:, None] + i[None, :]  # [BLOCK_O, BLOCK_M]
+        inside = (j >= 0) & (j < keys) & keep_i[None, :]
+        ds = tl.load(DS + i.to(tl.int64)[None, :] * ds_row + j, mask=inside, other=0.0)
+        p = load_rows(X, i, x_time, c, keep_i, POS_DIM)  # [BLOCK_M, BLOCK_P]
+        dr = tl.dot(ds, p, dr, input_precision="ieee")
+    out = PARTS + sequence * offsets * heads * POS_DIM + r.to(tl.int64)[:, None] * (heads * POS_DIM)
+    out += head * POS_DIM + c[None, :]
+    tl.store(out, dr.to(PARTS.dtype.element_ty), mask=(r < offsets)[:, None] & (c < POS_DIM)[None, :])
+
+
+@triton.jit(do_not_specialize=["parts"])
+def add_parts_kernel(PARTS, OUT, size, parts, BLOCK: tl.constexpr):
+    """The sum of ``parts`` tables of ``size`` numbers."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for part in range(parts):
+        total += tl.load(PARTS + part * size.to(tl.int64) + at, mask=at < size, other=0.0).to(tl.float64)
+    tl.store(OUT + at, total.to(tl.float32).to(OUT.dtype.element_ty), mask=at < size)
+
+
+# --------------------------------------------------------------------------- launchers
+def tiles(
+    keys: int, dim: int, pos_dim: int, dtype: torch.dtype, hiding: bool = False, penalty: bool = False
+) -> dict[str, dict]:
+    """Tile shapes, warps and stages by kernel, ``hiding``: with a chunk window or a mask of pairs.
+
+    The largest that do not spill (tests/kernels/budgets.toml). Products of float32 are exact ones, without tensor
+    cores: they want small tiles.
+    """
+    wide = dtype == torch.float32
+    block_d, block_p = head_block(dim, dtype), max(16, triton.next_power_of_2(max(1, pos_dim)))
+    rows = 16 if wide else 64
+    forward = {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 8 if hiding else 4, "WHOLE": False}
+    if keys <= (64 if wide else 512):
+        block_n = max(64, triton.next_power_of_2(keys))
+        forward = {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 4 if block_n <= 256 else 8, "WHOLE": True}
+    queries = {"BLOCK_M": rows, "BLOCK_N": 32 if penalty and not wide else 64, "num_warps": 8}
+    inner = {"BLOCK_M": 32 if wide else 64, "num_warps": 4, "num_stages": 3}
+    return {
+        "forward": forward | {"BLOCK_D": block_d, "num_stages": 2},
+        "queries": queries | {"BLOCK_D": block_d, "BLOCK_P": block_p, "num_stages": 2},
+        "keys": inner | {"BLOCK_N": 64, "BLOCK_D": block_d},
+        "positions": inner | {"BLOCK_O": 64, "BLOCK_P": block_p},
+    }
+
+
+def _bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
+    return None if mask is None else mask.view(torch.uint8)
+
+
+def _rows(keys: int) -> int:
+    return triton.cdiv(keys, ROW) * ROW
+
+
+def rel_position_attention_weights_forward(
+    x: torch.Tensor,
+    pos: torch.Tensor | None,
+    cached_key: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    attn_mask: torch.Tensor | None,
+    heads: int,
+    dim: int,
+    chunk: int,
+    left_chunks: int,
+) -> torch.Tensor:
+    """W (heads, batch, frames, keys), rows a multiple of ROW elements apart. All tensors are contiguous."""
+    frames, batch, _ = x.shape
+    keys = frames + (0 if cached_key is None else cached_key.shape[0])
+    row = _rows(keys)
+    weights = x.new_empty(heads * batch * frames * row)  # changed in place, so that it is no view
+    weights.as_strided_((heads, batch, frames, keys), (batch * frames * row, frames * row, row, 1))
+    if not weights.numel():
+        return weights
+    with torch.cuda.device_of(x):
+        o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
+        tile = tiles(keys, dim, o.pos_dim, x.dtype, chunk > 0 or attn_mask is not None)["forward"]
+        blocks = triton.cdiv(frames, tile["BLOCK_M"])
+        forward_kernel[(o.pairs * blocks,)](
+            x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), weights,
+            frames, keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
+            x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), o.r_batch, _mask_batch(attn_mask), row,
+            **o.constants, **tile,
+        )  # fmt: skip
+    return weights
+
+
+def _mask_batch(attn_mask: torch.Tensor | None) -> int:
+    return attn_mask.stride(0) if attn_mask is not None and attn_mask.dim() == 3 else 0
+
+
+def rel_position_attention_weights_backward(
+    grad: torch.Tensor,
+    weights: torch.Tensor,
+    x: torch.Tensor,
+    pos: torch.Tensor | None,
+    cached_key: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    attn_mask: torch.Tensor | None,
+    heads: int,
+    dim: int,
+    chunk: int,
+    left_chunks: int,
+    penalty: float,
+    limit: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx, dpos, dcached_key), without elements where the argument is None. Rows of grad and weights are dense, the
+    other tensors contiguous."""
+    frames, batch, width = x.shape
+    none = x.new_empty(0)
+    if not grad.numel():
+        zeros = (none if t is None else torch.zeros_like(t) for t in (x, pos, cached_key))
+        return tuple(zeros)
+    with torch.cuda.device_of(x):
+        o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
+        own_pos = width // heads - 2 * dim
+        shapes = tiles(o.keys, dim, own_pos, x.dtype, penalty=penalty != 0.0)
+        dx = torch.empty_like(x)
+        row = _rows(o.keys)
+        ds = x.new_empty(o.pairs * frames * row)
+
+        tile = shapes["queries"]
+        columns = triton.cdiv(dim, tile["BLOCK_D"])
+        blocks = triton.cdiv(frames, tile["BLOCK_M"])
+        queries_kernel[(o.pairs * blocks, columns)](
+            grad, weights, x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), dx, ds,
+            frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
+            *grad.stride()[:3], *weights.stride()[:3],
+            x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), o.r_batch, _mask_batch(attn_mask), row,
+            float(penalty), float(limit),
+            **o.constants, PENALTY=penalty != 0.0, WIDE_POS=own_pos, **tile,
+        )  # fmt: skip
+
+        tile = shapes["keys"]
+        dkey = torch.empty_like(o.key) if o.left else dx[..., heads * dim : 2 * heads * dim]
+        blocks = triton.cdiv(o.keys, tile["BLOCK_N"])
+        keys_kernel[(o.pairs * blocks, columns)](
+            ds, x, dkey, frames, o.keys, o.left, batch, blocks, o.chunk, o.left_chunks, row,
+            x.stride(0), x.stride(1), dkey.stride(0), dkey.stride(1),
+            DIM=dim, WINDOW=o.chunk > 0 and not penalty, **tile,
+        )  # fmt: skip
+        dcached = none if cached_key is None else torch.zeros_like(cached_key)
+        if o.left:
+            dcached.copy_(dkey[: o.left])
+            dx[..., heads * dim : 2 * heads * dim].copy_(dkey[o.left :])
+
+        dpos = none if pos is None else torch.zeros_like(pos)
+        if o.pos_dim:
+            dpos = position_gradients(ds, row, x, o, pos.shape[0], shapes["positions"])
+    return dx, dpos, dcached
+
+
+def position_gradients(
+    ds: torch.Tensor, row: int, x: torch.Tensor, o, sequences: int, tile: dict
+) -> torch.Tensor:
+    """dR, (sequences, offsets, heads * pos_dim); sequences is 1 or the batch."""
+    shared = sequences < o.batch
+    parts_dtype = x.dtype if not shared else torch.float64 if x.dtype == torch.float32 else torch.float32
+    parts = torch.empty(o.batch, o.offsets, o.heads * o.pos_dim, dtype=parts_dtype, device=x.device)
+    blocks = triton.cdiv(o.offsets, tile["BLOCK_O"])
+    positions_kernel[(o.pairs * blocks,)](
+        ds, x, parts, o.frames, o.keys, o.batch, blocks, o.heads, o.offsets, row, x.stride(0), x.stride(1),
+        DIM=o.dim, POS_DIM=o.pos_dim, **tile,
+    )  # fmt: skip
+    if not shared:
+        return parts
+    dpos = x.new_empty(1, *parts.shape[1:])
+    size = dpos.numel()
+    add_parts_kernel[(triton.cdiv(size, PARTS["BLOCK"]),)](parts, dpos, size, o.batch, **PARTS)
+    return dpos

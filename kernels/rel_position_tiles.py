@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pieces of attention with relative positions: scores of a tile, what the masks hide, how operands are laid out.
+
+Scores s[i, j] = q[i] . k[j] + p[i] . R[T - 1 - i + j]: the row of R moves by one along either side of a tile. Where a
+row has four numbers of 16 bits (PACKED) it is one 64-bit load, unpacked in registers; otherwise R is read by channel.
+Both want R apart by head, which the launcher copies. Indices of R are clamped, not masked: what lies outside the tile
+is discarded later.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from fastasr.kernels.attention_tiles import NONE, load_rows, products
+
+MASKED = tl.constexpr(-1000.0)
+ALONE = tl.constexpr(-896.0)  # above it, masked keys weigh exactly 0
+
+
+@triton.jit
+def place(program, blocks, batch):
+    """(head, sequence, block) of a program."""
+    pair = program // blocks
+    return (pair // batch).to(tl.int64), (pair % batch).to(tl.int64), program % blocks
+
+
+@triton.jit
+def window(i, frames, left, keys, chunk, left_chunks):
+    """[first, end) of the keys that frames i see; those of the last frame for frames behind it."""
+    number = tl.minimum(i, frames - 1) // chunk
+    first = tl.where(left_chunks < 0, 0, left + (number - left_chunks) * chunk)
+    return tl.maximum(first, 0), tl.minimum(left + (number + 1) * chunk, keys)
+
+
+@triton.jit
+def masked(values, fill, PADDING, MASK, i, j, frames, keys, first, end, WINDOW: tl.constexpr):
+    """``fill`` where masks hide key j from query i; one of i, j is a row, the other a column."""
+    if WINDOW:
+        values = tl.where((j >= first) & (j < end), values, fill)
+    if MASK is not None:
+        inside = (i < frames) & (j < keys)
+        hidden = tl.load(MASK + i.to(tl.int64) * keys + j, mask=inside, other=0)
+        values = tl.where(hidden != 0, fill, values)
+    if PADDING is not None:
+        values = tl.where(tl.load(PADDING + j, mask=j < keys, other=0) != 0, fill, values)
+    return values
+
+
+@triton.jit
+def _half(bits, ELEMENT: tl.constexpr, HIGH: tl.constexpr):
+    """The 16-bit number in the lower or upper half of 32 bits, as float32."""
+    if tl.bfloat16 == ELEMENT:
+        shifted = (bits & -65536) if HIGH else (bits << 16)
+        number = shifted.to(tl.float32, bitcast=True)
+    else:
+        shifted = (bits >> 16) if HIGH else bits
+        number = shifted.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return number
+
+
+@triton.jit
+def unpacked(rows, ELEMENT: tl.constexpr):
+    """The four 16-bit numbers of 64-bit integers."""
+    low, high = rows.to(tl.int32), (rows >> 32).to(tl.int32)
+    return (
+        _half(low, ELEMENT, False),
+        _half(low, ELEMENT, True),
+        _half(high, ELEMENT, False),
+        _half(high, ELEMENT, True),
+    )
+
+
+@triton.jit
+def load_positions(P, keep, PACKED: tl.constexpr):
+    """The four channels of p when PACKED, else zeros; P points at rows."""
+    if PACKED:
+        p0 = tl.load(P, mask=keep, other=0.0).to(tl.float32)
+        p1 = tl.load(P + 1, mask=keep, other=0.0).to(tl.float32)
+        p2 = tl.load(P + 2, mask=keep, other=0.0).to(tl.float32)
+        p3 = tl.load(P + 3, mask=keep, other=0.0).to(tl.float32)
+    else:
+        p0 = tl.zeros(keep.shape, tl.float32)
+        p1, p2, p3 = p0, p0, p0
+    return p0, p1, p2, p3
+
+
+@triton.jit
+def position_scores(
+    scores, P, keep, p0, p1, p2, p3, R, at, offsets,
+    POS_DIM: tl.constexpr, PACKED: tl.constexpr, ELEMENT: tl.constexpr,
+):  # fmt: skip
+    """scores + p . R[at]. p0 to p3, P and keep have the shape of queries, a row or a column."""
+    if PACKED:
+        r0, r1, r2, r3 = unpacked(tl.load(R + at), ELEMENT)
+        scores += tl.fma(p3, r3, tl.fma(p2, r2, tl.fma(p1, r1, p0 * r0)))
+    elif POS_DIM > 0:  # summed apart: in one chain with the products the error would be 10 % above eager's
+        total = tl.zeros(scores.shape, tl.float32)
+        for c in range(POS_DIM):
+            p = tl.load(P + c, mask=keep, other=0.0).to(tl.float32)
+            total = tl.fma(p, tl.load(R + c * offsets + at).to(tl.float32), total)
+        scores += total
+    return scores
+
+
+@triton.jit
+def query_key(
+    query, Q, i, q_time, keep_i, K, j, k_time, keep_j,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N] products of queries i, whose rows ``query`` holds if they fit a block, and keys j."""
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if DIM <= BLOCK_D:
+        key = load_rows(K, j, k_time, tl.arange(0, BLOCK_D), keep_j, DIM)  # [BLOCK_N, BLOCK_D]
+        total = tl.dot(query, tl.trans(key), total, input_precision="ieee")
+    else:
+        total = products(total, Q, i, q_time, keep_i, K, j, k_time, keep_j, DIM, BLOCK_D)
+    return total
+
+
+@triton.jit
+def scores_of(
+    query, Q, P, K, R, PADDING, MASK, i, j, p0, p1, p2, p3, first_seen, end_seen,
+    frames, keys, offsets, q_time, k_time,
+    DIM: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Masked scores of queries i and keys j, -inf behind the last key. P points at rows i."""
+    keep_i, keep_j = i < frames, j < keys
+    scores = query_key(query, Q, i, q_time, keep_i, K, j, k_time, keep_j, DIM, BLOCK_D, BLOCK_M, BLOCK_N)
+    at = (frames - 1 - tl.minimum(i, frames - 1))[:, None] + tl.minimum(j, keys - 1)[None, :]
+    scores = position_scores(
+        scores, P[:, None], keep_i[:, None], p0[:, None], p1[:, None], p2[:, None], p3[:, None], R, at, offsets,
+        POS_DIM, PACKED, Q.dtype.element_ty,
+    )  # fmt: skip
+    scores = masked(
+        scores, MASKED, PADDING, MASK, i[:, None], j[None, :], frames, keys, first_seen[:, None], end_seen[:, None],
+        WINDOW,
+    )  # fmt: skip
+    return tl.where(keep_j[None, :], scores, NONE)
+
+
+# --------------------------------------------------------------------------- launching
+@dataclass
+class Operands:
+    """What the launches of one call share: sizes, keys in one tensor, R apart by head."""
+
+    frames: int
+    batch: int
+    heads: int
+    dim: int
+    pos_dim: int  # 0 without position scores
+    left: int
+    offsets: int
+    chunk: int
+    left_chunks: int
+    key: torch.Tensor  # (keys, batch, ...), channels of head h from h * dim on
+    r: torch.Tensor | None
+    r_batch: int  # stride of R's sequences in elements of ``r``
+    packed: bool
+
+    @property
+    def keys(self) -> int:
+        return self.left + self.frames
+
+    @property
+    def pairs(self) -> int:
+        return self.heads * self.batch
+
+    @property
+    def constants(self) -> dict:
+        return {
+            "DIM": self.dim,
+            "POS_DIM": self.pos_dim,
+            "PACKED": self.packed,
+            "WINDOW": self.chunk > 0,
+        }
+
+
+def operands(x, pos, cached_key, heads: int, dim: int, chunk: int, left_chunks: int) -> Operands:
+    """Of contiguous tensors; copies R, and the keys where there is a cache."""
+    frames, batch, width = x.shape
+    left = 0 if cached_key is None else cached_key.shape[0]
+    pos_dim = width // heads - 2 * dim if pos is not None else 0
+    own = x[..., heads * dim : 2 * heads * dim]
+    key = own if not left else torch.cat([cached_key, own])
+    r, r_batch, packed = None, 0, False
+    if pos_dim:
+        apart = pos.view(*pos.shape[:2], heads, pos_dim)
+        packed = pos_dim == 4 and x.dtype.itemsize == 2
+        if packed:
+            r = apart.transpose(1, 2).contiguous().view(torch.int64)  # (1 or B, H, offsets, 1)
+        else:
+            r = apart.permute(0, 2, 3, 1).contiguous()
+        r_batch = r.stride(0) if pos.shape[0] > 1 else 0
+    if chunk > 0:  # beyond these every window is the same; so nothing overflows
+        chunk = min(chunk, max(frames, left, 1))
+        left_chunks = min(left_chunks, (left + frames) // chunk + 1)
+    return Operands(
+        frames, batch, heads, dim, pos_dim, left, 2 * frames - 1 + left, chunk, left_chunks, key, r, r_batch, packed
+    )  # fmt: skip
+
+
+def head_block(dim: int, dtype: torch.dtype) -> int:
+    """Channels of a head that a tile holds."""
+    return min(32 if dtype == torch.float32 else 128, max(16, triton.next_power_of_2(dim)))
