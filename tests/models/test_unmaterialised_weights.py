@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention weights that are not in memory: the handle against the tensor, in upstream's consumers, in a layer."""
 
+import copy
+import itertools
 import random
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastasr import ops
 from fastasr.models import zipformer as models
 from fastasr.models.zipformer import layer as layer_module
+from fastasr.models.zipformer import score_blocks, score_penalty
+from fastasr.models.zipformer import stack as stack_module
+from fastasr.models.zipformer.attention import SCORE_LIMIT
 from fastasr.models.zipformer.self_attention import weighted
 from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 
@@ -66,9 +72,86 @@ def test_everything_else_materialises():
     )
 
 
-def test_constant_attention():
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_constant_attention(monkeypatch, rows):
+    """Ours, in blocks of rows; and upstream's own operations on the handle."""
+    monkeypatch.setattr(score_blocks, "BLOCK_ELEMENTS", rows * BATCH * FRAMES)
     weights, tensor = handle()[0:1], handle().materialised()[0:1]
-    close(layer_module._constant(weights), layer_module._constant(tensor))
+    equal, expected = layer_module._constant(weights), layer_module._constant(tensor)
+    assert isinstance(equal, UnmaterialisedWeights)
+    assert equal.shape == tensor.shape
+    close(equal.materialised(), expected)
+    positive = (weights > 0.0).to(weights.dtype)
+    close(positive * (1.0 / positive.sum(dim=-1, keepdim=True)), expected)
+    values = torch.randn(FRAMES, BATCH, 5, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(FRAMES, BATCH, 5, dtype=torch.float64)
+    close(weighted(equal, values), weighted(expected, values))
+    found = (torch.autograd.grad(weighted(w, values), values, grad)[0] for w in (equal, expected))
+    close(*found)
+
+
+def gradients(weights, use):
+    """Of projection and positions, through ``use`` of the weights."""
+    inputs = [t for t in (weights.projected, weights.positions) if t is not None]
+    return torch.autograd.grad(use(weights), inputs, allow_unused=True)
+
+
+@pytest.mark.parametrize("case", ["plain", "masked", "nothing to see", "no positions", "one frame", "chunks"])
+def test_gradients_of_every_consumer(case):
+    """Three consumers with gradients of their own, one of them of the first head; and a torch function."""
+    frames = 1 if case == "one frame" else FRAMES
+    masks = {}
+    if case == "masked":
+        masks = {"key_padding_mask": torch.arange(frames) >= torch.tensor([[frames], [9]])}
+    if case == "nothing to see":
+        masks = {"key_padding_mask": torch.tensor([False, True])[:, None].expand(BATCH, frames).contiguous()}
+    if case == "chunks":
+        masks = {"chunk_size": 4, "left_context_chunks": 1}
+    torch.manual_seed(0)
+    x = torch.randn(frames, BATCH, HEADS * (2 * DIM + POS_DIM), dtype=torch.float64, requires_grad=True)
+    pos = torch.randn(1, 2 * frames - 1, HEADS * POS_DIM, dtype=torch.float64, requires_grad=True)
+    pos = None if case == "no positions" else pos
+    weights = UnmaterialisedWeights(x, pos, HEADS, DIM, **masks)
+    values = [torch.randn(frames, BATCH, n, dtype=torch.float64) for n in (HEADS * 3, 16, HEADS * 2)]
+
+    def use(w):
+        first, second = weighted(w, values[0]), weighted(w[0:1], values[1])
+        return first.square().sum() + second.sin().sum() + weighted(w, values[2] * first[..., :1]).sum()
+
+    def plain(w):
+        return use(w.materialised())
+
+    for found, expected in zip(gradients(weights, use), gradients(weights, plain), strict=True):
+        close(found, expected)
+    square = (
+        gradients(weights, lambda w: (w * w)[0:2].sum()),
+        gradients(weights, lambda w: (w[0:2] ** 2).sum()),
+    )
+    for found, expected in zip(*square, strict=True):
+        close(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100])
+@pytest.mark.parametrize("pos_batch", [0, 1, BATCH])
+def test_the_penalty_on_scores_comes_once(monkeypatch, rows, pos_batch):
+    monkeypatch.setattr(score_blocks, "BLOCK_ELEMENTS", rows * HEADS * BATCH * FRAMES)
+    torch.manual_seed(0)
+    x = torch.randn(FRAMES, BATCH, HEADS * (2 * DIM + POS_DIM), dtype=torch.float64, requires_grad=True)
+    pos = torch.randn(pos_batch, 2 * FRAMES - 1, HEADS * POS_DIM, dtype=torch.float64, requires_grad=True)
+    pos = pos if pos_batch else None
+    inputs = [x, pos] if pos_batch else [x]
+    values = torch.randn(FRAMES, BATCH, HEADS, dtype=torch.float64)
+    mask = torch.rand(FRAMES, FRAMES) > 0.8
+    weights = ops.rel_position_attention_weights(
+        x, pos, HEADS, DIM, attn_mask=mask, score_penalty=0.1, score_limit=2.0
+    )
+    expected = torch.autograd.grad(2 * weighted(weights, values).sum(), inputs)
+    unmaterialised = UnmaterialisedWeights(
+        *score_penalty.penalized(x, pos, HEADS, DIM, 0.1, 2.0), HEADS, DIM, attn_mask=mask
+    )
+    y = weighted(unmaterialised, values).sum() + weighted(unmaterialised, values).sum()
+    for a, b in zip(torch.autograd.grad(y, inputs), expected, strict=True):
+        close(a, b)
 
 
 def test_upstreams_consumers_take_it():
@@ -122,20 +205,168 @@ def test_a_layer_on_long_input(monkeypatch, masked, dtype):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_training_hooks_and_autocast_keep_the_tensor(monkeypatch):
-    monkeypatch.setattr(layer_module, "MOST_WEIGHT_BYTES", 0)
+def small_layer(dtype=torch.float32, **changed):
+    torch.manual_seed(0)
     layer = models.ZipformerEncoderLayer(
         16, pos_dim=16, num_heads=2, query_head_dim=8, pos_head_dim=4, value_head_dim=6, feedforward_dim=24,
-        cnn_module_kernel=7,
-    ).eval()  # fmt: skip
-    x = torch.randn(9, 1, 16)
-    assert not layer_module._is_long(layer, x)  # its parameters want gradients
+        cnn_module_kernel=7, **changed,
+    )  # fmt: skip
+    return layer.to(dtype)
+
+
+def training_step(layer, x, pos_emb, seed):
+    """Output, gradients of the input and every parameter, largest tensor, and the next draws of both generators."""
+    layer = copy.deepcopy(layer)  # whitening remembers
+    random.seed(seed)
+    torch.manual_seed(seed)
+    x = x.clone().requires_grad_()
+    padding = torch.arange(x.shape[0]) >= torch.tensor([[x.shape[0]], [x.shape[0] // 2]])
+    with Largest() as largest:
+        y = layer(x, pos_emb, src_key_padding_mask=padding)
+        y.square().sum().backward()
+    grads = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    return y.detach(), {"x": x.grad} | grads, largest.elements, (random.random(), torch.rand(1).item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_layer_in_training(monkeypatch, dtype):
+    """With the same seed, the same step: constant attention, skipped positions and penalized scores among them."""
+    monkeypatch.setattr(score_blocks, "BLOCK_ELEMENTS", 5000)
+    frames, batch = 120, 2
+    layer = small_layer(dtype, const_attention_rate=0.5).train()
+    factor = (
+        7 if dtype is torch.float64 else 1
+    )  # scores beyond the limit; in float32 their gradients would be noise
+    with torch.no_grad():
+        layer.self_attn_weights.in_proj.weight *= factor
+    x, pos_emb = torch.randn(frames, batch, 16, dtype=dtype), torch.randn(1, 2 * frames - 1, 16, dtype=dtype)
+    with torch.no_grad():
+        blocks = score_blocks.ScoreBlocks(layer.self_attn_weights.in_proj(x), None, 2, 8)
+        beyond = max(scores.abs().max() for _, _, scores in blocks) > SCORE_LIMIT
+        assert beyond == (dtype is torch.float64)
+    happened = set()
+    for name, module in (("constant", UnmaterialisedWeights), ("penalized", score_penalty)):
+        original = getattr(module, name)
+
+        def noted(*args, _name=name, _original=original):
+            happened.add(_name)
+            return _original(*args)
+
+        monkeypatch.setattr(module, name, noted)
+    for seed in itertools.count():
+        monkeypatch.setattr(layer_module, "MOST_WEIGHT_BYTES_WITH_GRADIENTS", 1 << 40)
+        y, grads, size, draws = training_step(layer, x, pos_emb, seed)
+        assert size >= 2 * batch * frames * frames
+        monkeypatch.setattr(layer_module, "MOST_WEIGHT_BYTES_WITH_GRADIENTS", 0)
+        found, found_grads, size, same_draws = training_step(layer, x, pos_emb, seed)
+        assert size < frames * frames
+        assert draws == same_draws
+        tolerance = 1e-9 if dtype is torch.float64 else 1e-3
+        torch.testing.assert_close(found, y, rtol=tolerance, atol=tolerance)
+        assert found_grads.keys() == grads.keys()
+        for name, grad in grads.items():
+            scale = grad.abs().max() + 1e-3 * grads["x"].abs().max()
+            error = (found_grads[name] - grad).abs().max()
+            assert error <= tolerance * scale, f"{name}, seed {seed}: {error} of {scale}"
+        if happened == {"constant", "penalized"} and seed >= 3:
+            break
+
+
+def test_autocast(monkeypatch):
+    monkeypatch.setattr(layer_module, "MOST_WEIGHT_BYTES_WITH_GRADIENTS", 0)
+    layer = small_layer().eval()
+    x, pos_emb = torch.randn(40, 2, 16, requires_grad=True), torch.randn(1, 79, 16)
+
+    def step():
+        random.seed(5)
+        assert layer_module._is_long(layer, x)
+        return torch.autograd.grad(layer(x, pos_emb).float().square().sum(), x)[0]
+
+    expected = step()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = step()
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_padding_changes_nothing():
+    """A padded sequence gives its own frames the output and gradients that it has alone."""
+    torch.manual_seed(0)
+    frames, length = 40, 27
+    x = torch.randn(frames, 1, HEADS * (2 * DIM + POS_DIM), dtype=torch.float64)
+    pos = torch.randn(1, 2 * frames - 1, HEADS * POS_DIM, dtype=torch.float64)
+    values, grad = (torch.randn(frames, 1, HEADS * 3, dtype=torch.float64) for _ in range(2))
+    grad[length:] = 0
+
+    def of(n, **masks):
+        shown = pos[:, frames - n : frames + n - 1]
+        leaves = [t.clone().requires_grad_() for t in (x[:n], shown, values[:n])]
+        y = UnmaterialisedWeights(*leaves[:2], HEADS, DIM, **masks).weighted(leaves[2])
+        dx, dpos, dvalue = torch.autograd.grad(y, leaves, grad[:n])
+        return y[:length], dx[:length], dpos[:, n - length : n + length - 1], dvalue[:length]
+
+    padded = of(frames, key_padding_mask=torch.arange(frames)[None] >= length)
+    for a, b in zip(padded, of(length), strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("left", [[16], [-1]])
+def test_chunk_sizes_are_the_mask(monkeypatch, training, left):
+    """The encoder with chunk sizes down to the attention, and with masks; without any tensor of time by time."""
+    torch.manual_seed(0)
+    frames, batch = 203, 2
+    encoder = models.Zipformer(
+        downsampling_factor=(1, 2), encoder_dim=(16, 24), num_encoder_layers=1, encoder_unmasked_dim=16,
+        query_head_dim=8, pos_head_dim=4, value_head_dim=6, num_heads=2, feedforward_dim=24, cnn_module_kernel=7,
+        pos_dim=16, causal=True, chunk_size=[8], left_context_frames=left,
+    ).double().train(training)  # fmt: skip
+    x = torch.randn(frames, batch, 16, dtype=torch.float64)
+    lengths = torch.tensor([frames, 150])
+    padding = torch.arange(frames) >= lengths[:, None]
+
+    def step():
+        random.seed(2)
+        torch.manual_seed(2)
+        source = x.clone().requires_grad_()
+        with Largest() as largest:
+            y, _ = encoder(source, lengths, padding)
+            (grad,) = torch.autograd.grad(y.square().sum(), source)
+        return y.detach(), grad, largest.elements
+
+    monkeypatch.setattr(layer_module, "MOST_WEIGHT_BYTES_WITH_GRADIENTS", 0)
+    *found, size = step()
+    assert size < frames * frames
+    monkeypatch.setattr(stack_module, "takes_chunks", lambda layer: False)
+    *expected, size = step()
+    assert size >= frames * frames
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_layers_that_are_watched_get_a_mask():
+    layer = small_layer(causal=True)
+    assert stack_module.takes_chunks(layer)
+    seen = layer.register_forward_pre_hook(lambda *a: None)
+    assert not stack_module.takes_chunks(layer)
+    seen.remove()
+    layer.self_attn_weights.forward = layer.self_attn_weights.forward
+    assert not stack_module.takes_chunks(layer)
+
+
+def test_hooks_and_dropout_keep_the_tensor(monkeypatch):
+    monkeypatch.setattr(layer_module, "MOST_WEIGHT_BYTES", 0)
+    layer, x = small_layer().eval(), torch.randn(9, 1, 16)
+    assert not layer_module._is_long(layer, x)  # its parameters want gradients, and it is short for that
+    monkeypatch.setattr(layer_module, "MOST_WEIGHT_BYTES_WITH_GRADIENTS", 0)
+    assert layer_module._is_long(layer, x)
+    layer.self_attn_weights.dropout = 0.1
+    assert not layer_module._is_long(layer, x)
     with torch.no_grad():
         assert layer_module._is_long(layer, x)
-        with torch.autocast("cpu", torch.bfloat16):
+        for register in (
+            layer.self_attn1.register_forward_hook,
+            layer.self_attn1.register_full_backward_hook,
+        ):
+            seen = register(lambda *a: None)
             assert not layer_module._is_long(layer, x)
-        seen = layer.self_attn1.register_forward_hook(lambda *a: None)
-        assert not layer_module._is_long(layer, x)
-        seen.remove()
-        layer.train()
-        assert not layer_module._is_long(layer, x)
+            seen.remove()

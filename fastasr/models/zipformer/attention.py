@@ -14,17 +14,18 @@ import random
 
 import torch
 
+from fastasr.models.zipformer import score_penalty
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.gradient_scale import draw_for_log
 from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
+from fastasr.models.zipformer.score_blocks import ScoreBlocks
 from fastasr.models.zipformer.self_attention import check_cache
 from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import rel_position_attention_weights
-from fastasr.ops.rel_position_attention_weights import scores
 
 # Scores beyond this are penalised on a share of the training calls.
 SCORE_LIMIT = 25.0
@@ -34,10 +35,11 @@ SCORE_PENALTY = 1.0e-04
 class RelPositionMultiheadAttentionWeights(torch.nn.Module):
     """x (T, B, C), pos_emb (1 or B, 2T-1, pos_dim) -> attention weights (heads, B, T, T).
 
-    key_padding_mask (B, T) and attn_mask ((B,) T, T) are True where a source counts for nothing. In training,
-    per call, the position scores are left out at ``pos_emb_skip_rate``, and on 10 % of the calls scores
-    beyond 25 are penalised by 1e-4 times their excess. Both are drawn from Python's ``random``; so is, in any
-    mode, one number by which 0.1 % of the calls in eval mode log the entropy of the weights.
+    key_padding_mask (B, T) and attn_mask ((B,) T, T) are True where a source counts for nothing; with chunk_size > 0
+    so do sources in a later chunk, or more than left_context_chunks (-1: any) before. In training, per call, the
+    position scores are left out at ``pos_emb_skip_rate``, and on 10 % of the calls scores beyond 25 are penalised by
+    1e-4 times their excess. Both are drawn from Python's ``random``; so is, in any mode, one number by which 0.1 % of
+    the calls in eval mode log the entropy of the weights.
 
     Raises ValueError for masks of another shape and TypeError for an attn_mask that is not boolean.
     """
@@ -83,32 +85,40 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
         self.copy_pos_query = Identity()
         self.copy_query = Identity()
 
-    def forward(self, x, pos_emb, key_padding_mask=None, attn_mask=None):
-        _check_masks(x, key_padding_mask, attn_mask)
-        projected = self.in_proj(x)
-        projected = _with_gradient_changes(self, projected)
-        with_positions = not self.training or random.random() >= float(self.pos_emb_skip_rate)
-        relative = self.linear_pos(pos_emb) if with_positions else None
-        penalized = self.training and random.random() < 0.1
-        weights = _weights(self, projected, relative, key_padding_mask, attn_mask, penalized)
+    def forward(
+        self, x, pos_emb, key_padding_mask=None, attn_mask=None, chunk_size=-1, left_context_chunks=-1
+    ):
+        projected, relative, masks, penalized = _operands(
+            self, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_context_chunks
+        )
+        weights = rel_position_attention_weights(
+            projected,
+            relative,
+            self.num_heads,
+            self.query_head_dim,
+            score_penalty=SCORE_PENALTY if penalized else 0.0,
+            score_limit=SCORE_LIMIT,
+            **masks,
+        )
         if random.random() < 0.001 and not self.training:
             _log_entropy(self, weights)
         if self.dropout != 0.0:
             weights = torch.nn.functional.dropout(weights, p=self.dropout, training=self.training)
         return weights
 
-    def unmaterialised(self, x, pos_emb, key_padding_mask=None, attn_mask=None):
-        """What :meth:`forward` gives, as UnmaterialisedWeights; for inference. Draws what forward draws."""
-        _check_masks(x, key_padding_mask, attn_mask)
-        random.random()  # whether forward would log the entropy: it takes all weights to know it
-        return UnmaterialisedWeights(
-            self.in_proj(x),
-            self.linear_pos(pos_emb),
-            self.num_heads,
-            self.query_head_dim,
-            key_padding_mask=None if key_padding_mask is None else key_padding_mask.to(torch.bool),
-            attn_mask=attn_mask,
+    def unmaterialised(
+        self, x, pos_emb, key_padding_mask=None, attn_mask=None, chunk_size=-1, left_context_chunks=-1
+    ):
+        """What :meth:`forward` gives without dropout, as UnmaterialisedWeights. Draws what forward draws."""
+        projected, relative, masks, penalized = _operands(
+            self, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_context_chunks
         )
+        random.random()  # whether forward would log the entropy: it takes all weights to know it
+        if penalized and torch.is_grad_enabled():
+            projected, relative = score_penalty.penalized(
+                projected, relative, self.num_heads, self.query_head_dim, SCORE_PENALTY, SCORE_LIMIT
+            )
+        return UnmaterialisedWeights(projected, relative, self.num_heads, self.query_head_dim, **masks)
 
     def streaming_forward(self, x, pos_emb, cached_key, left_context_len, key_padding_mask):
         """x (T, B, C), one chunk; pos_emb (1 or B, left_context_len + 2T - 1, pos_dim); cached_key
@@ -122,10 +132,33 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
         width = self.num_heads * self.query_head_dim
         k = torch.cat([cached_key, projected[..., width : 2 * width]])
         _check_masks(k, key_padding_mask, None)
-        weights = _weights(
-            self, projected, self.linear_pos(pos_emb), key_padding_mask, None, False, cached_key.to(k.dtype)
+        weights = rel_position_attention_weights(
+            projected,
+            self.linear_pos(pos_emb),
+            self.num_heads,
+            self.query_head_dim,
+            key_padding_mask=None if key_padding_mask is None else key_padding_mask.to(torch.bool),
+            cached_key=cached_key.to(k.dtype),
         )
         return weights, k[k.shape[0] - left_context_len :]
+
+
+def _operands(module, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_context_chunks):
+    """The projection, the positions or None, the masks, and whether large scores are penalized."""
+    _check_masks(x, key_padding_mask, attn_mask)
+    projected = _with_gradient_changes(module, module.in_proj(x))
+    with_positions = not module.training or random.random() >= float(module.pos_emb_skip_rate)
+    relative = module.linear_pos(pos_emb) if with_positions else None
+    penalized = module.training and random.random() < 0.1
+    if penalized and draw_for_log() and module.name is not None:
+        _log_penalty(module, projected, relative)
+    masks = {
+        "key_padding_mask": None if key_padding_mask is None else key_padding_mask.to(torch.bool),
+        "attn_mask": attn_mask,
+        "chunk_size": chunk_size,
+        "left_context_chunks": left_context_chunks,
+    }
+    return projected, relative, masks, penalized
 
 
 def _log_entropy(module, weights):
@@ -162,26 +195,10 @@ def _with_gradient_changes(module, projected):
     return torch.cat(after, -1)
 
 
-def _weights(module, projected, relative, key_padding_mask, attn_mask, penalized, cached_key=None):
-    """The softmax of the scores of ``projected`` (T, B, q | k | p)."""
-    if penalized and draw_for_log() and module.name is not None:
-        _log_penalty(module, projected, relative)
-    return rel_position_attention_weights(
-        projected,
-        relative,
-        module.num_heads,
-        module.query_head_dim,
-        key_padding_mask=None if key_padding_mask is None else key_padding_mask.to(torch.bool),
-        attn_mask=attn_mask,
-        cached_key=cached_key,
-        score_penalty=SCORE_PENALTY if penalized else 0.0,
-        score_limit=SCORE_LIMIT,
-    )
-
-
 def _log_penalty(module, projected, relative):
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         with torch.no_grad():
-            s = scores(projected, relative, None, module.num_heads, module.query_head_dim)
-        loss = SCORE_PENALTY * (s.abs() - SCORE_LIMIT).clamp_(min=0).sum().item()
+            blocks = ScoreBlocks(projected, relative, module.num_heads, module.query_head_dim)
+            excess = sum((s.abs() - SCORE_LIMIT).clamp_(min=0).sum().item() for _, _, s in blocks)
+        loss = SCORE_PENALTY * excess
         logging.debug("attention scores: name=%s, penalty=%.3e", module.name, loss)

@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from fastasr.models.zipformer.layer import ZipformerEncoderLayer
 from fastasr.models.zipformer.resampling import SimpleDownsample
 from fastasr.models.zipformer.schedules import ScheduledFloat
-from fastasr.models.zipformer.stack import STATES_PER_LAYER, DownsampledZipformerEncoder, ZipformerEncoder
+from fastasr.models.zipformer.stack import (
+    STATES_PER_LAYER,
+    DownsampledZipformerEncoder,
+    ZipformerEncoder,
+    chunk_mask,
+)
 
 
 class Zipformer(torch.nn.Module):
@@ -115,10 +120,15 @@ class Zipformer(torch.nn.Module):
     def forward(self, x, x_lens, src_key_padding_mask=None):
         feature_masks = self.get_feature_masks(x)
         chunk_size, left_context_chunks = self.get_chunk_info()
-        attn_mask = self._get_attn_mask(x, chunk_size, left_context_chunks)
+        self._check_chunks(chunk_size, left_context_chunks)
         outputs = []
         for i, encoder in enumerate(self.encoders):
             factor = self.downsampling_factor[i]
+            window = {}
+            if chunk_size > 0 and isinstance(encoder, (ZipformerEncoder, DownsampledZipformerEncoder)):
+                window["left_context_chunks"] = left_context_chunks
+            elif chunk_size > 0:
+                window["attn_mask"] = chunk_mask(x.shape[0], chunk_size, left_context_chunks, x.device)
             x = encoder(
                 convert_num_channels(x, self.encoder_dim[i]),
                 chunk_size=chunk_size,
@@ -126,7 +136,7 @@ class Zipformer(torch.nn.Module):
                 src_key_padding_mask=None
                 if src_key_padding_mask is None
                 else src_key_padding_mask[..., ::factor],
-                attn_mask=attn_mask,
+                **window,
             )
             outputs.append(x)
         x = self.downsample_output(self._get_full_dim_output(outputs))
@@ -218,12 +228,10 @@ class Zipformer(torch.nn.Module):
         left_context_chunks = random.choice(self.left_context_frames) // chunk_size  # -1 stays -1
         return chunk_size, left_context_chunks or 1
 
-    def _get_attn_mask(self, x, chunk_size, left_context_chunks):
-        """(time, time), target by source, True where the source is in a later chunk or beyond the left context;
-        None without chunks.
-        """
+    def _check_chunks(self, chunk_size, left_context_chunks):
+        """ValueError for chunks that do not fit the stacks."""
         if chunk_size <= 0:
-            return None
+            return
         for factor, kernel in zip(self.downsampling_factor, self.cnn_module_kernel, strict=True):
             if chunk_size % factor != 0:
                 raise ValueError(
@@ -235,11 +243,6 @@ class Zipformer(torch.nn.Module):
                     f"Zipformer: left_context_frames must cover half of cnn_module_kernel at every rate, "
                     f"{kernel // 2 * factor} frames, got {chunk_size * left_context_chunks}"
                 )
-        chunk = torch.arange(x.shape[0], dtype=torch.int32, device=x.device) // chunk_size
-        age = chunk.unsqueeze(-1) - chunk  # [target, source], in chunks
-        if left_context_chunks < 0:
-            return age < 0
-        return (age < 0) | (age > left_context_chunks)
 
     def _get_full_dim_output(self, outputs):
         """The last stack's output; channels that it lacks come from the last stack that has them."""

@@ -27,5 +27,11 @@ def _wants_gradients(module):
 
 
 def any_hooked(modules):
-    """Whether one of the modules has forward hooks, which would see other tensors or none."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    """Whether one of the modules has hooks, which would see other tensors or none."""
+    return any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        for module in modules
+    )

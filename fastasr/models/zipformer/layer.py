@@ -24,11 +24,17 @@ from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import SelfAttention
+from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten
 
 # Larger weights are not materialised in inference. One thread of Zen 4 takes as long either way, within 15 % at 800
 # frames and 5 % from 1600 on; what counts is the memory: 14 GB in a layer of stack 0 for ten minutes of speech.
 MOST_WEIGHT_BYTES = 128 << 20
+
+# With gradients they would be kept, of every layer, until the backward pass, which adds up the gradients of three
+# consumers: one thread takes as long either way at 10 MB (398 frames of four utterances in stack 0), and with
+# materialised weights 1.2 to 1.4 times longer at 39 MB, twice at 137 MB.
+MOST_WEIGHT_BYTES_WITH_GRADIENTS = 16 << 20
 
 
 def _skip_rate(*points, default=0.0):
@@ -40,7 +46,8 @@ class ZipformerEncoderLayer(torch.nn.Module):
     """src (time, batch, embed_dim), pos_emb (1 or batch, 2 time - 1, pos_dim) -> src's shape.
 
     attn_mask ((batch,) time, time) and src_key_padding_mask (batch, time) are True where a source counts for
-    nothing; chunk_size, if not negative, is that of a causal layer's convolutions.
+    nothing; chunk_size, if not negative, is that of a causal layer's convolutions. With left_context_chunks (-1: all),
+    attention sees no more than the source's chunk and that many before it, as if attn_mask said so.
 
     The rates, numbers or schedules, act in training: sequences for which the result of the attentions, a
     convolution, feed_forward2 or feed_forward3 is dropped, calls on which nonlin_attention gets constant
@@ -112,18 +119,45 @@ class ZipformerEncoderLayer(torch.nn.Module):
         )
         self.balancer2 = _balancer(embed_dim, 0.45, 0.55, min_abs=0.1, max_abs=4.0)
 
-    def forward(self, src, pos_emb, chunk_size=-1, attn_mask=None, src_key_padding_mask=None):
+    def forward(
+        self,
+        src,
+        pos_emb,
+        chunk_size=-1,
+        attn_mask=None,
+        src_key_padding_mask=None,
+        left_context_chunks=None,
+    ):
         return ZipformerEncoderLayer._encode(
-            self, src, pos_emb, chunk_size, attn_mask, src_key_padding_mask, self.training
+            self,
+            src,
+            pos_emb,
+            chunk_size,
+            attn_mask,
+            src_key_padding_mask,
+            self.training,
+            left_context_chunks,
         )
 
-    def _encode(self, src, pos_emb, chunk_size, attn_mask, src_key_padding_mask, may_be_constant):
+    def _encode(
+        self,
+        src,
+        pos_emb,
+        chunk_size,
+        attn_mask,
+        src_key_padding_mask,
+        may_be_constant,
+        left_context_chunks=None,
+    ):
         """``may_be_constant``: whether nonlin_attention may get constant weights on this call."""
         src_orig = src
         attention_skip_rate = float(self.attention_skip_rate) if self.training else 0.0
         weights = self.self_attn_weights.unmaterialised if _is_long(self, src) else self.self_attn_weights
+        window = {}
+        if left_context_chunks is not None and chunk_size > 0:
+            window = {"chunk_size": chunk_size, "left_context_chunks": left_context_chunks}
         attn_weights = weights(
-            src, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=src_key_padding_mask
+            src, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=src_key_padding_mask, **window
         )
         src = src + self.feed_forward1(src)
 
@@ -201,6 +235,17 @@ class ZipformerEncoderLayer(torch.nn.Module):
         return src, cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2
 
 
+def takes_chunks(layer):
+    """Whether ``layer`` is ours down to its attention and may be called with left_context_chunks instead of a mask."""
+    attention = getattr(layer, "self_attn_weights", None)
+    return (
+        type(layer) is ZipformerEncoderLayer
+        and type(attention) is RelPositionMultiheadAttentionWeights
+        and not any("forward" in vars(module) for module in (layer, attention))
+        and not any_hooked((layer, attention))
+    )
+
+
 def _is_long(layer, src):
     """Whether the weights of this call are better computed by their consumers than kept."""
     attention = layer.self_attn_weights
@@ -208,10 +253,20 @@ def _is_long(layer, src):
         return False
     frames, batch, _ = src.shape
     size = attention.num_heads * batch * frames * frames * src.element_size()
+    if size <= min(MOST_WEIGHT_BYTES, MOST_WEIGHT_BYTES_WITH_GRADIENTS):
+        return False
+    consumers = layer.nonlin_attention, layer.self_attn1, layer.self_attn2
+    if any_hooked((attention, *consumers)):
+        return False
+    if is_plain_inference(layer, src, attention.in_proj.weight, 3):
+        return size > MOST_WEIGHT_BYTES
     return (
-        size > MOST_WEIGHT_BYTES
-        and is_plain_inference(layer, src, attention.in_proj.weight, 3)
-        and not any_hooked((attention, layer.nonlin_attention, layer.self_attn1, layer.self_attn2))
+        size > MOST_WEIGHT_BYTES_WITH_GRADIENTS
+        and src.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and (src.requires_grad or attention.in_proj.weight.requires_grad)
+        and attention.dropout == 0.0
+        and not torch.compiler.is_compiling()
     )
 
 
@@ -221,6 +276,8 @@ def _balancer(channels, min_positive, max_positive, **limits):
 
 def _constant(weights):
     """Equal weights on all sources with any weight."""
+    if isinstance(weights, UnmaterialisedWeights):
+        return weights.constant()
     weights = (weights > 0.0).to(weights.dtype)
     return weights * (1.0 / weights.sum(dim=-1, keepdim=True))
 

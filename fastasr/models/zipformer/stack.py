@@ -6,6 +6,7 @@ import copy
 import torch
 
 from fastasr.models.zipformer.bypass import BypassModule
+from fastasr.models.zipformer.layer import takes_chunks
 from fastasr.models.zipformer.positional_encoding import CompactRelPositionalEncoding
 from fastasr.models.zipformer.resampling import SimpleDownsample, SimpleUpsample
 from fastasr.models.zipformer.schedules import ScheduledFloat
@@ -19,6 +20,9 @@ class ZipformerEncoder(torch.nn.Module):
     feature_mask, a number or a tensor that broadcasts with src, multiplies the input and the result of each
     layer. The layers' skip rates fall from ``initial_layerdrop_rate`` to ``final_layerdrop_rate`` between
     batches ``warmup_begin`` and ``warmup_end``, one layer after the other. ``dropout`` is accepted and unused.
+
+    attn_mask is as the layers'; or, with left_context_chunks (-1: all), attention sees a source's chunk of chunk_size
+    frames and that many before it, and no mask is made for layers of ours.
 
     Raises ValueError unless 0 <= warmup_begin <= warmup_end.
     """
@@ -51,16 +55,28 @@ class ZipformerEncoder(torch.nn.Module):
             )
             begin = end
 
-    def forward(self, src, chunk_size=-1, feature_mask=1.0, attn_mask=None, src_key_padding_mask=None):
+    def forward(
+        self,
+        src,
+        chunk_size=-1,
+        feature_mask=1.0,
+        attn_mask=None,
+        src_key_padding_mask=None,
+        left_context_chunks=None,
+    ):
+        chunked, mask = left_context_chunks is not None and chunk_size > 0, None
         pos_emb = self.encoder_pos(src)
         src = _scaled(src, feature_mask)
         for layer in self.layers:
+            window = {"attn_mask": attn_mask}
+            if chunked and takes_chunks(layer):
+                window["left_context_chunks"] = left_context_chunks
+            elif chunked and attn_mask is None:
+                if mask is None:
+                    mask = chunk_mask(src.shape[0], chunk_size, left_context_chunks, src.device)
+                window["attn_mask"] = mask
             src = layer(
-                src,
-                pos_emb,
-                chunk_size=chunk_size,
-                attn_mask=attn_mask,
-                src_key_padding_mask=src_key_padding_mask,
+                src, pos_emb, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask, **window
             )
             src = _scaled(src, feature_mask)
         return src
@@ -84,6 +100,15 @@ class ZipformerEncoder(torch.nn.Module):
         return src, new_states
 
 
+def chunk_mask(frames, chunk_size, left_context_chunks, device):
+    """(frames, frames), target by source, True where the source is in a later chunk or beyond the left context."""
+    chunk = torch.arange(frames, dtype=torch.int32, device=device) // chunk_size
+    age = chunk.unsqueeze(-1) - chunk  # [target, source], in chunks
+    if left_context_chunks < 0:
+        return age < 0
+    return (age < 0) | (age > left_context_chunks)
+
+
 def _scaled(src, feature_mask):
     """src * feature_mask, without the work in inference, where it is 1."""
     return src if isinstance(feature_mask, (int, float)) and feature_mask == 1 else src * feature_mask
@@ -91,7 +116,8 @@ def _scaled(src, feature_mask):
 
 class DownsampledZipformerEncoder(torch.nn.Module):
     """``encoder`` at a frame rate lower by ``downsample``, around which a learned bypass goes. The result has
-    src's shape; attn_mask and chunk_size are given at the outer rate, src_key_padding_mask at the inner one.
+    src's shape; attn_mask and chunk_size are given at the outer rate, src_key_padding_mask at the inner one. With
+    left_context_chunks, chunk_size is a multiple of ``downsample``.
     """
 
     def __init__(self, encoder, dim, downsample, dropout, causal):
@@ -103,14 +129,24 @@ class DownsampledZipformerEncoder(torch.nn.Module):
         self.upsample = SimpleUpsample(dim, downsample)
         self.out_combiner = BypassModule(dim, straight_through_rate=0)
 
-    def forward(self, src, chunk_size=-1, feature_mask=1.0, attn_mask=None, src_key_padding_mask=None):
+    def forward(
+        self,
+        src,
+        chunk_size=-1,
+        feature_mask=1.0,
+        attn_mask=None,
+        src_key_padding_mask=None,
+        left_context_chunks=None,
+    ):
         factor = self.downsample_factor
+        window = {} if left_context_chunks is None else {"left_context_chunks": left_context_chunks}
         y = self.encoder(
             self.downsample(src),
             chunk_size=chunk_size // factor,
             feature_mask=feature_mask,
             attn_mask=None if attn_mask is None else attn_mask[::factor, ::factor],
             src_key_padding_mask=src_key_padding_mask,
+            **window,
         )
         return self.out_combiner(src, self.upsample(y)[: src.shape[0]])
 

@@ -3,11 +3,13 @@
 
 For long inputs the weights (heads, batch, time, time) would be the largest tensor of the model by far. The layer hands
 :class:`UnmaterialisedWeights` to its consumers instead; each runs a kernel that needs O(time) memory. Everything a
-consumer of another kind does with weights works too: it materialises them for that one operation.
+consumer of another kind does with weights works too: it materialises them for that one operation. Gradients flow to the
+projection and the positions from every consumer.
 """
 
 import torch
 
+from fastasr.models.zipformer.score_blocks import ScoreBlocks, fill_hidden
 from fastasr.ops import rel_position_attention, rel_position_attention_weights
 
 
@@ -16,7 +18,7 @@ class UnmaterialisedWeights:
     ``fastasr.ops.rel_position_attention_weights``.
 
     ``weights[0:n]``, ``weights @ values`` and ``weighted(values)`` stay unmaterialised; anything else (comparisons,
-    sums, products, other indices, torch functions) works on ``materialised()``. No gradients.
+    sums, products, other indices, torch functions) works on ``materialised()``.
     """
 
     def __init__(self, projected, positions, num_heads, query_head_dim, heads=None, **masks):
@@ -50,16 +52,34 @@ class UnmaterialisedWeights:
 
     def materialised(self):
         """The weights as a tensor."""
-        weights = rel_position_attention_weights(
-            self.projected, self.positions, self.num_heads, self.query_head_dim, **self.masks
+        projected, positions = self.projected, self.positions
+        if self.heads < self.num_heads:
+            q, k, p = self._parts()
+            projected = torch.cat([q, k, p], -1)
+            if positions is not None:
+                positions = positions[..., : p.shape[-1]]
+        return rel_position_attention_weights(
+            projected, positions, self.heads, self.query_head_dim, **self.masks
         )
-        return weights[: self.heads]
+
+    def constant(self):
+        """Equal weights on all sources that have any weight; they give these weights no gradient."""
+        return EqualWeights(
+            self.projected, self.positions, self.num_heads, self.query_head_dim, self.heads, **self.masks
+        )
+
+    def _parts(self):
+        """q, k and p of the heads that count."""
+        dim = self.query_head_dim
+        dims = (dim, dim, self.projected.shape[-1] // self.num_heads - 2 * dim)
+        parts = self.projected.split([self.num_heads * dim for dim in dims], -1)
+        return (part[..., : self.heads * dim] for part, dim in zip(parts, dims, strict=True))
 
     def __getitem__(self, index):
         if isinstance(index, slice) and index.step in (None, 1) and not index.start:
             heads = len(range(self.heads)[index])
             if heads > 0:
-                return UnmaterialisedWeights(
+                return type(self)(
                     self.projected, self.positions, self.num_heads, self.query_head_dim, heads, **self.masks
                 )
         return self.materialised()[index]
@@ -120,3 +140,53 @@ for _name in (
     "pow",
 ):
     setattr(UnmaterialisedWeights, f"__{_name}__", _on_tensors(f"__{_name}__"))
+
+
+class EqualWeights(UnmaterialisedWeights):
+    """[W > 0] / their number in the row, for weights W that are not in memory."""
+
+    def weighted(self, values):
+        """values (time, batch, heads * dim) -> the same, weighted; gradients flow to the values alone."""
+        return _EquallyWeighted.apply(values, self)
+
+    def materialised(self):
+        return torch.cat([weights for _, _, weights in self.blocks()], dim=2)
+
+    def constant(self):
+        return self
+
+    def blocks(self):
+        """(first row, end row, weights (heads, batch, rows, time)), some rows at a time."""
+        with torch.no_grad():
+            scores = ScoreBlocks(
+                self.projected, self.positions, self.num_heads, self.query_head_dim, self.heads
+            )
+            for first, end, block in scores:
+                weights = fill_hidden(block, first, **self.masks).softmax(-1).to(self.dtype)
+                weights = (weights > 0).to(self.dtype)
+                yield first, end, weights * (1.0 / weights.sum(-1, keepdim=True))
+
+
+class _EquallyWeighted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, equal):
+        ctx.equal, ctx.dtype = equal, values.dtype
+        out = torch.empty_like(values)
+        by_head = _heads_first(values, equal.heads)
+        for first, end, weights in equal.blocks():
+            y = torch.matmul(weights.to(values.dtype), by_head)
+            out[first:end] = y.permute(2, 1, 0, 3).flatten(2)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        by_head = _heads_first(grad, ctx.equal.heads)
+        total = torch.zeros_like(by_head, memory_format=torch.contiguous_format)
+        for first, end, weights in ctx.equal.blocks():
+            total += torch.matmul(weights.to(grad.dtype).mT, by_head[:, :, first:end])
+        return total.permute(2, 1, 0, 3).flatten(2).to(ctx.dtype), None
+
+
+def _heads_first(values, heads):
+    frames, batch, channels = values.shape
+    return values.reshape(frames, batch, heads, channels // heads).permute(2, 1, 0, 3)

@@ -113,5 +113,6 @@ TABLE = OpTable(
         Invalid("values of no head", _with(value_heads=0), ValueError, "value_heads"),
         Invalid("value_heads is a float", _with(value_heads=1.0), TypeError, "value_heads"),
     ),
+    unread=("value",),  # of hidden keys
     random=_random,
 )

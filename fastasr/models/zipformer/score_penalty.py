@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The penalty on large attention scores, where the scores are not in memory.
+
+dS += penalty sign(S) where |S| > limit;  dq, dk, dp and dR follow from dS as in attention
+"""
+
+import torch
+
+from fastasr.models.zipformer.score_blocks import ScoreBlocks
+
+
+class _Penalized(torch.autograd.Function):
+    """The projection and the positions as they are. Their gradients get the penalty's once, however many consumers the
+    attention weights have."""
+
+    @staticmethod
+    def forward(ctx, projected, positions, *numbers):
+        ctx.save_for_backward(projected, positions)
+        ctx.numbers = numbers
+        return projected.view_as(projected), None if positions is None else positions.view_as(positions)
+
+    @staticmethod
+    def backward(ctx, grad, grad_positions):
+        projected, positions = ctx.saved_tensors
+        added, added_positions = penalty_gradients(projected, positions, *ctx.numbers)
+        if positions is not None:
+            grad_positions = grad_positions + added_positions
+        return grad + added, grad_positions, None, None, None, None
+
+
+def penalized(projected, positions, num_heads, query_head_dim, penalty, limit):
+    """(projected, positions) with the gradient of the penalty; see the module."""
+    return _Penalized.apply(projected, positions, num_heads, query_head_dim, penalty, limit)
+
+
+def penalty_gradients(projected, positions, num_heads, query_head_dim, penalty, limit):
+    """Those of the penalty alone, of ``projected`` and ``positions`` (or None)."""
+    blocks = ScoreBlocks(projected, positions, num_heads, query_head_dim)
+    dq, dk, dp = (
+        torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (blocks.q, blocks.k, blocks.p)
+    )
+    dr = None if blocks.r is None else torch.zeros_like(blocks.r, memory_format=torch.contiguous_format)
+    for first, end, scores in blocks:
+        ds = penalty * (scores.sign() * (scores.abs() > limit))
+        q, p = blocks.q[:, :, first:end], blocks.p[:, :, first:end]
+        dq[:, :, first:end] = torch.matmul(ds, blocks.k)
+        dk += torch.matmul(ds.mT, q)
+        if dr is None:
+            continue
+        offsets = blocks.offsets(first, end)
+        ds = _by_offset(ds)
+        dp[:, :, first:end] = torch.matmul(ds, blocks.r[:, :, offsets])
+        part = torch.matmul(ds.mT, p)
+        dr[:, :, offsets] += part if dr.shape[1] == part.shape[1] else part.sum(1, keepdim=True)
+
+    def together(t):  # [H, B, rows, dim] -> [rows, B, H * dim]
+        return t.permute(2, 1, 0, 3).flatten(2)
+
+    dprojected = torch.cat([together(dq), together(dk), together(dp)], -1).to(projected.dtype)
+    if positions is None:
+        return dprojected, None
+    dpositions = (
+        torch.zeros_like(positions) if dr is None else together(dr).transpose(0, 1).to(positions.dtype)
+    )
+    return dprojected, dpositions
+
+
+def _by_offset(by_key):
+    """Gradients (..., rows, keys) by key as (..., rows, rows - 1 + keys) by offset."""
+    *outer, rows, keys = by_key.shape
+    width = rows - 1 + keys
+    out = by_key.new_zeros(*outer, rows, width)
+    if rows == 1:
+        return out.copy_(by_key)
+    out.as_strided(by_key.shape, (*out.stride()[:-2], width - 1, 1), rows - 1).copy_(by_key)
+    return out
