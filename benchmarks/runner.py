@@ -17,6 +17,7 @@ from fastasr.benchmarks.models import (
     mega_step,
     pruned_transducer,
     zipformer,
+    zipformer_front_end,
     zipformer_streaming,
     zipformer_training,
 )
@@ -28,6 +29,10 @@ _BY_PASS = {
     zipformer_training.NAME: (
         zipformer_training,
         {"size": "tiny", "batch": 2, "frames": 200, "inner_compile": False},
+    ),
+    zipformer_front_end.NAME: (
+        zipformer_front_end,
+        {"size": "tiny", "batch": 2, "frames": 200, "training_frames": 100, "inner_compile": False},
     ),
     zipformer_streaming.NAME: (
         zipformer_streaming,

@@ -6,11 +6,20 @@ from fastasr.benchmarks.models import (
     mega_step,
     pruned_transducer,
     zipformer,
+    zipformer_front_end,
     zipformer_streaming,
     zipformer_training,
 )
 
-MODULES = (zipformer, zipformer_training, zipformer_streaming, mega, mega_step, pruned_transducer)
+MODULES = (
+    zipformer,
+    zipformer_training,
+    zipformer_streaming,
+    zipformer_front_end,
+    mega,
+    mega_step,
+    pruned_transducer,
+)
 
 
 def names() -> list[str]:

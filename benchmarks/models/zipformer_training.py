@@ -22,7 +22,8 @@ CASE = "training step"
 BATCH, FRAMES = 4, 800
 
 
-def _step(model: torch.nn.Module, inputs: tuple) -> Callable[[], None]:
+def training_step(model: torch.nn.Module, inputs: tuple) -> Callable[[], None]:
+    """Forward and backward of one batch, with the same random numbers at every call."""
     parameters = list(model.parameters())
 
     def run():
@@ -59,5 +60,5 @@ def measure(
     swapped = copy.deepcopy(shipped)
     fastasr.accelerate(swapped)
     inputs = upstream.example(batch, frames)
-    runs = {UPSTREAM: _step(shipped, inputs), FASTASR: _step(swapped, inputs)}
+    runs = {UPSTREAM: training_step(shipped, inputs), FASTASR: training_step(swapped, inputs)}
     yield measure_unit(NAME, CASE, BOTH, shape, runs, settings, reps or min(settings.reps, 7), report)

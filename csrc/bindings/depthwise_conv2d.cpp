@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/depthwise_conv2d.h"
 
-#include <array>
 #include <memory>
 #include <optional>
 #include <tuple>
 
 #include "bindings/dispatch.h"
+#include "bindings/pooled.h"
 
 namespace fastasr {
 namespace {
@@ -29,14 +29,6 @@ DepthwiseSizes checked(const Tensor& x, const Tensor& weight, int64_t pad_t, int
   return s;
 }
 
-Tensor new_maps(const Tensor& like, int64_t batch, int64_t frames, int64_t width, int64_t channels) {
-  const std::array<int64_t, 4> sizes{batch, frames, width, channels};
-  std::array<int64_t, 4> strides;
-  int64_t step = 1;
-  for (int d = 3; d >= 0; d--) strides[d] = step, step *= std::max<int64_t>(1, sizes[d]);
-  return new_strided(like, 4, sizes.data(), strides.data());
-}
-
 // Blocks that are worth a thread of their own.
 int64_t grain(const DepthwiseSizes& s) {
   const int64_t block = cpu::kDepthwiseFrames * s.out_width() * s.channels * (s.taps() / 8 + 1);
@@ -51,7 +43,7 @@ Tensor depthwise_conv2d_forward(const Tensor& x, const Tensor& weight, const std
     check_like(*bias, x, op, "bias");
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == s.channels, op, ": bias has another shape");
   }
-  Tensor y = new_maps(x, s.batch, s.out_frames(), s.out_width(), s.channels);
+  Tensor y = new_pooled<4>(x, {s.batch, s.out_frames(), s.out_width(), s.channels});
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     const T *xp = data<T>(x), *wp = data<T>(weight), *bp = bias.has_value() ? data<T>(*bias) : nullptr;
     T* yp = mutable_data<T>(y);
@@ -71,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad,
   STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == s.batch && grad.size(1) == s.out_frames() &&
                       grad.size(2) == s.out_width() && grad.size(3) == s.channels,
                   op, ": grad has another shape");
-  Tensor dx = need_x ? new_like(x) : new_without_elements(x);
+  Tensor dx = need_x ? new_pooled_like(x) : new_without_elements(x);
   Tensor dweight = need_weight ? new_like(weight) : new_without_elements(x);
   Tensor dbias = new_without_elements(x);
   if (need_bias) {

@@ -23,6 +23,18 @@ Tensor new_pooled(const Tensor& t, const std::array<int64_t, kDim>& sizes) {
                                   [](void* p) { cpu::release_buffer(p); });
 }
 
+// The same for a contiguous tensor's sizes, from 8 MiB on: below, the allocator mostly keeps its memory. On one Zen 5
+// core of a virtual machine SwooshL of 46 MB takes 24 ms into fresh memory and 2.7 ms into a buffer that was used
+// before.
+inline Tensor new_pooled_like(const Tensor& t) {
+  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
+  if (bytes < (size_t{8} << 20)) return new_like(t);
+  void* memory = cpu::acquire_buffer(bytes);
+  STD_TORCH_CHECK(memory, "no memory for ", bytes, " bytes");
+  return torch::stable::from_blob(memory, t.sizes(), t.strides(), t.device(), t.scalar_type(),
+                                  [](void* p) { cpu::release_buffer(p); });
+}
+
 // What a call may write to and throw away, aligned to 64 bytes.
 template <typename C>
 class Scratch {

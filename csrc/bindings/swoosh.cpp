@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "bindings/dispatch.h"
+#include "bindings/pooled.h"
 
 namespace fastasr {
 namespace {
@@ -66,7 +67,7 @@ void for_each_piece(const MaskLayout& m, const F& f) {
 Tensor swoosh_forward(const Tensor& x, bool right, const std::optional<Tensor>& mask, int64_t shared_dim) {
   check_like(x, x, "swoosh_forward", "x");
   const MaskLayout layout = mask_layout(x, mask, shared_dim, "swoosh_forward");
-  Tensor y = new_like(x);
+  Tensor y = new_pooled_like(x);
   with_kernel_type(x.scalar_type(), "swoosh_forward", [&]<typename T>() {
     const T* xp = data<T>(x);
     const T* mp = mask.has_value() ? data<T>(*mask) : nullptr;
@@ -99,8 +100,8 @@ std::tuple<Tensor, Tensor> swoosh_backward(const Tensor& grad, const Tensor& x, 
                                            const std::optional<Tensor>& mask, int64_t shared_dim, bool need_output) {
   check_like(x, x, "swoosh_backward", "x");
   check_same_size(grad, x, "swoosh_backward", "grad");
-  Tensor dx = new_like(x);
-  Tensor y = need_output ? new_like(x) : new_without_elements(x);
+  Tensor dx = new_pooled_like(x);
+  Tensor y = need_output ? new_pooled_like(x) : new_without_elements(x);
   backward_into(grad, x, right, mask, shared_dim, dx, need_output ? &y : nullptr);
   return {dx, y};
 }

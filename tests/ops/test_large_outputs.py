@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Large outputs take their memory from a pool: no two live tensors share it, and it is used again."""
+
+import pytest
+import torch
+
+from fastasr import ops
+from fastasr.ops import _dispatch
+
+pytestmark = pytest.mark.skipif(
+    _dispatch.native_library() is None or _dispatch.forced_backend() not in ("auto", "cpu"),
+    reason="the native kernels do not serve here",
+)
+ELEMENTS = 2_300_000  # 9.2 MB in float32
+
+
+def _swoosh(x):
+    return ops.swoosh_r(x)
+
+
+def _depthwise(x):
+    return ops.depthwise_conv2d(x.view(1, -1, 50, 100), torch.ones(100, 1, 1)).view(-1)
+
+
+@pytest.mark.parametrize("function", [_swoosh, _depthwise])
+def test_live_tensors_share_nothing(function):
+    x = torch.linspace(-3, 3, ELEMENTS)
+    first = function(x)
+    kept = first.clone()
+    others = [function(x + shift) for shift in (1.0, 2.0)]
+    assert torch.equal(first, kept)
+    assert len({t.data_ptr() for t in (first, *others)}) == 3
+
+
+@pytest.mark.parametrize("function", [_swoosh, _depthwise])
+def test_memory_is_used_again(function):
+    x = torch.linspace(-3, 3, ELEMENTS)
+    y = function(x)
+    expected, address = y.clone(), y.data_ptr()
+    view = y[10:]
+    del y
+    assert function(x).data_ptr() != address  # the view keeps it
+    del view
+    addresses = set()
+    for _ in range(3):
+        y = function(x)
+        addresses.add(y.data_ptr())
+        assert torch.equal(y, expected)
+        del y
+    assert len(addresses) == 1
+
+
+def test_gradients():
+    x = torch.linspace(-3, 3, ELEMENTS).requires_grad_()
+    y = ops.swoosh_r(x)
+    (first,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(2 * y.sum(), x)
+    assert torch.equal(first, kept)
+    assert torch.equal(second, 2 * first)
