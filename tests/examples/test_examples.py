@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,91 @@ def test_train_char_lm(tmp_path):
     assert f"{report['held_out_perplexity']['fused']:.4f}" == found[2]
     assert report["torch"] == torch.__version__
     assert "continued: all ag" in printed
+
+
+def test_train_transducer_and_transcribe(tmp_path):
+    """Killed and started again it has the losses of a run without a break; what it wrote reads a recording."""
+    for name in ("kaldi_native_fbank", "kaldialign", "onnxruntime", "matplotlib"):
+        pytest.importorskip(name, reason="the recipe needs the extras fastasr[recipe] and fastasr[export]")
+    sys.path.insert(0, str(EXAMPLES.parent / "tests" / "recipe"))
+    import beeps
+
+    speech = beeps.folder(tmp_path / "speech", count=16)
+    arguments = [
+        "--speech",
+        str(speech),
+        "--size",
+        "tiny",
+        "--max-duration",
+        "5",
+        "--warmup",
+        "5",
+        "--steps",
+        "8",
+    ]
+    killed = subprocess.Popen(
+        [
+            sys.executable,
+            EXAMPLES / "train_transducer.py",
+            "--out",
+            "killed",
+            *arguments,
+            "--steps",
+            "100000",
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    log = tmp_path / "killed" / "log.csv"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and len(log.read_text().splitlines()) > 3):
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    written = len(log.read_text().splitlines()) - 1
+    arguments[-1] = str(written + 2)
+    printed = run("train_transducer.py", tmp_path, "--out", "killed", *arguments)
+    assert int(re.search(r"going on after step (\d+)", printed)[1]) in (written - 1, written)
+    printed = run("train_transducer.py", tmp_path, "--out", "whole", *arguments)
+    assert re.search(r"held-out CER [\d.]+%, WER", printed)
+    columns = [
+        [row.split(",")[:6] for row in (tmp_path / name / "log.csv").read_text().splitlines()]
+        for name in ("killed", "whole")
+    ]
+    assert columns[0] == columns[1]
+
+    run("train_transducer.py", tmp_path, "--plot", "curves.png", "killed/log.csv", "whole/log.csv")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    wav = str(speech / "beeps-0.wav")
+    assert "beeps-0.wav: " in run("transcribe.py", tmp_path, wav, "--model", "whole", "--times")
+    run("transcribe.py", tmp_path, "--model", "whole", "--export", "onnx")
+    text = run("transcribe.py", tmp_path, wav, "--model", "onnx", "--stream", "--method", "ctc-beam")
+    assert "  ... " in text
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("transcribe.py", ["missing.wav", "--model", "nowhere"], "error: there is no checkpoint nowhere"),
+        ("transcribe.py", [], "error: give at least one recording"),
+        ("train_transducer.py", ["--speech", "nowhere"], "error: --speech: nowhere is no folder"),
+        ("train_transducer.py", ["--plot", "x.png"], "error: --plot needs a picture and at least one log"),
+    ],
+)
+def test_what_the_recipe_refuses(tmp_path, name, arguments, message):
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_every_example_is_tested():

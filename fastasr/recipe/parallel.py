@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process or several: ``torchrun`` starts them, DDP or FSDP2 joins them.
+
+Every process knows the whole batch and takes its share of it, and losses are over the whole batch's frames: the
+gradients are those of one process.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@dataclass
+class World:
+    """This process among all."""
+
+    rank: int = 0
+    size: int = 1
+    kind: str = "ddp"  # or fsdp
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+
+def start(kind, device):
+    """The World that ``torchrun`` has set up, or one process."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return World(device=device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(dist.get_rank(), dist.get_world_size(), kind, device)
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(model, world):
+    """The model that is called in training. FSDP2 changes ``model`` itself."""
+    if world.size == 1:
+        return model
+    if world.kind == "ddp":
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    scalars = {p for p in model.parameters() if p.ndim == 0}  # FSDP2 shards none
+    for stack in model.encoder.encoders:
+        fully_shard(stack, mesh=mesh, ignored_params=scalars)
+    fully_shard(model, mesh=mesh, ignored_params=scalars)
+    return model
+
+
+def average_ignored_gradients(model, world):
+    """What FSDP2 leaves out: the gradients of parameters that it does not shard."""
+    if world.size == 1 or world.kind != "fsdp":
+        return
+    grads = [p.grad for p in model.parameters() if not isinstance(p, DTensor) and p.grad is not None]
+    if grads:
+        joined = torch.stack(grads)
+        dist.all_reduce(joined)
+        for grad, value in zip(grads, (joined / world.size).unbind(), strict=True):
+            grad.copy_(value)
+
+
+def total(values, world):
+    """The sums over all processes of a list of numbers."""
+    if world.size == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def full(x):
+    """The whole of a tensor that may be sharded; all processes call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def like(x, parameter):
+    """x, whole, sharded as ``parameter`` is."""
+    x = x.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(x, parameter.device_mesh, parameter.placements)
+    return x.clone()

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model, from its checkpoint or its ONNX files, that reads recordings: whole, or as they come."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastasr import decoding
+from fastasr.demo.features import resample
+from fastasr.models import zipformer
+from fastasr.recipe import checkpoints, sizes, speech
+from fastasr.recipe.units import Units
+
+DESCRIPTION = "recogniser.json"  # beside the ONNX files
+
+
+@dataclass
+class Recogniser:
+    """``model`` is an AsrModel in eval mode or a pair of streaming ONNX models, (transducer, CTC)."""
+
+    model: object
+    units: Units
+    rate: int
+    bins: int
+
+    def search(self, method, beam=4):
+        """(StreamingEncoder, search) of ``method``: greedy, beam, ctc-greedy or ctc-beam."""
+        ctc = method.startswith("ctc-")
+        model = self.model[ctc] if isinstance(self.model, tuple) else self.model
+        made = {
+            "greedy": lambda: decoding.GreedySearch(model),
+            "beam": lambda: decoding.ModifiedBeamSearch(model, beam=beam),
+            "ctc-greedy": decoding.CtcGreedySearch,
+            "ctc-beam": lambda: decoding.CtcPrefixBeamSearch(beam=beam),
+        }
+        if method not in made:
+            raise ValueError(f"method must be one of {', '.join(made)}, got {method!r}")
+        return decoding.StreamingEncoder(model, ctc=ctc), made[method]()
+
+    def samples(self, path, convert=False):
+        """The samples at the model's rate. Raises ValueError for another rate, unless it may ``convert``."""
+        clip = speech.read_wav(path)
+        if clip.rate != self.rate:
+            if not convert:
+                raise ValueError(
+                    f"{path}: the recording has {clip.rate} Hz, the model wants {self.rate} Hz (--resample converts)"
+                )
+            return resample(clip.samples, clip.rate, self.rate)
+        return clip.samples
+
+    def stream(self, parts, method="greedy", beam=4):
+        """Yields the text so far, and Decoded, after every chunk of ``parts``, pieces of samples as they come."""
+        encoder, search = self.search(method, beam)
+        features = speech.FbankStream(self.rate, self.bins)
+        chunks, state = decoding.FeatureChunks(encoder.chunk_size), search.start()
+
+        def advance(state, ready):
+            for chunk in ready:
+                state = search.advance(state, encoder(chunk.unsqueeze(0)))
+            return state, search.result(state)
+
+        for part in parts:
+            ready = chunks.accept(features.accept(part))
+            if ready:
+                state, result = advance(state, ready)
+                yield self.units.decode(result.tokens[0]), result
+        ready = [*chunks.accept(features.finish()), *chunks.finish()]
+        state, result = advance(state, ready)
+        yield self.units.decode(result.tokens[0]), result
+
+    def transcribe(self, samples, method="greedy", beam=4):
+        """(text, Decoded) of a whole recording. PyTorch models encode it at once, ONNX streams chunk by chunk."""
+        if isinstance(self.model, tuple):
+            return list(self.stream([samples], method, beam))[-1]
+        _, search = self.search(method, beam)
+        x = speech.fbank(samples, self.rate, self.bins)
+        # As much silence as a stream ends with: the last word's frames are whole.
+        x = torch.nn.functional.pad(x, (0, 0, 0, 32), value=decoding.chunks.SILENCE).unsqueeze(0)
+        lengths = torch.tensor([x.shape[1]])
+        y, y_lens = decoding.encode(self.model, x, lengths, ctc=method.startswith("ctc-"))
+        result = search.result(search.advance(search.start(), y, y_lens))
+        return self.units.decode(result.tokens[0]), result
+
+
+def load(path):
+    """From a checkpoint file, or a folder that ``export`` has written. Raises ValueError."""
+    path = Path(path)
+    if path.is_dir() and (path / DESCRIPTION).is_file():
+        return _load_onnx(path)
+    if path.is_dir():
+        path = path / checkpoints.NAME
+    found = checkpoints.load(path)
+    model = sizes.build(sizes.streaming(found["arguments"])).eval()
+    try:
+        model.load_state_dict(found["model_avg"], strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint {path} does not fit its model: {error}") from None
+    units = Units.from_state_dict(found["units"])
+    return Recogniser(model, units, found["features"]["rate"], found["features"]["bins"])
+
+
+def export(path, folder):
+    """Writes the ONNX files of a checkpoint, its tokens, and what ``load`` needs besides."""
+    from fastasr.export import export_onnx
+
+    recogniser = load(path)
+    if isinstance(recogniser.model, tuple):
+        raise ValueError(f"{path} is exported already")
+    folder = Path(folder)
+    files = export_onnx(recogniser.model, folder, feature_dim=recogniser.bins)
+    recogniser.units.table.to_file(folder / "tokens.txt")
+    description = {"rate": recogniser.rate, "bins": recogniser.bins}
+    (folder / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
+    return files
+
+
+def _load_onnx(folder):
+    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    transducer = zipformer.OnnxStreamingTransducerModel(
+        *(folder / f"{name}.onnx" for name in ("encoder", "decoder", "joiner"))
+    )
+    ctc = zipformer.OnnxStreamingCtcModel(folder / "ctc.onnx")
+    units = Units(zipformer.SymbolTable.from_file(folder / "tokens.txt"))
+    return Recogniser((transducer, ctc), units, description["rate"], description["bins"])

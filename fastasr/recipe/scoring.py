@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Character and word error rates."""
+
+
+def error_rate(references, hypotheses):
+    """Insertions, deletions and substitutions over the references' length; sequences of sequences of symbols."""
+    import kaldialign
+
+    pairs = zip(references, hypotheses, strict=True)
+    errors = sum(kaldialign.edit_distance(list(r), list(h))["total"] for r, h in pairs)
+    return errors / max(1, sum(map(len, references)))
+
+
+def rates(references, hypotheses):
+    """{"cer": ..., "wer": ...} of texts. Spaces count as characters."""
+    words = [text.split() for text in references], [text.split() for text in hypotheses]
+    return {"cer": error_rate(references, hypotheses), "wer": error_rate(*words)}

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recordings with transcripts: Debian's telephone prompts, or a folder of one's own; their features.
+
+Features are log-mel filterbanks of kaldi-native-fbank at the recordings' own rate: the prompts' 8 kHz need no 80 bins.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastasr.demo import audio
+from fastasr.demo.features import resample
+
+RATE = 8000
+BINS = 40
+SHORTEST, LONGEST = 0.4, 20.0  # seconds
+HELD_OUT = 10  # every tenth prompt, by its name
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_LETTERS = re.compile(r"^[a-z' ]+$")
+
+
+class NoSpeech(Exception):
+    """There are no recordings to train with, and why."""
+
+
+@dataclass
+class Utterance:
+    """A recording's name, features (frames, bins) at several speeds, and its words."""
+
+    name: str
+    features: list[torch.Tensor]
+    text: str
+
+    @property
+    def seconds(self):
+        return len(self.features[0]) / 100
+
+
+def plain_text(text):
+    """Lower-case letters and apostrophes, digits as words; None where that would not be what is said."""
+    text = text.lower().replace("’", "'")
+    text = re.sub(r"\[.*?\]", " ", text)  # the sign that a prompt names
+    text = re.sub(r"\d", lambda digit: f" {DIGITS[int(digit[0])]} ", text)
+    text = " ".join(re.sub(r"[,.?!:;\"\-]", " ", text).split())
+    return text if _LETTERS.match(text) else None
+
+
+def read_wav(path):
+    """A Clip. Raises ValueError for what is no recording or an empty one."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
+    clip = audio.read(path)
+    if clip.rate <= 0 or len(clip.samples) < clip.rate * 0.03:
+        raise ValueError(f"{path}: the recording is empty ({len(clip.samples)} samples at {clip.rate} Hz)")
+    return clip
+
+
+def fbank(samples, rate=RATE, bins=BINS):
+    """(frames, bins): 25 ms windows every 10 ms, no dither, up to 200 Hz below Nyquist."""
+    stream = FbankStream(rate, bins)
+    return torch.cat([stream.accept(samples), stream.finish()])
+
+
+class FbankStream:
+    """Features of samples as they come, each frame once."""
+
+    def __init__(self, rate=RATE, bins=BINS):
+        import kaldi_native_fbank
+
+        options = kaldi_native_fbank.FbankOptions()
+        options.frame_opts.samp_freq = rate
+        options.frame_opts.dither = 0.0
+        options.frame_opts.snip_edges = False
+        options.mel_opts.num_bins = bins
+        options.mel_opts.high_freq = -200.0
+        self._computer = kaldi_native_fbank.OnlineFbank(options)
+        self._rate, self._bins, self._given = rate, bins, 0
+
+    def accept(self, samples):
+        self._computer.accept_waveform(self._rate, samples.tolist())
+        return self._new()
+
+    def finish(self):
+        self._computer.input_finished()
+        return self._new()
+
+    def _new(self):
+        ready = self._computer.num_frames_ready
+        frames = [torch.from_numpy(self._computer.get_frame(i).copy()) for i in range(self._given, ready)]
+        self._given = ready
+        return torch.stack(frames) if frames else torch.zeros(0, self._bins)
+
+
+def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None):
+    """(training utterances, held-out ones). Features are kept in ``cache``. Raises NoSpeech.
+
+    Held-out prompts are known by their names, and the training set has no prompt of the same words.
+    """
+    clips = _clips(cache, folder, say)[:limit]
+    found = []
+    for clip in clips:
+        text = plain_text(clip.text)
+        if text is not None and SHORTEST <= clip.seconds <= LONGEST:
+            found.append((clip, text))
+    if not found:
+        raise NoSpeech("no recording has a transcript of letters and lasts 0.4 to 20 seconds")
+    held = {clip.name for clip, _ in found if _hash(clip.name) % HELD_OUT == 0} or {found[0][0].name}
+    held_texts = {text for clip, text in found if clip.name in held}
+    training, held_out = [], []
+    for clip, text in found:
+        if clip.name in held:
+            held_out.append(_utterance(clip, text, (1.0,)))
+        elif text not in held_texts:
+            training.append(_utterance(clip, text, speeds))
+    if not training:
+        raise NoSpeech(f"{len(found)} recordings are too few to hold some out")
+    return training, held_out
+
+
+def _clips(cache, folder, say):
+    if folder is not None:
+        try:
+            return audio.from_folder(Path(folder), say)
+        except audio.NoAudio as error:
+            raise NoSpeech(str(error).replace("--audio", "--speech")) from None
+    reason = audio.fetch_prompts(Path(cache), say)
+    if reason:
+        raise NoSpeech(f"the prompts cannot be fetched here: {reason}; use --speech FOLDER")
+    words = audio.prompt_transcripts(Path(cache))
+    root, clips = Path(cache) / audio.PROMPTS, []
+    for path in sorted(root.rglob("*.wav")):
+        name = path.relative_to(root).with_suffix("").as_posix()
+        if name in words:
+            clip = audio.read(path)
+            clip.name, clip.text = name, words[name]
+            clips.append(clip)
+    return clips
+
+
+def _utterance(clip, text, speeds):
+    samples = resample(clip.samples, clip.rate, RATE)
+    # Played faster: fewer samples at the same rate.
+    versions = [
+        samples if s == 1.0 else resample(samples, round(RATE * s / 100), RATE // 100) for s in speeds
+    ]
+    return Utterance(clip.name, [fbank(version) for version in versions], text)
+
+
+def _hash(name):
+    import zlib
+
+    return zlib.crc32(name.encode())

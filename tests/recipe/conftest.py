@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+import beeps
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory):
+    return beeps.folder(tmp_path_factory.mktemp("beeps"))
+
+
+@pytest.fixture(scope="session")
+def speech_sets(recordings):
+    pytest.importorskip("kaldi_native_fbank", reason="features need the extra fastasr[recipe]")
+    pytest.importorskip("kaldialign", reason="error rates need the extra fastasr[recipe]")
+    from fastasr.recipe import speech
+
+    return speech.load(None, recordings, speeds=(1.0, 1.1), say=lambda text: None)

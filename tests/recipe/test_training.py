@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: it learns, resumes exactly, runs in two processes, in bfloat16, in eager and with upstream's model."""
+
+import csv
+import json
+from dataclasses import replace
+
+import beeps
+import pytest
+import torch
+import torch.multiprocessing
+
+from fastasr.recipe import checkpoints, parallel, recogniser, sizes, training
+
+TINY = {"size": "tiny", "max_duration": 8.0, "warmup": 5, "lr_batches": 300.0}
+
+
+def _trainer(out, speech_sets, world=None, **options):
+    units = training.learn_units("char", speech_sets[0])
+    made = training.Options(out=out, **{**TINY, **options})
+    return training.Trainer(made, *speech_sets, units, world, say=lambda text: None)
+
+
+def _losses(out, column="loss"):
+    with (out / "log.csv").open(newline="") as file:
+        return [float(row[column]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, speech_sets):
+    """A run of 6 steps without a break."""
+    out = tmp_path_factory.mktemp("trained")
+    _trainer(out, speech_sets, steps=6).run()
+    return out
+
+
+def test_a_run_writes_what_it_says(trained):
+    losses = _losses(trained, "simple")  # the pruned loss counts more and more at first
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    report = json.loads((trained / "report.json").read_text())
+    assert report["step"] == 6
+    assert report["held_out"]["cer"] > 0
+    assert report["held_out_utterances"] >= 1
+    found = checkpoints.load(trained / checkpoints.NAME)
+    assert found["step"] == 6
+    assert found["model"].keys() == found["model_avg"].keys()
+    model = sizes.build(found["arguments"])
+    model.load_state_dict(found["model"], strict=True)
+
+
+def test_a_resumed_run_has_the_losses_of_one_without_a_break(trained, tmp_path, speech_sets):
+    _trainer(tmp_path, speech_sets, steps=2).run()
+    # A kill while the third step's files were written: a row too many, half a checkpoint beside the last.
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write("3,0,9.9\n")
+    (tmp_path / "last.pt.unfinished").write_bytes(b"half")
+    _trainer(tmp_path, speech_sets, steps=6).run()
+    assert _losses(tmp_path) == _losses(trained)
+    one, other = (checkpoints.load(path / checkpoints.NAME) for path in (trained, tmp_path))
+    for entry in ("model", "model_avg"):
+        assert all(torch.equal(one[entry][name], other[entry][name]) for name in one[entry])
+
+
+def test_a_finished_run_is_not_trained_on(trained, speech_sets):
+    before = (trained / "log.csv").read_text()
+    assert _trainer(trained, speech_sets, steps=6).run()["cer"] > 0
+    assert (trained / "log.csv").read_text() == before
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", 7), ("max_duration", 5.0)])
+def test_another_run_is_not_resumed(trained, speech_sets, name, value):
+    with pytest.raises(ValueError, match=f"holds a run with {name}"):
+        _trainer(trained, speech_sets, steps=8, **{name: value}).run()
+
+
+def test_a_damaged_checkpoint_is_named(trained, tmp_path, speech_sets):
+    (tmp_path / checkpoints.NAME).write_bytes((trained / checkpoints.NAME).read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"last.pt is damaged"):
+        _trainer(tmp_path, speech_sets, steps=8).run()
+
+
+def test_a_signal_ends_the_run_after_its_step(tmp_path, speech_sets):
+    import os
+    import signal
+
+    trainer = _trainer(tmp_path, speech_sets, steps=6, checkpoint_every=100)
+    trainer.show = lambda row: row["step"] == 2 and os.kill(os.getpid(), signal.SIGTERM)
+    assert trainer.run() is None
+    assert checkpoints.load(tmp_path / checkpoints.NAME)["step"] == 2
+
+
+def test_transcripts_that_cannot_be_learned(tmp_path, speech_sets):
+    utterances, held_out = speech_sets
+    empty = [replace(utterances[0], text="")]
+    for wrong, message in (
+        (empty, "transcript is empty"),
+        ([replace(utterances[0], text="é")], "outside the token"),
+    ):
+        units = training.learn_units("char", utterances)
+        with pytest.raises(ValueError, match=message):
+            training.Trainer(training.Options(out=tmp_path, **TINY), wrong, held_out, units)
+    with pytest.raises(ValueError, match="long enough"):
+        training.Trainer(
+            training.Options(out=tmp_path, **TINY), [replace(utterances[0], text="ab" * 500)], held_out, units
+        )
+
+
+def test_bfloat16_and_eager(trained, tmp_path, speech_sets):
+    """bfloat16 comes near, eager kernels nearer."""
+    _trainer(tmp_path / "bf16", speech_sets, steps=2, bf16=True).run()
+    _trainer(tmp_path / "eager", speech_sets, steps=2, backend="eager").run()
+    expected = _losses(trained)[:2]
+    assert _losses(tmp_path / "bf16") == pytest.approx(expected, rel=0.05)
+    assert _losses(tmp_path / "eager") == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("swap", [True, False], ids=["swapped", "as shipped"])
+def test_upstreams_model(trained, tmp_path, speech_sets, swap, monkeypatch):
+    upstream = pytest.importorskip("zipformer.modules.model", exc_type=ImportError)
+    if not swap:
+        pytest.importorskip("fast_rnnt", exc_type=ImportError)
+    monkeypatch.setenv("K2_ONNX_EXPORT", "1")  # Swoosh without torch.compile
+    monkeypatch.setattr(upstream, "k2", None)
+    _trainer(tmp_path, speech_sets, steps=2, upstream=True, swap=swap).run()
+    assert _losses(tmp_path) == pytest.approx(_losses(trained)[:2], rel=1e-3)
+
+
+# --------------------------------------------------------------------------- two processes
+def _process(rank, file, out, kind, sets):
+    import os
+
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    try:
+        _trainer(out, sets, parallel.World(rank, 2, kind), steps=4, plain=True).run()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_have_the_losses_of_one(tmp_path, speech_sets, kind):
+    """And one process goes on from their checkpoint."""
+    _trainer(tmp_path / "one", speech_sets, steps=6, plain=True).run()
+    torch.multiprocessing.spawn(
+        _process, (tmp_path / "rendezvous", tmp_path / "two", kind, speech_sets), nprocs=2
+    )
+    expected = _losses(tmp_path / "one")
+    assert _losses(tmp_path / "two") == pytest.approx(expected[:4], rel=1e-3)
+    _trainer(tmp_path / "two", speech_sets, steps=6, plain=True).run()
+    assert _losses(tmp_path / "two") == pytest.approx(expected, rel=2e-3)
+
+
+# --------------------------------------------------------------------------- with what was trained
+@pytest.fixture(scope="session")
+def readers(trained, tmp_path_factory):
+    """The trained model and its ONNX files."""
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path_factory.mktemp("readers")
+    loaded = recogniser.load(trained)
+    with torch.no_grad():  # six steps have taught it silence: let it say more
+        loaded.model.joiner.output_linear.bias[0] -= 3
+        loaded.model.ctc_output[1].bias[0] -= 3
+    state = checkpoints.load(trained / checkpoints.NAME)
+    state["model_avg"] = loaded.model.state_dict()
+    checkpoints.save(folder / "louder.pt", state)
+    recogniser.export(folder / "louder.pt", folder / "onnx")
+    with pytest.raises(ValueError, match="exported already"):
+        recogniser.export(folder / "onnx", folder / "again")
+    return loaded, recogniser.load(folder / "onnx")
+
+
+@pytest.mark.parametrize("method", ["greedy", "beam", "ctc-greedy", "ctc-beam"])
+def test_checkpoint_and_onnx_files_read_recordings(readers, method):
+    signal = beeps.samples("abcd abcd abcd")
+    streams = [list(r.stream(signal.split(700), method)) for r in readers]
+    assert [text for text, _ in streams[0]] == [text for text, _ in streams[1]]
+    assert streams[0][-1][1].tokens == streams[1][-1][1].tokens
+    assert streams[0][-1][1].tokens[0]
+    assert len(streams[0]) > 5
+    loaded, exported = readers
+    whole = loaded.transcribe(signal, method)
+    assert whole[1].tokens[0][:3] == streams[0][-1][1].tokens[0][:3]
+    assert exported.transcribe(signal, method)[0] == streams[1][-1][0]
