@@ -70,11 +70,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def reason_cpu(operator: str) -> str:
-    """Why ``torch.ops.fastasr_cpu.<operator>`` cannot serve here, or ""."""
+def reason_cpu(*operators: str) -> str:
+    """Why ``torch.ops.fastasr_cpu.<operator>`` cannot serve here, for one of ``operators``, or ""."""
     if native_reason():
         return native_reason()
-    if hasattr(torch.ops.fastasr_cpu, operator):
+    if all(hasattr(torch.ops.fastasr_cpu, operator) for operator in operators):
         return ""
     return "the native library has no kernel for it: it was built from another version, build it again"
 
@@ -251,7 +251,11 @@ def native_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Imp
     """The C++ kernels ``torch.ops.fastasr_cpu.<name>_forward`` and ``_backward``."""
 
     return Implementation(
-        "cpu", ("cpu",), dtypes, partial(reason_cpu, f"{name}_forward"), partial(_registered, "cpu", name)
+        "cpu",
+        ("cpu",),
+        dtypes,
+        partial(reason_cpu, f"{name}_forward", f"{name}_backward"),
+        partial(_registered, "cpu", name),
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastasr
 from fastasr import ops
 from fastasr.models import zipformer as models
 from fastasr.models.zipformer import layer as layer_module
@@ -286,6 +287,33 @@ def test_autocast(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         found = step()
     assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_a_swapped_layer(monkeypatch):
+    """Upstream's layer, all of whose attention runs our code, in inference and with gradients."""
+    zipformer = pytest.importorskip("zipformer.modules.zipformer")
+    torch.manual_seed(0)
+    layer = zipformer.ZipformerEncoderLayer(
+        16, pos_dim=16, num_heads=2, query_head_dim=8, pos_head_dim=4, value_head_dim=6, feedforward_dim=24,
+        cnn_module_kernel=7,
+    ).eval()  # fmt: skip
+    model = torch.nn.Sequential(layer)
+    frames = 200
+    x, pos_emb = torch.randn(frames, 1, 16), torch.randn(1, 2 * frames - 1, 16)
+    expected, _, _ = run(layer, x, pos_emb, None)
+    fastasr.accelerate(model)
+    monkeypatch.setattr(layer_module, "MOST_WEIGHT_BYTES", 0)
+    monkeypatch.setattr(layer_module, "MOST_WEIGHT_BYTES_WITH_GRADIENTS", 0)
+    y, size, _ = run(layer, x, pos_emb, None)
+    assert size < frames * frames
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    with Largest() as largest:
+        layer(x, pos_emb).sum().backward()
+    assert largest.elements < frames * frames
+    with fastasr.eager_mode(model):
+        assert not layer_module._is_long(layer, x)
+    fastasr.restore(layer.self_attn1)
+    assert not layer_module._is_long(layer, x)
 
 
 def test_padding_changes_nothing():

@@ -35,3 +35,9 @@ def any_hooked(modules):
         or module._backward_pre_hooks
         for module in modules
     )
+
+
+def runs(module, forward):
+    """Whether ``module`` runs the function ``forward``: its class's, or one bound to it, as it is or wrapped."""
+    function = getattr(module.forward, "__func__", None)
+    return getattr(function, "__wrapped__", function) is forward

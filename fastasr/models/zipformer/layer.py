@@ -11,6 +11,7 @@ The weights come from the layer's input; nonlin_attention uses those of the firs
 
 import copy
 import random
+from functools import partial
 
 import torch
 
@@ -19,7 +20,7 @@ from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.bypass import BypassModule
 from fastasr.models.zipformer.convolution import ConvolutionModule
 from fastasr.models.zipformer.feed_forward import FeedforwardModule
-from fastasr.models.zipformer.inference import any_hooked, is_plain_inference
+from fastasr.models.zipformer.inference import any_hooked, is_plain_inference, runs
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
@@ -152,7 +153,9 @@ class ZipformerEncoderLayer(torch.nn.Module):
         """``may_be_constant``: whether nonlin_attention may get constant weights on this call."""
         src_orig = src
         attention_skip_rate = float(self.attention_skip_rate) if self.training else 0.0
-        weights = self.self_attn_weights.unmaterialised if _is_long(self, src) else self.self_attn_weights
+        weights = self.self_attn_weights
+        if _is_long(self, src):
+            weights = partial(RelPositionMultiheadAttentionWeights.unmaterialised, weights)
         window = {}
         if left_context_chunks is not None and chunk_size > 0:
             window = {"chunk_size": chunk_size, "left_context_chunks": left_context_chunks}
@@ -238,25 +241,33 @@ class ZipformerEncoderLayer(torch.nn.Module):
 def takes_chunks(layer):
     """Whether ``layer`` is ours down to its attention and may be called with left_context_chunks instead of a mask."""
     attention = getattr(layer, "self_attn_weights", None)
-    return (
-        type(layer) is ZipformerEncoderLayer
-        and type(attention) is RelPositionMultiheadAttentionWeights
-        and not any("forward" in vars(module) for module in (layer, attention))
-        and not any_hooked((layer, attention))
-    )
+    if (
+        type(layer) is not ZipformerEncoderLayer
+        or type(attention) is not RelPositionMultiheadAttentionWeights
+    ):
+        return False
+    changed = any("forward" in vars(module) for module in (layer, attention))
+    return not changed and not any_hooked((layer, attention))
 
 
 def _is_long(layer, src):
-    """Whether the weights of this call are better computed by their consumers than kept."""
-    attention = layer.self_attn_weights
-    if type(attention) is not RelPositionMultiheadAttentionWeights:
+    """Whether the weights of this call are better computed by their consumers than kept. The layer's attention modules
+    must all run our code, their own or bound to them.
+    """
+    if torch.compiler.is_compiling() or src.ndim != 3:
+        return False
+    attention, nonlin_attention = layer.self_attn_weights, layer.nonlin_attention
+    if not runs(attention, RelPositionMultiheadAttentionWeights.forward):
         return False
     frames, batch, _ = src.shape
     size = attention.num_heads * batch * frames * frames * src.element_size()
     if size <= min(MOST_WEIGHT_BYTES, MOST_WEIGHT_BYTES_WITH_GRADIENTS):
         return False
-    consumers = layer.nonlin_attention, layer.self_attn1, layer.self_attn2
-    if any_hooked((attention, *consumers)):
+    consumers = layer.self_attn1, layer.self_attn2
+    ours = runs(nonlin_attention, NonlinAttention.forward) and all(
+        runs(consumer, SelfAttention.forward) for consumer in consumers
+    )
+    if not ours or any_hooked((attention, nonlin_attention, *consumers)):
         return False
     if is_plain_inference(layer, src, attention.in_proj.weight, 3):
         return size > MOST_WEIGHT_BYTES
@@ -266,7 +277,6 @@ def _is_long(layer, src):
         and torch.is_grad_enabled()
         and (src.requires_grad or attention.in_proj.weight.requires_grad)
         and attention.dropout == 0.0
-        and not torch.compiler.is_compiling()
     )
 
 

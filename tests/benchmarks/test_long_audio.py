@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report on long recordings, in miniature."""
+
+import pytest
+
+from fastasr.benchmarks import long_audio, rows
+
+
+def test_memory_grows_with_the_length(tmp_path, capsys):
+    """A tiny encoder: weights of time by time would make the longer one's memory grow sixteen times."""
+    pytest.importorskip("matplotlib")
+    table, picture = tmp_path / "rows.jsonl", tmp_path / "long.png"
+    arguments = ["--size", "tiny", "--results", str(table), "--out", str(picture)]
+    assert long_audio.main([*arguments, "--minutes", "0.5", "2"]) == 0
+    assert "2 min:" in capsys.readouterr().out
+    found = rows.read(table)
+    assert [row.shape for row in found] == ["1x3000x80", "1x12000x80"]
+    assert all(row.peak_bytes > 0 for row in found)
+    assert long_audio.growth(found) < 1.5
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert long_audio.main([*arguments, "--minutes"]) == 0  # the picture again, from the rows
+    assert long_audio.main(["--results", str(tmp_path / "none"), "--out", str(picture), "--minutes"]) == 1
+
+
+def test_a_failed_process_says_why():
+    with pytest.raises(RuntimeError, match="long_audio: 0 minutes: "):
+        long_audio.measure("tiny", 0.0)
