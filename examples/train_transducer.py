@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a small streaming Zipformer transducer with CTC from scratch, on Debian's telephone prompts.
 
-    python examples/train_transducer.py --out exp --steps 1500       # again: goes on where it was killed
-    python examples/train_transducer.py --out exp-eager --steps 1500 --backend eager
-    python examples/train_transducer.py --out exp-upstream --steps 1500 --upstream [--no-swap]
-    torchrun --nproc-per-node 2 examples/train_transducer.py --out exp --steps 1500 [--parallel fsdp]
+    python examples/train_transducer.py --out exp --steps 6000       # again: goes on where it was killed
+    python examples/train_transducer.py --out exp-eager --steps 6000 --backend eager
+    python examples/train_transducer.py --out exp-upstream --steps 6000 --upstream [--no-swap]
+    torchrun --nproc-per-node 2 examples/train_transducer.py --out exp --steps 6000 [--parallel fsdp]
     python examples/train_transducer.py --plot curves.png exp/log.csv exp-eager/log.csv
 
 Writes to --out: last.pt (checkpoint with the averaged model), log.csv (a row per step), tokens.txt, report.json
@@ -20,15 +20,15 @@ from pathlib import Path
 def parser():
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     made.add_argument("--out", type=Path, default=Path("exp"), help="the run (default: %(default)s)")
-    made.add_argument("--steps", type=int, default=1500)
+    made.add_argument("--steps", type=int, default=6000)
     made.add_argument("--size", default="small", choices=("small", "tiny"))
     made.add_argument("--units", default="char", help='"char" or "bpe:N" (default: %(default)s)')
-    made.add_argument("--max-duration", type=float, default=60.0, help="seconds of a batch, padding included")
+    made.add_argument("--max-duration", type=float, default=15.0, help="seconds of a batch, padding included")
     made.add_argument("--base-lr", type=float, default=0.045)
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--warmup", type=int, default=100, help="steps (default: %(default)s)")
     made.add_argument(
-        "--schedule-speed", type=float, default=8.0, help="of dropout and skipping, in steps' worth"
+        "--schedule-speed", type=float, default=40.0, help="of dropout and skipping, in steps' worth"
     )
     made.add_argument("--average-over", type=int, default=400, help="steps of the averaged model")
     made.add_argument("--checkpoint-every", type=int, default=1, help="steps (default: %(default)s)")
@@ -38,6 +38,7 @@ def parser():
     made.add_argument("--no-swap", action="store_true", help="with --upstream: as shipped, fast_rnnt as k2")
     made.add_argument("--plain", action="store_true", help="no dropout, skipping, balancers: to compare runs")
     made.add_argument("--no-augment", action="store_true", help="no SpecAugment, one speed")
+    made.add_argument("--mask-after", type=int, default=500, help="steps before SpecAugment begins")
     made.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     made.add_argument("--device", default=None, help="cpu or cuda (default: what there is)")
     made.add_argument("--parallel", default="ddp", choices=("ddp", "fsdp"), help="under torchrun")

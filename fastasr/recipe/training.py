@@ -34,17 +34,18 @@ class Options:
     out: Path
     steps: int = 1000
     size: str = "small"
-    max_duration: float = 60.0  # seconds of a batch, padding included
+    max_duration: float = 15.0  # seconds of a batch, padding included
     seed: int = 1
     base_lr: float = 0.045
-    lr_batches: float = 1000.0
+    lr_batches: float = 2000.0
     lr_epochs: float = 30.0
     warmup: int = 100  # steps until the pruned loss counts in full and the learning rate is reached
-    schedule_speed: float = 8.0  # the modules' schedules are of 20000 batches
+    schedule_speed: float = 40.0  # the modules' schedules are of 20000 batches
     average_over: int = 400  # steps that the averaged model is of
     checkpoint_every: int = 1
     evaluate_every: int = 0  # steps; 0: at the end
     augment: bool = True
+    mask_after: int = 500  # steps: SpecAugment begins when there is something to hide
     plain: bool = False  # without regularisers
     bf16: bool = False
     backend: str = ""  # of fastasr's kernels; "" is automatic
@@ -239,7 +240,7 @@ class Trainer:
         augmented = []
         for index in own:
             features = self._features(index).clone()
-            if self.options.augment:
+            if self.options.augment and self.progress.step >= self.options.mask_after:
                 draw = self._draw(f"{index} mask")
                 batches.spec_augment(features[None], torch.tensor([len(features)]), draw)
             augmented.append(features)

@@ -12,7 +12,7 @@ import torch.multiprocessing
 
 from fastasr.recipe import checkpoints, parallel, recogniser, sizes, training
 
-TINY = {"size": "tiny", "max_duration": 8.0, "warmup": 5, "lr_batches": 300.0}
+TINY = {"size": "tiny", "max_duration": 8.0, "warmup": 5, "lr_batches": 300.0, "mask_after": 2}
 
 
 def _trainer(out, speech_sets, world=None, **options):
