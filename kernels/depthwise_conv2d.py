@@ -117,7 +117,9 @@ def weight_gradient_kernel(
     part = rest // groups // taps_t
     in_row = c < C
     total = tl.zeros([TAPS, BLOCK_S, BLOCK_C], tl.float32)
-    sums = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    # in float64, by few programs: bias gradients of few pixels would be less exact than eager's
+    sums = tl.zeros([BLOCK_S, BLOCK_C], tl.float64)
+    adds_bias = (i == 0) & (rest % groups == 0)
     start = part * rows_per_part
     end = tl.minimum(start + rows_per_part, rows)
     while start < end:
@@ -136,13 +138,14 @@ def weight_gradient_kernel(
             other=0.0,
         )
         total += x.to(tl.float32) * g[None, :, :]
-        sums += g
+        if adds_bias:
+            sums += g.to(tl.float64)
         start += BLOCK_S
     at = PARTS + part.to(tl.int64) * (taps_t * taps_f + 1) * C + c
     keep = (j < taps_f)[:, None] & in_row[None, :]
     tl.store(at[None, :] + (i * taps_f + j)[:, None] * C, tl.sum(total, axis=1), mask=keep)
-    if (i == 0) & (rest % groups == 0):
-        tl.store(at + taps_t * taps_f * C, tl.sum(sums, axis=0), mask=in_row)
+    if adds_bias:
+        tl.store(at + taps_t * taps_f * C, tl.sum(sums, axis=0).to(tl.float32), mask=in_row)
 
 
 @triton.jit(do_not_specialize=["parts"])

@@ -75,10 +75,12 @@ void values(const DepthwiseSizes& s) {
               dw[size_t(w)].add(g * value(k.x[x]));
             }
         }
+  // y and dx are one chain of products, without fused multiply-adds on some machines
+  const long double chain = 4 + static_cast<long double>(s.taps()) / 8;
   const auto check = [&](const char* name, Buffer<T>& got, const std::vector<Sum>& expected) {
     CHECK(got.intact(), "%s %s: wrote outside", Type<T>::name, name);
     for (int64_t i = 0; i < got.size(); i++)
-      CHECK(close(got[i], expected[size_t(i)].value, 4 * expected[size_t(i)].size),
+      CHECK(close(got[i], expected[size_t(i)].value, chain * expected[size_t(i)].size),
             "%s %s[%ld], B=%ld T=%ld F=%ld C=%ld taps %ldx%ld pads %ld, %ld: expected %.9Lg, got %.9g", Type<T>::name,
             name, long(i), long(s.batch), long(s.frames), long(s.width), long(s.channels), long(s.taps_t),
             long(s.taps_f), long(s.pad_t), long(s.pad_f), expected[size_t(i)].value, value(got[i]));

@@ -64,7 +64,7 @@ TABLE = OpTable(
         Sample("one tap", lambda m: _maps(m, (2, 9, 5, 18), (1, 1), (0, 0))),
         Sample("even taps", lambda m: _maps(m, (2, 5, 6, 8), (2, 4), (1, 2))),
         Sample("padding as wide as the taps", lambda m: _maps(m, (2, 4, 5, 8), (3, 4), (2, 3))),
-        Sample("one channel", lambda m: _maps(m, (2, 7, 5, 1), (3, 3), (1, 1))),
+        Sample("one channel", lambda m: _maps(m, (2, 12, 7, 1), (5, 3), (2, 1))),
         Sample("no sequences", lambda m: _maps(m, (0, 9, 5, 8))),
         Sample("no channels", lambda m: _maps(m, (2, 9, 5, 0))),
         Sample("infinity in one pixel", lambda m: _one_bad_pixel(m, float("inf")), exact=False),
