@@ -38,6 +38,7 @@ from fastasr.benchmarks.ops import (
     depthwise_conv2d,
     ema_scan,
     gated_depthwise_conv,
+    rel_position_attention,
     rel_position_attention_weights,
     residual_norm,
     rnnt_joiner,
@@ -70,7 +71,8 @@ def training_cases() -> list[Case]:
         cases.append(ema_scan._case(length, states, sequences))
     cases.append(complex_ema_scan._case(2048))
     cases += [*residual_norm.CASES, *toeplitz_attention.CASES]  # of a MEGA decoder
-    cases += [rel_position_attention_weights._case(*size) for size in ((frames, batch, 4), (188, batch, 8))]
+    for attention in (rel_position_attention_weights, rel_position_attention):
+        cases += [attention._case(*size) for size in ((frames, batch, 4), (188, batch, 8))]
     cases += rnnt_joiner.CASES[::2]
     cases += [*rnnt_lattice.CASES[:3], rnnt_pruned_lattice.CASES[0]]
     cases.append(depthwise_conv2d._case((batch, frames, 19, 128), (7, 7)))  # a front end
@@ -326,6 +328,10 @@ def launch_relative_attention() -> None:
             ):
                 leaves = [t.detach().requires_grad_() for t in (x, pos)]
                 ops.rel_position_attention_weights(*leaves, 3, dim, **options, **masks).sum().backward()
+                value = make(keys, 2, 2 * 20).requires_grad_()
+                masks = {name: mask for name, mask in masks.items() if "score" not in name}
+                y = ops.rel_position_attention(*leaves, value, 3, dim, value_heads=2, **options, **masks)
+                y.sum().backward()
 
 
 def launch_ema_scan() -> None:

@@ -328,32 +328,39 @@ def seeing(first_key, count, frames, left, chunk, left_chunks):
     return tl.minimum(first, frames), end
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["X"])
+@triton.jit(do_not_specialize=[*SIZES, "first", "rows", "base"], do_not_specialize_on_alignment=["X"])
 def positions_kernel(
-    DS, X, PARTS, frames, keys, batch, blocks, heads, offsets, ds_row, x_time, x_batch,
-    DIM: tl.constexpr, POS_DIM: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    DS, X, PARTS, frames, keys, first, rows, base, batch, blocks, heads, offsets, ds_row, x_time, x_batch,
+    DIM: tl.constexpr, POS_DIM: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """sum_i dS[i, i - (T - 1) + r] p[i] of a block of offsets r: PARTS is (batch, offsets, heads POS_DIM)."""
+    """sum_i dS[i, i - (T - 1) + r] p[i] of a block of offsets r from ``base`` on, over the rows [first, first + rows),
+    which DS holds: PARTS is (batch, offsets, heads POS_DIM). ADD: to what is there."""
     head, sequence, block = place(tl.program_id(0), blocks, batch)
-    r = block * BLOCK_O + tl.arange(0, BLOCK_O)
+    r = base + block * BLOCK_O + tl.arange(0, BLOCK_O)
     c = tl.arange(0, BLOCK_P)
-    X += sequence * x_batch + 2 * heads * DIM + head * POS_DIM
-    DS += (head * batch + sequence) * frames * ds_row
-    low = frames - 1 - block * BLOCK_O  # the query whose key 0 the first offset is
+    X += sequence * x_batch + first.to(tl.int64) * x_time + 2 * heads * DIM + head * POS_DIM
+    DS += (head * batch + sequence) * rows * ds_row
+    shift = frames - 1 - first  # row i and offset r are key r - shift + i
+    low = shift - base - block * BLOCK_O  # the row whose key 0 the first offset is
     begin = tl.maximum(low - (BLOCK_O - 1), 0)
-    end = tl.minimum(low + keys, frames)
+    end = tl.minimum(low + keys, rows)
     dr = tl.zeros([BLOCK_O, BLOCK_P], tl.float32)
     for start in range(begin, end, BLOCK_M):
         i = start + tl.arange(0, BLOCK_M)
-        keep_i = i < frames
-        j = (r - (frames - 1))[:, None] + i[None, :]  # [BLOCK_O, BLOCK_M]
+        keep_i = i < rows
+        j = (r - shift)[:, None] + i[None, :]  # [BLOCK_O, BLOCK_M]
         inside = (j >= 0) & (j < keys) & keep_i[None, :]
         ds = tl.load(DS + i.to(tl.int64)[None, :] * ds_row + j, mask=inside, other=0.0)
         p = load_rows(X, i, x_time, c, keep_i, POS_DIM)  # [BLOCK_M, BLOCK_P]
         dr = tl.dot(ds, p, dr, input_precision="ieee")
     out = PARTS + sequence * offsets * heads * POS_DIM + r.to(tl.int64)[:, None] * (heads * POS_DIM)
     out += head * POS_DIM + c[None, :]
-    tl.store(out, dr.to(PARTS.dtype.element_ty), mask=(r < offsets)[:, None] & (c < POS_DIM)[None, :])
+    whole = (r < offsets)[:, None] & (c < POS_DIM)[None, :]
+    dr = dr.to(PARTS.dtype.element_ty)
+    if ADD:
+        dr += tl.load(out, mask=whole, other=0.0)
+    tl.store(out, dr, mask=whole)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -506,8 +513,8 @@ def position_gradients(
     parts = torch.empty(o.batch, o.offsets, o.heads * o.pos_dim, dtype=parts_dtype, device=x.device)
     blocks = triton.cdiv(o.offsets, tile["BLOCK_O"])
     positions_kernel[(o.pairs * blocks,)](
-        ds, x, parts, o.frames, o.keys, o.batch, blocks, o.heads, o.offsets, row, x.stride(0), x.stride(1),
-        DIM=o.dim, POS_DIM=o.pos_dim, **tile,
+        ds, x, parts, o.frames, o.keys, 0, o.frames, 0, o.batch, blocks, o.heads, o.offsets, row,
+        x.stride(0), x.stride(1), DIM=o.dim, POS_DIM=o.pos_dim, ADD=False, **tile,
     )  # fmt: skip
     if not shared:
         return parts

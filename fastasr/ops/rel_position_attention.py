@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 
 from fastasr.ops import _check
-from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served
+from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served, triton_kernels
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 from fastasr.ops.rel_position_attention_weights import check_arguments
 from fastasr.ops.rel_position_attention_weights import definition as weights_definition
@@ -56,7 +56,7 @@ def weighted(weights: Tensor, value: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------- kernels
-FAMILY = KernelFamily(NAME, (NAME,), (native_kernels(NAME),))
+FAMILY = KernelFamily(NAME, (NAME,), (native_kernels(NAME), triton_kernels(NAME)))
 
 
 def _by_position(

@@ -67,6 +67,7 @@ def configurations() -> list[Configuration]:
         *_gated_depthwise_conv(),
         *_toeplitz_attention(),
         *_rel_position_attention_weights(),
+        *_rel_position_attention(),
         *_rnnt_joiner(),
         *_rnnt_lattice(),
         *_rnnt_pruned_lattice(),
@@ -399,6 +400,49 @@ def _rel_position_attention_weights():
         yield Configuration(
             name, module.add_parts_kernel, types, constants, module.PARTS["num_warps"], ("size",)
         )
+
+
+def _rel_position_attention():
+    from fastasr.kernels import rel_position_attention as module
+
+    like = ("X", "K", "R", "V", "G", "Y", "DX", "DS", "DK", "DV")
+    wide = dict.fromkeys(("MAXIMUM", "INVERSE", "DELTA"), "fp32")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    strides = [f"{name}_{of}" for name in ("x", "k", "v") for of in ("time", "batch")] + ["ds_row"]
+    masked = {"PADDING": "u8", "MASK": "u8"}
+
+    def configuration(
+        name: str, label: str, dtype: str, dim: int = 32, pos_dim: int = 4, value_dim: int = 12
+    ):
+        options = dict(module.tiles(dim, pos_dim, value_dim, dtypes[dtype], "mask" in label)[name])
+        warps, stages = options.pop("num_warps"), options.pop("num_stages")
+        packed = pos_dim == 4 and dtype != "fp32"
+        fixed = {
+            "DIM": dim,
+            "POS_DIM": pos_dim,
+            "VALUE_DIM": value_dim,
+            "PACKED": packed,
+            "WIDE_POS": pos_dim,
+        }
+        fixed |= {"WINDOW": "chunks" in label} | ({} if "mask" in label else dict.fromkeys(masked))
+        return Configuration(
+            f"rel_position_attention {name}{label and ', ' + label}, {dtype}",
+            getattr(module, f"{name}_kernel"),
+            dict.fromkeys(like, dtype) | wide | masked | ({"R": "i64"} if packed else {}),
+            fixed | options,
+            warps,
+            strides,
+            stages=stages,
+        )
+
+    for dtype in dtypes:
+        for name in ("forward", "queries", "keys"):
+            yield configuration(name, "", dtype)
+            if dtype == "fp16":
+                continue
+            yield configuration(name, "chunks, padding, mask", dtype)
+            yield configuration(name, "V=144", dtype, value_dim=144)
+            yield configuration(name, "odd sizes", dtype, 40, 6, 20)
 
 
 def _rnnt_joiner():

@@ -35,13 +35,25 @@ def _valued(make: Make, arguments: dict, heads: int | None = None, dim: int = 3)
 _VALUE_DIM = {"wide heads": 12, "stack 3": 12}
 
 
+# Interpreted with small tiles in tests/kernels/interpreter instead, in a tenth of the time.
+_KERNEL_TESTED = (
+    "chunks",
+    "chunks, all before",
+    "chunks, padding and a mask of each sequence",
+    "chunks and a cache",
+    "no positions",
+    "odd sizes",
+    "large scores",
+)
+
+
 def _sample(sample: Sample) -> Sample:
     return Sample(
         sample.name,
         lambda m: _valued(m, sample.arguments(m), dim=_VALUE_DIM.get(sample.name, 3)),
         exact=sample.exact,
         thorough=sample.thorough,
-        large=sample.large,
+        large=sample.large or sample.name in _KERNEL_TESTED,
     )
 
 
@@ -91,10 +103,12 @@ TABLE = OpTable(
                 None,
                 4,
             ),
+            large=True,
         ),
         Sample(
             "several blocks of keys, chunks",
             lambda m: _valued(m, weights._call(m, 700, 1, 1, 8, 4, chunk_size=32, left_context_chunks=3)),
+            large=True,
         ),
     ),
     invalid=(

@@ -1,0 +1,505 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values weighted by attention with relative positions; neither weights nor scores reach memory.
+
+    s[i, j] = q[i] . k[j] + p[i] . R[T - 1 - i + j], masked scores -1000, W = softmax_j(s), y = W v
+    With G = dy: dv = W^T G, dW = G v^T, delta = sum_j W dW, dS = W (dW - delta), 0 where masked; then dq, dk, dp and dR
+    as in rel_position_attention_weights.py
+
+Per score, with d channels of q, P of p, V of v:
+
+    kernel      program                               FLOPs
+    forward     BLOCK_M queries x columns of v        2 (d + P + columns), a running maximum
+    queries     BLOCK_M queries x channels of q       4 (d + P + V) + 2 (channels + P); twice over the keys
+    keys        BLOCK_N keys x channels of k and v    2 (d + P + V + channels + columns)
+    positions   BLOCK_O offsets                       2 P; diagonals of a piece of dS read as columns
+
+The forward pass keeps nothing: ``queries`` finds maximum, sum and delta of each row in one sweep, and leaves them for
+``keys``. It works on as many rows at a time as dS of them fits PIECE_BYTES (one block of queries at least), each piece
+followed by its diagonals: memory is O(T), and dR is summed in the order of the pieces. Keys outside the chunk window of
+a block are not looked at, unless a row sees nothing above -896, where the masked keys would weigh more than 0. What a
+program does depends on the shape alone: results repeat bit for bit, without atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastasr.kernels.activation import exp_nonpositive
+from fastasr.kernels.attention_tiles import NONE, load_rows, products, running, sums
+from fastasr.kernels.rel_position_attention_weights import (
+    PARTS,
+    SIZES,
+    UNALIGNED,
+    _bytes,
+    _mask_batch,
+    _rows,
+    add_parts_kernel,
+    add_positions,
+    positions_kernel,
+)
+from fastasr.kernels.rel_position_tiles import (
+    ALONE,
+    head_block,
+    load_positions,
+    masked,
+    operands,
+    place,
+    scores_of,
+    window,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PIECE_BYTES = 64 << 20
+
+
+# --------------------------------------------------------------------------- forward
+@triton.jit
+def _weighted(
+    query, Q, P, K, R, PADDING, MASK, V, i, p0, p1, p2, p3, first_seen, end_seen, begin, end, c,
+    frames, keys, offsets, q_time, k_time, v_time,
+    DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """(maximum, sum of exponentials, their products with v) of the keys [begin, end)."""
+    SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
+    maximum = tl.full([BLOCK_M], NONE, tl.float32)
+    total = tl.zeros([BLOCK_M], SUM)
+    y = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        scores = scores_of(
+            query, Q, P, K, R, PADDING, MASK, i, j, p0, p1, p2, p3, first_seen, end_seen,
+            frames, keys, offsets, q_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        maximum, factor, e = running(maximum, scores, PRECISE)
+        total = total * factor + sums(e, 1, PRECISE)
+        value = load_rows(V, j, v_time, c, j < keys, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
+        y = tl.dot(e.to(value.dtype), value, y * factor[:, None], input_precision="ieee")
+    return maximum, total, y
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+def forward_kernel(
+    X, K, R, PADDING, MASK, V, Y,
+    frames, keys, left, batch, blocks, heads, offsets, chunk, left_chunks,
+    x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch,
+    DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """y of a block of queries and of columns."""
+    PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
+    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    keep_i = i < frames
+    Q = X + sequence * x_batch + head * DIM
+    P = X + sequence * x_batch + 2 * heads * DIM + head * POS_DIM + i.to(tl.int64) * x_time
+    K += sequence * k_batch + head * DIM
+    V += sequence * v_batch + head * VALUE_DIM
+    if POS_DIM > 0:
+        R += sequence * r_batch + head * offsets * (1 if PACKED else POS_DIM)
+    if PADDING is not None:
+        PADDING += sequence * keys
+    if MASK is not None:
+        MASK += sequence * mask_batch
+    query = tl.zeros([BLOCK_M, BLOCK_D], X.dtype.element_ty)
+    if DIM <= BLOCK_D:
+        query = load_rows(Q, i, x_time, tl.arange(0, BLOCK_D), keep_i, DIM)
+    p0, p1, p2, p3 = load_positions(P, keep_i, PACKED)
+    first_seen, end_seen = i, i
+    begin, end = 0, keys
+    if WINDOW:
+        first_seen, end_seen = window(i, frames, left, keys, chunk, left_chunks)
+        begin = tl.min(first_seen) // BLOCK_N * BLOCK_N
+        end = tl.max(end_seen)
+    maximum, total, y = _weighted(
+        query, Q, P, K, R, PADDING, MASK, V, i, p0, p1, p2, p3, first_seen, end_seen, begin, end, c,
+        frames, keys, offsets, x_time, k_time, v_time,
+        DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
+    )  # fmt: skip
+    if WINDOW:  # noqa: SIM102, the inner condition is known on the device alone
+        if tl.min(tl.where(keep_i, maximum, 0.0)) <= ALONE:  # masked keys weigh something: all are needed
+            maximum, total, y = _weighted(
+                query, Q, P, K, R, PADDING, MASK, V, i, p0, p1, p2, p3, first_seen, end_seen, 0, keys, c,
+                frames, keys, offsets, x_time, k_time, v_time,
+                DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
+            )  # fmt: skip
+    y = y * tl.div_rn(1.0, total.to(tl.float32))[:, None]
+    out = Y + sequence * v_batch + head * VALUE_DIM + i.to(tl.int64)[:, None] * v_time + c[None, :]
+    tl.store(out, y.to(Y.dtype.element_ty), mask=keep_i[:, None] & (c < VALUE_DIM)[None, :])
+
+
+# --------------------------------------------------------------------------- backward
+@triton.jit
+def slopes_of(
+    g, G, V, i, j, keep_i, keep_j, v_time,
+    VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dW of queries i and keys j; ``g`` holds the rows of G if they fit a block."""
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if VALUE_DIM <= BLOCK_V:
+        value = load_rows(V, j, v_time, tl.arange(0, BLOCK_V), keep_j, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
+        total = tl.dot(g, tl.trans(value), total, input_precision="ieee")
+    else:
+        total = products(total, G, i, v_time, keep_i, V, j, v_time, keep_j, VALUE_DIM, BLOCK_V)
+    return total
+
+
+@triton.jit
+def _statistics(
+    query, Q, P, K, R, PADDING, MASK, g, G, V, i, p0, p1, p2, p3, first_seen, end_seen, begin, end,
+    frames, keys, offsets, q_time, k_time, v_time,
+    DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """(maximum, sum of exponentials e, sum of e dW) of the keys [begin, end)."""
+    SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
+    maximum = tl.full([BLOCK_M], NONE, tl.float32)
+    total = tl.zeros([BLOCK_M], SUM)
+    along = tl.zeros([BLOCK_M], SUM)
+    for start in range(begin, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        scores = scores_of(
+            query, Q, P, K, R, PADDING, MASK, i, j, p0, p1, p2, p3, first_seen, end_seen,
+            frames, keys, offsets, q_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        slope = slopes_of(g, G, V, i, j, i < frames, j < keys, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V)
+        maximum, factor, e = running(maximum, scores, PRECISE)
+        total = total * factor + sums(e, 1, PRECISE)
+        along = along * factor + sums(e * slope, 1, PRECISE)
+    return maximum, total, along
+
+
+@triton.jit(do_not_specialize=[*SIZES, "first", "rows"], do_not_specialize_on_alignment=[*UNALIGNED, "DX"])
+def queries_kernel(
+    G, X, K, R, PADDING, MASK, V, DX, DS, MAXIMUM, INVERSE, DELTA,
+    frames, keys, left, first, rows, batch, blocks, heads, offsets, chunk, left_chunks,
+    x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch, ds_row,
+    DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
+    WIDE_POS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """dq of a block of the queries [first, first + rows) and of channels; programs of the first block of channels also
+    store maximum, 1 / sum and delta of the rows, dS where DS is not None, and dp."""
+    PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
+    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    local = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = first + local
+    keep_i = local < rows
+    once = tl.program_id(1) == 0
+    Q = X + sequence * x_batch + head * DIM
+    P = X + sequence * x_batch + 2 * heads * DIM + head * POS_DIM + i.to(tl.int64) * x_time
+    K += sequence * k_batch + head * DIM
+    G += sequence * v_batch + head * VALUE_DIM
+    V += sequence * v_batch + head * VALUE_DIM
+    if POS_DIM > 0:
+        R += sequence * r_batch + head * offsets * (1 if PACKED else POS_DIM)
+    if PADDING is not None:
+        PADDING += sequence * keys
+    if MASK is not None:
+        MASK += sequence * mask_batch
+    query = tl.zeros([BLOCK_M, BLOCK_D], X.dtype.element_ty)
+    if DIM <= BLOCK_D:
+        query = load_rows(Q, i, x_time, tl.arange(0, BLOCK_D), keep_i, DIM)
+    g = tl.zeros([BLOCK_M, BLOCK_V], X.dtype.element_ty)
+    if VALUE_DIM <= BLOCK_V:
+        g = load_rows(G, i, v_time, tl.arange(0, BLOCK_V), keep_i, VALUE_DIM)
+    p0, p1, p2, p3 = load_positions(P, keep_i, PACKED)
+    first_seen, end_seen = i, i
+    begin, end = 0, keys
+    if WINDOW:
+        first_seen, end_seen = window(i, frames, left, keys, chunk, left_chunks)
+        begin = tl.min(first_seen) // BLOCK_N * BLOCK_N
+        end = tl.max(end_seen)
+    maximum, total, along = _statistics(
+        query, Q, P, K, R, PADDING, MASK, g, G, V, i, p0, p1, p2, p3, first_seen, end_seen, begin, end,
+        frames, keys, offsets, x_time, k_time, v_time,
+        DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
+    )  # fmt: skip
+    if WINDOW:  # noqa: SIM102, the inner condition is known on the device alone
+        if tl.min(tl.where(keep_i, maximum, 0.0)) <= ALONE:  # masked keys weigh something: all are needed
+            begin, end = begin * 0, keys
+            maximum, total, along = _statistics(
+                query, Q, P, K, R, PADDING, MASK, g, G, V, i, p0, p1, p2, p3, first_seen, end_seen, begin, end,
+                frames, keys, offsets, x_time, k_time, v_time,
+                DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
+            )  # fmt: skip
+    delta = (along / total).to(tl.float32)
+    inverse = tl.div_rn(1.0, total.to(tl.float32))
+    row = (head * batch + sequence) * frames + i
+    tl.store(MAXIMUM + row, maximum, mask=keep_i & once)
+    tl.store(INVERSE + row, inverse, mask=keep_i & once)
+    tl.store(DELTA + row, delta, mask=keep_i & once)
+
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dp = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+    if DS is not None:
+        DS += ((head * batch + sequence) * rows + local)[:, None] * ds_row
+    for start in range(begin, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        keep_j = j < keys
+        scores = scores_of(
+            query, Q, P, K, R, PADDING, MASK, i, j, p0, p1, p2, p3, first_seen, end_seen,
+            frames, keys, offsets, x_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        slope = slopes_of(g, G, V, i, j, keep_i, keep_j, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V)
+        w = exp_nonpositive(scores - maximum[:, None], PRECISE) * inverse[:, None]
+        ds = masked(
+            w * (slope - delta[:, None]), 0.0, PADDING, MASK, i[:, None], j[None, :], frames, keys,
+            first_seen[:, None], end_seen[:, None], WINDOW,
+        )  # fmt: skip
+        key = load_rows(K, j, k_time, d, keep_j, DIM)  # [BLOCK_N, BLOCK_D]
+        narrow = ds.to(key.dtype)
+        dq = tl.dot(narrow, key, dq, input_precision="ieee")
+        if POS_DIM > 0:
+            at = (frames - 1 - tl.minimum(i, frames - 1))[:, None] + tl.minimum(j, keys - 1)[None, :]
+            dp = add_positions(dp, ds, R, at, offsets, BLOCK_M, BLOCK_P, POS_DIM, PACKED, X.dtype.element_ty)
+        if DS is not None:
+            tl.store(DS + j[None, :], narrow, mask=keep_i[:, None] & (j < ds_row)[None, :] & once)
+    if WINDOW and DS is not None:
+        zeros = tl.zeros([BLOCK_M, BLOCK_N], DS.dtype.element_ty)
+        for start in range(0, begin, BLOCK_N):
+            tl.store(DS + (start + tl.arange(0, BLOCK_N))[None, :], zeros, mask=keep_i[:, None] & once)
+        for start in range(tl.cdiv(end, BLOCK_N) * BLOCK_N, ds_row, BLOCK_N):
+            j = start + tl.arange(0, BLOCK_N)[None, :]
+            tl.store(DS + j, zeros, mask=keep_i[:, None] & (j < ds_row) & once)
+    DX += sequence * x_batch + i.to(tl.int64)[:, None] * x_time
+    tl.store(
+        DX + head * DIM + d[None, :], dq.to(DX.dtype.element_ty), mask=keep_i[:, None] & (d < DIM)[None, :]
+    )
+    c = tl.arange(0, BLOCK_P)[None, :]
+    out = DX + 2 * heads * DIM + head * WIDE_POS + c
+    tl.store(out, dp.to(DX.dtype.element_ty), mask=keep_i[:, None] & (c < WIDE_POS) & once)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=[*UNALIGNED, "DK"])
+def keys_kernel(
+    G, X, K, R, PADDING, MASK, V, MAXIMUM, INVERSE, DELTA, DK, DV,
+    frames, keys, left, batch, blocks, heads, offsets, chunk, left_chunks,
+    x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch,
+    DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dS^T q and W^T G of a block of keys and of their channels."""
+    PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
+    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    j = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    keep_j = j < keys
+    Q = X + sequence * x_batch + head * DIM
+    X += sequence * x_batch + 2 * heads * DIM + head * POS_DIM
+    K += sequence * k_batch + head * DIM
+    G += sequence * v_batch + head * VALUE_DIM
+    V += sequence * v_batch + head * VALUE_DIM
+    row = (head * batch + sequence) * frames
+    if POS_DIM > 0:
+        R += sequence * r_batch + head * offsets * (1 if PACKED else POS_DIM)
+    if PADDING is not None:
+        PADDING += sequence * keys
+    if MASK is not None:
+        MASK += sequence * mask_batch
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for start in range(0, frames, BLOCK_M):
+        i = start + tl.arange(0, BLOCK_M)
+        keep_i = i < frames
+        maximum = tl.load(MAXIMUM + row + i, mask=keep_i, other=0.0)
+        first_seen, end_seen = i, i
+        needed = start >= 0
+        if WINDOW:  # rows that see nothing above -896 give masked keys weight
+            first_seen, end_seen = window(i, frames, left, keys, chunk, left_chunks)
+            inside = (tl.min(first_seen) < (block + 1) * BLOCK_N) & (tl.max(end_seen) > block * BLOCK_N)
+            needed = inside | (tl.min(maximum) <= ALONE)
+        if needed:
+            inverse = tl.load(INVERSE + row + i, mask=keep_i, other=0.0)  # W is 0 behind the last query
+            delta = tl.load(DELTA + row + i, mask=keep_i, other=0.0)
+            P = X + i.to(tl.int64) * x_time
+            query = load_rows(Q, i, x_time, tl.arange(0, BLOCK_D), keep_i, DIM)  # [BLOCK_M, BLOCK_D]
+            g = load_rows(G, i, v_time, tl.arange(0, BLOCK_V), keep_i, VALUE_DIM)  # [BLOCK_M, BLOCK_V]
+            p0, p1, p2, p3 = load_positions(P, keep_i, PACKED)
+            scores = scores_of(
+                query, Q, P, K, R, PADDING, MASK, i, j, p0, p1, p2, p3, first_seen, end_seen,
+                frames, keys, offsets, x_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            slope = slopes_of(g, G, V, i, j, keep_i, keep_j, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V)
+            x = tl.where(keep_i[:, None], scores - maximum[:, None], NONE)
+            w = exp_nonpositive(x, PRECISE) * inverse[:, None]
+            ds = masked(
+                w * (slope - delta[:, None]), 0.0, PADDING, MASK, i[:, None], j[None, :], frames, keys,
+                first_seen[:, None], end_seen[:, None], WINDOW,
+            )  # fmt: skip
+            if DIM > BLOCK_D:
+                query = load_rows(Q, i, x_time, d, keep_i, DIM)
+            if VALUE_DIM > BLOCK_V:
+                g = load_rows(G, i, v_time, c, keep_i, VALUE_DIM)
+            dk = tl.dot(tl.trans(ds.to(query.dtype)), query, dk, input_precision="ieee")
+            dv = tl.dot(tl.trans(w.to(g.dtype)), g, dv, input_precision="ieee")
+    out = DK + sequence * k_batch + head * DIM + j.to(tl.int64)[:, None] * k_time + d[None, :]
+    tl.store(out, dk.to(DK.dtype.element_ty), mask=keep_j[:, None] & (d < DIM)[None, :])
+    out = DV + sequence * v_batch + head * VALUE_DIM + j.to(tl.int64)[:, None] * v_time + c[None, :]
+    tl.store(out, dv.to(DV.dtype.element_ty), mask=keep_j[:, None] & (c < VALUE_DIM)[None, :])
+
+
+# --------------------------------------------------------------------------- launchers
+def tiles(
+    dim: int, pos_dim: int, value_dim: int, dtype: torch.dtype, hiding: bool = False
+) -> dict[str, dict]:
+    """Tile shapes, warps and stages by kernel, ``hiding``: with a chunk window or a mask of pairs.
+
+    The largest that do not spill (tests/kernels/budgets.toml). Products of float32 are exact ones, without tensor
+    cores: they want small tiles.
+    """
+    wide = dtype == torch.float32
+    block_p = max(16, triton.next_power_of_2(max(1, pos_dim)))
+    rows = 16 if wide else 64
+    block_d = head_block(dim, dtype)
+    common = {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_D": block_d, "num_warps": 8, "num_stages": 2}
+    if dim > block_d or (not wide and pos_dim not in (0, 4)):  # loops over channels inside the tile
+        common["BLOCK_N"] = 32
+    narrow = {"BLOCK_N": 32} if hiding and not wide else {}
+    columns = max(16, triton.next_power_of_2(max(1, value_dim)))
+    inner = common | {"BLOCK_V": min(32 if wide else 64, columns)}
+    return {
+        "forward": common | narrow | {"BLOCK_V": min(32 if wide else 128, columns)},
+        "queries": inner | {"BLOCK_P": block_p, "BLOCK_N": 32},
+        "keys": inner,
+        "positions": {
+            "BLOCK_O": 64, "BLOCK_M": 32 if wide else 64, "BLOCK_P": block_p, "num_warps": 4, "num_stages": 3
+        },
+    }  # fmt: skip
+
+
+def rel_position_attention_forward(
+    x: torch.Tensor,
+    pos: torch.Tensor | None,
+    value: torch.Tensor,
+    cached_key: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    attn_mask: torch.Tensor | None,
+    heads: int,
+    dim: int,
+    value_heads: int,
+    chunk: int,
+    left_chunks: int,
+) -> torch.Tensor:
+    """y (frames, batch, value_heads * dv). All tensors are contiguous."""
+    frames, batch, _ = x.shape
+    y = x.new_empty(frames, batch, value.shape[2])
+    if not y.numel():
+        return y
+    with torch.cuda.device_of(x):
+        o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
+        value_dim = value.shape[2] // value_heads
+        tile = tiles(dim, o.pos_dim, value_dim, x.dtype, chunk > 0 or attn_mask is not None)["forward"]
+        blocks = triton.cdiv(frames, tile["BLOCK_M"])
+        forward_kernel[(value_heads * batch * blocks, triton.cdiv(value_dim, tile["BLOCK_V"]))](
+            x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), value, y,
+            frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
+            x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), value.stride(0), value.stride(1), o.r_batch,
+            _mask_batch(attn_mask), **o.constants, VALUE_DIM=value_dim, **tile,
+        )  # fmt: skip
+    return y
+
+
+def rel_position_attention_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    pos: torch.Tensor | None,
+    value: torch.Tensor,
+    cached_key: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    attn_mask: torch.Tensor | None,
+    heads: int,
+    dim: int,
+    value_heads: int,
+    chunk: int,
+    left_chunks: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx, dpos, dvalue, dcached_key), without elements where the argument is None. All tensors are contiguous."""
+    frames, batch, width = x.shape
+    none = x.new_empty(0)
+    if not grad.numel():
+        zeros = (none if t is None else torch.zeros_like(t) for t in (x, pos, value, cached_key))
+        return tuple(zeros)
+    with torch.cuda.device_of(x):
+        o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
+        own_pos, value_dim = width // heads - 2 * dim, value.shape[2] // value_heads
+        shapes = tiles(dim, own_pos, value_dim, x.dtype)
+        dx = torch.empty_like(x) if value_heads == heads else torch.zeros_like(x)
+        dvalue = torch.empty_like(value)
+        pairs = value_heads * batch
+        maximum, inverse, delta = (x.new_empty(pairs * frames, dtype=torch.float32) for _ in range(3))
+        strides = (
+            x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), value.stride(0), value.stride(1), o.r_batch,
+            _mask_batch(attn_mask),
+        )  # fmt: skip
+        masks = _bytes(key_padding_mask), _bytes(attn_mask)
+        constants = o.constants | {"VALUE_DIM": value_dim}
+
+        tile = shapes["queries"]
+        columns = triton.cdiv(dim, tile["BLOCK_D"])
+        row = _rows(o.keys)
+        rows = frames
+        if o.pos_dim:
+            step = tile["BLOCK_M"]
+            rows = max(step, PIECE_BYTES // (pairs * row * x.element_size()) // step * step)
+        pieces = _Diagonals(x, o, min(rows, frames), pairs, row, shapes["positions"]) if o.pos_dim else None
+        for first in range(0, frames, rows):
+            count = min(rows, frames - first)
+            blocks = triton.cdiv(count, tile["BLOCK_M"])
+            queries_kernel[(pairs * blocks, columns)](
+                grad, x, o.key, o.r, *masks, value, dx, pieces.ds if pieces else None, maximum, inverse, delta,
+                frames, o.keys, o.left, first, count, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
+                *strides, row, **constants, WIDE_POS=own_pos, **tile,
+            )  # fmt: skip
+            if pieces:
+                pieces.add(first, count)
+
+        tile = shapes["keys"]
+        dkey = dx[..., heads * dim : 2 * heads * dim]
+        if o.left:
+            dkey = torch.empty_like(o.key) if value_heads == heads else torch.zeros_like(o.key)
+        blocks = triton.cdiv(o.keys, tile["BLOCK_N"])
+        columns = max(columns, triton.cdiv(value_dim, tile["BLOCK_V"]))
+        keys_kernel[(pairs * blocks, columns)](
+            grad, x, o.key, o.r, *masks, value, maximum, inverse, delta, dkey, dvalue,
+            frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
+            *strides, **constants, **tile,
+        )  # fmt: skip
+        dcached = none if cached_key is None else torch.zeros_like(cached_key)
+        if o.left:
+            dcached.copy_(dkey[: o.left])
+            dx[..., heads * dim : 2 * heads * dim].copy_(dkey[o.left :])
+        dpos = none if pos is None else torch.zeros_like(pos)
+        if pieces:
+            dpos = pieces.total(pos.shape[0])
+    return dx, dpos, dvalue, dcached
+
+
+class _Diagonals:
+    """dR from dS, a piece of its rows after the other."""
+
+    def __init__(self, x: torch.Tensor, o, rows: int, pairs: int, row: int, tile: dict):
+        self.x, self.o, self.pairs, self.row, self.tile = x, o, pairs, row, tile
+        self.ds = x.new_empty(pairs * rows * row)
+        dtype = torch.float64 if x.dtype == torch.float32 else torch.float32
+        self.parts = torch.zeros(o.batch, o.offsets, o.heads * o.pos_dim, dtype=dtype, device=x.device)
+
+    def add(self, first: int, rows: int) -> None:
+        o, x = self.o, self.x
+        blocks = triton.cdiv(rows + o.keys - 1, self.tile["BLOCK_O"])  # offsets that meet these rows
+        positions_kernel[(self.pairs * blocks,)](
+            self.ds, x, self.parts, o.frames, o.keys, first, rows, o.frames - first - rows, o.batch, blocks, o.heads,
+            o.offsets, self.row, x.stride(0), x.stride(1), DIM=o.dim, POS_DIM=o.pos_dim, ADD=True, **self.tile,
+        )  # fmt: skip
+
+    def total(self, sequences: int) -> torch.Tensor:
+        """dR, (sequences, offsets, heads * pos_dim); sequences is 1 or the batch."""
+        dpos = self.x.new_empty(sequences, *self.parts.shape[1:])
+        size = dpos.numel()
+        add_parts_kernel[(triton.cdiv(size, PARTS["BLOCK"]),)](
+            self.parts, dpos, size, self.o.batch // sequences, **PARTS
+        )
+        return dpos
