@@ -23,6 +23,7 @@ from fastasr.ops.complex_ema_scan import definition as complex_ema_scan_definiti
 from fastasr.ops.depthwise_conv2d import definition as depthwise_conv2d_definition
 from fastasr.ops.ema_scan import definition as ema_scan_definition
 from fastasr.ops.gated_depthwise_conv import definition as gated_depthwise_conv_definition
+from fastasr.ops.nonlin_attention import definition as nonlin_attention_definition
 from fastasr.ops.rel_position_attention import definition as attention_definition
 from fastasr.ops.rel_position_attention_weights import definition as attention_weights_definition
 from fastasr.ops.residual_norm import definition as gated_residual_norm_definition
@@ -124,6 +125,12 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             lambda h, w, b: registered.gated_depthwise_conv(h, w, b, None, None, None, None, None, -1, True),
         ),
         "linear": Tiny((x, weight, bias), F.linear, ops.linear, registered.linear),
+        "nonlin_attention": Tiny(
+            (torch.rand(1, 2, 2, device=device), torch.randn(2, 1, 3 * channels, device=device)),
+            nonlin_attention_definition,
+            ops.nonlin_attention,
+            registered.nonlin_attention,
+        ),
         "rel_position_attention": Tiny(
             (
                 torch.randn(2, 1, 5, device=device),

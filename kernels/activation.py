@@ -77,13 +77,15 @@ def activate_with_slope(x, ACTIVATION: tl.constexpr, PRECISE: tl.constexpr):
         e = exp_nonpositive(-2.0 * tl.abs(x), PRECISE)
         larger = reciprocal(1.0 + e, PRECISE)
         u = x * x
-        p = tl.fma(u, -6.04539637e-3, 2.09615151e-2)  # (tanh(x) - x) / x^3 below 0.63
-        p = tl.fma(u, p, -5.38433100e-2)
-        p = tl.fma(u, p, 1.33327192e-1)
-        p = tl.fma(u, p, -3.33333284e-1)
+        p = tl.fma(u, -3.58452002e-4, 2.30136467e-3)  # (tanh(x) - x) / x^3 below 1
+        p = tl.fma(u, p, -7.94610661e-3)
+        p = tl.fma(u, p, 2.14866567e-2)
+        p = tl.fma(u, p, -5.38798012e-2)
+        p = tl.fma(u, p, 1.33323446e-1)
+        p = tl.fma(u, p, -3.33332956e-1)
         large = tl.fma(-2.0 * e, larger, 1.0)
-        y = tl.where(u < 0.4, tl.fma(x * u, p, x), tl.where(x < 0.0, -large, large))
-        return y, 4.0 * e * larger * larger  # 1 - y^2 would cancel
+        y = tl.where(u < 1.0, tl.fma(x * u, p, x), tl.where(x < 0.0, -large, large))
+        return y, tl.where(u < 0.7, tl.fma(-y, y, 1.0), 4.0 * e * larger * larger)  # where 1 - y^2 cancels
     if ACTIVATION == GELU:
         cumulative, density = normal_pair(x, PRECISE)
         return x * cumulative, tl.fma(x, density, cumulative)

@@ -148,6 +148,7 @@ void swoosh();
 void bias_norm();
 void bypass();
 void depthwise_conv2d();
+void nonlin_attention();
 void gated_depthwise_conv();
 void balancer_gradient();
 void skinny_gemm();

@@ -21,6 +21,7 @@ constexpr Test kTests[] = {
     {"bias_norm", fastasr::test::bias_norm},
     {"bypass", fastasr::test::bypass},
     {"depthwise_conv2d", fastasr::test::depthwise_conv2d},
+    {"nonlin_attention", fastasr::test::nonlin_attention},
     {"gated_depthwise_conv", fastasr::test::gated_depthwise_conv},
     {"balancer_gradient", fastasr::test::balancer_gradient},
     {"skinny_gemm", fastasr::test::skinny_gemm},

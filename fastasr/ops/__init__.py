@@ -13,6 +13,7 @@ from fastasr.ops.depthwise_conv2d import depthwise_conv2d
 from fastasr.ops.ema_scan import ema_scan
 from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv
 from fastasr.ops.linear import linear
+from fastasr.ops.nonlin_attention import nonlin_attention
 from fastasr.ops.rel_position_attention import rel_position_attention
 from fastasr.ops.rel_position_attention_weights import rel_position_attention_weights
 from fastasr.ops.residual_norm import gated_residual_norm, residual_norm
@@ -36,6 +37,7 @@ NAMES = (
     "complex_ema_scan",
     "depthwise_conv2d",
     "gated_depthwise_conv",
+    "nonlin_attention",
     "rel_position_attention",
     "rel_position_attention_weights",
     "gated_residual_norm",
@@ -57,6 +59,7 @@ __all__ = [
     "gated_depthwise_conv",
     "gated_residual_norm",
     "linear",
+    "nonlin_attention",
     "rel_position_attention",
     "rel_position_attention_weights",
     "residual_norm",

@@ -62,6 +62,7 @@ def configurations() -> list[Configuration]:
         *_swoosh(),
         *_bias_norm(),
         *_bypass(),
+        *_nonlin_attention(),
         *_residual_norm(),
         *_depthwise_conv2d(),
         *_gated_depthwise_conv(),
@@ -173,6 +174,21 @@ def _bypass():
         yield Configuration(
             f"bypass parts, {block_p}", bypass.add_parts_kernel, types, constants, 4, ("columns",)
         )
+
+
+def _nonlin_attention():
+    from fastasr.kernels import nonlin_attention as module
+
+    names = ("P", "X", "SUMS", "Y", "U", "GRAD", "DX", "DP")
+    tile = {"BLOCK_T": module.BLOCK_T, "BLOCK_C": module.BLOCK_C}
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = dict.fromkeys(names, dtype)
+        for kernel in ("gate", "product", "operands", "gradient"):
+            function = getattr(module, f"{kernel}_kernel")
+            constants = tile if kernel == "product" else tile | {"PRECISE": dtype == "fp32"}
+            name = f"nonlin_attention {kernel}, {dtype}"
+            divisible = ("width", "stride")
+            yield Configuration(name, function, types, constants, module.NUM_WARPS, divisible)
 
 
 def _residual_norm():

@@ -3,17 +3,22 @@
 
 s, v, y = thirds of in_proj(x)
 out     = out_proj(W (v tanh(s)) y)
+
+``fastasr.ops.nonlin_attention`` computes this between the projections. Submodules that do nothing are not called.
 """
 
 import torch
 
+from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.linear import Linear
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import check_cache, check_weights, weighted
+from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten
+from fastasr.ops import nonlin_attention
 
 
 class NonlinAttention(torch.nn.Module):
@@ -52,11 +57,18 @@ class NonlinAttention(torch.nn.Module):
 
     def forward(self, x, attn_weights):
         check_weights("NonlinAttention", attn_weights, x, x.shape[0])
-        s, v, y = self.in_proj(x).chunk(3, dim=2)
-        s = self.tanh(self.balancer(s))
-        v = self.identity1(self.whiten1(v) * s)
-        v = weighted(attn_weights, v)
-        return self.whiten2(self.out_proj(self.identity3(v * self.identity2(y))))
+        projected = self.in_proj(x)
+        parts = projected.chunk(3, dim=2)
+        s, v, y = parts
+        after = self.balancer(s), self.whiten1(v), y
+        if len(attn_weights) != 1 or isinstance(attn_weights, UnmaterialisedWeights):
+            s, v, y = after
+            y = weighted(attn_weights, v * torch.tanh(s)) * y
+        else:
+            if not all(map(is_same, after, parts)):
+                projected = torch.cat(after, -1)
+            y = nonlin_attention(attn_weights[0], projected)
+        return self.whiten2(self.out_proj(y))
 
     def streaming_forward(self, x, attn_weights, cached_x, left_context_len):
         """attn_weights (heads, batch, time, left_context_len + time), cached_x (heads, batch,

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/nonlin_attention.h"
+
+#include <tuple>
+
+#include "bindings/dispatch.h"
+
+namespace fastasr {
+namespace {
+
+cpu::NonlinAttentionRows checked(const Tensor& p, const char* op) {
+  STD_TORCH_CHECK(p.dim() == 3 && p.size(2) % 3 == 0, op, ": projected must be (frames, batch, 3 width)");
+  return {p.size(1), p.size(0), p.size(2) / 3, row_stride(p, op, "projected")};
+}
+
+Tensor make(const Tensor& like, const cpu::NonlinAttentionRows& rows, int64_t width) {
+  const int64_t sizes[] = {rows.frames, rows.batch, width}, strides[] = {rows.batch * width, width, 1};
+  return new_strided(like, 3, sizes, strides);
+}
+
+void check(const Tensor& t, const Tensor& p, bool batch_major, const char* op, const char* name) {
+  check_like(t, p, op, name);
+  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == p.size(batch_major ? 1 : 0) &&
+                      t.size(1) == p.size(batch_major ? 0 : 1) && t.size(2) == p.size(2) / 3,
+                  op, ": ", name, " has another shape");
+}
+
+template <typename F>
+void over_rows(const cpu::NonlinAttentionRows& rows, F f) {
+  parallel_range(rows.batch * rows.frames, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, rows.width)), f);
+}
+
+Tensor gate(const Tensor& p) {
+  const auto rows = checked(p, "nonlin_attention_gate");
+  Tensor x = make(p, rows, rows.width);
+  with_kernel_type(p.scalar_type(), "nonlin_attention_gate", [&]<typename T>() {
+    const T* pp = data<T>(p);
+    T* xp = mutable_data<T>(x);
+    over_rows(rows, [&](int64_t b, int64_t e) { cpu::nonlin_attention_gate(pp, xp, rows, b, e); });
+  });
+  return x;
+}
+
+Tensor product(const Tensor& p, const Tensor& o) {
+  const auto rows = checked(p, "nonlin_attention_product");
+  check(o, p, true, "nonlin_attention_product", "o");
+  Tensor y = make(p, rows, rows.width);
+  with_kernel_type(p.scalar_type(), "nonlin_attention_product", [&]<typename T>() {
+    const T *pp = data<T>(p), *op = data<T>(o);
+    T* yp = mutable_data<T>(y);
+    over_rows(rows, [&](int64_t b, int64_t e) { cpu::nonlin_attention_product(pp, op, yp, rows, b, e); });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> operands(const Tensor& grad, const Tensor& p) {
+  const auto rows = checked(p, "nonlin_attention_operands");
+  check(grad, p, false, "nonlin_attention_operands", "grad");
+  Tensor x = new_like(grad), u = new_like(grad);
+  with_kernel_type(p.scalar_type(), "nonlin_attention_operands", [&]<typename T>() {
+    const T *gp = data<T>(grad), *pp = data<T>(p);
+    T *xp = mutable_data<T>(x), *up = mutable_data<T>(u);
+    over_rows(rows, [&](int64_t b, int64_t e) { cpu::nonlin_attention_operands(gp, pp, xp, up, rows, b, e); });
+  });
+  return {x, u};
+}
+
+Tensor gradient(const Tensor& dx, const Tensor& grad, const Tensor& p, const Tensor& o) {
+  const auto rows = checked(p, "nonlin_attention_gradient");
+  check(dx, p, true, "nonlin_attention_gradient", "dx");
+  check(grad, p, false, "nonlin_attention_gradient", "grad");
+  check(o, p, true, "nonlin_attention_gradient", "o");
+  Tensor dp = make(p, rows, 3 * rows.width);
+  with_kernel_type(p.scalar_type(), "nonlin_attention_gradient", [&]<typename T>() {
+    const T *dxp = data<T>(dx), *gp = data<T>(grad), *pp = data<T>(p), *op = data<T>(o);
+    T* dpp = mutable_data<T>(dp);
+    over_rows(rows, [&](int64_t b, int64_t e) { cpu::nonlin_attention_gradient(dxp, gp, pp, op, dpp, rows, b, e); });
+  });
+  return dp;
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def("nonlin_attention_gate(Tensor projected) -> Tensor");
+  m.def("nonlin_attention_product(Tensor projected, Tensor o) -> Tensor");
+  m.def("nonlin_attention_operands(Tensor grad, Tensor projected) -> (Tensor, Tensor)");
+  m.def("nonlin_attention_gradient(Tensor dx, Tensor grad, Tensor projected, Tensor o) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("nonlin_attention_gate", TORCH_BOX(&fastasr::gate));
+  m.impl("nonlin_attention_product", TORCH_BOX(&fastasr::product));
+  m.impl("nonlin_attention_operands", TORCH_BOX(&fastasr::operands));
+  m.impl("nonlin_attention_gradient", TORCH_BOX(&fastasr::gradient));
+}

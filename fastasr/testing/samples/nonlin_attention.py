@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of nonlin_attention."""
+
+import torch
+
+from fastasr.ops.nonlin_attention import definition
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
+
+
+def _call(make: Make, frames: int, batch: int, width: int) -> dict:
+    weights = torch.softmax(make.normal(batch, frames, frames, scale=2.0), dim=-1)
+    return {"weights": weights, "projected": make.normal(frames, batch, 3 * width)}
+
+
+def _padded_rows(make: Make) -> dict:
+    """Rows of weights a multiple of 16 elements apart, as those of rel_position_attention_weights are."""
+    call = _call(make, 13, 2, 8)
+    weights = call["weights"].new_zeros(2, 13, 16)
+    weights[..., :13] = call["weights"]
+    return call | {"weights": weights[..., :13]}
+
+
+def _slice(make: Make) -> dict:
+    call = _call(make, 6, 3, 8)
+    wide = torch.cat([call["projected"], make.normal(6, 3, 5)], dim=-1)
+    return call | {"projected": wide[..., :24]}
+
+
+def _with(**arguments):
+    return lambda m: _call(m, 5, 2, 4) | {k: v(m) for k, v in arguments.items()}
+
+
+TABLE = OpTable(
+    op="nonlin_attention",
+    definition=definition,
+    registered=lambda a: (a["weights"], a["projected"]),
+    samples=(
+        Sample("tbc", lambda m: _call(m, 7, 3, 8), thorough=True),
+        Sample("one sequence, odd width", lambda m: _call(m, 11, 1, 13), thorough=True),
+        Sample("one frame", lambda m: _call(m, 1, 4, 16)),
+        Sample("rows of weights apart", _padded_rows),
+        Sample("a slice of a projection", _slice),
+        Sample("stack 3", lambda m: _call(m, 50, 4, 384), large=True),
+        Sample("wide", lambda m: _call(m, 40, 2, 144)),
+        Sample(
+            "saturated gates", lambda m: _call(m, 6, 2, 8) | {"projected": m.normal(6, 2, 24, scale=30.0)}
+        ),
+        Sample("no frames", lambda m: _call(m, 0, 3, 8)),
+        Sample("no channels", lambda m: _call(m, 4, 2, 0)),
+        Sample("no sequences", lambda m: _call(m, 4, 0, 5)),
+    ),
+    invalid=(
+        Invalid("not thirds", _with(projected=lambda m: m.normal(5, 2, 13)), ValueError, "projected"),
+        Invalid("projected is a matrix", _with(projected=lambda m: m.normal(5, 12)), ValueError, "projected"),
+        Invalid("weights of other frames", _with(weights=lambda m: m.normal(2, 5, 6)), ValueError, "weights"),
+        Invalid("weights of heads", _with(weights=lambda m: m.normal(1, 2, 5, 5)), ValueError, "weights"),
+        Invalid("weights would broadcast", _with(weights=lambda m: m.normal(1, 5, 5)), ValueError, "weights"),
+        Invalid(
+            "weights of another dtype",
+            _with(weights=lambda m: m.normal(2, 5, 5).double()),
+            TypeError,
+            "weights",
+        ),
+    ),
+    thread_invariant=False,
+    random=lambda m, shape: _call(m, *(shape() or (3,))[:1], 2, 5),
+)
