@@ -38,6 +38,7 @@ from fastasr.benchmarks.ops import (
     depthwise_conv2d,
     ema_scan,
     gated_depthwise_conv,
+    nonlin_attention,
     rel_position_attention,
     rel_position_attention_weights,
     residual_norm,
@@ -73,6 +74,7 @@ def training_cases() -> list[Case]:
     cases += [*residual_norm.CASES, *toeplitz_attention.CASES]  # of a MEGA decoder
     for attention in (rel_position_attention_weights, rel_position_attention):
         cases += [attention._case(*size) for size in ((frames, batch, 4), (188, batch, 8))]
+    cases += [nonlin_attention._case(*size) for size in ((frames, batch, 144), (188, batch, 384))]
     cases += rnnt_joiner.CASES[::2]
     cases += [*rnnt_lattice.CASES[:3], rnnt_pruned_lattice.CASES[0]]
     cases.append(depthwise_conv2d._case((batch, frames, 19, 128), (7, 7)))  # a front end
