@@ -229,7 +229,7 @@ def test_convnext_honours_hooks_on_its_parts():
 
 def test_convnext_of_a_wrong_shape_raises():
     ours = _swapped(_convnext())
-    with torch.no_grad(), pytest.raises(RuntimeError):
+    with torch.no_grad(), pytest.raises(ValueError, match="expected shape"):
         ours(torch.randn(2, 5, 13, 5))
 
 
