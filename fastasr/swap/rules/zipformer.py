@@ -690,6 +690,7 @@ ASR_MODEL = Rule(
     structure=_asr_model_structure,
     functions=_forward_transducer,
     known={"2a2c2b84100694a1e6450c86": _PACKAGE},
+    shallow=True,
     note="its transducer loss runs without the joiner's logits and without k2; forward is upstream's",
 )
 
