@@ -40,7 +40,7 @@ FASTASR_INLINE double tanh(double x) { return std::tanh(x); }
 
 // The normal distribution: cumulative (relative error 3e-7 in either tail) and density.
 FASTASR_INLINE void normal_pair(float x, float* cumulative, float* density) {
-  const float t = x < 0 ? -x : x, e = exp_nonpositive(-0.5f * x * x), u = 1 / (1 + 0.4f * t);
+  const float t = x < 0 ? -x : x, e = exp_or_zero(-0.5f * x * x), u = 1 / (1 + 0.4f * t);
   float p = -3.96011658e-2f;  // the tail over e
   p = p * u + 2.00602097e-1f;
   p = p * u + -3.73684850e-1f;
@@ -59,10 +59,11 @@ FASTASR_INLINE void normal_pair(double x, double* cumulative, double* density) {
   *density = std::exp(-0.5 * x * x) * 0.39894228040143267794;
 }
 
+// With e exactly 0 far out, silu and gelu of -inf are NaN, as torch's.
 template <Activation A, typename C>
 FASTASR_INLINE C activate(C x) {
   if constexpr (A == Activation::silu) {
-    const C e = exp_nonpositive(x < 0 ? x : -x);
+    const C e = exp_or_zero(x < 0 ? x : -x);
     return (x < 0 ? x * e : x) / (1 + e);
   } else if constexpr (A == Activation::relu) {
     return x < 0 ? C(0) : x;  // a NaN stays
@@ -84,7 +85,7 @@ FASTASR_INLINE C activate(C x, C* slope) {
     C s, r;
     sigmoid_pair(x, &s, &r);
     *slope = s * (1 + x * r);
-    const C e = exp_nonpositive(x < 0 ? x : -x);
+    const C e = exp_or_zero(x < 0 ? x : -x);
     return (x < 0 ? x * e : x) / (1 + e);  // one rounding less than x s
   } else if constexpr (A == Activation::relu) {
     *slope = x > 0 ? C(1) : C(0);

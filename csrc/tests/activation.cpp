@@ -57,10 +57,12 @@ template <typename C>
 void special() {
   const C nan = std::numeric_limits<C>::quiet_NaN(), inf = std::numeric_limits<C>::infinity();
   for (int a = 0; a < cpu::kActivations; a++) {
-    C x[2] = {nan, inf}, slope[2];
-    cpu::activate_with_slope(a, x, slope, 2);
+    C x[3] = {nan, inf, -inf}, slope[3];
+    cpu::activate_with_slope(a, x, slope, 3);
     CHECK(std::isnan(x[0]), "activation %d of NaN", a);
     CHECK(a == 3 ? x[1] == 1 : x[1] == inf, "activation %d of infinity: %g", a, double(x[1]));
+    const C below = a == 1 || a == 4 ? nan : a == 2 ? 0 : a == 3 ? -1 : -inf;  // torch's silu and gelu say NaN
+    CHECK(x[2] == below || (std::isnan(below) && std::isnan(x[2])), "activation %d of -infinity: %g", a, double(x[2]));
   }
   C x[1] = {2};
   CHECK(!cpu::activate(cpu::kActivations, x, 1) && !cpu::activate(-1, x, 1) && x[0] == 2, "no such activation");

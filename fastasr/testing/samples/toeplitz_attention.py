@@ -40,6 +40,12 @@ def _dropout(make: Make, length: int, batch: int, d: int, v: int, chunk_size: in
     return _call(make, length, batch, d, v, chunk_size=chunk_size, weights_dropout=keep, **more)
 
 
+def _infinite(make: Make) -> dict:
+    call = _call(make, 5, 2, 8, 12)
+    call["query_key"][0, 0, 3] = -float("inf")
+    return call
+
+
 def _with(**arguments):
     return lambda m: _call(m, 5, 2, 8, 12) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
 
@@ -81,6 +87,7 @@ TABLE = OpTable(
     definition=definition,
     registered=_registered,
     samples=(
+        Sample("an infinite frame", _infinite, exact=False),
         Sample("causal", lambda m: _call(m, 7, 2, 8, 12), thorough=True),
         Sample(
             "slices, value before the activation",
