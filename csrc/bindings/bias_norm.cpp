@@ -15,13 +15,16 @@ int64_t checked_rows(const Tensor& x, const Tensor& bias, const Tensor& log_scal
   check_like(bias, x, op, "bias");
   STD_TORCH_CHECK(x.dim() >= 1 && bias.dim() == 1 && bias.size(0) == x.size(x.dim() - 1), op,
                   ": bias does not match the last dimension");
-  STD_TORCH_CHECK(log_scale.dim() == 0 && log_scale.scalar_type() == x.scalar_type(), op, ": log_scale");
+  STD_TORCH_CHECK(log_scale.dim() == 0, op, ": log_scale");
   return bias.numel() == 0 ? 0 : x.numel() / bias.numel();
 }
 
-template <typename T>
+// log_scale keeps its own dtype: rounded to that of 16-bit x it would be off by 2^-9.
 double scale_of(const Tensor& log_scale) {
-  return std::exp(static_cast<double>(cpu::load(*data<T>(log_scale))));
+  double value = 0;
+  with_kernel_type(log_scale.scalar_type(), "bias_norm: log_scale",
+                   [&]<typename T>() { value = static_cast<double>(cpu::load(*data<T>(log_scale))); });
+  return std::exp(value);
 }
 
 Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_scale) {
@@ -30,7 +33,7 @@ Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_
   with_kernel_type(x.scalar_type(), "bias_norm_forward", [&]<typename T>() {
     const T *xp = data<T>(x), *bp = data<T>(bias);
     T* yp = mutable_data<T>(y);
-    const double scale = scale_of<T>(log_scale);
+    const double scale = scale_of(log_scale);
     parallel_range(rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels)), [&](int64_t b, int64_t e) {
       cpu::bias_norm_forward(xp + b * channels, bp, scale, yp + b * channels, e - b, channels);
     });
@@ -48,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const 
     using C = cpu::compute_t<T>;
     const T *gp = data<T>(grad), *xp = data<T>(x), *bp = data<T>(bias);
     T* dp = mutable_data<T>(dx);
-    const double scale = scale_of<T>(log_scale);
+    const double scale = scale_of(log_scale);
     const RowBlocks blocks(rows, channels);
     std::vector<C> parts(blocks.count * channels);
     std::vector<double> scale_parts(blocks.count);
@@ -64,7 +67,9 @@ std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const 
     reduce_blocks<T>(parts.data(), blocks.count, channels, mutable_data<T>(dbias));
     double sum = 0;
     for (double v : scale_parts) sum += v;
-    cpu::store(mutable_data<T>(dlog_scale), static_cast<C>(sum));
+    with_kernel_type(log_scale.scalar_type(), "bias_norm_backward", [&]<typename S>() {
+      cpu::store(mutable_data<S>(dlog_scale), static_cast<cpu::compute_t<S>>(sum));
+    });
   });
   return {dx, dbias, dlog_scale};
 }

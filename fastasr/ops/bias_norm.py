@@ -52,10 +52,10 @@ def definition_backward(
 
 # --------------------------------------------------------------------------- kernels
 def _operands(kernels, x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Contiguous, channels last, and of one dtype where the kernels need that (Triton's do not)."""
+    """Contiguous, channels last, x and bias of one dtype where the kernels need that (Triton's do not)."""
     if kernels.backend == "cpu":
         dtype = torch.promote_types(x.dtype, bias.dtype)
-        return x.to(dtype).contiguous(), bias.to(dtype).contiguous(), log_scale.to(dtype)
+        return x.to(dtype).contiguous(), bias.to(dtype).contiguous(), log_scale
     return x.contiguous(), bias.contiguous(), log_scale
 
 

@@ -221,6 +221,7 @@ def _fits(weights: Tensor, projected: Tensor) -> bool:
     return (
         channels % 3 == 0
         and weights.shape == (batch, frames, frames)
+        and weights.layout is projected.layout is torch.strided
         and weights.is_floating_point()
         and projected.is_floating_point()
     )

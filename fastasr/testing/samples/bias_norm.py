@@ -32,6 +32,10 @@ TABLE = OpTable(
         Sample("encoder", lambda m: _norm(m, (150, 4, 192))),
         Sample("wide", lambda m: _norm(m, (7, 1030))),
         Sample("large values", lambda m: _norm(m, (5, 3, 24), scale=50.0)),
+        Sample(
+            "log_scale in float32",
+            lambda m: _norm(m, (5, 3, 24)) | {"log_scale": Make(seed=3).normal(scale=0.3).to(m.device)},
+        ),
         Sample("no rows", lambda m: _norm(m, (0, 3, 8))),
         Sample(
             "row equal to bias",
