@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training with a swapped model is training without: the PyPI recogniser as shipped and swapped, on real speech.
+
+    python -m fastasr.benchmarks.swapped_training [--steps 50] [--out FILE]
+
+trains it three times from one seed on the telephone prompts (`examples/train_transducer.py --upstream`): as shipped,
+swapped, and as shipped with every parameter moved by one rounding, which shows how far rounding alone takes such a run.
+Writes the losses of every step, their largest relative differences and the environment as JSON.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fastasr.benchmarks.environment import stamp
+from fastasr.recipe import speech, training
+from fastasr.recipe.curves import read
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = {"upstream": False, "swapped": True, "upstream, parameters rounded": False}
+
+
+def moved_by_one_rounding(model: torch.nn.Module) -> None:
+    """Multiplies every parameter by 1 ± one unit of rounding."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+            parameter.mul_(1 + torch.finfo(parameter.dtype).eps * signs)
+
+
+def losses(name: str, swap: bool, steps: int, size: str, speeches, units) -> list[float]:
+    with tempfile.TemporaryDirectory() as folder:
+        options = training.Options(
+            out=Path(folder), steps=steps, size=size, upstream=True, swap=swap, checkpoint_every=steps
+        )
+        trainer = training.Trainer(options, *speeches, units)
+        if name.endswith("rounded"):
+            moved_by_one_rounding(trainer.model)
+        trainer.run()
+        return read(Path(folder) / "log.csv")["loss"]
+
+
+def largest_difference(curve: Sequence[float], other: Sequence[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(curve, other, strict=True))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--size", default="small", choices=("small", "tiny"))
+    parser.add_argument(
+        "--cache", type=Path, default=Path("demo/cache"), help="downloads (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/swapped_training.json")
+    options = parser.parse_args(arguments)
+    speeches = speech.load(options.cache)
+    units = training.learn_units("char", speeches[0])
+    curves = {
+        name: losses(name, swap, options.steps, options.size, speeches, units) for name, swap in RUNS.items()
+    }
+    shipped = curves["upstream"]
+    differences = {
+        name: largest_difference(curve, shipped) for name, curve in curves.items() if name != "upstream"
+    }
+    for name, difference in differences.items():
+        print(f"{name}: largest relative difference of a loss {difference:.1e} over {len(shipped)} steps")
+    report = {"size": options.size, "largest_relative_difference": differences, "losses": curves, **stamp()}
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
