@@ -96,11 +96,13 @@ def test_bf16_and_autocast(upstream):
     ours = _swapped(upstream)
     seen = _orders(ours)
     with torch.no_grad():
+        exact = upstream(x, lens)[0]
         with torch.autocast("cpu", torch.bfloat16):
             expected, actual = upstream(x, lens)[0], ours(x, lens)[0]
-        assert seen == ["first"]
+        assert seen == ["last"]
         assert actual.dtype == expected.dtype
         torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
+        assert _distance([actual], [exact]) < 1.1 * _distance([expected], [exact])
         expected, actual = upstream.bfloat16()(x.bfloat16(), lens)[0], ours.bfloat16()(x.bfloat16(), lens)[0]
         assert actual.dtype == expected.dtype
         torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
@@ -118,6 +120,22 @@ def _step(module, inputs, seed):
     named = {"loss": loss.detach(), "y": y.detach(), "x": x.grad}
     named |= {name: p.grad for name, p in module.named_parameters()}
     return named, (random.getstate(), torch.get_rng_state().tolist())
+
+
+def _distance(tensors, reference):
+    return sum((a - b).float().square().sum() for a, b in zip(tensors, reference, strict=True)).sqrt().item()
+
+
+def test_a_step_under_autocast_is_as_near_to_float32(upstream):
+    upstream.train()
+    ours, x = _swapped(upstream), _batch()
+    exact, state = _step(upstream, x, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = [_step(module, x, 0) for module in (upstream, ours)]
+    assert results[0][1] == results[1][1] == state
+    theirs, mine = ([named[name] for name in exact] for named, _ in results)
+    assert [t.dtype for t in mine] == [t.dtype for t in theirs]
+    assert _distance(mine, exact.values()) < 1.25 * _distance(theirs, exact.values())
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

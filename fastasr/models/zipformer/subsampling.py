@@ -38,7 +38,7 @@ class Conv2dSubsampling(torch.nn.Module):
 
     ``forward`` is written for front ends with the submodules conv, convnext, out, out_whiten, out_norm and
     dropout, and calls each of them. conv gets its input in channels_last order, the same values with other strides,
-    unless something watches, casts or compiles the call; on a GPU, in 16-bit types alone. The result is contiguous
+    unless something watches or compiles the call; on a GPU, in 16-bit types alone. The result is contiguous
     either way.
 
     Raises ValueError for fewer than 7 in_channels, AssertionError when the largest of the lengths is not the
@@ -211,10 +211,10 @@ def _residual(layer, x, y, mask):
 
 
 def _runs_by_rows(x, weight, modules):
-    """Whether nothing sees the layout or the pieces of a call: no hooks, no compiler, on CPU no cast."""
-    plain = x.is_cpu and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
+    """Whether nothing sees the layout or the pieces of a call: no hooks, no compiler."""
+    plain = x.dtype == weight.dtype or torch.is_autocast_enabled("cpu")
     return (
-        (plain or x.is_cuda)
+        (x.is_cpu and plain or x.is_cuda)
         and x.device == weight.device
         and x.numel() > 0
         and not torch.compiler.is_compiling()
