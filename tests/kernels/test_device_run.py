@@ -44,6 +44,7 @@ def test_cases_are_those_of_training():
         "depthwise_conv2d",
         "gated_depthwise_conv",
         "gated_residual_norm",
+        "nonlin_attention",
         "rel_position_attention",
         "rel_position_attention_weights",
         "residual_norm",

@@ -1,15 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
+
 import beeps
 import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
+@contextlib.contextmanager
+def _single():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with _single():
+        yield
+
+
+@pytest.fixture(scope="session")
+def single_thread():
+    """For fixtures of the session, which come before _one_thread: another number of threads rounds otherwise."""
+    return _single
 
 
 @pytest.fixture(scope="session")

@@ -27,10 +27,11 @@ def _losses(out, column="loss"):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, speech_sets):
+def trained(tmp_path_factory, speech_sets, single_thread):
     """A run of 6 steps without a break."""
     out = tmp_path_factory.mktemp("trained")
-    _trainer(out, speech_sets, steps=6).run()
+    with single_thread():
+        _trainer(out, speech_sets, steps=6).run()
     return out
 
 

@@ -214,7 +214,7 @@ def _runs_by_rows(x, weight, modules):
     """Whether nothing sees the layout or the pieces of a call: no hooks, no compiler."""
     plain = x.dtype == weight.dtype or torch.is_autocast_enabled("cpu")
     return (
-        (x.is_cpu and plain or x.is_cuda)
+        ((x.is_cpu and plain) or x.is_cuda)
         and x.device == weight.device
         and x.numel() > 0
         and not torch.compiler.is_compiling()

@@ -85,9 +85,10 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_error_is_not_above_that_of_eager(case, causal, dtype):
     shape, options = CASES[case]
-    draws = [
-        _inputs(*shape, dtype, **options, seed=seed) for seed in range(3 if dtype == torch.float32 else 1)
-    ]
+    # The rounding of a score moves a weight's gradient as a whole: over 16 draws of "chunks" the errors are equal, over
+    # 3 their ratio is 0.6 to 1.6.
+    count = 1 if dtype != torch.float32 else 8 if case == "chunks" else 3
+    draws = [_inputs(*shape, dtype, **options, seed=seed) for seed in range(count)]
     if causal and options.get("padding"):  # every query sees a key
         for _, tensors, chunk_size in draws:
             tensors[6][:, :: chunk_size or shape[0]] = False
