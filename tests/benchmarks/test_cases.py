@@ -170,3 +170,14 @@ def test_both_losses_of_a_pruned_transducer_are_one_number():
         pytest.skip(str(reason))
     torch.testing.assert_close(problem.fused(None, True), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(problem.fused(False, True), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_convolution_in_groups_counts_its_own_products():
+    from fastasr.benchmarks.models.unit import product_flops
+
+    conv = torch.nn.Conv2d(6, 6, (3, 5), padding=(1, 2), groups=6)
+    x = torch.randn(2, 6, 7, 9, requires_grad=True)
+    forward = 2 * (2 * 6 * 7 * 9) * 15
+    assert product_flops(lambda: conv(x)) == forward
+    assert product_flops(lambda: conv(x).sum().backward()) == 3 * forward
+    assert product_flops(lambda: conv(x.detach()).sum().backward()) == 2 * forward
