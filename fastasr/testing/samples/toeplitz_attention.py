@@ -88,7 +88,7 @@ TABLE = OpTable(
     registered=_registered,
     samples=(
         Sample("an infinite frame", _infinite, exact=False),
-        Sample("causal", lambda m: _call(m, 7, 2, 8, 12), thorough=True),
+        Sample("causal", lambda m: _call(m, 13, 3, 16, 20), thorough=True),
         Sample(
             "slices, value before the activation",
             lambda m: _slices(m, 9, 2, 16, 20, activate_value=True),
