@@ -14,6 +14,7 @@ from fastasr.models.zipformer.attention_decoder import (
 )
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.bypass import BypassModule
+from fastasr.models.zipformer.checkpointing import checkpoint
 from fastasr.models.zipformer.chunk_causal_convolution import ChunkCausalDepthwiseConv1d
 from fastasr.models.zipformer.convolution import ConvolutionModule
 from fastasr.models.zipformer.decoder import Decoder
@@ -117,6 +118,7 @@ __all__ = [
     "Zipformer",
     "ZipformerEncoder",
     "ZipformerEncoderLayer",
+    "checkpoint",
     "convert_num_channels",
     "is_module_available",
     "limit_param_value",

@@ -11,6 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastasr import ops
+from fastasr.models.zipformer.checkpointing import decided
 from fastasr.models.zipformer.schedules import ScheduledFloat
 
 
@@ -96,7 +97,9 @@ class Balancer(torch.nn.Module):
         self.grad_scale = grad_scale
 
     def forward(self, x):
-        if not x.requires_grad or (x.is_cuda and self.mem_cutoff(torch.cuda.memory_allocated())):
+        if not x.requires_grad:
+            return x
+        if x.is_cuda and decided(lambda: self.mem_cutoff(torch.cuda.memory_allocated())):
             return x
         probability = float(self.prob)
         if random.random() >= probability:

@@ -17,6 +17,8 @@ import random
 import torch
 from torch.autograd.function import once_differentiable
 
+from fastasr.models.zipformer.checkpointing import decided
+
 _EPS = 1.0e-20
 
 
@@ -171,6 +173,6 @@ class Whiten(torch.nn.Module):
         verdict = vars(self).pop("_verdict", None)
         if verdict is not None:
             self.prob = self.min_prob if verdict.read() else self.max_prob
-        if random.random() > self.prob or grad_scale == 0:
+        if random.random() > decided(lambda: self.prob) or grad_scale == 0:
             return x
         return _Whitening.apply(x, self)
