@@ -12,6 +12,7 @@ A search has three methods, and whole utterances go through the same three as st
 once. See docs/decoding.md.
 """
 
+from fastasr.decoding.batching import join_states, split_state
 from fastasr.decoding.chunks import FeatureChunks
 from fastasr.decoding.ctc_greedy_search import CtcGreedySearch, ctc_greedy_search
 from fastasr.decoding.ctc_prefix_beam_search import CtcPrefixBeamSearch, ctc_prefix_beam_search
@@ -32,5 +33,7 @@ __all__ = [
     "ctc_prefix_beam_search",
     "encode",
     "greedy_search",
+    "join_states",
     "modified_beam_search",
+    "split_state",
 ]

@@ -151,7 +151,7 @@ def _plan(model, only, exclude):
     modules = list(model.named_modules())
     only = _selector("only", only, modules)
     exclude = _selector("exclude", exclude, modules)
-    decisions = [_decide(module) for _, module in modules]
+    decisions = [decide(module) for _, module in modules]
     matched = {id(d.rule) for d in decisions if d.apply and not d.rule.companion}
     companions = {rule for family in families() if any(id(r) in matched for r in family) for rule in family}
     plan = []
@@ -168,7 +168,7 @@ def _plan(model, only, exclude):
     return plan
 
 
-def _decide(module):
+def decide(module):
     rule = _rule_for(module)
     if isinstance(module, torch.jit.ScriptModule):
         return Decision(None, False, "compiled by TorchScript")

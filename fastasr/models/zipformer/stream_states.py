@@ -12,7 +12,8 @@ from fastasr.models.zipformer.stack import STATES_PER_LAYER
 BATCH_DIMENSIONS = (1, 1, 1, 1, 0, 0)  # of the six tensors of a layer
 
 
-def _batch_dimension(index, count):
+def batch_dimension(index, count):
+    """Which dimension of state ``index`` of ``count`` is the batch."""
     return 0 if index >= count - 2 else BATCH_DIMENSIONS[index % STATES_PER_LAYER]
 
 
@@ -35,7 +36,7 @@ def stack_states(state_list):
             f"stack_states: states must be of one model, got lengths {list(map(len, state_list))}"
         )
     return [
-        torch.cat([states[i] for states in state_list], dim=_batch_dimension(i, count)) for i in range(count)
+        torch.cat([states[i] for states in state_list], dim=batch_dimension(i, count)) for i in range(count)
     ]
 
 
@@ -43,5 +44,5 @@ def unstack_states(batch_states):
     """One list of states per utterance of the batch, each with a batch of one. Undoes ``stack_states``."""
     _check("unstack_states", batch_states)
     count, batch = len(batch_states), batch_states[-1].shape[0]
-    pieces = [state.chunk(batch, dim=_batch_dimension(i, count)) for i, state in enumerate(batch_states)]
+    pieces = [state.chunk(batch, dim=batch_dimension(i, count)) for i, state in enumerate(batch_states)]
     return [[piece[n] for piece in pieces] for n in range(batch)]

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States of several streams as that of one batch, and back: streams join a search and leave it between any two calls.
+
+A state has a field per thing that it keeps, a list or a tensor with an entry for each stream.
+"""
+
+from dataclasses import fields
+
+import torch
+
+
+def join_states(states):
+    """The state of one batch, the streams of ``states`` in their order. Undone by ``split_state``."""
+    if not states:
+        raise ValueError("join_states: expected at least one state, got none")
+    kind = type(states[0])
+    if any(type(state) is not kind for state in states):
+        found = sorted({type(state).__name__ for state in states})
+        raise ValueError(f"join_states: states must be of one search, got {', '.join(found)}")
+    joined = {}
+    for field in fields(kind):
+        parts = [getattr(state, field.name) for state in states]
+        if isinstance(parts[0], torch.Tensor):
+            joined[field.name] = torch.cat(parts)
+        else:
+            joined[field.name] = [entry for part in parts for entry in part]
+    return kind(**joined)
+
+
+def split_state(state):
+    """One state per stream, each a batch of one."""
+    parts = [list(_entries(getattr(state, field.name))) for field in fields(state)]
+    names = [field.name for field in fields(state)]
+    return [type(state)(**dict(zip(names, row, strict=True))) for row in zip(*parts, strict=True)]
+
+
+def _entries(value):
+    return value.split(1) if isinstance(value, torch.Tensor) else ([entry] for entry in value)

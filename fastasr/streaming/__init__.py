@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Live recognition: many streams through one Zipformer, a chunk at a time.
+
+    from fastasr.streaming import StreamingEncoder, StreamingRecognizer
+
+``StreamingEncoder`` runs the encoder of a model, ours or upstream's, for streams that come and go;
+``StreamingRecognizer`` makes words of it. See docs/streaming.md.
+"""
+
+from fastasr.streaming.backend import Backend, EagerBackend
+from fastasr.streaming.cuda_graph import CudaGraphBackend
+from fastasr.streaming.encoder import EngineReport, StreamingEncoder
+from fastasr.streaming.features import FbankStream, StreamFeatures, utterance_chunks
+from fastasr.streaming.recognise import recognise
+from fastasr.streaming.recogniser import EndpointRules, Result, StreamingRecognizer
+
+__all__ = [
+    "Backend",
+    "CudaGraphBackend",
+    "EagerBackend",
+    "EndpointRules",
+    "EngineReport",
+    "FbankStream",
+    "Result",
+    "StreamFeatures",
+    "StreamingEncoder",
+    "StreamingRecognizer",
+    "recognise",
+    "utterance_chunks",
+]

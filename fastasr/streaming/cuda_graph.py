@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chunks on a GPU as CUDA graphs: a chunk is about 1,400 small kernels, and launching them takes longer than they run.
+
+A graph is recorded per batch size, 1, 2, 4, ... up to max_streams, over static buffers: features, slot numbers, output.
+It begins by gathering the states of the slots that its buffer names and ends by scattering them back, so streams join
+and leave by a change of numbers. Rows of a graph that a call does not fill work on a slot of their own that nobody
+reads.
+"""
+
+import torch
+
+from fastasr.streaming.backend import EagerBackend
+
+
+class CudaGraphBackend(EagerBackend):
+    """EagerBackend whose chunks are replayed. ``record(function)`` returns what runs ``function`` again; the default
+    captures it on the GPU.
+    """
+
+    name = "cuda graph"
+
+    def __init__(
+        self,
+        model,
+        chunk_size,
+        left_context_frames,
+        weights="fp32",
+        max_streams=1,
+        threads=1,
+        record=None,
+    ):
+        super().__init__(model, chunk_size, left_context_frames, weights, max_streams, threads, scratch=1)
+        self._record = record or capture
+        self._scratch = max_streams
+        self._sizes = bucket_sizes(max_streams)
+        self._graphs = {}
+
+    @torch.inference_mode()
+    def step(self, features, slots):
+        n = len(slots)
+        size = next(size for size in self._sizes if size >= n)
+        graph = self._graphs.get(size)
+        if graph is None:
+            graph = self._graphs[size] = _Graph(self, size, features.shape[2])
+        return graph.run(features, slots)
+
+    @property
+    def recorded(self):
+        """The batch sizes that have a graph."""
+        return sorted(self._graphs)
+
+
+def bucket_sizes(most):
+    """1, 2, 4, ... and ``most``."""
+    sizes = [1]
+    while sizes[-1] < most:
+        sizes.append(min(2 * sizes[-1], most))
+    return sizes
+
+
+class _Graph:
+    """The recorded chunk of ``size`` slots."""
+
+    def __init__(self, backend, size, bins):
+        device = backend.device
+        self.scratch = backend._scratch
+        self.features = torch.zeros(size, backend.frames, bins, device=device)
+        self.slots = torch.full((size,), self.scratch, dtype=torch.int64, device=device)
+        self.output = None
+
+        def chunk():
+            with torch.autocast(device.type, enabled=False):
+                y = backend._advance(self.features, self.slots)
+            if self.output is None:
+                self.output = torch.empty_like(y)
+            self.output.copy_(y)
+
+        chunk()  # on the slot that nobody reads: positions, libraries and buffers are made outside the recording
+        self.replay = backend._record(chunk)
+
+    def run(self, features, slots):
+        n = len(slots)
+        self.features[:n].copy_(features, non_blocking=True)
+        self.slots.copy_(torch.tensor([*slots, *[self.scratch] * (len(self.slots) - n)]), non_blocking=True)
+        self.replay()
+        return self.output[:n].clone()
+
+
+def capture(function):
+    """``function``, recorded as a CUDA graph: the result replays it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay

@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many streams through one encoder, chunk by chunk, as live recognition needs it."""
+
+import copy
+import time
+from dataclasses import dataclass
+
+import torch
+
+from fastasr.decoding.chunks import RIGHT_CONTEXT, SILENCE
+from fastasr.streaming.backend import WEIGHTS, EagerBackend, EncoderPair
+from fastasr.streaming.cuda_graph import CudaGraphBackend
+from fastasr.streaming.features import StreamFeatures, frames_out, with_silence
+from fastasr.streaming.recognise import recognise
+
+BACKENDS = ("native", "cuda graph", "eager")
+_PROBE = 3  # chunks on which the error of rounded weights is measured
+
+
+@dataclass
+class EngineReport:
+    """Which backend serves and why; what it holds in bytes; what rounded weights change.
+
+    ``error`` is the difference of the output from the model's own in fp32, rms relative to rms, on noise: None for fp32
+    weights. ``released`` are bytes of the model's weights that were let go.
+    """
+
+    backend: str
+    reason: str
+    origin: str
+    weights: str
+    weights_bytes: int
+    streams_bytes: int
+    max_streams: int
+    released: int
+    seconds: float
+    error: float | None = None
+
+    def __str__(self):
+        lines = [
+            f"backend {self.backend}: {self.reason}",
+            f"model: code of {self.origin}",
+            f"weights {self.weights}: {self.weights_bytes / 2**20:.1f} MiB packed in {self.seconds:.2f} s, "
+            f"{self.released / 2**20:.1f} MiB of the model released",
+            f"states: {self.streams_bytes / 2**20:.1f} MiB for {self.max_streams} streams",
+        ]
+        if self.error is not None:
+            lines.append(f"{self.weights} weights change the output by {self.error:.1e} of its rms, on noise")
+        return "\n".join(lines)
+
+
+class StreamingEncoder:
+    """The encoder of a model for up to ``max_streams`` streams at once; made by ``from_model``.
+
+        encoder = StreamingEncoder.from_model(model, chunk_size=16, left_context_frames=128)
+        i, j = encoder.open(), encoder.open()
+        y, lengths = encoder.step(features, [i, j])     # (2, 45, 80) -> (2, 8, channels)
+        encoder.close(j)
+
+    Any subset of the open streams takes a chunk with a call; they may be of any age. For use by one thread at a time.
+    Values that are not finite stay in their own stream, until ``reset``.
+    """
+
+    def __init__(
+        self, backend, recognised, chunk_size, left_context_frames, max_streams, rate, bins, high_freq
+    ):
+        self._backend = backend
+        self.report = None
+        self.chunk_size, self.left_context_frames = chunk_size, left_context_frames
+        self.max_streams, self.rate, self.bins = max_streams, rate, bins
+        self.channels = recognised.channels
+        self.frames_per_chunk = 2 * chunk_size + RIGHT_CONTEXT
+        self._high_freq = high_freq
+        self._free = list(range(max_streams - 1, -1, -1))
+        self._slots = {}  # stream -> slot
+        self._audio = {}  # stream -> StreamFeatures
+        self._opened = 0
+
+    @classmethod
+    def from_model(
+        cls,
+        model,
+        chunk_size,
+        left_context_frames,
+        weights="fp32",
+        device=None,
+        max_streams=8,
+        release_weights=False,
+        threads=1,
+        backend=None,
+        rate=16000,
+        bins=None,
+        high_freq=-400.0,
+    ):
+        """Packs ``model.encoder`` and ``model.encoder_embed``, ours or upstream's, in eval mode and float32.
+
+        Args:
+            chunk_size, left_context_frames: of those that the model was trained with, in frames of 20 ms.
+            weights: fp32, bf16 or int8: what the large matrices are kept in.
+            device: where to run; the model's own by default.
+            max_streams: streams that can be open at once; their states are allocated here.
+            release_weights: let go of the model's own weights; it can no longer be used then.
+            threads: CPU threads of a call.
+            backend: native, "cuda graph" or eager; the best that serves by default. eager runs the model's own code,
+                whatever that is.
+            rate, bins, high_freq: of the features of ``push``; bins default to what the front end takes.
+
+        Raises TypeError for what is no such model, ValueError with the reason when it cannot be served.
+        """
+        if weights not in WEIGHTS:
+            raise ValueError(
+                f"StreamingEncoder: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}"
+            )
+        for name, value in (("max_streams", max_streams), ("threads", threads)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"StreamingEncoder: {name} must be an int of 1 or more, got {value!r}")
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(
+                f"StreamingEncoder: backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
+            )
+        found = recognise(model, chunk_size, left_context_frames, foreign=backend == "eager")
+        bins = _checked_bins(found, bins)
+        pair = _on_device(EncoderPair(found.encoder, found.encoder_embed), device)
+        began = time.perf_counter()
+        options = (chunk_size, left_context_frames, weights, max_streams, threads)
+        made, reason = _choose(backend, pair, options, release_weights)
+        seconds = time.perf_counter() - began
+        encoder = cls(made, found, chunk_size, left_context_frames, max_streams, rate, bins, high_freq)
+        error = None
+        if weights != "fp32":
+            error = _rounding_error(made, pair, chunk_size, left_context_frames, bins)
+        if release_weights:
+            made.release(pair)
+        encoder.report = EngineReport(
+            made.name,
+            reason,
+            found.origin,
+            weights,
+            made.weights_bytes,
+            made.streams_bytes,
+            max_streams,
+            made.released,
+            seconds,
+            error,
+        )
+        return encoder
+
+    # ------------------------------------------------------------------ streams
+    @property
+    def streams(self):
+        """The open streams, the oldest first."""
+        return list(self._slots)
+
+    def open(self):
+        """A new stream, at its beginning. Raises RuntimeError when ``max_streams`` are open."""
+        if not self._free:
+            raise RuntimeError(
+                f"StreamingEncoder: all {self.max_streams} streams are open: close one, or make the "
+                f"engine with a larger max_streams"
+            )
+        stream, slot = self._opened, self._free.pop()
+        self._opened += 1
+        self._backend.reset(slot)
+        self._slots[stream] = slot
+        return stream
+
+    def close(self, stream):
+        """Ends a stream; its number is never used again."""
+        self._free.append(self._slot("close", stream))
+        del self._slots[stream]
+        self._audio.pop(stream, None)
+
+    def reset(self, stream):
+        """The stream is at its beginning again, samples that wait included."""
+        self._backend.reset(self._slot("reset", stream))
+        self._audio.pop(stream, None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for stream in self.streams:
+            self.close(stream)
+
+    def _slot(self, function, stream):
+        slot = self._slots.get(stream)
+        if slot is None:
+            known = isinstance(stream, int) and 0 <= stream < self._opened
+            raise ValueError(f"{function}: stream {stream!r} {'is closed' if known else 'was never opened'}")
+        return slot
+
+    # ------------------------------------------------------------------ features
+    def step(self, features, streams, lengths=None):
+        """The next chunk of each of ``streams``.
+
+        Args:
+            features: (n, 2 chunk_size + 13, bins), float32; the next chunk begins 2 chunk_size frames later. Fewer
+                frames are the end of an utterance: silence is put behind them.
+            streams: n open streams, each once.
+            lengths: frames of each row before silence; all by default.
+
+        Returns (encoder_out (n, frames, channels), lengths (n,)): chunk_size / 2 frames, fewer where features ended.
+        """
+        streams = list(streams)
+        slots = [self._slot("step", stream) for stream in streams]
+        if len(set(slots)) != len(slots):
+            raise ValueError(f"step: every stream may be there once, got {streams}")
+        features, lengths = self._checked(features, len(slots), lengths)
+        if not slots:
+            return torch.zeros(0, self.chunk_size // 2, self.channels), torch.zeros(0, dtype=torch.int64)
+        y = self._backend.step(features, slots)
+        frames = [frames_out(length, self.chunk_size) for length in lengths]
+        longest = max(frames)
+        return (y if longest == y.shape[1] else y[:, :longest]), torch.tensor(frames)
+
+    def _checked(self, features, n, lengths):
+        if not isinstance(features, torch.Tensor) or features.dtype != torch.float32:
+            found = features.dtype if isinstance(features, torch.Tensor) else type(features).__name__
+            raise TypeError(f"step: features must be a float32 tensor, got {found}")
+        frames = self.frames_per_chunk
+        if (
+            features.ndim != 3
+            or features.shape[0] != n
+            or features.shape[2] != self.bins
+            or not 1 <= features.shape[1] <= frames
+        ):
+            raise ValueError(
+                f"step: features of {n} streams must be ({n}, {frames}, {self.bins}), fewer frames at an "
+                f"utterance's end, got {tuple(features.shape)}"
+            )
+        given = features.shape[1]
+        features = with_silence(features.detach(), frames)
+        if lengths is None:
+            return features, [given] * n
+        lengths = torch.as_tensor(lengths).tolist()
+        if len(lengths) != n or not all(0 <= length <= given for length in lengths):
+            raise ValueError(f"step: expected {n} lengths of at most {given} frames, got {lengths}")
+        short = [row for row, length in enumerate(lengths) if length < given]
+        if short:
+            features = features.clone()
+            for row in short:
+                features[row, lengths[row] :] = SILENCE
+        return features, lengths
+
+    # ------------------------------------------------------------------ samples
+    def push(self, stream, samples, rate=None):
+        """Samples of a stream as they come, floats in [-1, 1] or int16. Returns how many of its chunks wait."""
+        self._slot("push", stream)
+        audio = self._audio.get(stream)
+        if audio is None:
+            audio = StreamFeatures(self.rate, self.bins, self.chunk_size, self._high_freq)
+            self._audio[stream] = audio
+        audio.push(samples, rate)
+        return len(audio)
+
+    def end(self, stream):
+        """There are no more samples: the rest becomes chunks. Returns how many wait."""
+        self._slot("end", stream)
+        audio = self._audio.get(stream)
+        if audio is None:
+            return 0
+        audio.end()
+        return len(audio)
+
+    @property
+    def ready(self):
+        """Streams for which a chunk of pushed samples waits."""
+        return [stream for stream, audio in self._audio.items() if len(audio)]
+
+    def advance(self, streams=None):
+        """One chunk of every stream that has one waiting, of ``streams`` or all: (streams, encoder_out (n, chunk_size /
+        2, channels)). Every frame counts, the silence at the end included: words that end there are decided in it.
+        """
+        ready = self.ready if streams is None else [s for s in self.ready if s in set(streams)]
+        chunks = [self._audio[stream].take() for stream in ready]
+        features = torch.stack(chunks) if chunks else torch.zeros(0, self.frames_per_chunk, self.bins)
+        return ready, self.step(features, ready)[0]
+
+    # ------------------------------------------------------------------ states
+    def export_states(self, stream):
+        """The stream's states as upstream's streaming wrapper has them, for a batch of one."""
+        return self._backend.export_states(self._slot("export_states", stream))
+
+    def import_states(self, stream, states):
+        """The stream goes on from these states, ours or upstream's. Raises ValueError when they do not fit."""
+        self._backend.import_states(self._slot("import_states", stream), list(states))
+
+
+def _checked_bins(found, bins):
+    if bins is None:
+        return found.bins
+    width = found.encoder_embed.out_width
+    if not isinstance(bins, int) or ((bins - 1) // 2 - 1) // 2 != width:
+        raise ValueError(f"StreamingEncoder: the front end does not take {bins!r} bins, rather {found.bins}")
+    return bins
+
+
+def _on_device(pair, device):
+    """The pair where it shall run: itself, or a copy."""
+    own = next(pair.parameters()).device
+    device = own if device is None else torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"StreamingEncoder: there is no CUDA device for device={device}")
+    if device.type == own.type and device.index in (None, own.index):
+        return pair
+    return copy.deepcopy(pair).to(device)
+
+
+def _choose(wanted, pair, options, release):
+    """(backend, why it was chosen). Raises ValueError when none can do what is asked for."""
+    device = next(pair.parameters()).device
+    if wanted is None and device.type == "cuda":
+        wanted, why = "cuda graph", "the model is on a GPU"
+    elif wanted is None:
+        why = "the model is on a CPU"
+    else:
+        why = "it was asked for"
+    refusal = None
+    if wanted in (None, "native"):
+        made, refusal = _native(pair, options, device)
+        if made is not None:
+            return made, why
+        if wanted == "native":
+            raise ValueError(f"StreamingEncoder: the native backend cannot serve: {refusal}")
+    if release:
+        reason = refusal or f"the {wanted} backend runs the model's own"
+        raise ValueError(f"StreamingEncoder: release_weights needs packed weights: {reason}")
+    if wanted == "cuda graph":
+        if device.type != "cuda":
+            raise ValueError(f"StreamingEncoder: CUDA graphs need a model on a GPU, this one is on {device}")
+        return CudaGraphBackend(pair, *options), why
+    return EagerBackend(pair, *options), why if refusal is None else f"native does not serve: {refusal}"
+
+
+def _native(pair, options, device):
+    """(NativeBackend, None) or (None, why not)."""
+    if device.type != "cpu":
+        return None, f"it runs on CPUs, the model is on {device}"
+    try:
+        from fastasr.streaming.native import NativeBackend
+    except ImportError as error:
+        return None, str(error)
+    try:
+        return NativeBackend(pair, *options), None
+    except NotImplementedError as error:
+        return None, str(error)
+
+
+@torch.inference_mode()
+def _rounding_error(backend, pair, chunk_size, left_context_frames, bins):
+    """rms of the difference from the model's own output in fp32, over its rms, on a few chunks of noise."""
+    exact = EagerBackend(pair, chunk_size, left_context_frames)
+    generator = torch.Generator().manual_seed(0)
+    frames = 2 * chunk_size + RIGHT_CONTEXT
+    difference = total = 0.0
+    for _ in range(_PROBE):
+        features = torch.randn(1, frames, bins, generator=generator) * 3 - 6  # about as log-mel energies are
+        y, x = backend.step(features, [0]).double().cpu(), exact.step(features, [0]).double().cpu()
+        difference, total = difference + (y - x).square().sum(), total + x.square().sum()
+    backend.reset(0)
+    return float((difference / total).sqrt())

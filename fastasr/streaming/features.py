@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From samples as they come to the chunks of features that a streaming encoder takes."""
+
+import collections
+
+import torch
+
+from fastasr.decoding.chunks import RIGHT_CONTEXT, SILENCE, FeatureChunks
+
+HIGH_FREQ = -400.0  # Hz from Nyquist, in icefall's recipes
+
+
+class FbankStream:
+    """Log-mel filterbanks of kaldi-native-fbank, each frame once: 25 ms windows every 10 ms, no dither, the window's
+    middle in the frame's. What has been given is dropped, so an endless stream takes no more memory than a short one.
+    """
+
+    def __init__(self, rate=16000, bins=80, high_freq=HIGH_FREQ):
+        try:
+            import kaldi_native_fbank
+        except ImportError as error:
+            raise ImportError(
+                "features need kaldi-native-fbank: pip install 'fastasr[demo]', or give step() features"
+            ) from error
+        options = kaldi_native_fbank.FbankOptions()
+        options.frame_opts.samp_freq = rate
+        options.frame_opts.dither = 0.0
+        options.frame_opts.snip_edges = False
+        options.mel_opts.num_bins = bins
+        options.mel_opts.high_freq = high_freq
+        self._computer = kaldi_native_fbank.OnlineFbank(options)
+        self._rate, self._bins, self._given = rate, bins, 0
+
+    def accept(self, samples):
+        """The frames (n, bins) that are complete with these samples, (n,) in [-1, 1]."""
+        self._computer.accept_waveform(self._rate, samples.tolist())
+        return self._new()
+
+    def finish(self):
+        """The last frames, whose windows reach beyond the end."""
+        self._computer.input_finished()
+        return self._new()
+
+    def _new(self):
+        ready = self._computer.num_frames_ready
+        frames = [torch.from_numpy(self._computer.get_frame(i).copy()) for i in range(self._given, ready)]
+        self._computer.pop(ready - self._given)
+        self._given = ready
+        return torch.stack(frames) if frames else torch.zeros(0, self._bins)
+
+
+class StreamFeatures:
+    """The chunks of one stream of samples. ``push`` and ``end`` make them, ``take`` gives them in their order."""
+
+    def __init__(self, rate, bins, chunk_size, high_freq=HIGH_FREQ):
+        self.rate = rate
+        self._computer = FbankStream(rate, bins, high_freq)
+        self._chunks = FeatureChunks(chunk_size)
+        self._ready = collections.deque()
+        self._ended = False
+
+    def __len__(self):
+        return len(self._ready)
+
+    @property
+    def ended(self):
+        return self._ended
+
+    def push(self, samples, rate=None):
+        """Takes samples (n,): floats in [-1, 1] or 16-bit integers. Raises ValueError for anything else."""
+        if self._ended:
+            raise ValueError("push: samples after the end of the stream")
+        if rate is not None and rate != self.rate:
+            raise ValueError(f"push: expected samples at {self.rate} Hz, got {rate} Hz: resample them first")
+        samples = as_samples(samples)
+        if len(samples):
+            self._ready.extend(self._chunks.accept(self._computer.accept(samples)))
+
+    def end(self):
+        """There are no more samples: what is left becomes chunks, filled with silence."""
+        if self._ended:
+            return
+        self._ended = True
+        self._ready.extend(self._chunks.accept(self._computer.finish()))
+        self._ready.extend(self._chunks.finish())
+
+    def take(self):
+        return self._ready.popleft()
+
+
+def as_samples(samples):
+    """float32 (n,) of floats in [-1, 1] or 16-bit integers, tensor or array."""
+    samples = torch.as_tensor(samples)
+    if samples.ndim != 1:
+        raise ValueError(f"push: samples must be (n,), one channel, got {tuple(samples.shape)}")
+    if samples.dtype == torch.int16:
+        return samples.float() / 32768
+    if not samples.is_floating_point():
+        raise ValueError(f"push: samples must be floats in [-1, 1] or int16, got {samples.dtype}")
+    samples = samples.float()
+    if not samples.isfinite().all():
+        raise ValueError("push: samples must be finite, got NaN or infinity")
+    return samples
+
+
+def utterance_chunks(features, chunk_size):
+    """Features (frames, bins) of a whole utterance as what ``StreamingEncoder.step`` takes: yields (chunk, length),
+    chunk (2 chunk_size + 13, bins) filled with silence, length its frames before that.
+    """
+    step = 2 * chunk_size
+    for start in range(0, len(features), step):
+        chunk = features[start : start + step + RIGHT_CONTEXT]
+        if frames_out(len(chunk), chunk_size):
+            yield with_silence(chunk, step + RIGHT_CONTEXT), len(chunk)
+
+
+def with_silence(features, frames):
+    """features (..., n, bins) with silence up to ``frames``."""
+    missing = frames - features.shape[-2]
+    return torch.nn.functional.pad(features, (0, 0, 0, missing), value=SILENCE) if missing else features
+
+
+def frames_out(length, chunk_size):
+    """Frames of a chunk's output that ``length`` frames of features reach: over all chunks as many as the encoder gives
+    for the whole utterance.
+    """
+    return (min(max((length - 7) // 2, 0), chunk_size) + 1) // 2

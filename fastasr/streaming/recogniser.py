@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Words of many streams as they are spoken: an engine, a search over its frames, and rules for where a segment ends."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from fastasr import decoding
+from fastasr.streaming.encoder import StreamingEncoder
+
+FRAME = 0.04  # seconds of a frame of the encoder's output, with features every 10 ms
+METHODS = ("greedy", "beam", "ctc-greedy", "ctc-beam")
+
+
+@dataclass(frozen=True)
+class EndpointRules:
+    """A segment ends after ``silence`` seconds without a token when nothing was said, ``trailing`` seconds when
+    something was, or when it is ``longest`` seconds long. None leaves a rule out.
+    """
+
+    silence: float | None = 2.4
+    trailing: float | None = 1.2
+    longest: float | None = 20.0
+
+    def reached(self, frames, last):
+        """Whether a segment of ``frames`` whose last token was decided at ``last`` (None: there is none) ends here."""
+        quiet = frames * FRAME if last is None else (frames - 1 - last) * FRAME
+        limit = self.silence if last is None else self.trailing
+        return (limit is not None and quiet >= limit) or (
+            self.longest is not None and frames * FRAME >= self.longest
+        )
+
+
+@dataclass
+class Result:
+    """What was said in a segment of a stream so far, or in all of it when ``final``.
+
+    ``times`` are seconds from the stream's beginning at which the tokens were decided, ``start`` where the segment
+    begins, ``end`` how far it has been heard. ``text`` is made of the tokens when the recogniser knows how.
+    """
+
+    stream: int
+    segment: int
+    tokens: list[int]
+    times: list[float]
+    start: float
+    end: float
+    score: float
+    text: str | None = None
+    final: bool = False
+
+
+@dataclass
+class _Stream:
+    state: object
+    segment: int = 0
+    first_frame: int = 0  # of the segment
+    frames: int = 0
+    ended: bool = False
+    finals: list = field(default_factory=list)
+
+
+class StreamingRecognizer:
+    """Greedy or beam search, of the transducer or CTC, over a StreamingEncoder.
+
+        recognizer = StreamingRecognizer(model, encoder, method="beam", to_text=units.decode)
+        stream = recognizer.open()
+        recognizer.push(stream, samples)          # as they come
+        for result in recognizer.advance(): ...   # one chunk of every stream that has one waiting
+        recognizer.end(stream)                    # no more samples
+        recognizer.finish(stream)                 # what is left; the last Result
+
+    Args:
+        model: has the ``decoder`` and ``joiner`` or the ``ctc_output`` that go with the encoder.
+        encoder: a StreamingEncoder of the same model.
+        method: greedy, beam, ctc-greedy or ctc-beam; ``beam`` hypotheses.
+        to_text: makes text of a list of tokens.
+        endpoint: EndpointRules, or None for one segment per stream. A new segment begins with an empty search; the
+            encoder goes on as it was.
+        blank_penalty: is taken from blank's logit, of transducers.
+    """
+
+    def __init__(
+        self,
+        model,
+        encoder,
+        method="greedy",
+        beam=4,
+        to_text=None,
+        endpoint=None,
+        blank_penalty=0.0,
+    ):
+        if not isinstance(encoder, StreamingEncoder):
+            raise TypeError(
+                f"StreamingRecognizer: encoder must be a StreamingEncoder, got {type(encoder).__name__}"
+            )
+        if method not in METHODS:
+            raise ValueError(
+                f"StreamingRecognizer: method must be one of {', '.join(METHODS)}, got {method!r}"
+            )
+        if model.training:
+            raise ValueError("StreamingRecognizer: the model is in training mode: call model.eval()")
+        self.encoder = encoder
+        self.head = None
+        if method.startswith("ctc-"):
+            self.head = getattr(model, "ctc_output", None)
+            if self.head is None:
+                raise ValueError(f"StreamingRecognizer: this {type(model).__name__} has no CTC output")
+        blank = getattr(model, "blank_id", 0)
+        if method == "greedy":
+            self.search = decoding.GreedySearch(model, blank_penalty=blank_penalty)
+        elif method == "beam":
+            self.search = decoding.ModifiedBeamSearch(model, beam=beam, blank_penalty=blank_penalty)
+        elif method == "ctc-greedy":
+            self.search = decoding.CtcGreedySearch(blank)
+        else:
+            self.search = decoding.CtcPrefixBeamSearch(beam, blank)
+        self.to_text = to_text
+        self.endpoint = endpoint
+        self._streams = {}
+        self.seconds = {"encoder": 0.0, "search": 0.0}
+
+    # ------------------------------------------------------------------ streams
+    def open(self):
+        """A new stream. Raises RuntimeError when the engine has no room."""
+        stream = self.encoder.open()
+        self._streams[stream] = _Stream(self.search.start(1))
+        return stream
+
+    def close(self, stream):
+        """Lets go of a stream. What was not asked for is lost."""
+        self._of("close", stream)
+        del self._streams[stream]
+        self.encoder.close(stream)
+
+    def reset(self, stream):
+        """The stream is at its beginning again."""
+        self._of("reset", stream)
+        self.encoder.reset(stream)
+        self._streams[stream] = _Stream(self.search.start(1))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for stream in list(self._streams):
+            self.close(stream)
+
+    @property
+    def streams(self):
+        return list(self._streams)
+
+    def _of(self, function, stream):
+        found = self._streams.get(stream)
+        if found is None:
+            raise ValueError(f"{function}: this recogniser has no open stream {stream!r}")
+        return found
+
+    # ------------------------------------------------------------------ samples and words
+    def push(self, stream, samples, rate=None):
+        """Samples as they come. Returns how many chunks wait for ``advance``."""
+        self._of("push", stream)
+        return self.encoder.push(stream, samples, rate)
+
+    def end(self, stream):
+        """There are no more samples. Returns how many chunks wait for ``advance``."""
+        self._of("end", stream).ended = True
+        return self.encoder.end(stream)
+
+    def advance(self, streams=None):
+        """One chunk of every stream that has one waiting, of ``streams`` or all: a Result each. It is final where the
+        segment ends with it: at an endpoint, or with the last chunk of a stream after ``end``.
+        """
+        mine = self.streams if streams is None else [s for s in streams if self._of("advance", s)]
+        began = time.perf_counter()
+        streams, encoder_out = self.encoder.advance(mine)
+        middle = time.perf_counter()
+        results = self.accept(streams, encoder_out)
+        self.seconds["encoder"] += middle - began
+        self.seconds["search"] += time.perf_counter() - middle
+        return results
+
+    @torch.inference_mode()
+    def accept(self, streams, encoder_out, lengths=None):
+        """As ``advance``, of what the engine gave for these streams: (n, frames, channels), lengths (n,)."""
+        if not streams:
+            return []
+        kept = [self._of("accept", stream) for stream in streams]
+        frames = encoder_out if self.head is None else self.head(encoder_out)
+        state = self.search.advance(decoding.join_states([one.state for one in kept]), frames, lengths)
+        counts = [frames.shape[1]] * len(kept) if lengths is None else torch.as_tensor(lengths).tolist()
+        waiting = set(self.encoder.ready)
+        results = []
+        for stream, one, part, count in zip(streams, kept, decoding.split_state(state), counts, strict=True):
+            one.state = part
+            one.frames += count
+            results.append(self._result(stream, one, last=one.ended and stream not in waiting))
+        return results
+
+    def finish(self, stream):
+        """Ends a stream and reads what waits: the Results of its last chunks, the last of them final."""
+        self.end(stream)
+        results = []
+        while stream in self.encoder.ready:
+            results += self.advance([stream])
+        return results
+
+    def result(self, stream):
+        """The Result of the stream's segment so far."""
+        return self._made(stream, self._of("result", stream))
+
+    def finals(self, stream):
+        """The final Results of the stream so far."""
+        return list(self._of("finals", stream).finals)
+
+    def _result(self, stream, one, last):
+        made = self._made(stream, one)
+        frames = one.frames - one.first_frame
+        decided = round(made.times[-1] / FRAME) - one.first_frame if made.times else None
+        if last or (self.endpoint is not None and self.endpoint.reached(frames, decided)):
+            made.final = True
+            one.finals.append(made)
+            one.segment += 1
+            one.first_frame = one.frames
+            one.state = self.search.start(1)
+        return made
+
+    def _made(self, stream, one):
+        found = self.search.result(one.state)
+        tokens, frames = found.tokens[0], found.timestamps[0]
+        return Result(
+            stream,
+            one.segment,
+            tokens,
+            [(one.first_frame + frame) * FRAME for frame in frames],
+            one.first_frame * FRAME,
+            one.frames * FRAME,
+            found.scores[0],
+            None if self.to_text is None else self.to_text(tokens),
+        )

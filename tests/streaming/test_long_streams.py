@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recording of half an hour: no drift from the model's own stream, no growth of memory."""
+
+import os
+
+import pytest
+import torch
+from conftest import CHUNK, LEFT
+from oracle import Alone, relative
+
+from fastasr import decoding
+from fastasr.streaming import EndpointRules, FbankStream, StreamingEncoder, StreamingRecognizer
+
+pytest.importorskip("kaldi_native_fbank")
+SECOND = 16000
+
+
+def resident():
+    """MiB of this process that lie in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def second(number):
+    return torch.randn(SECOND, generator=torch.Generator().manual_seed(number)) * 0.1
+
+
+def listen(model, seconds, check_from, growth):
+    """Streams ``seconds`` of noise; the last chunks are compared, memory from a tenth of the way on."""
+    recogniser = StreamingRecognizer(
+        model, StreamingEncoder.from_model(model, CHUNK, LEFT), endpoint=EndpointRules(longest=5.0)
+    )
+    encoder = recogniser.encoder
+    stream, alone = recogniser.open(), Alone(model, CHUNK, LEFT)
+    computer, chunks = FbankStream(), decoding.FeatureChunks(CHUNK)
+    before, compared, finals = None, 0, 0
+    for number in range(seconds):
+        samples = second(number)
+        recogniser.push(stream, samples)
+        expected = iter(chunks.accept(computer.accept(samples)))
+        while encoder.ready:
+            streams, y = encoder.advance()
+            own = alone.step(next(expected))
+            if number >= check_from:
+                assert relative(y[0], own) < 5e-6
+                compared += 1
+            for result in recogniser.accept(streams, y):
+                finals += result.final
+        if number == seconds // 10:
+            before = resident()
+    assert compared > 10
+    assert finals >= seconds // 6
+    assert resident() - before < growth
+    recogniser.close(stream)
+
+
+def test_some_seconds(model):
+    listen(model, 14, check_from=11, growth=4)
+
+
+@pytest.mark.long
+def test_half_an_hour(model):
+    listen(model, 1800, check_from=1790, growth=8)
