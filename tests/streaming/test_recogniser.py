@@ -132,14 +132,10 @@ def test_segments_end_after_silence(model):
     assert (quiet.tokens, quiet.segment, quiet.start) == ([], 1, pytest.approx(12 * FRAME))
     assert not say(stream, [0] * 4).final
     assert say(stream, [0] * 4).final  # 0.48 s of nothing
-    result = None
-    for count in range(1, 9):
-        result = say(stream, [5, 6, 5, 6])
-        if result.final:
-            break
-    assert count == 8  # 32 frames are 1.28 s
-    assert result.segment == 2
-    assert result.times[0] == pytest.approx(24 * FRAME)
+    results = [say(stream, [5, 6, 5, 6]) for _ in range(8)]
+    assert [result.final for result in results] == [False] * 7 + [True]  # 32 frames are 1.28 s
+    assert results[7].segment == 2
+    assert results[7].times[0] == pytest.approx(24 * FRAME)
     assert [r.segment for r in recogniser.finals(stream)] == [0, 1, 2]
     assert recogniser.result(stream).segment == 3
     recogniser.reset(stream)
