@@ -25,6 +25,7 @@ _HEADLINES = (
     "training step",
     "whole path",
 )
+NONE_YET = "No measurements yet: `make bench` writes them."
 TITLES = ("eager", "`torch.compile`", "upstream", "**fastasr**")
 
 
@@ -91,15 +92,19 @@ def _times_lines(found: Sequence[Unit]) -> list[str]:
     return lines
 
 
-def _machine_lines(device_name: str, rows: Sequence[Row]) -> list[str]:
+def conditions(rows: Sequence[Row]) -> str:
+    """Where and with what the rows of one machine were measured."""
     first = max(rows, key=lambda row: row.date)
     commits = sorted({row.commit for row in rows})
     versions = f"torch {first.torch}" + (f", CUDA {first.cuda}" if first.cuda else "")
-    lines = [
-        f"**{device_name}**, {first.threads} threads, {versions}, Python {first.python}; "
-        f"commit {', '.join(commits)}; {first.date[:10]}. Medians of interleaved repetitions.",
-        "",
-    ]
+    return (
+        f"**{first.device_name}**, {first.threads} threads, {versions}, Python {first.python}; "
+        f"commit {', '.join(commits)}; {first.date[:10]}. Medians of interleaved repetitions."
+    )
+
+
+def _machine_lines(rows: Sequence[Row]) -> list[str]:
+    lines = [conditions(rows), ""]
     found = units(rows)
     # models first: they are what the ops are for
     timed = [unit for suite in ("models", "ops") for unit in found if unit.first.suite == suite]
@@ -131,10 +136,10 @@ def _linear_part(found: Sequence[Unit]) -> list[str]:
 def table(rows: Sequence[Row]) -> str:
     """Markdown for all machines in ``rows``."""
     if not rows:
-        return "No measurements yet: `make bench` writes them."
+        return NONE_YET
     machines = dict.fromkeys(row.device_name for row in rows)
     blocks = [
-        "\n".join(_machine_lines(name, [row for row in rows if row.device_name == name])) for name in machines
+        "\n".join(_machine_lines([row for row in rows if row.device_name == name])) for name in machines
     ]
     return "\n\n".join(blocks)
 

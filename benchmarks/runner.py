@@ -16,6 +16,8 @@ from fastasr.benchmarks.models import (
     mega,
     mega_step,
     pruned_transducer,
+    recipe_step,
+    transcribe,
     zipformer,
     zipformer_front_end,
     zipformer_streaming,
@@ -37,6 +39,11 @@ _BY_PASS = {
     zipformer_streaming.NAME: (
         zipformer_streaming,
         {"size": "tiny", "chunks": (16,), "inner_compile": False},
+    ),
+    recipe_step.NAME: (recipe_step, {"size": "tiny", "durations": (5.0,), "inner_compile": False}),
+    transcribe.NAME: (
+        transcribe,
+        {"size": "tiny", "seconds": 2, "chunks": (16,), "inner_compile": False},
     ),
 }
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upstream's Zipformer from the PyPI package ``zipformer``, as its recipes build it, with random weights."""
 
+import contextlib
 import importlib
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -83,6 +85,21 @@ class Encoder(torch.nn.Module):
         return x.permute(1, 0, 2), lengths
 
 
+@contextlib.contextmanager
+def activations(compiled: bool) -> Iterator[None]:
+    """Models made inside have the ``torch.compile`` that upstream puts around its activations, or have it not."""
+    before = os.environ.get("K2_ONNX_EXPORT")
+    if not compiled:
+        os.environ["K2_ONNX_EXPORT"] = "1"  # upstream's own switch
+    try:
+        yield
+    finally:
+        if not compiled:
+            os.environ.pop("K2_ONNX_EXPORT")
+            if before is not None:
+                os.environ["K2_ONNX_EXPORT"] = before
+
+
 def zipformer(size: str = "medium", seed: int = 0, inner_compile: bool = True, **options) -> Encoder:
     """Upstream's encoder in evaluation mode, with random weights; ``options`` go to its constructor.
 
@@ -90,16 +107,21 @@ def zipformer(size: str = "medium", seed: int = 0, inner_compile: bool = True, *
     ``MissingUpstream``.
     """
     torch.manual_seed(seed)
-    before = os.environ.get("K2_ONNX_EXPORT")
-    if not inner_compile:
-        os.environ["K2_ONNX_EXPORT"] = "1"  # upstream's own switch
-    try:
+    with activations(compiled=inner_compile):
         model = Encoder({**SIZES[size], **options})
-    finally:
-        if not inner_compile:
-            os.environ.pop("K2_ONNX_EXPORT")
-            if before is not None:
-                os.environ["K2_ONNX_EXPORT"] = before
+    return _steady(model)
+
+
+def recogniser(config: dict, seed: int = 0) -> torch.nn.Module:
+    """Upstream's AsrModel in evaluation mode, with random weights. Raises ``MissingUpstream``."""
+    _imported()
+    from zipformer.modules.model import AsrModel
+
+    torch.manual_seed(seed)
+    return _steady(AsrModel(**config))
+
+
+def _steady(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         if hasattr(module, "batch_count"):
             module.batch_count = BATCH_COUNT

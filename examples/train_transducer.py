@@ -119,6 +119,7 @@ def train(options):
             "warmup",
             "average_over",
             "schedule_speed",
+            "mask_after",
         )
         names += ("checkpoint_every", "evaluate_every", "plain", "bf16", "backend", "upstream")
         chosen = training.Options(
@@ -151,10 +152,6 @@ def main(arguments=None):
         else:
             train(options)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except Exception as error:
-        if type(error).__name__ != "NoSpeech":
-            raise
         raise SystemExit(f"error: {error}") from None
 
 

@@ -5,6 +5,7 @@
     python examples/transcribe.py recording.wav --model exp --stream           # chunk by chunk, partial results
     python examples/transcribe.py --model exp --export exp/onnx                # writes ONNX files
     python examples/transcribe.py recording.wav --model exp/onnx --stream      # and reads with them
+    python examples/transcribe.py --model exp --compare exp/onnx               # on the held-out recordings
 
 --method is greedy, beam, ctc-greedy or ctc-beam. --times prints when each token was decided.
 """
@@ -29,7 +30,37 @@ def parser():
     made.add_argument("--times", action="store_true", help="print the time of every token")
     made.add_argument("--resample", action="store_true", help="take recordings of another sample rate")
     made.add_argument("--export", type=Path, metavar="FOLDER", help="write the model as ONNX files and stop")
+    made.add_argument(
+        "--compare",
+        type=Path,
+        metavar="MODEL",
+        help="read the held-out recordings with this model too and stop",
+    )
+    made.add_argument(
+        "--speech", type=Path, help="with --compare: a folder of recordings with .txt beside them"
+    )
+    made.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("demo/cache"),
+        help="with --compare: downloads (default: %(default)s)",
+    )
     return made
+
+
+def compare(options):
+    """Reads what training has held out with both models, streaming. Exits with 1 when a text differs."""
+    from fastasr.recipe import recogniser, speech
+
+    readers = recogniser.load(options.model), recogniser.load(options.compare)
+    _, held_out = speech.load(options.cache, options.speech, (1.0,))
+    different = recogniser.disagreements(*readers, held_out, options.method)
+    print(
+        f"{len(held_out) - len(different)} of {len(held_out)} held-out recordings are read as the same text"
+    )
+    for name, text, other in different:
+        print(f"{name}\n  {options.model}: {text}\n  {options.compare}: {other}")
+    raise SystemExit(int(bool(different)))
 
 
 def pieces(samples, rate, real_time):
@@ -70,8 +101,10 @@ def main(arguments=None):
             for name, path in recogniser.export(options.model, options.export).items():
                 print(f"wrote {name}: {path}")
             return
+        if options.compare:
+            compare(options)
         if not options.file:
-            raise ValueError("give at least one recording, or --export FOLDER")
+            raise ValueError("give at least one recording, --export FOLDER or --compare MODEL")
         loaded = recogniser.load(options.model)
         for path in options.file:
             transcribe(loaded, path, options)

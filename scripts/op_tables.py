@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the measured tables of docs/ops from benchmarks/results, between the markers that README.md has too.
+"""Writes the measured tables of docs/ops and of model pages from benchmarks/results, between README.md's markers.
 
     python scripts/op_tables.py [--check]
 
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from fastasr import ops
+from fastasr.benchmarks.models import transcribe
 from fastasr.benchmarks.readme_table import replaced, table
 from fastasr.benchmarks.rows import read_all
 
@@ -19,6 +20,7 @@ PAGES = {
     "swoosh": ("swoosh_l", "swoosh_r"),
     "residual_norm": ("gated_residual_norm", "residual_norm"),
 }  # pages that are not named after their one op
+MODEL_PAGES = {"decoding.md": transcribe}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,16 +30,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare only")
     options = parser.parse_args(arguments)
     rows = read_all(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
-    pages = sorted((ROOT / "docs" / "ops").glob("*.md"))
-    described = [name for page in pages for name in PAGES.get(page.stem, (page.stem,))]
+    op_pages = sorted((ROOT / "docs" / "ops").glob("*.md"))
+    described = [name for page in op_pages for name in PAGES.get(page.stem, (page.stem,))]
     if missing := sorted(set(ops.NAMES) - set(described)):
         print(f"docs/ops has no page for {', '.join(missing)}", file=sys.stderr)
         return 1
-    stale = 0
-    for page in pages:
+    tables = {}
+    for page in op_pages:
         names = PAGES.get(page.stem, (page.stem,))
+        tables[page] = table([row for row in rows if row.suite == "ops" and row.name in names])
+    for name, model in MODEL_PAGES.items():
+        tables[ROOT / "docs" / name] = model.table([row for row in rows if row.name == model.NAME])
+    stale = 0
+    for page, block in tables.items():
         text = page.read_text(encoding="utf-8")
-        made = replaced(text, table([row for row in rows if row.suite == "ops" and row.name in names]))
+        made = replaced(text, block)
         if made == text:
             continue
         stale += 1

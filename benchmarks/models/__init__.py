@@ -5,6 +5,8 @@ from fastasr.benchmarks.models import (
     mega,
     mega_step,
     pruned_transducer,
+    recipe_step,
+    transcribe,
     zipformer,
     zipformer_front_end,
     zipformer_streaming,
@@ -19,6 +21,8 @@ MODULES = (
     mega,
     mega_step,
     pruned_transducer,
+    recipe_step,
+    transcribe,
 )
 
 

@@ -82,6 +82,11 @@ def total(values, world):
     return tensor.tolist()
 
 
+def local(x):
+    """This process's shard of a tensor that may be sharded."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def full(x):
     """The whole of a tensor that may be sharded; all processes call it."""
     return x.full_tensor() if isinstance(x, DTensor) else x

@@ -52,23 +52,33 @@ class Recogniser:
 
     def stream(self, parts, method="greedy", beam=4):
         """Yields the text so far, and Decoded, after every chunk of ``parts``, pieces of samples as they come."""
+        computer = speech.FbankStream(self.rate, self.bins)
+
+        def features():
+            for part in parts:
+                yield computer.accept(part)
+            yield computer.finish()
+
+        yield from self.stream_features(features(), method, beam)
+
+    def stream_features(self, parts, method="greedy", beam=4):
+        """As ``stream``, of pieces of features (frames, bins)."""
         encoder, search = self.search(method, beam)
-        features = speech.FbankStream(self.rate, self.bins)
         chunks, state = decoding.FeatureChunks(encoder.chunk_size), search.start()
 
-        def advance(state, ready):
+        def advanced(state, ready):
             for chunk in ready:
                 state = search.advance(state, encoder(chunk.unsqueeze(0)))
-            return state, search.result(state)
+            result = search.result(state)
+            return state, (self.units.decode(result.tokens[0]), result)
 
         for part in parts:
-            ready = chunks.accept(features.accept(part))
+            ready = chunks.accept(part)
             if ready:
-                state, result = advance(state, ready)
-                yield self.units.decode(result.tokens[0]), result
-        ready = [*chunks.accept(features.finish()), *chunks.finish()]
-        state, result = advance(state, ready)
-        yield self.units.decode(result.tokens[0]), result
+                state, found = advanced(state, ready)
+                yield found
+        _, found = advanced(state, chunks.finish())
+        yield found
 
     def transcribe(self, samples, method="greedy", beam=4):
         """(text, Decoded) of a whole recording. PyTorch models encode it at once, ONNX streams chunk by chunk."""
@@ -84,6 +94,16 @@ class Recogniser:
         return self.units.decode(result.tokens[0]), result
 
 
+def disagreements(one, other, utterances, method="greedy"):
+    """[(name, text, other text)] of the utterances that two recognisers, streaming, read differently."""
+    found = []
+    for utterance in utterances:
+        texts = [list(r.stream_features([utterance.features[0]], method))[-1][0] for r in (one, other)]
+        if texts[0] != texts[1]:
+            found.append((utterance.name, *texts))
+    return found
+
+
 def load(path):
     """From a checkpoint file, or a folder that ``export`` has written. Raises ValueError."""
     path = Path(path)
@@ -97,8 +117,15 @@ def load(path):
         model.load_state_dict(found["model_avg"], strict=True)
     except RuntimeError as error:
         raise ValueError(f"the checkpoint {path} does not fit its model: {error}") from None
-    units = Units.from_state_dict(found["units"])
+    units = _units_for(model.vocab_size, Units.from_state_dict(found["units"]), path)
     return Recogniser(model, units, found["features"]["rate"], found["features"]["bins"])
+
+
+def _units_for(vocabulary, units, path):
+    """The units, when each token of the model is one of them."""
+    if len(units) != vocabulary:
+        raise ValueError(f"{path} has {len(units)} tokens, its model {vocabulary}: they are of another model")
+    return units
 
 
 def export(path, folder):
@@ -117,10 +144,15 @@ def export(path, folder):
 
 
 def _load_onnx(folder):
-    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        rate, bins = int(description["rate"]), int(description["bins"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / DESCRIPTION} is damaged: {type(error).__name__}: {error}") from None
     transducer = zipformer.OnnxStreamingTransducerModel(
         *(folder / f"{name}.onnx" for name in ("encoder", "decoder", "joiner"))
     )
     ctc = zipformer.OnnxStreamingCtcModel(folder / "ctc.onnx")
-    units = Units(zipformer.SymbolTable.from_file(folder / "tokens.txt"))
-    return Recogniser((transducer, ctc), units, description["rate"], description["bins"])
+    tokens = folder / "tokens.txt"
+    units = _units_for(transducer.vocab_size, Units(zipformer.SymbolTable.from_file(tokens)), tokens)
+    return Recogniser((transducer, ctc), units, rate, bins)

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from fastasr.recipe.parallel import local
+
 SIZE_PERIOD = 4  # steps between changes of size
 CLIPPING_PERIOD = 100  # steps of which the median is taken
 EARLY_ESTIMATES = (10, 20, 40)  # steps at which it is taken before that, and doubled
@@ -27,6 +29,8 @@ MAX_SIZE_STEP = 0.1
 
 class ScaledAdam(torch.optim.Optimizer):
     """Arguments as above. ``params`` are parameters; groups are not supported: give each its own optimizer."""
+
+    _flat = None
 
     def __init__(
         self,
@@ -64,62 +68,58 @@ class ScaledAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         group = self.param_groups[0]
-        sizes = [p.numel() for p in group["params"]]
-        is_scalar = torch.tensor([size == 1 for size in sizes])
-        params = [_local(p) for p in group["params"]]
-        grads = [_local(torch.zeros_like(p) if p.grad is None else p.grad).float() for p in group["params"]]
-        is_scalar, sizes = is_scalar.to(params[0].device), torch.tensor(sizes, device=params[0].device)
+        if self._flat is None or not self._flat.holds(self.state):
+            self._flat = _Flat(group["params"], self.state)
+        flat = self._flat
+        flat.take_gradients()
         if group["step"] == 0:
-            self._begin(group, params, sizes)
+            self._begin(group, flat)
         else:
-            self._clip(group, grads, is_scalar)
-        deltas = self._adam(group, grads)
-        scales, sizes_step = self._sizes(group, params, grads, is_scalar, sizes)
-        torch._foreach_mul_(deltas, list(scales.unbind()))
-        if sizes_step is not None:
-            torch._foreach_add_(deltas, torch._foreach_mul(params, list(sizes_step.unbind())))
-        moments = [_local(self.state[p]["delta"]) for p in group["params"]]
-        torch._foreach_lerp_(moments, deltas, 1 - group["betas"][0])
-        torch._foreach_add_(params, moments)
-        for p, size in zip(params, sizes.tolist(), strict=True):
-            if size == 1:
-                p.clamp_(-group["scalar_max"], group["scalar_max"])
+            self._clip(group, flat)
+        change = self._sizes(group, flat)
+        self._move(group, flat, change)
         group["step"] += 1
         return loss
 
-    def _begin(self, group, params, sizes):
-        for p in group["params"]:
-            self.state[p]["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
-            self.state[p]["delta"] = torch.zeros_like(p, dtype=torch.float32)
-        group["rms"] = self._rms(group, params, sizes)
+    def _begin(self, group, flat):
+        group["rms"] = flat.rms()
         group["size_exp_avg_sq"] = torch.zeros_like(group["rms"])
-        group["size_grads"] = group["rms"].new_zeros(SIZE_PERIOD, len(params))
+        group["size_grads"] = group["rms"].new_zeros(SIZE_PERIOD, len(group["params"]))
         group["norms"] = group["rms"].new_zeros(CLIPPING_PERIOD)
         group["norm_threshold"] = None
 
-    def _adam(self, group, grads):
-        beta2, step = group["betas"][1], group["step"]
-        squares = [_local(self.state[p]["exp_avg_sq"]) for p in group["params"]]
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
-        correction = 1 - beta2 ** (step + 1)
-        denominators = torch._foreach_sqrt(squares)
-        if correction < 0.99:
-            torch._foreach_mul_(denominators, correction**-0.5)
-        torch._foreach_add_(denominators, group["eps"])
-        return torch._foreach_div(torch._foreach_mul(grads, -group["lr"]), denominators)
+    def _move(self, group, flat, change):
+        """p <- p + m, with the elements of all tensors in one row: a tensor's own factors are in flat.scales."""
+        beta1, beta2 = group["betas"]
+        squares, moments = flat.buffers["exp_avg_sq"], flat.buffers["delta"]
+        squares.mul_(beta2).addcmul_(flat.grad, flat.grad, value=1 - beta2)
+        correction = 1 - beta2 ** (group["step"] + 1)
+        root = correction**0.5 if correction < 0.99 else 1.0
+        step = torch.sqrt(squares).add_(group["eps"] * root)
+        torch.div(flat.grad, step, out=step)
+        moments.mul_(beta1).addcmul_(step, flat.scales, value=-(1 - beta1) * group["lr"] * root)
+        if change is not None:
+            torch._foreach_add_(
+                flat.views["delta"], torch._foreach_mul(flat.params, list((change * (1 - beta1)).unbind()))
+            )
+        torch._foreach_add_(flat.params, flat.views["delta"])
+        for p in flat.scalars:
+            p.clamp_(-group["scalar_max"], group["scalar_max"])
 
-    def _sizes(self, group, params, grads, is_scalar, sizes):
-        """What each tensor's step is multiplied by, and the relative change of its size, both (tensors,)."""
-        step, rms = group["step"], group["rms"]
+    def _sizes(self, group, flat):
+        """The relative change of each tensor's size (tensors,), every fourth step, else None."""
+        step, rms, is_scalar = group["step"], group["rms"], flat.is_scalar
         turn = step % SIZE_PERIOD
-        group["size_grads"][turn] = self._sums(group, torch._foreach_mul(params, grads))
+        group["size_grads"][turn] = flat.sums(flat.rows(), flat.grads)
         last = turn == SIZE_PERIOD - 1
         if last:
-            rms.copy_(self._rms(group, params, sizes))
-        scales = torch.where(is_scalar, group["scalar_lr_scale"], rms.clamp(min=group["param_min_rms"]))
+            rms.copy_(flat.rms())
+        if last or flat.scales is None:
+            flat.set_scales(
+                torch.where(is_scalar, group["scalar_lr_scale"], rms.clamp(min=group["param_min_rms"]))
+            )
         if not last:
-            return scales, None
+            return None
         beta = group["betas"][1] ** SIZE_PERIOD
         square = group["size_exp_avg_sq"]
         square.mul_(beta).add_(group["size_grads"].square().mean(dim=0), alpha=1 - beta)
@@ -128,15 +128,14 @@ class ScaledAdam(torch.optim.Optimizer):
         change = rate * group["size_grads"].sum(dim=0) / (square.sqrt() + group["eps"])
         change = change.masked_fill(rms < group["param_min_rms"], 0.0).clamp(-MAX_SIZE_STEP, MAX_SIZE_STEP)
         change = torch.minimum(change, (group["param_max_rms"] - rms) / rms)
-        return scales, change.masked_fill(is_scalar, 0.0)
+        return change.masked_fill(is_scalar, 0.0)
 
-    def _clip(self, group, grads, is_scalar):
+    def _clip(self, group, flat):
         if group["clipping_scale"] is None:
             return
         step, norms = group["step"], group["norms"]
-        weights = torch.where(is_scalar, group["scalar_lr_scale"], group["rms"])
-        squares = self._sums(group, torch._foreach_mul(grads, grads))
-        norm = (squares * weights.square()).sum().sqrt()
+        weights = torch.where(flat.is_scalar, group["scalar_lr_scale"], group["rms"])
+        norm = (flat.sums(flat.grads, flat.grads) * weights.square()).sum().sqrt()
         norms[step % CLIPPING_PERIOD] = norm
         if step % CLIPPING_PERIOD == 0 or step in EARLY_ESTIMATES:
             known = norms.sort().values
@@ -150,25 +149,87 @@ class ScaledAdam(torch.optim.Optimizer):
             return
         factor = group["norm_threshold"] / (float(norm) + 1e-20)
         if factor != factor or factor == 0:  # a gradient that is not finite: this step goes on without
-            torch._foreach_zero_(grads)
+            flat.grad.zero_()
         elif factor < 1:
-            torch._foreach_mul_(grads, factor)
+            flat.grad.mul_(factor)
 
-    def _rms(self, group, params, sizes):
-        return (self._sums(group, torch._foreach_mul(params, params)) / sizes).sqrt()
 
-    def _sums(self, group, tensors):
-        """The sum of each tensor (tensors,), over all shards."""
-        sums = torch.stack([t.float().sum() for t in tensors])
-        sharded = [isinstance(p, DTensor) for p in group["params"]]
-        if any(sharded):
-            mask = torch.tensor(sharded, device=sums.device)
-            parts = sums.masked_fill(~mask, 0.0)
-            mesh = next(p for p in group["params"] if isinstance(p, DTensor)).device_mesh
+class _Flat:
+    """Gradients and moments of all tensors (their local shards) end to end: a step over 300 small tensors is all
+    calls. ``state[p]["exp_avg_sq"]`` and ``["delta"]`` are views of the buffers.
+    """
+
+    def __init__(self, parameters, state):
+        self.parameters = parameters
+        self.params = [local(p) for p in parameters]
+        device = self.params[0].device
+        self.counts = [p.numel() for p in self.params]
+        self.sizes = torch.tensor([p.numel() for p in parameters], device=device)
+        self.is_scalar = self.sizes == 1
+        self.scalars = [q for p, q in zip(parameters, self.params, strict=True) if p.numel() == 1]
+        self.sharded = torch.tensor([isinstance(p, DTensor) for p in parameters], device=device)
+        self.is_sharded = any(isinstance(p, DTensor) for p in parameters)
+        self.grad = torch.empty(sum(self.counts), device=device)
+        self.grads = self.grad.split(self.counts)
+        self.lengths = torch.tensor(self.counts, device=device)
+        self.scales = None
+        self.buffers, self.views, self._states = {}, {}, []
+        for name in ("exp_avg_sq", "delta"):
+            buffer = torch.zeros_like(self.grad)
+            views = self._views(buffer)
+            for p, view in zip(parameters, views, strict=True):
+                if name in state[p]:
+                    view.copy_(local(state[p][name]))
+                state[p][name] = _sharded_as(p, view)
+                self._states.append((p, name, state[p][name]))
+            self.buffers[name], self.views[name] = buffer, views
+
+    def _views(self, buffer):
+        parts = buffer.split(self.counts)
+        return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
+
+    def holds(self, state):
+        """Whether the state is still this one: a loaded one is not."""
+        return all(state[p].get(name) is tensor for p, name, tensor in self._states)
+
+    def take_gradients(self):
+        grads = [
+            q.new_zeros(q.numel()) if p.grad is None else local(p.grad).reshape(-1).float()
+            for p, q in zip(self.parameters, self.params, strict=True)
+        ]
+        torch.cat(grads, out=self.grad)
+
+    def set_scales(self, scales):
+        self.scales = scales.repeat_interleave(self.lengths, output_size=self.grad.numel())
+
+    def rms(self):
+        rows = self.rows()
+        return (self.sums(rows, rows) / self.sizes).sqrt()
+
+    def rows(self):
+        """The parameters, each in one row."""
+        return [p.reshape(-1).float() for p in self.params]
+
+    def sums(self, one, other):
+        """Each tensor's sum of products (tensors,), over all shards; of ``rows()`` and ``grads``."""
+        sums = torch.stack([torch.dot(a, b) for a, b in zip(one, other, strict=True)])
+        if self.is_sharded:
+            parts = sums.masked_fill(~self.sharded, 0.0)
+            mesh = next(p for p in self.parameters if isinstance(p, DTensor)).device_mesh
             dist.all_reduce(parts, group=mesh.get_group())
-            sums = torch.where(mask, parts, sums)
+            sums = torch.where(self.sharded, parts, sums)
         return sums
 
 
-def _local(x):
-    return x.to_local() if isinstance(x, DTensor) else x
+def _sharded_as(parameter, x):
+    """x, a local shard, as a part of what ``parameter`` is a part of."""
+    if not isinstance(parameter, DTensor):
+        return x
+    return DTensor.from_local(
+        x,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

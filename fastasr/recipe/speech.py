@@ -21,7 +21,7 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 _LETTERS = re.compile(r"^[a-z' ]+$")
 
 
-class NoSpeech(Exception):
+class NoSpeech(ValueError):
     """There are no recordings to train with, and why."""
 
 
@@ -95,16 +95,21 @@ class FbankStream:
 
 
 def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None):
-    """(training utterances, held-out ones). Features are kept in ``cache``. Raises NoSpeech.
+    """(training utterances, held-out ones). ``cache`` keeps the downloaded prompts. Raises NoSpeech.
 
-    Held-out prompts are known by their names, and the training set has no prompt of the same words.
+    Held-out prompts are known by their names, and the training set has no prompt of the same words. What is left out,
+    and why, is said in one line.
     """
     clips = _clips(cache, folder, say)[:limit]
-    found = []
+    found, unusable = [], {}
     for clip in clips:
-        text = plain_text(clip.text)
-        if text is not None and SHORTEST <= clip.seconds <= LONGEST:
-            found.append((clip, text))
+        reason = _why_unusable(clip)
+        if reason:
+            unusable.setdefault(reason, []).append(clip.name)
+        else:
+            found.append((clip, plain_text(clip.text)))
+    if unusable:
+        say("left out: " + "; ".join(f"{_named(names)} {reason}" for reason, names in unusable.items()))
     if not found:
         raise NoSpeech("no recording has a transcript of letters and lasts 0.4 to 20 seconds")
     held = {clip.name for clip, _ in found if _hash(clip.name) % HELD_OUT == 0} or {found[0][0].name}
@@ -118,6 +123,19 @@ def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None):
     if not training:
         raise NoSpeech(f"{len(found)} recordings are too few to hold some out")
     return training, held_out
+
+
+def _why_unusable(clip):
+    """Why nothing can be learned from a recording; "" when it can."""
+    if not (clip.text or "").strip():
+        return "without a transcript"
+    if plain_text(clip.text) is None:
+        return "whose transcript is not of letters and digits"
+    return "" if SHORTEST <= clip.seconds <= LONGEST else f"not of {SHORTEST:g} to {LONGEST:g} s"
+
+
+def _named(names):
+    return names[0] if len(names) == 1 else f"{len(names)} ({names[0]}, ...)"
 
 
 def _clips(cache, folder, say):

@@ -25,6 +25,7 @@ from fastasr.recipe.scaled_adam import ScaledAdam
 from fastasr.recipe.units import Units
 
 SIMPLE_SCALE, CTC_SCALE, LM_SCALE = 0.5, 0.2, 0.25
+SLOWEST = 1.15  # a recording lasts so many times longer at the lowest of its speeds, with some room
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Progress:
     index: int = 0  # of the batch within the epoch
     seconds: float = 0.0
     averaged: int = 0
-    scores: list = field(default_factory=list)
+    scores: list = field(default_factory=list)  # [step, CER, WER] of every evaluation on the way
 
 
 class Trainer:
@@ -87,6 +88,7 @@ class Trainer:
         self.called = parallel.wrap(self.model, self.world)
         self.optimizer = ScaledAdam(self.model.parameters(), lr=options.base_lr)
         self.average = [p.detach().clone() for p in self.model.parameters()]
+        self._batches = None
         self._stopped = False
 
     def _usable(self, training):
@@ -125,7 +127,7 @@ class Trainer:
         with self._signals():
             while self.progress.step < self.options.steps and not self._stopped:
                 began = time.perf_counter()
-                row = self._step()
+                row = self.step()
                 self.progress.seconds += time.perf_counter() - began
                 row["seconds"] = self.progress.seconds
                 if log:
@@ -144,15 +146,15 @@ class Trainer:
 
     def _after_step(self):
         options, step = self.options, self.progress.step
-        last = step == options.steps or self._stopped
-        if last or step % options.checkpoint_every == 0:
-            state = self.state()
-            if self.world.first:
-                checkpoints.save(Path(options.out) / checkpoints.NAME, state)
         if options.evaluate_every and step % options.evaluate_every == 0 and step < options.steps:
             result = self.evaluate()
             if self.world.first:
+                self.progress.scores.append([step, result["cer"], result["wer"]])
                 self.say(f"step {step}: held-out CER {result['cer']:.1%}, WER {result['wer']:.1%}")
+        if step == options.steps or self._stopped or step % options.checkpoint_every == 0:
+            state = self.state()
+            if self.world.first:
+                checkpoints.save(Path(options.out) / checkpoints.NAME, state)
 
     @contextlib.contextmanager
     def _signals(self):
@@ -172,7 +174,8 @@ class Trainer:
                 signal.signal(number, handler)
 
     # ----------------------------------------------------------------------- a step
-    def _step(self):
+    def step(self):
+        """Trains on the next batch; the log's row, without ``seconds``."""
         options, progress, world = self.options, self.progress, self.world
         indices, shares = self._next_batch()
         x, lengths, tokens, weight = self._inputs(indices)
@@ -212,12 +215,18 @@ class Trainer:
             "audio_seconds": shares / 25,
         }
 
+    def epoch_batches(self, epoch):
+        """The batches of an epoch, lists of indices into ``training``."""
+        if self._batches is None or self._batches[0] != epoch:
+            seconds = [SLOWEST * u.seconds for u in self.training]
+            found = batches.epoch_batches(seconds, self.options.max_duration, self.options.seed, epoch)
+            self._batches = epoch, found
+        return self._batches[1]
+
     def _next_batch(self):
         """(indices of the whole batch, its frames of output)."""
-        options, progress = self.options, self.progress
-        found = batches.epoch_batches(
-            [u.seconds * 1.15 for u in self.training], options.max_duration, options.seed, progress.epoch
-        )
+        progress = self.progress
+        found = self.epoch_batches(progress.epoch)
         indices = found[progress.index]
         progress.index += 1
         if progress.index == len(found):
@@ -254,8 +263,8 @@ class Trainer:
         weight = max(
             min(1.0, 4 / self.progress.averaged), 2 / self.options.average_over
         )  # of the last quarter at first
-        for mean, p in zip(self.average, self.model.parameters(), strict=True):
-            mean.lerp_(p.detach(), weight)
+        parameters = [parallel.local(p) for p in self.model.parameters()]
+        torch._foreach_lerp_([parallel.local(mean) for mean in self.average], parameters, weight)
 
     # ----------------------------------------------------------------------- state
     def state(self):
@@ -327,6 +336,8 @@ class Trainer:
             "held_out_utterances": len(self.held_out),
             "threads": torch.get_num_threads(),
             "processes": self.world.size,
+            "torch": torch.__version__,
+            "scores": [*self.progress.scores, [self.progress.step, result["cer"], result["wer"]]],
             "held_out": result,
         }
         path = Path(self.options.out) / "report.json"

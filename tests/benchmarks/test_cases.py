@@ -140,6 +140,50 @@ def test_a_step_of_the_mega_decoder():
     assert list(mega_step.measure(size="tiny", settings=QUICK, skip=lambda case, shape: True)) == []
 
 
+def test_a_step_of_the_recipe():
+    """And the peak of one implementation, in its own process."""
+    pytest.importorskip("kaldialign", reason="the recipe needs the extra fastasr[recipe]")
+    from fastasr.benchmarks.models import recipe_step
+
+    calls = {"size": "tiny", "durations": (5.0,), "inner_compile": False, "settings": QUICK}
+    try:
+        units = list(recipe_step.measure(**calls, reps=1))
+    except upstream.MissingUpstream as reason:
+        pytest.skip(str(reason))
+    names = ["fastasr", "upstream", "swapped", "eager"]
+    assert [row.implementation for row in units[0]] == names
+    text = recipe_step.table(units[0])
+    assert "| tiny, batches of 5 s | upstream |" in text
+    assert recipe_step.table([]).startswith("No measurements yet")
+    assert list(recipe_step.measure(**calls, skip=lambda *unit: True)) == []
+
+
+def test_the_peak_memory_of_the_recipe(tmp_path):
+    pytest.importorskip("kaldialign", reason="the recipe needs the extra fastasr[recipe]")
+    from fastasr.benchmarks.models import recipe_step
+
+    torch.save(recipe_step._made_up(), tmp_path / "speech.pt")
+    assert recipe_step._fresh_peak("fastasr", "tiny", 5.0, tmp_path) > 0
+
+
+def test_transcribing():
+    pytest.importorskip("onnxruntime")
+    from fastasr.benchmarks.models import transcribe
+
+    calls = {"size": "tiny", "seconds": 1, "chunks": (16,), "inner_compile": False, "settings": QUICK}
+    try:
+        units = list(transcribe.measure(**calls, reps=1))
+    except upstream.MissingUpstream as reason:
+        pytest.skip(str(reason))
+    assert [unit[0].case for unit in units] == ["encoder, whole", "whole", "stream, chunks of 16"]
+    for unit in units:
+        assert [row.implementation for row in unit] == ["upstream", "fastasr", "onnxruntime"]
+    text = transcribe.table([row for unit in units for row in unit])
+    factor = units[0][1].median_ms / 1e3
+    assert f"({factor:.3f}) |" in text
+    assert list(transcribe.measure(**calls, skip=lambda *unit: True)) == []
+
+
 def test_the_loss_of_a_pruned_transducer(tmp_path):
     from fastasr.benchmarks import rows, transducer_memory
     from fastasr.benchmarks.models import pruned_transducer

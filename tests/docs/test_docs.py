@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastasr import ops
+from fastasr.benchmarks import recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -40,6 +41,10 @@ def test_every_op_has_a_page_and_current_tables():
         [sys.executable, ROOT / "scripts" / "op_tables.py", "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, f"{done.stderr}run python scripts/op_tables.py"
+
+
+def test_the_training_page_says_what_the_committed_run_says():
+    assert recipe.main(["--check"]) == 0, "run python -m fastasr.benchmarks.recipe"
 
 
 def test_the_readme_has_current_tables():

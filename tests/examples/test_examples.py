@@ -115,6 +115,8 @@ def test_train_transducer_and_transcribe(tmp_path):
     wav = str(speech / "beeps-0.wav")
     assert "beeps-0.wav: " in run("transcribe.py", tmp_path, wav, "--model", "whole", "--times")
     run("transcribe.py", tmp_path, "--model", "whole", "--export", "onnx")
+    text = run("transcribe.py", tmp_path, "--model", "whole", "--compare", "onnx", "--speech", str(speech))
+    assert re.search(r"^(\d+) of \1 held-out recordings are read as the same text$", text, re.MULTILINE)
     text = run("transcribe.py", tmp_path, wav, "--model", "onnx", "--stream", "--method", "ctc-beam")
     assert "  ... " in text
 

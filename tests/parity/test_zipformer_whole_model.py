@@ -8,6 +8,8 @@ import torch
 
 pytest.importorskip("zipformer", reason="upstream's package is not installed")
 
+import atdataset
+import numpy
 import tiny_asr
 import tiny_encoders as tiny
 from zipformer.modules import attention_decoder as their_attention
@@ -27,6 +29,7 @@ def _plain_upstream(monkeypatch):
     except ImportError:
         fast_rnnt = None
     monkeypatch.setattr(theirs, "k2", fast_rnnt)
+    monkeypatch.setattr(theirs, "time_warp", _time_warp)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -62,6 +65,7 @@ def test_same_modules_same_initial_state_same_draws(config):
 
 def _step(model, inputs, **arguments):
     tiny.seeded(2)
+    numpy.random.seed(2)
     model.zero_grad()
     x, lengths, tokens = inputs
     losses = model(x, lengths, [list(t) for t in tokens], **arguments)
@@ -69,7 +73,36 @@ def _step(model, inputs, **arguments):
         (weight * loss).sum() for weight, loss in zip((0.5, 1, 0.3, 0.7, 0.2), losses, strict=True)
     ).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return [loss.detach() for loss in losses], gradients, tiny.draws()
+    return [loss.detach() for loss in losses], gradients, (tiny.draws(), numpy.random.rand())
+
+
+def _time_warp(x, time_warp_factor, supervision_segments):
+    """Their time warp by the name of its argument that they call it with, which the installed atdataset has renamed."""
+    assert not supervision_segments[:, 1].any()
+    lengths = supervision_segments[:, 2]
+    return atdataset.time_warp(x, time_warp_factor=time_warp_factor, feature_lens=lengths)
+
+
+def _masked(**more):
+    """CR-CTC as recipes call it: both copies warped as one, each with masks of its own."""
+    masks = theirs.SpecAugment(
+        time_warp_factor=0,
+        num_frame_masks=2,
+        features_mask_size=5,
+        num_feature_masks=2,
+        frames_mask_size=12,
+        max_frames_mask_fraction=0.3,
+        p=1.0,
+    )
+    segments = torch.tensor([[n, 0, length] for n, length in enumerate(tiny_asr.LENGTHS)])
+    return {
+        "use_cr_ctc": True,
+        "use_spec_aug": True,
+        "spec_augment": masks,
+        "supervision_segments": segments,
+        "time_warp_factor": 10,
+        **more,
+    }
 
 
 _CASES = {
@@ -82,7 +115,11 @@ _CASES = {
     "CR-CTC, mean": (tiny_asr.CTC, {"use_cr_ctc": True, "reduction": "mean"}),
     "all": (tiny_asr.ALL, {}),
     "all, CR-CTC": (tiny_asr.ALL, {"use_cr_ctc": True}),
+    "CR-CTC, masks and time warp": (tiny_asr.CTC, _masked()),
+    "CR-CTC, masks, mean": (tiny_asr.CTC, _masked(time_warp_factor=None, reduction="mean")),
+    "all, CR-CTC, masks and time warp": (tiny_asr.ALL, _masked()),
     "streaming": (tiny_asr.STREAMING, {}),
+    "streaming, CR-CTC, masks and time warp": (tiny_asr.STREAMING, _masked()),
 }
 
 
@@ -206,3 +243,14 @@ def test_swish_and_subsequent_mask():
     torch.testing.assert_close(ours.Swish()(x), their_attention.Swish()(x))
     for size in (0, 1, 5):
         assert torch.equal(ours.subsequent_mask(size), their_attention.subsequent_mask(size))
+
+
+def test_masks_and_time_warp_change_what_is_learned():
+    """The cases above compare augmented batches: without masks, and without the warp, the losses are others."""
+    (our_model, _) = _twins(tiny_asr.CTC)
+    inputs = tiny_asr.batch()
+    losses = [
+        float(_step(our_model, inputs, **arguments)[0][2])
+        for arguments in ({"use_cr_ctc": True}, _masked(time_warp_factor=None), _masked())
+    ]
+    assert len({round(loss, 3) for loss in losses}) == 3

@@ -3,6 +3,7 @@ import contextlib
 
 import beeps
 import pytest
+import tiny_runs
 import torch
 
 
@@ -38,3 +39,12 @@ def speech_sets(recordings):
     from fastasr.recipe import speech
 
     return speech.load(None, recordings, speeds=(1.0, 1.1), say=lambda text: None)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, speech_sets, single_thread):
+    """A run of 6 steps without a break."""
+    out = tmp_path_factory.mktemp("trained")
+    with single_thread():
+        tiny_runs.trainer(out, speech_sets, steps=6).run()
+    return out

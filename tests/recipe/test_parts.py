@@ -186,6 +186,22 @@ def test_folders_without_speech(tmp_path):
             speech.load(None, tmp_path, say=lambda text: None)
 
 
+def test_recordings_that_are_left_out_are_named(tmp_path):
+    pytest.importorskip("kaldi_native_fbank")
+    texts = {"a": "abcabc", "b": "abc", "empty": " \n", "signs": "3 € 50", "mute": None, "short": "ab"}
+    for name, text in texts.items():
+        beeps.write_wav(tmp_path / f"{name}.wav", beeps.samples("ab" if name == "short" else "abcabc"))
+        if text is not None:
+            (tmp_path / f"{name}.txt").write_text(text)
+    said = []
+    training, held_out = speech.load(None, tmp_path, say=said.append)
+    assert len(training) + len(held_out) == 2
+    assert said == [
+        "left out: 2 (empty, ...) without a transcript; short not of 0.4 to 20 s; "
+        "signs whose transcript is not of letters and digits"
+    ]
+
+
 def test_curves(tmp_path):
     pytest.importorskip("matplotlib")
     log = Log(tmp_path / "log.csv")

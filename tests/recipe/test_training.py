@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: it learns, resumes exactly, runs in two processes, in bfloat16, in eager and with upstream's model."""
 
+import copy
 import csv
 import json
 from dataclasses import replace
@@ -9,30 +10,14 @@ import beeps
 import pytest
 import torch
 import torch.multiprocessing
+from tiny_runs import TINY, trainer
 
 from fastasr.recipe import checkpoints, parallel, recogniser, sizes, training
-
-TINY = {"size": "tiny", "max_duration": 8.0, "warmup": 5, "lr_batches": 300.0, "mask_after": 2}
-
-
-def _trainer(out, speech_sets, world=None, **options):
-    units = training.learn_units("char", speech_sets[0])
-    made = training.Options(out=out, **{**TINY, **options})
-    return training.Trainer(made, *speech_sets, units, world, say=lambda text: None)
 
 
 def _losses(out, column="loss"):
     with (out / "log.csv").open(newline="") as file:
         return [float(row[column]) for row in csv.DictReader(file)]
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, speech_sets, single_thread):
-    """A run of 6 steps without a break."""
-    out = tmp_path_factory.mktemp("trained")
-    with single_thread():
-        _trainer(out, speech_sets, steps=6).run()
-    return out
 
 
 def test_a_run_writes_what_it_says(trained):
@@ -51,43 +36,52 @@ def test_a_run_writes_what_it_says(trained):
 
 
 def test_a_resumed_run_has_the_losses_of_one_without_a_break(trained, tmp_path, speech_sets):
-    _trainer(tmp_path, speech_sets, steps=2).run()
+    trainer(tmp_path, speech_sets, steps=2).run()
     # A kill while the third step's files were written: a row too many, half a checkpoint beside the last.
     with (tmp_path / "log.csv").open("a") as file:
         file.write("3,0,9.9\n")
     (tmp_path / "last.pt.unfinished").write_bytes(b"half")
-    _trainer(tmp_path, speech_sets, steps=6).run()
+    trainer(tmp_path, speech_sets, steps=6).run()
     assert _losses(tmp_path) == _losses(trained)
     one, other = (checkpoints.load(path / checkpoints.NAME) for path in (trained, tmp_path))
     for entry in ("model", "model_avg"):
         assert all(torch.equal(one[entry][name], other[entry][name]) for name in one[entry])
 
 
+def test_scores_on_the_way_are_kept(tmp_path, speech_sets):
+    """Through a kill after the second step."""
+    trainer(tmp_path, speech_sets, steps=2, evaluate_every=1).run()
+    trainer(tmp_path, speech_sets, steps=4, evaluate_every=2).run()
+    scores = json.loads((tmp_path / "report.json").read_text())["scores"]
+    assert [step for step, *_ in scores] == [1, 4]
+    assert all(len(score) == 3 and score[1] > 0 for score in scores)
+
+
 def test_a_finished_run_is_not_trained_on(trained, speech_sets):
     before = (trained / "log.csv").read_text()
-    assert _trainer(trained, speech_sets, steps=6).run()["cer"] > 0
+    assert trainer(trained, speech_sets, steps=6).run()["cer"] > 0
     assert (trained / "log.csv").read_text() == before
 
 
 @pytest.mark.parametrize(("name", "value"), [("seed", 7), ("max_duration", 5.0)])
 def test_another_run_is_not_resumed(trained, speech_sets, name, value):
     with pytest.raises(ValueError, match=f"holds a run with {name}"):
-        _trainer(trained, speech_sets, steps=8, **{name: value}).run()
+        trainer(trained, speech_sets, steps=8, **{name: value}).run()
 
 
 def test_a_damaged_checkpoint_is_named(trained, tmp_path, speech_sets):
     (tmp_path / checkpoints.NAME).write_bytes((trained / checkpoints.NAME).read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"last.pt is damaged"):
-        _trainer(tmp_path, speech_sets, steps=8).run()
+        trainer(tmp_path, speech_sets, steps=8).run()
 
 
 def test_a_signal_ends_the_run_after_its_step(tmp_path, speech_sets):
     import os
     import signal
 
-    trainer = _trainer(tmp_path, speech_sets, steps=6, checkpoint_every=100)
-    trainer.show = lambda row: row["step"] == 2 and os.kill(os.getpid(), signal.SIGTERM)
-    assert trainer.run() is None
+    made = trainer(tmp_path, speech_sets, steps=6, checkpoint_every=100)
+    made.show = lambda row: row["step"] == 2 and os.kill(os.getpid(), signal.SIGTERM)
+    assert made.run() is None
     assert checkpoints.load(tmp_path / checkpoints.NAME)["step"] == 2
 
 
@@ -109,8 +103,8 @@ def test_transcripts_that_cannot_be_learned(tmp_path, speech_sets):
 
 def test_bfloat16_and_eager(trained, tmp_path, speech_sets):
     """bfloat16 comes near, eager kernels nearer."""
-    _trainer(tmp_path / "bf16", speech_sets, steps=2, bf16=True).run()
-    _trainer(tmp_path / "eager", speech_sets, steps=2, backend="eager").run()
+    trainer(tmp_path / "bf16", speech_sets, steps=2, bf16=True).run()
+    trainer(tmp_path / "eager", speech_sets, steps=2, backend="eager").run()
     expected = _losses(trained)[:2]
     assert _losses(tmp_path / "bf16") == pytest.approx(expected, rel=0.05)
     assert _losses(tmp_path / "eager") == pytest.approx(expected, rel=1e-3)
@@ -123,7 +117,7 @@ def test_upstreams_model(trained, tmp_path, speech_sets, swap, monkeypatch):
         pytest.importorskip("fast_rnnt", exc_type=ImportError)
     monkeypatch.setenv("K2_ONNX_EXPORT", "1")  # Swoosh without torch.compile
     monkeypatch.setattr(upstream, "k2", None)
-    _trainer(tmp_path, speech_sets, steps=2, upstream=True, swap=swap).run()
+    trainer(tmp_path, speech_sets, steps=2, upstream=True, swap=swap).run()
     assert _losses(tmp_path) == pytest.approx(_losses(trained)[:2], rel=1e-3)
 
 
@@ -137,7 +131,7 @@ def _process(rank, file, out, kind, sets):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     try:
-        _trainer(out, sets, parallel.World(rank, 2, kind), steps=4, plain=True).run()
+        trainer(out, sets, parallel.World(rank, 2, kind), steps=4, plain=True).run()
     finally:
         dist.destroy_process_group()
 
@@ -145,13 +139,13 @@ def _process(rank, file, out, kind, sets):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_have_the_losses_of_one(tmp_path, speech_sets, kind):
     """And one process goes on from their checkpoint."""
-    _trainer(tmp_path / "one", speech_sets, steps=6, plain=True).run()
+    trainer(tmp_path / "one", speech_sets, steps=6, plain=True).run()
     torch.multiprocessing.spawn(
         _process, (tmp_path / "rendezvous", tmp_path / "two", kind, speech_sets), nprocs=2
     )
     expected = _losses(tmp_path / "one")
     assert _losses(tmp_path / "two") == pytest.approx(expected[:4], rel=1e-3)
-    _trainer(tmp_path / "two", speech_sets, steps=6, plain=True).run()
+    trainer(tmp_path / "two", speech_sets, steps=6, plain=True).run()
     assert _losses(tmp_path / "two") == pytest.approx(expected, rel=2e-3)
 
 
@@ -172,6 +166,35 @@ def readers(trained, tmp_path_factory):
     with pytest.raises(ValueError, match="exported already"):
         recogniser.export(folder / "onnx", folder / "again")
     return loaded, recogniser.load(folder / "onnx")
+
+
+def test_the_held_out_set_is_read_as_one_text(readers, speech_sets):
+    loaded, exported = readers
+    _, held_out = speech_sets
+    assert recogniser.disagreements(loaded, exported, held_out) == []
+    other = recogniser.Recogniser(copy.deepcopy(loaded.model), loaded.units, loaded.rate, loaded.bins)
+    with torch.no_grad():
+        other.model.joiner.output_linear.bias[3] += 20  # reads little else
+    found = recogniser.disagreements(loaded, other, held_out)
+    assert [name for name, *_ in found] == [u.name for u in held_out]
+
+
+def test_onnx_files_that_do_not_belong_together(readers, trained, tmp_path):
+    folder = tmp_path / "onnx"
+    recogniser.export(trained, folder)
+    assert recogniser.load(folder).rate == 8000
+    whole = (folder / "tokens.txt").read_text()
+    (folder / "tokens.txt").write_text(whole + "more 900\n")
+    with pytest.raises(ValueError, match="they are of another model"):
+        recogniser.load(folder)
+    (folder / "tokens.txt").write_text(whole)
+    (folder / "ctc.onnx").write_bytes(b"half")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        recogniser.load(folder)
+    for damaged in ("", "{}", '{"rate": "x", "bins": 40}'):
+        (folder / recogniser.DESCRIPTION).write_text(damaged)
+        with pytest.raises(ValueError, match=r"recogniser.json is damaged"):
+            recogniser.load(folder)
 
 
 @pytest.mark.parametrize("method", ["greedy", "beam", "ctc-greedy", "ctc-beam"])

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time warping of SpecAugment: a frame is moved, what is before and after it is stretched to fit.
 
-Park et al., "SpecAugment" (2019).
+Park et al., "SpecAugment" (2019). Whether to warp is drawn from ``random``, where from ``numpy.random``: as in the
+packages that recipes take it from (lhotse, atdataset), so that a seed gives the same batches.
 """
 
 import random
 
+import numpy
 import torch
 import torch.nn.functional as F
 
@@ -40,8 +42,10 @@ def _warped(x, factor):
     frames = x.shape[0]
     if frames <= 2 * factor + 1:
         return x
-    centre = random.randrange(factor + 1, frames - factor)
-    moved = random.randrange(centre - factor, centre + factor + 1)
+    centre = numpy.random.randint(factor + 1, frames - factor)
+    moved = numpy.random.randint(centre - factor, centre + factor + 1)
+    if moved == centre:
+        return x
     return torch.cat([_stretched(x[:centre], moved), _stretched(x[centre:], frames - moved)])
 
 

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step of the recipe on real speech, and its peak memory: everything between two rows of the log but files.
+
+A step is a batch's features, forward, backward, ScaledAdam and the averaged model, of ``examples/train_transducer.py``.
+Batches are spread over an epoch, so a step's mean time times the batches of the epoch is the epoch's. "upstream" is the
+PyPI package's model as shipped with fast_rnnt in k2's place, "swapped" that model after ``accelerate``, "eager" ours on
+formulas in PyTorch. Schedules are where they are after 4000 steps, and the learning rate is 0, so that every round does
+the same work. Memory is that of the step that needs most above what the process held before it, each implementation in
+a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from fastasr.benchmarks import upstream
+from fastasr.benchmarks.case import BOTH, Report, Settings
+from fastasr.benchmarks.harness import LoadMeter, Timing, interleave, peak_bytes
+from fastasr.benchmarks.models.unit import FASTASR, UPSTREAM
+from fastasr.benchmarks.readme_table import NONE_YET, conditions
+from fastasr.benchmarks.rows import Row
+from fastasr.benchmarks.table import duration, units
+
+NAME = "recipe_step"
+CASE = "training step"
+EAGER, SWAPPED = "eager", "swapped"
+OPTIONS = {
+    FASTASR: {},
+    UPSTREAM: {"upstream": True, "swap": False},
+    SWAPPED: {"upstream": True},
+    EAGER: {"backend": "eager"},
+}
+DURATIONS = (15.0, 60.0)  # seconds of a batch: the recipe's own, and four times as much
+BATCHES = 6  # of an epoch
+STEADY = 4000
+CACHE = Path("demo/cache")
+TIMEOUT = 1200
+
+
+def shape_name(size: str, duration: float) -> str:
+    return f"{size}, batches of {duration:g} s"
+
+
+def _made_up(count: int = 8) -> tuple[list, list]:
+    """Noise and letters for a quick run."""
+    from fastasr.recipe import speech
+
+    generator = torch.Generator().manual_seed(0)
+    found = [
+        speech.Utterance(f"noise {i}", [torch.randn(120 + 10 * i, speech.BINS, generator=generator)], "a b c")
+        for i in range(count)
+    ]
+    return found, found[:1]
+
+
+def _speech(size: str, report: Report) -> tuple[list, list]:
+    from fastasr.recipe import speech
+
+    if size == "tiny":
+        return _made_up()
+    try:
+        return speech.load(CACHE, say=report)
+    except (speech.NoSpeech, ImportError) as error:
+        raise upstream.MissingUpstream(f"there is no speech to train on: {error}") from None
+
+
+class Steps:
+    """The chosen batches of an epoch, trained on by one implementation."""
+
+    def __init__(self, implementation: str, size: str, duration: float, speeches, folder: Path):
+        from fastasr.recipe import training
+
+        options = training.Options(
+            out=folder,
+            size=size,
+            max_duration=duration,
+            base_lr=0.0,
+            backend=OPTIONS[implementation].get("backend", ""),
+            upstream=OPTIONS[implementation].get("upstream", False),
+            swap=OPTIONS[implementation].get("swap", True),
+        )
+        units = training.learn_units("char", speeches[0])
+        try:
+            self.trainer = training.Trainer(options, *speeches, units, say=lambda text: None)
+        except ValueError as error:  # what the PyPI package or fast_rnnt is missing
+            raise upstream.MissingUpstream(f"{implementation}: {error}") from None
+        count = len(self.trainer.epoch_batches(0))
+        self.chosen = sorted({count * i // BATCHES for i in range(BATCHES)})
+
+    def run(self) -> None:
+        for index in self.chosen:
+            self.step(index)
+
+    def step(self, index: int) -> None:
+        progress = self.trainer.progress
+        progress.step, progress.epoch, progress.index = STEADY + index, 0, index
+        self.trainer.step()
+
+
+def _peak(implementation: str, size: str, duration: float, speeches, folder: Path) -> int:
+    """Peak bytes of a step in this process. Run by ``_fresh_peak``."""
+    steps = Steps(implementation, size, duration, speeches, folder)
+    steps.run()  # what is made once: optimizer states, choices of products
+    peaks = [peak_bytes(lambda index=index: steps.step(index), rounds=1) for index in steps.chosen]
+    if None in peaks:
+        raise OSError("/proc/self/clear_refs cannot be written: the peak cannot be measured here")
+    return max(peaks)
+
+
+def _fresh_peak(implementation: str, size: str, duration: float, folder: Path) -> int:
+    command = [sys.executable, "-m", __spec__.name, implementation, size, str(duration), str(folder)]
+    environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _row(implementation: str, timing: Timing, shape: str, peak: int | None, load: float | None) -> Row:
+    lower, upper = timing.quartiles
+    return Row.measured(
+        suite="models",
+        name=NAME,
+        case=CASE,
+        shape=shape,
+        dtype="float32",
+        device="cpu",
+        pass_=BOTH,
+        implementation=implementation,
+        median_ms=round(timing.median * 1e3, 3),
+        q1_ms=round(lower * 1e3, 3),
+        q3_ms=round(upper * 1e3, 3),
+        reps=timing.reps,
+        peak_bytes=peak,
+        load=load,
+    )
+
+
+def measure(
+    *,
+    size: str = "small",
+    durations: tuple[float, ...] = DURATIONS,
+    inner_compile: bool = True,
+    settings: Settings | None = None,
+    reps: int | None = None,
+    compile_model: bool = False,
+    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
+    report: Report = lambda _: None,
+) -> Iterator[list[Row]]:
+    """Yields the rows of a step, one unit per duration of a batch; ``skip(case, shape, pass)`` leaves one out,
+    ``compile_model`` changes nothing. ``inner_compile``: as upstream ships its activations, compiled. Raises
+    ``upstream.MissingUpstream`` without the package, without fast_rnnt, and without the recordings."""
+    settings = settings or Settings()
+    wanted = [d for d in durations if not skip(CASE, shape_name(size, d), BOTH)]
+    if not wanted:
+        return
+    speeches = _speech(size, report)
+    with tempfile.TemporaryDirectory() as name, upstream.activations(compiled=inner_compile):
+        folder = Path(name)
+        torch.save(speeches, folder / "speech.pt")
+        for duration in wanted:
+            shape = shape_name(size, duration)
+            made = {}
+            for implementation in OPTIONS:
+                report(f"{NAME}: {shape}: first steps of {implementation}")
+                made[implementation] = Steps(implementation, size, duration, speeches, folder)
+                made[implementation].run()
+            rounds = reps or min(settings.reps, 7)
+            report(f"{NAME}: {shape}: timing {', '.join(made)}, {rounds} rounds")
+            load = LoadMeter()
+            timings = interleave(
+                {key: steps.run for key, steps in made.items()}, reps=rounds, warmup=1, sample_seconds=0.0
+            )
+            other = load.other_cores()
+            count = len(made[FASTASR].chosen)
+            del made
+            rows = []
+            for implementation, timing in timings.items():
+                peak = None
+                if settings.memory:
+                    report(f"{NAME}: {shape}: peak memory of {implementation} in a fresh process")
+                    peak = _fresh_peak(implementation, size, duration, folder)
+                per_step = Timing([seconds / count for seconds in timing.samples])
+                rows.append(_row(implementation, per_step, shape, peak, other))
+            yield rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a batch's duration and an implementation per line, time and peak memory beside fastasr's."""
+    lines = []
+    for machine in dict.fromkeys(row.device_name for row in rows):
+        measured = [row for row in rows if row.device_name == machine]
+        lines += [
+            conditions(measured),
+            "",
+            "| | | a step | times fastasr's | peak memory | times fastasr's |",
+        ]
+        lines += ["|---|---|" + "---:|" * 4]
+        for unit in units(measured):
+            ours = unit.row(FASTASR)
+            for row in unit.rows:
+                cells = [unit.first.shape, row.implementation, duration(row.median_ms)]
+                cells.append(f"{row.median_ms / ours.median_ms:.2f}" if ours else "–")
+                cells.append(f"{row.peak_bytes / 2**20:.0f} MiB" if row.peak_bytes else "–")
+                known = ours and ours.peak_bytes and row.peak_bytes
+                cells.append(f"{row.peak_bytes / ours.peak_bytes:.2f}" if known else "–")
+                lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines).strip() or NONE_YET
+
+
+if __name__ == "__main__":
+    chosen, of_size, of_duration, at = sys.argv[1:5]
+    kept = torch.load(
+        Path(at) / "speech.pt", weights_only=False
+    )  # written by the process that started this one
+    print(json.dumps(_peak(chosen, of_size, float(of_duration), kept, Path(at))))

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""16 s of features to tokens with a recogniser of Zipformer-M's size: PyTorch (ours and the PyPI package's) beside
+onnxruntime, on as many threads. Divided by 16 s, a row's time is the real-time factor.
+
+Cases: the encoder of a whole utterance; encoder and greedy search of a whole utterance; as a stream in chunks of 16 and
+32 frames (0.32 and 0.64 s) with 128 frames of left context, encoder and greedy search. Weights are random, the joiner's
+bias made so that blank wins most frames, as speech has it. onnxruntime runs what ``fastasr.export`` wrote.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from fastasr import decoding
+from fastasr.benchmarks import upstream
+from fastasr.benchmarks.case import Report, Settings
+from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, measure_unit
+from fastasr.benchmarks.readme_table import NONE_YET, conditions
+from fastasr.benchmarks.rows import Row
+from fastasr.benchmarks.table import duration, times, units
+
+NAME = "transcribe"
+ENCODER, WHOLE, STREAM = "encoder, whole", "whole", "stream, chunks of {}"
+ONNX = "onnxruntime"
+SECONDS, CHUNKS, LEFT_CONTEXT = 16, (16, 32), 128
+VOCABULARY = 500
+
+
+def shape_name(size: str, seconds: float) -> str:
+    return f"{size} 1x{round(100 * seconds)}x{upstream.BINS}"
+
+
+def config(size: str, chunk: int | None) -> dict:
+    """Arguments of AsrModel; ``chunk``: streaming with this chunk size."""
+    sizes = {k: v for k, v in upstream.SIZES[size].items() if k != "output_downsampling_factor"}
+    made = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in sizes.items()}
+    streams = {"causal": True, "chunk_size": str(chunk), "left_context_frames": str(LEFT_CONTEXT)}
+    whole = {"chunk_size": "-1", "left_context_frames": "-1"}
+    return {**made, **(streams if chunk else whole), "vocab_size": VOCABULARY}
+
+
+def _models(size: str, chunk: int | None, folder: Path) -> dict[str, object]:
+    """The same weights in every implementation."""
+    from fastasr.export import export_onnx
+    from fastasr.models import zipformer
+
+    theirs = upstream.recogniser(config(size, chunk))
+    with torch.no_grad():
+        theirs.joiner.output_linear.bias[0] += 4.0
+    ours = zipformer.AsrModel(**config(size, chunk)).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    files = export_onnx(ours, folder / f"{chunk}")
+    made = zipformer.OnnxStreamingTransducerModel if chunk else zipformer.OnnxTransducerModel
+    session = made(*(files[n] for n in ("encoder", "decoder", "joiner")), threads=torch.get_num_threads())
+    return {UPSTREAM: theirs, FASTASR: ours, ONNX: session}
+
+
+def _whole(model, features: torch.Tensor, search: bool) -> Callable[[], object]:
+    x, lengths = features.unsqueeze(0), torch.tensor([len(features)])
+
+    def run():
+        out, frames = decoding.encode(model, x, lengths)
+        return decoding.greedy_search(model, out, frames).tokens if search else out
+
+    return run
+
+
+def _stream(model, features: torch.Tensor) -> Callable[[], object]:
+    search = decoding.GreedySearch(model)
+
+    def run():
+        encoder, state = decoding.StreamingEncoder(model), search.start()
+        chunks = decoding.FeatureChunks(encoder.chunk_size)
+        for chunk in [*chunks.accept(features), *chunks.finish()]:
+            state = search.advance(state, encoder(chunk.unsqueeze(0)))
+        return search.result(state).tokens
+
+    return run
+
+
+def measure(
+    *,
+    size: str = "medium",
+    seconds: float = SECONDS,
+    chunks: tuple[int, ...] = CHUNKS,
+    inner_compile: bool = True,
+    settings: Settings | None = None,
+    reps: int | None = None,
+    compile_model: bool = False,
+    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
+    report: Report = lambda _: None,
+) -> Iterator[list[Row]]:
+    """Yields the rows of each case; ``skip(case, shape, pass)`` leaves one out, ``compile_model`` changes nothing.
+    ``inner_compile``: as upstream ships its activations, compiled. Raises ``upstream.MissingUpstream``."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise upstream.MissingUpstream(f"{error}: pip install 'fastasr[export]'") from None
+    settings = settings or Settings()
+    shape = shape_name(size, seconds)
+    features = torch.randn(round(100 * seconds), upstream.BINS, generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory() as folder, upstream.activations(compiled=inner_compile):
+        for chunk in (None, *chunks):
+            cases = (STREAM.format(chunk),) if chunk else (ENCODER, WHOLE)
+            wanted = [case for case in cases if not skip(case, shape, FORWARD)]
+            if not wanted:
+                continue
+            report(f"{NAME}: models for {' and '.join(cases)}, and their ONNX files")
+            models = _models(size, chunk, Path(folder))
+            for case in wanted:
+                runs = {
+                    name: _stream(model, features) if chunk else _whole(model, features, case == WHOLE)
+                    for name, model in models.items()
+                }
+                yield measure_unit(NAME, case, FORWARD, shape, runs, settings, reps or settings.reps, report)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a case per line, milliseconds and real-time factors side by side."""
+    lines = []
+    for machine in dict.fromkeys(row.device_name for row in rows):
+        measured = [row for row in rows if row.device_name == machine]
+        lines += [
+            conditions(measured),
+            "",
+            "| | upstream | onnxruntime | **fastasr** | × upstream | × onnxruntime |",
+        ]
+        lines += ["|---|" + "---:|" * 5]
+        for unit in units(measured):
+            spoken = int(unit.first.shape.split("x")[1]) * 10.0  # ms
+            cells = [
+                f"{duration(unit.median(name))} ({unit.median(name) / spoken:.3f})"
+                if unit.median(name)
+                else "–"
+                for name in (UPSTREAM, ONNX, FASTASR)
+            ]
+            cells += [times(unit.ratio(UPSTREAM)), times(unit.ratio(ONNX))]
+            lines.append(f"| {unit.first.case} ({unit.first.shape}) | " + " | ".join(cells) + " |")
+        lines += ["", "In brackets: the real-time factor.", ""]
+    return "\n".join(lines).strip() or NONE_YET

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe on real speech: what a long run reaches, and how the same run goes on other kernels and models.
+
+    python -m fastasr.benchmarks.recipe RUNS     # from RUNS/main (long) and RUNS/<curve> (short): JSON, picture, page
+    python -m fastasr.benchmarks.recipe          # picture and page from what is committed; --check compares the page
+
+RUNS/main is a finished run of ``examples/train_transducer.py``. The curves are its first steps, from one seed, on
+fastasr's kernels, in eager, with the PyPI package's model swapped and as shipped, and once more on fastasr's kernels
+with every parameter moved by one rounding, which shows how far rounding alone takes such a run. Those that RUNS lacks
+are trained. The long run's model is exported, and both read the held-out recordings.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastasr.benchmarks.environment import stamp
+from fastasr.benchmarks.models import recipe_step
+from fastasr.benchmarks.plots import png, pyplot
+from fastasr.benchmarks.readme_table import replaced
+from fastasr.benchmarks.rows import Row, read_all
+from fastasr.benchmarks.swapped_training import moved_by_one_rounding, summary
+from fastasr.recipe import checkpoints, recogniser, speech, training
+from fastasr.recipe.curves import read, smoothed
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE, ROUNDED = "fastasr", "rounded"
+CURVES = {
+    REFERENCE: {},
+    "eager": {"backend": "eager"},
+    "upstream": {"upstream": True},
+    "no-swap": {"upstream": True, "swap": False},
+    ROUNDED: {},
+}
+LABELS = {
+    REFERENCE: "fastasr",
+    "eager": "fastasr's model, `--backend eager`",
+    "upstream": "upstream's model, swapped (`--upstream`)",
+    "no-swap": "upstream's model as shipped, fast_rnnt (`--upstream --no-swap`)",
+    ROUNDED: "fastasr, parameters moved by one rounding",
+    "main": "the first steps of the long run",
+}
+EARLY = 30  # steps before rounding has grown
+POINTS = 300  # of the long run in the picture, about
+METHODS = ("greedy", "beam", "ctc-greedy", "ctc-beam")
+
+
+# --------------------------------------------------------------------------- measured
+def train(name: str, folder: Path, steps: int, speeches, units, **options) -> None:
+    """A curve that is not there."""
+    made = training.Options(out=folder, steps=steps, checkpoint_every=steps, **CURVES[name], **options)
+    trainer = training.Trainer(made, *speeches, units)
+    if name == ROUNDED:
+        moved_by_one_rounding(trainer.model)
+    trainer.run()
+
+
+def differences(losses: dict[str, list[float]]) -> dict[str, dict]:
+    """Relative differences of each curve from the reference, over its first steps and over all."""
+    reference = losses[REFERENCE]
+    found = {}
+    for name, curve in losses.items():
+        if name != REFERENCE:
+            steps = min(len(curve), len(reference))
+            found[name] = {
+                "steps": steps,
+                "early": summary(curve[:EARLY], reference[: min(EARLY, steps)]),
+                "all": summary(curve[:steps], reference[:steps]),
+            }
+    return found
+
+
+def agreement(run: Path, held_out) -> dict:
+    """Of how many held-out recordings the checkpoint and its ONNX files read the same text, by method of search."""
+    with tempfile.TemporaryDirectory() as folder:
+        recogniser.export(run, folder)
+        readers = recogniser.load(run), recogniser.load(folder)
+        different = {m: recogniser.disagreements(*readers, held_out, m) for m in METHODS}
+    return {
+        "recordings": len(held_out),
+        "same text": {m: len(held_out) - len(found) for m, found in different.items()},
+        "different": {m: found for m, found in different.items() if found},
+    }
+
+
+def report(runs: Path, speeches, steps: int, **options) -> dict:
+    """Everything that is committed, from the runs in a folder."""
+    main = runs / "main"
+    if not (main / "report.json").is_file():
+        raise ValueError(f"{main} is no finished run: it has no report.json")
+    units = training.learn_units("char", speeches[0])
+    for name in CURVES:
+        if not (runs / name / "log.csv").is_file():
+            train(name, runs / name, steps, speeches, units, **options)
+    columns = read(main / "log.csv")
+    losses = {name: read(runs / name / "log.csv")["loss"][:steps] for name in CURVES}
+    losses["main"] = columns["loss"][:steps]
+    loss = smoothed(columns["loss"])
+    every = max(1, len(loss) // POINTS)
+    return {
+        "run": json.loads((main / "report.json").read_text(encoding="utf-8")),
+        "size": checkpoints.load(main / checkpoints.NAME)["options"]["size"],
+        "loss": [[int(columns["step"][i]), round(loss[i], 5)] for i in range(every - 1, len(loss), every)],
+        "onnx": agreement(main, speeches[1]),
+        "early": EARLY,
+        "differences": differences(losses),
+        "losses": losses,
+        **stamp(),
+    }
+
+
+# --------------------------------------------------------------------------- shown
+def _scientific(value: float) -> str:
+    return "0" if value == 0 else f"{value:.0e}"
+
+
+def block(found: dict | None, rows: Sequence[Row]) -> str:
+    """The page's part that the JSON and the rows of ``recipe_step`` decide."""
+    steps = recipe_step.table([row for row in rows if row.name == recipe_step.NAME])
+    return f"{_run(found) if found else 'No run is committed yet.'}\n\nA step of training:\n\n{steps}"
+
+
+def _run(found: dict) -> str:
+    run, held = found["run"], found["run"]["held_out"]
+    onnx = found["onnx"]
+    same = onnx["same text"]
+    lines = [
+        f"**{run['step']} steps** ({run['epoch']} epochs of {run['training_utterances']} recordings, three speeds) of "
+        f"the size `{found['size']}`, {run['parameters'] / 1e6:.2f} million parameters, took {run['minutes']:.0f} "
+        f"minutes on {run['threads']} thread{'s' * (run['threads'] > 1)} of {found['device_name']}, "
+        f"torch {found['torch']}, commit {found['commit']}.",
+        "",
+        "![losses of the first steps, how far they are apart, and the long run](plots/recipe_curves.png)",
+        "",
+        f"| of {run['held_out_utterances']} held-out recordings | characters wrong | words wrong |",
+        "|---|---:|---:|",
+        f"| transducer, greedy | {held['cer']:.1%} | {held['wer']:.1%} |",
+        f"| CTC, greedy | {held['ctc_cer']:.1%} | {held['ctc_wer']:.1%} |",
+        "",
+        "| step | characters wrong | words wrong |",
+        "|---:|---:|---:|",
+        *(f"| {step} | {cer:.1%} | {wer:.1%} |" for step, cer, wer in run.get("scores", [])),
+        "",
+        "The ONNX files, streaming, read the text that the checkpoint reads in "
+        + ", ".join(f"{same[m]} of {onnx['recordings']} recordings ({m})" for m in METHODS)
+        + ".",
+        "",
+        "Relative difference of a step's loss from that of fastasr, same seed:",
+        "",
+        f"| | steps | median | largest, first {found['early']} | largest, all |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, values in found["differences"].items():
+        figures = (values["all"]["median"], values["early"]["largest"], values["all"]["largest"])
+        lines.append(
+            f"| {LABELS[name]} | {values['steps']} | " + " | ".join(map(_scientific, figures)) + " |"
+        )
+    return "\n".join(lines)
+
+
+def figure(found: dict):
+    """The first steps of every curve, how far they are apart, and the long run."""
+    plt = pyplot()
+    picture, panels = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    reference = found["losses"][REFERENCE]
+    for name, curve in found["losses"].items():
+        label = LABELS[name].replace("`", "").split(" (")[0]
+        steps = range(1, len(curve) + 1)
+        panels[0].plot(steps, curve, linewidth=0.9, label=label)
+        apart = [max(abs(a - b) / b, 1e-9) for a, b in zip(curve, reference, strict=False)]
+        if name != REFERENCE:
+            panels[1].plot(range(1, len(apart) + 1), apart, linewidth=0.9, label=label)
+        else:
+            panels[1].plot([], [])  # the next has its colour in both panels
+    panels[0].set_title("loss per frame of output, same seed", fontsize=9, loc="left")
+    panels[1].set_title("relative difference from fastasr", fontsize=9, loc="left")
+    panels[1].set_yscale("log")
+    panels[0].legend(frameon=False, fontsize=7)
+    panels[2].plot(*zip(*found["loss"], strict=True), linewidth=1, color="C0", label="loss, running mean")
+    scores = found["run"].get("scores", [])
+    errors = panels[2].twinx()
+    if scores:
+        errors.plot([s for s, *_ in scores], [100 * c for _, c, _ in scores], "o-", ms=3, color="C3")
+    errors.set_ylabel("held-out CER, %", color="C3", fontsize=8)
+    errors.set_ylim(bottom=0)
+    panels[2].set_yscale("log")
+    panels[2].set_title("the long run: training loss, held-out CER", fontsize=9, loc="left")
+    for panel in panels:
+        panel.set_xlabel("step", fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.spines[["top"]].set_visible(False)
+    return picture
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 1 when ``--check`` finds a difference, 2 when a file cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastasr.benchmarks.recipe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="?", type=Path, help="folder of runs")
+    parser.add_argument("--steps", type=int, default=200, help="of the curves (default: %(default)s)")
+    parser.add_argument("--speech", type=Path, help="recordings the runs were trained on, if not the prompts")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("demo/cache"), help="downloads (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/recipe.json")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs/plots/recipe_curves.png")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/training.md")
+    parser.add_argument("--check", action="store_true", help="compare the page only")
+    options = parser.parse_args(arguments)
+    try:
+        found = None
+        if options.runs:
+            found = report(options.runs, speech.load(options.cache, options.speech), options.steps)
+            options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        elif options.json.is_file():
+            found = json.loads(options.json.read_text(encoding="utf-8"))
+        text = options.page.read_text(encoding="utf-8")
+        made = replaced(text, block(found, read_all(sorted(options.json.parent.glob("*.jsonl")))))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.check:
+        if made != text:
+            print(f"{options.page} is not what {options.json} says", file=sys.stderr)
+        return int(made != text)
+    options.page.write_text(made, encoding="utf-8")
+    if found:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        options.plot.write_bytes(png(figure(found)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

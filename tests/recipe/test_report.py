@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is committed of a run: the curves beside it, its ONNX files on the held-out set, picture and page."""
+
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("matplotlib")
+
+from tiny_runs import TINY
+
+from fastasr.benchmarks import recipe
+from fastasr.benchmarks.readme_table import END, START
+
+
+@pytest.fixture(scope="module")
+def found(trained, speech_sets, tmp_path_factory, single_thread):
+    """The report of the run of 6 steps, with curves of 3 that it has to train."""
+    upstream = pytest.importorskip("zipformer.modules.model", exc_type=ImportError)
+    pytest.importorskip("fast_rnnt", exc_type=ImportError)
+    runs = tmp_path_factory.mktemp("runs")
+    shutil.copytree(trained, runs / "main")
+    with pytest.MonkeyPatch.context() as patch, single_thread():
+        patch.setenv("K2_ONNX_EXPORT", "1")  # Swoosh without torch.compile
+        patch.setattr(upstream, "k2", None)
+        return recipe.report(runs, speech_sets, 3, **TINY)
+
+
+def test_the_curves_agree(found):
+    assert {name: len(losses) for name, losses in found["losses"].items()} == dict.fromkeys(
+        [*recipe.CURVES, "main"], 3
+    )
+    assert found["losses"]["rounded"] != found["losses"]["fastasr"]  # it has been moved
+    for name, values in found["differences"].items():
+        assert values["steps"] == 3
+        assert values["all"]["largest"] < 1e-3, name
+
+
+def test_onnx_files_read_what_the_checkpoint_reads(found, speech_sets):
+    count = len(speech_sets[1])
+    assert found["onnx"] == {
+        "recordings": count,
+        "same text": dict.fromkeys(recipe.METHODS, count),
+        "different": {},
+    }
+
+
+def test_differences():
+    losses = {"fastasr": [1.0, 2.0, 4.0], "eager": [1.0, 2.2, 4.0]}
+    values = recipe.differences(losses)["eager"]
+    assert values["steps"] == 3
+    assert values["all"] == {"median": 0.0, "largest": pytest.approx(0.1), "above 1e-5": 1}
+
+
+def test_the_page_and_the_picture(found, tmp_path, capsys):
+    page, data, plot = tmp_path / "page.md", tmp_path / "recipe.json", tmp_path / "plots" / "curves.png"
+    arguments = ["--json", str(data), "--page", str(page), "--plot", str(plot)]
+    assert recipe.main(arguments) == 2
+    page.write_text(f"# title\n{START}\nold\n{END}\nafter\n")
+    assert recipe.main(arguments) == 0
+    assert "No run is committed yet." in page.read_text()
+    assert not plot.exists()
+    data.write_text(json.dumps(found))
+    assert recipe.main([*arguments, "--check"]) == 1
+    assert recipe.main(arguments) == 0
+    assert recipe.main([*arguments, "--check"]) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
+    assert f"| transducer, greedy | {found['run']['held_out']['cer']:.1%} |" in text
+    assert "| 6 | " in text
+    assert f"{found['onnx']['recordings']} of {found['onnx']['recordings']} recordings (greedy)" in text
+    assert "as shipped" in text
+    assert "old" not in text
+    found["run"]["held_out"]["cer"] += 0.01
+    data.write_text(json.dumps(found))
+    found["run"]["held_out"]["cer"] -= 0.01
+    assert recipe.main([*arguments, "--check"]) == 1
+    assert recipe.main([str(tmp_path), "--speech", str(tmp_path / "none"), *arguments]) == 2
+    assert "none is no folder" in capsys.readouterr().err
+
+
+def test_a_run_that_has_not_ended(tmp_path, speech_sets):
+    (tmp_path / "main").mkdir()
+    with pytest.raises(ValueError, match="no finished run"):
+        recipe.report(tmp_path, speech_sets, 3)
