@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/zipformer_chunk.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "bindings/dispatch.h"
+#include "cpu/skinny_gemm.h"
+
+namespace fastasr {
+namespace {
+
+using cpu::ChunkPlan;
+using cpu::ChunkShape;
+
+ChunkPlan plan_of(const std::vector<int64_t>& numbers) {
+  const ChunkShape shape(numbers);
+  STD_TORCH_CHECK(!shape.stacks.empty(), "zipformer_chunk: the numbers describe no encoder that this step serves");
+  return ChunkPlan(shape);
+}
+
+void check_floats(const Tensor& t, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == numel,
+                  "zipformer_chunk: ", name, " must be ", numel, " contiguous floats on the CPU, got ", t.numel());
+}
+
+// `n` floats that begin on a huge page.
+Tensor on_huge_pages(const Tensor& like, int64_t n) {
+  constexpr int64_t kPage = (int64_t{2} << 20) / 4;
+  const int64_t size = n + kPage, stride = 1;
+  const Tensor memory = new_strided(like, 1, &size, &stride);
+  auto* base = mutable_data<float>(memory);
+  cpu::advise_huge_pages(base, size * 4);
+  const auto skip = static_cast<int64_t>((-reinterpret_cast<uintptr_t>(base) / 4) % kPage);
+  AtenTensorHandle view;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), 1, &n, &stride, skip, &view));
+  return Tensor(view);
+}
+
+// Floats of weights, of vectors, of a stream's states, of the scratch memory of `streams` streams, and how many
+// products and tables packing takes.
+std::vector<int64_t> zipformer_chunk_sizes(std::vector<int64_t> numbers, int64_t streams) {
+  const ChunkPlan plan = plan_of(numbers);
+  return {(plan.weight_bytes + 3) / 4,
+          plan.vector_floats,
+          plan.state_floats,
+          plan.scratch_floats(streams),
+          static_cast<int64_t>(plan.products.size()),
+          static_cast<int64_t>(plan.tables.size())};
+}
+
+// products: weight and bias in turn; tables: see cpu::ChunkPlan. Returns weights and vectors.
+std::vector<Tensor> zipformer_chunk_pack(std::vector<int64_t> numbers, std::vector<Tensor> products,
+                                         std::vector<Tensor> tables) {
+  const ChunkPlan plan = plan_of(numbers);
+  const auto count = static_cast<int64_t>(plan.products.size());
+  STD_TORCH_CHECK(static_cast<int64_t>(products.size()) == 2 * count && tables.size() == plan.tables.size(),
+                  "zipformer_chunk_pack: expected ", 2 * count, " weights and biases and ", plan.tables.size(),
+                  " tables, got ", products.size(), " and ", tables.size());
+  for (size_t i = 0; i < products.size(); i++) {
+    const cpu::ChunkProduct& p = plan.products[i / 2];
+    check_floats(products[i], i % 2 ? p.outputs : p.outputs * p.inputs, i % 2 ? "a bias" : "a weight");
+  }
+  for (size_t i = 0; i < tables.size(); i++)
+    check_floats(tables[i], plan.tables[i].rows * plan.tables[i].columns, "a table");
+  const Tensor weights = on_huge_pages(products[0], (plan.weight_bytes + 3) / 4);
+  const Tensor vectors = on_huge_pages(products[0], plan.vector_floats);
+  auto* packed = reinterpret_cast<char*>(mutable_data<float>(weights));
+  auto* values = mutable_data<float>(vectors);
+  std::fill(values, values + plan.vector_floats, 0.0f);
+  parallel_range(count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      cpu::chunk_pack_product(plan, i, data<float>(products[static_cast<size_t>(2 * i)]),
+                              data<float>(products[static_cast<size_t>(2 * i + 1)]), packed, values);
+  });
+  for (size_t i = 0; i < tables.size(); i++) cpu::chunk_pack_table(plan.tables[i], data<float>(tables[i]), values);
+  return {weights, vectors};
+}
+
+void run_parts(int64_t parts, void (*part)(const void*, int64_t), const void* context) {
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) part(context, i);
+  });
+}
+
+// states (slots, floats), counters (slots, 2) of int64; slots: those of the streams, in the order of features.
+Tensor zipformer_chunk_step(std::vector<int64_t> numbers, Tensor weights, Tensor vectors, Tensor states,
+                            Tensor counters, Tensor scratch, Tensor features, std::vector<int64_t> slots,
+                            int64_t threads) {
+  const ChunkPlan plan = plan_of(numbers);
+  const auto streams = static_cast<int64_t>(slots.size());
+  check_floats(weights, (plan.weight_bytes + 3) / 4, "weights");
+  check_floats(vectors, plan.vector_floats, "vectors");
+  STD_TORCH_CHECK(states.dim() == 2, "zipformer_chunk_step: states");
+  check_floats(states, states.size(0) * plan.state_floats, "states");
+  STD_TORCH_CHECK(counters.is_cpu() && counters.scalar_type() == ScalarType::Long && counters.is_contiguous() &&
+                      counters.numel() == 2 * states.size(0),
+                  "zipformer_chunk_step: counters");
+  for (size_t i = 0; i < slots.size(); i++)
+    STD_TORCH_CHECK(slots[i] >= 0 && slots[i] < states.size(0) &&
+                        std::find(slots.begin(), slots.begin() + static_cast<int64_t>(i), slots[i]) ==
+                            slots.begin() + static_cast<int64_t>(i),
+                    "zipformer_chunk_step: slots");
+  STD_TORCH_CHECK(scratch.is_cpu() && scratch.is_contiguous() && scratch.scalar_type() == ScalarType::Float &&
+                      scratch.numel() >= plan.scratch_floats(streams),
+                  "zipformer_chunk_step: scratch");
+  STD_TORCH_CHECK(features.dim() == 3, "zipformer_chunk_step: features");
+  const int64_t bins = features.size(2);
+  STD_TORCH_CHECK(bins <= plan.shape.bins && ChunkShape::width3_of(bins) == plan.shape.width3(),
+                  "zipformer_chunk_step: the front end does not take ", bins, " features");
+  check_floats(features, streams * plan.shape.input_frames() * bins, "features");
+  const int64_t dim = plan.shape.output_dim(), frames = plan.shape.chunk / 2;
+  const int64_t sizes[3] = {streams, frames, dim}, strides[3] = {frames * dim, dim, 1};
+  Tensor out = new_strided(features, 3, sizes, strides);
+  static_assert(sizeof(cpu::ChunkCounters) == 16);
+  if (streams > 0)
+    cpu::chunk_step({plan,
+                     reinterpret_cast<const char*>(data<float>(weights)),
+                     data<float>(vectors),
+                     mutable_data<float>(states),
+                     reinterpret_cast<cpu::ChunkCounters*>(mutable_data<int64_t>(counters)),
+                     slots.data(),
+                     streams,
+                     bins,
+                     mutable_data<float>(scratch),
+                     {threads, run_parts}},
+                    data<float>(features), mutable_data<float>(out));
+  return out;
+}
+
+// A stream's states to `tensors`, or from them; see cpu::chunk_export.
+void zipformer_chunk_states(std::vector<int64_t> numbers, Tensor states, Tensor counters, int64_t slot,
+                            std::vector<Tensor> tensors, bool restore) {
+  const ChunkPlan plan = plan_of(numbers);
+  STD_TORCH_CHECK(states.dim() == 2 && slot >= 0 && slot < states.size(0), "zipformer_chunk_states: slot");
+  check_floats(states, states.size(0) * plan.state_floats, "states");
+  STD_TORCH_CHECK(counters.scalar_type() == ScalarType::Long && counters.numel() == 2 * states.size(0),
+                  "zipformer_chunk_states: counters");
+  std::vector<float*> to;
+  size_t at = 0;
+  const auto take = [&](int64_t numel) {
+    STD_TORCH_CHECK(at < tensors.size(), "zipformer_chunk_states: expected more than ", tensors.size(), " tensors");
+    check_floats(tensors[at], numel, "a state");
+    to.push_back(mutable_data<float>(tensors[at++]));
+  };
+  for (const ChunkPlan::Stack& s : plan.stacks)
+    for (int64_t i = 0; i < s.shape.layers; i++) {
+      take(s.left * s.shape.heads * s.shape.query);
+      take(s.left * s.shape.hidden);
+      for (int j = 0; j < 2; j++) take(s.left * s.shape.heads * s.shape.value);
+      for (int j = 0; j < 2; j++) take(s.shape.dim * s.pad);
+    }
+  take(plan.shape.maps[2] * cpu::kFrontPast * plan.shape.width3());
+  STD_TORCH_CHECK(at == tensors.size(), "zipformer_chunk_states: expected ", at, " tensors, got ", tensors.size());
+  float* const state = mutable_data<float>(states) + slot * plan.state_floats;
+  auto* const count = reinterpret_cast<cpu::ChunkCounters*>(mutable_data<int64_t>(counters)) + slot;
+  if (restore)
+    cpu::chunk_import(plan, to.data(), state, count);
+  else
+    cpu::chunk_export(plan, state, *count, to.data());
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def("zipformer_chunk_sizes(int[] numbers, int streams) -> int[]");
+  m.def("zipformer_chunk_pack(int[] numbers, Tensor[] products, Tensor[] tables) -> Tensor[]");
+  m.def(
+      "zipformer_chunk_step(int[] numbers, Tensor weights, Tensor vectors, Tensor(a!) states, Tensor(b!) counters, "
+      "Tensor(c!) scratch, Tensor features, int[] slots, int threads) -> Tensor");
+  m.def(
+      "zipformer_chunk_states(int[] numbers, Tensor(a!) states, Tensor(b!) counters, int slot, Tensor[] tensors, "
+      "bool restore) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CompositeExplicitAutograd, m) {
+  m.impl("zipformer_chunk_sizes", TORCH_BOX(&fastasr::zipformer_chunk_sizes));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("zipformer_chunk_pack", TORCH_BOX(&fastasr::zipformer_chunk_pack));
+  m.impl("zipformer_chunk_step", TORCH_BOX(&fastasr::zipformer_chunk_step));
+  m.impl("zipformer_chunk_states", TORCH_BOX(&fastasr::zipformer_chunk_states));
+}

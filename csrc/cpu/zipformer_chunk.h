@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+// One chunk of a streaming Zipformer (Yao et al., 2023; the causal variant), front end and encoder, for several streams
+// at once. Everything it reads lies in three blocks of memory: weights, packed into panels in the order in which they
+// are read (see skinny_gemm.h); small vectors (biases, position scores' table, convolutions); and each stream's states.
+//
+// A stream's keys, values and gated convolution inputs lie in rings: `slack` chunks are appended behind the left
+// context before it is moved back to the front, so that a chunk copies little. Nothing is shared between streams but
+// the rows of the matrix products, and these are computed row by row with the same operations whatever the other rows:
+// a stream's bits depend neither on the others nor on the number of threads.
+namespace fastasr::cpu {
+
+// How the weights of the encoder's matrix products are kept. The sums are in fp32 in each case; those of the front end
+// are fp32 always.
+enum class ChunkWeights : int64_t { fp32 = 0, bf16 = 1, int8 = 2 };
+
+struct ChunkStack {
+  int64_t dim, factor, layers, heads, query, value, pos, taps, inner[3], hidden;
+};
+
+struct ChunkShape {
+  int64_t chunk, left;              // frames at 50 Hz, before the stacks' own downsampling
+  int64_t bins, maps[3], expanded;  // the front end: most features, channels of the convolutions, of ConvNeXt's hidden
+                                    // rows
+  ChunkWeights weights;
+  std::vector<ChunkStack> stacks;
+
+  // From a list of ints: chunk, left, bins, maps (3), expanded, weights, then the 12 of each stack. Empty stacks: the
+  // list does not describe an encoder that this step serves.
+  explicit ChunkShape(const std::vector<int64_t>& numbers);
+
+  int64_t input_frames() const { return 2 * chunk + 13; }
+  // Of the second and third convolution's maps.
+  static int64_t width2_of(int64_t bins) { return (bins - 1) / 2; }
+  static int64_t width3_of(int64_t bins) { return (width2_of(bins) - 1) / 2; }
+  int64_t width2() const { return width2_of(bins); }
+  int64_t width3() const { return width3_of(bins); }
+  int64_t output_dim() const;
+};
+
+inline constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline constexpr int64_t kChunkLanes = 16;  // channels of a stripe: widths within the states are multiples of it
+inline constexpr int64_t kFrontPast = 3;    // frames of ConvNeXt's left padding
+
+// y = x Wᵀ + bias. Offsets: bytes into the weights, floats into the vectors.
+struct ChunkProduct {
+  int64_t inputs, outputs, weight, bias, scale;
+  ChunkWeights format;
+  int64_t stride() const;  // floats of an output row, whole panels
+};
+
+// rows x columns floats among the vectors, rows `stride` apart, zeros behind the columns.
+struct ChunkTable {
+  int64_t at, rows, columns, stride;
+};
+
+struct ChunkConvolution {
+  ChunkTable causal, causal_bias, chunkwise, chunkwise_bias, scale;  // taps x channels; scale: frames x channels
+  int64_t ring;                                                      // in the states: (pad + frames) x channels
+};
+
+struct ChunkLayer {
+  ChunkProduct attention, forward_in[3], forward_out[3], nonlin_in, nonlin_out, value_in[2], value_out[2], conv_in[2],
+      conv_out[2];
+  ChunkTable positions;  // (heads pos) x offsets: linear_pos(pos_emb), transposed
+  ChunkConvolution conv[2];
+  ChunkTable mid, bypass, norm_bias, norm_scale;
+  int64_t keys, hidden, values[2];  // rings in the states
+};
+
+// Where everything lies. The order of `products` and `tables` is that of the tensors that packing takes.
+struct ChunkPlan {
+  struct Stack {
+    ChunkStack shape;
+    int64_t frames, left, capacity, keys, pad;  // per chunk; of the context; of a ring; left + frames; taps / 2
+    int64_t channels, hidden;                   // dim and hidden rounded up to stripes
+    int64_t stride;                             // floats of a row of activations
+    ChunkTable downsample, combine;             // only with factor > 1
+    std::vector<ChunkLayer> layers;
+  };
+  ChunkShape shape;
+  int64_t slack;
+  ChunkTable conv1, conv1_bias, depthwise, depthwise_bias, front_norm_bias, front_norm_scale, output;
+  ChunkProduct conv2, conv3, expand, contract, front_out;
+  int64_t front_past;  // in the states: 3 frames of the third convolution
+  std::vector<Stack> stacks;
+  std::vector<ChunkProduct> products;
+  std::vector<ChunkTable> tables;
+  int64_t weight_bytes = 0, vector_floats = 0, state_floats = 0;
+
+  explicit ChunkPlan(const ChunkShape& shape);
+  int64_t scratch_floats(int64_t streams) const;
+};
+
+// w (outputs, inputs) and bias (outputs, or null: zeros), contiguous, of products[index].
+void chunk_pack_product(const ChunkPlan& plan, int64_t index, const float* w, const float* bias, char* weights,
+                        float* vectors);
+void chunk_pack_table(const ChunkTable& table, const float* values, float* vectors);
+
+// Runs f(begin, end) over parts of [0, n). `run` calls part(context, i) for each i of [0, parts), on as many threads.
+struct ChunkWorkers {
+  int64_t threads;
+  void (*run)(int64_t parts, void (*part)(const void* context, int64_t i), const void* context);
+
+  template <typename F>
+  void split(int64_t n, int64_t least, const F& f) const {
+    const int64_t most = least > 0 ? n / least : n, parts = threads < most ? threads : most;
+    if (parts <= 1) {
+      if (n > 0) f(int64_t{0}, n);
+      return;
+    }
+    struct Context {
+      const F& f;
+      int64_t n, parts;
+    } context{f, n, parts};
+    run(
+        parts,
+        [](const void* c, int64_t i) {
+          const auto& all = *static_cast<const Context*>(c);
+          all.f(all.n * i / all.parts, all.n * (i + 1) / all.parts);
+        },
+        &context);
+  }
+};
+
+// What a stream has besides its floats.
+struct ChunkCounters {
+  int64_t processed;  // frames at 50 Hz
+  int64_t at;         // chunks behind the rings' front
+};
+
+struct ChunkStep {
+  const ChunkPlan& plan;
+  const char* weights;
+  const float* vectors;
+  float* states;  // plan.state_floats per slot
+  ChunkCounters* counters;
+  const int64_t* slots;   // of the streams of this step, all different
+  int64_t streams, bins;  // features of a frame: at most the plan's, and as wide after the convolutions
+  float* scratch;         // plan.scratch_floats(streams)
+  ChunkWorkers workers;
+};
+
+// features (streams, input_frames, bins) contiguous -> out (streams, chunk / 2, output_dim).
+void chunk_step(const ChunkStep& step, const float* features, float* out);
+
+// Pieces, for tests: the front end alone, features -> (streams chunk, stride of stack 0), which advances its states;
+// one layer, x (streams frames, stride) in place. Neither changes the counters.
+void chunk_front(const ChunkStep& step, const float* features, float* x);
+void chunk_layer(const ChunkStep& step, const ChunkPlan::Stack& stack, const ChunkLayer& layer, float* x);
+// Before the layers of a chunk: makes room in the rings. After: counts the chunk.
+void chunk_begin(const ChunkStep& step);
+void chunk_end(const ChunkStep& step);
+
+// The states of one stream to upstream's tensors of batch 1, or from them. Six per layer, each contiguous: key (left,
+// heads query), hidden (left, hidden), two values (left, heads value), two convolutions (dim, pad); then the front
+// end's (maps[2], 3, width3).
+void chunk_export(const ChunkPlan& plan, const float* state, const ChunkCounters& counters, float* const* tensors);
+void chunk_import(const ChunkPlan& plan, const float* const* tensors, float* state, ChunkCounters* counters);
+
+}  // namespace fastasr::cpu

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "cpu/bias_norm.h"
+#include "cpu/bypass.h"
+#include "cpu/swoosh.h"
+#include "cpu/zipformer_chunk_rows.h"
+#include "cpu/zipformer_chunk_scratch.h"
+
+namespace fastasr::cpu {
+namespace {
+
+// One layer's step: x of each stream's frames, rows (streams frames, stride).
+class Layer {
+ public:
+  Layer(const ChunkStep& step, const ChunkPlan::Stack& stack, const ChunkLayer& layer)
+      : step_(step),
+        s_(stack),
+        l_(layer),
+        rows_(step.streams * stack.frames),
+        padded_keys_(round_up(stack.keys, kChunkLanes)),
+        room_(step.plan, step.streams, step.scratch) {}
+
+  void run(float* input) {
+    x_ = room_.x;
+    product(l_.attention, input, s_.stride, room_.projected);
+    attention_weights();
+    product(l_.forward_in[0], input, s_.stride, room_.projected);
+    swoosh(s_.shape.inner[0], l_.forward_in[0].stride(), Swoosh::L);
+    product(l_.forward_out[0], room_.hidden, l_.forward_in[0].stride(), room_.y);
+    std::copy(input, input + rows_ * s_.stride, x_);
+    add();
+    nonlin_attention();
+    self_attention(0);
+    convolution(0);
+    feed_forward(1);
+    bypass_forward(input, x_, vector(l_.mid), room_.y, rows_, s_.stride);
+    std::swap(x_, room_.y);
+    self_attention(1);
+    convolution(1);
+    feed_forward(2);
+    for (int64_t r = 0; r < rows_; r++)
+      bias_norm_forward(x_ + r * s_.stride, vector(l_.norm_bias), *vector(l_.norm_scale), room_.y + r * s_.stride, 1,
+                        s_.shape.dim);
+    chunk_combine(input, room_.y, vector(l_.bypass), 1, rows_, s_.stride);
+  }
+
+ private:
+  const float* vector(const ChunkTable& t) const { return step_.vectors + t.at; }
+  float* state(int64_t stream) const { return step_.states + step_.slots[stream] * step_.plan.state_floats; }
+  int64_t behind(int64_t stream) const { return step_.counters[step_.slots[stream]].at * s_.frames; }
+  float* weights(int64_t stream, int64_t head) const {
+    return room_.weights + (stream * s_.shape.heads + head) * s_.frames * padded_keys_;
+  }
+  void product(const ChunkProduct& p, const float* x, int64_t x_stride, float* y) const {
+    chunk_product(step_, p, x, x_stride, rows_, y, p.stride());
+  }
+  void add() const { chunk_add(room_.y, x_, rows_ * s_.stride); }
+
+  // hidden = swoosh(projected), rows of n elements.
+  void swoosh(int64_t n, int64_t stride, Swoosh kind) const {
+    step_.workers.split(rows_, std::max<int64_t>(1, 16384 / n), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++)
+        swoosh_forward(room_.projected + r * stride, nullptr, Mask::none, room_.hidden + r * stride, n, kind);
+    });
+  }
+
+  void feed_forward(int i) const {
+    product(l_.forward_in[i], x_, s_.stride, room_.projected);
+    swoosh(s_.shape.inner[i], l_.forward_in[i].stride(), Swoosh::L);
+    product(l_.forward_out[i], room_.hidden, l_.forward_in[i].stride(), room_.y);
+    add();
+  }
+
+  // Appends the keys, and leaves every head's weights in room_.weights.
+  void attention_weights() const {
+    const ChunkStack& n = s_.shape;
+    const int64_t stride = l_.attention.stride(), width = n.heads * n.query;
+    step_.workers.split(step_.streams * n.heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t stream = i / n.heads, head = i % n.heads;
+        const float* const row = room_.projected + stream * s_.frames * stride;
+        float* const keys = state(stream) + l_.keys + head * n.query * s_.capacity + behind(stream);
+        for (int64_t t = 0; t < s_.frames; t++)
+          for (int64_t d = 0; d < n.query; d++)
+            keys[d * s_.capacity + s_.left + t] = row[t * stride + width + head * n.query + d];
+        float* const w = weights(stream, head);
+        chunk_scores({row + head * n.query, row + 2 * width + head * n.pos, stride, s_.frames, s_.keys, n.query, n.pos,
+                      keys, s_.capacity, vector(l_.positions) + head * n.pos * l_.positions.stride, l_.positions.stride,
+                      w});
+        const int64_t missing = step_.plan.shape.left - step_.counters[step_.slots[stream]].processed;
+        const int64_t unseen = missing <= 0 ? 0 : (missing + n.factor - 1) / n.factor;
+        chunk_softmax(w, padded_keys_, s_.frames, unseen, s_.keys);
+      }
+    });
+  }
+
+  void nonlin_attention() const {
+    const int64_t n = s_.shape.hidden, stride = l_.nonlin_in.stride(), stripes = s_.hidden / kChunkLanes;
+    product(l_.nonlin_in, x_, s_.stride, room_.projected);
+    step_.workers.split(step_.streams * stripes, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t stream = i / stripes, c = i % stripes * kChunkLanes, columns = std::min(kChunkLanes, n - c);
+        const float* const row = room_.projected + stream * s_.frames * stride + c;
+        float* const ring = state(stream) + l_.hidden + behind(stream) * s_.hidden + c;
+        for (int64_t t = 0; t < s_.frames; t++)
+          chunk_tanh_gate(row + t * stride + n, row + t * stride, ring + (s_.left + t) * s_.hidden, columns);
+        float* const out = room_.hidden + stream * s_.frames * s_.hidden + c;
+        chunk_weighted(weights(stream, 0), padded_keys_, s_.frames, s_.keys, ring, s_.hidden, out, s_.hidden, columns);
+        for (int64_t t = 0; t < s_.frames; t++) chunk_multiply(row + t * stride + 2 * n, out + t * s_.hidden, columns);
+      }
+    });
+    product(l_.nonlin_out, room_.hidden, s_.hidden, room_.y);
+    add();
+  }
+
+  void self_attention(int which) const {
+    const ChunkStack& n = s_.shape;
+    const int64_t stride = l_.value_in[which].stride(), width = n.heads * n.value;
+    const int64_t value = round_up(n.value, kChunkLanes);
+    product(l_.value_in[which], x_, s_.stride, room_.projected);
+    step_.workers.split(step_.streams * n.heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t stream = i / n.heads, head = i % n.heads;
+        const float* const row = room_.projected + stream * s_.frames * stride + head * n.value;
+        float* const ring = state(stream) + l_.values[which] + (head * s_.capacity + behind(stream)) * value;
+        for (int64_t t = 0; t < s_.frames; t++)
+          std::copy(row + t * stride, row + t * stride + n.value, ring + (s_.left + t) * value);
+        float* const out = room_.hidden + stream * s_.frames * width + head * n.value;
+        for (int64_t c = 0; c < n.value; c += kChunkLanes)
+          chunk_weighted(weights(stream, head), padded_keys_, s_.frames, s_.keys, ring + c, value, out + c, width,
+                         std::min(kChunkLanes, n.value - c));
+      }
+    });
+    product(l_.value_out[which], room_.hidden, width, room_.y);
+    add();
+  }
+
+  void convolution(int which) const {
+    const int64_t n = s_.shape.dim, stride = l_.conv_in[which].stride(), stripes = s_.channels / kChunkLanes;
+    const ChunkConvolution& conv = l_.conv[which];
+    product(l_.conv_in[which], x_, s_.stride, room_.projected);
+    step_.workers.split(step_.streams * stripes, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t stream = i / stripes, c = i % stripes * kChunkLanes, columns = std::min(kChunkLanes, n - c);
+        const float* const row = room_.projected + stream * s_.frames * stride + c;
+        float* const ring = state(stream) + conv.ring + behind(stream) * s_.channels + c;
+        for (int64_t t = 0; t < s_.frames; t++)
+          chunk_sigmoid_gate(row + t * stride, row + t * stride + n, ring + (s_.pad + t) * s_.channels, columns);
+        chunk_convolution({ring, s_.channels, s_.frames, s_.pad, vector(conv.causal) + c, vector(conv.causal_bias) + c,
+                           vector(conv.chunkwise) + c, vector(conv.chunkwise_bias) + c, vector(conv.scale) + c,
+                           s_.channels, room_.y + stream * s_.frames * s_.stride + c, s_.stride, columns});
+      }
+    });
+    for (int64_t r = 0; r < rows_; r++)
+      swoosh_forward(room_.y + r * s_.stride, nullptr, Mask::none, room_.hidden + r * s_.stride, n, Swoosh::R);
+    product(l_.conv_out[which], room_.hidden, s_.stride, room_.y);
+    add();
+  }
+
+  const ChunkStep& step_;
+  const ChunkPlan::Stack& s_;
+  const ChunkLayer& l_;
+  const int64_t rows_, padded_keys_;
+  ChunkRoom room_;
+  float* x_ = nullptr;
+};
+
+}  // namespace
+
+void chunk_layer(const ChunkStep& step, const ChunkPlan::Stack& stack, const ChunkLayer& layer, float* x) {
+  Layer(step, stack, layer).run(x);
+}
+
+}  // namespace fastasr::cpu

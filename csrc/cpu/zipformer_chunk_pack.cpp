@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cstring>
+
+#include "cpu/skinny_gemm.h"
+#include "cpu/zipformer_chunk.h"
+
+namespace fastasr::cpu {
+
+void chunk_pack_product(const ChunkPlan& plan, int64_t index, const float* w, const float* bias, char* weights,
+                        float* vectors) {
+  const ChunkProduct& p = plan.products[static_cast<size_t>(index)];
+  float* const to = vectors + p.bias;
+  const int64_t padded = p.stride();
+  for (int64_t i = 0; i < padded; i++) to[i] = bias && i < p.outputs ? bias[i] : 0;
+  pack_panels(w, p.outputs, p.inputs, p.inputs, reinterpret_cast<float*>(weights + p.weight), 0,
+              panel_count(p.outputs));
+}
+
+void chunk_pack_table(const ChunkTable& table, const float* values, float* vectors) {
+  for (int64_t r = 0; r < table.rows; r++) {
+    float* const to = vectors + table.at + r * table.stride;
+    std::memcpy(to, values + r * table.columns, static_cast<size_t>(table.columns) * 4);
+    std::memset(to + table.columns, 0, static_cast<size_t>(table.stride - table.columns) * 4);
+  }
+}
+
+}  // namespace fastasr::cpu

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "cpu/skinny_gemm.h"
+#include "cpu/zipformer_chunk.h"
+
+namespace fastasr::cpu {
+namespace {
+
+constexpr size_t kHead = 8, kPerStack = 12;
+constexpr int64_t kConvTaps = 9;    // of the front end's convolutions, 3 x 3
+constexpr int64_t kDepthTaps = 49;  // of ConvNeXt's, 7 x 7
+
+// Hands out offsets in the order of the calls.
+struct Layout {
+  ChunkPlan* plan;
+
+  ChunkTable table(int64_t rows, int64_t columns, int64_t stride) const {
+    const ChunkTable t{plan->vector_floats, rows, columns, stride};
+    plan->vector_floats += round_up(rows * stride, kChunkLanes);
+    plan->tables.push_back(t);
+    return t;
+  }
+  ChunkTable row(int64_t columns) const { return table(1, columns, round_up(columns, kPanelColumns)); }
+
+  ChunkProduct product(int64_t inputs, int64_t outputs, ChunkWeights format) const {
+    const int64_t padded = panel_count(outputs) * kPanelColumns;
+    ChunkProduct p{inputs, outputs, plan->weight_bytes, plan->vector_floats, plan->vector_floats + padded, format};
+    plan->weight_bytes += packed_size(outputs, inputs) * weight_bytes(format);
+    plan->vector_floats += padded * (format == ChunkWeights::int8 ? 2 : 1);
+    plan->products.push_back(p);
+    return p;
+  }
+  ChunkProduct product(int64_t inputs, int64_t outputs) const { return product(inputs, outputs, plan->shape.weights); }
+
+  int64_t state(int64_t floats) const {
+    const int64_t at = plan->state_floats;
+    plan->state_floats += round_up(floats, kChunkLanes);
+    return at;
+  }
+
+  static int64_t weight_bytes(ChunkWeights format) {
+    return format == ChunkWeights::fp32 ? 4 : format == ChunkWeights::bf16 ? 2 : 1;
+  }
+};
+
+ChunkConvolution convolution(const Layout& l, const ChunkPlan::Stack& s, int64_t ring_frames) {
+  ChunkConvolution c;
+  const int64_t dim = s.shape.dim;
+  c.causal = l.table(s.pad + 1, dim, s.channels);
+  c.causal_bias = l.row(dim);
+  c.chunkwise = l.table(s.shape.taps, dim, s.channels);
+  c.chunkwise_bias = l.row(dim);
+  c.scale = l.table(s.frames, dim, s.channels);
+  c.ring = l.state((s.pad + ring_frames) * s.channels);
+  return c;
+}
+
+ChunkLayer layer(const Layout& l, const ChunkPlan::Stack& s, int64_t ring_frames) {
+  const ChunkStack& n = s.shape;
+  ChunkLayer y;
+  y.attention = l.product(n.dim, n.heads * (2 * n.query + n.pos));
+  y.forward_in[0] = l.product(n.dim, n.inner[0]);
+  y.forward_out[0] = l.product(n.inner[0], n.dim);
+  y.nonlin_in = l.product(n.dim, 3 * n.hidden);
+  y.nonlin_out = l.product(n.hidden, n.dim);
+  for (int i = 0; i < 2; i++) {
+    y.value_in[i] = l.product(n.dim, n.heads * n.value);
+    y.value_out[i] = l.product(n.heads * n.value, n.dim);
+    y.conv_in[i] = l.product(n.dim, 2 * n.dim);
+    y.conv_out[i] = l.product(n.dim, n.dim);
+    y.forward_in[i + 1] = l.product(n.dim, n.inner[i + 1]);
+    y.forward_out[i + 1] = l.product(n.inner[i + 1], n.dim);
+  }
+  // a query reads whole vectors of offsets, up to a vector beyond the last
+  const int64_t offsets = s.left + 2 * s.frames - 1;
+  y.positions = l.table(n.heads * n.pos, offsets, round_up(offsets, kChunkLanes) + 2 * kChunkLanes);
+  y.keys = l.state(n.heads * n.query * s.capacity);
+  y.hidden = l.state(s.capacity * s.hidden);
+  for (int i = 0; i < 2; i++) {
+    y.values[i] = l.state(n.heads * s.capacity * round_up(n.value, kChunkLanes));
+    y.conv[i] = convolution(l, s, ring_frames);
+  }
+  y.mid = l.row(n.dim);
+  y.bypass = l.row(n.dim);
+  y.norm_bias = l.row(n.dim);
+  y.norm_scale = l.row(1);
+  return y;
+}
+
+}  // namespace
+
+int64_t ChunkProduct::stride() const { return panel_count(outputs) * kPanelColumns; }
+
+ChunkShape::ChunkShape(const std::vector<int64_t>& numbers) {
+  const bool fits = numbers.size() > kHead && (numbers.size() - kHead) % kPerStack == 0;
+  if (!fits) return;
+  const int64_t* n = numbers.data();
+  chunk = n[0], left = n[1], bins = n[2], expanded = n[6];
+  for (int i = 0; i < 3; i++) maps[i] = n[3 + i];
+  if (chunk < 2 || chunk % 2 != 0 || left < 0 || bins < 7 || expanded < 1 || n[7] < 0 || n[7] > 2) return;
+  if (std::min({maps[0], maps[1], maps[2]}) < 1) return;
+  weights = static_cast<ChunkWeights>(n[7]);
+  std::vector<ChunkStack> all;
+  for (size_t at = kHead; at < numbers.size(); at += kPerStack) {
+    const int64_t* s = n + at;
+    if (*std::min_element(s, s + kPerStack) < 1 || chunk % s[1] != 0 || left % s[1] != 0 || s[7] % 2 == 0) return;
+    all.push_back({s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], {s[8], s[9], s[10]}, s[11]});
+  }
+  stacks = all;
+}
+
+int64_t ChunkShape::output_dim() const {
+  int64_t dim = 0;
+  for (const ChunkStack& s : stacks) dim = std::max(dim, s.dim);
+  return dim;
+}
+
+ChunkPlan::ChunkPlan(const ChunkShape& given) : shape(given) {
+  const Layout l{this};
+  // The left context is moved to the front of its ring once in 1 + slack chunks; the rings grow by slack chunks.
+  slack = std::clamp<int64_t>(shape.left / shape.chunk / 2, 1, 7);
+  const int64_t w3 = shape.width3();
+  conv1 = l.table(kConvTaps, shape.bins * shape.maps[0], round_up(shape.bins * shape.maps[0], kChunkLanes));
+  conv1_bias = l.row(shape.bins * shape.maps[0]);
+  conv2 = l.product(kConvTaps * shape.maps[0], shape.maps[1], ChunkWeights::fp32);
+  conv3 = l.product(kConvTaps * shape.maps[1], shape.maps[2], ChunkWeights::fp32);
+  depthwise = l.table(1, shape.maps[2] * kDepthTaps, shape.maps[2] * kDepthTaps);
+  depthwise_bias = l.row(shape.maps[2]);
+  expand = l.product(shape.maps[2], shape.expanded, ChunkWeights::fp32);
+  contract = l.product(shape.expanded, shape.maps[2], ChunkWeights::fp32);
+  front_out = l.product(w3 * shape.maps[2], shape.stacks[0].dim, ChunkWeights::fp32);
+  front_norm_bias = l.row(shape.stacks[0].dim);
+  front_norm_scale = l.row(1);
+  front_past = l.state(kFrontPast * w3 * shape.maps[2]);
+  for (const ChunkStack& n : shape.stacks) {
+    Stack s;
+    s.shape = n;
+    s.frames = shape.chunk / n.factor;
+    s.left = shape.left / n.factor;
+    s.keys = s.left + s.frames;
+    const int64_t ring_frames = (1 + slack) * s.frames;
+    s.capacity = round_up(s.left + ring_frames + kChunkLanes - 1, kChunkLanes);  // reads end with a vector
+    s.pad = n.taps / 2;
+    s.channels = round_up(n.dim, kChunkLanes);
+    s.hidden = round_up(n.hidden, kChunkLanes);
+    s.stride = panel_count(n.dim) * kPanelColumns;
+    if (n.factor > 1) {
+      s.downsample = l.row(n.factor);
+      s.combine = l.row(n.dim);
+    }
+    for (int64_t i = 0; i < n.layers; i++) s.layers.push_back(layer(l, s, ring_frames));
+    stacks.push_back(s);
+  }
+  output = l.row(2);
+}
+
+}  // namespace fastasr::cpu

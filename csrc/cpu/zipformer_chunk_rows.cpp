@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/zipformer_chunk_rows.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "cpu/activation.h"
+#include "cpu/elementary.h"
+#include "cpu/simd.h"
+#include "cpu/skinny_gemm.h"
+
+namespace fastasr::cpu {
+namespace {
+
+constexpr int64_t kLanes = kChunkLanes;
+constexpr float kMasked = -1000;
+// Weights a worker reads at least: below, waking it takes longer.
+constexpr int64_t kLeastWeights = 32768;
+
+template <int kRows>
+FASTASR_INLINE void score_tile(const ChunkScores& a, int64_t first) {
+  const int64_t padded = round_up(a.keys, kLanes);
+  const float* __restrict q = a.q + first * a.row_stride;
+  const float* __restrict p = a.p + first * a.row_stride;
+  const float* __restrict shifted = a.positions + a.frames - 1 - first;
+  float* __restrict out = a.scores + first * padded;
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    float sum[kRows][kLanes];
+    for (int i = 0; i < kRows; i++)
+      for (int c = 0; c < kLanes; c++) sum[i][c] = 0;
+    for (int64_t d = 0; d < a.query; d++) {
+      const float* __restrict key = a.transposed + d * a.capacity + j;
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; i++) {
+        const float s = q[i * a.row_stride + d];
+#pragma omp simd
+        for (int c = 0; c < kLanes; c++) sum[i][c] += s * key[c];
+      }
+    }
+    for (int64_t d = 0; d < a.pos; d++) {
+      const float* __restrict relative = shifted + d * a.position_stride + j;
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; i++) {
+        const float s = p[i * a.row_stride + d];
+#pragma omp simd
+        for (int c = 0; c < kLanes; c++) sum[i][c] += s * relative[c - i];
+      }
+    }
+    for (int i = 0; i < kRows; i++)
+#pragma omp simd
+      for (int c = 0; c < kLanes; c++) out[i * padded + j + c] = sum[i][c];
+  }
+}
+
+struct Weighted {
+  const float* weights;
+  int64_t weight_stride, keys;
+  const float* values;
+  int64_t value_stride;
+  float* out;
+  int64_t out_stride, columns;
+};
+
+template <int kRows>
+FASTASR_INLINE void weighted_tile(const Weighted& a, int64_t first) {
+  const float* __restrict w = a.weights + first * a.weight_stride;
+  float* __restrict out = a.out + first * a.out_stride;
+  float sum[kRows][kLanes];
+  for (int i = 0; i < kRows; i++)
+    for (int c = 0; c < kLanes; c++) sum[i][c] = 0;
+  for (int64_t j = 0; j < a.keys; j++) {
+    const float* __restrict v = a.values + j * a.value_stride;
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; i++) {
+      const float s = w[i * a.weight_stride + j];
+#pragma omp simd
+      for (int c = 0; c < kLanes; c++) sum[i][c] += s * v[c];
+    }
+  }
+  for (int i = 0; i < kRows; i++)
+    for (int64_t c = 0; c < a.columns; c++) out[i * a.out_stride + c] = sum[i][c];
+}
+
+// One function per number of rows: several tiles inlined into one function spill.
+#define FASTASR_TILES(ROWS)                                                                          \
+  FASTASR_CLONES __attribute__((noinline)) void scores_##ROWS(const ChunkScores& a, int64_t first) { \
+    score_tile<ROWS>(a, first);                                                                      \
+  }                                                                                                  \
+  FASTASR_CLONES __attribute__((noinline)) void weighted_##ROWS(const Weighted& a, int64_t first) {  \
+    weighted_tile<ROWS>(a, first);                                                                   \
+  }
+FASTASR_TILES(1)
+FASTASR_TILES(2)
+FASTASR_TILES(4)
+#undef FASTASR_TILES
+
+}  // namespace
+
+void chunk_scores(const ChunkScores& a) {
+  int64_t i = 0;
+  for (; i + 4 <= a.frames; i += 4) scores_4(a, i);
+  for (; i + 2 <= a.frames; i += 2) scores_2(a, i);
+  for (; i < a.frames; i++) scores_1(a, i);
+}
+
+void chunk_weighted(const float* weights, int64_t weight_stride, int64_t rows, int64_t keys, const float* values,
+                    int64_t value_stride, float* out, int64_t out_stride, int64_t columns) {
+  const Weighted a{weights, weight_stride, keys, values, value_stride, out, out_stride, columns};
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) weighted_4(a, i);
+  for (; i + 2 <= rows; i += 2) weighted_2(a, i);
+  for (; i < rows; i++) weighted_1(a, i);
+}
+
+FASTASR_CLONES void chunk_softmax(float* scores, int64_t stride, int64_t rows, int64_t unseen, int64_t keys) {
+  for (int64_t r = 0; r < rows; r++) {
+    float* __restrict x = scores + r * stride;
+    for (int64_t j = 0; j < unseen; j++) x[j] = kMasked;
+    float most = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : most)
+    for (int64_t j = 0; j < keys; j++) most = x[j] > most ? x[j] : most;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < keys; j++) {
+      const float e = exp_nonpositive(x[j] - most);
+      x[j] = e;
+      sum += e;
+    }
+    const float share = 1 / sum;
+#pragma omp simd
+    for (int64_t j = 0; j < keys; j++) x[j] *= share;
+  }
+}
+
+FASTASR_CLONES void chunk_tanh_gate(const float* __restrict v, const float* __restrict s, float* __restrict out,
+                                    int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) out[i] = v[i] * tanh(s[i]);
+}
+
+FASTASR_CLONES void chunk_sigmoid_gate(const float* __restrict x, const float* __restrict s, float* __restrict out,
+                                       int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) out[i] = x[i] * sigmoid(s[i]);
+}
+
+FASTASR_CLONES void chunk_multiply(const float* __restrict y, float* __restrict out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) out[i] *= y[i];
+}
+
+FASTASR_CLONES void chunk_add(const float* __restrict y, float* __restrict x, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) x[i] += y[i];
+}
+
+FASTASR_CLONES void chunk_convolution(const ChunkConvStripe& a) {
+  const int64_t table = a.table_stride;
+  for (int64_t t = 0; t < a.frames; t++) {
+    float past[kLanes], around[kLanes];
+    for (int c = 0; c < kLanes; c++) past[c] = around[c] = 0;
+    const float* __restrict u = a.u + t * a.stride;
+    for (int64_t j = 0; j <= a.pad; j++) {
+#pragma omp simd
+      for (int c = 0; c < kLanes; c++) past[c] += a.causal[j * table + c] * u[j * a.stride + c];
+    }
+    // of the 2 pad + 1 taps those whose frame lies within the chunk
+    const int64_t from = std::max<int64_t>(0, a.pad - t), to = std::min(2 * a.pad, a.pad + a.frames - 1 - t);
+    for (int64_t j = from; j <= to; j++) {
+#pragma omp simd
+      for (int c = 0; c < kLanes; c++) around[c] += a.chunkwise[j * table + c] * u[j * a.stride + c];
+    }
+    float* __restrict out = a.out + t * a.out_stride;
+    for (int64_t c = 0; c < a.columns; c++)
+      out[c] = (a.causal_bias[c] + past[c]) + (a.chunkwise_bias[c] + around[c]) * a.scale[t * table + c];
+  }
+}
+
+FASTASR_CLONES void chunk_first_convolution(const float* const* rows, const float* weight, int64_t stride,
+                                            const float* bias, int64_t maps, float* __restrict out, int64_t n) {
+  const float *a = rows[0], *b = rows[1], *c = rows[2];
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    float sum = 0;
+#pragma GCC unroll 3
+    for (int64_t k = 0; k < 3; k++) {
+      sum += weight[k * stride + i] * a[i + k * maps];
+      sum += weight[(3 + k) * stride + i] * b[i + k * maps];
+      sum += weight[(6 + k) * stride + i] * c[i + k * maps];
+    }
+    out[i] = bias[i] + sum;
+  }
+}
+
+FASTASR_CLONES void chunk_downsample(const float* x, int64_t stride, const float* weight, int64_t factor, float* y,
+                                     int64_t rows, int64_t y_stride, int64_t n) {
+  for (int64_t t = 0; t < rows; t++) {
+    const float* __restrict in = x + t * factor * stride;
+    float* __restrict out = y + t * y_stride;
+    for (int64_t i = 0; i < factor; i++) {
+      const float w = weight[i];
+#pragma omp simd
+      for (int64_t c = 0; c < n; c++) out[c] = i ? out[c] + w * in[i * stride + c] : w * in[c];
+    }
+  }
+}
+
+FASTASR_CLONES void chunk_combine(float* x, const float* y, const float* scale, int64_t factor, int64_t rows,
+                                  int64_t stride) {
+  for (int64_t t = 0; t < rows; t++) {
+    float* __restrict out = x + t * stride;
+    const float* __restrict in = y + t / factor * stride;
+#pragma omp simd
+    for (int64_t c = 0; c < stride; c++) out[c] += (in[c] - out[c]) * scale[c];
+  }
+}
+
+void chunk_product(const ChunkStep& step, const ChunkProduct& p, const float* x, int64_t x_stride, int64_t rows,
+                   float* y, int64_t y_stride) {
+  const int64_t panel = kPanelColumns * p.inputs;
+  step.workers.split(panel_count(p.outputs), std::max<int64_t>(1, kLeastWeights / panel),
+                     [&](int64_t begin, int64_t end) {
+                       skinny_gemm(x, x_stride, rows, p.inputs, reinterpret_cast<const float*>(step.weights + p.weight),
+                                   step.vectors + p.bias, y, y_stride, begin, end);
+                     });
+}
+
+}  // namespace fastasr::cpu

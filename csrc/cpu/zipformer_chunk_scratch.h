@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/zipformer_chunk.h"
+
+// How a step's scratch memory is divided. The front end's part and the encoder's share their memory.
+namespace fastasr::cpu {
+
+struct ChunkRoom {
+  float *x, *y, *projected, *hidden, *weights;  // of a layer
+  float* lower;                                 // a stack's activations at its own frame rate
+  std::vector<float*> outputs;                  // of each stack, (streams chunk, stride)
+  int64_t size;
+
+  ChunkRoom(const ChunkPlan& plan, int64_t streams, float* memory) {
+    int64_t row = 0, wide = 0, weight = 0;
+    for (const ChunkPlan::Stack& s : plan.stacks) {
+      const ChunkLayer& l = s.layers[0];
+      int64_t most = s.stride;
+      for (const ChunkProduct* p : {&l.attention, &l.nonlin_in, &l.value_in[0], &l.conv_in[0], &l.forward_in[0],
+                                    &l.forward_in[1], &l.forward_in[2]})
+        most = std::max(most, p->stride());
+      const int64_t rows = streams * s.frames;
+      row = std::max(row, rows * s.stride);
+      wide = std::max(wide, rows * most);
+      weight = std::max(weight, rows * s.shape.heads * round_up(s.keys, kChunkLanes));
+    }
+    int64_t at = 0;
+    const auto take = [&](int64_t floats) {
+      float* const here = memory ? memory + at : nullptr;
+      at += round_up(floats, kChunkLanes);
+      return here;
+    };
+    for (const ChunkPlan::Stack& s : plan.stacks) outputs.push_back(take(streams * plan.shape.chunk * s.stride));
+    x = take(row), y = take(row), lower = take(row);
+    projected = take(wide), hidden = take(wide), weights = take(weight);
+    size = at;
+  }
+};
+
+// The front end's, for one stream at a time, but for `frames`.
+struct FrontRoom {
+  float *repeated, *first, *patches, *product, *second, *third, *filtered, *expanded, *activated, *contracted, *frames;
+  int64_t size;
+
+  FrontRoom(const ChunkPlan& plan, int64_t streams, float* memory) {
+    const ChunkShape& n = plan.shape;
+    const int64_t rows = n.input_frames(), second_rows = n.chunk + 5, third_rows = n.chunk + 3;
+    const int64_t w2 = n.width2(), w3 = n.width3();
+    // behind what the encoder's outputs take: the front end writes those of the first stack at the end
+    int64_t at = streams * n.chunk * plan.stacks[0].stride;
+    const auto take = [&](int64_t floats) {
+      float* const here = memory ? memory + at : nullptr;
+      at += round_up(floats, kChunkLanes);
+      return here;
+    };
+    // afterwards room for the rows of front_out
+    repeated = take(std::max(rows * (n.bins + 2) * n.maps[0], streams * n.chunk * plan.front_out.stride()));
+    first = take((rows - 2) * n.bins * n.maps[0]);
+    // one row of maps for each row of output, so that workers need none of their own
+    patches = take(std::max(second_rows * w2 * 9 * n.maps[0], third_rows * w3 * 9 * n.maps[1]));
+    product = take(std::max({(rows - 2) * n.bins * n.maps[0], second_rows * w2 * plan.conv2.stride(),
+                             third_rows * w3 * plan.conv3.stride()}));
+    second = take(second_rows * w2 * n.maps[1]);
+    third = take((kFrontPast + third_rows) * w3 * n.maps[2]);
+    filtered = take(n.chunk * w3 * n.maps[2]);
+    expanded = take(n.chunk * w3 * plan.expand.stride());
+    activated = take(n.chunk * w3 * n.expanded);
+    contracted = take(n.chunk * w3 * plan.contract.stride());
+    frames = take(streams * n.chunk * w3 * n.maps[2]);
+    size = at;
+  }
+};
+
+}  // namespace fastasr::cpu

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A streaming Zipformer and its front end as what the native step reads: numbers, matrices and small tables.
+
+The order is that of ``cpu::ChunkPlan`` (csrc/cpu/zipformer_chunk_plan.cpp). What does not change from chunk to chunk is
+computed here once: the projected positions, the scale of the convolutions within a chunk, the softmax of the
+downsampling, exp(log_scale) of the norms.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from fastasr.models.zipformer.chunk_causal_convolution import ChunkCausalDepthwiseConv1d
+
+WEIGHTS = {"fp32": 0, "bf16": 1, "int8": 2}
+CONVOLUTIONS = [((3, 3), (1, 1), (0, 1)), ((3, 3), (2, 2), (0, 0)), ((3, 3), (1, 2), (0, 0))]
+OUTPUT_DOWNSAMPLING = 2
+
+
+@dataclass
+class Packed:
+    """``numbers`` describe the shapes; ``products`` are weights (outputs, inputs) and biases in turn."""
+
+    numbers: list = field(default_factory=list)
+    products: list = field(default_factory=list)
+    tables: list = field(default_factory=list)
+
+    def product(self, weight, bias):
+        self.products.append(_floats(weight.flatten(1)))
+        self.products.append(weight.new_zeros(len(weight)) if bias is None else _floats(bias))
+
+    def linears(self, *modules):
+        for module in modules:
+            self.product(module.weight, module.bias)
+
+    def table(self, values):
+        self.tables.append(_floats(values))
+
+
+@torch.no_grad()
+def pack(model, chunk_size, left_context_frames, weights="fp32"):
+    """``model.encoder_embed`` and ``model.encoder``, causal and in eval mode, for chunks of one size.
+
+    Raises ValueError for arguments that fit no model or not this one, NotImplementedError for a model that the native
+    step does not serve.
+    """
+    encoder, embed = model.encoder, model.encoder_embed
+    _check_model(encoder, embed)
+    _check_frames(encoder, chunk_size, left_context_frames)
+    if weights not in WEIGHTS:
+        raise ValueError(f"NativeBackend: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    if weights != "fp32":
+        raise NotImplementedError(f"{weights} weights")
+    convolutions = _convolutions(embed)
+    expand = embed.convnext.pointwise_conv1
+    width = embed.out.in_features // convolutions[-1].out_channels
+    most_bins = 4 * width + 6  # that become maps of this width
+    packed = Packed([chunk_size, left_context_frames, most_bins])
+    packed.numbers += [conv.out_channels for conv in convolutions]
+    packed.numbers += [expand.out_channels, WEIGHTS[weights]]
+    _pack_front_end(packed, embed, width, most_bins)
+    for stack in encoder.encoders:
+        _pack_stack(packed, stack, chunk_size, left_context_frames)
+    packed.table(encoder.downsample_output.bias.softmax(0))
+    return packed
+
+
+def _check_model(encoder, embed):
+    if encoder.training or embed.training:
+        raise ValueError("NativeBackend: the model is in training mode; call eval() first")
+    if not encoder.causal:
+        raise ValueError("NativeBackend: the encoder is not causal, so it cannot stream")
+    for module in (encoder, embed):
+        for name, parameter in module.named_parameters():
+            if parameter.dtype != torch.float32 or not parameter.is_cpu:
+                raise NotImplementedError(
+                    f"parameters must be float32 on the CPU, {name} is {parameter.dtype} on {parameter.device}"
+                )
+    found = [(conv.kernel_size, conv.stride, conv.padding) for conv in _convolutions(embed)]
+    if found != CONVOLUTIONS:
+        raise NotImplementedError(f"the front end's convolutions must be {CONVOLUTIONS}, got {found}")
+    taps = tuple(embed.convnext.depthwise_conv.kernel_size)
+    if taps != (7, 7):
+        raise NotImplementedError(f"ConvNeXt's convolution must have 7 x 7 taps, got {taps}")
+    if encoder.downsample_output.downsample != OUTPUT_DOWNSAMPLING:
+        raise NotImplementedError(
+            f"the output must be downsampled by 2, got {encoder.downsample_output.downsample}"
+        )
+
+
+def _check_frames(encoder, chunk_size, left_context_frames):
+    factors = [_factor(stack) for stack in encoder.encoders]
+    for name, frames, least, divisors in (
+        ("chunk_size", chunk_size, OUTPUT_DOWNSAMPLING, [OUTPUT_DOWNSAMPLING, *factors]),
+        ("left_context_frames", left_context_frames, 0, factors),
+    ):
+        if not isinstance(frames, int) or frames < least or any(frames % divisor for divisor in divisors):
+            raise ValueError(
+                f"NativeBackend: {name} must be an int of {least} or more that each of "
+                f"{sorted(set(divisors))} divides, got {frames!r}"
+            )
+
+
+def _pack_front_end(packed, embed, width, most_bins):
+    first, second, third = _convolutions(embed)
+    packed.table(_taps_first(first.weight).flatten(0, 1).repeat(1, most_bins))  # [9, bins * maps]
+    packed.table(first.bias.repeat(most_bins))
+    for conv in (second, third):
+        packed.product(conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)  # as patches lie in memory
+    depthwise = embed.convnext.depthwise_conv
+    packed.table(depthwise.weight)
+    packed.table(depthwise.bias)
+    packed.linears(embed.convnext.pointwise_conv1, embed.convnext.pointwise_conv2)
+    out = embed.out
+    by_bin = out.weight.unflatten(1, (-1, width)).transpose(1, 2)  # [channels, width, maps]
+    packed.product(by_bin.flatten(1), out.bias)
+    packed.table(embed.out_norm.bias)
+    packed.table(embed.out_norm.log_scale.exp())
+
+
+def _pack_stack(packed, stack, chunk_size, left_context_frames):
+    factor = _factor(stack)
+    encoder = stack if factor == 1 else stack.encoder
+    frames, left = chunk_size // factor, left_context_frames // factor
+    layer = encoder.layers[0]
+    attention = layer.self_attn_weights
+    inner = [getattr(layer, f"feed_forward{i}").in_proj.out_features for i in (1, 2, 3)]
+    packed.numbers += [
+        attention.in_proj.in_features,
+        factor,
+        len(encoder.layers),
+        attention.num_heads,
+        attention.query_head_dim,
+        layer.self_attn1.in_proj.out_features // attention.num_heads,
+        attention.pos_head_dim,
+        layer.conv_module1.depthwise_conv.kernel_size,
+        *inner,
+        layer.nonlin_attention.out_proj.in_features,
+    ]
+    if factor > 1:
+        packed.table(stack.downsample.bias.softmax(0))
+        packed.table(stack.out_combiner.bypass_scale)
+    x = packed.products[0].new_zeros(frames, 1, attention.in_proj.in_features)
+    positions = encoder.encoder_pos(x, left)[0]  # [left + 2 frames - 1, D]
+    for layer in encoder.layers:
+        _pack_layer(packed, layer, positions, frames)
+
+
+def _pack_layer(packed, layer, positions, frames):
+    attention = layer.self_attn_weights
+    packed.linears(attention.in_proj, layer.feed_forward1.in_proj, layer.feed_forward1.out_proj)
+    packed.linears(layer.nonlin_attention.in_proj, layer.nonlin_attention.out_proj)
+    packed.table(attention.linear_pos.weight.double() @ positions.double().T)
+    for self_attention, conv_module, feed_forward in (
+        (layer.self_attn1, layer.conv_module1, layer.feed_forward2),
+        (layer.self_attn2, layer.conv_module2, layer.feed_forward3),
+    ):
+        for module in (self_attention, conv_module, feed_forward):
+            packed.linears(module.in_proj, module.out_proj)
+        _pack_convolution(packed, conv_module.depthwise_conv, frames)
+    packed.table(layer.bypass_mid.bypass_scale)
+    packed.table(layer.bypass.bypass_scale)
+    packed.table(layer.norm.bias)
+    packed.table(layer.norm.log_scale.exp())
+
+
+def _pack_convolution(packed, conv, frames):
+    for part in (conv.causal_conv, conv.chunkwise_conv):
+        packed.table(part.weight[:, 0].T)
+        packed.table(torch.zeros(len(part.weight)) if part.bias is None else part.bias)
+    packed.table(ChunkCausalDepthwiseConv1d._get_chunk_scale(conv, frames).T)
+
+
+def _convolutions(embed):
+    return [module for module in embed.conv if isinstance(module, torch.nn.Conv2d)]
+
+
+def _factor(stack):
+    return stack.downsample.downsample if hasattr(stack, "downsample") else 1
+
+
+def _taps_first(weight):
+    """(channels, 1, height, width) -> (height, width, channels)"""
+    return weight[:, 0].permute(1, 2, 0)
+
+
+def _floats(values):
+    return values.detach().to(torch.float32).contiguous()
