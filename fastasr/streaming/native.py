@@ -8,6 +8,7 @@ memory that the call updates in place. See docs/kernels/zipformer_chunk.md.
 import torch
 
 from fastasr.ops import _dispatch
+from fastasr.streaming.backend import check_states
 from fastasr.streaming.packing import pack
 
 _COUNTERS = 2  # frames processed; chunks behind the front of the stream's rings
@@ -99,11 +100,7 @@ class NativeBackend:
     def import_states(self, slot, states):
         """Puts what ``export_states`` or upstream's wrapper gave into the slot. Raises ValueError for other shapes."""
         self._check_slots([slot])
-        shapes = [*self._shapes, (1,)]
-        if [tuple(state.shape) for state in states] != shapes:
-            raise ValueError(
-                f"import_states: expected tensors of {shapes}, got {[tuple(s.shape) for s in states]}"
-            )
+        check_states(states, [torch.empty(shape, device="meta") for shape in (*self._shapes, (1,))])
         floats = [state.detach().to("cpu", torch.float32).contiguous() for state in states[:-1]]
         self._ops.zipformer_chunk_states(self._numbers, self._states, self._counters, slot, floats, True)
         self._counters[slot, 0] = int(states[-1])
