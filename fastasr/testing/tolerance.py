@@ -65,3 +65,12 @@ def compare(actual: Tensor, eager: Tensor, reference: Tensor) -> Comparison:
         eps,
         reference.numel(),
     )
+
+
+def mean(comparisons: list[Comparison]) -> Comparison:
+    """Of comparisons of several draws of the same call: the largest error of a single draw is a matter of luck."""
+    errors = (
+        sum(getattr(c, name) for c in comparisons) / len(comparisons)
+        for name in ("rms", "eager_rms", "worst", "eager_worst")
+    )
+    return Comparison(*errors, comparisons[0].eps, sum(c.count for c in comparisons))

@@ -26,6 +26,20 @@ def narrow(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+# Products of float32 by ``fma_dot`` instead of the processor's BLAS. Then a b and its transpose are the same numbers,
+# as they are on a GPU: a kernel that computes scores once by rows and once by columns relies on it.
+IN_ORDER = False
+
+
+def fma_dot(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """total + a b of float32, a fused multiply-add per column of a, in order, as a GPU without TF32 does it."""
+    a, b, total = a.astype(np.float64), b.astype(np.float64), total.astype(np.float64)
+    for k in range(a.shape[-1]):
+        total += a[..., :, k, None] * b[..., None, k, :]
+        total[...] = total.astype(np.float32)
+    return total.astype(np.float32)
+
+
 def _repair(builder: type) -> None:
     stock_cast, stock_convert, stock_dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
     stock_fma = builder.create_fma
@@ -47,7 +61,10 @@ def _repair(builder: type) -> None:
         return stock_convert(self, source, target, rounding) if converted is None else converted
 
     def dot(self, a, b, accumulator, *options):
-        if tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar):
+        kinds = a.dtype.scalar, b.dtype.scalar, accumulator.dtype.scalar
+        if IN_ORDER and kinds == (tl.float32,) * 3:
+            return interpreter.TensorHandle(fma_dot(a.data, b.data, accumulator.data), tl.float32)
+        if tl.bfloat16 not in kinds[:2]:
             return stock_dot(self, a, b, accumulator, *options)
         product = np.matmul(widen(a.data), widen(b.data))
         return interpreter.TensorHandle(product + accumulator.data, accumulator.dtype.scalar)

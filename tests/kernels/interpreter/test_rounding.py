@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+import repair
 import torch
 import triton
 import triton.language as tl
@@ -71,3 +72,17 @@ def test_bfloat16_dot():
 def test_ties_go_to_even(rounding):
     values = np.array([0x3F808000, 0x3F818000], dtype=np.uint32).view(np.float32)
     assert rounding.narrow(values).tolist() == [0x3F80, 0x3F82]
+
+
+def test_products_in_order(monkeypatch):
+    monkeypatch.setattr(repair, "IN_ORDER", True)
+    torch.manual_seed(0)
+    a, b = torch.randn(32, 32), torch.randn(32, 32)
+    ab, ba = torch.empty(32, 32), torch.empty(32, 32)
+    _dot[(1,)](a, b, ab, 32)
+    _dot[(1,)](b.T.contiguous(), a.T.contiguous(), ba, 32)
+    assert torch.equal(ab, ba.T)
+    expected = torch.zeros(32, 32)
+    for k in range(32):
+        expected = (expected.double() + a[:, k, None].double() * b[None, k].double()).float()
+    assert torch.equal(ab, expected)

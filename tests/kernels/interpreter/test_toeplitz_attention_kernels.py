@@ -2,12 +2,13 @@
 """The kernels of toeplitz_attention in the interpreter against float64, with the tiles of either kind of GPU."""
 
 import pytest
+import repair
 import torch
 
 from fastasr.kernels import toeplitz_attention as kernels
 from fastasr.ops import _activation
 from fastasr.ops.toeplitz_attention import chunks, definition
-from fastasr.testing.tolerance import compare
+from fastasr.testing.tolerance import compare, mean
 
 NAMES = ("y", "dquery_key", "dgate", "dvalue", "dqk_weight", "dqk_bias", "dposition_bias")
 
@@ -59,10 +60,17 @@ def _compare(draws, causal=True, activation=1, activate_value=False):
         for draw in draws
     ]
     for number, name in enumerate(NAMES):
-        a, e, t = (torch.cat([run[which][number].flatten() for run in runs]) for which in range(3))
-        assert a.dtype == (torch.float32 if name in NAMES[4:] else dtype)
-        comparison = compare(a.to(dtype), e, t)  # parameters of the tensors' dtype
+        assert runs[0][0][number].dtype == (torch.float32 if name in NAMES[4:] else dtype)
+        # in the tensors' dtype, that of the parameters is wider
+        comparison = mean([compare(a[number].to(dtype), e[number], t[number]) for a, e, t in runs])
         assert comparison.ok, f"{name}: {comparison}"
+
+
+@pytest.fixture(autouse=True)
+def _products_in_order(monkeypatch):
+    """dA of a query with one key is subtracted from itself. A BLAS, whose products differ from their transposes',
+    leaves up to 3 times eager's error of the bias's gradient there."""
+    monkeypatch.setattr(repair, "IN_ORDER", True)
 
 
 @pytest.fixture(params=[False, True], ids=["sm_80", "sm_90"])
@@ -85,9 +93,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_error_is_not_above_that_of_eager(case, causal, dtype):
     shape, options = CASES[case]
-    # The rounding of a score moves a weight's gradient as a whole: over 16 draws of "chunks" the errors are equal, over
-    # 3 their ratio is 0.6 to 1.6.
-    count = 1 if dtype != torch.float32 else 8 if case == "chunks" else 3
+    # A rounding of one product moves a weight's gradient as a whole: of single draws of "chunks" the bias's errors are
+    # 0.6 to 1.5 times eager's, and the largest error of dquery_key 0.5 to 2.5 times.
+    count = 1 if dtype != torch.float32 else 3 if case == "one tile" else 6
     draws = [_inputs(*shape, dtype, **options, seed=seed) for seed in range(count)]
     if causal and options.get("padding"):  # every query sees a key
         for _, tensors, chunk_size in draws:
