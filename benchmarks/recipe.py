@@ -43,7 +43,7 @@ LABELS = {
     ROUNDED: "fastasr, parameters moved by one rounding",
     "main": "the first steps of the long run",
 }
-EARLY = 30  # steps before rounding has grown
+FIRST = (10, 40, 100, 200)  # steps over which the largest difference is told
 POINTS = 300  # of the long run in the picture, about
 METHODS = ("greedy", "beam", "ctc-greedy", "ctc-beam")
 
@@ -59,7 +59,7 @@ def train(name: str, folder: Path, steps: int, speeches, units, **options) -> No
 
 
 def differences(losses: dict[str, list[float]]) -> dict[str, dict]:
-    """Relative differences of each curve from the reference, over its first steps and over all."""
+    """Relative differences of each curve from the reference: of the losses, and the largest of the first steps."""
     reference = losses[REFERENCE]
     found = {}
     for name, curve in losses.items():
@@ -67,7 +67,9 @@ def differences(losses: dict[str, list[float]]) -> dict[str, dict]:
             steps = min(len(curve), len(reference))
             found[name] = {
                 "steps": steps,
-                "early": summary(curve[:EARLY], reference[: min(EARLY, steps)]),
+                "largest": {
+                    str(n): summary(curve[:n], reference[:n])["largest"] for n in FIRST if n <= steps
+                },
                 "all": summary(curve[:steps], reference[:steps]),
             }
     return found
@@ -86,8 +88,8 @@ def agreement(run: Path, held_out) -> dict:
     }
 
 
-def report(runs: Path, speeches, steps: int, **options) -> dict:
-    """Everything that is committed, from the runs in a folder."""
+def report(runs: Path, speeches, steps: int, commit: str | None = None, **options) -> dict:
+    """Everything that is committed, from the runs in a folder, trained at ``commit`` if not at the present one."""
     main = runs / "main"
     if not (main / "report.json").is_file():
         raise ValueError(f"{main} is no finished run: it has no report.json")
@@ -105,10 +107,10 @@ def report(runs: Path, speeches, steps: int, **options) -> dict:
         "size": checkpoints.load(main / checkpoints.NAME)["options"]["size"],
         "loss": [[int(columns["step"][i]), round(loss[i], 5)] for i in range(every - 1, len(loss), every)],
         "onnx": agreement(main, speeches[1]),
-        "early": EARLY,
         "differences": differences(losses),
         "losses": losses,
         **stamp(),
+        **({"commit": commit} if commit else {}),
     }
 
 
@@ -150,13 +152,14 @@ def _run(found: dict) -> str:
         "",
         "Relative difference of a step's loss from that of fastasr, same seed:",
         "",
-        f"| | steps | median | largest, first {found['early']} | largest, all |",
-        "|---|---:|---:|---:|---:|",
+        "| | median | " + " | ".join(f"largest of the first {n}" for n in FIRST) + " |",
+        "|---|---:|" + "---:|" * len(FIRST),
     ]
     for name, values in found["differences"].items():
-        figures = (values["all"]["median"], values["early"]["largest"], values["all"]["largest"])
+        largest = (values["largest"].get(str(n)) for n in FIRST)
+        figures = [values["all"]["median"], *largest]
         lines.append(
-            f"| {LABELS[name]} | {values['steps']} | " + " | ".join(map(_scientific, figures)) + " |"
+            f"| {LABELS[name]} | " + " | ".join("" if f is None else _scientific(f) for f in figures) + " |"
         )
     return "\n".join(lines)
 
@@ -204,6 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="?", type=Path, help="folder of runs")
     parser.add_argument("--steps", type=int, default=200, help="of the curves (default: %(default)s)")
+    parser.add_argument("--commit", help="at which the runs were trained, if not the present one")
     parser.add_argument("--speech", type=Path, help="recordings the runs were trained on, if not the prompts")
     parser.add_argument(
         "--cache", type=Path, default=Path("demo/cache"), help="downloads (default: %(default)s)"
@@ -216,7 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = None
         if options.runs:
-            found = report(options.runs, speech.load(options.cache, options.speech), options.steps)
+            speeches = speech.load(options.cache, options.speech)
+            found = report(options.runs, speeches, options.steps, options.commit)
             options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         elif options.json.is_file():
             found = json.loads(options.json.read_text(encoding="utf-8"))
