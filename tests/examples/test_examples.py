@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import wave
 from pathlib import Path
 
 import pytest
@@ -119,11 +120,28 @@ def test_train_transducer_and_transcribe(tmp_path):
     assert re.search(r"^(\d+) of \1 held-out recordings are read as the same text$", text, re.MULTILINE)
     text = run("transcribe.py", tmp_path, wav, "--model", "onnx", "--stream", "--method", "ctc-beam")
     assert "  ... " in text
+    _live(tmp_path, speech, wav)
+
+
+def _live(folder, speech, wav):
+    """The run of ``whole`` through the streaming engine: the final text of a wav, of its samples, and in a folder."""
+    final = run("live.py", folder, wav, "--model", "whole", "--fast").splitlines()[-1]
+    assert re.match(r"\[ +0\.00 - +[\d.]+\] ", final)
+    with wave.open(wav) as opened:
+        samples = opened.readframes(opened.getnframes())
+    command = [sys.executable, EXAMPLES / "live.py", "-", "--model", "whole"]
+    done = subprocess.run(command, cwd=folder, input=samples, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode().splitlines()[-1] == final
+    table = run("live.py", folder, str(speech), "--model", "whole", "--fast")
+    text = final.split("]")[1].strip()
+    assert f"beeps-0.wav: {text}".strip() in [line.strip() for line in table.splitlines()]
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
+        ("live.py", ["missing.wav", "--model", "nowhere"], "error: there is no checkpoint nowhere"),
         ("transcribe.py", ["missing.wav", "--model", "nowhere"], "error: there is no checkpoint nowhere"),
         ("transcribe.py", [], "error: give at least one recording"),
         ("train_transducer.py", ["--speech", "nowhere"], "error: --speech: nowhere is no folder"),

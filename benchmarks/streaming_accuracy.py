@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Error rates of a trained model as a stream: by its own code, and through the engine with fp32, bf16 and int8 weights.
+
+    python -m fastasr.benchmarks.streaming_accuracy RUN      # JSON beside the rows, and the page
+    python -m fastasr.benchmarks.streaming_accuracy          # the page from the JSON; --check compares it
+
+RUN is what examples/train_transducer.py wrote. Its held-out recordings are read chunk by chunk, by greedy search.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from fastasr.benchmarks.environment import stamp
+from fastasr.benchmarks.readme_table import replaced
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = ("fp32", "bf16", "int8")
+
+
+def measure(run, utterances, weights=WEIGHTS, method="greedy", backend=None, streams=8):
+    """A dict of the error rates of ``run`` on ``utterances`` (name, features, text), by each way of encoding.
+
+    ``differs`` counts the recordings that the engine reads otherwise than the model's own streaming code.
+    """
+    from fastasr import decoding
+    from fastasr.recipe import recogniser, scoring, sizes
+    from fastasr.streaming import StreamingEncoder, StreamingRecognizer
+
+    loaded = recogniser.load(run)
+    said, own = [utterance.text for utterance in utterances], []
+    for utterance in utterances:
+        encoder, search = loaded.search(method)
+        chunks, state = decoding.FeatureChunks(encoder.chunk_size), search.start()
+        for chunk in [*chunks.accept(utterance.features[0]), *chunks.finish()]:
+            state = search.advance(state, encoder(chunk.unsqueeze(0)))
+        own.append(loaded.units.decode(search.result(state).tokens[0]))
+    found = {
+        "run": Path(run).name,
+        "recordings": len(utterances),
+        "seconds": round(sum(utterance.seconds for utterance in utterances), 1),
+        "method": method,
+        "model": scoring.rates(said, own),
+        "engine": {},
+    }
+    for kind in weights:
+        encoder = StreamingEncoder.from_model(
+            loaded.model,
+            sizes.CHUNK,
+            sizes.LEFT_CONTEXT,
+            weights=kind,
+            max_streams=streams,
+            rate=loaded.rate,
+            bins=loaded.bins,
+            backend=backend,
+        )
+        reader = StreamingRecognizer(loaded.model, encoder, method, to_text=loaded.units.decode)
+        texts = []
+        for first in range(0, len(utterances), streams):
+            texts += _read(reader, utterances[first : first + streams])
+        found["engine"][kind] = {
+            **scoring.rates(said, texts),
+            "differs": sum(a != b for a, b in zip(own, texts, strict=True)),
+            "backend": encoder.report.backend,
+            "output_error": encoder.report.error,
+        }
+    return found
+
+
+def _read(reader, utterances):
+    """The texts of utterances that are streamed side by side."""
+    from fastasr import decoding
+
+    streams = [reader.open() for _ in utterances]
+    waiting = {}
+    for stream, utterance in zip(streams, utterances, strict=True):
+        chunks = decoding.FeatureChunks(reader.encoder.chunk_size)
+        waiting[stream] = [*chunks.accept(utterance.features[0]), *chunks.finish()]
+    while any(waiting.values()):
+        ready = [stream for stream, chunks in waiting.items() if chunks]
+        x = torch.stack([waiting[stream].pop(0) for stream in ready])
+        reader.accept(ready, reader.encoder.step(x, ready)[0])
+    texts = [reader.result(stream).text for stream in streams]
+    for stream in streams:
+        reader.close(stream)
+    return texts
+
+
+def block(found: dict) -> str:
+    """The page's table of what ``measure`` found."""
+    ways = {"the model's own code": found["model"]}
+    ways |= {f"engine, {kind} ({values['backend']})": values for kind, values in found["engine"].items()}
+    lines = [
+        f"| {found['recordings']} held-out recordings | characters wrong | words wrong | other texts | "
+        "output changed by |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for way, values in ways.items():
+        differs, error = values.get("differs", ""), values.get("output_error")
+        lines.append(
+            f"| {way} | {values['cer']:.1%} | {values['wer']:.1%} | {differs} | "
+            f"{'' if error is None else f'{error:.1e}'} |"
+        )
+    place = found["environment"]
+    return "\n".join(
+        [*lines, "", f"{place['device_name']}, torch {place['torch']}, commit {place['commit']}."]
+    )
+
+
+def main(arguments=None):
+    """Exit code: 0, 1 when ``--check`` finds a difference, 2 when a file cannot be used."""
+    made = argparse.ArgumentParser(
+        prog="python -m fastasr.benchmarks.streaming_accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("run", type=Path, nargs="?", help="a run's folder or checkpoint")
+    made.add_argument("--cache", type=Path, default=Path("demo/cache"), help="downloads")
+    made.add_argument(
+        "--speech", type=Path, help="a folder of recordings with transcripts instead of the prompts"
+    )
+    made.add_argument("--method", default="greedy", choices=("greedy", "beam", "ctc-greedy", "ctc-beam"))
+    made.add_argument("--backend", help="native or eager; the best by default")
+    made.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/streaming_accuracy.json")
+    made.add_argument("--page", type=Path, default=ROOT / "docs/streaming.md")
+    made.add_argument("--check", action="store_true", help="compare the page only")
+    options = made.parse_args(arguments)
+    try:
+        if options.run:
+            from fastasr.recipe import speech
+
+            _, held_out = speech.load(options.cache, options.speech, speeds=(1.0,))
+            found = measure(options.run, held_out, method=options.method, backend=options.backend)
+            found["environment"] = stamp()
+            options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        text = options.page.read_text(encoding="utf-8")
+        page = replaced(text, block(json.loads(options.out.read_text(encoding="utf-8"))))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.check:
+        if page != text:
+            print(f"{options.page} is not what {options.out} says", file=sys.stderr)
+        return int(page != text)
+    options.page.write_text(page, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
