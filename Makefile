@@ -29,7 +29,7 @@ NATIVE_SOURCES += rebuild
 endif
 endif
 
-.PHONY: rebuild help install demo test test-long test-cpp test-cpp-long test-python bench lint fuzz clean distclean
+.PHONY: rebuild help install demo test test-long test-cpp test-cpp-long bench lint fuzz clean distclean
 
 help:
 	@echo "make demo       a Zipformer on real speech: upstream against fastasr, with a report"

@@ -17,6 +17,7 @@ from fastasr.benchmarks.models import (
     mega_step,
     pruned_transducer,
     recipe_step,
+    streaming_engine,
     transcribe,
     zipformer,
     zipformer_front_end,
@@ -39,6 +40,10 @@ _BY_PASS = {
     zipformer_streaming.NAME: (
         zipformer_streaming,
         {"size": "tiny", "chunks": (16,), "inner_compile": False},
+    ),
+    streaming_engine.NAME: (
+        streaming_engine,
+        {"size": "tiny", "chunks": (16,), "streams": (1, 2), "inner_compile": False},
     ),
     recipe_step.NAME: (recipe_step, {"size": "tiny", "durations": (5.0,), "inner_compile": False}),
     transcribe.NAME: (

@@ -20,18 +20,17 @@ LEFT_CONTEXT = 128
 PADDING = 13  # 7 of the first convolutions, 2 * 3 of ConvNeXt
 
 
-def _chunk(model: torch.nn.Module, chunk: int) -> Callable[[], torch.Tensor]:
-    """A call in the middle of a stream: no state is new, none is kept, so every call does the same."""
+def middle_of_a_stream(model: torch.nn.Module, chunk: int, streams: int = 1) -> Callable[[], torch.Tensor]:
+    """A chunk of ``streams`` by the model's own code: no state is new, none is kept, so every call does the same."""
     encoder = model.encoder
     encoder.chunk_size = (chunk,)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, 2 * chunk + PADDING, upstream.BINS, generator=generator)
-    lengths = torch.tensor([x.shape[1]])
-    states = [
-        torch.randn(s.shape, generator=generator) for s in encoder.get_init_states(1, torch.device("cpu"))
-    ]
-    left_pad = model.encoder_embed.get_init_states(1, torch.device("cpu"))
-    mask = torch.zeros(1, LEFT_CONTEXT + chunk, dtype=torch.bool)
+    x = torch.randn(streams, 2 * chunk + PADDING, upstream.BINS, generator=generator)
+    lengths = torch.full((streams,), x.shape[1])
+    device = torch.device("cpu")
+    states = [torch.randn(s.shape, generator=generator) for s in encoder.get_init_states(streams, device)]
+    left_pad = model.encoder_embed.get_init_states(streams, device)
+    mask = torch.zeros(streams, LEFT_CONTEXT + chunk, dtype=torch.bool)
 
     def run():
         with torch.no_grad():
@@ -69,5 +68,5 @@ def measure(
     for chunk in chunks:
         case = CASE.format(chunk)
         if not skip(case, shape, FORWARD):
-            runs = {UPSTREAM: _chunk(shipped, chunk), FASTASR: _chunk(swapped, chunk)}
+            runs = {UPSTREAM: middle_of_a_stream(shipped, chunk), FASTASR: middle_of_a_stream(swapped, chunk)}
             yield measure_unit(NAME, case, FORWARD, shape, runs, settings, reps or settings.reps, report)

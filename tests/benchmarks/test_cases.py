@@ -126,6 +126,21 @@ def test_upstream_that_cannot_be_imported_is_unavailable(monkeypatch):
         cases.upstream_module("nowhere.Nothing")
 
 
+def test_a_chunk_through_the_streaming_engine():
+    from fastasr.benchmarks.models import streaming_engine
+
+    measured = streaming_engine.measure(
+        size="tiny", chunks=(16,), streams=(1, 2), inner_compile=False, settings=QUICK, reps=2
+    )
+    try:
+        units = list(measured)
+    except upstream.MissingUpstream as reason:
+        pytest.skip(str(reason))
+    assert [unit[0].shape.split(",")[0] for unit in units] == ["tiny 1 stream", "tiny 2 streams"]
+    for unit in units:
+        assert [row.implementation for row in unit] == ["upstream", "fastasr"]
+
+
 def test_a_step_of_the_mega_decoder():
     from fastasr.benchmarks.models import mega_step
 
