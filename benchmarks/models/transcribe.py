@@ -3,8 +3,9 @@
 onnxruntime, on as many threads. Divided by 16 s, a row's time is the real-time factor.
 
 Cases: the encoder of a whole utterance; encoder and greedy search of a whole utterance; as a stream in chunks of 16 and
-32 frames (0.32 and 0.64 s) with 128 frames of left context, encoder and greedy search. Weights are random, the joiner's
-bias made so that blank wins most frames, as speech has it. onnxruntime runs what ``fastasr.export`` wrote.
+32 frames (0.32 and 0.64 s) with 128 frames of left context, encoder and greedy search, where "engine" is
+``fastasr.streaming.StreamingEncoder`` with packed weights and "fastasr" the model's own code. Weights are random, the
+joiner's bias made so that blank wins most frames, as speech has it. onnxruntime runs what ``fastasr.export`` wrote.
 """
 
 import tempfile
@@ -20,10 +21,11 @@ from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, measure_u
 from fastasr.benchmarks.readme_table import NONE_YET, conditions
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import duration, times, units
+from fastasr.streaming import StreamingEncoder, utterance_chunks
 
 NAME = "transcribe"
 ENCODER, WHOLE, STREAM = "encoder, whole", "whole", "stream, chunks of {}"
-ONNX = "onnxruntime"
+ONNX, ENGINE = "onnxruntime", "engine"
 SECONDS, CHUNKS, LEFT_CONTEXT = 16, (16, 32), 128
 VOCABULARY = 500
 
@@ -80,6 +82,23 @@ def _stream(model, features: torch.Tensor) -> Callable[[], object]:
     return run
 
 
+def _engine(model, features: torch.Tensor, chunk: int) -> Callable[[], object]:
+    search = decoding.GreedySearch(model)
+    encoder = StreamingEncoder.from_model(model, chunk, LEFT_CONTEXT, max_streams=1)
+    pieces = [
+        (piece.unsqueeze(0), torch.tensor([length])) for piece, length in utterance_chunks(features, chunk)
+    ]
+
+    def run():
+        stream, state = encoder.open(), search.start()
+        for piece, length in pieces:
+            state = search.advance(state, *encoder.step(piece, [stream], length))
+        encoder.close(stream)
+        return search.result(state).tokens
+
+    return run
+
+
 def measure(
     *,
     size: str = "medium",
@@ -115,6 +134,8 @@ def measure(
                     name: _stream(model, features) if chunk else _whole(model, features, case == WHOLE)
                     for name, model in models.items()
                 }
+                if chunk:
+                    runs[ENGINE] = _engine(models[FASTASR], features, chunk)
                 yield measure_unit(NAME, case, FORWARD, shape, runs, settings, reps or settings.reps, report)
 
 
@@ -126,18 +147,21 @@ def table(rows: Sequence[Row]) -> str:
         lines += [
             conditions(measured),
             "",
-            "| | upstream | onnxruntime | **fastasr** | × upstream | × onnxruntime |",
+            "| | upstream | onnxruntime | fastasr | engine | best × upstream | best × onnxruntime |",
         ]
-        lines += ["|---|" + "---:|" * 5]
+        lines += ["|---|" + "---:|" * 6]
         for unit in units(measured):
             spoken = int(unit.first.shape.split("x")[1]) * 10.0  # ms
             cells = [
                 f"{duration(unit.median(name))} ({unit.median(name) / spoken:.3f})"
                 if unit.median(name)
                 else "–"
-                for name in (UPSTREAM, ONNX, FASTASR)
+                for name in (UPSTREAM, ONNX, FASTASR, ENGINE)
             ]
-            cells += [times(unit.ratio(UPSTREAM)), times(unit.ratio(ONNX))]
+            best = min(filter(None, (unit.median(FASTASR), unit.median(ENGINE))), default=None)
+            for name in (UPSTREAM, ONNX):
+                other = unit.median(name)
+                cells.append(times(other / best if other and best else None))
             lines.append(f"| {unit.first.case} ({unit.first.shape}) | " + " | ".join(cells) + " |")
         lines += ["", "In brackets: the real-time factor.", ""]
     return "\n".join(lines).strip() or NONE_YET
