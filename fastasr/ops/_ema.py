@@ -35,13 +35,18 @@ def recurrence(x: Tensor, q: Tensor, b: Tensor, c: Tensor, state: Tensor | None)
     h = decay.new_zeros(*x.shape[:2], decay.shape[-1]) if state is None else state
     y = []
     for t in range(x.shape[-1]):
-        h = decay * h + b * x[..., t, None]
+        h = _plus_real(decay * h, b * x[..., t, None])
         y.append(_real((c * h).sum(-1)))
     return torch.stack(y, -1) if y else torch.zeros_like(x), h
 
 
 def _real(t: Tensor) -> Tensor:
     return t.real if t.is_complex() else t
+
+
+def _plus_real(t: Tensor, real: Tensor) -> Tensor:
+    """t + real. torch multiplies a real summand by a complex 1, which makes infinities NaN in both parts."""
+    return torch.complex(t.real + real, t.imag) if t.is_complex() else t + real
 
 
 CHUNK = 16
@@ -83,10 +88,12 @@ def convolution(
     if not need_state or length == 0:
         return y, before.squeeze(2) + powers[:0].sum()  # + 0: the gradients of what is not used are zeros
     rest = length - (chunks - 1) * CHUNK
-    exponents = torch.arange(CHUNK, device=x.device, dtype=x.dtype)
     last = q**rest * carry[:, :, -1]
-    tail = b.unsqueeze(-1) * q.unsqueeze(-1) ** (rest - 1 - exponents).clamp(min=0)  # the padding holds zeros
-    return y, last + (blocks[:, :, -1, None] * tail).sum(-1)
+    # What enters at the last step enters as it is: an infinity times the complex q^0 would be NaN in the imaginary part,
+    # which this step leaves as it was.
+    newest, earlier = blocks[:, :, -1, rest - 1, None] * b, blocks[:, :, -1, None, : rest - 1]
+    tail = b.unsqueeze(-1) * powers[..., 1:rest].flip(-1)
+    return y, _plus_real(last + (earlier * tail).sum(-1), newest)
 
 
 def _window(inputs: Tensor, q: Tensor, taps: int) -> Tensor:

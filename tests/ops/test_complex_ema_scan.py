@@ -46,6 +46,18 @@ def test_the_recurrence_is_the_convolution(length, delta):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("length", [1, 16, 17, 65])
+def test_an_infinity_at_the_last_step_leaves_the_imaginary_part_of_the_state_finite(length):
+    make = Make(torch.float32)
+    x, *rest = (make.normal(*shape) for shape in ((length, 2, 3), (3, 4), (3, 4), (3,), (3, 4, 2)))
+    x[-1, 1, 2] = -math.inf
+    for function in (definition, ops.complex_ema_scan):
+        _, state = function(x, *rest, return_state=True)
+        assert (state.real[1, 2] == -math.inf).all()
+        assert state.real.isfinite().sum() == state.real.numel() - 4
+        assert state.imag.isfinite().all()
+
+
 def _module(x, alpha, delta, theta, gamma, omega, hx):
     """Megalodon's module on (B, D, L) with its parameters' shapes, one step after another in complex128."""
     states = alpha.shape[1]

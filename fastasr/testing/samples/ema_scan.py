@@ -118,7 +118,8 @@ TABLE = OpTable(
         _sample("reverse, truncated", 150, 2, 30, 6, direction="reverse", truncation=64, layout="BDL"),
         _sample("truncation beyond the end", 20, 2, 8, truncation=50),
         _sample("one channel", 130, 3, 1, layout="BDL"),
-        _sample("long, few channels", 5000, 1, 3, activation="silu", state=True),
+        # 13 channels: with 3, gradients of 12 numbers, chance put eager ahead in 4 of 24 draws
+        _sample("long, few channels", 5000, 1, 13, activation="silu", state=True),
         _sample("decay close to 1", 700, 1, 40, damping=-7.0, decay=-3.0, state=True),
         _sample("decay close to 0", 300, 1, 40, damping=12.0, decay=12.0, state=True),
         _sample("decay is 0 and 1", 20, 2, 64, spread=100.0),
