@@ -152,6 +152,7 @@ void nonlin_attention();
 void gated_depthwise_conv();
 void balancer_gradient();
 void skinny_gemm();
+void zipformer_chunk();
 void mega_step();
 void rel_position_attention();
 void rel_position_attention_weights();

@@ -25,6 +25,7 @@ constexpr Test kTests[] = {
     {"gated_depthwise_conv", fastasr::test::gated_depthwise_conv},
     {"balancer_gradient", fastasr::test::balancer_gradient},
     {"skinny_gemm", fastasr::test::skinny_gemm},
+    {"zipformer_chunk", fastasr::test::zipformer_chunk},
     {"mega_step", fastasr::test::mega_step},
     {"simd", fastasr::test::simd},
     {"ema_scan", fastasr::test::ema_scan},
