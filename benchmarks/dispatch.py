@@ -23,6 +23,7 @@ from fastasr.ops.complex_ema_scan import definition as complex_ema_scan_definiti
 from fastasr.ops.depthwise_conv2d import definition as depthwise_conv2d_definition
 from fastasr.ops.ema_scan import definition as ema_scan_definition
 from fastasr.ops.gated_depthwise_conv import definition as gated_depthwise_conv_definition
+from fastasr.ops.layer_norm_lstm import definition as layer_norm_lstm_definition
 from fastasr.ops.nonlin_attention import definition as nonlin_attention_definition
 from fastasr.ops.rel_position_attention import definition as attention_definition
 from fastasr.ops.rel_position_attention_weights import definition as attention_weights_definition
@@ -123,6 +124,20 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             gated_depthwise_conv_definition,
             ops.gated_depthwise_conv,
             lambda h, w, b: registered.gated_depthwise_conv(h, w, b, None, None, None, None, None, -1, True),
+        ),
+        "layer_norm_lstm": Tiny(
+            (
+                x.unsqueeze(0),
+                torch.randn(4 * channels, channels, device=device),
+                torch.randn(4 * channels, channels, device=device),
+                torch.rand(4 * channels, device=device),
+                torch.randn(4 * channels, device=device),
+                scale,
+                bias,
+            ),
+            lambda *tensors: layer_norm_lstm_definition(*tensors)[0],
+            lambda *tensors: ops.layer_norm_lstm(*tensors)[0],
+            lambda *tensors: registered.layer_norm_lstm(*tensors, None, None, 1e-5, True)[0],
         ),
         "linear": Tiny((x, weight, bias), F.linear, ops.linear, registered.linear),
         "nonlin_attention": Tiny(

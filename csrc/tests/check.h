@@ -157,6 +157,7 @@ void mega_step();
 void rel_position_attention();
 void rel_position_attention_weights();
 void activation();
+void layer_norm_lstm();
 void residual_norm();
 void rnnt_joiner();
 void toeplitz_attention();

@@ -34,6 +34,7 @@ constexpr Test kTests[] = {
     {"rel_position_attention", fastasr::test::rel_position_attention},
     {"rel_position_attention_weights", fastasr::test::rel_position_attention_weights},
     {"activation", fastasr::test::activation},
+    {"layer_norm_lstm", fastasr::test::layer_norm_lstm},
     {"residual_norm", fastasr::test::residual_norm},
     {"rnnt_joiner", fastasr::test::rnnt_joiner},
     {"rnnt_lattice", fastasr::test::rnnt_lattice},

@@ -12,6 +12,7 @@ from fastasr.ops.complex_ema_scan import complex_ema_scan
 from fastasr.ops.depthwise_conv2d import depthwise_conv2d
 from fastasr.ops.ema_scan import ema_scan
 from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv
+from fastasr.ops.layer_norm_lstm import layer_norm_lstm
 from fastasr.ops.linear import linear
 from fastasr.ops.nonlin_attention import nonlin_attention
 from fastasr.ops.rel_position_attention import rel_position_attention
@@ -33,6 +34,7 @@ NAMES = (
     "bias_norm",
     "bypass",
     "linear",
+    "layer_norm_lstm",
     "ema_scan",
     "complex_ema_scan",
     "depthwise_conv2d",
@@ -58,6 +60,7 @@ __all__ = [
     "ema_scan",
     "gated_depthwise_conv",
     "gated_residual_norm",
+    "layer_norm_lstm",
     "linear",
     "nonlin_attention",
     "rel_position_attention",

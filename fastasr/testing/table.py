@@ -43,6 +43,7 @@ class Sample:
     ``exact``: finite and smooth, so gradients are compared (off for infinities and the like).
     ``thorough``: small, and used for the slower checks (gradcheck, opcheck, compile, autocast).
     ``large``: left out where kernels are interpreted, which takes minutes.
+    ``draws``: how many draws the comparison of errors is a mean over: of few numbers, a single draw's error is luck.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Sample:
     exact: bool = True
     thorough: bool = False
     large: bool = False
+    draws: int = 1
 
 
 @dataclass(frozen=True)

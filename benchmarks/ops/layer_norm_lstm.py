@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""layer_norm_lstm at the sizes of torchaudio's Emformer RNN-T: a layer of its predictor, over a sequence and one step.
+
+Upstream is torchaudio's ``_CustomLSTM``.
+"""
+
+from functools import partial
+
+import torch
+
+from fastasr import ops
+from fastasr.benchmarks.case import BOTH, FORWARD, Case, Cost, Implementation, Unavailable, parameters
+from fastasr.ops.layer_norm_lstm import definition
+
+UNITS, EPS = 512, 1e-3
+
+
+def _call(function, *inputs):
+    return function(*inputs, EPS)[0]
+
+
+def _upstream(x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, *state):
+    try:
+        from torchaudio.models.rnnt import _CustomLSTM
+    except (ImportError, OSError) as error:
+        raise Unavailable(f"the package torchaudio cannot be imported ({error})") from None
+    module = _CustomLSTM(x.shape[-1], UNITS, True, EPS).to(x)
+    values = {
+        "x2g.weight": input_weight,
+        "p2g.weight": hidden_weight,
+        "g_norm.weight": gate_weight,
+        "g_norm.bias": gate_bias,
+        "c_norm.weight": cell_weight,
+        "c_norm.bias": cell_bias,
+    }
+    module.load_state_dict(values)
+    return Implementation(
+        lambda: module(x, list(state) if state else None)[0], parameters(x, *module.parameters())
+    )
+
+
+def _make(steps: int, batch: int, state: bool, device: str, dtype: torch.dtype):
+    randn = partial(torch.randn, device=device, dtype=dtype)
+    inputs = (
+        randn(steps, batch, UNITS),
+        randn(4 * UNITS, UNITS) * UNITS**-0.5,
+        randn(4 * UNITS, UNITS) * UNITS**-0.5,
+        *(randn(4 * UNITS) * 0.2 + mean for mean in (1, 0)),
+        *(randn(UNITS) * 0.2 + mean for mean in (1, 0)),
+    )
+    given = (randn(batch, UNITS), randn(batch, UNITS)) if state else ()
+
+    def build(function) -> Implementation:
+        return Implementation(lambda: _call(function, *inputs, *(given or (None, None))), parameters(*inputs))
+
+    return {
+        "eager": lambda: build(definition),
+        "upstream": lambda: _upstream(*inputs, *given),
+        "fastasr": lambda: build(ops.layer_norm_lstm),
+    }
+
+
+def _costs(rows: int, size: int) -> dict[str, Cost]:
+    weights, flops = 8 * UNITS * UNITS, 16 * rows * UNITS * UNITS
+    moved = (weights + 2 * rows * UNITS) * size
+    return {FORWARD: Cost(moved, flops), BOTH: Cost(4 * moved, 3 * flops)}
+
+
+def _case(steps: int, batch: int, state: bool = False) -> Case:
+    name = f"{steps}x{batch}x{UNITS}" + (" with a state" if state else "")
+    return Case(
+        "layer_norm_lstm",
+        name,
+        f"{steps}x{batch}x{UNITS}",
+        partial(_make, steps, batch, state),
+        partial(_costs, steps * batch),
+        passes=(FORWARD, BOTH),
+        quick=steps * batch <= 16,
+    )
+
+
+CASES = (
+    _case(50, 4),
+    _case(50, 1),
+    _case(1, 1, True),
+    _case(1, 10, True),
+    _case(10, 1),
+    _case(100, 16),
+    _case(50, 64),
+)

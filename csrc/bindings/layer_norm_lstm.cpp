@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/layer_norm_lstm.h"
+
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "bindings/dispatch.h"
+#include "bindings/pooled.h"
+
+namespace fastasr {
+namespace {
+
+using Optional = std::optional<Tensor>;
+using cpu::LstmSizes;
+
+void check_size(const Tensor& t, const Tensor& reference, int64_t size, const char* op, const char* name) {
+  check_like(t, reference, op, name);
+  STD_TORCH_CHECK(t.numel() == size, op, ": ", name, " has another number of elements");
+}
+
+template <typename F>
+auto with_lstm_type(const Tensor& t, const char* op, F&& f) {
+  if (t.scalar_type() == ScalarType::Float) return f.template operator()<float>();
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double, op, ": unsupported dtype");
+  return f.template operator()<double>();
+}
+
+// f(team, begin, end) on as many threads as there is work for.
+template <typename F>
+void on_team(const LstmSizes& s, const F& f) {
+  cpu::Team team(s.units());
+  const int64_t work = s.batch * s.hidden * (4 * s.hidden + 64);  // of a step: below, meeting costs more than it saves
+  const int64_t threads =
+      work < (int64_t{1} << 17) ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), s.units());
+  if (threads <= 1) return f(team, int64_t{0}, s.units());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    f(team, s.units() * begin / threads, s.units() * end / threads);
+  });
+}
+
+template <typename C>
+cpu::LayerNormLstm<C> problem(const LstmSizes& s, const Tensor& hidden_weight, const Tensor& gate_weight,
+                              const Tensor& gate_bias, const Tensor& cell_weight, const Tensor& cell_bias,
+                              const Optional& hidden, const Optional& cell, double eps) {
+  cpu::LayerNormLstm<C> p{};
+  p.size = s;
+  p.hidden_weight = data<C>(hidden_weight);
+  p.gate_weight = data<C>(gate_weight), p.gate_bias = data<C>(gate_bias);
+  p.cell_weight = data<C>(cell_weight), p.cell_bias = data<C>(cell_bias);
+  p.hidden = hidden.has_value() ? data<C>(*hidden) : nullptr, p.cell = cell.has_value() ? data<C>(*cell) : nullptr;
+  p.eps = eps;
+  return p;
+}
+
+void check_parameters(const Tensor& like, int64_t hidden, const Tensor& hidden_weight, const Tensor& gate_weight,
+                      const Tensor& gate_bias, const Tensor& cell_weight, const Tensor& cell_bias, const char* op) {
+  STD_TORCH_CHECK(hidden_weight.dim() == 2 && hidden_weight.size(0) == 4 * hidden, op, ": hidden_weight");
+  check_size(hidden_weight, like, 4 * hidden * hidden, op, "hidden_weight");
+  for (const Tensor* t : {&gate_weight, &gate_bias, &cell_weight, &cell_bias})
+    STD_TORCH_CHECK(t->dim() == 1, op, ": a norm's parameter is no vector");
+  check_size(gate_weight, like, 4 * hidden, op, "gate_weight");
+  check_size(gate_bias, like, 4 * hidden, op, "gate_bias");
+  check_size(cell_weight, like, hidden, op, "cell_weight");
+  check_size(cell_bias, like, hidden, op, "cell_bias");
+}
+
+void check_state(const Optional& state, const Tensor& like, int64_t batch, int64_t hidden, const char* op,
+                 const char* name) {
+  if (!state.has_value()) return;
+  STD_TORCH_CHECK(state->dim() == 2 && state->size(0) == batch && state->size(1) == hidden, op, ": ", name);
+  check_like(*state, like, op, name);
+}
+
+// to = from, or zeros.
+template <typename C>
+void copy_or_clear(C* to, const C* from, int64_t n) {
+  if (!n) return;
+  if (from)
+    std::memcpy(to, from, static_cast<size_t>(n) * sizeof(C));
+  else
+    std::fill(to, to + n, C(0));
+}
+
+// input: (T, B, 4 H), the product of the input; with input_weight x itself, (T, B, D): for few rows, where reading the
+// weight is the cost. Returns y, the last hidden and cell, and what the backward needs.
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_forward(const Tensor& input, const Optional& input_weight,
+                                                                   const Tensor& hidden_weight,
+                                                                   const Tensor& gate_weight, const Tensor& gate_bias,
+                                                                   const Tensor& cell_weight, const Tensor& cell_bias,
+                                                                   const Optional& hidden, const Optional& cell,
+                                                                   double eps, bool keep) {
+  const char* op = "layer_norm_lstm_forward";
+  STD_TORCH_CHECK(input.dim() == 3 && hidden_weight.dim() == 2, op, ": sizes");
+  check_like(input, input, op, "input");
+  LstmSizes s{input.size(0), input.size(1), hidden_weight.size(1), 0};
+  check_parameters(input, s.hidden, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, op);
+  if (input_weight.has_value()) {
+    s.inputs = input.size(2);
+    check_like(*input_weight, input, op, "input_weight");
+    STD_TORCH_CHECK(
+        input_weight->dim() == 2 && input_weight->size(0) == 4 * s.hidden && input_weight->size(1) == s.inputs, op,
+        ": input_weight");
+  } else {
+    STD_TORCH_CHECK(input.size(2) == 4 * s.hidden, op, ": input");
+  }
+  check_state(hidden, input, s.batch, s.hidden, op, "hidden");
+  check_state(cell, input, s.batch, s.hidden, op, "cell");
+  Tensor y = new_pooled<3>(input, {s.steps, s.batch, s.hidden});
+  Tensor last_hidden = new_pooled<2>(input, {s.batch, s.hidden}), last_cell = new_pooled<2>(input, {s.batch, s.hidden});
+  Tensor kept = keep ? new_pooled<1>(input, {s.kept()}) : new_without_elements(input);
+  with_lstm_type(input, op, [&]<typename C>() {
+    auto p = problem<C>(s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps);
+    p.input = data<C>(input), p.input_weight = input_weight.has_value() ? data<C>(*input_weight) : nullptr;
+    C *yp = mutable_data<C>(y), *hp = mutable_data<C>(last_hidden), *cp = mutable_data<C>(last_cell);
+    C* kp = keep ? mutable_data<C>(kept) : nullptr;
+    const int64_t state = s.batch * s.hidden;
+    if (s.steps && state) {
+      const Scratch<C> scratch(cpu::lstm_forward_scratch(s));
+      on_team(s, [&](cpu::Team& team, int64_t begin, int64_t end) {
+        cpu::layer_norm_lstm_forward(p, yp, cp, kp, scratch.data(), team, begin, end);
+      });
+      copy_or_clear(hp, yp + (s.steps - 1) * state, state);
+    } else {
+      copy_or_clear(hp, p.hidden, state);
+      copy_or_clear(cp, p.cell, state);
+    }
+  });
+  return {y, last_hidden, last_cell, kept};
+}
+
+// Gradients of the input's product, gate_weight, gate_bias, cell_weight, cell_bias, hidden and cell, in the order of
+// the forward's arguments; without need_state that of hidden is not computed.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_backward(
+    const Optional& grad_y, const Optional& grad_hidden, const Optional& grad_cell, const Tensor& hidden_weight,
+    const Tensor& gate_weight, const Tensor& gate_bias, const Tensor& cell_weight, const Tensor& cell_bias,
+    const Optional& cell, const Tensor& kept, int64_t steps, int64_t batch, double eps, bool need_state) {
+  const char* op = "layer_norm_lstm_backward";
+  STD_TORCH_CHECK(hidden_weight.dim() == 2 && steps >= 0 && batch >= 0, op, ": sizes");
+  const LstmSizes s{steps, batch, hidden_weight.size(1), 0};
+  check_like(hidden_weight, hidden_weight, op, "hidden_weight");
+  check_parameters(hidden_weight, s.hidden, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, op);
+  check_state(cell, hidden_weight, batch, s.hidden, op, "cell");
+  check_size(kept, hidden_weight, s.kept(), op, "kept");
+  if (grad_y.has_value()) check_size(*grad_y, hidden_weight, steps * batch * s.hidden, op, "grad_y");
+  for (const Optional* state : {&grad_hidden, &grad_cell})
+    check_state(*state, hidden_weight, batch, s.hidden, op, "grad");
+  Tensor dgates = new_pooled<3>(hidden_weight, {steps, batch, 4 * s.hidden});
+  Tensor dgate_weight = new_contiguous(gate_weight), dgate_bias = new_contiguous(gate_bias);
+  Tensor dcell_weight = new_contiguous(cell_weight), dcell_bias = new_contiguous(cell_bias);
+  Tensor dhidden = new_pooled<2>(hidden_weight, {batch, s.hidden}),
+         dcell = new_pooled<2>(hidden_weight, {batch, s.hidden});
+  with_lstm_type(hidden_weight, op, [&]<typename C>() {
+    const auto p = problem<C>(s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, {}, cell, eps);
+    const auto given = [](const Optional& t) { return t.has_value() ? data<C>(*t) : nullptr; };
+    const cpu::LayerNormLstmGradients<C> grad{given(grad_y),
+                                              mutable_data<C>(dhidden),
+                                              mutable_data<C>(dcell),
+                                              mutable_data<C>(dgates),
+                                              mutable_data<C>(dgate_weight),
+                                              mutable_data<C>(dgate_bias),
+                                              mutable_data<C>(dcell_weight),
+                                              mutable_data<C>(dcell_bias),
+                                              need_state};
+    copy_or_clear(grad.hidden, given(grad_hidden), batch * s.hidden);
+    copy_or_clear(grad.cell, given(grad_cell), batch * s.hidden);
+    std::vector<double> sums(static_cast<size_t>(10 * s.hidden));
+    const Scratch<C> scratch(cpu::lstm_backward_scratch(s) + 1);
+    on_team(s, [&](cpu::Team& team, int64_t begin, int64_t end) {
+      cpu::layer_norm_lstm_backward(p, data<C>(kept), grad, sums.data(), scratch.data(), team, begin, end);
+    });
+  });
+  return {dgates, dgate_weight, dgate_bias, dcell_weight, dcell_bias, dhidden, dcell};
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def(
+      "layer_norm_lstm_forward(Tensor input, Tensor? input_weight, Tensor hidden_weight, Tensor gate_weight, "
+      "Tensor gate_bias, Tensor cell_weight, Tensor cell_bias, Tensor? hidden, Tensor? cell, float eps, bool keep) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "layer_norm_lstm_backward(Tensor? grad_y, Tensor? grad_hidden, Tensor? grad_cell, Tensor hidden_weight, "
+      "Tensor gate_weight, Tensor gate_bias, Tensor cell_weight, Tensor cell_bias, Tensor? cell, Tensor kept, "
+      "int steps, int batch, float eps, bool need_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("layer_norm_lstm_forward", TORCH_BOX(&fastasr::layer_norm_lstm_forward));
+  m.impl("layer_norm_lstm_backward", TORCH_BOX(&fastasr::layer_norm_lstm_backward));
+}

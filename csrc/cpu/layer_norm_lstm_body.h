@@ -1,0 +1,481 @@
+// SPDX-License-Identifier: Apache-2.0
+// For one instruction set (no include guard; see each_instruction_set.h).
+//
+// Forward, a step has three phases: the products of a unit's rows with h; its share of the gates, normalised, and of
+// the new cell; the cell normalised, and h. Between them the units' means and squares are merged.
+// Backward the same in reverse, with sums instead of moments.
+namespace {
+
+#include "cpu/vectors.h"
+
+#include "cpu/vector_transpose.h"
+
+constexpr int64_t kBlockTerms =
+    64;  // in one chain of sums of the gradient's product: 4 H would be less exact than a BLAS
+
+// out[r * kBatch + b] = sum over k of w[r][k] h[b][k]: as many sums as a vector has lanes, lanes over k, turned at the
+// end into one vector of sums. Weights are read as they lie, each once for kBatch rows.
+template <int kBatch, typename C>
+__attribute__((noinline)) void dot_products(const C* __restrict w, int64_t w_row, const C* __restrict h, int64_t h_row,
+                                            int64_t depth, C* __restrict out) {
+  constexpr int n = Lanes<C>::count, rows = n / kBatch;
+  Vector<C> sum[n];
+#pragma GCC unroll 16
+  for (int i = 0; i < n; i++) sum[i] = Vector<C>{};
+  int64_t k = 0;
+  for (; k + n <= depth; k += n) {
+    Vector<C> x[kBatch];
+#pragma GCC unroll 16
+    for (int b = 0; b < kBatch; b++) x[b] = at(h + b * h_row + k);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) {
+      const Vector<C> v = at(w + r * w_row + k);
+#pragma GCC unroll 16
+      for (int b = 0; b < kBatch; b++) sum[r * kBatch + b] += v * x[b];
+    }
+  }
+  transpose<C>(sum);
+#pragma GCC unroll 4
+  for (int half = n / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < half; i++) sum[i] += sum[i + half];
+  }
+  put(out, sum[0]);
+  if (k == depth) return;
+  for (int r = 0; r < rows; r++)
+    for (int b = 0; b < kBatch; b++)
+      for (int64_t j = k; j < depth; j++) out[r * kBatch + b] += w[r * w_row + j] * h[b * h_row + j];
+}
+
+// The sum of one row, where rows are left over.
+template <typename C>
+__attribute__((noinline)) C dot_product(const C* __restrict w, const C* __restrict h, int64_t depth) {
+  constexpr int n = Lanes<C>::count;
+  Vector<C> first{}, second{};
+  int64_t k = 0;
+  for (; k + 2 * n <= depth; k += 2 * n) first += at(w + k) * at(h + k), second += at(w + k + n) * at(h + k + n);
+  first += second;
+  C sum = 0;
+  for (int i = 0; i < n; i++) sum += first[i];
+  for (; k < depth; k++) sum += w[k] * h[k];
+  return sum;
+}
+
+// For sequences [from, to), kBatch at a time; a group of rows stays in the first cache for all of them.
+template <int kBatch, typename C>
+FASTASR_VECTOR_INLINE void add_products_of(const C* w, int64_t rows, int64_t depth, const C* h, int64_t from,
+                                           int64_t to, C* gates, int64_t gate_row) {
+  constexpr int n = Lanes<C>::count, group = n / kBatch;
+  alignas(64) C out[n];
+  int64_t r = 0;
+  for (; r + group <= rows; r += group) {
+    for (int64_t b = from; b < to; b += kBatch) {
+      dot_products<kBatch>(w + r * depth, depth, h + b * depth, depth, depth, out);
+      for (int i = 0; i < kBatch; i++)
+        for (int j = 0; j < group; j++) gates[(b + i) * gate_row + r + j] += out[j * kBatch + i];
+    }
+  }
+  for (; r < rows; r++)
+    for (int64_t b = from; b < to; b++) gates[b * gate_row + r] += dot_product(w + r * depth, h + b * depth, depth);
+}
+
+// gates[b][r] += w[r] . h[b] for the rows of one gate in a unit.
+template <typename C>
+FASTASR_VECTOR_INLINE void add_products(const C* w, int64_t rows, int64_t depth, const C* h, int64_t batch, C* gates,
+                                        int64_t gate_row) {
+  constexpr int four = Lanes<C>::count >= 4 ? 4 : 2;
+  const int64_t fours = batch / four * four, twos = batch / 2 * 2;
+  add_products_of<four>(w, rows, depth, h, 0, fours, gates, gate_row);
+  add_products_of<2>(w, rows, depth, h, fours, twos, gates, gate_row);
+  add_products_of<1>(w, rows, depth, h, twos, batch, gates, gate_row);
+}
+
+// out[b][u] += sum over k of g[b][k] w[k][u] for kVectors vectors of u: a tile of sums in registers.
+template <int kBatch, int kVectors, typename C>
+__attribute__((noinline)) void product_tile(const C* __restrict w, int64_t w_row, const C* __restrict g, int64_t g_row,
+                                            int64_t depth, C* __restrict out, int64_t out_row) {
+  constexpr int n = Lanes<C>::count;
+  Vector<C> sum[kBatch][kVectors];
+#pragma GCC unroll 16
+  for (int b = 0; b < kBatch; b++)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; v++) sum[b][v] = Vector<C>{};
+  for (int64_t k = 0; k < depth; k++) {
+    const C* row = w + k * w_row;
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; v++)
+      __builtin_prefetch(row + 24 * w_row + v * n);  // the rows are too far apart for the hardware
+    Vector<C> x[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; v++) x[v] = at(row + v * n);
+#pragma GCC unroll 16
+    for (int b = 0; b < kBatch; b++) {
+      const Vector<C> y = vector_of(g[b * g_row + k]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; v++) sum[b][v] += x[v] * y;
+    }
+  }
+#pragma GCC unroll 16
+  for (int b = 0; b < kBatch; b++)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; v++) put(out + b * out_row + v * n, at(out + b * out_row + v * n) + sum[b][v]);
+}
+
+template <int kBatch, typename C>
+FASTASR_VECTOR_INLINE void columns_of_unit(const C* w, int64_t w_row, const C* g, int64_t depth, int64_t columns,
+                                           C* out) {
+  constexpr int n = Lanes<C>::count, vectors = FASTASR_VECTOR_BYTES == 64 ? 4 : 2;
+  for (int64_t first = 0; first < depth; first += kBlockTerms) {
+    const int64_t terms = std::min(kBlockTerms, depth - first);
+    const C *wf = w + first * w_row, *gf = g + first;
+    int64_t u = 0;
+    for (; u + vectors * n <= columns; u += vectors * n)
+      product_tile<kBatch, vectors>(wf + u, w_row, gf, depth, terms, out + u, w_row);
+    for (; u + n <= columns; u += n) product_tile<kBatch, 1>(wf + u, w_row, gf, depth, terms, out + u, w_row);
+    if (u == columns) continue;
+    for (int b = 0; b < kBatch; b++) {
+      for (int64_t i = u; i < columns; i++) {
+        C sum = 0;
+        for (int64_t k = 0; k < terms; k++) sum += gf[b * depth + k] * wf[k * w_row + i];
+        out[b * w_row + i] += sum;
+      }
+    }
+  }
+}
+
+// out (batch, H) = g (batch, 4 H) w for `columns` columns; w and out point to the first of them.
+template <typename C>
+FASTASR_VECTOR_INLINE void products_with_columns(const C* w, int64_t hidden, const C* g, int64_t batch, int64_t columns,
+                                                 C* out) {
+  for (int64_t b = 0; b < batch; b++) std::fill(out + b * hidden, out + b * hidden + columns, C(0));
+  for (int64_t b = 0; b < batch;) {
+    const C* gb = g + b * 4 * hidden;
+    C* to = out + b * hidden;
+    if (batch - b >= 4) {
+      columns_of_unit<4>(w, hidden, gb, 4 * hidden, columns, to);
+      b += 4;
+    } else if (batch - b >= 2) {
+      columns_of_unit<2>(w, hidden, gb, 4 * hidden, columns, to);
+      b += 2;
+    } else {
+      columns_of_unit<1>(w, hidden, gb, 4 * hidden, columns, to);
+      b += 1;
+    }
+  }
+}
+
+// Mean and 1 / deviation of a row from its units' means and sums of squares about them.
+template <typename C>
+FASTASR_VECTOR_INLINE void merge_moments(const C* parts, const LstmSizes& s, int64_t b, int64_t per_unit, double eps,
+                                         std::pair<C, C>* row) {
+  const auto weight = [&](int64_t u) {
+    return static_cast<double>(per_unit * std::min(kLstmUnit, s.hidden - u * kLstmUnit));
+  };
+  const auto count = static_cast<double>(per_unit * s.hidden);
+  double mean = 0, square = 0;
+  for (int64_t u = 0; u < s.units(); u++) mean += static_cast<double>(parts[2 * (u * s.batch + b)]) * weight(u);
+  mean /= count;
+  for (int64_t u = 0; u < s.units(); u++) {
+    const double distance = static_cast<double>(parts[2 * (u * s.batch + b)]) - mean;
+    square += static_cast<double>(parts[2 * (u * s.batch + b) + 1]) + distance * distance * weight(u);
+  }
+  *row = {static_cast<C>(mean), static_cast<C>(1 / std::sqrt(square / count + eps))};
+}
+
+// Two sums of a row from those of its units, over `count`.
+template <typename C>
+FASTASR_VECTOR_INLINE void merge_sums(const C* parts, const LstmSizes& s, int64_t b, double count,
+                                      std::pair<C, C>* row) {
+  double first = 0, second = 0;
+  for (int64_t u = 0; u < s.units(); u++) {
+    first += static_cast<double>(parts[2 * (u * s.batch + b)]);
+    second += static_cast<double>(parts[2 * (u * s.batch + b) + 1]);
+  }
+  *row = {static_cast<C>(first / count), static_cast<C>(second / count)};
+}
+
+template <typename C>
+void forward_body(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Team& team, int64_t begin,
+                  int64_t end) {
+  const LstmSizes s = p.size;
+  const int64_t hidden = s.hidden, batch = s.batch, gate_row = 4 * hidden, rows = s.steps * batch;
+  C *gates = scratch, *gate_parts = gates + batch * gate_row, *cell_parts = gate_parts + 2 * s.units() * batch;
+  std::vector<std::pair<C, C>> rows_of(static_cast<size_t>(batch));  // mean and 1 / deviation: each thread its own
+  for (int64_t t = 0; t < s.steps; t++) {
+    const C* before = t ? y + (t - 1) * batch * hidden : p.hidden;
+    const C* cell_before = t ? cell : p.cell;
+    C* kept_gates = kept ? kept + t * batch * gate_row : nullptr;
+    C* kept_cell = kept ? kept + rows * gate_row + t * batch * hidden : nullptr;
+    C* kept_scales = kept ? kept + rows * 5 * hidden + t * batch * 2 : nullptr;
+
+    const auto products = [&](int64_t unit) {
+      const int64_t u0 = unit * kLstmUnit, u1 = std::min(hidden, u0 + kLstmUnit), width = u1 - u0;
+      for (int q = 0; q < 4; q++) {
+        const int64_t row = q * hidden + u0;
+        for (int64_t b = 0; b < batch; b++) {
+          C* g = gates + b * gate_row + row;
+          if (p.input_weight) {
+            std::fill(g, g + width, C(0));
+          } else {
+            std::memcpy(g, p.input + (t * batch + b) * gate_row + row, static_cast<size_t>(width) * sizeof(C));
+          }
+        }
+        if (p.input_weight)
+          add_products(p.input_weight + row * s.inputs, width, s.inputs, p.input + t * batch * s.inputs, batch,
+                       gates + row, gate_row);
+        if (before) add_products(p.hidden_weight + row * hidden, width, hidden, before, batch, gates + row, gate_row);
+      }
+      for (int64_t b = 0; b < batch; b++) {
+        const C* g = gates + b * gate_row + u0;
+        C sum = 0, square = 0;
+        for (int q = 0; q < 4; q++) {
+#pragma omp simd reduction(+ : sum)
+          for (int64_t j = 0; j < width; j++) sum += g[q * hidden + j];
+        }
+        const C mean = sum / static_cast<C>(4 * width);
+        for (int q = 0; q < 4; q++) {
+#pragma omp simd reduction(+ : square)
+          for (int64_t j = 0; j < width; j++) square += (g[q * hidden + j] - mean) * (g[q * hidden + j] - mean);
+        }
+        C* part = gate_parts + 2 * (unit * batch + b);
+        part[0] = mean, part[1] = square;
+      }
+    };
+    team.phase(3 * t, begin, end, products, t % 2);  // to and fro: the weights read last are still in the cache
+
+    for (int64_t b = 0; b < batch; b++) merge_moments(gate_parts, s, b, 4, p.eps, &rows_of[size_t(b)]);
+    team.phase(3 * t + 1, begin, end, [&](int64_t unit) {
+      const int64_t u0 = unit * kLstmUnit, u1 = std::min(hidden, u0 + kLstmUnit), width = u1 - u0;
+      const C *w = p.gate_weight + u0, *bias = p.gate_bias + u0;
+      for (int64_t b = 0; b < batch; b++) {
+        C* __restrict g = gates + b * gate_row + u0;
+        const C mean = rows_of[size_t(b)].first, scale = rows_of[size_t(b)].second;
+        if (kept_scales && !unit) kept_scales[2 * b] = scale;
+        for (int q = 0; q < 4; q++) {
+#pragma omp simd
+          for (int64_t j = 0; j < width; j++) g[q * hidden + j] = (g[q * hidden + j] - mean) * scale;
+          if (kept_gates)
+            std::memcpy(kept_gates + b * gate_row + q * hidden + u0, g + q * hidden,
+                        static_cast<size_t>(width) * sizeof(C));
+        }
+        const C* __restrict c = cell_before ? cell_before + b * hidden + u0 : nullptr;
+        C sum = 0, square = 0;
+        if (c) {
+#pragma omp simd
+          for (int64_t j = 0; j < width; j++) {
+            const int64_t f = hidden + j;
+            g[f] = sigmoid(g[f] * w[f] + bias[f]) * c[j];
+          }
+        } else {
+#pragma omp simd
+          for (int64_t j = 0; j < width; j++) g[hidden + j] = 0;
+        }
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < width; j++) {
+          const int64_t i = j, v = 2 * hidden + j, o = 3 * hidden + j;
+          const C next = g[hidden + j] + sigmoid(g[i] * w[i] + bias[i]) * tanh(g[v] * w[v] + bias[v]);
+          g[i] = next;
+          g[o] = sigmoid(g[o] * w[o] + bias[o]);
+          sum += next;
+        }
+        const C middle = sum / static_cast<C>(width);
+#pragma omp simd reduction(+ : square)
+        for (int64_t j = 0; j < width; j++) square += (g[j] - middle) * (g[j] - middle);
+        C* part = cell_parts + 2 * (unit * batch + b);
+        part[0] = middle, part[1] = square;
+      }
+    });
+
+    for (int64_t b = 0; b < batch; b++) merge_moments(cell_parts, s, b, 1, p.eps, &rows_of[size_t(b)]);
+    team.phase(3 * t + 2, begin, end, [&](int64_t unit) {
+      const int64_t u0 = unit * kLstmUnit, u1 = std::min(hidden, u0 + kLstmUnit), width = u1 - u0;
+      const C *w = p.cell_weight + u0, *bias = p.cell_bias + u0;
+      for (int64_t b = 0; b < batch; b++) {
+        const C* __restrict g = gates + b * gate_row + u0;
+        const C mean = rows_of[size_t(b)].first, scale = rows_of[size_t(b)].second;
+        if (kept_scales && !unit) kept_scales[2 * b + 1] = scale;
+        if (kept_cell) {
+          C* __restrict to = kept_cell + b * hidden + u0;
+#pragma omp simd
+          for (int64_t j = 0; j < width; j++) to[j] = (g[j] - mean) * scale;
+        }
+        C* __restrict c = cell + b * hidden + u0;
+        C* __restrict h = y + (t * batch + b) * hidden + u0;
+#pragma omp simd
+        for (int64_t j = 0; j < width; j++) {
+          const C v = (g[j] - mean) * scale * w[j] + bias[j];
+          c[j] = v;
+          h[j] = g[3 * hidden + j] * tanh(v);
+        }
+      }
+    });
+  }
+}
+
+template <typename C>
+void backward_body(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstmGradients<C>& grad, double* sums,
+                   C* scratch, Team& team, int64_t begin, int64_t end) {
+  const LstmSizes s = p.size;
+  const int64_t hidden = s.hidden, batch = s.batch, gate_row = 4 * hidden, rows = s.steps * batch;
+  C *cell_parts = scratch, *gate_parts = cell_parts + 2 * s.units() * batch;
+  std::vector<std::pair<C, C>> rows_of(static_cast<size_t>(batch));  // two means of a row: each thread its own
+  constexpr int64_t kRows = 16;  // rows whose shares of the parameters' gradients are added in C, then in double
+  int64_t phase = 0;
+  for (int64_t t = s.steps - 1; t >= 0; t--) {
+    const C *kept_gates = kept + t * batch * gate_row, *kept_cell = kept + rows * gate_row + t * batch * hidden;
+    const C* scales = kept + rows * 5 * hidden + t * batch * 2;
+    const C* cell_before = t ? kept_cell - batch * hidden : p.cell;  // normalised, where it is a step's
+    C* dgates = grad.gates + t * batch * gate_row;
+
+    // dh of this step, and through h = σ(o) tanh(c) and the cell's weight
+    const auto through_output = [&](int64_t unit) {
+      const int64_t u0 = unit * kLstmUnit, u1 = std::min(hidden, u0 + kLstmUnit), width = u1 - u0;
+      if (t + 1 < s.steps)
+        products_with_columns(p.hidden_weight + u0, hidden, dgates + batch * gate_row, batch, width, grad.hidden + u0);
+      const C *gw = p.gate_weight + 3 * hidden + u0, *gb = p.gate_bias + 3 * hidden + u0;
+      const C *cw = p.cell_weight + u0, *cb = p.cell_bias + u0;
+      alignas(64) C dweight[kLstmUnit], dbias[kLstmUnit];
+      for (int64_t first = 0; first < batch; first += kRows) {
+        std::fill(dweight, dweight + width, C(0));
+        std::fill(dbias, dbias + width, C(0));
+        for (int64_t b = first; b < std::min(batch, first + kRows); b++) {
+          C* __restrict dh = grad.hidden + b * hidden + u0;
+          if (grad.y) {
+            const C* __restrict dy = grad.y + (t * batch + b) * hidden + u0;
+#pragma omp simd
+            for (int64_t j = 0; j < width; j++) dh[j] += dy[j];
+          }
+          const C* __restrict n = kept_cell + b * hidden + u0, * __restrict o =
+                                                                   kept_gates + b * gate_row + 3 * hidden + u0;
+          C* __restrict dc = grad.cell + b * hidden + u0, * __restrict d_o = dgates + b * gate_row + 3 * hidden + u0;
+          C sum = 0, along = 0;
+#pragma omp simd reduction(+ : sum, along)
+          for (int64_t j = 0; j < width; j++) {
+            C open, shut;
+            sigmoid_pair(o[j] * gw[j] + gb[j], &open, &shut);
+            const C v = tanh(n[j] * cw[j] + cb[j]), e = dh[j] * open;
+            d_o[j] = e * v * shut;
+            C d = dc[j] + e * (1 - v * v);
+            dweight[j] += d * n[j];
+            dbias[j] += d;
+            d *= cw[j];
+            dc[j] = d;
+            sum += d;
+            along += d * n[j];
+          }
+          C* part = cell_parts + 2 * (unit * batch + b);
+          part[0] = sum, part[1] = along;
+        }
+        double* total = sums + 8 * hidden + u0;
+#pragma omp simd
+        for (int64_t j = 0; j < width; j++) {
+          total[j] += static_cast<double>(dweight[j]);
+          total[hidden + j] += static_cast<double>(dbias[j]);
+        }
+      }
+    };
+    team.phase(phase++, begin, end, through_output, t % 2);
+
+    // through the cell's normalisation, the activations and the gates' weights
+    for (int64_t b = 0; b < batch; b++) merge_sums(cell_parts, s, b, static_cast<double>(hidden), &rows_of[size_t(b)]);
+    team.phase(phase++, begin, end, [&](int64_t unit) {
+      const int64_t u0 = unit * kLstmUnit, u1 = std::min(hidden, u0 + kLstmUnit), width = u1 - u0;
+      const C *w = p.gate_weight + u0, *bias = p.gate_bias + u0, *cw = p.cell_weight + u0, *cb = p.cell_bias + u0;
+      alignas(64) C dweight[4 * kLstmUnit], dbias[4 * kLstmUnit];
+      for (int64_t first = 0; first < batch; first += kRows) {
+        std::fill(dweight, dweight + 4 * kLstmUnit, C(0));
+        std::fill(dbias, dbias + 4 * kLstmUnit, C(0));
+        for (int64_t b = first; b < std::min(batch, first + kRows); b++) {
+          const C mean = rows_of[size_t(b)].first, along = rows_of[size_t(b)].second;
+          const C scale = scales[2 * b + 1];
+          const C* __restrict n = kept_cell + b * hidden + u0, * __restrict z = kept_gates + b * gate_row + u0;
+          const C* __restrict c = cell_before ? cell_before + b * hidden + u0 : nullptr;
+          C* __restrict dc = grad.cell + b * hidden + u0, * __restrict g = dgates + b * gate_row + u0;
+          alignas(64) C before[kLstmUnit];
+          if (!c) {
+            std::fill(before, before + width, C(0));
+          } else if (t) {
+#pragma omp simd
+            for (int64_t j = 0; j < width; j++) before[j] = c[j] * cw[j] + cb[j];
+          } else {
+            std::copy(c, c + width, before);
+          }
+#pragma omp simd
+          for (int64_t j = 0; j < width; j++) {
+            const int64_t f = hidden + j, v = 2 * hidden + j;
+            const C d = (dc[j] - mean - n[j] * along) * scale;
+            C i_open, i_shut, f_open, f_shut;
+            sigmoid_pair(z[j] * w[j] + bias[j], &i_open, &i_shut);
+            sigmoid_pair(z[f] * w[f] + bias[f], &f_open, &f_shut);
+            const C value = tanh(z[v] * w[v] + bias[v]);
+            dc[j] = d * f_open;
+            g[j] = d * value * i_open * i_shut;
+            g[f] = d * before[j] * f_open * f_shut;
+            g[v] = d * i_open * (1 - value * value);
+          }
+          C sum = 0, product = 0;
+          for (int q = 0; q < 4; q++) {
+            C* __restrict gq = g + q * hidden;
+            const C* __restrict zq = z + q * hidden;
+            const C* __restrict wq = w + q * hidden;
+            C *dwq = dweight + q * kLstmUnit, *dbq = dbias + q * kLstmUnit;
+#pragma omp simd reduction(+ : sum, product)
+            for (int64_t j = 0; j < width; j++) {
+              dwq[j] += gq[j] * zq[j];
+              dbq[j] += gq[j];
+              const C d = gq[j] * wq[j];
+              gq[j] = d;
+              sum += d;
+              product += d * zq[j];
+            }
+          }
+          C* part = gate_parts + 2 * (unit * batch + b);
+          part[0] = sum, part[1] = product;
+        }
+        for (int q = 0; q < 4; q++) {
+          double* total = sums + q * hidden + u0;
+#pragma omp simd
+          for (int64_t j = 0; j < width; j++) {
+            total[j] += static_cast<double>(dweight[q * kLstmUnit + j]);
+            total[4 * hidden + j] += static_cast<double>(dbias[q * kLstmUnit + j]);
+          }
+        }
+      }
+    });
+
+    // through the gates' normalisation
+    for (int64_t b = 0; b < batch; b++)
+      merge_sums(gate_parts, s, b, static_cast<double>(4 * hidden), &rows_of[size_t(b)]);
+    team.phase(phase++, begin, end, [&](int64_t unit) {
+      const int64_t u0 = unit * kLstmUnit, u1 = std::min(hidden, u0 + kLstmUnit), width = u1 - u0;
+      for (int64_t b = 0; b < batch; b++) {
+        const C mean = rows_of[size_t(b)].first, along = rows_of[size_t(b)].second;
+        const C scale = scales[2 * b];
+        for (int q = 0; q < 4; q++) {
+          const C* __restrict z = kept_gates + b * gate_row + q * hidden + u0;
+          C* __restrict g = dgates + b * gate_row + q * hidden + u0;
+#pragma omp simd
+          for (int64_t j = 0; j < width; j++) g[j] = (g[j] - mean - z[j] * along) * scale;
+        }
+      }
+    });
+  }
+
+  team.phase(phase, begin, end, [&](int64_t unit) {
+    const int64_t u0 = unit * kLstmUnit, u1 = std::min(hidden, u0 + kLstmUnit), width = u1 - u0;
+    if (s.steps && grad.first_state)
+      products_with_columns(p.hidden_weight + u0, hidden, grad.gates, batch, width, grad.hidden + u0);
+    for (int q = 0; q < 4; q++) {
+      for (int64_t j = u0; j < u1; j++) {
+        grad.gate_weight[q * hidden + j] = static_cast<C>(sums[q * hidden + j]);
+        grad.gate_bias[q * hidden + j] = static_cast<C>(sums[(4 + q) * hidden + j]);
+      }
+    }
+    for (int64_t j = u0; j < u1; j++) {
+      grad.cell_weight[j] = static_cast<C>(sums[8 * hidden + j]);
+      grad.cell_bias[j] = static_cast<C>(sums[9 * hidden + j]);
+    }
+  });
+}
+
+}  // namespace
