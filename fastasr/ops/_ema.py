@@ -89,8 +89,8 @@ def convolution(
         return y, before.squeeze(2) + powers[:0].sum()  # + 0: the gradients of what is not used are zeros
     rest = length - (chunks - 1) * CHUNK
     last = q**rest * carry[:, :, -1]
-    # What enters at the last step enters as it is: an infinity times the complex q^0 would be NaN in the imaginary part,
-    # which this step leaves as it was.
+    # What enters at the last step enters as it is: an infinity times the complex q^0 would be NaN in the imaginary
+    # part, which this step leaves as it was.
     newest, earlier = blocks[:, :, -1, rest - 1, None] * b, blocks[:, :, -1, None, : rest - 1]
     tail = b.unsqueeze(-1) * powers[..., 1:rest].flip(-1)
     return y, _plus_real(last + (earlier * tail).sum(-1), newest)
