@@ -4,8 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "bindings/dispatch.h"
-#include "cpu/skinny_gemm.h"
+#include "bindings/packed_weights.h"
 
 namespace fastasr {
 namespace {
@@ -17,24 +16,6 @@ ChunkPlan plan_of(const std::vector<int64_t>& numbers) {
   const ChunkShape shape(numbers);
   STD_TORCH_CHECK(!shape.stacks.empty(), "zipformer_chunk: the numbers describe no encoder that this step serves");
   return ChunkPlan(shape);
-}
-
-void check_floats(const Tensor& t, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == numel,
-                  "zipformer_chunk: ", name, " must be ", numel, " contiguous floats on the CPU, got ", t.numel());
-}
-
-// `n` floats that begin on a huge page.
-Tensor on_huge_pages(const Tensor& like, int64_t n) {
-  constexpr int64_t kPage = (int64_t{2} << 20) / 4;
-  const int64_t size = n + kPage, stride = 1;
-  const Tensor memory = new_strided(like, 1, &size, &stride);
-  auto* base = mutable_data<float>(memory);
-  cpu::advise_huge_pages(base, size * 4);
-  const auto skip = static_cast<int64_t>((-reinterpret_cast<uintptr_t>(base) / 4) % kPage);
-  AtenTensorHandle view;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), 1, &n, &stride, skip, &view));
-  return Tensor(view);
 }
 
 // Floats of weights, of vectors, of a stream's states, of the scratch memory of `streams` streams, and how many
@@ -69,18 +50,13 @@ std::vector<Tensor> zipformer_chunk_pack(std::vector<int64_t> numbers, std::vect
   auto* values = mutable_data<float>(vectors);
   std::fill(values, values + plan.vector_floats, 0.0f);
   parallel_range(count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++)
-      cpu::chunk_pack_product(plan, i, data<float>(products[static_cast<size_t>(2 * i)]),
-                              data<float>(products[static_cast<size_t>(2 * i + 1)]), packed, values);
+    for (int64_t i = begin; i < end; i++) {
+      cpu::chunk_pack_weight(plan, i, data<float>(products[static_cast<size_t>(2 * i)]), packed);
+      cpu::chunk_pack_bias(plan, i, data<float>(products[static_cast<size_t>(2 * i + 1)]), values);
+    }
   });
   for (size_t i = 0; i < tables.size(); i++) cpu::chunk_pack_table(plan.tables[i], data<float>(tables[i]), values);
   return {weights, vectors};
-}
-
-void run_parts(int64_t parts, void (*part)(const void*, int64_t), const void* context) {
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) part(context, i);
-  });
 }
 
 // states (slots, floats), counters (slots, 2) of int64; slots: those of the streams, in the order of features.

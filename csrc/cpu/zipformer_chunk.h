@@ -23,15 +23,16 @@ struct ChunkStack {
 };
 
 struct ChunkShape {
-  int64_t chunk, left;              // frames at 50 Hz, before the stacks' own downsampling
-  int64_t bins, maps[3], expanded;  // the front end: most features, channels of the convolutions, of ConvNeXt's hidden
-                                    // rows
-  ChunkWeights weights;
+  int64_t chunk = 0, left = 0;  // frames at 50 Hz, before the stacks' own downsampling
+  // the front end: most features, channels of the convolutions, of ConvNeXt's hidden rows
+  int64_t bins = 0, maps[3] = {}, expanded = 0;
+  ChunkWeights weights = ChunkWeights::fp32;
   std::vector<ChunkStack> stacks;
 
   // From a list of ints: chunk, left, bins, maps (3), expanded, weights, then the 12 of each stack. Empty stacks: the
   // list does not describe an encoder that this step serves.
   explicit ChunkShape(const std::vector<int64_t>& numbers);
+  ChunkShape() = default;
 
   int64_t input_frames() const { return 2 * chunk + 13; }
   // Of the second and third convolution's maps.
@@ -83,22 +84,24 @@ struct ChunkPlan {
     std::vector<ChunkLayer> layers;
   };
   ChunkShape shape;
-  int64_t slack;
+  int64_t slack = 0;
   ChunkTable conv1, conv1_bias, depthwise, depthwise_bias, front_norm_bias, front_norm_scale, output;
   ChunkProduct conv2, conv3, expand, contract, front_out;
-  int64_t front_past;  // in the states: 3 frames of the third convolution
+  int64_t front_past = 0;  // in the states: 3 frames of the third convolution
   std::vector<Stack> stacks;
   std::vector<ChunkProduct> products;
   std::vector<ChunkTable> tables;
   int64_t weight_bytes = 0, vector_floats = 0, state_floats = 0;
 
   explicit ChunkPlan(const ChunkShape& shape);
+  // One layer alone, without room behind its rings but for a chunk of `frames`.
+  ChunkPlan(const ChunkStack& layer, int64_t frames, int64_t left);
   int64_t scratch_floats(int64_t streams) const;
 };
 
-// w (outputs, inputs) and bias (outputs, or null: zeros), contiguous, of products[index].
-void chunk_pack_product(const ChunkPlan& plan, int64_t index, const float* w, const float* bias, char* weights,
-                        float* vectors);
+// w (outputs, inputs) and bias (outputs), contiguous, of products[index].
+void chunk_pack_weight(const ChunkPlan& plan, int64_t index, const float* w, char* weights);
+void chunk_pack_bias(const ChunkPlan& plan, int64_t index, const float* bias, float* vectors);
 void chunk_pack_table(const ChunkTable& table, const float* values, float* vectors);
 
 // Runs f(begin, end) over parts of [0, n). `run` calls part(context, i) for each i of [0, parts), on as many threads.
@@ -143,6 +146,7 @@ struct ChunkStep {
   int64_t streams, bins;  // features of a frame: at most the plan's, and as wide after the convolutions
   float* scratch;         // plan.scratch_floats(streams)
   ChunkWorkers workers;
+  const uint8_t* masked = nullptr;  // (streams, keys) of a layer alone, nonzero: masked; or null
 };
 
 // features (streams, input_frames, bins) contiguous -> out (streams, chunk / 2, output_dim).

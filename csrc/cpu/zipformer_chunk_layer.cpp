@@ -52,6 +52,7 @@ class Layer {
   float* weights(int64_t stream, int64_t head) const {
     return room_.weights + (stream * s_.shape.heads + head) * s_.frames * padded_keys_;
   }
+  const uint8_t* masked(int64_t stream) const { return step_.masked ? step_.masked + stream * s_.keys : nullptr; }
   void product(const ChunkProduct& p, const float* x, int64_t x_stride, float* y) const {
     chunk_product(step_, p, x, x_stride, rows_, y, p.stride());
   }
@@ -90,7 +91,7 @@ class Layer {
                       w});
         const int64_t missing = step_.plan.shape.left - step_.counters[step_.slots[stream]].processed;
         const int64_t unseen = missing <= 0 ? 0 : (missing + n.factor - 1) / n.factor;
-        chunk_softmax(w, padded_keys_, s_.frames, unseen, s_.keys);
+        chunk_softmax(w, padded_keys_, s_.frames, unseen, masked(stream), s_.keys);
       }
     });
   }
@@ -145,8 +146,13 @@ class Layer {
         const int64_t stream = i / stripes, c = i % stripes * kChunkLanes, columns = std::min(kChunkLanes, n - c);
         const float* const row = room_.projected + stream * s_.frames * stride + c;
         float* const ring = state(stream) + conv.ring + behind(stream) * s_.channels + c;
-        for (int64_t t = 0; t < s_.frames; t++)
-          chunk_sigmoid_gate(row + t * stride, row + t * stride + n, ring + (s_.pad + t) * s_.channels, columns);
+        for (int64_t t = 0; t < s_.frames; t++) {
+          float* const gated = ring + (s_.pad + t) * s_.channels;
+          if (masked(stream) && masked(stream)[s_.left + t])
+            std::fill(gated, gated + columns, 0.0f);
+          else
+            chunk_sigmoid_gate(row + t * stride, row + t * stride + n, gated, columns);
+        }
         chunk_convolution({ring, s_.channels, s_.frames, s_.pad, vector(conv.causal) + c, vector(conv.causal_bias) + c,
                            vector(conv.chunkwise) + c, vector(conv.chunkwise_bias) + c, vector(conv.scale) + c,
                            s_.channels, room_.y + stream * s_.frames * s_.stride + c, s_.stride, columns});

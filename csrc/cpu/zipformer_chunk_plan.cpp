@@ -88,6 +88,20 @@ ChunkLayer layer(const Layout& l, const ChunkPlan::Stack& s, int64_t ring_frames
   return y;
 }
 
+ChunkPlan::Stack stack(const ChunkStack& n, int64_t frames, int64_t left, int64_t ring_frames) {
+  ChunkPlan::Stack s;
+  s.shape = n;
+  s.frames = frames;
+  s.left = left;
+  s.keys = left + frames;
+  s.capacity = round_up(left + ring_frames + kChunkLanes - 1, kChunkLanes);  // reads end with a vector
+  s.pad = n.taps / 2;
+  s.channels = round_up(n.dim, kChunkLanes);
+  s.hidden = round_up(n.hidden, kChunkLanes);
+  s.stride = panel_count(n.dim) * kPanelColumns;
+  return s;
+}
+
 }  // namespace
 
 int64_t ChunkProduct::stride() const { return panel_count(outputs) * kPanelColumns; }
@@ -134,17 +148,8 @@ ChunkPlan::ChunkPlan(const ChunkShape& given) : shape(given) {
   front_norm_scale = l.row(1);
   front_past = l.state(kFrontPast * w3 * shape.maps[2]);
   for (const ChunkStack& n : shape.stacks) {
-    Stack s;
-    s.shape = n;
-    s.frames = shape.chunk / n.factor;
-    s.left = shape.left / n.factor;
-    s.keys = s.left + s.frames;
-    const int64_t ring_frames = (1 + slack) * s.frames;
-    s.capacity = round_up(s.left + ring_frames + kChunkLanes - 1, kChunkLanes);  // reads end with a vector
-    s.pad = n.taps / 2;
-    s.channels = round_up(n.dim, kChunkLanes);
-    s.hidden = round_up(n.hidden, kChunkLanes);
-    s.stride = panel_count(n.dim) * kPanelColumns;
+    const int64_t frames = shape.chunk / n.factor, ring_frames = (1 + slack) * frames;
+    Stack s = stack(n, frames, shape.left / n.factor, ring_frames);
     if (n.factor > 1) {
       s.downsample = l.row(n.factor);
       s.combine = l.row(n.dim);
@@ -153,6 +158,13 @@ ChunkPlan::ChunkPlan(const ChunkShape& given) : shape(given) {
     stacks.push_back(s);
   }
   output = l.row(2);
+}
+
+ChunkPlan::ChunkPlan(const ChunkStack& n, int64_t frames, int64_t left) {
+  shape.chunk = frames, shape.left = left, shape.stacks = {n};
+  Stack s = stack(n, frames, left, frames);
+  s.layers.push_back(layer(Layout{this}, s, frames));
+  stacks.push_back(s);
 }
 
 }  // namespace fastasr::cpu

@@ -112,10 +112,13 @@ void chunk_weighted(const float* weights, int64_t weight_stride, int64_t rows, i
   for (; i < rows; i++) weighted_1(a, i);
 }
 
-FASTASR_CLONES void chunk_softmax(float* scores, int64_t stride, int64_t rows, int64_t unseen, int64_t keys) {
+FASTASR_CLONES void chunk_softmax(float* scores, int64_t stride, int64_t rows, int64_t unseen, const uint8_t* masked,
+                                  int64_t keys) {
   for (int64_t r = 0; r < rows; r++) {
     float* __restrict x = scores + r * stride;
     for (int64_t j = 0; j < unseen; j++) x[j] = kMasked;
+    if (masked)
+      for (int64_t j = 0; j < keys; j++) x[j] = masked[j] ? kMasked : x[j];
     float most = -std::numeric_limits<float>::infinity();
 #pragma omp simd reduction(max : most)
     for (int64_t j = 0; j < keys; j++) most = x[j] > most ? x[j] : most;

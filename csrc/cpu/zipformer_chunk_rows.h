@@ -23,8 +23,9 @@ struct ChunkScores {
 };
 void chunk_scores(const ChunkScores& a);
 
-// Softmax over the first `keys` of each row, the first `unseen` scores set to -1000 before.
-void chunk_softmax(float* scores, int64_t stride, int64_t rows, int64_t unseen, int64_t keys);
+// Softmax over the first `keys` of each row; before, the first `unseen` scores and those where `masked`, if not null,
+// is nonzero are set to -1000.
+void chunk_softmax(float* scores, int64_t stride, int64_t rows, int64_t unseen, const uint8_t* masked, int64_t keys);
 
 // out[i][c] = sum_j weights[i][j] values[j][c] for `columns` <= kChunkLanes columns. A row of values holds kChunkLanes.
 void chunk_weighted(const float* weights, int64_t weight_stride, int64_t rows, int64_t keys, const float* values,

@@ -6,35 +6,13 @@ computed here once: the projected positions, the scale of the convolutions withi
 downsampling, exp(log_scale) of the norms.
 """
 
-from dataclasses import dataclass, field
-
 import torch
 
-from fastasr.models.zipformer.chunk_causal_convolution import ChunkCausalDepthwiseConv1d
+from fastasr.models.zipformer.packing import Packed, numbers_of_layer, pack_layer
 
 WEIGHTS = {"fp32": 0, "bf16": 1, "int8": 2}
 CONVOLUTIONS = [((3, 3), (1, 1), (0, 1)), ((3, 3), (2, 2), (0, 0)), ((3, 3), (1, 2), (0, 0))]
 OUTPUT_DOWNSAMPLING = 2
-
-
-@dataclass
-class Packed:
-    """``numbers`` describe the shapes; ``products`` are weights (outputs, inputs) and biases in turn."""
-
-    numbers: list = field(default_factory=list)
-    products: list = field(default_factory=list)
-    tables: list = field(default_factory=list)
-
-    def product(self, weight, bias):
-        self.products.append(_floats(weight.flatten(1)))
-        self.products.append(weight.new_zeros(len(weight)) if bias is None else _floats(bias))
-
-    def linears(self, *modules):
-        for module in modules:
-            self.product(module.weight, module.bias)
-
-    def table(self, values):
-        self.tables.append(_floats(values))
 
 
 @torch.no_grad()
@@ -123,52 +101,14 @@ def _pack_stack(packed, stack, chunk_size, left_context_frames):
     encoder = stack if factor == 1 else stack.encoder
     frames, left = chunk_size // factor, left_context_frames // factor
     layer = encoder.layers[0]
-    attention = layer.self_attn_weights
-    inner = [getattr(layer, f"feed_forward{i}").in_proj.out_features for i in (1, 2, 3)]
-    packed.numbers += [
-        attention.in_proj.in_features,
-        factor,
-        len(encoder.layers),
-        attention.num_heads,
-        attention.query_head_dim,
-        layer.self_attn1.in_proj.out_features // attention.num_heads,
-        attention.pos_head_dim,
-        layer.conv_module1.depthwise_conv.kernel_size,
-        *inner,
-        layer.nonlin_attention.out_proj.in_features,
-    ]
+    packed.numbers += numbers_of_layer(layer, factor, len(encoder.layers))
     if factor > 1:
         packed.table(stack.downsample.bias.softmax(0))
         packed.table(stack.out_combiner.bypass_scale)
-    x = packed.products[0].new_zeros(frames, 1, attention.in_proj.in_features)
+    x = packed.products[0].new_zeros(frames, 1, layer.self_attn_weights.in_proj.in_features)
     positions = encoder.encoder_pos(x, left)[0]  # [left + 2 frames - 1, D]
     for layer in encoder.layers:
-        _pack_layer(packed, layer, positions, frames)
-
-
-def _pack_layer(packed, layer, positions, frames):
-    attention = layer.self_attn_weights
-    packed.linears(attention.in_proj, layer.feed_forward1.in_proj, layer.feed_forward1.out_proj)
-    packed.linears(layer.nonlin_attention.in_proj, layer.nonlin_attention.out_proj)
-    packed.table(attention.linear_pos.weight.double() @ positions.double().T)
-    for self_attention, conv_module, feed_forward in (
-        (layer.self_attn1, layer.conv_module1, layer.feed_forward2),
-        (layer.self_attn2, layer.conv_module2, layer.feed_forward3),
-    ):
-        for module in (self_attention, conv_module, feed_forward):
-            packed.linears(module.in_proj, module.out_proj)
-        _pack_convolution(packed, conv_module.depthwise_conv, frames)
-    packed.table(layer.bypass_mid.bypass_scale)
-    packed.table(layer.bypass.bypass_scale)
-    packed.table(layer.norm.bias)
-    packed.table(layer.norm.log_scale.exp())
-
-
-def _pack_convolution(packed, conv, frames):
-    for part in (conv.causal_conv, conv.chunkwise_conv):
-        packed.table(part.weight[:, 0].T)
-        packed.table(torch.zeros(len(part.weight)) if part.bias is None else part.bias)
-    packed.table(ChunkCausalDepthwiseConv1d._get_chunk_scale(conv, frames).T)
+        pack_layer(packed, layer, positions, frames)
 
 
 def _convolutions(embed):
@@ -182,7 +122,3 @@ def _factor(stack):
 def _taps_first(weight):
     """(channels, 1, height, width) -> (height, width, channels)"""
     return weight[:, 0].permute(1, 2, 0)
-
-
-def _floats(values):
-    return values.detach().to(torch.float32).contiguous()

@@ -17,21 +17,15 @@ On a CUDA device the step is ``StaticStep`` (``graph_decoding``), captured per b
 history's length; weights are read where they are.
 """
 
-import itertools
-import operator
 import weakref
 
 import torch
 
 from fastasr.models.mega import activations, graph_decoding, plumbing, positional_bias
+from fastasr.models.module_state import ModuleState
 from fastasr.ops import _dispatch
 
 _STATE = ("ema_state", "prev_key", "prev_value")
-_GLOBAL_HOOKS = (
-    torch.nn.modules.module._global_forward_hooks,
-    torch.nn.modules.module._global_forward_pre_hooks,
-)
-_VERSION = torch.Tensor._version.__get__
 _POSITIONS = 512  # of a rotary bias, to begin with: it has no largest length
 
 
@@ -246,48 +240,19 @@ class _Plan:
     """What a decoder's step needs, or the reason why there is none, as long as the decoder stays as it is."""
 
     def __init__(self, decoder):
-        parts = list(decoder.modules())
-        self._dicts = [d for m in parts for d in (m._modules, m._parameters) if d]
-        self._members = list(self._now())
-        self._parameters = [t for t in self._members if isinstance(t, torch.Tensor)]
-        self._hooks = [d for m in parts[1:] for d in (m._forward_hooks, m._forward_pre_hooks)]
-        self._hooks += _GLOBAL_HOOKS
-        self._dropouts = [m for m in parts[1:] if getattr(m, "p", 0)]
-        self._instances = [vars(m) for m in parts[1:]]
-        self._forwards = list(self._bound())
-        self._state = self._values()
+        # a dropout counts where it may drop
+        self._state = ModuleState(decoder, lambda module: getattr(module, "p", 0))
         self.blocks, self.on_cpu = len(decoder.mega_blocks), decoder.embed.weight.is_cpu
         self.reason = (
-            "a submodule has hooks, or is in training mode" if self._watched() else _why_never(decoder)
+            "a submodule has hooks, or is in training mode" if self._state.watched() else _why_never(decoder)
         )
         if not self.reason:
             self._pack(decoder)
 
-    def _now(self):
-        return itertools.chain.from_iterable(map(dict.values, self._dicts))
-
-    def _bound(self):
-        return map(dict.get, self._instances, itertools.repeat("forward"))
-
-    def _values(self):
-        try:
-            return [*map(_VERSION, self._parameters)], [*map(torch.Tensor.data_ptr, self._parameters)]
-        except RuntimeError:  # neither exists: a reason is given elsewhere
-            return None
-
-    def _watched(self):
-        return any(self._hooks) or any(m.training for m in self._dropouts)
-
     def fresh(self):
         """Whether modules, parameters, their values, forwards and hooks are those that were packed."""
-        now = list(self._now())
-        return (
-            len(now) == len(self._members)
-            and all(map(operator.is_, now, self._members))
-            and all(map(operator.is_, self._bound(), self._forwards))
-            and self._values() == self._state
-            and self._watched() == self.reason.startswith("a submodule has hooks")
-        )
+        watched = self.reason.startswith("a submodule has hooks")
+        return self._state.unchanged() and self._state.watched() == watched
 
     @torch.no_grad()
     def _pack(self, decoder):

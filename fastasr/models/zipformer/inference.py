@@ -37,7 +37,7 @@ def any_hooked(modules):
     )
 
 
-def runs(module, forward):
-    """Whether ``module`` runs the function ``forward``: its class's, or one bound to it, as it is or wrapped."""
-    function = getattr(module.forward, "__func__", None)
-    return getattr(function, "__wrapped__", function) is forward
+def runs(module, method, name="forward"):
+    """Whether the method ``name`` of ``module`` is this function: its class's, or bound to it, as it is or wrapped."""
+    function = getattr(getattr(module, name), "__func__", None)
+    return getattr(function, "__wrapped__", function) is method

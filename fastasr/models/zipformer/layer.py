@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 
+from fastasr.models.zipformer import streaming_layer
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.bypass import BypassModule
@@ -199,43 +200,66 @@ class ZipformerEncoderLayer(torch.nn.Module):
         src_key_padding_mask (batch, left_context_len + time) -> output of src's shape and the six caches for
         the next chunk, in the order of the arguments.
         """
-        src_orig = src
-        attn_weights, cached_key = self.self_attn_weights.streaming_forward(
-            src,
-            pos_emb=pos_emb,
-            cached_key=cached_key,
-            left_context_len=left_context_len,
-            key_padding_mask=src_key_padding_mask,
+        states = cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2
+        by_submodules = partial(_stream_by_submodules, self)
+        done = streaming_layer.step(
+            self, src, pos_emb, states, left_context_len, src_key_padding_mask, by_submodules
         )
-        chunk_mask = None if src_key_padding_mask is None else src_key_padding_mask[:, left_context_len:]
-        src = src + self.feed_forward1(src)
+        if done is None:
+            return by_submodules(src, pos_emb, *states, left_context_len, src_key_padding_mask)
+        return tuple(done)
 
-        y, cached_nonlin_attn = self.nonlin_attention.streaming_forward(
-            src, attn_weights[0:1], cached_x=cached_nonlin_attn, left_context_len=left_context_len
-        )
-        src = src + y
-        y, cached_val1 = self.self_attn1.streaming_forward(
-            src, attn_weights=attn_weights, cached_val=cached_val1, left_context_len=left_context_len
-        )
-        src = src + y
-        y, cached_conv1 = self.conv_module1.streaming_forward(
-            src, cache=cached_conv1, src_key_padding_mask=chunk_mask
-        )
-        src = src + y
-        src = src + self.feed_forward2(src)
-        src = self.bypass_mid(src_orig, src)
 
-        y, cached_val2 = self.self_attn2.streaming_forward(
-            src, attn_weights=attn_weights, cached_val=cached_val2, left_context_len=left_context_len
-        )
-        src = src + y
-        y, cached_conv2 = self.conv_module2.streaming_forward(
-            src, cache=cached_conv2, src_key_padding_mask=chunk_mask
-        )
-        src = src + y
-        src = src + self.feed_forward3(src)
-        src = self.bypass(src_orig, self.norm(src))
-        return src, cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2
+def _stream_by_submodules(
+    layer,
+    src,
+    pos_emb,
+    cached_key,
+    cached_nonlin_attn,
+    cached_val1,
+    cached_val2,
+    cached_conv1,
+    cached_conv2,
+    left_context_len,
+    src_key_padding_mask,
+):
+    src_orig = src
+    attn_weights, cached_key = layer.self_attn_weights.streaming_forward(
+        src,
+        pos_emb=pos_emb,
+        cached_key=cached_key,
+        left_context_len=left_context_len,
+        key_padding_mask=src_key_padding_mask,
+    )
+    chunk_mask = None if src_key_padding_mask is None else src_key_padding_mask[:, left_context_len:]
+    src = src + layer.feed_forward1(src)
+
+    y, cached_nonlin_attn = layer.nonlin_attention.streaming_forward(
+        src, attn_weights[0:1], cached_x=cached_nonlin_attn, left_context_len=left_context_len
+    )
+    src = src + y
+    y, cached_val1 = layer.self_attn1.streaming_forward(
+        src, attn_weights=attn_weights, cached_val=cached_val1, left_context_len=left_context_len
+    )
+    src = src + y
+    y, cached_conv1 = layer.conv_module1.streaming_forward(
+        src, cache=cached_conv1, src_key_padding_mask=chunk_mask
+    )
+    src = src + y
+    src = src + layer.feed_forward2(src)
+    src = layer.bypass_mid(src_orig, src)
+
+    y, cached_val2 = layer.self_attn2.streaming_forward(
+        src, attn_weights=attn_weights, cached_val=cached_val2, left_context_len=left_context_len
+    )
+    src = src + y
+    y, cached_conv2 = layer.conv_module2.streaming_forward(
+        src, cache=cached_conv2, src_key_padding_mask=chunk_mask
+    )
+    src = src + y
+    src = src + layer.feed_forward3(src)
+    src = layer.bypass(src_orig, layer.norm(src))
+    return src, cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2
 
 
 def takes_chunks(layer):

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "bindings/dispatch.h"
+#include "cpu/skinny_gemm.h"
+
+// What the bindings of a streaming Zipformer's pieces share.
+namespace fastasr {
+
+inline void check_floats(const Tensor& t, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == numel,
+                  "zipformer: ", name, " must be ", numel, " contiguous floats on the CPU, got ", t.numel());
+}
+
+// `n` floats that begin on a huge page.
+inline Tensor on_huge_pages(const Tensor& like, int64_t n) {
+  constexpr int64_t kPage = (int64_t{2} << 20) / 4;
+  const int64_t size = n + kPage, stride = 1;
+  const Tensor memory = new_strided(like, 1, &size, &stride);
+  auto* base = mutable_data<float>(memory);
+  cpu::advise_huge_pages(base, size * 4);
+  const auto skip = static_cast<int64_t>((-reinterpret_cast<uintptr_t>(base) / 4) % kPage);
+  AtenTensorHandle view;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), 1, &n, &stride, skip, &view));
+  return Tensor(view);
+}
+
+// cpu::ChunkWorkers::run on torch's threads.
+inline void run_parts(int64_t parts, void (*part)(const void*, int64_t), const void* context) {
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) part(context, i);
+  });
+}
+
+}  // namespace fastasr

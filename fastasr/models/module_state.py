@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a module is what it was when something was derived from it: weights packed for a native call."""
+
+import itertools
+import operator
+
+import torch
+
+_GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+)
+_VERSION = torch.Tensor._version.__get__
+
+
+class ModuleState:
+    """What ``module`` holds now: submodules, parameters, their versions and addresses, methods bound to instances.
+
+    Its own mode and hooks are left to whoever calls it. ``drops`` picks the submodules that must not be in training
+    mode. Writing through ``parameter.data`` leaves no trace.
+    """
+
+    def __init__(self, module, drops=lambda submodule: True, methods=("forward",)):
+        parts = list(module.modules())
+        self._dicts = [d for m in parts for d in (m._modules, m._parameters) if d]
+        self._members = list(self._now())
+        self._parameters = [t for t in self._members if isinstance(t, torch.Tensor)]
+        self._hooks = [d for m in parts[1:] for d in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks += _GLOBAL_HOOKS
+        self._dropping = [vars(m) for m in parts[1:] if drops(m)]
+        self._instances, self._methods = [vars(m) for m in parts[1:]], methods
+        self._bindings = list(self._bound())
+        self._values = self._now_values()
+
+    def _now(self):
+        return itertools.chain.from_iterable(map(dict.values, self._dicts))
+
+    def _bound(self):
+        return itertools.chain.from_iterable(
+            map(dict.get, self._instances, itertools.repeat(name)) for name in self._methods
+        )
+
+    def _now_values(self):
+        try:
+            return [*map(_VERSION, self._parameters)], [*map(torch.Tensor.data_ptr, self._parameters)]
+        except RuntimeError:  # neither exists for these tensors
+            return None
+
+    def traceable(self):
+        """Whether the parameters have versions and addresses."""
+        return self._values is not None
+
+    def watched(self):
+        """Whether a submodule has hooks now, or one that drops is in training mode."""
+        return any(self._hooks) or any(map(operator.itemgetter("training"), self._dropping))
+
+    def unchanged(self):
+        """Whether everything but hooks and modes is as it was."""
+        now = list(self._now())
+        return (
+            len(now) == len(self._members)
+            and all(map(operator.is_, now, self._members))
+            and all(map(operator.is_, self._bound(), self._bindings))
+            and self._now_values() == self._values
+        )

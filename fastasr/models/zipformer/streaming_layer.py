@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One chunk through a streaming layer in one native call, with the states as upstream's tensors.
+
+A chunk is a few frames, so a layer costs what reading its weights costs: they are packed once, in the order in which a
+chunk reads them, into one block of memory on huge pages (csrc/cpu/zipformer_layer_step.h). **This doubles the memory of
+the layer's weights**; ``layer.packed_streaming = False`` declines it, and the submodules are called one by one.
+
+The packed copy is made at a layer's first chunk, when its result is compared with that of the submodules, and made
+again when a parameter, a submodule or a forward has changed: it remembers the identity, the version counter and the
+address of every parameter. Writing through ``parameter.data`` changes none of these: call :func:`forget` after it.
+"""
+
+import weakref
+
+import torch
+
+from fastasr.models.module_state import ModuleState
+from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
+from fastasr.models.zipformer.convolution import ConvolutionModule
+from fastasr.models.zipformer.inference import any_hooked, is_plain_inference, runs
+from fastasr.models.zipformer.linear import Linear
+from fastasr.models.zipformer.nonlin_attention import NonlinAttention
+from fastasr.models.zipformer.packing import Packed, numbers_of_layer, pack_layer
+from fastasr.models.zipformer.self_attention import SelfAttention
+from fastasr.ops import _dispatch
+
+# Rows of a chunk (frames times streams). Beyond, reading the weights is no longer what counts.
+MOST_ROWS = 128
+
+# Chunk sizes of which a layer's small tables are kept.
+CHUNK_SIZES = 4
+
+# Of a layer's output, between the native call and the submodules, by rms.
+AGREEMENT = 1e-4
+
+_STREAMING = {
+    "self_attn_weights": RelPositionMultiheadAttentionWeights,
+    "self_attn1": SelfAttention,
+    "self_attn2": SelfAttention,
+    "nonlin_attention": NonlinAttention,
+    "conv_module1": ConvolutionModule,
+    "conv_module2": ConvolutionModule,
+}
+_PROJECTED = (*_STREAMING, "feed_forward1", "feed_forward2", "feed_forward3")
+
+
+def step(layer, src, pos_emb, states, left_context_len, masked, by_submodules):
+    """[output, the six states after it] of ``layer.streaming_forward``, or None where the native call does not serve.
+
+    It serves layers in eval mode, without gradients, in float32 on the CPU, whose submodules run our code, for chunks
+    of at most 128 rows. ``by_submodules`` gives the same for arguments of the same kind.
+    """
+    if (
+        not is_plain_inference(layer, src, layer.norm.bias, 3)
+        or torch.jit.is_tracing()
+        or src.shape[0] * src.shape[1] > MOST_ROWS
+        or _dispatch.forced_backend() not in ("auto", "cpu")
+        or _dispatch.native_library() is None
+        or not getattr(layer, "packed_streaming", True)
+    ):
+        return None
+    packed = _PACKED.get(layer)
+    if packed is None or not packed.fresh():
+        packed = _PACKED[layer] = _PackedLayer(layer, by_submodules)
+    if packed.reason or not packed.fits(src, pos_emb, states, left_context_len, masked):
+        return None
+    return packed.run(src, pos_emb, states, left_context_len, masked)
+
+
+def why_not(layer):
+    """Why :func:`step` never serves this layer as it is; "" when it does, None before its first chunk."""
+    packed = _PACKED.get(layer)
+    return None if packed is None or not packed.fresh() else packed.reason
+
+
+def forget(layer):
+    """Drop the packed weights; the next chunk packs anew."""
+    _PACKED.pop(layer, None)
+
+
+_PACKED = weakref.WeakKeyDictionary()
+_WATCHED = "a submodule has hooks, or is in training mode"
+
+
+class _PackedLayer:
+    """The weights of a layer as the native call reads them, or the reason why there are none."""
+
+    def __init__(self, layer, by_submodules):
+        self._state = ModuleState(layer, methods=("forward", "streaming_forward"))
+        self._tables = {}
+        self._layer = weakref.ref(layer)
+        self.reason = _WATCHED if self._state.watched() else _why_never(layer)
+        if self.reason or not self._state.traceable():
+            self.reason = (
+                self.reason or "parameters were made in inference mode, where changes leave no trace"
+            )
+            return
+        try:
+            self._pack(layer)
+            error = self._disagreement(by_submodules)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as failure:
+            self.reason = f"its parts do not fit each other: {failure}"
+        else:
+            self.reason = "" if error <= AGREEMENT else "its submodules compute something else"
+
+    def fresh(self):
+        watched = self.reason == _WATCHED
+        return self._state.watched() == watched and self._state.unchanged()
+
+    @torch.no_grad()
+    def _pack(self, layer):
+        self.numbers = numbers_of_layer(layer)
+        packed = Packed()
+        pack_layer(
+            packed, layer, layer.norm.bias.new_zeros(1, layer.self_attn_weights.linear_pos.in_features), 1
+        )
+        self._weights = torch.ops.fastasr_cpu.zipformer_layer_weights.default(
+            self.numbers, packed.products[::2]
+        )
+        dim, _, _, heads, query, value, _, taps, _, _, _, hidden = self.numbers
+        self._dim, self._pad = dim, taps // 2
+        self._widths = heads * query, hidden, heads * value
+        self._positions = layer.self_attn_weights.linear_pos.in_features
+
+    def _disagreement(self, by_submodules):
+        """The error of a chunk of 3 frames with 5 of left context, against the submodules."""
+        frames, left = 3, 5
+        with torch.no_grad():
+            wave = torch.arange(1.0, frames * self._dim + 1).mul_(0.7).sin_()
+            src = wave.view(frames, 1, self._dim)
+            pos_emb = torch.arange(1.0, (left + 2 * frames - 1) * self._positions + 1).mul_(0.3).sin_()
+            pos_emb = pos_emb.view(1, -1, self._positions)
+            states = [
+                torch.arange(1.0, shape.numel() + 1).mul_(0.9 + 0.1 * i).sin_().view(shape)
+                for i, shape in enumerate(map(torch.Size, self._shapes(1, left)))
+            ]
+            masked = torch.zeros(1, left + frames, dtype=torch.bool)
+            masked[:, [1, -1]] = True
+            expected = by_submodules(src, pos_emb, *states, left, masked)
+            got = self.run(src, pos_emb, states, left, masked)
+        self._tables.clear()
+        errors = [
+            ((a - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in zip(got, expected, strict=True)
+        ]
+        return max(errors) if all(error == error for error in errors) else float("inf")
+
+    def _shapes(self, streams, left):
+        key, hidden, value = self._widths
+        of_value, of_conv = (left, streams, value), (streams, self._dim, self._pad)
+        return (left, streams, key), (1, streams, left, hidden), of_value, of_value, of_conv, of_conv
+
+    def fits(self, src, pos_emb, states, left, masked):
+        """Whether these are arguments of a chunk that needs no conversion."""
+        frames, streams, dim = src.shape
+        return (
+            dim == self._dim
+            and pos_emb.shape == (1, left + 2 * frames - 1, self._positions)
+            and all(
+                state.shape == shape and state.dtype is torch.float32 and state.is_cpu
+                for state, shape in zip(states, self._shapes(streams, left), strict=True)
+            )
+            and (
+                masked is None
+                or (masked.dtype is torch.bool and masked.is_cpu and masked.shape == (streams, left + frames))
+            )
+        )
+
+    def run(self, src, pos_emb, states, left, masked):
+        return torch.ops.fastasr_cpu.zipformer_layer_step.default(
+            self.numbers,
+            left,
+            self._weights,
+            self._vectors(src.shape[0], left, pos_emb),
+            src.contiguous(),
+            [state.contiguous() for state in states],
+            None if masked is None else masked.contiguous(),
+            torch.get_num_threads(),
+        )
+
+    def _vectors(self, frames, left, pos_emb):
+        """Biases, norms, convolutions and projected positions for chunks of ``frames``."""
+        known = self._tables.get((frames, left))
+        if known is not None and torch.equal(known[0], pos_emb):
+            return known[1]
+        packed = Packed()
+        with torch.no_grad():
+            pack_layer(packed, self._layer(), pos_emb[0], frames)
+        vectors = torch.ops.fastasr_cpu.zipformer_layer_vectors.default(
+            self.numbers, frames, left, packed.products[1::2], packed.tables
+        )
+        while len(self._tables) >= CHUNK_SIZES:
+            del self._tables[next(iter(self._tables))]
+        self._tables[frames, left] = pos_emb.clone(), vectors
+        return vectors
+
+
+def _why_never(layer):
+    """What only a change of the layer can change."""
+    if any(type(p) not in _dispatch.PLAIN or not p.is_cpu for p in layer.parameters()):
+        return "not all parameters are plain tensors on the CPU"
+    if any(p.dtype is not torch.float32 for p in layer.parameters()):
+        return "not all parameters are float32"
+    for name, ours in _STREAMING.items():
+        if not runs(getattr(layer, name), ours.streaming_forward, "streaming_forward"):
+            return f"{name} runs other code than fastasr's"
+    for name in _PROJECTED:
+        module = getattr(layer, name)
+        if not _is_linear(module.in_proj):
+            return f"{name}.in_proj is not a plain Linear"
+    for name in ("self_attn_weights.linear_pos", "self_attn1.out_proj", "self_attn2.out_proj"):
+        if not _is_linear(layer.get_submodule(name)):
+            return f"{name} is not a plain Linear"
+    if not _is_linear(layer.nonlin_attention.out_proj):
+        return "nonlin_attention.out_proj is not a plain Linear"
+    conv = layer.conv_module1.depthwise_conv
+    if type(conv).__name__ != "ChunkCausalDepthwiseConv1d" or conv.kernel_size < 3:
+        return "its convolutions are not causal, or of one tap"
+    return "" if not any_hooked(layer.modules()) else _WATCHED
+
+
+def _is_linear(module):
+    """Whether this is a linear layer that is no more than its weight and bias."""
+    bound = vars(module).get("forward")
+    plain = bound is None or hasattr(bound, "fastasr_forward")
+    return type(module) in (torch.nn.Linear, Linear) and plain

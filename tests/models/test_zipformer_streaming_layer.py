@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A chunk through a layer in one native call: what the submodules give, and only where it may be taken."""
+
+import copy
+
+import pytest
+import torch
+
+import fastasr
+from fastasr.models.zipformer import ZipformerEncoderLayer, streaming_layer
+from fastasr.models.zipformer.layer import _stream_by_submodules
+
+LIMIT = 5e-6  # of the rms of each result, against float64
+
+
+def _layer(dim=20, kernel=7, **changes):
+    torch.manual_seed(3)
+    sizes = {
+        "num_heads": 2,
+        "query_head_dim": 6,
+        "pos_head_dim": 3,
+        "value_head_dim": 5,
+        "feedforward_dim": 24,
+    }
+    layer = ZipformerEncoderLayer(
+        dim, pos_dim=8, cnn_module_kernel=kernel, causal=True, **{**sizes, **changes}
+    ).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return layer
+
+
+def _chunk(layer, frames=4, streams=2, left=6, masked=None):
+    heads, dim = layer.self_attn_weights.num_heads, layer.embed_dim
+    values = layer.self_attn1.in_proj.out_features
+    pad = layer.conv_module1.depthwise_conv.kernel_size // 2
+    shapes = [(left, streams, heads * layer.self_attn_weights.query_head_dim)]
+    shapes += [(1, streams, left, 3 * dim // 4), (left, streams, values), (left, streams, values)]
+    shapes += [(streams, dim, pad)] * 2
+    states = [torch.randn(shape) for shape in shapes]
+    pos_emb = torch.randn(1, left + 2 * frames - 1, layer.self_attn_weights.linear_pos.in_features)
+    return torch.randn(frames, streams, dim), pos_emb, *states, left, masked
+
+
+def _wide(chunk):
+    return [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in chunk]
+
+
+def _assert_close(got, expected):
+    assert len(got) == len(expected) == 7
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.shape == theirs.shape
+        if theirs.numel():
+            assert ((ours - theirs).norm() <= LIMIT * theirs.norm()).item()
+
+
+def _served(layer, chunk):
+    """What the native call gives; it has to serve."""
+    *args, left, masked = chunk
+    x, pos_emb, *states = args
+    out = streaming_layer.step(
+        layer, x, pos_emb, states, left, masked, lambda *a: _stream_by_submodules(layer, *a)
+    )
+    assert out is not None, streaming_layer.why_not(layer)
+    return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("dim", "kernel", "frames", "streams", "left"),
+    [(20, 7, 4, 2, 6), (20, 7, 1, 1, 9), (32, 3, 9, 3, 4), (32, 9, 5, 1, 0), (68, 31, 2, 2, 3)],
+)
+def test_a_chunk(dim, kernel, frames, streams, left):
+    """Left contexts longer and shorter than the chunk, none; chunks shorter than the convolution."""
+    layer = _layer(dim, kernel)
+    exact = copy.deepcopy(layer).double()
+    masks = torch.rand(streams, left + frames) < 0.3
+    for masked in (None, masks, torch.zeros_like(masks), torch.ones_like(masks)):
+        chunk = _chunk(layer, frames, streams, left, masked)
+        got = _served(layer, chunk)
+        _assert_close(got, _stream_by_submodules(exact, *_wide(chunk)))
+        assert all(torch.equal(a, b) for a, b in zip(layer.streaming_forward(*chunk), got, strict=True))
+
+
+@torch.no_grad()
+def test_streams_and_threads_change_no_bit():
+    layer = _layer(96, 15)
+    *tensors, left, _ = _chunk(layer, 8, 3, 5)
+    x, pos_emb, key, hidden, val1, val2, conv1, conv2 = tensors
+    together = _served(layer, (*tensors, left, None))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2 if threads == 1 else 1)
+    try:
+        again = _served(layer, (*tensors, left, None))
+    finally:
+        torch.set_num_threads(threads)
+    one = slice(1, 2)
+    by_stream = (
+        x[:, one],
+        pos_emb,
+        key[:, one],
+        hidden[:, one],
+        val1[:, one],
+        val2[:, one],
+        conv1[one],
+        conv2[one],
+    )
+    alone = _served(layer, (*by_stream, left, None))
+    for i, (a, b, c) in enumerate(zip(together, again, alone, strict=True)):
+        assert torch.equal(a, b)
+        assert torch.equal(a[one] if i > 4 else a[:, one], c)
+
+
+@torch.no_grad()
+def test_changes_are_seen():
+    layer = _layer()
+    chunk = _chunk(layer)
+    _served(layer, chunk)
+    layer.feed_forward2.in_proj.weight.mul_(1.5)
+    _assert_close(_served(layer, chunk), _stream_by_submodules(layer, *chunk))
+    layer.self_attn1.in_proj.bias = torch.nn.Parameter(torch.ones_like(layer.self_attn1.in_proj.bias))
+    _assert_close(_served(layer, chunk), _stream_by_submodules(layer, *chunk))
+    layer.load_state_dict(_layer(num_heads=2).state_dict())
+    _assert_close(_served(layer, chunk), _stream_by_submodules(layer, *chunk))
+    other = _chunk(layer)  # other positions
+    _assert_close(_served(layer, other), _stream_by_submodules(layer, *other))
+    layer.conv_module1.depthwise_conv.chunkwise_conv_scale.data.add_(1.0)
+    streaming_layer.forget(layer)
+    _assert_close(_served(layer, chunk), _stream_by_submodules(layer, *chunk))
+
+
+def _declined(layer, chunk):
+    *args, left, masked = chunk
+    x, pos_emb, *states = args
+    out = streaming_layer.step(
+        layer, x, pos_emb, states, left, masked, lambda *a: _stream_by_submodules(layer, *a)
+    )
+    return out is None
+
+
+def test_what_is_declined():
+    layer = _layer()
+    chunk = _chunk(layer)
+    assert _declined(layer, chunk)  # gradients
+    with torch.no_grad():
+        assert not _declined(layer, chunk)
+        seen = []
+        hook = layer.norm.register_forward_hook(lambda *a: seen.append(1))
+        assert _declined(layer, chunk)
+        layer.streaming_forward(*chunk)
+        assert seen == [1]
+        hook.remove()
+        assert not _declined(layer, chunk)
+        layer.feed_forward3.out_proj.train()
+        assert _declined(layer, chunk)
+        layer.eval()
+        assert not _declined(layer, chunk)
+        with fastasr.backend("eager"):
+            assert _declined(layer, chunk)
+        layer.packed_streaming = False
+        assert _declined(layer, chunk)
+        layer.packed_streaming = True
+        assert _declined(layer, _chunk(layer, frames=65))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert _declined(layer, chunk)
+        x, pos_emb, *rest = chunk
+        assert _declined(layer, (x, pos_emb.expand(2, -1, -1), *rest))
+        assert _declined(layer.double(), _wide(chunk))
+        wide = layer.float()
+        assert not _declined(wide, chunk)
+
+
+@torch.no_grad()
+def test_a_submodule_that_computes_something_else_is_called():
+    layer = _layer()
+    chunk = _chunk(layer)
+    forward = layer.feed_forward1.forward
+    layer.feed_forward1.forward = lambda x: 2.0 * forward(x)
+    assert _declined(layer, chunk)
+    assert streaming_layer.why_not(layer) == "its submodules compute something else"
+    del layer.feed_forward1.forward
+    assert not _declined(layer, chunk)
+    layer.nonlin_attention.in_proj = torch.nn.Sequential(layer.nonlin_attention.in_proj).eval()
+    assert _declined(layer, chunk)
+    assert streaming_layer.why_not(layer) == "nonlin_attention.in_proj is not a plain Linear"
+    layer.streaming_forward(*chunk)
+
+
+@torch.no_grad()
+def test_copies_pack_for_themselves():
+    layer = _layer()
+    chunk = _chunk(layer)
+    before = _served(layer, chunk)
+    other = copy.deepcopy(layer)
+    other.norm.bias.add_(1.0)
+    _assert_close(_served(other, chunk), _stream_by_submodules(other, *chunk))
+    assert all(torch.equal(a, b) for a, b in zip(_served(layer, chunk), before, strict=True))
