@@ -50,10 +50,9 @@ std::vector<Tensor> zipformer_chunk_pack(std::vector<int64_t> numbers, std::vect
   auto* values = mutable_data<float>(vectors);
   std::fill(values, values + plan.vector_floats, 0.0f);
   parallel_range(count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      cpu::chunk_pack_weight(plan, i, data<float>(products[static_cast<size_t>(2 * i)]), packed);
-      cpu::chunk_pack_bias(plan, i, data<float>(products[static_cast<size_t>(2 * i + 1)]), values);
-    }
+    for (int64_t i = begin; i < end; i++)
+      cpu::chunk_pack_product(plan, i, data<float>(products[static_cast<size_t>(2 * i)]),
+                              data<float>(products[static_cast<size_t>(2 * i + 1)]), packed, values);
   });
   for (size_t i = 0; i < tables.size(); i++) cpu::chunk_pack_table(plan.tables[i], data<float>(tables[i]), values);
   return {weights, vectors};

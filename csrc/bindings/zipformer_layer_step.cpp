@@ -33,7 +33,7 @@ Tensor zipformer_layer_weights(std::vector<int64_t> numbers, std::vector<Tensor>
   auto* const to = reinterpret_cast<char*>(mutable_data<float>(packed));
   parallel_range(count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
-      cpu::chunk_pack_weight(plan, i, data<float>(weights[static_cast<size_t>(i)]), to);
+      cpu::chunk_pack_product(plan, i, data<float>(weights[static_cast<size_t>(i)]), nullptr, to, nullptr);
   });
   return packed;
 }
@@ -51,7 +51,7 @@ Tensor zipformer_layer_vectors(std::vector<int64_t> numbers, int64_t frames, int
   std::fill(to, to + plan.vector_floats, 0.0f);
   for (size_t i = 0; i < biases.size(); i++) {
     check_floats(biases[i], plan.products[i].outputs, "a bias");
-    cpu::chunk_pack_bias(plan, static_cast<int64_t>(i), data<float>(biases[i]), to);
+    cpu::chunk_pack_product(plan, static_cast<int64_t>(i), nullptr, data<float>(biases[i]), nullptr, to);
   }
   for (size_t i = 0; i < tables.size(); i++) {
     check_floats(tables[i], plan.tables[i].rows * plan.tables[i].columns, "a table");

@@ -99,9 +99,10 @@ struct ChunkPlan {
   int64_t scratch_floats(int64_t streams) const;
 };
 
-// w (outputs, inputs) and bias (outputs), contiguous, of products[index].
-void chunk_pack_weight(const ChunkPlan& plan, int64_t index, const float* w, char* weights);
-void chunk_pack_bias(const ChunkPlan& plan, int64_t index, const float* bias, float* vectors);
+// w (outputs, inputs) and bias (outputs, or null: zeros), contiguous, of products[index]. Of weights and vectors the
+// one that is null is left alone.
+void chunk_pack_product(const ChunkPlan& plan, int64_t index, const float* w, const float* bias, char* weights,
+                        float* vectors);
 void chunk_pack_table(const ChunkTable& table, const float* values, float* vectors);
 
 // Runs f(begin, end) over parts of [0, n). `run` calls part(context, i) for each i of [0, parts), on as many threads.

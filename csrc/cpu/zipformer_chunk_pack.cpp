@@ -6,17 +6,15 @@
 
 namespace fastasr::cpu {
 
-void chunk_pack_weight(const ChunkPlan& plan, int64_t index, const float* w, char* weights) {
+void chunk_pack_product(const ChunkPlan& plan, int64_t index, const float* w, const float* bias, char* weights,
+                        float* vectors) {
   const ChunkProduct& p = plan.products[static_cast<size_t>(index)];
-  pack_panels(w, p.outputs, p.inputs, p.inputs, reinterpret_cast<float*>(weights + p.weight), 0,
-              panel_count(p.outputs));
-}
-
-void chunk_pack_bias(const ChunkPlan& plan, int64_t index, const float* bias, float* vectors) {
-  const ChunkProduct& p = plan.products[static_cast<size_t>(index)];
-  float* const to = vectors + p.bias;
   const int64_t padded = p.stride();
-  for (int64_t i = 0; i < padded; i++) to[i] = i < p.outputs ? bias[i] : 0;
+  if (vectors)
+    for (int64_t i = 0; i < padded; i++) vectors[p.bias + i] = bias && i < p.outputs ? bias[i] : 0;
+  if (weights)
+    pack_panels(w, p.outputs, p.inputs, p.inputs, reinterpret_cast<float*>(weights + p.weight), 0,
+                panel_count(p.outputs));
 }
 
 void chunk_pack_table(const ChunkTable& table, const float* values, float* vectors) {

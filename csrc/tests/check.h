@@ -153,6 +153,7 @@ void gated_depthwise_conv();
 void balancer_gradient();
 void skinny_gemm();
 void zipformer_chunk();
+void zipformer_layer_step();
 void mega_step();
 void rel_position_attention();
 void rel_position_attention_weights();

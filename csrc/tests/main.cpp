@@ -26,6 +26,7 @@ constexpr Test kTests[] = {
     {"balancer_gradient", fastasr::test::balancer_gradient},
     {"skinny_gemm", fastasr::test::skinny_gemm},
     {"zipformer_chunk", fastasr::test::zipformer_chunk},
+    {"zipformer_layer_step", fastasr::test::zipformer_layer_step},
     {"mega_step", fastasr::test::mega_step},
     {"simd", fastasr::test::simd},
     {"ema_scan", fastasr::test::ema_scan},

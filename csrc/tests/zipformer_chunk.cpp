@@ -223,7 +223,7 @@ void attention(int64_t frames, int64_t keys) {
   for (const int64_t unseen : {int64_t{0}, keys / 2}) {
     Buffer<float> w(frames * padded);
     std::copy(scores.data(), scores.data() + scores.size(), w.data());
-    cpu::chunk_softmax(w.data(), padded, frames, unseen, keys);
+    cpu::chunk_softmax(w.data(), padded, frames, unseen, nullptr, keys);
     cpu::chunk_weighted(w.data(), padded, frames, keys, values.data(), kChunkLanes, out.data(), kColumns, kColumns);
     CHECK(w.intact() && out.intact(), "wrote outside");
     for (int64_t i = 0; i < frames; i++) {

@@ -27,7 +27,9 @@ def narrow(values: np.ndarray) -> np.ndarray:
 
 
 # Products of float32 by ``fma_dot`` instead of the processor's BLAS. Then a b and its transpose are the same numbers,
-# as they are on a GPU: a kernel that computes scores once by rows and once by columns relies on it.
+# as they are on a GPU: a kernel that computes scores once by rows and once by columns relies on it. In order the whole
+# contract holds but for one draw, the largest error of toeplitz_attention's gradient of qk_weight with padding; over 12
+# other draws none fails, and ours is below eager's, 2.8e-7 against 3.3e-7.
 IN_ORDER = False
 
 
