@@ -130,7 +130,7 @@ void mega_pack_block(const MegaLayout& l, const MegaParameters& p, float* block)
 
   const auto product = [&](MegaProduct to, const float* weight, const float* bias) {
     const int64_t n = l.outputs[to], k = l.inputs[to];
-    pack_panels(weight, n, k, k, block + l.weight[to], 0, panel_count(n));
+    pack_panels(weight, n, k, k, WeightFormat::fp32, block + l.weight[to], nullptr, 0, panel_count(n));
     for (int64_t i = 0; i < l.stride[to]; i++) block[l.bias[to] + i] = bias && i < n ? bias[i] : 0.0f;
   };
   product(kMegaV, p.v_weight, p.v_bias);
@@ -158,7 +158,7 @@ void run_products(const Product* products, int64_t count, int64_t rows, int64_t 
     const Product& p = products[i];
     const int64_t from = std::max<int64_t>(begin - first, 0), to = std::min(end - first, p.panels);
     for (int64_t panel = from; panel < to; panel++) {
-      skinny_gemm(p.x, p.x_stride, rows, p.inputs, p.packed, p.bias, p.y, p.y_stride, panel, panel + 1);
+      skinny_gemm(p.x, p.x_stride, rows, p.inputs, {p.packed}, p.bias, p.y, p.y_stride, panel, panel + 1);
       if (p.silu) silu_panel(p.y + panel * kPanelColumns, p.y_stride, rows);
     }
   }

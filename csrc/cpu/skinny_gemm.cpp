@@ -2,7 +2,9 @@
 #include "cpu/skinny_gemm.h"
 
 #include <algorithm>
+#include <cmath>
 
+#include "cpu/number.h"
 #include "cpu/simd.h"
 #ifdef __linux__
 #include <sys/mman.h>
@@ -11,75 +13,135 @@
 namespace fastasr::cpu {
 namespace {
 
-constexpr int64_t kChain = 128;      // terms that are added in a row
-constexpr int64_t kAhead = 2048;     // floats between a load and its prefetch: 8 KB (47.5 GB/s; 4 KB: 44.5)
-constexpr int64_t kLineFloats = 16;  // of a cache line
+constexpr int64_t kChain = 128;   // terms that are added in a row
+constexpr int64_t kAhead = 8192;  // bytes between a load and its prefetch (47.5 GB/s; 4 KB: 44.5)
+constexpr int64_t kLine = 64;     // bytes of a cache line
+constexpr int64_t kLineFloats = 16;
+
+// A row of a panel as words, each with the weights of kParts columns, kPanelColumns / kParts apart: a vector of words
+// becomes kParts vectors of floats without a shuffle.
+struct Fp32 {
+  using Word = float;
+  static constexpr int64_t kParts = 1;
+  static constexpr bool kWidened = false, kScaled = false;
+  FASTASR_INLINE float widen(Word w, int64_t) { return w; }
+};
+struct Bf16 {
+  using Word = uint32_t;  // the first column in the lower half
+  static constexpr int64_t kParts = 2;
+  static constexpr bool kWidened = true, kScaled = false;
+  FASTASR_INLINE float widen(Word w, int64_t part) {
+    return from_bits(static_cast<int32_t>(part ? w & 0xffff0000u : w << 16));
+  }
+};
+struct Int8 {
+  using Word = int8_t;
+  static constexpr int64_t kParts = 1;
+  static constexpr bool kWidened = true, kScaled = true;
+  FASTASR_INLINE float widen(Word w, int64_t) { return static_cast<float>(static_cast<int32_t>(w)); }
+};
+
+struct Panel {
+  const float* x;
+  int64_t x_stride, k;
+  const void* packed;
+  const float *scale, *bias;
+  float* y;
+  int64_t y_stride;
+  bool prefetch;
+};
+
+// sum[i] += x[i][j] w[j] for the inputs [begin, end) and the columns of kColumns / kParts words from `at` on.
+template <typename Format, int kRows, int kColumns, bool kPrefetch>
+FASTASR_INLINE void chain(const Panel& p, int64_t begin, int64_t end, int64_t at, float (&sum)[kRows][kColumns]) {
+  constexpr int64_t kParts = Format::kParts, kWords = kPanelColumns / kParts, kLanes = kColumns / kParts;
+  using Word = typename Format::Word;
+  const float* __restrict x = p.x;
+  const int64_t x_stride = p.x_stride;
+  const Word* __restrict w = static_cast<const Word*>(p.packed) + begin * kWords + at;
+  const auto add_rows = [&](const float* __restrict weights, int64_t j) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; i++) {
+      const float a = x[i * x_stride + j];
+#pragma omp simd
+      for (int c = 0; c < kColumns; c++) sum[i][c] += a * weights[c];
+    }
+  };
+  for (int64_t j = begin; j < end; j++, w += kWords) {
+    if constexpr (kPrefetch) {
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < kWords * static_cast<int64_t>(sizeof(Word)); line += kLine)
+        __builtin_prefetch(reinterpret_cast<const char*>(w) + kAhead + line);
+    }
+    if constexpr (Format::kWidened) {
+      float wide[kColumns];
+#pragma GCC unroll 2
+      for (int64_t part = 0; part < kParts; part++)
+#pragma omp simd
+        for (int64_t c = 0; c < kLanes; c++) wide[part * kLanes + c] = Format::widen(w[c], part);
+      add_rows(wide, j);
+    } else {
+      add_rows(w, j);
+    }
+  }
+}
 
 // One panel, kRows rows, kColumns columns at a time. The columns of a row of the panel are fetched together, whichever
 // of them come first.
-template <int kRows, int kColumns>
-FASTASR_INLINE void panel_rows(const float* __restrict x, int64_t x_stride, int64_t k, const float* __restrict packed,
-                               const float* __restrict bias, float* __restrict y, int64_t y_stride, bool prefetch) {
-  for (int64_t at = 0; at < kPanelColumns; at += kColumns) {
-    for (int64_t begin = 0; begin < k || begin == 0; begin += kChain) {
-      const int64_t end = std::min(k, begin + kChain);
-      const float* __restrict w = packed + begin * kPanelColumns + at;
+template <typename Format, int kRows, int kColumns>
+FASTASR_INLINE void panel_rows(const Panel& p) {
+  constexpr int64_t kParts = Format::kParts, kWords = kPanelColumns / kParts, kLanes = kColumns / kParts;
+  for (int64_t at = 0; at < kWords; at += kLanes) {
+    for (int64_t begin = 0; begin < p.k || begin == 0; begin += kChain) {
+      const int64_t end = std::min(p.k, begin + kChain);
       // from zero, added to memory at the end: a tile that starts from memory stays there
       float sum[kRows][kColumns];
       for (int i = 0; i < kRows; i++)
         for (int c = 0; c < kColumns; c++) sum[i][c] = 0;
-      if (prefetch && at == 0) {
-        for (int64_t j = begin; j < end; j++, w += kPanelColumns) {
-#pragma GCC unroll 4
-          for (int64_t line = 0; line < kPanelColumns; line += kLineFloats) __builtin_prefetch(w + kAhead + line);
-#pragma GCC unroll 8
-          for (int i = 0; i < kRows; i++) {
-            const float a = x[i * x_stride + j];
+      if (p.prefetch && at == 0)
+        chain<Format, kRows, kColumns, true>(p, begin, end, at, sum);
+      else
+        chain<Format, kRows, kColumns, false>(p, begin, end, at, sum);
+#pragma GCC unroll 2
+      for (int64_t part = 0; part < kParts; part++) {
+        const int64_t first = part * kWords + at;
+        for (int i = 0; i < kRows; i++) {
+          float* __restrict out = p.y + i * p.y_stride + first;
+          float* __restrict total = sum[i] + part * kLanes;
+          if constexpr (Format::kScaled) {
 #pragma omp simd
-            for (int c = 0; c < kColumns; c++) sum[i][c] += a * w[c];
+            for (int64_t c = 0; c < kLanes; c++) total[c] *= p.scale[first + c];
           }
-        }
-      } else {
-        for (int64_t j = begin; j < end; j++, w += kPanelColumns) {
-#pragma GCC unroll 8
-          for (int i = 0; i < kRows; i++) {
-            const float a = x[i * x_stride + j];
+          if (begin) {
 #pragma omp simd
-            for (int c = 0; c < kColumns; c++) sum[i][c] += a * w[c];
+            for (int64_t c = 0; c < kLanes; c++) out[c] += total[c];
+          } else if (p.bias) {
+#pragma omp simd
+            for (int64_t c = 0; c < kLanes; c++) out[c] = p.bias[first + c] + total[c];
+          } else {
+#pragma omp simd
+            for (int64_t c = 0; c < kLanes; c++) out[c] = total[c];
           }
-        }
-      }
-      for (int i = 0; i < kRows; i++) {
-        float* out = y + i * y_stride + at;
-        if (begin) {
-#pragma omp simd
-          for (int c = 0; c < kColumns; c++) out[c] += sum[i][c];
-        } else if (bias) {
-#pragma omp simd
-          for (int c = 0; c < kColumns; c++) out[c] = bias[at + c] + sum[i][c];
-        } else {
-#pragma omp simd
-          for (int c = 0; c < kColumns; c++) out[c] = sum[i][c];
         }
       }
     }
   }
 }
 
-using PanelRows = void (*)(const float*, int64_t, int64_t, const float*, const float*, float*, int64_t, bool);
+using PanelRows = void (*)(const Panel&);
 
 // The functions for 1, 2, ... rows on one instruction set.
 struct Tiles {
   int64_t count;
   PanelRows rows[6];
 };
+using Formats = Tiles[3];  // by WeightFormat
 
 // One function per number of rows: several tiles inlined into one function spill.
-#define FASTASR_TILE(NAME, ROWS, COLUMNS, TARGET)                                                       \
-  TARGET __attribute__((noinline)) void NAME##_##ROWS(const float* x, int64_t x_stride, int64_t k,      \
-                                                      const float* packed, const float* bias, float* y, \
-                                                      int64_t y_stride, bool prefetch) {                \
-    panel_rows<ROWS, COLUMNS>(x, x_stride, k, packed, bias, y, y_stride, prefetch);                     \
+#define FASTASR_TILE(NAME, ROWS, COLUMNS, TARGET)                           \
+  template <typename Format>                                                \
+  TARGET __attribute__((noinline)) void NAME##_##ROWS(const Panel& panel) { \
+    panel_rows<Format, ROWS, COLUMNS>(panel);                               \
   }
 
 #if defined(__x86_64__) && (!defined(FASTASR_NO_CLONES) || defined(__AVX512F__))
@@ -92,7 +154,12 @@ FASTASR_TILE(avx512, 4, 64, FASTASR_TARGET)
 FASTASR_TILE(avx512, 5, 64, FASTASR_TARGET)
 FASTASR_TILE(avx512, 6, 64, FASTASR_TARGET)
 #undef FASTASR_TARGET
-constexpr Tiles kAvx512 = {6, {avx512_1, avx512_2, avx512_3, avx512_4, avx512_5, avx512_6}};
+#define FASTASR_ROWS(F)                                                                 \
+  {                                                                                     \
+    6, { avx512_1<F>, avx512_2<F>, avx512_3<F>, avx512_4<F>, avx512_5<F>, avx512_6<F> } \
+  }
+constexpr Formats kAvx512 = {FASTASR_ROWS(Fp32), FASTASR_ROWS(Bf16), FASTASR_ROWS(Int8)};
+#undef FASTASR_ROWS
 #endif
 
 #if defined(__x86_64__) && (!defined(FASTASR_NO_CLONES) || (defined(__AVX2__) && !defined(__AVX512F__)))
@@ -105,20 +172,31 @@ FASTASR_TILE(avx2, 4, 16, FASTASR_TARGET)
 FASTASR_TILE(avx2, 5, 16, FASTASR_TARGET)
 FASTASR_TILE(avx2, 6, 16, FASTASR_TARGET)
 #undef FASTASR_TARGET
-constexpr Tiles kAvx2 = {6, {avx2_1, avx2_2, avx2_3, avx2_4, avx2_5, avx2_6}};
+#define FASTASR_ROWS(F)                                                     \
+  {                                                                         \
+    6, { avx2_1<F>, avx2_2<F>, avx2_3<F>, avx2_4<F>, avx2_5<F>, avx2_6<F> } \
+  }
+// int8: 16 columns would be widened in half vectors, through the stack
+constexpr Formats kAvx2 = {FASTASR_ROWS(Fp32), FASTASR_ROWS(Bf16), {2, {avx2_1<Int8>, avx2_2<Int8>}}};
+#undef FASTASR_ROWS
 #endif
 
 #if !defined(FASTASR_NO_CLONES) || !defined(__AVX2__)
 // 16 or more registers of 4 floats
 FASTASR_TILE(portable, 1, 32, )
 FASTASR_TILE(portable, 2, 16, )
-constexpr Tiles kPortable = {2, {portable_1, portable_2}};
+#define FASTASR_ROWS(F)                 \
+  {                                     \
+    2, { portable_1<F>, portable_2<F> } \
+  }
+constexpr Formats kPortable = {FASTASR_ROWS(Fp32), FASTASR_ROWS(Bf16), FASTASR_ROWS(Int8)};
+#undef FASTASR_ROWS
 #endif
 #undef FASTASR_TILE
 
-const Tiles& tiles() {
+const Formats& formats() {
 #if defined(__x86_64__) && !defined(FASTASR_NO_CLONES)
-  static const Tiles& chosen = [&]() -> const Tiles& {
+  static const Formats& chosen = [&]() -> const Formats& {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
@@ -136,36 +214,68 @@ const Tiles& tiles() {
 #endif
 }
 
+// Calls put(input, column, weight) for each of a panel: 16 at a time, a cache line of each of the rows that are
+// interleaved. Columns beyond the last are 0.
+template <typename F>
+FASTASR_INLINE void each_weight(const float* w, int64_t columns, int64_t k, int64_t stride, const F& put) {
+  for (int64_t from = 0; from < k; from += kLineFloats) {
+    const int64_t to = std::min(k, from + kLineFloats);
+    for (int64_t c = 0; c < kPanelColumns; c++)
+      for (int64_t j = from; j < to; j++) put(j, c, c < columns ? w[c * stride + j] : 0.0f);
+  }
+}
+
+void pack_int8(const float* w, int64_t columns, int64_t k, int64_t stride, int8_t* out, float* scale) {
+  bool finite[kPanelColumns];
+  for (int64_t c = 0; c < kPanelColumns; c++) {
+    float most = 1e-30f;
+    if (c < columns)
+      for (int64_t j = 0; j < k; j++) {
+        const float size = std::fabs(w[c * stride + j]);
+        most = size <= most || most != most ? most : size;  // a NaN stays
+      }
+    scale[c] = most / 127;
+    finite[c] = std::isfinite(most);
+  }
+  each_weight(w, columns, k, stride, [&](int64_t j, int64_t c, float v) {
+    out[j * kPanelColumns + c] = finite[c] ? static_cast<int8_t>(std::lrint(v / scale[c])) : int8_t{0};
+  });
+}
+
 }  // namespace
 
-void pack_panels(const float* w, int64_t n, int64_t k, int64_t stride, float* packed, int64_t begin, int64_t end) {
+void pack_panels(const float* w, int64_t n, int64_t k, int64_t stride, WeightFormat format, void* packed, float* scale,
+                 int64_t begin, int64_t end) {
+  constexpr int64_t kHalf = kPanelColumns / 2;
   for (int64_t p = begin; p < end; p++) {
-    float* out = packed + p * kPanelColumns * k;
-    const int64_t columns = std::min(kPanelColumns, n - p * kPanelColumns);
-    // 16 inputs at a time: a cache line of each of the rows that are interleaved
-    for (int64_t from = 0; from < k; from += kLineFloats) {
-      const int64_t to = std::min(k, from + kLineFloats);
-      for (int64_t c = 0; c < columns; c++) {
-        const float* row = w + (p * kPanelColumns + c) * stride;
-        for (int64_t j = from; j < to; j++) out[j * kPanelColumns + c] = row[j];
-      }
-      for (int64_t j = from; j < to; j++)
-        for (int64_t c = columns; c < kPanelColumns; c++) out[j * kPanelColumns + c] = 0;
+    const int64_t at = p * kPanelColumns * k, columns = std::min(kPanelColumns, n - p * kPanelColumns);
+    const float* const rows = w + p * kPanelColumns * stride;
+    if (format == WeightFormat::fp32) {
+      float* const out = static_cast<float*>(packed) + at;
+      each_weight(rows, columns, k, stride, [&](int64_t j, int64_t c, float v) { out[j * kPanelColumns + c] = v; });
+    } else if (format == WeightFormat::bf16) {
+      bfloat16* const out = static_cast<bfloat16*>(packed) + at;
+      each_weight(rows, columns, k, stride, [&](int64_t j, int64_t c, float v) {
+        store(out + j * kPanelColumns + c % kHalf * 2 + c / kHalf, v);
+      });
+    } else {
+      pack_int8(rows, columns, k, stride, static_cast<int8_t*>(packed) + at, scale + p * kPanelColumns);
     }
   }
 }
 
-void skinny_gemm(const float* x, int64_t x_stride, int64_t rows, int64_t k, const float* packed, const float* bias,
+void skinny_gemm(const float* x, int64_t x_stride, int64_t rows, int64_t k, const Panels& panels, const float* bias,
                  float* y, int64_t y_stride, int64_t begin, int64_t end) {
-  const Tiles& t = tiles();
+  const Tiles& t = formats()[static_cast<int64_t>(panels.format)];
+  const int64_t bytes = kPanelColumns * k * weight_bytes(panels.format);
   const int64_t parts = (rows + t.count - 1) / t.count;  // tiles of equal height: 4 + 4 rows, not 6 + 2
   for (int64_t p = begin; p < end; p++) {
-    const float* w = packed + p * kPanelColumns * k;
-    const float* b = bias ? bias + p * kPanelColumns : nullptr;
+    const int64_t column = p * kPanelColumns;
     for (int64_t part = 0; part < parts; part++) {
       const int64_t from = rows * part / parts, to = rows * (part + 1) / parts;
-      t.rows[to - from - 1](x + from * x_stride, x_stride, k, w, b, y + from * y_stride + p * kPanelColumns, y_stride,
-                            part == 0);
+      t.rows[to - from - 1]({x + from * x_stride, x_stride, k, static_cast<const char*>(panels.data) + p * bytes,
+                             panels.scale ? panels.scale + column : nullptr, bias ? bias + column : nullptr,
+                             y + from * y_stride + column, y_stride, part == 0});
     }
   }
 }

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/skinny_gemm.h"
+
 // One chunk of a streaming Zipformer (Yao et al., 2023; the causal variant), front end and encoder, for several streams
 // at once. Everything it reads lies in three blocks of memory: weights, packed into panels in the order in which they
 // are read (see skinny_gemm.h); small vectors (biases, position scores' table, convolutions); and each stream's states.
@@ -14,10 +16,6 @@
 // a stream's bits depend neither on the others nor on the number of threads.
 namespace fastasr::cpu {
 
-// How the weights of the encoder's matrix products are kept. The sums are in fp32 in each case; those of the front end
-// are fp32 always.
-enum class ChunkWeights : int64_t { fp32 = 0, bf16 = 1, int8 = 2 };
-
 struct ChunkStack {
   int64_t dim, factor, layers, heads, query, value, pos, taps, inner[3], hidden;
 };
@@ -26,7 +24,7 @@ struct ChunkShape {
   int64_t chunk = 0, left = 0;  // frames at 50 Hz, before the stacks' own downsampling
   // the front end: most features, channels of the convolutions, of ConvNeXt's hidden rows
   int64_t bins = 0, maps[3] = {}, expanded = 0;
-  ChunkWeights weights = ChunkWeights::fp32;
+  WeightFormat weights = WeightFormat::fp32;  // of the encoder's products; the front end's are fp32
   std::vector<ChunkStack> stacks;
 
   // From a list of ints: chunk, left, bins, maps (3), expanded, weights, then the 12 of each stack. Empty stacks: the
@@ -50,8 +48,9 @@ inline constexpr int64_t kFrontPast = 3;    // frames of ConvNeXt's left padding
 // y = x Wᵀ + bias. Offsets: bytes into the weights, floats into the vectors.
 struct ChunkProduct {
   int64_t inputs, outputs, weight, bias, scale;
-  ChunkWeights format;
+  WeightFormat format;
   int64_t stride() const;  // floats of an output row, whole panels
+  Panels panels(const char* weights, const float* vectors) const { return {weights + weight, format, vectors + scale}; }
 };
 
 // rows x columns floats among the vectors, rows `stride` apart, zeros behind the columns.
@@ -100,7 +99,7 @@ struct ChunkPlan {
 };
 
 // w (outputs, inputs) and bias (outputs, or null: zeros), contiguous, of products[index]. Of weights and vectors the
-// one that is null is left alone.
+// one that is null is left alone; int8 weights want both, their scales lie among the vectors.
 void chunk_pack_product(const ChunkPlan& plan, int64_t index, const float* w, const float* bias, char* weights,
                         float* vectors);
 void chunk_pack_table(const ChunkTable& table, const float* values, float* vectors);

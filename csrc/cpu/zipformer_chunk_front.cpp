@@ -43,8 +43,8 @@ class Front {
 
   // Rows of one worker alone: the panels are not split.
   void product(const ChunkProduct& p, const float* x, int64_t rows, float* y) const {
-    skinny_gemm(x, p.inputs, rows, p.inputs, reinterpret_cast<const float*>(step_.weights + p.weight),
-                step_.vectors + p.bias, y, p.stride(), 0, panel_count(p.outputs));
+    skinny_gemm(x, p.inputs, rows, p.inputs, p.panels(step_.weights, step_.vectors), step_.vectors + p.bias, y,
+                p.stride(), 0, panel_count(p.outputs));
   }
 
   // SwooshR of `rows` rows of a product, without their padding.

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cstring>
 
-#include "cpu/skinny_gemm.h"
 #include "cpu/zipformer_chunk.h"
 
 namespace fastasr::cpu {
@@ -13,8 +12,8 @@ void chunk_pack_product(const ChunkPlan& plan, int64_t index, const float* w, co
   if (vectors)
     for (int64_t i = 0; i < padded; i++) vectors[p.bias + i] = bias && i < p.outputs ? bias[i] : 0;
   if (weights)
-    pack_panels(w, p.outputs, p.inputs, p.inputs, reinterpret_cast<float*>(weights + p.weight), 0,
-                panel_count(p.outputs));
+    pack_panels(w, p.outputs, p.inputs, p.inputs, p.format, weights + p.weight, vectors ? vectors + p.scale : nullptr,
+                0, panel_count(p.outputs));
 }
 
 void chunk_pack_table(const ChunkTable& table, const float* values, float* vectors) {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
-#include "cpu/skinny_gemm.h"
 #include "cpu/zipformer_chunk.h"
 
 namespace fastasr::cpu {
@@ -23,11 +22,11 @@ struct Layout {
   }
   ChunkTable row(int64_t columns) const { return table(1, columns, round_up(columns, kPanelColumns)); }
 
-  ChunkProduct product(int64_t inputs, int64_t outputs, ChunkWeights format) const {
+  ChunkProduct product(int64_t inputs, int64_t outputs, WeightFormat format) const {
     const int64_t padded = panel_count(outputs) * kPanelColumns;
     ChunkProduct p{inputs, outputs, plan->weight_bytes, plan->vector_floats, plan->vector_floats + padded, format};
     plan->weight_bytes += packed_size(outputs, inputs) * weight_bytes(format);
-    plan->vector_floats += padded * (format == ChunkWeights::int8 ? 2 : 1);
+    plan->vector_floats += padded * (format == WeightFormat::int8 ? 2 : 1);
     plan->products.push_back(p);
     return p;
   }
@@ -37,10 +36,6 @@ struct Layout {
     const int64_t at = plan->state_floats;
     plan->state_floats += round_up(floats, kChunkLanes);
     return at;
-  }
-
-  static int64_t weight_bytes(ChunkWeights format) {
-    return format == ChunkWeights::fp32 ? 4 : format == ChunkWeights::bf16 ? 2 : 1;
   }
 };
 
@@ -114,7 +109,7 @@ ChunkShape::ChunkShape(const std::vector<int64_t>& numbers) {
   for (int i = 0; i < 3; i++) maps[i] = n[3 + i];
   if (chunk < 2 || chunk % 2 != 0 || left < 0 || bins < 7 || expanded < 1 || n[7] < 0 || n[7] > 2) return;
   if (std::min({maps[0], maps[1], maps[2]}) < 1) return;
-  weights = static_cast<ChunkWeights>(n[7]);
+  weights = static_cast<WeightFormat>(n[7]);
   std::vector<ChunkStack> all;
   for (size_t at = kHead; at < numbers.size(); at += kPerStack) {
     const int64_t* s = n + at;
@@ -137,13 +132,13 @@ ChunkPlan::ChunkPlan(const ChunkShape& given) : shape(given) {
   const int64_t w3 = shape.width3();
   conv1 = l.table(kConvTaps, shape.bins * shape.maps[0], round_up(shape.bins * shape.maps[0], kChunkLanes));
   conv1_bias = l.row(shape.bins * shape.maps[0]);
-  conv2 = l.product(kConvTaps * shape.maps[0], shape.maps[1], ChunkWeights::fp32);
-  conv3 = l.product(kConvTaps * shape.maps[1], shape.maps[2], ChunkWeights::fp32);
+  conv2 = l.product(kConvTaps * shape.maps[0], shape.maps[1], WeightFormat::fp32);
+  conv3 = l.product(kConvTaps * shape.maps[1], shape.maps[2], WeightFormat::fp32);
   depthwise = l.table(1, shape.maps[2] * kDepthTaps, shape.maps[2] * kDepthTaps);
   depthwise_bias = l.row(shape.maps[2]);
-  expand = l.product(shape.maps[2], shape.expanded, ChunkWeights::fp32);
-  contract = l.product(shape.expanded, shape.maps[2], ChunkWeights::fp32);
-  front_out = l.product(w3 * shape.maps[2], shape.stacks[0].dim, ChunkWeights::fp32);
+  expand = l.product(shape.maps[2], shape.expanded, WeightFormat::fp32);
+  contract = l.product(shape.expanded, shape.maps[2], WeightFormat::fp32);
+  front_out = l.product(w3 * shape.maps[2], shape.stacks[0].dim, WeightFormat::fp32);
   front_norm_bias = l.row(shape.stacks[0].dim);
   front_norm_scale = l.row(1);
   front_past = l.state(kFrontPast * w3 * shape.maps[2]);

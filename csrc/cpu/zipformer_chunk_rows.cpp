@@ -223,7 +223,7 @@ void chunk_product(const ChunkStep& step, const ChunkProduct& p, const float* x,
   const int64_t panel = kPanelColumns * p.inputs;
   step.workers.split(panel_count(p.outputs), std::max<int64_t>(1, kLeastWeights / panel),
                      [&](int64_t begin, int64_t end) {
-                       skinny_gemm(x, x_stride, rows, p.inputs, reinterpret_cast<const float*>(step.weights + p.weight),
+                       skinny_gemm(x, x_stride, rows, p.inputs, p.panels(step.weights, step.vectors),
                                    step.vectors + p.bias, y, y_stride, begin, end);
                      });
 }

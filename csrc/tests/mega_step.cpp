@@ -165,13 +165,13 @@ void products() {
   Buffer<float> w1(70 * 20), w2(10 * 33), x1(kRows * 20), x2(kRows * 33), p1(cpu::packed_size(70, 20)),
       p2(cpu::packed_size(10, 33)), bias(128), y1(kRows * 128), y2(kRows * 64), z1(kRows * 128), z2(kRows * 64);
   for (Buffer<float>* t : {&w1, &w2, &x1, &x2, &bias}) t->fill(random);
-  cpu::pack_panels(w1.data(), 70, 20, 20, p1.data(), 0, 2);
-  cpu::pack_panels(w2.data(), 10, 33, 33, p2.data(), 0, 1);
+  cpu::pack_panels(w1.data(), 70, 20, 20, cpu::WeightFormat::fp32, p1.data(), nullptr, 0, 2);
+  cpu::pack_panels(w2.data(), 10, 33, 33, cpu::WeightFormat::fp32, p2.data(), nullptr, 0, 1);
   const cpu::Product list[] = {{x1.data(), 20, 20, p1.data(), bias.data(), y1.data(), 128, 2, false},
                                {x2.data(), 33, 33, p2.data(), bias.data(), y2.data(), 64, 1, true}};
   for (int64_t panel = 2; panel >= 0; panel--) cpu::run_products(list, 2, kRows, panel, panel + 1);
-  cpu::skinny_gemm(x1.data(), 20, kRows, 20, p1.data(), bias.data(), z1.data(), 128, 0, 2);
-  cpu::skinny_gemm(x2.data(), 33, kRows, 33, p2.data(), bias.data(), z2.data(), 64, 0, 1);
+  cpu::skinny_gemm(x1.data(), 20, kRows, 20, {p1.data()}, bias.data(), z1.data(), 128, 0, 2);
+  cpu::skinny_gemm(x2.data(), 33, kRows, 33, {p2.data()}, bias.data(), z2.data(), 64, 0, 1);
   CHECK(y1.equals(z1), "products: the first");
   for (int64_t i = 0; i < kRows * 64; i++)
     CHECK(near(y2[i], z2[i] * logistic(z2[i]), std::fabs(z2[i]), 8), "products: silu");

@@ -10,39 +10,66 @@ namespace fastasr::test {
 namespace {
 
 using cpu::kPanelColumns;
+using cpu::WeightFormat;
+
+constexpr WeightFormat kFormats[] = {WeightFormat::fp32, WeightFormat::bf16, WeightFormat::int8};
+const char* name_of(WeightFormat format) {
+  return format == WeightFormat::fp32 ? "fp32" : format == WeightFormat::bf16 ? "bf16" : "int8";
+}
 
 struct Problem {
   int64_t rows, n, k, panels;
-  Buffer<float> w, x, bias, packed;
-  Problem(int64_t rows_, int64_t n_, int64_t k_)
+  WeightFormat format;
+  Buffer<float> w, x, bias, scale, packed;
+  Problem(int64_t rows_, int64_t n_, int64_t k_, WeightFormat format_ = WeightFormat::fp32)
       : rows(rows_),
         n(n_),
         k(k_),
         panels(cpu::panel_count(n)),
+        format(format_),
         w(n * (k + 3), 1),
         x(rows * (k + 5), 3),
         bias(panels * kPanelColumns),
-        packed(cpu::packed_size(n, k)) {
+        scale(panels * kPanelColumns),
+        packed(cpu::packed_size(n, k) * cpu::weight_bytes(format) / 4) {
     Random random(static_cast<uint64_t>(rows * 7919 + n * 131 + k));
     w.fill(random);
     x.fill(random);
     bias.fill(random);
     for (int64_t i = n; i < bias.size(); i++) bias[i] = 0;
-    cpu::pack_panels(w.data(), n, k, k + 3, packed.data(), 0, panels);
+    cpu::pack_panels(w.data(), n, k, k + 3, format, packed.data(), scale.data(), 0, panels);
+  }
+  cpu::Panels weights() { return {packed.data(), format, scale.data()}; }
+  // What is kept of the weight from input l to output j.
+  double kept(int64_t j, int64_t l) {
+    const float v = w[j * (k + 3) + l];
+    if (format == WeightFormat::bf16) return value(make<bfloat16>(v));
+    if (format == WeightFormat::fp32) return v;
+    float most = 1e-30f;
+    for (int64_t i = 0; i < k; i++) most = std::max(most, std::fabs(w[j * (k + 3) + i]));
+    return std::nearbyint(v / (most / 127)) * static_cast<double>(most / 127);
   }
   int64_t stride() const { return panels * kPanelColumns + 7; }
   void run(Buffer<float>& y, int64_t from, int64_t to, int64_t begin, int64_t end) {
-    cpu::skinny_gemm(x.data() + from * (k + 5), k + 5, to - from, k, packed.data(), bias.data(),
-                     y.data() + from * stride(), stride(), begin, end);
+    cpu::skinny_gemm(x.data() + from * (k + 5), k + 5, to - from, k, weights(), bias.data(), y.data() + from * stride(),
+                     stride(), begin, end);
   }
 };
 
-void values(int64_t rows, int64_t n, int64_t k) {
-  Problem p(rows, n, k);
+void values(int64_t rows, int64_t n, int64_t k, WeightFormat format) {
+  Problem p(rows, n, k, format);
   Buffer<float> y(rows * p.stride(), 2);
   for (int64_t i = 0; i < y.size(); i++) y[i] = 1e30f;
   p.run(y, 0, rows, 0, p.panels);
-  CHECK(y.intact() && p.packed.intact(), "wrote outside, %ldx%ldx%ld", long(rows), long(n), long(k));
+  CHECK(y.intact() && p.packed.intact() && p.scale.intact(), "wrote outside, %ldx%ldx%ld", long(rows), long(n),
+        long(k));
+  std::vector<double> kept(static_cast<size_t>(n * k));
+  for (int64_t j = 0; j < n; j++)
+    for (int64_t l = 0; l < k; l++) {
+      const double v = kept[static_cast<size_t>(j * k + l)] = p.kept(j, l), exact = p.w[j * (k + 3) + l];
+      const double most = format == WeightFormat::int8 ? p.scale[j] * 0.5001 : std::fabs(exact) * 0x1p-8;
+      CHECK(std::fabs(v - exact) <= most, "%s: %g kept as %g", name_of(format), exact, v);
+    }
   for (int64_t i = 0; i < rows; i++) {
     for (int64_t j = 0; j < p.stride(); j++) {
       const float got = y[i * p.stride() + j];
@@ -53,24 +80,25 @@ void values(int64_t rows, int64_t n, int64_t k) {
       } else {
         long double sum = p.bias[j], size = std::fabs(p.bias[j]);
         for (int64_t l = 0; l < k; l++) {
-          const long double term = static_cast<long double>(p.x[i * (k + 5) + l]) * p.w[j * (k + 3) + l];
+          const long double term =
+              static_cast<long double>(p.x[i * (k + 5) + l]) * kept[static_cast<size_t>(j * k + l)];
           sum += term, size += std::fabs(term);
         }
         // chains of at most 128 terms, then blocks: the error grows with the root of the number of terms
         CHECK(std::fabs(got - sum) <= size * 0x1p-24L *
-                                          (4 + std::sqrt(static_cast<long double>(std::min<int64_t>(k, 128))) +
+                                          (6 + std::sqrt(static_cast<long double>(std::min<int64_t>(k, 128))) +
                                            static_cast<long double>(k) / 128),
-              "%ldx%ldx%ld (%ld, %ld): expected %.9Lg, got %.9g", long(rows), long(n), long(k), long(i), long(j), sum,
-              static_cast<double>(got));
+              "%s, %ldx%ldx%ld (%ld, %ld): expected %.9Lg, got %.9g", name_of(format), long(rows), long(n), long(k),
+              long(i), long(j), sum, static_cast<double>(got));
       }
     }
   }
 }
 
 // Any split of rows and panels over calls and threads gives the same bits.
-void splits() {
+void splits(WeightFormat format) {
   constexpr int64_t kRows = 16;
-  Problem p(kRows, 333, 391);
+  Problem p(kRows, 333, 391, format);
   Buffer<float> whole(kRows * p.stride());
   whole.fill(*std::make_unique<Random>(1));
   p.run(whole, 0, kRows, 0, p.panels);
@@ -95,11 +123,13 @@ void splits() {
   }
 }
 
-void packing_in_parts() {
-  Problem p(1, 200, 37);
-  Buffer<float> packed(p.packed.size());
-  for (const int64_t panel : {3, 1, 0, 2}) cpu::pack_panels(p.w.data(), 200, 37, 40, packed.data(), panel, panel + 1);
-  CHECK(packed.equals(p.packed), "panels packed one by one differ");
+void packing_in_parts(WeightFormat format) {
+  Problem p(1, 200, 37, format);
+  Buffer<float> packed(p.packed.size()), scale(p.scale.size());
+  for (const int64_t panel : {3, 1, 0, 2})
+    cpu::pack_panels(p.w.data(), 200, 37, 40, format, packed.data(), scale.data(), panel, panel + 1);
+  CHECK(packed.equals(p.packed) && scale.equals(p.scale), "panels packed one by one differ");
+  if (format != WeightFormat::fp32) return;
   for (int64_t c = 0; c < 200; c++)
     for (int64_t k = 0; k < 37; k++)
       CHECK(packed[(c / kPanelColumns * 37 + k) * kPanelColumns + c % kPanelColumns] == p.w[c * 40 + k], "layout");
@@ -108,11 +138,43 @@ void packing_in_parts() {
 void without_bias() {
   Problem p(3, 70, 130);
   Buffer<float> y(3 * p.stride()), z(3 * p.stride());
-  cpu::skinny_gemm(p.x.data(), 135, 3, 130, p.packed.data(), nullptr, y.data(), p.stride(), 0, p.panels);
+  cpu::skinny_gemm(p.x.data(), 135, 3, 130, p.weights(), nullptr, y.data(), p.stride(), 0, p.panels);
   for (int64_t i = 0; i < p.bias.size(); i++) p.bias[i] = 0;
   p.run(z, 0, 3, 0, p.panels);
   for (int64_t i = 0; i < 3; i++)
     for (int64_t j = 0; j < 70; j++) CHECK(y[i * p.stride() + j] == z[i * p.stride() + j], "no bias is a bias of zero");
+}
+
+// bf16 panels give the bits of fp32 panels with the same values.
+void bf16_is_fp32_of_rounded_weights() {
+  Problem rounded(5, 100, 300, WeightFormat::bf16), exact(5, 100, 300);
+  for (int64_t i = 0; i < exact.w.size(); i++) exact.w[i] = static_cast<float>(value(make<bfloat16>(exact.w[i])));
+  cpu::pack_panels(exact.w.data(), 100, 300, 303, WeightFormat::fp32, exact.packed.data(), nullptr, 0, 2);
+  Buffer<float> y(5 * exact.stride()), z(5 * exact.stride());
+  rounded.run(y, 0, 5, 0, 2);
+  exact.run(z, 0, 5, 0, 2);
+  CHECK(y.equals(z), "bf16 panels differ from fp32 panels of the same values");
+}
+
+// Columns of zeros, of tiny and huge numbers, and with numbers that are not finite: these stay in their column.
+void unusual_weights(WeightFormat format) {
+  constexpr int64_t kInputs = 40, kNan = 0, kInfinite = 3;
+  Problem p(2, 8, kInputs, format);
+  const auto column = [&](int64_t c, float v) {
+    for (int64_t j = 0; j < kInputs; j++) p.w[c * (kInputs + 3) + j] = v;
+  };
+  p.w[kNan * (kInputs + 3) + 7] = std::numeric_limits<float>::quiet_NaN();
+  p.w[kInfinite * (kInputs + 3) + 9] = std::numeric_limits<float>::infinity();
+  column(1, 0), column(2, 1e-40f), column(4, 1e36f), column(5, -0.0f);
+  for (int64_t j = 0; j < kInputs; j++) p.x[j] = 1;
+  cpu::pack_panels(p.w.data(), 8, kInputs, kInputs + 3, format, p.packed.data(), p.scale.data(), 0, 1);
+  Buffer<float> y(2 * p.stride());
+  p.run(y, 0, 2, 0, 1);
+  for (int64_t c = 0; c < kPanelColumns; c++)
+    CHECK(std::isfinite(y[c]) == (c != kNan && c != kInfinite), "%s, column %ld: %g", name_of(format), long(c),
+          static_cast<double>(y[c]));
+  CHECK(y[1] == p.bias[1] && y[5] == p.bias[5], "columns of zeros");
+  CHECK(std::fabs(y[4] / (kInputs * 1e36) - 1) < 0.01, "huge weights: %g", static_cast<double>(y[4]));
 }
 
 void pages() {
@@ -124,14 +186,18 @@ void pages() {
 }  // namespace
 
 void skinny_gemm() {
-  for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 16})
-    for (const int64_t n : {1, 63, 64, 65, 130})
-      for (const int64_t k : {1, 2, 16, 127, 128, 129, 300}) values(rows, n, k);
-  values(1, 512, 1024);
-  values(0, 64, 16);
-  values(2, 64, 0);
-  splits();
-  packing_in_parts();
+  for (const WeightFormat format : kFormats) {
+    for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 16})
+      for (const int64_t n : {1, 63, 64, 65, 130})
+        for (const int64_t k : {1, 2, 16, 127, 128, 129, 300}) values(rows, n, k, format);
+    values(1, 512, 1024, format);
+    values(0, 64, 16, format);
+    values(2, 64, 0, format);
+    splits(format);
+    packing_in_parts(format);
+    unusual_weights(format);
+  }
+  bf16_is_fp32_of_rounded_weights();
   without_bias();
   pages();
 }

@@ -15,8 +15,8 @@ namespace {
 using cpu::ChunkCounters;
 using cpu::ChunkPlan;
 using cpu::ChunkShape;
-using cpu::ChunkWeights;
 using cpu::kChunkLanes;
+using cpu::WeightFormat;
 
 void run_threads(int64_t parts, void (*part)(const void*, int64_t), const void* context) {
   std::vector<std::thread> threads;
@@ -25,7 +25,7 @@ void run_threads(int64_t parts, void (*part)(const void*, int64_t), const void* 
 }
 
 // Nothing is a multiple of a vector; the widest stack is neither the first nor the last.
-std::vector<int64_t> numbers(int64_t chunk, int64_t left, ChunkWeights weights) {
+std::vector<int64_t> numbers(int64_t chunk, int64_t left, WeightFormat weights) {
   std::vector<int64_t> n = {chunk, left, 14, 3, 5, 6, 11, static_cast<int64_t>(weights)};
   constexpr int64_t kStacks[3][12] = {{10, 1, 1, 2, 5, 3, 2, 5, 12, 9, 7, 8},
                                       {21, 2, 2, 3, 4, 18, 3, 7, 20, 70, 6, 17},
@@ -41,7 +41,7 @@ struct Engine {
   Buffer<float> weights, vectors, states;
   std::vector<ChunkCounters> counters;
 
-  Engine(int64_t chunk, int64_t left, ChunkWeights format, int64_t slots_)
+  Engine(int64_t chunk, int64_t left, WeightFormat format, int64_t slots_)
       : plan(ChunkShape(numbers(chunk, left, format))),
         slots(slots_),
         weights((plan.weight_bytes + 3) / 4),
@@ -117,7 +117,7 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
 
 // Streams of any age in a call, in any order, on any number of threads: the bits of each are those it has alone. Rings
 // turn over several times.
-void streams(int64_t chunk, int64_t left, ChunkWeights format) {
+void streams(int64_t chunk, int64_t left, WeightFormat format) {
   constexpr int64_t kSlots = 3;
   Engine together(chunk, left, format, kSlots), alone(chunk, left, format, kSlots);
   Random random(11);
@@ -138,7 +138,7 @@ void streams(int64_t chunk, int64_t left, ChunkWeights format) {
 }
 
 // Exported and imported elsewhere a stream goes on with the same bits, wherever its rings stand.
-void moves(ChunkWeights format) {
+void moves(WeightFormat format) {
   Engine e(4, 8, format, 2);
   Random random(13);
   std::vector<std::vector<float>> tensors;
@@ -163,7 +163,7 @@ void moves(ChunkWeights format) {
 }
 
 // Fewer features than the plan's that give maps of the same width; values that are not finite stay in their stream.
-void features(ChunkWeights format) {
+void features(WeightFormat format) {
   for (const int64_t bins : {11, 12, 13}) {
     Engine e(4, 8, format, 2);
     Random random(17);
@@ -178,9 +178,9 @@ void features(ChunkWeights format) {
 }
 
 void shapes() {
-  CHECK(!ChunkShape(numbers(4, 8, ChunkWeights::fp32)).stacks.empty(), "a shape");
+  CHECK(!ChunkShape(numbers(4, 8, WeightFormat::fp32)).stacks.empty(), "a shape");
   const auto refused = [](auto change) {
-    std::vector<int64_t> n = numbers(4, 8, ChunkWeights::fp32);
+    std::vector<int64_t> n = numbers(4, 8, WeightFormat::fp32);
     change(n);
     return ChunkShape(n).stacks.empty();
   };
@@ -312,7 +312,7 @@ void zipformer_chunk() {
   for (const int64_t frames : {1, 2, 5, 16})
     for (const int64_t pad : {1, 3, 7}) convolution(frames, pad, frames == 5 ? 16 : 11);
   for (const int64_t factor : {1, 2, 4}) resampling(factor);
-  for (const ChunkWeights format : {ChunkWeights::fp32}) {
+  for (const WeightFormat format : {WeightFormat::fp32, WeightFormat::bf16, WeightFormat::int8}) {
     for (const auto& [chunk, left] : {std::pair{2, 2}, std::pair{4, 8}, std::pair{8, 0}, std::pair{6, 24}})
       streams(chunk, left, format);
     moves(format);

@@ -8,13 +8,13 @@ memory that the call updates in place. See docs/kernels/zipformer_chunk.md.
 import torch
 
 from fastasr.ops import _dispatch
-from fastasr.streaming.backend import check_states
+from fastasr.streaming.backend import Backend, check_states
 from fastasr.streaming.packing import pack
 
 _COUNTERS = 2  # frames processed; chunks behind the front of the stream's rings
 
 
-class NativeBackend:
+class NativeBackend(Backend):
     """Streams of ``model.encoder_embed`` and ``model.encoder``, causal, in eval mode, float32 on the CPU.
 
     weights: what the encoder's matrices are kept in: fp32; bf16; int8, with a scale for each output. ``threads`` of
@@ -25,7 +25,6 @@ class NativeBackend:
     """
 
     name = "native"
-    released = 0
 
     def __init__(self, model, chunk_size, left_context_frames, weights="fp32", max_streams=1, threads=1):
         if _dispatch.native_library() is None:

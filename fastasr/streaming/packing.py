@@ -27,8 +27,6 @@ def pack(model, chunk_size, left_context_frames, weights="fp32"):
     _check_frames(encoder, chunk_size, left_context_frames)
     if weights not in WEIGHTS:
         raise ValueError(f"NativeBackend: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    if weights != "fp32":
-        raise NotImplementedError(f"{weights} weights")
     convolutions = _convolutions(embed)
     expand = embed.convnext.pointwise_conv1
     width = embed.out.in_features // convolutions[-1].out_channels

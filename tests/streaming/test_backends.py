@@ -95,7 +95,7 @@ def test_what_is_not_finite_stays_in_its_stream(model, kind):
     assert relative(backend.step(x[2], [0, 1])[1], alone.step(x[2, 1])) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BACKENDS if kind != "native"])  # which has fp32 alone
+@every_backend
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
 def test_rounded_weights(model, kind, weights):
     before = copy.deepcopy(model.state_dict())

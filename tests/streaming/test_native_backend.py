@@ -3,6 +3,7 @@
 
 import copy
 import random
+import time
 from functools import cache
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 import zipformers
 
 from fastasr.models.zipformer import StreamingEncoderWrapper
+from fastasr.streaming import EagerBackend
 from fastasr.streaming.native import NativeBackend
 
 LIMIT = 5e-6  # of the rms of the output, in fp32
+ROUNDED = {"bf16": 1.5e-3, "int8": 4e-3}  # the documented change by rounded weights
+every_format = pytest.mark.parametrize("weights", ["fp32", *ROUNDED])
 
 
 @cache
@@ -65,6 +69,31 @@ def test_published_sizes(size, chunk_size, left, steps):
     assert backend.export_states(0)[-1].tolist() == [steps * chunk_size]
 
 
+@pytest.mark.parametrize(
+    ("size", "weights"), [("small", "bf16"), ("small", "int8"), ("medium", "bf16"), ("large", "int8")]
+)
+def test_rounded_weights(size, weights):
+    """What the model's own code gives with weights rounded so, to the accuracy of fp32; the memory that it takes."""
+    model = _published(size)
+    backend, rounded = (kind(model, 16, 128, weights=weights) for kind in (NativeBackend, EagerBackend))
+    chunks = zipformers.features(1, 2, 16)
+    exact, _ = _reference(model, 16, 128, chunks)
+    for x, y in zip(chunks, exact, strict=True):
+        got = backend.step(x, [0])
+        assert _error(got, rounded.step(x, [0]).double()) <= LIMIT
+        assert 1e-5 < _error(got, y) <= ROUNDED[weights]
+    parameters = sum(p.numel() for m in (model.encoder, model.encoder_embed) for p in m.parameters())
+    assert backend.weights_bytes <= {"bf16": 2, "int8": 1}[weights] * parameters + 6e6
+
+
+@pytest.mark.parametrize("weights", ROUNDED)
+def test_rounded_weights_of_odd_sizes(weights):
+    model = _odd()
+    backend, rounded = (kind(model, 4, 8, weights=weights) for kind in (NativeBackend, EagerBackend))
+    for x in zipformers.features(1, 9, 4):
+        assert _error(backend.step(x, [0]), rounded.step(x, [0]).double()) <= LIMIT
+
+
 @pytest.mark.parametrize(("chunk_size", "left"), [(2, 2), (4, 8), (6, 6), (10, 40), (8, 0)])
 def test_odd_sizes(chunk_size, left):
     """Often enough that the rings turn over; a left context shorter than a chunk, none at all."""
@@ -85,12 +114,13 @@ def test_odd_sizes(chunk_size, left):
         assert exported[-1] == states[-1][stream]
 
 
-def test_streams_come_and_go():
+@every_format
+def test_streams_come_and_go(weights):
     """Any streams of any age in a call, in any order: the bits of each are those it has alone."""
     chunk_size, left, slots = 4, 8, 4
     model = _odd()
-    backend = NativeBackend(model, chunk_size, left, max_streams=slots)
-    alone = NativeBackend(model, chunk_size, left, max_streams=1)
+    backend = NativeBackend(model, chunk_size, left, weights, max_streams=slots)
+    alone = NativeBackend(model, chunk_size, left, weights, max_streams=1)
     draw = random.Random(0)
     age, heard, said = [0] * slots, [[] for _ in range(slots)], [[] for _ in range(slots)]
 
@@ -115,12 +145,12 @@ def test_streams_come_and_go():
         check(slot)
 
 
-@pytest.mark.parametrize("threads", [2, 3])
-def test_threads_change_no_bit(threads):
+@pytest.mark.parametrize(("threads", "weights"), [(2, "fp32"), (3, "fp32"), (2, "bf16"), (2, "int8")])
+def test_threads_change_no_bit(threads, weights):
     model = _published("small")
     chunks = zipformers.features(3, 3, 16)
-    one = NativeBackend(model, 16, 64, max_streams=3)
-    many = NativeBackend(model, 16, 64, max_streams=3, threads=threads)
+    one = NativeBackend(model, 16, 64, weights, max_streams=3)
+    many = NativeBackend(model, 16, 64, weights, max_streams=3, threads=threads)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -188,11 +218,20 @@ def test_released_weights():
     assert torch.equal(backend.step(x, [0]), expected)
 
 
-def test_memory():
-    backend = NativeBackend(_published("medium"), 16, 128, max_streams=2)
-    parameters = sum(4 * p.numel() for p in _published("medium").parameters())
+@pytest.mark.parametrize("size", ["medium", "large"])
+def test_packing(size):
+    """The bounds on memory are those over the weights; the time is the CPU's, so that other work does not count."""
+    model = _published(size)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    began = time.process_time()
+    backend = NativeBackend(model, 16, 128, max_streams=2)
+    seconds = time.process_time() - began
+    torch.set_num_threads(before)
+    parameters = sum(4 * p.numel() for p in model.parameters())
     assert backend.streams_bytes / 2 <= 10e6
     assert backend.weights_bytes - parameters <= 5e6
+    assert seconds < 2
 
 
 @pytest.mark.parametrize(
