@@ -201,6 +201,8 @@ void forward_body(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch,
   const int64_t hidden = s.hidden, batch = s.batch, gate_row = 4 * hidden, rows = s.steps * batch;
   C *gates = scratch, *gate_parts = gates + batch * gate_row, *cell_parts = gate_parts + 2 * s.units() * batch;
   std::vector<std::pair<C, C>> rows_of(static_cast<size_t>(batch));  // mean and 1 / deviation: each thread its own
+  // The phase that rows_of is for. Who has a unit of a phase merges: nobody writes the parts before that unit is done.
+  int64_t merged = -1;
   for (int64_t t = 0; t < s.steps; t++) {
     const C* before = t ? y + (t - 1) * batch * hidden : p.hidden;
     const C* cell_before = t ? cell : p.cell;
@@ -243,8 +245,11 @@ void forward_body(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch,
     };
     team.phase(3 * t, begin, end, products, t % 2);  // to and fro: the weights read last are still in the cache
 
-    for (int64_t b = 0; b < batch; b++) merge_moments(gate_parts, s, b, 4, p.eps, &rows_of[size_t(b)]);
     team.phase(3 * t + 1, begin, end, [&](int64_t unit) {
+      if (merged != 3 * t + 1) {
+        for (int64_t b = 0; b < batch; b++) merge_moments(gate_parts, s, b, 4, p.eps, &rows_of[size_t(b)]);
+        merged = 3 * t + 1;
+      }
       const int64_t u0 = unit * kLstmUnit, u1 = std::min(hidden, u0 + kLstmUnit), width = u1 - u0;
       const C *w = p.gate_weight + u0, *bias = p.gate_bias + u0;
       for (int64_t b = 0; b < batch; b++) {
@@ -286,8 +291,11 @@ void forward_body(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch,
       }
     });
 
-    for (int64_t b = 0; b < batch; b++) merge_moments(cell_parts, s, b, 1, p.eps, &rows_of[size_t(b)]);
     team.phase(3 * t + 2, begin, end, [&](int64_t unit) {
+      if (merged != 3 * t + 2) {
+        for (int64_t b = 0; b < batch; b++) merge_moments(cell_parts, s, b, 1, p.eps, &rows_of[size_t(b)]);
+        merged = 3 * t + 2;
+      }
       const int64_t u0 = unit * kLstmUnit, u1 = std::min(hidden, u0 + kLstmUnit), width = u1 - u0;
       const C *w = p.cell_weight + u0, *bias = p.cell_bias + u0;
       for (int64_t b = 0; b < batch; b++) {
@@ -319,6 +327,7 @@ void backward_body(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstm
   const int64_t hidden = s.hidden, batch = s.batch, gate_row = 4 * hidden, rows = s.steps * batch;
   C *cell_parts = scratch, *gate_parts = cell_parts + 2 * s.units() * batch;
   std::vector<std::pair<C, C>> rows_of(static_cast<size_t>(batch));  // two means of a row: each thread its own
+  int64_t merged = -1;
   constexpr int64_t kRows = 16;  // rows whose shares of the parameters' gradients are added in C, then in double
   int64_t phase = 0;
   for (int64_t t = s.steps - 1; t >= 0; t--) {
@@ -377,8 +386,12 @@ void backward_body(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstm
     team.phase(phase++, begin, end, through_output, t % 2);
 
     // through the cell's normalisation, the activations and the gates' weights
-    for (int64_t b = 0; b < batch; b++) merge_sums(cell_parts, s, b, static_cast<double>(hidden), &rows_of[size_t(b)]);
-    team.phase(phase++, begin, end, [&](int64_t unit) {
+    team.phase(phase, begin, end, [&](int64_t unit) {
+      if (merged != phase) {
+        for (int64_t b = 0; b < batch; b++)
+          merge_sums(cell_parts, s, b, static_cast<double>(hidden), &rows_of[size_t(b)]);
+        merged = phase;
+      }
       const int64_t u0 = unit * kLstmUnit, u1 = std::min(hidden, u0 + kLstmUnit), width = u1 - u0;
       const C *w = p.gate_weight + u0, *bias = p.gate_bias + u0, *cw = p.cell_weight + u0, *cb = p.cell_bias + u0;
       alignas(64) C dweight[4 * kLstmUnit], dbias[4 * kLstmUnit];
@@ -442,11 +455,15 @@ void backward_body(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstm
         }
       }
     });
+    phase++;
 
     // through the gates' normalisation
-    for (int64_t b = 0; b < batch; b++)
-      merge_sums(gate_parts, s, b, static_cast<double>(4 * hidden), &rows_of[size_t(b)]);
-    team.phase(phase++, begin, end, [&](int64_t unit) {
+    team.phase(phase, begin, end, [&](int64_t unit) {
+      if (merged != phase) {
+        for (int64_t b = 0; b < batch; b++)
+          merge_sums(gate_parts, s, b, static_cast<double>(4 * hidden), &rows_of[size_t(b)]);
+        merged = phase;
+      }
       const int64_t u0 = unit * kLstmUnit, u1 = std::min(hidden, u0 + kLstmUnit), width = u1 - u0;
       for (int64_t b = 0; b < batch; b++) {
         const C mean = rows_of[size_t(b)].first, along = rows_of[size_t(b)].second;
@@ -459,6 +476,7 @@ void backward_body(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstm
         }
       }
     });
+    phase++;
   }
 
   team.phase(phase, begin, end, [&](int64_t unit) {
