@@ -20,6 +20,7 @@ from fastasr.decoding.encoders import StreamingEncoder, encode
 from fastasr.decoding.greedy_search import GreedySearch, greedy_search
 from fastasr.decoding.modified_beam_search import ModifiedBeamSearch, modified_beam_search
 from fastasr.decoding.results import Decoded
+from fastasr.decoding.rnnt_beam_search import RNNTBeamSearch
 
 __all__ = [
     "CtcGreedySearch",
@@ -28,6 +29,7 @@ __all__ = [
     "FeatureChunks",
     "GreedySearch",
     "ModifiedBeamSearch",
+    "RNNTBeamSearch",
     "StreamingEncoder",
     "ctc_greedy_search",
     "ctc_prefix_beam_search",

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prediction network: embedding, LayerNorm, LSTMs, a linear layer, LayerNorm."""
+
+import torch
+from torch import Tensor, nn
+
+from fastasr import ops
+from fastasr.models.mega import plumbing
+
+State = list[list[Tensor]]
+
+
+class CustomLSTM(nn.Module):
+    """An LSTM layer, with LayerNorm on gates and cell (``layer_norm=True``, then without biases) or plain.
+
+    ``forward(input (T, B, D), state)``: state is None or [hidden, cell], (B, H) each; returns y (T, B, H) and the state
+    after the last step.
+    """
+
+    def __init__(
+        self, input_dim: int, hidden_dim: int, layer_norm: bool = False, layer_norm_epsilon: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.x2g = nn.Linear(input_dim, 4 * hidden_dim, bias=not layer_norm)
+        self.p2g = nn.Linear(hidden_dim, 4 * hidden_dim, bias=False)
+        if layer_norm:
+            self.c_norm = nn.LayerNorm(hidden_dim, eps=layer_norm_epsilon)
+            self.g_norm = nn.LayerNorm(4 * hidden_dim, eps=layer_norm_epsilon)
+        else:
+            self.c_norm = nn.Identity()
+            self.g_norm = nn.Identity()
+        self.hidden_dim = hidden_dim
+
+    def forward(self, input: Tensor, state: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        hidden, cell = (None, None) if state is None else state
+        x2g, p2g, gates, cells = self.x2g, self.p2g, self.g_norm, self.c_norm
+        plain = plumbing.is_plain(x2g) and plumbing.is_plain(p2g) and p2g.bias is None
+        if plain and x2g.bias is None and plumbing.is_layer_norm(gates) and plumbing.is_layer_norm(cells):
+            if gates.eps == cells.eps:
+                y, hidden, cell = ops.layer_norm_lstm(
+                    input,
+                    x2g.weight,
+                    p2g.weight,
+                    gates.weight,
+                    gates.bias,
+                    cells.weight,
+                    cells.bias,
+                    hidden,
+                    cell,
+                    gates.eps,
+                )
+                return y, [hidden, cell]
+        if plain and x2g.bias is not None and type(gates) is type(cells) is nn.Identity:
+            return _plain_lstm(input, x2g, p2g, hidden, cell)
+        return _by_steps(self, input, hidden, cell)
+
+
+def _plain_lstm(x: Tensor, x2g: nn.Linear, p2g: nn.Linear, hidden: Tensor | None, cell: Tensor | None):
+    """Without norms this is torch's LSTM, whose order of gates is the same, with one bias."""
+    zeros = x.new_zeros(x.shape[1], p2g.weight.shape[1])
+    state = [(zeros if t is None else t).unsqueeze(0) for t in (hidden, cell)]
+    weights = [x2g.weight, p2g.weight, x2g.bias, torch.zeros_like(x2g.bias)]
+    y, hidden, cell = torch.lstm(x, state, weights, True, 1, 0.0, False, False, False)
+    return y, [hidden[0], cell[0]]
+
+
+def _by_steps(lstm: nn.Module, x: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """Through the modules themselves: someone watches or wraps one of them."""
+    zeros = x.new_zeros(x.shape[1], lstm.hidden_dim)
+    h, c = (zeros if t is None else t for t in (h, c))
+    steps = []
+    for product in lstm.x2g(x).unbind(0):
+        i, f, v, o = lstm.g_norm(product + lstm.p2g(h)).chunk(4, 1)
+        c = lstm.c_norm(f.sigmoid() * c + i.sigmoid() * v.tanh())
+        h = o.sigmoid() * c.tanh()
+        steps.append(h)
+    return torch.stack(steps), [h, c]
+
+
+class Predictor(nn.Module):
+    """Labels (B, U) to encodings (B, U, output_dim).
+
+    Args:
+        num_symbols: labels, the blank included. output_dim: channels of the encodings. symbol_embedding_dim: of an
+            embedding. num_lstm_layers, lstm_hidden_dim: LSTM layers and their units.
+        lstm_layer_norm: whether gates and cells are normalised; lstm_layer_norm_epsilon: added to their variances.
+        lstm_dropout: after each LSTM layer.
+    """
+
+    def __init__(
+        self,
+        num_symbols: int,
+        output_dim: int,
+        symbol_embedding_dim: int,
+        num_lstm_layers: int,
+        lstm_hidden_dim: int,
+        lstm_layer_norm: bool = False,
+        lstm_layer_norm_epsilon: float = 1e-5,
+        lstm_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_symbols, symbol_embedding_dim)
+        self.input_layer_norm = nn.LayerNorm(symbol_embedding_dim)
+        self.lstm_layers = nn.ModuleList(
+            CustomLSTM(
+                symbol_embedding_dim if i == 0 else lstm_hidden_dim,
+                lstm_hidden_dim,
+                layer_norm=lstm_layer_norm,
+                layer_norm_epsilon=lstm_layer_norm_epsilon,
+            )
+            for i in range(num_lstm_layers)
+        )
+        self.dropout = nn.Dropout(p=lstm_dropout)
+        self.linear = nn.Linear(lstm_hidden_dim, output_dim)
+        self.output_layer_norm = nn.LayerNorm(output_dim)
+        self.lstm_dropout = lstm_dropout
+
+    def forward(
+        self, input: Tensor, lengths: Tensor, state: State | None = None
+    ) -> tuple[Tensor, Tensor, State]:
+        """input (B, U), lengths (B,), state: per layer [hidden, cell], or None -> encodings (B, U, output_dim), lengths
+        and the states after the last label."""
+        x = self.input_layer_norm(self.embedding(input.t()))
+        states = []
+        for i, lstm in enumerate(self.lstm_layers):
+            x, after = lstm(x, None if state is None else state[i])
+            x = plumbing.dropout(self.dropout, x)
+            states.append(after)
+        x = self.output_layer_norm(plumbing.linear(self.linear, x))
+        return x.transpose(0, 1), lengths, states
