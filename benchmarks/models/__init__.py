@@ -2,6 +2,7 @@
 """Benchmarks of whole models: one file per model, each with ``NAME`` and ``measure``."""
 
 from fastasr.benchmarks.models import (
+    emformer_rnnt,
     mega,
     mega_step,
     pruned_transducer,
@@ -22,6 +23,7 @@ MODULES = (
     zipformer_front_end,
     mega,
     mega_step,
+    emformer_rnnt,
     pruned_transducer,
     recipe_step,
     transcribe,

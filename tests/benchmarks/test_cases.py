@@ -155,6 +155,23 @@ def test_a_step_of_the_mega_decoder():
     assert list(mega_step.measure(size="tiny", settings=QUICK, skip=lambda case, shape: True)) == []
 
 
+def test_the_predictor_of_the_emformer_transducer():
+    from fastasr.benchmarks.models import emformer_rnnt
+
+    sizes = {"size": "tiny", "sequences": ((2, 3),), "steps": (2,)}
+    try:
+        units = list(emformer_rnnt.measure(**sizes, settings=QUICK, reps=2, compile_model=False))
+    except upstream.MissingUpstream as reason:
+        pytest.skip(str(reason))
+    assert [(unit[0].case, unit[0].pass_) for unit in units] == [
+        ("predictor", "forward"),
+        ("predictor", "forward+backward"),
+        ("predictor, one step", "forward"),
+    ]
+    for unit in units:
+        assert [row.implementation for row in unit] == ["upstream", "upstream+linear", "fastasr"]
+
+
 def test_a_step_of_the_recipe():
     """And the peak of one implementation, in its own process."""
     pytest.importorskip("kaldialign", reason="the recipe needs the extra fastasr[recipe]")

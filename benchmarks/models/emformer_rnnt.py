@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The predictor of torchaudio's base Emformer RNN-T (three LSTM layers of 512 with LayerNorm): a batch of label
+sequences, forward and with gradients, and one step of a search.
+
+Beside upstream as shipped stand upstream with only its linears replaced (how much of the gain is the GEMM's), upstream
+under torch.compile, and fastasr's own class with the same parameters.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastasr.benchmarks import upstream
+from fastasr.benchmarks.case import Report, Settings
+from fastasr.benchmarks.models.unit import BOTH, COMPILE, FASTASR, FORWARD, UPSTREAM, measure_unit
+from fastasr.benchmarks.models.zipformer import with_linear
+from fastasr.benchmarks.rows import Row
+
+NAME = "emformer_rnnt"
+LINEAR = "upstream+linear"
+PREDICTOR, STEP = "predictor", "predictor, one step"
+SYMBOLS = 4097
+SIZES = {
+    "base": {"output_dim": 1024, "symbol_embedding_dim": 512, "num_lstm_layers": 3, "lstm_hidden_dim": 512},
+    "tiny": {"output_dim": 24, "symbol_embedding_dim": 16, "num_lstm_layers": 2, "lstm_hidden_dim": 16},
+}
+SEQUENCES, STEPS = ((4, 50), (1, 50), (16, 50)), (1, 10)  # batch and labels; batches of a step
+
+
+def predictors(size: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Upstream's predictor with random parameters, and ours. Raises ``upstream.MissingUpstream``."""
+    from fastasr.models.emformer_rnnt import Predictor
+
+    try:
+        from torchaudio.models.rnnt import _Predictor
+    except (ImportError, OSError) as error:
+        raise upstream.MissingUpstream(
+            f"torchaudio cannot be imported ({error}); pip install --no-deps torchaudio==2.11.0"
+        ) from None
+    torch.manual_seed(0)
+    options = SIZES[size] | {"lstm_layer_norm": True, "lstm_layer_norm_epsilon": 1e-3, "lstm_dropout": 0.3}
+    shipped, own = _Predictor(SYMBOLS, **options), Predictor(SYMBOLS, **options)
+    own.load_state_dict(shipped.state_dict())
+    return shipped, own
+
+
+def _step(model: torch.nn.Module, labels: torch.Tensor, lengths: torch.Tensor, state) -> Callable:
+    def run():
+        with torch.no_grad():
+            model(labels, lengths, state)
+
+    return run
+
+
+def _training_step(model: torch.nn.Module, labels: torch.Tensor, lengths: torch.Tensor) -> Callable:
+    weight = torch.randn(*labels.shape, model.linear.out_features)
+
+    def run():
+        model.zero_grad()
+        (model(labels, lengths)[0] * weight).sum().backward()
+
+    return run
+
+
+def measure(
+    *,
+    size: str = "base",
+    sequences: tuple[tuple[int, int], ...] = SEQUENCES,
+    steps: tuple[int, ...] = STEPS,
+    settings: Settings | None = None,
+    reps: int | None = None,
+    compile_model: bool = True,
+    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
+    report: Report = lambda _: None,
+) -> Iterator[list[Row]]:
+    """Yields the rows of each case and pass. ``skip(case, shape, pass)`` leaves a unit out. Raises
+    ``upstream.MissingUpstream``."""
+    settings = settings or Settings()
+    units = [(PREDICTOR, *shape, pass_) for shape in sequences for pass_ in (FORWARD, BOTH)]
+    units += [(STEP, batch, 1, FORWARD) for batch in steps]
+    units = [u for u in units if not skip(u[0], f"{size} {u[1]}x{u[2]}", u[3])]
+    if not units:
+        return
+    shipped, own = predictors(size)
+    models = {UPSTREAM: shipped, FASTASR: own}
+    for case, batch, length, pass_ in units:
+        labels, lengths = torch.randint(0, SYMBOLS, (batch, length)), torch.full((batch,), length)
+        runs = {}
+        for name, model in models.items():
+            model.train(pass_ == BOTH)
+            with torch.no_grad():
+                state = model(labels, lengths)[2] if case == STEP else None
+            runs[name] = (
+                _training_step(model, labels, lengths)
+                if pass_ == BOTH
+                else _step(model, labels, lengths, state)
+            )
+        runs = {UPSTREAM: runs[UPSTREAM], LINEAR: with_linear(runs[UPSTREAM]), FASTASR: runs[FASTASR]}
+        if compile_model and case == STEP:  # a loop over 50 labels compiles for minutes
+            runs[COMPILE] = _step(torch.compile(copy.deepcopy(shipped).eval()), labels, lengths, state)
+        yield measure_unit(
+            NAME,
+            case,
+            pass_,
+            f"{size} {batch}x{length}",
+            runs,
+            settings,
+            reps or 2 * settings.reps,
+            report,
+        )
