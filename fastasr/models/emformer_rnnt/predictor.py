@@ -35,21 +35,21 @@ class CustomLSTM(nn.Module):
         hidden, cell = (None, None) if state is None else state
         x2g, p2g, gates, cells = self.x2g, self.p2g, self.g_norm, self.c_norm
         plain = plumbing.is_plain(x2g) and plumbing.is_plain(p2g) and p2g.bias is None
-        if plain and x2g.bias is None and plumbing.is_layer_norm(gates) and plumbing.is_layer_norm(cells):
-            if gates.eps == cells.eps:
-                y, hidden, cell = ops.layer_norm_lstm(
-                    input,
-                    x2g.weight,
-                    p2g.weight,
-                    gates.weight,
-                    gates.bias,
-                    cells.weight,
-                    cells.bias,
-                    hidden,
-                    cell,
-                    gates.eps,
-                )
-                return y, [hidden, cell]
+        normalised = plumbing.is_layer_norm(gates) and plumbing.is_layer_norm(cells)
+        if plain and x2g.bias is None and normalised and gates.eps == cells.eps:
+            y, hidden, cell = ops.layer_norm_lstm(
+                input,
+                x2g.weight,
+                p2g.weight,
+                gates.weight,
+                gates.bias,
+                cells.weight,
+                cells.bias,
+                hidden,
+                cell,
+                gates.eps,
+            )
+            return y, [hidden, cell]
         if plain and x2g.bias is not None and type(gates) is type(cells) is nn.Identity:
             return _plain_lstm(input, x2g, p2g, hidden, cell)
         return _by_steps(self, input, hidden, cell)

@@ -80,9 +80,9 @@ class Rule:
 
 def families():
     """The rule families, each a tuple of rules, in the order in which they are tried."""
-    from fastasr.swap.rules import espnet, zipformer
+    from fastasr.swap.rules import espnet, torchaudio_rnnt, zipformer
 
-    return (zipformer.RULES, espnet.RULES)
+    return (zipformer.RULES, espnet.RULES, torchaudio_rnnt.RULES)
 
 
 def rules_by_forward():
