@@ -20,6 +20,7 @@ from fastasr.ops.balancer_gradient import definition as balancer_gradient_defini
 from fastasr.ops.bias_norm import definition as bias_norm_definition
 from fastasr.ops.bypass import definition as bypass_definition
 from fastasr.ops.complex_ema_scan import definition as complex_ema_scan_definition
+from fastasr.ops.conv_spatial_gate import definition as conv_spatial_gate_definition
 from fastasr.ops.depthwise_conv2d import definition as depthwise_conv2d_definition
 from fastasr.ops.ema_scan import definition as ema_scan_definition
 from fastasr.ops.gated_depthwise_conv import definition as gated_depthwise_conv_definition
@@ -138,6 +139,12 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             lambda *tensors: layer_norm_lstm_definition(*tensors)[0],
             lambda *tensors: ops.layer_norm_lstm(*tensors)[0],
             lambda *tensors: registered.layer_norm_lstm(*tensors, None, None, 1e-5, True)[0],
+        ),
+        "conv_spatial_gate": Tiny(
+            (torch.randn(1, 2, 2 * channels, device=device), scale, bias, weight[:, :3].contiguous()),
+            conv_spatial_gate_definition,
+            ops.conv_spatial_gate,
+            lambda x, nw, nb, w: registered.conv_spatial_gate(x, nw, nb, w, None, None, 1e-5, 0),
         ),
         "linear": Tiny((x, weight, bias), F.linear, ops.linear, registered.linear),
         "nonlin_attention": Tiny(

@@ -59,40 +59,6 @@ FASTASR_INLINE void gate_gradient(const C* __restrict du, const C* __restrict u,
   }
 }
 
-// Sums of a channel: short chains of the compute type (a block's), added up in double.
-template <typename C>
-class Sums {
- public:
-  explicit Sums(int64_t rows) : rows_(rows), part_(rows), total_(rows) {}
-  void clear() {
-    for (int64_t i = 0; i < rows_ * kStripe; i++) part_[0][i] = 0;
-    for (int64_t i = 0; i < rows_ * kStripe; i++) total_[0][i] = 0;
-  }
-  C* part(int64_t row) { return part_[row]; }
-  const double* total(int64_t row) { return total_[row]; }
-  void carry(int64_t first, int64_t rows) {
-    C* __restrict part = part_[first];
-    double* __restrict total = total_[first];
-#pragma omp simd
-    for (int64_t i = 0; i < rows * kStripe; i++) {
-      total[i] += static_cast<double>(part[i]);
-      part[i] = 0;
-    }
-  }
-  void add(int64_t row, const C* rows, int64_t n) {
-    double* __restrict total = total_[row];
-    for (int64_t i = 0; i < n; i++) {
-#pragma omp simd
-      for (int64_t c = 0; c < kStripe; c++) total[c] += static_cast<double>(rows[i * kStripe + c]);
-    }
-  }
-
- private:
-  const int64_t rows_;
-  Rows<C> part_;
-  Rows<double> total_;
-};
-
 template <typename T>
 class Backward : Convolution<T> {
   using Base = Convolution<T>;
@@ -132,14 +98,12 @@ class Backward : Convolution<T> {
   }
 
  private:
-  static int64_t whole_tiles(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
-
   // Row r of u_ and gate_ is frame t - P + r; row r of q_ and r_ is frame t - 2 P + r.
   void sequence(const Stripe<T>& stripe, const Gradient& g) {
     const int64_t frames = conv_.frames, reach = 2 * pad_;
     stage<true>(stripe, -pad_, reach, u_[0], gate_[0]);
-    clear(q_[0], reach);
-    if (conv_.chunked()) clear(r_[0], reach);
+    clear_rows(q_[0], reach);
+    if (conv_.chunked()) clear_rows(r_[0], reach);
     int64_t chained = 0;
     for (int64_t t = 0; t < frames + pad_;) {
       const bool within = t < frames;
@@ -157,8 +121,8 @@ class Backward : Convolution<T> {
         if (conv_.chunked() && chained > kChain)  // chunks whose edges are one chain
           sums_.carry(edge_row_, 2 * conv_.taps), chained = 0;
       } else {
-        clear(q_[reach], n);
-        if (conv_.chunked()) clear(r_[reach], n);
+        clear_rows(q_[reach], n);
+        if (conv_.chunked()) clear_rows(r_[reach], n);
       }
       input_gradients(stripe, g, t, end);
       for (Rows<C>* ring : {&u_, &gate_, &q_, &r_})
@@ -175,10 +139,6 @@ class Backward : Convolution<T> {
 
   T* output(const Stripe<T>& stripe, const Gradient& g, int64_t t) const {
     return g.dh + (t * conv_.batch + stripe.batch) * 2 * conv_.channels + stripe.first;
-  }
-
-  static void clear(C* rows, int64_t n) {
-    for (int64_t i = 0; i < n * kStripe; i++) rows[i] = 0;
   }
 
   void output_gradients(const Stripe<T>& stripe, const Gradient& g, int64_t t, int64_t end) {

@@ -1,40 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // What forward and backward of gated_depthwise_conv share, per instruction set (see depthwise_tile.h; no include
 // guard): the stripe's rows, their staging, and the chunks of a block.
-#include "cpu/depthwise_tile.h"
+#include "cpu/depthwise_rows.h"
 
 static_assert(kStripe == kGatedStripe);
 
 // Frames of a block: its rows, and 2 P + kTile more for the taps' reach, stay in the first or second cache.
 constexpr int64_t kBlock = 64;
-
-// Scratch rows, 64-byte aligned, zeroed.
-template <typename C>
-class Rows {
- public:
-  explicit Rows(int64_t rows) : memory_(new C[static_cast<size_t>(rows * kStripe + kSlack)]()) {
-    rows_ = memory_.get();
-    while (reinterpret_cast<uintptr_t>(rows_) % 64) rows_++;
-  }
-  C* operator[](int64_t row) { return rows_ + row * kStripe; }
-
- private:
-  static constexpr int64_t kSlack = 64 / sizeof(C);
-  std::unique_ptr<C[]> memory_;
-  C* rows_;
-};
-
-// Not __builtin_prefetch: GCC takes a function that does nothing else for one without effect and drops its calls.
-template <typename T>
-FASTASR_INLINE void prefetch_row(const T* row) {
-  for (int64_t c = 0; c < kStripe; c += 64 / static_cast<int64_t>(sizeof(T))) {
-#if defined(__x86_64__) && defined(__GNUC__)
-    asm volatile("prefetcht0 %0" : : "m"(row[c]));
-#else
-    __builtin_prefetch(row + c);
-#endif
-  }
-}
 
 // One stripe of the channels of one sequence.
 template <typename T>
@@ -194,9 +166,9 @@ class Convolution {
     const int64_t c = stripe.first, n = stripe.channels, K = conv_.taps;
     stage_taps(conv_.weight + c * K, n, K, taps_[0]);
     // bias_[0]: what is added to z; bias_[1]: to the convolution within the chunk
-    stage_bias(conv_.chunked() ? conv_.causal_bias : conv_.bias, c, n, bias_[0]);
+    stage_vector(conv_.chunked() ? conv_.causal_bias : conv_.bias, c, n, bias_[0]);
     if (!conv_.chunked()) return;
-    stage_bias(conv_.bias, c, n, bias_[1]);
+    stage_vector(conv_.bias, c, n, bias_[1]);
     stage_taps(conv_.causal_weight + c * (pad_ + 1), n, pad_ + 1, causal_[0]);
     stage_taps(conv_.chunk_scale + c * K, n, K, edges_[0]);
     stage_taps(conv_.chunk_scale + (conv_.channels + c) * K, n, K, edges_[K]);
@@ -224,9 +196,4 @@ class Convolution {
   const GatedDepthwiseConv<T>& conv_;
   const int64_t pad_;
   Rows<C> taps_, causal_, edges_, bias_, z_, e_, copy_;
-
- private:
-  static void stage_bias(const T* bias, int64_t first, int64_t n, C* row) {
-    for (int64_t c = 0; c < kStripe; c++) row[c] = bias && c < n ? load(bias[first + c]) : C(0);
-  }
 };

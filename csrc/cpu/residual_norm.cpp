@@ -1,49 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/residual_norm.h"
 
-#include <cmath>
-
 #include "cpu/activation.h"
 
 namespace fastasr::cpu {
 namespace {
-
-// Sums over a row: 16 lanes add four terms each in the compute type, then go on in double. ESPnet's epsilon is 1e-12,
-// so rows of almost equal elements are normalised by their rounding errors: those must not be ours.
-constexpr int64_t kLanes = 16, kChain = 4, kBlock = kLanes * kChain;
-
-template <typename C, typename F>
-FASTASR_INLINE double row_sum(int64_t n, const F& term) {
-  alignas(64) double total[kLanes] = {};
-  int64_t j = 0;
-  for (; j + kBlock <= n; j += kBlock) {
-    alignas(64) C part[kLanes] = {};
-    for (int64_t k = 0; k < kChain; k++) {
-#pragma omp simd
-      for (int64_t l = 0; l < kLanes; l++) part[l] += term(j + k * kLanes + l);
-    }
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; l++) total[l] += static_cast<double>(part[l]);
-  }
-  for (; j < n; j++) total[j % kLanes] += static_cast<double>(term(j));
-  double sum = 0;
-  for (int64_t l = 0; l < kLanes; l++) sum += total[l];
-  return sum;
-}
-
-// centred = t - mean(t), in place. The mean is subtracted in two parts, exact to double.
-template <typename C>
-FASTASR_INLINE RowStatistics<C> centre(C* __restrict t, int64_t n, double eps) {
-  const double mean = row_sum<C>(n, [&](int64_t j) { return t[j]; }) / static_cast<double>(n);
-  const C high = static_cast<C>(mean);
-  C low = static_cast<C>(mean - static_cast<double>(high));
-  if constexpr (sizeof(C) == sizeof(double))  // the sum above was rounded: what is left of the mean
-    low = row_sum<C>(n, [&](int64_t j) { return t[j] - high; }) / static_cast<C>(n);
-#pragma omp simd
-  for (int64_t j = 0; j < n; j++) t[j] = (t[j] - high) - low;
-  const double square = row_sum<C>(n, [&](int64_t j) { return t[j] * t[j]; });
-  return {high, low, static_cast<C>(1 / std::sqrt(square / static_cast<double>(n) + eps))};
-}
 
 // t and, gated, a = act(candidate + hidden) mask, s = sigmoid(update), r = 1 - s, slope = act' mask.
 template <typename C>

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/number.h"
+#include "cpu/row_statistics.h"
 
 // A residual, gated or not, and LayerNorm over the last dimension:
 //   y = LN(t), t = x + sigmoid(update) (a - x), a = act(candidate + hidden) mask; plain (candidate null): t = x +
@@ -27,12 +28,6 @@ struct ResidualNorm {
   double eps;
   int activation;
   int64_t channels;
-};
-
-// (t - high) - low is t less its mean, which is exact to double; scale is 1 / sqrt(var + eps).
-template <typename C>
-struct RowStatistics {
-  C high, low, scale;
 };
 
 // Elements of scratch a call needs.

@@ -149,6 +149,7 @@ void bias_norm();
 void bypass();
 void depthwise_conv2d();
 void nonlin_attention();
+void conv_spatial_gate();
 void gated_depthwise_conv();
 void balancer_gradient();
 void skinny_gemm();

@@ -22,6 +22,7 @@ constexpr Test kTests[] = {
     {"bypass", fastasr::test::bypass},
     {"depthwise_conv2d", fastasr::test::depthwise_conv2d},
     {"nonlin_attention", fastasr::test::nonlin_attention},
+    {"conv_spatial_gate", fastasr::test::conv_spatial_gate},
     {"gated_depthwise_conv", fastasr::test::gated_depthwise_conv},
     {"balancer_gradient", fastasr::test::balancer_gradient},
     {"skinny_gemm", fastasr::test::skinny_gemm},

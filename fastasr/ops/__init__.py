@@ -9,6 +9,7 @@ from fastasr.ops.balancer_gradient import balancer_gradient
 from fastasr.ops.bias_norm import bias_norm
 from fastasr.ops.bypass import bypass
 from fastasr.ops.complex_ema_scan import complex_ema_scan
+from fastasr.ops.conv_spatial_gate import conv_spatial_gate
 from fastasr.ops.depthwise_conv2d import depthwise_conv2d
 from fastasr.ops.ema_scan import ema_scan
 from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv
@@ -37,6 +38,7 @@ NAMES = (
     "layer_norm_lstm",
     "ema_scan",
     "complex_ema_scan",
+    "conv_spatial_gate",
     "depthwise_conv2d",
     "gated_depthwise_conv",
     "nonlin_attention",
@@ -56,6 +58,7 @@ __all__ = [
     "bias_norm",
     "bypass",
     "complex_ema_scan",
+    "conv_spatial_gate",
     "depthwise_conv2d",
     "ema_scan",
     "gated_depthwise_conv",

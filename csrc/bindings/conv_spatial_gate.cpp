@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/conv_spatial_gate.h"
+
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "bindings/dispatch.h"
+#include "cpu/activation.h"
+
+namespace fastasr {
+namespace {
+
+using cpu::ConvSpatialGate;
+using Optional = std::optional<Tensor>;
+
+struct Operands {
+  const Tensor &x, &norm_weight, &norm_bias, &weight;
+  const Optional &bias, &mask;
+  double eps;
+  int64_t activation;
+};
+
+template <typename T>
+void check_parameter(const Tensor& t, int64_t numel, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == kComputeType<T> && t.is_contiguous() && t.numel() == numel, op, ": ", name);
+}
+
+template <typename T>
+ConvSpatialGate<T> checked(const Operands& o, const char* op) {
+  using C = cpu::compute_t<T>;
+  STD_TORCH_CHECK(o.x.dim() == 3 && o.x.size(2) >= 2 && o.x.size(2) % 2 == 0, op, ": x is not (B, T, 2 C)");
+  STD_TORCH_CHECK(o.x.stride(2) == 1 || !o.x.numel(), op, ": the channels of x are not contiguous");
+  const int64_t batch = o.x.size(0), frames = o.x.size(1), channels = o.x.size(2) / 2;
+  STD_TORCH_CHECK(o.weight.dim() >= 2, op, ": weight");
+  const int64_t taps = o.weight.size(o.weight.dim() - 1);
+  STD_TORCH_CHECK(taps % 2 == 1, op, ": weight has an even number of taps");
+  check_parameter<T>(o.weight, channels * taps, op, "weight");
+  check_parameter<T>(o.norm_weight, channels, op, "norm_weight");
+  check_parameter<T>(o.norm_bias, channels, op, "norm_bias");
+  if (o.bias) check_parameter<T>(*o.bias, channels, op, "bias");
+  if (o.mask)
+    STD_TORCH_CHECK(o.mask->scalar_type() == ScalarType::Bool && o.mask->is_contiguous() && o.mask->dim() == 2 &&
+                        o.mask->size(0) == batch && o.mask->size(1) == frames,
+                    op, ": padding_mask is not a contiguous bool tensor (B, T)");
+  STD_TORCH_CHECK(o.eps >= 0, op, ": eps");
+  STD_TORCH_CHECK(o.activation >= 0 && o.activation < cpu::kActivations, op, ": activation");
+  return {data<T>(o.x),
+          o.x.stride(0),
+          o.x.stride(1),
+          data<C>(o.norm_weight),
+          data<C>(o.norm_bias),
+          data<C>(o.weight),
+          o.bias ? data<C>(*o.bias) : nullptr,
+          o.mask ? data<bool>(*o.mask) : nullptr,
+          batch,
+          frames,
+          channels,
+          taps,
+          o.eps,
+          static_cast<int>(o.activation)};
+}
+
+template <typename T, typename C = cpu::compute_t<T>>
+std::vector<cpu::RowStatistics<C>> statistics_of(const ConvSpatialGate<T>& p) {
+  std::vector<cpu::RowStatistics<C>> statistics(p.rows());
+  parallel_range(p.rows(), std::max<int64_t>(1, kGrain / p.channels), [&](int64_t b, int64_t e) {
+    std::vector<C> scratch(p.channels);
+    cpu::conv_spatial_gate_statistics(p, statistics.data(), b, e, scratch.data());
+  });
+  return statistics;
+}
+
+// Tasks of `rows` frames that are worth a thread of their own.
+int64_t grain(int64_t rows, int64_t taps) {
+  return std::max<int64_t>(1, 2 * kGrain / std::max<int64_t>(1, rows * cpu::kSpatialGateStripe * (taps / 8 + 1)));
+}
+
+template <typename T>
+int64_t stripes(const ConvSpatialGate<T>& p) {
+  return (p.channels + cpu::kSpatialGateStripe - 1) / cpu::kSpatialGateStripe;
+}
+
+Tensor conv_spatial_gate_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
+                                 const Tensor& weight, const Optional& bias, const Optional& padding_mask, double eps,
+                                 int64_t activation) {
+  const char* op = "conv_spatial_gate_forward";
+  Tensor y = new_without_elements(x);
+  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    const auto p = checked<T>({x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation}, op);
+    const int64_t sizes[] = {p.batch, p.frames, p.channels};
+    const int64_t strides[] = {std::max<int64_t>(1, p.frames) * p.channels, p.channels, 1};
+    y = new_strided(x, 3, sizes, strides);
+    T* out = mutable_data<T>(y);
+    const auto statistics = statistics_of(p);
+    parallel_range(stripes(p) * p.batch, grain(p.frames, p.taps),
+                   [&](int64_t b, int64_t e) { cpu::conv_spatial_gate_forward(p, statistics.data(), out, b, e); });
+  });
+  return y;
+}
+
+// dx and du, the gradient of the normalised gate: that of float and double tensors waits in dx's second half.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& weight,
+    const Optional& bias, const Optional& padding_mask, double eps, int64_t activation) {
+  const char* op = "conv_spatial_gate_backward";
+  Tensor dx = new_contiguous(x), dnorm_weight = new_like(norm_weight), dnorm_bias = new_like(norm_bias),
+         dweight = new_like(weight), dbias = new_like(norm_bias);
+  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const auto p = checked<T>({x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation}, op);
+    const int64_t n = p.channels;
+    check_like(grad, x, op, "grad");
+    STD_TORCH_CHECK(grad.numel() == p.rows() * n, op, ": grad has another number of elements");
+    const T* g = data<T>(grad);
+    T* out = mutable_data<T>(dx);
+    std::unique_ptr<C[]> scratch;
+    C* du = nullptr;
+    int64_t du_row = n;
+    if constexpr (std::is_same_v<T, C>)
+      du = out + n, du_row = 2 * n;
+    else
+      scratch.reset(new C[static_cast<size_t>(p.rows() * n)]), du = scratch.get();
+    const auto statistics = statistics_of(p);
+    C *dw = mutable_data<C>(dweight), *db = mutable_data<C>(dbias);
+    parallel_range(stripes(p), grain(3 * p.rows(), p.taps), [&](int64_t b, int64_t e) {
+      cpu::conv_spatial_gate_backward(p, statistics.data(), g, out, du, du_row, dw, db, b, e);
+    });
+    const RowBlocks blocks(p.rows(), n);
+    const std::unique_ptr<C[]> parts(new C[static_cast<size_t>(blocks.count * 2 * n)]);  // every block is written
+    parallel_range(blocks.count, std::max<int64_t>(1, kGrain / (blocks.rows_per_block * 4 * n)),
+                   [&](int64_t b, int64_t e) {
+                     for (int64_t k = b; k < e; k++) {
+                       C* part = parts.get() + k * 2 * n;
+                       cpu::conv_spatial_gate_norm_backward(p, statistics.data(), du, du_row, out, part, part + n,
+                                                            blocks.begin(k), blocks.begin(k) + blocks.size(k));
+                     }
+                   });
+    std::vector<C> sums(2 * n);
+    reduce_blocks<C>(parts.get(), blocks.count, 2 * n, sums.data());
+    std::copy_n(sums.data(), n, mutable_data<C>(dnorm_weight));
+    std::copy_n(sums.data() + n, n, mutable_data<C>(dnorm_bias));
+  });
+  return {dx, dnorm_weight, dnorm_bias, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def(
+      "conv_spatial_gate_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias, "
+      "Tensor? padding_mask, float eps, int activation) -> Tensor");
+  m.def(
+      "conv_spatial_gate_backward(Tensor grad, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, "
+      "Tensor? bias, Tensor? padding_mask, float eps, int activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("conv_spatial_gate_forward", TORCH_BOX(&fastasr::conv_spatial_gate_forward));
+  m.impl("conv_spatial_gate_backward", TORCH_BOX(&fastasr::conv_spatial_gate_backward));
+}

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The local branch: an MLP with a convolutional spatial gating unit (Sakuma et al., 2022)."""
+
+import torch
+
+from fastasr import ops
+from fastasr.models.e_branchformer import activations
+from fastasr.models.mega import plumbing
+
+
+def _is_convolution(conv) -> bool:
+    """Whether this is a depthwise convolution over time as the kernel computes it, which nothing watches."""
+    taps = conv.kernel_size[0] if type(conv) is torch.nn.Conv1d else 0
+    return (
+        taps % 2 == 1
+        and not plumbing.is_watched(conv)
+        and "forward" not in vars(conv)
+        and conv.groups == conv.in_channels == conv.out_channels
+        and (conv.stride, conv.dilation, conv.padding, conv.padding_mode)
+        == ((1,), (1,), (taps // 2,), "zeros")
+    )
+
+
+def _is_layer_norm(norm) -> bool:
+    """Whether this is torch's LayerNorm over the last dimension, or ESPnet's class of it, with weight and bias."""
+    return (
+        isinstance(norm, torch.nn.LayerNorm)
+        and type(norm).__name__ == "LayerNorm"
+        and getattr(norm, "dim", -1) == -1
+        and len(norm.normalized_shape) == 1
+        and norm.bias is not None
+        and not plumbing.is_watched(norm)
+        and "forward" not in vars(norm)
+    )
+
+
+class ConvolutionalSpatialGatingUnit(torch.nn.Module):
+    """x (B, T, size) = (r, g) -> dropout(r · act(linear(conv(norm(g))) + gate_add)) (B, T, size / 2); the linear layer
+    only with use_linear_after_conv."""
+
+    def __init__(
+        self,
+        size,
+        kernel_size,
+        dropout_rate,
+        use_linear_after_conv=False,
+        gate_activation="identity",
+        *,
+        bias=True,
+        norm=None,
+    ):
+        super().__init__()
+        if size % 2:
+            raise ValueError(f"ConvolutionalSpatialGatingUnit: size: expected an even number, got {size}")
+        if kernel_size % 2 == 0:
+            raise ValueError(
+                f"ConvolutionalSpatialGatingUnit: kernel_size: expected an odd number, got {kernel_size}"
+            )
+        channels = size // 2
+        self.norm = torch.nn.LayerNorm(channels, eps=1e-12) if norm is None else norm(channels)
+        self.conv = torch.nn.Conv1d(
+            channels, channels, kernel_size, padding=(kernel_size - 1) // 2, groups=channels, bias=bias
+        )
+        self.linear = torch.nn.Linear(channels, channels) if use_linear_after_conv else None
+        self.act = activations.instance("ConvolutionalSpatialGatingUnit", "gate_activation", gate_activation)
+        self.dropout = torch.nn.Dropout(dropout_rate)
+
+    def espnet_initialization_fn(self):
+        """As ESPnet: the gate starts as 1."""
+        for module in (self.conv, self.linear):
+            if module is not None:
+                torch.nn.init.normal_(module.weight, std=1e-6)
+                torch.nn.init.ones_(module.bias)
+
+    def forward(self, x, gate_add=None):
+        norm, conv = self.norm, self.conv
+        name = activations.fused_name(self.act)
+        if (
+            _is_layer_norm(norm)
+            and _is_convolution(conv)
+            and self.linear is None
+            and gate_add is None
+            and name
+        ):
+            parameters = norm.weight, norm.bias, conv.weight, conv.bias
+            y = ops.conv_spatial_gate(x, *parameters, norm.eps, activation=name)
+            return plumbing.dropout(self.dropout, y)
+        r, g = x.chunk(2, dim=-1)
+        g = conv(norm(g).transpose(1, 2)).transpose(1, 2)
+        if self.linear is not None:
+            g = plumbing.linear(self.linear, g)
+        if gate_add is not None:
+            g = g + gate_add
+        return plumbing.dropout(self.dropout, r * self.act(g))
+
+
+class FeedForwardConvGated(torch.nn.Module):
+    """x (B, T, out_dim) -> same shape: linear layer, activation, convolutional spatial gating unit, linear layer.
+
+    Args:
+        out_dim: the model's width.
+        ff_dim: width of the gated half, half of ESPnet's ``cgmlp_linear_units``; default 3 out_dim.
+        kernel_size: taps of the depthwise convolution, odd.
+        dropout: rate, after the gate.
+        activation: after the first linear layer, a name or a module.
+        gate_activation: of the gate, a name or a module.
+        with_bias: whether the linear layers and the convolution have a bias.
+        norm: makes the gate's norm from its width; default LayerNorm with ESPnet's epsilon of 1e-12.
+        use_linear_after_conv: ESPnet's option: a linear layer after the convolution.
+    """
+
+    def __init__(
+        self,
+        out_dim,
+        *,
+        ff_dim=None,
+        kernel_size=31,
+        dropout=0.1,
+        activation="gelu",
+        gate_activation="identity",
+        with_bias=True,
+        norm=None,
+        use_linear_after_conv=False,
+    ):
+        super().__init__()
+        ff_dim = 3 * out_dim if ff_dim is None else ff_dim
+        self.channel_proj1 = torch.nn.Sequential(
+            torch.nn.Linear(out_dim, 2 * ff_dim, bias=with_bias),
+            activations.instance("FeedForwardConvGated", "activation", activation),
+        )
+        self.csgu = ConvolutionalSpatialGatingUnit(
+            2 * ff_dim,
+            kernel_size,
+            dropout,
+            use_linear_after_conv,
+            gate_activation,
+            bias=with_bias,
+            norm=norm,
+        )
+        self.channel_proj2 = torch.nn.Linear(ff_dim, out_dim, bias=with_bias)
+
+    def forward(self, x, mask=None):
+        """x, or ESPnet's pair of x and the positions, which is handed on."""
+        x, positions = x if isinstance(x, tuple) else (x, None)
+        first = self.channel_proj1
+        if _is_two_steps(first):
+            x = activations.activate(first[1], plumbing.linear(first[0], x))
+        else:
+            x = first(x)
+        x = plumbing.linear(self.channel_proj2, self.csgu(x))
+        return x if positions is None else (x, positions)
+
+
+def _is_two_steps(sequential) -> bool:
+    return (
+        type(sequential) is torch.nn.Sequential
+        and len(sequential) == 2
+        and not plumbing.is_watched(sequential)
+        and plumbing.is_plain(sequential[0])
+    )

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Feed-forward block: W2 dropout(act(W1 x + b1)) + b2."""
+
+import torch
+
+from fastasr.models.e_branchformer import activations
+from fastasr.models.mega import plumbing
+
+
+class PositionwiseFeedForward(torch.nn.Module):
+    """x (..., idim) -> same shape."""
+
+    def __init__(self, idim, hidden_units, dropout_rate, activation="relu"):
+        super().__init__()
+        self.w_1 = torch.nn.Linear(idim, hidden_units)
+        self.w_2 = torch.nn.Linear(hidden_units, idim)
+        self.dropout = torch.nn.Dropout(dropout_rate)
+        self.activation = activations.instance("PositionwiseFeedForward", "activation", activation)
+
+    def forward(self, x):
+        hidden = plumbing.linear(self.w_1, x)
+        if plumbing.is_plain(self.w_1):
+            hidden = activations.activate(self.activation, hidden)
+        else:
+            hidden = self.activation(hidden)
+        return plumbing.linear(self.w_2, plumbing.dropout(self.dropout, hidden))

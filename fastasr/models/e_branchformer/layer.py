@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The E-Branchformer layer: feed-forward, attention and cgMLP side by side, merge, feed-forward, norm."""
+
+import torch
+
+from fastasr.models.e_branchformer import merge as merging
+from fastasr.models.e_branchformer.attention import RelPositionMultiHeadedAttention
+from fastasr.models.e_branchformer.cgmlp import FeedForwardConvGated
+from fastasr.models.e_branchformer.feed_forward import PositionwiseFeedForward
+from fastasr.models.mega import plumbing
+
+
+class EBranchformerLayer(torch.nn.Module):
+    """RETURNN's options, ESPnet's attribute names and call: ``EBranchformerEncoderLayer``'s state dicts load as they
+    are.
+
+    Args:
+        out_dim: the model's width.
+        ff_dim: width of the feed-forward blocks; default 4 out_dim.
+        ff_activation: of the feed-forward blocks, a name or a module.
+        dropout: rate, of every branch and within the feed-forward blocks and the cgMLP.
+        num_heads, att_dropout: of the attention.
+        cgmlp: a module in place of the cgMLP, or None.
+        cgmlp_ff_dim: width of the gated half (half of ESPnet's ``cgmlp_linear_units``); default 3 out_dim.
+        cgmlp_conv_kernel, merge_conv_kernel: taps, odd.
+        self_att: a module in place of the attention, called as ``self_att(x, x, x, pos_emb, mask)``, or None.
+        norm: makes a norm from its width; default LayerNorm with ESPnet's epsilon of 1e-12 (RETURNN's is 1e-6).
+        use_ffn, macaron: whether there is a feed-forward block at the end, and one at the start too; with both, each
+            counts half.
+        cgmlp_options: further arguments of :class:`FeedForwardConvGated`.
+    """
+
+    def __init__(
+        self,
+        out_dim=512,
+        *,
+        ff_dim=None,
+        ff_activation="silu",
+        dropout=0.1,
+        num_heads=4,
+        self_att=None,
+        att_dropout=0.1,
+        cgmlp=None,
+        cgmlp_ff_dim=None,
+        cgmlp_conv_kernel=31,
+        merge_conv_kernel=3,
+        norm=None,
+        use_ffn=True,
+        macaron=True,
+        zero_triu=False,
+        cgmlp_options=None,
+    ):
+        super().__init__()
+        self.size = out_dim
+        ff_dim = 4 * out_dim if ff_dim is None else ff_dim
+        make_norm = norm if norm is not None else lambda width: torch.nn.LayerNorm(width, eps=1e-12)
+        if self_att is None:
+            self_att = RelPositionMultiHeadedAttention(num_heads, out_dim, att_dropout, zero_triu)
+        self.attn = self_att
+        if cgmlp is None:
+            cgmlp = FeedForwardConvGated(
+                out_dim,
+                ff_dim=cgmlp_ff_dim,
+                kernel_size=cgmlp_conv_kernel,
+                dropout=dropout,
+                norm=norm,
+                **(cgmlp_options or {}),
+            )
+        self.cgmlp = cgmlp
+        self.feed_forward = self.feed_forward_macaron = None
+        self.ff_scale = 1.0
+        if use_ffn:
+            self.feed_forward = PositionwiseFeedForward(out_dim, ff_dim, dropout, ff_activation)
+        if use_ffn and macaron:
+            self.feed_forward_macaron = PositionwiseFeedForward(out_dim, ff_dim, dropout, ff_activation)
+        if use_ffn:
+            self.norm_ff = make_norm(out_dim)
+        if use_ffn and macaron:
+            self.ff_scale = 0.5
+            self.norm_ff_macaron = make_norm(out_dim)
+        self.norm_mha = make_norm(out_dim)
+        self.norm_mlp = make_norm(out_dim)
+        self.norm_final = make_norm(out_dim)
+        self.dropout = torch.nn.Dropout(dropout)
+        merging.add_to(self, 2 * out_dim, out_dim, merge_conv_kernel)
+
+    def forward(self, x_input, mask=None, cache=None):
+        """x (B, T, out_dim), or a pair of it and the positions (1, 2T − 1, out_dim) that relative attention needs, and
+        mask (B, 1, T), True where a frame counts -> (x or the pair, mask)."""
+        if cache is not None:
+            raise NotImplementedError("EBranchformerLayer: cache: expected None, as upstream")
+        x, positions = x_input if isinstance(x_input, tuple) else (x_input, None)
+        if self.feed_forward_macaron is not None:
+            y = self.feed_forward_macaron(self.norm_ff_macaron(x))
+            x = x + self.ff_scale * plumbing.dropout(self.dropout, y)
+        normal = self.norm_mha(x)
+        if type(self.attn).__name__ == "FastSelfAttention":
+            x1 = self.attn(normal, mask)
+        elif positions is not None:
+            x1 = self.attn(normal, normal, normal, positions, mask)
+        else:
+            x1 = self.attn(normal, normal, normal, mask)
+        x1 = plumbing.dropout(self.dropout, x1)
+        x2 = self.cgmlp(self.norm_mlp(x), mask)
+        x2 = plumbing.dropout(self.dropout, x2)
+        x = x + plumbing.dropout(self.dropout, merging.merge(self, x1, x2))
+        if self.feed_forward is not None:
+            y = self.feed_forward(self.norm_ff(x))
+            x = x + self.ff_scale * plumbing.dropout(self.dropout, y)
+        x = self.norm_final(x)
+        return (x if positions is None else (x, positions)), mask

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The merge of the two branches: y = W (c + depthwise_conv(c)) + b, c = (x1, x2)."""
+
+import torch
+
+from fastasr.models.mega import plumbing
+
+
+class Merge(torch.nn.Module):
+    """x1 (B, T, in_dim1), x2 (B, T, in_dim2) -> (B, T, out_dim)."""
+
+    def __init__(self, *, in_dim1, in_dim2, out_dim, merge_conv_kernel=3):
+        super().__init__()
+        add_to(self, in_dim1 + in_dim2, out_dim, merge_conv_kernel)
+
+    def forward(self, x1, x2):
+        return merge(self, x1, x2)
+
+
+def add_to(module, width, out_dim, kernel_size):
+    """Gives the module the submodules that :func:`merge` uses: ESPnet's layer has them as its own."""
+    if kernel_size % 2 == 0:
+        raise ValueError(f"Merge: merge_conv_kernel: expected an odd number, got {kernel_size}")
+    module.depthwise_conv_fusion = torch.nn.Conv1d(
+        width, width, kernel_size, padding=(kernel_size - 1) // 2, groups=width
+    )
+    module.merge_proj = torch.nn.Linear(width, out_dim)
+
+
+def merge(module, x1, x2):
+    both = torch.cat([x1, x2], dim=-1)
+    convolved = module.depthwise_conv_fusion(both.transpose(1, 2)).transpose(1, 2)
+    return plumbing.linear(module.merge_proj, both + convolved)

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RETURNN's E-Branchformer (``returnn.frontend.encoder.e_branchformer``) to ours and back, bit for bit.
+
+RETURNN's modules are no ``torch.nn.Module``: they compute on its own tensors, whose axes are named, and draw their own
+random numbers, so that no forward of ours can be bound to them. Their parameters convert exactly:
+
+    ffn1, ffn2.{linear_ff, linear_out}           feed_forward_macaron, feed_forward.{w_1, w_2}    transposed
+    {ffn1, ffn2, self_att, cgmlp, final}_layer_norm.scale   norm_{ff_macaron, ff, mha, mlp, final}.weight
+    self_att.qkv                                 attn.linear_{q, k, v}       transposed; q, k, v alternate by head
+    self_att.proj, pos_bias_{u, v}               attn.linear_out, pos_bias_{u, v}                 proj transposed
+    self_att.linear_pos                          attn.linear_pos             transposed; sines first, of key less query
+    cgmlp.linear_ff                              cgmlp.channel_proj1.0       transposed; the gate comes first
+    cgmlp.{norm.scale, conv.filter, linear_out}  cgmlp.{csgu.norm.weight, csgu.conv.weight, channel_proj2}
+    merge.{depthwise_conv_fusion.filter, merge_proj}   depthwise_conv_fusion.weight, merge_proj
+"""
+
+import re
+
+import torch
+
+from fastasr.models.e_branchformer.layer import EBranchformerLayer
+from fastasr.models.e_branchformer.positional_encoding import relative_sinusoids
+
+# RETURNN's name -> ours, and whether a weight is transposed. Those of qkv, linear_pos and cgmlp.linear_ff are below.
+_LINEARS = {
+    "ffn1.linear_ff": "feed_forward_macaron.w_1",
+    "ffn1.linear_out": "feed_forward_macaron.w_2",
+    "ffn2.linear_ff": "feed_forward.w_1",
+    "ffn2.linear_out": "feed_forward.w_2",
+    "self_att.proj": "attn.linear_out",
+    "cgmlp.linear_out": "cgmlp.channel_proj2",
+    "merge.merge_proj": "merge_proj",
+}
+_NORMS = {
+    "ffn1_layer_norm": "norm_ff_macaron",
+    "ffn2_layer_norm": "norm_ff",
+    "self_att_layer_norm": "norm_mha",
+    "cgmlp_layer_norm": "norm_mlp",
+    "final_layer_norm": "norm_final",
+    "cgmlp.norm": "cgmlp.csgu.norm",
+}
+_CONVOLUTIONS = {
+    "cgmlp.conv": "cgmlp.csgu.conv",
+    "merge.depthwise_conv_fusion": "depthwise_conv_fusion",
+}
+_BIASES = {f"self_att.pos_bias_{x}": f"attn.pos_bias_{x}" for x in "uv"}
+
+
+class EBranchformerStack(torch.nn.Module):
+    """x (B, T, in_dim), mask (B, T) or None, True where a frame counts -> (B, T, D): what RETURNN's
+    ``ConformerEncoder`` does after its input layer, with E-Branchformer layers."""
+
+    def __init__(self, layers, input_projection=None, scale=1.0, dropout=0.1):
+        super().__init__()
+        self.input_projection = input_projection
+        self.scale = scale
+        self.dropout = torch.nn.Dropout(dropout)
+        self.layers = torch.nn.ModuleList(layers)
+
+    def forward(self, x, mask=None):
+        if self.input_projection is not None:
+            x = self.input_projection(x)
+        x = self.dropout(x * self.scale)
+        positions = relative_sinusoids(x.shape[1], x.shape[2]).to(x)
+        mask = None if mask is None else mask.unsqueeze(1)
+        for layer in self.layers:
+            (x, _), _ = layer((x, positions), mask)
+        return x
+
+
+def from_returnn(module):
+    """A RETURNN ``EBranchformerLayer`` (rf.Module) to an :class:`EBranchformerLayer`, or a ``ConformerEncoder`` of such
+    layers, apart from its input layer, to an :class:`EBranchformerStack`; sizes, rates and epsilons are read from it.
+
+    RETURNN's padding is unmasked outside attention with ``rf_use_mask`` off: only then do the two agree at padding.
+    Raises TypeError for another module and ValueError for an option that this one does not have.
+    """
+    name = type(module).__name__
+    if name == "ConformerEncoder":
+        if module.pos_enc is not None:
+            raise ValueError("from_returnn: pos_enc: expected None, got an absolute encoding")
+        projection = None
+        if module.input_projection is not None:
+            weight = _tensors(module.input_projection)["weight"]
+            projection = torch.nn.Linear(*weight.shape, bias=False).to(weight)
+            with torch.no_grad():
+                projection.weight.copy_(weight.t())
+        layers = [from_returnn(layer) for layer in module.layers]
+        return EBranchformerStack(layers, projection, module.input_embedding_scale, module.input_dropout)
+    if name != "EBranchformerLayer":
+        raise TypeError(f"from_returnn: module: expected EBranchformerLayer or ConformerEncoder, got {name}")
+    return _layer(module)
+
+
+def _layer(module):
+    attention, gated = module.self_att, module.cgmlp
+    for part, expected in (
+        (attention, "RelPosSelfAttention"),
+        (gated, "FeedForwardConvGated"),
+        (module.ffn1, "ConformerPositionwiseFeedForward"),
+        (module.ffn2, "ConformerPositionwiseFeedForward"),
+        (module.final_layer_norm, "LayerNorm"),
+    ):
+        if type(part).__name__ != expected:
+            raise ValueError(f"from_returnn: expected a {expected}, got a {type(part).__name__}")
+    if attention.learned_pos_emb is not None or attention.linear_pos is None or attention.pos_bias_u is None:
+        raise ValueError(
+            "from_returnn: self_att: expected sinusoids with linear_pos, pos_bias_u and pos_bias_v (the default)"
+        )
+    if not attention.separate_pos_emb_per_head or attention.pos_emb_dropout:
+        raise ValueError("from_returnn: self_att: expected separate_pos_emb_per_head and no pos_emb_dropout")
+    tensors = _tensors(module)
+    eps = module.final_layer_norm.eps
+    layer = EBranchformerLayer(
+        module.out_dim.dimension,
+        ff_dim=tensors["ffn1.linear_ff.weight"].shape[1],
+        ff_activation=_activation("ff_activation", module.ffn1.activation),
+        dropout=module.dropout,
+        num_heads=attention.num_heads.dimension,
+        att_dropout=attention.att_dropout,
+        cgmlp_ff_dim=gated.ff_dim.dimension,
+        cgmlp_conv_kernel=tensors["cgmlp.conv.filter"].shape[-1],
+        merge_conv_kernel=tensors["merge.depthwise_conv_fusion.filter"].shape[-1],
+        norm=lambda width: torch.nn.LayerNorm(width, eps=eps),
+        cgmlp_options={
+            "activation": _activation("activation", gated.activation),
+            "gate_activation": _activation("gate_activation", gated.gate_activation),
+            "with_bias": "cgmlp.linear_ff.bias" in tensors,
+        },
+    )
+    first = next(iter(tensors.values()))
+    layer.to(device=first.device, dtype=first.dtype)
+    state = layer_state_from_returnn(tensors)
+    if attention.qkv.bias is None:  # RETURNN's attention has none: ours is 0
+        width = module.out_dim.dimension
+        for part in ("linear_q", "linear_k", "linear_v", "linear_out"):
+            state[f"attn.{part}.bias"] = first.new_zeros(width)
+    layer.load_state_dict(state)
+    return layer
+
+
+def _activation(argument, function):
+    """The name of RETURNN's activation function."""
+    name = {"swish": "silu"}.get(function.__name__, function.__name__)
+    if name not in ("gelu", "identity", "relu", "selu", "silu", "tanh"):
+        raise ValueError(
+            f"from_returnn: {argument}: expected one of RETURNN's named activations, got {function!r}"
+        )
+    return name
+
+
+def _tensors(module):
+    return {name: parameter.raw_tensor.detach() for name, parameter in module.named_parameters()}
+
+
+def layer_state_from_returnn(state):
+    """The state dict of a RETURNN layer as that of an :class:`EBranchformerLayer`; names without ``layers.{i}.``."""
+    state, out = dict(state), {}
+    heads = state["self_att.pos_bias_u"].shape[0]
+    for name, tensor in _pop(state, _BIASES):
+        out[name] = tensor.clone()
+    for table, weight in ((_LINEARS, "weight"), (_NORMS, "scale"), (_CONVOLUTIONS, "filter")):
+        for name, tensor in _pop(state, {f"{k}.{weight}": f"{v}.weight" for k, v in table.items()}):
+            out[name] = (tensor.t() if table is _LINEARS else tensor).clone()
+        for name, tensor in _pop(state, {f"{k}.bias": f"{v}.bias" for k, v in table.items()}):
+            out[name] = tensor.clone()
+    for kind in ("weight", "bias"):
+        for name, tensor in _pop(state, {f"self_att.qkv.{kind}": kind}):
+            parts = tensor.t() if kind == "weight" else tensor
+            parts = parts.unflatten(0, (heads, 3, -1)).transpose(0, 1)  # (3, H, d, ...)
+            for part, values in zip("qkv", parts, strict=True):
+                out[f"attn.linear_{part}.{name}"] = values.flatten(0, 1).clone()
+        for name, tensor in _pop(state, {f"cgmlp.linear_ff.{kind}": kind}):
+            out[f"cgmlp.channel_proj1.0.{name}"] = _swap_halves(tensor.t() if kind == "weight" else tensor)
+    for _, tensor in _pop(state, {"self_att.linear_pos.weight": ""}):
+        sines, cosines = tensor.chunk(2)
+        out["attn.linear_pos.weight"] = torch.stack([-sines, cosines], 1).flatten(0, 1).t().clone()
+    if state:
+        raise ValueError(
+            f"layer_state_from_returnn: expected an E-Branchformer layer's names, got {sorted(state)}"
+        )
+    return out
+
+
+def layer_state_to_returnn(state):
+    """The inverse of :func:`layer_state_from_returnn`."""
+    state, out = dict(state), {}
+    heads = state["attn.pos_bias_u"].shape[0]
+    for name, tensor in _pop(state, {v: k for k, v in _BIASES.items()}):
+        out[name] = tensor.clone()
+    for table, weight in ((_LINEARS, "weight"), (_NORMS, "scale"), (_CONVOLUTIONS, "filter")):
+        for name, tensor in _pop(state, {f"{v}.weight": f"{k}.{weight}" for k, v in table.items()}):
+            out[name] = (tensor.t() if table is _LINEARS else tensor).clone()
+        for name, tensor in _pop(state, {f"{v}.bias": f"{k}.bias" for k, v in table.items()}):
+            out[name] = tensor.clone()
+    for kind in ("weight", "bias"):
+        names = {f"attn.linear_{part}.{kind}": part for part in "qkv"}
+        parts = [tensor.unflatten(0, (heads, -1)) for _, tensor in _pop(state, names)]
+        if parts:
+            qkv = torch.stack(parts, 1).flatten(0, 2)
+            out[f"self_att.qkv.{kind}"] = (qkv.t() if kind == "weight" else qkv).clone()
+        for name, tensor in _pop(state, {f"cgmlp.channel_proj1.0.{kind}": kind}):
+            swapped = _swap_halves(tensor)
+            out[f"cgmlp.linear_ff.{name}"] = (swapped.t() if kind == "weight" else swapped).clone()
+    for _, tensor in _pop(state, {"attn.linear_pos.weight": ""}):
+        sines, cosines = tensor.t().unflatten(0, (-1, 2)).unbind(1)
+        out["self_att.linear_pos.weight"] = torch.cat([-sines, cosines])
+    if state:
+        raise ValueError(
+            f"layer_state_to_returnn: expected an E-Branchformer layer's names, got {sorted(state)}"
+        )
+    return out
+
+
+def to_returnn(module):
+    """RETURNN's state dict, as its checkpoints name it, of an :class:`EBranchformerLayer` or an
+    :class:`EBranchformerStack`."""
+    if isinstance(module, EBranchformerLayer):
+        return layer_state_to_returnn(module.state_dict())
+    out = {}
+    if module.input_projection is not None:
+        out["input_projection.weight"] = module.input_projection.weight.detach().t().clone()
+    for i, layer in enumerate(module.layers):
+        out |= {f"layers.{i}.{name}": tensor for name, tensor in to_returnn(layer).items()}
+    return out
+
+
+def split_layers(state):
+    """The entries ``layers.{i}.name`` of an encoder's state dict by layer: a list of dicts."""
+    found = {}
+    for name, tensor in state.items():
+        match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+        if match:
+            found.setdefault(int(match[1]), {})[match[2]] = tensor
+    return [found[i] for i in sorted(found)]
+
+
+def _pop(state, names):
+    return [(new, state.pop(old)) for old, new in names.items() if old in state]
+
+
+def _swap_halves(tensor):
+    return torch.cat(tensor.chunk(2)[::-1])

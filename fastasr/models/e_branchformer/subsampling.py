@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The input layer: two-dimensional convolutions that shorten the sequence, and a projection."""
+
+import torch
+
+# ESPnet's names -> (kernel size, stride) of each convolution.
+CONVOLUTIONS = {
+    "conv2d": ((3, 2), (3, 2)),
+    "conv2d1": ((3, 1), (3, 1)),
+    "conv2d2": ((3, 2), (3, 1)),
+    "conv2d6": ((3, 2), (5, 3)),
+    "conv2d8": ((3, 2), (3, 2), (3, 2)),
+}
+
+
+class Conv2dSubsampling(torch.nn.Module):
+    """x (B, T, idim), mask (B, 1, T) or None -> (out (B, T', odim), mask (B, 1, T')); what the positional encoding
+    returns is the first."""
+
+    def __init__(self, idim, odim, pos_enc, convolutions=CONVOLUTIONS["conv2d"]):
+        super().__init__()
+        self.shape = tuple(convolutions)
+        steps, channels, width = [], 1, idim
+        for kernel, stride in convolutions:
+            steps += [torch.nn.Conv2d(channels, odim, kernel, stride), torch.nn.ReLU()]
+            channels, width = odim, (width - kernel) // stride + 1
+        if width < 1:
+            raise ValueError(
+                f"Conv2dSubsampling: idim: expected more features than the kernels span, got {idim}"
+            )
+        self.conv = torch.nn.Sequential(*steps)
+        self.out = torch.nn.Sequential(torch.nn.Linear(odim * width, odim), pos_enc)
+
+    def shortest(self) -> int:
+        """The fewest frames that give one."""
+        frames = 1
+        for kernel, stride in reversed(self.shape):
+            frames = (frames - 1) * stride + kernel
+        return frames
+
+    def forward(self, x, mask):
+        if x.shape[1] < self.shortest():
+            raise ValueError(
+                f"Conv2dSubsampling: x: expected at least {self.shortest()} frames, got {x.shape[1]}"
+            )
+        x = self.conv(x.unsqueeze(1))
+        batch, channels, frames, width = x.shape
+        x = self.out(x.transpose(1, 2).reshape(batch, frames, channels * width))
+        if mask is None:
+            return x, None
+        for kernel, stride in self.shape:
+            mask = mask[:, :, : 1 - kernel : stride]
+        return x, mask
