@@ -61,7 +61,7 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
         hidden = None if mask is None else mask.unsqueeze(1).eq(0)  # (B, 1, 1 or T, T)
         idle = plumbing.is_idle(self.dropout)
         if idle and not torch.is_grad_enabled():
-            out = self._without_gradient(content, k, v, by_offset, hidden)
+            out = _without_gradient(content, k, v, by_offset, hidden)
         else:
             scores = torch.matmul(content * scale, k.transpose(-2, -1)) + by_offset
             if hidden is None:
@@ -73,11 +73,11 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
         out = out.transpose(1, 2).reshape(batch, frames, self.h * self.d_k)
         return plumbing.linear(self.linear_out, out)
 
-    @staticmethod
-    def _without_gradient(content, k, v, by_offset, hidden):
-        """The same through torch's fused attention, which takes the positions' scores as an additive mask."""
-        if hidden is None:
-            return F.scaled_dot_product_attention(content, k, v, attn_mask=by_offset)
-        by_offset = by_offset.masked_fill(hidden, torch.finfo(by_offset.dtype).min)
-        out = F.scaled_dot_product_attention(content, k, v, attn_mask=by_offset)
-        return out.masked_fill(hidden.all(-1, keepdim=True), 0.0)
+
+def _without_gradient(content, k, v, by_offset, hidden):
+    """The same through torch's fused attention, which takes the positions' scores as an additive mask."""
+    if hidden is None:
+        return F.scaled_dot_product_attention(content, k, v, attn_mask=by_offset)
+    by_offset = by_offset.masked_fill(hidden, torch.finfo(by_offset.dtype).min)
+    out = F.scaled_dot_product_attention(content, k, v, attn_mask=by_offset)
+    return out.masked_fill(hidden.all(-1, keepdim=True), 0.0)
