@@ -155,6 +155,7 @@ void balancer_gradient();
 void skinny_gemm();
 void zipformer_chunk();
 void zipformer_layer_step();
+void weighted_values();
 void mega_step();
 void rel_position_attention();
 void rel_position_attention_weights();

@@ -28,6 +28,7 @@ constexpr Test kTests[] = {
     {"skinny_gemm", fastasr::test::skinny_gemm},
     {"zipformer_chunk", fastasr::test::zipformer_chunk},
     {"zipformer_layer_step", fastasr::test::zipformer_layer_step},
+    {"weighted_values", fastasr::test::weighted_values},
     {"mega_step", fastasr::test::mega_step},
     {"simd", fastasr::test::simd},
     {"ema_scan", fastasr::test::ema_scan},

@@ -11,6 +11,7 @@ from fastasr.models.zipformer.linear import Linear
 from fastasr.models.zipformer.schedules import whitening_schedule
 from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten
+from fastasr.ops import _dispatch
 
 
 class SelfAttention(torch.nn.Module):
@@ -51,8 +52,28 @@ def weighted(attn_weights, values):
         return attn_weights.weighted(values)
     heads = attn_weights.shape[0]
     sources, batch, channels = values.shape
+    if _is_native(attn_weights, values):
+        return torch.ops.fastasr_cpu.weighted_values.default(attn_weights, values.contiguous())
     values = values.reshape(sources, batch, heads, channels // heads).permute(2, 1, 0, 3)  # [H, B, S, dv]
     return (attn_weights @ values).permute(2, 1, 0, 3).flatten(2)
+
+
+def _is_native(weights, values):
+    """Whether the kernel for few columns serves: float32 on the CPU, without gradients."""
+    return (
+        type(weights) in _dispatch.PLAIN
+        and type(values) in _dispatch.PLAIN
+        and weights.is_cpu
+        and values.is_cpu
+        and weights.dtype is values.dtype is torch.float32
+        and weights.stride(-1) == 1
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and (weights.requires_grad or values.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and _dispatch.forced_backend() in ("auto", "cpu")
+        and _dispatch.native_library() is not None
+    )
 
 
 def check_weights(name, attn_weights, x, sources):

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/weighted_values.h"
+
+#include <algorithm>
+
+#include "bindings/dispatch.h"
+#include "bindings/pooled.h"
+
+namespace fastasr {
+namespace {
+
+constexpr int64_t kRows = 60;  // of a task
+
+// weights (heads, batch, T, S), the last dimension contiguous; values (S, batch, heads dim) contiguous -> (T, batch,
+// heads dim).
+Tensor weighted_values(Tensor weights, Tensor values) {
+  STD_TORCH_CHECK(weights.dim() == 4 && values.dim() == 3, "weighted_values: dimensions");
+  const int64_t heads = weights.size(0), batch = weights.size(1), rows = weights.size(2), sources = weights.size(3);
+  const int64_t width = values.size(2);
+  for (const Tensor& t : {weights, values})
+    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float, "weighted_values: dtype or device");
+  STD_TORCH_CHECK(weights.stride(3) == 1 || sources <= 1, "weighted_values: strides of weights");
+  STD_TORCH_CHECK(
+      values.is_contiguous() && values.size(0) == sources && values.size(1) == batch && heads > 0 && width % heads == 0,
+      "weighted_values: values");
+  const int64_t columns = width / heads;
+  const int64_t sizes[3] = {rows, batch, width}, strides[3] = {std::max<int64_t>(1, batch * width), width, 1};
+  const Tensor out = new_strided(values, 3, sizes, strides);
+  const int64_t size = cpu::packed_values_size(sources, columns);
+  const Scratch<float> packed(std::max<int64_t>(1, heads * batch * size));
+  const float *w = data<float>(weights), *v = data<float>(values);
+  float* const y = mutable_data<float>(out);
+  parallel_range(heads * batch, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size)),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; i++)
+                     cpu::pack_values(v + i % batch * width + i / batch * columns, batch * width, sources, columns,
+                                      packed.data() + i * size);
+                 });
+  const int64_t blocks = (rows + kRows - 1) / kRows;
+  const int64_t grain = std::max<int64_t>(1, 2 * kGrain / std::max<int64_t>(1, kRows * sources));
+  parallel_range(heads * batch * blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t matrix = i / blocks, head = matrix / batch, b = matrix % batch, first = i % blocks * kRows;
+      cpu::weighted_values(w + head * weights.stride(0) + b * weights.stride(1) + first * weights.stride(2),
+                           weights.stride(2), std::min(kRows, rows - first), sources, packed.data() + matrix * size,
+                           columns, y + (first * batch + b) * width + head * columns, batch * width);
+    }
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) { m.def("weighted_values(Tensor weights, Tensor values) -> Tensor"); }
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) { m.impl("weighted_values", TORCH_BOX(&fastasr::weighted_values)); }

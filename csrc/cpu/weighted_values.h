@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+// Values weighted by attention weights that lie in memory: out[i][c] = sum_j w[i][j] v[j][c], for few columns (12 a
+// head in Zipformer), where a BLAS is far from its rate: reading w is half of the work. A row of w meets 16 columns at
+// a time, from values packed so. Sums run in chains of 128 terms, which are then added.
+namespace fastasr::cpu {
+
+constexpr int64_t kValueLanes = 16;
+
+constexpr int64_t packed_values_size(int64_t sources, int64_t columns) {
+  return (columns + kValueLanes - 1) / kValueLanes * kValueLanes * sources;
+}
+
+// v (sources, columns), rows `stride` apart, in groups of 16 columns: (groups, sources, 16), zeros behind the last.
+void pack_values(const float* v, int64_t stride, int64_t sources, int64_t columns, float* packed);
+
+// `rows` rows of w and out, w_stride and out_stride apart.
+void weighted_values(const float* w, int64_t w_stride, int64_t rows, int64_t sources, const float* packed,
+                     int64_t columns, float* out, int64_t out_stride);
+
+}  // namespace fastasr::cpu
