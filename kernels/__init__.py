@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels, one file per op: the formula, the bytes it has to move, the kernel, the launcher.
 
+A name that begins with an underscore is no op's: pieces that several files share, or the second half of a long one.
+
 Each file needs Triton and is imported when its op first runs on a device, so importing this package never
 fails. A launcher takes contiguous tensors on one device, runs on that device's current stream, never waits
 for the device, and returns new tensors. ``DTYPES`` in each file names the element types its kernels read and

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels.activation import TANH, activate_with_slope
+from fastasr.kernels._activation import TANH, activate_with_slope
 
 BLOCK_T, BLOCK_C, NUM_WARPS = 8, 128, 4
 

@@ -24,8 +24,18 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels.activation import exp_nonpositive
-from fastasr.kernels.attention_tiles import NONE, load_rows, products, running, sums
+from fastasr.kernels._activation import exp_nonpositive
+from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
+from fastasr.kernels._rel_position_tiles import (
+    ALONE,
+    head_block,
+    load_positions,
+    masked,
+    operands,
+    place,
+    scores_of,
+    window,
+)
 from fastasr.kernels.rel_position_attention_weights import (
     PARTS,
     SIZES,
@@ -36,16 +46,6 @@ from fastasr.kernels.rel_position_attention_weights import (
     add_parts_kernel,
     add_positions,
     positions_kernel,
-)
-from fastasr.kernels.rel_position_tiles import (
-    ALONE,
-    head_block,
-    load_positions,
-    masked,
-    operands,
-    place,
-    scores_of,
-    window,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

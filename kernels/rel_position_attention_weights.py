@@ -25,9 +25,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels.activation import exp_nonpositive
-from fastasr.kernels.attention_tiles import NONE, load_rows, running, sums
-from fastasr.kernels.rel_position_tiles import (
+from fastasr.kernels._activation import exp_nonpositive
+from fastasr.kernels._attention_tiles import NONE, load_rows, running, sums
+from fastasr.kernels._rel_position_tiles import (
     ALONE,
     head_block,
     load_positions,

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels.activation import activate_with_slope, sigmoid_pair
+from fastasr.kernels._activation import activate_with_slope, sigmoid_pair
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -27,8 +27,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels.activation import TANH, activate_with_slope, exp_nonpositive, sigmoid_pair
-from fastasr.kernels.attention_tiles import NONE, products, running, sums
+from fastasr.kernels._activation import TANH, activate_with_slope, exp_nonpositive, sigmoid_pair
+from fastasr.kernels._attention_tiles import NONE, products, running, sums
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_BYTES = 64 << 20

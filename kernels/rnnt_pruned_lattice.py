@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels.scaled_number import (
+from fastasr.kernels._scaled_number import (
     FLOOR,
     add,
     compose,

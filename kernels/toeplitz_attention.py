@@ -33,9 +33,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels.activation import activate_with_slope
-from fastasr.kernels.attention_tiles import NONE, biased, dropped, load_rows, products, running, span, sums
-from fastasr.kernels.toeplitz_attention_backward import (
+from fastasr.kernels._activation import activate_with_slope
+from fastasr.kernels._attention_tiles import NONE, biased, dropped, load_rows, products, running, span, sums
+from fastasr.kernels._toeplitz_attention_backward import (
     add_diagonals_kernel,
     add_parts_kernel,
     keys_kernel,

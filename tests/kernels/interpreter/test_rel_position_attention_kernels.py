@@ -5,8 +5,8 @@ times: blocks of channels and of columns, the way out of the chunk window, piece
 import pytest
 import torch
 
+from fastasr.kernels import _rel_position_tiles as rel_position_tiles
 from fastasr.kernels import rel_position_attention as kernels
-from fastasr.kernels import rel_position_tiles
 from fastasr.ops.rel_position_attention import definition
 from fastasr.testing.tolerance import compare
 

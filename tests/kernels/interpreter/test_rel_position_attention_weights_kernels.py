@@ -5,8 +5,8 @@ times: two sweeps of keys, blocks of channels, the way out of the chunk window."
 import pytest
 import torch
 
+from fastasr.kernels import _rel_position_tiles as rel_position_tiles
 from fastasr.kernels import rel_position_attention_weights as kernels
-from fastasr.kernels import rel_position_tiles
 from fastasr.ops.rel_position_attention_weights import definition
 from fastasr.testing.tolerance import compare
 

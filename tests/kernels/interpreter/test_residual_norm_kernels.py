@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels.activation import activate_with_slope
+from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels.residual_norm import (
     DTYPES,
     MAX_CHANNELS,

@@ -4,8 +4,8 @@
 import triton
 import triton.language as tl
 
-from fastasr.kernels.activation import activate_with_slope, exp_nonpositive
-from fastasr.kernels.attention_tiles import NONE, biased, dropped, load_rows, products, running, span, sums
+from fastasr.kernels._activation import activate_with_slope, exp_nonpositive
+from fastasr.kernels._attention_tiles import NONE, biased, dropped, load_rows, products, running, span, sums
 
 
 @triton.jit(do_not_specialize=["length", "size", "count", "blocks"], do_not_specialize_on_alignment=["BIAS"])

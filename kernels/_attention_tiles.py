@@ -7,7 +7,7 @@ PRECISE, for float32 tensors: sums in float64, exponentials within a unit in the
 import triton
 import triton.language as tl
 
-from fastasr.kernels.activation import exp_nonpositive
+from fastasr.kernels._activation import exp_nonpositive
 
 NONE = tl.constexpr(float("-inf"))
 

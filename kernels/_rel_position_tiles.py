@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels.attention_tiles import NONE, load_rows, products
+from fastasr.kernels._attention_tiles import NONE, load_rows, products
 
 MASKED = tl.constexpr(-1000.0)
 ALONE = tl.constexpr(-896.0)  # above it, masked keys weigh exactly 0
