@@ -17,7 +17,7 @@ from fastasr.swap.rules import (
     unread_code,
     upstream_class,
 )
-from fastasr.swap.rules.zipformer import LINEAR
+from fastasr.swap.rules.zipformer.linear import LINEAR
 
 _ESPNET = Known("espnet 202511")
 

@@ -3,7 +3,7 @@
 
 from fastasr.models import emformer_rnnt as models
 from fastasr.swap.rules import Known, Rule, check_parameters, own_forward, upstream_class
-from fastasr.swap.rules.zipformer import LINEAR
+from fastasr.swap.rules.zipformer.linear import LINEAR
 
 _TORCHAUDIO = Known("torchaudio 2.11.0")
 

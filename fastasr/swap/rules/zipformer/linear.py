@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch's linear layers within modules that are swapped."""
+
+import torch
+
+from fastasr.models import zipformer as models
+from fastasr.swap.rules import Rule, check_children, check_parameters, upstream_class
+
+
+def _linear_structure(module):
+    if upstream_class(module) is not torch.nn.Linear:
+        return f"is a subclass of torch.nn.Linear ({type(module).__module__}.{type(module).__qualname__})"
+    shapes = {"weight": (module.out_features, module.in_features), "bias": (module.out_features,)}
+    return check_parameters(module, shapes, optional=("bias",)) or check_children(module, {})
+
+
+LINEAR = Rule(
+    name="torch.linear",
+    class_name="Linear",
+    forward=models.Linear.forward,
+    kernels=("linear",),
+    structure=_linear_structure,
+    companion=True,
+)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recogniser around the encoder: its transducer loss."""
+
+import torch
+from torch.nn.utils import parametrize
+
+from fastasr.models import zipformer as models
+from fastasr.swap.binding import foreign_forward
+from fastasr.swap.rules import Rule, check_parameters, own_forward, unread_code, upstream_class
+from fastasr.swap.rules.zipformer.versions import PACKAGE
+
+_JOINERS = {
+    "958338ded2adf41ffd935f00",  # zipformer 0.1.3
+}
+
+
+def _asr_model_structure(module):
+    """The joiner's output layer must be a plain one that nobody watches: its logits are never made. Everything else is
+    called with the values of ever, so any class will do there.
+    """
+    if not module.use_transducer:
+        return "has no transducer"
+    joiner = module.joiner
+    reason = check_parameters(module, {}) or unread_code("joiner", joiner, own_forward, _JOINERS)
+    if reason:
+        return reason
+    output = joiner.output_linear
+    if upstream_class(output) is not torch.nn.Linear or foreign_forward(output) is not None:
+        return "submodule joiner.output_linear is not a plain torch.nn.Linear"
+    for name, part in (("joiner", joiner), ("joiner.output_linear", output)):
+        if foreign_forward(part) is not None:
+            return f"submodule {name} has a forward of its own"
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            return f"submodule {name} has hooks"
+    if parametrize.is_parametrized(output):
+        return "submodule joiner.output_linear has parametrizations"
+    return None
+
+
+def _upstreams_forward(self, *args, **kwargs):
+    return type(self).forward(self, *args, **kwargs)
+
+
+def _forward_transducer(module):
+    return [upstream_class(module).forward_transducer]
+
+
+ASR_MODEL = Rule(
+    name="zipformer.asr_model",
+    class_name="AsrModel",
+    forward=_upstreams_forward,
+    methods=(("forward_transducer", models.AsrModel.forward_transducer),),
+    compared=("forward_transducer",),
+    kernels=("rnnt_lattice", "rnnt_joiner", "rnnt_pruned_lattice"),
+    structure=_asr_model_structure,
+    functions=_forward_transducer,
+    known={"2a2c2b84100694a1e6450c86": PACKAGE},
+    shallow=True,
+    note="its transducer loss runs without the joiner's logits and without k2; forward is upstream's",
+)

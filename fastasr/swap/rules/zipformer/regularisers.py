@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Balancer and Whiten, which act on gradients alone."""
+
+from fastasr.models import zipformer as models
+from fastasr.swap.rules import Known, Rule, check_children, check_parameters, is_rate, own_forward
+from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE
+
+# Inference leaves the balancers out: these versions return their input when it needs no gradient.
+BALANCERS = {
+    "11eb10d0735c5e5c3fea5f1a": PACKAGE,
+    "5b8544f975686064be524bb7": ICEFALL,  # since pull request 1974
+    "5e2cd40d81ed3f21460c0365": Known("icefall before pull request 1974"),
+    "ea1e082139b9f1b7c8175862": Known("icefall before pull request 1108"),  # and its zipformer_prompt_asr
+}
+
+_BALANCER_LIMITS = ("prob", "min_positive", "max_positive", "min_abs", "max_abs", "grad_scale")
+
+
+def _balancer_structure(module):
+    reason = check_parameters(module, {})
+    reason = reason or check_children(module, dict.fromkeys(_BALANCER_LIMITS, "ScheduledFloat"))
+    for name in _BALANCER_LIMITS:
+        if reason is None and not is_rate(getattr(module, name)):
+            reason = f"{name} is a {type(getattr(module, name)).__name__}, expected a number or a schedule"
+    for name in ("num_channels", "channel_dim"):
+        if reason is None and not isinstance(getattr(module, name), int):
+            reason = f"{name} is {getattr(module, name)!r}, expected an int"
+    return reason
+
+
+WHITENS = {
+    "59f435fe5116d207ed3b2a9d",  # zipformer 0.1.3
+    "2427f1994408e76d9e722891",  # icefall since pull request 1974
+    "c3009322678ced8184ee6400",  # icefall since pull request 1663
+    "f27d60a9ca1403688b23218a",  # icefall before it
+    "f78c8e3e256cd2088a274bfd",  # icefall before pull request 1108, and its zipformer_prompt_asr
+}
+
+
+def _whiten_structure(module):
+    limits = ("whitening_limit", "grad_scale")
+    reason = check_parameters(module, {}) or check_children(module, dict.fromkeys(limits, "ScheduledFloat"))
+    for name in (*limits, "prob", "min_prob", "max_prob"):
+        if reason is None and not is_rate(getattr(module, name)):
+            reason = f"{name} is a {type(getattr(module, name)).__name__}, expected a number or a schedule"
+    if reason is None and not isinstance(module.num_groups, int):
+        reason = f"num_groups is {module.num_groups!r}, expected an int"
+    return reason
+
+
+def _grad_scale_is_a_number(module):
+    """These versions multiply a tensor by it, which a schedule cannot do."""
+    if isinstance(module.grad_scale, (int, float)):
+        return None
+    return f"grad_scale is a {type(module.grad_scale).__name__}, which this version of the class cannot use"
+
+
+BALANCER = Rule(
+    name="zipformer.balancer",
+    class_name="Balancer",
+    forward=models.Balancer.forward,
+    kernels=("balancer_gradient",),
+    structure=_balancer_structure,
+    functions=own_forward,
+    known=BALANCERS,
+)
+
+WHITEN = Rule(
+    name="zipformer.whiten",
+    class_name="Whiten",
+    forward=models.Whiten.forward,
+    kernels=("whitening_gradient",),
+    structure=_whiten_structure,
+    functions=own_forward,
+    known={
+        "59f435fe5116d207ed3b2a9d": PACKAGE,
+        "2427f1994408e76d9e722891": ICEFALL,  # since pull request 1974
+        "c3009322678ced8184ee6400": Known("icefall before pull request 1974"),
+        "c2821462c174d2086c812d37": Known("icefall between pull requests 1814 and 1841"),
+        "f27d60a9ca1403688b23218a": Known("icefall before pull request 1663", _grad_scale_is_a_number),
+        "f78c8e3e256cd2088a274bfd": Known("icefall before pull request 1108", _grad_scale_is_a_number),
+    },
+)

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the rules share: the versions of upstream's code that were read, and checks of their parts."""
+
+from fastasr.swap.rules import Known, own_forward, upstream_class
+
+PACKAGE = Known("zipformer 0.1.3")  # on PyPI
+ICEFALL = Known("icefall's zipformer")  # egs/*/*/zipformer
+BOTH = Known("zipformer 0.1.3 and icefall's zipformer")
+
+# The identities are left out, and inference leaves the second balancer and the whitening out.
+IDENTITIES = {
+    "e87203451183b502ecc10090",  # zipformer 0.1.3, and icefall since pull request 1108
+    "b84fe666b5dfd19e547474b5",  # icefall before it, and its zipformer_prompt_asr
+}
+
+
+def forward_and_streaming(module):
+    streaming = getattr(upstream_class(module), "streaming_forward", None)
+    return own_forward(module) + ([streaming] if streaming else [])
+
+
+def check_names(module, names, optional=()):
+    """A reason when the submodules are not ``names``, of any class, besides ``optional``; else None."""
+    children = {name for name, child in module._modules.items() if child is not None}
+    extra, missing = sorted(children - {*names, *optional}), sorted(set(names) - children)
+    if extra:
+        return f"has submodules this class does not have upstream: {', '.join(extra)}"
+    return f"lacks the submodules {', '.join(missing)}" if missing else None
