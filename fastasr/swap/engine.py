@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from fastasr.swap import binding
 from fastasr.swap.report import REPLACED, ROLLED_BACK, SKIPPED, Row, SwapReport
-from fastasr.swap.rules import Known, Rule, families, rules_by_forward, upstream_class
+from fastasr.swap.rules import Known, Rule, families, returnn, rules_by_forward, upstream_class
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
 
 
@@ -135,7 +135,10 @@ def swapped_modules(model):
 
 def _check_model(function, model):
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+        hint = ""
+        if returnn.is_module(model):
+            hint = " of RETURNN's, whose E-Branchformer fastasr.models.e_branchformer.from_returnn converts"
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}{hint}")
 
 
 def _row(path, module, decision, accept):
@@ -173,6 +176,8 @@ def decide(module):
     if isinstance(module, torch.jit.ScriptModule):
         return Decision(None, False, "compiled by TorchScript")
     if rule is None:
+        if (reason := returnn.reason(module)) is not None:
+            return Decision(None, False, reason)
         container = next(module.children(), None) is not None
         return Decision(
             None, False, "container: see its submodules" if container else "no rule for this class"

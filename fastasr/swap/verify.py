@@ -9,7 +9,8 @@ passes when
 
 * fastasr's error is at most twice upstream's, or a few units in the last place of the largest result (for
   each swapped module in it), or a few times what rounding the inputs once does to the result (sums with
-  cancellation need this one);
+  cancellation need this one). A result that is zero but for rounding, as the gradient of a key's bias is, is
+  measured against the largest of the others;
 * both produce the same shapes, dtypes and non-finite values, and leave the same random state behind.
 
 Where no fp64 run is possible the two are compared with each other, with a tolerance for their dtype.
@@ -37,6 +38,9 @@ from fastasr.swap.state import ModelState, RandomState
 _NOISE = 2.0  # times upstream's own error: the largest error of one call is a noisy figure
 _ULPS = 8  # of the largest result, for each swapped module on the way to it
 _FP64_ULPS = 64  # there the reference has rounding errors of its own
+_CANCELLED = (
+    1e-12  # of the largest result: what is left where a sum is zero but for the reference's own rounding
+)
 _ROUNDINGS = 4  # times the effect of rounding the inputs once
 _PLAIN_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _PASSES = ("inference", "training")
@@ -400,6 +404,7 @@ class _Verdict:
     def __init__(self, kind, ours, upstream, reference):
         self.kind, self.failure, self.error, self.upstream_error = kind, None, None, None
         exact = reference.of(kind)
+        self._largest = max((_finite_largest(t) for _, t in exact or () if t is not None), default=0.0)
         for index, ((name, mine), (_, theirs)) in enumerate(zip(ours, upstream, strict=False)):
             truth = None if exact is None else exact[index][1]
             self.failure = self._compare(name, mine, theirs, truth, reference, index)
@@ -439,6 +444,8 @@ class _Verdict:
         else:
             truth = torch.where(finite, truth, 0)
             scale = _largest(truth)
+            if scale <= _CANCELLED * self._largest:
+                scale = self._largest
             error, upstream_error = _largest(mine - truth), _largest(theirs - truth)
             ulps = _FP64_ULPS if reference.dtype is torch.float64 else _ULPS
             limit = max(_NOISE * upstream_error, reference.count * ulps * eps * scale)
@@ -453,6 +460,10 @@ class _Verdict:
                 f"and at most {limit / scale:.1e} passes"
             )
         return None
+
+
+def _finite_largest(tensor):
+    return _largest(torch.nan_to_num(tensor.double(), 0.0, 0.0, 0.0)) if tensor.is_floating_point() else 0.0
 
 
 def _largest(tensor):

@@ -62,3 +62,15 @@ def broken_model():
 
 def not_a_model():
     return 3
+
+
+def espnet_e_branchformer():
+    from espnet2.asr.encoder.e_branchformer_encoder import EBranchformerEncoder
+
+    torch.manual_seed(0)
+    sizes = {"cgmlp_linear_units": 96, "cgmlp_conv_kernel": 7, "linear_units": 64, "num_blocks": 2}
+    return EBranchformerEncoder(20, 32, use_ffn=True, macaron_ffn=True, **sizes).eval()
+
+
+def features():
+    return torch.randn(2, 60, 20), torch.tensor([60, 45])

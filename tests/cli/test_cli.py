@@ -247,6 +247,17 @@ def test_swap_of_espnets_decoder(run):
     assert set(found["times"]) == {"before", "after"}
 
 
+def test_swap_of_espnets_e_branchformer(run):
+    pytest.importorskip("espnet2.asr.encoder.e_branchformer_encoder")
+    model, batch = "models_for_cli:espnet_e_branchformer", "models_for_cli:features"
+    result = run("swap", model, "--input", batch, "--json", "--reps", "1")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)["report"]
+    kernels = {row["class_name"]: row["kernels"] for row in report["rows"] if row["status"] == "replaced"}
+    assert kernels["ConvolutionalSpatialGatingUnit"] == ["conv_spatial_gate"]
+    assert "EBranchformerEncoderLayer" in kernels
+
+
 def test_swap_without_inputs_says_what_it_left_out(run):
     result = run("swap", "models_for_cli:model")
     assert result.exit_code == 0

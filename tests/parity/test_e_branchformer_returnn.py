@@ -12,7 +12,9 @@ from returnn.frontend.encoder.conformer import ConformerEncoder
 from returnn.frontend.encoder.e_branchformer import EBranchformerLayer as UpstreamLayer
 from returnn.frontend.encoder.e_branchformer import FeedForwardConvGated as UpstreamGated
 from returnn.tensor import Dim, Tensor
+from returnn.torch.frontend.bridge import rf_module_to_pt_module
 
+import fastasr
 from fastasr.models import e_branchformer as ours
 from fastasr.models.e_branchformer import returnn as conversion
 
@@ -132,6 +134,19 @@ def test_the_round_trip_is_exact():
         again = conversion.layer_state_from_returnn(state)
         assert set(again) == set(model.layers[i].state_dict())
         assert all(torch.equal(again[name], t) for name, t in model.layers[i].state_dict().items())
+
+
+def test_why_it_is_not_swapped():
+    wrapped = rf_module_to_pt_module(encoder())
+    report = fastasr.explain(wrapped)
+    assert not report.replaced
+    for path, name in (("", "ConformerEncoder"), ("layers.0", "EBranchformerLayer")):
+        assert report[path].reason.startswith(f"RETURNN's {name} computes on RETURNN's own tensors")
+        assert report[path].reason.endswith("from_returnn(module) converts it")
+    assert "would never be called" in report["layers.0.cgmlp.linear_ff"].reason
+    assert isinstance(ours.from_returnn(wrapped), conversion.EBranchformerStack)
+    with pytest.raises(TypeError, match="EBranchformerLayer of RETURNN's, whose E-Branchformer"):
+        fastasr.explain(layer())
 
 
 def test_what_is_refused():

@@ -71,10 +71,12 @@ class EBranchformerStack(torch.nn.Module):
 def from_returnn(module):
     """A RETURNN ``EBranchformerLayer`` (rf.Module) to an :class:`EBranchformerLayer`, or a ``ConformerEncoder`` of such
     layers, apart from its input layer, to an :class:`EBranchformerStack`; sizes, rates and epsilons are read from it.
+    Also one that RETURNN has wrapped (``rf_module_to_pt_module``).
 
     RETURNN's padding is unmasked outside attention with ``rf_use_mask`` off: only then do the two agree at padding.
     Raises TypeError for another module and ValueError for an option that this one does not have.
     """
+    module = getattr(module, "_rf_module", module)  # out of RETURNN's wrapper for PyTorch
     name = type(module).__name__
     if name == "ConformerEncoder":
         if module.pos_enc is not None:

@@ -80,9 +80,9 @@ class Rule:
 
 def families():
     """The rule families, each a tuple of rules, in the order in which they are tried."""
-    from fastasr.swap.rules import espnet, torchaudio_rnnt, zipformer
+    from fastasr.swap.rules import espnet, espnet_branchformer, torchaudio_rnnt, zipformer
 
-    return (zipformer.RULES, espnet.RULES, torchaudio_rnnt.RULES)
+    return (zipformer.RULES, espnet.RULES, espnet_branchformer.RULES, torchaudio_rnnt.RULES)
 
 
 def rules_by_forward():
@@ -138,6 +138,16 @@ def check_children(module, allowed):
         if upstream_class(child).__name__ != allowed[name]:
             return f"submodule {name} is a {type(child).__name__}, expected {allowed[name]}"
     return None
+
+
+def check_child_names(module, names):
+    """A reason when the module's children are not exactly ``names``. What classes they are is left open: they are
+    called with the values of ever."""
+    children = {name for name, child in module._modules.items() if child is not None}
+    extra, missing = sorted(children - set(names)), sorted(set(names) - children)
+    if extra:
+        return f"has submodules this class does not have upstream: {', '.join(extra)}"
+    return f"lacks the submodules {', '.join(missing)}" if missing else None
 
 
 def is_rate(value):

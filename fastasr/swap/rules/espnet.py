@@ -11,6 +11,7 @@ from fastasr.models.mega import decoding
 from fastasr.swap.rules import (
     Known,
     Rule,
+    check_child_names,
     check_children,
     check_parameters,
     own_forward,
@@ -31,16 +32,6 @@ def _activation(module):
     return unread_code("activation", module.activation, own_forward, _SWISH)
 
 
-def _missing(module, names):
-    """A reason when the module's children are not exactly ``names``. What classes they are is left open: they are
-    called with the values of ever."""
-    children = {name for name, child in module._modules.items() if child is not None}
-    extra, missing = sorted(children - set(names)), sorted(set(names) - children)
-    if extra:
-        return f"has submodules this class does not have upstream: {', '.join(extra)}"
-    return f"lacks the submodules {', '.join(missing)}" if missing else None
-
-
 def _linear_shapes(module, shapes):
     """A reason when a child that is a plain linear layer does not map ``shapes`` (name -> (in, out))."""
     for name, (inputs, outputs) in shapes.items():
@@ -57,7 +48,9 @@ def _ema_structure(module):
     size, heads = projection.shape
     shapes = dict.fromkeys(("damping_factor", "decay_factor", "ema_expansion_matrix"), (size, heads, 1))
     shapes |= {"kernel_projection_matrix": (size, heads), "residual_weight": (size,)}
-    reason = check_parameters(module, shapes) or _missing(module, ("activation",)) or _activation(module)
+    reason = (
+        check_parameters(module, shapes) or check_child_names(module, ("activation",)) or _activation(module)
+    )
     if reason is None and abs(module.scaling - heads**-0.5) > 1e-12:
         reason = f"scaling is {module.scaling}, expected 1 / sqrt({heads})"
     truncation = module.truncation_length
@@ -86,7 +79,7 @@ _MEGA_CHILDREN = (
 
 def _mega_structure(module):
     shapes = dict.fromkeys(("qk_weight", "qk_bias"), (2, module.qk_size))
-    reason = check_parameters(module, shapes) or _missing(module, _MEGA_CHILDREN)
+    reason = check_parameters(module, shapes) or check_child_names(module, _MEGA_CHILDREN)
     size, z, v = module.size, module.qk_size, module.v_size
     widths = {"proj_v": (size, v), "proj_mx": (size, z + v + 2 * size), "proj_h": (v, size)}
     reason = reason or _linear_shapes(module, widths) or _activation(module)
@@ -108,7 +101,7 @@ def _bias(bias):
 
 def _feed_forward_structure(module):
     names = ("linear1", "linear2", "normalization", "activation", "dropout", "hidden_dropout")
-    return check_parameters(module, {}) or _missing(module, names) or _activation(module)
+    return check_parameters(module, {}) or check_child_names(module, names) or _activation(module)
 
 
 _DECODER_METHODS = ("inference", "score", "batch_score", "stack_qk_states")
@@ -121,7 +114,7 @@ def _decoder_functions(module):
 
 def _decoder_structure(module):
     reason = check_parameters(module, {})
-    reason = reason or _missing(module, ("embed", "dropout_embed", "mega_blocks", "final_norm"))
+    reason = reason or check_child_names(module, ("embed", "dropout_embed", "mega_blocks", "final_norm"))
     if reason:
         return reason
     blocks = module.mega_blocks

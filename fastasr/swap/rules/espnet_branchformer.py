@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for ESPnet's E-Branchformer encoder (espnet2/asr/encoder/e_branchformer_encoder.py).
+
+Its attention, feed-forward and cgMLP are the classes that ESPnet's Conformer and Branchformer are made of: they are
+recognised there as well.
+"""
+
+import torch
+
+from fastasr.models import e_branchformer as models
+from fastasr.swap.rules import (
+    Known,
+    Rule,
+    check_child_names,
+    check_parameters,
+    own_forward,
+    unread_code,
+    upstream_class,
+)
+from fastasr.swap.rules.zipformer.linear import LINEAR
+
+_ESPNET = Known("espnet 202511")
+
+_SWISH = {"89208fb66a55805df70fc892"}  # x sigmoid(x)
+_LAYER_NORM = {"5405c51d4c0d397a26eb042d"}  # torch's, over the dimension ``dim``
+
+
+def _activation(name, activation):
+    """A reason against the activation. Only Swish is looked into; any other is torch's own, or called."""
+    if upstream_class(activation).__name__ != "Swish":
+        return None
+    return unread_code(name, activation, own_forward, _SWISH)
+
+
+def _layer_norm(name, norm):
+    """A reason against the norm. Only a LayerNorm is looked into; any other is called."""
+    if upstream_class(norm).__name__ != "LayerNorm" or type(norm) is torch.nn.LayerNorm:
+        return None
+    return unread_code(name, norm, own_forward, _LAYER_NORM)
+
+
+_ATTENTION_LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "linear_pos")
+
+
+def _attention_structure(module):
+    heads, width = module.h, module.d_k
+    if not (isinstance(heads, int) and isinstance(width, int)):
+        return f"h and d_k are {heads!r} and {width!r}, expected ints"
+    reason = check_parameters(module, dict.fromkeys(("pos_bias_u", "pos_bias_v"), (heads, width)))
+    reason = reason or check_child_names(module, (*_ATTENTION_LINEARS, "dropout", "q_norm", "k_norm"))
+    if reason:
+        return reason
+    for name in ("q_norm", "k_norm"):
+        if type(getattr(module, name)) is not torch.nn.Identity:
+            return f"submodule {name} is a {type(getattr(module, name)).__name__}, expected Identity"
+    if not isinstance(module.zero_triu, bool):
+        return f"zero_triu is {module.zero_triu!r}, expected a bool"
+    return None
+
+
+def _gate_structure(module):
+    linear = () if module.linear is None else ("linear",)
+    reason = check_parameters(module, {}) or check_child_names(
+        module, ("norm", "conv", "act", "dropout", *linear)
+    )
+    return reason or _layer_norm("norm", module.norm) or _activation("act", module.act)
+
+
+def _gating_mlp_structure(module):
+    return check_parameters(module, {}) or check_child_names(
+        module, ("channel_proj1", "csgu", "channel_proj2")
+    )
+
+
+def _feed_forward_structure(module):
+    reason = check_parameters(module, {})
+    reason = reason or check_child_names(module, ("w_1", "w_2", "dropout", "activation"))
+    return reason or _activation("activation", module.activation)
+
+
+def _layer_structure(module):
+    blocks = {"feed_forward": "norm_ff", "feed_forward_macaron": "norm_ff_macaron"}
+    there = [name for pair in blocks.items() if getattr(module, pair[0]) is not None for name in pair]
+    always = ("attn", "cgmlp", "norm_mha", "norm_mlp", "norm_final", "dropout")
+    reason = check_parameters(module, {}) or check_child_names(
+        module, (*always, *there, "depthwise_conv_fusion", "merge_proj")
+    )
+    if reason is None and not isinstance(module.ff_scale, float):
+        reason = f"ff_scale is {module.ff_scale!r}, expected a float"
+    return reason
+
+
+ATTENTION = Rule(
+    name="espnet.rel_position_attention",
+    class_name="RelPositionMultiHeadedAttention",
+    forward=models.RelPositionMultiHeadedAttention.forward,
+    kernels=("linear",),
+    structure=_attention_structure,
+    functions=own_forward,
+    known={"ea6c9473802a263c615bac55": _ESPNET},
+    caches={"attn": None},
+    note="the weights are not kept in attn",
+)
+
+GATE = Rule(
+    name="espnet.convolutional_spatial_gating_unit",
+    class_name="ConvolutionalSpatialGatingUnit",
+    forward=models.ConvolutionalSpatialGatingUnit.forward,
+    kernels=("conv_spatial_gate",),
+    structure=_gate_structure,
+    functions=own_forward,
+    known={"9d8eaa82bb4cdd60dd0e94c9": _ESPNET},
+)
+
+GATING_MLP = Rule(
+    name="espnet.convolutional_gating_mlp",
+    class_name="ConvolutionalGatingMLP",
+    forward=models.FeedForwardConvGated.forward,
+    kernels=("linear",),
+    structure=_gating_mlp_structure,
+    functions=own_forward,
+    known={"8b8ff5185f9ecabcf556351c": _ESPNET},
+)
+
+FEED_FORWARD = Rule(
+    name="espnet.positionwise_feed_forward",
+    class_name="PositionwiseFeedForward",
+    forward=models.PositionwiseFeedForward.forward,
+    kernels=("linear",),
+    structure=_feed_forward_structure,
+    functions=own_forward,
+    known={"a832391b864ae7c1dd5108ee": _ESPNET},
+)
+
+LAYER = Rule(
+    name="espnet.e_branchformer_layer",
+    class_name="EBranchformerEncoderLayer",
+    forward=models.EBranchformerLayer.forward,
+    kernels=("linear",),
+    structure=_layer_structure,
+    functions=own_forward,
+    known={"bb5379a9603330ac13ff54f3": _ESPNET},
+)
+
+RULES = (LAYER, ATTENTION, GATING_MLP, GATE, FEED_FORWARD, LINEAR)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ESPnet's E-Branchformer swapped, and what its Branchformer and Conformer share with it: equal results, training
+steps, undone; what is declined."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("espnet2.asr.encoder.e_branchformer_encoder")
+
+from espnet.nets.pytorch_backend.conformer.swish import Swish
+from espnet2.asr.encoder.branchformer_encoder import BranchformerEncoder
+from espnet2.asr.encoder.conformer_encoder import ConformerEncoder
+from espnet2.asr.encoder.e_branchformer_encoder import EBranchformerEncoder
+from tiny_zipformer import assert_close
+
+import fastasr
+
+SWAPPED = {
+    "EBranchformerEncoderLayer",
+    "RelPositionMultiHeadedAttention",
+    "ConvolutionalGatingMLP",
+    "ConvolutionalSpatialGatingUnit",
+    "PositionwiseFeedForward",
+}
+
+
+def encoder(**arguments):
+    torch.manual_seed(0)
+    sizes = {"output_size": 24, "attention_heads": 3, "cgmlp_linear_units": 36, "cgmlp_conv_kernel": 7}
+    options = {"num_blocks": 2, "linear_units": 28, "use_ffn": True, "macaron_ffn": True}
+    model = EBranchformerEncoder(20, **{**sizes, **options, **arguments})
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model.eval()
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(3, 47, 20, generator=generator), torch.tensor([47, 40, 21])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"use_ffn": False, "macaron_ffn": False},
+        {"gate_activation": "swish", "merge_conv_kernel": 5, "attention_dropout_rate": 0.1},
+        {"use_linear_after_conv": True, "zero_triu": True, "input_layer": "linear"},
+    ],
+    ids=["macaron", "no-feed-forward", "swish-gate", "linear-after-convolution"],
+)
+def test_swap_and_verify(arguments):
+    model = encoder(**arguments)
+    expected, lengths, _ = model(*batch())
+    report = fastasr.accelerate(model, verify=batch())
+    assert report.ok, str(report)
+    replaced = {row.class_name for row in report.replaced}
+    assert replaced >= (SWAPPED if model.encoders[0].feed_forward else SWAPPED - {"PositionwiseFeedForward"})
+    assert all(row.errors for row in report.replaced if row.class_name in SWAPPED)
+    y, found, _ = model(*batch())
+    assert found.tolist() == lengths.tolist()
+    assert_close(y, expected)
+    with torch.no_grad():
+        assert_close(model(*batch())[0], expected)
+    assert fastasr.restore(model) == len(report.replaced)
+
+
+def test_a_training_step_of_the_swapped_model():
+    model = encoder(dropout_rate=0.2, attention_dropout_rate=0.1, layer_drop_rate=0.3).train()
+    twin = copy.deepcopy(model)
+    fastasr.accelerate(model)
+    results = []
+    for each in (model, twin):
+        torch.manual_seed(4)
+        loss = each(*batch())[0].sin().sum()
+        grads = torch.autograd.grad(loss, list(each.parameters()), materialize_grads=True)
+        results.append((loss.detach(), grads, torch.get_rng_state()))
+    (loss, grads, state), (expected_loss, expected, expected_state) = results
+    assert torch.equal(state, expected_state)
+    assert_close(loss, expected_loss, 1e-4)
+    largest = max(g.abs().max() for g in expected)
+    for a, b in zip(grads, expected, strict=True):
+        assert (a - b).abs().max() < 1e-4 * largest
+
+
+def test_the_report_names_kernels_and_what_differs():
+    report = fastasr.explain(encoder())
+    gate = report["encoders.0.cgmlp.csgu"]
+    assert gate.kernels == ("conv_spatial_gate",)
+    assert gate.reason == "same source as espnet 202511"
+    assert "the weights are not kept in attn" in report["encoders.1.attn"].reason
+
+
+@pytest.mark.parametrize("kind", ["branchformer", "conformer"])
+def test_the_same_classes_elsewhere(kind):
+    torch.manual_seed(0)
+    if kind == "branchformer":
+        sizes = {"cgmlp_linear_units": 36, "cgmlp_conv_kernel": 7}
+        model = BranchformerEncoder(20, 24, attention_heads=3, num_blocks=1, **sizes).eval()
+        expected_classes = {"RelPositionMultiHeadedAttention", "ConvolutionalSpatialGatingUnit"}
+    else:
+        options = {"rel_pos_type": "latest", "macaron_style": True, "cnn_module_kernel": 5}
+        model = ConformerEncoder(20, 24, attention_heads=3, num_blocks=1, linear_units=28, **options).eval()
+        expected_classes = {"RelPositionMultiHeadedAttention", "PositionwiseFeedForward"}
+    expected = model(*batch())[0]
+    report = fastasr.accelerate(model, verify=batch())
+    assert report.ok, str(report)
+    assert {row.class_name for row in report.replaced} >= expected_classes
+    assert_close(model(*batch())[0], expected)
+
+
+def test_what_is_declined():
+    model = encoder()
+    layer = model.encoders[0]
+
+    class Twice(Swish):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    Twice.__name__ = "Swish"
+    layer.feed_forward.activation = Twice()
+    layer.attn.q_norm = torch.nn.LayerNorm(8)
+    layer.cgmlp.csgu.extra = torch.nn.Identity()
+    model.encoders[1].ff_scale = None
+    report = fastasr.explain(model)
+    for path, reason in (
+        ("encoders.0.feed_forward", "submodule activation"),
+        ("encoders.0.attn", "submodule q_norm is a LayerNorm, expected Identity"),
+        ("encoders.0.cgmlp.csgu", "has submodules this class does not have upstream: extra"),
+        ("encoders.1", "ff_scale is None, expected a float"),
+    ):
+        assert report[path].status == "skipped"
+        assert reason in report[path].reason
+
+
+def test_watched_and_replaced_parts_are_called():
+    model = encoder()
+    expected = model(*batch())[0]
+    fastasr.accelerate(model)
+    seen = []
+    unit = model.encoders[0].cgmlp.csgu
+    for module in (unit.norm, unit.conv, unit.act, unit.dropout, model.encoders[0].feed_forward.w_1):
+        module.register_forward_hook(lambda *arguments: seen.append(arguments[0]))
+    assert_close(model(*batch())[0], expected)
+    assert len(seen) == 5
