@@ -21,6 +21,7 @@ from fastasr.benchmarks import limits, upstream
 from fastasr.benchmarks.case import Report, Settings
 from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, interleave, peak_bytes
 from fastasr.benchmarks.rows import Row
+from fastasr.benchmarks.time_limit import Expired, time_limit
 
 NAME = "zipformer"
 WHOLE, STACKS, AUTOCAST = "whole model", "stacks", "whole model, autocast(bfloat16)"
@@ -28,6 +29,7 @@ FIRST, SECOND, SWAP = "first call", "second call", "accelerate()"
 UPSTREAM, LINEAR, FASTASR, COMPILE = "upstream", "upstream+linear", "fastasr", "compile"
 BATCH, FRAMES = 4, 1600
 FIRST_CALL_TIMEOUT = 300  # seconds for one fresh process
+COMPILE_LIMIT = 900  # seconds for the calls of upstream's model that compile
 
 
 def variants(shipped: torch.nn.Module) -> dict[str, Callable[[], torch.nn.Module]]:
@@ -49,6 +51,18 @@ def _call(model: Callable, inputs: tuple) -> Callable[[], torch.Tensor]:
             return model(*inputs)[0]
 
     return forward
+
+
+def _compiles(call: Callable[[], torch.Tensor], report: Report) -> bool:
+    """Whether the first two calls, after which nothing compiles any more, end in time and without an error."""
+    try:
+        with time_limit(COMPILE_LIMIT):
+            call()
+            call()
+    except (Exception, Expired) as error:  # the other implementations are still worth measuring
+        report(f"{NAME}: {COMPILE} left out: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
 def _autocast(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -192,8 +206,9 @@ def measure(
 ) -> Iterator[list[Row]]:
     """Yields the rows of the whole model, of its parts and of the first calls.
 
-    ``compile_model`` adds upstream under torch.compile (minutes of compilation); ``fresh`` the first calls in
-    fresh processes; ``skip(case)`` leaves WHOLE, AUTOCAST, STACKS or FIRST out. Raises ``upstream.MissingUpstream``.
+    ``compile_model`` adds upstream under torch.compile (minutes of compilation, given up after 15); ``fresh`` the first
+    calls in fresh processes; ``skip(case)`` leaves WHOLE, AUTOCAST, STACKS or FIRST out. Raises
+    ``upstream.MissingUpstream``.
     """
     settings = settings or Settings()
     reps = reps or min(settings.reps, 9)
@@ -215,9 +230,12 @@ def measure(
     calls[LINEAR] = with_linear(calls[LINEAR])
     if compile_model:
         calls[COMPILE] = _call(torch.compile(copy.deepcopy(shipped)), inputs)
-    for key, call in calls.items():
+    for key, call in list(calls.items()):
         report(f"{NAME}: first call of {key}" + (" (compiles for minutes)" if key == COMPILE else ""))
-        call()
+        if key != COMPILE:
+            call()
+        elif not _compiles(call, report):
+            del calls[key]
     if not skip(WHOLE):
         flops = _flops(size, inputs)
         rate = limits.gemm_flops_per_second("cpu")

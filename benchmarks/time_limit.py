@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A limit on calls that compile: an hour of recompilation tells no more than ten minutes of it."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Expired(BaseException):
+    """The time is up. No Exception: torch.compile catches those of its backend and compiles on."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises ``Expired`` inside after so many seconds. Without effect where there are no alarms, and off the main
+    thread, which alone can have one."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def expire(*_):
+        raise Expired(f"longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
