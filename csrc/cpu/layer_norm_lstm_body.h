@@ -13,8 +13,8 @@ namespace {
 constexpr int64_t kBlockTerms =
     64;  // in one chain of sums of the gradient's product: 4 H would be less exact than a BLAS
 
-// out[r * kBatch + b] = sum over k of w[r][k] h[b][k]: as many sums as a vector has lanes, lanes over k, turned at the
-// end into one vector of sums. Weights are read as they lie, each once for kBatch rows.
+// out[b * rows + r] = sum over k of w[r][k] h[b][k]: as many sums as a vector has lanes, lanes over k, made one vector
+// of sums at the end. Weights are read as they lie, each once for kBatch rows.
 template <int kBatch, typename C>
 __attribute__((noinline)) void dot_products(const C* __restrict w, int64_t w_row, const C* __restrict h, int64_t h_row,
                                             int64_t depth, C* __restrict out) {
@@ -31,20 +31,15 @@ __attribute__((noinline)) void dot_products(const C* __restrict w, int64_t w_row
     for (int r = 0; r < rows; r++) {
       const Vector<C> v = at(w + r * w_row + k);
 #pragma GCC unroll 16
-      for (int b = 0; b < kBatch; b++) sum[r * kBatch + b] += v * x[b];
+      for (int b = 0; b < kBatch; b++) sum[b * rows + r] += v * x[b];
     }
   }
-  transpose<C>(sum);
-#pragma GCC unroll 4
-  for (int half = n / 2; half > 0; half /= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < half; i++) sum[i] += sum[i + half];
-  }
+  sum_each<C>(sum);
   put(out, sum[0]);
   if (k == depth) return;
   for (int r = 0; r < rows; r++)
     for (int b = 0; b < kBatch; b++)
-      for (int64_t j = k; j < depth; j++) out[r * kBatch + b] += w[r * w_row + j] * h[b * h_row + j];
+      for (int64_t j = k; j < depth; j++) out[b * rows + r] += w[r * w_row + j] * h[b * h_row + j];
 }
 
 // The sum of one row, where rows are left over.
@@ -72,7 +67,7 @@ FASTASR_VECTOR_INLINE void add_products_of(const C* w, int64_t rows, int64_t dep
     for (int64_t b = from; b < to; b += kBatch) {
       dot_products<kBatch>(w + r * depth, depth, h + b * depth, depth, depth, out);
       for (int i = 0; i < kBatch; i++)
-        for (int j = 0; j < group; j++) gates[(b + i) * gate_row + r + j] += out[j * kBatch + i];
+        for (int j = 0; j < group; j++) gates[(b + i) * gate_row + r + j] += out[i * group + j];
     }
   }
   for (; r < rows; r++)
