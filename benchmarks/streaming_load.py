@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many live streams a machine serves: streams paced in real time, each with a chunk every chunk's duration.
+
+    python -m fastasr.benchmarks.streaming_load             # measures, writes the JSON and the picture
+    python -m fastasr.benchmarks.streaming_load --plot      # the picture again, from the JSON
+
+The chunks of N streams arrive at their own phases; whatever waits is served in one call (at most ``--batch`` chunks,
+the oldest first). A chunk's latency is from its arrival to its output. N is sustained when 99 % of the latencies are
+under one chunk; the largest such N is found by doubling and then halving the interval. ``streaming_peers`` has what is
+compared.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from fastasr.benchmarks import streaming_peers, upstream
+from fastasr.benchmarks.environment import stamp
+from fastasr.benchmarks.models.transcribe import LEFT_CONTEXT
+from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, png, pyplot
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("engine fp32", "engine bf16", "engine int8", streaming_peers.SCRIPTED, streaming_peers.ONNX)
+FRAME = 0.02  # seconds of an encoder's frame, before its output is halved
+OVERLOAD = 4  # chunks of delay at which a run is given up
+
+
+def pace(served, count, period, seconds, batch, features, clock=time.perf_counter, sleep=time.sleep):
+    """The latencies in seconds of every chunk of ``count`` streams over ``seconds``; cut short when a chunk is later
+    than OVERLOAD periods, which is among them then.
+
+    served: ``step(features (n, ...), streams)``; features: (count, frames, bins), one chunk of each stream, again and
+    again.
+    """
+    phases = [period * stream / count for stream in range(count)]
+    due = sorted(
+        (phase + period, stream) for stream, phase in enumerate(phases)
+    )  # when each next chunk is complete
+    latencies, began = [], clock()
+    while due[0][0] <= seconds:
+        now = clock() - began
+        if due[0][0] > now:
+            sleep(due[0][0] - now)
+            continue
+        waiting = [entry for entry in due if entry[0] <= now][:batch]
+        streams = [stream for _, stream in waiting]
+        served.step(features[streams], streams)
+        done = clock() - began
+        latencies += [done - arrived for arrived, _ in waiting]
+        if latencies and max(latencies[-len(waiting) :]) > OVERLOAD * period:
+            break
+        due = sorted([(arrived + period, stream) for arrived, stream in waiting] + due[len(waiting) :])
+    return latencies
+
+
+def percentile(latencies, share):
+    """The smallest latency that ``share`` of them do not exceed."""
+    return sorted(latencies)[max(0, math.ceil(share * len(latencies)) - 1)]
+
+
+def largest(sustained, most):
+    """The largest N of 1 to ``most`` with sustained(N), which no longer holds beyond some N; 0 for none."""
+    good, bad = 0, None
+    n = 1
+    while bad is None and good < most:
+        if sustained(n):
+            good, n = n, min(2 * n, most)
+        else:
+            bad = n
+    while bad is not None and bad - good > 1:
+        middle = (good + bad) // 2
+        if sustained(middle):
+            good = middle
+        else:
+            bad = middle
+    return good
+
+
+def measure(
+    names=NAMES, size="medium", chunk=16, threads=1, seconds=20.0, batch=16, most=128, report=lambda _: None
+):
+    """A dict of what was found, as in the JSON file: for each of ``names`` the largest number of streams, the
+    percentiles and every latency there, and the 99th percentile of each number that was tried.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        period = chunk * FRAME
+        generator = torch.Generator().manual_seed(1)
+        frames = 2 * chunk + streaming_peers.PADDING
+        features = torch.randn(most, frames, upstream.BINS, generator=generator)
+        found = {}
+        for name in names:
+            report(f"{name}: making")
+            served = streaming_peers.make([name], size, chunk, threads, most)[name]
+            found[name] = _limit(served, name, period, seconds, batch, most, features, report)
+        return {
+            "size": size,
+            "chunk": chunk,
+            "left_context": LEFT_CONTEXT,
+            "period_ms": round(1e3 * period, 1),
+            "seconds": seconds,
+            "batch": batch,
+            "implementations": found,
+            "environment": stamp(),
+        }
+    finally:
+        torch.set_num_threads(before)
+
+
+def _limit(served, name, period, seconds, batch, most, features, report):
+    tried, runs = {}, {}
+
+    def sustained(count):
+        served.open(count)
+        for _ in range(3):  # first calls allocate, compile and warm caches
+            for first in range(0, count, batch):
+                streams = list(range(first, min(count, first + batch)))
+                served.step(features[streams], streams)
+        runs[count] = pace(served, count, period, seconds, batch, features)
+        tried[count] = percentile(runs[count], 0.99)
+        report(f"{name}: {count} streams, p99 {1e3 * tried[count]:.1f} ms of {1e3 * period:.0f}")
+        return tried[count] < period
+
+    streams = largest(sustained, most)
+    latencies = runs[streams] if streams else runs[1]
+    return {
+        "streams": streams,
+        **{
+            f"p{round(100 * share)}_ms": round(1e3 * percentile(latencies, share), 2)
+            for share in (0.5, 0.9, 0.99)
+        },
+        "tried_p99_ms": {str(count): round(1e3 * p99, 2) for count, p99 in sorted(tried.items())},
+        "latencies_ms": [round(1e3 * latency, 1) for latency in latencies],
+    }
+
+
+def figure(found):
+    """A histogram of the latencies of each implementation at its largest number of streams."""
+    plt = pyplot()
+    ways = found["implementations"]
+    picture, axes = plt.subplots(
+        len(ways), 1, figsize=(7.2, 1.1 * len(ways) + 0.9), sharex=True, layout="constrained", squeeze=False
+    )
+    limit = 1.05 * max(found["period_ms"], *(values["p99_ms"] for values in ways.values()))
+    for panel, (name, values) in zip(axes[:, 0], ways.items(), strict=True):
+        colour = COLOURS["fastasr"] if name in streaming_peers.ENGINES else OTHER_COLOUR
+        panel.hist(values["latencies_ms"], bins=60, range=(0, limit), color=colour)
+        panel.axvline(found["period_ms"], color="#20242c", linewidth=1, linestyle="--")
+        panel.axvline(values["p99_ms"], color="#20242c", linewidth=1)
+        panel.set_title(
+            f"{name}: {values['streams']} streams, p99 {values['p99_ms']:.0f} ms", fontsize=8, loc="left"
+        )
+        panel.tick_params(labelsize=8)
+        panel.set_yticks([])
+        panel.spines[["top", "right", "left"]].set_visible(False)
+    axes[-1, 0].set_xlabel("latency of a chunk, ms (dashed: one chunk, the bound)", fontsize=8)
+    place = found["environment"]
+    picture.suptitle(
+        f"Zipformer {found['size']}, chunks of {found['period_ms']:.0f} ms, {place['threads']} thread(s), "
+        f"{place['device_name']}",
+        fontsize=10,
+    )
+    return picture
+
+
+def main(arguments=None):
+    """Exit code: 0, 2 when something that is needed is missing."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastasr.benchmarks.streaming_load",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--only", nargs="*", default=NAMES, metavar="NAME", help=", ".join(streaming_peers.NAMES)
+    )
+    parser.add_argument("--size", choices=sorted(upstream.SIZES), default="medium")
+    parser.add_argument("--chunk", type=int, default=16, help="frames of a chunk, 20 ms each")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each number of streams")
+    parser.add_argument("--batch", type=int, default=16, help="chunks in a call at most")
+    parser.add_argument("--most", type=int, default=256, help="streams at most")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks" / "results" / "streaming_load.json"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "plots" / "streaming_load.png")
+    parser.add_argument("--plot", action="store_true", help="only the picture, from the results")
+    options = parser.parse_args(arguments)
+    try:
+        if not options.plot:
+            found = measure(
+                options.only,
+                options.size,
+                options.chunk,
+                options.threads,
+                options.seconds,
+                options.batch,
+                options.most,
+                report=lambda line: print(line, flush=True),
+            )
+            options.results.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        found = json.loads(options.results.read_text(encoding="utf-8"))
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_bytes(png(figure(found)))
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name, values in found["implementations"].items():
+        print(f"{name}: {values['streams']} streams, p99 {values['p99_ms']:.1f} ms")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

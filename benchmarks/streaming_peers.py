@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One streaming Zipformer in several implementations, each for many streams that share calls.
+
+- ``upstream``: the PyPI package's streaming wrapper as it is;
+- ``scripted``: the same by ``torch.jit.script`` and ``torch.jit.freeze``, as upstream's exporter writes it;
+- ``onnxruntime``: what ``fastasr.export`` writes of the same weights (with the joiner's projection, one product more);
+- ``engine fp32``, ``engine bf16``, ``engine int8``: ``fastasr.streaming.StreamingEncoder``.
+
+The first three keep a list of states per stream, which is stacked for a call and split after it, as upstream's servers
+do.
+"""
+
+import copy
+import tempfile
+
+import torch
+
+from fastasr.benchmarks import upstream
+from fastasr.benchmarks.models.transcribe import LEFT_CONTEXT, config
+from fastasr.models.zipformer.stream_states import stack_states, unstack_states
+
+UPSTREAM, SCRIPTED, ONNX = "upstream", "scripted", "onnxruntime"
+ENGINES = {"engine fp32": "fp32", "engine bf16": "bf16", "engine int8": "int8"}
+NAMES = (UPSTREAM, SCRIPTED, ONNX, *ENGINES)
+PADDING = 13  # frames of features over 2 chunk_size
+
+
+class StackedStreams:
+    """Streams of ``run``: features (n, frames, bins), states of n -> output, new states."""
+
+    def __init__(self, run, first):
+        self._run, self._first, self._states = run, first, {}
+
+    def open(self, count):
+        self._states = {stream: [state.clone() for state in self._first] for stream in range(count)}
+
+    @torch.inference_mode()
+    def step(self, features, streams):
+        """The next chunk of each of ``streams``, (n, 2 chunk_size + 13, bins) -> output."""
+        if len(streams) == 1:
+            y, self._states[streams[0]] = self._run(features, self._states[streams[0]])
+            return y
+        y, states = self._run(features, stack_states([self._states[stream] for stream in streams]))
+        for stream, own in zip(streams, unstack_states(states), strict=True):
+            self._states[stream] = own
+        return y
+
+
+class EngineStreams:
+    """The same of the engine."""
+
+    def __init__(self, model, chunk, weights, threads, most):
+        from fastasr.streaming import StreamingEncoder
+
+        self._encoder = StreamingEncoder.from_model(
+            model, chunk, LEFT_CONTEXT, weights=weights, max_streams=most, threads=threads
+        )
+        self._streams = []
+
+    def open(self, count):
+        for stream in self._streams:
+            self._encoder.close(stream)
+        self._streams = [self._encoder.open() for _ in range(count)]
+
+    def step(self, features, streams):
+        return self._encoder.step(features, [self._streams[stream] for stream in streams])[0]
+
+
+def make(names=NAMES, size="medium", chunk=16, threads=1, most=64):
+    """{name: streams} of a model with the same random weights; ``open(count)`` begins ``count`` streams of it, 0 and so
+    on, at most ``most`` of an engine. Raises ``upstream.MissingUpstream`` for what is not installed, ValueError for a
+    name that there is not.
+    """
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise ValueError(f"implementations are {', '.join(NAMES)}, got {', '.join(unknown)}")
+    with upstream.activations(compiled=False):
+        theirs = upstream.recogniser(config(size, chunk))
+    made = {}
+    if UPSTREAM in names or SCRIPTED in names:
+        from zipformer.modules.model import StreamingEncoderWrapper
+
+        wrapper = StreamingEncoderWrapper(copy.deepcopy(theirs.encoder), copy.deepcopy(theirs.encoder_embed))
+        wrapper.eval()
+        first = wrapper.get_init_states(1)
+        if UPSTREAM in names:
+            made[UPSTREAM] = StackedStreams(_chunk_of(wrapper), first)
+        if SCRIPTED in names:
+            scripted = torch.jit.freeze(torch.jit.script(wrapper))
+            made[SCRIPTED] = StackedStreams(_chunk_of(scripted), first)
+    if ONNX in names:
+        made[ONNX] = _onnx(theirs, size, chunk, threads)
+    for name, weights in ENGINES.items():
+        if name in names:
+            made[name] = EngineStreams(theirs, chunk, weights, threads, most)
+    return {name: made[name] for name in names}
+
+
+def _chunk_of(wrapper):
+    def run(features, states):
+        lengths = torch.full((len(features),), features.shape[1])
+        y, _, states = wrapper(features, lengths, states)
+        return y, states
+
+    return run
+
+
+def _onnx(theirs, size, chunk, threads):
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise upstream.MissingUpstream(f"{error}: pip install 'fastasr[export]'") from None
+    from fastasr.export import export_onnx
+    from fastasr.models import zipformer
+
+    ours = zipformer.AsrModel(**config(size, chunk)).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    with tempfile.TemporaryDirectory() as folder:
+        files = export_onnx(ours, folder)
+        session = zipformer.OnnxStreamingTransducerModel(
+            *(files[name] for name in ("encoder", "decoder", "joiner")), threads=threads
+        )
+
+    def run(features, states):
+        session.states = [state.numpy() for state in states]
+        y = session.run_encoder(features)
+        return y, [torch.from_numpy(state) for state in session.states]
+
+    return StackedStreams(run, [torch.from_numpy(state) for state in session.states])
