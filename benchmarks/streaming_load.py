@@ -19,9 +19,11 @@ from pathlib import Path
 
 import torch
 
-from fastasr.benchmarks import streaming_peers, upstream
+from fastasr.benchmarks import upstream
 from fastasr.benchmarks.environment import stamp
+from fastasr.benchmarks.models import streaming_peers
 from fastasr.benchmarks.models.transcribe import LEFT_CONTEXT
+from fastasr.benchmarks.models.zipformer_streaming import PADDING
 from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, png, pyplot
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,7 +94,7 @@ def measure(
     try:
         period = chunk * FRAME
         generator = torch.Generator().manual_seed(1)
-        frames = 2 * chunk + streaming_peers.PADDING
+        frames = 2 * chunk + PADDING
         features = torch.randn(most, frames, upstream.BINS, generator=generator)
         found = {}
         for name in names:

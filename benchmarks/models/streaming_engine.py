@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One chunk of a streaming Zipformer-M through the streaming engine, and by upstream's code as shipped: one stream and
-several at a time, in the middle of the streams. The engine works on torch's number of threads.
+"""One chunk of a streaming Zipformer-M through the streaming engine, with weights in fp32, bf16 and int8, and by
+upstream's code: as shipped, scripted and frozen as its exporter writes it, and in onnxruntime. One stream and several
+at a time, in the middle of the streams; all work on torch's number of threads.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ import torch
 
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import Report, Settings
+from fastasr.benchmarks.models import streaming_peers
 from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, measure_unit
 from fastasr.benchmarks.models.zipformer_streaming import CHUNKS, LEFT_CONTEXT, PADDING, middle_of_a_stream
 from fastasr.benchmarks.rows import Row
@@ -16,20 +18,14 @@ from fastasr.benchmarks.rows import Row
 NAME = "streaming_engine"
 CASE = "one chunk of {}"
 STREAMS = (1, 8)
-
-
-def _engine(model: torch.nn.Module, chunk: int, streams: int) -> Callable[[], torch.Tensor]:
-    """A call behind as many chunks as fill the left context; its states move on, its work does not change."""
-    from fastasr.streaming import StreamingEncoder
-
-    threads = torch.get_num_threads()
-    encoder = StreamingEncoder.from_model(model, chunk, LEFT_CONTEXT, max_streams=streams, threads=threads)
-    opened = [encoder.open() for _ in range(streams)]
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(streams, 2 * chunk + PADDING, upstream.BINS, generator=generator)
-    for _ in range(LEFT_CONTEXT // chunk + 1):
-        encoder.step(x, opened)
-    return lambda: encoder.step(x, opened)[0]
+# implementations of rows: those of streaming_peers
+PEERS = {
+    "scripted": streaming_peers.SCRIPTED,
+    "onnxruntime": streaming_peers.ONNX,
+    FASTASR: "engine fp32",
+    "fastasr bf16": "engine bf16",
+    "fastasr int8": "engine int8",
+}
 
 
 def measure(
@@ -50,13 +46,21 @@ def measure(
     settings = settings or Settings()
     options = {"causal": True, "chunk_size": chunks, "left_context_frames": (LEFT_CONTEXT,)}
     model = upstream.zipformer(size, inner_compile=inner_compile, **options)
-    for count in streams:
-        shape = f"{size} {count} stream{'s' * (count > 1)}, left context {LEFT_CONTEXT}"
-        for chunk in chunks:
-            case = CASE.format(chunk)
-            if skip(case, shape, FORWARD):
-                continue
-            model.encoder.chunk_size = chunks
-            engine = _engine(model, chunk, count)
-            runs = {UPSTREAM: middle_of_a_stream(model, chunk, count), FASTASR: engine}
+    shapes = {
+        count: f"{size} {count} stream{'s' * (count > 1)}, left context {LEFT_CONTEXT}" for count in streams
+    }
+    for chunk in chunks:
+        case = CASE.format(chunk)
+        wanted = {count: shape for count, shape in shapes.items() if not skip(case, shape, FORWARD)}
+        if not wanted:
+            continue
+        report(f"{NAME}: {case}: scripting, exporting and packing")
+        threads = torch.get_num_threads()
+        peers = streaming_peers.make(tuple(PEERS.values()), size, chunk, threads, max(wanted))
+        for count, shape in wanted.items():
+            generator = torch.Generator().manual_seed(1)
+            x = torch.randn(count, 2 * chunk + PADDING, upstream.BINS, generator=generator)
+            full = LEFT_CONTEXT // chunk + 1
+            runs = {UPSTREAM: middle_of_a_stream(model, chunk, count)}
+            runs |= {name: peers[peer].middle(x, full) for name, peer in PEERS.items()}
             yield measure_unit(NAME, case, FORWARD, shape, runs, settings, reps or settings.reps, report)

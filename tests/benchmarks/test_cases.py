@@ -138,7 +138,7 @@ def test_a_chunk_through_the_streaming_engine():
         pytest.skip(str(reason))
     assert [unit[0].shape.split(",")[0] for unit in units] == ["tiny 1 stream", "tiny 2 streams"]
     for unit in units:
-        assert [row.implementation for row in unit] == ["upstream", "fastasr"]
+        assert [row.implementation for row in unit] == ["upstream", *streaming_engine.PEERS]
 
 
 def test_a_step_of_the_mega_decoder():

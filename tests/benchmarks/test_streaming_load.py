@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 
-from fastasr.benchmarks import streaming_load, streaming_peers
+from fastasr.benchmarks import streaming_load
+from fastasr.benchmarks.models import streaming_peers
+from fastasr.benchmarks.models.zipformer_streaming import PADDING
 
 
 class Clocked:
@@ -90,7 +92,7 @@ def test_implementations_agree(peers):
         generator = torch.Generator().manual_seed(2)
         outputs[name] = []
         for streams in ([0], [2, 1], [0, 1, 2], [1]):
-            x = torch.randn(len(streams), 2 * 8 + streaming_peers.PADDING, 80, generator=generator)
+            x = torch.randn(len(streams), 2 * 8 + PADDING, 80, generator=generator)
             outputs[name].append(served.step(x, streams))
     expected = outputs.pop(streaming_peers.UPSTREAM)
     onnx = outputs.pop(streaming_peers.ONNX)

@@ -22,7 +22,6 @@ from fastasr.models.zipformer.stream_states import stack_states, unstack_states
 UPSTREAM, SCRIPTED, ONNX = "upstream", "scripted", "onnxruntime"
 ENGINES = {"engine fp32": "fp32", "engine bf16": "bf16", "engine int8": "int8"}
 NAMES = (UPSTREAM, SCRIPTED, ONNX, *ENGINES)
-PADDING = 13  # frames of features over 2 chunk_size
 
 
 class StackedStreams:
@@ -33,6 +32,16 @@ class StackedStreams:
 
     def open(self, count):
         self._states = {stream: [state.clone() for state in self._first] for stream in range(count)}
+
+    @torch.inference_mode()
+    def middle(self, features, chunks):
+        """A call that takes the chunk behind ``chunks`` of them, of as many streams as there are features. States are
+        one batch already, and none is kept: every call does the same.
+        """
+        states = stack_states([self._first] * len(features))
+        for _ in range(chunks):
+            states = self._run(features, states)[1]
+        return torch.inference_mode()(lambda: self._run(features, states)[0])
 
     @torch.inference_mode()
     def step(self, features, streams):
@@ -61,6 +70,13 @@ class EngineStreams:
         for stream in self._streams:
             self._encoder.close(stream)
         self._streams = [self._encoder.open() for _ in range(count)]
+
+    def middle(self, features, chunks):
+        """The states move on with every call, its work does not change."""
+        self.open(len(features))
+        for _ in range(chunks):
+            self._encoder.step(features, self._streams)
+        return lambda: self._encoder.step(features, self._streams)[0]
 
     def step(self, features, streams):
         return self._encoder.step(features, [self._streams[stream] for stream in streams])[0]
