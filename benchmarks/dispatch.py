@@ -8,6 +8,7 @@ public function ``fastasr.ops.<name>``, and the registered operator ``torch.ops.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ from fastasr.ops.residual_norm import definition_residual as residual_norm_defin
 from fastasr.ops.rnnt_joiner import definition as rnnt_joiner_definition
 from fastasr.ops.rnnt_lattice import definition as lattice_definition
 from fastasr.ops.rnnt_pruned_lattice import definition as pruned_lattice_definition
+from fastasr.ops.segment_attention import definition as segment_attention_definition
 from fastasr.ops.swoosh import definition_l, definition_r
 from fastasr.ops.toeplitz_attention import definition as toeplitz_attention_definition
 
@@ -194,6 +196,14 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             lambda x, y: pruned_lattice_definition(x, y, starts),
             lambda x, y: ops.rnnt_pruned_lattice(x, y, starts),
             lambda x, y: registered.rnnt_pruned_lattice(x, y, starts, None, False, False, True)[0],
+        ),
+        "segment_attention": Tiny(
+            (x.unsqueeze(1),) * 3,
+            partial(segment_attention_definition, num_heads=1, frames=len(x), segment_length=1),
+            partial(ops.segment_attention, num_heads=1, frames=len(x), segment_length=1),
+            lambda *tensors: registered.segment_attention(
+                *tensors, None, None, None, 1, len(x), 1, 0, 0, 0, 0, 0
+            ),
         ),
         "toeplitz_attention": Tiny(
             (x.unsqueeze(0), x.unsqueeze(0), other.unsqueeze(0), x, other, x[0, :1]),

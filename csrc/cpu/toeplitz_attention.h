@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/number.h"
+#include "cpu/sequence.h"
 #include "cpu/tile_gemm.h"
 
 // Gated attention with a Toeplitz bias, per sequence and chunk (a "unit"), 32 queries at a time (a "block"):
@@ -14,14 +15,6 @@
 // all its keys at once (one pass, exact maximum); keys behind its last query are skipped when causal. Backward, with g
 // = dy act(gate): dA = g v^T M, dS = A (dA - sum_j A dA), dv = A^T g, dq = dS k, dk = dS^T q, dbias = diagonal sums.
 namespace fastasr::cpu {
-
-// (time, batch, channel) with dense channels.
-template <typename T>
-struct Sequence {
-  T* data = nullptr;
-  int64_t time = 0, batch = 0;
-  T* at(int64_t t, int64_t b) const { return data + t * time + b * batch; }
-};
 
 template <typename T>
 struct ToeplitzAttention {

@@ -164,6 +164,7 @@ void layer_norm_lstm();
 void residual_norm();
 void rnnt_joiner();
 void toeplitz_attention();
+void segment_attention();
 void rnnt_lattice();
 void rnnt_pruned_lattice();
 void simd();

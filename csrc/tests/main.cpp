@@ -43,6 +43,7 @@ constexpr Test kTests[] = {
     {"rnnt_lattice", fastasr::test::rnnt_lattice},
     {"rnnt_pruned_lattice", fastasr::test::rnnt_pruned_lattice},
     {"toeplitz_attention", fastasr::test::toeplitz_attention},
+    {"segment_attention", fastasr::test::segment_attention},
 };
 
 bool machine_has(const char* level) {

@@ -22,6 +22,7 @@ from fastasr.ops.residual_norm import gated_residual_norm, residual_norm
 from fastasr.ops.rnnt_joiner import rnnt_joiner
 from fastasr.ops.rnnt_lattice import rnnt_lattice
 from fastasr.ops.rnnt_pruned_lattice import rnnt_pruned_lattice
+from fastasr.ops.segment_attention import segment_attention
 from fastasr.ops.swoosh import swoosh_l, swoosh_r
 from fastasr.ops.swoosh_linear import swoosh_linear
 from fastasr.ops.toeplitz_attention import toeplitz_attention
@@ -47,6 +48,7 @@ NAMES = (
     "gated_residual_norm",
     "residual_norm",
     "toeplitz_attention",
+    "segment_attention",
     "rnnt_lattice",
     "rnnt_pruned_lattice",
     "balancer_gradient",
@@ -72,6 +74,7 @@ __all__ = [
     "rnnt_joiner",
     "rnnt_lattice",
     "rnnt_pruned_lattice",
+    "segment_attention",
     "swoosh_l",
     "swoosh_linear",
     "swoosh_r",

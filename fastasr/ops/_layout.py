@@ -43,3 +43,8 @@ def rows(t: Tensor) -> Tensor:
             return t.contiguous()
         expected = stride * size
     return t
+
+
+def dense_channels(t: Tensor) -> Tensor:
+    """``t`` (time, batch, channels) itself when its channels are dense, whatever the other strides; else a copy."""
+    return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 
-from fastasr.ops import _activation, _check
+from fastasr.ops import _activation, _check, _layout
 from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served, triton_kernels
 from fastasr.ops._register import refuse_double_backward, register
 
@@ -181,7 +181,10 @@ def forward(
     kernels = FAMILY.kernels(query_key)
     tensors = query_key, gate, value, qk_weight, qk_bias, position_bias
     if kernels is not None:
-        operands = *map(_dense_channels, tensors[:3]), *_contiguous(*tensors[3:], padding_mask, dropout)
+        operands = (
+            *map(_layout.dense_channels, tensors[:3]),
+            *_contiguous(*tensors[3:], padding_mask, dropout),
+        )
         return kernels.forward(*operands, causal, chunk_size, activation, activate_value, need_gradients)
     y = definition(
         query_key,
@@ -208,12 +211,8 @@ def backward(
     rest = causal, chunk_size, activation, activate_value
     if kernels is None:
         return definition_backward(grad, *tensors, padding_mask, dropout, *rest)
-    operands = *map(_dense_channels, tensors[:3]), *_contiguous(*tensors[3:], padding_mask, dropout)
-    return kernels.backward(_dense_channels(grad), *operands, mixed.contiguous(), *rest)
-
-
-def _dense_channels(t: Tensor) -> Tensor:
-    return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
+    operands = *map(_layout.dense_channels, tensors[:3]), *_contiguous(*tensors[3:], padding_mask, dropout)
+    return kernels.backward(_layout.dense_channels(grad), *operands, mixed.contiguous(), *rest)
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

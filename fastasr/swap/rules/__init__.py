@@ -80,9 +80,21 @@ class Rule:
 
 def families():
     """The rule families, each a tuple of rules, in the order in which they are tried."""
-    from fastasr.swap.rules import espnet, espnet_branchformer, torchaudio_rnnt, zipformer
+    from fastasr.swap.rules import (
+        espnet,
+        espnet_branchformer,
+        torchaudio_emformer,
+        torchaudio_rnnt,
+        zipformer,
+    )
 
-    return (zipformer.RULES, espnet.RULES, espnet_branchformer.RULES, torchaudio_rnnt.RULES)
+    return (
+        zipformer.RULES,
+        espnet.RULES,
+        espnet_branchformer.RULES,
+        torchaudio_emformer.RULES,
+        torchaudio_rnnt.RULES,
+    )
 
 
 def rules_by_forward():

@@ -1,0 +1,339 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/segment_attention.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cpu/elementary.h"
+
+namespace fastasr::cpu {
+namespace {
+
+constexpr int64_t kTile = kPanel * kPanel;
+
+// Rows of keys that some query of a block sees, and where their scores lie. Query l sees [begin[l], end[l]) of them.
+struct Run {
+  int64_t first, count, offset;
+  alignas(64) int32_t begin[kPanel], end[kPanel];
+  int64_t lane[kPanel];  // of the window, of the run's first row
+};
+
+struct Block {
+  int64_t queries;      // how many there are
+  int64_t row[kPanel];  // of each
+  Run runs[3];          // memory, right context, utterance
+  int64_t rows;         // of scores
+};
+
+template <typename T>
+FASTASR_INLINE Block block_of(const SegmentAttention<T>& p, int64_t unit, int64_t block) {
+  const int64_t b = unit / p.heads, segments = p.segments(), per = p.segment_queries();
+  const int64_t s0 = block / p.blocks_per_segment() * p.segments_per_block();
+  const int64_t s1 = std::min(segments, s0 + p.segments_per_block());
+  const int64_t skip = block % p.blocks_per_segment() * kPanel;
+  const int64_t length = p.lengths ? std::clamp<int64_t>(p.lengths[b], 0, p.frames) : p.frames;
+  const int64_t old_frames = p.history ? std::clamp<int64_t>(p.history[0], 0, p.past_frames) : p.past_frames;
+  const int64_t old_memory = p.history ? std::clamp<int64_t>(p.history[1], 0, p.past_memory) : p.past_memory;
+  // What segment s sees, as rows of each run's own kind.
+  const auto window = [&](int64_t s, int64_t kind, int64_t* begin, int64_t* end) {
+    if (kind == 0) {
+      *end = p.memory ? p.past_memory + s : 0;
+      *begin = std::max(p.past_memory - old_memory, p.past_memory + s - p.memory);
+    } else if (kind == 1) {
+      *begin = s * p.right, *end = *begin + p.right;
+    } else {
+      *end = p.past_frames + std::min(length, (s + 1) * p.segment);
+      *begin = std::max(p.past_frames - old_frames, p.past_frames + s * p.segment - p.left);
+    }
+    *end = std::max(*begin, *end);
+  };
+  const int64_t base[3] = {0, p.remembered(), p.remembered() + segments * p.right};
+  const int64_t lanes[3] = {0, p.memory, p.memory + p.right};
+  Block out;
+  out.queries = out.rows = 0;
+  int64_t lowest[3];
+  for (int64_t kind = 0; kind < 3; kind++) {
+    Run& run = out.runs[kind];
+    int64_t begin, end, unused;
+    window(s0, kind, &begin, &unused);
+    window(s1 - 1, kind, &unused, &end);
+    run.first = base[kind] + begin, run.count = std::max<int64_t>(0, end - begin), run.offset = out.rows;
+    out.rows += (run.count + kTileRows - 1) / kTileRows * kTileRows;
+    lowest[kind] = begin;
+    std::memset(run.begin, 0, sizeof(run.begin)), std::memset(run.end, 0, sizeof(run.end));
+  }
+  for (int64_t s = s0; s < s1; s++) {
+    const int64_t here = std::min(p.segment, p.frames - s * p.segment);
+    for (int64_t i = skip; i < std::min(per, skip + kPanel); i++) {
+      const bool summary = i == p.right + p.segment;
+      if (!summary && i >= p.right + here) continue;
+      const int64_t l = out.queries++;
+      out.row[l] = i < p.right ? s * p.right + i
+                   : summary   ? segments * p.right + p.frames + s
+                               : segments * p.right + s * p.segment + i - p.right;
+      for (int64_t kind = 0; kind < 3; kind++) {
+        if (kind == 0 && summary) continue;
+        Run& run = out.runs[kind];
+        int64_t begin, end;
+        window(s, kind, &begin, &end);
+        run.begin[l] = static_cast<int32_t>(begin - lowest[kind]),
+        run.end[l] = static_cast<int32_t>(end - lowest[kind]);
+        const int64_t start = kind == 0   ? p.past_memory + s - p.memory
+                              : kind == 1 ? s * p.right
+                                          : p.past_frames + s * p.segment - p.left;
+        run.lane[l] = lanes[kind] + lowest[kind] - start;
+      }
+    }
+  }
+  return out;
+}
+
+// A row's channels of one head, in panels that are `stride` apart; zeros beyond.
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void unpack_row(const T* __restrict in, int64_t width, C scale, C* __restrict out, int64_t stride) {
+  int64_t j = 0;
+  for (; j + kPanel <= width; j += kPanel, out += stride) {
+#pragma omp simd
+    for (int64_t i = 0; i < kPanel; i++) out[i] = load(in[j + i]) * scale;
+  }
+  if (j == width) return;
+  for (int64_t i = 0; i < kPanel; i++) out[i] = j + i < width ? load(in[j + i]) * scale : C(0);
+}
+
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void put_row(T* __restrict out, int64_t width, C scale, const C* __restrict in, int64_t stride) {
+  int64_t j = 0;
+  for (; j + kPanel <= width; j += kPanel, in += stride) {
+#pragma omp simd
+    for (int64_t i = 0; i < kPanel; i++) store(&out[j + i], in[i] * scale);
+  }
+  for (int64_t i = 0; j + i < width; i++) store(&out[j + i], in[i] * scale);
+}
+
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void pack(const SegmentAttention<T>& p, const Sequence<const T>& t, int64_t unit, C* out) {
+  const int64_t rows = p.packed_rows(), keys = p.keys(), b = unit / p.heads, first = unit % p.heads * p.width;
+  for (int64_t k = 0; k < keys; k++) unpack_row(t.at(k, b) + first, p.width, C(1), out + k * kPanel, rows * kPanel);
+  for (int64_t panel = 0; panel < p.panels(); panel++)
+    std::memset(out + (panel * rows + keys) * kPanel, 0, sizeof(C) * kTileRows * kPanel);
+}
+
+// The block's rows of t, times scale: [panel][32 queries][32 channels], and transposed.
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void gather(const SegmentAttention<T>& p, const Sequence<const T>& t, int64_t unit, const Block& block,
+                           C scale, C* rows, C* transposed) {
+  const int64_t b = unit / p.heads, first = unit % p.heads * p.width;
+  for (int64_t l = 0; l < block.queries; l++)
+    unpack_row(t.at(block.row[l], b) + first, p.width, scale, rows + l * kPanel, kTile);
+  for (int64_t panel = 0; panel < p.panels(); panel++) {
+    C* __restrict in = rows + panel * kTile, * __restrict out = transposed + panel * kTile;
+    std::memset(in + block.queries * kPanel, 0, sizeof(C) * static_cast<size_t>(kPanel - block.queries) * kPanel);
+    for (int64_t l = 0; l < kPanel; l++)
+      for (int64_t c = 0; c < kPanel; c++) out[c * kPanel + l] = in[l * kPanel + c];
+  }
+}
+
+// scores[j][l] = sum over channels of packed[j] transposed[l].
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void products(const SegmentAttention<T>& p, const Block& block, const C* packed, const C* transposed,
+                             C* scores) {
+  for (const Run& run : block.runs)
+    for (int64_t j = 0; j < run.count; j += kTileRows)
+      tile_rows(packed + (run.first + j) * kPanel, p.packed_rows() * kPanel, transposed, p.panels(),
+                scores + (run.offset + j) * kPanel, false);
+}
+
+// S = exp(S - max) where a query sees a key, else exactly 0; inverse[l] = 1 / sum, or 0 where there is none.
+template <typename C>
+FASTASR_INLINE void softmax(const Block& block, C* scores, C* __restrict inverse) {
+  constexpr C kNone = -std::numeric_limits<C>::infinity();
+  alignas(64) C most[kPanel];
+  alignas(64) double total[kPanel] = {};
+  for (int64_t l = 0; l < kPanel; l++) most[l] = kNone;
+  for (const Run& run : block.runs) {
+    const C* __restrict s = scores + run.offset * kPanel;
+    const int32_t* __restrict begin = run.begin, * __restrict end = run.end;
+    for (int32_t j = 0; j < run.count; j++, s += kPanel) {
+#pragma omp simd
+      for (int64_t l = 0; l < kPanel; l++) {
+        const C v = (j >= begin[l]) & (j < end[l]) ? s[l] : kNone;
+        most[l] = v > most[l] ? v : most[l];
+      }
+    }
+  }
+  for (const Run& run : block.runs) {
+    C* __restrict s = scores + run.offset * kPanel;
+    const int32_t* __restrict begin = run.begin, * __restrict end = run.end;
+    for (int32_t j0 = 0; j0 < run.count; j0 += kPanel) {
+      alignas(64) C part[kPanel] = {};
+      const int32_t j1 = static_cast<int32_t>(std::min<int64_t>(run.count, j0 + kPanel));
+      for (int32_t j = j0; j < j1; j++, s += kPanel) {
+#pragma omp simd
+        for (int64_t l = 0; l < kPanel; l++) {
+          const C e = exp_nonpositive(s[l] - most[l]);
+          s[l] = (j >= begin[l]) & (j < end[l]) ? e : C(0);
+          part[l] += s[l];
+        }
+      }
+#pragma omp simd
+      for (int64_t l = 0; l < kPanel; l++) total[l] += static_cast<double>(part[l]);
+    }
+    const int64_t spare = (kTileRows - run.count % kTileRows) % kTileRows;
+    std::memset(s, 0, sizeof(C) * static_cast<size_t>(spare * kPanel));
+  }
+  for (int64_t l = 0; l < kPanel; l++) inverse[l] = total[l] == 0 ? C(0) : static_cast<C>(1 / total[l]);
+}
+
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void drop(const SegmentAttention<T>& p, int64_t unit, const Block& block, C* scores) {
+  for (int64_t l = 0; l < block.queries; l++) {
+    const C* __restrict m = p.dropout + (unit * p.queries() + block.row[l]) * p.lanes();
+    for (const Run& run : block.runs) {
+      C* __restrict s = scores + run.offset * kPanel + l;
+      for (int64_t j = run.begin[l]; j < run.end[l]; j++) s[j * kPanel] *= m[run.lane[l] + j];
+    }
+  }
+}
+
+// out[panel][l][c] = sum over keys of a[j][l] packed[j][c].
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void mix(const SegmentAttention<T>& p, const Block& block, const C* a, const C* packed, C* out) {
+  for (int64_t panel = 0; panel < p.panels(); panel++)
+    for (int64_t l = 0; l < block.queries; l += kTileRows) {
+      bool add = false;
+      for (const Run& run : block.runs) {
+        if (run.count == 0) continue;
+        tile_columns(a + run.offset * kPanel + l, packed + (panel * p.packed_rows() + run.first) * kPanel, run.count,
+                     out + panel * kTile + l * kPanel, add);
+        add = true;
+      }
+      if (!add) std::memset(out + panel * kTile + l * kPanel, 0, sizeof(C) * kTileRows * kPanel);
+    }
+}
+
+// sums[j][c] += sum over queries of a[j][l] rows[l][c].
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void scatter(const SegmentAttention<T>& p, const Block& block, const C* a, const C* rows, C* sums) {
+  for (int64_t panel = 0; panel < p.panels(); panel++)
+    for (const Run& run : block.runs)
+      for (int64_t j = 0; j < run.count; j += kTileRows)
+        tile_rows(a + (run.offset + j) * kPanel, 0, rows + panel * kTile, 1,
+                  sums + (panel * p.packed_rows() + run.first + j) * kPanel, true);
+}
+
+// dS = P (dP - D), D = sum_j P dP, in place of dP. D is divided by the sum of P as it was rounded, and subtracted in
+// two parts: the rows of dS then add up to zero as nearly as their elements allow, which dq relies on.
+template <typename C>
+FASTASR_INLINE void softmax_backward(int64_t rows, const C* __restrict a, C* __restrict ds) {
+  alignas(64) double sum[kPanel] = {}, one[kPanel] = {};
+  alignas(64) C high[kPanel], low[kPanel];
+  for (int64_t j0 = 0; j0 < rows; j0 += kTileRows) {
+    alignas(64) C part[kPanel] = {}, weight[kPanel] = {};
+    for (int64_t j = j0; j < j0 + kTileRows; j++) {
+#pragma omp simd
+      for (int64_t l = 0; l < kPanel; l++) {
+        part[l] += a[j * kPanel + l] * ds[j * kPanel + l];
+        weight[l] += a[j * kPanel + l];
+      }
+    }
+#pragma omp simd
+    for (int64_t l = 0; l < kPanel; l++) {
+      sum[l] += static_cast<double>(part[l]);
+      one[l] += static_cast<double>(weight[l]);
+    }
+  }
+  for (int64_t l = 0; l < kPanel; l++) {
+    const double along = one[l] == 0 ? 0 : sum[l] / one[l];
+    high[l] = static_cast<C>(along);
+    low[l] = static_cast<C>(along - static_cast<double>(high[l]));
+  }
+  for (int64_t j = 0; j < rows; j++) {
+#pragma omp simd
+    for (int64_t l = 0; l < kPanel; l++)
+      ds[j * kPanel + l] = a[j * kPanel + l] * ((ds[j * kPanel + l] - high[l]) - low[l]);
+  }
+}
+
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE C scale_of(const SegmentAttention<T>& p) {
+  return static_cast<C>(1 / std::sqrt(static_cast<double>(p.width)));
+}
+
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void forward_unit(const SegmentAttention<T>& p, int64_t unit, T* y, C* scratch) {
+  const int64_t packed = p.panels() * p.packed_rows() * kPanel, tiles = p.panels() * kTile;
+  const int64_t b = unit / p.heads, channels = p.heads * p.width, first = unit % p.heads * p.width;
+  C *key = scratch, *value = key + packed, *scores = value + packed, *rows = scores + p.score_rows() * kPanel;
+  C* transposed = rows + tiles;
+  alignas(64) C inverse[kPanel];
+  pack(p, p.key, unit, key);
+  pack(p, p.value, unit, value);
+  for (int64_t i = 0; i < p.blocks(); i++) {
+    const Block block = block_of(p, unit, i);
+    gather(p, p.query, unit, block, scale_of(p), rows, transposed);
+    products(p, block, key, transposed, scores);
+    softmax(block, scores, inverse);
+    if (p.dropout) drop(p, unit, block, scores);
+    mix(p, block, scores, value, rows);
+    for (int64_t l = 0; l < block.queries; l++)
+      put_row(y + (block.row[l] * p.batch + b) * channels + first, p.width, inverse[l], rows + l * kPanel, kTile);
+  }
+}
+
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void backward_unit(const SegmentAttention<T>& p, const Sequence<const T>& grad, int64_t unit, T* dquery,
+                                  T* dkey, T* dvalue, C* scratch) {
+  const int64_t packed = p.panels() * p.packed_rows() * kPanel, tiles = p.panels() * kTile;
+  const int64_t b = unit / p.heads, channels = p.heads * p.width, first = unit % p.heads * p.width;
+  C *key = scratch, *value = key + packed, *key_sums = value + packed, *value_sums = key_sums + packed;
+  C *a = value_sums + packed, *ds = a + p.score_rows() * kPanel, *query = ds + p.score_rows() * kPanel;
+  C *query_t = query + tiles, *g = query_t + tiles, *g_t = g + tiles, *dq = g_t + tiles;
+  alignas(64) C inverse[kPanel];
+  pack(p, p.key, unit, key);
+  pack(p, p.value, unit, value);
+  std::memset(key_sums, 0, sizeof(C) * static_cast<size_t>(2 * packed));
+  for (int64_t i = 0; i < p.blocks(); i++) {
+    const Block block = block_of(p, unit, i);
+    gather(p, p.query, unit, block, scale_of(p), query, query_t);
+    gather(p, grad, unit, block, C(1), g, g_t);
+    products(p, block, key, query_t, a);
+    softmax(block, a, inverse);
+    for (int64_t j = 0; j < block.rows; j++) {
+#pragma omp simd
+      for (int64_t l = 0; l < kPanel; l++) a[j * kPanel + l] *= inverse[l];
+    }
+    products(p, block, value, g_t, ds);
+    if (p.dropout) drop(p, unit, block, ds);
+    softmax_backward(block.rows, a, ds);
+    if (p.dropout) drop(p, unit, block, a);
+    mix(p, block, ds, key, dq);
+    scatter(p, block, ds, query, key_sums);
+    scatter(p, block, a, g, value_sums);
+    for (int64_t l = 0; l < block.queries; l++)
+      put_row(dquery + (block.row[l] * p.batch + b) * channels + first, p.width, scale_of(p), dq + l * kPanel, kTile);
+  }
+  for (int64_t k = 0; k < p.keys(); k++) {
+    const int64_t at = (k * p.batch + b) * channels + first;
+    put_row(dkey + at, p.width, C(1), key_sums + k * kPanel, p.packed_rows() * kPanel);
+    put_row(dvalue + at, p.width, C(1), value_sums + k * kPanel, p.packed_rows() * kPanel);
+  }
+}
+
+}  // namespace
+
+#define FASTASR_DEFINE(T)                                                                                              \
+  FASTASR_CLONES void segment_attention_forward(const SegmentAttention<T>& p, int64_t unit, T* y,                      \
+                                                compute_t<T>* scratch) {                                               \
+    forward_unit(p, unit, y, scratch);                                                                                 \
+  }                                                                                                                    \
+  FASTASR_CLONES void segment_attention_backward(const SegmentAttention<T>& p, const Sequence<const T>& grad,          \
+                                                 int64_t unit, T* dquery, T* dkey, T* dvalue, compute_t<T>* scratch) { \
+    backward_unit(p, grad, unit, dquery, dkey, dvalue, scratch);                                                       \
+  }
+FASTASR_DEFINE(float)
+FASTASR_DEFINE(double)
+FASTASR_DEFINE(bfloat16)
+FASTASR_DEFINE(float16)
+
+}  // namespace fastasr::cpu

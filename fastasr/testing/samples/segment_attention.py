@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of segment_attention."""
+
+import torch
+
+from fastasr.ops.segment_attention import definition, rows_of
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
+
+_NAMES = ("frames", "segment_length", "left_context_length", "right_context_length", "max_memory_size")
+
+
+def _call(make: Make, batch: int, heads: int, width: int, *sizes: int, **more) -> dict:
+    """``sizes``: frames, segment, left, right, memory."""
+    frames, segment, _, right, memory = sizes
+    queries, keys = rows_of(
+        frames, segment, right, memory, more.get("past_frames", 0), more.get("past_memory", 0)
+    )
+    return {
+        "query": make.normal(queries, batch, heads * width, scale=1.5),
+        "key": make.normal(keys, batch, heads * width),
+        "value": make.normal(keys, batch, heads * width),
+        "num_heads": heads,
+        **dict(zip(_NAMES, sizes, strict=True)),
+    } | more
+
+
+def _slices(make: Make, *shape: int) -> dict:
+    """Key and value as halves of one projection, as in an Emformer layer."""
+    call = _call(make, *shape)
+    both = torch.cat([call["key"], call["value"]], -1)
+    return call | dict(zip(("key", "value"), both.chunk(2, -1), strict=True))
+
+
+def _dropout(make: Make, batch: int, heads: int, width: int, *sizes: int, **more) -> dict:
+    call = _call(make, batch, heads, width, *sizes, **more)
+    _, segment, left, right, memory = sizes
+    keep = make.uniform(batch, heads, call["query"].shape[0], memory + right + left + segment) > 0.2
+    return call | {"weights_dropout": keep}
+
+
+def _lengths(*lengths: int) -> torch.Tensor:
+    return torch.tensor(lengths)
+
+
+def _infinite(make: Make) -> dict:
+    call = _call(make, 2, 2, 4, 7, 3, 2, 1, 0)
+    call["query"][1, 0, 3] = float("inf")
+    return call
+
+
+def _with(**arguments):
+    return lambda m: (
+        _call(m, 2, 2, 4, 7, 3, 2, 1, 2) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
+    )
+
+
+def _registered(a: dict) -> tuple:
+    dropout = a.get("weights_dropout")
+    wide = torch.promote_types(a["query"].dtype, torch.float32)
+    return (
+        *(a[name] for name in ("query", "key", "value", *_MASKS)),
+        None if dropout is None else dropout.to(wide),
+        a["num_heads"],
+        *(a[name] for name in _NAMES),
+        a.get("past_frames", 0),
+        a.get("past_memory", 0),
+    )
+
+
+def _random(make: Make, shape) -> dict:
+    memory, frames = shape.choice((0, 0, 1, 3)), shape.size() % 90
+    past = (shape.size() % 9, shape.size() % 4 if memory else 0)
+    batch, segment = shape.size() % 4, 1 + shape.size() % 40
+    call = _call(
+        make, batch, 1 + shape.size() % 3, 1 + shape.size() % 40,
+        frames, segment, shape.size() % 35, shape.size() % 6, memory, past_frames=past[0], past_memory=past[1],
+    )  # fmt: skip
+    if shape.choice((True, False)):
+        call["lengths"] = torch.tensor([shape.size() % (frames + 2) for _ in range(batch)], dtype=torch.int64)
+    if shape.choice((True, False)):
+        call["history"] = torch.tensor([shape.size() % (n + 2) for n in past])
+    return call
+
+
+_MASKS = ("lengths", "history")
+
+TABLE = OpTable(
+    op="segment_attention",
+    definition=definition,
+    registered=lambda a: _registered(dict.fromkeys(_MASKS) | a),
+    samples=(
+        Sample("an infinite query", _infinite, exact=False),
+        Sample("left and right context", lambda m: _call(m, 2, 2, 8, 11, 4, 5, 2, 0), thorough=True),
+        Sample("memory", lambda m: _call(m, 2, 2, 8, 10, 3, 2, 1, 2), thorough=True),
+        Sample(
+            "ragged with memory",
+            lambda m: _call(m, 3, 1, 5, 9, 2, 3, 1, 1, lengths=_lengths(9, 4, 1)),
+            thorough=True,
+        ),
+        Sample(
+            "dropout",
+            lambda m: _dropout(m, 2, 2, 4, 7, 3, 2, 1, 2, lengths=_lengths(7, 5)),
+            thorough=True,
+        ),
+        Sample(
+            "a step of a stream",
+            lambda m: _call(
+                m, 2, 2, 8, 4, 4, 6, 2, 3, past_frames=6, past_memory=3, history=torch.tensor([5, 2])
+            ),
+            thorough=True,
+        ),
+        Sample("halves of a projection", lambda m: _slices(m, 2, 2, 24, 21, 4, 6, 1, 2)),
+        Sample(
+            "windows that hold nothing", lambda m: _call(m, 2, 2, 8, 9, 3, 0, 0, 1, lengths=_lengths(9, 2))
+        ),
+        Sample("a segment longer than a tile", lambda m: _call(m, 1, 2, 16, 90, 70, 9, 3, 1)),
+        Sample("one segment", lambda m: _call(m, 2, 2, 16, 5, 8, 4, 2, 3)),
+        Sample("no right context", lambda m: _call(m, 2, 2, 8, 12, 4, 3, 0, 0)),
+        Sample("no context", lambda m: _call(m, 2, 2, 8, 12, 4, 0, 0, 0)),
+        Sample(
+            "a stream of several segments",
+            lambda m: _call(m, 2, 2, 8, 9, 4, 6, 2, 3, past_frames=9, past_memory=2),
+        ),
+        Sample("an odd width", lambda m: _call(m, 2, 3, 37, 20, 4, 6, 1, 0)),
+        Sample("base, segment 16", lambda m: _call(m, 2, 8, 64, 120, 16, 30, 4, 0), large=True),
+        Sample(
+            "base, segment 4",
+            lambda m: _call(m, 2, 8, 64, 100, 4, 30, 1, 0, lengths=_lengths(100, 71)),
+            large=True,
+        ),
+        Sample("base, memory", lambda m: _slices(m, 2, 8, 64, 100, 4, 30, 1, 4), large=True),
+        Sample("base, dropout", lambda m: _dropout(m, 2, 8, 64, 80, 16, 30, 4, 2), large=True),
+        Sample("no frames", lambda m: _call(m, 2, 2, 8, 0, 4, 6, 1, 2)),
+        Sample("no sequences", lambda m: _call(m, 0, 2, 8, 7, 4, 6, 1, 2)),
+    ),
+    invalid=(
+        Invalid("query is a matrix", _with(query=lambda m: m.normal(13, 8)), ValueError, "query"),
+        Invalid("query without summaries", _with(query=lambda m: m.normal(10, 2, 8)), ValueError, "query"),
+        Invalid("channels that heads do not divide", _with(num_heads=3), ValueError, "query"),
+        Invalid("key of another length", _with(key=lambda m: m.normal(11, 2, 8)), ValueError, "key"),
+        Invalid("value of another width", _with(value=lambda m: m.normal(12, 2, 4)), ValueError, "value"),
+        Invalid("key of another dtype", _with(key=lambda m: m.normal(12, 2, 8).double()), TypeError, "key"),
+        Invalid("no heads", _with(num_heads=0), ValueError, "num_heads"),
+        Invalid("segment_length of zero", _with(segment_length=0), ValueError, "segment_length"),
+        Invalid("frames is a float", _with(frames=7.0), TypeError, "frames"),
+        Invalid("negative left context", _with(left_context_length=-1), ValueError, "left_context_length"),
+        Invalid(
+            "past memory without memory", _with(max_memory_size=0, past_memory=2), ValueError, "past_memory"
+        ),
+        Invalid("lengths are floats", _with(lengths=lambda m: m.normal(2)), TypeError, "lengths"),
+        Invalid("lengths of another batch", _with(lengths=torch.tensor([7, 7, 7])), ValueError, "lengths"),
+        Invalid("history of one number", _with(history=torch.tensor([1])), ValueError, "history"),
+        Invalid(
+            "dropout of another shape",
+            _with(weights_dropout=lambda m: m.normal(2, 2, 13, 7) > 0),
+            ValueError,
+            "weights_dropout",
+        ),
+    ),
+    random=_random,
+)
