@@ -84,44 +84,50 @@ def _random(make: Make, shape) -> dict:
 
 _MASKS = ("lengths", "history")
 
+
+def _small(name: str, arguments, **more) -> Sample:
+    """A sample of a few hundred numbers: its errors are compared over several draws."""
+    return Sample(name, arguments, draws=8, **more)
+
+
 TABLE = OpTable(
     op="segment_attention",
     definition=definition,
     registered=lambda a: _registered(dict.fromkeys(_MASKS) | a),
     samples=(
         Sample("an infinite query", _infinite, exact=False),
-        Sample("left and right context", lambda m: _call(m, 2, 2, 8, 11, 4, 5, 2, 0), thorough=True),
-        Sample("memory", lambda m: _call(m, 2, 2, 8, 10, 3, 2, 1, 2), thorough=True),
-        Sample(
+        _small("left and right context", lambda m: _call(m, 2, 2, 8, 11, 4, 5, 2, 0), thorough=True),
+        _small("memory", lambda m: _call(m, 2, 2, 8, 10, 3, 2, 1, 2), thorough=True),
+        _small(
             "ragged with memory",
             lambda m: _call(m, 3, 1, 5, 9, 2, 3, 1, 1, lengths=_lengths(9, 4, 1)),
             thorough=True,
         ),
-        Sample(
+        _small(
             "dropout",
             lambda m: _dropout(m, 2, 2, 4, 7, 3, 2, 1, 2, lengths=_lengths(7, 5)),
             thorough=True,
         ),
-        Sample(
+        _small(
             "a step of a stream",
             lambda m: _call(
                 m, 2, 2, 8, 4, 4, 6, 2, 3, past_frames=6, past_memory=3, history=torch.tensor([5, 2])
             ),
             thorough=True,
         ),
-        Sample("halves of a projection", lambda m: _slices(m, 2, 2, 24, 21, 4, 6, 1, 2)),
-        Sample(
+        _small("halves of a projection", lambda m: _slices(m, 2, 2, 24, 21, 4, 6, 1, 2)),
+        _small(
             "windows that hold nothing", lambda m: _call(m, 2, 2, 8, 9, 3, 0, 0, 1, lengths=_lengths(9, 2))
         ),
-        Sample("a segment longer than a tile", lambda m: _call(m, 1, 2, 16, 90, 70, 9, 3, 1)),
-        Sample("one segment", lambda m: _call(m, 2, 2, 16, 5, 8, 4, 2, 3)),
-        Sample("no right context", lambda m: _call(m, 2, 2, 8, 12, 4, 3, 0, 0)),
-        Sample("no context", lambda m: _call(m, 2, 2, 8, 12, 4, 0, 0, 0)),
-        Sample(
+        _small("a segment longer than a tile", lambda m: _call(m, 1, 2, 16, 90, 70, 9, 3, 1)),
+        _small("one segment", lambda m: _call(m, 2, 2, 16, 5, 8, 4, 2, 3)),
+        _small("no right context", lambda m: _call(m, 2, 2, 8, 12, 4, 3, 0, 0)),
+        _small("no context", lambda m: _call(m, 2, 2, 8, 12, 4, 0, 0, 0)),
+        _small(
             "a stream of several segments",
             lambda m: _call(m, 2, 2, 8, 9, 4, 6, 2, 3, past_frames=9, past_memory=2),
         ),
-        Sample("an odd width", lambda m: _call(m, 2, 3, 37, 20, 4, 6, 1, 0)),
+        _small("an odd width", lambda m: _call(m, 2, 3, 37, 20, 4, 6, 1, 0)),
         Sample("base, segment 16", lambda m: _call(m, 2, 8, 64, 120, 16, 30, 4, 0), large=True),
         Sample(
             "base, segment 4",
