@@ -2,6 +2,7 @@
 """Benchmarks of whole models: one file per model, each with ``NAME`` and ``measure``."""
 
 from fastasr.benchmarks.models import (
+    emformer,
     emformer_rnnt,
     mega,
     mega_step,
@@ -23,6 +24,7 @@ MODULES = (
     zipformer_front_end,
     mega,
     mega_step,
+    emformer,
     emformer_rnnt,
     pruned_transducer,
     recipe_step,

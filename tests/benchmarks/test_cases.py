@@ -155,6 +155,24 @@ def test_a_step_of_the_mega_decoder():
     assert list(mega_step.measure(size="tiny", settings=QUICK, skip=lambda case, shape: True)) == []
 
 
+def test_the_emformer():
+    from fastasr.benchmarks.models import emformer
+
+    try:
+        sizes = {"size": "tiny", "segments": ((4, 1),), "batch": 2, "frames": 20}
+        units = list(emformer.measure(**sizes, settings=QUICK, reps=2))
+    except upstream.MissingUpstream as error:
+        pytest.skip(str(error))
+    assert [(u[0].case, u[0].pass_) for u in units] == [
+        ("segment 4, right 1", FORWARD),
+        ("segment 4, right 1", BOTH),
+        ("one segment of 4, right 1", FORWARD),
+    ]
+    names = {"upstream", "upstream+linear", "fastasr", "fastasr own"}
+    assert all({row.implementation for row in unit} == names for unit in units)
+    assert list(emformer.measure(size="tiny", settings=QUICK, skip=lambda case, shape, pass_: True)) == []
+
+
 def test_the_predictor_of_the_emformer_transducer():
     from fastasr.benchmarks.models import emformer_rnnt
 
