@@ -6,7 +6,14 @@ import torch
 
 from fastasr import rnnt
 from fastasr.decoding import RNNTBeamSearch
-from fastasr.models.emformer_rnnt import RNNT, CustomLSTM, Joiner, Predictor
+from fastasr.models.emformer_rnnt import (
+    RNNT,
+    CustomLSTM,
+    Joiner,
+    Predictor,
+    emformer_rnnt_base,
+    emformer_rnnt_model,
+)
 
 theirs = pytest.importorskip("torchaudio.models.rnnt")
 SYMBOLS, CHANNELS = 11, 24
@@ -221,3 +228,103 @@ def test_beam_search(seed, beam, options):
         searches[1](x[None, None], torch.tensor(12), beam)
     with pytest.raises(ValueError, match="length"):
         searches[1](x, torch.tensor([12, 3]), beam)
+
+
+def emformer_models(seed=0, **changes):
+    options = {
+        "input_dim": 6,
+        "encoding_dim": CHANNELS,
+        "num_symbols": SYMBOLS,
+        "segment_length": 8,
+        "right_context_length": 4,
+        "time_reduction_input_dim": 8,
+        "time_reduction_stride": 2,
+        "transformer_num_heads": 2,
+        "transformer_ffn_dim": 12,
+        "transformer_num_layers": 2,
+        "transformer_dropout": 0.1,
+        "transformer_activation": "gelu",
+        "transformer_left_context_length": 5,
+        "transformer_max_memory_size": 0,
+        "transformer_weight_init_scale_strategy": "depthwise",
+        "transformer_tanh_on_mem": True,
+        "symbol_embedding_dim": 16,
+        "num_lstm_layers": 2,
+        "lstm_layer_norm": True,
+        "lstm_layer_norm_epsilon": 1e-3,
+        "lstm_dropout": 0.3,
+        **changes,
+    }
+    models = []
+    for make in (theirs.emformer_rnnt_model, emformer_rnnt_model):
+        torch.manual_seed(seed)
+        models.append(make(**options).eval())
+    expected, actual = models
+    assert list(expected.state_dict()) == list(actual.state_dict())
+    for name, value in expected.state_dict().items():
+        assert torch.equal(actual.state_dict()[name], value), name
+    return expected, actual
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "transformer_max_memory_size": 2,
+            "transformer_activation": "relu",
+            "transformer_tanh_on_mem": False,
+        },
+        {
+            "lstm_layer_norm": False,
+            "transformer_weight_init_scale_strategy": None,
+            "time_reduction_stride": 4,
+        },
+    ],
+    ids=("base", "memory", "plain"),
+)
+def test_the_emformer_transducer(changes):
+    expected, actual = emformer_models(**changes)
+    generator = torch.Generator().manual_seed(2)
+    sources, lengths = torch.randn(2, 28, 6, generator=generator), torch.tensor([24, 24])
+    targets, target_lengths = torch.randint(0, SYMBOLS, (2, 5), generator=generator), torch.tensor([5, 4])
+    with torch.no_grad():
+        close(actual.transcribe(sources, lengths), expected.transcribe(sources, lengths), 2e-5)
+        close(
+            actual(sources, lengths, targets, target_lengths),
+            expected(sources, lengths, targets, target_lengths),
+            2e-5,
+        )
+        states = [None, None]
+        for i in range(0, 24, 8):
+            segment = sources[:, i : i + 12], torch.tensor([12, 12])
+            found = [
+                m.transcribe_streaming(*segment, s) for m, s in zip((expected, actual), states, strict=True)
+            ]
+            close(found[1][0], found[0][0], 2e-5)
+            close(found[1][1], found[0][1])
+            states = [f[2] for f in found]
+
+
+def test_beam_search_of_the_emformer_transducer():
+    decoder = pytest.importorskip("torchaudio.models.rnnt_decoder")
+    models = [shaken(model) for model in emformer_models()]
+    blank, x = SYMBOLS - 1, torch.randn(28, 6, generator=torch.Generator().manual_seed(3))
+    searches = decoder.RNNTBeamSearch(models[0], blank), RNNTBeamSearch(models[1], blank)
+    with torch.no_grad():
+        whole = [search(x, torch.tensor(24), 4) for search in searches]
+        same_hypotheses(whole[1], whole[0])
+        streamed = [(None, None), (None, None)]
+        for i in range(0, 24, 8):
+            streamed = [
+                search.infer(x[i : i + 12], torch.tensor([12]), 4, state, hypotheses)
+                for search, (hypotheses, state) in zip(searches, streamed, strict=True)
+            ]
+            same_hypotheses(streamed[1][0], streamed[0][0])
+
+
+def test_the_base_model():
+    with torch.device("meta"):
+        expected, actual = theirs.emformer_rnnt_base(50), emformer_rnnt_base(50)
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (expected, actual)]
+    assert shapes[0] == shapes[1]

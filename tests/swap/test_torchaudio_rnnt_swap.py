@@ -114,3 +114,24 @@ def test_the_beam_search_of_torchaudio_runs_swapped():
         found = search(x, torch.tensor(6), 3)
     assert [h[0] for h in found] == [h[0] for h in expected]
     assert [h[3] for h in found] == pytest.approx([h[3] for h in expected], rel=1e-4)
+
+
+def test_a_whole_emformer_transducer_is_verified():
+    torch.manual_seed(3)
+    model = rnnt.emformer_rnnt_model(
+        input_dim=6, encoding_dim=14, num_symbols=9, segment_length=8, right_context_length=4,
+        time_reduction_input_dim=8, time_reduction_stride=2, transformer_num_heads=2, transformer_ffn_dim=12,
+        transformer_num_layers=1, transformer_dropout=0.1, transformer_activation="gelu",
+        transformer_left_context_length=5, transformer_max_memory_size=0,
+        transformer_weight_init_scale_strategy="depthwise", transformer_tanh_on_mem=True,
+        symbol_embedding_dim=12, num_lstm_layers=2, lstm_layer_norm=True, lstm_layer_norm_epsilon=1e-3,
+        lstm_dropout=0.3,
+    )  # fmt: skip
+    labels, lengths = inputs()
+    sources = torch.randn(3, 28, 6), torch.tensor([24, 24, 24])
+    report = fastasr.accelerate(model, verify=(*sources, labels, lengths))
+    found = {r.path: r.status for r in report.rows}
+    paths = [f"predictor.{path}" for path in LAYERS] + ["transcriber.transformer"]
+    assert [found[path] for path in (*paths, "transcriber.transformer.emformer_layers.0")] == [
+        "replaced"
+    ] * 4, str(report)

@@ -5,7 +5,17 @@
 """
 
 from fastasr.models.emformer_rnnt.joiner import Joiner
-from fastasr.models.emformer_rnnt.model import RNNT
+from fastasr.models.emformer_rnnt.model import RNNT, emformer_rnnt_base, emformer_rnnt_model
 from fastasr.models.emformer_rnnt.predictor import CustomLSTM, Predictor
+from fastasr.models.emformer_rnnt.transcriber import EmformerEncoder, TimeReduction
 
-__all__ = ["RNNT", "CustomLSTM", "Joiner", "Predictor"]
+__all__ = [
+    "RNNT",
+    "CustomLSTM",
+    "EmformerEncoder",
+    "Joiner",
+    "Predictor",
+    "TimeReduction",
+    "emformer_rnnt_base",
+    "emformer_rnnt_model",
+]

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from fastasr import rnnt
-from fastasr.models.emformer_rnnt.predictor import State
+from fastasr.models.emformer_rnnt.joiner import Joiner
+from fastasr.models.emformer_rnnt.predictor import Predictor, State
+from fastasr.models.emformer_rnnt.transcriber import EmformerEncoder
 
 
 class RNNT(nn.Module):
@@ -117,3 +119,98 @@ class RNNT(nn.Module):
             target_encodings=target_encodings,
             target_lengths=target_lengths,
         )
+
+
+def emformer_rnnt_model(
+    *,
+    input_dim: int,
+    encoding_dim: int,
+    num_symbols: int,
+    segment_length: int,
+    right_context_length: int,
+    time_reduction_input_dim: int,
+    time_reduction_stride: int,
+    transformer_num_heads: int,
+    transformer_ffn_dim: int,
+    transformer_num_layers: int,
+    transformer_dropout: float,
+    transformer_activation: str,
+    transformer_left_context_length: int,
+    transformer_max_memory_size: int,
+    transformer_weight_init_scale_strategy: str | None,
+    transformer_tanh_on_mem: bool,
+    symbol_embedding_dim: int,
+    num_lstm_layers: int,
+    lstm_layer_norm: bool,
+    lstm_layer_norm_epsilon: float,
+    lstm_dropout: float,
+) -> RNNT:
+    """An RNN-T with an Emformer as transcriber, as ``torchaudio.models.emformer_rnnt_model``.
+
+    ``transcribe`` takes utterances followed by ``right_context_length`` frames, ``transcribe_streaming`` segments of
+    ``segment_length`` frames followed by as many.
+
+    Args:
+        input_dim: of a frame of features. encoding_dim: of both encodings. num_symbols: labels, the blank included.
+        segment_length, right_context_length: frames of features.
+        time_reduction_input_dim: of a frame before ``time_reduction_stride`` of them become one.
+        transformer_*: the Emformer, see :class:`fastasr.models.emformer.Emformer`; the left context counts frames
+            behind the reduction.
+        symbol_embedding_dim: of a label's embedding, and the LSTM layers' units. num_lstm_layers, lstm_layer_norm,
+            lstm_layer_norm_epsilon, lstm_dropout: see :class:`fastasr.models.emformer_rnnt.Predictor`.
+    """
+    transcriber = EmformerEncoder(
+        input_dim=input_dim,
+        output_dim=encoding_dim,
+        segment_length=segment_length,
+        right_context_length=right_context_length,
+        time_reduction_input_dim=time_reduction_input_dim,
+        time_reduction_stride=time_reduction_stride,
+        transformer_num_heads=transformer_num_heads,
+        transformer_ffn_dim=transformer_ffn_dim,
+        transformer_num_layers=transformer_num_layers,
+        transformer_dropout=transformer_dropout,
+        transformer_activation=transformer_activation,
+        transformer_left_context_length=transformer_left_context_length,
+        transformer_max_memory_size=transformer_max_memory_size,
+        transformer_weight_init_scale_strategy=transformer_weight_init_scale_strategy,
+        transformer_tanh_on_mem=transformer_tanh_on_mem,
+    )
+    predictor = Predictor(
+        num_symbols,
+        encoding_dim,
+        symbol_embedding_dim=symbol_embedding_dim,
+        num_lstm_layers=num_lstm_layers,
+        lstm_hidden_dim=symbol_embedding_dim,
+        lstm_layer_norm=lstm_layer_norm,
+        lstm_layer_norm_epsilon=lstm_layer_norm_epsilon,
+        lstm_dropout=lstm_dropout,
+    )
+    return RNNT(transcriber, predictor, Joiner(encoding_dim, num_symbols))
+
+
+def emformer_rnnt_base(num_symbols: int) -> RNNT:
+    """``torchaudio.models.emformer_rnnt_base``: 20 Emformer layers of 512, three LSTM layers of 512."""
+    return emformer_rnnt_model(
+        input_dim=80,
+        encoding_dim=1024,
+        num_symbols=num_symbols,
+        segment_length=16,
+        right_context_length=4,
+        time_reduction_input_dim=128,
+        time_reduction_stride=4,
+        transformer_num_heads=8,
+        transformer_ffn_dim=2048,
+        transformer_num_layers=20,
+        transformer_dropout=0.1,
+        transformer_activation="gelu",
+        transformer_left_context_length=30,
+        transformer_max_memory_size=0,
+        transformer_weight_init_scale_strategy="depthwise",
+        transformer_tanh_on_mem=True,
+        symbol_embedding_dim=512,
+        num_lstm_layers=3,
+        lstm_layer_norm=True,
+        lstm_layer_norm_epsilon=1e-3,
+        lstm_dropout=0.3,
+    )
