@@ -32,7 +32,7 @@ def parser():
 
 def made(options, streams):
     """(recogniser, what reads recordings of its rate) of ``options``."""
-    from fastasr.recipe import recogniser, sizes
+    from fastasr.recipe import recogniser, sizes, speech
     from fastasr.streaming import EndpointRules, StreamingEncoder, StreamingRecognizer
 
     loaded = recogniser.load(options.model)
@@ -47,7 +47,7 @@ def made(options, streams):
         threads=options.threads,
         rate=loaded.rate,
         bins=loaded.bins,
-        high_freq=-200.0,  # as the recipe's features
+        high_freq=speech.HIGH_FREQ,
     )
     print(encoder.report, file=sys.stderr)
     live = StreamingRecognizer(

@@ -52,7 +52,7 @@ class Recogniser:
 
     def stream(self, parts, method="greedy", beam=4):
         """Yields the text so far, and Decoded, after every chunk of ``parts``, pieces of samples as they come."""
-        computer = speech.FbankStream(self.rate, self.bins)
+        computer = speech.features_of_stream(self.rate, self.bins)
 
         def features():
             for part in parts:

@@ -12,9 +12,11 @@ import torch
 
 from fastasr.demo import audio
 from fastasr.demo.features import resample
+from fastasr.streaming.features import FbankStream
 
 RATE = 8000
 BINS = 40
+HIGH_FREQ = -200.0  # Hz from Nyquist
 SHORTEST, LONGEST = 0.4, 20.0  # seconds
 HELD_OUT = 10  # every tenth prompt, by its name
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -60,38 +62,13 @@ def read_wav(path):
 
 def fbank(samples, rate=RATE, bins=BINS):
     """(frames, bins): 25 ms windows every 10 ms, no dither, up to 200 Hz below Nyquist."""
-    stream = FbankStream(rate, bins)
+    stream = features_of_stream(rate, bins)
     return torch.cat([stream.accept(samples), stream.finish()])
 
 
-class FbankStream:
-    """Features of samples as they come, each frame once."""
-
-    def __init__(self, rate=RATE, bins=BINS):
-        import kaldi_native_fbank
-
-        options = kaldi_native_fbank.FbankOptions()
-        options.frame_opts.samp_freq = rate
-        options.frame_opts.dither = 0.0
-        options.frame_opts.snip_edges = False
-        options.mel_opts.num_bins = bins
-        options.mel_opts.high_freq = -200.0
-        self._computer = kaldi_native_fbank.OnlineFbank(options)
-        self._rate, self._bins, self._given = rate, bins, 0
-
-    def accept(self, samples):
-        self._computer.accept_waveform(self._rate, samples.tolist())
-        return self._new()
-
-    def finish(self):
-        self._computer.input_finished()
-        return self._new()
-
-    def _new(self):
-        ready = self._computer.num_frames_ready
-        frames = [torch.from_numpy(self._computer.get_frame(i).copy()) for i in range(self._given, ready)]
-        self._given = ready
-        return torch.stack(frames) if frames else torch.zeros(0, self._bins)
+def features_of_stream(rate=RATE, bins=BINS):
+    """The recipe's features of samples as they come, each frame once."""
+    return FbankStream(rate, bins, HIGH_FREQ)
 
 
 def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None):

@@ -93,7 +93,7 @@ def test_masks_leave_the_padding_alone():
 def test_features_as_they_come_are_those_of_the_whole():
     pytest.importorskip("kaldi_native_fbank")
     signal = beeps.samples("abcda")
-    stream = speech.FbankStream()
+    stream = speech.features_of_stream()
     parts = [stream.accept(part) for part in signal.split(333)] + [stream.finish()]
     torch.testing.assert_close(torch.cat(parts), speech.fbank(signal))
 
