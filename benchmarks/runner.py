@@ -13,6 +13,7 @@ from fastasr.benchmarks.case import BOTH, Report, Settings, measure
 from fastasr.benchmarks.environment import commit, device_name
 from fastasr.benchmarks.harness import wait_until_idle
 from fastasr.benchmarks.models import (
+    e_branchformer,
     emformer,
     emformer_rnnt,
     mega,
@@ -31,6 +32,7 @@ from fastasr.benchmarks.rows import Row
 # Models whose units are skipped by (case, shape, pass), and the arguments of a quick run.
 _BY_PASS = {
     mega.NAME: (mega, {"size": "tiny", "batch": 2, "length": 20, "histories": mega.HISTORIES[:2]}),
+    e_branchformer.NAME: (e_branchformer, {"size": "tiny", "batch": 2, "frames": 20}),
     emformer.NAME: (emformer, {"size": "tiny", "segments": ((4, 1),), "batch": 2, "frames": 20}),
     emformer_rnnt.NAME: (emformer_rnnt, {"size": "tiny", "sequences": ((2, 3),), "steps": (2,)}),
     zipformer_training.NAME: (

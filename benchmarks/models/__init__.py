@@ -2,6 +2,7 @@
 """Benchmarks of whole models: one file per model, each with ``NAME`` and ``measure``."""
 
 from fastasr.benchmarks.models import (
+    e_branchformer,
     emformer,
     emformer_rnnt,
     mega,
@@ -24,6 +25,7 @@ MODULES = (
     zipformer_front_end,
     mega,
     mega_step,
+    e_branchformer,
     emformer,
     emformer_rnnt,
     pruned_transducer,

@@ -173,6 +173,24 @@ def test_the_emformer():
     assert list(emformer.measure(size="tiny", settings=QUICK, skip=lambda case, shape, pass_: True)) == []
 
 
+def test_the_e_branchformer_layer():
+    from fastasr.benchmarks.models import e_branchformer
+
+    sizes = {"size": "tiny", "batch": 2, "frames": 9}
+    try:
+        units = list(e_branchformer.measure(**sizes, settings=QUICK, reps=2))
+    except upstream.MissingUpstream as reason:
+        pytest.skip(str(reason))
+    assert [(unit[0].case, unit[0].pass_) for unit in units] == [
+        ("layer", "forward"),
+        ("layer", "forward+backward"),
+    ]
+    for unit in units:
+        names = [row.implementation for row in unit]
+        assert names == ["upstream", "upstream+linear", "fastasr", "fastasr own"]
+    assert list(e_branchformer.measure(**sizes, settings=QUICK, skip=lambda *_: True)) == []
+
+
 def test_the_predictor_of_the_emformer_transducer():
     from fastasr.benchmarks.models import emformer_rnnt
 

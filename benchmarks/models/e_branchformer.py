@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer of ESPnet's E-Branchformer (512 channels, 8 heads, cgMLP of 3072, 31 taps, two feed-forward blocks): four
+padded sequences of 400 frames, forward and with gradients.
+
+Beside upstream as shipped stand upstream with only its linears replaced (how much of the gain is the GEMM's), upstream
+under torch.compile, upstream swapped by ``accelerate``, and fastasr's own class. Dropout is off, as a training step's
+random numbers are no part of the comparison.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastasr.benchmarks import upstream
+from fastasr.benchmarks.case import Report, Settings
+from fastasr.benchmarks.models.unit import BOTH, COMPILE, FASTASR, FORWARD, UPSTREAM, measure_unit
+from fastasr.benchmarks.models.zipformer import with_linear
+from fastasr.benchmarks.rows import Row
+from fastasr.models.e_branchformer.positional_encoding import relative_sinusoids
+
+NAME = "e_branchformer"
+LAYER, LINEAR, OWN = "layer", "upstream+linear", "fastasr own"
+BATCH, FRAMES = 4, 400
+SIZES = {
+    "512": {"width": 512, "heads": 8, "linear_units": 1024, "cgmlp_linear_units": 3072, "kernel": 31},
+    "tiny": {"width": 32, "heads": 2, "linear_units": 48, "cgmlp_linear_units": 64, "kernel": 7},
+}
+
+
+def shape_name(size: str = "512", batch: int = BATCH, frames: int = FRAMES) -> str:
+    return f"{size} {batch}x{frames}"
+
+
+def layers(size: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Upstream's layer with random parameters, and ours. Raises ``upstream.MissingUpstream``."""
+    from fastasr.models.e_branchformer import EBranchformerLayer
+
+    try:
+        from espnet2.asr.encoder.e_branchformer_encoder import EBranchformerEncoder
+    except (ImportError, OSError) as error:
+        raise upstream.MissingUpstream(
+            f"ESPnet cannot be imported ({error}); pip install --no-deps espnet==202511, and what it imports"
+        ) from None
+    torch.manual_seed(0)
+    s = SIZES[size]
+    encoder = EBranchformerEncoder(
+        s["width"],
+        s["width"],
+        attention_heads=s["heads"],
+        cgmlp_linear_units=s["cgmlp_linear_units"],
+        cgmlp_conv_kernel=s["kernel"],
+        num_blocks=1,
+        input_layer=None,
+        dropout_rate=0.0,
+        use_ffn=True,
+        macaron_ffn=True,
+        linear_units=s["linear_units"],
+    )
+    shipped = encoder.encoders[0]
+    own = EBranchformerLayer(
+        s["width"],
+        ff_dim=s["linear_units"],
+        dropout=0.0,
+        num_heads=s["heads"],
+        att_dropout=0.0,
+        cgmlp_ff_dim=s["cgmlp_linear_units"] // 2,
+        cgmlp_conv_kernel=s["kernel"],
+    )
+    own.load_state_dict(shipped.state_dict())
+    return shipped, own
+
+
+def _forward(layer: Callable, inputs: tuple) -> Callable:
+    def run():
+        with torch.no_grad():
+            return layer(*inputs)
+
+    return run
+
+
+def _both(layer: Callable, parameters: list, x: torch.Tensor, positions, mask) -> Callable:
+    x, gradient = x.clone().requires_grad_(), torch.randn_like(x)
+
+    def run():
+        for p in (x, *parameters):
+            p.grad = None
+        layer((x, positions), mask)[0][0].backward(gradient)
+
+    return run
+
+
+def measure(
+    *,
+    size: str = "512",
+    batch: int = BATCH,
+    frames: int = FRAMES,
+    settings: Settings | None = None,
+    reps: int | None = None,
+    compile_model: bool = False,
+    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
+    report: Report = lambda _: None,
+) -> Iterator[list[Row]]:
+    """Yields the rows of the layer in both passes. ``compile_model`` adds upstream under torch.compile; ``skip(case,
+    shape, pass)`` leaves a pass out. Raises ``upstream.MissingUpstream``."""
+    import fastasr
+
+    settings = settings or Settings()
+    name = shape_name(size, batch, frames)
+    passes = [pass_ for pass_ in (FORWARD, BOTH) if not skip(LAYER, name, pass_)]
+    if not passes:
+        return
+    shipped, own = layers(size)
+    swapped = copy.deepcopy(shipped)
+    fastasr.accelerate(swapped)
+    models = {UPSTREAM: shipped, LINEAR: copy.deepcopy(shipped), FASTASR: swapped, OWN: own}
+    if compile_model:
+        models[COMPILE] = copy.deepcopy(shipped)
+    generator = torch.Generator().manual_seed(1)
+    width = SIZES[size]["width"]
+    x = torch.randn(batch, frames, width, generator=generator)
+    lengths = torch.linspace(frames, 0.7 * frames, batch).long()
+    mask = (torch.arange(frames) < lengths[:, None]).unsqueeze(1)
+    positions = relative_sinusoids(frames, width)
+    for pass_ in passes:
+        runs = {}
+        for key, layer in models.items():
+            layer.train(pass_ == BOTH)
+            called = torch.compile(layer) if key == COMPILE else layer
+            if pass_ == FORWARD:
+                runs[key] = _forward(called, ((x, positions), mask))
+            else:
+                runs[key] = _both(called, list(layer.parameters()), x, positions, mask)
+            if key == LINEAR:
+                runs[key] = with_linear(runs[key])
+        yield measure_unit(NAME, LAYER, pass_, name, runs, settings, reps or settings.reps, report)
