@@ -99,9 +99,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_forward(const Tensor&
   if (input_weight.has_value()) {
     s.inputs = input.size(2);
     check_like(*input_weight, input, op, "input_weight");
-    STD_TORCH_CHECK(
-        input_weight->dim() == 2 && input_weight->size(0) == 4 * s.hidden && input_weight->size(1) == s.inputs, op,
-        ": input_weight");
+    STD_TORCH_CHECK(input_weight->dim() == 2 && input_weight->size(0) == 4 * s.hidden && s.inputs > 0 &&
+                        input_weight->size(1) == s.inputs,
+                    op, ": input_weight");
   } else {
     STD_TORCH_CHECK(input.size(2) == 4 * s.hidden, op, ": input");
   }

@@ -91,7 +91,7 @@ def forward(
             y, h, c = definition(x, input_weight, hidden_weight, *norms, hidden, cell, eps)
             # a state that went through no step is no output of its own
             return y.to(dtype), *(t.to(dtype, copy=x.shape[0] == 0) for t in (h, c)), y.new_empty(0)
-    few = kernels.backend == "cpu" and x.shape[0] * x.shape[1] <= FEW_ROWS
+    few = kernels.backend == "cpu" and x.shape[2] > 0 and x.shape[0] * x.shape[1] <= FEW_ROWS
     work = torch.promote_types(dtype, torch.float32)
     product = x if few else _gemm.forward(x, input_weight, None)
     weight = hidden_weight
@@ -355,10 +355,10 @@ def layer_norm_lstm(
         try:
             if is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
                 return _LayerNormLstm.apply(*arguments, eps)
-            few = x.numel() <= FEW_ROWS * x.shape[-1]
+            few = 0 < x.numel() <= FEW_ROWS * x.shape[-1]
             operands = (x, input_weight) if few else (_gemm.forward(x, input_weight, None), None)
             return FAMILY.native.forward(*operands, *arguments[2:], eps, False)[:3]
-        except (RuntimeError, IndexError, AttributeError):
+        except (RuntimeError, IndexError, AttributeError, ValueError):
             pass  # the checked path tells why, or does what the kernels do not
     _check_arguments(*arguments)
     eps = _check.number(NAME, "eps", eps)
