@@ -212,6 +212,29 @@ FASTASR_INLINE void mix(const SegmentAttention<T>& p, const Block& block, const 
     }
 }
 
+// A value that is not finite spoils, times a weight of 0, the sums of queries that do not see it: then each query's are
+// summed again over what it sees.
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE void mix_seen(const SegmentAttention<T>& p, const Block& block, const C* a, const C* packed, C* out) {
+  C zero = 0;
+  for (int64_t panel = 0; panel < p.panels(); panel++) {
+#pragma omp simd reduction(+ : zero)
+    for (int64_t i = 0; i < block.queries * kPanel; i++) zero += out[panel * kTile + i] * C(0);
+  }
+  if (zero == 0) return;
+  for (int64_t panel = 0; panel < p.panels(); panel++)
+    for (int64_t l = 0; l < block.queries; l++) {
+      C* __restrict row = out + panel * kTile + l * kPanel;
+      std::memset(row, 0, sizeof(C) * kPanel);
+      for (const Run& run : block.runs)
+        for (int64_t j = run.begin[l]; j < run.end[l]; j++) {
+          const C w = a[(run.offset + j) * kPanel + l];
+          const C* __restrict v = packed + (panel * p.packed_rows() + run.first + j) * kPanel;
+          for (int64_t c = 0; c < kPanel; c++) row[c] += w * v[c];
+        }
+    }
+}
+
 // sums[j][c] += sum over queries of a[j][l] rows[l][c].
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void scatter(const SegmentAttention<T>& p, const Block& block, const C* a, const C* rows, C* sums) {
@@ -276,6 +299,7 @@ FASTASR_INLINE void forward_unit(const SegmentAttention<T>& p, int64_t unit, T* 
     softmax(block, scores, inverse);
     if (p.dropout) drop(p, unit, block, scores);
     mix(p, block, scores, value, rows);
+    mix_seen(p, block, scores, value, rows);
     for (int64_t l = 0; l < block.queries; l++)
       put_row(y + (block.row[l] * p.batch + b) * channels + first, p.width, inverse[l], rows + l * kPanel, kTile);
   }

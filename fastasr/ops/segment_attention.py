@@ -137,7 +137,12 @@ def definition(
     weights = w.softmax(scores.to(torch.promote_types(scores.dtype, torch.float32))).to(value.dtype)
     if w.dropout is not None:
         weights = weights * w.dropout.to(weights.dtype)
-    return w.apart(torch.matmul(weights, w.keys(value)))
+    values = w.keys(value).masked_fill(w.gone, 0)  # what is hidden does not leak, whatever it holds
+    mixed = torch.matmul(weights, values)
+    if w.memory:
+        summary = torch.matmul(weights[..., -1:, w.memory :], values[..., w.memory :, :])
+        mixed = torch.cat([mixed[..., :-1, :], summary], -2)
+    return w.apart(mixed)
 
 
 class _Windows:
@@ -161,6 +166,7 @@ class _Windows:
         places = [block.flatten(), t // segment * per + right + t % segment]
         self.places = torch.cat([*places, s * per + right + segment] if memory else places)
         hidden = hidden_lanes(position, there, lengths, history, right, memory)[:, None, :, None, :]
+        self.gone, self.memory = hidden.transpose(-1, -2), memory
         if memory:
             summary = torch.zeros(per, 1, dtype=torch.bool, device=device)
             summary[-1] = True
@@ -183,7 +189,7 @@ class _Windows:
         return t.permute(2, 3, 0, 1, 4)
 
     def softmax(self, scores: Tensor) -> Tensor:
-        scores = scores.masked_fill(self.hidden, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(self.hidden, float("-inf"))
         return torch.softmax(scores, -1).masked_fill(self.hidden, 0)
 
     def apart(self, windows: Tensor) -> Tensor:
@@ -410,6 +416,8 @@ def _check_masks(query: Tensor, lengths, history, dropout, heads: int, sizes: tu
         if not isinstance(t, Tensor) or t.dtype not in _INTEGERS:
             got = str(t.dtype) if isinstance(t, Tensor) else type(t).__name__
             raise TypeError(f"fastasr.{OP}: {name}: expected a tensor of integers, got {got}")
+        if t.layout is not torch.strided:
+            raise TypeError(f"fastasr.{OP}: {name}: expected a strided tensor, got layout {t.layout}")
         _check.shape(OP, name, t, f"{whole}", t.shape == whole)
         _check.same_device(OP, name, t, query, "query")
     if dropout is not None:
