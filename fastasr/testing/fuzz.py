@@ -186,9 +186,11 @@ def _as_good_as_eager(definition, arguments: dict, outputs, references) -> bool:
     1 leaves no accuracy to anyone."""
     eager = definition(**with_tensors(arguments, lambda _, t: t.detach()))
     for ours, theirs, exact in zip(_tuple(outputs), _tuple(eager), _tuple(references), strict=True):
-        finite = exact.isfinite() & theirs.isfinite()
-        if not torch.equal(finite, ours.isfinite()):
+        # Where eager and float64 disagree, rounding decides: an infinity times a difference is NaN only if that is 0.
+        decided = exact.isfinite() == theirs.isfinite()
+        if not torch.equal(exact.isfinite()[decided], ours.isfinite()[decided]):
             return False
+        finite = exact.isfinite() & theirs.isfinite() & ours.isfinite()
         if finite.any():
             error, allowed = ((t.detach().double() - exact)[finite].abs().max() for t in (ours, theirs))
             if (
