@@ -21,8 +21,8 @@ def _session(filename, threads):
     options = onnxruntime.SessionOptions()
     options.inter_op_num_threads = 1
     options.intra_op_num_threads = threads
-    # A session's threads otherwise spin after a call, for longer than a chunk takes: whatever runs next, another session
-    # included, gets half of two cores.
+    # A session's threads otherwise spin after a call, for longer than a chunk takes: whatever runs next, another
+    # session included, gets half of two cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return onnxruntime.InferenceSession(
