@@ -6,8 +6,9 @@
 
 The chunks of N streams arrive at their own phases; whatever waits is served in one call (at most ``--batch`` chunks,
 the oldest first). A chunk's latency is from its arrival to its output. N is sustained when 99 % of the latencies are
-under one chunk; the largest such N is found by doubling and then halving the interval. ``streaming_peers`` has what is
-compared.
+under one chunk; the largest such N is found by doubling and then halving the interval. An N that fails is tried again,
+``--attempts`` times in all, and its best attempt counts: a machine that is shared stands still for a second now and
+then, whoever is measured. ``streaming_peers`` has what is compared.
 """
 
 import argparse
@@ -84,10 +85,18 @@ def largest(sustained, most):
 
 
 def measure(
-    names=NAMES, size="medium", chunk=16, threads=1, seconds=20.0, batch=16, most=128, report=lambda _: None
+    names=NAMES,
+    size="medium",
+    chunk=16,
+    threads=1,
+    seconds=20.0,
+    batch=16,
+    most=128,
+    attempts=1,
+    report=lambda _: None,
 ):
     """A dict of what was found, as in the JSON file: for each of ``names`` the largest number of streams, the
-    percentiles and every latency there, and the 99th percentile of each number that was tried.
+    percentiles and every latency there, and the 99th percentile of each number that was tried, of its best attempt.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -100,7 +109,7 @@ def measure(
         for name in names:
             report(f"{name}: making")
             served = streaming_peers.make([name], size, chunk, threads, most)[name]
-            found[name] = _limit(served, name, period, seconds, batch, most, features, report)
+            found[name] = _limit(served, name, period, seconds, batch, most, attempts, features, report)
         return {
             "size": size,
             "chunk": chunk,
@@ -108,6 +117,7 @@ def measure(
             "period_ms": round(1e3 * period, 1),
             "seconds": seconds,
             "batch": batch,
+            "attempts": attempts,
             "implementations": found,
             "environment": stamp(),
         }
@@ -115,19 +125,24 @@ def measure(
         torch.set_num_threads(before)
 
 
-def _limit(served, name, period, seconds, batch, most, features, report):
+def _limit(served, name, period, seconds, batch, most, attempts, features, report):
     tried, runs = {}, {}
 
-    def sustained(count):
+    def attempt(count):
         served.open(count)
         for _ in range(3):  # first calls allocate, compile and warm caches
             for first in range(0, count, batch):
                 streams = list(range(first, min(count, first + batch)))
                 served.step(features[streams], streams)
-        runs[count] = pace(served, count, period, seconds, batch, features)
-        tried[count] = percentile(runs[count], 0.99)
-        report(f"{name}: {count} streams, p99 {1e3 * tried[count]:.1f} ms of {1e3 * period:.0f}")
-        return tried[count] < period
+        latencies = pace(served, count, period, seconds, batch, features)
+        p99 = percentile(latencies, 0.99)
+        report(f"{name}: {count} streams, p99 {1e3 * p99:.1f} ms of {1e3 * period:.0f}")
+        if p99 < tried.get(count, math.inf):
+            tried[count], runs[count] = p99, latencies
+        return p99 < period
+
+    def sustained(count):
+        return any(attempt(count) for _ in range(attempts))
 
     streams = largest(sustained, most)
     latencies = runs[streams] if streams else runs[1]
@@ -186,6 +201,7 @@ def main(arguments=None):
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each number of streams")
     parser.add_argument("--batch", type=int, default=16, help="chunks in a call at most")
+    parser.add_argument("--attempts", type=int, default=3, help="of each number of streams at most")
     parser.add_argument("--most", type=int, default=256, help="streams at most")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "benchmarks" / "results" / "streaming_load.json"
@@ -203,6 +219,7 @@ def main(arguments=None):
                 options.seconds,
                 options.batch,
                 options.most,
+                options.attempts,
                 report=lambda line: print(line, flush=True),
             )
             options.results.write_text(json.dumps(found) + "\n", encoding="utf-8")

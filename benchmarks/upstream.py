@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Upstream's Zipformer from the PyPI package ``zipformer``, as its recipes build it, with random weights."""
+"""The upstream packages that are measured beside fastasr, and the PyPI package ``zipformer``'s encoder as its recipes
+build it, with random weights."""
 
 import contextlib
 import importlib
@@ -8,7 +9,15 @@ from collections.abc import Iterator
 
 import torch
 
-INSTALL = "pip install --no-deps zipformer==0.1.3, and what it imports"
+# how to install what ``module`` imports
+INSTALL = {
+    "zipformer": "pip install --no-deps zipformer==0.1.3, and what it imports",
+    "espnet2": "pip install --no-deps espnet==202511, and what it imports",
+    "torchaudio": "pip install --no-deps torchaudio==2.11.0",
+    "fast_rnnt": "python scripts/build_fast_rnnt.py SOURCES",
+    "onnx": "pip install 'fastasr[export]'",
+    "onnxruntime": "pip install 'fastasr[export]'",
+}
 
 # Zipformer-M, the published medium configuration
 MEDIUM = {
@@ -46,18 +55,17 @@ BATCH_COUNT = 20000.0
 
 
 class MissingUpstream(ImportError):
-    """The PyPI package ``zipformer`` cannot be imported."""
+    """A package that is measured beside fastasr cannot be imported."""
 
 
-def _imported():
+def module(name: str):
+    """The module of this dotted name, of a package in INSTALL. Raises ``MissingUpstream`` with how to install it."""
+    package = name.partition(".")[0]
     try:
-        return tuple(
-            importlib.import_module(f"zipformer.{name}")
-            for name in ("modules.scaling", "modules.subsampling", "modules.zipformer", "utils")
-        )
+        return importlib.import_module(name)
     except (ImportError, OSError, AttributeError) as error:
         raise MissingUpstream(
-            f"upstream's package zipformer cannot be imported ({error}); {INSTALL}"
+            f"upstream's package {package} cannot be imported ({error}); {INSTALL[package]}"
         ) from None
 
 
@@ -69,7 +77,10 @@ class Encoder(torch.nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        scaling, subsampling, zipformer, utils = _imported()
+        scaling, subsampling, zipformer, utils = (
+            module(f"zipformer.{name}")
+            for name in ("modules.scaling", "modules.subsampling", "modules.zipformer", "utils")
+        )
 
         def dropout():
             return scaling.ScheduledFloat((0.0, 0.3), (20000.0, 0.1))
@@ -114,11 +125,9 @@ def zipformer(size: str = "medium", seed: int = 0, inner_compile: bool = True, *
 
 def recogniser(config: dict, seed: int = 0) -> torch.nn.Module:
     """Upstream's AsrModel in evaluation mode, with random weights. Raises ``MissingUpstream``."""
-    _imported()
-    from zipformer.modules.model import AsrModel
-
+    model = module("zipformer.modules.model")
     torch.manual_seed(seed)
-    return _steady(AsrModel(**config))
+    return _steady(model.AsrModel(**config))
 
 
 def _steady(model: torch.nn.Module) -> torch.nn.Module:

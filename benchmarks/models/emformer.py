@@ -34,12 +34,7 @@ def encoders(size: str, segment: int, right: int) -> dict[str, torch.nn.Module]:
     import fastasr
     from fastasr.models.emformer import Emformer
 
-    try:
-        from torchaudio.models import Emformer as Shipped
-    except (ImportError, OSError) as error:
-        raise upstream.MissingUpstream(
-            f"torchaudio cannot be imported ({error}); pip install --no-deps torchaudio==2.11.0"
-        ) from None
+    theirs = upstream.module("torchaudio.models").Emformer
     torch.manual_seed(0)
     options = SIZES[size] | {
         "segment_length": segment,
@@ -48,7 +43,7 @@ def encoders(size: str, segment: int, right: int) -> dict[str, torch.nn.Module]:
         "activation": "gelu",
         "tanh_on_mem": True,
     }
-    shipped, own = Shipped(**options), Emformer(**options)
+    shipped, own = theirs(**options), Emformer(**options)
     own.load_state_dict(shipped.state_dict())
     swapped = copy.deepcopy(shipped)
     fastasr.accelerate(swapped)

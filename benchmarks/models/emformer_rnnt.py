@@ -32,15 +32,10 @@ def predictors(size: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Upstream's predictor with random parameters, and ours. Raises ``upstream.MissingUpstream``."""
     from fastasr.models.emformer_rnnt import Predictor
 
-    try:
-        from torchaudio.models.rnnt import _Predictor
-    except (ImportError, OSError) as error:
-        raise upstream.MissingUpstream(
-            f"torchaudio cannot be imported ({error}); pip install --no-deps torchaudio==2.11.0"
-        ) from None
+    theirs = upstream.module("torchaudio.models.rnnt")._Predictor
     torch.manual_seed(0)
     options = SIZES[size] | {"lstm_layer_norm": True, "lstm_layer_norm_epsilon": 1e-3, "lstm_dropout": 0.3}
-    shipped, own = _Predictor(SYMBOLS, **options), Predictor(SYMBOLS, **options)
+    shipped, own = theirs(SYMBOLS, **options), Predictor(SYMBOLS, **options)
     own.load_state_dict(shipped.state_dict())
     return shipped, own
 

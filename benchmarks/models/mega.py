@@ -34,14 +34,9 @@ def shape_name(size: str = "default", batch: int = BATCH, length: int = LENGTH) 
 
 def decoder(size: str) -> torch.nn.Module:
     """Upstream's decoder with random parameters. Raises ``upstream.MissingUpstream``."""
-    try:
-        from espnet2.asr_transducer.decoder.mega_decoder import MEGADecoder
-    except (ImportError, OSError) as error:
-        raise upstream.MissingUpstream(
-            f"ESPnet cannot be imported ({error}); pip install --no-deps espnet==202511, and what it imports"
-        ) from None
+    shipped = upstream.module("espnet2.asr_transducer.decoder.mega_decoder").MEGADecoder
     torch.manual_seed(0)
-    return MEGADecoder(VOCABULARY, **SIZES[size])
+    return shipped(VOCABULARY, **SIZES[size])
 
 
 def variants(shipped: torch.nn.Module, size: str) -> dict[str, Callable[[], torch.nn.Module]]:

@@ -7,22 +7,19 @@ products at the rate of the machine's best GEMM.
 """
 
 import copy
-import importlib
 from collections.abc import Callable, Iterator
 
 import torch
 
-from fastasr.benchmarks import limits
+from fastasr.benchmarks import limits, upstream
 from fastasr.benchmarks.case import Report, Settings
 from fastasr.benchmarks.harness import LoadMeter, Variant, interleave
 from fastasr.benchmarks.models.unit import COMPILE, FASTASR, FORWARD, UPSTREAM, measured_rows
 from fastasr.benchmarks.rows import Row
-from fastasr.benchmarks.upstream import MissingUpstream
 
 NAME = "mega_step"
 SIZES = {"default": {"vocab_size": 500}, "tiny": {"vocab_size": 50, "block_size": 64, "linear_size": 96}}
 HISTORIES, BATCHES = (0, 50, 200), (1, 4, 10)
-INSTALL = "pip install --no-deps espnet==202511, and typeguard"
 
 
 def cases(histories=HISTORIES, batches=BATCHES) -> list[tuple[str, str, int, int]]:
@@ -31,18 +28,15 @@ def cases(histories=HISTORIES, batches=BATCHES) -> list[tuple[str, str, int, int
 
 
 def decoders(size: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Upstream's decoder and ours with the same parameters. Raises ``MissingUpstream``."""
+    """Upstream's decoder and ours with the same parameters. Raises ``upstream.MissingUpstream``."""
     from fastasr.models.mega import MEGADecoder
 
-    try:
-        module = importlib.import_module("espnet2.asr_transducer.decoder.mega_decoder")
-    except ImportError as error:
-        raise MissingUpstream(f"upstream's package espnet cannot be imported ({error}); {INSTALL}") from None
+    module = upstream.module("espnet2.asr_transducer.decoder.mega_decoder")
     torch.manual_seed(0)
-    upstream = module.MEGADecoder(**SIZES[size]).eval()
+    theirs = module.MEGADecoder(**SIZES[size]).eval()
     ours = MEGADecoder(**SIZES[size], phantom_first_step=True).eval()
-    ours.load_state_dict(upstream.state_dict())
-    return upstream, ours
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
 
 
 def _states(decoder: torch.nn.Module, batch: int, history: int) -> list[dict[str, torch.Tensor]]:
@@ -94,16 +88,16 @@ def measure(
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
     """Yields the rows of each batch size and history. ``skip(case, shape)`` leaves a unit out. Raises
-    ``MissingUpstream``.
+    ``upstream.MissingUpstream``.
     """
     settings = settings or Settings()
     todo = [unit for unit in cases(histories, batches) if not skip(*unit[:2])]
     if not todo:
         return
-    upstream, ours = decoders(size)
-    steps = {UPSTREAM: (upstream, upstream.inference), FASTASR: (ours, ours.inference)}
+    theirs, ours = decoders(size)
+    steps = {UPSTREAM: (theirs, theirs.inference), FASTASR: (ours, ours.inference)}
     if compile_model:
-        steps[COMPILE] = (upstream, torch.compile(copy.deepcopy(upstream).inference))
+        steps[COMPILE] = (theirs, torch.compile(copy.deepcopy(theirs).inference))
     for case, shape, history, batch in todo:
         report(f"{NAME}: {shape}, {case}")
         variants = {name: _variant(*pair, batch, history) for name, pair in steps.items()}
@@ -112,7 +106,7 @@ def measure(
             variants, reps=reps or 2 * settings.reps, warmup=3, sample_seconds=settings.sample_seconds
         )
         other = load.other_cores()
-        moved, flops = cost(upstream, batch, history)
+        moved, flops = cost(theirs, batch, history)
         rate, copied = limits.gemm_flops_per_second("cpu"), limits.copy_seconds(moved)
         floor = max(copied, flops / rate)
         limit = (

@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import rnnt
-from fastasr.benchmarks import limits
+from fastasr.benchmarks import limits, upstream
 from fastasr.benchmarks.case import BOTH, Report, Settings
 from fastasr.benchmarks.harness import LoadMeter, Variant, interleave
 from fastasr.benchmarks.models.unit import COMPILE, FASTASR, UPSTREAM, measured_rows
 from fastasr.benchmarks.rows import Row
-from fastasr.benchmarks.upstream import MissingUpstream
 
 NAME = "pruned_transducer"
 AGAIN = "fastasr, logits again"
@@ -35,19 +34,10 @@ PARTS = tuple(
 )
 CASES = (*WHOLES, *PARTS)
 TINY = ((WHOLE, 2, 12, 4, 3, 16, 20), (PART, 2, 12, 4, 3, 16, 20))
-INSTALL = "python scripts/build_fast_rnnt.py SOURCES"
 
 
 def shape_name(batch, frames, symbols, s_range, channels, outputs) -> str:
     return f"{batch}x{frames}x{symbols}x{s_range}x{channels}, V={outputs}"
-
-
-def _peer():
-    try:
-        import fast_rnnt
-    except ImportError as error:
-        raise MissingUpstream(f"the package fast_rnnt cannot be imported ({error}); {INSTALL}") from None
-    return fast_rnnt
 
 
 class _Problem:
@@ -133,20 +123,20 @@ def _memory_bytes() -> int:
 def _calls(
     problem: _Problem, case: str, sizes, compile_: bool, report: Report
 ) -> dict[str, Callable[[], Tensor]]:
-    package, whole = _peer(), case == WHOLE
-    upstream = partial(problem.upstream, package, whole)
+    package, whole = upstream.module("fast_rnnt"), case == WHOLE
+    theirs = partial(problem.upstream, package, whole)
     if not whole:
         calls = {FASTASR: partial(problem.fused, False, False)}
         if _eager_bytes(*sizes) < 0.6 * _memory_bytes():
-            calls = {UPSTREAM: upstream, **calls}
+            calls = {UPSTREAM: theirs, **calls}
         else:
             where = f"{NAME}: {case}, {shape_name(*sizes)}"
             report(f"{where}: {UPSTREAM} not measured: it needs more memory than is free")
         return calls
-    calls = {UPSTREAM: upstream}
+    calls = {UPSTREAM: theirs}
     if compile_:
         torch._dynamo.reset()
-        calls[COMPILE] = torch.compile(upstream, dynamic=False)
+        calls[COMPILE] = torch.compile(theirs, dynamic=False)
     return {**calls, FASTASR: partial(problem.fused, None, True), AGAIN: partial(problem.fused, False, True)}
 
 
@@ -158,7 +148,7 @@ def measure(
     skip: Callable[[str, str], bool] = lambda case, shape: False,
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
-    """Yields the rows of each case. ``skip(case, shape)`` leaves one out. Raises ``MissingUpstream``."""
+    """Yields the rows of each case. ``skip(case, shape)`` leaves one out. Raises ``upstream.MissingUpstream``."""
     settings = settings or Settings()
     for case, *sizes in cases:
         shape = shape_name(*sizes)

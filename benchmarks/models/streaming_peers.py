@@ -122,11 +122,8 @@ def _chunk_of(wrapper):
 
 
 def _onnx(theirs, size, chunk, threads):
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise upstream.MissingUpstream(f"{error}: pip install 'fastasr[export]'") from None
+    for name in ("onnx", "onnxruntime"):
+        upstream.module(name)
     from fastasr.export import export_onnx
     from fastasr.models import zipformer
 

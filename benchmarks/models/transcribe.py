@@ -113,11 +113,8 @@ def measure(
 ) -> Iterator[list[Row]]:
     """Yields the rows of each case; ``skip(case, shape, pass)`` leaves one out, ``compile_model`` changes nothing.
     ``inner_compile``: as upstream ships its activations, compiled. Raises ``upstream.MissingUpstream``."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise upstream.MissingUpstream(f"{error}: pip install 'fastasr[export]'") from None
+    for name in ("onnx", "onnxruntime"):
+        upstream.module(name)
     settings = settings or Settings()
     shape = shape_name(size, seconds)
     features = torch.randn(round(100 * seconds), upstream.BINS, generator=torch.Generator().manual_seed(1))

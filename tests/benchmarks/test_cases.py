@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of cases, and a measurement from a case to its rows."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -21,6 +23,15 @@ from fastasr.benchmarks.case import (
 )
 
 QUICK = Settings.quick(compile=False, reps=2, sample_seconds=0.0)
+
+
+@contextlib.contextmanager
+def peer():
+    """Skips the test when what is measured beside fastasr is not installed."""
+    try:
+        yield
+    except upstream.MissingUpstream as reason:
+        pytest.skip(str(reason))
 
 
 def tiny(implementations: dict, **more) -> Case:
@@ -132,10 +143,8 @@ def test_a_chunk_through_the_streaming_engine():
     measured = streaming_engine.measure(
         size="tiny", chunks=(16,), streams=(1, 2), inner_compile=False, settings=QUICK, reps=2
     )
-    try:
+    with peer():
         units = list(measured)
-    except upstream.MissingUpstream as reason:
-        pytest.skip(str(reason))
     assert [unit[0].shape.split(",")[0] for unit in units] == ["tiny 1 stream", "tiny 2 streams"]
     for unit in units:
         assert [row.implementation for row in unit] == ["upstream", *streaming_engine.PEERS]
@@ -144,10 +153,8 @@ def test_a_chunk_through_the_streaming_engine():
 def test_a_step_of_the_mega_decoder():
     from fastasr.benchmarks.models import mega_step
 
-    try:
+    with peer():
         units = list(mega_step.measure(size="tiny", histories=(0, 3), batches=(2,), settings=QUICK, reps=2))
-    except upstream.MissingUpstream as reason:
-        pytest.skip(str(reason))
     assert [unit[0].case for unit in units] == ["history 0", "history 3"]
     for unit in units:
         assert [row.implementation for row in unit] == ["upstream", "fastasr"]
@@ -158,11 +165,9 @@ def test_a_step_of_the_mega_decoder():
 def test_the_emformer():
     from fastasr.benchmarks.models import emformer
 
-    try:
+    with peer():
         sizes = {"size": "tiny", "segments": ((4, 1),), "batch": 2, "frames": 20}
         units = list(emformer.measure(**sizes, settings=QUICK, reps=2))
-    except upstream.MissingUpstream as error:
-        pytest.skip(str(error))
     assert [(u[0].case, u[0].pass_) for u in units] == [
         ("segment 4, right 1", FORWARD),
         ("segment 4, right 1", BOTH),
@@ -177,10 +182,8 @@ def test_the_e_branchformer_layer():
     from fastasr.benchmarks.models import e_branchformer
 
     sizes = {"size": "tiny", "batch": 2, "frames": 9}
-    try:
+    with peer():
         units = list(e_branchformer.measure(**sizes, settings=QUICK, reps=2))
-    except upstream.MissingUpstream as reason:
-        pytest.skip(str(reason))
     assert [(unit[0].case, unit[0].pass_) for unit in units] == [
         ("layer", "forward"),
         ("layer", "forward+backward"),
@@ -195,10 +198,8 @@ def test_the_predictor_of_the_emformer_transducer():
     from fastasr.benchmarks.models import emformer_rnnt
 
     sizes = {"size": "tiny", "sequences": ((2, 3),), "steps": (2,)}
-    try:
+    with peer():
         units = list(emformer_rnnt.measure(**sizes, settings=QUICK, reps=2, compile_model=False))
-    except upstream.MissingUpstream as reason:
-        pytest.skip(str(reason))
     assert [(unit[0].case, unit[0].pass_) for unit in units] == [
         ("predictor", "forward"),
         ("predictor", "forward+backward"),
@@ -214,10 +215,8 @@ def test_a_step_of_the_recipe():
     from fastasr.benchmarks.models import recipe_step
 
     calls = {"size": "tiny", "durations": (5.0,), "inner_compile": False, "settings": QUICK}
-    try:
+    with peer():
         units = list(recipe_step.measure(**calls, reps=1))
-    except upstream.MissingUpstream as reason:
-        pytest.skip(str(reason))
     names = ["fastasr", "upstream", "swapped", "eager"]
     assert [row.implementation for row in units[0]] == names
     text = recipe_step.table(units[0])
@@ -239,10 +238,8 @@ def test_transcribing():
     from fastasr.benchmarks.models import transcribe
 
     calls = {"size": "tiny", "seconds": 1, "chunks": (16,), "inner_compile": False, "settings": QUICK}
-    try:
+    with peer():
         units = list(transcribe.measure(**calls, reps=1))
-    except upstream.MissingUpstream as reason:
-        pytest.skip(str(reason))
     assert [unit[0].case for unit in units] == ["encoder, whole", "whole", "stream, chunks of 16"]
     for unit in units:
         engine = ["engine"] if unit[0].case.startswith("stream") else []
@@ -258,10 +255,8 @@ def test_the_loss_of_a_pruned_transducer(tmp_path):
     from fastasr.benchmarks.models import pruned_transducer
 
     table = tmp_path / "rows.jsonl"
-    try:
+    with peer():
         units = list(pruned_transducer.measure(cases=pruned_transducer.TINY, settings=QUICK, reps=2))
-    except upstream.MissingUpstream as reason:
-        pytest.skip(str(reason))
     assert [row.implementation for row in units[0]] == ["upstream", "fastasr", "fastasr, logits again"]
     assert [row.implementation for row in units[1]] == ["upstream", "fastasr"]
     for unit in units:
@@ -277,10 +272,8 @@ def test_both_losses_of_a_pruned_transducer_are_one_number():
     from fastasr.benchmarks.models import pruned_transducer
 
     problem = pruned_transducer._Problem(2, 12, 4, 3, 16, 20)
-    try:
-        expected = problem.upstream(pruned_transducer._peer(), True)
-    except upstream.MissingUpstream as reason:
-        pytest.skip(str(reason))
+    with peer():
+        expected = problem.upstream(upstream.module("fast_rnnt"), True)
     torch.testing.assert_close(problem.fused(None, True), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(problem.fused(False, True), expected, rtol=1e-5, atol=1e-5)
 

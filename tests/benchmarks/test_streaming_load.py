@@ -67,6 +67,31 @@ def test_the_largest_number(limit):
     assert len(tried) == len(set(tried)) <= 10
 
 
+@pytest.mark.parametrize(("attempts", "expected"), [(1, 1), (2, 4)])
+def test_a_pause_of_the_machine_is_tried_again(attempts, expected, monkeypatch):
+    """Every first attempt at two streams or more stands still; every later one is as fast as one stream."""
+    seen = []
+
+    def pace(served, count, *arguments):
+        seen.append(count)
+        return [1.0 if count > 1 and seen.count(count) == 1 else 0.1]
+
+    monkeypatch.setattr(streaming_load, "pace", pace)
+
+    class Served:
+        def open(self, count): ...
+
+        def step(self, features, streams): ...
+
+    arguments = {"period": 0.32, "seconds": 1.0, "batch": 2, "most": 4, "attempts": attempts}
+    found = streaming_load._limit(
+        Served(), "name", features=torch.zeros(4, 1, 1), report=lambda _: None, **arguments
+    )
+    assert found["streams"] == expected
+    assert found["p99_ms"] == 100.0
+    assert found["tried_p99_ms"]["2"] == (1000.0 if attempts == 1 else 100.0)
+
+
 def test_percentiles():
     latencies = [i / 100 for i in range(100, 0, -1)]
     assert streaming_load.percentile(latencies, 0.99) == 0.99
