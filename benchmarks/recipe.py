@@ -2,12 +2,14 @@
 """The recipe on real speech: what a long run reaches, and how the same run goes on other kernels and models.
 
     python -m fastasr.benchmarks.recipe RUNS     # from RUNS/main (long) and RUNS/<curve> (short): JSON, picture, page
+    python -m fastasr.benchmarks.recipe --encoder-run RUN ...    # finished runs of other encoders: their JSON, the page
     python -m fastasr.benchmarks.recipe          # picture and page from what is committed; --check compares the page
 
 RUNS/main is a finished run of ``examples/train_transducer.py``. The curves are its first steps, from one seed, on
 fastasr's kernels, in eager, with the PyPI package's model swapped and as shipped, and once more on fastasr's kernels
 with every parameter moved by one rounding, which shows how far rounding alone takes such a run. Those that RUNS lacks
-are trained. The long run's model is exported, and both read the held-out recordings.
+are trained. The long run's model is exported, and both read the held-out recordings. Runs with ``--encoder`` stand
+beside it with their error rates, in ``recipe_encoders.json``.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from fastasr.benchmarks.plots import png, pyplot
 from fastasr.benchmarks.readme_table import replaced
 from fastasr.benchmarks.rows import Row, read_all
 from fastasr.benchmarks.swapped_training import moved_by_one_rounding, summary
-from fastasr.recipe import checkpoints, recogniser, speech, training
+from fastasr.recipe import checkpoints, recogniser, sizes, speech, training
 from fastasr.recipe.curves import read, smoothed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +48,12 @@ LABELS = {
 FIRST = (10, 40, 100, 200)  # steps over which the largest difference is told
 POINTS = 300  # of the long run in the picture, about
 METHODS = ("greedy", "beam", "ctc-greedy", "ctc-beam")
+OTHER_ENCODERS = "recipe_encoders.json"  # beside the JSON of the run
+NAMES = {
+    "zipformer": "Zipformer",
+    "emformer": "Emformer",
+    "e_branchformer": "E-Branchformer, whole recordings",
+}
 
 
 # --------------------------------------------------------------------------- measured
@@ -88,11 +96,38 @@ def agreement(run: Path, held_out) -> dict:
     }
 
 
+def _finished(run: Path) -> dict:
+    if not (run / "report.json").is_file():
+        raise ValueError(f"{run} is no finished run: it has no report.json")
+    return json.loads((run / "report.json").read_text(encoding="utf-8"))
+
+
+def _loss(columns: dict[str, list[float]]) -> list[list[float]]:
+    """About ``POINTS`` pairs of a step and the running mean of the loss."""
+    loss = smoothed(columns["loss"])
+    every = max(1, len(loss) // POINTS)
+    return [[int(columns["step"][i]), round(loss[i], 5)] for i in range(every - 1, len(loss), every)]
+
+
+def encoder_report(run: Path, commit: str | None = None) -> dict:
+    """What is committed of a finished run of another encoder than the Zipformer."""
+    found = _finished(run)
+    options = checkpoints.load(run / checkpoints.NAME)["options"]
+    if options.get("encoder", sizes.ZIPFORMER) == sizes.ZIPFORMER:
+        raise ValueError(f"{run} is a run of the Zipformer: give RUNS")
+    return {
+        "run": found,
+        "size": options["size"],
+        "loss": _loss(read(run / "log.csv")),
+        **stamp(),
+        **({"commit": commit} if commit else {}),
+    }
+
+
 def report(runs: Path, speeches, steps: int, commit: str | None = None, **options) -> dict:
     """Everything that is committed, from the runs in a folder, trained at ``commit`` if not at the present one."""
     main = runs / "main"
-    if not (main / "report.json").is_file():
-        raise ValueError(f"{main} is no finished run: it has no report.json")
+    run = _finished(main)
     units = training.learn_units("char", speeches[0])
     for name in CURVES:
         if not (runs / name / "log.csv").is_file():
@@ -100,12 +135,10 @@ def report(runs: Path, speeches, steps: int, commit: str | None = None, **option
     columns = read(main / "log.csv")
     losses = {name: read(runs / name / "log.csv")["loss"][:steps] for name in CURVES}
     losses["main"] = columns["loss"][:steps]
-    loss = smoothed(columns["loss"])
-    every = max(1, len(loss) // POINTS)
     return {
-        "run": json.loads((main / "report.json").read_text(encoding="utf-8")),
+        "run": run,
         "size": checkpoints.load(main / checkpoints.NAME)["options"]["size"],
-        "loss": [[int(columns["step"][i]), round(loss[i], 5)] for i in range(every - 1, len(loss), every)],
+        "loss": _loss(columns),
         "onnx": agreement(main, speeches[1]),
         "differences": differences(losses),
         "losses": losses,
@@ -119,10 +152,41 @@ def _scientific(value: float) -> str:
     return "0" if value == 0 else f"{value:.0e}"
 
 
-def block(found: dict | None, rows: Sequence[Row]) -> str:
-    """The page's part that the JSON and the rows of ``recipe_step`` decide."""
+def block(found: dict | None, rows: Sequence[Row], others: dict[str, dict] | None = None) -> str:
+    """The page's part that the JSON, that of other encoders and the rows of ``recipe_step`` decide."""
     steps = recipe_step.table([row for row in rows if row.name == recipe_step.NAME])
-    return f"{_run(found) if found else 'No run is committed yet.'}\n\nA step of training:\n\n{steps}"
+    parts = [_run(found) if found else "No run is committed yet."]
+    if others:
+        parts.append(_encoders({**({sizes.ZIPFORMER: found} if found else {}), **others}))
+    return "\n\n".join([*parts, "A step of training:", steps])
+
+
+def _encoders(runs: dict[str, dict]) -> str:
+    """A line per encoder, and their error rates along the way."""
+    lines = [
+        "Encoders side by side, on the same recordings and held-out set:",
+        "",
+        "| encoder | parameters | steps | minutes | transducer: characters | words | CTC: characters | words | at |",
+        "|---|" + "---:|" * 7 + "---|",
+    ]
+    for encoder, found in runs.items():
+        run, held = found["run"], found["run"]["held_out"]
+        rates = " | ".join(f"{held[name]:.1%}" for name in ("cer", "wer", "ctc_cer", "ctc_wer"))
+        lines.append(
+            f"| {NAMES[encoder]} | {run['parameters'] / 1e6:.2f} M | {run['step']} | {run['minutes']:.0f} | {rates} | "
+            f"{found['commit']} |"
+        )
+    scores = {e: {step: cer for step, cer, _ in found["run"].get("scores", [])} for e, found in runs.items()}
+    steps = sorted(set().union(*scores.values()))
+    lines += [
+        "",
+        "| characters wrong after step | " + " | ".join(NAMES[encoder] for encoder in runs) + " |",
+        "|---:|" + "---:|" * len(runs),
+    ]
+    for step in steps:
+        cells = (f"{by_step[step]:.1%}" if step in by_step else "" for by_step in scores.values())
+        lines.append(f"| {step} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _run(found: dict) -> str:
@@ -198,6 +262,17 @@ def figure(found: dict):
     return picture
 
 
+def _others(path: Path, runs: Sequence[Path], commit: str | None) -> dict[str, dict]:
+    """What is committed of other encoders, with ``runs`` in it."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for run in runs:
+        made = encoder_report(run, commit)
+        found[made["run"]["encoder"]] = made
+    if runs:
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return {encoder: found[encoder] for encoder in sizes.ENCODERS if encoder in found}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 when ``--check`` finds a difference, 2 when a file cannot be used."""
     parser = argparse.ArgumentParser(
@@ -206,6 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="?", type=Path, help="folder of runs")
+    parser.add_argument(
+        "--encoder-run", type=Path, action="append", default=[], metavar="RUN", help="of another encoder"
+    )
     parser.add_argument("--steps", type=int, default=200, help="of the curves (default: %(default)s)")
     parser.add_argument("--commit", help="at which the runs were trained, if not the present one")
     parser.add_argument("--speech", type=Path, help="recordings the runs were trained on, if not the prompts")
@@ -225,8 +303,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         elif options.json.is_file():
             found = json.loads(options.json.read_text(encoding="utf-8"))
+        others = _others(options.json.with_name(OTHER_ENCODERS), options.encoder_run, options.commit)
         text = options.page.read_text(encoding="utf-8")
-        made = replaced(text, block(found, read_all(sorted(options.json.parent.glob("*.jsonl")))))
+        rows = read_all(sorted(options.json.parent.glob("*.jsonl")))
+        made = replaced(text, block(found, rows, others))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -33,11 +33,16 @@ def parser():
 def made(options, streams):
     """(recogniser, what reads recordings of its rate) of ``options``."""
     from fastasr.recipe import recogniser, sizes, speech
+    from fastasr.recipe.transducers import Transducer
     from fastasr.streaming import EndpointRules, StreamingEncoder, StreamingRecognizer
 
     loaded = recogniser.load(options.model)
     if isinstance(loaded.model, tuple):
         raise ValueError(f"{options.model} holds ONNX files: give the run that they are from")
+    if isinstance(loaded.model, Transducer):
+        raise ValueError(
+            f"{options.model} holds {loaded.model.NAME}: the streaming engine is for Zipformers, use transcribe.py"
+        )
     encoder = StreamingEncoder.from_model(
         loaded.model,
         sizes.CHUNK,

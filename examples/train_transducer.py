@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a small streaming Zipformer transducer with CTC from scratch, on Debian's telephone prompts.
+"""Train a small transducer with CTC from scratch, on Debian's telephone prompts: a Zipformer, or another encoder.
 
     python examples/train_transducer.py --out exp --steps 6000       # again: goes on where it was killed
     python examples/train_transducer.py --out exp-eager --steps 6000 --backend eager
     python examples/train_transducer.py --out exp-upstream --steps 6000 --upstream [--no-swap]
+    python examples/train_transducer.py --out exp-emformer --encoder emformer         # or e_branchformer
     torchrun --nproc-per-node 2 examples/train_transducer.py --out exp --steps 6000 [--parallel fsdp]
     python examples/train_transducer.py --plot curves.png exp/log.csv exp-eager/log.csv
 
@@ -21,6 +22,12 @@ def parser():
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     made.add_argument("--out", type=Path, default=Path("exp"), help="the run (default: %(default)s)")
     made.add_argument("--steps", type=int, default=6000)
+    made.add_argument(
+        "--encoder",
+        default="zipformer",
+        choices=("zipformer", "emformer", "e_branchformer"),
+        help="E-Branchformers read whole recordings, the others stream (default: %(default)s)",
+    )
     made.add_argument("--size", default="small", choices=("small", "tiny"))
     made.add_argument("--units", default="char", help='"char" or "bpe:N" (default: %(default)s)')
     made.add_argument("--max-duration", type=float, default=15.0, help="seconds of a batch, padding included")
@@ -34,8 +41,14 @@ def parser():
     made.add_argument("--checkpoint-every", type=int, default=1, help="steps (default: %(default)s)")
     made.add_argument("--evaluate-every", type=int, default=0, help="steps; at the end in any case")
     made.add_argument("--backend", default="", choices=("", "eager"), help="eager: without fastasr's kernels")
-    made.add_argument("--upstream", action="store_true", help="the package zipformer's model, swapped")
-    made.add_argument("--no-swap", action="store_true", help="with --upstream: as shipped, fast_rnnt as k2")
+    made.add_argument(
+        "--upstream",
+        action="store_true",
+        help="zipformer's model, or torchaudio's or ESPnet's encoder, swapped",
+    )
+    made.add_argument(
+        "--no-swap", action="store_true", help="with --upstream: as shipped; Zipformer: fast_rnnt as k2"
+    )
     made.add_argument("--plain", action="store_true", help="no dropout, skipping, balancers: to compare runs")
     made.add_argument("--no-augment", action="store_true", help="no SpecAugment, one speed")
     made.add_argument("--mask-after", type=int, default=500, help="steps before SpecAugment begins")
@@ -112,6 +125,7 @@ def train(options):
         names = (
             "out",
             "steps",
+            "encoder",
             "size",
             "max_duration",
             "seed",

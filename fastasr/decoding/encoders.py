@@ -3,6 +3,7 @@
 
 import torch
 
+from fastasr.decoding.chunks import RIGHT_CONTEXT
 from fastasr.models.zipformer.export_wrappers import StreamingEncoderWrapper
 
 
@@ -37,6 +38,8 @@ class StreamingEncoder:
     ``model`` is a causal AsrModel with one chunk size, an OnnxStreamingTransducerModel or an OnnxStreamingCtcModel.
     With ``ctc`` an AsrModel gives CTC's log-probabilities.
     """
+
+    right_context = RIGHT_CONTEXT
 
     def __init__(self, model, batch_size=1, ctc=False):
         self.model = model

@@ -2,7 +2,8 @@
 """What ``examples/train_transducer.py`` and ``examples/transcribe.py`` are made of (extra ``recipe``).
 
 ``speech``: recordings, transcripts, features. ``units``: tokens of a text. ``batches``: utterances by duration.
-``sizes``: the models. ``scaled_adam``, ``eden``: the optimizer and its learning rate. ``parallel``: DDP and FSDP2.
+``sizes``: the models. ``transducers``: those of other encoders than the Zipformer. ``scaled_adam``, ``eden``: the
+optimizer and its learning rate. ``parallel``: DDP and FSDP2.
 ``checkpoints``: atomic files. ``training``: the loop. ``scoring``: error rates. ``curves``: pictures of losses.
 ``recogniser``: a trained model, or its ONNX files, that reads recordings. See docs/training.md.
 """

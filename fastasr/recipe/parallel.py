@@ -55,7 +55,8 @@ def wrap(model, world):
 
     mesh = init_device_mesh(world.device.type, (world.size,))
     scalars = {p for p in model.parameters() if p.ndim == 0}  # FSDP2 shards none
-    for stack in model.encoder.encoders:
+    encoder = model.encoder
+    for stack in encoder.emformer_layers if hasattr(encoder, "emformer_layers") else encoder.encoders:
         fully_shard(stack, mesh=mesh, ignored_params=scalars)
     fully_shard(model, mesh=mesh, ignored_params=scalars)
     return model

@@ -11,6 +11,7 @@ from fastasr import decoding
 from fastasr.demo.features import resample
 from fastasr.models import zipformer
 from fastasr.recipe import checkpoints, sizes, speech
+from fastasr.recipe.transducers import Transducer
 from fastasr.recipe.units import Units
 
 DESCRIPTION = "recogniser.json"  # beside the ONNX files
@@ -18,7 +19,9 @@ DESCRIPTION = "recogniser.json"  # beside the ONNX files
 
 @dataclass
 class Recogniser:
-    """``model`` is an AsrModel in eval mode or a pair of streaming ONNX models, (transducer, CTC)."""
+    """``model`` is an AsrModel or another encoder's Transducer in eval mode, or a pair of streaming ONNX models,
+    (transducer, CTC).
+    """
 
     model: object
     units: Units
@@ -26,9 +29,19 @@ class Recogniser:
     bins: int
 
     def search(self, method, beam=4):
-        """(StreamingEncoder, search) of ``method``: greedy, beam, ctc-greedy or ctc-beam."""
-        ctc = method.startswith("ctc-")
-        model = self.model[ctc] if isinstance(self.model, tuple) else self.model
+        """(StreamingEncoder, search) of ``method``: greedy, beam, ctc-greedy or ctc-beam. Raises ValueError for a model
+        that does not stream.
+        """
+        search, model, ctc = self._search(method, beam), self._model(method), method.startswith("ctc-")
+        if isinstance(model, Transducer):
+            return model.stream(ctc), search
+        return decoding.StreamingEncoder(model, ctc=ctc), search
+
+    def _model(self, method):
+        return self.model[method.startswith("ctc-")] if isinstance(self.model, tuple) else self.model
+
+    def _search(self, method, beam):
+        model = self._model(method)
         made = {
             "greedy": lambda: decoding.GreedySearch(model),
             "beam": lambda: decoding.ModifiedBeamSearch(model, beam=beam),
@@ -37,7 +50,7 @@ class Recogniser:
         }
         if method not in made:
             raise ValueError(f"method must be one of {', '.join(made)}, got {method!r}")
-        return decoding.StreamingEncoder(model, ctc=ctc), made[method]()
+        return made[method]()
 
     def samples(self, path, convert=False):
         """The samples at the model's rate. Raises ValueError for another rate, unless it may ``convert``."""
@@ -64,7 +77,8 @@ class Recogniser:
     def stream_features(self, parts, method="greedy", beam=4):
         """As ``stream``, of pieces of features (frames, bins)."""
         encoder, search = self.search(method, beam)
-        chunks, state = decoding.FeatureChunks(encoder.chunk_size), search.start()
+        chunks = decoding.FeatureChunks(encoder.chunk_size, encoder.right_context)
+        state = search.start()
 
         def advanced(state, ready):
             for chunk in ready:
@@ -84,7 +98,7 @@ class Recogniser:
         """(text, Decoded) of a whole recording. PyTorch models encode it at once, ONNX streams chunk by chunk."""
         if isinstance(self.model, tuple):
             return list(self.stream([samples], method, beam))[-1]
-        _, search = self.search(method, beam)
+        search = self._search(method, beam)
         x = speech.fbank(samples, self.rate, self.bins)
         # As much silence as a stream ends with: the last word's frames are whole.
         x = torch.nn.functional.pad(x, (0, 0, 0, 32), value=decoding.chunks.SILENCE).unsqueeze(0)
@@ -135,6 +149,11 @@ def export(path, folder):
     recogniser = load(path)
     if isinstance(recogniser.model, tuple):
         raise ValueError(f"{path} is exported already")
+    if isinstance(recogniser.model, Transducer):
+        raise ValueError(
+            f"{path} holds {recogniser.model.NAME}: ONNX files are those of streaming Zipformers, which sherpa-onnx "
+            f"loads, and there is no such format for its states"
+        )
     folder = Path(folder)
     files = export_onnx(recogniser.model, folder, feature_dim=recogniser.bins)
     recogniser.units.table.to_file(folder / "tokens.txt")

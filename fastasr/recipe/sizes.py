@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models of the recipe: causal Zipformers with a transducer and CTC, ours or the PyPI package's."""
+"""The models of the recipe: causal Zipformers, Emformers and E-Branchformers with a transducer and CTC, ours or with an
+upstream package's encoder."""
 
 import torch
 
 from fastasr.models import zipformer
+from fastasr.recipe.transducers import TRANSDUCERS
 
+ZIPFORMER = "zipformer"
+ENCODERS = (ZIPFORMER, *TRANSDUCERS)
 CHUNK, LEFT_CONTEXT = 16, 64  # frames of 20 ms when streaming: 0.32 s, and 1.28 s before it
 _COMMON = {
     "query_head_dim": "16",
@@ -15,7 +19,7 @@ _COMMON = {
     "use_ctc": True,
     "context_size": 2,
 }
-SIZES = {
+_ZIPFORMERS = {
     "tiny": {  # for tests: seconds
         **_COMMON,
         "downsampling_factor": "1,2",
@@ -42,27 +46,96 @@ SIZES = {
     },
 }
 
+_EMFORMERS = {
+    "tiny": {
+        "front_dim": 16,
+        "num_heads": 2,
+        "ffn_dim": 48,
+        "num_layers": 2,
+        "segment_length": 4,
+        "left_context_length": 8,
+        "right_context_length": 1,
+        "decoder_dim": 32,
+        "joiner_dim": 48,
+        "context_size": 2,
+    },
+    "small": {
+        "front_dim": 80,
+        "num_heads": 4,
+        "ffn_dim": 480,
+        "num_layers": 6,
+        "segment_length": 8,  # 0.32 s, after 1.28 s, before 0.08 s: what the Zipformer streams with, and a glance ahead
+        "left_context_length": 32,
+        "right_context_length": 2,
+        "decoder_dim": 128,
+        "joiner_dim": 192,
+        "context_size": 2,
+    },
+}
+_E_BRANCHFORMERS = {
+    "tiny": {
+        "output_size": 24,
+        "attention_heads": 2,
+        "cgmlp_linear_units": 64,
+        "cgmlp_conv_kernel": 7,
+        "linear_units": 48,
+        "num_blocks": 2,
+        "decoder_dim": 32,
+        "joiner_dim": 48,
+        "context_size": 2,
+    },
+    "small": {
+        "output_size": 128,
+        "attention_heads": 4,
+        "cgmlp_linear_units": 512,
+        "cgmlp_conv_kernel": 15,
+        "linear_units": 384,
+        "num_blocks": 5,
+        "decoder_dim": 128,
+        "joiner_dim": 192,
+        "context_size": 2,
+    },
+}
+SIZES = {ZIPFORMER: _ZIPFORMERS, "emformer": _EMFORMERS, "e_branchformer": _E_BRANCHFORMERS}
 
-def config(size, vocabulary, bins, chunk_size="16,32,-1", left_context_frames="64,128,-1"):
-    """Arguments of AsrModel."""
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
-    return {
-        **SIZES[size],
-        "vocab_size": vocabulary,
-        "feature_dim": bins,
-        "chunk_size": chunk_size,
-        "left_context_frames": left_context_frames,
-    }
+
+def config(
+    size,
+    vocabulary,
+    bins,
+    chunk_size="16,32,-1",
+    left_context_frames="64,128,-1",
+    encoder=ZIPFORMER,
+):
+    """Arguments of ``build``. chunk_size and left_context_frames are Zipformer's."""
+    if encoder not in SIZES:
+        raise ValueError(f"encoder must be one of {', '.join(SIZES)}, got {encoder!r}")
+    if size not in SIZES[encoder]:
+        raise ValueError(f"size must be one of {', '.join(SIZES[encoder])}, got {size!r}")
+    arguments = {**SIZES[encoder][size], "vocab_size": vocabulary, "feature_dim": bins}
+    if encoder != ZIPFORMER:
+        return {"encoder": encoder, **arguments}
+    return {**arguments, "chunk_size": chunk_size, "left_context_frames": left_context_frames}
+
+
+def encoder_of(arguments):
+    """The name of the encoder that ``arguments`` are of."""
+    return arguments.get("encoder", ZIPFORMER)
 
 
 def streaming(arguments):
     """The arguments of the same model with the one chunk size that it streams with."""
+    if encoder_of(arguments) != ZIPFORMER:
+        return arguments
     return {**arguments, "chunk_size": str(CHUNK), "left_context_frames": str(LEFT_CONTEXT)}
 
 
 def build(arguments, upstream=False):
-    """A model of ours, or of the PyPI package with the same parameters."""
+    """A model of ours, or of an upstream package with the same parameters: all of the PyPI package's, of the others the
+    encoder.
+    """
+    if encoder_of(arguments) != ZIPFORMER:
+        return _other(upstream, **arguments)
     if not upstream:
         return zipformer.AsrModel(**arguments)
     try:
@@ -70,6 +143,16 @@ def build(arguments, upstream=False):
     except ImportError as error:
         raise ValueError(f"--upstream needs the package zipformer: {error}") from None
     return AsrModel(**arguments)
+
+
+def _other(upstream, encoder, **arguments):
+    model = TRANSDUCERS[encoder](**arguments)
+    if upstream:
+        try:
+            model.encoder = model.upstream_encoder()
+        except ImportError as error:
+            raise ValueError(f"--upstream needs the package {model.PACKAGE}: {error}") from None
+    return model
 
 
 def without_regularisers(model):
@@ -82,7 +165,8 @@ def without_regularisers(model):
         elif type(module).__name__ == "Whiten":
             module.grad_scale = 0.0
     encoder = model.encoder
-    encoder.chunk_size, encoder.left_context_frames = (-1,), (-1,)
+    if hasattr(encoder, "left_context_frames"):  # a Zipformer, which draws a chunk size
+        encoder.chunk_size, encoder.left_context_frames = (-1,), (-1,)
     return model
 
 

@@ -34,6 +34,7 @@ class Options:
 
     out: Path
     steps: int = 1000
+    encoder: str = sizes.ZIPFORMER
     size: str = "small"
     max_duration: float = 15.0  # seconds of a batch, padding included
     seed: int = 1
@@ -52,7 +53,7 @@ class Options:
     backend: str = ""  # of fastasr's kernels; "" is automatic
     upstream: bool = False
     swap: bool = True
-    FIXED = ("size", "max_duration", "seed", "plain", "augment", "upstream")
+    FIXED = ("encoder", "size", "max_duration", "seed", "plain", "augment", "upstream")
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Trainer:
         self.options, self.held_out, self.units = options, held_out, units
         self.world = world or parallel.World()
         self.say, self.show = say, show
-        self.arguments = sizes.config(options.size, len(units), speech.BINS)
+        self.arguments = sizes.config(options.size, len(units), speech.BINS, encoder=options.encoder)
         self.training, self.tokens = self._usable(training)
         self.progress = Progress()
         random.seed(options.seed)
@@ -103,12 +104,14 @@ class Trainer:
         return [u for u, _ in kept], [t for _, t in kept]
 
     def _prepare_upstream(self):
-        from zipformer.modules import model as upstream
-
         if self.options.swap:
             report = fastasr.accelerate(self.model)
             self.say(f"accelerate: {len(report.replaced)} modules replaced")
             return
+        if self.options.encoder != sizes.ZIPFORMER:
+            return  # its losses are ours
+        from zipformer.modules import model as upstream
+
         try:
             import fast_rnnt
         except ImportError as error:
@@ -283,9 +286,10 @@ class Trainer:
 
     def resume(self, state):
         for name in Options.FIXED:
-            if state["options"][name] != getattr(self.options, name):
+            found = state["options"].get(name, getattr(Options, name))  # older runs lack the younger options
+            if found != getattr(self.options, name):
                 raise ValueError(
-                    f"{self.options.out} holds a run with {name} {state['options'][name]}, not "
+                    f"{self.options.out} holds a run with {name} {found}, not "
                     f"{getattr(self.options, name)}: give another --out"
                 )
         if state["units"] != self.units.state_dict():
@@ -328,6 +332,7 @@ class Trainer:
 
     def _report(self, result):
         report = {
+            "encoder": self.options.encoder,
             "step": self.progress.step,
             "epoch": self.progress.epoch,
             "minutes": self.progress.seconds / 60,

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("onnxruntime")
 pytest.importorskip("matplotlib")
 
-from tiny_runs import TINY
+from tiny_runs import TINY, trainer
 
 from fastasr.benchmarks import recipe
 from fastasr.benchmarks.readme_table import END, START
@@ -85,3 +85,23 @@ def test_a_run_that_has_not_ended(tmp_path, speech_sets):
     (tmp_path / "main").mkdir()
     with pytest.raises(ValueError, match="no finished run"):
         recipe.report(tmp_path, speech_sets, 3)
+
+
+def test_runs_of_other_encoders_stand_beside_it(found, trained, tmp_path, speech_sets, capsys):
+    page, data = tmp_path / "page.md", tmp_path / "recipe.json"
+    page.write_text(f"{START}\n{END}\n")
+    data.write_text(json.dumps(found))
+    arguments = ["--json", str(data), "--page", str(page), "--plot", str(tmp_path / "curves.png")]
+    trainer(tmp_path / "emformer", speech_sets, steps=2, evaluate_every=1, encoder="emformer").run()
+    assert recipe.main([*arguments, "--encoder-run", str(tmp_path / "emformer"), "--commit", "abc"]) == 0
+    made = json.loads((tmp_path / recipe.OTHER_ENCODERS).read_text())["emformer"]
+    assert (made["run"]["step"], made["size"], made["commit"], made["threads"]) == (2, "tiny", "abc", 1)
+    assert [step for step, _ in made["loss"]] == [1, 2]
+    assert recipe.main([*arguments, "--check"]) == 0
+    text, held = page.read_text(), made["run"]["held_out"]
+    assert f"| Emformer | {made['run']['parameters'] / 1e6:.2f} M | 2 | 0 | {held['cer']:.1%} | " in text
+    assert f"| 2 |  | {made['run']['scores'][-1][1]:.1%} |" in text
+    assert recipe.main([*arguments, "--encoder-run", str(tmp_path)]) == 2
+    assert "is no finished run" in capsys.readouterr().err
+    assert recipe.main([*arguments, "--encoder-run", str(trained)]) == 2
+    assert "is a run of the Zipformer" in capsys.readouterr().err

@@ -10,9 +10,9 @@ import beeps
 import pytest
 import torch
 import torch.multiprocessing
-from tiny_runs import TINY, trainer
+from tiny_runs import TINY, process, trainer
 
-from fastasr.recipe import checkpoints, parallel, recogniser, sizes, training
+from fastasr.recipe import checkpoints, recogniser, sizes, training
 
 
 def _losses(out, column="loss"):
@@ -122,26 +122,12 @@ def test_upstreams_model(trained, tmp_path, speech_sets, swap, monkeypatch):
 
 
 # --------------------------------------------------------------------------- two processes
-def _process(rank, file, out, kind, sets):
-    import os
-
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    try:
-        trainer(out, sets, parallel.World(rank, 2, kind), steps=4, plain=True).run()
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_have_the_losses_of_one(tmp_path, speech_sets, kind):
     """And one process goes on from their checkpoint."""
     trainer(tmp_path / "one", speech_sets, steps=6, plain=True).run()
     torch.multiprocessing.spawn(
-        _process, (tmp_path / "rendezvous", tmp_path / "two", kind, speech_sets), nprocs=2
+        process, (tmp_path / "rendezvous", tmp_path / "two", kind, speech_sets), nprocs=2
     )
     expected = _losses(tmp_path / "one")
     assert _losses(tmp_path / "two") == pytest.approx(expected[:4], rel=1e-3)

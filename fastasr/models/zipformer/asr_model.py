@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastasr.models.zipformer.attention_decoder import AttentionDecoderModel
+from fastasr.models.zipformer.ctc import CtcLoss
 from fastasr.models.zipformer.decoder import Decoder
 from fastasr.models.zipformer.encoder import Zipformer, int_tuple
 from fastasr.models.zipformer.initial_scale import ScaledLinear
@@ -24,7 +25,7 @@ from fastasr.models.zipformer.transducer import TransducerLoss
 MIN_FRAMES = 9  # of features: fewer leave no frame after the front end
 
 
-class AsrModel(TransducerLoss, torch.nn.Module):
+class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
     """Features (batch, time, feature_dim) and tokens -> losses.
 
     The encoder's arguments are Zipformer's. At least one of ``use_transducer`` and ``use_ctc`` must be set.
@@ -205,12 +206,6 @@ class AsrModel(TransducerLoss, torch.nn.Module):
         out, lengths = self.encoder(x.transpose(0, 1), x_lens, make_pad_mask(x_lens, x.shape[1]))
         return out.transpose(0, 1), lengths
 
-    def forward_ctc(self, encoder_out, encoder_out_lens, targets, target_lengths, reduction="sum"):
-        """CTC's loss. targets: (batch, longest), or all sequences in a row, (sum of target_lengths,)."""
-        return self._ctc_loss(
-            self.ctc_output(encoder_out), encoder_out_lens, targets, target_lengths, reduction
-        )
-
     def forward_cr_ctc(self, encoder_out, encoder_out_lens, targets, target_lengths, reduction="sum"):
         """(CTC's loss, consistency loss) of a batch whose second half is another view of its first."""
         if encoder_out.shape[0] % 2:
@@ -224,16 +219,6 @@ class AsrModel(TransducerLoss, torch.nn.Module):
         if reduction != "none":
             consistency = consistency.sum() if reduction == "sum" else consistency.mean()
         return ctc, consistency
-
-    def _ctc_loss(self, log_probs, lengths, targets, target_lengths, reduction):
-        return F.ctc_loss(
-            log_probs.transpose(0, 1),
-            targets.cpu(),
-            lengths.cpu(),
-            target_lengths.cpu(),
-            blank=self.blank_id,
-            reduction=reduction,
-        )
 
     def _check(self, x, x_lens, y):
         if x.ndim != 3 or x_lens.ndim != 1 or not x.shape[0] == x_lens.shape[0] == len(y):

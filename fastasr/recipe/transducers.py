@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe's recognisers on other encoders than the Zipformer, with the heads of ``zipformer.AsrModel``: a transducer
+with its stateless prediction network, and CTC.
+
+    Emformer         Zipformer's convolutional front end, every two of its frames as one, Emformer: it streams
+    E-Branchformer   ESPnet's encoder, its convolutional input layer included: it reads whole recordings
+
+A frame of their output is 40 ms, as the Zipformer's is.
+"""
+
+import torch
+
+from fastasr.decoding.chunks import RIGHT_CONTEXT, SILENCE
+from fastasr.models.e_branchformer import EBranchformerEncoder
+from fastasr.models.emformer import Emformer
+from fastasr.models.emformer_rnnt.transcriber import TimeReduction
+from fastasr.models.zipformer.ctc import CtcLoss
+from fastasr.models.zipformer.decoder import Decoder
+from fastasr.models.zipformer.initial_scale import ScaledLinear
+from fastasr.models.zipformer.joiner import Joiner
+from fastasr.models.zipformer.schedules import ScheduledFloat
+from fastasr.models.zipformer.sequences import pad_sequences
+from fastasr.models.zipformer.subsampling import Conv2dSubsampling
+from fastasr.models.zipformer.transducer import TransducerLoss
+
+FRAMES = 4  # of features in one of output
+AHEAD = 3  # of the front end's frames, which its ConvNeXt layer sees of the future
+
+
+class Transducer(TransducerLoss, CtcLoss, torch.nn.Module):
+    """What is behind an ``encoder``, and the losses. ``forward_encoder``, ``stream`` and ``upstream_encoder`` are the
+    subclass's.
+
+    Args:
+        width: channels of the encoder's output.
+        vocab_size: tokens; 0 is blank. decoder_dim, context_size, joiner_dim: as AsrModel's.
+    """
+
+    def __init__(self, width, vocab_size, decoder_dim, joiner_dim, context_size):
+        super().__init__()
+        self.blank_id, self.vocab_size = 0, vocab_size
+        self.decoder = Decoder(vocab_size, decoder_dim, self.blank_id, context_size)
+        self.joiner = Joiner(width, decoder_dim, joiner_dim, vocab_size)
+        self.simple_am_proj = ScaledLinear(width, vocab_size, initial_scale=0.25)
+        self.simple_lm_proj = ScaledLinear(decoder_dim, vocab_size, initial_scale=0.25)
+        self.ctc_output = torch.nn.Sequential(
+            torch.nn.Dropout(p=0.1), torch.nn.Linear(width, vocab_size), torch.nn.LogSoftmax(dim=-1)
+        )
+
+    def forward(self, x, x_lens, y, lm_scale=0.0):
+        """Features (batch, time, bins), lengths, a list of tokens per sequence -> (simple, pruned, CTC) losses."""
+        encoder_out, lengths = self.forward_encoder(x, x_lens)
+        simple, pruned = self.forward_transducer(encoder_out, lengths, y, lm_scale=lm_scale)
+        return simple, pruned, self.forward_ctc(encoder_out, lengths, *pad_sequences(y, 0))
+
+    def forward_encoder(self, x, x_lens):
+        """Features (batch, time, bins) -> (batch, frames, channels), lengths."""
+        raise NotImplementedError
+
+    def stream(self, ctc=False):
+        """A ``decoding.StreamingEncoder`` of this model for one stream. Raises ValueError where there is none."""
+        raise NotImplementedError
+
+    def upstream_encoder(self):
+        """``encoder`` as upstream makes it, with the same parameters. Raises ImportError without its package."""
+        raise NotImplementedError
+
+
+class EmformerTransducer(Transducer):
+    """Args beyond the heads': ``front_dim``, half of the Emformer's channels; lengths in frames of output."""
+
+    NAME, PACKAGE = "an Emformer", "torchaudio"
+
+    def __init__(
+        self,
+        feature_dim,
+        vocab_size,
+        front_dim,
+        num_heads,
+        ffn_dim,
+        num_layers,
+        segment_length,
+        left_context_length,
+        right_context_length,
+        decoder_dim,
+        joiner_dim,
+        context_size,
+        dropout=0.1,
+    ):
+        width = 2 * front_dim
+        super().__init__(width, vocab_size, decoder_dim, joiner_dim, context_size)
+        self.encoder_embed = Conv2dSubsampling(
+            feature_dim, front_dim, dropout=ScheduledFloat((0.0, 0.3), (20000.0, 0.1))
+        )
+        self.reduction = TimeReduction(2)
+        self._arguments = {
+            "input_dim": width,
+            "num_heads": num_heads,
+            "ffn_dim": ffn_dim,
+            "num_layers": num_layers,
+            "segment_length": segment_length,
+            "dropout": dropout,
+            "activation": "gelu",
+            "left_context_length": left_context_length,
+            "right_context_length": right_context_length,
+        }
+        self.encoder = Emformer(**self._arguments)
+
+    def forward_encoder(self, x, x_lens):
+        lengths = (x_lens + (FRAMES - 1)) // FRAMES
+        right = self.encoder.right_context_length
+        # What is behind the longest sequence is silence, as at the end of a stream.
+        frames = FRAMES * (int(lengths.max()) + right) + RIGHT_CONTEXT
+        x = torch.nn.functional.pad(x, (0, 0, 0, frames - x.shape[1]), value=SILENCE)
+        front, _ = self.encoder_embed(x, torch.full_like(x_lens, frames))
+        front, lengths = self.reduction(front[:, :-AHEAD], 2 * lengths)
+        return self.encoder(front, lengths)
+
+    def stream(self, ctc=False):
+        return EmformerStream(self, ctc)
+
+    def upstream_encoder(self):
+        from torchaudio.models import Emformer as Upstream
+
+        return _with_parameters(Upstream(**self._arguments), self.encoder)
+
+
+class EmformerStream:
+    """The chunks of one stream, as ``decoding.StreamingEncoder``: a segment of the Emformer each.
+
+    A chunk ends with the features of the segment's right context. The next one begins where the segment ends, so the
+    front end's cache is that of there.
+    """
+
+    def __init__(self, model, ctc=False):
+        self.model, self.head = model, model.ctc_output if ctc else None
+        self.chunk_size = 2 * model.encoder.segment_length  # frames of the front end
+        self.right_context = RIGHT_CONTEXT + FRAMES * model.encoder.right_context_length
+        self.states = None
+        self.cache = model.encoder_embed.get_init_states(1, next(model.parameters()).device)
+
+    @torch.inference_mode()
+    def __call__(self, x):
+        """(1, 2 chunk_size + right_context, bins) -> (1, chunk_size / 2, channels)."""
+        embed, encoder = self.model.encoder_embed, self.model.encoder
+        maps = embed.conv(x.unsqueeze(1))  # [1, C, T, F]
+        front, _ = embed.convnext.streaming_forward(maps, self.cache)
+        self.cache = torch.cat([self.cache, maps], dim=2)[:, :, self.chunk_size : self.chunk_size + AHEAD]
+        front = embed.out_norm(embed.out(front.transpose(1, 2).flatten(2)))
+        front, lengths = self.model.reduction(front, torch.tensor([front.shape[1]], device=x.device))
+        y, _, self.states = encoder.infer(front, lengths, self.states)
+        return y if self.head is None else self.head(y)
+
+
+class EBranchformerTransducer(Transducer):
+    """Args beyond the heads': those of ESPnet's encoder."""
+
+    NAME, PACKAGE = "an E-Branchformer", "espnet"
+
+    def __init__(
+        self,
+        feature_dim,
+        vocab_size,
+        output_size,
+        attention_heads,
+        cgmlp_linear_units,
+        cgmlp_conv_kernel,
+        linear_units,
+        num_blocks,
+        decoder_dim,
+        joiner_dim,
+        context_size,
+        dropout=0.1,
+    ):
+        super().__init__(output_size, vocab_size, decoder_dim, joiner_dim, context_size)
+        self._arguments = {
+            "input_size": feature_dim,
+            "output_size": output_size,
+            "attention_heads": attention_heads,
+            "cgmlp_linear_units": cgmlp_linear_units,
+            "cgmlp_conv_kernel": cgmlp_conv_kernel,
+            "linear_units": linear_units,
+            "num_blocks": num_blocks,
+            "dropout_rate": dropout,
+            "positional_dropout_rate": dropout,
+            "attention_dropout_rate": dropout,
+            "use_ffn": True,
+            "macaron_ffn": True,
+            "attention_layer_type": "rel_selfattn",
+            "pos_enc_layer_type": "rel_pos",
+            "rel_pos_type": "latest",
+        }
+        self.encoder = EBranchformerEncoder(**self._arguments)
+
+    def forward_encoder(self, x, x_lens):
+        y, lengths, _ = self.encoder(x, x_lens)
+        return y, lengths
+
+    def stream(self, ctc=False):
+        raise ValueError("an E-Branchformer reads whole recordings: it has no streams")
+
+    def upstream_encoder(self):
+        from espnet2.asr.encoder.e_branchformer_encoder import EBranchformerEncoder as Upstream
+
+        return _with_parameters(Upstream(**self._arguments), self.encoder)
+
+
+def _with_parameters(made, of):
+    made.load_state_dict(of.state_dict())
+    return made
+
+
+TRANSDUCERS = {"emformer": EmformerTransducer, "e_branchformer": EBranchformerTransducer}

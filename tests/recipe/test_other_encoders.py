@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe on an Emformer and on an E-Branchformer: it trains, resumes, swaps upstream's, reads; what is refused."""
+
+import csv
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import beeps
+import pytest
+import torch
+import torch.multiprocessing
+from tiny_runs import process, trainer
+
+from fastasr import decoding
+from fastasr.recipe import checkpoints, recogniser, sizes, speech
+from fastasr.recipe.transducers import TRANSDUCERS
+
+ENCODERS = tuple(TRANSDUCERS)
+STEPS = 5  # from the fifth on the averaged model is another
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(scope="session", params=ENCODERS)
+def run(request, tmp_path_factory, speech_sets, single_thread):
+    """(encoder, folder) of a run of a few steps without a break."""
+    out = tmp_path_factory.mktemp(request.param)
+    with single_thread():
+        trainer(out, speech_sets, steps=STEPS, encoder=request.param).run()
+    return request.param, out
+
+
+def _losses(out):
+    with (out / "log.csv").open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def _refused(example, *arguments):
+    """What the example says as it ends with an error."""
+    spec = importlib.util.spec_from_file_location(example, EXAMPLES / f"{example}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(SystemExit) as ended:
+        module.main([str(a) for a in arguments])
+    return ended.value.code
+
+
+def test_a_run_writes_what_it_says(run):
+    encoder, out = run
+    assert len(_losses(out)) == STEPS
+    assert all(0 < loss < 100 for loss in _losses(out))
+    report = json.loads((out / "report.json").read_text())
+    assert report["encoder"] == encoder
+    assert report["held_out"]["cer"] > 0
+    assert report["held_out"]["ctc_cer"] > 0
+    found = checkpoints.load(out / checkpoints.NAME)
+    assert sizes.encoder_of(found["arguments"]) == found["options"]["encoder"] == encoder
+    assert any((found["model"][n] != found["model_avg"][n]).any() for n in found["model"])
+
+
+def test_a_resumed_run_has_the_losses_of_one_without_a_break(run, tmp_path, speech_sets):
+    encoder, out = run
+    trainer(tmp_path, speech_sets, steps=1, encoder=encoder).run()
+    trainer(tmp_path, speech_sets, steps=STEPS, encoder=encoder).run()
+    assert _losses(tmp_path) == _losses(out)
+    one, other = (checkpoints.load(path / checkpoints.NAME) for path in (out, tmp_path))
+    for entry in ("model", "model_avg"):
+        assert all(torch.equal(one[entry][name], other[entry][name]) for name in one[entry])
+
+
+def test_the_same_run_on_other_kernels_and_upstreams_encoder(run, tmp_path, speech_sets):
+    encoder, out = run
+    package = {
+        "emformer": "torchaudio.models",
+        "e_branchformer": "espnet2.asr.encoder.e_branchformer_encoder",
+    }
+    pytest.importorskip(package[encoder], exc_type=ImportError)
+    expected = _losses(out)[:2]
+    for name, options in {
+        "eager": {"backend": "eager"},
+        "swapped": {"upstream": True},
+        "as shipped": {"upstream": True, "swap": False},
+    }.items():
+        made = trainer(tmp_path / name, speech_sets, steps=2, encoder=encoder, **options)
+        assert type(made.model.encoder).__module__.startswith("fastasr.") == (name == "eager")
+        made.run()
+        assert _losses(tmp_path / name) == pytest.approx(expected, rel=1e-3), name
+    trainer(tmp_path / "bf16", speech_sets, steps=2, encoder=encoder, bf16=True).run()
+    assert _losses(tmp_path / "bf16") == pytest.approx(expected, rel=0.05)
+
+
+def test_upstreams_package_is_named(run, tmp_path, speech_sets, monkeypatch):
+    encoder, package = run[0], {"emformer": "torchaudio", "e_branchformer": "espnet"}[run[0]]
+    for name in ("torchaudio.models", "espnet2.asr.encoder.e_branchformer_encoder"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=f"--upstream needs the package {package}"):
+        trainer(tmp_path, speech_sets, encoder=encoder, upstream=True)
+
+
+@pytest.mark.parametrize("method", ["greedy", "beam", "ctc-greedy"])
+def test_recordings_are_read(run, method, speech_sets):
+    encoder, out = run
+    loaded = recogniser.load(out)
+    with torch.no_grad():  # a few steps have taught it silence: let it say more
+        loaded.model.joiner.output_linear.bias[0] -= 3
+        loaded.model.ctc_output[1].bias[0] -= 3
+    signal = beeps.samples("abcd abcd")
+    text, result = loaded.transcribe(signal, method)
+    assert text
+    assert result.tokens[0]
+    if encoder == "e_branchformer":
+        with pytest.raises(ValueError, match="reads whole recordings: it has no streams"):
+            list(loaded.stream([signal], method))
+        return
+    streamed = list(loaded.stream(signal.split(700), method))
+    assert len(streamed) > 5
+    assert streamed[-1][1].tokens[0][:3] == result.tokens[0][:3]
+
+
+@pytest.mark.parametrize("ctc", [False, True])
+def test_a_streamed_emformer_is_the_whole_one(ctc):
+    """Where the recording ends with a segment, to rounding; and a batch gives each sequence what it gets alone."""
+    torch.manual_seed(0)
+    model = sizes.build(sizes.config("tiny", 7, speech.BINS, encoder="emformer")).eval()
+    segment = sizes.SIZES["emformer"]["tiny"]["segment_length"]
+    x = torch.randn(5 * 4 * segment, speech.BINS)
+    whole, lengths = decoding.encode(model, x.unsqueeze(0), torch.tensor([len(x)]), ctc=ctc)
+    assert lengths.tolist() == [5 * segment]
+    stream = model.stream(ctc)
+    chunks = decoding.FeatureChunks(stream.chunk_size, stream.right_context)
+    parts = [c for part in x.split(13) for c in chunks.accept(part)] + chunks.finish()
+    streamed = torch.cat([stream(chunk.unsqueeze(0)) for chunk in parts], dim=1)
+    torch.testing.assert_close(streamed, whole, rtol=1e-4, atol=1e-4)
+    longer = torch.nn.functional.pad(x, (0, 0, 0, 4 * segment), value=decoding.chunks.SILENCE)
+    both = torch.stack([torch.randn_like(longer), longer])
+    batch, lengths = decoding.encode(model, both, torch.tensor([len(longer), len(x)]), ctc=ctc)
+    torch.testing.assert_close(batch[1, : lengths[1]], whole[0], rtol=1e-4, atol=1e-4)
+
+
+def test_what_only_a_zipformer_can_is_refused(run, tmp_path):
+    encoder, out = run
+    name = "an Emformer" if encoder == "emformer" else "an E-Branchformer"
+    said = _refused("transcribe", "--model", out, "--export", tmp_path / "onnx")
+    assert f"holds {name}: ONNX files are those of streaming Zipformers" in said
+    assert not (tmp_path / "onnx").exists()
+    beeps.write_wav(tmp_path / "spoken.wav", beeps.samples("abcd"))
+    said = _refused("live", tmp_path / "spoken.wav", "--model", out)
+    assert f"holds {name}: the streaming engine is for Zipformers" in said
+    if encoder == "e_branchformer":
+        said = _refused("transcribe", tmp_path / "spoken.wav", "--model", out, "--stream")
+        assert "reads whole recordings" in said
+
+
+def test_a_run_of_another_encoder_is_not_resumed(run, trained, speech_sets):
+    with pytest.raises(ValueError, match=f"holds a run with encoder {run[0]}, not zipformer"):
+        trainer(run[1], speech_sets, steps=8).run()
+    with pytest.raises(ValueError, match=f"holds a run with encoder zipformer, not {run[0]}"):
+        trainer(trained, speech_sets, steps=8, encoder=run[0]).run()
+
+
+def test_a_checkpoint_from_before_there_were_other_encoders(trained, tmp_path, speech_sets):
+    state = checkpoints.load(trained / checkpoints.NAME)
+    del state["options"]["encoder"]
+    checkpoints.save(tmp_path / checkpoints.NAME, state)
+    assert trainer(tmp_path, speech_sets, steps=6).run()["cer"] > 0
+
+
+def test_encoders_and_sizes_by_name():
+    with pytest.raises(
+        ValueError, match="encoder must be one of zipformer, emformer, e_branchformer, got 'lstm'"
+    ):
+        sizes.config("tiny", 30, 40, encoder="lstm")
+    for encoder in ENCODERS:
+        with pytest.raises(ValueError, match="size must be one of tiny, small"):
+            sizes.config("huge", 30, 40, encoder=encoder)
+
+
+@pytest.mark.parametrize(("encoder", "kind"), [("emformer", "fsdp"), ("e_branchformer", "ddp")])
+def test_two_processes_have_the_losses_of_one(tmp_path, speech_sets, encoder, kind):
+    if encoder == "e_branchformer":  # its convolutions see padding, as ESPnet's: no sequence may have any
+        shortest = min(len(f) for u in speech_sets[0] for f in u.features)
+        cut = [replace(u, features=[f[:shortest] for f in u.features]) for u in speech_sets[0]]
+        speech_sets = cut, speech_sets[1]
+    trainer(tmp_path / "one", speech_sets, steps=4, plain=True, encoder=encoder).run()
+    torch.multiprocessing.spawn(
+        process,
+        (tmp_path / "rendezvous", tmp_path / "two", kind, speech_sets, encoder),
+        nprocs=2,
+    )
+    assert _losses(tmp_path / "two") == pytest.approx(_losses(tmp_path / "one"), rel=1e-3)
