@@ -27,6 +27,7 @@ from fastasr.ops.ema_scan import definition as ema_scan_definition
 from fastasr.ops.gated_depthwise_conv import definition as gated_depthwise_conv_definition
 from fastasr.ops.layer_norm_lstm import definition as layer_norm_lstm_definition
 from fastasr.ops.nonlin_attention import definition as nonlin_attention_definition
+from fastasr.ops.rel_attention import definition as rel_attention_definition
 from fastasr.ops.rel_position_attention import definition as attention_definition
 from fastasr.ops.rel_position_attention_weights import definition as attention_weights_definition
 from fastasr.ops.residual_norm import definition as gated_residual_norm_definition
@@ -154,6 +155,17 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             nonlin_attention_definition,
             ops.nonlin_attention,
             registered.nonlin_attention,
+        ),
+        "rel_attention": Tiny(
+            (
+                *(torch.randn(1, 1, 1, channels, device=device) for _ in range(3)),
+                x[:1].unsqueeze(1),
+                x[:1],
+                other[:1],
+            ),
+            rel_attention_definition,
+            ops.rel_attention,
+            lambda *tensors: registered.rel_attention(*tensors, None, None)[0],
         ),
         "rel_position_attention": Tiny(
             (

@@ -16,6 +16,7 @@ from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv
 from fastasr.ops.layer_norm_lstm import layer_norm_lstm
 from fastasr.ops.linear import linear
 from fastasr.ops.nonlin_attention import nonlin_attention
+from fastasr.ops.rel_attention import rel_attention
 from fastasr.ops.rel_position_attention import rel_position_attention
 from fastasr.ops.rel_position_attention_weights import rel_position_attention_weights
 from fastasr.ops.residual_norm import gated_residual_norm, residual_norm
@@ -43,6 +44,7 @@ NAMES = (
     "depthwise_conv2d",
     "gated_depthwise_conv",
     "nonlin_attention",
+    "rel_attention",
     "rel_position_attention",
     "rel_position_attention_weights",
     "gated_residual_norm",
@@ -68,6 +70,7 @@ __all__ = [
     "layer_norm_lstm",
     "linear",
     "nonlin_attention",
+    "rel_attention",
     "rel_position_attention",
     "rel_position_attention_weights",
     "residual_norm",

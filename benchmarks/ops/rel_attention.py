@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""rel_attention of an E-Branchformer layer (8 heads of 64): four padded sequences of 16 s, and one minute of audio.
+
+Beside the definition stand ESPnet's own code between its projections, and torch's fused attention, which takes the
+scores of positions and the padding as one additive mask.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from fastasr import ops
+from fastasr.benchmarks import upstream
+from fastasr.benchmarks.case import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    Case,
+    Cost,
+    Implementation,
+    Unavailable,
+    compiled,
+    parameters,
+)
+from fastasr.ops.rel_attention import definition, relative_shift
+
+HEADS, WIDTH = 8, 64
+
+
+def espnet(device: str) -> Callable:
+    """ESPnet's attention with projections that hand on what they are given."""
+    try:
+        attention = upstream.module(
+            "espnet2.asr.encoder.e_branchformer_encoder"
+        ).RelPositionMultiHeadedAttention
+    except upstream.MissingUpstream as error:
+        raise Unavailable(str(error)) from None
+    module = attention(HEADS, HEADS * WIDTH, 0.0).to(device)
+    for name in ("linear_q", "linear_k", "linear_v", "linear_pos", "linear_out"):
+        setattr(module, name, torch.nn.Identity())
+    del module.pos_bias_u, module.pos_bias_v
+
+    def run(q, k, v, pos, bias_u, bias_v, key_padding_mask):
+        module.pos_bias_u, module.pos_bias_v = bias_u, bias_v
+        shape, mask = q.shape, ~key_padding_mask.unsqueeze(1)
+        q, k, v, pos = (t.flatten(-2) for t in (q, k, v, pos))
+        return module(q, k, v, pos.unsqueeze(0), mask).view(shape)
+
+    return run
+
+
+def additive(q, k, v, pos, bias_u, bias_v, key_padding_mask):
+    """torch's fused attention with scores of positions and padding as its mask."""
+    position = ((q + bias_v) * WIDTH**-0.5).transpose(1, 2)
+    mask = relative_shift(torch.matmul(position, pos.permute(1, 2, 0)))
+    mask = mask.masked_fill(key_padding_mask[:, None, None], torch.finfo(mask.dtype).min)
+    content, k, v = (t.transpose(1, 2) for t in (q + bias_u, k, v))
+    return F.scaled_dot_product_attention(content, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _make(frames: int, batch: int, device: str, dtype: torch.dtype):
+    like = {"device": device, "dtype": dtype}
+    inputs = [torch.randn(batch, frames, HEADS, WIDTH, **like) for _ in range(3)]
+    inputs.append(torch.randn(2 * frames - 1, HEADS, WIDTH, **like))
+    inputs += [torch.randn(HEADS, WIDTH, **like) * 0.1 for _ in range(2)]
+    lengths = torch.linspace(frames, frames * 0.8, batch, device=device).long()
+    padding = torch.arange(frames, device=device) >= lengths[:, None]
+
+    def made(function):
+        call = partial(function, key_padding_mask=padding)
+        return Implementation(lambda: call(*inputs), parameters(*inputs))
+
+    return {
+        "eager": lambda: made(definition),
+        "compile": lambda: made(compiled(definition)),
+        "additive mask": lambda: made(additive),
+        "upstream": lambda: made(espnet(device)),
+        "fastasr": lambda: made(ops.rel_attention),
+    }
+
+
+def _costs(frames: int, batch: int, size: int) -> dict[str, Cost]:
+    product = 2 * batch * HEADS * frames * frames * WIDTH
+    rows, offsets = batch * frames * HEADS * WIDTH * size, 2 * frames * HEADS * WIDTH * size
+    return {
+        FORWARD: Cost(4 * rows + offsets, 3 * product),
+        BACKWARD: Cost(7 * rows + 2 * offsets, 8 * product),
+        BOTH: Cost(11 * rows + 3 * offsets, 11 * product),
+    }
+
+
+def _case(frames: int, batch: int) -> Case:
+    name = f"{batch}x{frames}, {HEADS} heads of {WIDTH}"
+    make, costs = partial(_make, frames, batch), partial(_costs, frames, batch)
+    return Case("rel_attention", name, name, make, costs, quick=frames * frames * batch < 1_000_000)
+
+
+CASES = (_case(400, 4), _case(1500, 1))

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of rel_attention."""
+
+import torch
+
+from fastasr.ops.rel_attention import definition
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
+
+
+def _call(
+    make: Make, batch: int, frames: int, heads: int, width: int, value: int | None = None, **more
+) -> dict:
+    shape = batch, frames, heads
+    return {
+        "q": make.normal(*shape, width),
+        "k": make.normal(*shape, width),
+        "v": make.normal(*shape, width if value is None else value),
+        "pos": make.normal(max(0, 2 * frames - 1), heads, width),
+        "bias_u": make.normal(heads, width, scale=0.5),
+        "bias_v": make.normal(heads, width, scale=0.5),
+    } | {name: m(make) if callable(m) else m for name, m in more.items()}
+
+
+def _padding(frames: int, *lengths: int):
+    return torch.arange(frames)[None, :] >= torch.tensor(lengths)[:, None]
+
+
+def _random_mask(*shape: int, hidden: float = 0.3):
+    return lambda make: make.uniform(*shape) < hidden
+
+
+def _window(frames: int, left: int, right: int):
+    offset = torch.arange(frames)[None, :] - torch.arange(frames)[:, None]
+    return (offset < -left) | (offset > right)
+
+
+def _empty_rows(frames: int):
+    """A mask with queries that see nothing: the first and one in the middle."""
+    mask = torch.ones(frames, frames, dtype=torch.bool).triu(1)
+    mask[0], mask[frames // 2] = True, True
+    return mask
+
+
+def _infinite(make: Make) -> dict:
+    call = _call(make, 2, 7, 2, 4)
+    call["q"][1, 3, 0, 2] = float("inf")
+    return call
+
+
+def _with(**arguments):
+    return lambda m: _call(m, 2, 5, 2, 4) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
+
+
+_NAMES = ("q", "k", "v", "pos", "bias_u", "bias_v", "key_padding_mask", "attn_mask")
+
+
+def _random(make: Make, shape) -> dict:
+    batch, frames, heads = shape.size() % 4, shape.size() % 130, 1 + shape.size() % 3
+    width = 1 + shape.size() % 70
+    call = _call(make, batch, frames, heads, width, shape.choice((width, 1 + shape.size() % 40)))
+    if shape.choice((True, False)):
+        lengths = [shape.size() % (frames + 1) for _ in range(batch)]
+        call["key_padding_mask"] = _padding(frames, *lengths) if batch else torch.zeros(0, frames) > 0
+    if shape.choice((True, False)):
+        sizes = shape.choice(((frames, frames), (batch, frames, frames)))
+        call["attn_mask"] = make.uniform(*sizes) < 0.4
+    return call
+
+
+def _small(name: str, arguments, **more) -> Sample:
+    """A sample of a few hundred numbers: its errors are compared over several draws."""
+    return Sample(name, arguments, draws=8, **more)
+
+
+TABLE = OpTable(
+    op="rel_attention",
+    definition=definition,
+    registered=lambda a: tuple(a.get(name) for name in _NAMES),
+    result=lambda a, outputs: outputs[0],
+    samples=(
+        _small("plain", lambda m: _call(m, 2, 7, 2, 8), thorough=True),
+        _small(
+            "padding", lambda m: _call(m, 3, 9, 2, 4, key_padding_mask=_padding(9, 9, 5, 1)), thorough=True
+        ),
+        _small(
+            "a mask and padding",
+            lambda m: _call(m, 2, 9, 2, 4, key_padding_mask=_padding(9, 9, 6), attn_mask=_random_mask(9, 9)),
+            thorough=True,
+        ),
+        _small(
+            "a mask of each sequence",
+            lambda m: _call(m, 2, 8, 1, 5, attn_mask=_random_mask(2, 8, 8)),
+            thorough=True,
+        ),
+        _small("values of another width", lambda m: _call(m, 2, 6, 2, 4, 7), thorough=True),
+        _small("queries that see nothing", lambda m: _call(m, 2, 11, 2, 8, attn_mask=_empty_rows(11))),
+        _small(
+            "a sequence of padding alone", lambda m: _call(m, 2, 6, 2, 8, key_padding_mask=_padding(6, 6, 0))
+        ),
+        _small(
+            "padding in front and within",
+            lambda m: _call(m, 2, 40, 1, 8, key_padding_mask=_random_mask(2, 40, hidden=0.5)),
+        ),
+        _small("one frame", lambda m: _call(m, 3, 1, 2, 8)),
+        _small("two frames", lambda m: _call(m, 2, 2, 2, 8)),
+        _small("a head of one channel", lambda m: _call(m, 2, 19, 2, 1)),
+        _small("an odd width", lambda m: _call(m, 1, 35, 2, 37)),
+        Sample("heads of 64, several tiles", lambda m: _call(m, 1, 67, 2, 64), draws=2),
+        Sample("wide heads", lambda m: _call(m, 1, 33, 1, 144, key_padding_mask=_padding(33, 30)), draws=2),
+        Sample(
+            "base",
+            lambda m: _call(m, 2, 150, 2, 64, key_padding_mask=_padding(150, 150, 101)),
+            large=True,
+        ),
+        Sample("a window", lambda m: _call(m, 1, 140, 2, 64, attn_mask=_window(140, 20, 9)), large=True),
+        Sample(
+            "several blocks of keys",
+            lambda m: _call(m, 1, 600, 1, 16, key_padding_mask=_padding(600, 580)),
+            large=True,
+        ),
+        Sample("an infinite query", _infinite, exact=False),
+        Sample("no frames", lambda m: _call(m, 2, 0, 2, 8)),
+        Sample("no sequences", lambda m: _call(m, 0, 5, 2, 8)),
+    ),
+    invalid=(
+        Invalid("q of three dimensions", _with(q=lambda m: m.normal(2, 5, 8)), ValueError, "q"),
+        Invalid("k of another length", _with(k=lambda m: m.normal(2, 6, 2, 4)), ValueError, "k"),
+        Invalid("v of other heads", _with(v=lambda m: m.normal(2, 5, 1, 4)), ValueError, "v"),
+        Invalid("v without channels", _with(v=lambda m: m.normal(2, 5, 2, 0)), ValueError, "v"),
+        Invalid("pos of half the offsets", _with(pos=lambda m: m.normal(5, 2, 4)), ValueError, "pos"),
+        Invalid("pos of one batch", _with(pos=lambda m: m.normal(1, 9, 2, 4)), ValueError, "pos"),
+        Invalid("bias_u of another width", _with(bias_u=lambda m: m.normal(2, 3)), ValueError, "bias_u"),
+        Invalid("bias_v is flat", _with(bias_v=lambda m: m.normal(8)), ValueError, "bias_v"),
+        Invalid("k of another dtype", _with(k=lambda m: m.normal(2, 5, 2, 4).double()), TypeError, "k"),
+        Invalid(
+            "bias_v of another dtype", _with(bias_v=lambda m: m.normal(2, 4).half()), TypeError, "bias_v"
+        ),
+        Invalid(
+            "key_padding_mask is floating",
+            _with(key_padding_mask=lambda m: m.normal(2, 5)),
+            TypeError,
+            "key_padding_mask",
+        ),
+        Invalid(
+            "key_padding_mask of another length",
+            _with(key_padding_mask=lambda m: m.normal(2, 9) > 0),
+            ValueError,
+            "key_padding_mask",
+        ),
+        Invalid("attn_mask is floating", _with(attn_mask=lambda m: m.normal(5, 5)), TypeError, "attn_mask"),
+        Invalid(
+            "attn_mask of each head",
+            _with(attn_mask=lambda m: m.normal(2, 2, 5, 5) > 0),
+            ValueError,
+            "attn_mask",
+        ),
+    ),
+    thread_invariant=False,  # torch's matrix products, until there are kernels
+    unread=("k", "v"),  # of hidden keys
+    random=_random,
+)
