@@ -35,6 +35,7 @@ from fastasr.benchmarks.ops import (
     bias_norm,
     bypass,
     complex_ema_scan,
+    conv_spatial_gate,
     depthwise_conv2d,
     ema_scan,
     gated_depthwise_conv,
@@ -81,6 +82,7 @@ def training_cases() -> list[Case]:
     for chunk in (None, 32):  # a convolution module of stack 0 and of stack 3, plain and chunk-causal
         cases.append(gated_depthwise_conv._case((frames, batch, 192), 31, chunk))
         cases.append(gated_depthwise_conv._case((188, batch, 512), 15, chunk and chunk // 8))
+    cases += [conv_spatial_gate._case((batch, 750, channels), 31) for channels in (1536, 512)]
     return cases
 
 
@@ -264,10 +266,32 @@ def launch_everything() -> None:
             for y in outputs:
                 y.sum().backward()
     launch_ema_scan()
+    launch_spatial_gate()
     launch_attention()
     launch_relative_attention()
     launch_lattices()
     torch.cuda.synchronize()
+
+
+def launch_spatial_gate() -> None:
+    """Tails of frames and of channels, a mask, every activation."""
+    from fastasr import ops
+
+    for dtype in (torch.float32, torch.bfloat16):
+        make = partial(torch.randn, device="cuda", dtype=dtype)
+        for batch, frames, channels, taps in ((3, 1, 40, 7), (2, 67, 130, 31)):
+            mask = torch.arange(frames, device="cuda").expand(batch, frames) >= frames - 1
+            for activation in ("identity", "silu", "relu", "tanh", "gelu"):
+                shapes = (
+                    (batch, frames, 2 * channels),
+                    (channels,),
+                    (channels,),
+                    (channels, taps),
+                    (channels,),
+                )
+                tensors = [make(shape).requires_grad_() for shape in shapes]
+                y = ops.conv_spatial_gate(*tensors, padding_mask=mask, activation=activation)
+                y.sum().backward()
 
 
 def launch_lattices() -> None:

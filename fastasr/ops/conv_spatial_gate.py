@@ -22,13 +22,13 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
 from fastasr.ops import _activation, _check
-from fastasr.ops._dispatch import PLAIN, KernelFamily, direct, native_kernels, served
+from fastasr.ops._dispatch import PLAIN, KernelFamily, direct, native_kernels, served, triton_kernels
 from fastasr.ops._register import refuse_double_backward, register
 
 FAMILY = KernelFamily(
     "conv_spatial_gate",
     ("conv_spatial_gate",),
-    (native_kernels("conv_spatial_gate"),),
+    (native_kernels("conv_spatial_gate"), triton_kernels("conv_spatial_gate")),
 )
 
 

@@ -40,6 +40,7 @@ def test_cases_are_those_of_training():
         "bias_norm",
         "bypass",
         "complex_ema_scan",
+        "conv_spatial_gate",
         "ema_scan",
         "depthwise_conv2d",
         "gated_depthwise_conv",

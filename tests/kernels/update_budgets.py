@@ -66,6 +66,7 @@ def configurations() -> list[Configuration]:
         *_residual_norm(),
         *_depthwise_conv2d(),
         *_gated_depthwise_conv(),
+        *_conv_spatial_gate(),
         *_toeplitz_attention(),
         *_rel_position_attention_weights(),
         *_rel_position_attention(),
@@ -282,6 +283,44 @@ def _gated_depthwise_conv():
                 yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
         name = f"gated_depthwise_conv edge gradient, chunks, {dtype}"
         yield Configuration(name, conv.edge_gradient_kernel, types, sums, conv.NUM_WARPS, divisible)
+
+
+def _conv_spatial_gate():
+    from fastasr.kernels import conv_spatial_gate as gate
+    from fastasr.kernels import depthwise_conv2d as conv
+    from fastasr.kernels import residual_norm
+
+    like = ("X", "U", "Y", "GRAD", "Q", "G", "DX")
+    parameters = ("NORM_WEIGHT", "NORM_BIAS", "WEIGHT", "BIAS", "TABLE", "DWEIGHT", "DBIAS")
+    divisible = ("C", "x_batch", "x_time")
+    tile = {"BLOCK_R": gate.BLOCK_R, "BLOCK_C": gate.BLOCK_C}
+    rows = {"normalise": residual_norm.FORWARD_ELEMENTS, "norm_gradient": residual_norm.BACKWARD_ELEMENTS}
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = dict.fromkeys(like, dtype) | dict.fromkeys(parameters, "fp32") | {"MASK": "u8"}
+        types |= {"PARTS": "fp64" if dtype == "fp32" else "fp32"}
+        for activation, label in ((0, ""), (4, ", gelu")):
+            constants = {**tile, "ACTIVATION": activation}
+            for name in ("forward", "output_gradient"):
+                kernel = getattr(gate, f"{name}_kernel")
+                name = f"conv_spatial_gate {name.replace('_', ' ')}{label}, {dtype}"
+                yield Configuration(name, kernel, types, constants, gate.NUM_WARPS, divisible)
+        name = f"conv_spatial_gate input gradient, {dtype}"
+        yield Configuration(name, gate.input_gradient_kernel, types, tile, gate.NUM_WARPS, divisible)
+        if dtype == "fp16":
+            continue
+        for channels in (512, 1536):
+            for name, elements in rows.items():
+                block_r, block_c, warps = residual_norm._blocks(channels, elements)
+                constants = {"BLOCK_R": block_r, "BLOCK_C": block_c, "MASK": None}
+                constants |= {"TILE_K": gate.BLOCK_K, "TILE_C": gate.BLOCK_C}
+                kernel = getattr(gate, f"{name}_kernel")
+                name = f"conv_spatial_gate {name.replace('_', ' ')}, C={channels}, {dtype}"
+                yield Configuration(name, kernel, types, constants, warps, divisible, ("eps",))
+    types = {"G": "bf16", "X": "bf16", "PARTS": "fp32"}
+    sums = {"TAPS": conv.TAPS, "BLOCK_S": conv.BLOCK_S, "BLOCK_C": conv.BLOCK_C}
+    sums |= {"taps_t": 1}  # Triton makes integers that are 1 constants
+    name = "conv_spatial_gate weight gradient, bf16"
+    yield Configuration(name, conv.weight_gradient_kernel, types, sums, conv.NUM_WARPS, ("C",))
 
 
 def _toeplitz_attention():

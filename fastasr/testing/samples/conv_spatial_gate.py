@@ -63,14 +63,17 @@ TABLE = OpTable(
         Sample(
             "no mask, no bias, weight is a matrix",
             lambda m: (
-                _call(m, 3, 30, 16, 5, masked=False, eps=1e-12) | {"weight": m.normal(16, 5), "bias": None}
+                _call(m, 3, 13, 16, 5, masked=False, eps=1e-12) | {"weight": m.normal(16, 5), "bias": None}
             ),
             thorough=True,
         ),
         Sample("silu gate", lambda m: _call(m, 2, 20, 18, 3, activation="silu"), thorough=True),
-        Sample("gelu gate", lambda m: _call(m, 2, 70, 33, 15, activation="gelu")),
-        Sample("tanh gate", lambda m: _call(m, 2, 70, 40, 5, activation="tanh")),
-        Sample("one tap", lambda m: _call(m, 3, 130, 64, 1)),
+        Sample("gelu gate", lambda m: _call(m, 2, 21, 33, 15, activation="gelu")),
+        Sample("tanh gate", lambda m: _call(m, 2, 19, 40, 5, activation="tanh")),
+        Sample("gelu gate, more frames", lambda m: _call(m, 2, 70, 33, 15, activation="gelu"), large=True),
+        Sample("tanh gate, more frames", lambda m: _call(m, 2, 70, 40, 5, activation="tanh"), large=True),
+        Sample("one tap", lambda m: _call(m, 2, 17, 64, 1)),
+        Sample("one tap, more frames", lambda m: _call(m, 3, 130, 64, 1), large=True),
         Sample("shorter than the kernel", lambda m: _call(m, 3, 7, 80, 31)),
         Sample("one frame", lambda m: _call(m, 8, 1, 33, 15)),
         Sample("encoder", lambda m: _call(m, 4, 150, 200, 31), large=True),
