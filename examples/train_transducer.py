@@ -31,7 +31,7 @@ def parser():
     made.add_argument("--size", default="small", choices=("small", "tiny"))
     made.add_argument("--units", default="char", help='"char" or "bpe:N" (default: %(default)s)')
     made.add_argument("--max-duration", type=float, default=15.0, help="seconds of a batch, padding included")
-    made.add_argument("--base-lr", type=float, default=0.045)
+    made.add_argument("--base-lr", type=float, help="of Eden (default: the encoder's own)")
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--warmup", type=int, default=100, help="steps (default: %(default)s)")
     made.add_argument(

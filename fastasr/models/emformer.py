@@ -352,19 +352,21 @@ def _window_places(
     frames: int, segment: int, left: int, right: int, memory: int, keys: int, device: torch.device
 ) -> Tensor:
     """(Q, lanes): where a dense (Q, K) holds the lanes of each query's window."""
-    rows = query_rows(frames, segment, right, memory, device)  # (n, per)
-    at, _, there = key_rows(frames, segment, left, right, memory, 0, 0, device)
-    places = rows[:, :, None] * keys + torch.where(there, at, 0)[:, None, :]
-    valid = rows.flatten() >= 0
-    return places.flatten(0, 1)[valid][torch.argsort(rows.flatten()[valid])]
+    with torch.inference_mode(False):  # kept: a training step may want what a search has made
+        rows = query_rows(frames, segment, right, memory, device)  # (n, per)
+        at, _, there = key_rows(frames, segment, left, right, memory, 0, 0, device)
+        places = rows[:, :, None] * keys + torch.where(there, at, 0)[:, None, :]
+        valid = rows.flatten() >= 0
+        return places.flatten(0, 1)[valid][torch.argsort(rows.flatten()[valid])]
 
 
 @functools.lru_cache(maxsize=64)
 def _right_context_rows(frames: int, segment: int, right: int, device: torch.device) -> Tensor:
     """Rows of the frames that follow each segment; the last one's are those behind the utterance."""
-    segments = segments_of(frames, segment)
-    starts = torch.clamp((torch.arange(segments, device=device) + 1) * segment, max=frames)
-    return (starts[:, None] + torch.arange(right, device=device)).flatten()
+    with torch.inference_mode(False):
+        segments = segments_of(frames, segment)
+        starts = torch.clamp((torch.arange(segments, device=device) + 1) * segment, max=frames)
+        return (starts[:, None] + torch.arange(right, device=device)).flatten()
 
 
 def _finished(layer: nn.Module, mixed: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

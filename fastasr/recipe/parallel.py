@@ -96,6 +96,6 @@ def full(x):
 def like(x, parameter):
     """x, whole, sharded as ``parameter`` is."""
     x = x.to(parameter.device)
-    if isinstance(parameter, DTensor):
+    if isinstance(parameter, DTensor) and x.ndim:
         return distribute_tensor(x, parameter.device_mesh, parameter.placements)
     return x.clone()

@@ -25,6 +25,7 @@ from fastasr.recipe.scaled_adam import ScaledAdam
 from fastasr.recipe.units import Units
 
 SIMPLE_SCALE, CTC_SCALE, LM_SCALE = 0.5, 0.2, 0.25
+BASE_LR = {"zipformer": 0.045, "emformer": 0.0015, "e_branchformer": 0.0015}
 SLOWEST = 1.15  # a recording lasts so many times longer at the lowest of its speeds, with some room
 
 
@@ -38,7 +39,7 @@ class Options:
     size: str = "small"
     max_duration: float = 15.0  # seconds of a batch, padding included
     seed: int = 1
-    base_lr: float = 0.045
+    base_lr: float | None = None  # of Eden; None: the encoder's own
     lr_batches: float = 2000.0
     lr_epochs: float = 30.0
     warmup: int = 100  # steps until the pruned loss counts in full and the learning rate is reached
@@ -87,7 +88,8 @@ class Trainer:
             self._prepare_upstream()
         self._scheduled = [m for m in self.model.modules() if hasattr(m, "batch_count")]
         self.called = parallel.wrap(self.model, self.world)
-        self.optimizer = ScaledAdam(self.model.parameters(), lr=options.base_lr)
+        self.base_lr = BASE_LR[options.encoder] if options.base_lr is None else options.base_lr
+        self.optimizer = _optimizer(options.encoder, self.model, self.base_lr)
         self.average = [p.detach().clone() for p in self.model.parameters()]
         self._batches = None
         self._stopped = False
@@ -187,7 +189,7 @@ class Trainer:
         for module in self._scheduled:
             module.batch_count = progress.step * options.schedule_speed
         rate = eden(
-            options.base_lr,
+            self.base_lr,
             progress.step,
             progress.epoch,
             options.lr_batches,
@@ -347,6 +349,13 @@ class Trainer:
         }
         path = Path(self.options.out) / "report.json"
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _optimizer(encoder, model, lr):
+    """ScaledAdam for a Zipformer. Relative steps of its size would make noise of a LayerNorm's weights: AdamW then."""
+    if encoder == sizes.ZIPFORMER:
+        return ScaledAdam(model.parameters(), lr=lr)
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
 
 
 def learn_units(kind, training):

@@ -24,6 +24,7 @@ from fastasr.models.zipformer.subsampling import Conv2dSubsampling
 from fastasr.models.zipformer.transducer import TransducerLoss
 
 FRAMES = 4  # of features in one of output
+MEAN, DEVIATION = -6.0, 5.0  # of the prompts' features, for a front end that normalises none
 AHEAD = 3  # of the front end's frames, which its ConvNeXt layer sees of the future
 
 
@@ -193,7 +194,7 @@ class EBranchformerTransducer(Transducer):
         self.encoder = EBranchformerEncoder(**self._arguments)
 
     def forward_encoder(self, x, x_lens):
-        y, lengths, _ = self.encoder(x, x_lens)
+        y, lengths, _ = self.encoder((x - MEAN) / DEVIATION, x_lens)
         return y, lengths
 
     def stream(self, ctc=False):

@@ -37,21 +37,6 @@ def wrong_inputs():
     return torch.randn(5, 2, 3)
 
 
-def espnet_decoder():
-    from espnet2.asr_transducer.decoder.mega_decoder import MEGADecoder
-
-    torch.manual_seed(0)
-    decoder = MEGADecoder(20, block_size=32, linear_size=48, qk_size=16, v_size=64, num_blocks=2)
-    with torch.no_grad():
-        for p in decoder.parameters():
-            p += 0.3 * torch.randn_like(p)
-    return decoder.eval()
-
-
-def labels():
-    return torch.randint(1, 20, (2, 9))
-
-
 def unknown_model():
     return torch.nn.Sequential(torch.nn.ReLU())
 
@@ -62,15 +47,3 @@ def broken_model():
 
 def not_a_model():
     return 3
-
-
-def espnet_e_branchformer():
-    from espnet2.asr.encoder.e_branchformer_encoder import EBranchformerEncoder
-
-    torch.manual_seed(0)
-    sizes = {"cgmlp_linear_units": 96, "cgmlp_conv_kernel": 7, "linear_units": 64, "num_blocks": 2}
-    return EBranchformerEncoder(20, 32, use_ffn=True, macaron_ffn=True, **sizes).eval()
-
-
-def features():
-    return torch.randn(2, 60, 20), torch.tensor([60, 45])

@@ -226,36 +226,56 @@ def test_swap_takes_inputs_by_name(run):
     assert set(json.loads(result.stdout)["times"]) == {"before", "after"}
 
 
-def test_swap_of_espnets_decoder(run):
-    pytest.importorskip("espnet2.asr_transducer.decoder.mega_decoder")
-    result = run(
-        *(
-            "swap",
-            "models_for_cli:espnet_decoder",
-            "--input",
-            "models_for_cli:labels",
-            "--json",
-            "--reps",
-            "1",
-        )
-    )
+@pytest.mark.parametrize(
+    ("package", "model", "inputs", "replaced"),
+    [
+        (
+            "torchaudio.models",
+            "torchaudio_rnnt",
+            "torchaudio_batch",
+            {"Emformer", "_EmformerLayer", "_CustomLSTM", "Linear"},
+        ),
+        ("torchaudio.models", "torchaudio_emformer", "torchaudio_frames", {"Emformer", "_EmformerLayer"}),
+        (
+            "espnet2.asr.encoder.e_branchformer_encoder",
+            "espnet_e_branchformer",
+            "features",
+            {
+                "EBranchformerEncoderLayer",
+                "RelPositionMultiHeadedAttention",
+                "ConvolutionalGatingMLP",
+                "ConvolutionalSpatialGatingUnit",
+                "PositionwiseFeedForward",
+            },
+        ),
+        (
+            "espnet2.asr_transducer.decoder.mega_decoder",
+            "espnet_mega_decoder",
+            "labels",
+            {"MEGADecoder", "MEGA", "MultiHeadDampedEMA", "RelativePositionBias"},
+        ),
+        (
+            "zipformer.modules.zipformer",
+            "zipformer",
+            "frames",
+            {"ZipformerEncoderLayer", "BiasNorm", "ConvolutionModule"},
+        ),
+    ],
+)
+def test_swap_of_upstreams_models(run, monkeypatch, package, model, inputs, replaced):
+    """The commands of examples/upstream_models.py and of the page on swapping."""
+    pytest.importorskip(package, exc_type=ImportError)
+    monkeypatch.syspath_prepend(str(HERE.parents[1] / "examples"))
+    names = f"upstream_models:{model}", "--input", f"upstream_models:{inputs}"
+    result = run("swap", *names, "--json", "--reps", "1")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["ok"]
-    replaced = {row["class_name"] for row in found["report"]["rows"] if row["status"] == "replaced"}
-    assert {"MEGADecoder", "MEGA", "MultiHeadDampedEMA", "RelativePositionBias"} < replaced
+    assert found["verified"]
+    rows = [row for row in found["report"]["rows"] if row["status"] == "replaced"]
+    assert replaced <= {row["class_name"] for row in rows}
+    assert all(row["errors"] for row in rows if row["class_name"] in replaced)  # reached and compared
     assert set(found["times"]) == {"before", "after"}
-
-
-def test_swap_of_espnets_e_branchformer(run):
-    pytest.importorskip("espnet2.asr.encoder.e_branchformer_encoder")
-    model, batch = "models_for_cli:espnet_e_branchformer", "models_for_cli:features"
-    result = run("swap", model, "--input", batch, "--json", "--reps", "1")
-    assert result.exit_code == 0, result.stderr
-    report = json.loads(result.stdout)["report"]
-    kernels = {row["class_name"]: row["kernels"] for row in report["rows"] if row["status"] == "replaced"}
-    assert kernels["ConvolutionalSpatialGatingUnit"] == ["conv_spatial_gate"]
-    assert "EBranchformerEncoderLayer" in kernels
 
 
 def test_swap_without_inputs_says_what_it_left_out(run):

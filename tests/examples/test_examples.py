@@ -3,6 +3,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -164,3 +165,12 @@ def test_what_the_recipe_refuses(tmp_path, name, arguments, message):
 def test_every_example_is_tested():
     tested = Path(__file__).read_text()
     assert [p.name for p in EXAMPLES.glob("*.py") if f'"{p.name}"' not in tested] == []
+
+
+def test_upstream_models_convert_from_returnn(capsys):
+    """In this process, as RETURNN takes long to import; the other models are in tests/cli."""
+    pytest.importorskip("returnn.frontend.encoder.e_branchformer")
+    runpy.run_path(str(EXAMPLES / "upstream_models.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert float(re.search(r"differ by (\S+) at most", printed)[1]) < 1e-5
+    assert re.search(r"(\d+) of \1 tensors come back", printed)

@@ -61,9 +61,10 @@ def test_a_run_writes_what_it_says(run):
 
 
 def test_a_resumed_run_has_the_losses_of_one_without_a_break(run, tmp_path, speech_sets):
+    """And of one that does not read the held-out set on its way."""
     encoder, out = run
     trainer(tmp_path, speech_sets, steps=1, encoder=encoder).run()
-    trainer(tmp_path, speech_sets, steps=STEPS, encoder=encoder).run()
+    trainer(tmp_path, speech_sets, steps=STEPS, encoder=encoder, evaluate_every=2).run()
     assert _losses(tmp_path) == _losses(out)
     one, other = (checkpoints.load(path / checkpoints.NAME) for path in (out, tmp_path))
     for entry in ("model", "model_avg"):
