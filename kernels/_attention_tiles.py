@@ -22,18 +22,22 @@ def span(program, blocks, length, size, count):
 
 
 @triton.jit
-def load_rows(X, r, stride, c, keep, width):
-    """[rows, columns] of X, zeros outside."""
+def load_rows(X, r, stride, c, keep, width, BIAS=None):
+    """[rows, columns] of X, zeros outside; then plus BIAS, a number per column."""
     pointers = (X + r.to(tl.int64) * stride)[:, None] + c[None, :]
-    return tl.load(pointers, mask=keep[:, None] & (c < width)[None, :], other=0.0)
+    rows = tl.load(pointers, mask=keep[:, None] & (c < width)[None, :], other=0.0)
+    if BIAS is not None:
+        bias = tl.load(BIAS + c, mask=c < width, other=0.0).to(tl.float32)
+        rows = (rows.to(tl.float32) + bias[None, :]).to(rows.dtype)
+    return rows
 
 
 @triton.jit
-def products(total, A, a, a_stride, keep_a, B, b, b_stride, keep_b, width, BLOCK: tl.constexpr):
-    """total + A[a] B[b]^T over ``width`` columns."""
+def products(total, A, a, a_stride, keep_a, B, b, b_stride, keep_b, width, BLOCK: tl.constexpr, BIAS=None):
+    """total + (A[a] + BIAS) B[b]^T over ``width`` columns."""
     for first in range(0, width, BLOCK):
         c = first + tl.arange(0, BLOCK)
-        left = load_rows(A, a, a_stride, c, keep_a, width)  # [a, BLOCK]
+        left = load_rows(A, a, a_stride, c, keep_a, width, BIAS)  # [a, BLOCK]
         right = load_rows(B, b, b_stride, c, keep_b, width)  # [b, BLOCK]
         total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
     return total

@@ -107,15 +107,16 @@ def position_scores(
 @triton.jit
 def query_key(
     query, Q, i, q_time, keep_i, K, j, k_time, keep_j,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS=None,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N] products of queries i, whose rows ``query`` holds if they fit a block, and keys j."""
+    """[BLOCK_M, BLOCK_N] products of queries i, whose rows ``query`` holds if they fit a block, and keys j. BIAS is
+    added to rows that are not held."""
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if DIM <= BLOCK_D:
         key = load_rows(K, j, k_time, tl.arange(0, BLOCK_D), keep_j, DIM)  # [BLOCK_N, BLOCK_D]
         total = tl.dot(query, tl.trans(key), total, input_precision="ieee")
     else:
-        total = products(total, Q, i, q_time, keep_i, K, j, k_time, keep_j, DIM, BLOCK_D)
+        total = products(total, Q, i, q_time, keep_i, K, j, k_time, keep_j, DIM, BLOCK_D, BIAS)
     return total
 
 

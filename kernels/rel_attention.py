@@ -1,0 +1,542 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention with the relative positions of Transformer-XL; neither weights nor scores reach memory.
+
+    s[i, j] = ((q[i] + u) . k[j] + (q[i] + w) . R[T - 1 + j - i]) / sqrt(d), W = softmax_j(s), y = W v
+    With G = dy: dv = W^T G, dW = G v^T, delta = sum_j W dW, dS = W (dW - delta) / sqrt(d), and by offset dS'[i, r] =
+    dS[i, i - (T - 1) + r]: dq = dS k + dS' R, dk = dS^T (q + u), dR = dS'^T (q + w), du = sum of dS k, dw = of dS' R
+
+Per score, with d channels of q and e of v:
+
+    kernel      program                           FLOPs
+    forward     BLOCK queries x columns of v      2 (2 d + columns), a running maximum
+    queries     BLOCK queries x channels of q     4 (2 d + e) + 2 channels; twice over the keys
+    keys        BLOCK keys x channels of k, v     2 (3 d + e + channels + columns)
+    offsets     BLOCK queries x channels          2 channels; of a piece of dS, which ``queries`` left by offset
+    positions   BLOCK offsets x channels          2 channels; of the same
+    add_parts   1024 numbers                      -; dR over the sequences
+    biases      channels                          -; sums of the parts of du and dw that ``queries`` left
+
+Scores by offset are products of tensor cores with a band of R; in registers a rotation of rows makes them scores by key
+(_relative_shift.py). ``queries`` walks along the band, so each tile needs one new piece of it; ``keys`` meets other
+queries in each tile and multiplies two. Weights are e^(s - lse), lse the log-sum-exp that the forward pass kept; their
+sum, which rounding of lse moves from 1, divides them, so that rows of dS add up to zero. Rows are worked on in pieces
+of PIECE_BYTES of dS, as in rel_position_attention.py: memory is O(T), and dR is summed in their order. What a program
+does depends on the shape and the generation of the GPU alone: results repeat bit for bit, without atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastasr.kernels._activation import exp_nonpositive
+from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
+from fastasr.kernels._rel_position_tiles import head_block, masked, place, query_key
+from fastasr.kernels._relative_shift import by_key, by_offset, merged, moved
+from fastasr.kernels.rel_position_attention import PIECE_BYTES, slopes_of
+from fastasr.kernels.rel_position_attention_weights import PARTS, _bytes, _mask_batch, add_parts_kernel
+from fastasr.kernels.toeplitz_attention import _hopper
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = ["frames", "batch", "blocks", "heads"]
+UNALIGNED = ["PADDING", "MASK"]
+
+
+# --------------------------------------------------------------------------- scores
+@triton.jit
+def _biased(Q, BIAS, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of q + bias, rounded as they are stored, if they fit a block of channels; else zeros that nothing reads."""
+    rows = tl.zeros([BLOCK_M, BLOCK_D], Q.dtype.element_ty)
+    if DIM <= BLOCK_D:
+        rows = load_rows(Q, i, q_time, tl.arange(0, BLOCK_D), keep, DIM, BIAS)
+    return rows
+
+
+@triton.jit
+def _band(
+    rows, Q, BIAS, i, q_time, keep_i, POS, start, frames,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N] products of q + w and the rows of R from ``start`` on."""
+    r = start + tl.arange(0, BLOCK_N)
+    keep_r = (r >= 0) & (r < 2 * frames - 1)
+    return query_key(rows, Q, i, q_time, keep_i, POS, r, q_time, keep_r, DIM, BLOCK_D, BLOCK_M, BLOCK_N, BIAS)
+
+
+@triton.jit
+def _scores(
+    first, second, third, rows, key, Q, BIAS, i, q_time, keep_i, K, j, PADDING, MASK, frames, scale,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Scores of queries i and keys j, -inf where hidden. First pieces of the band; ``rows`` and ``key`` hold q + u and
+    k if they fit a block."""
+    keep_j = j < frames
+    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if DIM <= BLOCK_D:
+        scores = tl.dot(rows, tl.trans(key), scores, input_precision="ieee")
+    else:
+        scores = products(scores, Q, i, q_time, keep_i, K, j, q_time, keep_j, DIM, BLOCK_D, BIAS)
+    scores = (scores + by_key(first, second, third, BLOCK_M, BLOCK_N)) * scale
+    scores = masked(scores, NONE, PADDING, MASK, i[:, None], j[None, :], frames, frames, 0, 0, False)
+    return tl.where(keep_j[None, :], scores, NONE)
+
+
+# --------------------------------------------------------------------------- forward
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+def forward_kernel(
+    Q, K, V, POS, U, W, PADDING, MASK, Y, LSE,
+    frames, batch, blocks, heads, q_time, v_time, q_batch, v_batch, mask_batch, scale,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """y of a block of queries and of columns; of the queries lse, inf without a key."""
+    PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
+    SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
+    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    keep_i = i < frames
+    Q += sequence * q_batch + head * DIM
+    K += sequence * q_batch + head * DIM
+    V += sequence * v_batch + head * VALUE_DIM
+    POS += head * DIM
+    U += head * DIM
+    W += head * DIM
+    if PADDING is not None:
+        PADDING += sequence * frames
+    if MASK is not None:
+        MASK += sequence * mask_batch
+    content = _biased(Q, U, i, q_time, keep_i, DIM, BLOCK_M, BLOCK_D)
+    position = _biased(Q, W, i, q_time, keep_i, DIM, BLOCK_M, BLOCK_D)
+    base = frames - (block + 1) * BLOCK_M  # row of R of the last query and key 0
+    first = _band(position, Q, W, i, q_time, keep_i, POS, base, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
+    second = first
+    if BLOCK_M > BLOCK_N:
+        second = _band(
+            position, Q, W, i, q_time, keep_i, POS, base + BLOCK_N, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D
+        )
+    maximum = tl.full([BLOCK_M], NONE, tl.float32)
+    total = tl.zeros([BLOCK_M], SUM)
+    y = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for start in range(0, frames, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        third = _band(
+            position,
+            Q,
+            W,
+            i,
+            q_time,
+            keep_i,
+            POS,
+            base + start + BLOCK_M,
+            frames,
+            DIM,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+        )
+        if BLOCK_M == BLOCK_N:
+            second = third
+        key = load_rows(K, j, q_time, tl.arange(0, BLOCK_D), j < frames, DIM)  # [BLOCK_N, BLOCK_D]
+        scores = _scores(
+            first, second, third, content, key, Q, U, i, q_time, keep_i, K, j, PADDING, MASK, frames, scale,
+            DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        first, second = moved(first, second, third, BLOCK_M, BLOCK_N)
+        maximum, factor, e = running(maximum, scores, PRECISE)
+        total = total * factor + sums(e, 1, PRECISE)
+        value = load_rows(V, j, v_time, c, j < frames, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
+        y = tl.dot(e.to(value.dtype), value, y * factor[:, None], input_precision="ieee")
+    total = total.to(tl.float32)
+    none = total == 0.0
+    y = y * tl.div_rn(1.0, tl.where(none, 1.0, total))[:, None]
+    out = Y + sequence * v_batch + head * VALUE_DIM + i.to(tl.int64)[:, None] * v_time + c[None, :]
+    tl.store(out, y.to(Y.dtype.element_ty), mask=keep_i[:, None] & (c < VALUE_DIM)[None, :])
+    lse = tl.where(none, float("inf"), maximum + tl.log(total))
+    once = keep_i & (tl.program_id(1) == 0)
+    tl.store(LSE + (sequence * heads + head) * frames + i, lse, mask=once)
+
+
+# --------------------------------------------------------------------------- backward
+@triton.jit(
+    do_not_specialize=[*SIZES, "start_row", "rows", "all_blocks"], do_not_specialize_on_alignment=UNALIGNED
+)
+def queries_kernel(
+    G, Q, K, V, POS, U, W, PADDING, MASK, LSE, DQ, DS, INVERSE, DELTA, PARTS,
+    frames, start_row, rows, batch, blocks, all_blocks, heads, q_time, v_time, q_batch, v_batch, mask_batch, ds_row,
+    scale,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dS k of a block of the queries [start_row, start_row + rows) and of channels, in float32, and its sums. Programs
+    of the first block of channels also store 1 / sum and delta of the rows, and dS by offset: blocks + 1 times BLOCK
+    columns for all the sequence's blocks, of which column 0 is the row ``base`` of R. Rows behind the last query are
+    0."""
+    PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
+    SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
+    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    lanes = tl.arange(0, BLOCK)
+    local = block * BLOCK + lanes
+    i = start_row + local
+    keep_i = local < rows
+    once = tl.program_id(1) == 0
+    Q += sequence * q_batch + head * DIM
+    K += sequence * q_batch + head * DIM
+    G += sequence * v_batch + head * VALUE_DIM
+    V += sequence * v_batch + head * VALUE_DIM
+    POS += head * DIM
+    U += head * DIM
+    W += head * DIM
+    if PADDING is not None:
+        PADDING += sequence * frames
+    if MASK is not None:
+        MASK += sequence * mask_batch
+    content = _biased(Q, U, i, q_time, keep_i, DIM, BLOCK, BLOCK_D)
+    position = _biased(Q, W, i, q_time, keep_i, DIM, BLOCK, BLOCK_D)
+    g = tl.zeros([BLOCK, BLOCK_V], Q.dtype.element_ty)
+    if VALUE_DIM <= BLOCK_V:
+        g = load_rows(G, i, v_time, tl.arange(0, BLOCK_V), keep_i, VALUE_DIM)
+    row = (sequence * heads + head) * frames + i
+    lse = tl.load(LSE + row, mask=keep_i, other=float("inf"))
+    base = frames - start_row - (block + 1) * BLOCK
+    lower = _band(position, Q, W, i, q_time, keep_i, POS, base, frames, DIM, BLOCK, BLOCK, BLOCK_D)
+    total = tl.zeros([BLOCK], SUM)
+    along = tl.zeros([BLOCK], SUM)
+    for start in range(0, frames, BLOCK):
+        j = start + lanes
+        upper = _band(
+            position, Q, W, i, q_time, keep_i, POS, base + start + BLOCK, frames, DIM, BLOCK, BLOCK, BLOCK_D
+        )
+        key = load_rows(K, j, q_time, tl.arange(0, BLOCK_D), j < frames, DIM)  # [BLOCK, BLOCK_D]
+        scores = _scores(
+            lower, upper, upper, content, key, Q, U, i, q_time, keep_i, K, j, PADDING, MASK, frames, scale,
+            DIM, BLOCK, BLOCK, BLOCK_D,
+        )  # fmt: skip
+        lower = upper
+        slope = slopes_of(g, G, V, i, j, keep_i, j < frames, v_time, VALUE_DIM, BLOCK, BLOCK, BLOCK_V)
+        e = exp_nonpositive(scores - lse[:, None], PRECISE)
+        total += sums(e, 1, PRECISE)
+        along += sums(e * slope, 1, PRECISE)
+    total = tl.where(total == 0.0, 1.0, total)
+    delta = (along / total).to(tl.float32)
+    inverse = tl.div_rn(1.0, total.to(tl.float32))
+    tl.store(INVERSE + row, inverse, mask=keep_i & once)
+    tl.store(DELTA + row, delta, mask=keep_i & once)
+
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    all_lanes = (lanes >= 0)[None, :]
+    before = tl.zeros([BLOCK, BLOCK], Q.dtype.element_ty)
+    DS += ((head * batch + sequence) * blocks * BLOCK + local)[:, None] * ds_row
+    lower = _band(position, Q, W, i, q_time, keep_i, POS, base, frames, DIM, BLOCK, BLOCK, BLOCK_D)
+    for start in range(0, frames, BLOCK):
+        j = start + lanes
+        keep_j = j < frames
+        upper = _band(
+            position, Q, W, i, q_time, keep_i, POS, base + start + BLOCK, frames, DIM, BLOCK, BLOCK, BLOCK_D
+        )
+        key = load_rows(K, j, q_time, d, keep_j, DIM)  # [BLOCK, BLOCK_D]
+        scores = _scores(
+            lower, upper, upper, content, key, Q, U, i, q_time, keep_i, K, j, PADDING, MASK, frames, scale,
+            DIM, BLOCK, BLOCK, BLOCK_D,
+        )  # fmt: skip
+        lower = upper
+        slope = slopes_of(g, G, V, i, j, keep_i, keep_j, v_time, VALUE_DIM, BLOCK, BLOCK, BLOCK_V)
+        w = exp_nonpositive(scores - lse[:, None], PRECISE) * inverse[:, None]
+        ds = w * (slope - delta[:, None])
+        narrow = ds.to(key.dtype)
+        dq = tl.dot(narrow, key, dq, input_precision="ieee")
+        after = by_offset(narrow, BLOCK)
+        tl.store(DS + j[None, :], merged(after, before, before, BLOCK, BLOCK), mask=all_lanes & once)
+        before = after
+    j = tl.cdiv(frames, BLOCK) * BLOCK + lanes
+    last = merged(tl.zeros([BLOCK, BLOCK], before.dtype), before, before, BLOCK, BLOCK)
+    tl.store(DS + j[None, :], last, mask=all_lanes & once)
+
+    keep_d = d < DIM
+    dq *= scale
+    out = DQ + sequence * q_batch + head * DIM + i.to(tl.int64)[:, None] * q_time + d[None, :]
+    tl.store(out, dq, mask=keep_i[:, None] & keep_d[None, :])
+    part = sequence * all_blocks + start_row // BLOCK + block
+    tl.store(PARTS + (part * heads + head) * DIM + d, sums(dq, 0, PRECISE), mask=keep_d)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "first_block", "all_blocks"])
+def offsets_kernel(
+    DS, POS, CONTENT, DQ, PARTS, frames, first_block, batch, blocks, all_blocks, heads, q_time, q_batch, ds_row, scale,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq = CONTENT + dS' R of a block of queries, of the ``blocks`` that DS holds, and of channels; sums of dS' R."""
+    PRECISE: tl.constexpr = DS.dtype.element_ty == tl.float32
+    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    lanes = tl.arange(0, BLOCK)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    i = (first_block + block) * BLOCK + lanes
+    POS += head * DIM
+    DS += ((head * batch + sequence) * blocks + block) * BLOCK * ds_row + lanes.to(tl.int64)[:, None] * ds_row
+    base = frames - (first_block + block + 1) * BLOCK
+    dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for start in range(0, ds_row, BLOCK):
+        ds = tl.load(DS + (start + lanes)[None, :])  # [BLOCK, BLOCK]
+        r = base + start + lanes
+        pos = load_rows(POS, r, q_time, d, (r >= 0) & (r < 2 * frames - 1), DIM)  # [BLOCK, BLOCK_D]
+        dq = tl.dot(ds, pos, dq, input_precision="ieee")
+    dq *= scale
+    part = sequence * all_blocks + first_block + block
+    tl.store(PARTS + (part * heads + head) * DIM + d, sums(dq, 0, PRECISE), mask=d < DIM)
+    whole = (i < frames)[:, None] & (d < DIM)[None, :]
+    at = sequence * q_batch + head * DIM + i.to(tl.int64)[:, None] * q_time + d[None, :]
+    dq += tl.load(CONTENT + at, mask=whole, other=0.0)
+    tl.store(DQ + at, dq.to(DQ.dtype.element_ty), mask=whole)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+def keys_kernel(
+    G, Q, K, V, POS, U, W, PADDING, MASK, LSE, INVERSE, DELTA, DK, DV,
+    frames, batch, blocks, heads, q_time, v_time, q_batch, v_batch, mask_batch, scale,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dS^T (q + u) and W^T G of a block of keys and of their channels."""
+    PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
+    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    lanes = tl.arange(0, BLOCK)
+    j = block * BLOCK + lanes
+    keep_j = j < frames
+    Q += sequence * q_batch + head * DIM
+    K += sequence * q_batch + head * DIM
+    G += sequence * v_batch + head * VALUE_DIM
+    V += sequence * v_batch + head * VALUE_DIM
+    POS += head * DIM
+    U += head * DIM
+    W += head * DIM
+    if PADDING is not None:
+        PADDING += sequence * frames
+    if MASK is not None:
+        MASK += sequence * mask_batch
+    row = (sequence * heads + head) * frames
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    key = load_rows(K, j, q_time, tl.arange(0, BLOCK_D), keep_j, DIM)
+    dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK, BLOCK_V], tl.float32)
+    for start in range(0, frames, BLOCK):
+        i = start + lanes
+        keep_i = i < frames
+        position = _biased(Q, W, i, q_time, keep_i, DIM, BLOCK, BLOCK_D)
+        content = _biased(Q, U, i, q_time, keep_i, DIM, BLOCK, BLOCK_D)
+        g = load_rows(G, i, v_time, tl.arange(0, BLOCK_V), keep_i, VALUE_DIM)  # [BLOCK, BLOCK_V]
+        first = frames + (block - 1) * BLOCK - start
+        lower = _band(position, Q, W, i, q_time, keep_i, POS, first, frames, DIM, BLOCK, BLOCK, BLOCK_D)
+        upper = _band(
+            position, Q, W, i, q_time, keep_i, POS, first + BLOCK, frames, DIM, BLOCK, BLOCK, BLOCK_D
+        )
+        scores = _scores(
+            lower, upper, upper, content, key, Q, U, i, q_time, keep_i, K, j, PADDING, MASK, frames, scale,
+            DIM, BLOCK, BLOCK, BLOCK_D,
+        )  # fmt: skip
+        slope = slopes_of(g, G, V, i, j, keep_i, keep_j, v_time, VALUE_DIM, BLOCK, BLOCK, BLOCK_V)
+        lse = tl.load(LSE + row + i, mask=keep_i, other=float("inf"))  # W is 0 behind the last query
+        inverse = tl.load(INVERSE + row + i, mask=keep_i, other=0.0)
+        delta = tl.load(DELTA + row + i, mask=keep_i, other=0.0)
+        w = exp_nonpositive(scores - lse[:, None], PRECISE) * inverse[:, None]
+        ds = w * (slope - delta[:, None])
+        if DIM > BLOCK_D:
+            content = load_rows(Q, i, q_time, d, keep_i, DIM, U)
+        if VALUE_DIM > BLOCK_V:
+            g = load_rows(G, i, v_time, c, keep_i, VALUE_DIM)
+        dk = tl.dot(tl.trans(ds.to(content.dtype)), content, dk, input_precision="ieee")
+        dv = tl.dot(tl.trans(w.to(g.dtype)), g, dv, input_precision="ieee")
+    out = DK + sequence * q_batch + head * DIM + j.to(tl.int64)[:, None] * q_time + d[None, :]
+    tl.store(out, (dk * scale).to(DK.dtype.element_ty), mask=keep_j[:, None] & (d < DIM)[None, :])
+    out = DV + sequence * v_batch + head * VALUE_DIM + j.to(tl.int64)[:, None] * v_time + c[None, :]
+    tl.store(out, dv.to(DV.dtype.element_ty), mask=keep_j[:, None] & (c < VALUE_DIM)[None, :])
+
+
+@triton.jit(do_not_specialize=[*SIZES, "first_block", "count", "all_blocks"])
+def positions_kernel(
+    DS, Q, W, PARTS, frames, first_block, count, batch, blocks, all_blocks, heads, q_time, q_batch, ds_row, scale,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """PARTS + dS'^T (q + w) of a block of offsets and of channels, over the ``count`` blocks of queries that DS holds;
+    PARTS is (batch, offsets, heads DIM). Offsets r = T + t BLOCK + c are block t + b + 1 of the rows of block b."""
+    head, sequence, number = place(tl.program_id(0), blocks, batch)
+    lanes = tl.arange(0, BLOCK)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    t = number - first_block - count
+    Q += sequence * q_batch + head * DIM
+    W += head * DIM
+    DS += (head * batch + sequence) * count * BLOCK * ds_row
+    dr = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    begin = tl.maximum(-1 - t, first_block)
+    end = tl.minimum(all_blocks - t, first_block + count)
+    for block in range(begin, end):
+        i = block * BLOCK + lanes
+        rows = ((block - first_block) * BLOCK + lanes).to(tl.int64) * ds_row
+        ds = tl.load(DS + rows[:, None] + ((t + block + 1) * BLOCK + lanes)[None, :])  # [BLOCK, BLOCK]
+        p = load_rows(Q, i, q_time, d, i < frames, DIM, W)  # [BLOCK, BLOCK_D]
+        dr = tl.dot(tl.trans(ds), p, dr, input_precision="ieee")
+    r = frames + t * BLOCK + lanes
+    offsets = 2 * frames - 1
+    out = PARTS + (sequence * offsets + r)[:, None] * (heads * DIM) + head * DIM + d[None, :]
+    whole = ((r >= 0) & (r < offsets))[:, None] & (d < DIM)[None, :]
+    found = tl.load(out, mask=whole, other=0.0)
+    tl.store(out, found + (dr * scale).to(found.dtype), mask=whole)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def biases_kernel(PARTS, DU, DW, parts, width, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Column sums of a block of columns of the two tables of ``parts`` rows."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    keep_c = c < width
+    PARTS += tl.program_id(1).to(tl.int64) * parts * width
+    total = tl.zeros([BLOCK_C], tl.float64)
+    for first in range(0, parts, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        found = load_rows(PARTS, p, width, c, p < parts, width)  # [BLOCK_P, BLOCK_C]
+        total += tl.sum(found.to(tl.float64), axis=0)
+    total = total.to(tl.float32)
+    if tl.program_id(1) == 0:
+        tl.store(DU + c, total.to(DU.dtype.element_ty), mask=keep_c)
+    else:
+        tl.store(DW + c, total.to(DW.dtype.element_ty), mask=keep_c)
+
+
+# --------------------------------------------------------------------------- launchers
+def tiles(dim: int, value_dim: int, dtype: torch.dtype, hopper: bool, hiding: bool) -> dict[str, dict]:
+    """Tile shapes, warps and stages by kernel, ``hiding``: with a mask of pairs.
+
+    The largest that do not spill (tests/kernels/budgets.toml). Products of float32 are exact ones, without tensor
+    cores: they want small tiles.
+    """
+    wide = dtype == torch.float32
+    block = 16 if wide else 32
+    columns = min(32 if wide else 128, max(16, triton.next_power_of_2(value_dim)))
+    common = {"BLOCK_D": head_block(dim, dtype), "num_warps": 4}
+    rows = 64 if hopper and not wide and not hiding else block
+    square = common | {"BLOCK": block, "BLOCK_V": columns, "num_stages": 2}
+    return {
+        "forward": common | {"BLOCK_M": rows, "BLOCK_N": block, "BLOCK_V": columns, "num_stages": 2},
+        "queries": square,
+        "keys": square,
+        "offsets": common | {"BLOCK": block, "num_stages": 3},
+        "positions": common | {"BLOCK": block, "num_stages": 3},
+    }
+
+
+BIASES = {"BLOCK_P": 64, "BLOCK_C": 16, "num_warps": 4}
+
+
+def rel_attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pos: torch.Tensor,
+    bias_u: torch.Tensor,
+    bias_v: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    attn_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y (B, T, H, e), lse (B, H, T) in float32, inf where a query sees no key). All tensors are contiguous."""
+    batch, frames, heads, dim = q.shape
+    y = torch.empty_like(v)
+    lse = q.new_empty(batch, heads, frames, dtype=torch.float32)
+    if not lse.numel():
+        return y, lse
+    with torch.cuda.device_of(q):
+        tile = _tiles(q, v, attn_mask)["forward"]
+        blocks = triton.cdiv(frames, tile["BLOCK_M"])
+        forward_kernel[(heads * batch * blocks, triton.cdiv(v.shape[3], tile["BLOCK_V"]))](
+            q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask), y, lse,
+            frames, batch, blocks, heads, *_strides(q, v), _mask_batch(attn_mask), dim**-0.5,
+            DIM=dim, VALUE_DIM=v.shape[3], **tile,
+        )  # fmt: skip
+    return y, lse
+
+
+def _tiles(q: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> dict[str, dict]:
+    return tiles(q.shape[3], v.shape[3], q.dtype, _hopper(q), attn_mask is not None)
+
+
+def _strides(q: torch.Tensor, v: torch.Tensor) -> tuple[int, int, int, int]:
+    return q.stride(1), v.stride(1), q.stride(0), v.stride(0)
+
+
+def rel_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pos: torch.Tensor,
+    bias_u: torch.Tensor,
+    bias_v: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    attn_mask: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of the six tensors. All tensors are contiguous."""
+    batch, frames, heads, dim = q.shape
+    if not lse.numel():
+        return tuple(torch.zeros_like(t) for t in (q, k, v, pos, bias_u, bias_v))
+    dq, dk, dv, dpos, du, dw = (torch.empty_like(t) for t in (q, k, v, pos, bias_u, bias_v))
+    width, pairs, offsets, scale = heads * dim, heads * batch, 2 * frames - 1, dim**-0.5
+    shares = torch.float64 if q.dtype == torch.float32 else torch.float32
+    with torch.cuda.device_of(q):
+        shapes = _tiles(q, v, attn_mask)
+        constants = {"DIM": dim, "VALUE_DIM": v.shape[3]}
+        strides = *_strides(q, v), _mask_batch(attn_mask)
+        operands = (
+            grad, q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask), lse
+        )  # fmt: skip
+        inverse, delta = torch.empty_like(lse), torch.empty_like(lse)
+        content = torch.empty_like(q, dtype=torch.float32)
+
+        tile = shapes["queries"]
+        block = tile["BLOCK"]
+        blocks = triton.cdiv(frames, block)
+        row = (blocks + 1) * block  # of dS by offset
+        step = max(1, PIECE_BYTES // (pairs * row * q.element_size()) // block)
+        ds = q.new_empty(pairs * min(step, blocks) * block * row)
+        parts = torch.zeros(batch, offsets, width, dtype=shares, device=q.device)
+        sums_of = torch.empty(2, batch * blocks, width, dtype=shares, device=q.device)
+        columns = triton.cdiv(dim, tile["BLOCK_D"])
+        for first in range(0, blocks, step):
+            count = min(step, blocks - first)
+            rows = min(count * block, frames - first * block)
+            queries_kernel[(pairs * count, columns)](
+                *operands, content, ds, inverse, delta, sums_of[0],
+                frames, first * block, rows, batch, count, blocks, heads, *strides, row, scale, **constants, **tile,
+            )  # fmt: skip
+            offsets_kernel[(pairs * count, columns)](
+                ds, pos, content, dq, sums_of[1], frames, first, batch, count, blocks, heads,
+                q.stride(1), q.stride(0), row, scale, DIM=dim, **shapes["offsets"],
+            )  # fmt: skip
+            positions_kernel[(pairs * (blocks + count), columns)](
+                ds, q, bias_v, parts, frames, first, count, batch, blocks + count, blocks, heads,
+                q.stride(1), q.stride(0), row, scale, DIM=dim, **shapes["positions"],
+            )  # fmt: skip
+        size = dpos.numel()
+        add_parts_kernel[(triton.cdiv(size, PARTS["BLOCK"]),)](parts, dpos, size, batch, **PARTS)
+        biases_kernel[(triton.cdiv(width, BIASES["BLOCK_C"]), 2)](
+            sums_of, du, dw, batch * blocks, width, **BIASES
+        )
+
+        tile = shapes["keys"]
+        blocks = triton.cdiv(frames, tile["BLOCK"])
+        columns = max(triton.cdiv(dim, tile["BLOCK_D"]), triton.cdiv(v.shape[3], tile["BLOCK_V"]))
+        keys_kernel[(pairs * blocks, columns)](
+            *operands,
+            inverse,
+            delta,
+            dk,
+            dv,
+            frames,
+            batch,
+            blocks,
+            heads,
+            *strides,
+            scale,
+            **constants,
+            **tile,
+        )
+    return dq, dk, dv, dpos, du, dw
