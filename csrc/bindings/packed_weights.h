@@ -4,12 +4,12 @@
 #include "bindings/dispatch.h"
 #include "cpu/skinny_gemm.h"
 
-// What the bindings of a streaming Zipformer's pieces share.
+// What the bindings of the streaming steps share.
 namespace fastasr {
 
 inline void check_floats(const Tensor& t, int64_t numel, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == numel,
-                  "zipformer: ", name, " must be ", numel, " contiguous floats on the CPU, got ", t.numel());
+                  "fastasr: ", name, " must be ", numel, " contiguous floats on the CPU, got ", t.numel());
 }
 
 // `n` floats that begin on a huge page.
@@ -25,7 +25,7 @@ inline Tensor on_huge_pages(const Tensor& like, int64_t n) {
   return Tensor(view);
 }
 
-// cpu::ChunkWorkers::run on torch's threads.
+// cpu::Workers::run on torch's threads.
 inline void run_parts(int64_t parts, void (*part)(const void*, int64_t), const void* context) {
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) part(context, i);

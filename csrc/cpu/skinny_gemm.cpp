@@ -41,24 +41,25 @@ struct Int8 {
   FASTASR_INLINE float widen(Word w, int64_t) { return static_cast<float>(static_cast<int32_t>(w)); }
 };
 
+// Inputs [begin, end) of a panel, at most kChain, for part `part` of the rows.
 struct Panel {
   const float* x;
-  int64_t x_stride, k;
+  int64_t x_stride, begin, end;
   const void* packed;
   const float *scale, *bias;
   float* y;
-  int64_t y_stride;
-  bool prefetch;
+  int64_t y_stride, part, parts;
 };
 
-// sum[i] += x[i][j] w[j] for the inputs [begin, end) and the columns of kColumns / kParts words from `at` on.
-template <typename Format, int kRows, int kColumns, bool kPrefetch>
-FASTASR_INLINE void chain(const Panel& p, int64_t begin, int64_t end, int64_t at, float (&sum)[kRows][kColumns]) {
+// sum[i] += x[i][j] w[j] for the inputs [p.begin, p.end) and the columns of kColumns / kParts words from `at` on.
+// Weights to come are fetched from `ahead` on, `share` bytes for each input, in kLines lines.
+template <typename Format, int kRows, int kColumns, int64_t kLines>
+FASTASR_INLINE void chain(const Panel& p, int64_t at, const char* ahead, int64_t share, float (&sum)[kRows][kColumns]) {
   constexpr int64_t kParts = Format::kParts, kWords = kPanelColumns / kParts, kLanes = kColumns / kParts;
   using Word = typename Format::Word;
   const float* __restrict x = p.x;
   const int64_t x_stride = p.x_stride;
-  const Word* __restrict w = static_cast<const Word*>(p.packed) + begin * kWords + at;
+  const Word* __restrict w = static_cast<const Word*>(p.packed) + p.begin * kWords + at;
   const auto add_rows = [&](const float* __restrict weights, int64_t j) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; i++) {
@@ -67,12 +68,9 @@ FASTASR_INLINE void chain(const Panel& p, int64_t begin, int64_t end, int64_t at
       for (int c = 0; c < kColumns; c++) sum[i][c] += a * weights[c];
     }
   };
-  for (int64_t j = begin; j < end; j++, w += kWords) {
-    if constexpr (kPrefetch) {
+  for (int64_t j = p.begin; j < p.end; j++, w += kWords, ahead += share) {
 #pragma GCC unroll 4
-      for (int64_t line = 0; line < kWords * static_cast<int64_t>(sizeof(Word)); line += kLine)
-        __builtin_prefetch(reinterpret_cast<const char*>(w) + kAhead + line);
-    }
+    for (int64_t line = 0; line < kLines; line++) __builtin_prefetch(ahead + line * kLine);
     if constexpr (Format::kWidened) {
       float wide[kColumns];
 #pragma GCC unroll 2
@@ -86,42 +84,45 @@ FASTASR_INLINE void chain(const Panel& p, int64_t begin, int64_t end, int64_t at
   }
 }
 
-// One panel, kRows rows, kColumns columns at a time. The columns of a row of the panel are fetched together, whichever
-// of them come first.
+// kRows rows of a panel, kColumns columns at a time. The weights are read from memory once, however many passes over
+// them there are: one pass fetches what it reads itself shortly after, of several each fetches its share of the weights
+// that follow these, so that memory and multiplication are busy at the same time.
 template <typename Format, int kRows, int kColumns>
 FASTASR_INLINE void panel_rows(const Panel& p) {
   constexpr int64_t kParts = Format::kParts, kWords = kPanelColumns / kParts, kLanes = kColumns / kParts;
+  constexpr int64_t kBytes = kWords * static_cast<int64_t>(sizeof(typename Format::Word)), kPasses = kWords / kLanes;
+  const char* const weights = static_cast<const char*>(p.packed) + p.begin * kBytes;
+  const int64_t length = p.end - p.begin, passes = p.parts * kPasses, share = (kBytes + passes - 1) / passes;
   for (int64_t at = 0; at < kWords; at += kLanes) {
-    for (int64_t begin = 0; begin < p.k || begin == 0; begin += kChain) {
-      const int64_t end = std::min(p.k, begin + kChain);
-      // from zero, added to memory at the end: a tile that starts from memory stays there
-      float sum[kRows][kColumns];
-      for (int i = 0; i < kRows; i++)
-        for (int c = 0; c < kColumns; c++) sum[i][c] = 0;
-      if (p.prefetch && at == 0)
-        chain<Format, kRows, kColumns, true>(p, begin, end, at, sum);
-      else
-        chain<Format, kRows, kColumns, false>(p, begin, end, at, sum);
+    // from zero, added to memory at the end: a tile that starts from memory stays there
+    float sum[kRows][kColumns];
+    for (int i = 0; i < kRows; i++)
+      for (int c = 0; c < kColumns; c++) sum[i][c] = 0;
+    const int64_t pass = p.part * kPasses + at / kLanes;
+    if (kPasses == 1 && passes == 1)
+      chain<Format, kRows, kColumns, kBytes / kLine>(p, at, weights + kAhead, kBytes, sum);
+    else
+      chain<Format, kRows, kColumns, (kPasses < 4 && kBytes > kLine ? 2 : 1)>(
+          p, at, weights + length * (kBytes + pass * share), share, sum);
 #pragma GCC unroll 2
-      for (int64_t part = 0; part < kParts; part++) {
-        const int64_t first = part * kWords + at;
-        for (int i = 0; i < kRows; i++) {
-          float* __restrict out = p.y + i * p.y_stride + first;
-          float* __restrict total = sum[i] + part * kLanes;
-          if constexpr (Format::kScaled) {
+    for (int64_t part = 0; part < kParts; part++) {
+      const int64_t first = part * kWords + at;
+      for (int i = 0; i < kRows; i++) {
+        float* __restrict out = p.y + i * p.y_stride + first;
+        float* __restrict total = sum[i] + part * kLanes;
+        if constexpr (Format::kScaled) {
 #pragma omp simd
-            for (int64_t c = 0; c < kLanes; c++) total[c] *= p.scale[first + c];
-          }
-          if (begin) {
+          for (int64_t c = 0; c < kLanes; c++) total[c] *= p.scale[first + c];
+        }
+        if (p.begin) {
 #pragma omp simd
-            for (int64_t c = 0; c < kLanes; c++) out[c] += total[c];
-          } else if (p.bias) {
+          for (int64_t c = 0; c < kLanes; c++) out[c] += total[c];
+        } else if (p.bias) {
 #pragma omp simd
-            for (int64_t c = 0; c < kLanes; c++) out[c] = p.bias[first + c] + total[c];
-          } else {
+          for (int64_t c = 0; c < kLanes; c++) out[c] = p.bias[first + c] + total[c];
+        } else {
 #pragma omp simd
-            for (int64_t c = 0; c < kLanes; c++) out[c] = total[c];
-          }
+          for (int64_t c = 0; c < kLanes; c++) out[c] = total[c];
         }
       }
     }
@@ -271,11 +272,15 @@ void skinny_gemm(const float* x, int64_t x_stride, int64_t rows, int64_t k, cons
   const int64_t parts = (rows + t.count - 1) / t.count;  // tiles of equal height: 4 + 4 rows, not 6 + 2
   for (int64_t p = begin; p < end; p++) {
     const int64_t column = p * kPanelColumns;
-    for (int64_t part = 0; part < parts; part++) {
-      const int64_t from = rows * part / parts, to = rows * (part + 1) / parts;
-      t.rows[to - from - 1]({x + from * x_stride, x_stride, k, static_cast<const char*>(panels.data) + p * bytes,
-                             panels.scale ? panels.scale + column : nullptr, bias ? bias + column : nullptr,
-                             y + from * y_stride + column, y_stride, part == 0});
+    // all rows before the next inputs: these weights are then in a cache
+    for (int64_t from = 0; from < k || from == 0; from += kChain) {
+      for (int64_t part = 0; part < parts; part++) {
+        const int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
+        t.rows[last - first - 1]({x + first * x_stride, x_stride, from, std::min(k, from + kChain),
+                                  static_cast<const char*>(panels.data) + p * bytes,
+                                  panels.scale ? panels.scale + column : nullptr, bias ? bias + column : nullptr,
+                                  y + first * y_stride + column, y_stride, part, parts});
+      }
     }
   }
 }

@@ -5,7 +5,7 @@
 
 // y = x Wᵀ + bias for few rows of x (1 to about 16), where reading W is the whole cost. W (N, K) is packed once into
 // panels of 64 output columns, each a contiguous (K, 64) block, so that a product reads its weights as one stream in
-// the order in which they lie in memory, prefetched 8 KB ahead. Pack consecutive products into one arena in the order
+// the order in which they lie in memory, prefetched. Pack consecutive products into one arena in the order
 // in which they are called, and let the arena lie on huge pages: on one Zen 4 core a stream of 52 MB is read at
 // 48 GB/s from 2 MB pages and at 24 GB/s from 4 KB pages.
 //

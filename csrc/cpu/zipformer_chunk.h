@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/skinny_gemm.h"
+#include "cpu/workers.h"
 
 // One chunk of a streaming Zipformer (Yao et al., 2023; the causal variant), front end and encoder, for several streams
 // at once. Everything it reads lies in three blocks of memory: weights, packed into panels in the order in which they
@@ -104,32 +105,6 @@ void chunk_pack_product(const ChunkPlan& plan, int64_t index, const float* w, co
                         float* vectors);
 void chunk_pack_table(const ChunkTable& table, const float* values, float* vectors);
 
-// Runs f(begin, end) over parts of [0, n). `run` calls part(context, i) for each i of [0, parts), on as many threads.
-struct ChunkWorkers {
-  int64_t threads;
-  void (*run)(int64_t parts, void (*part)(const void* context, int64_t i), const void* context);
-
-  template <typename F>
-  void split(int64_t n, int64_t least, const F& f) const {
-    const int64_t most = least > 0 ? n / least : n, parts = threads < most ? threads : most;
-    if (parts <= 1) {
-      if (n > 0) f(int64_t{0}, n);
-      return;
-    }
-    struct Context {
-      const F& f;
-      int64_t n, parts;
-    } context{f, n, parts};
-    run(
-        parts,
-        [](const void* c, int64_t i) {
-          const auto& all = *static_cast<const Context*>(c);
-          all.f(all.n * i / all.parts, all.n * (i + 1) / all.parts);
-        },
-        &context);
-  }
-};
-
 // What a stream has besides its floats.
 struct ChunkCounters {
   int64_t processed;  // frames at 50 Hz
@@ -145,7 +120,7 @@ struct ChunkStep {
   const int64_t* slots;   // of the streams of this step, all different
   int64_t streams, bins;  // features of a frame: at most the plan's, and as wide after the convolutions
   float* scratch;         // plan.scratch_floats(streams)
-  ChunkWorkers workers;
+  Workers workers;
   const uint8_t* masked = nullptr;  // (streams, keys) of a layer alone, nonzero: masked; or null
 };
 

@@ -22,7 +22,7 @@ struct LayerStep {
   const uint8_t* masked;  // (streams, left + frames), nonzero: masked; or null
   int64_t streams;
   float* scratch;  // layer_scratch_floats(plan, streams)
-  ChunkWorkers workers;
+  Workers workers;
 };
 int64_t layer_scratch_floats(const ChunkPlan& plan, int64_t streams);
 

@@ -165,6 +165,7 @@ void residual_norm();
 void rnnt_joiner();
 void toeplitz_attention();
 void segment_attention();
+void emformer_step();
 void rnnt_lattice();
 void rnnt_pruned_lattice();
 void simd();

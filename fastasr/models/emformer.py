@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastasr.models import emformer_streaming
 from fastasr.ops import linear, residual_norm, segment_attention
 from fastasr.ops.segment_attention import key_rows, query_rows, segments_of
 
@@ -438,6 +439,23 @@ def _infer(
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     if state is None:
         state = _new_state(layer, utterance)
+    by_operations = functools.partial(_infer_by_operations, layer)
+    done = emformer_streaming.step(layer, utterance, right_context, state, mems, step, by_operations)
+    if done is None:
+        done = by_operations(utterance, right_context, state, mems, step)
+    y, next_right_context, next_mems, *state[:] = done
+    return y, next_right_context, state, next_mems
+
+
+def _infer_by_operations(
+    layer: nn.Module,
+    utterance: Tensor,
+    right_context: Tensor,
+    state: list[Tensor],
+    mems: Tensor,
+    step: _Step,
+) -> tuple[Tensor, ...]:
+    """The utterance and right context encoded, the next layer's mems, the four states after the segment."""
     attention, frames, right = layer.attention, utterance.shape[0], right_context.shape[0]
     memory, left = (layer.max_memory_size if layer.use_mem else 0), layer.left_context_length
     x = torch.cat([right_context, utterance])
@@ -471,11 +489,9 @@ def _infer(
         weights_dropout=dropout,
     )
     y, next_mems = _finished(layer, mixed, x)
-    if memory:
-        state[0] = torch.cat([old[0], mems])[-memory:]
-    state[1], state[2] = (t[front:].index_select(0, step.kept) for t in (key, value))
-    state[3] = state[3] + frames
-    return y[right:], y[:right], state, next_mems
+    remembered = torch.cat([old[0], mems])[-memory:] if memory else state[0]
+    left_context = (t[front:].index_select(0, step.kept) for t in (key, value))
+    return y[right:], y[:right], next_mems, remembered, *left_context, state[3] + frames
 
 
 def _step_dropout(query: Tensor, attention: nn.Module, sizes: tuple[int, ...], step: _Step) -> Tensor:

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/emformer_step.h"
+
+#include <optional>
+#include <vector>
+
+#include "bindings/packed_weights.h"
+#include "bindings/pooled.h"
+#include "cpu/activation.h"
+
+namespace fastasr {
+namespace {
+
+using cpu::EmformerLayout;
+
+// numbers: dim, heads, inner, activation, whether memory goes through tanh.
+EmformerLayout layout_of(const std::vector<int64_t>& n, const std::vector<double>& eps) {
+  STD_TORCH_CHECK(n.size() == 5 && eps.size() == 3 && n[0] > 0 && n[1] > 0 && n[2] > 0 && n[0] % n[1] == 0 &&
+                      n[3] >= 0 && n[3] < cpu::kActivations,
+                  "emformer_layer: the numbers describe no layer");
+  return EmformerLayout({n[0], n[1], n[2], n[3], n[4] != 0, {eps[0], eps[1], eps[2]}});
+}
+
+// weights and biases in the order of cpu::EmformerProduct, norms (weight and bias of each) in that of EmformerNorm.
+Tensor emformer_layer_pack(std::vector<int64_t> numbers, std::vector<double> eps, std::vector<Tensor> weights,
+                           std::vector<Tensor> biases, std::vector<Tensor> norms) {
+  const EmformerLayout l = layout_of(numbers, eps);
+  STD_TORCH_CHECK(weights.size() == cpu::kEmformerProducts && biases.size() == cpu::kEmformerProducts &&
+                      norms.size() == 2 * cpu::kEmformerNorms,
+                  "emformer_layer_pack: expected 5 weights, 5 biases and 6 tensors of norms");
+  for (size_t i = 0; i < weights.size(); i++)
+    check_floats(weights[i], l.outputs[i] * l.inputs[i], "a weight"), check_floats(biases[i], l.outputs[i], "a bias");
+  for (const Tensor& t : norms) check_floats(t, l.shape.dim, "a norm's parameter");
+  const Tensor packed = on_huge_pages(weights[0], l.total);
+  auto* const arena = mutable_data<float>(packed);
+  parallel_range(cpu::kEmformerProducts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      cpu::emformer_pack_product(l, static_cast<cpu::EmformerProduct>(i), data<float>(weights[static_cast<size_t>(i)]),
+                                 data<float>(biases[static_cast<size_t>(i)]), arena);
+  });
+  for (size_t i = 0; i < cpu::kEmformerNorms; i++)
+    cpu::emformer_pack_norm(l, static_cast<cpu::EmformerNorm>(i), data<float>(norms[2 * i]),
+                            data<float>(norms[2 * i + 1]), arena);
+  return packed;
+}
+
+cpu::Sequence<const float> sequence(const Tensor& t, int64_t rows, int64_t streams, int64_t dim, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 3 && t.size(0) == rows &&
+                      t.size(1) == streams && t.size(2) == dim && (dim == 1 || t.stride(2) == 1),
+                  "emformer_layer_step: ", name, " is not (", rows, ", ", streams, ", ", dim, ") with dense channels");
+  return {data<float>(t), t.stride(0), t.stride(1)};
+}
+
+const int64_t* integers(const Tensor& t, int64_t count, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.numel() == count,
+                  "emformer_layer_step: ", name);
+  return data<int64_t>(t);
+}
+
+// Rows [begin, end) of t (rows, streams, dim), contiguous.
+Tensor rows_of(const Tensor& t, int64_t begin, int64_t end) {
+  const int64_t sizes[3] = {end - begin, t.size(1), t.size(2)}, strides[3] = {t.stride(0), t.stride(1), 1};
+  AtenTensorHandle view;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 3, sizes, strides, begin * t.stride(0), &view));
+  return Tensor(view);
+}
+
+Tensor new_rows(const Tensor& like, int64_t rows, int64_t streams, int64_t dim) {
+  const int64_t sizes[3] = {rows, streams, dim}, strides[3] = {streams * dim, dim, 1};
+  return new_strided(like, 3, sizes, strides);
+}
+
+// utterance (S, B, D), right_context (R, B, D), mems (1, B, D) or anything where there is no memory; states (M, B, D),
+// (L, B, D) twice and (1, B) int32; lengths (B,) or none, history (2,) and kept (L,) as in cpu::EmformerSegment ->
+// the utterance and right context encoded, the next layer's mems, the four states after it.
+std::vector<Tensor> emformer_layer_step(std::vector<int64_t> numbers, std::vector<double> eps, Tensor packed,
+                                        Tensor utterance, Tensor right_context, Tensor mems, std::vector<Tensor> states,
+                                        std::optional<Tensor> lengths, Tensor history, Tensor kept, int64_t threads) {
+  const EmformerLayout l = layout_of(numbers, eps);
+  const int64_t dim = l.shape.dim;
+  check_floats(packed, l.total, "packed");
+  STD_TORCH_CHECK(utterance.dim() == 3 && right_context.dim() == 3 && utterance.size(0) > 0 && threads > 0 &&
+                      states.size() == 4 && states[0].dim() == 3 && states[1].dim() == 3,
+                  "emformer_layer_step: utterance, right_context or states");
+  const int64_t frames = utterance.size(0), streams = utterance.size(1), right = right_context.size(0);
+  const int64_t memory = states[0].size(0), left = states[1].size(0);
+  check_floats(states[0], memory * streams * dim, "memory");
+  check_floats(states[1], left * streams * dim, "keys"), check_floats(states[2], left * streams * dim, "values");
+  const Tensor& past = states[3];
+  STD_TORCH_CHECK(past.is_cpu() && past.scalar_type() == ScalarType::Int && past.is_contiguous(),
+                  "emformer_layer_step: frames so far");
+  const int64_t* rows_kept = integers(kept, left, "kept");
+  for (int64_t i = 0; i < left; i++)
+    STD_TORCH_CHECK(rows_kept[i] >= 0 && rows_kept[i] < left + frames, "emformer_layer_step: kept");
+
+  const Tensor y = new_rows(utterance, right + frames, streams, dim);
+  const Tensor next_mems = new_rows(utterance, memory ? 1 : 0, streams, dim);
+  const Tensor next_past = new_contiguous(past);
+  for (int64_t i = 0; i < past.numel(); i++)
+    mutable_data<int32_t>(next_past)[i] = data<int32_t>(past)[i] + static_cast<int32_t>(frames);
+  std::vector<Tensor> out{rows_of(y, right, right + frames), rows_of(y, 0, right), next_mems};
+  for (size_t i = 0; i < 3; i++) out.push_back(new_rows(utterance, states[i].size(0), streams, dim));
+  out.push_back(next_past);
+
+  cpu::EmformerSegment segment{l,
+                               data<float>(packed),
+                               streams,
+                               frames,
+                               right,
+                               left,
+                               memory,
+                               sequence(utterance, frames, streams, dim, "utterance"),
+                               sequence(right_context, right, streams, dim, "right_context"),
+                               {},
+                               data<float>(states[0]),
+                               data<float>(states[1]),
+                               data<float>(states[2]),
+                               lengths ? integers(*lengths, streams, "lengths") : nullptr,
+                               integers(history, 2, "history"),
+                               rows_kept,
+                               mutable_data<float>(y),
+                               mutable_data<float>(next_mems),
+                               mutable_data<float>(out[3]),
+                               mutable_data<float>(out[4]),
+                               mutable_data<float>(out[5]),
+                               nullptr,
+                               {threads, run_parts}};
+  if (memory) segment.mems = sequence(mems, 1, streams, dim, "mems");
+  const Scratch<float> scratch(cpu::emformer_scratch_floats(segment));
+  segment.scratch = scratch.data();
+  cpu::emformer_step(segment);
+  return out;
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def("emformer_layer_pack(int[] numbers, float[] eps, Tensor[] weights, Tensor[] biases, Tensor[] norms) -> Tensor");
+  m.def(
+      "emformer_layer_step(int[] numbers, float[] eps, Tensor packed, Tensor utterance, Tensor right_context, "
+      "Tensor mems, Tensor[] states, Tensor? lengths, Tensor history, Tensor kept, int threads) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("emformer_layer_pack", TORCH_BOX(&fastasr::emformer_layer_pack));
+  m.impl("emformer_layer_step", TORCH_BOX(&fastasr::emformer_layer_step));
+}

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One segment of a stream through an Emformer layer in one native call, with the states as torchaudio's tensors.
+
+A segment is a few frames, so a layer costs what reading its weights costs: they are packed once, in the order in which
+a segment reads them, into one block of memory on huge pages (csrc/cpu/emformer_step.h). **This doubles the memory of
+the layer's weights**; ``layer.packed_streaming = False`` declines it, and the operations are called one by one.
+
+The packed copy is made at a layer's first segment, when its result is compared with that of the operations, and made
+again when a parameter, a submodule or a forward has changed: it remembers the identity, the version counter and the
+address of every parameter. Writing through ``parameter.data`` changes none of these, nor does assigning a plain
+attribute such as a norm's ``eps``: call :func:`forget` after it.
+"""
+
+import weakref
+
+import torch
+from torch import nn
+
+from fastasr.models.module_state import ModuleState
+from fastasr.models.zipformer.inference import any_hooked, is_plain_inference
+from fastasr.ops import _activation, _dispatch
+
+# Rows of a segment: its frames, right context, summary and memory, times streams. Beyond, a product of matrices reads
+# the weights as fast as it computes.
+MOST_ROWS = 128
+
+# Of a layer's results, between the native call and the operations, by rms.
+AGREEMENT = 1e-4
+
+_ACTIVATIONS = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
+_WATCHED = "a submodule has hooks, or is in training mode"
+
+
+def step(layer, utterance, right_context, state, mems, shared, by_operations):
+    """[utterance, right context, next mems, the four states after it] of a segment, or None where the native call does
+    not serve.
+
+    It serves layers in eval mode, without gradients, in float32 on the CPU, for segments of the layer's length, with
+    their right context and memory at most 128 rows. ``shared``: what the layers of the step have in common (lengths,
+    history, kept). ``by_operations`` gives the same for arguments of the same kind.
+    """
+    if (
+        not is_plain_inference(layer, utterance, layer.attention.out_proj.weight, 3)
+        or torch.jit.is_tracing()
+        or _dispatch.forced_backend() not in ("auto", "cpu")
+        or _dispatch.native_library() is None
+        or not getattr(layer, "packed_streaming", True)
+    ):
+        return None
+    packed = _PACKED.get(layer)
+    if packed is None or not packed.fresh():
+        packed = _PACKED[layer] = _PackedLayer(layer, by_operations)
+    if packed.reason or not packed.fits(utterance, right_context, state, mems):
+        return None
+    return packed.run(utterance, right_context, state, mems, shared)
+
+
+def why_not(layer):
+    """Why :func:`step` never serves this layer as it is; "" when it does, None before its first segment."""
+    packed = _PACKED.get(layer)
+    return None if packed is None or not packed.fresh() else packed.reason
+
+
+def forget(layer):
+    """Drop the packed weights; the next segment packs anew."""
+    _PACKED.pop(layer, None)
+
+
+_PACKED = weakref.WeakKeyDictionary()
+
+
+class _PackedLayer:
+    """The weights of a layer as the native call reads them, or the reason why there are none."""
+
+    def __init__(self, layer, by_operations):
+        self._state = ModuleState(layer, methods=("forward", "infer"))
+        self.reason = _WATCHED if self._state.watched() else _why_never(layer)
+        if not self.reason and not self._state.traceable():
+            self.reason = "parameters were made in inference mode, where changes leave no trace"
+        if self.reason:
+            return
+        try:
+            self._pack(layer)
+            error = self._disagreement(by_operations)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as failure:
+            self.reason = f"its parts do not fit each other: {failure}"
+        else:
+            self.reason = "" if error <= AGREEMENT else "its operations compute something else"
+
+    def fresh(self):
+        watched = self.reason == _WATCHED
+        return self._state.watched() == watched and self._state.unchanged()
+
+    @torch.no_grad()
+    def _pack(self, layer):
+        attention, ff = layer.attention, layer.pos_ff
+        linears = attention.emb_to_key_value, attention.emb_to_query, attention.out_proj, ff[1], ff[4]
+        norms = layer.layer_norm_input, ff[0], layer.layer_norm_output
+        self._dim, self._segment = attention.input_dim, layer.segment_length
+        self._memory = layer.max_memory_size if layer.use_mem else 0
+        self._left = layer.left_context_length
+        activation = _activation.NAMES.index(_ACTIVATIONS[type(ff[2])])
+        inner, tanh = ff[1].out_features, int(attention.tanh_on_mem)
+        self._numbers = [self._dim, attention.num_heads, inner, activation, tanh]
+        self._eps = [float(norm.eps) for norm in norms]
+        self._weights = torch.ops.fastasr_cpu.emformer_layer_pack.default(
+            self._numbers,
+            self._eps,
+            [linear.weight.contiguous() for linear in linears],
+            [_dense(linear.bias, linear.weight[:, 0], 0.0) for linear in linears],
+            [
+                _dense(parameter, attention.out_proj.weight[:, 0], missing)
+                for norm in norms
+                for parameter, missing in ((norm.weight, 1.0), (norm.bias, 0.0))
+            ],
+        )
+
+    @torch.no_grad()
+    def _disagreement(self, by_operations):
+        """The error of a segment of two streams with 2 frames of right context, against the operations."""
+        streams, right = 2, 2
+        rows = self._segment, right, min(1, self._memory), self._memory, self._left, self._left
+        waves = [
+            torch.arange(1.0, n * streams * self._dim + 1)
+            .mul_(0.7 + 0.1 * i)
+            .sin_()
+            .view(n, streams, self._dim)
+            for i, n in enumerate(rows)
+        ]
+        utterance, right_context, mems, *before = waves
+        past = torch.full((1, streams), self._left + self._segment * self._memory, dtype=torch.int32)
+        shared = _Full(self._left, self._memory, self._segment)
+        expected = by_operations(utterance, right_context, [*before, past], mems, shared)
+        got = self.run(utterance, right_context, [*before, past], mems, shared)
+        errors = [
+            ((a - b).double().norm() / b.double().norm().clamp(min=1e-9)).item()
+            for a, b in zip(got, expected, strict=True)
+        ]
+        return max(errors) if all(error == error for error in errors) else float("inf")
+
+    def fits(self, utterance, right_context, state, mems):
+        """Whether these are arguments of a segment that needs no conversion."""
+        frames, streams, dim = utterance.shape
+        rows = self._memory, self._left, self._left
+        return (
+            frames == self._segment
+            and dim == self._dim
+            and streams * (frames + right_context.shape[0] + self._memory + 1) <= MOST_ROWS
+            and _plain(utterance)
+            and right_context.shape[1:] == (streams, dim)
+            and _plain(right_context)
+            and (not self._memory or (mems.shape == (1, streams, dim) and _plain(mems)))
+            and all(t.shape == (n, streams, dim) and _plain(t) for t, n in zip(state[:3], rows, strict=True))
+            and state[3].dtype is torch.int32
+            and state[3].shape == (1, streams)
+            and state[3].is_cpu
+        )
+
+    def run(self, utterance, right_context, state, mems, shared):
+        return torch.ops.fastasr_cpu.emformer_layer_step.default(
+            self._numbers,
+            self._eps,
+            self._weights,
+            utterance,
+            right_context,
+            mems,
+            [t.contiguous() for t in state],
+            shared.lengths,
+            shared.history,
+            shared.kept,
+            torch.get_num_threads(),
+        )
+
+
+class _Full:
+    """What layers share in the step of a stream whose left context and memory are full."""
+
+    def __init__(self, left, memory, frames):
+        self.lengths, self.behind = None, torch.zeros((), dtype=torch.int64)
+        self.history = torch.tensor([left, memory])
+        self.kept = torch.arange(frames, frames + left)
+
+
+def _plain(t):
+    return (
+        type(t) in _dispatch.PLAIN
+        and t.dtype is torch.float32
+        and t.is_cpu
+        and (t.numel() == 0 or t.stride(2) == 1)
+    )
+
+
+def _dense(parameter, like, missing):
+    return like.new_full(like.shape, missing) if parameter is None else parameter.contiguous()
+
+
+def _why_never(layer):
+    """What only a change of the layer can change."""
+    if any(type(p) not in _dispatch.PLAIN or not p.is_cpu for p in layer.parameters()):
+        return "not all parameters are plain tensors on the CPU"
+    if any(p.dtype is not torch.float32 for p in layer.parameters()):
+        return "not all parameters are float32"
+    for name in ("attention.emb_to_key_value", "attention.emb_to_query", "attention.out_proj"):
+        if not _is_a(layer.get_submodule(name), nn.Linear):
+            return f"{name} is not a plain Linear"
+    for name in ("layer_norm_input", "layer_norm_output"):
+        if not _is_a(layer.get_submodule(name), nn.LayerNorm):
+            return f"{name} is not a plain LayerNorm"
+    parts = tuple(layer.pos_ff)
+    kinds = (nn.LayerNorm, nn.Linear, tuple(_ACTIVATIONS), nn.Dropout, nn.Linear, nn.Dropout)
+    if len(parts) != len(kinds) or not all(map(_is_a, parts, kinds)):
+        return "pos_ff is not LayerNorm, Linear, ReLU, GELU or SiLU, Dropout, Linear, Dropout"
+    if getattr(parts[2], "approximate", "none") != "none":
+        return "the GELU is an approximate one"
+    if not _is_a(layer.dropout, nn.Dropout):
+        return "dropout is not a plain Dropout"
+    return "" if not any_hooked(layer.modules()) else _WATCHED
+
+
+def _is_a(module, kinds):
+    """Whether this is one of these modules, and no more than its class and parameters."""
+    bound = vars(module).get("forward")
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    return type(module) in kinds and (bound is None or hasattr(bound, "fastasr_forward"))

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A segment through a layer in one native call: what the operations give, and only where it may be taken."""
+
+import copy
+
+import pytest
+import torch
+
+import fastasr
+from fastasr.models import emformer, emformer_streaming
+
+LIMIT = 5e-6  # of the rms of each result, against float64
+
+SIZES = {
+    "memory": {"segment_length": 4, "left_context_length": 6, "max_memory_size": 3},
+    "tanh": {
+        "segment_length": 5, "left_context_length": 2, "max_memory_size": 1, "tanh_on_mem": True, "activation": "gelu",
+    },
+    "no memory": {"segment_length": 3, "left_context_length": 7, "activation": "silu"},
+    "no context": {"segment_length": 2},
+}  # fmt: skip
+
+
+def _layer(dim=24, heads=3, ffn=70, **options):
+    torch.manual_seed(3)
+    layer = emformer.EmformerLayer(dim, heads, ffn, **(SIZES["memory"] | options)).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return layer
+
+
+def _segment(layer, streams=2, right=2, past=9, lengths=None):
+    """Arguments of the step: the utterance lies batch first, as the encoder has it."""
+    dim, frames, memory = layer.input_dim, layer.segment_length, layer.max_memory_size
+    x = torch.randn(streams, frames + right, dim).transpose(0, 1)
+    rows = memory, layer.left_context_length, layer.left_context_length
+    state = [torch.randn(n, streams, dim) for n in rows]
+    state.append(torch.full((1, streams), past, dtype=torch.int32))
+    lengths = torch.full((streams,), frames) if lengths is None else torch.tensor(lengths)
+    shared = emformer._Step(layer, frames, streams, lengths, state[3], x.device)
+    return x[:frames], x[frames:], state, torch.randn(min(1, memory), streams, dim), shared
+
+
+def _wide(segment):
+    utterance, right_context, state, mems, shared = segment
+    return (
+        utterance.double(),
+        right_context.double(),
+        [*(t.double() for t in state[:3]), state[3]],
+        mems.double(),
+        shared,
+    )
+
+
+def _by_operations(layer):
+    return lambda *segment: emformer._infer_by_operations(layer, *segment)
+
+
+def _step(layer, segment):
+    return emformer_streaming.step(layer, *segment, _by_operations(layer))
+
+
+def _assert_close(got, expected):
+    assert len(got) == len(expected) == 7
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.shape == theirs.shape
+        if theirs.numel():
+            assert ((ours.double() - theirs).norm() <= LIMIT * theirs.double().norm()).item()
+
+
+def _served(layer, segment):
+    """What the native call gives; it has to serve."""
+    out = _step(layer, segment)
+    assert out is not None, emformer_streaming.why_not(layer)
+    return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(("dim", "heads", "streams", "right"), [(24, 3, 2, 2), (66, 2, 1, 0), (64, 1, 3, 1)])
+def test_a_segment(options, dim, heads, streams, right):
+    """From the first segment to full contexts, all frames and fewer."""
+    layer = _layer(dim, heads, **options)
+    exact = copy.deepcopy(layer).double()
+    short = [layer.segment_length - 1 - i % 2 for i in range(streams)]
+    for past, lengths in ((0, None), (5, None), (40, None), (40, short)):
+        segment = _segment(layer, streams, right, past, lengths)
+        got = _served(layer, segment)
+        _assert_close(got, _by_operations(exact)(*_wide(segment)))
+        state = list(segment[2])
+        y, block, state, mems = emformer._infer(layer, *segment[:2], state, *segment[3:])
+        assert all(torch.equal(a, b) for a, b in zip((y, block, mems, *state), got, strict=True))
+
+
+@torch.no_grad()
+def test_streams_and_threads_change_no_bit():
+    layer = _layer(128, 4, 200, segment_length=8)
+    together = _segment(layer, 3, 4)
+    got = _served(layer, together)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2 if threads == 1 else 1)
+    try:
+        again = _served(layer, together)
+    finally:
+        torch.set_num_threads(threads)
+    utterance, right_context, state, mems, shared = together
+    one = slice(1, 2)
+    alone = utterance[:, one], right_context[:, one], [t[:, one] for t in state], mems[:, one], shared
+    shared.lengths = None
+    for a, b, c in zip(got, again, _served(layer, alone), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a[:, one], c)
+
+
+@torch.no_grad()
+def test_changes_are_seen():
+    layer = _layer()
+    segment = _segment(layer)
+    _served(layer, segment)
+    layer.pos_ff[1].weight.mul_(1.5)
+    _assert_close(_served(layer, segment), _by_operations(layer)(*segment))
+    layer.attention.out_proj.bias = torch.nn.Parameter(torch.ones_like(layer.attention.out_proj.bias))
+    _assert_close(_served(layer, segment), _by_operations(layer)(*segment))
+    layer.load_state_dict(_layer(activation="gelu").state_dict())
+    _assert_close(_served(layer, segment), _by_operations(layer)(*segment))
+    layer.layer_norm_input.weight.data.add_(1.0)
+    emformer_streaming.forget(layer)
+    _assert_close(_served(layer, segment), _by_operations(layer)(*segment))
+    other = copy.deepcopy(layer)
+    other.layer_norm_output.bias.add_(1.0)
+    _assert_close(_served(other, segment), _by_operations(other)(*segment))
+    _assert_close(_served(layer, segment), _by_operations(layer)(*segment))
+
+
+def test_what_is_declined():
+    layer = _layer()
+    segment = _segment(layer)
+    assert _step(layer, segment) is None  # gradients
+    with torch.no_grad():
+        _served(layer, segment)
+        seen = []
+        hook = layer.pos_ff[2].register_forward_hook(lambda *a: seen.append(1))
+        assert _step(layer, segment) is None
+        emformer._infer(layer, *segment[:2], list(segment[2]), *segment[3:])
+        assert seen == [1]
+        hook.remove()
+        _served(layer, segment)
+        layer.dropout.train()
+        assert _step(layer, segment) is None
+        layer.eval()
+        _served(layer, segment)
+        with fastasr.backend("eager"):
+            assert _step(layer, segment) is None
+        layer.packed_streaming = False
+        assert _step(layer, segment) is None
+        layer.packed_streaming = True
+        assert _step(layer, _segment(layer, streams=13)) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert _step(layer, segment) is None
+        utterance, right_context, state, mems, shared = segment
+        assert _step(layer, (utterance[:3], right_context, state, mems, shared)) is None
+        assert _step(layer, (utterance, right_context, state, mems.expand(2, -1, -1), shared)) is None
+        assert _step(layer.double(), _wide(segment)) is None
+        layer.float()
+        _served(layer, segment)
+
+
+@torch.no_grad()
+def test_a_submodule_that_computes_something_else_is_called():
+    layer = _layer()
+    segment = _segment(layer)
+    layer.pos_ff[2] = torch.nn.Tanh().eval()
+    assert _step(layer, segment) is None
+    assert "pos_ff" in emformer_streaming.why_not(layer)
+    layer.pos_ff[2] = torch.nn.GELU(approximate="tanh").eval()
+    assert _step(layer, segment) is None
+    assert "approximate" in emformer_streaming.why_not(layer)
+    layer.pos_ff[2] = torch.nn.GELU().eval()
+    _served(layer, segment)
+    layer.memory_op = torch.nn.AvgPool1d(1, 1).eval()
+    assert _step(layer, segment) is None
+    assert emformer_streaming.why_not(layer) == "its operations compute something else"
+    emformer._infer(layer, *segment[:2], list(segment[2]), *segment[3:])
+
+
+@torch.no_grad()
+def test_a_stream_through_swapped_layers():
+    """torchaudio's layers, swapped, take the same path and give the same bits as ours."""
+    upstream = pytest.importorskip("torchaudio.models.emformer")
+    options = {
+        "left_context_length": 5,
+        "right_context_length": 2,
+        "max_memory_size": 2,
+        "activation": "gelu",
+    }
+    torch.manual_seed(0)
+    theirs = upstream.Emformer(24, 3, 40, 2, 4, **options).eval()
+    ours = emformer.Emformer(24, 3, 40, 2, 4, **options).eval()
+    ours.load_state_dict(theirs.state_dict())
+    fastasr.accelerate(theirs)
+    x, states = torch.randn(2, 26, 24), [None, None]
+    for step in range(6):
+        chunk, found = x[:, 4 * step : 4 * step + 6], []
+        for i, model in enumerate((ours, theirs)):
+            y, _, states[i] = model.infer(chunk, torch.tensor([6, 6 - step // 5]), states[i])
+            found.append([y, *(t for layer in states[i] for t in layer)])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    for model in (ours, theirs):
+        assert [emformer_streaming.why_not(layer) for layer in model.emformer_layers] == ["", ""]
