@@ -30,6 +30,27 @@ class Workspace {
   C* data_;
 };
 
+inline void set_masks(AttentionProblem& a, const OptionalTensor& padding, const OptionalTensor& mask, const char* op) {
+  const auto check_mask = [&](const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Bool && t.is_contiguous(), op, ": ", name);
+  };
+  if (padding.has_value()) {
+    check_mask(*padding, "key_padding_mask");
+    STD_TORCH_CHECK(padding->dim() == 2 && padding->size(0) == a.batch && padding->size(1) == a.keys(), op,
+                    ": sizes of key_padding_mask");
+    a.padding = data<uint8_t>(*padding);
+  }
+  if (mask.has_value()) {
+    check_mask(*mask, "attn_mask");
+    const int64_t d = mask->dim();
+    STD_TORCH_CHECK((d == 2 || (d == 3 && mask->size(0) == a.batch)) && mask->size(d - 2) == a.frames &&
+                        mask->size(d - 1) == a.keys(),
+                    op, ": sizes of attn_mask");
+    a.mask = data<uint8_t>(*mask);
+    a.mask_per_sequence = d == 3;
+  }
+}
+
 inline AttentionProblem checked_problem(const Tensor& x, const OptionalTensor& pos, const OptionalTensor& cached_key,
                                         const OptionalTensor& padding, const OptionalTensor& mask, int64_t heads,
                                         int64_t query_dim, int64_t chunk, int64_t left_chunks, const char* op) {
@@ -54,24 +75,7 @@ inline AttentionProblem checked_problem(const Tensor& x, const OptionalTensor& p
                     op, ": sizes of pos");
     a.pos_batch = a.pos_dim > 0 ? (pos->size(0) == 1 ? 1 : a.batch) : 0;
   }
-  const auto check_mask = [&](const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Bool && t.is_contiguous(), op, ": ", name);
-  };
-  if (padding.has_value()) {
-    check_mask(*padding, "key_padding_mask");
-    STD_TORCH_CHECK(padding->dim() == 2 && padding->size(0) == a.batch && padding->size(1) == a.keys(), op,
-                    ": sizes of key_padding_mask");
-    a.padding = data<uint8_t>(*padding);
-  }
-  if (mask.has_value()) {
-    check_mask(*mask, "attn_mask");
-    const int64_t d = mask->dim();
-    STD_TORCH_CHECK((d == 2 || (d == 3 && mask->size(0) == a.batch)) && mask->size(d - 2) == a.frames &&
-                        mask->size(d - 1) == a.keys(),
-                    op, ": sizes of attn_mask");
-    a.mask = data<uint8_t>(*mask);
-    a.mask_per_sequence = d == 3;
-  }
+  set_masks(a, padding, mask, op);
   return a;
 }
 

@@ -132,7 +132,7 @@ void strip_gradients(const AttentionProblem& a, const Strip& t, const Window& w,
     tiles.queries(ds, stride, key_rows, dim, j, std::min(j + kQueryChain, w.end), part);
     row_rescaled(dq, part, t.rows * dim, C(1));
   }
-  tiles.keys(ds, stride, q, dim, w.begin, w.end, dk, next.first, next.second, next.bytes);
+  tiles.keys(ds, stride, t.rows, q, dim, w.begin, w.end, dk, next.first, next.second, next.bytes);
   if (a.pos_batch) {
     const int64_t shift = kAttentionMargin + a.frames - 1 - t.begin;
     for (int64_t e = 0; e < pos; e += kAttentionPositions) {

@@ -71,10 +71,11 @@ FASTASR_INLINE void queries_body(const C* __restrict ds, int64_t stride, const C
   }
 }
 
-// A tile of R keys; the strip has R rows too.
+// A tile of R keys.
 template <typename C, int R, int L>
-FASTASR_INLINE void keys_body(const C* __restrict ds, int64_t stride, const C* __restrict q, int64_t depth, int64_t j0,
-                              int64_t j1, C* __restrict dk, const char* next0, const char* next1, int64_t next_bytes) {
+FASTASR_INLINE void keys_body(const C* __restrict ds, int64_t stride, int64_t queries, const C* __restrict q,
+                              int64_t depth, int64_t j0, int64_t j1, C* __restrict dk, const char* next0,
+                              const char* next1, int64_t next_bytes) {
   for (int64_t j = j0; j < j1; j += R) {
     for (int64_t e = 0; e < R * next_bytes; e += 64) {
       if (next0) __builtin_prefetch(next0 + j * next_bytes + e);
@@ -83,12 +84,15 @@ FASTASR_INLINE void keys_body(const C* __restrict ds, int64_t stride, const C* _
     for (int64_t d = 0; d < depth; d += L) {
       alignas(64) C tile[R][L];
       zero(tile);
-      for (int m = 0; m < R; m++) {
+      const C *weight = ds + j, *row = q + d;
+      int64_t m = 0;
+      do {  // a loop that may be left at once would have the tile on the stack
         FASTASR_UNROLL for (int e = 0; e < R; e++) {
-          const C v = ds[m * stride + j + e];
-          FASTASR_SIMD for (int n = 0; n < L; n++) tile[e][n] += v * q[m * depth + d + n];
+          const C v = weight[e];
+          FASTASR_SIMD for (int n = 0; n < L; n++) tile[e][n] += v * row[n];
         }
-      }
+        weight += stride, row += depth;
+      } while (++m < queries);
       FASTASR_UNROLL for (int e = 0; e < R; e++) {
         FASTASR_SIMD for (int n = 0; n < L; n++) dk[(j + e) * depth + d + n] += tile[e][n];
       }
@@ -145,14 +149,14 @@ FASTASR_INLINE void offsets_body(const C* __restrict ds, int64_t stride, const C
                                                              int64_t j0, int64_t j1, C* dq) {                          \
     queries_body<C, R, L / 2>(ds, stride, k, depth, j0, j1, dq);                                                       \
   }                                                                                                                    \
-  TARGET __attribute__((noinline)) static void NAME##_keys(const C* ds, int64_t stride, const C* q, int64_t depth,     \
-                                                           int64_t j0, int64_t j1, C* dk, const char* next0,           \
-                                                           const char* next1, int64_t next_bytes) {                    \
-    keys_body<C, R, L>(ds, stride, q, depth, j0, j1, dk, next0, next1, next_bytes);                                    \
+  TARGET __attribute__((noinline)) static void NAME##_keys(const C* ds, int64_t stride, int64_t queries, const C* q,   \
+                                                           int64_t depth, int64_t j0, int64_t j1, C* dk,               \
+                                                           const char* next0, const char* next1, int64_t next_bytes) { \
+    keys_body<C, R, L>(ds, stride, queries, q, depth, j0, j1, dk, next0, next1, next_bytes);                           \
   }                                                                                                                    \
-  TARGET __attribute__((noinline)) static void NAME##_narrow_keys(const C* ds, int64_t stride, const C* q,             \
-                                                                  int64_t depth, int64_t j0, int64_t j1, C* dk) {      \
-    keys_body<C, R, L / 2>(ds, stride, q, depth, j0, j1, dk, nullptr, nullptr, 0);                                     \
+  TARGET __attribute__((noinline)) static void NAME##_narrow_keys(                                                     \
+      const C* ds, int64_t stride, int64_t queries, const C* q, int64_t depth, int64_t j0, int64_t j1, C* dk) {        \
+    keys_body<C, R, L / 2>(ds, stride, queries, q, depth, j0, j1, dk, nullptr, nullptr, 0);                            \
   }                                                                                                                    \
   TARGET __attribute__((noinline)) static void NAME##_positions(                                                       \
       const C* ds, int64_t stride, const C* rt, int64_t rt_stride, int64_t j0, int64_t j1, C* dp, int64_t dp_stride) { \

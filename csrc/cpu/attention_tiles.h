@@ -34,12 +34,13 @@ struct AttentionTiles {
   // The same for a depth that is a multiple of kAttentionPad / 2 alone.
   void (*narrow)(const C* ds, int64_t stride, const C* k, int64_t depth, int64_t j0, int64_t j1, C* dq);
 
-  // dk[j][d] += sum_m ds[m][j] q[m][d], j0 <= j < j1.
-  void (*keys)(const C* ds, int64_t stride, const C* q, int64_t depth, int64_t j0, int64_t j1, C* dk, const char* next0,
-               const char* next1, int64_t next_bytes);
+  // dk[j][d] += sum_m ds[m][j] q[m][d], m < queries, j0 <= j < j1. At least one query; they are added in one chain.
+  void (*keys)(const C* ds, int64_t stride, int64_t queries, const C* q, int64_t depth, int64_t j0, int64_t j1, C* dk,
+               const char* next0, const char* next1, int64_t next_bytes);
 
   // The same for a depth that is a multiple of kAttentionPad / 2 alone; nothing is prefetched.
-  void (*narrow_keys)(const C* ds, int64_t stride, const C* q, int64_t depth, int64_t j0, int64_t j1, C* dk);
+  void (*narrow_keys)(const C* ds, int64_t stride, int64_t queries, const C* q, int64_t depth, int64_t j0, int64_t j1,
+                      C* dk);
 
   // dp[m][e] = sum_j ds[m][j] rt[e][j - m], e < 4.
   void (*positions)(const C* ds, int64_t stride, const C* rt, int64_t rt_stride, int64_t j0, int64_t j1, C* dp,

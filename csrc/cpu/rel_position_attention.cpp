@@ -198,9 +198,9 @@ void backward_strip(const AttentionProblem& a, const ValueShape& v, const KeyRan
     if (!stored) std::memset(s.weights + m * padded + w.begin, 0, sizeof(C) * static_cast<size_t>(w.end - w.begin));
   }
   if (s.depth % kAttentionPad)
-    tiles.narrow_keys(s.weights, padded, s.rows, s.depth, w.begin, w.end, dv);
+    tiles.narrow_keys(s.weights, padded, t.rows, s.rows, s.depth, w.begin, w.end, dv);
   else
-    tiles.keys(s.weights, padded, s.rows, s.depth, w.begin, w.end, dv, nullptr, nullptr, 0);
+    tiles.keys(s.weights, padded, t.rows, s.rows, s.depth, w.begin, w.end, dv, nullptr, nullptr, 0);
   tiles.scores(s.columns, vt, padded, v.dim, nullptr, nullptr, 0, 0, w.begin, w.end, s.ds, s.ds_stride, nullptr, 0);
   for (int m = 0; m < t.rows; m++) {
     C* row = s.ds + m * s.ds_stride;

@@ -157,6 +157,7 @@ void zipformer_chunk();
 void zipformer_layer_step();
 void weighted_values();
 void mega_step();
+void rel_attention();
 void rel_position_attention();
 void rel_position_attention_weights();
 void activation();

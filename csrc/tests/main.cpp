@@ -34,6 +34,7 @@ constexpr Test kTests[] = {
     {"ema_scan", fastasr::test::ema_scan},
     {"complex_ema_scan", fastasr::test::complex_ema_scan},
     {"threads", fastasr::test::threads},
+    {"rel_attention", fastasr::test::rel_attention},
     {"rel_position_attention", fastasr::test::rel_position_attention},
     {"rel_position_attention_weights", fastasr::test::rel_position_attention_weights},
     {"activation", fastasr::test::activation},

@@ -5,27 +5,18 @@ score(i, j) = ((q_i + u) · k_j + (q_i + v) · R[j − i]) / √d, with R a proj
 """
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from fastasr import ops
 from fastasr.models.mega import plumbing
-
-
-def relative_shift(scores: Tensor) -> Tensor:
-    """(..., T, 2T − 1) by offset -> (..., T, T) by key: element (i, j) is that of offset j − i. A view."""
-    frames = scores.shape[-2]
-    if frames < 2:
-        return scores
-    # a row less one element apart, each key's scores stand in one column
-    flat = scores.flatten(-2)[..., frames - 1 : -1]
-    return flat.unflatten(-1, (frames, 2 * frames - 2))[..., :frames]
+from fastasr.ops.rel_attention import relative_shift
 
 
 class RelPositionMultiHeadedAttention(torch.nn.Module):
     """query (B, T, D), pos_emb (1, 2T − 1, D), its rows from offset −(T − 1) to T − 1 of key from query, mask (B, 1, T)
     or (B, T, T) with True where a key counts, or None -> (B, T, D).
 
-    A query that sees no key gives zeros before the last projection. The weights are not kept.
+    A query that sees no key gives zeros before the last projection. The weights are not kept. Where no dropout is
+    drawn from them they are not formed either: :func:`fastasr.ops.rel_attention`.
     """
 
     def __init__(self, n_head, n_feat, dropout_rate, zero_triu=False):
@@ -49,35 +40,41 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
     def forward(self, query, key, value, pos_emb, mask):
         batch, frames = query.shape[:2]
         q = plumbing.linear(self.linear_q, query).view(batch, frames, self.h, self.d_k)
-        k = plumbing.linear(self.linear_k, key).view(batch, -1, self.h, self.d_k).transpose(1, 2)
-        v = plumbing.linear(self.linear_v, value).view(batch, -1, self.h, self.d_k).transpose(1, 2)
+        k = plumbing.linear(self.linear_k, key).view(batch, -1, self.h, self.d_k)
+        v = plumbing.linear(self.linear_v, value).view(batch, -1, self.h, self.d_k)
         p = plumbing.linear(self.linear_pos, pos_emb).view(pos_emb.shape[0], -1, self.h, self.d_k)
-        scale = self.d_k**-0.5
-        content = (q + self.pos_bias_u).transpose(1, 2)  # (B, H, T, d)
-        position = (q + self.pos_bias_v).transpose(1, 2) * scale
-        by_offset = relative_shift(position @ p.permute(0, 2, 3, 1))  # (B, H, T, T)
-        if self.zero_triu:
-            by_offset = by_offset.tril()
-        hidden = None if mask is None else mask.unsqueeze(1).eq(0)  # (B, 1, 1 or T, T)
-        idle = plumbing.is_idle(self.dropout)
-        if idle and not torch.is_grad_enabled():
-            out = _without_gradient(content, k, v, by_offset, hidden)
+        hidden = None if mask is None else mask.eq(0)  # (B, 1 or T, T)
+        if plumbing.is_idle(self.dropout) and not self.zero_triu and len(p) == 1:
+            out = ops.rel_attention(
+                q, k, v, p[0], self.pos_bias_u, self.pos_bias_v, **_masks(hidden, batch, frames)
+            )
         else:
-            scores = torch.matmul(content * scale, k.transpose(-2, -1)) + by_offset
-            if hidden is None:
-                weights = torch.softmax(scores, dim=-1)
-            else:
-                scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-                weights = torch.softmax(scores, dim=-1).masked_fill(hidden, 0.0)
-            out = torch.matmul(plumbing.dropout(self.dropout, weights), v)
-        out = out.transpose(1, 2).reshape(batch, frames, self.h * self.d_k)
-        return plumbing.linear(self.linear_out, out)
+            out = _with_weights(self, q, k, v, p, hidden)
+        return plumbing.linear(self.linear_out, out.reshape(batch, frames, self.h * self.d_k))
 
 
-def _without_gradient(content, k, v, by_offset, hidden):
-    """The same through torch's fused attention, which takes the positions' scores as an additive mask."""
+def _with_weights(module, q, k, v, p, hidden):
+    """The formula as it stands, for dropout on the weights and for positions of past keys alone."""
+    scale = module.d_k**-0.5
+    content = (q + module.pos_bias_u).transpose(1, 2)  # (B, H, T, d)
+    position = (q + module.pos_bias_v).transpose(1, 2) * scale
+    by_offset = relative_shift(position @ p.permute(0, 2, 3, 1))  # (B, H, T, T)
+    if module.zero_triu:
+        by_offset = by_offset.tril()
+    scores = torch.matmul(content * scale, k.permute(0, 2, 3, 1)) + by_offset
     if hidden is None:
-        return F.scaled_dot_product_attention(content, k, v, attn_mask=by_offset)
-    by_offset = by_offset.masked_fill(hidden, torch.finfo(by_offset.dtype).min)
-    out = F.scaled_dot_product_attention(content, k, v, attn_mask=by_offset)
-    return out.masked_fill(hidden.all(-1, keepdim=True), 0.0)
+        weights = torch.softmax(scores, dim=-1)
+    else:
+        hidden = hidden.unsqueeze(1)  # (B, 1, 1 or T, T)
+        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+        weights = torch.softmax(scores, dim=-1).masked_fill(hidden, 0.0)
+    return torch.matmul(plumbing.dropout(module.dropout, weights), v.transpose(1, 2)).transpose(1, 2)
+
+
+def _masks(hidden, batch, frames):
+    """The op's masks for (B or 1, 1 or T, T) of hidden keys, or None."""
+    if hidden is None:
+        return {}
+    if hidden.shape[1] == 1:
+        return {"key_padding_mask": hidden[:, 0].expand(batch, -1)}
+    return {"attn_mask": hidden.expand(batch, frames, -1)}

@@ -94,12 +94,12 @@ ATTENTION = Rule(
     name="espnet.rel_position_attention",
     class_name="RelPositionMultiHeadedAttention",
     forward=models.RelPositionMultiHeadedAttention.forward,
-    kernels=("linear",),
+    kernels=("linear", "rel_attention"),
     structure=_attention_structure,
     functions=own_forward,
     known={"ea6c9473802a263c615bac55": _ESPNET},
     caches={"attn": None},
-    note="the weights are not kept in attn",
+    note="the weights are not kept in attn; while dropout is drawn from them they are formed as upstream does",
 )
 
 GATE = Rule(

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/rel_attention.h"
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "bindings/attention_problem.h"
+
+namespace fastasr {
+namespace {
+
+using cpu::RelAttention;
+using cpu::RelAttentionOperands;
+using cpu::RelAttentionSums;
+
+// Tensors of a call; contiguous.
+struct RelAttentionTensors {
+  const Tensor &q, &k, &v, &pos, &bias_u, &bias_v;
+  const OptionalTensor &padding, &mask;
+
+  template <typename T>
+  RelAttentionOperands<T> operands() const {
+    return {data<T>(q), data<T>(k), data<T>(v), data<T>(pos), data<T>(bias_u), data<T>(bias_v)};
+  }
+};
+
+RelAttention checked(const RelAttentionTensors& t, const char* op) {
+  const auto check = [&](const Tensor& x, int64_t elements, const char* name) {
+    check_like(x, t.q, op, name);
+    STD_TORCH_CHECK(x.numel() == elements, op, ": sizes of ", name);
+  };
+  STD_TORCH_CHECK(t.q.dim() == 4 && t.v.dim() == 4 && t.q.size(2) > 0 && t.q.size(3) > 0 && t.v.size(3) > 0, op,
+                  ": sizes of q or v");
+  RelAttention r{};
+  AttentionProblem& a = r.problem;
+  a.batch = t.q.size(0), a.frames = t.q.size(1), a.heads = t.q.size(2), a.query_dim = a.pos_dim = t.q.size(3);
+  a.pos_batch = 1, a.chunk = -1, a.left_chunks = -1, r.value_dim = t.v.size(3);
+  check(t.q, t.q.numel(), "q"), check(t.k, t.q.numel(), "k");
+  check(t.v, a.batch * a.frames * a.heads * r.value_dim, "v");
+  check(t.pos, a.offsets() * a.heads * a.query_dim, "pos");
+  check(t.bias_u, a.heads * a.query_dim, "bias_u"), check(t.bias_v, a.heads * a.query_dim, "bias_v");
+  set_masks(a, t.padding, t.mask, op);
+  return r;
+}
+
+Tensor new_log_sum_exp(const Tensor& q, const AttentionProblem& a) {
+  const ScalarType wide = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return torch::stable::new_empty(q, {a.batch, a.heads, a.frames}, wide);
+}
+
+std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos,
+                                                 const Tensor& bias_u, const Tensor& bias_v,
+                                                 const OptionalTensor& padding, const OptionalTensor& mask) {
+  const char* op = "rel_attention_forward";
+  const RelAttentionTensors tensors{q, k, v, pos, bias_u, bias_v, padding, mask};
+  const RelAttention r = checked(tensors, op);
+  const AttentionProblem& a = r.problem;
+  Tensor y = new_like(v), lse = new_log_sum_exp(q, a);
+  if (y.numel() == 0) return {y, lse};
+  std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
+  attention_key_ranges(a, ranges.data());
+  with_kernel_type(q.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const RelAttentionOperands<T> t = tensors.operands<T>();
+    const int64_t pairs = a.heads * a.batch, kt_size = r.keys_transposed_size(), v_size = r.values_size();
+    const int64_t rt_size = r.positions_transposed_size();
+    const Workspace<C> workspace(pairs * (kt_size + v_size) + a.heads * rt_size);
+    C *const kt = workspace.data(), *const values = kt + pairs * kt_size, *const rt = values + pairs * v_size;
+    const int64_t pack_grain = std::max<int64_t>(1, kGrain / (kt_size + v_size));
+    parallel_range(a.heads + pairs, pack_grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t hb = i - a.heads;
+        if (hb < 0)
+          cpu::rel_attention_pack_positions(r, t, i, rt + i * rt_size, static_cast<C*>(nullptr));
+        else
+          cpu::rel_attention_pack_keys(r, t, hb, kt + hb * kt_size, values + hb * v_size);
+      }
+    });
+    T* yp = mutable_data<T>(y);
+    C* lp = mutable_data<C>(lse);
+    const int64_t rows = cpu::kRelAttentionQueries, tasks = (a.frames + rows - 1) / rows;
+    parallel_range(pairs * tasks, std::max<int64_t>(1, kGrain / (rows * a.frames)), [&](int64_t begin, int64_t end) {
+      const Workspace<C> scratch(r.forward_scratch());
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t hb = i / tasks, first = i % tasks * rows;
+        cpu::rel_attention_forward(r, ranges.data(), t, kt + hb * kt_size, values + hb * v_size,
+                                   rt + hb / a.batch * rt_size, hb, first, std::min(first + rows, a.frames), yp, lp,
+                                   scratch.data());
+      }
+    });
+  });
+  return {y, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos, const Tensor& bias_u,
+    const Tensor& bias_v, const OptionalTensor& padding, const OptionalTensor& mask, const Tensor& /*out*/,
+    const Tensor& /*lse*/) {  // the softmax is computed again with the scores: exact sums, and no dependence on out
+  const char* op = "rel_attention_backward";
+  const RelAttentionTensors tensors{q, k, v, pos, bias_u, bias_v, padding, mask};
+  const RelAttention r = checked(tensors, op);
+  const AttentionProblem& a = r.problem;
+  check_same_size(grad, v, op, "grad");
+  Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v), dpos = new_like(pos);
+  Tensor du = new_like(bias_u), dw = new_like(bias_v);
+  if (grad.numel() == 0) {
+    for (Tensor* t : {&dq, &dk, &dv, &dpos, &du, &dw}) torch::stable::zero_(*t);
+    return {dq, dk, dv, dpos, du, dw};
+  }
+  std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
+  attention_key_ranges(a, ranges.data());
+  with_kernel_type(q.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const RelAttentionOperands<T> t = tensors.operands<T>();
+    // Parts of the batch with sums of their own: enough of them for many threads. Their number depends on the shape.
+    const int64_t wanted = std::clamp<int64_t>((32 + a.heads - 1) / a.heads, 1, a.batch);
+    const int64_t each = (a.batch + wanted - 1) / wanted, parts = (a.batch + each - 1) / each, tasks = a.heads * parts;
+    const int64_t rt_size = r.positions_transposed_size(), r_size = r.positions_size(), width = 2 * a.query_dim;
+    const Workspace<C> workspace(a.heads * (rt_size + r_size) + tasks * r_size);
+    const Workspace<double> biases(tasks * width);
+    C *const rt = workspace.data(), *const rows = rt + a.heads * rt_size, *const sums = rows + a.heads * r_size;
+    const int64_t grain = std::max<int64_t>(1, kGrain / (a.frames * a.frames));
+    parallel_range(a.heads, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t h = begin; h < end; h++)
+        cpu::rel_attention_pack_positions(r, t, h, rt + h * rt_size, rows + h * r_size);
+    });
+    const T* gp = data<T>(grad);
+    T *dqp = mutable_data<T>(dq), *dkp = mutable_data<T>(dk), *dvp = mutable_data<T>(dv);
+    parallel_range(tasks, grain, [&](int64_t begin, int64_t end) {
+      const Workspace<C> scratch(r.backward_scratch());
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t h = i / parts, first = i % parts * each;
+        const RelAttentionSums<C> own{sums + i * r_size, biases.data() + i * width};
+        std::fill_n(own.positions, r_size, C(0));
+        std::fill_n(own.biases, width, 0.0);
+        for (int64_t b = first; b < std::min(first + each, a.batch); b++)
+          cpu::rel_attention_backward(r, ranges.data(), gp, t, rt + h * rt_size, rows + h * r_size, h * a.batch + b,
+                                      dqp, dkp, dvp, own, scratch.data());
+      }
+    });
+    T *pp = mutable_data<T>(dpos), *up = mutable_data<T>(du), *wp = mutable_data<T>(dw);
+    parallel_range(a.heads, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t h = begin; h < end; h++)
+        cpu::rel_attention_store_sums(r, {sums + h * parts * r_size, biases.data() + h * parts * width}, parts, h, pp,
+                                      up, wp);
+    });
+  });
+  return {dq, dk, dv, dpos, du, dw};
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def(
+      "rel_attention_forward(Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, Tensor bias_v, "
+      "Tensor? key_padding_mask, Tensor? attn_mask) -> (Tensor, Tensor)");
+  m.def(
+      "rel_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, Tensor bias_v, "
+      "Tensor? key_padding_mask, Tensor? attn_mask, Tensor out, Tensor lse) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("rel_attention_forward", TORCH_BOX(&fastasr::rel_attention_forward));
+  m.impl("rel_attention_backward", TORCH_BOX(&fastasr::rel_attention_backward));
+}

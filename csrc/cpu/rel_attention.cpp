@@ -1,0 +1,415 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/rel_attention.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu/attention_strips.h"
+#include "cpu/elementary.h"
+
+namespace fastasr::cpu {
+namespace {
+
+// Forward: scores of a strip (16 KB), keys, positions and values of a block (128 KB each) stay in the first two caches.
+constexpr int64_t kKeyBlock = 512;
+constexpr int64_t kValueBlock = 64;  // keys that are added in one chain: the rounding error grows with it
+constexpr int64_t kBandWidth = kKeyBlock + kAttentionPad;
+// Backward: queries of a block. More of them make dk, dv and dR cheaper, until weights and dS leave the second cache.
+constexpr int64_t kBackwardQueries = 32;
+constexpr int64_t kStrips = kRelAttentionQueries / 4;
+
+template <typename C>
+C scale_of(const RelAttention& r) {
+  return static_cast<C>(1 / std::sqrt(static_cast<double>(r.problem.query_dim)));
+}
+
+// The row of one frame in (batch, frames, heads, width).
+template <typename T>
+T* row_of(const AttentionProblem& a, T* t, int64_t width, int64_t hb, int64_t frame) {
+  return t + ((hb % a.batch * a.frames + frame) * a.heads + hb / a.batch) * width;
+}
+
+// out[d * stride + j] = in[j * step + d] for N rows: their lanes are written side by side.
+template <int N, typename T, typename C = compute_t<T>>
+void transpose_rows(const T* __restrict in, int64_t step, int64_t width, C* __restrict out, int64_t stride) {
+  for (int64_t d = 0; d < width; d++)
+    for (int j = 0; j < N; j++) out[d * stride + j] = load(in[j * step + d]);
+}
+
+// By channel: (width, count), `stride` apart.
+template <typename T, typename C = compute_t<T>>
+void transpose(const T* in, int64_t step, int64_t count, int64_t width, C* out, int64_t stride) {
+  int64_t j = 0;
+  for (; j + 16 <= count; j += 16) transpose_rows<16>(in + j * step, step, width, out + j, stride);
+  for (; j + 4 <= count; j += 4) transpose_rows<4>(in + j * step, step, width, out + j, stride);
+  for (; j < count; j++) transpose_rows<1>(in + j * step, step, width, out + j, stride);
+}
+
+// Rows of `width` numbers, `step` apart, as rows of `depth`.
+template <typename T, typename C = compute_t<T>>
+void copy_rows(const T* __restrict in, int64_t step, int64_t count, int64_t width, C* __restrict out, int64_t depth) {
+  for (int64_t j = 0; j < count; j++)
+    for (int64_t d = 0; d < width; d++) out[j * depth + d] = load(in[j * step + d]);
+}
+
+template <typename C>
+void zero(C* at, int64_t n) {
+  std::memset(at, 0, sizeof(C) * static_cast<size_t>(n));
+}
+
+// Zeros behind the last of `count` columns.
+template <typename C>
+void zero_columns(C* by_channel, int64_t width, int64_t stride, int64_t count) {
+  for (int64_t d = 0; d < width; d++) zero(by_channel + d * stride + count, stride - count);
+}
+
+// A strip's queries with the biases, times the scale: rows of `dim()`, zeros behind their channels, and by channel.
+template <typename T, typename C = compute_t<T>>
+void load_biased(const RelAttention& r, const RelAttentionOperands<T>& t, const Strip& s, int64_t hb, C* content_rows,
+                 C* position_rows, C* content, C* position) {
+  const AttentionProblem& a = r.problem;
+  const int64_t dim = a.query_dim, depth = r.dim();
+  const T *u = t.bias_u + s.head * dim, *w = t.bias_v + s.head * dim;
+  const C scale = scale_of<C>(r);
+  for (int m = 0; m < s.rows; m++) {
+    const T* q = row_of(a, t.q, dim, hb, s.frame(a, m));
+    C* __restrict c = content_rows + m * depth, * __restrict p = position_rows + m * depth;
+    for (int64_t d = 0; d < dim; d++) c[d] = (load(q[d]) + load(u[d])) * scale;
+    for (int64_t d = 0; d < dim; d++) p[d] = (load(q[d]) + load(w[d])) * scale;
+    zero(c + dim, depth - dim), zero(p + dim, depth - dim);
+  }
+  transpose(content_rows, depth, s.rows, dim, content, s.rows);
+  transpose(position_rows, depth, s.rows, dim, position, s.rows);
+}
+
+// s[m][j - begin] = content[m] k[j] + position[m] R[T - 1 + j - i] for the keys [begin, end), -inf where one is hidden.
+template <typename C>
+void scores_of(const RelAttention& r, const KeyRange& range, const Strip& t, const C* content, const C* position,
+               const C* kt, const C* rt, int64_t begin, int64_t end, C* s, int64_t stride, C* band) {
+  const AttentionTiles<C>& tiles = attention_tiles<C>();
+  const AttentionProblem& a = r.problem;
+  const int64_t n = end - begin, lead = t.rows - 1, seen = std::min(end, a.keys()) - begin;
+  tiles.scores(content, kt + begin, a.padded_keys(), a.query_dim, nullptr, nullptr, 0, 0, 0, n, s, stride, nullptr, 0);
+  tiles.scores(position, rt + kAttentionMargin + a.frames - 1 - t.begin + begin - lead, a.padded_offsets(), a.query_dim,
+               nullptr, nullptr, 0, 0, 0, round_up(seen + lead, kAttentionPad), band, kBandWidth, nullptr, 0);
+  for (int m = 0; m < t.stored; m++) {
+    C* row = s + m * stride;
+    row_rescaled(row, band + m * kBandWidth + lead - m, n, C(1));
+    fill_hidden(a, t, m, range, begin, end, row, -kInfinity<C>);
+    for (int64_t j = seen; j < n; j++) row[j] = -kInfinity<C>;
+  }
+}
+
+// Whether a key is hidden from the query. One that sees all keys but no score above -inf has no weights, not none to
+// see.
+bool hides_any(const AttentionProblem& a, const KeyRange& range, int64_t sequence, int64_t frame) {
+  if (range.masked >= 0) return true;
+  const uint8_t* row = mask_row(a, sequence, frame);
+  return row && std::memchr(row, 1, static_cast<size_t>(a.keys()));
+}
+
+// The keys that any query may see: padding at either end of a sequence is left out.
+Window window_of(const KeyRange& range) {
+  if (range.begin >= range.end) return {0, 0};
+  return {range.begin / kAttentionPad * kAttentionPad, round_up(range.end, kAttentionPad)};
+}
+
+// --------------------------------------------------------------------------- forward
+template <typename C>
+struct StripState {
+  Strip strip;
+  C *content, *position, *total;
+  C top[kAttentionRows], sum[kAttentionRows];
+};
+
+template <typename T, typename C = compute_t<T>>
+void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOperands<T>& t, const C* kt, const C* v,
+             const C* rt, int64_t hb, int64_t begin, int64_t end, T* y, C* lse, C* scratch) {
+  const AttentionTiles<C>& tiles = attention_tiles<C>();
+  const AttentionProblem& a = r.problem;
+  const int64_t depth = r.values(), h = hb / a.batch, b = hb % a.batch;
+  const KeyRange& range = ranges[b];
+  const Window window = window_of(range);
+  const auto weigh = depth % kAttentionPad ? tiles.narrow : tiles.queries;
+  C *scores = scratch, *band = scores + kAttentionRows * kKeyBlock, *part = band + kAttentionRows * kBandWidth;
+  C *rows = part + kAttentionRows * depth, *memory = rows + 2 * kAttentionRows * r.dim();
+  StripState<C> states[kStrips];
+  int count = 0;
+  for_each_strip<C>(a, hb, begin, end, [&](const Strip& strip) {
+    StripState<C>& s = states[count++];
+    s.strip = strip;
+    s.total = memory, memory += strip.rows * depth;
+    s.content = memory, memory += strip.rows * a.query_dim;
+    s.position = memory, memory += strip.rows * a.query_dim;
+    load_biased(r, t, strip, hb, rows, rows + strip.rows * r.dim(), s.content, s.position);
+    zero(s.total, strip.rows * depth);
+    for (int m = 0; m < strip.rows; m++) s.top[m] = std::numeric_limits<C>::lowest(), s.sum[m] = 0;
+  });
+  for (int64_t j0 = window.begin; j0 < window.end; j0 += kKeyBlock)
+    for (int k = 0; k < count; k++) {
+      StripState<C>& s = states[k];
+      const int64_t j1 = std::min(j0 + kKeyBlock, window.end), n = j1 - j0;
+      scores_of(r, range, s.strip, s.content, s.position, kt, rt, j0, j1, scores, kKeyBlock, band);
+      C scale[kAttentionRows] = {};
+      for (int m = 0; m < s.strip.stored; m++) {
+        C* row = scores + m * kKeyBlock;
+        const C top = std::max(s.top[m], row_maximum(row, n));
+        scale[m] = exp_or_zero(s.top[m] - top);
+        s.sum[m] = s.sum[m] * scale[m] + row_exponentials(row, n, top);
+        s.top[m] = top;
+      }
+      for (int64_t j = 0; j < n; j += kValueBlock) {
+        weigh(scores, kKeyBlock, v + j0 * depth, depth, j, std::min(j + kValueBlock, n), part);
+        for (int m = 0; m < s.strip.stored; m++)
+          row_rescaled(s.total + m * depth, part + m * depth, depth, j == 0 ? scale[m] : C(1));
+      }
+    }
+  for (int k = 0; k < count; k++) {
+    const StripState<C>& s = states[k];
+    for (int m = 0; m < s.strip.stored; m++) {
+      const int64_t frame = s.strip.begin + m;
+      T* out = row_of(a, y, r.value_dim, hb, frame);
+      const bool none = s.sum[m] == 0 && hides_any(a, range, b, frame);  // the query sees no key
+      if (none)
+        std::memset(static_cast<void*>(out), 0, sizeof(T) * static_cast<size_t>(r.value_dim));
+      else
+        row_divided(s.total + m * depth, s.sum[m], out, r.value_dim);
+      lse[(b * a.heads + h) * a.frames + frame] = none ? kInfinity<C> : s.top[m] + std::log(s.sum[m]);
+    }
+  }
+}
+
+// --------------------------------------------------------------------------- backward
+// Memory of one head and sequence, and of one block of its queries.
+template <typename C>
+struct BackwardMemory {
+  C *kt, *keys, *vt, *dk, *dv;      // packed operands and sums
+  C *content, *position, *columns;  // of a strip, by channel; columns: of the gradient
+  C *band, *part;                   // of a strip
+  C *q, *p, *g, *dq, *dp;           // of the block, rows; g by 1 / sum
+  C *weights, *ds;                  // of the block, rows `stride` apart
+  int64_t stride, elements;
+
+  BackwardMemory(const RelAttention& r, C* memory) {
+    const int64_t n = r.key_rows(), depth = r.dim(), dim = r.problem.query_dim;
+    C* at = memory;
+    const auto take = [&](int64_t count) {
+      C* here = at;
+      at += round_up(count, 16);
+      return here;
+    };
+    kt = take(dim * n), keys = take(depth * n), vt = take(r.value_dim * n), dk = take(depth * n);
+    dv = take(r.values() * n);
+    content = take(dim * kAttentionRows), position = take(dim * kAttentionRows);
+    columns = take(r.value_dim * kAttentionRows);
+    band = take(kBandWidth * kAttentionRows), part = take(depth * kAttentionRows);
+    q = take(depth * kBackwardQueries), p = take(depth * kBackwardQueries), g = take(r.values() * kBackwardQueries);
+    dq = take(depth * kBackwardQueries), dp = take(depth * kBackwardQueries);
+    // An odd number of 64 bytes: rows a power of two apart would share a few sets of the first cache.
+    stride = round_up(n + 2 * kAttentionMargin, 32) + 16;
+    weights = take(stride * kBackwardQueries);
+    ds = take(stride * kBackwardQueries) + kAttentionMargin;
+    elements = at - memory;
+  }
+};
+
+template <typename T, typename C>
+struct BackwardProblem {
+  const RelAttention& r;
+  const RelAttentionOperands<T>& t;
+  const KeyRange& range;
+  const T* grad;
+  const C *rt, *rows;  // R of this head
+  int64_t hb;
+  Window window;
+  const BackwardMemory<C>& m;
+};
+
+// e^(s - max) of a strip in `weights`, dS in `ds`, and the strip's rows of q, p and g. `first`: of the block.
+template <typename T, typename C>
+void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int64_t first) {
+  const AttentionTiles<C>& tiles = attention_tiles<C>();
+  const AttentionProblem& a = b.r.problem;
+  const BackwardMemory<C>& m = b.m;
+  const int64_t depth = b.r.dim(), values = b.r.values(), width = b.r.value_dim, row0 = t.begin - first;
+  const Window w = b.window;
+  C *weights = m.weights + row0 * m.stride, *ds = m.ds + row0 * m.stride;
+  load_biased(b.r, b.t, t, b.hb, m.q + row0 * depth, m.p + row0 * depth, m.content, m.position);
+  for (int i = 0; i < t.rows; i++) {
+    C* g = m.g + (row0 + i) * values;
+    copy_rows(row_of(a, b.grad, width, b.hb, t.frame(a, i)), 0, 1, width, g, values);
+    zero(g + width, values - width);
+  }
+  transpose(m.g + row0 * values, values, t.rows, width, m.columns, t.rows);
+  for (int64_t j = w.begin; j < w.end; j += kKeyBlock) {
+    const int64_t end = std::min(j + kKeyBlock, w.end);
+    scores_of(b.r, b.range, t, m.content, m.position, m.kt, b.rt, j, end, weights + j, m.stride, m.band);
+  }
+  tiles.scores(m.columns, m.vt, a.padded_keys(), width, nullptr, nullptr, 0, 0, w.begin, w.end, ds, m.stride, nullptr,
+               0);
+  for (int i = 0; i < t.rows; i++) {
+    C *e = weights + i * m.stride + w.begin, *gradient = ds + i * m.stride + w.begin, *g = m.g + (row0 + i) * values;
+    const int64_t n = w.end - w.begin;
+    C sum = 0;
+    if (i < t.stored) sum = row_exponentials(e, n, std::max(row_maximum(e, n), std::numeric_limits<C>::lowest()));
+    if (sum == 0 && (i >= t.stored || hides_any(a, b.range, t.sequence, t.begin + i))) {  // it sees no key, or is none
+      zero(e, n), zero(gradient, n), zero(g, values);
+      continue;
+    }
+    row_attention_gradient(e, sum, gradient, n);
+    for (int64_t d = 0; d < width; d++) g[d] /= sum;
+  }
+}
+
+// The gradients of a block's queries, and its part of dk, dv and dR.
+template <typename T, typename C>
+void block_gradients(const BackwardProblem<T, C>& b, int64_t first, int64_t count, T* dq,
+                     const RelAttentionSums<C>& sums) {
+  const AttentionTiles<C>& tiles = attention_tiles<C>();
+  const AttentionProblem& a = b.r.problem;
+  const BackwardMemory<C>& m = b.m;
+  const int64_t depth = b.r.dim(), values = b.r.values(), dim = a.query_dim;
+  const Window w = b.window;
+  const int64_t block = round_up(count, tiles.rows);
+  const auto products = [&](const C* ds, int64_t stride, const C* rows, int64_t begin, int64_t end, C* out) {
+    const auto queries = depth % kAttentionPad ? tiles.narrow : tiles.queries;
+    zero(out, tiles.rows * depth);
+    for (int64_t j = begin; j < end; j += kValueBlock) {
+      queries(ds, stride, rows, depth, j, std::min(j + kValueBlock, end), m.part);
+      row_rescaled(out, m.part, tiles.rows * depth, C(1));
+    }
+  };
+  const auto add = [&](const C* ds, int64_t stride, const C* rows, int64_t width, int64_t begin, int64_t end, C* out) {
+    if (width % kAttentionPad)
+      tiles.narrow_keys(ds, stride, block, rows, width, begin, end, out);
+    else
+      tiles.keys(ds, stride, block, rows, width, begin, end, out, nullptr, nullptr, 0);
+  };
+  for (int64_t i = 0; i < block; i += tiles.rows) {
+    const C* ds = m.ds + i * m.stride;
+    const int64_t shift = kAttentionMargin + a.frames - 1 - (first + i);
+    products(ds, m.stride, m.keys, w.begin, w.end, m.dq + i * depth);
+    products(ds, m.stride + 1, b.rows + shift * depth, w.begin - kAttentionRows, w.end, m.dp + i * depth);
+  }
+  add(m.weights, m.stride, m.g, values, w.begin, w.end, m.dv);
+  add(m.ds, m.stride, m.q, depth, w.begin, w.end, m.dk);
+  add(m.ds, m.stride + 1, m.p, depth, w.begin - kBackwardQueries, w.end,
+      sums.positions + (kAttentionMargin + a.frames - 1 - first) * depth);
+  const C scale = scale_of<C>(b.r);
+  for (int64_t i = 0; i < count; i++) {
+    T* row = row_of(a, dq, dim, b.hb, first + i);
+    const C *content = m.dq + i * depth, *position = m.dp + i * depth;
+    for (int64_t d = 0; d < dim; d++) store(&row[d], (content[d] + position[d]) * scale);
+  }
+  for (int64_t d = 0; d < dim; d++) {
+    C content = 0, position = 0;
+    for (int64_t i = 0; i < count; i++) content += m.dq[i * depth + d], position += m.dp[i * depth + d];
+    sums.biases[d] += static_cast<double>(content * scale);
+    sums.biases[dim + d] += static_cast<double>(position * scale);
+  }
+}
+
+template <typename T, typename C = compute_t<T>>
+void backward(const RelAttention& r, const KeyRange* ranges, const T* grad, const RelAttentionOperands<T>& t,
+              const C* rt, const C* rows, int64_t hb, T* dq, T* dk, T* dv, const RelAttentionSums<C>& sums,
+              C* scratch) {
+  const AttentionProblem& a = r.problem;
+  const BackwardMemory<C> m(r, scratch);
+  const int64_t n = r.key_rows(), depth = r.dim(), values = r.values(), dim = a.query_dim, width = r.value_dim;
+  const KeyRange& range = ranges[hb % a.batch];
+  const BackwardProblem<T, C> b = {r, t, range, grad, rt, rows, hb, window_of(range), m};
+  zero(m.keys, depth * n);
+  const T* keys = row_of(a, t.k, dim, hb, 0);
+  copy_rows(keys, a.heads * dim, a.frames, dim, m.keys, depth);
+  transpose(keys, a.heads * dim, a.frames, dim, m.kt, n);
+  zero_columns(m.kt, dim, n, a.frames);
+  transpose(row_of(a, t.v, width, hb, 0), a.heads * width, a.frames, width, m.vt, n);
+  zero_columns(m.vt, width, n, a.frames);
+  zero(m.dk, depth * n), zero(m.dv, values * n);
+  zero(m.ds - kAttentionMargin, m.stride * kBackwardQueries);
+  for (int64_t first = 0; first < a.frames; first += kBackwardQueries) {
+    const int64_t count = std::min(kBackwardQueries, a.frames - first);
+    for_each_strip<C>(a, hb, first, first + count, [&](const Strip& s) { strip_softmax_gradient(b, s, first); });
+    block_gradients(b, first, count, dq, sums);
+  }
+  for (int64_t j = 0; j < a.frames; j++) {
+    T *key = row_of(a, dk, dim, hb, j), *value = row_of(a, dv, width, hb, j);
+    for (int64_t d = 0; d < dim; d++) store(&key[d], m.dk[j * depth + d]);
+    for (int64_t d = 0; d < width; d++) store(&value[d], m.dv[j * values + d]);
+  }
+}
+
+template <typename T, typename C = compute_t<T>>
+void store_sums(const RelAttention& r, const RelAttentionSums<C>& sums, int64_t parts, int64_t head, T* dpos,
+                T* dbias_u, T* dbias_v) {
+  const AttentionProblem& a = r.problem;
+  const int64_t dim = a.query_dim, depth = r.dim(), size = r.positions_size();
+  for (int64_t row = 0; row < a.offsets(); row++)
+    for (int64_t d = 0; d < dim; d++) {
+      double sum = 0;
+      for (int64_t k = 0; k < parts; k++)
+        sum += static_cast<double>(sums.positions[k * size + (kAttentionMargin + row) * depth + d]);
+      store(&dpos[(row * a.heads + head) * dim + d], static_cast<C>(sum));
+    }
+  for (int64_t d = 0; d < dim; d++) {
+    double u = 0, w = 0;
+    for (int64_t k = 0; k < parts; k++) u += sums.biases[2 * dim * k + d], w += sums.biases[2 * dim * k + dim + d];
+    store(&dbias_u[head * dim + d], static_cast<C>(u)), store(&dbias_v[head * dim + d], static_cast<C>(w));
+  }
+}
+
+}  // namespace
+
+int64_t RelAttention::dim() const { return round_up(problem.query_dim, kAttentionPad / 2); }
+int64_t RelAttention::values() const { return round_up(value_dim, kAttentionPad / 2); }
+
+int64_t RelAttention::forward_scratch() const {
+  return kAttentionRows * (kKeyBlock + kBandWidth + values() + 2 * dim()) +
+         (kRelAttentionQueries + kAttentionRows) * (values() + 2 * problem.query_dim);
+}
+
+int64_t RelAttention::backward_scratch() const { return BackwardMemory<float>(*this, nullptr).elements; }
+
+#define FASTASR_DEFINE(T)                                                                                            \
+  void rel_attention_pack_keys(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t hb,                  \
+                               compute_t<T>* keys_transposed, compute_t<T>* values) {                                \
+    const AttentionProblem& a = r.problem;                                                                           \
+    const int64_t n = r.key_rows(), dim = a.query_dim;                                                               \
+    zero(values, r.values_size());                                                                                   \
+    transpose(row_of(a, t.k, dim, hb, 0), a.heads * dim, a.frames, dim, keys_transposed, n);                         \
+    zero_columns(keys_transposed, dim, n, a.frames);                                                                 \
+    copy_rows(row_of(a, t.v, r.value_dim, hb, 0), a.heads * r.value_dim, a.frames, r.value_dim, values, r.values()); \
+  }                                                                                                                  \
+  void rel_attention_pack_positions(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t head,           \
+                                    compute_t<T>* transposed, compute_t<T>* rows) {                                  \
+    const AttentionProblem& a = r.problem;                                                                           \
+    zero(transposed, r.positions_transposed_size());                                                                 \
+    const T* in = t.pos + head * a.query_dim;                                                                        \
+    const int64_t step = a.heads * a.query_dim;                                                                      \
+    transpose(in, step, a.offsets(), a.query_dim, transposed + kAttentionMargin, a.padded_offsets());                \
+    if (!rows) return;                                                                                               \
+    zero(rows, r.positions_size());                                                                                  \
+    copy_rows(in, step, a.offsets(), a.query_dim, rows + kAttentionMargin * r.dim(), r.dim());                       \
+  }                                                                                                                  \
+  void rel_attention_forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOperands<T>& t,        \
+                             const compute_t<T>* keys_transposed, const compute_t<T>* values,                        \
+                             const compute_t<T>* positions_transposed, int64_t hb, int64_t begin, int64_t end, T* y, \
+                             compute_t<T>* lse, compute_t<T>* scratch) {                                             \
+    forward(r, ranges, t, keys_transposed, values, positions_transposed, hb, begin, end, y, lse, scratch);           \
+  }                                                                                                                  \
+  void rel_attention_backward(const RelAttention& r, const KeyRange* ranges, const T* grad,                          \
+                              const RelAttentionOperands<T>& t, const compute_t<T>* positions_transposed,            \
+                              const compute_t<T>* positions, int64_t hb, T* dq, T* dk, T* dv,                        \
+                              const RelAttentionSums<compute_t<T>>& sums, compute_t<T>* scratch) {                   \
+    backward(r, ranges, grad, t, positions_transposed, positions, hb, dq, dk, dv, sums, scratch);                    \
+  }                                                                                                                  \
+  void rel_attention_store_sums(const RelAttention& r, const RelAttentionSums<compute_t<T>>& sums, int64_t parts,    \
+                                int64_t head, T* dpos, T* dbias_u, T* dbias_v) {                                     \
+    store_sums(r, sums, parts, head, dpos, dbias_u, dbias_v);                                                        \
+  }
+FASTASR_DEFINE(float)
+FASTASR_DEFINE(double)
+FASTASR_DEFINE(bfloat16)
+FASTASR_DEFINE(float16)
+
+}  // namespace fastasr::cpu

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/rel_position_attention_weights.h"
+
+// Attention with relative positions of Transformer-XL, without the weights: see fastasr/ops/rel_attention.py. Strips of
+// a few queries, masks, tiles and the softmax are those of Zipformer's attention; here positions have as many channels
+// as keys. Scores of a strip by offset are one product of its queries with consecutive rows of R, the band: row m of it
+// is the strip's row m, m columns further left, and is shifted when it is added to the scores by key. Backward, the
+// band of dS is dS itself, read with rows one element further apart. Forward: blocks of queries meet blocks of keys, as
+// in rel_position_attention.h. Backward: a block of queries has its weights and their gradient for all keys in the
+// second cache, then feeds the products with its own depth. Memory: O(keys) for packed operands, for weights of one
+// block of queries and for sums of dR.
+namespace fastasr::cpu {
+
+inline constexpr int64_t kRelAttentionQueries = 64;  // of a call of the forward pass
+
+struct RelAttention {
+  AttentionProblem problem;  // pos_dim = query_dim, pos_batch = 1, no chunks, no cache
+  int64_t value_dim;
+
+  // Elements of the compute type.
+  int64_t key_rows() const { return problem.padded_keys(); }
+  int64_t dim() const;                                                             // padded
+  int64_t values() const;                                                          // padded
+  int64_t keys_transposed_size() const { return problem.query_dim * key_rows(); }  // per head and sequence
+  int64_t values_size() const { return values() * key_rows(); }                    // per head and sequence
+  int64_t positions_transposed_size() const { return problem.query_dim * problem.padded_offsets(); }  // per head
+  int64_t positions_size() const { return dim() * problem.padded_offsets(); }                         // per head
+  int64_t forward_scratch() const;                                                                    // per thread
+  int64_t backward_scratch() const;                                                                   // per thread
+};
+
+// The operands, contiguous: (batch, frames, heads, dim or value_dim), (offsets, heads, dim), (heads, dim).
+template <typename T>
+struct RelAttentionOperands {
+  const T *q, *k, *v, *pos, *bias_u, *bias_v;
+};
+
+// What one head's sequences add up to: dR in rows (padded_offsets, dim), du and dw.
+template <typename C>
+struct RelAttentionSums {
+  C* positions;
+  double* biases;  // (2, query_dim)
+};
+
+// f for one head and sequence, hb = h * batch + b.
+#define FASTASR_DECLARE(T)                                                                                           \
+  void rel_attention_pack_keys(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t hb,                  \
+                               compute_t<T>* keys_transposed, compute_t<T>* values);                                 \
+  /* R of one head by channel and, when not null, by row */                                                          \
+  void rel_attention_pack_positions(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t head,           \
+                                    compute_t<T>* transposed, compute_t<T>* rows);                                   \
+  /* rows [begin, end) of y (batch, frames, heads, value_dim) and lse (batch, heads, frames); begin a multiple of    \
+     kRelAttentionQueries, end - begin at most that */                                                               \
+  void rel_attention_forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOperands<T>& t,        \
+                             const compute_t<T>* keys_transposed, const compute_t<T>* values,                        \
+                             const compute_t<T>* positions_transposed, int64_t hb, int64_t begin, int64_t end, T* y, \
+                             compute_t<T>* lse, compute_t<T>* scratch);                                              \
+  /* dq, dk and dv of one head and sequence; added to the sums */                                                    \
+  void rel_attention_backward(const RelAttention& r, const KeyRange* ranges, const T* grad,                          \
+                              const RelAttentionOperands<T>& t, const compute_t<T>* positions_transposed,            \
+                              const compute_t<T>* positions, int64_t hb, T* dq, T* dk, T* dv,                        \
+                              const RelAttentionSums<compute_t<T>>& sums, compute_t<T>* scratch);                    \
+  /* dpos, dbias_u and dbias_v of one head: `parts` sums, `stride` elements apart, in their order and in double */   \
+  void rel_attention_store_sums(const RelAttention& r, const RelAttentionSums<compute_t<T>>& sums, int64_t parts,    \
+                                int64_t head, T* dpos, T* dbias_u, T* dbias_v);
+FASTASR_DECLARE(float)
+FASTASR_DECLARE(double)
+FASTASR_DECLARE(bfloat16)
+FASTASR_DECLARE(float16)
+#undef FASTASR_DECLARE
+
+}  // namespace fastasr::cpu
