@@ -37,6 +37,7 @@ from fastasr.benchmarks.ops import (
     complex_ema_scan,
     conv_spatial_gate,
     depthwise_conv2d,
+    depthwise_conv_residual,
     ema_scan,
     gated_depthwise_conv,
     nonlin_attention,
@@ -79,6 +80,9 @@ def training_cases() -> list[Case]:
     cases += rnnt_joiner.CASES[::2]
     cases += [*rnnt_lattice.CASES[:3], rnnt_pruned_lattice.CASES[0]]
     cases.append(depthwise_conv2d._case((batch, frames, 19, 128), (7, 7)))  # a front end
+    cases.append(
+        depthwise_conv_residual._case((batch, frames // 2, 1024), 3)
+    )  # the merge of an E-Branchformer
     for chunk in (None, 32):  # a convolution module of stack 0 and of stack 3, plain and chunk-causal
         cases.append(gated_depthwise_conv._case((frames, batch, 192), 31, chunk))
         cases.append(gated_depthwise_conv._case((188, batch, 512), 15, chunk and chunk // 8))

@@ -23,6 +23,7 @@ from fastasr.ops.bypass import definition as bypass_definition
 from fastasr.ops.complex_ema_scan import definition as complex_ema_scan_definition
 from fastasr.ops.conv_spatial_gate import definition as conv_spatial_gate_definition
 from fastasr.ops.depthwise_conv2d import definition as depthwise_conv2d_definition
+from fastasr.ops.depthwise_conv_residual import definition as depthwise_conv_residual_definition
 from fastasr.ops.ema_scan import definition as ema_scan_definition
 from fastasr.ops.gated_depthwise_conv import definition as gated_depthwise_conv_definition
 from fastasr.ops.layer_norm_lstm import definition as layer_norm_lstm_definition
@@ -148,6 +149,12 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             conv_spatial_gate_definition,
             ops.conv_spatial_gate,
             lambda x, nw, nb, w: registered.conv_spatial_gate(x, nw, nb, w, None, None, 1e-5, 0),
+        ),
+        "depthwise_conv_residual": Tiny(
+            (torch.randn(1, 2, channels, device=device), weight[:, :3].contiguous(), bias),
+            depthwise_conv_residual_definition,
+            ops.depthwise_conv_residual,
+            registered.depthwise_conv_residual,
         ),
         "linear": Tiny((x, weight, bias), F.linear, ops.linear, registered.linear),
         "nonlin_attention": Tiny(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Depthwise convolution of maps (B, T, F, C), zeros around them, forward and backward.
 
-    y[b, t, f, c] = bias[c] + sum_(i < K, j < L) w[c, i, j] x[b, t + i - P, f + j - Q, c]
+    y[b, t, f, c] = bias[c] + sum_(i < K, j < L) w[c, i, j] x[b, t + i - P, f + j - Q, c]    (RESIDUAL: + x[b, t, f, c])
     dx: the same of the gradient g, taps turned around, padding (K - 1 - P, L - 1 - Q)
     dw[c, i, j] = sum_(b, t, f) g[b, t, f, c] x[b, t + i - P, f + j - Q, c]     dbias[c] = sum g
 
@@ -52,9 +52,9 @@ def _add_row(
 @triton.jit(do_not_specialize=["frames", "width", "out_frames", "out_width", "pad_t", "pad_f", "rows"])
 def forward_kernel(
     X, TABLE, BIAS, Y, frames, width, out_frames, out_width, C, taps_t, taps_f, pad_t, pad_f, rows,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    RESIDUAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # A row: one pixel of two frames, (b, t / 2, f). TABLE: (taps, C).
+    # A row: one pixel of two frames, (b, t / 2, f). TABLE: (taps, C). RESIDUAL: y is of x's size.
     c_tiles = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -86,8 +86,11 @@ def forward_kernel(
         first += bias
         second += bias
     at = ((b.to(tl.int64) * out_frames + t) * out_width + f)[:, None] * C + c[None, :]
-    tl.store(Y + at, first.to(Y.dtype.element_ty), mask=there)
     more = there & (t + 1 < out_frames)[:, None]
+    if RESIDUAL:  # from the first-level cache
+        first += tl.load(X + at, mask=there, other=0.0).to(tl.float32)
+        second += tl.load(X + at + out_width * C, mask=more, other=0.0).to(tl.float32)
+    tl.store(Y + at, first.to(Y.dtype.element_ty), mask=there)
     tl.store(Y + at + out_width * C, second.to(Y.dtype.element_ty), mask=more)
 
 
@@ -167,59 +170,43 @@ def add_parts_kernel(PARTS, DWEIGHT, DBIAS, parts, C, taps, BLOCK_P: tl.constexp
             tl.store(DBIAS + c, total.to(DBIAS.dtype.element_ty), mask=c < C)
 
 
-def _convolve(x, weight, bias, padding, out_size, flip: bool) -> torch.Tensor:
-    """The convolution of x with the taps, turned around with ``flip``; out_size: (frames, width) of the result."""
+def convolve(op: str, x, weight, bias, padding, out_size, flip: bool, residual: bool = False) -> torch.Tensor:
+    """The convolution of x with the taps, turned around with ``flip``, plus x itself with ``residual``; out_size:
+    (frames, width) of the result. For ``op``, in whose name errors are raised."""
     batch, frames, width, channels = x.shape
     taps_t, taps_f = weight.shape[-2:]
     y = x.new_empty(batch, *out_size, channels)
     if not y.numel():
         return y
     rows = batch * triton.cdiv(out_size[0], 2) * out_size[1]
-    _check_rows(max(2 * rows, batch * frames * width))
+    _check_rows(op, max(2 * rows, batch * frames * width))
     table = weight.view(channels, taps_t * taps_f).t()  # rows of channels
     table = table.flip(0).contiguous() if flip else table.contiguous()
     grid = (triton.cdiv(rows, BLOCK_R) * triton.cdiv(channels, BLOCK_C),)
     forward_kernel[grid](
         x, table, bias, y, frames, width, *out_size, channels, taps_t, taps_f, *padding, rows,
-        BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+        RESIDUAL=residual, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip
     return y
 
 
-def _check_rows(rows: int) -> None:
-    if rows + BLOCK_R >= 2**31:
-        raise ValueError(f"fastasr.depthwise_conv2d: x: expected fewer than 2**31 pixels on CUDA, got {rows}")
-
-
-def depthwise_conv2d_forward(x, weight, bias, pad_t: int, pad_f: int) -> torch.Tensor:
-    """y of contiguous x (B, T, F, C), weight (C, 1, K, L) or (C, K, L) and bias (C,) or None, all of one dtype."""
-    taps_t, taps_f = weight.shape[-2:]
-    size = x.shape[1] + 2 * pad_t - taps_t + 1, x.shape[2] + 2 * pad_f - taps_f + 1
-    return _convolve(x, weight, bias, (pad_t, pad_f), size, False)
-
-
-def depthwise_conv2d_backward(
-    grad, x, weight, pad_t: int, pad_f: int, need_x: bool, need_weight: bool, need_bias: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dweight, dbias), without elements where not needed."""
+def parameter_gradients(
+    op: str, grad, x, weight, padding, need_weight: bool, need_bias: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dweight, dbias) of a convolution of x with this padding, None where not needed."""
     batch, frames, width, channels = x.shape
     taps_t, taps_f = weight.shape[-2:]
-    nothing = x.new_empty(0)
-    dx = nothing
-    if need_x:
-        dx = _convolve(grad, weight, None, (taps_t - 1 - pad_t, taps_f - 1 - pad_f), (frames, width), True)
-    if not (need_weight or need_bias):
-        return dx, nothing, nothing
     rows = grad.shape[:3].numel()
     if not grad.numel():
-        return dx, torch.zeros_like(weight), weight.new_zeros(channels)
-    _check_rows(max(rows, batch * frames * width))
+        dweight = torch.zeros_like(weight) if need_weight else None
+        return dweight, weight.new_zeros(channels) if need_bias else None
+    _check_rows(op, max(rows, batch * frames * width))
     rows_per_part = triton.cdiv(max(LEAST_ROWS, triton.cdiv(rows, MAX_PARTS)), BLOCK_S) * BLOCK_S
     parts = triton.cdiv(rows, rows_per_part)
     table = torch.empty(parts, taps_t * taps_f + 1, channels, dtype=torch.float32, device=x.device)
     c_tiles = triton.cdiv(channels, BLOCK_C)
     weight_gradient_kernel[(parts * taps_t * triton.cdiv(taps_f, TAPS) * c_tiles,)](
-        grad, x, table, frames, width, *grad.shape[1:3], channels, taps_t, taps_f, pad_t, pad_f, rows, rows_per_part,
+        grad, x, table, frames, width, *grad.shape[1:3], channels, taps_t, taps_f, *padding, rows, rows_per_part,
         TAPS=TAPS, BLOCK_S=BLOCK_S, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip
     dweight = torch.empty_like(weight) if need_weight else None
@@ -228,4 +215,31 @@ def depthwise_conv2d_backward(
         table, dweight, dbias, parts, channels, taps_t * taps_f,
         BLOCK_P=MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip
-    return dx, nothing if dweight is None else dweight, nothing if dbias is None else dbias
+    return dweight, dbias
+
+
+def _check_rows(op: str, rows: int) -> None:
+    if rows + BLOCK_R >= 2**31:
+        raise ValueError(f"fastasr.{op}: x: expected fewer than 2**31 pixels on CUDA, got {rows}")
+
+
+def depthwise_conv2d_forward(x, weight, bias, pad_t: int, pad_f: int) -> torch.Tensor:
+    """y of contiguous x (B, T, F, C), weight (C, 1, K, L) or (C, K, L) and bias (C,) or None, all of one dtype."""
+    taps_t, taps_f = weight.shape[-2:]
+    size = x.shape[1] + 2 * pad_t - taps_t + 1, x.shape[2] + 2 * pad_f - taps_f + 1
+    return convolve("depthwise_conv2d", x, weight, bias, (pad_t, pad_f), size, False)
+
+
+def depthwise_conv2d_backward(
+    grad, x, weight, pad_t: int, pad_f: int, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx, dweight, dbias), without elements where not needed."""
+    op, nothing = "depthwise_conv2d", x.new_empty(0)
+    dx = nothing
+    if need_x:
+        padding = weight.shape[-2] - 1 - pad_t, weight.shape[-1] - 1 - pad_f
+        dx = convolve(op, grad, weight, None, padding, x.shape[1:3], True)
+    if not (need_weight or need_bias):
+        return dx, nothing, nothing
+    found = parameter_gradients(op, grad, x, weight, (pad_t, pad_f), need_weight, need_bias)
+    return dx, *(nothing if g is None else g for g in found)

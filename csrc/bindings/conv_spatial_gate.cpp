@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "bindings/channel_parameters.h"
 #include "bindings/dispatch.h"
 #include "cpu/activation.h"
 
@@ -24,23 +25,16 @@ struct Operands {
 };
 
 template <typename T>
-void check_parameter(const Tensor& t, int64_t numel, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == kComputeType<T> && t.is_contiguous() && t.numel() == numel, op, ": ", name);
-}
-
-template <typename T>
 ConvSpatialGate<T> checked(const Operands& o, const char* op) {
   using C = cpu::compute_t<T>;
   STD_TORCH_CHECK(o.x.dim() == 3 && o.x.size(2) >= 2 && o.x.size(2) % 2 == 0, op, ": x is not (B, T, 2 C)");
   STD_TORCH_CHECK(o.x.stride(2) == 1 || !o.x.numel(), op, ": the channels of x are not contiguous");
   const int64_t batch = o.x.size(0), frames = o.x.size(1), channels = o.x.size(2) / 2;
-  STD_TORCH_CHECK(o.weight.dim() >= 2, op, ": weight");
+  check_taps<T>(o.weight, channels, op);
   const int64_t taps = o.weight.size(o.weight.dim() - 1);
-  STD_TORCH_CHECK(taps % 2 == 1, op, ": weight has an even number of taps");
-  check_parameter<T>(o.weight, channels * taps, op, "weight");
-  check_parameter<T>(o.norm_weight, channels, op, "norm_weight");
-  check_parameter<T>(o.norm_bias, channels, op, "norm_bias");
-  if (o.bias) check_parameter<T>(*o.bias, channels, op, "bias");
+  check_vector<T>(o.norm_weight, channels, op, "norm_weight");
+  check_vector<T>(o.norm_bias, channels, op, "norm_bias");
+  if (o.bias) check_vector<T>(*o.bias, channels, op, "bias");
   if (o.mask)
     STD_TORCH_CHECK(o.mask->scalar_type() == ScalarType::Bool && o.mask->is_contiguous() && o.mask->dim() == 2 &&
                         o.mask->size(0) == batch && o.mask->size(1) == frames,
@@ -113,7 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(
     const auto p = checked<T>({x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation}, op);
     const int64_t n = p.channels;
     check_like(grad, x, op, "grad");
-    STD_TORCH_CHECK(grad.numel() == p.rows() * n, op, ": grad has another number of elements");
+    STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == p.batch && grad.size(1) == p.frames && grad.size(2) == n, op,
+                    ": grad has another shape");
     const T* g = data<T>(grad);
     T* out = mutable_data<T>(dx);
     std::unique_ptr<C[]> scratch;

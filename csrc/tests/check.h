@@ -150,6 +150,7 @@ void bypass();
 void depthwise_conv2d();
 void nonlin_attention();
 void conv_spatial_gate();
+void depthwise_conv_residual();
 void gated_depthwise_conv();
 void balancer_gradient();
 void skinny_gemm();

@@ -23,6 +23,7 @@ constexpr Test kTests[] = {
     {"depthwise_conv2d", fastasr::test::depthwise_conv2d},
     {"nonlin_attention", fastasr::test::nonlin_attention},
     {"conv_spatial_gate", fastasr::test::conv_spatial_gate},
+    {"depthwise_conv_residual", fastasr::test::depthwise_conv_residual},
     {"gated_depthwise_conv", fastasr::test::gated_depthwise_conv},
     {"balancer_gradient", fastasr::test::balancer_gradient},
     {"skinny_gemm", fastasr::test::skinny_gemm},

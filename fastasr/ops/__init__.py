@@ -11,6 +11,7 @@ from fastasr.ops.bypass import bypass
 from fastasr.ops.complex_ema_scan import complex_ema_scan
 from fastasr.ops.conv_spatial_gate import conv_spatial_gate
 from fastasr.ops.depthwise_conv2d import depthwise_conv2d
+from fastasr.ops.depthwise_conv_residual import depthwise_conv_residual
 from fastasr.ops.ema_scan import ema_scan
 from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv
 from fastasr.ops.layer_norm_lstm import layer_norm_lstm
@@ -42,6 +43,7 @@ NAMES = (
     "complex_ema_scan",
     "conv_spatial_gate",
     "depthwise_conv2d",
+    "depthwise_conv_residual",
     "gated_depthwise_conv",
     "nonlin_attention",
     "rel_attention",
@@ -64,6 +66,7 @@ __all__ = [
     "complex_ema_scan",
     "conv_spatial_gate",
     "depthwise_conv2d",
+    "depthwise_conv_residual",
     "ema_scan",
     "gated_depthwise_conv",
     "gated_residual_norm",

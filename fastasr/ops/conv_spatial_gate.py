@@ -256,14 +256,10 @@ def _plain(eps: object, tensors: tuple) -> bool:
     if is_compiling() or FAMILY.native is None or type(eps) is not float:
         return False
     wanted = is_grad_enabled()
-    if not all(
+    return all(
         (t is None and i > 3) or (type(t) in PLAIN and t.is_cpu and not (wanted and t.requires_grad))
         for i, t in enumerate(tensors)
-    ):
-        return False
-    _, norm_weight, norm_bias, weight, bias, _ = tensors
-    vectors = norm_weight.dim() == norm_bias.dim() == 1 and (bias is None or bias.dim() == 1)
-    return vectors and (weight.dim() == 2 or (weight.dim() == 3 and weight.shape[1] == 1))
+    )
 
 
 def _check_call(x, norm_weight, norm_bias, weight, bias, mask) -> None:

@@ -45,6 +45,11 @@ def _calls(dtype=torch.float32):
             partial(ops.depthwise_conv2d, padding=(3, 3)),
             (make(2, 60, 19, 64), make(64, 1, 7, 7), make(64)),
         ),
+        (
+            "depthwise_conv_residual",
+            ops.depthwise_conv_residual,
+            (make(2, 60, 64), make(64, 1, 3), make(64)),
+        ),
         ("gated_depthwise_conv", ops.gated_depthwise_conv, (x, make(96, 1, 7), make(96))),
         (
             "gated_depthwise_conv, chunks",

@@ -43,6 +43,7 @@ def test_cases_are_those_of_training():
         "conv_spatial_gate",
         "ema_scan",
         "depthwise_conv2d",
+        "depthwise_conv_residual",
         "gated_depthwise_conv",
         "gated_residual_norm",
         "nonlin_attention",

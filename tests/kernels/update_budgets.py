@@ -65,6 +65,7 @@ def configurations() -> list[Configuration]:
         *_nonlin_attention(),
         *_residual_norm(),
         *_depthwise_conv2d(),
+        *_depthwise_conv_residual(),
         *_gated_depthwise_conv(),
         *_conv_spatial_gate(),
         *_toeplitz_attention(),
@@ -237,7 +238,7 @@ def _residual_norm():
 def _depthwise_conv2d():
     from fastasr.kernels import depthwise_conv2d as conv
 
-    tile = {"BLOCK_R": conv.BLOCK_R, "BLOCK_C": conv.BLOCK_C}
+    tile = {"RESIDUAL": False, "BLOCK_R": conv.BLOCK_R, "BLOCK_C": conv.BLOCK_C}
     sums = {"TAPS": conv.TAPS, "BLOCK_S": conv.BLOCK_S, "BLOCK_C": conv.BLOCK_C}
     parts = {"BLOCK_P": conv.MAX_PARTS, "BLOCK_C": conv.BLOCK_C}
     for dtype in ("fp32", "bf16", "fp16"):
@@ -249,6 +250,22 @@ def _depthwise_conv2d():
             ("parts", conv.add_parts_kernel, parts),
         ):
             name = f"depthwise_conv2d {name}, {dtype}"
+            yield Configuration(name, kernel, types, constants, conv.NUM_WARPS, ("C",))
+
+
+def _depthwise_conv_residual():
+    from fastasr.kernels import depthwise_conv2d as conv
+
+    tile = {"RESIDUAL": True, "BLOCK_R": conv.BLOCK_R, "BLOCK_C": conv.BLOCK_C}
+    sums = {"TAPS": conv.TAPS, "BLOCK_S": conv.BLOCK_S, "BLOCK_C": conv.BLOCK_C}
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = dict.fromkeys(("X", "Y", "G"), dtype) | dict.fromkeys(("TABLE", "BIAS", "PARTS"), "fp32")
+        for name, kernel, constants in (
+            ("forward", conv.forward_kernel, tile),
+            ("input gradient", conv.forward_kernel, {**tile, "BIAS": None}),
+            ("weight gradient", conv.weight_gradient_kernel, sums),
+        ):
+            name = f"depthwise_conv_residual {name}, {dtype}"
             yield Configuration(name, kernel, types, constants, conv.NUM_WARPS, ("C",))
 
 

@@ -8,19 +8,6 @@ from fastasr.models.e_branchformer import activations
 from fastasr.models.mega import plumbing
 
 
-def _is_convolution(conv) -> bool:
-    """Whether this is a depthwise convolution over time as the kernel computes it, which nothing watches."""
-    taps = conv.kernel_size[0] if type(conv) is torch.nn.Conv1d else 0
-    return (
-        taps % 2 == 1
-        and not plumbing.is_watched(conv)
-        and "forward" not in vars(conv)
-        and conv.groups == conv.in_channels == conv.out_channels
-        and (conv.stride, conv.dilation, conv.padding, conv.padding_mode)
-        == ((1,), (1,), (taps // 2,), "zeros")
-    )
-
-
 def _is_layer_norm(norm) -> bool:
     """Whether this is torch's LayerNorm over the last dimension, or ESPnet's class of it, with weight and bias."""
     return (
@@ -77,7 +64,7 @@ class ConvolutionalSpatialGatingUnit(torch.nn.Module):
         name = activations.fused_name(self.act)
         if (
             _is_layer_norm(norm)
-            and _is_convolution(conv)
+            and plumbing.is_depthwise_conv(conv)
             and self.linear is None
             and gate_add is None
             and name

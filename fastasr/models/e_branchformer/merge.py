@@ -3,6 +3,7 @@
 
 import torch
 
+from fastasr import ops
 from fastasr.models.mega import plumbing
 
 
@@ -28,6 +29,9 @@ def add_to(module, width, out_dim, kernel_size):
 
 
 def merge(module, x1, x2):
-    both = torch.cat([x1, x2], dim=-1)
-    convolved = module.depthwise_conv_fusion(both.transpose(1, 2)).transpose(1, 2)
-    return plumbing.linear(module.merge_proj, both + convolved)
+    both, conv = torch.cat([x1, x2], dim=-1), module.depthwise_conv_fusion
+    if plumbing.is_depthwise_conv(conv):
+        both = ops.depthwise_conv_residual(both, conv.weight, conv.bias)
+    else:
+        both = both + conv(both.transpose(1, 2)).transpose(1, 2)
+    return plumbing.linear(module.merge_proj, both)

@@ -56,3 +56,16 @@ def is_layer_norm(module):
         and not is_watched(module)
         and _has_known_forward(module)
     )
+
+
+def is_depthwise_conv(module):
+    """Whether this is a depthwise convolution over time that keeps the length, and nothing watches it."""
+    taps = module.kernel_size[0] if type(module) is torch.nn.Conv1d else 0
+    return (
+        taps % 2 == 1
+        and not is_watched(module)
+        and _has_known_forward(module)
+        and module.groups == module.in_channels == module.out_channels
+        and (module.stride, module.dilation, module.padding, module.padding_mode)
+        == ((1,), (1,), (taps // 2,), "zeros")
+    )

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/depthwise_conv_residual.h"
+
+#include <optional>
+#include <tuple>
+
+#include "bindings/channel_parameters.h"
+#include "bindings/dispatch.h"
+#include "bindings/pooled.h"
+
+namespace fastasr {
+namespace {
+
+using cpu::DepthwiseConvResidual;
+using Optional = std::optional<Tensor>;
+
+template <typename T>
+DepthwiseConvResidual<T> checked(const Tensor& x, const Tensor& weight, const Optional& bias, const char* op) {
+  using C = cpu::compute_t<T>;
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(2) > 0, op, ": x is not (B, T, C)");
+  STD_TORCH_CHECK(x.stride(2) == 1 || !x.numel(), op, ": the channels of x are not contiguous");
+  const int64_t channels = x.size(2);
+  check_taps<T>(weight, channels, op);
+  if (bias) check_vector<T>(*bias, channels, op, "bias");
+  return {data<T>(x),
+          x.stride(0),
+          x.stride(1),
+          data<C>(weight),
+          bias ? data<C>(*bias) : nullptr,
+          x.size(0),
+          x.size(1),
+          channels,
+          weight.size(weight.dim() - 1)};
+}
+
+template <typename T>
+int64_t stripes(const DepthwiseConvResidual<T>& p) {
+  return (p.channels + cpu::kResidualStripe - 1) / cpu::kResidualStripe;
+}
+
+// Tasks of `rows` frames that are worth a thread of their own.
+int64_t grain(int64_t rows, int64_t taps) {
+  return std::max<int64_t>(1, 2 * kGrain / std::max<int64_t>(1, rows * cpu::kResidualStripe * (taps / 8 + 1)));
+}
+
+Tensor depthwise_conv_residual_forward(const Tensor& x, const Tensor& weight, const Optional& bias) {
+  const char* op = "depthwise_conv_residual_forward";
+  Tensor y = new_without_elements(x);
+  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    const auto p = checked<T>(x, weight, bias, op);
+    y = new_pooled<3>(x, {p.batch, p.frames, p.channels});
+    T* out = mutable_data<T>(y);
+    parallel_range(stripes(p) * p.batch, grain(p.frames, p.taps),
+                   [&](int64_t b, int64_t e) { cpu::depthwise_conv_residual_forward(p, out, b, e); });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv_residual_backward(const Tensor& grad, const Tensor& x,
+                                                                    const Tensor& weight) {
+  const char* op = "depthwise_conv_residual_backward";
+  Tensor dx = new_without_elements(x), dweight = new_like(weight), dbias = new_without_elements(weight);
+  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const auto p = checked<T>(x, weight, {}, op);
+    check_same_size(grad, x, op, "grad");
+    dx = new_pooled<3>(x, {p.batch, p.frames, p.channels});
+    const int64_t one = 1;
+    dbias = new_strided(weight, 1, &p.channels, &one);
+    const T* g = data<T>(grad);
+    T* out = mutable_data<T>(dx);
+    C *dw = mutable_data<C>(dweight), *db = mutable_data<C>(dbias);
+    parallel_range(stripes(p), grain(2 * p.batch * p.frames, p.taps),
+                   [&](int64_t b, int64_t e) { cpu::depthwise_conv_residual_backward(p, g, out, dw, db, b, e); });
+  });
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def("depthwise_conv_residual_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("depthwise_conv_residual_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("depthwise_conv_residual_forward", TORCH_BOX(&fastasr::depthwise_conv_residual_forward));
+  m.impl("depthwise_conv_residual_backward", TORCH_BOX(&fastasr::depthwise_conv_residual_backward));
+}

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of depthwise_conv_residual."""
+
+import torch
+
+from fastasr.ops.depthwise_conv_residual import definition
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
+
+
+def _call(make: Make, batch: int, frames: int, channels: int, taps: int) -> dict:
+    return {
+        "x": make.normal(batch, frames, channels, scale=1.5, mean=0.3),
+        "weight": make.normal(channels, 1, taps, scale=0.4),
+        "bias": make.normal(channels, scale=0.5),
+    }
+
+
+def _with(**arguments):
+    return lambda m: _call(m, 2, 6, 5, 3) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
+
+
+def _registered(a: dict) -> tuple:
+    wide = torch.promote_types(a["x"].dtype, torch.float32)
+    return a["x"], *(a[n] if a[n] is None else a[n].to(wide) for n in ("weight", "bias"))
+
+
+def _half_of_wider_rows(make: Make) -> dict:
+    arguments = _call(make, 2, 21, 24, 3)
+    return arguments | {"x": make.normal(2, 21, 48)[..., 24:]}
+
+
+def _one_bad_frame(make: Make, arguments: dict, value: float) -> dict:
+    arguments["x"][0, 9, 3] = value
+    return arguments
+
+
+def _random(make: Make, shape) -> dict:
+    frames, batch, channels = shape.size(), shape.choice((0, 1, 2, 5)), 1 + shape.size()
+    return _call(make, batch, frames, channels, shape.choice((1, 3, 7, 15, 31)))
+
+
+TABLE = OpTable(
+    op="depthwise_conv_residual",
+    definition=definition,
+    registered=_registered,
+    samples=(
+        Sample("merge", lambda m: _call(m, 2, 14, 12, 3), thorough=True),
+        Sample(
+            "no bias, weight is a matrix",
+            lambda m: _call(m, 3, 30, 16, 5) | {"weight": m.normal(16, 5), "bias": None},
+            thorough=True,
+        ),
+        Sample("half of wider rows", _half_of_wider_rows),
+        Sample("long kernel", lambda m: _call(m, 2, 70, 33, 31)),
+        Sample("one tap", lambda m: _call(m, 2, 70, 40, 1)),
+        Sample("shorter than the kernel", lambda m: _call(m, 3, 7, 80, 31)),
+        Sample("one frame", lambda m: _call(m, 8, 1, 33, 15)),
+        Sample("encoder", lambda m: _call(m, 4, 150, 200, 3), large=True),
+        Sample("wide", lambda m: _call(m, 2, 40, 1100, 31), large=True),
+        Sample("no frames", lambda m: _call(m, 3, 0, 8, 5)),
+        Sample("no sequences", lambda m: _call(m, 0, 4, 8, 5)),
+        Sample("infinity", lambda m: _one_bad_frame(m, _call(m, 2, 20, 8, 5), float("inf")), exact=False),
+        Sample("NaN", lambda m: _one_bad_frame(m, _call(m, 2, 20, 8, 5), float("nan")), exact=False),
+    ),
+    invalid=(
+        Invalid("x is a matrix", _with(x=lambda m: m.normal(6, 5)), ValueError, "x"),
+        Invalid("x has no channels", _with(x=lambda m: m.normal(2, 6, 0)), ValueError, "x"),
+        Invalid("an even number of taps", _with(weight=lambda m: m.normal(5, 1, 4)), ValueError, "weight"),
+        Invalid("weight of other channels", _with(weight=lambda m: m.normal(4, 1, 3)), ValueError, "weight"),
+        Invalid("weight is dense", _with(weight=lambda m: m.normal(5, 5, 3)), ValueError, "weight"),
+        Invalid("weight is None", _with(weight=None), TypeError, "weight"),
+        Invalid("bias of another size", _with(bias=lambda m: m.normal(4)), ValueError, "bias"),
+        Invalid("bias is a matrix", _with(bias=lambda m: m.normal(1, 5)), ValueError, "bias"),
+    ),
+    unread=("weight",),  # taps that reach no frame of a short sequence
+    rows=("x",),
+    random=_random,
+)

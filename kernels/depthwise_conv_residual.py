@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A depthwise convolution over time added to its input, forward and backward, by the kernels of depthwise_conv2d.
+
+    x (B, T, C); K taps, P = K // 2:    y[t] = x[t] + bias + sum_k w[k] x[t + k - P]
+    dx[t] = g[t] + sum_k w[k] g[t - k + P]      dw[k] = sum g[t] x[t + k - P]       dbias = sum g
+
+For y and dx time is the first dimension of a map of width 1: each tile of x that is loaded serves two frames. For the
+weights' gradients it is the second: eight neighbouring taps share the tile of g. Launches: forward 2, backward 5, with
+a copy of the weights as rows of channels in each.
+
+Bytes per element of e bytes: forward 2e, backward 4e.
+"""
+
+import torch
+
+from fastasr.kernels import depthwise_conv2d as maps
+
+OP = "depthwise_conv_residual"
+DTYPES = maps.DTYPES
+
+
+def _add_convolution(x, weight, bias, flip: bool) -> torch.Tensor:
+    taps = weight.shape[-1]
+    kernel = weight.view(weight.shape[0], taps, 1)
+    size = x.shape[1], 1
+    return maps.convolve(OP, x.unsqueeze(2), kernel, bias, (taps // 2, 0), size, flip, residual=True).squeeze(
+        2
+    )
+
+
+def depthwise_conv_residual_forward(x, weight, bias) -> torch.Tensor:
+    """y of x (B, T, C), contiguous weight (C, 1, K) or (C, K) and bias (C,) or None, in x's dtype."""
+    return _add_convolution(x.contiguous(), weight, bias, False)
+
+
+def depthwise_conv_residual_backward(grad, x, weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx, dweight, dbias); grad and weight are contiguous."""
+    channels, taps = weight.shape[0], weight.shape[-1]
+    dx = _add_convolution(grad, weight, None, True)
+    rows, kernel = x.contiguous().unsqueeze(1), weight.view(channels, 1, taps)
+    dweight, dbias = maps.parameter_gradients(OP, grad.unsqueeze(1), rows, kernel, (0, taps // 2), True, True)
+    return dx, dweight.view(weight.shape), dbias
