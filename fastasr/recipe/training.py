@@ -25,7 +25,7 @@ from fastasr.recipe.scaled_adam import ScaledAdam
 from fastasr.recipe.units import Units
 
 SIMPLE_SCALE, CTC_SCALE, LM_SCALE = 0.5, 0.2, 0.25
-BASE_LR = {"zipformer": 0.045, "emformer": 0.0015, "e_branchformer": 0.0015}
+BASE_LR = {"zipformer": 0.045, "emformer": 0.003, "e_branchformer": 0.003}
 SLOWEST = 1.15  # a recording lasts so many times longer at the lowest of its speeds, with some room
 
 
@@ -352,7 +352,7 @@ class Trainer:
 
 
 def _optimizer(encoder, model, lr):
-    """ScaledAdam for a Zipformer. Relative steps of its size would make noise of a LayerNorm's weights: AdamW then."""
+    """ScaledAdam, which is Zipformer's; AdamW for encoders with LayerNorm, as upstream trains them."""
     if encoder == sizes.ZIPFORMER:
         return ScaledAdam(model.parameters(), lr=lr)
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
