@@ -40,6 +40,7 @@ from fastasr.benchmarks.ops import (
     depthwise_conv_residual,
     ema_scan,
     gated_depthwise_conv,
+    layer_norm_lstm,
     nonlin_attention,
     rel_position_attention,
     rel_position_attention_weights,
@@ -86,6 +87,8 @@ def training_cases() -> list[Case]:
     for chunk in (None, 32):  # a convolution module of stack 0 and of stack 3, plain and chunk-causal
         cases.append(gated_depthwise_conv._case((frames, batch, 192), 31, chunk))
         cases.append(gated_depthwise_conv._case((188, batch, 512), 15, chunk and chunk // 8))
+    for steps, sequences in ((50, 16), (50, 64), (1, 1), (1, 10)):  # of a transducer's predictor
+        cases.append(layer_norm_lstm._case(steps, sequences, steps == 1))
     cases += [conv_spatial_gate._case((batch, 750, channels), 31) for channels in (1536, 512)]
     return cases
 
@@ -271,6 +274,7 @@ def launch_everything() -> None:
                 y.sum().backward()
     launch_ema_scan()
     launch_spatial_gate()
+    launch_lstm()
     launch_attention()
     launch_relative_attention()
     launch_lattices()
@@ -296,6 +300,25 @@ def launch_spatial_gate() -> None:
                 tensors = [make(shape).requires_grad_() for shape in shapes]
                 y = ops.conv_spatial_gate(*tensors, padding_mask=mask, activation=activation)
                 y.sum().backward()
+
+
+def launch_lstm() -> None:
+    """Several steps in one launch and one step in two, tails of units and of sequences, with and without a state."""
+    from fastasr import ops
+
+    for dtype in (torch.float32, torch.bfloat16):
+        make = partial(torch.randn, device="cuda", dtype=dtype)
+        for steps, batch, units in ((5, 3, 70), (3, 37, 19), (1, 2, 130)):
+            shapes = (
+                (steps, batch, 33),
+                (4 * units, 33),
+                (4 * units, units),
+                *((4 * units,),) * 2,
+                *((units,),) * 2,
+            )
+            for state in ((), ((batch, units),) * 2):
+                tensors = [make(shape).requires_grad_() for shape in (*shapes, *state)]
+                sum(t.sum() for t in ops.layer_norm_lstm(*tensors)).backward()
 
 
 def launch_lattices() -> None:

@@ -22,11 +22,11 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
 from fastasr.ops import _check, _gemm
-from fastasr.ops._dispatch import PLAIN, KernelFamily, direct, native_kernels, served
+from fastasr.ops._dispatch import PLAIN, KernelFamily, direct, native_kernels, served, triton_kernels
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 
 NAME = "layer_norm_lstm"
-FAMILY = KernelFamily(NAME, (NAME,), (native_kernels(NAME),))
+FAMILY = KernelFamily(NAME, (NAME,), (native_kernels(NAME), triton_kernels(NAME)))
 
 # Rows (steps x sequences) up to which the C++ kernels multiply by input_weight themselves.
 FEW_ROWS = 4

@@ -62,6 +62,11 @@ def _calls(dtype=torch.float32):
             (x, make(96), make(96), make(96, 1, 7), make(96)),
         ),
         (
+            "layer_norm_lstm",
+            lambda *tensors: ops.layer_norm_lstm(*tensors)[0],
+            (x, make(384, 192), make(384, 96), make(384), make(384), bias[:96], make(96)),
+        ),
+        (
             "toeplitz_attention",
             ops.toeplitz_attention,
             (make(60, 4, 64), x, other, make(2, 64), make(2, 64), make(119)),
@@ -93,7 +98,7 @@ def _joiner(*tensors: torch.Tensor) -> torch.Tensor:
     return torch.stack(ops.rnnt_joiner(*tensors, symbols, starts, s_range=5, termination_symbol=0))
 
 
-@pytest.mark.parametrize("index", range(21))
+@pytest.mark.parametrize("index", range(23))
 def test_capture_in_a_graph(index):
     name, function, tensors = _calls()[index]
     tensors = tuple(t.requires_grad_() for t in tensors)
@@ -119,7 +124,7 @@ def test_capture_in_a_graph(index):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("index", range(21))
+@pytest.mark.parametrize("index", range(23))
 def test_no_wait_for_the_device(index):
     _, function, tensors = _calls()[index]
     tensors = tuple(t.requires_grad_() for t in tensors)
@@ -131,7 +136,7 @@ def test_no_wait_for_the_device(index):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("index", range(21))
+@pytest.mark.parametrize("index", range(23))
 def test_on_a_stream_of_its_own(index):
     name, function, tensors = _calls(torch.bfloat16)[index]
     expected = function(*tensors)
@@ -146,7 +151,7 @@ def test_on_a_stream_of_its_own(index):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("index", range(21))
+@pytest.mark.parametrize("index", range(23))
 def test_on_the_tensors_device(index):
     name, function, tensors = _calls()[index]
     y = function(*(t.to("cuda:1") for t in tensors))

@@ -46,6 +46,7 @@ def test_cases_are_those_of_training():
         "depthwise_conv_residual",
         "gated_depthwise_conv",
         "gated_residual_norm",
+        "layer_norm_lstm",
         "nonlin_attention",
         "rel_position_attention",
         "rel_position_attention_weights",

@@ -43,6 +43,7 @@ class Configuration:
 
     ``types``: element types of the pointers (other arguments are i32). ``divisible``: integers that Triton
     knows to be multiples of 16. ``floats``: numbers that are fp32. ``stages``: of the pipeline of loads.
+    ``most_registers``: that a launcher allows each thread.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Configuration:
     floats: tuple[str, ...] = ()
     stages: int = 3  # Triton's own choice
     architectures: tuple[int, ...] = ARCHITECTURES
+    most_registers: int | None = None  # the assembler's own choice
 
 
 def configurations() -> list[Configuration]:
@@ -68,6 +70,7 @@ def configurations() -> list[Configuration]:
         *_depthwise_conv_residual(),
         *_gated_depthwise_conv(),
         *_conv_spatial_gate(),
+        *_layer_norm_lstm(),
         *_toeplitz_attention(),
         *_rel_position_attention_weights(),
         *_rel_position_attention(),
@@ -338,6 +341,51 @@ def _conv_spatial_gate():
     sums |= {"taps_t": 1}  # Triton makes integers that are 1 constants
     name = "conv_spatial_gate weight gradient, bf16"
     yield Configuration(name, conv.weight_gradient_kernel, types, sums, conv.NUM_WARPS, ("C",))
+
+
+def _layer_norm_lstm():
+    from fastasr.kernels import layer_norm_lstm as module
+
+    like = ("PRODUCT", "WEIGHT", "DGATES")
+    wide = (
+        "GATE_WEIGHT",
+        "GATE_BIAS",
+        "CELL_WEIGHT",
+        "CELL_BIAS",
+        "RECURRENT",
+        "HIDDEN",
+        "CELL",
+        "Y",
+        "NORMED",
+        "SCALES",
+    )
+    wide += ("GRAD", "DHIDDEN", "DCELL", "BEFORE")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for dtype in dtypes:
+        types = dict.fromkeys(like, dtype) | dict.fromkeys(wide, "fp32") | {"ARRIVED": "i32", "PARTS": "fp64"}
+        for units, batch, label in ((512, 16, ""), (512, 1, ", one step")):
+            shape = module.shapes(units, batch, 128, dtypes[dtype])
+            warps, stages, registers = (shape.pop(key) for key in ("num_warps", "num_stages", "maxnreg"))
+            absent = {"ARRIVED": None, "NORMED": None, "SCALES": None} if batch == 1 else {}
+            for name in ("forward",) if batch == 1 else ("forward", "backward"):
+                kernel = getattr(module, f"{name}_kernel")
+                name = f"layer_norm_lstm {name}, H={units}{label}, {dtype}"
+                yield Configuration(
+                    name,
+                    kernel,
+                    types,
+                    shape | absent,
+                    warps,
+                    ("units",),
+                    ("eps",),
+                    stages,
+                    most_registers=registers,
+                )
+    constants = {"BLOCK_R": module.PART_ROWS, "BLOCK_C": module.BLOCK_P}
+    divisible = ("row", "columns")
+    yield Configuration(
+        "layer_norm_lstm norm gradient", module.norm_gradient_kernel, types, constants, 4, divisible
+    )
 
 
 def _toeplitz_attention():
@@ -620,6 +668,7 @@ def compiled(configuration: Configuration, architecture: int):
     )
     target = GPUTarget("cuda", architecture, 32)
     options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
+    options["maxnreg"] = configuration.most_registers
     return triton.compile(source, target=target, options=options)
 
 

@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LSTM with LayerNorm on the gates and on the cell, after the input's product: one launch over the sequence, each way.
+
+    i, f, v, o = the quarters of LN(p_t + h W^T)      c = LN(sigmoid(f) c + sigmoid(i) tanh(v))
+    h = sigmoid(o) tanh(c)      LN(z) = n weight + bias, n = (z - mean z) s, s = 1 / sqrt(var z + eps)
+    Backward through LN: (d weight - mean(d weight) - n mean(d weight n)) s      dh before = dgates W
+
+A step is two phases. In the products' phase a program owns 16 of the 4H rows of W (backward: 16 columns of one of its
+quarters) and reads them in every step: 16 KB in bf16, 32 KB in float32 at H = 512, at most 0.3 us by a multiprocessor's
+64 bytes per clock. In the rows' phase it owns sequences and has whole rows of gates and cell in registers, so that both
+norms need no exchange. Between phases all programs wait for each other. They are at most as many as the GPU has
+multiprocessors and launched cooperatively, so that all of them run; what one writes and another reads passes through
+the second-level cache. A single step is launched phase by phase, and so is everything in the interpreter, which runs
+one program at a time.
+
+Streaming W through one program per block of sequences instead needs no waiting, but 2 MB (bf16) to 4 MB through one
+multiprocessor take 20 to 40 us per step; here a step is two waits and two short
+phases, about 5 us by count of latencies.
+
+Kept for the backward: n of gates and cell, (T, B, 5H), and the two s, (T, B, 2), in float32. The gradients before the
+norms' weights are written beside dgates, and sums over steps and sequences follow in parts that depend on the shape
+alone, added in float64: results repeat bit for bit, there are no atomics but the counter of arrivals. Launches: forward
+1 (2 for one step), and a copy of the state; backward 1 and 4 for the norms.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+from fastasr.kernels import residual_norm
+from fastasr.kernels._activation import TANH, activate_with_slope, sigmoid_pair
+from fastasr.kernels.residual_norm import _mean
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+MAX_UNITS = 8192
+BLOCK_B, BLOCK_N, NUM_WARPS = 16, 16, 4  # a tile of the products
+MAX_K, MAX_K_PRECISE = 128, 32  # float32 operands of a product lie in registers: more would spill
+MAX_ROWS, ROW_TILE = 4, 512  # sequences of a tile of rows, and numbers of each of its quarters
+BLOCK_P, PART_ROWS, MAX_PARTS = 64, 16, 64  # columns and rows of a tile of the norms' sums
+
+
+@triton.jit
+def _wait(ARRIVED, count):
+    """Until ``count`` programs have come here; all that they stored before is then visible."""
+    tl.debug_barrier()
+    tl.atomic_add(ARRIVED, 1, sem="release")
+    while tl.atomic_add(ARRIVED, 0, sem="acquire") < count:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def _fresh(POINTER, at, keep):
+    """What another program may have written in this launch: not from the first-level cache."""
+    return tl.load(POINTER + at, mask=keep, other=0.0, cache_modifier=".cg").to(tl.float32)
+
+
+@triton.jit
+def _load(POINTER, at, keep):
+    return tl.load(POINTER + at, mask=keep, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _product(
+    X, x_row, W, w_row, w_column, OUT, out_row, n, units, batch,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """OUT[b, n] = sum over k < units of X[b, k] W[n, k] for all sequences; n: columns, negative ones left out."""
+    for first in range(0, batch, BLOCK_B):
+        b = first + tl.arange(0, BLOCK_B)
+        total = tl.zeros([BLOCK_B, n.shape[0]], tl.float32)
+        for start in range(0, units, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            keep = (b < batch)[:, None] & (k < units)[None, :]
+            x = _fresh(X, b[:, None] * x_row + k[None, :], keep).to(W.dtype.element_ty)  # [BLOCK_B, BLOCK_K]
+            at = k[:, None] * w_column + n[None, :] * w_row
+            keep = (k < units)[:, None] & (n >= 0)[None, :]
+            w = tl.load(W + at, mask=keep, other=0.0)  # [BLOCK_K, BLOCK_N]
+            total = tl.dot(x, w, total, input_precision="ieee")
+        keep = (b < batch)[:, None] & (n >= 0)[None, :]
+        tl.store(OUT + b[:, None] * out_row + n[None, :], total, mask=keep)
+
+
+@triton.jit
+def _centred(x, mean, keep, PRECISE: tl.constexpr):
+    """x - mean, 0 where not ``keep``; the mean of float32 gates in two parts, exact to float64."""
+    high = mean.to(tl.float32)
+    x = x - high[:, None]
+    if PRECISE:
+        x = x - (mean - high.to(tl.float64)).to(tl.float32)[:, None]
+    return tl.where(keep, x, 0.0)
+
+
+@triton.jit
+def _scale(square, eps):
+    return tl.div_rn(1.0, tl.sqrt_rn((square + eps).to(tl.float32)))
+
+
+@triton.jit
+def _gate(n, q, WEIGHT, BIAS, u, units):
+    """A quarter of the normalised gates with its weight and bias."""
+    w = tl.load(WEIGHT + q * units + u, mask=u < units, other=0.0)
+    b = tl.load(BIAS + q * units + u, mask=u < units, other=0.0)
+    return tl.fma(n, w[None, :], b[None, :])
+
+
+@triton.jit
+def _step(
+    PRODUCT, RECURRENT, GATE_WEIGHT, GATE_BIAS, CELL_WEIGHT, CELL_BIAS, HIDDEN, CELL, Y, NORMED, SCALES,
+    step, b, u, batch, units, has_product, has_cell, eps, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """Gates, cell and hidden state of sequences b at a step, from the recurrent product and the cell before."""
+    keep = (b < batch)[:, None] & (u < units)[None, :]
+    row = step * batch.to(tl.int64) + b
+    at = (row * (4 * units))[:, None] + u[None, :]
+    near = (b * (4 * units))[:, None] + u[None, :]
+    again = keep & (has_product != 0)
+    i = _load(PRODUCT, at, keep) + _fresh(RECURRENT, near, again)
+    f = _load(PRODUCT, at + units, keep) + _fresh(RECURRENT, near + units, again)
+    v = _load(PRODUCT, at + 2 * units, keep) + _fresh(RECURRENT, near + 2 * units, again)
+    o = _load(PRODUCT, at + 3 * units, keep) + _fresh(RECURRENT, near + 3 * units, again)
+    mean = (_mean(i, units, PRECISE) + _mean(f, units, PRECISE)) * 0.25
+    mean += (_mean(v, units, PRECISE) + _mean(o, units, PRECISE)) * 0.25
+    i = _centred(i, mean, keep, PRECISE)
+    f = _centred(f, mean, keep, PRECISE)
+    v = _centred(v, mean, keep, PRECISE)
+    o = _centred(o, mean, keep, PRECISE)
+    square = (_mean(i * i, units, PRECISE) + _mean(f * f, units, PRECISE)) * 0.25
+    square += (_mean(v * v, units, PRECISE) + _mean(o * o, units, PRECISE)) * 0.25
+    gate_scale = _scale(square, eps)
+    i *= gate_scale[:, None]
+    f *= gate_scale[:, None]
+    v *= gate_scale[:, None]
+    o *= gate_scale[:, None]
+    if NORMED is not None:
+        kept = (row * (5 * units))[:, None] + u[None, :]
+        tl.store(NORMED + kept, i, mask=keep)
+        tl.store(NORMED + kept + units, f, mask=keep)
+        tl.store(NORMED + kept + 2 * units, v, mask=keep)
+        tl.store(NORMED + kept + 3 * units, o, mask=keep)
+    own = (b * units)[:, None] + u[None, :]
+    c = _load(CELL, own, keep & (has_cell != 0))
+    i, _ = sigmoid_pair(_gate(i, 0, GATE_WEIGHT, GATE_BIAS, u, units), PRECISE)
+    f, _ = sigmoid_pair(_gate(f, 1, GATE_WEIGHT, GATE_BIAS, u, units), PRECISE)
+    v, _ = activate_with_slope(_gate(v, 2, GATE_WEIGHT, GATE_BIAS, u, units), TANH, PRECISE)
+    o, _ = sigmoid_pair(_gate(o, 3, GATE_WEIGHT, GATE_BIAS, u, units), PRECISE)
+    c = tl.where(keep, tl.fma(f, c, i * v), 0.0)
+    c = _centred(c, _mean(c, units, PRECISE), keep, PRECISE)
+    cell_scale = _scale(_mean(c * c, units, PRECISE), eps)
+    c *= cell_scale[:, None]
+    if NORMED is not None:
+        tl.store(NORMED + kept + 4 * units, c, mask=keep)
+        tl.store(SCALES + 2 * row, gate_scale, mask=b < batch)
+        tl.store(SCALES + 2 * row + 1, cell_scale, mask=b < batch)
+    c = _gate(c, 0, CELL_WEIGHT, CELL_BIAS, u, units)
+    act, _ = activate_with_slope(c, TANH, PRECISE)
+    h = o * act
+    tl.store(CELL + own, c, mask=keep)
+    tl.store(HIDDEN + own, h, mask=keep)
+    tl.store(Y + (row * units)[:, None] + u[None, :], h, mask=keep)
+
+
+@triton.jit(do_not_specialize=["batch", "has_hidden", "has_cell", "first", "last"])
+def forward_kernel(
+    PRODUCT, WEIGHT, GATE_WEIGHT, GATE_BIAS, CELL_WEIGHT, CELL_BIAS, RECURRENT, HIDDEN, CELL, Y, NORMED, SCALES,
+    ARRIVED, batch, units, has_hidden, has_cell, first, last, eps,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
+):  # fmt: skip
+    # Phases first to last - 1: of step t the product is 2 t, the rows are 2 t + 1. HIDDEN and CELL: the state.
+    PRECISE: tl.constexpr = PRODUCT.dtype.element_ty == tl.float32
+    pid, programs = tl.program_id(0), tl.num_programs(0)
+    u = tl.arange(0, BLOCK_U)
+    for phase in range(first, last):
+        if phase % 2 == 0:
+            for start in range(pid * BLOCK_N, 4 * units, programs * BLOCK_N):
+                n = start + tl.arange(0, BLOCK_N)
+                n = tl.where(n < 4 * units, n, -1)
+                _product(
+                    HIDDEN, units, WEIGHT, units, 1, RECURRENT, 4 * units, n, units, batch, BLOCK_B, BLOCK_K
+                )
+        else:
+            step = phase // 2
+            for start in range(pid * BLOCK_R, batch, programs * BLOCK_R):
+                _step(
+                    PRODUCT, RECURRENT, GATE_WEIGHT, GATE_BIAS, CELL_WEIGHT, CELL_BIAS, HIDDEN, CELL, Y, NORMED, SCALES,
+                    step, start + tl.arange(0, BLOCK_R), u, batch, units, has_hidden + step, has_cell + step, eps,
+                    PRECISE,
+                )  # fmt: skip
+        if ARRIVED is not None:
+            _wait(ARRIVED, (phase + 1 - first) * programs)
+
+
+@triton.jit
+def _step_back(
+    GRAD, NORMED, SCALES, GATE_WEIGHT, GATE_BIAS, CELL_WEIGHT, CELL_BIAS, CELL, DHIDDEN, DCELL, BEFORE, DGATES,
+    step, b, u, batch, units, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """dgates of sequences b at a step, and d(cell) of the step before; BEFORE: the gradients before the norms'
+    weights."""
+    keep = (b < batch)[:, None] & (u < units)[None, :]
+    row = step * batch.to(tl.int64) + b
+    own = (b * units)[:, None] + u[None, :]
+    dh = _fresh(DHIDDEN, own, keep)
+    for q in tl.static_range(1, 4):
+        dh += _fresh(DHIDDEN + q * batch.to(tl.int64) * units, own, keep)
+    if GRAD is not None:
+        dh += _load(GRAD, (row * units)[:, None] + u[None, :], keep)
+    kept = (row * (5 * units))[:, None] + u[None, :]
+    ni = _load(NORMED, kept, keep)
+    nf = _load(NORMED, kept + units, keep)
+    nv = _load(NORMED, kept + 2 * units, keep)
+    no = _load(NORMED, kept + 3 * units, keep)
+    nc = _load(NORMED, kept + 4 * units, keep)
+    gate_scale = tl.load(SCALES + 2 * row, mask=b < batch, other=0.0)
+    cell_scale = tl.load(SCALES + 2 * row + 1, mask=b < batch, other=0.0)
+    i, i_rest = sigmoid_pair(_gate(ni, 0, GATE_WEIGHT, GATE_BIAS, u, units), PRECISE)
+    f, f_rest = sigmoid_pair(_gate(nf, 1, GATE_WEIGHT, GATE_BIAS, u, units), PRECISE)
+    v, v_slope = activate_with_slope(_gate(nv, 2, GATE_WEIGHT, GATE_BIAS, u, units), TANH, PRECISE)
+    o, o_rest = sigmoid_pair(_gate(no, 3, GATE_WEIGHT, GATE_BIAS, u, units), PRECISE)
+    act, slope = activate_with_slope(_gate(nc, 0, CELL_WEIGHT, CELL_BIAS, u, units), TANH, PRECISE)
+    # the cell's norm
+    do = dh * act * (o * o_rest)
+    dc = tl.fma(dh, o * slope, _load(DCELL, own, keep))
+    tl.store(BEFORE + kept + 4 * units, dc, mask=keep)
+    dc *= tl.load(CELL_WEIGHT + u, mask=u < units, other=0.0)[None, :]
+    mean, along = _mean(dc, units, PRECISE).to(tl.float32), _mean(dc * nc, units, PRECISE).to(tl.float32)
+    dc = tl.fma(-nc, along[:, None], dc - mean[:, None]) * cell_scale[:, None]
+    # the gates
+    if step > 0:
+        c = _load(NORMED + (4 - 5 * batch.to(tl.int64)) * units, kept, keep)
+        c = _gate(c, 0, CELL_WEIGHT, CELL_BIAS, u, units)
+    else:
+        c = tl.zeros_like(nc)
+        if CELL is not None:
+            c = _load(CELL, own, keep)
+    tl.store(DCELL + own, dc * f, mask=keep)
+    di = dc * v * (i * i_rest)
+    df = dc * c * (f * f_rest)
+    dv = dc * i * v_slope
+    tl.store(BEFORE + kept, di, mask=keep)
+    tl.store(BEFORE + kept + units, df, mask=keep)
+    tl.store(BEFORE + kept + 2 * units, dv, mask=keep)
+    tl.store(BEFORE + kept + 3 * units, do, mask=keep)
+    # the gates' norm
+    di *= tl.load(GATE_WEIGHT + u, mask=u < units, other=0.0)[None, :]
+    df *= tl.load(GATE_WEIGHT + units + u, mask=u < units, other=0.0)[None, :]
+    dv *= tl.load(GATE_WEIGHT + 2 * units + u, mask=u < units, other=0.0)[None, :]
+    do *= tl.load(GATE_WEIGHT + 3 * units + u, mask=u < units, other=0.0)[None, :]
+    mean = (_mean(di + df, units, PRECISE) + _mean(dv + do, units, PRECISE)).to(tl.float32) * 0.25
+    along = _mean(di * ni + df * nf, units, PRECISE) + _mean(dv * nv + do * no, units, PRECISE)
+    along = along.to(tl.float32) * 0.25
+    at = (row * (4 * units))[:, None] + u[None, :]
+    out = DGATES.dtype.element_ty
+    s = gate_scale[:, None]
+    tl.store(DGATES + at, (tl.fma(-ni, along[:, None], di - mean[:, None]) * s).to(out), mask=keep)
+    tl.store(DGATES + at + units, (tl.fma(-nf, along[:, None], df - mean[:, None]) * s).to(out), mask=keep)
+    tl.store(
+        DGATES + at + 2 * units, (tl.fma(-nv, along[:, None], dv - mean[:, None]) * s).to(out), mask=keep
+    )
+    tl.store(
+        DGATES + at + 3 * units, (tl.fma(-no, along[:, None], do - mean[:, None]) * s).to(out), mask=keep
+    )
+
+
+@triton.jit(do_not_specialize=["batch", "steps", "first", "last"])
+def backward_kernel(
+    GRAD, WEIGHT, GATE_WEIGHT, GATE_BIAS, CELL_WEIGHT, CELL_BIAS, CELL, NORMED, SCALES,
+    DHIDDEN, DCELL, BEFORE, DGATES, ARRIVED, batch, units, steps, first, last,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
+):  # fmt: skip
+    # Phases first to last - 1, the last step's first: rows, then product. DHIDDEN (4, B, H): shares of the quarters.
+    PRECISE: tl.constexpr = WEIGHT.dtype.element_ty == tl.float32
+    pid, programs = tl.program_id(0), tl.num_programs(0)
+    u = tl.arange(0, BLOCK_U)
+    tiles = tl.cdiv(units, BLOCK_N)
+    for phase in range(first, last):
+        step = steps - 1 - phase // 2
+        if phase % 2 == 0:
+            for start in range(pid * BLOCK_R, batch, programs * BLOCK_R):
+                _step_back(
+                    GRAD, NORMED, SCALES, GATE_WEIGHT, GATE_BIAS, CELL_WEIGHT, CELL_BIAS, CELL, DHIDDEN, DCELL,
+                    BEFORE, DGATES, step, start + tl.arange(0, BLOCK_R), u, batch, units, PRECISE,
+                )  # fmt: skip
+        else:
+            for tile in range(pid, 4 * tiles, programs):
+                q = (tile // tiles).to(tl.int64)
+                n = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+                n = tl.where(n < units, n, -1)
+                d = DGATES + (step.to(tl.int64) * batch * 4 + q) * units
+                _product(
+                    d, 4 * units, WEIGHT + q * units * units, 1, units,
+                    DHIDDEN + q * batch * units, units, n, units, batch, BLOCK_B, BLOCK_K,
+                )  # fmt: skip
+        if ARRIVED is not None:
+            _wait(ARRIVED, (phase + 1 - first) * programs)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_part"])
+def norm_gradient_kernel(
+    NORMED, BEFORE, PARTS, rows, rows_per_part, row, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    # Sums of d n and of d over a part's rows, as rows of two tables, for ``columns`` of each row of ``row`` numbers.
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = tl.program_id(1)
+    dweight = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    dbias = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    first = part * rows_per_part
+    end = tl.minimum(first + rows_per_part, rows)
+    while first < end:
+        r = first + tl.arange(0, BLOCK_R)
+        keep = (r < end)[:, None] & (c < columns)[None, :]
+        at = r[:, None].to(tl.int64) * row + c[None, :]
+        d = _load(BEFORE, at, keep)  # [BLOCK_R, BLOCK_C]
+        dweight = tl.fma(d, _load(NORMED, at, keep), dweight)
+        dbias += d
+        first += BLOCK_R
+    at = part.to(tl.int64) * columns + c
+    tl.store(PARTS + at, tl.sum(dweight.to(PARTS.dtype.element_ty), axis=0), mask=c < columns)
+    at += tl.num_programs(1).to(tl.int64) * columns
+    tl.store(PARTS + at, tl.sum(dbias.to(PARTS.dtype.element_ty), axis=0), mask=c < columns)
+
+
+# --------------------------------------------------------------------------- launches
+def _together() -> bool:
+    """Whether programs run at the same time, so that they can wait for each other."""
+    return os.environ.get("TRITON_INTERPRET") != "1"
+
+
+def shapes(units: int, batch: int, programs: int, dtype: torch.dtype) -> dict[str, int]:
+    """The tiles of ``programs`` programs."""
+    block_u = max(32, triton.next_power_of_2(units))
+    rows = min(MAX_ROWS, triton.next_power_of_2(triton.cdiv(batch, programs)))
+    most = MAX_K_PRECISE if dtype == torch.float32 else MAX_K
+    warps = max(NUM_WARPS, min(16, block_u // 128))
+    return {
+        "BLOCK_B": BLOCK_B,
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_K": min(most, max(16, triton.next_power_of_2(units))),
+        "BLOCK_R": max(1, min(rows, ROW_TILE // block_u)),
+        "BLOCK_U": block_u,
+        "num_warps": warps,
+        "num_stages": 4 if most == MAX_K else 5,
+        "maxnreg": min(
+            255, 2048 // warps
+        ),  # left alone, the assembler spills to let more programs run at once
+    }
+
+
+def _launch(kernel, arguments, first: int, last: int, tail, weight, batch: int) -> None:
+    """Phases first to last - 1: in one launch, or in one each where programs cannot wait or there is but one step."""
+    units, device, processors = weight.shape[1], weight.device, 128
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    programs = min(processors, triton.cdiv(4 * units, BLOCK_N))
+    shape = shapes(units, batch, programs, weight.dtype)
+    if programs == 1:  # nobody to wait for
+        kernel[(1,)](*arguments, None, *tail(first, last), **shape)
+    elif last - first > 2 and _together():
+        arrived = torch.zeros(1, dtype=torch.int32, device=device)
+        kernel[(programs,)](*arguments, arrived, *tail(first, last), **shape, launch_cooperative_grid=True)
+    else:
+        for phase in range(first, last):
+            kernel[(programs,)](*arguments, None, *tail(phase, phase + 1), **shape)
+
+
+def _check(steps: int, batch: int, units: int) -> None:
+    if units > MAX_UNITS or 4 * batch * units >= 2**31 or 2 * steps * 1024 >= 2**31:
+        raise ValueError(
+            f"fastasr.layer_norm_lstm: x: expected at most {MAX_UNITS} units, fewer than 2**29 numbers of state "
+            f"and 2**20 steps on CUDA, got {units} units, {batch} sequences and {steps} steps"
+        )
+
+
+def layer_norm_lstm_forward(
+    product,
+    input_weight,
+    weight,
+    gate_weight,
+    gate_bias,
+    cell_weight,
+    cell_bias,
+    hidden,
+    cell,
+    eps: float,
+    keep: bool,
+) -> tuple[torch.Tensor, ...]:
+    """(y (T, B, H), hidden, cell, kept), in float32, from x W_x^T (T, B, 4H) and ``weight`` (4H, H) of one dtype; the
+    norms' parameters and the state are float32, all is contiguous. ``input_weight`` is None."""
+    steps, batch, units = product.shape[0], product.shape[1], weight.shape[1]
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=product.device)
+
+    y, rows = new(steps, batch, units), steps * batch
+    kept = new(rows * (5 * units + 2) if keep else 0)
+    nothing = torch.zeros if not steps else torch.empty
+    after = [
+        nothing(batch, units, dtype=torch.float32, device=product.device) if t is None else t.clone()
+        for t in (hidden, cell)
+    ]
+    if rows:
+        _check(steps, batch, units)
+        normed, scales = (kept, kept[rows * 5 * units :]) if keep else (None, None)
+        arguments = (
+            product,
+            weight,
+            gate_weight,
+            gate_bias,
+            cell_weight,
+            cell_bias,
+            new(batch, 4 * units),
+            *after,
+            y,
+        )
+        with torch.cuda.device_of(product):
+            _launch(
+                forward_kernel,
+                (*arguments, normed, scales),
+                int(hidden is None),
+                2 * steps,
+                lambda first, last: (
+                    batch,
+                    units,
+                    int(hidden is not None),
+                    int(cell is not None),
+                    first,
+                    last,
+                    eps,
+                ),
+                weight,
+                batch,
+            )
+    return y, *after, kept
+
+
+def layer_norm_lstm_backward(
+    grad_y, grad_hidden, grad_cell, weight, gate_weight, gate_bias, cell_weight, cell_bias, cell, kept,
+    steps: int, batch: int, eps: float, need_state: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """(dgates (T, B, 4H) in weight's dtype, dgate_weight, dgate_bias, dcell_weight, dcell_bias, dhidden, dcell) from
+    float32 gradients, any of which may be None; dhidden has no elements unless ``need_state``."""
+    units, device = weight.shape[1], weight.device
+
+    def new(make, *shape: int, dtype=torch.float32) -> torch.Tensor:
+        return make(shape, dtype=dtype, device=device)
+
+    dgates, rows = new(torch.empty, steps, batch, 4 * units, dtype=weight.dtype), steps * batch
+    dhidden, dcell = new(torch.zeros, 4, batch, units), new(torch.zeros, batch, units)
+    for gradient, given in ((dhidden[0], grad_hidden), (dcell, grad_cell)):
+        if given is not None:
+            gradient.copy_(given)
+    norms = [torch.zeros_like(t) for t in (gate_weight, gate_bias, cell_weight, cell_bias)]
+    if rows:
+        _check(steps, batch, units)
+        before, scales = new(torch.empty, rows * 5 * units), kept[rows * 5 * units :]
+        arguments = (grad_y, weight, gate_weight, gate_bias, cell_weight, cell_bias, cell, kept, scales)
+        with torch.cuda.device_of(weight):
+            _launch(
+                backward_kernel,
+                (*arguments, dhidden, dcell, before, dgates),
+                0,
+                2 * steps - (not need_state),
+                lambda first, last: (batch, units, steps, first, last),
+                weight,
+                batch,
+            )
+            _norm_gradients(kept, before, rows, 5 * units, 0, norms[:2])
+            _norm_gradients(kept, before, rows, 5 * units, 4 * units, norms[2:])
+    return dgates, *norms, dhidden.sum(0) if need_state else new(torch.empty, 0), dcell
+
+
+def _norm_gradients(normed, before, rows: int, row: int, start: int, out: list[torch.Tensor]) -> None:
+    """Sums of d n and d over all rows for the columns from ``start`` on."""
+    columns = out[0].numel()
+    rows_per_part = triton.cdiv(triton.cdiv(rows, MAX_PARTS), PART_ROWS) * PART_ROWS
+    parts = triton.cdiv(rows, rows_per_part)
+    table = torch.empty((2, parts, columns), dtype=torch.float64, device=before.device)
+    norm_gradient_kernel[(triton.cdiv(columns, BLOCK_P), parts)](
+        normed[start:], before[start:], table, rows, rows_per_part, row, columns,
+        BLOCK_R=PART_ROWS, BLOCK_C=BLOCK_P, num_warps=4,
+    )  # fmt: skip
+    residual_norm.add_parts_kernel[(triton.cdiv(columns, 16), 2)](
+        table, *out, parts, columns, BLOCK_P=128, BLOCK_C=16, num_warps=4
+    )
