@@ -3,11 +3,11 @@
 
 #include <cstdint>
 
-// y = x Wᵀ + bias for few rows of x (1 to about 16), where reading W is the whole cost. W (N, K) is packed once into
+// y = x Wᵀ + bias for few rows of x (1 to about 16), where reading W is most of the cost. W (N, K) is packed once into
 // panels of 64 output columns, each a contiguous (K, 64) block, so that a product reads its weights as one stream in
-// the order in which they lie in memory, prefetched. Pack consecutive products into one arena in the order
-// in which they are called, and let the arena lie on huge pages: on one Zen 4 core a stream of 52 MB is read at
-// 48 GB/s from 2 MB pages and at 24 GB/s from 4 KB pages.
+// the order in which they lie in memory, prefetched. Pack consecutive products into one arena in the order in which
+// they are called, and let the arena lie on huge pages: on one Zen 4 core a stream of 52 MB is read at 48 GB/s from
+// 2 MB pages and at 24 GB/s from 4 KB pages.
 //
 // Each element of y is a sum over blocks of 128 of k, each block added in order of k: its bits depend neither on the
 // number of rows, nor on how rows and panels are split over calls and threads. Short chains keep the error at or below
