@@ -416,7 +416,7 @@ def tiles(dim: int, value_dim: int, dtype: torch.dtype, hopper: bool, hiding: bo
     square = common | {"BLOCK": block, "BLOCK_V": columns, "num_stages": 2}
     return {
         "forward": common | {"BLOCK_M": rows, "BLOCK_N": block, "BLOCK_V": columns, "num_stages": 2},
-        "queries": square,
+        "queries": square | {"num_stages": 1 if hopper and not wide else 2},
         "keys": square,
         "offsets": common | {"BLOCK": block, "num_stages": 3},
         "positions": common | {"BLOCK": block, "num_stages": 3},
