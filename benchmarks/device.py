@@ -41,6 +41,7 @@ from fastasr.benchmarks.ops import (
     ema_scan,
     gated_depthwise_conv,
     layer_norm_lstm,
+    linear_activation,
     nonlin_attention,
     rel_position_attention,
     rel_position_attention_weights,
@@ -81,9 +82,9 @@ def training_cases() -> list[Case]:
     cases += rnnt_joiner.CASES[::2]
     cases += [*rnnt_lattice.CASES[:3], rnnt_pruned_lattice.CASES[0]]
     cases.append(depthwise_conv2d._case((batch, frames, 19, 128), (7, 7)))  # a front end
-    cases.append(
-        depthwise_conv_residual._case((batch, frames // 2, 1024), 3)
-    )  # the merge of an E-Branchformer
+    # an E-Branchformer: its merge, its cgMLP's first projection
+    cases.append(depthwise_conv_residual._case((batch, frames // 2, 1024), 3))
+    cases.append(linear_activation._case((batch, frames // 2, 512), 3072, "gelu"))
     for chunk in (None, 32):  # a convolution module of stack 0 and of stack 3, plain and chunk-causal
         cases.append(gated_depthwise_conv._case((frames, batch, 192), 31, chunk))
         cases.append(gated_depthwise_conv._case((188, batch, 512), 15, chunk and chunk // 8))

@@ -27,6 +27,7 @@ from fastasr.ops.depthwise_conv_residual import definition as depthwise_conv_res
 from fastasr.ops.ema_scan import definition as ema_scan_definition
 from fastasr.ops.gated_depthwise_conv import definition as gated_depthwise_conv_definition
 from fastasr.ops.layer_norm_lstm import definition as layer_norm_lstm_definition
+from fastasr.ops.linear_activation import definition as linear_activation_definition
 from fastasr.ops.nonlin_attention import definition as nonlin_attention_definition
 from fastasr.ops.rel_attention import definition as rel_attention_definition
 from fastasr.ops.rel_position_attention import definition as attention_definition
@@ -157,6 +158,12 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             registered.depthwise_conv_residual,
         ),
         "linear": Tiny((x, weight, bias), F.linear, ops.linear, registered.linear),
+        "linear_activation": Tiny(
+            (x, weight, bias),
+            linear_activation_definition,
+            ops.linear_activation,
+            lambda x, w, b: registered.linear_activation(x, w, b, 1)[0],
+        ),
         "nonlin_attention": Tiny(
             (torch.rand(1, 2, 2, device=device), torch.randn(2, 1, 3 * channels, device=device)),
             nonlin_attention_definition,

@@ -11,6 +11,16 @@ FASTASR_INLINE void values(C* __restrict x, int64_t n) {
 }
 
 template <Activation A, typename C>
+FASTASR_INLINE void slopes(C* __restrict x, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    C d;
+    activate<A>(x[i], &d);  // the compiler drops what the value alone needs
+    x[i] = d;
+  }
+}
+
+template <Activation A, typename C>
 FASTASR_INLINE void values_and_slopes(C* __restrict x, C* __restrict slope, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
@@ -37,10 +47,11 @@ FASTASR_INLINE void values_and_slopes(C* __restrict x, C* __restrict slope, int6
   }                                                      \
   return false
 
-#define FASTASR_DEFINE(C)                                                                         \
-  FASTASR_CLONES bool activate(int activation, C* x, int64_t n) { FASTASR_SWITCH(values, x, n); } \
-  FASTASR_CLONES bool activate_with_slope(int activation, C* x, C* slope, int64_t n) {            \
-    FASTASR_SWITCH(values_and_slopes, x, slope, n);                                               \
+#define FASTASR_DEFINE(C)                                                                                 \
+  FASTASR_CLONES bool activate(int activation, C* x, int64_t n) { FASTASR_SWITCH(values, x, n); }         \
+  FASTASR_CLONES bool activation_slope(int activation, C* x, int64_t n) { FASTASR_SWITCH(slopes, x, n); } \
+  FASTASR_CLONES bool activate_with_slope(int activation, C* x, C* slope, int64_t n) {                    \
+    FASTASR_SWITCH(values_and_slopes, x, slope, n);                                                       \
   }
 
 FASTASR_DEFINE(float)

@@ -105,10 +105,12 @@ FASTASR_INLINE C activate(C x, C* slope) {
   }
 }
 
-// x[i] = act(x[i]) over a buffer of the compute type; with slope, also slope[i] = act'(x[i]). False when no activation
-// has this number: then nothing is done.
+// x[i] = act(x[i]) over a buffer of the compute type; with slope, also slope[i] = act'(x[i]); activation_slope:
+// x[i] = act'(x[i]). False when no activation has this number: then nothing is done.
 bool activate(int activation, float* x, int64_t n);
 bool activate(int activation, double* x, int64_t n);
+bool activation_slope(int activation, float* x, int64_t n);
+bool activation_slope(int activation, double* x, int64_t n);
 bool activate_with_slope(int activation, float* x, float* slope, int64_t n);
 bool activate_with_slope(int activation, double* x, double* slope, int64_t n);
 

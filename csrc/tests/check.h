@@ -151,6 +151,7 @@ void depthwise_conv2d();
 void nonlin_attention();
 void conv_spatial_gate();
 void depthwise_conv_residual();
+void linear_activation();
 void gated_depthwise_conv();
 void balancer_gradient();
 void skinny_gemm();

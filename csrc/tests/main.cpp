@@ -24,6 +24,7 @@ constexpr Test kTests[] = {
     {"nonlin_attention", fastasr::test::nonlin_attention},
     {"conv_spatial_gate", fastasr::test::conv_spatial_gate},
     {"depthwise_conv_residual", fastasr::test::depthwise_conv_residual},
+    {"linear_activation", fastasr::test::linear_activation},
     {"gated_depthwise_conv", fastasr::test::gated_depthwise_conv},
     {"balancer_gradient", fastasr::test::balancer_gradient},
     {"skinny_gemm", fastasr::test::skinny_gemm},

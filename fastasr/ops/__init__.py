@@ -16,6 +16,7 @@ from fastasr.ops.ema_scan import ema_scan
 from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv
 from fastasr.ops.layer_norm_lstm import layer_norm_lstm
 from fastasr.ops.linear import linear
+from fastasr.ops.linear_activation import linear_activation
 from fastasr.ops.nonlin_attention import nonlin_attention
 from fastasr.ops.rel_attention import rel_attention
 from fastasr.ops.rel_position_attention import rel_position_attention
@@ -38,6 +39,7 @@ NAMES = (
     "bias_norm",
     "bypass",
     "linear",
+    "linear_activation",
     "layer_norm_lstm",
     "ema_scan",
     "complex_ema_scan",
@@ -72,6 +74,7 @@ __all__ = [
     "gated_residual_norm",
     "layer_norm_lstm",
     "linear",
+    "linear_activation",
     "nonlin_attention",
     "rel_attention",
     "rel_position_attention",

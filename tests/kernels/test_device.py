@@ -50,6 +50,7 @@ def _calls(dtype=torch.float32):
             ops.depthwise_conv_residual,
             (make(2, 60, 64), make(64, 1, 3), make(64)),
         ),
+        ("linear_activation", ops.linear_activation, (make(60, 4, 64), make(96, 64), make(96))),
         ("gated_depthwise_conv", ops.gated_depthwise_conv, (x, make(96, 1, 7), make(96))),
         (
             "gated_depthwise_conv, chunks",

@@ -47,6 +47,7 @@ def test_cases_are_those_of_training():
         "gated_depthwise_conv",
         "gated_residual_norm",
         "layer_norm_lstm",
+        "linear_activation",
         "nonlin_attention",
         "rel_position_attention",
         "rel_position_attention_weights",

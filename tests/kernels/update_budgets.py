@@ -65,6 +65,7 @@ def configurations() -> list[Configuration]:
         *_bias_norm(),
         *_bypass(),
         *_nonlin_attention(),
+        *_linear_activation(),
         *_residual_norm(),
         *_depthwise_conv2d(),
         *_depthwise_conv_residual(),
@@ -236,6 +237,23 @@ def _residual_norm():
             name = f"residual_norm parts, {block_p}, {dtype}"
             types = wide | {"PARTS": dtype}
             yield Configuration(name, residual_norm.add_parts_kernel, types, constants, warps, ("C",))
+
+
+def _linear_activation():
+    from fastasr.kernels import linear_activation as kernels
+
+    flat = {"TAIL": False, "BLOCK": kernels.BLOCK}
+    tile = {"BLOCK_R": kernels.BLOCK_R, "BLOCK_C": kernels.BLOCK_C}
+    for dtype in ("fp32", "bf16"):
+        types = dict.fromkeys(("Z", "Y", "GRAD", "DZ"), dtype) | {"PARTS": "fp32"}
+        for label, number in (("silu", 1), ("gelu", 4)):
+            for name, kernel, constants in (
+                ("forward", kernels.forward_kernel, flat),
+                ("backward", kernels.backward_kernel, tile),
+            ):
+                name = f"linear_activation {name}, {label}, {dtype}"
+                constants = {"ACTIVATION": number, **constants}
+                yield Configuration(name, kernel, types, constants, kernels.NUM_WARPS, ("C",))
 
 
 def _depthwise_conv2d():

@@ -2,7 +2,9 @@
 """The activations of E-Branchformer by name, and which of them the kernels compute themselves."""
 
 import torch
-import torch.nn.functional as F
+
+from fastasr import ops
+from fastasr.models.mega import plumbing
 
 _MODULES = {
     "gelu": torch.nn.GELU,
@@ -39,13 +41,6 @@ _FUSED = {
     torch.nn.SiLU: "silu",
     torch.nn.Tanh: "tanh",
 }
-_IN_PLACE = {
-    "gelu": torch.ops.aten.gelu_,
-    "identity": lambda x: x,
-    "relu": torch.relu_,
-    "silu": lambda x: F.silu(x, inplace=True),
-    "tanh": torch.tanh_,
-}
 
 
 def fused_name(activation: torch.nn.Module) -> str | None:
@@ -63,11 +58,9 @@ def fused_name(activation: torch.nn.Module) -> str | None:
     return _FUSED.get(type(activation))
 
 
-def activate(activation: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``activation(x)`` for an x that nobody else holds: in place where no gradient needs the argument."""
-    name = fused_name(activation)
-    if name is None:
-        return activation(x)
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-        return F.silu(x) if name == "silu" else activation(x)
-    return _IN_PLACE[name](x)
+def activated(linear, activation: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``activation(linear(x))``."""
+    name = fused_name(activation) if plumbing.is_plain(linear) else None
+    if name is None or name == "identity":
+        return activation(plumbing.linear(linear, x))
+    return ops.linear_activation(x, linear.weight, linear.bias, name)

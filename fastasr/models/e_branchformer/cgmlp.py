@@ -131,7 +131,7 @@ class FeedForwardConvGated(torch.nn.Module):
         x, positions = x if isinstance(x, tuple) else (x, None)
         first = self.channel_proj1
         if _is_two_steps(first):
-            x = activations.activate(first[1], plumbing.linear(first[0], x))
+            x = activations.activated(first[0], first[1], x)
         else:
             x = first(x)
         x = plumbing.linear(self.channel_proj2, self.csgu(x))
@@ -143,5 +143,4 @@ def _is_two_steps(sequential) -> bool:
         type(sequential) is torch.nn.Sequential
         and len(sequential) == 2
         and not plumbing.is_watched(sequential)
-        and plumbing.is_plain(sequential[0])
     )

@@ -18,9 +18,5 @@ class PositionwiseFeedForward(torch.nn.Module):
         self.activation = activations.instance("PositionwiseFeedForward", "activation", activation)
 
     def forward(self, x):
-        hidden = plumbing.linear(self.w_1, x)
-        if plumbing.is_plain(self.w_1):
-            hidden = activations.activate(self.activation, hidden)
-        else:
-            hidden = self.activation(hidden)
+        hidden = activations.activated(self.w_1, self.activation, x)
         return plumbing.linear(self.w_2, plumbing.dropout(self.dropout, hidden))

@@ -92,7 +92,7 @@ class EBranchformerLayer(torch.nn.Module):
         x, positions = x_input if isinstance(x_input, tuple) else (x_input, None)
         if self.feed_forward_macaron is not None:
             y = self.feed_forward_macaron(self.norm_ff_macaron(x))
-            x = x + self.ff_scale * plumbing.dropout(self.dropout, y)
+            x = torch.add(x, plumbing.dropout(self.dropout, y), alpha=self.ff_scale)  # one pass
         normal = self.norm_mha(x)
         if type(self.attn).__name__ == "FastSelfAttention":
             x1 = self.attn(normal, mask)
@@ -106,6 +106,6 @@ class EBranchformerLayer(torch.nn.Module):
         x = x + plumbing.dropout(self.dropout, merging.merge(self, x1, x2))
         if self.feed_forward is not None:
             y = self.feed_forward(self.norm_ff(x))
-            x = x + self.ff_scale * plumbing.dropout(self.dropout, y)
+            x = torch.add(x, plumbing.dropout(self.dropout, y), alpha=self.ff_scale)  # one pass
         x = self.norm_final(x)
         return (x if positions is None else (x, positions)), mask

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/linear_activation.h"
+
+#include <tuple>
+
+#include "bindings/dispatch.h"
+#include "bindings/pooled.h"
+#include "cpu/activation.h"
+
+namespace fastasr {
+namespace {
+
+void check(const Tensor& z, int64_t activation, const char* op) {
+  STD_TORCH_CHECK(z.dim() > 0, op, ": z has no dimensions");
+  check_like(z, z, op, "z");
+  STD_TORCH_CHECK(activation >= 0 && activation < cpu::kActivations, op, ": activation");
+}
+
+// act(z), in z's own memory where that is wanted: then z itself is returned.
+Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_place) {
+  const char* op = "linear_activation_forward";
+  check(z, activation, op);
+  Tensor y = in_place ? z : new_pooled_like(z);
+  with_kernel_type(z.scalar_type(), op, [&]<typename T>() {
+    const T* from = data<T>(z);
+    T* to = mutable_data<T>(y);
+    parallel_range(z.numel(), kGrain, [&](int64_t b, int64_t e) {
+      cpu::linear_activation_forward(static_cast<int>(activation), from + b, to + b, e - b);
+    });
+  });
+  return y;
+}
+
+// (dz, dbias), the latter without elements unless it is wanted.
+std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const Tensor& z, int64_t activation,
+                                                      bool need_bias) {
+  const char* op = "linear_activation_backward";
+  check(z, activation, op);
+  check_same_size(grad, z, op, "grad");
+  Tensor dz = new_pooled_like(z), dbias = new_without_elements(z);
+  const int64_t channels = z.size(z.dim() - 1), rows = channels ? z.numel() / channels : 0;
+  if (need_bias) {
+    const int64_t one = 1;
+    dbias = new_strided(z, 1, &channels, &one);
+  }
+  with_kernel_type(z.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const T *g = data<T>(grad), *from = data<T>(z);
+    T* to = mutable_data<T>(dz);
+    const RowBlocks blocks(rows, channels);
+    const Scratch<C> parts(need_bias ? std::max<int64_t>(1, blocks.count * channels) : 1);
+    parallel_range(blocks.count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, blocks.rows_per_block * channels)),
+                   [&](int64_t b, int64_t e) {
+                     for (int64_t k = b; k < e; k++) {
+                       const int64_t at = blocks.begin(k) * channels;
+                       cpu::linear_activation_backward(static_cast<int>(activation), g + at, from + at, to + at,
+                                                       need_bias ? parts.data() + k * channels : nullptr,
+                                                       blocks.size(k), channels);
+                     }
+                   });
+    if (need_bias) reduce_blocks<T>(parts.data(), blocks.count, channels, mutable_data<T>(dbias));
+  });
+  return {dz, dbias};
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def("linear_activation_forward(Tensor(a!) z, int activation, bool in_place) -> Tensor");
+  m.def("linear_activation_backward(Tensor grad, Tensor z, int activation, bool need_bias) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("linear_activation_forward", TORCH_BOX(&fastasr::linear_activation_forward));
+  m.impl("linear_activation_backward", TORCH_BOX(&fastasr::linear_activation_backward));
+}

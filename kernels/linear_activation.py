@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows the product of a linear layer with an activation, forward and backward in one pass over memory each.
+
+    y = act(z), in z's own memory where nothing needs z      dz = grad act'(z)      dbias = sum_rows dz
+
+Bytes per element of e bytes: forward 2e, backward 3e. A 1500x20x1024 bf16 tensor at 4.3 TB/s: 29 us forward, 43 us
+backward. Launches: one forward; one backward, two with dbias, which is added up in at most 64 parts that depend on the
+shape alone, in float32 within a part and in float64 among them: results repeat bit for bit, there are no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastasr.kernels._activation import activate_with_slope
+from fastasr.kernels.depthwise_conv2d import add_parts_kernel
+from fastasr.kernels.swoosh import _flat_range, _flat_tail
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+BLOCK, NUM_WARPS = 2048, 4  # 16 elements per thread
+BLOCK_R, BLOCK_C = 32, 64  # the same, and as many sums
+MAX_PARTS = 64
+
+
+@triton.jit
+def _forward_at(Z, Y, offsets, keep, ACTIVATION: tl.constexpr):
+    PRECISE: tl.constexpr = Y.dtype.element_ty.primitive_bitwidth == 32
+    z = tl.load(Z + offsets, mask=keep, other=0.0).to(tl.float32)
+    y, _ = activate_with_slope(z, ACTIVATION, PRECISE)
+    tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["groups", "tail"])
+def forward_kernel(Z, Y, groups, tail, ACTIVATION: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr):
+    offsets, keep = _flat_range(groups, BLOCK)
+    _forward_at(Z, Y, offsets, keep, ACTIVATION)
+    if TAIL:
+        offsets, keep = _flat_tail(groups, tail)
+        _forward_at(Z, Y, offsets, keep, ACTIVATION)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_part"])
+def backward_kernel(
+    GRAD, Z, DZ, PARTS, rows, C, rows_per_part,
+    ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # PARTS: (parts, C) or None
+    PRECISE: tl.constexpr = DZ.dtype.element_ty.primitive_bitwidth == 32
+    c_tiles = tl.cdiv(C, BLOCK_C)
+    pid = tl.program_id(0)
+    part = pid // c_tiles
+    c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    sums = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    start = part * rows_per_part
+    end = tl.minimum(start + rows_per_part, rows)
+    while start < end:
+        r = start + tl.arange(0, BLOCK_R)
+        keep = (r < end)[:, None] & (c < C)[None, :]
+        at = r[:, None].to(tl.int64) * C + c[None, :]  # [BLOCK_R, BLOCK_C]
+        z = tl.load(Z + at, mask=keep, other=0.0).to(tl.float32)
+        grad = tl.load(GRAD + at, mask=keep, other=0.0).to(tl.float32)
+        _, slope = activate_with_slope(z, ACTIVATION, PRECISE)
+        dz = grad * slope
+        tl.store(DZ + at, dz.to(DZ.dtype.element_ty), mask=keep)
+        if PARTS is not None:
+            sums += dz
+        start += BLOCK_R
+    if PARTS is not None:
+        tl.store(PARTS + part.to(tl.int64) * C + c, tl.sum(sums, axis=0), mask=c < C)
+
+
+def linear_activation_forward(z: torch.Tensor, activation: int, in_place: bool) -> torch.Tensor:
+    """act(z) of contiguous z; with ``in_place`` in its memory."""
+    y = z if in_place else torch.empty_like(z)
+    if numel := z.numel():
+        with torch.cuda.device_of(z):
+            grid = (max(1, triton.cdiv(numel // 16 * 16, BLOCK)),)
+            forward_kernel[grid](
+                z, y, numel // 16, numel % 16,
+                ACTIVATION=activation, TAIL=numel % 16 != 0, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            )  # fmt: skip
+    return y
+
+
+def linear_activation_backward(
+    grad: torch.Tensor, z: torch.Tensor, activation: int, need_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dz, dbias) of contiguous grad and z (..., C); dbias without elements unless it is needed."""
+    channels = z.shape[-1]
+    dz, dbias = torch.empty_like(z), z.new_empty(channels if need_bias else 0)
+    if not z.numel():
+        return dz, dbias.zero_()
+    rows = z.numel() // channels
+    if rows + BLOCK_R >= 2**31:
+        raise ValueError(f"fastasr.linear_activation: x: expected fewer than 2**31 rows on CUDA, got {rows}")
+    per_part = triton.cdiv(triton.cdiv(rows, MAX_PARTS), BLOCK_R) * BLOCK_R
+    parts, c_tiles = triton.cdiv(rows, per_part), triton.cdiv(channels, BLOCK_C)
+    with torch.cuda.device_of(z):
+        table = torch.empty(parts, channels, dtype=torch.float32, device=z.device) if need_bias else None
+        backward_kernel[(parts * c_tiles,)](
+            grad, z, dz, table, rows, channels, per_part,
+            ACTIVATION=activation, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+        )  # fmt: skip
+        if need_bias:
+            add_parts_kernel[(c_tiles,)](
+                table,
+                None,
+                dbias,
+                parts,
+                channels,
+                0,
+                BLOCK_P=MAX_PARTS,
+                BLOCK_C=BLOCK_C,
+                num_warps=NUM_WARPS,
+            )
+    return dz, dbias
