@@ -93,6 +93,9 @@ def forward(
             return y.to(dtype), *(t.to(dtype, copy=x.shape[0] == 0) for t in (h, c)), y.new_empty(0)
     few = kernels.backend == "cpu" and x.shape[2] > 0 and x.shape[0] * x.shape[1] <= FEW_ROWS
     work = torch.promote_types(dtype, torch.float32)
+    if kernels.backend != "cpu":
+        # a product of another layout rounds otherwise, which the norms of few units enlarge
+        x, input_weight = x.contiguous(), input_weight.contiguous()
     product = x if few else _gemm.forward(x, input_weight, None)
     weight = hidden_weight
     if kernels.backend == "cpu":
