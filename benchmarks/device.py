@@ -49,6 +49,7 @@ from fastasr.benchmarks.ops import (
     rnnt_joiner,
     rnnt_lattice,
     rnnt_pruned_lattice,
+    segment_attention,
     swoosh,
     swoosh_linear,
     toeplitz_attention,
@@ -78,6 +79,7 @@ def training_cases() -> list[Case]:
     cases += [*residual_norm.CASES, *toeplitz_attention.CASES]  # of a MEGA decoder
     for attention in (rel_position_attention_weights, rel_position_attention):
         cases += [attention._case(*size) for size in ((frames, batch, 4), (188, batch, 8))]
+    cases += segment_attention.CASES  # of an Emformer
     cases += [nonlin_attention._case(*size) for size in ((frames, batch, 144), (188, batch, 384))]
     cases += rnnt_joiner.CASES[::2]
     cases += [*rnnt_lattice.CASES[:3], rnnt_pruned_lattice.CASES[0]]
@@ -278,6 +280,7 @@ def launch_everything() -> None:
     launch_lstm()
     launch_attention()
     launch_relative_attention()
+    launch_segment_attention()
     launch_lattices()
     torch.cuda.synchronize()
 
@@ -386,6 +389,37 @@ def launch_relative_attention() -> None:
                 masks = {name: mask for name, mask in masks.items() if "score" not in name}
                 y = ops.rel_position_attention(*leaves, value, 3, dim, value_heads=2, **options, **masks)
                 y.sum().backward()
+
+
+def launch_segment_attention() -> None:
+    """Several segments per block and several blocks per segment, every mask, a step of a stream, blocks of channels."""
+    from fastasr import ops
+    from fastasr.ops.segment_attention import rows_of
+
+    names = ("frames", "segment_length", "left_context_length", "right_context_length", "max_memory_size")
+    for dtype in (torch.float32, torch.bfloat16):
+        make = partial(torch.randn, device="cuda", dtype=dtype)
+        for width, past, sizes in (
+            (64, (0, 0), (75, 16, 30, 4, 0)),
+            (20, (0, 0), (33, 4, 9, 1, 3)),
+            (150, (0, 0), (90, 70, 9, 3, 1)),
+            (64, (30, 4), (16, 16, 30, 4, 4)),
+        ):
+            frames, segment, left, right, memory = sizes
+            queries, keys = rows_of(frames, segment, right, memory, *past)
+            masks = {"lengths": torch.tensor([frames, frames // 2], device="cuda")}
+            masks["weights_dropout"] = (
+                torch.rand(2, 2, queries, memory + right + left + segment, device="cuda") > 0.2
+            )
+            if past[0]:
+                masks["history"] = torch.tensor([20, 2], device="cuda")
+            for more in ({}, masks):
+                tensors = [make(rows, 2, 2 * width).requires_grad_() for rows in (queries, keys, keys)]
+                options = dict(zip(names, sizes, strict=True)) | {
+                    "past_frames": past[0],
+                    "past_memory": past[1],
+                }
+                ops.segment_attention(*tensors, num_heads=2, **options, **more).sum().backward()
 
 
 def launch_ema_scan() -> None:

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, is_grad_enabled
 
 from fastasr.ops import _check, _layout
-from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served
+from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served, triton_kernels
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 
 OP = "segment_attention"
-FAMILY = KernelFamily(OP, (OP,), (native_kernels(OP),))
+FAMILY = KernelFamily(OP, (OP,), (native_kernels(OP), triton_kernels(OP)))
 
 
 # --------------------------------------------------------------------------- windows

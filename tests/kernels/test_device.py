@@ -82,6 +82,18 @@ def _calls(dtype=torch.float32):
             lambda x, pos, value: ops.rel_position_attention(x, pos, value, 3, 8, chunk_size=16),
             (make(60, 2, 60), make(1, 119, 12), make(60, 2, 15)),
         ),
+        (
+            "segment_attention",
+            lambda *tensors: ops.segment_attention(
+                *tensors,
+                num_heads=3,
+                frames=60,
+                segment_length=16,
+                left_context_length=30,
+                right_context_length=4,
+            ),
+            (make(76, 2, 48), make(76, 2, 48), make(76, 2, 48)),
+        ),
         ("rnnt_joiner", _joiner, (make(2, 30, 192), make(2, 9, 192), make(70, 192), make(70))),
         ("rnnt_lattice", ops.rnnt_lattice, (make(4, 20, 61), make(4, 21, 60))),
         ("rnnt_pruned_lattice", _pruned_lattice, (make(4, 60, 5), make(4, 60, 5))),
@@ -99,7 +111,7 @@ def _joiner(*tensors: torch.Tensor) -> torch.Tensor:
     return torch.stack(ops.rnnt_joiner(*tensors, symbols, starts, s_range=5, termination_symbol=0))
 
 
-@pytest.mark.parametrize("index", range(23))
+@pytest.mark.parametrize("index", range(25))
 def test_capture_in_a_graph(index):
     name, function, tensors = _calls()[index]
     tensors = tuple(t.requires_grad_() for t in tensors)
@@ -125,7 +137,7 @@ def test_capture_in_a_graph(index):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("index", range(23))
+@pytest.mark.parametrize("index", range(25))
 def test_no_wait_for_the_device(index):
     _, function, tensors = _calls()[index]
     tensors = tuple(t.requires_grad_() for t in tensors)
@@ -137,7 +149,7 @@ def test_no_wait_for_the_device(index):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("index", range(23))
+@pytest.mark.parametrize("index", range(25))
 def test_on_a_stream_of_its_own(index):
     name, function, tensors = _calls(torch.bfloat16)[index]
     expected = function(*tensors)
@@ -152,7 +164,7 @@ def test_on_a_stream_of_its_own(index):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("index", range(23))
+@pytest.mark.parametrize("index", range(25))
 def test_on_the_tensors_device(index):
     name, function, tensors = _calls()[index]
     y = function(*(t.to("cuda:1") for t in tensors))

@@ -55,6 +55,7 @@ def test_cases_are_those_of_training():
         "rnnt_joiner",
         "rnnt_lattice",
         "rnnt_pruned_lattice",
+        "segment_attention",
         "toeplitz_attention",
     }
     assert len({(case.op, case.name) for case in cases}) == len(cases)

@@ -73,6 +73,7 @@ def configurations() -> list[Configuration]:
         *_conv_spatial_gate(),
         *_layer_norm_lstm(),
         *_toeplitz_attention(),
+        *_segment_attention(),
         *_rel_position_attention_weights(),
         *_rel_position_attention(),
         *_rnnt_joiner(),
@@ -483,6 +484,46 @@ def _toeplitz_attention():
         for block_p in (128, module.MAX_PARTS):
             yield configuration("add_parts", f"parts, {block_p}", dtype, BLOCK_P=block_p, BLOCK_C=16)
         yield configuration("add_diagonals", "", dtype, BLOCK=64, BLOCK_P=16)
+
+
+def _segment_attention():
+    from fastasr.kernels import segment_attention as module
+
+    like = ("Q", "K", "V", "G", "Y", "DQ", "DK", "DV")
+    wide = dict.fromkeys(("MAXIMUM", "INVERSE", "DELTA", "DROPOUT"), "fp32")
+    bounds = dict.fromkeys(("LENGTHS", "HISTORY"), "i64")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    strides = [f"{name}_{of}" for name in "gqkv" for of in ("time", "batch")] + ["y_time"]
+
+    def configuration(name: str, label: str, dtype: str, dim: int = 64, lanes: int = 1876):
+        everything = "dropout" in label
+        options = dict(module.tiles(dim, dtypes[dtype], lanes, everything)[name])
+        warps, stages = options.pop("num_warps"), options.pop("num_stages")
+        absent = [
+            *(() if everything else ("DROPOUT",)),
+            *(() if everything or "step" in label else ("HISTORY",)),
+            *(() if everything else ("LENGTHS",)),
+        ]
+        fixed = {"DIM": dim, "HAS_MEMORY": everything or "step" in label} | dict.fromkeys(absent)
+        return Configuration(
+            f"segment_attention {name}{label and ', ' + label}, {dtype}",
+            getattr(module, f"{name}_kernel"),
+            dict.fromkeys(like, dtype) | wide | bounds,
+            fixed | options,
+            warps,
+            strides,
+            ("scale",),
+            stages,
+        )
+
+    for dtype in ("fp32", "bf16"):
+        for name in ("forward", "queries", "keys"):
+            yield configuration(name, "", dtype)
+            yield configuration(name, "memory, dropout, lengths, history", dtype)
+            if dtype == "bf16":
+                yield configuration(name, "d=150", dtype, 150)
+    yield configuration("forward", "", "fp16")
+    yield configuration("forward", "a step of a stream", "bf16", lanes=21)
 
 
 def _rel_position_attention_weights():
