@@ -57,13 +57,20 @@ def _fastasr_version() -> str:
 
 @functools.cache
 def cpu_name() -> str:
-    """Model name of the CPU from /proc/cpuinfo, else from lscpu, else the architecture."""
+    """Model name of the CPU, and its family, model and widest vectors: a virtual machine may name many CPUs alike.
+    From /proc/cpuinfo, else the name alone from lscpu, else the architecture."""
     try:
+        fields = {}
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
     except OSError:
-        pass
+        fields = {}
+    if "model name" in fields:
+        name = fields["model name"]
+        if "cpu family" in fields and "model" in fields:
+            name += f", family {fields['cpu family']} model {fields['model']}"
+        return name + _widest_vectors(fields.get("flags", ""))
     try:
         listing = subprocess.run(["lscpu"], capture_output=True, text=True, timeout=10).stdout
         for line in listing.splitlines():
@@ -72,6 +79,13 @@ def cpu_name() -> str:
     except (OSError, subprocess.SubprocessError):
         pass
     return platform.machine()
+
+
+def _widest_vectors(flags: str) -> str:
+    for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("avx", "AVX")):
+        if flag in flags.split():
+            return f", {name}"
+    return ""
 
 
 def device_name(device: str = "cpu") -> str:
