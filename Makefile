@@ -89,7 +89,7 @@ test-long: test-cpp test-cpp-long install
 # can run: the Python suite covers what the loader picks. Every path under every sanitizer: test-cpp-long.
 test-cpp:
 	@echo "== C++ tests: optimised, and under address and undefined-behaviour sanitizers"
-	scripts/cpp_tests.sh build/cpp-release "" avx512
+	scripts/cpp_tests.sh build/cpp-release "" widest
 	scripts/cpp_tests.sh build/cpp-asan address,undefined avx2
 
 test-cpp-long:
