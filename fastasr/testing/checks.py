@@ -19,6 +19,7 @@ from fastasr.testing.tolerance import Comparison, compare, mean
 
 _SEED = 1234
 INTERPRETED_DRAWS = 8  # at most, where a kernel takes seconds
+JUDGED_DRAWS = 8  # of a sample whose own draws fail
 
 
 def _make(sample: Sample, dtype: torch.dtype, device: str, seed: int = 0) -> dict:
@@ -64,13 +65,19 @@ def _close(a: Tensor, b: Tensor, what: str) -> None:
 
 # --------------------------------------------------------------------------- numerics
 def parity(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
-    """Values and gradients against the float64 definition: error not above eager's."""
-    comparisons: dict[str, list[Comparison]] = {}
-    for draw in range(sample.draws):
+    """Values and gradients against the float64 definition: error not above eager's.
+
+    In one draw eager may be lucky, in which one depends on the CPU: a sample that fails is judged by the mean over
+    ``JUDGED_DRAWS``, to the same tolerance.
+    """
+    found: dict[str, list[Comparison]] = {}
+    for draw in range(max(sample.draws, JUDGED_DRAWS)):
+        if draw == sample.draws and all(mean(comparisons).ok for comparisons in found.values()):
+            return
         for name, comparison in _compared(table, sample, dtype, device, draw):
-            comparisons.setdefault(name, []).append(comparison)
-    for name, found in comparisons.items():
-        comparison = mean(found)
+            found.setdefault(name, []).append(comparison)
+    for name, comparisons in found.items():
+        comparison = mean(comparisons)
         assert comparison.ok, f"{name}: {comparison}"
 
 

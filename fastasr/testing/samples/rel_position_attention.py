@@ -94,10 +94,7 @@ TABLE = OpTable(
             lambda m: _valued(m, weights._call(m, 9, 2, 3, 4, 2, left=3, scale=0.4), 2, 5),
             thorough=True,
         ),
-        # the largest error of one gradient of pos is a draw's luck: over 12 draws it is eager's
-        Sample(
-            "values of 48 channels", lambda m: _valued(m, weights._call(m, 40, 1, 2, 8, 4), None, 48), draws=4
-        ),
+        Sample("values of 48 channels", lambda m: _valued(m, weights._call(m, 40, 1, 2, 8, 4), None, 48)),
         Sample(
             "several blocks of keys",
             lambda m: _valued(
