@@ -480,6 +480,8 @@ def cases(
             for dtype in check.dtypes:
                 if forced and dtype is torch.float64:
                     continue
+                if forced and dtype is torch.float16 and not sample.thorough:
+                    continue  # interpreted kernels differ from those of bfloat16 in conversions alone
                 yield check.name, sample, dtype, lambda c=check, s=sample, d=dtype: c.run(table, s, d, device)
 
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -521,7 +522,7 @@ def _segment_attention():
             yield configuration(name, "", dtype)
             yield configuration(name, "memory, dropout, lengths, history", dtype)
             if dtype == "bf16":
-                yield configuration(name, "d=150", dtype, 150)
+                yield configuration(name, "odd sizes", dtype, 150)
     yield configuration("forward", "", "fp16")
     yield configuration("forward", "a step of a stream", "bf16", lanes=21)
 
@@ -782,12 +783,13 @@ def triton_series() -> str:
     return ".".join(triton.__version__.split(".")[:2])
 
 
-def measure_all() -> dict[str, dict[str, int]]:
+def measure_all(only: Sequence[int] = ARCHITECTURES) -> dict[str, dict[str, int]]:
     """Measures by "name, sm_NN"."""
     return {
         f"{configuration.name}, sm_{architecture}": measure(configuration, architecture)
         for configuration in configurations()
         for architecture in configuration.architectures
+        if architecture in only
     }
 
 
@@ -807,11 +809,16 @@ def write(measured: dict[str, dict[str, int]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--json", action="store_true", help="print the measures instead of writing budgets.toml"
+        "--json",
+        type=int,
+        nargs="+",
+        metavar="NN",
+        choices=ARCHITECTURES,
+        help="print the measures for these sm_NN instead of writing budgets.toml",
     )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    measured = measure_all()
+    measured = measure_all(arguments.json or ARCHITECTURES)
     if arguments.json:
         json.dump({"triton": triton_series(), "measured": measured}, sys.stdout)
     else:
