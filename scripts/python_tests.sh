@@ -16,7 +16,7 @@ for folder in tests/*/; do
     *) others+=("${folder%/}") ;;
   esac
 done
-parts+=("${others[*]}")
+parts+=("${others[@]}")
 
 logs=$(mktemp -d)
 trap 'jobs -p | xargs -r kill 2>/dev/null || true; rm -rf "$logs"' EXIT
