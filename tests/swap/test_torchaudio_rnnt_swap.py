@@ -54,7 +54,9 @@ def test_training_draws_what_upstream_draws():
         if swap:
             fastasr.accelerate(net)
         torch.manual_seed(4)
-        net(*inputs())[0].square().sum().backward()
+        # not the sum of squares: behind a layer norm that is a constant, whose gradients are rounding alone
+        y = net(*inputs())[0]
+        (y * torch.linspace(-1, 1, y.numel()).sin().view_as(y)).sum().backward()
         found.append([torch.rand(2), *(p.grad for p in net.parameters())])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=2e-5)
