@@ -25,14 +25,17 @@ def _error(y, exact):
     [(4, 3, 70, 70, 12), (1, 2, 9, 300, 40), (2, 1, 1, 17, 3), (8, 2, 16, 144, 12)],
 )
 def test_values(heads, batch, targets, sources, columns):
-    torch.manual_seed(0)
-    weights = torch.randn(heads, batch, targets, sources + 3).softmax(-1)[..., :sources]  # rows apart
-    values = torch.randn(sources, batch, heads * columns)
-    exact = _eager(weights.double(), values.double())
-    assert self_attention._is_native(weights, values)
-    y = weighted(weights, values)
-    assert y.shape == exact.shape
-    assert _error(y, exact) <= 1.1 * _error(_eager(weights, values), exact) + 1e-8
+    ours, eager, draws = 0.0, 0.0, 8  # of a few numbers the error of one draw is luck
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        weights = torch.randn(heads, batch, targets, sources + 3).softmax(-1)[..., :sources]  # rows apart
+        values = torch.randn(sources, batch, heads * columns)
+        exact = _eager(weights.double(), values.double())
+        assert self_attention._is_native(weights, values)
+        y = weighted(weights, values)
+        assert y.shape == exact.shape
+        ours, eager = ours + _error(y, exact), eager + _error(_eager(weights, values), exact)
+    assert ours / draws <= 1.1 * eager / draws + 1e-8
     first = weighted(weights[:1], values[..., :columns])
     assert torch.equal(first, y[..., :columns])
     by_rows = values.transpose(0, 1).contiguous().transpose(0, 1)
