@@ -96,7 +96,8 @@ def measure(
     report=lambda _: None,
 ):
     """A dict of what was found, as in the JSON file: for each of ``names`` the largest number of streams, the
-    percentiles and every latency there, and the 99th percentile of each number that was tried, of its best attempt.
+    percentiles and every latency there, and the 99th percentile of each number that was tried, of its best attempt;
+    how long the engine took to pack, states for ``most`` streams included.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -110,6 +111,8 @@ def measure(
             report(f"{name}: making")
             served = streaming_peers.make([name], size, chunk, threads, most)[name]
             found[name] = _limit(served, name, period, seconds, batch, most, attempts, features, report)
+            if name in streaming_peers.ENGINES:
+                found[name]["packing_ms"] = round(1e3 * served.packing_seconds, 1)
         return {
             "size": size,
             "chunk": chunk,

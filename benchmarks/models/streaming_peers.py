@@ -12,6 +12,7 @@ do.
 
 import copy
 import tempfile
+import time
 
 import torch
 
@@ -56,14 +57,16 @@ class StackedStreams:
 
 
 class EngineStreams:
-    """The same of the engine."""
+    """The same of the engine, and how long it took to pack."""
 
     def __init__(self, model, chunk, weights, threads, most):
         from fastasr.streaming import StreamingEncoder
 
+        began = time.perf_counter()
         self._encoder = StreamingEncoder.from_model(
             model, chunk, LEFT_CONTEXT, weights=weights, max_streams=most, threads=threads
         )
+        self.packing_seconds = time.perf_counter() - began
         self._streams = []
 
     def open(self, count):

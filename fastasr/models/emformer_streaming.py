@@ -11,24 +11,17 @@ address of every parameter. Writing through ``parameter.data`` changes none of t
 attribute such as a norm's ``eps``: call :func:`forget` after it.
 """
 
-import weakref
-
 import torch
 from torch import nn
 
-from fastasr.models.module_state import ModuleState
-from fastasr.models.zipformer.inference import any_hooked, is_plain_inference
+from fastasr.models.packed_layers import PackedLayer, PackedLayers, is_plain, may_serve
 from fastasr.ops import _activation, _dispatch
 
 # Rows of a segment: its frames, right context, summary and memory, times streams. Beyond, a product of matrices reads
 # the weights as fast as it computes.
 MOST_ROWS = 128
 
-# Of a layer's results, between the native call and the operations, by rms.
-AGREEMENT = 1e-4
-
 _ACTIVATIONS = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
-_WATCHED = "a submodule has hooks, or is in training mode"
 
 
 def step(layer, utterance, right_context, state, mems, shared, by_operations):
@@ -39,59 +32,17 @@ def step(layer, utterance, right_context, state, mems, shared, by_operations):
     their right context and memory at most 128 rows. ``shared``: what the layers of the step have in common (lengths,
     history, kept). ``by_operations`` gives the same for arguments of the same kind.
     """
-    if (
-        not is_plain_inference(layer, utterance, layer.attention.out_proj.weight, 3)
-        or torch.jit.is_tracing()
-        or _dispatch.forced_backend() not in ("auto", "cpu")
-        or _dispatch.native_library() is None
-        or not getattr(layer, "packed_streaming", True)
-    ):
+    if not may_serve(layer, utterance, layer.attention.out_proj.weight):
         return None
-    packed = _PACKED.get(layer)
-    if packed is None or not packed.fresh():
-        packed = _PACKED[layer] = _PackedLayer(layer, by_operations)
+    packed = _PACKED.of(layer, by_operations)
     if packed.reason or not packed.fits(utterance, right_context, state, mems):
         return None
     return packed.run(utterance, right_context, state, mems, shared)
 
 
-def why_not(layer):
-    """Why :func:`step` never serves this layer as it is; "" when it does, None before its first segment."""
-    packed = _PACKED.get(layer)
-    return None if packed is None or not packed.fresh() else packed.reason
+class _PackedLayer(PackedLayer):
+    METHODS = "forward", "infer"
 
-
-def forget(layer):
-    """Drop the packed weights; the next segment packs anew."""
-    _PACKED.pop(layer, None)
-
-
-_PACKED = weakref.WeakKeyDictionary()
-
-
-class _PackedLayer:
-    """The weights of a layer as the native call reads them, or the reason why there are none."""
-
-    def __init__(self, layer, by_operations):
-        self._state = ModuleState(layer, methods=("forward", "infer"))
-        self.reason = _WATCHED if self._state.watched() else _why_never(layer)
-        if not self.reason and not self._state.traceable():
-            self.reason = "parameters were made in inference mode, where changes leave no trace"
-        if self.reason:
-            return
-        try:
-            self._pack(layer)
-            error = self._disagreement(by_operations)
-        except (AttributeError, RuntimeError, TypeError, ValueError) as failure:
-            self.reason = f"its parts do not fit each other: {failure}"
-        else:
-            self.reason = "" if error <= AGREEMENT else "its operations compute something else"
-
-    def fresh(self):
-        watched = self.reason == _WATCHED
-        return self._state.watched() == watched and self._state.unchanged()
-
-    @torch.no_grad()
     def _pack(self, layer):
         attention, ff = layer.attention, layer.pos_ff
         linears = attention.emb_to_key_value, attention.emb_to_query, attention.out_proj, ff[1], ff[4]
@@ -115,9 +66,8 @@ class _PackedLayer:
             ],
         )
 
-    @torch.no_grad()
-    def _disagreement(self, by_operations):
-        """The error of a segment of two streams with 2 frames of right context, against the operations."""
+    def _example(self, by_operations):
+        """A segment of two streams with 2 frames of right context."""
         streams, right = 2, 2
         rows = self._segment, right, min(1, self._memory), self._memory, self._left, self._left
         waves = [
@@ -130,13 +80,8 @@ class _PackedLayer:
         utterance, right_context, mems, *before = waves
         past = torch.full((1, streams), self._left + self._segment * self._memory, dtype=torch.int32)
         shared = _Full(self._left, self._memory, self._segment)
-        expected = by_operations(utterance, right_context, [*before, past], mems, shared)
-        got = self.run(utterance, right_context, [*before, past], mems, shared)
-        errors = [
-            ((a - b).double().norm() / b.double().norm().clamp(min=1e-9)).item()
-            for a, b in zip(got, expected, strict=True)
-        ]
-        return max(errors) if all(error == error for error in errors) else float("inf")
+        arguments = utterance, right_context, [*before, past], mems, shared
+        return self.run(*arguments), by_operations(*arguments)
 
     def fits(self, utterance, right_context, state, mems):
         """Whether these are arguments of a segment that needs no conversion."""
@@ -171,6 +116,23 @@ class _PackedLayer:
             torch.get_num_threads(),
         )
 
+    def _why_never(self, layer):
+        for name in ("attention.emb_to_key_value", "attention.emb_to_query", "attention.out_proj"):
+            if not is_plain(layer.get_submodule(name), (nn.Linear,)):
+                return f"{name} is not a plain Linear"
+        for name in ("layer_norm_input", "layer_norm_output"):
+            if not is_plain(layer.get_submodule(name), (nn.LayerNorm,)):
+                return f"{name} is not a plain LayerNorm"
+        parts = tuple(layer.pos_ff)
+        kinds = (nn.LayerNorm,), (nn.Linear,), tuple(_ACTIVATIONS), (nn.Dropout,), (nn.Linear,), (nn.Dropout,)
+        if len(parts) != len(kinds) or not all(map(is_plain, parts, kinds)):
+            return "pos_ff is not LayerNorm, Linear, ReLU, GELU or SiLU, Dropout, Linear, Dropout"
+        if getattr(parts[2], "approximate", "none") != "none":
+            return "the GELU is an approximate one"
+        if not is_plain(layer.dropout, (nn.Dropout,)):
+            return "dropout is not a plain Dropout"
+        return ""
+
 
 class _Full:
     """What layers share in the step of a stream whose left context and memory are full."""
@@ -194,31 +156,5 @@ def _dense(parameter, like, missing):
     return like.new_full(like.shape, missing) if parameter is None else parameter.contiguous()
 
 
-def _why_never(layer):
-    """What only a change of the layer can change."""
-    if any(type(p) not in _dispatch.PLAIN or not p.is_cpu for p in layer.parameters()):
-        return "not all parameters are plain tensors on the CPU"
-    if any(p.dtype is not torch.float32 for p in layer.parameters()):
-        return "not all parameters are float32"
-    for name in ("attention.emb_to_key_value", "attention.emb_to_query", "attention.out_proj"):
-        if not _is_a(layer.get_submodule(name), nn.Linear):
-            return f"{name} is not a plain Linear"
-    for name in ("layer_norm_input", "layer_norm_output"):
-        if not _is_a(layer.get_submodule(name), nn.LayerNorm):
-            return f"{name} is not a plain LayerNorm"
-    parts = tuple(layer.pos_ff)
-    kinds = (nn.LayerNorm, nn.Linear, tuple(_ACTIVATIONS), nn.Dropout, nn.Linear, nn.Dropout)
-    if len(parts) != len(kinds) or not all(map(_is_a, parts, kinds)):
-        return "pos_ff is not LayerNorm, Linear, ReLU, GELU or SiLU, Dropout, Linear, Dropout"
-    if getattr(parts[2], "approximate", "none") != "none":
-        return "the GELU is an approximate one"
-    if not _is_a(layer.dropout, nn.Dropout):
-        return "dropout is not a plain Dropout"
-    return "" if not any_hooked(layer.modules()) else _WATCHED
-
-
-def _is_a(module, kinds):
-    """Whether this is one of these modules, and no more than its class and parameters."""
-    bound = vars(module).get("forward")
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    return type(module) in kinds and (bound is None or hasattr(bound, "fastasr_forward"))
+_PACKED = PackedLayers(_PackedLayer)
+why_not, forget = _PACKED.why_not, _PACKED.forget

@@ -8,6 +8,8 @@ with its stateless prediction network, and CTC.
 A frame of their output is 40 ms, as the Zipformer's is.
 """
 
+import abc
+
 import torch
 
 from fastasr.decoding.chunks import RIGHT_CONTEXT, SILENCE
@@ -28,7 +30,7 @@ MEAN, DEVIATION = -6.0, 5.0  # of the prompts' features, for a front end that no
 AHEAD = 3  # of the front end's frames, which its ConvNeXt layer sees of the future
 
 
-class Transducer(TransducerLoss, CtcLoss, torch.nn.Module):
+class Transducer(TransducerLoss, CtcLoss, torch.nn.Module, abc.ABC):
     """What is behind an ``encoder``, and the losses. ``forward_encoder``, ``stream`` and ``upstream_encoder`` are the
     subclass's.
 
@@ -54,17 +56,17 @@ class Transducer(TransducerLoss, CtcLoss, torch.nn.Module):
         simple, pruned = self.forward_transducer(encoder_out, lengths, y, lm_scale=lm_scale)
         return simple, pruned, self.forward_ctc(encoder_out, lengths, *pad_sequences(y, 0))
 
+    @abc.abstractmethod
     def forward_encoder(self, x, x_lens):
         """Features (batch, time, bins) -> (batch, frames, channels), lengths."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def stream(self, ctc=False):
         """A ``decoding.StreamingEncoder`` of this model for one stream. Raises ValueError where there is none."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def upstream_encoder(self):
         """``encoder`` as upstream makes it, with the same parameters. Raises ImportError without its package."""
-        raise NotImplementedError
 
 
 class EmformerTransducer(Transducer):

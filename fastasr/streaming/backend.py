@@ -8,6 +8,7 @@ A backend holds the states of ``max_streams`` slots. A call takes the next chunk
 Frames that a stream has not had yet are masked in its left context, per slot: streams of different ages go together.
 """
 
+import abc
 import copy
 
 import torch
@@ -18,7 +19,7 @@ from fastasr.models.zipformer.stream_states import batch_dimension
 WEIGHTS = ("fp32", "bf16", "int8")
 
 
-class Backend:
+class Backend(abc.ABC):
     """The states of ``max_streams`` slots and a chunk of any of them.
 
     Args:
@@ -36,28 +37,28 @@ class Backend:
     weights_bytes = 0
     released = 0
 
+    @abc.abstractmethod
     def __init__(
         self, model, chunk_size, left_context_frames, weights="fp32", max_streams=1, threads=1
-    ):  # what every backend takes
-        raise NotImplementedError
+    ): ...  # what every backend takes
 
+    @abc.abstractmethod
     def reset(self, slot):
         """The slot is at the beginning of a stream."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def step(self, features, slots):
         """features (n, 2 chunk_size + 13, bins), float32, slots: n of them, each once -> (n, chunk_size / 2, channels),
         float32, which the next call does not touch.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def export_states(self, slot):
         """Upstream's list of states with a batch of one: six tensors per layer, the front end's, processed_lens."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def import_states(self, slot, states):
         """Puts what ``export_states`` or upstream's wrapper gave into the slot."""
-        raise NotImplementedError
 
 
 class EagerBackend(Backend):

@@ -147,6 +147,7 @@ def test_a_tiny_model_in_real_time(tmp_path, capsys):
         assert values["p50_ms"] <= values["p90_ms"] <= values["p99_ms"]
         assert values["latencies_ms"]
         assert values["tried_p99_ms"]
+    assert found["implementations"]["engine fp32"]["packing_ms"] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "engine fp32: " in capsys.readouterr().out
     assert streaming_load.main([*arguments, "--plot"]) == 0

