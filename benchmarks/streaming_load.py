@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many live streams a machine serves: streams paced in real time, each with a chunk every chunk's duration.
 
-    python -m fastasr.benchmarks.streaming_load             # measures, writes the JSON and the picture
-    python -m fastasr.benchmarks.streaming_load --plot      # the picture again, from the JSON
+    python -m fastasr.benchmarks.streaming_load             # measures, writes the JSON, the picture and the page
+    python -m fastasr.benchmarks.streaming_load --plot      # the picture and the page again; --check compares the page
 
 The chunks of N streams arrive at their own phases; whatever waits is served in one call (at most ``--batch`` chunks,
 the oldest first). A chunk's latency is from its arrival to its output. N is sustained when 99 % of the latencies are
@@ -26,6 +26,7 @@ from fastasr.benchmarks.models import streaming_peers
 from fastasr.benchmarks.models.transcribe import LEFT_CONTEXT
 from fastasr.benchmarks.models.zipformer_streaming import PADDING
 from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, png, pyplot
+from fastasr.benchmarks.readme_table import replaced
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("engine fp32", "engine bf16", "engine int8", streaming_peers.SCRIPTED, streaming_peers.ONNX)
@@ -189,8 +190,27 @@ def figure(found):
     return picture
 
 
+def block(found):
+    """The page's table."""
+    lines = [
+        f"| Zipformer {found['size']}, chunks of {found['period_ms']:.0f} ms | streams | p50, ms | p90, ms | p99, ms | "
+        "made in, s |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, values in found["implementations"].items():
+        packing = values.get("packing_ms")
+        lines.append(
+            f"| {name} | {values['streams']} | {values['p50_ms']:.0f} | {values['p90_ms']:.0f} | "
+            f"{values['p99_ms']:.0f} | {'' if packing is None else f'{packing / 1e3:.1f}'} |"
+        )
+    place = found["environment"]
+    where = f"{place['device_name']}, {place['threads']} thread(s), torch {place['torch']}, commit {place['commit']}"
+    how = f"{found['seconds']:.0f} s of each number of streams, best of {found['attempts']} attempts"
+    return "\n".join([*lines, "", f"{where}; {how}."])
+
+
 def main(arguments=None):
-    """Exit code: 0, 2 when something that is needed is missing."""
+    """Exit code: 0, 1 when ``--check`` finds a difference, 2 when something that is needed is missing."""
     parser = argparse.ArgumentParser(
         prog="python -m fastasr.benchmarks.streaming_load",
         description=__doc__,
@@ -210,10 +230,12 @@ def main(arguments=None):
         "--results", type=Path, default=ROOT / "benchmarks" / "results" / "streaming_load.json"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "plots" / "streaming_load.png")
-    parser.add_argument("--plot", action="store_true", help="only the picture, from the results")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "streaming_load.md")
+    parser.add_argument("--plot", action="store_true", help="only the picture and the page, from the results")
+    parser.add_argument("--check", action="store_true", help="only compare the page with the results")
     options = parser.parse_args(arguments)
     try:
-        if not options.plot:
+        if not (options.plot or options.check):
             found = measure(
                 options.only,
                 options.size,
@@ -227,6 +249,13 @@ def main(arguments=None):
             )
             options.results.write_text(json.dumps(found) + "\n", encoding="utf-8")
         found = json.loads(options.results.read_text(encoding="utf-8"))
+        text = options.page.read_text(encoding="utf-8")
+        page = replaced(text, block(found))
+        if options.check:
+            if page != text:
+                print(f"{options.page} is not what {options.results} says", file=sys.stderr)
+            return int(page != text)
+        options.page.write_text(page, encoding="utf-8")
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_bytes(png(figure(found)))
     except (OSError, ValueError, ImportError) as error:

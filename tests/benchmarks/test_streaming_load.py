@@ -137,7 +137,9 @@ def test_a_tiny_model_in_real_time(tmp_path, capsys):
     pytest.importorskip("zipformer", exc_type=ImportError)
     pytest.importorskip("matplotlib")
     results, picture = tmp_path / "load.json", tmp_path / "load.png"
-    arguments = ["--results", str(results), "--out", str(picture)]
+    page = tmp_path / "load.md"
+    page.write_text("<!-- bench:start -->\n<!-- bench:end -->\n")
+    arguments = ["--results", str(results), "--out", str(picture), "--page", str(page)]
     measured = ["--size", "tiny", "--chunk", "8", "--threads", "1", "--seconds", "0.8", "--most", "2"]
     assert streaming_load.main([*arguments, *measured, "--only", "engine fp32", "scripted"]) == 0
     found = json.loads(results.read_text())
@@ -150,5 +152,9 @@ def test_a_tiny_model_in_real_time(tmp_path, capsys):
     assert found["implementations"]["engine fp32"]["packing_ms"] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "engine fp32: " in capsys.readouterr().out
+    assert f"| engine fp32 | {found['implementations']['engine fp32']['streams']} |" in page.read_text()
+    assert streaming_load.main([*arguments, "--check"]) == 0
+    page.write_text("<!-- bench:start -->\nold\n<!-- bench:end -->\n")
+    assert streaming_load.main([*arguments, "--check"]) == 1
     assert streaming_load.main([*arguments, "--plot"]) == 0
     assert streaming_load.main(["--results", str(tmp_path / "none"), "--plot"]) == 2

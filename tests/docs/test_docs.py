@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastasr import ops
-from fastasr.benchmarks import recipe, streaming_accuracy
+from fastasr.benchmarks import recipe, streaming_accuracy, streaming_load
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -46,6 +46,10 @@ def test_every_op_has_a_page_and_current_tables():
 def test_the_training_page_says_what_the_committed_run_says():
     assert recipe.main(["--check"]) == 0, "run python -m fastasr.benchmarks.recipe"
     assert streaming_accuracy.main(["--check"]) == 0, "run python -m fastasr.benchmarks.streaming_accuracy"
+
+
+def test_the_load_page_says_what_the_committed_load_test_says():
+    assert streaming_load.main(["--check"]) == 0, "run python -m fastasr.benchmarks.streaming_load --plot"
 
 
 def test_the_readme_has_current_tables():
