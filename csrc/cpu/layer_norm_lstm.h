@@ -7,7 +7,7 @@
 
 // LSTM with LayerNorm on the gates and on the cell, over T steps of B sequences with H units:
 //   z = LN(x_t W_xᵀ + h W_hᵀ)   i, f, g, o: the quarters of z   c = LN(σ(f) c + σ(i) tanh(g))   h = σ(o) tanh(c)
-// All arrays are contiguous; gates are (.., 4, H). Rows of weights are read as they lie, nothing is packed.
+// All arrays are contiguous; gates are (.., 4, H). Rows of weights are read as they lie, but for many sequences.
 namespace fastasr::cpu {
 
 // Hidden units in a unit of work: results depend on it, and on the shape, never on the threads.
@@ -16,6 +16,8 @@ constexpr int64_t kLstmUnit = 64;
 struct LstmSizes {
   int64_t steps, batch, hidden, inputs;
   constexpr int64_t units() const { return (hidden + kLstmUnit - 1) / kLstmUnit; }
+  // Whether the forward pass packs hidden_weight first: for many sequences and rows that costs less than it saves.
+  constexpr bool packs() const { return batch >= 8 && steps * batch >= 128; }
   // What the backward pass needs: the normalised gates (T, B, 4, H), the normalised cell (T, B, H), and 1 / deviation
   // of both (T, B, 2).
   constexpr int64_t kept() const { return steps * batch * (5 * hidden + 2); }
@@ -42,7 +44,9 @@ struct LayerNormLstmGradients {
   bool first_state;  // false: d(hidden) of the first state is not needed, and left as scratch
 };
 
-constexpr int64_t lstm_forward_scratch(const LstmSizes& s) { return s.batch * (4 * s.hidden + 4 * s.units()); }
+constexpr int64_t lstm_forward_scratch(const LstmSizes& s) {
+  return s.batch * (4 * s.hidden + 4 * s.units()) + (s.packs() ? 4 * s.units() * kLstmUnit * s.hidden : 0);
+}
 constexpr int64_t lstm_backward_scratch(const LstmSizes& s) { return s.batch * 4 * s.units(); }
 
 // Called by every thread of the team for the units [begin, end) that it owns. y (T, B, H); cell (B, H): the last one;

@@ -10,8 +10,8 @@ namespace {
 
 #include "cpu/vector_transpose.h"
 
-constexpr int64_t kBlockTerms =
-    64;  // in one chain of sums of the gradient's product: 4 H would be less exact than a BLAS
+constexpr int64_t kBlockTerms = 64;    // in one chain of sums, where lanes are not terms: H or 4 H would be less exact
+constexpr int64_t kManySequences = 8;  // from here on a copy of a block of weights costs less than it saves
 
 // out[b * rows + r] = sum over k of w[r][k] h[b][k]: as many sums as a vector has lanes, lanes over k, made one vector
 // of sums at the end. Weights are read as they lie, each once for kBatch rows.
@@ -85,8 +85,9 @@ FASTASR_VECTOR_INLINE void add_products(const C* w, int64_t rows, int64_t depth,
   add_products_of<1>(w, rows, depth, h, twos, batch, gates, gate_row);
 }
 
-// out[b][u] += sum over k of g[b][k] w[k][u] for kVectors vectors of u: a tile of sums in registers.
-template <int kBatch, int kVectors, typename C>
+// out[b][u] += sum over k of g[b][k] w[k][u] for kVectors vectors of u: a tile of sums in registers. kFar: the rows of
+// w are too far apart for the hardware's prefetcher.
+template <int kBatch, int kVectors, bool kFar, typename C>
 __attribute__((noinline)) void product_tile(const C* __restrict w, int64_t w_row, const C* __restrict g, int64_t g_row,
                                             int64_t depth, C* __restrict out, int64_t out_row) {
   constexpr int n = Lanes<C>::count;
@@ -97,9 +98,10 @@ __attribute__((noinline)) void product_tile(const C* __restrict w, int64_t w_row
     for (int v = 0; v < kVectors; v++) sum[b][v] = Vector<C>{};
   for (int64_t k = 0; k < depth; k++) {
     const C* row = w + k * w_row;
+    if constexpr (kFar) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; v++)
-      __builtin_prefetch(row + 24 * w_row + v * n);  // the rows are too far apart for the hardware
+      for (int v = 0; v < kVectors; v++) __builtin_prefetch(row + 24 * w_row + v * n);
+    }
     Vector<C> x[kVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; v++) x[v] = at(row + v * n);
@@ -116,46 +118,102 @@ __attribute__((noinline)) void product_tile(const C* __restrict w, int64_t w_row
     for (int v = 0; v < kVectors; v++) put(out + b * out_row + v * n, at(out + b * out_row + v * n) + sum[b][v]);
 }
 
-template <int kBatch, typename C>
-FASTASR_VECTOR_INLINE void columns_of_unit(const C* w, int64_t w_row, const C* g, int64_t depth, int64_t columns,
-                                           C* out) {
+// f<kBatch>(first) for `batch` sequences, up to six at a time.
+template <typename F>
+FASTASR_VECTOR_INLINE void by_sequences(int64_t batch, const F& f) {
+  int64_t b = 0;
+  for (; b + 6 <= batch; b += 6) f.template operator()<6>(b);
+  if (batch - b >= 4) f.template operator()<4>(b), b += 4;
+  if (batch - b >= 2) f.template operator()<2>(b), b += 2;
+  if (batch > b) f.template operator()<1>(b);
+}
+
+// Rows of hidden_weight as the products of many sequences read them: panels of two vectors of rows, each (depth, 2 n)
+// with zeros beyond the last row.
+template <typename C>
+constexpr int64_t kPanelRows = 2 * Lanes<C>::count;
+
+template <typename C>
+FASTASR_VECTOR_INLINE void pack_rows(const C* w, int64_t rows, int64_t depth, C* out) {
+  constexpr int n = Lanes<C>::count;
+  const int64_t whole = (rows + kPanelRows<C> - 1) / kPanelRows<C> * kPanelRows<C>;
+  for (int64_t r = 0; r < whole; r += n) {
+    C* to = out + r / kPanelRows<C> * kPanelRows<C> * depth + r % kPanelRows<C>;
+    int64_t k = 0;
+    for (; r + n <= rows && k + n <= depth; k += n) {
+      Vector<C> square[n];
+#pragma GCC unroll 16
+      for (int i = 0; i < n; i++) square[i] = at(w + (r + i) * depth + k);
+      transpose<C>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; i++) put(to + (k + i) * kPanelRows<C>, square[i]);
+    }
+    for (; k < depth; k++)
+      for (int64_t i = 0; i < n; i++) to[k * kPanelRows<C> + i] = r + i < rows ? w[(r + i) * depth + k] : C(0);
+  }
+}
+
+// gates[b][r] += w[r] . h[b] for rows that pack_rows has packed.
+template <typename C>
+FASTASR_VECTOR_INLINE void add_packed_products(const C* packed, int64_t rows, int64_t depth, const C* h, int64_t batch,
+                                               C* gates, int64_t gate_row) {
+  constexpr int64_t n = kPanelRows<C>;
+  for (int64_t r = 0; r < rows; r += n) {
+    const C* w = packed + r * depth;
+    const int64_t width = std::min(n, rows - r);
+    by_sequences(batch, [&]<int kBatch>(int64_t b) __attribute__((always_inline)) {
+      alignas(64) C sum[kBatch * n] = {};
+      for (int64_t k = 0; k < depth; k += kBlockTerms)
+        product_tile<kBatch, 2, false>(w + k * n, n, h + b * depth + k, depth, std::min(kBlockTerms, depth - k), sum,
+                                       n);
+      for (int i = 0; i < kBatch; i++)
+        for (int64_t j = 0; j < width; j++) gates[(b + i) * gate_row + r + j] += sum[i * n + j];
+    });
+  }
+}
+
+// out[b][u] += sum over k of g[b][k] w[k][u] for k < terms and u < columns; the rows of g are `depth` apart.
+template <int kBatch, bool kFar, typename C>
+FASTASR_VECTOR_INLINE void add_columns(const C* w, int64_t w_row, const C* g, int64_t depth, int64_t terms,
+                                       int64_t columns, C* out, int64_t out_row) {
   constexpr int n = Lanes<C>::count, vectors = FASTASR_VECTOR_BYTES == 64 ? 4 : 2;
-  for (int64_t first = 0; first < depth; first += kBlockTerms) {
-    const int64_t terms = std::min(kBlockTerms, depth - first);
-    const C *wf = w + first * w_row, *gf = g + first;
-    int64_t u = 0;
-    for (; u + vectors * n <= columns; u += vectors * n)
-      product_tile<kBatch, vectors>(wf + u, w_row, gf, depth, terms, out + u, w_row);
-    for (; u + n <= columns; u += n) product_tile<kBatch, 1>(wf + u, w_row, gf, depth, terms, out + u, w_row);
-    if (u == columns) continue;
-    for (int b = 0; b < kBatch; b++) {
-      for (int64_t i = u; i < columns; i++) {
-        C sum = 0;
-        for (int64_t k = 0; k < terms; k++) sum += gf[b * depth + k] * wf[k * w_row + i];
-        out[b * w_row + i] += sum;
-      }
+  int64_t u = 0;
+  for (; u + vectors * n <= columns; u += vectors * n)
+    product_tile<kBatch, vectors, kFar>(w + u, w_row, g, depth, terms, out + u, out_row);
+  for (; u + n <= columns; u += n) product_tile<kBatch, 1, kFar>(w + u, w_row, g, depth, terms, out + u, out_row);
+  if (u == columns) return;
+  for (int b = 0; b < kBatch; b++) {
+    for (int64_t i = u; i < columns; i++) {
+      C sum = 0;
+      for (int64_t k = 0; k < terms; k++) sum += g[b * depth + k] * w[k * w_row + i];
+      out[b * out_row + i] += sum;
     }
   }
 }
 
-// out (batch, H) = g (batch, 4 H) w for `columns` columns; w and out point to the first of them.
+// out (batch, H) = g (batch, 4 H) w for `columns` columns, at most kLstmUnit; w and out point to the first of them. For
+// many sequences a block of w is first put where its rows follow each other: as they lie, they meet in a few sets of
+// the caches.
 template <typename C>
 FASTASR_VECTOR_INLINE void products_with_columns(const C* w, int64_t hidden, const C* g, int64_t batch, int64_t columns,
                                                  C* out) {
+  const int64_t depth = 4 * hidden;
+  alignas(64) C block[kBlockTerms * kLstmUnit];
   for (int64_t b = 0; b < batch; b++) std::fill(out + b * hidden, out + b * hidden + columns, C(0));
-  for (int64_t b = 0; b < batch;) {
-    const C* gb = g + b * 4 * hidden;
-    C* to = out + b * hidden;
-    if (batch - b >= 4) {
-      columns_of_unit<4>(w, hidden, gb, 4 * hidden, columns, to);
-      b += 4;
-    } else if (batch - b >= 2) {
-      columns_of_unit<2>(w, hidden, gb, 4 * hidden, columns, to);
-      b += 2;
-    } else {
-      columns_of_unit<1>(w, hidden, gb, 4 * hidden, columns, to);
-      b += 1;
+  for (int64_t first = 0; first < depth; first += kBlockTerms) {
+    const int64_t terms = std::min(kBlockTerms, depth - first);
+    const C *wf = w + first * hidden, *gf = g + first;
+    if (batch < kManySequences) {
+      by_sequences(batch, [&]<int kBatch>(int64_t b) __attribute__((always_inline)) {
+        add_columns<kBatch, true>(wf, hidden, gf + b * depth, depth, terms, columns, out + b * hidden, hidden);
+      });
+      continue;
     }
+    for (int64_t k = 0; k < terms; k++)
+      std::memcpy(block + k * columns, wf + k * hidden, static_cast<size_t>(columns) * sizeof(C));
+    by_sequences(batch, [&]<int kBatch>(int64_t b) __attribute__((always_inline)) {
+      add_columns<kBatch, false>(block, columns, gf + b * depth, depth, terms, columns, out + b * hidden, hidden);
+    });
   }
 }
 
@@ -195,9 +253,11 @@ void forward_body(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch,
   const LstmSizes s = p.size;
   const int64_t hidden = s.hidden, batch = s.batch, gate_row = 4 * hidden, rows = s.steps * batch;
   C *gates = scratch, *gate_parts = gates + batch * gate_row, *cell_parts = gate_parts + 2 * s.units() * batch;
+  C* packed = cell_parts + 2 * s.units() * batch;  // of a unit's gate: kLstmUnit rows of hidden_weight
   std::vector<std::pair<C, C>> rows_of(static_cast<size_t>(batch));  // mean and 1 / deviation: each thread its own
   // The phase that rows_of is for. Who has a unit of a phase merges: nobody writes the parts before that unit is done.
   int64_t merged = -1;
+  const int64_t first = p.hidden ? 0 : 1;  // the first step with a product: of zeros there is none
   for (int64_t t = 0; t < s.steps; t++) {
     const C* before = t ? y + (t - 1) * batch * hidden : p.hidden;
     const C* cell_before = t ? cell : p.cell;
@@ -220,7 +280,14 @@ void forward_body(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch,
         if (p.input_weight)
           add_products(p.input_weight + row * s.inputs, width, s.inputs, p.input + t * batch * s.inputs, batch,
                        gates + row, gate_row);
-        if (before) add_products(p.hidden_weight + row * hidden, width, hidden, before, batch, gates + row, gate_row);
+        const C* w = p.hidden_weight + row * hidden;
+        C* own = packed + (4 * unit + q) * kLstmUnit * hidden;
+        if (before && s.packs()) {
+          if (t == first) pack_rows(w, width, hidden, own);
+          add_packed_products(own, width, hidden, before, batch, gates + row, gate_row);
+        } else if (before) {
+          add_products(w, width, hidden, before, batch, gates + row, gate_row);
+        }
       }
       for (int64_t b = 0; b < batch; b++) {
         const C* g = gates + b * gate_row + u0;

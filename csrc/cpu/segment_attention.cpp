@@ -11,16 +11,19 @@ namespace fastasr::cpu {
 namespace {
 
 constexpr int64_t kTile = kPanel * kPanel;
+constexpr int64_t kAhead = 16;  // rows between a load and its prefetch
 
 // Rows of keys that some query of a block sees, and where their scores lie. Query l sees [begin[l], end[l]) of them.
 struct Run {
   int64_t first, count, offset;
   alignas(64) int32_t begin[kPanel], end[kPanel];
   int64_t lane[kPanel];  // of the window, of the run's first row
+  bool whole;            // every query sees every row
 };
 
 struct Block {
   int64_t queries;      // how many there are
+  int64_t lanes;        // that are computed: whole vectors
   int64_t row[kPanel];  // of each
   Run runs[3];          // memory, right context, utterance
   int64_t rows;         // of scores
@@ -86,6 +89,11 @@ FASTASR_INLINE Block block_of(const SegmentAttention<T>& p, int64_t unit, int64_
       }
     }
   }
+  for (Run& run : out.runs) {
+    run.whole = true;
+    for (int64_t l = 0; l < out.queries; l++) run.whole &= run.begin[l] == 0 && run.end[l] == run.count;
+  }
+  out.lanes = std::max<int64_t>(16, (out.queries + 7) / 8 * 8);
   return out;
 }
 
@@ -114,7 +122,12 @@ FASTASR_INLINE void put_row(T* __restrict out, int64_t width, C scale, const C* 
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void pack(const SegmentAttention<T>& p, const Sequence<const T>& t, int64_t unit, C* out) {
   const int64_t rows = p.packed_rows(), keys = p.keys(), b = unit / p.heads, first = unit % p.heads * p.width;
-  for (int64_t k = 0; k < keys; k++) unpack_row(t.at(k, b) + first, p.width, C(1), out + k * kPanel, rows * kPanel);
+  for (int64_t k = 0; k < keys; k++) {
+    // the rows of one head are too far apart for the hardware's prefetcher
+    const char* ahead = reinterpret_cast<const char*>(t.at(std::min(k + kAhead, keys - 1), b) + first);
+    for (size_t line = 0; line < static_cast<size_t>(p.width) * sizeof(T); line += 64) __builtin_prefetch(ahead + line);
+    unpack_row(t.at(k, b) + first, p.width, C(1), out + k * kPanel, rows * kPanel);
+  }
   for (int64_t panel = 0; panel < p.panels(); panel++)
     std::memset(out + (panel * rows + keys) * kPanel, 0, sizeof(C) * kTileRows * kPanel);
 }
@@ -129,36 +142,48 @@ FASTASR_INLINE void gather(const SegmentAttention<T>& p, const Sequence<const T>
   for (int64_t panel = 0; panel < p.panels(); panel++) {
     C* __restrict in = rows + panel * kTile, * __restrict out = transposed + panel * kTile;
     std::memset(in + block.queries * kPanel, 0, sizeof(C) * static_cast<size_t>(kPanel - block.queries) * kPanel);
-    for (int64_t l = 0; l < kPanel; l++)
+    for (int64_t l = 0; l < block.lanes; l++)
       for (int64_t c = 0; c < kPanel; c++) out[c * kPanel + l] = in[l * kPanel + c];
   }
 }
+
+// Rows of a tile where n are left.
+FASTASR_INLINE int64_t tile_rows_of(int64_t n) { return std::min(kTileRows, (n + 3) / 4 * 4); }
 
 // scores[j][l] = sum over channels of packed[j] transposed[l].
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void products(const SegmentAttention<T>& p, const Block& block, const C* packed, const C* transposed,
                              C* scores) {
-  for (const Run& run : block.runs)
+  for (const Run& run : block.runs) {
     for (int64_t j = 0; j < run.count; j += kTileRows)
-      tile_rows(packed + (run.first + j) * kPanel, p.packed_rows() * kPanel, transposed, p.panels(),
-                scores + (run.offset + j) * kPanel, false);
+      tile_rows(packed + (run.first + j) * kPanel, p.packed_rows() * kPanel, transposed, p.width,
+                scores + (run.offset + j) * kPanel, false, {tile_rows_of(run.count - j), block.lanes});
+    const int64_t spare = (kTileRows - run.count % kTileRows) % kTileRows;  // no key's: zeros
+    std::memset(scores + (run.offset + run.count) * kPanel, 0, sizeof(C) * static_cast<size_t>(spare * kPanel));
+  }
 }
 
 // S = exp(S - max) where a query sees a key, else exactly 0; inverse[l] = 1 / sum, or 0 where there is none.
-template <typename C>
+template <int64_t kLanes, typename C>
 FASTASR_INLINE void softmax(const Block& block, C* scores, C* __restrict inverse) {
   constexpr C kNone = -std::numeric_limits<C>::infinity();
-  alignas(64) C most[kPanel];
-  alignas(64) double total[kPanel] = {};
-  for (int64_t l = 0; l < kPanel; l++) most[l] = kNone;
+  alignas(64) C most[kLanes];
+  alignas(64) double total[kLanes] = {};
+  for (int64_t l = 0; l < kLanes; l++) most[l] = kNone;
+  // Lanes beyond the queries may see anything: nobody reads them.
   for (const Run& run : block.runs) {
     const C* __restrict s = scores + run.offset * kPanel;
     const int32_t* __restrict begin = run.begin, * __restrict end = run.end;
     for (int32_t j = 0; j < run.count; j++, s += kPanel) {
+      if (run.whole) {
 #pragma omp simd
-      for (int64_t l = 0; l < kPanel; l++) {
-        const C v = (j >= begin[l]) & (j < end[l]) ? s[l] : kNone;
-        most[l] = v > most[l] ? v : most[l];
+        for (int64_t l = 0; l < kLanes; l++) most[l] = s[l] > most[l] ? s[l] : most[l];
+      } else {
+#pragma omp simd
+        for (int64_t l = 0; l < kLanes; l++) {
+          const C v = (j >= begin[l]) & (j < end[l]) ? s[l] : kNone;
+          most[l] = v > most[l] ? v : most[l];
+        }
       }
     }
   }
@@ -166,23 +191,41 @@ FASTASR_INLINE void softmax(const Block& block, C* scores, C* __restrict inverse
     C* __restrict s = scores + run.offset * kPanel;
     const int32_t* __restrict begin = run.begin, * __restrict end = run.end;
     for (int32_t j0 = 0; j0 < run.count; j0 += kPanel) {
-      alignas(64) C part[kPanel] = {};
+      alignas(64) C part[kLanes] = {};
       const int32_t j1 = static_cast<int32_t>(std::min<int64_t>(run.count, j0 + kPanel));
       for (int32_t j = j0; j < j1; j++, s += kPanel) {
+        if (run.whole) {
 #pragma omp simd
-        for (int64_t l = 0; l < kPanel; l++) {
-          const C e = exp_nonpositive(s[l] - most[l]);
-          s[l] = (j >= begin[l]) & (j < end[l]) ? e : C(0);
-          part[l] += s[l];
+          for (int64_t l = 0; l < kLanes; l++) {
+            s[l] = exp_nonpositive(s[l] - most[l]);
+            part[l] += s[l];
+          }
+        } else {
+#pragma omp simd
+          for (int64_t l = 0; l < kLanes; l++) {
+            const C e = exp_nonpositive(s[l] - most[l]);
+            s[l] = (j >= begin[l]) & (j < end[l]) ? e : C(0);
+            part[l] += s[l];
+          }
         }
       }
 #pragma omp simd
-      for (int64_t l = 0; l < kPanel; l++) total[l] += static_cast<double>(part[l]);
+      for (int64_t l = 0; l < kLanes; l++) total[l] += static_cast<double>(part[l]);
     }
-    const int64_t spare = (kTileRows - run.count % kTileRows) % kTileRows;
-    std::memset(s, 0, sizeof(C) * static_cast<size_t>(spare * kPanel));
   }
-  for (int64_t l = 0; l < kPanel; l++) inverse[l] = total[l] == 0 ? C(0) : static_cast<C>(1 / total[l]);
+  for (int64_t l = 0; l < kLanes; l++) inverse[l] = total[l] == 0 ? C(0) : static_cast<C>(1 / total[l]);
+}
+
+template <typename C>
+FASTASR_INLINE void softmax(const Block& block, C* scores, C* inverse) {
+  switch (block.lanes) {
+    case 16:
+      return softmax<16>(block, scores, inverse);
+    case 24:
+      return softmax<24>(block, scores, inverse);
+    default:
+      return softmax<kPanel>(block, scores, inverse);
+  }
 }
 
 template <typename T, typename C = compute_t<T>>
@@ -196,16 +239,23 @@ FASTASR_INLINE void drop(const SegmentAttention<T>& p, int64_t unit, const Block
   }
 }
 
+// Columns of a panel's tiles.
+template <typename T>
+FASTASR_INLINE int64_t columns_of(const SegmentAttention<T>& p, int64_t panel) {
+  return std::min(kPanel, (p.width - panel * kPanel + 7) / 8 * 8);
+}
+
 // out[panel][l][c] = sum over keys of a[j][l] packed[j][c].
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void mix(const SegmentAttention<T>& p, const Block& block, const C* a, const C* packed, C* out) {
   for (int64_t panel = 0; panel < p.panels(); panel++)
     for (int64_t l = 0; l < block.queries; l += kTileRows) {
+      const TilePart part{tile_rows_of(block.queries - l), columns_of(p, panel)};
       bool add = false;
       for (const Run& run : block.runs) {
         if (run.count == 0) continue;
         tile_columns(a + run.offset * kPanel + l, packed + (panel * p.packed_rows() + run.first) * kPanel, run.count,
-                     out + panel * kTile + l * kPanel, add);
+                     out + panel * kTile + l * kPanel, add, part);
         add = true;
       }
       if (!add) std::memset(out + panel * kTile + l * kPanel, 0, sizeof(C) * kTileRows * kPanel);
@@ -218,8 +268,11 @@ template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void mix_seen(const SegmentAttention<T>& p, const Block& block, const C* a, const C* packed, C* out) {
   C zero = 0;
   for (int64_t panel = 0; panel < p.panels(); panel++) {
+    const int64_t columns = columns_of(p, panel);
+    for (int64_t l = 0; l < block.queries; l++) {
 #pragma omp simd reduction(+ : zero)
-    for (int64_t i = 0; i < block.queries * kPanel; i++) zero += out[panel * kTile + i] * C(0);
+      for (int64_t c = 0; c < columns; c++) zero += out[panel * kTile + l * kPanel + c] * C(0);
+    }
   }
   if (zero == 0) return;
   for (int64_t panel = 0; panel < p.panels(); panel++)
@@ -241,40 +294,53 @@ FASTASR_INLINE void scatter(const SegmentAttention<T>& p, const Block& block, co
   for (int64_t panel = 0; panel < p.panels(); panel++)
     for (const Run& run : block.runs)
       for (int64_t j = 0; j < run.count; j += kTileRows)
-        tile_rows(a + (run.offset + j) * kPanel, 0, rows + panel * kTile, 1,
-                  sums + (panel * p.packed_rows() + run.first + j) * kPanel, true);
+        tile_rows(a + (run.offset + j) * kPanel, 0, rows + panel * kTile, block.queries,
+                  sums + (panel * p.packed_rows() + run.first + j) * kPanel, true,
+                  {tile_rows_of(run.count - j), columns_of(p, panel)});
 }
 
 // dS = P (dP - D), D = sum_j P dP, in place of dP. D is divided by the sum of P as it was rounded, and subtracted in
 // two parts: the rows of dS then add up to zero as nearly as their elements allow, which dq relies on.
-template <typename C>
+template <int64_t kLanes, typename C>
 FASTASR_INLINE void softmax_backward(int64_t rows, const C* __restrict a, C* __restrict ds) {
-  alignas(64) double sum[kPanel] = {}, one[kPanel] = {};
-  alignas(64) C high[kPanel], low[kPanel];
+  alignas(64) double sum[kLanes] = {}, one[kLanes] = {};
+  alignas(64) C high[kLanes], low[kLanes];
   for (int64_t j0 = 0; j0 < rows; j0 += kTileRows) {
-    alignas(64) C part[kPanel] = {}, weight[kPanel] = {};
+    alignas(64) C part[kLanes] = {}, weight[kLanes] = {};
     for (int64_t j = j0; j < j0 + kTileRows; j++) {
 #pragma omp simd
-      for (int64_t l = 0; l < kPanel; l++) {
+      for (int64_t l = 0; l < kLanes; l++) {
         part[l] += a[j * kPanel + l] * ds[j * kPanel + l];
         weight[l] += a[j * kPanel + l];
       }
     }
 #pragma omp simd
-    for (int64_t l = 0; l < kPanel; l++) {
+    for (int64_t l = 0; l < kLanes; l++) {
       sum[l] += static_cast<double>(part[l]);
       one[l] += static_cast<double>(weight[l]);
     }
   }
-  for (int64_t l = 0; l < kPanel; l++) {
+  for (int64_t l = 0; l < kLanes; l++) {
     const double along = one[l] == 0 ? 0 : sum[l] / one[l];
     high[l] = static_cast<C>(along);
     low[l] = static_cast<C>(along - static_cast<double>(high[l]));
   }
   for (int64_t j = 0; j < rows; j++) {
 #pragma omp simd
-    for (int64_t l = 0; l < kPanel; l++)
+    for (int64_t l = 0; l < kLanes; l++)
       ds[j * kPanel + l] = a[j * kPanel + l] * ((ds[j * kPanel + l] - high[l]) - low[l]);
+  }
+}
+
+template <typename C>
+FASTASR_INLINE void softmax_backward(const Block& block, const C* a, C* ds) {
+  switch (block.lanes) {
+    case 16:
+      return softmax_backward<16>(block.rows, a, ds);
+    case 24:
+      return softmax_backward<24>(block.rows, a, ds);
+    default:
+      return softmax_backward<kPanel>(block.rows, a, ds);
   }
 }
 
@@ -325,11 +391,11 @@ FASTASR_INLINE void backward_unit(const SegmentAttention<T>& p, const Sequence<c
     softmax(block, a, inverse);
     for (int64_t j = 0; j < block.rows; j++) {
 #pragma omp simd
-      for (int64_t l = 0; l < kPanel; l++) a[j * kPanel + l] *= inverse[l];
+      for (int64_t l = 0; l < block.lanes; l++) a[j * kPanel + l] *= inverse[l];
     }
     products(p, block, value, g_t, ds);
     if (p.dropout) drop(p, unit, block, ds);
-    softmax_backward(block.rows, a, ds);
+    softmax_backward(block, a, ds);
     if (p.dropout) drop(p, unit, block, a);
     mix(p, block, ds, key, dq);
     scatter(p, block, ds, query, key_sums);

@@ -10,11 +10,17 @@ namespace fastasr::cpu {
 
 constexpr int64_t kTileRows = 8, kPanel = 32;
 
-// c[m][n] (+)= sum over k of a(m, k) b[k][n], b and c with rows of 32. `add`: onto what c holds.
-// rows: a(m, 32 i + k) = a[i a_block + 32 m + k], i < blocks.  columns: a(m, k) = a[32 k + m], k < depth.
-#define FASTASR_DECLARE(C)                                                                 \
-  void tile_rows(const C* a, int64_t a_block, const C* b, int64_t blocks, C* c, bool add); \
-  void tile_columns(const C* a, const C* b, int64_t depth, C* c, bool add);
+// Part of a tile: the first `rows` rows, a multiple of 4, and the first `columns` columns, a multiple of 8. What is
+// beyond may be written too.
+struct TilePart {
+  int64_t rows = kTileRows, columns = kPanel;
+};
+
+// c[m][n] (+)= sum over k < depth of a(m, k) b[k][n], b and c with rows of 32. `add`: onto what c holds.
+// rows: a(m, 32 i + k) = a[i a_block + 32 m + k].  columns: a(m, k) = a[32 k + m].
+#define FASTASR_DECLARE(C)                                                                                    \
+  void tile_rows(const C* a, int64_t a_block, const C* b, int64_t depth, C* c, bool add, TilePart part = {}); \
+  void tile_columns(const C* a, const C* b, int64_t depth, C* c, bool add, TilePart part = {});
 FASTASR_DECLARE(float)
 FASTASR_DECLARE(double)
 #undef FASTASR_DECLARE

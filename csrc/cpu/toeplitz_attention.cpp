@@ -118,7 +118,7 @@ FASTASR_INLINE void products(const ToeplitzAttention<T>& p, const AttentionUnit<
                              C* s) {
   const C* q = u.query_t + block * p.d_panels() * kTile;
   for (int64_t j = 0; j < keys; j += kTileRows)
-    tile_rows(u.key + j * kPanel, p.rows() * kPanel, q, p.d_panels(), s + j * kPanel, false);
+    tile_rows(u.key + j * kPanel, p.rows() * kPanel, q, p.d_panels() * kPanel, s + j * kPanel, false);
 }
 
 // Query l of block i0 / 32 does not see key j.
@@ -315,7 +315,7 @@ FASTASR_INLINE void backward_block(const ToeplitzAttention<T>& p, const Attentio
   normalise(m, total, a, keys);
   ungate(p, g, span, i0, queries, u, gt, rest);
   for (int64_t j = 0; j < keys; j += kTileRows)
-    tile_rows(u.value + j * kPanel, rows * kPanel, gt, p.v_panels(), ds + j * kPanel, false);
+    tile_rows(u.value + j * kPanel, rows * kPanel, gt, p.v_panels() * kPanel, ds + j * kPanel, false);
   if (p.dropout) drop(p, unit, i0, keys, ds);
   softmax_backward(a, ds, keys);
   if (p.dropout) drop(p, unit, i0, keys, a);
@@ -338,8 +338,8 @@ FASTASR_INLINE void backward_keys(const ToeplitzAttention<T>& p, const Attention
     const int64_t n = std::min(kPanel, span.length - j0), first = p.causal ? j0 / kPanel : 0;
     C* to = of_key ? u.dkey + ((panel - p.v_panels()) * rows + j0) * kPanel : out;
     for (int64_t j = 0; j < n; j += kTileRows)
-      tile_rows(a + (first * rows + j0 + j) * kPanel, rows * kPanel, b + first * kTile, blocks - first, to + j * kPanel,
-                false);
+      tile_rows(a + (first * rows + j0 + j) * kPanel, rows * kPanel, b + first * kTile, (blocks - first) * kPanel,
+                to + j * kPanel, false);
     if (of_key) continue;
     const int64_t channel = panel * kPanel, width = std::min(kPanel, p.v - channel);
     if (p.activate_value) {

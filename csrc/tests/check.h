@@ -169,6 +169,7 @@ void rnnt_joiner();
 void toeplitz_attention();
 void segment_attention();
 void emformer_step();
+void dropout();
 void rnnt_lattice();
 void rnnt_pruned_lattice();
 void simd();

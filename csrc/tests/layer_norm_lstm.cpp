@@ -217,11 +217,11 @@ void values(int64_t steps, int64_t batch, int64_t units, bool states, bool with_
 
 // Any number of threads, and threads that come after one another, give the same bits.
 template <typename C>
-void threads() {
-  Call<C> one(5, 3, 200, true, false);
+void threads(int64_t steps, int64_t batch) {
+  Call<C> one(steps, batch, 200, true, false);
   one.run(1);
   for (const int64_t count : {0, 2, 3, 4}) {
-    Call<C> other(5, 3, 200, true, false);
+    Call<C> other(steps, batch, 200, true, false);
     other.run(count);
     const auto a = one.outputs(), b = other.outputs();
     for (size_t i = 0; i < a.size(); i++)
@@ -234,7 +234,8 @@ void all() {
   for (const int64_t units : {2, 3, 15, 16, 17, 33, 64, 65, 130}) values<C>(3, 3, units, true, false);
   for (const int64_t batch : {1, 2, 4, 5, 18}) values<C>(2, batch, 20, batch % 2, false);
   for (const int64_t batch : {1, 2, 3}) values<C>(1, batch, 70, batch != 2, true);
-  threads<C>();
+  values<C>(7, 21, 33, false, false), values<C>(8, 17, 70, true, false);  // hidden_weight is packed
+  threads<C>(5, 3), threads<C>(6, 23);
 }
 
 }  // namespace

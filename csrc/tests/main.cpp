@@ -47,6 +47,7 @@ constexpr Test kTests[] = {
     {"rnnt_pruned_lattice", fastasr::test::rnnt_pruned_lattice},
     {"toeplitz_attention", fastasr::test::toeplitz_attention},
     {"segment_attention", fastasr::test::segment_attention},
+    {"dropout", fastasr::test::dropout},
     {"emformer_step", fastasr::test::emformer_step},
 };
 

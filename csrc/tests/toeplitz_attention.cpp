@@ -8,35 +8,38 @@
 namespace fastasr::test {
 namespace {
 
+// Both products of `depth` terms, whole and in part: the rest of a part may hold anything.
+template <typename C>
+void tiles(int64_t depth, cpu::TilePart part) {
+  const int64_t blocks = std::max<int64_t>(1, (depth + 31) / 32), block = 40 * 32;
+  Buffer<C> a(blocks * block + depth * 32 + 8), b(blocks * 32 * 32), c(8 * 32), c2(8 * 32);
+  Random random(static_cast<uint64_t>(depth) + 9);
+  a.fill(random), b.fill(random), c.fill(random);
+  std::vector<C> before(c.data(), c.data() + 8 * 32);
+  cpu::tile_columns(a.data(), b.data(), depth, c.data(), true, part);
+  cpu::tile_rows(a.data(), block, b.data(), depth, c2.data(), false, part);
+  for (int64_t m = 0; m < part.rows; m++)
+    for (int64_t n = 0; n < part.columns; n++) {
+      long double columns = before[static_cast<size_t>(m * 32 + n)], rows = 0;
+      long double size = 1 + std::fabs(columns), size2 = 1;
+      for (int64_t k = 0; k < depth; k++) {
+        const long double v = static_cast<long double>(a[k * 32 + m]) * b[k * 32 + n];
+        const long double w = static_cast<long double>(a[k / 32 * block + m * 32 + k % 32]) * b[k * 32 + n];
+        columns += v, size += std::fabs(v), rows += w, size2 += std::fabs(w);
+      }
+      CHECK(std::fabs(c[m * 32 + n] - columns) <= 20 * Type<C>::half_ulp * size, "columns, depth %ld, %ldx%ld",
+            long(depth), long(part.rows), long(part.columns));
+      CHECK(std::fabs(c2[m * 32 + n] - rows) <= 20 * Type<C>::half_ulp * size2, "rows, depth %ld, %ldx%ld", long(depth),
+            long(part.rows), long(part.columns));
+    }
+  CHECK(c.intact() && c2.intact(), "depth %ld: wrote outside", long(depth));
+}
+
 template <typename C>
 void tiles() {
-  for (const int64_t depth : {0, 1, 5, 31, 64, 65, 200}) {
-    const int64_t blocks = (depth + 31) / 32, block = 40 * 32;
-    Buffer<C> a(std::max<int64_t>(1, blocks) * block + depth * 32 + 8), b(std::max<int64_t>(1, blocks) * 32 * 32),
-        c(8 * 32), c2(8 * 32);
-    Random random(static_cast<uint64_t>(depth) + 9);
-    a.fill(random), b.fill(random), c.fill(random);
-    for (int64_t i = 0; i < 8 * 32; i++) c2[i] = c[i];
-    std::vector<C> before(c.data(), c.data() + 8 * 32);
-    cpu::tile_columns(a.data(), b.data(), depth, c.data(), true);
-    cpu::tile_rows(a.data(), block, b.data(), blocks, c2.data(), false);
-    for (int64_t m = 0; m < 8; m++)
-      for (int64_t n = 0; n < 32; n++) {
-        long double columns = before[static_cast<size_t>(m * 32 + n)], rows = 0, size = 1 + std::fabs(columns),
-                    size2 = 1;
-        for (int64_t k = 0; k < depth; k++) {
-          const long double v = static_cast<long double>(a[k * 32 + m]) * b[k * 32 + n];
-          columns += v, size += std::fabs(v);
-        }
-        for (int64_t k = 0; k < blocks * 32; k++) {
-          const long double v = static_cast<long double>(a[k / 32 * block + m * 32 + k % 32]) * b[k * 32 + n];
-          rows += v, size2 += std::fabs(v);
-        }
-        CHECK(std::fabs(c[m * 32 + n] - columns) <= 20 * Type<C>::half_ulp * size, "columns, depth %ld", long(depth));
-        CHECK(std::fabs(c2[m * 32 + n] - rows) <= 20 * Type<C>::half_ulp * size2, "rows, depth %ld", long(depth));
-      }
-    CHECK(c.intact() && c2.intact(), "depth %ld: wrote outside", long(depth));
-  }
+  for (const int64_t depth : {0, 1, 5, 31, 64, 65, 200}) tiles<C>(depth, {});
+  for (const int64_t rows : {4, 8})
+    for (const int64_t columns : {8, 16, 24, 32}) tiles<C>(45, {rows, columns});
 }
 
 struct Shape {

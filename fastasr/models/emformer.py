@@ -16,10 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastasr.models import emformer_streaming
-from fastasr.ops import linear, residual_norm, segment_attention
+from fastasr.models.mega import plumbing
+from fastasr.models.module_state import global_hooks
+from fastasr.models.packed_layers import is_plain
+from fastasr.ops import _dropout, linear, linear_activation, residual_norm, segment_attention
 from fastasr.ops.segment_attention import key_rows, query_rows, segments_of
 
 _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+_KERNELS = {module: name for name, module in _ACTIVATIONS.items()}
 _HIDDEN = -1e4  # below it e^x is 0 beside any score: what is hidden can be left out
 
 
@@ -121,36 +125,10 @@ class EmformerLayer(nn.Module):
             The encoded utterance and right context, and the memory for the next layer.
         """
         frames, batch, _ = utterance.shape
-        segments = segments_of(frames, self.segment_length)
-        right = right_context.shape[0] // max(1, segments)
-        memory = self.max_memory_size if self.use_mem else 0
-        sizes = frames, self.segment_length, self.left_context_length, right, memory
-        x = torch.cat([right_context, utterance])
-        h = _norm(self.layer_norm_input, x)
-        query, key, value = _projected(
-            self.attention,
-            h,
-            _summaries(self, h[segments * right :]),
-            mems if memory or mems.requires_grad else None,
-        )
-        dropout = None
-        if self.training and self.attention.dropout > 0:
-            dropout = _attention_dropout(query, key.shape[0], self.attention, sizes)
-        mixed = segment_attention(
-            query,
-            key,
-            value,
-            num_heads=self.attention.num_heads,
-            frames=frames,
-            segment_length=self.segment_length,
-            left_context_length=self.left_context_length,
-            right_context_length=right,
-            max_memory_size=memory,
-            lengths=_seen(lengths, frames) if batch > 1 else None,
-            weights_dropout=dropout,
-        )
-        y, next_mems = _finished(self, mixed, x)
-        return y[segments * right :], y[: segments * right], next_mems[:-1]
+        seen = _seen(lengths, frames) if batch > 1 else None
+        blocks = right_context.shape[0]
+        y, next_mems = _encoded(self, torch.cat([right_context, utterance]), frames, seen, mems)
+        return y[blocks:], y[:blocks], next_mems
 
     def infer(
         self,
@@ -243,8 +221,18 @@ class Emformer(nn.Module):
         mask = None
         if not all(_is_own(layer, "forward") for layer in self.emformer_layers):
             mask = self._gen_attention_mask(output)  # for layers that run upstream's code
+        # Between our own layers [right context | utterance] stays one tensor.
+        blocks, whole = right_context.shape[0], None
+        seen = _seen(lengths, frames) if x.shape[1] > 1 else None
         for layer in self.emformer_layers:
+            if _is_unwatched(layer):
+                whole = torch.cat([right_context, output]) if whole is None else whole
+                whole, mems = _encoded(layer, whole, frames, seen, mems)
+                continue
+            if whole is not None:
+                right_context, output, whole = whole[:blocks], whole[blocks:], None
             output, right_context, mems = layer(output, lengths, right_context, mems, mask)
+        output = output if whole is None else whole[blocks:]
         return output.transpose(0, 1), lengths
 
     def infer(
@@ -305,6 +293,49 @@ def _is_own(layer: nn.Module, name: str) -> bool:
     return function is getattr(EmformerLayer, name)
 
 
+def _is_unwatched(layer: nn.Module) -> bool:
+    """Whether calling the layer is no more than its own forward."""
+    watched = (
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
+    return not watched and not global_hooks() and _is_own(layer, "forward")
+
+
+def _encoded(
+    layer: nn.Module, x: Tensor, frames: int, seen: Tensor | None, mems: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The layer's [right context | utterance], and the memory for the next layer. ``seen``: see :func:`_seen`."""
+    segments = segments_of(frames, layer.segment_length)
+    right = (x.shape[0] - frames) // max(1, segments)
+    memory = layer.max_memory_size if layer.use_mem else 0
+    sizes = frames, layer.segment_length, layer.left_context_length, right, memory
+    h = _norm(layer.layer_norm_input, x)
+    query, key, value = _projected(
+        layer.attention,
+        h,
+        _summaries(layer, h[segments * right :]),
+        mems if memory or mems.requires_grad else None,
+    )
+    dropout = None
+    if layer.training and layer.attention.dropout > 0:
+        dropout = _attention_dropout(query, key.shape[0], layer.attention, sizes)
+    mixed = segment_attention(
+        query,
+        key,
+        value,
+        num_heads=layer.attention.num_heads,
+        frames=frames,
+        segment_length=layer.segment_length,
+        left_context_length=layer.left_context_length,
+        right_context_length=right,
+        max_memory_size=memory,
+        lengths=seen,
+        weights_dropout=dropout,
+    )
+    y, next_mems = _finished(layer, mixed, x)
+    return y, next_mems[:-1]
+
+
 def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
@@ -339,24 +370,21 @@ def _seen(lengths: Tensor, frames: int) -> Tensor:
 def _attention_dropout(query: Tensor, keys: int, attention: nn.Module, sizes: tuple[int, ...]) -> Tensor:
     """(B, H, Q, lanes): dropout of the weights that are seen. Upstream drops of the dense (B H, Q, K), so as many
     numbers are drawn and those of the windows are picked: the same seed gives the same draws."""
-    queries, batch, _ = query.shape
-    dense = query.new_ones(batch * attention.num_heads, queries, keys)
-    dense = F.dropout(dense, p=float(attention.dropout))
-    places = _window_places(*sizes, keys, query.device)
-    return dense.flatten(1).index_select(1, places.flatten()).reshape(
-        batch, attention.num_heads, *places.shape
-    )  # fmt: skip
+    batch, heads = query.shape[1], attention.num_heads
+    places = _window_places(*sizes, query.device)
+    drawn = _dropout.windows(query, places, batch * heads, keys, float(attention.dropout))
+    return drawn.view(batch, heads, *places.shape)
 
 
 @functools.lru_cache(maxsize=8)
 def _window_places(
-    frames: int, segment: int, left: int, right: int, memory: int, keys: int, device: torch.device
+    frames: int, segment: int, left: int, right: int, memory: int, device: torch.device
 ) -> Tensor:
-    """(Q, lanes): where a dense (Q, K) holds the lanes of each query's window."""
+    """(Q, lanes): the keys that are the lanes of each query's window."""
     with torch.inference_mode(False):  # kept: a training step may want what a search has made
         rows = query_rows(frames, segment, right, memory, device)  # (n, per)
         at, _, there = key_rows(frames, segment, left, right, memory, 0, 0, device)
-        places = rows[:, :, None] * keys + torch.where(there, at, 0)[:, None, :]
+        places = torch.where(there, at, 0)[:, None, :].expand(-1, rows.shape[1], -1)
         valid = rows.flatten() >= 0
         return places.flatten(0, 1)[valid][torch.argsort(rows.flatten()[valid])]
 
@@ -376,13 +404,21 @@ def _finished(layer: nn.Module, mixed: Tensor, x: Tensor) -> tuple[Tensor, Tenso
     out = linear(mixed, attention.out_proj.weight, attention.out_proj.bias)
     mems = out[rows:]
     mems = torch.tanh(mems) if attention.tanh_on_mem else torch.clamp(mems, min=-10, max=10)
-    x = layer.dropout(out[:rows]) + x
-    h = ff[3](ff[2](linear(_norm(ff[0], x), ff[1].weight, ff[1].bias)))
-    h = ff[5](linear(h, ff[4].weight, ff[4].bias))
+    x = plumbing.dropout(layer.dropout, out[:rows], x)
+    h = plumbing.dropout(ff[3], _activated(ff[1], ff[2], _norm(ff[0], x)))
+    h = plumbing.dropout(ff[5], linear(h, ff[4].weight, ff[4].bias))
     norm = layer.layer_norm_output
     if norm.weight is None or h.dtype is not x.dtype:
         return _norm(norm, h + x), mems
     return residual_norm(x, h, norm.weight, norm.bias, norm.eps), mems
+
+
+def _activated(affine: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
+    name = _KERNELS.get(type(activation))
+    plain = name is not None and is_plain(activation, _KERNELS) and not plumbing.is_watched(activation)
+    if not plain or getattr(activation, "approximate", "none") != "none":
+        return activation(linear(x, affine.weight, affine.bias))
+    return linear_activation(x, affine.weight, affine.bias, name)
 
 
 # --------------------------------------------------------------------------- a step of a stream

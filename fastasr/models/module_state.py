@@ -13,6 +13,11 @@ _GLOBAL_HOOKS = (
 _VERSION = torch.Tensor._version.__get__
 
 
+def global_hooks():
+    """Whether every module's call has hooks."""
+    return any(_GLOBAL_HOOKS)
+
+
 class ModuleState:
     """What ``module`` holds now: submodules, parameters, their versions and addresses, methods bound to instances.
 

@@ -10,8 +10,8 @@ import weakref
 
 import torch
 
+from fastasr.models.inference import any_hooked, is_plain_inference
 from fastasr.models.module_state import ModuleState
-from fastasr.models.zipformer.inference import any_hooked, is_plain_inference
 from fastasr.ops import _dispatch
 
 # Of a layer's results, between the native call and the operations, by rms.

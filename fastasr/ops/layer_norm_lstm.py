@@ -174,23 +174,15 @@ def _definition_backward(given, tensors, eps: float, needs) -> tuple[Tensor | No
             for t, need in zip(tensors, needs, strict=True)
         ]
         outputs = definition(*leaves, eps)
-        pairs = [(o, g) for o, g in zip(outputs, given, strict=True) if g is not None and o.requires_grad]
-        wanted = [t for t in leaves if t is not None and t.requires_grad]
-        if pairs and wanted:
-            found = torch.autograd.grad(
-                [o for o, _ in pairs], wanted, [g.to(o.dtype) for o, g in pairs], allow_unused=True
-            )
-        else:
-            found = [None] * len(wanted)
-    found = iter(found)
-    grads = []
-    for t in leaves:
-        if t is None or not t.requires_grad:
-            grads.append(None)
-            continue
-        grad = next(found)
-        grads.append(torch.zeros_like(t) if grad is None else grad)
-    return tuple(grads)
+    pairs = [
+        (o, g.to(o.dtype)) for o, g in zip(outputs, given, strict=True) if g is not None and o.requires_grad
+    ]
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    found = map(torch.zeros_like, wanted)
+    if pairs and wanted:
+        outputs, given = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, given, materialize_grads=True))
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in leaves)
 
 
 class _LayerNormLstm(torch.autograd.Function):

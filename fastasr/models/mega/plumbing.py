@@ -9,6 +9,7 @@ import torch
 
 from fastasr import ops
 from fastasr.models.mega import activations
+from fastasr.ops import _dropout
 
 
 def is_watched(module):
@@ -43,8 +44,13 @@ def is_idle(module):
     )
 
 
-def dropout(module, x):
-    return x if is_idle(module) else module(x)
+def dropout(module, x, residual=None):
+    """module(x) + residual for a dropout."""
+    drops = type(module) is torch.nn.Dropout and not is_watched(module) and _has_known_forward(module)
+    if drops and not is_idle(module):
+        return _dropout.dropout(x, module.p, residual)
+    y = x if is_idle(module) else module(x)
+    return y if residual is None else y + residual
 
 
 def is_layer_norm(module):

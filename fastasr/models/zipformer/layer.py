@@ -15,13 +15,13 @@ from functools import partial
 
 import torch
 
+from fastasr.models.inference import any_hooked, is_plain_inference, runs
 from fastasr.models.zipformer import streaming_layer
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.bypass import BypassModule
 from fastasr.models.zipformer.convolution import ConvolutionModule
 from fastasr.models.zipformer.feed_forward import FeedforwardModule
-from fastasr.models.zipformer.inference import any_hooked, is_plain_inference, runs
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule

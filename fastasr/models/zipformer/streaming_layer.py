@@ -14,10 +14,10 @@ import weakref
 
 import torch
 
+from fastasr.models.inference import runs
 from fastasr.models.packed_layers import PackedLayer, PackedLayers, is_plain, may_serve
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.convolution import ConvolutionModule
-from fastasr.models.zipformer.inference import runs
 from fastasr.models.zipformer.linear import Linear
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.packing import Packed, numbers_of_layer, pack_layer

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/dropout.h"
+
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "bindings/dispatch.h"
+#include "bindings/pooled.h"
+
+namespace fastasr {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+// The state of torch's CPU generator as torch.get_rng_state() gives it: seed (8 bytes), words left in the block and one
+// more (4), a flag (4), words used up (8), the block with 8 bytes per word, and numbers of the normal distribution.
+class GeneratorState {
+ public:
+  explicit GeneratorState(const Tensor& state, const char* op) {
+    STD_TORCH_CHECK(state.scalar_type() == ScalarType::Byte && state.is_contiguous() && state.numel() == kBytes, op,
+                    ": generator is no state of torch's");
+    bytes_ = mutable_data<unsigned char>(state);
+    const auto left = get<int32_t>(kLeft);
+    const auto given = static_cast<int64_t>(get<uint64_t>(kGiven));
+    STD_TORCH_CHECK(left >= 1 && left <= cpu::kTwisterWords && given >= 0 && given <= cpu::kTwisterWords &&
+                        (left + given == cpu::kTwisterWords + 1 || left == 1),
+                    op, ": generator is no state of torch's");
+    generator.given = cpu::kTwisterWords + 1 - left;
+    for (size_t i = 0; i < static_cast<size_t>(cpu::kTwisterWords); i++)
+      generator.state[i] = static_cast<uint32_t>(get<uint64_t>(kWords + 8 * i));
+  }
+  void put_back() {
+    put(kLeft, static_cast<int32_t>(cpu::kTwisterWords + 1 - generator.given));
+    put(kGiven, static_cast<uint64_t>(generator.given));
+    for (size_t i = 0; i < static_cast<size_t>(cpu::kTwisterWords); i++)
+      put(kWords + 8 * i, static_cast<uint64_t>(generator.state[i]));
+  }
+  cpu::Twister generator;
+
+ private:
+  static constexpr int64_t kBytes = 5056;
+  static constexpr size_t kLeft = 8, kGiven = 16, kWords = 24;
+  template <typename T>
+  T get(size_t at) const {
+    T value;
+    std::memcpy(&value, bytes_ + at, sizeof(T));
+    return value;
+  }
+  template <typename T>
+  void put(size_t at, T value) {
+    std::memcpy(bytes_ + at, &value, sizeof(T));
+  }
+  unsigned char* bytes_;
+};
+
+Tensor new_mask(const Tensor& like, const Tensor& bytes) {
+  // of the generator's dtype, which is that of the mask
+  const int64_t size = like.numel(), stride = 1;
+  return new_strided(bytes, 1, &size, &stride);
+}
+
+void check_probability(double p, const char* op) { STD_TORCH_CHECK(p > 0 && p < 1, op, ": p is not in (0, 1)"); }
+
+float scale_of(double p) { return 1.0f / static_cast<float>(1 - p); }
+
+void apply(const Tensor& x, const Tensor& keep, double p, const Optional& residual, const Tensor& y) {
+  const float *from = data<float>(x), *add = residual ? data<float>(*residual) : nullptr;
+  const auto* mask = data<uint8_t>(keep);
+  auto* to = mutable_data<float>(y);
+  parallel_range(x.numel(), kGrain, [&](int64_t b, int64_t e) {
+    cpu::dropout_apply(from + b, mask + b, scale_of(p), add ? add + b : nullptr, to + b, e - b);
+  });
+}
+
+// x with each element 0 with probability p, else divided by 1 - p, plus residual; and which were kept. The generator's
+// state is advanced in place.
+std::tuple<Tensor, Tensor> dropout_forward(const Tensor& x, const Optional& residual, const Tensor& generator,
+                                           double p) {
+  const char* op = "dropout_forward";
+  check_like(x, x, op, "x");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, op, ": x is not float32");
+  if (residual) check_same_size(*residual, x, op, "residual");
+  check_probability(p, op);
+  GeneratorState state(generator, op);
+  Tensor y = new_pooled_like(x), keep = new_mask(x, generator);
+  cpu::bernoulli(state.generator, 1 - p, x.numel(), mutable_data<uint8_t>(keep));
+  state.put_back();
+  apply(x, keep, p, residual, y);
+  return {y, keep};
+}
+
+Tensor dropout_backward(const Tensor& grad, const Tensor& keep, double p) {
+  const char* op = "dropout_backward";
+  check_like(grad, grad, op, "grad");
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && keep.scalar_type() == ScalarType::Byte &&
+                      keep.is_contiguous() && keep.numel() == grad.numel(),
+                  op, ": grad and keep");
+  check_probability(p, op);
+  Tensor dx = new_pooled_like(grad);
+  apply(grad, keep, p, {}, dx);
+  return dx;
+}
+
+// Factors of dropout for the weights that are seen: of `sequences` dense (queries, keys) tensors of draws those at
+// columns `places` (queries, lanes) of each row, (sequences, queries, lanes) like `like`.
+Tensor dropout_windows(const Tensor& like, const Tensor& places, const Tensor& generator, int64_t sequences,
+                       int64_t keys, double p) {
+  const char* op = "dropout_windows";
+  STD_TORCH_CHECK(like.scalar_type() == ScalarType::Float, op, ": not float32");
+  STD_TORCH_CHECK(places.dim() == 2 && places.scalar_type() == ScalarType::Long && places.is_contiguous(), op,
+                  ": places");
+  STD_TORCH_CHECK(sequences >= 0 && keys >= 0, op, ": sizes");
+  check_probability(p, op);
+  const int64_t queries = places.size(0), lanes = places.size(1);
+  const auto* at = data<int64_t>(places);
+  for (int64_t i = 0; i < queries * lanes; i++) STD_TORCH_CHECK(at[i] >= 0 && at[i] < keys, op, ": places");
+  GeneratorState state(generator, op);
+  Tensor out = new_pooled<3>(like, {sequences, queries, lanes});
+  std::vector<uint8_t> keep(static_cast<size_t>(keys));
+  auto* to = mutable_data<float>(out);
+  for (int64_t row = 0; row < sequences * queries; row++, to += lanes)
+    cpu::dropout_picked(state.generator, 1 - p, keys, at + row % queries * lanes, lanes, scale_of(p), keep.data(), to);
+  state.put_back();
+  return out;
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def("dropout_forward(Tensor x, Tensor? residual, Tensor(a!) generator, float p) -> (Tensor, Tensor)");
+  m.def("dropout_backward(Tensor grad, Tensor keep, float p) -> Tensor");
+  m.def(
+      "dropout_windows(Tensor like, Tensor places, Tensor(a!) generator, int sequences, int keys, float p) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
+  m.impl("dropout_forward", TORCH_BOX(&fastasr::dropout_forward));
+  m.impl("dropout_backward", TORCH_BOX(&fastasr::dropout_backward));
+  m.impl("dropout_windows", TORCH_BOX(&fastasr::dropout_windows));
+}

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dropout in training on the CPU: torch's own draws, several times faster.
+
+``torch.nn.functional.dropout`` draws word by word where torch does not draw with MKL, which it does on Intel's CPUs
+alone. The kernel advances torch's generator by the same numbers, a block of 624 words at a time, so a seed gives the
+mask that it gives torch. That this torch draws so is tried once, never assumed; where it does not, and for everything
+but plain float32 tensors on the CPU, torch's function is called.
+
+The generator is read, advanced and written back: threads that draw with torch's own functions meanwhile may draw the
+same numbers.
+"""
+
+import threading
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, is_grad_enabled
+
+from fastasr.ops import _dispatch
+
+OPERATORS = "dropout_forward", "dropout_backward", "dropout_windows"
+_LOCK = threading.Lock()
+
+
+def dropout(x: Tensor, p: float, residual: Tensor | None = None) -> Tensor:
+    """F.dropout(x, p) + residual, as in training."""
+    tensors = (x,) if residual is None else (x, residual)
+    if not serves(p, *tensors) or (residual is not None and residual.shape != x.shape):
+        y = F.dropout(x, p)
+        return y if residual is None else y + residual
+    if is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _Dropout.apply(x, residual, p)
+    return _forward(x, residual, p)[0]
+
+
+def windows(like: Tensor, places: Tensor, sequences: int, keys: int, p: float) -> Tensor:
+    """F.dropout(ones, p) for ones of (sequences, queries, keys), of each row the columns ``places`` (queries, lanes)
+    alone: (sequences, queries, lanes) of like's dtype."""
+    if serves(p, like):
+        operator = torch.ops.fastasr_cpu.dropout_windows.default
+        return _drawn(operator, like.detach(), places, (sequences, keys, p))
+    queries = places.shape[0]
+    dense = F.dropout(like.new_ones(sequences, queries, keys), p)
+    rows = torch.arange(queries, device=places.device)[:, None] * keys
+    return dense.flatten(1).index_select(1, (rows + places).flatten()).reshape(sequences, *places.shape)
+
+
+def serves(p: float, *tensors: Tensor) -> bool:
+    return (
+        0 < p < 1
+        and _dispatch.direct(*tensors)
+        and all(t.is_cpu and t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
+        and _dispatch.forced_backend() in ("auto", "cpu")
+        and _draws_are_torchs()
+    )
+
+
+@cache
+def _draws_are_torchs() -> bool:
+    """Whether the kernel draws what this torch draws and leaves the generator as it does."""
+    if _dispatch.reason_cpu(*OPERATORS):
+        return False
+    generator = torch.Generator().manual_seed(2)
+    for count, p in ((701, 0.1), (400, 0.5)):
+        state = generator.get_state()
+        expected = torch.empty(count).bernoulli_(1 - p, generator=generator)
+        try:
+            keep = torch.ops.fastasr_cpu.dropout_forward.default(torch.ones(count), None, state, p)[1]
+        except RuntimeError:  # a state of another form
+            return False
+        if not (torch.equal(keep, expected.to(torch.uint8)) and torch.equal(state, generator.get_state())):
+            return False
+    return True
+
+
+def _drawn(operator, first: Tensor, second: Tensor | None, rest: tuple):
+    with _LOCK:
+        state = torch.default_generator.get_state()
+        found = operator(first, second, state, *rest)
+        torch.default_generator.set_state(state)
+    return found
+
+
+def _forward(x: Tensor, residual: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
+    """y, and which elements were kept."""
+    return _drawn(torch.ops.fastasr_cpu.dropout_forward.default, x, residual, (p,))
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, residual: Tensor | None, p: float) -> Tensor:
+        y, keep = _forward(x, residual, p)
+        ctx.save_for_backward(keep)
+        ctx.p = p
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (keep,) = ctx.saved_tensors
+        if is_grad_enabled():  # a second derivative is wanted
+            dx = grad * (keep.view(grad.shape) / (1 - ctx.p))
+        else:
+            dx = torch.ops.fastasr_cpu.dropout_backward.default(grad.contiguous(), keep, ctx.p)
+        return dx, grad if ctx.needs_input_grad[1] else None, None

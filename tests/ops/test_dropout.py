@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dropout with torch's draws: the same values, gradients and state of the generator as torch's own function."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastasr.ops import _dropout
+
+
+def _from_seed(function, *tensors, drawn_before=0):
+    """(outputs and gradients, the generator's next numbers)"""
+    torch.manual_seed(5)
+    torch.rand(drawn_before)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    y = function(*leaves)
+    (y * torch.arange(y.numel()).reshape(y.shape).cos()).sum().backward()
+    return [y.detach(), *(t.grad for t in leaves)], torch.rand(3)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("drawn_before", [0, 1, 623, 700])
+def test_as_torch_draws(p, drawn_before):
+    x, residual = torch.randn(2, 1, 13, 53, generator=torch.Generator().manual_seed(1)).unbind(0)
+    for ours, theirs, tensors in (
+        (lambda x: _dropout.dropout(x, p), lambda x: F.dropout(x, p), (x,)),
+        (lambda x, r: _dropout.dropout(x, p, r), lambda x, r: F.dropout(x, p) + r, (x, residual)),
+    ):
+        (found, after), (expected, after_theirs) = (
+            _from_seed(f, *tensors, drawn_before=drawn_before) for f in (ours, theirs)
+        )
+        assert torch.equal(after, after_theirs)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_what_the_kernel_does_not_take_is_torchs():
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    for t in (x.t(), x.double(), x.bfloat16(), x[:0]):
+        (found, after), (expected, after_theirs) = (
+            _from_seed(f, t) for f in (lambda x: _dropout.dropout(x, 0.3), lambda x: F.dropout(x, 0.3))
+        )
+        assert torch.equal(after, after_theirs)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_picked_from_a_dense_draw():
+    places = torch.tensor([[0, 4, 6], [6, 6, 1]])
+    torch.manual_seed(3)
+    dense = F.dropout(torch.ones(5, 2, 7), 0.4)
+    after = torch.rand(2)
+    torch.manual_seed(3)
+    picked = _dropout.windows(torch.empty(1, requires_grad=True), places, 5, 7, 0.4)
+    assert not picked.requires_grad
+    assert torch.equal(torch.rand(2), after)
+    torch.testing.assert_close(picked, dense.gather(2, places.expand(5, -1, -1)), rtol=1e-6, atol=0)
+
+
+def test_a_second_derivative():
+    x = torch.randn(40, dtype=torch.float32, requires_grad=True)
+    torch.manual_seed(2)
+    y = _dropout.dropout(x, 0.5)
+    (grad,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    torch.testing.assert_close(second, 6 * x.detach() * (y != 0) * 8)
+
+
+def test_a_state_of_another_form_is_refused():
+    if not _dropout._draws_are_torchs():
+        pytest.skip("torch draws otherwise here")
+    for state in (torch.zeros(5056, dtype=torch.uint8), torch.zeros(16, dtype=torch.uint8)):
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.ops.fastasr_cpu.dropout_forward.default(torch.ones(4), None, state, 0.5)
