@@ -9,7 +9,8 @@ Per score, with d channels of q and e of v:
 
     kernel      program                           FLOPs
     forward     BLOCK queries x columns of v      2 (2 d + columns), a running maximum
-    queries     BLOCK queries x channels of q     4 (2 d + e) + 2 channels; twice over the keys
+    statistics  BLOCK queries                     2 (2 d + e)
+    queries     BLOCK queries x channels of q     2 (2 d + e) + 2 channels
     keys        BLOCK keys x channels of k, v     2 (3 d + e + channels + columns)
     offsets     BLOCK queries x channels          2 channels; of a piece of dS, which ``queries`` left by offset
     positions   BLOCK offsets x channels          2 channels; of the same
@@ -17,11 +18,12 @@ Per score, with d channels of q and e of v:
     biases      channels                          -; sums of the parts of du and dw that ``queries`` left
 
 Scores by offset are products of tensor cores with a band of R; in registers a rotation of rows makes them scores by key
-(_relative_shift.py). ``queries`` walks along the band, so each tile needs one new piece of it; ``keys`` meets other
-queries in each tile and multiplies two. Weights are e^(s - lse), lse the log-sum-exp that the forward pass kept; their
-sum, which rounding of lse moves from 1, divides them, so that rows of dS add up to zero. Rows are worked on in pieces
-of PIECE_BYTES of dS, as in rel_position_attention.py: memory is O(T), and dR is summed in their order. What a program
-does depends on the shape and the generation of the GPU alone: results repeat bit for bit, without atomics.
+(_relative_shift.py). A walk along the keys is one along the band: each tile needs one new piece of it; ``keys`` meets
+other queries in each tile and multiplies two. Weights are e^(s - lse), lse the log-sum-exp that the forward pass kept;
+their sum, which rounding of lse moves from 1, divides them, so that rows of dS add up to zero: ``statistics`` finds it
+and delta. (In one kernel with ``queries`` what either sweep needs is alive in both, and spills.) Rows are worked on in
+pieces of PIECE_BYTES of dS, as in rel_position_attention.py: memory is O(T), and dR is summed in their order. What a
+program does depends on the shape and the generation of the GPU alone: results repeat bit for bit, without atomics.
 """
 
 import torch
@@ -42,6 +44,17 @@ UNALIGNED = ["PADDING", "MASK"]
 
 
 # --------------------------------------------------------------------------- scores
+# tensors: (Q, K, V, POS, U, W) of a head and a sequence; masks: (PADDING, MASK, sequence, mask_batch), either or None
+@triton.jit
+def _of_head(
+    Q, K, V, POS, U, W, head, sequence, q_batch, v_batch, DIM: tl.constexpr, VALUE_DIM: tl.constexpr
+):
+    """The tensors of a head and a sequence."""
+    q = sequence * q_batch + head * DIM
+    v = sequence * v_batch + head * VALUE_DIM
+    return Q + q, K + q, V + v, POS + head * DIM, U + head * DIM, W + head * DIM
+
+
 @triton.jit
 def _biased(Q, BIAS, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of q + bias, rounded as they are stored, if they fit a block of channels; else zeros that nothing reads."""
@@ -52,29 +65,46 @@ def _biased(Q, BIAS, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, 
 
 
 @triton.jit
+def _queries(tensors, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(q + u, q + w) of rows, see ``_biased``."""
+    Q, _k, _v, _pos, U, W = tensors
+    return (
+        _biased(Q, U, i, q_time, keep, DIM, BLOCK_M, BLOCK_D),
+        _biased(Q, W, i, q_time, keep, DIM, BLOCK_M, BLOCK_D),
+    )
+
+
+@triton.jit
 def _band(
-    rows, Q, BIAS, i, q_time, keep_i, POS, start, frames,
+    rows, tensors, i, q_time, keep_i, start, frames,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_N] products of q + w and the rows of R from ``start`` on."""
+    Q, _k, _v, POS, _u, W = tensors
     r = start + tl.arange(0, BLOCK_N)
     keep_r = (r >= 0) & (r < 2 * frames - 1)
-    return query_key(rows, Q, i, q_time, keep_i, POS, r, q_time, keep_r, DIM, BLOCK_D, BLOCK_M, BLOCK_N, BIAS)
+    return query_key(rows, Q, i, q_time, keep_i, POS, r, q_time, keep_r, DIM, BLOCK_D, BLOCK_M, BLOCK_N, W)
 
 
 @triton.jit
 def _scores(
-    first, second, third, rows, key, Q, BIAS, i, q_time, keep_i, K, j, PADDING, MASK, frames, scale,
+    first, second, third, rows, key, tensors, masks, i, q_time, keep_i, j, frames, scale,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Scores of queries i and keys j, -inf where hidden. First pieces of the band; ``rows`` and ``key`` hold q + u and
     k if they fit a block."""
+    Q, K, _v, _pos, U, _w = tensors
+    PADDING, MASK, sequence, mask_batch = masks
+    if PADDING is not None:
+        PADDING += sequence * frames
+    if MASK is not None:
+        MASK += sequence * mask_batch
     keep_j = j < frames
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if DIM <= BLOCK_D:
         scores = tl.dot(rows, tl.trans(key), scores, input_precision="ieee")
     else:
-        scores = products(scores, Q, i, q_time, keep_i, K, j, q_time, keep_j, DIM, BLOCK_D, BIAS)
+        scores = products(scores, Q, i, q_time, keep_i, K, j, q_time, keep_j, DIM, BLOCK_D, U)
     scores = (scores + by_key(first, second, third, BLOCK_M, BLOCK_N)) * scale
     scores = masked(scores, NONE, PADDING, MASK, i[:, None], j[None, :], frames, frames, 0, 0, False)
     return tl.where(keep_j[None, :], scores, NONE)
@@ -95,24 +125,15 @@ def forward_kernel(
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     keep_i = i < frames
-    Q += sequence * q_batch + head * DIM
-    K += sequence * q_batch + head * DIM
-    V += sequence * v_batch + head * VALUE_DIM
-    POS += head * DIM
-    U += head * DIM
-    W += head * DIM
-    if PADDING is not None:
-        PADDING += sequence * frames
-    if MASK is not None:
-        MASK += sequence * mask_batch
-    content = _biased(Q, U, i, q_time, keep_i, DIM, BLOCK_M, BLOCK_D)
-    position = _biased(Q, W, i, q_time, keep_i, DIM, BLOCK_M, BLOCK_D)
+    tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, v_batch, DIM, VALUE_DIM)
+    masks = (PADDING, MASK, sequence, mask_batch)
+    content, position = _queries(tensors, i, q_time, keep_i, DIM, BLOCK_M, BLOCK_D)
     base = frames - (block + 1) * BLOCK_M  # row of R of the last query and key 0
-    first = _band(position, Q, W, i, q_time, keep_i, POS, base, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
+    first = _band(position, tensors, i, q_time, keep_i, base, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
     second = first
     if BLOCK_M > BLOCK_N:
         second = _band(
-            position, Q, W, i, q_time, keep_i, POS, base + BLOCK_N, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D
+            position, tensors, i, q_time, keep_i, base + BLOCK_N, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D
         )
     maximum = tl.full([BLOCK_M], NONE, tl.float32)
     total = tl.zeros([BLOCK_M], SUM)
@@ -120,31 +141,19 @@ def forward_kernel(
     for start in range(0, frames, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         third = _band(
-            position,
-            Q,
-            W,
-            i,
-            q_time,
-            keep_i,
-            POS,
-            base + start + BLOCK_M,
-            frames,
-            DIM,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-        )
+            position, tensors, i, q_time, keep_i, base + start + BLOCK_M, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D
+        )  # fmt: skip
         if BLOCK_M == BLOCK_N:
             second = third
-        key = load_rows(K, j, q_time, tl.arange(0, BLOCK_D), j < frames, DIM)  # [BLOCK_N, BLOCK_D]
+        key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < frames, DIM)  # [BLOCK_N, BLOCK_D]
         scores = _scores(
-            first, second, third, content, key, Q, U, i, q_time, keep_i, K, j, PADDING, MASK, frames, scale,
+            first, second, third, content, key, tensors, masks, i, q_time, keep_i, j, frames, scale,
             DIM, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         first, second = moved(first, second, third, BLOCK_M, BLOCK_N)
         maximum, factor, e = running(maximum, scores, PRECISE)
         total = total * factor + sums(e, 1, PRECISE)
-        value = load_rows(V, j, v_time, c, j < frames, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
+        value = load_rows(tensors[2], j, v_time, c, j < frames, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
         y = tl.dot(e.to(value.dtype), value, y * factor[:, None], input_precision="ieee")
     total = total.to(tl.float32)
     none = total == 0.0
@@ -157,90 +166,117 @@ def forward_kernel(
 
 
 # --------------------------------------------------------------------------- backward
+@triton.jit
+def _rows(
+    tensors, G, i, q_time, v_time, keep, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """(q + u, q + w, G) of queries, each if it fits a block of channels."""
+    content, position = _queries(tensors, i, q_time, keep, DIM, BLOCK, BLOCK_D)
+    g = tl.zeros([BLOCK, BLOCK_V], G.dtype.element_ty)
+    if VALUE_DIM <= BLOCK_V:
+        g = load_rows(G, i, v_time, tl.arange(0, BLOCK_V), keep, VALUE_DIM)
+    return content, position, g
+
+
+@triton.jit
+def _tile(
+    lower, rows, key, tensors, masks, G, i, q_time, v_time, keep_i, j, after, frames, scale,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """(scores, dW, upper piece of the band) of a square tile of what ``_rows`` gave, whose lower piece of the band ends
+    at row ``after`` of R."""
+    content, position, g = rows
+    upper = _band(position, tensors, i, q_time, keep_i, after, frames, DIM, BLOCK, BLOCK, BLOCK_D)
+    scores = _scores(
+        lower, upper, upper, content, key, tensors, masks, i, q_time, keep_i, j, frames, scale,
+        DIM, BLOCK, BLOCK, BLOCK_D,
+    )  # fmt: skip
+    slope = slopes_of(g, G, tensors[2], i, j, keep_i, j < frames, v_time, VALUE_DIM, BLOCK, BLOCK, BLOCK_V)
+    return scores, slope, upper
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+def statistics_kernel(
+    G, Q, K, V, POS, U, W, PADDING, MASK, LSE, INVERSE, DELTA,
+    frames, batch, blocks, heads, q_time, v_time, q_batch, v_batch, mask_batch, scale,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """1 / sum of the weights and delta of a block of queries."""
+    PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
+    SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
+    head, sequence, block = place(tl.program_id(0), blocks, batch)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    keep_i = i < frames
+    tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, v_batch, DIM, VALUE_DIM)
+    masks = (PADDING, MASK, sequence, mask_batch)
+    G += sequence * v_batch + head * VALUE_DIM
+    rows = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
+    row = (sequence * heads + head) * frames + i
+    lse = tl.load(LSE + row, mask=keep_i, other=float("inf"))
+    base = frames - (block + 1) * BLOCK
+    lower = _band(rows[1], tensors, i, q_time, keep_i, base, frames, DIM, BLOCK, BLOCK, BLOCK_D)
+    total = tl.zeros([BLOCK], SUM)
+    along = tl.zeros([BLOCK], SUM)
+    for start in range(0, frames, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < frames, DIM)  # [BLOCK, BLOCK_D]
+        scores, slope, lower = _tile(
+            lower, rows, key, tensors, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, frames, scale,
+            DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V,
+        )  # fmt: skip
+        e = exp_nonpositive(scores - lse[:, None], PRECISE)
+        total += sums(e, 1, PRECISE)
+        along += sums(e * slope, 1, PRECISE)
+    total = tl.where(total == 0.0, 1.0, total)
+    tl.store(INVERSE + row, tl.div_rn(1.0, total.to(tl.float32)), mask=keep_i)
+    tl.store(DELTA + row, (along / total).to(tl.float32), mask=keep_i)
+
+
 @triton.jit(
     do_not_specialize=[*SIZES, "start_row", "rows", "all_blocks"], do_not_specialize_on_alignment=UNALIGNED
 )
 def queries_kernel(
-    G, Q, K, V, POS, U, W, PADDING, MASK, LSE, DQ, DS, INVERSE, DELTA, PARTS,
+    G, Q, K, V, POS, U, W, PADDING, MASK, LSE, INVERSE, DELTA, DQ, DS, PARTS,
     frames, start_row, rows, batch, blocks, all_blocks, heads, q_time, v_time, q_batch, v_batch, mask_batch, ds_row,
     scale,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """dS k of a block of the queries [start_row, start_row + rows) and of channels, in float32, and its sums. Programs
-    of the first block of channels also store 1 / sum and delta of the rows, and dS by offset: blocks + 1 times BLOCK
-    columns for all the sequence's blocks, of which column 0 is the row ``base`` of R. Rows behind the last query are
-    0."""
+    of the first block of channels also store dS by offset: blocks + 1 times BLOCK columns for all the sequence's
+    blocks, of which column 0 is the row ``base`` of R. Rows behind the last query are 0."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
-    SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     lanes = tl.arange(0, BLOCK)
     local = block * BLOCK + lanes
     i = start_row + local
     keep_i = local < rows
     once = tl.program_id(1) == 0
-    Q += sequence * q_batch + head * DIM
-    K += sequence * q_batch + head * DIM
+    tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, v_batch, DIM, VALUE_DIM)
+    masks = (PADDING, MASK, sequence, mask_batch)
     G += sequence * v_batch + head * VALUE_DIM
-    V += sequence * v_batch + head * VALUE_DIM
-    POS += head * DIM
-    U += head * DIM
-    W += head * DIM
-    if PADDING is not None:
-        PADDING += sequence * frames
-    if MASK is not None:
-        MASK += sequence * mask_batch
-    content = _biased(Q, U, i, q_time, keep_i, DIM, BLOCK, BLOCK_D)
-    position = _biased(Q, W, i, q_time, keep_i, DIM, BLOCK, BLOCK_D)
-    g = tl.zeros([BLOCK, BLOCK_V], Q.dtype.element_ty)
-    if VALUE_DIM <= BLOCK_V:
-        g = load_rows(G, i, v_time, tl.arange(0, BLOCK_V), keep_i, VALUE_DIM)
+    held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
     row = (sequence * heads + head) * frames + i
     lse = tl.load(LSE + row, mask=keep_i, other=float("inf"))
+    inverse = tl.load(INVERSE + row, mask=keep_i, other=0.0)
+    delta = tl.load(DELTA + row, mask=keep_i, other=0.0)
     base = frames - start_row - (block + 1) * BLOCK
-    lower = _band(position, Q, W, i, q_time, keep_i, POS, base, frames, DIM, BLOCK, BLOCK, BLOCK_D)
-    total = tl.zeros([BLOCK], SUM)
-    along = tl.zeros([BLOCK], SUM)
-    for start in range(0, frames, BLOCK):
-        j = start + lanes
-        upper = _band(
-            position, Q, W, i, q_time, keep_i, POS, base + start + BLOCK, frames, DIM, BLOCK, BLOCK, BLOCK_D
-        )
-        key = load_rows(K, j, q_time, tl.arange(0, BLOCK_D), j < frames, DIM)  # [BLOCK, BLOCK_D]
-        scores = _scores(
-            lower, upper, upper, content, key, Q, U, i, q_time, keep_i, K, j, PADDING, MASK, frames, scale,
-            DIM, BLOCK, BLOCK, BLOCK_D,
-        )  # fmt: skip
-        lower = upper
-        slope = slopes_of(g, G, V, i, j, keep_i, j < frames, v_time, VALUE_DIM, BLOCK, BLOCK, BLOCK_V)
-        e = exp_nonpositive(scores - lse[:, None], PRECISE)
-        total += sums(e, 1, PRECISE)
-        along += sums(e * slope, 1, PRECISE)
-    total = tl.where(total == 0.0, 1.0, total)
-    delta = (along / total).to(tl.float32)
-    inverse = tl.div_rn(1.0, total.to(tl.float32))
-    tl.store(INVERSE + row, inverse, mask=keep_i & once)
-    tl.store(DELTA + row, delta, mask=keep_i & once)
-
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     all_lanes = (lanes >= 0)[None, :]
     before = tl.zeros([BLOCK, BLOCK], Q.dtype.element_ty)
     DS += ((head * batch + sequence) * blocks * BLOCK + local)[:, None] * ds_row
-    lower = _band(position, Q, W, i, q_time, keep_i, POS, base, frames, DIM, BLOCK, BLOCK, BLOCK_D)
+    lower = _band(held[1], tensors, i, q_time, keep_i, base, frames, DIM, BLOCK, BLOCK, BLOCK_D)
     for start in range(0, frames, BLOCK):
         j = start + lanes
-        keep_j = j < frames
-        upper = _band(
-            position, Q, W, i, q_time, keep_i, POS, base + start + BLOCK, frames, DIM, BLOCK, BLOCK, BLOCK_D
-        )
-        key = load_rows(K, j, q_time, d, keep_j, DIM)  # [BLOCK, BLOCK_D]
-        scores = _scores(
-            lower, upper, upper, content, key, Q, U, i, q_time, keep_i, K, j, PADDING, MASK, frames, scale,
-            DIM, BLOCK, BLOCK, BLOCK_D,
+        key = load_rows(tensors[1], j, q_time, d, j < frames, DIM)  # [BLOCK, BLOCK_D]
+        scores, slope, lower = _tile(
+            lower, held, key, tensors, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, frames, scale,
+            DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
-        lower = upper
-        slope = slopes_of(g, G, V, i, j, keep_i, keep_j, v_time, VALUE_DIM, BLOCK, BLOCK, BLOCK_V)
         w = exp_nonpositive(scores - lse[:, None], PRECISE) * inverse[:, None]
         ds = w * (slope - delta[:, None])
         narrow = ds.to(key.dtype)
@@ -302,46 +338,34 @@ def keys_kernel(
     lanes = tl.arange(0, BLOCK)
     j = block * BLOCK + lanes
     keep_j = j < frames
-    Q += sequence * q_batch + head * DIM
-    K += sequence * q_batch + head * DIM
+    tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, v_batch, DIM, VALUE_DIM)
+    masks = (PADDING, MASK, sequence, mask_batch)
     G += sequence * v_batch + head * VALUE_DIM
-    V += sequence * v_batch + head * VALUE_DIM
-    POS += head * DIM
-    U += head * DIM
-    W += head * DIM
-    if PADDING is not None:
-        PADDING += sequence * frames
-    if MASK is not None:
-        MASK += sequence * mask_batch
     row = (sequence * heads + head) * frames
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    key = load_rows(K, j, q_time, tl.arange(0, BLOCK_D), keep_j, DIM)
+    key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), keep_j, DIM)
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_V], tl.float32)
     for start in range(0, frames, BLOCK):
         i = start + lanes
         keep_i = i < frames
-        position = _biased(Q, W, i, q_time, keep_i, DIM, BLOCK, BLOCK_D)
-        content = _biased(Q, U, i, q_time, keep_i, DIM, BLOCK, BLOCK_D)
-        g = load_rows(G, i, v_time, tl.arange(0, BLOCK_V), keep_i, VALUE_DIM)  # [BLOCK, BLOCK_V]
-        first = frames + (block - 1) * BLOCK - start
-        lower = _band(position, Q, W, i, q_time, keep_i, POS, first, frames, DIM, BLOCK, BLOCK, BLOCK_D)
-        upper = _band(
-            position, Q, W, i, q_time, keep_i, POS, first + BLOCK, frames, DIM, BLOCK, BLOCK, BLOCK_D
+        content, position, g = _rows(
+            tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V
         )
-        scores = _scores(
-            lower, upper, upper, content, key, Q, U, i, q_time, keep_i, K, j, PADDING, MASK, frames, scale,
-            DIM, BLOCK, BLOCK, BLOCK_D,
+        first = frames + (block - 1) * BLOCK - start
+        lower = _band(position, tensors, i, q_time, keep_i, first, frames, DIM, BLOCK, BLOCK, BLOCK_D)
+        scores, slope, _ = _tile(
+            lower, (content, position, g), key, tensors, masks, G, i, q_time, v_time, keep_i, j, first + BLOCK, frames,
+            scale, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
-        slope = slopes_of(g, G, V, i, j, keep_i, keep_j, v_time, VALUE_DIM, BLOCK, BLOCK, BLOCK_V)
         lse = tl.load(LSE + row + i, mask=keep_i, other=float("inf"))  # W is 0 behind the last query
         inverse = tl.load(INVERSE + row + i, mask=keep_i, other=0.0)
         delta = tl.load(DELTA + row + i, mask=keep_i, other=0.0)
         w = exp_nonpositive(scores - lse[:, None], PRECISE) * inverse[:, None]
         ds = w * (slope - delta[:, None])
         if DIM > BLOCK_D:
-            content = load_rows(Q, i, q_time, d, keep_i, DIM, U)
+            content = load_rows(tensors[0], i, q_time, d, keep_i, DIM, tensors[4])
         if VALUE_DIM > BLOCK_V:
             g = load_rows(G, i, v_time, c, keep_i, VALUE_DIM)
         dk = tl.dot(tl.trans(ds.to(content.dtype)), content, dk, input_precision="ieee")
@@ -414,12 +438,16 @@ def tiles(dim: int, value_dim: int, dtype: torch.dtype, hopper: bool, hiding: bo
     common = {"BLOCK_D": head_block(dim, dtype), "num_warps": 4}
     rows = 64 if hopper and not wide and not hiding else block
     square = common | {"BLOCK": block, "BLOCK_V": columns, "num_stages": 2}
+    many = {"num_warps": 8} if wide or dim > common["BLOCK_D"] else {}
+    keys = {"num_stages": 1} if wide else many
+    products = common | {"BLOCK": 32, "num_stages": 3}  # of blocks of dS as ``queries`` stores them
     return {
         "forward": common | {"BLOCK_M": rows, "BLOCK_N": block, "BLOCK_V": columns, "num_stages": 2},
-        "queries": square | {"num_stages": 1 if hopper and not wide else 2},
-        "keys": square,
-        "offsets": common | {"BLOCK": block, "num_stages": 3},
-        "positions": common | {"BLOCK": block, "num_stages": 3},
+        "statistics": square,
+        "queries": square | many | {"BLOCK": 32},
+        "keys": square | keys,
+        "offsets": products,
+        "positions": products,
     }
 
 
@@ -489,6 +517,12 @@ def rel_attention_backward(
             grad, q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask), lse
         )  # fmt: skip
         inverse, delta = torch.empty_like(lse), torch.empty_like(lse)
+        blocks = triton.cdiv(frames, shapes["statistics"]["BLOCK"])
+        statistics_kernel[(pairs * blocks,)](
+            *operands, inverse, delta, frames, batch, blocks, heads, *strides, scale,
+            **constants, **shapes["statistics"],
+        )  # fmt: skip
+        operands = *operands, inverse, delta
         content = torch.empty_like(q, dtype=torch.float32)
 
         tile = shapes["queries"]
@@ -504,7 +538,7 @@ def rel_attention_backward(
             count = min(step, blocks - first)
             rows = min(count * block, frames - first * block)
             queries_kernel[(pairs * count, columns)](
-                *operands, content, ds, inverse, delta, sums_of[0],
+                *operands, content, ds, sums_of[0],
                 frames, first * block, rows, batch, count, blocks, heads, *strides, row, scale, **constants, **tile,
             )  # fmt: skip
             offsets_kernel[(pairs * count, columns)](
@@ -525,18 +559,6 @@ def rel_attention_backward(
         blocks = triton.cdiv(frames, tile["BLOCK"])
         columns = max(triton.cdiv(dim, tile["BLOCK_D"]), triton.cdiv(v.shape[3], tile["BLOCK_V"]))
         keys_kernel[(pairs * blocks, columns)](
-            *operands,
-            inverse,
-            delta,
-            dk,
-            dv,
-            frames,
-            batch,
-            blocks,
-            heads,
-            *strides,
-            scale,
-            **constants,
-            **tile,
-        )
+            *operands, dk, dv, frames, batch, blocks, heads, *strides, scale, **constants, **tile
+        )  # fmt: skip
     return dq, dk, dv, dpos, du, dw

@@ -2,8 +2,9 @@
 """Compiles every kernel configuration ahead of time for sm_80 and sm_90 and measures what the compiler made
 of it.
 
-    python tests/kernels/update_budgets.py          measures, rewrites the section of budgets.toml for this
-    Triton python tests/kernels/update_budgets.py --json   measures, prints JSON
+    python tests/kernels/update_budgets.py             measures, rewrites this Triton's section of budgets.toml
+    python tests/kernels/update_budgets.py --op swoosh only the configurations of an op; other rows stay
+    python tests/kernels/update_budgets.py --json 80   measures, prints JSON
 
 No GPU is needed: Triton's wheel ships ptxas and cuobjdump. Measured per configuration:
 
@@ -20,6 +21,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import tomllib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -783,22 +785,34 @@ def triton_series() -> str:
     return ".".join(triton.__version__.split(".")[:2])
 
 
-def measure_all(only: Sequence[int] = ARCHITECTURES) -> dict[str, dict[str, int]]:
-    """Measures by "name, sm_NN"."""
+def compilations() -> dict[str, tuple[Configuration, int]]:
+    """(configuration, architecture) by "name, sm_NN"."""
     return {
-        f"{configuration.name}, sm_{architecture}": measure(configuration, architecture)
+        f"{configuration.name}, sm_{architecture}": (configuration, architecture)
         for configuration in configurations()
         for architecture in configuration.architectures
-        if architecture in only
+    }
+
+
+def measure_all(only: Sequence[int] = ARCHITECTURES, op: str | None = None) -> dict[str, dict[str, int]]:
+    """Measures by "name, sm_NN", of one op's kernels or of all."""
+    return {
+        name: measure(configuration, architecture)
+        for name, (configuration, architecture) in compilations().items()
+        if architecture in only and (op is None or name.split()[0] == op)
     }
 
 
 def write(measured: dict[str, dict[str, int]]) -> None:
-    """Replaces this Triton's section of budgets.toml; the head of the file and other sections stay."""
-    section = f'["triton {triton_series()}"]'
-    width = max(map(len, measured)) + 2
+    """Puts the measures into this Triton's section of budgets.toml, which loses the rows of configurations that are no
+    more; the head of the file and other sections stay."""
+    series = f"triton {triton_series()}"
+    section = f'["{series}"]'
+    known = tomllib.loads(BUDGETS.read_text()).get(series, {}) | measured
+    rows = {name: known[name] for name in compilations() if name in known}
+    width = max(map(len, rows)) + 2
     lines = [section]
-    for name, values in measured.items():
+    for name, values in rows.items():
         body = ", ".join(f"{key} = {values[key]:>{4 if key != 'spills' else 1}}" for key in MEASURES)
         lines.append(f"{json.dumps(name):<{width}} = {{ {body} }}")
     head, *sections = re.split(r"^(?=\[)", BUDGETS.read_text(), flags=re.MULTILINE)
@@ -816,9 +830,14 @@ def main() -> None:
         choices=ARCHITECTURES,
         help="print the measures for these sm_NN instead of writing budgets.toml",
     )
+    parser.add_argument(
+        "--op", metavar="NAME", help="only the configurations whose name begins with this word"
+    )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    measured = measure_all(arguments.json or ARCHITECTURES)
+    measured = measure_all(arguments.json or ARCHITECTURES, arguments.op)
+    if not measured:
+        parser.error(f"no configuration of {arguments.op}")
     if arguments.json:
         json.dump({"triton": triton_series(), "measured": measured}, sys.stdout)
     else:

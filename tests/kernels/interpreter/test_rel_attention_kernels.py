@@ -20,7 +20,8 @@ def _small_tiles(monkeypatch):
         square = common | {"BLOCK": 16}
         wide = square | {"BLOCK_V": 16}
         forward = common | {"BLOCK_M": 16 if hiding else 32, "BLOCK_N": 16, "BLOCK_V": 16}
-        return {"forward": forward, "queries": wide, "keys": wide, "offsets": square, "positions": square}
+        products = dict.fromkeys(("offsets", "positions"), square)
+        return {"forward": forward} | dict.fromkeys(("statistics", "queries", "keys"), wide) | products
 
     monkeypatch.setattr(kernels, "tiles", tiles)
     monkeypatch.setattr(kernels, "PIECE_BYTES", 1)
