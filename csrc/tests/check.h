@@ -155,6 +155,7 @@ void linear_activation();
 void gated_depthwise_conv();
 void balancer_gradient();
 void skinny_gemm();
+void gemm();
 void zipformer_chunk();
 void zipformer_layer_step();
 void weighted_values();

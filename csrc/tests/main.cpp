@@ -28,6 +28,7 @@ constexpr Test kTests[] = {
     {"gated_depthwise_conv", fastasr::test::gated_depthwise_conv},
     {"balancer_gradient", fastasr::test::balancer_gradient},
     {"skinny_gemm", fastasr::test::skinny_gemm},
+    {"gemm", fastasr::test::gemm},
     {"zipformer_chunk", fastasr::test::zipformer_chunk},
     {"zipformer_layer_step", fastasr::test::zipformer_layer_step},
     {"weighted_values", fastasr::test::weighted_values},

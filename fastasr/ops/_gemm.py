@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix product around a kernel: torch's or oneDNN's, whichever measured faster on this machine.
+"""The matrix product around a kernel: torch's, oneDNN's or our own, whichever measured fastest on this machine.
 
 torch's float32 products go through MKL, which on some CPUs takes a slow path; the oneDNN inside the same torch does
-not. Which is faster is measured, never guessed from a vendor name: the first call of each shape class runs both on
-its own operands (a few milliseconds), and the winner is kept on disk by CPU, torch version and thread count. oneDNN
-must win by 3 % to be taken. Only float32 on CPU is a choice; everything else is torch's.
+not. Ours (csrc/cpu/gemm.h) packs every operand, whatever its strides, and writes to memory that was used before: with
+large results and transposed operands, as gradients have, that is the faster. Which it is is measured, never guessed
+from a vendor name: the first call of each shape class runs all on its own operands (a few calls' time), and the winner
+is kept on disk by CPU, torch version and thread count. It must beat torch by 3 % to be taken. Only float32 on CPU is a
+choice; everything else is torch's.
 
-Environment: ``FASTASR_GEMM=auto|torch|onednn``, ``FASTASR_CACHE=<folder>`` (default: the user's cache folder).
+Environment: ``FASTASR_GEMM=auto|torch|onednn|native``, ``FASTASR_CACHE=<folder>`` (default: the user's cache folder).
 """
 
 import hashlib
@@ -24,16 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastasr.ops._dispatch import reason_cpu
+
 _log = logging.getLogger("fastasr")
 _MARGIN = 0.97
 _REPETITIONS = 3
-_BUDGET_S = 0.1
+_BUDGET_S = 0.5
 _SMALL = 1 << 16
 _CLEAR = 1.1  # behind by this much after a repetition: no more of them
 _HOPELESS = 8.0  # a first run this many times slower is not given another
 
 
-# --------------------------------------------------------------------------- the two candidates
+# --------------------------------------------------------------------------- the candidates
 # Each takes 2-D or wider operands: forward(x, w, b) = x wᵀ + b, input_grad(g, w) = g w,
 # weight_grad(g, x) = gᵀ x with g (M, N), x (M, K).
 def _torch_forward(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -93,10 +97,33 @@ def _onednn_weight_grad(g: Tensor, x: Tensor) -> Tensor:
     return _onednn(((g[i:j].t(), x[i:j].t()) for i, j in _blocks(g.shape[0])), None)
 
 
+def _native(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.fastasr_cpu.gemm.default(a, b, bias)
+
+
+def _native_forward(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    n, k = w.shape
+    b = None if b is None else b.contiguous()
+    return _native(x.reshape(-1, k), w.t(), b).view(*x.shape[:-1], n)
+
+
+def _native_input_grad(g: Tensor, w: Tensor) -> Tensor:
+    n, k = w.shape
+    return _native(g.reshape(-1, n), w, None).view(*g.shape[:-1], k)
+
+
+def _native_weight_grad(g: Tensor, x: Tensor) -> Tensor:
+    return _native(g.t(), x, None)
+
+
 _CANDIDATES: dict[str, dict[str, Callable[..., Tensor]]] = {
-    "forward": {"torch": _torch_forward, "onednn": _onednn_forward},
-    "input_grad": {"torch": _torch_input_grad, "onednn": _onednn_input_grad},
-    "weight_grad": {"torch": _torch_weight_grad, "onednn": _onednn_weight_grad},
+    "forward": {"torch": _torch_forward, "onednn": _onednn_forward, "native": _native_forward},
+    "input_grad": {"torch": _torch_input_grad, "onednn": _onednn_input_grad, "native": _native_input_grad},
+    "weight_grad": {
+        "torch": _torch_weight_grad,
+        "onednn": _onednn_weight_grad,
+        "native": _native_weight_grad,
+    },
 }
 
 
@@ -117,6 +144,20 @@ def onednn_reason() -> str:
     except Exception as error:  # a private op may change its signature: that only removes the candidate
         return f"mkldnn::_linear_pointwise failed its probe: {error}"
     return "" if right else "mkldnn::_linear_pointwise gave a wrong result in its probe"
+
+
+@cache
+def _usable() -> tuple[str, ...]:
+    """The candidates that this machine has, torch's first."""
+    others = {"onednn": onednn_reason(), "native": reason_cpu("gemm")}
+    return ("torch", *(name for name, why_not in others.items() if not why_not))
+
+
+def reason() -> str:
+    """Why there is nothing to choose from; "" when there is."""
+    if len(_usable()) > 1:
+        return ""
+    return f"{onednn_reason()}, and {reason_cpu('gemm')}"
 
 
 # --------------------------------------------------------------------------- what has been measured
@@ -140,7 +181,7 @@ def cache_file() -> Path:
     if not root:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastasr"
     version = torch.__version__.replace("+", "-")
-    return Path(root) / f"gemm-{_machine()}-torch{version}.json"
+    return Path(root) / f"products-{_machine()}-torch{version}.json"
 
 
 _choices: dict[tuple, Callable[..., Tensor]] = {}
@@ -152,7 +193,7 @@ def _read(path: Path) -> dict[str, str]:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return {k: v for k, v in content.items() if v in ("torch", "onednn")} if isinstance(content, dict) else {}
+    return {k: v for k, v in content.items() if v in _usable()} if isinstance(content, dict) else {}
 
 
 def _remember(key: str, choice: str) -> None:
@@ -180,14 +221,12 @@ def _half_octave(n: int) -> int:
 
 def _decide(key: tuple, operation: str, operands: tuple) -> Callable[..., Tensor]:
     global _saved
-    candidates = _CANDIDATES[operation]
     policy = os.environ.get("FASTASR_GEMM", "auto")
-    if policy not in ("auto", "torch", "onednn"):
-        raise ValueError(f"FASTASR_GEMM: expected auto, torch or onednn, got {policy!r}")
-    if policy == "torch" or onednn_reason():
-        return candidates["torch"]
-    if policy == "onednn":
-        return candidates["onednn"]
+    if policy not in ("auto", "torch", "onednn", "native"):
+        raise ValueError(f"FASTASR_GEMM: expected auto, torch, onednn or native, got {policy!r}")
+    candidates = {name: _CANDIDATES[operation][name] for name in _usable()}
+    if policy != "auto" or len(candidates) == 1:
+        return candidates.get(policy, candidates["torch"])
     _, m, n, k, threads = key
     name = f"{operation} {m} {_half_octave(n)} {_half_octave(k)} {threads}"
     if _saved is None:
@@ -206,19 +245,21 @@ def _timed(f: Callable[..., Tensor], operands: tuple) -> float:
 
 
 def _measure(candidates: dict[str, Callable[..., Tensor]], operands: tuple) -> str:
-    best = {}
     start = time.perf_counter()
-    for name, f in candidates.items():  # the first run of each packs, allocates and creates primitives
-        best[name] = max(_timed(f, operands), 1e-7)
-    if best["onednn"] > _HOPELESS * best["torch"] or time.perf_counter() - start > _BUDGET_S:
-        return "torch"
-    best = dict.fromkeys(candidates, math.inf)
+    # the first run of each packs, allocates and creates primitives
+    first = {name: max(_timed(f, operands), 1e-7) for name, f in candidates.items()}
+    left = {name: f for name, f in candidates.items() if first[name] <= _HOPELESS * first["torch"]}
+    best = dict.fromkeys(left, math.inf)
     for _ in range(_REPETITIONS):
-        for name, f in candidates.items():
-            best[name] = min(best[name], _timed(f, operands))
-        if best["onednn"] > _CLEAR * best["torch"] or time.perf_counter() - start > _BUDGET_S:
+        if len(left) == 1 or time.perf_counter() - start > _BUDGET_S:
             break
-    return "onednn" if best["onednn"] < _MARGIN * best["torch"] else "torch"
+        for name, f in left.items():
+            best[name] = min(best[name], _timed(f, operands))
+        left = {
+            name: f for name, f in left.items() if name == "torch" or best[name] <= _CLEAR * best["torch"]
+        }
+    winner = min(best, key=best.get)
+    return winner if best[winner] < _MARGIN * best["torch"] else "torch"
 
 
 def _call(operation: str, m: int, n: int, k: int, *operands: Tensor | None) -> Tensor:

@@ -56,7 +56,7 @@ FAMILY = KernelFamily(
             "cpu",
             ("cpu",),
             (torch.float32,),
-            _gemm.onednn_reason,
+            _gemm.reason,
             lambda: Kernels("cpu", forward, backward),
         ),
     ),

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/gemm.h"
+
+#include <optional>
+
+#include "bindings/dispatch.h"
+#include "bindings/pooled.h"
+
+namespace fastasr {
+namespace {
+
+// (M, K) by (K, N) of any strides, and a contiguous bias (N) or none: (M, N), contiguous. float32.
+Tensor gemm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
+  const char* op = "gemm";
+  for (const Tensor* t : {&a, &b})
+    STD_TORCH_CHECK(t->dim() == 2 && t->scalar_type() == ScalarType::Float, op, ": a and b are float32 matrices");
+  STD_TORCH_CHECK(a.size(1) == b.size(0) && a.size(1) > 0, op, ": the inner sizes differ or are 0");
+  cpu::Gemm g{};
+  g.a = data<float>(a), g.a_row = a.stride(0), g.a_depth = a.stride(1);
+  g.b = data<float>(b), g.b_depth = b.stride(0), g.b_column = b.stride(1);
+  g.m = a.size(0), g.n = g.c_row = b.size(1), g.k = a.size(1);
+  if (bias) {
+    check_like(*bias, a, op, "bias");
+    STD_TORCH_CHECK(bias->numel() == g.n, op, ": sizes of bias");
+    g.bias = data<float>(*bias);
+  }
+  Tensor c = new_pooled<2>(a, {g.m, g.n});
+  if (c.numel() == 0) return c;
+  g.c = mutable_data<float>(c);
+  const Scratch<float> pa(g.packed_a()), pb(g.packed_b());
+  const int64_t rows = g.a_panels(), columns = g.b_panels();
+  const int64_t panel = std::max(g.packed_a() / rows, g.packed_b() / columns);
+  parallel_range(rows + columns, std::max<int64_t>(1, 4 * kGrain / panel), [&](int64_t begin, int64_t end) {
+    if (begin < rows) cpu::gemm_pack_a(g, pa.data(), begin, std::min(end, rows));
+    if (end > rows) cpu::gemm_pack_b(g, pb.data(), std::max<int64_t>(0, begin - rows), end - rows);
+  });
+  const int64_t tasks = g.tasks(), grain = std::max<int64_t>(1, 8 * kGrain * tasks / (g.m * g.n * g.k / 32 + 1));
+  parallel_range(tasks, grain,
+                 [&](int64_t begin, int64_t end) { cpu::gemm_products(g, pa.data(), pb.data(), begin, end); });
+  return c;
+}
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) { m.def("gemm(Tensor a, Tensor b, Tensor? bias) -> Tensor"); }
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) { m.impl("gemm", TORCH_BOX(&fastasr::gemm)); }
