@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "cpu/elementary.h"
+#include "cpu/softmax_backward.h"
 
 namespace fastasr::cpu {
 namespace {
@@ -299,41 +300,8 @@ FASTASR_INLINE void scatter(const SegmentAttention<T>& p, const Block& block, co
                   {tile_rows_of(run.count - j), columns_of(p, panel)});
 }
 
-// dS = P (dP - D), D = sum_j P dP, in place of dP. D is divided by the sum of P as it was rounded, and subtracted in
-// two parts: the rows of dS then add up to zero as nearly as their elements allow, which dq relies on.
-template <int64_t kLanes, typename C>
-FASTASR_INLINE void softmax_backward(int64_t rows, const C* __restrict a, C* __restrict ds) {
-  alignas(64) double sum[kLanes] = {}, one[kLanes] = {};
-  alignas(64) C high[kLanes], low[kLanes];
-  for (int64_t j0 = 0; j0 < rows; j0 += kTileRows) {
-    alignas(64) C part[kLanes] = {}, weight[kLanes] = {};
-    for (int64_t j = j0; j < j0 + kTileRows; j++) {
-#pragma omp simd
-      for (int64_t l = 0; l < kLanes; l++) {
-        part[l] += a[j * kPanel + l] * ds[j * kPanel + l];
-        weight[l] += a[j * kPanel + l];
-      }
-    }
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; l++) {
-      sum[l] += static_cast<double>(part[l]);
-      one[l] += static_cast<double>(weight[l]);
-    }
-  }
-  for (int64_t l = 0; l < kLanes; l++) {
-    const double along = one[l] == 0 ? 0 : sum[l] / one[l];
-    high[l] = static_cast<C>(along);
-    low[l] = static_cast<C>(along - static_cast<double>(high[l]));
-  }
-  for (int64_t j = 0; j < rows; j++) {
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; l++)
-      ds[j * kPanel + l] = a[j * kPanel + l] * ((ds[j * kPanel + l] - high[l]) - low[l]);
-  }
-}
-
 template <typename C>
-FASTASR_INLINE void softmax_backward(const Block& block, const C* a, C* ds) {
+FASTASR_INLINE void block_softmax_backward(const Block& block, const C* a, C* ds) {
   switch (block.lanes) {
     case 16:
       return softmax_backward<16>(block.rows, a, ds);
@@ -395,7 +363,7 @@ FASTASR_INLINE void backward_unit(const SegmentAttention<T>& p, const Sequence<c
     }
     products(p, block, value, g_t, ds);
     if (p.dropout) drop(p, unit, block, ds);
-    softmax_backward(block, a, ds);
+    block_softmax_backward(block, a, ds);
     if (p.dropout) drop(p, unit, block, a);
     mix(p, block, ds, key, dq);
     scatter(p, block, ds, query, key_sums);

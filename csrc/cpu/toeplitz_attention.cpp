@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "cpu/activation.h"
+#include "cpu/softmax_backward.h"
 
 namespace fastasr::cpu {
 namespace {
@@ -259,39 +260,6 @@ FASTASR_INLINE void ungate(const ToeplitzAttention<T>& p, const AttentionGradien
   }
 }
 
-// dS = A (dA - D), D = sum_j A dA, in place of dA. D is divided by the sum of A as it was rounded, and subtracted in
-// two parts: the rows of dS then add up to zero as nearly as their elements allow, which the sums over them rely on.
-template <typename C>
-FASTASR_INLINE void softmax_backward(const C* __restrict a, C* __restrict ds, int64_t keys) {
-  alignas(64) double sum[kPanel] = {}, one[kPanel] = {};
-  for (int64_t j0 = 0; j0 < keys; j0 += kTileRows) {
-    alignas(64) C part[kPanel] = {}, weight[kPanel] = {};
-    for (int64_t j = j0; j < j0 + kTileRows; j++) {
-#pragma omp simd
-      for (int64_t l = 0; l < kPanel; l++) {
-        part[l] += a[j * kPanel + l] * ds[j * kPanel + l];
-        weight[l] += a[j * kPanel + l];
-      }
-    }
-#pragma omp simd
-    for (int64_t l = 0; l < kPanel; l++) {
-      sum[l] += static_cast<double>(part[l]);
-      one[l] += static_cast<double>(weight[l]);
-    }
-  }
-  alignas(64) C high[kPanel], low[kPanel];
-  for (int64_t l = 0; l < kPanel; l++) {
-    const double along = sum[l] / one[l];
-    high[l] = static_cast<C>(along);
-    low[l] = static_cast<C>(along - static_cast<double>(high[l]));
-  }
-  for (int64_t j = 0; j < keys; j++) {
-#pragma omp simd
-    for (int64_t l = 0; l < kPanel; l++)
-      ds[j * kPanel + l] = a[j * kPanel + l] * ((ds[j * kPanel + l] - high[l]) - low[l]);
-  }
-}
-
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void backward_block(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g, int64_t unit,
                                    int64_t block, const AttentionUnit<C>& u, C* __restrict scratch) {
@@ -317,7 +285,7 @@ FASTASR_INLINE void backward_block(const ToeplitzAttention<T>& p, const Attentio
   for (int64_t j = 0; j < keys; j += kTileRows)
     tile_rows(u.value + j * kPanel, rows * kPanel, gt, p.v_panels() * kPanel, ds + j * kPanel, false);
   if (p.dropout) drop(p, unit, i0, keys, ds);
-  softmax_backward(a, ds, keys);
+  softmax_backward<kPanel>(keys, a, ds);
   if (p.dropout) drop(p, unit, i0, keys, a);
   for (int64_t panel = 0; panel < p.d_panels(); panel++)
     for (int64_t l = 0; l < kPanel; l += kTileRows)
