@@ -43,6 +43,7 @@ from fastasr.benchmarks.ops import (
     layer_norm_lstm,
     linear_activation,
     nonlin_attention,
+    rel_attention,
     rel_position_attention,
     rel_position_attention_weights,
     residual_norm,
@@ -80,6 +81,7 @@ def training_cases() -> list[Case]:
     for attention in (rel_position_attention_weights, rel_position_attention):
         cases += [attention._case(*size) for size in ((frames, batch, 4), (188, batch, 8))]
     cases += segment_attention.CASES  # of an Emformer
+    cases += [rel_attention._case(*size) for size in ((400, batch), (1500, batch))]  # of an E-Branchformer
     cases += [nonlin_attention._case(*size) for size in ((frames, batch, 144), (188, batch, 384))]
     cases += rnnt_joiner.CASES[::2]
     cases += [*rnnt_lattice.CASES[:3], rnnt_pruned_lattice.CASES[0]]
@@ -281,6 +283,7 @@ def launch_everything() -> None:
     launch_attention()
     launch_relative_attention()
     launch_segment_attention()
+    launch_rel_attention()
     launch_lattices()
     torch.cuda.synchronize()
 
@@ -420,6 +423,28 @@ def launch_segment_attention() -> None:
                     "past_memory": past[1],
                 }
                 ops.segment_attention(*tensors, num_heads=2, **options, **more).sum().backward()
+
+
+def launch_rel_attention() -> None:
+    """Tiles with tails, tiles twice as high as wide and square ones, several blocks of channels."""
+    from fastasr import ops
+
+    for dtype in (torch.float32, torch.bfloat16):
+        make = partial(torch.randn, device="cuda", dtype=dtype)
+        for frames, dim, value_dim in ((1, 8, 12), (70, 64, 64), (45, 144, 20)):
+            rows = [(2, frames, 3, width) for width in (dim, dim, value_dim)]
+            shapes = *rows, (2 * frames - 1, 3, dim), (3, dim), (3, dim)
+            padding = torch.arange(frames, device="cuda") >= torch.tensor(
+                [[frames], [frames // 2]], device="cuda"
+            )
+            mask = torch.rand(2, frames, frames, device="cuda") > 0.7
+            for masks in (
+                {},
+                {"key_padding_mask": padding},
+                {"key_padding_mask": padding, "attn_mask": mask},
+            ):
+                tensors = [make(shape).requires_grad_() for shape in shapes]
+                ops.rel_attention(*tensors, **masks).sum().backward()
 
 
 def launch_ema_scan() -> None:

@@ -60,6 +60,29 @@ def additive(q, k, v, pos, bias_u, bias_v, key_padding_mask):
     return F.scaled_dot_product_attention(content, k, v, attn_mask=mask).transpose(1, 2)
 
 
+def flex(device: str) -> Callable:
+    """torch's FlexAttention, its kernel made from scores of positions that were formed before."""
+    if torch.device(device).type != "cuda":
+        raise Unavailable("FlexAttention is compared on a GPU")
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attention = compiled(flex_attention)
+
+    def run(q, k, v, pos, bias_u, bias_v, key_padding_mask):
+        frames = q.shape[1]
+        position = ((q + bias_v) * WIDTH**-0.5).transpose(1, 2)
+        by_offset = torch.matmul(position, pos.permute(1, 2, 0))
+
+        def scores(content, sequence, head, i, j):
+            score = content + by_offset[sequence, head, i, frames - 1 + j - i]
+            return torch.where(key_padding_mask[sequence, j], -float("inf"), score)
+
+        content, k, v = (t.transpose(1, 2) for t in (q + bias_u, k, v))
+        return attention(content, k, v, score_mod=scores).transpose(1, 2)
+
+    return run
+
+
 def _make(frames: int, batch: int, device: str, dtype: torch.dtype):
     like = {"device": device, "dtype": dtype}
     inputs = [torch.randn(batch, frames, HEADS, WIDTH, **like) for _ in range(3)]
@@ -76,6 +99,7 @@ def _make(frames: int, batch: int, device: str, dtype: torch.dtype):
         "eager": lambda: made(definition),
         "compile": lambda: made(compiled(definition)),
         "additive mask": lambda: made(additive),
+        "FlexAttention": lambda: made(flex(device)),
         "upstream": lambda: made(espnet(device)),
         "fastasr": lambda: made(ops.rel_attention),
     }

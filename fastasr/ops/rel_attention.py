@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 
 from fastasr.ops import _check
-from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served
+from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served, triton_kernels
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 
 NAME = "rel_attention"
@@ -139,7 +139,7 @@ def log_sum_exp(scores: Tensor, hidden: Tensor | None) -> Tensor:
 
 # --------------------------------------------------------------------------- kernels
 # From here on the six tensors have one dtype, and the functions take the arguments of the kernels.
-FAMILY = KernelFamily(NAME, (NAME,), (native_kernels(NAME),))
+FAMILY = KernelFamily(NAME, (NAME,), (native_kernels(NAME), triton_kernels(NAME)))
 
 
 def forward(q, k, v, pos, bias_u, bias_v, key_padding_mask, attn_mask) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,7 @@ def test_cases_are_those_of_training():
         "layer_norm_lstm",
         "linear_activation",
         "nonlin_attention",
+        "rel_attention",
         "rel_position_attention",
         "rel_position_attention_weights",
         "residual_norm",

@@ -79,6 +79,7 @@ def configurations() -> list[Configuration]:
         *_segment_attention(),
         *_rel_position_attention_weights(),
         *_rel_position_attention(),
+        *_rel_attention(),
         *_rnnt_joiner(),
         *_rnnt_lattice(),
         *_rnnt_pruned_lattice(),
@@ -625,6 +626,45 @@ def _rel_position_attention():
             yield configuration(name, "chunks, padding, mask", dtype)
             yield configuration(name, "V=144", dtype, value_dim=144)
             yield configuration(name, "odd sizes", dtype, 40, 6, 20)
+
+
+def _rel_attention():
+    from fastasr.kernels import rel_attention as module
+
+    like = ("Q", "K", "V", "POS", "U", "W", "Y", "G", "DS", "DQ", "DK", "DV", "DU", "DW")
+    wide = dict.fromkeys(("LSE", "INVERSE", "DELTA", "CONTENT"), "fp32")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    strides = [f"{name}_{of}" for name in ("q", "v") for of in ("time", "batch")] + ["ds_row", "width"]
+    masks = {"PADDING": "u8", "MASK": "u8"}
+
+    def configuration(name: str, label: str, dtype: str, dim: int = 64, value: int = 64, only: int = 0):
+        hiding = "mask" in label
+        shapes = module.tiles(dim, value, dtypes[dtype], only == 90, hiding) | {"biases": module.BIASES}
+        options = dict(shapes[name])
+        warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
+        types = dict.fromkeys(like, dtype) | wide | masks | {"PARTS": "fp64" if dtype == "fp32" else "fp32"}
+        absent = [mask for mask, word in (("PADDING", "padding"), ("MASK", "mask")) if word not in label]
+        return Configuration(
+            f"rel_attention {name}{label and ', ' + label}, {dtype}",
+            getattr(module, f"{name}_kernel"),
+            types | ({"DQ": "fp32"} if name == "queries" else {}),
+            {"DIM": dim, "VALUE_DIM": value, **dict.fromkeys(absent)} | options,
+            warps,
+            strides,
+            ("scale",),
+            stages,
+            (only,) if only else ARCHITECTURES,
+        )
+
+    for name in ("forward", "statistics", "queries", "keys"):
+        for only in ARCHITECTURES if name == "forward" else (0,):  # whose tiles depend on the generation
+            yield configuration(name, "padding", "bf16", only=only)
+        yield configuration(name, "padding, mask", "bf16")
+        yield configuration(name, "padding, mask", "fp32")
+        yield configuration(name, "d=144, padding", "bf16", 144, 144)
+    for dtype in ("fp32", "bf16"):
+        for name in ("offsets", "positions", "biases"):
+            yield configuration(name, "", dtype)
 
 
 def _rnnt_joiner():
