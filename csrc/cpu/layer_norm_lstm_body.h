@@ -14,8 +14,9 @@ constexpr int64_t kBlockTerms = 64;    // in one chain of sums, where lanes are 
 constexpr int64_t kManySequences = 8;  // from here on a copy of a block of weights costs less than it saves
 
 // out[b * rows + r] = sum over k of w[r][k] h[b][k]: as many sums as a vector has lanes, lanes over k, made one vector
-// of sums at the end. Weights are read as they lie, each once for kBatch rows.
-template <int kBatch, typename C>
+// of sums at the end. Weights are read as they lie, each once for kBatch rows; kAhead: those of the rows after the next
+// are fetched meanwhile.
+template <int kBatch, bool kAhead, typename C>
 __attribute__((noinline)) void dot_products(const C* __restrict w, int64_t w_row, const C* __restrict h, int64_t h_row,
                                             int64_t depth, C* __restrict out) {
   constexpr int n = Lanes<C>::count, rows = n / kBatch;
@@ -29,6 +30,7 @@ __attribute__((noinline)) void dot_products(const C* __restrict w, int64_t w_row
     for (int b = 0; b < kBatch; b++) x[b] = at(h + b * h_row + k);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
+      if constexpr (kAhead) __builtin_prefetch(w + (r + 2 * rows) * w_row + k);
       const Vector<C> v = at(w + r * w_row + k);
 #pragma GCC unroll 16
       for (int b = 0; b < kBatch; b++) sum[b * rows + r] += v * x[b];
@@ -65,7 +67,10 @@ FASTASR_VECTOR_INLINE void add_products_of(const C* w, int64_t rows, int64_t dep
   int64_t r = 0;
   for (; r + group <= rows; r += group) {
     for (int64_t b = from; b < to; b += kBatch) {
-      dot_products<kBatch>(w + r * depth, depth, h + b * depth, depth, depth, out);
+      if (kBatch > 1 && b == from)
+        dot_products<kBatch, true>(w + r * depth, depth, h + b * depth, depth, depth, out);
+      else
+        dot_products<kBatch, false>(w + r * depth, depth, h + b * depth, depth, depth, out);
       for (int i = 0; i < kBatch; i++)
         for (int j = 0; j < group; j++) gates[(b + i) * gate_row + r + j] += out[i * group + j];
     }
@@ -247,6 +252,30 @@ FASTASR_VECTOR_INLINE void merge_sums(const C* parts, const LstmSizes& s, int64_
   *row = {static_cast<C>(first / count), static_cast<C>(second / count)};
 }
 
+// From the normalised gates of a row's units, `hidden` apart: the new cells, in the first gate's place, and the output
+// gate. Returns the cells' sum. A function of its own: inlined, GCC runs these loops number by number.
+template <typename C>
+__attribute__((noinline)) C cells(C* __restrict gates, const C* __restrict before, const C* __restrict weight,
+                                  const C* __restrict bias, int64_t hidden, int64_t width) {
+  C *__restrict input = gates, *__restrict output = gates + 3 * hidden;
+  const C *__restrict forget = gates + hidden, *__restrict value = gates + 2 * hidden;
+  const C *__restrict wi = weight, *__restrict wf = weight + hidden, *__restrict wv = weight + 2 * hidden;
+  const C *__restrict bi = bias, *__restrict bf = bias + hidden, *__restrict bv = bias + 2 * hidden;
+#pragma omp simd
+  for (int64_t j = 0; j < width; j++) input[j] = sigmoid(input[j] * wi[j] + bi[j]) * tanh(value[j] * wv[j] + bv[j]);
+  if (before) {
+#pragma omp simd
+    for (int64_t j = 0; j < width; j++) input[j] += sigmoid(forget[j] * wf[j] + bf[j]) * before[j];
+  }
+  const C *__restrict wo = weight + 3 * hidden, *__restrict bo = bias + 3 * hidden;
+#pragma omp simd
+  for (int64_t j = 0; j < width; j++) output[j] = sigmoid(output[j] * wo[j] + bo[j]);
+  C sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < width; j++) sum += input[j];
+  return sum;
+}
+
 template <typename C>
 void forward_body(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Team& team, int64_t begin,
                   int64_t end) {
@@ -325,27 +354,9 @@ void forward_body(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch,
             std::memcpy(kept_gates + b * gate_row + q * hidden + u0, g + q * hidden,
                         static_cast<size_t>(width) * sizeof(C));
         }
-        const C* __restrict c = cell_before ? cell_before + b * hidden + u0 : nullptr;
-        C sum = 0, square = 0;
-        if (c) {
-#pragma omp simd
-          for (int64_t j = 0; j < width; j++) {
-            const int64_t f = hidden + j;
-            g[f] = sigmoid(g[f] * w[f] + bias[f]) * c[j];
-          }
-        } else {
-#pragma omp simd
-          for (int64_t j = 0; j < width; j++) g[hidden + j] = 0;
-        }
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < width; j++) {
-          const int64_t i = j, v = 2 * hidden + j, o = 3 * hidden + j;
-          const C next = g[hidden + j] + sigmoid(g[i] * w[i] + bias[i]) * tanh(g[v] * w[v] + bias[v]);
-          g[i] = next;
-          g[o] = sigmoid(g[o] * w[o] + bias[o]);
-          sum += next;
-        }
+        const C sum = cells(g, cell_before ? cell_before + b * hidden + u0 : nullptr, w, bias, hidden, width);
         const C middle = sum / static_cast<C>(width);
+        C square = 0;
 #pragma omp simd reduction(+ : square)
         for (int64_t j = 0; j < width; j++) square += (g[j] - middle) * (g[j] - middle);
         C* part = cell_parts + 2 * (unit * batch + b);

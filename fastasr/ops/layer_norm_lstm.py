@@ -28,8 +28,13 @@ from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, 
 NAME = "layer_norm_lstm"
 FAMILY = KernelFamily(NAME, (NAME,), (native_kernels(NAME), triton_kernels(NAME)))
 
-# Rows (steps x sequences) up to which the C++ kernels multiply by input_weight themselves.
-FEW_ROWS = 4
+# Rows (steps x sequences) up to which the C++ kernels multiply by input_weight themselves, step by step: over several
+# steps they read it again in each.
+FEW_ROWS, FEW_ROWS_OF_ONE_STEP = 4, 32
+
+
+def _few(x: Tensor) -> bool:
+    return 0 < x.numel() <= (FEW_ROWS_OF_ONE_STEP if x.shape[0] == 1 else FEW_ROWS) * x.shape[2]
 
 
 # --------------------------------------------------------------------------- definition
@@ -91,7 +96,7 @@ def forward(
             y, h, c = definition(x, input_weight, hidden_weight, *norms, hidden, cell, eps)
             # a state that went through no step is no output of its own
             return y.to(dtype), *(t.to(dtype, copy=x.shape[0] == 0) for t in (h, c)), y.new_empty(0)
-    few = kernels.backend == "cpu" and x.shape[2] > 0 and x.shape[0] * x.shape[1] <= FEW_ROWS
+    few = kernels.backend == "cpu" and _few(x)
     work = torch.promote_types(dtype, torch.float32)
     if kernels.backend != "cpu":
         # a product of another layout rounds otherwise, which the norms of few units enlarge
@@ -350,8 +355,7 @@ def layer_norm_lstm(
         try:
             if is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
                 return _LayerNormLstm.apply(*arguments, eps)
-            few = 0 < x.numel() <= FEW_ROWS * x.shape[-1]
-            operands = (x, input_weight) if few else (_gemm.forward(x, input_weight, None), None)
+            operands = (x, input_weight) if _few(x) else (_gemm.forward(x, input_weight, None), None)
             return FAMILY.native.forward(*operands, *arguments[2:], eps, False)[:3]
         except (RuntimeError, IndexError, AttributeError, ValueError):
             pass  # the checked path tells why, or does what the kernels do not
