@@ -3,38 +3,17 @@
 
 #include <cmath>
 
+#include "cpu/row_statistics.h"
+
 namespace fastasr::cpu {
 namespace {
 
-// A sum over a row that keeps float's speed and loses none of its digits: 16 lanes add four floats each, then go on
-// in double. (Long chains of floats made the gradients of wide rows twice as inexact as eager's.)
-constexpr int64_t kLanes = 16, kChain = 4, kBlock = kLanes * kChain;
-
 template <typename T>
 FASTASR_INLINE double squared_distance(const T* __restrict x, const T* __restrict bias, int64_t channels) {
-  using C = compute_t<T>;
-  alignas(64) double total[kLanes] = {};
-  int64_t j = 0;
-  for (; j + kBlock <= channels; j += kBlock) {
-    alignas(64) C part[kLanes] = {};
-    for (int64_t k = 0; k < kChain; k++) {
-#pragma omp simd
-      for (int64_t l = 0; l < kLanes; l++) {
-        const int64_t i = j + k * kLanes + l;
-        const C d = load(x[i]) - load(bias[i]);
-        part[l] += d * d;
-      }
-    }
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; l++) total[l] += static_cast<double>(part[l]);
-  }
-  for (; j < channels; j++) {
-    const double d = static_cast<double>(load(x[j])) - static_cast<double>(load(bias[j]));
-    total[j % kLanes] += d * d;
-  }
-  double sum = 0;
-  for (int64_t l = 0; l < kLanes; l++) sum += total[l];
-  return sum;
+  return row_sum<compute_t<T>>(channels, [&](int64_t j) {
+    const compute_t<T> d = load(x[j]) - load(bias[j]);
+    return d * d;
+  });
 }
 
 // In double from the start: its terms cancel, and dlog_scale is a sum of these sums.

@@ -33,9 +33,12 @@ FASTASR_INLINE double row_sum(int64_t n, const F& term) {
     for (int64_t l = 0; l < kRowLanes; l++) total[l] += static_cast<double>(part[l]);
   }
   for (; j < n; j++) total[j % kRowLanes] += static_cast<double>(term(j));
-  double sum = 0;
-  for (int64_t l = 0; l < kRowLanes; l++) sum += total[l];
-  return sum;
+  // in halves: one after another, the sixteen would take as long as a narrow row
+  for (int64_t half = kRowLanes / 2; half; half /= 2) {
+#pragma omp simd
+    for (int64_t l = 0; l < half; l++) total[l] += total[l + half];
+  }
+  return total[0];
 }
 
 // centred = t - mean(t), in place. The mean is subtracted in two parts, exact to double.
