@@ -155,6 +155,20 @@ def replaced(text: str, block: str) -> str:
     return f"{before}{START}\n{block}\n{END}{after}"
 
 
+def put(page: Path, block: str, check: bool) -> int:
+    """Puts ``block`` between the page's markers; with ``check`` only compares. The exit code: 1 when ``check`` finds a
+    difference, which it prints. Raises ``ValueError`` and ``OSError`` for a page that cannot be used."""
+    text = page.read_text(encoding="utf-8")
+    made = replaced(text, block)
+    if made == text:
+        return 0
+    if check:
+        print(f"{page} is not what the results say; run this without --check", file=sys.stderr)
+        return 1
+    page.write_text(made, encoding="utf-8")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, 1 when ``--check`` finds a difference, 2 when a file cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m fastasr.benchmarks.readme_table", description=__doc__)
@@ -163,22 +177,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare only")
     options = parser.parse_args(arguments)
     try:
-        text = options.readme.read_text(encoding="utf-8")
         rows = read_all(sorted(options.results.glob("*.jsonl")))
-        made = replaced(text, table([row for row in rows if not row.case.startswith(curves.PREFIX)]))
+        made = table([row for row in rows if not row.case.startswith(curves.PREFIX)])
+        return put(options.readme, made, options.check)
     except (OSError, ValueError) as error:
         print(f"error: {options.readme}: {error}", file=sys.stderr)
         return 2
-    if options.check:
-        if made != text:
-            print(
-                f"{options.readme}: the table is not what the rows say; run this without --check",
-                file=sys.stderr,
-            )
-        return int(made != text)
-    if made != text:
-        options.readme.write_text(made, encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":

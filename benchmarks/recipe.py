@@ -22,7 +22,7 @@ from pathlib import Path
 from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.models import recipe_step
 from fastasr.benchmarks.plots import png, pyplot
-from fastasr.benchmarks.readme_table import replaced
+from fastasr.benchmarks.readme_table import put
 from fastasr.benchmarks.rows import Row, read_all
 from fastasr.benchmarks.swapped_training import moved_by_one_rounding, summary
 from fastasr.recipe import checkpoints, recogniser, sizes, speech, training
@@ -304,17 +304,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.json.is_file():
             found = json.loads(options.json.read_text(encoding="utf-8"))
         others = _others(options.json.with_name(OTHER_ENCODERS), options.encoder_run, options.commit)
-        text = options.page.read_text(encoding="utf-8")
         rows = read_all(sorted(options.json.parent.glob("*.jsonl")))
-        made = replaced(text, block(found, rows, others))
+        differs = put(options.page, block(found, rows, others), options.check)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.check:
-        if made != text:
-            print(f"{options.page} is not what {options.json} says", file=sys.stderr)
-        return int(made != text)
-    options.page.write_text(made, encoding="utf-8")
+        return differs
     if found:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
         options.plot.write_bytes(png(figure(found)))

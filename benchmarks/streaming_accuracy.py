@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fastasr.benchmarks.environment import stamp
-from fastasr.benchmarks.readme_table import replaced
+from fastasr.benchmarks.readme_table import put
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ("fp32", "bf16", "int8")
@@ -136,17 +136,10 @@ def main(arguments=None):
             found = measure(options.run, held_out, method=options.method, backend=options.backend)
             found["environment"] = stamp()
             options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        text = options.page.read_text(encoding="utf-8")
-        page = replaced(text, block(json.loads(options.out.read_text(encoding="utf-8"))))
+        return put(options.page, block(json.loads(options.out.read_text(encoding="utf-8"))), options.check)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.check:
-        if page != text:
-            print(f"{options.page} is not what {options.out} says", file=sys.stderr)
-        return int(page != text)
-    options.page.write_text(page, encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":

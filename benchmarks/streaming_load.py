@@ -26,7 +26,7 @@ from fastasr.benchmarks.models import streaming_peers
 from fastasr.benchmarks.models.transcribe import LEFT_CONTEXT
 from fastasr.benchmarks.models.zipformer_streaming import PADDING
 from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, png, pyplot
-from fastasr.benchmarks.readme_table import replaced
+from fastasr.benchmarks.readme_table import put
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("engine fp32", "engine bf16", "engine int8", streaming_peers.SCRIPTED, streaming_peers.ONNX)
@@ -249,13 +249,9 @@ def main(arguments=None):
             )
             options.results.write_text(json.dumps(found) + "\n", encoding="utf-8")
         found = json.loads(options.results.read_text(encoding="utf-8"))
-        text = options.page.read_text(encoding="utf-8")
-        page = replaced(text, block(found))
+        differs = put(options.page, block(found), options.check)
         if options.check:
-            if page != text:
-                print(f"{options.page} is not what {options.results} says", file=sys.stderr)
-            return int(page != text)
-        options.page.write_text(page, encoding="utf-8")
+            return differs
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_bytes(png(figure(found)))
     except (OSError, ValueError, ImportError) as error:

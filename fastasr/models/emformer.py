@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastasr.models import emformer_streaming
+from fastasr.models.inference import any_hooked, is_plain
 from fastasr.models.mega import plumbing
 from fastasr.models.module_state import global_hooks
-from fastasr.models.packed_layers import is_plain
 from fastasr.ops import _dropout, linear, linear_activation, residual_norm, segment_attention
 from fastasr.ops.segment_attention import key_rows, query_rows, segments_of
 
@@ -295,10 +295,7 @@ def _is_own(layer: nn.Module, name: str) -> bool:
 
 def _is_unwatched(layer: nn.Module) -> bool:
     """Whether calling the layer is no more than its own forward."""
-    watched = (
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    )
-    return not watched and not global_hooks() and _is_own(layer, "forward")
+    return not any_hooked((layer,)) and not global_hooks() and _is_own(layer, "forward")
 
 
 def _encoded(

@@ -14,7 +14,8 @@ attribute such as a norm's ``eps``: call :func:`forget` after it.
 import torch
 from torch import nn
 
-from fastasr.models.packed_layers import PackedLayer, PackedLayers, is_plain, may_serve
+from fastasr.models.inference import is_plain
+from fastasr.models.packed_layers import PackedLayer, PackedLayers, may_serve
 from fastasr.ops import _activation, _dispatch
 
 # Rows of a segment: its frames, right context, summary and memory, times streams. Beyond, a product of matrices reads

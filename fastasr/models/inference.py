@@ -37,6 +37,17 @@ def any_hooked(modules):
     )
 
 
+def has_known_forward(module):
+    """Whether its forward is its class's, or the one that fastasr's swap gave it."""
+    bound = vars(module).get("forward")
+    return bound is None or hasattr(bound, "fastasr_forward")
+
+
+def is_plain(module, classes):
+    """Whether the module is one of these classes, and no more than its class and parameters."""
+    return type(module) in classes and has_known_forward(module)
+
+
 def runs(module, method, name="forward"):
     """Whether the method ``name`` of ``module`` is this function: its class's, or bound to it, as it is or wrapped."""
     function = getattr(getattr(module, name), "__func__", None)

@@ -32,12 +32,6 @@ def may_serve(layer, x, weight):
     )
 
 
-def is_plain(module, classes):
-    """Whether the module is one of these classes, and no more than its class and parameters."""
-    bound = vars(module).get("forward")
-    return type(module) in classes and (bound is None or hasattr(bound, "fastasr_forward"))
-
-
 class PackedLayer(abc.ABC):
     """The weights of a layer as the native call reads them, or the ``reason`` why there are none, "" otherwise.
 

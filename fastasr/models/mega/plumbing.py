@@ -8,6 +8,7 @@ watched dropout. What is not a plain module of torch's is called as it is.
 import torch
 
 from fastasr import ops
+from fastasr.models.inference import has_known_forward
 from fastasr.models.mega import activations
 from fastasr.ops import _dropout
 
@@ -18,13 +19,7 @@ def is_watched(module):
 
 def is_plain(module):
     """Whether this is a linear layer that is no more than its weight and bias."""
-    return type(module) is torch.nn.Linear and not is_watched(module) and _has_known_forward(module)
-
-
-def _has_known_forward(module):
-    """Its class's own, or the one that fastasr's swap gave it."""
-    method = vars(module).get("forward")
-    return method is None or hasattr(method, "fastasr_forward")
+    return type(module) is torch.nn.Linear and not is_watched(module) and has_known_forward(module)
 
 
 def linear(module, x):
@@ -46,7 +41,7 @@ def is_idle(module):
 
 def dropout(module, x, residual=None):
     """module(x) + residual for a dropout."""
-    drops = type(module) is torch.nn.Dropout and not is_watched(module) and _has_known_forward(module)
+    drops = type(module) is torch.nn.Dropout and not is_watched(module) and has_known_forward(module)
     if drops and not is_idle(module):
         return _dropout.dropout(x, module.p, residual)
     y = x if is_idle(module) else module(x)
@@ -60,7 +55,7 @@ def is_layer_norm(module):
         and len(module.normalized_shape) == 1
         and module.bias is not None
         and not is_watched(module)
-        and _has_known_forward(module)
+        and has_known_forward(module)
     )
 
 
@@ -70,7 +65,7 @@ def is_depthwise_conv(module):
     return (
         taps % 2 == 1
         and not is_watched(module)
-        and _has_known_forward(module)
+        and has_known_forward(module)
         and module.groups == module.in_channels == module.out_channels
         and (module.stride, module.dilation, module.padding, module.padding_mode)
         == ((1,), (1,), (taps // 2,), "zeros")

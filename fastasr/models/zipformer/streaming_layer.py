@@ -14,8 +14,8 @@ import weakref
 
 import torch
 
-from fastasr.models.inference import runs
-from fastasr.models.packed_layers import PackedLayer, PackedLayers, is_plain, may_serve
+from fastasr.models.inference import is_plain, runs
+from fastasr.models.packed_layers import PackedLayer, PackedLayers, may_serve
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.convolution import ConvolutionModule
 from fastasr.models.zipformer.linear import Linear
