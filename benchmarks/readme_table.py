@@ -24,6 +24,9 @@ _HEADLINES = (
     "whole model, autocast(bfloat16)",
     "training step",
     "whole path",
+    "layer",
+    "predictor",
+    "segment 16, right 4",
 )
 NONE_YET = "No measurements yet: `make bench` writes them."
 TITLES = ("eager", "`torch.compile`", "upstream", "**fastasr**")
@@ -108,7 +111,7 @@ def _machine_lines(rows: Sequence[Row]) -> list[str]:
     found = units(rows)
     # models first: they are what the ops are for
     timed = [unit for suite in ("models", "ops") for unit in found if unit.first.suite == suite]
-    shown = _headlines(timed)
+    shown = _headlines(timed) or timed
     if shown:
         lines += [*_times_lines(shown), *_linear_part(timed)]
     if len(shown) < len(timed):

@@ -20,7 +20,8 @@ PAGES = {
     "swoosh": ("swoosh_l", "swoosh_r"),
     "residual_norm": ("gated_residual_norm", "residual_norm"),
 }  # pages that are not named after their one op
-MODEL_PAGES = {"decoding.md": transcribe}
+TRANSCRIBED = {"decoding.md": transcribe}
+MODEL_PAGES = ("e_branchformer", "emformer", "emformer_rnnt")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,8 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
     for page in op_pages:
         names = PAGES.get(page.stem, (page.stem,))
         tables[page] = table([row for row in rows if row.suite == "ops" and row.name in names])
-    for name, model in MODEL_PAGES.items():
+    for name, model in TRANSCRIBED.items():
         tables[ROOT / "docs" / name] = model.table([row for row in rows if row.name == model.NAME])
+    for name in MODEL_PAGES:
+        tables[ROOT / "docs" / "models" / f"{name}.md"] = table(
+            [row for row in rows if row.suite == "models" and row.name == name]
+        )
     return max(put(page, block, options.check) for page, block in tables.items())
 
 
