@@ -433,8 +433,7 @@ WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Check:
-    """A check with where it applies. ``forced``: meaningful when a backend is forced (the Triton interpreter, where
-    programs run one after another)."""
+    """A check with where it applies. ``forced``: meaningful when a backend is forced (the Triton interpreter)."""
 
     run: Callable[[OpTable, Sample, torch.dtype, str], None]
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
@@ -459,7 +458,7 @@ CHECKS = (
     Check(expanded, thorough_only=True),
     Check(poisoned, thorough_only=True),
     Check(inputs_untouched, thorough_only=True),
-    Check(deterministic, forced=False),
+    Check(deterministic),
     Check(chunked),
     Check(opcheck, thorough_only=True, forced=False),
     Check(compiles, thorough_only=True, forced=False),
@@ -484,8 +483,6 @@ def cases(
             for dtype in check.dtypes:
                 if forced and dtype is torch.float64:
                     continue
-                if forced and dtype is not torch.float32 and check.run is not parity:
-                    continue  # addresses do not depend on the dtype
                 if forced and dtype is torch.float16 and not sample.thorough:
                     continue  # interpreted kernels differ from those of bfloat16 in conversions alone
                 yield check.name, sample, dtype, lambda c=check, s=sample, d=dtype: c.run(table, s, d, device)

@@ -26,9 +26,17 @@ def _served(name: str) -> bool:
     )
 
 
+def _marks(check: str, dtype: torch.dtype):
+    """Of a forced backend, which takes seconds per call, what repeats most for least is left to the long tests."""
+    repeats = check == "deterministic" or (check == "strides" and dtype != torch.float32)
+    return pytest.mark.long if FORCED and repeats else ()
+
+
 CASES = [
     pytest.param(
-        run, id=f"{name}-{check}-{sample.name}-{str(dtype).removeprefix('torch.')}-{device}".replace(" ", "_")
+        run,
+        id=f"{name}-{check}-{sample.name}-{str(dtype).removeprefix('torch.')}-{device}".replace(" ", "_"),
+        marks=_marks(check, dtype),
     )
     for name, table in tables().items()
     if _served(name)

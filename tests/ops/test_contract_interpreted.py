@@ -12,13 +12,14 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_triton_kernels_keep_the_contract():
+def test_triton_kernels_keep_the_contract(request):
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "FASTASR_TEST_BACKEND": "triton",
         "CUDA_VISIBLE_DEVICES": "",
     }
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "not refuses"]
+    command += ["-m", request.config.option.markexpr]
     command += ["-p", "tests.kernels.interpreter.repair", str(Path(__file__).with_name("test_contract.py"))]
     root = Path(__file__).parents[2]
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)

@@ -56,9 +56,8 @@ def _wheel(sdist: Path, work: Path, **environment) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(sdist, tmp_path_factory) -> Path:
-    """The wheel with the native library, built from the source distribution: for the least instruction set alone, a
-    third of the compiler's work, which the rest of the suite does not run."""
-    return _wheel(sdist, tmp_path_factory.mktemp("wheel"), CXXFLAGS="-DFASTASR_NO_CLONES")
+    """The wheel with the native library, built from the source distribution."""
+    return _wheel(sdist, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,7 @@ TABLE = OpTable(
             Sample(name, lambda m, name=name: _call(m, (7, 2, 33), activation=name))
             for name in _activation.NAMES
         ),
-        Sample("block", lambda m: _slices(m, 12, 4, 512)),
+        Sample("block", lambda m: _slices(m, 40, 4, 512)),
         Sample("matrix", lambda m: _call(m, (9, 193))),
         Sample("vector", lambda m: _call(m, (40,)), exact=False),
         Sample("five channels", lambda m: _call(m, (300, 5), eps=0.1)),
