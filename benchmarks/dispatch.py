@@ -19,14 +19,11 @@ from fastasr.benchmarks.harness import LoadMeter, Variant, interleave
 from fastasr.benchmarks.rows import Row
 from fastasr.ops.balancer_gradient import definition as balancer_gradient_definition
 from fastasr.ops.bias_norm import definition as bias_norm_definition
-from fastasr.ops.bypass import definition as bypass_definition
 from fastasr.ops.complex_ema_scan import definition as complex_ema_scan_definition
 from fastasr.ops.conv_spatial_gate import definition as conv_spatial_gate_definition
 from fastasr.ops.depthwise_conv2d import definition as depthwise_conv2d_definition
 from fastasr.ops.depthwise_conv_residual import definition as depthwise_conv_residual_definition
 from fastasr.ops.ema_scan import definition as ema_scan_definition
-from fastasr.ops.gated_depthwise_conv import definition as gated_depthwise_conv_definition
-from fastasr.ops.layer_norm_lstm import definition as layer_norm_lstm_definition
 from fastasr.ops.linear_activation import definition as linear_activation_definition
 from fastasr.ops.nonlin_attention import definition as nonlin_attention_definition
 from fastasr.ops.rel_attention import definition as rel_attention_definition
@@ -38,7 +35,6 @@ from fastasr.ops.rnnt_joiner import definition as rnnt_joiner_definition
 from fastasr.ops.rnnt_lattice import definition as lattice_definition
 from fastasr.ops.rnnt_pruned_lattice import definition as pruned_lattice_definition
 from fastasr.ops.segment_attention import definition as segment_attention_definition
-from fastasr.ops.swoosh import definition_l, definition_r
 from fastasr.ops.toeplitz_attention import definition as toeplitz_attention_definition
 
 NAME = "dispatch"
@@ -60,7 +56,7 @@ class Tiny:
 
 
 def _swoosh_linear_formula(x, weight, bias):
-    return F.linear(definition_l(x), weight, bias)
+    return F.linear(ops.swoosh_l.definition(x), weight, bias)
 
 
 def _swoosh_linear_operator(x, weight, bias):
@@ -89,8 +85,8 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             lambda g, x: registered.balancer_gradient(g, x, *limits),
             (INFERENCE, NO_GRAD),  # it is no function's gradient, and has none
         ),
-        "swoosh_l": Tiny((x,), definition_l, ops.swoosh_l, registered.swoosh_l),
-        "swoosh_r": Tiny((x,), definition_r, ops.swoosh_r, registered.swoosh_r),
+        "swoosh_l": Tiny((x,), ops.swoosh_l.definition, ops.swoosh_l, registered.swoosh_l),
+        "swoosh_r": Tiny((x,), ops.swoosh_r.definition, ops.swoosh_r, registered.swoosh_r),
         "swoosh_linear": Tiny(
             (x, weight, bias), _swoosh_linear_formula, ops.swoosh_linear, _swoosh_linear_operator
         ),
@@ -100,7 +96,7 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             ops.bias_norm,
             lambda x, b, s: registered.bias_norm(x, b, s, -1),
         ),
-        "bypass": Tiny((x, other, scale), bypass_definition, ops.bypass, registered.bypass),
+        "bypass": Tiny((x, other, scale), ops.bypass.definition, ops.bypass, registered.bypass),
         "ema_scan": Tiny(
             (x.unsqueeze(0), weight, weight, weight, weight, bias),
             ema_scan_definition,
@@ -127,9 +123,9 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
         ),
         "gated_depthwise_conv": Tiny(
             (torch.randn(2, 1, 2 * channels, device=device), weight[:, :3].contiguous(), bias),
-            gated_depthwise_conv_definition,
+            ops.gated_depthwise_conv.definition,
             ops.gated_depthwise_conv,
-            lambda h, w, b: registered.gated_depthwise_conv(h, w, b, None, None, None, None, None, -1, True),
+            lambda h, w, b: registered.gated_depthwise_conv(h, w, b)[0],
         ),
         "layer_norm_lstm": Tiny(
             (
@@ -141,7 +137,7 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
                 scale,
                 bias,
             ),
-            lambda *tensors: layer_norm_lstm_definition(*tensors)[0],
+            lambda *tensors: ops.layer_norm_lstm.definition(*tensors)[0],
             lambda *tensors: ops.layer_norm_lstm(*tensors)[0],
             lambda *tensors: registered.layer_norm_lstm(*tensors, None, None, 1e-5, True)[0],
         ),

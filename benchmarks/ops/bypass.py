@@ -18,7 +18,8 @@ from fastasr.benchmarks.case import (
     simple,
     upstream_module,
 )
-from fastasr.ops.bypass import definition
+
+definition = ops.bypass.definition
 
 
 def _upstream(x_orig, x, scale) -> Implementation:

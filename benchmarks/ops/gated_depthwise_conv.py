@@ -24,7 +24,8 @@ from fastasr.benchmarks.case import (
     upstream_module,
 )
 from fastasr.ops import swoosh
-from fastasr.ops.gated_depthwise_conv import definition
+
+definition = ops.gated_depthwise_conv.definition
 
 
 def _upstream(chunk: int, h, weight, bias, causal_weight=None, causal_bias=None, chunk_scale=None):

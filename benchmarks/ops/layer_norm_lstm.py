@@ -10,7 +10,8 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import BOTH, FORWARD, Case, Cost, Implementation, Unavailable, parameters
-from fastasr.ops.layer_norm_lstm import definition
+
+definition = ops.layer_norm_lstm.definition
 
 UNITS, EPS = 512, 1e-3
 

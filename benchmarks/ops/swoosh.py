@@ -20,9 +20,8 @@ from fastasr.benchmarks.case import (
     simple,
     upstream_module,
 )
-from fastasr.ops.swoosh import definition_l, definition_r
 
-FORMULAS = {"swoosh_l": definition_l, "swoosh_r": definition_r}
+FORMULAS = {name: getattr(ops, name).definition for name in ("swoosh_l", "swoosh_r")}
 UPSTREAM = {"swoosh_l": "scaling.SwooshL", "swoosh_r": "scaling.SwooshR"}
 
 

@@ -22,14 +22,13 @@ from fastasr.benchmarks.case import (
     parameters,
     upstream_module,
 )
-from fastasr.ops.swoosh import definition_l
 
 DROPOUT = 0.1
 
 
 def formula(x, weight, bias, dropout_p: float) -> torch.Tensor:
     """linear(mask * swoosh_l(x)); the mask is shared over the first dimension, time."""
-    y = definition_l(x)
+    y = ops.swoosh_l.definition(x)
     if dropout_p > 0:
         shape = (1, *x.shape[1:])
         y = y * ((torch.rand(shape, device=x.device, dtype=x.dtype) > dropout_p) * (1 / (1 - dropout_p)))

@@ -4,17 +4,18 @@
 Every op is also registered as ``torch.ops.fastasr.<name>``; ``fastasr ops`` prints which backends serve it here.
 """
 
+import pkgutil
+from importlib import import_module
+
 from fastasr.ops import _dispatch
+from fastasr.ops._op import OPS
 from fastasr.ops.balancer_gradient import balancer_gradient
 from fastasr.ops.bias_norm import bias_norm
-from fastasr.ops.bypass import bypass
 from fastasr.ops.complex_ema_scan import complex_ema_scan
 from fastasr.ops.conv_spatial_gate import conv_spatial_gate
 from fastasr.ops.depthwise_conv2d import depthwise_conv2d
 from fastasr.ops.depthwise_conv_residual import depthwise_conv_residual
 from fastasr.ops.ema_scan import ema_scan
-from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv
-from fastasr.ops.layer_norm_lstm import layer_norm_lstm
 from fastasr.ops.linear import linear
 from fastasr.ops.linear_activation import linear_activation
 from fastasr.ops.nonlin_attention import nonlin_attention
@@ -26,27 +27,25 @@ from fastasr.ops.rnnt_joiner import rnnt_joiner
 from fastasr.ops.rnnt_lattice import rnnt_lattice
 from fastasr.ops.rnnt_pruned_lattice import rnnt_pruned_lattice
 from fastasr.ops.segment_attention import segment_attention
-from fastasr.ops.swoosh import swoosh_l, swoosh_r
 from fastasr.ops.swoosh_linear import swoosh_linear
 from fastasr.ops.toeplitz_attention import toeplitz_attention
 
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.name.startswith("_"):
+        import_module(f"{__name__}.{_module.name}")
+globals().update({name: op.function for name, op in OPS.items()})
 _dispatch.prepare()  # registers torch.ops.fastasr_cpu.*; where that is missing it is reported, not raised
 
-NAMES = (
-    "swoosh_l",
-    "swoosh_r",
+NAMES = (  # of the ops that are not declared yet
     "swoosh_linear",
     "bias_norm",
-    "bypass",
     "linear",
     "linear_activation",
-    "layer_norm_lstm",
     "ema_scan",
     "complex_ema_scan",
     "conv_spatial_gate",
     "depthwise_conv2d",
     "depthwise_conv_residual",
-    "gated_depthwise_conv",
     "nonlin_attention",
     "rel_attention",
     "rel_position_attention",
@@ -59,20 +58,18 @@ NAMES = (
     "rnnt_pruned_lattice",
     "balancer_gradient",
     "rnnt_joiner",
+    *OPS,
 )
 GRADIENTS = ("balancer_gradient",)  # ops of backward passes: they have no gradient and tests of their own
 __all__ = [
     "balancer_gradient",
     "bias_norm",
-    "bypass",
     "complex_ema_scan",
     "conv_spatial_gate",
     "depthwise_conv2d",
     "depthwise_conv_residual",
     "ema_scan",
-    "gated_depthwise_conv",
     "gated_residual_norm",
-    "layer_norm_lstm",
     "linear",
     "linear_activation",
     "nonlin_attention",
@@ -84,8 +81,7 @@ __all__ = [
     "rnnt_lattice",
     "rnnt_pruned_lattice",
     "segment_attention",
-    "swoosh_l",
     "swoosh_linear",
-    "swoosh_r",
     "toeplitz_attention",
+    *OPS,
 ]

@@ -185,7 +185,7 @@ class KernelFamily:
     def __post_init__(self) -> None:
         FAMILIES[self.name] = self
 
-    def kernels(self, x: torch.Tensor, *others: torch.Tensor) -> Kernels | None:
+    def kernels(self, x: torch.Tensor, *others: torch.Tensor | None) -> Kernels | None:
         """The kernels for tensors like ``x``, or None: run the eager definition. A float64 among ``others`` asks for
         float64 kernels."""
         key = (x.device.type, _widest(x, others))
@@ -234,7 +234,7 @@ FAMILIES: dict[str, KernelFamily] = {}
 
 
 def _widest(x: torch.Tensor, others: tuple[torch.Tensor, ...]) -> torch.dtype:
-    return torch.float64 if any(t.dtype is torch.float64 for t in others) else x.dtype
+    return torch.float64 if any(t is not None and t.dtype is torch.float64 for t in others) else x.dtype
 
 
 @torch.compiler.assume_constant_result

@@ -7,25 +7,17 @@ derivative sigmoid(x − a) − 0.08 with a = 4, 1. Upstream: ``SwooshL``, ``Swo
 Memory traffic per element: read x, write y forward; read x and grad, write dx backward.
 """
 
+from functools import partial
+from typing import Annotated
+
 import torch
-from torch import Tensor, is_grad_enabled
-from torch.compiler import is_compiling
+from torch import Tensor
 
-from fastasr.ops import _check, _layout
-from fastasr.ops._dispatch import (
-    PLAIN,
-    KernelFamily,
-    Kernels,
-    direct,
-    native_kernels,
-    served,
-    triton_kernels,
-)
-from fastasr.ops._register import refuse_double_backward, register
+from fastasr.ops import _layout
+from fastasr.ops._dispatch import KernelFamily, native_kernels, triton_kernels
+from fastasr.ops._op import op
 
-FAMILY = KernelFamily(
-    "swoosh", ("swoosh_l", "swoosh_r", "swoosh_linear"), (native_kernels("swoosh"), triton_kernels("swoosh"))
-)
+FAMILY = KernelFamily("swoosh", ("swoosh_linear",), (native_kernels("swoosh"), triton_kernels("swoosh")))
 
 SHIFT = {False: 4.0, True: 1.0}
 OFFSET = {False: 0.035, True: 0.313261687}
@@ -52,94 +44,33 @@ def definition_backward(
     return (grad * scale).to(x.dtype), y.to(x.dtype) if need_output else x.new_empty(0)
 
 
-def definition_l(x: Tensor) -> Tensor:
-    """SwooshL in eager PyTorch."""
-    return definition(x, False)
-
-
-def definition_r(x: Tensor) -> Tensor:
-    """SwooshR in eager PyTorch."""
-    return definition(x, True)
-
-
 # --------------------------------------------------------------------------- kernels
-def forward(kernels: Kernels | None, x: Tensor, right: bool) -> Tensor:
-    """y without autograd."""
-    if kernels is None:
-        return definition(x, right)
-    if x.is_contiguous():
-        return kernels.forward(x, right, None, -1)
-    return _layout.elementwise(lambda t: kernels.forward(t, right, None, -1), x)
+def _launch(right: bool, op, kernels, a, dtype, keep: bool) -> Tensor:
+    return _layout.elementwise(lambda t: kernels.forward(t, right, None, -1), a.x)
 
 
-def backward(kernels: Kernels | None, grad: Tensor, x: Tensor, right: bool) -> Tensor:
-    """dx without autograd."""
-    if kernels is None:
-        return definition_backward(grad, x, right, None, False)[0]
-    if x.is_contiguous() and grad.is_contiguous():
-        return kernels.backward(grad, x, right, None, -1, False)[0]
-    return _layout.elementwise(lambda t, g: kernels.backward(g, t, right, None, -1, False)[0], x, grad)
-
-
-class _Swoosh(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, right: bool, kernels: Kernels) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.call = right, kernels
-        return kernels.forward(x, right, None, -1) if x.is_contiguous() else forward(kernels, x, right)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        right, kernels = ctx.call
-        if is_grad_enabled():
-            refuse_double_backward("swoosh_r" if right else "swoosh_l")
-        return backward(kernels, grad, *ctx.saved_tensors, right), None, None
-
-
-def _swoosh(x: Tensor, right: bool, op) -> Tensor:
-    if not is_compiling() and FAMILY.native is not None and type(x) in PLAIN and x.is_cpu:
-        try:
-            if x.requires_grad and is_grad_enabled():
-                return _Swoosh.apply(x, right, FAMILY.native)
-            if x.is_contiguous():
-                return FAMILY.native.forward(x, right, None, -1)
-        except RuntimeError:
-            pass  # the checked path tells why
-    _check.floating_tensor("swoosh_r" if right else "swoosh_l", "x", x)
-    if not direct(x):
-        return op(x) if served("swoosh", x) else definition(x, right)
-    kernels = FAMILY.kernels(x)
-    if kernels is None:
-        return definition(x, right)
-    if x.requires_grad and is_grad_enabled():
-        return _Swoosh.apply(x, right, kernels)
-    return forward(kernels, x, right)
-
-
-# --------------------------------------------------------------------------- registration
-def _register(name: str, right: bool):
-    backward_op = register(
-        f"{name}_backward(Tensor grad, Tensor x) -> Tensor",
-        lambda grad, x: backward(FAMILY.kernels(x), grad, x, right),
-        lambda grad, x: torch.empty_like(x),
-    )
-
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    return register(
-        f"{name}(Tensor x) -> Tensor",
-        lambda x: forward(FAMILY.kernels(x), x, right),
-        lambda x: torch.empty_like(x),
-        setup_context=setup_context,
-        backward=lambda ctx, grad: backward_op(grad, *ctx.saved_tensors),
+def _gradients(right: bool, op, kernels, grads, saved, needs) -> tuple[Tensor]:
+    return (
+        _layout.elementwise(lambda t, g: kernels.backward(g, t, right, None, -1, False)[0], saved.x, *grads),
     )
 
 
-_OP_L, _OP_R = _register("swoosh_l", False), _register("swoosh_r", True)
+def _op(right: bool):
+    return op(
+        FAMILY,
+        like="x",
+        fast_strides="x",
+        forward=f"x {right} None -1",
+        backward=f"grad x {right} None -1 False -> x _",
+        launch=partial(_launch, right),
+        gradients=partial(_gradients, right),
+        summary="log(1 + e^(x−a)) − 0.08 x − b",
+    )
 
 
-def swoosh_l(x: Tensor) -> Tensor:
+# --------------------------------------------------------------------------- the ops
+@_op(right=False)
+def swoosh_l(x: Annotated[Tensor, "*S"]) -> Annotated[Tensor, "*S", "x"]:
     """SwooshL(x) = log(1 + e^(x-4)) − 0.08 x − 0.035, elementwise.
 
     Args:
@@ -150,9 +81,10 @@ def swoosh_l(x: Tensor) -> Tensor:
     Raises:
         TypeError: x is not a floating tensor.
     """
-    return _swoosh(x, False, _OP_L)
+    return definition(x, False)
 
 
-def swoosh_r(x: Tensor) -> Tensor:
+@_op(right=True)
+def swoosh_r(x: Annotated[Tensor, "*S"]) -> Annotated[Tensor, "*S", "x"]:
     """SwooshR(x) = log(1 + e^(x-1)) − 0.08 x − 0.313261687, elementwise. See :func:`swoosh_l`."""
-    return _swoosh(x, True, _OP_R)
+    return definition(x, True)

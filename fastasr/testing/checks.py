@@ -13,7 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastasr import ops
 from fastasr.ops import _dispatch
+from fastasr.testing.refusals import Refusal, refusals
 from fastasr.testing.table import Make, OpTable, Sample, flat, floating, tables, with_tensors
 from fastasr.testing.tolerance import Comparison, compare, mean
 
@@ -413,6 +415,12 @@ def refuses(table: OpTable, device: str) -> Iterator[tuple[str, Callable[[], Non
     for invalid in table.invalid:
         arguments = invalid.arguments(Make(torch.float32, device))
         yield invalid.name, partial(expect, arguments, invalid.error, invalid.match)
+    if table.op in ops.OPS:
+        for sample in table.thorough:
+            for refusal in refusals(ops.OPS[table.op], _make(sample, torch.float32, device)):
+                match = f"fastasr.{table.op}: {refusal.blamed}: "
+                yield f"{sample.name}: {refusal.name}", partial(_refused, expect, refusal, match)
+        return
     base = _make(table.samples[0], torch.float32, device)
     for name, t in floating(base).items():
         for label, value in (
@@ -425,6 +433,10 @@ def refuses(table: OpTable, device: str) -> Iterator[tuple[str, Callable[[], Non
     if len(floating(base)) > 1:
         for name, t in floating(base).items():
             yield f"{name} on meta", partial(expect, base | {name: t.to("meta")}, ValueError, "device")
+
+
+def _refused(expect: Callable[..., None], refusal: Refusal, match: str) -> None:
+    expect(refusal.arguments(), refusal.error, match)
 
 
 # --------------------------------------------------------------------------- the list

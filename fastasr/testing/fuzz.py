@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastasr import ops
+from fastasr.testing.refusals import Refusal, refusals
 from fastasr.testing.table import Make, flat, floating, tables, with_tensors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -136,6 +138,9 @@ def run_one(seed: int, index: int) -> tuple[str, str]:
             arguments,
             lambda name, t: _special(t, rng) if name not in table.unread and rng.random() < 0.5 else t,
         )
+    if name in ops.OPS and rng.random() < 0.2:
+        refusal = rng.choice(list(refusals(ops.OPS[name], arguments)))
+        return _judge_refusal(table, refusal)
     if rng.random() < 0.5:
         arguments = _break(arguments, rng)
     gradients = rng.random() < 0.5 and not special
@@ -179,6 +184,19 @@ def run_one(seed: int, index: int) -> tuple[str, str]:
         if wrong:
             return label, f"gradient of {n}: {wrong}"
     return label, ""
+
+
+def _judge_refusal(table, refusal: Refusal) -> tuple[str, str]:
+    arguments = refusal.arguments()
+    label = f"{table.op}({', '.join(f'{k}={_describe(v)}' for k, v in arguments.items())})"
+    try:
+        table.function(**arguments)
+    except refusal.error as error:
+        ok = str(error).startswith(f"fastasr.{table.op}: {refusal.blamed}: ")
+        return label, "" if ok else f"{refusal.name}: the message does not say so: {error}"
+    except Exception as error:
+        return label, f"{refusal.name}: {type(error).__name__}: {error}"
+    return label, f"{refusal.name}: nothing was raised"
 
 
 def _as_good_as_eager(definition, arguments: dict, outputs, references) -> bool:

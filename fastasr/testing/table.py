@@ -78,15 +78,22 @@ class OpTable:
     """
 
     op: str
-    definition: Callable[..., Tensor]
-    registered: Callable[[dict], tuple]
     samples: tuple[Sample, ...]
-    invalid: tuple[Invalid, ...]
+    invalid: tuple[Invalid, ...] = ()
+    definition: Callable[..., Tensor] | None = None
+    registered: Callable[[dict], tuple] | None = None
     rows: tuple[str, ...] = ()
     thread_invariant: bool = True
     unread: tuple[str, ...] = ()
     random: Callable[["Make", "object"], dict] | None = field(default=None)
     result: Callable[[dict, object], object] = lambda arguments, outputs: outputs
+
+    def __post_init__(self) -> None:
+        declared = ops.OPS.get(self.op)
+        if declared is not None:  # the declaration says it
+            object.__setattr__(self, "definition", declared.definition)
+            object.__setattr__(self, "registered", lambda a: declared.Arguments(**a))
+            object.__setattr__(self, "result", declared.returned)
 
     @property
     def function(self) -> Callable[..., Tensor]:

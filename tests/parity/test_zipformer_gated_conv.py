@@ -151,8 +151,8 @@ def test_gradients_through_the_cache():
 def test_registered_op_with_cache():
     module = _upstream(6, 5, True)
     h, mask = _inputs(4, 2, 6)
-    arguments = (h, *_parameters(module), mask, torch.randn(2, 6, 2), -1, True)
-    torch.library.opcheck(torch.ops.fastasr.gated_depthwise_conv_with_cache.default, arguments)
+    arguments = (h, *_parameters(module), mask, torch.randn(2, 6, 2), -1, "swoosh_r", True)
+    torch.library.opcheck(torch.ops.fastasr.gated_depthwise_conv.default, arguments)
 
 
 def test_strided_slices_are_read_where_they_lie():

@@ -3,8 +3,8 @@
 
 import torch
 
-from fastasr.ops.gated_depthwise_conv import ACTIVATIONS, definition
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.ops.gated_depthwise_conv import ACTIVATIONS
+from fastasr.testing.table import Make, OpTable, Sample
 
 
 def _mask(make: Make, frames: int, batch: int) -> torch.Tensor:
@@ -40,20 +40,6 @@ def _stream(make: Make, frames: int, batch: int, channels: int, taps: int, chunk
     return _causal(make, frames, batch, channels, taps, chunk, cache=cache)
 
 
-def _with(**arguments):
-    return lambda m: _plain(m, 6, 2, 5, 3) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
-
-
-def _causal_with(**arguments):
-    return lambda m: _causal(m, 6, 2, 5, 3) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
-
-
-def _registered(a: dict) -> tuple:
-    names = ("bias", "causal_weight", "causal_bias", "chunk_scale", "padding_mask", "cache")
-    options = a.get("chunk_size", -1), ACTIVATIONS[a.get("activation", "swoosh_r")]
-    return a["h"], a["weight"], *(a.get(n) for n in names), *options
-
-
 def _random(make: Make, shape) -> dict:
     frames, batch, channels = shape.size(), shape.choice((0, 1, 2, 5)), shape.size()
     taps = shape.choice((1, 3, 7, 15, 31))
@@ -80,8 +66,6 @@ def _saturated_gates(make: Make, arguments: dict) -> dict:
 
 TABLE = OpTable(
     op="gated_depthwise_conv",
-    definition=definition,
-    registered=_registered,
     samples=(
         Sample("plain", lambda m: _plain(m, 14, 2, 12, 7), thorough=True),
         Sample("chunks", lambda m: _causal(m, 24, 3, 12, 5, 4), thorough=True),
@@ -126,59 +110,6 @@ TABLE = OpTable(
             lambda m: _one_bad_frame(m, _causal(m, 20, 2, 8, 5, 4), float("nan")),
             exact=False,
         ),
-    ),
-    invalid=(
-        Invalid("h is a matrix", _with(h=lambda m: m.normal(6, 10)), ValueError, "h"),
-        Invalid("h has an odd number of channels", _with(h=lambda m: m.normal(6, 2, 9)), ValueError, "h"),
-        Invalid("an even number of taps", _with(weight=lambda m: m.normal(5, 1, 4)), ValueError, "weight"),
-        Invalid("weight of other channels", _with(weight=lambda m: m.normal(4, 1, 3)), ValueError, "weight"),
-        Invalid("weight is dense", _with(weight=lambda m: m.normal(5, 5, 3)), ValueError, "weight"),
-        Invalid(
-            "weight of another dtype", _with(weight=lambda m: m.normal(5, 1, 3).half()), TypeError, "weight"
-        ),
-        Invalid("bias of another size", _with(bias=lambda m: m.normal(4)), ValueError, "bias"),
-        Invalid(
-            "mask is not bool",
-            _with(padding_mask=lambda m: torch.zeros(2, 6, device=m.device)),
-            TypeError,
-            "padding_mask",
-        ),
-        Invalid(
-            "mask is transposed",
-            _with(padding_mask=lambda m: torch.zeros(6, 2, dtype=torch.bool, device=m.device)),
-            ValueError,
-            "padding_mask",
-        ),
-        Invalid("chunk_size without the form", _with(chunk_size=4), ValueError, "chunk_size"),
-        Invalid("cache without the form", _with(cache=lambda m: m.normal(2, 5, 1)), ValueError, "cache"),
-        Invalid("return_cache without the form", _with(return_cache=True), ValueError, "return_cache"),
-        Invalid(
-            "causal_weight alone", _with(causal_weight=lambda m: m.normal(5, 1, 2)), ValueError, "chunk_scale"
-        ),
-        Invalid(
-            "chunk_scale alone", _with(chunk_scale=lambda m: m.normal(2, 5, 3)), ValueError, "chunk_scale"
-        ),
-        Invalid(
-            "causal_weight of another size",
-            _causal_with(causal_weight=lambda m: m.normal(5, 1, 3)),
-            ValueError,
-            "causal_weight",
-        ),
-        Invalid(
-            "chunk_scale of another size",
-            _causal_with(chunk_scale=lambda m: m.normal(2, 5, 2)),
-            ValueError,
-            "chunk_scale",
-        ),
-        Invalid(
-            "cache of another size", _causal_with(cache=lambda m: m.normal(2, 5, 2)), ValueError, "cache"
-        ),
-        Invalid("chunk_size is 0", _causal_with(chunk_size=0), ValueError, "chunk_size"),
-        Invalid("chunk_size is -2", _causal_with(chunk_size=-2), ValueError, "chunk_size"),
-        Invalid("chunk_size is a float", _causal_with(chunk_size=4.0), TypeError, "chunk_size"),
-        Invalid("unknown activation", _with(activation="relu"), ValueError, "activation"),
-        Invalid("activation is None", _with(activation=None), TypeError, "activation"),
-        Invalid("return_cache is an int", _causal_with(return_cache=1), TypeError, "return_cache"),
     ),
     unread=("weight", "causal_weight"),  # taps that reach no frame of a short sequence
     random=_random,

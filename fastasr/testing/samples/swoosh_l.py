@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of swoosh_l; swoosh_r has the same with its own definition."""
 
-from fastasr.ops import swoosh
 from fastasr.testing.table import Make, OpTable, Sample
 
 
@@ -32,10 +31,7 @@ SAMPLES = (
 
 TABLE = OpTable(
     op="swoosh_l",
-    definition=swoosh.definition_l,
-    registered=lambda a: (a["x"],),
     samples=SAMPLES,
-    invalid=(),
     rows=("x",),
     random=lambda m, shape: {"x": m.normal(*shape(), scale=4.0)},
 )

@@ -3,7 +3,6 @@
 
 from dataclasses import replace
 
-from fastasr.ops import swoosh
 from fastasr.testing.samples import swoosh_l
 
-TABLE = replace(swoosh_l.TABLE, op="swoosh_r", definition=swoosh.definition_r)
+TABLE = replace(swoosh_l.TABLE, op="swoosh_r")

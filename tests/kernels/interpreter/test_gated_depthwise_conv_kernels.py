@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastasr.kernels import gated_depthwise_conv as kernels
-from fastasr.ops.gated_depthwise_conv import definition
+from fastasr.ops import gated_depthwise_conv
 from fastasr.testing.tolerance import compare
 
 # (frames, batch, channels, taps, chunk or None for the plain form, cache, right)
@@ -46,7 +46,7 @@ def _eager(tensors, chunk, right, grad):
     leaves = [t if t is None or t.dtype is torch.bool else t.clone().requires_grad_() for t in tensors]
     *parameters, mask, cache = leaves
     y, new_cache = (
-        definition(
+        gated_depthwise_conv.definition(
             *parameters,
             padding_mask=mask,
             cache=cache,
@@ -56,7 +56,9 @@ def _eager(tensors, chunk, right, grad):
         )
         if tensors[3] is not None
         else (
-            definition(*parameters, padding_mask=mask, activation="swoosh_r" if right else "identity"),
+            gated_depthwise_conv.definition(
+                *parameters, padding_mask=mask, activation="swoosh_r" if right else "identity"
+            ),
             None,
         )
     )

@@ -1,0 +1,439 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an op is, said once: ``@op(...)`` on its formula in eager PyTorch.
+
+The formula's signature gives names, defaults, shapes, dtypes, options and results (:mod:`fastasr.ops._signature`). From
+it come the checks and their messages, the registered operator with its fake, autograd and autocast rule, the paths
+without the dispatcher, the calls that must be refused, and a row of documentation. An irregular part is a function
+whose first argument is the :class:`Op`.
+"""
+
+import linecache
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
+
+from fastasr.ops import _check, _layout, _signature, _source
+from fastasr.ops._dispatch import (
+    FLOATING,
+    PLAIN,
+    KernelFamily,
+    cuda_kernels,
+    native_kernels,
+    served,
+    triton_kernels,
+)
+from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+OPS: dict[str, "Op"] = {}
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+KERNELS = {"cpu": native_kernels, "cuda": cuda_kernels, "triton": triton_kernels}
+STRIDES = {
+    "contiguous": Tensor.contiguous,
+    "channels": _layout.dense_channels,
+    "rows": _layout.rows,
+    "any": lambda t: t,
+}
+
+
+class Declined(RuntimeError):
+    """Raised on the shortest path by a part that cannot serve the call: the checked path takes it."""
+
+
+@dataclass(eq=False, repr=False)
+class Op:
+    """A declaration, and all that follows from it. Called on the formula it returns the public function, which has the
+    formula as ``.definition`` and the op as ``.op``.
+
+    In the parts ``a`` holds the arguments by name, ``saved`` what ``saves`` names and the options, ``needs`` a bool per
+    floating tensor, None where kernels give all gradients at once.
+    """
+
+    kernels: str | KernelFamily  # backends by name, the preferred first; or a family that several ops share
+    _: KW_ONLY
+    returns: str = "y"  # the outputs' names
+    summary: str = ""  # of the README's row; else the docstring's first line
+
+    # dtypes and strides
+    one_dtype: str = ""  # arguments that must have the first one's dtype, except under an autocast rule
+    autocast: str | Callable | None = (
+        None  # "one dtype": casts those; names; (op, dtype, a) -> a; None: no rule
+    )
+    uniform: bool = True  # C++ kernels get all floating tensors in the first output's dtype
+    strides: dict | None = None  # of an argument or "grad" what kernels read: see STRIDES; else contiguous
+    like: str = ""  # results have this argument's strides; else they are contiguous
+
+    # calls of the kernels: names, literals, "keep", "grad"; else all tensors, then all options, as in the signature
+    forward: str = ""
+    backward: str = ""  # "... -> dx dy _": what it returns
+    launch: Callable | None = (
+        None  # (op, kernels, a, dtype of the first output, keep) -> outputs and what is kept
+    )
+    gradients: Callable | None = (
+        None  # (op, kernels, grads, saved, needs) -> gradients of the floating tensors
+    )
+    flagged: Callable | None = (
+        None  # (op, grads, found, saved): adds what the outputs behind a flag give to gradients
+    )
+
+    # arguments that go together, and what the signature cannot say
+    needs: dict | None = None  # argument -> the one without which it may not be given
+    check: Callable | None = None  # (op, a); the native kernels check it too, or ``fits`` does
+
+    # the backward pass
+    keeps: dict | None = (
+        None  # what kernels hand on besides the outputs: {name: Annotated[Tensor, shape, dtype]}
+    )
+    saves: str = ""  # of arguments, outputs and keeps; else all tensors and keeps
+    materialize: bool = True  # False: gradients of outputs may be None
+
+    # the shortest path, to the native kernels
+    fast: Callable | None = None  # (native, keep, *arguments) -> outputs and what is kept; else ``forward``
+    fits: Callable | None = None  # (*arguments) -> whether it may be tried
+    fast_dtype: torch.dtype | None = None  # the only one it serves
+    fast_strides: str = (
+        ""  # arguments that are looked at first; with them launch and gradients are for other strides
+    )
+
+    def __call__(self, formula: Callable[P, R]) -> Callable[P, R]:
+        self.name, self.definition = formula.__name__, formula
+        self.summary = self.summary or formula.__doc__.partition("\n")[0].rstrip(".")
+        self._read(formula)
+        if not isinstance(self.kernels, KernelFamily):
+            family = tuple(KERNELS[backend](self.name) for backend in self.kernels.split())
+            self.kernels = KernelFamily(self.name, (self.name,), family)
+        self.family = self.kernels
+        if self.name not in self.family.ops:
+            self.family.ops += (self.name,)
+
+        self.source = _source.write(self)
+        space = self._compile()
+        self.checks = space["_check"]
+        self.backward_operator, self.operator = self._register(space)
+        function = space[self.name]
+        function.__module__, function.__doc__ = formula.__module__, formula.__doc__
+        function.__annotations__ = formula.__annotations__
+        function.op, function.definition, self.function = self, formula, function
+        OPS[self.name] = self
+        return function
+
+    def _read(self, formula: Callable) -> None:
+        """The declaration's texts, and what the signature says."""
+        self.arguments = _signature.arguments(formula)
+        self.tensors = tuple(a for a in self.arguments if a.pattern)
+        self.options = tuple(a for a in self.arguments if not a.pattern)
+        self.differentiable = tuple(a for a in self.tensors if a.kind == "floating")
+        self.leader = self.tensors[0]
+        self.outputs = _signature.outputs(formula, self.returns.split())
+        self.keeps = tuple(_signature.output(name, hint) for name, hint in (self.keeps or {}).items())
+        self.deciding = self.dtype_names(self.outputs[0])  # their dtypes choose the kernels
+        self.one_dtype, self.fast_strides = self.one_dtype.split(), self.fast_strides.split()
+        self.strides, self.needs = self.strides or {}, self.needs or {}
+        self.cast = self._cast_rule()
+        self.calls_directly = bool(self.launch and self.fast_strides and not self.fast)
+        self.asks = (
+            bool(self.gradients) and not self.calls_directly
+        )  # the backward is told which gradients are wanted
+        self.saves = self.saves.split() or [*(a.name for a in self.tensors), *(o.name for o in self.keeps)]
+        self._kernel_calls()
+        defaults = [a.default for a in self.arguments if not a.required]
+        self.Arguments = namedtuple("Arguments", [a.name for a in self.arguments], defaults=defaults)
+        self.Saved = namedtuple("Saved", [*self.saves, *(a.name for a in self.options)])
+        self.Needs = namedtuple("Needs", [a.name for a in self.differentiable])
+        self._places = [self.arguments.index(a) for a in self.differentiable]
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+    # ----------------------------------------------------------------------- what the declaration says
+    @property
+    def class_name(self) -> str:
+        return self.name.title().replace("_", "")
+
+    def row(self) -> str:
+        """Of the README's table."""
+        return f"| `{self.name}` | {self.summary} | [{self.family.name}](docs/ops/{self.family.name}.md) |"
+
+    def argument(self, name: str) -> _signature.Argument:
+        return next(a for a in self.arguments if a.name == name)
+
+    def known_sizes(self) -> set[str]:
+        """Options that shapes may name."""
+        return {a.name for a in self.options if a.kind == "int" and not a.optional}
+
+    def in_binding_order(self) -> Iterator[_signature.Argument]:
+        """The tensors, each after those that bind the names in its shape."""
+        left, known = list(self.tensors), self.known_sizes()
+        while left:
+            for a in left:
+                try:
+                    list(a.pattern.bind(known, a.name))
+                except ValueError as error:
+                    reason = error
+                    continue
+                left.remove(a)
+                yield a
+                break
+            else:
+                raise ValueError(f"{self.name}: {reason}")
+
+    def dtype_names(self, output: _signature.Output) -> list[str]:
+        """The arguments whose promotion an output's dtype is."""
+        others = {o.name: o for o in (*self.outputs, *self.keeps)}
+        names = ([name] if name not in others else self.dtype_names(others[name]) for name in output.dtype)
+        return [name for group in names for name in group]
+
+    def dtype(self, a, output: _signature.Output) -> torch.dtype:
+        """The dtype of an output for these arguments."""
+        return (_wide if output.wide else _promoted)(*(getattr(a, name) for name in self.dtype_names(output)))
+
+    def _cast_rule(self) -> Callable | None:
+        """``(op, dtype, a) -> a`` of the autocast rule."""
+        if self.autocast is None or callable(self.autocast):
+            return self.autocast
+        names = self.one_dtype if self.autocast == "one dtype" else self.autocast.split()
+        return lambda op, dtype, a: a._replace(**{name: cast(dtype, getattr(a, name))[0] for name in names})
+
+    def _kernel_calls(self) -> None:
+        tensors, options = [a.name for a in self.tensors], [a.name for a in self.options]
+        always = [f"grad_{o.name}" for o in self.outputs if not o.flag or self.flagged is None]
+        self.forward = self.forward.split() or [*tensors, *options, *["keep"] * bool(self.keeps)]
+        backward, _, results = self.backward.partition("->")
+        self.backward_results = results.split() or [a.name for a in self.differentiable]
+        # what asks for an output is the forward's alone
+        options = [name for name in options if not name.startswith("return_")]
+        backward = backward.split() or [*always, *tensors, *(o.name for o in self.keeps), *options]
+        self.backward = [always[0] if token == "grad" else token for token in backward]
+
+    # ----------------------------------------------------------------------- the formula in the kernels' place
+    def formula_results(self, a):
+        """What the operator returns, by the formula: where no kernel serves."""
+        with torch.no_grad():
+            found = _tuple(self.definition(**a._asdict()))
+        inputs = {t.untyped_storage().data_ptr() for t in a if isinstance(t, Tensor)}
+        found = [t.clone() if t.untyped_storage().data_ptr() in inputs else t for t in found]
+        wanted = (*self.outputs, *self.keeps)
+        found += [found[0].new_empty(0) for _ in wanted[len(found) :]]
+        found = [t.to(self.dtype(a, o)) for t, o in zip(found, wanted, strict=True)]
+        found = found if self.like else [t.contiguous() for t in found]
+        return found[0] if len(found) == 1 else tuple(found)
+
+    def formula_gradients(self, grads, saved) -> tuple[Tensor | None, ...]:
+        """By autograd, in float32 or better."""
+        values = {a.name: getattr(saved, a.name) for a in self.arguments}
+        leaves = []
+        for a in self.differentiable:
+            t = values[a.name]
+            if t is not None:
+                t = values[a.name] = t.detach().to(_wide(t), copy=True).requires_grad_()
+            leaves.append(t)
+        with _recording():
+            outputs = _tuple(self.definition(**values))
+        pairs = zip(outputs, grads, strict=False)
+        pairs = [(o, g.to(o.dtype)) for o, g in pairs if g is not None and o.requires_grad]
+        wanted = [t for t in leaves if t is not None]
+        found = map(torch.zeros_like, wanted)
+        if pairs:
+            outputs, grads = zip(*pairs, strict=True)
+            found = iter(torch.autograd.grad(outputs, wanted, grads, materialize_grads=True))
+        return tuple(
+            None if t is None else next(found).to(getattr(saved, a.name).dtype)
+            for a, t in zip(self.differentiable, leaves, strict=True)
+        )
+
+    # ----------------------------------------------------------------------- the registered operators
+    def _register(self, space: dict):
+        """``torch.ops.fastasr.<name>`` has the public function's signature and returns every output, without elements
+        where it was not asked for, and what is kept; ``<name>_backward`` takes gradients, ``saves`` and the options."""
+        tensors = {a.name: f"Tensor{'?' * a.optional} {a.name}" for a in self.tensors}
+        saved = [tensors.get(name, f"Tensor {name}") for name in self.saves]
+        grads = [f"Tensor{'?' * (len(self.outputs) > 1)} grad_{o.name}" for o in self.outputs]
+        options = [a.schema.partition("=")[0] for a in self.options]
+        arguments = ", ".join((*grads, *saved, *options, *["bool[] needs"] * self.asks))
+        backward = register(
+            f"{self.name}_backward({arguments}) -> {_results(len(self.differentiable))}",
+            space["_run_backward"],
+            space["_fake_backward"],
+        )
+        arguments = ", ".join((*(a.schema for a in self.arguments), *["bool keep=False"] * bool(self.keeps)))
+        forward = register(
+            f"{self.name}({arguments}) -> {_results(len(self.outputs) + len(self.keeps))}",
+            space["_run"],
+            space["_fake"],
+            setup_context=space["_set_up"],
+            backward=space["_backward"],
+            autocast=self._autocast if self.cast is not None else None,
+        )
+        return backward, forward
+
+    def _autocast(self, dtype: torch.dtype, *args):
+        # the dispatcher leaves out what equals its default
+        count = len(self.arguments)
+        return *self.cast(self, dtype, self.Arguments(*args[:count])), *args[count:]
+
+    def needed(self, needs_input_grad) -> list[bool]:
+        """Of the floating tensors; an argument that the dispatcher left out needs none."""
+        return [i < len(needs_input_grad) and needs_input_grad[i] for i in self._places]
+
+    def returned(self, arguments: dict, found):
+        """Of what the operator returns for the public function's keyword arguments, what that function does."""
+        a = self.Arguments(**arguments)
+        wanted = [
+            t for o, t in zip(self.outputs, _tuple(found), strict=False) if not o.flag or getattr(a, o.flag)
+        ]
+        return wanted[0] if len(wanted) == 1 else tuple(wanted)
+
+    # ----------------------------------------------------------------------- the written source
+    def _compile(self) -> dict:
+        """The source, run. Debuggers and tracebacks find its lines."""
+        file = f"<fastasr.ops.{self.name}>"
+        linecache.cache[file] = len(self.source), None, self.source.splitlines(keepends=True), file
+        space = self._namespace()
+        exec(compile(self.source, file, "exec"), space)
+        space["_apply"] = space[self.class_name].apply
+        return space
+
+    def _namespace(self) -> dict:
+        """The names in it."""
+        space = {f"_codes_{a.name}": a.codes for a in self.options if a.codes}
+        space |= {f"_{name}": layout for name, layout in STRIDES.items()}
+        parts = ("family", "definition", "Arguments", "Saved", "Needs", "launch", "gradients", "flagged")
+        parts = (*parts, "fast", "fits", "fast_dtype", "cast")
+        space |= {f"_{name}": getattr(self, name) for name in parts}
+        return space | {
+            "__name__": self.definition.__module__,
+            "_op": self,
+            "_part_check": self.check,
+            "_declined": self._declined,
+            "_operand": _operand,
+            "_back": _back,
+            "_tuple": _tuple,
+            "_promoted": _promoted,
+            "_wide": _wide,
+            "_empty": torch.empty,
+            "_empty_like": torch.empty_like,
+            "_Function": torch.autograd.Function,
+            "_Tensor": Tensor,
+            "_PLAIN": PLAIN,
+            "_FLOATING": FLOATING,
+            "_MASKS": (torch.bool, *FLOATING),
+            "_BOOL": (torch.bool,),
+            "_INTEGERS": INTEGERS,
+            "_strided": torch.strided,
+            "_served": served,
+            "_is_compiling": is_compiling,
+            "_is_grad_enabled": is_grad_enabled,
+            "_is_autocast_enabled": torch.is_autocast_enabled,
+            "_autocast_dtype": autocast_dtype,
+            "_refuse_double_backward": refuse_double_backward,
+        }
+
+    def _declined(self, error: RuntimeError) -> bool:
+        """Whether kernels that do not take such arguments said so: their own checks, which name the operator, or the
+        dispatcher for want of a kernel. Any other error is one."""
+        return isinstance(error, Declined | NotImplementedError) or f", {self.family.name}_forward: " in str(
+            error
+        )
+
+    # ----------------------------------------------------------------------- errors
+    def fail(self, name: str, expected: str, got: object, error: type[Exception] = ValueError):
+        raise error(f"fastasr.{self.name}: {name}: expected {expected}, got {got}")
+
+    def wrong_tensor(self, name: str, value: object):
+        kind = self.argument(name).kind
+        if kind == "floating":
+            _check.floating_tensor(self.name, name, value)
+        what = {bool: "a bool tensor", int: "a tensor of integers", "constant": "a bool or floating tensor"}[
+            kind
+        ]
+        got = type(value).__name__
+        if isinstance(value, Tensor):
+            got = value.dtype if value.layout is torch.strided else value.layout
+        self.fail(name, f"{what}, strided", got, TypeError)
+
+    def wrong_shape(self, name: str, value: Tensor, sizes: dict):
+        pattern = self.argument(name).pattern
+        like = next(a.name for a in self.tensors if a.pattern == pattern)
+        of = f" (that of {like})" if pattern.whole and like != name else ""
+        self.fail(name, f"shape {pattern.text(sizes)}{of}", tuple(value.shape))
+
+    def wrong_device(self, name: str, value: Tensor, leader: Tensor):
+        _check.same_device(self.name, name, value, leader, self.leader.name)
+
+    def wrong_dtype(self, name: str, value: Tensor, first: Tensor):
+        self.fail(name, f"dtype {first.dtype} (that of {self.one_dtype[0]})", value.dtype, TypeError)
+
+    def wrong_company(self, name: str, partner: str):
+        self.fail(name, f"it together with {partner}", f"no {partner}")
+
+    def wrong_option(self, name: str, value: object):
+        """Raises unless the value only looks wrong: a traced number, an int for a float."""
+        a = self.argument(name)
+        if a.kind == "int":
+            _check.integer(self.name, name, value)
+        elif a.kind == "float":
+            _check.number(self.name, name, value)
+        elif a.kind == "flag":
+            _check.flag(self.name, name, value)
+        elif isinstance(value, str):
+            self.fail(name, f"one of {tuple(a.codes)}", repr(value))
+        else:
+            self.fail(name, "a str", type(value).__name__, TypeError)
+
+
+op = Op
+
+
+# --------------------------------------------------------------------------- small parts of the written source
+def _operand(t: Tensor | None, dtype: torch.dtype | None, layout: Callable) -> Tensor | None:
+    """A tensor as kernels read it."""
+    if t is None:
+        return None
+    return layout(t if dtype is None or t.dtype is dtype else t.to(dtype))
+
+
+def _back(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
+    """A gradient in the dtype and shape of its tensor; None of an absent one."""
+    if grad is None or t is None:
+        return None
+    grad = grad if grad.dtype is t.dtype else grad.to(t.dtype)
+    return grad if grad.shape == t.shape else grad.reshape(t.shape)
+
+
+def _promoted(first: Tensor, *others: Tensor | None) -> torch.dtype:
+    dtype = first.dtype
+    for t in others:
+        if t is not None and t.dtype is not dtype:
+            dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def _wide(*tensors: Tensor | None) -> torch.dtype:
+    return torch.promote_types(_promoted(*tensors), torch.float32)
+
+
+def _tuple(found) -> tuple:
+    return (found,) if isinstance(found, Tensor) else tuple(found)
+
+
+def _results(count: int) -> str:
+    return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Inside, autograd records. An operator's implementation runs below autograd's dispatch keys, where
+    ``torch.enable_grad`` alone changes nothing: gradients would be zero without a word."""
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        exclude = exclude.remove(key)
+    guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude)
+    with guard, torch.enable_grad():
+        yield

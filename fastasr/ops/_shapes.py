@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shapes as a declaration writes them: parsed once, then written as code, printed in a message, or matched by hand.
+
+T B 2*C          three dimensions; a name is bound where it first stands and must agree from there on
+C 1 K | C K      one shape or the other
+*S C             any dimensions, then one more
+C 1 K, K odd     with conditions: ``<name> odd``, or a comparison: C >= 1
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+_NODES = (
+    ast.Expression,
+    ast.BinOp,
+    ast.Add,
+    ast.Sub,
+    ast.Mult,
+    ast.FloorDiv,
+    ast.Constant,
+    ast.Name,
+    ast.Load,
+)
+Names = dict[str, object]  # sizes by name; of *S a tuple
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension: a name, a number or an expression of them."""
+
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.expr:
+        tree = ast.parse(self.text, mode="eval")
+        if not all(isinstance(node, _NODES) for node in ast.walk(tree)):
+            raise ValueError(f"{self.text}: expected names and numbers with + - * //")
+        return tree.body
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name))
+
+    def value(self, names: Names) -> int:
+        return eval(compile(ast.Expression(self.tree), "<shape>", "eval"), {"__builtins__": {}}, names)
+
+    def unknown(self, known: set[str]) -> tuple[str, int, str] | None:
+        """(name, a, b) where the one name that is not known is (size − b) / a; None where all are known."""
+        missing = sorted(self.names - known)
+        if not missing:
+            return None
+        at = [self.value(dict.fromkeys(self.names, 7) | {missing[0]: n}) for n in (0, 1, 5)]
+        a = at[1] - at[0]
+        if len(missing) > 1 or a < 1 or at[2] - at[0] != 5 * a:
+            raise ValueError(f"{self.text}: {', '.join(missing)}: expected an earlier argument to bind it")
+        b = re.sub(rf"\b{missing[0]}\b", "0", self.text)
+        return missing[0], a, "0" if b in ("0", f"{a}*0", f"0*{a}") else b
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Dimensions, the first of which may stand for any number of them: ``*S`` (bound) or ``...``."""
+
+    rest: str  # "S", "..." or ""
+    dims: tuple[Dim, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Shape":
+        first, *others = text.split() or [""]
+        if first == "..." or first.startswith("*"):
+            return cls(first.lstrip("*"), tuple(map(Dim, others)))
+        return cls("", tuple(map(Dim, text.split())))
+
+    def known(self, known: set[str]) -> bool:
+        return self.rest != "..." and ({self.rest} - {""} | {n for d in self.dims for n in d.names}) <= known
+
+    def anything(self, known: set[str]) -> bool:
+        """Whether every shape is right."""
+        return not self.dims and (self.rest == "..." or self.rest not in known | {""})
+
+    def text(self, names: Names) -> str:
+        rest = names.get(self.rest, ("...",)) if self.rest else ()
+        parts = [
+            *rest,
+            *(d.value(names) if d.names <= names.keys() else _put(d.text, names) for d in self.dims),
+        ]
+        return f"({', '.join(map(str, parts))}{',' if len(parts) == 1 else ''})"
+
+    def tuple_code(self) -> str:
+        parts = [f"*{self.rest}"] * bool(self.rest) + [d.text for d in self.dims]
+        return f"({', '.join(parts)},)"
+
+    def solve(self, known: set[str], shape: str) -> tuple[str, list[str], list[str]]:
+        """(rank condition, conditions, bindings) as code over the variable ``shape``; ``known`` grows."""
+        count = len(self.dims)
+        rank = f"len({shape}) {'>=' if self.rest else '=='} {count}"
+        conditions, bindings = [], []
+        if self.rest not in ("", "..."):
+            rest = f"{shape}[:{-count}]" if count else shape
+            (conditions if self.rest in known else bindings).append(
+                f"{rest} == {self.rest}" if self.rest in known else f"{self.rest} = {rest}"
+            )
+            known.add(self.rest)
+        for i, dim in enumerate(self.dims):
+            size = f"{shape}[{i - count if self.rest else i}]"
+            solved = dim.unknown(known)
+            if solved is None:
+                conditions.append(f"{size} == {dim.text}")
+                continue
+            name, a, b = solved
+            value = size if b == "0" else f"({size} - ({b}))"
+            if a > 1:
+                conditions.append(f"{value} % {a} == 0")
+            if b != "0":
+                conditions.append(f"{value} >= 0")
+            bindings.append(f"{name} = {value}{f' // {a}' if a > 1 else ''}")
+            known.add(name)
+        return rank, conditions, bindings
+
+    def match(self, shape: tuple[int, ...], names: Names) -> Names | None:
+        """What :meth:`solve` writes, by hand: the names with those bound here, or None."""
+        names, count = dict(names), len(self.dims)
+        if len(shape) < count or (not self.rest and len(shape) > count):
+            return None
+        cut = len(shape) - count
+        if self.rest not in ("", "...") and names.setdefault(self.rest, tuple(shape[:cut])) != tuple(
+            shape[:cut]
+        ):
+            return None
+        for dim, size in zip(self.dims, shape[cut:], strict=True):
+            solved = dim.unknown(set(names))
+            if solved is not None:
+                name, a, b = solved
+                value = size - Dim(b).value(names)
+                if value < 0 or value % a:
+                    return None
+                names[name] = value // a
+            elif dim.value(names) != size:
+                return None
+        return names
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Alternative shapes with the conditions on their names."""
+
+    alternatives: tuple[Shape, ...]
+    conditions: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Pattern":
+        shapes, *conditions = text.split(",")
+        return cls(tuple(map(Shape.parse, shapes.split("|"))), tuple(c.strip() for c in conditions))
+
+    @property
+    def names(self) -> set[str]:
+        dims = {n for shape in self.alternatives for d in shape.dims for n in d.names}
+        return dims | {shape.rest for shape in self.alternatives} - {"", "..."}
+
+    @property
+    def whole(self) -> bool:
+        """Whether one name stands for the whole shape."""
+        return len(self.alternatives) == 1 and not self.alternatives[0].dims
+
+    def text(self, names: Names) -> str:
+        """As an error message says it, with the sizes that are known."""
+        shapes = " or ".join(shape.text(names) for shape in self.alternatives)
+        return ", ".join((shapes, *(_put(c, names) for c in self.conditions)))
+
+    def match(self, shape: tuple[int, ...], names: Names) -> Names | None:
+        for alternative in self.alternatives:
+            found = alternative.match(shape, names)
+            if found is not None and all(eval(_condition(c), {}, found) for c in self.conditions):
+                return found
+        return None
+
+    def bind(self, known: set[str], tensor: str) -> Iterator[str]:
+        """Lines that bind the names of a shape that is right."""
+        before, shape = set(known), f"{tensor}.shape"
+        if self.names <= before:
+            return
+        single = len(self.alternatives) == 1
+        for i, alternative in enumerate(self.alternatives):
+            found = set(before)
+            rank, _, bindings = alternative.solve(found, shape)
+            if not single:
+                yield f"{'el' if i else ''}if {rank}:"
+            yield from (bindings if single else (f"    {b}" for b in bindings or ["pass"]))
+            known |= found
+
+    def check(self, known: set[str], tensor: str, wrong: str) -> Iterator[str]:
+        """Lines that bind the names and run ``wrong`` where the shape is."""
+        before = set(known)
+        conditions = [_condition(c) for c in self.conditions]
+        if not conditions and any(shape.anything(before) for shape in self.alternatives):
+            yield from self.bind(known, tensor)
+            return
+        if all(shape.known(before) for shape in self.alternatives):
+            differs = " and ".join(f"{tensor}.shape != {shape.tuple_code()}" for shape in self.alternatives)
+            yield f"if {' or '.join([differs, *(f'not {c}' for c in conditions)])}:"
+            yield f"    {wrong}"
+            return
+        yield f"shape, right = {tensor}.shape, False"
+        for i, alternative in enumerate(self.alternatives):
+            found = set(before)
+            rank, needed, bindings = alternative.solve(found, "shape")
+            yield f"{'el' if i else ''}if {rank}:"
+            yield from (f"    {b}" for b in bindings)
+            yield f"    right = {' and '.join((*needed, *conditions)) or True}"
+            known |= found
+        yield "if not right:"
+        yield f"    {wrong}"
+
+
+def _condition(text: str) -> str:
+    return re.sub(r"^(\w+) odd$", r"\1 % 2 == 1", text)
+
+
+def _put(text: str, names: Names) -> str:
+    return re.sub(r"[A-Za-z_]\w*", lambda m: str(names.get(m[0], m[0])), text)

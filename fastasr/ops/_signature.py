@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The signature of an op, read from the annotations of its formula.
+
+h: Annotated[Tensor, "T B 2*C"]                      a floating tensor; shapes: see :mod:`fastasr.ops._shapes`
+padding_mask: Annotated[Tensor, "B T", bool] | None  a bool tensor, or none
+lengths: Annotated[Tensor, "B", int]                 a tensor of integers
+weights: Annotated[Tensor, "B T", "constant"]        bool or floating, and no gradient is wanted
+chunk_size: Annotated[int, "-1 or >= 1"]             a number with its constraint; float likewise
+activation: Literal["silu", "relu"]                  a choice: kernels get its place, or with
+            Annotated[Literal[...], {...}]           what the table says
+return_cache: bool                                   a flag; ``return_...`` asks for the outputs after the first
+-> Annotated[Tensor, "T B C", "h + scale"]           an output, in the promoted dtype of these arguments;
+                              "wide h + scale"       and at least float32
+"""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import NoneType, UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+from fastasr.ops._shapes import Pattern
+
+TENSORS = {"floating": "Tensor", "constant": "Tensor", bool: "Tensor", int: "Tensor"}
+SCHEMA = TENSORS | {"int": "SymInt", "float": "float", "flag": "bool", "choice": "str"}
+PYTHON = {"int": "int", "float": "float", "flag": "bool", "choice": "str"}
+WORDS = ((">=", "at least"), ("<=", "at most"), (">", "more than"), ("<", "less than"))
+
+
+@dataclass(frozen=True)
+class Argument:
+    name: str
+    kind: object  # of a tensor: floating, constant, bool, int (the types); else "int", "float", "flag", "choice"
+    optional: bool
+    default: object
+    pattern: Pattern | None = None
+    constraint: str = ""
+    codes: dict = field(default_factory=dict)  # of a choice: what the kernels get
+    keyword_only: bool = False
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+    @property
+    def type_name(self) -> str:
+        return PYTHON[self.kind]
+
+    @property
+    def schema(self) -> str:
+        value = f'"{self.default}"' if isinstance(self.default, str) else self.default
+        type_ = SCHEMA[self.kind] + "?" * self.optional
+        return f"{type_} {self.name}" + ("" if self.required else f"={value}")
+
+    @property
+    def condition(self) -> str:
+        """The constraint on a number as code: alternatives of a value, or of comparisons."""
+        ways = (way.split(" and ") for way in self.constraint.split(" or "))
+        parts = ([f"{self.name} {p if p[0] in '<>' else f'== {p}'}" for p in way] for way in ways)
+        return " or ".join(" and ".join(way) for way in parts)
+
+    @property
+    def expected(self) -> str:
+        """The constraint in words."""
+        text = self.constraint
+        for sign, words in WORDS:
+            text = text.replace(sign, words)
+        return text
+
+
+@dataclass(frozen=True)
+class Output:
+    name: str
+    pattern: Pattern
+    dtype: tuple[str, ...]  # the arguments, or outputs, whose promotion it is
+    wide: bool  # and at least float32
+    flag: str = ""  # the argument that asks for it
+
+
+def arguments(formula: Callable) -> tuple[Argument, ...]:
+    hints = get_type_hints(formula, include_extras=True)
+    return tuple(_argument(p, hints[p.name]) for p in inspect.signature(formula).parameters.values())
+
+
+def _argument(parameter: inspect.Parameter, hint) -> Argument:
+    hint, optional = _without_none(hint)
+    type_, *extra = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    more = {}
+    if type_ is Tensor:
+        kind = extra[1] if len(extra) > 1 else "floating"
+        more["pattern"] = Pattern.parse(extra[0])
+    elif get_origin(type_) is Literal:
+        kind = "choice"
+        more["codes"] = extra[0] if extra else {value: place for place, value in enumerate(get_args(type_))}
+    else:
+        kind = {int: "int", float: "float", bool: "flag"}[type_]
+        more["constraint"] = extra[0] if extra else ""
+    more["keyword_only"] = parameter.kind is parameter.KEYWORD_ONLY
+    return Argument(parameter.name, kind, optional, parameter.default, **more)
+
+
+def _without_none(hint) -> tuple[object, bool]:
+    if get_origin(hint) not in (Union, UnionType):
+        return hint, False
+    (hint,) = (h for h in get_args(hint) if h is not NoneType)
+    return hint, True
+
+
+def outputs(formula: Callable, names: list[str]) -> tuple[Output, ...]:
+    """The outputs by name. Of ``A | tuple[A, B]`` the flag ``return_...`` asks for B."""
+    hints = get_type_hints(formula, include_extras=True)
+    union = get_origin(hints["return"]) in (Union, UnionType)
+    forms = get_args(hints["return"]) if union else (hints["return"],)
+    forms = sorted((get_args(f) if get_origin(f) is tuple else (f,) for f in forms), key=len)
+    flag = next((name for name in hints if name.startswith("return_")), "")
+    return tuple(
+        output(name, hint, flag if i >= len(forms[0]) else "")
+        for i, (name, hint) in enumerate(zip(names, forms[-1], strict=True))
+    )
+
+
+def output(name: str, hint, flag: str = "") -> Output:
+    _, shape, dtype = get_args(hint)
+    names = re.findall(r"\w+", dtype)
+    wide = names[0] == "wide"
+    return Output(name, Pattern.parse(shape), tuple(names[wide:]), wide, flag)

@@ -1,0 +1,529 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a declaration becomes as Python source, each name of the signature written out: a call costs no loop over them.
+
+``print(ops.bypass.op.source)`` shows one. Names with an underscore are the engine's, see ``Op._namespace``; those in
+braces are fragments that the functions below the template write.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from textwrap import indent
+
+TEMPLATE = """
+def _check({names}):
+    {checks}
+
+
+# ---------------------------------------------------------------- the registered operator
+def _run({operator_parameters}):
+    _kernels = _family.kernels({deciding})
+    if _kernels is None:
+        return _op.formula_results(_Arguments({names}))
+    return _run_kernels(_kernels, {names}{keep})
+
+
+def _run_kernels(_kernels, {names}{keep}):
+    {launch}
+    return {found}
+
+
+def _fake({operator_parameters}):
+    {sizes}
+    return {empty}
+
+
+def _set_up(ctx, inputs, output):
+    {names}{keep}, = inputs
+    {found} = output
+    {not_differentiable}
+    {materialize}
+    ctx.save_for_backward({saves})
+    {remember}
+
+
+def _backward(ctx, {grads}, *_):
+    {no_grads}
+    {saves}, = ctx.saved_tensors
+    {operator_rest}
+    {compute_again}
+    {flags}
+    {asked_by_dispatcher}
+    {gradients}, = _tuple(_op.backward_operator({grads}, {saved}{needs}))
+    return {for_the_operator}
+
+
+def _run_backward({grads}, {saved}{needs}):
+    _kernels = _family.kernels({deciding})
+    if _kernels is None:
+        {gradients}, = _op.formula_gradients(({grads},), _Saved({saved}))
+    else:
+        {gradients}, = _differentiate(_kernels, {grads}, {saved}{needs})
+    return {dense_gradients}
+
+
+def _fake_backward({grads}, {saved}{needs}):
+    return {empty_gradients}
+
+
+def _differentiate(_kernels, {grads}, {saved}{needs}):
+    {differentiate}
+    return {gradients},
+
+
+# ---------------------------------------------------------------- without the dispatcher
+class {class_name}(_Function):
+    @staticmethod
+    def forward(ctx, _kernels, _direct, {names}):
+        if _direct:
+            {found} = {native_keeping}
+        else:
+            {found} = _run_kernels(_kernels, {names}{keeping})
+        ctx.save_for_backward({saves})
+        ctx.rest = _kernels, _direct, {options}
+        {materialize}
+        return {selected}
+
+    @staticmethod
+    def backward(ctx, {optional_grads}):
+        if _is_grad_enabled():
+            _refuse_double_backward("{name}")
+        {saves}, = ctx.saved_tensors  # once: a checkpoint gives them one time
+        _kernels, _direct, {options} = ctx.rest
+        {no_grads_directly}
+        {native_backward}
+        {gradients}, = _differentiate(_kernels, {grads}, {saved}{asked_by_autograd})
+        return None, None, {for_autograd}
+
+
+# ---------------------------------------------------------------- the public function
+def {name}({parameters}):
+    _kernels = _family.native
+    if (
+        {fast}
+    ):
+        try:
+            if {wanted}:
+                return _apply(_kernels, True, {names})
+            {results} = {native}
+            return {selected}
+        except RuntimeError as _error:
+            if not _declined(_error):
+                raise
+    _check({names})
+    if _is_compiling() or not ({plain}):
+        return _traced({names})
+    _kernels = _family.kernels({deciding})
+    if _kernels is None:
+        return {definition}
+    {cast}
+    if {wanted}:
+        return _apply(_kernels, False, {names})
+    {results} = _run_kernels(_kernels, {names}{not_keeping})
+    return {selected}
+
+
+def _traced({names}):
+    if not _served("{family}", {deciding}):
+        return {definition}
+    {results} = _op.operator({names}{keep_if_wanted})
+    return {selected}
+"""
+
+
+def write(op) -> str:
+    found = (*op.outputs, *op.keeps)
+    grads = [f"grad_{o.name}" for o in op.outputs]
+    rest = ", ".join((*(a.name for a in op.options), *["keep"] * bool(op.keeps)))
+    fragments = {
+        "name": op.name,
+        "class_name": op.class_name,
+        "family": op.family.name,
+        "names": _names(op.arguments),
+        "parameters": _parameters(op),
+        "operator_parameters": ", ".join(
+            (*map(_parameter, op.arguments), *(["keep=False"] * bool(op.keeps)))
+        ),
+        "deciding": ", ".join(op.deciding),
+        "options": _names(op.options),
+        "saves": ", ".join(op.saves),
+        "saved": ", ".join((*op.saves, *(a.name for a in op.options))),
+        "found": _names(found),
+        "results": ", ".join((*(o.name for o in op.outputs), *("_" for _ in op.keeps))),
+        "selected": _selected(op),
+        "grads": ", ".join(grads),
+        "optional_grads": ", ".join(
+            g + "=None" * bool(o.flag) for g, o in zip(grads, op.outputs, strict=True)
+        ),
+        "gradients": ", ".join(f"_d_{a.name}" for a in op.differentiable),
+        "keep": ", keep" * bool(op.keeps),
+        "keeping": ", True" * bool(op.keeps),
+        "not_keeping": ", False" * bool(op.keeps),
+        "keep_if_wanted": f", {_wanted(op)}" * bool(op.keeps),
+        "needs": ", _needs" * op.asks,
+        "asked_by_autograd": ", _op.needed(ctx.needs_input_grad[2:])" * op.asks,
+        "asked_by_dispatcher": ["_needs = _op.needed(ctx.needs_input_grad)"] * op.asks,
+        "materialize": ["ctx.set_materialize_grads(False)"] * (not op.materialize),
+        "no_grads": _no_grads(op, grads, len(op.arguments) + bool(op.keeps)),
+        "no_grads_directly": _no_grads(op, grads, len(op.arguments) + 2),
+        "checks": _checks(op),
+        "launch": _launch(op),
+        "sizes": _sizes(op),
+        "empty": ", ".join(_empty(op, o) for o in found),
+        "not_differentiable": _not_differentiable(op),
+        "remember": [f"ctx.rest = {rest},"] * bool(rest),
+        "operator_rest": [f"{rest}, = ctx.rest"] * bool(rest),
+        "compute_again": [
+            f"if not keep:\n    {', '.join('_' for _ in op.outputs)}, {_names(op.keeps)} = "
+            f"_op.operator({_names(op.arguments)}, True)"
+        ]
+        * bool(op.keeps),
+        "flags": [f"grad_{o.name} = grad_{o.name} if {o.flag} else None" for o in op.outputs if o.flag],
+        "for_the_operator": _for_the_operator(op),
+        "dense_gradients": _each_gradient(
+            op, "_d_{0}" if op.like else "_d_{0}.contiguous()", " or _d_{0} is None"
+        ),
+        "empty_gradients": _each_gradient(op, "_empty_like({0})" if op.like else "{0}.new_empty({0}.shape)"),
+        "differentiate": _differentiate(op, grads),
+        "native": _native(op, "False"),
+        "native_keeping": _native(op, "True"),
+        "native_backward": _native_backward(op, grads),
+        "for_autograd": ", ".join(f"_d_{a.name}" if a in op.differentiable else "None" for a in op.arguments),
+        "fast": ["\nand ".join(_fast(op))],
+        "wanted": _wanted(op),
+        "plain": " and ".join(_optional(a, f"type({a.name}) in _PLAIN") for a in op.tensors),
+        "definition": _definition(op),
+        "cast": _cast(op),
+    }
+    return _render(TEMPLATE, fragments)
+
+
+def _render(template: str, fragments: dict) -> str:
+    """Fragments that are texts go into their lines; those that are lists of lines stand alone on theirs."""
+    lines = []
+    for line in template.strip("\n").split("\n"):
+        alone = re.fullmatch(r"( +)\{(\w+)\}", line)
+        if alone:
+            lines += (
+                indent("\n".join(fragments[alone[2]]), alone[1]).split("\n") if fragments[alone[2]] else []
+            )
+        else:
+            lines.append(line.format_map(fragments))
+    return "\n".join(lines) + "\n"
+
+
+# --------------------------------------------------------------------------- names
+def _names(named) -> str:
+    return ", ".join(a.name for a in named)
+
+
+def _parameter(a) -> str:
+    return a.name if a.required else f"{a.name}={a.default!r}"
+
+
+def _parameters(op) -> str:
+    parts, keywords = [_parameter(a) for a in op.arguments], [a.keyword_only for a in op.arguments]
+    if any(keywords):
+        parts.insert(keywords.index(True), "*")
+    return ", ".join(parts)
+
+
+def _selected(op) -> str:
+    everything, flag = _names(op.outputs), op.outputs[-1].flag
+    return (
+        f"({everything}) if {flag} else {_names(o for o in op.outputs if not o.flag)}" if flag else everything
+    )
+
+
+def _definition(op) -> str:
+    return (
+        f"_definition({', '.join(f'{a.name}={a.name}' if a.keyword_only else a.name for a in op.arguments)})"
+    )
+
+
+def _wanted(op) -> str:
+    wanted = (
+        f"{a.name} is not None and " * a.optional + f"{a.name}.requires_grad" for a in op.differentiable
+    )
+    return f"_is_grad_enabled() and ({' or '.join(wanted)})"
+
+
+def _optional(a, condition: str) -> str:
+    return f"({a.name} is None or {condition})" if a.optional else condition
+
+
+def _if_given(a, lines: Iterable[str], otherwise: Iterable[str] = ()) -> Iterator[str]:
+    """The lines; of an optional argument where it is given."""
+    lines, otherwise = "\n".join(lines), "\n".join(otherwise)
+    if not a.optional or not lines:
+        yield from lines.split("\n") if lines else ()
+        return
+    yield f"if {a.name} is not None:\n{indent(lines, '    ')}"
+    if otherwise:
+        yield f"else:\n{indent(otherwise, '    ')}"
+
+
+# --------------------------------------------------------------------------- checks
+def _checks(op) -> list[str]:
+    lines = [line for a in op.options for line in _if_given(a, _option(a))]
+    known = op.known_sizes()
+    for a in op.in_binding_order():
+        before = set(known)
+        body = [*_tensor(op, a, known)]
+        lines += _if_given(a, body, (f"{name} = 0" for name in sorted(known - before)))
+    for name, partner in op.needs.items():
+        wrong = f'_op.wrong_company("{name}", "{partner}")'
+        lines.append(f"if {partner} is None and not ({_absent(op, name)}):\n    {wrong}")
+    lines += _one_dtype(op)
+    return lines + [f"_part_check(_op, _Arguments({_names(op.arguments)}))"] * (op.check is not None)
+
+
+def _option(a) -> Iterator[str]:
+    yield f'if not ({_right_type(a)}):\n    _op.wrong_option("{a.name}", {a.name})'
+    if a.constraint:
+        yield f'if not ({a.condition}):\n    _op.fail("{a.name}", "{a.expected}", {a.name})'
+
+
+def _right_type(a) -> str:
+    return f"type({a.name}) is {a.type_name}" + (f" and {a.name} in _codes_{a.name}" if a.codes else "")
+
+
+def _tensor(op, a, known: set[str]) -> Iterator[str]:
+    name, leader = a.name, op.leader.name
+    dtypes = {"floating": "_FLOATING", "constant": "_MASKS", bool: "_BOOL", int: "_INTEGERS"}[a.kind]
+    yield f"if not isinstance({name}, _Tensor) or {name}.dtype not in {dtypes} or {name}.layout is not _strided:"
+    yield f'    _op.wrong_tensor("{name}", {name})'
+    if a.kind == "constant":
+        yield f'if {name}.requires_grad:\n    _op.fail("{name}", "a constant", "a tensor that requires a gradient")'
+    sizes = ", ".join(f'"{size}": {size}' for size in sorted(known & a.pattern.names))
+    yield from a.pattern.check(known, name, f'_op.wrong_shape("{name}", {name}, {{{sizes}}})')
+    if name != leader:
+        yield f'if {name}.device != {leader}.device:\n    _op.wrong_device("{name}", {name}, {leader})'
+
+
+def _absent(op, name: str) -> str:
+    a = op.argument(name)
+    return f"{name} is None" if a.optional else f"{name} == {a.default!r}"
+
+
+def _one_dtype(op) -> Iterator[str]:
+    lines = []
+    for name in op.one_dtype[1:]:
+        first = op.one_dtype[0]
+        wrong = f'if {name}.dtype != {first}.dtype:\n    _op.wrong_dtype("{name}", {name}, {first})'
+        lines += _if_given(op.argument(name), [wrong])
+    if lines and op.cast is not None:
+        lines = [f"if _autocast_dtype({op.one_dtype[0]}) is None:", indent("\n".join(lines), "    ")]
+    yield from lines
+
+
+# --------------------------------------------------------------------------- results without numbers
+def _sizes(op) -> list[str]:
+    lines, known = [], op.known_sizes()
+    if op.keeps:  # the formula keeps nothing
+        lines.append(f"keep = keep and _family.kernels({', '.join(op.deciding)}) is not None")
+    for a in op.in_binding_order():
+        before = set(known)
+        bound = list(a.pattern.bind(known, a.name))
+        lines += _if_given(a, bound, (f"{name} = 0" for name in sorted(known - before)))
+    return lines
+
+
+def _empty(op, output) -> str:
+    asked = output.flag or ("keep" if output in op.keeps else "")
+    if op.like and not asked:
+        return f"_empty_like({op.like}, dtype={_dtype(op, output)})"
+    shape = output.pattern.alternatives[0].tuple_code() + f" if {asked} else (0,)" * bool(asked)
+    return f"_empty({shape}, dtype={_dtype(op, output)}, device={op.leader.name}.device)"
+
+
+def _dtype(op, output) -> str:
+    return f"{'_wide' if output.wide else '_promoted'}({', '.join(op.dtype_names(output))})"
+
+
+# --------------------------------------------------------------------------- kernels
+def _arguments(op, tokens: list[str], prepared: Iterable[str] = (), form: str = "_o_{}") -> str:
+    """Of a kernel: choices as their codes, ``prepared`` names in a form, the rest as it stands."""
+    renamed = {a.name: f"_codes_{a.name}[{a.name}]" for a in op.options if a.codes}
+    renamed |= {name: form.format(name) for name in prepared}
+    return ", ".join(renamed.get(token, token) for token in tokens)
+
+
+def _operands(op, dtype: str, grads: Iterable[str] = ()) -> Iterator[str]:
+    """``_o_<name>``: each tensor as the kernels read it."""
+    if op.uniform:
+        yield f'_dtype = {dtype} if _kernels.backend == "cpu" else None'
+    for name in (*grads, *(a.name for a in op.tensors)):
+        floating = name in grads or op.argument(name).kind == "floating"
+        layout = op.strides.get("grad" if name in grads else name, "contiguous")
+        yield f"_o_{name} = _operand({name}, {'_dtype' if op.uniform and floating else None}, _{layout})"
+
+
+def _unless_dense(op, call: str, part: str) -> list[str]:
+    """A part is for operands that the kernels do not take as they are, where the op says which."""
+    if not op.calls_directly:
+        return [part]
+    dense = " and ".join(f"{name}.is_contiguous()" for name in op.fast_strides)
+    return [f"if {dense}:\n    {call}\nelse:\n    {part}"]
+
+
+def _launch(op) -> list[str]:
+    found = (*op.outputs, *op.keeps)
+    codes = {code: f"_dtype_{i}" for i, code in enumerate(dict.fromkeys(_dtype(op, o) for o in found))}
+    lines = [f"{name} = {code}" for code, name in codes.items()]
+    if op.launch is None:
+        lines += _operands(op, "_dtype_0")
+        call = _arguments(op, op.forward, [a.name for a in op.tensors])
+        lines.append(f"{_names(found)} = _kernels.forward({call})")
+    else:
+        part = f"_launch(_op, _kernels, _Arguments({_names(op.arguments)}), _dtype_0, {'keep' if op.keeps else False})"
+        call = f"_kernels.forward({_arguments(op, op.forward)})"
+        lines += _unless_dense(op, f"{_names(found)} = {call}", f"{_names(found)} = {part}")
+    for o in found:
+        dtype = codes[_dtype(op, o)]
+        lines.append(f"if {o.name}.dtype is not {dtype}:\n    {o.name} = {o.name}.to({dtype})")
+    return lines
+
+
+def _native(op, keep: str) -> str:
+    """The shortest path's call, on arguments as they are."""
+    if op.fast:
+        return f"_fast(_kernels, {keep}, {_names(op.arguments)})"
+    return f"_kernels.forward({_arguments(op, op.forward, ['keep'] * bool(op.keeps), keep)})"
+
+
+def _differentiate(op, grads: list[str]) -> list[str]:
+    found = [f"_d_{a.name}" for a in op.differentiable]
+    saved = f"_Saved({', '.join((*op.saves, *(a.name for a in op.options)))})"
+    if op.gradients is None:
+        used = [token for token in op.backward if token in grads]
+        lines = [*_operands(op, _dtype(op, op.outputs[0]), used)]
+        call = _arguments(op, op.backward, [*used, *(a.name for a in op.tensors)])
+        lines += [f"{_backward_results(op)} = _kernels.backward({call})", *_add_flagged(op)]
+    else:
+        needs = "_Needs(*_needs)" if op.asks else None
+        part = f"{', '.join(found)}, = _gradients(_op, _kernels, ({', '.join(grads)},), {saved}, {needs})"
+        call = _arguments(op, op.backward, grads, "{}.contiguous()")
+        lines = _unless_dense(op, f"{_backward_results(op)} = _kernels.backward({call})", part)
+    return lines + [f"{d} = _back({d}, {a.name})" for d, a in zip(found, op.differentiable, strict=True)]
+
+
+def _backward_results(op) -> str:
+    return ", ".join("_" if name == "_" else f"_d_{name}" for name in op.backward_results)
+
+
+def _add_flagged(op) -> list[str]:
+    if op.flagged is None:
+        return []
+    flags, found = [o for o in op.outputs if o.flag], ", ".join(f"_d_{a.name}" for a in op.differentiable)
+    saved = f"_Saved({', '.join((*op.saves, *(a.name for a in op.options)))})"
+    grads = ", ".join(f"grad_{o.name}" for o in flags)
+    return [f"if {flags[0].flag}:\n    _flagged(_op, ({grads},), ({found},), {saved})"]
+
+
+def _native_backward(op, grads: list[str]) -> list[str]:
+    if op.gradients is not None and not op.calls_directly:
+        return []
+    laid = f"_operand({{}}, None, _{op.strides['grad']})" if "grad" in op.strides else "{}.contiguous()"
+    call = f"{_backward_results(op)} = _kernels.backward({_arguments(op, op.backward, grads, laid)})"
+    given = ", ".join(
+        "None"
+        if a not in op.differentiable
+        else f"None if {a.name} is None else " * a.optional + f"_d_{a.name}"
+        for a in op.arguments
+    )
+    return [
+        "if _direct:",
+        indent("\n".join((call, *_add_flagged(op), f"return None, None, {given}")), "    "),
+    ]
+
+
+# --------------------------------------------------------------------------- gradients of the operator
+def _no_grads(op, grads: list[str], count: int) -> list[str]:
+    return (
+        [] if op.materialize else [f"if {' is None and '.join(grads)} is None:\n    return (None,) * {count}"]
+    )
+
+
+def _not_differentiable(op) -> list[str]:
+    flags = [o for o in op.outputs if o.flag]
+    always = [f"ctx.mark_non_differentiable({_names(op.keeps)})"] * bool(op.keeps)
+    absent = (
+        [f"if not {flags[0].flag}:\n    ctx.mark_non_differentiable({_names((*flags, *op.keeps))})"]
+        if flags
+        else []
+    )
+    return always + absent
+
+
+def _gone(op, more: str = "") -> dict[str, str]:
+    """Of each gradient, when the operator gives a tensor without elements."""
+    return {
+        a.name: " or ".join(
+            [f"{a.name} is None"] * a.optional + [f"not _needs[{i}]{more.format(a.name)}"] * op.asks
+        )
+        for i, a in enumerate(op.differentiable)
+    }
+
+
+def _each_gradient(op, form: str, more: str = "") -> str:
+    nothing = f"{op.leader.name}.new_empty(0)"
+    return ", ".join(
+        (f"{nothing} if {gone} else " if gone else "") + form.format(name)
+        for name, gone in _gone(op, more).items()
+    )
+
+
+def _for_the_operator(op) -> str:
+    gone = _gone(op)
+    given = [
+        (f"None if {gone[a.name]} else " if gone.get(a.name) else "") + f"_d_{a.name}"
+        if a.name in gone
+        else "None"
+        for a in op.arguments
+    ]
+    return f"({', '.join(given + ['None'] * bool(op.keeps))},)"
+
+
+# --------------------------------------------------------------------------- the public function
+def _fast(op) -> Iterator[str]:
+    """The shortest path is for plain CPU tensors of one dtype and options of the very type; kernels check the rest."""
+    leader = op.leader.name
+    yield "_kernels is not None"
+    for a in op.tensors:
+        parts = [f"type({a.name}) in _PLAIN"]
+        if (
+            a is op.leader or op.fast
+        ):  # where kernels are called at once, they and the dispatcher decline the others
+            parts.append(f"{a.name}.is_cpu")
+        if a is op.leader and op.fast_dtype:
+            parts.append(f"{a.name}.dtype is _fast_dtype")
+        if a is not op.leader and a.kind == "floating" and (op.fast or a.name not in op.one_dtype):
+            parts.append(f"{a.name}.dtype is {leader}.dtype")
+        if a.name in op.fast_strides:
+            parts.append(f"{a.name}.is_contiguous()")
+        yield _optional(a, " and ".join(parts))
+    for a in op.options:
+        yield _optional(a, _right_type(a) + (f" and ({a.condition})" if a.constraint else ""))
+    for name, partner in op.needs.items():
+        if not op.argument(name).pattern:
+            yield f"({partner} is not None or {_absent(op, name)})"
+    if op.fits is not None:
+        yield f"_fits({_names(op.arguments)})"
+    if op.cast is not None:
+        yield 'not _is_autocast_enabled("cpu")'
+    yield "not _is_compiling()"
+
+
+def _cast(op) -> list[str]:
+    if op.cast is None:
+        return []
+    names = _names(op.arguments)
+    return [
+        f"_dtype = _autocast_dtype({op.leader.name})",
+        "if _dtype is not None:",
+        f"    _arguments = _cast(_op, _dtype, _Arguments({names}))",
+        f"    _kernels = _family.kernels({', '.join(f'_arguments.{name}' for name in op.deciding)})",
+        "    if _kernels is None:",
+        f"        return {_definition(op)}",
+        f"    {names}, = _arguments",
+    ]

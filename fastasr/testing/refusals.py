@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls that must be refused, made from a declaration and a call that is right.
+
+Which argument a wrong shape is blamed on is found by matching the declared shapes by hand, not by the written checks.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastasr.ops._op import Op
+
+NUMBERS = (-2, -1, 0, 1, 1.5, -0.5, float("nan"))
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """``arguments()`` makes a call that raises ``error``, whose message begins with the op and ``blamed``."""
+
+    name: str
+    arguments: Callable[[], dict]
+    error: type[Exception]
+    blamed: str
+
+
+def mismatch(op: Op, arguments: dict) -> str | None:
+    """The first tensor whose shape does not fit those before it."""
+    names = {a.name: arguments.get(a.name, a.default) for a in op.options if a.kind == "int"}
+    for a in op.in_binding_order():
+        value = arguments.get(a.name)
+        if value is None:
+            names |= {name: 0 for name in a.pattern.names if name not in names}
+            continue
+        found = a.pattern.match(tuple(value.shape), names)
+        if found is None:
+            return a.name
+        names = found
+    return None
+
+
+def refusals(op: Op, arguments: dict) -> Iterator[Refusal]:
+    def refusal(label: str, name: str, value: object, error: type[Exception], blamed: str = "") -> Refusal:
+        make = value if callable(value) else lambda: value
+        return Refusal(f"{name} {label}", lambda: arguments | {name: make()}, error, blamed or name)
+
+    for a in op.tensors:
+        value = arguments.get(a.name)
+        if value is None:
+            continue
+        for label, wrong in _wrong_tensors(a, value):
+            yield refusal(label, a.name, wrong, TypeError)
+        if a is not op.leader:
+            yield refusal("on meta", a.name, partial(value.to, "meta"), ValueError)
+        for label, other in _other_shapes(value):
+            blamed = mismatch(op, arguments | {a.name: other})
+            if blamed is not None:
+                yield refusal(label, a.name, other, ValueError, blamed)
+        if a.name in op.one_dtype[1:]:
+            yield refusal("of another dtype", a.name, partial(value.to, _other(value.dtype)), TypeError)
+    for a in op.options:
+        for value in _wrong_options(a):
+            error = ValueError if isinstance(value, _types(a)) and not isinstance(value, bool) else TypeError
+            yield refusal(f"is {value!r}", a.name, value, error)
+    for name, partner in op.needs.items():
+        given, needed = arguments.get(name), arguments.get(partner)
+        if given is not None and needed is not None and op.argument(name).pattern:
+            without = {n: None for n in op.needs if n != name and op.argument(n).pattern}
+            call = {n: v for n, v in (arguments | without).items() if n not in _flags(op)} | {name: given}
+            yield Refusal(f"{name} without {partner}", lambda call=call: call, ValueError, name)
+
+
+def _flags(op: Op) -> set[str]:
+    """Options that go with another argument."""
+    return {n for n in op.needs if not op.argument(n).pattern}
+
+
+def _wrong_tensors(a, value: Tensor) -> Iterator[tuple[str, object]]:
+    yield "is a list", [1.0]
+    yield "is a string", "x"
+    yield "is complex", partial(value.to, torch.complex64)
+    yield ("is floating", value.float) if a.kind is bool else ("is an int tensor", value.int)
+    if value.dim():
+        yield "is sparse", value.to_sparse
+    if not a.optional:
+        yield "is None", None
+
+
+def _other_shapes(value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    yield "has a dimension more", value.unsqueeze(0)
+    for d in range(value.dim()):
+        more = list(value.shape)
+        more[d] += 1
+        yield f"has dimension {d} longer", value.new_zeros(more)
+        if value.shape[d]:
+            yield f"has no dimension {d}", value.select(d, 0)
+
+
+def _other(dtype: torch.dtype) -> torch.dtype:
+    return torch.float16 if dtype is not torch.float16 else torch.float32
+
+
+def _types(a) -> tuple[type, ...]:
+    return {"int": (int,), "float": (int, float), "flag": (bool,), "choice": (str,)}[a.kind]
+
+
+def _wrong_options(a) -> Iterator[object]:
+    if not a.optional:
+        yield None
+    yield []
+    if a.kind == "choice":
+        yield from ("nonsense", 1)
+    elif a.kind == "flag":
+        yield from (1, "x")
+    else:
+        yield from ("x", True)
+        for number in NUMBERS:
+            if isinstance(number, _types(a)) and a.constraint and not eval(a.condition, {}, {a.name: number}):
+                yield number
+        if a.kind == "int":
+            yield 1.5

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows from a declaration, beyond the contract that every op keeps."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastasr
+from fastasr import ops
+from fastasr.ops._dispatch import Kernels
+from fastasr.ops._op import Declined
+from fastasr.ops._shapes import Pattern
+from fastasr.testing import Make, checks, tables
+
+PATTERNS = ("T B 2*C", "C 1 K | C K, K odd", "*S C", "... K", "2*T-1 K//2+1", "*S", "T, T >= 2", "1 T | B T")
+
+
+def _written(pattern: Pattern, sizes: dict) -> callable:
+    lines = ["def check(t, S=(), **names):", *(f"    {name} = names['{name}']" for name in sizes)]
+    lines += [f"    {line}" for line in pattern.check(set(sizes), "t", "raise ValueError")]
+    space = {}
+    exec("\n".join(lines), space)
+    return space["check"]
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(shape=st.lists(st.integers(0, 4), max_size=4), size=st.integers(0, 4))
+def test_written_checks_match_as_by_hand(text, shape, size):
+    pattern = Pattern.parse(text)
+    sizes = {name: size for name in ("C", "K", "B") if name in pattern.names and text[0] in "C21"}
+    sizes |= {"T": size} if "2*T" in text or "1 T" in text else {}
+    by_hand = pattern.match(tuple(shape), sizes) is not None
+    try:
+        _written(pattern, sizes)(torch.empty(shape, device="meta"), **sizes)
+    except ValueError:
+        assert not by_hand
+    else:
+        assert by_hand
+
+
+def test_a_name_must_be_bound_before():
+    with pytest.raises(ValueError, match="K//2: K: expected an earlier argument to bind it"):
+        list(Pattern.parse("K//2").bind(set(), "t"))
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_only_the_kernels_own_answer_is_a_way_out(name, monkeypatch):
+    op, table = ops.OPS[name], tables()[name]
+    arguments = table.thorough[0].arguments(Make())
+    expected = checks.flat(table.definition(**arguments))
+    if op.family.native is None:
+        pytest.skip("no native kernels here")
+
+    def raising(error):
+        def forward(*_):
+            raise error
+
+        return Kernels("cpu", forward, forward)
+
+    monkeypatch.setattr(op.family, "native", raising(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        table.function(**arguments)
+    guard = RuntimeError(f"check_like, dispatch.h:101, {op.family.name}_forward: x is not contiguous")
+    for error in (guard, Declined(), NotImplementedError("no kernel for these tensors")):
+        monkeypatch.setattr(op.family, "native", raising(error))
+        torch.testing.assert_close(checks.flat(table.function(**arguments)), expected)
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_the_operator_has_the_public_signature(name):
+    op, function = ops.OPS[name], getattr(ops, name)
+    assert function.op is op
+    parameters = inspect.signature(function).parameters.values()
+    schema = op.operator._schema.arguments
+    assert [p.name for p in parameters] == [a.name for a in schema if a.name != "keep"]
+    for p, a in zip(parameters, schema, strict=False):
+        assert a.default_value == (None if p.default is p.empty else p.default)
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_the_operator_differentiates_the_formula_where_no_kernel_serves(name):
+    table = tables()[name]
+    with fastasr.backend("eager"):
+        checks.gradcheck(table, table.thorough[0], torch.float64, "cpu")
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_the_readme_has_its_row(name):
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    op = ops.OPS[name]
+    (row,) = (
+        line
+        for line in text.split("\n")
+        if line.startswith("| ") and f"`{name}`" in line.split("|")[1] and "docs/ops" in line
+    )
+    assert op.row().split("|")[2:] == row.split("|")[2:]
