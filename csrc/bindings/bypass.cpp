@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/bypass.h"
+#include "cpu/rows/bypass.h"
 
 #include <tuple>
 #include <vector>
@@ -28,8 +28,9 @@ Tensor bypass_forward(const Tensor& x_orig, const Tensor& x, const Tensor& scale
   with_kernel_type(x.scalar_type(), "bypass_forward", [&]<typename T>() {
     const T *op = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
     T* yp = mutable_data<T>(y);
+    const auto& kernel = cpu::kernels<cpu::BypassKernels<T>>();
     parallel_range(rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, period)), [&](int64_t b, int64_t e) {
-      cpu::bypass_forward(op + b * period, xp + b * period, sp, yp + b * period, e - b, period);
+      kernel.forward(op + b * period, xp + b * period, sp, yp + b * period, e - b, period);
     });
   });
   return y;
@@ -44,14 +45,15 @@ std::tuple<Tensor, Tensor, Tensor> bypass_backward(const Tensor& grad, const Ten
   with_kernel_type(x.scalar_type(), "bypass_backward", [&]<typename T>() {
     const T *gp = data<T>(grad), *op = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
     T *dop = mutable_data<T>(dx_orig), *dxp = mutable_data<T>(dx);
+    const auto& kernel = cpu::kernels<cpu::BypassKernels<T>>();
     const RowBlocks blocks(rows, period);
     std::vector<cpu::compute_t<T>> parts(blocks.count * period);
     parallel_range(blocks.count, std::max<int64_t>(1, kGrain / (blocks.rows_per_block * std::max<int64_t>(1, period))),
                    [&](int64_t b, int64_t e) {
                      for (int64_t k = b; k < e; k++) {
                        const int64_t at = blocks.begin(k) * period;
-                       cpu::bypass_backward(gp + at, op + at, xp + at, sp, dop + at, dxp + at,
-                                            parts.data() + k * period, blocks.size(k), period);
+                       kernel.backward(gp + at, op + at, xp + at, sp, dop + at, dxp + at, parts.data() + k * period,
+                                       blocks.size(k), period);
                      }
                    });
     reduce_blocks<T>(parts.data(), blocks.count, period, mutable_data<T>(dscale));
@@ -60,14 +62,9 @@ std::tuple<Tensor, Tensor, Tensor> bypass_backward(const Tensor& grad, const Ten
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"bypass_forward(Tensor x_orig, Tensor x, Tensor scale) -> Tensor", TORCH_BOX(&bypass_forward)},
+                  {"bypass_backward(Tensor grad, Tensor x_orig, Tensor x, Tensor scale) -> (Tensor, Tensor, Tensor)",
+                   TORCH_BOX(&bypass_backward)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def("bypass_forward(Tensor x_orig, Tensor x, Tensor scale) -> Tensor");
-  m.def("bypass_backward(Tensor grad, Tensor x_orig, Tensor x, Tensor scale) -> (Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("bypass_forward", TORCH_BOX(&fastasr::bypass_forward));
-  m.impl("bypass_backward", TORCH_BOX(&fastasr::bypass_backward));
-}

@@ -9,6 +9,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -138,4 +140,21 @@ void reduce_blocks(const cpu::compute_t<T>* parts, int64_t blocks, int64_t width
   parallel_range(width, grain, [&](int64_t b, int64_t e) { cpu::sum_blocks(parts, blocks, width, b, e, out); });
 }
 
+// An operator of torch.ops.fastasr_cpu: its schema, which begins with its name, and TORCH_BOX(&function).
+struct Operator {
+  const char* schema;
+  void (*boxed)(StableIValue*, uint64_t, uint64_t);
+  std::string name() const { return std::string(schema, std::strcspn(schema, "(")); }
+};
+
 }  // namespace fastasr
+
+// At the end of a file, in namespace fastasr: its operators.
+#define FASTASR_OPERATORS(...)                                              \
+  static constexpr Operator kOperators[] = {__VA_ARGS__};                   \
+  STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {                           \
+    for (const Operator& o : kOperators) m.def(o.schema);                   \
+  }                                                                         \
+  STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {                          \
+    for (const Operator& o : kOperators) m.impl(o.name().c_str(), o.boxed); \
+  }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/gated_depthwise_conv.h"
+#include "cpu/conv/gated_depthwise_conv.h"
 
 #include <array>
 #include <initializer_list>
@@ -136,9 +136,10 @@ std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const Tensor& h, const T
     y = new_contiguous<3>(h, {conv.frames, conv.batch, conv.channels});
     if (need_cache) new_cache = new_contiguous<3>(h, {conv.batch, conv.channels, conv.pad()});
     T *yp = mutable_data<T>(y), *cp = mutable_or_null<T>(new_cache, need_cache);
+    const auto& kernel = cpu::kernels<cpu::GatedDepthwiseConvForward<T>>();
     const int64_t stripes = (conv.channels + cpu::kGatedStripe - 1) / cpu::kGatedStripe;
     parallel_range(stripes * conv.batch, grain(conv.frames, conv.taps),
-                   [&](int64_t b, int64_t e) { cpu::gated_depthwise_conv_forward(conv, yp, cp, b, e); });
+                   [&](int64_t b, int64_t e) { kernel.run(conv, yp, cp, b, e); });
   });
   return {y, new_cache};
 }
@@ -162,37 +163,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_depthwi
     const T* gp = data<T>(grad);
     T *dp = mutable_data<T>(dh), *dcp = mutable_or_null<T>(dcache, cache.has_value());
     const int64_t stripes = (conv.channels + cpu::kGatedStripe - 1) / cpu::kGatedStripe;
+    const auto& kernel = cpu::kernels<cpu::GatedDepthwiseConvBackward<T>>();
     const int64_t groups = std::min(conv.batch, cpu::kGatedGroups);
     const std::unique_ptr<C[]> parts(new C[static_cast<size_t>(groups * conv.sums() * conv.channels)]);
     parallel_range(stripes * groups, grain(2 * conv.frames * conv.batch / std::max<int64_t>(1, groups), conv.taps),
                    [&](int64_t b, int64_t e) {
-                     cpu::gated_depthwise_conv_backward(conv, gp, grad.stride(0), grad.stride(1), dp, dcp, parts.get(),
-                                                        groups, b, e);
+                     kernel.run(conv, gp, grad.stride(0), grad.stride(1), dp, dcp, parts.get(), groups, b, e);
                    });
-    cpu::gated_depthwise_conv_reduce(conv, parts.get(), groups, mutable_data<T>(dweight),
-                                     mutable_or_null<T>(dbias, bias.has_value()),
-                                     mutable_or_null<T>(dcausal_weight, causal_weight.has_value()),
-                                     mutable_or_null<T>(dcausal_bias, causal_bias.has_value()),
-                                     mutable_or_null<T>(dchunk_scale, chunk_scale.has_value()));
+    kernel.reduce(conv, parts.get(), groups, mutable_data<T>(dweight), mutable_or_null<T>(dbias, bias.has_value()),
+                  mutable_or_null<T>(dcausal_weight, causal_weight.has_value()),
+                  mutable_or_null<T>(dcausal_bias, causal_bias.has_value()),
+                  mutable_or_null<T>(dchunk_scale, chunk_scale.has_value()));
   });
   return {dh, dweight, dbias, dcausal_weight, dcausal_bias, dchunk_scale, dcache};
 }
 
 }  // namespace
+
+FASTASR_OPERATORS(
+    {"gated_depthwise_conv_forward(Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, Tensor? causal_bias, "
+     "Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, bool swoosh, bool need_cache) -> "
+     "(Tensor, Tensor)",
+     TORCH_BOX(&gated_depthwise_conv_forward)},
+    {"gated_depthwise_conv_backward(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, "
+     "Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, bool swoosh) -> "
+     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+     TORCH_BOX(&gated_depthwise_conv_backward)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def(
-      "gated_depthwise_conv_forward(Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, Tensor? causal_bias, "
-      "Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, bool swoosh, bool need_cache) -> "
-      "(Tensor, Tensor)");
-  m.def(
-      "gated_depthwise_conv_backward(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, "
-      "Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, bool swoosh) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("gated_depthwise_conv_forward", TORCH_BOX(&fastasr::gated_depthwise_conv_forward));
-  m.impl("gated_depthwise_conv_backward", TORCH_BOX(&fastasr::gated_depthwise_conv_backward));
-}

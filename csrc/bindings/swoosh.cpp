@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/swoosh.h"
+#include "cpu/rows/swoosh.h"
 
 #include <optional>
 #include <tuple>
@@ -74,7 +74,7 @@ Tensor swoosh_forward(const Tensor& x, bool right, const std::optional<Tensor>& 
     T* yp = mutable_data<T>(y);
     const Swoosh kind = right ? Swoosh::R : Swoosh::L;
     for_each_piece(layout, [&](int64_t i, int64_t j, int64_t n) {
-      cpu::swoosh_forward(xp + i, mp ? mp + j : nullptr, layout.kind, yp + i, n, kind);
+      cpu::kernels<cpu::SwooshKernels<T>>().forward(xp + i, mp ? mp + j : nullptr, layout.kind, yp + i, n, kind);
     });
   });
   return y;
@@ -91,7 +91,8 @@ void backward_into(const Tensor& grad, const Tensor& x, bool right, const std::o
     T* yp = y ? mutable_data<T>(*y) : nullptr;
     const Swoosh kind = right ? Swoosh::R : Swoosh::L;
     for_each_piece(layout, [&](int64_t i, int64_t j, int64_t n) {
-      cpu::swoosh_backward(gp + i, xp + i, mp ? mp + j : nullptr, layout.kind, dp + i, yp ? yp + i : nullptr, n, kind);
+      cpu::kernels<cpu::SwooshKernels<T>>().backward(gp + i, xp + i, mp ? mp + j : nullptr, layout.kind, dp + i,
+                                                     yp ? yp + i : nullptr, n, kind);
     });
   });
 }
@@ -107,16 +108,11 @@ std::tuple<Tensor, Tensor> swoosh_backward(const Tensor& grad, const Tensor& x, 
 }
 
 }  // namespace
+
+FASTASR_OPERATORS(
+    {"swoosh_forward(Tensor x, bool right, Tensor? mask, int shared_dim) -> Tensor", TORCH_BOX(&swoosh_forward)},
+    {"swoosh_backward(Tensor grad, Tensor x, bool right, Tensor? mask, int shared_dim, bool need_output) -> "
+     "(Tensor, Tensor)",
+     TORCH_BOX(&swoosh_backward)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def("swoosh_forward(Tensor x, bool right, Tensor? mask, int shared_dim) -> Tensor");
-  m.def(
-      "swoosh_backward(Tensor grad, Tensor x, bool right, Tensor? mask, int shared_dim, bool need_output) -> "
-      "(Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("swoosh_forward", TORCH_BOX(&fastasr::swoosh_forward));
-  m.impl("swoosh_backward", TORCH_BOX(&fastasr::swoosh_backward));
-}

@@ -5,8 +5,8 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/attention/attention_tiles.h"
 #include "cpu/attention_rows.h"
-#include "cpu/attention_tiles.h"
 #include "cpu/rel_position_attention_weights.h"
 
 // What the attention kernels share: strips of queries, which keys they work on, what is hidden from them.
@@ -117,7 +117,7 @@ template <typename T, typename C>
 void strip_gradients(const AttentionProblem& a, const Strip& t, const Window& w, const T* x, const C* key_rows,
                      const C* rt, const C* ds, int64_t stride, const StripGradients<C>& memory, const NextRows& next,
                      T* dx, C* dk, C* drt) {
-  const AttentionTiles<C>& tiles = attention_tiles<C>();
+  const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
   const int64_t dim = a.padded_dim(), pos = a.padded_pos_dim();
   const auto [q, p, dq, part, dp] = memory;
   for (int m = 0; m < t.rows; m++) {
@@ -151,7 +151,7 @@ void strip_gradients(const AttentionProblem& a, const Strip& t, const Window& w,
 
 template <typename C, typename F>
 void for_each_strip(const AttentionProblem& a, int64_t hb, int64_t begin, int64_t end, const F& f) {
-  const int rows = attention_tiles<C>().rows;
+  const int rows = kernels<AttentionTiles<C>>().rows;
   for (int64_t i = begin; i < end; i += rows)
     f(Strip{hb / a.batch, hb % a.batch, i, rows, static_cast<int>(std::min<int64_t>(rows, a.frames - i))});
 }

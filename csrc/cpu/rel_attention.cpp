@@ -86,7 +86,7 @@ void load_biased(const RelAttention& r, const RelAttentionOperands<T>& t, const 
 template <typename C>
 void scores_of(const RelAttention& r, const KeyRange& range, const Strip& t, const C* content, const C* position,
                const C* kt, const C* rt, int64_t begin, int64_t end, C* s, int64_t stride, C* band) {
-  const AttentionTiles<C>& tiles = attention_tiles<C>();
+  const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
   const AttentionProblem& a = r.problem;
   const int64_t n = end - begin, lead = t.rows - 1, seen = std::min(end, a.keys()) - begin;
   tiles.scores(content, kt + begin, a.padded_keys(), a.query_dim, nullptr, nullptr, 0, 0, 0, n, s, stride, nullptr, 0);
@@ -125,7 +125,7 @@ struct StripState {
 template <typename T, typename C = compute_t<T>>
 void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOperands<T>& t, const C* kt, const C* v,
              const C* rt, int64_t hb, int64_t begin, int64_t end, T* y, C* lse, C* scratch) {
-  const AttentionTiles<C>& tiles = attention_tiles<C>();
+  const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
   const AttentionProblem& a = r.problem;
   const int64_t depth = r.values(), h = hb / a.batch, b = hb % a.batch;
   const KeyRange& range = ranges[b];
@@ -228,7 +228,7 @@ struct BackwardProblem {
 // e^(s - max) of a strip in `weights`, dS in `ds`, and the strip's rows of q, p and g. `first`: of the block.
 template <typename T, typename C>
 void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int64_t first) {
-  const AttentionTiles<C>& tiles = attention_tiles<C>();
+  const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
   const AttentionProblem& a = b.r.problem;
   const BackwardMemory<C>& m = b.m;
   const int64_t depth = b.r.dim(), values = b.r.values(), width = b.r.value_dim, row0 = t.begin - first;
@@ -265,7 +265,7 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
 template <typename T, typename C>
 void block_gradients(const BackwardProblem<T, C>& b, int64_t first, int64_t count, T* dq,
                      const RelAttentionSums<C>& sums) {
-  const AttentionTiles<C>& tiles = attention_tiles<C>();
+  const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
   const AttentionProblem& a = b.r.problem;
   const BackwardMemory<C>& m = b.m;
   const int64_t depth = b.r.dim(), values = b.r.values(), dim = a.query_dim;

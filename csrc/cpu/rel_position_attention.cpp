@@ -40,7 +40,7 @@ struct Block {
 // One strip with the keys [begin, end).
 template <typename C>
 void step(const Block<C>& b, StripState<C>& state, int64_t begin, int64_t end) {
-  const AttentionTiles<C>& tiles = attention_tiles<C>();
+  const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
   const AttentionProblem& a = b.a;
   const Strip& t = state.strip;
   const int64_t n = end - begin;
@@ -167,7 +167,7 @@ template <typename T, typename C = compute_t<T>>
 void backward_strip(const AttentionProblem& a, const ValueShape& v, const KeyRange& range, const Strip& t,
                     const T* grad, const T* x, const C* kt, const C* key_rows, const C* rt, const C* vt, T* dx, C* dk,
                     C* drt, C* dv, const BackwardStrip<C>& s) {
-  const AttentionTiles<C>& tiles = attention_tiles<C>();
+  const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
   const int64_t padded = a.padded_keys(), keys = a.keys();
   load_queries(a, t, x, s.q, s.p);
   C sum[kAttentionRows];

@@ -24,7 +24,7 @@ int64_t hidden_key(const AttentionProblem& a, const KeyRange& range, const Windo
 template <typename T, typename C = compute_t<T>>
 void forward_strip(const AttentionProblem& a, const KeyRange& range, const T* x, const C* kt, const C* rt,
                    const Strip& t, T* weights, int64_t stride, C* scratch) {
-  const AttentionTiles<C>& tiles = attention_tiles<C>();
+  const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
   const int64_t padded = a.padded_keys(), keys = a.keys();
   C *q = scratch, *p = q + a.query_dim * t.rows,
     *s = scratch + round_up((a.query_dim + a.padded_pos_dim()) * t.rows, 16);
@@ -68,7 +68,7 @@ template <typename T, typename C = compute_t<T>>
 void backward_strip(const AttentionProblem& a, const KeyRange& range, const T* x, const T* weights,
                     int64_t weights_stride, const T* grad, int64_t grad_stride, const C* kt, const C* key_rows,
                     const C* rt, const Strip& t, T* dx, C* dk, C* drt, C* scratch) {
-  const AttentionTiles<C>& tiles = attention_tiles<C>();
+  const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
   const int64_t padded = a.padded_keys(), keys = a.keys(), stride = padded + 2 * kAttentionMargin;
   const StripGradients<C> memory(a, scratch);
   C* ds = scratch + StripGradients<C>::size(a) + kAttentionMargin;
@@ -182,7 +182,9 @@ int64_t AttentionProblem::backward_scratch() const {
   return StripGradients<float>::size(*this) + (kAttentionRows + 1) * (padded_keys() + 2 * kAttentionMargin);
 }
 
-int64_t attention_rows(bool wide) { return wide ? attention_tiles<double>().rows : attention_tiles<float>().rows; }
+int64_t attention_rows(bool wide) {
+  return wide ? kernels<AttentionTiles<double>>().rows : kernels<AttentionTiles<float>>().rows;
+}
 
 void attention_key_ranges(const AttentionProblem& a, KeyRange* ranges) {
   const int64_t keys = a.keys();

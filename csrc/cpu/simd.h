@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-// Each kernel is compiled once per instruction set and picked when the library is loaded. Write plain loops with
-// `omp simd`: vector extensions are a trap under target_clones, and "avx2,fma" or "arch=haswell" select wrongly.
+// Each kernel is compiled once per instruction set and picked when the library is loaded. New kernels: *.simd.cpp, see
+// cpu/simd/kernels.h. FASTASR_CLONES is what the others use until they have moved: plain loops with `omp simd`.
 // FASTASR_NO_CLONES: thread sanitizer cannot run inside the resolvers.
 #if defined(__x86_64__) && !defined(FASTASR_NO_CLONES)
 #define FASTASR_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
@@ -12,12 +12,21 @@
 #define FASTASR_CLONES
 #endif
 #define FASTASR_INLINE static inline __attribute__((always_inline))
+// Member functions of types that cross from one instruction set to another: nothing is left for the linker to merge.
+#define FASTASR_MEMBER inline __attribute__((always_inline))
 
 namespace fastasr::cpu {
 
-// The instruction set that FASTASR_CLONES resolves to on this machine.
+// In ascending order. portable: x86-64, or the compiler's own set elsewhere; avx2: x86-64-v3; avx512: x86-64-v4.
 enum class Simd { portable, avx2, avx512 };
-Simd simd();
+
+// The widest that this machine runs, that this library was built for and that the environment variable FASTASR_SIMD
+// allows. Found when the library is loaded; before that the least.
+extern Simd simd_in_use;
+FASTASR_INLINE Simd simd() { return simd_in_use; }
 const char* simd_level();
+
+// For tests: from now on kernels of this instruction set; false where simd() could not be it.
+bool use_simd(Simd level);
 
 }  // namespace fastasr::cpu

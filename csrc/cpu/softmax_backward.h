@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/gemm/tile_gemm.h"
 #include "cpu/number.h"
-#include "cpu/tile_gemm.h"
 
 // The backward of a softmax over keys, for the first kLanes queries of a panel: element (j, l) is key j, query l.
 namespace fastasr::cpu {

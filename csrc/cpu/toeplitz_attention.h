@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
+#include "cpu/gemm/tile_gemm.h"
 #include "cpu/number.h"
 #include "cpu/sequence.h"
-#include "cpu/tile_gemm.h"
 
 // Gated attention with a Toeplitz bias, per sequence and chunk (a "unit"), 32 queries at a time (a "block"):
 //   z = act(query_key), q = (z w0 + b0) / sqrt(d), k = z w1 + b1, S_ij = q_i k_j + bias[j - i], A = softmax_j(S) M,

@@ -4,8 +4,8 @@
 
 #include "cpu/bias_norm.h"
 #include "cpu/depthwise_conv2d.h"
+#include "cpu/rows/swoosh.h"
 #include "cpu/skinny_gemm.h"
-#include "cpu/swoosh.h"
 #include "cpu/zipformer_chunk_rows.h"
 #include "cpu/zipformer_chunk_scratch.h"
 
@@ -49,9 +49,10 @@ class Front {
 
   // SwooshR of `rows` rows of a product, without their padding.
   static void activate(const float* y, int64_t stride, int64_t rows, int64_t width, Swoosh kind, float* out) {
-    if (stride == width) return swoosh_forward(y, nullptr, Mask::none, out, rows * width, kind);
+    if (stride == width)
+      return kernels<SwooshKernels<float>>().forward(y, nullptr, Mask::none, out, rows * width, kind);
     for (int64_t r = 0; r < rows; r++)
-      swoosh_forward(y + r * stride, nullptr, Mask::none, out + r * width, width, kind);
+      kernels<SwooshKernels<float>>().forward(y + r * stride, nullptr, Mask::none, out + r * width, width, kind);
   }
 
   // A row of a 3 x 3 convolution with `down` frames and 2 bins to the next: patches, product, activation.
@@ -84,7 +85,8 @@ class Front {
                                       room_.repeated + (t + 2) * padded};
         float* const y = room_.product + t * bins * m;
         chunk_first_convolution(rows, vector(p_.conv1), p_.conv1.stride, vector(p_.conv1_bias), m, y, bins * m);
-        swoosh_forward(y, nullptr, Mask::none, room_.first + t * bins * m, bins * m, Swoosh::R);
+        kernels<SwooshKernels<float>>().forward(y, nullptr, Mask::none, room_.first + t * bins * m, bins * m,
+                                                Swoosh::R);
       }
     });
     step_.workers.split(n_.chunk + 5, 4, [&](int64_t begin, int64_t end) {

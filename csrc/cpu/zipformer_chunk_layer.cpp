@@ -2,8 +2,8 @@
 #include <algorithm>
 
 #include "cpu/bias_norm.h"
-#include "cpu/bypass.h"
-#include "cpu/swoosh.h"
+#include "cpu/rows/bypass.h"
+#include "cpu/rows/swoosh.h"
 #include "cpu/zipformer_chunk_rows.h"
 #include "cpu/zipformer_chunk_scratch.h"
 
@@ -34,7 +34,7 @@ class Layer {
     self_attention(0);
     convolution(0);
     feed_forward(1);
-    bypass_forward(input, x_, vector(l_.mid), room_.y, rows_, s_.stride);
+    kernels<BypassKernels<float>>().forward(input, x_, vector(l_.mid), room_.y, rows_, s_.stride);
     std::swap(x_, room_.y);
     self_attention(1);
     convolution(1);
@@ -62,7 +62,8 @@ class Layer {
   void swoosh(int64_t n, int64_t stride, Swoosh kind) const {
     step_.workers.split(rows_, std::max<int64_t>(1, 16384 / n), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++)
-        swoosh_forward(room_.projected + r * stride, nullptr, Mask::none, room_.hidden + r * stride, n, kind);
+        kernels<SwooshKernels<float>>().forward(room_.projected + r * stride, nullptr, Mask::none,
+                                                room_.hidden + r * stride, n, kind);
     });
   }
 
@@ -159,7 +160,8 @@ class Layer {
       }
     });
     for (int64_t r = 0; r < rows_; r++)
-      swoosh_forward(room_.y + r * s_.stride, nullptr, Mask::none, room_.hidden + r * s_.stride, n, Swoosh::R);
+      kernels<SwooshKernels<float>>().forward(room_.y + r * s_.stride, nullptr, Mask::none,
+                                              room_.hidden + r * s_.stride, n, Swoosh::R);
     product(l_.conv_out[which], room_.hidden, s_.stride, room_.y);
     add();
   }

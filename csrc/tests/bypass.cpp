@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/bypass.h"
+#include "cpu/rows/bypass.h"
 
 #include "tests/check.h"
 
@@ -28,9 +28,9 @@ void values(int64_t rows, int64_t period) {
   Case<T> c(rows, period, static_cast<uint64_t>(rows * 17 + period));
   Buffer<T> y(rows * period, period % 5), dx_orig(rows * period, 1), dx(rows * period, 2);
   Buffer<C> dscale(period);
-  cpu::bypass_forward(c.x_orig.data(), c.x.data(), c.scale.data(), y.data(), rows, period);
-  cpu::bypass_backward(c.grad.data(), c.x_orig.data(), c.x.data(), c.scale.data(), dx_orig.data(), dx.data(),
-                       dscale.data(), rows, period);
+  cpu::kernels<cpu::BypassKernels<T>>().forward(c.x_orig.data(), c.x.data(), c.scale.data(), y.data(), rows, period);
+  cpu::kernels<cpu::BypassKernels<T>>().backward(c.grad.data(), c.x_orig.data(), c.x.data(), c.scale.data(),
+                                                 dx_orig.data(), dx.data(), dscale.data(), rows, period);
   CHECK(y.intact() && dx_orig.intact() && dx.intact() && dscale.intact(), "%s wrote outside, %ldx%ld", Type<T>::name,
         long(rows), long(period));
   for (int64_t j = 0; j < period; j++) {
@@ -57,14 +57,14 @@ void rows_apart() {
   const int64_t rows = 9, period = 53;
   Case<T> c(rows, period, 5);
   Buffer<T> y(rows * period), y2(rows * period);
-  cpu::bypass_forward(c.x_orig.data(), c.x.data(), c.scale.data(), y.data(), rows, period);
+  cpu::kernels<cpu::BypassKernels<T>>().forward(c.x_orig.data(), c.x.data(), c.scale.data(), y.data(), rows, period);
   for (int64_t r = 0; r < rows; r++)
-    cpu::bypass_forward(c.x_orig.data() + r * period, c.x.data() + r * period, c.scale.data(), y2.data() + r * period,
-                        1, period);
+    cpu::kernels<cpu::BypassKernels<T>>().forward(c.x_orig.data() + r * period, c.x.data() + r * period, c.scale.data(),
+                                                  y2.data() + r * period, 1, period);
   CHECK(y.equals(y2), "%s: rows differ from the whole", Type<T>::name);
   // scale 1 takes x up to rounding, and a NaN of x_orig reaches the output as in the formula
   c.x_orig[4 * period + 3] = make<T>(std::numeric_limits<double>::quiet_NaN());
-  cpu::bypass_forward(c.x_orig.data(), c.x.data(), c.scale.data(), y2.data(), rows, period);
+  cpu::kernels<cpu::BypassKernels<T>>().forward(c.x_orig.data(), c.x.data(), c.scale.data(), y2.data(), rows, period);
   for (int64_t i = 0; i < rows * period; i++)
     if (i == 4 * period + 3)
       CHECK(std::isnan(value(y2[i])), "%s: NaN lost", Type<T>::name);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/gated_depthwise_conv.h"
+#include "cpu/conv/gated_depthwise_conv.h"
 
 #include "tests/check.h"
 
@@ -84,18 +84,18 @@ struct Case {
 
   // Tasks in pieces of `step`, as threads take them.
   void run(int64_t step) {
+    const auto& backward = cpu::kernels<cpu::GatedDepthwiseConvBackward<T>>();
     T* keep = s.chunk ? new_cache.data() : nullptr;
     for (int64_t i = 0; i < stripes() * s.batch; i += step)
-      cpu::gated_depthwise_conv_forward(conv, y.data(), keep, i, std::min(i + step, stripes() * s.batch));
+      cpu::kernels<cpu::GatedDepthwiseConvForward<T>>().run(conv, y.data(), keep, i,
+                                                            std::min(i + step, stripes() * s.batch));
     for (int64_t i = 0; i < stripes() * groups; i += step)
-      cpu::gated_depthwise_conv_backward(conv, grad.data(), s.batch * s.channels, s.channels, dh.data(),
-                                         conv.cache ? dcache.data() : nullptr, parts.data(), groups, i,
-                                         std::min(i + step, stripes() * groups));
+      backward.run(conv, grad.data(), s.batch * s.channels, s.channels, dh.data(), conv.cache ? dcache.data() : nullptr,
+                   parts.data(), groups, i, std::min(i + step, stripes() * groups));
     const bool chunked = s.chunk > 0;
-    cpu::gated_depthwise_conv_reduce(conv, parts.data(), groups, dweight.data(), s.biases ? dbias.data() : nullptr,
-                                     chunked ? dcausal.data() : nullptr,
-                                     chunked && s.biases ? dcausal_bias.data() : nullptr,
-                                     chunked ? dscale.data() : nullptr);
+    backward.reduce(conv, parts.data(), groups, dweight.data(), s.biases ? dbias.data() : nullptr,
+                    chunked ? dcausal.data() : nullptr, chunked && s.biases ? dcausal_bias.data() : nullptr,
+                    chunked ? dscale.data() : nullptr);
   }
 };
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/swoosh.h"
+#include "cpu/rows/swoosh.h"
 
 #include "tests/check.h"
 
@@ -46,10 +46,11 @@ template <typename T>
 void values(int64_t n, Mask mask_kind, Swoosh kind) {
   Case<T> c(n, mask_kind, static_cast<uint64_t>(n) + 1);
   Buffer<T> y(n, n % 2), dx(n, n % 7), again(n), dx_only(n);
-  cpu::swoosh_forward(c.x.data(), c.mask_data(), mask_kind, y.data(), n, kind);
-  cpu::swoosh_backward(c.grad.data(), c.x.data(), c.mask_data(), mask_kind, dx.data(), again.data(), n, kind);
-  cpu::swoosh_backward(c.grad.data(), c.x.data(), c.mask_data(), mask_kind, dx_only.data(), static_cast<T*>(nullptr), n,
-                       kind);
+  cpu::kernels<cpu::SwooshKernels<T>>().forward(c.x.data(), c.mask_data(), mask_kind, y.data(), n, kind);
+  cpu::kernels<cpu::SwooshKernels<T>>().backward(c.grad.data(), c.x.data(), c.mask_data(), mask_kind, dx.data(),
+                                                 again.data(), n, kind);
+  cpu::kernels<cpu::SwooshKernels<T>>().backward(c.grad.data(), c.x.data(), c.mask_data(), mask_kind, dx_only.data(),
+                                                 static_cast<T*>(nullptr), n, kind);
   for (int64_t i = 0; i < n; i++) {
     const Expected e = definition(value(c.x[i]), kind);
     const long double m = c.mask_at(i), g = value(c.grad[i]);
@@ -65,7 +66,8 @@ void values(int64_t n, Mask mask_kind, Swoosh kind) {
   CHECK(dx.equals(dx_only), "%s: dx depends on whether the output is asked for, n=%ld", Type<T>::name, long(n));
 
   // in place: dx is grad's memory
-  cpu::swoosh_backward(c.grad.data(), c.x.data(), c.mask_data(), mask_kind, c.grad.data(), again.data(), n, kind);
+  cpu::kernels<cpu::SwooshKernels<T>>().backward(c.grad.data(), c.x.data(), c.mask_data(), mask_kind, c.grad.data(),
+                                                 again.data(), n, kind);
   CHECK(c.grad.equals(dx), "%s: backward in place differs, n=%ld", Type<T>::name, long(n));
 }
 
@@ -75,14 +77,15 @@ void pieces(Mask mask_kind, Swoosh kind) {
   const int64_t n = 1031;
   Case<T> c(n, mask_kind, 3);
   Buffer<T> y(n), y2(n), dx(n), dx2(n);
-  cpu::swoosh_forward(c.x.data(), c.mask_data(), mask_kind, y.data(), n, kind);
-  cpu::swoosh_backward(c.grad.data(), c.x.data(), c.mask_data(), mask_kind, dx.data(), y2.data(), n, kind);
+  cpu::kernels<cpu::SwooshKernels<T>>().forward(c.x.data(), c.mask_data(), mask_kind, y.data(), n, kind);
+  cpu::kernels<cpu::SwooshKernels<T>>().backward(c.grad.data(), c.x.data(), c.mask_data(), mask_kind, dx.data(),
+                                                 y2.data(), n, kind);
   for (int64_t begin = 0, step = 1; begin < n; begin += step, step = step * 2 + 1) {
     const int64_t m = step < n - begin ? step : n - begin;
     const T* mask = mask_kind == Mask::elementwise ? c.mask.data() + begin : c.mask_data();
-    cpu::swoosh_forward(c.x.data() + begin, mask, mask_kind, y2.data() + begin, m, kind);
-    cpu::swoosh_backward(c.grad.data() + begin, c.x.data() + begin, mask, mask_kind, dx2.data() + begin,
-                         static_cast<T*>(nullptr), m, kind);
+    cpu::kernels<cpu::SwooshKernels<T>>().forward(c.x.data() + begin, mask, mask_kind, y2.data() + begin, m, kind);
+    cpu::kernels<cpu::SwooshKernels<T>>().backward(c.grad.data() + begin, c.x.data() + begin, mask, mask_kind,
+                                                   dx2.data() + begin, static_cast<T*>(nullptr), m, kind);
   }
   CHECK(y.equals(y2) && dx.equals(dx2), "%s: pieces differ from the whole", Type<T>::name);
 }
@@ -94,9 +97,10 @@ void special_values(Swoosh kind) {
   Buffer<T> x(n), y(n), dx(n), grad(n);
   const auto run = [&](double v) {
     for (int64_t i = 0; i < n; i++) x[i] = make<T>(v), grad[i] = make<T>(1);
-    cpu::swoosh_forward(x.data(), static_cast<const T*>(nullptr), Mask::none, y.data(), n, kind);
-    cpu::swoosh_backward(grad.data(), x.data(), static_cast<const T*>(nullptr), Mask::none, dx.data(),
-                         static_cast<T*>(nullptr), n, kind);
+    cpu::kernels<cpu::SwooshKernels<T>>().forward(x.data(), static_cast<const T*>(nullptr), Mask::none, y.data(), n,
+                                                  kind);
+    cpu::kernels<cpu::SwooshKernels<T>>().backward(grad.data(), x.data(), static_cast<const T*>(nullptr), Mask::none,
+                                                   dx.data(), static_cast<T*>(nullptr), n, kind);
   };
   run(nan);
   for (int64_t i = 0; i < n; i++) CHECK(std::isnan(value(y[i])) && std::isnan(value(dx[i])), "%s NaN", Type<T>::name);
@@ -123,7 +127,8 @@ template <typename T>
 void every_pattern(Swoosh kind) {
   Buffer<T> x(0x10000), y(0x10000);
   for (int64_t p = 0; p < 0x10000; p++) x[p].bits = static_cast<uint16_t>(p);
-  cpu::swoosh_forward(x.data(), static_cast<const T*>(nullptr), Mask::none, y.data(), 0x10000, kind);
+  cpu::kernels<cpu::SwooshKernels<T>>().forward(x.data(), static_cast<const T*>(nullptr), Mask::none, y.data(), 0x10000,
+                                                kind);
   for (int64_t p = 0; p < 0x10000; p++) {
     const double v = value(x[p]);
     if (!std::isfinite(v)) continue;

@@ -3,8 +3,8 @@
 #include <thread>
 
 #include "cpu/bias_norm.h"
-#include "cpu/bypass.h"
-#include "cpu/swoosh.h"
+#include "cpu/rows/bypass.h"
+#include "cpu/rows/swoosh.h"
 #include "tests/check.h"
 
 namespace fastasr::test {
@@ -45,15 +45,17 @@ struct Data {
     const auto scale = static_cast<C>(0.9);
     using cpu::Mask;
     using cpu::Swoosh;
-    cpu::swoosh_forward(x.data() + at, mask.data() + at, Mask::elementwise, swoosh.data() + at, n, Swoosh::L);
-    cpu::swoosh_backward(grad.data() + at, x.data() + at, mask.data() + at, Mask::elementwise, swoosh_dx.data() + at,
-                         swoosh.data() + at, n, Swoosh::R);
+    const auto& swooshes = cpu::kernels<cpu::SwooshKernels<T>>();
+    const auto& bypasses = cpu::kernels<cpu::BypassKernels<T>>();
+    swooshes.forward(x.data() + at, mask.data() + at, Mask::elementwise, swoosh.data() + at, n, Swoosh::L);
+    swooshes.backward(grad.data() + at, x.data() + at, mask.data() + at, Mask::elementwise, swoosh_dx.data() + at,
+                      swoosh.data() + at, n, Swoosh::R);
     cpu::bias_norm_forward(x.data() + at, channel.data(), scale, norm.data() + at, rows, kChannels);
     cpu::bias_norm_backward(grad.data() + at, x.data() + at, channel.data(), scale, norm_dx.data() + at,
                             dbias.data() + k * kChannels, &dlog_scale[static_cast<size_t>(k)], rows, kChannels);
-    cpu::bypass_forward(other.data() + at, x.data() + at, channel.data(), bypass.data() + at, rows, kChannels);
-    cpu::bypass_backward(grad.data() + at, other.data() + at, x.data() + at, channel.data(), bypass_dx_orig.data() + at,
-                         bypass_dx.data() + at, dscale.data() + k * kChannels, rows, kChannels);
+    bypasses.forward(other.data() + at, x.data() + at, channel.data(), bypass.data() + at, rows, kChannels);
+    bypasses.backward(grad.data() + at, other.data() + at, x.data() + at, channel.data(), bypass_dx_orig.data() + at,
+                      bypass_dx.data() + at, dscale.data() + k * kChannels, rows, kChannels);
   }
 
   bool equals(Data& o) {

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "cpu/softplus_avx512.h"
+#include "cpu/simd/softplus_avx512.simd.h"
 
 // 1 / (1 + e^-x), sixteen at a time: an exponential without bit fiddling, and a reciprocal by one Newton step in place
 // of a division. Within 1.5 ulp, down to 2^-126, where it stays for smaller x.
-#ifdef FASTASR_AVX512
+#ifdef __AVX512F__
 
-namespace fastasr::cpu::avx512 {
+namespace fastasr::cpu {
+inline namespace FASTASR_SIMD {
 
-FASTASR_AVX512_INLINE __m512 logistic(__m512 x) {
+FASTASR_INLINE __m512 logistic(__m512 x) {
   const __m512 log2e = _mm512_set1_ps(-1.44269504f), limit = _mm512_set1_ps(87.3365f);
   // the operand order keeps a NaN
   x = _mm512_min_ps(limit, _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), limit), x));
@@ -27,6 +28,7 @@ FASTASR_AVX512_INLINE __m512 logistic(__m512 x) {
   return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(1.0f)), r);
 }
 
-}  // namespace fastasr::cpu::avx512
+}  // namespace FASTASR_SIMD
+}  // namespace fastasr::cpu
 
 #endif

@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of gated_depthwise_conv for one instruction set (no include guard; see each_instruction_set.h). With
-// q = dy act'(z), r = q scale and e the convolution within the chunk:
+#include "cpu/conv/gated_depthwise_conv.h"
+#include "cpu/conv/gated_depthwise_conv_rows.simd.h"
+
+// With q = dy act'(z), r = q scale and e the convolution within the chunk:
 //   dbias = sum_t r (plain: q)         dweight[k] = sum_t r[t] u[t + k - P]      (within chunks)
 //   dcausal_bias = sum_t q             dcausal_weight[j] = sum_t q[t] u[t + j - P]
 //   dL[p], dR[p - (S - K)] = sum over the frames at position p of q e
 //   du[t] = sum_k weight[k] r[t - k + P] (within chunks) + sum_j causal_weight[j] q[t - j + P]
 //   dx = du gate        ds = du u (1 - gate)
-#include "cpu/gated_depthwise_conv_rows.h"
+namespace fastasr::cpu {
+namespace {
 
 // q = grad act'(z + bias)
 template <bool kSwoosh, typename T, typename C>
 FASTASR_INLINE void output_gradient(const T* __restrict grad, const C* __restrict z, const C* __restrict bias,
                                     int64_t n, C* __restrict q) {
-#if FASTASR_VECTOR_BYTES == 64 && defined(FASTASR_AVX512)
+#ifdef __AVX512F__
   if constexpr (kSwoosh && !std::is_same_v<T, double>) {
     for (int64_t c = 0; c < n; c += 16) {
       const __m512 v = _mm512_add_ps(_mm512_load_ps(z + c), _mm512_load_ps(bias + c));
@@ -240,3 +243,36 @@ void backward(const GatedDepthwiseConv<T>& conv, const T* grad, int64_t grad_tim
               compute_t<T>* parts, int64_t groups, int64_t begin, int64_t end) {
   if (begin < end) Backward<T>(conv).run({grad, grad_time, grad_batch, dh, dcache}, parts, groups, begin, end);
 }
+
+// out[channel][column] = sum over groups of parts[group][row + column][channel], in order, in double.
+template <typename T>
+void add_groups(const GatedDepthwiseConv<T>& conv, const compute_t<T>* parts, int64_t groups, int64_t row,
+                int64_t columns, T* out) {
+  if (out == nullptr) return;
+  for (int64_t k = 0; k < columns; k++)
+    for (int64_t c = 0; c < conv.channels; c++) {
+      double sum = 0;
+      for (int64_t g = 0; g < groups; g++)
+        sum += static_cast<double>(parts[(g * conv.sums() + row + k) * conv.channels + c]);
+      store(&out[c * columns + k], static_cast<compute_t<T>>(sum));
+    }
+}
+
+template <typename T>
+void reduce(const GatedDepthwiseConv<T>& conv, const compute_t<T>* parts, int64_t groups, T* dweight, T* dbias,
+            T* dcausal_weight, T* dcausal_bias, T* dchunk_scale) {
+  const int64_t K = conv.taps, P = conv.pad();
+  add_groups(conv, parts, groups, 0, 1, dbias);
+  add_groups(conv, parts, groups, 1, K, dweight);
+  if (!conv.chunked()) return;
+  add_groups(conv, parts, groups, 1 + K, 1, dcausal_bias);
+  add_groups(conv, parts, groups, 2 + K, P + 1, dcausal_weight);
+  add_groups(conv, parts, groups, 3 + K + P, K, dchunk_scale);
+  add_groups(conv, parts, groups, 3 + K + P + K, K, dchunk_scale + conv.channels * K);
+}
+
+}  // namespace
+
+FASTASR_KERNELS(GatedDepthwiseConvBackward, .run = backward<T>, .reduce = reduce<T>)
+
+}  // namespace fastasr::cpu

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/number.h"
+#include "cpu/simd/kernels.h"
 
 // The core of Zipformer's convolution module, time-major. h (T, B, 2 C) = (x, s), u = x sigmoid(s), 0 where masked and
 // outside [0, T); K odd, P = K / 2.
@@ -27,10 +27,10 @@ struct GatedDepthwiseConv {
   int64_t chunk;                                       // S, 1 <= S <= max(T, 1)
   bool swoosh;
 
-  bool chunked() const { return causal_weight != nullptr; }
-  int64_t pad() const { return taps / 2; }
+  FASTASR_MEMBER bool chunked() const { return causal_weight != nullptr; }
+  FASTASR_MEMBER int64_t pad() const { return taps / 2; }
   // Sums that belong to a channel: dbias, dweight; chunk-causal: also dcausal_bias, dcausal_weight, dL, dR.
-  int64_t sums() const { return chunked() ? 2 + taps + pad() + 1 + 2 * taps : 1 + taps; }
+  FASTASR_MEMBER int64_t sums() const { return chunked() ? 2 + taps + pad() + 1 + 2 * taps : 1 + taps; }
 };
 
 // Work is cut into stripes of kGatedStripe channels.
@@ -39,22 +39,22 @@ constexpr int64_t kGatedStripe = 32;
 // Backward cuts the batch into this many groups of neighbours, whatever the number of threads.
 constexpr int64_t kGatedGroups = 4;
 
-// Tasks [begin, end) of stripes x batch. y (T, B, C) contiguous. new_cache (B, C, P), unless null: u of the last P
-// frames. backward: tasks [begin, end) of stripes x groups. grad of y with strides; dh (T, B, 2 C) contiguous; dcache
-// (B, C, P) or null; parts[group][sum][channel], overwritten. reduce: parts -> gradients (those of absent tensors
-// null).
-#define FASTASR_DECLARE(T)                                                                                       \
-  void gated_depthwise_conv_forward(const GatedDepthwiseConv<T>& conv, T* y, T* new_cache, int64_t begin,        \
-                                    int64_t end);                                                                \
-  void gated_depthwise_conv_backward(const GatedDepthwiseConv<T>& conv, const T* grad, int64_t grad_time,        \
-                                     int64_t grad_batch, T* dh, T* dcache, compute_t<T>* parts, int64_t groups,  \
-                                     int64_t begin, int64_t end);                                                \
-  void gated_depthwise_conv_reduce(const GatedDepthwiseConv<T>& conv, const compute_t<T>* parts, int64_t groups, \
-                                   T* dweight, T* dbias, T* dcausal_weight, T* dcausal_bias, T* dchunk_scale);
-FASTASR_DECLARE(float)
-FASTASR_DECLARE(double)
-FASTASR_DECLARE(bfloat16)
-FASTASR_DECLARE(float16)
-#undef FASTASR_DECLARE
+template <typename T>
+struct GatedDepthwiseConvForward {
+  // Tasks [begin, end) of stripes x batch. y (T, B, C) contiguous. new_cache (B, C, P), unless null: u of the last P
+  // frames.
+  void (*run)(const GatedDepthwiseConv<T>& conv, T* y, T* new_cache, int64_t begin, int64_t end);
+};
+
+template <typename T>
+struct GatedDepthwiseConvBackward {
+  // Tasks [begin, end) of stripes x groups. grad of y with strides; dh (T, B, 2 C) contiguous; dcache (B, C, P) or
+  // null; parts[group][sum][channel], overwritten.
+  void (*run)(const GatedDepthwiseConv<T>& conv, const T* grad, int64_t grad_time, int64_t grad_batch, T* dh, T* dcache,
+              compute_t<T>* parts, int64_t groups, int64_t begin, int64_t end);
+  // parts -> gradients (those of absent tensors null).
+  void (*reduce)(const GatedDepthwiseConv<T>& conv, const compute_t<T>* parts, int64_t groups, T* dweight, T* dbias,
+                 T* dcausal_weight, T* dcausal_bias, T* dchunk_scale);
+};
 
 }  // namespace fastasr::cpu

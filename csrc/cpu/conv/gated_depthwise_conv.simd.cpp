@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward of gated_depthwise_conv for one instruction set (no include guard; see each_instruction_set.h).
-#include "cpu/gated_depthwise_conv_rows.h"
+#include "cpu/conv/gated_depthwise_conv.h"
+
+#include "cpu/conv/gated_depthwise_conv_rows.simd.h"
+
+namespace fastasr::cpu {
+namespace {
 
 // y[i] = z[i] + bias or SwooshR of it, for n rows of `channels`; rows of y are y_row elements apart.
 template <bool kSwoosh, typename T, typename C>
 __attribute__((noinline)) void finish(const C* __restrict z, const C* __restrict bias, int64_t n, int64_t channels,
                                       T* __restrict y, int64_t y_row) {
-#if FASTASR_VECTOR_BYTES == 64 && defined(FASTASR_AVX512)
+#ifdef __AVX512F__
   if constexpr (kSwoosh && !std::is_same_v<T, double>) {
     const avx512::Registers table = avx512::load_table();
     const __m512 one = _mm512_set1_ps(1.0f);
@@ -83,3 +87,9 @@ template <typename T>
 void forward(const GatedDepthwiseConv<T>& conv, T* y, T* new_cache, int64_t begin, int64_t end) {
   if (begin < end) Forward<T>(conv).run(y, new_cache, begin, end);
 }
+
+}  // namespace
+
+FASTASR_KERNELS(GatedDepthwiseConvForward, .run = forward<T>)
+
+}  // namespace fastasr::cpu

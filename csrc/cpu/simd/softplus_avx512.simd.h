@@ -6,24 +6,15 @@
 // log(1 + e^-t), t >= 0, sixteen at a time: 32 pieces of degree 5 whose coefficients stay in registers and are picked
 // by a permutation of two registers. 0.26 ns per Swoosh on one Zen 4 core against 0.46 for an exponential and a
 // logarithm in polynomial form, at the same error. The compiler does not find such a form, hence the intrinsics.
-#if defined(__x86_64__) && (!defined(FASTASR_NO_CLONES) || (defined(__AVX512F__) && defined(__AVX512BW__)))
-#define FASTASR_AVX512 1
+#ifdef __AVX512F__
 
 #include <immintrin.h>
 
 #include <cmath>
 #include <utility>
 
-#define FASTASR_AVX512_TARGET __attribute__((target("arch=x86-64-v4")))
-#define FASTASR_AVX512_INLINE FASTASR_AVX512_TARGET static inline __attribute__((always_inline))
-
-namespace fastasr::cpu::avx512 {
-
-inline bool available() {
-  static const bool yes = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return yes;
-}
+namespace fastasr::cpu {
+inline namespace FASTASR_SIMD {
 
 // Piece k covers the t for which t * kPerUnit rounds to k; beyond the last one log(1 + e^-t) < 3e-8 is constant.
 struct Softplus {
@@ -67,7 +58,7 @@ struct Registers {
   __m512 low[Softplus::kTerms], high[Softplus::kTerms];
 };
 
-FASTASR_AVX512_INLINE Registers load_table() {
+FASTASR_INLINE Registers load_table() {
   const Softplus& table = Softplus::table();
   Registers r;
   for (int j = 0; j < Softplus::kTerms; j++) {
@@ -78,7 +69,7 @@ FASTASR_AVX512_INLINE Registers load_table() {
 }
 
 // log(1 + e^-|z|). A NaN gives the value at the last piece: callers add a term that keeps it.
-FASTASR_AVX512_INLINE __m512 softplus_tail(const Registers& c, __m512 z) {
+FASTASR_INLINE __m512 softplus_tail(const Registers& c, __m512 z) {
   const __m512 magic = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: adding it rounds, and leaves k in the low bits
   const __m512 u = _mm512_min_ps(_mm512_mul_ps(_mm512_abs_ps(z), _mm512_set1_ps(Softplus::kPerUnit)),
                                  _mm512_set1_ps(Softplus::kLast));
@@ -94,28 +85,27 @@ FASTASR_AVX512_INLINE __m512 softplus_tail(const Registers& c, __m512 z) {
 }
 
 // The lanes that exist where n elements are left.
-FASTASR_AVX512_INLINE __mmask16 lanes(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
+FASTASR_INLINE __mmask16 lanes(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
 
 // Sixteen elements to and from float; `m` selects the lanes that exist.
-FASTASR_AVX512_INLINE __m512 load16(const float* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
-FASTASR_AVX512_INLINE __m512 load16(const bfloat16* p, __mmask16 m) {
+FASTASR_INLINE __m512 load16(const float* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
+FASTASR_INLINE __m512 load16(const bfloat16* p, __mmask16 m) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
 }
-FASTASR_AVX512_INLINE __m512 load16(const float16* p, __mmask16 m) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p));
-}
-FASTASR_AVX512_INLINE void store16(float* p, __mmask16 m, __m512 v) { _mm512_mask_storeu_ps(p, m, v); }
-FASTASR_AVX512_INLINE void store16(bfloat16* p, __mmask16 m, __m512 v) {
+FASTASR_INLINE __m512 load16(const float16* p, __mmask16 m) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)); }
+FASTASR_INLINE void store16(float* p, __mmask16 m, __m512 v) { _mm512_mask_storeu_ps(p, m, v); }
+FASTASR_INLINE void store16(bfloat16* p, __mmask16 m, __m512 v) {
   const __m512i u = _mm512_castps_si512(v);  // round to nearest even; a NaN stays a (quiet) NaN
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   _mm256_mask_storeu_epi16(p, m, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0))));
 }
-FASTASR_AVX512_INLINE void store16(float16* p, __mmask16 m, __m512 v) {
+FASTASR_INLINE void store16(float16* p, __mmask16 m, __m512 v) {
   _mm256_mask_storeu_epi16(p, m, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-}  // namespace fastasr::cpu::avx512
+}  // namespace FASTASR_SIMD
+}  // namespace fastasr::cpu
 
 #endif

@@ -3,11 +3,11 @@
 
 #include <cstdint>
 
-#include "cpu/simd.h"
+#include "cpu/simd/kernels.h"
 
 // The matrix products of attention with relative positions, on strips of a few query rows by all keys. Lanes run over
-// keys (scores, dp, dR) or over channels (dq, dk); a tile of rows x lanes stays in registers. Tile sizes differ by
-// instruction set: 8 x 32 floats on AVX-512 (16 registers), 4 x 16 on AVX2, 4 x 8 elsewhere; double has half the lanes.
+// keys (scores, dp, dR) or over channels (dq, dk); a tile of rows x lanes stays in registers, of a size that depends on
+// the instruction set. Tables for float and double.
 namespace fastasr::cpu {
 
 // Strips, packed keys and packed positions are padded to multiples of this many elements.
@@ -51,9 +51,5 @@ struct AttentionTiles {
   void (*offsets)(const C* ds, int64_t stride, const C* p, int64_t p_stride, int64_t j0, int64_t j1, C* drt,
                   int64_t drt_stride);
 };
-
-// The tiles of this machine's instruction set; C is float or double.
-template <typename C>
-const AttentionTiles<C>& attention_tiles();
 
 }  // namespace fastasr::cpu

@@ -1,7 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// What forward and backward of gated_depthwise_conv share, per instruction set (see depthwise_tile.h; no include
-// guard): the stripe's rows, their staging, and the chunks of a block.
-#include "cpu/depthwise_rows.h"
+#pragma once
+
+#include "cpu/activation.h"
+#include "cpu/conv/depthwise.simd.h"
+#include "cpu/conv/gated_depthwise_conv.h"
+#include "cpu/simd/logistic_avx512.simd.h"
+
+// What forward and backward of gated_depthwise_conv share: the stripe's rows, their staging, and the chunks of a block.
+namespace fastasr::cpu {
+inline namespace FASTASR_SIMD {
 
 static_assert(kStripe == kGatedStripe);
 
@@ -34,7 +41,7 @@ struct Stripe {
 template <typename T, bool kGates, typename C>
 FASTASR_INLINE void gate_row(const T* __restrict x, const T* __restrict s, int64_t n, C* __restrict u,
                              C* __restrict gate) {
-#if FASTASR_VECTOR_BYTES == 64 && defined(FASTASR_AVX512)
+#ifdef __AVX512F__
   if constexpr (!std::is_same_v<T, double>) {
     for (int64_t c = 0; c < n; c += 16) {
       const __mmask16 lanes = avx512::lanes(n - c);
@@ -197,3 +204,6 @@ class Convolution {
   const int64_t pad_;
   Rows<C> taps_, causal_, edges_, bias_, z_, e_, copy_;
 };
+
+}  // namespace FASTASR_SIMD
+}  // namespace fastasr::cpu

@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""check_simd_objects.py OBJECT...: the objects of one link, in its order.
+
+Objects below a folder ``kernels_SET.dir`` are compiled for an instruction set that a machine may lack. Nothing of them
+may run before it is picked, and nothing of them may be merged with what a lesser machine runs:
+
+- no initialiser that runs when the library is loaded;
+- an inline function, a template or a variable of ours that the linker may merge lies in the set's own namespace;
+- of any other (the standard library's) the linker keeps the first in link order: that one must be of a set no wider
+  than any object that mentions it.
+"""
+
+import re
+import subprocess
+import sys
+
+SETS = ("portable", "avx2", "avx512")
+
+
+def set_of(path: str) -> int:
+    found = re.search(r"kernels_(\w+)\.dir", path)
+    return SETS.index(found[1]) if found else 0
+
+
+def symbols(path: str) -> list[tuple[str, str]]:
+    """(name, nm's letter) of the symbols that leave an object."""
+    out = subprocess.run(["nm", "-P", "-g", path], check=True, capture_output=True, text=True).stdout
+    return [tuple(line.split()[:2]) for line in out.splitlines()]
+
+
+def demangled(names: list[str]) -> list[str]:
+    return subprocess.run(
+        ["c++filt"], check=True, capture_output=True, text=True, input="\n".join(names)
+    ).stdout.splitlines()
+
+
+def problems(paths: list[str]) -> list[str]:
+    found, first, least, ours = [], {}, {}, {}
+    for path in paths:
+        level = set_of(path)
+        if level:
+            sections = subprocess.run(
+                ["readelf", "-SW", path], check=True, capture_output=True, text=True
+            ).stdout
+            if re.search(r"\.(init_array|ctors)\b", sections):
+                found.append(f"{path}: runs code when the library is loaded")
+        for name, letter in symbols(path):
+            if letter in "WVu":
+                first.setdefault(name, (level, path))
+                if level and "7fastasr" in name and f"{len(SETS[level])}{SETS[level]}" not in name:
+                    ours.setdefault(name, path)
+            if letter in "WVuU" and level < least.get(name, (len(SETS), ""))[0]:
+                least[name] = (level, path)
+    for name, path in ours.items():
+        found.append(f"{path}: {demangled([name])[0]} is outside the instruction set's namespace")
+    for name, (level, path) in first.items():
+        if level > least[name][0]:
+            found.append(f"{path}: {demangled([name])[0]} would serve {least[name][1]}")
+    return found
+
+
+if __name__ == "__main__":
+    if result := problems(sys.argv[1:]):
+        sys.exit("\n".join(result))
