@@ -44,8 +44,8 @@ from fastasr.benchmarks.ops import (
     linear_activation,
     nonlin_attention,
     rel_attention,
-    rel_position_attention,
-    rel_position_attention_weights,
+    zipformer_attention,
+    zipformer_attention_weights,
     residual_norm,
     rnnt_joiner,
     rnnt_lattice,
@@ -78,7 +78,7 @@ def training_cases() -> list[Case]:
         cases.append(ema_scan._case(length, states, sequences))
     cases.append(complex_ema_scan._case(2048))
     cases += [*residual_norm.CASES, *toeplitz_attention.CASES]  # of a MEGA decoder
-    for attention in (rel_position_attention_weights, rel_position_attention):
+    for attention in (zipformer_attention_weights, zipformer_attention):
         cases += [attention._case(*size) for size in ((frames, batch, 4), (188, batch, 8))]
     cases += segment_attention.CASES  # of an Emformer
     cases += [rel_attention._case(*size) for size in ((400, batch), (1500, batch))]  # of an E-Branchformer
@@ -387,10 +387,10 @@ def launch_relative_attention() -> None:
                 {"chunk_size": 16, "left_context_chunks": 1, "key_padding_mask": padding},
             ):
                 leaves = [t.detach().requires_grad_() for t in (x, pos)]
-                ops.rel_position_attention_weights(*leaves, 3, dim, **options, **masks).sum().backward()
+                ops.zipformer_attention_weights(*leaves, 3, dim, **options, **masks).sum().backward()
                 value = make(keys, 2, 2 * 20).requires_grad_()
                 masks = {name: mask for name, mask in masks.items() if "score" not in name}
-                y = ops.rel_position_attention(*leaves, value, 3, dim, value_heads=2, **options, **masks)
+                y = ops.zipformer_attention(*leaves, value, 3, dim, value_heads=2, **options, **masks)
                 y.sum().backward()
 
 

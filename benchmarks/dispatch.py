@@ -27,8 +27,8 @@ from fastasr.ops.ema_scan import definition as ema_scan_definition
 from fastasr.ops.linear_activation import definition as linear_activation_definition
 from fastasr.ops.nonlin_attention import definition as nonlin_attention_definition
 from fastasr.ops.rel_attention import definition as rel_attention_definition
-from fastasr.ops.rel_position_attention import definition as attention_definition
-from fastasr.ops.rel_position_attention_weights import definition as attention_weights_definition
+from fastasr.ops.zipformer_attention import definition as attention_definition
+from fastasr.ops.zipformer_attention_weights import definition as attention_weights_definition
 from fastasr.ops.residual_norm import definition as gated_residual_norm_definition
 from fastasr.ops.residual_norm import definition_residual as residual_norm_definition
 from fastasr.ops.rnnt_joiner import definition as rnnt_joiner_definition
@@ -177,21 +177,21 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
             ops.rel_attention,
             lambda *tensors: registered.rel_attention(*tensors, None, None)[0],
         ),
-        "rel_position_attention": Tiny(
+        "zipformer_attention": Tiny(
             (
                 torch.randn(2, 1, 5, device=device),
                 torch.randn(1, 3, 1, device=device),
                 torch.randn(2, 1, 3, device=device),
             ),
             lambda x, pos, v: attention_definition(x, pos, v, 1, 2),
-            lambda x, pos, v: ops.rel_position_attention(x, pos, v, 1, 2),
-            lambda x, pos, v: registered.rel_position_attention(x, pos, v, None, None, None, 1, 2, 1, -1, -1),
+            lambda x, pos, v: ops.zipformer_attention(x, pos, v, 1, 2),
+            lambda x, pos, v: registered.zipformer_attention(x, pos, v, None, None, None, 1, 2, 1, -1, -1),
         ),
-        "rel_position_attention_weights": Tiny(
+        "zipformer_attention_weights": Tiny(
             (torch.randn(2, 1, 5, device=device), torch.randn(1, 3, 1, device=device)),
             lambda x, pos: attention_weights_definition(x, pos, 1, 2),
-            lambda x, pos: ops.rel_position_attention_weights(x, pos, 1, 2),
-            lambda x, pos: registered.rel_position_attention_weights(
+            lambda x, pos: ops.zipformer_attention_weights(x, pos, 1, 2),
+            lambda x, pos: registered.zipformer_attention_weights(
                 x, pos, None, None, None, 1, 2, -1, -1, 0.0, 25.0
             ),
         ),

@@ -22,7 +22,7 @@ Scores by offset are products of tensor cores with a band of R; in registers a r
 other queries in each tile and multiplies two. Weights are e^(s - lse), lse the log-sum-exp that the forward pass kept;
 their sum, which rounding of lse moves from 1, divides them, so that rows of dS add up to zero: ``statistics`` finds it
 and delta. (In one kernel with ``queries`` what either sweep needs is alive in both, and spills.) Rows are worked on in
-pieces of PIECE_BYTES of dS, as in rel_position_attention.py: memory is O(T), and dR is summed in their order. What a
+pieces of PIECE_BYTES of dS, as in zipformer_attention.py: memory is O(T), and dR is summed in their order. What a
 program does depends on the shape and the generation of the GPU alone: results repeat bit for bit, without atomics.
 """
 
@@ -34,8 +34,8 @@ from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
 from fastasr.kernels._rel_position_tiles import head_block, masked, place, query_key
 from fastasr.kernels._relative_shift import by_key, by_offset, merged, moved
-from fastasr.kernels.rel_position_attention import PIECE_BYTES, slopes_of
-from fastasr.kernels.rel_position_attention_weights import PARTS, _bytes, _mask_batch, add_parts_kernel
+from fastasr.kernels.zipformer_attention import PIECE_BYTES, slopes_of
+from fastasr.kernels.zipformer_attention_weights import PARTS, _bytes, _mask_batch, add_parts_kernel
 from fastasr.kernels.toeplitz_attention import _hopper
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -6,7 +6,7 @@
 
 #include "bindings/dispatch.h"
 #include "cpu/buffer_pool.h"
-#include "cpu/rel_position_attention_weights.h"
+#include "cpu/zipformer_attention_weights.h"
 
 // What the bindings of attention with relative positions share: checks of the arguments, packed keys and positions.
 namespace fastasr {

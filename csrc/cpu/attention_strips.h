@@ -7,7 +7,7 @@
 
 #include "cpu/attention/attention_tiles.h"
 #include "cpu/attention_rows.h"
-#include "cpu/rel_position_attention_weights.h"
+#include "cpu/zipformer_attention_weights.h"
 
 // What the attention kernels share: strips of queries, which keys they work on, what is hidden from them.
 namespace fastasr::cpu {

@@ -3,14 +3,14 @@
 
 #include <cstdint>
 
-#include "cpu/rel_position_attention_weights.h"
+#include "cpu/zipformer_attention_weights.h"
 
 // Attention with relative positions of Transformer-XL, without the weights: see fastasr/ops/rel_attention.py. Strips of
 // a few queries, masks, tiles and the softmax are those of Zipformer's attention; here positions have as many channels
 // as keys. Scores of a strip by offset are one product of its queries with consecutive rows of R, the band: row m of it
 // is the strip's row m, m columns further left, and is shifted when it is added to the scores by key. Backward, the
 // band of dS is dS itself, read with rows one element further apart. Forward: blocks of queries meet blocks of keys, as
-// in rel_position_attention.h. Backward: a block of queries has its weights and their gradient for all keys in the
+// in zipformer_attention.h. Backward: a block of queries has its weights and their gradient for all keys in the
 // second cache, then feeds the products with its own depth. Memory: O(keys) for packed operands, for weights of one
 // block of queries and for sums of dR.
 namespace fastasr::cpu {

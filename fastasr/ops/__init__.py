@@ -5,6 +5,7 @@ Every op is also registered as ``torch.ops.fastasr.<name>``; ``fastasr ops`` pri
 """
 
 import pkgutil
+import warnings
 from importlib import import_module
 
 from fastasr.ops import _dispatch
@@ -20,8 +21,8 @@ from fastasr.ops.linear import linear
 from fastasr.ops.linear_activation import linear_activation
 from fastasr.ops.nonlin_attention import nonlin_attention
 from fastasr.ops.rel_attention import rel_attention
-from fastasr.ops.rel_position_attention import rel_position_attention
-from fastasr.ops.rel_position_attention_weights import rel_position_attention_weights
+from fastasr.ops.zipformer_attention import zipformer_attention
+from fastasr.ops.zipformer_attention_weights import zipformer_attention_weights
 from fastasr.ops.residual_norm import gated_residual_norm, residual_norm
 from fastasr.ops.rnnt_joiner import rnnt_joiner
 from fastasr.ops.rnnt_lattice import rnnt_lattice
@@ -48,8 +49,8 @@ NAMES = (  # of the ops that are not declared yet
     "depthwise_conv_residual",
     "nonlin_attention",
     "rel_attention",
-    "rel_position_attention",
-    "rel_position_attention_weights",
+    "zipformer_attention",
+    "zipformer_attention_weights",
     "gated_residual_norm",
     "residual_norm",
     "toeplitz_attention",
@@ -74,8 +75,8 @@ __all__ = [
     "linear_activation",
     "nonlin_attention",
     "rel_attention",
-    "rel_position_attention",
-    "rel_position_attention_weights",
+    "zipformer_attention",
+    "zipformer_attention_weights",
     "residual_norm",
     "rnnt_joiner",
     "rnnt_lattice",
@@ -85,3 +86,15 @@ __all__ = [
     "toeplitz_attention",
     *OPS,
 ]
+
+_RENAMED = {  # names of the release before: they go with the next one
+    "rel_position_attention": "zipformer_attention",
+    "rel_position_attention_weights": "zipformer_attention_weights",
+}
+
+
+def __getattr__(name: str):
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"fastasr.ops.{name} is now fastasr.ops.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

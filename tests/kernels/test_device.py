@@ -73,13 +73,13 @@ def _calls(dtype=torch.float32):
             (make(60, 4, 64), x, other, make(2, 64), make(2, 64), make(119)),
         ),
         (
-            "rel_position_attention_weights",
-            lambda x, pos: ops.rel_position_attention_weights(x, pos, 3, 8, chunk_size=16),
+            "zipformer_attention_weights",
+            lambda x, pos: ops.zipformer_attention_weights(x, pos, 3, 8, chunk_size=16),
             (make(60, 2, 60), make(1, 119, 12)),
         ),
         (
-            "rel_position_attention",
-            lambda x, pos, value: ops.rel_position_attention(x, pos, value, 3, 8, chunk_size=16),
+            "zipformer_attention",
+            lambda x, pos, value: ops.zipformer_attention(x, pos, value, 3, 8, chunk_size=16),
             (make(60, 2, 60), make(1, 119, 12), make(60, 2, 15)),
         ),
         (

@@ -77,8 +77,8 @@ def configurations() -> list[Configuration]:
         *_layer_norm_lstm(),
         *_toeplitz_attention(),
         *_segment_attention(),
-        *_rel_position_attention_weights(),
-        *_rel_position_attention(),
+        *_zipformer_attention_weights(),
+        *_zipformer_attention(),
         *_rel_attention(),
         *_rnnt_joiner(),
         *_rnnt_lattice(),
@@ -530,8 +530,8 @@ def _segment_attention():
     yield configuration("forward", "a step of a stream", "bf16", lanes=21)
 
 
-def _rel_position_attention_weights():
-    from fastasr.kernels import rel_position_attention_weights as module
+def _zipformer_attention_weights():
+    from fastasr.kernels import zipformer_attention_weights as module
 
     like = ("X", "K", "R", "W", "GRAD", "DX", "DS", "DK")
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -551,7 +551,7 @@ def _rel_position_attention_weights():
         fixed = {"DIM": dim, "POS_DIM": pos_dim, "PACKED": packed, "WIDE_POS": pos_dim, "PENALTY": False}
         fixed |= {"WINDOW": "chunks" in label} | ({} if "mask" in label else dict.fromkeys(masked))
         return Configuration(
-            f"rel_position_attention_weights {name}{label and ', ' + label}, {dtype}",
+            f"zipformer_attention_weights {name}{label and ', ' + label}, {dtype}",
             getattr(module, f"{name}_kernel"),
             pointers,
             fixed | options | constants,
@@ -579,14 +579,14 @@ def _rel_position_attention_weights():
     for dtype in ("fp32", "bf16"):
         types = {"PARTS": "fp64" if dtype == "fp32" else "fp32", "OUT": dtype}
         constants = {"BLOCK": module.PARTS["BLOCK"]}
-        name = f"rel_position_attention_weights parts, {dtype}"
+        name = f"zipformer_attention_weights parts, {dtype}"
         yield Configuration(
             name, module.add_parts_kernel, types, constants, module.PARTS["num_warps"], ("size",)
         )
 
 
-def _rel_position_attention():
-    from fastasr.kernels import rel_position_attention as module
+def _zipformer_attention():
+    from fastasr.kernels import zipformer_attention as module
 
     like = ("X", "K", "R", "V", "G", "Y", "DX", "DS", "DK", "DV")
     wide = dict.fromkeys(("MAXIMUM", "INVERSE", "DELTA"), "fp32")
@@ -609,7 +609,7 @@ def _rel_position_attention():
         }
         fixed |= {"WINDOW": "chunks" in label} | ({} if "mask" in label else dict.fromkeys(masked))
         return Configuration(
-            f"rel_position_attention {name}{label and ', ' + label}, {dtype}",
+            f"zipformer_attention {name}{label and ', ' + label}, {dtype}",
             getattr(module, f"{name}_kernel"),
             dict.fromkeys(like, dtype) | wide | masked | ({"R": "i64"} if packed else {}),
             fixed | options,

@@ -143,7 +143,7 @@ def test_the_penalty_on_scores_comes_once(monkeypatch, rows, pos_batch):
     inputs = [x, pos] if pos_batch else [x]
     values = torch.randn(FRAMES, BATCH, HEADS, dtype=torch.float64)
     mask = torch.rand(FRAMES, FRAMES) > 0.8
-    weights = ops.rel_position_attention_weights(
+    weights = ops.zipformer_attention_weights(
         x, pos, HEADS, DIM, attn_mask=mask, score_penalty=0.1, score_limit=2.0
     )
     expected = torch.autograd.grad(2 * weighted(weights, values).sum(), inputs)

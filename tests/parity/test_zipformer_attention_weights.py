@@ -91,7 +91,7 @@ def test_a_mask_of_chunks(chunk):
     mask = (index > index[:, None]) | (index < index[:, None] - left)
     with torch.no_grad():
         expected, _ = call(type(module).forward, module, x, pos_emb, None, mask)
-        actual = ops.rel_position_attention_weights(
+        actual = ops.zipformer_attention_weights(
             module.in_proj(x), module.linear_pos(pos_emb), 4, 32, chunk_size=chunk, left_context_chunks=left
         )
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-7)

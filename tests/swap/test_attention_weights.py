@@ -48,7 +48,7 @@ def train(module, seed, *args):
 def test_methods_bound_and_undone():
     model = attention()
     report = fastasr.accelerate(model)
-    assert report.replaced[0].kernels == ("rel_position_attention_weights",)
+    assert report.replaced[0].kernels == ("zipformer_attention_weights",)
     assert binding.bound_forward(model["weights"]) is Ours.forward
     assert binding.bound_function(model["weights"], "streaming_forward") is Ours.streaming_forward
     fastasr.restore(model)

@@ -4,7 +4,7 @@
     s[h,b,i,j] = q[h,b,i] . k[h,b,j] + p[h,b,i] . R[h, T-1-i+j]        R = linear_pos(pos_emb), 2T-1 rows
     weights    = softmax_j(s), masked scores set to -1000 first
 
-``fastasr.ops.rel_position_attention_weights`` computes this from the projection: no scores in memory, and nothing but
+``fastasr.ops.zipformer_attention_weights`` computes this from the projection: no scores in memory, and nothing but
 the weights is kept for the backward pass.
 """
 
@@ -25,7 +25,7 @@ from fastasr.models.zipformer.score_blocks import ScoreBlocks
 from fastasr.models.zipformer.self_attention import check_cache
 from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten
-from fastasr.ops import rel_position_attention_weights
+from fastasr.ops import zipformer_attention_weights
 
 # Scores beyond this are penalised on a share of the training calls.
 SCORE_LIMIT = 25.0
@@ -91,7 +91,7 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
         projected, relative, masks, penalized = _operands(
             self, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_context_chunks
         )
-        weights = rel_position_attention_weights(
+        weights = zipformer_attention_weights(
             projected,
             relative,
             self.num_heads,
@@ -132,7 +132,7 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
         width = self.num_heads * self.query_head_dim
         k = torch.cat([cached_key, projected[..., width : 2 * width]])
         _check_masks(k, key_padding_mask, None)
-        weights = rel_position_attention_weights(
+        weights = zipformer_attention_weights(
             projected,
             self.linear_pos(pos_emb),
             self.num_heads,

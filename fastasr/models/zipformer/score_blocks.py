@@ -7,7 +7,7 @@ compute, in O(time) memory.
 
 import torch
 
-from fastasr.ops.rel_position_attention_weights import MASKED, by_key
+from fastasr.ops.zipformer_attention_weights import MASKED, by_key
 
 BLOCK_ELEMENTS = 1 << 22  # scores that are in memory at once
 

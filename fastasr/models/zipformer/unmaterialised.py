@@ -10,12 +10,12 @@ projection and the positions from every consumer.
 import torch
 
 from fastasr.models.zipformer.score_blocks import ScoreBlocks, fill_hidden
-from fastasr.ops import rel_position_attention, rel_position_attention_weights
+from fastasr.ops import zipformer_attention, zipformer_attention_weights
 
 
 class UnmaterialisedWeights:
     """The weights of the first ``heads`` heads, (heads, batch, time, time), of the arguments of
-    ``fastasr.ops.rel_position_attention_weights``.
+    ``fastasr.ops.zipformer_attention_weights``.
 
     ``weights[0:n]``, ``weights @ values`` and ``weighted(values)`` stay unmaterialised; anything else (comparisons,
     sums, products, other indices, torch functions) works on ``materialised()``.
@@ -45,7 +45,7 @@ class UnmaterialisedWeights:
 
     def weighted(self, values):
         """values (time, batch, heads * dim) -> the same, weighted."""
-        return rel_position_attention(
+        return zipformer_attention(
             self.projected, self.positions, values, self.num_heads, self.query_head_dim, value_heads=self.heads,
             **self.masks,
         )  # fmt: skip
@@ -58,7 +58,7 @@ class UnmaterialisedWeights:
             projected = torch.cat([q, k, p], -1)
             if positions is not None:
                 positions = positions[..., : p.shape[-1]]
-        return rel_position_attention_weights(
+        return zipformer_attention_weights(
             projected, positions, self.heads, self.query_head_dim, **self.masks
         )
 

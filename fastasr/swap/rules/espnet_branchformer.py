@@ -91,7 +91,7 @@ def _layer_structure(module):
 
 
 ATTENTION = Rule(
-    name="espnet.rel_position_attention",
+    name="espnet.zipformer_attention",
     class_name="RelPositionMultiHeadedAttention",
     forward=models.RelPositionMultiHeadedAttention.forward,
     kernels=("linear", "rel_attention"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rel_position_attention_weights at the sizes of Zipformer-M's stacks 0, 1 and 3 (16 s of speech, 4 utterances), and at
+"""zipformer_attention_weights at the sizes of Zipformer-M's stacks 0, 1 and 3 (16 s of speech, 4 utterances), and at
 60 s of one utterance."""
 
 from functools import partial
@@ -18,7 +18,7 @@ from fastasr.benchmarks.case import (
     parameters,
     upstream_module,
 )
-from fastasr.ops.rel_position_attention_weights import definition
+from fastasr.ops.zipformer_attention_weights import definition
 
 QUERY_DIM, POS_DIM = 32, 4
 
@@ -46,7 +46,7 @@ def _make(frames: int, batch: int, heads: int, device: str, dtype: torch.dtype):
         "eager": lambda: made(definition),
         "compile": lambda: made(compiled(definition)),
         "upstream": lambda: _upstream(x, pos, heads, padding),
-        "fastasr": lambda: made(ops.rel_position_attention_weights),
+        "fastasr": lambda: made(ops.zipformer_attention_weights),
     }
 
 
@@ -65,7 +65,7 @@ def _case(frames: int, batch: int, heads: int) -> Case:
     name = f"{frames}x{batch}, {heads} heads"
     make, costs = partial(_make, frames, batch, heads), partial(_costs, frames, batch, heads)
     return Case(
-        "rel_position_attention_weights", name, name, make, costs, quick=frames * frames * batch < 4_000_000
+        "zipformer_attention_weights", name, name, make, costs, quick=frames * frames * batch < 4_000_000
     )
 
 

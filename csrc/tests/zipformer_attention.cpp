@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rel_position_attention.h"
+#include "cpu/zipformer_attention.h"
 
 #include "tests/attention_case.h"
 
@@ -114,7 +114,7 @@ void values(const AttentionShape& shape, const ValueShape& v, uint64_t seed) {
 
 }  // namespace
 
-void rel_position_attention() {
+void zipformer_attention() {
   const struct {
     AttentionShape shape;
     ValueShape values;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rel_position_attention.h"
+#include "cpu/zipformer_attention.h"
 
 #include <tuple>
 #include <vector>
@@ -18,11 +18,11 @@ cpu::ValueShape checked_values(const Tensor& value, int64_t value_heads, const A
   return {value_heads, value.size(2) / value_heads};
 }
 
-Tensor rel_position_attention_forward(const Tensor& x, const OptionalTensor& pos, const Tensor& value,
+Tensor zipformer_attention_forward(const Tensor& x, const OptionalTensor& pos, const Tensor& value,
                                       const OptionalTensor& cached_key, const OptionalTensor& padding,
                                       const OptionalTensor& mask, int64_t heads, int64_t query_dim, int64_t value_heads,
                                       int64_t chunk, int64_t left_chunks) {
-  const char* op = "rel_position_attention_forward";
+  const char* op = "zipformer_attention_forward";
   const AttentionProblem a =
       checked_problem(x, pos, cached_key, padding, mask, heads, query_dim, chunk, left_chunks, op);
   const cpu::ValueShape v = checked_values(value, value_heads, a, x, op);
@@ -60,11 +60,11 @@ Tensor rel_position_attention_forward(const Tensor& x, const OptionalTensor& pos
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> rel_position_attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(
     const Tensor& grad, const Tensor& x, const OptionalTensor& pos, const Tensor& value,
     const OptionalTensor& cached_key, const OptionalTensor& padding, const OptionalTensor& mask, int64_t heads,
     int64_t query_dim, int64_t value_heads, int64_t chunk, int64_t left_chunks) {
-  const char* op = "rel_position_attention_backward";
+  const char* op = "zipformer_attention_backward";
   const AttentionProblem a =
       checked_problem(x, pos, cached_key, padding, mask, heads, query_dim, chunk, left_chunks, op);
   const cpu::ValueShape v = checked_values(value, value_heads, a, x, op);
@@ -135,16 +135,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rel_position_attention_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
   m.def(
-      "rel_position_attention_forward(Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
+      "zipformer_attention_forward(Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
       "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int value_heads, "
       "int chunk_size, int left_context_chunks) -> Tensor");
   m.def(
-      "rel_position_attention_backward(Tensor grad, Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
+      "zipformer_attention_backward(Tensor grad, Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
       "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int value_heads, "
       "int chunk_size, int left_context_chunks) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("rel_position_attention_forward", TORCH_BOX(&fastasr::rel_position_attention_forward));
-  m.impl("rel_position_attention_backward", TORCH_BOX(&fastasr::rel_position_attention_backward));
+  m.impl("zipformer_attention_forward", TORCH_BOX(&fastasr::zipformer_attention_forward));
+  m.impl("zipformer_attention_backward", TORCH_BOX(&fastasr::zipformer_attention_backward));
 }

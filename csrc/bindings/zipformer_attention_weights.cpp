@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rel_position_attention_weights.h"
+#include "cpu/zipformer_attention_weights.h"
 
 #include <tuple>
 #include <vector>
@@ -28,16 +28,16 @@ Tensor new_weights(const AttentionProblem& a, const Tensor& x) {
   const size_t bytes = static_cast<size_t>(a.heads * strides[0]) * x.element_size();
   if (bytes < (size_t{1} << 20)) return new_strided(x, 4, sizes, strides);
   void* memory = cpu::acquire_buffer(bytes);
-  STD_TORCH_CHECK(memory, "rel_position_attention_weights: no memory for ", bytes, " bytes");
+  STD_TORCH_CHECK(memory, "zipformer_attention_weights: no memory for ", bytes, " bytes");
   return torch::stable::from_blob(memory, {sizes, 4}, {strides, 4}, x.device(), x.scalar_type(),
                                   [](void* p) { cpu::release_buffer(p); });
 }
 
-Tensor rel_position_attention_weights_forward(const Tensor& x, const OptionalTensor& pos,
+Tensor zipformer_attention_weights_forward(const Tensor& x, const OptionalTensor& pos,
                                               const OptionalTensor& cached_key, const OptionalTensor& padding,
                                               const OptionalTensor& mask, int64_t heads, int64_t query_dim,
                                               int64_t chunk, int64_t left_chunks) {
-  const char* op = "rel_position_attention_weights_forward";
+  const char* op = "zipformer_attention_weights_forward";
   const AttentionProblem a =
       checked_problem(x, pos, cached_key, padding, mask, heads, query_dim, chunk, left_chunks, op);
   Tensor weights = new_weights(a, x);
@@ -68,11 +68,11 @@ Tensor rel_position_attention_weights_forward(const Tensor& x, const OptionalTen
   return weights;
 }
 
-std::tuple<Tensor, Tensor, Tensor> rel_position_attention_weights_backward(
+std::tuple<Tensor, Tensor, Tensor> zipformer_attention_weights_backward(
     const Tensor& grad, const Tensor& weights, const Tensor& x, const OptionalTensor& pos,
     const OptionalTensor& cached_key, const OptionalTensor& padding, const OptionalTensor& mask, int64_t heads,
     int64_t query_dim, int64_t chunk, int64_t left_chunks, double penalty, double limit) {
-  const char* op = "rel_position_attention_weights_backward";
+  const char* op = "zipformer_attention_weights_backward";
   AttentionProblem a = checked_problem(x, pos, cached_key, padding, mask, heads, query_dim, chunk, left_chunks, op);
   a.penalty = penalty, a.limit = limit;
   check_weights(weights, a, x, op, "weights");
@@ -131,15 +131,15 @@ std::tuple<Tensor, Tensor, Tensor> rel_position_attention_weights_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
   m.def(
-      "rel_position_attention_weights_forward(Tensor x, Tensor? pos, Tensor? cached_key, Tensor? key_padding_mask, "
+      "zipformer_attention_weights_forward(Tensor x, Tensor? pos, Tensor? cached_key, Tensor? key_padding_mask, "
       "Tensor? attn_mask, int num_heads, int query_head_dim, int chunk_size, int left_context_chunks) -> Tensor");
   m.def(
-      "rel_position_attention_weights_backward(Tensor grad, Tensor weights, Tensor x, Tensor? pos, Tensor? cached_key, "
+      "zipformer_attention_weights_backward(Tensor grad, Tensor weights, Tensor x, Tensor? pos, Tensor? cached_key, "
       "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int chunk_size, "
       "int left_context_chunks, float score_penalty, float score_limit) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("rel_position_attention_weights_forward", TORCH_BOX(&fastasr::rel_position_attention_weights_forward));
-  m.impl("rel_position_attention_weights_backward", TORCH_BOX(&fastasr::rel_position_attention_weights_backward));
+  m.impl("zipformer_attention_weights_forward", TORCH_BOX(&fastasr::zipformer_attention_weights_forward));
+  m.impl("zipformer_attention_weights_backward", TORCH_BOX(&fastasr::zipformer_attention_weights_backward));
 }

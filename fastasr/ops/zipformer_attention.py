@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Values weighted by attention with relative positions of Zipformer, without the T×T weights.
 
-    y[t,b,h] = Σ_j W[h,b,t,j] v[j,b,h],  W as in :mod:`fastasr.ops.rel_position_attention_weights`
+    y[t,b,h] = Σ_j W[h,b,t,j] v[j,b,h],  W as in :mod:`fastasr.ops.zipformer_attention_weights`
 
 v holds the values of the first ``value_heads`` heads side by side. With G = dy: dV = Wᵀ G, dW = G Vᵀ, and from dW as
 there. W is never stored: forward and backward meet blocks of queries with all keys, O(T) memory for one block, and the
@@ -16,10 +16,10 @@ from torch import Tensor, is_grad_enabled
 from fastasr.ops import _check
 from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served, triton_kernels
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
-from fastasr.ops.rel_position_attention_weights import check_arguments
-from fastasr.ops.rel_position_attention_weights import definition as weights_definition
+from fastasr.ops.zipformer_attention_weights import check_arguments
+from fastasr.ops.zipformer_attention_weights import definition as weights_definition
 
-NAME = "rel_position_attention"
+NAME = "zipformer_attention"
 
 
 # --------------------------------------------------------------------------- definition
@@ -162,7 +162,7 @@ _OP = register(
 
 
 # --------------------------------------------------------------------------- public function
-def rel_position_attention(
+def zipformer_attention(
     x: Tensor,
     pos: Tensor | None,
     value: Tensor,
@@ -180,7 +180,7 @@ def rel_position_attention(
 
     Args:
         x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size, left_context_chunks, cached_key: as
-            for :func:`fastasr.ops.rel_position_attention_weights`.
+            for :func:`fastasr.ops.zipformer_attention_weights`.
         value: (left + T, B, value_heads·dv), of x's dtype.
         value_heads: how many of the heads, from the first on, have values; None: all.
     Returns:

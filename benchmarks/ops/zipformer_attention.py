@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rel_position_attention for one self-attention of Zipformer-M's stack 0: 16 s of four utterances, 60 s of one."""
+"""zipformer_attention for one self-attention of Zipformer-M's stack 0: 16 s of four utterances, 60 s of one."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import BACKWARD, BOTH, FORWARD, Case, Cost, Implementation, compiled, parameters
-from fastasr.ops.rel_position_attention import definition
+from fastasr.ops.zipformer_attention import definition
 
 QUERY_DIM, POS_DIM, VALUE_DIM = 32, 4, 12
 
@@ -27,7 +27,7 @@ def _make(frames: int, batch: int, heads: int, device: str, dtype: torch.dtype):
     return {
         "eager": lambda: made(definition),
         "compile": lambda: made(compiled(definition)),
-        "fastasr": lambda: made(ops.rel_position_attention),
+        "fastasr": lambda: made(ops.zipformer_attention),
     }
 
 
@@ -46,7 +46,7 @@ def _costs(frames: int, batch: int, heads: int, size: int) -> dict[str, Cost]:
 def _case(frames: int, batch: int, heads: int) -> Case:
     name = f"{frames}x{batch}, {heads} heads"
     make, costs = partial(_make, frames, batch, heads), partial(_costs, frames, batch, heads)
-    return Case("rel_position_attention", name, name, make, costs, quick=frames * frames * batch < 4_000_000)
+    return Case("zipformer_attention", name, name, make, costs, quick=frames * frames * batch < 4_000_000)
 
 
 CASES = (_case(796, 4, 4), _case(2998, 1, 4))

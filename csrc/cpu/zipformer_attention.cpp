@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rel_position_attention.h"
+#include "cpu/zipformer_attention.h"
 
 #include <cstring>
 

@@ -407,7 +407,7 @@ def _rows(keys: int) -> int:
     return triton.cdiv(keys, ROW) * ROW
 
 
-def rel_position_attention_weights_forward(
+def zipformer_attention_weights_forward(
     x: torch.Tensor,
     pos: torch.Tensor | None,
     cached_key: torch.Tensor | None,
@@ -443,7 +443,7 @@ def _mask_batch(attn_mask: torch.Tensor | None) -> int:
     return attn_mask.stride(0) if attn_mask is not None and attn_mask.dim() == 3 else 0
 
 
-def rel_position_attention_weights_backward(
+def zipformer_attention_weights_backward(
     grad: torch.Tensor,
     weights: torch.Tensor,
     x: torch.Tensor,

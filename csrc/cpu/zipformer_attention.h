@@ -3,10 +3,10 @@
 
 #include <cstdint>
 
-#include "cpu/rel_position_attention_weights.h"
+#include "cpu/zipformer_attention_weights.h"
 
 // Values weighted by attention with relative positions, without the weights:
-//   y[i] = sum_j softmax_j(s[i,j]) v[j], s as in rel_position_attention_weights.h, masked scores -1000.
+//   y[i] = sum_j softmax_j(s[i,j]) v[j], s as in zipformer_attention_weights.h, masked scores -1000.
 // Forward: blocks of queries meet blocks of keys; per row stand the largest score so far, the sum of exponentials and
 // the weighted sum, rescaled when the largest score grows. Backward: strips of a few queries meet all keys; the strip's
 // weights and their gradient stay in the second cache, so that nothing but the inputs is needed of the forward pass:

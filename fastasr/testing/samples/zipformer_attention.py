@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of rel_position_attention: those of the weights, with values."""
+"""Samples of zipformer_attention: those of the weights, with values."""
 
-from fastasr.ops.rel_position_attention import definition
-from fastasr.testing.samples import rel_position_attention_weights as weights
+from fastasr.ops.zipformer_attention import definition
+from fastasr.testing.samples import zipformer_attention_weights as weights
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 _PENALTY = ("score_penalty", "score_limit")
@@ -76,7 +76,7 @@ def _random(make: Make, shape) -> dict:
 
 
 TABLE = OpTable(
-    op="rel_position_attention",
+    op="zipformer_attention",
     definition=definition,
     registered=_registered,
     samples=(

@@ -3,7 +3,7 @@
 
     s[i, j] = q[i] . k[j] + p[i] . R[T - 1 - i + j], masked scores -1000, W = softmax_j(s), y = W v
     With G = dy: dv = W^T G, dW = G v^T, delta = sum_j W dW, dS = W (dW - delta), 0 where masked; then dq, dk, dp and dR
-    as in rel_position_attention_weights.py
+    as in zipformer_attention_weights.py
 
 Per score, with d channels of q, P of p, V of v:
 
@@ -36,7 +36,7 @@ from fastasr.kernels._rel_position_tiles import (
     scores_of,
     window,
 )
-from fastasr.kernels.rel_position_attention_weights import (
+from fastasr.kernels.zipformer_attention_weights import (
     PARTS,
     SIZES,
     UNALIGNED,
@@ -371,7 +371,7 @@ def tiles(
     }  # fmt: skip
 
 
-def rel_position_attention_forward(
+def zipformer_attention_forward(
     x: torch.Tensor,
     pos: torch.Tensor | None,
     value: torch.Tensor,
@@ -403,7 +403,7 @@ def rel_position_attention_forward(
     return y
 
 
-def rel_position_attention_backward(
+def zipformer_attention_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
     pos: torch.Tensor | None,

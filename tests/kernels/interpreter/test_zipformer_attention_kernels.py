@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of rel_position_attention in the interpreter with small tiles and pieces, so that every loop runs several
+"""The kernels of zipformer_attention in the interpreter with small tiles and pieces, so that every loop runs several
 times: blocks of channels and of columns, the way out of the chunk window, pieces of dS."""
 
 import pytest
 import torch
 
 from fastasr.kernels import _rel_position_tiles as rel_position_tiles
-from fastasr.kernels import rel_position_attention as kernels
-from fastasr.ops.rel_position_attention import definition
+from fastasr.kernels import zipformer_attention as kernels
+from fastasr.ops.zipformer_attention import definition
 from fastasr.testing.tolerance import compare
 
 NAMES = ("y", "dx", "dpos", "dvalue", "dcached_key")
@@ -68,8 +68,8 @@ def _case(name, dtype, seed=0):
 
 def _run(grad, tensors, masks, numbers):
     call = *tensors, *masks, *numbers
-    y = kernels.rel_position_attention_forward(*call)
-    return y, *kernels.rel_position_attention_backward(grad, *call)
+    y = kernels.zipformer_attention_forward(*call)
+    return y, *kernels.zipformer_attention_backward(grad, *call)
 
 
 def _expected(grad, tensors, masks, numbers, dtype):

@@ -24,7 +24,7 @@ from fastasr.ops._dispatch import (
 )
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 
-NAME = "rel_position_attention_weights"
+NAME = "zipformer_attention_weights"
 FAMILY = KernelFamily(NAME, (NAME,), (native_kernels(NAME), triton_kernels(NAME)))
 
 MASKED = -1000.0  # a row with nothing to attend to is uniform, not NaN
@@ -324,7 +324,7 @@ def check_arguments(
     return keys
 
 
-def rel_position_attention_weights(
+def zipformer_attention_weights(
     x: Tensor,
     pos: Tensor | None,
     num_heads: int,

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of rel_position_attention_weights in the interpreter with small tiles, so that every loop runs several
+"""The kernels of zipformer_attention_weights in the interpreter with small tiles, so that every loop runs several
 times: two sweeps of keys, blocks of channels, the way out of the chunk window."""
 
 import pytest
 import torch
 
 from fastasr.kernels import _rel_position_tiles as rel_position_tiles
-from fastasr.kernels import rel_position_attention_weights as kernels
-from fastasr.ops.rel_position_attention_weights import definition
+from fastasr.kernels import zipformer_attention_weights as kernels
+from fastasr.ops.zipformer_attention_weights import definition
 from fastasr.testing.tolerance import compare
 
 NAMES = ("weights", "dx", "dpos", "dcached_key")
@@ -46,8 +46,8 @@ def _masks(frames, batch, left, rows=False):
 
 def _run(tensors, numbers, masks, window, penalty, grad):
     call = *tensors, *masks, *numbers, *window
-    weights = kernels.rel_position_attention_weights_forward(*call)
-    return weights, *kernels.rel_position_attention_weights_backward(grad, weights, *call, *penalty)
+    weights = kernels.zipformer_attention_weights_forward(*call)
+    return weights, *kernels.zipformer_attention_weights_backward(grad, weights, *call, *penalty)
 
 
 def _expected(tensors, numbers, masks, window, penalty, grad, dtype):
@@ -115,8 +115,8 @@ def test_padding_of_the_rows_is_not_read():
     call = *tensors, *masks, *numbers, *window, *penalty
     padded = torch.full((*weights.shape[:-1], 80), float("nan"))
     padded[..., : weights.shape[-1]] = weights
-    one = kernels.rel_position_attention_weights_backward(grad, weights, *call)
-    two = kernels.rel_position_attention_weights_backward(grad, padded[..., : weights.shape[-1]], *call)
+    one = kernels.zipformer_attention_weights_backward(grad, weights, *call)
+    two = kernels.zipformer_attention_weights_backward(grad, padded[..., : weights.shape[-1]], *call)
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a, b)
 
@@ -130,7 +130,7 @@ def test_repeats_bit_for_bit():
 def test_weights_may_be_changed_in_place():
     """They are no view of a padded tensor."""
     tensors, numbers, masks, window, *_ = _case("tiles", torch.float32)
-    weights = kernels.rel_position_attention_weights_forward(*tensors, *masks, *numbers, *window)
+    weights = kernels.zipformer_attention_weights_forward(*tensors, *masks, *numbers, *window)
     assert not weights._is_view()
     assert weights.stride(2) % kernels.ROW == 0
 
@@ -150,7 +150,7 @@ def test_no_read_past_the_end(case, guarded):
     tensors, masks = ([None if t is None else guarded(t) for t in ts] for ts in (tensors, masks))
     call = *tensors, *masks, *numbers, *window
     weights = guarded(expected[0].contiguous())
-    found = kernels.rel_position_attention_weights_backward(guarded(grad), weights, *call, *penalty)
-    assert torch.equal(kernels.rel_position_attention_weights_forward(*call), expected[0])
+    found = kernels.zipformer_attention_weights_backward(guarded(grad), weights, *call, *penalty)
+    assert torch.equal(kernels.zipformer_attention_weights_forward(*call), expected[0])
     for a, b in zip(found, expected[1:], strict=True):
         assert torch.equal(a, b)

@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 
-from fastasr.ops import rel_position_attention_weights
-from fastasr.ops.rel_position_attention_weights import definition
+from fastasr.ops import zipformer_attention_weights
+from fastasr.ops.zipformer_attention_weights import definition
 
 INF, NAN = float("inf"), float("nan")
 MASKS = ("none", "padding", "all padding", "chunks", "mask")
@@ -38,7 +38,7 @@ def test_extreme_scores(dtype, masks):
             call = arguments(frames, dtype, masks)
             rows = call[name].flatten(0, 1)
             rows[len(rows) // 2, channel] = value
-            weights = rel_position_attention_weights(**call)
+            weights = zipformer_attention_weights(**call)
             wide = {k: v.double() if k in ("x", "pos") else v for k, v in call.items()}
             torch.testing.assert_close(
                 weights.double(), definition(**wide), rtol=0, equal_nan=True,
@@ -52,9 +52,9 @@ def test_a_row_of_negative_infinities_is_nan(frames):
     """Nothing behind the last key takes its place."""
     x = torch.zeros(frames, 1, 2)
     x[:, :, 0], x[:, :, 1] = 1, -INF
-    assert rel_position_attention_weights(x, None, 1, 1).isnan().all()
+    assert zipformer_attention_weights(x, None, 1, 1).isnan().all()
     hidden = torch.ones(1, frames, dtype=torch.bool)
-    even = rel_position_attention_weights(x, None, 1, 1, key_padding_mask=hidden)
+    even = zipformer_attention_weights(x, None, 1, 1, key_padding_mask=hidden)
     torch.testing.assert_close(even, torch.full_like(even, 1 / frames))
 
 
@@ -62,5 +62,5 @@ def test_a_row_of_negative_infinities_is_nan(frames):
 def test_a_row_of_one_extreme_score_is_even(score):
     x = torch.zeros(19, 1, 2)
     x[:, :, 0], x[:, :, 1] = 1, score
-    weights = rel_position_attention_weights(x, None, 1, 1)
+    weights = zipformer_attention_weights(x, None, 1, 1)
     torch.testing.assert_close(weights, torch.full_like(weights, 1 / 19))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rel_position_attention_weights.h"
+#include "cpu/zipformer_attention_weights.h"
 
 #include <algorithm>
 #include <thread>
@@ -121,7 +121,7 @@ void pool() {
 
 }  // namespace
 
-void rel_position_attention_weights() {
+void zipformer_attention_weights() {
   const Shape shapes[] = {
       {1, 1, 1, 1, 1, 0, 1, 0, -1, 0, 0},    {7, 2, 2, 8, 4, 0, 1, 0, -1, 1, 0},
       {33, 3, 1, 32, 4, 0, 3, 0, -1, 3, 0},  {40, 2, 2, 5, 3, 0, 1, 8, 1, 0, 0},

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of rel_position_attention_weights."""
+"""Samples of zipformer_attention_weights."""
 
 import torch
 
-from fastasr.ops.rel_position_attention_weights import definition
+from fastasr.ops.zipformer_attention_weights import definition
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 _ORDER = ("cached_key", "key_padding_mask", "attn_mask")
@@ -86,7 +86,7 @@ def _random(make: Make, shape) -> dict:
 
 
 TABLE = OpTable(
-    op="rel_position_attention_weights",
+    op="zipformer_attention_weights",
     definition=definition,
     registered=_registered,
     samples=(
