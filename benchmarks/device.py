@@ -44,8 +44,6 @@ from fastasr.benchmarks.ops import (
     linear_activation,
     nonlin_attention,
     rel_attention,
-    zipformer_attention,
-    zipformer_attention_weights,
     residual_norm,
     rnnt_joiner,
     rnnt_lattice,
@@ -54,6 +52,8 @@ from fastasr.benchmarks.ops import (
     swoosh,
     swoosh_linear,
     toeplitz_attention,
+    zipformer_attention,
+    zipformer_attention_weights,
 )
 from fastasr.benchmarks.rows import Row
 

@@ -27,8 +27,6 @@ from fastasr.ops.ema_scan import definition as ema_scan_definition
 from fastasr.ops.linear_activation import definition as linear_activation_definition
 from fastasr.ops.nonlin_attention import definition as nonlin_attention_definition
 from fastasr.ops.rel_attention import definition as rel_attention_definition
-from fastasr.ops.zipformer_attention import definition as attention_definition
-from fastasr.ops.zipformer_attention_weights import definition as attention_weights_definition
 from fastasr.ops.residual_norm import definition as gated_residual_norm_definition
 from fastasr.ops.residual_norm import definition_residual as residual_norm_definition
 from fastasr.ops.rnnt_joiner import definition as rnnt_joiner_definition
@@ -36,6 +34,8 @@ from fastasr.ops.rnnt_lattice import definition as lattice_definition
 from fastasr.ops.rnnt_pruned_lattice import definition as pruned_lattice_definition
 from fastasr.ops.segment_attention import definition as segment_attention_definition
 from fastasr.ops.toeplitz_attention import definition as toeplitz_attention_definition
+from fastasr.ops.zipformer_attention import definition as attention_definition
+from fastasr.ops.zipformer_attention_weights import definition as attention_weights_definition
 
 NAME = "dispatch"
 INFERENCE, NO_GRAD, FORWARD, BOTH = "inference mode", "no_grad", "forward", "forward+backward"

@@ -34,9 +34,9 @@ from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
 from fastasr.kernels._rel_position_tiles import head_block, masked, place, query_key
 from fastasr.kernels._relative_shift import by_key, by_offset, merged, moved
+from fastasr.kernels.toeplitz_attention import _hopper
 from fastasr.kernels.zipformer_attention import PIECE_BYTES, slopes_of
 from fastasr.kernels.zipformer_attention_weights import PARTS, _bytes, _mask_batch, add_parts_kernel
-from fastasr.kernels.toeplitz_attention import _hopper
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = ["frames", "batch", "blocks", "heads"]

@@ -17,8 +17,6 @@ from fastasr.benchmarks.ops import (
     linear_activation,
     nonlin_attention,
     rel_attention,
-    zipformer_attention,
-    zipformer_attention_weights,
     residual_norm,
     rnnt_joiner,
     rnnt_lattice,
@@ -27,6 +25,8 @@ from fastasr.benchmarks.ops import (
     swoosh,
     swoosh_linear,
     toeplitz_attention,
+    zipformer_attention,
+    zipformer_attention_weights,
 )
 
 MODULES = (
