@@ -61,5 +61,6 @@ def problems(paths: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    if result := problems(sys.argv[1:]):
+    # CMake lists precompiled headers among a target's objects
+    if result := problems([path for path in sys.argv[1:] if path.endswith(".o")]):
         sys.exit("\n".join(result))
