@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastasr.models import emformer_streaming
-from fastasr.models.inference import any_hooked, is_plain
-from fastasr.models.mega import plumbing
-from fastasr.models.module_state import global_hooks
+from fastasr.models.common import plumbing
+from fastasr.models.common.inference import any_hooked, is_unmodified
+from fastasr.models.common.module_state import global_hooks
 from fastasr.ops import _dropout, linear, linear_activation, residual_norm, segment_attention
 from fastasr.ops.segment_attention import key_rows, query_rows, segments_of
 
@@ -412,7 +412,7 @@ def _finished(layer: nn.Module, mixed: Tensor, x: Tensor) -> tuple[Tensor, Tenso
 
 def _activated(affine: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
     name = _KERNELS.get(type(activation))
-    plain = name is not None and is_plain(activation, _KERNELS) and not plumbing.is_watched(activation)
+    plain = name is not None and is_unmodified(activation, _KERNELS) and not plumbing.is_watched(activation)
     if not plain or getattr(activation, "approximate", "none") != "none":
         return activation(linear(x, affine.weight, affine.bias))
     return linear_activation(x, affine.weight, affine.bias, name)

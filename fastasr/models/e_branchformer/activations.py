@@ -4,7 +4,7 @@
 import torch
 
 from fastasr import ops
-from fastasr.models.mega import plumbing
+from fastasr.models.common import plumbing
 
 _MODULES = {
     "gelu": torch.nn.GELU,
@@ -60,7 +60,7 @@ def fused_name(activation: torch.nn.Module) -> str | None:
 
 def activated(linear, activation: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """``activation(linear(x))``."""
-    name = fused_name(activation) if plumbing.is_plain(linear) else None
+    name = fused_name(activation) if plumbing.is_plain_linear(linear) else None
     if name is None or name == "identity":
         return activation(plumbing.linear(linear, x))
     return ops.linear_activation(x, linear.weight, linear.bias, name)

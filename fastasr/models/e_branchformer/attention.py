@@ -7,7 +7,7 @@ score(i, j) = ((q_i + u) · k_j + (q_i + v) · R[j − i]) / √d, with R a proj
 import torch
 
 from fastasr import ops
-from fastasr.models.mega import plumbing
+from fastasr.models.common import plumbing
 from fastasr.ops.rel_attention import relative_shift
 
 

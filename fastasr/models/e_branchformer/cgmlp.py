@@ -4,8 +4,8 @@
 import torch
 
 from fastasr import ops
+from fastasr.models.common import plumbing
 from fastasr.models.e_branchformer import activations
-from fastasr.models.mega import plumbing
 
 
 def _is_layer_norm(norm) -> bool:

@@ -3,8 +3,8 @@
 
 import torch
 
+from fastasr.models.common import plumbing
 from fastasr.models.e_branchformer import activations
-from fastasr.models.mega import plumbing
 
 
 class PositionwiseFeedForward(torch.nn.Module):

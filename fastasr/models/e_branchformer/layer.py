@@ -3,11 +3,11 @@
 
 import torch
 
+from fastasr.models.common import plumbing
 from fastasr.models.e_branchformer import merge as merging
 from fastasr.models.e_branchformer.attention import RelPositionMultiHeadedAttention
 from fastasr.models.e_branchformer.cgmlp import FeedForwardConvGated
 from fastasr.models.e_branchformer.feed_forward import PositionwiseFeedForward
-from fastasr.models.mega import plumbing
 
 
 class EBranchformerLayer(torch.nn.Module):

@@ -4,7 +4,7 @@
 import torch
 
 from fastasr import ops
-from fastasr.models.mega import plumbing
+from fastasr.models.common import plumbing
 
 
 class Merge(torch.nn.Module):

@@ -3,7 +3,7 @@
 
 from torch import Tensor, nn
 
-from fastasr.models.mega import plumbing
+from fastasr.models.common import plumbing
 
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fastasr import ops
-from fastasr.models.mega import plumbing
+from fastasr.models.common import plumbing
 
 State = list[list[Tensor]]
 
@@ -34,7 +34,7 @@ class CustomLSTM(nn.Module):
     def forward(self, input: Tensor, state: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         hidden, cell = (None, None) if state is None else state
         x2g, p2g, gates, cells = self.x2g, self.p2g, self.g_norm, self.c_norm
-        plain = plumbing.is_plain(x2g) and plumbing.is_plain(p2g) and p2g.bias is None
+        plain = plumbing.is_plain_linear(x2g) and plumbing.is_plain_linear(p2g) and p2g.bias is None
         normalised = plumbing.is_layer_norm(gates) and plumbing.is_layer_norm(cells)
         if plain and x2g.bias is None and normalised and gates.eps == cells.eps:
             y, hidden, cell = ops.layer_norm_lstm(

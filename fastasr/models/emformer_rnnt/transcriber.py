@@ -3,9 +3,9 @@
 
 from torch import Tensor, nn
 
+from fastasr.models.common import plumbing
 from fastasr.models.emformer import Emformer
 from fastasr.models.emformer_rnnt.predictor import State
-from fastasr.models.mega import plumbing
 
 
 class TimeReduction(nn.Module):

@@ -4,6 +4,8 @@
 import torch
 import torch.nn.functional as F
 
+from fastasr.models.common import plumbing
+
 
 class FTSwish(torch.nn.Module):
     """Flattened-T Swish (Chieng et al., 2018): x sigmoid(x) + T where that is not negative, T elsewhere."""
@@ -104,6 +106,12 @@ def activate(activation, x):
     if name is None or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         return activation(x)
     return x if name == "identity" else _IN_PLACE[name](x)
+
+
+def activated(module, activation, x):
+    """activation(module(x)) for a linear layer."""
+    y = plumbing.linear(module, x)
+    return activate(activation, y) if plumbing.is_plain_linear(module) else activation(y)
 
 
 def instance(activation):

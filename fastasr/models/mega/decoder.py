@@ -11,11 +11,11 @@ finished chunk. ``phantom_first_step=True`` does the same. A label that equals `
 import torch
 import torch.nn.functional as F
 
+from fastasr.models.common.plumbing import is_idle, is_watched
 from fastasr.models.mega import activations, decoding, normalizations
 from fastasr.models.mega.attention import CAUSAL, causal
 from fastasr.models.mega.feed_forward import NormalizedPositionwiseFeedForward
 from fastasr.models.mega.gated_attention import MEGA
-from fastasr.models.mega.plumbing import is_idle, is_watched
 
 SCORE_CACHE_SIZE = 128  # hypotheses; an entry holds a state, 0.9 MB of 50 labels at ESPnet's default sizes
 

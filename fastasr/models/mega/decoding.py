@@ -21,8 +21,9 @@ import weakref
 
 import torch
 
-from fastasr.models.mega import activations, graph_decoding, plumbing, positional_bias
-from fastasr.models.module_state import ModuleState
+from fastasr.models.common import plumbing
+from fastasr.models.common.module_state import ModuleState
+from fastasr.models.mega import activations, graph_decoding, positional_bias
 from fastasr.ops import _dispatch
 
 _STATE = ("ema_state", "prev_key", "prev_value")
@@ -187,10 +188,10 @@ def _why_not_block(mega, feed_forward):
     if _foreign(mega.rel_pos_bias, "RelativePositionBias", "RotaryRelativePositionBias"):
         return "the bias is neither simple nor rotary"
     for name in ("proj_v", "proj_mx", "proj_h"):
-        if not plumbing.is_plain(getattr(mega, name)):
+        if not plumbing.is_plain_linear(getattr(mega, name)):
             return f"{name} is not a plain Linear"
     for name in ("linear1", "linear2"):
-        if not plumbing.is_plain(getattr(feed_forward, name)):
+        if not plumbing.is_plain_linear(getattr(feed_forward, name)):
             return f"{name} is not a plain Linear"
     for module in (mega, mega.multihead_damped_ema, feed_forward):
         if activations.fused_name(module.activation) != "silu":

@@ -4,7 +4,8 @@
 import torch
 
 from fastasr import ops
-from fastasr.models.mega import activations, normalizations, plumbing
+from fastasr.models.common import plumbing
+from fastasr.models.mega import activations, normalizations
 
 
 class NormalizedPositionwiseFeedForward(torch.nn.Module):
@@ -33,7 +34,7 @@ class NormalizedPositionwiseFeedForward(torch.nn.Module):
             torch.nn.init.constant_(linear.bias, val)
 
     def forward(self, x):
-        hidden = plumbing.activated(self.linear1, self.activation, x)
+        hidden = activations.activated(self.linear1, self.activation, x)
         y = plumbing.linear(self.linear2, plumbing.dropout(self.hidden_dropout, hidden))
         y = plumbing.dropout(self.dropout, y)
         norm = self.normalization

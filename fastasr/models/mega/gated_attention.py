@@ -11,7 +11,8 @@ r"""Moving average equipped gated attention (Ma et al., "Mega", ICLR 2023), ESPn
 import torch
 
 from fastasr import ops
-from fastasr.models.mega import activations, attention, normalizations, plumbing, positional_bias
+from fastasr.models.common import plumbing
+from fastasr.models.mega import activations, attention, normalizations, positional_bias
 from fastasr.models.mega.damped_ema import MultiHeadDampedEMA
 from fastasr.models.mega.positional_bias import RelativePositionBias, RotaryRelativePositionBias
 
@@ -189,7 +190,7 @@ def _composed(module, x, mixed, mask, attn_mask, state):
     """(context (L, B, v_size), state after x)."""
     length, batch, _ = x.shape
     _, query_key, gate, _ = _parts(module, mixed)
-    value = plumbing.activated(module.proj_v, module.activation, x).transpose(0, 1)
+    value = activations.activated(module.proj_v, module.activation, x).transpose(0, 1)
     z = module.activation(query_key)
     query = torch.addcmul(module.qk_bias[0], z, module.qk_weight[0]).transpose(0, 1)
     key = torch.addcmul(module.qk_bias[1], z, module.qk_weight[1]).transpose(0, 1)

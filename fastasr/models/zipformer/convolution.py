@@ -15,7 +15,7 @@ import inspect
 import torch
 
 from fastasr import ops
-from fastasr.models.inference import any_hooked
+from fastasr.models.common.inference import any_hooked
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer

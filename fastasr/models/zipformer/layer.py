@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from fastasr.models.inference import any_hooked, is_plain_inference, runs
+from fastasr.models.common.inference import any_hooked, is_plain_inference, runs
 from fastasr.models.zipformer import streaming_layer
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.balancer import Balancer

@@ -14,8 +14,8 @@ import weakref
 
 import torch
 
-from fastasr.models.inference import is_plain, runs
-from fastasr.models.packed_layers import PackedLayer, PackedLayers, may_serve
+from fastasr.models.common.inference import is_unmodified, runs
+from fastasr.models.common.packed_layers import PackedLayer, PackedLayers, may_serve
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.convolution import ConvolutionModule
 from fastasr.models.zipformer.linear import Linear
@@ -162,7 +162,7 @@ class _PackedLayer(PackedLayer):
 
 
 def _is_linear(module):
-    return is_plain(module, (torch.nn.Linear, Linear))
+    return is_unmodified(module, (torch.nn.Linear, Linear))
 
 
 _PACKED = PackedLayers(_PackedLayer)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from fastasr import ops
-from fastasr.models.inference import any_hooked, is_plain_inference
+from fastasr.models.common.inference import any_hooked, is_plain_inference
 from fastasr.models.zipformer.activations import SwooshL, SwooshR
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.dropout import Dropout3

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls of a block's submodules, without what the call does not need.
 
-These functions also run on instances of ESPnet's classes, where a submodule may be anything: a wrapped projection, a
-watched dropout. What is not a plain module of torch's is called as it is.
+These functions also run on instances of upstream's classes, where a submodule may be anything: a wrapped projection or
+a dropout with hooks. They call a submodule that is not a plain module of torch's as it is.
 """
 
 import torch
 
 from fastasr import ops
-from fastasr.models.inference import has_known_forward
-from fastasr.models.mega import activations
+from fastasr.models.common.inference import has_known_forward
 from fastasr.ops import _dropout
 
 
@@ -17,19 +16,13 @@ def is_watched(module):
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def is_plain(module):
+def is_plain_linear(module):
     """Whether this is a linear layer that is no more than its weight and bias."""
     return type(module) is torch.nn.Linear and not is_watched(module) and has_known_forward(module)
 
 
 def linear(module, x):
-    return ops.linear(x, module.weight, module.bias) if is_plain(module) else module(x)
-
-
-def activated(module, activation, x):
-    """activation(module(x)) for a linear layer."""
-    y = linear(module, x)
-    return activations.activate(activation, y) if is_plain(module) else activation(y)
+    return ops.linear(x, module.weight, module.bias) if is_plain_linear(module) else module(x)
 
 
 def is_idle(module):

@@ -2,7 +2,7 @@
 """Layers whose weights are packed for a native call that takes one step of a stream, and when the call serves.
 
 The packed copy is made at a layer's first step, when its result is compared with that of the layer's own operations,
-and made again when a parameter, a submodule or a forward has changed (:mod:`fastasr.models.module_state`).
+and made again when a parameter, a submodule or a forward has changed (:mod:`fastasr.models.common.module_state`).
 """
 
 import abc
@@ -10,8 +10,8 @@ import weakref
 
 import torch
 
-from fastasr.models.inference import any_hooked, is_plain_inference
-from fastasr.models.module_state import ModuleState
+from fastasr.models.common.inference import any_hooked, is_plain_inference
+from fastasr.models.common.module_state import ModuleState
 from fastasr.ops import _dispatch
 
 # Of a layer's results, between the native call and the operations, by rms.
