@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
-from fastasr.ops import _check, _layout, _signature, _source
+from fastasr.ops import _check, _layout, _shapes, _signature, _source
 from fastasr.ops._dispatch import (
     FLOATING,
     PLAIN,
@@ -39,6 +39,7 @@ STRIDES = {
     "contiguous": Tensor.contiguous,
     "channels": _layout.dense_channels,
     "rows": _layout.rows,
+    "int64": lambda t: t.to(torch.int64).contiguous(),
     "any": lambda t: t,
 }
 
@@ -64,13 +65,16 @@ class Op:
     # dtypes and strides
     one_dtype: str = ""  # arguments that must have the first one's dtype, except under an autocast rule
     autocast: str | Callable | None = (
-        None  # "one dtype": casts those; names; (op, dtype, a) -> a; None: no rule
+        None  # "one dtype": casts those; names; (op, dtype, a) -> a; None: no rule; "formula": what it gives
     )
     uniform: bool = True  # C++ kernels get all floating tensors in the first output's dtype
+    wide: str = ""  # arguments that kernels get in the first output's dtype, but at least float32
     strides: dict | None = None  # of an argument or "grad" what kernels read: see STRIDES; else contiguous
     like: str = ""  # results have this argument's strides; else they are contiguous
+    empty: Callable | None = None  # torch.empty for an output of kernels that is not contiguous
 
-    # calls of the kernels: names, literals, "keep", "grad"; else all tensors, then all options, as in the signature
+    # calls of the kernels: names, literals, "keep", "grad", expressions in parentheses; else all tensors, then all
+    # options, as in the signature
     forward: str = ""
     backward: str = ""  # "... -> dx dy _": what it returns
     launch: Callable | None = (
@@ -130,11 +134,12 @@ class Op:
         self.tensors = tuple(a for a in self.arguments if a.pattern)
         self.options = tuple(a for a in self.arguments if not a.pattern)
         self.differentiable = tuple(a for a in self.tensors if a.kind == "floating")
-        self.leader = self.tensors[0]
+        self.one_dtype, self.fast_strides = self.one_dtype.split(), self.fast_strides.split()
+        self.leader = self.argument(self.one_dtype[0]) if self.one_dtype else self.tensors[0]
         self.outputs = _signature.outputs(formula, self.returns.split())
         self.keeps = tuple(_signature.output(name, hint) for name, hint in (self.keeps or {}).items())
         self.deciding = self.dtype_names(self.outputs[0])  # their dtypes choose the kernels
-        self.one_dtype, self.fast_strides = self.one_dtype.split(), self.fast_strides.split()
+        self.wide = self.wide.split()
         self.strides, self.needs = self.strides or {}, self.needs or {}
         self.cast = self._cast_rule()
         self.calls_directly = bool(self.launch and self.fast_strides and not self.fast)
@@ -169,20 +174,24 @@ class Op:
         return {a.name for a in self.options if a.kind == "int" and not a.optional}
 
     def in_binding_order(self) -> Iterator[_signature.Argument]:
-        """The tensors, each after those that bind the names in its shape."""
-        left, known = list(self.tensors), self.known_sizes()
+        """The tensors, each after those that bind the names in its shape: the leader, then as in the signature. T + L
+        binds L only where no tensor has it alone."""
+        left, known = sorted(self.tensors, key=lambda a: a is not self.leader), self.known_sizes()
         while left:
+            found = {}
             for a in left:
                 try:
-                    list(a.pattern.bind(known, a.name))
+                    lines = list(a.pattern.bind(set(known), a.name))
                 except ValueError as error:
                     reason = error
                     continue
-                left.remove(a)
-                yield a
-                break
-            else:
+                found.setdefault(any(" - (" in line for line in lines) and a is not self.leader, a)
+            if not found:
                 raise ValueError(f"{self.name}: {reason}")
+            a = found.get(False) or found[True]
+            list(a.pattern.bind(known, a.name))
+            left.remove(a)
+            yield a
 
     def dtype_names(self, output: _signature.Output) -> list[str]:
         """The arguments whose promotion an output's dtype is."""
@@ -198,18 +207,20 @@ class Op:
         """``(op, dtype, a) -> a`` of the autocast rule."""
         if self.autocast is None or callable(self.autocast):
             return self.autocast
+        if self.autocast == "formula":
+            return lambda op, dtype, a: a
         names = self.one_dtype if self.autocast == "one dtype" else self.autocast.split()
         return lambda op, dtype, a: a._replace(**{name: cast(dtype, getattr(a, name))[0] for name in names})
 
     def _kernel_calls(self) -> None:
         tensors, options = [a.name for a in self.tensors], [a.name for a in self.options]
         always = [f"grad_{o.name}" for o in self.outputs if not o.flag or self.flagged is None]
-        self.forward = self.forward.split() or [*tensors, *options, *["keep"] * bool(self.keeps)]
+        self.forward = _shapes.words(self.forward) or [*tensors, *options, *["keep"] * bool(self.keeps)]
         backward, _, results = self.backward.partition("->")
         self.backward_results = results.split() or [a.name for a in self.differentiable]
         # what asks for an output is the forward's alone
         options = [name for name in options if not name.startswith("return_")]
-        backward = backward.split() or [*always, *tensors, *(o.name for o in self.keeps), *options]
+        backward = _shapes.words(backward) or [*always, *tensors, *(o.name for o in self.keeps), *options]
         self.backward = [always[0] if token == "grad" else token for token in backward]
 
     # ----------------------------------------------------------------------- the formula in the kernels' place
@@ -316,8 +327,11 @@ class Op:
             "_back": _back,
             "_tuple": _tuple,
             "_promoted": _promoted,
+            "_promote_types": torch.promote_types,
+            "_float32": torch.float32,
             "_wide": _wide,
             "_empty": torch.empty,
+            "_empty_output": self.empty,
             "_empty_like": torch.empty_like,
             "_Function": torch.autograd.Function,
             "_Tensor": Tensor,

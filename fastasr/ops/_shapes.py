@@ -2,6 +2,7 @@
 """Shapes as a declaration writes them: parsed once, then written as code, printed in a message, or matched by hand.
 
 T B 2*C          three dimensions; a name is bound where it first stands and must agree from there on
+(T and 2*T-1) C  an expression with spaces stands in parentheses
 C 1 K | C K      one shape or the other
 *S C             any dimensions, then one more
 C 1 K, K odd     with conditions: ``<name> odd``, or a comparison: C >= 1
@@ -20,6 +21,8 @@ _NODES = (
     ast.Sub,
     ast.Mult,
     ast.FloorDiv,
+    ast.BoolOp,
+    ast.And,
     ast.Constant,
     ast.Name,
     ast.Load,
@@ -37,7 +40,7 @@ class Dim:
     def tree(self) -> ast.expr:
         tree = ast.parse(self.text, mode="eval")
         if not all(isinstance(node, _NODES) for node in ast.walk(tree)):
-            raise ValueError(f"{self.text}: expected names and numbers with + - * //")
+            raise ValueError(f"{self.text}: expected names and numbers with + - * // and")
         return tree.body
 
     @cached_property
@@ -47,17 +50,27 @@ class Dim:
     def value(self, names: Names) -> int:
         return eval(compile(ast.Expression(self.tree), "<shape>", "eval"), {"__builtins__": {}}, names)
 
-    def unknown(self, known: set[str]) -> tuple[str, int, str] | None:
+    def unknown(self, known: set[str]) -> tuple[str, str, str] | None:
         """(name, a, b) where the one name that is not known is (size − b) / a; None where all are known."""
         missing = sorted(self.names - known)
         if not missing:
             return None
-        at = [self.value(dict.fromkeys(self.names, 7) | {missing[0]: n}) for n in (0, 1, 5)]
-        a = at[1] - at[0]
-        if len(missing) > 1 or a < 1 or at[2] - at[0] != 5 * a:
+        if len(missing) > 1 or not self._linear(missing[0]):
             raise ValueError(f"{self.text}: {', '.join(missing)}: expected an earlier argument to bind it")
-        b = re.sub(rf"\b{missing[0]}\b", "0", self.text)
-        return missing[0], a, "0" if b in ("0", f"{a}*0", f"0*{a}") else b
+        b, more = (re.sub(rf"\b{missing[0]}\b", n, self.text) for n in "01")
+        factor = re.fullmatch(r"(\w+)\*0|0\*(\w+)|0", b)
+        if factor:
+            return missing[0], factor[1] or factor[2] or "1", "0"
+        a = {self._step(missing[0], n) for n in (7, 11)}
+        return missing[0], str(a.pop()) if len(a) == 1 else f"({more} - ({b}))", b
+
+    def _step(self, name: str, others: int, size: int = 1) -> int:
+        """How much the dimension is longer with ``size`` of one name than with none of it."""
+        names = dict.fromkeys(self.names, others)
+        return self.value(names | {name: size}) - self.value(names | {name: 0})
+
+    def _linear(self, name: str) -> bool:
+        return 1 <= self._step(name, 7) == self._step(name, 7, 5) / 5
 
 
 @dataclass(frozen=True)
@@ -69,10 +82,10 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        first, *others = text.split() or [""]
+        first, *others = words(text) or [""]
         if first == "..." or first.startswith("*"):
             return cls(first.lstrip("*"), tuple(map(Dim, others)))
-        return cls("", tuple(map(Dim, text.split())))
+        return cls("", tuple(map(Dim, words(text))))
 
     def known(self, known: set[str]) -> bool:
         return self.rest != "..." and ({self.rest} - {""} | {n for d in self.dims for n in d.names}) <= known
@@ -112,11 +125,11 @@ class Shape:
                 continue
             name, a, b = solved
             value = size if b == "0" else f"({size} - ({b}))"
-            if a > 1:
+            if a != "1":
                 conditions.append(f"{value} % {a} == 0")
             if b != "0":
                 conditions.append(f"{value} >= 0")
-            bindings.append(f"{name} = {value}{f' // {a}' if a > 1 else ''}")
+            bindings.append(f"{name} = {value}{f' // {a}' if a != '1' else ''}")
             known.add(name)
         return rank, conditions, bindings
 
@@ -134,7 +147,7 @@ class Shape:
             solved = dim.unknown(set(names))
             if solved is not None:
                 name, a, b = solved
-                value = size - Dim(b).value(names)
+                value, a = size - Dim(b).value(names), Dim(a).value(names)
                 if value < 0 or value % a:
                     return None
                 names[name] = value // a
@@ -213,6 +226,11 @@ class Pattern:
             known |= found
         yield "if not right:"
         yield f"    {wrong}"
+
+
+def words(text: str) -> list[str]:
+    """Apart at spaces, but for those in parentheses."""
+    return re.findall(r"(?:\([^()]*\)|\S)+", text)
 
 
 def _condition(text: str) -> str:

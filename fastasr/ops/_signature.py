@@ -5,7 +5,8 @@ h: Annotated[Tensor, "T B 2*C"]                      a floating tensor; shapes: 
 padding_mask: Annotated[Tensor, "B T", bool] | None  a bool tensor, or none
 lengths: Annotated[Tensor, "B", int]                 a tensor of integers
 weights: Annotated[Tensor, "B T", "constant"]        bool or floating, and no gradient is wanted
-chunk_size: Annotated[int, "-1 or >= 1"]             a number with its constraint; float likewise
+chunk_size: Annotated[int, "-1 or >= 1"]             a number with its constraint
+score_limit: Annotated[float, ">= 0 and < inf"]      float likewise
 activation: Literal["silu", "relu"]                  a choice: kernels get its place, or with
             Annotated[Literal[...], {...}]           what the table says
 return_cache: bool                                   a flag; ``return_...`` asks for the outputs after the first
@@ -60,7 +61,7 @@ class Argument:
         """The constraint on a number as code: alternatives of a value, or of comparisons."""
         ways = (way.split(" and ") for way in self.constraint.split(" or "))
         parts = ([f"{self.name} {p if p[0] in '<>' else f'== {p}'}" for p in way] for way in ways)
-        return " or ".join(" and ".join(way) for way in parts)
+        return " or ".join(" and ".join(way) for way in parts).replace("inf", "1e999")
 
     @property
     def expected(self) -> str:

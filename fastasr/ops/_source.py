@@ -19,7 +19,9 @@ def _run({operator_parameters}):
     _kernels = _family.kernels({deciding})
     if _kernels is None:
         return _op.formula_results(_Arguments({names}))
-    return _run_kernels(_kernels, {names}{keep})
+    {found} = _run_kernels(_kernels, {names}{keep})
+    {drop}
+    return {found}
 
 
 def _run_kernels(_kernels, {names}{keep}):
@@ -110,6 +112,7 @@ def {name}({parameters}):
             if not _declined(_error):
                 raise
     _check({names})
+    {formula_under_autocast}
     if _is_compiling() or not ({plain}):
         return _traced({names})
     _kernels = _family.kernels({deciding})
@@ -167,6 +170,7 @@ def write(op) -> str:
         "no_grads_directly": _no_grads(op, grads, len(op.arguments) + 2),
         "checks": _checks(op),
         "launch": _launch(op),
+        "drop": [f"if not keep:\n    {o.name} = {o.name}.new_empty(0)" for o in op.keeps],
         "sizes": _sizes(op),
         "empty": ", ".join(_empty(op, o) for o in found),
         "not_differentiable": _not_differentiable(op),
@@ -193,6 +197,7 @@ def write(op) -> str:
         "plain": " and ".join(_optional(a, f"type({a.name}) in _PLAIN") for a in op.tensors),
         "definition": _definition(op),
         "cast": _cast(op),
+        "formula_under_autocast": _formula_under_autocast(op),
     }
     return _render(TEMPLATE, fragments)
 
@@ -333,7 +338,10 @@ def _empty(op, output) -> str:
     if op.like and not asked:
         return f"_empty_like({op.like}, dtype={_dtype(op, output)})"
     shape = output.pattern.alternatives[0].tuple_code() + f" if {asked} else (0,)" * bool(asked)
-    return f"_empty({shape}, dtype={_dtype(op, output)}, device={op.leader.name}.device)"
+    empty = "_empty"
+    if op.empty and not asked:
+        empty = f"(_empty if _family.kernels({', '.join(op.deciding)}) is None else _empty_output)"
+    return f"{empty}({shape}, dtype={_dtype(op, output)}, device={op.leader.name}.device)"
 
 
 def _dtype(op, output) -> str:
@@ -352,10 +360,13 @@ def _operands(op, dtype: str, grads: Iterable[str] = ()) -> Iterator[str]:
     """``_o_<name>``: each tensor as the kernels read it."""
     if op.uniform:
         yield f'_dtype = {dtype} if _kernels.backend == "cpu" else None'
+    if op.wide:
+        yield f"_work = _promote_types({dtype}, _float32)"
     for name in (*grads, *(a.name for a in op.tensors)):
         floating = name in grads or op.argument(name).kind == "floating"
         layout = op.strides.get("grad" if name in grads else name, "contiguous")
-        yield f"_o_{name} = _operand({name}, {'_dtype' if op.uniform and floating else None}, _{layout})"
+        to = "_work" if name in op.wide else "_dtype" if op.uniform and floating else None
+        yield f"_o_{name} = _operand({name}, {to}, _{layout})"
 
 
 def _unless_dense(op, call: str, part: str) -> list[str]:
@@ -514,8 +525,19 @@ def _fast(op) -> Iterator[str]:
     yield "not _is_compiling()"
 
 
+def _formula_under_autocast(op) -> list[str]:
+    """Eager casts only some of its steps, so the kernels serve what has autocast's dtype already."""
+    if op.autocast != "formula":
+        return []
+    differs = " or ".join(f"{name}.dtype is not _dtype" for name in op.one_dtype)
+    return [
+        f"_dtype = _autocast_dtype({op.leader.name})",
+        f"if _dtype is not None and ({differs}):\n    return {_definition(op)}",
+    ]
+
+
 def _cast(op) -> list[str]:
-    if op.cast is None:
+    if op.cast is None or op.autocast == "formula":
         return []
     names = _names(op.arguments)
     return [

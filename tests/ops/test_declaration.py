@@ -43,6 +43,15 @@ def test_written_checks_match_as_by_hand(text, shape, size):
         assert by_hand
 
 
+def test_a_size_times_a_name_and_an_expression_in_parentheses():
+    pattern = Pattern.parse("B*P (T and 2*T-1)")
+    for frames, shape in ((3, (6, 5)), (0, (6, 0))):
+        assert pattern.match(shape, {"B": 3, "T": frames}) == {"B": 3, "T": frames, "P": 2}
+        assert pattern.text({"B": 3, "T": frames}) == f"(3*P, {shape[1]})"
+    assert pattern.match((6, 4), {"B": 3, "T": 3}) is None
+    assert pattern.match((7, 5), {"B": 3, "T": 3}) is None
+
+
 def test_a_name_must_be_bound_before():
     with pytest.raises(ValueError, match="K//2: K: expected an earlier argument to bind it"):
         list(Pattern.parse("K//2").bind(set(), "t"))
