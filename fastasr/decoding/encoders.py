@@ -4,7 +4,7 @@
 import torch
 
 from fastasr.decoding.chunks import RIGHT_CONTEXT
-from fastasr.models.zipformer.export_wrappers import StreamingEncoderWrapper
+from fastasr.export.wrappers import StreamingEncoderWrapper
 
 
 @torch.inference_mode()

@@ -2,5 +2,35 @@
 """Recognisers as ONNX files that onnxruntime and sherpa-onnx load. See docs/export.md."""
 
 from fastasr.export.onnx_files import export_onnx
+from fastasr.export.onnx_models import (
+    OnnxCtcModel,
+    OnnxStreamingCtcModel,
+    OnnxStreamingTransducerModel,
+    OnnxTransducerModel,
+)
+from fastasr.export.wrappers import (
+    EncoderWrapper,
+    OnnxCtcWrapper,
+    OnnxDecoderWrapper,
+    OnnxEncoderWrapper,
+    OnnxJoinerWrapper,
+    OnnxStreamingCtcWrapper,
+    OnnxStreamingEncoderWrapper,
+    StreamingEncoderWrapper,
+)
 
-__all__ = ["export_onnx"]
+__all__ = [
+    "EncoderWrapper",
+    "OnnxCtcModel",
+    "OnnxCtcWrapper",
+    "OnnxDecoderWrapper",
+    "OnnxEncoderWrapper",
+    "OnnxJoinerWrapper",
+    "OnnxStreamingCtcModel",
+    "OnnxStreamingCtcWrapper",
+    "OnnxStreamingEncoderWrapper",
+    "OnnxStreamingTransducerModel",
+    "OnnxTransducerModel",
+    "StreamingEncoderWrapper",
+    "export_onnx",
+]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the ONNX files of a recogniser, by tracing.
 
-Our encoder is traced in its plain definition (``fastasr.models.zipformer.plain``), upstream's as it is: a model that
+Our encoder is traced in its plain definition (``fastasr.export.plain``), upstream's as it is: a model that
 ``fastasr.accelerate`` has swapped goes in inside ``fastasr.eager_mode``.
 """
 
@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastasr.export import metadata
-from fastasr.models.zipformer import export_wrappers as wrappers
+from fastasr.export import metadata, wrappers
 
 OPSET = 13
 STATE_NAMES = (

@@ -16,14 +16,14 @@ from fastasr.decoding.chunks import RIGHT_CONTEXT, SILENCE
 from fastasr.models.e_branchformer import EBranchformerEncoder
 from fastasr.models.emformer import Emformer
 from fastasr.models.emformer_rnnt.transcriber import TimeReduction
-from fastasr.models.zipformer.ctc import CtcLoss
-from fastasr.models.zipformer.decoder import Decoder
+from fastasr.models.transducer.ctc import CtcLoss
+from fastasr.models.transducer.decoder import Decoder
+from fastasr.models.transducer.joiner import Joiner
+from fastasr.models.transducer.sequences import pad_sequences
+from fastasr.models.transducer.transducer_loss import TransducerLoss
 from fastasr.models.zipformer.initial_scale import ScaledLinear
-from fastasr.models.zipformer.joiner import Joiner
 from fastasr.models.zipformer.schedules import ScheduledFloat
-from fastasr.models.zipformer.sequences import pad_sequences
 from fastasr.models.zipformer.subsampling import Conv2dSubsampling
-from fastasr.models.zipformer.transducer import TransducerLoss
 
 FRAMES = 4  # of features in one of output
 MEAN, DEVIATION = -6.0, 5.0  # of the prompts' features, for a front end that normalises none

@@ -3,7 +3,7 @@
 
 import io
 
-from fastasr.models.zipformer.symbol_table import SymbolTable, token_ids_to_text
+from fastasr.models.transducer.symbol_table import SymbolTable, token_ids_to_text
 
 BLANK = "<blk>"
 SPACE = "▁"

@@ -13,7 +13,7 @@ import copy
 
 import torch
 
-from fastasr.models.zipformer.export_wrappers import PAD_LENGTH, StreamingEncoderWrapper
+from fastasr.export.wrappers import PAD_LENGTH, StreamingEncoderWrapper
 from fastasr.models.zipformer.stream_states import batch_dimension
 
 WEIGHTS = ("fp32", "bf16", "int8")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastasr.models import zipformer
-from fastasr.models.zipformer.time_warp import time_warp
+from fastasr.models.transducer.time_warp import time_warp
 
 TINY = {
     "feature_dim": 20,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastasr import rnnt
-from fastasr.models.zipformer.sequences import pad_sequences
+from fastasr.models.transducer.sequences import pad_sequences
 
 
 class TransducerLoss:

@@ -7,8 +7,8 @@ While an exporter runs, our own encoder is computed by its plain definition.
 
 import torch
 
-from fastasr.models.zipformer import plain
-from fastasr.models.zipformer.sequences import make_pad_mask
+from fastasr.export import plain
+from fastasr.models.transducer.sequences import make_pad_mask
 
 PAD_LENGTH = (
     7 + 2 * 3

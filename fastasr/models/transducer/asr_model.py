@@ -10,17 +10,17 @@ Pruned transducer: Kuang et al. (2022). CTC: Graves et al. (2006). Consistency-r
 import torch
 import torch.nn.functional as F
 
-from fastasr.models.zipformer.attention_decoder import AttentionDecoderModel
-from fastasr.models.zipformer.ctc import CtcLoss
-from fastasr.models.zipformer.decoder import Decoder
+from fastasr.models.transducer.attention_decoder import AttentionDecoderModel
+from fastasr.models.transducer.ctc import CtcLoss
+from fastasr.models.transducer.decoder import Decoder
+from fastasr.models.transducer.joiner import Joiner
+from fastasr.models.transducer.sequences import make_pad_mask, pad_sequences
+from fastasr.models.transducer.time_warp import time_warp
+from fastasr.models.transducer.transducer_loss import TransducerLoss
 from fastasr.models.zipformer.encoder import Zipformer, int_tuple
 from fastasr.models.zipformer.initial_scale import ScaledLinear
-from fastasr.models.zipformer.joiner import Joiner
 from fastasr.models.zipformer.schedules import ScheduledFloat
-from fastasr.models.zipformer.sequences import make_pad_mask, pad_sequences
 from fastasr.models.zipformer.subsampling import Conv2dSubsampling
-from fastasr.models.zipformer.time_warp import time_warp
-from fastasr.models.zipformer.transducer import TransducerLoss
 
 MIN_FRAMES = 9  # of features: fewer leave no frame after the front end
 

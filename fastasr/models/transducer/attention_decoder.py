@@ -4,10 +4,10 @@
 import torch
 import torch.nn.functional as F
 
-from fastasr.models.zipformer.absolute_position import PositionalEncoding
-from fastasr.models.zipformer.label_smoothing import LabelSmoothingLoss
-from fastasr.models.zipformer.multi_head_attention import MultiHeadAttention
-from fastasr.models.zipformer.sequences import make_pad_mask, pad_sequences, subsequent_mask
+from fastasr.models.transducer.absolute_position import PositionalEncoding
+from fastasr.models.transducer.label_smoothing import LabelSmoothingLoss
+from fastasr.models.transducer.multi_head_attention import MultiHeadAttention
+from fastasr.models.transducer.sequences import make_pad_mask, pad_sequences, subsequent_mask
 
 
 class Swish(torch.nn.Module):
