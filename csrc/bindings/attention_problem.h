@@ -4,31 +4,14 @@
 #include <algorithm>
 #include <optional>
 
-#include "bindings/dispatch.h"
-#include "cpu/buffer_pool.h"
-#include "cpu/zipformer_attention_weights.h"
+#include "bindings/pooled.h"
+#include "cpu/attention/zipformer_attention_weights.h"
 
 // What the bindings of attention with relative positions share: checks of the arguments, packed keys and positions.
 namespace fastasr {
 
 using cpu::AttentionProblem;
 using OptionalTensor = std::optional<Tensor>;
-
-// What a call may write to and throw away.
-template <typename C>
-class Workspace {
- public:
-  explicit Workspace(int64_t n) : data_(static_cast<C*>(cpu::acquire_buffer(sizeof(C) * static_cast<size_t>(n)))) {
-    STD_TORCH_CHECK(data_, "attention: no memory for ", n, " elements");
-  }
-  ~Workspace() { cpu::release_buffer(data_); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  C* data() const { return data_; }
-
- private:
-  C* data_;
-};
 
 inline void set_masks(AttentionProblem& a, const OptionalTensor& padding, const OptionalTensor& mask, const char* op) {
   const auto check_mask = [&](const Tensor& t, const char* name) {
@@ -110,16 +93,17 @@ struct Packed {
 template <typename T>
 void pack(const AttentionProblem& a, const Tensor& x, const OptionalTensor& pos, const OptionalTensor& cached_key,
           const Packed<cpu::compute_t<T>>& packed, cpu::compute_t<T>* w, bool backward) {
+  const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
   const int64_t pairs = a.heads * a.batch, grain = std::max<int64_t>(1, kGrain / (a.padded_keys() * a.query_dim));
   const T *xp = data<T>(x), *cp = a.left ? data<T>(*cached_key) : nullptr, *pp = a.pos_batch ? data<T>(*pos) : nullptr;
   parallel_range(pairs + a.heads * a.pos_batch, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       if (i < pairs) {
-        cpu::attention_pack_keys(a, xp, cp, i, w + packed.kt + i * a.keys_transposed_size(),
-                                 backward ? w + packed.key_rows + i * a.key_rows_size() : nullptr);
+        kernel.pack_keys(a, xp, cp, i, w + packed.kt + i * a.keys_transposed_size(),
+                         backward ? w + packed.key_rows + i * a.key_rows_size() : nullptr);
       } else {
         const int64_t k = i - pairs;
-        cpu::attention_pack_positions(a, pp, k / a.pos_batch, k % a.pos_batch, w + packed.rt + k * a.positions_size());
+        kernel.pack_positions(a, pp, k / a.pos_batch, k % a.pos_batch, w + packed.rt + k * a.positions_size());
       }
     }
   });

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/nonlin_attention.h"
+#include "cpu/attention/nonlin_attention.h"
 
 #include <tuple>
 
@@ -34,9 +34,10 @@ Tensor gate(const Tensor& p) {
   const auto rows = checked(p, "nonlin_attention_gate");
   Tensor x = make(p, rows, rows.width);
   with_kernel_type(p.scalar_type(), "nonlin_attention_gate", [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
     const T* pp = data<T>(p);
     T* xp = mutable_data<T>(x);
-    over_rows(rows, [&](int64_t b, int64_t e) { cpu::nonlin_attention_gate(pp, xp, rows, b, e); });
+    over_rows(rows, [&](int64_t b, int64_t e) { kernel.gate(pp, xp, rows, b, e); });
   });
   return x;
 }
@@ -46,9 +47,10 @@ Tensor product(const Tensor& p, const Tensor& o) {
   check(o, p, true, "nonlin_attention_product", "o");
   Tensor y = make(p, rows, rows.width);
   with_kernel_type(p.scalar_type(), "nonlin_attention_product", [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
     const T *pp = data<T>(p), *op = data<T>(o);
     T* yp = mutable_data<T>(y);
-    over_rows(rows, [&](int64_t b, int64_t e) { cpu::nonlin_attention_product(pp, op, yp, rows, b, e); });
+    over_rows(rows, [&](int64_t b, int64_t e) { kernel.product(pp, op, yp, rows, b, e); });
   });
   return y;
 }
@@ -58,9 +60,10 @@ std::tuple<Tensor, Tensor> operands(const Tensor& grad, const Tensor& p) {
   check(grad, p, false, "nonlin_attention_operands", "grad");
   Tensor x = new_like(grad), u = new_like(grad);
   with_kernel_type(p.scalar_type(), "nonlin_attention_operands", [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
     const T *gp = data<T>(grad), *pp = data<T>(p);
     T *xp = mutable_data<T>(x), *up = mutable_data<T>(u);
-    over_rows(rows, [&](int64_t b, int64_t e) { cpu::nonlin_attention_operands(gp, pp, xp, up, rows, b, e); });
+    over_rows(rows, [&](int64_t b, int64_t e) { kernel.operands(gp, pp, xp, up, rows, b, e); });
   });
   return {x, u};
 }
@@ -72,26 +75,21 @@ Tensor gradient(const Tensor& dx, const Tensor& grad, const Tensor& p, const Ten
   check(o, p, true, "nonlin_attention_gradient", "o");
   Tensor dp = make(p, rows, 3 * rows.width);
   with_kernel_type(p.scalar_type(), "nonlin_attention_gradient", [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
     const T *dxp = data<T>(dx), *gp = data<T>(grad), *pp = data<T>(p), *op = data<T>(o);
     T* dpp = mutable_data<T>(dp);
-    over_rows(rows, [&](int64_t b, int64_t e) { cpu::nonlin_attention_gradient(dxp, gp, pp, op, dpp, rows, b, e); });
+    over_rows(rows, [&](int64_t b, int64_t e) { kernel.gradient(dxp, gp, pp, op, dpp, rows, b, e); });
   });
   return dp;
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"nonlin_attention_gate(Tensor projected) -> Tensor", TORCH_BOX(&gate)},
+                  {"nonlin_attention_product(Tensor projected, Tensor o) -> Tensor", TORCH_BOX(&product)},
+                  {"nonlin_attention_operands(Tensor grad, Tensor projected) -> (Tensor, Tensor)",
+                   TORCH_BOX(&operands)},
+                  {"nonlin_attention_gradient(Tensor dx, Tensor grad, Tensor projected, Tensor o) -> Tensor",
+                   TORCH_BOX(&gradient)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def("nonlin_attention_gate(Tensor projected) -> Tensor");
-  m.def("nonlin_attention_product(Tensor projected, Tensor o) -> Tensor");
-  m.def("nonlin_attention_operands(Tensor grad, Tensor projected) -> (Tensor, Tensor)");
-  m.def("nonlin_attention_gradient(Tensor dx, Tensor grad, Tensor projected, Tensor o) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("nonlin_attention_gate", TORCH_BOX(&fastasr::gate));
-  m.impl("nonlin_attention_product", TORCH_BOX(&fastasr::product));
-  m.impl("nonlin_attention_operands", TORCH_BOX(&fastasr::operands));
-  m.impl("nonlin_attention_gradient", TORCH_BOX(&fastasr::gradient));
-}

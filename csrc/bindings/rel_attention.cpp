@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rel_attention.h"
+#include "cpu/attention/rel_attention.h"
 
 #include <algorithm>
 #include <tuple>
@@ -62,31 +62,31 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
   attention_key_ranges(a, ranges.data());
   with_kernel_type(q.scalar_type(), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
+    const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
     const RelAttentionOperands<T> t = tensors.operands<T>();
     const int64_t pairs = a.heads * a.batch, kt_size = r.keys_transposed_size(), v_size = r.values_size();
     const int64_t rt_size = r.positions_transposed_size();
-    const Workspace<C> workspace(pairs * (kt_size + v_size) + a.heads * rt_size);
+    const Scratch<C> workspace(pairs * (kt_size + v_size) + a.heads * rt_size);
     C *const kt = workspace.data(), *const values = kt + pairs * kt_size, *const rt = values + pairs * v_size;
     const int64_t pack_grain = std::max<int64_t>(1, kGrain / (kt_size + v_size));
     parallel_range(a.heads + pairs, pack_grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i - a.heads;
         if (hb < 0)
-          cpu::rel_attention_pack_positions(r, t, i, rt + i * rt_size, static_cast<C*>(nullptr));
+          kernel.pack_positions(r, t, i, rt + i * rt_size, static_cast<C*>(nullptr));
         else
-          cpu::rel_attention_pack_keys(r, t, hb, kt + hb * kt_size, values + hb * v_size);
+          kernel.pack_keys(r, t, hb, kt + hb * kt_size, values + hb * v_size);
       }
     });
     T* yp = mutable_data<T>(y);
     C* lp = mutable_data<C>(lse);
     const int64_t rows = cpu::kRelAttentionQueries, tasks = (a.frames + rows - 1) / rows;
     parallel_range(pairs * tasks, std::max<int64_t>(1, kGrain / (rows * a.frames)), [&](int64_t begin, int64_t end) {
-      const Workspace<C> scratch(r.forward_scratch());
+      const Scratch<C> scratch(r.forward_scratch());
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i / tasks, first = i % tasks * rows;
-        cpu::rel_attention_forward(r, ranges.data(), t, kt + hb * kt_size, values + hb * v_size,
-                                   rt + hb / a.batch * rt_size, hb, first, std::min(first + rows, a.frames), yp, lp,
-                                   scratch.data());
+        kernel.forward(r, ranges.data(), t, kt + hb * kt_size, values + hb * v_size, rt + hb / a.batch * rt_size, hb,
+                       first, std::min(first + rows, a.frames), yp, lp, scratch.data());
       }
     });
   });
@@ -112,57 +112,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backwar
   attention_key_ranges(a, ranges.data());
   with_kernel_type(q.scalar_type(), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
+    const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
     const RelAttentionOperands<T> t = tensors.operands<T>();
     // Parts of the batch with sums of their own: enough of them for many threads. Their number depends on the shape.
     const int64_t wanted = std::clamp<int64_t>((32 + a.heads - 1) / a.heads, 1, a.batch);
     const int64_t each = (a.batch + wanted - 1) / wanted, parts = (a.batch + each - 1) / each, tasks = a.heads * parts;
     const int64_t rt_size = r.positions_transposed_size(), r_size = r.positions_size(), width = 2 * a.query_dim;
-    const Workspace<C> workspace(a.heads * (rt_size + r_size) + tasks * r_size);
-    const Workspace<double> biases(tasks * width);
+    const Scratch<C> workspace(a.heads * (rt_size + r_size) + tasks * r_size);
+    const Scratch<double> biases(tasks * width);
     C *const rt = workspace.data(), *const rows = rt + a.heads * rt_size, *const sums = rows + a.heads * r_size;
     const int64_t grain = std::max<int64_t>(1, kGrain / (a.frames * a.frames));
     parallel_range(a.heads, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t h = begin; h < end; h++)
-        cpu::rel_attention_pack_positions(r, t, h, rt + h * rt_size, rows + h * r_size);
+      for (int64_t h = begin; h < end; h++) kernel.pack_positions(r, t, h, rt + h * rt_size, rows + h * r_size);
     });
     const T* gp = data<T>(grad);
     T *dqp = mutable_data<T>(dq), *dkp = mutable_data<T>(dk), *dvp = mutable_data<T>(dv);
     parallel_range(tasks, grain, [&](int64_t begin, int64_t end) {
-      const Workspace<C> scratch(r.backward_scratch());
+      const Scratch<C> scratch(r.backward_scratch());
       for (int64_t i = begin; i < end; i++) {
         const int64_t h = i / parts, first = i % parts * each;
         const RelAttentionSums<C> own{sums + i * r_size, biases.data() + i * width};
         std::fill_n(own.positions, r_size, C(0));
         std::fill_n(own.biases, width, 0.0);
         for (int64_t b = first; b < std::min(first + each, a.batch); b++)
-          cpu::rel_attention_backward(r, ranges.data(), gp, t, rt + h * rt_size, rows + h * r_size, h * a.batch + b,
-                                      dqp, dkp, dvp, own, scratch.data());
+          kernel.backward(r, ranges.data(), gp, t, rt + h * rt_size, rows + h * r_size, h * a.batch + b, dqp, dkp, dvp,
+                          own, scratch.data());
       }
     });
     T *pp = mutable_data<T>(dpos), *up = mutable_data<T>(du), *wp = mutable_data<T>(dw);
     parallel_range(a.heads, grain, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; h++)
-        cpu::rel_attention_store_sums(r, {sums + h * parts * r_size, biases.data() + h * parts * width}, parts, h, pp,
-                                      up, wp);
+        kernel.store_sums(r, {sums + h * parts * r_size, biases.data() + h * parts * width}, parts, h, pp, up, wp);
     });
   });
   return {dq, dk, dv, dpos, du, dw};
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"rel_attention_forward(Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, Tensor bias_v, "
+                   "Tensor? key_padding_mask, Tensor? attn_mask) -> (Tensor, Tensor)",
+                   TORCH_BOX(&rel_attention_forward)},
+                  {"rel_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, "
+                   "Tensor bias_v, Tensor? key_padding_mask, Tensor? attn_mask, Tensor out, Tensor lse) -> (Tensor, "
+                   "Tensor, Tensor, Tensor, Tensor, Tensor)",
+                   TORCH_BOX(&rel_attention_backward)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def(
-      "rel_attention_forward(Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, Tensor bias_v, "
-      "Tensor? key_padding_mask, Tensor? attn_mask) -> (Tensor, Tensor)");
-  m.def(
-      "rel_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, Tensor bias_v, "
-      "Tensor? key_padding_mask, Tensor? attn_mask, Tensor out, Tensor lse) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("rel_attention_forward", TORCH_BOX(&fastasr::rel_attention_forward));
-  m.impl("rel_attention_backward", TORCH_BOX(&fastasr::rel_attention_backward));
-}

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/segment_attention.h"
+#include "cpu/attention/segment_attention.h"
 
 #include <array>
 #include <optional>
@@ -70,9 +70,10 @@ Tensor segment_attention_forward(const Tensor& query, const Tensor& key, const T
   const Sizes sizes{heads, frames, segment, left, right, memory, past_frames, past_memory};
   Tensor y = new_contiguous(query);
   with_kernel_type(query.scalar_type(), op, [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::SegmentAttentionKernels<T>>();
     const auto p = checked<T>(query, key, value, lengths, history, dropout, sizes, op);
     T* out = mutable_data<T>(y);
-    for_units(p, false, [&](int64_t unit, auto* scratch) { cpu::segment_attention_forward(p, unit, out, scratch); });
+    for_units(p, false, [&](int64_t unit, auto* scratch) { kernel.forward(p, unit, out, scratch); });
   });
   return y;
 }
@@ -85,30 +86,24 @@ std::tuple<Tensor, Tensor, Tensor> segment_attention_backward(
   const Sizes sizes{heads, frames, segment, left, right, memory, past_frames, past_memory};
   Tensor dquery = new_contiguous(query), dkey = new_contiguous(key), dvalue = new_contiguous(value);
   with_kernel_type(query.scalar_type(), op, [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::SegmentAttentionKernels<T>>();
     const auto p = checked<T>(query, key, value, lengths, history, dropout, sizes, op);
     const auto g = sequence<T>(grad, query, p.queries(), op, "grad");
     T *dq = mutable_data<T>(dquery), *dk = mutable_data<T>(dkey), *dv = mutable_data<T>(dvalue);
-    for_units(p, true,
-              [&](int64_t unit, auto* scratch) { cpu::segment_attention_backward(p, g, unit, dq, dk, dv, scratch); });
+    for_units(p, true, [&](int64_t unit, auto* scratch) { kernel.backward(p, g, unit, dq, dk, dv, scratch); });
   });
   return {dquery, dkey, dvalue};
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"segment_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? lengths, "
+                   "Tensor? history, Tensor? dropout, int heads, int frames, int segment, int left, int right, "
+                   "int memory, int past_frames, int past_memory) -> Tensor",
+                   TORCH_BOX(&segment_attention_forward)},
+                  {"segment_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, "
+                   "Tensor? lengths, Tensor? history, Tensor? dropout, int heads, int frames, int segment, "
+                   "int left, int right, int memory, int past_frames, int past_memory) -> (Tensor, Tensor, Tensor)",
+                   TORCH_BOX(&segment_attention_backward)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def(
-      "segment_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? history, "
-      "Tensor? dropout, int heads, int frames, int segment, int left, int right, int memory, int past_frames, "
-      "int past_memory) -> Tensor");
-  m.def(
-      "segment_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? lengths, "
-      "Tensor? history, Tensor? dropout, int heads, int frames, int segment, int left, int right, int memory, "
-      "int past_frames, int past_memory) -> (Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("segment_attention_forward", TORCH_BOX(&fastasr::segment_attention_forward));
-  m.impl("segment_attention_backward", TORCH_BOX(&fastasr::segment_attention_backward));
-}

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/toeplitz_attention.h"
+#include "cpu/attention/toeplitz_attention.h"
 
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "bindings/dispatch.h"
+#include "bindings/pooled.h"
 #include "cpu/activation.h"
-#include "cpu/buffer_pool.h"
 
 namespace fastasr {
 namespace {
@@ -72,33 +71,17 @@ cpu::ToeplitzAttention<T> checked(const Inputs& in, const char* op) {
   return p;
 }
 
-// Memory that is neither cleared nor, at the next call, fresh.
-template <typename C>
-class Memory {
- public:
-  explicit Memory(int64_t n) : data_(static_cast<C*>(cpu::acquire_buffer(sizeof(C) * static_cast<size_t>(n)))) {
-    STD_TORCH_CHECK(data_, "toeplitz_attention: no memory for ", n, " packed elements");
-  }
-  ~Memory() { cpu::release_buffer(data_); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  C* get() const { return data_; }
-
- private:
-  C* data_;
-};
-
 // The units in groups that share a workspace: f(first unit, units, unit's operands by index).
 template <typename T, typename F>
 void for_groups(const cpu::ToeplitzAttention<T>& p, bool backward, const F& f) {
   using C = cpu::compute_t<T>;
-  const int64_t units = p.units(), elements = (cpu::attention_unit_elements(p, backward) + 15) / 16 * 16;
+  const int64_t units = p.units(), elements = (cpu::toeplitz_unit_elements(p, backward) + 15) / 16 * 16;
   if (units == 0) return;
   const int64_t most = kWorkspaceBytes / (elements * static_cast<int64_t>(sizeof(C)));
   const int64_t group = std::clamp<int64_t>(most, 1, units);
-  Memory<C> memory(group * elements);
-  std::vector<cpu::AttentionUnit<C>> operands;
-  for (int64_t i = 0; i < group; i++) operands.push_back(cpu::attention_unit(p, backward, memory.get() + i * elements));
+  Scratch<C> memory(group * elements);
+  std::vector<cpu::ToeplitzUnit<C>> operands;
+  for (int64_t i = 0; i < group; i++) operands.push_back(cpu::toeplitz_unit(p, backward, memory.data() + i * elements));
   for (int64_t first = 0; first < units; first += group) f(first, std::min(group, units - first), operands.data());
 }
 
@@ -107,8 +90,8 @@ template <typename T, typename F>
 void for_tasks(const cpu::ToeplitzAttention<T>& p, int64_t units, int64_t tasks, int64_t work, const F& f) {
   const int64_t grain = std::max<int64_t>(1, 16 * kGrain / std::max<int64_t>(1, work));
   parallel_range(units * tasks, grain, [&](int64_t b, int64_t e) {
-    Memory<cpu::compute_t<T>> scratch(cpu::attention_scratch_elements(p));
-    for (int64_t t = b; t < e; t++) f(t / tasks, t % tasks, scratch.get());
+    Scratch<cpu::compute_t<T>> scratch(cpu::toeplitz_scratch_elements(p));
+    for (int64_t t = b; t < e; t++) f(t / tasks, t % tasks, scratch.data());
   });
 }
 
@@ -117,13 +100,14 @@ int64_t folded(int64_t task, int64_t tasks) { return task % 2 ? tasks - 1 - task
 
 template <typename T>
 void pack_units(const cpu::ToeplitzAttention<T>& p, bool backward, int64_t first, int64_t units,
-                const cpu::AttentionUnit<cpu::compute_t<T>>* operands) {
+                const cpu::ToeplitzUnit<cpu::compute_t<T>>* operands) {
+  const auto& kernel = cpu::kernels<cpu::ToeplitzAttentionKernels<T>>();
   const int64_t panels = p.v_panels();
   for_tasks(p, units, panels + 1, p.rows() * cpu::kPanel * 16, [&](int64_t u, int64_t task, auto* scratch) {
     if (task == panels)
-      cpu::attention_pack(p, first + u, backward, operands[u], scratch);
+      kernel.pack(p, first + u, backward, operands[u], scratch);
     else
-      cpu::attention_pack_value(p, first + u, task, operands[u]);
+      kernel.pack_value(p, first + u, task, operands[u]);
   });
 }
 
@@ -139,13 +123,14 @@ std::tuple<Tensor, Tensor> toeplitz_attention_forward(const Tensor& query_key, c
   Tensor y = new_contiguous(gate), mixed = need_gradients ? new_contiguous(gate) : new_without_elements(gate);
   with_kernel_type(query_key.scalar_type(), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
+    const auto& kernel = cpu::kernels<cpu::ToeplitzAttentionKernels<T>>();
     const auto p = checked<T>(in, op);
     T *yp = mutable_data<T>(y), *hp = need_gradients ? mutable_data<T>(mixed) : nullptr;
     const int64_t blocks = p.blocks();
-    for_groups(p, false, [&](int64_t first, int64_t units, const cpu::AttentionUnit<C>* operands) {
+    for_groups(p, false, [&](int64_t first, int64_t units, const cpu::ToeplitzUnit<C>* operands) {
       pack_units(p, false, first, units, operands);
       for_tasks(p, units, blocks, cpu::kPanel * p.rows() * (p.d + p.v), [&](int64_t u, int64_t task, C* scratch) {
-        cpu::attention_forward(p, first + u, folded(task, blocks), operands[u], yp, hp, scratch);
+        kernel.forward(p, first + u, folded(task, blocks), operands[u], yp, hp, scratch);
       });
     });
   });
@@ -163,25 +148,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> toeplitz_attention_ba
   Tensor dqk_weight = new_like(qk_weight), dqk_bias = new_like(qk_bias), dposition_bias = new_like(position_bias);
   with_kernel_type(query_key.scalar_type(), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
+    const auto& kernel = cpu::kernels<cpu::ToeplitzAttentionKernels<T>>();
     const auto p = checked<T>(in, op);
     check_same_size(mixed, gate, op, "mixed");
-    cpu::AttentionGradients<T> g{sequence<T>(grad, query_key, op, "grad"), sequence<T>(mixed, query_key, op, "mixed"),
-                                 mutable_data<T>(dquery_key), mutable_data<T>(dgate), mutable_data<T>(dvalue)};
+    cpu::ToeplitzGradients<T> g{sequence<T>(grad, query_key, op, "grad"), sequence<T>(mixed, query_key, op, "mixed"),
+                                mutable_data<T>(dquery_key), mutable_data<T>(dgate), mutable_data<T>(dvalue)};
     STD_TORCH_CHECK(grad.size(2) == p.v && mixed.size(2) == p.v, op, ": grad and mixed differ from gate");
     const int64_t blocks = p.blocks(), panels = p.v_panels() + p.d_panels(), distances = 2 * p.size - 1;
     const int64_t width = 4 * p.d + distances;
     std::vector<double> parts(p.units() * width);
-    for_groups(p, true, [&](int64_t first, int64_t units, const cpu::AttentionUnit<C>* operands) {
+    for_groups(p, true, [&](int64_t first, int64_t units, const cpu::ToeplitzUnit<C>* operands) {
       pack_units(p, true, first, units, operands);
       for_tasks(p, units, blocks, cpu::kPanel * p.rows() * (2 * p.d + p.v), [&](int64_t u, int64_t task, C* scratch) {
-        cpu::attention_backward(p, g, first + u, folded(task, blocks), operands[u], scratch);
+        kernel.backward(p, g, first + u, folded(task, blocks), operands[u], scratch);
       });
       for_tasks(p, units, panels, cpu::kPanel * p.rows() * p.rows(), [&](int64_t u, int64_t task, C* scratch) {
-        cpu::attention_backward_keys(p, g, first + u, task, operands[u], scratch);
+        kernel.backward_keys(p, g, first + u, task, operands[u], scratch);
       });
       for_tasks(p, units, 1, p.rows() * (16 * p.d + 4 * p.rows()), [&](int64_t u, int64_t, C* scratch) {
         double* part = parts.data() + (first + u) * width;
-        cpu::attention_backward_parameters(p, g, first + u, operands[u], part, part + 4 * p.d, scratch);
+        kernel.backward_parameters(p, g, first + u, operands[u], part, part + 4 * p.d, scratch);
       });
     });
     std::vector<double> sums(width);
@@ -196,21 +182,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> toeplitz_attention_ba
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"toeplitz_attention_forward(Tensor query_key, Tensor gate, Tensor value, Tensor qk_weight, "
+                   "Tensor qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? dropout, bool causal, "
+                   "int chunk_size, int activation, bool activate_value, bool need_gradients) -> (Tensor, Tensor)",
+                   TORCH_BOX(&toeplitz_attention_forward)},
+                  {"toeplitz_attention_backward(Tensor grad, Tensor query_key, Tensor gate, Tensor value, "
+                   "Tensor qk_weight, Tensor qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? dropout, "
+                   "Tensor mixed, bool causal, int chunk_size, int activation, bool activate_value) -> (Tensor, "
+                   "Tensor, Tensor, Tensor, Tensor, Tensor)",
+                   TORCH_BOX(&toeplitz_attention_backward)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def(
-      "toeplitz_attention_forward(Tensor query_key, Tensor gate, Tensor value, Tensor qk_weight, Tensor qk_bias, "
-      "Tensor position_bias, Tensor? padding_mask, Tensor? dropout, bool causal, int chunk_size, int activation, "
-      "bool activate_value, bool need_gradients) -> (Tensor, Tensor)");
-  m.def(
-      "toeplitz_attention_backward(Tensor grad, Tensor query_key, Tensor gate, Tensor value, Tensor qk_weight, "
-      "Tensor qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? dropout, Tensor mixed, "
-      "bool causal, int chunk_size, int activation, bool activate_value) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("toeplitz_attention_forward", TORCH_BOX(&fastasr::toeplitz_attention_forward));
-  m.impl("toeplitz_attention_backward", TORCH_BOX(&fastasr::toeplitz_attention_backward));
-}

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/zipformer_attention.h"
+#include "cpu/attention/zipformer_attention.h"
 
 #include <tuple>
 #include <vector>
@@ -19,9 +19,9 @@ cpu::ValueShape checked_values(const Tensor& value, int64_t value_heads, const A
 }
 
 Tensor zipformer_attention_forward(const Tensor& x, const OptionalTensor& pos, const Tensor& value,
-                                      const OptionalTensor& cached_key, const OptionalTensor& padding,
-                                      const OptionalTensor& mask, int64_t heads, int64_t query_dim, int64_t value_heads,
-                                      int64_t chunk, int64_t left_chunks) {
+                                   const OptionalTensor& cached_key, const OptionalTensor& padding,
+                                   const OptionalTensor& mask, int64_t heads, int64_t query_dim, int64_t value_heads,
+                                   int64_t chunk, int64_t left_chunks) {
   const char* op = "zipformer_attention_forward";
   const AttentionProblem a =
       checked_problem(x, pos, cached_key, padding, mask, heads, query_dim, chunk, left_chunks, op);
@@ -34,26 +34,27 @@ Tensor zipformer_attention_forward(const Tensor& x, const OptionalTensor& pos, c
   attention_key_ranges(a, ranges.data());
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
+    const auto& kernel = cpu::kernels<cpu::ZipformerAttentionKernels<T>>();
     const Packed<C> packed(a, false);
     const int64_t pairs = v.heads * a.batch, values_at = packed.total;
-    const Workspace<C> workspace(values_at + pairs * attention_values_size(a, v));
+    const Scratch<C> workspace(values_at + pairs * attention_values_size(a, v));
     C* const w = workspace.data();
     pack<T>(a, x, pos, cached_key, packed, w, false);
     parallel_range(pairs, std::max<int64_t>(1, kGrain / attention_values_size(a, v)), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++)
-        cpu::attention_pack_values(a, v, data<T>(value), i, w + values_at + i * attention_values_size(a, v));
+        kernel.pack_values(a, v, data<T>(value), i, w + values_at + i * attention_values_size(a, v));
     });
     const T* xp = data<T>(x);
     T* yp = mutable_data<T>(y);
     const int64_t rows = cpu::kAttentionQueries, tasks = (a.frames + rows - 1) / rows;
     const int64_t grain = std::max<int64_t>(1, kGrain / (rows * a.keys()));
     parallel_range(pairs * tasks, grain, [&](int64_t begin, int64_t end) {
-      const Workspace<C> scratch(attention_values_scratch(a, v));
+      const Scratch<C> scratch(attention_values_scratch(a, v));
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i / tasks, first = i % tasks * rows;
-        cpu::attention_forward(a, v, ranges.data(), xp, w + packed.kt + hb * a.keys_transposed_size(),
-                               positions_of(a, w + packed.rt, hb), w + values_at + hb * attention_values_size(a, v), hb,
-                               first, std::min(first + rows, a.frames), yp, scratch.data());
+        kernel.forward(a, v, ranges.data(), xp, w + packed.kt + hb * a.keys_transposed_size(),
+                       positions_of(a, w + packed.rt, hb), w + values_at + hb * attention_values_size(a, v), hb, first,
+                       std::min(first + rows, a.frames), yp, scratch.data());
       }
     });
   });
@@ -86,44 +87,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(
   attention_key_ranges(a, ranges.data());
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
+    const auto& kernel = cpu::kernels<cpu::ZipformerAttentionKernels<T>>();
+    const auto& shared = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
     const Packed<C> packed(a, true);
     const int64_t pairs = v.heads * a.batch, dk_size = a.key_rows_size(), dv_size = attention_values_size(a, v);
     const int64_t drt_size = a.pos_batch ? a.positions_size() : 0, vt_size = attention_values_transposed_size(a, v);
     const QueryParts parts(a, pairs, dk_size + dv_size + drt_size);
     const int64_t tasks = pairs * parts.count, vt_at = packed.total, dk_at = vt_at + pairs * vt_size;
     const int64_t drt_at = dk_at + tasks * dk_size, dv_at = drt_at + tasks * drt_size;
-    const Workspace<C> workspace(dv_at + tasks * dv_size);
+    const Scratch<C> workspace(dv_at + tasks * dv_size);
     C* const w = workspace.data();
     pack<T>(a, x, pos, cached_key, packed, w, true);
     const T *xp = data<T>(x), *gp = data<T>(grad), *vp = data<T>(value);
     T *dxp = mutable_data<T>(dx), *dvp = mutable_data<T>(dvalue);
     T* dcp = cached_key.has_value() ? mutable_data<T>(dcached) : nullptr;
     parallel_range(pairs, std::max<int64_t>(1, kGrain / vt_size), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) cpu::attention_transpose_values(a, v, vp, i, w + vt_at + i * vt_size);
+      for (int64_t i = begin; i < end; i++) kernel.transpose_values(a, v, vp, i, w + vt_at + i * vt_size);
     });
     const int64_t grain = std::max<int64_t>(1, kGrain / (parts.rows * a.keys()));
     parallel_range(tasks, grain, [&](int64_t begin, int64_t end) {
-      const Workspace<C> scratch(attention_values_backward_scratch(a, v));
+      const Scratch<C> scratch(attention_values_backward_scratch(a, v));
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i / parts.count, first = i % parts.count * parts.rows;
-        cpu::attention_backward(a, v, ranges.data(), gp, xp, w + packed.kt + hb * a.keys_transposed_size(),
-                                w + packed.key_rows + hb * dk_size, positions_of(a, w + packed.rt, hb),
-                                w + vt_at + hb * vt_size, hb, first, std::min(first + parts.rows, a.frames), dxp,
-                                w + dk_at + i * dk_size, w + drt_at + i * drt_size, w + dv_at + i * dv_size,
-                                scratch.data());
+        kernel.backward(a, v, ranges.data(), gp, xp, w + packed.kt + hb * a.keys_transposed_size(),
+                        w + packed.key_rows + hb * dk_size, positions_of(a, w + packed.rt, hb),
+                        w + vt_at + hb * vt_size, hb, first, std::min(first + parts.rows, a.frames), dxp,
+                        w + dk_at + i * dk_size, w + drt_at + i * drt_size, w + dv_at + i * dv_size, scratch.data());
       }
     });
     parallel_range(pairs, grain, [&](int64_t begin, int64_t end) {
       for (int64_t hb = begin; hb < end; hb++) {
-        cpu::attention_store_keys(a, w + dk_at + hb * parts.count * dk_size, parts.count, hb, dxp, dcp);
-        cpu::attention_store_values(a, v, w + dv_at + hb * parts.count * dv_size, parts.count, hb, dvp);
+        shared.store_keys(a, w + dk_at + hb * parts.count * dk_size, parts.count, hb, dxp, dcp);
+        kernel.store_values(a, v, w + dv_at + hb * parts.count * dv_size, parts.count, hb, dvp);
       }
     });
     if (a.pos_batch) {
       T* dpp = mutable_data<T>(dpos);
       parallel_range(v.heads * a.pos_batch, grain, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; k++)
-          cpu::attention_store_positions(a, w + drt_at, parts.count, k / a.pos_batch, k % a.pos_batch, dpp);
+          shared.store_positions(a, w + drt_at, parts.count, k / a.pos_batch, k % a.pos_batch, dpp);
       });
     }
   });
@@ -131,20 +133,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"zipformer_attention_forward(Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
+                   "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, "
+                   "int value_heads, int chunk_size, int left_context_chunks) -> Tensor",
+                   TORCH_BOX(&zipformer_attention_forward)},
+                  {"zipformer_attention_backward(Tensor grad, Tensor x, Tensor? pos, Tensor value, "
+                   "Tensor? cached_key, Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, "
+                   "int query_head_dim, int value_heads, int chunk_size, int left_context_chunks) -> (Tensor, "
+                   "Tensor, Tensor, Tensor)",
+                   TORCH_BOX(&zipformer_attention_backward)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def(
-      "zipformer_attention_forward(Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
-      "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int value_heads, "
-      "int chunk_size, int left_context_chunks) -> Tensor");
-  m.def(
-      "zipformer_attention_backward(Tensor grad, Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
-      "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int value_heads, "
-      "int chunk_size, int left_context_chunks) -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("zipformer_attention_forward", TORCH_BOX(&fastasr::zipformer_attention_forward));
-  m.impl("zipformer_attention_backward", TORCH_BOX(&fastasr::zipformer_attention_backward));
-}

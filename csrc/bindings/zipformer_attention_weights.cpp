@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/zipformer_attention_weights.h"
+#include "cpu/attention/zipformer_attention_weights.h"
 
 #include <tuple>
 #include <vector>
@@ -33,10 +33,9 @@ Tensor new_weights(const AttentionProblem& a, const Tensor& x) {
                                   [](void* p) { cpu::release_buffer(p); });
 }
 
-Tensor zipformer_attention_weights_forward(const Tensor& x, const OptionalTensor& pos,
-                                              const OptionalTensor& cached_key, const OptionalTensor& padding,
-                                              const OptionalTensor& mask, int64_t heads, int64_t query_dim,
-                                              int64_t chunk, int64_t left_chunks) {
+Tensor zipformer_attention_weights_forward(const Tensor& x, const OptionalTensor& pos, const OptionalTensor& cached_key,
+                                           const OptionalTensor& padding, const OptionalTensor& mask, int64_t heads,
+                                           int64_t query_dim, int64_t chunk, int64_t left_chunks) {
   const char* op = "zipformer_attention_weights_forward";
   const AttentionProblem a =
       checked_problem(x, pos, cached_key, padding, mask, heads, query_dim, chunk, left_chunks, op);
@@ -46,8 +45,9 @@ Tensor zipformer_attention_weights_forward(const Tensor& x, const OptionalTensor
   attention_key_ranges(a, ranges.data());
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
+    const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
     const Packed<C> packed(a, false);
-    const Workspace<C> workspace(packed.total);
+    const Scratch<C> workspace(packed.total);
     C* const w = workspace.data();
     pack<T>(a, x, pos, cached_key, packed, w, false);
     const T* xp = data<T>(x);
@@ -56,12 +56,12 @@ Tensor zipformer_attention_weights_forward(const Tensor& x, const OptionalTensor
     const int64_t rows = 4 * cpu::attention_rows(sizeof(C) == 8), tasks = (a.frames + rows - 1) / rows;
     const int64_t grain = std::max<int64_t>(1, kGrain / (rows * a.keys()));
     parallel_range(a.heads * a.batch * tasks, grain, [&](int64_t begin, int64_t end) {
-      const Workspace<C> scratch(a.forward_scratch());
+      const Scratch<C> scratch(a.forward_scratch());
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i / tasks, first = i % tasks * rows;
-        cpu::attention_weights_forward(a, ranges.data(), xp, w + packed.kt + hb * a.keys_transposed_size(),
-                                       positions_of(a, w + packed.rt, hb), hb, first, std::min(first + rows, a.frames),
-                                       wp + hb * weights.stride(1), weights.stride(2), scratch.data());
+        kernel.forward(a, ranges.data(), xp, w + packed.kt + hb * a.keys_transposed_size(),
+                       positions_of(a, w + packed.rt, hb), hb, first, std::min(first + rows, a.frames),
+                       wp + hb * weights.stride(1), weights.stride(2), scratch.data());
       }
     });
   });
@@ -88,38 +88,39 @@ std::tuple<Tensor, Tensor, Tensor> zipformer_attention_weights_backward(
   attention_key_ranges(a, ranges.data());
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
+    const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
     const Packed<C> packed(a, true);
     const int64_t pairs = a.heads * a.batch;
     const QueryParts parts(a, pairs, a.key_rows_size() + a.positions_size());
     const int64_t tasks = pairs * parts.count;
     const int64_t dk_at = packed.total, drt_at = dk_at + tasks * a.key_rows_size();
-    const Workspace<C> workspace(drt_at + (a.pos_batch ? tasks * a.positions_size() : 0));
+    const Scratch<C> workspace(drt_at + (a.pos_batch ? tasks * a.positions_size() : 0));
     C* const w = workspace.data();
     pack<T>(a, x, pos, cached_key, packed, w, true);
     const T *xp = data<T>(x), *wp = data<T>(weights), *gp = data<T>(grad);
     T *dxp = mutable_data<T>(dx), *dcp = cached_key.has_value() ? mutable_data<T>(dcached) : nullptr;
     const int64_t grain = std::max<int64_t>(1, kGrain / (parts.rows * a.keys()));
     parallel_range(tasks, grain, [&](int64_t begin, int64_t end) {
-      const Workspace<C> scratch(a.backward_scratch());
+      const Scratch<C> scratch(a.backward_scratch());
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i / parts.count, first = i % parts.count * parts.rows, h = hb / a.batch, b = hb % a.batch;
-        cpu::attention_weights_backward(
-            a, ranges.data(), xp, wp + h * weights.stride(0) + b * weights.stride(1), weights.stride(2),
-            gp + h * grad.stride(0) + b * grad.stride(1), grad.stride(2), w + packed.kt + hb * a.keys_transposed_size(),
-            w + packed.key_rows + hb * a.key_rows_size(), positions_of(a, w + packed.rt, hb), hb, first,
-            std::min(first + parts.rows, a.frames), dxp, w + dk_at + i * a.key_rows_size(),
-            a.pos_batch ? w + drt_at + i * a.positions_size() : nullptr, scratch.data());
+        kernel.backward(a, ranges.data(), xp, wp + h * weights.stride(0) + b * weights.stride(1), weights.stride(2),
+                        gp + h * grad.stride(0) + b * grad.stride(1), grad.stride(2),
+                        w + packed.kt + hb * a.keys_transposed_size(), w + packed.key_rows + hb * a.key_rows_size(),
+                        positions_of(a, w + packed.rt, hb), hb, first, std::min(first + parts.rows, a.frames), dxp,
+                        w + dk_at + i * a.key_rows_size(), a.pos_batch ? w + drt_at + i * a.positions_size() : nullptr,
+                        scratch.data());
       }
     });
     parallel_range(pairs, grain, [&](int64_t begin, int64_t end) {
       for (int64_t hb = begin; hb < end; hb++)
-        cpu::attention_store_keys(a, w + dk_at + hb * parts.count * a.key_rows_size(), parts.count, hb, dxp, dcp);
+        kernel.store_keys(a, w + dk_at + hb * parts.count * a.key_rows_size(), parts.count, hb, dxp, dcp);
     });
     if (a.pos_batch) {
       T* dpp = mutable_data<T>(dpos);
       parallel_range(a.heads * a.pos_batch, grain, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; k++)
-          cpu::attention_store_positions(a, w + drt_at, parts.count, k / a.pos_batch, k % a.pos_batch, dpp);
+          kernel.store_positions(a, w + drt_at, parts.count, k / a.pos_batch, k % a.pos_batch, dpp);
       });
     }
   });
@@ -127,19 +128,15 @@ std::tuple<Tensor, Tensor, Tensor> zipformer_attention_weights_backward(
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"zipformer_attention_weights_forward(Tensor x, Tensor? pos, Tensor? cached_key, "
+                   "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int chunk_size, "
+                   "int left_context_chunks) -> Tensor",
+                   TORCH_BOX(&zipformer_attention_weights_forward)},
+                  {"zipformer_attention_weights_backward(Tensor grad, Tensor weights, Tensor x, Tensor? pos, "
+                   "Tensor? cached_key, Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, "
+                   "int query_head_dim, int chunk_size, int left_context_chunks, float score_penalty, "
+                   "float score_limit) -> (Tensor, Tensor, Tensor)",
+                   TORCH_BOX(&zipformer_attention_weights_backward)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def(
-      "zipformer_attention_weights_forward(Tensor x, Tensor? pos, Tensor? cached_key, Tensor? key_padding_mask, "
-      "Tensor? attn_mask, int num_heads, int query_head_dim, int chunk_size, int left_context_chunks) -> Tensor");
-  m.def(
-      "zipformer_attention_weights_backward(Tensor grad, Tensor weights, Tensor x, Tensor? pos, Tensor? cached_key, "
-      "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int chunk_size, "
-      "int left_context_chunks, float score_penalty, float score_limit) -> (Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("zipformer_attention_weights_forward", TORCH_BOX(&fastasr::zipformer_attention_weights_forward));
-  m.impl("zipformer_attention_weights_backward", TORCH_BOX(&fastasr::zipformer_attention_weights_backward));
-}

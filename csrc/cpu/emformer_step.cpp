@@ -5,9 +5,9 @@
 #include <cstring>
 
 #include "cpu/activation.h"
+#include "cpu/attention/segment_attention.h"
 #include "cpu/residual_norm.h"
 #include "cpu/row_statistics.h"
-#include "cpu/segment_attention.h"
 #include "cpu/simd.h"
 
 namespace fastasr::cpu {
@@ -201,7 +201,8 @@ class Step {
         const int64_t projected = unit / attention_.heads * l_.stride(kEmformerKeyValue) + at % dim_;
         keys(projected, at, s_.old_key, room_.key, s_.new_key);
         keys(projected + dim_, at, s_.old_value, room_.value, s_.new_value);
-        segment_attention_forward(attention_, unit, room_.mixed, room_.attention + worker * room_.attention_size);
+        kernels<SegmentAttentionKernels<float>>().forward(attention_, unit, room_.mixed,
+                                                          room_.attention + worker * room_.attention_size);
       }
     });
   }

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/simd.h"
+
 namespace fastasr::cpu {
 
 // (time, batch, channel) with dense channels.
@@ -10,7 +12,7 @@ template <typename T>
 struct Sequence {
   T* data = nullptr;
   int64_t time = 0, batch = 0;
-  T* at(int64_t t, int64_t b) const { return data + t * time + b * batch; }
+  FASTASR_MEMBER T* at(int64_t t, int64_t b) const { return data + t * time + b * batch; }
 };
 
 }  // namespace fastasr::cpu

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "cpu/zipformer_attention_weights.h"
+#include "cpu/attention/zipformer_attention_weights.h"
 #include "tests/check.h"
 
 // Attention with relative positions and its gradients in long double.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/nonlin_attention.h"
+#include "cpu/attention/nonlin_attention.h"
 
 #include "tests/check.h"
 
@@ -8,6 +8,7 @@ namespace {
 
 template <typename T>
 void values(int64_t frames, int64_t batch, int64_t width, int64_t gap) {
+  const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
   const cpu::NonlinAttentionRows rows{batch, frames, width, 3 * width + gap};
   const int64_t count = frames * batch, n = count * width;
   Random random(static_cast<uint64_t>(frames * 31 + batch * 7 + width));
@@ -17,10 +18,10 @@ void values(int64_t frames, int64_t batch, int64_t width, int64_t gap) {
   if (n > 2) p[0] = make<T>(40.0), p[1] = make<T>(-40.0);  // where the derivative is a tiny number
   for (const int64_t half : {count / 2, count}) {          // two calls share the rows
     const int64_t begin = half == count ? count / 2 : 0;
-    cpu::nonlin_attention_gate(p.data(), x.data(), rows, begin, half);
-    cpu::nonlin_attention_product(p.data(), o.data(), y.data(), rows, begin, half);
-    cpu::nonlin_attention_operands(grad.data(), p.data(), again.data(), u.data(), rows, begin, half);
-    cpu::nonlin_attention_gradient(dx.data(), grad.data(), p.data(), o.data(), dp.data(), rows, begin, half);
+    kernel.gate(p.data(), x.data(), rows, begin, half);
+    kernel.product(p.data(), o.data(), y.data(), rows, begin, half);
+    kernel.operands(grad.data(), p.data(), again.data(), u.data(), rows, begin, half);
+    kernel.gradient(dx.data(), grad.data(), p.data(), o.data(), dp.data(), rows, begin, half);
   }
   CHECK(x.intact() && y.intact() && u.intact() && again.intact() && dp.intact(), "%s wrote outside, %ldx%ldx%ld",
         Type<T>::name, long(frames), long(batch), long(width));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rel_attention.h"
+#include "cpu/attention/rel_attention.h"
 
 #include <algorithm>
 
@@ -123,6 +123,7 @@ void values(const Shape& shape, uint64_t seed) {
   const int64_t pairs = a.heads * a.batch, parts = a.batch;
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
+  const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
   const cpu::RelAttentionOperands<T> t{c.q.data(), c.k.data(), c.v.data(), c.pos.data(), c.u.data(), c.w.data()};
   Buffer<C> kt(r.keys_transposed_size()), packed(r.values_size()), rt(a.heads * r.positions_transposed_size()),
       rows(a.heads * r.positions_size()), sums(pairs * r.positions_size()), forward(r.forward_scratch()),
@@ -133,24 +134,20 @@ void values(const Shape& shape, uint64_t seed) {
   for (int64_t i = 0; i < sums.size(); i++) sums[i] = 0;
   for (int64_t i = 0; i < biases.size(); i++) biases[i] = 0;
   for (int64_t h = 0; h < a.heads; h++)
-    cpu::rel_attention_pack_positions(r, t, h, rt.data() + h * r.positions_transposed_size(),
-                                      rows.data() + h * r.positions_size());
+    kernel.pack_positions(r, t, h, rt.data() + h * r.positions_transposed_size(), rows.data() + h * r.positions_size());
   for (int64_t hb = 0; hb < pairs; hb++) {
     const C* positions = rt.data() + hb / a.batch * r.positions_transposed_size();
-    cpu::rel_attention_pack_keys(r, t, hb, kt.data(), packed.data());
+    kernel.pack_keys(r, t, hb, kt.data(), packed.data());
     for (int64_t i = 0; i < a.frames; i += cpu::kRelAttentionQueries)
-      cpu::rel_attention_forward(r, ranges.data(), t, kt.data(), packed.data(), positions, hb, i,
-                                 std::min(i + cpu::kRelAttentionQueries, a.frames), y.data(), lse.data(),
-                                 forward.data());
-    cpu::rel_attention_backward(r, ranges.data(), c.grad.data(), t, positions,
-                                rows.data() + hb / a.batch * r.positions_size(), hb, dq.data(), dk.data(), dv.data(),
-                                {sums.data() + hb * r.positions_size(), biases.data() + hb * 2 * a.query_dim},
-                                backward.data());
+      kernel.forward(r, ranges.data(), t, kt.data(), packed.data(), positions, hb, i,
+                     std::min(i + cpu::kRelAttentionQueries, a.frames), y.data(), lse.data(), forward.data());
+    kernel.backward(r, ranges.data(), c.grad.data(), t, positions, rows.data() + hb / a.batch * r.positions_size(), hb,
+                    dq.data(), dk.data(), dv.data(),
+                    {sums.data() + hb * r.positions_size(), biases.data() + hb * 2 * a.query_dim}, backward.data());
   }
   for (int64_t h = 0; h < a.heads; h++)
-    cpu::rel_attention_store_sums(
-        r, {sums.data() + h * parts * r.positions_size(), biases.data() + h * parts * 2 * a.query_dim}, parts, h,
-        dpos.data(), du.data(), dw.data());
+    kernel.store_sums(r, {sums.data() + h * parts * r.positions_size(), biases.data() + h * parts * 2 * a.query_dim},
+                      parts, h, dpos.data(), du.data(), dw.data());
   CHECK(kt.intact() && packed.intact() && rt.intact() && rows.intact() && sums.intact() && forward.intact() &&
             backward.intact() && lse.intact() && biases.intact() && y.intact() && dq.intact() && dk.intact() &&
             dv.intact() && dpos.intact() && du.intact() && dw.intact(),

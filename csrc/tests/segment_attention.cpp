@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/segment_attention.h"
+#include "cpu/attention/segment_attention.h"
 
 #include <algorithm>
 
@@ -56,11 +56,12 @@ struct Call {
   }
 
   void run() {
+    const auto& kernel = cpu::kernels<cpu::SegmentAttentionKernels<T>>();
     Buffer<C> forward(cpu::segment_attention_scratch(p, false)), backward(cpu::segment_attention_scratch(p, true));
     const cpu::Sequence<const T> g{grad.data(), p.batch * channels, channels};
     for (int64_t unit = 0; unit < p.units(); unit++) {
-      cpu::segment_attention_forward(p, unit, y.data(), forward.data());
-      cpu::segment_attention_backward(p, g, unit, dquery.data(), dkey.data(), dvalue.data(), backward.data());
+      kernel.forward(p, unit, y.data(), forward.data());
+      kernel.backward(p, g, unit, dquery.data(), dkey.data(), dvalue.data(), backward.data());
     }
     CHECK(forward.intact() && backward.intact(), "wrote outside the scratch memory");
     for (Buffer<T>* t : {&y, &dquery, &dkey, &dvalue}) CHECK(t->intact(), "wrote outside an output");

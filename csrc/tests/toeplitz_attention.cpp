@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/toeplitz_attention.h"
+#include "cpu/attention/toeplitz_attention.h"
 
 #include <algorithm>
 
@@ -100,23 +100,24 @@ struct Call {
   void run() {
     const int64_t width = 4 * p.d + 2 * p.size - 1;
     parts.assign(static_cast<size_t>(p.units() * width), 0.0);
-    cpu::AttentionGradients<T> g{{grad.data(), p.batch * p.v, p.v},
-                                 {mixed.data(), p.batch * p.v, p.v},
-                                 dquery_key.data(),
-                                 dgate.data(),
-                                 dvalue.data()};
+    const auto& kernel = cpu::kernels<cpu::ToeplitzAttentionKernels<T>>();
+    cpu::ToeplitzGradients<T> g{{grad.data(), p.batch * p.v, p.v},
+                                {mixed.data(), p.batch * p.v, p.v},
+                                dquery_key.data(),
+                                dgate.data(),
+                                dvalue.data()};
     for (int64_t unit = 0; unit < p.units(); unit++) {
-      Buffer<C> memory(cpu::attention_unit_elements(p, true)), scratch(cpu::attention_scratch_elements(p));
-      const auto u = cpu::attention_unit(p, true, memory.data());
-      cpu::attention_pack(p, unit, true, u, scratch.data());
-      for (int64_t panel = 0; panel < p.v_panels(); panel++) cpu::attention_pack_value(p, unit, panel, u);
+      Buffer<C> memory(cpu::toeplitz_unit_elements(p, true)), scratch(cpu::toeplitz_scratch_elements(p));
+      const auto u = cpu::toeplitz_unit(p, true, memory.data());
+      kernel.pack(p, unit, true, u, scratch.data());
+      for (int64_t panel = 0; panel < p.v_panels(); panel++) kernel.pack_value(p, unit, panel, u);
       for (int64_t block = p.blocks(); block-- > 0;)
-        cpu::attention_forward(p, unit, block, u, y.data(), mixed.data(), scratch.data());
-      for (int64_t block = p.blocks(); block-- > 0;) cpu::attention_backward(p, g, unit, block, u, scratch.data());
+        kernel.forward(p, unit, block, u, y.data(), mixed.data(), scratch.data());
+      for (int64_t block = p.blocks(); block-- > 0;) kernel.backward(p, g, unit, block, u, scratch.data());
       for (int64_t panel = 0; panel < p.v_panels() + p.d_panels(); panel++)
-        cpu::attention_backward_keys(p, g, unit, panel, u, scratch.data());
+        kernel.backward_keys(p, g, unit, panel, u, scratch.data());
       double* part = parts.data() + unit * width;
-      cpu::attention_backward_parameters(p, g, unit, u, part, part + 4 * p.d, scratch.data());
+      kernel.backward_parameters(p, g, unit, u, part, part + 4 * p.d, scratch.data());
       CHECK(memory.intact() && scratch.intact(), "wrote outside the packed operands");
     }
     for (Buffer<T>* t : {&y, &mixed, &dquery_key, &dgate, &dvalue}) CHECK(t->intact(), "wrote outside an output");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/zipformer_attention.h"
+#include "cpu/attention/zipformer_attention.h"
 
 #include "tests/attention_case.h"
 
@@ -48,6 +48,8 @@ struct Weighted {
 template <typename T>
 void values(const AttentionShape& shape, const ValueShape& v, uint64_t seed) {
   using C = compute_t<T>;
+  const auto& kernel = cpu::kernels<cpu::ZipformerAttentionKernels<T>>();
+  const auto& shared = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
   Weighted<T> w(shape, v, seed);
   AttentionCase<T>& c = w.c;
   const AttentionProblem& a = c.a;
@@ -66,34 +68,32 @@ void values(const AttentionShape& shape, const ValueShape& v, uint64_t seed) {
   for (int64_t i = 0; i < dpos.size(); i++) dpos[i] = make<T>(0);
   for (int64_t i = 0; i < dcached.size(); i++) dcached[i] = make<T>(0);
   for (int64_t hb = 0; hb < pairs; hb++)
-    cpu::attention_pack_keys(a, c.x.data(), c.cached.data(), hb, kt.data() + hb * a.keys_transposed_size(),
-                             rows.data() + hb * a.key_rows_size());
+    shared.pack_keys(a, c.x.data(), c.cached.data(), hb, kt.data() + hb * a.keys_transposed_size(),
+                     rows.data() + hb * a.key_rows_size());
   for (int64_t k = 0; k < a.heads * a.pos_batch; k++)
-    cpu::attention_pack_positions(a, c.pos.data(), k / a.pos_batch, k % a.pos_batch,
-                                  rt.data() + k * a.positions_size());
+    shared.pack_positions(a, c.pos.data(), k / a.pos_batch, k % a.pos_batch, rt.data() + k * a.positions_size());
   for (int64_t hb = 0; hb < valued; hb++) {
     const C* positions =
         a.pos_batch
             ? rt.data() + (hb / a.batch * a.pos_batch + (a.pos_batch == 1 ? 0 : hb % a.batch)) * a.positions_size()
             : nullptr;
-    cpu::attention_pack_values(a, v, w.value.data(), hb, packed.data() + hb * vs);
-    cpu::attention_transpose_values(a, v, w.value.data(), hb, transposed.data() + hb * vts);
+    kernel.pack_values(a, v, w.value.data(), hb, packed.data() + hb * vs);
+    kernel.transpose_values(a, v, w.value.data(), hb, transposed.data() + hb * vts);
     for (int64_t i = 0; i < a.frames; i += cpu::kAttentionQueries)
-      cpu::attention_forward(a, v, ranges.data(), c.x.data(), kt.data() + hb * a.keys_transposed_size(), positions,
-                             packed.data() + hb * vs, hb, i, std::min(i + cpu::kAttentionQueries, a.frames), y.data(),
-                             forward_scratch.data());
+      kernel.forward(a, v, ranges.data(), c.x.data(), kt.data() + hb * a.keys_transposed_size(), positions,
+                     packed.data() + hb * vs, hb, i, std::min(i + cpu::kAttentionQueries, a.frames), y.data(),
+                     forward_scratch.data());
     for (int64_t k = 0; k < parts; k++)
-      cpu::attention_backward(a, v, ranges.data(), w.grad.data(), c.x.data(), kt.data() + hb * a.keys_transposed_size(),
-                              rows.data() + hb * a.key_rows_size(), positions, transposed.data() + hb * vts, hb,
-                              k * part, std::min(a.frames, (k + 1) * part), dx.data(),
-                              dk.data() + (hb * parts + k) * a.key_rows_size(),
-                              drt.data() + (hb * parts + k) * a.positions_size(), dv.data() + (hb * parts + k) * vs,
-                              backward_scratch.data());
-    cpu::attention_store_keys(a, dk.data() + hb * parts * a.key_rows_size(), parts, hb, dx.data(), dcached.data());
-    cpu::attention_store_values(a, v, dv.data() + hb * parts * vs, parts, hb, dvalue.data());
+      kernel.backward(a, v, ranges.data(), w.grad.data(), c.x.data(), kt.data() + hb * a.keys_transposed_size(),
+                      rows.data() + hb * a.key_rows_size(), positions, transposed.data() + hb * vts, hb, k * part,
+                      std::min(a.frames, (k + 1) * part), dx.data(), dk.data() + (hb * parts + k) * a.key_rows_size(),
+                      drt.data() + (hb * parts + k) * a.positions_size(), dv.data() + (hb * parts + k) * vs,
+                      backward_scratch.data());
+    shared.store_keys(a, dk.data() + hb * parts * a.key_rows_size(), parts, hb, dx.data(), dcached.data());
+    kernel.store_values(a, v, dv.data() + hb * parts * vs, parts, hb, dvalue.data());
   }
   for (int64_t k = 0; k < v.heads * a.pos_batch; k++)
-    cpu::attention_store_positions(a, drt.data(), parts, k / a.pos_batch, k % a.pos_batch, dpos.data());
+    shared.store_positions(a, drt.data(), parts, k / a.pos_batch, k % a.pos_batch, dpos.data());
   CHECK(kt.intact() && rows.intact() && rt.intact() && packed.intact() && transposed.intact() &&
             forward_scratch.intact() && backward_scratch.intact() && dk.intact() && drt.intact() && dv.intact() &&
             y.intact() && dx.intact() && dpos.intact() && dcached.intact() && dvalue.intact(),

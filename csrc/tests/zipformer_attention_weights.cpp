@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/zipformer_attention_weights.h"
+#include "cpu/attention/zipformer_attention_weights.h"
 
 #include <algorithm>
 #include <thread>
 
-#include "cpu/attention_rows.h"
+#include "cpu/attention/attention_rows.h"
 #include "cpu/buffer_pool.h"
 #include "tests/attention_case.h"
 
@@ -19,6 +19,7 @@ using cpu::AttentionProblem;
 template <typename T>
 void values(const Shape& shape, uint64_t seed) {
   using C = compute_t<T>;
+  const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
   Case<T> c(shape, seed);
   const AttentionProblem& a = c.a;
   const int64_t pairs = a.heads * a.batch, stride = a.keys() + 3;
@@ -31,29 +32,28 @@ void values(const Shape& shape, uint64_t seed) {
   Buffer<C> dk(pairs * parts * a.key_rows_size()), drt(pairs * parts * a.positions_size());
   Buffer<T> w(pairs * a.frames * stride, 1), dx(c.x.size(), 1), dpos(c.pos.size(), 1), dcached(c.cached.size(), 1);
   for (int64_t hb = 0; hb < pairs; hb++)
-    cpu::attention_pack_keys(a, c.x.data(), c.cached.data(), hb, kt.data() + hb * a.keys_transposed_size(),
-                             rows.data() + hb * a.key_rows_size());
+    kernel.pack_keys(a, c.x.data(), c.cached.data(), hb, kt.data() + hb * a.keys_transposed_size(),
+                     rows.data() + hb * a.key_rows_size());
   for (int64_t k = 0; k < a.heads * a.pos_batch; k++)
-    cpu::attention_pack_positions(a, c.pos.data(), k / a.pos_batch, k % a.pos_batch,
-                                  rt.data() + k * a.positions_size());
+    kernel.pack_positions(a, c.pos.data(), k / a.pos_batch, k % a.pos_batch, rt.data() + k * a.positions_size());
   for (int64_t hb = 0; hb < pairs; hb++) {
     const C* positions =
         a.pos_batch
             ? rt.data() + (hb / a.batch * a.pos_batch + (a.pos_batch == 1 ? 0 : hb % a.batch)) * a.positions_size()
             : nullptr;
     T* weights = w.data() + hb * a.frames * stride;
-    cpu::attention_weights_forward(a, ranges.data(), c.x.data(), kt.data() + hb * a.keys_transposed_size(), positions,
-                                   hb, 0, a.frames, weights, stride, forward_scratch.data());
+    kernel.forward(a, ranges.data(), c.x.data(), kt.data() + hb * a.keys_transposed_size(), positions, hb, 0, a.frames,
+                   weights, stride, forward_scratch.data());
     for (int64_t k = 0; k < parts; k++)
-      cpu::attention_weights_backward(
-          a, ranges.data(), c.x.data(), weights, stride, c.grad.data() + hb * a.frames * a.keys(), a.keys(),
-          kt.data() + hb * a.keys_transposed_size(), rows.data() + hb * a.key_rows_size(), positions, hb, k * part,
-          std::min(a.frames, (k + 1) * part), dx.data(), dk.data() + (hb * parts + k) * a.key_rows_size(),
-          drt.data() + (hb * parts + k) * a.positions_size(), backward_scratch.data());
-    cpu::attention_store_keys(a, dk.data() + hb * parts * a.key_rows_size(), parts, hb, dx.data(), dcached.data());
+      kernel.backward(a, ranges.data(), c.x.data(), weights, stride, c.grad.data() + hb * a.frames * a.keys(), a.keys(),
+                      kt.data() + hb * a.keys_transposed_size(), rows.data() + hb * a.key_rows_size(), positions, hb,
+                      k * part, std::min(a.frames, (k + 1) * part), dx.data(),
+                      dk.data() + (hb * parts + k) * a.key_rows_size(),
+                      drt.data() + (hb * parts + k) * a.positions_size(), backward_scratch.data());
+    kernel.store_keys(a, dk.data() + hb * parts * a.key_rows_size(), parts, hb, dx.data(), dcached.data());
   }
   for (int64_t k = 0; k < a.heads * a.pos_batch; k++)
-    cpu::attention_store_positions(a, drt.data(), parts, k / a.pos_batch, k % a.pos_batch, dpos.data());
+    kernel.store_positions(a, drt.data(), parts, k / a.pos_batch, k % a.pos_batch, dpos.data());
   CHECK(kt.intact() && rows.intact() && rt.intact() && forward_scratch.intact() && backward_scratch.intact() &&
             dk.intact() && drt.intact() && w.intact() && dx.intact() && dpos.intact() && dcached.intact(),
         "%s wrote outside, T=%ld left=%ld", Type<T>::name, long(a.frames), long(a.left));
@@ -76,16 +76,17 @@ void values(const Shape& shape, uint64_t seed) {
 }
 
 void exponential() {
+  const auto& rows = cpu::kernels<cpu::AttentionRows<float>>();
   for (const float x : {0.0f, -0.5f, -20.0f, -87.0f}) {
     alignas(64) float s[32];
     for (int j = 0; j < 32; j++) s[j] = x * static_cast<float>(j) / 31;
     const long double last = std::exp(static_cast<long double>(s[31]));
-    cpu::row_exponentials(s, 32, 0.0f);
+    rows.exponentials(s, 32, 0.0f);
     CHECK(std::fabs(s[31] - last) <= 2e-6L * last, "e^%g: %g", x, s[31]);
   }
   alignas(64) float s[32];
   for (int j = 0; j < 32; j++) s[j] = j < 16 ? -87.4f : j < 31 ? -3e38f : -INFINITY;
-  const float sum = cpu::row_exponentials(s, 32, 0.0f);
+  const float sum = rows.exponentials(s, 32, 0.0f);
   CHECK(sum == 0, "not zero: %g", sum);  // whether a weight is zero is asked by constant attention
 }
 

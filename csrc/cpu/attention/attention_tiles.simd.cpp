@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/attention/attention_tiles.h"
 
-#include "cpu/attention_rows.h"
+#include "cpu/attention/attention_rows.h"
 
 // Accumulators start at zero and are added to memory at the end: a tile that starts from memory is left on the stack by
 // GCC. One function per product: several inlined into one spill.

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/zipformer_attention_weights.h"
+#include "cpu/attention/zipformer_attention_weights.h"
 
 // Attention with relative positions of Transformer-XL, without the weights: see fastasr/ops/rel_attention.py. Strips of
 // a few queries, masks, tiles and the softmax are those of Zipformer's attention; here positions have as many channels
@@ -46,31 +46,27 @@ struct RelAttentionSums {
   double* biases;  // (2, query_dim)
 };
 
-// f for one head and sequence, hb = h * batch + b.
-#define FASTASR_DECLARE(T)                                                                                           \
-  void rel_attention_pack_keys(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t hb,                  \
-                               compute_t<T>* keys_transposed, compute_t<T>* values);                                 \
-  /* R of one head by channel and, when not null, by row */                                                          \
-  void rel_attention_pack_positions(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t head,           \
-                                    compute_t<T>* transposed, compute_t<T>* rows);                                   \
-  /* rows [begin, end) of y (batch, frames, heads, value_dim) and lse (batch, heads, frames); begin a multiple of    \
-     kRelAttentionQueries, end - begin at most that */                                                               \
-  void rel_attention_forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOperands<T>& t,        \
-                             const compute_t<T>* keys_transposed, const compute_t<T>* values,                        \
-                             const compute_t<T>* positions_transposed, int64_t hb, int64_t begin, int64_t end, T* y, \
-                             compute_t<T>* lse, compute_t<T>* scratch);                                              \
-  /* dq, dk and dv of one head and sequence; added to the sums */                                                    \
-  void rel_attention_backward(const RelAttention& r, const KeyRange* ranges, const T* grad,                          \
-                              const RelAttentionOperands<T>& t, const compute_t<T>* positions_transposed,            \
-                              const compute_t<T>* positions, int64_t hb, T* dq, T* dk, T* dv,                        \
-                              const RelAttentionSums<compute_t<T>>& sums, compute_t<T>* scratch);                    \
-  /* dpos, dbias_u and dbias_v of one head: `parts` sums, `stride` elements apart, in their order and in double */   \
-  void rel_attention_store_sums(const RelAttention& r, const RelAttentionSums<compute_t<T>>& sums, int64_t parts,    \
-                                int64_t head, T* dpos, T* dbias_u, T* dbias_v);
-FASTASR_DECLARE(float)
-FASTASR_DECLARE(double)
-FASTASR_DECLARE(bfloat16)
-FASTASR_DECLARE(float16)
-#undef FASTASR_DECLARE
+// Each function works on one head and sequence, hb = h * batch + b.
+template <typename T>
+struct RelAttentionKernels {
+  static constexpr bool kCompiledOnce = true;
+  using C = compute_t<T>;
+  using Operands = RelAttentionOperands<T>;
+  void (*pack_keys)(const RelAttention& r, const Operands& t, int64_t hb, C* keys_transposed, C* values);
+  // R of one head by channel and, when not null, by row.
+  void (*pack_positions)(const RelAttention& r, const Operands& t, int64_t head, C* transposed, C* rows);
+  // Rows [begin, end) of y (batch, frames, heads, value_dim) and lse (batch, heads, frames); begin is a multiple of
+  // kRelAttentionQueries, end - begin at most that.
+  void (*forward)(const RelAttention& r, const KeyRange* ranges, const Operands& t, const C* keys_transposed,
+                  const C* values, const C* positions_transposed, int64_t hb, int64_t begin, int64_t end, T* y, C* lse,
+                  C* scratch);
+  // dq, dk and dv of one head and sequence; adds to the sums.
+  void (*backward)(const RelAttention& r, const KeyRange* ranges, const T* grad, const Operands& t,
+                   const C* positions_transposed, const C* positions, int64_t hb, T* dq, T* dk, T* dv,
+                   const RelAttentionSums<C>& sums, C* scratch);
+  // dpos, dbias_u and dbias_v of one head: `parts` sums, in their order and in double.
+  void (*store_sums)(const RelAttention& r, const RelAttentionSums<C>& sums, int64_t parts, int64_t head, T* dpos,
+                     T* dbias_u, T* dbias_v);
+};
 
 }  // namespace fastasr::cpu

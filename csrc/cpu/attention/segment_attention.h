@@ -25,24 +25,26 @@ struct SegmentAttention {
   int64_t batch, heads, width;
   int64_t frames, segment, left, right, memory, past_frames, past_memory;
 
-  int64_t units() const { return batch * heads; }
-  int64_t segments() const { return (frames + segment - 1) / segment; }
-  int64_t remembered() const { return memory ? past_memory + std::max<int64_t>(0, segments() - 1) : 0; }
-  int64_t queries() const { return segments() * (right + (memory ? 1 : 0)) + frames; }
-  int64_t keys() const { return remembered() + segments() * right + past_frames + frames; }
-  int64_t lanes() const { return memory + right + left + segment; }
-  int64_t panels() const { return (width + kPanel - 1) / kPanel; }
+  FASTASR_MEMBER int64_t units() const { return batch * heads; }
+  FASTASR_MEMBER int64_t segments() const { return (frames + segment - 1) / segment; }
+  FASTASR_MEMBER int64_t remembered() const { return memory ? past_memory + std::max<int64_t>(0, segments() - 1) : 0; }
+  FASTASR_MEMBER int64_t queries() const { return segments() * (right + (memory ? 1 : 0)) + frames; }
+  FASTASR_MEMBER int64_t keys() const { return remembered() + segments() * right + past_frames + frames; }
+  FASTASR_MEMBER int64_t lanes() const { return memory + right + left + segment; }
+  FASTASR_MEMBER int64_t panels() const { return (width + kPanel - 1) / kPanel; }
 
-  int64_t segment_queries() const { return right + segment + (memory ? 1 : 0); }
-  int64_t segments_per_block() const { return std::max<int64_t>(1, kPanel / segment_queries()); }
-  int64_t blocks_per_segment() const { return (segment_queries() + kPanel - 1) / kPanel; }  // 1 but for long segments
-  int64_t blocks() const {
+  FASTASR_MEMBER int64_t segment_queries() const { return right + segment + (memory ? 1 : 0); }
+  FASTASR_MEMBER int64_t segments_per_block() const { return std::max<int64_t>(1, kPanel / segment_queries()); }
+  FASTASR_MEMBER int64_t blocks_per_segment() const {
+    return (segment_queries() + kPanel - 1) / kPanel;
+  }  // 1 but for long segments
+  FASTASR_MEMBER int64_t blocks() const {
     const int64_t together = segments_per_block();
     return (segments() + together - 1) / together * blocks_per_segment();
   }
   // Rows of a packed panel, with room for the last tile; rows of a block's scores.
-  int64_t packed_rows() const { return keys() + kTileRows; }
-  int64_t score_rows() const {
+  FASTASR_MEMBER int64_t packed_rows() const { return keys() + kTileRows; }
+  FASTASR_MEMBER int64_t score_rows() const {
     const int64_t together = segments_per_block();
     return memory + together - 1 + together * right + left + together * segment + 3 * kTileRows;
   }
@@ -56,15 +58,12 @@ int64_t segment_attention_scratch(const SegmentAttention<T>& p, bool backward) {
   return backward ? 4 * packed + 2 * scores + 5 * tiles : 2 * packed + scores + 2 * tiles;
 }
 
-// One unit; y, dquery (queries, B, heads width), dkey and dvalue (keys, B, heads width) are contiguous.
-#define FASTASR_DECLARE(T)                                                                                   \
-  void segment_attention_forward(const SegmentAttention<T>& p, int64_t unit, T* y, compute_t<T>* scratch);   \
-  void segment_attention_backward(const SegmentAttention<T>& p, const Sequence<const T>& grad, int64_t unit, \
-                                  T* dquery, T* dkey, T* dvalue, compute_t<T>* scratch);
-FASTASR_DECLARE(float)
-FASTASR_DECLARE(double)
-FASTASR_DECLARE(bfloat16)
-FASTASR_DECLARE(float16)
-#undef FASTASR_DECLARE
+// One unit. y, dquery (queries, B, heads width), dkey and dvalue (keys, B, heads width) are contiguous.
+template <typename T>
+struct SegmentAttentionKernels {
+  void (*forward)(const SegmentAttention<T>& p, int64_t unit, T* y, compute_t<T>* scratch);
+  void (*backward)(const SegmentAttention<T>& p, const Sequence<const T>& grad, int64_t unit, T* dquery, T* dkey,
+                   T* dvalue, compute_t<T>* scratch);
+};
 
 }  // namespace fastasr::cpu

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/zipformer_attention.h"
+#include "cpu/attention/zipformer_attention.h"
 
 #include <cstring>
 
-#include "cpu/attention_strips.h"
+#include "cpu/attention/attention_strips.h"
 #include "cpu/elementary.h"
 
 namespace fastasr::cpu {
@@ -41,6 +41,7 @@ struct Block {
 template <typename C>
 void step(const Block<C>& b, StripState<C>& state, int64_t begin, int64_t end) {
   const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
+  const AttentionRows<C>& row_kernels = kernels<AttentionRows<C>>();
   const AttentionProblem& a = b.a;
   const Strip& t = state.strip;
   const int64_t n = end - begin;
@@ -52,16 +53,16 @@ void step(const Block<C>& b, StripState<C>& state, int64_t begin, int64_t end) {
     C* row = b.scores + m * kKeyBlock;
     fill_hidden(a, t, m, b.range, begin, end, row, static_cast<C>(kMasked));
     for (int64_t j = a.keys(); j < end; j++) row[j - begin] = -kInfinity<C>;  // behind the last key: weight 0
-    const C top = std::max(state.top[m], row_maximum(row, n));
+    const C top = std::max(state.top[m], row_kernels.maximum(row, n));
     scale[m] = exp_or_zero(state.top[m] - top);
-    state.sum[m] = state.sum[m] * scale[m] + row_exponentials(row, n, top);
+    state.sum[m] = state.sum[m] * scale[m] + row_kernels.exponentials(row, n, top);
     state.top[m] = top;
   }
   const auto weigh = b.depth % kAttentionPad ? tiles.narrow : tiles.queries;
   for (int64_t j = 0; j < n; j += kValueBlock) {
     weigh(b.scores, kKeyBlock, b.values + begin * b.depth, b.depth, j, std::min(j + kValueBlock, n), b.part);
     for (int m = 0; m < t.stored; m++)
-      row_rescaled(state.total + m * b.depth, b.part + m * b.depth, b.depth, j == 0 ? scale[m] : C(1));
+      row_kernels.rescaled(state.total + m * b.depth, b.part + m * b.depth, b.depth, j == 0 ? scale[m] : C(1));
   }
 }
 
@@ -83,6 +84,7 @@ void walk(const Block<C>& b, StripState<C>* states, int count) {
 template <typename T, typename C = compute_t<T>>
 void forward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ranges, const T* x, const C* kt,
              const C* rt, const C* values, int64_t hb, int64_t begin, int64_t end, T* y, C* scratch) {
+  const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
   const int64_t depth = v.padded_dim(), h = hb / a.batch, sequence = hb % a.batch;
   const Block<C> block = {a, ranges[sequence], kt, rt, values, depth, scratch, scratch + kAttentionRows * kKeyBlock};
   StripState<C> states[kMostStrips];
@@ -112,8 +114,8 @@ void forward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ran
   const int64_t width = v.heads * v.dim;
   for (int k = 0; k < count; k++)
     for (int m = 0; m < states[k].strip.stored; m++)
-      row_divided(states[k].total + m * depth, states[k].sum[m],
-                  y + ((states[k].strip.begin + m) * a.batch + sequence) * width + h * v.dim, v.dim);
+      row_kernels.divided(states[k].total + m * depth, states[k].sum[m],
+                          y + ((states[k].strip.begin + m) * a.batch + sequence) * width + h * v.dim, v.dim);
 }
 
 template <typename T, typename C = compute_t<T>>
@@ -168,6 +170,7 @@ void backward_strip(const AttentionProblem& a, const ValueShape& v, const KeyRan
                     const T* grad, const T* x, const C* kt, const C* key_rows, const C* rt, const C* vt, T* dx, C* dk,
                     C* drt, C* dv, const BackwardStrip<C>& s) {
   const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
+  const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
   const int64_t padded = a.padded_keys(), keys = a.keys();
   load_queries(a, t, x, s.q, s.p);
   C sum[kAttentionRows];
@@ -181,8 +184,8 @@ void backward_strip(const AttentionProblem& a, const ValueShape& v, const KeyRan
       C* row = s.weights + m * padded;
       fill_hidden(a, t, m, range, w.begin, w.end, row + w.begin, static_cast<C>(kMasked));
       for (int64_t j = keys; j < w.end; j++) row[j] = -kInfinity<C>;  // behind the last key: weight 0
-      const C top = row_maximum(row + w.begin, w.end - w.begin);
-      sum[m] = row_exponentials(row + w.begin, w.end - w.begin, top);
+      const C top = row_kernels.maximum(row + w.begin, w.end - w.begin);
+      sum[m] = row_kernels.exponentials(row + w.begin, w.end - w.begin, top);
       seen[m] = top > kNarrowAbove<C> && sum[m] == sum[m];
       narrow = narrow && seen[m];
     }
@@ -208,7 +211,7 @@ void backward_strip(const AttentionProblem& a, const ValueShape& v, const KeyRan
       std::memset(row - kAttentionMargin, 0, sizeof(C) * static_cast<size_t>(s.ds_stride));
       continue;
     }
-    row_attention_gradient(s.weights + m * padded + w.begin, sum[m], row + w.begin, w.end - w.begin);
+    row_kernels.attention_gradient(s.weights + m * padded + w.begin, sum[m], row + w.begin, w.end - w.begin);
     if (!seen[m]) fill_hidden(a, t, m, range, w.begin, w.end, row + w.begin, C(0));
     std::memset(row - kAttentionMargin, 0, sizeof(C) * static_cast<size_t>(kAttentionMargin + w.begin));
     std::memset(row + end, 0, sizeof(C) * static_cast<size_t>(padded + kAttentionMargin - end));
@@ -227,6 +230,20 @@ void store_values(const AttentionProblem& a, const ValueShape& v, const C* dv, i
       store(&row[d], total);
     }
   }
+}
+
+template <typename T, typename C = compute_t<T>>
+void backward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ranges, const T* grad, const T* x,
+              const C* keys_transposed, const C* key_rows, const C* positions, const C* values_transposed, int64_t hb,
+              int64_t begin, int64_t end, T* dx, C* dk, C* drt, C* dv, C* scratch) {
+  std::memset(dk, 0, sizeof(C) * static_cast<size_t>(a.key_rows_size()));
+  std::memset(dv, 0, sizeof(C) * static_cast<size_t>(attention_values_size(a, v)));
+  if (a.pos_batch) std::memset(drt, 0, sizeof(C) * static_cast<size_t>(a.positions_size()));
+  const BackwardStrip<C> strip(a, v, scratch);
+  for_each_strip<C>(a, hb, begin, end, [&](const Strip& t) {
+    backward_strip(a, v, ranges[t.sequence], t, grad, x, keys_transposed, key_rows, positions, values_transposed, dx,
+                   dk, drt, dv, strip);
+  });
 }
 
 }  // namespace
@@ -250,42 +267,7 @@ int64_t attention_values_backward_scratch(const AttentionProblem& a, const Value
   return BackwardStrip<float>::size(a, v);
 }
 
-#define FASTASR_DEFINE(T)                                                                                            \
-  void attention_pack_values(const AttentionProblem& a, const ValueShape& v, const T* values, int64_t hb,            \
-                             compute_t<T>* packed) {                                                                 \
-    pack_values(a, v, values, hb, packed);                                                                           \
-  }                                                                                                                  \
-  void attention_forward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ranges, const T* x,         \
-                         const compute_t<T>* keys_transposed, const compute_t<T>* positions,                         \
-                         const compute_t<T>* packed_values, int64_t hb, int64_t begin, int64_t end, T* y,            \
-                         compute_t<T>* scratch) {                                                                    \
-    forward(a, v, ranges, x, keys_transposed, positions, packed_values, hb, begin, end, y, scratch);                 \
-  }                                                                                                                  \
-  void attention_transpose_values(const AttentionProblem& a, const ValueShape& v, const T* values, int64_t hb,       \
-                                  compute_t<T>* transposed) {                                                        \
-    transpose_values(a, v, values, hb, transposed);                                                                  \
-  }                                                                                                                  \
-  void attention_backward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ranges, const T* grad,     \
-                          const T* x, const compute_t<T>* keys_transposed, const compute_t<T>* key_rows,             \
-                          const compute_t<T>* positions, const compute_t<T>* values_transposed, int64_t hb,          \
-                          int64_t begin, int64_t end, T* dx, compute_t<T>* dk, compute_t<T>* drt, compute_t<T>* dv,  \
-                          compute_t<T>* scratch) {                                                                   \
-    std::memset(dk, 0, sizeof(*dk) * static_cast<size_t>(a.key_rows_size()));                                        \
-    std::memset(dv, 0, sizeof(*dv) * static_cast<size_t>(attention_values_size(a, v)));                              \
-    if (a.pos_batch) std::memset(drt, 0, sizeof(*drt) * static_cast<size_t>(a.positions_size()));                    \
-    const BackwardStrip<compute_t<T>> strip(a, v, scratch);                                                          \
-    for_each_strip<compute_t<T>>(a, hb, begin, end, [&](const Strip& t) {                                            \
-      backward_strip(a, v, ranges[t.sequence], t, grad, x, keys_transposed, key_rows, positions, values_transposed,  \
-                     dx, dk, drt, dv, strip);                                                                        \
-    });                                                                                                              \
-  }                                                                                                                  \
-  void attention_store_values(const AttentionProblem& a, const ValueShape& v, const compute_t<T>* dv, int64_t parts, \
-                              int64_t hb, T* dvalue) {                                                               \
-    store_values(a, v, dv, parts, hb, dvalue);                                                                       \
-  }
-FASTASR_DEFINE(float)
-FASTASR_DEFINE(double)
-FASTASR_DEFINE(bfloat16)
-FASTASR_DEFINE(float16)
+FASTASR_KERNELS(ZipformerAttentionKernels, .pack_values = pack_values<T>, .forward = forward<T>,
+                .transpose_values = transpose_values<T>, .backward = backward<T>, .store_values = store_values<T>)
 
 }  // namespace fastasr::cpu

@@ -4,10 +4,10 @@
 #include <cstdint>
 
 #include "cpu/gemm/tile_gemm.h"
-#include "cpu/number.h"
 
 // The backward of a softmax over keys, for the first kLanes queries of a panel: element (j, l) is key j, query l.
 namespace fastasr::cpu {
+inline namespace FASTASR_SIMD {
 
 // dS = P (dP - D), D = sum_j P dP, in place of dP; `keys` is a multiple of kTileRows, a query without keys has P = 0. D
 // is divided by the sum of P as it was rounded, and subtracted in two parts: the columns of dS then add up to zero as
@@ -43,4 +43,5 @@ FASTASR_INLINE void softmax_backward(int64_t keys, const C* __restrict p, C* __r
   }
 }
 
+}  // namespace FASTASR_SIMD
 }  // namespace fastasr::cpu

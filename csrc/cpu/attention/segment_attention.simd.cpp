@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/segment_attention.h"
+#include "cpu/attention/segment_attention.h"
 
 #include <cmath>
 #include <cstring>
 #include <limits>
 
+#include "cpu/attention/softmax_backward.simd.h"
 #include "cpu/elementary.h"
-#include "cpu/softmax_backward.h"
 
 namespace fastasr::cpu {
 namespace {
@@ -318,7 +318,7 @@ FASTASR_INLINE C scale_of(const SegmentAttention<T>& p) {
 }
 
 template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void forward_unit(const SegmentAttention<T>& p, int64_t unit, T* y, C* scratch) {
+void forward(const SegmentAttention<T>& p, int64_t unit, T* y, C* scratch) {
   const int64_t packed = p.panels() * p.packed_rows() * kPanel, tiles = p.panels() * kTile;
   const int64_t b = unit / p.heads, channels = p.heads * p.width, first = unit % p.heads * p.width;
   C *key = scratch, *value = key + packed, *scores = value + packed, *rows = scores + p.score_rows() * kPanel;
@@ -340,8 +340,8 @@ FASTASR_INLINE void forward_unit(const SegmentAttention<T>& p, int64_t unit, T* 
 }
 
 template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void backward_unit(const SegmentAttention<T>& p, const Sequence<const T>& grad, int64_t unit, T* dquery,
-                                  T* dkey, T* dvalue, C* scratch) {
+void backward(const SegmentAttention<T>& p, const Sequence<const T>& grad, int64_t unit, T* dquery, T* dkey, T* dvalue,
+              C* scratch) {
   const int64_t packed = p.panels() * p.packed_rows() * kPanel, tiles = p.panels() * kTile;
   const int64_t b = unit / p.heads, channels = p.heads * p.width, first = unit % p.heads * p.width;
   C *key = scratch, *value = key + packed, *key_sums = value + packed, *value_sums = key_sums + packed;
@@ -380,18 +380,6 @@ FASTASR_INLINE void backward_unit(const SegmentAttention<T>& p, const Sequence<c
 
 }  // namespace
 
-#define FASTASR_DEFINE(T)                                                                                              \
-  FASTASR_CLONES void segment_attention_forward(const SegmentAttention<T>& p, int64_t unit, T* y,                      \
-                                                compute_t<T>* scratch) {                                               \
-    forward_unit(p, unit, y, scratch);                                                                                 \
-  }                                                                                                                    \
-  FASTASR_CLONES void segment_attention_backward(const SegmentAttention<T>& p, const Sequence<const T>& grad,          \
-                                                 int64_t unit, T* dquery, T* dkey, T* dvalue, compute_t<T>* scratch) { \
-    backward_unit(p, grad, unit, dquery, dkey, dvalue, scratch);                                                       \
-  }
-FASTASR_DEFINE(float)
-FASTASR_DEFINE(double)
-FASTASR_DEFINE(bfloat16)
-FASTASR_DEFINE(float16)
+FASTASR_KERNELS(SegmentAttentionKernels, .forward = forward<T>, .backward = backward<T>)
 
 }  // namespace fastasr::cpu

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rel_attention.h"
+#include "cpu/attention/rel_attention.h"
 
 #include <cmath>
 #include <cstring>
 
-#include "cpu/attention_strips.h"
+#include "cpu/attention/attention_strips.h"
 #include "cpu/elementary.h"
 
 namespace fastasr::cpu {
@@ -87,6 +87,7 @@ template <typename C>
 void scores_of(const RelAttention& r, const KeyRange& range, const Strip& t, const C* content, const C* position,
                const C* kt, const C* rt, int64_t begin, int64_t end, C* s, int64_t stride, C* band) {
   const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
+  const AttentionRows<C>& row_kernels = kernels<AttentionRows<C>>();
   const AttentionProblem& a = r.problem;
   const int64_t n = end - begin, lead = t.rows - 1, seen = std::min(end, a.keys()) - begin;
   tiles.scores(content, kt + begin, a.padded_keys(), a.query_dim, nullptr, nullptr, 0, 0, 0, n, s, stride, nullptr, 0);
@@ -94,7 +95,7 @@ void scores_of(const RelAttention& r, const KeyRange& range, const Strip& t, con
                nullptr, nullptr, 0, 0, 0, round_up(seen + lead, kAttentionPad), band, kBandWidth, nullptr, 0);
   for (int m = 0; m < t.stored; m++) {
     C* row = s + m * stride;
-    row_rescaled(row, band + m * kBandWidth + lead - m, n, C(1));
+    row_kernels.rescaled(row, band + m * kBandWidth + lead - m, n, C(1));
     fill_hidden(a, t, m, range, begin, end, row, -kInfinity<C>);
     for (int64_t j = seen; j < n; j++) row[j] = -kInfinity<C>;
   }
@@ -114,6 +115,28 @@ Window window_of(const KeyRange& range) {
   return {range.begin / kAttentionPad * kAttentionPad, round_up(range.end, kAttentionPad)};
 }
 
+template <typename T, typename C = compute_t<T>>
+void pack_keys(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t hb, C* keys_transposed, C* values) {
+  const AttentionProblem& a = r.problem;
+  const int64_t n = r.key_rows(), dim = a.query_dim;
+  zero(values, r.values_size());
+  transpose(row_of(a, t.k, dim, hb, 0), a.heads * dim, a.frames, dim, keys_transposed, n);
+  zero_columns(keys_transposed, dim, n, a.frames);
+  copy_rows(row_of(a, t.v, r.value_dim, hb, 0), a.heads * r.value_dim, a.frames, r.value_dim, values, r.values());
+}
+
+template <typename T, typename C = compute_t<T>>
+void pack_positions(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t head, C* transposed, C* rows) {
+  const AttentionProblem& a = r.problem;
+  zero(transposed, r.positions_transposed_size());
+  const T* in = t.pos + head * a.query_dim;
+  const int64_t step = a.heads * a.query_dim;
+  transpose(in, step, a.offsets(), a.query_dim, transposed + kAttentionMargin, a.padded_offsets());
+  if (!rows) return;
+  zero(rows, r.positions_size());
+  copy_rows(in, step, a.offsets(), a.query_dim, rows + kAttentionMargin * r.dim(), r.dim());
+}
+
 // --------------------------------------------------------------------------- forward
 template <typename C>
 struct StripState {
@@ -126,6 +149,7 @@ template <typename T, typename C = compute_t<T>>
 void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOperands<T>& t, const C* kt, const C* v,
              const C* rt, int64_t hb, int64_t begin, int64_t end, T* y, C* lse, C* scratch) {
   const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
+  const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
   const AttentionProblem& a = r.problem;
   const int64_t depth = r.values(), h = hb / a.batch, b = hb % a.batch;
   const KeyRange& range = ranges[b];
@@ -153,15 +177,15 @@ void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOp
       C scale[kAttentionRows] = {};
       for (int m = 0; m < s.strip.stored; m++) {
         C* row = scores + m * kKeyBlock;
-        const C top = std::max(s.top[m], row_maximum(row, n));
+        const C top = std::max(s.top[m], row_kernels.maximum(row, n));
         scale[m] = exp_or_zero(s.top[m] - top);
-        s.sum[m] = s.sum[m] * scale[m] + row_exponentials(row, n, top);
+        s.sum[m] = s.sum[m] * scale[m] + row_kernels.exponentials(row, n, top);
         s.top[m] = top;
       }
       for (int64_t j = 0; j < n; j += kValueBlock) {
         weigh(scores, kKeyBlock, v + j0 * depth, depth, j, std::min(j + kValueBlock, n), part);
         for (int m = 0; m < s.strip.stored; m++)
-          row_rescaled(s.total + m * depth, part + m * depth, depth, j == 0 ? scale[m] : C(1));
+          row_kernels.rescaled(s.total + m * depth, part + m * depth, depth, j == 0 ? scale[m] : C(1));
       }
     }
   for (int k = 0; k < count; k++) {
@@ -173,7 +197,7 @@ void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOp
       if (none)
         std::memset(static_cast<void*>(out), 0, sizeof(T) * static_cast<size_t>(r.value_dim));
       else
-        row_divided(s.total + m * depth, s.sum[m], out, r.value_dim);
+        row_kernels.divided(s.total + m * depth, s.sum[m], out, r.value_dim);
       lse[(b * a.heads + h) * a.frames + frame] = none ? kInfinity<C> : s.top[m] + std::log(s.sum[m]);
     }
   }
@@ -229,6 +253,7 @@ struct BackwardProblem {
 template <typename T, typename C>
 void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int64_t first) {
   const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
+  const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
   const AttentionProblem& a = b.r.problem;
   const BackwardMemory<C>& m = b.m;
   const int64_t depth = b.r.dim(), values = b.r.values(), width = b.r.value_dim, row0 = t.begin - first;
@@ -251,12 +276,13 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
     C *e = weights + i * m.stride + w.begin, *gradient = ds + i * m.stride + w.begin, *g = m.g + (row0 + i) * values;
     const int64_t n = w.end - w.begin;
     C sum = 0;
-    if (i < t.stored) sum = row_exponentials(e, n, std::max(row_maximum(e, n), std::numeric_limits<C>::lowest()));
+    if (i < t.stored)
+      sum = row_kernels.exponentials(e, n, std::max(row_kernels.maximum(e, n), std::numeric_limits<C>::lowest()));
     if (sum == 0 && (i >= t.stored || hides_any(a, b.range, t.sequence, t.begin + i))) {  // it sees no key, or is none
       zero(e, n), zero(gradient, n), zero(g, values);
       continue;
     }
-    row_attention_gradient(e, sum, gradient, n);
+    row_kernels.attention_gradient(e, sum, gradient, n);
     for (int64_t d = 0; d < width; d++) g[d] /= sum;
   }
 }
@@ -266,6 +292,7 @@ template <typename T, typename C>
 void block_gradients(const BackwardProblem<T, C>& b, int64_t first, int64_t count, T* dq,
                      const RelAttentionSums<C>& sums) {
   const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
+  const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
   const AttentionProblem& a = b.r.problem;
   const BackwardMemory<C>& m = b.m;
   const int64_t depth = b.r.dim(), values = b.r.values(), dim = a.query_dim;
@@ -276,7 +303,7 @@ void block_gradients(const BackwardProblem<T, C>& b, int64_t first, int64_t coun
     zero(out, tiles.rows * depth);
     for (int64_t j = begin; j < end; j += kValueBlock) {
       queries(ds, stride, rows, depth, j, std::min(j + kValueBlock, end), m.part);
-      row_rescaled(out, m.part, tiles.rows * depth, C(1));
+      row_kernels.rescaled(out, m.part, tiles.rows * depth, C(1));
     }
   };
   const auto add = [&](const C* ds, int64_t stride, const C* rows, int64_t width, int64_t begin, int64_t end, C* out) {
@@ -370,46 +397,7 @@ int64_t RelAttention::forward_scratch() const {
 
 int64_t RelAttention::backward_scratch() const { return BackwardMemory<float>(*this, nullptr).elements; }
 
-#define FASTASR_DEFINE(T)                                                                                            \
-  void rel_attention_pack_keys(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t hb,                  \
-                               compute_t<T>* keys_transposed, compute_t<T>* values) {                                \
-    const AttentionProblem& a = r.problem;                                                                           \
-    const int64_t n = r.key_rows(), dim = a.query_dim;                                                               \
-    zero(values, r.values_size());                                                                                   \
-    transpose(row_of(a, t.k, dim, hb, 0), a.heads * dim, a.frames, dim, keys_transposed, n);                         \
-    zero_columns(keys_transposed, dim, n, a.frames);                                                                 \
-    copy_rows(row_of(a, t.v, r.value_dim, hb, 0), a.heads * r.value_dim, a.frames, r.value_dim, values, r.values()); \
-  }                                                                                                                  \
-  void rel_attention_pack_positions(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t head,           \
-                                    compute_t<T>* transposed, compute_t<T>* rows) {                                  \
-    const AttentionProblem& a = r.problem;                                                                           \
-    zero(transposed, r.positions_transposed_size());                                                                 \
-    const T* in = t.pos + head * a.query_dim;                                                                        \
-    const int64_t step = a.heads * a.query_dim;                                                                      \
-    transpose(in, step, a.offsets(), a.query_dim, transposed + kAttentionMargin, a.padded_offsets());                \
-    if (!rows) return;                                                                                               \
-    zero(rows, r.positions_size());                                                                                  \
-    copy_rows(in, step, a.offsets(), a.query_dim, rows + kAttentionMargin * r.dim(), r.dim());                       \
-  }                                                                                                                  \
-  void rel_attention_forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOperands<T>& t,        \
-                             const compute_t<T>* keys_transposed, const compute_t<T>* values,                        \
-                             const compute_t<T>* positions_transposed, int64_t hb, int64_t begin, int64_t end, T* y, \
-                             compute_t<T>* lse, compute_t<T>* scratch) {                                             \
-    forward(r, ranges, t, keys_transposed, values, positions_transposed, hb, begin, end, y, lse, scratch);           \
-  }                                                                                                                  \
-  void rel_attention_backward(const RelAttention& r, const KeyRange* ranges, const T* grad,                          \
-                              const RelAttentionOperands<T>& t, const compute_t<T>* positions_transposed,            \
-                              const compute_t<T>* positions, int64_t hb, T* dq, T* dk, T* dv,                        \
-                              const RelAttentionSums<compute_t<T>>& sums, compute_t<T>* scratch) {                   \
-    backward(r, ranges, grad, t, positions_transposed, positions, hb, dq, dk, dv, sums, scratch);                    \
-  }                                                                                                                  \
-  void rel_attention_store_sums(const RelAttention& r, const RelAttentionSums<compute_t<T>>& sums, int64_t parts,    \
-                                int64_t head, T* dpos, T* dbias_u, T* dbias_v) {                                     \
-    store_sums(r, sums, parts, head, dpos, dbias_u, dbias_v);                                                        \
-  }
-FASTASR_DEFINE(float)
-FASTASR_DEFINE(double)
-FASTASR_DEFINE(bfloat16)
-FASTASR_DEFINE(float16)
+FASTASR_KERNELS(RelAttentionKernels, .pack_keys = pack_keys<T>, .pack_positions = pack_positions<T>,
+                .forward = forward<T>, .backward = backward<T>, .store_sums = store_sums<T>)
 
 }  // namespace fastasr::cpu

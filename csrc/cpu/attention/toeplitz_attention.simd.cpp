@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/toeplitz_attention.h"
+#include "cpu/attention/toeplitz_attention.h"
 
 #include <algorithm>
 #include <cmath>
@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "cpu/activation.h"
-#include "cpu/softmax_backward.h"
+#include "cpu/attention/softmax_backward.simd.h"
 
 namespace fastasr::cpu {
 namespace {
@@ -68,8 +68,7 @@ FASTASR_INLINE void put(T* __restrict out, const compute_t<T>* __restrict in, in
 }
 
 template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void pack(const ToeplitzAttention<T>& p, int64_t unit, bool backward, const AttentionUnit<C>& u,
-                         C* __restrict z) {
+void pack(const ToeplitzAttention<T>& p, int64_t unit, bool backward, const ToeplitzUnit<C>& u, C* __restrict z) {
   const Span s = span_of(p, unit);
   const int64_t rows = p.rows();
   const C scale = static_cast<C>(1 / std::sqrt(static_cast<double>(p.d)));
@@ -106,7 +105,7 @@ FASTASR_INLINE void pack(const ToeplitzAttention<T>& p, int64_t unit, bool backw
 }
 
 template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void pack_value(const ToeplitzAttention<T>& p, int64_t unit, int64_t panel, const AttentionUnit<C>& u) {
+void pack_value(const ToeplitzAttention<T>& p, int64_t unit, int64_t panel, const ToeplitzUnit<C>& u) {
   const Span s = span_of(p, unit);
   C* out = u.value + panel * p.rows() * kPanel;
   fetch(p.value, s.first, s.batch, panel * kPanel, p.v, s.length, p.rows(), out);
@@ -115,7 +114,7 @@ FASTASR_INLINE void pack_value(const ToeplitzAttention<T>& p, int64_t unit, int6
 
 // S[j][l] = q_l k_j, j < keys.
 template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void products(const ToeplitzAttention<T>& p, const AttentionUnit<C>& u, int64_t block, int64_t keys,
+FASTASR_INLINE void products(const ToeplitzAttention<T>& p, const ToeplitzUnit<C>& u, int64_t block, int64_t keys,
                              C* s) {
   const C* q = u.query_t + block * p.d_panels() * kTile;
   for (int64_t j = 0; j < keys; j += kTileRows)
@@ -127,7 +126,7 @@ FASTASR_INLINE bool behind(bool causal, int64_t i0, int64_t l, int64_t j) { retu
 
 // S += bias, with -inf where a key is not seen; m[l] = max.
 template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void bias_and_maximum(const ToeplitzAttention<T>& p, const AttentionUnit<C>& u, int64_t i0, int64_t keys,
+FASTASR_INLINE void bias_and_maximum(const ToeplitzAttention<T>& p, const ToeplitzUnit<C>& u, int64_t i0, int64_t keys,
                                      C* __restrict s, C* __restrict m) {
   constexpr C kNone = -std::numeric_limits<C>::infinity();
   for (int64_t l = 0; l < kPanel; l++) m[l] = kNone;
@@ -149,7 +148,7 @@ FASTASR_INLINE void bias_and_maximum(const ToeplitzAttention<T>& p, const Attent
 
 // S = exp(S - shift), exactly 0 where S is -inf by masking; total[l] = sum.
 template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void exponentials(const ToeplitzAttention<T>& p, const AttentionUnit<C>& u, int64_t i0, int64_t keys,
+FASTASR_INLINE void exponentials(const ToeplitzAttention<T>& p, const ToeplitzUnit<C>& u, int64_t i0, int64_t keys,
                                  const C* __restrict shift, C* __restrict s, double* __restrict total) {
   alignas(64) double sum[kPanel] = {};
   for (int64_t j0 = 0; j0 < keys; j0 += kPanel) {
@@ -204,8 +203,8 @@ FASTASR_INLINE void drop(const ToeplitzAttention<T>& p, int64_t unit, int64_t i0
 }
 
 template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void forward_block(const ToeplitzAttention<T>& p, int64_t unit, int64_t block, const AttentionUnit<C>& u,
-                                  T* __restrict y, T* __restrict mixed, C* __restrict scratch) {
+void forward(const ToeplitzAttention<T>& p, int64_t unit, int64_t block, const ToeplitzUnit<C>& u, T* __restrict y,
+             T* __restrict mixed, C* __restrict scratch) {
   const Span span = span_of(p, unit);
   const int64_t i0 = block * kPanel, rows = p.rows(), queries = std::min(kPanel, span.length - i0);
   if (queries <= 0) return;
@@ -238,8 +237,8 @@ FASTASR_INLINE void forward_block(const ToeplitzAttention<T>& p, int64_t unit, i
 
 // g = dy act(gate) of a block: panels into u.grad, transposed ([v][32]) into gt; dgate = dy h act'(gate).
 template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void ungate(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g, const Span& span, int64_t i0,
-                           int64_t queries, const AttentionUnit<C>& u, C* __restrict gt, C* __restrict scratch) {
+FASTASR_INLINE void ungate(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, const Span& span, int64_t i0,
+                           int64_t queries, const ToeplitzUnit<C>& u, C* __restrict gt, C* __restrict scratch) {
   C* __restrict gate = scratch, * __restrict slope = gate + kTile, * __restrict mixed = slope + kTile;
   const int64_t t = span.first + i0;
   for (int64_t panel = 0; panel < p.v_panels(); panel++) {
@@ -261,8 +260,8 @@ FASTASR_INLINE void ungate(const ToeplitzAttention<T>& p, const AttentionGradien
 }
 
 template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void backward_block(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g, int64_t unit,
-                                   int64_t block, const AttentionUnit<C>& u, C* __restrict scratch) {
+void backward(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, int64_t unit, int64_t block,
+              const ToeplitzUnit<C>& u, C* __restrict scratch) {
   const Span span = span_of(p, unit);
   const int64_t i0 = block * kPanel, rows = p.rows(), keys = keys_of(p, block);
   const int64_t queries = std::clamp<int64_t>(span.length - i0, 0, kPanel);
@@ -294,8 +293,8 @@ FASTASR_INLINE void backward_block(const ToeplitzAttention<T>& p, const Attentio
 }
 
 template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void backward_keys(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g, int64_t unit,
-                                  int64_t panel, const AttentionUnit<C>& u, C* __restrict scratch) {
+void backward_keys(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, int64_t unit, int64_t panel,
+                   const ToeplitzUnit<C>& u, C* __restrict scratch) {
   const Span span = span_of(p, unit);
   const int64_t rows = p.rows(), blocks = p.blocks();
   const bool of_key = panel >= p.v_panels();
@@ -322,9 +321,9 @@ FASTASR_INLINE void backward_keys(const ToeplitzAttention<T>& p, const Attention
 }
 
 template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void backward_parameters(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g, int64_t unit,
-                                        const AttentionUnit<C>& u, double* __restrict dparameters,
-                                        double* __restrict dposition, C* __restrict scratch) {
+void backward_parameters(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, int64_t unit,
+                         const ToeplitzUnit<C>& u, double* __restrict dparameters, double* __restrict dposition,
+                         C* __restrict scratch) {
   const Span span = span_of(p, unit);
   const int64_t rows = p.rows();
   const C scale = static_cast<C>(1 / std::sqrt(static_cast<double>(p.d)));
@@ -377,70 +376,8 @@ FASTASR_INLINE void backward_parameters(const ToeplitzAttention<T>& p, const Att
 
 }  // namespace
 
-template <typename T>
-int64_t attention_unit_elements(const ToeplitzAttention<T>& p, bool backward) {
-  const int64_t rows = p.rows(), d = p.d_panels() * kPanel * rows, v = p.v_panels() * kPanel * rows;
-  const int64_t common = 2 * d + v + 2 * rows + kPanel + rows / static_cast<int64_t>(sizeof(compute_t<T>));
-  return common + (backward ? 3 * d + v + 2 * rows * rows : 0);
-}
-
-template <typename T>
-AttentionUnit<compute_t<T>> attention_unit(const ToeplitzAttention<T>& p, bool backward, compute_t<T>* memory) {
-  const int64_t rows = p.rows(), d = p.d_panels() * kPanel * rows, v = p.v_panels() * kPanel * rows;
-  const auto take = [&](int64_t n) {
-    compute_t<T>* at = memory;
-    memory += n;
-    return at;
-  };
-  AttentionUnit<compute_t<T>> u{};
-  u.query_t = take(d), u.key = take(d), u.value = take(v), u.reversed_bias = take(2 * rows + kPanel);
-  if (backward) {
-    u.query = take(d), u.grad = take(v), u.weights = take(rows * rows), u.dscores = take(rows * rows);
-    u.dquery = take(d), u.dkey = take(d);
-  }
-  u.hidden = reinterpret_cast<uint8_t*>(memory);
-  return u;
-}
-
-template <typename T>
-int64_t attention_scratch_elements(const ToeplitzAttention<T>& p) {
-  return std::max(p.rows(), p.v_panels() * kPanel) * kPanel + 3 * kTile;
-}
-
-#define FASTASR_DEFINE(T)                                                                                              \
-  template int64_t attention_unit_elements(const ToeplitzAttention<T>&, bool);                                         \
-  template AttentionUnit<compute_t<T>> attention_unit(const ToeplitzAttention<T>&, bool, compute_t<T>*);               \
-  template int64_t attention_scratch_elements(const ToeplitzAttention<T>&);                                            \
-  FASTASR_CLONES void attention_pack(const ToeplitzAttention<T>& p, int64_t unit, bool backward,                       \
-                                     const AttentionUnit<compute_t<T>>& u, compute_t<T>* scratch) {                    \
-    pack(p, unit, backward, u, scratch);                                                                               \
-  }                                                                                                                    \
-  FASTASR_CLONES void attention_pack_value(const ToeplitzAttention<T>& p, int64_t unit, int64_t panel,                 \
-                                           const AttentionUnit<compute_t<T>>& u) {                                     \
-    pack_value(p, unit, panel, u);                                                                                     \
-  }                                                                                                                    \
-  FASTASR_CLONES void attention_forward(const ToeplitzAttention<T>& p, int64_t unit, int64_t block,                    \
-                                        const AttentionUnit<compute_t<T>>& u, T* y, T* mixed, compute_t<T>* scratch) { \
-    forward_block(p, unit, block, u, y, mixed, scratch);                                                               \
-  }                                                                                                                    \
-  FASTASR_CLONES void attention_backward(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g, int64_t unit,  \
-                                         int64_t block, const AttentionUnit<compute_t<T>>& u, compute_t<T>* scratch) { \
-    backward_block(p, g, unit, block, u, scratch);                                                                     \
-  }                                                                                                                    \
-  FASTASR_CLONES void attention_backward_keys(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g,           \
-                                              int64_t unit, int64_t panel, const AttentionUnit<compute_t<T>>& u,       \
-                                              compute_t<T>* scratch) {                                                 \
-    backward_keys(p, g, unit, panel, u, scratch);                                                                      \
-  }                                                                                                                    \
-  FASTASR_CLONES void attention_backward_parameters(const ToeplitzAttention<T>& p, const AttentionGradients<T>& g,     \
-                                                    int64_t unit, const AttentionUnit<compute_t<T>>& u,                \
-                                                    double* dparameters, double* dposition, compute_t<T>* scratch) {   \
-    backward_parameters(p, g, unit, u, dparameters, dposition, scratch);                                               \
-  }
-
-FASTASR_DEFINE(float)
-FASTASR_DEFINE(double)
-FASTASR_DEFINE(bfloat16)
-FASTASR_DEFINE(float16)
+FASTASR_KERNELS(ToeplitzAttentionKernels, .pack = pack<T>, .pack_value = pack_value<T>, .forward = forward<T>,
+                .backward = backward<T>, .backward_keys = backward_keys<T>,
+                .backward_parameters = backward_parameters<T>)
 
 }  // namespace fastasr::cpu

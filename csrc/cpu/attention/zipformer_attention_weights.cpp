@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/zipformer_attention_weights.h"
+#include "cpu/attention/zipformer_attention_weights.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/attention_strips.h"
+#include "cpu/attention/attention_strips.h"
 
 namespace fastasr::cpu {
 namespace {
@@ -25,6 +25,7 @@ template <typename T, typename C = compute_t<T>>
 void forward_strip(const AttentionProblem& a, const KeyRange& range, const T* x, const C* kt, const C* rt,
                    const Strip& t, T* weights, int64_t stride, C* scratch) {
   const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
+  const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
   const int64_t padded = a.padded_keys(), keys = a.keys();
   C *q = scratch, *p = q + a.query_dim * t.rows,
     *s = scratch + round_up((a.query_dim + a.padded_pos_dim()) * t.rows, 16);
@@ -43,7 +44,7 @@ void forward_strip(const AttentionProblem& a, const KeyRange& range, const T* x,
       C* row = s + m * padded;
       fill_hidden(a, t, m, range, w.begin, w.end, row + w.begin, static_cast<C>(kMasked));
       for (int64_t j = keys; j < w.end; j++) row[j] = -kInfinity<C>;  // behind the last key: weight 0
-      top[m] = row_maximum(row + w.begin, w.end - w.begin);
+      top[m] = row_kernels.maximum(row + w.begin, w.end - w.begin);
       narrow = narrow && top[m] > kNarrowAbove<C>;
     }
     if (narrow || (w.begin == 0 && w.end == padded)) break;
@@ -51,7 +52,7 @@ void forward_strip(const AttentionProblem& a, const KeyRange& range, const T* x,
   }
   for (int m = 0; m < t.stored; m++) {
     C* row = s + m * padded;
-    const C sum = row_exponentials(row + w.begin, w.end - w.begin, top[m]);
+    const C sum = row_kernels.exponentials(row + w.begin, w.end - w.begin, top[m]);
     T* o = out + m * stride;
     const int64_t end = std::min(w.end, keys);
     if (sum != sum) {  // a NaN or infinite score spoils the whole row, hidden keys too
@@ -59,7 +60,7 @@ void forward_strip(const AttentionProblem& a, const KeyRange& range, const T* x,
       continue;
     }
     std::memset(static_cast<void*>(o), 0, sizeof(T) * static_cast<size_t>(w.begin));
-    row_divided(row + w.begin, sum, o + w.begin, end - w.begin);
+    row_kernels.divided(row + w.begin, sum, o + w.begin, end - w.begin);
     std::memset(static_cast<void*>(o + end), 0, sizeof(T) * static_cast<size_t>(keys - end));
   }
 }
@@ -69,6 +70,7 @@ void backward_strip(const AttentionProblem& a, const KeyRange& range, const T* x
                     int64_t weights_stride, const T* grad, int64_t grad_stride, const C* kt, const C* key_rows,
                     const C* rt, const Strip& t, T* dx, C* dk, C* drt, C* scratch) {
   const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
+  const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
   const int64_t padded = a.padded_keys(), keys = a.keys(), stride = padded + 2 * kAttentionMargin;
   const StripGradients<C> memory(a, scratch);
   C* ds = scratch + StripGradients<C>::size(a) + kAttentionMargin;
@@ -99,9 +101,9 @@ void backward_strip(const AttentionProblem& a, const KeyRange& range, const T* x
     const T *o = weights + frame * weights_stride + w.begin, *g = grad + frame * grad_stride + w.begin;
     C* scores = a.penalty != 0 ? ds + kAttentionRows * stride : nullptr;
     if (scores) std::memcpy(scores, row, sizeof(C) * static_cast<size_t>(keys));
-    row_softmax_gradient(o, g, row + w.begin, end - w.begin);
+    row_kernels.softmax_gradient(o, g, row + w.begin, end - w.begin);
     if (hidden[m] >= 0) fill_hidden(a, t, m, range, w.begin, w.end, row + w.begin, C(0));
-    if (scores) row_penalty(scores, row, keys, static_cast<C>(a.penalty), static_cast<C>(a.limit));
+    if (scores) row_kernels.penalty(scores, row, keys, static_cast<C>(a.penalty), static_cast<C>(a.limit));
     std::memset(row - kAttentionMargin, 0, sizeof(C) * static_cast<size_t>(kAttentionMargin + w.begin));
     std::memset(row + end, 0, sizeof(C) * static_cast<size_t>(padded + kAttentionMargin - end));
   }
@@ -167,6 +169,26 @@ void store_positions(const AttentionProblem& a, const C* drt, int64_t parts, int
     }
 }
 
+template <typename T, typename C = compute_t<T>>
+void forward(const AttentionProblem& a, const KeyRange* ranges, const T* x, const C* keys_transposed,
+             const C* positions, int64_t hb, int64_t begin, int64_t end, T* weights, int64_t stride, C* scratch) {
+  for_each_strip<C>(a, hb, begin, end, [&](const Strip& t) {
+    forward_strip(a, ranges[t.sequence], x, keys_transposed, positions, t, weights, stride, scratch);
+  });
+}
+
+template <typename T, typename C = compute_t<T>>
+void backward(const AttentionProblem& a, const KeyRange* ranges, const T* x, const T* weights, int64_t weights_stride,
+              const T* grad, int64_t grad_stride, const C* keys_transposed, const C* key_rows, const C* positions,
+              int64_t hb, int64_t begin, int64_t end, T* dx, C* dk, C* drt, C* scratch) {
+  std::memset(dk, 0, sizeof(C) * static_cast<size_t>(a.key_rows_size()));
+  if (a.pos_batch) std::memset(drt, 0, sizeof(C) * static_cast<size_t>(a.positions_size()));
+  for_each_strip<C>(a, hb, begin, end, [&](const Strip& t) {
+    backward_strip(a, ranges[t.sequence], x, weights, weights_stride, grad, grad_stride, keys_transposed, key_rows,
+                   positions, t, dx, dk, drt, scratch);
+  });
+}
+
 }  // namespace
 
 int64_t AttentionProblem::padded_keys() const { return round_up(keys(), kAttentionPad); }
@@ -201,46 +223,8 @@ void attention_key_ranges(const AttentionProblem& a, KeyRange* ranges) {
   }
 }
 
-#define FASTASR_DEFINE(T)                                                                                             \
-  void attention_pack_keys(const AttentionProblem& a, const T* x, const T* cached, int64_t hb,                        \
-                           compute_t<T>* transposed, compute_t<T>* rows) {                                            \
-    pack_keys(a, x, cached, hb, transposed, rows);                                                                    \
-  }                                                                                                                   \
-  void attention_pack_positions(const AttentionProblem& a, const T* pos, int64_t head, int64_t sequence,              \
-                                compute_t<T>* packed) {                                                               \
-    pack_positions(a, pos, head, sequence, packed);                                                                   \
-  }                                                                                                                   \
-  void attention_weights_forward(const AttentionProblem& a, const KeyRange* ranges, const T* x,                       \
-                                 const compute_t<T>* keys_transposed, const compute_t<T>* positions, int64_t hb,      \
-                                 int64_t begin, int64_t end, T* weights, int64_t stride, compute_t<T>* scratch) {     \
-    for_each_strip<compute_t<T>>(a, hb, begin, end, [&](const Strip& t) {                                             \
-      forward_strip(a, ranges[t.sequence], x, keys_transposed, positions, t, weights, stride, scratch);               \
-    });                                                                                                               \
-  }                                                                                                                   \
-  void attention_weights_backward(const AttentionProblem& a, const KeyRange* ranges, const T* x, const T* weights,    \
-                                  int64_t weights_stride, const T* grad, int64_t grad_stride,                         \
-                                  const compute_t<T>* keys_transposed, const compute_t<T>* key_rows,                  \
-                                  const compute_t<T>* positions, int64_t hb, int64_t begin, int64_t end, T* dx,       \
-                                  compute_t<T>* dk, compute_t<T>* drt, compute_t<T>* scratch) {                       \
-    std::memset(dk, 0, sizeof(*dk) * static_cast<size_t>(a.key_rows_size()));                                         \
-    if (a.pos_batch) std::memset(drt, 0, sizeof(*drt) * static_cast<size_t>(a.positions_size()));                     \
-    for_each_strip<compute_t<T>>(a, hb, begin, end, [&](const Strip& t) {                                             \
-      backward_strip(a, ranges[t.sequence], x, weights, weights_stride, grad, grad_stride, keys_transposed, key_rows, \
-                     positions, t, dx, dk, drt, scratch);                                                             \
-    });                                                                                                               \
-  }                                                                                                                   \
-  void attention_store_keys(const AttentionProblem& a, const compute_t<T>* dk, int64_t parts, int64_t hb, T* dx,      \
-                            T* dcached) {                                                                             \
-    store_keys(a, dk, parts, hb, dx, dcached);                                                                        \
-  }                                                                                                                   \
-  void attention_store_positions(const AttentionProblem& a, const compute_t<T>* drt, int64_t parts, int64_t head,     \
-                                 int64_t sequence, T* dpos) {                                                         \
-    store_positions(a, drt, parts, head, sequence, dpos);                                                             \
-  }
-
-FASTASR_DEFINE(float)
-FASTASR_DEFINE(double)
-FASTASR_DEFINE(bfloat16)
-FASTASR_DEFINE(float16)
+FASTASR_KERNELS(AttentionWeightsKernels, .pack_keys = pack_keys<T>, .pack_positions = pack_positions<T>,
+                .forward = forward<T>, .backward = backward<T>, .store_keys = store_keys<T>,
+                .store_positions = store_positions<T>)
 
 }  // namespace fastasr::cpu

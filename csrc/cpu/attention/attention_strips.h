@@ -5,9 +5,9 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/attention/attention_rows.h"
 #include "cpu/attention/attention_tiles.h"
-#include "cpu/attention_rows.h"
-#include "cpu/zipformer_attention_weights.h"
+#include "cpu/attention/zipformer_attention_weights.h"
 
 // What the attention kernels share: strips of queries, which keys they work on, what is hidden from them.
 namespace fastasr::cpu {
@@ -65,12 +65,13 @@ inline const uint8_t* mask_row(const AttentionProblem& a, int64_t sequence, int6
 template <typename C>
 void fill_hidden(const AttentionProblem& a, const Strip& t, int m, const KeyRange& range, int64_t j0, int64_t j1, C* s,
                  C value) {
+  const AttentionRows<C>& row_kernels = kernels<AttentionRows<C>>();
   const int64_t frame = t.frame(a, m), keys = std::min(j1, a.keys());
   const Window w = chunk_window(a, frame);
   for (int64_t j = j0; j < std::min(w.begin, keys); j++) s[j - j0] = value;
   for (int64_t j = std::max(j0, w.end); j < keys; j++) s[j - j0] = value;
-  if (range.masked >= 0) fill_where(a.padding + t.sequence * a.keys() + j0, s, keys - j0, value);
-  if (const uint8_t* row = mask_row(a, t.sequence, frame)) fill_where(row + j0, s, keys - j0, value);
+  if (range.masked >= 0) row_kernels.fill_where(a.padding + t.sequence * a.keys() + j0, s, keys - j0, value);
+  if (const uint8_t* row = mask_row(a, t.sequence, frame)) row_kernels.fill_where(row + j0, s, keys - j0, value);
 }
 
 // The keys of a strip that are worked on: those that some row sees, in whole tiles.
@@ -118,6 +119,7 @@ void strip_gradients(const AttentionProblem& a, const Strip& t, const Window& w,
                      const C* rt, const C* ds, int64_t stride, const StripGradients<C>& memory, const NextRows& next,
                      T* dx, C* dk, C* drt) {
   const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
+  const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
   const int64_t dim = a.padded_dim(), pos = a.padded_pos_dim();
   const auto [q, p, dq, part, dp] = memory;
   for (int m = 0; m < t.rows; m++) {
@@ -130,7 +132,7 @@ void strip_gradients(const AttentionProblem& a, const Strip& t, const Window& w,
   std::memset(dq, 0, sizeof(C) * static_cast<size_t>(t.rows * dim));
   for (int64_t j = w.begin; j < w.end; j += kQueryChain) {
     tiles.queries(ds, stride, key_rows, dim, j, std::min(j + kQueryChain, w.end), part);
-    row_rescaled(dq, part, t.rows * dim, C(1));
+    row_kernels.rescaled(dq, part, t.rows * dim, C(1));
   }
   tiles.keys(ds, stride, t.rows, q, dim, w.begin, w.end, dk, next.first, next.second, next.bytes);
   if (a.pos_batch) {

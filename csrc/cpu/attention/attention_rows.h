@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/simd/kernels.h"
+
+namespace fastasr::cpu {
+
+// The sum of lanes, by halves: its rounding error grows with the logarithm of their number.
+template <typename C, int N>
+FASTASR_INLINE C sum_of_lanes(C (&lanes)[N]) {
+  for (int half = N / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; l++) lanes[l] += lanes[l + half];
+  return lanes[0];
+}
+
+// What attention does along one row of n scores between its matrix products. Scores have the compute type.
+template <typename T>
+struct AttentionRows {
+  using C = compute_t<T>;
+  // s[j] = value where hidden[j] is not zero
+  void (*fill_where)(const uint8_t* hidden, C* s, int64_t n, C value);
+  // The largest element; a NaN is passed over. n is a multiple of 16.
+  C (*maximum)(const C* s, int64_t n);
+  // s[j] = e^(s[j] - top); returns the sum. n is a multiple of 32.
+  C (*exponentials)(C* s, int64_t n, C top);
+  // total[j] = total[j] scale + part[j]. n is a multiple of 16.
+  void (*rescaled)(C* total, const C* part, int64_t n, C scale);
+  // With W = w / sum: g[j] = W[j] (g[j] - sum_j W g). n is a multiple of 32.
+  void (*attention_gradient)(const C* w, C sum, C* g, int64_t n);
+  // ds[j] += penalty sign(s[j]) where |s[j]| > limit
+  void (*penalty)(const C* s, C* ds, int64_t n, C penalty, C limit);
+  // out[j] = s[j] / sum
+  void (*divided)(const C* s, C sum, T* out, int64_t n);
+  // ds[j] = w[j] (g[j] - sum w g)
+  void (*softmax_gradient)(const T* w, const T* g, C* ds, int64_t n);
+};
+
+}  // namespace fastasr::cpu

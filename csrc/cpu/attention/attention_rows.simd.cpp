@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/attention/attention_rows.h"
+
+#include <cmath>
+#include <limits>
+
+#include "cpu/elementary.h"
+
+// Sums run in 32 lanes, the same on every instruction set.
+namespace fastasr::cpu {
+namespace {
+
+constexpr int kLanes = 32;
+
+template <typename C>
+C maximum(const C* __restrict s, int64_t n) {
+  C lanes[16];
+  for (int l = 0; l < 16; l++) lanes[l] = -std::numeric_limits<C>::infinity();
+  for (int64_t j = 0; j < n; j += 16) {
+#pragma omp simd
+    for (int l = 0; l < 16; l++) lanes[l] = s[j + l] > lanes[l] ? s[j + l] : lanes[l];
+  }
+  C top = lanes[0];
+  for (int l = 1; l < 16; l++) top = lanes[l] > top ? lanes[l] : top;
+  return top;
+}
+
+template <typename C>
+C exponentials(C* __restrict s, int64_t n, C top) {
+  C lanes[kLanes] = {};
+  for (int64_t j = 0; j < n; j += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; l++) {
+      const C e = exp_or_zero(s[j + l] - top);
+      s[j + l] = e;
+      lanes[l] += e;
+    }
+  }
+  return sum_of_lanes(lanes);
+}
+
+template <typename C>
+void fill_where(const uint8_t* __restrict hidden, C* __restrict s, int64_t n, C value) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) s[j] = hidden[j] ? value : s[j];
+}
+
+template <typename C>
+void penalty(const C* __restrict s, C* __restrict ds, int64_t n, C size, C limit) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) ds[j] += s[j] > limit ? size : s[j] < -limit ? -size : C(0);
+}
+
+template <typename C>
+void rescaled(C* __restrict total, const C* __restrict part, int64_t n, C scale) {
+  for (int64_t j = 0; j < n; j += 16) {
+#pragma omp simd
+    for (int l = 0; l < 16; l++) total[j + l] = total[j + l] * scale + part[j + l];
+  }
+}
+
+// s / sum as s inverse + s rest, where inverse + rest = 1 / sum to twice the precision: as exact as a division.
+template <typename T>
+void divided(const compute_t<T>* __restrict s, compute_t<T> sum, T* __restrict out, int64_t n) {
+  using C = compute_t<T>;
+  const C inverse = 1 / sum, rest = std::fma(-sum, inverse, C(1)) * inverse;
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) store(&out[j], s[j] * inverse + s[j] * rest);
+}
+
+template <typename C>
+void attention_gradient(const C* __restrict w, C sum, C* __restrict g, int64_t n) {
+  C lanes[kLanes] = {};
+  for (int64_t j = 0; j < n; j += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; l++) lanes[l] += w[j + l] * g[j + l];
+  }
+  const C inverse = 1 / sum, rest = std::fma(-sum, inverse, C(1)) * inverse;
+  const C delta = sum_of_lanes(lanes) / sum;
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) g[j] = (w[j] * inverse + w[j] * rest) * (g[j] - delta);
+}
+
+template <typename T>
+void softmax_gradient(const T* __restrict w, const T* __restrict g, compute_t<T>* __restrict ds, int64_t n) {
+  using C = compute_t<T>;
+  C lanes[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; l++) lanes[l] += load(w[j + l]) * load(g[j + l]);
+  }
+  for (int l = 0; j + l < n; l++) lanes[l] += load(w[j + l]) * load(g[j + l]);
+  const C sum = sum_of_lanes(lanes);
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) ds[i] = load(w[i]) * (load(g[i]) - sum);
+}
+
+}  // namespace
+
+FASTASR_KERNELS(AttentionRows, .fill_where = fill_where<compute_t<T>>, .maximum = maximum<compute_t<T>>,
+                .exponentials = exponentials<compute_t<T>>, .rescaled = rescaled<compute_t<T>>,
+                .attention_gradient = attention_gradient<compute_t<T>>, .penalty = penalty<compute_t<T>>,
+                .divided = divided<T>, .softmax_gradient = softmax_gradient<T>)
+
+}  // namespace fastasr::cpu
