@@ -89,7 +89,7 @@ test-long: test-cpp test-cpp-long install
 # Python suite covers the library as it is optimised. Every path, optimised and under every sanitizer: test-cpp-long.
 test-cpp:
 	@echo "== C++ tests under address and undefined-behaviour sanitizers"
-	scripts/cpp_tests.sh build/cpp-asan address,undefined widest
+	scripts/cpp_tests.sh build/cpp-asan address,undefined native
 
 test-cpp-long:
 	@echo "== C++ tests: every code path; under address, undefined-behaviour and thread sanitizers"

@@ -1,24 +1,30 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# cpp_tests.sh FOLDER SANITIZERS [PATHS]: builds csrc/tests in FOLDER and runs them. SANITIZERS: "", address,undefined or
-# thread. PATHS: code paths as in csrc/tests/CMakeLists.txt, "dispatch;avx2" for example, or "widest", the widest that this
-# machine runs; default all.
+# cpp_tests.sh FOLDER SANITIZERS [SETS]: builds csrc/tests in FOLDER and runs them. SANITIZERS: "", address,undefined or
+# thread. SETS: instruction sets as in CMakeLists.txt ("portable;avx2", for example) or "native", the widest that this
+# machine runs; all by default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-folder=$1 sanitizers=$2 paths=${3:-dispatch;baseline;avx2;avx512}
-if [[ $paths == widest ]]; then
-  paths=dispatch # its loader picks
-  for flag in avx512f avx2; do
-    if grep -qw "$flag" /proc/cpuinfo 2>/dev/null; then
-      paths=${flag%f}
-      break
-    fi
-  done
-fi
+folder=$1 sanitizers=$2 sets=${3:-}
 jobs=$(nproc 2>/dev/null || echo 2)
-
 mkdir -p "$folder"
-cmake -S . -B "$folder" -DFASTASR_TESTS=ON "-DFASTASR_SANITIZE=$sanitizers" "-DFASTASR_TEST_PATHS=$paths" >"$folder/configure.log" 2>&1 || {
+options=(-DFASTASR_TESTS=ON "-DFASTASR_SANITIZE=$sanitizers")
+[[ -z $sets ]] || options+=("-DFASTASR_SETS=$sets")
+
+# doctest's header: where it is not installed, it comes from the distribution's package, without root.
+if ! echo "#include <doctest/doctest.h>" | "${CXX:-c++}" -E -x c++ - >/dev/null 2>&1; then
+  headers=build/doctest
+  if [[ ! -e $headers/usr/include/doctest/doctest.h ]]; then
+    mkdir -p "$headers"
+    if ! (cd "$headers" && apt-get download -qq doctest-dev && dpkg -x doctest-dev_*.deb .) >&2; then
+      echo "doctest/doctest.h is missing and could not be downloaded: install doctest-dev" >&2
+      exit 1
+    fi
+  fi
+  options+=("-DFASTASR_DOCTEST=$PWD/$headers/usr/include")
+fi
+
+cmake -S . -B "$folder" "${options[@]}" >"$folder/configure.log" 2>&1 || {
   cat "$folder/configure.log" >&2
   exit 1
 }

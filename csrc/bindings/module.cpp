@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <pybind11/pybind11.h>
 
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 #ifdef FASTASR_WITH_CUDA
 #include "cuda/device.h"
 #endif
@@ -34,6 +34,8 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  if (const char* problem = fastasr::cpu::machine_problem()) throw py::import_error(problem);
+  if (const char* problem = fastasr::cpu::setting_problem()) throw py::value_error(problem);
   m.doc() = "Native kernels of fastasr; importing registers torch.ops.fastasr_cpu.*";
   m.def("build_info", &build_info);
 }

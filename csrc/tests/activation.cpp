@@ -70,7 +70,7 @@ void special() {
 
 }  // namespace
 
-void activation() {
+TEST_CASE("activation") {
   values<float>(0x1p-24);
   values<double>(0x1p-50);
   special<float>();

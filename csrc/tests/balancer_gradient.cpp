@@ -72,7 +72,7 @@ void coefficients() {
 
 }  // namespace
 
-void balancer_gradient() {
+TEST_CASE("balancer_gradient") {
   coefficients();
   for_each_type([&]<typename T>() {
     for (const int64_t rows : {0, 1, 15, 16, 17, 40, 300})

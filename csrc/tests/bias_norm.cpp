@@ -104,7 +104,7 @@ void rows_apart() {
 
 }  // namespace
 
-void bias_norm() {
+TEST_CASE("bias_norm") {
   for_each_type([&]<typename T>() {
     for (const int64_t rows : {0, 1, 3})
       for (const int64_t channels : kSizes) values<T>(rows, channels);

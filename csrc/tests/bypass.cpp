@@ -74,7 +74,7 @@ void rows_apart() {
 
 }  // namespace
 
-void bypass() {
+TEST_CASE("bypass") {
   for_each_type([&]<typename T>() {
     for (const int64_t rows : {0, 1, 4})
       for (const int64_t period : kSizes) values<T>(rows, period);

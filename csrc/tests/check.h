@@ -2,12 +2,17 @@
 #pragma once
 
 #include <cmath>
+#include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <string>
 #include <vector>
+
+#define DOCTEST_CONFIG_NO_SHORT_MACRO_NAMES
+#include <doctest/doctest.h>
 
 #include "cpu/number.h"
 
@@ -20,14 +25,23 @@ using cpu::float16;
 
 inline int failures = 0;
 
-#define CHECK(condition, ...)                                         \
-  do {                                                                \
-    if (!(condition) && ++fastasr::test::failures <= 20) {            \
-      std::printf("%s:%d: %s\n    ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                       \
-      std::printf("\n");                                              \
-    }                                                                 \
+__attribute__((format(printf, 1, 2))) inline std::string formatted(const char* format, ...) {
+  char text[1024];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  return text;
+}
+
+// CHECK(condition, format, values...): doctest's own CHECK costs too much for a check per element. Twenty failures of
+// a program are reported.
+#define CHECK(condition, ...)                                                       \
+  do {                                                                              \
+    if (!(condition) && ++fastasr::test::failures <= 20)                            \
+      DOCTEST_FAIL_CHECK(#condition "\n" << fastasr::test::formatted(__VA_ARGS__)); \
   } while (false)
+#define TEST_CASE DOCTEST_TEST_CASE
 
 // xorshift64*: the same numbers everywhere.
 class Random {
@@ -141,41 +155,5 @@ class Buffer {
 // Around every vector width and its tails.
 inline constexpr int64_t kSizes[] = {0,  1,  2,  3,  5,  7,  8,  9,   15,  16,  17,
                                      31, 32, 33, 47, 63, 64, 65, 127, 192, 257, 1031};
-
-void numbers();
-void elementary();
-void swoosh();
-void bias_norm();
-void bypass();
-void depthwise_conv2d();
-void nonlin_attention();
-void conv_spatial_gate();
-void depthwise_conv_residual();
-void linear_activation();
-void gated_depthwise_conv();
-void balancer_gradient();
-void skinny_gemm();
-void gemm();
-void zipformer_chunk();
-void zipformer_layer_step();
-void weighted_values();
-void mega_step();
-void rel_attention();
-void zipformer_attention();
-void zipformer_attention_weights();
-void activation();
-void layer_norm_lstm();
-void residual_norm();
-void rnnt_joiner();
-void toeplitz_attention();
-void segment_attention();
-void emformer_step();
-void dropout();
-void rnnt_lattice();
-void rnnt_pruned_lattice();
-void simd();
-void ema_scan();
-void complex_ema_scan();
-void threads();
 
 }  // namespace fastasr::test

@@ -233,7 +233,7 @@ void values(const Options& o) {
 
 }  // namespace
 
-void complex_ema_scan() {
+TEST_CASE("complex_ema_scan") {
   using enum EmaDirection;
   for_each_type([]<typename T>() {
     values<T>({37, 2, 5, 4});

@@ -164,7 +164,7 @@ void values(const Shape& s) {
 
 }  // namespace
 
-void conv_spatial_gate() {
+TEST_CASE("conv_spatial_gate") {
   for_each_type([]<typename T>() {
     for (const int64_t channels : {1, 7, 32, 33, 70})
       for (const int64_t taps : {1, 5, 31}) values<T>({3, 70, channels, taps, 0, true, true});

@@ -311,7 +311,7 @@ void one(const Config& c) {
 }
 
 // Tiles are of 256 steps forward and 128 backward (64 and 32 in double); up to two tiles are one segment.
-void shapes() {
+TEST_CASE("cuda_bodies: shapes") {
   for (const int64_t length : {0, 1, 2, 31, 32, 33, 128, 256, 257, 300})
     for (const int64_t channels : {1, 33}) one<float>({length, 2, channels, 4});
   for (const int64_t length : {0, 1, 7, 63, 65, 150})
@@ -320,7 +320,7 @@ void shapes() {
   one<float>({20, 2, 0, 4});
 }
 
-void layouts() {
+TEST_CASE("cuda_bodies: layouts") {
   for (const Layout layout : {kLbd, kBld, kBdl, kPadded}) {
     one<float>({75, 2, 35, 4, 0, 1, layout, true, true, true});
     one<bfloat16>({140, 1, 34, 4, 1, 4, layout, true, false, true});
@@ -329,7 +329,7 @@ void layouts() {
   }
 }
 
-void groups() {
+TEST_CASE("cuda_bodies: groups") {
   for (const int64_t states : {1, 2, 3, 4, 5, 8, 16, 64})
     for (const int direction : {0, 1, 2}) {
       const bool state = direction != 2;
@@ -339,7 +339,7 @@ void groups() {
   one<bfloat16>({140, 2, 3, 16, 2, 0, kBld, true, false, false});
 }
 
-void options() {
+TEST_CASE("cuda_bodies: options") {
   for (int activation = 0; activation <= 4; activation++)
     for (const int direction : {0, 1, 2})
       for (const bool mask : {false, true}) {
@@ -354,7 +354,7 @@ void options() {
 }
 
 // States close to 1 (decay far below 0) and close to 0, over several segments.
-void long_memory() {
+TEST_CASE("cuda_bodies: long_memory") {
   for (const double decay : {-7.0, 0.0, 8.0}) {
     Config c{1500, 1, 2, 4, 0, 1, kLbd, true, true, true};
     c.decay = decay, c.slack = 4;  // a memory of 1500 steps: q is rounded once, and taken to the power of up to 31
@@ -369,7 +369,7 @@ void long_memory() {
 }
 
 // One segment of several tiles: where there are blocks enough without cutting time.
-void one_segment() {
+TEST_CASE("cuda_bodies: one_segment") {
   const int64_t before = Emulator::get().launches;
   Config c{600, 128, 1, 4, 0, 0, kBld, true, false, false};
   one<float>(c);
@@ -398,7 +398,7 @@ void orders(const Config& c) {
   Emulator::get().order = Order::kAscending;
 }
 
-void order_of_threads() {
+TEST_CASE("cuda_bodies: order_of_threads") {
   for (const int64_t states : {3, 4, 9})
     for (const int direction : {0, 1, 2}) {
       orders<float>({700, 1, 3, states, direction, 1, kBdl, true, direction != 2, true});
@@ -407,7 +407,7 @@ void order_of_threads() {
 }
 
 // A sequence in two calls is the sequence in one.
-void carried_state() {
+TEST_CASE("cuda_bodies: carried_state") {
   for (const int64_t cut : {1, 40, 299}) {
     const Config c{300, 1, 6, 4, 0, 0, kLbd, true, true, false};
     Case<float> whole(c, 3);
@@ -430,7 +430,7 @@ void carried_state() {
 }
 
 // NaNs in padding stay there: only the residual term sees them. Infinities do not travel back in time.
-void not_finite() {
+TEST_CASE("cuda_bodies: not_finite") {
   const Config c{100, 1, 3, 4, 0, 0, kBdl, false, false, true};
   Case<float> a(c, 9), clean(c, 9);
   for (int64_t t = 0; t < 100; t++) {
@@ -452,7 +452,7 @@ void not_finite() {
 }
 
 // A gradient of stride 0, as sum().backward() makes it.
-void expanded_gradient() {
+TEST_CASE("cuda_bodies: expanded_gradient") {
   const Config c{150, 2, 33, 4, 0, 1};
   Case<float> a(c, 4), b(c, 4);
   for (int64_t i = 0; i < a.grad.data.size(); i++) a.grad.data[i] = 1.5f;
@@ -463,7 +463,7 @@ void expanded_gradient() {
 }
 
 // Shared memory of the largest launch, in bytes: two blocks of 4 states must fit into a multiprocessor.
-void shared_memory() {
+TEST_CASE("cuda_bodies: shared_memory") {
   const auto largest = [](const Config& c, bool backward) {
     Case<float> a(c, 1);
     FastasrEmaScan s = a.scan();
@@ -490,37 +490,5 @@ void shared_memory() {
   }
 }
 
-struct Test {
-  const char* name;
-  void (*run)();
-};
-constexpr Test kTests[] = {
-    {"shapes", shapes},
-    {"layouts", layouts},
-    {"groups", groups},
-    {"options", options},
-    {"long_memory", long_memory},
-    {"one_segment", one_segment},
-    {"order_of_threads", order_of_threads},
-    {"carried_state", carried_state},
-    {"not_finite", not_finite},
-    {"expanded_gradient", expanded_gradient},
-    {"shared_memory", shared_memory},
-};
-
 }  // namespace
 }  // namespace fastasr::test
-
-// usage: cuda_bodies TEST
-int main(int argc, char** argv) {
-  using namespace fastasr::test;
-  if (argc != 2) return 2;
-  for (const Test& test : kTests) {
-    if (std::strcmp(test.name, argv[1]) != 0) continue;
-    test.run();
-    if (failures) std::printf("%d checks failed\n", failures);
-    return failures != 0;
-  }
-  std::printf("no test named %s\n", argv[1]);
-  return 2;
-}

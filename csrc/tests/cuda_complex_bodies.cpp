@@ -130,7 +130,7 @@ std::vector<Config> configs() {
   return all;
 }
 
-void float_and_double() {
+TEST_CASE("cuda_complex_bodies: float_and_double") {
   for (const Config& c : configs()) {
     Case<float> narrow(c);
     Case<double> wide(c);
@@ -170,26 +170,7 @@ void orders() {
   }
 }
 
-struct Test {
-  const char* name;
-  void (*run)();
-};
-constexpr Test kTests[] = {
-    {"float_and_double", float_and_double}, {"orders_float", orders<float>}, {"orders_double", orders<double>}};
+TEST_CASE("cuda_complex_bodies: orders") { orders<float>(), orders<double>(); }
 
 }  // namespace
 }  // namespace fastasr::test
-
-// usage: cuda_complex_bodies TEST
-int main(int argc, char** argv) {
-  using namespace fastasr::test;
-  if (argc != 2) return 2;
-  for (const Test& test : kTests) {
-    if (std::strcmp(test.name, argv[1]) != 0) continue;
-    test.run();
-    if (failures) std::printf("%d checks failed\n", failures);
-    return failures != 0;
-  }
-  std::printf("no test named %s\n", argv[1]);
-  return 2;
-}

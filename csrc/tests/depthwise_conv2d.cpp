@@ -95,7 +95,7 @@ void values(const DepthwiseSizes& s) {
 
 }  // namespace
 
-void depthwise_conv2d() {
+TEST_CASE("depthwise_conv2d") {
   for_each_type([]<typename T>() {
     for (const int64_t channels : {1, 4, 15, 16, 33})
       for (const int64_t width : {1, 3, 6, 9, 19}) values<T>({2, 9, width, channels, 7, 7, 3, 3});

@@ -97,7 +97,7 @@ void values(const Shape& s) {
 
 }  // namespace
 
-void depthwise_conv_residual() {
+TEST_CASE("depthwise_conv_residual") {
   for_each_type([]<typename T>() {
     for (const int64_t channels : {1, 7, 32, 33, 70})
       for (const int64_t taps : {1, 3, 31}) values<T>({3, 70, channels, taps, true});

@@ -56,7 +56,7 @@ void applied(int64_t n) {
 
 }  // namespace
 
-void dropout() {
+TEST_CASE("dropout") {
   for (const int64_t skipped : {0, 1, 311, 312, 313}) draws(skipped, 1300, 0.9);
   draws(5, 700, 0.25);
   for (const int64_t n : kSizes) applied(n);

@@ -59,7 +59,7 @@ void logarithm() {
 
 }  // namespace
 
-void elementary() {
+TEST_CASE("elementary") {
   exponential();
   logarithm();
 }

@@ -288,7 +288,7 @@ void step(Options o) {
 
 }  // namespace
 
-void ema_scan() {
+TEST_CASE("ema_scan") {
   using enum EmaDirection;
   using A = EmaActivation;
   for_each_type([]<typename T>() {

@@ -154,7 +154,7 @@ void streams(const cpu::EmformerShape& shape, const Shape& s, bool ragged) {
 
 }  // namespace
 
-void emformer_step() {
+TEST_CASE("emformer_step") {
   const cpu::EmformerShape odd{42, 3, 70, 4, true, {1e-5, 1e-5, 1e-5}}, even{64, 2, 128, 2, false, {1e-5, 1e-3, 1e-12}};
   for (const bool ragged : {false, true}) {
     for (const Shape& s : {Shape{4, 2, 6, 3}, Shape{1, 0, 5, 1}, Shape{9, 1, 0, 0}, Shape{3, 4, 2, 0}})

@@ -220,7 +220,7 @@ void values(const Shape& s) {
 
 }  // namespace
 
-void gated_depthwise_conv() {
+TEST_CASE("gated_depthwise_conv") {
   for_each_type([]<typename T>() {
     for (const int64_t channels : {1, 7, 16, 33, 64})
       for (const int64_t taps : {1, 5, 15}) values<T>({70, 3, channels, taps, 0, true, true, false, true});

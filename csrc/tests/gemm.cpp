@@ -74,7 +74,7 @@ void values(int64_t m, int64_t n, int64_t k, int kind_a, int kind_b) {
 
 }  // namespace
 
-void gemm() {
+TEST_CASE("gemm") {
   for (const int64_t m : {1, 5, 6, 13, 14, 29})
     for (const int64_t n : {1, 15, 32, 33})
       for (const int64_t k : {1, 7, 16, 41})

@@ -240,7 +240,7 @@ void all() {
 
 }  // namespace
 
-void layer_norm_lstm() {
+TEST_CASE("layer_norm_lstm") {
   all<float>();
   all<double>();
 }

@@ -44,7 +44,7 @@ void values(int activation, int64_t rows, int64_t channels) {
 
 }  // namespace
 
-void linear_activation() {
+TEST_CASE("linear_activation") {
   for_each_type([]<typename T>() {
     for (int activation = 0; activation < cpu::kActivations; activation++)
       for (const int64_t channels : {1, 17, 1023, 1024, 1030, 2100}) values<T>(activation, 5, channels);

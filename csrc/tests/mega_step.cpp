@@ -224,7 +224,7 @@ void history() {
 
 }  // namespace
 
-void mega_step() {
+TEST_CASE("mega_step") {
   for (const cpu::MegaShape& shape : {cpu::MegaShape{8, 4, 6, 10, 12, 2}, cpu::MegaShape{67, 1, 16, 100, 70, 1},
                                       cpu::MegaShape{33, 16, 65, 64, 129, 3}, cpu::MegaShape{1, 1, 1, 1, 1, 1}}) {
     layout(shape);

@@ -51,7 +51,7 @@ void values(int64_t frames, int64_t batch, int64_t width, int64_t gap) {
 
 }  // namespace
 
-void nonlin_attention() {
+TEST_CASE("nonlin_attention") {
   for_each_type([&]<typename T>() {
     for (const int64_t width : {1, 3, 16, 33})
       for (const int64_t batch : {1, 2, 5}) values<T>(7, batch, width, width % 2 * 5);

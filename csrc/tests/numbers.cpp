@@ -96,7 +96,7 @@ void spread(Format f) {
 
 }  // namespace
 
-void numbers() {
+TEST_CASE("numbers") {
   every_pattern<bfloat16>(kBfloat16);
   every_pattern<float16>(kFloat16);
   rounding<bfloat16>(kBfloat16);

@@ -168,7 +168,7 @@ void values(const Shape& shape, uint64_t seed) {
 
 }  // namespace
 
-void rel_attention() {
+TEST_CASE("rel_attention") {
   const Shape shapes[] = {
       {1, 1, 1, 1, 1, 0},    {2, 7, 2, 8, 8, 1},    {3, 33, 1, 64, 64, 3}, {2, 40, 3, 5, 19, 2},
       {2, 66, 1, 33, 48, 5}, {1, 100, 2, 16, 3, 4}, {1, 560, 1, 4, 4, 1},

@@ -98,7 +98,7 @@ void rows_apart() {
 
 }  // namespace
 
-void residual_norm() {
+TEST_CASE("residual_norm") {
   for_each_type([&]<typename T>() {
     for (const int64_t rows : {0, 1, 3})
       for (const int64_t channels : kSizes)

@@ -151,7 +151,7 @@ void hidden_gradient(int64_t n) {
 
 }  // namespace
 
-void rnnt_joiner() {
+TEST_CASE("rnnt_joiner") {
   rows();
   special();
   for_each_type([&]<typename T>() {

@@ -210,7 +210,7 @@ void all() {
 
 }  // namespace
 
-void rnnt_lattice() {
+TEST_CASE("rnnt_lattice") {
   all<float>();
   all<double>();
 }

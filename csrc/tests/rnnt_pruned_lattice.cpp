@@ -160,7 +160,7 @@ void all() {
 
 }  // namespace
 
-void rnnt_pruned_lattice() {
+TEST_CASE("rnnt_pruned_lattice") {
   all<float>();
   all<double>();
 }

@@ -168,7 +168,7 @@ void gradients() {
 
 }  // namespace
 
-void segment_attention() {
+TEST_CASE("segment_attention") {
   for_each_type([&]<typename T>() { values<T>(); });
   gradients();
 }

@@ -5,7 +5,7 @@
 
 namespace fastasr::test {
 
-void simd() {
+TEST_CASE("simd") {
   const cpu::Simd before = cpu::simd();
   for (const cpu::Simd set : {cpu::Simd::portable, cpu::Simd::avx2, cpu::Simd::avx512}) {
     const bool possible = cpu::use_simd(set);

@@ -185,7 +185,7 @@ void pages() {
 
 }  // namespace
 
-void skinny_gemm() {
+TEST_CASE("skinny_gemm") {
   for (const WeightFormat format : kFormats) {
     for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 16})
       for (const int64_t n : {1, 63, 64, 65, 130})

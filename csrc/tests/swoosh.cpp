@@ -140,7 +140,7 @@ void every_pattern(Swoosh kind) {
 
 }  // namespace
 
-void swoosh() {
+TEST_CASE("swoosh") {
   for (const Swoosh kind : kKinds) {
     for_each_type([&]<typename T>() {
       for (const Mask mask : kMasks) {

@@ -85,7 +85,7 @@ void compare() {
 
 }  // namespace
 
-void threads() {
+TEST_CASE("threads") {
   for_each_type([&]<typename T>() { compare<T>(); });
 }
 

@@ -234,7 +234,7 @@ void masked_keys_are_not_read() {
 
 }  // namespace
 
-void toeplitz_attention() {
+TEST_CASE("toeplitz_attention") {
   tiles<float>();
   tiles<double>();
   for_each_type([&]<typename T>() { values<T>(); });

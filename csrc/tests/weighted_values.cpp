@@ -38,7 +38,7 @@ void values(int64_t rows, int64_t sources, int64_t columns) {
 
 }  // namespace
 
-void weighted_values() {
+TEST_CASE("weighted_values") {
   for (const int64_t rows : {0, 1, 5, 8, 13, 20})
     for (const int64_t sources : {0, 1, 31, 128, 300})
       for (const int64_t columns : {1, 12, 16, 33}) values(rows, sources, columns);

@@ -114,7 +114,7 @@ void values(const AttentionShape& shape, const ValueShape& v, uint64_t seed) {
 
 }  // namespace
 
-void zipformer_attention() {
+TEST_CASE("zipformer_attention") {
   const struct {
     AttentionShape shape;
     ValueShape values;

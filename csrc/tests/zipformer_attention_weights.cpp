@@ -122,7 +122,7 @@ void pool() {
 
 }  // namespace
 
-void zipformer_attention_weights() {
+TEST_CASE("zipformer_attention_weights") {
   const Shape shapes[] = {
       {1, 1, 1, 1, 1, 0, 1, 0, -1, 0, 0},    {7, 2, 2, 8, 4, 0, 1, 0, -1, 1, 0},
       {33, 3, 1, 32, 4, 0, 3, 0, -1, 3, 0},  {40, 2, 2, 5, 3, 0, 1, 8, 1, 0, 0},

@@ -305,7 +305,7 @@ void resampling(int64_t factor) {
 
 }  // namespace
 
-void zipformer_chunk() {
+TEST_CASE("zipformer_chunk") {
   shapes();
   for (const int64_t frames : {1, 2, 3, 4, 7, 8})
     for (const int64_t keys : {frames, frames + 5, int64_t{16}, int64_t{40}}) attention(frames, keys);

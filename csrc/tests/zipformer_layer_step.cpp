@@ -141,7 +141,7 @@ void streams(int64_t frames, int64_t left, bool with_mask) {
 
 }  // namespace
 
-void zipformer_layer_step() {
+TEST_CASE("zipformer_layer_step") {
   for (const bool masked : {false, true}) {
     streams(4, 6, masked);
     streams(1, 5, masked);

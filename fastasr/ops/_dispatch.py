@@ -35,6 +35,8 @@ def _load_native() -> tuple[ModuleType | None, str]:
             None,
             "the native library is not built (installed with FASTASR_NATIVE=0, or from source files alone)",
         )
+    except ValueError:  # FASTASR_SIMD names no instruction set of this library and machine
+        raise
     except Exception as error:  # a binary for another system must not stop the import: it is reported
         return None, f"the native library did not load: {error}"
     return module, ""

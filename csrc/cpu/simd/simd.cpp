@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
+#include <string>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -34,25 +37,28 @@ Simd of_machine() {
 
 using enum Simd;
 constexpr Simd kBuilt[] = {FASTASR_SETS};  // in ascending order
-constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
 
-// The widest built one up to `most`.
-Simd up_to(Simd most) {
-  Simd found = kBuilt[0];
-  for (const Simd set : kBuilt)
-    if (set <= most) found = set;
-  return found;
+const char* name(Simd set) {
+  constexpr const char* names[] = {"portable", "avx2", "avx512"};
+  return names[static_cast<int>(set)];
 }
 
-// What FASTASR_SIMD allows.
-Simd allowed(Simd most) {
-  if (const char* wanted = std::getenv("FASTASR_SIMD"))
-    for (const Simd set : kBuilt)
-      if (std::strcmp(kNames[static_cast<int>(set)], wanted) == 0 && set < most) return set;
-  return most;
+bool built(Simd set) { return std::find(std::begin(kBuilt), std::end(kBuilt), set) != std::end(kBuilt); }
+
+// FASTASR_SIMD; null if it is not set.
+const char* setting() {
+  const char* wanted = std::getenv("FASTASR_SIMD");
+  return wanted && *wanted ? wanted : nullptr;
 }
 
-__attribute__((constructor)) void choose() { simd_in_use = up_to(allowed(of_machine())); }
+__attribute__((constructor)) void choose() {
+  const Simd machine = of_machine();
+  for (const Simd set : kBuilt) {
+    if (set > machine) break;
+    simd_in_use = set;
+    if (setting() && std::strcmp(name(set), setting()) == 0) break;
+  }
+}
 
 }  // namespace
 
@@ -69,9 +75,32 @@ const char* simd_level() {
 #endif
 }
 
-bool use_simd(Simd level) {
-  if (level > of_machine() || up_to(level) != level) return false;
-  simd_in_use = level;
+const char* machine_problem() {
+  static const std::string text =
+      of_machine() >= kBuilt[0]
+          ? ""
+          : std::string("this build of fastasr needs the instruction set ") + name(kBuilt[0]) + ", this machine has " +
+                name(of_machine()) + " alone: build it with CMAKE_ARGS=-DFASTASR_SETS=" + name(of_machine());
+  return text.empty() ? nullptr : text.c_str();
+}
+
+const char* setting_problem() {
+  static const std::string text = [] {
+    if (!setting()) return std::string();
+    std::string sets;
+    for (const Simd set : kBuilt) {
+      if (set > of_machine()) break;
+      if (std::strcmp(name(set), setting()) == 0) return std::string();
+      sets += std::string(sets.empty() ? "" : " or ") + name(set);
+    }
+    return "FASTASR_SIMD: expected " + sets + " (what this build has and this machine runs), got '" + setting() + "'";
+  }();
+  return text.empty() ? nullptr : text.c_str();
+}
+
+bool use_simd(Simd set) {
+  if (set > of_machine() || !built(set)) return false;
+  simd_in_use = set;
   return true;
 }
 

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+// Each kernel is compiled once per instruction set and picked when the library is loaded. New kernels: *.simd.cpp, see
+// cpu/simd/kernels.h. FASTASR_CLONES is what the others use until they have moved: plain loops with `omp simd`.
+// FASTASR_NO_CLONES: thread sanitizer cannot run inside the resolvers.
+#if defined(__x86_64__) && !defined(FASTASR_NO_CLONES)
+#define FASTASR_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define FASTASR_CLONES
+#endif
+#define FASTASR_INLINE static inline __attribute__((always_inline))
+// Member functions of types that cross from one instruction set to another: nothing is left for the linker to merge.
+#define FASTASR_MEMBER inline __attribute__((always_inline))
+
+namespace fastasr::cpu {
+
+// In ascending order. portable: x86-64, or the compiler's own set elsewhere; avx2: x86-64-v3; avx512: x86-64-v4.
+enum class Simd { portable, avx2, avx512 };
+
+// The set in use: the widest that this machine runs and this library was built for, or the one that the environment
+// variable FASTASR_SIMD names. Chosen when the library is loaded; until then the least.
+extern Simd simd_in_use;
+FASTASR_INLINE Simd simd() { return simd_in_use; }
+const char* simd_level();
+
+// Why this machine runs no set of this library, and what is wrong with FASTASR_SIMD; null if nothing is.
+const char* machine_problem();
+const char* setting_problem();
+
+// For tests: kernels of this set run from now on. Returns false if the machine or the library lacks it.
+bool use_simd(Simd set);
+
+}  // namespace fastasr::cpu
