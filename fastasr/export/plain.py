@@ -11,9 +11,9 @@ import math
 import torch
 import torch.nn.functional as F
 
+from fastasr.models.common.linear import Linear
 from fastasr.models.zipformer.activations import SwooshR
 from fastasr.models.zipformer.encoder import Zipformer, convert_num_channels
-from fastasr.models.zipformer.linear import Linear
 from fastasr.models.zipformer.stack import STATES_PER_LAYER, DownsampledZipformerEncoder
 from fastasr.models.zipformer.subsampling import Conv2dSubsampling
 

@@ -12,10 +12,10 @@ from torch.nn.utils import parametrize
 
 from fastasr.swap import binding
 from fastasr.swap.engine import decide
-from fastasr.swap.rules import upstream_class
+from fastasr.swap.rule import upstream_class
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
 
-_OURS = "fastasr.models.zipformer."
+_OURS = ("fastasr.models.zipformer.", "fastasr.models.common.")
 _PACKAGE = "zipformer 0.1.3"
 _ICEFALL = "icefall's zipformer"
 _EVERY = "zipformer 0.1.3 and icefall's zipformer"

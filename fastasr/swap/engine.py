@@ -10,8 +10,10 @@ from torch.nn.utils import parametrize
 
 from fastasr.swap import binding
 from fastasr.swap.report import REPLACED, ROLLED_BACK, SKIPPED, Row, SwapReport
-from fastasr.swap.rules import Known, Rule, families, returnn, rules_by_forward, upstream_class
+from fastasr.swap.rule import Known, Rule, upstream_class
+from fastasr.swap.rules import FAMILIES, returnn, rules_by_forward
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
+from fastasr.swap.verify import verify as run_verification
 
 
 @dataclass
@@ -65,10 +67,8 @@ def accelerate(model, only=None, exclude=None, verify=None, strict=True):
 
 
 def _verify(model, inputs, report, bound, unproven):
-    from fastasr.swap.verify import verify as run
-
     try:
-        checked = run(model, inputs)
+        checked = run_verification(model, inputs)
     except BaseException:
         for module in bound:
             binding.unbind(module)
@@ -124,15 +124,6 @@ def eager_mode(model):
                 binding.bind(module, *functions)
 
 
-def swapped_modules(model):
-    """(path, module, rule) of every swapped module of ``model``."""
-    by_forward = rules_by_forward()
-    for path, module in model.named_modules():
-        forward = binding.bound_forward(module)
-        if forward is not None:
-            yield path, module, by_forward[forward]
-
-
 def _check_model(function, model):
     if not isinstance(model, torch.nn.Module):
         hint = ""
@@ -156,7 +147,7 @@ def _plan(model, only, exclude):
     exclude = _selector("exclude", exclude, modules)
     decisions = [decide(module) for _, module in modules]
     matched = {id(d.rule) for d in decisions if d.apply and not d.rule.companion}
-    companions = {rule for family in families() if any(id(r) in matched for r in family) for rule in family}
+    companions = {rule for family in FAMILIES if any(id(r) in matched for r in family) for rule in family}
     plan = []
     for (path, module), decision in zip(modules, decisions, strict=True):
         rule = decision.rule
@@ -194,7 +185,7 @@ def decide(module):
 def _rule_for(module):
     bound = binding.bound_forward(module)
     names = [cls.__name__ for cls in type(module).__mro__]
-    for family in families():
+    for family in FAMILIES:
         for rule in family:
             if bound in rule.forwards or (bound is None and rule.class_name in names):
                 return rule

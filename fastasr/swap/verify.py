@@ -30,9 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fastasr.swap import binding
-from fastasr.swap.engine import swapped_modules
 from fastasr.swap.report import REPLACED, ROLLED_BACK, Row, SwapReport
-from fastasr.swap.rules import rules_by_forward, upstream_class
+from fastasr.swap.rule import upstream_class
+from fastasr.swap.rules import rules_by_forward, swapped_modules
 from fastasr.swap.state import ModelState, RandomState
 
 _NOISE = 2.0  # times upstream's own error: the largest error of one call is a noisy figure

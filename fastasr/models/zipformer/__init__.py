@@ -8,6 +8,7 @@ public names can be imported from here too.
 
 import importlib
 
+from fastasr.models.common.linear import Linear
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear, SwooshL, SwooshR
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.balancer import Balancer
@@ -23,7 +24,6 @@ from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.initial_scale import ScaledConv2d, ScaledLinear
 from fastasr.models.zipformer.installed import is_module_available
 from fastasr.models.zipformer.layer import ZipformerEncoderLayer
-from fastasr.models.zipformer.linear import Linear
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.parameter_limits import LimitParamValue, limit_param_value

@@ -16,12 +16,12 @@ import torch
 
 from fastasr import ops
 from fastasr.models.common.inference import any_hooked
+from fastasr.models.common.linear import Linear
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.chunk_causal_convolution import ChunkCausalDepthwiseConv1d
 from fastasr.models.zipformer.identity import Identity
-from fastasr.models.zipformer.linear import Linear
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.whitening import Whiten
 

@@ -3,9 +3,9 @@
 
 import torch
 
+from fastasr.models.common.linear import Linear
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
 from fastasr.models.zipformer.balancer import Balancer
-from fastasr.models.zipformer.linear import Linear
 from fastasr.models.zipformer.schedules import whitening_schedule
 from fastasr.models.zipformer.whitening import Whiten
 

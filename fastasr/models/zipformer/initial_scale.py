@@ -7,7 +7,7 @@ The weights are torch's initialisation times ``initial_scale``, the bias is unif
 
 import torch
 
-from fastasr.models.zipformer.linear import Linear
+from fastasr.models.common.linear import Linear
 
 
 def ScaledLinear(*args, initial_scale=1.0, **kwargs):

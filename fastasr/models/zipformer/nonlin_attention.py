@@ -9,11 +9,11 @@ out     = out_proj(W (v tanh(s)) y)
 
 import torch
 
+from fastasr.models.common.linear import Linear
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.initial_scale import ScaledLinear
-from fastasr.models.zipformer.linear import Linear
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import check_cache, check_weights, weighted
 from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights

@@ -6,8 +6,8 @@ y = out_proj(concat over heads of W_h in_proj(x)_h)
 
 import torch
 
+from fastasr.models.common.linear import Linear
 from fastasr.models.zipformer.initial_scale import ScaledLinear
-from fastasr.models.zipformer.linear import Linear
 from fastasr.models.zipformer.schedules import whitening_schedule
 from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten

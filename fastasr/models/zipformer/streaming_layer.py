@@ -15,10 +15,10 @@ import weakref
 import torch
 
 from fastasr.models.common.inference import is_unmodified, runs
+from fastasr.models.common.linear import Linear
 from fastasr.models.common.packed_layers import PackedLayer, PackedLayers, may_serve
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.convolution import ConvolutionModule
-from fastasr.models.zipformer.linear import Linear
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.packing import Packed, numbers_of_layer, pack_layer
 from fastasr.models.zipformer.self_attention import SelfAttention

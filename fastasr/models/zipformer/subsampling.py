@@ -17,12 +17,12 @@ import torch.nn.functional as F
 
 from fastasr import ops
 from fastasr.models.common.inference import any_hooked, is_plain_inference
+from fastasr.models.common.linear import Linear
 from fastasr.models.zipformer.activations import SwooshL, SwooshR
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.dropout import Dropout3
 from fastasr.models.zipformer.gradient_scale import ScaleGrad
 from fastasr.models.zipformer.initial_scale import ScaledConv2d
-from fastasr.models.zipformer.linear import Linear
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.schedules import ScheduledFloat
 from fastasr.models.zipformer.whitening import Whiten

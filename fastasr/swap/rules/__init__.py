@@ -1,184 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rule is, and the families of rules. A new framework is one file here and a line in ``families``."""
+"""The rules of every framework. A module or package of this folder that has ``RULES`` is a family of rules."""
 
-import copy
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
-import torch
+import importlib
+import pkgutil
 
 from fastasr.swap import binding
-from fastasr.swap.source_hash import SourceUnavailable, fingerprint
+from fastasr.swap.rules import torch
 
+_MODULES = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+_FRAMEWORKS = [module.RULES for module in _MODULES if module is not torch and hasattr(module, "RULES")]
 
-@dataclass(frozen=True)
-class Known:
-    """One accepted version of upstream's code: where it is from, and what it demands of an instance, if
-    anything.
-
-    ``condition(module)`` returns a reason against the instance, or None. ``forward`` stands in for the rule's where
-    this version computes something else.
-    """
-
-    origin: str
-    condition: Callable | None = None
-    forward: Callable | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Rule:
-    """How to recognise one upstream class, and whose ``forward`` to bind to its instances.
-
-    ``functions(module)`` are the functions to fingerprint, beginning with the class's forward.
-    ``structure(module)`` returns why the instance does not fit our forward, or None.
-    ``known`` maps fingerprints to Known; None means the class is torch's own and ``functions`` is not used.
-    ``methods`` are further methods to bind, pairs (name, function). Verification compares those in ``compared``
-    by themselves; they must depend on nothing but arguments, parameters and buffers. The others are upstream's
-    while it runs.
-    ``caches`` are attributes, name -> empty value, in which upstream keeps results that parameters have a part in.
-    Binding empties them, and so does verification before it runs upstream's code in another precision.
-    ``release(module)`` lets go of what our functions keep for an instance; ``restore`` calls it.
-    ``note`` is what the report says of an instance beyond where its source is from.
-    ``shallow`` rules are of modules that only call others: verification runs upstream's code in those below, which
-    are verified by themselves.
-    ``companion`` rules apply only to models in which another rule of the family matched a module.
-    """
-
-    name: str
-    class_name: str
-    forward: Callable
-    kernels: tuple
-    structure: Callable
-    functions: Callable = field(default=lambda module: [type(module).forward])
-    known: dict | None = None
-    companion: bool = False
-    shallow: bool = False
-    methods: tuple = ()
-    compared: tuple = ()
-    caches: dict = field(default_factory=dict)
-    release: Callable = field(default=lambda module: None)
-    note: str = ""
-
-    @functools.cached_property
-    def forwards(self):
-        """Every forward that this rule binds."""
-        versions = (self.known or {}).values()
-        return {self.forward, *(known.forward for known in versions if known.forward is not None)}
-
-    def bind(self, module, known=None):
-        """``known`` is the version of upstream's code that ``module`` runs, where that is known."""
-        self.empty_caches(module)
-        forward = known.forward if known is not None and known.forward is not None else self.forward
-        binding.bind(module, forward, self.methods)
-
-    def empty_caches(self, module):
-        for name, empty in self.caches.items():
-            if name in vars(module):
-                vars(module)[name] = copy.copy(empty)
-
-
-def families():
-    """The rule families, each a tuple of rules, in the order in which they are tried."""
-    from fastasr.swap.rules import (
-        espnet,
-        espnet_branchformer,
-        torchaudio_emformer,
-        torchaudio_rnnt,
-        zipformer,
-    )
-
-    return (
-        zipformer.RULES,
-        espnet.RULES,
-        espnet_branchformer.RULES,
-        torchaudio_emformer.RULES,
-        torchaudio_rnnt.RULES,
-    )
+# The rules for torch's own classes end every family: they apply where a rule of a framework matched.
+FAMILIES = tuple((*rules, *torch.RULES) for rules in _FRAMEWORKS)
 
 
 def rules_by_forward():
     """The rule of every forward that a rule binds."""
-    return {forward: rule for family in families() for rule in family for forward in rule.forwards}
+    return {forward: rule for family in FAMILIES for rule in family for forward in rule.forwards}
 
 
-def upstream_class(module):
-    """The class of ``module`` without the one that FSDP2 puts in front of it."""
-    cls = type(module)
-    if cls.__name__.startswith("FSDP") and len(cls.__bases__) == 2:
-        wrapper, inner = cls.__bases__
-        if wrapper.__module__.startswith("torch.distributed."):
-            return inner
-    return cls
-
-
-def check_parameters(module, shapes, optional=(), allowed_buffers=()):
-    """A reason when the module's own parameters are not exactly ``shapes`` (name -> shape), else None.
-
-    Names in ``optional`` may be None. Buffers may be ``allowed_buffers`` only. All parameters must be floating
-    point and of one device.
-    """
-    own = module._parameters
-    extra = sorted(set(own) - set(shapes))
-    if extra:
-        return f"has parameters this class does not have upstream: {', '.join(extra)}"
-    buffers = sorted(
-        name for name, b in module._buffers.items() if b is not None and name not in allowed_buffers
-    )
-    if buffers:
-        return f"has buffers this class does not have upstream: {', '.join(buffers)}"
-    for name, shape in shapes.items():
-        parameter = own.get(name)
-        if parameter is None:
-            if name in optional and name in own:
-                continue
-            return f"lacks the parameter {name}"
-        if tuple(parameter.shape) != tuple(shape):
-            return f"{name} has shape {tuple(parameter.shape)}, expected {tuple(shape)}"
-        if not parameter.is_floating_point():
-            return f"{name} is {parameter.dtype}, expected a floating-point type"
-    return None
-
-
-def check_children(module, allowed):
-    """A reason when a submodule is not in ``allowed`` (name -> class name), else None."""
-    for name, child in module._modules.items():
-        if child is None:
-            continue
-        if name not in allowed:
-            return f"has a submodule this class does not have upstream: {name} ({type(child).__name__})"
-        if upstream_class(child).__name__ != allowed[name]:
-            return f"submodule {name} is a {type(child).__name__}, expected {allowed[name]}"
-    return None
-
-
-def check_child_names(module, names):
-    """A reason when the module's children are not exactly ``names``. What classes they are is left open: they are
-    called with the values of ever."""
-    children = {name for name, child in module._modules.items() if child is not None}
-    extra, missing = sorted(children - set(names)), sorted(set(names) - children)
-    if extra:
-        return f"has submodules this class does not have upstream: {', '.join(extra)}"
-    return f"lacks the submodules {', '.join(missing)}" if missing else None
-
-
-def is_rate(value):
-    """A number, or a schedule module that converts to float."""
-    return isinstance(value, (int, float)) or (
-        isinstance(value, torch.nn.Module) and hasattr(type(value), "__float__")
-    )
-
-
-def own_forward(module):
-    return [upstream_class(module).forward]
-
-
-def unread_code(name, module, functions, known):
-    """A reason when the submodule runs code other than upstream's ``known`` fingerprints, else None."""
-    try:
-        value = fingerprint(functions(module), upstream_class(module))
-    except SourceUnavailable as error:
-        return f"submodule {name}: {error}"
-    if value not in known or binding.foreign_forward(module) is not None:
-        return f"submodule {name} runs code that is not upstream's (fingerprint {value})"
-    return None
+def swapped_modules(model):
+    """(path, module, rule) of every swapped module of ``model``."""
+    by_forward = rules_by_forward()
+    for path, module in model.named_modules():
+        forward = binding.bound_forward(module)
+        if forward is not None:
+            yield path, module, by_forward[forward]

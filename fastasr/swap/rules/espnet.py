@@ -8,7 +8,7 @@ import torch
 
 from fastasr.models import mega as models
 from fastasr.models.mega import decoding
-from fastasr.swap.rules import (
+from fastasr.swap.rule import (
     Known,
     Rule,
     check_child_names,
@@ -18,7 +18,6 @@ from fastasr.swap.rules import (
     unread_code,
     upstream_class,
 )
-from fastasr.swap.rules.zipformer.linear import LINEAR
 
 _ESPNET = Known("espnet 202511")
 
@@ -195,4 +194,4 @@ DECODER = Rule(
     note="score remembers the last 128 hypotheses of one utterance; states are stacked on their device",
 )
 
-RULES = (DECODER, MEGA, DAMPED_EMA, FEED_FORWARD, SIMPLE_BIAS, ROTARY_BIAS, LINEAR)
+RULES = (DECODER, MEGA, DAMPED_EMA, FEED_FORWARD, SIMPLE_BIAS, ROTARY_BIAS)

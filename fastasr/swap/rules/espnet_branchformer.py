@@ -8,7 +8,7 @@ recognised there as well.
 import torch
 
 from fastasr.models import e_branchformer as models
-from fastasr.swap.rules import (
+from fastasr.swap.rule import (
     Known,
     Rule,
     check_child_names,
@@ -17,7 +17,6 @@ from fastasr.swap.rules import (
     unread_code,
     upstream_class,
 )
-from fastasr.swap.rules.zipformer.linear import LINEAR
 
 _ESPNET = Known("espnet 202511")
 
@@ -91,7 +90,7 @@ def _layer_structure(module):
 
 
 ATTENTION = Rule(
-    name="espnet.zipformer_attention",
+    name="espnet.rel_position_attention",
     class_name="RelPositionMultiHeadedAttention",
     forward=models.RelPositionMultiHeadedAttention.forward,
     kernels=("linear", "rel_attention"),
@@ -142,4 +141,4 @@ LAYER = Rule(
     known={"bb5379a9603330ac13ff54f3": _ESPNET},
 )
 
-RULES = (LAYER, ATTENTION, GATING_MLP, GATE, FEED_FORWARD, LINEAR)
+RULES = (LAYER, ATTENTION, GATING_MLP, GATE, FEED_FORWARD)

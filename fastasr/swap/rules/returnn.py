@@ -2,7 +2,7 @@
 """Why RETURNN's modules are not swapped. They are no ``torch.nn.Module``: RETURNN wraps each in one that holds its
 parameters, and calls the modules inside, on its own tensors, without ever calling the wrappers of the submodules."""
 
-from fastasr.swap.rules import upstream_class
+from fastasr.swap.rule import upstream_class
 
 _CONVERTED = ("EBranchformerLayer", "ConformerEncoder")
 _NEVER_CALLED = (

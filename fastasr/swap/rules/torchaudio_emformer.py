@@ -4,7 +4,7 @@
 import torch
 
 from fastasr.models import emformer as models
-from fastasr.swap.rules import (
+from fastasr.swap.rule import (
     Known,
     Rule,
     check_children,
@@ -12,7 +12,6 @@ from fastasr.swap.rules import (
     unread_code,
     upstream_class,
 )
-from fastasr.swap.rules.zipformer import LINEAR
 
 _TORCHAUDIO = Known("torchaudio 2.11.0")
 _HIDDEN = -1e4  # weights of what is hidden must be 0, since it is left out
@@ -114,4 +113,4 @@ LAYER = Rule(
     companion=True,
 )
 
-RULES = (EMFORMER, LAYER, LINEAR)
+RULES = (EMFORMER, LAYER)

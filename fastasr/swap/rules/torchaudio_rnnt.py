@@ -2,8 +2,7 @@
 """Rules for torchaudio's RNN-T: the LSTM layers of its predictor (torchaudio.models.rnnt)."""
 
 from fastasr.models import emformer_rnnt as models
-from fastasr.swap.rules import Known, Rule, check_parameters, own_forward, upstream_class
-from fastasr.swap.rules.zipformer.linear import LINEAR
+from fastasr.swap.rule import Known, Rule, check_parameters, own_forward, upstream_class
 
 _TORCHAUDIO = Known("torchaudio 2.11.0")
 
@@ -38,4 +37,4 @@ LSTM = Rule(
     known={"84839b197b50092babee297b": _TORCHAUDIO},
 )
 
-RULES = (LSTM, LINEAR)
+RULES = (LSTM,)

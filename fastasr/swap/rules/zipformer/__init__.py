@@ -9,7 +9,6 @@ from fastasr.swap.rules.zipformer.attention import ATTENTION_WEIGHTS, NONLIN_ATT
 from fastasr.swap.rules.zipformer.convolution import CONVOLUTION
 from fastasr.swap.rules.zipformer.front_end import CONV2D_SUBSAMPLING, CONVNEXT
 from fastasr.swap.rules.zipformer.layer import BIAS_NORM, BYPASS, ENCODER_LAYER, ZIPFORMER2_ENCODER_LAYER
-from fastasr.swap.rules.zipformer.linear import LINEAR
 from fastasr.swap.rules.zipformer.recogniser import ASR_MODEL
 from fastasr.swap.rules.zipformer.regularisers import BALANCER, WHITEN
 
@@ -30,5 +29,4 @@ RULES = (
     CONV2D_SUBSAMPLING,
     CONVOLUTION,
     ATTENTION_WEIGHTS,
-    LINEAR,
 )

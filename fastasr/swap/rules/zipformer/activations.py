@@ -5,7 +5,7 @@ icefall's Swoosh classes call k2, whose backward pass rounds the derivative to 8
 """
 
 from fastasr.models import zipformer as models
-from fastasr.swap.rules import Known, Rule, check_children, check_parameters, is_rate, own_forward
+from fastasr.swap.rule import Known, Rule, check_children, check_parameters, is_rate, own_forward
 from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE
 
 

@@ -5,7 +5,7 @@ import torch
 
 from fastasr.models import zipformer as models
 from fastasr.swap.binding import foreign_forward
-from fastasr.swap.rules import (
+from fastasr.swap.rule import (
     Known,
     Rule,
     check_children,

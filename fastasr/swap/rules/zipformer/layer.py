@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from fastasr.models import zipformer as models
 from fastasr.models.zipformer.layer import constant_attention_in_eval
-from fastasr.swap.rules import Known, Rule, check_children, check_parameters, is_rate, own_forward
+from fastasr.swap.rule import Known, Rule, check_children, check_parameters, is_rate, own_forward
 from fastasr.swap.rules.zipformer.versions import BOTH, PACKAGE, check_names, forward_and_streaming
 
 

@@ -6,7 +6,7 @@ from torch.nn.utils import parametrize
 
 from fastasr.models import zipformer as models
 from fastasr.swap.binding import foreign_forward
-from fastasr.swap.rules import Rule, check_parameters, own_forward, unread_code, upstream_class
+from fastasr.swap.rule import Rule, check_parameters, own_forward, unread_code, upstream_class
 from fastasr.swap.rules.zipformer.versions import PACKAGE
 
 _JOINERS = {

@@ -2,7 +2,7 @@
 """Balancer and Whiten, which act on gradients alone."""
 
 from fastasr.models import zipformer as models
-from fastasr.swap.rules import Known, Rule, check_children, check_parameters, is_rate, own_forward
+from fastasr.swap.rule import Known, Rule, check_children, check_parameters, is_rate, own_forward
 from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE
 
 # Inference leaves the balancers out: these versions return their input when it needs no gradient.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the rules share: the versions of upstream's code that were read, and checks of their parts."""
 
-from fastasr.swap.rules import Known, own_forward, upstream_class
+from fastasr.swap.rule import Known, own_forward, upstream_class
 
 PACKAGE = Known("zipformer 0.1.3")  # on PyPI
 ICEFALL = Known("icefall's zipformer")  # egs/*/*/zipformer

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch's linear layers within modules that are swapped."""
+"""The rules for torch's own classes. They apply to a model in which a rule of a framework matched a module."""
 
 import torch
 
-from fastasr.models import zipformer as models
-from fastasr.swap.rules import Rule, check_children, check_parameters, upstream_class
+from fastasr.models.common.linear import Linear
+from fastasr.swap.rule import Rule, check_children, check_parameters, upstream_class
 
 
 def _linear_structure(module):
@@ -17,8 +17,10 @@ def _linear_structure(module):
 LINEAR = Rule(
     name="torch.linear",
     class_name="Linear",
-    forward=models.Linear.forward,
+    forward=Linear.forward,
     kernels=("linear",),
     structure=_linear_structure,
     companion=True,
 )
+
+RULES = (LINEAR,)
