@@ -190,7 +190,7 @@ class KernelFamily:
     def kernels(self, x: torch.Tensor, *others: torch.Tensor | None) -> Kernels | None:
         """The kernels for tensors like ``x``, or None: run the eager definition. A float64 among ``others`` asks for
         float64 kernels."""
-        key = (x.device.type, _widest(x, others))
+        key = (x.device.type, widest(x, others))
         try:
             return self.chosen[key]
         except KeyError:
@@ -235,7 +235,8 @@ class KernelFamily:
 FAMILIES: dict[str, KernelFamily] = {}
 
 
-def _widest(x: torch.Tensor, others: tuple[torch.Tensor, ...]) -> torch.dtype:
+def widest(x: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> torch.dtype:
+    """float64 where any of ``others`` is, else x's dtype."""
     return torch.float64 if any(t is not None and t.dtype is torch.float64 for t in others) else x.dtype
 
 
@@ -246,7 +247,7 @@ def _served(family: str, device_type: str, dtype: torch.dtype, forced: str) -> b
 
 def served(family: str, x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether a kernel serves x; for code that is being traced: a graph is valid for one forced backend only."""
-    return _served(family, x.device.type, _widest(x, others), _forced)
+    return _served(family, x.device.type, widest(x, others), _forced)
 
 
 def native_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Implementation:

@@ -27,6 +27,7 @@ from fastasr.ops._dispatch import (
     native_kernels,
     served,
     triton_kernels,
+    widest,
 )
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
 
@@ -68,7 +69,10 @@ class Op:
         None  # "one dtype": casts those; names; (op, dtype, a) -> a; None: no rule; "formula": what it gives
     )
     uniform: bool = True  # C++ kernels get all floating tensors in the first output's dtype
-    wide: str = ""  # arguments that kernels get in the first output's dtype, but at least float32
+    # arguments whose dtypes choose the kernels: float64 where one has it, else the first's, in which kernels then read
+    # floating tensors; else those of the first output
+    deciding: str = ""
+    wide: str = ""  # arguments that kernels get in that dtype, but at least float32
     strides: dict | None = None  # of an argument or "grad" what kernels read: see STRIDES; else contiguous
     like: str = ""  # results have this argument's strides; else they are contiguous
     empty: Callable | None = None  # torch.empty for an output of kernels that is not contiguous
@@ -88,6 +92,7 @@ class Op:
     )
 
     # arguments that go together, and what the signature cannot say
+    sizes: dict | None = None  # {names: function}: sizes for the shapes after the first, from the arguments a
     needs: dict | None = None  # argument -> the one without which it may not be given
     check: Callable | None = None  # (op, a); the native kernels check it too, or ``fits`` does
 
@@ -138,8 +143,9 @@ class Op:
         self.leader = self.argument(self.one_dtype[0]) if self.one_dtype else self.tensors[0]
         self.outputs = _signature.outputs(formula, self.returns.split())
         self.keeps = tuple(_signature.output(name, hint) for name, hint in (self.keeps or {}).items())
-        self.deciding = self.dtype_names(self.outputs[0])  # their dtypes choose the kernels
-        self.wide = self.wide.split()
+        self.decides = bool(self.deciding)
+        self.deciding = self.deciding.split() or self.dtype_names(self.outputs[0])
+        self.wide, self.sizes = self.wide.split(), self.sizes or {}
         self.strides, self.needs = self.strides or {}, self.needs or {}
         self.cast = self._cast_rule()
         self.calls_directly = bool(self.launch and self.fast_strides and not self.fast)
@@ -170,8 +176,14 @@ class Op:
         return next(a for a in self.arguments if a.name == name)
 
     def known_sizes(self) -> set[str]:
-        """Options that shapes may name."""
-        return {a.name for a in self.options if a.kind == "int" and not a.optional}
+        """What shapes may name before a tensor binds it: options, and what ``sizes`` gives."""
+        given = {name for names in self.sizes for name in names.split()}
+        return given | {a.name for a in self.options if a.kind == "int" and not a.optional}
+
+    def given_sizes(self, a) -> dict[str, int]:
+        """What ``sizes`` gives for these arguments."""
+        given = ((names.split(), size(a)) for names, size in self.sizes.items())
+        return {name: value for names, values in given for name, value in zip(names, values, strict=True)}
 
     def in_binding_order(self) -> Iterator[_signature.Argument]:
         """The tensors, each after those that bind the names in its shape: the leader, then as in the signature. T + L
@@ -315,6 +327,7 @@ class Op:
         """The names in it."""
         space = {f"_codes_{a.name}": a.codes for a in self.options if a.codes}
         space |= {f"_{name}": layout for name, layout in STRIDES.items()}
+        space |= {f"_sizes_{i}": size for i, size in enumerate(self.sizes.values())}
         parts = ("family", "definition", "Arguments", "Saved", "Needs", "launch", "gradients", "flagged")
         parts = (*parts, "fast", "fits", "fast_dtype", "cast")
         space |= {f"_{name}": getattr(self, name) for name in parts}
@@ -328,6 +341,7 @@ class Op:
             "_tuple": _tuple,
             "_promoted": _promoted,
             "_promote_types": torch.promote_types,
+            "_widest": widest,
             "_float32": torch.float32,
             "_wide": _wide,
             "_empty": torch.empty,
@@ -392,6 +406,11 @@ class Op:
         a = self.argument(name)
         if a.kind == "int":
             _check.integer(self.name, name, value)
+        elif a.kind == "pair":
+            if not isinstance(value, tuple | list) or len(value) != 2:
+                self.fail(name, "a pair of ints", repr(value), TypeError)
+            for number in value:
+                _check.integer(self.name, name, number)
         elif a.kind == "float":
             _check.number(self.name, name, value)
         elif a.kind == "flag":

@@ -7,6 +7,7 @@ lengths: Annotated[Tensor, "B", int]                 a tensor of integers
 weights: Annotated[Tensor, "B T", "constant"]        bool or floating, and no gradient is wanted
 chunk_size: Annotated[int, "-1 or >= 1"]             a number with its constraint
 score_limit: Annotated[float, ">= 0 and < inf"]      float likewise
+padding: tuple[int, int]                             a pair of numbers
 activation: Literal["silu", "relu"]                  a choice: kernels get its place, or with
             Annotated[Literal[...], {...}]           what the table says
 return_cache: bool                                   a flag; ``return_...`` asks for the outputs after the first
@@ -25,16 +26,16 @@ from torch import Tensor
 
 from fastasr.ops._shapes import Pattern
 
-TENSORS = {"floating": "Tensor", "constant": "Tensor", bool: "Tensor", int: "Tensor"}
-SCHEMA = TENSORS | {"int": "SymInt", "float": "float", "flag": "bool", "choice": "str"}
-PYTHON = {"int": "int", "float": "float", "flag": "bool", "choice": "str"}
+TENSORS = dict.fromkeys(("floating", "constant", bool, int), "Tensor")
+SCHEMA = TENSORS | {"int": "SymInt", "pair": "SymInt[2]", "float": "float", "flag": "bool", "choice": "str"}
+PYTHON = {"int": "int", "pair": "tuple", "float": "float", "flag": "bool", "choice": "str"}
 WORDS = ((">=", "at least"), ("<=", "at most"), (">", "more than"), ("<", "less than"))
 
 
 @dataclass(frozen=True)
 class Argument:
     name: str
-    kind: object  # of a tensor: floating, constant, bool, int (the types); else "int", "float", "flag", "choice"
+    kind: object  # a key of TENSORS or of PYTHON
     optional: bool
     default: object
     pattern: Pattern | None = None
@@ -53,6 +54,7 @@ class Argument:
     @property
     def schema(self) -> str:
         value = f'"{self.default}"' if isinstance(self.default, str) else self.default
+        value = list(value) if isinstance(value, tuple) else value
         type_ = SCHEMA[self.kind] + "?" * self.optional
         return f"{type_} {self.name}" + ("" if self.required else f"={value}")
 
@@ -97,7 +99,7 @@ def _argument(parameter: inspect.Parameter, hint) -> Argument:
         kind = "choice"
         more["codes"] = extra[0] if extra else {value: place for place, value in enumerate(get_args(type_))}
     else:
-        kind = {int: "int", float: "float", bool: "flag"}[type_]
+        kind = {int: "int", tuple[int, int]: "pair", float: "float", bool: "flag"}[type_]
         more["constraint"] = extra[0] if extra else ""
     more["keyword_only"] = parameter.kind is parameter.KEYWORD_ONLY
     return Argument(parameter.name, kind, optional, parameter.default, **more)

@@ -275,6 +275,7 @@ def _checks(op) -> list[str]:
         before = set(known)
         body = [*_tensor(op, a, known)]
         lines += _if_given(a, body, (f"{name} = 0" for name in sorted(known - before)))
+        lines += _given_sizes(op) if a is op.leader else ()
     for name, partner in op.needs.items():
         wrong = f'_op.wrong_company("{name}", "{partner}")'
         lines.append(f"if {partner} is None and not ({_absent(op, name)}):\n    {wrong}")
@@ -289,7 +290,15 @@ def _option(a) -> Iterator[str]:
 
 
 def _right_type(a) -> str:
-    return f"type({a.name}) is {a.type_name}" + (f" and {a.name} in _codes_{a.name}" if a.codes else "")
+    more = f" and {a.name} in _codes_{a.name}" if a.codes else ""
+    if a.kind == "pair":
+        more = f" and len({a.name}) == 2 and type({a.name}[0]) is type({a.name}[1]) is int"
+    return f"type({a.name}) is {a.type_name}{more}"
+
+
+def _given_sizes(op) -> list[str]:
+    arguments = f"_Arguments({_names(op.arguments)})"
+    return [f"{', '.join(names.split())}, = _sizes_{i}({arguments})" for i, names in enumerate(op.sizes)]
 
 
 def _tensor(op, a, known: set[str]) -> Iterator[str]:
@@ -330,6 +339,7 @@ def _sizes(op) -> list[str]:
         before = set(known)
         bound = list(a.pattern.bind(known, a.name))
         lines += _if_given(a, bound, (f"{name} = 0" for name in sorted(known - before)))
+        lines += _given_sizes(op) if a is op.leader else ()
     return lines
 
 
@@ -349,24 +359,46 @@ def _dtype(op, output) -> str:
 
 
 # --------------------------------------------------------------------------- kernels
-def _arguments(op, tokens: list[str], prepared: Iterable[str] = (), form: str = "_o_{}") -> str:
-    """Of a kernel: choices as their codes, ``prepared`` names in a form, the rest as it stands."""
-    renamed = {a.name: f"_codes_{a.name}[{a.name}]" for a in op.options if a.codes}
-    renamed |= {name: form.format(name) for name in prepared}
-    return ", ".join(renamed.get(token, token) for token in tokens)
+def _arguments(op, tokens: list[str], renamed: dict[str, str] | None = None) -> str:
+    """Of a kernel: choices as their codes, no number as 0, what is ``renamed``, the rest as it stands."""
+    names = {a.name: f"_codes_{a.name}[{a.name}]" for a in op.options if a.codes}
+    names |= {a.name: f"{a.name} or 0" for a in op.options if a.kind == "int" and a.optional}
+    names |= renamed or {}
+    return ", ".join(names.get(token, token) for token in tokens)
+
+
+def _layout(op, name: str, grad: bool) -> str:
+    return op.strides.get(name) or (grad and op.strides.get("grad")) or "contiguous"
+
+
+def _grad_operands(op, grads: list[str]) -> dict[str, str]:
+    """Gradients of outputs as kernels read them."""
+    optional = {f"grad_{o.name}" for o in op.outputs if o.flag}
+    layouts = {name: _layout(op, name, True) for name in grads}
+    return {
+        name: f"_operand({name}, None, _{layout})"
+        if name in optional or layout != "contiguous"
+        else f"{name}.contiguous()"
+        for name, layout in layouts.items()
+    }
 
 
 def _operands(op, dtype: str, grads: Iterable[str] = ()) -> Iterator[str]:
     """``_o_<name>``: each tensor as the kernels read it."""
-    if op.uniform:
+    wide = [*op.wide, *(f"grad_{o.name}" for o in op.outputs if o.wide and op.wide)]
+    if op.decides:
+        first, *others = op.deciding
+        dtype = "_dtype"
+        yield f"_dtype = _widest({first}, ({', '.join(others)},))"
+    elif op.uniform:
         yield f'_dtype = {dtype} if _kernels.backend == "cpu" else None'
     if op.wide:
         yield f"_work = _promote_types({dtype}, _float32)"
     for name in (*grads, *(a.name for a in op.tensors)):
         floating = name in grads or op.argument(name).kind == "floating"
-        layout = op.strides.get("grad" if name in grads else name, "contiguous")
-        to = "_work" if name in op.wide else "_dtype" if op.uniform and floating else None
-        yield f"_o_{name} = _operand({name}, {to}, _{layout})"
+        to = "_dtype" if (op.uniform or op.decides) and floating else None
+        to = "_work" if name in wide else to
+        yield f"_o_{name} = _operand({name}, {to}, _{_layout(op, name, name in grads)})"
 
 
 def _unless_dense(op, call: str, part: str) -> list[str]:
@@ -383,7 +415,7 @@ def _launch(op) -> list[str]:
     lines = [f"{name} = {code}" for code, name in codes.items()]
     if op.launch is None:
         lines += _operands(op, "_dtype_0")
-        call = _arguments(op, op.forward, [a.name for a in op.tensors])
+        call = _arguments(op, op.forward, {a.name: f"_o_{a.name}" for a in op.tensors})
         lines.append(f"{_names(found)} = _kernels.forward({call})")
     else:
         part = f"_launch(_op, _kernels, _Arguments({_names(op.arguments)}), _dtype_0, {'keep' if op.keeps else False})"
@@ -399,7 +431,7 @@ def _native(op, keep: str) -> str:
     """The shortest path's call, on arguments as they are."""
     if op.fast:
         return f"_fast(_kernels, {keep}, {_names(op.arguments)})"
-    return f"_kernels.forward({_arguments(op, op.forward, ['keep'] * bool(op.keeps), keep)})"
+    return f"_kernels.forward({_arguments(op, op.forward, {'keep': keep})})"
 
 
 def _differentiate(op, grads: list[str]) -> list[str]:
@@ -408,12 +440,12 @@ def _differentiate(op, grads: list[str]) -> list[str]:
     if op.gradients is None:
         used = [token for token in op.backward if token in grads]
         lines = [*_operands(op, _dtype(op, op.outputs[0]), used)]
-        call = _arguments(op, op.backward, [*used, *(a.name for a in op.tensors)])
+        call = _arguments(op, op.backward, {n: f"_o_{n}" for n in (*used, *(a.name for a in op.tensors))})
         lines += [f"{_backward_results(op)} = _kernels.backward({call})", *_add_flagged(op)]
     else:
         needs = "_Needs(*_needs)" if op.asks else None
         part = f"{', '.join(found)}, = _gradients(_op, _kernels, ({', '.join(grads)},), {saved}, {needs})"
-        call = _arguments(op, op.backward, grads, "{}.contiguous()")
+        call = _arguments(op, op.backward, _grad_operands(op, grads))
         lines = _unless_dense(op, f"{_backward_results(op)} = _kernels.backward({call})", part)
     return lines + [f"{d} = _back({d}, {a.name})" for d, a in zip(found, op.differentiable, strict=True)]
 
@@ -434,8 +466,8 @@ def _add_flagged(op) -> list[str]:
 def _native_backward(op, grads: list[str]) -> list[str]:
     if op.gradients is not None and not op.calls_directly:
         return []
-    laid = f"_operand({{}}, None, _{op.strides['grad']})" if "grad" in op.strides else "{}.contiguous()"
-    call = f"{_backward_results(op)} = _kernels.backward({_arguments(op, op.backward, grads, laid)})"
+    call = _arguments(op, op.backward, _grad_operands(op, grads))
+    call = f"{_backward_results(op)} = _kernels.backward({call})"
     given = ", ".join(
         "None"
         if a not in op.differentiable
@@ -508,7 +540,9 @@ def _fast(op) -> Iterator[str]:
             parts.append(f"{a.name}.is_cpu")
         if a is op.leader and op.fast_dtype:
             parts.append(f"{a.name}.dtype is _fast_dtype")
-        if a is not op.leader and a.kind == "floating" and (op.fast or a.name not in op.one_dtype):
+        # kernels check these dtypes
+        told = op.deciding if op.decides else op.one_dtype if not op.fast else ()
+        if a is not op.leader and a.kind == "floating" and a.name not in told:
             parts.append(f"{a.name}.dtype is {leader}.dtype")
         if a.name in op.fast_strides:
             parts.append(f"{a.name}.is_contiguous()")

@@ -37,7 +37,7 @@ def mismatch(op: Op, arguments: dict) -> str | None:
         found = a.pattern.match(tuple(value.shape), names)
         if found is None:
             return a.name
-        names = found
+        names = found | (op.given_sizes(op.Arguments(**arguments)) if a is op.leader else {})
     return None
 
 
@@ -103,7 +103,7 @@ def _other(dtype: torch.dtype) -> torch.dtype:
 
 
 def _types(a) -> tuple[type, ...]:
-    return {"int": (int,), "float": (int, float), "flag": (bool,), "choice": (str,)}[a.kind]
+    return {"int": (int,), "pair": (tuple,), "float": (int, float), "flag": (bool,), "choice": (str,)}[a.kind]
 
 
 def _wrong_options(a) -> Iterator[object]:
@@ -114,6 +114,8 @@ def _wrong_options(a) -> Iterator[object]:
         yield from ("nonsense", 1)
     elif a.kind == "flag":
         yield from (1, "x")
+    elif a.kind == "pair":
+        yield from (1, [1], [1.0, 1], "x")
     else:
         yield from ("x", True)
         for number in NUMBERS:

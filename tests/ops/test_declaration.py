@@ -88,7 +88,8 @@ def test_the_operator_has_the_public_signature(name):
     schema = op.operator._schema.arguments
     assert [p.name for p in parameters] == [a.name for a in schema if a.name != "keep"]
     for p, a in zip(parameters, schema, strict=False):
-        assert a.default_value == (None if p.default is p.empty else p.default)
+        default = list(p.default) if isinstance(p.default, tuple) else p.default
+        assert a.default_value == (None if p.default is p.empty else default)
 
 
 @pytest.mark.parametrize("name", ops.OPS)
