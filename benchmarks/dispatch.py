@@ -21,7 +21,6 @@ from fastasr.ops.balancer_gradient import definition as balancer_gradient_defini
 from fastasr.ops.bias_norm import definition as bias_norm_definition
 from fastasr.ops.complex_ema_scan import definition as complex_ema_scan_definition
 from fastasr.ops.conv_spatial_gate import definition as conv_spatial_gate_definition
-from fastasr.ops.depthwise_conv2d import definition as depthwise_conv2d_definition
 from fastasr.ops.depthwise_conv_residual import definition as depthwise_conv_residual_definition
 from fastasr.ops.ema_scan import definition as ema_scan_definition
 from fastasr.ops.linear_activation import definition as linear_activation_definition
@@ -117,9 +116,9 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
         ),
         "depthwise_conv2d": Tiny(
             (torch.randn(1, 2, 1, channels, device=device), weight[:, :1, None].contiguous(), bias),
-            depthwise_conv2d_definition,
+            ops.depthwise_conv2d.definition,
             ops.depthwise_conv2d,
-            lambda x, w, b: registered.depthwise_conv2d(x, w, b, 0, 0),
+            registered.depthwise_conv2d,
         ),
         "gated_depthwise_conv": Tiny(
             (torch.randn(2, 1, 2 * channels, device=device), weight[:, :3].contiguous(), bias),

@@ -22,7 +22,6 @@ from fastasr.benchmarks.case import (
     parameters,
     simple,
 )
-from fastasr.ops.depthwise_conv2d import definition
 
 
 def _upstream(padding, x, weight, bias) -> Implementation:
@@ -36,10 +35,14 @@ def _upstream(padding, x, weight, bias) -> Implementation:
 def _make(shape, taps, padding, device: str, dtype: torch.dtype):
     make = partial(torch.randn, device=device, dtype=dtype)
     inputs = make(shape), 0.15 * make(shape[-1], 1, *taps), make(shape[-1])
-    eager, ours = (partial(f, padding=padding) for f in (definition, ops.depthwise_conv2d))
+    eager, ours = (
+        partial(f, padding=padding) for f in (ops.depthwise_conv2d.definition, ops.depthwise_conv2d)
+    )
     return {
         "eager": lambda: simple(eager, *inputs),
-        "compile": lambda: simple(partial(compiled(definition), padding=padding), *inputs),
+        "compile": lambda: simple(
+            partial(compiled(ops.depthwise_conv2d.definition), padding=padding), *inputs
+        ),
         "upstream": lambda: _upstream(padding, *inputs),
         "fastasr": lambda: simple(ours, *inputs),
     }
