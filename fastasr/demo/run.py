@@ -22,6 +22,7 @@ from fastasr.benchmarks.harness import Timing, interleave, wait_until_idle
 from fastasr.benchmarks.table import duration, times
 from fastasr.demo import audio, features
 from fastasr.demo.stages import Stages
+from fastasr.swap.report import kernel_names
 
 UPSTREAM, COMPILED, FASTASR = "upstream as shipped", "upstream, torch.compile", "fastasr"
 PLAIN_WIDTH = 120  # of a pipe or a file
@@ -239,7 +240,7 @@ def replaced_by_class(report: fastasr.SwapReport) -> dict[tuple[str, str], int]:
     """(class, kernels) -> how many modules were replaced."""
     found: dict[tuple[str, str], int] = {}
     for row in report.replaced:
-        key = (row.class_name, " ".join(row.kernels))
+        key = (row.class_name, kernel_names(row))
         found[key] = found.get(key, 0) + 1
     return found
 

@@ -14,9 +14,9 @@ ROLLED_BACK = "rolled back"
 
 @dataclass
 class Row:
-    """One module. ``errors`` is filled by verification.
+    """One module. ``kernels`` are ops of ``fastasr.ops``. Verification fills ``errors``.
 
-    Its numbers are the largest error against an fp64 run of upstream's code, relative to the largest
+    The errors are the largest error against an fp64 run of upstream's code, relative to the largest
     magnitude of the result: ``values`` and ``gradients`` for fastasr, ``upstream_values`` and
     ``upstream_gradients`` for upstream in the model's own precision.
     """
@@ -122,7 +122,7 @@ class SwapReport:
         else:
             rows = _grouped(self.rows)
         lines = [
-            [where, row.class_name, " ".join(row.kernels), self._status(row), _largest_error(row), row.reason]
+            [where, row.class_name, kernel_names(row), self._status(row), _largest_error(row), row.reason]
             for row, where in rows
         ]
         return columns, lines
@@ -136,6 +136,11 @@ class SwapReport:
     def __rich__(self):
         columns, lines = self._lines(every=False)
         return _build_rich(columns, lines, self.summary)
+
+
+def kernel_names(row):
+    """The ops of a row, as text; a dash for none."""
+    return " ".join(row.kernels) or "-"
 
 
 def _grouped(rows):

@@ -32,6 +32,7 @@ class Rule:
 
     ``functions(module)`` are the functions to fingerprint, beginning with the class's forward.
     ``structure(module)`` returns why the instance does not fit our forward, or None.
+    ``kernels`` are the ops (``fastasr.ops``) that our forward calls itself; () for one that calls none.
     ``known`` maps fingerprints to Known; None means the class is torch's own and ``functions`` is not used.
     ``methods`` are further methods to bind, pairs (name, function). Verification compares those in ``compared``
     by themselves; they must depend on nothing but arguments, parameters and buffers. The others are upstream's

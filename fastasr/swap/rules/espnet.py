@@ -139,24 +139,28 @@ DAMPED_EMA = Rule(
     note="coefficients are computed at every call",
 )
 
+_BY_OFFSET = "makes the matrix from one value per offset"
+
 SIMPLE_BIAS = Rule(
     name="espnet.relative_position_bias",
     class_name="RelativePositionBias",
     forward=models.RelativePositionBias.forward,
-    kernels=("toeplitz",),
+    kernels=(),
     structure=_simple_bias_structure,
     functions=own_forward,
     known={"87db028706b508b2d70920d2": _ESPNET},
+    note=_BY_OFFSET,
 )
 
 ROTARY_BIAS = Rule(
     name="espnet.rotary_relative_position_bias",
     class_name="RotaryRelativePositionBias",
     forward=models.RotaryRelativePositionBias.forward,
-    kernels=("toeplitz",),
+    kernels=(),
     structure=_rotary_bias_structure,
     functions=own_forward,
     known={"04daf756cc39cbb6fa17ef09": _ESPNET},
+    note=_BY_OFFSET,
 )
 
 MEGA = Rule(
@@ -185,7 +189,7 @@ DECODER = Rule(
     forward=models.MEGADecoder.forward,
     methods=tuple((name, vars(models.MEGADecoder)[name]) for name in _DECODER_METHODS),
     compared=("inference",),
-    kernels=("time_major", "mega_step"),
+    kernels=(),
     structure=_decoder_structure,
     functions=_decoder_functions,
     known={"5b3a37c8799d1e482afcec8b": _ESPNET},

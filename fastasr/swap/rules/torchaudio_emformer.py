@@ -95,10 +95,11 @@ EMFORMER = Rule(
     class_name="Emformer",
     forward=models.Emformer.forward,
     methods=(("infer", models.Emformer.infer),),
-    kernels=("no mask",),
+    kernels=(),
     structure=_emformer_structure,
     functions=_functions,
     known={"9a732b1ee374cdf1861f66e6": _TORCHAUDIO},
+    note="makes no attention mask",
 )
 
 LAYER = Rule(

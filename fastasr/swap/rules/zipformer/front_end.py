@@ -121,7 +121,7 @@ CONV2D_SUBSAMPLING = Rule(
     name="zipformer.conv2d_subsampling",
     class_name="Conv2dSubsampling",
     forward=models.Conv2dSubsampling.forward,
-    kernels=("channels_last",),
+    kernels=(),
     structure=_conv2d_subsampling_structure,
     functions=own_forward,
     known={
@@ -129,4 +129,5 @@ CONV2D_SUBSAMPLING = Rule(
         "806777fcc2889d54c4698be2": Known("icefall's zipformer_prompt_asr"),  # says nothing of TorchScript
         "536b01a8fe378cfdf7853b9c": Known("icefall before pull request 1108"),  # nothing of tracing
     },
+    note="gives its convolutions channels_last memory",
 )
