@@ -33,8 +33,6 @@ from fastasr.ops.rnnt_lattice import definition as lattice_definition
 from fastasr.ops.rnnt_pruned_lattice import definition as pruned_lattice_definition
 from fastasr.ops.segment_attention import definition as segment_attention_definition
 from fastasr.ops.toeplitz_attention import definition as toeplitz_attention_definition
-from fastasr.ops.zipformer_attention import definition as attention_definition
-from fastasr.ops.zipformer_attention_weights import definition as attention_weights_definition
 
 NAME = "dispatch"
 INFERENCE, NO_GRAD, FORWARD, BOTH = "inference mode", "no_grad", "forward", "forward+backward"
@@ -182,17 +180,15 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
                 torch.randn(1, 3, 1, device=device),
                 torch.randn(2, 1, 3, device=device),
             ),
-            lambda x, pos, v: attention_definition(x, pos, v, 1, 2),
+            lambda x, pos, v: ops.zipformer_attention.definition(x, pos, v, 1, 2),
             lambda x, pos, v: ops.zipformer_attention(x, pos, v, 1, 2),
-            lambda x, pos, v: registered.zipformer_attention(x, pos, v, None, None, None, 1, 2, 1, -1, -1),
+            lambda x, pos, v: registered.zipformer_attention(x, pos, v, 1, 2),
         ),
         "zipformer_attention_weights": Tiny(
             (torch.randn(2, 1, 5, device=device), torch.randn(1, 3, 1, device=device)),
-            lambda x, pos: attention_weights_definition(x, pos, 1, 2),
+            lambda x, pos: ops.zipformer_attention_weights.definition(x, pos, 1, 2),
             lambda x, pos: ops.zipformer_attention_weights(x, pos, 1, 2),
-            lambda x, pos: registered.zipformer_attention_weights(
-                x, pos, None, None, None, 1, 2, -1, -1, 0.0, 25.0
-            ),
+            lambda x, pos: registered.zipformer_attention_weights(x, pos, 1, 2),
         ),
         "residual_norm": Tiny(
             (x, other, scale, bias),

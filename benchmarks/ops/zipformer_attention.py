@@ -7,7 +7,8 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import BACKWARD, BOTH, FORWARD, Case, Cost, Implementation, compiled, parameters
-from fastasr.ops.zipformer_attention import definition
+
+definition = ops.zipformer_attention.definition
 
 QUERY_DIM, POS_DIM, VALUE_DIM = 32, 4, 12
 

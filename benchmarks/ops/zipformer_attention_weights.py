@@ -18,7 +18,8 @@ from fastasr.benchmarks.case import (
     parameters,
     upstream_module,
 )
-from fastasr.ops.zipformer_attention_weights import definition
+
+definition = ops.zipformer_attention_weights.definition
 
 QUERY_DIM, POS_DIM = 32, 4
 

@@ -308,7 +308,7 @@ def _tensor(op, a, known: set[str]) -> Iterator[str]:
     yield f'    _op.wrong_tensor("{name}", {name})'
     if a.kind == "constant":
         yield f'if {name}.requires_grad:\n    _op.fail("{name}", "a constant", "a tensor that requires a gradient")'
-    sizes = ", ".join(f'"{size}": {size}' for size in sorted(known & a.pattern.names))
+    sizes = ", ".join(f'"{size}": {size}' for size in sorted(known & a.pattern.mentioned))
     yield from a.pattern.check(known, name, f'_op.wrong_shape("{name}", {name}, {{{sizes}}})')
     if name != leader:
         yield f'if {name}.device != {leader}.device:\n    _op.wrong_device("{name}", {name}, {leader})'

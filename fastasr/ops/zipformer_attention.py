@@ -10,172 +10,63 @@ backward pass computes the scores again from the inputs: nothing else is kept.
 Memory traffic: x, R and v once; read again from the caches by every block of queries.
 """
 
+from typing import Annotated
+
 import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 
-from fastasr.ops import _check
-from fastasr.ops._dispatch import KernelFamily, direct, native_kernels, served, triton_kernels
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
-from fastasr.ops.zipformer_attention_weights import check_arguments
-from fastasr.ops.zipformer_attention_weights import definition as weights_definition
-
-NAME = "zipformer_attention"
-
-
-# --------------------------------------------------------------------------- definition
-def definition(
-    x: Tensor,
-    pos: Tensor | None,
-    value: Tensor,
-    num_heads: int,
-    query_head_dim: int,
-    *,
-    value_heads: int | None = None,
-    key_padding_mask: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    chunk_size: int = -1,
-    left_context_chunks: int = -1,
-    cached_key: Tensor | None = None,
-) -> Tensor:
-    """The formula in eager PyTorch: the weights, then their product with the values."""
-    weights = weights_definition(
-        x, pos, num_heads, query_head_dim,
-        key_padding_mask=key_padding_mask, attn_mask=attn_mask, chunk_size=chunk_size,
-        left_context_chunks=left_context_chunks, cached_key=cached_key,
-    )  # fmt: skip
-    heads = num_heads if value_heads is None else value_heads
-    return weighted(weights[:heads], value)
-
-
-def weighted(weights: Tensor, value: Tensor) -> Tensor:
-    """W (heads, B, T, S), value (S, B, heads * dv) -> (T, B, heads * dv)."""
-    heads = weights.shape[0]
-    keys, batch, channels = value.shape
-    value = value.reshape(keys, batch, heads, channels // heads).permute(2, 1, 0, 3)
-    return torch.matmul(weights, value).permute(2, 1, 0, 3).flatten(2)
-
-
-# --------------------------------------------------------------------------- kernels
-FAMILY = KernelFamily(NAME, (NAME,), (native_kernels(NAME), triton_kernels(NAME)))
-
-
-def _by_position(
-    x, pos, value, cached_key, key_padding_mask, attn_mask, heads, dim, value_heads, chunk, left_chunks
-):
-    """:func:`definition` with the registered op's arguments."""
-    return definition(
-        x, pos, value, heads, dim, value_heads=value_heads, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
-        chunk_size=chunk, left_context_chunks=left_chunks, cached_key=cached_key,
-    )  # fmt: skip
-
-
-def forward(
-    x, pos, value, cached_key, key_padding_mask, attn_mask, heads, dim, value_heads, chunk, left_chunks
-):
-    """y without autograd, by the best kernel for x."""
-    tensors = (x, pos, value, cached_key, key_padding_mask, attn_mask)
-    numbers = (heads, dim, value_heads, chunk, left_chunks)
-    kernels = FAMILY.kernels(x)
-    if kernels is None:
-        return _by_position(*tensors, *numbers)
-    return kernels.forward(*_contiguous(*tensors), *numbers)
-
-
-def backward(grad, x, pos, value, cached_key, key_padding_mask, attn_mask, *numbers):
-    """(dx, dpos, dvalue, dcached_key) without autograd, by the best kernel for x; no elements for an argument that is
-    None."""
-    kernels = FAMILY.kernels(x)
-    if kernels is not None:
-        tensors = _contiguous(grad, x, pos, value, cached_key, key_padding_mask, attn_mask)
-        return kernels.backward(*tensors, *numbers)
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, pos, value, cached_key)]
-    with torch.enable_grad():
-        out = _by_position(*leaves, key_padding_mask, attn_mask, *numbers)
-    grads = iter(torch.autograd.grad(out, [t for t in leaves if t is not None], grad))
-    return tuple(x.new_empty(0) if t is None else next(grads) for t in leaves)
-
-
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.contiguous() for t in tensors)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, pos, value, cached_key, key_padding_mask, attn_mask, *numbers):
-        ctx.save_for_backward(x, pos, value, cached_key, key_padding_mask, attn_mask)
-        ctx.numbers = numbers
-        return forward(x, pos, value, cached_key, key_padding_mask, attn_mask, *numbers)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        refuse_double_backward(NAME)
-        return _needed(ctx, backward(grad, *ctx.saved_tensors, *ctx.numbers))
-
-
-def _needed(ctx, grads):
-    needed = (g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False))
-    return *needed, *(None,) * (2 + len(ctx.numbers))
-
-
-# --------------------------------------------------------------------------- registration
-def _fake_forward(x, pos, value, *rest) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[1], value.shape[2])
-
-
-def _fake_backward(grad, x, pos, value, cached_key, *rest):
-    return tuple(x.new_empty((0,) if t is None else t.shape) for t in (x, pos, value, cached_key))
-
-
-_TENSORS = (
-    "Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, Tensor? key_padding_mask, Tensor? attn_mask"
+from fastasr.ops._op import op
+from fastasr.ops.zipformer_attention_weights import (
+    AttentionMask,
+    CachedKey,
+    ChunkSize,
+    Count,
+    LeftContext,
+    PaddingMask,
+    Positions,
+    Projection,
+    zipformer_attention_weights,
 )
-_NUMBERS = "int num_heads, int query_head_dim, int value_heads, int chunk_size, int left_context_chunks"
 
-_BACKWARD_OP = register(
-    f"{NAME}_backward(Tensor grad, {_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    backward,
-    _fake_backward,
+_FORWARD = (
+    "x pos value cached_key key_padding_mask attn_mask "
+    "num_heads query_head_dim (value_heads or num_heads) chunk_size left_context_chunks"
 )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.numbers = inputs[6:]
+def _value_heads(op, a) -> None:
+    heads = a.value_heads or a.num_heads
+    if heads > a.num_heads:
+        op.fail("value_heads", f"an int in 1..{a.num_heads}", heads)
+    if a.value.shape[2] % heads:
+        keys, batch, _ = a.value.shape
+        op.fail("value", f"shape ({keys}, {batch}, a multiple of {heads})", tuple(a.value.shape))
 
 
-def _op_backward(ctx, grad: Tensor):
-    return _needed(ctx, _BACKWARD_OP(grad, *ctx.saved_tensors, *ctx.numbers))
-
-
-def _autocast(dtype: torch.dtype, x, pos, value, cached_key, *rest):
-    return *cast(dtype, x, pos, value, cached_key), *rest
-
-
-_OP = register(
-    f"{NAME}({_TENSORS}, {_NUMBERS}) -> Tensor",
-    forward,
-    _fake_forward,
-    setup_context=_setup_context,
-    backward=_op_backward,
-    autocast=_autocast,
+@op(
+    "cpu triton",
+    one_dtype="x pos value cached_key",
+    autocast="one dtype",
+    forward=_FORWARD,
+    backward=f"grad {_FORWARD} -> x pos value cached_key",
+    fast_strides="x pos value cached_key key_padding_mask attn_mask",
+    check=_value_heads,
+    summary="the values weighted by it, without the weights in memory",
 )
-
-
-# --------------------------------------------------------------------------- public function
 def zipformer_attention(
-    x: Tensor,
-    pos: Tensor | None,
-    value: Tensor,
-    num_heads: int,
-    query_head_dim: int,
+    x: Projection,
+    pos: Positions,
+    value: Annotated[Tensor, "T+L B E"],
+    num_heads: Count,
+    query_head_dim: Count,
     *,
-    value_heads: int | None = None,
-    key_padding_mask: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    chunk_size: int = -1,
-    left_context_chunks: int = -1,
-    cached_key: Tensor | None = None,
-) -> Tensor:
+    value_heads: Count | None = None,
+    key_padding_mask: PaddingMask = None,
+    attn_mask: AttentionMask = None,
+    chunk_size: ChunkSize = -1,
+    left_context_chunks: LeftContext = -1,
+    cached_key: CachedKey = None,
+) -> Annotated[Tensor, "T B E", "x"]:
     """softmax_j(q[i]·k[j] + p[i]·pos[T−1−i+j]) · value, without the weights in memory.
 
     Args:
@@ -190,29 +81,12 @@ def zipformer_attention(
         TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
         ValueError: shapes or devices do not match; a number is out of range.
     """
-    keys = check_arguments(
-        NAME, x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, chunk_size, left_context_chunks,
-        cached_key,
+    weights = zipformer_attention_weights.definition(
+        x, pos, num_heads, query_head_dim,
+        key_padding_mask=key_padding_mask, attn_mask=attn_mask, chunk_size=chunk_size,
+        left_context_chunks=left_context_chunks, cached_key=cached_key,
     )  # fmt: skip
-    heads = num_heads if value_heads is None else value_heads
-    _check.integer(NAME, "value_heads", heads)
-    if not 1 <= heads <= num_heads:
-        raise ValueError(f"fastasr.{NAME}: value_heads: expected an int in 1..{num_heads}, got {heads}")
-    dtype = autocast_dtype(x)
-    _check.floating_tensor(NAME, "value", value)
-    _check.same_device(NAME, "value", value, x, "x")
-    if value.dtype != x.dtype and dtype is None:
-        raise TypeError(f"fastasr.{NAME}: value: expected dtype {x.dtype} (that of x), got {value.dtype}")
-    ok = value.dim() == 3 and tuple(value.shape[:2]) == (keys, x.shape[1]) and value.shape[2] % heads == 0
-    _check.shape(NAME, "value", value, f"({keys}, {x.shape[1]}, a multiple of {heads})", ok)
-    tensors = (x, pos, value, cached_key, key_padding_mask, attn_mask)
-    numbers = (num_heads, query_head_dim, heads, chunk_size, left_context_chunks)
-    if not direct(*tensors):
-        return (_OP if served(NAME, x) else _by_position)(*tensors, *numbers)
-    if FAMILY.kernels(x) is None:
-        return _by_position(*tensors, *numbers)
-    if dtype is not None:
-        tensors = (*cast(dtype, *tensors[:4]), *tensors[4:])
-    if is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:4]):
-        return _Attention.apply(*tensors, *numbers)
-    return forward(*tensors, *numbers)
+    weights = weights[:value_heads]
+    heads = len(weights)
+    value = value.reshape(*value.shape[:2], heads, value.shape[2] // heads).permute(2, 1, 0, 3)
+    return torch.matmul(weights, value).permute(2, 1, 0, 3).flatten(2)

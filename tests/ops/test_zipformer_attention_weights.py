@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fastasr.ops import zipformer_attention_weights
-from fastasr.ops.zipformer_attention_weights import definition
 
 INF, NAN = float("inf"), float("nan")
 MASKS = ("none", "padding", "all padding", "chunks", "mask")
@@ -41,7 +40,7 @@ def test_extreme_scores(dtype, masks):
             weights = zipformer_attention_weights(**call)
             wide = {k: v.double() if k in ("x", "pos") else v for k, v in call.items()}
             torch.testing.assert_close(
-                weights.double(), definition(**wide), rtol=0, equal_nan=True,
+                weights.double(), zipformer_attention_weights.definition(**wide), rtol=0, equal_nan=True,
                 atol={torch.float64: 1e-14, torch.float32: 1e-2, torch.bfloat16: 2e-2}[dtype],
                 msg=lambda text, at=(frames, value, name, channel): f"{at}: {text}",
             )  # fmt: skip

@@ -1,25 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of zipformer_attention: those of the weights, with values."""
 
-from fastasr.ops.zipformer_attention import definition
 from fastasr.testing.samples import zipformer_attention_weights as weights
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 _PENALTY = ("score_penalty", "score_limit")
-
-
-def _registered(a: dict) -> tuple:
-    return (
-        a["x"],
-        a["pos"],
-        a["value"],
-        *(a.get(name) for name in ("cached_key", "key_padding_mask", "attn_mask")),
-        a["num_heads"],
-        a["query_head_dim"],
-        a["num_heads"] if a.get("value_heads") is None else a["value_heads"],
-        a.get("chunk_size", -1),
-        a.get("left_context_chunks", -1),
-    )
 
 
 def _valued(make: Make, arguments: dict, heads: int | None = None, dim: int = 3) -> dict:
@@ -65,10 +50,6 @@ def _with(**arguments):
     return call
 
 
-def _valued_call(make: Make, invalid: Invalid) -> dict:
-    return invalid.arguments(make) | {"value": make.normal(5, 2, 6)}
-
-
 def _random(make: Make, shape) -> dict:
     arguments = {k: v for k, v in weights._random(make, shape).items() if k not in _PENALTY}
     heads = shape.choice((None, 1, arguments["num_heads"]))
@@ -77,8 +58,6 @@ def _random(make: Make, shape) -> dict:
 
 TABLE = OpTable(
     op="zipformer_attention",
-    definition=definition,
-    registered=_registered,
     samples=(
         *(
             _sample(s)
@@ -112,20 +91,8 @@ TABLE = OpTable(
         ),
     ),
     invalid=(
-        *(
-            Invalid(i.name, lambda m, i=i: _valued_call(m, i), i.error, i.match)
-            for i in weights.TABLE.invalid
-            if i.match not in _PENALTY
-        ),
-        Invalid("value lacks a key", _with(value=lambda m: m.normal(4, 2, 6)), ValueError, "value"),
         Invalid("value does not divide", _with(value=lambda m: m.normal(5, 2, 7)), ValueError, "value"),
-        Invalid(
-            "value in another dtype", _with(value=lambda m: m.normal(5, 2, 6).double()), TypeError, "value"
-        ),
-        Invalid("value is None", _with(value=None), TypeError, "value"),
         Invalid("values of three heads", _with(value_heads=3), ValueError, "value_heads"),
-        Invalid("values of no head", _with(value_heads=0), ValueError, "value_heads"),
-        Invalid("value_heads is a float", _with(value_heads=1.0), TypeError, "value_heads"),
     ),
     unread=("value",),  # of hidden keys
     random=_random,

@@ -7,7 +7,7 @@ import torch
 
 from fastasr.kernels import _rel_position_tiles as rel_position_tiles
 from fastasr.kernels import zipformer_attention_weights as kernels
-from fastasr.ops.zipformer_attention_weights import definition
+from fastasr.ops import zipformer_attention_weights
 from fastasr.testing.tolerance import compare
 
 NAMES = ("weights", "dx", "dpos", "dcached_key")
@@ -52,7 +52,7 @@ def _run(tensors, numbers, masks, window, penalty, grad):
 
 def _expected(tensors, numbers, masks, window, penalty, grad, dtype):
     leaves = [None if t is None else t.to(dtype).requires_grad_() for t in tensors]
-    weights = definition(
+    weights = zipformer_attention_weights.definition(
         *leaves[:2], *numbers, cached_key=leaves[2], key_padding_mask=masks[0], attn_mask=masks[1],
         chunk_size=window[0], left_context_chunks=window[1], score_penalty=penalty[0], score_limit=penalty[1],
     )  # fmt: skip
