@@ -20,8 +20,6 @@ from fastasr.benchmarks.rows import Row
 from fastasr.ops.balancer_gradient import definition as balancer_gradient_definition
 from fastasr.ops.bias_norm import definition as bias_norm_definition
 from fastasr.ops.complex_ema_scan import definition as complex_ema_scan_definition
-from fastasr.ops.conv_spatial_gate import definition as conv_spatial_gate_definition
-from fastasr.ops.depthwise_conv_residual import definition as depthwise_conv_residual_definition
 from fastasr.ops.ema_scan import definition as ema_scan_definition
 from fastasr.ops.linear_activation import definition as linear_activation_definition
 from fastasr.ops.nonlin_attention import definition as nonlin_attention_definition
@@ -140,13 +138,13 @@ def table(device: str = "cpu") -> dict[str, Tiny]:
         ),
         "conv_spatial_gate": Tiny(
             (torch.randn(1, 2, 2 * channels, device=device), scale, bias, weight[:, :3].contiguous()),
-            conv_spatial_gate_definition,
+            ops.conv_spatial_gate.definition,
             ops.conv_spatial_gate,
-            lambda x, nw, nb, w: registered.conv_spatial_gate(x, nw, nb, w, None, None, 1e-5, 0),
+            registered.conv_spatial_gate,
         ),
         "depthwise_conv_residual": Tiny(
             (torch.randn(1, 2, channels, device=device), weight[:, :3].contiguous(), bias),
-            depthwise_conv_residual_definition,
+            ops.depthwise_conv_residual.definition,
             ops.depthwise_conv_residual,
             registered.depthwise_conv_residual,
         ),

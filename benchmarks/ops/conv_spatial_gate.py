@@ -22,7 +22,6 @@ from fastasr.benchmarks.case import (
     parameters,
     simple,
 )
-from fastasr.ops.conv_spatial_gate import definition
 
 EPS = 1e-12
 
@@ -48,8 +47,8 @@ def _make(shape, taps: int, device: str, dtype: torch.dtype):
         return lambda *tensors: function(*tensors, EPS)
 
     return {
-        "eager": lambda: simple(call(definition), *inputs),
-        "compile": lambda: simple(call(compiled(definition)), *inputs),
+        "eager": lambda: simple(call(ops.conv_spatial_gate.definition), *inputs),
+        "compile": lambda: simple(call(compiled(ops.conv_spatial_gate.definition)), *inputs),
         "upstream": lambda: _upstream(*inputs),
         "fastasr": lambda: simple(call(ops.conv_spatial_gate), *inputs),
     }

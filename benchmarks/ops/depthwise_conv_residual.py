@@ -22,7 +22,6 @@ from fastasr.benchmarks.case import (
     parameters,
     simple,
 )
-from fastasr.ops.depthwise_conv_residual import definition
 
 
 def _upstream(x, weight, bias) -> Implementation:
@@ -40,8 +39,8 @@ def _make(shape, taps: int, device: str, dtype: torch.dtype):
     make = partial(torch.randn, device=device, dtype=dtype)
     inputs = make(shape), 0.3 * make(shape[-1], 1, taps), make(shape[-1])
     return {
-        "eager": lambda: simple(definition, *inputs),
-        "compile": lambda: simple(compiled(definition), *inputs),
+        "eager": lambda: simple(ops.depthwise_conv_residual.definition, *inputs),
+        "compile": lambda: simple(compiled(ops.depthwise_conv_residual.definition), *inputs),
         "upstream": lambda: _upstream(*inputs),
         "fastasr": lambda: simple(ops.depthwise_conv_residual, *inputs),
     }
