@@ -18,7 +18,7 @@ template <typename T>
 DepthwiseConvResidual<T> checked(const Tensor& x, const Tensor& weight, const Optional& bias, const char* op) {
   using C = cpu::compute_t<T>;
   STD_TORCH_CHECK(x.dim() == 3 && x.size(2) > 0, op, ": x is not (B, T, C)");
-  STD_TORCH_CHECK(x.stride(2) == 1 || !x.numel(), op, ": the channels of x are not contiguous");
+  STD_TORCH_CHECK(x.stride(2) == 1 || x.size(2) == 1 || !x.numel(), op, ": the channels of x are not contiguous");
   const int64_t channels = x.size(2);
   check_taps<T>(weight, channels, op);
   if (bias) check_vector<T>(*bias, channels, op, "bias");
