@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 import fastasr
+from fastasr.audio import recordings
 from fastasr.benchmarks.environment import stamp
-from fastasr.demo import audio
 from fastasr.models.mega import MEGADecoder
 
 BOUNDARY = 0  # before the first and after the last character; also the padding
@@ -57,10 +57,10 @@ class CharacterModel(torch.nn.Module):
 def sentences(text: Path | None, cache: Path) -> list[str]:
     if text is not None:
         return [line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
-    reason = audio.fetch_prompts(cache, print)
+    reason = recordings.fetch_prompts(cache, print)
     if reason:
         raise SystemExit(f"the transcripts cannot be fetched here: {reason}; use --text FILE")
-    return list(audio.prompt_transcripts(cache).values())
+    return list(recordings.prompt_transcripts(cache).values())
 
 
 def batches(lines: list[list[int]], size: int, seed: int):

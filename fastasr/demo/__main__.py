@@ -44,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         print(f"error: the demo needs {', '.join(missing)}: pip install 'fastasr[demo]'", file=sys.stderr)
         return 2
+    from fastasr.audio.recordings import NoAudio
     from fastasr.benchmarks.upstream import MissingUpstream
-    from fastasr.demo.audio import NoAudio
     from fastasr.demo.run import run
 
     try:

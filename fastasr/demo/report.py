@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fastasr.benchmarks import page, plots
-from fastasr.demo.run import COMPILED, FASTASR, UPSTREAM, Story, replaced_by_class
+from fastasr.demo.story import COMPILED, FASTASR, UPSTREAM, Story, replaced_by_class
 
 COLOURS = {UPSTREAM: "upstream", COMPILED: "compile", FASTASR: "fastasr"}
 FLOOR = 1e-9  # errors below it are drawn on it

@@ -10,21 +10,19 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import fastasr
+from fastasr.audio import features, recordings
 from fastasr.benchmarks import environment, upstream
-from fastasr.benchmarks.harness import Timing, interleave, wait_until_idle
+from fastasr.benchmarks.harness import interleave, wait_until_idle
 from fastasr.benchmarks.table import duration, times
-from fastasr.demo import audio, features
 from fastasr.demo.stages import Stages
-from fastasr.swap.report import kernel_names
+from fastasr.demo.story import COMPILED, FASTASR, UPSTREAM, Story, replaced_by_class
 
-UPSTREAM, COMPILED, FASTASR = "upstream as shipped", "upstream, torch.compile", "fastasr"
 PLAIN_WIDTH = 120  # of a pipe or a file
 RESTORED_SHOWN = 5
 EXCERPT = (400, 360)  # frames of two utterances, verified; of two lengths, so that one is padded
@@ -35,27 +33,6 @@ class CompileTimeout(BaseException):
     """torch.compile took longer than the demo waits. Not an Exception: the compiler's own handlers let it
     pass.
     """
-
-
-@dataclass
-class Story:
-    """What the demo found out, for the report."""
-
-    speech: audio.Speech
-    features: torch.Tensor
-    lengths: torch.Tensor
-    size: str
-    parameters: int
-    swap: fastasr.SwapReport
-    difference: float = 0.0
-    first_calls: dict[str, float] = field(default_factory=dict)  # seconds
-    timings: dict[str, Timing] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    stamp: dict = field(default_factory=dict)
-
-    @property
-    def audio_seconds(self) -> float:
-        return sum(clip.seconds for clip in self.speech.utterances)
 
 
 @contextlib.contextmanager
@@ -82,9 +59,11 @@ def _forward(model, inputs: tuple):
         return model(*inputs)[0]
 
 
-def _speech(stages: Stages, options: argparse.Namespace) -> tuple[audio.Speech, torch.Tensor, torch.Tensor]:
+def _speech(
+    stages: Stages, options: argparse.Namespace
+) -> tuple[recordings.Speech, torch.Tensor, torch.Tensor]:
     with stages.stage("Speech"):
-        speech = audio.load(
+        speech = recordings.load(
             options.audio, options.cache, options.seconds, stages.say, only_generated=options.generated
         )
         stages.say(f"source: {speech.source}")
@@ -234,15 +213,6 @@ def excerpt_of(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, to
     """The beginnings of the first utterances of the batch."""
     frames = torch.minimum(lengths[: len(EXCERPT)], torch.tensor(EXCERPT[: len(lengths)]))
     return x[: len(frames), : int(frames.max())], frames
-
-
-def replaced_by_class(report: fastasr.SwapReport) -> dict[tuple[str, str], int]:
-    """(class, kernels) -> how many modules were replaced."""
-    found: dict[tuple[str, str], int] = {}
-    for row in report.replaced:
-        key = (row.class_name, kernel_names(row))
-        found[key] = found.get(key, 0) + 1
-    return found
 
 
 def merge(report: fastasr.SwapReport, checked: fastasr.SwapReport) -> None:

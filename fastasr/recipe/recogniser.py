@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fastasr import decoding
-from fastasr.demo.features import resample
+from fastasr.audio.features import resample
 from fastasr.models import zipformer
 from fastasr.recipe import checkpoints, sizes, speech
 from fastasr.recipe.transducers import Transducer

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from fastasr.demo import audio
-from fastasr.demo.features import resample
-from fastasr.streaming.features import FbankStream
+from fastasr.audio import features, recordings
+from fastasr.audio.features import resample
 
 RATE = 8000
 BINS = 40
@@ -54,21 +53,20 @@ def read_wav(path):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
-    clip = audio.read(path)
+    clip = recordings.read(path)
     if clip.rate <= 0 or len(clip.samples) < clip.rate * 0.03:
         raise ValueError(f"{path}: the recording is empty ({len(clip.samples)} samples at {clip.rate} Hz)")
     return clip
 
 
 def fbank(samples, rate=RATE, bins=BINS):
-    """(frames, bins): 25 ms windows every 10 ms, no dither, up to 200 Hz below Nyquist."""
-    stream = features_of_stream(rate, bins)
-    return torch.cat([stream.accept(samples), stream.finish()])
+    """(frames, bins): the recipe's features of a recording."""
+    return features.fbank(samples, rate, bins, HIGH_FREQ)
 
 
 def features_of_stream(rate=RATE, bins=BINS):
     """The recipe's features of samples as they come, each frame once."""
-    return FbankStream(rate, bins, HIGH_FREQ)
+    return features.FbankStream(rate, bins, HIGH_FREQ)
 
 
 def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None):
@@ -118,18 +116,18 @@ def _named(names):
 def _clips(cache, folder, say):
     if folder is not None:
         try:
-            return audio.from_folder(Path(folder), say)
-        except audio.NoAudio as error:
+            return recordings.from_folder(Path(folder), say)
+        except recordings.NoAudio as error:
             raise NoSpeech(str(error).replace("--audio", "--speech")) from None
-    reason = audio.fetch_prompts(Path(cache), say)
+    reason = recordings.fetch_prompts(Path(cache), say)
     if reason:
         raise NoSpeech(f"the prompts cannot be fetched here: {reason}; use --speech FOLDER")
-    words = audio.prompt_transcripts(Path(cache))
-    root, clips = Path(cache) / audio.PROMPTS, []
+    words = recordings.prompt_transcripts(Path(cache))
+    root, clips = Path(cache) / recordings.PROMPTS, []
     for path in sorted(root.rglob("*.wav")):
         name = path.relative_to(root).with_suffix("").as_posix()
         if name in words:
-            clip = audio.read(path)
+            clip = recordings.read(path)
             clip.name, clip.text = name, words[name]
             clips.append(clip)
     return clips

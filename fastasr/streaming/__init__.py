@@ -7,10 +7,11 @@
 ``StreamingRecognizer`` makes words of it. See docs/streaming.md.
 """
 
+from fastasr.audio.features import FbankStream
 from fastasr.streaming.backend import Backend, EagerBackend
 from fastasr.streaming.cuda_graph import CudaGraphBackend
 from fastasr.streaming.encoder import EngineReport, StreamingEncoder
-from fastasr.streaming.features import FbankStream, StreamFeatures, utterance_chunks
+from fastasr.streaming.features import StreamFeatures, utterance_chunks
 from fastasr.streaming.recognise import recognise
 from fastasr.streaming.recogniser import EndpointRules, Result, StreamingRecognizer
 

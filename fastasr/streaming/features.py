@@ -5,48 +5,8 @@ import collections
 
 import torch
 
+from fastasr.audio.features import HIGH_FREQ, FbankStream
 from fastasr.decoding.chunks import RIGHT_CONTEXT, SILENCE, FeatureChunks
-
-HIGH_FREQ = -400.0  # Hz from Nyquist, in icefall's recipes
-
-
-class FbankStream:
-    """Log-mel filterbanks of kaldi-native-fbank, each frame once: 25 ms windows every 10 ms, no dither, the window's
-    middle in the frame's. What has been given is dropped, so an endless stream takes no more memory than a short one.
-    """
-
-    def __init__(self, rate=16000, bins=80, high_freq=HIGH_FREQ):
-        try:
-            import kaldi_native_fbank
-        except ImportError as error:
-            raise ImportError(
-                "features need kaldi-native-fbank: pip install 'fastasr[demo]', or give step() features"
-            ) from error
-        options = kaldi_native_fbank.FbankOptions()
-        options.frame_opts.samp_freq = rate
-        options.frame_opts.dither = 0.0
-        options.frame_opts.snip_edges = False
-        options.mel_opts.num_bins = bins
-        options.mel_opts.high_freq = high_freq
-        self._computer = kaldi_native_fbank.OnlineFbank(options)
-        self._rate, self._bins, self._given = rate, bins, 0
-
-    def accept(self, samples):
-        """The frames (n, bins) that are complete with these samples, (n,) in [-1, 1]."""
-        self._computer.accept_waveform(self._rate, samples.tolist())
-        return self._new()
-
-    def finish(self):
-        """The last frames, whose windows reach beyond the end."""
-        self._computer.input_finished()
-        return self._new()
-
-    def _new(self):
-        ready = self._computer.num_frames_ready
-        frames = [torch.from_numpy(self._computer.get_frame(i).copy()) for i in range(self._given, ready)]
-        self._computer.pop(ready - self._given)
-        self._given = ready
-        return torch.stack(frames) if frames else torch.zeros(0, self._bins)
 
 
 class StreamFeatures:

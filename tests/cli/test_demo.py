@@ -17,9 +17,10 @@ pytest.importorskip("kaldi_native_fbank")
 pytest.importorskip("rich")
 from rich.console import Console
 
+from fastasr.audio import features, recordings
+from fastasr.audio.recordings import Clip
 from fastasr.demo import __main__ as command
-from fastasr.demo import audio, features, run, stages
-from fastasr.demo.audio import Clip
+from fastasr.demo import run, stages
 
 
 def quiet(_: str) -> None:
@@ -74,7 +75,7 @@ def test_a_folder_of_recordings(tmp_path):
     (tmp_path / "deep" / "a.txt").write_text("one tone\n")
     (tmp_path / "b.wav").write_bytes(b"not a recording")
     said = []
-    clips = audio.from_folder(tmp_path, said.append)
+    clips = recordings.from_folder(tmp_path, said.append)
     assert [(c.name, c.rate, c.text, len(c.samples)) for c in clips] == [("a", 8000, "one tone", 8000)]
     assert torch.allclose(clips[0].samples, tone(8000), atol=1e-3)
     assert len(said) == 1
@@ -84,7 +85,7 @@ def test_a_folder_of_recordings(tmp_path):
 def test_flac_by_soundfile(tmp_path):
     soundfile = pytest.importorskip("soundfile")
     soundfile.write(str(tmp_path / "a.flac"), tone(16000).numpy(), 16000)
-    assert torch.allclose(audio.read(tmp_path / "a.flac").samples, tone(16000), atol=1e-3)
+    assert torch.allclose(recordings.read(tmp_path / "a.flac").samples, tone(16000), atol=1e-3)
 
 
 @pytest.mark.parametrize("folder", ["empty", "absent"])
@@ -96,29 +97,29 @@ def test_a_folder_without_recordings_is_refused(tmp_path, folder, capsys):
 
 def test_transcripts():
     text = "; comment\n\nhello: Hello, caller: one.\nbeep: [a beep]\nempty:\n"
-    assert audio.transcripts(text) == {"hello": "Hello, caller: one."}
+    assert recordings.transcripts(text) == {"hello": "Hello, caller: one."}
 
 
 def test_utterances_are_whole_clips_with_pauses():
     clips = [Clip(str(i), tone(8000, 1.0 + i / 4), 8000, f"word{i}") for i in range(6)]
     clips.append(Clip("other rate", tone(16000), 16000))
-    utterances = audio.joined(clips, seconds=4.0, count=4)
+    utterances = recordings.joined(clips, seconds=4.0, count=4)
     assert len(utterances) == 4
     assert all(1.0 <= u.seconds <= 4.0 for u in utterances)
     assert "other rate" not in " ".join(u.name for u in utterances)
-    again = audio.joined(clips, seconds=4.0, count=4)
+    again = recordings.joined(clips, seconds=4.0, count=4)
     assert [u.name for u in again] == [u.name for u in utterances]
 
 
 def test_a_single_long_recording_is_cut():
-    utterances = audio.joined([Clip("long", tone(8000, 9.0), 8000)], seconds=2.0, count=4)
+    utterances = recordings.joined([Clip("long", tone(8000, 9.0), 8000)], seconds=2.0, count=4)
     assert [u.seconds for u in utterances] == [2.0] * 4
 
 
 def test_the_generated_signal_is_reproducible_and_has_pauses():
-    clip = audio.generated(3.0, 16000, seed=1)
-    assert torch.equal(clip.samples, audio.generated(3.0, 16000, seed=1).samples)
-    assert not torch.equal(clip.samples, audio.generated(3.0, 16000, seed=2).samples)
+    clip = recordings.generated(3.0, 16000, seed=1)
+    assert torch.equal(clip.samples, recordings.generated(3.0, 16000, seed=1).samples)
+    assert not torch.equal(clip.samples, recordings.generated(3.0, 16000, seed=2).samples)
     assert clip.samples.abs().max() <= 0.61
     energy = clip.samples[: 16000 * 3].reshape(-1, 400).square().mean(1)
     assert energy.max() > 100 * energy.min()
@@ -133,21 +134,21 @@ def fake_tools(folder: Path, apt: str, dpkg: str = "exit 0") -> None:
 def test_prompts_are_fetched_and_kept(tmp_path, monkeypatch):
     """The way through apt-get and dpkg, with stand-ins for both."""
     cache, made = tmp_path / "cache", tmp_path / "made"
-    write_wav(made / audio.PROMPTS / "hello.wav", tone(8000, 1.5), 8000)
-    write_wav(made / audio.PROMPTS / "beep.wav", tone(8000, 1.5), 8000)
-    write_wav(made / audio.PROMPTS / "click.wav", tone(8000, 0.2), 8000)
-    (made / audio.TRANSCRIPTS).parent.mkdir(parents=True)
+    write_wav(made / recordings.PROMPTS / "hello.wav", tone(8000, 1.5), 8000)
+    write_wav(made / recordings.PROMPTS / "beep.wav", tone(8000, 1.5), 8000)
+    write_wav(made / recordings.PROMPTS / "click.wav", tone(8000, 0.2), 8000)
+    (made / recordings.TRANSCRIPTS).parent.mkdir(parents=True)
     words = "hello: Hello.\nbeep: [a beep]\nclick: Click.\n"
-    (made / audio.TRANSCRIPTS).write_bytes(gzip.compress(words.encode()))
-    download = f'for p in {" ".join(audio.PACKAGES)}; do : > "${{p}}_1_all.deb"; done'
+    (made / recordings.TRANSCRIPTS).write_bytes(gzip.compress(words.encode()))
+    download = f'for p in {" ".join(recordings.PACKAGES)}; do : > "${{p}}_1_all.deb"; done'
     (tmp_path / "bin").mkdir()
     fake_tools(tmp_path / "bin", download, f'cp -r {made}/. "$3"')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    speech = audio.load(None, cache, 2.0, quiet)
+    speech = recordings.load(None, cache, 2.0, quiet)
     assert "asterisk-core-sounds-en-wav" in speech.source
     assert [u.text for u in speech.utterances] == ["Hello."] * 4
     fake_tools(tmp_path / "bin", "exit 1")
-    assert audio.fetch_prompts(cache, quiet) == "", "what is there is not fetched again"
+    assert recordings.fetch_prompts(cache, quiet) == "", "what is there is not fetched again"
 
 
 def test_without_a_download_the_signal_is_generated_and_it_says_so(tmp_path, monkeypatch):
@@ -155,7 +156,7 @@ def test_without_a_download_the_signal_is_generated_and_it_says_so(tmp_path, mon
     fake_tools(tmp_path / "bin", 'echo "E: Unable to locate package" >&2; exit 100')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     said = []
-    speech = audio.load(None, tmp_path / "cache", 1.0, said.append)
+    speech = recordings.load(None, tmp_path / "cache", 1.0, said.append)
     assert "generated" in speech.source
     assert "Unable to locate package" in speech.source
     assert any("no recordings to be had" in message for message in said)
@@ -163,7 +164,7 @@ def test_without_a_download_the_signal_is_generated_and_it_says_so(tmp_path, mon
 
 def test_without_apt_the_reason_is_given(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert audio.fetch_prompts(tmp_path / "cache", quiet) == "there is no apt-get on this system"
+    assert recordings.fetch_prompts(tmp_path / "cache", quiet) == "there is no apt-get on this system"
 
 
 # --- stages

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastasr.demo import audio, features
+from fastasr.audio import features, recordings
 
 VOCABULARY = 64
 CONFIG = {
@@ -47,7 +47,7 @@ def model(**changes):
 
 def batch(cache: Path):
     """Features and characters of prompts as tokens; of a generated signal and random tokens where there are none."""
-    speech = audio.load(None, cache, 2.0, lambda text: None, count=3)
+    speech = recordings.load(None, cache, 2.0, lambda text: None, count=3)
     x, lengths = features.batch(speech.utterances)
     tokens = []
     for index, clip in enumerate(speech.utterances):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speech for the demo: a folder of one's own, Debian's telephone prompts, or a generated signal.
+"""Recorded speech: a folder of one's own, Debian's telephone prompts, or a generated signal.
 
 The prompts are the packages asterisk-core-sounds-en-wav (one professional voice, 8 kHz, CC-BY-SA 3.0) and
 asterisk-core-sounds-en (their transcripts). ``apt-get download`` and ``dpkg -x`` need no root.

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-mel filterbanks as Zipformer recipes compute them (kaldi-native-fbank), and resampling."""
+
+import math
+
+import torch
+
+from fastasr.audio.recordings import Clip
+
+RATE = 16000
+HIGH_FREQ = -400.0  # Hz from Nyquist, in icefall's recipes
+WIDTH = 24  # zero crossings of the resampling filter on each side
+ROLLOFF = 0.95  # of the lower Nyquist frequency
+
+
+class FbankStream:
+    """Log-mel filterbanks of kaldi-native-fbank, each frame once: 25 ms windows every 10 ms, no dither, the window's
+    middle in the frame's. What has been given is dropped, so an endless stream takes no more memory than a short one.
+    """
+
+    def __init__(self, rate=RATE, bins=80, high_freq=HIGH_FREQ):
+        try:
+            import kaldi_native_fbank
+        except ImportError as error:
+            raise ImportError(
+                "features need kaldi-native-fbank: pip install 'fastasr[demo]', or give step() features"
+            ) from error
+        options = kaldi_native_fbank.FbankOptions()
+        options.frame_opts.samp_freq = rate
+        options.frame_opts.dither = 0.0
+        options.frame_opts.snip_edges = False
+        options.mel_opts.num_bins = bins
+        options.mel_opts.high_freq = high_freq
+        self._computer = kaldi_native_fbank.OnlineFbank(options)
+        self._rate, self._bins, self._given = rate, bins, 0
+
+    def accept(self, samples):
+        """The frames (n, bins) that are complete with these samples, (n,) in [-1, 1]."""
+        self._computer.accept_waveform(self._rate, samples.tolist())
+        return self._new()
+
+    def finish(self):
+        """The last frames, whose windows reach beyond the end."""
+        self._computer.input_finished()
+        return self._new()
+
+    def _new(self):
+        ready = self._computer.num_frames_ready
+        frames = [torch.from_numpy(self._computer.get_frame(i).copy()) for i in range(self._given, ready)]
+        self._computer.pop(ready - self._given)
+        self._given = ready
+        return torch.stack(frames) if frames else torch.zeros(0, self._bins)
+
+
+def fbank(samples, rate=RATE, bins=80, high_freq=HIGH_FREQ):
+    """(frames, bins): the features of a whole recording."""
+    stream = FbankStream(rate, bins, high_freq)
+    return torch.cat([stream.accept(samples), stream.finish()])
+
+
+def batch(clips: list[Clip]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features ``[B, T, 80]``, padded with the floor of the logarithm as recipes do, and their lengths."""
+    features = [fbank(resample(clip.samples, clip.rate)) for clip in clips]
+    padded = torch.nn.utils.rnn.pad_sequence(features, batch_first=True, padding_value=math.log(1e-10))
+    return padded, torch.tensor([len(f) for f in features])
+
+
+def resample(samples: torch.Tensor, rate: int, wanted: int = RATE) -> torch.Tensor:
+    """Band-limited interpolation from ``rate`` to ``wanted`` Hz: a Hann-windowed sinc in ``wanted / gcd``
+    phases.
+
+    Output sample ``m`` is the sum over ``n`` of x[n] h(m / wanted - n / rate), h(t) = c sinc(c t) hann(t) /
+    rate with the cut-off c at ``ROLLOFF`` of the lower rate. Length: ceil(len * wanted / rate). What was
+    recorded at 8 kHz has nothing above 4 kHz after it either; the upper mel bins then hold the floor of the
+    logarithm.
+    """
+    if rate == wanted:
+        return samples
+    divisor = math.gcd(rate, wanted)
+    down, up = rate // divisor, wanted // divisor
+    cutoff = ROLLOFF * min(rate, wanted)
+    reach = math.ceil(WIDTH * rate / cutoff)  # input samples on each side
+    taps = torch.arange(-reach, down + reach + 1, dtype=torch.float64)
+    times = torch.arange(up, dtype=torch.float64)[:, None] / up * down - taps  # in input samples
+    scaled = times * cutoff / rate
+    window = torch.cos(math.pi * scaled.clamp(-WIDTH, WIDTH) / WIDTH / 2) ** 2
+    bank = (torch.sinc(scaled) * window * cutoff / rate).to(samples.dtype)
+    length = math.ceil(len(samples) * up / down)
+    blocks = math.ceil(length / up)
+    padded = torch.nn.functional.pad(samples, (reach, blocks * down + down + reach - len(samples)))
+    phases = torch.nn.functional.conv1d(padded[None, None], bank[:, None], stride=down)  # [1, up, blocks]
+    return phases[0].T.reshape(-1)[:length]
