@@ -29,13 +29,14 @@ NATIVE_SOURCES += rebuild
 endif
 endif
 
-.PHONY: rebuild help install demo test test-long test-cpp test-cpp-long bench lint fuzz clean distclean
+.PHONY: rebuild help install demo test test-long test-cpp test-cpp-long bench docs lint fuzz clean distclean
 
 help:
 	@echo "make demo       a Zipformer on real speech: upstream against fastasr, with a report"
 	@echo "make test       C++ tests under sanitizers, fuzzing, the Python suite"
 	@echo "make test-long  make test, thread sanitizer, long sweeps"
 	@echo "make bench      measure; rows, plots and a page in bench-report/"
+	@echo "make docs       the documentation as a site, in build/site"
 	@echo "make lint       ruff and clang-format"
 	@echo "make fuzz N=... SEED=...   random valid and invalid calls of every op"
 	@echo "make clean      delete build products (distclean: .venv too)"
@@ -69,19 +70,23 @@ $(STAMPS)/lint: $(STAMPS)/torch scripts/constraints.txt
 	$(PINNED) ruff clang-format
 	touch $@
 
+$(STAMPS)/docs: $(STAMPS)/torch scripts/constraints.txt
+	$(PINNED) mkdocs-material mkdocstrings-python
+	touch $@
+
 install: $(STAMPS)/fastasr $(STAMPS)/peers
 
 # --------------------------------------------------------------------------- the two commands
 demo: install
 	$(PY) -m fastasr.demo $(ARGS)
 
-test: test-cpp install
+test: test-cpp install $(STAMPS)/docs
 	@echo "== fuzzing"
 	$(PY) -m fastasr.testing.fuzz -n 2000 --seed $(SEED)
 	@echo "== Python tests"
 	source $(STAMPS)/build.env; scripts/python_tests.sh $(PY) "not long" $(ARGS)
 
-test-long: test-cpp test-cpp-long install
+test-long: test-cpp test-cpp-long install $(STAMPS)/docs
 	$(PY) -m fastasr.testing.fuzz -n 100000 --seed $(SEED)
 	source $(STAMPS)/build.env; scripts/python_tests.sh $(PY) "long or not long" $(ARGS)
 
@@ -103,6 +108,9 @@ fuzz: install
 
 bench: install
 	$(VENV)/bin/fastasr bench $(ARGS)
+
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 lint: $(STAMPS)/lint
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The API reference of the site: mkdocs calls ``on_files``, mkdocstrings writes the pages from the docstrings."""
+
+import ast
+import logging
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+# It warns where __all__ is computed and where one line of a docstring describes two arguments.
+logging.getLogger("mkdocs.plugins.griffe").setLevel(logging.ERROR)
+
+
+def public_names(package: Path) -> list[str]:
+    """The names of ``__all__`` in ``package/__init__.py``; the public modules where ``__all__`` is not a list of strings."""
+    for node in ast.parse((package / "__init__.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            items = getattr(node.value, "elts", [None])
+            if all(isinstance(item, ast.Constant) for item in items):
+                return [item.value for item in items]
+            return sorted(file.stem for file in package.glob("[!_]*.py"))
+    return []
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the page ``api/<package>.md`` for every package of fastasr that defines ``__all__``."""
+    for init in sorted((ROOT / "fastasr").rglob("__init__.py")):
+        package = ".".join(init.parent.relative_to(ROOT).parts)
+        if names := public_names(init.parent):
+            parts = [f"# {package}", f"::: {package}\n    options: {{show_root_heading: false, members: false}}"]
+            parts += [f"::: {package}.{name}" for name in names if not (init.parent / name).is_dir()]
+            files.append(File.generated(config, f"api/{package}.md", content="\n\n".join(parts)))
+    return files
