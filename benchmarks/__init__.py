@@ -8,5 +8,5 @@
 - ``limits``: what the machine can do (copy bandwidth, GEMM rate), measured once per run;
 - ``ops/``, ``models/``, ``dispatch``: what is measured;
 - ``runner``: runs suites and resumes an interrupted run;
-- ``plots``, ``page``, ``readme_table``: what is made of the rows.
+- ``plots``, ``page``, ``markdown``: what is made of the rows.
 """

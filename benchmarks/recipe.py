@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastasr.benchmarks.environment import stamp
+from fastasr.benchmarks.markdown import put
 from fastasr.benchmarks.models import recipe_step
 from fastasr.benchmarks.plots import png, pyplot
-from fastasr.benchmarks.readme_table import put
 from fastasr.benchmarks.rows import Row, read_all
 from fastasr.benchmarks.swapped_training import moved_by_one_rounding, summary
 from fastasr.recipe import checkpoints, recogniser, sizes, speech, training

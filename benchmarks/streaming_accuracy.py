@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fastasr.benchmarks.environment import stamp
-from fastasr.benchmarks.readme_table import put
+from fastasr.benchmarks.markdown import put
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ("fp32", "bf16", "int8")

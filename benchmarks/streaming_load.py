@@ -22,11 +22,11 @@ import torch
 
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.environment import stamp
+from fastasr.benchmarks.markdown import put
 from fastasr.benchmarks.models import streaming_peers
 from fastasr.benchmarks.models.transcribe import LEFT_CONTEXT
 from fastasr.benchmarks.models.zipformer_streaming import PADDING
 from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, png, pyplot
-from fastasr.benchmarks.readme_table import put
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("engine fp32", "engine bf16", "engine int8", streaming_peers.SCRIPTED, streaming_peers.ONNX)

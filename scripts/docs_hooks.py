@@ -14,7 +14,7 @@ logging.getLogger("mkdocs.plugins.griffe").setLevel(logging.ERROR)
 
 
 def public_names(package: Path) -> list[str]:
-    """The names of ``__all__`` in ``package/__init__.py``; the public modules where ``__all__`` is not a list of strings."""
+    """The names of ``__all__`` in ``package/__init__.py``, or the public modules where it is not a list of strings."""
     for node in ast.parse((package / "__init__.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
             items = getattr(node.value, "elts", [None])
@@ -29,7 +29,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for init in sorted((ROOT / "fastasr").rglob("__init__.py")):
         package = ".".join(init.parent.relative_to(ROOT).parts)
         if names := public_names(init.parent):
-            parts = [f"# {package}", f"::: {package}\n    options: {{show_root_heading: false, members: false}}"]
+            parts = [
+                f"# {package}",
+                f"::: {package}\n    options: {{show_root_heading: false, members: false}}",
+            ]
             parts += [f"::: {package}.{name}" for name in names if not (init.parent / name).is_dir()]
             files.append(File.generated(config, f"api/{package}.md", content="\n\n".join(parts)))
     return files

@@ -22,8 +22,8 @@ import torch
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import BOTH, Report, Settings
 from fastasr.benchmarks.harness import LoadMeter, Timing, interleave, peak_bytes
+from fastasr.benchmarks.markdown import NONE_YET, conditions
 from fastasr.benchmarks.models.unit import FASTASR, UPSTREAM
-from fastasr.benchmarks.readme_table import NONE_YET, conditions
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import duration, units
 

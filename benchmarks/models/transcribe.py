@@ -17,8 +17,8 @@ import torch
 from fastasr import decoding
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import Report, Settings
+from fastasr.benchmarks.markdown import NONE_YET, conditions
 from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, measure_unit
-from fastasr.benchmarks.readme_table import NONE_YET, conditions
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import duration, times, units
 from fastasr.streaming import StreamingEncoder, utterance_chunks

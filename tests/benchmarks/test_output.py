@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is made of rows: text, plots, the HTML page, the README's table."""
+"""What is made of rows: text, plots, the HTML page, tables in Markdown."""
 
+import dataclasses
 import re
 import sys
 from html.parser import HTMLParser
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastasr.benchmarks import curves, page, plots, readme_table, rows, table
+from fastasr.benchmarks import curves, markdown, page, plots, rows, table
 
 sys.path.insert(0, str(Path(__file__).parent))
 import synthetic
@@ -22,17 +23,11 @@ def made():
 
 
 @pytest.fixture
-def checkout(tmp_path, made):
-    """A README with markers and a folder of results."""
-    (tmp_path / "results").mkdir()
-    rows.write(tmp_path / "results" / "cpu.jsonl", made)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# title\n\n{readme_table.START}\nold\n{readme_table.END}\n\nafter\n")
-    return tmp_path
-
-
-def run_readme(checkout, *more) -> int:
-    return readme_table.main([str(checkout / "README.md"), "--results", str(checkout / "results"), *more])
+def readme(tmp_path):
+    """A page with markers."""
+    path = tmp_path / "README.md"
+    path.write_text(f"# title\n\n{markdown.START}\nold\n{markdown.END}\n\nafter\n")
+    return path
 
 
 def test_units_and_ratios(made):
@@ -80,47 +75,57 @@ def test_the_page_is_one_file(made, tmp_path):
     assert "2.50×" in text
 
 
-def test_the_readme_table_is_written_and_checked(checkout):
-    assert run_readme(checkout, "--check") == 1
-    assert run_readme(checkout) == 0
-    assert run_readme(checkout, "--check") == 0
-    text = (checkout / "README.md").read_text()
+def test_a_table_is_put_between_the_markers_and_checked(readme, made):
+    assert markdown.put(readme, markdown.table(made), check=True) == 1
+    assert "old" in readme.read_text()
+    assert markdown.put(readme, markdown.table(made), check=False) == 0
+    assert markdown.put(readme, markdown.table(made), check=True) == 0
+    text = readme.read_text()
     assert text.startswith("# title\n")
     assert text.endswith("after\n")
     assert "old" not in text
     assert "| zipformer (whole model), whole model | – | – | 1231 ms | 800 ms | 1.54× |" in text
     assert "| `swoosh_l` 4x1600x512, forward | 5 ms | 3 ms | 2.5 ms | 1 ms | 2.50× | 90 % |" in text
-    assert "replacing only its linear layers brings 1.23×; the other kernels 1.25×" in text
+    assert "its linear layers brings 1.23×; the other kernels bring 1.25×" in text
     assert "| `swoosh_l` | 1.5 µs (7.5 µs) | 1.5 µs (7.5 µs) |" in text
-    head, details = text.split("<details>")
-    assert "stack 0" not in head
-    assert "stack 0" in details
+    assert "stack 0" in text
 
 
-def test_new_rows_are_noticed(checkout, made):
-    run_readme(checkout)
+def test_new_rows_are_noticed(readme, made):
+    markdown.put(readme, markdown.table(made), check=False)
     made[0].median_ms = 6.0
-    rows.write(checkout / "results" / "cpu.jsonl", made)
-    assert run_readme(checkout, "--check") == 1
+    assert markdown.put(readme, markdown.table(made), check=True) == 1
 
 
-def test_without_rows_the_readme_says_so(checkout):
-    (checkout / "results" / "cpu.jsonl").unlink()
-    assert run_readme(checkout) == 0
-    assert "No measurements yet" in (checkout / "README.md").read_text()
+def test_without_rows_the_table_says_so():
+    assert markdown.table([]) == markdown.whole_models([]) == markdown.NONE_YET
 
 
-def test_a_readme_without_markers_is_refused(checkout, capsys):
-    (checkout / "README.md").write_text("# title\n")
-    assert run_readme(checkout) == 2
-    assert readme_table.START in capsys.readouterr().err
+def test_a_page_without_markers_is_refused(readme):
+    readme.write_text("# title\n")
+    with pytest.raises(ValueError, match=re.escape(markdown.START)):
+        markdown.put(readme, "", check=False)
 
 
-def test_the_committed_readme_says_what_the_rows_say():
-    readme = readme_table.ROOT / "README.md"
-    if not readme.exists():
-        pytest.skip("this installation has no README")
-    assert readme_table.main([str(readme), "--check"]) == 0
+def test_the_table_of_whole_models_takes_the_machine_with_most_of_them(made):
+    name, shape, case = markdown.HEADLINES[0]
+    model = [dataclasses.replace(r, shape=shape) for r in made if (r.name, r.case) == (name, case)]
+    other = [dataclasses.replace(r, device_name="another", median_ms=1.0) for r in model]
+    training = dataclasses.replace(
+        model[0], name=markdown.HEADLINES[3][0], shape=markdown.HEADLINES[3][1], case=markdown.HEADLINES[3][2]
+    )
+    text = markdown.whole_models([*other, *made, *model, training])
+    assert f"| {name} ({shape}), {case} | 1231 ms | – | 800 ms | 1.54× | – |" in text
+    assert "another" not in text
+    assert "swoosh" not in text
+
+
+def test_every_headline_is_a_committed_row():
+    results = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+    if not results.exists():
+        pytest.skip("this installation has no committed rows")
+    found = {(row.name, row.shape, row.case) for row in rows.read_all(results.glob("*.jsonl"))}
+    assert set(markdown.HEADLINES) - found == set()
 
 
 def test_curves_over_the_length(tmp_path):

@@ -23,4 +23,6 @@ def test_the_site_builds_without_a_warning(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert 'id="fastasr.accelerate"' in (tmp_path / "api" / "fastasr.html").read_text(encoding="utf-8")
-    assert 'id="fastasr.ops.bypass.bypass"' in (tmp_path / "api" / "fastasr.ops.html").read_text(encoding="utf-8")
+    assert 'id="fastasr.ops.bypass.bypass"' in (tmp_path / "api" / "fastasr.ops.html").read_text(
+        encoding="utf-8"
+    )

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 from tiny_runs import TINY, trainer
 
 from fastasr.benchmarks import recipe
-from fastasr.benchmarks.readme_table import END, START
+from fastasr.benchmarks.markdown import END, START
 from fastasr.recipe import checkpoints
 
 

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Markdown tables of benchmark rows, and the place between two markers of a page where a generated block stands."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastasr.benchmarks.rows import Row
+from fastasr.benchmarks.table import Unit, duration, percent, times, units
+
+START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+COLUMNS = {
+    "eager": "eager",
+    "compile": "`torch.compile`",
+    "upstream": "upstream",
+    "fastasr": "**fastasr**",
+}
+NONE_YET = "No measurements yet: `make bench` writes them."
+HEADLINES = (  # name, shape, case: the rows of the README's table, where its machine has them
+    ("zipformer", "medium 4x1600x80", "whole model"),
+    ("zipformer", "medium 1x6000x80", "whole model"),
+    ("zipformer", "medium 4x1600x80", "whole model, autocast(bfloat16)"),
+    ("zipformer_training", "medium 4x800x80", "training step"),
+    ("streaming_engine", "medium 8 streams, left context 128", "one chunk of 32"),
+    ("mega", "default 4x200", "whole model"),
+    ("pruned_transducer", "4x400x60x5x512, V=500", "whole path"),
+    ("e_branchformer", "512 4x400", "layer"),
+    ("emformer", "base 4x400", "segment 16, right 4"),
+    ("emformer_rnnt", "base 4x50", "predictor"),
+)
+
+
+def _label(unit: Unit) -> str:
+    first = unit.first
+    if first.suite == "models":
+        pass_ = "" if first.pass_ == "forward" else f", {first.pass_}"
+        return f"{first.name} ({first.shape}), {first.case}{pass_}"
+    dtype = "" if first.dtype == "float32" else f", {first.dtype}"
+    return f"`{first.name}` {first.case}, {first.pass_}{dtype}"
+
+
+def _limit(unit: Unit) -> str:
+    row = unit.row("fastasr")
+    return percent(row.fraction_of_limit if row else None)
+
+
+def _times_lines(found: Sequence[Unit], columns: Sequence[str] = tuple(COLUMNS)) -> list[str]:
+    lines = [
+        f"| | {' | '.join(COLUMNS[name] for name in columns)} | gain | of the machine's limit |",
+        "|---|" + "---:|" * (len(columns) + 2),
+    ]
+    for unit in found:
+        cells = [duration(unit.median(name)) for name in columns]
+        gain = times(unit.ratio("upstream") or unit.ratio("eager"))
+        lines.append(f"| {_label(unit)} | " + " | ".join([*cells, gain, _limit(unit)]) + " |")
+    return lines
+
+
+def _linear_lines(found: Sequence[Unit]) -> list[str]:
+    """How much of a model's gain the linear layers alone bring."""
+    lines = []
+    for unit in found:
+        alone, both = unit.ratio("upstream", "upstream+linear"), unit.ratio("upstream")
+        if unit.first.case == "whole model" and alone and both:
+            lines.append(
+                f"- {_label(unit)}: {times(both)} over upstream as shipped. Replacing only its linear layers "
+                f"brings {times(alone)}; the other kernels bring {times(both / alone)}."
+            )
+    return ["", *lines] if lines else []
+
+
+def _dispatch_lines(found: Sequence[Unit]) -> list[str]:
+    """Microseconds of a call on a tiny tensor: an op per line, a pass per column, eager in brackets."""
+    passes = list(dict.fromkeys(unit.first.pass_ for unit in found))
+    by_cell = {(unit.first.name, unit.first.pass_): unit for unit in found}
+    lines = [
+        "",
+        "Cost of a call on a tiny tensor, fastasr (eager formula):",
+        "",
+        "| op | " + " | ".join(passes) + " |",
+        "|---" * (len(passes) + 1) + "|",
+    ]
+    for name in dict.fromkeys(unit.first.name for unit in found):
+        made = (by_cell.get((name, pass_)) for pass_ in passes)
+        cells = (
+            f"{duration(u.median('fastasr'))} ({duration(u.median('eager'))})" if u else "–" for u in made
+        )
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return lines
+
+
+def conditions(rows: Sequence[Row]) -> str:
+    """Where and with what the rows of one machine were measured."""
+    first = max(rows, key=lambda row: row.date)
+    commits = sorted({row.commit for row in rows})
+    versions = f"torch {first.torch}" + (f", CUDA {first.cuda}" if first.cuda else "")
+    return (
+        f"**{first.device_name}**, {first.threads} threads, {versions}, Python {first.python}; "
+        f"commit {', '.join(commits)}; {first.date[:10]}. Medians of interleaved repetitions."
+    )
+
+
+def _by_machine(rows: Sequence[Row]) -> list[list[Row]]:
+    names = dict.fromkeys(row.device_name for row in rows)
+    return [[row for row in rows if row.device_name == name] for name in names]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """All rows, machine by machine: models and ops, what the linear layers bring, the cost of a call."""
+    blocks = []
+    for measured in _by_machine(rows):
+        found = units(measured)
+        timed = [unit for suite in ("models", "ops") for unit in found if unit.first.suite == suite]
+        dispatched = [unit for unit in found if unit.first.suite == "dispatch"]
+        lines = [conditions(measured), ""]
+        lines += [*_times_lines(timed), *_linear_lines(timed)] if timed else []
+        blocks.append("\n".join(lines + (_dispatch_lines(dispatched) if dispatched else [])))
+    return "\n\n".join(blocks) or NONE_YET
+
+
+def whole_models(rows: Sequence[Row]) -> str:
+    """The README's table: ``HEADLINES`` on the machine that has most of them."""
+    columns = ("upstream", "compile", "fastasr")
+
+    def headlines(measured: Sequence[Row]) -> list[Unit]:
+        found = units(row for row in measured if row.suite == "models")
+        return [u for key in HEADLINES for u in found if (u.first.name, u.first.shape, u.first.case) == key]
+
+    shown = max(map(headlines, _by_machine(rows)), key=len, default=[])
+    if not shown:
+        return NONE_YET
+    where = conditions([row for unit in shown for row in unit.rows])
+    return "\n".join([*_times_lines(shown, columns), "", where])
+
+
+def replaced(text: str, block: str, start: str = START, end: str = END) -> str:
+    """``text`` with ``block`` between the markers. Raises ``ValueError`` unless there is exactly one pair of them."""
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"expected one {start} and after it one {end}")
+    return f"{text.split(start)[0]}{start}\n{block}\n{end}{text.split(end)[1]}"
+
+
+def put(page: Path, block: str, check: bool, start: str = START, end: str = END) -> int:
+    """Puts ``block`` between the page's markers; with ``check`` only compares. Returns 1, and says so, when ``check``
+    finds a difference, else 0. Raises ``ValueError`` and ``OSError`` for a page that cannot be used."""
+    text = page.read_text(encoding="utf-8")
+    made = replaced(text, block, start, end)
+    if made == text:
+        return 0
+    if check:
+        print(f"{page} is not what the results say; run this without --check", file=sys.stderr)
+        return 1
+    page.write_text(made, encoding="utf-8")
+    return 0

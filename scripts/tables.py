@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the generated tables of the README and of docs/, each between the markers of its page.
+
+    python scripts/tables.py [--check]
+
+Measured tables come from benchmarks/results, the tables of ops from the ops' declarations. ``--check`` changes
+nothing and ends with 1 when a page does not say what they say.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastasr import ops
+from fastasr.benchmarks import curves
+from fastasr.benchmarks.markdown import put, table, whole_models
+from fastasr.benchmarks.models import recipe_step, transcribe
+from fastasr.benchmarks.rows import Row, read_all
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+OPS_MARKERS = "<!-- ops:start -->", "<!-- ops:end -->"
+ELSEWHERE = {
+    transcribe.NAME: "decoding.md",
+    recipe_step.NAME: "training.md",
+}  # pages with a table of another form
+
+
+def op_page(name: str) -> Path:
+    """The op's page has the name of the op's file."""
+    return DOCS / "ops" / f"{getattr(ops, name).__module__.rpartition('.')[2]}.md"
+
+
+def measured(rows: Sequence[Row]) -> dict[Path, str]:
+    """Page -> its measured table. A row stands on the page of its op or model, else in docs/benchmarks.md."""
+    pages: dict[Path, list[Row]] = {op_page(name): [] for name in sorted(ops.NAMES)}
+    pages |= {
+        path: [] for path in sorted((DOCS / "models").glob("*.md")) if "bench:start" in path.read_text()
+    }
+    pages |= {DOCS / "benchmarks.md": []}
+    for row in rows:
+        page = op_page(row.name) if row.suite == "ops" else DOCS / "models" / f"{row.name}.md"
+        if row.name not in ELSEWHERE and not row.case.startswith(curves.PREFIX):
+            pages[page if row.suite != "dispatch" and page in pages else DOCS / "benchmarks.md"].append(row)
+    made = {page: table(found) for page, found in pages.items()}
+    made[DOCS / "decoding.md"] = transcribe.table([row for row in rows if row.name == transcribe.NAME])
+    made[ROOT / "README.md"] = whole_models(rows)
+    return made
+
+
+def op_rows(links: str) -> str:
+    """A line per op: name, what it computes, its page under the folder ``links``."""
+    lines = ["| op | computes | page |", "|---|---|---|"]
+    for name in sorted(ops.NAMES, key=lambda name: (op_page(name).stem, name)):
+        page = op_page(name)
+        function = getattr(ops, name)
+        summary = (
+            function.op.summary
+            if hasattr(function, "op")
+            else function.__doc__.partition("\n")[0].rstrip(".")
+        )
+        summary = summary.replace("``", "`")
+        lines.append(f"| `{name}` | {summary} | [{page.stem}]({links}ops/{page.name}) |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compare only")
+    check = parser.parse_args(arguments).check
+    if missing := [str(page) for page in map(op_page, ops.NAMES) if not page.exists()]:
+        print(f"missing: {', '.join(missing)}", file=sys.stderr)
+        return 1
+    rows = read_all(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
+    found = [put(page, block, check) for page, block in measured(rows).items()]
+    found += [put(ROOT / "README.md", op_rows("docs/"), check, *OPS_MARKERS)]
+    found += [put(DOCS / "index.md", op_rows(""), check, *OPS_MARKERS)]
+    return max(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
