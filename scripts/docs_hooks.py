@@ -14,12 +14,18 @@ logging.getLogger("mkdocs.plugins.griffe").setLevel(logging.ERROR)
 
 
 def public_names(package: Path) -> list[str]:
-    """The names of ``__all__`` in ``package/__init__.py``, or the public modules where it is not a list of strings."""
-    for node in ast.parse((package / "__init__.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-            items = getattr(node.value, "elts", [None])
+    """What ``__all__`` of ``package/__init__.py`` names of its imports, or the public modules where it is computed.
+    A name that it hands on in another way has its page where it is defined."""
+    body = ast.parse((package / "__init__.py").read_text(encoding="utf-8")).body
+    imports = [
+        statement for statement in ast.walk(ast.Module(body, [])) if isinstance(statement, ast.ImportFrom)
+    ]
+    imported = {alias.asname or alias.name for statement in imports for alias in statement.names}
+    for statement in body:
+        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") == "__all__":
+            items = getattr(statement.value, "elts", [None])
             if all(isinstance(item, ast.Constant) for item in items):
-                return [item.value for item in items]
+                return [item.value for item in items if item.value in imported]
             return sorted(file.stem for file in package.glob("[!_]*.py"))
     return []
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastasr import ops
 from fastasr.benchmarks import curves
-from fastasr.benchmarks.markdown import put, table, whole_models
+from fastasr.benchmarks.markdown import put, table
 from fastasr.benchmarks.models import recipe_step, transcribe
 from fastasr.benchmarks.rows import Row, read_all
 
@@ -45,7 +45,6 @@ def measured(rows: Sequence[Row]) -> dict[Path, str]:
             pages[page if row.suite != "dispatch" and page in pages else DOCS / "benchmarks.md"].append(row)
     made = {page: table(found) for page, found in pages.items()}
     made[DOCS / "decoding.md"] = transcribe.table([row for row in rows if row.name == transcribe.NAME])
-    made[ROOT / "README.md"] = whole_models(rows)
     return made
 
 
@@ -76,7 +75,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     rows = read_all(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
     found = [put(page, block, check) for page, block in measured(rows).items()]
-    found += [put(ROOT / "README.md", op_rows("docs/"), check, *OPS_MARKERS)]
     found += [put(DOCS / "index.md", op_rows(""), check, *OPS_MARKERS)]
     return max(found)
 
