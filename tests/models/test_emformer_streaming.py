@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import fastasr
-from fastasr.models import emformer, emformer_streaming
+from fastasr.models import emformer
+from fastasr.models.emformer import packed_step, stream
 
 LIMIT = 5e-6  # of the rms of each result, against float64
 
@@ -38,7 +39,7 @@ def _segment(layer, streams=2, right=2, past=9, lengths=None):
     state = [torch.randn(n, streams, dim) for n in rows]
     state.append(torch.full((1, streams), past, dtype=torch.int32))
     lengths = torch.full((streams,), frames) if lengths is None else torch.tensor(lengths)
-    shared = emformer._Step(layer, frames, streams, lengths, state[3], x.device)
+    shared = stream.Step(layer, frames, streams, lengths, state[3], x.device)
     return x[:frames], x[frames:], state, torch.randn(min(1, memory), streams, dim), shared
 
 
@@ -54,11 +55,11 @@ def _wide(segment):
 
 
 def _by_operations(layer):
-    return lambda *segment: emformer._infer_by_operations(layer, *segment)
+    return lambda *segment: stream.infer_by_operations(layer, *segment)
 
 
 def _step(layer, segment):
-    return emformer_streaming.step(layer, *segment, _by_operations(layer))
+    return packed_step.step(layer, *segment, _by_operations(layer))
 
 
 def _assert_close(got, expected):
@@ -72,7 +73,7 @@ def _assert_close(got, expected):
 def _served(layer, segment):
     """What the native call gives; it has to serve."""
     out = _step(layer, segment)
-    assert out is not None, emformer_streaming.why_not(layer)
+    assert out is not None, packed_step.why_not(layer)
     return out
 
 
@@ -89,7 +90,7 @@ def test_a_segment(options, dim, heads, streams, right):
         got = _served(layer, segment)
         _assert_close(got, _by_operations(exact)(*_wide(segment)))
         state = list(segment[2])
-        y, block, state, mems = emformer._infer(layer, *segment[:2], state, *segment[3:])
+        y, block, state, mems = stream.infer_segment(layer, *segment[:2], state, *segment[3:])
         assert all(torch.equal(a, b) for a, b in zip((y, block, mems, *state), got, strict=True))
 
 
@@ -125,7 +126,7 @@ def test_changes_are_seen():
     layer.load_state_dict(_layer(activation="gelu").state_dict())
     _assert_close(_served(layer, segment), _by_operations(layer)(*segment))
     layer.layer_norm_input.weight.data.add_(1.0)
-    emformer_streaming.forget(layer)
+    packed_step.forget(layer)
     _assert_close(_served(layer, segment), _by_operations(layer)(*segment))
     other = copy.deepcopy(layer)
     other.layer_norm_output.bias.add_(1.0)
@@ -142,7 +143,7 @@ def test_what_is_declined():
         seen = []
         hook = layer.pos_ff[2].register_forward_hook(lambda *a: seen.append(1))
         assert _step(layer, segment) is None
-        emformer._infer(layer, *segment[:2], list(segment[2]), *segment[3:])
+        stream.infer_segment(layer, *segment[:2], list(segment[2]), *segment[3:])
         assert seen == [1]
         hook.remove()
         _served(layer, segment)
@@ -172,16 +173,16 @@ def test_a_submodule_that_computes_something_else_is_called():
     segment = _segment(layer)
     layer.pos_ff[2] = torch.nn.Tanh().eval()
     assert _step(layer, segment) is None
-    assert "pos_ff" in emformer_streaming.why_not(layer)
+    assert "pos_ff" in packed_step.why_not(layer)
     layer.pos_ff[2] = torch.nn.GELU(approximate="tanh").eval()
     assert _step(layer, segment) is None
-    assert "approximate" in emformer_streaming.why_not(layer)
+    assert "approximate" in packed_step.why_not(layer)
     layer.pos_ff[2] = torch.nn.GELU().eval()
     _served(layer, segment)
     layer.memory_op = torch.nn.AvgPool1d(1, 1).eval()
     assert _step(layer, segment) is None
-    assert emformer_streaming.why_not(layer) == "its operations compute something else"
-    emformer._infer(layer, *segment[:2], list(segment[2]), *segment[3:])
+    assert packed_step.why_not(layer) == "its operations compute something else"
+    stream.infer_segment(layer, *segment[:2], list(segment[2]), *segment[3:])
 
 
 @torch.no_grad()
@@ -207,4 +208,4 @@ def test_a_stream_through_swapped_layers():
             found.append([y, *(t for layer in states[i] for t in layer)])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     for model in (ours, theirs):
-        assert [emformer_streaming.why_not(layer) for layer in model.emformer_layers] == ["", ""]
+        assert [packed_step.why_not(layer) for layer in model.emformer_layers] == ["", ""]

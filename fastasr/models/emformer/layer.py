@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer of the Emformer: LayerNorm, attention within segments, feed-forward network, LayerNorm."""
+
+import torch
+from torch import Tensor, nn
+
+from fastasr.models.emformer.parts import ACTIVATIONS, seen_frames
+from fastasr.models.emformer.stream import Step, infer_segment
+from fastasr.models.emformer.utterance import encode_utterance
+
+_HIDDEN = -1e4  # below it e^x is 0 beside any score: what is hidden can be left out
+
+
+class EmformerAttention(nn.Module):
+    """The projections of a layer's attention. Its mathematics are in :class:`EmformerLayer`."""
+
+    def __init__(
+        self,
+        input_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        weight_init_gain: float | None = None,
+        tanh_on_mem: bool = False,
+        negative_inf: float = -1e8,
+    ) -> None:
+        super().__init__()
+        if input_dim % num_heads != 0:
+            raise ValueError(
+                f"EmformerAttention: input_dim: expected a multiple of num_heads ({num_heads}), got {input_dim}"
+            )
+        if negative_inf > _HIDDEN:
+            raise ValueError(
+                f"EmformerAttention: negative_inf: expected at most {_HIDDEN:g} (keys are left out, not weighed "
+                f"down), got {negative_inf}"
+            )
+        self.input_dim = input_dim
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.tanh_on_mem = tanh_on_mem
+        self.negative_inf = negative_inf
+        self.scaling = (input_dim // num_heads) ** -0.5
+        self.emb_to_key_value = nn.Linear(input_dim, 2 * input_dim)
+        self.emb_to_query = nn.Linear(input_dim, input_dim)
+        self.out_proj = nn.Linear(input_dim, input_dim)
+        if weight_init_gain:
+            nn.init.xavier_uniform_(self.emb_to_key_value.weight, gain=weight_init_gain)
+            nn.init.xavier_uniform_(self.emb_to_query.weight, gain=weight_init_gain)
+
+
+class EmformerLayer(nn.Module):
+    """LayerNorm, segment attention, feed-forward network, LayerNorm, with residuals."""
+
+    def __init__(
+        self,
+        input_dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        segment_length: int,
+        dropout: float = 0.0,
+        activation: str = "relu",
+        left_context_length: int = 0,
+        max_memory_size: int = 0,
+        weight_init_gain: float | None = None,
+        tanh_on_mem: bool = False,
+        negative_inf: float = -1e8,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"EmformerLayer: activation: expected one of {tuple(ACTIVATIONS)}, got {activation!r}"
+            )
+        self.attention = EmformerAttention(
+            input_dim, num_heads, dropout, weight_init_gain, tanh_on_mem, negative_inf
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.memory_op = nn.AvgPool1d(kernel_size=segment_length, stride=segment_length, ceil_mode=True)
+        self.pos_ff = nn.Sequential(
+            nn.LayerNorm(input_dim),
+            nn.Linear(input_dim, ffn_dim),
+            ACTIVATIONS[activation](),
+            nn.Dropout(dropout),
+            nn.Linear(ffn_dim, input_dim),
+            nn.Dropout(dropout),
+        )
+        self.layer_norm_input = nn.LayerNorm(input_dim)
+        self.layer_norm_output = nn.LayerNorm(input_dim)
+        self.left_context_length = left_context_length
+        self.segment_length = segment_length
+        self.max_memory_size = max_memory_size
+        self.input_dim = input_dim
+        self.use_mem = max_memory_size > 0
+
+    def forward(
+        self,
+        utterance: Tensor,
+        lengths: Tensor,
+        right_context: Tensor,
+        mems: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One layer over whole utterances.
+
+        Args:
+            utterance: (T, B, D). lengths: (B,), valid frames.
+            right_context: (n R, B, D), a block of R frames for each of the n segments.
+            mems: (n - 1, B, D), or without elements where the layer has no memory.
+            attention_mask: what upstream builds; the windows of the segments say the same, so it is not read.
+        Returns:
+            The encoded utterance and right context, and the memory for the next layer.
+        """
+        frames, batch, _ = utterance.shape
+        seen = seen_frames(lengths, frames) if batch > 1 else None
+        blocks = right_context.shape[0]
+        y, next_mems = encode_utterance(self, torch.cat([right_context, utterance]), frames, seen, mems)
+        return y[blocks:], y[:blocks], next_mems
+
+    def infer(
+        self,
+        utterance: Tensor,
+        lengths: Tensor,
+        right_context: Tensor,
+        state: list[Tensor] | None,
+        mems: Tensor,
+    ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+        """One layer over one segment of a stream; see :meth:`Emformer.infer`."""
+        past = None if state is None else state[3]
+        step = Step(self, utterance.shape[0], utterance.shape[1], lengths, past, utterance.device)
+        return infer_segment(self, utterance, right_context, state, mems, step)
