@@ -8,10 +8,12 @@ whose first argument is the :class:`Op`.
 """
 
 import linecache
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
+from types import ModuleType
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -315,10 +317,13 @@ class Op:
 
     # ----------------------------------------------------------------------- the written source
     def _compile(self) -> dict:
-        """The source, run. Debuggers and tracebacks find its lines."""
+        """The source, run as a module: torch.compile finds its names there, debuggers and tracebacks its lines."""
         file = f"<fastasr.ops.{self.name}>"
         linecache.cache[file] = len(self.source), None, self.source.splitlines(keepends=True), file
-        space = self._namespace()
+        module = ModuleType(f"fastasr.ops._written_{self.name}")
+        sys.modules[module.__name__] = module
+        space = vars(module)
+        space |= self._namespace()
         exec(compile(self.source, file, "exec"), space)
         space["_apply"] = space[self.class_name].apply
         return space
@@ -332,7 +337,6 @@ class Op:
         parts = (*parts, "fast", "fits", "fast_dtype", "cast")
         space |= {f"_{name}": getattr(self, name) for name in parts}
         return space | {
-            "__name__": self.definition.__module__,
             "_op": self,
             "_part_check": self.check,
             "_declined": self._declined,

@@ -92,6 +92,12 @@ def test_the_operator_has_the_public_signature(name):
         assert a.default_value == (None if p.default is p.empty else default)
 
 
+def test_it_compiles_inside_another_function():
+    x = torch.randn(3, 4)
+    compiled = torch.compile(lambda x: ops.bypass(x, 2 * x, x[0]) + 1, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), ops.bypass(x, 2 * x, x[0]) + 1)
+
+
 @pytest.mark.parametrize("name", ops.OPS)
 def test_the_operator_differentiates_the_formula_where_no_kernel_serves(name):
     table = tables()[name]
