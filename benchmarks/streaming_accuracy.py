@@ -28,7 +28,7 @@ def measure(run, utterances, weights=WEIGHTS, method="greedy", backend=None, str
     """
     from fastasr import decoding
     from fastasr.recipe import recogniser, scoring, sizes
-    from fastasr.streaming import StreamingEncoder, StreamingRecognizer
+    from fastasr.streaming import StreamingEncoder, StreamingRecogniser
 
     loaded = recogniser.load(run)
     said, own = [utterance.text for utterance in utterances], []
@@ -57,7 +57,7 @@ def measure(run, utterances, weights=WEIGHTS, method="greedy", backend=None, str
             bins=loaded.bins,
             backend=backend,
         )
-        reader = StreamingRecognizer(loaded.model, encoder, method, to_text=loaded.units.decode)
+        reader = StreamingRecogniser(loaded.model, encoder, method, to_text=loaded.units.decode)
         texts = []
         for first in range(0, len(utterances), streams):
             texts += _read(reader, utterances[first : first + streams])

@@ -34,7 +34,7 @@ def made(options, streams):
     """(recogniser, what reads recordings of its rate) of ``options``."""
     from fastasr.recipe import recogniser, sizes, speech
     from fastasr.recipe.transducers import Transducer
-    from fastasr.streaming import EndpointRules, StreamingEncoder, StreamingRecognizer
+    from fastasr.streaming import EndpointRules, StreamingEncoder, StreamingRecogniser
 
     loaded = recogniser.load(options.model)
     if isinstance(loaded.model, tuple):
@@ -55,7 +55,7 @@ def made(options, streams):
         high_freq=speech.HIGH_FREQ,
     )
     print(encoder.report, file=sys.stderr)
-    live = StreamingRecognizer(
+    live = StreamingRecogniser(
         loaded.model,
         encoder,
         options.method,

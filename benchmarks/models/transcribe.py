@@ -73,7 +73,7 @@ def _stream(model, features: torch.Tensor) -> Callable[[], object]:
     search = decoding.GreedySearch(model)
 
     def run():
-        encoder, state = decoding.StreamingEncoder(model), search.start()
+        encoder, state = decoding.ChunkEncoder(model), search.start()
         chunks = decoding.FeatureChunks(encoder.chunk_size)
         for chunk in [*chunks.accept(features), *chunks.finish()]:
             state = search.advance(state, encoder(chunk.unsqueeze(0)))

@@ -12,17 +12,20 @@ A search has three methods, and whole utterances go through the same three as st
 once. See docs/decoding.md.
 """
 
+import warnings
+
 from fastasr.decoding.batching import join_states, split_state
 from fastasr.decoding.chunks import FeatureChunks
 from fastasr.decoding.ctc_greedy_search import CtcGreedySearch, ctc_greedy_search
 from fastasr.decoding.ctc_prefix_beam_search import CtcPrefixBeamSearch, ctc_prefix_beam_search
-from fastasr.decoding.encoders import StreamingEncoder, encode
+from fastasr.decoding.encoders import ChunkEncoder, encode
 from fastasr.decoding.greedy_search import GreedySearch, greedy_search
 from fastasr.decoding.modified_beam_search import ModifiedBeamSearch, modified_beam_search
 from fastasr.decoding.results import Decoded
 from fastasr.decoding.rnnt_beam_search import RNNTBeamSearch
 
 __all__ = [
+    "ChunkEncoder",
     "CtcGreedySearch",
     "CtcPrefixBeamSearch",
     "Decoded",
@@ -30,7 +33,6 @@ __all__ = [
     "GreedySearch",
     "ModifiedBeamSearch",
     "RNNTBeamSearch",
-    "StreamingEncoder",
     "ctc_greedy_search",
     "ctc_prefix_beam_search",
     "encode",
@@ -39,3 +41,12 @@ __all__ = [
     "modified_beam_search",
     "split_state",
 ]
+
+_RENAMED = {"StreamingEncoder": "ChunkEncoder"}
+
+
+def __getattr__(name):
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.{name} is now {__name__}.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

@@ -32,7 +32,7 @@ def _ctc_output(model):
     return model.ctc_output
 
 
-class StreamingEncoder:
+class ChunkEncoder:
     """Runs a batch of streams chunk by chunk. Every stream of the batch advances with every chunk.
 
     ``model`` is a causal AsrModel with one chunk size, an OnnxStreamingTransducerModel or an OnnxStreamingCtcModel.

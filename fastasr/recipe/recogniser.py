@@ -35,7 +35,7 @@ class Recogniser:
         search, model, ctc = self._search(method, beam), self._model(method), method.startswith("ctc-")
         if isinstance(model, Transducer):
             return model.stream(ctc), search
-        return decoding.StreamingEncoder(model, ctc=ctc), search
+        return decoding.ChunkEncoder(model, ctc=ctc), search
 
     def _model(self, method):
         return self.model[method.startswith("ctc-")] if isinstance(self.model, tuple) else self.model

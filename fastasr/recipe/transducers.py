@@ -62,7 +62,7 @@ class Transducer(TransducerLoss, CtcLoss, torch.nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def stream(self, ctc=False):
-        """A ``decoding.StreamingEncoder`` of this model for one stream. Raises ValueError where there is none."""
+        """A ``decoding.ChunkEncoder`` of this model for one stream. Raises ValueError where there is none."""
 
     @abc.abstractmethod
     def upstream_encoder(self):
@@ -129,7 +129,7 @@ class EmformerTransducer(Transducer):
 
 
 class EmformerStream:
-    """The chunks of one stream, as ``decoding.StreamingEncoder``: a segment of the Emformer each.
+    """The chunks of one stream, as ``decoding.ChunkEncoder``: a segment of the Emformer each.
 
     A chunk ends with the features of the segment's right context. The next one begins where the segment ends, so the
     front end's cache is that of there.

@@ -11,7 +11,7 @@ from fastasr.decoding.chunks import RIGHT_CONTEXT, SILENCE
 from fastasr.streaming.backend import WEIGHTS, EagerBackend, EncoderPair
 from fastasr.streaming.cuda_graph import CudaGraphBackend
 from fastasr.streaming.features import StreamFeatures, frames_out, with_silence
-from fastasr.streaming.recognise import recognise
+from fastasr.streaming.identify import identify
 
 BACKENDS = ("native", "cuda graph", "eager")
 _PROBE = 3  # chunks on which the error of rounded weights is measured
@@ -61,14 +61,12 @@ class StreamingEncoder:
     Values that are not finite stay in their own stream, until ``reset``.
     """
 
-    def __init__(
-        self, backend, recognised, chunk_size, left_context_frames, max_streams, rate, bins, high_freq
-    ):
+    def __init__(self, backend, found, chunk_size, left_context_frames, max_streams, rate, bins, high_freq):
         self._backend = backend
         self.report = None
         self.chunk_size, self.left_context_frames = chunk_size, left_context_frames
         self.max_streams, self.rate, self.bins = max_streams, rate, bins
-        self.channels = recognised.channels
+        self.channels = found.channels
         self.frames_per_chunk = 2 * chunk_size + RIGHT_CONTEXT
         self._high_freq = high_freq
         self._free = list(range(max_streams - 1, -1, -1))
@@ -118,7 +116,7 @@ class StreamingEncoder:
             raise ValueError(
                 f"StreamingEncoder: backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
             )
-        found = recognise(model, chunk_size, left_context_frames, foreign=backend == "eager")
+        found = identify(model, chunk_size, left_context_frames, foreign=backend == "eager")
         bins = _checked_bins(found, bins)
         pair = _on_device(EncoderPair(found.encoder, found.encoder_embed), device)
         began = time.perf_counter()

@@ -61,15 +61,15 @@ class _Stream:
     finals: list = field(default_factory=list)
 
 
-class StreamingRecognizer:
+class StreamingRecogniser:
     """Greedy or beam search, of the transducer or CTC, over a StreamingEncoder.
 
-        recognizer = StreamingRecognizer(model, encoder, method="beam", to_text=units.decode)
-        stream = recognizer.open()
-        recognizer.push(stream, samples)          # as they come
-        for result in recognizer.advance(): ...   # one chunk of every stream that has one waiting
-        recognizer.end(stream)                    # no more samples
-        recognizer.finish(stream)                 # what is left; the last Result
+        recogniser = StreamingRecogniser(model, encoder, method="beam", to_text=units.decode)
+        stream = recogniser.open()
+        recogniser.push(stream, samples)          # as they come
+        for result in recogniser.advance(): ...   # one chunk of every stream that has one waiting
+        recogniser.end(stream)                    # no more samples
+        recogniser.finish(stream)                 # what is left; the last Result
 
     Args:
         model: has the ``decoder`` and ``joiner`` or the ``ctc_output`` that go with the encoder.
@@ -93,20 +93,20 @@ class StreamingRecognizer:
     ):
         if not isinstance(encoder, StreamingEncoder):
             raise TypeError(
-                f"StreamingRecognizer: encoder must be a StreamingEncoder, got {type(encoder).__name__}"
+                f"StreamingRecogniser: encoder must be a StreamingEncoder, got {type(encoder).__name__}"
             )
         if method not in METHODS:
             raise ValueError(
-                f"StreamingRecognizer: method must be one of {', '.join(METHODS)}, got {method!r}"
+                f"StreamingRecogniser: method must be one of {', '.join(METHODS)}, got {method!r}"
             )
         if model.training:
-            raise ValueError("StreamingRecognizer: the model is in training mode: call model.eval()")
+            raise ValueError("StreamingRecogniser: the model is in training mode: call model.eval()")
         self.encoder = encoder
         self.head = None
         if method.startswith("ctc-"):
             self.head = getattr(model, "ctc_output", None)
             if self.head is None:
-                raise ValueError(f"StreamingRecognizer: this {type(model).__name__} has no CTC output")
+                raise ValueError(f"StreamingRecogniser: this {type(model).__name__} has no CTC output")
         blank = getattr(model, "blank_id", 0)
         if method == "greedy":
             self.search = decoding.GreedySearch(model, blank_penalty=blank_penalty)

@@ -192,7 +192,7 @@ def test_features_in_chunks():
 def test_a_stream_hears_what_the_whole_utterance_says(model, ctc):
     """Chunk by chunk, the encoder's frames are those of the simulated streaming of a whole utterance."""
     x = torch.randn(1, 16 * 4 + 13, 80)
-    encoder = decoding.StreamingEncoder(model, ctc=ctc)
+    encoder = decoding.ChunkEncoder(model, ctc=ctc)
     chunks = decoding.FeatureChunks(encoder.chunk_size)
     streamed = torch.cat([encoder(chunk.unsqueeze(0)) for chunk in chunks.accept(x[0])], dim=1)
     whole, lengths = decoding.encode(model, x, torch.tensor([x.shape[1]]), ctc=ctc)
@@ -242,7 +242,7 @@ def test_models_in_training_mode_are_not_decoded():
     with pytest.raises(ValueError, match=r"model.eval\(\)"):
         decoding.encode(model, torch.zeros(1, 30, 80), torch.tensor([30]))
     with pytest.raises(ValueError, match=r"model.eval\(\)"):
-        decoding.StreamingEncoder(model)
+        decoding.ChunkEncoder(model)
     without = zipformer.AsrModel(**{**CONFIG, "use_ctc": False}).eval()
     with pytest.raises(ValueError, match="no CTC output"):
-        decoding.StreamingEncoder(without, ctc=True)
+        decoding.ChunkEncoder(without, ctc=True)

@@ -101,7 +101,7 @@ def test_onnx_models_say_what_pytorch_says(model, tmp_path):  # noqa: F811
     ]
     results = []
     for recogniser, ctc in streams:
-        encoder = decoding.StreamingEncoder(recogniser, batch_size=2, ctc=ctc)
+        encoder = decoding.ChunkEncoder(recogniser, batch_size=2, ctc=ctc)
         searches = (
             [decoding.CtcGreedySearch(), decoding.CtcPrefixBeamSearch()]
             if ctc

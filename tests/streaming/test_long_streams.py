@@ -9,7 +9,7 @@ from conftest import CHUNK, LEFT
 from oracle import Alone, relative
 
 from fastasr import decoding
-from fastasr.streaming import EndpointRules, FbankStream, StreamingEncoder, StreamingRecognizer
+from fastasr.streaming import EndpointRules, FbankStream, StreamingEncoder, StreamingRecogniser
 
 pytest.importorskip("kaldi_native_fbank")
 SECOND = 16000
@@ -27,7 +27,7 @@ def second(number):
 
 def listen(model, seconds, check_from, growth):
     """Streams ``seconds`` of noise; the last chunks are compared, memory from a tenth of the way on."""
-    recogniser = StreamingRecognizer(
+    recogniser = StreamingRecogniser(
         model, StreamingEncoder.from_model(model, CHUNK, LEFT), endpoint=EndpointRules(longest=5.0)
     )
     encoder = recogniser.encoder

@@ -6,8 +6,8 @@ import torch
 from conftest import CHUNK, LEFT
 from oracle import Alone
 
-from fastasr import decoding
-from fastasr.streaming import EndpointRules, FbankStream, Result, StreamingEncoder, StreamingRecognizer
+from fastasr import decoding, streaming
+from fastasr.streaming import EndpointRules, FbankStream, Result, StreamingEncoder, StreamingRecogniser
 from fastasr.streaming.recogniser import FRAME
 
 pytest.importorskip("kaldi_native_fbank")
@@ -38,7 +38,7 @@ def alone(model, recogniser, samples, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_streams_together_are_as_alone(model, recordings, method):
-    with StreamingRecognizer(
+    with StreamingRecogniser(
         model, engine(model), method, beam=3, to_text=lambda tokens: " ".join(map(str, tokens))
     ) as recogniser:
         streams = [recogniser.open() for _ in recordings]
@@ -74,7 +74,7 @@ def test_streams_together_are_as_alone(model, recordings, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_states_of_searches_join_and_split(model, method):
-    recogniser = StreamingRecognizer(model, engine(model), method, beam=3)
+    recogniser = StreamingRecogniser(model, engine(model), method, beam=3)
     search, generator = recogniser.search, torch.Generator().manual_seed(8)
     width = 12 if method.startswith("ctc-") else 48
     x = torch.randn(2, 3, 6, width, generator=generator).log_softmax(-1)
@@ -118,7 +118,7 @@ class _Spoken:
 
 def test_segments_end_after_silence(model):
     rules = EndpointRules(silence=0.4, trailing=0.2, longest=1.2)
-    recogniser = StreamingRecognizer(model, engine(model), "ctc-greedy", endpoint=rules)
+    recogniser = StreamingRecogniser(model, engine(model), "ctc-greedy", endpoint=rules)
     stream = recogniser.open()
     say = _Spoken(recogniser).say
     assert say(stream, [0, 3, 0, 0]) == Result(
@@ -149,18 +149,28 @@ def test_what_is_refused(model):
         ({"beam": 0, "method": "beam"}, "beam"),
     ):
         with pytest.raises(ValueError, match=match):
-            StreamingRecognizer(model, encoder, **options)
+            StreamingRecogniser(model, encoder, **options)
     with pytest.raises(TypeError, match="must be a StreamingEncoder, got AsrModel"):
-        StreamingRecognizer(model, model)
+        StreamingRecogniser(model, model)
     with pytest.raises(ValueError, match="has no CTC output"):
-        StreamingRecognizer(model.encoder, encoder, "ctc-greedy")
-    recogniser = StreamingRecognizer(model, encoder)
+        StreamingRecogniser(model.encoder, encoder, "ctc-greedy")
+    recogniser = StreamingRecogniser(model, encoder)
     for call in (recogniser.close, recogniser.reset, recogniser.end, recogniser.result, recogniser.finish):
         with pytest.raises(ValueError, match="no open stream 7"):
             call(7)
     model.train()
     try:
         with pytest.raises(ValueError, match="training mode"):
-            StreamingRecognizer(model, encoder)
+            StreamingRecogniser(model, encoder)
     finally:
         model.eval()
+
+
+def test_former_names_warn():
+    for module, former, now in (
+        (streaming, "StreamingRecognizer", StreamingRecogniser),
+        (streaming, "recognise", streaming.identify),
+        (decoding, "StreamingEncoder", decoding.ChunkEncoder),
+    ):
+        with pytest.warns(DeprecationWarning, match=f"{former} is now"):
+            assert getattr(module, former) is now

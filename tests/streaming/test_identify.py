@@ -10,22 +10,22 @@ from torch.nn.utils import parametrizations
 
 import fastasr
 from fastasr.models import zipformer
-from fastasr.streaming import StreamingEncoder, recognise
-from fastasr.streaming.recognise import bins_of
+from fastasr.streaming import StreamingEncoder, identify
+from fastasr.streaming.identify import bins_of
 
 
 def refused(model, match, error=ValueError, chunk=CHUNK, left=LEFT):
-    for call in (recognise, StreamingEncoder.from_model):
+    for call in (identify, StreamingEncoder.from_model):
         with pytest.raises(error, match=match):
             call(model, chunk, left)
 
 
 def test_ours_upstreams_and_swapped_are_taken(model, upstream_model):
-    assert recognise(model, CHUNK, LEFT).origin == "fastasr"
+    assert identify(model, CHUNK, LEFT).origin == "fastasr"
     swapped = copy.deepcopy(upstream_model)
     fastasr.accelerate(swapped)
     for made in (upstream_model, swapped):
-        found = recognise(made, CHUNK, LEFT)
+        found = identify(made, CHUNK, LEFT)
         assert "zipformer 0.1.3" in found.origin
         assert (found.bins, found.channels) == (80, 48)
         assert (made.encoder.chunk_size, made.encoder.left_context_frames) == ((8, 16, -1), (16, 32))

@@ -69,7 +69,7 @@ _IDLE = {
 
 
 @dataclass
-class Recognised:
+class Identified:
     """A model that an engine takes. ``bins`` are the channels of its features, ``origin`` says whose code it runs."""
 
     encoder: torch.nn.Module
@@ -79,9 +79,11 @@ class Recognised:
     origin: str
 
 
-def recognise(model, chunk_size, left_context_frames, foreign=False):
-    """Recognised, or an error that says why not: TypeError for what is no such model, ValueError for one that cannot
-    stream so. ``foreign`` lets code in that is not known: right for backends that call the model's own.
+def identify(model, chunk_size, left_context_frames, foreign=False):
+    """What an engine needs to know of ``model``: an Identified.
+
+    ``foreign`` lets unknown code in, which is right for backends that call the model's own.
+    Raises TypeError if ``model`` has no encoder or front end, ValueError if it cannot stream with these sizes.
     """
     for name in ("encoder", "encoder_embed"):
         if not isinstance(getattr(model, name, None), torch.nn.Module):
@@ -94,7 +96,7 @@ def recognise(model, chunk_size, left_context_frames, foreign=False):
         for path, module in _modules(encoder, embed):
             origins.add(_known(path, module))
     origins = sorted(origin for origin in origins if origin)
-    return Recognised(
+    return Identified(
         encoder,
         embed,
         bins_of(embed),
