@@ -8,8 +8,10 @@ import torch
 from fastasr import ops
 from fastasr.benchmarks.case import (
     BACKWARD,
+    BATCH,
     BOTH,
     FORWARD,
+    FRAMES,
     Case,
     Cost,
     Implementation,
@@ -18,7 +20,6 @@ from fastasr.benchmarks.case import (
     simple,
     upstream_module,
 )
-from fastasr.ops.bias_norm import definition
 
 
 def _upstream(x, bias, log_scale) -> Implementation:
@@ -33,8 +34,8 @@ def _make(shape: tuple[int, ...], device: str, dtype: torch.dtype):
     bias = torch.randn(shape[-1], device=device, dtype=dtype) * 0.1
     log_scale = torch.tensor(0.5, device=device, dtype=dtype)
     return {
-        "eager": lambda: simple(definition, x, bias, log_scale),
-        "compile": lambda: simple(compiled(definition), x, bias, log_scale),
+        "eager": lambda: simple(ops.bias_norm.definition, x, bias, log_scale),
+        "compile": lambda: simple(compiled(ops.bias_norm.definition), x, bias, log_scale),
         "upstream": lambda: _upstream(x, bias, log_scale),
         "fastasr": lambda: simple(ops.bias_norm, x, bias, log_scale),
     }
@@ -55,3 +56,4 @@ def _case(*shape: int) -> Case:
 
 
 CASES = (_case(796, 4, 192), _case(100, 4, 512))
+ON_DEVICE = (*(_case(FRAMES, BATCH, c) for c in (192, 512, 768)), _case(188, BATCH, 512))

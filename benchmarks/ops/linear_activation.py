@@ -7,16 +7,28 @@ from functools import partial
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks.case import BACKWARD, BOTH, FORWARD, PASSES, Case, Cost, compiled, simple
-from fastasr.ops.linear_activation import definition
+from fastasr.benchmarks.case import (
+    BACKWARD,
+    BATCH,
+    BOTH,
+    FORWARD,
+    FRAMES,
+    PASSES,
+    Case,
+    Cost,
+    compiled,
+    simple,
+)
 
 
 def _make(shape, outputs: int, activation: str, device: str, dtype: torch.dtype):
     make = partial(torch.randn, device=device, dtype=dtype)
     inputs = make(shape), make(outputs, shape[-1]) / shape[-1] ** 0.5, make(outputs)
     return {
-        "eager": lambda: simple(partial(definition, activation=activation), *inputs),
-        "compile": lambda: simple(partial(compiled(definition), activation=activation), *inputs),
+        "eager": lambda: simple(partial(ops.linear_activation.definition, activation=activation), *inputs),
+        "compile": lambda: simple(
+            partial(compiled(ops.linear_activation.definition), activation=activation), *inputs
+        ),
         "fastasr": lambda: simple(partial(ops.linear_activation, activation=activation), *inputs),
     }
 
@@ -46,3 +58,4 @@ def _case(shape: tuple[int, ...], outputs: int, activation: str) -> Case:
 
 
 CASES = (_case((4, 400, 512), 3072, "gelu"), _case((4, 400, 512), 1024, "silu"))
+ON_DEVICE = (_case((BATCH, FRAMES // 2, 512), 3072, "gelu"),)

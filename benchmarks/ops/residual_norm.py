@@ -7,7 +7,6 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import BACKWARD, BOTH, FORWARD, Case, Cost, Implementation, compiled, parameters
-from fastasr.ops.residual_norm import definition, definition_residual
 
 SIZE, BETWEEN, EPS = 512, 1152, 1e-12
 
@@ -27,10 +26,10 @@ def _make(gated: bool, length: int, batch: int, device: str, dtype: torch.dtype)
     if gated:  # update and candidate are the ends of one projection
         mixed = torch.randn(length, batch, 2 * SIZE + BETWEEN, **like)
         inputs = x, mixed[..., :SIZE], mixed[..., -SIZE:], hidden, weight, bias
-        call, formula, op = _gated, definition, ops.gated_residual_norm
+        call, formula, op = _gated, ops.gated_residual_norm.definition, ops.gated_residual_norm
     else:
         inputs = x, hidden, weight, bias
-        call, formula, op = _plain, definition_residual, ops.residual_norm
+        call, formula, op = _plain, ops.residual_norm.definition, ops.residual_norm
 
     def build(function) -> Implementation:
         return Implementation(lambda: call(function, *inputs), parameters(*inputs))
@@ -59,3 +58,4 @@ def _case(gated: bool, length: int, batch: int) -> Case:
 
 
 CASES = (_case(True, 200, 4), _case(True, 1024, 4), _case(False, 200, 4), _case(False, 1024, 4))
+ON_DEVICE = CASES

@@ -24,7 +24,7 @@ _dispatch.prepare()  # registers torch.ops.fastasr_cpu.*; where that is missing 
 
 NAMES = tuple(sorted(_functions))
 # The ops that compute gradients in another function's backward: they have none, and tests of their own.
-GRADIENTS = tuple(name for name in NAMES if name == "balancer_gradient")
+GRADIENTS = tuple(name for name, op in OPS.items() if op.is_gradient)
 __all__ = list(NAMES)
 
 _RENAMED = {  # names of the release before: they go with the next one

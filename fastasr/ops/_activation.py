@@ -2,6 +2,7 @@
 """The activations that kernels apply on the way in or out, by the names and numbers they share."""
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,9 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-# The position in this table is the number that kernels are given.
+# The place of a name is the number that kernels are given.
+Activation = Literal["identity", "silu", "relu", "tanh", "gelu"]
+NAMES = get_args(Activation)
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": _identity,
     "silu": F.silu,
@@ -20,7 +23,6 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "gelu": F.gelu,  # x Φ(x), by erf
 }
-NAMES = tuple(_FUNCTIONS)
 
 
 def function(name: str) -> Callable[[Tensor], Tensor]:

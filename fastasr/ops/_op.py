@@ -8,6 +8,7 @@ whose first argument is the :class:`Op`.
 """
 
 import linecache
+import re
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -75,6 +76,7 @@ class Op:
     # floating tensors; else those of the first output
     deciding: str = ""
     wide: str = ""  # arguments that kernels get in that dtype, but at least float32
+    own_dtype: str = ""  # arguments that kernels get in their own dtype
     strides: dict | None = None  # of an argument or "grad" what kernels read: see STRIDES; else contiguous
     like: str = ""  # results have this argument's strides; else they are contiguous
     empty: Callable | None = None  # torch.empty for an output of kernels that is not contiguous
@@ -82,7 +84,7 @@ class Op:
     # calls of the kernels: names, literals, "keep", "grad", expressions in parentheses; else all tensors, then all
     # options, as in the signature
     forward: str = ""
-    backward: str = ""  # "... -> dx dy _": what it returns
+    backward: str = ""  # "... -> x y _": what it returns; "x=y" is the gradient of both
     launch: Callable | None = (
         None  # (op, kernels, a, dtype of the first output, keep) -> outputs and what is kept
     )
@@ -104,14 +106,15 @@ class Op:
     )
     saves: str = ""  # of arguments, outputs and keeps; else all tensors and keeps
     materialize: bool = True  # False: gradients of outputs may be None
+    differentiable: bool = True  # False: the op computes a gradient itself; differentiating it raises
 
     # the shortest path, to the native kernels
     fast: Callable | None = None  # (native, keep, *arguments) -> outputs and what is kept; else ``forward``
-    fits: Callable | None = None  # (*arguments) -> whether it may be tried
-    fast_dtype: torch.dtype | None = None  # the only one it serves
-    fast_strides: str = (
-        ""  # arguments that are looked at first; with them launch and gradients are for other strides
+    fits: str | Callable = (
+        ""  # a condition on the arguments, as code or (*arguments) -> bool; kernels check the rest
     )
+    fast_dtype: torch.dtype | None = None  # the only one it serves
+    fast_strides: str = ""  # arguments that must be contiguous
 
     def __call__(self, formula: Callable[P, R]) -> Callable[P, R]:
         self.name, self.definition = formula.__name__, formula
@@ -131,8 +134,12 @@ class Op:
         function = space[self.name]
         function.__module__, function.__doc__ = formula.__module__, formula.__doc__
         function.__annotations__ = formula.__annotations__
-        function.op, function.definition, self.function = self, formula, function
         OPS[self.name] = self
+        return self.public(function)
+
+    def public(self, function: Callable) -> Callable:
+        """The public function where it is not the written one: a decorator of a function that calls that."""
+        function.op, function.definition, self.function = self, self.definition, function
         return function
 
     def _read(self, formula: Callable) -> None:
@@ -140,27 +147,27 @@ class Op:
         self.arguments = _signature.arguments(formula)
         self.tensors = tuple(a for a in self.arguments if a.pattern)
         self.options = tuple(a for a in self.arguments if not a.pattern)
-        self.differentiable = tuple(a for a in self.tensors if a.kind == "floating")
-        self.one_dtype, self.fast_strides = self.one_dtype.split(), self.fast_strides.split()
+        self.is_gradient = not self.differentiable
+        self.differentiable = tuple(a for a in self.tensors if a.kind == "floating" and not self.is_gradient)
+        for option in ("one_dtype", "own_dtype", "wide", "fast_strides"):
+            setattr(self, option, getattr(self, option).split())
         self.leader = self.argument(self.one_dtype[0]) if self.one_dtype else self.tensors[0]
         self.outputs = _signature.outputs(formula, self.returns.split())
         self.keeps = tuple(_signature.output(name, hint) for name, hint in (self.keeps or {}).items())
         self.decides = bool(self.deciding)
         self.deciding = self.deciding.split() or self.dtype_names(self.outputs[0])
-        self.wide, self.sizes = self.wide.split(), self.sizes or {}
+        self.sizes = self.sizes or {}
         self.strides, self.needs = self.strides or {}, self.needs or {}
         self.cast = self._cast_rule()
-        self.calls_directly = bool(self.launch and self.fast_strides and not self.fast)
-        self.asks = (
-            bool(self.gradients) and not self.calls_directly
-        )  # the backward is told which gradients are wanted
+        # the part for gradients is told which are wanted, unless the kernels' own call gives them all
+        self.asks = bool(self.gradients) and not self.backward
         self.saves = self.saves.split() or [*(a.name for a in self.tensors), *(o.name for o in self.keeps)]
         self._kernel_calls()
         defaults = [a.default for a in self.arguments if not a.required]
         self.Arguments = namedtuple("Arguments", [a.name for a in self.arguments], defaults=defaults)
         self.Saved = namedtuple("Saved", [*self.saves, *(a.name for a in self.options)])
         self.Needs = namedtuple("Needs", [a.name for a in self.differentiable])
-        self._places = [self.arguments.index(a) for a in self.differentiable]
+        self.places = [self.arguments.index(a) for a in self.differentiable]
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
@@ -170,9 +177,14 @@ class Op:
     def class_name(self) -> str:
         return self.name.title().replace("_", "")
 
+    @property
+    def page(self) -> str:
+        """The page in docs/ops, named after the op's module."""
+        return self.definition.__module__.rpartition(".")[2]
+
     def row(self) -> str:
-        """Of the README's table."""
-        return f"| `{self.name}` | {self.summary} | [{self.family.name}](docs/ops/{self.family.name}.md) |"
+        """The op's row in a table of all ops."""
+        return f"| `{self.name}` | {self.summary} | [{self.page}](docs/ops/{self.page}.md) |"
 
     def argument(self, name: str) -> _signature.Argument:
         return next(a for a in self.arguments if a.name == name)
@@ -282,18 +294,20 @@ class Op:
         grads = [f"Tensor{'?' * (len(self.outputs) > 1)} grad_{o.name}" for o in self.outputs]
         options = [a.schema.partition("=")[0] for a in self.options]
         arguments = ", ".join((*grads, *saved, *options, *["bool[] needs"] * self.asks))
-        backward = register(
-            f"{self.name}_backward({arguments}) -> {_results(len(self.differentiable))}",
-            space["_run_backward"],
-            space["_fake_backward"],
-        )
+        backward = None
+        if self.differentiable:
+            backward = register(
+                f"{self.name}_backward({arguments}) -> {_results(len(self.differentiable))}",
+                space["_run_backward"],
+                space["_fake_backward"],
+            )
         arguments = ", ".join((*(a.schema for a in self.arguments), *["bool keep=False"] * bool(self.keeps)))
         forward = register(
             f"{self.name}({arguments}) -> {_results(len(self.outputs) + len(self.keeps))}",
             space["_run"],
             space["_fake"],
-            setup_context=space["_set_up"],
-            backward=space["_backward"],
+            setup_context=space.get("_set_up"),
+            backward=space.get("_backward"),
             autocast=self._autocast if self.cast is not None else None,
         )
         return backward, forward
@@ -305,7 +319,7 @@ class Op:
 
     def needed(self, needs_input_grad) -> list[bool]:
         """Of the floating tensors; an argument that the dispatcher left out needs none."""
-        return [i < len(needs_input_grad) and needs_input_grad[i] for i in self._places]
+        return [i < len(needs_input_grad) and needs_input_grad[i] for i in self.places]
 
     def returned(self, arguments: dict, found):
         """Of what the operator returns for the public function's keyword arguments, what that function does."""
@@ -325,7 +339,8 @@ class Op:
         space = vars(module)
         space |= self._namespace()
         exec(compile(self.source, file, "exec"), space)
-        space["_apply"] = space[self.class_name].apply
+        if self.differentiable:
+            space["_apply"] = space[self.class_name].apply
         return space
 
     def _namespace(self) -> dict:
@@ -368,11 +383,11 @@ class Op:
         }
 
     def _declined(self, error: RuntimeError) -> bool:
-        """Whether kernels that do not take such arguments said so: their own checks, which name the operator, or the
-        dispatcher for want of a kernel. Any other error is one."""
-        return isinstance(error, Declined | NotImplementedError) or f", {self.family.name}_forward: " in str(
-            error
-        )
+        """Whether the kernels do not take such arguments: their checks put the operator's name before the reason; the
+        dispatcher has no kernel for the tensors. Any other error is raised."""
+        if isinstance(error, Declined | NotImplementedError):
+            return True
+        return re.search(rf", {self.family.name}(_forward)?: ", str(error)) is not None
 
     # ----------------------------------------------------------------------- errors
     def fail(self, name: str, expected: str, got: object, error: type[Exception] = ValueError):
@@ -405,6 +420,9 @@ class Op:
     def wrong_company(self, name: str, partner: str):
         self.fail(name, f"it together with {partner}", f"no {partner}")
 
+    def wrong_dimension(self, name: str, value: int, of: Tensor):
+        self.fail(name, f"a dimension in [{-of.dim()}, {of.dim() - 1}]", value)
+
     def wrong_option(self, name: str, value: object):
         """Raises unless the value only looks wrong: a traced number, an int for a float."""
         a = self.argument(name)
@@ -416,7 +434,8 @@ class Op:
             for number in value:
                 _check.integer(self.name, name, number)
         elif a.kind == "float":
-            _check.number(self.name, name, value)
+            if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+                self.fail(name, "a float", type(value).__name__, TypeError)
         elif a.kind == "flag":
             _check.flag(self.name, name, value)
         elif isinstance(value, str):

@@ -104,7 +104,7 @@ class Shape:
 
     def tuple_code(self) -> str:
         parts = [f"*{self.rest}"] * bool(self.rest) + [d.text for d in self.dims]
-        return f"({', '.join(parts)},)"
+        return f"({', '.join(parts)},)" if parts else "()"
 
     def solve(self, known: set[str], shape: str) -> tuple[str, list[str], list[str]]:
         """(rank condition, conditions, bindings) as code over the variable ``shape``; ``known`` grows."""

@@ -8,6 +8,7 @@ weights: Annotated[Tensor, "B T", "constant"]        bool or floating, and no gr
 chunk_size: Annotated[int, "-1 or >= 1"]             a number with its constraint
 score_limit: Annotated[float, ">= 0 and < inf"]      float likewise
 padding: tuple[int, int]                             a pair of numbers
+channel_dim: Annotated[int, "dimension of x"]        a dimension, from -x.dim() on
 activation: Literal["silu", "relu"]                  a choice: kernels get its place, or with
             Annotated[Literal[...], {...}]           what the table says
 return_cache: bool                                   a flag; ``return_...`` asks for the outputs after the first
@@ -59,8 +60,15 @@ class Argument:
         return f"{type_} {self.name}" + ("" if self.required else f"={value}")
 
     @property
+    def dimension_of(self) -> str:
+        """The tensor of which a number is a dimension."""
+        return self.constraint.partition("dimension of ")[2]
+
+    @property
     def condition(self) -> str:
         """The constraint on a number as code: alternatives of a value, or of comparisons."""
+        if self.dimension_of:
+            return f"-{self.dimension_of}.dim() <= {self.name} < {self.dimension_of}.dim()"
         ways = (way.split(" and ") for way in self.constraint.split(" or "))
         parts = ([f"{self.name} {p if p[0] in '<>' else f'== {p}'}" for p in way] for way in ways)
         return " or ".join(" and ".join(way) for way in parts).replace("inf", "1e999")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from textwrap import indent
 
-TEMPLATE = """
+FORWARD = """
 def _check({names}):
     {checks}
 
@@ -21,7 +21,7 @@ def _run({operator_parameters}):
         return _op.formula_results(_Arguments({names}))
     {found} = _run_kernels(_kernels, {names}{keep})
     {drop}
-    return {found}
+    return {dense_found}
 
 
 def _run_kernels(_kernels, {names}{keep}):
@@ -34,6 +34,40 @@ def _fake({operator_parameters}):
     return {empty}
 
 
+# ---------------------------------------------------------------- the public function
+def {name}({parameters}):
+    _kernels = _family.native
+    if (
+        {fast}
+    ):
+        try:
+            {apply_direct}
+            {results} = {native}
+            return {selected}
+        except RuntimeError as _error:
+            if not _declined(_error):
+                raise
+    _check({names})
+    {formula_under_autocast}
+    if _is_compiling() or not ({plain}):
+        return _traced({names})
+    _kernels = _family.kernels({deciding})
+    if _kernels is None:
+        return {definition}
+    {cast}
+    {apply}
+    {results} = _run_kernels(_kernels, {names}{not_keeping})
+    return {selected}
+
+
+def _traced({names}):
+    if not _served("{family}", {deciding}):
+        return {definition}
+    {results} = _op.operator({names}{keep_if_wanted})
+    return {selected}
+"""
+
+BACKWARD = """
 def _set_up(ctx, inputs, output):
     {names}{keep}, = inputs
     {found} = output
@@ -60,6 +94,7 @@ def _run_backward({grads}, {saved}{needs}):
         {gradients}, = _op.formula_gradients(({grads},), _Saved({saved}))
     else:
         {gradients}, = _differentiate(_kernels, {grads}, {saved}{needs})
+        {apart}
     return {dense_gradients}
 
 
@@ -95,41 +130,6 @@ class {class_name}(_Function):
         {native_backward}
         {gradients}, = _differentiate(_kernels, {grads}, {saved}{asked_by_autograd})
         return None, None, {for_autograd}
-
-
-# ---------------------------------------------------------------- the public function
-def {name}({parameters}):
-    _kernels = _family.native
-    if (
-        {fast}
-    ):
-        try:
-            if {wanted}:
-                return _apply(_kernels, True, {names})
-            {results} = {native}
-            return {selected}
-        except RuntimeError as _error:
-            if not _declined(_error):
-                raise
-    _check({names})
-    {formula_under_autocast}
-    if _is_compiling() or not ({plain}):
-        return _traced({names})
-    _kernels = _family.kernels({deciding})
-    if _kernels is None:
-        return {definition}
-    {cast}
-    if {wanted}:
-        return _apply(_kernels, False, {names})
-    {results} = _run_kernels(_kernels, {names}{not_keeping})
-    return {selected}
-
-
-def _traced({names}):
-    if not _served("{family}", {deciding}):
-        return {definition}
-    {results} = _op.operator({names}{keep_if_wanted})
-    return {selected}
 """
 
 
@@ -151,6 +151,7 @@ def write(op) -> str:
         "saves": ", ".join(op.saves),
         "saved": ", ".join((*op.saves, *(a.name for a in op.options))),
         "found": _names(found),
+        "dense_found": ", ".join(o.name + ".contiguous()" * (not op.like and not op.empty) for o in found),
         "results": ", ".join((*(o.name for o in op.outputs), *("_" for _ in op.keeps))),
         "selected": _selected(op),
         "grads": ", ".join(grads),
@@ -163,7 +164,7 @@ def write(op) -> str:
         "not_keeping": ", False" * bool(op.keeps),
         "keep_if_wanted": f", {_wanted(op)}" * bool(op.keeps),
         "needs": ", _needs" * op.asks,
-        "asked_by_autograd": ", _op.needed(ctx.needs_input_grad[2:])" * op.asks,
+        "asked_by_autograd": f", {_needed(op)}" * op.asks,
         "asked_by_dispatcher": ["_needs = _op.needed(ctx.needs_input_grad)"] * op.asks,
         "materialize": ["ctx.set_materialize_grads(False)"] * (not op.materialize),
         "no_grads": _no_grads(op, grads, len(op.arguments) + bool(op.keeps)),
@@ -186,6 +187,9 @@ def write(op) -> str:
         "dense_gradients": _each_gradient(
             op, "_d_{0}" if op.like else "_d_{0}.contiguous()", " or _d_{0} is None"
         ),
+        "apart": [
+            f"_d_{name} = _d_{name}.clone()" for token in op.backward_results for name in token.split("=")[1:]
+        ],
         "empty_gradients": _each_gradient(op, "_empty_like({0})" if op.like else "{0}.new_empty({0}.shape)"),
         "differentiate": _differentiate(op, grads),
         "native": _native(op, "False"),
@@ -193,13 +197,14 @@ def write(op) -> str:
         "native_backward": _native_backward(op, grads),
         "for_autograd": ", ".join(f"_d_{a.name}" if a in op.differentiable else "None" for a in op.arguments),
         "fast": ["\nand ".join(_fast(op))],
-        "wanted": _wanted(op),
+        "apply_direct": _apply(op, True),
+        "apply": _apply(op, False),
         "plain": " and ".join(_optional(a, f"type({a.name}) in _PLAIN") for a in op.tensors),
         "definition": _definition(op),
         "cast": _cast(op),
         "formula_under_autocast": _formula_under_autocast(op),
     }
-    return _render(TEMPLATE, fragments)
+    return _render(FORWARD, fragments) + _render(BACKWARD, fragments) * bool(op.differentiable)
 
 
 def _render(template: str, fragments: dict) -> str:
@@ -213,7 +218,7 @@ def _render(template: str, fragments: dict) -> str:
             )
         else:
             lines.append(line.format_map(fragments))
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n\n"
 
 
 # --------------------------------------------------------------------------- names
@@ -252,6 +257,16 @@ def _wanted(op) -> str:
     return f"_is_grad_enabled() and ({' or '.join(wanted)})"
 
 
+def _apply(op, direct: bool) -> list[str]:
+    call = f"return _apply(_kernels, {direct}, {_names(op.arguments)})"
+    return [f"if {_wanted(op)}:\n    {call}"] * bool(op.differentiable)
+
+
+def _needed(op) -> str:
+    """Autograd's answer for each floating tensor; the function's first two arguments are the engine's."""
+    return f"({', '.join(f'ctx.needs_input_grad[{2 + place}]' for place in op.places)},)"
+
+
 def _optional(a, condition: str) -> str:
     return f"({a.name} is None or {condition})" if a.optional else condition
 
@@ -269,13 +284,14 @@ def _if_given(a, lines: Iterable[str], otherwise: Iterable[str] = ()) -> Iterato
 
 # --------------------------------------------------------------------------- checks
 def _checks(op) -> list[str]:
-    lines = [line for a in op.options for line in _if_given(a, _option(a))]
+    lines = [line for a in op.options if not a.dimension_of for line in _if_given(a, _option(a))]
     known = op.known_sizes()
     for a in op.in_binding_order():
         before = set(known)
         body = [*_tensor(op, a, known)]
         lines += _if_given(a, body, (f"{name} = 0" for name in sorted(known - before)))
         lines += _given_sizes(op) if a is op.leader else ()
+    lines += [line for a in op.options if a.dimension_of for line in _if_given(a, _option(a))]
     for name, partner in op.needs.items():
         wrong = f'_op.wrong_company("{name}", "{partner}")'
         lines.append(f"if {partner} is None and not ({_absent(op, name)}):\n    {wrong}")
@@ -285,7 +301,9 @@ def _checks(op) -> list[str]:
 
 def _option(a) -> Iterator[str]:
     yield f'if not ({_right_type(a)}):\n    _op.wrong_option("{a.name}", {a.name})'
-    if a.constraint:
+    if a.dimension_of:
+        yield f'if not ({a.condition}):\n    _op.wrong_dimension("{a.name}", {a.name}, {a.dimension_of})'
+    elif a.constraint:
         yield f'if not ({a.condition}):\n    _op.fail("{a.name}", "{a.expected}", {a.name})'
 
 
@@ -395,18 +413,10 @@ def _operands(op, dtype: str, grads: Iterable[str] = ()) -> Iterator[str]:
     if op.wide:
         yield f"_work = _promote_types({dtype}, _float32)"
     for name in (*grads, *(a.name for a in op.tensors)):
-        floating = name in grads or op.argument(name).kind == "floating"
+        floating = name in grads or (op.argument(name).kind == "floating" and name not in op.own_dtype)
         to = "_dtype" if (op.uniform or op.decides) and floating else None
         to = "_work" if name in wide else to
         yield f"_o_{name} = _operand({name}, {to}, _{_layout(op, name, name in grads)})"
-
-
-def _unless_dense(op, call: str, part: str) -> list[str]:
-    """A part is for operands that the kernels do not take as they are, where the op says which."""
-    if not op.calls_directly:
-        return [part]
-    dense = " and ".join(f"{name}.is_contiguous()" for name in op.fast_strides)
-    return [f"if {dense}:\n    {call}\nelse:\n    {part}"]
 
 
 def _launch(op) -> list[str]:
@@ -419,8 +429,7 @@ def _launch(op) -> list[str]:
         lines.append(f"{_names(found)} = _kernels.forward({call})")
     else:
         part = f"_launch(_op, _kernels, _Arguments({_names(op.arguments)}), _dtype_0, {'keep' if op.keeps else False})"
-        call = f"_kernels.forward({_arguments(op, op.forward)})"
-        lines += _unless_dense(op, f"{_names(found)} = {call}", f"{_names(found)} = {part}")
+        lines.append(f"{_names(found)} = {part}")
     for o in found:
         dtype = codes[_dtype(op, o)]
         lines.append(f"if {o.name}.dtype is not {dtype}:\n    {o.name} = {o.name}.to({dtype})")
@@ -441,17 +450,19 @@ def _differentiate(op, grads: list[str]) -> list[str]:
         used = [token for token in op.backward if token in grads]
         lines = [*_operands(op, _dtype(op, op.outputs[0]), used)]
         call = _arguments(op, op.backward, {n: f"_o_{n}" for n in (*used, *(a.name for a in op.tensors))})
-        lines += [f"{_backward_results(op)} = _kernels.backward({call})", *_add_flagged(op)]
+        lines += [*_backward_call(op, call), *_add_flagged(op)]
     else:
         needs = "_Needs(*_needs)" if op.asks else None
-        part = f"{', '.join(found)}, = _gradients(_op, _kernels, ({', '.join(grads)},), {saved}, {needs})"
-        call = _arguments(op, op.backward, _grad_operands(op, grads))
-        lines = _unless_dense(op, f"{_backward_results(op)} = _kernels.backward({call})", part)
+        lines = [f"{', '.join(found)}, = _gradients(_op, _kernels, ({', '.join(grads)},), {saved}, {needs})"]
     return lines + [f"{d} = _back({d}, {a.name})" for d, a in zip(found, op.differentiable, strict=True)]
 
 
-def _backward_results(op) -> str:
-    return ", ".join("_" if name == "_" else f"_d_{name}" for name in op.backward_results)
+def _backward_call(op, arguments: str) -> Iterator[str]:
+    """``x=y`` among the results is the gradient of both."""
+    results = [name.split("=") for name in op.backward_results]
+    targets = ", ".join("_" if first == "_" else f"_d_{first}" for first, *_ in results)
+    yield f"{targets} = _kernels.backward({arguments})"
+    yield from (f"_d_{name} = _d_{first}" for first, *others in results for name in others)
 
 
 def _add_flagged(op) -> list[str]:
@@ -464,10 +475,9 @@ def _add_flagged(op) -> list[str]:
 
 
 def _native_backward(op, grads: list[str]) -> list[str]:
-    if op.gradients is not None and not op.calls_directly:
+    if op.asks:
         return []
-    call = _arguments(op, op.backward, _grad_operands(op, grads))
-    call = f"{_backward_results(op)} = _kernels.backward({call})"
+    call = _backward_call(op, _arguments(op, op.backward, _grad_operands(op, grads)))
     given = ", ".join(
         "None"
         if a not in op.differentiable
@@ -476,7 +486,7 @@ def _native_backward(op, grads: list[str]) -> list[str]:
     )
     return [
         "if _direct:",
-        indent("\n".join((call, *_add_flagged(op), f"return None, None, {given}")), "    "),
+        indent("\n".join((*call, *_add_flagged(op), f"return None, None, {given}")), "    "),
     ]
 
 
@@ -542,18 +552,20 @@ def _fast(op) -> Iterator[str]:
             parts.append(f"{a.name}.dtype is _fast_dtype")
         # kernels check these dtypes
         told = op.deciding if op.decides else op.one_dtype if not op.fast else ()
-        if a is not op.leader and a.kind == "floating" and a.name not in told:
+        if a is not op.leader and a.kind == "floating" and a.name not in (*told, *op.own_dtype):
             parts.append(f"{a.name}.dtype is {leader}.dtype")
         if a.name in op.fast_strides:
             parts.append(f"{a.name}.is_contiguous()")
+        if a.kind == "constant":
+            parts.append(f"not {a.name}.requires_grad")
         yield _optional(a, " and ".join(parts))
     for a in op.options:
         yield _optional(a, _right_type(a) + (f" and ({a.condition})" if a.constraint else ""))
     for name, partner in op.needs.items():
         if not op.argument(name).pattern:
             yield f"({partner} is not None or {_absent(op, name)})"
-    if op.fits is not None:
-        yield f"_fits({_names(op.arguments)})"
+    if op.fits:
+        yield op.fits if isinstance(op.fits, str) else f"_fits({_names(op.arguments)})"
     if op.cast is not None:
         yield 'not _is_autocast_enabled("cpu")'
     yield "not _is_compiling()"

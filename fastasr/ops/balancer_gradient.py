@@ -18,15 +18,14 @@ Memory traffic per element: x is read for the sums; x and g are read and the res
 """
 
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from fastasr.ops import _check
-from fastasr.ops._dispatch import FLOATING, Implementation, KernelFamily, Kernels, direct, reason_cpu
-from fastasr.ops._register import register
+from fastasr.ops._dispatch import FLOATING, Implementation, KernelFamily, Kernels, reason_cpu
+from fastasr.ops._op import op
 
-OP = "balancer_gradient"
 FLOOR = 1.0e-20  # of u − μ², u, and the root mean square of d loss / dx
 
 
@@ -35,22 +34,74 @@ def _load_native() -> Kernels:
 
 
 FAMILY = KernelFamily(
-    OP, (OP,), (Implementation("cpu", ("cpu",), FLOATING, partial(reason_cpu, OP), _load_native),)
+    "balancer_gradient",
+    (),
+    (Implementation("cpu", ("cpu",), FLOATING, partial(reason_cpu, "balancer_gradient"), _load_native),),
 )
 
 
-# --------------------------------------------------------------------------- definition
-def definition(
-    grad: Tensor,
-    x: Tensor,
+# --------------------------------------------------------------------------- kernels
+def _forward(kernels, keep: bool, grad: Tensor, x: Tensor, *options) -> Tensor:
+    *limits, dim = options
+    rows = _rows(x.movedim(dim, -1))
+    if rows is not None:
+        last = grad.movedim(dim, -1)
+        y = kernels.forward(last.reshape(rows.shape).contiguous(), rows, *limits)
+        return y.view(last.shape).movedim(-1, dim)
+    dim %= x.dim()
+    shape = (x.shape[:dim].numel(), x.shape[dim], x.shape[dim + 1 :].numel())
+    return kernels.forward(grad.contiguous().view(shape), x.contiguous().view(shape), *limits).view(x.shape)
+
+
+def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
+    served = a.grad.dtype is a.x.dtype and a.x.numel()
+    return _forward(kernels, keep, *a) if served else op.definition(*a)
+
+
+def _rows(x: Tensor) -> Tensor | None:
+    """x (..., channels) as (rows, channels) where it lies, or None: its channels or rows are not regular."""
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        return None
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return None
+
+
+# --------------------------------------------------------------------------- the op
+@op(
+    FAMILY,
+    differentiable=False,
+    deciding="x grad",
+    launch=_launch,
+    fast=_forward,
+    fits="x.layout is grad.layout is _strided and x.shape == grad.shape and x.numel()",
+    summary="Gradient of Zipformer's Balancer: channels kept in a range of mean and size",
+)
+def balancer_gradient(
+    grad: Annotated[Tensor, "*S D"],
+    x: Annotated[Tensor, "*S D"],
     min_mean: float,
     max_mean: float,
     min_rms: float,
     max_rms: float,
     grad_scale: float,
-    channel_dim: int = -1,
-) -> Tensor:
-    """The formula in eager PyTorch, in float32 or better, without synchronisation."""
+    channel_dim: Annotated[int, "dimension of x"] = -1,
+) -> Annotated[Tensor, "*S D", "grad"]:
+    """The gradient of x, changed so that the channels of x keep to the limits. Not differentiable.
+
+    Args:
+        grad, x: the same shape, with at least one dimension. float32, bfloat16, float16 or float64.
+        min_mean, max_mean: limits of a channel's mean over its standard deviation.
+        min_rms, max_rms: limits of its root mean square.
+        grad_scale: root mean square of the change relative to ``grad``.
+        channel_dim: the dimension of the channels.
+    Returns:
+        A tensor of grad's shape and dtype, computed in float32 or better, rounded once.
+    Raises:
+        TypeError: grad or x is not a floating tensor.
+        ValueError: shapes or devices do not match; channel_dim is no dimension of x.
+    """
     compute = torch.promote_types(x.dtype, torch.float32)
     channel_dim = channel_dim % x.dim() + 1
     x, g = (
@@ -76,81 +127,3 @@ def definition(
     rms = (p * p + q * q * centred).sqrt() / max(1, count)
     scale = grad_scale / rms.clamp(min=FLOOR) / max(1, count)
     return torch.addcmul(g, g.abs(), torch.addcmul(p * scale, q * scale, d))[0].to(grad.dtype)
-
-
-# --------------------------------------------------------------------------- kernels
-def forward(
-    grad: Tensor,
-    x: Tensor,
-    min_mean: float,
-    max_mean: float,
-    min_rms: float,
-    max_rms: float,
-    grad_scale: float,
-    channel_dim: int,
-) -> Tensor:
-    """The new gradient without autograd, by the best kernel for x."""
-    limits = (min_mean, max_mean, min_rms, max_rms, grad_scale)
-    kernels = FAMILY.kernels(x, grad) if grad.dtype is x.dtype and x.numel() else None
-    if kernels is None:
-        return definition(grad, x, *limits, channel_dim)
-    dim = channel_dim % x.dim()
-    rows = _rows(x.movedim(dim, -1))
-    if rows is not None:
-        last = grad.movedim(dim, -1)
-        y = kernels.forward(last.reshape(rows.shape).contiguous(), rows, *limits)
-        return y.view(last.shape).movedim(-1, dim)
-    shape = (x.shape[:dim].numel(), x.shape[dim], x.shape[dim + 1 :].numel())
-    return kernels.forward(grad.contiguous().view(shape), x.contiguous().view(shape), *limits).view(x.shape)
-
-
-def _rows(x: Tensor) -> Tensor | None:
-    """x (..., channels) as (rows, channels) where it lies, or None: its channels or rows are not regular."""
-    if x.stride(-1) != 1 and x.shape[-1] != 1:
-        return None
-    try:
-        return x.view(-1, x.shape[-1])
-    except RuntimeError:
-        return None
-
-
-# --------------------------------------------------------------------------- registration
-_OP = register(
-    "balancer_gradient(Tensor grad, Tensor x, float min_mean, float max_mean, float min_rms, float max_rms, "
-    "float grad_scale, int channel_dim) -> Tensor",
-    lambda *arguments: forward(*arguments).contiguous(),
-    lambda grad, x, *_: torch.empty_like(grad, memory_format=torch.contiguous_format),
-)
-
-
-def balancer_gradient(
-    grad: Tensor,
-    x: Tensor,
-    min_mean: float,
-    max_mean: float,
-    min_rms: float,
-    max_rms: float,
-    grad_scale: float,
-    channel_dim: int = -1,
-) -> Tensor:
-    """The gradient of x, changed so that the channels of x keep to the limits. Not differentiable.
-
-    Args:
-        grad, x: the same shape, with at least one dimension. float32, bfloat16, float16 or float64.
-        min_mean, max_mean: limits of a channel's mean over its standard deviation.
-        min_rms, max_rms: limits of its root mean square.
-        grad_scale: root mean square of the change relative to ``grad``.
-        channel_dim: the dimension of the channels.
-    Returns:
-        A tensor of grad's shape and dtype, computed in float32 or better, rounded once.
-    Raises:
-        TypeError: grad or x is not a floating tensor.
-        ValueError: shapes or devices do not match; channel_dim is no dimension of x.
-    """
-    _check.floating_tensor(OP, "grad", grad)
-    _check.floating_tensor(OP, "x", x)
-    _check.shape(OP, "x", x, f"{tuple(grad.shape)} (that of grad)", x.shape == grad.shape)
-    _check.same_device(OP, "x", x, grad, "grad")
-    channel_dim = _check.dimension(OP, "channel_dim", channel_dim, x.dim())
-    arguments = grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim
-    return forward(*arguments) if direct(grad, x) else _OP(*arguments)

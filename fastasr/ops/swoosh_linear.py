@@ -8,34 +8,76 @@ Upstream: ``ActivationDropoutAndLinear`` in ``zipformer.modules.scaling``.
 Memory traffic per element of x besides the products: read x, write a forward; read x and g W, write a and dx backward.
 """
 
+from typing import Annotated, Literal
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, is_grad_enabled
-from torch.compiler import is_compiling
+from torch import Tensor
 
 from fastasr.ops import _check, _gemm, swoosh
-from fastasr.ops._dispatch import direct, served
-from fastasr.ops._register import autocast_dtype, refuse_double_backward, register
-from fastasr.ops.linear import bias_grad, check_affine, plain_affine
+from fastasr.ops._op import op
+from fastasr.ops.linear import FITS, bias_grad
 
-FAMILY = swoosh.FAMILY
+OP = "swoosh_linear"
 KINDS = {"SwooshL": False, "SwooshR": True}
 
 
-# --------------------------------------------------------------------------- definition
-def definition(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kind: str,
-    mask: Tensor | None = None,
+# --------------------------------------------------------------------------- kernels
+def _fast(native, keep: bool, x, weight, bias, kind: str, mask, shared_dim: int) -> Tensor:
+    return _gemm.forward(native.forward(x, KINDS[kind], mask, shared_dim), weight, bias)
+
+
+def _activate(kernels, a) -> Tensor:
+    """swoosh(x) ⊙ mask, computed in x's dtype; the weight has another one under autocast alone."""
+    return kernels.forward(a.x.contiguous(), KINDS[a.kind], a.mask, a.shared_dim).to(a.weight.dtype)
+
+
+def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
+    return _gemm.forward(_activate(kernels, a), a.weight, a.bias)
+
+
+def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
+    (grad,) = grads
+    x, weight = saved.x, saved.weight
+    dx = activation = None
+    if needs.x:
+        dy = _gemm.input_grad(grad, weight).to(x.dtype).contiguous()
+        options = KINDS[saved.kind], saved.mask, saved.shared_dim
+        dx, activation = kernels.backward(dy, x.contiguous(), *options, needs.weight)
+    elif needs.weight:
+        activation = _activate(kernels, saved)
+    dweight = _gemm.weight_grad(grad, activation.to(weight.dtype)) if needs.weight else None
+    return dx, dweight, bias_grad(grad) if needs.bias else None
+
+
+# --------------------------------------------------------------------------- the op
+@op(
+    swoosh.FAMILY,
+    one_dtype="x weight bias",
+    autocast="weight bias",  # upstream computes the activation in the dtype that x has
+    deciding="x",
+    launch=_launch,
+    gradients=_gradients,
+    fast=_fast,
+    fast_strides="x",
+    fits=FITS,
+    fast_dtype=torch.float32,
+    summary="activation, dropout with a shared mask, linear layer; saves only x",
+)
+def swoosh_linear(
+    x: Annotated[Tensor, "*S K"],
+    weight: Annotated[Tensor, "N K"],
+    bias: Annotated[Tensor, "N"] | None = None,
+    kind: Annotated[Literal["SwooshL", "SwooshR"], KINDS] = "SwooshL",
+    mask: Annotated[Tensor, "...", "constant"] | None = None,
     shared_dim: int = -1,
-) -> Tensor:
-    """The formula in eager PyTorch, for a given mask."""
+) -> Annotated[Tensor, "*S N", "weight"]:
+    """(swoosh(x) ⊙ mask) weightᵀ + bias for a mask that is given; of size 1 along ``shared_dim``."""
     y = swoosh.definition(x, KINDS[kind])
-    if mask is not None:
-        y = y * mask
-    return F.linear(y, weight, bias)
+    return F.linear(y if mask is None else y * mask, weight, bias)
+
+
+_masked = swoosh_linear
 
 
 def draw_mask(x: Tensor, dropout_p: float, dropout_shared_dim: int | None) -> Tensor:
@@ -47,131 +89,7 @@ def draw_mask(x: Tensor, dropout_p: float, dropout_shared_dim: int | None) -> Te
     return kept.to(x.dtype) * (1.0 / (1.0 - dropout_p))
 
 
-# --------------------------------------------------------------------------- kernels
-def activate(x: Tensor, kind: str, mask: Tensor | None, shared_dim: int) -> Tensor:
-    """swoosh(x) ⊙ mask without autograd, in one pass."""
-    kernels = FAMILY.kernels(x)
-    if kernels is None:
-        y = swoosh.definition(x, KINDS[kind])
-        return y if mask is None else y * mask
-    return kernels.forward(x.contiguous(), KINDS[kind], mask, shared_dim)
-
-
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, mask: Tensor | None, shared_dim: int
-) -> Tensor:
-    """y without autograd. The activation is computed in x's dtype and cast to the weight's (they differ under autocast
-    alone)."""
-    return _gemm.forward(activate(x, kind, mask, shared_dim).to(weight.dtype), weight, bias)
-
-
-def gradients(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    kind: str,
-    mask: Tensor | None,
-    shared_dim: int,
-    needs: list[bool] | tuple[bool, ...],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dweight, dbias) without autograd; None for each that ``needs`` does not ask for."""
-    dx = activation = None
-    if needs[0]:
-        dy = _gemm.input_grad(grad, weight).to(x.dtype)
-        kernels = FAMILY.kernels(x)
-        if kernels is None:
-            dx, activation = swoosh.definition_backward(dy, x, KINDS[kind], mask, needs[1])
-        else:
-            dx, activation = kernels.backward(
-                dy.contiguous(), x.contiguous(), KINDS[kind], mask, shared_dim, bool(needs[1])
-            )
-    elif needs[1]:
-        activation = activate(x, kind, mask, shared_dim)
-    dweight = _gemm.weight_grad(grad, activation.to(weight.dtype)) if needs[1] else None
-    return dx, dweight, bias_grad(grad) if needs[2] else None
-
-
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    kind: str,
-    mask: Tensor | None,
-    shared_dim: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`gradients` as a registered op returns them: an empty tensor for None."""
-    dx, dweight, dbias = gradients(grad, x, weight, kind, mask, shared_dim, needs)
-    return (
-        x.new_empty(0) if dx is None else dx,
-        grad.new_empty(0) if dweight is None else dweight,
-        grad.new_empty(0) if dbias is None else dbias,
-    )
-
-
-class _SwooshLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, kind, mask, shared_dim):
-        ctx.save_for_backward(x, weight, mask)
-        ctx.kind, ctx.shared_dim = kind, shared_dim
-        return forward(x, weight, bias, kind, mask, shared_dim)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        refuse_double_backward("swoosh_linear")
-        x, weight, mask = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        return *gradients(grad, x, weight, ctx.kind, mask, ctx.shared_dim, needs), None, None, None
-
-
-# --------------------------------------------------------------------------- registration
-def _fake_forward(x, weight, bias, kind, mask, shared_dim) -> Tensor:
-    return weight.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _fake_backward(grad, x, weight, kind, mask, shared_dim, needs):
-    return (
-        x.new_empty(x.shape if needs[0] else (0,)),
-        grad.new_empty(weight.shape if needs[1] else (0,)),
-        grad.new_empty(weight.shape[:1] if needs[2] else (0,)),
-    )
-
-
-_BACKWARD_OP = register(
-    "swoosh_linear_backward(Tensor grad, Tensor x, Tensor weight, str kind, Tensor? mask, int shared_dim, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor)",
-    backward,
-    _fake_backward,
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, ctx.kind, mask, ctx.shared_dim = inputs
-    ctx.save_for_backward(x, weight, mask)
-
-
-def _op_backward(ctx, grad: Tensor):
-    x, weight, mask = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
-    grads = _BACKWARD_OP(grad, x, weight, ctx.kind, mask, ctx.shared_dim, needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
-
-
-def _autocast(dtype: torch.dtype, x, weight, bias, kind, mask, shared_dim):
-    # upstream computes the activation in the dtype it comes in; only the product is autocast's
-    return x, weight.to(dtype), None if bias is None else bias.to(dtype), kind, mask, shared_dim
-
-
-_OP = register(
-    "swoosh_linear(Tensor x, Tensor weight, Tensor? bias, str kind, Tensor? mask, int shared_dim) -> Tensor",
-    forward,
-    _fake_forward,
-    setup_context=_setup_context,
-    backward=_op_backward,
-    autocast=_autocast,
-)
-
-
+@_masked.op.public
 def swoosh_linear(
     x: Tensor,
     weight: Tensor,
@@ -197,56 +115,19 @@ def swoosh_linear(
         TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
         ValueError: shapes or devices do not match; kind, dropout_p or dropout_shared_dim out of range.
     """
-    if (
-        not is_compiling()
-        and FAMILY.native is not None
-        and not training
-        and plain_affine(x, weight, bias)
-        and type(kind) is str
-        and type(dropout_p) is float
-        and 0.0 <= dropout_p < 1.0
-        and (
-            dropout_shared_dim is None
-            or (type(dropout_shared_dim) is int and -x.dim() <= dropout_shared_dim < x.dim())
-        )
-        and x.is_contiguous()
-        and not torch.is_autocast_enabled("cpu")
-    ):
-        try:
-            if is_grad_enabled() and (
-                x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-            ):
-                return _SwooshLinear.apply(x, weight, bias, kind, None, -1)
-            return _gemm.forward(FAMILY.native.forward(x, KINDS[kind], None, -1), weight, bias)
-        except (RuntimeError, KeyError):
-            pass  # the checked path tells why
-    op = "swoosh_linear"
-    dtype = autocast_dtype(x) if isinstance(x, Tensor) else None
-    check_affine(op, x, weight, bias, dtype is None)
-    if not isinstance(kind, str):
-        raise TypeError(f"fastasr.{op}: kind: expected a str, got {type(kind).__name__}")
-    if kind not in KINDS:
-        raise ValueError(f"fastasr.{op}: kind: expected 'SwooshL' or 'SwooshR', got {kind!r}")
-    mask, shared_dim = None, -1
-    if not isinstance(dropout_p, int | float) or isinstance(dropout_p, bool):
-        raise TypeError(f"fastasr.{op}: dropout_p: expected a float, got {type(dropout_p).__name__}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"fastasr.{op}: dropout_p: expected 0 <= p < 1, got {dropout_p}")
-    if dropout_shared_dim is not None:
-        dropout_shared_dim = _check.dimension(op, "dropout_shared_dim", dropout_shared_dim, x.dim())
-    if training and dropout_p > 0.0:
-        mask = draw_mask(x, dropout_p, dropout_shared_dim)
-        shared_dim = -1 if dropout_shared_dim is None else dropout_shared_dim
-    if not direct(x, weight, bias, mask):
-        if not served("swoosh", x):
-            return definition(x, weight, bias, kind, mask)
-        return _OP(x, weight, bias, kind, mask, shared_dim)
-    if FAMILY.kernels(x) is None:
-        return definition(x, weight, bias, kind, mask)
-    if dtype is not None:
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    if is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return _SwooshLinear.apply(x, weight, bias, kind, mask, shared_dim)
-    return forward(x, weight, bias, kind, mask, shared_dim)
+    if type(dropout_p) is not float or not 0.0 <= dropout_p < 1.0:
+        _check_probability(dropout_p)
+    if dropout_shared_dim is not None and isinstance(x, Tensor):
+        dropout_shared_dim = _check.dimension(OP, "dropout_shared_dim", dropout_shared_dim, x.dim())
+    if not training or dropout_p == 0.0:
+        return _masked(x, weight, bias, kind)
+    _masked.op.checks(x, weight, bias, kind, None, -1)
+    mask = draw_mask(x, dropout_p, dropout_shared_dim)
+    return _masked(x, weight, bias, kind, mask, -1 if dropout_shared_dim is None else dropout_shared_dim)
+
+
+def _check_probability(p: object) -> None:
+    if not isinstance(p, int | float) or isinstance(p, bool):
+        raise TypeError(f"fastasr.{OP}: dropout_p: expected a float, got {type(p).__name__}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"fastasr.{OP}: dropout_p: expected 0 <= p < 1, got {p}")

@@ -4,6 +4,7 @@
 Which argument a wrong shape is blamed on is found by matching the declared shapes by hand, not by the written checks.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fastasr.ops._op import Op
 
-NUMBERS = (-2, -1, 0, 1, 1.5, -0.5, float("nan"))
+NUMBERS = (-2, -1, 0, 1, 99, 1.5, -0.5, float("nan"))
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def mismatch(op: Op, arguments: dict) -> str | None:
         found = a.pattern.match(tuple(value.shape), names)
         if found is None:
             return a.name
-        names = found | (op.given_sizes(op.Arguments(**arguments)) if a is op.leader else {})
+        names = found | (op.given_sizes(op.Arguments(**arguments)) if a is op.leader and op.sizes else {})
     return None
 
 
@@ -60,8 +61,9 @@ def refusals(op: Op, arguments: dict) -> Iterator[Refusal]:
                 yield refusal(label, a.name, other, ValueError, blamed)
         if a.name in op.one_dtype[1:]:
             yield refusal("of another dtype", a.name, partial(value.to, _other(value.dtype)), TypeError)
+    public = inspect.signature(op.function).parameters
     for a in op.options:
-        for value in _wrong_options(a):
+        for value in _wrong_options(a, arguments) if a.name in public else ():
             error = ValueError if isinstance(value, _types(a)) and not isinstance(value, bool) else TypeError
             yield refusal(f"is {value!r}", a.name, value, error)
     for name, partner in op.needs.items():
@@ -106,7 +108,7 @@ def _types(a) -> tuple[type, ...]:
     return {"int": (int,), "pair": (tuple,), "float": (int, float), "flag": (bool,), "choice": (str,)}[a.kind]
 
 
-def _wrong_options(a) -> Iterator[object]:
+def _wrong_options(a, arguments: dict) -> Iterator[object]:
     if not a.optional:
         yield None
     yield []
@@ -119,7 +121,8 @@ def _wrong_options(a) -> Iterator[object]:
     else:
         yield from ("x", True)
         for number in NUMBERS:
-            if isinstance(number, _types(a)) and a.constraint and not eval(a.condition, {}, {a.name: number}):
+            right = not a.constraint or eval(a.condition, {}, arguments | {a.name: number})
+            if isinstance(number, _types(a)) and not right:
                 yield number
         if a.kind == "int":
             yield 1.5

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import fastasr
 from fastasr.ops import balancer_gradient
-from fastasr.ops.balancer_gradient import definition
+
+definition = balancer_gradient.definition
 
 LIMITS = {
     "mean": (-0.1, 0.1, 0.0, 9.0, 0.04),

@@ -16,6 +16,7 @@ from fastasr.ops._op import Declined
 from fastasr.ops._shapes import Pattern
 from fastasr.testing import Make, checks, tables
 
+WITH_TABLES = sorted(tables().keys() & ops.OPS.keys())
 PATTERNS = ("T B 2*C", "C 1 K | C K, K odd", "*S C", "... K", "2*T-1 K//2+1", "*S", "T, T >= 2", "1 T | B T")
 
 
@@ -57,7 +58,7 @@ def test_a_name_must_be_bound_before():
         list(Pattern.parse("K//2").bind(set(), "t"))
 
 
-@pytest.mark.parametrize("name", ops.OPS)
+@pytest.mark.parametrize("name", WITH_TABLES)
 def test_only_the_kernels_own_answer_is_a_way_out(name, monkeypatch):
     op, table = ops.OPS[name], tables()[name]
     arguments = table.thorough[0].arguments(Make())
@@ -81,10 +82,10 @@ def test_only_the_kernels_own_answer_is_a_way_out(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ops.OPS)
-def test_the_operator_has_the_public_signature(name):
+def test_the_operator_has_the_declared_signature(name):
     op, function = ops.OPS[name], getattr(ops, name)
     assert function.op is op
-    parameters = inspect.signature(function).parameters.values()
+    parameters = inspect.signature(op.definition).parameters.values()
     schema = op.operator._schema.arguments
     assert [p.name for p in parameters] == [a.name for a in schema if a.name != "keep"]
     for p, a in zip(parameters, schema, strict=False):
@@ -98,7 +99,7 @@ def test_it_compiles_inside_another_function():
     torch.testing.assert_close(compiled(x), ops.bypass(x, 2 * x, x[0]) + 1)
 
 
-@pytest.mark.parametrize("name", ops.OPS)
+@pytest.mark.parametrize("name", WITH_TABLES)
 def test_the_operator_differentiates_the_formula_where_no_kernel_serves(name):
     table = tables()[name]
     with fastasr.backend("eager"):

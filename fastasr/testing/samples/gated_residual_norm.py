@@ -4,7 +4,6 @@
 import torch
 
 from fastasr.ops import _activation
-from fastasr.ops.residual_norm import definition
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
@@ -47,20 +46,6 @@ def _with(**arguments):
 
 TABLE = OpTable(
     op="gated_residual_norm",
-    definition=definition,
-    registered=lambda a: (
-        a["x"],
-        a["update"],
-        a["candidate"],
-        a["hidden"],
-        None
-        if a.get("dropout_mask") is None
-        else a["dropout_mask"].to(torch.promote_types(a["x"].dtype, torch.float32)),
-        a["weight"].to(torch.promote_types(a["x"].dtype, torch.float32)),
-        a["bias"].to(torch.promote_types(a["x"].dtype, torch.float32)),
-        a.get("eps", 1e-5),
-        _activation.NAMES.index(a.get("activation", "silu")),
-    ),
     samples=(
         Sample("lbd", lambda m: _call(m, (4, 2, 11)), thorough=True),
         Sample("slices of a projection", lambda m: _slices(m, 30, 4, 64)),

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of linear."""
 
-from fastasr.ops.linear import definition
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
@@ -67,8 +66,6 @@ def invalid_affine() -> tuple[Invalid, ...]:
 
 TABLE = OpTable(
     op="linear",
-    definition=definition,
-    registered=lambda a: (a["x"], a["weight"], a["bias"]),
     samples=(
         Sample("tbc", lambda m: affine(m, (6, 2, 16), 12), thorough=True),
         Sample("no bias", lambda m: affine(m, (7, 9), 5, bias=False), thorough=True),

@@ -1,14 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of linear_activation."""
 
-from fastasr.ops import _activation
-from fastasr.ops.linear_activation import definition
 from fastasr.testing.samples.linear import affine, invalid_affine
 from fastasr.testing.table import Invalid, OpTable, Sample
-
-
-def _registered(a: dict) -> tuple:
-    return a["x"], a["weight"], a["bias"], _activation.NAMES.index(a.get("activation", "silu"))
 
 
 def _with(**arguments):
@@ -17,9 +11,6 @@ def _with(**arguments):
 
 TABLE = OpTable(
     op="linear_activation",
-    definition=definition,
-    registered=_registered,
-    result=lambda a, outputs: outputs[0],
     samples=(
         Sample("silu", lambda m: affine(m, (6, 2, 16), 12), thorough=True),
         Sample(

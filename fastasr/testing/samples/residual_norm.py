@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of residual_norm."""
 
-import torch
-
-from fastasr.ops.residual_norm import definition_residual
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
@@ -24,14 +21,6 @@ def _with(**arguments):
 
 TABLE = OpTable(
     op="residual_norm",
-    definition=definition_residual,
-    registered=lambda a: (
-        a["x"],
-        a["update"],
-        a["weight"].to(torch.promote_types(a["x"].dtype, torch.float32)),
-        a["bias"].to(torch.promote_types(a["x"].dtype, torch.float32)),
-        a["eps"],
-    ),
     samples=(
         Sample("lbd", lambda m: _call(m, (4, 2, 11)), thorough=True),
         Sample("odd channels", lambda m: _call(m, (11, 193))),

@@ -3,7 +3,8 @@
 
 from torch import Tensor
 
-from fastasr.ops.swoosh_linear import definition, draw_mask
+from fastasr.ops import swoosh_linear
+from fastasr.ops.swoosh_linear import draw_mask
 from fastasr.testing.samples.linear import affine, invalid_affine
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
@@ -12,7 +13,7 @@ def _definition(
     x, weight, bias, kind="SwooshL", dropout_p=0.0, dropout_shared_dim=None, training=False
 ) -> Tensor:
     mask = draw_mask(x, dropout_p, dropout_shared_dim) if training and dropout_p else None
-    return definition(x, weight, bias, kind, mask)
+    return swoosh_linear.definition(x, weight, bias, kind, mask)
 
 
 def _registered(a: dict) -> tuple:

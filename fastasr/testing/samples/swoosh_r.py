@@ -5,4 +5,4 @@ from dataclasses import replace
 
 from fastasr.testing.samples import swoosh_l
 
-TABLE = replace(swoosh_l.TABLE, op="swoosh_r")
+TABLE = replace(swoosh_l.TABLE, op="swoosh_r", definition=None)

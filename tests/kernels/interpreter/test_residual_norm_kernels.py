@@ -13,8 +13,7 @@ from fastasr.kernels.residual_norm import (
     residual_norm_backward,
     residual_norm_forward,
 )
-from fastasr.ops import _activation
-from fastasr.ops.residual_norm import definition, definition_residual
+from fastasr.ops import _activation, gated_residual_norm, residual_norm
 from fastasr.testing.tolerance import compare
 
 SHAPES = [(40,), (3, 7), (9, 2, 16), (5, 4, 192), (11, 193), (6, 513), (3, 2048), (2, 5000)]
@@ -46,12 +45,14 @@ def _expected(grad, x, update, candidate, hidden, mask, weight, bias, activation
     ]
     x, update, candidate, hidden, weight, bias = leaves
     if candidate is None:
-        y = definition_residual(x, update, weight, bias, EPS)
+        y = residual_norm.definition(x, update, weight, bias, EPS)
         dx, _, dweight, dbias = torch.autograd.grad(y, (x, update, weight, bias), grad.to(dtype))
         return y.detach(), dx, torch.empty(0), torch.empty(0), dweight, dbias
     mask = mask if mask is None else mask.to(dtype)
     name = _activation.NAMES[activation]
-    y = definition(x, update, candidate, hidden, weight, bias, EPS, activation=name, dropout_mask=mask)
+    y = gated_residual_norm.definition(
+        x, update, candidate, hidden, weight, bias, EPS, activation=name, dropout_mask=mask
+    )
     dx, du, ds, _, dweight, dbias = torch.autograd.grad(y, leaves, grad.to(dtype))
     return y.detach(), dx, du, ds, dweight, dbias
 
