@@ -28,33 +28,10 @@ from pathlib import Path
 import torch
 
 from fastasr.benchmarks import limits, rows
+from fastasr.benchmarks import ops as op_cases
 from fastasr.benchmarks.case import Case, Settings, Unavailable, variant
 from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.harness import Variant, peak_bytes, synchronize
-from fastasr.benchmarks.ops import (
-    bias_norm,
-    bypass,
-    complex_ema_scan,
-    conv_spatial_gate,
-    depthwise_conv2d,
-    depthwise_conv_residual,
-    ema_scan,
-    gated_depthwise_conv,
-    layer_norm_lstm,
-    linear_activation,
-    nonlin_attention,
-    rel_attention,
-    residual_norm,
-    rnnt_joiner,
-    rnnt_lattice,
-    rnnt_pruned_lattice,
-    segment_attention,
-    swoosh,
-    swoosh_linear,
-    toeplitz_attention,
-    zipformer_attention,
-    zipformer_attention_weights,
-)
 from fastasr.benchmarks.rows import Row
 
 STEPS = ("environment", "tests", "sanitizer", "benchmarks")
@@ -63,39 +40,8 @@ TARGET = 0.85  # of the card's copy bandwidth, for the ops that are bound by mem
 
 
 def training_cases() -> list[Case]:
-    """30 s of speech, 20 utterances: stacks of Zipformer-M and -L, time-major, and their feed-forward
-    widths."""
-    frames, batch = 1500, 20
-    cases = []
-    for width in (512, 768, 1536):
-        cases += [swoosh._case(op, frames, batch, width) for op in ("swoosh_l", "swoosh_r")]
-    for channels in (192, 512, 768):
-        cases += [make(frames, batch, channels) for make in (bias_norm._case, bypass._case)]
-    cases += [make(188, batch, 512) for make in (bias_norm._case, bypass._case)]  # stack 3: bound by launches
-    for inputs, outputs in ((512, 192), (1536, 512)):
-        cases.append(swoosh_linear._case((frames, batch, inputs), outputs))
-    for length, sequences, states in ((2048, 8, 4), (16384, 8, 4), (2048, 2, 4), (2048, 8, 16), (1, 8, 4)):
-        cases.append(ema_scan._case(length, states, sequences))
-    cases.append(complex_ema_scan._case(2048))
-    cases += [*residual_norm.CASES, *toeplitz_attention.CASES]  # of a MEGA decoder
-    for attention in (zipformer_attention_weights, zipformer_attention):
-        cases += [attention._case(*size) for size in ((frames, batch, 4), (188, batch, 8))]
-    cases += segment_attention.CASES  # of an Emformer
-    cases += [rel_attention._case(*size) for size in ((400, batch), (1500, batch))]  # of an E-Branchformer
-    cases += [nonlin_attention._case(*size) for size in ((frames, batch, 144), (188, batch, 384))]
-    cases += rnnt_joiner.CASES[::2]
-    cases += [*rnnt_lattice.CASES[:3], rnnt_pruned_lattice.CASES[0]]
-    cases.append(depthwise_conv2d._case((batch, frames, 19, 128), (7, 7)))  # a front end
-    # an E-Branchformer: its merge, its cgMLP's first projection
-    cases.append(depthwise_conv_residual._case((batch, frames // 2, 1024), 3))
-    cases.append(linear_activation._case((batch, frames // 2, 512), 3072, "gelu"))
-    for chunk in (None, 32):  # a convolution module of stack 0 and of stack 3, plain and chunk-causal
-        cases.append(gated_depthwise_conv._case((frames, batch, 192), 31, chunk))
-        cases.append(gated_depthwise_conv._case((188, batch, 512), 15, chunk and chunk // 8))
-    for steps, sequences in ((50, 16), (50, 64), (1, 1), (1, 10)):  # of a transducer's predictor
-        cases.append(layer_norm_lstm._case(steps, sequences, steps == 1))
-    cases += [conv_spatial_gate._case((batch, 750, channels), 31) for channels in (1536, 512)]
-    return cases
+    """The sizes of training on a GPU that the ops' modules give."""
+    return [case for module in op_cases.MODULES for case in getattr(module, "ON_DEVICE", ())]
 
 
 class Timer:

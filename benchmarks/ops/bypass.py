@@ -8,8 +8,10 @@ import torch
 from fastasr import ops
 from fastasr.benchmarks.case import (
     BACKWARD,
+    BATCH,
     BOTH,
     FORWARD,
+    FRAMES,
     Case,
     Cost,
     Implementation,
@@ -55,3 +57,4 @@ def _case(*shape: int) -> Case:
 
 
 CASES = (_case(796, 4, 192), _case(100, 4, 512))
+ON_DEVICE = (*(_case(FRAMES, BATCH, c) for c in (192, 512, 768)), _case(188, BATCH, 512))

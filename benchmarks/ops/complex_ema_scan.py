@@ -76,3 +76,4 @@ def _case(length: int) -> Case:
 
 
 CASES = tuple(_case(length) for length in LENGTHS)
+ON_DEVICE = (_case(2048),)

@@ -11,6 +11,7 @@ import torch
 from fastasr import ops
 from fastasr.benchmarks.case import (
     BACKWARD,
+    BATCH,
     BOTH,
     FORWARD,
     PASSES,
@@ -71,3 +72,4 @@ def _case(shape, taps: int) -> Case:
 
 
 CASES = (_case((4, 400, 1536), 31), _case((4, 400, 512), 31))
+ON_DEVICE = tuple(_case((BATCH, 750, channels), 31) for channels in (1536, 512))

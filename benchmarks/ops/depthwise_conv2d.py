@@ -12,8 +12,10 @@ import torch
 from fastasr import ops
 from fastasr.benchmarks.case import (
     BACKWARD,
+    BATCH,
     BOTH,
     FORWARD,
+    FRAMES,
     PASSES,
     Case,
     Cost,
@@ -73,3 +75,4 @@ CASES = (
     _case((4, 396, 19, 128), (7, 7)),
     _case((1, 22, 19, 128), (7, 7), (0, 3), (FORWARD,), ", one streaming step"),
 )
+ON_DEVICE = (_case((BATCH, FRAMES, 19, 128), (7, 7)),)  # a front end

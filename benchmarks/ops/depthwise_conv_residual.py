@@ -12,8 +12,10 @@ import torch
 from fastasr import ops
 from fastasr.benchmarks.case import (
     BACKWARD,
+    BATCH,
     BOTH,
     FORWARD,
+    FRAMES,
     PASSES,
     Case,
     Cost,
@@ -63,3 +65,4 @@ def _case(shape, taps: int) -> Case:
 
 
 CASES = (_case((4, 400, 1024), 3), _case((4, 400, 1024), 31))
+ON_DEVICE = (_case((BATCH, FRAMES // 2, 1024), 3),)

@@ -12,8 +12,10 @@ import torch
 from fastasr import ops
 from fastasr.benchmarks.case import (
     BACKWARD,
+    BATCH,
     BOTH,
     FORWARD,
+    FRAMES,
     PASSES,
     Case,
     Cost,
@@ -123,4 +125,9 @@ CASES = (
     _case((100, 4, 512), 15),
     _case((100, 4, 512), 15, chunk=4),
     _step_case((16, 1, 192), 31),
+)
+# stacks 0 and 3, plain and chunk-causal
+ON_DEVICE = (
+    *(_case((FRAMES, BATCH, 192), 31, chunk) for chunk in (None, 32)),
+    *(_case((188, BATCH, 512), 15, chunk) for chunk in (None, 4)),
 )

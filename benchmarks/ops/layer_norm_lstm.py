@@ -89,3 +89,5 @@ CASES = (
     _case(100, 16),
     _case(50, 64),
 )
+# of a transducer's predictor
+ON_DEVICE = (_case(50, 16), _case(50, 64), _case(1, 1, True), _case(1, 10, True))

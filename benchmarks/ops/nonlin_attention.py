@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks.case import BACKWARD, BOTH, FORWARD, Case, Cost, compiled, simple
+from fastasr.benchmarks.case import BACKWARD, BATCH, BOTH, FORWARD, FRAMES, Case, Cost, compiled, simple
 from fastasr.ops.nonlin_attention import definition
 
 
@@ -43,3 +43,4 @@ def _case(frames: int, batch: int, width: int) -> Case:
 
 
 CASES = (_case(796, 4, 144), _case(100, 4, 384))
+ON_DEVICE = (_case(FRAMES, BATCH, 144), _case(188, BATCH, 384))

@@ -15,8 +15,10 @@ from fastasr import ops
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import (
     BACKWARD,
+    BATCH,
     BOTH,
     FORWARD,
+    FRAMES,
     Case,
     Cost,
     Implementation,
@@ -122,3 +124,4 @@ def _case(frames: int, batch: int) -> Case:
 
 
 CASES = (_case(400, 4), _case(1500, 1))
+ON_DEVICE = (_case(400, BATCH), _case(FRAMES, BATCH))

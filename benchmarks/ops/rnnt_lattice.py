@@ -66,3 +66,4 @@ CASES = (
     _case(4, 60, 400),
     _case(1, 10, 40),
 )
+ON_DEVICE = CASES[:3]

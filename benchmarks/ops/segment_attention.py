@@ -93,3 +93,4 @@ def _case(segment: int, right: int) -> Case:
 
 
 CASES = (_case(16, 4), _case(4, 1))
+ON_DEVICE = CASES

@@ -10,8 +10,10 @@ import torch
 from fastasr import ops
 from fastasr.benchmarks.case import (
     BACKWARD,
+    BATCH,
     BOTH,
     FORWARD,
+    FRAMES,
     Case,
     Cost,
     Implementation,
@@ -60,3 +62,4 @@ CASES = (
     # the first activations of Zipformer-M's front end: 16 s, after the first convolution
     _case("swoosh_r", 4, 8, 1598, 80, quick=False),
 )
+ON_DEVICE = tuple(_case(op, FRAMES, BATCH, c) for c in (512, 768, 1536) for op in ("swoosh_l", "swoosh_r"))

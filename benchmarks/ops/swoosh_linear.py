@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from fastasr import ops
 from fastasr.benchmarks.case import (
     BACKWARD,
+    BATCH,
     BOTH,
     FORWARD,
+    FRAMES,
     Case,
     Cost,
     Implementation,
@@ -105,3 +107,4 @@ CASES = (
     _case((796, 4, 512), 192),
     _case((100, 4, 1536), 512),
 )
+ON_DEVICE = (_case((FRAMES, BATCH, 512), 192), _case((FRAMES, BATCH, 1536), 512))

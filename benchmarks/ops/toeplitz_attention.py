@@ -64,3 +64,4 @@ def _case(length: int, batch: int, quick: bool = True) -> Case:
 
 
 CASES = (_case(200, 4), _case(1024, 4, quick=False))
+ON_DEVICE = CASES

@@ -6,7 +6,18 @@ from functools import partial
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks.case import BACKWARD, BOTH, FORWARD, Case, Cost, Implementation, compiled, parameters
+from fastasr.benchmarks.case import (
+    BACKWARD,
+    BATCH,
+    BOTH,
+    FORWARD,
+    FRAMES,
+    Case,
+    Cost,
+    Implementation,
+    compiled,
+    parameters,
+)
 
 definition = ops.zipformer_attention.definition
 
@@ -51,3 +62,4 @@ def _case(frames: int, batch: int, heads: int) -> Case:
 
 
 CASES = (_case(796, 4, 4), _case(2998, 1, 4))
+ON_DEVICE = (_case(FRAMES, BATCH, 4), _case(188, BATCH, 8))

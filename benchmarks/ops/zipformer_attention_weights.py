@@ -9,8 +9,10 @@ import torch
 from fastasr import ops
 from fastasr.benchmarks.case import (
     BACKWARD,
+    BATCH,
     BOTH,
     FORWARD,
+    FRAMES,
     Case,
     Cost,
     Implementation,
@@ -71,3 +73,4 @@ def _case(frames: int, batch: int, heads: int) -> Case:
 
 
 CASES = (_case(796, 4, 4), _case(398, 4, 4), _case(100, 4, 8), _case(2998, 1, 4))
+ON_DEVICE = (_case(FRAMES, BATCH, 4), _case(188, BATCH, 8))

@@ -35,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 BUDGETS = Path(__file__).with_name("budgets.toml")
+KERNELS = Path(__file__).parents[2] / "kernels"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90)
 MEASURES = ("registers", "spills", "shared", "wide", "narrow", "instructions")
@@ -61,29 +62,18 @@ class Configuration:
     most_registers: int | None = None  # the assembler's own choice
 
 
+def kernel_files() -> list[str]:
+    """The kernels' files, without those of what several kernels share."""
+    return sorted(path.stem for path in KERNELS.glob("[!_]*.py"))
+
+
 def configurations() -> list[Configuration]:
-    """What the launchers use at model shapes: every kernel, mask kind, tile shape and element type."""
-    return [
-        *_swoosh(),
-        *_bias_norm(),
-        *_bypass(),
-        *_nonlin_attention(),
-        *_linear_activation(),
-        *_residual_norm(),
-        *_depthwise_conv2d(),
-        *_depthwise_conv_residual(),
-        *_gated_depthwise_conv(),
-        *_conv_spatial_gate(),
-        *_layer_norm_lstm(),
-        *_toeplitz_attention(),
-        *_segment_attention(),
-        *_zipformer_attention_weights(),
-        *_zipformer_attention(),
-        *_rel_attention(),
-        *_rnnt_joiner(),
-        *_rnnt_lattice(),
-        *_rnnt_pruned_lattice(),
-    ]
+    """What the launchers use at model shapes: every kernel, mask kind, tile shape and element type. Each file of
+    kernels has a function of its name here."""
+    missing = [name for name in kernel_files() if f"_{name}" not in globals()]
+    if missing:
+        raise LookupError(f"{__file__}: write _{missing[0]}(), the configurations of kernels/{missing[0]}.py")
+    return [configuration for name in kernel_files() for configuration in globals()[f"_{name}"]()]
 
 
 def _swoosh():
