@@ -64,7 +64,7 @@ class Op:
     kernels: str | KernelFamily  # backends by name, the preferred first; or a family that several ops share
     _: KW_ONLY
     returns: str = "y"  # the outputs' names
-    summary: str = ""  # of the README's row; else the docstring's first line
+    summary: str = ""  # of the row in the table of ops; else the docstring's first line
 
     # dtypes and strides
     one_dtype: str = ""  # arguments that must have the first one's dtype, except under an autocast rule
@@ -176,15 +176,6 @@ class Op:
     @property
     def class_name(self) -> str:
         return self.name.title().replace("_", "")
-
-    @property
-    def page(self) -> str:
-        """The page in docs/ops, named after the op's module."""
-        return self.definition.__module__.rpartition(".")[2]
-
-    def row(self) -> str:
-        """The op's row in a table of all ops."""
-        return f"| `{self.name}` | {self.summary} | [{self.page}](docs/ops/{self.page}.md) |"
 
     def argument(self, name: str) -> _signature.Argument:
         return next(a for a in self.arguments if a.name == name)

@@ -2,7 +2,6 @@
 """What follows from a declaration, beyond the contract that every op keeps."""
 
 import inspect
-from pathlib import Path
 
 import pytest
 import torch
@@ -104,15 +103,3 @@ def test_the_operator_differentiates_the_formula_where_no_kernel_serves(name):
     table = tables()[name]
     with fastasr.backend("eager"):
         checks.gradcheck(table, table.thorough[0], torch.float64, "cpu")
-
-
-@pytest.mark.parametrize("name", ops.OPS)
-def test_the_readme_has_its_row(name):
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    op = ops.OPS[name]
-    (row,) = (
-        line
-        for line in text.split("\n")
-        if line.startswith("| ") and f"`{name}`" in line.split("|")[1] and "docs/ops" in line
-    )
-    assert op.row().split("|")[2:] == row.split("|")[2:]

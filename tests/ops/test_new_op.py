@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CONTRIBUTING.md's steps, taken word for word, make an op that keeps the contract."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = {
+    "fastasr": "fastasr",
+    "kernels": "fastasr/kernels",
+    "benchmarks": "fastasr/benchmarks",
+    "docs": "docs",
+}
+# The copy's modules are found before those of an installed package.
+RUN = """
+import sys
+from importlib.machinery import PathFinder
+sys.path.insert(0, {folder!r})
+sys.meta_path.insert(0, PathFinder)
+import pytest
+from fastasr import ops
+from fastasr.benchmarks import ops as benchmarks
+assert ops.__file__.startswith({folder!r})
+assert "scaled_sine" in ops.__all__
+assert ops.scaled_sine.op.summary == "scale · sin(x) over the last dimension"
+assert "scaled_sine" in benchmarks.names()
+options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "scaled_sine or every_public"]
+sys.exit(pytest.main([*options, {contract!r}, {declaration!r}]))
+"""
+
+
+def _copied(folder: Path) -> None:
+    """The package with links in place of its files."""
+    for source, target in FOLDERS.items():
+        for path in sorted((ROOT / source).rglob("*")):
+            link = folder / target / path.relative_to(ROOT / source)
+            if path.is_file() and "__pycache__" not in path.parts:
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path)
+
+
+def test_the_steps_make_an_op(tmp_path):
+    _copied(tmp_path)
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = text[text.index("## Add an op") : text.index("## How tests work")]
+    steps = re.findall(r"^\d\. \*\*[^`]*`([^`]+)`.*?^   ```\w+\n(.*?)^   ```", text, flags=re.S | re.M)
+    assert [Path(file).parent.as_posix() for file, _ in steps] == [
+        "fastasr/ops",
+        "fastasr/testing/samples",
+        "benchmarks/ops",
+        "docs/ops",
+    ]
+    for file, content in steps:
+        top, rest = file.split("/", 1)
+        path = tmp_path / FOLDERS[top] / rest
+        assert not path.exists()
+        path.write_text(dedent(content), encoding="utf-8")
+    tests = {name: str(ROOT / "tests" / "ops" / f"test_{name}.py") for name in ("contract", "declaration")}
+    run = subprocess.run(
+        [sys.executable, "-c", RUN.format(folder=str(tmp_path), **tests)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert run.stdout.count(".") > 50, f"hardly a test ran: {run.stdout[-2000:]}"
