@@ -101,10 +101,11 @@ class Op:
     check: Callable | None = None  # (op, a); the native kernels check it too, or ``fits`` does
 
     # the backward pass
-    keeps: dict | None = (
-        None  # what kernels hand on besides the outputs: {name: Annotated[Tensor, shape, dtype]}
-    )
+    # what kernels hand on besides the outputs: {name: Annotated[Tensor, shape, dtype]}; where the shape depends on the
+    # backend it is a function (backend, a) -> sizes
+    keeps: dict | None = None
     saves: str = ""  # of arguments, outputs and keeps; else all tensors and keeps
+    unread: str = ""  # saved arguments of which gradients need shape and dtype alone: their memory is let go
     materialize: bool = True  # False: gradients of outputs may be None
     differentiable: bool = True  # False: the op computes a gradient itself; differentiating it raises
 
@@ -154,6 +155,7 @@ class Op:
         self.leader = self.argument(self.one_dtype[0]) if self.one_dtype else self.tensors[0]
         self.outputs = _signature.outputs(formula, self.returns.split())
         self.keeps = tuple(_signature.output(name, hint) for name, hint in (self.keeps or {}).items())
+        self.graded = tuple(o for o in self.outputs if not o.constant)
         self.decides = bool(self.deciding)
         self.deciding = self.deciding.split() or self.dtype_names(self.outputs[0])
         self.sizes = self.sizes or {}
@@ -161,6 +163,7 @@ class Op:
         self.cast = self._cast_rule()
         # the part for gradients is told which are wanted, unless the kernels' own call gives them all
         self.asks = bool(self.gradients) and not self.backward
+        self.unread = self.unread.split()
         self.saves = self.saves.split() or [*(a.name for a in self.tensors), *(o.name for o in self.keeps)]
         self._kernel_calls()
         defaults = [a.default for a in self.arguments if not a.required]
@@ -231,7 +234,7 @@ class Op:
 
     def _kernel_calls(self) -> None:
         tensors, options = [a.name for a in self.tensors], [a.name for a in self.options]
-        always = [f"grad_{o.name}" for o in self.outputs if not o.flag or self.flagged is None]
+        always = [f"grad_{o.name}" for o in self.graded if not o.flag or self.flagged is None]
         self.forward = _shapes.words(self.forward) or [*tensors, *options, *["keep"] * bool(self.keeps)]
         backward, _, results = self.backward.partition("->")
         self.backward_results = results.split() or [a.name for a in self.differentiable]
@@ -282,7 +285,7 @@ class Op:
         where it was not asked for, and what is kept; ``<name>_backward`` takes gradients, ``saves`` and the options."""
         tensors = {a.name: f"Tensor{'?' * a.optional} {a.name}" for a in self.tensors}
         saved = [tensors.get(name, f"Tensor {name}") for name in self.saves]
-        grads = [f"Tensor{'?' * (len(self.outputs) > 1)} grad_{o.name}" for o in self.outputs]
+        grads = [f"Tensor{'?' * (len(self.graded) > 1)} grad_{o.name}" for o in self.graded]
         options = [a.schema.partition("=")[0] for a in self.options]
         arguments = ", ".join((*grads, *saved, *options, *["bool[] needs"] * self.asks))
         backward = None
@@ -339,6 +342,7 @@ class Op:
         space = {f"_codes_{a.name}": a.codes for a in self.options if a.codes}
         space |= {f"_{name}": layout for name, layout in STRIDES.items()}
         space |= {f"_sizes_{i}": size for i, size in enumerate(self.sizes.values())}
+        space |= {f"_shape_{o.name}": o.pattern for o in self.keeps if callable(o.pattern)}
         parts = ("family", "definition", "Arguments", "Saved", "Needs", "launch", "gradients", "flagged")
         parts = (*parts, "fast", "fits", "fast_dtype", "cast")
         space |= {f"_{name}": getattr(self, name) for name in parts}
@@ -348,6 +352,8 @@ class Op:
             "_declined": self._declined,
             "_operand": _operand,
             "_back": _back,
+            "_Like": _Like,
+            "_stand_in": _stand_in,
             "_tuple": _tuple,
             "_promoted": _promoted,
             "_promote_types": torch.promote_types,
@@ -364,6 +370,7 @@ class Op:
             "_MASKS": (torch.bool, *FLOATING),
             "_BOOL": (torch.bool,),
             "_INTEGERS": INTEGERS,
+            "_INT64": (torch.int64,),
             "_strided": torch.strided,
             "_served": served,
             "_is_compiling": is_compiling,
@@ -388,9 +395,12 @@ class Op:
         kind = self.argument(name).kind
         if kind == "floating":
             _check.floating_tensor(self.name, name, value)
-        what = {bool: "a bool tensor", int: "a tensor of integers", "constant": "a bool or floating tensor"}[
-            kind
-        ]
+        what = {
+            bool: "a bool tensor",
+            int: "a tensor of integers",
+            torch.int64: "an int64 tensor",
+            "constant": "a bool or floating tensor",
+        }[kind]
         got = type(value).__name__
         if isinstance(value, Tensor):
             got = value.dtype if value.layout is torch.strided else value.layout
@@ -452,6 +462,14 @@ def _back(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
         return None
     grad = grad if grad.dtype is t.dtype else grad.to(t.dtype)
     return grad if grad.shape == t.shape else grad.reshape(t.shape)
+
+
+_Like = namedtuple("_Like", "shape dtype")  # what stays of an argument whose memory is let go
+
+
+def _stand_in(t: Tensor) -> Tensor:
+    """A tensor of the same shape and dtype, over the memory of one number: a NaN, which shows where it is read."""
+    return t.new_full((), float("nan")).expand(t.shape)
 
 
 def _promoted(first: Tensor, *others: Tensor | None) -> torch.dtype:

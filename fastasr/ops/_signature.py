@@ -4,6 +4,7 @@
 h: Annotated[Tensor, "T B 2*C"]                      a floating tensor; shapes: see :mod:`fastasr.ops._shapes`
 padding_mask: Annotated[Tensor, "B T", bool] | None  a bool tensor, or none
 lengths: Annotated[Tensor, "B", int]                 a tensor of integers
+boundary: Annotated[Tensor, "B 4", torch.int64]      a tensor of int64 alone
 weights: Annotated[Tensor, "B T", "constant"]        bool or floating, and no gradient is wanted
 chunk_size: Annotated[int, "-1 or >= 1"]             a number with its constraint
 score_limit: Annotated[float, ">= 0 and < inf"]      float likewise
@@ -14,6 +15,7 @@ activation: Literal["silu", "relu"]                  a choice: kernels get its p
 return_cache: bool                                   a flag; ``return_...`` asks for the outputs after the first
 -> Annotated[Tensor, "T B C", "h + scale"]           an output, in the promoted dtype of these arguments;
                               "wide h + scale"       and at least float32
+-> Annotated[Tensor, "T B C", "h", "constant"]       an output without a gradient, after those that have one
 """
 
 import inspect
@@ -23,11 +25,12 @@ from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor
 
 from fastasr.ops._shapes import Pattern
 
-TENSORS = dict.fromkeys(("floating", "constant", bool, int), "Tensor")
+TENSORS = dict.fromkeys(("floating", "constant", bool, int, torch.int64), "Tensor")
 SCHEMA = TENSORS | {"int": "SymInt", "pair": "SymInt[2]", "float": "float", "flag": "bool", "choice": "str"}
 PYTHON = {"int": "int", "pair": "tuple", "float": "float", "flag": "bool", "choice": "str"}
 WORDS = ((">=", "at least"), ("<=", "at most"), (">", "more than"), ("<", "less than"))
@@ -85,10 +88,11 @@ class Argument:
 @dataclass(frozen=True)
 class Output:
     name: str
-    pattern: Pattern
+    pattern: Pattern | Callable  # of what is kept also (backend, a) -> sizes
     dtype: tuple[str, ...]  # the arguments, or outputs, whose promotion it is
     wide: bool  # and at least float32
     flag: str = ""  # the argument that asks for it
+    constant: bool = False  # it has no gradient
 
 
 def arguments(formula: Callable) -> tuple[Argument, ...]:
@@ -134,7 +138,8 @@ def outputs(formula: Callable, names: list[str]) -> tuple[Output, ...]:
 
 
 def output(name: str, hint, flag: str = "") -> Output:
-    _, shape, dtype = get_args(hint)
+    _, shape, dtype, *constant = get_args(hint)
     names = re.findall(r"\w+", dtype)
     wide = names[0] == "wide"
-    return Output(name, Pattern.parse(shape), tuple(names[wide:]), wide, flag)
+    pattern = shape if callable(shape) else Pattern.parse(shape)
+    return Output(name, pattern, tuple(names[wide:]), wide, flag, bool(constant))

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Iterator
 from textwrap import indent
 
+import torch
+
 FORWARD = """
 def _check({names}):
     {checks}
@@ -73,6 +75,7 @@ def _set_up(ctx, inputs, output):
     {found} = output
     {not_differentiable}
     {materialize}
+    {stand_ins}
     ctx.save_for_backward({saves})
     {remember}
 
@@ -115,17 +118,18 @@ class {class_name}(_Function):
             {found} = {native_keeping}
         else:
             {found} = _run_kernels(_kernels, {names}{keeping})
-        ctx.save_for_backward({saves})
-        ctx.rest = _kernels, _direct, {options}
+        ctx.save_for_backward({saves_directly})
+        ctx.rest = _kernels, _direct, {options_and_likes}
         {materialize}
+        {constants}
         return {selected}
 
     @staticmethod
-    def backward(ctx, {optional_grads}):
+    def backward(ctx, {optional_grads}, *_):
         if _is_grad_enabled():
             _refuse_double_backward("{name}")
-        {saves}, = ctx.saved_tensors  # once: a checkpoint gives them one time
-        _kernels, _direct, {options} = ctx.rest
+        {saves_directly}, = ctx.saved_tensors  # once: a checkpoint gives them one time
+        _kernels, _direct, {options_and_unread} = ctx.rest
         {no_grads_directly}
         {native_backward}
         {gradients}, = _differentiate(_kernels, {grads}, {saved}{asked_by_autograd})
@@ -135,7 +139,7 @@ class {class_name}(_Function):
 
 def write(op) -> str:
     found = (*op.outputs, *op.keeps)
-    grads = [f"grad_{o.name}" for o in op.outputs]
+    grads = [f"grad_{o.name}" for o in op.graded]
     rest = ", ".join((*(a.name for a in op.options), *["keep"] * bool(op.keeps)))
     fragments = {
         "name": op.name,
@@ -147,8 +151,12 @@ def write(op) -> str:
             (*map(_parameter, op.arguments), *(["keep=False"] * bool(op.keeps)))
         ),
         "deciding": ", ".join(op.deciding),
-        "options": _names(op.options),
+        "options_and_likes": ", ".join(
+            (*(a.name for a in op.options), *(f"_Like({name}.shape, {name}.dtype)" for name in op.unread))
+        ),
+        "options_and_unread": ", ".join((*(a.name for a in op.options), *op.unread)),
         "saves": ", ".join(op.saves),
+        "saves_directly": ", ".join(name for name in op.saves if name not in op.unread),
         "saved": ", ".join((*op.saves, *(a.name for a in op.options))),
         "found": _names(found),
         "dense_found": ", ".join(o.name + ".contiguous()" * (not op.like and not op.empty) for o in found),
@@ -156,7 +164,7 @@ def write(op) -> str:
         "selected": _selected(op),
         "grads": ", ".join(grads),
         "optional_grads": ", ".join(
-            g + "=None" * bool(o.flag) for g, o in zip(grads, op.outputs, strict=True)
+            g + "=None" * bool(o.flag) for g, o in zip(grads, op.graded, strict=True)
         ),
         "gradients": ", ".join(f"_d_{a.name}" for a in op.differentiable),
         "keep": ", keep" * bool(op.keeps),
@@ -175,6 +183,8 @@ def write(op) -> str:
         "sizes": _sizes(op),
         "empty": ", ".join(_empty(op, o) for o in found),
         "not_differentiable": _not_differentiable(op),
+        "constants": _constants(op),
+        "stand_ins": _stand_ins(op),
         "remember": [f"ctx.rest = {rest},"] * bool(rest),
         "operator_rest": [f"{rest}, = ctx.rest"] * bool(rest),
         "compute_again": [
@@ -182,7 +192,7 @@ def write(op) -> str:
             f"_op.operator({_names(op.arguments)}, True)"
         ]
         * bool(op.keeps),
-        "flags": [f"grad_{o.name} = grad_{o.name} if {o.flag} else None" for o in op.outputs if o.flag],
+        "flags": [f"grad_{o.name} = grad_{o.name} if {o.flag} else None" for o in op.graded if o.flag],
         "for_the_operator": _for_the_operator(op),
         "dense_gradients": _each_gradient(
             op, "_d_{0}" if op.like else "_d_{0}.contiguous()", " or _d_{0} is None"
@@ -321,7 +331,13 @@ def _given_sizes(op) -> list[str]:
 
 def _tensor(op, a, known: set[str]) -> Iterator[str]:
     name, leader = a.name, op.leader.name
-    dtypes = {"floating": "_FLOATING", "constant": "_MASKS", bool: "_BOOL", int: "_INTEGERS"}[a.kind]
+    dtypes = {
+        "floating": "_FLOATING",
+        "constant": "_MASKS",
+        bool: "_BOOL",
+        int: "_INTEGERS",
+        torch.int64: "_INT64",
+    }[a.kind]
     yield f"if not isinstance({name}, _Tensor) or {name}.dtype not in {dtypes} or {name}.layout is not _strided:"
     yield f'    _op.wrong_tensor("{name}", {name})'
     if a.kind == "constant":
@@ -365,7 +381,12 @@ def _empty(op, output) -> str:
     asked = output.flag or ("keep" if output in op.keeps else "")
     if op.like and not asked:
         return f"_empty_like({op.like}, dtype={_dtype(op, output)})"
-    shape = output.pattern.alternatives[0].tuple_code() + f" if {asked} else (0,)" * bool(asked)
+    if callable(output.pattern):
+        backend = f"_family.kernels({', '.join(op.deciding)}).backend"
+        shape = f"_shape_{output.name}({backend}, _Arguments({_names(op.arguments)}))"
+    else:
+        shape = output.pattern.alternatives[0].tuple_code()
+    shape += f" if {asked} else (0,)" * bool(asked)
     empty = "_empty"
     if op.empty and not asked:
         empty = f"(_empty if _family.kernels({', '.join(op.deciding)}) is None else _empty_output)"
@@ -412,7 +433,7 @@ def _operands(op, dtype: str, grads: Iterable[str] = ()) -> Iterator[str]:
         yield f'_dtype = {dtype} if _kernels.backend == "cpu" else None'
     if op.wide:
         yield f"_work = _promote_types({dtype}, _float32)"
-    for name in (*grads, *(a.name for a in op.tensors)):
+    for name in (*grads, *(a.name for a in op.tensors if not (grads and a.name in op.unread))):
         floating = name in grads or (op.argument(name).kind == "floating" and name not in op.own_dtype)
         to = "_dtype" if (op.uniform or op.decides) and floating else None
         to = "_work" if name in wide else to
@@ -497,9 +518,23 @@ def _no_grads(op, grads: list[str], count: int) -> list[str]:
     )
 
 
+def _constants(op) -> list[str]:
+    """Of the direct path, where what is not asked for is no output."""
+    found = [o for o in op.outputs if o.constant]
+    mark = f"ctx.mark_non_differentiable({_names(found)})"
+    return [f"if {found[0].flag}:\n    {mark}" if found[0].flag else mark] if found else []
+
+
+def _stand_ins(op) -> list[str]:
+    lines = [f"{name} = _stand_in({name})" for name in op.unread]
+    served = f"keep and _family.kernels({', '.join(op.deciding)}) is not None"
+    return [f"if {served}:", *(f"    {line}" for line in lines)] if lines else []
+
+
 def _not_differentiable(op) -> list[str]:
-    flags = [o for o in op.outputs if o.flag]
-    always = [f"ctx.mark_non_differentiable({_names(op.keeps)})"] * bool(op.keeps)
+    flags = [o for o in op.graded if o.flag]
+    always = [o for o in (*op.outputs, *op.keeps) if o.constant or o in op.keeps]
+    always = [f"ctx.mark_non_differentiable({_names(always)})"] * bool(always)
     absent = (
         [f"if not {flags[0].flag}:\n    ctx.mark_non_differentiable({_names((*flags, *op.keeps))})"]
         if flags

@@ -83,7 +83,10 @@ def _wrong_tensors(a, value: Tensor) -> Iterator[tuple[str, object]]:
     yield "is a list", [1.0]
     yield "is a string", "x"
     yield "is complex", partial(value.to, torch.complex64)
-    yield ("is floating", value.float) if a.kind is bool else ("is an int tensor", value.int)
+    if a.kind in (bool, int, torch.int64):
+        yield "is floating", value.float
+    if a.kind is not int:
+        yield "is an int tensor", value.int
     if value.dim():
         yield "is sparse", value.to_sparse
     if not a.optional:
