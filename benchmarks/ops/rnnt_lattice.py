@@ -7,7 +7,6 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import BACKWARD, BOTH, FORWARD, Case, Cost, Implementation, Unavailable, simple
-from fastasr.ops.rnnt_lattice import definition
 
 
 def peer():
@@ -37,13 +36,13 @@ def _make(
         rows = [[0, 0, int(symbols * p), int(frames * p)] for p in part.tolist()]
         boundary = torch.tensor(rows, device=device)
     return {
-        "eager": lambda: simple(partial(definition, boundary=boundary), x, y),
+        "eager": lambda: simple(partial(ops.rnnt_lattice.definition, boundary=boundary), x, y),
         "upstream": lambda: _peer(x, y, boundary),
         "fastasr": lambda: simple(partial(ops.rnnt_lattice, boundary=boundary), x, y),
     }
 
 
-def _costs(cells: int, size: int) -> dict[str, Cost]:
+def costs(cells: int, size: int) -> dict[str, Cost]:
     return {
         FORWARD: Cost(2 * cells * size),  # both log probabilities
         BACKWARD: Cost(3 * cells * size),  # shares; both gradients
@@ -54,9 +53,9 @@ def _costs(cells: int, size: int) -> dict[str, Cost]:
 def _case(batch: int, symbols: int, frames: int, *, modified: bool = False, ragged: bool = False) -> Case:
     shape = f"{batch}x{symbols}x{frames}"
     name = shape + ", modified" * modified + ", ragged" * ragged
-    costs = partial(_costs, batch * (symbols + 1) * (frames + 1))
     make = partial(_make, batch, symbols, frames, modified, ragged)
-    return Case("rnnt_lattice", name, shape, make, costs, copy=True)
+    cells = batch * (symbols + 1) * (frames + 1)
+    return Case("rnnt_lattice", name, shape, make, partial(costs, cells), copy=True)
 
 
 CASES = (

@@ -6,9 +6,8 @@ from functools import partial
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks.case import BACKWARD, BOTH, FORWARD, Case, Cost, Implementation, simple
-from fastasr.benchmarks.ops.rnnt_lattice import peer
-from fastasr.ops.rnnt_pruned_lattice import definition
+from fastasr.benchmarks.case import Case, Implementation, simple
+from fastasr.benchmarks.ops.rnnt_lattice import costs, peer
 
 
 def _peer(x: torch.Tensor, y: torch.Tensor, starts: torch.Tensor, symbols: int) -> Implementation:
@@ -32,25 +31,16 @@ def _make(batch: int, symbols: int, frames: int, window: int, device: str, dtype
     starts = rise.expand(batch, frames).contiguous()
     x[starts[..., None] + torch.arange(window, device=device) >= symbols] = -float("inf")
     return {
-        "eager": lambda: simple(lambda x, y: definition(x, y, starts), x, y),
+        "eager": lambda: simple(lambda x, y: ops.rnnt_pruned_lattice.definition(x, y, starts), x, y),
         "upstream": lambda: _peer(x, y, starts, symbols),
         "fastasr": lambda: simple(lambda x, y: ops.rnnt_pruned_lattice(x, y, starts), x, y),
     }
 
 
-def _costs(cells: int, size: int) -> dict[str, Cost]:
-    return {
-        FORWARD: Cost(2 * cells * size),  # both log probabilities
-        BACKWARD: Cost(3 * cells * size),  # shares; both gradients
-        BOTH: Cost(6 * cells * size),  # and the shares written
-    }
-
-
 def _case(batch: int, symbols: int, frames: int, window: int) -> Case:
     shape = f"{batch}x{frames}x{window}"
-    costs = partial(_costs, batch * frames * window)
-    make = partial(_make, batch, symbols, frames, window)
-    return Case("rnnt_pruned_lattice", f"{shape}, S={symbols}", shape, make, costs, copy=True)
+    make, cost = partial(_make, batch, symbols, frames, window), partial(costs, batch * frames * window)
+    return Case("rnnt_pruned_lattice", f"{shape}, S={symbols}", shape, make, cost, copy=True)
 
 
 CASES = (_case(40, 100, 750, 5), _case(4, 60, 400, 5), _case(1, 10, 40, 5))

@@ -1,80 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rnnt_lattice and rnnt_pruned_lattice share: what an entry stands for, the boundary, a safe log-sum."""
+"""What rnnt_lattice and rnnt_pruned_lattice share, and rnnt_joiner in part: the boundary, what an entry stands for, a
+safe log-sum, and the calls of the kernels."""
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from fastasr.ops import _check
+from fastasr.ops._dispatch import PLAIN
 
 # Log probabilities below LEAST count as -inf: kernels keep powers of two as float32 numbers, the impossible as -2^100.
 LEAST = -(2.0**80)
-_INF = float("inf")
+INF = float("inf")
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
-
-
-def log_probabilities(x: Tensor, dtype: torch.dtype, inside: Tensor) -> Tensor:
-    """The entries as they are used; -inf outside the boundary."""
-    x = x.to(dtype)
-    x = torch.where(x == _INF, float("nan"), x)
-    return torch.where((x < LEAST) | ~inside, -_INF, x)
+# --------------------------------------------------------------------------- entries
+def log_probabilities(
+    x: Tensor, y: Tensor, inside_x: Tensor, inside_y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, y, whether a sequence has a NaN): the entries as they are used, in float32 or better; -inf where they are
+    not inside."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    found = []
+    for t, inside in ((x.to(dtype), inside_x), (y.to(dtype), inside_y)):
+        t = torch.where(t == INF, float("nan"), t)
+        found.append(torch.where((t < LEAST) | ~inside, -INF, t))
+    x, y = found
+    return x, y, x.isnan().any(2).any(1) | y.isnan().any(2).any(1)
 
 
 def log_add(a: Tensor, b: Tensor) -> Tensor:
     """log(e^a + e^b), with a gradient of 0 where both are -inf."""
-    none = (a == -_INF) & (b == -_INF)
-    return torch.where(none, -_INF, torch.logaddexp(torch.where(none, 0.0, a), torch.where(none, 0.0, b)))
+    none = (a == -INF) & (b == -INF)
+    return torch.where(none, -INF, torch.logaddexp(torch.where(none, 0.0, a), torch.where(none, 0.0, b)))
 
 
 def share(part: Tensor, whole: Tensor) -> Tensor:
     """e^(part - whole), 0 where whole is -inf."""
-    none = whole == -_INF
+    none = whole == -INF
     return torch.where(none, 0.0, (part - torch.where(none, 0.0, whole)).exp())
 
 
-def columns(boundary: Tensor, symbols: int, frames: int) -> tuple[Tensor, ...]:
-    """s_begin, t_begin, s_end, t_end, each (B,), moved into the lattice where they lie outside."""
-    s_begin, t_begin, s_end, t_end = boundary.unbind(1)
-    return tuple(
-        x.clamp(0, most)
-        for x, most in ((s_begin, symbols), (t_begin, frames), (s_end, symbols), (t_end, frames))
-    )
+def occupation(gradient: Tensor, scores: Tensor, inside: Tensor) -> Tensor:
+    """The gradient of the scores inside the boundary, NaN there for a score that is NaN, and 0 outside."""
+    return torch.where(inside, torch.where(scores.isnan()[:, None, None], float("nan"), gradient), 0.0)
 
 
-# --------------------------------------------------------------------------- checks
-def check_integers(op: str, name: str, value: object, reference: Tensor, reference_name: str) -> None:
-    """An int64 tensor on the device of ``reference``."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"fastasr.{op}: {name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.dtype is not torch.int64 or value.layout is not torch.strided:
-        raise TypeError(
-            f"fastasr.{op}: {name}: expected a strided int64 tensor, got {value.dtype}, {value.layout}"
-        )
-    _check.same_device(op, name, value, reference, reference_name)
+# --------------------------------------------------------------------------- the boundary
+def whole(s_end: Tensor, frames: int) -> Tensor:
+    """The boundary (B, 4) from (0, 0) to (s_end, frames), without a copy from the host."""
+    zero = torch.zeros_like(s_end)
+    return torch.stack((zero, zero, s_end, zero + frames), 1)
 
 
-def check_boundary(op: str, boundary: Tensor | None, reference: Tensor, reference_name: str) -> None:
-    """Type, device and shape. The values are checked by :func:`check_boundary_values`, on the CPU alone: to read
-    them on a GPU would stall it."""
-    if boundary is None:
+def within(boundary: Tensor, s: Tensor, t: Tensor, regular: bool) -> tuple[Tensor, Tensor]:
+    """Whether the symbol arc and the blank arc of the cells (s, t) lie inside the boundary (B, 4)."""
+    s_begin, t_begin, s_end, t_end = (boundary[:, i].view(-1, 1, 1) for i in range(4))
+    begun = (s >= s_begin) & (t >= t_begin)
+    return begun & (s < s_end) & (t < t_end + int(regular)), begun & (s <= s_end) & (t < t_end)
+
+
+def values_are_checked(t: Tensor) -> bool:
+    """Not those on a GPU, which a look at them would stall, and not those of a traced call."""
+    return not is_compiling() and type(t) in PLAIN and t.is_cpu
+
+
+def check_boundary(op, boundary: Tensor | None, symbols: int | None, frames: int) -> None:
+    """0 <= s_begin <= s_end <= symbols (None: any number) and 0 <= t_begin <= t_end <= frames, in every row."""
+    if boundary is None or not values_are_checked(boundary):
         return
-    check_integers(op, "boundary", boundary, reference, reference_name)
-    batch = reference.shape[0]
-    ok = boundary.dim() == 2 and boundary.shape[0] == batch and boundary.shape[1] == 4
-    _check.shape(op, "boundary", boundary, f"(B, 4), B being that of {reference_name}", ok)
-
-
-def check_boundary_values(op: str, boundary: Tensor, symbols: int | None, frames: int) -> None:
-    """0 <= s_begin <= s_end <= symbols and 0 <= t_begin <= t_end <= frames, in every row."""
-    most = "s_end" if symbols is None else str(symbols)
     for row, (s_begin, t_begin, s_end, t_end) in enumerate(boundary.tolist()):
-        if not (
-            0 <= s_begin <= s_end <= (s_end if symbols is None else symbols)
-            and 0 <= t_begin <= t_end <= frames
-        ):
-            raise ValueError(
-                f"fastasr.{op}: boundary: expected 0 <= s_begin <= s_end <= {most} and "
-                f"0 <= t_begin <= t_end <= {frames}, got {[s_begin, t_begin, s_end, t_end]} in row {row}"
-            )
+        most = s_end if symbols is None else symbols
+        if not (0 <= s_begin <= s_end <= most and 0 <= t_begin <= t_end <= frames):
+            expected = f"0 <= s_begin <= s_end <= {'s_end' if symbols is None else symbols}"
+            expected += f" and 0 <= t_begin <= t_end <= {frames}"
+            op.fail("boundary", expected, f"{[s_begin, t_begin, s_end, t_end]} in row {row}")
+
+
+# --------------------------------------------------------------------------- kernels
+def launch(op, kernels, a, dtype: torch.dtype, keep: bool) -> list[Tensor]:
+    """The kernels' call with contiguous tensors in the dtype of the scores."""
+    x, y, *others = (t.contiguous() if isinstance(t, Tensor) else t for t in a)
+    found = op.fast(kernels, keep, x.to(dtype), y.to(dtype), *others)
+    return [found[0].new_empty(0) if t is None else t for t in found]

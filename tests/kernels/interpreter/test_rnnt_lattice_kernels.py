@@ -4,9 +4,8 @@
 import pytest
 import torch
 
+from fastasr import ops
 from fastasr.kernels import rnnt_lattice, rnnt_pruned_lattice
-from fastasr.ops.rnnt_lattice import definition
-from fastasr.ops.rnnt_pruned_lattice import definition as pruned_definition
 
 INF = float("inf")
 
@@ -41,7 +40,7 @@ def test_blocks_of_columns(lanes, modified, monkeypatch):
     boundary = [[0, 0, 3, 13], [1, 2, 3, 10], [0, 0, 0, 4], [3, 13, 3, 13]]
     x, y, boundary = _whole(4, 3, 13, modified, boundary)
     x[0, 1, :2] = -INF
-    truth = definition(x.double(), y.double(), boundary, return_occupation=True)
+    truth = ops.rnnt_lattice.definition(x.double(), y.double(), boundary, return_occupation=True)
     _close(_run(x, y, boundary), truth)
     grad = torch.tensor([2.0, 0.0, -1.0, 0.5])
     scaled = (truth[0], *(t * grad[:, None, None] for t in truth[1:]))
@@ -53,7 +52,7 @@ def test_blocks_of_columns(lanes, modified, monkeypatch):
 def test_a_nan_reaches_its_sequence_alone(where, modified):
     x, y, _ = _whole(2, 3, 6, modified)
     x[1][where] = float("nan")
-    truth = definition(x.double(), y.double(), None, return_occupation=True)
+    truth = ops.rnnt_lattice.definition(x.double(), y.double(), None, return_occupation=True)
     _close(_run(x, y, None), truth)
 
 
@@ -65,7 +64,7 @@ def test_a_boundary_outside_is_moved_inside(guarded):
     assert scores[1] == -INF
     assert not dx[1].any()
     assert not dy[1].any()
-    truth = definition(x.double(), y.double(), inside, return_occupation=True)
+    truth = ops.rnnt_lattice.definition(x.double(), y.double(), inside, return_occupation=True)
     _close((scores, dx, dy), truth)
 
 
@@ -101,12 +100,14 @@ def test_bands(window, step, modified, writes, guarded):
     boundary[1, 2:] = torch.tensor([int(starts[1, 3]) + window - 1, 4])
     boundary[2, :2] = torch.tensor([int(starts[2, 2]), 2])
     boundary[3] = torch.tensor([2, 3, 2, 3])
-    truth = pruned_definition(
+    truth = ops.rnnt_pruned_lattice.definition(
         x.double(), y.double(), starts, boundary, modified=modified, return_occupation=True
     )
     _close(_run_band(guarded(x), guarded(y), guarded(starts), guarded(boundary), modified), truth)
     assert writes.clashes == 0
-    truth = pruned_definition(x.double(), y.double(), starts, modified=modified, return_occupation=True)
+    truth = ops.rnnt_pruned_lattice.definition(
+        x.double(), y.double(), starts, modified=modified, return_occupation=True
+    )
     _close(_run_band(x, y, starts, None, modified), truth)
 
 
