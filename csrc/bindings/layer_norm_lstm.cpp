@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/layer_norm_lstm.h"
+#include "cpu/rnnt/layer_norm_lstm.h"
 
 #include <cstring>
 #include <optional>
@@ -111,6 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_forward(const Tensor&
   Tensor last_hidden = new_pooled<2>(input, {s.batch, s.hidden}), last_cell = new_pooled<2>(input, {s.batch, s.hidden});
   Tensor kept = keep ? new_pooled<1>(input, {s.kept()}) : new_without_elements(input);
   with_lstm_type(input, op, [&]<typename C>() {
+    const auto& kernel = cpu::kernels<cpu::LayerNormLstmKernels<C>>();
     auto p = problem<C>(s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps);
     p.input = data<C>(input), p.input_weight = input_weight.has_value() ? data<C>(*input_weight) : nullptr;
     C *yp = mutable_data<C>(y), *hp = mutable_data<C>(last_hidden), *cp = mutable_data<C>(last_cell);
@@ -119,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_forward(const Tensor&
     if (s.steps && state) {
       const Scratch<C> scratch(cpu::lstm_forward_scratch(s));
       on_team(s, [&](cpu::Team& team, int64_t begin, int64_t end) {
-        cpu::layer_norm_lstm_forward(p, yp, cp, kp, scratch.data(), team, begin, end);
+        kernel.forward(p, yp, cp, kp, scratch.data(), team, begin, end);
       });
       copy_or_clear(hp, yp + (s.steps - 1) * state, state);
     } else {
@@ -152,6 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_ls
   Tensor dhidden = new_pooled<2>(hidden_weight, {batch, s.hidden}),
          dcell = new_pooled<2>(hidden_weight, {batch, s.hidden});
   with_lstm_type(hidden_weight, op, [&]<typename C>() {
+    const auto& kernel = cpu::kernels<cpu::LayerNormLstmKernels<C>>();
     const auto p = problem<C>(s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, {}, cell, eps);
     const auto given = [](const Optional& t) { return t.has_value() ? data<C>(*t) : nullptr; };
     const cpu::LayerNormLstmGradients<C> grad{given(grad_y),
@@ -168,27 +170,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_ls
     std::vector<double> sums(static_cast<size_t>(10 * s.hidden));
     const Scratch<C> scratch(cpu::lstm_backward_scratch(s) + 1);
     on_team(s, [&](cpu::Team& team, int64_t begin, int64_t end) {
-      cpu::layer_norm_lstm_backward(p, data<C>(kept), grad, sums.data(), scratch.data(), team, begin, end);
+      kernel.backward(p, data<C>(kept), grad, sums.data(), scratch.data(), team, begin, end);
     });
   });
   return {dgates, dgate_weight, dgate_bias, dcell_weight, dcell_bias, dhidden, dcell};
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"layer_norm_lstm_forward(Tensor input, Tensor? input_weight, Tensor hidden_weight, "
+                   "Tensor gate_weight, Tensor gate_bias, Tensor cell_weight, Tensor cell_bias, Tensor? hidden, "
+                   "Tensor? cell, float eps, bool keep) -> (Tensor,Tensor, Tensor, Tensor)",
+                   TORCH_BOX(&layer_norm_lstm_forward)},
+                  {"layer_norm_lstm_backward(Tensor? grad_y, Tensor? grad_hidden, Tensor? grad_cell, "
+                   "Tensor hidden_weight, Tensor gate_weight, Tensor gate_bias, Tensor cell_weight, "
+                   "Tensor cell_bias, Tensor? cell, Tensor kept, int steps, int batch, float eps, bool need_state) "
+                   " -> (Tensor,Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+                   TORCH_BOX(&layer_norm_lstm_backward)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def(
-      "layer_norm_lstm_forward(Tensor input, Tensor? input_weight, Tensor hidden_weight, Tensor gate_weight, "
-      "Tensor gate_bias, Tensor cell_weight, Tensor cell_bias, Tensor? hidden, Tensor? cell, float eps, bool keep) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "layer_norm_lstm_backward(Tensor? grad_y, Tensor? grad_hidden, Tensor? grad_cell, Tensor hidden_weight, "
-      "Tensor gate_weight, Tensor gate_bias, Tensor cell_weight, Tensor cell_bias, Tensor? cell, Tensor kept, "
-      "int steps, int batch, float eps, bool need_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("layer_norm_lstm_forward", TORCH_BOX(&fastasr::layer_norm_lstm_forward));
-  m.impl("layer_norm_lstm_backward", TORCH_BOX(&fastasr::layer_norm_lstm_backward));
-}

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rnnt_joiner.h"
+#include "cpu/rnnt/rnnt_joiner.h"
 
 #include <optional>
 #include <vector>
@@ -79,15 +79,16 @@ Tensor rnnt_joiner_rows(const Tensor& starts, const Tensor& symbols, const Optio
   STD_TORCH_CHECK(grad_symbol.has_value() == grad_blank.has_value(), op, ": one gradient of two");
   Tensor found;
   with_compute_type(grad_symbol ? grad_symbol->scalar_type() : ScalarType::Float, op, [&]<typename C>() {
+    const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
     const C *gx = nullptr, *gy = nullptr;
     if (grad_symbol) {
       check_plain<C>(*grad_symbol, batch * frames * s_range, op, "grad_symbol");
       check_plain<C>(*grad_blank, batch * frames * s_range, op, "grad_blank");
       gx = data<C>(*grad_symbol), gy = data<C>(*grad_blank);
     }
-    const int64_t sizes[] = {cpu::joiner_rows(band, gx, gy, nullptr), 4}, strides[] = {4, 1};
+    const int64_t sizes[] = {kernel.rows(band, gx, gy, nullptr), 4}, strides[] = {4, 1};
     found = new_strided(starts, 2, sizes, strides);
-    if (sizes[0]) cpu::joiner_rows(band, gx, gy, reinterpret_cast<JoinerRow*>(mutable_data<int64_t>(found)));
+    if (sizes[0]) kernel.rows(band, gx, gy, reinterpret_cast<JoinerRow*>(mutable_data<int64_t>(found)));
   });
   return found;
 }
@@ -101,13 +102,14 @@ void rnnt_joiner_hidden(const Tensor& am, const Tensor& lm, const Tensor& rows, 
   const int64_t channels = am.size(2), frames = am.size(0) * am.size(1), contexts = lm.size(0) * lm.size(1);
   const JoinerRow* table = checked_rows(rows, kAny, frames, contexts, kAny, op);
   with_kernel_type(am.scalar_type(), op, [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::JoinerKernels<T>>();
     using C = cpu::compute_t<T>;
     check_plain<C>(out, rows.size(0) * channels, op, "out");
     const T *left = data<T>(am), *right = data<T>(lm);
     C* hidden = mutable_data<C>(out);
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels));
     parallel_range(rows.size(0), grain, [&](int64_t begin, int64_t end) {
-      cpu::joiner_hidden(left, right, table, begin, end, channels, tanh, hidden);
+      kernel.hidden(left, right, table, begin, end, channels, tanh, hidden);
     });
   });
 }
@@ -121,6 +123,7 @@ void rnnt_joiner_scores(const Tensor& logits, const Tensor& rows, int64_t blank,
   const JoinerRow* table = checked_rows(rows, places, kAny, kAny, outputs, op);
   check_plain<double>(normaliser, places, op, "normaliser");
   with_compute_type(logits.scalar_type(), op, [&]<typename C>() {
+    const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
     check_plain<C>(logits, count * outputs, op, "logits");
     check_plain<C>(symbol_logprobs, places, op, "symbol_logprobs");
     check_plain<C>(blank_logprobs, places, op, "blank_logprobs");
@@ -128,7 +131,7 @@ void rnnt_joiner_scores(const Tensor& logits, const Tensor& rows, int64_t blank,
     C *px = mutable_data<C>(symbol_logprobs), *py = mutable_data<C>(blank_logprobs);
     double* total = mutable_data<double>(normaliser);
     parallel_range(count, std::max<int64_t>(1, kGrain / outputs), [&](int64_t begin, int64_t end) {
-      cpu::joiner_scores(x, table, begin, end, outputs, blank, hat, px, py, total);
+      kernel.scores(x, table, begin, end, outputs, blank, hat, px, py, total);
     });
   });
 }
@@ -145,6 +148,7 @@ void rnnt_joiner_logits_gradient(const Tensor& logits, const Tensor& rows, const
   check_plain<double>(normaliser, places, op, "normaliser");
   check_plain<double>(dbias, outputs, op, "dbias");
   with_compute_type(logits.scalar_type(), op, [&]<typename C>() {
+    const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
     check_plain<C>(logits, count * outputs, op, "logits");
     check_plain<C>(out, count * outputs, op, "out");
     check_plain<C>(grad_symbol, places, op, "grad_symbol");
@@ -156,8 +160,8 @@ void rnnt_joiner_logits_gradient(const Tensor& logits, const Tensor& rows, const
     std::vector<C> parts(static_cast<size_t>(blocks * outputs));
     parallel_range(blocks, std::max<int64_t>(1, kGrain / (kBlock * outputs)), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; b++)
-        cpu::joiner_logits_gradient(g, table, b * kBlock, std::min(count, (b + 1) * kBlock), outputs, blank, hat,
-                                    parts.data() + b * outputs);
+        kernel.logits_gradient(g, table, b * kBlock, std::min(count, (b + 1) * kBlock), outputs, blank, hat,
+                               parts.data() + b * outputs);
     });
     parallel_range(outputs, 1024, [&](int64_t begin, int64_t end) {
       for (int64_t b = 0; b < blocks; b++)
@@ -175,6 +179,7 @@ void rnnt_joiner_hidden_gradient(const Tensor& dhidden, const Tensor& hidden, co
   const int64_t frames = dam.size(0) * dam.size(1), contexts = dlm.size(0) * dlm.size(1);
   const JoinerRow* table = checked_rows(rows, kAny, frames, contexts, kAny, op);
   with_compute_type(dhidden.scalar_type(), op, [&]<typename C>() {
+    const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
     check_plain<C>(dhidden, count * channels, op, "dhidden");
     check_plain<C>(hidden, count * channels, op, "hidden");
     check_plain<C>(dam, frames * channels, op, "dam");
@@ -186,35 +191,27 @@ void rnnt_joiner_hidden_gradient(const Tensor& dhidden, const Tensor& hidden, co
     const int64_t stripes = (channels + kColumns - 1) / kColumns;
     const int64_t grain = std::max<int64_t>(1, kGrain / (kColumns * std::max<int64_t>(1, count)));
     parallel_range(stripes, grain, [&](int64_t begin, int64_t end) {
-      cpu::joiner_hidden_gradient(d, h, table, count, begin * kColumns, std::min(channels, end * kColumns), channels,
-                                  tanh, a, c);
+      kernel.hidden_gradient(d, h, table, count, begin * kColumns, std::min(channels, end * kColumns), channels, tanh,
+                             a, c);
     });
   });
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"rnnt_joiner_rows(Tensor starts, Tensor symbols, Tensor? boundary, int s_range, int outputs, "
+                   "Tensor? grad_symbol, Tensor? grad_blank) -> Tensor",
+                   TORCH_BOX(&rnnt_joiner_rows)},
+                  {"rnnt_joiner_hidden(Tensor am, Tensor lm, Tensor rows, int activation, Tensor(a!) out) -> ()",
+                   TORCH_BOX(&rnnt_joiner_hidden)},
+                  {"rnnt_joiner_scores(Tensor logits, Tensor rows, int termination_symbol, bool hat, "
+                   "Tensor(a!) symbol_logprobs, Tensor(b!) blank_logprobs, Tensor(c!) normaliser) -> ()",
+                   TORCH_BOX(&rnnt_joiner_scores)},
+                  {"rnnt_joiner_logits_gradient(Tensor logits, Tensor rows, Tensor normaliser, Tensor grad_symbol, "
+                   "Tensor grad_blank, int termination_symbol, bool hat, Tensor(a!) out, Tensor(b!) dbias) -> ()",
+                   TORCH_BOX(&rnnt_joiner_logits_gradient)},
+                  {"rnnt_joiner_hidden_gradient(Tensor dhidden, Tensor hidden, Tensor rows, int activation, "
+                   "Tensor(a!) dam, Tensor(b!) dlm) -> ()",
+                   TORCH_BOX(&rnnt_joiner_hidden_gradient)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def(
-      "rnnt_joiner_rows(Tensor starts, Tensor symbols, Tensor? boundary, int s_range, int outputs, "
-      "Tensor? grad_symbol, Tensor? grad_blank) -> Tensor");
-  m.def("rnnt_joiner_hidden(Tensor am, Tensor lm, Tensor rows, int activation, Tensor(a!) out) -> ()");
-  m.def(
-      "rnnt_joiner_scores(Tensor logits, Tensor rows, int termination_symbol, bool hat, Tensor(a!) symbol_logprobs, "
-      "Tensor(b!) blank_logprobs, Tensor(c!) normaliser) -> ()");
-  m.def(
-      "rnnt_joiner_logits_gradient(Tensor logits, Tensor rows, Tensor normaliser, Tensor grad_symbol, "
-      "Tensor grad_blank, int termination_symbol, bool hat, Tensor(a!) out, Tensor(b!) dbias) -> ()");
-  m.def(
-      "rnnt_joiner_hidden_gradient(Tensor dhidden, Tensor hidden, Tensor rows, int activation, Tensor(a!) dam, "
-      "Tensor(b!) dlm) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("rnnt_joiner_rows", TORCH_BOX(&fastasr::rnnt_joiner_rows));
-  m.impl("rnnt_joiner_hidden", TORCH_BOX(&fastasr::rnnt_joiner_hidden));
-  m.impl("rnnt_joiner_scores", TORCH_BOX(&fastasr::rnnt_joiner_scores));
-  m.impl("rnnt_joiner_logits_gradient", TORCH_BOX(&fastasr::rnnt_joiner_logits_gradient));
-  m.impl("rnnt_joiner_hidden_gradient", TORCH_BOX(&fastasr::rnnt_joiner_hidden_gradient));
-}

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rnnt_lattice.h"
+#include "cpu/rnnt/rnnt_lattice.h"
 
 #include <cmath>
 #include <tuple>
@@ -28,6 +28,7 @@ std::tuple<Tensor, Tensor> rnnt_lattice_forward(const Tensor& x, const Tensor& y
   Tensor scores = new_pooled<1>(x, {batch});
   Tensor shares = keep ? new_pooled<3>(x, {batch, whole.steps(), cpu::lattice_row(whole)}) : new_without_elements(x);
   with_lattice_type(x, op, [&]<typename C>() {
+    const auto& kernel = cpu::kernels<cpu::LatticeKernels<C>>();
     const C *xp = data<C>(x), *yp = data<C>(y);
     C *sp = mutable_data<C>(scores), *kept = keep && slab ? mutable_data<C>(shares) : nullptr;
     parallel_range(batch, lattice_grain(symbols, frames), [&](int64_t begin, int64_t end) {
@@ -36,9 +37,9 @@ std::tuple<Tensor, Tensor> rnnt_lattice_forward(const Tensor& x, const Tensor& y
         const int64_t b = dealt(i, batch);
         const Boundary& at = boundaries[static_cast<size_t>(b)];
         const cpu::LatticeSize size{at.symbols(), at.frames(), whole.regular};
-        sp[b] = cpu::lattice_forward(size, xp + (b * symbols + at.s_begin) * width + at.t_begin, width,
-                                     yp + (b * (symbols + 1) + at.s_begin) * frames + at.t_begin, frames,
-                                     kept ? kept + b * slab : nullptr, scratch.data());
+        sp[b] = kernel.forward(size, xp + (b * symbols + at.s_begin) * width + at.t_begin, width,
+                               yp + (b * (symbols + 1) + at.s_begin) * frames + at.t_begin, frames,
+                               kept ? kept + b * slab : nullptr, scratch.data());
         if (kept) {
           const int64_t used = size.steps() * cpu::lattice_row(size);
           std::fill(kept + b * slab + used, kept + (b + 1) * slab, C(0));
@@ -79,6 +80,7 @@ std::tuple<Tensor, Tensor> rnnt_lattice_backward(const OptionalTensor& grad, con
   STD_TORCH_CHECK(shares.numel() == batch * slab, op, ": shares");
   Tensor dx = new_pooled<3>(scores, {batch, symbols, width}), dy = new_pooled<3>(scores, {batch, symbols + 1, frames});
   with_lattice_type(scores, op, [&]<typename C>() {
+    const auto& kernel = cpu::kernels<cpu::LatticeKernels<C>>();
     const C *gp = grad.has_value() ? data<C>(*grad) : nullptr, *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);
     parallel_range(batch, lattice_grain(symbols, frames), [&](int64_t begin, int64_t end) {
@@ -94,9 +96,9 @@ std::tuple<Tensor, Tensor> rnnt_lattice_backward(const OptionalTensor& grad, con
         fill_outside(y, symbols + 1, frames, at.s_begin, at.s_end + 1, at.t_begin, at.t_end,
                      done ? &constant : nullptr);
         if (done) continue;
-        cpu::lattice_backward({at.symbols(), at.frames(), whole.regular}, g, kept + b * slab,
-                              x + at.s_begin * width + at.t_begin, width, y + at.s_begin * frames + at.t_begin, frames,
-                              scratch.data());
+        kernel.backward({at.symbols(), at.frames(), whole.regular}, g, kept + b * slab,
+                        x + at.s_begin * width + at.t_begin, width, y + at.s_begin * frames + at.t_begin, frames,
+                        scratch.data());
       }
     });
   });
@@ -104,18 +106,12 @@ std::tuple<Tensor, Tensor> rnnt_lattice_backward(const OptionalTensor& grad, con
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"rnnt_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor? boundary, "
+                   "bool keep) -> (Tensor,Tensor)",
+                   TORCH_BOX(&rnnt_lattice_forward)},
+                  {"rnnt_lattice_backward(Tensor? grad, Tensor scores, Tensor shares, Tensor? boundary, "
+                   "int symbols, int width, int frames) -> (Tensor,Tensor)",
+                   TORCH_BOX(&rnnt_lattice_backward)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def(
-      "rnnt_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor? boundary, bool keep) -> "
-      "(Tensor, Tensor)");
-  m.def(
-      "rnnt_lattice_backward(Tensor? grad, Tensor scores, Tensor shares, Tensor? boundary, int symbols, int width, "
-      "int frames) -> (Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("rnnt_lattice_forward", TORCH_BOX(&fastasr::rnnt_lattice_forward));
-  m.impl("rnnt_lattice_backward", TORCH_BOX(&fastasr::rnnt_lattice_backward));
-}

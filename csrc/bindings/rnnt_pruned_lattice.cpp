@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rnnt_pruned_lattice.h"
+#include "cpu/rnnt/rnnt_pruned_lattice.h"
 
 #include <array>
 #include <tuple>
@@ -75,6 +75,7 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_forward(const Tensor& x, const Te
   Tensor scores = new_pooled<1>(x, {batch});
   Tensor shares = keep ? new_pooled<4>(x, {groups, frames, window + 1, kBandLanes}) : new_without_elements(x);
   with_lattice_type(x, op, [&]<typename C>() {
+    const auto& kernel = cpu::kernels<cpu::PrunedLatticeKernels<C>>();
     const C *xp = data<C>(x), *yp = data<C>(y);
     C *sp = mutable_data<C>(scores), *kept = keep && shares.numel() ? mutable_data<C>(shares) : nullptr;
     const int64_t *start = data<int64_t>(starts), elements = frames * window;
@@ -87,8 +88,7 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_forward(const Tensor& x, const Te
           auto& sequence = group[static_cast<size_t>(l)];
           sequence.x = xp + (first + l) * elements, sequence.y = yp + (first + l) * elements;
         }
-        cpu::band_forward(size, group.data(), count, kept ? kept + i * cpu::band_shares(size) : nullptr,
-                          scratch.data());
+        kernel.forward(size, group.data(), count, kept ? kept + i * cpu::band_shares(size) : nullptr, scratch.data());
         for (int64_t l = 0; l < count; l++) sp[first + l] = group[static_cast<size_t>(l)].score;
       }
     });
@@ -111,6 +111,7 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_backward(const OptionalTensor& gr
   STD_TORCH_CHECK(shares.numel() == groups * cpu::band_shares(size), op, ": shares");
   Tensor dx = new_pooled<3>(scores, {batch, frames, window}), dy = new_pooled<3>(scores, {batch, frames, window});
   with_lattice_type(scores, op, [&]<typename C>() {
+    const auto& kernel = cpu::kernels<cpu::PrunedLatticeKernels<C>>();
     const C *gp = grad.has_value() ? data<C>(*grad) : nullptr, *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);
     const int64_t *start = data<int64_t>(starts), elements = frames * window;
@@ -125,7 +126,7 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_backward(const OptionalTensor& gr
           sequence.score = sp[first + l];
           if (gp) sequence.grad = gp[first + l];
         }
-        cpu::band_backward(size, group.data(), count, kept + i * cpu::band_shares(size), scratch.data());
+        kernel.backward(size, group.data(), count, kept + i * cpu::band_shares(size), scratch.data());
       }
     });
   });
@@ -133,18 +134,12 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_backward(const OptionalTensor& gr
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"rnnt_pruned_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor starts, "
+                   "Tensor? boundary, bool modified, bool keep) -> (Tensor,Tensor)",
+                   TORCH_BOX(&rnnt_pruned_lattice_forward)},
+                  {"rnnt_pruned_lattice_backward(Tensor? grad, Tensor scores, Tensor shares, Tensor starts, "
+                   "Tensor? boundary, int window, bool modified) -> (Tensor,Tensor)",
+                   TORCH_BOX(&rnnt_pruned_lattice_backward)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def(
-      "rnnt_pruned_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor starts, Tensor? boundary, "
-      "bool modified, bool keep) -> (Tensor, Tensor)");
-  m.def(
-      "rnnt_pruned_lattice_backward(Tensor? grad, Tensor scores, Tensor shares, Tensor starts, Tensor? boundary, "
-      "int window, bool modified) -> (Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("rnnt_pruned_lattice_forward", TORCH_BOX(&fastasr::rnnt_pruned_lattice_forward));
-  m.impl("rnnt_pruned_lattice_backward", TORCH_BOX(&fastasr::rnnt_pruned_lattice_backward));
-}

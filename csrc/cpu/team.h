@@ -6,9 +6,7 @@
 #include <memory>
 #include <thread>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "cpu/simd.h"
 
 // A loop whose steps depend on each other, split among threads: phases of the same `units` of work each, and no unit
 // of a phase starts before every unit of the phase before has ended. Handing a phase of a few microseconds to a pool
@@ -21,7 +19,8 @@ namespace fastasr::cpu {
 
 class Team {
  public:
-  explicit Team(int64_t units) : units_(units), next_(new std::atomic<int64_t>[static_cast<size_t>(units)]) {
+  FASTASR_MEMBER explicit Team(int64_t units)
+      : units_(units), next_(new std::atomic<int64_t>[static_cast<size_t>(units)]) {
     for (int64_t u = 0; u < units; u++) next_[static_cast<size_t>(u)].store(0, std::memory_order_relaxed);
   }
 
@@ -50,9 +49,9 @@ class Team {
  private:
   static constexpr int64_t kPatience = 2000;  // pauses, some 20 to 100 us
 
-  static void pause() {
+  static FASTASR_MEMBER void pause() {
 #if defined(__x86_64__)
-    _mm_pause();
+    __builtin_ia32_pause();
 #endif
   }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/layer_norm_lstm.h"
+#include "cpu/rnnt/layer_norm_lstm.h"
 
 #include <algorithm>
 #include <thread>
@@ -129,6 +129,7 @@ struct Call {
   }
 
   void run(int64_t threads) {
+    const auto& kernel = cpu::kernels<cpu::LayerNormLstmKernels<C>>();
     cpu::LayerNormLstm<C> p{};
     p.size = size;
     p.input = step ? x.data() : gates.data(), p.input_weight = step ? input_weight.data() : nullptr;
@@ -139,7 +140,7 @@ struct Call {
     p.eps = kEps;
     Buffer<C> scratch(cpu::lstm_forward_scratch(size)), more(cpu::lstm_backward_scratch(size));
     on_threads(threads, [&](cpu::Team& team, int64_t begin, int64_t end) {
-      cpu::layer_norm_lstm_forward(p, y.data(), last_cell.data(), kept.data(), scratch.data(), team, begin, end);
+      kernel.forward(p, y.data(), last_cell.data(), kept.data(), scratch.data(), team, begin, end);
     });
     std::copy(grad_hidden.data(), grad_hidden.data() + grad_hidden.size(), dhidden.data());
     std::copy(grad_cell.data(), grad_cell.data() + grad_cell.size(), dcell.data());
@@ -148,7 +149,7 @@ struct Call {
                                               dgates.data(),       dgate_weight.data(), dgate_bias.data(),
                                               dcell_weight.data(), dcell_bias.data(),   true};
     on_threads(threads, [&](cpu::Team& team, int64_t begin, int64_t end) {
-      cpu::layer_norm_lstm_backward(p, kept.data(), grad, sums.data(), more.data(), team, begin, end);
+      kernel.backward(p, kept.data(), grad, sums.data(), more.data(), team, begin, end);
     });
     for (Buffer<C>* b : {&y, &last_cell, &kept, &dgates, &dgate_weight, &dgate_bias, &dcell_weight, &dcell_bias,
                          &dhidden, &dcell, &scratch, &more})

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rnnt_joiner.h"
+#include "cpu/rnnt/rnnt_joiner.h"
 
 #include "tests/check.h"
 
@@ -13,12 +13,13 @@ void rows() {
   const int64_t starts[] = {0, 1, 3, 9, /**/ -2, 0, 2, int64_t{1} << 62}, symbols[] = {4, 9, 2, /**/ 1, -1, 3};
   const int64_t boundary[] = {0, 0, 3, 4, /**/ 1, 1, 2, 3};
   cpu::JoinerBand band{starts, symbols, nullptr, 2, 4, 3, 2, 5};
+  const auto& kernel = cpu::kernels<cpu::JoinerKernels<float>>();
   const float* none = nullptr;
-  CHECK(cpu::joiner_rows(band, none, none, nullptr) == 2 + 2 + 1 + 0 + 0 + 2 + 2 + 0, "rows without a boundary");
+  CHECK(kernel.rows(band, none, none, nullptr) == 2 + 2 + 1 + 0 + 0 + 2 + 2 + 0, "rows without a boundary");
   band.boundary = boundary;
-  const int64_t count = cpu::joiner_rows(band, none, none, nullptr);
+  const int64_t count = kernel.rows(band, none, none, nullptr);
   std::vector<JoinerRow> found(static_cast<size_t>(count));
-  cpu::joiner_rows(band, none, none, found.data());
+  kernel.rows(band, none, none, found.data());
   const JoinerRow expected[] = {{0, 0, 0, 4},
                                 {1, 0, 1, JoinerRow::kUnknown},
                                 {2, 1, 1, JoinerRow::kUnknown},
@@ -30,21 +31,22 @@ void rows() {
         long(count));
   float gx[16] = {}, gy[16] = {};
   gx[3] = 1, gx[4] = 1, gy[12] = 1;  // at 4 there is no symbol
-  CHECK(cpu::joiner_rows(band, gx, gy, found.data()) == 2 && found[0].place == 3 && found[1].place == 12,
+  CHECK(kernel.rows(band, gx, gy, found.data()) == 2 && found[0].place == 3 && found[1].place == 12,
         "rows with a gradient");
 }
 
 template <typename T>
 void hidden(int64_t n) {
   using C = compute_t<T>;
+  const auto& kernel = cpu::kernels<cpu::JoinerKernels<T>>();
   Random random(static_cast<uint64_t>(n) + 1);
   Buffer<T> am(3 * n), lm(4 * n);
   am.fill(random, 1.5), lm.fill(random, 1.5);
   const JoinerRow table[] = {{0, 2, 1, 0}, {1, 0, 3, 0}, {2, 1, 0, 0}};
   for (const bool tanh : {true, false}) {
     Buffer<C> h(3 * n);
-    cpu::joiner_hidden(am.data(), lm.data(), table, 0, 2, n, tanh, h.data());
-    cpu::joiner_hidden(am.data(), lm.data(), table, 2, 3, n, tanh, h.data());
+    kernel.hidden(am.data(), lm.data(), table, 0, 2, n, tanh, h.data());
+    kernel.hidden(am.data(), lm.data(), table, 2, 3, n, tanh, h.data());
     CHECK(h.intact(), "%s hidden %ld: wrote outside", Type<T>::name, long(n));
     for (int64_t i = 0; i < 3 * n; i++) {
       const JoinerRow& row = table[i / n];
@@ -59,6 +61,7 @@ void hidden(int64_t n) {
 // Scores and the gradient of the logits, 19 rows, against the formulas in long double; then the same in place.
 template <typename C>
 void logits(int64_t n, bool hat) {
+  const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
   const int64_t count = 19, blank = n / 2;
   Random random(static_cast<uint64_t>(2 * n + hat));
   Buffer<C> x(count * n), gx(count), gy(count), px(count), py(count), d(count * n), sum(n);
@@ -70,10 +73,10 @@ void logits(int64_t n, bool hat) {
     if (i % 5 == 4) symbol = JoinerRow::kNoSymbol;
     table.push_back({count - 1 - i, 0, 0, symbol});  // places in another order
   }
-  cpu::joiner_scores(x.data(), table.data(), 0, 7, n, blank, hat, px.data(), py.data(), total.data());
-  cpu::joiner_scores(x.data(), table.data(), 7, count, n, blank, hat, px.data(), py.data(), total.data());
-  cpu::joiner_logits_gradient({x.data(), total.data(), gx.data(), gy.data(), d.data()}, table.data(), 0, count, n,
-                              blank, hat, sum.data());
+  kernel.scores(x.data(), table.data(), 0, 7, n, blank, hat, px.data(), py.data(), total.data());
+  kernel.scores(x.data(), table.data(), 7, count, n, blank, hat, px.data(), py.data(), total.data());
+  kernel.logits_gradient({x.data(), total.data(), gx.data(), gy.data(), d.data()}, table.data(), 0, count, n, blank,
+                         hat, sum.data());
   CHECK(px.intact() && py.intact() && total.intact() && d.intact() && sum.intact(), "%s %ld: wrote outside",
         Type<C>::name, long(n));
   std::vector<long double> column(static_cast<size_t>(n));
@@ -103,38 +106,40 @@ void logits(int64_t n, bool hat) {
   for (int64_t j = 0; j < n; j++)
     CHECK(close(sum[j], column[static_cast<size_t>(j)], 200), "%s dbias %ld", Type<C>::name, long(n));
   Buffer<C> again(n);
-  cpu::joiner_logits_gradient({x.data(), total.data(), gx.data(), gy.data(), x.data()}, table.data(), 0, count, n,
-                              blank, hat, again.data());
+  kernel.logits_gradient({x.data(), total.data(), gx.data(), gy.data(), x.data()}, table.data(), 0, count, n, blank,
+                         hat, again.data());
   CHECK(x.equals(d) && again.equals(sum), "%s %ld: in place", Type<C>::name, long(n));
 }
 
 // A NaN among the logits shows in the whole row; a symbol that is none as NaN; one output as certainty.
 void special() {
+  const auto& kernel = cpu::kernels<cpu::JoinerKernels<float>>();
   const float nan = cpu::from_bits(0x7fffffff), x[] = {1, nan, 2, 3, 0.5f, -4};
   const JoinerRow table[] = {{0, 0, 0, 0}, {1, 0, 0, JoinerRow::kUnknown}};
   float px[2], py[2];
   double total[2];
-  cpu::joiner_scores(x, table, 0, 2, 3, 2, false, px, py, total);
+  kernel.scores(x, table, 0, 2, 3, 2, false, px, py, total);
   CHECK(std::isnan(px[0]) && std::isnan(py[0]), "a NaN logit");
   CHECK(std::isnan(px[1]) && std::isfinite(py[1]), "an unknown symbol");
   const JoinerRow one[] = {{0, 0, 0, 0}};
   const float gx = 0.7f, gy = 0.4f;
   float d, sum;
-  cpu::joiner_scores(x + 3, one, 0, 1, 1, 0, false, px, py, total);
-  cpu::joiner_logits_gradient({x + 3, total, &gx, &gy, &d}, one, 0, 1, 1, 0, false, &sum);
+  kernel.scores(x + 3, one, 0, 1, 1, 0, false, px, py, total);
+  kernel.logits_gradient({x + 3, total, &gx, &gy, &d}, one, 0, 1, 1, 0, false, &sum);
   CHECK(px[0] == 0 && py[0] == 0 && d == 0 && sum == 0, "one output");
 }
 
 template <typename C>
 void hidden_gradient(int64_t n) {
+  const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
   Random random(static_cast<uint64_t>(n) + 5);
   Buffer<C> dh(4 * n), h(4 * n), dam(2 * n), dlm(2 * n);
   dh.fill(random), h.fill(random, 0.3);
   const JoinerRow table[] = {{0, 0, 1, 0}, {1, 0, 0, 0}, {2, 1, 1, 0}, {3, 1, 0, 0}};
   for (const bool tanh : {true, false}) {
     for (int64_t j = 0; j < 2 * n; j++) dam[j] = dlm[j] = 1;
-    cpu::joiner_hidden_gradient(dh.data(), h.data(), table, 4, 0, n / 2, n, tanh, dam.data(), dlm.data());
-    cpu::joiner_hidden_gradient(dh.data(), h.data(), table, 4, n / 2, n, n, tanh, dam.data(), dlm.data());
+    kernel.hidden_gradient(dh.data(), h.data(), table, 4, 0, n / 2, n, tanh, dam.data(), dlm.data());
+    kernel.hidden_gradient(dh.data(), h.data(), table, 4, n / 2, n, n, tanh, dam.data(), dlm.data());
     CHECK(dam.intact() && dlm.intact(), "%s hidden gradient %ld: wrote outside", Type<C>::name, long(n));
     const auto da = [&](int64_t row, int64_t j) -> long double {
       const long double y = h[row * n + j], g = dh[row * n + j];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rnnt_lattice.h"
+#include "cpu/rnnt/rnnt_lattice.h"
 
 #include <algorithm>
 
@@ -50,10 +50,12 @@ struct Case {
     y.fill(random, scale, mean);
   }
   C forward(bool keep = true) {
-    return cpu::lattice_forward(size, x.data(), x_row, y.data(), y_row, keep ? shares.data() : nullptr, scratch.data());
+    return cpu::kernels<cpu::LatticeKernels<C>>().forward(size, x.data(), x_row, y.data(), y_row,
+                                                          keep ? shares.data() : nullptr, scratch.data());
   }
   void backward(C grad) {
-    cpu::lattice_backward(size, grad, shares.data(), dx.data(), x_row, dy.data(), y_row, scratch.data());
+    cpu::kernels<cpu::LatticeKernels<C>>().backward(size, grad, shares.data(), dx.data(), x_row, dy.data(), y_row,
+                                                    scratch.data());
   }
 };
 

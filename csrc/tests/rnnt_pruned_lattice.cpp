@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rnnt_pruned_lattice.h"
+#include "cpu/rnnt/rnnt_pruned_lattice.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "cpu/rnnt_lattice.h"
+#include "cpu/rnnt/rnnt_lattice.h"
 #include "tests/check.h"
 
 namespace fastasr::test {
@@ -63,14 +63,15 @@ struct Batch {
   }
 
   void run() {
+    const auto& kernel = cpu::kernels<cpu::PrunedLatticeKernels<C>>();
     C* const shares = aligned(share_memory, cpu::band_shares(size));
     C* const scratch = aligned(scratch_memory, cpu::band_scratch(size));
     for (int64_t first = 0; first < count; first += kBandLanes) {
       const int64_t here = std::min(kBandLanes, count - first);
-      cpu::band_forward(size, sequences.data() + first, here, static_cast<C*>(nullptr), scratch);
+      kernel.forward(size, sequences.data() + first, here, static_cast<C*>(nullptr), scratch);
       std::vector<C> alone;
       for (int64_t l = 0; l < here; l++) alone.push_back(sequences[static_cast<size_t>(first + l)].score);
-      cpu::band_forward(size, sequences.data() + first, here, shares, scratch);
+      kernel.forward(size, sequences.data() + first, here, shares, scratch);
       for (int64_t l = 0; l < here; l++)
         CHECK(same_bits(alone[static_cast<size_t>(l)], sequences[static_cast<size_t>(first + l)].score),
               "%s: keeping shares changes the score", Type<C>::name);
@@ -79,7 +80,7 @@ struct Batch {
         if (l < here && std::isnan(value(sequences[static_cast<size_t>(first + l)].score))) continue;
         CHECK(shares[i] >= 0 && shares[i] <= 1, "%s: share %ld is %g", Type<C>::name, long(i), double(shares[i]));
       }
-      cpu::band_backward(size, sequences.data() + first, here, shares, scratch);
+      kernel.backward(size, sequences.data() + first, here, shares, scratch);
     }
     CHECK(dx.intact() && dy.intact(), "%s: wrote outside", Type<C>::name);
   }
@@ -108,7 +109,8 @@ struct Batch {
     std::vector<double> kept, memory;
     double* const shares = aligned(kept, whole.steps() * cpu::lattice_row(whole));
     double* const scratch = aligned(memory, cpu::lattice_scratch(symbols));
-    const double score = cpu::lattice_forward(whole, wx.data(), columns, wy.data(), extent, shares, scratch);
+    const double score = cpu::kernels<cpu::LatticeKernels<double>>().forward(whole, wx.data(), columns, wy.data(),
+                                                                             extent, shares, scratch);
     const double allowed = sizeof(C) == 8 ? 1e-12 : 1e-5;
     if (std::isinf(score))
       CHECK(value(q.score) == score, "%s: score %g, expected %g", Type<C>::name, double(q.score), score);
@@ -116,7 +118,8 @@ struct Batch {
       CHECK(std::fabs(q.score - score) <= allowed * (1 + std::fabs(score)), "%s: score %.9g, expected %.9g",
             Type<C>::name, double(q.score), score);
     if (std::isfinite(score))
-      cpu::lattice_backward(whole, 1.0, shares, wdx.data(), columns, wdy.data(), extent, scratch);
+      cpu::kernels<cpu::LatticeKernels<double>>().backward(whole, 1.0, shares, wdx.data(), columns, wdy.data(), extent,
+                                                           scratch);
     each([&](int64_t i, bool has_x, bool has_y, size_t ix, size_t iy) {
       const double ex = has_x ? wdx[ix] * q.grad : 0, ey = has_y ? wdy[iy] * q.grad : 0;
       CHECK(std::fabs(q.dx[i] - ex) <= allowed, "%s: %s: dx[%ld] = %.9g, expected %.9g", Type<C>::name,

@@ -4,7 +4,7 @@
 A chunk's logits are a matrix product between two passes over it: before it act(am + lm) is gathered, after it L and
 the two logits of each row are taken, or, in the backward pass, the gradient replaces the logits. Rows outside the
 boundary, and in the backward pass rows whose gradients are both 0, are in no chunk. All in float32, float64 for
-float64; the passes are in C++ (csrc/cpu/rnnt_joiner.h), the products in torch or oneDNN.
+float64; the passes are in C++ (csrc/cpu/rnnt/rnnt_joiner.h), the products in torch or oneDNN.
 """
 
 from collections.abc import Iterator

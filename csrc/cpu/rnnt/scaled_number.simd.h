@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Included by kernels once per instruction set, inside a namespace of its own (no include guard; see
-// each_instruction_set.h).
-//
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "cpu/simd/vectors.simd.h"
+
 // Vectors of positive numbers as m 2^e, m and e floating: sums of probabilities that neither underflow nor round as
 // logarithms do. An impossible one has e below kNever.
-
-#include "cpu/vectors.h"
+namespace fastasr::cpu {
+inline namespace FASTASR_SIMD {
 
 // Log probabilities below kLeast count as -inf; its number is kImpossible, and sums with it stay below kNever.
 template <typename C>
@@ -18,7 +22,7 @@ template <typename C>
 constexpr C kFloor = static_cast<C>(-0x1p101);
 
 template <typename C>
-FASTASR_VECTOR_INLINE Vector<C> exp_near_zero(Vector<C> r) {
+FASTASR_INLINE Vector<C> exp_near_zero(Vector<C> r) {
   if constexpr (sizeof(C) == 4) {
     Vector<C> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -44,7 +48,7 @@ FASTASR_VECTOR_INLINE Vector<C> exp_near_zero(Vector<C> r) {
 
 // e^x = m 2^e, m in [0.7, 1.42]. A NaN and +inf give m = NaN. Beyond 2^22 e is rounded as x itself is: r is kept small.
 template <typename C>
-FASTASR_VECTOR_INLINE void split(Vector<C> x, Vector<C>& m, Vector<C>& e) {
+FASTASR_INLINE void split(Vector<C> x, Vector<C>& m, Vector<C>& e) {
   const Vector<C> one = vector_of<C>(1);
   x = x < kLeast<C> ? vector_of(kImpossible<C>) : x;
   e = (x * static_cast<C>(1.4426950408889634) + Bits<C>::magic) - Bits<C>::magic;
@@ -60,7 +64,7 @@ FASTASR_VECTOR_INLINE void split(Vector<C> x, Vector<C>& m, Vector<C>& e) {
 
 // 2^d for d <= 0; 0 where that is no normal number.
 template <typename C>
-FASTASR_VECTOR_INLINE Vector<C> power_of_two(Vector<C> d) {
+FASTASR_INLINE Vector<C> power_of_two(Vector<C> d) {
   const C least = -Bits<C>::bias;
   d = d > least ? d : vector_of(least);
   d = d + (Bits<C>::magic + Bits<C>::bias);
@@ -69,7 +73,7 @@ FASTASR_VECTOR_INLINE Vector<C> power_of_two(Vector<C> d) {
 
 // Makes 1 <= m < 2; a NaN stays one.
 template <typename C>
-FASTASR_VECTOR_INLINE void normalise(Vector<C>& m, Vector<C>& e) {
+FASTASR_INLINE void normalise(Vector<C>& m, Vector<C>& e) {
   using I = typename Bits<C>::integer;
   const BitVector<C> b = reinterpret_cast<BitVector<C>>(m);
   const I fraction = (I{1} << Bits<C>::mantissa) - 1, unit = static_cast<I>(Bits<C>::bias) << Bits<C>::mantissa;
@@ -87,3 +91,6 @@ inline C logarithm(C m, C e) {
   if (e < kNever<C>) return -std::numeric_limits<C>::infinity();
   return static_cast<C>(std::log(static_cast<double>(m)) + 0.6931471805599453 * static_cast<double>(e));
 }
+
+}  // namespace FASTASR_SIMD
+}  // namespace fastasr::cpu

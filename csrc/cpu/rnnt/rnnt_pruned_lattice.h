@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/simd.h"
+#include "cpu/simd/kernels.h"
 
 // The lattice of a transducer in a band: `window` cells of each frame, cell r of frame t being s = starts[t] + r. See
 // docs/ops/rnnt_pruned_lattice.md.
@@ -31,14 +31,12 @@ FASTASR_INLINE int64_t band_shares(const BandSize& size) { return size.frames * 
 // Elements of the scratch memory, which is aligned to 64 bytes.
 FASTASR_INLINE int64_t band_scratch(const BandSize& size) { return 4 * (size.window + 1) * kBandLanes; }
 
-// At most kBandLanes sequences. shares may be null in the forward; every element of them, and in the backward of dx and
-// dy, is written.
-#define FASTASR_DECLARE(C)                                                                                   \
-  void band_forward(const BandSize& size, BandSequence<C>* sequences, int64_t count, C* shares, C* scratch); \
-  void band_backward(const BandSize& size, const BandSequence<C>* sequences, int64_t count, const C* shares, \
-                     C* scratch);
-FASTASR_DECLARE(float)
-FASTASR_DECLARE(double)
-#undef FASTASR_DECLARE
+// At most kBandLanes sequences. The forward's shares may be null; every element of shares, and in the backward of dx
+// and dy, is written.
+template <typename C>
+struct PrunedLatticeKernels {
+  void (*forward)(const BandSize& size, BandSequence<C>* sequences, int64_t count, C* shares, C* scratch);
+  void (*backward)(const BandSize& size, const BandSequence<C>* sequences, int64_t count, const C* shares, C* scratch);
+};
 
 }  // namespace fastasr::cpu

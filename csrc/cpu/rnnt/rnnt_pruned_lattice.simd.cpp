@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// For one instruction set (no include guard; see each_instruction_set.h), as cpu/scaled_number.h is.
-//
+#include "cpu/rnnt/rnnt_pruned_lattice.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/rnnt/scaled_number.simd.h"
+
 // Lanes are sequences: a band is too narrow for anything else. A row holds cell r of every sequence; a window that
 // moves shifts its lane's cells by a binary decomposition of the distance.
+namespace fastasr::cpu {
 namespace {
-
-#include "cpu/scaled_number.h"
 
 // The arcs of frame t inside the boundary: symbols from cells [0, symbols), blanks from [0, blanks), both less `low`.
 struct BandArcs {
   int64_t low, symbols, blanks;
   template <typename C>
-  FASTASR_VECTOR_INLINE BandArcs at(const BandSize& size, const BandSequence<C>& q, int64_t t) {
+  FASTASR_INLINE BandArcs at(const BandSize& size, const BandSequence<C>& q, int64_t t) {
     const int64_t start = q.starts[t];
     const int64_t last = size.modified ? size.window : size.window - 1;
     const int64_t symbols = t < q.t_begin || t > q.t_end - (size.modified ? 1 : 0) ? 0 : q.s_end - start;
@@ -22,21 +26,21 @@ struct BandArcs {
 };
 
 template <typename C>
-FASTASR_VECTOR_INLINE bool in_window(const BandSize& size, const BandSequence<C>& q, int64_t t, int64_t s) {
+FASTASR_INLINE bool in_window(const BandSize& size, const BandSequence<C>& q, int64_t t, int64_t s) {
   return t < size.frames && s >= q.starts[t] && s - q.starts[t] < size.window;
 }
 
 // The end is a cell that frame t leads to: which of its window + 1, or -1.
 template <typename C>
-FASTASR_VECTOR_INLINE int64_t leaves_at(const BandSize& size, const BandSequence<C>& q, int64_t t) {
+FASTASR_INLINE int64_t leaves_at(const BandSize& size, const BandSequence<C>& q, int64_t t) {
   const int64_t j = q.s_end - q.starts[t];
   return q.t_end == t + 1 && j >= 0 && j <= size.window ? j : -1;
 }
 
 // How far each window moves from frame t to t + 1, at most `most`.
 template <typename C>
-FASTASR_VECTOR_INLINE int64_t moves(const BandSequence<C>* sequences, int64_t count, int64_t t, int64_t most,
-                                    BitVector<C>& by) {
+FASTASR_INLINE int64_t moves(const BandSequence<C>* sequences, int64_t count, int64_t t, int64_t most,
+                             BitVector<C>& by) {
   alignas(64) typename Bits<C>::integer move[Lanes<C>::count] = {};
   int64_t farthest = 0;
   for (int64_t l = 0; l < count; l++) {
@@ -249,7 +253,7 @@ void band_backward_lanes(const BandSize& size, const BandSequence<C>* sequences,
 }
 
 template <typename C>
-void forward_body(const BandSize& size, BandSequence<C>* sequences, int64_t count, C* shares, C* scratch) {
+void forward(const BandSize& size, BandSequence<C>* sequences, int64_t count, C* shares, C* scratch) {
   for (int64_t l = 0; l < (shares ? kBandLanes : count); l += Lanes<C>::count) {
     const int64_t here = std::clamp<int64_t>(count - l, 0, Lanes<C>::count);
     if (shares)
@@ -260,11 +264,13 @@ void forward_body(const BandSize& size, BandSequence<C>* sequences, int64_t coun
 }
 
 template <typename C>
-void backward_body(const BandSize& size, const BandSequence<C>* sequences, int64_t count, const C* shares, C* scratch) {
+void backward(const BandSize& size, const BandSequence<C>* sequences, int64_t count, const C* shares, C* scratch) {
   for (int64_t l = 0; l < count; l += Lanes<C>::count)
     band_backward_lanes<C>(size, sequences + l, std::min<int64_t>(count - l, Lanes<C>::count), shares + l, scratch);
 }
 
 }  // namespace
 
-#undef FASTASR_VECTOR_INLINE
+FASTASR_KERNELS_COMPUTE(PrunedLatticeKernels, .forward = forward<T>, .backward = backward<T>)
+
+}  // namespace fastasr::cpu

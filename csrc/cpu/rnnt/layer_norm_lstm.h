@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/simd/kernels.h"
 #include "cpu/team.h"
 
 // LSTM with LayerNorm on the gates and on the cell, over T steps of B sequences with H units:
@@ -15,12 +16,12 @@ constexpr int64_t kLstmUnit = 64;
 
 struct LstmSizes {
   int64_t steps, batch, hidden, inputs;
-  constexpr int64_t units() const { return (hidden + kLstmUnit - 1) / kLstmUnit; }
+  FASTASR_MEMBER constexpr int64_t units() const { return (hidden + kLstmUnit - 1) / kLstmUnit; }
   // Whether the forward pass packs hidden_weight first: for many sequences and rows that costs less than it saves.
-  constexpr bool packs() const { return batch >= 8 && steps * batch >= 128; }
+  FASTASR_MEMBER constexpr bool packs() const { return batch >= 8 && steps * batch >= 128; }
   // What the backward pass needs: the normalised gates (T, B, 4, H), the normalised cell (T, B, H), and 1 / deviation
   // of both (T, B, 2).
-  constexpr int64_t kept() const { return steps * batch * (5 * hidden + 2); }
+  FASTASR_MEMBER constexpr int64_t kept() const { return steps * batch * (5 * hidden + 2); }
 };
 
 template <typename C>
@@ -44,20 +45,20 @@ struct LayerNormLstmGradients {
   bool first_state;  // false: d(hidden) of the first state is not needed, and left as scratch
 };
 
-constexpr int64_t lstm_forward_scratch(const LstmSizes& s) {
+FASTASR_INLINE constexpr int64_t lstm_forward_scratch(const LstmSizes& s) {
   return s.batch * (4 * s.hidden + 4 * s.units()) + (s.packs() ? 4 * s.units() * kLstmUnit * s.hidden : 0);
 }
-constexpr int64_t lstm_backward_scratch(const LstmSizes& s) { return s.batch * 4 * s.units(); }
+FASTASR_INLINE constexpr int64_t lstm_backward_scratch(const LstmSizes& s) { return s.batch * 4 * s.units(); }
 
-// Called by every thread of the team for the units [begin, end) that it owns. y (T, B, H); cell (B, H): the last one;
-// kept may be null. sums: 10 H zeros.
-#define FASTASR_DECLARE(C)                                                                                       \
-  void layer_norm_lstm_forward(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Team& team,        \
-                               int64_t begin, int64_t end);                                                      \
-  void layer_norm_lstm_backward(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstmGradients<C>& grad, \
-                                double* sums, C* scratch, Team& team, int64_t begin, int64_t end);
-FASTASR_DECLARE(float)
-FASTASR_DECLARE(double)
-#undef FASTASR_DECLARE
+// Called by every thread of the team for the units [begin, end) that it owns.
+template <typename C>
+struct LayerNormLstmKernels {
+  // y (T, B, H); cell (B, H): the last one; kept may be null.
+  void (*forward)(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Team& team, int64_t begin,
+                  int64_t end);
+  // sums: 10 H zeros.
+  void (*backward)(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstmGradients<C>& grad, double* sums,
+                   C* scratch, Team& team, int64_t begin, int64_t end);
+};
 
 }  // namespace fastasr::cpu

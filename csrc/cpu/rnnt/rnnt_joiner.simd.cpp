@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/rnnt_joiner.h"
+#include "cpu/rnnt/rnnt_joiner.h"
 
 #include <algorithm>
 #include <cmath>
@@ -11,7 +11,7 @@ namespace fastasr::cpu {
 namespace {
 
 template <typename C>
-int64_t rows_body(const JoinerBand& p, const C* gx, const C* gy, JoinerRow* out) {
+int64_t rows(const JoinerBand& p, const C* gx, const C* gy, JoinerRow* out) {
   int64_t count = 0;
   for (int64_t b = 0; b < p.batch; b++) {
     int64_t s_begin = 0, t_begin = 0, s_end = p.length, t_end = p.frames;
@@ -41,8 +41,7 @@ int64_t rows_body(const JoinerBand& p, const C* gx, const C* gy, JoinerRow* out)
 }
 
 template <typename T, bool kTanh, typename C = compute_t<T>>
-FASTASR_INLINE void hidden_rows(const T* am, const T* lm, const JoinerRow* rows, int64_t begin, int64_t end, int64_t n,
-                                C* hidden) {
+void hidden_rows(const T* am, const T* lm, const JoinerRow* rows, int64_t begin, int64_t end, int64_t n, C* hidden) {
   constexpr Activation kActivation = kTanh ? Activation::tanh : Activation::relu;
   for (int64_t i = begin; i < end; i++) {
     const T* __restrict a = am + rows[i].frame * n;
@@ -80,8 +79,8 @@ FASTASR_INLINE double sum_of_exp(const C* __restrict x, int64_t begin, int64_t e
 double softplus(double x) { return std::log1p(std::exp(-std::fabs(x))) + (x > 0 ? x : 0); }
 
 template <typename C>
-FASTASR_INLINE void scores_body(const C* logits, const JoinerRow* rows, int64_t begin, int64_t end, int64_t n,
-                                int64_t blank, bool hat, C* px, C* py, double* normaliser) {
+void scores(const C* logits, const JoinerRow* rows, int64_t begin, int64_t end, int64_t n, int64_t blank, bool hat,
+            C* px, C* py, double* normaliser) {
   constexpr C kNone = -std::numeric_limits<C>::infinity();
   for (int64_t i = begin; i < end; i++) {
     const C* x = logits + i * n;
@@ -131,8 +130,8 @@ FASTASR_INLINE void softmax_gradient(const GradientRow<C>* rows, int64_t n, C* _
 }
 
 template <typename C>
-FASTASR_INLINE void logits_gradient_body(const JoinerGradient<C>& g, const JoinerRow* rows, int64_t begin, int64_t end,
-                                         int64_t n, int64_t blank, bool hat, C* dbias) {
+void logits_gradient(const JoinerGradient<C>& g, const JoinerRow* rows, int64_t begin, int64_t end, int64_t n,
+                     int64_t blank, bool hat, C* dbias) {
   for (int64_t j = 0; j < n; j++) dbias[j] = 0;
   double at_blank = 0;
   for (int64_t i = begin; i < end;) {
@@ -172,8 +171,8 @@ FASTASR_INLINE void logits_gradient_body(const JoinerGradient<C>& g, const Joine
 }
 
 template <bool kTanh, typename C>
-FASTASR_INLINE void hidden_gradient_rows(const C* dhidden, const C* hidden, const JoinerRow* rows, int64_t count,
-                                         int64_t begin, int64_t end, int64_t n, C* dam, C* dlm) {
+void hidden_gradient_rows(const C* dhidden, const C* hidden, const JoinerRow* rows, int64_t count, int64_t begin,
+                          int64_t end, int64_t n, C* dam, C* dlm) {
   for (int64_t i = 0; i < count; i++) {
     const C* __restrict d = dhidden + i * n;
     const C* __restrict h = hidden + i * n;
@@ -188,50 +187,22 @@ FASTASR_INLINE void hidden_gradient_rows(const C* dhidden, const C* hidden, cons
   }
 }
 
+template <typename T>
+void hidden(const T* am, const T* lm, const JoinerRow* rows, int64_t begin, int64_t end, int64_t n, bool tanh,
+            compute_t<T>* out) {
+  (tanh ? hidden_rows<T, true> : hidden_rows<T, false>)(am, lm, rows, begin, end, n, out);
+}
+
+template <typename C>
+void hidden_gradient(const C* dhidden, const C* hidden, const JoinerRow* rows, int64_t count, int64_t begin,
+                     int64_t end, int64_t n, bool tanh, C* dam, C* dlm) {
+  (tanh ? hidden_gradient_rows<true, C> : hidden_gradient_rows<false, C>)(dhidden, hidden, rows, count, begin, end, n,
+                                                                          dam, dlm);
+}
+
 }  // namespace
 
-int64_t joiner_rows(const JoinerBand& band, const float* gx, const float* gy, JoinerRow* out) {
-  return rows_body(band, gx, gy, out);
-}
-int64_t joiner_rows(const JoinerBand& band, const double* gx, const double* gy, JoinerRow* out) {
-  return rows_body(band, gx, gy, out);
-}
-
-#define FASTASR_DEFINE(T)                                                                                        \
-  FASTASR_CLONES void joiner_hidden(const T* am, const T* lm, const JoinerRow* rows, int64_t begin, int64_t end, \
-                                    int64_t channels, bool tanh, compute_t<T>* hidden) {                         \
-    if (tanh)                                                                                                    \
-      hidden_rows<T, true>(am, lm, rows, begin, end, channels, hidden);                                          \
-    else                                                                                                         \
-      hidden_rows<T, false>(am, lm, rows, begin, end, channels, hidden);                                         \
-  }
-
-FASTASR_DEFINE(float)
-FASTASR_DEFINE(double)
-FASTASR_DEFINE(bfloat16)
-FASTASR_DEFINE(float16)
-#undef FASTASR_DEFINE
-
-#define FASTASR_DEFINE(C)                                                                                             \
-  FASTASR_CLONES void joiner_scores(const C* logits, const JoinerRow* rows, int64_t begin, int64_t end,               \
-                                    int64_t outputs, int64_t blank, bool hat, C* symbol_logprobs, C* blank_logprobs,  \
-                                    double* normaliser) {                                                             \
-    scores_body(logits, rows, begin, end, outputs, blank, hat, symbol_logprobs, blank_logprobs, normaliser);          \
-  }                                                                                                                   \
-  FASTASR_CLONES void joiner_logits_gradient(const JoinerGradient<C>& g, const JoinerRow* rows, int64_t begin,        \
-                                             int64_t end, int64_t outputs, int64_t blank, bool hat, C* dbias) {       \
-    logits_gradient_body(g, rows, begin, end, outputs, blank, hat, dbias);                                            \
-  }                                                                                                                   \
-  FASTASR_CLONES void joiner_hidden_gradient(const C* dhidden, const C* hidden, const JoinerRow* rows, int64_t count, \
-                                             int64_t begin, int64_t end, int64_t channels, bool tanh, C* dam,         \
-                                             C* dlm) {                                                                \
-    if (tanh)                                                                                                         \
-      hidden_gradient_rows<true>(dhidden, hidden, rows, count, begin, end, channels, dam, dlm);                       \
-    else                                                                                                              \
-      hidden_gradient_rows<false>(dhidden, hidden, rows, count, begin, end, channels, dam, dlm);                      \
-  }
-
-FASTASR_DEFINE(float)
-FASTASR_DEFINE(double)
+FASTASR_KERNELS(JoinerKernels, .rows = rows<compute_t<T>>, .hidden = hidden<T>, .scores = scores<compute_t<T>>,
+                .logits_gradient = logits_gradient<compute_t<T>>, .hidden_gradient = hidden_gradient<compute_t<T>>)
 
 }  // namespace fastasr::cpu

@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// For one instruction set (no include guard; see each_instruction_set.h), as cpu/scaled_number.h is.
-//
+#include "cpu/rnnt/rnnt_lattice.h"
+
+#include <algorithm>
+
+#include "cpu/rnnt/scaled_number.simd.h"
+
 // Lanes are neighbouring s; N steps of N rows at a time are turned by a transposition in registers into step-major
 // blocks that lie in the first cache, X and Y: [step][s], X by the s a symbol leads to. No gathers.
+namespace fastasr::cpu {
 namespace {
 
-#include "cpu/scaled_number.h"
-#include "cpu/vector_transpose.h"
-
 template <typename C, size_t... kJ>
-FASTASR_VECTOR_INLINE Vector<C> previous_lane(Vector<C> before, Vector<C> v, std::index_sequence<kJ...>) {
+FASTASR_INLINE Vector<C> previous_lane(Vector<C> before, Vector<C> v, std::index_sequence<kJ...>) {
   return __builtin_shuffle(before, v, BitVector<C>{(Lanes<C>::count - 1 + static_cast<int>(kJ))...});
 }
 template <typename C, size_t... kJ>
-FASTASR_VECTOR_INLINE Vector<C> next_lane(Vector<C> v, Vector<C> after, std::index_sequence<kJ...>) {
+FASTASR_INLINE Vector<C> next_lane(Vector<C> v, Vector<C> after, std::index_sequence<kJ...>) {
   return __builtin_shuffle(v, after, BitVector<C>{(1 + static_cast<int>(kJ))...});
 }
 
@@ -40,8 +42,8 @@ constexpr int64_t kAhead = 32;
 // N rows from `row` on of a matrix (rows, columns), N columns of row i from first - i * skew on, by columns; what lies
 // outside is -inf. Results are `stride` vectors apart.
 template <typename C>
-FASTASR_VECTOR_INLINE void load_steps(const C* p, int64_t distance, int64_t row, int64_t rows, int64_t first,
-                                      int64_t skew, int64_t columns, C* out, int64_t stride) {
+FASTASR_INLINE void load_steps(const C* p, int64_t distance, int64_t row, int64_t rows, int64_t first, int64_t skew,
+                               int64_t columns, C* out, int64_t stride) {
   constexpr int n = Lanes<C>::count;
   const C none = -std::numeric_limits<C>::infinity();
   Vector<C> r[n];
@@ -63,8 +65,8 @@ FASTASR_VECTOR_INLINE void load_steps(const C* p, int64_t distance, int64_t row,
 }
 
 template <typename C>
-FASTASR_VECTOR_INLINE void store_steps(C* p, int64_t distance, int64_t row, int64_t rows, int64_t first, int64_t skew,
-                                       int64_t columns, const C* in, int64_t stride) {
+FASTASR_INLINE void store_steps(C* p, int64_t distance, int64_t row, int64_t rows, int64_t first, int64_t skew,
+                                int64_t columns, const C* in, int64_t stride) {
   constexpr int n = Lanes<C>::count;
   Vector<C> r[n];
 #pragma GCC unroll 16
@@ -87,7 +89,7 @@ FASTASR_VECTOR_INLINE void store_steps(C* p, int64_t distance, int64_t row, int6
 // N steps from `first` on, step 1 being the first that has incoming arcs, and the vectors whose cells they reach.
 struct LatticeBlock {
   int64_t first, steps, low, high;
-  FASTASR_VECTOR_INLINE LatticeBlock at(const LatticeSize& size, int64_t first, int64_t n) {
+  FASTASR_INLINE LatticeBlock at(const LatticeSize& size, int64_t first, int64_t n) {
     const int64_t left = size.steps() + 1 - first, top = size.symbols / n;
     if (!size.regular) return {first, std::min(n, left), 0, top};
     return {first, std::min(n, left), std::max<int64_t>(0, first - size.frames) / n,
@@ -148,14 +150,14 @@ C forward_steps(const LatticeSize& size, const C* x, int64_t x_row, const C* y, 
 }
 
 template <typename C>
-C forward_body(const LatticeSize& size, const C* x, int64_t x_row, const C* y, int64_t y_row, C* shares, C* scratch) {
+C forward(const LatticeSize& size, const C* x, int64_t x_row, const C* y, int64_t y_row, C* shares, C* scratch) {
   return shares ? forward_steps<C, true>(size, x, x_row, y, y_row, shares, scratch)
                 : forward_steps<C, false>(size, x, x_row, y, y_row, shares, scratch);
 }
 
 template <typename C>
-void backward_body(const LatticeSize& size, C grad, const C* shares, C* dx, int64_t x_row, C* dy, int64_t y_row,
-                   C* scratch) {
+void backward(const LatticeSize& size, C grad, const C* shares, C* dx, int64_t x_row, C* dy, int64_t y_row,
+              C* scratch) {
   constexpr int n = Lanes<C>::count;
   const auto lanes = std::make_index_sequence<n>();
   const int64_t vectors = size.symbols / n + 1, row = vectors * n, skew = size.regular;
@@ -190,4 +192,6 @@ void backward_body(const LatticeSize& size, C grad, const C* shares, C* dx, int6
 
 }  // namespace
 
-#undef FASTASR_VECTOR_INLINE
+FASTASR_KERNELS_COMPUTE(LatticeKernels, .forward = forward<T>, .backward = backward<T>)
+
+}  // namespace fastasr::cpu

@@ -1,14 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// For one instruction set (no include guard; see each_instruction_set.h).
-//
+#include "cpu/rnnt/layer_norm_lstm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "cpu/activation.h"
+#include "cpu/simd/vectors.simd.h"
+
 // Forward, a step has three phases: the products of a unit's rows with h; its share of the gates, normalised, and of
 // the new cell; the cell normalised, and h. Between them the units' means and squares are merged.
 // Backward the same in reverse, with sums instead of moments.
+namespace fastasr::cpu {
 namespace {
-
-#include "cpu/vectors.h"
-
-#include "cpu/vector_transpose.h"
 
 constexpr int64_t kBlockTerms = 64;    // in one chain of sums, where lanes are not terms: H or 4 H would be less exact
 constexpr int64_t kManySequences = 8;  // from here on a copy of a block of weights costs less than it saves
@@ -60,8 +66,8 @@ __attribute__((noinline)) C dot_product(const C* __restrict w, const C* __restri
 
 // For sequences [from, to), kBatch at a time; a group of rows stays in the first cache for all of them.
 template <int kBatch, typename C>
-FASTASR_VECTOR_INLINE void add_products_of(const C* w, int64_t rows, int64_t depth, const C* h, int64_t from,
-                                           int64_t to, C* gates, int64_t gate_row) {
+FASTASR_INLINE void add_products_of(const C* w, int64_t rows, int64_t depth, const C* h, int64_t from, int64_t to,
+                                    C* gates, int64_t gate_row) {
   constexpr int n = Lanes<C>::count, group = n / kBatch;
   alignas(64) C out[n];
   int64_t r = 0;
@@ -81,8 +87,8 @@ FASTASR_VECTOR_INLINE void add_products_of(const C* w, int64_t rows, int64_t dep
 
 // gates[b][r] += w[r] . h[b] for the rows of one gate in a unit.
 template <typename C>
-FASTASR_VECTOR_INLINE void add_products(const C* w, int64_t rows, int64_t depth, const C* h, int64_t batch, C* gates,
-                                        int64_t gate_row) {
+FASTASR_INLINE void add_products(const C* w, int64_t rows, int64_t depth, const C* h, int64_t batch, C* gates,
+                                 int64_t gate_row) {
   constexpr int four = Lanes<C>::count >= 4 ? 4 : 2;
   const int64_t fours = batch / four * four, twos = batch / 2 * 2;
   add_products_of<four>(w, rows, depth, h, 0, fours, gates, gate_row);
@@ -125,7 +131,7 @@ __attribute__((noinline)) void product_tile(const C* __restrict w, int64_t w_row
 
 // f<kBatch>(first) for `batch` sequences, up to six at a time.
 template <typename F>
-FASTASR_VECTOR_INLINE void by_sequences(int64_t batch, const F& f) {
+FASTASR_INLINE void by_sequences(int64_t batch, const F& f) {
   int64_t b = 0;
   for (; b + 6 <= batch; b += 6) f.template operator()<6>(b);
   if (batch - b >= 4) f.template operator()<4>(b), b += 4;
@@ -139,7 +145,7 @@ template <typename C>
 constexpr int64_t kPanelRows = 2 * Lanes<C>::count;
 
 template <typename C>
-FASTASR_VECTOR_INLINE void pack_rows(const C* w, int64_t rows, int64_t depth, C* out) {
+FASTASR_INLINE void pack_rows(const C* w, int64_t rows, int64_t depth, C* out) {
   constexpr int n = Lanes<C>::count;
   const int64_t whole = (rows + kPanelRows<C> - 1) / kPanelRows<C> * kPanelRows<C>;
   for (int64_t r = 0; r < whole; r += n) {
@@ -160,8 +166,8 @@ FASTASR_VECTOR_INLINE void pack_rows(const C* w, int64_t rows, int64_t depth, C*
 
 // gates[b][r] += w[r] . h[b] for rows that pack_rows has packed.
 template <typename C>
-FASTASR_VECTOR_INLINE void add_packed_products(const C* packed, int64_t rows, int64_t depth, const C* h, int64_t batch,
-                                               C* gates, int64_t gate_row) {
+FASTASR_INLINE void add_packed_products(const C* packed, int64_t rows, int64_t depth, const C* h, int64_t batch,
+                                        C* gates, int64_t gate_row) {
   constexpr int64_t n = kPanelRows<C>;
   for (int64_t r = 0; r < rows; r += n) {
     const C* w = packed + r * depth;
@@ -179,9 +185,9 @@ FASTASR_VECTOR_INLINE void add_packed_products(const C* packed, int64_t rows, in
 
 // out[b][u] += sum over k of g[b][k] w[k][u] for k < terms and u < columns; the rows of g are `depth` apart.
 template <int kBatch, bool kFar, typename C>
-FASTASR_VECTOR_INLINE void add_columns(const C* w, int64_t w_row, const C* g, int64_t depth, int64_t terms,
-                                       int64_t columns, C* out, int64_t out_row) {
-  constexpr int n = Lanes<C>::count, vectors = FASTASR_VECTOR_BYTES == 64 ? 4 : 2;
+FASTASR_INLINE void add_columns(const C* w, int64_t w_row, const C* g, int64_t depth, int64_t terms, int64_t columns,
+                                C* out, int64_t out_row) {
+  constexpr int n = Lanes<C>::count, vectors = kVectorBytes == 64 ? 4 : 2;
   int64_t u = 0;
   for (; u + vectors * n <= columns; u += vectors * n)
     product_tile<kBatch, vectors, kFar>(w + u, w_row, g, depth, terms, out + u, out_row);
@@ -200,8 +206,8 @@ FASTASR_VECTOR_INLINE void add_columns(const C* w, int64_t w_row, const C* g, in
 // many sequences a block of w is first put where its rows follow each other: as they lie, they meet in a few sets of
 // the caches.
 template <typename C>
-FASTASR_VECTOR_INLINE void products_with_columns(const C* w, int64_t hidden, const C* g, int64_t batch, int64_t columns,
-                                                 C* out) {
+FASTASR_INLINE void products_with_columns(const C* w, int64_t hidden, const C* g, int64_t batch, int64_t columns,
+                                          C* out) {
   const int64_t depth = 4 * hidden;
   alignas(64) C block[kBlockTerms * kLstmUnit];
   for (int64_t b = 0; b < batch; b++) std::fill(out + b * hidden, out + b * hidden + columns, C(0));
@@ -224,8 +230,8 @@ FASTASR_VECTOR_INLINE void products_with_columns(const C* w, int64_t hidden, con
 
 // Mean and 1 / deviation of a row from its units' means and sums of squares about them.
 template <typename C>
-FASTASR_VECTOR_INLINE void merge_moments(const C* parts, const LstmSizes& s, int64_t b, int64_t per_unit, double eps,
-                                         std::pair<C, C>* row) {
+FASTASR_INLINE void merge_moments(const C* parts, const LstmSizes& s, int64_t b, int64_t per_unit, double eps,
+                                  std::pair<C, C>* row) {
   const auto weight = [&](int64_t u) {
     return static_cast<double>(per_unit * std::min(kLstmUnit, s.hidden - u * kLstmUnit));
   };
@@ -242,8 +248,7 @@ FASTASR_VECTOR_INLINE void merge_moments(const C* parts, const LstmSizes& s, int
 
 // Two sums of a row from those of its units, over `count`.
 template <typename C>
-FASTASR_VECTOR_INLINE void merge_sums(const C* parts, const LstmSizes& s, int64_t b, double count,
-                                      std::pair<C, C>* row) {
+FASTASR_INLINE void merge_sums(const C* parts, const LstmSizes& s, int64_t b, double count, std::pair<C, C>* row) {
   double first = 0, second = 0;
   for (int64_t u = 0; u < s.units(); u++) {
     first += static_cast<double>(parts[2 * (u * s.batch + b)]);
@@ -257,17 +262,17 @@ FASTASR_VECTOR_INLINE void merge_sums(const C* parts, const LstmSizes& s, int64_
 template <typename C>
 __attribute__((noinline)) C cells(C* __restrict gates, const C* __restrict before, const C* __restrict weight,
                                   const C* __restrict bias, int64_t hidden, int64_t width) {
-  C *__restrict input = gates, *__restrict output = gates + 3 * hidden;
-  const C *__restrict forget = gates + hidden, *__restrict value = gates + 2 * hidden;
-  const C *__restrict wi = weight, *__restrict wf = weight + hidden, *__restrict wv = weight + 2 * hidden;
-  const C *__restrict bi = bias, *__restrict bf = bias + hidden, *__restrict bv = bias + 2 * hidden;
+  C* __restrict input = gates, * __restrict output = gates + 3 * hidden;
+  const C* __restrict forget = gates + hidden, * __restrict value = gates + 2 * hidden;
+  const C* __restrict wi = weight, * __restrict wf = weight + hidden, * __restrict wv = weight + 2 * hidden;
+  const C* __restrict bi = bias, * __restrict bf = bias + hidden, * __restrict bv = bias + 2 * hidden;
 #pragma omp simd
   for (int64_t j = 0; j < width; j++) input[j] = sigmoid(input[j] * wi[j] + bi[j]) * tanh(value[j] * wv[j] + bv[j]);
   if (before) {
 #pragma omp simd
     for (int64_t j = 0; j < width; j++) input[j] += sigmoid(forget[j] * wf[j] + bf[j]) * before[j];
   }
-  const C *__restrict wo = weight + 3 * hidden, *__restrict bo = bias + 3 * hidden;
+  const C* __restrict wo = weight + 3 * hidden, * __restrict bo = bias + 3 * hidden;
 #pragma omp simd
   for (int64_t j = 0; j < width; j++) output[j] = sigmoid(output[j] * wo[j] + bo[j]);
   C sum = 0;
@@ -277,8 +282,7 @@ __attribute__((noinline)) C cells(C* __restrict gates, const C* __restrict befor
 }
 
 template <typename C>
-void forward_body(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Team& team, int64_t begin,
-                  int64_t end) {
+void forward(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Team& team, int64_t begin, int64_t end) {
   const LstmSizes s = p.size;
   const int64_t hidden = s.hidden, batch = s.batch, gate_row = 4 * hidden, rows = s.steps * batch;
   C *gates = scratch, *gate_parts = gates + batch * gate_row, *cell_parts = gate_parts + 2 * s.units() * batch;
@@ -394,8 +398,8 @@ void forward_body(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch,
 }
 
 template <typename C>
-void backward_body(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstmGradients<C>& grad, double* sums,
-                   C* scratch, Team& team, int64_t begin, int64_t end) {
+void backward(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstmGradients<C>& grad, double* sums, C* scratch,
+              Team& team, int64_t begin, int64_t end) {
   const LstmSizes s = p.size;
   const int64_t hidden = s.hidden, batch = s.batch, gate_row = 4 * hidden, rows = s.steps * batch;
   C *cell_parts = scratch, *gate_parts = cell_parts + 2 * s.units() * batch;
@@ -570,3 +574,7 @@ void backward_body(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstm
 }
 
 }  // namespace
+
+FASTASR_KERNELS_COMPUTE(LayerNormLstmKernels, .forward = forward<T>, .backward = backward<T>)
+
+}  // namespace fastasr::cpu

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/simd/kernels.h"
+
+// The passes around the matrix products of a transducer's joiner, over a chunk of rows. Row (b, t, r) joins frame t and
+// context s = starts[b, t] + r:
+//   h = act(am[b, t] + lm[b, s]),   l = W h + bias (a matrix product),   L = log sum_v exp(l_v),
+//   blank = l_blank - L,   symbol = l_y - L with y = symbols[b, s];
+//   HAT: blank = log sigmoid(l_blank), symbol = l_y - L + log sigmoid(-l_blank), L over the other outputs.
+// Backward, with gx, gy the gradients of symbol and blank: dl = gx e_y + gy e_blank - (gx + gy) exp(l - L);
+//   HAT: dl = gx e_y - gx exp(l - L) but dl_blank = gy sigmoid(-l_blank) - gx sigmoid(l_blank);
+//   then dh = dl W, dW = dl^T h (matrix products), and da = dh act' is added to dam[b, t] and dlm[b, s].
+namespace fastasr::cpu {
+
+// A row that is to be computed: its place (b T + t) R + r in the tensors of results, b T + t, b (S + 1) + s, and y.
+struct JoinerRow {
+  static constexpr int64_t kNoSymbol = -1;  // s has no symbol: -infinity
+  static constexpr int64_t kUnknown = -2;   // a symbol outside the vocabulary: NaN
+  int64_t place, frame, context, symbol;
+};
+
+struct JoinerBand {
+  const int64_t *starts, *symbols, *boundary;  // (B, T), (B, S); (B, 4) of s_begin, t_begin, s_end, t_end, or null
+  int64_t batch, frames, length, range, outputs;
+};
+
+// What the backward pass reads and writes, all by a row's place but the logits and their gradient.
+template <typename C>
+struct JoinerGradient {
+  const C* logits;
+  const double* normaliser;
+  const C *gx, *gy;
+  C* out;  // may be logits
+};
+
+template <typename T>
+struct JoinerKernels {
+  using C = compute_t<T>;
+  // The rows inside the boundary, without those whose gradients gx and gy (B, T, R) are both 0 (null: none is left
+  // out). Returns their number; if `out` is null it only counts.
+  int64_t (*rows)(const JoinerBand& band, const C* gx, const C* gy, JoinerRow* out);
+  // hidden[i] = act(am[frame] + lm[context]), `channels` wide, for rows [begin, end). tanh, or else relu.
+  void (*hidden)(const T* am, const T* lm, const JoinerRow* rows, int64_t begin, int64_t end, int64_t channels,
+                 bool tanh, C* hidden);
+  // symbol, blank and L of rows [begin, end), by place.
+  void (*scores)(const C* logits, const JoinerRow* rows, int64_t begin, int64_t end, int64_t outputs, int64_t blank,
+                 bool hat, C* symbol_logprobs, C* blank_logprobs, double* normaliser);
+  // dl of rows [begin, end), and their sum in dbias (overwritten).
+  void (*logits_gradient)(const JoinerGradient<C>& g, const JoinerRow* rows, int64_t begin, int64_t end,
+                          int64_t outputs, int64_t blank, bool hat, C* dbias);
+  // Columns [begin, end) of da of all rows, in order, added to dam and dlm.
+  void (*hidden_gradient)(const C* dhidden, const C* hidden, const JoinerRow* rows, int64_t count, int64_t begin,
+                          int64_t end, int64_t channels, bool tanh, C* dam, C* dlm);
+};
+
+}  // namespace fastasr::cpu

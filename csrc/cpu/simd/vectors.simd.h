@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "cpu/simd/kernels.h"
+
+// Vectors of the instruction set that a *.simd.cpp is compiled for, their transposition and their sums.
+namespace fastasr::cpu {
+inline namespace FASTASR_SIMD {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename C>
+struct Bits;
+template <>
+struct Bits<float> {
+  using integer = int32_t;
+  static constexpr int mantissa = 23, bias = 127;
+  static constexpr float magic = 12582912.0f;  // 1.5 2^23: adding it rounds and leaves an integer in the low bits
+};
+template <>
+struct Bits<double> {
+  using integer = int64_t;
+  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr double magic = 6755399441055744.0;
+};
+
+template <typename C>
+struct Lanes {
+  using integer = typename Bits<C>::integer;
+  static constexpr int count = kVectorBytes / static_cast<int>(sizeof(C));
+  typedef C vector __attribute__((vector_size(kVectorBytes)));
+  typedef integer bits __attribute__((vector_size(kVectorBytes)));
+  typedef C memory __attribute__((vector_size(kVectorBytes), aligned(sizeof(C)), may_alias));
+};
+template <typename C>
+using Vector = typename Lanes<C>::vector;
+template <typename C>
+using BitVector = typename Lanes<C>::bits;
+
+template <typename C>
+FASTASR_INLINE Vector<C> vector_of(C v) {
+  return v - Vector<C>{};
+}
+template <typename C>
+FASTASR_INLINE Vector<C> at(const C* p) {
+  return *reinterpret_cast<const typename Lanes<C>::memory*>(p);
+}
+template <typename C>
+FASTASR_INLINE void put(C* p, Vector<C> v) {
+  *reinterpret_cast<typename Lanes<C>::memory*>(p) = v;
+}
+
+template <typename C, int kBit, bool kHigh, size_t... kJ>
+FASTASR_INLINE constexpr BitVector<C> mixing(std::index_sequence<kJ...>) {
+  constexpr int n = Lanes<C>::count;
+  return BitVector<C>{
+      (kHigh ? (static_cast<int>(kJ) & kBit ? n + static_cast<int>(kJ) : static_cast<int>(kJ) + kBit)
+             : (static_cast<int>(kJ) & kBit ? n + static_cast<int>(kJ) - kBit : static_cast<int>(kJ)))...};
+}
+
+template <typename C, int kBit>
+FASTASR_INLINE void transpose_bit(Vector<C>* r) {
+  constexpr int n = Lanes<C>::count;
+#pragma GCC unroll 16
+  for (int i = 0; i < n; i++) {
+    if (i & kBit) continue;
+    const Vector<C> a = r[i], b = r[i + kBit];
+    r[i] = __builtin_shuffle(a, b, (mixing<C, kBit, false>(std::make_index_sequence<n>())));
+    r[i + kBit] = __builtin_shuffle(a, b, (mixing<C, kBit, true>(std::make_index_sequence<n>())));
+  }
+}
+// r: as many vectors as a vector has lanes, a square matrix.
+template <typename C>
+FASTASR_INLINE void transpose(Vector<C>* r) {
+  if constexpr (Lanes<C>::count > 8) transpose_bit<C, 8>(r);
+  if constexpr (Lanes<C>::count > 4) transpose_bit<C, 4>(r);
+  if constexpr (Lanes<C>::count > 2) transpose_bit<C, 2>(r);
+  transpose_bit<C, 1>(r);
+}
+
+// r[0] = the sums of the vectors r[0], r[1], ...: as many as a vector has lanes. Half the shuffles of a transposition.
+template <typename C, int kBit = Lanes<C>::count / 2>
+FASTASR_INLINE void sum_each(Vector<C>* r) {
+  constexpr int n = Lanes<C>::count;
+#pragma GCC unroll 16
+  for (int i = 0; i < kBit; i++) {
+    const Vector<C> a = r[i], b = r[i + kBit];
+    r[i] = __builtin_shuffle(a, b, (mixing<C, kBit, false>(std::make_index_sequence<n>()))) +
+           __builtin_shuffle(a, b, (mixing<C, kBit, true>(std::make_index_sequence<n>())));
+  }
+  if constexpr (kBit > 1) sum_each<C, kBit / 2>(r);
+}
+
+}  // namespace FASTASR_SIMD
+}  // namespace fastasr::cpu
