@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/ema_scan.h"
+#include "cpu/ema/ema_scan.h"
 
 #include <optional>
 #include <tuple>
 
 #include "bindings/dispatch.h"
-#include "cpu/complex_ema_scan.h"
 
 namespace fastasr {
 namespace {
@@ -142,9 +141,10 @@ std::tuple<Tensor, Tensor> ema_scan_forward(const Tensor& x, const Tensor& dampi
     C* last = need_state ? mutable_data<C>(final_state) : nullptr;
     const EmaStrides xs = strides_of(x, layout), ys = strides_of(y, layout);
     if (s.length == 1 && direction != 2)
-      cpu::ema_scan_step(s, parameters<C>(in), data<T>(x), xs, mutable_data<T>(y), ys, last);
+      cpu::kernels<cpu::EmaStep<T>>().run(s, parameters<C>(in), data<T>(x), xs, mutable_data<T>(y), ys, last);
     else
-      cpu::ema_scan_forward(s, parameters<C>(in), data<T>(x), xs, mutable_data<T>(y), ys, last, in_parallel);
+      cpu::kernels<cpu::EmaForward<T>>().real(s, parameters<C>(in), data<T>(x), xs, mutable_data<T>(y), ys, last,
+                                              in_parallel);
   });
   return {y, final_state};
 }
@@ -175,9 +175,9 @@ Gradients ema_scan_backward(const Tensor& grad, const Optional& grad_state, cons
                                                   mutable_data<C>(dprojection),
                                                   residual ? mutable_data<C>(dresidual) : nullptr,
                                                   state ? mutable_data<C>(dstate) : nullptr};
-    cpu::ema_scan_backward(s, parameters<C>(in), data<T>(x), strides_of(x, layout), data<T>(grad),
-                           strides_of(grad, layout), data_or_null<C>(grad_state), mutable_data<T>(dx),
-                           strides_of(dx, layout), gradients, in_parallel);
+    cpu::kernels<cpu::EmaBackward<T>>().real(s, parameters<C>(in), data<T>(x), strides_of(x, layout), data<T>(grad),
+                                             strides_of(grad, layout), data_or_null<C>(grad_state), mutable_data<T>(dx),
+                                             strides_of(dx, layout), gradients, in_parallel);
   });
   return {dx, ddamping, ddecay, dexpansion, dprojection, dresidual, dstate};
 }
@@ -194,9 +194,9 @@ std::tuple<Tensor, Tensor> complex_ema_scan_forward(const Tensor& x, const Tenso
       need_state ? new_contiguous(alpha, {s.batch, s.channels, s.states, 2}) : new_without_elements(alpha);
   with_kernel_type(x.scalar_type(), "complex_ema_scan_forward", [&]<typename T>() {
     using C = cpu::compute_t<T>;
-    cpu::complex_ema_scan_forward(s, complex_parameters<C>(in), data<T>(x), strides_of(x, layout), mutable_data<T>(y),
-                                  strides_of(y, layout), need_state ? mutable_data<C>(final_state) : nullptr,
-                                  in_parallel);
+    cpu::kernels<cpu::EmaForward<T>>().complex(s, complex_parameters<C>(in), data<T>(x), strides_of(x, layout),
+                                               mutable_data<T>(y), strides_of(y, layout),
+                                               need_state ? mutable_data<C>(final_state) : nullptr, in_parallel);
   });
   return {y, final_state};
 }
@@ -223,15 +223,14 @@ Gradients complex_ema_scan_backward(const Tensor& grad, const Optional& grad_sta
                                                 mutable_data<C>(dgamma),
                                                 omega ? mutable_data<C>(domega) : nullptr,
                                                 state ? mutable_data<C>(dstate) : nullptr};
-    cpu::complex_ema_scan_backward(s, complex_parameters<C>(in), data<T>(x), strides_of(x, layout), data<T>(grad),
-                                   strides_of(grad, layout), data_or_null<C>(grad_state), mutable_data<T>(dx),
-                                   strides_of(dx, layout), gradients, in_parallel);
+    cpu::kernels<cpu::EmaBackward<T>>().complex(s, complex_parameters<C>(in), data<T>(x), strides_of(x, layout),
+                                                data<T>(grad), strides_of(grad, layout), data_or_null<C>(grad_state),
+                                                mutable_data<T>(dx), strides_of(dx, layout), gradients, in_parallel);
   });
   return {dx, dalpha, ddelta, dtheta, dgamma, domega, dstate};
 }
 
 }  // namespace
-}  // namespace fastasr
 
 #define FASTASR_INPUTS                                                                                             \
   "Tensor x, Tensor damping, Tensor decay, Tensor expansion, Tensor projection, Tensor? residual, Tensor? state, " \
@@ -239,19 +238,16 @@ Gradients complex_ema_scan_backward(const Tensor& grad, const Optional& grad_sta
 #define FASTASR_COMPLEX_INPUTS                                                                       \
   "Tensor x, Tensor alpha, Tensor delta, Tensor theta, Tensor gamma, Tensor? omega, Tensor? state, " \
   "Tensor? padding_mask, int truncation, int direction, int activation, int layout"
+#define FASTASR_GRADIENTS "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def("ema_scan_forward(" FASTASR_INPUTS ", bool need_state) -> (Tensor, Tensor)");
-  m.def("ema_scan_backward(Tensor grad, Tensor? grad_state, " FASTASR_INPUTS
-        ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("complex_ema_scan_forward(" FASTASR_COMPLEX_INPUTS ", bool need_state) -> (Tensor, Tensor)");
-  m.def("complex_ema_scan_backward(Tensor grad, Tensor? grad_state, " FASTASR_COMPLEX_INPUTS
-        ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
+FASTASR_OPERATORS({"ema_scan_forward(" FASTASR_INPUTS ", bool need_state) -> (Tensor, Tensor)",
+                   TORCH_BOX(&ema_scan_forward)},
+                  {"ema_scan_backward(Tensor grad, Tensor? grad_state, " FASTASR_INPUTS ") -> " FASTASR_GRADIENTS,
+                   TORCH_BOX(&ema_scan_backward)},
+                  {"complex_ema_scan_forward(" FASTASR_COMPLEX_INPUTS ", bool need_state) -> (Tensor, Tensor)",
+                   TORCH_BOX(&complex_ema_scan_forward)},
+                  {"complex_ema_scan_backward(Tensor grad, Tensor? grad_state, " FASTASR_COMPLEX_INPUTS
+                   ") -> " FASTASR_GRADIENTS,
+                   TORCH_BOX(&complex_ema_scan_backward)})
 
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("ema_scan_forward", TORCH_BOX(&fastasr::ema_scan_forward));
-  m.impl("ema_scan_backward", TORCH_BOX(&fastasr::ema_scan_backward));
-  m.impl("complex_ema_scan_forward", TORCH_BOX(&fastasr::complex_ema_scan_forward));
-  m.impl("complex_ema_scan_backward", TORCH_BOX(&fastasr::complex_ema_scan_backward));
-}
+}  // namespace fastasr

@@ -6,7 +6,7 @@
 #include <memory>
 #include <thread>
 
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
 // A loop whose steps depend on each other, split among threads: phases of the same `units` of work each, and no unit
 // of a phase starts before every unit of the phase before has ended. Handing a phase of a few microseconds to a pool

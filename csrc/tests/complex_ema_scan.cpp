@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/complex_ema_scan.h"
+#include "cpu/ema/ema_scan.h"
 
 #include <algorithm>
 #include <complex>
@@ -79,13 +79,13 @@ struct Case {
                                          o.state ? state.data() : nullptr,
                                          o.mask ? mask.data() : nullptr};
     const cpu::EmaStrides s{o.batch * o.channels, o.channels, 1};
-    cpu::complex_ema_scan_forward(o.shape(), p, x.data(), s, y.data(), s, o.state ? final_state.data() : nullptr,
-                                  parallel);
-    cpu::complex_ema_scan_backward(o.shape(), p, x.data(), s, grad.data(), s, o.state ? grad_state.data() : nullptr,
-                                   dx.data(), s,
-                                   {dalpha.data(), ddelta.data(), dtheta.data(), dgamma.data(),
-                                    o.residual ? dresidual.data() : nullptr, o.state ? dstate.data() : nullptr},
-                                   parallel);
+    cpu::kernels<cpu::EmaForward<T>>().complex(o.shape(), p, x.data(), s, y.data(), s,
+                                               o.state ? final_state.data() : nullptr, parallel);
+    cpu::kernels<cpu::EmaBackward<T>>().complex(
+        o.shape(), p, x.data(), s, grad.data(), s, o.state ? grad_state.data() : nullptr, dx.data(), s,
+        {dalpha.data(), ddelta.data(), dtheta.data(), dgamma.data(), o.residual ? dresidual.data() : nullptr,
+         o.state ? dstate.data() : nullptr},
+        parallel);
   }
   bool intact() const {
     return y.intact() && dx.intact() && final_state.intact() && dalpha.intact() && ddelta.intact() && dtheta.intact() &&

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/ema_scan.h"
+#include "cpu/ema/ema_scan.h"
 
 #include <algorithm>
 #include <functional>
@@ -111,13 +111,14 @@ struct Case {
   }
   void run(const cpu::Parallel& parallel) {
     const auto p = arguments();
-    cpu::ema_scan_forward(o.shape(), p, x.data(), o.strides(), y.data(), o.strides(),
-                          o.state ? final_state.data() : nullptr, parallel);
-    cpu::ema_scan_backward(o.shape(), p, x.data(), o.strides(), grad.data(), o.strides(),
-                           o.state ? grad_state.data() : nullptr, dx.data(), o.strides(),
-                           {ddamping.data(), ddecay.data(), dexpansion.data(), dprojection.data(),
-                            o.residual ? dresidual.data() : nullptr, o.state ? dstate.data() : nullptr},
-                           parallel);
+    cpu::kernels<cpu::EmaForward<T>>().real(o.shape(), p, x.data(), o.strides(), y.data(), o.strides(),
+                                            o.state ? final_state.data() : nullptr, parallel);
+    cpu::kernels<cpu::EmaBackward<T>>().real(
+        o.shape(), p, x.data(), o.strides(), grad.data(), o.strides(), o.state ? grad_state.data() : nullptr, dx.data(),
+        o.strides(),
+        {ddamping.data(), ddecay.data(), dexpansion.data(), dprojection.data(), o.residual ? dresidual.data() : nullptr,
+         o.state ? dstate.data() : nullptr},
+        parallel);
   }
   bool intact() const {
     return y.intact() && dx.intact() && final_state.intact() && ddamping.intact() && ddecay.intact() &&
@@ -278,8 +279,8 @@ void step(Options o) {
   o.length = 1;
   Case<T> c(o), other(o);
   c.run(kSerial);
-  cpu::ema_scan_step(o.shape(), other.arguments(), other.x.data(), o.strides(), other.y.data(), o.strides(),
-                     o.state ? other.final_state.data() : nullptr);
+  cpu::kernels<cpu::EmaStep<T>>().run(o.shape(), other.arguments(), other.x.data(), o.strides(), other.y.data(),
+                                      o.strides(), o.state ? other.final_state.data() : nullptr);
   CHECK(other.y.intact() && other.final_state.intact(), "%s step wrote outside, %s", Type<T>::name, o.text().c_str());
   std::swap(c.y, other.y);
   if (o.state) std::swap(c.final_state, other.final_state);

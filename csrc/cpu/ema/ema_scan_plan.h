@@ -6,8 +6,8 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/ema_scan.h"
-#include "cpu/ema_scan_numbers.h"
+#include "cpu/ema/ema_scan.h"
+#include "cpu/ema/ema_scan_numbers.h"
 
 // How ema_scan is cut into tasks, and what its passes share: packed coefficients, staging, and the scan of a range of
 // time in blocks. The cut depends on the shape alone, so results do not depend on the number of threads.
@@ -106,13 +106,15 @@ class EmaScan {
             bool masked, C* buffer) const {
     const int64_t t = time(tau, backwards), sign = backwards ? -1 : 1;
     const uint8_t* mask = masked && parameters_.mask ? parameters_.mask + b * plan_.length + t : nullptr;
-    ema_load(p + t * strides.time + b * strides.batch + tile * kEmaLanes * strides.channel, sign * strides.time,
-             strides.channel, mask, sign, steps, channels(tile), lanes(tile), buffer);
+    kernels<EmaTile<T>>().load(p + t * strides.time + b * strides.batch + tile * kEmaLanes * strides.channel,
+                               sign * strides.time, strides.channel, mask, sign, steps, channels(tile), lanes(tile),
+                               buffer);
   }
   void store(const C* buffer, T* p, const EmaStrides& strides, int64_t tile, int64_t b, int64_t tau, int64_t steps,
              bool backwards) const {
-    ema_store(buffer, p + time(tau, backwards) * strides.time + b * strides.batch + tile * kEmaLanes * strides.channel,
-              backwards ? -strides.time : strides.time, strides.channel, steps, channels(tile));
+    kernels<EmaTile<T>>().store(
+        buffer, p + time(tau, backwards) * strides.time + b * strides.batch + tile * kEmaLanes * strides.channel,
+        backwards ? -strides.time : strides.time, strides.channel, steps, channels(tile));
   }
   // The same with rows [64] of C that lie in the order of time, the first being that of time `origin`.
   void load_rows(const C* rows, int64_t origin, int64_t tau, int64_t steps, bool backwards, C* buffer) const {

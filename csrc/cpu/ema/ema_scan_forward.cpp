@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/ema_scan_plan.h"
+#include "cpu/ema/ema_scan_plan.h"
 
 namespace fastasr::cpu {
 namespace {
@@ -103,7 +103,7 @@ class Forward {
         if (!closing) return scan_.store_rows(z, first_half, origin, tau, steps, backwards);
         if (scan_.residual(tile) && scan_.parameters().mask)  // the residual takes x as it is
           scan_.load(x_, xs_, tile, b, tau, steps, backwards, false, x);
-        ema_activate(z, x, scan_.residual(tile), scan_.shape().activation, steps, lanes);
+        kernels<EmaTile<T>>().activate(z, x, scan_.residual(tile), scan_.shape().activation, steps, lanes);
         scan_.store(z, y_, ys_, tile, b, tau, steps, backwards);
       };
       C* last_state = final_state_ ? last.data() : nullptr;
@@ -139,21 +139,6 @@ void run(const EmaShape& shape, const typename Numbers<compute_t<T>>::Parameters
 
 }  // namespace
 
-#define FASTASR_DEFINE(T)                                                                                    \
-  void ema_scan_forward(const EmaShape& shape, const EmaParameters<compute_t<T>>& parameters, const T* x,    \
-                        EmaStrides x_strides, T* y, EmaStrides y_strides, compute_t<T>* final_state,         \
-                        const Parallel& parallel) {                                                          \
-    run<T, RealNumbers>(shape, parameters, x, x_strides, y, y_strides, final_state, parallel);               \
-  }                                                                                                          \
-  void complex_ema_scan_forward(const EmaShape& shape, const ComplexEmaParameters<compute_t<T>>& parameters, \
-                                const T* x, EmaStrides x_strides, T* y, EmaStrides y_strides,                \
-                                compute_t<T>* final_state, const Parallel& parallel) {                       \
-    run<T, ComplexNumbers>(shape, parameters, x, x_strides, y, y_strides, final_state, parallel);            \
-  }
-
-FASTASR_DEFINE(float)
-FASTASR_DEFINE(double)
-FASTASR_DEFINE(bfloat16)
-FASTASR_DEFINE(float16)
+FASTASR_KERNELS(EmaForward, .real = run<T, RealNumbers>, .complex = run<T, ComplexNumbers>)
 
 }  // namespace fastasr::cpu

@@ -6,8 +6,7 @@
 #include <complex>
 #include <vector>
 
-#include "cpu/complex_ema_scan.h"
-#include "cpu/ema_scan.h"
+#include "cpu/ema/ema_scan.h"
 
 // What differs between the real and the complex average: how the coefficients come from the parameters and the
 // parameters' gradients from theirs, and the arithmetic of states outside of blocks. Arrays over states hold `width`
@@ -31,15 +30,15 @@ struct RealNumbers {
   using Parameters = EmaParameters<C>;
   using Gradients = EmaParameterGradients<C>;
 
-  static const EmaBlock<C>& block() { return ema_block(C{}); }
+  static const EmaBlock<C>& block() { return kernels<EmaBlocks<C>>().real; }
 
   // m channels from row `first` on; in the unit form b goes into c.
   static void pack(const Parameters& p, int64_t first, int64_t m, int64_t states, bool unit, const EmaArrays<C*>& to) {
     const int64_t at = first * states;
     std::vector<C> natural(static_cast<size_t>(3 * m * states));
     C *nd = natural.data(), *nb = nd + m * states, *nc = nb + m * states;
-    ema_coefficients(p.damping + at, p.decay + at, p.expansion + at, p.projection + at,
-                     1.0 / std::sqrt(static_cast<double>(states)), nd, nb, nc, m * states);
+    kernels<EmaTile<C>>().coefficients(p.damping + at, p.decay + at, p.expansion + at, p.projection + at,
+                                       1.0 / std::sqrt(static_cast<double>(states)), nd, nb, nc, m * states);
     for (int64_t n = 0; n < states; n++)
       for (int64_t j = 0; j < m; j++) {
         const int64_t from = j * states + n, i = n * kEmaLanes + j;
@@ -87,7 +86,8 @@ struct RealNumbers {
     std::vector<double> natural(static_cast<size_t>(3 * m * states));
     std::vector<C> coefficients(static_cast<size_t>(3 * m * states));
     C *d = coefficients.data(), *b = d + m * states, *c = b + m * states;
-    ema_coefficients(p.damping + at, p.decay + at, p.expansion + at, p.projection + at, scale, d, b, c, m * states);
+    kernels<EmaTile<C>>().coefficients(p.damping + at, p.decay + at, p.expansion + at, p.projection + at, scale, d, b,
+                                       c, m * states);
     double *dq = natural.data(), *db = dq + m * states, *dc = db + m * states;
     for (int64_t j = 0; j < m; j++)
       for (int64_t s = 0; s < states; s++) {
@@ -97,8 +97,9 @@ struct RealNumbers {
         db[to] = unit ? ci * of_h[i] : of_b[i];
         dq[to] = unit ? bi * ci * of_v[i] : ci * of_v[i] + direct[i];
       }
-    ema_coefficients_backward(p.damping + at, p.decay + at, p.expansion + at, scale, dq, db, dc, gradients.damping + at,
-                              gradients.decay + at, gradients.expansion + at, gradients.projection + at, m * states);
+    kernels<EmaTile<C>>().coefficients_backward(p.damping + at, p.decay + at, p.expansion + at, scale, dq, db, dc,
+                                                gradients.damping + at, gradients.decay + at, gradients.expansion + at,
+                                                gradients.projection + at, m * states);
   }
   static void clear(const Gradients& g, int64_t rows, int64_t states) {
     for (C* p : {g.damping, g.decay, g.expansion, g.projection}) std::fill(p, p + rows * states, C(0));
@@ -113,7 +114,7 @@ struct ComplexNumbers {
   using Gradients = ComplexEmaGradients<C>;
   using Z = std::complex<double>;
 
-  static const EmaBlock<C>& block() { return complex_ema_block(C{}); }
+  static const EmaBlock<C>& block() { return kernels<EmaBlocks<C>>().complex; }
 
   static double sigmoid(double z) { return 1.0 / (1.0 + std::exp(-z)); }
   // 1 - sigmoid(z): in double as the definition rounds it, else without its cancellation

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cpu/simd.h"
+#include "cpu/simd/kernels.h"
 
 // One block of ema_scan: up to 32 time steps of up to 64 channels, in buffers of C that lie in the first cache. A row
 // holds kEmaLanes channels of one step; arrays over states hold N such rows.
@@ -51,13 +51,12 @@ struct EmaBlock {
   void (*gradient)(const EmaGradient<C>&);
 };
 
-// The functions for this machine's instruction set.
-const EmaBlock<float>& ema_block(float);
-const EmaBlock<double>& ema_block(double);
-// The same on complex numbers: arrays over states hold a row of real and a row of imaginary parts for each, x and y are
+// real: as above. complex: arrays over states hold a row of real and a row of imaginary parts for each, x and y are
 // real, y(t) += Re(out h(t)), sum takes the real part and its other rows are left alone. The decay is 1 - q in float;
-// in double it is q, and `low` what q lacks by rounding: of 1e-16 per step a slow scan would have made 1e-13.
-const EmaBlock<float>& complex_ema_block(float);
-const EmaBlock<double>& complex_ema_block(double);
+// in double it is q, and `low` what q lacks by rounding: an error of 1e-16 per step would grow to 1e-13 in a slow scan.
+template <typename C>
+struct EmaBlocks {
+  EmaBlock<C> real, complex;
+};
 
 }  // namespace fastasr::cpu

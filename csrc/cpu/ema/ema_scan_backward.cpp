@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/ema_scan_plan.h"
+#include "cpu/ema/ema_scan_plan.h"
 
 namespace fastasr::cpu {
 namespace {
@@ -236,7 +236,8 @@ class Backward {
         if (half == 1) {
           if (scan_.residual(tile) && scan_.parameters().mask) input(row, backwards, false)(tau, steps, x);
           cotangent(row, backwards)(tau, steps, dy);
-          ema_activate_backward(z, x, scan_.residual(tile), dy, scan_.shape().activation, steps, lanes);
+          kernels<EmaTile<T>>().activate_backward(z, x, scan_.residual(tile), dy, scan_.shape().activation, steps,
+                                                  lanes);
         }
         scan_.store_rows(z, g, 0, tau, steps, backwards);
       };
@@ -281,7 +282,8 @@ class Backward {
         std::copy_n(a.g, n, forward.g);
         block.convolution(forward);
         cotangent(row, backwards)(tau, steps, dy);
-        ema_activate_backward(z, plain, scan_.residual(tile), dy, scan_.shape().activation, steps, lanes);
+        kernels<EmaTile<T>>().activate_backward(z, plain, scan_.residual(tile), dy, scan_.shape().activation, steps,
+                                                lanes);
         scan_.store_rows(z, g, 0, tau, steps, backwards);
       } else {
         activated(row, backwards, g)(tau, steps, dy);
@@ -292,10 +294,11 @@ class Backward {
         a.x = x + s * kEmaLanes, a.dy = cotangents + s * kEmaLanes;
         if (forward.x_late) a.x_late = late + s * kEmaLanes;
         block.gradient(a);
-        ema_fold(a.dc, kind(slot, half, of_c), n);
-        ema_fold(a.dq, kind(slot, half, of_q), n);
+        kernels<EmaTile<T>>().fold(a.dc, kind(slot, half, of_c), n);
+        kernels<EmaTile<T>>().fold(a.dq, kind(slot, half, of_q), n);
       }
-      if (residual && half == 0) ema_add_products(cotangents, plain, residual_sum(slot), steps, lanes);
+      if (residual && half == 0)
+        kernels<EmaTile<T>>().add_products(cotangents, plain, residual_sum(slot), steps, lanes);
     }
     if (grad_state_ && scan_.ordered(plan_.chunks - 1, backwards) == j) {
       std::vector<C> last(static_cast<size_t>(n));
@@ -323,8 +326,9 @@ class Backward {
       };
       const auto done = [&](int64_t tau, int64_t steps, C* out, C* dy) {
         if (!closing) return scan_.store_rows(out, first_half, origin, tau, steps, backwards);
-        ema_finish_gradient(out, dy, scan_.residual(tile), mask ? mask + scan_.time(tau, backwards) : nullptr,
-                            backwards ? -1 : 1, steps, lanes);
+        kernels<EmaTile<T>>().finish_gradient(out, dy, scan_.residual(tile),
+                                              mask ? mask + scan_.time(tau, backwards) : nullptr, backwards ? -1 : 1,
+                                              steps, lanes);
         scan_.store(out, dx_, dx_strides_, tile, b, tau, steps, backwards);
       };
       const EmaWeights<C> w = scan_.adjoint(half, tile);
@@ -334,7 +338,7 @@ class Backward {
       else
         scan_.convolve(w, tile, begin, end, e, nullptr, activated(row, backwards, g), start, done,
                        input(row, backwards),
-                       [&](const C* part) { ema_fold(part, kind(slot, half, of_b), scan_.rows()); });
+                       [&](const C* part) { kernels<EmaTile<T>>().fold(part, kind(slot, half, of_b), scan_.rows()); });
       if (gradients_.state && scan_.ordered(plan_.chunks - 1, backwards) == j)
         scan_.store_gradient(e, tile, b, gradients_.state);
     }
@@ -398,25 +402,6 @@ void run(const EmaShape& shape, const typename NumbersOf<compute_t<T>>::Paramete
 
 }  // namespace
 
-#define FASTASR_DEFINE(T)                                                                                              \
-  void ema_scan_backward(const EmaShape& shape, const EmaParameters<compute_t<T>>& parameters, const T* x,             \
-                         EmaStrides x_strides, const T* grad, EmaStrides grad_strides, const compute_t<T>* grad_state, \
-                         T* dx, EmaStrides dx_strides, const EmaParameterGradients<compute_t<T>>& gradients,           \
-                         const Parallel& parallel) {                                                                   \
-    run<T, RealNumbers>(shape, parameters, x, x_strides, grad, grad_strides, grad_state, dx, dx_strides, gradients,    \
-                        parallel);                                                                                     \
-  }                                                                                                                    \
-  void complex_ema_scan_backward(const EmaShape& shape, const ComplexEmaParameters<compute_t<T>>& parameters,          \
-                                 const T* x, EmaStrides x_strides, const T* grad, EmaStrides grad_strides,             \
-                                 const compute_t<T>* grad_state, T* dx, EmaStrides dx_strides,                         \
-                                 const ComplexEmaGradients<compute_t<T>>& gradients, const Parallel& parallel) {       \
-    run<T, ComplexNumbers>(shape, parameters, x, x_strides, grad, grad_strides, grad_state, dx, dx_strides, gradients, \
-                           parallel);                                                                                  \
-  }
-
-FASTASR_DEFINE(float)
-FASTASR_DEFINE(double)
-FASTASR_DEFINE(bfloat16)
-FASTASR_DEFINE(float16)
+FASTASR_KERNELS(EmaBackward, .real = run<T, RealNumbers>, .complex = run<T, ComplexNumbers>)
 
 }  // namespace fastasr::cpu

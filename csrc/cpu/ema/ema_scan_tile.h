@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/ema/ema_scan_block.h"
+
+// What surrounds a block of ema_scan: tensors of any strides and dtype to and from buffers [steps][64] of C, and the
+// activation.
+namespace fastasr::cpu {
+
+enum class EmaActivation : int { identity, silu, relu, tanh, gelu };
+
+// Rows of a buffer are kEmaLanes apart.
+template <typename T>
+struct EmaTile {
+  using C = compute_t<T>;
+  // buffer[s][j] = p[s step + j channel] for j < channels, 0 up to lanes and where mask[s mask_step] is set.
+  void (*load)(const T* p, int64_t step, int64_t channel, const uint8_t* mask, int64_t mask_step, int64_t steps,
+               int64_t channels, int64_t lanes, C* buffer);
+  void (*store)(const C* buffer, T* p, int64_t step, int64_t channel, int64_t steps, int64_t channels);
+  // z = act(z + residual x)
+  void (*activate)(C* z, const C* x, const C* residual, EmaActivation activation, int64_t steps, int64_t lanes);
+  // z = dy act'(z + residual x)
+  void (*activate_backward)(C* z, const C* x, const C* residual, const C* dy, EmaActivation activation, int64_t steps,
+                            int64_t lanes);
+  // dx = dx where mask is not set, + residual dy
+  void (*finish_gradient)(C* dx, const C* dy, const C* residual, const uint8_t* mask, int64_t mask_step, int64_t steps,
+                          int64_t lanes);
+  // sum[j] += sum over steps of a b, for at most kEmaSteps steps
+  void (*add_products)(const C* a, const C* b, double* sum, int64_t steps, int64_t lanes);
+  // sum += part
+  void (*fold)(const C* part, double* sum, int64_t n);
+  // Rows of the parameters (n values each) to q (as ema_log_decay takes it), b = p expansion, c = scale projection.
+  void (*coefficients)(const C* damping, const C* decay, const C* expansion, const C* projection, double scale, C* q,
+                       C* b, C* c, int64_t n);
+  // From the gradients of q, b and c (double) to those of the parameters.
+  void (*coefficients_backward)(const C* damping, const C* decay, const C* expansion, double scale, const double* dq,
+                                const double* db, const double* dc, C* ddamping, C* ddecay, C* dexpansion,
+                                C* dprojection, int64_t n);
+};
+
+}  // namespace fastasr::cpu
