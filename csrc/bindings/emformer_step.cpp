@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/emformer_step.h"
+#include "cpu/streaming/emformer_step.h"
 
 #include <optional>
 #include <vector>
@@ -126,23 +126,21 @@ std::vector<Tensor> emformer_layer_step(std::vector<int64_t> numbers, std::vecto
                                nullptr,
                                {threads, run_parts}};
   if (memory) segment.mems = sequence(mems, 1, streams, dim, "mems");
-  const Scratch<float> scratch(cpu::emformer_scratch_floats(segment));
+  const auto& kernel = cpu::kernels<cpu::EmformerKernels>();
+  const Scratch<float> scratch(kernel.scratch_floats(segment));
   segment.scratch = scratch.data();
-  cpu::emformer_step(segment);
+  kernel.step(segment);
   return out;
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"emformer_layer_pack(int[] numbers, float[] eps, Tensor[] weights, Tensor[] biases, "
+                   "Tensor[] norms) -> Tensor",
+                   TORCH_BOX(&emformer_layer_pack)},
+                  {"emformer_layer_step(int[] numbers, float[] eps, Tensor packed, Tensor utterance, "
+                   "Tensor right_context, Tensor mems, Tensor[] states, Tensor? lengths, Tensor history, "
+                   "Tensor kept, int threads) -> Tensor[]",
+                   TORCH_BOX(&emformer_layer_step)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def("emformer_layer_pack(int[] numbers, float[] eps, Tensor[] weights, Tensor[] biases, Tensor[] norms) -> Tensor");
-  m.def(
-      "emformer_layer_step(int[] numbers, float[] eps, Tensor packed, Tensor utterance, Tensor right_context, "
-      "Tensor mems, Tensor[] states, Tensor? lengths, Tensor history, Tensor kept, int threads) -> Tensor[]");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("emformer_layer_pack", TORCH_BOX(&fastasr::emformer_layer_pack));
-  m.impl("emformer_layer_step", TORCH_BOX(&fastasr::emformer_layer_step));
-}

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/mega_step.h"
+#include "cpu/streaming/mega_step.h"
 
 #include <algorithm>
 #include <cstring>
@@ -168,8 +168,9 @@ void run(const Product* products, int64_t count, int64_t rows) {
     panels += products[i].panels;
     floats += products[i].panels * cpu::kPanelColumns * products[i].inputs;
   }
-  parallel_range(panels, std::max<int64_t>(1, panels * 65536 / floats),
-                 [&](int64_t begin, int64_t end) { cpu::run_products(products, count, rows, begin, end); });
+  parallel_range(panels, std::max<int64_t>(1, panels * 65536 / floats), [&](int64_t begin, int64_t end) {
+    cpu::kernels<cpu::MegaKernels>().products(products, count, rows, begin, end);
+  });
 }
 
 // Rows of every intermediate result, one behind the other.
@@ -235,6 +236,7 @@ std::vector<Tensor> mega_step(Tensor packed, std::vector<int64_t> shape, Tensor 
       if (data<int64_t>(own)[r] < 0 || data<int64_t>(own)[r] > length) return {};
   }
 
+  const auto& kernel = cpu::kernels<cpu::MegaKernels>();
   Scratch s;
   const int64_t e = s.take(rows * size), query = s.take(rows * key), attended = s.take(rows * value);
   int64_t y[cpu::kMegaProducts];
@@ -267,8 +269,7 @@ std::vector<Tensor> mega_step(Tensor packed, std::vector<int64_t> shape, Tensor 
     };
     const Tensor& ema = states[static_cast<size_t>(kStates * b)];
     Tensor next = empty_like_dtype(embed, {rows, size, orders});
-    cpu::mega_average(l, block, x, ema.numel() ? data<float>(ema) : nullptr, mutable_data<float>(next), m + e, size,
-                      rows);
+    kernel.average(l, block, x, ema.numel() ? data<float>(ema) : nullptr, mutable_data<float>(next), m + e, size, rows);
     const Product first[] = {product(cpu::kMegaV, x, size, true), product(cpu::kMegaU, m + e, size, false),
                              product(cpu::kMegaZ, m + e, size, true), product(cpu::kMegaR, m + e, size, true),
                              product(cpu::kMegaHx, m + e, size, false)};
@@ -286,31 +287,31 @@ std::vector<Tensor> mega_step(Tensor packed, std::vector<int64_t> shape, Tensor 
         float* v = values.data + r * values.sequence_stride;
         std::memcpy(v + (length - 1) * values.row_stride, m + y[cpu::kMegaV] + r * l.stride[cpu::kMegaV],
                     static_cast<size_t>(value) * 4);
-        cpu::mega_query_key(l, block, m + y[cpu::kMegaZ] + r * l.stride[cpu::kMegaZ], m + query + r * key,
-                            k + (length - 1) * keys.row_stride);
+        kernel.query_key(l, block, m + y[cpu::kMegaZ] + r * l.stride[cpu::kMegaZ], m + query + r * key,
+                         k + (length - 1) * keys.row_stride);
         const int64_t seen = own ? own[r] + 1 : length, from = length - seen;
-        cpu::mega_attention(l, m + query + r * key, k + from * keys.row_stride, keys.row_stride,
-                            v + from * values.row_stride, values.row_stride, seen, offsets - seen,
-                            m + y[cpu::kMegaR] + r * l.stride[cpu::kMegaR], m + scores + r * longest,
-                            m + attended + r * value);
+        kernel.attention(l, m + query + r * key, k + from * keys.row_stride, keys.row_stride,
+                         v + from * values.row_stride, values.row_stride, seen, offsets - seen,
+                         m + y[cpu::kMegaR] + r * l.stride[cpu::kMegaR], m + scores + r * longest,
+                         m + attended + r * value);
       }
     });
 
     const Product hidden = product(cpu::kMegaH, m + attended, value, false);
     run(&hidden, 1, rows);
     for (int64_t r = 0; r < rows; r++)
-      cpu::mega_gated_norm(x + r * size, m + y[cpu::kMegaU] + r * l.stride[cpu::kMegaU],
-                           m + y[cpu::kMegaHx] + r * l.stride[cpu::kMegaHx],
-                           m + y[cpu::kMegaH] + r * l.stride[cpu::kMegaH], block + l.vector[cpu::kMegaNormScale],
-                           block + l.vector[cpu::kMegaNormBias], block[l.vector[cpu::kMegaNormEps]], size);
+      kernel.gated_norm(x + r * size, m + y[cpu::kMegaU] + r * l.stride[cpu::kMegaU],
+                        m + y[cpu::kMegaHx] + r * l.stride[cpu::kMegaHx],
+                        m + y[cpu::kMegaH] + r * l.stride[cpu::kMegaH], block + l.vector[cpu::kMegaNormScale],
+                        block + l.vector[cpu::kMegaNormBias], block[l.vector[cpu::kMegaNormEps]], size);
     const Product in = product(cpu::kMegaI, x, size, true);
     run(&in, 1, rows);
     const Product back = product(cpu::kMegaO, m + y[cpu::kMegaI], l.stride[cpu::kMegaI], false);
     run(&back, 1, rows);
     for (int64_t r = 0; r < rows; r++)
-      cpu::mega_norm(x + r * size, m + y[cpu::kMegaO] + r * l.stride[cpu::kMegaO],
-                     block + l.vector[cpu::kMegaOuterNormScale], block + l.vector[cpu::kMegaOuterNormBias],
-                     block[l.vector[cpu::kMegaOuterNormEps]], x + r * size, size);
+      kernel.norm(x + r * size, m + y[cpu::kMegaO] + r * l.stride[cpu::kMegaO],
+                  block + l.vector[cpu::kMegaOuterNormScale], block + l.vector[cpu::kMegaOuterNormBias],
+                  block[l.vector[cpu::kMegaOuterNormEps]], x + r * size, size);
 
     const bool ends = chunk > 0 && length == chunk && lengths.empty();
     results.push_back(next);
@@ -318,8 +319,8 @@ std::vector<Tensor> mega_step(Tensor packed, std::vector<int64_t> shape, Tensor 
     results.push_back(after(values, rows, length, value, ends, phantom));
   }
   for (int64_t r = 0; r < rows; r++)
-    cpu::mega_norm(x + r * size, nullptr, arena + l.final_scale, arena + l.final_bias, arena[l.final_eps], x + r * size,
-                   size);
+    kernel.norm(x + r * size, nullptr, arena + l.final_scale, arena + l.final_bias, arena[l.final_eps], x + r * size,
+                size);
   return results;
 }
 
@@ -354,18 +355,11 @@ Tensor mega_stack(std::vector<Tensor> states) {
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"mega_pack(int[] shape, Tensor[] weights, float[] eps) -> Tensor", TORCH_BOX(&mega_pack)},
+                  {"mega_step(Tensor packed, int[] shape, Tensor bias, Tensor embed, Tensor labels, "
+                   "Tensor[] states, Tensor[] lengths) -> Tensor[]",
+                   TORCH_BOX(&mega_step)},
+                  {"mega_stack(Tensor[] states) -> Tensor", TORCH_BOX(&mega_stack)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def("mega_pack(int[] shape, Tensor[] weights, float[] eps) -> Tensor");
-  m.def(
-      "mega_step(Tensor packed, int[] shape, Tensor bias, Tensor embed, Tensor labels, Tensor[] states, "
-      "Tensor[] lengths) -> Tensor[]");
-  m.def("mega_stack(Tensor[] states) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("mega_pack", TORCH_BOX(&fastasr::mega_pack));
-  m.impl("mega_step", TORCH_BOX(&fastasr::mega_step));
-  m.impl("mega_stack", TORCH_BOX(&fastasr::mega_stack));
-}

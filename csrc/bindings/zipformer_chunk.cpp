@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/zipformer_chunk.h"
+#include "cpu/streaming/zipformer_chunk.h"
 
 #include <algorithm>
 #include <vector>
@@ -89,17 +89,17 @@ Tensor zipformer_chunk_step(std::vector<int64_t> numbers, Tensor weights, Tensor
   Tensor out = new_strided(features, 3, sizes, strides);
   static_assert(sizeof(cpu::ChunkCounters) == 16);
   if (streams > 0)
-    cpu::chunk_step({plan,
-                     reinterpret_cast<const char*>(data<float>(weights)),
-                     data<float>(vectors),
-                     mutable_data<float>(states),
-                     reinterpret_cast<cpu::ChunkCounters*>(mutable_data<int64_t>(counters)),
-                     slots.data(),
-                     streams,
-                     bins,
-                     mutable_data<float>(scratch),
-                     {threads, run_parts}},
-                    data<float>(features), mutable_data<float>(out));
+    cpu::kernels<cpu::ChunkKernels>().step({plan,
+                                            reinterpret_cast<const char*>(data<float>(weights)),
+                                            data<float>(vectors),
+                                            mutable_data<float>(states),
+                                            reinterpret_cast<cpu::ChunkCounters*>(mutable_data<int64_t>(counters)),
+                                            slots.data(),
+                                            streams,
+                                            bins,
+                                            mutable_data<float>(scratch),
+                                            {threads, run_parts}},
+                                           data<float>(features), mutable_data<float>(out));
   return out;
 }
 
@@ -136,25 +136,20 @@ void zipformer_chunk_states(std::vector<int64_t> numbers, Tensor states, Tensor 
 }
 
 }  // namespace
-}  // namespace fastasr
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def("zipformer_chunk_sizes(int[] numbers, int streams) -> int[]");
-  m.def("zipformer_chunk_pack(int[] numbers, Tensor[] products, Tensor[] tables) -> Tensor[]");
-  m.def(
-      "zipformer_chunk_step(int[] numbers, Tensor weights, Tensor vectors, Tensor(a!) states, Tensor(b!) counters, "
-      "Tensor(c!) scratch, Tensor features, int[] slots, int threads) -> Tensor");
-  m.def(
-      "zipformer_chunk_states(int[] numbers, Tensor(a!) states, Tensor(b!) counters, int slot, Tensor[] tensors, "
-      "bool restore) -> ()");
-}
+FASTASR_OPERATORS({"zipformer_chunk_sizes(int[] numbers, int streams) -> int[]", TORCH_BOX(&zipformer_chunk_sizes)},
+                  {"zipformer_chunk_pack(int[] numbers, Tensor[] products, Tensor[] tables) -> Tensor[]",
+                   TORCH_BOX(&zipformer_chunk_pack)},
+                  {"zipformer_chunk_step(int[] numbers, Tensor weights, Tensor vectors, Tensor(a!) states, "
+                   "Tensor(b!) counters, Tensor(c!) scratch, Tensor features, int[] slots, int threads) -> Tensor",
+                   TORCH_BOX(&zipformer_chunk_step)},
+                  {"zipformer_chunk_states(int[] numbers, Tensor(a!) states, Tensor(b!) counters, int slot, "
+                   "Tensor[] tensors, bool restore) -> ()",
+                   TORCH_BOX(&zipformer_chunk_states)})
 
+// It takes no tensor, which would say that it runs on the CPU.
 STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CompositeExplicitAutograd, m) {
-  m.impl("zipformer_chunk_sizes", TORCH_BOX(&fastasr::zipformer_chunk_sizes));
+  m.impl("zipformer_chunk_sizes", TORCH_BOX(&zipformer_chunk_sizes));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("zipformer_chunk_pack", TORCH_BOX(&fastasr::zipformer_chunk_pack));
-  m.impl("zipformer_chunk_step", TORCH_BOX(&fastasr::zipformer_chunk_step));
-  m.impl("zipformer_chunk_states", TORCH_BOX(&fastasr::zipformer_chunk_states));
-}
+}  // namespace fastasr

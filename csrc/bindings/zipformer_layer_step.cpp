@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/zipformer_layer_step.h"
+#include "cpu/streaming/zipformer_layer_step.h"
 
 #include <optional>
 #include <vector>
@@ -98,18 +98,14 @@ std::vector<Tensor> zipformer_layer_step(std::vector<int64_t> numbers, int64_t l
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"zipformer_layer_weights(int[] numbers, Tensor[] weights) -> Tensor",
+                   TORCH_BOX(&zipformer_layer_weights)},
+                  {"zipformer_layer_vectors(int[] numbers, int frames, int left, Tensor[] biases, Tensor[] tables)"
+                   " -> Tensor",
+                   TORCH_BOX(&zipformer_layer_vectors)},
+                  {"zipformer_layer_step(int[] numbers, int left, Tensor weights, Tensor vectors, Tensor x, "
+                   "Tensor[] states, Tensor? masked, int threads) -> Tensor[]",
+                   TORCH_BOX(&zipformer_layer_step)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def("zipformer_layer_weights(int[] numbers, Tensor[] weights) -> Tensor");
-  m.def("zipformer_layer_vectors(int[] numbers, int frames, int left, Tensor[] biases, Tensor[] tables) -> Tensor");
-  m.def(
-      "zipformer_layer_step(int[] numbers, int left, Tensor weights, Tensor vectors, Tensor x, Tensor[] states, "
-      "Tensor? masked, int threads) -> Tensor[]");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("zipformer_layer_weights", TORCH_BOX(&fastasr::zipformer_layer_weights));
-  m.impl("zipformer_layer_vectors", TORCH_BOX(&fastasr::zipformer_layer_vectors));
-  m.impl("zipformer_layer_step", TORCH_BOX(&fastasr::zipformer_layer_step));
-}

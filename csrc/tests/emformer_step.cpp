@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/emformer_step.h"
+#include "cpu/streaming/emformer_step.h"
 
 #include <thread>
 
@@ -94,10 +94,11 @@ struct Layer {
                                  value.data(),
                                  nullptr,
                                  {threads, run_threads}};
-    Buffer<float> scratch(cpu::emformer_scratch_floats(segment));
+    const auto& kernel = cpu::kernels<cpu::EmformerKernels>();
+    Buffer<float> scratch(kernel.scratch_floats(segment));
     std::fill(scratch.data(), scratch.data() + scratch.size(), std::numeric_limits<float>::quiet_NaN());
     segment.scratch = scratch.data();
-    cpu::emformer_step(segment);
+    kernel.step(segment);
     bool intact = scratch.intact();
     for (const Buffer<float>* t : {&y, &mems, &memory, &key, &value}) intact = intact && t->intact();
     CHECK(intact, "wrote outside, %ld frames", long(s.frames));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/mega_step.h"
+#include "cpu/streaming/mega_step.h"
 
 #include <atomic>
 #include <thread>
@@ -76,8 +76,8 @@ void average(const cpu::MegaShape& shape) {
   Buffer<float> x(kRows * stride, 1), state(kRows * d * n, 1), next(kRows * d * n, 3), y(kRows * stride, 2);
   x.fill(b.random), state.fill(b.random);
   for (const bool empty : {false, true}) {
-    cpu::mega_average(b.l, b.block.data(), x.data(), empty ? nullptr : state.data(), next.data(), y.data(), stride,
-                      kRows);
+    cpu::kernels<cpu::MegaKernels>().average(b.l, b.block.data(), x.data(), empty ? nullptr : state.data(), next.data(),
+                                             y.data(), stride, kRows);
     CHECK(next.intact() && y.intact(), "wrote outside");
     for (int64_t r = 0; r < kRows; r++)
       for (int64_t i = 0; i < d; i++) {
@@ -104,8 +104,8 @@ void attention(const cpu::MegaShape& shape, int64_t length) {
   Buffer<float> query(k), keys(length * ks, 1), values(length * vs, 2), bias(length), gate(v), out(v, 1),
       scores(length);
   for (Buffer<float>* t : {&query, &keys, &values, &bias, &gate}) t->fill(b.random);
-  cpu::mega_attention(b.l, query.data(), keys.data(), ks, values.data(), vs, length, bias.data(), gate.data(),
-                      scores.data(), out.data());
+  cpu::kernels<cpu::MegaKernels>().attention(b.l, query.data(), keys.data(), ks, values.data(), vs, length, bias.data(),
+                                             gate.data(), scores.data(), out.data());
   CHECK(out.intact() && scores.intact(), "wrote outside");
   std::vector<long double> w(static_cast<size_t>(length));
   long double total = 0, top = -1e30L, score_size = 0;
@@ -135,9 +135,10 @@ void norms(int64_t channels) {
       gated(channels), plain(channels), alone(channels);
   for (Buffer<float>* t : {&x, &y, &u, &hx, &scale, &bias}) t->fill(random);
   std::memcpy(gated.data(), x.data(), sizeof(float) * static_cast<size_t>(channels));
-  cpu::mega_gated_norm(gated.data(), u.data(), hx.data(), y.data(), scale.data(), bias.data(), 1e-3f, channels);
-  cpu::mega_norm(x.data(), y.data(), scale.data(), bias.data(), 1e-3f, plain.data(), channels);
-  cpu::mega_norm(x.data(), nullptr, scale.data(), bias.data(), 1e-3f, alone.data(), channels);
+  cpu::kernels<cpu::MegaKernels>().gated_norm(gated.data(), u.data(), hx.data(), y.data(), scale.data(), bias.data(),
+                                              1e-3f, channels);
+  cpu::kernels<cpu::MegaKernels>().norm(x.data(), y.data(), scale.data(), bias.data(), 1e-3f, plain.data(), channels);
+  cpu::kernels<cpu::MegaKernels>().norm(x.data(), nullptr, scale.data(), bias.data(), 1e-3f, alone.data(), channels);
   CHECK(gated.intact() && plain.intact() && alone.intact(), "wrote outside");
   for (int kind = 0; kind < 3; kind++) {
     std::vector<long double> in(static_cast<size_t>(channels));
@@ -169,7 +170,8 @@ void products() {
   cpu::pack_panels(w2.data(), 10, 33, 33, cpu::WeightFormat::fp32, p2.data(), nullptr, 0, 1);
   const cpu::Product list[] = {{x1.data(), 20, 20, p1.data(), bias.data(), y1.data(), 128, 2, false},
                                {x2.data(), 33, 33, p2.data(), bias.data(), y2.data(), 64, 1, true}};
-  for (int64_t panel = 2; panel >= 0; panel--) cpu::run_products(list, 2, kRows, panel, panel + 1);
+  for (int64_t panel = 2; panel >= 0; panel--)
+    cpu::kernels<cpu::MegaKernels>().products(list, 2, kRows, panel, panel + 1);
   cpu::skinny_gemm(x1.data(), 20, kRows, 20, {p1.data()}, bias.data(), z1.data(), 128, 0, 2);
   cpu::skinny_gemm(x2.data(), 33, kRows, 33, {p2.data()}, bias.data(), z2.data(), 64, 0, 1);
   CHECK(y1.equals(z1), "products: the first");

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/zipformer_chunk.h"
+#include "cpu/streaming/zipformer_chunk.h"
 
 #include <algorithm>
 #include <thread>
 
-#include "cpu/zipformer_chunk_rows.h"
+#include "cpu/streaming/zipformer_chunk_rows.h"
 #include "tests/check.h"
 
 // The whole chunk's values are compared with the model's own code in tests/streaming. Here: the pieces, what is read
@@ -82,17 +82,17 @@ struct Engine {
     Buffer<float> in(n * inputs(bins)), out(n * outputs()), scratch(plan.scratch_floats(n));
     std::copy(features.begin(), features.end(), in.data());
     std::fill(scratch.data(), scratch.data() + scratch.size(), std::numeric_limits<float>::quiet_NaN());
-    cpu::chunk_step({plan,
-                     reinterpret_cast<const char*>(weights.data()),
-                     vectors.data(),
-                     states.data(),
-                     counters.data(),
-                     of.data(),
-                     n,
-                     bins,
-                     scratch.data(),
-                     {threads, run_threads}},
-                    in.data(), out.data());
+    cpu::kernels<cpu::ChunkKernels>().step({plan,
+                                            reinterpret_cast<const char*>(weights.data()),
+                                            vectors.data(),
+                                            states.data(),
+                                            counters.data(),
+                                            of.data(),
+                                            n,
+                                            bins,
+                                            scratch.data(),
+                                            {threads, run_threads}},
+                                           in.data(), out.data());
     CHECK(in.intact() && out.intact() && scratch.intact() && states.intact() && vectors.intact() && weights.intact(),
           "wrote outside");
     return {out.data(), out.data() + out.size()};
@@ -208,8 +208,8 @@ void attention(int64_t frames, int64_t keys) {
   Buffer<float> q(frames * kStride), p(frames * kStride), k(kQuery * capacity), positions(kPos * stride);
   Buffer<float> scores(frames * padded), values(keys * kChunkLanes), out(frames * kColumns);
   for (Buffer<float>* t : {&q, &p, &k, &positions, &values}) t->fill(random);
-  cpu::chunk_scores({q.data(), p.data(), kStride, frames, keys, kQuery, kPos, k.data(), capacity, positions.data(),
-                     stride, scores.data()});
+  cpu::kernels<cpu::ChunkRows>().scores({q.data(), p.data(), kStride, frames, keys, kQuery, kPos, k.data(), capacity,
+                                         positions.data(), stride, scores.data()});
   CHECK(scores.intact(), "wrote outside");
   for (int64_t i = 0; i < frames; i++)
     for (int64_t j = 0; j < keys; j++) {
@@ -223,8 +223,9 @@ void attention(int64_t frames, int64_t keys) {
   for (const int64_t unseen : {int64_t{0}, keys / 2}) {
     Buffer<float> w(frames * padded);
     std::copy(scores.data(), scores.data() + scores.size(), w.data());
-    cpu::chunk_softmax(w.data(), padded, frames, unseen, nullptr, keys);
-    cpu::chunk_weighted(w.data(), padded, frames, keys, values.data(), kChunkLanes, out.data(), kColumns, kColumns);
+    cpu::kernels<cpu::ChunkRows>().softmax(w.data(), padded, frames, unseen, nullptr, keys);
+    cpu::kernels<cpu::ChunkRows>().weighted(w.data(), padded, frames, keys, values.data(), kChunkLanes, out.data(),
+                                            kColumns, kColumns);
     CHECK(w.intact() && out.intact(), "wrote outside");
     for (int64_t i = 0; i < frames; i++) {
       long double total = 0, most = -1e30L;
@@ -255,8 +256,9 @@ void convolution(int64_t frames, int64_t pad, int64_t columns) {
   Buffer<float> u((pad + frames) * kStride), causal((pad + 1) * kTable), chunkwise(taps * kTable),
       scale(frames * kTable), bias(kTable), other(kTable), out(frames * kOut);
   for (Buffer<float>* t : {&u, &causal, &chunkwise, &scale, &bias, &other}) t->fill(random);
-  cpu::chunk_convolution({u.data(), kStride, frames, pad, causal.data(), bias.data(), chunkwise.data(), other.data(),
-                          scale.data(), kTable, out.data(), kOut, columns});
+  cpu::kernels<cpu::ChunkRows>().convolution({u.data(), kStride, frames, pad, causal.data(), bias.data(),
+                                              chunkwise.data(), other.data(), scale.data(), kTable, out.data(), kOut,
+                                              columns});
   CHECK(out.intact(), "wrote outside");
   for (int64_t t = 0; t < frames; t++)
     for (int64_t c = 0; c < columns; c++) {
@@ -282,8 +284,9 @@ void resampling(int64_t factor) {
   Buffer<float> x(kRows * factor * kStride), weight(factor), scale(kStride), y(kRows * kStride), z(x.size());
   for (Buffer<float>* t : {&x, &weight, &scale}) t->fill(random);
   std::copy(x.data(), x.data() + x.size(), z.data());
-  cpu::chunk_downsample(x.data(), kStride, weight.data(), factor, y.data(), kRows, kStride, kStride);
-  cpu::chunk_combine(z.data(), y.data(), scale.data(), factor, kRows * factor, kStride);
+  cpu::kernels<cpu::ChunkRows>().downsample(x.data(), kStride, weight.data(), factor, y.data(), kRows, kStride,
+                                            kStride);
+  cpu::kernels<cpu::ChunkRows>().combine(z.data(), y.data(), scale.data(), factor, kRows * factor, kStride);
   CHECK(y.intact() && z.intact(), "wrote outside");
   for (int64_t t = 0; t < kRows; t++)
     for (int64_t c = 0; c < kWidth; c++) {

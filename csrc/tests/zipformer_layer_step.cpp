@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/zipformer_layer_step.h"
+#include "cpu/streaming/zipformer_layer_step.h"
 
 #include <thread>
 

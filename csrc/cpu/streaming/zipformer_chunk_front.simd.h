@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#pragma once
+
 #include <algorithm>
 #include <cstring>
 
@@ -6,14 +8,14 @@
 #include "cpu/depthwise_conv2d.h"
 #include "cpu/rows/swoosh.h"
 #include "cpu/skinny_gemm.h"
-#include "cpu/zipformer_chunk_rows.h"
-#include "cpu/zipformer_chunk_scratch.h"
+#include "cpu/streaming/zipformer_chunk_rows.simd.h"
+#include "cpu/streaming/zipformer_chunk_scratch.h"
 
 // Conv2dSubsampling for one chunk: three convolutions with SwooshR, a ConvNeXt layer, a linear layer, BiasNorm. Maps
 // are channels last, (frames, bins, channels), so that a row of a convolution's patch is contiguous: a convolution is a
 // product of the patches with the packed weights.
 namespace fastasr::cpu {
-namespace {
+inline namespace FASTASR_SIMD {
 
 class Front {
  public:
@@ -128,8 +130,5 @@ class Front {
   FrontRoom room_;
 };
 
-}  // namespace
-
-void chunk_front(const ChunkStep& step, const float* features, float* x) { Front(step).run(features, x); }
-
+}  // namespace FASTASR_SIMD
 }  // namespace fastasr::cpu

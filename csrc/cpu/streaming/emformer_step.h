@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/sequence.h"
+#include "cpu/simd/kernels.h"
 #include "cpu/skinny_gemm.h"
 #include "cpu/workers.h"
 
@@ -40,7 +41,9 @@ struct EmformerLayout {
   int64_t total;                                                   // floats of the arena
 
   explicit EmformerLayout(const EmformerShape& shape);
-  int64_t stride(EmformerProduct p) const { return panel_count(outputs[p]) * kPanelColumns; }  // of an output row
+  FASTASR_MEMBER int64_t stride(EmformerProduct p) const {
+    return panel_count(outputs[p]) * kPanelColumns;
+  }  // of an output row
 };
 
 // w (outputs, inputs) and bias (outputs), contiguous; weight and bias (dim) of a norm.
@@ -62,14 +65,16 @@ struct EmformerSegment {
   float* y;                                       // (right + frames, streams, dim)
   float* next_mems;                               // (1, streams, dim)
   float *new_memory, *new_key, *new_value;        // as the old ones, not the same memory
-  float* scratch;                                 // emformer_scratch_floats(*this)
+  float* scratch;                                 // as many as scratch_floats says
   Workers workers;
 
-  int64_t rows() const { return (right + frames) * streams; }
-  int64_t summaries() const { return memory ? streams : 0; }
+  FASTASR_MEMBER int64_t rows() const { return (right + frames) * streams; }
+  FASTASR_MEMBER int64_t summaries() const { return memory ? streams : 0; }
 };
 
-int64_t emformer_scratch_floats(const EmformerSegment& segment);
-void emformer_step(const EmformerSegment& segment);
+struct EmformerKernels {
+  int64_t (*scratch_floats)(const EmformerSegment& segment);
+  void (*step)(const EmformerSegment& segment);
+};
 
 }  // namespace fastasr::cpu

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/zipformer_chunk.h"
+#include "cpu/streaming/zipformer_chunk.h"
 
 // One chunk through one layer of a streaming Zipformer, with the states as upstream's tensors: they are copied into the
 // layout of zipformer_chunk.h and out of it, which is a hundredth of what reading the layer's weights takes. Bits of a

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/zipformer_chunk.h"
+#include "cpu/streaming/zipformer_chunk.h"
 
 namespace fastasr::cpu {
 namespace {

@@ -1,24 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/zipformer_chunk_rows.h"
+#pragma once
 
 #include <algorithm>
 #include <limits>
 
 #include "cpu/activation.h"
 #include "cpu/elementary.h"
-#include "cpu/simd.h"
-#include "cpu/skinny_gemm.h"
+#include "cpu/streaming/zipformer_chunk_rows.h"
 
+// The parts of a chunk's step between the matrix products. Each element is computed with the same operations whatever
+// the rows and columns beside it.
 namespace fastasr::cpu {
-namespace {
+inline namespace FASTASR_SIMD {
 
 constexpr int64_t kLanes = kChunkLanes;
 constexpr float kMasked = -1000;
 // Weights a worker reads at least: below, waking it takes longer.
 constexpr int64_t kLeastWeights = 32768;
 
+// One function per number of rows: several tiles inlined into one function spill.
 template <int kRows>
-FASTASR_INLINE void score_tile(const ChunkScores& a, int64_t first) {
+__attribute__((noinline)) void score_tile(const ChunkScores& a, int64_t first) {
   const int64_t padded = round_up(a.keys, kLanes);
   const float* __restrict q = a.q + first * a.row_stride;
   const float* __restrict p = a.p + first * a.row_stride;
@@ -62,7 +64,7 @@ struct Weighted {
 };
 
 template <int kRows>
-FASTASR_INLINE void weighted_tile(const Weighted& a, int64_t first) {
+__attribute__((noinline)) void weighted_tile(const Weighted& a, int64_t first) {
   const float* __restrict w = a.weights + first * a.weight_stride;
   float* __restrict out = a.out + first * a.out_stride;
   float sum[kRows][kLanes];
@@ -81,39 +83,27 @@ FASTASR_INLINE void weighted_tile(const Weighted& a, int64_t first) {
     for (int64_t c = 0; c < a.columns; c++) out[i * a.out_stride + c] = sum[i][c];
 }
 
-// One function per number of rows: several tiles inlined into one function spill.
-#define FASTASR_TILES(ROWS)                                                                          \
-  FASTASR_CLONES __attribute__((noinline)) void scores_##ROWS(const ChunkScores& a, int64_t first) { \
-    score_tile<ROWS>(a, first);                                                                      \
-  }                                                                                                  \
-  FASTASR_CLONES __attribute__((noinline)) void weighted_##ROWS(const Weighted& a, int64_t first) {  \
-    weighted_tile<ROWS>(a, first);                                                                   \
-  }
-FASTASR_TILES(1)
-FASTASR_TILES(2)
-FASTASR_TILES(4)
-#undef FASTASR_TILES
-
-}  // namespace
-
-void chunk_scores(const ChunkScores& a) {
+inline void chunk_scores(const ChunkScores& a) {
   int64_t i = 0;
-  for (; i + 4 <= a.frames; i += 4) scores_4(a, i);
-  for (; i + 2 <= a.frames; i += 2) scores_2(a, i);
-  for (; i < a.frames; i++) scores_1(a, i);
+  for (; i + 4 <= a.frames; i += 4) score_tile<4>(a, i);
+  for (; i + 2 <= a.frames; i += 2) score_tile<2>(a, i);
+  for (; i < a.frames; i++) score_tile<1>(a, i);
 }
 
-void chunk_weighted(const float* weights, int64_t weight_stride, int64_t rows, int64_t keys, const float* values,
-                    int64_t value_stride, float* out, int64_t out_stride, int64_t columns) {
+// out[i][c] = sum_j weights[i][j] values[j][c] for `columns` <= kChunkLanes columns. A row of values holds kChunkLanes.
+inline void chunk_weighted(const float* weights, int64_t weight_stride, int64_t rows, int64_t keys, const float* values,
+                           int64_t value_stride, float* out, int64_t out_stride, int64_t columns) {
   const Weighted a{weights, weight_stride, keys, values, value_stride, out, out_stride, columns};
   int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) weighted_4(a, i);
-  for (; i + 2 <= rows; i += 2) weighted_2(a, i);
-  for (; i < rows; i++) weighted_1(a, i);
+  for (; i + 4 <= rows; i += 4) weighted_tile<4>(a, i);
+  for (; i + 2 <= rows; i += 2) weighted_tile<2>(a, i);
+  for (; i < rows; i++) weighted_tile<1>(a, i);
 }
 
-FASTASR_CLONES void chunk_softmax(float* scores, int64_t stride, int64_t rows, int64_t unseen, const uint8_t* masked,
-                                  int64_t keys) {
+// Softmax over the first `keys` of each row; before, the first `unseen` scores and those where `masked`, if not null,
+// is nonzero are set to -1000.
+inline void chunk_softmax(float* scores, int64_t stride, int64_t rows, int64_t unseen, const uint8_t* masked,
+                          int64_t keys) {
   for (int64_t r = 0; r < rows; r++) {
     float* __restrict x = scores + r * stride;
     for (int64_t j = 0; j < unseen; j++) x[j] = kMasked;
@@ -135,29 +125,31 @@ FASTASR_CLONES void chunk_softmax(float* scores, int64_t stride, int64_t rows, i
   }
 }
 
-FASTASR_CLONES void chunk_tanh_gate(const float* __restrict v, const float* __restrict s, float* __restrict out,
-                                    int64_t n) {
+// out = v tanh(s), over n elements
+inline void chunk_tanh_gate(const float* __restrict v, const float* __restrict s, float* __restrict out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) out[i] = v[i] * tanh(s[i]);
 }
 
-FASTASR_CLONES void chunk_sigmoid_gate(const float* __restrict x, const float* __restrict s, float* __restrict out,
-                                       int64_t n) {
+// out = x sigmoid(s)
+inline void chunk_sigmoid_gate(const float* __restrict x, const float* __restrict s, float* __restrict out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) out[i] = x[i] * sigmoid(s[i]);
 }
 
-FASTASR_CLONES void chunk_multiply(const float* __restrict y, float* __restrict out, int64_t n) {
+// out *= y
+inline void chunk_multiply(const float* __restrict y, float* __restrict out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) out[i] *= y[i];
 }
 
-FASTASR_CLONES void chunk_add(const float* __restrict y, float* __restrict x, int64_t n) {
+// x += y
+inline void chunk_add(const float* __restrict y, float* __restrict x, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) x[i] += y[i];
 }
 
-FASTASR_CLONES void chunk_convolution(const ChunkConvStripe& a) {
+inline void chunk_convolution(const ChunkConvStripe& a) {
   const int64_t table = a.table_stride;
   for (int64_t t = 0; t < a.frames; t++) {
     float past[kLanes], around[kLanes];
@@ -179,8 +171,10 @@ FASTASR_CLONES void chunk_convolution(const ChunkConvStripe& a) {
   }
 }
 
-FASTASR_CLONES void chunk_first_convolution(const float* const* rows, const float* weight, int64_t stride,
-                                            const float* bias, int64_t maps, float* __restrict out, int64_t n) {
+// The first convolution, 3 x 3 with zeros beside the bins, and SwooshR's input: three rows of features of which each
+// bin is repeated `maps` times, (bins + 2) maps with zeros at both ends; weight (9, stride), out (bins maps).
+inline void chunk_first_convolution(const float* const* rows, const float* weight, int64_t stride, const float* bias,
+                                    int64_t maps, float* __restrict out, int64_t n) {
   const float *a = rows[0], *b = rows[1], *c = rows[2];
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
@@ -195,8 +189,9 @@ FASTASR_CLONES void chunk_first_convolution(const float* const* rows, const floa
   }
 }
 
-FASTASR_CLONES void chunk_downsample(const float* x, int64_t stride, const float* weight, int64_t factor, float* y,
-                                     int64_t rows, int64_t y_stride, int64_t n) {
+// y[t] = sum_i weight[i] x[factor t + i], rows of n elements `stride` apart.
+inline void chunk_downsample(const float* x, int64_t stride, const float* weight, int64_t factor, float* y,
+                             int64_t rows, int64_t y_stride, int64_t n) {
   for (int64_t t = 0; t < rows; t++) {
     const float* __restrict in = x + t * factor * stride;
     float* __restrict out = y + t * y_stride;
@@ -208,8 +203,8 @@ FASTASR_CLONES void chunk_downsample(const float* x, int64_t stride, const float
   }
 }
 
-FASTASR_CLONES void chunk_combine(float* x, const float* y, const float* scale, int64_t factor, int64_t rows,
-                                  int64_t stride) {
+// x[t] += (y[t / factor] - x[t]) scale
+inline void chunk_combine(float* x, const float* y, const float* scale, int64_t factor, int64_t rows, int64_t stride) {
   for (int64_t t = 0; t < rows; t++) {
     float* __restrict out = x + t * stride;
     const float* __restrict in = y + t / factor * stride;
@@ -218,8 +213,9 @@ FASTASR_CLONES void chunk_combine(float* x, const float* y, const float* scale, 
   }
 }
 
-void chunk_product(const ChunkStep& step, const ChunkProduct& p, const float* x, int64_t x_stride, int64_t rows,
-                   float* y, int64_t y_stride) {
+// y = x Wᵀ + bias for `rows` rows of x, on the workers.
+inline void chunk_product(const ChunkStep& step, const ChunkProduct& p, const float* x, int64_t x_stride, int64_t rows,
+                          float* y, int64_t y_stride) {
   const int64_t panel = kPanelColumns * p.inputs;
   step.workers.split(panel_count(p.outputs), std::max<int64_t>(1, kLeastWeights / panel),
                      [&](int64_t begin, int64_t end) {
@@ -228,4 +224,5 @@ void chunk_product(const ChunkStep& step, const ChunkProduct& p, const float* x,
                      });
 }
 
+}  // namespace FASTASR_SIMD
 }  // namespace fastasr::cpu

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
-#include "cpu/zipformer_chunk.h"
+#include "cpu/streaming/zipformer_chunk_scratch.h"
 
 namespace fastasr::cpu {
 namespace {
@@ -160,6 +160,10 @@ ChunkPlan::ChunkPlan(const ChunkStack& n, int64_t frames, int64_t left) {
   Stack s = stack(n, frames, left, frames);
   s.layers.push_back(layer(Layout{this}, s, frames));
   stacks.push_back(s);
+}
+
+int64_t ChunkPlan::scratch_floats(int64_t streams) const {
+  return std::max(ChunkRoom(*this, streams, nullptr).size, FrontRoom(*this, streams, nullptr).size);
 }
 
 }  // namespace fastasr::cpu

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/zipformer_chunk.h"
+#include "cpu/streaming/zipformer_chunk.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/zipformer_chunk_rows.h"
-#include "cpu/zipformer_chunk_scratch.h"
+#include "cpu/streaming/zipformer_chunk_front.simd.h"
+#include "cpu/streaming/zipformer_chunk_layer.simd.h"
 
 namespace fastasr::cpu {
 namespace {
@@ -20,18 +20,12 @@ void change_width(const float* x, int64_t x_stride, int64_t from, float* y, int6
   }
 }
 
-}  // namespace
-
-int64_t ChunkPlan::scratch_floats(int64_t streams) const {
-  return std::max(ChunkRoom(*this, streams, nullptr).size, FrontRoom(*this, streams, nullptr).size);
-}
-
-void chunk_step(const ChunkStep& step, const float* features, float* out) {
+void run(const ChunkStep& step, const float* features, float* out) {
   const ChunkPlan& plan = step.plan;
   const int64_t rows = step.streams * plan.shape.chunk;
   const ChunkRoom room(plan, step.streams, step.scratch);
   chunk_begin(step);
-  chunk_front(step, features, room.outputs[0]);
+  Front(step).run(features, room.outputs[0]);
   for (size_t i = 0; i < plan.stacks.size(); i++) {
     const ChunkPlan::Stack& s = plan.stacks[i];
     float* const x = room.outputs[i];
@@ -42,7 +36,7 @@ void chunk_step(const ChunkStep& step, const float* features, float* out) {
     float* const own = factor > 1 ? room.lower : x;
     if (factor > 1)
       chunk_downsample(x, s.stride, step.vectors + s.downsample.at, factor, own, rows / factor, s.stride, s.stride);
-    for (const ChunkLayer& layer : s.layers) chunk_layer(step, s, layer, own);
+    for (const ChunkLayer& layer : s.layers) Layer(step, s, layer).run(own);
     if (factor > 1) chunk_combine(x, own, step.vectors + s.combine.at, factor, rows, s.stride);
   }
   // Channels that the last stack lacks come from the last one that has them.
@@ -56,5 +50,17 @@ void chunk_step(const ChunkStep& step, const float* features, float* out) {
   }
   chunk_end(step);
 }
+
+void front(const ChunkStep& step, const float* features, float* x) { Front(step).run(features, x); }
+
+void layer(const ChunkStep& step, const ChunkPlan::Stack& stack, const ChunkLayer& l, float* x) {
+  Layer(step, stack, l).run(x);
+}
+
+}  // namespace
+
+FASTASR_KERNELS_FLOAT(ChunkKernels, .step = run, .front = front, .layer = layer)
+FASTASR_KERNELS_FLOAT(ChunkRows, .scores = chunk_scores, .softmax = chunk_softmax, .weighted = chunk_weighted,
+                      .convolution = chunk_convolution, .downsample = chunk_downsample, .combine = chunk_combine)
 
 }  // namespace fastasr::cpu

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/zipformer_chunk.h"
+#include "cpu/streaming/zipformer_chunk.h"
 
 // How a step's scratch memory is divided. The front end's part and the encoder's share their memory.
 namespace fastasr::cpu {
@@ -16,7 +16,7 @@ struct ChunkRoom {
   std::vector<float*> outputs;                  // of each stack, (streams chunk, stride)
   int64_t size;
 
-  ChunkRoom(const ChunkPlan& plan, int64_t streams, float* memory) {
+  FASTASR_MEMBER ChunkRoom(const ChunkPlan& plan, int64_t streams, float* memory) {
     int64_t row = 0, wide = 0, weight = 0;
     for (const ChunkPlan::Stack& s : plan.stacks) {
       const ChunkLayer& l = s.layers[0];
@@ -47,7 +47,7 @@ struct FrontRoom {
   float *repeated, *first, *patches, *product, *second, *third, *filtered, *expanded, *activated, *contracted, *frames;
   int64_t size;
 
-  FrontRoom(const ChunkPlan& plan, int64_t streams, float* memory) {
+  FASTASR_MEMBER FrontRoom(const ChunkPlan& plan, int64_t streams, float* memory) {
     const ChunkShape& n = plan.shape;
     const int64_t rows = n.input_frames(), second_rows = n.chunk + 5, third_rows = n.chunk + 3;
     const int64_t w2 = n.width2(), w3 = n.width3();

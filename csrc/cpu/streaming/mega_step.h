@@ -2,7 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+
+#include "cpu/simd/kernels.h"
 
 // One decoding step of a stack of MEGA blocks (Ma et al., 2023, in ESPnet's form), for `rows` hypotheses. Per block,
 // with silu(a) = a sigmoid(a), x the block's input (D), h the state of its moving average (D, N):
@@ -80,26 +81,24 @@ struct Product {
   int64_t y_stride, panels;
   bool silu;
 };
-void run_products(const Product* products, int64_t count, int64_t rows, int64_t begin, int64_t end);
-
-// state may be null (zeros) and may be next. x, y: rows of `stride` floats; states (rows, D, N).
-void mega_average(const MegaLayout& layout, const float* block, const float* x, const float* state, float* next,
+struct MegaKernels {
+  void (*products)(const Product* products, int64_t count, int64_t rows, int64_t begin, int64_t end);
+  // state may be null (zeros) and may be next. x, y: rows of `stride` floats; states (rows, D, N).
+  void (*average)(const MegaLayout& layout, const float* block, const float* x, const float* state, float* next,
                   float* y, int64_t stride, int64_t rows);
-
-// z is silu(z) already; the query is written, the key goes to the history.
-void mega_query_key(const MegaLayout& layout, const float* block, const float* z, float* query, float* key);
-
-// One hypothesis: keys and values of `length` rows, `bias` of `length` entries, `gate` silu(r), room for `length`
-// scores. out must not be gate.
-void mega_attention(const MegaLayout& layout, const float* query, const float* keys, int64_t key_stride,
+  // z is silu(z) already; the query is written, the key goes to the history.
+  void (*query_key)(const MegaLayout& layout, const float* block, const float* z, float* query, float* key);
+  // One hypothesis: keys and values of `length` rows, `bias` of `length` entries, `gate` silu(r), room for `length`
+  // scores. out must not be gate.
+  void (*attention)(const MegaLayout& layout, const float* query, const float* keys, int64_t key_stride,
                     const float* values, int64_t value_stride, int64_t length, const float* bias, const float* gate,
                     float* scores, float* out);
-
-// x = LayerNorm(x + sigmoid(u) (silu(hx + h) - x))
-void mega_gated_norm(float* x, const float* u, const float* hx, const float* h, const float* scale, const float* bias,
+  // x = LayerNorm(x + sigmoid(u) (silu(hx + h) - x))
+  void (*gated_norm)(float* x, const float* u, const float* hx, const float* h, const float* scale, const float* bias,
                      float eps, int64_t channels);
-// out = LayerNorm(x + y); y may be null, out may be x
-void mega_norm(const float* x, const float* y, const float* scale, const float* bias, float eps, float* out,
+  // out = LayerNorm(x + y); y may be null, out may be x
+  void (*norm)(const float* x, const float* y, const float* scale, const float* bias, float eps, float* out,
                int64_t channels);
+};
 
 }  // namespace fastasr::cpu

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/zipformer_layer_step.h"
+#include "cpu/streaming/zipformer_layer_step.h"
 
 #include <algorithm>
 #include <cstring>
 #include <numeric>
 #include <vector>
 
-#include "cpu/zipformer_chunk_scratch.h"
+#include "cpu/streaming/zipformer_chunk_scratch.h"
 
 namespace fastasr::cpu {
 namespace {
@@ -117,9 +117,9 @@ void layer_step(const LayerStep& step, const float* x, const float* const* state
       std::fill(row + dim, row + s.stride, 0.0f);
     }
   });
-  chunk_layer({plan, step.weights, step.vectors, memory, counters.data(), slots.data(), streams, 0, step.scratch,
-               step.workers, step.masked},
-              s, l, rows);
+  kernels<ChunkKernels>().layer({plan, step.weights, step.vectors, memory, counters.data(), slots.data(), streams, 0,
+                                 step.scratch, step.workers, step.masked},
+                                s, l, rows);
   each_stream([&](const Stream& stream) {
     stream.store(states, after);
     for (int64_t t = 0; t < s.frames; t++)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/emformer_step.h"
+#include "cpu/streaming/emformer_step.h"
 
 #include <algorithm>
 #include <cstring>
@@ -8,7 +8,6 @@
 #include "cpu/attention/segment_attention.h"
 #include "cpu/residual_norm.h"
 #include "cpu/row_statistics.h"
-#include "cpu/simd.h"
 
 namespace fastasr::cpu {
 namespace {
@@ -25,8 +24,8 @@ void copy(const float* from, float* to, int64_t n) {
 }
 
 // x += add, unless that is null; out = LN(x).
-FASTASR_CLONES void normalize(float* __restrict x, const float* __restrict add, const float* __restrict weight,
-                              const float* __restrict bias, double eps, float* __restrict out, int64_t n) {
+void normalize(float* __restrict x, const float* __restrict add, const float* __restrict weight,
+               const float* __restrict bias, double eps, float* __restrict out, int64_t n) {
   if (add) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) x[i] += add[i];
@@ -37,7 +36,7 @@ FASTASR_CLONES void normalize(float* __restrict x, const float* __restrict add, 
   for (int64_t i = 0; i < n; i++) out[i] = out[i] * scale * weight[i] + bias[i];
 }
 
-FASTASR_CLONES void mean(const float* __restrict x, int64_t stride, int64_t rows, float* __restrict out, int64_t n) {
+void mean(const float* __restrict x, int64_t stride, int64_t rows, float* __restrict out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) out[i] = x[i];
   for (int64_t r = 1; r < rows; r++) {
@@ -50,7 +49,7 @@ FASTASR_CLONES void mean(const float* __restrict x, int64_t stride, int64_t rows
   for (int64_t i = 0; i < n; i++) out[i] /= count;
 }
 
-FASTASR_CLONES void clamp(float* __restrict x, int64_t n) {
+void clamp(float* __restrict x, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     const float v = x[i] < -kMostMemory ? -kMostMemory : x[i];  // a NaN stays
@@ -253,41 +252,14 @@ class Step {
   const Room room_;
 };
 
-}  // namespace
-
-EmformerLayout::EmformerLayout(const EmformerShape& s) : shape(s) {
-  const int64_t in[kEmformerProducts] = {s.dim, s.dim, s.dim, s.dim, s.inner};
-  const int64_t out[kEmformerProducts] = {2 * s.dim, s.dim, s.dim, s.inner, s.dim};
-  int64_t at = 0;
-  const auto take = [&](int64_t floats) {
-    const int64_t here = at;
-    at += aligned(floats);
-    return here;
-  };
-  for (int i = 0; i < kEmformerNorms; i++) norm_weight[i] = take(s.dim), norm_bias[i] = take(s.dim);
-  for (int i = 0; i < kEmformerProducts; i++)
-    inputs[i] = in[i], outputs[i] = out[i], bias[i] = take(panel_count(out[i]) * kPanelColumns);
-  for (int i = 0; i < kEmformerProducts; i++) weight[i] = take(packed_size(out[i], in[i]));
-  total = at;
-}
-
-void emformer_pack_product(const EmformerLayout& l, EmformerProduct p, const float* w, const float* bias,
-                           float* arena) {
-  const int64_t n = l.outputs[p], k = l.inputs[p];
-  pack_panels(w, n, k, k, WeightFormat::fp32, arena + l.weight[p], nullptr, 0, panel_count(n));
-  copy(bias, arena + l.bias[p], n);
-  std::fill(arena + l.bias[p] + n, arena + l.bias[p] + l.stride(p), 0.0f);
-}
-
-void emformer_pack_norm(const EmformerLayout& l, EmformerNorm n, const float* weight, const float* bias, float* arena) {
-  copy(weight, arena + l.norm_weight[n], l.shape.dim);
-  copy(bias, arena + l.norm_bias[n], l.shape.dim);
-}
-
-int64_t emformer_scratch_floats(const EmformerSegment& segment) {
+int64_t scratch_floats(const EmformerSegment& segment) {
   return Room(segment, segment_attention_scratch(attention_of(segment), false), nullptr).size;
 }
 
-void emformer_step(const EmformerSegment& segment) { Step(segment).run(); }
+void step(const EmformerSegment& segment) { Step(segment).run(); }
+
+}  // namespace
+
+FASTASR_KERNELS_FLOAT(EmformerKernels, .scratch_floats = scratch_floats, .step = step)
 
 }  // namespace fastasr::cpu

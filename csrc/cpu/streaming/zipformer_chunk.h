@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/simd/kernels.h"
 #include "cpu/skinny_gemm.h"
 #include "cpu/workers.h"
 
@@ -33,16 +34,16 @@ struct ChunkShape {
   explicit ChunkShape(const std::vector<int64_t>& numbers);
   ChunkShape() = default;
 
-  int64_t input_frames() const { return 2 * chunk + 13; }
+  FASTASR_MEMBER int64_t input_frames() const { return 2 * chunk + 13; }
   // Of the second and third convolution's maps.
-  static int64_t width2_of(int64_t bins) { return (bins - 1) / 2; }
-  static int64_t width3_of(int64_t bins) { return (width2_of(bins) - 1) / 2; }
-  int64_t width2() const { return width2_of(bins); }
-  int64_t width3() const { return width3_of(bins); }
+  static FASTASR_MEMBER int64_t width2_of(int64_t bins) { return (bins - 1) / 2; }
+  static FASTASR_MEMBER int64_t width3_of(int64_t bins) { return (width2_of(bins) - 1) / 2; }
+  FASTASR_MEMBER int64_t width2() const { return width2_of(bins); }
+  FASTASR_MEMBER int64_t width3() const { return width3_of(bins); }
   int64_t output_dim() const;
 };
 
-inline constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+FASTASR_INLINE constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline constexpr int64_t kChunkLanes = 16;  // channels of a stripe: widths within the states are multiples of it
 inline constexpr int64_t kFrontPast = 3;    // frames of ConvNeXt's left padding
 
@@ -51,7 +52,9 @@ struct ChunkProduct {
   int64_t inputs, outputs, weight, bias, scale;
   WeightFormat format;
   int64_t stride() const;  // floats of an output row, whole panels
-  Panels panels(const char* weights, const float* vectors) const { return {weights + weight, format, vectors + scale}; }
+  FASTASR_MEMBER Panels panels(const char* weights, const float* vectors) const {
+    return {weights + weight, format, vectors + scale};
+  }
 };
 
 // rows x columns floats among the vectors, rows `stride` apart, zeros behind the columns.
@@ -124,13 +127,15 @@ struct ChunkStep {
   const uint8_t* masked = nullptr;  // (streams, keys) of a layer alone, nonzero: masked; or null
 };
 
-// features (streams, input_frames, bins) contiguous -> out (streams, chunk / 2, output_dim).
-void chunk_step(const ChunkStep& step, const float* features, float* out);
+struct ChunkKernels {
+  // features (streams, input_frames, bins) contiguous -> out (streams, chunk / 2, output_dim).
+  void (*step)(const ChunkStep& step, const float* features, float* out);
+  // The front end alone, features -> (streams chunk, stride of stack 0), which advances its states; one layer, x
+  // (streams frames, stride) in place. Neither changes the counters.
+  void (*front)(const ChunkStep& step, const float* features, float* x);
+  void (*layer)(const ChunkStep& step, const ChunkPlan::Stack& stack, const ChunkLayer& layer, float* x);
+};
 
-// Pieces, for tests: the front end alone, features -> (streams chunk, stride of stack 0), which advances its states;
-// one layer, x (streams frames, stride) in place. Neither changes the counters.
-void chunk_front(const ChunkStep& step, const float* features, float* x);
-void chunk_layer(const ChunkStep& step, const ChunkPlan::Stack& stack, const ChunkLayer& layer, float* x);
 // Before the layers of a chunk: makes room in the rings. After: counts the chunk.
 void chunk_begin(const ChunkStep& step);
 void chunk_end(const ChunkStep& step);

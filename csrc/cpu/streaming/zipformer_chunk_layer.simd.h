@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
+#pragma once
+
 #include <algorithm>
 
 #include "cpu/bias_norm.h"
 #include "cpu/rows/bypass.h"
 #include "cpu/rows/swoosh.h"
-#include "cpu/zipformer_chunk_rows.h"
-#include "cpu/zipformer_chunk_scratch.h"
+#include "cpu/streaming/zipformer_chunk_rows.simd.h"
+#include "cpu/streaming/zipformer_chunk_scratch.h"
 
 namespace fastasr::cpu {
-namespace {
+inline namespace FASTASR_SIMD {
 
 // One layer's step: x of each stream's frames, rows (streams frames, stride).
 class Layer {
@@ -174,10 +176,5 @@ class Layer {
   float* x_ = nullptr;
 };
 
-}  // namespace
-
-void chunk_layer(const ChunkStep& step, const ChunkPlan::Stack& stack, const ChunkLayer& layer, float* x) {
-  Layer(step, stack, layer).run(x);
-}
-
+}  // namespace FASTASR_SIMD
 }  // namespace fastasr::cpu
