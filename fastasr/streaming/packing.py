@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A streaming Zipformer and its front end as what the native step reads: numbers, matrices and small tables.
 
-The order is that of ``cpu::ChunkPlan`` (csrc/cpu/streaming/zipformer_chunk_plan.cpp). What does not change from chunk to chunk is
-computed here once: the projected positions, the scale of the convolutions within a chunk, the softmax of the
-downsampling, exp(log_scale) of the norms.
+The order is that of ``cpu::ChunkPlan`` (csrc/cpu/streaming/zipformer_chunk_plan.cpp). What does not change from chunk
+to chunk is computed here once: the projected positions, the scale of the convolutions within a chunk, the softmax of
+the downsampling, exp(log_scale) of the norms.
 """
 
 import torch

@@ -2,8 +2,9 @@
 """One segment of a stream through an Emformer layer in one native call, with the states as torchaudio's tensors.
 
 A segment is a few frames, so a layer costs what reading its weights costs: they are packed once, in the order in which
-a segment reads them, into one block of memory on huge pages (csrc/cpu/streaming/emformer_step.h). **This doubles the memory of
-the layer's weights**; ``layer.packed_streaming = False`` declines it, and the operations are called one by one.
+a segment reads them, into one block of memory on huge pages (csrc/cpu/streaming/emformer_step.h). **This doubles the
+memory of the layer's weights**; ``layer.packed_streaming = False`` declines it, and the operations are called one by
+one.
 
 The packed copy is made at a layer's first segment, when its result is compared with that of the operations, and made
 again when a parameter, a submodule or a forward has changed: it remembers the identity, the version counter and the

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A causal layer as the native chunk reads it: numbers, matrices and small tables.
 
-The order is that of ``cpu::ChunkPlan`` (csrc/cpu/streaming/zipformer_chunk_plan.cpp). What does not change from chunk to chunk is
-computed here once: the projected positions, the scale of the convolutions within a chunk, exp(log_scale) of the norm.
+The order is that of ``cpu::ChunkPlan`` (csrc/cpu/streaming/zipformer_chunk_plan.cpp). What does not change from chunk
+to chunk is computed here once: the projected positions, the scale of the convolutions within a chunk, exp(log_scale) of
+the norm.
 """
 
 from dataclasses import dataclass, field

@@ -2,8 +2,9 @@
 """One chunk through a streaming layer in one native call, with the states as upstream's tensors.
 
 A chunk is a few frames, so a layer costs what reading its weights costs: they are packed once, in the order in which a
-chunk reads them, into one block of memory on huge pages (csrc/cpu/streaming/zipformer_layer_step.h). **This doubles the memory of
-the layer's weights**; ``layer.packed_streaming = False`` declines it, and the submodules are called one by one.
+chunk reads them, into one block of memory on huge pages (csrc/cpu/streaming/zipformer_layer_step.h). **This doubles the
+memory of the layer's weights**; ``layer.packed_streaming = False`` declines it, and the submodules are called one by
+one.
 
 The packed copy is made at a layer's first chunk, when its result is compared with that of the submodules, and made
 again when a parameter, a submodule or a forward has changed: it remembers the identity, the version counter and the
