@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastasr import ops
-from fastasr.benchmarks import curves
 from fastasr.benchmarks.markdown import put, table
 from fastasr.benchmarks.models import recipe_step, transcribe
 from fastasr.benchmarks.rows import Row, read_all
+from fastasr.benchmarks.studies import curves
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

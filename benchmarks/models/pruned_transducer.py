@@ -4,7 +4,8 @@ and backward.
 
 "upstream" is what recipes do: fast_rnnt's functions (its C++ compiled here) around a joiner in eager PyTorch. Cases
 "joiner and loss" are the last two steps alone, over the rows B T R and the outputs V, for their peak memory; there
-fastasr computes logits again instead of keeping them. ``python -m fastasr.benchmarks.transducer_memory`` draws it.
+fastasr computes logits again instead of keeping them.
+``python -m fastasr.benchmarks.studies.transducer_memory`` draws it.
 """
 
 import os

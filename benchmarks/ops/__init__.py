@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmarks of the ops: one file per op, or per ops that share their kernels. ``CASES`` are measured everywhere,
-``ON_DEVICE`` by ``python -m fastasr.benchmarks.device`` on a GPU."""
+``ON_DEVICE`` by ``python -m fastasr.benchmarks.studies.device`` on a GPU."""
 
 import pkgutil
 from importlib import import_module

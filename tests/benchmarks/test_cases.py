@@ -258,8 +258,9 @@ def test_transcribing():
 
 
 def test_the_loss_of_a_pruned_transducer(tmp_path):
-    from fastasr.benchmarks import rows, transducer_memory
+    from fastasr.benchmarks import rows
     from fastasr.benchmarks.models import pruned_transducer
+    from fastasr.benchmarks.studies import transducer_memory
 
     table = tmp_path / "rows.jsonl"
     with peer():

@@ -3,7 +3,8 @@
 
 import pytest
 
-from fastasr.benchmarks import long_audio, rows
+from fastasr.benchmarks import rows
+from fastasr.benchmarks.studies import long_audio
 
 
 def test_memory_grows_with_the_length(tmp_path, capsys):

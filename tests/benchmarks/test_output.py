@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fastasr.benchmarks import curves, markdown, page, plots, rows, table
+from fastasr.benchmarks import markdown, page, plots, rows, table
+from fastasr.benchmarks.studies import curves
 
 sys.path.insert(0, str(Path(__file__).parent))
 import synthetic

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from fastasr.benchmarks import streaming_load
 from fastasr.benchmarks.models import streaming_peers
 from fastasr.benchmarks.models.zipformer_streaming import PADDING
+from fastasr.benchmarks.studies import streaming_load
 
 
 class Clocked:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastasr import ops
-from fastasr.benchmarks import recipe, streaming_accuracy, streaming_load
+from fastasr.benchmarks.studies import recipe, streaming_accuracy, streaming_load
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -43,12 +43,16 @@ def test_the_generated_tables_are_current():
 
 
 def test_the_training_page_says_what_the_committed_run_says():
-    assert recipe.main(["--check"]) == 0, "run python -m fastasr.benchmarks.recipe"
-    assert streaming_accuracy.main(["--check"]) == 0, "run python -m fastasr.benchmarks.streaming_accuracy"
+    assert recipe.main(["--check"]) == 0, "run python -m fastasr.benchmarks.studies.recipe"
+    assert streaming_accuracy.main(["--check"]) == 0, (
+        "run python -m fastasr.benchmarks.studies.streaming_accuracy"
+    )
 
 
 def test_the_load_page_says_what_the_committed_load_test_says():
-    assert streaming_load.main(["--check"]) == 0, "run python -m fastasr.benchmarks.streaming_load --plot"
+    assert streaming_load.main(["--check"]) == 0, (
+        "run python -m fastasr.benchmarks.studies.streaming_load --plot"
+    )
 
 
 def test_the_readme_lists_every_op():

@@ -7,15 +7,15 @@ import sys
 import pytest
 import torch
 
-from fastasr.benchmarks import device
 from fastasr.benchmarks.case import Settings
 from fastasr.benchmarks.ops import bypass
+from fastasr.benchmarks.studies import device
 from fastasr.ops import _dispatch
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_refuses_without_a_gpu(tmp_path):
-    command = [sys.executable, "-m", "fastasr.benchmarks.device", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "fastasr.benchmarks.studies.device", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "no GPU" in done.stderr

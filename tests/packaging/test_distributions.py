@@ -53,12 +53,15 @@ def test_the_wheel_holds_the_package_alone(wheel):
             f"{target}/{p.relative_to(ROOT / source).as_posix()}"
             for pattern in ("*.py", "*.html", "py.typed")
             for p in (ROOT / source).rglob(pattern)
+            if "studies" not in p.parts
         }
         assert wanted - set(names) == set()
     top = {n.split("/", 1)[0] for n in names}
     assert top == {"fastasr", "fastasr-0.1.0.dist-info"}
     assert not [n for n in names if n.endswith((".cpp", ".h", ".cu", ".map", ".jsonl"))]
-    assert not [n for n in names if n.startswith(("fastasr/tests", "fastasr/csrc"))]
+    assert not [
+        n for n in names if n.startswith(("fastasr/tests", "fastasr/csrc", "fastasr/benchmarks/studies"))
+    ]
 
 
 def test_the_pure_wheel_serves_every_machine(pure_wheel):

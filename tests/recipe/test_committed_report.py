@@ -12,8 +12,8 @@ pytest.importorskip("matplotlib")
 
 from tiny_runs import TINY, trainer
 
-from fastasr.benchmarks import recipe
 from fastasr.benchmarks.markdown import END, START
+from fastasr.benchmarks.studies import recipe
 from fastasr.recipe import checkpoints
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training with a swapped model is training without: the PyPI recogniser as shipped and swapped, on real speech.
 
-    python -m fastasr.benchmarks.swapped_training [--steps 50] [--out FILE]
+    python -m fastasr.benchmarks.studies.swapped_training [--steps 50] [--out FILE]
 
 trains it three times from one seed on the telephone prompts (`examples/train_transducer.py --upstream`): as shipped,
 swapped, and as shipped with every parameter moved by one rounding, which shows how far rounding alone takes such a run.
@@ -22,7 +22,7 @@ from fastasr.benchmarks.environment import stamp
 from fastasr.recipe import speech, training
 from fastasr.recipe.curves import read
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RUNS = {"upstream": False, "swapped": True, "upstream, parameters rounded": False}
 
 

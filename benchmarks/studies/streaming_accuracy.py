@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Error rates of a trained model as a stream: by its own code, and through the engine with fp32, bf16 and int8 weights.
 
-    python -m fastasr.benchmarks.streaming_accuracy RUN      # JSON beside the rows, and the page
-    python -m fastasr.benchmarks.streaming_accuracy          # the page from the JSON; --check compares it
+    python -m fastasr.benchmarks.studies.streaming_accuracy RUN      # JSON beside the rows, and the page
+    python -m fastasr.benchmarks.studies.streaming_accuracy          # the page from the JSON; --check compares it
 
 RUN is what examples/train_transducer.py wrote. Its held-out recordings are read chunk by chunk, by greedy search.
 """
@@ -17,7 +17,7 @@ import torch
 from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.markdown import put
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = ("fp32", "bf16", "int8")
 
 
@@ -113,7 +113,7 @@ def block(found: dict) -> str:
 def main(arguments=None):
     """Exit code: 0, 1 when ``--check`` finds a difference, 2 when a file cannot be used."""
     made = argparse.ArgumentParser(
-        prog="python -m fastasr.benchmarks.streaming_accuracy",
+        prog="python -m fastasr.benchmarks.studies.streaming_accuracy",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m fastasr.benchmarks.device --out DIR``: every check and benchmark that needs a GPU, in one
+"""``python -m fastasr.benchmarks.studies.device --out DIR``: every check and benchmark that needs a GPU, in one
 command.
 
 Needs a checkout (for the tests) with fastasr installed from it, and no network. Steps, each of which may be
@@ -35,7 +35,7 @@ from fastasr.benchmarks.harness import Variant, peak_bytes, synchronize
 from fastasr.benchmarks.rows import Row
 
 STEPS = ("environment", "tests", "sanitizer", "benchmarks")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TARGET = 0.85  # of the card's copy bandwidth, for the ops that are bound by memory
 
 
@@ -438,7 +438,7 @@ def sanitizer(out: Path, quick: bool) -> bool:
     if program is None:
         print("# compute-sanitizer is not installed: memcheck and racecheck were not run", flush=True)
         return True
-    target = "from fastasr.benchmarks.device import launch_everything; launch_everything()"
+    target = "from fastasr.benchmarks.studies.device import launch_everything; launch_everything()"
     # Without torch's caching allocator, so that each tensor's end is the end of an allocation.
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     codes = []
@@ -491,7 +491,7 @@ def obstacle() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m fastasr.benchmarks.device",
+        prog="python -m fastasr.benchmarks.studies.device",
         description="All checks and benchmarks that need a GPU; writes reports and rows to a folder.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for reports and rows")
@@ -502,7 +502,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not reason and "tests" not in options.skip and not (ROOT / "tests" / "ops").is_dir():
         reason = f"no tests beside {ROOT}: use a checkout, installed with pip install -e, or --skip tests"
     if reason:
-        print(f"fastasr.benchmarks.device: {reason}", file=sys.stderr)
+        print(f"fastasr.benchmarks.studies.device: {reason}", file=sys.stderr)
         return 2
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory and time of our Zipformer encoder on long recordings: random weights, inference, one utterance.
 
-``python -m fastasr.benchmarks.long_audio [--minutes 2.5 5 10] [--chunk-size C] [--results FILE] [--out FILE]`` measures
-each length in a fresh process, adds the rows to a file and writes the picture. The memory is the resident set's
-high-water mark over what the process held with the model loaded: linear in time, as nothing of time by time exists. The
-time has a part that is not: every frame attends to all others unless there are chunks.
+``python -m fastasr.benchmarks.studies.long_audio [--minutes 2.5 5 10] [--chunk-size C] [--results FILE] [--out FILE]``
+measures each length in a fresh process, adds the rows to a file and writes the picture. The memory is the resident
+set's high-water mark over what the process held with the model loaded. It is linear in time, as nothing of time by
+time exists. Computing time is linear only with chunks: without them every frame attends to all others.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from fastasr.benchmarks.plots import COLOURS, png, pyplot
 from fastasr.benchmarks.rows import Row, merge, read
 from fastasr.benchmarks.upstream import BINS, SIZES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAME, FRAMES_PER_MINUTE = "zipformer_long_audio", 6000
 MINUTES = (2.5, 5.0, 10.0)
 
@@ -78,7 +78,7 @@ def run(size: str, frames: int, chunk_size: int) -> dict:
 def measure(size: str, minutes: float, chunk_size: int = -1, timeout: float | None = None) -> Row:
     """One length in a fresh process. Raises RuntimeError with its last words when it fails."""
     frames = round(minutes * FRAMES_PER_MINUTE)
-    command = [sys.executable, "-m", "fastasr.benchmarks.long_audio", "--run", str(frames)]
+    command = [sys.executable, "-m", "fastasr.benchmarks.studies.long_audio", "--run", str(frames)]
     command += ["--size", size, "--chunk-size", str(chunk_size)]
     environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
@@ -140,7 +140,9 @@ def figure(rows: Sequence[Row]):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastasr.benchmarks.long_audio", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fastasr.benchmarks.studies.long_audio", description=__doc__
+    )
     parser.add_argument("--minutes", type=float, nargs="*", default=MINUTES)
     parser.add_argument("--size", choices=sorted(SIZES), default="medium")
     parser.add_argument(

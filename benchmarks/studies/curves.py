@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and memory over the length of the input, from the rows whose case is called "length …".
 
-``python -m fastasr.benchmarks.curves [--results DIR] [--out DIR]`` writes one picture per op that has such rows.
+``python -m fastasr.benchmarks.studies.curves [--results DIR] [--out DIR]`` writes one picture per op with
+such rows.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, png, pyplot
 from fastasr.benchmarks.rows import Row, read_all
 from fastasr.benchmarks.table import title
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PREFIX = "length "
 
 
@@ -69,7 +70,7 @@ def _lines(axes, rows: Sequence[Row], value) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastasr.benchmarks.curves", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fastasr.benchmarks.studies.curves", description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "plots")
     options = parser.parse_args(arguments)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe on real speech: what a long run reaches, and how the same run goes on other kernels and models.
 
-    python -m fastasr.benchmarks.recipe RUNS     # from RUNS/main (long) and RUNS/<curve> (short): JSON, picture, page
-    python -m fastasr.benchmarks.recipe --encoder-run RUN ...    # finished runs of other encoders: their JSON, the page
-    python -m fastasr.benchmarks.recipe          # picture and page from what is committed; --check compares the page
+    python -m fastasr.benchmarks.studies.recipe RUNS  # from RUNS/main (long), RUNS/<curve> (short): JSON, picture, page
+    python -m fastasr.benchmarks.studies.recipe --encoder-run RUN ...  # other encoders: their JSON, the page
+    python -m fastasr.benchmarks.studies.recipe        # picture and page from the committed JSON; --check compares
 
 RUNS/main is a finished run of ``examples/train_transducer.py``. The curves are its first steps, from one seed, on
 fastasr's kernels, in eager, with the PyPI package's model swapped and as shipped, and once more on fastasr's kernels
@@ -24,11 +24,11 @@ from fastasr.benchmarks.markdown import put
 from fastasr.benchmarks.models import recipe_step
 from fastasr.benchmarks.plots import png, pyplot
 from fastasr.benchmarks.rows import Row, read_all
-from fastasr.benchmarks.swapped_training import moved_by_one_rounding, summary
+from fastasr.benchmarks.studies.swapped_training import moved_by_one_rounding, summary
 from fastasr.recipe import checkpoints, recogniser, sizes, speech, training
 from fastasr.recipe.curves import read, smoothed
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 REFERENCE, ROUNDED = "fastasr", "rounded"
 CURVES = {
     REFERENCE: {},
@@ -276,7 +276,7 @@ def _others(path: Path, runs: Sequence[Path], commit: str | None) -> dict[str, d
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 when ``--check`` finds a difference, 2 when a file cannot be used."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastasr.benchmarks.recipe",
+        prog="python -m fastasr.benchmarks.studies.recipe",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of the pruned joiner and its loss over rows and outputs, from the rows of ``pruned_transducer``.
 
-``python -m fastasr.benchmarks.transducer_memory [--results DIR] [--out FILE]`` writes the picture.
+``python -m fastasr.benchmarks.studies.transducer_memory [--results DIR] [--out FILE]`` writes the picture.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from fastasr.benchmarks.models.pruned_transducer import FASTASR, NAME, PART, UPS
 from fastasr.benchmarks.plots import COLOURS, png, pyplot
 from fastasr.benchmarks.rows import Row, read_all
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LABELS = {UPSTREAM: "fast_rnnt and an eager joiner", FASTASR: "fastasr"}
 
 
@@ -68,7 +68,7 @@ def figure(rows: Sequence[Row]):
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m fastasr.benchmarks.transducer_memory", description=__doc__
+        prog="python -m fastasr.benchmarks.studies.transducer_memory", description=__doc__
     )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "plots" / "pruned_transducer_memory.png")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many live streams a machine serves: streams paced in real time, each with a chunk every chunk's duration.
 
-    python -m fastasr.benchmarks.streaming_load             # measures, writes the JSON, the picture and the page
-    python -m fastasr.benchmarks.streaming_load --plot      # the picture and the page again; --check compares the page
+    python -m fastasr.benchmarks.studies.streaming_load           # measures, writes the JSON, the picture and the page
+    python -m fastasr.benchmarks.studies.streaming_load --plot    # the picture and the page again; --check compares
 
 The chunks of N streams arrive at their own phases; whatever waits is served in one call (at most ``--batch`` chunks,
 the oldest first). A chunk's latency is from its arrival to its output. N is sustained when 99 % of the latencies are
@@ -28,7 +28,7 @@ from fastasr.benchmarks.models.transcribe import LEFT_CONTEXT
 from fastasr.benchmarks.models.zipformer_streaming import PADDING
 from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, png, pyplot
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("engine fp32", "engine bf16", "engine int8", streaming_peers.SCRIPTED, streaming_peers.ONNX)
 FRAME = 0.02  # seconds of an encoder's frame, before its output is halved
 OVERLOAD = 4  # chunks of delay at which a run is given up
@@ -212,7 +212,7 @@ def block(found):
 def main(arguments=None):
     """Exit code: 0, 1 when ``--check`` finds a difference, 2 when something that is needed is missing."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastasr.benchmarks.streaming_load",
+        prog="python -m fastasr.benchmarks.studies.streaming_load",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
