@@ -33,7 +33,7 @@ def test_named_files_exist(page):
     for name in re.findall(
         r"`((?:fastasr|csrc|kernels|benchmarks|tests|scripts|docs|examples)/[\w./]+\.\w+)`", text
     ):
-        assert (ROOT / name).exists(), name
+        assert (ROOT / name).exists() or Path(name).stem == "scaled_sine", name  # the op that CONTRIBUTING invents
 
 
 def test_the_generated_tables_are_current():
