@@ -1,0 +1,710 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configurations of every Triton kernel that the launchers use at model shapes: kernel, constants, types, warps.
+
+A file of kernels has a function of its name here, with an underscore in front.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+ARCHITECTURES = (80, 90)
+
+
+@dataclass
+class Configuration:
+    """A kernel with everything that selects its code.
+
+    ``types``: element types of the pointers (other arguments are i32). ``divisible``: integers that Triton
+    knows to be multiples of 16. ``floats``: numbers that are fp32. ``stages``: of the pipeline of loads.
+    ``most_registers``: that a launcher allows each thread.
+    """
+
+    name: str
+    kernel: object
+    types: dict[str, str]
+    constants: dict
+    warps: int
+    divisible: tuple[str, ...] = ()
+    floats: tuple[str, ...] = ()
+    stages: int = 3  # Triton's own choice
+    architectures: tuple[int, ...] = ARCHITECTURES
+    most_registers: int | None = None  # the assembler's own choice
+
+
+def kernel_files() -> list[str]:
+    """The kernels' files, without those of what several kernels share."""
+    return sorted(path.stem for path in KERNELS.glob("[!_]*.py"))
+
+
+def configurations() -> list[Configuration]:
+    """What the launchers use at model shapes: every kernel, mask kind, tile shape and element type. Each file of
+    kernels has a function of its name here."""
+    missing = [name for name in kernel_files() if f"_{name}" not in globals()]
+    if missing:
+        raise LookupError(f"{__file__}: write _{missing[0]}(), the configurations of kernels/{missing[0]}.py")
+    return [configuration for name in kernel_files() for configuration in globals()[f"_{name}"]()]
+
+
+def _swoosh():
+    from fastasr.kernels import swoosh
+
+    kinds = {"no mask": 0, "full mask": 1, "row mask": 2, "column mask": 3}
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = dict.fromkeys(("X", "MASK", "Y", "GRAD", "DX"), dtype)
+        for label, kind in kinds.items():
+            if dtype == "fp16" and label != "column mask":
+                continue
+            tile = (
+                {"BLOCK_R": 8, "BLOCK_C": 256, "GROUPED": False}
+                if kind >= 2
+                else {"TAIL": False, "BLOCK": swoosh.BLOCK}
+            )
+            common = {"RIGHT": False, "KIND": kind, **tile, **({"MASK": None} if kind == 0 else {})}
+            forward, backward = (
+                (swoosh.forward_tile, swoosh.backward_tile)
+                if kind >= 2
+                else (swoosh.forward_flat, swoosh.backward_flat)
+            )
+            divisible = ("columns",)
+            yield Configuration(f"swoosh forward, {label}, {dtype}", forward, types, common, 4, divisible)
+            for output in (False, True):
+                constants = {**common, "OUTPUT": output, **({} if output else {"Y": None})}
+                name = f"swoosh backward{' + output' if output else ''}, {label}, {dtype}"
+                yield Configuration(name, backward, types, constants, 4, divisible)
+    types = dict.fromkeys(("X", "Y"), "bf16")
+    base = {"RIGHT": True, "KIND": 0, "MASK": None, "BLOCK": swoosh.BLOCK}
+    yield Configuration("swooshR forward, tail, bf16", swoosh.forward_flat, types, {**base, "TAIL": True}, 4)
+    types = dict.fromkeys(("X", "Y", "MASK"), "bf16")
+    narrow = {"RIGHT": True, "KIND": 3, "GROUPED": True, "BLOCK_R": 64, "BLOCK_C": 32}
+    yield Configuration(
+        "swooshR forward, groups, column mask of 32, bf16",
+        swoosh.forward_tile,
+        types,
+        narrow,
+        4,
+        ("columns",),
+    )
+    one = {"RIGHT": True, "KIND": 2, "GROUPED": False, "BLOCK_R": 64, "BLOCK_C": 32, "columns": 1}
+    yield Configuration("swooshR forward, row mask, one column, bf16", swoosh.forward_tile, types, one, 4)
+
+
+def _bias_norm():
+    from fastasr.kernels import bias_norm
+
+    parts = {"DBIAS_PARTS": "fp32", "DLOG_SCALE_PARTS": "fp32"}
+    sizes = {"fp32": (192, 512, 768, 2048, 8192), "bf16": (192, 512, 768, 2048, 8192), "fp16": (512,)}
+    for dtype, channels in sizes.items():
+        types = (
+            dict.fromkeys(("X", "BIAS", "LOG_SCALE", "Y", "GRAD", "DX", "DBIAS", "DLOG_SCALE"), dtype) | parts
+        )
+        for c in channels:
+            for kernel, least in (("forward", bias_norm.FORWARD_TILE), ("backward", 0)):
+                block_r, block_c, warps = bias_norm._blocks(c, least)
+                constants = {"BLOCK_R": block_r, "BLOCK_C": block_c}
+                function = getattr(bias_norm, f"{kernel}_kernel")
+                yield Configuration(
+                    f"bias_norm {kernel}, C={c}, {dtype}", function, types, constants, warps, ("C",)
+                )
+    mixed = dict.fromkeys(("BIAS", "LOG_SCALE", "Y", "GRAD", "DBIAS", "DLOG_SCALE"), "fp32") | parts
+    mixed |= {"X": "bf16", "DX": "bf16"}
+    for kernel, least in (("forward", bias_norm.FORWARD_TILE), ("backward", 0)):
+        block_r, block_c, warps = bias_norm._blocks(512, least)
+        constants = {"BLOCK_R": block_r, "BLOCK_C": block_c}
+        function = getattr(bias_norm, f"{kernel}_kernel")
+        yield Configuration(f"bias_norm {kernel}, C=512, x bf16", function, mixed, constants, warps, ("C",))
+    block_r, block_c, warps = bias_norm._blocks(1)
+    one = {"BLOCK_R": block_r, "BLOCK_C": block_c, "C": 1}  # Triton makes integers that are 1 constants
+    yield Configuration("bias_norm backward, C=1, x bf16", bias_norm.backward_kernel, mixed, one, warps)
+    for block_p, warps in ((128, 4), (2048, 16)):
+        constants = {"BLOCK_P": block_p, "BLOCK_C": 16}
+        name = f"bias_norm parts, {block_p}"
+        yield Configuration(name, bias_norm.add_parts_kernel, mixed, constants, warps, ("C",))
+
+
+def _bypass():
+    from fastasr.kernels import bypass
+
+    names = ("X_ORIG", "X", "SCALE", "Y", "GRAD", "DX_ORIG", "DX", "DSCALE")
+    every = {dtype: dict.fromkeys(names, dtype) for dtype in ("fp32", "bf16", "fp16")}
+    every["x bf16"] = every["fp32"] | {"X": "bf16", "DX": "bf16"}
+    for dtype, types in every.items():
+        types = types | {"PARTS": "fp32"}
+        for block_c in (256, 32) if dtype in ("fp32", "bf16") else (256,):
+            constants = {"BLOCK_R": 2048 // block_c, "BLOCK_C": block_c}
+            for kernel in ("forward", "backward"):
+                function = getattr(bypass, f"{kernel}_kernel")
+                name = f"bypass {kernel}, tile {2048 // block_c}x{block_c}, {dtype}"
+                yield Configuration(name, function, types, constants, 4, ("columns",))
+    one = {"BLOCK_R": 64, "BLOCK_C": 32, "columns": 1}
+    types = every["fp32"] | {"PARTS": "fp32"}
+    yield Configuration("bypass backward, one column, fp32", bypass.backward_kernel, types, one, 4)
+    for block_p in (128, bypass.MAX_PROGRAMS):
+        constants = {"BLOCK_P": block_p, "BLOCK_C": 16}
+        types = {"PARTS": "fp32", "DSCALE": "fp32"}
+        yield Configuration(
+            f"bypass parts, {block_p}", bypass.add_parts_kernel, types, constants, 4, ("columns",)
+        )
+
+
+def _nonlin_attention():
+    from fastasr.kernels import nonlin_attention as module
+
+    names = ("P", "X", "SUMS", "Y", "U", "GRAD", "DX", "DP")
+    tile = {"BLOCK_T": module.BLOCK_T, "BLOCK_C": module.BLOCK_C}
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = dict.fromkeys(names, dtype)
+        for kernel in ("gate", "product", "operands", "gradient"):
+            function = getattr(module, f"{kernel}_kernel")
+            constants = tile if kernel == "product" else tile | {"PRECISE": dtype == "fp32"}
+            name = f"nonlin_attention {kernel}, {dtype}"
+            divisible = ("width", "stride")
+            yield Configuration(name, function, types, constants, module.NUM_WARPS, divisible)
+
+
+def _residual_norm():
+    from fastasr.kernels import residual_norm
+
+    elements = {"forward": residual_norm.FORWARD_ELEMENTS, "backward": residual_norm.BACKWARD_ELEMENTS}
+    inputs, outputs = ("X", "UPDATE", "CANDIDATE", "HIDDEN", "GRAD"), ("Y", "DX", "DUPDATE", "DSUM")
+    wide = dict.fromkeys(("MASK", "WEIGHT", "BIAS", "DWEIGHT", "DBIAS"), "fp32")
+    shares = {"fp32": "fp64", "bf16": "fp32", "fp16": "fp32"}
+    plain = {"CANDIDATE": None, "HIDDEN": None, "MASK": None, "ACTIVATION": 0}
+    gated, masked = {"MASK": None, "ACTIVATION": 1}, {"ACTIVATION": 1}
+    strides = ("C", "x_stride", "update_stride", "candidate_stride", "hidden_stride")
+
+    def configuration(label: str, kernel: str, dtype: str, channels: int, constants: dict):
+        block_r, block_c, warps = residual_norm._blocks(channels, elements[kernel])
+        return Configuration(
+            f"residual_norm {kernel}, {label}, {dtype}",
+            getattr(residual_norm, f"{kernel}_kernel"),
+            dict.fromkeys((*inputs, *outputs), dtype) | wide | {"PARTS": shares[dtype]},
+            constants | {"BLOCK_R": block_r, "BLOCK_C": block_c},
+            warps,
+            strides if channels > 1 else (),
+            ("eps",),
+        )
+
+    for kernel in elements:
+        for dtype in ("fp32", "bf16"):
+            for channels in (128, 512, 4096):
+                yield configuration(f"gated, C={channels}", kernel, dtype, channels, gated)
+            yield configuration("gated, mask, C=512", kernel, dtype, 512, masked)
+            yield configuration("C=512", kernel, dtype, 512, plain)
+        for number, name in ((0, "identity"), (3, "tanh"), (4, "gelu")):
+            yield configuration(f"{name}, C=512", kernel, "fp32", 512, {**gated, "ACTIVATION": number})
+        yield configuration("gated, C=512", kernel, "fp16", 512, gated)
+    ones = dict.fromkeys(strides, 1)  # Triton makes integers that are 1 constants
+    yield configuration("C=1, gated", "backward", "fp32", 1, {**gated, **ones})
+    for block_p, warps in ((128, 4), (2048, 16)):
+        constants = {"BLOCK_P": block_p, "BLOCK_C": 16}
+        for dtype in ("fp32", "fp64"):
+            name = f"residual_norm parts, {block_p}, {dtype}"
+            types = wide | {"PARTS": dtype}
+            yield Configuration(name, residual_norm.add_parts_kernel, types, constants, warps, ("C",))
+
+
+def _linear_activation():
+    from fastasr.kernels import linear_activation as kernels
+
+    flat = {"TAIL": False, "BLOCK": kernels.BLOCK}
+    tile = {"BLOCK_R": kernels.BLOCK_R, "BLOCK_C": kernels.BLOCK_C}
+    for dtype in ("fp32", "bf16"):
+        types = dict.fromkeys(("Z", "Y", "GRAD", "DZ"), dtype) | {"PARTS": "fp32"}
+        for label, number in (("silu", 1), ("gelu", 4)):
+            for name, kernel, constants in (
+                ("forward", kernels.forward_kernel, flat),
+                ("backward", kernels.backward_kernel, tile),
+            ):
+                name = f"linear_activation {name}, {label}, {dtype}"
+                constants = {"ACTIVATION": number, **constants}
+                yield Configuration(name, kernel, types, constants, kernels.NUM_WARPS, ("C",))
+
+
+def _depthwise_conv2d():
+    from fastasr.kernels import depthwise_conv2d as conv
+
+    tile = {"RESIDUAL": False, "BLOCK_R": conv.BLOCK_R, "BLOCK_C": conv.BLOCK_C}
+    sums = {"TAPS": conv.TAPS, "BLOCK_S": conv.BLOCK_S, "BLOCK_C": conv.BLOCK_C}
+    parts = {"BLOCK_P": conv.MAX_PARTS, "BLOCK_C": conv.BLOCK_C}
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = dict.fromkeys(("X", "TABLE", "BIAS", "Y", "G", "DWEIGHT", "DBIAS"), dtype) | {"PARTS": "fp32"}
+        for name, kernel, constants in (
+            ("forward", conv.forward_kernel, tile),
+            ("input gradient", conv.forward_kernel, {**tile, "BIAS": None}),
+            ("weight gradient", conv.weight_gradient_kernel, sums),
+            ("parts", conv.add_parts_kernel, parts),
+        ):
+            name = f"depthwise_conv2d {name}, {dtype}"
+            yield Configuration(name, kernel, types, constants, conv.NUM_WARPS, ("C",))
+
+
+def _depthwise_conv_residual():
+    from fastasr.kernels import depthwise_conv2d as conv
+
+    tile = {"RESIDUAL": True, "BLOCK_R": conv.BLOCK_R, "BLOCK_C": conv.BLOCK_C}
+    sums = {"TAPS": conv.TAPS, "BLOCK_S": conv.BLOCK_S, "BLOCK_C": conv.BLOCK_C}
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = dict.fromkeys(("X", "Y", "G"), dtype) | dict.fromkeys(("TABLE", "BIAS", "PARTS"), "fp32")
+        for name, kernel, constants in (
+            ("forward", conv.forward_kernel, tile),
+            ("input gradient", conv.forward_kernel, {**tile, "BIAS": None}),
+            ("weight gradient", conv.weight_gradient_kernel, sums),
+        ):
+            name = f"depthwise_conv_residual {name}, {dtype}"
+            yield Configuration(name, kernel, types, constants, conv.NUM_WARPS, ("C",))
+
+
+def _gated_depthwise_conv():
+    from fastasr.kernels import gated_depthwise_conv as conv
+
+    inputs = ("H", "CACHE", "WEIGHT", "CAUSAL_WEIGHT", "CHUNK_SCALE", "BIAS", "CAUSAL_BIAS", "GRAD")
+    between = ("U", "Q", "R", "V", "G")
+    outputs = ("Y", "DH", "DCACHE", "DWEIGHT", "DBIAS", "DCAUSAL_WEIGHT", "DCAUSAL_BIAS", "DCHUNK_SCALE")
+    chunk_causal = ("CACHE", "CAUSAL_WEIGHT", "CHUNK_SCALE", "CAUSAL_BIAS", "DCACHE", "DCAUSAL_WEIGHT")
+    absent = dict.fromkeys((*chunk_causal, "DCAUSAL_BIAS"))
+    divisible = ("C", "time_stride", "batch_stride", "grad_time_stride", "grad_batch_stride")
+    tile = {"BLOCK_T": conv.BLOCK_T, "BLOCK_C": conv.BLOCK_C}
+    sums = {"BLOCK_R": conv.BLOCK_R, "BLOCK_C": conv.BLOCK_C}
+    for dtype in ("fp32", "bf16"):
+        types = dict.fromkeys((*inputs, *between, *outputs), dtype)
+        types |= {"MASK": "u8", "TABLE": "fp32", "PARTS": "fp32"}
+        for form, none in (("plain", absent), ("chunks", {})):
+            chunked = {"CHUNKED": form == "chunks"}
+            outer = {"RIGHT": True, **tile, **chunked, **none}
+            only_q = dict.fromkeys(("R", "V")) if form == "plain" else {}
+            for kernel, constants in (
+                ("gate", {**tile, "BLOCK_K": conv.BLOCK_K, **none}),
+                ("forward", outer),
+                ("output_gradient", outer | only_q),
+                ("input_gradient", {**tile, **chunked, **none}),
+                ("weight_gradient", {**sums, **chunked, "TAPS": conv.TAPS}),
+                ("add_parts", {"BLOCK_P": conv.MAX_PARTS, "BLOCK_C": conv.BLOCK_C, **none}),
+            ):
+                name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, {form}, {dtype}"
+                function = getattr(conv, f"{kernel}_kernel")
+                yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
+        name = f"gated_depthwise_conv edge gradient, chunks, {dtype}"
+        yield Configuration(name, conv.edge_gradient_kernel, types, sums, conv.NUM_WARPS, divisible)
+
+
+def _conv_spatial_gate():
+    from fastasr.kernels import conv_spatial_gate as gate
+    from fastasr.kernels import depthwise_conv2d as conv
+    from fastasr.kernels import residual_norm
+
+    like = ("X", "U", "Y", "GRAD", "Q", "G", "DX")
+    parameters = ("NORM_WEIGHT", "NORM_BIAS", "WEIGHT", "BIAS", "TABLE", "DWEIGHT", "DBIAS")
+    divisible = ("C", "x_batch", "x_time")
+    tile = {"BLOCK_R": gate.BLOCK_R, "BLOCK_C": gate.BLOCK_C}
+    rows = {"normalise": residual_norm.FORWARD_ELEMENTS, "norm_gradient": residual_norm.BACKWARD_ELEMENTS}
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = dict.fromkeys(like, dtype) | dict.fromkeys(parameters, "fp32") | {"MASK": "u8"}
+        types |= {"PARTS": "fp64" if dtype == "fp32" else "fp32"}
+        for activation, label in ((0, ""), (4, ", gelu")):
+            constants = {**tile, "ACTIVATION": activation}
+            for name in ("forward", "output_gradient"):
+                kernel = getattr(gate, f"{name}_kernel")
+                name = f"conv_spatial_gate {name.replace('_', ' ')}{label}, {dtype}"
+                yield Configuration(name, kernel, types, constants, gate.NUM_WARPS, divisible)
+        name = f"conv_spatial_gate input gradient, {dtype}"
+        yield Configuration(name, gate.input_gradient_kernel, types, tile, gate.NUM_WARPS, divisible)
+        if dtype == "fp16":
+            continue
+        for channels in (512, 1536):
+            for name, elements in rows.items():
+                block_r, block_c, warps = residual_norm._blocks(channels, elements)
+                constants = {"BLOCK_R": block_r, "BLOCK_C": block_c, "MASK": None}
+                constants |= {"TILE_K": gate.BLOCK_K, "TILE_C": gate.BLOCK_C}
+                kernel = getattr(gate, f"{name}_kernel")
+                name = f"conv_spatial_gate {name.replace('_', ' ')}, C={channels}, {dtype}"
+                yield Configuration(name, kernel, types, constants, warps, divisible, ("eps",))
+    types = {"G": "bf16", "X": "bf16", "PARTS": "fp32"}
+    sums = {"TAPS": conv.TAPS, "BLOCK_S": conv.BLOCK_S, "BLOCK_C": conv.BLOCK_C}
+    sums |= {"taps_t": 1}  # Triton makes integers that are 1 constants
+    name = "conv_spatial_gate weight gradient, bf16"
+    yield Configuration(name, conv.weight_gradient_kernel, types, sums, conv.NUM_WARPS, ("C",))
+
+
+def _layer_norm_lstm():
+    from fastasr.kernels import layer_norm_lstm as module
+
+    like = ("PRODUCT", "WEIGHT", "DGATES")
+    wide = (
+        "GATE_WEIGHT",
+        "GATE_BIAS",
+        "CELL_WEIGHT",
+        "CELL_BIAS",
+        "RECURRENT",
+        "HIDDEN",
+        "CELL",
+        "Y",
+        "NORMED",
+        "SCALES",
+    )
+    wide += ("GRAD", "DHIDDEN", "DCELL", "BEFORE")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for dtype in dtypes:
+        types = dict.fromkeys(like, dtype) | dict.fromkeys(wide, "fp32") | {"ARRIVED": "i32", "PARTS": "fp64"}
+        for units, batch, label in ((512, 16, ""), (512, 1, ", one step")):
+            shape = module.shapes(units, batch, 128, dtypes[dtype])
+            warps, stages, registers = (shape.pop(key) for key in ("num_warps", "num_stages", "maxnreg"))
+            absent = {"ARRIVED": None, "NORMED": None, "SCALES": None} if batch == 1 else {}
+            for name in ("forward",) if batch == 1 else ("forward", "backward"):
+                kernel = getattr(module, f"{name}_kernel")
+                name = f"layer_norm_lstm {name}, H={units}{label}, {dtype}"
+                yield Configuration(
+                    name,
+                    kernel,
+                    types,
+                    shape | absent,
+                    warps,
+                    ("units",),
+                    ("eps",),
+                    stages,
+                    most_registers=registers,
+                )
+    constants = {"BLOCK_R": module.PART_ROWS, "BLOCK_C": module.BLOCK_P}
+    divisible = ("row", "columns")
+    yield Configuration(
+        "layer_norm_lstm norm gradient", module.norm_gradient_kernel, types, constants, 4, divisible
+    )
+
+
+def _toeplitz_attention():
+    from fastasr.kernels import toeplitz_attention as module
+
+    like = [
+        "X",
+        "VALUE",
+        "GATE",
+        "GRAD",
+        "MIXED",
+        "QUERY",
+        "KEY",
+        "ACTIVE",
+        "G",
+        "DGATE",
+        "Y",
+        "DVALUE",
+        "DX",
+    ]
+    wide = [
+        "WEIGHT",
+        "SHIFT",
+        "BIAS",
+        "DROPOUT",
+        "ALONG",
+        "DQUERY",
+        "DKEY",
+        "MAXIMUM",
+        "INVERSE",
+        "REST",
+        "PARTS",
+        "OUT",
+        "DBIAS",
+    ]
+    strides = [f"{name}_{of}" for name in ("x", "value", "gate", "grad") for of in ("time", "batch")]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    plain = {"HIDDEN": None, "DROPOUT": None}
+    extra = {"prepare": module.PREPARE, "parameters": module.PARAMETERS}
+
+    def configuration(
+        name: str, label: str, dtype: str, d: int = 128, v: int = 1024, only: int = 0, **constants
+    ):
+        width, shapes = module.tiles(d, v, dtypes[dtype], only == 90, "DROPOUT" not in constants)
+        options = dict(shapes[name] if name in shapes else extra.get(name, {"num_warps": 4}))
+        warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
+        pointers = dict.fromkeys(like, dtype) | dict.fromkeys(wide, "fp32")
+        pointers |= {"PADDING": "i8", "HIDDEN": "i8"} | ({"PARTS": "fp64"} if dtype == "fp32" else {})
+        return Configuration(
+            f"toeplitz_attention {name}{label and ', ' + label}, d={d}, V={v}, {dtype}",
+            getattr(module, f"{name}_kernel"),
+            pointers,
+            {"CAUSAL": True, "ACTIVATION": 1, "WIDTH": width} | options | constants,
+            warps,
+            ("D", "V", *strides, "out_time"),
+            ("scale",),
+            stages,
+            (only,) if only else ARCHITECTURES,
+        )
+
+    for dtype in dtypes:
+        for name in ("forward", "queries", "keys", "values"):
+            if dtype == "fp16" and name != "forward":
+                continue
+            for only in (0,) if dtype == "fp32" else ARCHITECTURES:
+                yield configuration(name, "", dtype, only=only, **plain)
+                if dtype == "fp16":
+                    continue
+                yield configuration(name, "both ways, padding, dropout", dtype, only=only, CAUSAL=False)
+                if dtype == "bf16":
+                    yield configuration(name, "", dtype, 256, 512, only, **plain)
+    for dtype in ("fp32", "bf16"):
+        forward = dict.fromkeys(("GATE", "GRAD", "MIXED", "G", "DGATE", "ALONG"))
+        yield configuration("prepare", "forward, padding", dtype, **forward)
+        yield configuration("prepare", "backward", dtype, PADDING=None, HIDDEN=None)
+        yield configuration("parameters", "", dtype)
+        for block_p in (128, module.MAX_PARTS):
+            yield configuration("add_parts", f"parts, {block_p}", dtype, BLOCK_P=block_p, BLOCK_C=16)
+        yield configuration("add_diagonals", "", dtype, BLOCK=64, BLOCK_P=16)
+
+
+def _segment_attention():
+    from fastasr.kernels import segment_attention as module
+
+    like = ("Q", "K", "V", "G", "Y", "DQ", "DK", "DV")
+    wide = dict.fromkeys(("MAXIMUM", "INVERSE", "DELTA", "DROPOUT"), "fp32")
+    bounds = dict.fromkeys(("LENGTHS", "HISTORY"), "i64")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    strides = [f"{name}_{of}" for name in "gqkv" for of in ("time", "batch")] + ["y_time"]
+
+    def configuration(name: str, label: str, dtype: str, dim: int = 64, lanes: int = 1876):
+        everything = "dropout" in label
+        options = dict(module.tiles(dim, dtypes[dtype], lanes, everything)[name])
+        warps, stages = options.pop("num_warps"), options.pop("num_stages")
+        absent = [
+            *(() if everything else ("DROPOUT",)),
+            *(() if everything or "step" in label else ("HISTORY",)),
+            *(() if everything else ("LENGTHS",)),
+        ]
+        fixed = {"DIM": dim, "HAS_MEMORY": everything or "step" in label} | dict.fromkeys(absent)
+        return Configuration(
+            f"segment_attention {name}{label and ', ' + label}, {dtype}",
+            getattr(module, f"{name}_kernel"),
+            dict.fromkeys(like, dtype) | wide | bounds,
+            fixed | options,
+            warps,
+            strides,
+            ("scale",),
+            stages,
+        )
+
+    for dtype in ("fp32", "bf16"):
+        for name in ("forward", "queries", "keys"):
+            yield configuration(name, "", dtype)
+            yield configuration(name, "memory, dropout, lengths, history", dtype)
+            if dtype == "bf16":
+                yield configuration(name, "odd sizes", dtype, 150)
+    yield configuration("forward", "", "fp16")
+    yield configuration("forward", "a step of a stream", "bf16", lanes=21)
+
+
+def _zipformer_attention_weights():
+    from fastasr.kernels import zipformer_attention_weights as module
+
+    like = ("X", "K", "R", "W", "GRAD", "DX", "DS", "DK")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    strides = [f"{name}_{of}" for name in ("x", "k") for of in ("time", "batch")]
+    strides += [f"{name}_{of}" for name in ("g", "w") for of in ("head", "batch", "row")] + ["ds_row"]
+    masked = {"PADDING": "u8", "MASK": "u8"}
+
+    def configuration(
+        name: str, label: str, dtype: str, keys: int = 1500, dim: int = 32, pos_dim: int = 4, **constants
+    ):
+        shapes = module.tiles(keys, dim, pos_dim, dtypes[dtype], "mask" in label, "PENALTY" in constants)
+        options = dict(shapes[name])
+        warps, stages = options.pop("num_warps"), options.pop("num_stages")
+        packed = pos_dim == 4 and dtype != "fp32"
+        pointers = dict.fromkeys(like, dtype) | masked | ({"R": "i64"} if packed else {})
+        pointers["PARTS"] = "fp64" if dtype == "fp32" else "fp32"
+        fixed = {"DIM": dim, "POS_DIM": pos_dim, "PACKED": packed, "WIDE_POS": pos_dim, "PENALTY": False}
+        fixed |= {"WINDOW": "chunks" in label} | ({} if "mask" in label else dict.fromkeys(masked))
+        return Configuration(
+            f"zipformer_attention_weights {name}{label and ', ' + label}, {dtype}",
+            getattr(module, f"{name}_kernel"),
+            pointers,
+            fixed | options | constants,
+            warps,
+            strides,
+            ("penalty", "limit"),
+            stages,
+        )
+
+    for dtype in dtypes:
+        for name in ("forward", "queries", "keys", "positions"):
+            yield configuration(name, "", dtype)
+            if dtype == "fp16":
+                continue
+            if name in ("forward", "queries"):
+                yield configuration(name, "chunks, padding, mask", dtype)
+            if name == "forward":
+                for keys in (50,) if dtype == "fp32" else (100, 200, 400):
+                    yield configuration(name, f"{keys} keys", dtype, keys)
+            if name == "queries":
+                yield configuration(name, "penalty", dtype, PENALTY=True)
+            if name == "keys":
+                yield configuration(name, "chunks", dtype)
+            yield configuration(name, "odd sizes", dtype, 1500, 40, 6)
+    for dtype in ("fp32", "bf16"):
+        types = {"PARTS": "fp64" if dtype == "fp32" else "fp32", "OUT": dtype}
+        constants = {"BLOCK": module.PARTS["BLOCK"]}
+        name = f"zipformer_attention_weights parts, {dtype}"
+        yield Configuration(
+            name, module.add_parts_kernel, types, constants, module.PARTS["num_warps"], ("size",)
+        )
+
+
+def _zipformer_attention():
+    from fastasr.kernels import zipformer_attention as module
+
+    like = ("X", "K", "R", "V", "G", "Y", "DX", "DS", "DK", "DV")
+    wide = dict.fromkeys(("MAXIMUM", "INVERSE", "DELTA"), "fp32")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    strides = [f"{name}_{of}" for name in ("x", "k", "v") for of in ("time", "batch")] + ["ds_row"]
+    masked = {"PADDING": "u8", "MASK": "u8"}
+
+    def configuration(
+        name: str, label: str, dtype: str, dim: int = 32, pos_dim: int = 4, value_dim: int = 12
+    ):
+        options = dict(module.tiles(dim, pos_dim, value_dim, dtypes[dtype], "mask" in label)[name])
+        warps, stages = options.pop("num_warps"), options.pop("num_stages")
+        packed = pos_dim == 4 and dtype != "fp32"
+        fixed = {
+            "DIM": dim,
+            "POS_DIM": pos_dim,
+            "VALUE_DIM": value_dim,
+            "PACKED": packed,
+            "WIDE_POS": pos_dim,
+        }
+        fixed |= {"WINDOW": "chunks" in label} | ({} if "mask" in label else dict.fromkeys(masked))
+        return Configuration(
+            f"zipformer_attention {name}{label and ', ' + label}, {dtype}",
+            getattr(module, f"{name}_kernel"),
+            dict.fromkeys(like, dtype) | wide | masked | ({"R": "i64"} if packed else {}),
+            fixed | options,
+            warps,
+            strides,
+            stages=stages,
+        )
+
+    for dtype in dtypes:
+        for name in ("forward", "queries", "keys"):
+            yield configuration(name, "", dtype)
+            if dtype == "fp16":
+                continue
+            yield configuration(name, "chunks, padding, mask", dtype)
+            yield configuration(name, "V=144", dtype, value_dim=144)
+            yield configuration(name, "odd sizes", dtype, 40, 6, 20)
+
+
+def _rel_attention():
+    from fastasr.kernels import rel_attention as module
+
+    like = ("Q", "K", "V", "POS", "U", "W", "Y", "G", "DS", "DQ", "DK", "DV", "DU", "DW")
+    wide = dict.fromkeys(("LSE", "INVERSE", "DELTA", "CONTENT"), "fp32")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    strides = [f"{name}_{of}" for name in ("q", "v") for of in ("time", "batch")] + ["ds_row", "width"]
+    masks = {"PADDING": "u8", "MASK": "u8"}
+
+    def configuration(name: str, label: str, dtype: str, dim: int = 64, value: int = 64, only: int = 0):
+        hiding = "mask" in label
+        shapes = module.tiles(dim, value, dtypes[dtype], only == 90, hiding) | {"biases": module.BIASES}
+        options = dict(shapes[name])
+        warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
+        types = dict.fromkeys(like, dtype) | wide | masks | {"PARTS": "fp64" if dtype == "fp32" else "fp32"}
+        absent = [mask for mask, word in (("PADDING", "padding"), ("MASK", "mask")) if word not in label]
+        return Configuration(
+            f"rel_attention {name}{label and ', ' + label}, {dtype}",
+            getattr(module, f"{name}_kernel"),
+            types | ({"DQ": "fp32"} if name == "queries" else {}),
+            {"DIM": dim, "VALUE_DIM": value, **dict.fromkeys(absent)} | options,
+            warps,
+            strides,
+            ("scale",),
+            stages,
+            (only,) if only else ARCHITECTURES,
+        )
+
+    for name in ("forward", "statistics", "queries", "keys"):
+        for only in ARCHITECTURES if name == "forward" else (0,):  # whose tiles depend on the generation
+            yield configuration(name, "padding", "bf16", only=only)
+        yield configuration(name, "padding, mask", "bf16")
+        yield configuration(name, "padding, mask", "fp32")
+        yield configuration(name, "d=144, padding", "bf16", 144, 144)
+    for dtype in ("fp32", "bf16"):
+        for name in ("offsets", "positions", "biases"):
+            yield configuration(name, "", dtype)
+
+
+def _rnnt_joiner():
+    from fastasr.kernels import rnnt_joiner as module
+
+    like = dict.fromkeys(("AM", "LM", "HIDDEN", "WEIGHT", "BIAS", "DLOGITS", "DAM"))
+    wide = dict.fromkeys(("PX", "PY", "GX", "GY", "DHIDDEN", "DA", "DLM"), "fp32")
+    types = wide | dict.fromkeys(("STARTS", "SYMBOLS", "BOUNDARY"), "i64") | {"NORMALISER": "fp64"}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    extra = {"hidden": module.HIDDEN, "frame_gradient": module.FRAME, "context_gradient": module.CONTEXT}
+
+    def configuration(name: str, label: str, dtype: str, d: int = 512, **constants):
+        options = dict(extra[name] if name in extra else module.tiles(d, dtypes[dtype]))
+        warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
+        precise = {"PRECISE": dtype == "fp32"} if name == "frame_gradient" else {}
+        return Configuration(
+            f"rnnt_joiner {name.replace('_', ' ')}{label and ', ' + label}, D={d}, {dtype}",
+            getattr(module, f"{name}_kernel"),
+            types | dict.fromkeys(like, dtype) | {"PARTS": "fp64" if dtype == "fp32" else "fp32"},
+            {"ACTIVATION": 3, "HAT": False} | options | precise | constants,
+            warps,
+            ("width", "d_stride", *(("D", "V") if d % 16 == 0 else ())),
+            stages=stages,
+        )
+
+    for dtype in dtypes:
+        for name in ("scores", "logits_gradient"):
+            yield configuration(name, "", dtype)
+            if dtype == "fp16":
+                continue
+            yield configuration(name, "HAT", dtype, HAT=True, BOUNDARY=None, BIAS=None)
+            if dtype == "bf16":
+                yield configuration(name, "odd sizes", dtype, d=100)
+        if dtype == "fp16":
+            continue
+        for name in extra:
+            yield configuration(name, "", dtype)
+        yield configuration("hidden", "relu, odd sizes", dtype, d=100, ACTIVATION=2, BOUNDARY=None)
+
+
+def _rnnt_lattice():
+    from fastasr.kernels import rnnt_lattice as module
+
+    names = ("X", "Y", "SCORES", "SHARES", "COLUMN", "GRAD", "DX", "DY")
+    types = dict.fromkeys(names, "fp32") | {"BOUNDARY": "i64"}
+    for frames in (40, 750, 2000):
+        lanes, warps = module._lanes(frames)
+        for modified in (False, True):
+            constants = {"BLOCK": lanes, "MODIFIED": modified}
+            label = f"{'modified' if modified else 'regular'}, T={frames}"
+            for kernel in ("forward", "backward"):
+                function = getattr(module, f"{kernel}_kernel")
+                yield Configuration(
+                    f"rnnt_lattice {kernel}, {label}", function, types, constants, warps, ("share_row",)
+                )
+    lanes, warps = module._lanes(750)
+    constants = {"BLOCK": lanes, "MODIFIED": False, "BOUNDARY": None}
+    yield Configuration(
+        "rnnt_lattice forward, no shares, T=750",
+        module.forward_kernel,
+        types,
+        constants | {"SHARES": None},
+        warps,
+    )
+
+
+def _rnnt_pruned_lattice():
+    from fastasr.kernels import rnnt_pruned_lattice as module
+
+    names = ("X", "Y", "SCORES", "SHARES", "GRAD", "DX", "DY")
+    types = dict.fromkeys(names, "fp32") | {"BOUNDARY": "i64", "STARTS": "i64"}
+    for window in (5, 16):
+        lanes, warps = module._lanes(window)
+        for modified in (False, True):
+            label = f"{'modified' if modified else 'regular'}, R={window}"
+            for kernel in ("forward", "backward"):
+                function = getattr(module, f"{kernel}_kernel")
+                constants = {"BLOCK": lanes, "MODIFIED": modified}
+                yield Configuration(
+                    f"rnnt_pruned_lattice {kernel}, {label}", function, types, constants, warps
+                )
