@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings/attention_problem.h"
+#include "bindings/sizes.h"
 
 namespace fastasr {
 namespace {
@@ -26,9 +27,9 @@ struct RelAttentionTensors {
 };
 
 RelAttention checked(const RelAttentionTensors& t, const char* op) {
-  const auto check = [&](const Tensor& x, int64_t elements, const char* name) {
+  const auto check = [&](const Tensor& x, std::initializer_list<int64_t> sizes, const char* name) {
     check_like(x, t.q, op, name);
-    STD_TORCH_CHECK(x.numel() == elements, op, ": sizes of ", name);
+    STD_TORCH_CHECK(has_sizes(x, sizes), op, ": sizes of ", name);
   };
   STD_TORCH_CHECK(t.q.dim() == 4 && t.v.dim() == 4 && t.q.size(2) > 0 && t.q.size(3) > 0 && t.v.size(3) > 0, op,
                   ": sizes of q or v");
@@ -36,10 +37,12 @@ RelAttention checked(const RelAttentionTensors& t, const char* op) {
   AttentionProblem& a = r.problem;
   a.batch = t.q.size(0), a.frames = t.q.size(1), a.heads = t.q.size(2), a.query_dim = a.pos_dim = t.q.size(3);
   a.pos_batch = 1, a.chunk = -1, a.left_chunks = -1, r.value_dim = t.v.size(3);
-  check(t.q, t.q.numel(), "q"), check(t.k, t.q.numel(), "k");
-  check(t.v, a.batch * a.frames * a.heads * r.value_dim, "v");
-  check(t.pos, a.offsets() * a.heads * a.query_dim, "pos");
-  check(t.bias_u, a.heads * a.query_dim, "bias_u"), check(t.bias_v, a.heads * a.query_dim, "bias_v");
+  check(t.q, {a.batch, a.frames, a.heads, a.query_dim}, "q");
+  check(t.k, {a.batch, a.frames, a.heads, a.query_dim}, "k");
+  check(t.v, {a.batch, a.frames, a.heads, r.value_dim}, "v");
+  check(t.pos, {a.offsets(), a.heads, a.query_dim}, "pos");
+  check(t.bias_u, {a.heads, a.query_dim}, "bias_u");
+  check(t.bias_v, {a.heads, a.query_dim}, "bias_v");
   set_masks(a, t.padding, t.mask, op);
   return r;
 }

@@ -7,6 +7,7 @@
 
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
+#include "bindings/sizes.h"
 
 namespace fastasr {
 namespace {
@@ -25,7 +26,7 @@ cpu::Sequence<const T> sequence(const Tensor& t, const Tensor& query, int64_t ro
 
 const int64_t* integers(const Optional& t, int64_t count, const char* op, const char* name) {
   if (!t) return nullptr;
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->is_contiguous() && t->numel() == count, op, ": ", name);
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->is_contiguous() && has_sizes(*t, {count}), op, ": ", name);
   return data<int64_t>(*t);
 }
 
@@ -46,7 +47,7 @@ cpu::SegmentAttention<T> checked(const Tensor& query, const Tensor& key, const T
   p.history = integers(history, 2, op, "history");
   if (dropout) {
     STD_TORCH_CHECK(dropout->scalar_type() == kComputeType<T> && dropout->is_contiguous() &&
-                        dropout->numel() == p.units() * p.queries() * p.lanes(),
+                        has_sizes(*dropout, {p.batch, p.heads, p.queries(), p.lanes()}),
                     op, ": dropout");
     p.dropout = data<cpu::compute_t<T>>(*dropout);
   }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings/pooled.h"
+#include "bindings/sizes.h"
 #include "cpu/activation.h"
 
 namespace fastasr {
@@ -46,23 +47,23 @@ cpu::ToeplitzAttention<T> checked(const Inputs& in, const char* op) {
   p.size = std::max<int64_t>(1, in.chunk_size > 0 ? std::min(in.chunk_size, p.length) : p.length);
   p.count = (p.length + p.size - 1) / p.size;
   for (const Tensor* t : {&in.qk_weight, &in.qk_bias})
-    STD_TORCH_CHECK(t->scalar_type() == kComputeType<T> && t->is_contiguous() && t->numel() == 2 * p.d, op,
+    STD_TORCH_CHECK(t->scalar_type() == kComputeType<T> && t->is_contiguous() && has_sizes(*t, {2, p.d}), op,
                     ": qk_weight and qk_bias");
   p.reach = (in.position_bias.numel() - 1) / 2;
   STD_TORCH_CHECK(in.position_bias.scalar_type() == kComputeType<T> && in.position_bias.is_contiguous() &&
-                      in.position_bias.numel() % 2 == 1 && p.reach + 1 >= p.size,
+                      in.position_bias.dim() == 1 && in.position_bias.numel() % 2 == 1 && p.reach + 1 >= p.size,
                   op, ": position_bias");
   p.qk_weight = data<C>(in.qk_weight), p.qk_bias = data<C>(in.qk_bias);
   p.position_bias = data<C>(in.position_bias) + p.reach;
   if (in.padding) {
     STD_TORCH_CHECK(in.padding->scalar_type() == ScalarType::Bool && in.padding->is_contiguous() &&
-                        in.padding->numel() == p.batch * p.length,
+                        has_sizes(*in.padding, {p.batch, p.length}),
                     op, ": padding_mask");
     p.padding = data<uint8_t>(*in.padding);
   }
   if (in.dropout) {
     STD_TORCH_CHECK(in.dropout->scalar_type() == kComputeType<T> && in.dropout->is_contiguous() &&
-                        in.dropout->numel() == p.units() * p.size * p.size,
+                        has_sizes(*in.dropout, {p.batch, p.count, p.size, p.size}),
                     op, ": dropout");
     p.dropout = data<C>(*in.dropout);
   }
