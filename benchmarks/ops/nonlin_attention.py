@@ -7,7 +7,8 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import BACKWARD, BATCH, BOTH, FORWARD, FRAMES, Case, Cost, compiled, simple
-from fastasr.ops.nonlin_attention import definition
+
+definition = ops.nonlin_attention.definition
 
 
 def _make(frames: int, batch: int, width: int, device: str, dtype: torch.dtype):

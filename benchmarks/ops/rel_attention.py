@@ -26,7 +26,9 @@ from fastasr.benchmarks.case import (
     compiled,
     parameters,
 )
-from fastasr.ops.rel_attention import definition, relative_shift
+from fastasr.ops.rel_attention import relative_shift
+
+definition = ops.rel_attention.definition
 
 HEADS, WIDTH = 8, 64
 

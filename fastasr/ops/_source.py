@@ -577,7 +577,7 @@ def _fast(op) -> Iterator[str]:
     """The shortest path is for plain CPU tensors of one dtype and options of the very type; kernels check the rest."""
     leader = op.leader.name
     yield "_kernels is not None"
-    for a in op.tensors:
+    for a in sorted(op.tensors, key=lambda a: a is not op.leader):
         parts = [f"type({a.name}) in _PLAIN"]
         if (
             a is op.leader or op.fast

@@ -20,56 +20,14 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Annotated
 
 import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 
-from fastasr.ops import _check, _layout
-from fastasr.ops._dispatch import (
-    PLAIN,
-    KernelFamily,
-    Kernels,
-    direct,
-    native_kernels,
-    reason_cpu,
-    served,
-    triton_kernels,
-)
-from fastasr.ops._register import autocast_dtype, refuse_double_backward, register
-
-OP = "nonlin_attention"
-
-
-# --------------------------------------------------------------------------- definition
-def definition(weights: Tensor, projected: Tensor) -> Tensor:
-    """The formula in eager PyTorch."""
-    s, v, z = projected.chunk(3, dim=-1)
-    return _weighted(weights, v * torch.tanh(s)).transpose(0, 1) * z
-
-
-def definition_backward(grad: Tensor, weights: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-    """(dW, dprojected), computed in float32 or better."""
-    compute = torch.promote_types(projected.dtype, torch.float32)
-    g, w = grad.to(compute), weights.to(compute)
-    s, v, z = projected.to(compute).chunk(3, dim=-1)
-    t = torch.tanh(s)
-    x, u = v * t, g * z
-    dz = g * _weighted(w, x).transpose(0, 1)
-    dweights, dx = _products(w, u, x)
-    dx = dx.transpose(0, 1)
-    dprojected = torch.cat([dx * v * (1 - t * t), dx * t, dz], dim=-1)
-    return dweights.to(weights.dtype), dprojected.to(projected.dtype)
-
-
-def _weighted(weights: Tensor, x: Tensor) -> Tensor:
-    """o (B, T, D) of W (B, T, S) and x (S, B, D)."""
-    return torch.bmm(weights, x.transpose(0, 1))
-
-
-def _products(weights: Tensor, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """dW (B, T, S) and dx (B, S, D) of W (B, T, S), u (T, B, D) and x (S, B, D)."""
-    u = u.transpose(0, 1)
-    return torch.bmm(u, x.permute(1, 2, 0)), torch.bmm(weights.transpose(1, 2), u)
+from fastasr.ops import _layout
+from fastasr.ops._dispatch import FLOATING, KernelFamily, Kernels, native_kernels, reason_cpu, triton_kernels
+from fastasr.ops._op import op
 
 
 # --------------------------------------------------------------------------- kernels
@@ -83,99 +41,67 @@ class _Passes(Kernels):
 
 
 def _load(backend: str) -> _Passes:
+    names = [f"nonlin_attention_{name}" for name in ("gate", "operands", "product", "gradient")]
     if backend == "cpu":
-        ops = torch.ops.fastasr_cpu
-        found = (getattr(ops, f"{OP}_{name}").default for name in _NAMES)
-    else:
-        module = importlib.import_module(f"fastasr.kernels.{OP}")
-        found = (getattr(module, f"{OP}_{name}") for name in _NAMES)
-    return _Passes(backend, *found)
+        return _Passes(backend, *(getattr(torch.ops.fastasr_cpu, name).default for name in names))
+    module = importlib.import_module("fastasr.kernels.nonlin_attention")
+    return _Passes(backend, *(getattr(module, name) for name in names))
 
 
-_NAMES = ("gate", "operands", "product", "gradient")
+_NATIVE, _TRITON = native_kernels("nonlin_attention"), triton_kernels("nonlin_attention")
 FAMILY = KernelFamily(
-    OP,
-    (OP,),
+    "nonlin_attention",
+    ("nonlin_attention",),
     (
-        replace(native_kernels(OP), reason=partial(reason_cpu, f"{OP}_gate"), load=partial(_load, "cpu")),
-        replace(triton_kernels(OP), load=partial(_load, "triton")),
+        replace(_NATIVE, reason=partial(reason_cpu, "nonlin_attention_gate"), load=partial(_load, "cpu")),
+        replace(_TRITON, load=partial(_load, "triton")),
     ),
 )
 
 
-def forward(weights: Tensor, projected: Tensor) -> Tensor:
-    """y without autograd, by the best kernels for the tensors."""
-    return _forward(weights, projected)[0]
+def _fits(weights: Tensor, projected: Tensor) -> bool:
+    """The product is the vendor's, which declines nothing: what it relies on is looked at before."""
+    strided = weights.layout is projected.layout is torch.strided
+    if not strided or projected.dim() != 3 or projected.dtype not in FLOATING:
+        return False
+    frames, batch, channels = projected.shape
+    return channels % 3 == 0 and weights.shape == (batch, frames, frames)
 
 
-def _forward(weights: Tensor, projected: Tensor) -> tuple[Tensor, Tensor | None]:
-    """y and, where a kernel made it, o."""
-    kernels = _kernels(weights, projected)
-    if kernels is None:
-        return definition(weights, projected).contiguous(), None
+def _fast(kernels: _Passes, keep: bool, weights: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     projected = _layout.rows(projected)
-    o = _weighted(weights, kernels.forward(projected))
+    o = torch.bmm(weights, kernels.forward(projected).transpose(0, 1))  # [B, T, D]
     return kernels.product(projected, o), o
 
 
-def backward(
-    grad: Tensor, weights: Tensor, projected: Tensor, o: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(dW, dprojected) without autograd, by the best kernels for the tensors. ``o`` is what the forward pass kept."""
-    kernels = _kernels(weights, projected)
-    if kernels is None:
-        return definition_backward(grad, weights, projected)
-    projected, grad = _layout.rows(projected), grad.contiguous()
+def _launch(op, kernels, a, dtype, keep: bool) -> tuple[Tensor, Tensor]:
+    return _fast(kernels, keep, *a)
+
+
+def _gradients(op, kernels, grads, s, needs) -> tuple[Tensor | None, Tensor]:
+    projected, grad = _layout.rows(s.projected), grads[0].contiguous()
     x, u = kernels.backward(grad, projected)
-    dweights, dx = _products(weights, u, x)
-    o = _weighted(weights, x) if o is None else o
-    return dweights, kernels.gradient(dx, grad, projected, o)
+    u = u.transpose(0, 1)  # [B, T, D]
+    dweights = torch.bmm(u, x.permute(1, 2, 0)) if needs.weights else None
+    dx = torch.bmm(s.weights.transpose(1, 2), u)
+    return dweights, kernels.gradient(dx, grad, projected, s.o)
 
 
-def _kernels(weights: Tensor, projected: Tensor) -> _Passes | None:
-    return FAMILY.kernels(projected) if weights.dtype is projected.dtype else None
-
-
-class _NonlinAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weights: Tensor, projected: Tensor) -> Tensor:
-        y, o = _forward(weights, projected)
-        ctx.save_for_backward(weights, projected, o)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        refuse_double_backward(OP)
-        return backward(grad, *ctx.saved_tensors)
-
-
-# --------------------------------------------------------------------------- registration
-_BACKWARD_OP = register(
-    "nonlin_attention_backward(Tensor grad, Tensor weights, Tensor projected) -> (Tensor, Tensor)",
-    backward,
-    lambda grad, weights, projected: (
-        torch.empty(weights.shape, dtype=weights.dtype, device=weights.device),
-        torch.empty(projected.shape, dtype=projected.dtype, device=projected.device),
-    ),
+# --------------------------------------------------------------------------- the op
+@op(
+    FAMILY,
+    one_dtype="projected weights",
+    autocast="formula",
+    keeps={"o": Annotated[Tensor, "B T D", "projected"]},
+    launch=_launch,
+    gradients=_gradients,
+    fast=_fast,
+    fits=_fits,
+    summary="(W (v tanh s)) z, between the projections of Zipformer's NonlinAttention",
 )
-
-
-def _fake(weights: Tensor, projected: Tensor) -> Tensor:
-    frames, batch, channels = projected.shape
-    return projected.new_empty((frames, batch, channels // 3))
-
-
-_OP = register(
-    "nonlin_attention(Tensor weights, Tensor projected) -> Tensor",
-    forward,
-    _fake,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-    backward=lambda ctx, grad: _BACKWARD_OP(grad, *ctx.saved_tensors),
-    autocast=lambda dtype, *tensors: tensors,  # as they are, and their product with them
-)
-
-
-def nonlin_attention(weights: Tensor, projected: Tensor) -> Tensor:
+def nonlin_attention(
+    weights: Annotated[Tensor, "B T T"], projected: Annotated[Tensor, "T B 3*D"]
+) -> Annotated[Tensor, "T B D", "projected"]:
     """(W (v tanh(s))) z, with s, v, z the thirds of ``projected``.
 
     Args:
@@ -187,41 +113,5 @@ def nonlin_attention(weights: Tensor, projected: Tensor) -> Tensor:
         TypeError: an argument is not a floating tensor, or dtypes differ outside autocast.
         ValueError: shapes or devices do not match.
     """
-    plain = type(weights) in PLAIN and type(projected) in PLAIN
-    if not (plain and _fits(weights, projected)):
-        _check.floating_tensor(OP, "projected", projected)
-        _check.shape(
-            OP, "projected", projected, "(T, B, 3 D)", projected.dim() == 3 and projected.shape[-1] % 3 == 0
-        )
-        _check.floating_tensor(OP, "weights", weights)
-        frames, batch, _ = projected.shape
-        expected = (batch, frames, frames)
-        _check.shape(OP, "weights", weights, f"{expected}", tuple(weights.shape) == expected)
-        _check.same_device(OP, "weights", weights, projected, "projected")
-    dtype = autocast_dtype(projected)
-    if dtype is not None and not (weights.dtype is dtype and projected.dtype is dtype):
-        return definition(weights, projected)  # autocast casts its product alone
-    if weights.dtype is not projected.dtype:
-        raise TypeError(
-            f"fastasr.{OP}: weights: expected {projected.dtype} (that of projected), got {weights.dtype}"
-        )
-    if not direct(weights, projected):
-        return (_OP if served(OP, projected) else definition)(weights, projected)
-    if FAMILY.kernels(projected) is None:
-        return definition(weights, projected)
-    if is_grad_enabled() and (weights.requires_grad or projected.requires_grad):
-        return _NonlinAttention.apply(weights, projected)
-    return forward(weights, projected)
-
-
-def _fits(weights: Tensor, projected: Tensor) -> bool:
-    if projected.dim() != 3 or weights.dim() != 3 or weights.device != projected.device:
-        return False
-    frames, batch, channels = projected.shape
-    return (
-        channels % 3 == 0
-        and weights.shape == (batch, frames, frames)
-        and weights.layout is projected.layout is torch.strided
-        and weights.is_floating_point()
-        and projected.is_floating_point()
-    )
+    s, v, z = projected.chunk(3, dim=-1)
+    return torch.bmm(weights, (v * torch.tanh(s)).transpose(0, 1)).transpose(0, 1) * z

@@ -3,8 +3,7 @@
 
 import torch
 
-from fastasr.ops.nonlin_attention import definition
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Make, OpTable, Sample
 
 
 def _call(make: Make, frames: int, batch: int, width: int) -> dict:
@@ -26,14 +25,8 @@ def _slice(make: Make) -> dict:
     return call | {"projected": wide[..., :24]}
 
 
-def _with(**arguments):
-    return lambda m: _call(m, 5, 2, 4) | {k: v(m) for k, v in arguments.items()}
-
-
 TABLE = OpTable(
     op="nonlin_attention",
-    definition=definition,
-    registered=lambda a: (a["weights"], a["projected"]),
     samples=(
         Sample("tbc", lambda m: _call(m, 7, 3, 8), thorough=True),
         Sample("one sequence, odd width", lambda m: _call(m, 11, 1, 13), thorough=True),
@@ -48,19 +41,6 @@ TABLE = OpTable(
         Sample("no frames", lambda m: _call(m, 0, 3, 8)),
         Sample("no channels", lambda m: _call(m, 4, 2, 0)),
         Sample("no sequences", lambda m: _call(m, 4, 0, 5)),
-    ),
-    invalid=(
-        Invalid("not thirds", _with(projected=lambda m: m.normal(5, 2, 13)), ValueError, "projected"),
-        Invalid("projected is a matrix", _with(projected=lambda m: m.normal(5, 12)), ValueError, "projected"),
-        Invalid("weights of other frames", _with(weights=lambda m: m.normal(2, 5, 6)), ValueError, "weights"),
-        Invalid("weights of heads", _with(weights=lambda m: m.normal(1, 2, 5, 5)), ValueError, "weights"),
-        Invalid("weights would broadcast", _with(weights=lambda m: m.normal(1, 5, 5)), ValueError, "weights"),
-        Invalid(
-            "weights of another dtype",
-            _with(weights=lambda m: m.normal(2, 5, 5).double()),
-            TypeError,
-            "weights",
-        ),
     ),
     thread_invariant=False,
     random=lambda m, shape: _call(m, *(shape() or (3,))[:1], 2, 5),

@@ -3,8 +3,7 @@
 
 import torch
 
-from fastasr.ops.rel_attention import definition
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Make, OpTable, Sample
 
 
 def _call(
@@ -47,13 +46,6 @@ def _infinite(make: Make) -> dict:
     return call
 
 
-def _with(**arguments):
-    return lambda m: _call(m, 2, 5, 2, 4) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
-
-
-_NAMES = ("q", "k", "v", "pos", "bias_u", "bias_v", "key_padding_mask", "attn_mask")
-
-
 def _random(make: Make, shape) -> dict:
     batch, frames, heads = shape.size() % 4, shape.size() % 130, 1 + shape.size() % 3
     width = 1 + shape.size() % 70
@@ -74,9 +66,6 @@ def _small(name: str, arguments, **more) -> Sample:
 
 TABLE = OpTable(
     op="rel_attention",
-    definition=definition,
-    registered=lambda a: tuple(a.get(name) for name in _NAMES),
-    result=lambda a, outputs: outputs[0],
     samples=(
         _small("plain", lambda m: _call(m, 1, 7, 2, 8), thorough=True),
         _small("padding", lambda m: _call(m, 3, 9, 2, 4, key_padding_mask=_padding(9, 9, 5, 1)), large=True),
@@ -125,39 +114,6 @@ TABLE = OpTable(
         Sample("an infinite query", _infinite, exact=False),
         Sample("no frames", lambda m: _call(m, 2, 0, 2, 8)),
         Sample("no sequences", lambda m: _call(m, 0, 5, 2, 8)),
-    ),
-    invalid=(
-        Invalid("q of three dimensions", _with(q=lambda m: m.normal(2, 5, 8)), ValueError, "q"),
-        Invalid("k of another length", _with(k=lambda m: m.normal(2, 6, 2, 4)), ValueError, "k"),
-        Invalid("v of other heads", _with(v=lambda m: m.normal(2, 5, 1, 4)), ValueError, "v"),
-        Invalid("v without channels", _with(v=lambda m: m.normal(2, 5, 2, 0)), ValueError, "v"),
-        Invalid("pos of half the offsets", _with(pos=lambda m: m.normal(5, 2, 4)), ValueError, "pos"),
-        Invalid("pos of one batch", _with(pos=lambda m: m.normal(1, 9, 2, 4)), ValueError, "pos"),
-        Invalid("bias_u of another width", _with(bias_u=lambda m: m.normal(2, 3)), ValueError, "bias_u"),
-        Invalid("bias_v is flat", _with(bias_v=lambda m: m.normal(8)), ValueError, "bias_v"),
-        Invalid("k of another dtype", _with(k=lambda m: m.normal(2, 5, 2, 4).double()), TypeError, "k"),
-        Invalid(
-            "bias_v of another dtype", _with(bias_v=lambda m: m.normal(2, 4).half()), TypeError, "bias_v"
-        ),
-        Invalid(
-            "key_padding_mask is floating",
-            _with(key_padding_mask=lambda m: m.normal(2, 5)),
-            TypeError,
-            "key_padding_mask",
-        ),
-        Invalid(
-            "key_padding_mask of another length",
-            _with(key_padding_mask=lambda m: m.normal(2, 9) > 0),
-            ValueError,
-            "key_padding_mask",
-        ),
-        Invalid("attn_mask is floating", _with(attn_mask=lambda m: m.normal(5, 5)), TypeError, "attn_mask"),
-        Invalid(
-            "attn_mask of each head",
-            _with(attn_mask=lambda m: m.normal(2, 2, 5, 5) > 0),
-            ValueError,
-            "attn_mask",
-        ),
     ),
     unread=("k", "v"),  # of hidden keys
     random=_random,

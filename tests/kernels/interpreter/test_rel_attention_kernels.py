@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastasr.kernels import rel_attention as kernels
-from fastasr.ops.rel_attention import definition
+from fastasr.ops import rel_attention
 from fastasr.testing.tolerance import compare
 
 NAMES = ("y", "dq", "dk", "dv", "dpos", "dbias_u", "dbias_v")
@@ -50,7 +50,7 @@ def _run(grad, tensors, masks):
 
 def _expected(grad, tensors, masks, dtype):
     leaves = [t.to(dtype).requires_grad_() for t in tensors]
-    y = definition(*leaves, key_padding_mask=masks[0], attn_mask=masks[1])
+    y = rel_attention.definition(*leaves, key_padding_mask=masks[0], attn_mask=masks[1])
     return y.detach(), *torch.autograd.grad(y, leaves, grad.to(dtype))
 
 
