@@ -109,10 +109,12 @@ class Op:
     materialize: bool = True  # False: gradients of outputs may be None
     differentiable: bool = True  # False: the op computes a gradient itself; differentiating it raises
 
-    # the shortest path, to the native kernels
-    fast: Callable | None = None  # (native, keep, *arguments) -> outputs and what is kept; else ``forward``
+    # the shortest path, to the native kernels; code in the names of the arguments, of the op's file, _kernels and keep
+    fast: str | Callable = (
+        ""  # code, or (native, keep, *arguments), -> outputs and what is kept; else ``forward``
+    )
     fits: str | Callable = (
-        ""  # a condition on the arguments, as code or (*arguments) -> bool; kernels check the rest
+        ""  # a condition, as code or (*arguments) -> bool; kernels check the rest, and dimensions
     )
     fast_dtype: torch.dtype | None = None  # the only one it serves
     fast_strides: str = ""  # arguments that must be contiguous
@@ -339,7 +341,8 @@ class Op:
 
     def _namespace(self) -> dict:
         """The names in it."""
-        space = {f"_codes_{a.name}": a.codes for a in self.options if a.codes}
+        space = {k: v for k, v in self.definition.__globals__.items() if not k.startswith("__")}
+        space |= {f"_codes_{a.name}": a.codes for a in self.options if a.codes}
         space |= {f"_{name}": layout for name, layout in STRIDES.items()}
         space |= {f"_sizes_{i}": size for i, size in enumerate(self.sizes.values())}
         space |= {f"_shape_{o.name}": o.pattern for o in self.keeps if callable(o.pattern)}

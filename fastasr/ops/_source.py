@@ -48,6 +48,7 @@ def {name}({parameters}):
             return {selected}
         except RuntimeError as _error:
             if not _declined(_error):
+                _check({names})  # tells what is wrong with the arguments, if anything is
                 raise
     _check({names})
     {formula_under_autocast}
@@ -132,6 +133,7 @@ class {class_name}(_Function):
         _kernels, _direct, {options_and_unread} = ctx.rest
         {no_grads_directly}
         {native_backward}
+        {asked}
         {gradients}, = _differentiate(_kernels, {grads}, {saved}{asked_by_autograd})
         return None, None, {for_autograd}
 """
@@ -172,6 +174,7 @@ def write(op) -> str:
         "not_keeping": ", False" * bool(op.keeps),
         "keep_if_wanted": f", {_wanted(op)}" * bool(op.keeps),
         "needs": ", _needs" * op.asks,
+        "asked": ["_asked = ctx.needs_input_grad"] * op.asks,
         "asked_by_autograd": f", {_needed(op)}" * op.asks,
         "asked_by_dispatcher": ["_needs = _op.needed(ctx.needs_input_grad)"] * op.asks,
         "materialize": ["ctx.set_materialize_grads(False)"] * (not op.materialize),
@@ -274,7 +277,7 @@ def _apply(op, direct: bool) -> list[str]:
 
 def _needed(op) -> str:
     """Autograd's answer for each floating tensor; the function's first two arguments are the engine's."""
-    return f"({', '.join(f'ctx.needs_input_grad[{2 + place}]' for place in op.places)},)"
+    return f"({', '.join(f'_asked[{2 + place}]' for place in op.places)},)"
 
 
 def _optional(a, condition: str) -> str:
@@ -459,6 +462,8 @@ def _launch(op) -> list[str]:
 
 def _native(op, keep: str) -> str:
     """The shortest path's call, on arguments as they are."""
+    if isinstance(op.fast, str) and op.fast:
+        return re.sub(r"\bkeep\b", keep, op.fast)
     if op.fast:
         return f"_fast(_kernels, {keep}, {_names(op.arguments)})"
     return f"_kernels.forward({_arguments(op, op.forward, {'keep': keep})})"
@@ -475,7 +480,15 @@ def _differentiate(op, grads: list[str]) -> list[str]:
     else:
         needs = "_Needs(*_needs)" if op.asks else None
         lines = [f"{', '.join(found)}, = _gradients(_op, _kernels, ({', '.join(grads)},), {saved}, {needs})"]
-    return lines + [f"{d} = _back({d}, {a.name})" for d, a in zip(found, op.differentiable, strict=True)]
+    return lines + [_back(d, a) for d, a in zip(found, op.differentiable, strict=True)]
+
+
+def _back(gradient: str, a) -> str:
+    """In the dtype of its tensor; and in its shape, where the shape is not the only one that is right."""
+    if a.optional or len(a.pattern.alternatives) > 1 or a.pattern.alternatives[0].rest == "...":
+        return f"{gradient} = _back({gradient}, {a.name})"
+    differs = f"{gradient} is not None and {gradient}.dtype is not {a.name}.dtype"
+    return f"if {differs}:\n    {gradient} = {gradient}.to({a.name}.dtype)"
 
 
 def _backward_call(op, arguments: str) -> Iterator[str]:
@@ -592,10 +605,11 @@ def _fast(op) -> Iterator[str]:
         if a.name in op.fast_strides:
             parts.append(f"{a.name}.is_contiguous()")
         if a.kind == "constant":
-            parts.append(f"not {a.name}.requires_grad")
+            parts.append(f"{a.name}.dtype is {leader}.dtype and not {a.name}.requires_grad")
         yield _optional(a, " and ".join(parts))
     for a in op.options:
-        yield _optional(a, _right_type(a) + (f" and ({a.condition})" if a.constraint else ""))
+        condition = f" and ({a.condition})" if a.constraint and not a.dimension_of else ""
+        yield _optional(a, _right_type(a) + condition)
     for name, partner in op.needs.items():
         if not op.argument(name).pattern:
             yield f"({partner} is not None or {_absent(op, name)})"

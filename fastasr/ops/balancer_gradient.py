@@ -75,7 +75,8 @@ def _rows(x: Tensor) -> Tensor | None:
     deciding="x grad",
     launch=_launch,
     fast=_forward,
-    fits="x.layout is grad.layout is _strided and x.shape == grad.shape and x.numel()",
+    fits="x.layout is grad.layout is _strided and x.shape == grad.shape and x.numel() "
+    "and -x.dim() <= channel_dim < x.dim()",
     summary="Gradient of Zipformer's Balancer: channels kept in a range of mean and size",
 )
 def balancer_gradient(

@@ -35,12 +35,6 @@ def _few(x: Tensor) -> bool:
     return 0 < x.numel() <= (FEW_ROWS_OF_ONE_STEP if x.shape[0] == 1 else FEW_ROWS) * x.shape[2]
 
 
-def _fits(x: Tensor, weight: Tensor, *_) -> bool:
-    """The product with W_x is the vendor's, which declines nothing: what it relies on is looked at before."""
-    strided = x.layout is weight.layout is torch.strided
-    return strided and x.dim() == 3 and weight.dim() == 2 and x.shape[2] == weight.shape[1]
-
-
 def _fast(native, keep: bool, x, input_weight, *others):
     operands = (x, input_weight) if _few(x) else (_gemm.forward(x, input_weight, None), None)
     return native.forward(*operands, *others, keep)
@@ -110,7 +104,8 @@ def _gradients(op, kernels, grads, s, needs):
     launch=_launch,
     gradients=_gradients,
     fast=_fast,
-    fits=_fits,
+    # the product with W_x is the vendor's, which takes more
+    fits="x.layout is input_weight.layout is _strided and x.dim() == 3 and input_weight.dim() == 2",
     summary="LSTM with LayerNorm on gates and cell, whole sequences and one step",
 )
 def layer_norm_lstm(

@@ -26,18 +26,14 @@ FAMILY = KernelFamily(
     vendor=True,
 )
 
-# What the product of a layer relies on: it declines nothing.
+# What the product does not refuse itself.
 FITS = (
-    "x.layout is weight.layout is _strided and weight.dim() == 2 and x.dim() and x.size(-1) == weight.size(1) "
-    "and (bias is None or bias.layout is _strided and bias.dim() == 1 and bias.size(0) == weight.size(0))"
+    "x.layout is weight.layout is _strided and weight.dim() == 2 and (bias is None or "
+    "bias.layout is _strided and bias.dim() == 1 and bias.size(0) == weight.size(0))"
 )
 
 
 # --------------------------------------------------------------------------- kernels
-def _fast(native, keep: bool, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return native.forward(x, weight, bias)
-
-
 def bias_grad(grad: Tensor) -> Tensor:
     """The sum over rows; a copy where there is one row (an op's output may not be its input)."""
     return grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad.clone()
@@ -59,7 +55,7 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
     autocast="one dtype",
     launch=lambda op, kernels, a, dtype, keep: kernels.forward(*a),
     gradients=_gradients,
-    fast=_fast,
+    fast="_kernels.forward(x, weight, bias)",
     fits=FITS,
     fast_dtype=torch.float32,
     summary="a linear layer, by the matrix product that measured faster on this machine",

@@ -22,12 +22,6 @@ NUMBERS = {name: number for number, name in enumerate(_activation.NAMES)}
 
 
 # --------------------------------------------------------------------------- kernels
-def _fast(native, keep: bool, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str):
-    """y and z; unless z is kept, y takes its place."""
-    z = _gemm.forward(x, weight, bias)
-    return native.forward(z, NUMBERS[activation], not keep), z
-
-
 def _launch(op, kernels, a, dtype, keep: bool) -> tuple[Tensor, Tensor]:
     z = _gemm.forward(a.x, a.weight, a.bias).contiguous()
     return kernels.forward(z, NUMBERS[a.activation], not keep), z
@@ -51,7 +45,8 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
     keeps={"z": Annotated[Tensor, "*S N", "y"]},
     launch=_launch,
     gradients=_gradients,
-    fast=_fast,
+    # unless z is kept, y takes its place
+    fast="_kernels.forward(z := _gemm.forward(x, weight, bias), NUMBERS[activation], not keep), z",
     fits=FITS,
     fast_dtype=torch.float32,
     summary="a linear layer with SiLU, GELU, ReLU or tanh: feed-forward blocks, gated MLPs",

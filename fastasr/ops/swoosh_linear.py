@@ -23,10 +23,6 @@ KINDS = {"SwooshL": False, "SwooshR": True}
 
 
 # --------------------------------------------------------------------------- kernels
-def _fast(native, keep: bool, x, weight, bias, kind: str, mask, shared_dim: int) -> Tensor:
-    return _gemm.forward(native.forward(x, KINDS[kind], mask, shared_dim), weight, bias)
-
-
 def _activate(kernels, a) -> Tensor:
     """swoosh(x) ⊙ mask, computed in x's dtype; the weight has another one under autocast alone."""
     return kernels.forward(a.x.contiguous(), KINDS[a.kind], a.mask, a.shared_dim).to(a.weight.dtype)
@@ -58,7 +54,7 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
     deciding="x",
     launch=_launch,
     gradients=_gradients,
-    fast=_fast,
+    fast="_gemm.forward(_kernels.forward(x, KINDS[kind], mask, shared_dim), weight, bias)",
     fast_strides="x",
     fits=FITS,
     fast_dtype=torch.float32,
@@ -115,8 +111,12 @@ def swoosh_linear(
         TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
         ValueError: shapes or devices do not match; kind, dropout_p or dropout_shared_dim out of range.
     """
-    if type(dropout_p) is not float or not 0.0 <= dropout_p < 1.0:
-        _check_probability(dropout_p)
+    if dropout_shared_dim is None and not training and type(dropout_p) is float and 0.0 <= dropout_p < 1.0:
+        return _masked(x, weight, bias, kind)
+    if not isinstance(dropout_p, int | float) or isinstance(dropout_p, bool):
+        raise TypeError(f"fastasr.{OP}: dropout_p: expected a float, got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"fastasr.{OP}: dropout_p: expected 0 <= p < 1, got {dropout_p}")
     if dropout_shared_dim is not None and isinstance(x, Tensor):
         dropout_shared_dim = _check.dimension(OP, "dropout_shared_dim", dropout_shared_dim, x.dim())
     if not training or dropout_p == 0.0:
@@ -124,10 +124,3 @@ def swoosh_linear(
     _masked.op.checks(x, weight, bias, kind, None, -1)
     mask = draw_mask(x, dropout_p, dropout_shared_dim)
     return _masked(x, weight, bias, kind, mask, -1 if dropout_shared_dim is None else dropout_shared_dim)
-
-
-def _check_probability(p: object) -> None:
-    if not isinstance(p, int | float) or isinstance(p, bool):
-        raise TypeError(f"fastasr.{OP}: dropout_p: expected a float, got {type(p).__name__}")
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"fastasr.{OP}: dropout_p: expected 0 <= p < 1, got {p}")
