@@ -14,8 +14,6 @@ from pathlib import Path
 
 from fastasr.benchmarks.environment import stamp
 
-SUITES = ("ops", "models", "dispatch")
-
 
 @dataclass
 class Row:

@@ -12,6 +12,20 @@ from fastasr.swap import binding
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
 
 
+def upstream_class(module):
+    """The class of ``module`` without the one that FSDP2 puts in front of it."""
+    cls = type(module)
+    if cls.__name__.startswith("FSDP") and len(cls.__bases__) == 2:
+        wrapper, inner = cls.__bases__
+        if wrapper.__module__.startswith("torch.distributed."):
+            return inner
+    return cls
+
+
+def own_forward(module):
+    return [upstream_class(module).forward]
+
+
 @dataclass(frozen=True)
 class Known:
     """One accepted version of upstream's code: where it is from, and what it demands of an instance, if
@@ -49,9 +63,9 @@ class Rule:
     name: str
     class_name: str
     forward: Callable
-    kernels: tuple
     structure: Callable
-    functions: Callable = field(default=lambda module: [type(module).forward])
+    kernels: tuple = ()
+    functions: Callable = own_forward
     known: dict | None = None
     companion: bool = False
     shallow: bool = False
@@ -77,16 +91,6 @@ class Rule:
         for name, empty in self.caches.items():
             if name in vars(module):
                 vars(module)[name] = copy.copy(empty)
-
-
-def upstream_class(module):
-    """The class of ``module`` without the one that FSDP2 puts in front of it."""
-    cls = type(module)
-    if cls.__name__.startswith("FSDP") and len(cls.__bases__) == 2:
-        wrapper, inner = cls.__bases__
-        if wrapper.__module__.startswith("torch.distributed."):
-            return inner
-    return cls
 
 
 def check_parameters(module, shapes, optional=(), allowed_buffers=()):
@@ -129,11 +133,12 @@ def check_children(module, allowed):
     return None
 
 
-def check_child_names(module, names):
-    """A reason when the module's children are not exactly ``names``. Their classes may be any: our forward calls
-    them as upstream's does."""
+def check_child_names(module, names, optional=()):
+    """A reason when the module's children are not exactly ``names``, besides ``optional``. Their classes may be any:
+    our forward calls them as upstream's does.
+    """
     children = {name for name, child in module._modules.items() if child is not None}
-    extra, missing = sorted(children - set(names)), sorted(set(names) - children)
+    extra, missing = sorted(children - {*names, *optional}), sorted(set(names) - children)
     if extra:
         return f"has submodules this class does not have upstream: {', '.join(extra)}"
     return f"lacks the submodules {', '.join(missing)}" if missing else None
@@ -144,10 +149,6 @@ def is_rate(value):
     return isinstance(value, (int, float)) or (
         isinstance(value, torch.nn.Module) and hasattr(type(value), "__float__")
     )
-
-
-def own_forward(module):
-    return [upstream_class(module).forward]
 
 
 def unread_code(name, module, functions, known):

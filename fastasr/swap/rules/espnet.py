@@ -133,7 +133,6 @@ DAMPED_EMA = Rule(
     forward=models.MultiHeadDampedEMA.forward,
     kernels=("ema_scan",),
     structure=_ema_structure,
-    functions=own_forward,
     known={"1bfbbaaa87a4d0d1020b26b0": _ESPNET},
     caches={"_coeffs": None, "_kernel": None},
     note="coefficients are computed at every call",
@@ -145,9 +144,7 @@ SIMPLE_BIAS = Rule(
     name="espnet.relative_position_bias",
     class_name="RelativePositionBias",
     forward=models.RelativePositionBias.forward,
-    kernels=(),
     structure=_simple_bias_structure,
-    functions=own_forward,
     known={"87db028706b508b2d70920d2": _ESPNET},
     note=_BY_OFFSET,
 )
@@ -156,9 +153,7 @@ ROTARY_BIAS = Rule(
     name="espnet.rotary_relative_position_bias",
     class_name="RotaryRelativePositionBias",
     forward=models.RotaryRelativePositionBias.forward,
-    kernels=(),
     structure=_rotary_bias_structure,
-    functions=own_forward,
     known={"04daf756cc39cbb6fa17ef09": _ESPNET},
     note=_BY_OFFSET,
 )
@@ -169,7 +164,6 @@ MEGA = Rule(
     forward=models.MEGA.forward,
     kernels=("linear", "toeplitz_attention", "gated_residual_norm"),
     structure=_mega_structure,
-    functions=own_forward,
     known={"95a64d782457ce05429107d5": _ESPNET},
 )
 
@@ -179,7 +173,6 @@ FEED_FORWARD = Rule(
     forward=models.NormalizedPositionwiseFeedForward.forward,
     kernels=("linear", "residual_norm"),
     structure=_feed_forward_structure,
-    functions=own_forward,
     known={"8c82b89c0bca5d0c6f04d6f5": _ESPNET},
 )
 
@@ -189,7 +182,6 @@ DECODER = Rule(
     forward=models.MEGADecoder.forward,
     methods=tuple((name, vars(models.MEGADecoder)[name]) for name in _DECODER_METHODS),
     compared=("inference",),
-    kernels=(),
     structure=_decoder_structure,
     functions=_decoder_functions,
     known={"5b3a37c8799d1e482afcec8b": _ESPNET},

@@ -95,7 +95,6 @@ ATTENTION = Rule(
     forward=models.RelPositionMultiHeadedAttention.forward,
     kernels=("linear", "rel_attention"),
     structure=_attention_structure,
-    functions=own_forward,
     known={"ea6c9473802a263c615bac55": _ESPNET},
     caches={"attn": None},
     note="the weights are not kept in attn; while dropout is drawn from them they are formed as upstream does",
@@ -107,7 +106,6 @@ GATE = Rule(
     forward=models.ConvolutionalSpatialGatingUnit.forward,
     kernels=("conv_spatial_gate",),
     structure=_gate_structure,
-    functions=own_forward,
     known={"9d8eaa82bb4cdd60dd0e94c9": _ESPNET},
 )
 
@@ -117,7 +115,6 @@ GATING_MLP = Rule(
     forward=models.FeedForwardConvGated.forward,
     kernels=("linear_activation", "linear"),
     structure=_gating_mlp_structure,
-    functions=own_forward,
     known={"8b8ff5185f9ecabcf556351c": _ESPNET},
 )
 
@@ -127,7 +124,6 @@ FEED_FORWARD = Rule(
     forward=models.PositionwiseFeedForward.forward,
     kernels=("linear_activation", "linear"),
     structure=_feed_forward_structure,
-    functions=own_forward,
     known={"a832391b864ae7c1dd5108ee": _ESPNET},
 )
 
@@ -137,7 +133,6 @@ LAYER = Rule(
     forward=models.EBranchformerLayer.forward,
     kernels=("depthwise_conv_residual", "linear"),
     structure=_layer_structure,
-    functions=own_forward,
     known={"bb5379a9603330ac13ff54f3": _ESPNET},
 )
 

@@ -95,7 +95,6 @@ EMFORMER = Rule(
     class_name="Emformer",
     forward=models.Emformer.forward,
     methods=(("infer", models.Emformer.infer),),
-    kernels=(),
     structure=_emformer_structure,
     functions=_functions,
     known={"9a732b1ee374cdf1861f66e6": _TORCHAUDIO},

@@ -2,7 +2,7 @@
 """Rules for torchaudio's RNN-T: the LSTM layers of its predictor (torchaudio.models.rnnt)."""
 
 from fastasr.models import emformer_rnnt as models
-from fastasr.swap.rule import Known, Rule, check_parameters, own_forward, upstream_class
+from fastasr.swap.rule import Known, Rule, check_parameters, upstream_class
 
 _TORCHAUDIO = Known("torchaudio 2.11.0")
 
@@ -33,7 +33,6 @@ LSTM = Rule(
     forward=models.CustomLSTM.forward,
     kernels=("layer_norm_lstm",),
     structure=_lstm_structure,
-    functions=own_forward,
     known={"84839b197b50092babee297b": _TORCHAUDIO},
 )
 

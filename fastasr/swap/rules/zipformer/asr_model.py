@@ -15,8 +15,8 @@ _JOINERS = {
 
 
 def _asr_model_structure(module):
-    """The joiner's output layer must be a plain one that nobody watches: its logits are never made. Everything else is
-    called with the values of ever, so any class will do there.
+    """The joiner's output layer must be a plain one that nobody watches: its logits are never made. Our
+    methods call everything else as upstream's do, so any class will do there.
     """
     if not module.use_transducer:
         return "has no transducer"

@@ -8,6 +8,7 @@ from fastasr.swap.binding import foreign_forward
 from fastasr.swap.rule import (
     Known,
     Rule,
+    check_child_names,
     check_parameters,
     is_rate,
     own_forward,
@@ -19,7 +20,6 @@ from fastasr.swap.rules.zipformer.versions import (
     ICEFALL,
     IDENTITIES,
     PACKAGE,
-    check_names,
     forward_and_streaming,
 )
 
@@ -34,9 +34,9 @@ _ATTENTION_WEIGHTS_CHILDREN = (
 
 
 def _attention_weights_structure(module):
-    """Every submodule is called with the values of ever, so any class will do."""
+    """Our forward calls every submodule as upstream's does, so any class will do."""
     reason = check_parameters(module, {})
-    reason = reason or check_names(module, _ATTENTION_WEIGHTS_CHILDREN, optional=("pos_emb_skip_rate",))
+    reason = reason or check_child_names(module, _ATTENTION_WEIGHTS_CHILDREN, optional=("pos_emb_skip_rate",))
     for name in ("num_heads", "query_head_dim", "pos_head_dim"):
         if not isinstance(getattr(module, name, None), int):
             reason = reason or f"{name} is {getattr(module, name, None)!r}, expected an int"
@@ -53,8 +53,8 @@ def _attention_weights_structure(module):
 
 
 def _self_attention_structure(module):
-    """Every submodule is called with the values of ever, so any class will do."""
-    return check_parameters(module, {}) or check_names(module, ("in_proj", "out_proj", "whiten"))
+    """Our forward calls every submodule as upstream's does, so any class will do."""
+    return check_parameters(module, {}) or check_child_names(module, ("in_proj", "out_proj", "whiten"))
 
 
 _NONLIN_IDENTITIES = ("identity1", "identity2", "identity3")
@@ -63,10 +63,10 @@ _NONLIN_CHILDREN = ("in_proj", "balancer", "tanh", *_NONLIN_IDENTITIES, "out_pro
 
 
 def _nonlin_attention_structure(module):
-    """The hyperbolic tangent and the identities are left out; the rest is called with the values of ever, so any class
-    will do there.
+    """Our forward leaves out the hyperbolic tangent and the identities. It calls the rest as upstream's does, so any
+    class will do there.
     """
-    reason = check_parameters(module, {}) or check_names(module, _NONLIN_CHILDREN)
+    reason = check_parameters(module, {}) or check_child_names(module, _NONLIN_CHILDREN)
     if reason is not None:
         return reason
     if upstream_class(module.tanh) is not torch.nn.Tanh or foreign_forward(module.tanh) is not None:

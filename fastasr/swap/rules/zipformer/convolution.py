@@ -33,7 +33,7 @@ _CHUNK_CAUSAL = {
 
 
 def _convolution_structure(module):
-    """in_proj and out_proj are called with the values of ever, so any class will do there."""
+    """in_proj and out_proj may be of any class: our forward calls them as upstream's does."""
     conv = "ChunkCausalDepthwiseConv1d" if module.causal else "Conv1d"
     allowed = _CONVOLUTION_CHILDREN | {"depthwise_conv": conv}
     for name in ("in_proj", "out_proj"):

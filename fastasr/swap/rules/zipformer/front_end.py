@@ -113,7 +113,6 @@ CONVNEXT = Rule(
     forward=models.ConvNeXt.forward,
     kernels=("depthwise_conv2d", "linear", "swoosh_linear"),
     structure=_convnext_structure,
-    functions=own_forward,
     known={"a5bcd4f71743691dc267c6ba": BOTH},  # icefall: since pull request 1180
 )
 
@@ -121,9 +120,7 @@ CONV2D_SUBSAMPLING = Rule(
     name="zipformer.conv2d_subsampling",
     class_name="Conv2dSubsampling",
     forward=models.Conv2dSubsampling.forward,
-    kernels=(),
     structure=_conv2d_subsampling_structure,
-    functions=own_forward,
     known={
         "0daf1ced9900d8ed1fe82020": BOTH,  # icefall: since pull request 1108
         "806777fcc2889d54c4698be2": Known("icefall's zipformer_prompt_asr"),  # says nothing of TorchScript

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from fastasr.models import zipformer as models
 from fastasr.models.zipformer.layer import constant_attention_in_eval
-from fastasr.swap.rule import Known, Rule, check_children, check_parameters, is_rate, own_forward
-from fastasr.swap.rules.zipformer.versions import BOTH, PACKAGE, check_names, forward_and_streaming
+from fastasr.swap.rule import Known, Rule, check_child_names, check_children, check_parameters, is_rate
+from fastasr.swap.rules.zipformer.versions import BOTH, PACKAGE, forward_and_streaming
 
 
 def _bias_norm_structure(module):
@@ -50,11 +50,13 @@ _LAYER_RATES = (
 
 
 def _encoder_layer_structure(module):
-    """Every submodule is called with the values of ever, so any class will do."""
+    """Our forward calls every submodule as upstream's does, so any class will do."""
     shapes = {
         name: module._parameters[name].shape for name in ("bypass_scale",) if name in module._parameters
     }
-    reason = check_parameters(module, shapes) or check_names(module, _LAYER_PARTS, optional=_LAYER_RATES)
+    reason = check_parameters(module, shapes) or check_child_names(
+        module, _LAYER_PARTS, optional=_LAYER_RATES
+    )
     for name in _LAYER_RATES:
         if reason is None and not is_rate(getattr(module, name)):
             reason = f"{name} is a {type(getattr(module, name)).__name__}, expected a number or a schedule"
@@ -71,7 +73,6 @@ BIAS_NORM = Rule(
     forward=models.BiasNorm.forward,
     kernels=("bias_norm",),
     structure=_bias_norm_structure,
-    functions=own_forward,
     known={"9e1dc79eb532fd8122f42674": BOTH},  # icefall: every version so far
 )
 
@@ -81,7 +82,6 @@ BYPASS = Rule(
     forward=models.BypassModule.forward,
     kernels=("bypass",),
     structure=_bypass_structure,
-    functions=own_forward,
     known={"a4edc035344a0e73d0329665": BOTH},  # icefall: since pull request 1108
 )
 

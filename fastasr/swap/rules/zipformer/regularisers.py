@@ -2,7 +2,7 @@
 """Balancer and Whiten, which act on gradients alone."""
 
 from fastasr.models import zipformer as models
-from fastasr.swap.rule import Known, Rule, check_children, check_parameters, is_rate, own_forward
+from fastasr.swap.rule import Known, Rule, check_children, check_parameters, is_rate
 from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE
 
 # Inference leaves the balancers out: these versions return their input when it needs no gradient.
@@ -61,7 +61,6 @@ BALANCER = Rule(
     forward=models.Balancer.forward,
     kernels=("balancer_gradient",),
     structure=_balancer_structure,
-    functions=own_forward,
     known=BALANCERS,
 )
 
@@ -69,9 +68,7 @@ WHITEN = Rule(
     name="zipformer.whiten",
     class_name="Whiten",
     forward=models.Whiten.forward,
-    kernels=(),
     structure=_whiten_structure,
-    functions=own_forward,
     known={
         "59f435fe5116d207ed3b2a9d": PACKAGE,
         "2427f1994408e76d9e722891": ICEFALL,  # since pull request 1974

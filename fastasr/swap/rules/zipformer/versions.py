@@ -17,12 +17,3 @@ IDENTITIES = {
 def forward_and_streaming(module):
     streaming = getattr(upstream_class(module), "streaming_forward", None)
     return own_forward(module) + ([streaming] if streaming else [])
-
-
-def check_names(module, names, optional=()):
-    """A reason when the submodules are not ``names``, of any class, besides ``optional``; else None."""
-    children = {name for name, child in module._modules.items() if child is not None}
-    extra, missing = sorted(children - {*names, *optional}), sorted(set(names) - children)
-    if extra:
-        return f"has submodules this class does not have upstream: {', '.join(extra)}"
-    return f"lacks the submodules {', '.join(missing)}" if missing else None
