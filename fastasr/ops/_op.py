@@ -223,6 +223,8 @@ class Op:
 
     def dtype(self, a, output: _signature.Output) -> torch.dtype:
         """The dtype of an output for these arguments."""
+        if isinstance(output.dtype, torch.dtype):
+            return output.dtype
         return (_wide if output.wide else _promoted)(*(getattr(a, name) for name in self.dtype_names(output)))
 
     def _cast_rule(self) -> Callable | None:
@@ -362,6 +364,7 @@ class Op:
             "_promote_types": torch.promote_types,
             "_widest": widest,
             "_float32": torch.float32,
+            "_float64": torch.float64,
             "_wide": _wide,
             "_empty": torch.empty,
             "_empty_output": self.empty,

@@ -14,7 +14,7 @@ activation: Literal["silu", "relu"]                  a choice: kernels get its p
             Annotated[Literal[...], {...}]           what the table says
 return_cache: bool                                   a flag; ``return_...`` asks for the outputs after the first
 -> Annotated[Tensor, "T B C", "h + scale"]           an output, in the promoted dtype of these arguments;
-                              "wide h + scale"       and at least float32
+                              "wide h + scale"       and at least float32; or a dtype, whatever the arguments have
 -> Annotated[Tensor, "T B C", "h", "constant"]       an output without a gradient, after those that have one
 """
 
@@ -89,7 +89,7 @@ class Argument:
 class Output:
     name: str
     pattern: Pattern | Callable  # of what is kept also (backend, a) -> sizes
-    dtype: tuple[str, ...]  # the arguments, or outputs, whose promotion it is
+    dtype: tuple[str, ...] | torch.dtype  # the arguments, or outputs, whose promotion it is
     wide: bool  # and at least float32
     flag: str = ""  # the argument that asks for it
     constant: bool = False  # it has no gradient
@@ -139,7 +139,9 @@ def outputs(formula: Callable, names: list[str]) -> tuple[Output, ...]:
 
 def output(name: str, hint, flag: str = "") -> Output:
     _, shape, dtype, *constant = get_args(hint)
+    pattern = shape if callable(shape) else Pattern.parse(shape)
+    if isinstance(dtype, torch.dtype):
+        return Output(name, pattern, dtype, False, flag, bool(constant))
     names = re.findall(r"\w+", dtype)
     wide = names[0] == "wide"
-    pattern = shape if callable(shape) else Pattern.parse(shape)
     return Output(name, pattern, tuple(names[wide:]), wide, flag, bool(constant))

@@ -397,6 +397,8 @@ def _empty(op, output) -> str:
 
 
 def _dtype(op, output) -> str:
+    if isinstance(output.dtype, torch.dtype):
+        return str(output.dtype).replace("torch.", "_")
     return f"{'_wide' if output.wide else '_promoted'}({', '.join(op.dtype_names(output))})"
 
 

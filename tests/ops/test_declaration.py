@@ -62,8 +62,8 @@ def test_only_the_kernels_own_answer_is_a_way_out(name, monkeypatch):
     op, table = ops.OPS[name], tables()[name]
     arguments = table.thorough[0].arguments(Make())
     expected = checks.flat(table.definition(**arguments))
-    if op.family.native is None:
-        pytest.skip("no native kernels here")
+    if op.family.native is None or op.fits == "False":
+        pytest.skip("no shortest path to native kernels here")
 
     def raising(error):
         def forward(*_):
