@@ -7,7 +7,6 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import BACKWARD, BOTH, FORWARD, Case, Cost, Implementation, compiled, parameters
-from fastasr.ops.rnnt_joiner import definition
 
 BATCH, FRAMES, LENGTH, S_RANGE, CHANNELS = 4, 400, 60, 5, 512
 
@@ -31,8 +30,8 @@ def _make(outputs: int, keep_logits: bool | None, device: str, dtype: torch.dtyp
         )
 
     return {
-        "eager": lambda: build(definition),
-        "compile": lambda: build(compiled(definition)),
+        "eager": lambda: build(ops.rnnt_joiner.definition),
+        "compile": lambda: build(compiled(ops.rnnt_joiner.definition)),
         "fastasr": lambda: build(ops.rnnt_joiner, keep_logits=keep_logits),
     }
 

@@ -3,8 +3,6 @@
 
 import torch
 
-from fastasr.ops import _activation
-from fastasr.ops.rnnt_joiner import definition
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
@@ -58,23 +56,6 @@ def _padded(make: Make) -> dict:
     return call | {"symbols": symbols, "boundary": boundary}
 
 
-def _with(**arguments):
-    return lambda m: (
-        _call(m, 2, 4, 5, 2, 8, 7) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
-    )
-
-
-def _registered(a: dict) -> tuple:
-    return (
-        *(a[name] for name in ("am", "lm", "weight", "bias", "symbols", "starts")),
-        a.get("boundary"),
-        a["s_range"],
-        a["termination_symbol"],
-        _activation.NAMES.index(a.get("activation", "tanh")),
-        a.get("hat", False),
-    )
-
-
 def _random(make: Make, shape) -> dict:
     length, v = shape.size() % 20, 2 + shape.size()
     call = _call(
@@ -95,8 +76,6 @@ def _random(make: Make, shape) -> dict:
 
 TABLE = OpTable(
     op="rnnt_joiner",
-    definition=definition,
-    registered=_registered,
     samples=(
         Sample("small", lambda m: _short(m, 2, 4, 5, 2, 8, 7), thorough=True),
         Sample(
@@ -130,38 +109,22 @@ TABLE = OpTable(
         Sample("no sequences", lambda m: _call(m, 0, 4, 3, 2, 8, 7)),
         Sample("no channels", lambda m: _call(m, 2, 4, 3, 2, 0, 7)),
     ),
-    invalid=(
-        Invalid("am is a matrix", _with(am=lambda m: m.normal(4, 8)), ValueError, "am"),
-        Invalid("lm of another width", _with(lm=lambda m: m.normal(2, 6, 9)), ValueError, "lm"),
-        Invalid("lm without contexts", _with(lm=lambda m: m.normal(2, 0, 8)), ValueError, "lm"),
-        Invalid("weight of another width", _with(weight=lambda m: m.normal(7, 9)), ValueError, "weight"),
+    invalid=tuple(
         Invalid(
-            "weight in half precision", _with(weight=lambda m: m.normal(7, 8).half()), TypeError, "weight"
-        ),
-        Invalid("bias of another size", _with(bias=lambda m: m.normal(8)), ValueError, "bias"),
-        Invalid("symbols of another length", _with(symbols=torch.zeros(2, 4).long()), ValueError, "symbols"),
-        Invalid("symbols of floats", _with(symbols=torch.zeros(2, 5)), TypeError, "symbols"),
-        Invalid(
-            "a symbol outside the vocabulary", _with(symbols=torch.full((2, 5), 7)), ValueError, "symbols"
-        ),
-        Invalid("a negative symbol", _with(symbols=torch.full((2, 5), -1)), ValueError, "symbols"),
-        Invalid(
-            "starts with three dimensions", _with(starts=torch.zeros(2, 4, 2).long()), ValueError, "starts"
-        ),
-        Invalid("starts out of range", _with(starts=torch.full((2, 4), 6)), ValueError, "starts"),
-        Invalid("boundary of two columns", _with(boundary=torch.zeros(2, 2).long()), ValueError, "boundary"),
-        Invalid(
-            "boundary beyond the frames",
-            _with(boundary=torch.tensor([[0, 0, 5, 4], [0, 0, 5, 5]])),
-            ValueError,
-            "boundary",
-        ),
-        Invalid("s_range is 0", _with(s_range=0), ValueError, "s_range"),
-        Invalid("s_range is a float", _with(s_range=2.0), TypeError, "s_range"),
-        Invalid("termination_symbol outside", _with(termination_symbol=7), ValueError, "termination_symbol"),
-        Invalid("unknown activation", _with(activation="silu"), ValueError, "activation"),
-        Invalid("hat is an int", _with(hat=1), TypeError, "hat"),
-        Invalid("keep_logits is a string", _with(keep_logits="auto"), TypeError, "keep_logits"),
+            name,
+            lambda m, argument=argument, value=value: _call(m, 2, 4, 5, 2, 8, 7) | {argument: value},
+            error,
+            argument,
+        )
+        for name, argument, value, error in (
+            ("lm without contexts", "lm", torch.zeros(2, 0, 8), ValueError),
+            ("weight in half precision", "weight", torch.zeros(7, 8).half(), TypeError),
+            ("a symbol outside the vocabulary", "symbols", torch.full((2, 5), 7), ValueError),
+            ("a negative symbol", "symbols", torch.full((2, 5), -1), ValueError),
+            ("starts out of range", "starts", torch.full((2, 4), 6), ValueError),
+            ("beyond the frames", "boundary", torch.tensor([[0, 0, 5, 4], [0, 0, 5, 5]]), ValueError),
+            ("outside", "termination_symbol", 7, ValueError),
+        )
     ),
     thread_invariant=False,
     unread=("am", "lm"),

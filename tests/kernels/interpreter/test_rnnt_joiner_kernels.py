@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from fastasr import ops
 from fastasr.kernels import rnnt_joiner as kernels
-from fastasr.ops.rnnt_joiner import definition
 from fastasr.testing.tolerance import compare
 
 TANH, RELU = 3, 2
@@ -34,7 +34,7 @@ def _run(grads, tensors, activation=TANH, hat=False):
 
 def _expected(grads, tensors, dtype, activation, hat):
     leaves = [t.to(dtype).requires_grad_() for t in tensors[:4]]
-    outputs = definition(
+    outputs = ops.rnnt_joiner.definition(
         *leaves,
         *tensors[4:6],
         s_range=3,
