@@ -124,10 +124,10 @@ def _agrees(out: Tensor, reference: Tensor, magnitude: float) -> str:
     return "" if error <= limit else f"error {error:.3e}, allowed {limit:.3e}"
 
 
-def run_one(seed: int, index: int) -> tuple[str, str]:
-    """(what was called, what is wrong or "") of one call."""
+def run_one(seed: int, index: int, only: tuple[str, ...] = ()) -> tuple[str, str]:
+    """(what was called, what is wrong or "") of one call, of any op or of those in ``only``."""
     rng = random.Random(f"{seed}/{index}")
-    name = rng.choice(list(tables()))
+    name = rng.choice(only or list(tables()))
     table = tables()[name]
     dtype = rng.choice(_DTYPES)
     arguments = table.random(Make(dtype, seed=rng.randrange(1 << 30)), Shape(rng))
@@ -247,22 +247,22 @@ def _describe(value: object) -> str:
 
 
 # --------------------------------------------------------------------------- processes
-def _child(seed: int, first: int, count: int) -> int:
+def _child(seed: int, first: int, count: int, only: tuple[str, ...]) -> int:
     for index in range(first, first + count):
         print(f"@{index}", flush=True)  # the parent reports the last one seen when this process dies
-        label, wrong = run_one(seed, index)
+        label, wrong = run_one(seed, index, only)
         if wrong:
             print(f"call {index}: {label}\n    {wrong}", flush=True)
     print("@end", flush=True)
     return 0
 
 
-def fuzz(count: int, seed: int) -> int:
+def fuzz(count: int, seed: int, only: tuple[str, ...] = ()) -> int:
     """Run ``count`` calls; the number of calls that went wrong (a crash counts as one, and the rest still runs)."""
     failures, first = 0, 0
     while first < count:
         command = [sys.executable, "-m", "fastasr.testing.fuzz", "--child", "--seed", str(seed)]
-        command += ["--first", str(first), "-n", str(count - first)]
+        command += ["--first", str(first), "-n", str(count - first), *(f"--op={name}" for name in only)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             last, ended = first, False
             for line in process.stdout:
@@ -287,18 +287,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastasr.testing.fuzz", description=__doc__)
     parser.add_argument("-n", type=int, default=1000, help="number of calls")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--op", action="append", default=[], help="call this op alone; may be repeated")
     parser.add_argument("--only", type=int, help="run this one call, in this process")
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    only = tuple(options.op)
     if options.child:
-        return _child(options.seed, options.first, options.n)
+        return _child(options.seed, options.first, options.n, only)
     if options.only is not None:
-        label, wrong = run_one(options.seed, options.only)
+        label, wrong = run_one(options.seed, options.only, only)
         print(f"{label}\n{wrong or 'right'}")
         return 1 if wrong else 0
     start = time.perf_counter()
-    failures = fuzz(options.n, options.seed)
+    failures = fuzz(options.n, options.seed, only)
     elapsed = time.perf_counter() - start
     print(f"fuzz: {options.n} calls, {failures} wrong, seed {options.seed}, {elapsed:.0f} s")
     return 1 if failures else 0

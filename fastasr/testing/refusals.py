@@ -53,6 +53,8 @@ def refusals(op: Op, arguments: dict) -> Iterator[Refusal]:
             continue
         for label, wrong in _wrong_tensors(a, value):
             yield refusal(label, a.name, wrong, TypeError)
+        if a.kind == "constant":
+            yield refusal("wants a gradient", a.name, lambda t=value: t.float().requires_grad_(), ValueError)
         if a is not op.leader:
             yield refusal("on meta", a.name, partial(value.to, "meta"), ValueError)
         for label, other in _other_shapes(value):
@@ -95,12 +97,15 @@ def _wrong_tensors(a, value: Tensor) -> Iterator[tuple[str, object]]:
 
 def _other_shapes(value: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "has a dimension more", value.unsqueeze(0)
+    if value.dim():
+        yield "has no dimensions", value.new_zeros(())
     for d in range(value.dim()):
         more = list(value.shape)
         more[d] += 1
         yield f"has dimension {d} longer", value.new_zeros(more)
         if value.shape[d]:
             yield f"has no dimension {d}", value.select(d, 0)
+            yield f"is empty in dimension {d}", value.narrow(d, 0, 0)
 
 
 def _other(dtype: torch.dtype) -> torch.dtype:

@@ -4,7 +4,7 @@
 import torch
 
 from fastasr.ops import _activation
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Make, OpTable, Sample
 
 
 def _mask(make: Make, batch: int, frames: int) -> torch.Tensor:
@@ -73,7 +73,6 @@ TABLE = OpTable(
             "NaN in two frames", lambda m: _one_bad_frame(m, _call(m, 2, 20, 8, 5), float("nan")), exact=False
         ),
     ),
-    invalid=(Invalid("an even number of taps", lambda m: _call(m, 2, 6, 5, 4), ValueError, "weight"),),
     unread=("weight",),  # taps that reach no frame of a short sequence
     rows=("x", "padding_mask"),
     random=_random,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of linear."""
 
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Make, OpTable, Sample
 
 
 def affine(make: Make, shape: tuple[int, ...], n: int, bias: bool = True) -> dict:
@@ -13,55 +13,6 @@ def affine(make: Make, shape: tuple[int, ...], n: int, bias: bool = True) -> dic
         "weight": make.normal(n, k, scale=scale),
         "bias": make.normal(n, scale=scale) if bias else None,
     }
-
-
-def invalid_affine() -> tuple[Invalid, ...]:
-    """Calls that every op with a linear layer refuses."""
-    return (
-        Invalid(
-            "weight of another K",
-            lambda m: affine(m, (3, 8), 5) | {"weight": m.normal(5, 7)},
-            ValueError,
-            "x",
-        ),
-        Invalid(
-            "weight is a vector",
-            lambda m: affine(m, (3, 8), 5) | {"weight": m.normal(8)},
-            ValueError,
-            "weight",
-        ),
-        Invalid(
-            "weight is sparse",
-            lambda m: affine(m, (3, 8), 5) | {"weight": m.normal(5, 8).to_sparse()},
-            TypeError,
-            "weight",
-        ),
-        Invalid(
-            "bias is sparse",
-            lambda m: affine(m, (3, 8), 5) | {"bias": m.normal(5).to_sparse()},
-            TypeError,
-            "bias",
-        ),
-        Invalid(
-            "bias of another N", lambda m: affine(m, (3, 8), 5) | {"bias": m.normal(4)}, ValueError, "bias"
-        ),
-        Invalid(
-            "bias is a matrix", lambda m: affine(m, (3, 8), 5) | {"bias": m.normal(1, 5)}, ValueError, "bias"
-        ),
-        Invalid("x has no dimensions", lambda m: affine(m, (3, 8), 5) | {"x": m.normal()}, ValueError, "x"),
-        Invalid(
-            "weight of another dtype",
-            lambda m: affine(m, (3, 8), 5) | {"weight": m.normal(5, 8).half()},
-            TypeError,
-            "weight",
-        ),
-        Invalid(
-            "bias of another dtype",
-            lambda m: affine(m, (3, 8), 5) | {"bias": m.normal(5).double()},
-            TypeError,
-            "bias",
-        ),
-    )
 
 
 TABLE = OpTable(
@@ -80,7 +31,6 @@ TABLE = OpTable(
         Sample("no outputs", lambda m: affine(m, (4, 8), 0)),
         Sample("no channels", lambda m: affine(m, (4, 0), 5)),
     ),
-    invalid=invalid_affine(),
     rows=("x",),
     thread_invariant=False,
     random=lambda m, shape: affine(m, shape() or (3,), shape.size()),

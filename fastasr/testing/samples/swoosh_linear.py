@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastasr.ops import swoosh_linear
 from fastasr.ops.swoosh_linear import draw_mask
-from fastasr.testing.samples.linear import affine, invalid_affine
+from fastasr.testing.samples.linear import affine
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
@@ -62,8 +62,6 @@ TABLE = OpTable(
         Sample("no channels", lambda m: affine(m, (4, 0), 5)),
     ),
     invalid=(
-        *invalid_affine(),
-        Invalid("unknown kind", _with(kind="SiLU"), ValueError, "kind"),
         Invalid("p is 1", _with(dropout_p=1.0), ValueError, "dropout_p"),
         Invalid("p is negative", _with(dropout_p=-0.1), ValueError, "dropout_p"),
         Invalid("p is NaN", _with(dropout_p=float("nan")), ValueError, "dropout_p"),
