@@ -68,9 +68,8 @@ class Op:
 
     # dtypes and strides
     one_dtype: str = ""  # arguments that must have the first one's dtype, except under an autocast rule
-    autocast: str | Callable | None = (
-        None  # "one dtype": casts those; names; (op, dtype, a) -> a; None: no rule; "formula": what it gives
-    )
+    # "one dtype": casts those; names of others; (op, dtype, a) -> a; "formula": what eager gives; None: no rule
+    autocast: str | Callable | None = None
     uniform: bool = True  # C++ kernels get all floating tensors in the first output's dtype
     # arguments whose dtypes choose the kernels: float64 where one has it, else the first's, in which kernels then read
     # floating tensors; else those of the first output
@@ -91,9 +90,7 @@ class Op:
     gradients: Callable | None = (
         None  # (op, kernels, grads, saved, needs) -> gradients of the floating tensors
     )
-    flagged: Callable | None = (
-        None  # (op, grads, found, saved): adds what the outputs behind a flag give to gradients
-    )
+    flagged: Callable | None = None  # (op, grads, found, saved): adds the gradients of outputs behind a flag
 
     # arguments that go together, and what the signature cannot say
     sizes: dict | None = None  # {names: function}: sizes for the shapes after the first, from the arguments a
@@ -109,12 +106,12 @@ class Op:
     materialize: bool = True  # False: gradients of outputs may be None
     differentiable: bool = True  # False: the op computes a gradient itself; differentiating it raises
 
-    # the shortest path, to the native kernels; code in the names of the arguments, of the op's file, _kernels and keep
+    # The shortest path, to the native kernels. Code may use the arguments, the names of the op's file, _kernels, keep.
     fast: str | Callable = (
-        ""  # code, or (native, keep, *arguments), -> outputs and what is kept; else ``forward``
+        ""  # code or (native, keep, *arguments) -> outputs and what is kept; else ``forward``
     )
     fits: str | Callable = (
-        ""  # a condition, as code or (*arguments) -> bool; kernels check the rest, and dimensions
+        ""  # code or (*arguments) -> bool: a condition beside types; kernels check the rest
     )
     fast_dtype: torch.dtype | None = None  # the only one it serves
     fast_strides: str = ""  # arguments that must be contiguous

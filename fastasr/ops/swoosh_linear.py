@@ -117,10 +117,17 @@ def swoosh_linear(
         raise TypeError(f"fastasr.{OP}: dropout_p: expected a float, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"fastasr.{OP}: dropout_p: expected 0 <= p < 1, got {dropout_p}")
-    if dropout_shared_dim is not None and isinstance(x, Tensor):
-        dropout_shared_dim = _check.dimension(OP, "dropout_shared_dim", dropout_shared_dim, x.dim())
     if not training or dropout_p == 0.0:
+        if dropout_shared_dim is not None:
+            _dimension(dropout_shared_dim, x)
         return _masked(x, weight, bias, kind)
     _masked.op.checks(x, weight, bias, kind, None, -1)
-    mask = draw_mask(x, dropout_p, dropout_shared_dim)
-    return _masked(x, weight, bias, kind, mask, -1 if dropout_shared_dim is None else dropout_shared_dim)
+    dim = None if dropout_shared_dim is None else _dimension(dropout_shared_dim, x)
+    return _masked(x, weight, bias, kind, draw_mask(x, dropout_p, dim), -1 if dim is None else dim)
+
+
+def _dimension(value: object, x: Tensor) -> int:
+    """The shared dimension from 0 on; what is wrong with x is told by the other checks."""
+    if not isinstance(x, Tensor) or not x.dim():
+        return -1
+    return _check.dimension(OP, "dropout_shared_dim", value, x.dim())
