@@ -12,7 +12,6 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import BACKWARD, BOTH, FORWARD, Case, Cost, compiled, simple
-from fastasr.ops.complex_ema_scan import definition
 
 LENGTHS = (1, 64, 200, 512, 2048)
 BATCH, CHANNELS, STATES = 4, 512, 16
@@ -44,7 +43,7 @@ def _inputs(length: int, device: str, dtype: torch.dtype):
 
 def _make(length: int, device: str, dtype: torch.dtype):
     inputs = _inputs(length, device, dtype)
-    formula = partial(definition, layout="BDL")
+    formula = partial(ops.complex_ema_scan.definition, layout="BDL")
     return {
         "eager": lambda: simple(formula, *inputs),
         "compile": lambda: simple(compiled(formula), *inputs),

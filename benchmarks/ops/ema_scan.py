@@ -22,7 +22,6 @@ from fastasr.benchmarks.case import (
     parameters,
     simple,
 )
-from fastasr.ops.ema_scan import definition
 
 LENGTHS = (1, 16, 64, 200, 512, 2048, 16384)
 BATCH, CHANNELS = 4, 512
@@ -58,7 +57,7 @@ def _inputs(length: int, batch: int, channels: int, states: int, device: str, dt
 def _make(length: int, batch: int, states: int, device: str, dtype: torch.dtype):
     inputs = _inputs(length, BATCH, CHANNELS, states, device, dtype)
     call = partial(ops.ema_scan, activation="silu")
-    formula = partial(definition, activation="silu")
+    formula = partial(ops.ema_scan.definition, activation="silu")
     return {
         "eager": lambda: simple(formula, *inputs),
         "compile": lambda: simple(compiled(formula), *inputs),

@@ -44,6 +44,8 @@ STRIDES = {
     "channels": _layout.dense_channels,
     "rows": _layout.rows,
     "int64": lambda t: t.to(torch.int64).contiguous(),
+    "matrix": lambda t: t.flatten(1).contiguous(),
+    "vector": lambda t: t.flatten().contiguous(),
     "any": lambda t: t,
 }
 

@@ -1,155 +1,156 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Multi-head damped exponential moving average (Mega, Ma et al., 2022, section 3.1), as a scan linear in the length.
+r"""Exponential moving averages with N states per channel, as scans linear in the length: Mega's and Megalodon's.
 
-Per channel, with N states: p = σ(δ), q = 1 − p σ(α), b = p β, c = γ / √N,
+    h_n(t) = q_n h_n(t−1) + b_n x_t          y_t = act(Re Σ_n c_n h_n(t) + ω x_t)
 
-    h_n(t) = q_n h_n(t−1) + b_n x_t          y_t = act(Σ_n c_n h_n(t) + ω x_t)
+    ema_scan           p = σ(δ), q = 1 − p σ(α), b = p β, c = γ / √N         (Mega, Ma et al., 2022, section 3.1)
+    complex_ema_scan   p = σ(α), q_n = (1 − p_n σ(δ_n)) exp(i n σ(θ) 2π/N) for n = 1 … N, b = p, c = γ / √N with
+                       complex γ                                             (Megalodon, Ma et al., 2024, section 3.1)
 
-Backward, with z the argument of act and g = dy act'(z): λ_n(t) = c_n g_t + q_n λ_n(t+1), dx = Σ_n b_n λ_n + ω g,
-db_n = Σ_t λ_n x_t, dc_n = Σ_t g_t h_n, dq_n = c_n Σ_t g_t v_n with v_n(t) = q_n v_n(t−1) + h_n(t−1), dω = Σ_t g x.
-Upstream: ``MultiHeadDampedEMA`` in ``espnet2.asr_transducer.decoder.modules.mega``, a convolution by FFT.
+Backward, with z the argument of act, g = dy act'(z), and for complex numbers derivatives D for which d loss =
+Re(D · change): λ_n(t) = c_n g_t + q_n λ_n(t+1), dx = Re Σ_n b_n λ_n + ω g, db_n = Re Σ_t λ_n x_t, dc_n = Σ_t g_t h_n,
+dq_n = c_n Σ_t g_t v_n with v_n(t) = q_n v_n(t−1) + h_n(t−1), dω = Σ_t g x.
+Upstream: ``MultiHeadDampedEMA`` in ``espnet2.asr_transducer.decoder.modules.mega`` and ``MultiHeadComplexEMA`` in
+``megalodon.modules``, convolutions by FFT.
 
 Memory traffic per element: read x, write y forward; read dy and x twice or less, write dx backward.
 """
 
+import functools
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
 import torch
-from torch import Tensor, is_grad_enabled
-from torch.compiler import is_compiling
+from torch import Tensor
 
-from fastasr.ops import _check
-from fastasr.ops._dispatch import PLAIN
-from fastasr.ops._ema import (
-    ACTIVATIONS,
-    DIRECTIONS,
-    LAYOUTS,
-    MOST_STATES,
-    TO_BDL,
-    Scan,
-    check_mask,
-    check_return_state,
-    check_truncation,
-    compute_dtype,
-    gradients_of_coefficients,
-    option,
-    plain_constants,
-    scan_of_coefficients,
-)
+from fastasr.ops import _activation
+from fastasr.ops._dispatch import widest
+from fastasr.ops._linear_recurrence import Polar, convolution, real, window
+from fastasr.ops._op import op
+
+States = Annotated[Tensor, "R N | R N 1, N >= 1, N <= 64"]
+Mask = Annotated[Tensor, "B L", bool]
+Truncation = Annotated[int, ">= 1"]
+Direction = Literal["forward", "reverse", "bidirectional"]
+Activation = Literal[_activation.NAMES]
+Layout = Literal["LBD", "BLD", "BDL"]
+Y = Annotated[Tensor, "X Y Z", "x"]
+COMPLEX = (torch.complex64, torch.complex128)
 
 
-# --------------------------------------------------------------------------- definition
-def definition(
-    x: Tensor,
-    damping: Tensor,
-    decay: Tensor,
-    expansion: Tensor,
-    projection: Tensor,
-    residual: Tensor | None = None,
-    *,
-    state: Tensor | None = None,
-    return_state: bool = False,
-    padding_mask: Tensor | None = None,
-    truncation: int | None = None,
-    direction: str = "forward",
-    activation: str = "identity",
-    layout: str = "LBD",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The formula in eager PyTorch, as a convolution (see :func:`convolution`)."""
-    parameters = (p.reshape(p.shape[:2]) for p in (damping, decay, expansion, projection))
-    options = (truncation or 0, DIRECTIONS[direction], ACTIVATIONS[activation], LAYOUTS[layout], return_state)
-    y, final = _formula(x, *parameters, residual, state, padding_mask, *options)
-    return (y, final) if return_state else y
-
-
-def coefficients(damping: Tensor, decay: Tensor, expansion: Tensor, projection: Tensor):
-    """(q, b, c), each (D, N)."""
+# --------------------------------------------------------------------------- formula
+def damped(damping: Tensor, decay: Tensor, expansion: Tensor, projection: Tensor):
+    """(q, b, c) of ema_scan, each (D, N)."""
     p = torch.sigmoid(damping)
     return 1 - p * torch.sigmoid(decay), p * expansion, projection * projection.shape[-1] ** -0.5
 
 
-def _formula(
-    x: Tensor,
-    damping: Tensor,
-    decay: Tensor,
-    expansion: Tensor,
-    projection: Tensor,
-    residual: Tensor | None,
-    state: Tensor | None,
-    padding_mask: Tensor | None,
-    truncation: int,
-    direction: int,
-    activation: int,
-    layout: int,
-    need_state: bool,
-) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(x, damping, decay, expansion, projection, residual, state)
-    qbc = coefficients(*(p.to(dtype) for p in (damping, decay, expansion, projection)))
+def rotating(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Polar, Tensor, Tensor]:
+    """(q, b, c) of complex_ema_scan, each (D, N), b real."""
+    states = alpha.shape[-1]
+    p = torch.sigmoid(alpha)
+    wavelets = torch.arange(1, states + 1, device=theta.device, dtype=theta.dtype)
+    angle = wavelets * (torch.sigmoid(theta) * (2 * math.pi / states)).unsqueeze(-1)
+    return Polar(1 - p * torch.sigmoid(delta), angle), p, _complex(gamma) * states**-0.5
+
+
+def _complex(parts: Tensor) -> Tensor:
+    return torch.complex(parts[..., 0], parts[..., 1])
+
+
+def _average(
+    coefficients: Callable, parameters: tuple[Tensor, ...], x, residual, state, return_state: bool, padding_mask,
+    truncation: int | None, direction: str, activation: str, layout: str,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """y, or (y, last state), from the parameters of which ``coefficients`` makes q, b and c."""
+    dtype = torch.promote_types(widest(x, (*parameters, residual, state)), torch.float32)
+    q, b, c = coefficients(*(p.to(dtype) for p in parameters))
     start = None if state is None else state.to(dtype)
-    options = (truncation, direction, activation, layout, need_state)
-    return scan_of_coefficients(x, *qbc, residual, start, padding_mask, *options)
+    start = _complex(start) if state is not None and c.is_complex() else start
+    u = x.permute([layout.index(d) for d in "BDL"]).to(dtype)
+    masked = u if padding_mask is None else u.masked_fill(padding_mask.unsqueeze(1), 0.0)
+    channels, length = u.shape[1:]
+
+    def scan(v: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+        qs, bs, cs = q[rows], b[rows], c[rows]
+        if truncation is not None and truncation < length:
+            h = window(bs.unsqueeze(-1) * v.unsqueeze(2), qs, truncation)
+            return real((cs.unsqueeze(-1) * h).sum(2)), None
+        return convolution(v, qs, bs, cs, start, return_state)
+
+    if direction == "reverse":
+        z, last = scan(masked.flip(-1), slice(None))
+        z = z.flip(-1)
+    else:
+        z, last = scan(masked, slice(0, channels))
+        if direction == "bidirectional":
+            z = z + scan(masked.flip(-1), slice(channels, None))[0].flip(-1)
+    if residual is not None:
+        z = z + residual.to(dtype).flatten().unsqueeze(-1) * u
+    y = _activation.function(activation)(z).to(x.dtype).permute(["BDL".index(d) for d in layout]).contiguous()
+    if not return_state:
+        return y
+    return y, torch.stack((last.real, last.imag), -1) if last.is_complex() else last
 
 
-def definition_backward(
-    grad: Tensor,
-    grad_state: Tensor | None,
-    x: Tensor,
-    damping: Tensor,
-    decay: Tensor,
-    expansion: Tensor,
-    projection: Tensor,
-    residual: Tensor | None,
-    state: Tensor | None,
-    padding_mask: Tensor | None,
-    truncation: int,
-    direction: int,
-    activation: int,
-    layout: int,
-) -> tuple[Tensor, ...]:
-    """Gradients of x, the four parameters, residual and state (empty where absent), with every state in memory."""
-    tensors = (x, damping, decay, expansion, projection, residual, state)
-    x, damping, decay, expansion, projection, omega, h0 = (
-        None if t is None else t.to(compute_dtype(*tensors)) for t in tensors
+# --------------------------------------------------------------------------- the ops
+def _sizes(a) -> tuple[int, ...]:
+    batch, channels, length = (a.x.shape[a.layout.index(d)] for d in "BDL")
+    return batch, channels, length, channels * (2 if a.direction == "bidirectional" else 1)
+
+
+def _check(op, a) -> None:
+    if a.state is None and not a.return_state:
+        return
+    if a.direction == "bidirectional":
+        op.fail("direction", "'forward' or 'reverse' with state or return_state", "'bidirectional'")
+    if a.truncation is not None:
+        op.fail("truncation", "None with state or return_state", a.truncation)
+
+
+def _scan(parameters: str, strides: dict, summary: str):
+    """The declaration of an average with these parameters, the residual's last."""
+    return op(
+        "cpu cuda",
+        returns="y last",
+        deciding=f"x {parameters} state",
+        wide=f"{parameters} state",
+        strides={"x": "any", "grad_y": "any", **strides},
+        sizes={"B D L R": _sizes},
+        forward=f"x {parameters} state padding_mask truncation direction activation layout return_state",
+        check=_check,
+        summary=summary,
     )
-    dx, dq, db, dc, domega, dstate = gradients_of_coefficients(
-        grad.to(x.dtype),
-        grad_state,
-        x,
-        *coefficients(damping, decay, expansion, projection),
-        omega,
-        h0,
-        padding_mask,
-        truncation,
-        direction,
-        activation,
-        layout,
-    )
-    p, a = torch.sigmoid(damping), torch.sigmoid(decay)
-    ddamping, ddecay = (db * expansion - dq * a) * p * (1 - p), -dq * p * a * (1 - a)
-    grads = (dx, ddamping, ddecay, db * p, dc * projection.shape[-1] ** -0.5, domega, dstate)
-    return tuple(
-        grad.new_empty(0) if t is None else d.to(t.dtype) for d, t in zip(grads, tensors, strict=True)
-    )
 
 
-_SCAN = Scan("ema_scan", "damping decay expansion projection residual", _formula, definition_backward)
-
-
-# --------------------------------------------------------------------------- public function
+@_scan(
+    "damping decay expansion projection residual",
+    dict.fromkeys(("damping", "decay", "expansion", "projection"), "matrix"),
+    "Mega's multi-head damped moving average as a linear-time scan, with states",
+)
 def ema_scan(
-    x: Tensor,
-    damping: Tensor,
-    decay: Tensor,
-    expansion: Tensor,
-    projection: Tensor,
-    residual: Tensor | None = None,
+    x: Annotated[Tensor, "X Y Z"],
+    damping: States,
+    decay: States,
+    expansion: States,
+    projection: States,
+    residual: Annotated[Tensor, "D"] | None = None,
     *,
-    state: Tensor | None = None,
+    state: Annotated[Tensor, "B D N"] | None = None,
     return_state: bool = False,
-    padding_mask: Tensor | None = None,
-    truncation: int | None = None,
-    direction: str = "forward",
-    activation: str = "identity",
-    layout: str = "LBD",
-) -> Tensor | tuple[Tensor, Tensor]:
+    padding_mask: Mask | None = None,
+    truncation: Truncation | None = None,
+    direction: Direction = "forward",
+    activation: Activation = "identity",
+    layout: Layout = "LBD",
+) -> (
+    Y
+    | tuple[
+        Y,
+        Annotated[Tensor, "B D N", "wide x + damping + decay + expansion + projection + residual + state"],
+    ]
+):
     """The multi-head damped EMA of Mega: y = act(Σ_n c_n h_n + residual · x), h_n(t) = q_n h_n(t−1) + b_n x_t.
 
     Args:
@@ -172,79 +173,82 @@ def ema_scan(
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes or devices do not match, or options exclude each other.
     """
-    if (
-        not is_compiling()
-        and _SCAN.family.native is not None
-        and type(x) in PLAIN
-        and x.is_cpu
-        and (truncation is None or (type(truncation) is int and truncation > 0))
-        and type(return_state) is bool
-        and plain_constants((damping, decay, expansion, projection, residual, state, padding_mask))
-        and not (x.requires_grad and is_grad_enabled())
-    ):
-        try:
-            y, final = _SCAN.family.native.forward(
-                x,
-                damping,
-                decay,
-                expansion,
-                projection,
-                residual,
-                state,
-                padding_mask,
-                truncation or 0,
-                DIRECTIONS[direction],
-                ACTIVATIONS[activation],
-                LAYOUTS[layout],
-                return_state,
-            )
-            return (y, final) if return_state else y
-        except (RuntimeError, KeyError, TypeError):
-            pass  # the checked path tells why, or does what the kernels do not
-    op = "ema_scan"
-    _check.floating_tensor(op, "x", x)
-    layout = option(op, "layout", layout, LAYOUTS)
-    direction = option(op, "direction", direction, DIRECTIONS)
-    activation = option(op, "activation", activation, ACTIVATIONS)
-    _check.shape(op, "x", x, "of three dimensions", x.dim() == 3)
-    batch, channels, length = (x.shape[d] for d in TO_BDL[layout])
-    rows = 2 * channels if direction == DIRECTIONS["bidirectional"] else channels
-    parameters = []
-    for name, p in (
-        ("damping", damping),
-        ("decay", decay),
-        ("expansion", expansion),
-        ("projection", projection),
-    ):
-        parameters.append(_parameter(op, name, p, x, rows, parameters[0] if parameters else None))
-    states = parameters[0].shape[1]
-    if residual is not None:
-        _check.floating_tensor(op, "residual", residual)
-        _check.shape(op, "residual", residual, f"({channels},)", residual.shape == (channels,))
-        _check.same_device(op, "residual", residual, x, "x")
-    if state is not None:
-        _check.floating_tensor(op, "state", state)
-        shape = (batch, channels, states)
-        _check.shape(op, "state", state, f"{shape}", state.shape == shape)
-        _check.same_device(op, "state", state, x, "x")
-    check_return_state(op, return_state, state, direction)
-    if padding_mask is not None:
-        check_mask(op, padding_mask, (batch, length), x)
-    truncation = check_truncation(op, truncation, state is not None or return_state)
-    y, final = _SCAN(
-        x, *parameters, residual, state, padding_mask, truncation, direction, activation, layout, return_state
-    )
-    return (y, final) if return_state else y
+    parameters = (p.flatten(1) for p in (damping, decay, expansion, projection))
+    return _average(
+        damped, (*parameters,), x, residual, state, return_state, padding_mask,
+        truncation, direction, activation, layout,
+    )  # fmt: skip
 
 
-def _parameter(op: str, name: str, value: Tensor, x: Tensor, rows: int, first: Tensor | None) -> Tensor:
-    """(rows, N), from (rows, N) or (rows, N, 1)."""
-    _check.floating_tensor(op, name, value)
-    states = "N" if first is None else first.shape[1]
-    ok = value.dim() == 2 or (value.dim() == 3 and value.shape[2] == 1)
-    ok = ok and value.shape[0] == rows and (first is None or value.shape[1] == states)
-    _check.shape(op, name, value, f"({rows}, {states}) or ({rows}, {states}, 1)", ok)
-    if first is None and not 1 <= value.shape[1] <= MOST_STATES:
-        raise ValueError(f"fastasr.{op}: {name}: expected 1 to {MOST_STATES} states, got {value.shape[1]}")
-    _check.same_device(op, name, value, x, "x")
-    return value if value.dim() == 2 else value.squeeze(2)
+def _with_complex_states(scan: Callable) -> Callable:
+    """The public function and its definition also take and give states as complex numbers. The operator and the formula
+    below know their real and imaginary parts alone."""
+    public = scan.op.public(_complex_states(scan))
+    public.definition = _complex_states(scan.definition)
+    return public
+
+
+def _complex_states(scan: Callable) -> Callable:
+    @functools.wraps(scan)
+    def function(*arguments, state: Tensor | None = None, **options):
+        complex_state = isinstance(state, Tensor) and state.dim() == 3 and state.dtype in COMPLEX
+        if complex_state:
+            state = torch.view_as_real(state.resolve_conj())
+        found = scan(*arguments, state=state, **options)
+        if isinstance(found, tuple) and (state is None or complex_state):
+            return found[0], torch.view_as_complex(found[1])
+        return found
+
+    return function
+
+
+@_with_complex_states
+@_scan(
+    "alpha delta theta gamma omega",
+    {"alpha": "matrix", "delta": "matrix", "theta": "vector", "omega": "vector"},
+    "Megalodon's complex moving average, with states",
+)
+def complex_ema_scan(
+    x: Annotated[Tensor, "X Y Z"],
+    alpha: States,
+    delta: States,
+    theta: Annotated[Tensor, "R | R 1 | R 1 1"],
+    gamma: Annotated[Tensor, "R N 2"],
+    omega: Annotated[Tensor, "D | D 1"] | None = None,
+    *,
+    state: Annotated[Tensor, "B D N 2"] | None = None,
+    return_state: bool = False,
+    padding_mask: Mask | None = None,
+    truncation: Truncation | None = None,
+    direction: Direction = "forward",
+    activation: Activation = "identity",
+    layout: Layout = "LBD",
+) -> Y | tuple[Y, Annotated[Tensor, "B D N 2", "wide x + alpha + delta + theta + gamma + omega + state"]]:
+    """The complex EMA of Megalodon: y = act(Re Σ_n c_n h_n + omega · x), h_n(t) = q_n h_n(t−1) + p_n x_t.
+
+    Args:
+        x: (L, B, D), (B, L, D) or (B, D, L) as ``layout`` says; float32, bfloat16, float16 or float64.
+        alpha, delta: (D, N) or (D, N, 1), 1 ≤ N ≤ 64, before the sigmoid: p = σ(alpha), |q| = 1 − p σ(delta).
+        theta: (D,), (D, 1) or (D, 1, 1), before the sigmoid: the angle of q_n is n σ(theta) 2π/N, n = 1 … N.
+        gamma: (D, N, 2), real and imaginary part: c = gamma / √N. For ``direction="bidirectional"`` the four have 2D
+            rows: the second half scans from the end, and the present step counts in both.
+        omega: (D,) or (D, 1), or None for no residual term.
+        state: complex (B, D, N), or its real and imaginary parts (B, D, N, 2): h before the first step; None: zeros.
+            With ``direction="reverse"`` the first step is the last.
+        return_state: return h after the last step too, in complex64 (complex128 when any argument is of 64 bits), or
+            in real numbers where ``state`` is.
+        padding_mask: (B, L), bool, True where x is padding: it does not enter the average; the residual term stays.
+        truncation: keep the first so many taps of the convolution, None: all. Not together with a state.
+        direction: "forward", "reverse" or "bidirectional".
+        activation: "identity", "silu", "relu", "tanh" or "gelu" (by erf).
+    Returns:
+        y of x's shape and dtype, contiguous, computed in float32 or better and rounded once; with ``return_state``
+        (y, state).
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes or devices do not match, or options exclude each other.
+    """
+    return _average(
+        rotating, (alpha.flatten(1), delta.flatten(1), theta.flatten(), gamma), x, omega, state, return_state,
+        padding_mask, truncation, direction, activation, layout,
+    )  # fmt: skip

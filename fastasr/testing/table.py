@@ -93,7 +93,7 @@ class OpTable:
         if declared is None or self.definition is not None:
             return
         for name, value in (
-            ("definition", declared.definition),
+            ("definition", declared.function.definition),
             ("registered", lambda a: declared.Arguments(**a)),
             ("result", declared.returned),
         ):
