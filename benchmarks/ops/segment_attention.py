@@ -19,7 +19,9 @@ from fastasr.benchmarks.case import (
     compiled,
     parameters,
 )
-from fastasr.ops.segment_attention import definition, rows_of
+from fastasr.ops.segment_attention import rows_of
+
+definition = ops.segment_attention.definition
 
 FRAMES, BATCH, HEADS, WIDTH, LEFT = 400, 4, 8, 64, 30
 

@@ -3,7 +3,7 @@
 
 import torch
 
-from fastasr.ops.segment_attention import definition, rows_of
+from fastasr.ops.segment_attention import rows_of
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 _NAMES = ("frames", "segment_length", "left_context_length", "right_context_length", "max_memory_size")
@@ -54,19 +54,6 @@ def _with(**arguments):
     )
 
 
-def _registered(a: dict) -> tuple:
-    dropout = a.get("weights_dropout")
-    wide = torch.promote_types(a["query"].dtype, torch.float32)
-    return (
-        *(a[name] for name in ("query", "key", "value", *_MASKS)),
-        None if dropout is None else dropout.to(wide),
-        a["num_heads"],
-        *(a[name] for name in _NAMES),
-        a.get("past_frames", 0),
-        a.get("past_memory", 0),
-    )
-
-
 def _random(make: Make, shape) -> dict:
     memory, frames = shape.choice((0, 0, 1, 3)), shape.size() % 90
     past = (shape.size() % 9, shape.size() % 4 if memory else 0)
@@ -82,9 +69,6 @@ def _random(make: Make, shape) -> dict:
     return call
 
 
-_MASKS = ("lengths", "history")
-
-
 def _small(name: str, arguments, **more) -> Sample:
     """A sample of a few hundred numbers: its errors are compared over several draws. What the Triton kernels' own tests
     cover, blocks and tails, is not interpreted once more."""
@@ -93,8 +77,6 @@ def _small(name: str, arguments, **more) -> Sample:
 
 TABLE = OpTable(
     op="segment_attention",
-    definition=definition,
-    registered=lambda a: _registered(dict.fromkeys(_MASKS) | a),
     samples=(
         Sample("an infinite query", _infinite, exact=False),
         _small("left and right context", lambda m: _call(m, 2, 2, 8, 11, 4, 5, 2, 0), thorough=True),
@@ -144,27 +126,9 @@ TABLE = OpTable(
         Sample("no sequences", lambda m: _call(m, 0, 2, 8, 7, 4, 6, 1, 2)),
     ),
     invalid=(
-        Invalid("query is a matrix", _with(query=lambda m: m.normal(13, 8)), ValueError, "query"),
         Invalid("query without summaries", _with(query=lambda m: m.normal(10, 2, 8)), ValueError, "query"),
-        Invalid("channels that heads do not divide", _with(num_heads=3), ValueError, "query"),
-        Invalid("key of another length", _with(key=lambda m: m.normal(11, 2, 8)), ValueError, "key"),
-        Invalid("value of another width", _with(value=lambda m: m.normal(12, 2, 4)), ValueError, "value"),
-        Invalid("key of another dtype", _with(key=lambda m: m.normal(12, 2, 8).double()), TypeError, "key"),
-        Invalid("no heads", _with(num_heads=0), ValueError, "num_heads"),
-        Invalid("segment_length of zero", _with(segment_length=0), ValueError, "segment_length"),
-        Invalid("frames is a float", _with(frames=7.0), TypeError, "frames"),
-        Invalid("negative left context", _with(left_context_length=-1), ValueError, "left_context_length"),
         Invalid(
             "past memory without memory", _with(max_memory_size=0, past_memory=2), ValueError, "past_memory"
-        ),
-        Invalid("lengths are floats", _with(lengths=lambda m: m.normal(2)), TypeError, "lengths"),
-        Invalid("lengths of another batch", _with(lengths=torch.tensor([7, 7, 7])), ValueError, "lengths"),
-        Invalid("history of one number", _with(history=torch.tensor([1])), ValueError, "history"),
-        Invalid(
-            "dropout of another shape",
-            _with(weights_dropout=lambda m: m.normal(2, 2, 13, 7) > 0),
-            ValueError,
-            "weights_dropout",
         ),
     ),
     random=_random,

@@ -7,7 +7,8 @@ import repair
 import torch
 
 from fastasr.kernels import segment_attention as kernels
-from fastasr.ops.segment_attention import definition, rows_of
+from fastasr.ops import segment_attention
+from fastasr.ops.segment_attention import rows_of
 from fastasr.testing.tolerance import compare, mean
 
 NAMES = ("y", "dquery", "dkey", "dvalue")
@@ -39,7 +40,7 @@ def _expected(grad, arguments, dtype):
     """(y, the three gradients) by autograd through the definition, in ``dtype``."""
     leaves = [t.to(dtype).requires_grad_() for t in arguments[:3]]
     lengths, history, keep, heads, *sizes = arguments[3:]
-    y = definition(
+    y = segment_attention.definition(
         *leaves, num_heads=heads, **dict(zip(OPTIONS, sizes[:5], strict=True)),
         past_frames=sizes[5], past_memory=sizes[6], lengths=lengths, history=history,
         weights_dropout=None if keep is None else keep.to(dtype),
