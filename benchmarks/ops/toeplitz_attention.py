@@ -7,7 +7,8 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import BACKWARD, BOTH, FORWARD, Case, Cost, Implementation, compiled, parameters
-from fastasr.ops.toeplitz_attention import definition
+
+definition = ops.toeplitz_attention.definition
 
 SIZE, KEYS, VALUES = 512, 128, 1024
 

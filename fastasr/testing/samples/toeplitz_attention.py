@@ -4,8 +4,8 @@
 import torch
 
 from fastasr.ops import _activation
-from fastasr.ops.toeplitz_attention import chunks, definition
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.ops.toeplitz_attention import chunks
+from fastasr.testing.table import Make, OpTable, Sample
 
 
 def _call(make: Make, length: int, batch: int, d: int, v: int, positions: int | None = None, **more) -> dict:
@@ -46,25 +46,6 @@ def _infinite(make: Make) -> dict:
     return call
 
 
-def _with(**arguments):
-    return lambda m: _call(m, 5, 2, 8, 12) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
-
-
-def _registered(a: dict) -> tuple:
-    wide = torch.promote_types(a["query_key"].dtype, torch.float32)
-    dropout = a.get("weights_dropout")
-    return (
-        *(a[name] for name in ("query_key", "gate", "value")),
-        *(a[name].to(wide) for name in ("qk_weight", "qk_bias", "position_bias")),
-        a.get("padding_mask"),
-        None if dropout is None else dropout.to(wide),
-        a.get("causal", True),
-        a.get("chunk_size", 0),
-        _activation.NAMES.index(a.get("activation", "silu")),
-        a.get("activate_value", False),
-    )
-
-
 def _random(make: Make, shape) -> dict:
     length, batch, size = shape.size() % 70, shape.size() % 5, 1 + shape.size() % 40
     chunk = shape.choice((0, 0, 1, 7, 32, 40))
@@ -84,8 +65,6 @@ def _random(make: Make, shape) -> dict:
 
 TABLE = OpTable(
     op="toeplitz_attention",
-    definition=definition,
-    registered=_registered,
     samples=(
         Sample("an infinite frame", _infinite, exact=False),
         Sample("causal", lambda m: _call(m, 13, 3, 16, 20), thorough=True),
@@ -132,42 +111,6 @@ TABLE = OpTable(
             "a query without a key",
             lambda m: _call(m, 4, 1, 8, 12, padding_mask=torch.tensor([[True, True, False, False]])),
             exact=False,
-        ),
-    ),
-    invalid=(
-        Invalid("gate of another length", _with(gate=lambda m: m.normal(4, 2, 12)), ValueError, "gate"),
-        Invalid("value of another width", _with(value=lambda m: m.normal(5, 2, 13)), ValueError, "value"),
-        Invalid("query_key is a matrix", _with(query_key=lambda m: m.normal(5, 8)), ValueError, "query_key"),
-        Invalid(
-            "qk_weight of another size", _with(qk_weight=lambda m: m.normal(2, 7)), ValueError, "qk_weight"
-        ),
-        Invalid("qk_bias is a vector", _with(qk_bias=lambda m: m.normal(16)), ValueError, "qk_bias"),
-        Invalid(
-            "position_bias is short", _with(position_bias=lambda m: m.normal(7)), ValueError, "position_bias"
-        ),
-        Invalid(
-            "position_bias is even", _with(position_bias=lambda m: m.normal(10)), ValueError, "position_bias"
-        ),
-        Invalid("causal is an int", _with(causal=1), TypeError, "causal"),
-        Invalid("chunk_size is a float", _with(chunk_size=2.0), TypeError, "chunk_size"),
-        Invalid("unknown activation", _with(activation="laplace"), ValueError, "activation"),
-        Invalid(
-            "padding_mask of integers",
-            _with(padding_mask=lambda m: torch.zeros(2, 5).int()),
-            TypeError,
-            "padding_mask",
-        ),
-        Invalid(
-            "padding_mask transposed",
-            _with(padding_mask=lambda m: torch.zeros(5, 2, dtype=torch.bool)),
-            ValueError,
-            "padding_mask",
-        ),
-        Invalid(
-            "dropout of another shape",
-            _with(weights_dropout=lambda m: m.normal(2, 5, 5) > 0),
-            ValueError,
-            "weights_dropout",
         ),
     ),
     unread=("value",),

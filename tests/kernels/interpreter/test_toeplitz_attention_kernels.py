@@ -6,8 +6,8 @@ import repair
 import torch
 
 from fastasr.kernels import toeplitz_attention as kernels
-from fastasr.ops import _activation
-from fastasr.ops.toeplitz_attention import chunks, definition
+from fastasr.ops import _activation, toeplitz_attention
+from fastasr.ops.toeplitz_attention import chunks
 from fastasr.testing.tolerance import compare, mean
 
 NAMES = ("y", "dquery_key", "dgate", "dvalue", "dqk_weight", "dqk_bias", "dposition_bias")
@@ -33,7 +33,7 @@ def _expected(grad, tensors, chunk_size, causal, activation, activate_value, dty
     """(y, the six gradients) by autograd through the definition, in ``dtype``."""
     leaves = [t.to(dtype).requires_grad_() for t in tensors[:6]]
     mask, keep = tensors[6:]
-    y = definition(
+    y = toeplitz_attention.definition(
         *leaves,
         causal=causal,
         padding_mask=mask,
