@@ -117,6 +117,18 @@ bool close(T got, long double expected, long double computed) {
   return error <= computed * unit + std::fabs(expected) * Type<T>::half_ulp + Type<T>::smallest;
 }
 
+// The slope of f() in the number that it reads at `at`, by a central difference.
+template <typename F>
+double slope(double* at, const F& f) {
+  const double saved = *at, step = 1e-5;
+  *at = saved + step;
+  const double above = f();
+  *at = saved - step;
+  const double below = f();
+  *at = saved;
+  return (above - below) / (2 * step);
+}
+
 // n elements, `offset` elements after an aligned address. Under the address sanitizer the memory ends with the last
 // element; without it, elements before and behind are checked by intact().
 template <typename T>

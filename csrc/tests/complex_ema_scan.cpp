@@ -3,10 +3,9 @@
 
 #include <algorithm>
 #include <complex>
-#include <functional>
-#include <thread>
 
 #include "tests/check.h"
+#include "tests/parallel.h"
 
 namespace fastasr::test {
 namespace {
@@ -201,21 +200,6 @@ void compare(Case<T>& c) {
     if (o.residual) check("dresidual", c.dresidual[d], of_residual.value.real(), of_residual.size, d);
   }
 }
-
-const cpu::Parallel kSerial = [](int64_t tasks, int64_t, const std::function<void(int64_t, int64_t)>& f) {
-  if (tasks > 0) f(0, tasks);
-};
-// Three threads, each taking its tasks one by one and in the other order.
-const cpu::Parallel kScattered = [](int64_t tasks, int64_t, const std::function<void(int64_t, int64_t)>& f) {
-  constexpr int64_t kThreads = 3;
-  std::vector<std::thread> threads;
-  for (int64_t first = 0; first < kThreads; first++)
-    threads.emplace_back([=, &f] {
-      for (int64_t i = tasks; i-- > 0;)
-        if (i % kThreads == first) f(i, i + 1);
-    });
-  for (std::thread& thread : threads) thread.join();
-};
 
 template <typename T>
 void values(const Options& o) {

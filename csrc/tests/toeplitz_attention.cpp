@@ -192,13 +192,7 @@ void gradients() {
     call.run();
     const auto& p = call.p;
     const auto probe = [&](double* at, double got, const char* name) {
-      const double saved = *at, step = 1e-5;
-      *at = saved + step;
-      const double above = call.loss();
-      *at = saved - step;
-      const double below = call.loss();
-      *at = saved;
-      const double want = (above - below) / (2 * step);
+      const double want = slope(at, [&] { return call.loss(); });
       CHECK(std::fabs(want - got) <= 2e-8 * (10 + std::fabs(want)), "%s, length %ld: expected %.9g, got %.9g", name,
             long(shape.length), want, got);
     };

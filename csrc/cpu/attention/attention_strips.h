@@ -106,14 +106,14 @@ struct StripGradients {
   }
 };
 
-// Rows that are read next, while the gradients of these are formed.
+// The rows that the next strip reads: they are fetched while this one's gradients are formed.
 struct NextRows {
   const char *first, *second;
   int64_t bytes;  // per key, of all rows of a strip
 };
 
-// From the gradient of a strip's scores: dq and dp into dx, dk and drt are added to. Rows of ds are `stride` apart and
-// are 0 outside the window, for kAttentionMargin on both sides.
+// Takes the gradient of a strip's scores, writes dq and dp into dx, and adds to dk and drt. Rows of ds are `stride`
+// apart and are 0 outside the window, for kAttentionMargin on both sides.
 template <typename T, typename C>
 void strip_gradients(const AttentionProblem& a, const Strip& t, const Window& w, const T* x, const C* key_rows,
                      const C* rt, const C* ds, int64_t stride, const StripGradients<C>& memory, const NextRows& next,

@@ -45,7 +45,7 @@ void transpose(const T* in, int64_t step, int64_t count, int64_t width, C* out, 
   for (; j < count; j++) transpose_rows<1>(in + j * step, step, width, out + j, stride);
 }
 
-// Rows of `width` numbers, `step` apart, as rows of `depth`.
+// Copies rows of `width` numbers, `step` apart, to rows of `depth`.
 template <typename T, typename C = compute_t<T>>
 void copy_rows(const T* __restrict in, int64_t step, int64_t count, int64_t width, C* __restrict out, int64_t depth) {
   for (int64_t j = 0; j < count; j++)
@@ -101,8 +101,8 @@ void scores_of(const RelAttention& r, const KeyRange& range, const Strip& t, con
   }
 }
 
-// Whether a key is hidden from the query. One that sees all keys but no score above -inf has no weights, not none to
-// see.
+// Says whether any key is hidden from the query. A query whose scores are all -inf though no key is hidden has NaN for
+// weights; one that sees no key has zeros.
 bool hides_any(const AttentionProblem& a, const KeyRange& range, int64_t sequence, int64_t frame) {
   if (range.masked >= 0) return true;
   const uint8_t* row = mask_row(a, sequence, frame);

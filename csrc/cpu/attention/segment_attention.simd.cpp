@@ -14,7 +14,8 @@ namespace {
 constexpr int64_t kTile = kPanel * kPanel;
 constexpr int64_t kAhead = 16;  // rows between a load and its prefetch
 
-// Rows of keys that some query of a block sees, and where their scores lie. Query l sees [begin[l], end[l]) of them.
+// The rows of keys that some query of a block sees, and where their scores lie. Query l sees [begin[l], end[l]) of
+// them.
 struct Run {
   int64_t first, count, offset;
   alignas(64) int32_t begin[kPanel], end[kPanel];
@@ -148,7 +149,7 @@ FASTASR_INLINE void gather(const SegmentAttention<T>& p, const Sequence<const T>
   }
 }
 
-// Rows of a tile where n are left.
+// How many rows the next tile has when n rows are left.
 FASTASR_INLINE int64_t tile_rows_of(int64_t n) { return std::min(kTileRows, (n + 3) / 4 * 4); }
 
 // scores[j][l] = sum over channels of packed[j] transposed[l].

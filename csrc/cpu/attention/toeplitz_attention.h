@@ -69,13 +69,13 @@ ToeplitzUnit<compute_t<T>> toeplitz_unit(const ToeplitzAttention<T>& p, bool bac
   return u;
 }
 
-// Elements of C that a call on one block or panel needs besides.
+// Elements of C that a call on one block or panel needs for itself.
 template <typename T>
 int64_t toeplitz_scratch_elements(const ToeplitzAttention<T>& p) {
   return std::max(p.rows(), p.v_panels() * kPanel) * kPanel + 3 * kPanel * kPanel;
 }
 
-// What the backward reads and writes besides. Gradients are contiguous.
+// What the backward reads and writes beside the unit. Gradients are contiguous.
 template <typename T>
 struct ToeplitzGradients {
   using C = compute_t<T>;

@@ -21,7 +21,7 @@ struct EmaShape {
   EmaActivation activation;
 };
 
-// Of a tensor's time, batch and channel dimensions, in elements.
+// The strides of a tensor's time, batch and channel dimensions, in elements.
 struct EmaStrides {
   int64_t time, batch, channel;
 };

@@ -6,8 +6,8 @@
 
 #include "cpu/simd/kernels.h"
 
-// One block of ema_scan: up to 32 time steps of up to 64 channels, in buffers of C that lie in the first cache. A row
-// holds kEmaLanes channels of one step; arrays over states hold N such rows.
+// One block of ema_scan has up to 32 time steps of up to 64 channels, in buffers of C that lie in the first cache. A
+// row holds kEmaLanes channels of one step; arrays over states hold N such rows.
 namespace fastasr::cpu {
 
 inline constexpr int64_t kEmaLanes = 64, kEmaSteps = 32;

@@ -20,7 +20,7 @@ FASTASR_INLINE void by_groups(int64_t states, const F& f) {
   if (states - n == 1) f.template operator()<1>(n);
 }
 
-// float: d holds 1 - q, double: q
+// In float the decay is held as 1 - q, in double as q.
 template <typename C>
 constexpr bool kDifference = sizeof(C) == 4;
 
@@ -120,7 +120,7 @@ void gradient_of(const EmaGradient<C>& a, int64_t first) {
   a.x_late ? gradient_group<C, kStates, true>(a, first) : gradient_group<C, kStates, false>(a, first);
 }
 
-// What the instruction set has registers for.
+// As many states as the instruction set has registers for.
 #if defined(__AVX512F__)
 constexpr int kGroup = 4;
 #else
@@ -160,7 +160,7 @@ FASTASR_INLINE Vector<C> low(const C* p, int64_t i) {
   return at(p + i);
 }
 
-// kTurned: what enters is complex; else the imaginary part of `in` is 0.
+// kTurned: the input coefficient is complex. Else its imaginary part is 0.
 template <typename C, int kStates, bool kLate, bool kOther, bool kStart, bool kTurned>
 void complex_convolution_group(const EmaConvolution<C>& a, int64_t first) {
   using V = Vector<C>;
@@ -262,8 +262,8 @@ void complex_gradient_group(const EmaGradient<C>& a, int64_t first) {
   }
 }
 
-// What enters is complex in the adjoint of a scan with a state, which is never truncated and the only one with a second
-// factor.
+// The input coefficient is complex only in the adjoint of a scan with a state. That scan is never truncated, and it
+// alone has a second factor.
 template <typename C, int kStates, bool kStart>
 void complex_convolution_of(const EmaConvolution<C>& a, int64_t first) {
   if (a.x_late)

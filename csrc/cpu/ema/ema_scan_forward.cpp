@@ -55,7 +55,7 @@ class Forward {
     };
   }
 
-  // What chunk j alone adds to the state after it.
+  // Computes what chunk j alone adds to the state after it.
   void local(int64_t half, int64_t row, int64_t j) {
     const int64_t tile = row % plan_.tiles, b = row / plan_.tiles;
     const bool backwards = scan_.reversed(half);
@@ -67,7 +67,7 @@ class Forward {
         input(tile, b, backwards), [](int64_t, int64_t, C*) { return true; }, [](int64_t, int64_t, C*, C*) {});
   }
 
-  // From each chunk's own share to the state before it.
+  // Turns each chunk's own share into the state before it.
   void carry(int64_t half, int64_t row) {
     const int64_t tile = row % plan_.tiles, b = row / plan_.tiles;
     const bool backwards = scan_.reversed(half);

@@ -13,8 +13,9 @@
 // rows of 64 channels for each: the number, or its real and its imaginary part.
 namespace fastasr::cpu {
 
-// Of one tile, [N][width][64] each. low: what `decay` lacks by rounding, polar: radius and angle, both of complex
-// numbers in double alone, else null. Truncated: late = in q^K, slope = in K q^(K-1), else null. real: `in` is.
+// The coefficients of one tile, [N][width][64] each. low is what `decay` lost by rounding, polar its radius and angle:
+// both exist for complex numbers in double alone and are null otherwise. late = in q^K and slope = in K q^(K-1) exist
+// in truncated scans alone. real says that `in` has no imaginary part.
 template <typename P>
 struct EmaArrays {
   P decay, in, out, low, polar, late, slope;
@@ -32,7 +33,7 @@ struct RealNumbers {
 
   static const EmaBlock<C>& block() { return kernels<EmaBlocks<C>>().real; }
 
-  // m channels from row `first` on; in the unit form b goes into c.
+  // Packs m channels from row `first` on. In the unit form, b becomes a factor of c.
   static void pack(const Parameters& p, int64_t first, int64_t m, int64_t states, bool unit, const EmaArrays<C*>& to) {
     const int64_t at = first * states;
     std::vector<C> natural(static_cast<size_t>(3 * m * states));
@@ -71,14 +72,15 @@ struct RealNumbers {
       out[i] = static_cast<C>(power * before + static_cast<double>(local[i]));
     }
   }
-  // From the gradient of a state to its derivative, and back.
+  // Turns the gradient of a state into its derivative, or back.
   static void conjugate(C*, int64_t) {}
   // sum += a b
   static void add_products(const C* a, const C* b, double* sum, int64_t states) {
     for (int64_t i = 0; i < states * kEmaLanes; i++) sum[i] += static_cast<double>(a[i]) * static_cast<double>(b[i]);
   }
 
-  // of_h, of_v: sums of g h and g v; of_b, direct: that of b, and what the final state adds to q's; unit: neither is.
+  // of_h and of_v are the sums of g h and g v, of_b the gradient of b, direct what the final state adds to the gradient
+  // of q. The unit form has neither of the last two.
   static void finish(const Parameters& p, int64_t first, int64_t m, int64_t states, bool unit, const double* of_h,
                      const double* of_v, const double* of_b, const double* direct, const Gradients& gradients) {
     const int64_t at = first * states;
@@ -119,7 +121,7 @@ struct ComplexNumbers {
   static double sigmoid(double z) { return 1.0 / (1.0 + std::exp(-z)); }
   // 1 - sigmoid(z): in double as the definition rounds it, else without its cancellation
   static double less_sigmoid(double z) { return precise ? 1.0 - sigmoid(z) : sigmoid(-z); }
-  // What the angles of a channel's states are multiples of.
+  // The angle of a channel's first state; the others' are multiples of it.
   static double step_of_angle(const Parameters& p, int64_t channel, int64_t states) {
     return sigmoid(static_cast<double>(p.theta[channel])) * (kTurn / static_cast<double>(states));
   }
@@ -127,7 +129,7 @@ struct ComplexNumbers {
   struct Coefficients {
     double p, a, radius, angle;
   };
-  // Of state n (from 0) of one channel.
+  // The coefficients of state n (from 0) of one channel.
   static Coefficients coefficients(const Parameters& p, int64_t channel, int64_t n, int64_t states, double step) {
     const int64_t i = channel * states + n;
     Coefficients k{sigmoid(static_cast<double>(p.alpha[i])), sigmoid(static_cast<double>(p.delta[i])), 0, 0};

@@ -82,7 +82,7 @@ class EmaScan {
   EmaWeights<C> weights(int64_t half, int64_t tile) const {
     return arrays(packed_.data() + (half * plan_.tiles + tile) * arrays_ * rows_);
   }
-  // Of the adjoint scan, which takes dy and gives dx: c enters and b leaves.
+  // The weights of the adjoint scan, which takes dy and gives dx: c is its input coefficient and b its output one.
   EmaWeights<C> adjoint(int64_t half, int64_t tile) const {
     EmaWeights<C> w = weights(half, tile);
     if (!unit_) std::swap(w.in, w.out), w.real = false;
@@ -207,7 +207,7 @@ class EmaScan {
     for (int64_t j = 0; j < channels(tile); j++)
       for (int64_t n = 0; n < values; n++) p[j * values + n] = in[n * kEmaLanes + j];
   }
-  // The same with a state's gradient, in the tile as a derivative.
+  // The same for the gradient of a state, which the tile holds as a derivative.
   void load_gradient(const C* gradient, int64_t tile, int64_t b, C* out) const {
     load_state(gradient, tile, b, out);
     Numbers::conjugate(out, states_);

@@ -31,10 +31,10 @@ struct EmaTile {
   void (*add_products)(const C* a, const C* b, double* sum, int64_t steps, int64_t lanes);
   // sum += part
   void (*fold)(const C* part, double* sum, int64_t n);
-  // Rows of the parameters (n values each) to q (as ema_log_decay takes it), b = p expansion, c = scale projection.
+  // Computes q (as ema_log_decay takes it), b = p expansion and c = scale projection from n values of each parameter.
   void (*coefficients)(const C* damping, const C* decay, const C* expansion, const C* projection, double scale, C* q,
                        C* b, C* c, int64_t n);
-  // From the gradients of q, b and c (double) to those of the parameters.
+  // Computes the gradients of the parameters from those of q, b and c, which are in double.
   void (*coefficients_backward)(const C* damping, const C* decay, const C* expansion, double scale, const double* dq,
                                 const double* db, const double* dc, C* ddamping, C* ddecay, C* dexpansion,
                                 C* dprojection, int64_t n);

@@ -36,8 +36,8 @@ struct LayerNormLstm {
   double eps;
 };
 
-// Where gradients come from and go to. d(hidden) and d(cell) hold on entry the gradients of the last state and on
-// return those of the first; dgates (T, B, 4, H) is the gradient of x W_xᵀ; the others are sums, overwritten.
+// The gradients that a call reads and writes. d(hidden) and d(cell) hold on entry the gradients of the last state and
+// on return those of the first; dgates (T, B, 4, H) is the gradient of x W_xᵀ; the others are sums, overwritten.
 template <typename C>
 struct LayerNormLstmGradients {
   const C* y;  // (T, B, H), or null: zeros

@@ -12,7 +12,7 @@
 
 // Forward, a step has three phases: the products of a unit's rows with h; its share of the gates, normalised, and of
 // the new cell; the cell normalised, and h. Between them the units' means and squares are merged.
-// Backward the same in reverse, with sums instead of moments.
+// The backward pass has the same phases in reverse order, and merges sums instead of moments.
 namespace fastasr::cpu {
 namespace {
 
@@ -64,7 +64,8 @@ __attribute__((noinline)) C dot_product(const C* __restrict w, const C* __restri
   return sum;
 }
 
-// For sequences [from, to), kBatch at a time; a group of rows stays in the first cache for all of them.
+// Adds the products of sequences [from, to), kBatch at a time; a group of rows stays in the first cache for all of
+// them.
 template <int kBatch, typename C>
 FASTASR_INLINE void add_products_of(const C* w, int64_t rows, int64_t depth, const C* h, int64_t from, int64_t to,
                                     C* gates, int64_t gate_row) {

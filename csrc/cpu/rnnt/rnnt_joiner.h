@@ -27,7 +27,7 @@ struct JoinerBand {
   int64_t batch, frames, length, range, outputs;
 };
 
-// What the backward pass reads and writes, all by a row's place but the logits and their gradient.
+// What the backward pass reads and writes. The logits and their gradient go by row, everything else by a row's place.
 template <typename C>
 struct JoinerGradient {
   const C* logits;

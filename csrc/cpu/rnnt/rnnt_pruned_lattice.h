@@ -25,7 +25,7 @@ struct BandSequence {
   C *dx, *dy;
 };
 
-// So many sequences are worked on at once. Their shares are [frames][window + 1][kBandLanes].
+// This many sequences are worked on at once. Their shares are [frames][window + 1][kBandLanes].
 inline constexpr int64_t kBandLanes = 16;
 FASTASR_INLINE int64_t band_shares(const BandSize& size) { return size.frames * (size.window + 1) * kBandLanes; }
 // Elements of the scratch memory, which is aligned to 64 bytes.

@@ -89,7 +89,7 @@ struct Room {
   }
 };
 
-// What segment_attention.h needs to know but where keys and values are.
+// The problem of segment_attention.h, without the places of keys and values.
 SegmentAttention<float> attention_of(const EmformerSegment& s) {
   SegmentAttention<float> p{};
   p.lengths = s.lengths, p.history = s.history;

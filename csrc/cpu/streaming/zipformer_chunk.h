@@ -29,13 +29,13 @@ struct ChunkShape {
   WeightFormat weights = WeightFormat::fp32;  // of the encoder's products; the front end's are fp32
   std::vector<ChunkStack> stacks;
 
-  // From a list of ints: chunk, left, bins, maps (3), expanded, weights, then the 12 of each stack. Empty stacks: the
-  // list does not describe an encoder that this step serves.
+  // Reads a list of ints: chunk, left, bins, maps (3), expanded, weights, then the 12 of each stack. If the list does
+  // not describe an encoder that this step serves, `stacks` stays empty.
   explicit ChunkShape(const std::vector<int64_t>& numbers);
   ChunkShape() = default;
 
   FASTASR_MEMBER int64_t input_frames() const { return 2 * chunk + 13; }
-  // Of the second and third convolution's maps.
+  // The bins of the second and third convolution's maps.
   static FASTASR_MEMBER int64_t width2_of(int64_t bins) { return (bins - 1) / 2; }
   static FASTASR_MEMBER int64_t width3_of(int64_t bins) { return (width2_of(bins) - 1) / 2; }
   FASTASR_MEMBER int64_t width2() const { return width2_of(bins); }
@@ -97,7 +97,7 @@ struct ChunkPlan {
   int64_t weight_bytes = 0, vector_floats = 0, state_floats = 0;
 
   explicit ChunkPlan(const ChunkShape& shape);
-  // One layer alone, without room behind its rings but for a chunk of `frames`.
+  // The plan of one layer alone, whose rings have room for one chunk of `frames`.
   ChunkPlan(const ChunkStack& layer, int64_t frames, int64_t left);
   int64_t scratch_floats(int64_t streams) const;
 };

@@ -43,7 +43,7 @@ class Front {
   int64_t row() const { return n_.width3() * n_.maps[2]; }  // floats of a frame after the third convolution
   const float* vector(const ChunkTable& t) const { return step_.vectors + t.at; }
 
-  // Rows of one worker alone: the panels are not split.
+  // Multiplies the rows of one worker: the panels are not split.
   void product(const ChunkProduct& p, const float* x, int64_t rows, float* y) const {
     skinny_gemm(x, p.inputs, rows, p.inputs, p.panels(step_.weights, step_.vectors), step_.vectors + p.bias, y,
                 p.stride(), 0, panel_count(p.outputs));

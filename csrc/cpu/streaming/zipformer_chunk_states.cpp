@@ -7,7 +7,7 @@
 namespace fastasr::cpu {
 namespace {
 
-// Rows or columns [at, at + n) of a ring to the front.
+// Moves rows or columns [at, at + n) of a ring to the front.
 void rows_to_front(float* ring, int64_t at, int64_t n, int64_t width) {
   std::memmove(ring, ring + at * width, static_cast<size_t>(n * width) * 4);
 }

@@ -50,7 +50,7 @@ struct Stream {
     }
   }
 
-  // Rows of the context that were in the one before come from there.
+  // Rows that were already in the context before are copied from there.
   void store(const float* const* states, float* const* after) const {
     const int64_t kept = std::max<int64_t>(0, s.left - s.frames), keys = key_width(), values = value_width();
     for (int64_t t = 0; t < s.left; t++) {
