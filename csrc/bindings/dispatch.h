@@ -19,6 +19,8 @@
 
 // What every binding needs: the kernel's storage type for a tensor, checks, and a split of the work that depends on
 // the shape alone. Python has already checked the arguments and named them: the checks here guard memory.
+// Every check puts the operator's name before its reason: by that Python knows that the kernel declines the call and
+// takes another path. Any other error, as of an allocation, is raised to the user.
 namespace fastasr {
 
 using torch::headeronly::ScalarType;

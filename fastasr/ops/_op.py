@@ -12,32 +12,26 @@ import re
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from types import ModuleType
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, is_grad_enabled
-from torch.compiler import is_compiling
+from torch import Tensor
 
-from fastasr.ops import _check, _layout, _shapes, _signature, _source
+from fastasr.ops import _layout, _parts, _shapes, _signature, _source
 from fastasr.ops._dispatch import (
-    FLOATING,
-    PLAIN,
     KernelFamily,
     cuda_kernels,
     native_kernels,
-    served,
     triton_kernels,
-    widest,
 )
-from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward, register
+from fastasr.ops._errors import Errors
+from fastasr.ops._register import cast, register
 
 P, R = ParamSpec("P"), TypeVar("R")
 
 OPS: dict[str, "Op"] = {}
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 KERNELS = {"cpu": native_kernels, "cuda": cuda_kernels, "triton": triton_kernels}
 STRIDES = {
     "contiguous": Tensor.contiguous,
@@ -55,7 +49,7 @@ class Declined(RuntimeError):
 
 
 @dataclass(eq=False, repr=False)
-class Op:
+class Op(Errors):
     """A declaration, and all that follows from it. Called on the formula it returns the public function, which has the
     formula as ``.definition`` and the op as ``.op``.
 
@@ -224,7 +218,9 @@ class Op:
         """The dtype of an output for these arguments."""
         if isinstance(output.dtype, torch.dtype):
             return output.dtype
-        return (_wide if output.wide else _promoted)(*(getattr(a, name) for name in self.dtype_names(output)))
+        return (_parts.wide if output.wide else _parts.promoted)(
+            *(getattr(a, name) for name in self.dtype_names(output))
+        )
 
     def _cast_rule(self) -> Callable | None:
         """``(op, dtype, a) -> a`` of the autocast rule."""
@@ -245,42 +241,6 @@ class Op:
         options = [name for name in options if not name.startswith("return_")]
         backward = _shapes.words(backward) or [*always, *tensors, *(o.name for o in self.keeps), *options]
         self.backward = [always[0] if token == "grad" else token for token in backward]
-
-    # ----------------------------------------------------------------------- the formula in the kernels' place
-    def formula_results(self, a):
-        """What the operator returns, by the formula: where no kernel serves."""
-        with torch.no_grad():
-            found = _tuple(self.definition(**a._asdict()))
-        inputs = {t.untyped_storage().data_ptr() for t in a if isinstance(t, Tensor)}
-        found = [t.clone() if t.untyped_storage().data_ptr() in inputs else t for t in found]
-        wanted = (*self.outputs, *self.keeps)
-        found += [found[0].new_empty(0) for _ in wanted[len(found) :]]
-        found = [t.to(self.dtype(a, o)) for t, o in zip(found, wanted, strict=True)]
-        found = found if self.like else [t.contiguous() for t in found]
-        return found[0] if len(found) == 1 else tuple(found)
-
-    def formula_gradients(self, grads, saved) -> tuple[Tensor | None, ...]:
-        """By autograd, in float32 or better."""
-        values = {a.name: getattr(saved, a.name) for a in self.arguments}
-        leaves = []
-        for a in self.differentiable:
-            t = values[a.name]
-            if t is not None:
-                t = values[a.name] = t.detach().to(_wide(t), copy=True).requires_grad_()
-            leaves.append(t)
-        with _recording():
-            outputs = _tuple(self.definition(**values))
-        pairs = zip(outputs, grads, strict=False)
-        pairs = [(o, g.to(o.dtype)) for o, g in pairs if g is not None and o.requires_grad]
-        wanted = [t for t in leaves if t is not None]
-        found = map(torch.zeros_like, wanted)
-        if pairs:
-            outputs, grads = zip(*pairs, strict=True)
-            found = iter(torch.autograd.grad(outputs, wanted, grads, materialize_grads=True))
-        return tuple(
-            None if t is None else next(found).to(getattr(saved, a.name).dtype)
-            for a, t in zip(self.differentiable, leaves, strict=True)
-        )
 
     # ----------------------------------------------------------------------- the registered operators
     def _register(self, space: dict):
@@ -322,7 +282,9 @@ class Op:
         """Of what the operator returns for the public function's keyword arguments, what that function does."""
         a = self.Arguments(**arguments)
         wanted = [
-            t for o, t in zip(self.outputs, _tuple(found), strict=False) if not o.flag or getattr(a, o.flag)
+            t
+            for o, t in zip(self.outputs, _parts.as_tuple(found), strict=False)
+            if not o.flag or getattr(a, o.flag)
         ]
         return wanted[0] if len(wanted) == 1 else tuple(wanted)
 
@@ -350,39 +312,12 @@ class Op:
         parts = ("family", "definition", "Arguments", "Saved", "Needs", "launch", "gradients", "flagged")
         parts = (*parts, "fast", "fits", "fast_dtype", "cast")
         space |= {f"_{name}": getattr(self, name) for name in parts}
+        space |= {f"_{name}": value for name, value in vars(_parts).items() if not name.startswith("_")}
         return space | {
             "_op": self,
             "_part_check": self.check,
             "_declined": self._declined,
-            "_operand": _operand,
-            "_back": _back,
-            "_Like": _Like,
-            "_stand_in": _stand_in,
-            "_tuple": _tuple,
-            "_promoted": _promoted,
-            "_promote_types": torch.promote_types,
-            "_widest": widest,
-            "_float32": torch.float32,
-            "_float64": torch.float64,
-            "_wide": _wide,
-            "_empty": torch.empty,
             "_empty_output": self.empty,
-            "_empty_like": torch.empty_like,
-            "_Function": torch.autograd.Function,
-            "_Tensor": Tensor,
-            "_PLAIN": PLAIN,
-            "_FLOATING": FLOATING,
-            "_MASKS": (torch.bool, *FLOATING),
-            "_BOOL": (torch.bool,),
-            "_INTEGERS": INTEGERS,
-            "_INT64": (torch.int64,),
-            "_strided": torch.strided,
-            "_served": served,
-            "_is_compiling": is_compiling,
-            "_is_grad_enabled": is_grad_enabled,
-            "_is_autocast_enabled": torch.is_autocast_enabled,
-            "_autocast_dtype": autocast_dtype,
-            "_refuse_double_backward": refuse_double_backward,
         }
 
     def _declined(self, error: RuntimeError) -> bool:
@@ -392,118 +327,9 @@ class Op:
             return True
         return re.search(rf", {self.family.name}(_forward)?: ", str(error)) is not None
 
-    # ----------------------------------------------------------------------- errors
-    def fail(self, name: str, expected: str, got: object, error: type[Exception] = ValueError):
-        raise error(f"fastasr.{self.name}: {name}: expected {expected}, got {got}")
-
-    def wrong_tensor(self, name: str, value: object):
-        kind = self.argument(name).kind
-        if kind == "floating":
-            _check.floating_tensor(self.name, name, value)
-        what = {
-            bool: "a bool tensor",
-            int: "a tensor of integers",
-            torch.int64: "an int64 tensor",
-            "constant": "a bool or floating tensor",
-        }[kind]
-        got = type(value).__name__
-        if isinstance(value, Tensor):
-            got = value.dtype if value.layout is torch.strided else value.layout
-        self.fail(name, f"{what}, strided", got, TypeError)
-
-    def wrong_shape(self, name: str, value: Tensor, sizes: dict):
-        pattern = self.argument(name).pattern
-        like = next(a.name for a in self.tensors if a.pattern == pattern)
-        of = f" (that of {like})" if pattern.whole and like != name else ""
-        self.fail(name, f"shape {pattern.text(sizes)}{of}", tuple(value.shape))
-
-    def wrong_device(self, name: str, value: Tensor, leader: Tensor):
-        _check.same_device(self.name, name, value, leader, self.leader.name)
-
-    def wrong_dtype(self, name: str, value: Tensor, first: Tensor):
-        self.fail(name, f"dtype {first.dtype} (that of {self.one_dtype[0]})", value.dtype, TypeError)
-
-    def wrong_company(self, name: str, partner: str):
-        self.fail(name, f"it together with {partner}", f"no {partner}")
-
-    def wrong_dimension(self, name: str, value: int, of: Tensor):
-        self.fail(name, f"a dimension in [{-of.dim()}, {of.dim() - 1}]", value)
-
-    def wrong_option(self, name: str, value: object):
-        """Raises unless the value only looks wrong: a traced number, an int for a float."""
-        a = self.argument(name)
-        if a.kind == "int":
-            _check.integer(self.name, name, value)
-        elif a.kind == "pair":
-            if not isinstance(value, tuple | list) or len(value) != 2:
-                self.fail(name, "a pair of ints", repr(value), TypeError)
-            for number in value:
-                _check.integer(self.name, name, number)
-        elif a.kind == "float":
-            if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
-                self.fail(name, "a float", type(value).__name__, TypeError)
-        elif a.kind == "flag":
-            _check.flag(self.name, name, value)
-        elif isinstance(value, str):
-            self.fail(name, f"one of {tuple(a.codes)}", repr(value))
-        else:
-            self.fail(name, "a str", type(value).__name__, TypeError)
-
 
 op = Op
 
 
-# --------------------------------------------------------------------------- small parts of the written source
-def _operand(t: Tensor | None, dtype: torch.dtype | None, layout: Callable) -> Tensor | None:
-    """A tensor as kernels read it."""
-    if t is None:
-        return None
-    return layout(t if dtype is None or t.dtype is dtype else t.to(dtype))
-
-
-def _back(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
-    """A gradient in the dtype and shape of its tensor; None of an absent one."""
-    if grad is None or t is None:
-        return None
-    grad = grad if grad.dtype is t.dtype else grad.to(t.dtype)
-    return grad if grad.shape == t.shape else grad.reshape(t.shape)
-
-
-_Like = namedtuple("_Like", "shape dtype")  # what stays of an argument whose memory is let go
-
-
-def _stand_in(t: Tensor) -> Tensor:
-    """A tensor of the same shape and dtype, over the memory of one number: a NaN, which shows where it is read."""
-    return t.new_full((), float("nan")).expand(t.shape)
-
-
-def _promoted(first: Tensor, *others: Tensor | None) -> torch.dtype:
-    dtype = first.dtype
-    for t in others:
-        if t is not None and t.dtype is not dtype:
-            dtype = torch.promote_types(dtype, t.dtype)
-    return dtype
-
-
-def _wide(*tensors: Tensor | None) -> torch.dtype:
-    return torch.promote_types(_promoted(*tensors), torch.float32)
-
-
-def _tuple(found) -> tuple:
-    return (found,) if isinstance(found, Tensor) else tuple(found)
-
-
 def _results(count: int) -> str:
     return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Inside, autograd records. An operator's implementation runs below autograd's dispatch keys, where
-    ``torch.enable_grad`` alone changes nothing: gradients would be zero without a word."""
-    exclude = torch._C._dispatch_tls_local_exclude_set()
-    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
-        exclude = exclude.remove(key)
-    guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude)
-    with guard, torch.enable_grad():
-        yield

@@ -20,7 +20,7 @@ def _check({names}):
 def _run({operator_parameters}):
     _kernels = _family.kernels({deciding})
     if _kernels is None:
-        return _op.formula_results(_Arguments({names}))
+        return _formula_results(_op, _Arguments({names}))
     {found} = _run_kernels(_kernels, {names}{keep})
     {drop}
     return {dense_found}
@@ -88,14 +88,14 @@ def _backward(ctx, {grads}, *_):
     {compute_again}
     {flags}
     {asked_by_dispatcher}
-    {gradients}, = _tuple(_op.backward_operator({grads}, {saved}{needs}))
+    {gradients}, = _as_tuple(_op.backward_operator({grads}, {saved}{needs}))
     return {for_the_operator}
 
 
 def _run_backward({grads}, {saved}{needs}):
     _kernels = _family.kernels({deciding})
     if _kernels is None:
-        {gradients}, = _op.formula_gradients(({grads},), _Saved({saved}))
+        {gradients}, = _formula_gradients(_op, ({grads},), _Saved({saved}))
     else:
         {gradients}, = _differentiate(_kernels, {grads}, {saved}{needs})
         {apart}

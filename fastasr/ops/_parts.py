@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the written source of an op calls; there each name of this file has an underscore before it."""
+
+# ruff: noqa: F401 (the written source uses what is imported)
+
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import (
+    Tensor,
+    empty,
+    empty_like,
+    float32,
+    float64,
+    is_autocast_enabled,
+    is_grad_enabled,
+    promote_types,
+    strided,
+)
+from torch.autograd import Function
+from torch.compiler import is_compiling
+
+from fastasr.ops._dispatch import FLOATING, PLAIN, served, widest
+from fastasr.ops._register import autocast_dtype, refuse_double_backward
+
+MASKS = (torch.bool, *FLOATING)
+BOOL, INT64 = (torch.bool,), (torch.int64,)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def operand(t: Tensor | None, dtype: torch.dtype | None, layout: Callable) -> Tensor | None:
+    """A tensor as kernels read it."""
+    if t is None:
+        return None
+    return layout(t if dtype is None or t.dtype is dtype else t.to(dtype))
+
+
+def back(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
+    """A gradient in the dtype and shape of its tensor; None of an absent one."""
+    if grad is None or t is None:
+        return None
+    grad = grad if grad.dtype is t.dtype else grad.to(t.dtype)
+    return grad if grad.shape == t.shape else grad.reshape(t.shape)
+
+
+Like = namedtuple("Like", "shape dtype")  # what stays of an argument whose memory is let go
+
+
+def stand_in(t: Tensor) -> Tensor:
+    """A tensor of the same shape and dtype, over the memory of one number: a NaN, which shows where it is read."""
+    return t.new_full((), float("nan")).expand(t.shape)
+
+
+def promoted(first: Tensor, *others: Tensor | None) -> torch.dtype:
+    dtype = first.dtype
+    for t in others:
+        if t is not None and t.dtype is not dtype:
+            dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def wide(*tensors: Tensor | None) -> torch.dtype:
+    return torch.promote_types(promoted(*tensors), torch.float32)
+
+
+def as_tuple(found) -> tuple:
+    return (found,) if isinstance(found, Tensor) else tuple(found)
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Inside, autograd records. An operator's implementation runs below autograd's dispatch keys, where
+    ``torch.enable_grad`` alone changes nothing: gradients would be zero without a word."""
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        exclude = exclude.remove(key)
+    guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude)
+    with guard, torch.enable_grad():
+        yield
+
+
+# --------------------------------------------------------------------------- the formula in the kernels' place
+def formula_results(op, a):
+    """What the operator returns, by the formula: where no kernel serves."""
+    with torch.no_grad():
+        found = as_tuple(op.definition(**a._asdict()))
+    inputs = {t.untyped_storage().data_ptr() for t in a if isinstance(t, Tensor)}
+    found = [t.clone() if t.untyped_storage().data_ptr() in inputs else t for t in found]
+    wanted = (*op.outputs, *op.keeps)
+    found += [found[0].new_empty(0) for _ in wanted[len(found) :]]
+    found = [t.to(op.dtype(a, o)) for t, o in zip(found, wanted, strict=True)]
+    found = found if op.like else [t.contiguous() for t in found]
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def formula_gradients(op, grads, saved) -> tuple[Tensor | None, ...]:
+    """By autograd, in float32 or better."""
+    values = {a.name: getattr(saved, a.name) for a in op.arguments}
+    leaves = []
+    for a in op.differentiable:
+        t = values[a.name]
+        if t is not None:
+            t = values[a.name] = t.detach().to(wide(t), copy=True).requires_grad_()
+        leaves.append(t)
+    with _recording():
+        outputs = as_tuple(op.definition(**values))
+    pairs = zip(outputs, grads, strict=False)
+    pairs = [(o, g.to(o.dtype)) for o, g in pairs if g is not None and o.requires_grad]
+    wanted = [t for t in leaves if t is not None]
+    found = map(torch.zeros_like, wanted)
+    if pairs:
+        outputs, grads = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, grads, materialize_grads=True))
+    return tuple(
+        None if t is None else next(found).to(getattr(saved, a.name).dtype)
+        for a, t in zip(op.differentiable, leaves, strict=True)
+    )
