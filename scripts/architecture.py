@@ -10,12 +10,13 @@ current.
 import ast
 import re
 import sys
+import textwrap
 from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "architecture.svg"
-WIDTH, HEIGHT, GAP, RISE = 178, 74, 14, 52  # of a box; between boxes and between rows
+WIDTH, HEIGHT, GAP, RISE = 196, 86, 14, 48  # of a box; between boxes and between rows
 Graph = dict[str, set[str]]
 
 
@@ -107,24 +108,23 @@ def rows(needs: Graph) -> list[list[str]]:
 
 
 def contents(box: str) -> list[str]:
-    """Up to three lines on what a box holds: its folders, or the first line of its docstring."""
+    """Up to four lines: what a box is for, and its folders or, where there is no text, its files."""
     path = ROOT / box
     names = sorted(
         p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("_") and any(p.glob("*.*"))
     )
-    text = " · ".join(names)
-    if not names and (path / "__init__.py").exists():
-        text = (ast.get_docstring(ast.parse((path / "__init__.py").read_text(encoding="utf-8"))) or "").split(
-            "\n"
-        )[0]
+    text = ""
+    if (path / "__init__.py").exists():
+        text = ast.get_docstring(ast.parse((path / "__init__.py").read_text(encoding="utf-8"))) or ""
     elif not names:
-        text = " · ".join(sorted({p.name.split(".")[0] for p in path.iterdir() if p.is_file()}))
-    lines = [""]
-    for word in text.split(" "):
-        if len(lines[-1]) + len(word) > 31:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines if len(lines) <= 3 else [*lines[:2], f"{lines[2]} …"]
+        names = sorted({p.name.split(".")[0] for p in path.iterdir() if p.is_file()})
+    listed = shortened(" · ".join(names), 4)
+    sentence = re.split(r"\.\s", " ".join(text.replace("``", "").split()) + " ")[0]
+    return [*shortened(sentence, 4 - len(listed)), *listed]
+
+
+def shortened(text: str, lines: int, width: int = 31) -> list[str]:
+    return textwrap.wrap(text, width, max_lines=lines, placeholder=" …") if lines else []
 
 
 def draw() -> str:

@@ -48,19 +48,50 @@ def measured(rows: Sequence[Row]) -> dict[Path, str]:
     return made
 
 
-def op_rows(links: str) -> str:
-    """A line per op: name, what it computes, its page under the folder ``links``."""
-    lines = ["| op | computes | page |", "|---|---|---|"]
+FAMILIES = {  # folders of csrc/cpu
+    "attention": "Attention",
+    "conv": "Convolution",
+    "ema": "Moving averages",
+    "rnnt": "Transducers",
+    "gemm": "Linear layers",
+    "rows": "Norms, activations, residuals",
+    "": "Others",
+}
+
+
+def by_family() -> dict[str, list[str]]:
+    """Family -> its ops, in the order of their pages. The folder of an op's C++ kernel is its family."""
+    found: dict[str, list[str]] = {family: [] for family in FAMILIES.values()}
     for name in sorted(ops.NAMES, key=lambda name: (op_page(name).stem, name)):
-        page = op_page(name)
-        function = getattr(ops, name)
-        summary = (
-            function.op.summary
-            if hasattr(function, "op")
-            else function.__doc__.partition("\n")[0].rstrip(".")
+        folders = {file.parent.name for file in (ROOT / "csrc" / "cpu").glob(f"*/{op_page(name).stem}.*")}
+        found[FAMILIES[max(folders & FAMILIES.keys(), default="gemm" if "linear" in name else "")]].append(
+            name
         )
-        summary = summary.replace("``", "`")
-        lines.append(f"| `{name}` | {summary} | [{page.stem}]({links}ops/{page.name}) |")
+    return {family: names for family, names in found.items() if names}
+
+
+def op_families() -> str:
+    """The README's table: a line per family, with links to the ops' pages."""
+    lines = ["| family | ops |", "|---|---|"]
+    for family, names in by_family().items():
+        links = ", ".join(f"[`{name}`](docs/ops/{op_page(name).name})" for name in names)
+        lines.append(f"| {family} | {links} |")
+    return "\n".join(lines)
+
+
+def op_rows() -> str:
+    """A line per op, by family: name, what it computes, its page."""
+    lines = ["| op | computes | page |", "|---|---|---|"]
+    for family, names in by_family().items():
+        lines.append(f"| **{family}** | | |")
+        for name in names:
+            function, page = getattr(ops, name), op_page(name)
+            summary = (
+                function.op.summary
+                if hasattr(function, "op")
+                else function.__doc__.partition("\n")[0].rstrip(".")
+            )
+            lines.append(f"| `{name}` | {summary.replace('``', '`')} | [{page.stem}](ops/{page.name}) |")
     return "\n".join(lines)
 
 
@@ -75,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     rows = read_all(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
     found = [put(page, block, check) for page, block in measured(rows).items()]
-    found += [put(DOCS / "index.md", op_rows(""), check, *OPS_MARKERS)]
+    found += [put(DOCS / "index.md", op_rows(), check, *OPS_MARKERS)]
     return max(found)
 
 

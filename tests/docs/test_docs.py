@@ -37,10 +37,11 @@ def test_named_files_exist(page):
             assert (ROOT / name).exists(), name
 
 
-def test_the_generated_tables_are_current():
-    command = [sys.executable, ROOT / "scripts" / "tables.py", "--check"]
+@pytest.mark.parametrize("script", ["tables.py", "architecture.py"])
+def test_what_is_generated_is_current(script):
+    command = [sys.executable, ROOT / "scripts" / script, "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stderr}run python scripts/tables.py"
+    assert done.returncode == 0, f"{done.stderr}run python scripts/{script}"
 
 
 def test_the_training_page_says_what_the_committed_run_says():
