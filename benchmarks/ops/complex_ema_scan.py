@@ -11,7 +11,8 @@ from functools import partial
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks.case import BACKWARD, BOTH, FORWARD, Case, Cost, compiled, simple
+from fastasr.benchmarks.case import Case, compiled, simple
+from fastasr.benchmarks.ops.ema_scan import scan_case
 
 LENGTHS = (1, 64, 200, 512, 2048)
 BATCH, CHANNELS, STATES = 4, 512, 16
@@ -52,26 +53,8 @@ def _make(length: int, device: str, dtype: torch.dtype):
     }
 
 
-def _costs(elements: int, size: int) -> dict[str, Cost]:
-    return {
-        FORWARD: Cost(2 * elements * size),  # x; y
-        BACKWARD: Cost(3 * elements * size),  # x, dy; dx
-        BOTH: Cost(5 * elements * size),
-    }
-
-
 def _case(length: int) -> Case:
-    shape = f"{BATCH}x{CHANNELS}x{length}"
-    return Case(
-        "complex_ema_scan",
-        shape,
-        shape,
-        partial(_make, length),
-        partial(_costs, length * BATCH * CHANNELS),
-        copy=True,
-        passes=(FORWARD, BOTH),
-        quick=length == 200,
-    )
+    return scan_case("complex_ema_scan", "", (BATCH, CHANNELS, length), partial(_make, length), length == 200)
 
 
 CASES = tuple(_case(length) for length in LENGTHS)

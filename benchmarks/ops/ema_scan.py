@@ -5,6 +5,8 @@ Upstream is ESPnet's ``MultiHeadDampedEMA``, a convolution by FFT. Lengths from 
 the cost must grow with the length and no faster.
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -74,18 +76,17 @@ def _costs(elements: int, size: int) -> dict[str, Cost]:
     }
 
 
+def scan_case(op: str, name: str, sizes: tuple[int, ...], make: Callable, quick: bool = False) -> Case:
+    """A case of ema_scan or of complex_ema_scan: the two move the same bytes."""
+    shape = "x".join(map(str, sizes))
+    costs = partial(_costs, math.prod(sizes))
+    return Case(op, name or shape, shape, make, costs, copy=True, passes=(FORWARD, BOTH), quick=quick)
+
+
 def _case(length: int, states: int = 4, batch: int = BATCH) -> Case:
-    shape = f"{length}x{batch}x{CHANNELS}"
-    return Case(
-        "ema_scan",
-        shape if states == 4 else f"{shape}, {states} states",
-        shape,
-        partial(_make, length, batch, states),
-        partial(_costs, length * batch * CHANNELS),
-        copy=True,
-        passes=(FORWARD, BOTH),
-        quick=length == 200,
-    )
+    sizes = length, batch, CHANNELS
+    name = "" if states == 4 else f"{length}x{batch}x{CHANNELS}, {states} states"
+    return scan_case("ema_scan", name, sizes, partial(_make, length, batch, states), length == 200)
 
 
 def _curve_make(length: int, device: str, dtype: torch.dtype):
@@ -97,16 +98,8 @@ def _curve_make(length: int, device: str, dtype: torch.dtype):
 
 
 def _curve_case(length: int) -> Case:
-    return Case(
-        "ema_scan",
-        f"length {length}",
-        f"{length}x1x{CURVE_CHANNELS}",
-        partial(_curve_make, length),
-        partial(_costs, length * CURVE_CHANNELS),
-        copy=True,
-        passes=(FORWARD, BOTH),
-        quick=False,
-    )
+    sizes = length, 1, CURVE_CHANNELS
+    return scan_case("ema_scan", f"length {length}", sizes, partial(_curve_make, length))
 
 
 CASES = (*(_case(length) for length in LENGTHS), _case(2048, 16), *map(_curve_case, CURVE))
