@@ -9,54 +9,11 @@ from pathlib import Path
 import torch
 
 from fastasr.benchmarks import dispatch, models, ops, rows, upstream
-from fastasr.benchmarks.case import BOTH, Report, Settings, measure
+from fastasr.benchmarks.case import Report, Settings, measure
 from fastasr.benchmarks.environment import commit, device_name
 from fastasr.benchmarks.harness import wait_until_idle
-from fastasr.benchmarks.models import (
-    e_branchformer,
-    emformer,
-    emformer_rnnt,
-    mega,
-    mega_step,
-    pruned_transducer,
-    recipe_step,
-    streaming_engine,
-    transcribe,
-    zipformer,
-    zipformer_front_end,
-    zipformer_streaming,
-    zipformer_training,
-)
+from fastasr.benchmarks.models import zipformer
 from fastasr.benchmarks.rows import Row
-
-# Models whose units are skipped by (case, shape, pass), and the arguments of a quick run.
-_BY_PASS = {
-    mega.NAME: (mega, {"size": "tiny", "batch": 2, "length": 20, "histories": mega.HISTORIES[:2]}),
-    e_branchformer.NAME: (e_branchformer, {"size": "tiny", "batch": 2, "frames": 20}),
-    emformer.NAME: (emformer, {"size": "tiny", "segments": ((4, 1),), "batch": 2, "frames": 20}),
-    emformer_rnnt.NAME: (emformer_rnnt, {"size": "tiny", "sequences": ((2, 3),), "steps": (2,)}),
-    zipformer_training.NAME: (
-        zipformer_training,
-        {"size": "tiny", "batch": 2, "frames": 200, "inner_compile": False},
-    ),
-    zipformer_front_end.NAME: (
-        zipformer_front_end,
-        {"size": "tiny", "batch": 2, "frames": 200, "training_frames": 100, "inner_compile": False},
-    ),
-    zipformer_streaming.NAME: (
-        zipformer_streaming,
-        {"size": "tiny", "chunks": (16,), "inner_compile": False},
-    ),
-    streaming_engine.NAME: (
-        streaming_engine,
-        {"size": "tiny", "chunks": (16,), "streams": (1, 2), "inner_compile": False},
-    ),
-    recipe_step.NAME: (recipe_step, {"size": "tiny", "durations": (5.0,), "inner_compile": False}),
-    transcribe.NAME: (
-        transcribe,
-        {"size": "tiny", "seconds": 2, "chunks": (16,), "inner_compile": False},
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -128,6 +85,31 @@ def _finished(options: Options) -> Callable[..., bool]:
     return lambda *unit: unit in done
 
 
+def _model(name: str, options: Options, done: Callable[..., bool]) -> dict:
+    """The arguments with which a model is measured."""
+    return {
+        **(models.MODULES[name].QUICK if options.quick else {}),
+        "skip": lambda case, shape, pass_: done("models", name, case, shape, pass_, "float32"),
+    }
+
+
+def _zipformer(options: Options, done: Callable[..., bool]) -> Iterator[dict]:
+    """The arguments of the Zipformer's runs: the whole model, its stacks and first calls; then one long recording,
+    which the whole model alone takes."""
+    for size in (zipformer.QUICK,) if options.quick else ({}, {"batch": 1, "frames": 6000, "fresh": False}):
+        shape = zipformer.shape_name(**{k: v for k, v in size.items() if k != "fresh"})
+        alone = "batch" in size and not options.quick
+
+        def skip(case: str, shape=shape, alone=alone) -> bool:
+            if alone and case != zipformer.WHOLE:
+                return True
+            dtype = "bfloat16" if case == zipformer.AUTOCAST else "float32"
+            case = "stack 0" if case == zipformer.STACKS else case
+            return done("models", zipformer.NAME, case, shape, "forward", dtype)
+
+        yield {**size, "skip": skip, "compile_model": options.compile_model and not alone}
+
+
 def _units(name: str, options: Options, summary: Summary, report: Report) -> Iterator[list[Row]]:
     """The rows of everything that ``name`` stands for, unit by unit, without what is already in the file."""
     settings, finished = options.settings(), _finished(options)
@@ -145,69 +127,18 @@ def _units(name: str, options: Options, summary: Summary, report: Report) -> Ite
             return done("dispatch", op, dispatch.CASE, shape, pass_, "float32")
 
         yield from dispatch.measure(device=options.device, settings=settings, skip=skip, report=report)
-    elif name == zipformer.NAME:
+    elif name in models.MODULES:
         if torch.device(options.device).type != "cpu":
             report(f"{name}: measured on the CPU only")
             return
-        quick = {"size": "tiny", "batch": 2, "frames": 200, "fresh": False}
-        # the whole model, its stacks and first calls; then one long recording, the whole model alone
-        for size in (quick,) if options.quick else ({}, {"batch": 1, "frames": 6000, "fresh": False}):
-            shape = zipformer.shape_name(**{k: v for k, v in size.items() if k != "fresh"})
-            alone = "batch" in size and not options.quick
-
-            def skip_part(case: str, shape=shape, alone=alone) -> bool:
-                if alone and case != zipformer.WHOLE:
-                    return True
-                dtype = "bfloat16" if case == zipformer.AUTOCAST else "float32"
-                case = "stack 0" if case == zipformer.STACKS else case
-                return done("models", name, case, shape, "forward", dtype)
-
-            yield from zipformer.measure(
-                **size,
+        measured = _zipformer(options, done) if name == zipformer.NAME else [_model(name, options, done)]
+        for arguments in measured:
+            yield from models.MODULES[name].measure(
+                **{"compile_model": options.compile_model} | arguments,
                 settings=settings,
                 reps=options.reps,
-                compile_model=options.compile_model and not alone,
-                skip=skip_part,
                 report=report,
             )
-    elif name == mega_step.NAME:
-        if torch.device(options.device).type != "cpu":
-            report(f"{name}: measured on the CPU only")
-            return
-        sizes = {"size": "tiny", "histories": (3,), "batches": (2,)} if options.quick else {}
-        yield from mega_step.measure(
-            **sizes,
-            settings=settings,
-            reps=options.reps,
-            compile_model=options.compile_model,
-            skip=lambda case, shape: done("models", name, case, shape, "forward", "float32"),
-            report=report,
-        )
-    elif name == pruned_transducer.NAME:
-        if torch.device(options.device).type != "cpu":
-            report(f"{name}: measured on the CPU only")
-            return
-        sizes = {"cases": pruned_transducer.TINY} if options.quick else {}
-        yield from pruned_transducer.measure(
-            **sizes,
-            settings=settings,
-            reps=options.reps,
-            skip=lambda case, shape: done("models", name, case, shape, BOTH, "float32"),
-            report=report,
-        )
-    elif name in _BY_PASS:
-        if torch.device(options.device).type != "cpu":
-            report(f"{name}: measured on the CPU only")
-            return
-        module, quick = _BY_PASS[name]
-        yield from module.measure(
-            **(quick if options.quick else {}),
-            settings=settings,
-            reps=options.reps,
-            compile_model=options.compile_model,
-            skip=lambda case, shape, pass_: done("models", name, case, shape, pass_, "float32"),
-            report=report,
-        )
     else:
         for case in ops.cases():
             if case.op != name or (options.quick and not case.quick):

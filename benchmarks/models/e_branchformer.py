@@ -26,6 +26,7 @@ SIZES = {
     "512": {"width": 512, "heads": 8, "linear_units": 1024, "cgmlp_linear_units": 3072, "kernel": 31},
     "tiny": {"width": 32, "heads": 2, "linear_units": 48, "cgmlp_linear_units": 64, "kernel": 7},
 }
+QUICK = {"size": "tiny", "batch": 2, "frames": 20}
 
 
 def shape_name(size: str = "512", batch: int = BATCH, frames: int = FRAMES) -> str:

@@ -27,6 +27,7 @@ SIZES = {
     "base": {"input_dim": 512, "num_heads": 8, "ffn_dim": 2048, "num_layers": 20, "left_context_length": 30},
     "tiny": {"input_dim": 32, "num_heads": 2, "ffn_dim": 64, "num_layers": 2, "left_context_length": 6},
 }
+QUICK = {"size": "tiny", "segments": ((4, 1),), "batch": 2, "frames": 20}
 
 
 def encoders(size: str, segment: int, right: int) -> dict[str, torch.nn.Module]:

@@ -26,6 +26,7 @@ SIZES = {
     "tiny": {"output_dim": 24, "symbol_embedding_dim": 16, "num_lstm_layers": 2, "lstm_hidden_dim": 16},
 }
 SEQUENCES, STEPS = ((4, 50), (1, 50), (16, 50)), (1, 10)  # batch and labels; batches of a step
+QUICK = {"size": "tiny", "sequences": ((2, 3),), "steps": (2,)}
 
 
 def predictors(size: str) -> tuple[torch.nn.Module, torch.nn.Module]:

@@ -26,6 +26,7 @@ SIZES = {
     "default": {},
     "tiny": {"block_size": 32, "linear_size": 64, "qk_size": 16, "v_size": 64, "num_blocks": 2},
 }
+QUICK = {"size": "tiny", "batch": 2, "length": 20, "histories": HISTORIES[:2]}
 
 
 def shape_name(size: str = "default", batch: int = BATCH, length: int = LENGTH) -> str:

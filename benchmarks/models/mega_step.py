@@ -20,6 +20,7 @@ from fastasr.benchmarks.rows import Row
 NAME = "mega_step"
 SIZES = {"default": {"vocab_size": 500}, "tiny": {"vocab_size": 50, "block_size": 64, "linear_size": 96}}
 HISTORIES, BATCHES = (0, 50, 200), (1, 4, 10)
+QUICK = {"size": "tiny", "histories": (3,), "batches": (2,)}
 
 
 def cases(histories=HISTORIES, batches=BATCHES) -> list[tuple[str, str, int, int]]:
@@ -84,14 +85,14 @@ def measure(
     settings: Settings | None = None,
     reps: int | None = None,
     compile_model: bool = False,
-    skip: Callable[[str, str], bool] = lambda case, shape: False,
+    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
-    """Yields the rows of each batch size and history. ``skip(case, shape)`` leaves a unit out. Raises
+    """Yields the rows of each batch size and history. ``skip(case, shape, pass)`` leaves a unit out. Raises
     ``upstream.MissingUpstream``.
     """
     settings = settings or Settings()
-    todo = [unit for unit in cases(histories, batches) if not skip(*unit[:2])]
+    todo = [unit for unit in cases(histories, batches) if not skip(*unit[:2], FORWARD)]
     if not todo:
         return
     theirs, ours = decoders(size)

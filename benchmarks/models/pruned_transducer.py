@@ -35,6 +35,7 @@ PARTS = tuple(
 )
 CASES = (*WHOLES, *PARTS)
 TINY = ((WHOLE, 2, 12, 4, 3, 16, 20), (PART, 2, 12, 4, 3, 16, 20))
+QUICK = {"cases": TINY}
 
 
 def shape_name(batch, frames, symbols, s_range, channels, outputs) -> str:
@@ -146,14 +147,15 @@ def measure(
     cases=CASES,
     settings: Settings | None = None,
     reps: int | None = None,
-    skip: Callable[[str, str], bool] = lambda case, shape: False,
+    compile_model: bool = False,
+    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
-    """Yields the rows of each case. ``skip(case, shape)`` leaves one out. Raises ``upstream.MissingUpstream``."""
+    """Yields the rows of each case. ``compile_model`` changes nothing: settings.compile measures torch.compile."""
     settings = settings or Settings()
     for case, *sizes in cases:
         shape = shape_name(*sizes)
-        if skip(case, shape):
+        if skip(case, shape, BOTH):
             continue
         report(f"{NAME}: {case}, {shape}")
         problem = _Problem(*sizes)

@@ -41,6 +41,7 @@ BATCHES = 6  # of an epoch
 STEADY = 4000
 CACHE = Path("demo/cache")
 TIMEOUT = 1200
+QUICK = {"size": "tiny", "durations": (5.0,), "inner_compile": False}
 
 
 def shape_name(size: str, duration: float) -> str:

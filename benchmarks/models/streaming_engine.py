@@ -26,6 +26,7 @@ PEERS = {
     "fastasr bf16": "engine bf16",
     "fastasr int8": "engine int8",
 }
+QUICK = {"size": "tiny", "chunks": (16,), "streams": (1, 2), "inner_compile": False}
 
 
 def measure(

@@ -28,6 +28,7 @@ ENCODER, WHOLE, STREAM = "encoder, whole", "whole", "stream, chunks of {}"
 ONNX, ENGINE = "onnxruntime", "engine"
 SECONDS, CHUNKS, LEFT_CONTEXT = 16, (16, 32), 128
 VOCABULARY = 500
+QUICK = {"size": "tiny", "seconds": 2, "chunks": (16,), "inner_compile": False}
 
 
 def shape_name(size: str, seconds: float) -> str:

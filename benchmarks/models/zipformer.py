@@ -30,6 +30,7 @@ UPSTREAM, LINEAR, FASTASR, COMPILE = "upstream", "upstream+linear", "fastasr", "
 BATCH, FRAMES = 4, 1600
 FIRST_CALL_TIMEOUT = 300  # seconds for one fresh process
 COMPILE_LIMIT = 900  # seconds for the calls of upstream's model that compile
+QUICK = {"size": "tiny", "batch": 2, "frames": 200, "fresh": False}
 
 
 def variants(shipped: torch.nn.Module) -> dict[str, Callable[[], torch.nn.Module]]:

@@ -20,6 +20,7 @@ from fastasr.benchmarks.rows import Row
 NAME = "zipformer_front_end"
 INFERENCE, TRAINING = "inference", "training step"
 BATCH, FRAMES, TRAINING_FRAMES = 4, 1600, 800
+QUICK = {"size": "tiny", "batch": 2, "frames": 200, "training_frames": 100, "inner_compile": False}
 
 
 @torch.no_grad()

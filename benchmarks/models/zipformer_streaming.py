@@ -18,6 +18,7 @@ CASE = "one chunk of {}"
 CHUNKS = (16, 32)
 LEFT_CONTEXT = 128
 PADDING = 13  # 7 of the first convolutions, 2 * 3 of ConvNeXt
+QUICK = {"size": "tiny", "chunks": (16,), "inner_compile": False}
 
 
 def middle_of_a_stream(model: torch.nn.Module, chunk: int, streams: int = 1) -> Callable[[], torch.Tensor]:

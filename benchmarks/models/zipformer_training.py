@@ -20,6 +20,7 @@ from fastasr.benchmarks.rows import Row
 NAME = "zipformer_training"
 CASE = "training step"
 BATCH, FRAMES = 4, 800
+QUICK = {"size": "tiny", "batch": 2, "frames": 200, "inner_compile": False}
 
 
 def training_step(model: torch.nn.Module, inputs: tuple) -> Callable[[], None]:
