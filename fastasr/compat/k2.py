@@ -64,7 +64,7 @@ _NAME = "k2"
 
 # --------------------------------------------------------------------------- under the name k2
 def install() -> None:
-    """Let ``import k2`` give this module. Modules that have tried it before, and went on without k2, do not notice.
+    """Let ``import k2`` give this module. A module that tried it before, and went on without k2, still has none.
 
     Raises:
         RuntimeError: k2 itself is loaded already: code that uses it would not see the change.

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an encoder's output to tokens: greedy and beam search, of transducers and CTC, whole or chunk by chunk.
+"""Searches that turn an encoder's output into tokens: greedy and beam search, for transducers and CTC.
 
-A search has three methods, and whole utterances go through the same three as streams:
+A search has three methods, the same for whole utterances and for streams:
 
     search = GreedySearch(model)
     state = search.start(batch_size)
     state = search.advance(state, encoder_out)      # (batch, frames, channels), as often as there is more
     search.result(state)                            # Decoded(tokens, timestamps, scores), partial or final
 
-``model`` is an AsrModel, ours or upstream's, or one of the ONNX models. Functions of the same name take everything at
-once. See docs/decoding.md.
+``model`` is an AsrModel, ours or upstream's, or one of the ONNX models. The function ``greedy_search`` takes whole
+utterances in one call, and so do those of the other searches. See docs/decoding.md.
 """
 
 import warnings

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States of several streams as that of one batch, and back: streams join a search and leave it between any two calls.
+"""Joins the states of several streams into that of one batch, and splits it again: a stream may join a search or leave
+it between any two calls.
 
-A state has a field per thing that it keeps, a list or a tensor with an entry for each stream.
+Each field of a state is a list or a tensor with an entry for each stream.
 """
 
 from dataclasses import fields
@@ -10,7 +11,7 @@ import torch
 
 
 def join_states(states):
-    """The state of one batch, the streams of ``states`` in their order. Undone by ``split_state``."""
+    """The state of one batch with the streams of ``states`` in their order. ``split_state`` undoes it."""
     if not states:
         raise ValueError("join_states: expected at least one state, got none")
     kind = type(states[0])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features as they arrive, cut into the chunks that a streaming encoder takes.
 
-A chunk of ``chunk_size`` encoder frames (of 20 ms) needs 2 chunk_size + 13 frames of features (of 10 ms): 7 are
-what the front end's convolutions consume, 6 what its ConvNeXt layer sees of the future. The next chunk begins 2
+A chunk of ``chunk_size`` encoder frames (of 20 ms) needs 2 chunk_size + 13 frames of features (of 10 ms): the
+front end's convolutions consume 7 of them, and its ConvNeXt layer sees 6 of the future. The next chunk begins 2
 chunk_size frames later.
 """
 
@@ -32,7 +32,7 @@ class FeatureChunks:
         self._finished = False
 
     def accept(self, features):
-        """The chunks that are complete with these features."""
+        """The chunks that these features complete."""
         if self._finished:
             raise ValueError("FeatureChunks: features after finish")
         if features.ndim != 2:
@@ -43,7 +43,8 @@ class FeatureChunks:
         return self._complete()
 
     def finish(self):
-        """The last chunks: what is left, and silence until nothing of it is future alone."""
+        """The last chunks. Silence follows the features, so that each frame is among those of a chunk and not only in
+        the future that a chunk sees."""
         if self._finished or self._waiting is None:
             self._finished = True
             return []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy search of CTC: the likeliest token of each frame, repetitions once, blanks not at all.
+"""Greedy search of CTC: it takes the likeliest token of each frame, merges repetitions and drops blanks.
 
-A token's timestamp is the first of its frames. Between chunks the last frame's token is remembered, blank included: a
-repetition across the boundary is one token, the same token after a blank is another.
+A token's timestamp is the first of its frames. Between chunks the state remembers the last frame's token, blank
+included: a repetition across the boundary is one token, the same token after a blank is another.
 """
 
 from dataclasses import dataclass

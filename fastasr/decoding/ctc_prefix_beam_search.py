@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefix beam search of CTC.
 
-For each of ``beam`` prefixes two log-probabilities are kept: of all paths that end in blank, b, and of those
-that end in the prefix's last token, n. A frame with log-probabilities p makes of a prefix y
+The search keeps two probabilities for each of ``beam`` prefixes: b of all paths that end in blank, and n of those that
+end in the prefix's last token. It adds logarithms. A frame with probabilities p turns a prefix y into
 
     y       b' = (b + n) p[blank],   n' += n p[last token]
     y c     n' += (b + n) p[c],      but b p[c] for c the last token: only a blank separates it from itself
 
-Graves, "Sequence transduction with recurrent neural networks" (2012), with the ``beam`` likeliest tokens of each frame.
+Source: Graves, "Sequence transduction with recurrent neural networks" (2012). Only the ``beam`` likeliest tokens of
+each frame are considered.
 """
 
 import math

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One face for encoders: of PyTorch models and ONNX sessions, of transducers and CTC, whole and streaming."""
+"""One interface to encoders: PyTorch models and ONNX sessions, transducers and CTC, whole utterances and streams."""
 
 import torch
 
@@ -9,8 +9,9 @@ from fastasr.export.wrappers import StreamingEncoderWrapper
 
 @torch.inference_mode()
 def encode(model, x, x_lens, ctc=False):
-    """Features (batch, time, channels), lengths -> what the searches take: the encoder's output or, with ``ctc``, CTC's
-    log-probabilities; and lengths. ``model`` is an AsrModel, an OnnxTransducerModel or an OnnxCtcModel.
+    """Encodes features (batch, time, channels) of the given lengths. Returns what the searches take: the encoder's
+    output or, with ``ctc``, CTC's log-probabilities, and their lengths. ``model`` is an AsrModel, an
+    OnnxTransducerModel or an OnnxCtcModel.
     """
     if hasattr(model, "run_encoder"):
         return model.run_encoder(x, x_lens)

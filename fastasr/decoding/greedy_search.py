@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy search of a transducer: the likeliest token of each frame, until that is blank.
+"""Greedy search of a transducer: it takes the likeliest token of a frame until that token is blank.
 
-At most ``max_sym_per_frame`` tokens are taken from a frame. A token changes the prediction network's output for what
-follows, blank does not, so the network runs only for rows that took a token.
+It takes at most ``max_sym_per_frame`` tokens from a frame. A token changes what the prediction network says of the
+following ones and blank does not, so the network runs only for rows that took a token.
 """
 
 from dataclasses import dataclass, field
@@ -28,8 +28,8 @@ class GreedySearch:
     """Greedy search of ``model``.
 
     Args:
-        max_sym_per_frame: tokens from one frame at most.
-        blank_penalty: is taken from blank's logit, in order to delete less.
+        max_sym_per_frame: the most tokens that one frame may give.
+        blank_penalty: subtracted from blank's logit, so that fewer tokens are deleted.
     """
 
     def __init__(self, model, max_sym_per_frame=1, blank_penalty=0.0):

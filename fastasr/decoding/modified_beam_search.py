@@ -39,7 +39,7 @@ class ModifiedBeamSearch:
     Args:
         beam: hypotheses that remain after a frame.
         temperature: divides the logits.
-        blank_penalty: is taken from blank's logit.
+        blank_penalty: subtracted from blank's logit.
     """
 
     def __init__(self, model, beam=4, temperature=1.0, blank_penalty=0.0):
@@ -114,7 +114,7 @@ class ModifiedBeamSearch:
 
 
 def log_add(a, b):
-    """log(e^a + e^b)"""
+    """log(e^a + e^b)."""
     high, low = max(a, b), min(a, b)
     return high if low == -math.inf else high + math.log1p(math.exp(low - high))
 

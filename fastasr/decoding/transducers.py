@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One face for the transducers that can be searched: PyTorch models and ONNX sessions."""
+"""One interface to the transducers that can be searched: PyTorch models and ONNX sessions."""
 
 import torch
 
@@ -31,7 +31,7 @@ class TorchTransducer:
 
 
 class OnnxTransducer:
-    """OnnxTransducerModel or OnnxStreamingTransducerModel, ours or upstream's: its encoder projects already."""
+    """An OnnxTransducerModel or OnnxStreamingTransducerModel, ours or upstream's. Its encoder has projected already."""
 
     def __init__(self, model):
         self.model = model
@@ -51,7 +51,7 @@ class OnnxTransducer:
 
 
 def as_transducer(name, model):
-    """The face of ``model``. Raises TypeError when it is no transducer."""
+    """``model`` behind this interface. Raises TypeError if it is not a transducer."""
     if hasattr(model, "run_joiner"):
         return OnnxTransducer(model)
     if getattr(model, "decoder", None) is not None and getattr(model, "joiner", None) is not None:
@@ -60,5 +60,5 @@ def as_transducer(name, model):
 
 
 def first_context(transducer):
-    """The tokens before the first."""
+    """The context of an utterance's first token."""
     return [BEFORE_THE_SENTENCE] * (transducer.context_size - 1) + [transducer.blank_id]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what transducer functions are given. Shapes and types always; values where they cost nothing.
+"""Checks of the arguments of transducer functions. Shapes and types are always checked, values where that is cheap.
 
-Values (symbols in the vocabulary, boundaries and windows within the shapes) are checked on CPU tensors, and raise
-``ValueError``. On a CUDA device they are asserted by the device itself, which waits for nothing: a bad value ends the
-process's work on that device with "device-side assert triggered" and our message beside it. Under ``torch.compile`` and
-``torch.export`` they are not checked.
+On CPU tensors a bad value (a symbol outside the vocabulary, a boundary or window outside the shapes) raises
+``ValueError``. On a CUDA device the device itself asserts the values, so that the host does not wait: a bad value ends
+the process's work on that device with "device-side assert triggered" and our message beside it. Under
+``torch.compile`` and ``torch.export`` values are not checked.
 """
 
 import torch
@@ -40,6 +40,15 @@ def integers(op: str, name: str, value: object, shape: tuple, like: Tensor, like
     return value.to(torch.int64)
 
 
+def arcs(op: str, px_name: str, px: Tensor, py_name: str, py: Tensor) -> None:
+    """px (B, S, T + 1) or (B, S, T) of the symbol arcs with py (B, S + 1, T) of the blank arcs."""
+    floating(op, px_name, px, "(B, S, T + 1)")
+    floating(op, py_name, py, "(B, S + 1, T)")
+    (batch, length, width), frames = px.shape, py.shape[2]
+    _check.shape(op, py_name, py, f"({batch}, {length + 1}, T)", py.shape[:2] == (batch, length + 1))
+    _check.shape(op, px_name, px, f"(B, S, {frames + 1}) or (B, S, {frames})", width in (frames, frames + 1))
+
+
 def choice(op: str, name: str, value: object, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError(f"fastasr.{op}: {name}: expected one of {', '.join(allowed)}, got {value!r}")
@@ -54,12 +63,13 @@ def class_index(op: str, name: str, value: object, classes: int) -> int:
 
 
 def has_values(value: Tensor) -> bool:
-    """Whether there are values to check: not while a graph is traced."""
+    """Whether there are values to check; while a graph is traced there are none."""
     return not torch.compiler.is_compiling() and type(value) in PLAIN and value.numel() > 0
 
 
 def holds(op: str, name: str, condition: Tensor, expected: str, value: Tensor) -> None:
-    """``condition.all()``: an error that names ``value``'s range on the CPU, an assertion on a CUDA device."""
+    """Requires that ``condition`` is true everywhere. On the CPU the error names the range of ``value``; on a CUDA
+    device the device asserts it."""
     if condition.is_cuda:
         torch._assert_async(condition.all(), f"fastasr.{op}: {name}: expected {expected}")
     elif condition.is_cpu and not condition.all():
@@ -77,7 +87,8 @@ def _refuse(op: str, name: str, expected: str, value: Tensor) -> None:
 def symbols(
     op: str, value: object, length: int | None, classes: int, boundary: Tensor | None, like: Tensor
 ) -> Tensor:
-    """(B, S) in [0, C) up to the boundary's end; what pads them may be anything and is returned within [0, C)."""
+    """The symbols (B, S) as int64. Inside the boundary they must lie in [0, C); padding may have any value and is
+    clamped into [0, C)."""
     value = integers(op, "symbols", value, (like.shape[0], length), like, "the scores")
     if has_values(value):
         right = (value >= 0) & (value < classes)
@@ -89,7 +100,8 @@ def symbols(
 
 
 def boundary(op: str, value: object, batch: int, length: int, frames: int, like: Tensor) -> Tensor | None:
-    """(B, 4) [s_begin, t_begin, s_end, t_end] with 0 <= s_begin <= s_end <= S and 0 <= t_begin <= t_end <= T."""
+    """The boundary as int64: rows [s_begin, t_begin, s_end, t_end] with 0 <= s_begin <= s_end <= S and
+    0 <= t_begin <= t_end <= T."""
     if value is None:
         return None
     value = integers(op, "boundary", value, (batch, 4), like, "the scores")
@@ -108,7 +120,8 @@ def boundary(op: str, value: object, batch: int, length: int, frames: int, like:
 
 
 def ranges(op: str, value: object, batch: int, frames: int, length: int, like: Tensor) -> Tensor:
-    """(B, T, R) windows of neighbouring positions in [0, S] that never go back; returns their starts (B, T)."""
+    """Checks windows (B, T, R) of neighbouring positions in [0, S] that never go back, and returns their starts
+    (B, T)."""
     value = integers(op, "ranges", value, (batch, frames, None), like, "the scores")
     width = value.shape[2]
     _check.shape(

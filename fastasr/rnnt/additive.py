@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Log-probabilities of the additive joiner, whose logits are l = am[b, t] + lm[b, s], without its logits.
+r"""Log-probabilities of the additive joiner, whose logits are l = am[b, t] + lm[b, s], without holding the logits.
 
 With N[b,s,t] = log Σ_c e^(am[b,t,c] + lm[b,s,c]), which is one matrix product of the two exponentials,
 
     px[b,s,t] = am[b,t,y] + lm[b,s,y] − N[b,s,t],  y = symbols[b,s];    py[b,s,t] = the same with y = blank.
 
-Smoothing (Kuang et al., "Pruned RNN-T", 2022, section 3.1) interpolates with what each model says alone, weights λ and
-α: lm − log Σ_c e^lm, and am + u − log Σ_c e^(am + u), e^u being the mean over (b, s) of softmax(lm), a unigram:
+Smoothing (Kuang et al., "Pruned RNN-T", 2022, section 3.1) interpolates between these and each model alone, with weight
+λ for lm − log Σ_c e^lm and α for am + u − log Σ_c e^(am + u), where the unigram e^u is the mean over (b, s) of
+softmax(lm):
 
     px = (1−λ) am_y + (1−α) lm_y + α u_y − (1−λ−α) N − λ N_lm − α N_am.
 
@@ -14,9 +15,9 @@ Backward, with gx, gy the gradients, h = gx + gy (over all s), and w = −(1−�
 and dlm = e^lm ⊙ Σ_t w e^am, two matrix products; the other terms are sums of gx and gy. The unigram is one more row
 of e^lm.
 
-Bytes: am and lm once, and 3 (B S T) numbers; nothing of size (B, T, C) but one slice of frames at a time. The
-exponentials are shifted by their rows' maxima, and the smallest normal number is added to each sum: where the two
-models' best classes have nothing in common, N is bounded below by that number, as it is upstream.
+Bytes: am and lm are read once and 3 B S T numbers are written; of size (B, T, C) only one slice of frames exists at a
+time. The exponentials are shifted by their rows' maxima, and the smallest normal number is added to each sum: where the
+two models' best classes have nothing in common, N is bounded below by that number, as it is upstream.
 Upstream: ``get_rnnt_logprobs``, ``get_rnnt_logprobs_smoothed`` of k2.
 """
 
@@ -26,14 +27,14 @@ from torch import Tensor
 from fastasr.ops import _gemm
 from fastasr.ops._register import register
 
-# of exponentials at a time. At 400 frames, 61 positions and 5000 classes 2 MB are 104 frames: fewer make thin products
+# Bytes of exponentials at a time. At 400 frames, 61 positions and 5000 classes 2 MB hold 104 frames; with fewer frames
+# the matrix products are thin.
 _SLICE_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 
 def _slices(am: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice]]:
-    """(sequences, frames) whose exponentials are computed at a time: those of all sequences where products are
-    batched, else of one.
-    """
+    """The (sequences, frames) whose exponentials are computed at a time. Where products are batched a slice holds all
+    sequences, else one."""
     batch, frames, classes = am.shape
     together = batch if _batched(am) else 1
     row = max(1, together * classes * dtype.itemsize)
@@ -55,8 +56,8 @@ def _exponentials(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _batched(x: Tensor) -> bool:
-    """Whether products run over the batch in one call, and sums over equal symbols are products too: by index they are
-    deterministic on the CPU only."""
+    """Whether one call multiplies the whole batch, and sums over equal symbols are matrix products too: sums by index
+    are deterministic on the CPU only."""
     return x.is_cuda
 
 
@@ -251,6 +252,6 @@ _OP = register(
 def additive_logprobs(
     lm: Tensor, am: Tensor, symbols: Tensor, blank: int, lm_scale: float = 0.0, am_scale: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """(px (B, S, T), py (B, S+1, T)) in float32, or float64 where an input is; checked arguments only."""
+    """(px (B, S, T), py (B, S+1, T)) in float32, or float64 where an input is; the caller has checked the arguments."""
     px, py, _ = _OP(lm, am, symbols, blank, float(lm_scale), float(am_scale))
     return px, py

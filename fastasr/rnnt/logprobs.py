@@ -112,7 +112,7 @@ def get_rnnt_logprobs_joint(
 ) -> tuple[Tensor, Tensor]:
     """(px, py) of logits (B, T, S + 1, C). Other arguments as in ``get_rnnt_logprobs``.
 
-    fast_rnnt has the last two arguments the other way round; either order is understood.
+    fast_rnnt has the last two arguments the other way round; either order is accepted.
     """
     if isinstance(rnnt_type, Tensor) or isinstance(boundary, str):
         rnnt_type, boundary = "regular" if boundary is None else boundary, rnnt_type
@@ -263,7 +263,7 @@ def lattice(
 ) -> tuple[Tensor, Tensor]:
     """(px, py) of the lattice type, from the joiner's px (B, S, T) and py (B, S + 1, T).
 
-    ``symbol_gradient``: what the gradient of the joiner's own symbol log-probabilities is multiplied with.
+    ``symbol_gradient`` multiplies the gradient of the joiner's own symbol log-probabilities.
     """
     frames = py.shape[2]
     px = scale_gradient(px, symbol_gradient)

@@ -9,12 +9,12 @@ Arguments that all of them take besides their joiner's:
 - ``reduction``: none, mean (over the batch) or sum.
 - ``return_grad``: also return the occupation probabilities (px_grad, py_grad) of the symbol and blank arcs, the
   gradients of −loss with respect to (px, py); ``get_rnnt_prune_ranges`` takes them.
-- ``zero_infinity``: a sequence that cannot be aligned (more symbols than its frames allow) counts as 0; without it
-  its loss is +∞. Its gradient is zero either way.
+- ``zero_infinity``: a sequence that cannot be aligned, because it has more symbols than its frames allow, counts as 0;
+  without this flag its loss is +∞. Its gradient is zero either way.
 - ``fastemit_lambda`` λ: FastEmit (Yu et al., 2021): gradients through symbol arcs are multiplied by 1 + λ; the value
   of the loss does not change.
 
-An empty transcript (S = 0) is a valid one; a sequence without frames has the loss 0 if it has no symbols, else +∞.
+An empty transcript (S = 0) is valid; a sequence without frames has the loss 0 if it has no symbols, else +∞.
 """
 
 import math
@@ -136,19 +136,8 @@ def rnnt_loss_pruned(
         px, py = logprobs.pruned(op, *head, factor, delay_penalty)
         return over_lattice(op, px, py, boundary, reduction, True, zero_infinity)
     px, py, starts, boundary = logprobs.pruned_rows(op, *head)
-    return over_band(
-        op,
-        px,
-        py,
-        starts,
-        symbols.shape[1],
-        boundary,
-        rnnt_type,
-        delay_penalty,
-        factor,
-        reduction,
-        zero_infinity,
-    )
+    band = px, py, starts, symbols.shape[1], boundary
+    return over_band(op, *band, rnnt_type, delay_penalty, factor, reduction, zero_infinity)
 
 
 # --------------------------------------------------------------------------- what they share

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Windows of the lattice that keep most of its mass, from the occupation probabilities of a cheap joiner.
 
-Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training" (2022), section 3.2. For every frame t the window
-of R positions is chosen that holds the most probability: Σ_{s in window} blank occupation, less the symbol occupation
-that enters it from below. The starts are then made a path that a transducer can follow: they never go back, step by
-less than R (by at most 1 where a symbol takes a frame), begin at 0 and end with the last symbol in the window.
+Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training" (2022), section 3.2. For every frame t the
+functions choose the window of R positions that holds the most probability: Σ_{s in window} blank occupation, less the
+symbol occupation that enters it from below. They then turn the starts into a path that a transducer can follow: the
+starts never go back, step by less than R (by at most 1 where a symbol takes a frame), begin at 0 and end with the last
+symbol in the window.
 """
 
 import warnings
@@ -24,7 +25,7 @@ def get_rnnt_prune_ranges(px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_
         px_grad: (B, S, T + 1) or (B, S, T), occupation of the symbol arcs, as ``return_grad=True`` gives them.
         py_grad: (B, S + 1, T), occupation of the blank arcs.
         boundary: (B, 4), rows [s_begin, t_begin, s_end, t_end].
-        s_range: R, positions per frame; at least 2 in a regular lattice. S + 1 where it is more than that.
+        s_range: R, positions per frame, at least 2 in a regular lattice; a larger one than S + 1 counts as S + 1.
 
     In a regular lattice T frames with windows of R reach at most T (R − 1) symbols. Where a sequence has more, R
     grows to the smallest that reaches them all, with a warning; on a GPU that would mean waiting for the boundary,
@@ -83,17 +84,10 @@ def do_rnnt_pruning(am: Tensor, lm: Tensor, ranges: Tensor) -> tuple[Tensor, Ten
 
 
 def _checked(op: str, px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_range: int):
-    arguments.floating(op, "px_grad", px_grad, "(B, S, T + 1)")
-    arguments.floating(op, "py_grad", py_grad, "(B, S + 1, T)")
-    (batch, length, width), frames = px_grad.shape, py_grad.shape[2]
-    _check.shape(
-        op, "py_grad", py_grad, f"({batch}, {length + 1}, T)", py_grad.shape[:2] == (batch, length + 1)
-    )
-    fits = width in (frames, frames + 1)
-    _check.shape(op, "px_grad", px_grad, f"(B, S, {frames + 1}) or (B, S, {frames})", fits)
+    arguments.arcs(op, "px_grad", px_grad, "py_grad", py_grad)
     if boundary is None:
         raise TypeError(f"fastasr.{op}: boundary: expected an integer tensor, got None")
-    boundary = arguments.boundary(op, boundary, batch, length, frames, px_grad)
+    boundary = arguments.boundary(op, boundary, *px_grad.shape[:2], py_grad.shape[2], px_grad)
     return px_grad.detach(), py_grad.detach(), boundary, _check.integer(op, "s_range", s_range)
 
 

@@ -35,13 +35,13 @@ def mutual_information_recursion(
 def joint_mutual_information_recursion(
     px: Sequence[Tensor], py: Sequence[Tensor], boundary: Tensor | None = None
 ) -> Tensor:
-    """The recursion on the sums of several px and several py, with its result told apart by their parts.
+    """The recursion on the sums of several px and several py, with its result split into what each of them contributes.
 
     Args:
         px, py: sequences of N tensors, each as in ``mutual_information_recursion``.
     Returns:
-        (N, B); its sum over N is the recursion's result. Part n is what occupied arcs add up to in px[n] and py[n]; the
-        first part also holds the difference between the log of a sum and a sum of logs.
+        (N, B); its sum over N is the recursion's result. Part n is the sum of px[n] and py[n] over the arcs, weighted
+        by their occupation; the first part also holds the difference between the log of a sum and a sum of logs.
     """
     op = "rnnt.joint_mutual_information_recursion"
     if len(px) == 0 or len(px) != len(py):
@@ -60,16 +60,12 @@ def joint_mutual_information_recursion(
 
 
 def _inner(occupation: Tensor, x: Tensor) -> Tensor:
-    """Σ occupation · x of each sequence; arcs that cannot be taken (−∞) have no part."""
+    """Σ occupation · x of each sequence; arcs that cannot be taken (−∞) count as 0."""
     return (occupation * x.to(occupation.dtype).masked_fill(x == -torch.inf, 0.0)).flatten(1).sum(1)
 
 
 def _checked(op: str, px: Tensor, py: Tensor, boundary: Tensor | None):
-    arguments.floating(op, "px", px, "(B, S, T + 1)")
-    arguments.floating(op, "py", py, "(B, S + 1, T)")
-    (batch, length, width), frames = px.shape, py.shape[2]
-    _check.shape(op, "py", py, f"({batch}, {length + 1}, T)", py.shape[:2] == (batch, length + 1))
-    _check.shape(op, "px", px, f"(B, S, {frames + 1}) or (B, S, {frames})", width in (frames, frames + 1))
+    arguments.arcs(op, "px", px, "py", py)
     if px.dtype != py.dtype:
         raise TypeError(f"fastasr.{op}: py: expected px's dtype {px.dtype}, got {py.dtype}")
-    return px, py, arguments.boundary(op, boundary, batch, length, frames, px)
+    return px, py, arguments.boundary(op, boundary, *px.shape[:2], py.shape[2], px)

@@ -5,8 +5,8 @@ With L = log Σ_c e^l_c: px = l_y − L, py = l_blank − L. HAT (Variani et al.
 py = log σ(l_blank), and with L over the other classes px = l_y − L + log σ(−l_blank).
 
 Backward, with p = e^(l − L): dl = gx e_y + gy e_blank − (gx + gy) p. HAT: dl_c = gx ([c = y] − p_c) for c ≠ blank, and
-dl_blank = gy σ(−l_blank) − gx σ(l_blank). One pass over the logits forward, one over them and their gradient
-backward, in slices of rows: nothing else of their size.
+dl_blank = gy σ(−l_blank) − gx σ(l_blank). The forward pass reads the logits once; the backward pass reads them once and
+writes their gradient. Both work on slices of rows, so that nothing else has the size of the logits.
 """
 
 import math
