@@ -83,17 +83,17 @@ def measure(
     device: str = "cpu",
     settings: Settings | None = None,
     only: Callable[[str], bool] = lambda _: True,
-    skip: Callable[[str, str], bool] = lambda _name, _pass: False,
+    skip: Callable[[str, str, str], bool] = lambda op, shape, pass_: False,
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
-    """Yields the rows of one op and pass at a time. ``only(op)`` chooses ops, ``skip(op, pass)`` leaves
-    out.
+    """Yields the rows of one op and pass at a time. ``only(op)`` chooses ops, ``skip(op, shape, pass)``
+    leaves out.
     """
     settings = settings or Settings()
     for name in filter(only, ops.NAMES):
         call = tiny(name, device)
         for pass_ in call.passes:
-            if skip(name, pass_):
+            if skip(name, call.shape, pass_):
                 continue
             variants = {}
             with _mode(pass_):

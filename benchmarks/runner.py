@@ -121,9 +121,8 @@ def _units(name: str, options: Options, summary: Summary, report: Report) -> Ite
         return found
 
     if name == dispatch.NAME:
-        shape = "x".join(map(str, dispatch.SHAPE))
 
-        def skip(op: str, pass_: str) -> bool:
+        def skip(op: str, shape: str, pass_: str) -> bool:
             return done("dispatch", op, dispatch.CASE, shape, pass_, "float32")
 
         yield from dispatch.measure(device=options.device, settings=settings, skip=skip, report=report)
