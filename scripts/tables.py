@@ -63,10 +63,9 @@ def by_family() -> dict[str, list[str]]:
     """Family -> its ops, in the order of their pages. The folder of an op's C++ kernel is its family."""
     found: dict[str, list[str]] = {family: [] for family in FAMILIES.values()}
     for name in sorted(ops.NAMES, key=lambda name: (op_page(name).stem, name)):
-        folders = {file.parent.name for file in (ROOT / "csrc" / "cpu").glob(f"*/{op_page(name).stem}.*")}
-        found[FAMILIES[max(folders & FAMILIES.keys(), default="gemm" if "linear" in name else "")]].append(
-            name
-        )
+        files = (ROOT / "csrc" / "cpu").glob(f"*/{op_page(name).stem}.*")
+        folders = {file.parent.name for file in files} & FAMILIES.keys()
+        found[FAMILIES[max(folders, default="gemm" if "linear" in name else "")]].append(name)
     return {family: names for family, names in found.items() if names}
 
 
@@ -85,12 +84,7 @@ def op_rows() -> str:
     for family, names in by_family().items():
         lines.append(f"| **{family}** | | |")
         for name in names:
-            function, page = getattr(ops, name), op_page(name)
-            summary = (
-                function.op.summary
-                if hasattr(function, "op")
-                else function.__doc__.partition("\n")[0].rstrip(".")
-            )
+            page, summary = op_page(name), ops.OPS[name].summary
             lines.append(f"| `{name}` | {summary.replace('``', '`')} | [{page.stem}](ops/{page.name}) |")
     return "\n".join(lines)
 
