@@ -13,12 +13,12 @@ from torch.nn.utils import parametrize
 from fastasr.swap import binding
 from fastasr.swap.engine import decide
 from fastasr.swap.rule import upstream_class
+from fastasr.swap.rules.zipformer.convolution import CHUNK_CAUSAL
+from fastasr.swap.rules.zipformer.versions import BOTH, ICEFALL, PACKAGE
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
 
 _OURS = ("fastasr.models.zipformer.", "fastasr.models.common.")
-_PACKAGE = "zipformer 0.1.3"
-_ICEFALL = "icefall's zipformer"
-_EVERY = "zipformer 0.1.3 and icefall's zipformer"
+_PACKAGE, _ICEFALL, _EVERY = PACKAGE.origin, ICEFALL.origin, BOTH.origin
 
 _ENCODER = ("streaming_forward", "get_init_states")
 # Class name -> the methods that a chunk runs, and the fingerprints of the versions that were read.
@@ -48,10 +48,7 @@ STREAMING = {
         },
     ),
     "FeedforwardModule": (("forward",), {"858c8b8ccb9b766678204574": _EVERY}),
-    "ChunkCausalDepthwiseConv1d": (
-        ("forward", "streaming_forward"),
-        {"5966ecc233800c72c950d9bb": _EVERY, "dd67efc8ef82285f83940ad6": "icefall's zipformer_lora"},
-    ),
+    "ChunkCausalDepthwiseConv1d": (("forward", "streaming_forward"), CHUNK_CAUSAL),
     "Conv2dSubsampling": (_ENCODER, {"101554133667bdf112ad1af9": _EVERY}),
     "ConvNeXt": (("streaming_forward",), {"b173dce1c14677d3fc645d55": _EVERY}),
 }

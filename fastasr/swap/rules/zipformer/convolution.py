@@ -26,9 +26,10 @@ _CONVOLUTION_CHILDREN = {
     "whiten": "Whiten",
 }
 
-_CHUNK_CAUSAL = {
-    "5966ecc233800c72c950d9bb",  # zipformer 0.1.3 and icefall
-    "dd67efc8ef82285f83940ad6",  # icefall's zipformer_lora
+# ChunkCausalDepthwiseConv1d: fingerprint of forward and streaming_forward -> whose version it is
+CHUNK_CAUSAL = {
+    "5966ecc233800c72c950d9bb": BOTH.origin,
+    "dd67efc8ef82285f83940ad6": "icefall's zipformer_lora",
 }
 
 
@@ -77,7 +78,7 @@ def _chunk_causal(name, conv):
     reason = reason or check_children(conv, {"causal_conv": "Conv1d", "chunkwise_conv": "Conv1d"})
     if reason:
         return f"submodule {name} {reason}"
-    reason = unread_code(name, conv, forward_and_streaming, _CHUNK_CAUSAL)
+    reason = unread_code(name, conv, forward_and_streaming, CHUNK_CAUSAL)
     reason = reason or _depthwise_over_time(f"{name}.chunkwise_conv", conv.chunkwise_conv)
     reason = reason or _depthwise_over_time(f"{name}.causal_conv", conv.causal_conv, causal=True)
     found = conv.chunkwise_conv.kernel_size, conv.causal_conv.kernel_size, conv.causal_conv.in_channels

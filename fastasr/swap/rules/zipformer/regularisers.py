@@ -28,15 +28,6 @@ def _balancer_structure(module):
     return reason
 
 
-WHITENS = {
-    "59f435fe5116d207ed3b2a9d",  # zipformer 0.1.3
-    "2427f1994408e76d9e722891",  # icefall since pull request 1974
-    "c3009322678ced8184ee6400",  # icefall since pull request 1663
-    "f27d60a9ca1403688b23218a",  # icefall before it
-    "f78c8e3e256cd2088a274bfd",  # icefall before pull request 1108, and its zipformer_prompt_asr
-}
-
-
 def _whiten_structure(module):
     limits = ("whitening_limit", "grad_scale")
     reason = check_parameters(module, {}) or check_children(module, dict.fromkeys(limits, "ScheduledFloat"))
@@ -55,6 +46,16 @@ def _grad_scale_is_a_number(module):
     return f"grad_scale is a {type(module.grad_scale).__name__}, which this version of the class cannot use"
 
 
+# The versions that our convolution module leaves out in inference.
+WHITENS = {
+    "59f435fe5116d207ed3b2a9d": PACKAGE,
+    "2427f1994408e76d9e722891": ICEFALL,  # since pull request 1974
+    "c3009322678ced8184ee6400": Known("icefall before pull request 1974"),
+    "f27d60a9ca1403688b23218a": Known("icefall before pull request 1663", _grad_scale_is_a_number),
+    # and its zipformer_prompt_asr
+    "f78c8e3e256cd2088a274bfd": Known("icefall before pull request 1108", _grad_scale_is_a_number),
+}
+
 BALANCER = Rule(
     name="zipformer.balancer",
     class_name="Balancer",
@@ -69,13 +70,6 @@ WHITEN = Rule(
     class_name="Whiten",
     forward=models.Whiten.forward,
     structure=_whiten_structure,
-    known={
-        "59f435fe5116d207ed3b2a9d": PACKAGE,
-        "2427f1994408e76d9e722891": ICEFALL,  # since pull request 1974
-        "c3009322678ced8184ee6400": Known("icefall before pull request 1974"),
-        "c2821462c174d2086c812d37": Known("icefall between pull requests 1814 and 1841"),
-        "f27d60a9ca1403688b23218a": Known("icefall before pull request 1663", _grad_scale_is_a_number),
-        "f78c8e3e256cd2088a274bfd": Known("icefall before pull request 1108", _grad_scale_is_a_number),
-    },
+    known=WHITENS | {"c2821462c174d2086c812d37": Known("icefall between pull requests 1814 and 1841")},
     note="its gradient is a formula instead of a second autograd graph",
 )
