@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rnnt_joiner on CPU in chunks of rows: the tensor of all logits never exists, unless it is kept for the backward.
+"""rnnt_joiner on CPU in chunks of rows: all logits exist together only where they are kept for the backward.
 
-A chunk's logits are a matrix product between two passes over it: before it act(am + lm) is gathered, after it L and
-the two logits of each row are taken, or, in the backward pass, the gradient replaces the logits. Rows outside the
+A chunk's logits are a matrix product between two passes over it: the first gathers act(am + lm), the second takes L
+and the two logits of each row or, in the backward pass, replaces the logits by their gradient. Rows outside the
 boundary, and in the backward pass rows whose gradients are both 0, are in no chunk. All in float32, float64 for
 float64; the passes are in C++ (csrc/cpu/rnnt/rnnt_joiner.h), the products in torch or oneDNN.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastasr.ops import _gemm
 
-# Of hidden and logits: what a chunk's passes write, the next ones still find in the cache.
+# Bytes of a chunk's hidden values and logits: the cache still holds what one pass wrote when the next one reads it.
 CHUNK_BYTES = 6 << 20
 CHUNK_ROWS = 528
 
@@ -125,7 +125,7 @@ def backward(grad_symbol, grad_blank, *arguments) -> tuple[Tensor, Tensor, Tenso
 
 
 def _left(kept: list[Chunk], rows: Tensor) -> Iterator[Chunk]:
-    """The kept chunks without the rows that are not among ``rows``, which is in the same order."""
+    """The kept chunks, reduced to the rows that are among ``rows``, which has the same order."""
     begin, places = 0, rows[:, 0].contiguous()
     for chunk, hidden, logits in kept:
         if not len(chunk):
