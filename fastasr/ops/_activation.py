@@ -28,26 +28,3 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def function(name: str) -> Callable[[Tensor], Tensor]:
     """The activation in eager PyTorch."""
     return _FUNCTIONS[name]
-
-
-def derivative(name: str, x: Tensor) -> Tensor:
-    """The activation's derivative at x, in x's dtype."""
-    if name == "identity":
-        return torch.ones_like(x)
-    if name == "silu":
-        s = torch.sigmoid(x)
-        return s * (1 + x * (1 - s))
-    if name == "relu":
-        return (x > 0).to(x.dtype)
-    if name == "tanh":
-        return 1 - torch.tanh(x).square()
-    return 0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * torch.exp(-0.5 * x * x) * 0.3989422804014327
-
-
-def number(op: str, name: object) -> int:
-    """The number of an activation, for the kernels; raises on anything that is not one."""
-    if not isinstance(name, str):
-        raise TypeError(f"fastasr.{op}: activation: expected a str, got {type(name).__name__}")
-    if name not in NAMES:
-        raise ValueError(f"fastasr.{op}: activation: expected one of {NAMES}, got {name!r}")
-    return NAMES.index(name)

@@ -54,24 +54,6 @@ def flag(op: str, name: str, value: object) -> bool:
     return value
 
 
-def bool_tensor(op: str, name: str, value: object) -> Tensor:
-    if not isinstance(value, Tensor) or value.dtype is not torch.bool:
-        got = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"fastasr.{op}: {name}: expected a bool tensor, got {got}")
-    return value
-
-
-def constant_mask(op: str, name: str, value: object, reference: Tensor, reference_name: str) -> None:
-    """A bool or floating tensor that is multiplied on and gets no gradient."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"fastasr.{op}: {name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.dtype is not torch.bool:
-        floating_tensor(op, name, value)
-    if value.requires_grad:
-        raise ValueError(f"fastasr.{op}: {name}: expected a constant, got a tensor that requires a gradient")
-    same_device(op, name, value, reference, reference_name)
-
-
 def dimension(op: str, name: str, value: object, ndim: int) -> int:
     """A dimension index as a non-negative number."""
     integer(op, name, value)
