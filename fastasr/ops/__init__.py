@@ -11,18 +11,13 @@ from importlib import import_module
 from fastasr.ops import _dispatch
 from fastasr.ops._op import OPS
 
-_functions = {}
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
-        _members = vars(import_module(f"{__name__}.{_module.name}"))
-        # ops that are not declared yet
-        _names = {op for family in _dispatch.FAMILIES.values() for op in family.ops} & _members.keys()
-        _functions |= {name: _members[name] for name in _names if callable(_members[name])}
-_functions |= {name: op.function for name, op in OPS.items()}
-globals().update(_functions)  # an op has the name of its module: it replaces it here
+        import_module(f"{__name__}.{_module.name}")
+globals().update({name: op.function for name, op in OPS.items()})  # most replace the module of their name
 _dispatch.prepare()  # registers torch.ops.fastasr_cpu.*; where that is missing it is reported, not raised
 
-NAMES = tuple(sorted(_functions))
+NAMES = tuple(sorted(OPS))
 # The ops that compute gradients in another function's backward: they have none, and tests of their own.
 GRADIENTS = tuple(name for name, op in OPS.items() if op.is_gradient)
 __all__ = list(NAMES)

@@ -82,20 +82,3 @@ def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ..
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t
         for t in tensors
     )
-
-
-class NativeFunction(torch.autograd.Function):
-    """``apply(op, kernels, *tensors)`` for operands that the native kernels take as they are: contiguous, of one
-    dtype. The kernels check that themselves and raise RuntimeError."""
-
-    @staticmethod
-    def forward(ctx, op: str, kernels, *tensors: Tensor) -> Tensor:
-        y = kernels.forward(*tensors)
-        ctx.save_for_backward(*tensors)
-        ctx.op, ctx.kernels = op, kernels
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        refuse_double_backward(ctx.op)
-        return None, None, *ctx.kernels.backward(grad.contiguous(), *ctx.saved_tensors)

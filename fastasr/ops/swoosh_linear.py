@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.ops import _check, _gemm, swoosh
+from fastasr.ops import _gemm, swoosh
 from fastasr.ops._op import op
 from fastasr.ops.linear import FITS, bias_grad
 
-OP = "swoosh_linear"
 KINDS = {"SwooshL": False, "SwooshR": True}
 
 
@@ -114,9 +113,9 @@ def swoosh_linear(
     if dropout_shared_dim is None and not training and type(dropout_p) is float and 0.0 <= dropout_p < 1.0:
         return _masked(x, weight, bias, kind)
     if not isinstance(dropout_p, int | float) or isinstance(dropout_p, bool):
-        raise TypeError(f"fastasr.{OP}: dropout_p: expected a float, got {type(dropout_p).__name__}")
+        _masked.op.fail("dropout_p", "a float", type(dropout_p).__name__, TypeError)
     if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"fastasr.{OP}: dropout_p: expected 0 <= p < 1, got {dropout_p}")
+        _masked.op.fail("dropout_p", "0 <= p < 1", dropout_p)
     if not training or dropout_p == 0.0:
         if dropout_shared_dim is not None:
             _dimension(dropout_shared_dim, x)
@@ -130,4 +129,9 @@ def _dimension(value: object, x: Tensor) -> int:
     """The shared dimension from 0 on; what is wrong with x is told by the other checks."""
     if not isinstance(x, Tensor) or not x.dim():
         return -1
-    return _check.dimension(OP, "dropout_shared_dim", value, x.dim())
+    op = _masked.op
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        op.fail("dropout_shared_dim", "an int", type(value).__name__, TypeError)
+    if not -x.dim() <= value < x.dim():
+        op.wrong_dimension("dropout_shared_dim", value, x)
+    return value % x.dim()

@@ -10,8 +10,8 @@ the process's work on that device with "device-side assert triggered" and our me
 import torch
 from torch import Tensor
 
-from fastasr.ops import _check
 from fastasr.ops._dispatch import PLAIN
+from fastasr.rnnt import _check
 
 RNNT_TYPES = ("regular", "modified", "constrained")
 REDUCTIONS = ("none", "mean", "sum")

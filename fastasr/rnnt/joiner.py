@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from fastasr import ops
-from fastasr.ops import _check
 from fastasr.rnnt import _arguments as arguments
-from fastasr.rnnt import logprobs, losses
+from fastasr.rnnt import _check, logprobs, losses
 
 
 def pruned_joiner_loss(

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.ops import _check
 from fastasr.rnnt import _arguments as arguments
+from fastasr.rnnt import _check
 from fastasr.rnnt.additive import additive_logprobs
 from fastasr.rnnt.rows import row_logprobs
 

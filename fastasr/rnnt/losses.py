@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import ops
-from fastasr.ops import _check
 from fastasr.rnnt import _arguments as arguments
-from fastasr.rnnt import logprobs
+from fastasr.rnnt import _check, logprobs
 
 
 def rnnt_loss_simple(

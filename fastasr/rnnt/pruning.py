@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.ops import _check
 from fastasr.rnnt import _arguments as arguments
+from fastasr.rnnt import _check
 
 
 def get_rnnt_prune_ranges(px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_range: int) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastasr import ops
-from fastasr.ops import _check
 from fastasr.rnnt import _arguments as arguments
+from fastasr.rnnt import _check
 
 
 def mutual_information_recursion(

@@ -138,7 +138,7 @@ def run_one(seed: int, index: int, only: tuple[str, ...] = ()) -> tuple[str, str
             arguments,
             lambda name, t: _special(t, rng) if name not in table.unread and rng.random() < 0.5 else t,
         )
-    if name in ops.OPS and rng.random() < 0.2:
+    if rng.random() < 0.2:
         refusal = rng.choice(list(refusals(ops.OPS[name], arguments)))
         return _judge_refusal(table, refusal)
     if rng.random() < 0.5:

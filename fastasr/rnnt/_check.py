@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Argument checks: every message names the op, the argument, what was expected and what came."""
+"""Argument checks: every message names the function, the argument, what was expected and what came."""
 
 import torch
 from torch import Tensor
@@ -52,11 +52,3 @@ def flag(op: str, name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"fastasr.{op}: {name}: expected a bool, got {type(value).__name__}")
     return value
-
-
-def dimension(op: str, name: str, value: object, ndim: int) -> int:
-    """A dimension index as a non-negative number."""
-    integer(op, name, value)
-    if not -ndim <= value < ndim:
-        raise ValueError(f"fastasr.{op}: {name}: expected a dimension in [{-ndim}, {ndim - 1}], got {value}")
-    return value % ndim
