@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/balancer_gradient.h"
+#include "cpu/rows/balancer_gradient.h"
 
 #include <type_traits>
 #include <vector>
@@ -42,6 +42,7 @@ std::vector<cpu::compute_t<T>> shifts(const T* x, const Layout& l) {
 
 template <typename T>
 std::vector<double> sums(const T* x, const Layout& l, const std::vector<cpu::compute_t<T>>& shift) {
+  const auto& kernel = cpu::kernels<cpu::BalancerKernels<T>>();
   const int64_t channels = l.channels;
   const bool by_rows = l.inner == 1;
   const int64_t blocks = by_rows ? (l.outer + kRowsPerBlock - 1) / kRowsPerBlock : l.outer;
@@ -52,10 +53,10 @@ std::vector<double> sums(const T* x, const Layout& l, const std::vector<cpu::com
       double* part = parts.data() + k * 2 * channels;
       if (by_rows) {
         const int64_t first = k * kRowsPerBlock, rows = std::min(kRowsPerBlock, l.outer - first);
-        cpu::balancer_sums_rows(x + first * l.stride, l.stride, shift.data(), part, part + channels, rows, channels);
+        kernel.sums_rows(x + first * l.stride, l.stride, shift.data(), part, part + channels, rows, channels);
       } else {
         for (int64_t c = 0; c < channels; c++)
-          cpu::balancer_sums_run(x + (k * channels + c) * l.inner, shift[c], part + c, part + channels + c, l.inner);
+          kernel.sums_run(x + (k * channels + c) * l.inner, shift[c], part + c, part + channels + c, l.inner);
       }
     }
   });
@@ -78,6 +79,7 @@ Tensor balancer_gradient(const Tensor& grad, const Tensor& x, double min_mean, d
   Tensor y = new_like(grad);
   if (grad.numel() == 0) return y;
   with_kernel_type(x.scalar_type(), kOp, [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::BalancerKernels<T>>();
     using C = cpu::compute_t<T>;
     const T *gp = data<T>(grad), *xp = data<T>(x);
     T* yp = mutable_data<T>(y);
@@ -97,13 +99,13 @@ Tensor balancer_gradient(const Tensor& grad, const Tensor& x, double min_mean, d
     const int64_t row = l.channels * l.inner;
     parallel_range(l.outer, std::max<int64_t>(1, kGrain / row), [&](int64_t b, int64_t e) {
       if (l.inner == 1) {
-        cpu::balancer_apply_rows(gp + b * row, xp + b * l.stride, l.stride, shift.data(), offset.data(), slope.data(),
-                                 yp + b * row, e - b, l.channels);
+        kernel.apply_rows(gp + b * row, xp + b * l.stride, l.stride, shift.data(), offset.data(), slope.data(),
+                          yp + b * row, e - b, l.channels);
         return;
       }
       for (int64_t k = b * l.channels; k < e * l.channels; k++) {
         const int64_t c = k % l.channels, at = k * l.inner;
-        cpu::balancer_apply_run(gp + at, xp + at, shift[c], offset[c], slope[c], yp + at, l.inner);
+        kernel.apply_run(gp + at, xp + at, shift[c], offset[c], slope[c], yp + at, l.inner);
       }
     });
   });
@@ -111,12 +113,10 @@ Tensor balancer_gradient(const Tensor& grad, const Tensor& x, double min_mean, d
 }
 
 }  // namespace
+
+FASTASR_OPERATORS(
+    {"balancer_gradient(Tensor grad, Tensor x, float min_mean, float max_mean, float min_rms, float max_rms, float "
+     "grad_scale) -> Tensor",
+     TORCH_BOX(&balancer_gradient)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def(
-      "balancer_gradient(Tensor grad, Tensor x, float min_mean, float max_mean, float min_rms, float max_rms, float "
-      "grad_scale) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) { m.impl("balancer_gradient", TORCH_BOX(&fastasr::balancer_gradient)); }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/bias_norm.h"
+#include "cpu/rows/bias_norm.h"
 
 #include <cmath>
 #include <tuple>
@@ -31,11 +31,12 @@ Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_
   const int64_t rows = checked_rows(x, bias, log_scale, "bias_norm_forward"), channels = bias.numel();
   Tensor y = new_like(x);
   with_kernel_type(x.scalar_type(), "bias_norm_forward", [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::BiasNormKernels<T>>();
     const T *xp = data<T>(x), *bp = data<T>(bias);
     T* yp = mutable_data<T>(y);
     const double scale = scale_of(log_scale);
     parallel_range(rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels)), [&](int64_t b, int64_t e) {
-      cpu::bias_norm_forward(xp + b * channels, bp, scale, yp + b * channels, e - b, channels);
+      kernel.forward(xp + b * channels, bp, scale, yp + b * channels, e - b, channels);
     });
   });
   return y;
@@ -48,6 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const 
   Tensor dx = new_like(x), dbias = new_like(bias);
   Tensor dlog_scale = new_like(log_scale);
   with_kernel_type(x.scalar_type(), "bias_norm_backward", [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::BiasNormKernels<T>>();
     using C = cpu::compute_t<T>;
     const T *gp = data<T>(grad), *xp = data<T>(x), *bp = data<T>(bias);
     T* dp = mutable_data<T>(dx);
@@ -60,8 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const 
                    [&](int64_t b, int64_t e) {
                      for (int64_t k = b; k < e; k++) {
                        const int64_t at = blocks.begin(k) * channels;
-                       cpu::bias_norm_backward(gp + at, xp + at, bp, scale, dp + at, parts.data() + k * channels,
-                                               &scale_parts[k], blocks.size(k), channels);
+                       kernel.backward(gp + at, xp + at, bp, scale, dp + at, parts.data() + k * channels,
+                                       &scale_parts[k], blocks.size(k), channels);
                      }
                    });
     reduce_blocks<T>(parts.data(), blocks.count, channels, mutable_data<T>(dbias));
@@ -75,14 +77,10 @@ std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const 
 }
 
 }  // namespace
+
+FASTASR_OPERATORS(
+    {"bias_norm_forward(Tensor x, Tensor bias, Tensor log_scale) -> Tensor", TORCH_BOX(&bias_norm_forward)},
+    {"bias_norm_backward(Tensor grad, Tensor x, Tensor bias, Tensor log_scale) -> (Tensor, Tensor, Tensor)",
+     TORCH_BOX(&bias_norm_backward)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def("bias_norm_forward(Tensor x, Tensor bias, Tensor log_scale) -> Tensor");
-  m.def("bias_norm_backward(Tensor grad, Tensor x, Tensor bias, Tensor log_scale) -> (Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("bias_norm_forward", TORCH_BOX(&fastasr::bias_norm_forward));
-  m.impl("bias_norm_backward", TORCH_BOX(&fastasr::bias_norm_backward));
-}

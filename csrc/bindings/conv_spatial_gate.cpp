@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/conv_spatial_gate.h"
+#include "cpu/conv/conv_spatial_gate.h"
 
 #include <memory>
 #include <optional>
@@ -9,7 +9,7 @@
 
 #include "bindings/channel_parameters.h"
 #include "bindings/dispatch.h"
-#include "cpu/activation.h"
+#include "cpu/math/activation.h"
 
 namespace fastasr {
 namespace {
@@ -59,10 +59,11 @@ ConvSpatialGate<T> checked(const Operands& o, const char* op) {
 
 template <typename T, typename C = cpu::compute_t<T>>
 std::vector<cpu::RowStatistics<C>> statistics_of(const ConvSpatialGate<T>& p) {
+  const auto& kernel = cpu::kernels<cpu::ConvSpatialGateKernels<T>>();
   std::vector<cpu::RowStatistics<C>> statistics(p.rows());
   parallel_range(p.rows(), std::max<int64_t>(1, kGrain / p.channels), [&](int64_t b, int64_t e) {
     std::vector<C> scratch(p.channels);
-    cpu::conv_spatial_gate_statistics(p, statistics.data(), b, e, scratch.data());
+    kernel.statistics(p, statistics.data(), b, e, scratch.data());
   });
   return statistics;
 }
@@ -83,6 +84,7 @@ Tensor conv_spatial_gate_forward(const Tensor& x, const Tensor& norm_weight, con
   const char* op = "conv_spatial_gate_forward";
   Tensor y = new_without_elements(x);
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::ConvSpatialGateKernels<T>>();
     const auto p = checked<T>({x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation}, op);
     const int64_t sizes[] = {p.batch, p.frames, p.channels};
     const int64_t strides[] = {std::max<int64_t>(1, p.frames) * p.channels, p.channels, 1};
@@ -90,7 +92,7 @@ Tensor conv_spatial_gate_forward(const Tensor& x, const Tensor& norm_weight, con
     T* out = mutable_data<T>(y);
     const auto statistics = statistics_of(p);
     parallel_range(stripes(p) * p.batch, grain(p.frames, p.taps),
-                   [&](int64_t b, int64_t e) { cpu::conv_spatial_gate_forward(p, statistics.data(), out, b, e); });
+                   [&](int64_t b, int64_t e) { kernel.forward(p, statistics.data(), out, b, e); });
   });
   return y;
 }
@@ -103,6 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(
   Tensor dx = new_contiguous(x), dnorm_weight = new_like(norm_weight), dnorm_bias = new_like(norm_bias),
          dweight = new_like(weight), dbias = new_like(norm_bias);
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::ConvSpatialGateKernels<T>>();
     using C = cpu::compute_t<T>;
     const auto p = checked<T>({x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation}, op);
     const int64_t n = p.channels;
@@ -121,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(
     const auto statistics = statistics_of(p);
     C *dw = mutable_data<C>(dweight), *db = mutable_data<C>(dbias);
     parallel_range(stripes(p), grain(3 * p.rows(), p.taps), [&](int64_t b, int64_t e) {
-      cpu::conv_spatial_gate_backward(p, statistics.data(), g, out, du, du_row, dw, db, b, e);
+      kernel.backward(p, statistics.data(), g, out, du, du_row, dw, db, b, e);
     });
     const RowBlocks blocks(p.rows(), n);
     const std::unique_ptr<C[]> parts(new C[static_cast<size_t>(blocks.count * 2 * n)]);  // every block is written
@@ -129,8 +132,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(
                    [&](int64_t b, int64_t e) {
                      for (int64_t k = b; k < e; k++) {
                        C* part = parts.get() + k * 2 * n;
-                       cpu::conv_spatial_gate_norm_backward(p, statistics.data(), du, du_row, out, part, part + n,
-                                                            blocks.begin(k), blocks.begin(k) + blocks.size(k));
+                       kernel.norm_backward(p, statistics.data(), du, du_row, out, part, part + n, blocks.begin(k),
+                                            blocks.begin(k) + blocks.size(k));
                      }
                    });
     std::vector<C> sums(2 * n);
@@ -142,18 +145,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(
 }
 
 }  // namespace
+
+FASTASR_OPERATORS(
+    {"conv_spatial_gate_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias, Tensor? "
+     "padding_mask, float eps, int activation) -> Tensor",
+     TORCH_BOX(&conv_spatial_gate_forward)},
+    {"conv_spatial_gate_backward(Tensor grad, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? "
+     "bias, Tensor? padding_mask, float eps, int activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+     TORCH_BOX(&conv_spatial_gate_backward)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def(
-      "conv_spatial_gate_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias, "
-      "Tensor? padding_mask, float eps, int activation) -> Tensor");
-  m.def(
-      "conv_spatial_gate_backward(Tensor grad, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, "
-      "Tensor? bias, Tensor? padding_mask, float eps, int activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("conv_spatial_gate_forward", TORCH_BOX(&fastasr::conv_spatial_gate_forward));
-  m.impl("conv_spatial_gate_backward", TORCH_BOX(&fastasr::conv_spatial_gate_backward));
-}

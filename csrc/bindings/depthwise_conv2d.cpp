@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/depthwise_conv2d.h"
+#include "cpu/conv/depthwise_conv2d.h"
 
 #include <memory>
 #include <optional>
@@ -45,10 +45,11 @@ Tensor depthwise_conv2d_forward(const Tensor& x, const Tensor& weight, const std
   }
   Tensor y = new_pooled<4>(x, {s.batch, s.out_frames(), s.out_width(), s.channels});
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::DepthwiseConv2dKernels<T>>();
     const T *xp = data<T>(x), *wp = data<T>(weight), *bp = bias.has_value() ? data<T>(*bias) : nullptr;
     T* yp = mutable_data<T>(y);
     parallel_range(cpu::depthwise_blocks(s), grain(s),
-                   [&](int64_t b, int64_t e) { cpu::depthwise_conv2d_forward(s, xp, wp, bp, false, yp, b, e); });
+                   [&](int64_t b, int64_t e) { kernel.forward(s, xp, wp, bp, false, yp, b, e); });
   });
   return y;
 }
@@ -71,12 +72,13 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad,
     dbias = new_strided(x, 1, &s.channels, &stride);
   }
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::DepthwiseConv2dKernels<T>>();
     const T *gp = data<T>(grad), *xp = data<T>(x), *wp = data<T>(weight);
     if (need_x) {
       T* dp = mutable_data<T>(dx);
       const DepthwiseSizes back = s.transposed();
       parallel_range(cpu::depthwise_blocks(back), grain(back), [&](int64_t b, int64_t e) {
-        cpu::depthwise_conv2d_forward(back, gp, wp, static_cast<const T*>(nullptr), true, dp, b, e);
+        kernel.forward(back, gp, wp, static_cast<const T*>(nullptr), true, dp, b, e);
       });
     }
     if (!need_weight && !need_bias) return;
@@ -86,25 +88,20 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad,
         new double[static_cast<size_t>(std::max<int64_t>(1, groups * rows * s.channels))]);
     const int64_t per_group = (blocks + groups - 1) / std::max<int64_t>(1, groups);
     parallel_range(groups, std::max<int64_t>(1, grain(s) / std::max<int64_t>(1, per_group)),
-                   [&](int64_t b, int64_t e) { cpu::depthwise_conv2d_weight_gradient(s, gp, xp, parts.get(), b, e); });
+                   [&](int64_t b, int64_t e) { kernel.weight_gradient(s, gp, xp, parts.get(), b, e); });
     const std::unique_ptr<T[]> unwanted(need_weight ? nullptr : new T[static_cast<size_t>(s.taps() * s.channels)]);
-    cpu::depthwise_conv2d_reduce(s, parts.get(), need_weight ? mutable_data<T>(dweight) : unwanted.get(),
-                                 need_bias ? mutable_data<T>(dbias) : nullptr);
+    kernel.reduce(s, parts.get(), need_weight ? mutable_data<T>(dweight) : unwanted.get(),
+                  need_bias ? mutable_data<T>(dbias) : nullptr);
   });
   return {dx, dweight, dbias};
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"depthwise_conv2d_forward(Tensor x, Tensor weight, Tensor? bias, int pad_t, int pad_f) -> Tensor",
+                   TORCH_BOX(&depthwise_conv2d_forward)},
+                  {"depthwise_conv2d_backward(Tensor grad, Tensor x, Tensor weight, int pad_t, int pad_f, bool need_x, "
+                   "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+                   TORCH_BOX(&depthwise_conv2d_backward)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def("depthwise_conv2d_forward(Tensor x, Tensor weight, Tensor? bias, int pad_t, int pad_f) -> Tensor");
-  m.def(
-      "depthwise_conv2d_backward(Tensor grad, Tensor x, Tensor weight, int pad_t, int pad_f, bool need_x, "
-      "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("depthwise_conv2d_forward", TORCH_BOX(&fastasr::depthwise_conv2d_forward));
-  m.impl("depthwise_conv2d_backward", TORCH_BOX(&fastasr::depthwise_conv2d_backward));
-}

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/depthwise_conv_residual.h"
+#include "cpu/conv/depthwise_conv_residual.h"
 
 #include <optional>
 #include <tuple>
@@ -47,11 +47,12 @@ Tensor depthwise_conv_residual_forward(const Tensor& x, const Tensor& weight, co
   const char* op = "depthwise_conv_residual_forward";
   Tensor y = new_without_elements(x);
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::DepthwiseConvResidualKernels<T>>();
     const auto p = checked<T>(x, weight, bias, op);
     y = new_pooled<3>(x, {p.batch, p.frames, p.channels});
     T* out = mutable_data<T>(y);
     parallel_range(stripes(p) * p.batch, grain(p.frames, p.taps),
-                   [&](int64_t b, int64_t e) { cpu::depthwise_conv_residual_forward(p, out, b, e); });
+                   [&](int64_t b, int64_t e) { kernel.forward(p, out, b, e); });
   });
   return y;
 }
@@ -61,6 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv_residual_backward(const Tensor
   const char* op = "depthwise_conv_residual_backward";
   Tensor dx = new_without_elements(x), dweight = new_like(weight), dbias = new_without_elements(weight);
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::DepthwiseConvResidualKernels<T>>();
     using C = cpu::compute_t<T>;
     const auto p = checked<T>(x, weight, {}, op);
     check_same_size(grad, x, op, "grad");
@@ -71,20 +73,16 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv_residual_backward(const Tensor
     T* out = mutable_data<T>(dx);
     C *dw = mutable_data<C>(dweight), *db = mutable_data<C>(dbias);
     parallel_range(stripes(p), grain(2 * p.batch * p.frames, p.taps),
-                   [&](int64_t b, int64_t e) { cpu::depthwise_conv_residual_backward(p, g, out, dw, db, b, e); });
+                   [&](int64_t b, int64_t e) { kernel.backward(p, g, out, dw, db, b, e); });
   });
   return {dx, dweight, dbias};
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"depthwise_conv_residual_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+                   TORCH_BOX(&depthwise_conv_residual_forward)},
+                  {"depthwise_conv_residual_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)",
+                   TORCH_BOX(&depthwise_conv_residual_backward)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def("depthwise_conv_residual_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  m.def("depthwise_conv_residual_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("depthwise_conv_residual_forward", TORCH_BOX(&fastasr::depthwise_conv_residual_forward));
-  m.impl("depthwise_conv_residual_backward", TORCH_BOX(&fastasr::depthwise_conv_residual_backward));
-}

@@ -14,8 +14,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu/number.h"
-#include "cpu/sum_blocks.h"
+#include "cpu/math/number.h"
+#include "cpu/rows/sum_blocks.h"
 
 // What every binding needs: the kernel's storage type for a tensor, checks, and a split of the work that depends on
 // the shape alone. Python has already checked the arguments and named them: the checks here guard memory.
@@ -139,7 +139,8 @@ struct RowBlocks {
 template <typename T>
 void reduce_blocks(const cpu::compute_t<T>* parts, int64_t blocks, int64_t width, T* out) {
   const int64_t grain = std::max<int64_t>(64, kGrain / std::max<int64_t>(1, blocks));
-  parallel_range(width, grain, [&](int64_t b, int64_t e) { cpu::sum_blocks(parts, blocks, width, b, e, out); });
+  const auto& kernel = cpu::kernels<cpu::SumBlocks<T>>();
+  parallel_range(width, grain, [&](int64_t b, int64_t e) { kernel.run(parts, blocks, width, b, e, out); });
 }
 
 // An operator of torch.ops.fastasr_cpu: its schema, which begins with its name, and TORCH_BOX(&function).

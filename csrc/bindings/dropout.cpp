@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/dropout.h"
+#include "cpu/rows/dropout.h"
 
 #include <cstring>
 #include <optional>
@@ -61,16 +61,19 @@ Tensor new_mask(const Tensor& like, const Tensor& bytes) {
   return new_strided(bytes, 1, &size, &stride);
 }
 
+const cpu::DropoutKernels& kernels() { return cpu::kernels<cpu::DropoutKernels>(); }
+
 void check_probability(double p, const char* op) { STD_TORCH_CHECK(p > 0 && p < 1, op, ": p is not in (0, 1)"); }
 
 float scale_of(double p) { return 1.0f / static_cast<float>(1 - p); }
 
 void apply(const Tensor& x, const Tensor& keep, double p, const Optional& residual, const Tensor& y) {
+  const auto& kernel = kernels();
   const float *from = data<float>(x), *add = residual ? data<float>(*residual) : nullptr;
   const auto* mask = data<uint8_t>(keep);
   auto* to = mutable_data<float>(y);
   parallel_range(x.numel(), kGrain, [&](int64_t b, int64_t e) {
-    cpu::dropout_apply(from + b, mask + b, scale_of(p), add ? add + b : nullptr, to + b, e - b);
+    kernel.apply(from + b, mask + b, scale_of(p), add ? add + b : nullptr, to + b, e - b);
   });
 }
 
@@ -85,7 +88,7 @@ std::tuple<Tensor, Tensor> dropout_forward(const Tensor& x, const Optional& resi
   check_probability(p, op);
   GeneratorState state(generator, op);
   Tensor y = new_pooled_like(x), keep = new_mask(x, generator);
-  cpu::bernoulli(state.generator, 1 - p, x.numel(), mutable_data<uint8_t>(keep));
+  kernels().draw(state.generator, 1 - p, x.numel(), mutable_data<uint8_t>(keep));
   state.put_back();
   apply(x, keep, p, residual, y);
   return {y, keep};
@@ -121,23 +124,18 @@ Tensor dropout_windows(const Tensor& like, const Tensor& places, const Tensor& g
   std::vector<uint8_t> keep(static_cast<size_t>(keys));
   auto* to = mutable_data<float>(out);
   for (int64_t row = 0; row < sequences * queries; row++, to += lanes)
-    cpu::dropout_picked(state.generator, 1 - p, keys, at + row % queries * lanes, lanes, scale_of(p), keep.data(), to);
+    kernels().picked(state.generator, 1 - p, keys, at + row % queries * lanes, lanes, scale_of(p), keep.data(), to);
   state.put_back();
   return out;
 }
 
 }  // namespace
+
+FASTASR_OPERATORS(
+    {"dropout_forward(Tensor x, Tensor? residual, Tensor(a!) generator, float p) -> (Tensor, Tensor)",
+     TORCH_BOX(&dropout_forward)},
+    {"dropout_backward(Tensor grad, Tensor keep, float p) -> Tensor", TORCH_BOX(&dropout_backward)},
+    {"dropout_windows(Tensor like, Tensor places, Tensor(a!) generator, int sequences, int keys, float p) -> Tensor",
+     TORCH_BOX(&dropout_windows)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def("dropout_forward(Tensor x, Tensor? residual, Tensor(a!) generator, float p) -> (Tensor, Tensor)");
-  m.def("dropout_backward(Tensor grad, Tensor keep, float p) -> Tensor");
-  m.def(
-      "dropout_windows(Tensor like, Tensor places, Tensor(a!) generator, int sequences, int keys, float p) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("dropout_forward", TORCH_BOX(&fastasr::dropout_forward));
-  m.impl("dropout_backward", TORCH_BOX(&fastasr::dropout_backward));
-  m.impl("dropout_windows", TORCH_BOX(&fastasr::dropout_windows));
-}

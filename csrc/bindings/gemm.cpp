@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/gemm.h"
+#include "cpu/gemm/gemm.h"
 
 #include <optional>
 
@@ -11,6 +11,7 @@ namespace {
 
 // (M, K) by (K, N) of any strides, and a contiguous bias (N) or none: (M, N), contiguous. float32.
 Tensor gemm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
+  const auto& kernel = cpu::kernels<cpu::GemmKernels>();
   const char* op = "gemm";
   for (const Tensor* t : {&a, &b})
     STD_TORCH_CHECK(t->dim() == 2 && t->scalar_type() == ScalarType::Float, op, ": a and b are float32 matrices");
@@ -27,22 +28,21 @@ Tensor gemm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias)
   Tensor c = new_pooled<2>(a, {g.m, g.n});
   if (c.numel() == 0) return c;
   g.c = mutable_data<float>(c);
-  const Scratch<float> pa(g.packed_a()), pb(g.packed_b());
-  const int64_t rows = g.a_panels(), columns = g.b_panels();
-  const int64_t panel = std::max(g.packed_a() / rows, g.packed_b() / columns);
+  const Scratch<float> pa(kernel.packed_a(g)), pb(kernel.packed_b(g));
+  const int64_t rows = kernel.a_panels(g), columns = kernel.b_panels(g);
+  const int64_t panel = std::max(kernel.packed_a(g) / rows, kernel.packed_b(g) / columns);
   parallel_range(rows + columns, std::max<int64_t>(1, 4 * kGrain / panel), [&](int64_t begin, int64_t end) {
-    if (begin < rows) cpu::gemm_pack_a(g, pa.data(), begin, std::min(end, rows));
-    if (end > rows) cpu::gemm_pack_b(g, pb.data(), std::max<int64_t>(0, begin - rows), end - rows);
+    if (begin < rows) kernel.pack_a(g, pa.data(), begin, std::min(end, rows));
+    if (end > rows) kernel.pack_b(g, pb.data(), std::max<int64_t>(0, begin - rows), end - rows);
   });
-  const int64_t tasks = g.tasks(), grain = std::max<int64_t>(1, 8 * kGrain * tasks / (g.m * g.n * g.k / 32 + 1));
+  const int64_t tasks = kernel.tasks(g), grain = std::max<int64_t>(1, 8 * kGrain * tasks / (g.m * g.n * g.k / 32 + 1));
   parallel_range(tasks, grain,
-                 [&](int64_t begin, int64_t end) { cpu::gemm_products(g, pa.data(), pb.data(), begin, end); });
+                 [&](int64_t begin, int64_t end) { kernel.products(g, pa.data(), pb.data(), begin, end); });
   return c;
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"gemm(Tensor a, Tensor b, Tensor? bias) -> Tensor", TORCH_BOX(&gemm)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) { m.def("gemm(Tensor a, Tensor b, Tensor? bias) -> Tensor"); }
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) { m.impl("gemm", TORCH_BOX(&fastasr::gemm)); }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/linear_activation.h"
+#include "cpu/rows/linear_activation.h"
 
 #include <tuple>
 
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
-#include "cpu/activation.h"
+#include "cpu/math/activation.h"
 
 namespace fastasr {
 namespace {
@@ -22,10 +22,11 @@ Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_pl
   check(z, activation, op);
   Tensor y = in_place ? z : new_pooled_like(z);
   with_kernel_type(z.scalar_type(), op, [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::LinearActivationKernels<T>>();
     const T* from = data<T>(z);
     T* to = mutable_data<T>(y);
     parallel_range(z.numel(), kGrain, [&](int64_t b, int64_t e) {
-      cpu::linear_activation_forward(static_cast<int>(activation), from + b, to + b, e - b);
+      kernel.forward(static_cast<int>(activation), from + b, to + b, e - b);
     });
   });
   return y;
@@ -44,6 +45,7 @@ std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const 
     dbias = new_strided(z, 1, &channels, &one);
   }
   with_kernel_type(z.scalar_type(), op, [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::LinearActivationKernels<T>>();
     using C = cpu::compute_t<T>;
     const T *g = data<T>(grad), *from = data<T>(z);
     T* to = mutable_data<T>(dz);
@@ -53,9 +55,8 @@ std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const 
                    [&](int64_t b, int64_t e) {
                      for (int64_t k = b; k < e; k++) {
                        const int64_t at = blocks.begin(k) * channels;
-                       cpu::linear_activation_backward(static_cast<int>(activation), g + at, from + at, to + at,
-                                                       need_bias ? parts.data() + k * channels : nullptr,
-                                                       blocks.size(k), channels);
+                       kernel.backward(static_cast<int>(activation), g + at, from + at, to + at,
+                                       need_bias ? parts.data() + k * channels : nullptr, blocks.size(k), channels);
                      }
                    });
     if (need_bias) reduce_blocks<T>(parts.data(), blocks.count, channels, mutable_data<T>(dbias));
@@ -64,14 +65,11 @@ std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const 
 }
 
 }  // namespace
+
+FASTASR_OPERATORS(
+    {"linear_activation_forward(Tensor(a!) z, int activation, bool in_place) -> Tensor",
+     TORCH_BOX(&linear_activation_forward)},
+    {"linear_activation_backward(Tensor grad, Tensor z, int activation, bool need_bias) -> (Tensor, Tensor)",
+     TORCH_BOX(&linear_activation_backward)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def("linear_activation_forward(Tensor(a!) z, int activation, bool in_place) -> Tensor");
-  m.def("linear_activation_backward(Tensor grad, Tensor z, int activation, bool need_bias) -> (Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("linear_activation_forward", TORCH_BOX(&fastasr::linear_activation_forward));
-  m.impl("linear_activation_backward", TORCH_BOX(&fastasr::linear_activation_backward));
-}

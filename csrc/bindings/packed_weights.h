@@ -2,7 +2,7 @@
 #pragma once
 
 #include "bindings/dispatch.h"
-#include "cpu/skinny_gemm.h"
+#include "cpu/gemm/skinny_gemm.h"
 
 // What the bindings of the streaming steps share.
 namespace fastasr {

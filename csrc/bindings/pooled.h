@@ -4,7 +4,7 @@
 #include <array>
 
 #include "bindings/dispatch.h"
-#include "cpu/buffer_pool.h"
+#include "cpu/support/buffer_pool.h"
 
 namespace fastasr {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/residual_norm.h"
+#include "cpu/rows/residual_norm.h"
 
 #include <memory>
 #include <optional>
@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "bindings/dispatch.h"
-#include "cpu/activation.h"
+#include "cpu/math/activation.h"
 
 namespace fastasr {
 namespace {
@@ -77,6 +77,7 @@ std::tuple<Tensor, Tensor> residual_norm_forward(const Tensor& x, const Tensor& 
   const int64_t stride = 1;
   Tensor statistics = new_strided(weight, 1, &kept, &stride);
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::ResidualNormKernels<T>>();
     const auto call = checked<T>(x, update, candidate, hidden, mask, weight, bias, eps, activation, op);
     using Statistics = cpu::RowStatistics<cpu::compute_t<T>>;
     T* out = mutable_data<T>(y);
@@ -84,7 +85,7 @@ std::tuple<Tensor, Tensor> residual_norm_forward(const Tensor& x, const Tensor& 
     const int64_t n = call.p.channels;
     parallel_range(call.rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, 2 * n)), [&](int64_t b, int64_t e) {
       std::vector<cpu::compute_t<T>> scratch(cpu::residual_norm_scratch(n));
-      cpu::residual_norm_forward(call.p, b, e, out, kept_rows, scratch.data());
+      kernel.forward(call.p, b, e, out, kept_rows, scratch.data());
     });
   });
   return {y, statistics};
@@ -102,6 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
   Tensor dsum = candidate ? new_contiguous(x) : new_without_elements(x);
   Tensor dweight = new_like(weight), dbias = new_like(bias);
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::ResidualNormKernels<T>>();
     using C = cpu::compute_t<T>;
     const auto call = checked<T>(x, update, candidate, hidden, mask, weight, bias, eps, activation, op);
     const int64_t n = call.p.channels;
@@ -121,8 +123,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
                      std::vector<C> scratch(cpu::residual_norm_scratch(n));
                      for (int64_t k = b; k < e; k++) {
                        C* part = parts.get() + k * 2 * n;
-                       cpu::residual_norm_backward(call.p, g, rows, blocks.begin(k), blocks.begin(k) + blocks.size(k),
-                                                   ox, ou, os, part, part + n, scratch.data());
+                       kernel.backward(call.p, g, rows, blocks.begin(k), blocks.begin(k) + blocks.size(k), ox, ou, os,
+                                       part, part + n, scratch.data());
                      }
                    });
     std::vector<C> sums(2 * n);
@@ -134,19 +136,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"residual_norm_forward(Tensor x, Tensor update, Tensor? candidate, Tensor? hidden, Tensor? mask, "
+                   "Tensor weight, Tensor bias, float eps, int activation, bool keep_statistics) -> (Tensor, Tensor)",
+                   TORCH_BOX(&residual_norm_forward)},
+                  {"residual_norm_backward(Tensor grad, Tensor x, Tensor update, Tensor? candidate, Tensor? hidden, "
+                   "Tensor? mask, Tensor weight, Tensor bias, Tensor? statistics, float eps, int activation) -> "
+                   "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+                   TORCH_BOX(&residual_norm_backward)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
-  m.def(
-      "residual_norm_forward(Tensor x, Tensor update, Tensor? candidate, Tensor? hidden, Tensor? mask, Tensor weight, "
-      "Tensor bias, float eps, int activation, bool keep_statistics) -> (Tensor, Tensor)");
-  m.def(
-      "residual_norm_backward(Tensor grad, Tensor x, Tensor update, Tensor? candidate, Tensor? hidden, Tensor? mask, "
-      "Tensor weight, Tensor bias, Tensor? statistics, float eps, int activation) -> (Tensor, Tensor, Tensor, Tensor, "
-      "Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {
-  m.impl("residual_norm_forward", TORCH_BOX(&fastasr::residual_norm_forward));
-  m.impl("residual_norm_backward", TORCH_BOX(&fastasr::residual_norm_backward));
-}

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/weighted_values.h"
+#include "cpu/gemm/weighted_values.h"
 
 #include <algorithm>
 
@@ -14,6 +14,7 @@ constexpr int64_t kRows = 60;  // of a task
 // weights (heads, batch, T, S), the last dimension contiguous; values (S, batch, heads dim) contiguous -> (T, batch,
 // heads dim).
 Tensor weighted_values(Tensor weights, Tensor values) {
+  const auto& kernel = cpu::kernels<cpu::WeightedValues>();
   STD_TORCH_CHECK(weights.dim() == 4 && values.dim() == 3, "weighted_values: dimensions");
   const int64_t heads = weights.size(0), batch = weights.size(1), rows = weights.size(2), sources = weights.size(3);
   const int64_t width = values.size(2);
@@ -33,25 +34,24 @@ Tensor weighted_values(Tensor weights, Tensor values) {
   parallel_range(heads * batch, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size)),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t i = begin; i < end; i++)
-                     cpu::pack_values(v + i % batch * width + i / batch * columns, batch * width, sources, columns,
-                                      packed.data() + i * size);
+                     kernel.pack(v + i % batch * width + i / batch * columns, batch * width, sources, columns,
+                                 packed.data() + i * size);
                  });
   const int64_t blocks = (rows + kRows - 1) / kRows;
   const int64_t grain = std::max<int64_t>(1, 2 * kGrain / std::max<int64_t>(1, kRows * sources));
   parallel_range(heads * batch * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t matrix = i / blocks, head = matrix / batch, b = matrix % batch, first = i % blocks * kRows;
-      cpu::weighted_values(w + head * weights.stride(0) + b * weights.stride(1) + first * weights.stride(2),
-                           weights.stride(2), std::min(kRows, rows - first), sources, packed.data() + matrix * size,
-                           columns, y + (first * batch + b) * width + head * columns, batch * width);
+      kernel.run(w + head * weights.stride(0) + b * weights.stride(1) + first * weights.stride(2), weights.stride(2),
+                 std::min(kRows, rows - first), sources, packed.data() + matrix * size, columns,
+                 y + (first * batch + b) * width + head * columns, batch * width);
     }
   });
   return out;
 }
 
 }  // namespace
+
+FASTASR_OPERATORS({"weighted_values(Tensor weights, Tensor values) -> Tensor", TORCH_BOX(&weighted_values)})
+
 }  // namespace fastasr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) { m.def("weighted_values(Tensor weights, Tensor values) -> Tensor"); }
-
-STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) { m.impl("weighted_values", TORCH_BOX(&fastasr::weighted_values)); }

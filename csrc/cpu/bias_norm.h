@@ -1,25 +1,8 @@
-// SPDX-License-Identifier: Apache-2.0
 #pragma once
-
-#include <cstdint>
-
-#include "cpu/number.h"
-
-// BiasNorm over the last dimension: y = x s, s = e^log_scale m^(-1/2), m = mean_j (x_j - bias_j)^2. No epsilon.
-// Backward, with G = sum_j g_j x_j: dx_j = g_j s - k (x_j - b_j), k = G s / (m C); db_j = sum over rows of
-// k (x_j - b_j); dlog_scale = sum over rows of G s.
+#include "cpu/rows/bias_norm.h"
 namespace fastasr::cpu {
-
-// scale = e^log_scale. dbias (C, overwritten) and *dlog_scale are the sums over these rows alone: the caller adds
-// the parts of fixed row blocks in order, so the result does not depend on the number of threads.
-#define FASTASR_DECLARE(T)                                                                                    \
-  void bias_norm_forward(const T* x, const T* bias, double scale, T* y, int64_t rows, int64_t channels);      \
-  void bias_norm_backward(const T* grad, const T* x, const T* bias, double scale, T* dx, compute_t<T>* dbias, \
-                          double* dlog_scale, int64_t rows, int64_t channels);
-FASTASR_DECLARE(float)
-FASTASR_DECLARE(double)
-FASTASR_DECLARE(bfloat16)
-FASTASR_DECLARE(float16)
-#undef FASTASR_DECLARE
-
+template <typename T>
+FASTASR_INLINE void bias_norm_forward(const T* x, const T* bias, double scale, T* y, int64_t rows, int64_t channels) {
+  kernels<BiasNormKernels<T>>().forward(x, bias, scale, y, rows, channels);
+}
 }  // namespace fastasr::cpu

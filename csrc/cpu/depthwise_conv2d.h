@@ -1,49 +1,9 @@
-// SPDX-License-Identifier: Apache-2.0
 #pragma once
-
-#include <algorithm>
-#include <cstdint>
-
-#include "cpu/number.h"
-
-// Depthwise convolution of maps (batch, frames, width, channels), zeros around them, stride 1:
-//   out[b, t, f, c] = bias[c] + sum over i < taps_t, j < taps_f of weight[c, i, j] in[b, t + i - pad_t, f + j - pad_f,
-//   c]
-// The gradient of its input is the same with `flip` (weight[c, taps_t - 1 - i, taps_f - 1 - j]) and pads of taps - 1 -
-// pad.
+#include "cpu/conv/depthwise_conv2d.h"
 namespace fastasr::cpu {
-
-struct DepthwiseSizes {
-  int64_t batch, frames, width, channels, taps_t, taps_f, pad_t, pad_f;  // frames and width of the input
-  int64_t out_frames() const { return std::max<int64_t>(0, frames + 2 * pad_t - taps_t + 1); }
-  int64_t out_width() const { return std::max<int64_t>(0, width + 2 * pad_f - taps_f + 1); }
-  int64_t taps() const { return taps_t * taps_f; }
-  DepthwiseSizes transposed() const {
-    return {batch, out_frames(), out_width(), channels, taps_t, taps_f, taps_t - 1 - pad_t, taps_f - 1 - pad_f};
-  }
-};
-
-// Work comes in blocks of output frames of one sequence, all channels: their number, and that of the groups of blocks
-// whose weight gradients are added up on their own. Both depend on the sizes alone.
-constexpr int64_t kDepthwiseFrames = 32, kDepthwiseGroups = 32;
-inline int64_t depthwise_blocks(const DepthwiseSizes& s) {
-  return s.batch * ((s.out_frames() + kDepthwiseFrames - 1) / kDepthwiseFrames);
+template <typename T>
+FASTASR_INLINE void depthwise_conv2d_forward(const DepthwiseSizes& s, const T* in, const T* weight, const T* bias,
+                                             bool flip, T* out, int64_t begin, int64_t end) {
+  kernels<DepthwiseConv2dKernels<T>>().forward(s, in, weight, bias, flip, out, begin, end);
 }
-inline int64_t depthwise_groups(const DepthwiseSizes& s) { return std::min(depthwise_blocks(s), kDepthwiseGroups); }
-
-// *_forward: blocks [begin, end); bias may be null.
-// *_weight_gradient: groups [begin, end) into parts (groups, taps + 1, channels): sums of grad in, then of grad.
-// *_reduce: the groups' sum, in order, to dweight (channels, taps) and dbias (channels), which may be null.
-#define FASTASR_DECLARE(T)                                                                                       \
-  void depthwise_conv2d_forward(const DepthwiseSizes& s, const T* in, const T* weight, const T* bias, bool flip, \
-                                T* out, int64_t begin, int64_t end);                                             \
-  void depthwise_conv2d_weight_gradient(const DepthwiseSizes& s, const T* grad, const T* in, double* parts,      \
-                                        int64_t begin, int64_t end);                                             \
-  void depthwise_conv2d_reduce(const DepthwiseSizes& s, const double* parts, T* dweight, T* dbias);
-FASTASR_DECLARE(float)
-FASTASR_DECLARE(double)
-FASTASR_DECLARE(bfloat16)
-FASTASR_DECLARE(float16)
-#undef FASTASR_DECLARE
-
 }  // namespace fastasr::cpu

@@ -1,51 +1,9 @@
-// SPDX-License-Identifier: Apache-2.0
 #pragma once
-
-#include <cstdint>
-
-#include "cpu/number.h"
-#include "cpu/row_statistics.h"
-
-// A residual, gated or not, and LayerNorm over the last dimension:
-//   y = LN(t), t = x + sigmoid(update) (a - x), a = act(candidate + hidden) mask; plain (candidate null): t = x +
-//   update.
-// Backward, with d = weight grad, n = (t - mean) / sigma: dt = (d - mean(d) - n mean(d n)) / sigma, and
-//   dx = dt (1 - s), dupdate = dt (a - x) s (1 - s), dsum = dt s mask act'; plain: dx is dt, the gradient of both.
+#include "cpu/rows/residual_norm.h"
 namespace fastasr::cpu {
-
-// Rows `stride` elements apart, their elements next to each other. A null pointer: absent.
 template <typename T>
-struct Rows {
-  const T* data = nullptr;
-  int64_t stride = 0;
-};
-
-template <typename T>
-struct ResidualNorm {
-  Rows<T> x, update, candidate, hidden;
-  const compute_t<T>* mask;  // contiguous, or null
-  const compute_t<T>*weight, *bias;
-  double eps;
-  int activation;
-  int64_t channels;
-};
-
-// Elements of scratch a call needs.
-constexpr int64_t residual_norm_scratch(int64_t channels) { return 6 * channels; }
-
-// Rows [begin, end). Outputs are contiguous. statistics, one per row of the whole, may be null: then they are not kept,
-// and in the backward pass computed again. dweight, dbias (channels each, overwritten) are the sums over these rows:
-// the caller adds the parts of fixed row blocks in order. dupdate and dsum are null in the plain form.
-#define FASTASR_DECLARE(T)                                                                                            \
-  void residual_norm_forward(const ResidualNorm<T>& p, int64_t begin, int64_t end, T* y,                              \
-                             RowStatistics<compute_t<T>>* statistics, compute_t<T>* scratch);                         \
-  void residual_norm_backward(const ResidualNorm<T>& p, const T* grad, const RowStatistics<compute_t<T>>* statistics, \
-                              int64_t begin, int64_t end, T* dx, T* dupdate, T* dsum, compute_t<T>* dweight,          \
-                              compute_t<T>* dbias, compute_t<T>* scratch);
-FASTASR_DECLARE(float)
-FASTASR_DECLARE(double)
-FASTASR_DECLARE(bfloat16)
-FASTASR_DECLARE(float16)
-#undef FASTASR_DECLARE
-
+FASTASR_INLINE void residual_norm_forward(const ResidualNorm<T>& p, int64_t begin, int64_t end, T* y,
+                                          RowStatistics<compute_t<T>>* statistics, compute_t<T>* scratch) {
+  kernels<ResidualNormKernels<T>>().forward(p, begin, end, y, statistics, scratch);
+}
 }  // namespace fastasr::cpu

@@ -1,5 +1,5 @@
-// SPDX-License-Identifier: Apache-2.0
 #pragma once
+<<<<<<< HEAD
 
 #include <atomic>
 #include <cstdint>
@@ -70,3 +70,6 @@ class Team {
 };
 
 }  // namespace fastasr::cpu
+=======
+#include "cpu/support/team.h"
+>>>>>>> e72e473 (csrc/cpu: rows, gemm, conv and math are compiled once per instruction set; folders by subject)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/activation.h"
+#include "cpu/math/activation.h"
 
 #include "tests/check.h"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/balancer_gradient.h"
+#include "cpu/rows/balancer_gradient.h"
 
 #include "tests/check.h"
 
@@ -8,6 +8,7 @@ namespace {
 
 template <typename T>
 void rows_and_runs(int64_t rows, int64_t channels) {
+  const auto& kernel = cpu::kernels<cpu::BalancerKernels<T>>();
   using C = compute_t<T>;
   const int64_t stride = channels + channels % 3, n = rows * channels;
   Random random(static_cast<uint64_t>(rows * 31 + channels));
@@ -16,9 +17,8 @@ void rows_and_runs(int64_t rows, int64_t channels) {
   Buffer<double> s1(channels), s2(channels);
   x.fill(random, 0.5, 3), grad.fill(random), shift.fill(random, 0.2, 3), offset.fill(random, 0.1);
   slope.fill(random, 0.1);
-  cpu::balancer_sums_rows(x.data(), stride, shift.data(), s1.data(), s2.data(), rows, channels);
-  cpu::balancer_apply_rows(grad.data(), x.data(), stride, shift.data(), offset.data(), slope.data(), y.data(), rows,
-                           channels);
+  kernel.sums_rows(x.data(), stride, shift.data(), s1.data(), s2.data(), rows, channels);
+  kernel.apply_rows(grad.data(), x.data(), stride, shift.data(), offset.data(), slope.data(), y.data(), rows, channels);
   CHECK(s1.intact() && s2.intact() && y.intact(), "%s wrote outside, %ldx%ld", Type<T>::name, long(rows),
         long(channels));
   for (int64_t c = 0; c < channels; c++) {
@@ -38,8 +38,8 @@ void rows_and_runs(int64_t rows, int64_t channels) {
     CHECK(std::fabs(s2[c] - e2) <= 16 * unit * (e2 + size), "%s s2, %ldx%ld, %ld: expected %.9Lg, got %.9g",
           Type<T>::name, long(rows), long(channels), long(c), e2, s2[c]);
     double t1 = -1, t2 = -1;
-    cpu::balancer_sums_run(run.data(), shift[c], &t1, &t2, rows);
-    cpu::balancer_apply_run(run_grad.data(), run.data(), shift[c], offset[c], slope[c], run_y.data(), rows);
+    kernel.sums_run(run.data(), shift[c], &t1, &t2, rows);
+    kernel.apply_run(run_grad.data(), run.data(), shift[c], offset[c], slope[c], run_y.data(), rows);
     CHECK(std::fabs(t1 - e1) <= 64 * unit * size && std::fabs(t2 - e2) <= 64 * unit * (e2 + size), "%s run of %ld",
           Type<T>::name, long(rows));
     for (int64_t r = 0; r < rows; r++)

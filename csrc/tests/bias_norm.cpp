@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/bias_norm.h"
+#include "cpu/rows/bias_norm.h"
 
 #include "tests/check.h"
 
@@ -22,14 +22,15 @@ struct Case {
 
 template <typename T>
 void values(int64_t rows, int64_t channels) {
+  const auto& kernel = cpu::kernels<cpu::BiasNormKernels<T>>();
   using C = compute_t<T>;
   Case<T> c(rows, channels, static_cast<uint64_t>(rows * 131 + channels));
   Buffer<T> y(rows * channels, channels % 5), dx(rows * channels, channels % 2);
   Buffer<C> dbias(channels);
   double dlog_scale = 1e300;
-  cpu::bias_norm_forward(c.x.data(), c.bias.data(), c.scale, y.data(), rows, channels);
-  cpu::bias_norm_backward(c.grad.data(), c.x.data(), c.bias.data(), c.scale, dx.data(), dbias.data(), &dlog_scale, rows,
-                          channels);
+  kernel.forward(c.x.data(), c.bias.data(), c.scale, y.data(), rows, channels);
+  kernel.backward(c.grad.data(), c.x.data(), c.bias.data(), c.scale, dx.data(), dbias.data(), &dlog_scale, rows,
+                  channels);
   CHECK(y.intact() && dx.intact() && dbias.intact(), "%s wrote outside, %ldx%ld", Type<T>::name, long(rows),
         long(channels));
 
@@ -69,26 +70,27 @@ void values(int64_t rows, int64_t channels) {
 // Rows are independent: a block of rows gives the bits of the whole, and a NaN or a zero row stays where it is.
 template <typename T>
 void rows_apart() {
+  const auto& kernel = cpu::kernels<cpu::BiasNormKernels<T>>();
   using C = compute_t<T>;
   const int64_t rows = 7, channels = 37;
   Case<T> c(rows, channels, 11);
   Buffer<T> y(rows * channels), y2(rows * channels), dx(rows * channels), dx2(rows * channels);
   Buffer<C> dbias(channels);
   double dlog_scale;
-  cpu::bias_norm_forward(c.x.data(), c.bias.data(), c.scale, y.data(), rows, channels);
-  cpu::bias_norm_backward(c.grad.data(), c.x.data(), c.bias.data(), c.scale, dx.data(), dbias.data(), &dlog_scale, rows,
-                          channels);
+  kernel.forward(c.x.data(), c.bias.data(), c.scale, y.data(), rows, channels);
+  kernel.backward(c.grad.data(), c.x.data(), c.bias.data(), c.scale, dx.data(), dbias.data(), &dlog_scale, rows,
+                  channels);
   for (int64_t r = 0; r < rows; r += 2) {
     const int64_t at = r * channels, m = r + 2 <= rows ? 2 : 1;
-    cpu::bias_norm_forward(c.x.data() + at, c.bias.data(), c.scale, y2.data() + at, m, channels);
-    cpu::bias_norm_backward(c.grad.data() + at, c.x.data() + at, c.bias.data(), c.scale, dx2.data() + at, dbias.data(),
-                            &dlog_scale, m, channels);
+    kernel.forward(c.x.data() + at, c.bias.data(), c.scale, y2.data() + at, m, channels);
+    kernel.backward(c.grad.data() + at, c.x.data() + at, c.bias.data(), c.scale, dx2.data() + at, dbias.data(),
+                    &dlog_scale, m, channels);
   }
   CHECK(y.equals(y2) && dx.equals(dx2), "%s: blocks of rows differ from the whole", Type<T>::name);
 
   c.x[2 * channels + 5] = make<T>(std::numeric_limits<double>::quiet_NaN());
   for (int64_t j = 0; j < channels; j++) c.x[4 * channels + j] = c.bias[j];
-  cpu::bias_norm_forward(c.x.data(), c.bias.data(), c.scale, y2.data(), rows, channels);
+  kernel.forward(c.x.data(), c.bias.data(), c.scale, y2.data(), rows, channels);
   for (int64_t r = 0; r < rows; r++)
     for (int64_t j = 0; j < channels; j++) {
       const int64_t i = r * channels + j;

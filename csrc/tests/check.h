@@ -14,7 +14,7 @@
 #define DOCTEST_CONFIG_NO_SHORT_MACRO_NAMES
 #include <doctest/doctest.h>
 
-#include "cpu/number.h"
+#include "cpu/math/number.h"
 
 // What the tests share: checks, random values, buffers that notice a write outside, and tolerances per storage type.
 namespace fastasr::test {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/conv_spatial_gate.h"
+#include "cpu/conv/conv_spatial_gate.h"
 
 #include <algorithm>
 
@@ -71,18 +71,19 @@ struct Case {
 
   // Tasks in pieces of `step`, as threads take them.
   void run(int64_t step) {
+    const auto& kernel = cpu::kernels<cpu::ConvSpatialGateKernels<T>>();
     const int64_t rows = p.rows(), stripes = (s.channels + cpu::kSpatialGateStripe - 1) / cpu::kSpatialGateStripe;
     std::vector<cpu::RowStatistics<C>> statistics(static_cast<size_t>(rows));
     std::vector<C> scratch(static_cast<size_t>(s.channels));
     for (int64_t i = 0; i < rows; i += step)
-      cpu::conv_spatial_gate_statistics(p, statistics.data(), i, std::min(i + step, rows), scratch.data());
+      kernel.statistics(p, statistics.data(), i, std::min(i + step, rows), scratch.data());
     for (int64_t i = 0; i < stripes * s.batch; i += step)
-      cpu::conv_spatial_gate_forward(p, statistics.data(), y.data(), i, std::min(i + step, stripes * s.batch));
+      kernel.forward(p, statistics.data(), y.data(), i, std::min(i + step, stripes * s.batch));
     for (int64_t i = 0; i < stripes; i += step)
-      cpu::conv_spatial_gate_backward(p, statistics.data(), grad.data(), dx.data(), du.data(), s.channels,
-                                      dweight.data(), dbias.data(), i, std::min(i + step, stripes));
-    cpu::conv_spatial_gate_norm_backward(p, statistics.data(), du.data(), s.channels, dx.data(), dnorm_weight.data(),
-                                         dnorm_bias.data(), 0, rows);
+      kernel.backward(p, statistics.data(), grad.data(), dx.data(), du.data(), s.channels, dweight.data(), dbias.data(),
+                      i, std::min(i + step, stripes));
+    kernel.norm_backward(p, statistics.data(), du.data(), s.channels, dx.data(), dnorm_weight.data(), dnorm_bias.data(),
+                         0, rows);
   }
 };
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/depthwise_conv2d.h"
+#include "cpu/conv/depthwise_conv2d.h"
 
 #include "tests/check.h"
 
@@ -32,18 +32,18 @@ struct Case {
   }
 
   void run(int64_t step) {
+    const auto& kernel = cpu::kernels<cpu::DepthwiseConv2dKernels<T>>();
     const auto blocks = [&](const DepthwiseSizes& sizes, const T* in, const T* b, bool flip, T* out) {
       for (int64_t i = 0; i < cpu::depthwise_blocks(sizes); i += step)
-        cpu::depthwise_conv2d_forward(sizes, in, weight.data(), b, flip, out, i,
-                                      std::min(i + step, cpu::depthwise_blocks(sizes)));
+        kernel.forward(sizes, in, weight.data(), b, flip, out, i, std::min(i + step, cpu::depthwise_blocks(sizes)));
     };
     blocks(s, x.data(), bias.data(), false, y.data());
     blocks(s.transposed(), grad.data(), nullptr, true, dx.data());
     const int64_t groups = cpu::depthwise_groups(s);
     std::vector<double> parts(static_cast<size_t>(groups * (s.taps() + 1) * s.channels));
     for (int64_t g = 0; g < groups; g += step)
-      cpu::depthwise_conv2d_weight_gradient(s, grad.data(), x.data(), parts.data(), g, std::min(g + step, groups));
-    cpu::depthwise_conv2d_reduce(s, parts.data(), dweight.data(), dbias.data());
+      kernel.weight_gradient(s, grad.data(), x.data(), parts.data(), g, std::min(g + step, groups));
+    kernel.reduce(s, parts.data(), dweight.data(), dbias.data());
   }
 };
 

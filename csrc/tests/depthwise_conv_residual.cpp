@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/depthwise_conv_residual.h"
+#include "cpu/conv/depthwise_conv_residual.h"
 
 #include <algorithm>
 
@@ -43,12 +43,12 @@ struct Case {
 
   // Tasks in pieces of `step`, as threads take them.
   void run(int64_t step) {
+    const auto& kernel = cpu::kernels<cpu::DepthwiseConvResidualKernels<T>>();
     const int64_t stripes = (s.channels + cpu::kResidualStripe - 1) / cpu::kResidualStripe;
     for (int64_t i = 0; i < stripes * s.batch; i += step)
-      cpu::depthwise_conv_residual_forward(p, y.data(), i, std::min(i + step, stripes * s.batch));
+      kernel.forward(p, y.data(), i, std::min(i + step, stripes * s.batch));
     for (int64_t i = 0; i < stripes; i += step)
-      cpu::depthwise_conv_residual_backward(p, grad.data(), dx.data(), dweight.data(), dbias.data(), i,
-                                            std::min(i + step, stripes));
+      kernel.backward(p, grad.data(), dx.data(), dweight.data(), dbias.data(), i, std::min(i + step, stripes));
   }
 };
 

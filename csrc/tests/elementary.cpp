@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Error bounds of the elementary functions, over dense sweeps, against long double.
-#include "cpu/elementary.h"
+#include "cpu/math/elementary.h"
 
 #include "tests/check.h"
 

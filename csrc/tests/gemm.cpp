@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/gemm.h"
+#include "cpu/gemm/gemm.h"
 
 #include <algorithm>
 
@@ -36,13 +36,14 @@ struct Problem {
   }
   // Panels and tasks in pieces of `step`.
   void run(int64_t step) {
-    Buffer<float> pa(g.packed_a()), pb(g.packed_b());
-    for (int64_t i = 0; i < g.a_panels(); i += step)
-      cpu::gemm_pack_a(g, pa.data(), i, std::min(i + step, g.a_panels()));
-    for (int64_t i = 0; i < g.b_panels(); i += step)
-      cpu::gemm_pack_b(g, pb.data(), i, std::min(i + step, g.b_panels()));
-    for (int64_t i = 0; i < g.tasks(); i += step)
-      cpu::gemm_products(g, pa.data(), pb.data(), i, std::min(i + step, g.tasks()));
+    const auto& kernel = cpu::kernels<cpu::GemmKernels>();
+    Buffer<float> pa(kernel.packed_a(g)), pb(kernel.packed_b(g));
+    for (int64_t i = 0; i < kernel.a_panels(g); i += step)
+      kernel.pack_a(g, pa.data(), i, std::min(i + step, kernel.a_panels(g)));
+    for (int64_t i = 0; i < kernel.b_panels(g); i += step)
+      kernel.pack_b(g, pb.data(), i, std::min(i + step, kernel.b_panels(g)));
+    for (int64_t i = 0; i < kernel.tasks(g); i += step)
+      kernel.products(g, pa.data(), pb.data(), i, std::min(i + step, kernel.tasks(g)));
     CHECK(pa.intact() && pb.intact() && c.intact(), "wrote outside, %ldx%ldx%ld", long(g.m), long(g.n), long(g.k));
   }
 };

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/linear_activation.h"
+#include "cpu/rows/linear_activation.h"
 
 #include <algorithm>
 
-#include "cpu/activation.h"
+#include "cpu/math/activation.h"
 #include "tests/check.h"
 
 namespace fastasr::test {
@@ -12,6 +12,7 @@ namespace {
 // Against the activations themselves, which have a test of their own; sums against long double.
 template <typename T>
 void values(int activation, int64_t rows, int64_t channels) {
+  const auto& kernel = cpu::kernels<cpu::LinearActivationKernels<T>>();
   using C = compute_t<T>;
   const int64_t n = rows * channels;
   Buffer<T> z(n, 1), grad(n, 2), y(n, 3), dz(n, 5);
@@ -21,8 +22,8 @@ void values(int activation, int64_t rows, int64_t channels) {
   grad.fill(random);
   for (int64_t i = 0; i < n; i++) value_of[i] = cpu::load(z[i]);
   cpu::activate_with_slope(activation, value_of.data(), slope.data(), n);
-  cpu::linear_activation_forward(activation, z.data(), y.data(), n);
-  cpu::linear_activation_backward(activation, grad.data(), z.data(), dz.data(), dbias.data(), rows, channels);
+  kernel.forward(activation, z.data(), y.data(), n);
+  kernel.backward(activation, grad.data(), z.data(), dz.data(), dbias.data(), rows, channels);
   std::vector<long double> sums(static_cast<size_t>(channels));
   for (int64_t i = 0; i < n; i++) {
     const long double d = static_cast<long double>(value(grad[i])) * slope[i];
@@ -37,8 +38,8 @@ void values(int activation, int64_t rows, int64_t channels) {
   CHECK(y.intact() && dz.intact() && dbias.intact(), "%s wrote outside, %ldx%ld", Type<T>::name, long(rows),
         long(channels));
   Buffer<T> alone(n, 5);
-  cpu::linear_activation_backward(activation, grad.data(), z.data(), alone.data(), nullptr, rows, channels);
-  cpu::linear_activation_forward(activation, z.data(), z.data(), n);
+  kernel.backward(activation, grad.data(), z.data(), alone.data(), nullptr, rows, channels);
+  kernel.forward(activation, z.data(), z.data(), n);
   CHECK(z.equals(y) && alone.equals(dz), "%s: in place or without the sum it is something else", Type<T>::name);
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/residual_norm.h"
+#include "cpu/rows/residual_norm.h"
 
 #include "tests/check.h"
 
@@ -9,6 +9,7 @@ namespace {
 // One call with rows further apart than they are long, on both forms; the reference is the formula in long double.
 template <typename T>
 void values(int64_t rows, int64_t channels, bool gated, bool masked) {
+  const auto& kernel = cpu::kernels<cpu::ResidualNormKernels<T>>();
   using C = compute_t<T>;
   const int64_t stride = channels + 3;
   Random random(static_cast<uint64_t>(rows * 7919 + channels * 4 + gated * 2 + masked));
@@ -25,10 +26,9 @@ void values(int64_t rows, int64_t channels, bool gated, bool masked) {
   Buffer<C> dw(channels), db(channels), scratch(cpu::residual_norm_scratch(channels));
   Buffer<C> kept(3 * rows);
   auto* statistics = reinterpret_cast<cpu::RowStatistics<C>*>(kept.data());
-  cpu::residual_norm_forward(p, 0, rows, y.data(), statistics, scratch.data());
-  cpu::residual_norm_backward(p, g.data(), channels % 2 ? statistics : nullptr, 0, rows, dx.data(),
-                              gated ? du.data() : nullptr, gated ? ds.data() : nullptr, dw.data(), db.data(),
-                              scratch.data());
+  kernel.forward(p, 0, rows, y.data(), statistics, scratch.data());
+  kernel.backward(p, g.data(), channels % 2 ? statistics : nullptr, 0, rows, dx.data(), gated ? du.data() : nullptr,
+                  gated ? ds.data() : nullptr, dw.data(), db.data(), scratch.data());
   CHECK(y.intact() && dx.intact() && du.intact() && ds.intact() && dw.intact() && db.intact() && scratch.intact() &&
             kept.intact(),
         "%s %ldx%ld: wrote outside", Type<T>::name, long(rows), long(channels));
@@ -78,6 +78,7 @@ void values(int64_t rows, int64_t channels, bool gated, bool masked) {
 // Rows are independent, and rows of one value become the bias whatever the epsilon.
 template <typename T>
 void rows_apart() {
+  const auto& kernel = cpu::kernels<cpu::ResidualNormKernels<T>>();
   using C = compute_t<T>;
   const int64_t rows = 5, channels = 37;
   Random random(3);
@@ -88,9 +89,9 @@ void rows_apart() {
   cpu::ResidualNorm<T> p{};
   p.x = {x.data(), channels}, p.update = {u.data(), channels};
   p.weight = w.data(), p.bias = b.data(), p.eps = 1e-12, p.channels = channels;
-  cpu::residual_norm_forward(p, 0, rows, y.data(), nullptr, scratch.data());
-  cpu::residual_norm_forward(p, 0, 2, y2.data(), nullptr, scratch.data());
-  cpu::residual_norm_forward(p, 2, rows, y2.data(), nullptr, scratch.data());
+  kernel.forward(p, 0, rows, y.data(), nullptr, scratch.data());
+  kernel.forward(p, 0, 2, y2.data(), nullptr, scratch.data());
+  kernel.forward(p, 2, rows, y2.data(), nullptr, scratch.data());
   CHECK(y.equals(y2), "%s: blocks of rows differ from the whole", Type<T>::name);
   for (int64_t j = 0; j < channels; j++)
     CHECK(same_bits(y[2 * channels + j], make<T>(static_cast<double>(b[j]))), "%s: a row of one value", Type<T>::name);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
 #include "tests/check.h"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/skinny_gemm.h"
+#include "cpu/gemm/skinny_gemm.h"
 
 #include <algorithm>
 #include <thread>

@@ -2,7 +2,7 @@
 // Several threads on disjoint blocks of rows: the same bits as one thread, and no race.
 #include <thread>
 
-#include "cpu/bias_norm.h"
+#include "cpu/rows/bias_norm.h"
 #include "cpu/rows/bypass.h"
 #include "cpu/rows/swoosh.h"
 #include "tests/check.h"
@@ -46,13 +46,14 @@ struct Data {
     using cpu::Mask;
     using cpu::Swoosh;
     const auto& swooshes = cpu::kernels<cpu::SwooshKernels<T>>();
+    const auto& norms = cpu::kernels<cpu::BiasNormKernels<T>>();
     const auto& bypasses = cpu::kernels<cpu::BypassKernels<T>>();
     swooshes.forward(x.data() + at, mask.data() + at, Mask::elementwise, swoosh.data() + at, n, Swoosh::L);
     swooshes.backward(grad.data() + at, x.data() + at, mask.data() + at, Mask::elementwise, swoosh_dx.data() + at,
                       swoosh.data() + at, n, Swoosh::R);
-    cpu::bias_norm_forward(x.data() + at, channel.data(), scale, norm.data() + at, rows, kChannels);
-    cpu::bias_norm_backward(grad.data() + at, x.data() + at, channel.data(), scale, norm_dx.data() + at,
-                            dbias.data() + k * kChannels, &dlog_scale[static_cast<size_t>(k)], rows, kChannels);
+    norms.forward(x.data() + at, channel.data(), scale, norm.data() + at, rows, kChannels);
+    norms.backward(grad.data() + at, x.data() + at, channel.data(), scale, norm_dx.data() + at,
+                   dbias.data() + k * kChannels, &dlog_scale[static_cast<size_t>(k)], rows, kChannels);
     bypasses.forward(other.data() + at, x.data() + at, channel.data(), bypass.data() + at, rows, kChannels);
     bypasses.backward(grad.data() + at, other.data() + at, x.data() + at, channel.data(), bypass_dx_orig.data() + at,
                       bypass_dx.data() + at, dscale.data() + k * kChannels, rows, kChannels);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/weighted_values.h"
+#include "cpu/gemm/weighted_values.h"
 
 #include <algorithm>
 
@@ -9,6 +9,7 @@ namespace fastasr::test {
 namespace {
 
 void values(int64_t rows, int64_t sources, int64_t columns) {
+  const auto& kernel = cpu::kernels<cpu::WeightedValues>();
   const int64_t w_stride = sources + 3, v_stride = columns + 5, out_stride = columns + 2;
   Random random(static_cast<uint64_t>(rows * 977 + sources * 31 + columns));
   Buffer<float> w(rows * w_stride), v(sources * v_stride, 1), out(rows * out_stride, 2);
@@ -16,8 +17,8 @@ void values(int64_t rows, int64_t sources, int64_t columns) {
   w.fill(random);
   v.fill(random);
   std::fill(out.data(), out.data() + out.size(), 1e30f);
-  cpu::pack_values(v.data(), v_stride, sources, columns, packed.data());
-  cpu::weighted_values(w.data(), w_stride, rows, sources, packed.data(), columns, out.data(), out_stride);
+  kernel.pack(v.data(), v_stride, sources, columns, packed.data());
+  kernel.run(w.data(), w_stride, rows, sources, packed.data(), columns, out.data(), out_stride);
   CHECK(packed.intact() && out.intact(), "wrote outside, %ldx%ldx%ld", long(rows), long(sources), long(columns));
   for (int64_t i = 0; i < rows; i++)
     for (int64_t c = 0; c < out_stride; c++) {

@@ -7,20 +7,202 @@
 #include <memory>
 #include <type_traits>
 
-#include "cpu/number.h"
-
-// depthwise_rows.h and depthwise_tile.h for *.simd.cpp. When the other kernels that include them have moved, their text
-// moves here.
-#if defined(__AVX512F__)
-#define FASTASR_VECTOR_BYTES 64
-#elif defined(__AVX2__)
-#define FASTASR_VECTOR_BYTES 32
-#else
-#define FASTASR_VECTOR_BYTES 16
-#endif
+#include "cpu/math/number.h"
+#include "cpu/simd/vectors.simd.h"
 
 namespace fastasr::cpu {
 inline namespace FASTASR_SIMD {
-#include "cpu/depthwise_rows.h"
+
+// Depthwise convolution over time, forward and both gradients, on tiles that stay in registers. Vector types are right
+// here: they are as wide as the registers of the set that the object is compiled for.
+//
+// Data are rows of kStripe channels, one per frame, one behind the other, 64-byte aligned: a stripe of the channels of
+// one sequence. Forward, input gradient and weight gradient are one sum over rows,
+//
+//   sum[i] = sum over j < n of fixed[j] slide[i + j]       i < 8
+//
+// with the taps fixed and the input sliding; with the taps fixed, in reverse, and the output's gradient sliding; and
+// with the output's gradient fixed and the input sliding. Eight sums stay in registers; four fixed rows at a time need
+// 15 loads for 32 multiply-adds (one at a time: 9 for 8, and the loads would set the pace).
+
+constexpr int64_t kStripe = 32;  // channels of a row
+constexpr int64_t kTile = 8;     // rows of a tile
+
+template <typename C>
+struct Aligned {
+  typedef C type __attribute__((vector_size(kVectorBytes), may_alias));
+  static constexpr int64_t lanes = kVectorBytes / sizeof(C);
+};
+
+// Rows of `slide` are kRow elements apart.
+template <int kRows, int64_t kRow = kStripe, typename C>
+FASTASR_INLINE void correlate(const C* slide, const C* fixed, int64_t fixed_stride, int64_t n,
+                              typename Aligned<C>::type (&sum)[kRows]) {
+  using V = typename Aligned<C>::type;
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4) {
+    V f[4];
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; m++) f[m] = *reinterpret_cast<const V*>(fixed + m * fixed_stride);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows + 3; r++) {
+      const V x = *reinterpret_cast<const V*>(slide + r * kRow);
+#pragma GCC unroll 4
+      for (int m = 0; m < 4; m++)
+        if (r - m >= 0 && r - m < kRows) sum[r - m] += f[m] * x;
+    }
+    slide += 4 * kRow, fixed += 4 * fixed_stride;
+  }
+  for (; j < n; j++) {
+    const V f = *reinterpret_cast<const V*>(fixed);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; i++) sum[i] += f * *reinterpret_cast<const V*>(slide + i * kRow);
+    slide += kRow, fixed += fixed_stride;
+  }
+}
+
+// out[i] (+)= sum over j < n of fixed[j] slide[i + j] for the kRows rows of a tile and all channels of the stripe.
+template <int kRows, bool kAdd, typename C>
+FASTASR_INLINE void tile(const C* slide, const C* fixed, int64_t fixed_stride, int64_t n, C* out) {
+  using V = typename Aligned<C>::type;
+  for (int64_t v = 0; v < kStripe; v += Aligned<C>::lanes) {
+    V sum[kRows] = {};
+    correlate<kRows>(slide + v, fixed + v, fixed_stride, n, sum);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; i++) {
+      V* to = reinterpret_cast<V*>(out + i * kStripe + v);
+      *to = kAdd ? *to + sum[i] : sum[i];
+    }
+  }
+}
+
+// A function of its own: inlined into a larger one, the compiler keeps the sums on the stack. Tiles of four rows for
+// what is that short. `slide` and `out` have a tile's rows, whatever `rows` is; sums of rows that are not asked for are
+// waste.
+template <bool kAdd, typename C>
+__attribute__((noinline)) void tile_of(int64_t rows, const C* slide, const C* fixed, int64_t fixed_stride, int64_t n,
+                                       C* out) {
+  if (rows > 4) return tile<8, kAdd>(slide, fixed, fixed_stride, n, out);
+  tile<4, kAdd>(slide, fixed, fixed_stride, n, out);
+}
+
+// taps (channels, K) of storage type T -> rows; channels beyond the last are 0.
+template <typename T, typename C>
+void stage_taps(const T* taps, int64_t channels, int64_t K, C* rows) {
+  for (int64_t k = 0; k < K; k++)
+    for (int64_t c = 0; c < kStripe; c++) rows[k * kStripe + c] = c < channels ? load(taps[c * K + k]) : C(0);
+}
+
+// out[t] = sum over k < K of taps[k] in[t + k], t < rows rounded up to whole tiles. ahead(t) before each tile: a place
+// to prefetch from, a few rows at a time.
+template <typename C, typename F>
+void convolve(const C* in, const C* taps, int64_t K, int64_t rows, C* out, const F& ahead) {
+  for (int64_t t = 0; t < rows; t += kTile) {
+    ahead(t);
+    tile_of<false>(rows - t, in + t * kStripe, taps, kStripe, K, out + t * kStripe);
+  }
+}
+
+// dtaps[i] += sum over t < rows of grad[t] in[t + i], i < kTile, in chains of kChain products: in one chain of all rows
+// short sequences' gradients were twice as inexact as eager's.
+constexpr int64_t kChain = 8;
+template <typename C>
+void add_tap_gradient(const C* in, const C* grad, int64_t rows, C* dtaps) {
+  for (int64_t t = 0; t < rows; t += kChain)
+    tile_of<true>(kTile, in + t * kStripe, grad + t * kStripe, kStripe, std::min(kChain, rows - t), dtaps);
+}
+
+// Of all K taps, rounded up to whole tiles.
+template <typename C>
+void add_tap_gradients(const C* in, const C* grad, int64_t rows, int64_t K, C* dtaps) {
+  for (int64_t k = 0; k < K; k += kTile) add_tap_gradient(in + k * kStripe, grad, rows, dtaps + k * kStripe);
+}
+
+// din[t] = sum over k < K of taps[k] grad[t + K - 1 - k], t < rows rounded up to whole tiles; ahead(t) as above.
+template <typename C, typename F>
+void convolve_reversed(const C* grad, const C* taps, int64_t K, int64_t rows, C* din, const F& ahead) {
+  for (int64_t t = 0; t < rows; t += kTile) {
+    ahead(t);
+    tile_of<false>(rows - t, grad + t * kStripe, taps + (K - 1) * kStripe, -kStripe, K, din + t * kStripe);
+  }
+}
+
+// Rows of a stripe in scratch memory, their prefetch, and sums of a channel.
+
+// Scratch rows, 64-byte aligned, zeroed.
+template <typename C>
+class Rows {
+ public:
+  explicit Rows(int64_t rows) : memory_(new C[static_cast<size_t>(rows * kStripe + kSlack)]()) {
+    rows_ = memory_.get();
+    while (reinterpret_cast<uintptr_t>(rows_) % 64) rows_++;
+  }
+  C* operator[](int64_t row) { return rows_ + row * kStripe; }
+
+ private:
+  static constexpr int64_t kSlack = 64 / sizeof(C);
+  std::unique_ptr<C[]> memory_;
+  C* rows_;
+};
+
+// Not __builtin_prefetch: GCC takes a function that does nothing else for one without effect and drops its calls.
+template <typename T>
+FASTASR_INLINE void prefetch_row(const T* row) {
+  for (int64_t c = 0; c < kStripe; c += 64 / static_cast<int64_t>(sizeof(T))) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    asm volatile("prefetcht0 %0" : : "m"(row[c]));
+#else
+    __builtin_prefetch(row + c);
+#endif
+  }
+}
+
+template <typename C>
+FASTASR_INLINE void clear_rows(C* rows, int64_t n) {
+  for (int64_t i = 0; i < n * kStripe; i++) rows[i] = 0;
+}
+
+// Channels [first, first + n) of a vector, or of zeros where it is absent; those beyond are 0.
+template <typename T, typename C>
+void stage_vector(const T* vector, int64_t first, int64_t n, C* row) {
+  for (int64_t c = 0; c < kStripe; c++) row[c] = vector && c < n ? load(vector[first + c]) : C(0);
+}
+
+FASTASR_INLINE int64_t whole_tiles(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
+
+// Sums of a channel: short chains of the compute type (a block's), added up in double.
+template <typename C>
+class Sums {
+ public:
+  explicit Sums(int64_t rows) : rows_(rows), part_(rows), total_(rows) {}
+  void clear() {
+    for (int64_t i = 0; i < rows_ * kStripe; i++) part_[0][i] = 0;
+    for (int64_t i = 0; i < rows_ * kStripe; i++) total_[0][i] = 0;
+  }
+  C* part(int64_t row) { return part_[row]; }
+  const double* total(int64_t row) { return total_[row]; }
+  void carry(int64_t first, int64_t rows) {
+    C* __restrict part = part_[first];
+    double* __restrict total = total_[first];
+#pragma omp simd
+    for (int64_t i = 0; i < rows * kStripe; i++) {
+      total[i] += static_cast<double>(part[i]);
+      part[i] = 0;
+    }
+  }
+  void add(int64_t row, const C* rows, int64_t n) {
+    double* __restrict total = total_[row];
+    for (int64_t i = 0; i < n; i++) {
+#pragma omp simd
+      for (int64_t c = 0; c < kStripe; c++) total[c] += static_cast<double>(rows[i * kStripe + c]);
+    }
+  }
+
+ private:
+  const int64_t rows_;
+  Rows<C> part_;
+  Rows<double> total_;
+};
+
 }  // namespace FASTASR_SIMD
 }  // namespace fastasr::cpu

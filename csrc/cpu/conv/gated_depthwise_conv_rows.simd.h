@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "cpu/activation.h"
 #include "cpu/conv/depthwise.simd.h"
 #include "cpu/conv/gated_depthwise_conv.h"
+#include "cpu/math/activation.h"
 #include "cpu/simd/logistic_avx512.simd.h"
 
 // What forward and backward of gated_depthwise_conv share: the stripe's rows, their staging, and the chunks of a block.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/rows/swoosh.h"
 
-#include "cpu/elementary.h"
+#include "cpu/math/elementary.h"
 #include "cpu/simd/softplus_avx512.simd.h"
 
 namespace fastasr::cpu {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "cpu/number.h"
-#include "cpu/simd.h"
+#include "cpu/math/number.h"
+#include "cpu/simd/simd.h"
 
 // How a kernel reaches its callers. CMake compiles a file *.simd.cpp once per instruction set, with that set's flags
 // and FASTASR_SIMD defined as its name. What the file itself defines lies in an unnamed namespace, what headers

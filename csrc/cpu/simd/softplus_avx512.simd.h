@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "cpu/number.h"
+#include "cpu/math/number.h"
 
 // log(1 + e^-t), t >= 0, sixteen at a time: 32 pieces of degree 5 whose coefficients stay in registers and are picked
 // by a permutation of two registers. 0.26 ns per Swoosh on one Zen 4 core against 0.46 for an exponential and a

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/simd/kernels.h"
+
+// A depthwise convolution over time added to its input, batch first. x (B, T, C); K odd, P = K / 2, x 0 outside [0, T):
+//   y[t] = x[t] + bias + sum_k weight[k] x[t + k - P]
+// Backward: dx[t] = g[t] + sum_k weight[k] g[t - k + P], dweight[k] = sum g[t] x[t + k - P], dbias = sum g.
+namespace fastasr::cpu {
+
+template <typename T>
+struct DepthwiseConvResidual {
+  const T* x;
+  int64_t x_batch, x_time;           // strides; channels are contiguous
+  const compute_t<T>*weight, *bias;  // (C, K), (C) or null
+  int64_t batch, frames, channels, taps;
+
+  FASTASR_MEMBER int64_t pad() const { return taps / 2; }
+};
+
+// Stripes of kResidualStripe channels.
+constexpr int64_t kResidualStripe = 32;
+
+template <typename T>
+struct DepthwiseConvResidualKernels {
+  // Tasks [begin, end) of stripes x batch; y (B, T, C) contiguous.
+  void (*forward)(const DepthwiseConvResidual<T>& p, T* y, int64_t begin, int64_t end);
+  // Stripes [begin, end), each over the whole batch, so that sums need no second pass. grad and dx (B, T, C)
+  // contiguous, dweight (C, K), dbias (C).
+  void (*backward)(const DepthwiseConvResidual<T>& p, const T* grad, T* dx, compute_t<T>* dweight, compute_t<T>* dbias,
+                   int64_t begin, int64_t end);
+};
+
+}  // namespace fastasr::cpu

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/conv/depthwise_conv_residual.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/conv/depthwise.simd.h"
+
+namespace fastasr::cpu {
+namespace {
+
+// Forward and backward by stripes of channels.
+static_assert(kStripe == kResidualStripe);
+
+// Frames of a block: its rows, and 2 P + kTile more for the taps' reach, stay in the first or second cache.
+constexpr int64_t kResidualBlock = 64;
+
+// Rows from the one that is read to the one that is prefetched: they lie C elements apart.
+constexpr int64_t kResidualAhead = 32;
+
+// Rows of one sequence, kStripe channels wide, `time` elements apart.
+template <typename T>
+struct Sequence {
+  const T* first;
+  int64_t time, frames, channels;  // channels: of the stripe
+
+  // Frames [t, t + n) in the compute type; those outside the sequence are 0. Channels beyond the last hold what an
+  // earlier stripe left there: no result reads them.
+  template <typename C>
+  void stage(int64_t t, int64_t n, C* rows) const {
+    for (const int64_t end = t + n; t < end; t++, rows += kStripe) {
+      if (t < 0 || t >= frames) {
+        clear_rows(rows, 1);
+        continue;
+      }
+      if (t + kResidualAhead < frames) prefetch_row(first + (t + kResidualAhead) * time);
+      if (channels == kStripe)
+        copy(first + t * time, kStripe, rows);
+      else
+        copy(first + t * time, channels, rows);
+    }
+  }
+
+ private:
+  template <typename C>
+  FASTASR_INLINE void copy(const T* __restrict from, int64_t n, C* __restrict to) {
+#pragma omp simd
+    for (int64_t c = 0; c < n; c++) to[c] = load(from[c]);
+  }
+};
+
+// y[c] = row[c] + (sum[c] + bias[c])
+template <typename T, typename C>
+FASTASR_INLINE void add_row(const C* __restrict row, const C* __restrict sum, const C* __restrict bias, int64_t n,
+                            T* __restrict y) {
+#pragma omp simd
+  for (int64_t c = 0; c < n; c++) store(&y[c], row[c] + (sum[c] + bias[c]));
+}
+
+template <typename T>
+class ResidualConvolution {
+  using C = compute_t<T>;
+
+ public:
+  explicit ResidualConvolution(const DepthwiseConvResidual<T>& p, bool backward)
+      : p_(p),
+        pad_(p.pad()),
+        taps_(p.taps),
+        vectors_(2),
+        x_(kResidualBlock + 2 * pad_ + 2 * kTile),
+        grad_(backward ? kResidualBlock + 2 * pad_ + 2 * kTile : 0),
+        sum_(kResidualBlock + kTile),
+        sums_(backward ? 1 + whole_tiles(p.taps) : 0) {}
+
+  void forward(T* y, int64_t begin, int64_t end) {
+    for (int64_t task = begin, taken = -1; task < end; task++) {
+      const int64_t stripe = task / p_.batch, b = task % p_.batch;
+      if (stripe != taken) take(stripe), taken = stripe;
+      const Sequence<T> x = input(b);
+      for_each_block([&](int64_t t, int64_t n, bool fresh) {
+        advance(x, t, n, fresh, x_);
+        convolve(x_[0], taps_[0], p_.taps, n, sum_[0], [](int64_t) {});
+        add_rows(x_[pad_], n, vectors_[0], y + (b * p_.frames + t) * p_.channels + first_);
+      });
+    }
+  }
+
+  void backward(const T* grad, T* dx, C* dweight, C* dbias, int64_t begin, int64_t end) {
+    for (int64_t stripe = begin; stripe < end; stripe++) {
+      take(stripe);
+      sums_.clear();
+      for (int64_t b = 0; b < p_.batch; b++) {
+        const int64_t at = b * p_.frames * p_.channels + first_;
+        const Sequence<T> x = input(b), g{grad + at, p_.channels, p_.frames, channels_};
+        for_each_block([&](int64_t t, int64_t n, bool fresh) {
+          advance(x, t, n, fresh, x_);
+          advance(g, t, n, fresh, grad_);
+          convolve_reversed(grad_[0], taps_[0], p_.taps, n, sum_[0], [](int64_t) {});
+          add_rows(grad_[pad_], n, vectors_[1], dx + at + t * p_.channels);
+          sums_.add(0, grad_[pad_], n);
+          add_tap_gradients(x_[0], grad_[pad_], n, p_.taps, sums_.part(1));
+          sums_.carry(1, p_.taps);
+        });
+      }
+      for (int64_t c = 0; c < channels_; c++) {
+        dbias[first_ + c] = static_cast<C>(sums_.total(0)[c]);
+        for (int64_t k = 0; k < p_.taps; k++)
+          dweight[(first_ + c) * p_.taps + k] = static_cast<C>(sums_.total(1 + k)[c]);
+      }
+    }
+  }
+
+ private:
+  void take(int64_t stripe) {
+    first_ = stripe * kStripe, channels_ = std::min(kStripe, p_.channels - first_);
+    stage_taps(p_.weight + first_ * p_.taps, channels_, p_.taps, taps_[0]);
+    stage_vector(p_.bias, first_, channels_, vectors_[0]);  // the other one stays 0
+  }
+
+  Sequence<T> input(int64_t b) const { return {p_.x + b * p_.x_batch + first_, p_.x_time, p_.frames, channels_}; }
+
+  // f(t, n, whether the block is the sequence's first)
+  template <typename F>
+  void for_each_block(const F& f) const {
+    for (int64_t t = 0; t < p_.frames; t += kResidualBlock) f(t, std::min(kResidualBlock, p_.frames - t), t == 0);
+  }
+
+  // Row r of the ring is frame t - P + r, r < n + 2 P. A block before this one had kResidualBlock frames.
+  void advance(const Sequence<T>& source, int64_t t, int64_t n, bool fresh, Rows<C>& ring) const {
+    const int64_t reach = 2 * pad_;
+    if (fresh)
+      source.stage(t - pad_, reach, ring[0]);
+    else
+      std::memmove(ring[0], ring[kResidualBlock], sizeof(C) * static_cast<size_t>(reach * kStripe));
+    source.stage(t + pad_, n, ring[reach]);
+  }
+
+  void add_rows(const C* rows, int64_t n, const C* bias, T* y) {
+    for (int64_t i = 0; i < n; i++) {
+      if (channels_ == kStripe)
+        add_row(rows + i * kStripe, sum_[i], bias, kStripe, y + i * p_.channels);
+      else
+        add_row(rows + i * kStripe, sum_[i], bias, channels_, y + i * p_.channels);
+    }
+  }
+
+  const DepthwiseConvResidual<T>& p_;
+  const int64_t pad_;
+  int64_t first_ = 0, channels_ = 0;
+  Rows<C> taps_, vectors_, x_, grad_, sum_;
+  Sums<C> sums_;
+};
+
+template <typename T>
+void forward(const DepthwiseConvResidual<T>& p, T* y, int64_t begin, int64_t end) {
+  if (begin < end) ResidualConvolution<T>(p, false).forward(y, begin, end);
+}
+
+template <typename T, typename C = compute_t<T>>
+void backward(const DepthwiseConvResidual<T>& p, const T* grad, T* dx, C* dweight, C* dbias, int64_t begin,
+              int64_t end) {
+  if (begin < end) ResidualConvolution<T>(p, true).backward(grad, dx, dweight, dbias, begin, end);
+}
+
+}  // namespace
+
+FASTASR_KERNELS(DepthwiseConvResidualKernels, .forward = forward<T>, .backward = backward<T>)
+
+}  // namespace fastasr::cpu

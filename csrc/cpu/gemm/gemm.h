@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/simd/kernels.h"
+
+// C = A B, plus a bias on every row, in float32, for operands of any strides: what a linear layer needs forward and for
+// both gradients. Operands are packed once into panels as wide as a tile of registers; the products then read nothing
+// but panels. Sums run in chains of at most kGemmChain terms, which are then added: longer chains of floats would be
+// less exact than a BLAS. The bits of an element depend on its row, its column and k alone, not on how the work is
+// split.
+namespace fastasr::cpu {
+
+inline constexpr int64_t kGemmChain = 192;
+
+struct Gemm {
+  const float* a;
+  int64_t a_row, a_depth;  // strides
+  const float* b;
+  int64_t b_depth, b_column;
+  const float* bias;  // n elements, or null
+  float* c;           // rows of n elements, c_row apart
+  int64_t c_row;
+  int64_t m, n, k;  // k at least 1
+};
+
+struct GemmKernels {
+  int64_t (*a_panels)(const Gemm& g);  // of rows
+  int64_t (*b_panels)(const Gemm& g);  // of columns
+  int64_t (*packed_a)(const Gemm& g);  // elements
+  int64_t (*packed_b)(const Gemm& g);
+  int64_t (*tasks)(const Gemm& g);
+  // Panels [begin, end) to their place in `packed`.
+  void (*pack_a)(const Gemm& g, float* packed, int64_t begin, int64_t end);
+  void (*pack_b)(const Gemm& g, float* packed, int64_t begin, int64_t end);
+  // Tasks [begin, end) of the products of packed operands; the more of them in one call, the better.
+  void (*products)(const Gemm& g, const float* a, const float* b, int64_t begin, int64_t end);
+};
+
+}  // namespace fastasr::cpu

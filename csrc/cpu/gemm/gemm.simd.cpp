@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/gemm/gemm.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/simd/vectors.simd.h"
+
+namespace fastasr::cpu {
+namespace {
+
+// A tile's sums, two vectors wide, take all registers but those of one row of B and of a broadcast.
+constexpr int kLanes = Lanes<float>::count;
+constexpr int64_t kRows = kVectorBytes == 64 ? 14 : kVectorBytes == 32 ? 6 : 4;
+constexpr int64_t kColumns = 2 * kLanes;
+
+// Panels of a block: its rows of A, of one chain, stay in the second cache, beside its part of C.
+constexpr int64_t kBlockRows = 96 / kRows;
+constexpr int64_t kBlockColumns = 512 / kColumns;
+
+struct Chains {
+  int64_t depth, count;
+  explicit Chains(int64_t k) : depth(k), count((k + kGemmChain - 1) / kGemmChain) {}
+  int64_t begin(int64_t i) const { return depth * i / count; }
+};
+
+// kWidth rows of `depth` elements, `step` apart, as columns next to each other.
+template <int64_t kWidth>
+FASTASR_INLINE void interleave(const float* __restrict in, int64_t step, int64_t depth, float* __restrict out) {
+  int64_t k = 0;
+  if constexpr (kWidth % kLanes == 0) {
+    for (; k + kLanes <= depth; k += kLanes)
+      for (int64_t w = 0; w < kWidth; w += kLanes) {
+        Vector<float> r[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) r[i] = at(in + (w + i) * step + k);
+        transpose<float>(r);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) put(out + (k + i) * kWidth + w, r[i]);
+      }
+  }
+  for (; k < depth; k++)
+#pragma GCC unroll 16
+    for (int64_t w = 0; w < kWidth; w++) out[k * kWidth + w] = in[w * step + k];
+}
+
+// Panels [begin, end) of an operand (width, depth), `across` and `along` its strides.
+template <int64_t kWidth>
+void pack(const float* in, int64_t across, int64_t along, int64_t width, int64_t depth, float* packed, int64_t begin,
+          int64_t end) {
+  const int64_t panels = (width + kWidth - 1) / kWidth;
+  const Chains chains(depth);
+  for (int64_t chain = 0; chain < chains.count; chain++) {
+    const int64_t k0 = chains.begin(chain), n = chains.begin(chain + 1) - k0;
+    float* const first = packed + k0 * kWidth * panels;
+    const float* from = in + k0 * along;
+    int64_t p = begin;
+    // Whole panels: a few rows of the operand at a time where its rows run across the panels.
+    const int64_t whole = std::min(end, width / kWidth);
+    if (across == 1 && p < whole) {
+      for (int64_t k = 0; k < n; k++)
+        for (int64_t i = p; i < whole; i++)
+          std::memcpy(first + (i * n + k) * kWidth, from + i * kWidth + k * along, sizeof(float) * kWidth);
+      p = whole;
+    } else if (along == 1) {
+      for (; p < whole; p++) interleave<kWidth>(from + p * kWidth * across, across, n, first + p * n * kWidth);
+    }
+    for (; p < end; p++) {
+      float* out = first + p * n * kWidth;
+      const int64_t there = std::min(kWidth, width - p * kWidth);
+      for (int64_t k = 0; k < n; k++, out += kWidth)
+        for (int64_t w = 0; w < kWidth; w++) out[w] = w < there ? from[(p * kWidth + w) * across + k * along] : 0.0f;
+    }
+  }
+}
+
+// A tile of C: its first chain sets it, the others are added, the last adds the bias.
+__attribute__((noinline)) void tile(const float* __restrict a, const float* __restrict b, int64_t depth,
+                                    const float* bias, float* __restrict c, int64_t c_row, bool first) {
+  Vector<float> sum[kRows][2] = {};
+  for (int64_t k = 0; k < depth; k++, a += kRows, b += kColumns) {
+    const Vector<float> left = at(b), right = at(b + kLanes);
+#pragma GCC unroll 16
+    for (int64_t m = 0; m < kRows; m++) {
+      const Vector<float> v = vector_of(a[m]);
+      sum[m][0] += v * left;
+      sum[m][1] += v * right;
+    }
+  }
+  if (!first) {
+#pragma GCC unroll 16
+    for (int64_t m = 0; m < kRows; m++) sum[m][0] += at(c + m * c_row), sum[m][1] += at(c + m * c_row + kLanes);
+  }
+  if (bias) {
+    const Vector<float> left = at(bias), right = at(bias + kLanes);
+#pragma GCC unroll 16
+    for (int64_t m = 0; m < kRows; m++) sum[m][0] += left, sum[m][1] += right;
+  }
+#pragma GCC unroll 16
+  for (int64_t m = 0; m < kRows; m++) put(c + m * c_row, sum[m][0]), put(c + m * c_row + kLanes, sum[m][1]);
+}
+
+// The tile at the lower or right edge, whose part inside C is rows x columns.
+void edge_tile(const float* a, const float* b, int64_t depth, const float* bias, float* c, int64_t c_row, bool first,
+               int64_t rows, int64_t columns) {
+  alignas(64) float part[kRows * kColumns], some[kColumns] = {};
+  for (int64_t m = 0; m < rows && !first; m++)
+    for (int64_t j = 0; j < columns; j++) part[m * kColumns + j] = c[m * c_row + j];
+  for (int64_t m = first ? kRows : rows; m < kRows; m++)
+    for (int64_t j = 0; j < kColumns; j++) part[m * kColumns + j] = 0;
+  for (int64_t m = 0; m < rows && !first; m++)
+    for (int64_t j = columns; j < kColumns; j++) part[m * kColumns + j] = 0;
+  if (bias) std::copy_n(bias, columns, some);
+  tile(a, b, depth, bias ? some : nullptr, part, kColumns, first);
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t j = 0; j < columns; j++) c[m * c_row + j] = part[m * kColumns + j];
+}
+
+int64_t a_panels(const Gemm& g) { return (g.m + kRows - 1) / kRows; }
+int64_t b_panels(const Gemm& g) { return (g.n + kColumns - 1) / kColumns; }
+int64_t packed_a(const Gemm& g) { return a_panels(g) * kRows * g.k; }
+int64_t packed_b(const Gemm& g) { return b_panels(g) * kColumns * g.k; }
+
+// A task is a panel of A by a block of columns; neighbours in rows are worked on together.
+int64_t column_blocks(const Gemm& g) { return (b_panels(g) + kBlockColumns - 1) / kBlockColumns; }
+int64_t tasks(const Gemm& g) { return a_panels(g) * column_blocks(g); }
+
+void pack_a(const Gemm& g, float* packed, int64_t begin, int64_t end) {
+  pack<kRows>(g.a, g.a_row, g.a_depth, g.m, g.k, packed, begin, end);
+}
+void pack_b(const Gemm& g, float* packed, int64_t begin, int64_t end) {
+  pack<kColumns>(g.b, g.b_column, g.b_depth, g.n, g.k, packed, begin, end);
+}
+
+// Panels [p0, p1) of A by panels [q0, q1) of B.
+void block(const Gemm& g, const float* a, const float* b, int64_t p0, int64_t p1, int64_t q0, int64_t q1) {
+  const int64_t rows = a_panels(g), columns = b_panels(g);
+  const Chains chains(g.k);
+  for (int64_t chain = 0; chain < chains.count; chain++) {
+    const int64_t k0 = chains.begin(chain), n = chains.begin(chain + 1) - k0;
+    const float *ac = a + k0 * kRows * rows, *bc = b + k0 * kColumns * columns;
+    const float* bias = chain + 1 == chains.count ? g.bias : nullptr;
+    for (int64_t q = q0; q < q1; q++) {
+      const int64_t j = q * kColumns, width = std::min(kColumns, g.n - j);
+      for (int64_t p = p0; p < p1; p++) {
+        const int64_t i = p * kRows, height = std::min(kRows, g.m - i);
+        float* c = g.c + i * g.c_row + j;
+        const float *ap = ac + p * n * kRows, *bp = bc + q * n * kColumns;
+        if (height == kRows && width == kColumns)
+          tile(ap, bp, n, bias ? bias + j : nullptr, c, g.c_row, chain == 0);
+        else
+          edge_tile(ap, bp, n, bias ? bias + j : nullptr, c, g.c_row, chain == 0, height, width);
+      }
+    }
+  }
+}
+
+void products(const Gemm& g, const float* a, const float* b, int64_t begin, int64_t end) {
+  const int64_t rows = a_panels(g), columns = b_panels(g), blocks = column_blocks(g);
+  while (begin < end) {
+    const int64_t at = begin / rows, first = begin % rows, last = std::min(rows, first + end - begin);
+    const int64_t q0 = columns * at / blocks, q1 = columns * (at + 1) / blocks;
+    const int64_t parts = (last - first + kBlockRows - 1) / kBlockRows;
+    for (int64_t i = 0; i < parts; i++)
+      block(g, a, b, first + (last - first) * i / parts, first + (last - first) * (i + 1) / parts, q0, q1);
+    begin += last - first;
+  }
+}
+
+}  // namespace
+
+FASTASR_KERNELS_FLOAT(GemmKernels, .a_panels = a_panels, .b_panels = b_panels, .packed_a = packed_a,
+                      .packed_b = packed_b, .tasks = tasks, .pack_a = pack_a, .pack_b = pack_b, .products = products)
+
+}  // namespace fastasr::cpu

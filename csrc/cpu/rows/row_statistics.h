@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/math/number.h"
+
+// Mean and deviation of a row, for LayerNorm.
+namespace fastasr::cpu {
+
+// (t - high) - low is t less its mean, which is exact to double; scale is 1 / sqrt(var + eps).
+template <typename C>
+struct RowStatistics {
+  C high, low, scale;
+};
+
+// Sums over a row: 16 lanes add four terms each in the compute type, then go on in double. ESPnet's epsilon is 1e-12,
+// so rows of almost equal elements are normalised by their rounding errors: those must not be ours.
+constexpr int64_t kRowLanes = 16, kRowChain = 4, kRowBlock = kRowLanes * kRowChain;
+
+template <typename C, typename F>
+FASTASR_INLINE double row_sum(int64_t n, const F& term) {
+  alignas(64) double total[kRowLanes] = {};
+  int64_t j = 0;
+  for (; j + kRowBlock <= n; j += kRowBlock) {
+    alignas(64) C part[kRowLanes] = {};
+    for (int64_t k = 0; k < kRowChain; k++) {
+#pragma omp simd
+      for (int64_t l = 0; l < kRowLanes; l++) part[l] += term(j + k * kRowLanes + l);
+    }
+#pragma omp simd
+    for (int64_t l = 0; l < kRowLanes; l++) total[l] += static_cast<double>(part[l]);
+  }
+  for (; j < n; j++) total[j % kRowLanes] += static_cast<double>(term(j));
+  // in halves: one after another, the sixteen would take as long as a narrow row
+  for (int64_t half = kRowLanes / 2; half; half /= 2) {
+#pragma omp simd
+    for (int64_t l = 0; l < half; l++) total[l] += total[l + half];
+  }
+  return total[0];
+}
+
+// centred = t - mean(t), in place. The mean is subtracted in two parts, exact to double.
+template <typename C>
+FASTASR_INLINE RowStatistics<C> centre(C* __restrict t, int64_t n, double eps) {
+  const double mean = row_sum<C>(n, [&](int64_t j) { return t[j]; }) / static_cast<double>(n);
+  const C high = static_cast<C>(mean);
+  C low = static_cast<C>(mean - static_cast<double>(high));
+  if constexpr (sizeof(C) == sizeof(double))  // the sum above was rounded: what is left of the mean
+    low = row_sum<C>(n, [&](int64_t j) { return t[j] - high; }) / static_cast<C>(n);
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) t[j] = (t[j] - high) - low;
+  const double square = row_sum<C>(n, [&](int64_t j) { return t[j] * t[j]; });
+  return {high, low, static_cast<C>(1 / std::sqrt(square / static_cast<double>(n) + eps))};
+}
+
+}  // namespace fastasr::cpu

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+
+#include "cpu/simd/simd.h"
+
+// A loop whose steps depend on each other, split among threads: phases of the same `units` of work each, and no unit
+// of a phase starts before every unit of the phase before has ended. Handing a phase of a few microseconds to a pool
+// costs more than the phase; so the pool is entered once and the threads meet here.
+//
+// A thread does its own units, which keeps their weights in its core's cache, and waits. When others are late, because
+// the pool runs them one after another or something else has their core, it takes their units over: one thread alone
+// gets through everything, and the result does not depend on who does what.
+namespace fastasr::cpu {
+
+class Team {
+ public:
+  FASTASR_MEMBER explicit Team(int64_t units)
+      : units_(units), next_(new std::atomic<int64_t>[static_cast<size_t>(units)]) {
+    for (int64_t u = 0; u < units; u++) next_[static_cast<size_t>(u)].store(0, std::memory_order_relaxed);
+  }
+
+  // Phase number `phase` (0, 1, ... in order) of the thread that owns units [begin, end): f(u) for each unit u, by
+  // whichever thread; backwards: from the last on. Returns when all units of the phase are done.
+  template <typename F>
+  void phase(int64_t phase, int64_t begin, int64_t end, const F& f, bool backwards = false) {
+    const bool alone = end - begin == units_;
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t unit = backwards ? begin + end - 1 - i : i;
+      if (alone)
+        f(unit);
+      else
+        take(unit, phase, f);
+    }
+    if (alone) return;
+    const int64_t all = units_ * (phase + 1);
+    for (int64_t spins = 1; done_.load(std::memory_order_acquire) < all; spins++) {
+      pause();
+      if (spins % kPatience) continue;
+      for (int64_t u = 0; u < units_; u++) take(u, phase, f);
+      std::this_thread::yield();
+    }
+  }
+
+ private:
+  static constexpr int64_t kPatience = 2000;  // pauses, some 20 to 100 us
+
+  static FASTASR_MEMBER void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  template <typename F>
+  void take(int64_t unit, int64_t phase, const F& f) {
+    int64_t expected = phase;
+    if (!next_[static_cast<size_t>(unit)].compare_exchange_strong(expected, phase + 1, std::memory_order_acq_rel))
+      return;
+    f(unit);
+    done_.fetch_add(1, std::memory_order_acq_rel);
+  }
+
+  int64_t units_;
+  std::unique_ptr<std::atomic<int64_t>[]> next_;  // the phase a unit is to do next
+  alignas(64) std::atomic<int64_t> done_{0};      // units, over all phases
+};
+
+}  // namespace fastasr::cpu
