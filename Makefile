@@ -52,7 +52,7 @@ $(STAMPS)/torch:
 $(STAMPS)/tools: $(STAMPS)/torch scripts/constraints.txt
 	@echo "== $(VENV): build tools"
 	$(PINNED) --no-deps triton
-	$(PINNED) setuptools wheel ninja cmake pybind11 build
+	$(PINNED) setuptools wheel ninja cmake build
 	touch $@
 
 $(STAMPS)/fastasr: $(STAMPS)/tools scripts/python_headers.sh $(NATIVE_SOURCES)
