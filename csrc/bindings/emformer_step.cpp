@@ -6,7 +6,7 @@
 
 #include "bindings/packed_weights.h"
 #include "bindings/pooled.h"
-#include "cpu/activation.h"
+#include "cpu/math/activation.h"
 
 namespace fastasr {
 namespace {

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "bindings/dispatch.h"
-#include "cpu/history.h"
-#include "cpu/skinny_gemm.h"
+#include "cpu/gemm/skinny_gemm.h"
+#include "cpu/support/history.h"
 
 namespace fastasr {
 namespace {

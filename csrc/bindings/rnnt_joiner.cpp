@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "bindings/dispatch.h"
-#include "cpu/activation.h"
+#include "cpu/math/activation.h"
 
 namespace fastasr {
 namespace {

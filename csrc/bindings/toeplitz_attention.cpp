@@ -7,7 +7,7 @@
 
 #include "bindings/pooled.h"
 #include "bindings/sizes.h"
-#include "cpu/activation.h"
+#include "cpu/math/activation.h"
 
 namespace fastasr {
 namespace {

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu/number.h"
+#include "cpu/math/number.h"
 #include "cuda/platform.cuh"
 
 // Storage types on the device. Kernels are compiled per type of computation (float or double); the storage type is an

@@ -4,8 +4,8 @@
 #include <atomic>
 #include <thread>
 
-#include "cpu/history.h"
-#include "cpu/skinny_gemm.h"
+#include "cpu/gemm/skinny_gemm.h"
+#include "cpu/support/history.h"
 #include "tests/check.h"
 
 namespace fastasr::test {

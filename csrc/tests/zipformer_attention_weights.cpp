@@ -5,7 +5,7 @@
 #include <thread>
 
 #include "cpu/attention/attention_rows.h"
-#include "cpu/buffer_pool.h"
+#include "cpu/support/buffer_pool.h"
 #include "tests/attention_case.h"
 
 namespace fastasr::test {

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/elementary.h"
+#include "cpu/math/elementary.h"
 
 // Sums run in 32 lanes, the same on every instruction set.
 namespace fastasr::cpu {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/attention/nonlin_attention.h"
 
-#include "cpu/activation.h"
+#include "cpu/math/activation.h"
 
 namespace fastasr::cpu {
 namespace {

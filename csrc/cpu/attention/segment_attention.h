@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "cpu/gemm/tile_gemm.h"
-#include "cpu/number.h"
-#include "cpu/sequence.h"
+#include "cpu/math/number.h"
+#include "cpu/support/sequence.h"
 
 // Attention of segments over their windows of keys: see fastasr/ops/segment_attention.py. A unit is one head of one
 // sequence: its keys and values are packed once, in panels of 32 channels, so that a window is a slice of their rows. A

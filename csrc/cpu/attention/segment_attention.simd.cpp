@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "cpu/attention/softmax_backward.simd.h"
-#include "cpu/elementary.h"
+#include "cpu/math/elementary.h"
 
 namespace fastasr::cpu {
 namespace {

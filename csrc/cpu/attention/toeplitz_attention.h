@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "cpu/gemm/tile_gemm.h"
-#include "cpu/number.h"
-#include "cpu/sequence.h"
+#include "cpu/math/number.h"
+#include "cpu/support/sequence.h"
 
 // Gated attention with a Toeplitz bias, per sequence and chunk (a "unit"), 32 queries at a time (a "block"):
 //   z = act(query_key), q = (z w0 + b0) / sqrt(d), k = z w1 + b1, S_ij = q_i k_j + bias[j - i], A = softmax_j(S) M,

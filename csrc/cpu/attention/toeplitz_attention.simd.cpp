@@ -6,8 +6,8 @@
 #include <cstring>
 #include <limits>
 
-#include "cpu/activation.h"
 #include "cpu/attention/softmax_backward.simd.h"
+#include "cpu/math/activation.h"
 
 namespace fastasr::cpu {
 namespace {

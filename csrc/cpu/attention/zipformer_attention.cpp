@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "cpu/attention/attention_strips.h"
-#include "cpu/elementary.h"
+#include "cpu/math/elementary.h"
 
 namespace fastasr::cpu {
 namespace {

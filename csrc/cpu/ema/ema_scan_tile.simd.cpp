@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu/elementary.h"
+#include "cpu/math/elementary.h"
 
 namespace fastasr::cpu {
 namespace {

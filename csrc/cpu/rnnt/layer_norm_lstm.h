@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "cpu/simd/kernels.h"
-#include "cpu/team.h"
+#include "cpu/support/team.h"
 
 // LSTM with LayerNorm on the gates and on the cell, over T steps of B sequences with H units:
 //   z = LN(x_t W_xᵀ + h W_hᵀ)   i, f, g, o: the quarters of z   c = LN(σ(f) c + σ(i) tanh(g))   h = σ(o) tanh(c)

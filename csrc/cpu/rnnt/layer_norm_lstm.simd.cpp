@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/activation.h"
+#include "cpu/math/activation.h"
 #include "cpu/simd/vectors.simd.h"
 
 // Forward, a step has three phases: the products of a unit's rows with h; its share of the gates, normalised, and of

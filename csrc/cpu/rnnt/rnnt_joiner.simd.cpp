@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/activation.h"
+#include "cpu/math/activation.h"
 
 namespace fastasr::cpu {
 namespace {

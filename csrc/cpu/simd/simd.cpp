@@ -76,11 +76,11 @@ const char* simd_level() {
 }
 
 const char* machine_problem() {
-  static const std::string text =
-      of_machine() >= kBuilt[0]
-          ? ""
-          : std::string("this build of fastasr needs the instruction set ") + name(kBuilt[0]) + ", this machine has " +
-                name(of_machine()) + " alone: build it with CMAKE_ARGS=-DFASTASR_SETS=" + name(of_machine());
+  static const std::string text = of_machine() >= kBuilt[0]
+                                      ? ""
+                                      : std::string("this build of fastasr needs the instruction set ") +
+                                            name(kBuilt[0]) + ", this machine has " + name(of_machine()) +
+                                            " alone: build it with CMAKE_ARGS=-DFASTASR_SETS=" + name(of_machine());
   return text.empty() ? nullptr : text.c_str();
 }
 

@@ -3,16 +3,10 @@
 
 #include <cstdint>
 
-// Each kernel is compiled once per instruction set and picked when the library is loaded. New kernels: *.simd.cpp, see
-// cpu/simd/kernels.h. FASTASR_CLONES is what the others use until they have moved: plain loops with `omp simd`.
-// FASTASR_NO_CLONES: thread sanitizer cannot run inside the resolvers.
-#if defined(__x86_64__) && !defined(FASTASR_NO_CLONES)
-#define FASTASR_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define FASTASR_CLONES
-#endif
+// Kernels are compiled once per instruction set and picked when the library is loaded, see cpu/simd/kernels.h.
 #define FASTASR_INLINE static inline __attribute__((always_inline))
-// Member functions of types that cross from one instruction set to another: nothing is left for the linker to merge.
+// The same for member functions of types that cross from one instruction set to another: nothing is left for the linker
+// to merge.
 #define FASTASR_MEMBER inline __attribute__((always_inline))
 
 namespace fastasr::cpu {

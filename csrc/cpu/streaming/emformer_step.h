@@ -3,10 +3,10 @@
 
 #include <cstdint>
 
-#include "cpu/sequence.h"
+#include "cpu/gemm/skinny_gemm.h"
 #include "cpu/simd/kernels.h"
-#include "cpu/skinny_gemm.h"
-#include "cpu/workers.h"
+#include "cpu/support/sequence.h"
+#include "cpu/support/workers.h"
 
 // One segment of a stream through one layer of an Emformer (Shi et al., 2021; torchaudio's form), for a few streams:
 //

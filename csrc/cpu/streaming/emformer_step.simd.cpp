@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/activation.h"
 #include "cpu/attention/segment_attention.h"
-#include "cpu/residual_norm.h"
-#include "cpu/row_statistics.h"
+#include "cpu/math/activation.h"
+#include "cpu/rows/residual_norm.h"
+#include "cpu/rows/row_statistics.h"
 
 namespace fastasr::cpu {
 namespace {
@@ -241,7 +241,8 @@ class Step {
     p.weight = weight(kEmformerOutput), p.bias = bias(kEmformerOutput);
     p.eps = l_.shape.eps[kEmformerOutput], p.channels = dim_;
     each_worker(rows_, kLeastRows, [&](int64_t worker, int64_t begin, int64_t end) {
-      residual_norm_forward(p, begin, end, s_.y, nullptr, room_.norm + worker * room_.norm_size);
+      kernels<ResidualNormKernels<float>>().forward(p, begin, end, s_.y, nullptr,
+                                                    room_.norm + worker * room_.norm_size);
     });
   }
 

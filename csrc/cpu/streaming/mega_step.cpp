@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/skinny_gemm.h"
+#include "cpu/gemm/skinny_gemm.h"
 
 namespace fastasr::cpu {
 namespace {

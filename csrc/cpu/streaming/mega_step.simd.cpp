@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/elementary.h"
-#include "cpu/skinny_gemm.h"
+#include "cpu/gemm/skinny_gemm.h"
+#include "cpu/math/elementary.h"
 
 namespace fastasr::cpu {
 namespace {

@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/gemm/skinny_gemm.h"
 #include "cpu/simd/kernels.h"
-#include "cpu/skinny_gemm.h"
-#include "cpu/workers.h"
+#include "cpu/support/workers.h"
 
 // One chunk of a streaming Zipformer (Yao et al., 2023; the causal variant), front end and encoder, for several streams
 // at once. Everything it reads lies in three blocks of memory: weights, packed into panels in the order in which they

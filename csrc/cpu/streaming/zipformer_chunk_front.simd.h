@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/bias_norm.h"
-#include "cpu/depthwise_conv2d.h"
+#include "cpu/conv/depthwise_conv2d.h"
+#include "cpu/gemm/skinny_gemm.h"
+#include "cpu/rows/bias_norm.h"
 #include "cpu/rows/swoosh.h"
-#include "cpu/skinny_gemm.h"
 #include "cpu/streaming/zipformer_chunk_rows.simd.h"
 #include "cpu/streaming/zipformer_chunk_scratch.h"
 
@@ -33,8 +33,8 @@ class Front {
     float* const y = room_.repeated;  // its convolutions are done
     chunk_product(step_, p_.front_out, room_.frames, row(), rows, y, stride);
     for (int64_t r = 0; r < rows; r++) {
-      bias_norm_forward(y + r * stride, vector(p_.front_norm_bias), *vector(p_.front_norm_scale), x + r * stride, 1,
-                        dim);
+      kernels<BiasNormKernels<float>>().forward(y + r * stride, vector(p_.front_norm_bias),
+                                                *vector(p_.front_norm_scale), x + r * stride, 1, dim);
       std::fill(x + r * stride + dim, x + (r + 1) * stride, 0.0f);
     }
   }
@@ -106,8 +106,8 @@ class Front {
     const int64_t maps = n_.maps[2], w3 = n_.width3();
     const DepthwiseSizes sizes{1, n_.chunk + 6, w3, maps, 7, 7, 0, 3};
     step_.workers.split(depthwise_blocks(sizes), 1, [&](int64_t begin, int64_t end) {
-      depthwise_conv2d_forward(sizes, room_.third, vector(p_.depthwise), vector(p_.depthwise_bias), false,
-                               room_.filtered, begin, end);
+      kernels<DepthwiseConv2dKernels<float>>().forward(sizes, room_.third, vector(p_.depthwise),
+                                                       vector(p_.depthwise_bias), false, room_.filtered, begin, end);
     });
     step_.workers.split(n_.chunk, 2, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; t++) {

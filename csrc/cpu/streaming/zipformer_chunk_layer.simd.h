@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "cpu/bias_norm.h"
+#include "cpu/rows/bias_norm.h"
 #include "cpu/rows/bypass.h"
 #include "cpu/rows/swoosh.h"
 #include "cpu/streaming/zipformer_chunk_rows.simd.h"
@@ -42,8 +42,8 @@ class Layer {
     convolution(1);
     feed_forward(2);
     for (int64_t r = 0; r < rows_; r++)
-      bias_norm_forward(x_ + r * s_.stride, vector(l_.norm_bias), *vector(l_.norm_scale), room_.y + r * s_.stride, 1,
-                        s_.shape.dim);
+      kernels<BiasNormKernels<float>>().forward(x_ + r * s_.stride, vector(l_.norm_bias), *vector(l_.norm_scale),
+                                                room_.y + r * s_.stride, 1, s_.shape.dim);
     chunk_combine(input, room_.y, vector(l_.bypass), 1, rows_, s_.stride);
   }
 

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "cpu/activation.h"
-#include "cpu/elementary.h"
+#include "cpu/math/activation.h"
+#include "cpu/math/elementary.h"
 #include "cpu/streaming/zipformer_chunk_rows.h"
 
 // The parts of a chunk's step between the matrix products. Each element is computed with the same operations whatever

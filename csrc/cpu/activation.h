@@ -1,2 +1,0 @@
-#pragma once
-#include "cpu/math/activation.h"

@@ -1,2 +1,0 @@
-#pragma once
-#include "cpu/rows/row_statistics.h"

@@ -1,2 +1,0 @@
-#pragma once
-#include "cpu/support/sequence.h"

@@ -1,2 +1,0 @@
-#pragma once
-#include "cpu/gemm/skinny_gemm.h"
