@@ -2,8 +2,8 @@
 """The matrix product around a kernel: torch's, oneDNN's or our own, whichever measured fastest on this machine.
 
 torch's float32 products go through MKL, which on some CPUs takes a slow path; the oneDNN inside the same torch does
-not. Ours (csrc/cpu/gemm/gemm.h) packs every operand, whatever its strides, and writes to memory that was used before: with
-large results and transposed operands, as gradients have, that is the faster. Which it is is measured, never guessed
+not. Ours (csrc/cpu/gemm/gemm.h) packs every operand, whatever its strides, and writes to memory that was used before:
+with large results and transposed operands, as gradients have, that is faster. Which it is is measured, never guessed
 from a vendor name: the first call of each shape class runs all on its own operands (a few calls' time), and the winner
 is kept on disk by CPU, torch version and thread count. It must beat torch by 3 % to be taken. Only float32 on CPU is a
 choice; everything else is torch's.
