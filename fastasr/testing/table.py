@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -119,7 +120,10 @@ class OpTable:
 @cache
 def table(name: str) -> OpTable:
     """The table of a public op."""
-    return import_module(f"fastasr.testing.samples.{name}").TABLE
+    module = f"fastasr.testing.samples.{name}"
+    if find_spec(module) is None:
+        raise LookupError(f"{name} has no samples: write {module.replace('.', '/')}.py with a TABLE")
+    return import_module(module).TABLE
 
 
 @cache

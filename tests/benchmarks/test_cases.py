@@ -42,6 +42,8 @@ def tiny(implementations: dict, **more) -> Case:
 
 
 def test_every_op_has_cases():
+    missing = [name for name in ops.NAMES if name not in op_cases.names()]
+    assert not missing, f"no case of {missing[0]}: write benchmarks/ops/{missing[0]}.py with CASES"
     assert set(op_cases.names()) == set(ops.NAMES)
 
 
