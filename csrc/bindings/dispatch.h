@@ -52,6 +52,14 @@ auto with_kernel_type(ScalarType dtype, const char* op, F&& f) {
   }
 }
 
+// The same for kernels that know float and double alone.
+template <typename F>
+void with_compute_type(ScalarType dtype, const char* op, F&& f) {
+  if (dtype == ScalarType::Double) return f.template operator()<double>();
+  STD_TORCH_CHECK(dtype == ScalarType::Float, op, ": unsupported dtype");
+  f.template operator()<float>();
+}
+
 // The dtype that a kernel type is computed in: parameters are passed so.
 template <typename T>
 constexpr ScalarType kComputeType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;

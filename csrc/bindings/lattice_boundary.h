@@ -11,17 +11,6 @@ namespace fastasr {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Calls f with float or double, which is what the kernels know.
-template <typename F>
-void with_lattice_type(const Tensor& t, const char* op, const F& f) {
-  if (t.scalar_type() == ScalarType::Float)
-    f.template operator()<float>();
-  else if (t.scalar_type() == ScalarType::Double)
-    f.template operator()<double>();
-  else
-    STD_TORCH_CHECK(false, op, ": unsupported dtype");
-}
-
 struct Boundary {
   int64_t s_begin, t_begin, s_end, t_end;
   int64_t symbols() const { return s_end - s_begin; }

@@ -20,13 +20,6 @@ void check_size(const Tensor& t, const Tensor& reference, int64_t size, const ch
   STD_TORCH_CHECK(t.numel() == size, op, ": ", name, " has another number of elements");
 }
 
-template <typename F>
-auto with_lstm_type(const Tensor& t, const char* op, F&& f) {
-  if (t.scalar_type() == ScalarType::Float) return f.template operator()<float>();
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double, op, ": unsupported dtype");
-  return f.template operator()<double>();
-}
-
 // f(team, begin, end) on as many threads as there is work for.
 template <typename F>
 void on_team(const LstmSizes& s, const F& f) {
@@ -110,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_forward(const Tensor&
   Tensor y = new_pooled<3>(input, {s.steps, s.batch, s.hidden});
   Tensor last_hidden = new_pooled<2>(input, {s.batch, s.hidden}), last_cell = new_pooled<2>(input, {s.batch, s.hidden});
   Tensor kept = keep ? new_pooled<1>(input, {s.kept()}) : new_without_elements(input);
-  with_lstm_type(input, op, [&]<typename C>() {
+  with_compute_type(input.scalar_type(), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::LayerNormLstmKernels<C>>();
     auto p = problem<C>(s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps);
     p.input = data<C>(input), p.input_weight = input_weight.has_value() ? data<C>(*input_weight) : nullptr;
@@ -152,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_ls
   Tensor dcell_weight = new_contiguous(cell_weight), dcell_bias = new_contiguous(cell_bias);
   Tensor dhidden = new_pooled<2>(hidden_weight, {batch, s.hidden}),
          dcell = new_pooled<2>(hidden_weight, {batch, s.hidden});
-  with_lstm_type(hidden_weight, op, [&]<typename C>() {
+  with_compute_type(hidden_weight.scalar_type(), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::LayerNormLstmKernels<C>>();
     const auto p = problem<C>(s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, {}, cell, eps);
     const auto given = [](const Optional& t) { return t.has_value() ? data<C>(*t) : nullptr; };

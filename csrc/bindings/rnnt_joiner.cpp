@@ -26,21 +26,10 @@ bool is_tanh(int64_t activation, const char* op) {
   return tanh;
 }
 
-// f.template operator()<C>() for float and double.
-template <typename F>
-void with_compute_type(ScalarType dtype, const char* op, F&& f) {
-  if (dtype == ScalarType::Double) return f.template operator()<double>();
-  STD_TORCH_CHECK(dtype == ScalarType::Float, op, ": unsupported dtype");
-  f.template operator()<float>();
-}
-
-template <typename T>
-constexpr ScalarType kScalar = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-
 // A contiguous tensor of the compute type with this many elements.
 template <typename C>
 void check_plain(const Tensor& t, int64_t elements, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == kScalar<C> && t.is_contiguous() && t.numel() == elements, op, ": ", name);
+  STD_TORCH_CHECK(t.scalar_type() == kComputeType<C> && t.is_contiguous() && t.numel() == elements, op, ": ", name);
 }
 
 // The rows of a table, each of which is within the tensors that are read and written by it.

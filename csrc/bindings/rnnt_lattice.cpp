@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> rnnt_lattice_forward(const Tensor& x, const Tensor& y
   const int64_t slab = whole.steps() * cpu::lattice_row(whole);
   Tensor scores = new_pooled<1>(x, {batch});
   Tensor shares = keep ? new_pooled<3>(x, {batch, whole.steps(), cpu::lattice_row(whole)}) : new_without_elements(x);
-  with_lattice_type(x, op, [&]<typename C>() {
+  with_compute_type(x.scalar_type(), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::LatticeKernels<C>>();
     const C *xp = data<C>(x), *yp = data<C>(y);
     C *sp = mutable_data<C>(scores), *kept = keep && slab ? mutable_data<C>(shares) : nullptr;
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> rnnt_lattice_backward(const OptionalTensor& grad, con
   const int64_t slab = whole.steps() * cpu::lattice_row(whole);
   STD_TORCH_CHECK(shares.numel() == batch * slab, op, ": shares");
   Tensor dx = new_pooled<3>(scores, {batch, symbols, width}), dy = new_pooled<3>(scores, {batch, symbols + 1, frames});
-  with_lattice_type(scores, op, [&]<typename C>() {
+  with_compute_type(scores.scalar_type(), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::LatticeKernels<C>>();
     const C *gp = grad.has_value() ? data<C>(*grad) : nullptr, *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);

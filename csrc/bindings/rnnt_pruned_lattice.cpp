@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_forward(const Tensor& x, const Te
   const std::vector<Boundary> boundaries = checked_band(starts, boundary, window, op);
   Tensor scores = new_pooled<1>(x, {batch});
   Tensor shares = keep ? new_pooled<4>(x, {groups, frames, window + 1, kBandLanes}) : new_without_elements(x);
-  with_lattice_type(x, op, [&]<typename C>() {
+  with_compute_type(x.scalar_type(), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::PrunedLatticeKernels<C>>();
     const C *xp = data<C>(x), *yp = data<C>(y);
     C *sp = mutable_data<C>(scores), *kept = keep && shares.numel() ? mutable_data<C>(shares) : nullptr;
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_backward(const OptionalTensor& gr
   const std::vector<Boundary> boundaries = checked_band(starts, boundary, window, op);
   STD_TORCH_CHECK(shares.numel() == groups * cpu::band_shares(size), op, ": shares");
   Tensor dx = new_pooled<3>(scores, {batch, frames, window}), dy = new_pooled<3>(scores, {batch, frames, window});
-  with_lattice_type(scores, op, [&]<typename C>() {
+  with_compute_type(scores.scalar_type(), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::PrunedLatticeKernels<C>>();
     const C *gp = grad.has_value() ? data<C>(*grad) : nullptr, *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);
