@@ -54,7 +54,7 @@ $(STAMPS)/torch:
 $(STAMPS)/tools: $(STAMPS)/torch scripts/constraints.txt
 	@echo "== $(VENV): build tools"
 	$(PINNED) --no-deps triton
-	$(PINNED) setuptools wheel ninja cmake build
+	$(PINNED) setuptools wheel ninja cmake pybind11 build
 	touch $@
 
 $(STAMPS)/fastasr: $(STAMPS)/tools scripts/python_headers.sh $(NATIVE_SOURCES)

@@ -41,6 +41,7 @@ def with_cuda() -> bool:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        import pybind11
         import torch
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -51,6 +52,7 @@ class CMakeBuild(build_ext):
             "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DFASTASR_TORCH={Path(torch.__file__).resolve().parent}",
             f"-DFASTASR_CUDA={'ON' if cuda else 'OFF'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",

@@ -1,56 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <Python.h>
-
-#include <utility>
+#include <pybind11/pybind11.h>
 
 #include "cpu/simd/simd.h"
 #ifdef FASTASR_WITH_CUDA
 #include "cuda/device.h"
 #endif
 
+namespace py = pybind11;
+
 namespace {
 
+py::dict build_info() {
+  py::dict info;
 #if defined(__clang__)
-constexpr const char* kCompiler = "clang " __clang_version__;
+  info["compiler"] = "clang " __clang_version__;
 #else
-constexpr const char* kCompiler = "gcc " __VERSION__;
+  info["compiler"] = "gcc " __VERSION__;
 #endif
-
+  info["simd"] = fastasr::cpu::simd_level();
+  info["torch_abi"] = "2.11";
 #ifdef FASTASR_WITH_CUDA
-PyObject* build_info(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:i}", "compiler", kCompiler, "simd", fastasr::cpu::simd_level(),
-                       "torch_abi", "2.11", "cuda_architectures", FASTASR_CUDA_ARCHS, "nvcc", FASTASR_NVCC,
-                       "cuda_devices", fastasr_cuda_device_count());
-}
+  info["cuda_architectures"] = FASTASR_CUDA_ARCHS;
+  info["nvcc"] = FASTASR_NVCC;
+  info["cuda_devices"] = fastasr_cuda_device_count();
 #else
-PyObject* build_info(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:s,s:s,s:O,s:O,s:O}", "compiler", kCompiler, "simd", fastasr::cpu::simd_level(),
-                       "torch_abi", "2.11", "cuda_architectures", Py_None, "nvcc", Py_None, "cuda_devices", Py_None);
-}
+  info["cuda_architectures"] = py::none();
+  info["nvcc"] = py::none();
+  info["cuda_devices"] = py::none();
 #endif
-
-PyMethodDef methods[] = {
-    {"build_info", build_info, METH_NOARGS, "Compiler, instruction set in use, CUDA architectures."},
-    {nullptr, nullptr, 0, nullptr}};
-
-PyModuleDef definition = {PyModuleDef_HEAD_INIT,
-                          "_C",
-                          "Native kernels of fastasr; importing registers torch.ops.fastasr_cpu.*",
-                          -1,
-                          methods,
-                          nullptr,
-                          nullptr,
-                          nullptr,
-                          nullptr};
+  return info;
+}
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C() {
-  for (const auto& [problem, error] : {std::pair{fastasr::cpu::machine_problem(), PyExc_ImportError},
-                                       std::pair{fastasr::cpu::setting_problem(), PyExc_ValueError}})
-    if (problem) {
-      PyErr_SetString(error, problem);
-      return nullptr;
-    }
-  return PyModule_Create(&definition);
+PYBIND11_MODULE(_C, m) {
+  if (const char* problem = fastasr::cpu::machine_problem()) throw py::import_error(problem);
+  if (const char* problem = fastasr::cpu::setting_problem()) throw py::value_error(problem);
+  m.doc() = "Native kernels of fastasr; importing registers torch.ops.fastasr_cpu.*";
+  m.def("build_info", &build_info);
 }
