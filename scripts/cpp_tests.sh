@@ -16,7 +16,8 @@ if ! echo "#include <doctest/doctest.h>" | "${CXX:-c++}" -E -x c++ - >/dev/null 
   headers=build/doctest
   if [[ ! -e $headers/usr/include/doctest/doctest.h ]]; then
     mkdir -p "$headers"
-    if ! (cd "$headers" && apt-get download -qq doctest-dev && dpkg -x doctest-dev_*.deb .) >&2; then
+    download() { apt-get download -qq doctest-dev; }
+    if ! (cd "$headers" && { download || { apt-get update -qq && download; }; } && dpkg -x doctest-dev_*.deb .) >&2; then
       echo "doctest/doctest.h is missing and could not be downloaded: install doctest-dev" >&2
       exit 1
     fi
