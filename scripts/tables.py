@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastasr import ops
-from fastasr.benchmarks.markdown import put, table
+from fastasr.benchmarks.markdown import put, table, whole_models
 from fastasr.benchmarks.models import recipe_step, transcribe
 from fastasr.benchmarks.rows import Row, read_all
 from fastasr.benchmarks.studies import curves
@@ -44,6 +44,7 @@ def measured(rows: Sequence[Row]) -> dict[Path, str]:
         if row.name not in ELSEWHERE and not row.case.startswith(curves.PREFIX):
             pages[page if row.suite != "dispatch" and page in pages else DOCS / "benchmarks.md"].append(row)
     made = {page: table(found) for page, found in pages.items()}
+    made[ROOT / "README.md"] = whole_models(rows)
     made[DOCS / "decoding.md"] = transcribe.table([row for row in rows if row.name == transcribe.NAME])
     return made
 
@@ -100,6 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     rows = read_all(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
     found = [put(page, block, check) for page, block in measured(rows).items()]
+    found += [put(ROOT / "README.md", op_families(), check, *OPS_MARKERS)]
     found += [put(DOCS / "index.md", op_rows(), check, *OPS_MARKERS)]
     return max(found)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import fastasr
 from fastasr import ops
 from fastasr.benchmarks.studies import recipe, streaming_accuracy, streaming_load
 
@@ -57,9 +58,35 @@ def test_the_load_page_says_what_the_committed_load_test_says():
     )
 
 
-def test_the_readme_lists_every_op():
+def test_the_readme_is_short_and_lists_every_op():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
     assert [name for name in ops.NAMES if f"`{name}`" not in text] == []
+
+
+def test_the_readme_names_the_architectures_that_kernels_are_compiled_for():
+    status = re.search(
+        r"\*\*Status\.\*\*.*?\n\n", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )[0]
+    triton, cuda = (re.findall(r"sm_\d+", part) for part in status.split("(Triton)"))
+    budgets = (ROOT / "tests" / "kernels" / "budgets.toml").read_text(encoding="utf-8")
+    assert set(triton) == set(re.findall(r"sm_\d+", budgets))
+    cmake = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    listed = re.search(r'FASTASR_CUDA_ARCHITECTURES "([^"]+)" CACHE', cmake)[1]
+    assert cuda == [f"sm_{number}" for number in re.findall(r"\d+", listed)]
+
+
+def test_the_readme_shows_lines_of_the_report_of_its_example():
+    """Module, class, kernels, status and reason of the lines in the README, which shortens cells by "…"."""
+    zipformer = pytest.importorskip("zipformer.modules.zipformer", exc_type=ImportError)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"```\n(module .*?)\n```", text, re.DOTALL)[1].split("\n")[1:-1]
+    columns, lines = fastasr.explain(zipformer.Zipformer())._lines(every=False)
+    made = [dict(zip(columns, line, strict=True)) for line in lines]
+    assert len(shown) == 4
+    for line in shown:
+        cells = [cell.rstrip("…") for cell in re.split(r"  +", line) if not re.fullmatch(r"[\d.e-]+", cell)]
+        assert any(all(any(c in v for v in row.values()) for c in cells) for row in made), line
 
 
 def test_every_environment_variable_is_documented():
