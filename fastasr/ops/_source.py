@@ -95,7 +95,7 @@ def _backward(ctx, {grads}, *_):
 def _run_backward({grads}, {saved}{needs}):
     _kernels = _family.kernels({deciding})
     if _kernels is None:
-        {gradients}, = _formula_gradients(_op, ({grads},), _Saved({saved}))
+        {gradients}, = _formula_gradients(_op, ({grads},), _make(_Saved, ({saved},)))
     else:
         {gradients}, = _differentiate(_kernels, {grads}, {saved}{needs})
         {apart}
@@ -131,6 +131,7 @@ class {class_name}(_Function):
             _refuse_double_backward("{name}")
         {saves_directly}, = ctx.saved_tensors  # once: a checkpoint gives them one time
         _kernels, _direct, {options_and_unread} = ctx.rest
+        {likes}
         {no_grads_directly}
         {native_backward}
         {asked}
@@ -154,8 +155,9 @@ def write(op) -> str:
         ),
         "deciding": ", ".join(op.deciding),
         "options_and_likes": ", ".join(
-            (*(a.name for a in op.options), *(f"_Like({name}.shape, {name}.dtype)" for name in op.unread))
+            (*(a.name for a in op.options), *(f"({name}.shape, {name}.dtype)" for name in op.unread))
         ),
+        "likes": [f"{name} = _make(_Like, {name})" for name in op.unread],
         "options_and_unread": ", ".join((*(a.name for a in op.options), *op.unread)),
         "saves": ", ".join(op.saves),
         "saves_directly": ", ".join(name for name in op.saves if name not in op.unread),
@@ -454,7 +456,8 @@ def _launch(op) -> list[str]:
         call = _arguments(op, op.forward, {a.name: f"_o_{a.name}" for a in op.tensors})
         lines.append(f"{_names(found)} = _kernels.forward({call})")
     else:
-        part = f"_launch(_op, _kernels, _Arguments({_names(op.arguments)}), _dtype_0, {'keep' if op.keeps else False})"
+        arguments = f"_make(_Arguments, ({_names(op.arguments)},))"
+        part = f"_launch(_op, _kernels, {arguments}, _dtype_0, {'keep' if op.keeps else False})"
         lines.append(f"{_names(found)} = {part}")
     for o in found:
         dtype = codes[_dtype(op, o)]
@@ -473,24 +476,25 @@ def _native(op, keep: str) -> str:
 
 def _differentiate(op, grads: list[str]) -> list[str]:
     found = [f"_d_{a.name}" for a in op.differentiable]
-    saved = f"_Saved({', '.join((*op.saves, *(a.name for a in op.options)))})"
+    saved = f"_make(_Saved, ({', '.join((*op.saves, *(a.name for a in op.options)))},))"
     if op.gradients is None:
         used = [token for token in op.backward if token in grads]
         lines = [*_operands(op, _dtype(op, op.outputs[0]), used)]
         call = _arguments(op, op.backward, {n: f"_o_{n}" for n in (*used, *(a.name for a in op.tensors))})
         lines += [*_backward_call(op, call), *_add_flagged(op)]
     else:
-        needs = "_Needs(*_needs)" if op.asks else None
+        needs = "_make(_Needs, _needs)" if op.asks else None
         lines = [f"{', '.join(found)}, = _gradients(_op, _kernels, ({', '.join(grads)},), {saved}, {needs})"]
     return lines + [_back(d, a) for d, a in zip(found, op.differentiable, strict=True)]
 
 
 def _back(gradient: str, a) -> str:
     """In the dtype of its tensor; and in its shape, where the shape is not the only one that is right."""
-    if a.optional or len(a.pattern.alternatives) > 1 or a.pattern.alternatives[0].rest == "...":
+    if len(a.pattern.alternatives) > 1 or a.pattern.alternatives[0].rest == "...":
         return f"{gradient} = _back({gradient}, {a.name})"
     differs = f"{gradient} is not None and {gradient}.dtype is not {a.name}.dtype"
-    return f"if {differs}:\n    {gradient} = {gradient}.to({a.name}.dtype)"
+    cast = f"if {differs}:\n    {gradient} = {gradient}.to({a.name}.dtype)"
+    return f"if {a.name} is None:\n    {gradient} = None\nel{cast}" if a.optional else cast
 
 
 def _backward_call(op, arguments: str) -> Iterator[str]:
@@ -505,7 +509,7 @@ def _add_flagged(op) -> list[str]:
     if op.flagged is None:
         return []
     flags, found = [o for o in op.outputs if o.flag], ", ".join(f"_d_{a.name}" for a in op.differentiable)
-    saved = f"_Saved({', '.join((*op.saves, *(a.name for a in op.options)))})"
+    saved = f"_make(_Saved, ({', '.join((*op.saves, *(a.name for a in op.options)))},))"
     grads = ", ".join(f"grad_{o.name}" for o in flags)
     return [f"if {flags[0].flag}:\n    _flagged(_op, ({grads},), ({found},), {saved})"]
 
