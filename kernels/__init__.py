@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels, one file per op: the formula, the bytes it has to move, the kernel, the launcher.
 
-A name that begins with an underscore is no op's: pieces that several files share, or the second half of a long one.
+A file whose name begins with an underscore holds no op: it holds pieces that several files share, or the second half of
+a long file.
 
 Each file needs Triton and is imported when its op first runs on a device, so importing this package never
 fails. A launcher takes contiguous tensors on one device, runs on that device's current stream, never waits

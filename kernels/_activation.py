@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activations inside other kernels, by the numbers of fastasr/ops/_activation.py, and their derivatives.
 
-PRECISE, for float32 tensors, keeps the relative error within a few units in the last place, in the tails too; otherwise
-the hardware's exponential and division, whose errors 16-bit results do not show, are taken as they are.
+PRECISE, which float32 tensors use, keeps the relative error within a few units in the last place, in the tails too.
+Otherwise the kernels use the hardware's exponential and division, whose errors 16-bit results do not show.
 """
 
 import triton
@@ -13,7 +13,9 @@ IDENTITY, SILU, RELU, TANH, GELU = (tl.constexpr(number) for number in range(5))
 
 @triton.jit
 def exp_nonpositive(x, PRECISE: tl.constexpr):
-    """exp(x) for x <= 0; PRECISE: within 0.7 ulp, as 2^n exp(f), f = x - n ln 2 in [-0.35, 0.35], and 0 below -87."""
+    """Returns exp(x) for x <= 0. PRECISE computes 2^n exp(f), f = x - n ln 2 in [-0.35, 0.35], within 0.7 ulp, and 0
+    below -87.
+    """
     if not PRECISE:
         return tl.exp(x)
     n = tl.floor(tl.fma(x, 1.4426950408889634, 0.5))
@@ -23,12 +25,14 @@ def exp_nonpositive(x, PRECISE: tl.constexpr):
     p = tl.fma(f, p, 1.0 / 24.0)
     p = tl.fma(f, p, 1.0 / 6.0)
     p = tl.fma(f, p, 0.5)
-    return tl.where(x < -87.0, 0.0, (1.0 + tl.fma(f * f, p, f)) * tl.exp2(n))  # a NaN stays
+    return tl.where(x < -87.0, 0.0, (1.0 + tl.fma(f * f, p, f)) * tl.exp2(n))  # keeps a NaN
 
 
 @triton.jit
 def reciprocal(d, PRECISE: tl.constexpr):
-    """1 / d for d in [1, 2]; PRECISE: a Newton step takes the hardware's reciprocal from 2 ulp to under 1."""
+    """Returns 1 / d for d in [1, 2]. PRECISE: a Newton step takes the hardware's reciprocal from 2 ulp to
+    under 1.
+    """
     r = 1.0 / d
     if PRECISE:
         r = tl.fma(r, tl.fma(-d, r, 1.0), r)
@@ -37,7 +41,7 @@ def reciprocal(d, PRECISE: tl.constexpr):
 
 @triton.jit
 def sigmoid_pair(x, PRECISE: tl.constexpr):
-    """sigmoid(x) and sigmoid(-x), neither as one minus the other."""
+    """Returns sigmoid(x) and sigmoid(-x); neither is computed as one minus the other, which would cancel."""
     e = exp_nonpositive(-tl.abs(x), PRECISE)
     larger = reciprocal(1.0 + e, PRECISE)
     smaller = e * larger
@@ -46,7 +50,9 @@ def sigmoid_pair(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def normal_pair(x, PRECISE: tl.constexpr):
-    """The normal distribution: cumulative (relative error 3e-7 in either tail) and density."""
+    """Returns the normal distribution's cumulative function (relative error 3e-7 in either tail) and its
+    density.
+    """
     e = exp_nonpositive(-0.5 * x * x, PRECISE)
     u = 1.0 / tl.fma(tl.abs(x), 0.4, 1.0)
     p = tl.fma(u, -3.96011658e-2, 2.00602097e-1)  # the tail over e
@@ -63,7 +69,7 @@ def normal_pair(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def activate_with_slope(x, ACTIVATION: tl.constexpr, PRECISE: tl.constexpr):
-    """act(x) and act'(x); what the caller leaves unused is not computed."""
+    """Returns act(x) and act'(x); the compiler drops the one that the caller does not use."""
     if ACTIVATION == SILU:
         e = exp_nonpositive(-tl.abs(x), PRECISE)
         larger = reciprocal(1.0 + e, PRECISE)
@@ -72,7 +78,7 @@ def activate_with_slope(x, ACTIVATION: tl.constexpr, PRECISE: tl.constexpr):
         r = tl.where(x < 0.0, larger, smaller)
         return tl.where(x < 0.0, x * e, x) * larger, s * tl.fma(x, r, 1.0)
     if ACTIVATION == RELU:
-        return tl.where(x < 0.0, 0.0, x), tl.where(x > 0.0, 1.0, 0.0)  # a NaN stays
+        return tl.where(x < 0.0, 0.0, x), tl.where(x > 0.0, 1.0, 0.0)  # keeps a NaN
     if ACTIVATION == TANH:
         e = exp_nonpositive(-2.0 * tl.abs(x), PRECISE)
         larger = reciprocal(1.0 + e, PRECISE)

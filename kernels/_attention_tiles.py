@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pieces of the attention kernels: spans of chunks, tiles of products and of scores, the running softmax.
 
-PRECISE, for float32 tensors: sums in float64, exponentials within a unit in the last place.
+PRECISE, which float32 tensors use, adds sums in float64 and computes exponentials within a unit in the last place.
 """
 
 import triton
@@ -14,7 +14,7 @@ NONE = tl.constexpr(float("-inf"))
 
 @triton.jit
 def span(program, blocks, length, size, count):
-    """(unit, its sequence, first frame and number of frames, block) of a program."""
+    """Returns (unit, its sequence, first frame and number of frames, block) of a program."""
     unit = program // blocks
     first = unit % count * size
     frames = tl.minimum(size, length - first)
@@ -23,7 +23,7 @@ def span(program, blocks, length, size, count):
 
 @triton.jit
 def load_rows(X, r, stride, c, keep, width, BIAS=None):
-    """[rows, columns] of X, zeros outside; then plus BIAS, a number per column."""
+    """Loads [rows, columns] of X, with zeros outside, and adds BIAS, a number per column."""
     pointers = (X + r.to(tl.int64) * stride)[:, None] + c[None, :]
     rows = tl.load(pointers, mask=keep[:, None] & (c < width)[None, :], other=0.0)
     if BIAS is not None:
@@ -34,7 +34,7 @@ def load_rows(X, r, stride, c, keep, width, BIAS=None):
 
 @triton.jit
 def products(total, A, a, a_stride, keep_a, B, b, b_stride, keep_b, width, BLOCK: tl.constexpr, BIAS=None):
-    """total + (A[a] + BIAS) B[b]^T over ``width`` columns."""
+    """Returns total + (A[a] + BIAS) B[b]^T over ``width`` columns."""
     for first in range(0, width, BLOCK):
         c = first + tl.arange(0, BLOCK)
         left = load_rows(A, a, a_stride, c, keep_a, width, BIAS)  # [a, BLOCK]
@@ -45,7 +45,9 @@ def products(total, A, a, a_stride, keep_a, B, b, b_stride, keep_b, width, BLOCK
 
 @triton.jit
 def biased(scores, scale, BIAS, HIDDEN, i, j, n, CAUSAL: tl.constexpr):
-    """scale scores + bias[j - i], -inf where query i does not see key j; one of i, j is a row, the other a column."""
+    """Returns scale scores + bias[j - i], -inf where query i does not see key j; one of i, j is a row, the other a
+    column.
+    """
     seen = (i < n) & (j < n)
     if CAUSAL:
         seen = seen & (j <= i)
@@ -57,7 +59,7 @@ def biased(scores, scale, BIAS, HIDDEN, i, j, n, CAUSAL: tl.constexpr):
 
 @triton.jit
 def dropped(values, DROPOUT, unit, i, j, n, size):
-    """values M."""
+    """Returns values M."""
     if DROPOUT is not None:
         row = DROPOUT + (unit * size + i) * size
         values = values * tl.load(row + j, mask=(i < n) & (j < n), other=0.0)
@@ -66,7 +68,7 @@ def dropped(values, DROPOUT, unit, i, j, n, size):
 
 @triton.jit
 def sums(values, axis: tl.constexpr, PRECISE: tl.constexpr):
-    """Sums along an axis, in float64 when PRECISE."""
+    """Returns sums along an axis, added in float64 when PRECISE."""
     if PRECISE:
         values = values.to(tl.float64)
     return tl.sum(values, axis=axis)
@@ -74,7 +76,9 @@ def sums(values, axis: tl.constexpr, PRECISE: tl.constexpr):
 
 @triton.jit
 def running(maximum, scores, PRECISE: tl.constexpr):
-    """(new maximum of rows, factor of what was summed so far, exponentials); rows without a key so far are 0."""
+    """Returns (new maximum of rows, factor of the earlier sums, exponentials); rows without a key so far
+    are 0.
+    """
     new = tl.maximum(maximum, tl.max(scores, axis=1))
     shift = tl.where(new == NONE, 0.0, new)
     return new, exp_nonpositive(maximum - shift, PRECISE), exp_nonpositive(scores - shift[:, None], PRECISE)

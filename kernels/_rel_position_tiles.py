@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pieces of attention with relative positions: scores of a tile, what the masks hide, how operands are laid out.
 
-Scores s[i, j] = q[i] . k[j] + p[i] . R[T - 1 - i + j]: the row of R moves by one along either side of a tile. Where a
-row has four numbers of 16 bits (PACKED) it is one 64-bit load, unpacked in registers; otherwise R is read by channel.
-Both want R apart by head, which the launcher copies. Indices of R are clamped, not masked: what lies outside the tile
-is discarded later.
+Scores are s[i, j] = q[i] . k[j] + p[i] . R[T - 1 - i + j]: the row of R moves by one along either side of a tile. Where
+a row has four numbers of 16 bits (PACKED), one 64-bit load reads it and registers unpack it; otherwise R is read by
+channel. Both ways need R separated by head, so the launcher copies it. Indices of R are clamped, not masked: the
+kernels discard whatever lies outside the tile later.
 """
 
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ ALONE = tl.constexpr(-896.0)  # above it, masked keys weigh exactly 0
 
 @triton.jit
 def place(program, blocks, batch):
-    """(head, sequence, block) of a program."""
+    """Returns (head, sequence, block) of a program."""
     pair = program // blocks
     return (pair // batch).to(tl.int64), (pair % batch).to(tl.int64), program % blocks
 
 
 @triton.jit
 def window(i, frames, left, keys, chunk, left_chunks):
-    """[first, end) of the keys that frames i see; those of the last frame for frames behind it."""
+    """Returns [first, end) of the keys that frames i see; frames behind the last one see what it sees."""
     number = tl.minimum(i, frames - 1) // chunk
     first = tl.where(left_chunks < 0, 0, left + (number - left_chunks) * chunk)
     return tl.maximum(first, 0), tl.minimum(left + (number + 1) * chunk, keys)
@@ -36,7 +36,9 @@ def window(i, frames, left, keys, chunk, left_chunks):
 
 @triton.jit
 def masked(values, fill, PADDING, MASK, i, j, frames, keys, first, end, WINDOW: tl.constexpr):
-    """``fill`` where masks hide key j from query i; one of i, j is a row, the other a column."""
+    """Returns the scores with ``fill`` where masks hide key j from query i; one of i, j is a row, the
+    other a column.
+    """
     if WINDOW:
         values = tl.where((j >= first) & (j < end), values, fill)
     if MASK is not None:
@@ -50,7 +52,7 @@ def masked(values, fill, PADDING, MASK, i, j, frames, keys, first, end, WINDOW: 
 
 @triton.jit
 def _half(bits, ELEMENT: tl.constexpr, HIGH: tl.constexpr):
-    """The 16-bit number in the lower or upper half of 32 bits, as float32."""
+    """Returns the 16-bit number in the lower or upper half of 32 bits, as float32."""
     if tl.bfloat16 == ELEMENT:
         shifted = (bits & -65536) if HIGH else (bits << 16)
         number = shifted.to(tl.float32, bitcast=True)
@@ -62,7 +64,7 @@ def _half(bits, ELEMENT: tl.constexpr, HIGH: tl.constexpr):
 
 @triton.jit
 def unpacked(rows, ELEMENT: tl.constexpr):
-    """The four 16-bit numbers of 64-bit integers."""
+    """Returns the four 16-bit numbers of 64-bit integers."""
     low, high = rows.to(tl.int32), (rows >> 32).to(tl.int32)
     return (
         _half(low, ELEMENT, False),
@@ -74,7 +76,7 @@ def unpacked(rows, ELEMENT: tl.constexpr):
 
 @triton.jit
 def load_positions(P, keep, PACKED: tl.constexpr):
-    """The four channels of p when PACKED, else zeros; P points at rows."""
+    """Returns the four channels of p when PACKED, else zeros. P points at rows."""
     if PACKED:
         p0 = tl.load(P, mask=keep, other=0.0).to(tl.float32)
         p1 = tl.load(P + 1, mask=keep, other=0.0).to(tl.float32)
@@ -91,11 +93,11 @@ def position_scores(
     scores, P, keep, p0, p1, p2, p3, R, at, offsets,
     POS_DIM: tl.constexpr, PACKED: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
-    """scores + p . R[at]. p0 to p3, P and keep have the shape of queries, a row or a column."""
+    """Returns scores + p . R[at]. p0 to p3, P and keep have the shape of queries, a row or a column."""
     if PACKED:
         r0, r1, r2, r3 = unpacked(tl.load(R + at), ELEMENT)
         scores += tl.fma(p3, r3, tl.fma(p2, r2, tl.fma(p1, r1, p0 * r0)))
-    elif POS_DIM > 0:  # summed apart: in one chain with the products the error would be 10 % above eager's
+    elif POS_DIM > 0:  # a separate sum: one chain with the products would have an error 10 % above eager's
         total = tl.zeros(scores.shape, tl.float32)
         for c in range(POS_DIM):
             p = tl.load(P + c, mask=keep, other=0.0).to(tl.float32)
@@ -109,8 +111,9 @@ def query_key(
     query, Q, i, q_time, keep_i, K, j, k_time, keep_j,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS=None,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N] products of queries i, whose rows ``query`` holds if they fit a block, and keys j. BIAS is
-    added to rows that are not held."""
+    """Returns the [BLOCK_M, BLOCK_N] products of queries i and keys j. ``query`` holds the queries' rows if they fit a
+    block; otherwise they are loaded and BIAS is added.
+    """
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if DIM <= BLOCK_D:
         key = load_rows(K, j, k_time, tl.arange(0, BLOCK_D), keep_j, DIM)  # [BLOCK_N, BLOCK_D]
@@ -127,7 +130,7 @@ def scores_of(
     DIM: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Masked scores of queries i and keys j, -inf behind the last key. P points at rows i."""
+    """Returns masked scores of queries i and keys j, -inf behind the last key. P points at rows i."""
     keep_i, keep_j = i < frames, j < keys
     scores = query_key(query, Q, i, q_time, keep_i, K, j, k_time, keep_j, DIM, BLOCK_D, BLOCK_M, BLOCK_N)
     at = (frames - 1 - tl.minimum(i, frames - 1))[:, None] + tl.minimum(j, keys - 1)[None, :]
@@ -145,7 +148,7 @@ def scores_of(
 # --------------------------------------------------------------------------- launching
 @dataclass
 class Operands:
-    """What the launches of one call share: sizes, keys in one tensor, R apart by head."""
+    """The sizes, the keys in one tensor and R separated by head, which the launches of one call share."""
 
     frames: int
     batch: int
@@ -180,7 +183,9 @@ class Operands:
 
 
 def operands(x, pos, cached_key, heads: int, dim: int, chunk: int, left_chunks: int) -> Operands:
-    """Of contiguous tensors; copies R, and the keys where there is a cache."""
+    """Returns the operands of a call on contiguous tensors. It copies R, and the keys where there is a
+    cache.
+    """
     frames, batch, width = x.shape
     left = 0 if cached_key is None else cached_key.shape[0]
     pos_dim = width // heads - 2 * dim if pos is not None else 0
@@ -195,7 +200,7 @@ def operands(x, pos, cached_key, heads: int, dim: int, chunk: int, left_chunks: 
         else:
             r = apart.permute(0, 2, 3, 1).contiguous()
         r_batch = r.stride(0) if pos.shape[0] > 1 else 0
-    if chunk > 0:  # beyond these every window is the same; so nothing overflows
+    if chunk > 0:  # all windows are the same beyond; clamping avoids overflow
         chunk = min(chunk, max(frames, left, 1))
         left_chunks = min(left_chunks, (left + frames) // chunk + 1)
     return Operands(
@@ -204,5 +209,5 @@ def operands(x, pos, cached_key, heads: int, dim: int, chunk: int, left_chunks: 
 
 
 def head_block(dim: int, dtype: torch.dtype) -> int:
-    """Channels of a head that a tile holds."""
+    """Returns how many channels of a head a tile holds."""
     return min(32 if dtype == torch.float32 else 128, max(16, triton.next_power_of_2(dim)))

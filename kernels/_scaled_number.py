@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Positive numbers as m 2^e, 1 <= m < 2 once normalised, e a whole number in float32: sums of probabilities that
-neither underflow nor round as logarithms do. An impossible one has e below ``NEVER``."""
+"""Positive numbers as m 2^e, with 1 <= m < 2 once normalised and e a whole number in float32."""
 
 import triton
 import triton.language as tl
@@ -13,7 +12,9 @@ FLOOR = tl.constexpr(-(2.0**101))
 
 @triton.jit
 def split(x):
-    """(m, e) of exp(x), m in [0.7, 1.42]. Beyond 2^22 e is rounded as x itself is: the rest is kept small."""
+    """Returns (m, e) of exp(x), m in [0.7, 1.42]. Beyond 2^22 e is rounded as x itself is, and the rest
+    is kept small.
+    """
     x = tl.where(x < LEAST, IMPOSSIBLE, x)
     e = tl.floor(tl.fma(x, 1.4426950408889634, 0.5))
     r = tl.fma(e, 2.12194440e-4, tl.fma(e, -0.693359375, x))
@@ -28,7 +29,7 @@ def split(x):
 
 @triton.jit
 def power_of_two(d):
-    """2^d for d <= 0; 0 where that is no normal number."""
+    """Returns 2^d for d <= 0, or 0 where 2^d is no normal number."""
     n = (tl.maximum(d, -127.0) + 127.0).to(tl.int32)
     return (n << 23).to(tl.float32, bitcast=True)
 
@@ -42,27 +43,29 @@ def normalised(m, e):
 
 @triton.jit
 def add(am, ae, bm, be):
-    """a + b, not normalised."""
+    """Returns a + b, not normalised."""
     e = tl.maximum(ae, be)
     return tl.fma(am, power_of_two(ae - e), bm * power_of_two(be - e)), e
 
 
 @triton.jit
 def ratio(am, ae, bm, be):
-    """a / b where a <= b."""
+    """Returns a / b where a <= b."""
     return tl.div_rn(am * power_of_two(tl.minimum(ae - be, 0.0)), bm)
 
 
 @triton.jit
 def logarithm(m, e):
-    """log of normalised numbers, -inf where they are impossible; ln 2 in two parts."""
+    """Returns the logarithm of normalised numbers, -inf where they are impossible. ln 2 is added in two
+    parts.
+    """
     score = tl.fma(e, 0.6931471824645996, tl.fma(e, -1.904654323148236e-09, tl.log(m)))
     return tl.where(e < NEVER, float("-inf"), score)
 
 
 @triton.jit
 def compose(am, ae, bm, be, cm, ce, dm, de):
-    """p -> (p a + b) c + d, for scans of p[t] = p[t-1] a[t] + b[t]."""
+    """Composes maps p -> (p a + b) c + d, for scans of p[t] = p[t-1] a[t] + b[t]."""
     pm, pe = normalised(am * cm, ae + ce)
     qm, qe = add(bm * cm, be + ce, dm, de)
     qm, qe = normalised(qm, qe)
@@ -71,5 +74,5 @@ def compose(am, ae, bm, be, cm, ce, dm, de):
 
 @triton.jit
 def compose_plain(a, b, c, d):
-    """The same on plain numbers."""
+    """Does the same as ``compose`` on plain numbers."""
     return a * c, tl.fma(b, c, d)

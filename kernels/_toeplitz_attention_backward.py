@@ -15,7 +15,7 @@ def queries_kernel(
     CAUSAL: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dS k of a block of queries and of columns; of the queries the maximum, 1 / sum and D - D0."""
+    """Writes dS k of a block of queries and of columns, and the queries' maximum, 1 / sum and D - D0."""
     PRECISE: tl.constexpr = QUERY.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     unit, batch, first, n, block = span(tl.program_id(0), blocks, length, size, count)
@@ -71,7 +71,7 @@ def _weights(
     KEY, QUERY, BIAS, HIDDEN, MAXIMUM, INVERSE, i, j, n, scale,
     CAUSAL: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """Softmax of a square tile, a row per key: [BLOCK, BLOCK]."""
+    """Returns the softmax of a square tile, a row per key: [BLOCK, BLOCK]."""
     keep_i, keep_j = i < n, j < n
     zeros = tl.zeros([BLOCK, BLOCK], tl.float32)
     scores = products(zeros, KEY, j, WIDTH, keep_j, QUERY, i, WIDTH, keep_i, WIDTH, BLOCK_D)
@@ -88,10 +88,10 @@ def keys_kernel(
     CAUSAL: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dS^T q of a block of keys and of columns, and the block's part of the bias's gradient.
+    """Writes dS^T q of a block of keys and of columns, and the block's part of the bias's gradient.
 
-    Row ``program`` of PARTS holds blocks + 1 times BLOCK sums: column u of number s is of distance
-    (key block + 1 - s) BLOCK - u.
+    Row ``program`` of PARTS holds blocks + 1 times BLOCK sums: column u of block s belongs to the distance (key block +
+    1 - s) BLOCK - u.
     """
     PRECISE: tl.constexpr = QUERY.dtype.element_ty == tl.float32
     program = tl.program_id(0)
@@ -151,7 +151,9 @@ def values_kernel(
     CAUSAL: tl.constexpr, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """(s M)^T g of a block of keys and of columns, times act'(value); VALUE is None where it was not activated."""
+    """Writes (s M)^T g of a block of keys and of columns, times act'(value). VALUE is None where it was
+    not activated.
+    """
     PRECISE: tl.constexpr = QUERY.dtype.element_ty == tl.float32
     unit, batch, first, n, block = span(tl.program_id(0), blocks, length, size, count)
     lanes = tl.arange(0, BLOCK)
@@ -192,7 +194,9 @@ def parameters_kernel(
     X, WEIGHT, DQUERY, DKEY, DX, PARTS, rows, length, rows_per_part, D, scale, x_time, x_batch, out_time,
     ACTIVATION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx, and per program its rows' sums for w0, w1, b0, b1: four tables, one behind the other."""
+    """Writes dx and, per program, the sums of its rows for w0, w1, b0, b1, as four tables one behind the
+    other.
+    """
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
     part = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -219,7 +223,8 @@ def parameters_kernel(
         dw0 = tl.fma(dq, z, dw0)
         dw1 = tl.fma(dk, z, dw1)
         db0 += dq
-        db1 += dk * 0.0  # it moves all scores of a query alike: 0, or NaN where a weight is
+        # w1 and b1 move all scores of a query alike: the gradient is 0, or NaN where a weight is
+        db1 += dk * 0.0
         first += BLOCK_R
     table = tl.num_programs(0).to(tl.int64) * D
     element = PARTS.dtype.element_ty
@@ -232,7 +237,7 @@ def parameters_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def add_parts_kernel(PARTS, OUT, parts, D, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Column sums of tables of ``parts`` rows, a table per program_id(1)."""
+    """Adds the columns of tables of ``parts`` rows; program_id(1) is the table."""
     table = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
@@ -253,7 +258,7 @@ def add_diagonals_kernel(
     BLOCK: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """The bias's gradient at the distances t BLOCK - u, t of the program, u < BLOCK."""
+    """Writes the bias's gradient at the distances t BLOCK - u for u < BLOCK, where t is the program."""
     t = tl.program_id(0) + least
     u = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)

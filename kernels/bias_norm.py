@@ -22,7 +22,7 @@ import triton.language as tl
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Rows live in registers: up to 8192 channels are at most 16 elements in each thread; wider rows spill.
+# Rows live in registers: up to 8192 channels take at most 16 elements in each thread; wider rows spill.
 MAX_CHANNELS = 65536
 MAX_WARPS = 2048
 FORWARD_TILE = 1024  # a multiprocessor runs at most 32 programs: one-warp programs need larger tiles
@@ -30,7 +30,7 @@ FORWARD_TILE = 1024  # a multiprocessor runs at most 32 programs: one-warp progr
 
 @triton.jit
 def _exp(x, PRECISE: tl.constexpr):
-    """exp(x); PRECISE: within 0.7 ulp, as 2^n exp(f), f = x - n ln 2 in [-0.35, 0.35]."""
+    """Returns exp(x). PRECISE computes 2^n exp(f), f = x - n ln 2 in [-0.35, 0.35], within 0.7 ulp."""
     if not PRECISE:
         return tl.exp(x)
     n = tl.floor(tl.fma(x, 1.4426950408889634, 0.5))
@@ -47,7 +47,7 @@ def _exp(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def _inverse_root(square, C, PRECISE: tl.constexpr):
-    """(square / C)^(-1/2); PRECISE: a Newton step takes the hardware's rsqrt to under 1 ulp."""
+    """Returns (square / C)^(-1/2). PRECISE: a Newton step takes the hardware's rsqrt to under 1 ulp."""
     if not PRECISE:
         return tl.rsqrt(square / C)
     v = tl.div_rn(square, C * 1.0)  # not C.to(): Triton passes the integer 1 as a constant
@@ -74,7 +74,7 @@ def forward_kernel(X, BIAS, LOG_SCALE, Y, rows, C, BLOCK_R: tl.constexpr, BLOCK_
 
 @triton.jit
 def _dot(a, b, PRECISE: tl.constexpr):
-    """Row sums of a * b, in float64 when PRECISE."""
+    """Returns row sums of a * b, in float64 when PRECISE."""
     if PRECISE:
         a = a.to(tl.float64)
         b = b.to(tl.float64)
@@ -141,7 +141,7 @@ def add_parts_kernel(
 
 
 def _blocks(channels: int, least: int = 0) -> tuple[int, int, int]:
-    """(rows per tile, padded channels, warps): one warp per 256 channels, at most 16; 512 elements per warp,
+    """Returns (rows per tile, padded channels, warps): one warp per 256 channels, at most 16; 512 elements per warp,
     and
     ``least`` per tile."""
     if channels > MAX_CHANNELS:
@@ -154,9 +154,9 @@ def _blocks(channels: int, least: int = 0) -> tuple[int, int, int]:
 
 
 def bias_norm_forward(x: torch.Tensor, bias: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
-    """x (..., C), bias (C,), log_scale (): x * mean((x - bias)^2)^(-1/2) * exp(log_scale), no epsilon.
+    """Returns x * mean((x - bias)^2)^(-1/2) * exp(log_scale) for x (..., C), bias (C,), log_scale (), without epsilon.
 
-    Returns x's shape in the promoted dtype of x and bias. Raises ``ValueError`` for C > ``MAX_CHANNELS``.
+    The result has x's shape and the promoted dtype of x and bias. Raises ``ValueError`` if C > ``MAX_CHANNELS``.
     """
     channels = x.shape[-1]
     y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, bias.dtype))
@@ -173,8 +173,9 @@ def bias_norm_forward(x: torch.Tensor, bias: torch.Tensor, log_scale: torch.Tens
 def bias_norm_backward(
     grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, log_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dbias, dlog_scale) in the dtypes and shapes of x, bias and log_scale, for ``grad`` of the
-    output."""
+    """Returns (dx, dbias, dlog_scale) in the dtypes and shapes of x, bias and log_scale; ``grad`` is the output's
+    gradient.
+    """
     channels = x.shape[-1]
     if not x.numel():
         return torch.empty_like(x), torch.zeros_like(bias), torch.zeros_like(log_scale)

@@ -89,7 +89,7 @@ def _output_dtype(x_orig: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) ->
 
 
 def bypass_forward(x_orig: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x_orig + (x - x_orig) * scale, for x_orig and x of one shape that ends in scale's shape.
+    """Returns x_orig + (x - x_orig) * scale; x_orig and x have one shape, which ends in scale's shape.
 
     Returns that shape in the promoted dtype of all three.
     """
@@ -109,7 +109,9 @@ def bypass_forward(x_orig: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -
 def bypass_backward(
     grad: torch.Tensor, x_orig: torch.Tensor, x: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx_orig, dx, dscale) in the dtypes and shapes of x_orig, x and scale, for ``grad`` of the output."""
+    """Returns (dx_orig, dx, dscale) in the dtypes and shapes of x_orig, x and scale; ``grad`` is the
+    output's gradient.
+    """
     dx_orig, dx = torch.empty_like(x_orig), torch.empty_like(x)
     if not x.numel():
         return dx_orig, dx, torch.zeros_like(scale)

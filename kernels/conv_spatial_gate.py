@@ -38,7 +38,7 @@ BLOCK_K = 32
 # --------------------------------------------------------------------------- whole rows
 @triton.jit
 def _rows(r, frames, x_batch, x_time):
-    """Where rows r = (b, t) of x start."""
+    """Returns the offsets in x at which rows r = (b, t) start."""
     return (r // frames).to(tl.int64) * x_batch + (r % frames).to(tl.int64) * x_time
 
 
@@ -114,8 +114,8 @@ def norm_gradient_kernel(
 # --------------------------------------------------------------------------- tiles of pairs of frames
 @triton.jit
 def _place(frames, pairs, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(sequence, its first row, first frame of each pair, channels, which of them there are): channels vary fastest.
-    Past the last pair the first frame is ``frames``."""
+    """Returns (sequence, its first row, first frame of each pair, channels, their mask). Channels vary fastest. Past
+    the last pair the first frame is ``frames``."""
     pid = tl.program_id(0)
     c_tiles = tl.cdiv(C, BLOCK_C)
     c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -128,7 +128,9 @@ def _place(frames, pairs, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _frame(POINTER, at, start, k, c, there, frames, C):
-    """The frames k after ``start``, which lies at ``at``; 0 outside the sequence."""
+    """Returns the mask and offsets of frames k after ``start``, which lies at ``at``; the mask is 0 outside the
+    sequence.
+    """
     keep = there & ((start + k >= 0) & (start + k < frames))[:, None]
     return _load(POINTER, (at + k * C)[:, None] + c[None, :], keep)  # [BLOCK_R, BLOCK_C]
 
@@ -144,7 +146,7 @@ def _convolve(
     POINTER, TABLE, BIAS, base, t, c, there, frames, C, taps,
     TURNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The convolution at frames t and t + 1, with the taps as they are or turned around."""
+    """Returns the convolution at frames t and t + 1, with the taps as they are or reversed."""
     one = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     two = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     start = t - taps // 2
@@ -245,7 +247,7 @@ def input_gradient_kernel(
 
 # --------------------------------------------------------------------------- launches
 class _Call:
-    """The sizes of a call, u and the table of the taps: what forward and backward share."""
+    """The sizes of a call, u and the table of the taps, which forward and backward share."""
 
     def __init__(self, x, norm_weight, norm_bias, weight, mask, eps: float):
         self.batch, self.frames, self.channels = x.shape[0], x.shape[1], x.shape[2] // 2
@@ -273,7 +275,7 @@ class _Call:
         self.tile = {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "num_warps": NUM_WARPS}
 
     def norm_gradients(self, x, norm_weight, dx) -> tuple[torch.Tensor, torch.Tensor]:
-        """dg in place of du in dx; returns (dnorm_weight, dnorm_bias)."""
+        """Writes dg over du in dx and returns (dnorm_weight, dnorm_bias)."""
         block_r, block_c, warps = residual_norm._blocks(self.channels, residual_norm.BACKWARD_ELEMENTS)
         rows_per_part = triton.cdiv(self.rows, residual_norm.MAX_WARPS // warps)
         rows_per_part = triton.cdiv(rows_per_part, block_r) * block_r
@@ -295,7 +297,9 @@ class _Call:
 def conv_spatial_gate_forward(
     x, norm_weight, norm_bias, weight, bias, mask, eps: float, activation: int
 ) -> torch.Tensor:
-    """y (B, T, C) in x's dtype. The channels of x are contiguous, all else is; parameters are float32."""
+    """Returns y (B, T, C) in x's dtype. The channels of x and all other tensors are contiguous;
+    parameters are float32.
+    """
     y = torch.empty(x.shape[0], x.shape[1], x.shape[2] // 2, dtype=x.dtype, device=x.device)
     if y.numel():
         with torch.cuda.device_of(x):
@@ -309,8 +313,9 @@ def conv_spatial_gate_forward(
 def conv_spatial_gate_backward(
     grad, x, norm_weight, norm_bias, weight, bias, mask, eps: float, activation: int
 ) -> tuple[torch.Tensor, ...]:
-    """(dx, dnorm_weight, dnorm_bias, dweight, dbias) for a contiguous ``grad``; dbias whether or not there is a
-    bias."""
+    """Returns (dx, dnorm_weight, dnorm_bias, dweight, dbias) for a contiguous ``grad``; dbias is computed even without
+    a bias.
+    """
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not grad.numel():
         return dx, *(torch.zeros_like(t) for t in (norm_weight, norm_bias, weight, norm_bias))

@@ -32,7 +32,7 @@ def _add_row(
     X, TABLE, first, second, i, frame, f, pad_f, frames, width, taps_f, C, base, c, there,
     ONE: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """Row i of the taps onto the first frame, row i - 1 onto the second."""
+    """Adds row i of the taps to the first frame and row i - 1 to the second."""
     in_time = (frame >= 0) & (frame < frames)
     for j in range(taps_f):
         pixel = f + j - pad_f
@@ -120,7 +120,7 @@ def weight_gradient_kernel(
     part = rest // groups // taps_t
     in_row = c < C
     total = tl.zeros([TAPS, BLOCK_S, BLOCK_C], tl.float32)
-    # in float64, by few programs: bias gradients of few pixels would be less exact than eager's
+    # float64 and few programs: bias gradients of few pixels would else be less exact than eager's
     sums = tl.zeros([BLOCK_S, BLOCK_C], tl.float64)
     adds_bias = (i == 0) & (rest % groups == 0)
     start = part * rows_per_part
@@ -171,8 +171,9 @@ def add_parts_kernel(PARTS, DWEIGHT, DBIAS, parts, C, taps, BLOCK_P: tl.constexp
 
 
 def convolve(op: str, x, weight, bias, padding, out_size, flip: bool, residual: bool = False) -> torch.Tensor:
-    """The convolution of x with the taps, turned around with ``flip``, plus x itself with ``residual``; out_size:
-    (frames, width) of the result. For ``op``, in whose name errors are raised."""
+    """Returns the convolution of x with the taps (reversed if ``flip``), plus x itself if ``residual``. out_size is
+    (frames, width) of the result. Errors name ``op``.
+    """
     batch, frames, width, channels = x.shape
     taps_t, taps_f = weight.shape[-2:]
     y = x.new_empty(batch, *out_size, channels)
@@ -193,7 +194,7 @@ def convolve(op: str, x, weight, bias, padding, out_size, flip: bool, residual: 
 def parameter_gradients(
     op: str, grad, x, weight, padding, need_weight: bool, need_bias: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(dweight, dbias) of a convolution of x with this padding, None where not needed."""
+    """Returns (dweight, dbias) of a convolution of x with this padding, None where not needed."""
     batch, frames, width, channels = x.shape
     taps_t, taps_f = weight.shape[-2:]
     rows = grad.shape[:3].numel()
@@ -224,7 +225,9 @@ def _check_rows(op: str, rows: int) -> None:
 
 
 def depthwise_conv2d_forward(x, weight, bias, pad_t: int, pad_f: int) -> torch.Tensor:
-    """y of contiguous x (B, T, F, C), weight (C, 1, K, L) or (C, K, L) and bias (C,) or None, all of one dtype."""
+    """Returns y of contiguous x (B, T, F, C), weight (C, 1, K, L) or (C, K, L) and bias (C,) or None, all
+    of one dtype.
+    """
     taps_t, taps_f = weight.shape[-2:]
     size = x.shape[1] + 2 * pad_t - taps_t + 1, x.shape[2] + 2 * pad_f - taps_f + 1
     return convolve("depthwise_conv2d", x, weight, bias, (pad_t, pad_f), size, False)
@@ -233,7 +236,7 @@ def depthwise_conv2d_forward(x, weight, bias, pad_t: int, pad_f: int) -> torch.T
 def depthwise_conv2d_backward(
     grad, x, weight, pad_t: int, pad_f: int, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dweight, dbias), without elements where not needed."""
+    """Returns (dx, dweight, dbias), each without elements if not needed."""
     op, nothing = "depthwise_conv2d", x.new_empty(0)
     dx = nothing
     if need_x:

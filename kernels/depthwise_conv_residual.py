@@ -29,12 +29,12 @@ def _add_convolution(x, weight, bias, flip: bool) -> torch.Tensor:
 
 
 def depthwise_conv_residual_forward(x, weight, bias) -> torch.Tensor:
-    """y of x (B, T, C), contiguous weight (C, 1, K) or (C, K) and bias (C,) or None, in x's dtype."""
+    """Returns y in x's dtype, of x (B, T, C), contiguous weight (C, 1, K) or (C, K) and bias (C,) or None."""
     return _add_convolution(x.contiguous(), weight, bias, False)
 
 
 def depthwise_conv_residual_backward(grad, x, weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dweight, dbias); grad and weight are contiguous."""
+    """Returns (dx, dweight, dbias); grad and weight are contiguous."""
     channels, taps = weight.shape[0], weight.shape[-1]
     dx = _add_convolution(grad, weight, None, True)
     rows, kernel = x.contiguous().unsqueeze(1), weight.view(channels, 1, taps)

@@ -37,7 +37,7 @@ BLOCK_K = 32
 
 @triton.jit
 def _logistic(x, SHORT: tl.constexpr):
-    """1 / (1 + exp(-x)); unless SHORT, corrected as in swoosh.py to the error of torch's."""
+    """Returns 1 / (1 + exp(-x)); unless SHORT, corrected as in swoosh.py to the error of torch's."""
     e = x * 1.4426950408889634
     u = tl.exp2(-tl.abs(e))
     if not SHORT:
@@ -52,7 +52,7 @@ def _logistic(x, SHORT: tl.constexpr):
 
 @triton.jit
 def _lay_out(SOURCE, TABLE, row, taps, C, pid, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
-    """SOURCE (C, taps) to rows ``row`` on of TABLE (rows, C)."""
+    """Copies SOURCE (C, taps) to the rows of TABLE (rows, C) from ``row`` on."""
     k = pid // tl.cdiv(C, BLOCK_C) * BLOCK_K + tl.arange(0, BLOCK_K)
     c = pid % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     keep = (k < taps)[:, None] & (c < C)[None, :]
@@ -108,7 +108,7 @@ def gate_kernel(
 
 @triton.jit
 def _place(batch, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(frames, sequence, channels) of this program: channels vary fastest, then sequences."""
+    """Returns (frames, sequence, channels) of this program: channels vary fastest, then sequences."""
     pid = tl.program_id(0)
     c_tiles = tl.cdiv(C, BLOCK_C)
     c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -124,7 +124,7 @@ def _row(POINTER, c, C):
 
 @triton.jit
 def _edge_scale(TABLE, position, c, C, chunk, taps):
-    """The scale of rows at these positions of a chunk, [BLOCK_T, BLOCK_C]."""
+    """Returns the scale of rows at these positions of a chunk, [BLOCK_T, BLOCK_C]."""
     left = taps + taps // 2 + 1 + position
     right = 2 * taps + taps // 2 + 1 + position - (chunk - taps)
     near = (position < taps)[:, None] & (c < C)[None, :]
@@ -138,7 +138,7 @@ def _convolve(
     U, TABLE, BIAS, CAUSAL_BIAS, t, b, c, frames, batch, C, chunk, taps,
     CHUNKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """(z, e, scale) of these frames; e and scale in chunk-causal form alone."""
+    """Returns (z, e, scale) of these frames; e and scale in chunk-causal form alone."""
     pad = taps // 2
     z = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     e = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
@@ -366,7 +366,7 @@ def add_parts_kernel(
 
 
 class _Call:
-    """The sizes of a call, u and the weights' table: what forward and backward share."""
+    """The sizes of a call, u and the weights' table, which forward and backward share."""
 
     def __init__(self, h, weight, causal_weight, chunk_scale, mask, cache, chunk_size):
         self.frames, self.batch, self.channels = h.shape[0], h.shape[1], h.shape[2] // 2
@@ -421,8 +421,9 @@ def gated_depthwise_conv_forward(
     right: bool,
     need_cache: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y (T, B, C), new cache (B, C, K // 2), or a tensor without elements); y in the promotion of h's and
-    chunk_scale's dtype. The channels of h are contiguous, all else is."""
+    """Returns (y (T, B, C), new cache (B, C, K // 2), or a tensor without elements). y has the promoted dtype of h and
+    chunk_scale. The channels of h and all other tensors are contiguous.
+    """
     if not h.numel() or not weight.numel():
         y = h.new_zeros(h.shape[0], h.shape[1], h.shape[2] // 2)
         pad = weight.shape[-1] // 2
@@ -441,8 +442,9 @@ def gated_depthwise_conv_forward(
 def gated_depthwise_conv_backward(
     grad, h, weight, bias, causal_weight, causal_bias, chunk_scale, mask, cache, chunk_size: int, right: bool
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of h to chunk_scale and of cache, without elements where the tensor is None. The channels of grad
-    and h are contiguous, all else is."""
+    """Returns the gradients of h to chunk_scale and of cache, without elements where the tensor is None. The channels
+    of grad and h and all other tensors are contiguous.
+    """
     tensors = (h, weight, bias, causal_weight, causal_bias, chunk_scale, cache)
     if not h.numel() or not weight.numel():
         return tuple(h.new_empty(0) if t is None else torch.zeros_like(t) for t in tensors)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LSTM with LayerNorm on the gates and on the cell, after the input's product: one launch over the sequence, each way.
+"""LSTM with LayerNorm on the gates and on the cell, after the input's product; each pass is one launch over the
+sequence.
 
     i, f, v, o = the quarters of LN(p_t + h W^T)      c = LN(sigmoid(f) c + sigmoid(i) tanh(v))
     h = sigmoid(o) tanh(c)      LN(z) = n weight + bias, n = (z - mean z) s, s = 1 / sqrt(var z + eps)
@@ -13,14 +14,14 @@ multiprocessors and launched cooperatively, so that all of them run; what one wr
 the second-level cache. A single step is launched phase by phase, and so is everything in the interpreter, which runs
 one program at a time.
 
-Streaming W through one program per block of sequences instead needs no waiting, but 2 MB (bf16) to 4 MB through one
-multiprocessor take 20 to 40 us per step; here a step is two waits and two short
-phases, about 5 us by count of latencies.
+Streaming W through one program per block of sequences would need no waiting, but 2 MB (bf16) to 4 MB through one
+multiprocessor take 20 to 40 us per step. Here a step is two waits and two short phases, about 5 us by count of
+latencies.
 
-Kept for the backward: n of gates and cell, (T, B, 5H), and the two s, (T, B, 2), in float32. The gradients before the
-norms' weights are written beside dgates, and sums over steps and sequences follow in parts that depend on the shape
-alone, added in float64: results repeat bit for bit, there are no atomics but the counter of arrivals. Launches: forward
-1 (2 for one step), and a copy of the state; backward 1 and 4 for the norms.
+The forward keeps n of gates and cell, (T, B, 5H), and the two s, (T, B, 2), in float32 for the backward. The gradients
+before the norms' weights are written beside dgates, and sums over steps and sequences follow in parts that depend on
+the shape alone, added in float64: results repeat bit for bit, there are no atomics but the counter of arrivals.
+Launches: forward 1 (2 for one step), and a copy of the state; backward 1 and 4 for the norms.
 """
 
 import os
@@ -44,7 +45,7 @@ BLOCK_P, PART_ROWS, MAX_PARTS = 64, 16, 64  # columns and rows of a tile of the 
 
 @triton.jit
 def _wait(ARRIVED, count):
-    """Until ``count`` programs have come here; all that they stored before is then visible."""
+    """Waits until ``count`` programs have come here; all that they stored before is then visible."""
     tl.debug_barrier()
     tl.atomic_add(ARRIVED, 1, sem="release")
     while tl.atomic_add(ARRIVED, 0, sem="acquire") < count:
@@ -54,7 +55,7 @@ def _wait(ARRIVED, count):
 
 @triton.jit
 def _fresh(POINTER, at, keep):
-    """What another program may have written in this launch: not from the first-level cache."""
+    """Loads what another program may have written in this launch, bypassing the first-level cache."""
     return tl.load(POINTER + at, mask=keep, other=0.0, cache_modifier=".cg").to(tl.float32)
 
 
@@ -68,7 +69,9 @@ def _product(
     X, x_row, W, w_row, w_column, OUT, out_row, n, units, batch,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """OUT[b, n] = sum over k < units of X[b, k] W[n, k] for all sequences; n: columns, negative ones left out."""
+    """Writes OUT[b, n] = sum over k < units of X[b, k] W[n, k] for all sequences and the columns n; negative n are left
+    out.
+    """
     for first in range(0, batch, BLOCK_B):
         b = first + tl.arange(0, BLOCK_B)
         total = tl.zeros([BLOCK_B, n.shape[0]], tl.float32)
@@ -86,7 +89,7 @@ def _product(
 
 @triton.jit
 def _centred(x, mean, keep, PRECISE: tl.constexpr):
-    """x - mean, 0 where not ``keep``; the mean of float32 gates in two parts, exact to float64."""
+    """Returns x - mean, 0 where not ``keep``. The mean of float32 gates has two parts, exact to float64."""
     high = mean.to(tl.float32)
     x = x - high[:, None]
     if PRECISE:
@@ -101,7 +104,7 @@ def _scale(square, eps):
 
 @triton.jit
 def _gate(n, q, WEIGHT, BIAS, u, units):
-    """A quarter of the normalised gates with its weight and bias."""
+    """Returns a quarter of the normalised gates with its weight and bias applied."""
     w = tl.load(WEIGHT + q * units + u, mask=u < units, other=0.0)
     b = tl.load(BIAS + q * units + u, mask=u < units, other=0.0)
     return tl.fma(n, w[None, :], b[None, :])
@@ -112,7 +115,9 @@ def _step(
     PRODUCT, RECURRENT, GATE_WEIGHT, GATE_BIAS, CELL_WEIGHT, CELL_BIAS, HIDDEN, CELL, Y, NORMED, SCALES,
     step, b, u, batch, units, has_product, has_cell, eps, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """Gates, cell and hidden state of sequences b at a step, from the recurrent product and the cell before."""
+    """Writes gates, cell and hidden state of sequences b at a step, from the recurrent product and the
+    previous cell.
+    """
     keep = (b < batch)[:, None] & (u < units)[None, :]
     row = step * batch.to(tl.int64) + b
     at = (row * (4 * units))[:, None] + u[None, :]
@@ -198,8 +203,9 @@ def _step_back(
     GRAD, NORMED, SCALES, GATE_WEIGHT, GATE_BIAS, CELL_WEIGHT, CELL_BIAS, CELL, DHIDDEN, DCELL, BEFORE, DGATES,
     step, b, u, batch, units, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """dgates of sequences b at a step, and d(cell) of the step before; BEFORE: the gradients before the norms'
-    weights."""
+    """Writes dgates of sequences b at a step and d(cell) of the previous step; BEFORE receives the gradients before the
+    norms' weights.
+    """
     keep = (b < batch)[:, None] & (u < units)[None, :]
     row = step * batch.to(tl.int64) + b
     own = (b * units)[:, None] + u[None, :]
@@ -325,12 +331,12 @@ def norm_gradient_kernel(
 
 # --------------------------------------------------------------------------- launches
 def _together() -> bool:
-    """Whether programs run at the same time, so that they can wait for each other."""
+    """Says whether programs run at the same time, so that they can wait for each other."""
     return os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def shapes(units: int, batch: int, programs: int, dtype: torch.dtype) -> dict[str, int]:
-    """The tiles of ``programs`` programs."""
+    """Returns the tiles of ``programs`` programs."""
     block_u = max(32, triton.next_power_of_2(units))
     rows = min(MAX_ROWS, triton.next_power_of_2(triton.cdiv(batch, programs)))
     most = MAX_K_PRECISE if dtype == torch.float32 else MAX_K
@@ -345,12 +351,14 @@ def shapes(units: int, batch: int, programs: int, dtype: torch.dtype) -> dict[st
         "num_stages": 4 if most == MAX_K else 5,
         "maxnreg": min(
             255, 2048 // warps
-        ),  # left alone, the assembler spills to let more programs run at once
+        ),  # without this limit the assembler spills to let more programs run at once
     }
 
 
 def _launch(kernel, arguments, first: int, last: int, tail, weight, batch: int) -> None:
-    """Phases first to last - 1: in one launch, or in one each where programs cannot wait or there is but one step."""
+    """Runs phases first to last - 1 in one launch, or in one launch each where programs cannot wait or there is but one
+    step.
+    """
     units, device, processors = weight.shape[1], weight.device, 128
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -387,8 +395,9 @@ def layer_norm_lstm_forward(
     eps: float,
     keep: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """(y (T, B, H), hidden, cell, kept), in float32, from x W_x^T (T, B, 4H) and ``weight`` (4H, H) of one dtype; the
-    norms' parameters and the state are float32, all is contiguous. ``input_weight`` is None."""
+    """Returns (y (T, B, H), hidden, cell, kept), in float32, from x W_x^T (T, B, 4H) and ``weight`` (4H, H) of one
+    dtype. The norms' parameters and the state are float32; all tensors are contiguous. ``input_weight`` is None.
+    """
     steps, batch, units = product.shape[0], product.shape[1], weight.shape[1]
 
     def new(*shape: int) -> torch.Tensor:
@@ -440,8 +449,9 @@ def layer_norm_lstm_backward(
     grad_y, grad_hidden, grad_cell, weight, gate_weight, gate_bias, cell_weight, cell_bias, cell, kept,
     steps: int, batch: int, eps: float, need_state: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """(dgates (T, B, 4H) in weight's dtype, dgate_weight, dgate_bias, dcell_weight, dcell_bias, dhidden, dcell) from
-    float32 gradients, any of which may be None; dhidden has no elements unless ``need_state``."""
+    """Returns (dgates (T, B, 4H) in weight's dtype, dgate_weight, dgate_bias, dcell_weight, dcell_bias, dhidden,
+    dcell). The gradients are float32 or None; dhidden has no elements unless ``need_state``.
+    """
     units, device = weight.shape[1], weight.device
 
     def new(make, *shape: int, dtype=torch.float32) -> torch.Tensor:
@@ -473,7 +483,7 @@ def layer_norm_lstm_backward(
 
 
 def _norm_gradients(normed, before, rows: int, row: int, start: int, out: list[torch.Tensor]) -> None:
-    """Sums of d n and d over all rows for the columns from ``start`` on."""
+    """Returns the sums of d n and d over all rows for the columns from ``start`` on."""
     columns = out[0].numel()
     rows_per_part = triton.cdiv(triton.cdiv(rows, MAX_PARTS), PART_ROWS) * PART_ROWS
     parts = triton.cdiv(rows, rows_per_part)

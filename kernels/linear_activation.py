@@ -71,7 +71,7 @@ def backward_kernel(
 
 
 def linear_activation_forward(z: torch.Tensor, activation: int, in_place: bool) -> torch.Tensor:
-    """act(z) of contiguous z; with ``in_place`` in its memory."""
+    """Returns act(z) of contiguous z; ``in_place`` writes it into z's memory."""
     y = z if in_place else torch.empty_like(z)
     if numel := z.numel():
         with torch.cuda.device_of(z):
@@ -86,7 +86,7 @@ def linear_activation_forward(z: torch.Tensor, activation: int, in_place: bool) 
 def linear_activation_backward(
     grad: torch.Tensor, z: torch.Tensor, activation: int, need_bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dz, dbias) of contiguous grad and z (..., C); dbias without elements unless it is needed."""
+    """Returns (dz, dbias) of contiguous grad and z (..., C); dbias has no elements unless it is needed."""
     channels = z.shape[-1]
     dz, dbias = torch.empty_like(z), z.new_empty(channels if need_bias else 0)
     if not z.numel():

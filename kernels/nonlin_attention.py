@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What surrounds the two products of NonlinAttention: elementwise passes over (frames, batch, width).
+"""The elementwise passes around the two products of NonlinAttention, over (frames, batch, width).
 
 s, v, z are the thirds of a row of P; o and dx are (batch, frames, width), as the products give them:
 
@@ -23,7 +23,7 @@ BLOCK_T, BLOCK_C, NUM_WARPS = 8, 128, 4
 
 @triton.jit
 def _tile(frames, width, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Frames, channels and the mask of this program's tile."""
+    """Returns the frames, the channels and the mask of this program's tile."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     return t, c, (t < frames)[:, None] & (c < width)[None, :]
@@ -112,14 +112,14 @@ def _precise(projected: torch.Tensor) -> dict:
 
 
 def nonlin_attention_gate(projected: torch.Tensor) -> torch.Tensor:
-    """x (T, B, D) of projected (T, B, 3 D), whose rows are dense and evenly spaced."""
+    """Returns x (T, B, D) of projected (T, B, 3 D), whose rows are dense and evenly spaced."""
     x = _like(projected)
     _launch(gate_kernel, projected, projected, x, **_precise(projected))
     return x
 
 
 def nonlin_attention_product(projected: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
-    """y (T, B, D) of o (B, T, D)."""
+    """Returns y (T, B, D) of o (B, T, D)."""
     y = _like(projected)
     _launch(product_kernel, projected, projected, o, y)
     return y
@@ -128,7 +128,7 @@ def nonlin_attention_product(projected: torch.Tensor, o: torch.Tensor) -> torch.
 def nonlin_attention_operands(
     grad: torch.Tensor, projected: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and u, (T, B, D)."""
+    """Returns x and u, (T, B, D)."""
     x, u = _like(projected), _like(projected)
     _launch(operands_kernel, projected, grad, projected, x, u, **_precise(projected))
     return x, u
@@ -137,7 +137,7 @@ def nonlin_attention_operands(
 def nonlin_attention_gradient(
     dx: torch.Tensor, grad: torch.Tensor, projected: torch.Tensor, o: torch.Tensor
 ) -> torch.Tensor:
-    """The gradient of projected, (T, B, 3 D), for dx and o (B, T, D)."""
+    """Returns the gradient of projected, (T, B, 3 D), for dx and o (B, T, D)."""
     dprojected = _like(projected, 3)
     _launch(gradient_kernel, projected, dx, grad, projected, o, dprojected, **_precise(projected))
     return dprojected

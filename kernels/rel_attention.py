@@ -49,7 +49,7 @@ UNALIGNED = ["PADDING", "MASK"]
 def _of_head(
     Q, K, V, POS, U, W, head, sequence, q_batch, v_batch, DIM: tl.constexpr, VALUE_DIM: tl.constexpr
 ):
-    """The tensors of a head and a sequence."""
+    """Returns the tensors of a head and a sequence."""
     q = sequence * q_batch + head * DIM
     v = sequence * v_batch + head * VALUE_DIM
     return Q + q, K + q, V + v, POS + head * DIM, U + head * DIM, W + head * DIM
@@ -57,7 +57,9 @@ def _of_head(
 
 @triton.jit
 def _biased(Q, BIAS, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of q + bias, rounded as they are stored, if they fit a block of channels; else zeros that nothing reads."""
+    """Returns rows of q + bias, rounded as they are stored, if they fit a block of channels; else zeros that nothing
+    reads.
+    """
     rows = tl.zeros([BLOCK_M, BLOCK_D], Q.dtype.element_ty)
     if DIM <= BLOCK_D:
         rows = load_rows(Q, i, q_time, tl.arange(0, BLOCK_D), keep, DIM, BIAS)
@@ -66,7 +68,7 @@ def _biased(Q, BIAS, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, 
 
 @triton.jit
 def _queries(tensors, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(q + u, q + w) of rows, see ``_biased``."""
+    """Returns (q + u, q + w) of rows, see ``_biased``."""
     Q, _k, _v, _pos, U, W = tensors
     return (
         _biased(Q, U, i, q_time, keep, DIM, BLOCK_M, BLOCK_D),
@@ -79,7 +81,7 @@ def _band(
     rows, tensors, i, q_time, keep_i, start, frames,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N] products of q + w and the rows of R from ``start`` on."""
+    """Returns the [BLOCK_M, BLOCK_N] products of q + w and the rows of R from ``start`` on."""
     Q, _k, _v, POS, _u, W = tensors
     r = start + tl.arange(0, BLOCK_N)
     keep_r = (r >= 0) & (r < 2 * frames - 1)
@@ -91,8 +93,9 @@ def _scores(
     first, second, third, rows, key, tensors, masks, i, q_time, keep_i, j, frames, scale,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Scores of queries i and keys j, -inf where hidden. First pieces of the band; ``rows`` and ``key`` hold q + u and
-    k if they fit a block."""
+    """Returns the scores of queries i and keys j, -inf where hidden. The caller passes the first pieces of the band;
+    ``rows`` and ``key`` hold q + u and k if they fit a block.
+    """
     Q, K, _v, _pos, U, _w = tensors
     PADDING, MASK, sequence, mask_batch = masks
     if PADDING is not None:
@@ -118,7 +121,7 @@ def forward_kernel(
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """y of a block of queries and of columns; of the queries lse, inf without a key."""
+    """Writes y of a block of queries and of columns, and the queries' lse, which is inf without a key."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
@@ -171,7 +174,7 @@ def _rows(
     tensors, G, i, q_time, v_time, keep, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """(q + u, q + w, G) of queries, each if it fits a block of channels."""
+    """Returns (q + u, q + w, G) of queries, each if it fits a block of channels."""
     content, position = _queries(tensors, i, q_time, keep, DIM, BLOCK, BLOCK_D)
     g = tl.zeros([BLOCK, BLOCK_V], G.dtype.element_ty)
     if VALUE_DIM <= BLOCK_V:
@@ -185,8 +188,9 @@ def _tile(
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """(scores, dW, upper piece of the band) of a square tile of what ``_rows`` gave, whose lower piece of the band ends
-    at row ``after`` of R."""
+    """Returns (scores, dW, upper piece of the band) of a square tile. ``_rows`` gave the operands; the lower piece of
+    the band ends at row ``after`` of R.
+    """
     content, position, g = rows
     upper = _band(position, tensors, i, q_time, keep_i, after, frames, DIM, BLOCK, BLOCK, BLOCK_D)
     scores = _scores(
@@ -204,7 +208,7 @@ def statistics_kernel(
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """1 / sum of the weights and delta of a block of queries."""
+    """Writes 1 / sum of the weights and delta of a block of queries."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
@@ -245,9 +249,9 @@ def queries_kernel(
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dS k of a block of the queries [start_row, start_row + rows) and of channels, in float32, and its sums. Programs
-    of the first block of channels also store dS by offset: blocks + 1 times BLOCK columns for all the sequence's
-    blocks, of which column 0 is the row ``base`` of R. Rows behind the last query are 0."""
+    """Writes dS k of a block of the queries [start_row, start_row + rows) and of channels, in float32, and its sums.
+    Programs of the first block of channels also store dS by offset: blocks + 1 times BLOCK columns for all the
+    sequence's blocks, of which column 0 is the row ``base`` of R. Rows behind the last query are 0."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     lanes = tl.arange(0, BLOCK)
@@ -301,7 +305,9 @@ def offsets_kernel(
     DS, POS, CONTENT, DQ, PARTS, frames, first_block, batch, blocks, all_blocks, heads, q_time, q_batch, ds_row, scale,
     DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq = CONTENT + dS' R of a block of queries, of the ``blocks`` that DS holds, and of channels; sums of dS' R."""
+    """Writes dq = CONTENT + dS' R of a block of channels and of queries, out of the ``blocks`` that DS holds, and sums
+    of dS' R.
+    """
     PRECISE: tl.constexpr = DS.dtype.element_ty == tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     lanes = tl.arange(0, BLOCK)
@@ -332,7 +338,7 @@ def keys_kernel(
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dS^T (q + u) and W^T G of a block of keys and of their channels."""
+    """Writes dS^T (q + u) and W^T G of a block of keys and of their channels."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     lanes = tl.arange(0, BLOCK)
@@ -381,8 +387,9 @@ def positions_kernel(
     DS, Q, W, PARTS, frames, first_block, count, batch, blocks, all_blocks, heads, q_time, q_batch, ds_row, scale,
     DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """PARTS + dS'^T (q + w) of a block of offsets and of channels, over the ``count`` blocks of queries that DS holds;
-    PARTS is (batch, offsets, heads DIM). Offsets r = T + t BLOCK + c are block t + b + 1 of the rows of block b."""
+    """Writes PARTS + dS'^T (q + w) of a block of offsets and of channels, over the ``count`` blocks of queries that DS
+    holds; PARTS is (batch, offsets, heads DIM). Offsets r = T + t BLOCK + c are block t + b + 1 of the rows of block b.
+    """
     head, sequence, number = place(tl.program_id(0), blocks, batch)
     lanes = tl.arange(0, BLOCK)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -409,7 +416,7 @@ def positions_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def biases_kernel(PARTS, DU, DW, parts, width, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Column sums of a block of columns of the two tables of ``parts`` rows."""
+    """Adds a block of columns of the two tables of ``parts`` rows."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     keep_c = c < width
     PARTS += tl.program_id(1).to(tl.int64) * parts * width
@@ -427,10 +434,10 @@ def biases_kernel(PARTS, DU, DW, parts, width, BLOCK_P: tl.constexpr, BLOCK_C: t
 
 # --------------------------------------------------------------------------- launchers
 def tiles(dim: int, value_dim: int, dtype: torch.dtype, hopper: bool, hiding: bool) -> dict[str, dict]:
-    """Tile shapes, warps and stages by kernel, ``hiding``: with a mask of pairs.
+    """Returns tile shapes, warps and stages by kernel; ``hiding`` says whether there is a mask of pairs.
 
-    The largest that do not spill (tests/kernels/budgets.toml). Products of float32 are exact ones, without tensor
-    cores: they want small tiles.
+    The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
+    cores, in full precision, and need small tiles.
     """
     wide = dtype == torch.float32
     block = 16 if wide else 32
@@ -464,7 +471,9 @@ def rel_attention_forward(
     key_padding_mask: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y (B, T, H, e), lse (B, H, T) in float32, inf where a query sees no key). All tensors are contiguous."""
+    """Returns (y (B, T, H, e), lse (B, H, T) in float32, inf where a query sees no key). All tensors are
+    contiguous.
+    """
     batch, frames, heads, dim = q.shape
     y = torch.empty_like(v)
     lse = q.new_empty(batch, heads, frames, dtype=torch.float32)
@@ -502,7 +511,7 @@ def rel_attention_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of the six tensors. All tensors are contiguous."""
+    """Returns the gradients of the six tensors. All tensors are contiguous."""
     batch, frames, heads, dim = q.shape
     if not lse.numel():
         return tuple(torch.zeros_like(t) for t in (q, k, v, pos, bias_u, bias_v))

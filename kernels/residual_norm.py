@@ -27,7 +27,7 @@ from fastasr.kernels._activation import activate_with_slope, sigmoid_pair
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Rows live in registers: up to 4096 channels are at most 8 elements in each thread; wider rows spill.
+# Rows live in registers: up to 4096 channels take at most 8 elements in each thread; wider rows spill.
 MAX_CHANNELS = 65536
 MAX_WARPS = 2048
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 512, 256  # per warp
@@ -35,7 +35,7 @@ FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 512, 256  # per warp
 
 @triton.jit
 def _mean(values, C, PRECISE: tl.constexpr):
-    """Row means, in float64 when PRECISE."""
+    """Returns row means, added in float64 when PRECISE."""
     if PRECISE:
         values = values.to(tl.float64)
     return tl.sum(values, axis=1) / C
@@ -43,10 +43,10 @@ def _mean(values, C, PRECISE: tl.constexpr):
 
 @triton.jit
 def _centred(t, keep, eps, C, PRECISE: tl.constexpr):
-    """t - mean t, 0 where not ``keep``, and 1 / sqrt(var t + eps).
+    """Returns t - mean t, 0 where not ``keep``, and 1 / sqrt(var t + eps).
 
-    MEGA's epsilon is 1e-12: a row of almost equal elements is normalised by its rounding errors, which must not
-    be ours. So the mean of float32 tensors is subtracted in two parts, exact to float64.
+    MEGA's epsilon is 1e-12: a row of almost equal elements is normalised by the rounding errors of its elements, and
+    this kernel must not add its own. So the mean of float32 tensors is subtracted in two parts, exact to float64.
     """
     mean = _mean(t, C, PRECISE)
     high = mean.to(tl.float32)
@@ -68,7 +68,7 @@ def _proposal(
     CANDIDATE, HIDDEN, MASK, r, c, keep, C, candidate_stride, hidden_stride,
     ACTIVATION: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """a = act(candidate + hidden) mask, and its derivative."""
+    """Returns a = act(candidate + hidden) mask, and its derivative."""
     total = _load(CANDIDATE, r, c, candidate_stride, keep) + _load(HIDDEN, r, c, hidden_stride, keep)
     a, slope = activate_with_slope(total, ACTIVATION, PRECISE)
     if MASK is not None:
@@ -162,7 +162,7 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def add_parts_kernel(PARTS, DWEIGHT, DBIAS, parts, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Column sums of two tables of ``parts`` rows, one behind the other."""
+    """Adds the columns of two tables of ``parts`` rows, one behind the other."""
     second = tl.program_id(1)
     p = tl.arange(0, BLOCK_P)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -177,7 +177,7 @@ def add_parts_kernel(PARTS, DWEIGHT, DBIAS, parts, C, BLOCK_P: tl.constexpr, BLO
 
 
 def _blocks(channels: int, elements: int) -> tuple[int, int, int]:
-    """(rows per tile, padded channels, warps) for ``elements`` per warp; at most 16 warps."""
+    """Returns (rows per tile, padded channels, warps) for ``elements`` per warp; at most 16 warps."""
     if channels > MAX_CHANNELS:
         raise ValueError(
             f"residual_norm: expected at most {MAX_CHANNELS} channels in the Triton kernel, got {channels}"
@@ -188,7 +188,9 @@ def _blocks(channels: int, elements: int) -> tuple[int, int, int]:
 
 
 def _stride(t: torch.Tensor | None) -> int:
-    """Elements from one row to the next; rows are dense and evenly spaced (``fastasr.ops._layout.rows``)."""
+    """Returns elements from one row to the next; rows are dense and evenly spaced
+    (``fastasr.ops._layout.rows``).
+    """
     if t is None:
         return 0
     return next((t.stride(d) for d in range(t.dim() - 2, -1, -1) if t.shape[d] > 1), t.shape[-1])
@@ -206,11 +208,11 @@ def residual_norm_forward(
     activation: int,
     keep_statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """y, contiguous, in x's dtype; candidate and hidden are both None or neither, mask, weight and bias contiguous
-    float32.
+    """Returns y, contiguous, in x's dtype. Either both candidate and hidden are None or neither is; mask, weight and
+    bias are contiguous float32.
 
-    The rows of x, update, candidate and hidden are evenly spaced. No statistics are kept, asked for or not: the
-    backward has the rows in registers and computes them again. Raises ``ValueError`` for C > ``MAX_CHANNELS``.
+    The rows of x, update, candidate and hidden are evenly spaced. It keeps no statistics, even if asked for: the
+    backward has the rows in registers and computes them again. Raises ``ValueError`` if C > ``MAX_CHANNELS``.
     """
     channels = x.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -239,8 +241,10 @@ def residual_norm_backward(
     eps: float,
     activation: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dupdate, dsum, dweight, dbias) for a contiguous ``grad`` of the output; dsum is the gradient of candidate
-    and of hidden. Without them dx is that of x and of update, and dupdate and dsum have no elements."""
+    """Returns (dx, dupdate, dsum, dweight, dbias) for a contiguous ``grad`` of the output; dsum is the gradient of
+    candidate and of hidden. Without them dx is the gradient of both x and update, and dupdate and dsum have no
+    elements.
+    """
     channels, gated = x.shape[-1], candidate is not None
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dupdate, dsum = (

@@ -42,7 +42,7 @@ SIZES = ["first", "rows", "frames", "length", "s_range"]
 
 @triton.jit
 def locate(row, STARTS, SYMBOLS, BOUNDARY, rows, frames, length, s_range, outputs):
-    """(frame, context, whether inside, symbol) of rows, all of 64 bits."""
+    """Returns (frame, context, whether inside, symbol) of rows, all of 64 bits."""
     keep = row < rows
     frame = row // s_range
     batch = frame // frames
@@ -65,7 +65,7 @@ def locate(row, STARTS, SYMBOLS, BOUNDARY, rows, frames, length, s_range, output
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x), of float64."""
+    """Returns log(1 + e^x), of float64."""
     return tl.log(1.0 + tl.exp(-tl.abs(x))) + tl.maximum(x, 0.0)
 
 
@@ -75,7 +75,9 @@ def hidden_kernel(
     AM, LM, STARTS, SYMBOLS, BOUNDARY, HIDDEN, first, rows, frames, length, s_range, D, width,
     ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """act(am + lm) of rows [first, rows), zeros outside the boundary and behind the last channel."""
+    """Writes act(am + lm) of rows [first, rows), with zeros outside the boundary and behind the last
+    channel.
+    """
     PRECISE: tl.constexpr = HIDDEN.dtype.element_ty == tl.float32
     tiles = tl.cdiv(width, BLOCK_C)
     local = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -96,7 +98,7 @@ def scores_kernel(
     first, rows, frames, length, s_range, width, V, blank,
     HAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """symbol, blank and L of a block of rows."""
+    """Writes symbol, blank and L of a block of rows."""
     PRECISE: tl.constexpr = HIDDEN.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     local = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -146,7 +148,7 @@ def logits_gradient_kernel(
     first, rows, frames, length, s_range, width, V, d_stride, blank,
     HAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dl of a block of rows and of outputs, and its sum over the rows."""
+    """Writes dl of a block of rows and of outputs, and its sum over the rows."""
     PRECISE: tl.constexpr = HIDDEN.dtype.element_ty == tl.float32
     tiles = tl.cdiv(V, BLOCK_N)
     block = (tl.program_id(0) // tiles).to(tl.int64)
@@ -193,7 +195,7 @@ def frame_gradient_kernel(
     AM, LM, STARTS, SYMBOLS, BOUNDARY, DHIDDEN, DAM, first, rows, frames, length, s_range, D,
     ACTIVATION: tl.constexpr, PRECISE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """da over dh, in place, and dam, of a frame."""
+    """Writes da over dh, in place, and dam, of a frame."""
     tiles = tl.cdiv(D, BLOCK_C)
     place = (tl.program_id(0) // tiles).to(tl.int64)
     c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -209,7 +211,8 @@ def frame_gradient_kernel(
         d = tl.load(DHIDDEN + local * D + c, mask=keep, other=0.0)
         h, slope = activate_with_slope(a + b, ACTIVATION, PRECISE)
         if ACTIVATION == TANH:
-            slope = tl.fma(-h, h, 1.0)  # one rounding; a sum over outputs does not show what cancels near 0
+            # rounded once; a sum over outputs does not show the digits that cancel near 0
+            slope = tl.fma(-h, h, 1.0)
         da = tl.where(keep, d * slope, 0.0)
         tl.store(DHIDDEN + local * D + c, da, mask=in_row)
         total += da
@@ -220,7 +223,9 @@ def frame_gradient_kernel(
 def context_gradient_kernel(
     STARTS, DA, DLM, first, rows, frames, length, s_range, D, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """dlm of a context, plus the sum of da over its rows among [first, rows). Rows outside the boundary hold zeros."""
+    """Writes dlm of a context, plus the sum of da over its rows among [first, rows). Rows outside the boundary hold
+    zeros.
+    """
     tiles = tl.cdiv(D, BLOCK_C)
     context = (tl.program_id(0) // tiles).to(tl.int64)
     c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -244,7 +249,9 @@ def context_gradient_kernel(
 
 # --------------------------------------------------------------------------- launchers
 def tiles(d: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile shape, warps and stages of the two kernels that multiply (tests/kernels/budgets.toml: no spills)."""
+    """Returns tile shape, warps and stages of the two kernels that multiply (tests/kernels/budgets.toml:
+    no spills).
+    """
     wide = dtype == torch.float32
     block_k = min(16 if wide else 64, max(16, triton.next_power_of_2(d)))
     blocks = {"BLOCK_M": 64, "BLOCK_N": 32} if wide else {"BLOCK_M": 128, "BLOCK_N": 128}
@@ -271,7 +278,7 @@ class _Plan:
         self.padded = torch.nn.functional.pad(self.weight, (0, more)) if more else self.weight
 
     def chunks(self, bytes_per_row: int):
-        """(first row, end) of chunks of whole frames."""
+        """Returns (first row, end) of chunks of whole frames."""
         step = max(1, CHUNK_BYTES // max(1, bytes_per_row * self.s_range)) * self.s_range
         rows = self.batch * self.frames * self.s_range
         return ((first, min(first + step, rows)) for first in range(0, rows, step))
@@ -294,7 +301,7 @@ class _Plan:
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b in float32."""
+    """Returns a b in float32."""
     if a.dtype is torch.float32:
         return torch.mm(a, b)
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
@@ -304,7 +311,7 @@ def rnnt_joiner_forward(
     am, lm, weight, bias, symbols, starts, boundary,
     s_range: int, blank: int, activation: int, hat: bool, need_gradients: bool, keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:  # fmt: skip
-    """(symbol_logprobs, blank_logprobs, L, None): logits are never kept here."""
+    """Returns (symbol_logprobs, blank_logprobs, L, None): this kernel never keeps logits."""
     p = _Plan(am, lm, weight, bias, symbols, starts, boundary, s_range, blank, activation, hat)
     shape = p.batch, p.frames, s_range
     px, py = (torch.empty(shape, dtype=torch.float32, device=am.device) for _ in range(2))
@@ -322,7 +329,7 @@ def rnnt_joiner_backward(
     grad_symbol, grad_blank, am, lm, weight, bias, symbols, starts, boundary, normaliser,
     s_range: int, blank: int, activation: int, hat: bool, needs, kept: None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(dam, dlm, dweight, dbias); those that ``needs`` does not ask for may be zeros."""
+    """Returns (dam, dlm, dweight, dbias); those that ``needs`` does not ask for may be zeros."""
     p = _Plan(am, lm, weight, bias, symbols, starts, boundary, s_range, blank, activation, hat)
     gx, gy = grad_symbol.contiguous(), grad_blank.contiguous()
     dam = torch.zeros(am.shape, dtype=am.dtype, device=am.device)

@@ -35,7 +35,7 @@ MAX_LANES = 1024
 
 @triton.jit
 def _boundary(BOUNDARY, b, symbols, frames):
-    """s_begin, t_begin and the extents; an extent below 0: no path."""
+    """Returns s_begin, t_begin and the extents; an extent below 0 means that there is no path."""
     if BOUNDARY is None:
         return 0, 0, symbols, frames
     else:  # noqa: RET505 - Triton compiles one of the branches
@@ -73,7 +73,7 @@ def forward_kernel(
         pm = tl.full([BLOCK], 1.0, tl.float32)
         pe = tl.full([BLOCK], FLOOR, tl.float32)
         for s in range(0, rows + 1):
-            # what symbols bring: from the row before, the very first cell from nowhere
+            # symbols bring mass from the row before; the very first cell gets it from nowhere
             from_x = u + s - 1 if MODIFIED else u
             x = tl.load(
                 x_first + (s - 1) * x_row + from_x,
@@ -87,7 +87,7 @@ def forward_kernel(
                 other=float("-inf"),
             )
             unfit |= _unfit(x) | _unfit(y)
-            if MODIFIED:  # arcs that no path can take: read for what makes a result NaN alone
+            if MODIFIED:  # no path can take these arcs: they are read only because they may make a result NaN
                 early = u < s
                 unfit |= _unfit(tl.load(y_first + s * y_row + u, mask=early & (u < columns), other=0.0))
                 early &= (u < columns) & (s < rows)
@@ -98,7 +98,7 @@ def forward_kernel(
             cm = tl.where(begin, 1.0, xm * pm)
             ce = tl.where(begin, 0.0, xe + pe)
             cm, ce = normalised(cm, ce)
-            if first > 0:  # the last column of the block before
+            if first > 0:  # the last column of the previous block
                 before_m, before_e = tl.load(column_m + s), tl.load(column_e + s)
                 in_m, in_e = add(before_m * ym, before_e + ye, cm, ce)
                 bm = tl.where(lane == 0, in_m, cm)
@@ -146,7 +146,7 @@ def backward_kernel(
     for k in range(0, blocks):
         first = (blocks - 1 - k) * BLOCK
         u = first + lane  # [BLOCK]
-        down = tl.zeros([BLOCK], tl.float32)  # what symbols carry to this row
+        down = tl.zeros([BLOCK], tl.float32)  # mass that symbols carry to this row
         for i in range(0, rows + 1):
             s = rows - i
             shares = SHARES + (b * (symbols + 1) + s) * share_row
@@ -167,7 +167,7 @@ def backward_kernel(
             to_y = u + s - 1 if MODIFIED else u - 1
             row_y = y_first + s * y_row
             tl.store(row_y + to_y, blank + poison, mask=(u > 0) & (to_y < columns))
-            if MODIFIED:  # arcs that no path can take
+            if MODIFIED:  # no path can take these arcs
                 early = (u < s) & (u < tl.where(poisoned, columns, 0))
                 tl.store(row_y + u, tl.zeros([BLOCK], tl.float32) + poison, mask=early)
                 early &= u < s - 1
@@ -178,21 +178,22 @@ def backward_kernel(
 
 
 def _lanes(frames: int) -> tuple[int, int]:
-    """(lanes, warps): up to eight lanes to a thread; with four the forward spills."""
+    """Returns (lanes, warps): up to eight lanes to a thread; with four the forward spills."""
     lanes = min(MAX_LANES, triton.next_power_of_2(frames + 1))
     return lanes, max(1, lanes // 256)
 
 
 def share_row(frames: int) -> int:
-    """Elements from one row of shares to the next: rows are aligned."""
+    """Returns the elements from one row of shares to the next: rows are aligned."""
     return triton.cdiv(frames + 1, 16) * 16
 
 
 def rnnt_lattice_forward(
     symbol_logprobs: torch.Tensor, blank_logprobs: torch.Tensor, boundary: torch.Tensor | None, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scores, shares): float32, contiguous (B, S, T+1) or (B, S, T), (B, S+1, T); boundary (B, 4) int64 or None.
-    shares (B, S+1, T+1 rounded up to 16), without elements unless ``keep``."""
+    """Returns (scores, shares) of contiguous float32 (B, S, T+1) or (B, S, T) and (B, S+1, T); boundary is (B, 4) int64
+    or None. The shares are (B, S+1, T+1 rounded up to 16), without elements unless ``keep``.
+    """
     x, y = symbol_logprobs, blank_logprobs
     batch, symbols, width = x.shape
     frames = y.shape[2]
@@ -215,7 +216,7 @@ def rnnt_lattice_backward(
     grad: torch.Tensor | None, scores: torch.Tensor, shares: torch.Tensor, boundary: torch.Tensor | None,
     symbols: int, width: int, frames: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of x and y for ``grad`` (B,) of the scores; None: 1."""
+    """Returns the gradients of x and y for ``grad`` (B,) of the scores; None stands for 1."""
     batch = scores.shape[0]
     dx = scores.new_zeros(batch, symbols, width)
     dy = scores.new_zeros(batch, symbols + 1, frames)

@@ -31,7 +31,9 @@ from fastasr.kernels._scaled_number import (
 
 @triton.jit
 def _boundary(BOUNDARY, STARTS, b, frames, R):
-    """s_begin, t_begin, s_end, t_end; without one: to the top of the last window."""
+    """Returns s_begin, t_begin, s_end, t_end; without a boundary, they reach to the top of the last
+    window.
+    """
     if BOUNDARY is None:
         zero = b * 0
         last = tl.load(STARTS + b * frames + frames - 1, mask=frames > 0, other=1 - R)
@@ -43,7 +45,7 @@ def _boundary(BOUNDARY, STARTS, b, frames, R):
 
 @triton.jit
 def _arcs(s, lane, t, s_begin, t_begin, s_end, t_end, R, MODIFIED: tl.constexpr):
-    """Which symbols and blanks of frame t lie inside the boundary; lane is a cell, s its symbols."""
+    """Says which symbols and blanks of frame t lie inside the boundary; lane is a cell, s its symbols."""
     begun = (s >= s_begin) & (t >= t_begin)
     if MODIFIED:
         symbols = begun & (s < s_end) & (t < t_end) & (lane < R)
@@ -54,7 +56,7 @@ def _arcs(s, lane, t, s_begin, t_begin, s_end, t_end, R, MODIFIED: tl.constexpr)
 
 @triton.jit
 def _chosen(values, take, none):
-    """values[j] for the j that row r of ``take`` [r, j] holds; ``none`` where it holds none."""
+    """Returns values[j] for the j that row r of ``take`` [r, j] holds, and ``none`` where it holds none."""
     chosen = tl.sum(tl.where(take, values[None, :], 0.0), axis=1)
     return tl.where(tl.sum(take.to(tl.int32), axis=1) > 0, chosen, none)
 
@@ -101,7 +103,7 @@ def forward_kernel(
             am, ae = normalised(am, ae)
             w = ratio(up_m, up_e, am, ae)
         else:
-            # entering symbols' factors, by the cell they lead to
+            # factors of the entering symbols, by the cell they lead to
             fm, fe = _chosen(xm, below, 1.0), _chosen(xe, below, FLOOR)
             pm, pe = normalised(pm, pe)
             _, _, qm, qe = tl.associative_scan((fm, fe, pm, pe), 0, compose)
@@ -153,7 +155,7 @@ def backward_kernel(
         next_start = tl.load(starts + t - 1, mask=t > 0, other=0)
         s = start + lane
         symbols, blanks = _arcs(s, lane, t, s_begin, t_begin, s_end, t_end, R, MODIFIED)
-        # what the cells that frame t leads to have: from the next frame's window, or the end
+        # the cells that frame t leads to have the mass of the next frame's window, or of the end
         move = after - start
         take = (other[None, :] + move == lane[:, None]) & (other[None, :] < R)
         into = tl.where(lane <= R, _chosen(g, take, 0.0), 0.0)
@@ -170,7 +172,7 @@ def backward_kernel(
             g = symbol + tl.where(lane < R, blank, 0.0) + ended
         else:
             blank = into
-            # from the top: what a cell has is its own and what the symbol of the next one brings
+            # a scan from the top: a cell's mass is its own plus what the symbol of the next cell brings
             own = tl.where(lane < R, into, 0.0) + ended
             from_above = _chosen(w, above, 0.0)
             _, all_of_it = tl.associative_scan((from_above, own), 0, compose_plain, reverse=True)
@@ -185,7 +187,7 @@ def backward_kernel(
 
 
 def _lanes(window: int) -> tuple[int, int]:
-    """(lanes, warps)."""
+    """Returns (lanes, warps)."""
     lanes = triton.next_power_of_2(window + 1)
     return lanes, max(1, min(8, lanes * lanes // 1024))
 
@@ -198,8 +200,9 @@ def rnnt_pruned_lattice_forward(
     modified: bool,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scores, shares): float32, contiguous (B, T, R); starts (B, T), boundary (B, 4) or None, int64.
-    shares (B, T, R + 1), without elements unless ``keep``."""
+    """Returns (scores, shares) of contiguous float32 (B, T, R); starts (B, T) and boundary (B, 4) or None are int64.
+    The shares are (B, T, R + 1), without elements unless ``keep``.
+    """
     x = symbol_logprobs
     batch, frames, window = x.shape
     scores = x.new_empty(batch)
@@ -223,7 +226,7 @@ def rnnt_pruned_lattice_backward(
     window: int,
     modified: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x and y for ``grad`` (B,) of the scores; None: 1."""
+    """Returns the gradients of x and y for ``grad`` (B,) of the scores; None stands for 1."""
     batch, frames = starts.shape
     dx, dy = (scores.new_empty(batch, frames, window) for _ in "xy")
     if batch and frames:

@@ -39,7 +39,9 @@ SIZES = [
 # sizes: frames, segments, segment, left, right, memory, past_frames, past_memory
 @triton.jit
 def place(program, blocks, heads, group, parts, per, ROWS: tl.constexpr):
-    """(sequence, head, first segment of the block, its lanes behind that segment's first, which of them it has)."""
+    """Returns (sequence, head, first segment of the block, its lanes counted from that segment's first,
+    their mask).
+    """
     pair, block = program // blocks, program % blocks
     lane = block % parts * ROWS + tl.arange(0, ROWS)
     return (
@@ -53,7 +55,9 @@ def place(program, blocks, heads, group, parts, per, ROWS: tl.constexpr):
 
 @triton.jit
 def visible(LENGTHS, HISTORY, sequence, sizes):
-    """(first frame, end of the frames, first row of memory) that a sequence may see at all; the past is negative."""
+    """Returns (first frame, end of the frames, first row of memory) that a sequence may see at all; the past is
+    negative.
+    """
     frames, segments, _segment, _left, _right, _memory, past_frames, past_memory = sizes
     first, first_memory, end = -past_frames, -past_memory, frames
     if HISTORY is not None:
@@ -66,7 +70,9 @@ def visible(LENGTHS, HISTORY, sequence, sizes):
 
 @triton.jit
 def queries_at(first, lane, keep, per, sizes):
-    """(row, segment, its first frame, whether a summary, whether there is such a row) of lanes behind ``first``."""
+    """Returns (row, segment, its first frame, whether a summary, whether there is such a row) of lanes behind
+    ``first``.
+    """
     frames, segments, segment, _left, right, _memory, _past_frames, _past_memory = sizes
     s, at = first + lane // per, lane % per
     t = s * segment + at - right
@@ -79,8 +85,9 @@ def queries_at(first, lane, keep, per, sizes):
 
 @triton.jit
 def described(kind, x, sizes, HAS_MEMORY: tl.constexpr):
-    """(row, begin of the last segment that sees it, a frame before the first one's) of keys, by their kind and number
-    within it."""
+    """Returns (row, begin of the last segment that sees it, a frame before the first one's) of keys, by their kind and
+    number within it.
+    """
     _frames, segments, segment, left, right, memory, past_frames, past_memory = sizes
     remembered = 0
     if HAS_MEMORY:
@@ -98,8 +105,9 @@ def described(kind, x, sizes, HAS_MEMORY: tl.constexpr):
 
 @triton.jit
 def listed(bounds, first, group, sizes, HAS_MEMORY: tl.constexpr):
-    """The keys that a block's segments see, one list: (first row of memory, rows of memory, end of the right context,
-    first frame, end of the list, first row of right context)."""
+    """Lists the keys that a block's segments see: (first row of memory, rows of memory, end of the right context, first
+    frame, end of the list, first row of right context).
+    """
     _frames, segments, segment, left, right, memory, _past_frames, _past_memory = sizes
     begin, stop, begin_memory = bounds
     end = tl.minimum(first + group, segments)
@@ -121,7 +129,7 @@ def listed(bounds, first, group, sizes, HAS_MEMORY: tl.constexpr):
 
 @triton.jit
 def keys_at(k, window, sizes, HAS_MEMORY: tl.constexpr):
-    """(kind, number, row, last, before, whether there is such a lane) of lanes of a list."""
+    """Returns (kind, number, row, last, before, whether there is such a lane) of lanes of a list."""
     m, memories, contexts, t, count, context = window
     kind = tl.where(k < contexts, RIGHT, FRAME)
     x = k + tl.where(k < contexts, context - memories, t - contexts)
@@ -134,7 +142,9 @@ def keys_at(k, window, sizes, HAS_MEMORY: tl.constexpr):
 
 @triton.jit
 def sees(u, last, before, summary, kind, HAS_MEMORY: tl.constexpr):
-    """Which queries, of segments that begin at u, see which keys; one of the two is a row, the other a column."""
+    """Says which queries, of segments that begin at u, see which keys; one of the two is a row, the other
+    a column.
+    """
     seen = (u <= last) & (u > before)
     if HAS_MEMORY:
         seen = seen & ~(summary & (kind == MEMORY))
@@ -143,7 +153,7 @@ def sees(u, last, before, summary, kind, HAS_MEMORY: tl.constexpr):
 
 @triton.jit
 def sees_any(s, u, summary, keep, bounds, sizes, HAS_MEMORY: tl.constexpr):
-    """Which queries see a key."""
+    """Says which queries see a key."""
     _frames, _segments, segment, left, right, memory, _past_frames, _past_memory = sizes
     begin, stop, begin_memory = bounds
     seen = (right > 0) | (tl.minimum(u + segment, stop) > tl.maximum(u - left, begin))
@@ -154,7 +164,7 @@ def sees_any(s, u, summary, keep, bounds, sizes, HAS_MEMORY: tl.constexpr):
 
 @triton.jit
 def dropout_of(DROPOUT, pair, i, s, kind, x, seen, mask_sizes, sizes):
-    """M, whose rows hold the windows of queries; 1 without dropout."""
+    """Returns M, whose rows hold the windows of queries; it is 1 without dropout."""
     factors = 1.0
     if DROPOUT is not None:
         _frames, _segments, segment, _left, right, _memory, _past_frames, _past_memory = sizes
@@ -169,7 +179,7 @@ def dropout_of(DROPOUT, pair, i, s, kind, x, seen, mask_sizes, sizes):
 def products_of(
     query, key, Q, i, q_time, keep_i, K, j, k_time, keep_j, DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """[queries, keys]; ``query`` and ``key`` hold the rows if they fit a block."""
+    """Returns [queries, keys]; ``query`` and ``key`` hold the rows if they fit a block."""
     total = tl.zeros([query.shape[0], key.shape[0]], tl.float32)
     if DIM <= BLOCK_D:
         total = tl.dot(query, tl.trans(key), total, input_precision="ieee")
@@ -187,7 +197,7 @@ def forward_kernel(
     DIM: tl.constexpr, HAS_MEMORY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y of a block of queries and of columns."""
+    """Writes y of a block of queries and of columns."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     sizes = (frames, segments, segment, left, right, memory, past_frames, past_memory)
@@ -232,8 +242,9 @@ def scores_and_slopes(
     query, g, key, value, Q, G, K, V, DROPOUT, pair, rows, keys, q_time, g_time, k_time, v_time, scale,
     mask_sizes, sizes, DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MEMORY: tl.constexpr,
 ):  # fmt: skip
-    """(scores, -inf where nothing is seen; dP; M) of queries and keys, as they are described by ``queries_at`` and
-    ``keys_at``."""
+    """Returns (scores, -inf where nothing is seen; dP; M) of queries and keys, as ``queries_at`` and ``keys_at``
+    describe them.
+    """
     i, s, u, summary, keep_i = rows
     kind, x, j, last, before, keep_j = keys
     seen = sees(u[:, None], last[None, :], before[None, :], summary[:, None], kind[None, :], HAS_MEMORY)
@@ -254,7 +265,9 @@ def queries_kernel(
     DIM: tl.constexpr, HAS_MEMORY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq of a block of queries and of columns; the programs of the first columns store maximum, 1 / sum and D."""
+    """Writes dq of a block of queries and of columns; the programs of the first columns store maximum, 1
+    / sum and D.
+    """
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     sizes = (frames, segments, segment, left, right, memory, past_frames, past_memory)
@@ -323,8 +336,9 @@ def keys_kernel(
     DIM: tl.constexpr, HAS_MEMORY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys and of columns. ``past``: segments before 0; ``reach``: how many segments behind its
-    own may see a key."""
+    """Writes dk and dv of a block of keys and of columns. ``past`` counts the segments before 0; ``reach`` says how
+    many segments behind its own may see a key.
+    """
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     sizes = (frames, segments, segment, left, right, memory, past_frames, past_memory)
@@ -342,7 +356,7 @@ def keys_kernel(
         is_memory = at >= right + segment
         kind = tl.where(is_memory, MEMORY, kind)
         x = tl.where(is_memory, own, x)
-        # the frame of that lane is the next segment's first: these rows are tested anew
+        # the frame of that lane is the next segment's first, so these rows are tested again
         keep_j = tl.where(
             is_memory, (lane < group * per) & (own >= -past_memory) & (own < segments - 1), keep_j
         )
@@ -376,7 +390,8 @@ def keys_kernel(
         weights = exp_nonpositive(scores - maximum[:, None], PRECISE) * inverse[:, None]
         ds = weights * (slopes - delta[:, None])
         weights = weights * factors
-        if PRECISE:  # in one chain of float32 their error is 40 % above eager's, who adds sums of segments
+        # one chain of float32 would have an error 40 % above eager's, which adds sums of segments
+        if PRECISE:
             dv += tl.dot(tl.trans(weights), g, input_precision="ieee").to(tl.float64)
             dk += tl.dot(tl.trans(ds), query, input_precision="ieee").to(tl.float64)
         else:
@@ -390,10 +405,10 @@ def keys_kernel(
 
 # --------------------------------------------------------------------------- launchers
 def tiles(dim: int, dtype: torch.dtype, lanes: int, dropout: bool) -> dict[str, dict]:
-    """Tile shapes, warps and stages by kernel, ``lanes``: of all segments.
+    """Returns tile shapes, warps and stages by kernel; ``lanes`` counts those of all segments.
 
-    The largest that do not spill (tests/kernels/budgets.toml). Products of float32 are exact ones, without tensor
-    cores: they want small tiles. A step of a stream is one block of 32 rows per head.
+    The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
+    cores, in full precision, and need small tiles. A step of a stream is one block of 32 rows per head.
     """
     wide = dtype == torch.float32
     block_d = min(64 if wide else 128, max(16, triton.next_power_of_2(dim)))
@@ -410,7 +425,7 @@ def tiles(dim: int, dtype: torch.dtype, lanes: int, dropout: bool) -> dict[str, 
 
 
 class _Plan:
-    """What the launches of one call share."""
+    """The operands and sizes that the launches of one call share."""
 
     def __init__(self, query, key, value, lengths, history, dropout, heads: int, *sizes: int):
         frames, segment, left, right, memory, past_frames, past_memory = sizes
@@ -431,7 +446,9 @@ class _Plan:
         self.y_time, self.scale = self.batch * query.shape[2], self.dim**-0.5
 
     def launch(self, kernel, name: str, before: tuple, after: tuple, strided: tuple, *more: int) -> None:
-        """``kernel`` over blocks of queries, or of keys where ``more`` are the segments of the past and the reach."""
+        """Launches ``kernel`` over blocks of queries, or of keys where ``more`` are the segments of the past and the
+        reach.
+        """
         tile = self.tiles[name]
         rows, segments = (
             (tile["BLOCK_N"], self.segments + more[0]) if more else (tile["BLOCK_M"], self.segments)
@@ -457,8 +474,9 @@ def segment_attention_forward(
     heads: int,
     *sizes: int,
 ) -> torch.Tensor:
-    """y. Channels of the first three are dense; lengths and history are contiguous int64, dropout is contiguous
-    float32; sizes as in the op: frames, segment, left, right, memory, past frames, past memory."""
+    """Returns y. The channels of the first three are dense; lengths and history are contiguous int64, dropout is
+    contiguous float32. The sizes are the op's: frames, segment, left, right, memory, past frames, past memory.
+    """
     y = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if y.numel():
         with torch.cuda.device_of(query):
@@ -478,7 +496,7 @@ def segment_attention_backward(
     heads: int,
     *sizes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dquery, dkey, dvalue); ``grad`` has dense channels."""
+    """Returns (dquery, dkey, dvalue); ``grad`` has dense channels."""
     if not query.numel():
         return tuple(torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value))
     dquery, dkey, dvalue = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value))

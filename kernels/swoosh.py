@@ -11,8 +11,7 @@ With z = x - a and u = exp(-|z|) in [0, 1], nothing overflows:
 
     log(1 + exp(z)) = max(z, 0) + log1p(u)             sigmoid(z) = (1 if z > 0 else u) / (1 + u)
 
-log1p is a polynomial: Triton's log costs about 40 instructions per element, this one 9 (6 for 16-bit
-outputs).
+log1p is a polynomial: Triton's log costs about 40 instructions per element, this one 9 (6 for 16-bit outputs).
 
 Bytes per element of e bytes: forward 2e, backward 3e, or 4e with y; a shared mask adds next to nothing.
 Instructions per element, counted in SASS: forward 28 (18 for 16-bit outputs), backward 34 (19), with y 47
@@ -35,10 +34,10 @@ NO_MASK, FULL_MASK, ROW_MASK, COLUMN_MASK = 0, 1, 2, 3
 
 @triton.jit
 def _exp_minus_abs(x, RIGHT: tl.constexpr, SHORT: tl.constexpr):
-    """z = x - a and u = exp(-|z|).
+    """Returns z = x - a and u = exp(-|z|).
 
-    Unless SHORT, what z and the exponent e lost in rounding, r = (x - a) - e ln 2, is put back to first
-    order: without it the error of u is three times that of torch's exp.
+    Unless SHORT, it adds back to first order what z and the exponent e lost in rounding, r = (x - a) - e ln 2: without
+    this the error of u is three times that of torch's exp.
     """
     a: tl.constexpr = 1.0 if RIGHT else 4.0
     z = x - a
@@ -52,8 +51,9 @@ def _exp_minus_abs(x, RIGHT: tl.constexpr, SHORT: tl.constexpr):
 
 @triton.jit
 def _activation(x, z, u, RIGHT: tl.constexpr, SHORT: tl.constexpr):
-    """swoosh(x). log1p(u) = u + u^2 Q(u), Q minimax on [0, 1]: error 3.3e-8, or 1e-5 when SHORT, of
-    log1p(u)."""
+    """Returns swoosh(x). log1p(u) = u + u^2 Q(u), Q minimax on [0, 1], has an error of 3.3e-8, or 1e-5
+    when SHORT.
+    """
     if SHORT:
         q = tl.fma(u, -0.024734515696763992, 0.10359258204698563)
         q = tl.fma(u, q, -0.21240416169166565)
@@ -68,13 +68,15 @@ def _activation(x, z, u, RIGHT: tl.constexpr, SHORT: tl.constexpr):
         q = tl.fma(u, q, 0.3332132399082184)
         q = tl.fma(u, q, -0.49999648332595825)
     log1p = tl.fma(u * u, q, u)
-    # log1p - c first: both are small, so the sum is rounded once at its own scale, not at that of max(z, 0).
+    # log1p - c comes first: both are small, so the sum is rounded once at its own scale, not at that of max(z, 0).
     return tl.fma(x, -0.08, tl.maximum(z, 0.0) + (log1p - (0.313261687 if RIGHT else 0.035)))
 
 
 @triton.jit
 def _slope(z, u, SHORT: tl.constexpr):
-    """swoosh'(x). Unless SHORT, a Newton step takes the hardware's reciprocal from 2 ulp to under 1."""
+    """Returns swoosh'(x). Unless SHORT, a Newton step takes the hardware's reciprocal from 2 ulp to under
+    1.
+    """
     d = 1.0 + u
     r = 1.0 / d
     if not SHORT:
@@ -106,15 +108,16 @@ def _backward_at(GRAD, X, DX, Y, offsets, keep, mask, RIGHT: tl.constexpr, OUTPU
 
 @triton.jit
 def _flat_range(groups, BLOCK: tl.constexpr):
-    """Offsets of this program among groups of 16 elements: whole groups keep masked accesses 128 bits
-    wide."""
+    """Returns this program's offsets among groups of 16 elements: whole groups keep masked accesses 128
+    bits wide.
+    """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return offsets, offsets < groups.to(tl.int64) * 16
 
 
 @triton.jit
 def _flat_tail(groups, tail):
-    """Offsets of the last ``tail`` < 16 elements, in the last program only."""
+    """Returns the offsets of the last ``tail`` < 16 elements, in the last program only."""
     lanes = tl.arange(0, 16)
     return groups.to(tl.int64) * 16 + lanes, (lanes < tail) & (tl.program_id(0) == tl.num_programs(0) - 1)
 
@@ -124,7 +127,9 @@ def _tile_range(
     MASK, rows, columns, row_tiles, column_tiles,
     KIND: tl.constexpr, GROUPED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Offsets, bounds and mask values of this program's tile of x viewed as (group, rows, columns)."""
+    """Returns offsets, bounds and mask values of this program's tile of x viewed as (group, rows,
+    columns).
+    """
     program = tl.program_id(0)
     row_tile = program // column_tiles
     column_tile = program - row_tile * column_tiles
@@ -204,7 +209,7 @@ def backward_tile(
 
 
 def _view(shape: torch.Size, shared_dim: int) -> tuple[int, int, int, int]:
-    """(groups, rows, columns, kind) of a tensor whose mask is constant along ``shared_dim``."""
+    """Returns (groups, rows, columns, kind) of a tensor whose mask is constant along ``shared_dim``."""
     outer, size, inner = shape[:shared_dim].numel(), shape[shared_dim], shape[shared_dim + 1 :].numel()
     if inner == 1:
         return 1, outer, size, ROW_MASK
@@ -212,7 +217,9 @@ def _view(shape: torch.Size, shared_dim: int) -> tuple[int, int, int, int]:
 
 
 def _launch(flat, tile, before, mask, after, shape, shared_dim: int, **options) -> None:
-    """Runs ``flat`` or ``tile`` on (*before, mask, *after): tile when the mask is shared over a dimension."""
+    """Runs ``flat`` or ``tile`` on (*before, mask, *after): ``tile`` when the mask is shared over a
+    dimension.
+    """
     numel = shape.numel()
     with torch.cuda.device_of(before[0]):
         if mask is None or shared_dim < 0:
@@ -234,10 +241,10 @@ def _launch(flat, tile, before, mask, after, shape, shared_dim: int, **options) 
 
 
 def swoosh_forward(x: torch.Tensor, right: bool, mask: torch.Tensor | None, shared_dim: int) -> torch.Tensor:
-    """swoosh(x), times ``mask`` if there is one.
+    """Returns swoosh(x), times ``mask`` if there is one.
 
-    ``right``: SwooshR, else SwooshL. ``mask``: x's shape, or with size 1 in the non-negative ``shared_dim``
-    (-1: full size or no mask). Returns x's shape in the promoted dtype of x and mask.
+    ``right`` chooses SwooshR, else SwooshL. ``mask`` has x's shape, or size 1 in the non-negative ``shared_dim`` (-1:
+    full size or no mask). The result has x's shape and the promoted dtype of x and mask.
     """
     dtype = x.dtype if mask is None else torch.promote_types(x.dtype, mask.dtype)
     y = torch.empty_like(x, dtype=dtype)
@@ -254,7 +261,7 @@ def swoosh_backward(
     shared_dim: int,
     need_output: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(grad * mask * swoosh'(x) in x's dtype, swoosh(x) * mask as the forward returns it).
+    """Returns (grad * mask * swoosh'(x) in x's dtype, swoosh(x) * mask as the forward returns it).
 
     The second is an empty tensor of 0 elements unless ``need_output``. ``grad`` has the forward's shape.
     """

@@ -56,7 +56,7 @@ def prepare_kernel(
     grad_time, grad_batch, out_time,
     ACTIVATION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """q, k, keys that are hidden, act(value); backward also g, dgate and D0."""
+    """Writes q, k, the keys that are hidden and act(value); in the backward also g, dgate and D0."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
     _unit, batch, first, n, block = span(tl.program_id(0), blocks, length, size, count)
     i = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -119,7 +119,7 @@ def forward_kernel(
     CAUSAL: tl.constexpr, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """y and h of a block of queries and of columns. BIAS points at distance 0."""
+    """Writes y and h of a block of queries and of columns. BIAS points at distance 0."""
     PRECISE: tl.constexpr = QUERY.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     unit, batch, first, n, block = span(tl.program_id(0), blocks, length, size, count)
@@ -154,7 +154,7 @@ def forward_kernel(
         maximum, factor, e = running(maximum, scores, PRECISE)
         total = total * factor + sums(e, 1, PRECISE)
         e = dropped(e, DROPOUT, unit, i[:, None], j[None, :], n, size)
-        if HIDDEN is not None:  # what a hidden frame holds does not matter
+        if HIDDEN is not None:  # a hidden frame's value does not matter
             keep_j = keep_j & (tl.load(HIDDEN + j, mask=keep_j, other=1) == 0)
         value = load_rows(VALUE, j, value_time, c, keep_j, V)  # [BLOCK_N, BLOCK_V]
         mixed = tl.dot(e.to(value.dtype), value, mixed * factor[:, None], input_precision="ieee")
@@ -170,7 +170,7 @@ def forward_kernel(
 
 # --------------------------------------------------------------------------- launchers
 class _Plan:
-    """Sizes that the launches of one call share."""
+    """The sizes that the launches of one call share."""
 
     def __init__(
         self, query_key, value, position_bias, dropout, causal, chunk_size, activation, activate_value
@@ -187,7 +187,7 @@ class _Plan:
         self.width, self.blocks = tiles(self.d, self.v, self.dtype, _hopper(query_key), dropout is not None)
 
     def frames(self, block: int) -> tuple[int, int, int, int]:
-        """(length, size, count, blocks per unit) for blocks of that many frames."""
+        """Returns (length, size, count, blocks per unit) for blocks of that many frames."""
         return self.length, self.size, self.count, triton.cdiv(self.size, block)
 
     def programs(self, block: int) -> int:
@@ -200,10 +200,11 @@ class _Plan:
 def tiles(
     d: int, v: int, dtype: torch.dtype, hopper: bool, dropout: bool
 ) -> tuple[int, dict[str, dict[str, int]]]:
-    """(channels of a row of q and k, tile shapes, warps and stages by kernel).
+    """Returns (channels of a row of q and k, tile shapes, warps and stages by kernel).
 
-    The largest that do not spill (tests/kernels/budgets.toml). Products of float32 are exact ones, without tensor
-    cores; those of 16 bits take operands from shared memory on capability 9.0, from registers before it.
+    The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
+    cores, in full precision; those of 16 bits take operands from shared memory on capability 9.0, from registers before
+    it.
     """
     wide = dtype == torch.float32
     block_d = min(32 if wide else 128, max(16, triton.next_power_of_2(d)))
@@ -235,7 +236,9 @@ PARAMETERS = {"BLOCK_R": 8, "BLOCK_C": 128, "num_warps": 4}
 
 
 def _prepared(p: _Plan, query_key, gate, value, qk_weight, qk_bias, padding_mask, grad=None, mixed=None):
-    """(q, k, keys that are hidden, value activated, g, dgate, D0), the last three for a backward alone."""
+    """Returns (q, k, keys that are hidden, value activated, g, dgate, D0), the last three for a backward
+    alone.
+    """
     rows = p.length * p.batch
     query, key = p.empty(rows, p.width), p.empty(rows, p.width)
     hidden = None if padding_mask is None else p.empty(rows, dtype=torch.int8)
@@ -268,8 +271,9 @@ def toeplitz_attention_forward(
     activate_value: bool,
     need_gradients: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, h), contiguous, h without elements unless needed. Channels of the first three are dense; the parameters and
-    dropout are contiguous float32, padding_mask contiguous."""
+    """Returns (y, h), contiguous; h has no elements unless needed. The channels of the first three are dense; the
+    parameters and dropout are contiguous float32, padding_mask is contiguous.
+    """
     p = _Plan(query_key, value, position_bias, dropout, causal, chunk_size, activation, activate_value)
     y = p.empty(*gate.shape)
     mixed = p.empty(*gate.shape) if need_gradients else p.empty(0)
@@ -302,8 +306,9 @@ def toeplitz_attention_backward(
     activation: int,
     activate_value: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of the six tensors; those of the parameters in float32. ``grad`` has dense channels, h is
-    contiguous."""
+    """Returns the gradients of the six tensors; those of the parameters are float32. ``grad`` has dense channels, h is
+    contiguous.
+    """
     p = _Plan(query_key, value, position_bias, dropout, causal, chunk_size, activation, activate_value)
     tensors = query_key, gate, value, qk_weight, qk_bias, position_bias
     if not gate.numel():

@@ -60,7 +60,7 @@ def _weighted(
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """(maximum, sum of exponentials, their products with v) of the keys [begin, end)."""
+    """Returns (maximum, sum of exponentials, their products with v) of the keys [begin, end)."""
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     maximum = tl.full([BLOCK_M], NONE, tl.float32)
     total = tl.zeros([BLOCK_M], SUM)
@@ -86,7 +86,7 @@ def forward_kernel(
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """y of a block of queries and of columns."""
+    """Writes y of a block of queries and of columns."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -118,7 +118,7 @@ def forward_kernel(
         DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
     )  # fmt: skip
     if WINDOW:  # noqa: SIM102, the inner condition is known on the device alone
-        if tl.min(tl.where(keep_i, maximum, 0.0)) <= ALONE:  # masked keys weigh something: all are needed
+        if tl.min(tl.where(keep_i, maximum, 0.0)) <= ALONE:  # masked keys weigh something, so all are needed
             maximum, total, y = _weighted(
                 query, Q, P, K, R, PADDING, MASK, V, i, p0, p1, p2, p3, first_seen, end_seen, 0, keys, c,
                 frames, keys, offsets, x_time, k_time, v_time,
@@ -135,7 +135,7 @@ def slopes_of(
     g, G, V, i, j, keep_i, keep_j, v_time,
     VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dW of queries i and keys j; ``g`` holds the rows of G if they fit a block."""
+    """Returns dW of queries i and keys j; ``g`` holds the rows of G if they fit a block."""
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if VALUE_DIM <= BLOCK_V:
         value = load_rows(V, j, v_time, tl.arange(0, BLOCK_V), keep_j, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
@@ -152,7 +152,7 @@ def _statistics(
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """(maximum, sum of exponentials e, sum of e dW) of the keys [begin, end)."""
+    """Returns (maximum, sum of exponentials e, sum of e dW) of the keys [begin, end)."""
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     maximum = tl.full([BLOCK_M], NONE, tl.float32)
     total = tl.zeros([BLOCK_M], SUM)
@@ -179,8 +179,8 @@ def queries_kernel(
     WIDE_POS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dq of a block of the queries [first, first + rows) and of channels; programs of the first block of channels also
-    store maximum, 1 / sum and delta of the rows, dS where DS is not None, and dp."""
+    """Writes dq of a block of the queries [first, first + rows) and of channels; programs of the first block of
+    channels also store maximum, 1 / sum and delta of the rows, dS where DS is not None, and dp."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     local = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -217,7 +217,7 @@ def queries_kernel(
         DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
     )  # fmt: skip
     if WINDOW:  # noqa: SIM102, the inner condition is known on the device alone
-        if tl.min(tl.where(keep_i, maximum, 0.0)) <= ALONE:  # masked keys weigh something: all are needed
+        if tl.min(tl.where(keep_i, maximum, 0.0)) <= ALONE:  # masked keys weigh something, so all are needed
             begin, end = begin * 0, keys
             maximum, total, along = _statistics(
                 query, Q, P, K, R, PADDING, MASK, g, G, V, i, p0, p1, p2, p3, first_seen, end_seen, begin, end,
@@ -281,7 +281,7 @@ def keys_kernel(
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dS^T q and W^T G of a block of keys and of their channels."""
+    """Writes dS^T q and W^T G of a block of keys and of their channels."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -346,10 +346,11 @@ def keys_kernel(
 def tiles(
     dim: int, pos_dim: int, value_dim: int, dtype: torch.dtype, hiding: bool = False
 ) -> dict[str, dict]:
-    """Tile shapes, warps and stages by kernel, ``hiding``: with a chunk window or a mask of pairs.
+    """Returns tile shapes, warps and stages by kernel; ``hiding`` says whether there is a chunk window or a mask of
+    pairs.
 
-    The largest that do not spill (tests/kernels/budgets.toml). Products of float32 are exact ones, without tensor
-    cores: they want small tiles.
+    The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
+    cores, in full precision, and need small tiles.
     """
     wide = dtype == torch.float32
     block_p = max(16, triton.next_power_of_2(max(1, pos_dim)))
@@ -384,7 +385,7 @@ def zipformer_attention_forward(
     chunk: int,
     left_chunks: int,
 ) -> torch.Tensor:
-    """y (frames, batch, value_heads * dv). All tensors are contiguous."""
+    """Returns y (frames, batch, value_heads * dv). All tensors are contiguous."""
     frames, batch, _ = x.shape
     y = x.new_empty(frames, batch, value.shape[2])
     if not y.numel():
@@ -417,7 +418,9 @@ def zipformer_attention_backward(
     chunk: int,
     left_chunks: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dpos, dvalue, dcached_key), without elements where the argument is None. All tensors are contiguous."""
+    """Returns (dx, dpos, dvalue, dcached_key), without elements where the argument is None. All tensors
+    are contiguous.
+    """
     frames, batch, width = x.shape
     none = x.new_empty(0)
     if not grad.numel():
@@ -479,7 +482,7 @@ def zipformer_attention_backward(
 
 
 class _Diagonals:
-    """dR from dS, a piece of its rows after the other."""
+    """Computes dR from dS, one piece of its rows after the other."""
 
     def __init__(self, x: torch.Tensor, o, rows: int, pairs: int, row: int, tile: dict):
         self.x, self.o, self.pairs, self.row, self.tile = x, o, pairs, row, tile
@@ -496,7 +499,7 @@ class _Diagonals:
         )  # fmt: skip
 
     def total(self, sequences: int) -> torch.Tensor:
-        """dR, (sequences, offsets, heads * pos_dim); sequences is 1 or the batch."""
+        """Returns dR, (sequences, offsets, heads * pos_dim); sequences is 1 or the batch."""
         dpos = self.x.new_empty(sequences, *self.parts.shape[1:])
         size = dpos.numel()
         add_parts_kernel[(triton.cdiv(size, PARTS["BLOCK"]),)](

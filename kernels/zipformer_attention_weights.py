@@ -42,7 +42,7 @@ from fastasr.kernels._rel_position_tiles import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROW = 16  # elements that rows of W and dS are padded to
+ROW = 16  # rows of W and dS are padded to this many elements
 PARTS = {"BLOCK": 1024, "num_warps": 4}
 SIZES = ["frames", "keys", "left", "batch", "blocks", "heads", "offsets", "chunk", "left_chunks"]
 UNALIGNED = ["X", "K", "R", "PADDING", "MASK"]
@@ -56,7 +56,7 @@ def _statistics(
     DIM: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """Maximum of the scores of keys [begin, end), and the sum of their exponentials."""
+    """Returns the maximum of the scores of keys [begin, end), and the sum of their exponentials."""
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     maximum = tl.full([BLOCK_M], NONE, tl.float32)
     total = tl.zeros([BLOCK_M], SUM)
@@ -87,7 +87,7 @@ def forward_kernel(
     DIM: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """W of a block of queries. WHOLE: one block holds all keys."""
+    """Writes W of a block of queries. WHOLE: one block holds all keys."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -127,7 +127,8 @@ def forward_kernel(
             frames, keys, offsets, x_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, PRECISE,
         )  # fmt: skip
         if WINDOW:  # noqa: SIM102, the inner condition is known on the device alone
-            if tl.min(tl.where(keep_i, maximum, 0.0)) <= ALONE:  # masked keys weigh something: all are needed
+            # masked keys weigh something, so all are needed
+            if tl.min(tl.where(keep_i, maximum, 0.0)) <= ALONE:
                 begin, end = begin * 0, keys
                 maximum, total = _statistics(
                     query, Q, P, K, R, PADDING, MASK, i, p0, p1, p2, p3, first_seen, end_seen, begin, end,
@@ -154,7 +155,7 @@ def forward_kernel(
 # --------------------------------------------------------------------------- backward
 @triton.jit
 def softmax_gradient(w, g, delta):
-    """W (g - delta), in float32."""
+    """Returns W (g - delta), in float32."""
     return w.to(tl.float32) * (g.to(tl.float32) - delta[:, None])
 
 
@@ -163,7 +164,7 @@ def add_positions(
     dp, ds, R, at, offsets, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
     POS_DIM: tl.constexpr, PACKED: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
-    """dp + dS R[at], [BLOCK_M, BLOCK_P]."""
+    """Returns dp + dS R[at], [BLOCK_M, BLOCK_P]."""
     c = tl.arange(0, BLOCK_P)[None, :]
     if PACKED:
         r0, r1, r2, r3 = unpacked(tl.load(R + at), ELEMENT)
@@ -187,8 +188,8 @@ def queries_kernel(
     WIDE_POS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dq of a block of queries and of channels; programs of the first block of channels also store dS and dp, which has
-    WIDE_POS channels and is 0 without position scores."""
+    """Writes dq of a block of queries and of channels; programs of the first block of channels also store dS and dp,
+    which has WIDE_POS channels and is 0 without position scores."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -298,7 +299,7 @@ def keys_kernel(
     DS, X, DK, frames, keys, left, batch, blocks, chunk, left_chunks, ds_row, x_time, x_batch, k_time, k_batch,
     DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dS^T q of a block of keys and of channels. WINDOW: dS is 0 outside it."""
+    """Writes dS^T q of a block of keys and of channels. WINDOW: dS is 0 outside it."""
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -321,7 +322,7 @@ def keys_kernel(
 
 @triton.jit
 def seeing(first_key, count, frames, left, chunk, left_chunks):
-    """[first, end) of the frames that may see ``count`` keys from ``first_key`` on."""
+    """Returns [first, end) of the frames that may see ``count`` keys from ``first_key`` on."""
     first = tl.maximum(first_key - left, 0) // chunk * chunk
     last = tl.maximum(first_key + count - 1 - left, 0) // chunk
     end = tl.where(left_chunks < 0, frames, tl.minimum((last + left_chunks + 1) * chunk, frames))
@@ -334,8 +335,9 @@ def positions_kernel(
     DIM: tl.constexpr, POS_DIM: tl.constexpr, ADD: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """sum_i dS[i, i - (T - 1) + r] p[i] of a block of offsets r from ``base`` on, over the rows [first, first + rows),
-    which DS holds: PARTS is (batch, offsets, heads POS_DIM). ADD: to what is there."""
+    """Writes sum_i dS[i, i - (T - 1) + r] p[i] of a block of offsets r from ``base`` on, over the rows [first, first +
+    rows), which DS holds. PARTS is (batch, offsets, heads POS_DIM). With ADD the sum is added to PARTS.
+    """
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     r = base + block * BLOCK_O + tl.arange(0, BLOCK_O)
     c = tl.arange(0, BLOCK_P)
@@ -365,7 +367,7 @@ def positions_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def add_parts_kernel(PARTS, OUT, size, parts, BLOCK: tl.constexpr):
-    """The sum of ``parts`` tables of ``size`` numbers."""
+    """Adds ``parts`` tables of ``size`` numbers."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     for part in range(parts):
@@ -377,10 +379,11 @@ def add_parts_kernel(PARTS, OUT, size, parts, BLOCK: tl.constexpr):
 def tiles(
     keys: int, dim: int, pos_dim: int, dtype: torch.dtype, hiding: bool = False, penalty: bool = False
 ) -> dict[str, dict]:
-    """Tile shapes, warps and stages by kernel, ``hiding``: with a chunk window or a mask of pairs.
+    """Returns tile shapes, warps and stages by kernel; ``hiding`` says whether there is a chunk window or a mask of
+    pairs.
 
-    The largest that do not spill (tests/kernels/budgets.toml). Products of float32 are exact ones, without tensor
-    cores: they want small tiles.
+    The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
+    cores, in full precision, and need small tiles.
     """
     wide = dtype == torch.float32
     block_d, block_p = head_block(dim, dtype), max(16, triton.next_power_of_2(max(1, pos_dim)))
@@ -418,11 +421,13 @@ def zipformer_attention_weights_forward(
     chunk: int,
     left_chunks: int,
 ) -> torch.Tensor:
-    """W (heads, batch, frames, keys), rows a multiple of ROW elements apart. All tensors are contiguous."""
+    """Returns W (heads, batch, frames, keys) with rows a multiple of ROW elements apart. All tensors are
+    contiguous.
+    """
     frames, batch, _ = x.shape
     keys = frames + (0 if cached_key is None else cached_key.shape[0])
     row = _rows(keys)
-    weights = x.new_empty(heads * batch * frames * row)  # changed in place, so that it is no view
+    weights = x.new_empty(heads * batch * frames * row)  # changed in place so that it is no view
     weights.as_strided_((heads, batch, frames, keys), (batch * frames * row, frames * row, row, 1))
     if not weights.numel():
         return weights
@@ -458,8 +463,9 @@ def zipformer_attention_weights_backward(
     penalty: float,
     limit: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dpos, dcached_key), without elements where the argument is None. Rows of grad and weights are dense, the
-    other tensors contiguous."""
+    """Returns (dx, dpos, dcached_key), without elements where the argument is None. Rows of grad and weights are dense,
+    the other tensors contiguous.
+    """
     frames, batch, width = x.shape
     none = x.new_empty(0)
     if not grad.numel():
@@ -507,7 +513,7 @@ def zipformer_attention_weights_backward(
 def position_gradients(
     ds: torch.Tensor, row: int, x: torch.Tensor, o, sequences: int, tile: dict
 ) -> torch.Tensor:
-    """dR, (sequences, offsets, heads * pos_dim); sequences is 1 or the batch."""
+    """Returns dR, (sequences, offsets, heads * pos_dim); sequences is 1 or the batch."""
     shared = sequences < o.batch
     parts_dtype = x.dtype if not shared else torch.float64 if x.dtype == torch.float32 else torch.float32
     parts = torch.empty(o.batch, o.offsets, o.heads * o.pos_dim, dtype=parts_dtype, device=x.device)
