@@ -15,14 +15,15 @@ for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
         import_module(f"{__name__}.{_module.name}")
 globals().update({name: op.function for name, op in OPS.items()})  # most replace the module of their name
-_dispatch.prepare()  # registers torch.ops.fastasr_cpu.*; where that is missing it is reported, not raised
+# registers torch.ops.fastasr_cpu.*; where the library is missing, a table reports it instead of an exception
+_dispatch.prepare()
 
 NAMES = tuple(sorted(OPS))
-# The ops that compute gradients in another function's backward: they have none, and tests of their own.
+# These ops compute gradients in another function's backward: they have no gradient themselves, and tests of their own.
 GRADIENTS = tuple(name for name, op in OPS.items() if op.is_gradient)
 __all__ = list(NAMES)
 
-_RENAMED = {  # names of the release before: they go with the next one
+_RENAMED = {  # names of the previous release; the next one drops them
     "rel_position_attention": "zipformer_attention",
     "rel_position_attention_weights": "zipformer_attention_weights",
 }

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The activations that kernels apply on the way in or out, by the names and numbers they share."""
+"""The activations that kernels apply to their inputs or outputs, with the names and numbers that all
+kernels share.
+"""
 
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -13,7 +15,7 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-# The place of a name is the number that kernels are given.
+# Kernels receive the position of a name in this tuple.
 Activation = Literal["identity", "silu", "relu", "tanh", "gelu"]
 NAMES = get_args(Activation)
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -26,5 +28,5 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def function(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation in eager PyTorch."""
+    """Returns the activation in eager PyTorch."""
     return _FUNCTIONS[name]

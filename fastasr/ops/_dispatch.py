@@ -43,17 +43,19 @@ def _load_native() -> tuple[ModuleType | None, str]:
 
 
 def native_library() -> ModuleType | None:
-    """The module ``fastasr._C``, or None where it is missing."""
+    """Returns the module ``fastasr._C``, or None where it is missing."""
     return _load_native()[0]
 
 
 def native_reason() -> str:
-    """Why the native library is missing; "" when it is loaded."""
+    """Says why the native library is missing; "" when it is loaded."""
     return _load_native()[1]
 
 
 def native_build_info() -> dict:
-    """Compiler, SIMD level in use, CUDA architectures of the native library; {} when it is missing."""
+    """Returns compiler, SIMD level in use and CUDA architectures of the native library; {} when it is
+    missing.
+    """
     module = native_library()
     return dict(module.build_info()) if module is not None else {}
 
@@ -68,12 +70,14 @@ def _triton_reason() -> str:
 
 
 def interpreting() -> bool:
-    """True when Triton kernels run in its interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
+    """Says whether Triton kernels run in its interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def reason_cpu(*operators: str) -> str:
-    """Why ``torch.ops.fastasr_cpu.<operator>`` cannot serve here, for one of ``operators``, or ""."""
+    """Says why ``torch.ops.fastasr_cpu.<operator>`` cannot serve here, for one of ``operators``, or
+    returns "".
+    """
     if native_reason():
         return native_reason()
     if all(hasattr(torch.ops.fastasr_cpu, operator) for operator in operators):
@@ -110,13 +114,13 @@ _forced = _initial_backend()
 
 
 def forced_backend() -> str:
-    """The backend in force: "auto", or the one that was asked for."""
+    """Returns the backend in force: "auto", or the one that was asked for."""
     return _forced
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force every op to one backend inside the ``with`` block (for the whole process, not one thread).
+    """Forces every op to one backend inside the ``with`` block, for the whole process, not for one thread.
 
     ``name``: "auto", "eager", "cpu", "cuda" or "triton". An op that has no such kernel for the tensor it is given
     raises ``RuntimeError`` with the reason; "eager" always works.
@@ -141,7 +145,7 @@ def _forget() -> None:
 
 
 def prepare() -> None:
-    """Load the native library, where there is one, and open the shortest path to its kernels."""
+    """Loads the native library, where there is one, and opens the shortest path to its kernels."""
     if native_library() is None or _forced not in ("auto", "cpu"):
         return
     for family in FAMILIES.values():
@@ -177,19 +181,20 @@ class KernelFamily:
     ops: tuple[str, ...]
     implementations: tuple[Implementation, ...]
     vendor: bool = (
-        False  # the eager definition is a vendor library's kernel: taking it is no loss worth a warning
+        False  # the eager definition calls a vendor library's kernel: using it loses nothing worth a warning
     )
     chosen: dict = field(default_factory=dict)
-    # The native kernels while they serve plain CPU tensors, else None. An op's shortest path calls them before any
-    # check: the kernels' own checks raise RuntimeError, and the op then takes the checked path.
+    # Returns the native kernels while they serve plain CPU tensors, else None. An op's shortest path calls them before
+    # any check: the kernels' own checks raise RuntimeError, and the op then takes the checked path.
     native: Kernels | None = None
 
     def __post_init__(self) -> None:
         FAMILIES[self.name] = self
 
     def kernels(self, x: torch.Tensor, *others: torch.Tensor | None) -> Kernels | None:
-        """The kernels for tensors like ``x``, or None: run the eager definition. A float64 among ``others`` asks for
-        float64 kernels."""
+        """Returns the kernels for tensors like ``x``, or None to run the eager definition. A float64 among ``others``
+        asks for float64 kernels.
+        """
         key = (x.device.type, widest(x, others))
         try:
             return self.chosen[key]
@@ -236,7 +241,7 @@ FAMILIES: dict[str, KernelFamily] = {}
 
 
 def widest(x: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> torch.dtype:
-    """float64 where any of ``others`` is, else x's dtype."""
+    """Returns float64 where any of ``others`` is float64, else x's dtype."""
     return torch.float64 if any(t is not None and t.dtype is torch.float64 for t in others) else x.dtype
 
 
@@ -246,12 +251,14 @@ def _served(family: str, device_type: str, dtype: torch.dtype, forced: str) -> b
 
 
 def served(family: str, x: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether a kernel serves x; for code that is being traced: a graph is valid for one forced backend only."""
+    """Says whether a kernel serves x. Code that is being traced asks this: a graph is valid for one forced backend
+    only.
+    """
     return _served(family, x.device.type, widest(x, others), _forced)
 
 
 def native_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Implementation:
-    """The C++ kernels ``torch.ops.fastasr_cpu.<name>_forward`` and ``_backward``."""
+    """Returns the C++ kernels ``torch.ops.fastasr_cpu.<name>_forward`` and ``_backward``."""
 
     return Implementation(
         "cpu",
@@ -263,7 +270,7 @@ def native_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Imp
 
 
 def cuda_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Implementation:
-    """The CUDA kernels ``torch.ops.fastasr_cuda.<name>_forward`` and ``_backward``."""
+    """Returns the CUDA kernels ``torch.ops.fastasr_cuda.<name>_forward`` and ``_backward``."""
     return Implementation(
         "cuda", ("cuda",), dtypes, partial(_reason_cuda, name), partial(_registered, "cuda", name)
     )
@@ -279,7 +286,7 @@ def _registered(backend: str, name: str) -> Kernels:
 
 
 def triton_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING[:3]) -> Implementation:
-    """The Triton launchers ``fastasr.kernels.<name>.<name>_forward`` and ``_backward``."""
+    """Returns the Triton launchers ``fastasr.kernels.<name>.<name>_forward`` and ``_backward``."""
 
     def load() -> Kernels:
         module = importlib.import_module(f"fastasr.kernels.{name}")
@@ -289,7 +296,7 @@ def triton_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING[:3]) ->
 
 
 def table() -> list[dict]:
-    """One row per op and backend: op, backend, available, reason, devices, dtypes."""
+    """Returns one row per op and backend: op, backend, available, reason, devices, dtypes."""
     rows = []
     for family in FAMILIES.values():
         for op in family.ops:
@@ -319,7 +326,9 @@ def table() -> list[dict]:
 
 
 def explain_choice(family: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
-    """(backend, reason) that a tensor of this kind gets now; the reason tells why it is eager, else ""."""
+    """Returns (backend, reason) that a tensor of this kind gets now; the reason says why it is eager,
+    else it is "".
+    """
     reasons = []
     if _forced == "eager":
         return "eager", "backend 'eager' is forced"
@@ -339,7 +348,7 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def direct(*tensors: torch.Tensor | None) -> bool:
-    """True when kernels may be called without the dispatcher: plain tensors, nothing being traced.
+    """Says whether kernels may be called without the dispatcher: for plain tensors, while nothing is traced.
 
     Fake, functional, distributed and other subclassed tensors, and everything under ``torch.compile`` or
     ``torch.export``, go through the registered op instead.

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dropout in training on the CPU: torch's own draws, several times faster.
+"""Dropout in training on the CPU, with the random numbers that torch itself draws but several times faster.
 
-``torch.nn.functional.dropout`` draws word by word where torch does not draw with MKL, which it does on Intel's CPUs
-alone. The kernel advances torch's generator by the same numbers, a block of 624 words at a time, so a seed gives the
-mask that it gives torch. That this torch draws so is tried once, never assumed; where it does not, and for everything
-but plain float32 tensors on the CPU, torch's function is called.
+``torch.nn.functional.dropout`` draws word by word unless torch draws with MKL, which it does on Intel's CPUs alone. The
+kernel advances torch's generator by the same numbers, a block of 624 words at a time, so a seed gives the same mask as
+in torch. The first call tests on this torch whether the draws agree. Where they do not, and for everything but plain
+float32 tensors on the CPU, torch's function is called.
 
-The generator is read, advanced and written back: threads that draw with torch's own functions meanwhile may draw the
-same numbers.
+The kernel reads, advances and writes back the generator: threads that draw with torch's own functions meanwhile may
+draw the same numbers.
 """
 
 import threading
@@ -24,7 +24,7 @@ _LOCK = threading.Lock()
 
 
 def dropout(x: Tensor, p: float, residual: Tensor | None = None) -> Tensor:
-    """F.dropout(x, p) + residual, as in training."""
+    """Returns F.dropout(x, p) + residual, as in training."""
     tensors = (x,) if residual is None else (x, residual)
     if not serves(p, *tensors) or (residual is not None and residual.shape != x.shape):
         y = F.dropout(x, p)
@@ -35,8 +35,9 @@ def dropout(x: Tensor, p: float, residual: Tensor | None = None) -> Tensor:
 
 
 def windows(like: Tensor, places: Tensor, sequences: int, keys: int, p: float) -> Tensor:
-    """F.dropout(ones, p) for ones of (sequences, queries, keys), of each row the columns ``places`` (queries, lanes)
-    alone: (sequences, queries, lanes) of like's dtype."""
+    """Draws F.dropout(ones, p) for ones of (sequences, queries, keys) and returns the columns ``places`` (queries,
+    lanes) of each row: (sequences, queries, lanes) of like's dtype.
+    """
     if serves(p, like):
         operator = torch.ops.fastasr_cpu.dropout_windows.default
         return _drawn(operator, like.detach(), places, (sequences, keys, p))
@@ -58,7 +59,7 @@ def serves(p: float, *tensors: Tensor) -> bool:
 
 @cache
 def _draws_are_torchs() -> bool:
-    """Whether the kernel draws what this torch draws and leaves the generator as it does."""
+    """Says whether the kernel draws what this torch draws and leaves the generator in the same state."""
     if _dispatch.reason_cpu(*OPERATORS):
         return False
     generator = torch.Generator().manual_seed(2)
@@ -67,7 +68,7 @@ def _draws_are_torchs() -> bool:
         expected = torch.empty(count).bernoulli_(1 - p, generator=generator)
         try:
             keep = torch.ops.fastasr_cpu.dropout_forward.default(torch.ones(count), None, state, p)[1]
-        except RuntimeError:  # a state of another form
+        except RuntimeError:  # this state has another layout
             return False
         if not (torch.equal(keep, expected.to(torch.uint8)) and torch.equal(state, generator.get_state())):
             return False
@@ -83,7 +84,7 @@ def _drawn(operator, first: Tensor, second: Tensor | None, rest: tuple):
 
 
 def _forward(x: Tensor, residual: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
-    """y, and which elements were kept."""
+    """Returns y and which elements were kept."""
     return _drawn(torch.ops.fastasr_cpu.dropout_forward.default, x, residual, (p,))
 
 
@@ -98,7 +99,7 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (keep,) = ctx.saved_tensors
-        if is_grad_enabled():  # a second derivative is wanted
+        if is_grad_enabled():  # the caller wants a second derivative
             dx = grad * (keep.view(grad.shape) / (1 - ctx.p))
         else:
             dx = torch.ops.fastasr_cpu.dropout_backward.default(grad.contiguous(), keep, ctx.p)

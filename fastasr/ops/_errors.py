@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an op says of a wrong argument: every message names the op, the argument, what was expected and what came."""
+"""An op's messages about wrong arguments: each names the op, the argument, what was expected and what
+came.
+"""
 
 import torch
 from torch import Tensor
@@ -64,7 +66,7 @@ class Errors:
         self.fail(name, f"a dimension in [{-of.dim()}, {of.dim() - 1}]", value)
 
     def wrong_option(self, name: str, value: object):
-        """Raises unless the value only looks wrong: a traced number, an int for a float."""
+        """Raises, unless the value only looks wrong, as a traced number or an int for a float does."""
         a = self.argument(name)
         if a.kind == "choice" and isinstance(value, str):
             self.fail(name, f"one of {tuple(a.codes)}", repr(value))

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix product around a kernel: torch's, oneDNN's or our own, whichever measured fastest on this machine.
+"""The matrix product around a kernel: torch's, oneDNN's or fastasr's own, whichever was measured fastest on this
+machine.
 
 torch's float32 products go through MKL, which on some CPUs takes a slow path; the oneDNN inside the same torch does
-not. Ours (csrc/cpu/gemm/gemm.h) packs every operand, whatever its strides, and writes to memory that was used before:
-with large results and transposed operands, as gradients have, that is faster. Which it is is measured, never guessed
-from a vendor name: the first call of each shape class runs all on its own operands (a few calls' time), and the winner
-is kept on disk by CPU, torch version and thread count. It must beat torch by 3 % to be taken. Only float32 on CPU is a
-choice; everything else is torch's.
+not. fastasr's own product (csrc/cpu/gemm/gemm.h) packs every operand, whatever its strides, and writes to memory that
+was used before, which is faster for large results and for transposed operands, as gradients have. The choice is
+measured, never guessed from a vendor name: the first call of each shape class runs all candidates on its own operands
+(a few calls' time), and the winner is kept on disk by CPU, torch version and thread count. It must beat torch by 3 % to
+be taken. Only float32 on CPU has a choice; torch computes everything else.
 
 Environment: ``FASTASR_GEMM=auto|torch|onednn|native``, ``FASTASR_CACHE=<folder>`` (default: the user's cache folder).
 """
@@ -33,8 +34,8 @@ _MARGIN = 0.97
 _REPETITIONS = 3
 _BUDGET_S = 0.5
 _SMALL = 1 << 16
-_CLEAR = 1.1  # behind by this much after a repetition: no more of them
-_HOPELESS = 8.0  # a first run this many times slower is not given another
+_CLEAR = 1.1  # Stop repeating a candidate once it is this much slower than the best.
+_HOPELESS = 8.0  # Do not repeat a candidate whose first run is this many times slower.
 
 
 # --------------------------------------------------------------------------- the candidates
@@ -55,8 +56,8 @@ def _torch_weight_grad(g: Tensor, x: Tensor) -> Tensor:
 _linear = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 _linear_add = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "binary", None)
 
-# oneDNN adds up a whole reduction in one chain: at 512 terms its error is 1.6 times that of MKL, which adds in blocks,
-# and at 3184 it is 2.2 times. In blocks of at most 192 it is level with MKL, so that is the only form offered.
+# oneDNN adds up a whole reduction in one chain: its error is 1.6 times that of MKL, which adds in blocks, at 512 terms
+# and 2.2 times at 3184. In blocks of at most 192 terms the errors are equal, so only that form is a candidate.
 _CHAIN = 192
 
 
@@ -66,7 +67,7 @@ def _blocks(length: int) -> Iterator[tuple[int, int]]:
 
 
 def _onednn(pairs: Iterator[tuple[Tensor, Tensor]], bias: Tensor | None) -> Tensor:
-    """Σ over pairs (a, b) of a bᵀ, plus bias; each product is added to the sum inside oneDNN."""
+    """Returns Σ over pairs (a, b) of a bᵀ, plus bias; oneDNN adds each product to the sum."""
     out = None
     for a, b in pairs:
         out = _linear(a, b, bias, "none", [], "") if out is None else _linear_add(a, out, b, None, "add")
@@ -80,7 +81,7 @@ def _onednn_forward(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     if k <= _CHAIN:
         return _linear(x, w, b, "none", [], "")
     rows = x.reshape(-1, k)
-    # a weight whose rows are apart would send oneDNN to its reference kernel, a thousand times slower
+    # with a weight whose rows are not adjacent, oneDNN runs its reference kernel, a thousand times slower
     y = _onednn(((rows[:, i:j], w[:, i:j].contiguous()) for i, j in _blocks(k)), b)
     return y.view(*x.shape[:-1], w.shape[0])
 
@@ -129,7 +130,9 @@ _CANDIDATES: dict[str, dict[str, Callable[..., Tensor]]] = {
 
 @cache
 def onednn_reason() -> str:
-    """Why oneDNN cannot be a candidate; "" when it is. The op is torch's own and private: it is probed, not assumed."""
+    """Says why oneDNN cannot be a candidate; "" when it can. The op is private to torch, so it is tried,
+    not assumed.
+    """
     if not torch.backends.mkldnn.is_available():
         return "this torch has no oneDNN"
     if _linear is None or _linear_add is None:
@@ -141,20 +144,20 @@ def onednn_reason() -> str:
             right = torch.equal(_onednn_forward(x, w, w.new_ones(3)), x @ w.t() + 1)
             right &= torch.equal(_onednn_input_grad(x, w.t()), x @ w.t())
             right &= torch.equal(_onednn_weight_grad(x.t(), w.t()), x @ w.t())
-    except Exception as error:  # a private op may change its signature: that only removes the candidate
+    except Exception as error:  # a private op may change its signature, which only removes the candidate
         return f"mkldnn::_linear_pointwise failed its probe: {error}"
     return "" if right else "mkldnn::_linear_pointwise gave a wrong result in its probe"
 
 
 @cache
 def _usable() -> tuple[str, ...]:
-    """The candidates that this machine has, torch's first."""
+    """Returns the candidates that this machine has, torch's first."""
     others = {"onednn": onednn_reason(), "native": reason_cpu("gemm")}
     return ("torch", *(name for name, why_not in others.items() if not why_not))
 
 
 def reason() -> str:
-    """Why there is nothing to choose from; "" when there is."""
+    """Says why there is nothing to choose from; "" when there is."""
     if len(_usable()) > 1:
         return ""
     return f"{onednn_reason()}, and {reason_cpu('gemm')}"
@@ -176,7 +179,7 @@ def _machine() -> str:
 
 
 def cache_file() -> Path:
-    """Where the measured choices are kept."""
+    """Returns the path of the measured choices."""
     root = os.environ.get("FASTASR_CACHE")
     if not root:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastasr"
@@ -209,7 +212,9 @@ def _remember(key: str, choice: str) -> None:
 
 
 def forget() -> None:
-    """Drop every remembered choice of this process; the next call of each shape class reads or measures again."""
+    """Drops every remembered choice of this process; the next call of each shape class reads or measures
+    again.
+    """
     global _saved
     _choices.clear()
     _saved = None
@@ -246,7 +251,7 @@ def _timed(f: Callable[..., Tensor], operands: tuple) -> float:
 
 def _measure(candidates: dict[str, Callable[..., Tensor]], operands: tuple) -> str:
     start = time.perf_counter()
-    # the first run of each packs, allocates and creates primitives
+    # the first run of each candidate packs, allocates and creates primitives
     first = {name: max(_timed(f, operands), 1e-7) for name, f in candidates.items()}
     left = {name: f for name, f in candidates.items() if first[name] <= _HOPELESS * first["torch"]}
     best = dict.fromkeys(left, math.inf)
@@ -264,8 +269,8 @@ def _measure(candidates: dict[str, Callable[..., Tensor]], operands: tuple) -> s
 
 def _call(operation: str, m: int, n: int, k: int, *operands: Tensor | None) -> Tensor:
     x = operands[0]
-    # a small product is all call overhead, and torch's is the smaller; deterministic algorithms ask for the same
-    # choice on every machine and in every run
+    # the cost of a small product is its call overhead, and torch's is the smallest; deterministic algorithms need the
+    # same choice on every machine and in every run
     if (
         m * n * k < _SMALL
         or x.dtype is not torch.float32
@@ -282,7 +287,7 @@ def _call(operation: str, m: int, n: int, k: int, *operands: Tensor | None) -> T
 
 # --------------------------------------------------------------------------- what ops call, below autograd
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weightᵀ + bias for x (..., K), weight (N, K)."""
+    """Returns x weightᵀ + bias for x (..., K), weight (N, K)."""
     n, k = weight.shape
     if x.numel() * n < _SMALL:
         return F.linear(x, weight, bias)
@@ -290,7 +295,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad weight for grad (..., N), weight (N, K)."""
+    """Returns grad weight for grad (..., N), weight (N, K)."""
     n, k = weight.shape
     if grad.numel() * k < _SMALL:
         return torch.matmul(grad, weight)
@@ -298,7 +303,7 @@ def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    """gradᵀ x over all leading dimensions, for grad (..., N), x (..., K)."""
+    """Returns gradᵀ x over all leading dimensions, for grad (..., N), x (..., K)."""
     if grad.dim() != 2:
         rows = grad.shape[:-1].numel()
         grad, x = grad.reshape(rows, grad.shape[-1]), x.reshape(rows, x.shape[-1])

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rnnt_joiner on CPU in chunks of rows: all logits exist together only where they are kept for the backward.
+"""rnnt_joiner on CPU in chunks of rows: the logits of all rows exist at once only if they are kept for the backward.
 
 A chunk's logits are a matrix product between two passes over it: the first gathers act(am + lm), the second takes L
 and the two logits of each row or, in the backward pass, replaces the logits by their gradient. Rows outside the
-boundary, and in the backward pass rows whose gradients are both 0, are in no chunk. All in float32, float64 for
-float64; the passes are in C++ (csrc/cpu/rnnt/rnnt_joiner.h), the products in torch or oneDNN.
+boundary, and in the backward pass rows whose gradients are both 0, are in no chunk. Everything is computed in float32,
+or in float64 for float64 tensors; the passes are in C++ (csrc/cpu/rnnt/rnnt_joiner.h), the products in torch or oneDNN.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastasr.ops import _gemm
 
-# Bytes of a chunk's hidden values and logits: the cache still holds what one pass wrote when the next one reads it.
+# Bytes of a chunk's hidden values and logits: what one pass wrote is still in the cache when the next pass reads it.
 CHUNK_BYTES = 6 << 20
 CHUNK_ROWS = 528
 
@@ -51,13 +51,13 @@ class Joiner:
         return cls(am, lm, weight, bias, symbols.contiguous(), starts.contiguous(), boundary, *rest)
 
     def rows(self, *grads: Tensor) -> Tensor:
-        """(rows, 4): place among the results, frame, context and symbol of every row to compute."""
+        """Returns (rows, 4): place among the results, frame, context and symbol of every row to compute."""
         return torch.ops.fastasr_cpu.rnnt_joiner_rows(
             self.starts, self.symbols, self.boundary, self.s_range, len(self.weight), *grads or (None, None)
         )
 
     def compute(self, rows: Tensor) -> Iterator[Chunk]:
-        """Hidden and logits of the rows, a chunk at a time."""
+        """Yields hidden values and logits of the rows, a chunk at a time."""
         size = self.weight.element_size() * sum(self.weight.shape)
         step = max(16, min(CHUNK_ROWS, CHUNK_BYTES // size // 16 * 16))
         for first in range(0, len(rows), step):
@@ -65,7 +65,7 @@ class Joiner:
             hidden = self.weight.new_empty(len(chunk), self.weight.shape[1])
             torch.ops.fastasr_cpu.rnnt_joiner_hidden(self.am, self.lm, chunk, self.activation, hidden)
             yield chunk, hidden, _gemm.forward(hidden, self.weight, self.bias)
-            del hidden  # before the next chunk's is made
+            del hidden  # frees it before the next chunk is made
 
 
 def _without_autocast():
@@ -73,7 +73,7 @@ def _without_autocast():
 
 
 def forward(*arguments) -> tuple[Tensor, Tensor, Tensor, list[Chunk] | None]:
-    """(symbol_logprobs, blank_logprobs, L, the chunks if they are kept)."""
+    """Returns (symbol_logprobs, blank_logprobs, L, the chunks if they are kept)."""
     *operands, need_gradients, keep = arguments
     p = Joiner.of(*operands)
     shape = (*p.starts.shape, p.s_range)
@@ -91,7 +91,7 @@ def forward(*arguments) -> tuple[Tensor, Tensor, Tensor, list[Chunk] | None]:
 
 
 def backward(grad_symbol, grad_blank, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dam, dlm, dweight, dbias), zeros for those that are not needed."""
+    """Returns (dam, dlm, dweight, dbias), with zeros for those that are not needed."""
     *tensors, normaliser, s_range, blank, activation, hat, needs, kept = arguments
     p = Joiner.of(*tensors, s_range, blank, activation, hat)
     wide = p.weight.dtype
@@ -103,7 +103,7 @@ def backward(grad_symbol, grad_blank, *arguments) -> tuple[Tensor, Tensor, Tenso
         room = None
         for chunk, hidden, logits in p.compute(rows) if kept is None else _left(kept, rows):
             d = logits
-            if kept is not None:  # another backward may follow: the logits stay
+            if kept is not None:  # another backward may follow, so the logits stay
                 if room is None or len(room) < len(logits):
                     room = torch.empty_like(logits)
                 d = room[: len(logits)]
@@ -125,7 +125,7 @@ def backward(grad_symbol, grad_blank, *arguments) -> tuple[Tensor, Tensor, Tenso
 
 
 def _left(kept: list[Chunk], rows: Tensor) -> Iterator[Chunk]:
-    """The kept chunks, reduced to the rows that are among ``rows``, which has the same order."""
+    """Returns the kept chunks reduced to the rows that are among ``rows``, which has the same order."""
     begin, places = 0, rows[:, 0].contiguous()
     for chunk, hidden, logits in kept:
         if not len(chunk):

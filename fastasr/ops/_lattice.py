@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rnnt_lattice and rnnt_pruned_lattice share, and rnnt_joiner in part: the boundary, what an entry stands for, a
-safe log-sum, and the calls of the kernels."""
+"""Code that rnnt_lattice and rnnt_pruned_lattice share, and in part rnnt_joiner: the boundary, the meaning of an entry,
+a safe log-sum, and the calls of the kernels.
+"""
 
 import torch
 from torch import Tensor
@@ -8,7 +9,8 @@ from torch.compiler import is_compiling
 
 from fastasr.ops._dispatch import PLAIN
 
-# Log probabilities below LEAST count as -inf: kernels keep powers of two as float32 numbers, the impossible as -2^100.
+# Log probabilities below LEAST count as -inf: kernels keep powers of two as float32 numbers and the impossible as
+# -2^100.
 LEAST = -(2.0**80)
 INF = float("inf")
 
@@ -17,8 +19,9 @@ INF = float("inf")
 def log_probabilities(
     x: Tensor, y: Tensor, inside_x: Tensor, inside_y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, y, whether a sequence has a NaN): the entries as they are used, in float32 or better; -inf where they are
-    not inside."""
+    """Returns (x, y, whether a sequence has a NaN): the entries in float32 or better, -inf where they are
+    not inside.
+    """
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     found = []
     for t, inside in ((x.to(dtype), inside_x), (y.to(dtype), inside_y)):
@@ -29,43 +32,47 @@ def log_probabilities(
 
 
 def log_add(a: Tensor, b: Tensor) -> Tensor:
-    """log(e^a + e^b), with a gradient of 0 where both are -inf."""
+    """Returns log(e^a + e^b), with a gradient of 0 where both are -inf."""
     none = (a == -INF) & (b == -INF)
     return torch.where(none, -INF, torch.logaddexp(torch.where(none, 0.0, a), torch.where(none, 0.0, b)))
 
 
 def share(part: Tensor, whole: Tensor) -> Tensor:
-    """e^(part - whole), 0 where whole is -inf."""
+    """Returns e^(part - whole), 0 where whole is -inf."""
     none = whole == -INF
     return torch.where(none, 0.0, (part - torch.where(none, 0.0, whole)).exp())
 
 
 def occupation(gradient: Tensor, scores: Tensor, inside: Tensor) -> Tensor:
-    """The gradient of the scores inside the boundary, NaN there for a score that is NaN, and 0 outside."""
+    """Returns the gradient of the scores inside the boundary, NaN where a score is NaN, and 0 outside."""
     return torch.where(inside, torch.where(scores.isnan()[:, None, None], float("nan"), gradient), 0.0)
 
 
 # --------------------------------------------------------------------------- the boundary
 def whole(s_end: Tensor, frames: int) -> Tensor:
-    """The boundary (B, 4) from (0, 0) to (s_end, frames), without a copy from the host."""
+    """Returns the boundary (B, 4) from (0, 0) to (s_end, frames), without a copy from the host."""
     zero = torch.zeros_like(s_end)
     return torch.stack((zero, zero, s_end, zero + frames), 1)
 
 
 def within(boundary: Tensor, s: Tensor, t: Tensor, regular: bool) -> tuple[Tensor, Tensor]:
-    """Whether the symbol arc and the blank arc of the cells (s, t) lie inside the boundary (B, 4)."""
+    """Says whether the symbol arc and the blank arc of the cells (s, t) lie inside the boundary (B, 4)."""
     s_begin, t_begin, s_end, t_end = (boundary[:, i].view(-1, 1, 1) for i in range(4))
     begun = (s >= s_begin) & (t >= t_begin)
     return begun & (s < s_end) & (t < t_end + int(regular)), begun & (s <= s_end) & (t < t_end)
 
 
 def values_are_checked(t: Tensor) -> bool:
-    """Not those on a GPU, which a look at them would stall, and not those of a traced call."""
+    """Says whether values are checked: not on a GPU, which reading them would stall, and not in a traced
+    call.
+    """
     return not is_compiling() and type(t) in PLAIN and t.is_cpu
 
 
 def check_boundary(op, boundary: Tensor | None, symbols: int | None, frames: int) -> None:
-    """0 <= s_begin <= s_end <= symbols (None: any number) and 0 <= t_begin <= t_end <= frames, in every row."""
+    """Checks 0 <= s_begin <= s_end <= symbols (None: any number) and 0 <= t_begin <= t_end <= frames in
+    every row.
+    """
     if boundary is None or not values_are_checked(boundary):
         return
     for row, (s_begin, t_begin, s_end, t_end) in enumerate(boundary.tolist()):
@@ -78,7 +85,7 @@ def check_boundary(op, boundary: Tensor | None, symbols: int | None, frames: int
 
 # --------------------------------------------------------------------------- kernels
 def launch(op, kernels, a, dtype: torch.dtype, keep: bool) -> list[Tensor]:
-    """The kernels' call with contiguous tensors in the dtype of the scores."""
+    """Calls the kernels with contiguous tensors in the dtype of the scores."""
     x, y, *others = (t.contiguous() if isinstance(t, Tensor) else t for t in a)
     found = op.fast(kernels, keep, x.to(dtype), y.to(dtype), *others)
     return [found[0].new_empty(0) if t is None else t for t in found]

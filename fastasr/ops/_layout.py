@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 def elementwise(f: Callable[..., Tensor], x: Tensor, *like: Tensor):
-    """``f(x, *like)`` for an elementwise ``f`` on contiguous tensors; the result has the strides of ``empty_like(x)``.
+    """Returns ``f(x, *like)`` of an elementwise ``f`` on contiguous tensors; the result has the strides of
+    ``empty_like(x)``.
 
     ``like`` have x's shape and are brought into its order. ``f`` may return a tuple of tensors of x's shape.
     """
@@ -29,8 +30,9 @@ def elementwise(f: Callable[..., Tensor], x: Tensor, *like: Tensor):
 
 
 def rows(t: Tensor) -> Tensor:
-    """``t`` itself when its rows (the last dimension) are dense and evenly spaced, as those of a slice of a projection
-    are; else a contiguous copy."""
+    """Returns ``t`` itself when its rows (the last dimension) are dense and evenly spaced, as those of a slice of a
+    projection are; else a contiguous copy.
+    """
     if t.is_contiguous():
         return t
     if t.shape[-1] > 1 and t.stride(-1) != 1:
@@ -46,5 +48,7 @@ def rows(t: Tensor) -> Tensor:
 
 
 def dense_channels(t: Tensor) -> Tensor:
-    """``t`` (time, batch, channels) itself when its channels are dense, whatever the other strides; else a copy."""
+    """Returns ``t`` (time, batch, channels) itself when its channels are dense, whatever the other strides; else a
+    copy.
+    """
     return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()

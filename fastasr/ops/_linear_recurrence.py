@@ -33,21 +33,24 @@ class Polar:
 
 
 def real(t: Tensor) -> Tensor:
-    """The real part."""
+    """Returns the real part."""
     return t.real if t.is_complex() else t
 
 
 def _plus_real(t: Tensor, summand: Tensor) -> Tensor:
-    """t + summand, which is real. torch multiplies a real summand by a complex 1, which turns infinities into NaN."""
+    """Returns t plus the real ``summand``. torch multiplies a real summand by a complex 1, which turns infinities into
+    NaN.
+    """
     return torch.complex(t.real + summand, t.imag) if t.is_complex() else t + summand
 
 
 def convolution(
     x: Tensor, q: Tensor, b: Tensor, c: Tensor, state: Tensor | None, need_state: bool
 ) -> tuple[Tensor, Tensor]:
-    """(Re Σ c h of x (B, D, L), the last h (B, D, N)), in about 16 + log L steps over whole tensors: a direct
-    convolution inside chunks of 16, a scan by doubling between them. The powers of q are not computed as exp(j log q),
-    because q may be 0."""
+    """Returns (Re Σ c h of x (B, D, L), the last h (B, D, N)) in about 16 + log L steps over whole tensors: a direct
+    convolution inside chunks of 16, then a scan by doubling between them. The powers of q are not computed as exp(j log
+    q), because q may be 0.
+    """
     batch, channels, length = x.shape
     chunks = max(1, (length + CHUNK - 1) // CHUNK)
     blocks = F.pad(x, (0, chunks * CHUNK - length)).reshape(batch, channels, chunks, CHUNK)
@@ -76,7 +79,7 @@ def convolution(
 
     y = y.reshape(batch, channels, chunks * CHUNK)[..., :length]
     if not need_state or length == 0:
-        # adding 0 of the powers gives zero gradients, not None, to what is not used
+        # adding 0 times the powers gives unused parameters zero gradients instead of None
         return y, before.squeeze(2) + powers[:0].sum()
     rest = length - (chunks - 1) * CHUNK
     last = q**rest * carry[:, :, -1]
@@ -87,12 +90,14 @@ def convolution(
 
 
 def window(inputs: Tensor, q: Tensor, taps: int) -> Tensor:
-    """Σ_{j<taps} q^j inputs(t−j) of (B, D, N, L), by doubling, so that no tap has to be subtracted again."""
+    """Returns Σ_{j<taps} q^j inputs(t−j) of (B, D, N, L), by doubling, so that no tap has to be
+    subtracted again.
+    """
 
     def late(h: Tensor, power: Tensor, steps: int) -> Tensor:
         return power.unsqueeze(-1) * F.pad(h, (steps, -steps))
 
-    # Only powers of two of q are taken: their angle is exact; that of q^36 would be rounded before its cosine.
+    # It takes only powers of two of q: their angle is exact, while that of q^36 would be rounded before its cosine.
     total, counted, shift = 0.0 * (q**1.0).unsqueeze(-1), 0, q**0.0
     block, size = inputs, 1  # the sum of `size` taps
     while True:

@@ -45,12 +45,14 @@ STRIDES = {
 
 
 class Declined(RuntimeError):
-    """Raised on the shortest path by a part that cannot serve the call: the checked path takes it."""
+    """The shortest path raises this for a part that cannot serve the call; the checked path then takes
+    the call.
+    """
 
 
 @dataclass(eq=False, repr=False)
 class Op(Errors):
-    """A declaration, and all that follows from it. Called on the formula it returns the public function, which has the
+    """A declaration and all that follows from it. Calling it on the formula returns the public function, which has the
     formula as ``.definition`` and the op as ``.op``.
 
     In the parts ``a`` holds the arguments by name, ``saved`` what ``saves`` names and the options, ``needs`` a bool per
@@ -139,7 +141,7 @@ class Op(Errors):
         return function
 
     def _read(self, formula: Callable) -> None:
-        """The declaration's texts, and what the signature says."""
+        """Reads the texts of the declaration and what its signature says."""
         self.arguments = _signature.arguments(formula)
         self.tensors = tuple(a for a in self.arguments if a.pattern)
         self.options = tuple(a for a in self.arguments if not a.pattern)
@@ -156,7 +158,7 @@ class Op(Errors):
         self.sizes = self.sizes or {}
         self.strides, self.needs = self.strides or {}, self.needs or {}
         self.cast = self._cast_rule()
-        # the part for gradients is told which are wanted, unless the kernels' own call gives them all
+        # the part for gradients gets the wanted ones, unless the kernels' own call gives them all
         self.asks = bool(self.gradients) and not self.backward
         self.unread = self.unread.split()
         self.saves = self.saves.split() or [*(a.name for a in self.tensors), *(o.name for o in self.keeps)]
@@ -179,18 +181,21 @@ class Op(Errors):
         return next(a for a in self.arguments if a.name == name)
 
     def known_sizes(self) -> set[str]:
-        """What shapes may name before a tensor binds it: options, and what ``sizes`` gives."""
+        """Returns the names that shapes may use before a tensor binds them: options, and the results of
+        ``sizes``.
+        """
         given = {name for names in self.sizes for name in names.split()}
         return given | {a.name for a in self.options if a.kind == "int" and not a.optional}
 
     def given_sizes(self, a) -> dict[str, int]:
-        """What ``sizes`` gives for these arguments."""
+        """Returns what ``sizes`` gives for these arguments."""
         given = ((names.split(), size(a)) for names, size in self.sizes.items())
         return {name: value for names, values in given for name, value in zip(names, values, strict=True)}
 
     def in_binding_order(self) -> Iterator[_signature.Argument]:
-        """The tensors, each after those that bind the names in its shape: the leader, then as in the signature. T + L
-        binds L only where no tensor has it alone."""
+        """Returns the tensors, each after those that bind the names in its shape: first the leader, then as in the
+        signature. T + L binds L only where no tensor has it alone.
+        """
         left, known = sorted(self.tensors, key=lambda a: a is not self.leader), self.known_sizes()
         while left:
             found = {}
@@ -209,13 +214,13 @@ class Op(Errors):
             yield a
 
     def dtype_names(self, output: _signature.Output) -> list[str]:
-        """The arguments whose promotion an output's dtype is."""
+        """Returns the arguments whose promotion an output's dtype is."""
         others = {o.name: o for o in (*self.outputs, *self.keeps)}
         names = ([name] if name not in others else self.dtype_names(others[name]) for name in output.dtype)
         return [name for group in names for name in group]
 
     def dtype(self, a, output: _signature.Output) -> torch.dtype:
-        """The dtype of an output for these arguments."""
+        """Returns the dtype of an output for these arguments."""
         if isinstance(output.dtype, torch.dtype):
             return output.dtype
         return (_parts.wide if output.wide else _parts.promoted)(
@@ -223,7 +228,7 @@ class Op(Errors):
         )
 
     def _cast_rule(self) -> Callable | None:
-        """``(op, dtype, a) -> a`` of the autocast rule."""
+        """Returns the autocast rule as ``(op, dtype, a) -> a``."""
         if self.autocast is None or callable(self.autocast):
             return self.autocast
         if self.autocast == "formula":
@@ -237,15 +242,17 @@ class Op(Errors):
         self.forward = _shapes.words(self.forward) or [*tensors, *options, *["keep"] * bool(self.keeps)]
         backward, _, results = self.backward.partition("->")
         self.backward_results = results.split() or [a.name for a in self.differentiable]
-        # what asks for an output is the forward's alone
+        # only the forward has the flags that ask for outputs
         options = [name for name in options if not name.startswith("return_")]
         backward = _shapes.words(backward) or [*always, *tensors, *(o.name for o in self.keeps), *options]
         self.backward = [always[0] if token == "grad" else token for token in backward]
 
     # ----------------------------------------------------------------------- the registered operators
     def _register(self, space: dict):
-        """``torch.ops.fastasr.<name>`` has the public function's signature and returns every output, without elements
-        where it was not asked for, and what is kept; ``<name>_backward`` takes gradients, ``saves`` and the options."""
+        """Registers ``torch.ops.fastasr.<name>`` with the public function's signature. It returns every output, without
+        elements where it was not asked for, and what is kept. ``<name>_backward`` takes gradients, ``saves`` and the
+        options.
+        """
         tensors = {a.name: f"Tensor{'?' * a.optional} {a.name}" for a in self.tensors}
         saved = [tensors.get(name, f"Tensor {name}") for name in self.saves]
         grads = [f"Tensor{'?' * (len(self.graded) > 1)} grad_{o.name}" for o in self.graded]
@@ -270,16 +277,18 @@ class Op(Errors):
         return backward, forward
 
     def _autocast(self, dtype: torch.dtype, *args):
-        # the dispatcher leaves out what equals its default
+        # the dispatcher leaves out arguments that equal their default
         count = len(self.arguments)
         return *self.cast(self, dtype, self.Arguments(*args[:count])), *args[count:]
 
     def needed(self, needs_input_grad) -> list[bool]:
-        """Of the floating tensors; an argument that the dispatcher left out needs none."""
+        """Says which floating tensors need a gradient; an argument that the dispatcher left out needs
+        none.
+        """
         return [i < len(needs_input_grad) and needs_input_grad[i] for i in self.places]
 
     def returned(self, arguments: dict, found):
-        """Of what the operator returns for the public function's keyword arguments, what that function does."""
+        """Turns the operator's results into those of the public function for its keyword arguments."""
         a = self.Arguments(**arguments)
         wanted = [
             t
@@ -290,7 +299,9 @@ class Op(Errors):
 
     # ----------------------------------------------------------------------- the written source
     def _compile(self) -> dict:
-        """The source, run as a module: torch.compile finds its names there, debuggers and tracebacks its lines."""
+        """Runs the source as a module: torch.compile finds its names there, debuggers and tracebacks its
+        lines.
+        """
         file = f"<fastasr.ops.{self.name}>"
         linecache.cache[file] = len(self.source), None, self.source.splitlines(keepends=True), file
         module = ModuleType(f"fastasr.ops._written_{self.name}")
@@ -303,7 +314,7 @@ class Op(Errors):
         return space
 
     def _namespace(self) -> dict:
-        """The names in it."""
+        """Returns the names that the source uses."""
         space = {k: v for k, v in self.definition.__globals__.items() if not k.startswith("__")}
         space |= {f"_codes_{a.name}": a.codes for a in self.options if a.codes}
         space |= {f"_{name}": layout for name, layout in STRIDES.items()}
@@ -321,8 +332,9 @@ class Op(Errors):
         }
 
     def _declined(self, error: RuntimeError) -> bool:
-        """Whether the kernels do not take such arguments: their checks put the operator's name before the reason; the
-        dispatcher has no kernel for the tensors. Any other error is raised."""
+        """Says whether the kernels declined these arguments: their checks put the operator's name before the reason, or
+        the dispatcher has no kernel for the tensors. Any other error is raised.
+        """
         if isinstance(error, Declined | NotImplementedError):
             return True
         return re.search(rf", {self.family.name}(_forward)?: ", str(error)) is not None

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the written source of an op calls; there each name of this file has an underscore before it."""
+"""The functions that an op's generated source calls; there each name of this file has an underscore
+before it.
+"""
 
 # ruff: noqa: F401 (the written source uses what is imported)
 
@@ -31,14 +33,14 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def operand(t: Tensor | None, dtype: torch.dtype | None, layout: Callable) -> Tensor | None:
-    """A tensor as kernels read it."""
+    """Returns a tensor as kernels read it."""
     if t is None:
         return None
     return layout(t if dtype is None or t.dtype is dtype else t.to(dtype))
 
 
 def back(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
-    """A gradient in the dtype and shape of its tensor; None of an absent one."""
+    """Returns a gradient in the dtype and shape of its tensor, and None for an absent one."""
     if grad is None or t is None:
         return None
     grad = grad if grad.dtype is t.dtype else grad.to(t.dtype)
@@ -50,7 +52,9 @@ make = tuple.__new__  # of a named tuple: half the time of a call of its class, 
 
 
 def stand_in(t: Tensor) -> Tensor:
-    """A tensor of the same shape and dtype, over the memory of one number: a NaN, which shows where it is read."""
+    """Returns a tensor of the same shape and dtype over the memory of one number: a NaN, which shows wherever it is
+    read.
+    """
     return t.new_full((), float("nan")).expand(t.shape)
 
 
@@ -72,8 +76,9 @@ def as_tuple(found) -> tuple:
 
 @contextmanager
 def _recording() -> Iterator[None]:
-    """Inside, autograd records. An operator's implementation runs below autograd's dispatch keys, where
-    ``torch.enable_grad`` alone changes nothing: gradients would be zero without a word."""
+    """Lets autograd record inside the ``with`` block. An operator's implementation runs below autograd's dispatch keys,
+    where ``torch.enable_grad`` alone changes nothing: gradients would silently be zero.
+    """
     exclude = torch._C._dispatch_tls_local_exclude_set()
     for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
         exclude = exclude.remove(key)
@@ -84,7 +89,7 @@ def _recording() -> Iterator[None]:
 
 # --------------------------------------------------------------------------- the formula in the kernels' place
 def formula_results(op, a):
-    """What the operator returns, by the formula: where no kernel serves."""
+    """Computes the operator's results by the formula, where no kernel serves."""
     with torch.no_grad():
         found = as_tuple(op.definition(**a._asdict()))
     inputs = {t.untyped_storage().data_ptr() for t in a if isinstance(t, Tensor)}
@@ -97,7 +102,7 @@ def formula_results(op, a):
 
 
 def formula_gradients(op, grads, saved) -> tuple[Tensor | None, ...]:
-    """By autograd, in float32 or better."""
+    """Computes the gradients by autograd, in float32 or better."""
     values = {a.name: getattr(saved, a.name) for a in op.arguments}
     leaves = []
     for a in op.differentiable:

@@ -19,7 +19,7 @@ def register(
     backward: Callable | None = None,
     autocast: Callable | None = None,
 ) -> torch._ops.OpOverload:
-    """Define an op from its schema. ``autocast(dtype, *args)`` returns the arguments cast for autocast's dtype.
+    """Defines an op from its schema. ``autocast(dtype, *args)`` returns the arguments cast for autocast's dtype.
 
     An op without ``backward`` is itself a backward: differentiating through it raises.
     """
@@ -63,13 +63,15 @@ def double_backward_message(name: str) -> str:
 
 
 def refuse_double_backward(name: str) -> None:
-    """Called at the start of a backward on the direct path: grad mode is on only under ``create_graph=True``."""
+    """Raises under ``create_graph=True``: only then is grad mode on at the start of a backward on the
+    direct path.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError(double_backward_message(name))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for on this tensor's device, or None outside autocast."""
+    """Returns the dtype that autocast asks for on this tensor's device, or None outside autocast."""
     device_type = x.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
@@ -77,7 +79,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Autocast's rule for arguments: floating tensors except float64 take ``dtype``."""
+    """Applies autocast's rule for arguments: floating tensors except float64 take ``dtype``."""
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t
         for t in tensors

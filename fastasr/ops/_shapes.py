@@ -51,7 +51,9 @@ class Dim:
         return eval(compile(ast.Expression(self.tree), "<shape>", "eval"), {"__builtins__": {}}, names)
 
     def unknown(self, known: set[str]) -> tuple[str, str, str] | None:
-        """(name, a, b) where the one name that is not known is (size − b) / a; None where all are known."""
+        """Returns (name, a, b) where the one unknown name is (size − b) / a; None where all names are
+        known.
+        """
         missing = sorted(self.names - known)
         if not missing:
             return None
@@ -65,7 +67,7 @@ class Dim:
         return missing[0], str(a.pop()) if len(a) == 1 else f"({more} - ({b}))", b
 
     def _step(self, name: str, others: int, size: int = 1) -> int:
-        """How much the dimension is longer with ``size`` of one name than with none of it."""
+        """Returns how much longer the dimension is with ``size`` of one name than with none of it."""
         names = dict.fromkeys(self.names, others)
         return self.value(names | {name: size}) - self.value(names | {name: 0})
 
@@ -91,7 +93,7 @@ class Shape:
         return self.rest != "..." and ({self.rest} - {""} | {n for d in self.dims for n in d.names}) <= known
 
     def anything(self, known: set[str]) -> bool:
-        """Whether every shape is right."""
+        """Says whether every shape fits."""
         return not self.dims and (self.rest == "..." or self.rest not in known | {""})
 
     def text(self, names: Names) -> str:
@@ -107,7 +109,9 @@ class Shape:
         return f"({', '.join(parts)},)" if parts else "()"
 
     def solve(self, known: set[str], shape: str) -> tuple[str, list[str], list[str]]:
-        """(rank condition, conditions, bindings) as code over the variable ``shape``; ``known`` grows."""
+        """Returns (rank condition, conditions, bindings) as code over the variable ``shape``, and adds to
+        ``known``.
+        """
         count = len(self.dims)
         rank = f"len({shape}) {'>=' if self.rest else '=='} {count}"
         conditions, bindings = [], []
@@ -134,7 +138,9 @@ class Shape:
         return rank, conditions, bindings
 
     def match(self, shape: tuple[int, ...], names: Names) -> Names | None:
-        """What :meth:`solve` writes, by hand: the names with those bound here, or None."""
+        """Does directly what the code of :meth:`solve` does: returns the names with those bound here, or
+        None.
+        """
         names, count = dict(names), len(self.dims)
         if len(shape) < count or (not self.rest and len(shape) > count):
             return None
@@ -175,16 +181,16 @@ class Pattern:
 
     @property
     def mentioned(self) -> set[str]:
-        """The names, and those in the conditions."""
+        """Returns the names of the shapes and those of the conditions."""
         return self.names | set(re.findall(r"[A-Za-z_]\w*", " ".join(self.conditions)))
 
     @property
     def whole(self) -> bool:
-        """Whether one name stands for the whole shape."""
+        """Says whether one name stands for the whole shape."""
         return len(self.alternatives) == 1 and not self.alternatives[0].dims
 
     def text(self, names: Names) -> str:
-        """As an error message says it, with the sizes that are known."""
+        """Returns the text for an error message, with the known sizes."""
         shapes = " or ".join(shape.text(names) for shape in self.alternatives)
         return ", ".join((shapes, *(_put(c, names) for c in self.conditions)))
 
@@ -196,7 +202,7 @@ class Pattern:
         return None
 
     def bind(self, known: set[str], tensor: str) -> Iterator[str]:
-        """Lines that bind the names of a shape that is right."""
+        """Returns lines that bind the names of a shape that fits."""
         before, shape = set(known), f"{tensor}.shape"
         if self.names <= before:
             return
@@ -210,7 +216,7 @@ class Pattern:
             known |= found
 
     def check(self, known: set[str], tensor: str, wrong: str) -> Iterator[str]:
-        """Lines that bind the names and run ``wrong`` where the shape is."""
+        """Returns lines that bind the names, and run ``wrong`` where the shape does not fit."""
         before = set(known)
         conditions = [_condition(c) for c in self.conditions]
         if not conditions and any(shape.anything(before) for shape in self.alternatives):
@@ -234,7 +240,7 @@ class Pattern:
 
 
 def words(text: str) -> list[str]:
-    """Apart at spaces, but for those in parentheses."""
+    """Splits at spaces outside parentheses."""
     return re.findall(r"(?:\([^()]*\)|\S)+", text)
 
 

@@ -64,12 +64,12 @@ class Argument:
 
     @property
     def dimension_of(self) -> str:
-        """The tensor of which a number is a dimension."""
+        """Returns the tensor of which a number is a dimension."""
         return self.constraint.partition("dimension of ")[2]
 
     @property
     def condition(self) -> str:
-        """The constraint on a number as code: alternatives of a value, or of comparisons."""
+        """Returns the constraint on a number as code: alternatives of a value, or comparisons."""
         if self.dimension_of:
             return f"-{self.dimension_of}.dim() <= {self.name} < {self.dimension_of}.dim()"
         ways = (way.split(" and ") for way in self.constraint.split(" or "))
@@ -78,7 +78,7 @@ class Argument:
 
     @property
     def expected(self) -> str:
-        """The constraint in words."""
+        """Returns the constraint in words."""
         text = self.constraint
         for sign, words in WORDS:
             text = text.replace(sign, words)
@@ -88,8 +88,8 @@ class Argument:
 @dataclass(frozen=True)
 class Output:
     name: str
-    pattern: Pattern | Callable  # of what is kept also (backend, a) -> sizes
-    dtype: tuple[str, ...] | torch.dtype  # the arguments, or outputs, whose promotion it is
+    pattern: Pattern | Callable  # what is kept may also be a function (backend, a) -> sizes
+    dtype: tuple[str, ...] | torch.dtype  # the output's dtype is the promotion of these arguments or outputs
     wide: bool  # and at least float32
     flag: str = ""  # the argument that asks for it
     constant: bool = False  # it has no gradient
@@ -125,7 +125,7 @@ def _without_none(hint) -> tuple[object, bool]:
 
 
 def outputs(formula: Callable, names: list[str]) -> tuple[Output, ...]:
-    """The outputs by name. Of ``A | tuple[A, B]`` the flag ``return_...`` asks for B."""
+    """Returns the outputs by name. In ``A | tuple[A, B]`` the flag ``return_...`` asks for B."""
     hints = get_type_hints(formula, include_extras=True)
     union = get_origin(hints["return"]) in (Union, UnionType)
     forms = get_args(hints["return"]) if union else (hints["return"],)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a declaration becomes as Python source, each name of the signature written out: a call costs no loop over them.
+"""Generates Python source from a declaration, with each name of the signature written out, so a call costs no loop.
 
 ``print(ops.bypass.op.source)`` shows one. Names with an underscore are the engine's, see ``Op._namespace``; those in
 braces are fragments that the functions below the template write.
@@ -223,7 +223,9 @@ def write(op) -> str:
 
 
 def _render(template: str, fragments: dict) -> str:
-    """Fragments that are texts go into their lines; those that are lists of lines stand alone on theirs."""
+    """Puts fragments that are texts into their lines; fragments that are lists of lines stand alone on
+    theirs.
+    """
     lines = []
     for line in template.strip("\n").split("\n"):
         alone = re.fullmatch(r"( +)\{(\w+)\}", line)
@@ -278,7 +280,9 @@ def _apply(op, direct: bool) -> list[str]:
 
 
 def _needed(op) -> str:
-    """Autograd's answer for each floating tensor; the function's first two arguments are the engine's."""
+    """Returns autograd's answer for each floating tensor; the function's first two arguments are the
+    engine's.
+    """
     return f"({', '.join(f'_asked[{2 + place}]' for place in op.places)},)"
 
 
@@ -287,7 +291,7 @@ def _optional(a, condition: str) -> str:
 
 
 def _if_given(a, lines: Iterable[str], otherwise: Iterable[str] = ()) -> Iterator[str]:
-    """The lines; of an optional argument where it is given."""
+    """Returns the lines; those of an optional argument run only where it is given."""
     lines, otherwise = "\n".join(lines), "\n".join(otherwise)
     if not a.optional or not lines:
         yield from lines.split("\n") if lines else ()
@@ -406,7 +410,9 @@ def _dtype(op, output) -> str:
 
 # --------------------------------------------------------------------------- kernels
 def _arguments(op, tokens: list[str], renamed: dict[str, str] | None = None) -> str:
-    """Of a kernel: choices as their codes, no number as 0, what is ``renamed``, the rest as it stands."""
+    """Returns a kernel's arguments: choices as their codes, no number as 0, renamed ones, and the rest
+    unchanged.
+    """
     names = {a.name: f"_codes_{a.name}[{a.name}]" for a in op.options if a.codes}
     names |= {a.name: f"{a.name} or 0" for a in op.options if a.kind == "int" and a.optional}
     names |= renamed or {}
@@ -418,7 +424,7 @@ def _layout(op, name: str, grad: bool) -> str:
 
 
 def _grad_operands(op, grads: list[str]) -> dict[str, str]:
-    """Gradients of outputs as kernels read them."""
+    """Returns the outputs' gradients as kernels read them."""
     optional = {f"grad_{o.name}" for o in op.outputs if o.flag}
     layouts = {name: _layout(op, name, True) for name in grads}
     return {
@@ -430,7 +436,7 @@ def _grad_operands(op, grads: list[str]) -> dict[str, str]:
 
 
 def _operands(op, dtype: str, grads: Iterable[str] = ()) -> Iterator[str]:
-    """``_o_<name>``: each tensor as the kernels read it."""
+    """Returns ``_o_<name>``: each tensor as the kernels read it."""
     wide = [*op.wide, *(f"grad_{o.name}" for o in op.outputs if o.wide and op.wide)]
     if op.decides:
         first, *others = op.deciding
@@ -466,7 +472,7 @@ def _launch(op) -> list[str]:
 
 
 def _native(op, keep: str) -> str:
-    """The shortest path's call, on arguments as they are."""
+    """Returns the shortest path's call, on the arguments as they are."""
     if isinstance(op.fast, str) and op.fast:
         return re.sub(r"\bkeep\b", keep, op.fast)
     if op.fast:
@@ -489,7 +495,7 @@ def _differentiate(op, grads: list[str]) -> list[str]:
 
 
 def _back(gradient: str, a) -> str:
-    """In the dtype of its tensor; and in its shape, where the shape is not the only one that is right."""
+    """Casts a gradient to the dtype of its tensor, and to its shape where several shapes are allowed."""
     if len(a.pattern.alternatives) > 1 or a.pattern.alternatives[0].rest == "...":
         return f"{gradient} = _back({gradient}, {a.name})"
     differs = f"{gradient} is not None and {gradient}.dtype is not {a.name}.dtype"
@@ -498,7 +504,7 @@ def _back(gradient: str, a) -> str:
 
 
 def _backward_call(op, arguments: str) -> Iterator[str]:
-    """``x=y`` among the results is the gradient of both."""
+    """Returns the backward call. ``x=y`` among the results is the gradient of both."""
     results = [name.split("=") for name in op.backward_results]
     targets = ", ".join("_" if first == "_" else f"_d_{first}" for first, *_ in results)
     yield f"{targets} = _kernels.backward({arguments})"
@@ -538,7 +544,7 @@ def _no_grads(op, grads: list[str], count: int) -> list[str]:
 
 
 def _constants(op) -> list[str]:
-    """Of the direct path, where what is not asked for is no output."""
+    """Returns the constants of the direct path, where outputs that are not asked for do not exist."""
     found = [o for o in op.outputs if o.constant]
     mark = f"ctx.mark_non_differentiable({_names(found)})"
     return [f"if {found[0].flag}:\n    {mark}" if found[0].flag else mark] if found else []
@@ -563,7 +569,7 @@ def _not_differentiable(op) -> list[str]:
 
 
 def _gone(op, more: str = "") -> dict[str, str]:
-    """Of each gradient, when the operator gives a tensor without elements."""
+    """Says for each gradient when the operator gives a tensor without elements."""
     return {
         a.name: " or ".join(
             [f"{a.name} is None"] * a.optional + [f"not _needs[{i}]{more.format(a.name)}"] * op.asks
@@ -593,14 +599,16 @@ def _for_the_operator(op) -> str:
 
 # --------------------------------------------------------------------------- the public function
 def _fast(op) -> Iterator[str]:
-    """The shortest path is for plain CPU tensors of one dtype and options of the very type; kernels check the rest."""
+    """Returns the shortest path, for plain CPU tensors of one dtype and options of the exact type; kernels check the
+    rest.
+    """
     leader = op.leader.name
     yield "_kernels is not None"
     for a in sorted(op.tensors, key=lambda a: a is not op.leader):
         parts = [f"type({a.name}) in _PLAIN"]
         if (
             a is op.leader or op.fast
-        ):  # where kernels are called at once, they and the dispatcher decline the others
+        ):  # kernels and dispatcher decline the others
             parts.append(f"{a.name}.is_cpu")
         if a is op.leader and op.fast_dtype:
             parts.append(f"{a.name}.dtype is _fast_dtype")
@@ -627,7 +635,9 @@ def _fast(op) -> Iterator[str]:
 
 
 def _formula_under_autocast(op) -> list[str]:
-    """Eager casts only some of its steps, so the kernels serve what has autocast's dtype already."""
+    """Eager casts only some of its steps, so kernels serve only operands that have autocast's dtype
+    already.
+    """
     if op.autocast != "formula":
         return []
     differs = " or ".join(f"{name}.dtype is not _dtype" for name in op.one_dtype)

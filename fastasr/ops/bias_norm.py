@@ -24,7 +24,7 @@ def _check(op, a) -> None:
 
 # --------------------------------------------------------------------------- kernels
 def _operands(kernels, a, dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The channels last; x and bias of one dtype for the C++ kernels."""
+    """Moves the channels last and gives x and bias one dtype for the C++ kernels."""
     x, bias = a.x.movedim(a.channel_dim, -1), a.bias
     if kernels.backend == "cpu":
         x, bias = x.to(dtype), bias.to(dtype)

@@ -15,7 +15,7 @@ from fastasr.ops._op import op
 
 
 def _trailing(op, a) -> None:
-    """The kernels repeat scale over rows of its size."""
+    """Checks scale against the trailing dimensions of x: kernels repeat it over rows of its size."""
     x, scale = a.x, a.scale
     if not (1 <= scale.dim() <= x.dim() and scale.shape == x.shape[x.dim() - scale.dim() :]):
         op.fail("scale", f"shape the trailing dimensions of x, {tuple(x.shape)}", tuple(scale.shape))

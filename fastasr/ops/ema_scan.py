@@ -41,13 +41,13 @@ COMPLEX = (torch.complex64, torch.complex128)
 
 # --------------------------------------------------------------------------- formula
 def damped(damping: Tensor, decay: Tensor, expansion: Tensor, projection: Tensor):
-    """(q, b, c) of ema_scan, each (D, N)."""
+    """Returns (q, b, c) of ema_scan, each (D, N)."""
     p = torch.sigmoid(damping)
     return 1 - p * torch.sigmoid(decay), p * expansion, projection * projection.shape[-1] ** -0.5
 
 
 def rotating(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Polar, Tensor, Tensor]:
-    """(q, b, c) of complex_ema_scan, each (D, N), b real."""
+    """Returns (q, b, c) of complex_ema_scan, each (D, N), b real."""
     states = alpha.shape[-1]
     p = torch.sigmoid(alpha)
     wavelets = torch.arange(1, states + 1, device=theta.device, dtype=theta.dtype)
@@ -63,7 +63,7 @@ def _average(
     coefficients: Callable, parameters: tuple[Tensor, ...], x, residual, state, return_state: bool, padding_mask,
     truncation: int | None, direction: str, activation: str, layout: str,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """y, or (y, last state), from the parameters of which ``coefficients`` makes q, b and c."""
+    """Returns y, or (y, last state); ``coefficients`` makes q, b and c from the parameters."""
     dtype = torch.promote_types(widest(x, (*parameters, residual, state)), torch.float32)
     q, b, c = coefficients(*(p.to(dtype) for p in parameters))
     start = None if state is None else state.to(dtype)
@@ -110,7 +110,7 @@ def _check(op, a) -> None:
 
 
 def _scan(parameters: str, strides: dict, summary: str):
-    """The declaration of an average with these parameters, the residual's last."""
+    """Declares an average with these parameters; the residual's is the last."""
     return op(
         "cpu cuda",
         returns="y last",
@@ -181,8 +181,9 @@ def ema_scan(
 
 
 def _with_complex_states(scan: Callable) -> Callable:
-    """The public function and its definition also take and give states as complex numbers. The operator and the formula
-    below know their real and imaginary parts alone."""
+    """Lets the public function and its definition also take and return states as complex numbers. The operator and the
+    formula below it know real and imaginary parts alone.
+    """
     public = scan.op.public(_complex_states(scan))
     public.definition = _complex_states(scan.definition)
     return public

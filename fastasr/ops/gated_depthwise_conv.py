@@ -32,8 +32,9 @@ ACTIVATIONS = {"swoosh_r": True, "identity": False}
 
 # --------------------------------------------------------------------------- parts
 def _autocast(op, dtype, a):
-    """As the convolution's rule, with a float32 output where the scale is float32; a narrower h is widened by the
-    kernels."""
+    """Follows the convolution's rule, but the output is float32 where the scale is; the kernels widen a
+    narrower h.
+    """
     if a.chunk_scale is not None:
         dtype = torch.promote_types(dtype, a.chunk_scale.dtype)
     h = a.h if torch.promote_types(a.h.dtype, dtype) is dtype else cast(dtype, a.h)[0]
@@ -42,7 +43,7 @@ def _autocast(op, dtype, a):
 
 
 def _cache_gradient(op, grads, found, saved) -> None:
-    """The new cache is the last frames of (cache, u)."""
+    """Returns the gradients through the new cache, which is the last frames of (cache, u)."""
     (grad,), dh, dcache = grads, found[0], found[-1]
     frames, pad = saved.h.shape[0], grad.shape[2]
     taken = min(frames, pad)
@@ -59,9 +60,9 @@ def _cache_gradient(op, grads, found, saved) -> None:
 
 
 def _conv(u: Tensor, weight: Tensor, bias: Tensor | None, frames: int) -> Tensor:
-    """``frames`` frames of the depthwise convolution of u (B, C, frames + K - 1)."""
+    """Returns ``frames`` frames of the depthwise convolution of u (B, C, frames + K - 1)."""
     channels, taps = weight.shape[0], weight.shape[-1]
-    if not channels:  # a convolution of no groups is an error
+    if not channels:  # torch refuses a convolution of no groups
         empty = weight.reshape(0, taps).sum(1, keepdim=True)
         return u[..., :frames] + (empty if bias is None else empty + bias.unsqueeze(1))
     if not frames:
@@ -82,7 +83,9 @@ def _within_chunks(u, weight, bias, chunk_scale, chunk_size) -> Tensor:
 
 
 def edge_scale(chunk_scale: Tensor, size: int) -> Tensor:
-    """(C, size): 1 plus the correction near the left edge, plus that near the right edge of a chunk."""
+    """Returns (C, size): 1 plus the correction near the left edge plus that near the right edge of a
+    chunk.
+    """
     left, right = chunk_scale.unbind(0)
     more = size - left.shape[1]
     if more < 0:

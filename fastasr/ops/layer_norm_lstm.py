@@ -25,8 +25,8 @@ from torch import Tensor
 from fastasr.ops import _gemm
 from fastasr.ops._op import op
 
-# Rows (steps x sequences) up to which the C++ kernels multiply by input_weight themselves, step by step: over several
-# steps they read it again in each.
+# Up to this many rows (steps x sequences) the C++ kernels multiply by input_weight themselves, step by step; over
+# several steps they read it again in each.
 FEW_ROWS, FEW_ROWS_OF_ONE_STEP = 4, 32
 
 
@@ -49,7 +49,7 @@ def _launch(op, kernels, a, dtype, keep: bool):
     work = torch.promote_types(dtype, torch.float32)
     x, input_weight, weight = a.x, a.input_weight, a.hidden_weight
     if kernels.backend != "cpu":
-        # a product of another layout rounds otherwise, which the norms of few units enlarge
+        # a product of another layout rounds differently, and the norms of few units enlarge the difference
         x, input_weight = x.contiguous(), input_weight.contiguous()
     product = x if few else _gemm.forward(x, input_weight, None)
     if kernels.backend == "cpu":
@@ -104,7 +104,7 @@ def _gradients(op, kernels, grads, s, needs):
     launch=_launch,
     gradients=_gradients,
     fast=_fast,
-    # the product with W_x is the vendor's, which takes more
+    # the vendor's product with W_x takes dtypes that the kernel does not
     fits="x.layout is input_weight.layout is _strided and x.dim() == 3 and input_weight.dim() == 2",
     summary="LSTM with LayerNorm on gates and cell, whole sequences and one step",
 )

@@ -26,7 +26,7 @@ FAMILY = KernelFamily(
     vendor=True,
 )
 
-# What the product does not refuse itself.
+# These checks cover what the product itself does not refuse.
 FITS = (
     "x.layout is weight.layout is _strided and weight.dim() == 2 and (bias is None or "
     "bias.layout is _strided and bias.dim() == 1 and bias.size(0) == weight.size(0))"
@@ -35,7 +35,7 @@ FITS = (
 
 # --------------------------------------------------------------------------- kernels
 def bias_grad(grad: Tensor) -> Tensor:
-    """The sum over rows; a copy where there is one row (an op's output may not be its input)."""
+    """Returns the sum over rows, a copy where there is one row (an op's output may not be its input)."""
     return grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad.clone()
 
 

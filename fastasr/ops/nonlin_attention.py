@@ -60,7 +60,7 @@ FAMILY = KernelFamily(
 
 
 def _fits(weights: Tensor, projected: Tensor) -> bool:
-    """The product is the vendor's, which declines nothing: what it relies on is looked at before."""
+    """Checks the operands first: the product is the vendor's, which declines nothing."""
     strided = weights.layout is projected.layout is torch.strided
     if not strided or projected.dim() != 3 or projected.dtype not in FLOATING:
         return False

@@ -33,11 +33,13 @@ from fastasr.ops._op import op
 
 
 def relative_shift(scores: Tensor) -> Tensor:
-    """(..., T, 2T − 1) by offset -> (..., T, T) by key: element (i, j) is that of offset j − i. A view."""
+    """Maps (..., T, 2T − 1) by offset to (..., T, T) by key: element (i, j) is that of offset j − i. The result is a
+    view.
+    """
     frames = scores.shape[-2]
     if frames < 2:
         return scores
-    # a row less one element apart, each key's scores stand in one column
+    # with rows one element closer together, each key's scores stand in one column
     flat = scores.flatten(-2)[..., frames - 1 : -1]
     return flat.unflatten(-1, (frames, 2 * frames - 2))[..., :frames]
 

@@ -66,7 +66,7 @@ FAMILY = KernelFamily(
 def _band(
     symbols: Tensor, starts: Tensor, boundary: Tensor | None, s_range: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(s within [0, S], whether the row is inside, whether it has a symbol), each (B, T, R)."""
+    """Returns (s within [0, S], whether the row is inside, whether it has a symbol), each (B, T, R)."""
     (batch, length), frames = symbols.shape, starts.shape[1]
     s = starts.unsqueeze(-1) + torch.arange(s_range, device=starts.device)
     if boundary is None:
@@ -103,7 +103,7 @@ def _check(op, a) -> None:
 
 
 def _operands(a) -> tuple:
-    """What the kernels take in both directions: the tensors, then the options."""
+    """Returns the kernels' arguments for both directions: the tensors, then the options."""
     indices = (None if t is None else t.long() for t in (a.symbols, a.starts, a.boundary))
     options = a.s_range, a.termination_symbol, ACTIVATIONS[a.activation], a.hat
     return (a.am, a.lm, a.weight, a.bias, *indices), options
@@ -116,7 +116,7 @@ def _launch(op, kernels, a, dtype, keep: bool):
         rows = a.am.shape[0] * a.am.shape[1] * a.s_range
         kept = rows * sum(a.weight.shape) * max(4, a.weight.dtype.itemsize) <= KEPT_BYTES
     px, py, normaliser, chunks = kernels.forward(*tensors, *options, keep, kept)
-    normaliser.chunks = chunks  # they live as long as it does: until the backward has run
+    normaliser.chunks = chunks  # they live until the backward has run
     return px, py, normaliser
 
 

@@ -42,8 +42,9 @@ from fastasr.ops._op import op
 
 # --------------------------------------------------------------------------- the formula, step by step
 class _Steps:
-    """A batch of lattices by steps k: the anti-diagonals s + t of a regular lattice, the frames of a modified one. The
-    arcs that leave a step are (K, B, S+1) each, by the s they enter."""
+    """A batch of lattices by steps k: a regular lattice's anti-diagonals s + t, a modified one's frames. The arcs that
+    leave a step are (K, B, S+1) each, by the s they enter.
+    """
 
     def __init__(self, x: Tensor, y: Tensor, boundary: Tensor | None):
         batch, symbols, width = x.shape
@@ -62,7 +63,9 @@ class _Steps:
         self.begin, self.end = boundary[:, :2], boundary[:, 2:]  # (s, t)
 
     def _to_steps(self, x: Tensor) -> Tensor:
-        """(B, R, W) to (K, B, R): row s of a regular lattice moves s steps on, by reading rows of K + 1 as of K."""
+        """Maps (B, R, W) to (K, B, R): row s of a regular lattice moves s steps on; reading rows of K + 1 as rows of K
+        does that.
+        """
         if self.regular:
             batch, rows, width = x.shape
             x = F.pad(x, (0, self.steps + 1 - width), value=-INF).flatten(1)
@@ -77,15 +80,15 @@ class _Steps:
         return x[..., :width]
 
     def _step(self, cell: Tensor) -> Tensor:
-        """The step of cells (s, t)."""
+        """Returns the step of cells (s, t)."""
         return cell.sum(1) if self.regular else cell[:, 1]
 
     def _at(self, cell: Tensor, k: int) -> Tensor:
-        """(B, S+1): the cell, where it is in step k."""
+        """Returns (B, S+1): the cell, where it is in step k."""
         return (self.row == cell[:, :1]) & (self._step(cell) == k)[:, None]
 
     def cells(self) -> Tensor:
-        """p by steps, (K + 1, B, S + 1)."""
+        """Returns p by steps, (K + 1, B, S + 1)."""
         p = self.y.new_full((len(self.begin), len(self.row)), -INF)
         cells = []
         for k in range(self.steps + 1):
@@ -99,12 +102,12 @@ class _Steps:
     def scores(self, cells: Tensor) -> Tensor:
         batch = torch.arange(len(self.end), device=cells.device)
         scores = cells[self._step(self.end), batch, self.end[:, 0]]
-        # zeros: gradients exist without arcs too
+        # zeros give gradients even without arcs
         scores = scores + self.x[:0].sum((0, 2)) + self.y[:0].sum((0, 2))
         return torch.where(self.poisoned, float("nan"), scores)
 
     def occupations(self, cells: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of the scores by x and y."""
+        """Returns the gradients of the scores by x and y."""
         entering = F.pad(cells[:-1, :, :-1], (1, 0), value=-INF) + self.x
         shares = share(entering, cells[1:])  # of the symbol arc in each cell
         dx, dy, g = torch.empty_like(self.x), torch.empty_like(self.y), torch.zeros_like(cells[0])
@@ -128,7 +131,9 @@ def _check(op, a) -> None:
 
 
 def _kept_shape(backend: str, a) -> tuple[int, int, int]:
-    """A row of S + 1 shares per step (C++) or frame (Triton), padded as the kernels like it."""
+    """Returns the shape of S + 1 shares per step (C++) or frame (Triton), padded to what the kernels read
+    fastest.
+    """
     batch, symbols, width = a.symbol_logprobs.shape
     frames = a.blank_logprobs.shape[2]
     if backend == "triton":

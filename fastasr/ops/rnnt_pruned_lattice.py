@@ -54,19 +54,21 @@ class _Band:
         s_begin, t_begin, s_end, t_end = (boundary[:, i].view(-1, 1, 1) for i in range(4))
         self.empty = ((s_begin == s_end) & (t_begin == t_end)).view(-1)
         self.begins = (s[..., :-1] == s_begin) & (t == t_begin)
-        # The end is a cell of its frame's window, or, where it is none, the last frame's arcs lead to it.
+        # The end is a cell of its frame's window; if the window lacks that cell, the last frame's arcs lead to it.
         self.ends = (s[..., :-1] == s_end) & (t == t_end)
         in_window = F.pad(self.ends.any(2, keepdim=True)[:, 1:], (0, 0, 0, 1))
         self.leaves = (s == s_end) & (t + 1 == t_end) & ~in_window
 
     def _moved(self, cells: Tensor, t: int, to: int, width: int, fill: float) -> Tensor:
-        """(B, width): the cells of frame t's window where they are in frame ``to``'s; ``fill`` beside them."""
+        """Returns (B, width): the cells of frame t's window at their places in frame ``to``'s, with ``fill`` beside
+        them.
+        """
         at = torch.arange(width, device=cells.device) + (self.starts[:, to] - self.starts[:, t])[:, None]
         there = (at >= 0) & (at < cells.shape[1])
         return torch.where(there, cells.gather(1, at.clamp(0, cells.shape[1] - 1)), fill)
 
     def cells(self) -> tuple[Tensor, Tensor]:
-        """(p, a), (B, T, R) and (B, T, R + 1)."""
+        """Returns (p, a), (B, T, R) and (B, T, R + 1)."""
         batch, frames, window = self.x.shape
         p = self.x.new_full((batch, window), -INF)
         ps, leaving = [], []
@@ -95,14 +97,14 @@ class _Band:
 
     def scores(self, p: Tensor, a: Tensor) -> Tensor:
         scores = torch.where(self.ends, p, 0.0).sum((1, 2)) + torch.where(self.leaves, a, 0.0).sum((1, 2))
-        # zeros: gradients exist without arcs too
+        # zeros give gradients even without arcs
         scores = scores + self.x[:, :0].sum((1, 2)) + self.y[:, :0].sum((1, 2))
         reached = (self.ends.any(2) | self.leaves.any(2)).any(1) & (scores != -INF)
         scores = torch.where(reached, scores, -INF)  # no gradient where no path reaches the end
         return torch.where(self.poisoned, float("nan"), torch.where(self.empty, 0.0, scores))
 
     def occupations(self, p: Tensor, a: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of the scores by x and y."""
+        """Returns the gradients of the scores by x and y."""
         _, frames, window = self.x.shape
         if self.modified:  # of the symbol arcs in a, else in p
             shares = share(F.pad(p + self.x, (1, 0), value=-INF), a)
@@ -141,7 +143,7 @@ def _check(op, a) -> None:
 
 
 def _kept_shape(backend: str, a) -> tuple[int, ...]:
-    """R + 1 shares per frame; those of the C++ kernels for sixteen sequences side by side."""
+    """Returns the shape of R + 1 shares per frame; the C++ kernels keep sixteen sequences side by side."""
     batch, frames, window = a.symbol_logprobs.shape
     return ((batch + 15) // 16, frames, window + 1, 16) if backend == "cpu" else (batch, frames, window + 1)
 

@@ -40,7 +40,7 @@ def segments_of(frames: int, segment_length: int) -> int:
 def rows_of(
     frames: int, segment_length: int, right: int, memory: int, past_frames: int = 0, past_memory: int = 0
 ) -> tuple[int, int]:
-    """How many rows queries and keys have."""
+    """Returns how many rows queries and keys have."""
     segments = segments_of(frames, segment_length)
     blocks = segments * right + frames
     if memory == 0:
@@ -49,8 +49,9 @@ def rows_of(
 
 
 def query_rows(frames: int, segment_length: int, right: int, memory: int, device: torch.device) -> Tensor:
-    """(n, R + S + 1): the row of each query of each segment, -1 where the last segment is short; without the summary
-    if there is no memory."""
+    """Returns (n, R + S + 1): the row of each query of each segment, -1 where the last segment is short; without the
+    summary if there is no memory.
+    """
     segments = segments_of(frames, segment_length)
     s = torch.arange(segments, device=device)[:, None]
     within = torch.arange(segment_length, device=device)[None, :]
@@ -68,9 +69,10 @@ def key_rows(
     frames: int, segment_length: int, left: int, right: int, memory: int,
     past_frames: int, past_memory: int, device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(n, M + R + L + S) three times, for each lane of each segment's window: the key's row; how many rows into the
-    memory (from its last before the utterance, so that the first of the past is -m) or into the utterance it is; and
-    whether there is such a row. What is memory, right context and utterance is told by the lane."""
+    """Returns (n, M + R + L + S) three times, for each lane of each segment's window: the key's row; its distance into
+    the memory (from the last row before the utterance, so the first of the past is -m) or into the utterance; and
+    whether there is such a row. The lane says whether a key is memory, right context or utterance.
+    """
     segments = segments_of(frames, segment_length)
     s = torch.arange(segments, device=device)[:, None]
     remembered = past_memory + max(0, segments - 1) if memory else 0
@@ -86,7 +88,7 @@ def key_rows(
 def hidden_lanes(
     position: Tensor, there: Tensor, lengths: Tensor | None, history: Tensor | None, right: int, memory: int
 ) -> Tensor:
-    """(B or 1, n, W): True where a lane of a window holds nothing to be seen."""
+    """Returns (B or 1, n, W): True where a lane of a window holds nothing to be seen."""
     lane, hidden = torch.arange(there.shape[1], device=there.device), ~there[None]
     utterance = lane >= memory + right
     if lengths is not None:
@@ -99,7 +101,7 @@ def hidden_lanes(
 
 # --------------------------------------------------------------------------- parts
 def _sizes(a) -> tuple[int, int, int]:
-    """Rows of queries and of keys, and lanes of a window."""
+    """Returns the rows of queries and of keys, and the lanes of a window."""
     memory, right, segment = a.max_memory_size, a.right_context_length, a.segment_length
     if a.past_memory and not memory:
         segment_attention.op.fail("past_memory", "0 without memory", a.past_memory)
@@ -183,7 +185,7 @@ def segment_attention(
     at = torch.where(there, at, 0)
     gone = hidden_lanes(position, there, lengths, history, right_context_length, memory)[:, None, :, None]
     hidden = gone
-    if memory:  # which the summary, a window's last query, does not see
+    if memory:  # the summary, a window's last query, does not see them
         summary = torch.arange(rows.shape[1], device=query.device)[:, None] == rows.shape[1] - 1
         hidden = gone | (summary & (torch.arange(at.shape[1], device=query.device) < memory))
     scores = torch.matmul(windows(query, rows) * width**-0.5, windows(key, at).transpose(-1, -2))
@@ -192,7 +194,7 @@ def segment_attention(
     if weights_dropout is not None:
         kept = weights_dropout.index_select(2, rows.clamp(min=0).flatten())
         weights = weights * kept.reshape(weights.shape).to(weights.dtype)
-    # what is hidden does not leak, whatever it holds
+    # hidden values do not leak, whatever they are
     values = windows(value, at).masked_fill(gone.transpose(-1, -2), 0)
     mixed = torch.matmul(weights, values)
     if memory:

@@ -25,7 +25,7 @@ OFFSET = {False: 0.035, True: 0.313261687}
 
 # --------------------------------------------------------------------------- definition
 def definition(x: Tensor, right: bool) -> Tensor:
-    """The formula in eager PyTorch; ``right`` selects SwooshR."""
+    """Computes the formula in eager PyTorch; ``right`` selects SwooshR."""
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     return torch.logaddexp(zero, x - SHIFT[right]) - 0.08 * x - OFFSET[right]
 
@@ -33,8 +33,9 @@ def definition(x: Tensor, right: bool) -> Tensor:
 def definition_backward(
     grad: Tensor, x: Tensor, right: bool, mask: Tensor | None, need_output: bool
 ) -> tuple[Tensor, Tensor]:
-    """(dx, y): gradient through ``swoosh(x) * mask``, and that product itself where asked for. Computed in float32 or
-    better, rounded once."""
+    """Returns (dx, y): the gradient through ``swoosh(x) * mask``, and that product itself where asked for. Both are
+    computed in float32 or better and rounded once.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = torch.sigmoid(wide - SHIFT[right]) - 0.08
     y = definition(wide, right) if need_output else None

@@ -23,7 +23,9 @@ KINDS = {"SwooshL": False, "SwooshR": True}
 
 # --------------------------------------------------------------------------- kernels
 def _activate(kernels, a) -> Tensor:
-    """swoosh(x) ⊙ mask, computed in x's dtype; the weight has another one under autocast alone."""
+    """Returns swoosh(x) ⊙ mask, computed in x's dtype; only under autocast does the weight have another
+    one.
+    """
     return kernels.forward(a.x.contiguous(), KINDS[a.kind], a.mask, a.shared_dim).to(a.weight.dtype)
 
 
@@ -49,7 +51,7 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
 @op(
     swoosh.FAMILY,
     one_dtype="x weight bias",
-    autocast="weight bias",  # upstream computes the activation in the dtype that x has
+    autocast="weight bias",  # upstream computes the activation in x's dtype
     deciding="x",
     launch=_launch,
     gradients=_gradients,
@@ -76,7 +78,7 @@ _masked = swoosh_linear
 
 
 def draw_mask(x: Tensor, dropout_p: float, dropout_shared_dim: int | None) -> Tensor:
-    """The dropout mask: one ``torch.rand`` call of x's dtype, as upstream draws it."""
+    """Draws the dropout mask with one ``torch.rand`` call of x's dtype, as upstream does."""
     shape = list(x.shape)
     if dropout_shared_dim is not None:
         shape[dropout_shared_dim] = 1
@@ -126,7 +128,7 @@ def swoosh_linear(
 
 
 def _dimension(value: object, x: Tensor) -> int:
-    """The shared dimension from 0 on; what is wrong with x is told by the other checks."""
+    """Returns the shared dimension counted from 0; other checks report a wrong x."""
     if not isinstance(x, Tensor) or not x.dim():
         return -1
     op = _masked.op

@@ -33,7 +33,7 @@ from fastasr.ops._op import op
 
 # --------------------------------------------------------------------------- parts
 def chunks(length: int, chunk_size: int) -> tuple[int, int]:
-    """(frames per chunk, number of chunks) of a sequence."""
+    """Returns (frames per chunk, number of chunks) of a sequence."""
     size = max(1, min(chunk_size, length) if chunk_size > 0 else length)
     return size, (length + size - 1) // size
 
@@ -41,7 +41,9 @@ def chunks(length: int, chunk_size: int) -> tuple[int, int]:
 def mask_of(
     length: int, size: int, count: int, causal: bool, padding_mask: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """True where a key may not be seen, broadcastable to (B, chunks, size, size); None when all may."""
+    """Returns True where a key may not be seen, broadcastable to (B, chunks, size, size); None when all
+    may.
+    """
     mask = None
     if causal:
         mask = torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
@@ -56,8 +58,9 @@ def mask_of(
 
 
 def _operands(s, *more: Tensor) -> tuple[Tensor | None, ...]:
-    """As kernels read them: activations, of which ``more`` come first, in one dtype; the others in the dtype that is
-    computed in."""
+    """Returns the operands as kernels read them: activations, of which ``more`` come first, in one dtype; the others in
+    the dtype of the computation.
+    """
     parameters = s.qk_weight, s.qk_bias, s.position_bias
     dtype = torch.promote_types(torch.promote_types(s.gate.dtype, s.value.dtype), s.query_key.dtype)
     dtype = torch.promote_types(dtype, widest(s.query_key, parameters))

@@ -22,7 +22,7 @@ from fastasr.ops._register import autocast_dtype
 MASKED = -1000.0  # a row with nothing to attend to is uniform, not NaN
 ROW_PADDING = 16  # as in csrc/bindings and kernels: rows of W start at multiples of this many elements
 
-# Arguments of attention with the positions of Zipformer. P is what a head has of x.
+# Arguments of attention with Zipformer's positions. P is a head's share of x beside q and k.
 Projection = Annotated[Tensor, "T B num_heads*P, P >= 2*query_head_dim"]
 _OFFSETS = "(T and 2*T-1+L) num_heads*(P-2*query_head_dim)"
 Positions = Annotated[Tensor, f"1 {_OFFSETS} | B {_OFFSETS}"] | None
@@ -36,7 +36,7 @@ LeftContext = Annotated[int, ">= -1"]
 
 # --------------------------------------------------------------------------- parts
 def scores(x: Tensor, pos: Tensor | None, cached_key: Tensor | None, heads: int, dim: int) -> Tensor:
-    """(H, B, T, left + T), before the masks."""
+    """Returns (H, B, T, left + T), before the masks."""
 
     def by_head(t: Tensor) -> Tensor:  # (rows, B, H·d) -> (H, B, rows, d)
         return t.reshape(*t.shape[:2], heads, t.shape[2] // heads).permute(2, 1, 0, 3)
@@ -52,8 +52,9 @@ def scores(x: Tensor, pos: Tensor | None, cached_key: Tensor | None, heads: int,
 
 
 def by_key(by_offset: Tensor, keys: int) -> Tensor:
-    """(..., T, W) by offset, W = T - 1 + keys, as (..., T, keys): row i from column T-1-i on. The rows laid end to end
-    from there on are W - 1 apart."""
+    """Maps (..., T, W) by offset, W = T - 1 + keys, to (..., T, keys): row i starts at column T-1-i. These starts are W
+    - 1 apart in memory.
+    """
     frames, width = by_offset.shape[-2:]
     if frames == 1:
         return by_offset
@@ -62,7 +63,9 @@ def by_key(by_offset: Tensor, keys: int) -> Tensor:
 
 
 def outside_chunks(scores: Tensor, chunk_size: int, left_context_chunks: int) -> Tensor:
-    """(T, left + T), True where a key is not in a query's chunk or those before it that it sees."""
+    """Returns (T, left + T), True where a key is neither in a query's chunk nor in the earlier chunks
+    that it sees.
+    """
     frames, keys = scores.shape[-2:]
     query, key = (torch.arange(n, frames, device=scores.device) for n in (0, frames - keys))
     query, key = (torch.div(t, chunk_size, rounding_mode="floor") for t in (query[:, None], key))
@@ -71,7 +74,7 @@ def outside_chunks(scores: Tensor, chunk_size: int, left_context_chunks: int) ->
 
 
 class _Penalty(torch.autograd.Function):
-    """Scores as they are; their gradient gets penalty · sign(s) where |s| > limit."""
+    """Passes scores through unchanged; their gradient gets penalty · sign(s) where |s| > limit."""
 
     @staticmethod
     def forward(ctx, scores: Tensor, penalty: float, limit: float) -> Tensor:
@@ -86,7 +89,7 @@ class _Penalty(torch.autograd.Function):
 
 
 def _empty(shape: tuple[int, ...], **options) -> Tensor:
-    """Rows as the kernels lay them."""
+    """Allocates rows with the strides that the kernels use."""
     _, batch, frames, keys = shape
     row = (keys + ROW_PADDING - 1) // ROW_PADDING * ROW_PADDING
     return torch.empty_strided(shape, (batch * frames * row, frames * row, row, 1), **options)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transducer (RNN-T) losses: k2's functions by name, argument and result, and the joiner fused with its loss.
 
-``pruned_joiner_loss`` and ``joiner_loss`` are ours; all others are k2's, with ``zero_infinity`` and ``fastemit_lambda``
-besides. ``fastasr.compat.k2`` puts them under the name ``k2``. See docs/rnnt.md.
+``pruned_joiner_loss`` and ``joiner_loss`` are fastasr's; all others are k2's, with ``zero_infinity`` and
+``fastemit_lambda`` added. ``fastasr.compat.k2`` puts them under the name ``k2``. See docs/rnnt.md.
 """
 
 from fastasr.rnnt.joiner import joiner_loss, pruned_joiner_loss

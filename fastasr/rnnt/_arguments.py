@@ -18,14 +18,16 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def floating(op: str, name: str, value: object, dims: str) -> Tensor:
-    """A floating tensor with as many dimensions as ``dims``, "(B, T, C)", names."""
+    """Checks for a floating tensor with as many dimensions as ``dims``, e.g. "(B, T, C)", names."""
     _check.floating_tensor(op, name, value)
     _check.shape(op, name, value, dims, value.dim() == dims.count(",") + 1)
     return value
 
 
 def integers(op: str, name: str, value: object, shape: tuple, like: Tensor, like_name: str) -> Tensor:
-    """An integer tensor of that shape (None: any size) on like's device, as int64."""
+    """Checks for an integer tensor of that shape (None: any size) on like's device, and returns it as
+    int64.
+    """
     if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"fastasr.{op}: {name}: expected an integer tensor, got {got}")
@@ -41,7 +43,7 @@ def integers(op: str, name: str, value: object, shape: tuple, like: Tensor, like
 
 
 def arcs(op: str, px_name: str, px: Tensor, py_name: str, py: Tensor) -> None:
-    """px (B, S, T + 1) or (B, S, T) of the symbol arcs with py (B, S + 1, T) of the blank arcs."""
+    """Checks px (B, S, T + 1) or (B, S, T) of the symbol arcs with py (B, S + 1, T) of the blank arcs."""
     floating(op, px_name, px, "(B, S, T + 1)")
     floating(op, py_name, py, "(B, S + 1, T)")
     (batch, length, width), frames = px.shape, py.shape[2]
@@ -63,7 +65,7 @@ def class_index(op: str, name: str, value: object, classes: int) -> int:
 
 
 def has_values(value: Tensor) -> bool:
-    """Whether there are values to check; while a graph is traced there are none."""
+    """Says whether there are values to check; while a graph is traced there are none."""
     return not torch.compiler.is_compiling() and type(value) in PLAIN and value.numel() > 0
 
 
@@ -87,8 +89,9 @@ def _refuse(op: str, name: str, expected: str, value: Tensor) -> None:
 def symbols(
     op: str, value: object, length: int | None, classes: int, boundary: Tensor | None, like: Tensor
 ) -> Tensor:
-    """The symbols (B, S) as int64. Inside the boundary they must lie in [0, C); padding may have any value and is
-    clamped into [0, C)."""
+    """Returns the symbols (B, S) as int64. Inside the boundary they must lie in [0, C); padding may have any value and
+    is clamped into [0, C).
+    """
     value = integers(op, "symbols", value, (like.shape[0], length), like, "the scores")
     if has_values(value):
         right = (value >= 0) & (value < classes)
@@ -100,8 +103,9 @@ def symbols(
 
 
 def boundary(op: str, value: object, batch: int, length: int, frames: int, like: Tensor) -> Tensor | None:
-    """The boundary as int64: rows [s_begin, t_begin, s_end, t_end] with 0 <= s_begin <= s_end <= S and
-    0 <= t_begin <= t_end <= T."""
+    """Returns the boundary as int64, after checking rows [s_begin, t_begin, s_end, t_end] with 0 <= s_begin <= s_end <=
+    S and 0 <= t_begin <= t_end <= T.
+    """
     if value is None:
         return None
     value = integers(op, "boundary", value, (batch, 4), like, "the scores")
@@ -109,7 +113,7 @@ def boundary(op: str, value: object, batch: int, length: int, frames: int, like:
         return value
     expected = f"rows [s_begin, t_begin, s_end, t_end] within S = {length} and T = {frames}, begin <= end"
     if value.is_cpu:
-        rows = value.tolist()  # Python is faster at so few
+        rows = value.tolist()  # Python is faster for so few
         if not all(0 <= s <= end <= length and 0 <= t <= stop <= frames for s, t, end, stop in rows):
             _refuse(op, "boundary", expected, value)
     else:
@@ -146,7 +150,9 @@ def ranges(op: str, value: object, batch: int, frames: int, length: int, like: T
 
 
 def wide_enough(op: str, width: int, length: int, rnnt_type: str) -> None:
-    """In a constrained lattice a symbol needs the blank of the next position on its frame: windows of two at least."""
+    """Requires windows of at least two: in a constrained lattice a symbol needs the blank of the next position on its
+    frame.
+    """
     if rnnt_type == "constrained" and width < 2 <= length + 1:
         raise ValueError(
             f"fastasr.{op}: ranges: expected windows of at least 2 positions for a constrained lattice, got {width}: "

@@ -40,7 +40,7 @@ def integer(op: str, name: str, value: object) -> int:
 
 
 def number(op: str, name: str, value: object) -> float:
-    """A float or int that is not a NaN and not negative."""
+    """Checks for a float or int that is neither NaN nor negative."""
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
         raise TypeError(f"fastasr.{op}: {name}: expected a float, got {type(value).__name__}")
     if not value >= 0:

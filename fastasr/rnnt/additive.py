@@ -33,8 +33,9 @@ _SLICE_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 
 def _slices(am: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice]]:
-    """The (sequences, frames) whose exponentials are computed at a time. Where products are batched a slice holds all
-    sequences, else one."""
+    """Returns the (sequences, frames) whose exponentials are computed at a time. Where products are batched, a slice
+    holds all sequences, else one.
+    """
     batch, frames, classes = am.shape
     together = batch if _batched(am) else 1
     row = max(1, together * classes * dtype.itemsize)
@@ -50,19 +51,20 @@ def _compute_dtype(lm: Tensor, am: Tensor) -> torch.dtype:
 
 
 def _exponentials(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(e^(x − m), m), m the maximum of each row."""
+    """Returns (e^(x − m), m), m the maximum of each row."""
     maximum = x.amax(-1, keepdim=True)
     return torch.sub(x.to(dtype), maximum.to(dtype)).exp_(), maximum.to(dtype)
 
 
 def _batched(x: Tensor) -> bool:
-    """Whether one call multiplies the whole batch, and sums over equal symbols are matrix products too: sums by index
-    are deterministic on the CPU only."""
+    """Says whether one call multiplies the whole batch and matrix products also add equal symbols: sums by index are
+    deterministic on the CPU only.
+    """
     return x.is_cuda
 
 
 def _products(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out[b] = left[b] right[b]ᵀ."""
+    """Computes out[b] = left[b] right[b]ᵀ."""
     if _batched(out):
         torch.bmm(left, right.transpose(1, 2), out=out)
     else:
@@ -71,7 +73,9 @@ def _products(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _left_rows(lm: Tensor, dtype: torch.dtype, unigram: bool):
-    """(e^lm with the unigram as one more row, maxima, sums): (B, S+1 or S+2, C), (B, S+1, 1), (B, S+1, 1)."""
+    """Returns (e^lm with the unigram as one more row, maxima, sums): (B, S+1 or S+2, C), (B, S+1, 1), (B,
+    S+1, 1).
+    """
     tiny = torch.finfo(dtype).tiny
     batch, positions, classes = lm.shape
     left = lm.new_empty(batch, positions + int(unigram), classes, dtype=dtype)
@@ -88,7 +92,7 @@ def _left_rows(lm: Tensor, dtype: torch.dtype, unigram: bool):
 def forward(
     lm: Tensor, am: Tensor, symbols: Tensor, blank: int, lm_scale: float, am_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(px (B, S, T), py (B, S+1, T), sums (B, S+1 or S+2, T) for the backward)."""
+    """Returns (px (B, S, T), py (B, S+1, T), sums (B, S+1 or S+2, T) for the backward)."""
     dtype = _compute_dtype(lm, am)
     tiny = torch.finfo(dtype).tiny
     (batch, positions, _), frames = lm.shape, am.shape[1]
@@ -131,7 +135,7 @@ def backward(
     lm_scale: float,
     am_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(dlm, dam)."""
+    """Returns (dlm, dam)."""
     dtype = sums.dtype
     tiny = torch.finfo(dtype).tiny
     (_, positions, classes), length = lm.shape, symbols.shape[1]
@@ -168,7 +172,7 @@ def backward(
 
 
 def _grad_lm(dleft, left, lm_sums, total, grad_px, grad_py, symbols, chosen, blank, lm_scale, am_scale):
-    """dlm (B, S+1, C), from the gradient of the rows of ``left``."""
+    """Returns dlm (B, S+1, C), from the gradient of the rows of ``left``."""
     batch, positions, classes = total.shape[0], total.shape[1], left.shape[2]
     length = positions - 1
     probs = left[:, :positions]
@@ -199,7 +203,7 @@ def _grad_lm(dleft, left, lm_sums, total, grad_px, grad_py, symbols, chosen, bla
 
 
 def _one_hot(symbols: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """(B, S, C)."""
+    """Returns (B, S, C)."""
     zeros = torch.zeros(*symbols.shape, classes, dtype=dtype, device=symbols.device)
     return zeros.scatter_(2, symbols.unsqueeze(2), 1.0)
 
@@ -252,6 +256,8 @@ _OP = register(
 def additive_logprobs(
     lm: Tensor, am: Tensor, symbols: Tensor, blank: int, lm_scale: float = 0.0, am_scale: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """(px (B, S, T), py (B, S+1, T)) in float32, or float64 where an input is; the caller has checked the arguments."""
+    """Returns (px (B, S, T), py (B, S+1, T)) in float32, or float64 where an input is; the caller has checked the
+    arguments.
+    """
     px, py, _ = _OP(lm, am, symbols, blank, float(lm_scale), float(am_scale))
     return px, py

@@ -34,7 +34,8 @@ def pruned_joiner_loss(
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
 ) -> Tensor:
-    """``do_rnnt_pruning``, the joiner activation(am + lm) Wᵀ + bias, and ``rnnt_loss_pruned``, without the logits.
+    """Computes ``do_rnnt_pruning``, the joiner activation(am + lm) Wᵀ + bias, and ``rnnt_loss_pruned``, without the
+    logits.
 
     Args:
         am: (B, T, D), the encoder's output after the joiner's projection.
@@ -88,8 +89,8 @@ def joiner_loss(
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
 ) -> Tensor:
-    """``rnnt_loss`` of the joiner activation(am + lm) Wᵀ + bias over the whole lattice, without its (B, T, S + 1, V)
-    logits. Arguments as in ``pruned_joiner_loss``.
+    """Computes ``rnnt_loss`` of the joiner activation(am + lm) Wᵀ + bias over the whole lattice, without its (B, T, S +
+    1, V) logits. The arguments are those of ``pruned_joiner_loss``.
     """
     op = "rnnt.joiner_loss"
     length, symbols, boundary = _checked(op, am, lm, weight, symbols, termination_symbol, boundary, rnnt_type)
@@ -111,8 +112,8 @@ def joiner_loss(
 
 
 class _Negligible(torch.autograd.Function):
-    """(px, py) as they are; in their gradients, cells with next to no part in any path count as having none, so that
-    the joiner's backward pass leaves them out.
+    """Passes (px, py) through unchanged. In their gradients, cells with almost no part in any path count as having
+    none, so that the joiner's backward pass leaves them out.
 
     A cell's part is |gx| + |gy|; that of a sequence's first cell is the whole. A part below 1/64 of the dtype's
     rounding error (2e-9 in float32) of the whole does not show in sums over cells. With windows of 5 and random
@@ -133,7 +134,7 @@ class _Negligible(torch.autograd.Function):
 
 
 def _checked(op, am, lm, weight, symbols, termination_symbol, boundary, rnnt_type):
-    """(S, symbols, boundary)."""
+    """Returns (S, symbols, boundary)."""
     arguments.floating(op, "am", am, "(B, T, D)")
     arguments.floating(op, "lm", lm, "(B, S + 1, D)")
     arguments.floating(op, "weight", weight, "(V, D)")

@@ -35,7 +35,7 @@ def get_rnnt_logprobs(
     rnnt_type: str = "regular",
     boundary: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(px, py) of the joiner whose logits are am[b, t] + lm[b, s].
+    """Returns (px, py) of the joiner whose logits are am[b, t] + lm[b, s].
 
     Args:
         lm: (B, S + 1, C), the prediction network's part.
@@ -60,10 +60,10 @@ def get_rnnt_logprobs_smoothed(
     boundary: Tensor | None = None,
     rnnt_type: str = "regular",
 ) -> tuple[Tensor, Tensor]:
-    """(px, py) interpolated, in the log domain, between the additive joiner and each of its two models alone.
+    """Returns (px, py) interpolated, in the log domain, between the additive joiner and each of its two models alone.
 
-    lm_only_scale · lm + am_only_scale · am + (1 − lm_only_scale − am_only_scale) · joint; the am alone is weighted
-    with the unigram that lm averages to over the whole batch. Other arguments as in ``get_rnnt_logprobs``.
+    lm_only_scale · lm + am_only_scale · am + (1 − lm_only_scale − am_only_scale) · joint; the am alone is weighted with
+    the unigram that lm averages to over the whole batch. The other arguments are those of ``get_rnnt_logprobs``.
     """
     op = "rnnt.get_rnnt_logprobs_smoothed"
     return additive(
@@ -84,7 +84,7 @@ def additive(
     symbol_gradient: float = 1.0,
     delay_penalty: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(px, py) of the additive joiner for the function ``op``."""
+    """Computes (px, py) of the additive joiner for the function ``op``."""
     arguments.floating(op, "lm", lm, "(B, S + 1, C)")
     arguments.floating(op, "am", am, "(B, T, C)")
     (batch, positions, classes), frames = lm.shape, am.shape[1]
@@ -110,9 +110,9 @@ def get_rnnt_logprobs_joint(
     rnnt_type: str = "regular",
     boundary: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(px, py) of logits (B, T, S + 1, C). Other arguments as in ``get_rnnt_logprobs``.
+    """Returns (px, py) of logits (B, T, S + 1, C). The other arguments are those of ``get_rnnt_logprobs``.
 
-    fast_rnnt has the last two arguments the other way round; either order is accepted.
+    fast_rnnt has the last two arguments in the opposite order; this function accepts either order.
     """
     if isinstance(rnnt_type, Tensor) or isinstance(boundary, str):
         rnnt_type, boundary = "regular" if boundary is None else boundary, rnnt_type
@@ -129,7 +129,7 @@ def joint(
     symbol_gradient: float = 1.0,
     delay_penalty: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(px, py) of a full joiner's logits for the function ``op``."""
+    """Computes (px, py) of a full joiner's logits for the function ``op``."""
     arguments.floating(op, "logits", logits, "(B, T, S + 1, C)")
     batch, frames, positions, classes = logits.shape
     _check.shape(
@@ -153,9 +153,9 @@ def get_rnnt_logprobs_pruned(
     boundary: Tensor | None = None,
     rnnt_type: str = "regular",
 ) -> tuple[Tensor, Tensor]:
-    """(px, py) of logits (B, T, R, C) of the cells in ``ranges`` (B, T, R); −∞ elsewhere in the lattice.
+    """Returns (px, py) of logits (B, T, R, C) of the cells in ``ranges`` (B, T, R); −∞ elsewhere in the lattice.
 
-    ``ranges`` come from ``get_rnnt_prune_ranges``. Other arguments as in ``get_rnnt_logprobs``.
+    ``ranges`` come from ``get_rnnt_prune_ranges``. The other arguments are those of ``get_rnnt_logprobs``.
     """
     op = "rnnt.get_rnnt_logprobs_pruned"
     return pruned(op, logits, symbols, ranges, termination_symbol, boundary, rnnt_type, False)
@@ -169,8 +169,8 @@ def get_hat_logprobs_pruned(
     boundary: Tensor | None = None,
     rnnt_type: str = "regular",
 ) -> tuple[Tensor, Tensor]:
-    """As ``get_rnnt_logprobs_pruned``, for a hybrid autoregressive transducer: blank is a Bernoulli variable on its
-    logit, and symbols share 1 − P(blank) by a softmax without it. Any class may be blank (k2: class 0).
+    """Does the same as ``get_rnnt_logprobs_pruned`` for a hybrid autoregressive transducer: blank is a Bernoulli
+    variable on its logit, and symbols share 1 − P(blank) by a softmax without it. Any class may be blank (k2: class 0).
     """
     op = "rnnt.get_hat_logprobs_pruned"
     return pruned(op, logits, symbols, ranges, termination_symbol, boundary, rnnt_type, True)
@@ -188,7 +188,7 @@ def pruned(
     symbol_gradient: float = 1.0,
     delay_penalty: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(px, py) over the whole lattice of a pruned joiner's logits for the function ``op``."""
+    """Computes (px, py) over the whole lattice of a pruned joiner's logits for the function ``op``."""
     px, py, starts, boundary = pruned_rows(
         op, logits, symbols, ranges, termination_symbol, boundary, rnnt_type, hat
     )
@@ -198,7 +198,7 @@ def pruned(
 
 
 def pruned_rows(op, logits, symbols, ranges, termination_symbol, boundary, rnnt_type, hat):
-    """(px, py, both (B, T, R), starts, boundary), checked."""
+    """Checks the arguments and returns (px, py, both (B, T, R), starts, boundary)."""
     arguments.floating(op, "logits", logits, "(B, T, R, C)")
     batch, frames, width, classes = logits.shape
     _check.shape(op, "logits", logits, "(B, T, R, C) with C >= 1", classes >= 1)
@@ -217,7 +217,7 @@ def pruned_rows(op, logits, symbols, ranges, termination_symbol, boundary, rnnt_
 
 
 def scatter(band: Tensor, starts: Tensor, rows: int) -> Tensor:
-    """(B, T, R) at s = starts + r to (B, rows, T), −∞ outside the band."""
+    """Places (B, T, R) at s = starts + r in (B, rows, T), with −∞ outside the band."""
     width = band.shape[2]
     r = torch.arange(rows, device=band.device).view(1, -1, 1) - starts.unsqueeze(1)  # (B, rows, T)
     inside = (r >= 0) & (r < width)
@@ -226,7 +226,7 @@ def scatter(band: Tensor, starts: Tensor, rows: int) -> Tensor:
 
 # --------------------------------------------------------------------------- lattice types
 class _ScaleGradient(torch.autograd.Function):
-    """x, with its gradient times a factor."""
+    """Passes x through and multiplies its gradient by a factor."""
 
     @staticmethod
     def forward(ctx, x: Tensor, factor: float) -> Tensor:
@@ -243,7 +243,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 def delay(px: Tensor, penalty: float, boundary: Tensor | None, frames: int, time: int) -> Tensor:
-    """px + penalty · ((T_b − 1) / 2 − t), time being px's dimension of frames."""
+    """Returns px + penalty · ((T_b − 1) / 2 − t), where t runs over px's dimension of frames."""
     t = torch.arange(px.shape[time], device=px.device, dtype=px.dtype)
     if boundary is None:
         bonus = (frames - 1) / 2 - t.unsqueeze(0)
@@ -261,7 +261,7 @@ def lattice(
     symbol_gradient: float = 1.0,
     delay_penalty: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(px, py) of the lattice type, from the joiner's px (B, S, T) and py (B, S + 1, T).
+    """Returns (px, py) of the lattice type, from the joiner's px (B, S, T) and py (B, S + 1, T).
 
     ``symbol_gradient`` multiplies the gradient of the joiner's own symbol log-probabilities.
     """

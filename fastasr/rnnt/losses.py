@@ -42,8 +42,8 @@ def rnnt_loss_simple(
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The loss of the joiner whose logits are am[b, t] + lm[b, s]; nothing of size (B, T, S, C) or (B, T, C) is made
-    besides the gradients.
+    """Returns the loss of the joiner whose logits are am[b, t] + lm[b, s]. Besides the gradients it allocates nothing
+    of size (B, T, S, C) or (B, T, C).
 
     Args:
         lm: (B, S + 1, C).
@@ -75,7 +75,9 @@ def rnnt_loss_smoothed(
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    """As ``rnnt_loss_simple``, with log-probabilities interpolated by ``get_rnnt_logprobs_smoothed``."""
+    """Returns the loss of ``rnnt_loss_simple`` with log-probabilities interpolated by
+    ``get_rnnt_logprobs_smoothed``.
+    """
     op = "rnnt.rnnt_loss_smoothed"
     delay_penalty, factor = _numbers(op, delay_penalty, fastemit_lambda)
     scales = lm_only_scale, am_only_scale
@@ -98,7 +100,7 @@ def rnnt_loss(
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The loss of a full joiner's logits (B, T, S + 1, C)."""
+    """Returns the loss of a full joiner's logits (B, T, S + 1, C)."""
     op = "rnnt.rnnt_loss"
     delay_penalty, factor = _numbers(op, delay_penalty, fastemit_lambda)
     px, py = logprobs.joint(
@@ -122,7 +124,7 @@ def rnnt_loss_pruned(
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The loss of a pruned joiner's logits (B, T, R, C) at the positions in ``ranges`` (B, T, R).
+    """Returns the loss of a pruned joiner's logits (B, T, R, C) at the positions in ``ranges`` (B, T, R).
 
     Paths outside the windows have no probability. ``use_hat_loss``: see ``get_hat_logprobs_pruned``. ``return_grad``
     gives occupations over the whole lattice, (B, S, T + 1) or (B, S, T) and (B, S + 1, T).
@@ -149,7 +151,7 @@ def over_lattice(
     return_grad: bool,
     zero_infinity: bool,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The loss of a lattice that ``logprobs.lattice`` made."""
+    """Returns the loss of a lattice that ``logprobs.lattice`` made."""
     if boundary is not None:
         boundary = boundary.to(torch.int64)
     if not return_grad:
@@ -171,7 +173,7 @@ def over_band(
     reduction: str | None,
     zero_infinity: bool,
 ) -> Tensor:
-    """The loss of a joiner's px and py (B, T, R) in windows that begin at ``starts`` (B, T)."""
+    """Returns the loss of a joiner's px and py (B, T, R) in windows that begin at ``starts`` (B, T)."""
     frames, width = px.shape[1:]
     px = logprobs.scale_gradient(px, symbol_gradient)
     if delay_penalty:
@@ -190,7 +192,7 @@ def over_band(
 
 
 def reduced(op: str, scores: Tensor, reduction: str | None, zero_infinity: bool) -> Tensor:
-    """−scores, reduced over the batch."""
+    """Returns −scores, reduced over the batch."""
     arguments.choice(op, "reduction", reduction, arguments.REDUCTIONS)
     loss = -scores
     if _check.flag(op, "zero_infinity", zero_infinity):
@@ -201,6 +203,6 @@ def reduced(op: str, scores: Tensor, reduction: str | None, zero_infinity: bool)
 
 
 def _numbers(op: str, delay_penalty: float, fastemit_lambda: float) -> tuple[float, float]:
-    """(delay_penalty, 1 + λ)."""
+    """Returns (delay_penalty, 1 + λ)."""
     delay_penalty = _check.number(op, "delay_penalty", delay_penalty)
     return delay_penalty, 1.0 + _check.number(op, "fastemit_lambda", fastemit_lambda)

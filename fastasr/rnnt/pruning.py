@@ -19,7 +19,7 @@ from fastasr.rnnt import _check
 
 
 def get_rnnt_prune_ranges(px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_range: int) -> Tensor:
-    """Positions (B, T, R) to keep at each frame, int64.
+    """Returns the positions (B, T, R) to keep at each frame, int64.
 
     Args:
         px_grad: (B, S, T + 1) or (B, S, T), occupation of the symbol arcs, as ``return_grad=True`` gives them.
@@ -53,7 +53,9 @@ def get_rnnt_prune_ranges(px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_
 def get_rnnt_prune_ranges_deprecated(
     px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_range: int
 ) -> Tensor:
-    """k2's first version: windows by the sum of both occupations. Arguments as in ``get_rnnt_prune_ranges``."""
+    """Computes windows by the sum of both occupations, as k2's first version did. The arguments are those of
+    ``get_rnnt_prune_ranges``.
+    """
     op = "rnnt.get_rnnt_prune_ranges_deprecated"
     px_grad, py_grad, boundary, s_range = _checked(op, px_grad, py_grad, boundary, s_range)
     length, frames, width = px_grad.shape[1], py_grad.shape[2], px_grad.shape[2]
@@ -65,7 +67,9 @@ def get_rnnt_prune_ranges_deprecated(
 
 
 def do_rnnt_pruning(am: Tensor, lm: Tensor, ranges: Tensor) -> tuple[Tensor, Tensor]:
-    """am (B, T, C) and lm (B, S + 1, C) at the positions in ``ranges`` (B, T, R): both (B, T, R, C); am's is a view."""
+    """Returns am (B, T, C) and lm (B, S + 1, C) at the positions in ``ranges`` (B, T, R): both (B, T, R, C); am's is a
+    view.
+    """
     op = "rnnt.do_rnnt_pruning"
     arguments.floating(op, "am", am, "(B, T, C)")
     arguments.floating(op, "lm", lm, "(B, S + 1, D)")
@@ -92,7 +96,7 @@ def _checked(op: str, px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_rang
 
 
 def _least_range(boundary: Tensor) -> int:
-    """The smallest R with T_b (R − 1) >= S_b for every sequence that has frames."""
+    """Returns the smallest R with T_b (R − 1) >= S_b for every sequence that has frames."""
     if boundary.shape[0] == 0:
         return 1
     symbols, frames = boundary[:, 2], boundary[:, 3]
@@ -113,12 +117,14 @@ def _clip(op: str, s_range: int, length: int, regular: bool) -> int:
 
 
 def _never_falling(x: Tensor) -> Tensor:
-    """The largest sequence below x that does not fall over the last dimension."""
+    """Returns the largest sequence below x that does not fall over the last dimension."""
     return x.flip(-1).cummin(-1).values.flip(-1)
 
 
 def _windows(best: Tensor, boundary: Tensor, s_range: int, step: int) -> Tensor:
-    """The windows that begin at ``best`` (B, T), corrected to rise from 0 by less than ``step`` to the last symbol."""
+    """Returns the windows that begin at ``best`` (B, T), corrected to rise from 0 by less than ``step`` to the last
+    symbol.
+    """
     t = torch.arange(best.shape[1], device=best.device)
     final = (boundary[:, 2:3] - s_range + 1).clamp(min=0)
     lower = _never_falling(torch.where(t < boundary[:, 3:] - 1, best, final))

@@ -14,7 +14,8 @@ from fastasr.rnnt import _check
 def mutual_information_recursion(
     px: Tensor, py: Tensor, boundary: Tensor | None = None, return_grad: bool = False
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
-    """p[b, s_end, t_end] of p[s, t] = log(e^(p[s-1, t] + px[s-1, t]) + e^(p[s, t-1] + py[s, t-1])), 0 at the beginning.
+    """Returns p[b, s_end, t_end] of p[s, t] = log(e^(p[s-1, t] + px[s-1, t]) + e^(p[s, t-1] + py[s, t-1])), 0 at the
+    beginning.
 
     Args:
         px: (B, S, T + 1); or (B, S, T), and then a symbol takes a frame along: p[s-1, t-1] + px[s-1, t-1].
@@ -35,7 +36,8 @@ def mutual_information_recursion(
 def joint_mutual_information_recursion(
     px: Sequence[Tensor], py: Sequence[Tensor], boundary: Tensor | None = None
 ) -> Tensor:
-    """The recursion on the sums of several px and several py, with its result split into what each of them contributes.
+    """Runs the recursion on the sums of several px and several py, and splits its result into what each of them
+    contributes.
 
     Args:
         px, py: sequences of N tensors, each as in ``mutual_information_recursion``.
@@ -60,7 +62,7 @@ def joint_mutual_information_recursion(
 
 
 def _inner(occupation: Tensor, x: Tensor) -> Tensor:
-    """Σ occupation · x of each sequence; arcs that cannot be taken (−∞) count as 0."""
+    """Returns Σ occupation · x of each sequence; arcs that cannot be taken (−∞) count as 0."""
     return (occupation * x.to(occupation.dtype).masked_fill(x == -torch.inf, 0.0)).flatten(1).sum(1)
 
 

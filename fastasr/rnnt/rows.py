@@ -30,7 +30,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(logits: Tensor, symbols: Tensor, blank: int, hat: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(px, py, L), each of symbols' shape."""
+    """Returns (px, py, L), each of symbols' shape."""
     dtype, classes = _wide(logits.dtype), logits.shape[-1]
     flat, index = logits.reshape(-1, classes), symbols.reshape(-1, 1)
     normaliser = flat.new_empty(flat.shape[0], dtype=dtype)
@@ -58,7 +58,7 @@ def backward(
     blank: int,
     hat: bool,
 ) -> Tensor:
-    """dlogits."""
+    """Returns dlogits."""
     dtype, classes = normaliser.dtype, logits.shape[-1]
     flat, index, normaliser = logits.reshape(-1, classes), symbols.reshape(-1, 1), normaliser.reshape(-1, 1)
     gx, gy = grad_px.reshape(-1, 1).to(dtype), grad_py.reshape(-1, 1).to(dtype)
@@ -74,7 +74,7 @@ def backward(
         else:
             d.mul_(-(x + y))
             d[:, blank : blank + 1] += y
-        if d.is_cuda:  # torch refuses scatter_add_ there where deterministic algorithms are asked for
+        if d.is_cuda:  # torch refuses scatter_add_ there when deterministic algorithms are requested
             grad[part] = d.add_((outputs == index[part]) * x)
         else:
             grad[part] = d.scatter_add_(1, index[part], x)
@@ -111,6 +111,8 @@ _OP = register(
 
 
 def row_logprobs(logits: Tensor, symbols: Tensor, blank: int, hat: bool = False) -> tuple[Tensor, Tensor]:
-    """(px, py) of symbols' shape, for logits (..., C) and symbols (...): float32, or float64 where logits are."""
+    """Returns (px, py) of symbols' shape, for logits (..., C) and symbols (...): float32, or float64
+    where logits are.
+    """
     px, py, _ = _OP(logits, symbols, blank, hat)
     return px, py
