@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0, or 1 when something could not be measured, 2 for a wrong name."""
+    """Returns the exit code: 0, 1 when something could not be measured, or 2 for a wrong name."""
     options = _parser().parse_args(arguments)
     from fastasr.benchmarks import runner
     from fastasr.benchmarks.table import line

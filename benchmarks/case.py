@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A case: one op at one shape, its implementations, and what each pass must at least move and compute."""
+"""A case: one op at one shape, its implementations, and the least that each pass must move and compute."""
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,12 +19,12 @@ Report = Callable[[str], None]
 
 
 class Unavailable(Exception):
-    """An implementation cannot be measured here; the message says why."""
+    """Raised when an implementation cannot be measured here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a pass needs at least: bytes read and written once, multiply and add operations of products."""
+    """The least a pass needs: bytes read and written once, multiply and add operations of products."""
 
     bytes: int
     flops: int = 0
@@ -34,8 +34,8 @@ class Cost:
 class Implementation:
     """``call`` computes the output; gradients are taken with respect to ``differentiable``.
 
-    ``inference``: what runs in the forward pass (no gradients) when that is another call, as where a module
-    is in evaluation mode then.
+    ``inference`` is the forward pass without gradients where that is another call, for example where a module is in
+    evaluation mode then.
     """
 
     call: Callable[[], torch.Tensor]
@@ -49,7 +49,7 @@ class Case:
     arguments that builds it (and may raise ``Unavailable``), so that a missing package costs one
     implementation only.
 
-    ``copy``: add the implementation "copy", a plain copy of the pass's bytes, as the limit of the machine.
+    ``copy`` adds the implementation "copy", a plain copy of the pass's bytes, as the limit of the machine.
     """
 
     op: str
@@ -64,7 +64,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure. ``compile``: include torch.compile'd formulas."""
+    """How long to measure. ``compile`` includes torch.compile'd formulas."""
 
     reps: int = 15
     warmup: int = 3
@@ -78,24 +78,26 @@ class Settings:
 
 
 def parameters(*tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """The tensors, made to require gradients."""
+    """Returns the tensors, made to require gradients."""
     for tensor in tensors:
         tensor.requires_grad_(True)
     return lambda: tensors
 
 
 def simple(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> Implementation:
-    """``function(*tensors)`` with gradients of every tensor."""
+    """Wraps ``function(*tensors)``, with gradients of every tensor."""
     return Implementation(lambda: function(*tensors), parameters(*tensors))
 
 
 def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``function`` under torch.compile for exactly these shapes, whole graph."""
+    """Compiles ``function`` with torch.compile for exactly these shapes, as a whole graph."""
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def variant(implementation: Implementation, pass_: str) -> Variant:
-    """What is timed in a pass: a call without gradients, a call and its gradients, or the gradients alone."""
+    """Returns what a pass times: a call without gradients, a call and its gradients, or the gradients
+    alone.
+    """
     if pass_ == FORWARD:
         call = implementation.inference or implementation.call
 
@@ -119,7 +121,7 @@ def _copy_variant(bytes_moved: int, device: str) -> Variant:
 def _floor_seconds(
     cost: Cost, device: str, dtype: torch.dtype, copy_seconds: float | None
 ) -> tuple[float, str]:
-    """Least seconds for ``cost`` on this machine, and what sets it."""
+    """Returns the least seconds for ``cost`` on this machine, and what sets them."""
     if cost.flops:
         rate = limits.gemm_flops_per_second(device, dtype)
         return cost.flops / rate, f"GEMM {rate / 1e9:.0f} GFLOP/s"
@@ -136,12 +138,14 @@ def measure(
     skip: Callable[[str], bool] = lambda _: False,
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
-    """Measures ``case`` pass by pass; yields the rows of each. ``skip(pass)``: leave that pass out."""
+    """Measures ``case`` pass by pass and yields the rows of each. If ``skip(pass)`` is true, that pass is
+    left out.
+    """
     settings = settings or Settings()
     passes = [p for p in case.passes if not skip(p)]
     if not passes:
         return
-    # Each case compiles from scratch: graphs of an earlier shape would turn this one's dynamic.
+    # Each case compiles from scratch: graphs of an earlier shape would make this one's dynamic.
     torch._dynamo.reset()
     torch.manual_seed(0)
     implementations = {}
@@ -210,7 +214,7 @@ def measure(
 
 
 def upstream_module(*names: str):
-    """Classes of the PyPI package ``zipformer``, or ``Unavailable`` with the reason."""
+    """Returns classes of the PyPI package ``zipformer``, or raises ``Unavailable`` with the reason."""
     found = []
     for name in names:
         module, _, attribute = name.rpartition(".")

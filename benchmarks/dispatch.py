@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call costs besides its arithmetic: every op on the smallest sample of its table.
+"""The cost of a call besides its arithmetic: every op on the smallest sample of its table.
 
-Rows hold milliseconds like all others; a call takes microseconds. Implementations: the eager formula, the
-public function ``fastasr.ops.<name>``, and the registered operator ``torch.ops.fastasr.<name>``
-("operator").
+Rows hold milliseconds like all others; a call takes microseconds. The implementations are the eager formula, the public
+function ``fastasr.ops.<name>``, and the registered operator ``torch.ops.fastasr.<name>`` ("operator").
 """
 
 from collections.abc import Callable, Iterator
@@ -72,7 +71,9 @@ def _variant(function: Callable, arguments: dict, pass_: str) -> Variant:
 
 
 def _mode(pass_: str):
-    """Entered once around the timing: entering it is not part of a call."""
+    """Returns the mode of a pass. It is entered once around the timing, because entering it is not part
+    of a call.
+    """
     if pass_ == INFERENCE:
         return torch.inference_mode()
     return torch.set_grad_enabled(pass_ != NO_GRAD)
@@ -101,7 +102,7 @@ def measure(
                     try:
                         variant = _variant(function, call.arguments, pass_)
                         variant.call()
-                    except Exception as error:  # reported, and the others measured
+                    except Exception as error:  # this one is reported, and the others are measured
                         report(f"dispatch {name}, {pass_}: {implementation} failed: {error}")
                         continue
                     variants[implementation] = variant

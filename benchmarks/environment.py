@@ -28,10 +28,10 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 @functools.cache
 def commit() -> str:
-    """Commit of the working tree; ``<commit>-dirty.<hash of the changes>`` when measured files differ from
+    """Returns the commit of the working tree; ``<commit>-dirty.<hash of the changes>`` when measured files differ from
     it.
 
-    Outside a checkout (an installed wheel): ``v<version>``.
+    Outside a checkout (an installed wheel) it is ``v<version>``.
     """
     here = Path(__file__).resolve()
     tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
@@ -57,8 +57,9 @@ def _fastasr_version() -> str:
 
 @functools.cache
 def cpu_name() -> str:
-    """Model name of the CPU, and its family, model and widest vectors: a virtual machine may name many CPUs alike.
-    From /proc/cpuinfo, else the name alone from lscpu, else the architecture."""
+    """Returns the CPU's model name, and its family, model and widest vectors, as a virtual machine may give many CPUs
+    one name. It reads /proc/cpuinfo, else the name alone from lscpu, else the architecture.
+    """
     try:
         fields = {}
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -107,7 +108,7 @@ def triton_version() -> str | None:
 
 
 def stamp(device: str = "cpu") -> dict:
-    """The environment fields of a row for ``device``, with the present date (UTC)."""
+    """Returns the environment fields of a row for ``device``, with the present date (UTC)."""
     return {
         "commit": commit(),
         "torch": torch.__version__,

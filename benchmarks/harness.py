@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved timing: every implementation takes its turn in every round, so a slow minute of the machine
-falls on all of them; medians and quartiles over the rounds.
+"""Interleaved timing: every implementation takes its turn in every round, so a slow minute of the machine affects all
+of them. Results are medians and quartiles over the rounds.
 
 Each implementation allocates as it does in real use, page faults included: nothing is reused between calls
 that the caller of the op would not reuse. Preparation (a forward before a timed backward) is not timed.
@@ -41,7 +41,7 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """Lower and upper quartile; of a single sample, that sample twice."""
+        """Returns Lower and upper quartile; of a single sample, that sample twice."""
         if len(self.samples) < 2:
             return self.samples[0], self.samples[0]
         lower, _, upper = statistics.quantiles(self.samples, n=4, method="inclusive")
@@ -58,7 +58,7 @@ def synchronize(device: str = "cpu") -> None:
 
 
 def _sample(variant: Variant, calls: int, device: str) -> float:
-    """Mean seconds per call over ``calls`` calls."""
+    """Returns Mean seconds per call over ``calls`` calls."""
     if variant.prepare is None:
         run = variant.run
         synchronize(device)
@@ -91,8 +91,8 @@ def interleave(
     """Times ``variants`` in turn, ``reps`` rounds of one sample each.
 
     A sample is the mean of as many calls as fill ``sample_seconds`` (one at least, ``max_calls`` at most),
-    so that the timer's own cost does not show. The order of the implementations turns by one each round: no
-    one always runs after the same neighbour, whose data would be in the caches.
+    so that the timer's own cost does not show. The order of the implementations rotates by one each round: none always
+    runs after the same neighbour, whose data would be in the caches.
     """
     ready = {name: v if isinstance(v, Variant) else Variant(v) for name, v in variants.items()}
     calls = {}
@@ -123,19 +123,21 @@ def interleave(
 
 
 def _cpu_seconds() -> tuple[float, float, float] | None:
-    """(wall clock, busy CPU seconds of the machine, CPU seconds of this process), or None without /proc."""
+    """Returns (wall clock, busy CPU seconds of the machine, CPU seconds of this process), or None without
+    /proc.
+    """
     try:
         with open("/proc/stat") as file:
             ticks = [int(v) for v in file.readline().split()[1:9]]
     except (OSError, ValueError):
         return None
-    busy = sum(ticks) - ticks[3] - ticks[4]  # all but idle and iowait
+    busy = sum(ticks) - ticks[3] - ticks[4]  # everything but idle and iowait
     own = os.times()
     return time.monotonic(), busy / os.sysconf("SC_CLK_TCK"), own.user + own.system
 
 
 class LoadMeter:
-    """Cores that other processes kept busy since ``start``."""
+    """Counts the cores that other processes kept busy since ``start``."""
 
     def __init__(self):
         self._start = _cpu_seconds()
@@ -154,8 +156,9 @@ def wait_until_idle(
     window: float = 0.5,
     report: Callable[[str], None] | None = None,
 ) -> float | None:
-    """Waits until other processes use less than ``limit`` cores over ``window`` seconds; gives up after
-    ``patience`` seconds. Returns the last load seen, in cores (None where it cannot be read)."""
+    """Waits until other processes use less than ``limit`` cores over ``window`` seconds, for at most ``patience``
+    seconds. Returns the last load seen, in cores (None where it cannot be read).
+    """
     end = time.monotonic() + patience
     told = False
     while True:
@@ -198,10 +201,10 @@ def _reset_high_water_mark() -> bool:
 
 
 def peak_bytes(variant: Variant | Callable[[], Any], device: str = "cpu", rounds: int = 2) -> int | None:
-    """Memory that one call needs above what was held before it, the least of ``rounds`` calls.
+    """Returns the memory that one call needs above what was held before it, the least of ``rounds`` calls.
 
-    CPU: resident-set high-water mark of the process (whole pages; blocks the allocator kept may hide small
-    needs). CUDA: the caching allocator's peak. None where neither can be read.
+    On the CPU it is the resident set's high-water mark (whole pages; blocks the allocator kept may hide small needs),
+    on CUDA the caching allocator's peak. It is None where neither can be read.
     """
     variant = variant if isinstance(variant, Variant) else Variant(variant)
     found = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machine can do, measured once per run: the time of a plain copy and the rate of the best GEMM.
+"""The limits of the machine, measured once per run: the time of a plain copy and the rate of the best GEMM.
 
 An elementwise op that moves ``n`` bytes cannot be faster than a copy that moves as many (half read, half
 written, into a destination that exists already); a product cannot be faster than the library's best GEMM.
@@ -14,9 +14,7 @@ from fastasr.benchmarks.harness import interleave
 
 
 def copy_buffers(bytes_moved: int, device: str = "cpu", dtype: torch.dtype = torch.float32):
-    """Source and destination such that ``destination.copy_(source)`` reads and writes ``bytes_moved``
-    together.
-    """
+    """Returns source and destination such that ``destination.copy_(source)`` reads and writes ``bytes_moved`` together."""
     elements = max(1, bytes_moved // (2 * dtype.itemsize))
     source = torch.ones(elements, dtype=dtype, device=device)
     return source, torch.zeros_like(source)
@@ -24,13 +22,13 @@ def copy_buffers(bytes_moved: int, device: str = "cpu", dtype: torch.dtype = tor
 
 @functools.cache
 def copy_seconds(bytes_moved: int, device: str = "cpu", reps: int = 15) -> float:
-    """Median seconds of a copy that moves ``bytes_moved`` bytes, both directions counted."""
+    """Returns Median seconds of a copy that moves ``bytes_moved`` bytes, both directions counted."""
     source, destination = copy_buffers(bytes_moved, device)
     return interleave({"copy": lambda: destination.copy_(source)}, reps=reps, device=device)["copy"].median
 
 
 def _onednn_linear(x: torch.Tensor, weight: torch.Tensor):
-    """A oneDNN product of torch's own, or None: on some CPUs it is twice as fast as ``F.linear``."""
+    """Returns a oneDNN product of torch's own, or None. On some CPUs it is twice as fast as ``F.linear``."""
     try:
         call = torch.ops.mkldnn._linear_pointwise
         call(x[:2], weight, None, "none", [], "")
@@ -41,7 +39,9 @@ def _onednn_linear(x: torch.Tensor, weight: torch.Tensor):
 
 @functools.cache
 def gemm_flops_per_second(device: str = "cpu", dtype: torch.dtype = torch.float32, reps: int = 7) -> float:
-    """Best rate of torch's own GEMMs on large matrices, in multiply and add operations per second."""
+    """Returns the best rate of torch's own GEMMs on large matrices, in multiply and add operations per
+    second.
+    """
     size = 1024 if torch.device(device).type == "cpu" else 8192
     x = torch.randn(2 * size, size, device=device, dtype=dtype)
     weight = torch.randn(size, size, device=device, dtype=dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Markdown tables of benchmark rows, and the place between two markers of a page where a generated block stands."""
+"""Markdown tables of benchmark rows, and their place between two markers of a page."""
 
 import sys
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ COLUMNS = {
     "fastasr": "**fastasr**",
 }
 NONE_YET = "No measurements yet: `make bench` writes them."
-HEADLINES = (  # name, shape, case: the rows of the README's table, where its machine has them
+HEADLINES = (  # name, shape, case: the rows of the README's table, if its machine has them
     ("zipformer", "medium 4x1600x80", "whole model"),
     ("zipformer", "medium 1x6000x80", "whole model"),
     ("zipformer", "medium 4x1600x80", "whole model, autocast(bfloat16)"),
@@ -57,7 +57,7 @@ def _times_lines(found: Sequence[Unit], columns: Sequence[str] = tuple(COLUMNS))
 
 
 def _linear_lines(found: Sequence[Unit]) -> list[str]:
-    """How much of a model's gain the linear layers alone bring."""
+    """Says how much of a model's gain the linear layers alone bring."""
     lines = []
     for unit in found:
         alone, both = unit.ratio("upstream", "upstream+linear"), unit.ratio("upstream")
@@ -70,7 +70,9 @@ def _linear_lines(found: Sequence[Unit]) -> list[str]:
 
 
 def _dispatch_lines(found: Sequence[Unit]) -> list[str]:
-    """Microseconds of a call on a tiny tensor: an op per line, a pass per column, eager in brackets."""
+    """Returns a table of microseconds of a call on a tiny tensor: an op per line, a pass per column,
+    eager in brackets.
+    """
     passes = list(dict.fromkeys(unit.first.pass_ for unit in found))
     by_cell = {(unit.first.name, unit.first.pass_): unit for unit in found}
     lines = [
@@ -90,7 +92,7 @@ def _dispatch_lines(found: Sequence[Unit]) -> list[str]:
 
 
 def conditions(rows: Sequence[Row]) -> str:
-    """Where and with what the rows of one machine were measured."""
+    """Says where and with what the rows of one machine were measured."""
     first = max(rows, key=lambda row: row.date)
     commits = sorted({row.commit for row in rows})
     versions = f"torch {first.torch}" + (f", CUDA {first.cuda}" if first.cuda else "")
@@ -106,7 +108,9 @@ def _by_machine(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """All rows, machine by machine: models and ops, what the linear layers bring, the cost of a call."""
+    """Returns all rows, machine by machine: models and ops, what the linear layers bring, the cost of a
+    call.
+    """
     blocks = []
     for measured in _by_machine(rows):
         found = units(measured)
@@ -119,7 +123,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def whole_models(rows: Sequence[Row]) -> str:
-    """The README's table: ``HEADLINES`` on the machine that has most of them."""
+    """Returns the README's table: ``HEADLINES`` on the machine that has most of them."""
     columns = ("upstream", "compile", "fastasr")
 
     def headlines(measured: Sequence[Row]) -> list[Unit]:
@@ -134,15 +138,18 @@ def whole_models(rows: Sequence[Row]) -> str:
 
 
 def replaced(text: str, block: str, start: str = START, end: str = END) -> str:
-    """``text`` with ``block`` between the markers. Raises ``ValueError`` unless there is exactly one pair of them."""
+    """Returns ``text`` with ``block`` between the markers. Raises ``ValueError`` unless there is exactly one pair of
+    them.
+    """
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
         raise ValueError(f"expected one {start} and after it one {end}")
     return f"{text.split(start)[0]}{start}\n{block}\n{end}{text.split(end)[1]}"
 
 
 def put(page: Path, block: str, check: bool, start: str = START, end: str = END) -> int:
-    """Puts ``block`` between the page's markers; with ``check`` only compares. Returns 1, and says so, when ``check``
-    finds a difference, else 0. Raises ``ValueError`` and ``OSError`` for a page that cannot be used."""
+    """Puts ``block`` between the page's markers; with ``check`` it only compares. Returns 1, and reports it, when
+    ``check`` finds a difference, else 0. Raises ``ValueError`` or ``OSError`` if the page cannot be used.
+    """
     text = page.read_text(encoding="utf-8")
     made = replaced(text, block, start, end)
     if made == text:

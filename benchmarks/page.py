@@ -13,7 +13,9 @@ TEMPLATES = Path(__file__).parent
 
 
 def environment(folder: Path):
-    """Jinja2 environment for the templates of ``folder``. Raises ``ImportError`` naming the extra."""
+    """Returns the Jinja2 environment for the templates of ``folder``. Raises ``ImportError`` naming the
+    extra.
+    """
     try:
         import jinja2
     except ImportError:
@@ -26,7 +28,7 @@ def environment(folder: Path):
 
 
 def embedded(data: bytes) -> str:
-    """A PNG as a data URI."""
+    """Returns a PNG as a data URI."""
     return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
 
 
@@ -54,7 +56,7 @@ def _section(name: str, found: list[table.Unit], picture: bytes) -> dict:
 
 
 def sections(rows: Sequence[Row]) -> list[dict]:
-    """What the template shows: per op or model the picture and the units."""
+    """Returns the template's sections: per op or model the picture and the units."""
     pictures = plots.pictures(rows)
     groups: dict[str, list[table.Unit]] = {}
     for unit in table.units(rows):
@@ -66,7 +68,7 @@ def sections(rows: Sequence[Row]) -> list[dict]:
 
 
 def environments(rows: Sequence[Row]) -> list[dict]:
-    """The distinct environments of the rows, newest date of each."""
+    """Returns the distinct environments of the rows, newest date of each."""
     keys = ("device_name", "threads", "commit", "torch", "triton", "cuda", "python")
     newest: dict[tuple, str] = {}
     for row in rows:
@@ -76,7 +78,7 @@ def environments(rows: Sequence[Row]) -> list[dict]:
 
 
 def render(rows: Sequence[Row], title: str = "fastasr benchmarks", notes: Sequence[str] = ()) -> str:
-    """The page as text. ``notes``: what could not be measured, shown at the top."""
+    """Returns the page as text. ``notes``: what could not be measured, shown at the top."""
     return (
         environment(TEMPLATES)
         .get_template("page.html")

@@ -22,7 +22,7 @@ COLUMNS = 3
 
 
 def pyplot():
-    """matplotlib's figure factory without a display. Raises ``ImportError`` naming the extra."""
+    """Returns matplotlib's figure factory without a display. Raises ``ImportError`` naming the extra."""
     try:
         import matplotlib
     except ImportError:
@@ -39,7 +39,7 @@ def bars(
     spread: dict[str, tuple[float, float]],
     colours: dict[str, str] = COLOURS,
 ) -> None:
-    """Horizontal bars in milliseconds, each with its figure; ``spread``: quartiles drawn as whiskers."""
+    """Draws horizontal bars in milliseconds, each with its figure; ``spread`` draws quartiles as whiskers."""
     names = list(values)[::-1]
     heights = [values[name] for name in names]
     filled = [colours.get(name, OTHER_COLOUR) for name in names]
@@ -84,7 +84,7 @@ def _panel(axes, unit: Unit) -> None:
 
 
 def figure(name: str, found: Sequence[Unit]):
-    """One panel per unit of ``name``."""
+    """Draws one panel per unit of ``name``."""
     plt = pyplot()
     columns = min(COLUMNS, len(found))
     lines = math.ceil(len(found) / columns)
@@ -101,7 +101,7 @@ def figure(name: str, found: Sequence[Unit]):
 
 
 def png(picture, dpi: int = 130) -> bytes:
-    """The picture as PNG; the figure is closed."""
+    """Returns the picture as PNG and closes the figure."""
     buffer = io.BytesIO()
     picture.savefig(buffer, format="png", dpi=dpi, facecolor="white")
     pyplot().close(picture)
@@ -109,13 +109,13 @@ def png(picture, dpi: int = 130) -> bytes:
 
 
 def section_name(unit: Unit) -> str:
-    """The op or model, its call cost apart from its time."""
+    """Returns the section of an op or model; its call cost has a section apart from its time."""
     first = unit.first
     return f"dispatch {first.name}" if first.suite == "dispatch" else first.name
 
 
 def pictures(rows: Sequence[Row]) -> dict[str, bytes]:
-    """PNG by name of op or model; dispatch cost under "dispatch <op>"."""
+    """Returns PNG by name of op or model; dispatch cost is under "dispatch <op>"."""
     groups: dict[str, list[Unit]] = {}
     for unit in units(rows):
         groups.setdefault(section_name(unit), []).append(unit)

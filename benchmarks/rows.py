@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmark rows and their JSON Lines files.
 
-A row is one implementation of one case in one pass. The rows of a case and pass were measured interleaved and
-form a *unit*: a unit is written whole and replaced whole.
+A row is one implementation of one case in one pass. The rows of a case and pass were measured interleaved and form a
+*unit*; a unit is written and replaced as a whole.
 """
 
 import dataclasses
@@ -57,12 +57,12 @@ class Row:
 
     @classmethod
     def measured(cls, **fields) -> "Row":
-        """A row stamped with the present environment."""
+        """Returns a row stamped with the present environment."""
         return cls(**{**fields, **stamp(fields["device"])})
 
     @property
     def unit(self) -> tuple:
-        """What was measured together, on which kind of machine; without the commit."""
+        """Identifies what was measured together and on which kind of machine, without the commit."""
         return (
             self.suite,
             self.name,
@@ -79,8 +79,8 @@ class Row:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Row":
-        """Raises ``ValueError`` for a missing required field; fields this version does not know are
-        dropped.
+        """Makes a row of a dict and drops fields this version does not know. Raises ``ValueError`` if a required field
+        is missing.
         """
         values = {("pass_" if key == "pass" else key): value for key, value in values.items()}
         known = {field.name: field for field in dataclasses.fields(cls)}
@@ -95,7 +95,7 @@ class Row:
 
 
 def read(path: str | os.PathLike) -> list[Row]:
-    """Rows of a JSON Lines file, in file order; an absent file has none. Raises ``ValueError`` with the
+    """Returns the rows of a JSON Lines file, in file order; an absent file has none. Raises ``ValueError`` with the
     line.
     """
     path = Path(path)
@@ -128,7 +128,7 @@ def write(path: str | os.PathLike, rows: Iterable[Row]) -> None:
 
 
 def merge(path: str | os.PathLike, new: Iterable[Row]) -> list[Row]:
-    """Adds ``new`` to the file, in place of older rows of the same units. Returns all rows of the file."""
+    """Adds ``new`` to the file, replacing older rows of the same units. Returns all rows of the file."""
     new = list(new)
     units = {row.unit for row in new}
     rows = [row for row in read(path) if row.unit not in units] + new

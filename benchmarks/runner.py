@@ -18,11 +18,12 @@ from fastasr.benchmarks.rows import Row
 
 @dataclass(frozen=True)
 class Options:
-    """``names``: ops, "dispatch", models, or the suites "ops" and "models"; empty: everything.
+    """The options of a run. ``names`` are ops, "dispatch", models, or the suites "ops" and "models"; empty means
+    everything.
 
-    ``quick``: a functional run of seconds, whose figures mean nothing. ``fresh``: measure again what the
-    file already has for this commit. ``compile``: torch.compile of the ops' formulas; ``compile_model``: of
-    the whole model as well (minutes). ``patience``: seconds to wait for idle cores before each op or model.
+    ``quick`` is a functional run of seconds, whose figures mean nothing. ``fresh`` measures again what the file already
+    has for this commit. ``compile`` adds torch.compile of the ops' formulas, ``compile_model`` of the whole model as
+    well (minutes). ``patience`` is how many seconds to wait for idle cores before each op or model.
     """
 
     names: tuple[str, ...] = ()
@@ -44,7 +45,9 @@ class Options:
 
 @dataclass
 class Summary:
-    """What a run did: rows measured now, units found done, and messages about what could not be measured."""
+    """The result of a run: rows measured now, units found done, and messages about what could not be
+    measured.
+    """
 
     rows: list[Row] = field(default_factory=list)
     resumed: int = 0
@@ -57,7 +60,9 @@ def known_names() -> list[str]:
 
 
 def select(names: tuple[str, ...]) -> list[str]:
-    """The known names that ``names`` stand for, in table order. Raises ``ValueError`` for an unknown one."""
+    """Returns the known names that ``names`` stand for, in table order. Raises ``ValueError`` for an
+    unknown one.
+    """
     suites = {"ops": ops.names(), "models": models.names(), "all": known_names()}
     chosen: set[str] = set()
     for name in names or ("all",):
@@ -86,7 +91,7 @@ def _finished(options: Options) -> Callable[..., bool]:
 
 
 def _model(name: str, options: Options, done: Callable[..., bool]) -> dict:
-    """The arguments with which a model is measured."""
+    """Returns the arguments with which a model is measured."""
     return {
         **(models.MODULES[name].QUICK if options.quick else {}),
         "skip": lambda case, shape, pass_: done("models", name, case, shape, pass_, "float32"),
@@ -94,8 +99,9 @@ def _model(name: str, options: Options, done: Callable[..., bool]) -> dict:
 
 
 def _zipformer(options: Options, done: Callable[..., bool]) -> Iterator[dict]:
-    """The arguments of the Zipformer's runs: the whole model, its stacks and first calls; then one long recording,
-    which the whole model alone takes."""
+    """Returns the arguments of the Zipformer's runs: first the whole model, its stacks and first calls; then one long
+    recording, which only the whole model takes.
+    """
     for size in (zipformer.QUICK,) if options.quick else ({}, {"batch": 1, "frames": 6000, "fresh": False}):
         shape = zipformer.shape_name(**{k: v for k, v in size.items() if k != "fresh"})
         alone = "batch" in size and not options.quick
@@ -111,7 +117,9 @@ def _zipformer(options: Options, done: Callable[..., bool]) -> Iterator[dict]:
 
 
 def _units(name: str, options: Options, summary: Summary, report: Report) -> Iterator[list[Row]]:
-    """The rows of everything that ``name`` stands for, unit by unit, without what is already in the file."""
+    """Yields the rows of everything that ``name`` stands for, unit by unit, without what is already in
+    the file.
+    """
     settings, finished = options.settings(), _finished(options)
     dtype = str(options.dtype).removeprefix("torch.")
 
@@ -161,7 +169,7 @@ def run(
     report: Report = lambda _: None,
     on_rows: Callable[[list[Row]], None] = lambda _: None,
 ) -> Summary:
-    """Measures and writes to ``options.out``. A benchmark that fails is reported and the next one begun."""
+    """Measures and writes to ``options.out``. A benchmark that fails is reported and the next one starts."""
     chosen = select(options.names)
     summary = Summary()
     start = time.monotonic()
@@ -182,7 +190,7 @@ def run(
                 on_rows(unit)
         except upstream.MissingUpstream as error:
             note(f"{name}: left out: {error}")
-        except Exception as error:  # one benchmark must not take the others with it
+        except Exception as error:  # one benchmark must not stop the others
             first = (str(error).strip().splitlines() or [""])[0]
             note(f"{name}: failed: {type(error).__name__}: {first[:200]}")
     summary.seconds = time.monotonic() - start

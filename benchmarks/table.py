@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fastasr.benchmarks.rows import Row
 
-# column order; whatever else occurs follows, "copy" (the limit) comes last
+# column order; other implementations follow, and "copy" (the limit) comes last
 ORDER = ("eager", "compile", "upstream", "upstream+linear", "operator", "fastasr")
 BASELINES = ("upstream", "eager")
 TITLES = {"compile": "torch.compile", "upstream+linear": "upstream, linears replaced", "copy": "copy (limit)"}
@@ -30,13 +30,13 @@ class Unit:
         return row.median_ms if row else None
 
     def ratio(self, baseline: str, implementation: str = "fastasr") -> float | None:
-        """How many times faster ``implementation`` is than ``baseline``."""
+        """Returns how many times faster ``implementation`` is than ``baseline``."""
         slow, fast = self.median(baseline), self.median(implementation)
         return slow / fast if slow and fast else None
 
 
 def units(rows: Iterable[Row]) -> list[Unit]:
-    """Rows grouped by unit, in order of appearance."""
+    """Returns rows grouped by unit, in order of appearance."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.unit, []).append(row)
@@ -44,7 +44,7 @@ def units(rows: Iterable[Row]) -> list[Unit]:
 
 
 def implementations(found: Iterable[Unit]) -> list[str]:
-    """All implementations of the units, in column order."""
+    """Returns all implementations of the units, in column order."""
     names = dict.fromkeys(row.implementation for unit in found for row in unit.rows)
     ordered = [name for name in ORDER if name in names]
     others = [name for name in names if name not in ORDER and name != "copy"]
@@ -56,7 +56,7 @@ def title(implementation: str) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """Three significant digits, without exponents: 1231, 13.6, 0.133, 0.00154."""
+    """Returns three significant digits without exponents: 1231, 13.6, 0.133, 0.00154."""
     if value is None:
         return "–"
     if value >= 100:
@@ -66,7 +66,7 @@ def milliseconds(value: float | None) -> str:
 
 
 def duration(value: float | None) -> str:
-    """Milliseconds with a unit that suits them."""
+    """Returns milliseconds with a unit that suits them."""
     if value is None:
         return "–"
     if value < 0.05:
@@ -85,7 +85,7 @@ def percent(fraction: float | None) -> str:
 
 
 def line(rows: Sequence[Row]) -> str:
-    """One unit as one line of plain text."""
+    """Returns one unit as one line of plain text."""
     unit = Unit(tuple(rows))
     first = unit.first
     figures = ", ".join(f"{name} {duration(unit.median(name))}" for name in implementations([unit]))

@@ -8,13 +8,16 @@ from contextlib import contextmanager
 
 
 class Expired(BaseException):
-    """The time is up. No Exception: torch.compile catches those of its backend and compiles on."""
+    """Raised when the time is up. It is no Exception, because torch.compile catches those of its backend and compiles
+    on.
+    """
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises ``Expired`` inside after so many seconds. Without effect where there are no alarms, and off the main
-    thread, which alone can have one."""
+    """Raises ``Expired`` inside after this many seconds. It has no effect where there are no alarms, nor outside the
+    main thread, the only one that can have an alarm.
+    """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return

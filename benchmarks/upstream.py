@@ -59,7 +59,9 @@ class MissingUpstream(ImportError):
 
 
 def module(name: str):
-    """The module of this dotted name, of a package in INSTALL. Raises ``MissingUpstream`` with how to install it."""
+    """Returns the module of this dotted name, of a package in INSTALL. Raises ``MissingUpstream`` with how to install
+    it.
+    """
     package = name.partition(".")[0]
     try:
         return importlib.import_module(name)
@@ -98,7 +100,7 @@ class Encoder(torch.nn.Module):
 
 @contextlib.contextmanager
 def activations(compiled: bool) -> Iterator[None]:
-    """Models made inside have the ``torch.compile`` that upstream puts around its activations, or have it not."""
+    """Makes models inside with or without the ``torch.compile`` that upstream puts around its activations."""
     before = os.environ.get("K2_ONNX_EXPORT")
     if not compiled:
         os.environ["K2_ONNX_EXPORT"] = "1"  # upstream's own switch
@@ -112,10 +114,9 @@ def activations(compiled: bool) -> Iterator[None]:
 
 
 def zipformer(size: str = "medium", seed: int = 0, inner_compile: bool = True, **options) -> Encoder:
-    """Upstream's encoder in evaluation mode, with random weights; ``options`` go to its constructor.
+    """Returns upstream's encoder in evaluation mode, with random weights; ``options`` go to its constructor.
 
-    ``inner_compile``: keep the ``torch.compile`` that upstream puts around its activations. Raises
-    ``MissingUpstream``.
+    ``inner_compile`` keeps the ``torch.compile`` that upstream puts around its activations. Raises ``MissingUpstream``.
     """
     torch.manual_seed(seed)
     with activations(compiled=inner_compile):
@@ -124,7 +125,7 @@ def zipformer(size: str = "medium", seed: int = 0, inner_compile: bool = True, *
 
 
 def recogniser(config: dict, seed: int = 0) -> torch.nn.Module:
-    """Upstream's AsrModel in evaluation mode, with random weights. Raises ``MissingUpstream``."""
+    """Returns Upstream's AsrModel in evaluation mode, with random weights. Raises ``MissingUpstream``."""
     model = module("zipformer.modules.model")
     torch.manual_seed(seed)
     return _steady(model.AsrModel(**config))
@@ -138,7 +139,7 @@ def _steady(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def example(batch: int = 4, frames: int = 1600, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random features ``[batch, frames, 80]`` and lengths that differ by 8 frames, as a sampler batches
+    """Returns random features ``[batch, frames, 80]`` and lengths that differ by 8 frames, as a sampler batches
     them.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -3,7 +3,7 @@
 
     python scripts/architecture.py [--check]
 
-An arrow that follows from others is left out. ``--check`` changes nothing and ends with 1 when the picture is not
+The picture omits an arrow that follows from others. ``--check`` changes nothing and ends with 1 when the picture is not
 current.
 """
 
@@ -21,14 +21,14 @@ Graph = dict[str, set[str]]
 
 
 def folder(path: Path) -> str:
-    """The box that a source file belongs to: its package, or its folder in csrc."""
+    """Returns the box that a source file belongs to: its package, or its folder in csrc."""
     parts = path.relative_to(ROOT).parts
     depth = {"fastasr": 2, "csrc": 3 if parts[1:2] == ("cpu",) else 2}.get(parts[0], 1)
     return "/".join(parts[: min(depth, len(parts) - 1)])
 
 
 def imported(path: Path) -> set[str]:
-    """The boxes that a Python file imports from, at its head or in a function."""
+    """Returns the boxes that a Python file imports from, at its head or in a function."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -61,7 +61,7 @@ def included(path: Path) -> set[str]:
 
 
 def graph() -> Graph:
-    """Box -> the boxes that it needs."""
+    """Returns box -> the boxes that it needs."""
     needs: Graph = {}
     for top in ("fastasr", "kernels", "benchmarks"):
         for path in sorted((ROOT / top).rglob("*.py")):
@@ -83,7 +83,7 @@ def reachable(needs: Graph, box: str) -> set[str]:
 
 
 def reduced(needs: Graph) -> Graph:
-    """The graph without the arrows that follow from others. Arrows of a circle stay."""
+    """Returns the graph without the arrows that follow from others. Arrows of a circle stay."""
     far = {box: reachable(needs, box) for box in needs}
     return {
         box: {a for a in others if not any(a in far[b] and b not in far[a] for b in others if b != a)}
@@ -92,7 +92,7 @@ def reduced(needs: Graph) -> Graph:
 
 
 def rows(needs: Graph) -> list[list[str]]:
-    """The boxes from the top down: each above all that it needs, unless they need each other."""
+    """Returns the boxes from the top down: each above all that it needs, unless they need each other."""
     far = {box: reachable(needs, box) for box in needs}
     below = {box: {other for other in far[box] if box not in far[other]} for box in needs}
     depth: dict[str, int] = {}
@@ -108,7 +108,7 @@ def rows(needs: Graph) -> list[list[str]]:
 
 
 def contents(box: str) -> list[str]:
-    """Up to four lines: what a box is for, and its folders or, where there is no text, its files."""
+    """Returns Up to four lines: what a box is for, and its folders or, where there is no text, its files."""
     path = ROOT / box
     names = sorted(
         p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("_") and any(p.glob("*.*"))

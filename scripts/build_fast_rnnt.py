@@ -3,8 +3,8 @@
 
     python scripts/build_fast_rnnt.py SOURCES   # the unpacked source distribution
 
-Upstream's own build asks for a CMake and a torch of its day; its three C++ files compile as they are as a torch
-extension in C++20, in under a minute. Tests compare fastasr.rnnt with it, and benchmarks measure it.
+Upstream's own build asks for a CMake and a torch of its day. Its three C++ files compile unchanged as a torch extension
+in C++20, in under a minute. Tests compare fastasr.rnnt with it, and benchmarks measure it.
 """
 
 import os

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """check_simd_objects.py OBJECT...: the objects of one link, in its order.
 
-Objects below a folder ``kernels_SET.dir`` are compiled for an instruction set that a machine may lack. Nothing of them
-may run before it is picked, and nothing of them may be merged with what a lesser machine runs:
+Objects below a folder ``kernels_SET.dir`` are compiled for an instruction set that a machine may lack. None of their
+code may run before that set is chosen, and the linker may merge none of it with code that a lesser machine runs:
 
 - no initialiser that runs when the library is loaded;
 - an inline function, a template or a variable of ours that the linker may merge lies in the set's own namespace;
@@ -24,7 +24,7 @@ def set_of(path: str) -> int:
 
 
 def symbols(path: str) -> list[tuple[str, str]]:
-    """(name, nm's letter) of the symbols that leave an object."""
+    """Returns (name, nm's letter) of the symbols that leave an object."""
     out = subprocess.run(["nm", "-P", "-g", path], check=True, capture_output=True, text=True).stdout
     return [tuple(line.split()[:2]) for line in out.splitlines()]
 

@@ -14,8 +14,9 @@ logging.getLogger("mkdocs.plugins.griffe").setLevel(logging.ERROR)
 
 
 def public_names(package: Path) -> list[str]:
-    """What ``__all__`` of ``package/__init__.py`` names of its imports, or the public modules where it is computed.
-    A name that it hands on in another way has its page where it is defined."""
+    """Returns what ``__all__`` of ``package/__init__.py`` names of its imports, or the public modules where it is
+    computed. Another name has its page where it is defined.
+    """
     body = ast.parse((package / "__init__.py").read_text(encoding="utf-8")).body
     imports = [
         statement for statement in ast.walk(ast.Module(body, [])) if isinstance(statement, ast.ImportFrom)

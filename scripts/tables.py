@@ -28,12 +28,14 @@ ELSEWHERE = {
 
 
 def op_page(name: str) -> Path:
-    """The op's page has the name of the op's file."""
+    """Returns the op's page, which has the name of the op's file."""
     return DOCS / "ops" / f"{getattr(ops, name).__module__.rpartition('.')[2]}.md"
 
 
 def measured(rows: Sequence[Row]) -> dict[Path, str]:
-    """Page -> its measured table. A row stands on the page of its op or model, else in docs/benchmarks.md."""
+    """Returns page -> its measured table. A row stands on the page of its op or model, else in
+    docs/benchmarks.md.
+    """
     pages: dict[Path, list[Row]] = {op_page(name): [] for name in sorted(ops.NAMES)}
     pages |= {
         path: [] for path in sorted((DOCS / "models").glob("*.md")) if "bench:start" in path.read_text()
@@ -61,7 +63,9 @@ FAMILIES = {  # folders of csrc/cpu
 
 
 def by_family() -> dict[str, list[str]]:
-    """Family -> its ops, in the order of their pages. The folder of an op's C++ kernel is its family."""
+    """Returns family -> its ops, in the order of their pages. The folder of an op's C++ kernel is its
+    family.
+    """
     found: dict[str, list[str]] = {family: [] for family in FAMILIES.values()}
     for name in sorted(ops.NAMES, key=lambda name: (op_page(name).stem, name)):
         files = (ROOT / "csrc" / "cpu").glob(f"*/{op_page(name).stem}.*")
@@ -71,7 +75,7 @@ def by_family() -> dict[str, list[str]]:
 
 
 def op_families() -> str:
-    """The README's table: a line per family, with links to the ops' pages."""
+    """Returns the README's table: a line per family, with links to the ops' pages."""
     lines = ["| family | ops |", "|---|---|"]
     for family, names in by_family().items():
         links = ", ".join(f"[`{name}`](docs/ops/{op_page(name).name})" for name in names)
@@ -80,7 +84,7 @@ def op_families() -> str:
 
 
 def op_rows() -> str:
-    """A line per op, by family: name, what it computes, its page."""
+    """Returns a line per op, by family: name, what it computes, its page."""
     lines = ["| op | computes | page |", "|---|---|---|"]
     for family, names in by_family().items():
         lines.append(f"| **{family}** | | |")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks of whole models: one file per model with ``NAME``, ``measure`` and ``QUICK``, a quick run's arguments.
+"""Benchmarks of whole models: one file per model with ``NAME``, ``measure`` and ``QUICK``, the arguments of a quick
+run.
 
 Every ``measure`` takes ``settings``, ``reps``, ``compile_model`` (measure upstream under torch.compile too, where that
-can be done), ``skip(case, shape, pass)``, which leaves a unit out, and ``report``. It yields the rows unit by unit and
+is possible), ``skip(case, shape, pass)``, which leaves a unit out, and ``report``. It yields the rows unit by unit and
 raises ``upstream.MissingUpstream``.
 """
 

@@ -2,9 +2,9 @@
 """One layer of ESPnet's E-Branchformer (512 channels, 8 heads, cgMLP of 3072, 31 taps, two feed-forward blocks): four
 padded sequences of 400 frames, forward and with gradients.
 
-Beside upstream as shipped stand upstream with only its linears replaced (how much of the gain is the GEMM's), upstream
-under torch.compile, upstream swapped by ``accelerate``, and fastasr's own class. Dropout is off, as a training step's
-random numbers are no part of the comparison.
+The implementations are upstream as shipped, upstream with only its linears replaced (how much of the gain is the
+GEMM's), upstream under torch.compile, upstream swapped by ``accelerate``, and fastasr's own class. Dropout is off, as a
+training step's random numbers are no part of the comparison.
 """
 
 import copy
@@ -34,7 +34,7 @@ def shape_name(size: str = "512", batch: int = BATCH, frames: int = FRAMES) -> s
 
 
 def layers(size: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Upstream's layer with random parameters, and ours. Raises ``upstream.MissingUpstream``."""
+    """Returns upstream's layer with random parameters, and fastasr's. Raises ``upstream.MissingUpstream``."""
     from fastasr.models.e_branchformer import EBranchformerLayer
 
     shipped = upstream.module("espnet2.asr.encoder.e_branchformer_encoder").EBranchformerEncoder

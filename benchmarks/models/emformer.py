@@ -2,9 +2,9 @@
 """The Emformer of torchaudio's base RNN-T (20 layers of 512, 8 heads, left context 30), at segments of 16 frames with 4
 of right context and of 4 with 1: whole utterances, a training step, and a segment of one stream.
 
-Beside upstream as shipped stand upstream with only its linears replaced (how much of the gain is the GEMM's), upstream
-under torch.compile, upstream swapped by ``accelerate``, and fastasr's own class. The attention alone is the
-benchmark ``segment_attention``.
+The implementations are upstream as shipped, upstream with only its linears replaced (how much of the gain is the
+GEMM's), upstream under torch.compile, upstream swapped by ``accelerate``, and fastasr's own class. The benchmark
+``segment_attention`` measures the attention alone.
 """
 
 import copy
@@ -31,7 +31,9 @@ QUICK = {"size": "tiny", "segments": ((4, 1),), "batch": 2, "frames": 20}
 
 
 def encoders(size: str, segment: int, right: int) -> dict[str, torch.nn.Module]:
-    """Upstream's encoder with random parameters, swapped, and ours. Raises ``upstream.MissingUpstream``."""
+    """Returns upstream's encoder with random parameters, the swapped one, and fastasr's. Raises
+    ``upstream.MissingUpstream``.
+    """
     import fastasr
     from fastasr.models.emformer import Emformer
 
@@ -70,7 +72,7 @@ def _both(model: torch.nn.Module, x: torch.Tensor, lengths: torch.Tensor) -> Cal
 
 
 def _segment(model: torch.nn.Module, x: torch.Tensor, lengths: torch.Tensor) -> Callable:
-    """A step from full left context."""
+    """Runs a step from full left context."""
     states = None
     with torch.no_grad():
         for _ in range(1 + model.left_context_length // model.segment_length):

@@ -2,8 +2,8 @@
 """The predictor of torchaudio's base Emformer RNN-T (three LSTM layers of 512 with LayerNorm): a batch of label
 sequences, forward and with gradients, and one step of a search.
 
-Beside upstream as shipped stand upstream with only its linears replaced (how much of the gain is the GEMM's), upstream
-under torch.compile, and fastasr's own class with the same parameters.
+The implementations are upstream as shipped, upstream with only its linears replaced (how much of the gain is the
+GEMM's), upstream under torch.compile, and fastasr's own class with the same parameters.
 """
 
 import copy
@@ -30,7 +30,9 @@ QUICK = {"size": "tiny", "sequences": ((2, 3),), "steps": (2,)}
 
 
 def predictors(size: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Upstream's predictor with random parameters, and ours. Raises ``upstream.MissingUpstream``."""
+    """Returns upstream's predictor with random parameters, and fastasr's. Raises
+    ``upstream.MissingUpstream``.
+    """
     from fastasr.models.emformer_rnnt import Predictor
 
     theirs = upstream.module("torchaudio.models.rnnt")._Predictor

@@ -2,8 +2,8 @@
 """ESPnet's MEGA decoder at its default sizes (500 symbols, 4 blocks): a batch of sequences, forward and with
 gradients, and one step of a search from histories of several lengths.
 
-Beside upstream as shipped stand upstream with only its linears replaced (how much of the gain is the GEMM's),
-upstream under torch.compile, upstream swapped by ``accelerate``, and fastasr's own class.
+The implementations are upstream as shipped, upstream with only its linears replaced (how much of the gain is the
+GEMM's), upstream under torch.compile, upstream swapped by ``accelerate``, and fastasr's own class.
 """
 
 import copy
@@ -34,14 +34,14 @@ def shape_name(size: str = "default", batch: int = BATCH, length: int = LENGTH) 
 
 
 def decoder(size: str) -> torch.nn.Module:
-    """Upstream's decoder with random parameters. Raises ``upstream.MissingUpstream``."""
+    """Returns upstream's decoder with random parameters. Raises ``upstream.MissingUpstream``."""
     shipped = upstream.module("espnet2.asr_transducer.decoder.mega_decoder").MEGADecoder
     torch.manual_seed(0)
     return shipped(VOCABULARY, **SIZES[size])
 
 
 def variants(shipped: torch.nn.Module, size: str) -> dict[str, Callable[[], torch.nn.Module]]:
-    """Functions that make each implementation's model from upstream's."""
+    """Returns functions that make each implementation's model from upstream's."""
 
     def accelerated():
         import fastasr
@@ -87,7 +87,7 @@ def _both(model: Callable, parameters: list, labels: torch.Tensor) -> Callable[[
 def _step(
     model: torch.nn.Module, history: int, inference: Callable | None = None
 ) -> Callable[[], torch.Tensor]:
-    """``score`` of one label; ``inference`` in its place for a compiled model."""
+    """Calls ``score`` for one label, or ``inference`` for a compiled model."""
     states = model.init_state()
     if history:
         generator = torch.Generator().manual_seed(1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One decoding step of ESPnet's MEGA decoder at its default sizes: upstream as shipped, fastasr.
 
-A step of B hypotheses that have a history of so many labels; the states come from the step before, as in a
-search. The floor is the longer of two: a copy of as many bytes as the weights and the history have, and their
+A step extends B hypotheses that share a history length; the states come from the step before, as in a search. The floor
+is the longer of two times: that of copying as many bytes as the weights and the history have, and that of their
 products at the rate of the machine's best GEMM.
 """
 
@@ -24,12 +24,14 @@ QUICK = {"size": "tiny", "histories": (3,), "batches": (2,)}
 
 
 def cases(histories=HISTORIES, batches=BATCHES) -> list[tuple[str, str, int, int]]:
-    """(case, shape, history, batch) of every unit."""
+    """Yields (case, shape, history, batch) of every unit."""
     return [(f"history {h}", f"B={b}", h, b) for b in batches for h in histories]
 
 
 def decoders(size: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Upstream's decoder and ours with the same parameters. Raises ``upstream.MissingUpstream``."""
+    """Returns upstream's decoder and fastasr's with the same parameters. Raises
+    ``upstream.MissingUpstream``.
+    """
     from fastasr.models.mega import MEGADecoder
 
     module = upstream.module("espnet2.asr_transducer.decoder.mega_decoder")
@@ -41,7 +43,9 @@ def decoders(size: str) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def _states(decoder: torch.nn.Module, batch: int, history: int) -> list[dict[str, torch.Tensor]]:
-    """Of ``batch`` hypotheses after ``history`` labels, less the last one: the step before adds it."""
+    """Returns the states of ``batch`` hypotheses after ``history`` labels, less the last one, which the measured step
+    adds.
+    """
     rows = max(1, history)  # the first is a key and a value of zero
     sizes = {"prev_key": decoder.mega_att_k_size, "prev_value": decoder.mega_att_v_size}
     return [
@@ -54,12 +58,14 @@ def _states(decoder: torch.nn.Module, batch: int, history: int) -> list[dict[str
 
 
 def cost(decoder: torch.nn.Module, batch: int, history: int) -> tuple[int, int]:
-    """(bytes, multiply and add operations) of a step: weights and history read once, states written once."""
+    """Returns (bytes, multiply and add operations) of a step: weights and history read once, states
+    written once.
+    """
     weights = sum(p.numel() for p in decoder.mega_blocks.parameters() if p.ndim == 2)
     width = decoder.mega_att_k_size + decoder.mega_att_v_size
     rows = decoder.num_blocks * batch * width
     average = decoder.num_blocks * batch * decoder.output_size * decoder.mega_num_heads
-    attended = history + 2  # the phantom and the new label besides
+    attended = history + 2  # the phantom and the new label come on top
     return 4 * (weights + rows * attended + 2 * average), 2 * (batch * weights + rows * attended)
 
 

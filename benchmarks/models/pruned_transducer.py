@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of a pruned transducer from the encoder's output on: smoothed loss, windows, joiner, pruned loss; forward
-and backward.
+"""The loss of a pruned transducer after the encoder: smoothed loss, windows, joiner, pruned loss; forward and backward.
 
-"upstream" is what recipes do: fast_rnnt's functions (its C++ compiled here) around a joiner in eager PyTorch. Cases
+"upstream" is the recipes' code: fast_rnnt's functions (its C++ compiled here) around a joiner in eager PyTorch. Cases
 "joiner and loss" are the last two steps alone, over the rows B T R and the outputs V, for their peak memory; there
-fastasr computes logits again instead of keeping them.
-``python -m fastasr.benchmarks.studies.transducer_memory`` draws it.
+fastasr computes logits again instead of keeping them. ``python -m fastasr.benchmarks.studies.transducer_memory`` draws
+it.
 """
 
 import os
@@ -103,7 +102,9 @@ class _Problem:
 
 
 def cost(case: str, batch, frames, symbols, s_range, channels, outputs) -> tuple[int, int]:
-    """(bytes, multiply and add operations) of forward and backward: operands and gradients once, products once."""
+    """Returns (bytes, multiply and add operations) of forward and backward: operands and gradients once,
+    products once.
+    """
     rows = batch * frames * s_range
     operands = batch * (frames + symbols + 1) * channels + outputs * channels
     flops = 6 * rows * channels * outputs
@@ -114,7 +115,7 @@ def cost(case: str, batch, frames, symbols, s_range, channels, outputs) -> tuple
 
 
 def _eager_bytes(batch, frames, symbols, s_range, channels, outputs) -> int:
-    """About what the eager joiner and loss hold at the peak of their backward."""
+    """Estimates the bytes that the eager joiner and loss hold at the peak of their backward."""
     return batch * frames * s_range * (20 * outputs + 4 * channels)
 
 
@@ -151,7 +152,9 @@ def measure(
     skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
-    """Yields the rows of each case. ``compile_model`` changes nothing: settings.compile measures torch.compile."""
+    """Yields the rows of each case. ``compile_model`` changes nothing: settings.compile measures
+    torch.compile.
+    """
     settings = settings or Settings()
     for case, *sizes in cases:
         shape = shape_name(*sizes)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step of the recipe on real speech, and its peak memory: everything between two rows of the log but files.
+"""A training step of the recipe on real speech, and its peak memory; reading and writing files is left out.
 
 A step is a batch's features, forward, backward, ScaledAdam and the averaged model, of ``examples/train_transducer.py``.
 Batches are spread over an epoch, so a step's mean time times the batches of the epoch is the epoch's. "upstream" is the
 PyPI package's model as shipped with fast_rnnt in k2's place, "swapped" that model after ``accelerate``, "eager" ours on
-formulas in PyTorch. Schedules are where they are after 4000 steps, and the learning rate is 0, so that every round does
-the same work. Memory is that of the step that needs most above what the process held before it, each implementation in
-a process of its own.
+formulas in PyTorch. Schedules are those of step 4000, and the learning rate is 0, so that every round does the same
+work. The memory is the most that a step needs above what the process held before it; each implementation has a process
+of its own.
 """
 
 import json
@@ -37,7 +37,7 @@ OPTIONS = {
     EAGER: {"backend": "eager"},
 }
 DURATIONS = (15.0, 60.0)  # seconds of a batch: the recipe's own, and four times as much
-BATCHES = 6  # of an epoch
+BATCHES = 6  # batches of an epoch
 STEADY = 4000
 CACHE = Path("demo/cache")
 TIMEOUT = 1200
@@ -49,7 +49,7 @@ def shape_name(size: str, duration: float) -> str:
 
 
 def _made_up(count: int = 8) -> tuple[list, list]:
-    """Noise and letters for a quick run."""
+    """Returns noise and letters for a quick run."""
     from fastasr.recipe import speech
 
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +89,7 @@ class Steps:
         units = training.learn_units("char", speeches[0])
         try:
             self.trainer = training.Trainer(options, *speeches, units, say=lambda text: None)
-        except ValueError as error:  # what the PyPI package or fast_rnnt is missing
+        except ValueError as error:  # the names of missing packages: the PyPI package or fast_rnnt
             raise upstream.MissingUpstream(f"{implementation}: {error}") from None
         count = len(self.trainer.epoch_batches(0))
         self.chosen = sorted({count * i // BATCHES for i in range(BATCHES)})
@@ -105,9 +105,9 @@ class Steps:
 
 
 def _peak(implementation: str, size: str, duration: float, speeches, folder: Path) -> int:
-    """Peak bytes of a step in this process. Run by ``_fresh_peak``."""
+    """Returns the peak bytes of a step in this process; ``_fresh_peak`` runs it."""
     steps = Steps(implementation, size, duration, speeches, folder)
-    steps.run()  # what is made once: optimizer states, choices of products
+    steps.run()  # these exist once: optimizer states, choices of products
     peaks = [peak_bytes(lambda index=index: steps.step(index), rounds=1) for index in steps.chosen]
     if None in peaks:
         raise OSError("/proc/self/clear_refs cannot be written: the peak cannot be measured here")
@@ -155,8 +155,9 @@ def measure(
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
     """Yields the rows of a step, one unit per duration of a batch; ``skip(case, shape, pass)`` leaves one out,
-    ``compile_model`` changes nothing. ``inner_compile``: as upstream ships its activations, compiled. Raises
-    ``upstream.MissingUpstream`` without the package, without fast_rnnt, and without the recordings."""
+    ``compile_model`` changes nothing. ``inner_compile`` keeps upstream's activations compiled, as shipped. Raises
+    ``upstream.MissingUpstream`` without the package, without fast_rnnt, or without the recordings.
+    """
     settings = settings or Settings()
     wanted = [d for d in durations if not skip(CASE, shape_name(size, d), BOTH)]
     if not wanted:
@@ -193,7 +194,9 @@ def measure(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a batch's duration and an implementation per line, time and peak memory beside fastasr's."""
+    """Returns a Markdown table: a batch's duration and an implementation per line, time and peak memory beside
+    fastasr's.
+    """
     lines = []
     for machine in dict.fromkeys(row.device_name for row in rows):
         measured = [row for row in rows if row.device_name == machine]
@@ -220,5 +223,5 @@ if __name__ == "__main__":
     chosen, of_size, of_duration, at = sys.argv[1:5]
     kept = torch.load(
         Path(at) / "speech.pt", weights_only=False
-    )  # written by the process that started this one
+    )  # the process that started this one wrote it
     print(json.dumps(_peak(chosen, of_size, float(of_duration), kept, Path(at))))

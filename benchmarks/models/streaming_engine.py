@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One chunk of a streaming Zipformer-M through the streaming engine, with weights in fp32, bf16 and int8, and by
+"""One chunk of a streaming Zipformer-M, through the streaming engine with weights in fp32, bf16 and int8, and through
 upstream's code: as shipped, scripted and frozen as its exporter writes it, and in onnxruntime. One stream and several
-at a time, in the middle of the streams; all work on torch's number of threads.
+at a time are measured in the middle of the streams; all implementations use torch's number of threads.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from fastasr.benchmarks.rows import Row
 NAME = "streaming_engine"
 CASE = "one chunk of {}"
 STREAMS = (1, 8)
-# implementations of rows: those of streaming_peers
+# the implementations are those of streaming_peers
 PEERS = {
     "scripted": streaming_peers.SCRIPTED,
     "onnxruntime": streaming_peers.ONNX,
@@ -42,7 +42,7 @@ def measure(
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
     """Yields the rows of a chunk of each size for each number of streams; ``skip(case, shape, pass)`` leaves one out,
-    ``compile_model`` changes nothing. ``inner_compile``: as upstream ships its activations, compiled. Raises
+    ``compile_model`` changes nothing. ``inner_compile`` keeps upstream's activations compiled, as shipped. Raises
     ``upstream.MissingUpstream``."""
     settings = settings or Settings()
     options = {"causal": True, "chunk_size": chunks, "left_context_frames": (LEFT_CONTEXT,)}

@@ -3,10 +3,10 @@
 
 - ``upstream``: the PyPI package's streaming wrapper as it is;
 - ``scripted``: the same by ``torch.jit.script`` and ``torch.jit.freeze``, as upstream's exporter writes it;
-- ``onnxruntime``: what ``fastasr.export`` writes of the same weights (with the joiner's projection, one product more);
-- ``engine fp32``, ``engine bf16``, ``engine int8``: ``fastasr.streaming.StreamingEncoder``.
+- ``onnxruntime``: the files that ``fastasr.export`` writes of the same weights (with the joiner's projection, one
+product more); - ``engine fp32``, ``engine bf16``, ``engine int8``: ``fastasr.streaming.StreamingEncoder``.
 
-The first three keep a list of states per stream, which is stacked for a call and split after it, as upstream's servers
+The first three keep a list of states per stream, which they stack for a call and split after it, as upstream's servers
 do.
 """
 
@@ -26,7 +26,9 @@ NAMES = (UPSTREAM, SCRIPTED, ONNX, *ENGINES)
 
 
 class StackedStreams:
-    """Streams of ``run``: features (n, frames, bins), states of n -> output, new states."""
+    """Streams of ``run``, which maps features (n, frames, bins) and the states of n streams to output and
+    new states.
+    """
 
     def __init__(self, run, first):
         self._run, self._first, self._states = run, first, {}
@@ -36,8 +38,8 @@ class StackedStreams:
 
     @torch.inference_mode()
     def middle(self, features, chunks):
-        """A call that takes the chunk behind ``chunks`` of them, of as many streams as there are features. States are
-        one batch already, and none is kept: every call does the same.
+        """Returns a call that takes the chunk after the first ``chunks``, of as many streams as there are features. The
+        states are one batch already and none is kept: every call does the same.
         """
         states = stack_states([self._first] * len(features))
         for _ in range(chunks):
@@ -46,7 +48,9 @@ class StackedStreams:
 
     @torch.inference_mode()
     def step(self, features, streams):
-        """The next chunk of each of ``streams``, (n, 2 chunk_size + 13, bins) -> output."""
+        """Encodes the next chunk of each of ``streams``, (n, 2 chunk_size + 13, bins), and returns the
+        output.
+        """
         if len(streams) == 1:
             y, self._states[streams[0]] = self._run(features, self._states[streams[0]])
             return y
@@ -57,7 +61,7 @@ class StackedStreams:
 
 
 class EngineStreams:
-    """The same of the engine, and how long it took to pack."""
+    """The streams of the engine, and how long it took to pack."""
 
     def __init__(self, model, chunk, weights, threads, most):
         from fastasr.streaming import StreamingEncoder
@@ -75,7 +79,9 @@ class EngineStreams:
         self._streams = [self._encoder.open() for _ in range(count)]
 
     def middle(self, features, chunks):
-        """The states move on with every call, its work does not change."""
+        """Returns a call in the middle of the streams. The states move on with every call; its work does
+        not change.
+        """
         self.open(len(features))
         for _ in range(chunks):
             self._encoder.step(features, self._streams)
@@ -86,9 +92,9 @@ class EngineStreams:
 
 
 def make(names=NAMES, size="medium", chunk=16, threads=1, most=64):
-    """{name: streams} of a model with the same random weights; ``open(count)`` begins ``count`` streams of it, 0 and so
-    on, at most ``most`` of an engine. Raises ``upstream.MissingUpstream`` for what is not installed, ValueError for a
-    name that there is not.
+    """Returns {name: streams} of a model with the same random weights; ``open(count)`` begins streams 0 to ``count`` -
+    1, at most ``most`` of an engine. Raises ``upstream.MissingUpstream`` for a package that is not installed, and
+    ValueError for an unknown name.
     """
     unknown = [name for name in names if name not in NAMES]
     if unknown:

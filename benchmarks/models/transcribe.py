@@ -36,7 +36,7 @@ def shape_name(size: str, seconds: float) -> str:
 
 
 def config(size: str, chunk: int | None) -> dict:
-    """Arguments of AsrModel; ``chunk``: streaming with this chunk size."""
+    """Returns the arguments of AsrModel; ``chunk`` selects streaming with this chunk size."""
     sizes = {k: v for k, v in upstream.SIZES[size].items() if k != "output_downsampling_factor"}
     made = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in sizes.items()}
     streams = {"causal": True, "chunk_size": str(chunk), "left_context_frames": str(LEFT_CONTEXT)}
@@ -45,7 +45,7 @@ def config(size: str, chunk: int | None) -> dict:
 
 
 def _models(size: str, chunk: int | None, folder: Path) -> dict[str, object]:
-    """The same weights in every implementation."""
+    """Returns every implementation with the same weights."""
     from fastasr.export import export_onnx
     from fastasr.models import zipformer
 
@@ -113,7 +113,7 @@ def measure(
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
     """Yields the rows of each case; ``skip(case, shape, pass)`` leaves one out, ``compile_model`` changes nothing.
-    ``inner_compile``: as upstream ships its activations, compiled. Raises ``upstream.MissingUpstream``."""
+    ``inner_compile`` keeps upstream's activations compiled, as shipped. Raises ``upstream.MissingUpstream``."""
     for name in ("onnx", "onnxruntime"):
         upstream.module(name)
     settings = settings or Settings()
@@ -138,7 +138,7 @@ def measure(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a case per line, milliseconds and real-time factors side by side."""
+    """Returns a Markdown table: a case per line, milliseconds and real-time factors side by side."""
     lines = []
     for machine in dict.fromkeys(row.device_name for row in rows):
         measured = [row for row in rows if row.device_name == machine]

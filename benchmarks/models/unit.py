@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What benchmarks of whole models share: names of implementations and passes, and the rows of one unit."""
+"""Code that benchmarks of whole models share: names of implementations and passes, and the rows of one
+unit.
+"""
 
 from collections.abc import Callable
 from math import prod
@@ -16,7 +18,7 @@ FORWARD, BOTH = "forward", "forward+backward"
 
 
 def product_flops(call: Callable[[], object]) -> int:
-    """Multiply and add operations of the products."""
+    """Returns the multiply and add operations of the products."""
     from torch.utils.flop_counter import FlopCounterMode
 
     mapping = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
@@ -26,8 +28,9 @@ def product_flops(call: Callable[[], object]) -> int:
 
 
 def _convolution_backward_flops(grad, x, weight, *arguments, out_val=None, **_) -> int:
-    """torch's own count takes a convolution in groups for a dense one: 129 times too much for 128 channels by
-    themselves. Each of the two gradients has the products of the forward pass."""
+    """Counts a grouped convolution's backward. torch's own count treats it as dense: 129 times too much for 128
+    channels by themselves. Each of the two gradients has the products of the forward pass.
+    """
     output_mask = arguments[-1]
     return 2 * grad[0] * prod(weight) * prod(grad[2:]) * sum(output_mask[:2])
 
@@ -35,8 +38,9 @@ def _convolution_backward_flops(grad, x, weight, *arguments, out_val=None, **_) 
 def measure_unit(
     name: str, case: str, pass_: str, shape: str, runs: dict, settings: Settings, reps: int, report: Report
 ) -> list[Row]:
-    """One row per implementation (its call in ``runs``), all of them timed in turns. The floor is that of the products
-    alone, counted in ``runs[UPSTREAM]``."""
+    """Yields one row per implementation (its call in ``runs``), all of them timed in turns. The floor is that of the
+    products alone, counted in ``runs[UPSTREAM]``.
+    """
     for key, run in runs.items():
         report(f"{name}: {case}, {pass_}: first call of {key}" + (" (compiles)" if key == COMPILE else ""))
         run()
@@ -65,8 +69,9 @@ def measure_unit(
 def measured_rows(
     timings: dict[str, Timing], variants: dict[str, Variant], *, memory: bool, seconds: float, **fields
 ) -> list[Row]:
-    """A row of the suite "models" per implementation; ``seconds`` is what the limit allows, ``memory``: measure the
-    peaks too."""
+    """Yields a row of the suite "models" per implementation; ``seconds`` is what the limit allows, ``memory`` adds the
+    peaks.
+    """
     rows = []
     for implementation, timing in timings.items():
         lower, upper = timing.quartiles

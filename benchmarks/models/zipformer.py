@@ -2,8 +2,8 @@
 """Zipformer-M inference, batch of 4, 16 s: upstream as shipped, upstream with only its linears replaced,
 fastasr.
 
-The second shows how much of the gain is the GEMM's and how much the kernels'. Measured: the whole model,
-each of its stacks, and in a fresh process with cold caches the first call against the second.
+The second shows how much of the gain is the GEMM's and how much the kernels'. The benchmark measures the whole model,
+each of its stacks, and, in a fresh process with cold caches, the first call against the second.
 """
 
 import copy
@@ -34,7 +34,7 @@ QUICK = {"size": "tiny", "batch": 2, "frames": 200, "fresh": False}
 
 
 def variants(shipped: torch.nn.Module) -> dict[str, Callable[[], torch.nn.Module]]:
-    """Functions that make each implementation's model from upstream's."""
+    """Returns functions that make each implementation's model from upstream's."""
 
     def accelerated():
         import fastasr
@@ -55,7 +55,9 @@ def _call(model: Callable, inputs: tuple) -> Callable[[], torch.Tensor]:
 
 
 def _compiles(call: Callable[[], torch.Tensor], report: Report) -> bool:
-    """Whether the first two calls, after which nothing compiles any more, end in time and without an error."""
+    """Says whether the first two calls, after which nothing compiles any more, end in time and without an
+    error.
+    """
     try:
         with time_limit(COMPILE_LIMIT):
             call()
@@ -75,7 +77,7 @@ def _autocast(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 
 def with_linear(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """``call`` with fastasr's product in place of ``F.linear``, and nothing else of fastasr."""
+    """Runs ``call`` with fastasr's product in place of ``F.linear``, and with nothing else of fastasr."""
     from fastasr import ops
 
     functional = torch.nn.functional
@@ -99,7 +101,7 @@ def with_linear(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 
 def _flops(size: str, inputs: tuple) -> int:
-    """Multiply and add operations of the products and convolutions of one forward."""
+    """Returns Multiply and add operations of the products and convolutions of one forward."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -108,7 +110,7 @@ def _flops(size: str, inputs: tuple) -> int:
 
 
 class _Parts:
-    """Seconds spent in the front end and in each stack, by forward hooks; one list per call."""
+    """Measures the seconds spent in the front end and in each stack, by forward hooks; one list per call."""
 
     def __init__(self, model: torch.nn.Module):
         self.seconds: dict[str, list[float]] = {}
@@ -156,7 +158,9 @@ def _row(case: str, implementation: str, timing: Timing, shape: str, load: float
 
 
 def _fresh_process(implementation: str, size: str) -> dict[str, float]:
-    """Seconds of accelerate(), the first and the second call in a new process with empty caches."""
+    """Returns the seconds of accelerate(), the first and the second call in a new process with empty
+    caches.
+    """
     with tempfile.TemporaryDirectory() as cache:
         caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "FASTASR_CACHE")
         environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Zipformer-M's front end alone: three convolutions, ConvNeXt, projection and norm; upstream as shipped, swapped.
 
-Inference of a batch of 4 of 16 s, and a training step of 4 of 8 s, whose steps all draw the same random numbers.
+It measures inference of a batch of 4 of 16 s, and a training step of 4 of 8 s, whose steps all draw the same random
+numbers.
 """
 
 import copy
@@ -42,7 +43,7 @@ def measure(
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
     """Yields the rows of inference, then of a training step; ``skip(case, shape, pass)`` leaves one out,
-    ``compile_model`` changes nothing. ``inner_compile``: as upstream ships its activations, compiled. Raises
+    ``compile_model`` changes nothing. ``inner_compile`` keeps upstream's activations compiled, as shipped. Raises
     ``upstream.MissingUpstream``."""
     import fastasr
 

@@ -22,7 +22,9 @@ QUICK = {"size": "tiny", "chunks": (16,), "inner_compile": False}
 
 
 def middle_of_a_stream(model: torch.nn.Module, chunk: int, streams: int = 1) -> Callable[[], torch.Tensor]:
-    """A chunk of ``streams`` by the model's own code: no state is new, none is kept, so every call does the same."""
+    """Returns a call of a chunk of ``streams`` by the model's own code. No state is new and none is kept, so every call
+    does the same.
+    """
     encoder = model.encoder
     encoder.chunk_size = (chunk,)
     generator = torch.Generator().manual_seed(1)
@@ -57,7 +59,8 @@ def measure(
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
     """Yields the rows of a chunk of each size; ``skip(case, shape, pass)`` leaves one out, ``compile_model`` changes
-    nothing. ``inner_compile``: as upstream ships its activations, compiled. Raises ``upstream.MissingUpstream``."""
+    nothing. ``inner_compile`` keeps upstream's activations compiled, as shipped. Raises ``upstream.MissingUpstream``.
+    """
     import fastasr
 
     settings = settings or Settings()

@@ -2,7 +2,7 @@
 """A training step of Zipformer-M, forward and backward of a batch of 4 of 8 s: upstream as shipped, swapped.
 
 Every step draws the same random numbers, so that both drop the same layers and run the same regularisers. There is no
-row of torch.compile: schedules, layer dropout and regularisers make it compile anew for as long as one waits.
+row of torch.compile: schedules, layer dropout and regularisers make it recompile without end.
 """
 
 import copy
@@ -24,7 +24,7 @@ QUICK = {"size": "tiny", "batch": 2, "frames": 200, "inner_compile": False}
 
 
 def training_step(model: torch.nn.Module, inputs: tuple) -> Callable[[], None]:
-    """Forward and backward of one batch, with the same random numbers at every call."""
+    """Runs forward and backward of one batch, with the same random numbers at every call."""
     parameters = list(model.parameters())
 
     def run():
@@ -50,7 +50,8 @@ def measure(
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
     """Yields the rows of one training step; ``skip(case, shape, pass)`` leaves it out, ``compile_model`` changes
-    nothing. ``inner_compile``: as upstream ships its activations, compiled. Raises ``upstream.MissingUpstream``."""
+    nothing. ``inner_compile`` keeps upstream's activations compiled, as shipped. Raises ``upstream.MissingUpstream``.
+    """
     import fastasr
 
     settings = settings or Settings()

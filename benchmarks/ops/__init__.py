@@ -11,10 +11,10 @@ MODULES = tuple(import_module(f"{__name__}.{module.name}") for module in pkgutil
 
 
 def cases() -> list[Case]:
-    """Every case of every op."""
+    """Returns every case of every op."""
     return [case for module in MODULES for case in module.CASES]
 
 
 def names() -> list[str]:
-    """The ops that have cases, in table order."""
+    """Returns the ops that have cases, in table order."""
     return list(dict.fromkeys(case.op for case in cases()))

@@ -19,7 +19,7 @@ BATCH, CHANNELS, STATES = 4, 512, 16
 
 
 def by_fft(x, alpha, delta, theta, gamma, omega):
-    """The formula on (B, D, L) as the product of two transforms, in float32 or better."""
+    """Returns the formula on (B, D, L) as the product of two transforms, in float32 or better."""
     length, states = x.shape[-1], alpha.shape[1]
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     alpha, delta, theta, gamma = (t.to(wide) for t in (alpha, delta, theta, gamma))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """depthwise_conv_residual as E-Branchformer's merge calls it: both branches of a layer of 512 channels, with the 3 taps
-that ESPnet and RETURNN default to and the 31 of ESPnet's large recipes.
+that ESPnet and RETURNN use by default and the 31 of ESPnet's large recipes.
 
 Upstream is ESPnet's code of the merge: a torch.nn.Conv1d between two transpositions, and the sum.
 """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ema_scan as a MEGA block calls it: (L, B, D), SiLU and the residual term included.
 
-Upstream is ESPnet's ``MultiHeadDampedEMA``, a convolution by FFT. Lengths from one step to the longest recordings;
-the cost must grow with the length and no faster.
+Upstream is ESPnet's ``MultiHeadDampedEMA``, a convolution by FFT. Lengths range from one step to the longest
+recordings; the cost must grow linearly with the length.
 """
 
 import math
@@ -77,7 +77,7 @@ def _costs(elements: int, size: int) -> dict[str, Cost]:
 
 
 def scan_case(op: str, name: str, sizes: tuple[int, ...], make: Callable, quick: bool = False) -> Case:
-    """A case of ema_scan or of complex_ema_scan: the two move the same bytes."""
+    """Returns a case of ema_scan or of complex_ema_scan: the two move the same bytes."""
     shape = "x".join(map(str, sizes))
     costs = partial(_costs, math.prod(sizes))
     return Case(op, name or shape, shape, make, costs, copy=True, passes=(FORWARD, BOTH), quick=quick)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """gated_depthwise_conv as the convolution modules of Zipformer-M call it: stacks 0 and 3, plain and chunk-causal.
 
-Chunks are those of a model trained with 32 frames at 50 Hz. Upstream is what its module does between in_proj and
-out_proj, with its balancers and whitening left out; the streaming case is one step with its cache.
+The chunks are those of a model trained with 32 frames at 50 Hz. Upstream is its module's code between in_proj and
+out_proj, without its balancers and whitening; the streaming case is one step with its cache.
 """
 
 from functools import partial

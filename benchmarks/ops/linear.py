@@ -59,7 +59,7 @@ def _costs(rows: int, inputs: int, outputs: int, size: int) -> dict[str, Cost]:
 
 
 def _cases(rows: int, inputs: int, outputs: int) -> list[Case]:
-    """One case per set of gradients; a streaming step (few rows) has a forward only."""
+    """Returns one case per set of gradients; a streaming step (few rows) has a forward only."""
     everything = (("x", "weight", "bias"), (FORWARD, BOTH))
     gradients = [everything, (("x",), (INPUT_GRADIENT,)), (("weight",), (WEIGHT_GRADIENT,))]
     if rows < FEW_ROWS:

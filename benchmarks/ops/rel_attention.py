@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """rel_attention of an E-Branchformer layer (8 heads of 64): four padded sequences of 16 s, and one minute of audio.
 
-Beside the definition stand ESPnet's own code between its projections, and torch's fused attention, which takes the
-scores of positions and the padding as one additive mask.
+It is compared with the definition, with ESPnet's own code between its projections, and with torch's fused attention,
+which takes the scores of positions and the padding as one additive mask.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ HEADS, WIDTH = 8, 64
 
 
 def espnet(device: str) -> Callable:
-    """ESPnet's attention with projections that hand on what they are given."""
+    """Returns ESPnet's attention with projections that return their inputs."""
     try:
         attention = upstream.module(
             "espnet2.asr.encoder.e_branchformer_encoder"
@@ -56,7 +56,7 @@ def espnet(device: str) -> Callable:
 
 
 def additive(q, k, v, pos, bias_u, bias_v, key_padding_mask):
-    """torch's fused attention with scores of positions and padding as its mask."""
+    """Returns torch's fused attention with the scores of positions and padding as its mask."""
     position = ((q + bias_v) * WIDTH**-0.5).transpose(1, 2)
     mask = relative_shift(torch.matmul(position, pos.permute(1, 2, 0)))
     mask = mask.masked_fill(key_padding_mask[:, None, None], torch.finfo(mask.dtype).min)
@@ -65,7 +65,7 @@ def additive(q, k, v, pos, bias_u, bias_v, key_padding_mask):
 
 
 def flex(device: str) -> Callable:
-    """torch's FlexAttention, its kernel made from scores of positions that were formed before."""
+    """Returns torch's FlexAttention with a kernel made from scores of positions that were formed before."""
     if torch.device(device).type != "cuda":
         raise Unavailable("FlexAttention is compared on a GPU")
     from torch.nn.attention.flex_attention import flex_attention

@@ -10,7 +10,7 @@ from fastasr.benchmarks.case import BACKWARD, BOTH, FORWARD, Case, Cost, Impleme
 
 
 def peer():
-    """The package fast_rnnt, or ``Unavailable`` with the reason."""
+    """Returns the package fast_rnnt, or raises ``Unavailable`` with the reason."""
     try:
         import fast_rnnt
     except (ImportError, OSError) as error:

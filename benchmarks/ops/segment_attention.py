@@ -27,7 +27,9 @@ FRAMES, BATCH, HEADS, WIDTH, LEFT = 400, 4, 8, 64, 30
 
 
 def upstream(segment: int, right: int, device: str) -> Callable:
-    """What torchaudio's layer does between its projections: dense scores and a mask, built once per forward."""
+    """Does what torchaudio's layer does between its projections: dense scores and a mask, built once per
+    forward.
+    """
     try:
         emformer = importlib.import_module("torchaudio.models.emformer")
     except (ImportError, OSError, AttributeError) as error:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """swoosh_linear: the feed-forward modules of Zipformer-M's stacks 0 and 3.
 
-Forward is inference: no dropout. The passes with gradients are a training step: dropout 0.1 with a mask
-shared over time, as upstream trains.
+Forward is inference without dropout. The passes with gradients are a training step: dropout 0.1 with a mask shared over
+time, as upstream trains.
 """
 
 from functools import partial
@@ -29,7 +29,7 @@ DROPOUT = 0.1
 
 
 def formula(x, weight, bias, dropout_p: float) -> torch.Tensor:
-    """linear(mask * swoosh_l(x)); the mask is shared over the first dimension, time."""
+    """Computes linear(mask * swoosh_l(x)); the mask is shared over the first dimension, time."""
     y = ops.swoosh_l.definition(x)
     if dropout_p > 0:
         shape = (1, *x.shape[1:])

@@ -27,7 +27,7 @@ QUERY_DIM, POS_DIM = 32, 4
 
 
 def _upstream(x, pos, heads: int, padding) -> Implementation:
-    """Upstream's module with its projections taken out: what is left is what the op computes."""
+    """Returns upstream's module without its projections: the rest is what the op computes."""
     cls = upstream_module("zipformer.RelPositionMultiheadAttentionWeights")
     module = cls(8, pos_dim=8, num_heads=heads, query_head_dim=QUERY_DIM, pos_head_dim=POS_DIM).eval()
     module.in_proj = module.linear_pos = torch.nn.Identity()

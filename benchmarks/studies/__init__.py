@@ -1,2 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What measures, draws or checks for the repository's own pages and rows. It needs a checkout: wheels leave it out."""
+"""Programs that measure, draw or check for the repository's own pages and rows. They need a checkout: wheels leave them
+out.
+"""

@@ -20,7 +20,7 @@ PREFIX = "length "
 
 
 def lengths(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Op -> its rows over the length, shortest first; the newest measurement of each."""
+    """Returns op -> its rows over the length, shortest first, with the newest measurement of each."""
     newest: dict[tuple, Row] = {}
     for row in sorted((row for row in rows if row.case.startswith(PREFIX)), key=lambda row: row.date):
         newest[row.name, row.case, row.pass_, row.implementation] = row
@@ -35,7 +35,9 @@ def length(row: Row) -> int:
 
 
 def figure(name: str, rows: Sequence[Row]):
-    """Log-log: milliseconds per pass, and the peak memory of the last pass, one line per implementation."""
+    """Draws, on log-log axes, milliseconds per pass and the peak memory of the last pass, one line per
+    implementation.
+    """
     plt = pyplot()
     passes = list(dict.fromkeys(row.pass_ for row in rows))
     picture, axes = plt.subplots(

@@ -2,8 +2,8 @@
 """``python -m fastasr.benchmarks.studies.device --out DIR``: every check and benchmark that needs a GPU, in one
 command.
 
-Needs a checkout (for the tests) with fastasr installed from it, and no network. Steps, each of which may be
-left out with ``--skip``:
+It needs a checkout (for the tests) with fastasr installed from it, and no network. ``--skip`` leaves out any of these
+steps:
 
     environment  versions, the GPU, which kernel serves which op            -> DIR/environment.json
     tests        the op contract on the GPU, the kernels' own tests         -> DIR/*.xml (JUnit), DIR/*.log
@@ -40,15 +40,15 @@ TARGET = 0.85  # of the card's copy bandwidth, for the ops that are bound by mem
 
 
 def training_cases() -> list[Case]:
-    """The sizes of training on a GPU that the ops' modules give."""
+    """Returns the sizes of training on a GPU that the ops' modules give."""
     return [case for module in op_cases.MODULES for case in getattr(module, "ON_DEVICE", ())]
 
 
 class Timer:
-    """Time of one call on the device alone, caches cold, as in training where other layers ran in between.
+    """Times one call on the device alone, with cold caches, as in training where other layers ran in between.
 
-    A buffer larger than the L2 cache is overwritten before each call. Meanwhile the host queues the call, so
-    the events around it measure the device, not Python. On a CPU: wall-clock time.
+    It overwrites a buffer larger than the L2 cache before each call. Meanwhile the host queues the call, so the events
+    around it measure the device, not Python. On a CPU it measures wall-clock time.
     """
 
     def __init__(self, device: str):
@@ -57,7 +57,7 @@ class Timer:
         self.flushed = torch.empty(2**28 if self.on_gpu else 1, dtype=torch.int32, device=device)
 
     def milliseconds(self, variant: Variant, calls: int) -> float:
-        """Median over ``calls`` calls."""
+        """Returns the median over ``calls`` calls."""
         states = (() if variant.prepare is None else (variant.prepare(),) for _ in range(calls))
         if not self.on_gpu:
             times = []
@@ -81,7 +81,9 @@ class Timer:
 def _variants(
     case: Case, device: str, dtype: torch.dtype, pass_: str, settings: Settings
 ) -> Mapping[str, Variant]:
-    """What runs in this pass, each called once; what cannot run is left out with a message."""
+    """Returns what runs in this pass, each called once; an implementation that cannot run is left out
+    with a message.
+    """
     variants = {}
     for name, build in case.make(device, dtype).items():
         if name == "upstream" or (name == "compile" and not settings.compile):
@@ -105,7 +107,9 @@ def _variants(
 def measure(
     case: Case, device: str, dtype: torch.dtype, settings: Settings, timer: Timer
 ) -> Iterator[list[Row]]:
-    """Rows of each pass; ``fraction_of_limit`` is the time of a copy of the same bytes over the median."""
+    """Yields the rows of each pass; ``fraction_of_limit`` is the time of a copy of the same bytes over
+    the median.
+    """
     for pass_ in case.passes:
         torch._dynamo.reset()
         torch.manual_seed(0)
@@ -155,7 +159,7 @@ def measure(
 
 
 def environment(out: Path, quick: bool) -> bool:
-    """Writes what the machine and the installation are."""
+    """Describes the machine and the installation."""
     from fastasr.ops import _dispatch
 
     properties = torch.cuda.get_device_properties(0)
@@ -179,7 +183,7 @@ def environment(out: Path, quick: bool) -> bool:
 
 
 def _logged(command: list[str], log: Path, **variables: str) -> int:
-    """Runs from the checkout, output to ``log``; prints the last line. Returns the exit code."""
+    """Runs from the checkout with output to ``log`` and prints the last line. Returns the exit code."""
     with log.open("w") as file:
         code = subprocess.run(
             command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | variables, cwd=ROOT
@@ -190,8 +194,9 @@ def _logged(command: list[str], log: Path, **variables: str) -> int:
 
 
 def tests(out: Path, quick: bool) -> bool:
-    """The device suite: the op contract on CUDA tensors, the kernels' tests and the models', those marked gpu
-    included."""
+    """Runs the device suite: the op contract on CUDA tensors, and the kernels' and models' tests, those marked gpu
+    included.
+    """
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     runs = {
         "contract": ["tests/ops/test_contract.py", "-k", "cuda" + (" and swoosh_l" if quick else "")],
@@ -206,7 +211,7 @@ def tests(out: Path, quick: bool) -> bool:
 
 
 def launch_everything() -> None:
-    """Every kernel once on shapes with and without tails: the program that compute-sanitizer watches."""
+    """Launches every kernel once on shapes with and without tails; compute-sanitizer watches this program."""
     from fastasr import ops
 
     for dtype in (torch.float32, torch.bfloat16):
@@ -235,7 +240,7 @@ def launch_everything() -> None:
 
 
 def launch_spatial_gate() -> None:
-    """Tails of frames and of channels, a mask, every activation."""
+    """Launches with tails of frames and of channels, a mask, and every activation."""
     from fastasr import ops
 
     for dtype in (torch.float32, torch.bfloat16):
@@ -256,7 +261,9 @@ def launch_spatial_gate() -> None:
 
 
 def launch_lstm() -> None:
-    """Several steps in one launch and one step in two, tails of units and of sequences, with and without a state."""
+    """Launches several steps in one launch and one step in two, tails of units and of sequences, with and without a
+    state.
+    """
     from fastasr import ops
 
     for dtype in (torch.float32, torch.bfloat16):
@@ -275,7 +282,7 @@ def launch_lstm() -> None:
 
 
 def launch_lattices() -> None:
-    """More columns than a block holds, ragged boundaries, bands that move."""
+    """Launches more columns than a block holds, ragged boundaries, and bands that move."""
     from fastasr import ops
 
     make = partial(torch.randn, device="cuda")
@@ -289,7 +296,7 @@ def launch_lattices() -> None:
 
 
 def launch_attention() -> None:
-    """Tiles with tails in every direction, masks, chunks; one block of channels and several."""
+    """Launches tiles with tails in every direction, masks, chunks, one block of channels and several."""
     from fastasr import ops
 
     for dtype in (torch.float32, torch.bfloat16):
@@ -316,7 +323,9 @@ def launch_attention() -> None:
 
 
 def launch_relative_attention() -> None:
-    """Both forms of the forward pass, packed and other positions, caches, masks, chunks, the penalty."""
+    """Launches both forms of the forward pass, packed and other positions, caches, masks, chunks, the
+    penalty.
+    """
     from fastasr import ops
 
     for dtype in (torch.float32, torch.bfloat16):
@@ -341,7 +350,9 @@ def launch_relative_attention() -> None:
 
 
 def launch_segment_attention() -> None:
-    """Several segments per block and several blocks per segment, every mask, a step of a stream, blocks of channels."""
+    """Launches several segments per block and several blocks per segment, every mask, a step of a stream, blocks of
+    channels.
+    """
     from fastasr import ops
     from fastasr.ops.segment_attention import rows_of
 
@@ -372,7 +383,7 @@ def launch_segment_attention() -> None:
 
 
 def launch_rel_attention() -> None:
-    """Tiles with tails, tiles twice as high as wide and square ones, several blocks of channels."""
+    """Launches tiles with tails, tiles twice as high as wide, square ones, and several blocks of channels."""
     from fastasr import ops
 
     for dtype in (torch.float32, torch.bfloat16):
@@ -394,7 +405,9 @@ def launch_rel_attention() -> None:
 
 
 def launch_ema_scan() -> None:
-    """Every path of the CUDA kernels: layouts, storage types, groups of states, one segment and several, one step."""
+    """Launches every path of the CUDA kernels: layouts, storage types, groups of states, one segment and several, one
+    step.
+    """
     from fastasr import ops
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -428,7 +441,7 @@ def launch_ema_scan() -> None:
 
 
 def sanitizer(out: Path, quick: bool) -> bool:
-    """memcheck and racecheck; passes with a message where compute-sanitizer is not installed."""
+    """Runs memcheck and racecheck; passes with a message where compute-sanitizer is not installed."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     found = [
         shutil.which("compute-sanitizer"),
@@ -439,7 +452,7 @@ def sanitizer(out: Path, quick: bool) -> bool:
         print("# compute-sanitizer is not installed: memcheck and racecheck were not run", flush=True)
         return True
     target = "from fastasr.benchmarks.studies.device import launch_everything; launch_everything()"
-    # Without torch's caching allocator, so that each tensor's end is the end of an allocation.
+    # Without torch's caching allocator each tensor's end is the end of an allocation.
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     codes = []
     for tool in ("memcheck",) if quick else ("memcheck", "racecheck"):
@@ -476,7 +489,7 @@ def _print(unit: list[Row]) -> None:
 
 
 def obstacle() -> str:
-    """Why nothing can run here; "" when it can."""
+    """Says why nothing can run here; "" when everything can."""
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
         return f"no GPU: torch {torch.__version__}, built for {built}, sees no CUDA device"

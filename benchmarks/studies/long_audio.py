@@ -53,7 +53,7 @@ class Encoder(torch.nn.Module):
 
 
 def run(size: str, frames: int, chunk_size: int) -> dict:
-    """Seconds and peak bytes of one call in this process."""
+    """Returns seconds and peak bytes of one call in this process."""
     torch.manual_seed(0)
     model = Encoder(size, chunk_size).eval()
     features = torch.randn(1, frames, BINS)
@@ -66,7 +66,7 @@ def run(size: str, frames: int, chunk_size: int) -> dict:
         return y
 
     with torch.inference_mode():
-        model(features[:, :600])  # what is made once: packed weights, tables
+        model(features[:, :600])  # these are made once: packed weights, tables
         peak = peak_bytes(call, rounds=1)
     if peak is None:
         raise OSError("long_audio: /proc/self/clear_refs cannot be written: the peak cannot be measured here")
@@ -76,7 +76,7 @@ def run(size: str, frames: int, chunk_size: int) -> dict:
 
 
 def measure(size: str, minutes: float, chunk_size: int = -1, timeout: float | None = None) -> Row:
-    """One length in a fresh process. Raises RuntimeError with its last words when it fails."""
+    """Measures one length in a fresh process. Raises RuntimeError with its last output when it fails."""
     frames = round(minutes * FRAMES_PER_MINUTE)
     command = [sys.executable, "-m", "fastasr.benchmarks.studies.long_audio", "--run", str(frames)]
     command += ["--size", size, "--chunk-size", str(chunk_size)]
@@ -108,13 +108,13 @@ def minutes_of(row: Row) -> float:
 
 
 def growth(rows: Sequence[Row]) -> float:
-    """How much faster than its length memory grows, from the shortest to the longest: 1 is linear."""
+    """Returns how much faster than its length memory grows, from the shortest to the longest: 1 is linear."""
     first, last = min(rows, key=minutes_of), max(rows, key=minutes_of)
     return (last.peak_bytes / first.peak_bytes) / (minutes_of(last) / minutes_of(first))
 
 
 def figure(rows: Sequence[Row]):
-    """Memory and time over the length, one line per case."""
+    """Draws memory and time over the length, one line per case."""
     plt = pyplot()
     picture, axes = plt.subplots(1, 2, figsize=(7.2, 3.2), layout="constrained")
     values = (

@@ -58,7 +58,7 @@ NAMES = {
 
 # --------------------------------------------------------------------------- measured
 def train(name: str, folder: Path, steps: int, speeches, units, **options) -> None:
-    """A curve that is not there."""
+    """Trains a curve that does not exist yet."""
     made = training.Options(out=folder, steps=steps, checkpoint_every=steps, **CURVES[name], **options)
     trainer = training.Trainer(made, *speeches, units)
     if name == ROUNDED:
@@ -67,7 +67,9 @@ def train(name: str, folder: Path, steps: int, speeches, units, **options) -> No
 
 
 def differences(losses: dict[str, list[float]]) -> dict[str, dict]:
-    """Relative differences of each curve from the reference: of the losses, and the largest of the first steps."""
+    """Returns the relative differences of each curve from the reference: of the losses, and the largest of the first
+    steps.
+    """
     reference = losses[REFERENCE]
     found = {}
     for name, curve in losses.items():
@@ -84,7 +86,9 @@ def differences(losses: dict[str, list[float]]) -> dict[str, dict]:
 
 
 def agreement(run: Path, held_out) -> dict:
-    """Of how many held-out recordings the checkpoint and its ONNX files read the same text, by method of search."""
+    """Counts the held-out recordings whose text is the same from the checkpoint and from its ONNX files, by search
+    method.
+    """
     with tempfile.TemporaryDirectory() as folder:
         recogniser.export(run, folder)
         readers = recogniser.load(run), recogniser.load(folder)
@@ -103,14 +107,14 @@ def _finished(run: Path) -> dict:
 
 
 def _loss(columns: dict[str, list[float]]) -> list[list[float]]:
-    """About ``POINTS`` pairs of a step and the running mean of the loss."""
+    """Returns about ``POINTS`` pairs of a step and the running mean of the loss."""
     loss = smoothed(columns["loss"])
     every = max(1, len(loss) // POINTS)
     return [[int(columns["step"][i]), round(loss[i], 5)] for i in range(every - 1, len(loss), every)]
 
 
 def encoder_report(run: Path, commit: str | None = None) -> dict:
-    """What is committed of a finished run of another encoder than the Zipformer."""
+    """Returns what is committed of a finished run with another encoder than the Zipformer."""
     found = _finished(run)
     options = checkpoints.load(run / checkpoints.NAME)["options"]
     if options.get("encoder", sizes.ZIPFORMER) == sizes.ZIPFORMER:
@@ -125,7 +129,9 @@ def encoder_report(run: Path, commit: str | None = None) -> dict:
 
 
 def report(runs: Path, speeches, steps: int, commit: str | None = None, **options) -> dict:
-    """Everything that is committed, from the runs in a folder, trained at ``commit`` if not at the present one."""
+    """Returns everything that is committed, from the runs in a folder, trained at ``commit`` if not at
+    the present one.
+    """
     main = runs / "main"
     run = _finished(main)
     units = training.learn_units("char", speeches[0])
@@ -153,7 +159,9 @@ def _scientific(value: float) -> str:
 
 
 def block(found: dict | None, rows: Sequence[Row], others: dict[str, dict] | None = None) -> str:
-    """The page's part that the JSON, that of other encoders and the rows of ``recipe_step`` decide."""
+    """Returns the part of the page that follows from the JSON, that of other encoders and the rows of
+    ``recipe_step``.
+    """
     steps = recipe_step.table([row for row in rows if row.name == recipe_step.NAME])
     parts = [_run(found) if found else "No run is committed yet."]
     if others:
@@ -162,7 +170,7 @@ def block(found: dict | None, rows: Sequence[Row], others: dict[str, dict] | Non
 
 
 def _encoders(runs: dict[str, dict]) -> str:
-    """A line per encoder, and their error rates along the way."""
+    """Returns a line per encoder with the error rates along the way."""
     lines = [
         "Encoders side by side, on the same recordings and held-out set:",
         "",
@@ -229,7 +237,7 @@ def _run(found: dict) -> str:
 
 
 def figure(found: dict):
-    """The first steps of every curve, how far they are apart, and the long run."""
+    """Draws the first steps of every curve, how far they are apart, and the long run."""
     plt = pyplot()
     picture, panels = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     reference = found["losses"][REFERENCE]
@@ -263,7 +271,7 @@ def figure(found: dict):
 
 
 def _others(path: Path, runs: Sequence[Path], commit: str | None) -> dict[str, dict]:
-    """What is committed of other encoders, with ``runs`` in it."""
+    """Returns what is committed of other encoders, with ``runs`` in it."""
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for run in runs:
         made = encoder_report(run, commit)
@@ -274,7 +282,7 @@ def _others(path: Path, runs: Sequence[Path], commit: str | None) -> dict[str, d
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 1 when ``--check`` finds a difference, 2 when a file cannot be used."""
+    """Returns the exit code: 0, 1 when ``--check`` finds a difference, or 2 when a file cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m fastasr.benchmarks.studies.recipe",
         description=__doc__,

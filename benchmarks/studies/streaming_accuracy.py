@@ -22,9 +22,9 @@ WEIGHTS = ("fp32", "bf16", "int8")
 
 
 def measure(run, utterances, weights=WEIGHTS, method="greedy", backend=None, streams=8):
-    """A dict of the error rates of ``run`` on ``utterances`` (name, features, text), by each way of encoding.
+    """Returns a dict of the error rates of ``run`` on ``utterances`` (name, features, text), by each way of encoding.
 
-    ``differs`` counts the recordings that the engine reads otherwise than the model's own streaming code.
+    ``differs`` counts the recordings that the engine reads differently from the model's own streaming code.
     """
     from fastasr import decoding
     from fastasr.recipe import recogniser, scoring, sizes
@@ -71,7 +71,7 @@ def measure(run, utterances, weights=WEIGHTS, method="greedy", backend=None, str
 
 
 def _read(reader, utterances):
-    """The texts of utterances that are streamed side by side."""
+    """Returns the texts of utterances that are streamed side by side."""
     from fastasr import decoding
 
     streams = [reader.open() for _ in utterances]
@@ -90,7 +90,7 @@ def _read(reader, utterances):
 
 
 def block(found: dict) -> str:
-    """The page's table of what ``measure`` found."""
+    """Returns the page's table of what ``measure`` found."""
     ways = {"the model's own code": found["model"]}
     ways |= {f"engine, {kind} ({values['backend']})": values for kind, values in found["engine"].items()}
     lines = [
@@ -111,7 +111,7 @@ def block(found: dict) -> str:
 
 
 def main(arguments=None):
-    """Exit code: 0, 1 when ``--check`` finds a difference, 2 when a file cannot be used."""
+    """Returns the exit code: 0, 1 when ``--check`` finds a difference, or 2 when a file cannot be used."""
     made = argparse.ArgumentParser(
         prog="python -m fastasr.benchmarks.studies.streaming_accuracy",
         description=__doc__,

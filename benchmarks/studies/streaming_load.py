@@ -35,11 +35,11 @@ OVERLOAD = 4  # chunks of delay at which a run is given up
 
 
 def pace(served, count, period, seconds, batch, features, clock=time.perf_counter, sleep=time.sleep):
-    """The latencies in seconds of every chunk of ``count`` streams over ``seconds``; cut short when a chunk is later
-    than OVERLOAD periods, which is among them then.
+    """Returns the latencies in seconds of every chunk of ``count`` streams over ``seconds``. It stops at the first
+    chunk that is later than OVERLOAD periods, and includes it.
 
-    served: ``step(features (n, ...), streams)``; features: (count, frames, bins), one chunk of each stream, again and
-    again.
+    ``served`` is ``step(features (n, ...), streams)``; ``features`` is (count, frames, bins), one chunk of each stream,
+    which every stream sends again and again.
     """
     phases = [period * stream / count for stream in range(count)]
     due = sorted(
@@ -63,12 +63,14 @@ def pace(served, count, period, seconds, batch, features, clock=time.perf_counte
 
 
 def percentile(latencies, share):
-    """The smallest latency that ``share`` of them do not exceed."""
+    """Returns the smallest latency that ``share`` of them do not exceed."""
     return sorted(latencies)[max(0, math.ceil(share * len(latencies)) - 1)]
 
 
 def largest(sustained, most):
-    """The largest N of 1 to ``most`` with sustained(N), which no longer holds beyond some N; 0 for none."""
+    """Returns the largest N of 1 to ``most`` with sustained(N), which no longer holds beyond some N; 0
+    for none.
+    """
     good, bad = 0, None
     n = 1
     while bad is None and good < most:
@@ -96,7 +98,7 @@ def measure(
     attempts=1,
     report=lambda _: None,
 ):
-    """A dict of what was found, as in the JSON file: for each of ``names`` the largest number of streams, the
+    """Returns a dict of what was found, as in the JSON file: for each of ``names`` the largest number of streams, the
     percentiles and every latency there, and the 99th percentile of each number that was tried, of its best attempt;
     how long the engine took to pack, states for ``most`` streams included.
     """
@@ -162,7 +164,7 @@ def _limit(served, name, period, seconds, batch, most, attempts, features, repor
 
 
 def figure(found):
-    """A histogram of the latencies of each implementation at its largest number of streams."""
+    """Draws a histogram of the latencies of each implementation at its largest number of streams."""
     plt = pyplot()
     ways = found["implementations"]
     picture, axes = plt.subplots(
@@ -191,7 +193,7 @@ def figure(found):
 
 
 def block(found):
-    """The page's table."""
+    """Returns the page's table."""
     lines = [
         f"| Zipformer {found['size']}, chunks of {found['period_ms']:.0f} ms | streams | p50, ms | p90, ms | p99, ms | "
         "made in, s |",
@@ -210,7 +212,9 @@ def block(found):
 
 
 def main(arguments=None):
-    """Exit code: 0, 1 when ``--check`` finds a difference, 2 when something that is needed is missing."""
+    """Returns the exit code: 0, 1 when ``--check`` finds a difference, or 2 when something that is needed
+    is missing.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m fastasr.benchmarks.studies.streaming_load",
         description=__doc__,

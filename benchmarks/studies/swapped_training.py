@@ -48,8 +48,8 @@ def losses(name: str, swap: bool, steps: int, size: str, speeches, units) -> lis
 
 
 def summary(curve: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """Relative differences of two curves, step by step: the median, the largest, and how many exceed 1e-5, as
-    they may where two windows of the pruned lattice tie and rounding decides.
+    """Returns the relative differences of two curves, step by step: the median, the largest, and how many exceed 1e-5,
+    as they may where two windows of the pruned lattice tie and rounding decides.
     """
     found = [abs(a - b) / abs(b) for a, b in zip(curve, other, strict=True)]
     return {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops under pytest-benchmark: ``pytest benchmarks --benchmark-group-by=group``.
 
-For a look while working on a kernel. Rows, limits and interleaving come from ``fastasr bench`` only.
+It gives a quick look while working on a kernel. Rows, limits and interleaving come from ``fastasr bench`` only.
 """
 
 import pytest

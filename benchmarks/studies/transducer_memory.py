@@ -19,7 +19,7 @@ LABELS = {UPSTREAM: "fast_rnnt and an eager joiner", FASTASR: "fastasr"}
 
 
 def joined(row: Row) -> int:
-    """Rows of the joiner, B T R."""
+    """Returns the rows of the joiner, B T R."""
     batch, frames, _, s_range, _ = row.shape.split(",")[0].split("x")
     return prod(map(int, (batch, frames, s_range)))
 
@@ -29,14 +29,14 @@ def outputs(row: Row) -> int:
 
 
 def memory_rows(rows: Sequence[Row]) -> list[Row]:
-    """The newest measurement of each size and implementation."""
+    """Returns the newest measurement of each size and implementation."""
     found = [row for row in rows if (row.name, row.case) == (NAME, PART) and row.peak_bytes]
     newest = {(row.shape, row.implementation): row for row in sorted(found, key=lambda row: row.date)}
     return sorted(newest.values(), key=lambda row: (outputs(row), joined(row)))
 
 
 def figure(rows: Sequence[Row]):
-    """One panel per number of outputs: MiB over rows, both logarithmic."""
+    """Draws one panel per number of outputs: MiB over rows, both logarithmic."""
     plt = pyplot()
     classes = sorted({outputs(row) for row in rows})
     picture, axes = plt.subplots(

@@ -606,9 +606,7 @@ def _fast(op) -> Iterator[str]:
     yield "_kernels is not None"
     for a in sorted(op.tensors, key=lambda a: a is not op.leader):
         parts = [f"type({a.name}) in _PLAIN"]
-        if (
-            a is op.leader or op.fast
-        ):  # kernels and dispatcher decline the others
+        if a is op.leader or op.fast:  # kernels and dispatcher decline the others
             parts.append(f"{a.name}.is_cpu")
         if a is op.leader and op.fast_dtype:
             parts.append(f"{a.name}.dtype is _fast_dtype")
