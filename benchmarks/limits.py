@@ -14,7 +14,7 @@ from fastasr.benchmarks.harness import interleave
 
 
 def copy_buffers(bytes_moved: int, device: str = "cpu", dtype: torch.dtype = torch.float32):
-    """Returns source and destination such that ``destination.copy_(source)`` reads and writes ``bytes_moved`` together."""
+    """Returns source and destination; ``destination.copy_(source)`` reads and writes ``bytes_moved`` together."""
     elements = max(1, bytes_moved // (2 * dtype.itemsize))
     source = torch.ones(elements, dtype=dtype, device=device)
     return source, torch.zeros_like(source)
