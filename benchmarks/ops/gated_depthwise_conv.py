@@ -50,7 +50,7 @@ def _upstream(chunk: int, h, weight, bias, causal_weight=None, causal_bias=None,
     def call():
         x, s = h.chunk(2, dim=2)
         y = run((x * torch.sigmoid(s)).permute(1, 2, 0)).permute(2, 0, 1)
-        return swoosh.definition(y, True)
+        return swoosh.definition(y, "SwooshR")
 
     return Implementation(call, parameters(h, *conv.parameters()))
 

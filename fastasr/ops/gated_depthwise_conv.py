@@ -168,5 +168,5 @@ def gated_depthwise_conv(
         z = z + _within_chunks(u, weight, bias, chunk_scale, chunk_size)
     y = z.permute(2, 0, 1)  # [T, B, C]
     if ACTIVATIONS[activation]:
-        y = swoosh.definition(y, True)
+        y = swoosh.definition(y, "SwooshR")
     return (y, new_cache) if return_cache else y

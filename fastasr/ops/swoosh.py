@@ -19,30 +19,16 @@ from fastasr.ops._op import op
 
 FAMILY = KernelFamily("swoosh", ("swoosh_linear",), (native_kernels("swoosh"), triton_kernels("swoosh")))
 
-SHIFT = {False: 4.0, True: 1.0}
-OFFSET = {False: 0.035, True: 0.313261687}
+KINDS = {"SwooshL": False, "SwooshR": True}  # the flag that the kernels take: true for SwooshR
+SHIFT = {"SwooshL": 4.0, "SwooshR": 1.0}
+OFFSET = {"SwooshL": 0.035, "SwooshR": 0.313261687}
 
 
 # --------------------------------------------------------------------------- definition
-def definition(x: Tensor, right: bool) -> Tensor:
-    """Computes the formula in eager PyTorch; ``right`` selects SwooshR."""
+def definition(x: Tensor, kind: str) -> Tensor:
+    """The formula in eager PyTorch; ``kind`` is SwooshL or SwooshR."""
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    return torch.logaddexp(zero, x - SHIFT[right]) - 0.08 * x - OFFSET[right]
-
-
-def definition_backward(
-    grad: Tensor, x: Tensor, right: bool, mask: Tensor | None, need_output: bool
-) -> tuple[Tensor, Tensor]:
-    """Returns (dx, y): the gradient through ``swoosh(x) * mask``, and that product itself where asked for. Both are
-    computed in float32 or better and rounded once.
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = torch.sigmoid(wide - SHIFT[right]) - 0.08
-    y = definition(wide, right) if need_output else None
-    if mask is not None:
-        scale = scale * mask
-        y = y * mask if need_output else None
-    return (grad * scale).to(x.dtype), y.to(x.dtype) if need_output else x.new_empty(0)
+    return torch.logaddexp(zero, x - SHIFT[kind]) - 0.08 * x - OFFSET[kind]
 
 
 # --------------------------------------------------------------------------- kernels
@@ -56,7 +42,8 @@ def _gradients(right: bool, op, kernels, grads, saved, needs) -> tuple[Tensor]:
     )
 
 
-def _op(right: bool):
+def _op(kind: str):
+    right = KINDS[kind]
     return op(
         FAMILY,
         like="x",
@@ -70,7 +57,7 @@ def _op(right: bool):
 
 
 # --------------------------------------------------------------------------- the ops
-@_op(right=False)
+@_op("SwooshL")
 def swoosh_l(x: Annotated[Tensor, "*S"]) -> Annotated[Tensor, "*S", "x"]:
     """SwooshL(x) = log(1 + e^(x-4)) − 0.08 x − 0.035, elementwise.
 
@@ -82,10 +69,10 @@ def swoosh_l(x: Annotated[Tensor, "*S"]) -> Annotated[Tensor, "*S", "x"]:
     Raises:
         TypeError: x is not a floating tensor.
     """
-    return definition(x, False)
+    return definition(x, "SwooshL")
 
 
-@_op(right=True)
+@_op("SwooshR")
 def swoosh_r(x: Annotated[Tensor, "*S"]) -> Annotated[Tensor, "*S", "x"]:
     """SwooshR(x) = log(1 + e^(x-1)) − 0.08 x − 0.313261687, elementwise. See :func:`swoosh_l`."""
-    return definition(x, True)
+    return definition(x, "SwooshR")

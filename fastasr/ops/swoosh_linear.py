@@ -17,8 +17,7 @@ from torch import Tensor
 from fastasr.ops import _gemm, swoosh
 from fastasr.ops._op import op
 from fastasr.ops.linear import FITS, bias_grad
-
-KINDS = {"SwooshL": False, "SwooshR": True}
+from fastasr.ops.swoosh import KINDS
 
 
 # --------------------------------------------------------------------------- kernels
@@ -70,7 +69,7 @@ def swoosh_linear(
     shared_dim: int = -1,
 ) -> Annotated[Tensor, "*S N", "weight"]:
     """(swoosh(x) ⊙ mask) weightᵀ + bias for a mask that is given; of size 1 along ``shared_dim``."""
-    y = swoosh.definition(x, KINDS[kind])
+    y = swoosh.definition(x, kind)
     return F.linear(y if mask is None else y * mask, weight, bias)
 
 

@@ -16,7 +16,7 @@ BOUND = {torch.float32: 2e-6, torch.float64: 1e-13}
 
 class _SwooshR(torch.nn.Module):
     def forward(self, x):
-        return swoosh.definition(x, True)
+        return swoosh.definition(x, "SwooshR")
 
 
 @pytest.fixture(autouse=True)
