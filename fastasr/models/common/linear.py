@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear layer on the GEMM that measured fastest on this machine."""
+"""A linear layer that calls ``fastasr.ops.linear``."""
 
 import torch
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a module is what it was when something was derived from it: weights packed for a native call."""
+"""Finds out whether a module has changed since its weights were packed for a native call."""
 
 import itertools
 import operator
@@ -14,15 +14,15 @@ _VERSION = torch.Tensor._version.__get__
 
 
 def global_hooks():
-    """Whether every module's call has hooks."""
+    """Whether torch has global module hooks, which run at every module's call."""
     return any(_GLOBAL_HOOKS)
 
 
 class ModuleState:
-    """What ``module`` holds now: submodules, parameters, their versions and addresses, methods bound to instances.
+    """A record of ``module``'s submodules, parameters, their versions and addresses, and methods bound to instances.
 
-    Its own mode and hooks are left to whoever calls it. ``drops`` picks the submodules that must not be in training
-    mode. Writing through ``parameter.data`` leaves no trace.
+    The caller checks the mode and the hooks of ``module`` itself. ``drops`` selects the submodules that must not be in
+    training mode. The record does not notice writes through ``parameter.data``.
     """
 
     def __init__(self, module, drops=lambda submodule: True, methods=("forward",)):
@@ -48,7 +48,7 @@ class ModuleState:
     def _now_values(self):
         try:
             return [*map(_VERSION, self._parameters)], [*map(torch.Tensor.data_ptr, self._parameters)]
-        except RuntimeError:  # neither exists for these tensors
+        except RuntimeError:  # these tensors have no version or no address
             return None
 
     def traceable(self):
@@ -56,11 +56,11 @@ class ModuleState:
         return self._values is not None
 
     def watched(self):
-        """Whether a submodule has hooks now, or one that drops is in training mode."""
+        """Whether a submodule has hooks now, or one selected by ``drops`` is in training mode."""
         return any(self._hooks) or any(map(operator.itemgetter("training"), self._dropping))
 
     def unchanged(self):
-        """Whether everything but hooks and modes is as it was."""
+        """Whether nothing but hooks and modes has changed since the record was made."""
         now = list(self._now())
         return (
             len(now) == len(self._members)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers whose weights are packed for a native call that takes one step of a stream, and when the call serves.
+"""Packs the weights of layers for native calls that take one step of a stream, and decides when such a call is used.
 
-The packed copy is made at a layer's first step, when its result is compared with that of the layer's own operations,
-and made again when a parameter, a submodule or a forward has changed (:mod:`fastasr.models.common.module_state`).
+A layer's weights are packed at its first step; the native result is then compared with that of the layer's own
+operations. They are packed again when a parameter, a submodule or a forward has changed
+(:mod:`fastasr.models.common.module_state`).
 """
 
 import abc
@@ -14,15 +15,15 @@ from fastasr.models.common.inference import any_hooked, is_plain_inference
 from fastasr.models.common.module_state import ModuleState
 from fastasr.ops import _dispatch
 
-# Of a layer's results, between the native call and the operations, by rms.
+# The native call is used if the relative rms difference of its results from those of the operations is below this.
 AGREEMENT = 1e-4
 
 _WATCHED = "a submodule has hooks, or is in training mode"
 
 
 def may_serve(layer, x, weight):
-    """Whether this is a call in eval mode, without gradients, on a CPU with a native library, of a layer that does not
-    decline with ``packed_streaming = False``. x: (frames, streams, channels), of the weight's dtype."""
+    """Whether the native call may replace this one: eval mode, no gradients, a CPU with a native library, and a layer
+    that does not decline with ``packed_streaming = False``. x (frames, streams, channels) has the weight's dtype."""
     return (
         is_plain_inference(layer, x, weight, 3)
         and not torch.jit.is_tracing()
@@ -33,14 +34,15 @@ def may_serve(layer, x, weight):
 
 
 class PackedLayer(abc.ABC):
-    """The weights of a layer as the native call reads them, or the ``reason`` why there are none, "" otherwise.
+    """The weights of a layer in the order in which the native call reads them.
 
-    A subclass packs (``_pack``), says what only a change of the layer can change (``_why_never``, "" when it serves)
-    and computes an example natively and by the layer's operations (``_example``).
+    ``reason`` says why the native call cannot be used; it is "" if it can. A subclass packs the weights (``_pack``),
+    gives the reasons that hold until the layer changes (``_why_never``, "" for none) and computes an example both
+    natively and by the layer's operations (``_example``).
     """
 
-    METHODS = ("forward",)  # that a layer's parts may have bound to an instance
-    OPERATIONS = "operations"  # what they are called in a reason
+    METHODS = ("forward",)  # methods that may be bound to an instance of the layer's parts
+    OPERATIONS = "operations"  # the name of the layer's own operations in a reason
 
     def __init__(self, layer, by_operations):
         self._state = ModuleState(layer, methods=self.METHODS)
@@ -61,7 +63,7 @@ class PackedLayer(abc.ABC):
             self.reason = "" if error <= AGREEMENT else f"its {self.OPERATIONS} compute something else"
 
     def fresh(self):
-        """Whether the layer is what it was when this was made."""
+        """Whether the layer has not changed since its weights were packed."""
         watched = self.reason == _WATCHED
         return self._state.watched() == watched and self._state.unchanged()
 
@@ -73,24 +75,24 @@ class PackedLayer(abc.ABC):
 
     @abc.abstractmethod
     def _example(self, by_operations):
-        """Two lists of tensors."""
+        """Returns two lists of tensors: the native results and those of the layer's operations."""
 
 
 class PackedLayers:
-    """The packed copies of layers of one kind, a subclass of :class:`PackedLayer`, while the layers live."""
+    """Keeps the packed copies of layers as long as the layers live. ``kind``: a subclass of :class:`PackedLayer`."""
 
     def __init__(self, kind):
         self._kind, self._of = kind, weakref.WeakKeyDictionary()
 
     def of(self, layer, by_operations):
-        """The layer's packed copy, made anew when the layer has changed."""
+        """Returns the layer's packed copy, which is made again if the layer has changed."""
         packed = self._of.get(layer)
         if packed is None or not packed.fresh():
             packed = self._of[layer] = self._kind(layer, by_operations)
         return packed
 
     def why_not(self, layer):
-        """Why the native call never serves this layer as it is; "" when it does, None before its first step."""
+        """Returns why the native call cannot be used for this layer: "" if it can, None before the first step."""
         packed = self._of.get(layer)
         return None if packed is None or not packed.fresh() else packed.reason
 
@@ -108,7 +110,7 @@ def _why_no_weights(layer):
 
 
 def _error(got, expected):
-    """The largest of the results' rms errors, relative to what is expected; infinite where one is NaN."""
+    """Returns the largest rms error of the results relative to the expected ones; infinity if one is NaN."""
     errors = [
         ((a - b).double().norm() / b.double().norm().clamp(min=1e-9)).item()
         for a, b in zip(got, expected, strict=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of a block's submodules, without what the call does not need.
+"""Shortcuts for calls of a block's plain submodules.
 
-These functions also run on instances of upstream's classes, where a submodule may be anything: a wrapped projection or
-a dropout with hooks. They call a submodule that is not a plain module of torch's as it is.
+These functions also run on instances of upstream's classes, where a submodule may be a wrapped projection or a dropout
+with hooks. A submodule that is not a plain module of torch's is called normally.
 """
 
 import torch
@@ -17,7 +17,7 @@ def is_watched(module):
 
 
 def is_plain_linear(module):
-    """Whether this is a linear layer that is no more than its weight and bias."""
+    """Whether this is torch's linear layer without hooks or another forward, so that its weight and bias suffice."""
     return type(module) is torch.nn.Linear and not is_watched(module) and has_known_forward(module)
 
 
@@ -26,14 +26,14 @@ def linear(module, x):
 
 
 def is_idle(module):
-    """Whether this dropout returns its input and draws nothing."""
+    """Whether this dropout returns its input and draws no random numbers."""
     return (
         type(module) is torch.nn.Dropout and not is_watched(module) and not (module.training and module.p > 0)
     )
 
 
 def dropout(module, x, residual=None):
-    """module(x) + residual for a dropout."""
+    """Returns module(x) for a dropout, or module(x) + residual if a residual is given."""
     drops = type(module) is torch.nn.Dropout and not is_watched(module) and has_known_forward(module)
     if drops and not is_idle(module):
         return _dropout.dropout(x, module.p, residual)
@@ -42,7 +42,7 @@ def dropout(module, x, residual=None):
 
 
 def is_layer_norm(module):
-    """Whether this is torch's LayerNorm over the last dimension with weight and bias, and nothing watches it."""
+    """Whether this is torch's LayerNorm over the last dimension with weight and bias, without hooks."""
     return (
         type(module) is torch.nn.LayerNorm
         and len(module.normalized_shape) == 1
@@ -53,7 +53,7 @@ def is_layer_norm(module):
 
 
 def is_depthwise_conv(module):
-    """Whether this is a depthwise convolution over time that keeps the length, and nothing watches it."""
+    """Whether this is a depthwise convolution over time that keeps the length, without hooks."""
     taps = module.kernel_size[0] if type(module) is torch.nn.Conv1d else 0
     return (
         taps % 2 == 1

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """E-Branchformer, one file per concept. Kim et al., "E-Branchformer: Branchformer with enhanced merging for speech
-recognition", SLT 2022, https://arxiv.org/abs/2210.00077. ESPnet's attribute names; RETURNN's models are converted."""
+recognition", SLT 2022, https://arxiv.org/abs/2210.00077. Attributes have ESPnet's names; RETURNN's models can be
+converted."""
 
 from fastasr.models.e_branchformer.attention import RelPositionMultiHeadedAttention
 from fastasr.models.e_branchformer.cgmlp import ConvolutionalSpatialGatingUnit, FeedForwardConvGated

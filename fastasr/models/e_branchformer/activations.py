@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The activations of E-Branchformer by name, and which of them the kernels compute themselves."""
+"""The activations of E-Branchformer by name, and the names under which the kernels know them."""
 
 import torch
 
@@ -19,8 +19,9 @@ _MODULES = {
 
 
 def instance(owner: str, name: str, activation) -> torch.nn.Module:
-    """A module as it is; a class made without arguments; a name looked up (ESPnet's, and "gelu", "silu",
-    "identity")."""
+    """Returns an activation module: ``activation`` itself if it is a module, an instance if it is a class, and for a
+    name (ESPnet's names, "gelu", "silu" and "identity") the module that it stands for. Raises ValueError for an
+    unknown name and TypeError for anything else."""
     if isinstance(activation, torch.nn.Module):
         return activation
     if isinstance(activation, type) and issubclass(activation, torch.nn.Module):
@@ -44,7 +45,7 @@ _FUSED = {
 
 
 def fused_name(activation: torch.nn.Module) -> str | None:
-    """The name under which the kernels know this module's function; None when they do not, or a hook watches it."""
+    """Returns the kernels' name for this module's function; None if they do not have it or the module has hooks."""
     if activation._forward_hooks or activation._forward_pre_hooks:
         return None
     if type(activation) is torch.nn.GELU and activation.approximate != "none":
@@ -54,12 +55,12 @@ def fused_name(activation: torch.nn.Module) -> str | None:
         and not activation._modules
         and not vars(activation).get("forward")
     ):
-        return "silu"  # ESPnet's: x sigmoid(x)
+        return "silu"  # ESPnet's Swish computes x sigmoid(x)
     return _FUSED.get(type(activation))
 
 
 def activated(linear, activation: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``activation(linear(x))``."""
+    """Returns ``activation(linear(x))``."""
     name = fused_name(activation) if plumbing.is_plain_linear(linear) else None
     if name is None or name == "identity":
         return activation(plumbing.linear(linear, x))

@@ -12,11 +12,11 @@ from fastasr.ops.rel_attention import relative_shift
 
 
 class RelPositionMultiHeadedAttention(torch.nn.Module):
-    """query (B, T, D), pos_emb (1, 2T − 1, D), its rows from offset −(T − 1) to T − 1 of key from query, mask (B, 1, T)
-    or (B, T, T) with True where a key counts, or None -> (B, T, D).
+    """query (B, T, D), pos_emb (1, 2T − 1, D), mask -> (B, T, D).
 
-    A query that sees no key gives zeros before the last projection. The weights are not kept. Where no dropout is
-    drawn from them they are not formed either: :func:`fastasr.ops.rel_attention`.
+    Row T − 1 + o of pos_emb belongs to the keys o frames after the query. mask is (B, 1, T) or (B, T, T), True at keys
+    that the query sees, or None. The attention of a query that sees no key is 0 before the last projection. The module
+    does not keep the weights, and without dropout it does not compute them: see :func:`fastasr.ops.rel_attention`.
     """
 
     def __init__(self, n_head, n_feat, dropout_rate, zero_triu=False):
@@ -54,7 +54,7 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
 
 
 def _with_weights(module, q, k, v, p, hidden):
-    """The formula as it stands, for dropout on the weights and for positions of past keys alone."""
+    """Computes the formula directly. Dropout of the weights and pos_emb for past keys alone need this."""
     scale = module.d_k**-0.5
     content = (q + module.pos_bias_u).transpose(1, 2)  # (B, H, T, d)
     position = (q + module.pos_bias_v).transpose(1, 2) * scale
@@ -72,7 +72,7 @@ def _with_weights(module, q, k, v, p, hidden):
 
 
 def _masks(hidden, batch, frames):
-    """The op's masks for (B or 1, 1 or T, T) of hidden keys, or None."""
+    """Returns the op's mask arguments for ``hidden`` (B or 1, 1 or T, T), True at keys that are not seen, or None."""
     if hidden is None:
         return {}
     if hidden.shape[1] == 1:

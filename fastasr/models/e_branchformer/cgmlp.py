@@ -9,7 +9,7 @@ from fastasr.models.e_branchformer import activations
 
 
 def _is_layer_norm(norm) -> bool:
-    """Whether this is torch's LayerNorm over the last dimension, or ESPnet's class of it, with weight and bias."""
+    """Whether this is torch's or ESPnet's LayerNorm over the last dimension, with weight and bias."""
     return (
         isinstance(norm, torch.nn.LayerNorm)
         and type(norm).__name__ == "LayerNorm"
@@ -22,8 +22,10 @@ def _is_layer_norm(norm) -> bool:
 
 
 class ConvolutionalSpatialGatingUnit(torch.nn.Module):
-    """x (B, T, size) = (r, g) -> dropout(r · act(linear(conv(norm(g))) + gate_add)) (B, T, size / 2); the linear layer
-    only with use_linear_after_conv."""
+    """x (B, T, size) = (r, g) -> dropout(r · act(linear(conv(norm(g))) + gate_add)) (B, T, size / 2).
+
+    The linear layer exists only if ``use_linear_after_conv`` is set.
+    """
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class ConvolutionalSpatialGatingUnit(torch.nn.Module):
         self.dropout = torch.nn.Dropout(dropout_rate)
 
     def espnet_initialization_fn(self):
-        """As ESPnet: the gate starts as 1."""
+        """Initialises as ESPnet does: the gate starts as 1."""
         for module in (self.conv, self.linear):
             if module is not None:
                 torch.nn.init.normal_(module.weight, std=1e-6)
@@ -86,14 +88,14 @@ class FeedForwardConvGated(torch.nn.Module):
 
     Args:
         out_dim: the model's width.
-        ff_dim: width of the gated half, half of ESPnet's ``cgmlp_linear_units``; default 3 out_dim.
+        ff_dim: width of the gated half, which is half of ESPnet's ``cgmlp_linear_units``; default 3 out_dim.
         kernel_size: taps of the depthwise convolution, odd.
-        dropout: rate, after the gate.
-        activation: after the first linear layer, a name or a module.
-        gate_activation: of the gate, a name or a module.
+        dropout: rate of the dropout after the gate.
+        activation: name or module of the activation after the first linear layer.
+        gate_activation: name or module of the gate's activation.
         with_bias: whether the linear layers and the convolution have a bias.
         norm: makes the gate's norm from its width; default LayerNorm with ESPnet's epsilon of 1e-12.
-        use_linear_after_conv: ESPnet's option: a linear layer after the convolution.
+        use_linear_after_conv: whether a linear layer follows the convolution, as in ESPnet.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class FeedForwardConvGated(torch.nn.Module):
         self.channel_proj2 = torch.nn.Linear(ff_dim, out_dim, bias=with_bias)
 
     def forward(self, x, mask=None):
-        """x, or ESPnet's pair of x and the positions, which is handed on."""
+        """Takes x, or ESPnet's pair of x and the positional encoding, which is returned as a pair too."""
         x, positions = x if isinstance(x, tuple) else (x, None)
         first = self.channel_proj1
         if _is_two_steps(first):

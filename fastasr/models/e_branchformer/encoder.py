@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encoder: input layer, positions, layers, norm."""
+"""The encoder: input layer, positional encoding, layers, norm."""
 
 import torch
 import torch.utils.checkpoint
@@ -10,11 +10,10 @@ from fastasr.models.e_branchformer.subsampling import CONVOLUTIONS, Conv2dSubsam
 
 
 class EBranchformerEncoder(torch.nn.Module):
-    """ESPnet's ``EBranchformerEncoder`` with relative positions ("rel_pos", "rel_selfattn", "latest"): its arguments,
-    its state dicts.
+    """ESPnet's ``EBranchformerEncoder`` with relative positions ("rel_pos", "rel_selfattn", "latest").
 
-    ``input_layer``: "conv2d", "conv2d1", "conv2d2", "conv2d6", "conv2d8", "linear", "embed", a module, or None.
-    Raises ValueError for an option that is not one of these.
+    It takes ESPnet's arguments and loads its state dicts. ``input_layer`` is "conv2d", "conv2d1", "conv2d2",
+    "conv2d6", "conv2d8", "linear", "embed", a module, or None. Raises ValueError for any other value of these options.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class EBranchformerEncoder(torch.nn.Module):
         return self._output_size
 
     def _call(self, number, module, *arguments):
-        """Layer ``number`` (0: the input layer), recomputed in the backward pass where that is asked for."""
+        """Calls layer ``number`` (0: the input layer), with activation checkpointing if that is configured."""
         if number in self.gradient_checkpoint_layers:
             return torch.utils.checkpoint.checkpoint(module, *arguments, use_reentrant=False)
         return module(*arguments)
@@ -118,8 +117,11 @@ class EBranchformerEncoder(torch.nn.Module):
         max_layer=None,
         return_all_hs=False,
     ):
-        """xs_pad (B, L, input_size), ilens (B,), masks (B, L) with True at padding in place of ilens -> (encoded
-        (B, T, output_size), or a pair of it and the intermediate outputs that were asked for; lengths (B,); None)."""
+        """xs_pad (B, L, input_size), ilens (B,) -> (encoded (B, T, output_size), lengths (B,), None).
+
+        masks (B, L), True at padding, may replace ilens. If intermediate outputs are asked for, the first result is a
+        pair of the encoding and these.
+        """
         if masks is None:
             frames = torch.arange(xs_pad.shape[1] if xs_pad.dim() > 1 else 0, device=xs_pad.device)
             masks = (frames < ilens.to(xs_pad.device).unsqueeze(1)).unsqueeze(1)

@@ -11,22 +11,23 @@ from fastasr.models.e_branchformer.feed_forward import PositionwiseFeedForward
 
 
 class EBranchformerLayer(torch.nn.Module):
-    """RETURNN's options, ESPnet's attribute names and call: ``EBranchformerEncoderLayer``'s state dicts load as they
-    are.
+    """A layer with RETURNN's options and ESPnet's attribute names and call.
+
+    State dicts of ESPnet's ``EBranchformerEncoderLayer`` load unchanged.
 
     Args:
         out_dim: the model's width.
         ff_dim: width of the feed-forward blocks; default 4 out_dim.
-        ff_activation: of the feed-forward blocks, a name or a module.
-        dropout: rate, of every branch and within the feed-forward blocks and the cgMLP.
-        num_heads, att_dropout: of the attention.
+        ff_activation: name or module of the feed-forward blocks' activation.
+        dropout: rate of the dropout after every branch and within the feed-forward blocks and the cgMLP.
+        num_heads, att_dropout: heads of the attention and the dropout rate of its weights.
         cgmlp: a module in place of the cgMLP, or None.
         cgmlp_ff_dim: width of the gated half (half of ESPnet's ``cgmlp_linear_units``); default 3 out_dim.
-        cgmlp_conv_kernel, merge_conv_kernel: taps, odd.
+        cgmlp_conv_kernel, merge_conv_kernel: taps of the convolutions, odd.
         self_att: a module in place of the attention, called as ``self_att(x, x, x, pos_emb, mask)``, or None.
         norm: makes a norm from its width; default LayerNorm with ESPnet's epsilon of 1e-12 (RETURNN's is 1e-6).
-        use_ffn, macaron: whether there is a feed-forward block at the end, and one at the start too; with both, each
-            counts half.
+        use_ffn, macaron: whether there is a feed-forward block at the end, and one at the start too. If there are two,
+            the output of each is multiplied by 1/2.
         cgmlp_options: further arguments of :class:`FeedForwardConvGated`.
     """
 
@@ -85,8 +86,11 @@ class EBranchformerLayer(torch.nn.Module):
         merging.add_to(self, 2 * out_dim, out_dim, merge_conv_kernel)
 
     def forward(self, x_input, mask=None, cache=None):
-        """x (B, T, out_dim), or a pair of it and the positions (1, 2T − 1, out_dim) that relative attention needs, and
-        mask (B, 1, T), True where a frame counts -> (x or the pair, mask)."""
+        """x_input, mask (B, 1, T), True at valid frames -> (x_input's replacement, mask).
+
+        x_input is x (B, T, out_dim), or a pair of x and the positional encoding (1, 2T − 1, out_dim) that relative
+        attention needs; the result has the same form.
+        """
         if cache is not None:
             raise NotImplementedError("EBranchformerLayer: cache: expected None, as upstream")
         x, positions = x_input if isinstance(x_input, tuple) else (x_input, None)

@@ -19,7 +19,7 @@ class Merge(torch.nn.Module):
 
 
 def add_to(module, width, out_dim, kernel_size):
-    """Gives the module the submodules that :func:`merge` uses: ESPnet's layer has them as its own."""
+    """Adds the submodules that :func:`merge` uses to ``module``, as ESPnet's layer has them."""
     if kernel_size % 2 == 0:
         raise ValueError(f"Merge: merge_conv_kernel: expected an odd number, got {kernel_size}")
     module.depthwise_conv_fusion = torch.nn.Conv1d(

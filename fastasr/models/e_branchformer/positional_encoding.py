@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sinusoids of relative positions, and the scale of what they accompany."""
+"""Sinusoidal encodings of relative positions, and the scaling of the input beside them."""
 
 import math
 
@@ -9,7 +9,7 @@ import torch
 class RelPositionalEncoding(torch.nn.Module):
     """x (B, T, d_model) -> (dropout(x √d_model), dropout(sinusoids (1, 2T − 1, d_model))).
 
-    Row T − 1 + o is of the keys o frames after the query: sin and cos of −o times each frequency, interleaved.
+    Row T − 1 + o belongs to the keys o frames after the query: sin and cos of −o times each frequency, interleaved.
     """
 
     def __init__(self, d_model, dropout_rate, max_len=5000):
@@ -21,7 +21,7 @@ class RelPositionalEncoding(torch.nn.Module):
         self.extend_pe(torch.tensor(0.0).expand(1, max_len))
 
     def extend_pe(self, x):
-        """Computes the table for x (B, T, ...), unless a long enough one is there."""
+        """Computes the table for x (B, T, ...) unless it is long enough already."""
         if self.pe is not None and self.pe.shape[1] >= 2 * x.shape[1] - 1:
             if self.pe.dtype != x.dtype or self.pe.device != x.device:
                 self.pe = self.pe.to(dtype=x.dtype, device=x.device)
@@ -35,7 +35,7 @@ class RelPositionalEncoding(torch.nn.Module):
 
 
 def relative_sinusoids(frames: int, width: int) -> torch.Tensor:
-    """(1, 2 frames − 1, width), float32: of query less key from frames − 1 down to −(frames − 1)."""
+    """Returns (1, 2 frames − 1, width), float32; rows run from query − key = frames − 1 down to −(frames − 1)."""
     distance = torch.arange(frames - 1, -frames, -1, dtype=torch.float32).unsqueeze(1)
     rates = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * -(math.log(10000.0) / width))
     table = torch.empty(1, 2 * frames - 1, width)

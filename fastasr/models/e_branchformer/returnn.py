@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RETURNN's E-Branchformer (``returnn.frontend.encoder.e_branchformer``) to ours and back, bit for bit.
+"""Converts RETURNN's E-Branchformer (``returnn.frontend.encoder.e_branchformer``) to ours and back, bit for bit.
 
-RETURNN's modules are no ``torch.nn.Module``: they compute on its own tensors, whose axes are named, and draw their own
-random numbers, so that no forward of ours can be bound to them. Their parameters convert exactly:
+RETURNN's modules are not ``torch.nn.Module``s. They compute on RETURNN's own tensors, whose axes are named, and draw
+their own random numbers, so the swap cannot bind our forward to them. Their parameters convert exactly:
 
     ffn1, ffn2.{linear_ff, linear_out}           feed_forward_macaron, feed_forward.{w_1, w_2}    transposed
     {ffn1, ffn2, self_att, cgmlp, final}_layer_norm.scale   norm_{ff_macaron, ff, mha, mlp, final}.weight
@@ -21,7 +21,8 @@ import torch
 from fastasr.models.e_branchformer.layer import EBranchformerLayer
 from fastasr.models.e_branchformer.positional_encoding import relative_sinusoids
 
-# RETURNN's name -> ours, and whether a weight is transposed. Those of qkv, linear_pos and cgmlp.linear_ff are below.
+# RETURNN's name -> our name, and whether the weight is transposed. The code below converts qkv, linear_pos and
+# cgmlp.linear_ff.
 _LINEARS = {
     "ffn1.linear_ff": "feed_forward_macaron.w_1",
     "ffn1.linear_out": "feed_forward_macaron.w_2",
@@ -47,8 +48,10 @@ _BIASES = {f"self_att.pos_bias_{x}": f"attn.pos_bias_{x}" for x in "uv"}
 
 
 class EBranchformerStack(torch.nn.Module):
-    """x (B, T, in_dim), mask (B, T) or None, True where a frame counts -> (B, T, D): what RETURNN's
-    ``ConformerEncoder`` does after its input layer, with E-Branchformer layers."""
+    """x (B, T, in_dim), mask (B, T), True at valid frames, or None -> (B, T, D).
+
+    It computes what RETURNN's ``ConformerEncoder`` with E-Branchformer layers computes after its input layer.
+    """
 
     def __init__(self, layers, input_projection=None, scale=1.0, dropout=0.1):
         super().__init__()
@@ -69,14 +72,16 @@ class EBranchformerStack(torch.nn.Module):
 
 
 def from_returnn(module):
-    """A RETURNN ``EBranchformerLayer`` (rf.Module) to an :class:`EBranchformerLayer`, or a ``ConformerEncoder`` of such
-    layers, apart from its input layer, to an :class:`EBranchformerStack`; sizes, rates and epsilons are read from it.
-    Also one that RETURNN has wrapped (``rf_module_to_pt_module``).
+    """Converts a RETURNN module with its sizes, rates and epsilons.
 
-    RETURNN's padding is unmasked outside attention with ``rf_use_mask`` off: only then do the two agree at padding.
-    Raises TypeError for another module and ValueError for an option that this one does not have.
+    A ``EBranchformerLayer`` (rf.Module) becomes an :class:`EBranchformerLayer`; a ``ConformerEncoder`` of such layers
+    becomes an :class:`EBranchformerStack`, without the input layer. The module may be wrapped by RETURNN's
+    ``rf_module_to_pt_module``.
+
+    The two agree at padded frames only if RETURNN does not mask outside attention (``rf_use_mask`` off). Raises
+    TypeError for another module and ValueError for an option that our layer does not have.
     """
-    module = getattr(module, "_rf_module", module)  # out of RETURNN's wrapper for PyTorch
+    module = getattr(module, "_rf_module", module)  # RETURNN's wrapper for PyTorch keeps the module here
     name = type(module).__name__
     if name == "ConformerEncoder":
         if module.pos_enc is not None:
@@ -133,7 +138,7 @@ def _layer(module):
     first = next(iter(tensors.values()))
     layer.to(device=first.device, dtype=first.dtype)
     state = layer_state_from_returnn(tensors)
-    if attention.qkv.bias is None:  # RETURNN's attention has none: ours is 0
+    if attention.qkv.bias is None:  # without a bias in RETURNN, ours is 0
         width = module.out_dim.dimension
         for part in ("linear_q", "linear_k", "linear_v", "linear_out"):
             state[f"attn.{part}.bias"] = first.new_zeros(width)
@@ -142,7 +147,7 @@ def _layer(module):
 
 
 def _activation(argument, function):
-    """The name of RETURNN's activation function."""
+    """Returns the name of RETURNN's activation function."""
     name = {"swish": "silu"}.get(function.__name__, function.__name__)
     if name not in ("gelu", "identity", "relu", "selu", "silu", "tanh"):
         raise ValueError(
@@ -156,7 +161,7 @@ def _tensors(module):
 
 
 def layer_state_from_returnn(state):
-    """The state dict of a RETURNN layer as that of an :class:`EBranchformerLayer`; names without ``layers.{i}.``."""
+    """Converts the state dict of one RETURNN layer, names without ``layers.{i}.``, to :class:`EBranchformerLayer`'s."""
     state, out = dict(state), {}
     heads = state["self_att.pos_bias_u"].shape[0]
     for name, tensor in _pop(state, _BIASES):
@@ -215,8 +220,8 @@ def layer_state_to_returnn(state):
 
 
 def to_returnn(module):
-    """RETURNN's state dict, as its checkpoints name it, of an :class:`EBranchformerLayer` or an
-    :class:`EBranchformerStack`."""
+    """Returns the state dict of an :class:`EBranchformerLayer` or :class:`EBranchformerStack` with the names of
+    RETURNN's checkpoints."""
     if isinstance(module, EBranchformerLayer):
         return layer_state_to_returnn(module.state_dict())
     out = {}
@@ -228,7 +233,7 @@ def to_returnn(module):
 
 
 def split_layers(state):
-    """The entries ``layers.{i}.name`` of an encoder's state dict by layer: a list of dicts."""
+    """Splits the entries ``layers.{i}.name`` of an encoder's state dict into one dict per layer."""
     found = {}
     for name, tensor in state.items():
         match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)

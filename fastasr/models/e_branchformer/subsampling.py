@@ -3,7 +3,7 @@
 
 import torch
 
-# ESPnet's names -> (kernel size, stride) of each convolution.
+# ESPnet's name of an input layer -> (kernel size, stride) of each of its convolutions.
 CONVOLUTIONS = {
     "conv2d": ((3, 2), (3, 2)),
     "conv2d1": ((3, 1), (3, 1)),
@@ -14,8 +14,10 @@ CONVOLUTIONS = {
 
 
 class Conv2dSubsampling(torch.nn.Module):
-    """x (B, T, idim), mask (B, 1, T) or None -> (out (B, T', odim), mask (B, 1, T')); what the positional encoding
-    returns is the first."""
+    """x (B, T, idim), mask (B, 1, T) or None -> (out, mask (B, 1, T')).
+
+    out is what ``pos_enc`` returns for the projected frames (B, T', odim).
+    """
 
     def __init__(self, idim, odim, pos_enc, convolutions=CONVOLUTIONS["conv2d"]):
         super().__init__()
@@ -32,7 +34,7 @@ class Conv2dSubsampling(torch.nn.Module):
         self.out = torch.nn.Sequential(torch.nn.Linear(odim * width, odim), pos_enc)
 
     def shortest(self) -> int:
-        """The fewest frames that give one."""
+        """The fewest input frames that give one output frame."""
         frames = 1
         for kernel, stride in reversed(self.shape):
             frames = (frames - 1) * stride + kernel

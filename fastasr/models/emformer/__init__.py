@@ -2,10 +2,10 @@
 """The Emformer (Shi et al., 2021): a streaming acoustic encoder, as ``torchaudio.models.Emformer``.
 
 Every segment of an utterance attends to itself, a few frames before and after it and a memory of means of earlier
-segments. Parameters, constructor, ``forward``, ``infer`` and its states are torchaudio's; between the projections of
-a layer is :func:`fastasr.ops.segment_attention`, so no mask is built, and ``infer`` reads nothing back from the device.
+segments. Parameters, constructor, ``forward``, ``infer`` and its states are torchaudio's. Attention runs in
+:func:`fastasr.ops.segment_attention`, so no mask is built, and ``infer`` reads nothing back from the device.
 
-Differences: ``infer`` works in half precision, and a query that sees nothing (padding alone) gets 0.
+It differs from torchaudio in two points: ``infer`` works in half precision, and a query that sees only padding gets 0.
 """
 
 from fastasr.models.emformer.encoder import Emformer

@@ -21,16 +21,16 @@ class Emformer(nn.Module):
 
     Args:
         input_dim: channels of a frame. num_heads: heads of attention. ffn_dim: hidden channels of the feed-forward
-            networks. num_layers: layers. segment_length: frames of a segment.
-        dropout: of attention weights, attention and feed-forward network.
-        activation: of the feed-forward network, "relu", "gelu" or "silu".
+            networks. num_layers: number of layers. segment_length: frames of a segment.
+        dropout: rate for the attention weights, the attention and the feed-forward network.
+        activation: activation of the feed-forward network, "relu", "gelu" or "silu".
         left_context_length, right_context_length: frames that a segment sees before and after itself.
-        max_memory_size: earlier segments that are seen through their means; 0 for none.
+        max_memory_size: number of earlier segments whose means a segment sees; 0 for none.
         weight_init_scale_strategy: "depthwise" (gain 1 / sqrt(layer)), "constant" (1 / sqrt 2) or None.
         tanh_on_mem: whether memory goes through tanh, instead of being clamped to ±10.
-        negative_inf: kept for upstream's signature: what is hidden is left out.
+        negative_inf: kept for upstream's signature; it has no effect, since hidden keys are left out.
     Raises:
-        ValueError: an option is none of those above, or heads do not divide input_dim.
+        ValueError: an option has another value than those above, or num_heads does not divide input_dim.
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class Emformer(nn.Module):
 
         Args:
             input: (B, T + right_context_length, D), utterances followed by their right context.
-            lengths: (B,), valid frames of each utterance. With one utterance it is ignored, as upstream does; with
-                several, the longest counts as T.
+            lengths: (B,), valid frames of each utterance. As in torchaudio, it is ignored for a single utterance, and
+                the longest utterance counts as T frames.
         Returns:
-            (B, T, D) and the lengths.
+            The encoding (B, T, D) and the lengths.
         """
         x = input.transpose(0, 1)
         frames = x.shape[0] - self.right_context_length
@@ -92,8 +92,8 @@ class Emformer(nn.Module):
         mems = segment_means(self, output)[:-1] if self.use_mem else x.new_empty(0)
         mask = None
         if not all(_is_own(layer, "forward") for layer in self.emformer_layers):
-            mask = self._gen_attention_mask(output)  # for layers that run upstream's code
-        # Between our own layers [right context | utterance] stays one tensor.
+            mask = self._gen_attention_mask(output)  # layers that run upstream's code need it
+        # Our own layers pass [right context | utterance] on as one tensor, which saves copies.
         blocks, whole = right_context.shape[0], None
         seen = seen_frames(lengths, frames) if x.shape[1] > 1 else None
         for layer in self.emformer_layers:
@@ -114,11 +114,12 @@ class Emformer(nn.Module):
 
         Args:
             input: (B, segment_length + right_context_length, D).
-            lengths: (B,), valid frames of it, right context included.
-            states: what the call before returned; its lists are updated in place. Per layer: memory (M, B, D), keys and
-                values of the left context (L, B, D) each, and the frames so far, (1, B) int32.
+            lengths: (B,), valid frames of the input, right context included.
+            states: the states that the previous call returned; the lists are updated in place. Each layer has its
+                memory (M, B, D), keys and values of the left context, (L, B, D) each, and the number of frames so far,
+                (1, B) int32.
         Returns:
-            (B, segment_length, D), its lengths, and the states.
+            The encoding (B, segment_length, D), its lengths, and the states.
         Raises:
             ValueError: input has another number of frames.
         """
@@ -162,18 +163,19 @@ def _init_gains(strategy: str | None, layers: int) -> list[float | None]:
 
 def _is_own(layer: nn.Module, name: str) -> bool:
     function = getattr(getattr(layer, name), "__func__", None)
-    function = getattr(function, "fastasr_forward", function)  # as the swap binds it
+    function = getattr(function, "fastasr_forward", function)  # the swap binds a wrapper with this attribute
     return function is getattr(EmformerLayer, name)
 
 
 def _is_unwatched(layer: nn.Module) -> bool:
-    """Whether calling the layer is no more than its own forward."""
+    """Whether a call of the layer runs its own forward and nothing else."""
     return not any_hooked((layer,)) and not global_hooks() and _is_own(layer, "forward")
 
 
 @functools.lru_cache(maxsize=64)
 def _right_context_rows(frames: int, segment: int, right: int, device: torch.device) -> Tensor:
-    """Rows of the frames that follow each segment; the last one's are those behind the utterance."""
+    """Returns the rows of the frames that follow each segment. Behind the last segment is the utterance's right
+    context."""
     with torch.inference_mode(False):
         segments = segments_of(frames, segment)
         starts = torch.clamp((torch.arange(segments, device=device) + 1) * segment, max=frames)

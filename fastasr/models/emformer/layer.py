@@ -8,11 +8,11 @@ from fastasr.models.emformer.parts import ACTIVATIONS, seen_frames
 from fastasr.models.emformer.stream import Step, infer_segment
 from fastasr.models.emformer.utterance import encode_utterance
 
-_HIDDEN = -1e4  # below it e^x is 0 beside any score: what is hidden can be left out
+_HIDDEN = -1e4  # e^x below this is 0 beside any score, so hidden keys can be left out
 
 
 class EmformerAttention(nn.Module):
-    """The projections of a layer's attention. Its mathematics are in :class:`EmformerLayer`."""
+    """The projections of a layer's attention; :class:`EmformerLayer` computes the attention."""
 
     def __init__(
         self,
@@ -103,8 +103,8 @@ class EmformerLayer(nn.Module):
         Args:
             utterance: (T, B, D). lengths: (B,), valid frames.
             right_context: (n R, B, D), a block of R frames for each of the n segments.
-            mems: (n - 1, B, D), or without elements where the layer has no memory.
-            attention_mask: what upstream builds; the windows of the segments say the same, so it is not read.
+            mems: (n - 1, B, D), or without elements if the layer has no memory.
+            attention_mask: upstream's mask. It is not read, since the segments' windows define the same mask.
         Returns:
             The encoded utterance and right context, and the memory for the next layer.
         """

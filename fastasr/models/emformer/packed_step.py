@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One segment of a stream through an Emformer layer in one native call, with the states as torchaudio's tensors.
+"""Runs one segment of a stream through an Emformer layer in one native call; states stay torchaudio's tensors.
 
-A segment is a few frames, so a layer costs what reading its weights costs: they are packed once, in the order in which
-a segment reads them, into one block of memory on huge pages (csrc/cpu/streaming/emformer_step.h). **This doubles the
-memory of the layer's weights**; ``layer.packed_streaming = False`` declines it, and the operations are called one by
-one.
+A segment is a few frames, so most of a layer's time goes into reading its weights. They are packed once, in the order
+in which a segment reads them, into one block of memory on huge pages (csrc/cpu/streaming/emformer_step.h). **This
+doubles the memory of the layer's weights.** To decline it, set ``layer.packed_streaming = False``; the operations are
+then called one by one.
 
-The packed copy is made at a layer's first segment, when its result is compared with that of the operations, and made
-again when a parameter, a submodule or a forward has changed: it remembers the identity, the version counter and the
-address of every parameter. Writing through ``parameter.data`` changes none of these, nor does assigning a plain
-attribute such as a norm's ``eps``: call :func:`forget` after it.
+The weights are packed at a layer's first segment, and the native result is then compared with that of the operations.
+They are packed again when a parameter, a submodule or a forward has changed; the copy remembers the identity, the
+version counter and the address of every parameter. Writing through ``parameter.data`` changes none of these, nor does
+assigning a plain attribute such as a norm's ``eps``: call :func:`forget` after it.
 """
 
 import torch
@@ -19,20 +19,20 @@ from fastasr.models.common.inference import is_unmodified
 from fastasr.models.common.packed_layers import PackedLayer, PackedLayers, may_serve
 from fastasr.ops import _activation, _dispatch
 
-# Rows of a segment: its frames, right context, summary and memory, times streams. Beyond, a product of matrices reads
-# the weights as fast as it computes.
+# The rows of a segment are its frames, right context, summary and memory, times streams. With more rows, a matrix
+# product is bound by arithmetic instead of by reading the weights.
 MOST_ROWS = 128
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
 
 
 def step(layer, utterance, right_context, state, mems, shared, by_operations):
-    """[utterance, right context, next mems, the four states after it] of a segment, or None where the native call does
-    not serve.
+    """Returns [utterance, right context, next mems, the four new states] of a segment, or None if the native call
+    cannot be used.
 
-    It serves layers in eval mode, without gradients, in float32 on the CPU, for segments of the layer's length, with
-    their right context and memory at most 128 rows. ``shared``: what the layers of the step have in common (lengths,
-    history, kept). ``by_operations`` gives the same for arguments of the same kind.
+    It can be used for layers in eval mode, without gradients, in float32 on the CPU, and for segments of the layer's
+    length that have at most 128 rows with right context and memory. ``shared`` holds what the layers of the step have
+    in common (lengths, history, kept). ``by_operations`` is a function that computes the same by the operations.
     """
     if not may_serve(layer, utterance, layer.attention.out_proj.weight):
         return None
@@ -69,7 +69,7 @@ class _PackedLayer(PackedLayer):
         )
 
     def _example(self, by_operations):
-        """A segment of two streams with 2 frames of right context."""
+        """Computes a segment of two streams with 2 frames of right context both ways."""
         streams, right = 2, 2
         rows = self._segment, right, min(1, self._memory), self._memory, self._left, self._left
         waves = [
@@ -86,7 +86,7 @@ class _PackedLayer(PackedLayer):
         return self.run(*arguments), by_operations(*arguments)
 
     def fits(self, utterance, right_context, state, mems):
-        """Whether these are arguments of a segment that needs no conversion."""
+        """Whether the native call can read these arguments without conversion."""
         frames, streams, dim = utterance.shape
         rows = self._memory, self._left, self._left
         return (
@@ -137,7 +137,7 @@ class _PackedLayer(PackedLayer):
 
 
 class _Full:
-    """What layers share in the step of a stream whose left context and memory are full."""
+    """The values that all layers share in a step whose left context and memory are full."""
 
     def __init__(self, left, memory, frames):
         self.lengths, self.behind = None, torch.zeros((), dtype=torch.int64)

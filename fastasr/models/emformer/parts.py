@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a layer that whole utterances and segments of a stream go through alike."""
+"""The parts of a layer that are the same for whole utterances and for segments of a stream."""
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,14 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def segment_means(module: nn.Module, utterance: Tensor) -> Tensor:
-    """Means over segments, (n, B, D)."""
+    """Returns the means over segments, (n, B, D)."""
     return module.memory_op(utterance.permute(1, 2, 0)).permute(2, 0, 1)
 
 
 def project(
     attention: nn.Module, h: Tensor, summaries: Tensor | None, mems: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of [h, summaries], keys and values of [mems, h]."""
+    """Returns the queries of [h, summaries] and the keys and values of [mems, h]."""
     asking = h if summaries is None else torch.cat([h, summaries])
     asked = h if mems is None else torch.cat([mems, h])
     query = linear(asking, attention.emb_to_query.weight, attention.emb_to_query.bias)
@@ -34,14 +34,14 @@ def project(
 
 
 def seen_frames(lengths: Tensor, frames: int) -> Tensor:
-    """Frames of each sequence that may be seen: upstream counts the padding behind the longest as valid."""
+    """Returns how many frames of each sequence can be seen. Upstream counts the padding behind the longest as valid."""
     if lengths.is_floating_point():
         lengths = lengths.ceil()
     return (lengths + (frames - lengths.max())).to(torch.int64)
 
 
 def finish(layer: nn.Module, mixed: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What follows the attention: (the layer's output for the rows of x, memory from the summaries)."""
+    """Computes the part of the layer after the attention: (output for the rows of x, memory from the summaries)."""
     attention, ff, rows = layer.attention, layer.pos_ff, x.shape[0]
     out = linear(mixed, attention.out_proj.weight, attention.out_proj.bias)
     mems = out[rows:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer over one segment of a stream: its operations one by one, or one native call."""
+"""Runs a layer over one segment of a stream, by one native call or by its operations one by one."""
 
 import functools
 
@@ -13,7 +13,7 @@ from fastasr.ops import segment_attention
 
 
 class Step:
-    """What the layers of one step share, as tensors on the device: nothing is read back."""
+    """The values that the layers of one step share. They are tensors on the device, so nothing is read back."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Step:
         self.kept = self._kept(frames, left)
 
     def _kept(self, frames: int, left: int) -> Tensor:
-        """(L,): rows of [left context, utterance] that become the next left context.
+        """Returns the rows (L,) of [left context, utterance] that become the next left context.
 
         Upstream appends [utterance, first `behind` rows | valid left context | rest of the utterance] to the old left
         context and keeps the last L rows."""
@@ -81,7 +81,7 @@ def infer_by_operations(
     mems: Tensor,
     step: Step,
 ) -> tuple[Tensor, ...]:
-    """The utterance and right context encoded, the next layer's mems, the four states after the segment."""
+    """Returns the encoded utterance and right context, the next layer's mems and the four new states."""
     attention, frames, right = layer.attention, utterance.shape[0], right_context.shape[0]
     memory, left = (layer.max_memory_size if layer.use_mem else 0), layer.left_context_length
     x = torch.cat([right_context, utterance])
@@ -121,7 +121,7 @@ def infer_by_operations(
 
 
 def _step_dropout(query: Tensor, attention: nn.Module, sizes: tuple[int, ...], step: Step) -> Tensor:
-    """As :func:`_attention_dropout`, among the rows that there are: their number is read back."""
+    """Draws the dropout of the weights as upstream does, over the rows that exist; their number is read back."""
     frames, left, right, memory = sizes
     old_frames, old_memory = step.history.tolist()
     behind = int(step.behind)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer over whole utterances."""
+"""Runs a layer over whole utterances."""
 
 import functools
 
@@ -14,8 +14,8 @@ from fastasr.ops.segment_attention import key_rows, query_rows, segments_of
 def encode_utterance(
     layer: nn.Module, x: Tensor, frames: int, seen: Tensor | None, mems: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The layer's [right context | utterance], and the memory for the next layer. ``seen``: as
-    :func:`fastasr.models.emformer.parts.seen_frames` gives it."""
+    """Returns the layer's [right context | utterance] and the memory for the next layer. ``seen`` comes from
+    :func:`fastasr.models.emformer.parts.seen_frames`."""
     segments = segments_of(frames, layer.segment_length)
     right = (x.shape[0] - frames) // max(1, segments)
     memory = layer.max_memory_size if layer.use_mem else 0
@@ -48,8 +48,11 @@ def encode_utterance(
 
 
 def _attention_dropout(query: Tensor, keys: int, attention: nn.Module, sizes: tuple[int, ...]) -> Tensor:
-    """(B, H, Q, lanes): dropout of the weights that are seen. Upstream drops of the dense (B H, Q, K), so as many
-    numbers are drawn and those of the windows are picked: the same seed gives the same draws."""
+    """Returns the dropout factors (B, H, Q, lanes) of the weights inside the windows.
+
+    Upstream draws for the dense (B H, Q, K). This function draws as many numbers and picks those of the windows, so
+    the same seed drops the same weights.
+    """
     batch, heads = query.shape[1], attention.num_heads
     places = _window_places(*sizes, query.device)
     drawn = _dropout.windows(query, places, batch * heads, keys, float(attention.dropout))
@@ -60,8 +63,8 @@ def _attention_dropout(query: Tensor, keys: int, attention: nn.Module, sizes: tu
 def _window_places(
     frames: int, segment: int, left: int, right: int, memory: int, device: torch.device
 ) -> Tensor:
-    """(Q, lanes): the keys that are the lanes of each query's window."""
-    with torch.inference_mode(False):  # kept: a training step may want what a search has made
+    """Returns the keys (Q, lanes) of each query's window."""
+    with torch.inference_mode(False):  # the result is cached, and a training step may use it later
         rows = query_rows(frames, segment, right, memory, device)  # (n, per)
         at, _, there = key_rows(frames, segment, left, right, memory, 0, 0, device)
         places = torch.where(there, at, 0)[:, None, :].expand(-1, rows.shape[1], -1)

@@ -11,7 +11,7 @@ _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 class Joiner(nn.Module):
     """Source encodings (B, T, D) and target encodings (B, U, D) to logits (B, T, U, output_dim).
 
-    Training needs none of these logits: see ``RNNT.loss``.
+    ``RNNT.loss`` computes the loss without storing these logits.
 
     Raises:
         ValueError: activation is neither "relu" nor "tanh".
@@ -31,6 +31,6 @@ class Joiner(nn.Module):
         target_encodings: Tensor,
         target_lengths: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the logits and both lengths as they came."""
+        """Returns the logits and both lengths unchanged."""
         joined = self.activation(source_encodings.unsqueeze(2) + target_encodings.unsqueeze(1))
         return plumbing.linear(self.linear, joined), source_lengths, target_lengths

@@ -11,8 +11,8 @@ from fastasr.models.emformer_rnnt.transcriber import EmformerEncoder
 
 
 class RNNT(nn.Module):
-    """A transducer of a transcriber (``forward(input, lengths)``, ``infer(input, lengths, states)``), a predictor and a
-    joiner. Methods, shapes and the state dict are torchaudio's; ``loss`` is ours."""
+    """A transducer, which consists of a transcriber (``forward(input, lengths)``, ``infer(input, lengths, states)``), a
+    predictor and a joiner. Methods, shapes and the state dict are torchaudio's; ``loss`` is an addition of fastasr."""
 
     def __init__(self, transcriber: nn.Module, predictor: nn.Module, joiner: nn.Module) -> None:
         super().__init__()
@@ -28,12 +28,12 @@ class RNNT(nn.Module):
         target_lengths: Tensor,
         predictor_state: State | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, State]:
-        """Logits of the whole lattice.
+        """Returns the logits of the whole lattice.
 
         Args:
-            sources: (B, T, D), followed by their right context; source_lengths: (B,), their valid frames.
+            sources: (B, T, D), utterances followed by their right context; source_lengths: (B,), their valid frames.
             targets: (B, U), labels; target_lengths: (B,).
-            predictor_state: what the call before returned, or None.
+            predictor_state: the state that the previous call returned, or None.
         Returns:
             Logits (B, T', U, num_symbols), the lengths of both encodings, and the predictor's state.
         """
@@ -55,18 +55,18 @@ class RNNT(nn.Module):
         blank: int = -1,
         reduction: str = "mean",
     ) -> Tensor:
-        """The transducer loss, without logits in memory.
+        """Returns the transducer loss without storing the logits.
 
         Args:
             sources, source_lengths: as in ``forward``.
             targets: (B, U), labels without a blank in front; target_lengths: (B,).
-            blank: the label of blank, from the end when negative; the predictor starts from it. torchaudio's recipes
-                take the last.
+            blank: the label of blank; a negative one counts from the end. The predictor starts from it. torchaudio's
+                recipes use the last label.
             reduction: "mean" over the batch, "sum", or "none".
         Returns:
             A scalar, or (B,) for "none".
         Raises:
-            ValueError: blank is no label.
+            ValueError: blank is not a label.
         """
         linear = self.joiner.linear
         if not -linear.out_features <= blank < linear.out_features:
@@ -90,19 +90,19 @@ class RNNT(nn.Module):
         )
 
     def transcribe(self, sources: Tensor, source_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodings (B, T', D) of whole utterances, followed by their right context, and their lengths."""
+        """Returns encodings (B, T', D) of whole utterances and their lengths. Right context follows each utterance."""
         return self.transcriber(sources, source_lengths)
 
     def transcribe_streaming(
         self, sources: Tensor, source_lengths: Tensor, state: State | None
     ) -> tuple[Tensor, Tensor, State]:
-        """Encodings of the next segment of a stream, its lengths, and the transcriber's state."""
+        """Returns the encodings of a stream's next segment, their lengths, and the transcriber's state."""
         return self.transcriber.infer(sources, source_lengths, state)
 
     def predict(
         self, targets: Tensor, target_lengths: Tensor, state: State | None
     ) -> tuple[Tensor, Tensor, State]:
-        """Encodings (B, U, D) of labels (B, U), the lengths, and the predictor's state."""
+        """Returns the encodings (B, U, D) of labels (B, U), the lengths, and the predictor's state."""
         return self.predictor(input=targets, lengths=target_lengths, state=state)
 
     def join(
@@ -112,7 +112,7 @@ class RNNT(nn.Module):
         target_encodings: Tensor,
         target_lengths: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (B, T, U, num_symbols), and both lengths."""
+        """Returns the logits (B, T, U, num_symbols) and both lengths."""
         return self.joiner(
             source_encodings=source_encodings,
             source_lengths=source_lengths,
@@ -145,19 +145,21 @@ def emformer_rnnt_model(
     lstm_layer_norm_epsilon: float,
     lstm_dropout: float,
 ) -> RNNT:
-    """An RNN-T with an Emformer as transcriber, as ``torchaudio.models.emformer_rnnt_model``.
+    """Returns an RNN-T with an Emformer as transcriber, as ``torchaudio.models.emformer_rnnt_model`` does.
 
-    ``transcribe`` takes utterances followed by ``right_context_length`` frames, ``transcribe_streaming`` segments of
-    ``segment_length`` frames followed by as many.
+    ``transcribe`` takes utterances followed by ``right_context_length`` frames. ``transcribe_streaming`` takes
+    segments of ``segment_length`` frames followed by as many.
 
     Args:
-        input_dim: of a frame of features. encoding_dim: of both encodings. num_symbols: labels, the blank included.
-        segment_length, right_context_length: frames of features.
-        time_reduction_input_dim: of a frame before ``time_reduction_stride`` of them become one.
-        transformer_*: the Emformer, see :class:`fastasr.models.emformer.Emformer`; the left context counts frames
-            behind the reduction.
-        symbol_embedding_dim: of a label's embedding, and the LSTM layers' units. num_lstm_layers, lstm_layer_norm,
-            lstm_layer_norm_epsilon, lstm_dropout: see :class:`fastasr.models.emformer_rnnt.Predictor`.
+        input_dim: channels of the features. encoding_dim: channels of both encodings. num_symbols: number of labels,
+            the blank included.
+        segment_length, right_context_length: in frames of features.
+        time_reduction_input_dim: channels of a frame before ``time_reduction_stride`` of them are joined to one.
+        transformer_*: arguments of :class:`fastasr.models.emformer.Emformer`; the left context counts frames after the
+            reduction.
+        symbol_embedding_dim: channels of a label's embedding and units of the LSTM layers. num_lstm_layers,
+            lstm_layer_norm, lstm_layer_norm_epsilon, lstm_dropout: see
+            :class:`fastasr.models.emformer_rnnt.Predictor`.
     """
     transcriber = EmformerEncoder(
         input_dim=input_dim,
@@ -190,7 +192,7 @@ def emformer_rnnt_model(
 
 
 def emformer_rnnt_base(num_symbols: int) -> RNNT:
-    """``torchaudio.models.emformer_rnnt_base``: 20 Emformer layers of 512, three LSTM layers of 512."""
+    """Returns ``torchaudio.models.emformer_rnnt_base``: 20 Emformer layers and three LSTM layers of 512 channels."""
     return emformer_rnnt_model(
         input_dim=80,
         encoding_dim=1024,

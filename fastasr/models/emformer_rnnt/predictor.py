@@ -11,10 +11,10 @@ State = list[list[Tensor]]
 
 
 class CustomLSTM(nn.Module):
-    """An LSTM layer, with LayerNorm on gates and cell (``layer_norm=True``, then without biases) or plain.
+    """An LSTM layer. With ``layer_norm=True`` it normalises gates and cell and has no biases.
 
-    ``forward(input (T, B, D), state)``: state is None or [hidden, cell], (B, H) each; returns y (T, B, H) and the state
-    after the last step.
+    ``forward(input (T, B, D), state)`` returns y (T, B, H) and the state after the last step. state is None or
+    [hidden, cell], (B, H) each.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CustomLSTM(nn.Module):
 
 
 def _plain_lstm(x: Tensor, x2g: nn.Linear, p2g: nn.Linear, hidden: Tensor | None, cell: Tensor | None):
-    """Without norms this is torch's LSTM, whose order of gates is the same, with one bias."""
+    """Runs torch's LSTM, which has the same order of gates; one of its two biases is 0."""
     zeros = x.new_zeros(x.shape[1], p2g.weight.shape[1])
     state = [(zeros if t is None else t).unsqueeze(0) for t in (hidden, cell)]
     weights = [x2g.weight, p2g.weight, x2g.bias, torch.zeros_like(x2g.bias)]
@@ -65,7 +65,7 @@ def _plain_lstm(x: Tensor, x2g: nn.Linear, p2g: nn.Linear, hidden: Tensor | None
 
 
 def _by_steps(lstm: nn.Module, x: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    """Through the modules themselves: someone watches or wraps one of them."""
+    """Calls the submodules step by step, because one of them has hooks or is wrapped."""
     zeros = x.new_zeros(x.shape[1], lstm.hidden_dim)
     h, c = (zeros if t is None else t for t in (h, c))
     steps = []
@@ -81,10 +81,11 @@ class Predictor(nn.Module):
     """Labels (B, U) to encodings (B, U, output_dim).
 
     Args:
-        num_symbols: labels, the blank included. output_dim: channels of the encodings. symbol_embedding_dim: of an
-            embedding. num_lstm_layers, lstm_hidden_dim: LSTM layers and their units.
+        num_symbols: number of labels, the blank included. output_dim: channels of the encodings.
+        symbol_embedding_dim: channels of a label's embedding.
+        num_lstm_layers, lstm_hidden_dim: number of LSTM layers and their units.
         lstm_layer_norm: whether gates and cells are normalised; lstm_layer_norm_epsilon: added to their variances.
-        lstm_dropout: after each LSTM layer.
+        lstm_dropout: rate of the dropout after each LSTM layer.
     """
 
     def __init__(
@@ -118,8 +119,10 @@ class Predictor(nn.Module):
     def forward(
         self, input: Tensor, lengths: Tensor, state: State | None = None
     ) -> tuple[Tensor, Tensor, State]:
-        """input (B, U), lengths (B,), state: per layer [hidden, cell], or None -> encodings (B, U, output_dim), lengths
-        and the states after the last label."""
+        """input (B, U), lengths (B,), state -> encodings (B, U, output_dim), lengths, the state after the last label.
+
+        state is a list with [hidden, cell] of every layer, or None.
+        """
         x = self.input_layer_norm(self.embedding(input.t()))
         states = []
         for i, lstm in enumerate(self.lstm_layers):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transcription network: a linear layer, frames stacked, an Emformer, a linear layer, LayerNorm."""
+"""The transcription network: a linear layer, stacking of frames, an Emformer, a linear layer, LayerNorm."""
 
 from torch import Tensor, nn
 
@@ -9,7 +9,7 @@ from fastasr.models.emformer_rnnt.predictor import State
 
 
 class TimeReduction(nn.Module):
-    """Every ``stride`` frames become one: (B, T, D) to (B, T // stride, D * stride); a rest is dropped."""
+    """Joins every ``stride`` frames to one: (B, T, D) to (B, T // stride, D * stride). Left-over frames are dropped."""
 
     def __init__(self, stride: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class TimeReduction(nn.Module):
 class EmformerEncoder(nn.Module):
     """Features (B, T, input_dim) to encodings (B, T // time_reduction_stride, output_dim).
 
-    Lengths in frames of features; the other arguments are those of :class:`fastasr.models.emformer.Emformer`.
+    Lengths are in frames of features; the other arguments are those of :class:`fastasr.models.emformer.Emformer`.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class EmformerEncoder(nn.Module):
         self.layer_norm = nn.LayerNorm(output_dim)
 
     def forward(self, input: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Whole utterances, followed by their right context; lengths (B,) without it."""
+        """Encodes whole utterances, each followed by its right context, which lengths (B,) do not count."""
         x, lengths = self.time_reduction(plumbing.linear(self.input_linear, input), lengths)
         x, lengths = self.transformer(x, lengths)
         return self.layer_norm(plumbing.linear(self.output_linear, x)), lengths
 
     def infer(self, input: Tensor, lengths: Tensor, states: State | None) -> tuple[Tensor, Tensor, State]:
-        """The next segment of a stream, followed by its right context; lengths (B,) with it."""
+        """Encodes the next segment of a stream, followed by its right context, which lengths (B,) count."""
         x, lengths = self.time_reduction(plumbing.linear(self.input_linear, input), lengths)
         x, lengths, states = self.transformer.infer(x, lengths, states)
         return self.layer_norm(plumbing.linear(self.output_linear, x)), lengths, states

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations by ESPnet's names, and which of them the kernels compute themselves."""
+"""Activations by ESPnet's names, and the names under which the kernels know them."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from fastasr.models.common import plumbing
 
 
 class FTSwish(torch.nn.Module):
-    """Flattened-T Swish (Chieng et al., 2018): x sigmoid(x) + T where that is not negative, T elsewhere."""
+    """Flattened-T Swish (Chieng et al., 2018): y = x sigmoid(x) + T where y >= 0, T elsewhere, less ``mean_shift``."""
 
     def __init__(self, threshold=-0.2, mean_shift=0.0):
         super().__init__()
@@ -56,9 +56,9 @@ def get_activation(
     softplus_threshold=20,
     swish_beta=1.0,
 ):
-    """The module that ESPnet's ``get_activation`` makes for these arguments.
+    """Returns the module that ESPnet's ``get_activation`` makes for these arguments.
 
-    ``softplus_beta`` and ``softplus_threshold`` are accepted and without effect, as they are there: Mish is torch's.
+    ``softplus_beta`` and ``softplus_threshold`` have no effect, as in ESPnet, because Mish is torch's.
     Raises ValueError for an unknown ``activation_type``.
     """
     makers = {
@@ -90,7 +90,7 @@ _IN_PLACE = {"silu": lambda x: F.silu(x, inplace=True), "relu": torch.relu_, "ta
 
 
 def fused_name(activation):
-    """The name under which the kernels know this module's function; None when they do not, or a hook watches it."""
+    """Returns the kernels' name for this module's function; None if they do not have it or the module has hooks."""
     if activation._forward_hooks or activation._forward_pre_hooks:
         return None
     name = _FUSED.get(type(activation))
@@ -101,7 +101,7 @@ def fused_name(activation):
 
 
 def activate(activation, x):
-    """``activation(x)`` for an x that nobody else holds: in place where no gradient needs the argument."""
+    """Returns ``activation(x)`` for an x that nobody else holds; it works in place if no gradient needs x."""
     name = fused_name(activation)
     if name is None or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         return activation(x)
@@ -109,11 +109,11 @@ def activate(activation, x):
 
 
 def activated(module, activation, x):
-    """activation(module(x)) for a linear layer."""
+    """Returns activation(module(x)) for a linear layer."""
     y = plumbing.linear(module, x)
     return activate(activation, y) if plumbing.is_plain_linear(module) else activation(y)
 
 
 def instance(activation):
-    """A module as it is; a class (ESPnet's default argument is one) made without arguments."""
+    """Returns ``activation`` if it is a module; an instance if it is a class, as ESPnet's default argument is."""
     return activation() if isinstance(activation, type) else activation

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Attention with one head and a relative-position bias in plain PyTorch: where no kernel serves, and in streaming.
+r"""Attention with one head and a relative-position bias in plain PyTorch, for streaming and where no kernel applies.
 
     s[i, j] = q[i] . k[j] scaling + bias[j - i]        W = softmax_j(s), s = -inf where j may not be seen
 
@@ -8,14 +8,14 @@ q (B, C, Lq, Z), k (B, C, Lk, Z) for C chunks that do not see each other. Querie
 
 import torch
 
-CAUSAL = "causal"  # what an attention mask may be instead of a matrix
+CAUSAL = "causal"  # an attention mask may be this name instead of a matrix
 
 
 def weights(q, k, bias, scaling, mask=None, attn_mask=None):
-    """W (B, C, Lq, Lk), computed in float32 or better, in the scores' type.
+    """Returns W (B, C, Lq, Lk) in the scores' dtype, computed in float32 or better.
 
-    bias: (Lq, Lk). mask: (B, C, Lk), True = padding; a row of padding alone counts as none. attn_mask: (1, Lq, Lk),
-    True = may not be seen, or CAUSAL.
+    bias: (Lq, Lk). mask: (B, C, Lk), True = padding; a row that is all padding counts as unmasked. attn_mask:
+    (1, Lq, Lk), True = may not be seen, or CAUSAL.
     """
     scores = torch.matmul(q * scaling, k.transpose(2, 3)) + bias
     if attn_mask is not None:
@@ -30,13 +30,13 @@ def weights(q, k, bias, scaling, mask=None, attn_mask=None):
 
 
 def causal(queries, keys, device):
-    """True above the diagonal that ends in the last query and key: (1, queries, keys)."""
+    """Returns (1, queries, keys), True above the diagonal that ends at the last query and key."""
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device)
     return mask.triu(keys - queries + 1).unsqueeze(0)
 
 
 def is_causal(attn_mask):
-    """Whether a mask is the causal one. A tensor is looked at on CPU only: elsewhere that would be a wait."""
+    """Whether a mask is the causal one. A tensor's values are read on the CPU only, since a GPU would have to wait."""
     if isinstance(attn_mask, str):
         if attn_mask != CAUSAL:
             raise ValueError(f"MEGA: attn_mask: expected a tensor or {CAUSAL!r}, got {attn_mask!r}")

@@ -5,7 +5,7 @@ r"""Multi-head damped exponential moving average (Ma et al., "Mega", ICLR 2023, 
     h_n(t) = q_n h_n(t-1) + p_n beta_n x(t)
     y(t)   = act(sum_n gamma_n h_n(t) / sqrt(N) + omega x(t))
 
-per channel, with N heads each. Coefficients are computed from the parameters at every call: nothing goes stale.
+per channel, with N heads each. Every call computes the coefficients from the parameters, so they are never outdated.
 """
 
 import math
@@ -19,10 +19,10 @@ from fastasr.models.mega import activations
 class MultiHeadDampedEMA(torch.nn.Module):
     """x (L, B, size) -> (y (L, B, size), state or None).
 
-    mask (B, 1, L), True = padding: there the average takes no input (the residual omega x stays).
-    state: a dict whose "ema_state" is (B, size, num_heads), (size, num_heads) or None, the average so far; then the
-        average after x is returned, else None. Any length L; ``truncation_length`` does not apply.
-    truncation_length: keep the first so many taps of the convolution.
+    mask (B, 1, L), True = padding: the average takes no input there (the residual omega x stays).
+    state: a dict whose "ema_state" is the average so far: (B, size, num_heads), (size, num_heads) or None. With a
+        state, the average after x is returned too and ``truncation_length`` does not apply; L may be any length.
+    truncation_length: number of taps of the convolution that are kept.
     """
 
     def __init__(self, size, num_heads=4, activation=torch.nn.ReLU, truncation_length=None):
@@ -49,14 +49,14 @@ class MultiHeadDampedEMA(torch.nn.Module):
         torch.nn.init.normal_(self.residual_weight, mean=val, std=std2)
 
     def compute_ema_coefficients(self):
-        """(p, q), each (size, num_heads, 1)."""
+        """Returns (p, q), each (size, num_heads, 1)."""
         p = torch.sigmoid(self.damping_factor)
         return p, 1.0 - p * torch.sigmoid(self.decay_factor)
 
     get_ema_coefficients = compute_ema_coefficients
 
     def compute_ema_kernel(self, length):
-        """The first ``length`` taps of the convolution, (size, length)."""
+        """Returns the first ``length`` taps of the convolution, (size, length)."""
         p, q = self.compute_ema_coefficients()
         powers = q ** torch.arange(length, dtype=q.dtype, device=q.device)
         weight = (p * self.ema_expansion_matrix).squeeze(-1) * self.kernel_projection_matrix * self.scaling
@@ -80,7 +80,7 @@ class MultiHeadDampedEMA(torch.nn.Module):
 
 
 def _scan(module, x, padding, state, residual, activation):
-    """(y, state after x); the state None where none came in."""
+    """Returns (y, state after x); the state is None if none was given."""
     weights = (
         module.damping_factor,
         module.decay_factor,
@@ -109,7 +109,7 @@ def _scan(module, x, padding, state, residual, activation):
 
 
 def _batched(module, state, batch):
-    """An average so far in any accepted shape as (B, size, num_heads)."""
+    """Returns the average so far, given in any accepted shape, as (B, size, num_heads)."""
     size, heads = module.kernel_projection_matrix.shape
     if state is None:
         return module.kernel_projection_matrix.new_zeros(batch, size, heads)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The MEGA decoder of ESPnet's transducers: embedding, blocks of gated attention and feed-forward, normalisation.
 
-Streaming: a hypothesis's state is a dict per block, see ``MEGA``. Started from ``init_state`` and fed label by label,
-the decoder gives what ``forward`` gives for the whole sequence. ESPnet's does not: it starts from a key and a value of
-zero, which attention sees, fills the shorter states of a batch with such zeros, and keeps the last key and value of a
-finished chunk. ``phantom_first_step=True`` does the same. A label that equals ``embed_pad`` is padding for ``forward``
-(unless it comes first) and an ordinary label in streaming.
+Streaming: the state of a hypothesis is one dict per block, see ``MEGA``. If the decoder starts from ``init_state`` and
+gets one label at a time, its outputs equal those of ``forward`` for the whole sequence. ESPnet's outputs differ: it
+starts from a key and a value of zero, which attention sees, pads the shorter states of a batch with such zeros, and
+keeps the last key and value of a finished chunk. ``phantom_first_step=True`` does the same. ``forward`` treats a label
+that equals ``embed_pad`` as padding (unless it comes first); streaming treats it as an ordinary label.
 """
 
 import torch
@@ -17,11 +17,11 @@ from fastasr.models.mega.attention import CAUSAL, causal
 from fastasr.models.mega.feed_forward import NormalizedPositionwiseFeedForward
 from fastasr.models.mega.gated_attention import MEGA
 
-SCORE_CACHE_SIZE = 128  # hypotheses; an entry holds a state, 0.9 MB of 50 labels at ESPnet's default sizes
+SCORE_CACHE_SIZE = 128  # hypotheses; an entry holds a state: 0.9 MB for 50 labels at ESPnet's default sizes
 
 
 class MEGADecoder(torch.nn.Module):
-    """labels (B, L) -> (B, L, block_size). Arguments are ESPnet's, and ``phantom_first_step`` (see above).
+    """labels (B, L) -> (B, L, block_size). It takes ESPnet's arguments and ``phantom_first_step`` (see above).
 
     Raises ValueError for an unknown type name and for a sequence longer than ``max_positions`` (``rel_pos_bias_type``
     "simple"), TypeError for labels that are not integers.
@@ -102,7 +102,7 @@ class MEGADecoder(torch.nn.Module):
 
     @property
     def device(self):
-        """Where states and labels are made: that of ``set_device``, or of the parameters."""
+        """The device on which states and labels are made: the one given to ``set_device``, or the parameters'."""
         return self.embed.weight.device if self._device is None else self._device
 
     def set_device(self, device):
@@ -144,7 +144,7 @@ class MEGADecoder(torch.nn.Module):
         return self.final_norm(x).transpose(0, 1)[:, :length]
 
     def inference(self, labels, states):
-        """labels (B, L) and the states before them, a dict per block -> (out (B, L, block_size), states after)."""
+        """labels (B, L), states before them (a dict per block) -> (out (B, L, block_size), states after them)."""
         done = decoding.step(self, labels, states)
         if done is not None:
             return done
@@ -160,10 +160,11 @@ class MEGADecoder(torch.nn.Module):
         return self.final_norm(x).transpose(0, 1), after
 
     def score(self, label_sequence, states):
-        """The last label of a hypothesis and the states before it -> (out (1, block_size), states after).
+        """Takes a hypothesis, of which it reads the last label, and the states before that label. Returns
+        (out (1, block_size), states after it).
 
-        Results are remembered by hypothesis and states object, the last SCORE_CACHE_SIZE of them, for one utterance: a
-        sequence of a single label with states not seen with it before begins another.
+        The last SCORE_CACHE_SIZE results of an utterance are cached by hypothesis and states object. A sequence of a
+        single label with states that it did not have before starts a new utterance.
         """
         key, cache = tuple(label_sequence), self.score_cache
         known = cache.pop(key, None)
@@ -179,9 +180,9 @@ class MEGADecoder(torch.nn.Module):
         return out[0], after
 
     def batch_score(self, hyps):
-        """The last labels of hypotheses (``yseq``) and the states before them (``dec_state``).
+        """Decodes the last labels of hypotheses (``yseq``) from the states before them (``dec_state``).
 
-        Returns (out (B, block_size), states after: a dict per block for the whole batch).
+        Returns (out (B, block_size), the states after them: a dict per block for the whole batch).
         """
         labels = torch.tensor([[h.yseq[-1]] for h in hyps], dtype=torch.long, device=_device(self))
         states = self.create_batch_states([h.dec_state for h in hyps])
@@ -189,7 +190,7 @@ class MEGADecoder(torch.nn.Module):
         return out.squeeze(1), states
 
     def init_state(self, batch_size=0):
-        """States before the first label: of a batch, or of one hypothesis (0)."""
+        """Returns the states before the first label, for a batch or (``batch_size=0``) for one hypothesis."""
         rows = 1 if self.phantom_first_step else 0
         batch = max(batch_size, 1)
         average = (self.output_size, self.mega_ema_num_heads)
@@ -204,7 +205,7 @@ class MEGADecoder(torch.nn.Module):
         ]
 
     def select_state(self, states, idx):
-        """The states of hypothesis ``idx`` of a batch."""
+        """Returns the states of hypothesis ``idx`` of a batch."""
         selected = []
         for state in states:
             key, value = state["prev_key"][idx], state["prev_value"][idx]
@@ -215,7 +216,7 @@ class MEGADecoder(torch.nn.Module):
         return selected
 
     def create_batch_states(self, new_states):
-        """States of hypotheses, [B x [N x dict]], as those of a batch, [N x dict]."""
+        """Joins the states of hypotheses, [B x [N x dict]], to those of a batch, [N x dict]."""
         batched = []
         for parts in zip(*new_states, strict=True):
             keys = [_unbatched(part["prev_key"], 2) for part in parts]
@@ -233,9 +234,9 @@ class MEGADecoder(torch.nn.Module):
         return batched
 
     def stack_qk_states(self, state_list, dim):
-        """States (H, dim) as one (B, the largest H, dim), the shorter ones filled with zeros in front.
+        """Stacks states (H, dim) to (B, largest H, dim), with zeros in front of the shorter ones.
 
-        In the type and on the device of the states.
+        The result has the states' dtype and device.
         """
         states = [_unbatched(state, 2) for state in state_list]
         lengths = [state.shape[0] for state in states]
@@ -257,17 +258,17 @@ def _device(decoder):
 
 
 def _takes_causal(mega):
-    """Whether the block knows the causal mask by name; somebody else's forward wants a tensor."""
+    """Whether the block accepts the causal mask by its name. Another forward needs a tensor."""
     return getattr(mega.forward, "takes_causal", False)
 
 
 def _unbatched(state, ndim):
-    """A hypothesis's tensor without the batch dimension of ``init_state``."""
+    """Removes the batch dimension of ``init_state`` from a hypothesis's tensor."""
     return state.squeeze(0) if state.ndim > ndim else state
 
 
 def _embedded(decoder, labels, dropout=None):
-    """Time-major: (L, B, block_size), contiguous."""
+    """Returns the embedded labels (L, B, block_size), contiguous."""
     embed = decoder.embed
     try:
         if (
@@ -275,7 +276,7 @@ def _embedded(decoder, labels, dropout=None):
             or is_watched(embed)
             or not (dropout is None or is_idle(dropout))
         ):
-            x = embed(labels)  # the mask of dropout is drawn in this order
+            x = embed(labels)  # upstream draws the dropout mask in the order (B, L, block_size)
             return (x if dropout is None else dropout(x)).transpose(0, 1).contiguous()
         return embed(labels.t())
     except IndexError:
@@ -286,7 +287,7 @@ def _embedded(decoder, labels, dropout=None):
 
 
 def _padding(labels, pad):
-    """(B, 1, L), True where a label is padding; None when none is. On CPU only one looks."""
+    """Returns (B, 1, L), True where a label is padding; None if no label is, which is only checked on the CPU."""
     mask = labels == pad
     mask[:, :1] = False
     if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not mask.any():

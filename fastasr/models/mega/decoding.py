@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decoding step of all blocks at once: a native call on CPU, a captured graph on a CUDA device.
+"""Runs one decoding step of all blocks at once: by a native call on the CPU, by a captured graph on a CUDA device.
 
-On CPU a step of a few hypotheses costs what reading the weights costs: 51 MB at ESPnet's default sizes. So they are
+On the CPU a step of a few hypotheses spends its time on reading the weights, 51 MB at ESPnet's default sizes. They are
 packed once, in the order in which a step reads them, into one block of memory on huge pages. **This doubles the memory
-of the blocks' weights**; ``decoder.packed_decoding = False`` declines it, and steps then run block by block.
+of the blocks' weights.** To decline it, set ``decoder.packed_decoding = False``; steps then run block by block.
 
-The packed copy is made at the first step and made again when a parameter, a submodule or a forward has changed: it
+The weights are packed at the first step, and again when a parameter, a submodule or a forward has changed; the copy
 remembers the identity, the version counter and the address of every parameter. Writing through ``parameter.data``
 changes none of these: call :func:`forget` after it.
 
-Keys and values are kept in buffers with room to grow: the states returned are views of them, and the next step writes
-one row behind the view instead of copying the history. Two hypotheses may go on from one state: the first to do so
-takes the row, the other copies. Treat states as read-only.
+Keys and values lie in buffers with room to grow. The returned states are views of these buffers, and the next step
+writes one row behind the view instead of copying the history. If two hypotheses continue from one state, the first
+takes this row and the second copies the history. Treat states as read-only.
 
-On a CUDA device the step is ``StaticStep`` (``graph_decoding``), captured per batch size and power of two of the
-history's length; weights are read where they are.
+On a CUDA device the step is ``StaticStep`` (``graph_decoding``). One graph is captured per batch size and power of two
+of the history's length; it reads the weights of the modules themselves.
 """
 
 import weakref
@@ -27,15 +27,15 @@ from fastasr.models.mega import activations, graph_decoding, positional_bias
 from fastasr.ops import _dispatch
 
 _STATE = ("ema_state", "prev_key", "prev_value")
-_POSITIONS = 512  # of a rotary bias, to begin with: it has no largest length
+_POSITIONS = 512  # initial number of positions of a rotary bias, which has no largest length
 
 
 def step(decoder, labels, states):
-    """``decoder.inference(labels, states)`` for labels (B, 1), or None where this path does not serve.
+    """Returns ``decoder.inference(labels, states)`` for labels (B, 1), or None if this path cannot be used.
 
-    It serves MEGADecoder, ours or ESPnet's swapped, in evaluation mode, without gradients, with the activation swish
-    and layer_norm, on CPU in float32 or on a CUDA device; :func:`why_not` names the first reason against. On CPU bits
-    depend neither on the number of threads nor on the other hypotheses of the batch.
+    It can be used for MEGADecoder, ours or ESPnet's swapped, in evaluation mode, without gradients, with the activation
+    swish and layer_norm, on the CPU in float32 or on a CUDA device; :func:`why_not` returns the first reason against
+    it. On the CPU the bits depend neither on the number of threads nor on the other hypotheses of the batch.
     """
     if _why_not_now(decoder, labels):
         return None
@@ -73,8 +73,8 @@ def step(decoder, labels, states):
 
 
 def stack(states):
-    """Histories (T_i, H) as one (B, max T, H), zeros in front of the shorter, with room to grow; None where the native
-    path does not serve."""
+    """Stacks histories (T_i, H) to (B, max T, H), with zeros in front of the shorter ones and room to grow. Returns
+    None if the native path cannot be used."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _native():
         return None
     if not all(type(t) is torch.Tensor and t.is_cpu and t.dtype is torch.float32 for t in states):
@@ -83,12 +83,12 @@ def stack(states):
 
 
 def why_not(decoder, labels=None):
-    """Why :func:`step` does not serve this decoder now; "" when it does."""
+    """Returns why :func:`step` cannot be used for this decoder now; "" if it can."""
     return _why_not_now(decoder, labels) or _plan(decoder).reason
 
 
 def unbatched(states):
-    """States of one hypothesis as ``select_state`` gives them, from ``init_state``'s or from a batch of one."""
+    """Converts the states of ``init_state`` or of a batch of one to those of one hypothesis, as ``select_state``."""
     ranks = {"ema_state": 2, "prev_key": 2, "prev_value": 2}
     return [
         {name: t.squeeze(0) if t.ndim > ranks.get(name, t.ndim) else t for name, t in state.items()}
@@ -102,7 +102,7 @@ def forget(decoder):
 
 
 def _advance(state, length, chunk):
-    """What ``MEGA`` keeps behind one more position when the sequences of a batch differ in length."""
+    """Updates the state as ``MEGA`` does after one more position of a batch whose sequences differ in length."""
     length = length + 1
     if chunk > 0:
         length = torch.where(length >= chunk, 0, length)
@@ -113,7 +113,7 @@ def _advance(state, length, chunk):
         state["prev_length"] = length
 
 
-# --------------------------------------------------------------------------- whether it serves
+# --------------------------------------------------------------------------- conditions
 def _native():
     return _dispatch.forced_backend() in ("auto", "cpu") and _dispatch.native_library() is not None
 
@@ -123,7 +123,7 @@ def _serves_natively(decoder):
 
 
 def _why_not_now(decoder, labels):
-    """What may change from call to call."""
+    """Returns a reason that may change from call to call, or ""."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "the call is being compiled or traced"
     if decoder.training:
@@ -149,7 +149,7 @@ def _why_not_now(decoder, labels):
 
 
 def _why_never(decoder):
-    """What only a change of the module can change."""
+    """Returns a reason that holds until the module changes, or ""."""
     parameters = list(decoder.parameters())
     device, dtype = decoder.embed.weight.device, decoder.embed.weight.dtype
     if any(type(p) not in _dispatch.PLAIN for p in parameters):
@@ -203,7 +203,7 @@ def _why_not_block(mega, feed_forward):
 
 
 def _runs(module, ours):
-    """Whether a call of the module runs our class's forward, as its own or bound by a swap."""
+    """Whether a call of the module runs the forward of our class ``ours``, its own or bound by a swap."""
     bound = vars(module).get("forward")
     if bound is None:
         return type(module).forward is ours.forward
@@ -211,7 +211,7 @@ def _runs(module, ours):
 
 
 def _foreign(module, *names):
-    """Whether this is no class of these names, ours or ESPnet's, as it is or swapped."""
+    """Whether the module's class is neither ours nor ESPnet's of these names, or runs another forward."""
     bound = vars(module).get("forward")
     if bound is not None and not hasattr(getattr(bound, "__func__", None), "fastasr_forward"):
         return True
@@ -238,10 +238,10 @@ def _plan(decoder):
 
 
 class _Plan:
-    """What a decoder's step needs, or the reason why there is none, as long as the decoder stays as it is."""
+    """The packed weights of a decoder's step, or the reason why it has none. A change of the decoder ends it."""
 
     def __init__(self, decoder):
-        # a dropout counts where it may drop
+        # a module in training mode matters only if it is a dropout with a rate above 0
         self._state = ModuleState(decoder, lambda module: getattr(module, "p", 0))
         self.blocks, self.on_cpu = len(decoder.mega_blocks), decoder.embed.weight.is_cpu
         self.reason = (
@@ -251,7 +251,7 @@ class _Plan:
             self._pack(decoder)
 
     def fresh(self):
-        """Whether modules, parameters, their values, forwards and hooks are those that were packed."""
+        """Whether modules, parameters, their values, forwards and hooks have not changed since packing."""
         watched = self.reason.startswith("a submodule has hooks")
         return self._state.unchanged() and self._state.watched() == watched
 
@@ -261,7 +261,7 @@ class _Plan:
         self.shape = [size, heads, key, value, inner, self.blocks, self.chunk, int(self.phantom)]
         self._native = _serves_natively(decoder)
         self._biases = biases = [mega.rel_pos_bias for mega, _ in decoder.mega_blocks]
-        # positions of a simple bias; a rotary one has no limit
+        # a simple bias has a largest number of positions, a rotary one has none
         self._limit = min(
             (b.max_positions for b in biases if "relative_position_bias" in b._parameters), default=0
         )
@@ -291,13 +291,13 @@ class _Plan:
         self._lay_bias(self._limit or _POSITIONS)
 
     def _lay_bias(self, positions):
-        """The bias of the offsets -(positions - 1) .. 0, (blocks, positions): a step reads the end of a row."""
+        """Stores the bias of the offsets -(positions - 1) .. 0, (blocks, positions). A step reads a row's end."""
         rows = [positional_bias.relative(bias, positions)[:positions] for bias in self._biases]
         self._bias = torch.stack(rows).detach().contiguous()
 
     @torch.no_grad()
     def run(self, labels, states, lengths):
-        """[out, then per block the moving average, keys and values], or nothing."""
+        """Returns [out, then per block the moving average, keys and values], or [] if the step cannot be used."""
         if not self._native:
             return self._replay(labels, states, lengths)
         out = self._op(self._packed, self.shape, self._bias, self.embed, labels, states, lengths)
@@ -317,7 +317,7 @@ class _Plan:
         return ended(self._static(batch, length + 1).step(labels, states, lengths), self, lengths)
 
     def _fit(self, states, batch, length):
-        """Whether these are states of ``length`` positions that a step takes."""
+        """Whether the native step accepts these states of ``length`` positions."""
         size, heads, key, value = self.shape[:4]
         limit = self.chunk or self._limit
         if limit and length + 1 > limit:
@@ -336,7 +336,7 @@ class _Plan:
         return True
 
     def _static(self, batch, positions):
-        """The captured step for these sizes; the least recently used goes when there are many."""
+        """Returns the captured step for these sizes. If there are too many, the least recently used is dropped."""
         name = (batch, graph_decoding.bucket(positions, self.chunk or self._limit))
         static = self._graphs.pop(name, None)
         if static is None:
@@ -348,7 +348,7 @@ class _Plan:
 
 
 def ended(results, shape, lengths):
-    """``results`` with the keys and values that are kept at the end of a chunk."""
+    """Returns ``results`` with only those keys and values that are kept at the end of a chunk."""
     if lengths or not shape.chunk or results[2].shape[1] < shape.chunk:
         return results
     kept = slice(shape.chunk - 1, None) if shape.phantom else slice(0)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Moving average equipped gated attention (Ma et al., "Mega", ICLR 2023), ESPnet's form: normalised after the sum.
+r"""Moving average equipped gated attention (Ma et al., "Mega", ICLR 2023) in ESPnet's form, which normalises the sum.
 
     v = act(W_v x)                   e = EMA(x)                   [u | z | r | c] = W_mx e
     q, k = act(z) w + b, rows 0, 1   h = softmax(q k^T / sqrt(d) + bias) v * act(r)
     y = norm(x + sigmoid(u) (act(c + W_h h) - x))
 
-``forward`` also runs on instances of ESPnet's class; what it needs of a submodule beyond a call, it checks.
+``forward`` also runs on instances of ESPnet's class, so it checks a submodule before it uses more than a call of it.
 """
 
 import torch
@@ -22,12 +22,13 @@ class MEGA(torch.nn.Module):
 
     mask (B, 1, L), True = padding. attn_mask (1, L, L), True = may not be seen, or "causal" (one chunk: with
     ``chunk_size`` > 0 its length replaces L).
-    state: a dict of "ema_state" (B, size, num_heads), "prev_key" (B, H, qk_size) and "prev_value" (B, H, v_size), H
-        positions before x; the last two may be None. "prev_length", an int64 tensor (B,) on CPU, is there when the
-        sequences of a batch have fewer than H: theirs are the last ones. Then the state after x is returned.
-    chunk_size: attention stays within chunks of so many positions; streaming drops the keys of a finished chunk.
-    phantom_first_step: stream as ESPnet does: absent positions of a batch count as keys and values of zero, and
-        the last key and value of a finished chunk are kept.
+    state: a dict of "ema_state" (B, size, num_heads), "prev_key" (B, H, qk_size) and "prev_value" (B, H, v_size), for
+        H positions before x; the last two may be None. If some sequences have fewer than H positions, "prev_length",
+        an int64 tensor (B,) on the CPU, counts them, and they are the last ones. With a state, the state after x is
+        returned too.
+    chunk_size: attention stays within chunks of this many positions; streaming drops the keys of a finished chunk.
+    phantom_first_step: whether to stream as ESPnet does: absent positions of a batch count as keys and values of
+        zero, and the last key and value of a finished chunk are kept.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class MEGA(torch.nn.Module):
         torch.nn.init.constant_(self.qk_bias, val)
 
     def softmax_attention(self, query, key, mask=None, attn_mask=None):
-        """Weights (B, C, Lq, Lk) of query (B, C, Lq, d) and key (B, C, Lk, d); masks as in ``forward``."""
+        """Returns the weights (B, C, Lq, Lk) of query (B, C, Lq, d) and key (B, C, Lk, d). Masks: see ``forward``."""
         return _weights(self, query, key, mask, attn_mask)
 
     def forward(self, x, mask=None, attn_mask=None, state=None):
@@ -108,12 +109,12 @@ class MEGA(torch.nn.Module):
 
 
 def _parts(module, mixed):
-    """Gate of the residual, queries and keys, gate of the context, candidate: views."""
+    """Returns views: the gate of the residual, queries and keys, the gate of the context, the candidate."""
     return mixed.split([module.size, module.qk_size, module.v_size, module.size], dim=-1)
 
 
 def _one_by_one(module, x, state):
-    """Streaming over the ends of chunks."""
+    """Streams x one position at a time, since it crosses the end of a chunk."""
     outputs = []
     for position in x.split(1):
         y, state = module(position, state=state)
@@ -122,7 +123,8 @@ def _one_by_one(module, x, state):
 
 
 def _ema_dropout(dropout, average):
-    """ESPnet's average lies in memory as (B, size, L), and masks are drawn in the order of memory."""
+    """Applies dropout with ESPnet's random numbers: its average lies in memory as (B, size, L), and a mask is drawn in
+    the order of memory."""
     if plumbing.is_idle(dropout):
         return average
     if type(dropout) is not torch.nn.Dropout or plumbing.is_watched(dropout):
@@ -132,7 +134,7 @@ def _ema_dropout(dropout, average):
 
 
 def _bias(module, queries, keys):
-    """Bias of the last ``queries`` of ``keys`` positions, (queries, keys)."""
+    """Returns the bias of the last ``queries`` of ``keys`` positions, (queries, keys)."""
     values = positional_bias.relative(module.rel_pos_bias, keys)
     if values is None:
         return module.rel_pos_bias(keys)[keys - queries :]
@@ -187,7 +189,7 @@ def _fused(module, x, mixed, mask, attn_mask):
 
 # --------------------------------------------------------------------------- torch's operations
 def _composed(module, x, mixed, mask, attn_mask, state):
-    """(context (L, B, v_size), state after x)."""
+    """Returns (context (L, B, v_size), state after x)."""
     length, batch, _ = x.shape
     _, query_key, gate, _ = _parts(module, mixed)
     value = activations.activated(module.proj_v, module.activation, x).transpose(0, 1)
@@ -223,7 +225,7 @@ def _joined(before, now):
 
 
 def _absent(state, keys, length):
-    """True where a sequence has no such position, (B, 1, keys); None when all have all."""
+    """Returns (B, 1, keys), True where a sequence lacks the position; None if no sequence lacks any."""
     lengths = state.get("prev_length")
     if lengths is None:
         return None
@@ -232,7 +234,7 @@ def _absent(state, keys, length):
 
 
 def _after(module, state, key, value, length):
-    """The state once ``length`` positions have been added to its keys and values."""
+    """Returns the state after ``length`` positions have been added to its keys and values."""
     chunk, kept = module.chunk_size, key.shape[1]
     after = {"prev_key": key, "prev_value": value, "ema_state": state["ema_state"]}  # ESPnet's order
     if getattr(module, "phantom_first_step", True):  # ESPnet's instances do not have the attribute

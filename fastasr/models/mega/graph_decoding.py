@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decoding step on buffers that stay where they are: what a CUDA graph needs.
+"""One decoding step on buffers with fixed addresses, as a CUDA graph needs it.
 
-ESPnet launches 151 kernels per step of four blocks, and the launches are the cost. Here labels, moving averages, keys
-and values lie in buffers of fixed size, the position is a number on the device, and a step is the same sequence of
-kernels on the same addresses whatever the length of the history: captured once for a batch size and a largest history,
-then replayed with one launch.
+ESPnet launches 151 kernels per step of four blocks, and the launches take most of the time. Here labels, moving
+averages, keys and values lie in buffers of fixed size, and the position is a number on the device. A step therefore
+runs the same kernels on the same addresses for every length of the history. It is captured once for a batch size and a
+largest history and then replayed with one launch.
 
-Around a replay stand copies: states in (none when they are those that the last step returned: they are still there),
-and a copy of each result out, since the buffers belong to the next step. Everything but the capture also runs on CPU,
-in eager PyTorch, and is tested there.
+States are copied in before a replay, unless they are those that the last step returned, which the buffers still hold.
+Each result is copied out after it, since the next step overwrites the buffers. Everything but the capture also runs in
+eager PyTorch on the CPU, where it is tested.
 """
 
 import math
@@ -25,15 +25,15 @@ GRAPHS = 8  # captured steps that a decoder keeps
 
 
 def bucket(positions, limit):
-    """Positions of the buffers for a history of ``positions``, of which there are at most ``limit`` (0: any)."""
+    """Returns the buffers' length for a history of ``positions``, which is at most ``limit`` (0: no limit)."""
     rows = max(SMALLEST, 1 << (positions - 1).bit_length())
     return min(rows, limit) if limit else rows
 
 
 class StaticStep:
-    """A step of ``batch`` hypotheses of a decoder over at most ``rows`` positions, the new one among them.
+    """A step of ``batch`` hypotheses of a decoder over at most ``rows`` positions, including the new one.
 
-    Coefficients are computed from the parameters here: make another object when they change.
+    The constructor computes coefficients from the parameters: make another object when the parameters change.
     """
 
     @torch.no_grad()
@@ -55,13 +55,13 @@ class StaticStep:
         self._positions = torch.arange(rows, **index)
         self._coefficients = [_coefficients(m.multihead_damped_ema) for m, _ in decoder.mega_blocks]
         biases = [positional_bias.relative(m.rel_pos_bias, rows)[:rows] for m, _ in decoder.mega_blocks]
-        self._bias = torch.stack(biases).to(like["dtype"])  # of the offsets -(rows - 1) .. 0
+        self._bias = torch.stack(biases).to(like["dtype"])  # for the offsets -(rows - 1) .. 0
         self._graph = self._done = self._last = None
         self._lock = threading.Lock()
 
     # ----------------------------------------------------------------------- the captured part
     def run(self):
-        """One step on the buffers, which then hold the states after it."""
+        """Runs one step on the buffers, which then hold the states after it."""
         positions, length = self._positions, self.length
         offsets = (positions + (self.rows - 1) - length).clamp_(max=self.rows - 1)
         unseen = positions > length
@@ -101,7 +101,7 @@ class StaticStep:
         side = torch.cuda.Stream(self.out.device)
         side.wait_stream(torch.cuda.current_stream(self.out.device))
         with torch.cuda.stream(side):
-            for _ in range(2):  # libraries allocate and choose kernels at first calls
+            for _ in range(2):  # libraries allocate memory and choose kernels at their first calls
                 self.length.zero_()
                 self.run()
         torch.cuda.current_stream(self.out.device).wait_stream(side)
@@ -114,10 +114,10 @@ class StaticStep:
 
     @torch.no_grad()
     def step(self, labels, states, lengths):
-        """[out, then per block the moving average, keys and values after the step].
+        """Returns [out, then per block the moving average, keys and values after the step].
 
-        states: per block the moving average, keys (B, T, k) and values (B, T, v), each without elements where there is
-        none. lengths: nothing, or per block how many of the T positions each sequence has.
+        states: the moving average, keys (B, T, k) and values (B, T, v) of every block, empty tensors where there are
+        none. lengths: an empty list, or for every block how many of the T positions each sequence has.
         """
         with self._lock:
             if self._done is not None:  # another stream may have made the last step
@@ -141,7 +141,7 @@ class StaticStep:
         return all(a is b() and _version(a) == v for a, (b, v) in zip(states, self._last, strict=True))
 
     def _load(self, states, lengths, length):
-        # rows that are not written must be finite: a weight of zero does not silence a NaN
+        # rows that are not written must be finite, since a weight of zero times NaN is NaN
         self.history.zero_()
         self.average.zero_()
         self.length.fill_(length)
@@ -167,12 +167,12 @@ class StaticStep:
 
 
 def _version(tensor):
-    """Moves on when the tensor is written to; without a trace in inference mode."""
+    """Returns a number that changes when the tensor is written to. Tensors of inference mode have none: it is 0."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def _coefficients(average):
-    """p beta, q, gamma / sqrt(N), omega of the moving average."""
+    """Returns p beta, q, gamma / sqrt(N) and omega of the moving average."""
     p = torch.sigmoid(average.damping_factor)
     inputs, decay = p * average.ema_expansion_matrix, 1.0 - p * torch.sigmoid(average.decay_factor)
     heads = average.kernel_projection_matrix.shape[1]

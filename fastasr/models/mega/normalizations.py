@@ -43,7 +43,7 @@ class ScaleNorm(torch.nn.Module):
 
 
 def get_normalization(normalization_type, eps=None, partial=None):
-    """(class, its keyword arguments) that ESPnet's ``get_normalization`` gives for these arguments.
+    """Returns (class, its keyword arguments) as ESPnet's ``get_normalization`` does for these arguments.
 
     Raises ValueError for an unknown ``normalization_type``.
     """
@@ -66,5 +66,5 @@ def get_normalization(normalization_type, eps=None, partial=None):
 
 
 def instance(normalization, size):
-    """A module as it is; a class (ESPnet's default argument is one) made for ``size`` channels."""
+    """Returns ``normalization`` if it is a module; an instance for ``size`` channels if it is a class."""
     return normalization(size) if isinstance(normalization, type) else normalization

@@ -7,7 +7,7 @@ angles m theta_c, theta_c = 10000^(-c / (size/2)),
     b[i, j] = R(i) alpha . R(j) beta
             = sum_c (a1 b1 + a2 b2)_c cos((j - i) theta_c) - (a1 b2 - a2 b1)_c sin((j - i) theta_c)
 
-where 1 and 2 are the halves of alpha and beta. So 2L - 1 values hold the bias of L positions; attention takes these.
+where 1 and 2 are the halves of alpha and beta. So 2L - 1 values define the bias of L positions; attention takes them.
 """
 
 import functools
@@ -17,7 +17,7 @@ import torch
 
 
 def _matrix(values):
-    """Values by offset, (2L-1,), as the matrix (L, L) whose row i holds the offsets -i .. L-1-i."""
+    """Expands values by offset, (2L-1,), to the matrix (L, L) whose row i holds the offsets -i .. L-1-i."""
     length = (values.shape[0] + 1) // 2
     return values.unfold(0, length, 1).flip(0)
 
@@ -38,7 +38,7 @@ class RelativePositionBias(torch.nn.Module):
         torch.nn.init.normal_(self.relative_position_bias, mean=val, std=std)
 
     def relative(self, length):
-        """The bias by offset -(length-1) .. length-1, a view of the parameter: (2 length - 1,)."""
+        """Returns the bias by offset -(length-1) .. length-1, (2 length - 1,), a view of the parameter."""
         return relative(self, length)
 
     def forward(self, length):
@@ -47,9 +47,9 @@ class RelativePositionBias(torch.nn.Module):
 
 
 class RotaryRelativePositionBias(torch.nn.Module):
-    """The bias of two learned vectors, rotated. ``size`` must be even; any length will do.
+    """The bias of two learned, rotated vectors. ``size`` must be even; the length is not limited.
 
-    The buffer ``_pe`` holds no information; checkpoints have it.
+    The buffer ``_pe`` carries no information and exists because checkpoints have it.
     """
 
     def __init__(self, size, max_positions=2048):
@@ -68,12 +68,12 @@ class RotaryRelativePositionBias(torch.nn.Module):
 
     @staticmethod
     def get_sinusoid_embeddings(max_positions, size):
-        """(sine, cosine) of position times angle, each (max_positions, size // 2), in float32."""
+        """Returns (sine, cosine) of position times angle, each (max_positions, size // 2), in float32."""
         angles = _angles(torch.arange(max_positions, dtype=torch.float64), size // 2)
         return angles.sin().float(), angles.cos().float()
 
     def rotary(self, x):
-        """Row m of x (length, size), rotated by R(m)."""
+        """Rotates row m of x (length, size) by R(m)."""
         length, size = x.shape
         table = _table(_bucket(length), size // 2, x.dtype, x.device)
         centre = (table.shape[0] - 1) // 2
@@ -82,7 +82,7 @@ class RotaryRelativePositionBias(torch.nn.Module):
         return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=1)
 
     def relative(self, length):
-        """The bias by offset -(length-1) .. length-1: (2 length - 1,)."""
+        """Returns the bias by offset -(length-1) .. length-1, (2 length - 1,)."""
         return relative(self, length)
 
     def forward(self, length):
@@ -91,15 +91,15 @@ class RotaryRelativePositionBias(torch.nn.Module):
 
 
 def has_values(bias):
-    """Whether this is a bias of either class here or of ESPnet's of the same names: read by offset."""
+    """Whether this is a bias whose values can be read by offset: of a class here or of ESPnet's of the same name."""
     parameters = bias._parameters
     return "relative_position_bias" in parameters or ("alpha" in parameters and "beta" in parameters)
 
 
 def relative(bias, length):
-    """The values by offset, (2 length - 1,), of a bias of either class here or of ESPnet's of the same names.
+    """Returns the values by offset, (2 length - 1,), of a bias of a class here or of ESPnet's of the same name.
 
-    None for a module of another class: its ``forward`` is all that is known of it.
+    It returns None for a module of another class, which must be called instead.
     """
     if "relative_position_bias" in bias._parameters:
         if length > bias.max_positions:
@@ -121,7 +121,7 @@ def _rotary(alpha, beta, length):
 
 
 def _bucket(length):
-    """Tables are made for powers of two, so that growing lengths need few of them."""
+    """Rounds up to a power of two, so that growing lengths need few tables."""
     return max(64, 1 << (length - 1).bit_length())
 
 
@@ -139,7 +139,7 @@ def _table(length, half, dtype, device):
 
 
 def _make_table(length, half, dtype, device):
-    """[cos | sin] of offset times angle, rows for the offsets -(length-1) .. length-1, (2 length - 1, 2 half)."""
+    """Returns [cos | sin] of offset times angle, (2 length - 1, 2 half), one row per offset -(length-1) .. length-1."""
     with torch.inference_mode(False), torch.no_grad():
         angles = _angles(torch.arange(1 - length, length, dtype=torch.float64, device=device), half)
         return torch.cat((angles.cos(), angles.sin()), dim=1).to(dtype)

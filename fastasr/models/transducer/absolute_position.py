@@ -12,18 +12,18 @@ import torch
 
 
 class PositionalEncoding(torch.nn.Module):
-    """x (batch, time, d_model) -> same shape. ``max_len`` positions are made at once, more when they are needed."""
+    """x (batch, time, d_model) -> same shape. The table starts with ``max_len`` positions and grows if x is longer."""
 
     def __init__(self, d_model, dropout_rate, max_len=5000):
         super().__init__()
         self.d_model = d_model
         self.xscale = math.sqrt(d_model)
         self.dropout = torch.nn.Dropout(p=dropout_rate)
-        self.pe = None  # not a buffer: state dicts have none
+        self.pe = None  # not a buffer, because upstream's state dicts do not have it
         self.extend_pe(torch.zeros(()).expand(1, max_len))
 
     def extend_pe(self, x):
-        """Make ``pe`` (1, at least as long as x, d_model), with the dtype and device of x."""
+        """Makes ``pe`` (1, length, d_model) with the dtype and device of x and at least x's length."""
         if self.pe is not None and self.pe.shape[1] >= x.shape[1]:
             self.pe = self.pe.to(device=x.device, dtype=x.dtype)
             return

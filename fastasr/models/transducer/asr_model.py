@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole recogniser: front end, Zipformer, and a transducer, CTC and an attention decoder, as many as are wanted.
+"""The whole recogniser: front end, Zipformer, and any of a transducer, CTC and an attention decoder.
 
 Pruned transducer: Kuang et al. (2022). CTC: Graves et al. (2006). Consistency-regularised CTC: Yao et al., "CR-CTC"
-(2024): two differently masked copies of a batch, each of which also learns from the other's output,
+(2024). It masks two copies of a batch differently, and each copy also learns from the other's output:
 
-    cr = sum over copies, frames, tokens of  exp(q) (q - p),   p its log-probabilities, q the other copy's, constant.
+    cr = sum over copies, frames, tokens of  exp(q) (q - p)
+
+where p are a copy's log-probabilities and q those of the other copy, without gradient.
 """
 
 import torch
@@ -22,7 +24,7 @@ from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.schedules import ScheduledFloat
 from fastasr.models.zipformer.subsampling import Conv2dSubsampling
 
-MIN_FRAMES = 9  # of features: fewer leave no frame after the front end
+MIN_FRAMES = 9  # with fewer frames of features, the front end gives no frame
 
 
 class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
@@ -31,9 +33,9 @@ class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
     The encoder's arguments are Zipformer's. At least one of ``use_transducer`` and ``use_ctc`` must be set.
 
     Args:
-        blank_id, vocab_size: tokens, blank among them.
-        decoder_dim, context_size, joiner_dim: of the transducer's prediction network and joiner.
-        attention_decoder_...: of the attention decoder; sos_id, eos_id, ignore_id, label_smoothing are its too.
+        blank_id, vocab_size: the blank token, and the number of tokens including it.
+        decoder_dim, context_size, joiner_dim: arguments of the transducer's prediction network and joiner.
+        attention_decoder_..., sos_id, eos_id, ignore_id, label_smoothing: arguments of the attention decoder.
     """
 
     def __init__(
@@ -148,16 +150,16 @@ class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
         time_warp_factor=80,
         reduction="sum",
     ):
-        """(simple, pruned, CTC, attention decoder, consistency) losses; those that the model lacks are empty tensors.
+        """Returns the (simple, pruned, CTC, attention decoder, consistency) losses, empty tensors for absent parts.
 
         Args:
-            x: (batch, time, feature_dim); x_lens: (batch,), frames before padding. The longest has all of them.
+            x: (batch, time, feature_dim); x_lens: (batch,), frames before padding. The largest must be ``time``.
             y: one list of tokens per sequence.
             prune_range, am_scale, lm_scale: see ``forward_transducer``.
-            use_cr_ctc: the batch is taken twice, x and then x again; losses are halved.
-            use_spec_aug, spec_augment, supervision_segments, time_warp_factor: with CR-CTC, ``spec_augment`` (which
-                must not warp time itself) masks the two copies, after one time warp of both.
-            reduction: sum or, without an attention decoder, mean; none for the losses' own parts.
+            use_cr_ctc: whether to use consistency-regularised CTC. The batch is then doubled and the losses are halved.
+            use_spec_aug, spec_augment, supervision_segments, time_warp_factor: with CR-CTC, both copies get the same
+                time warp, and then ``spec_augment``, which must not warp time itself, masks each of them.
+            reduction: "sum"; "mean", only without an attention decoder; or "none" for losses per element.
         """
         self._check(x, x_lens, y)
         if use_cr_ctc:
@@ -207,7 +209,7 @@ class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
         return out.transpose(0, 1), lengths
 
     def forward_cr_ctc(self, encoder_out, encoder_out_lens, targets, target_lengths, reduction="sum"):
-        """(CTC's loss, consistency loss) of a batch whose second half is another view of its first."""
+        """Returns (CTC loss, consistency loss) of a batch whose second half is another view of its first half."""
         if encoder_out.shape[0] % 2:
             raise ValueError(f"AsrModel: CR-CTC needs an even batch, got {encoder_out.shape[0]} sequences")
         log_probs = self.ctc_output(encoder_out)

@@ -18,8 +18,10 @@ class Swish(torch.nn.Module):
 
 
 class DecoderLayer(torch.nn.Module):
-    """x (target, batch, d_model) -> same shape: self-attention, attention over the memory, feed-forward, each of the
-    normed input and added to it.
+    """x (target, batch, d_model) -> same shape.
+
+    Self-attention, attention over the memory and a feed-forward block follow each other. Each normalises its input and
+    adds its output to it.
     """
 
     def __init__(
@@ -52,8 +54,8 @@ class DecoderLayer(torch.nn.Module):
 
 
 class TransformerDecoder(torch.nn.Module):
-    """Tokens x (batch, target), the first of them the start of the sentence -> logits (batch, target, vocab_size) of
-    the token after each.
+    """Tokens x (batch, target), which begin with the start of the sentence -> logits (batch, target, vocab_size) of the
+    next token.
     """
 
     def __init__(
@@ -78,7 +80,8 @@ class TransformerDecoder(torch.nn.Module):
         self.output_layer = torch.nn.Linear(d_model, vocab_size)
 
     def forward(self, x, x_lens, memory=None, memory_lens=None):
-        """x_lens (batch,); memory (batch, source, memory_dim), memory_lens (batch,): the encoder's output."""
+        """x_lens (batch,) are the lengths of x; memory (batch, source, memory_dim) and memory_lens (batch,) are the
+        encoder's output."""
         target = x.shape[1]
         hidden = make_pad_mask(x_lens, target).unsqueeze(1) | ~subsequent_mask(target, device=x.device)
         memory_hidden = None
@@ -96,7 +99,7 @@ class AttentionDecoderModel(torch.nn.Module):
 
     Args:
         sos_id, eos_id: tokens before and after every sentence.
-        ignore_id: marks padding among targets; no token.
+        ignore_id: marks padding among the targets; it must not be a token.
     """
 
     def __init__(
@@ -131,8 +134,9 @@ class AttentionDecoderModel(torch.nn.Module):
         self.loss_fun = LabelSmoothingLoss(ignore_id, label_smoothing, reduction="none")
 
     def calc_att_loss(self, encoder_out, encoder_out_lens, ys, reduction="sum"):
-        """encoder_out (batch, frames, memory_dim), ys one list of tokens per sequence -> the smoothed cross entropy:
-        its sum, or (batch * (longest + 1),) for ``none``.
+        """encoder_out (batch, frames, memory_dim), ys (one list of tokens per sequence) -> the smoothed cross entropy.
+
+        It is a sum, or has the shape (batch * (longest + 1),) for the reduction ``none``.
         """
         if reduction not in ("sum", "none"):
             raise ValueError(f"AttentionDecoderModel: reduction must be sum or none, got {reduction!r}")
@@ -141,7 +145,7 @@ class AttentionDecoderModel(torch.nn.Module):
         return loss.sum() if reduction == "sum" else loss
 
     def nll(self, encoder_out, encoder_out_lens, ys):
-        """(batch, longest + 1): the negative log-likelihood of every token and of the end; 0 at padding."""
+        """Returns the negative log-likelihood of every token and of the end, (batch, longest + 1); 0 at padding."""
         logits, targets = self._logits(encoder_out, encoder_out_lens, ys)
         return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=self.ignore_id, reduction="none")
 

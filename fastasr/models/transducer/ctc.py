@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CTC's loss of an encoder's output. Graves et al., "Connectionist temporal classification" (2006)."""
+"""The CTC loss of an encoder's output. Graves et al., "Connectionist temporal classification" (2006)."""
 
 import torch.nn.functional as F
 
 
 class CtcLoss:
-    """CTC's part of AsrModel, written for models with ``blank_id`` and ``ctc_output``, to log-probabilities."""
+    """CTC's part of AsrModel, for models with ``blank_id`` and ``ctc_output``, which returns log-probabilities."""
 
     def forward_ctc(self, encoder_out, encoder_out_lens, targets, target_lengths, reduction="sum"):
-        """CTC's loss. targets: (batch, longest), or all sequences in a row, (sum of target_lengths,)."""
+        """Returns the CTC loss. targets: (batch, longest), or all sequences joined, (sum of target_lengths,)."""
         return self._ctc_loss(
             self.ctc_output(encoder_out), encoder_out_lens, targets, target_lengths, reduction
         )

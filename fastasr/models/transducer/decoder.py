@@ -18,10 +18,10 @@ class Decoder(torch.nn.Module):
     """y (batch, tokens) of ints -> (batch, tokens, decoder_dim).
 
     Args:
-        vocab_size: tokens, blank among them.
-        decoder_dim: width of the embedding and of the output; a multiple of 4 with a context of more than one token.
-        blank_id: the token that stands for nothing.
-        context_size: tokens that an output sees; 1 is a bigram.
+        vocab_size: number of tokens, blank included.
+        decoder_dim: channels of the embedding and of the output; a multiple of 4 if context_size is above 1.
+        blank_id: the blank token.
+        context_size: number of tokens that an output depends on; 1 is a bigram.
     """
 
     def __init__(self, vocab_size, decoder_dim, blank_id, context_size):
@@ -49,8 +49,8 @@ class Decoder(torch.nn.Module):
             self.balancer2 = torch.nn.Identity()
 
     def forward(self, y, need_pad=True):
-        """Negative tokens embed as zeros: what comes before a sentence. With ``need_pad`` zeros are put before y;
-        without it y has exactly ``context_size`` tokens and there is one output.
+        """Negative tokens stand for the context before a sentence and embed as zeros. With ``need_pad``, zeros are put
+        before y; without it, y must have exactly ``context_size`` tokens and gives one output.
         """
         embedded = self.embedding(y.to(torch.int64).clamp(min=0)) * (y >= 0).unsqueeze(-1)
         embedded = self.balancer(embedded)
@@ -68,7 +68,7 @@ class Decoder(torch.nn.Module):
 
 
 def _keeps_its_size(channels):
-    """Embeddings that grew or shrank would average badly over checkpoints."""
+    """Returns a balancer that keeps the embeddings' size, since averages of checkpoints suffer if it drifts."""
     return Balancer(
         channels, channel_dim=-1, min_positive=0.0, max_positive=1.0, min_abs=0.5, max_abs=1.0, prob=0.05
     )

@@ -9,8 +9,8 @@ from fastasr.models.zipformer.initial_scale import ScaledLinear
 class Joiner(torch.nn.Module):
     """logits = output_linear(tanh(encoder_proj(encoder_out) + decoder_proj(decoder_out)))
 
-    encoder_out (..., encoder_dim) and decoder_out (..., decoder_dim) have as many dimensions, and broadcast.
-    With ``project_input=False`` both are projected already.
+    encoder_out (..., encoder_dim) and decoder_out (..., decoder_dim) have the same number of dimensions and broadcast.
+    With ``project_input=False`` both must be projected already.
     """
 
     def __init__(self, encoder_dim, decoder_dim, joiner_dim, vocab_size):

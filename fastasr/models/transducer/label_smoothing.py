@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cross entropy against targets that give away a little of their probability.
+"""Cross entropy with label smoothing.
 
 Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (2016).
 """
@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 
 class LabelSmoothingLoss(torch.nn.Module):
-    """x (batch, length, classes), target (batch, length) -> the loss: (batch * length,) for ``none``, else a number.
+    """x (batch, length, classes), target (batch, length) -> the loss: (batch * length,) for ``none``, else a scalar.
 
-    The target's class has probability 1 - label_smoothing + label_smoothing / classes, any other label_smoothing /
-    classes. Positions whose target is ``ignore_index`` add nothing; ``mean`` is over the others.
+    The target's class gets the probability 1 - label_smoothing + label_smoothing / classes, every other class
+    label_smoothing / classes. Positions whose target is ``ignore_index`` add nothing; ``mean`` is over the others.
     """
 
     def __init__(self, ignore_index=-1, label_smoothing=0.1, reduction="sum"):

@@ -3,9 +3,9 @@
 
     S = Q K^T / sqrt(head_dim),   out = out_proj(softmax(S, masked) V)
 
-Scores beyond ±50 are pushed back through the gradient: dS grows by 1e-4 sign(S) [|S| > 50]. torch's kernels never
-show S, so that part is a function of Q and K alone, d(sum of 1e-4 |S| [|S| > 50]); its backward pass makes S only when
-the largest norms say that a score can be that large.
+A penalty in the gradient pushes scores beyond ±50 back: it adds 1e-4 sign(S) [|S| > 50] to dS. torch's kernels do not
+return S, so the penalty is a separate function of Q and K, the sum of 1e-4 |S| [|S| > 50]. Its backward pass computes S
+only if the largest norms of Q and K allow such a score.
 """
 
 import math
@@ -20,7 +20,7 @@ SCORE_PENALTY = 1.0e-4
 
 
 class _PenalizeScores(torch.autograd.Function):
-    """q -> q; the gradients are as if the penalty of large scores were part of the loss."""
+    """q -> q. The backward pass adds the gradients of the penalty on large scores."""
 
     @staticmethod
     def forward(ctx, q, k, scale):
@@ -40,7 +40,7 @@ class _PenalizeScores(torch.autograd.Function):
 
 
 def _may_exceed(q, k, scale):
-    """By Cauchy and Schwarz no score is larger than the product of the norms."""
+    """Whether a score can exceed the limit. By the Cauchy-Schwarz inequality no score exceeds the norms' product."""
     if q.numel() == 0 or k.numel() == 0:
         return False
     return float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) * scale > 0.99 * SCORE_LIMIT
@@ -51,9 +51,9 @@ class MultiHeadAttention(torch.nn.Module):
 
     Args:
         embed_dim: width of query and output.
-        attention_dim: of all heads together; a multiple of ``num_heads``.
+        attention_dim: width of all heads together; a multiple of ``num_heads``.
         memory_dim: width of key and value; ``embed_dim`` by default.
-        dropout: of the attention weights, in training.
+        dropout: dropout rate of the attention weights in training.
     """
 
     def __init__(self, embed_dim, attention_dim, num_heads, memory_dim=None, dropout=0.0):
@@ -69,15 +69,15 @@ class MultiHeadAttention(torch.nn.Module):
         self.num_heads = num_heads
         self.head_dim = attention_dim // num_heads
         self.dropout = dropout
-        self.name = None  # training code names modules, for its log
+        self.name = None  # training code sets the name for its log
         self.linear_q = torch.nn.Linear(embed_dim, attention_dim)
         self.linear_k = torch.nn.Linear(memory_dim, attention_dim)
         self.linear_v = torch.nn.Linear(memory_dim, attention_dim)
         self.out_proj = torch.nn.Linear(attention_dim, embed_dim)
 
     def forward(self, query, key, value, key_padding_mask=None, attn_mask=None):
-        """Masks are True where nothing is to be seen: key_padding_mask (batch, source), attn_mask (batch, 1 or target,
-        source). A row that sees nothing gives the bias of ``out_proj``.
+        """The masks key_padding_mask (batch, source) and attn_mask (batch, 1 or target, source) are True at hidden
+        sources. A target that sees no source gets the bias of ``out_proj``.
         """
         q, k, v = (
             self._heads(self.linear_q(query)),

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ragged sequences as padded tensors, and the masks of padding and of the future."""
+"""Padding of ragged sequences, and the masks of padding and of future positions."""
 
 import torch
 
 
 def pad_sequences(seq, padding_value, sos_id=None, eos_id=None, device=None):
-    """(batch, longest) of int64, filled up with ``padding_value``, and lengths (batch,).
+    """Returns the sequences as (batch, longest), int64, filled up with ``padding_value``, and their lengths (batch,).
 
     Args:
         seq: one list of ints per sequence.
-        sos_id, eos_id: when given, one of these stands before and after every sequence, and counts.
+        sos_id, eos_id: tokens to put before and after every sequence, which the lengths count; None for none.
     """
     head = [] if sos_id is None else [sos_id]
     tail = [] if eos_id is None else [eos_id]
@@ -22,12 +22,12 @@ def pad_sequences(seq, padding_value, sos_id=None, eos_id=None, device=None):
 
 
 def make_pad_mask(lengths, max_len=None):
-    """(batch, max_len) of booleans, True where a position is padding. ``max_len`` is the longest by default."""
+    """Returns booleans (batch, max_len), True at padding. ``max_len`` is the largest length by default."""
     if max_len is None:
         max_len = int(lengths.max())
     return torch.arange(max_len, device=lengths.device) >= lengths.unsqueeze(-1)
 
 
 def subsequent_mask(size, device="cpu", dtype=torch.bool):
-    """(size, size): 1 where a position (row) may see another (column): itself and what was before."""
+    """Returns (size, size), 1 where a position (row) may see another (column): itself and all before it."""
     return torch.ones(size, size, device=device, dtype=dtype).tril()

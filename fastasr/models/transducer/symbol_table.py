@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens and their ids: ``tokens.txt`` of recipes and runtimes, a token and its id per line."""
+"""Tokens and their ids. ``tokens.txt`` of recipes and runtimes has a token and its id on every line."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ _BYTE = re.compile(r"^<0x([0-9A-Fa-f]{1,2})>$")
 
 
 class SymbolTable:
-    """Symbols, of any hashable type, and their ids, ints of 0 or more, both unique. Id 0 is ``eps``.
+    """A one-to-one map between symbols of any hashable type and ids, ints of 0 or more. Id 0 is ``eps``.
 
     Only strings can be read from a file or written to one.
     """
@@ -28,7 +28,7 @@ class SymbolTable:
 
     @staticmethod
     def from_str(s):
-        """A table from lines of a symbol, white space and an id. Raises ValueError naming the line."""
+        """Returns a table from lines of a symbol, white space and an id. Raises ValueError with the malformed line."""
         id2sym, sym2id = {}, {}
         for number, line in enumerate(s.split("\n"), start=1):
             fields = line.split()
@@ -47,7 +47,7 @@ class SymbolTable:
 
     @staticmethod
     def from_file(filename):
-        """A table from a file as ``to_file`` writes it."""
+        """Reads a table from a file as ``to_file`` writes it."""
         return SymbolTable.from_str(Path(filename).read_text(encoding="utf-8").strip())
 
     def to_str(self):
@@ -57,8 +57,8 @@ class SymbolTable:
         Path(filename).write_text(self.to_str(), encoding="utf-8")
 
     def add(self, symbol, index=None):
-        """The id of ``symbol``: the one it has, else ``index``, else the next free one. Raises ValueError when another
-        symbol has ``index``.
+        """Adds ``symbol`` if it is new and returns its id: the one it has, else ``index``, else the next free id.
+        Raises ValueError if another symbol has ``index``.
         """
         if symbol in self._sym2id:
             return self._sym2id[symbol]
@@ -70,13 +70,13 @@ class SymbolTable:
         return index
 
     def get(self, k):
-        """The symbol of an id, or the id of a symbol. Raises KeyError."""
+        """Returns the symbol of an id or the id of a symbol. Raises KeyError if the table does not have it."""
         return self._id2sym[k] if isinstance(k, int) else self._sym2id[k]
 
     __getitem__ = get
 
     def merge(self, other):
-        """The union of two tables. Raises ValueError when they disagree."""
+        """Returns the union of two tables. Raises ValueError if they contradict each other."""
         if self.eps != other.eps:
             raise ValueError(f"SymbolTable: tables differ in eps: {self.eps!r} and {other.eps!r}")
         for index in self._id2sym.keys() & other._id2sym.keys():
@@ -112,14 +112,14 @@ class SymbolTable:
 
 
 def num_tokens(token_table, disambig_pattern=DISAMBIGUATION):
-    """Symbols of the table without id 0 and without those of disambiguation (#0, #1, ...)."""
+    """Counts the symbols of the table without id 0 and without disambiguation symbols (#0, #1, ...)."""
     return sum(
         1 for symbol in token_table.symbols if not disambig_pattern.match(symbol) and token_table[symbol] != 0
     )
 
 
 def token_ids_to_text(token_ids, token_table):
-    """The text of tokens. "▁" is a space, "<0xE2>" one byte of UTF-8; bytes that are no character become U+FFFD.
+    """Returns the text of tokens. "▁" is a space, "<0xE2>" one byte of UTF-8; invalid bytes become U+FFFD.
 
     Raises ValueError for an id that is not in the table.
     """

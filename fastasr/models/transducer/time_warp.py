@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time warping of SpecAugment: a frame is moved, what is before and after it is stretched to fit.
+"""Time warping of SpecAugment: it moves one frame and stretches the parts before and after it to fit.
 
-Park et al., "SpecAugment" (2019). Whether to warp is drawn from ``random``, where from ``numpy.random``: as in the
-packages that recipes take it from (lhotse, atdataset), so that a seed gives the same batches.
+Park et al., "SpecAugment" (2019). ``random`` decides whether to warp and ``numpy.random`` where, as in lhotse and
+atdataset, whose function recipes use: a seed gives the same batches here.
 """
 
 import random
@@ -13,12 +13,12 @@ import torch.nn.functional as F
 
 
 def time_warp(features, p=0.9, time_warp_factor=80, supervision_segments=None):
-    """features (batch, time, channels) -> same shape; a copy unless nothing is to be done.
+    """features (batch, time, channels) -> same shape, a copy unless time_warp_factor rules out any warp.
 
     Args:
-        p: the share of segments that are warped.
-        time_warp_factor: frames that the centre moves at most; None or less than 1 for none.
-        supervision_segments: (segments, 3) of ints: sequence, first frame, frames. None: whole sequences.
+        p: the probability that a segment is warped.
+        time_warp_factor: the most frames that the centre moves; None or a value below 1 turns warping off.
+        supervision_segments: ints (segments, 3): sequence, first frame, number of frames. None: whole sequences.
     """
     if time_warp_factor is None or time_warp_factor < 1:
         return features
@@ -50,6 +50,6 @@ def _warped(x, factor):
 
 
 def _stretched(x, frames):
-    """(time, channels) -> (frames, channels), cubic along time."""
+    """(time, channels) -> (frames, channels), by cubic interpolation along time."""
     size = (frames, x.shape[1])
     return F.interpolate(x[None, None], size=size, mode="bicubic", align_corners=False)[0, 0]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Zipformer's transducer loss: smoothed loss, windows, joiner and pruned loss, without the joiner's logits.
 
-Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training" (2022). Upstream: ``AsrModel.forward_transducer``
-in ``zipformer.modules.model``, which makes logits (B, T, R, V) between the pruning and the loss.
+Kuang et al., "Pruned RNN-T for fast, memory-efficient ASR training" (2022). Upstream's
+``AsrModel.forward_transducer`` in ``zipformer.modules.model`` stores the logits (B, T, R, V) of the pruned windows.
 """
 
 import torch
@@ -13,8 +13,8 @@ from fastasr.models.transducer.sequences import pad_sequences
 
 
 class TransducerLoss:
-    """The transducer's part of AsrModel, written for models with ``blank_id``, ``decoder``, ``joiner``,
-    ``simple_am_proj`` and ``simple_lm_proj``.
+    """The transducer's part of AsrModel, for models with ``blank_id``, ``decoder``, ``joiner``, ``simple_am_proj`` and
+    ``simple_lm_proj``.
     """
 
     def forward_transducer(
@@ -27,7 +27,7 @@ class TransducerLoss:
         lm_scale: float = 0.0,
         reduction: str = "sum",
     ) -> tuple[Tensor, Tensor]:
-        """(simple loss, pruned loss).
+        """Returns (simple loss, pruned loss).
 
         Args:
             encoder_out: (B, T, C); encoder_out_lens: (B,).
