@@ -29,6 +29,14 @@ class Cost:
     bytes: int
     flops: int = 0
 
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+
+def costs_of(forward: Cost, backward: Cost) -> dict[str, Cost]:
+    """The costs of each pass, where both passes together cost the sum."""
+    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
+
 
 @dataclass
 class Implementation:

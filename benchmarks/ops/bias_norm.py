@@ -7,15 +7,13 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import (
-    BACKWARD,
     BATCH,
-    BOTH,
-    FORWARD,
     FRAMES,
     Case,
     Cost,
     Implementation,
     compiled,
+    costs_of,
     parameters,
     simple,
     upstream_module,
@@ -42,11 +40,10 @@ def _make(shape: tuple[int, ...], device: str, dtype: torch.dtype):
 
 
 def _costs(elements: int, size: int) -> dict[str, Cost]:
-    return {
-        FORWARD: Cost(2 * elements * size),  # x; y
-        BACKWARD: Cost(3 * elements * size),  # x, dy; dx
-        BOTH: Cost(5 * elements * size),
-    }
+    return costs_of(
+        Cost(2 * elements * size),  # x; y
+        Cost(3 * elements * size),  # x, dy; dx
+    )
 
 
 def _case(*shape: int) -> Case:

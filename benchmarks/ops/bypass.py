@@ -7,15 +7,13 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import (
-    BACKWARD,
     BATCH,
-    BOTH,
-    FORWARD,
     FRAMES,
     Case,
     Cost,
     Implementation,
     compiled,
+    costs_of,
     parameters,
     simple,
     upstream_module,
@@ -43,11 +41,10 @@ def _make(shape: tuple[int, ...], device: str, dtype: torch.dtype):
 
 
 def _costs(elements: int, size: int) -> dict[str, Cost]:
-    return {
-        FORWARD: Cost(3 * elements * size),  # x_orig, x; y
-        BACKWARD: Cost(5 * elements * size),  # x_orig, x, dy; dx_orig, dx
-        BOTH: Cost(8 * elements * size),
-    }
+    return costs_of(
+        Cost(3 * elements * size),  # x_orig, x; y
+        Cost(5 * elements * size),  # x_orig, x, dy; dx_orig, dx
+    )
 
 
 def _case(*shape: int) -> Case:

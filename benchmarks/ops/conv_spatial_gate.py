@@ -10,16 +10,14 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import (
-    BACKWARD,
     BATCH,
-    BOTH,
-    FORWARD,
     PASSES,
     Case,
     Cost,
     Implementation,
     Unavailable,
     compiled,
+    costs_of,
     parameters,
     simple,
 )
@@ -58,11 +56,10 @@ def _make(shape, taps: int, device: str, dtype: torch.dtype):
 def _costs(shape, taps: int, size: int) -> dict[str, Cost]:
     elements = torch.Size(shape).numel()
     products = elements * taps
-    return {
-        FORWARD: Cost(3 * elements * size, 2 * products),
-        BACKWARD: Cost(5 * elements * size, 6 * products),
-        BOTH: Cost(8 * elements * size, 8 * products),
-    }
+    return costs_of(
+        Cost(3 * elements * size, 2 * products),
+        Cost(5 * elements * size, 6 * products),
+    )
 
 
 def _case(shape, taps: int) -> Case:

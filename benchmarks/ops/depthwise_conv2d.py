@@ -11,9 +11,7 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import (
-    BACKWARD,
     BATCH,
-    BOTH,
     FORWARD,
     FRAMES,
     PASSES,
@@ -21,6 +19,7 @@ from fastasr.benchmarks.case import (
     Cost,
     Implementation,
     compiled,
+    costs_of,
     parameters,
     simple,
 )
@@ -56,11 +55,10 @@ def _costs(shape, taps, padding, size: int) -> dict[str, Cost]:
     out_frames, out_width = frames + 2 * padding[0] - taps[0] + 1, width + 2 * padding[1] - taps[1] + 1
     out = batch * out_frames * out_width * channels
     products = 2 * out * taps[0] * taps[1]
-    return {
-        FORWARD: Cost((into + out) * size, products),  # x; y
-        BACKWARD: Cost((2 * into + out) * size, 2 * products),  # x, dy; dx
-        BOTH: Cost((3 * into + 2 * out) * size, 3 * products),
-    }
+    return costs_of(
+        Cost((into + out) * size, products),  # x; y
+        Cost((2 * into + out) * size, 2 * products),  # x, dy; dx
+    )
 
 
 def _case(shape, taps, padding=None, passes=PASSES, note: str = "") -> Case:

@@ -11,16 +11,14 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import (
-    BACKWARD,
     BATCH,
-    BOTH,
-    FORWARD,
     FRAMES,
     PASSES,
     Case,
     Cost,
     Implementation,
     compiled,
+    costs_of,
     parameters,
     simple,
 )
@@ -51,11 +49,10 @@ def _make(shape, taps: int, device: str, dtype: torch.dtype):
 def _costs(shape, taps: int, size: int) -> dict[str, Cost]:
     elements = torch.Size(shape).numel()
     products = 2 * elements * taps
-    return {
-        FORWARD: Cost(2 * elements * size, products),  # x; y
-        BACKWARD: Cost(3 * elements * size, 2 * products),  # x, dy; dx
-        BOTH: Cost(5 * elements * size, 3 * products),
-    }
+    return costs_of(
+        Cost(2 * elements * size, products),  # x; y
+        Cost(3 * elements * size, 2 * products),  # x, dy; dx
+    )
 
 
 def _case(shape, taps: int) -> Case:

@@ -13,7 +13,6 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import (
-    BACKWARD,
     BOTH,
     FORWARD,
     Case,
@@ -21,6 +20,7 @@ from fastasr.benchmarks.case import (
     Implementation,
     Unavailable,
     compiled,
+    costs_of,
     parameters,
     simple,
 )
@@ -69,11 +69,10 @@ def _make(length: int, batch: int, states: int, device: str, dtype: torch.dtype)
 
 
 def _costs(elements: int, size: int) -> dict[str, Cost]:
-    return {
-        FORWARD: Cost(2 * elements * size),  # x; y
-        BACKWARD: Cost(3 * elements * size),  # x, dy; dx
-        BOTH: Cost(5 * elements * size),
-    }
+    return costs_of(
+        Cost(2 * elements * size),  # x; y
+        Cost(3 * elements * size),  # x, dy; dx
+    )
 
 
 def scan_case(op: str, name: str, sizes: tuple[int, ...], make: Callable, quick: bool = False) -> Case:

@@ -11,9 +11,7 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import (
-    BACKWARD,
     BATCH,
-    BOTH,
     FORWARD,
     FRAMES,
     PASSES,
@@ -21,6 +19,7 @@ from fastasr.benchmarks.case import (
     Cost,
     Implementation,
     compiled,
+    costs_of,
     parameters,
     simple,
     upstream_module,
@@ -96,13 +95,10 @@ def _make_step(shape, taps: int, device: str, dtype: torch.dtype):
 def _costs(shape, taps: int, chunk: int | None, size: int) -> dict[str, Cost]:
     elements = torch.Size(shape).numel()
     products = elements * (taps if chunk is None else taps + taps // 2 + 1)
-    return {
-        FORWARD: Cost(3 * elements * size, 2 * products),  # x, s; y
-        BACKWARD: Cost(
-            5 * elements * size, 6 * products
-        ),  # x, s, dy; dx, ds. z again, du, the taps' gradients
-        BOTH: Cost(8 * elements * size, 8 * products),
-    }
+    return costs_of(
+        Cost(3 * elements * size, 2 * products),  # x, s; y
+        Cost(5 * elements * size, 6 * products),  # x, s, dy; dx, ds. z again, du, the taps' gradients
+    )
 
 
 def _case(shape, taps: int, chunk: int | None = None) -> Case:

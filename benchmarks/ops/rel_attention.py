@@ -14,16 +14,14 @@ import torch.nn.functional as F
 from fastasr import ops
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import (
-    BACKWARD,
     BATCH,
-    BOTH,
-    FORWARD,
     FRAMES,
     Case,
     Cost,
     Implementation,
     Unavailable,
     compiled,
+    costs_of,
     parameters,
 )
 from fastasr.ops.rel_attention import relative_shift
@@ -112,11 +110,10 @@ def _make(frames: int, batch: int, device: str, dtype: torch.dtype):
 def _costs(frames: int, batch: int, size: int) -> dict[str, Cost]:
     product = 2 * batch * HEADS * frames * frames * WIDTH
     rows, offsets = batch * frames * HEADS * WIDTH * size, 2 * frames * HEADS * WIDTH * size
-    return {
-        FORWARD: Cost(4 * rows + offsets, 3 * product),
-        BACKWARD: Cost(7 * rows + 2 * offsets, 8 * product),
-        BOTH: Cost(11 * rows + 3 * offsets, 11 * product),
-    }
+    return costs_of(
+        Cost(4 * rows + offsets, 3 * product),
+        Cost(7 * rows + 2 * offsets, 8 * product),
+    )
 
 
 def _case(frames: int, batch: int) -> Case:

@@ -6,7 +6,14 @@ from functools import partial
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks.case import BACKWARD, BOTH, FORWARD, Case, Cost, Implementation, compiled, parameters
+from fastasr.benchmarks.case import (
+    Case,
+    Cost,
+    Implementation,
+    compiled,
+    costs_of,
+    parameters,
+)
 
 SIZE, BETWEEN, EPS = 512, 1152, 1e-12
 
@@ -43,11 +50,10 @@ def _make(gated: bool, length: int, batch: int, device: str, dtype: torch.dtype)
 
 def _costs(gated: bool, elements: int, size: int) -> dict[str, Cost]:
     forward, backward = (5, 8) if gated else (3, 4)
-    return {
-        FORWARD: Cost(forward * elements * size),
-        BACKWARD: Cost(backward * elements * size),
-        BOTH: Cost((forward + backward) * elements * size),
-    }
+    return costs_of(
+        Cost(forward * elements * size),
+        Cost(backward * elements * size),
+    )
 
 
 def _case(gated: bool, length: int, batch: int) -> Case:

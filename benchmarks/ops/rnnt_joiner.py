@@ -6,7 +6,14 @@ from functools import partial
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks.case import BACKWARD, BOTH, FORWARD, Case, Cost, Implementation, compiled, parameters
+from fastasr.benchmarks.case import (
+    Case,
+    Cost,
+    Implementation,
+    compiled,
+    costs_of,
+    parameters,
+)
 
 BATCH, FRAMES, LENGTH, S_RANGE, CHANNELS = 4, 400, 60, 5, 512
 
@@ -40,11 +47,10 @@ def _costs(outputs: int, size: int) -> dict[str, Cost]:
     rows = BATCH * FRAMES * S_RANGE
     operands = (BATCH * (FRAMES + LENGTH + 1) + outputs) * CHANNELS * size
     product = 2 * rows * CHANNELS * outputs
-    return {
-        FORWARD: Cost(operands + 8 * rows, product),
-        BACKWARD: Cost(2 * operands + 8 * rows, 2 * product),
-        BOTH: Cost(3 * operands + 16 * rows, 3 * product),
-    }
+    return costs_of(
+        Cost(operands + 8 * rows, product),
+        Cost(2 * operands + 8 * rows, 2 * product),
+    )
 
 
 def _case(outputs: int, keep_logits: bool | None = None) -> Case:

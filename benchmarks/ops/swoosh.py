@@ -9,15 +9,13 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import (
-    BACKWARD,
     BATCH,
-    BOTH,
-    FORWARD,
     FRAMES,
     Case,
     Cost,
     Implementation,
     compiled,
+    costs_of,
     parameters,
     simple,
     upstream_module,
@@ -43,11 +41,10 @@ def _make(op: str, shape: tuple[int, ...], device: str, dtype: torch.dtype):
 
 
 def _costs(elements: int, size: int) -> dict[str, Cost]:
-    return {
-        FORWARD: Cost(2 * elements * size),  # x; y
-        BACKWARD: Cost(3 * elements * size),  # x, dy; dx
-        BOTH: Cost(5 * elements * size),
-    }
+    return costs_of(
+        Cost(2 * elements * size),  # x; y
+        Cost(3 * elements * size),  # x, dy; dx
+    )
 
 
 def _case(op: str, *shape: int, quick: bool = True) -> Case:

@@ -12,15 +12,13 @@ import torch.nn.functional as F
 
 from fastasr import ops
 from fastasr.benchmarks.case import (
-    BACKWARD,
     BATCH,
-    BOTH,
-    FORWARD,
     FRAMES,
     Case,
     Cost,
     Implementation,
     compiled,
+    costs_of,
     parameters,
     upstream_module,
 )
@@ -84,11 +82,10 @@ def _costs(rows: int, inputs: int, outputs: int, size: int) -> dict[str, Cost]:
     product = 2 * rows * inputs * outputs
     forward = (rows * inputs + inputs * outputs + rows * outputs) * size
     backward = (2 * rows * inputs + 2 * inputs * outputs + rows * outputs) * size
-    return {
-        FORWARD: Cost(forward, product),
-        BACKWARD: Cost(backward, 2 * product),
-        BOTH: Cost(forward + backward, 3 * product),
-    }
+    return costs_of(
+        Cost(forward, product),
+        Cost(backward, 2 * product),
+    )
 
 
 def _case(shape: tuple[int, ...], outputs: int) -> Case:

@@ -7,15 +7,13 @@ import torch
 
 from fastasr import ops
 from fastasr.benchmarks.case import (
-    BACKWARD,
     BATCH,
-    BOTH,
-    FORWARD,
     FRAMES,
     Case,
     Cost,
     Implementation,
     compiled,
+    costs_of,
     parameters,
 )
 
@@ -48,11 +46,10 @@ def _costs(frames: int, batch: int, heads: int, size: int) -> dict[str, Cost]:
     operands = frames * batch * heads * (2 * QUERY_DIM + POS_DIM + VALUE_DIM)
     result = frames * batch * heads * VALUE_DIM
     product, weighting = 2 * scores * (QUERY_DIM + POS_DIM), 2 * scores * VALUE_DIM
-    return {
-        FORWARD: Cost((operands + result) * size, product + weighting),
-        BACKWARD: Cost((2 * operands + result) * size, 3 * product + 2 * weighting),
-        BOTH: Cost((3 * operands + 2 * result) * size, 4 * product + 3 * weighting),
-    }
+    return costs_of(
+        Cost((operands + result) * size, product + weighting),
+        Cost((2 * operands + result) * size, 3 * product + 2 * weighting),
+    )
 
 
 def _case(frames: int, batch: int, heads: int) -> Case:
