@@ -8,14 +8,15 @@ import torch
 from fastasr.audio.recordings import Clip
 
 RATE = 16000
-HIGH_FREQ = -400.0  # Hz from Nyquist, in icefall's recipes
+HIGH_FREQ = -400.0  # Hz relative to the Nyquist frequency, as in icefall's recipes
 WIDTH = 24  # zero crossings of the resampling filter on each side
-ROLLOFF = 0.95  # of the lower Nyquist frequency
+ROLLOFF = 0.95  # cut-off relative to the lower Nyquist frequency
 
 
 class FbankStream:
-    """Log-mel filterbanks of kaldi-native-fbank, each frame once: 25 ms windows every 10 ms, no dither, the window's
-    middle in the frame's. What has been given is dropped, so an endless stream takes no more memory than a short one.
+    """Computes log-mel filterbanks of kaldi-native-fbank for a stream: 25 ms windows, centred on frames of 10 ms,
+    without dither. It returns every frame once and then drops it, so an endless stream needs no more memory than a
+    short one.
     """
 
     def __init__(self, rate=RATE, bins=80, high_freq=HIGH_FREQ):
@@ -35,12 +36,12 @@ class FbankStream:
         self._rate, self._bins, self._given = rate, bins, 0
 
     def accept(self, samples):
-        """The frames (n, bins) that are complete with these samples, (n,) in [-1, 1]."""
+        """Returns the frames (n, bins) that these samples, floats in [-1, 1], complete."""
         self._computer.accept_waveform(self._rate, samples.tolist())
         return self._new()
 
     def finish(self):
-        """The last frames, whose windows reach beyond the end."""
+        """Returns the last frames, whose windows reach beyond the end."""
         self._computer.input_finished()
         return self._new()
 
@@ -53,26 +54,24 @@ class FbankStream:
 
 
 def fbank(samples, rate=RATE, bins=80, high_freq=HIGH_FREQ):
-    """(frames, bins): the features of a whole recording."""
+    """Returns the features (frames, bins) of a whole recording."""
     stream = FbankStream(rate, bins, high_freq)
     return torch.cat([stream.accept(samples), stream.finish()])
 
 
 def batch(clips: list[Clip]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features ``[B, T, 80]``, padded with the floor of the logarithm as recipes do, and their lengths."""
+    """Returns features ``[B, T, 80]``, padded with the floor of the logarithm as recipes do, and their lengths."""
     features = [fbank(resample(clip.samples, clip.rate)) for clip in clips]
     padded = torch.nn.utils.rnn.pad_sequence(features, batch_first=True, padding_value=math.log(1e-10))
     return padded, torch.tensor([len(f) for f in features])
 
 
 def resample(samples: torch.Tensor, rate: int, wanted: int = RATE) -> torch.Tensor:
-    """Band-limited interpolation from ``rate`` to ``wanted`` Hz: a Hann-windowed sinc in ``wanted / gcd``
-    phases.
+    """Resamples from ``rate`` to ``wanted`` Hz with a Hann-windowed sinc in ``wanted / gcd`` phases.
 
-    Output sample ``m`` is the sum over ``n`` of x[n] h(m / wanted - n / rate), h(t) = c sinc(c t) hann(t) /
-    rate with the cut-off c at ``ROLLOFF`` of the lower rate. Length: ceil(len * wanted / rate). What was
-    recorded at 8 kHz has nothing above 4 kHz after it either; the upper mel bins then hold the floor of the
-    logarithm.
+    Output sample ``m`` is the sum over ``n`` of x[n] h(m / wanted - n / rate), h(t) = c sinc(c t) hann(t) / rate, with
+    the cut-off c at ``ROLLOFF`` of the lower rate. The output has ceil(len * wanted / rate) samples. A recording of
+    8 kHz has no energy above 4 kHz after resampling either; its upper mel bins hold the floor of the logarithm.
     """
     if rate == wanted:
         return samples

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recorded speech: a folder of one's own, Debian's telephone prompts, or a generated signal.
+"""Recorded speech: the user's folder, Debian's telephone prompts, or a generated signal.
 
 The prompts are the packages asterisk-core-sounds-en-wav (one professional voice, 8 kHz, CC-BY-SA 3.0) and
 asterisk-core-sounds-en (their transcripts). ``apt-get download`` and ``dpkg -x`` need no root.
@@ -29,12 +29,12 @@ Say = Callable[[str], None]
 
 
 class NoAudio(Exception):
-    """The folder the user named holds no usable recording."""
+    """Raised if the user's folder has no usable recording."""
 
 
 @dataclass
 class Clip:
-    """A recording: samples in [-1, 1], its rate in Hz, and what is said, where that is known."""
+    """A recording: samples in [-1, 1], the rate in Hz, and the transcript, if it is known."""
 
     name: str
     samples: torch.Tensor
@@ -48,7 +48,7 @@ class Clip:
 
 @dataclass
 class Speech:
-    """Utterances, all of one rate, and where they come from in words."""
+    """Utterances of one rate, and a description of their source."""
 
     source: str
     rate: int
@@ -59,7 +59,7 @@ class Speech:
 
 
 def read(path: Path) -> Clip:
-    """The first channel of a recording. Raises ``ValueError`` with the reason when it cannot be read."""
+    """Reads the first channel of a recording. Raises ``ValueError`` with the reason if this fails."""
     try:
         samples, rate = _read_pcm16(path) if path.suffix.lower() == ".wav" else _read_soundfile(path)
     except (OSError, EOFError, wave.Error, RuntimeError, ImportError) as error:
@@ -78,7 +78,7 @@ def _read_pcm16(path: Path) -> tuple[torch.Tensor, int]:
                 )
                 return samples.reshape(-1, channels)[:, 0].float() / 32768, rate
     except wave.Error:
-        pass  # not plain PCM: soundfile knows more
+        pass  # not plain PCM; soundfile reads more formats
     return _read_soundfile(path)
 
 
@@ -92,8 +92,8 @@ def _read_soundfile(path: Path) -> tuple[torch.Tensor, int]:
 
 
 def from_folder(folder: Path, say: Say) -> list[Clip]:
-    """All recordings below ``folder``, a text file of the same name being the transcript. Raises
-    ``NoAudio``.
+    """Reads all recordings below ``folder``. A text file of the same name is the transcript. Raises ``NoAudio`` if
+    there is no usable recording.
     """
     if not folder.is_dir():
         raise NoAudio(f"--audio: {folder} is no folder")
@@ -118,7 +118,7 @@ def from_folder(folder: Path, say: Say) -> list[Clip]:
 
 
 def _apt(cache: Path, *arguments: str) -> str:
-    """Runs apt-get in ``cache``; returns "" or, when it fails, its last line."""
+    """Runs apt-get in ``cache``. Returns "", or its last line of output if it fails."""
     try:
         done = subprocess.run(
             ["apt-get", "-q", *arguments],
@@ -139,7 +139,7 @@ def _apt(cache: Path, *arguments: str) -> str:
 
 
 def fetch_prompts(cache: Path, say: Say) -> str:
-    """Downloads and unpacks the prompts into ``cache`` unless they are there; "" or why they are not."""
+    """Downloads and unpacks the prompts into ``cache`` unless they are there. Returns "" or the reason of a failure."""
     if any((cache / PROMPTS).glob("*.wav")):
         return ""
     for tool in ("apt-get", "dpkg"):
@@ -169,7 +169,7 @@ def fetch_prompts(cache: Path, say: Say) -> str:
 
 
 def transcripts(text: str) -> dict[str, str]:
-    """Name -> words of the lines ``name: words``; comments and sounds in square brackets are left out."""
+    """Returns {name: words} from lines ``name: words``, without comments and sounds in square brackets."""
     found = {}
     for line in text.splitlines():
         name, colon, words = line.partition(":")
@@ -179,12 +179,12 @@ def transcripts(text: str) -> dict[str, str]:
 
 
 def prompt_transcripts(cache: Path) -> dict[str, str]:
-    """Name -> words of the prompts that ``fetch_prompts`` has unpacked into ``cache``."""
+    """Returns {name: words} for the prompts that ``fetch_prompts`` has unpacked into ``cache``."""
     return transcripts(gzip.decompress((cache / TRANSCRIPTS).read_bytes()).decode("utf-8", "replace"))
 
 
 def from_debian(cache: Path) -> list[Clip]:
-    """The unpacked prompts that have a transcript and last one to twelve seconds."""
+    """Returns the unpacked prompts that have a transcript and last one to twelve seconds."""
     words = prompt_transcripts(cache)
     clips = []
     for path in sorted((cache / PROMPTS).glob("*.wav")):
@@ -200,7 +200,8 @@ def from_debian(cache: Path) -> list[Clip]:
 
 
 def generated(seconds: float, rate: int, seed: int) -> Clip:
-    """Speech-like: harmonics of a moving pitch, shaped by three moving formants, in syllables with pauses."""
+    """Generates a speech-like signal: harmonics of a moving pitch with three moving formants, in syllables and
+    pauses."""
     draw = random.Random(seed)
     count = int(seconds * rate)
     t = torch.arange(count) / rate
@@ -234,10 +235,9 @@ def generated(seconds: float, rate: int, seed: int) -> Clip:
 
 
 def joined(clips: list[Clip], seconds: float, count: int, seed: int = 0) -> list[Clip]:
-    """``count`` utterances of at most ``seconds``, each of whole clips with pauses between, in a seeded
-    order.
+    """Joins clips in a seeded order to ``count`` utterances of at most ``seconds``, with pauses between the clips.
 
-    A clip that is longer by itself is cut. Clips of another rate than the first are left out.
+    A clip that is longer than ``seconds`` is cut. Clips of another rate than the first one are left out.
     """
     rate = clips[0].rate
     pool = [clip for clip in clips if clip.rate == rate]
@@ -252,7 +252,7 @@ def joined(clips: list[Clip], seconds: float, count: int, seed: int = 0) -> list
             if length + added > most and parts:
                 if most - length < 1.5 * rate:
                     break
-                turn += 1  # too long for what is left: the next may fit
+                turn += 1  # this clip is too long for the rest; the next one may fit
                 continue
             turn += 1
             parts += ([gap] if parts else []) + [clip.samples]
@@ -269,7 +269,7 @@ def joined(clips: list[Clip], seconds: float, count: int, seed: int = 0) -> list
 def load(
     folder: Path | None, cache: Path, seconds: float, say: Say, count: int = 4, only_generated: bool = False
 ) -> Speech:
-    """``count`` utterances of about ``seconds`` from ``folder``, else Debian's prompts, else generated."""
+    """Returns ``count`` utterances of about ``seconds`` from ``folder``, else from Debian's prompts, else generated."""
     if folder is not None:
         clips = from_folder(folder, say)
         utterances = joined(clips, seconds, count)

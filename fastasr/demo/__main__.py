@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0; 1 when verification restored a module; 2 when the demo cannot run, with the reason."""
+    """Runs the demo. Returns the exit code: 0, 1 if verification restored a module, or 2 if the demo cannot run."""
     options = parser().parse_args(arguments)
     if options.seconds < 1 or options.reps < 1:
         print("error: --seconds and --reps must be at least 1", file=sys.stderr)

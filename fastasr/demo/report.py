@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's HTML page: one file, pictures embedded."""
+"""The demo's HTML page, one file with embedded pictures."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from fastasr.benchmarks import page, plots
 from fastasr.demo.story import COMPILED, FASTASR, UPSTREAM, Story, replaced_by_class
 
 COLOURS = {UPSTREAM: "upstream", COMPILED: "compile", FASTASR: "fastasr"}
-FLOOR = 1e-9  # errors below it are drawn on it
+FLOOR = 1e-9  # smaller errors are drawn at this value
 
 
 def _times(story: Story):
-    """Bars of the medians with their quartiles."""
+    """Draws the median times as bars, with their quartiles."""
     plt = plots.pyplot()
     picture, axes = plt.subplots(figsize=(8, 0.6 + 0.5 * len(story.timings)), layout="constrained")
     names = list(story.timings)
@@ -27,7 +27,7 @@ def _times(story: Story):
 
 
 def _errors(story: Story):
-    """Error of every swapped module against float64, values and gradients, beside upstream's own."""
+    """Draws every swapped module's errors against float64, for values and gradients, beside upstream's errors."""
     rows = [row for row in story.swap.rows if row.errors]
     if not rows:
         return None
@@ -56,7 +56,7 @@ def _errors(story: Story):
 
 
 def _spectrograms(story: Story):
-    """The features the model was given."""
+    """Draws the features that the model gets."""
     plt = plots.pyplot()
     count = len(story.features)
     picture, panels = plt.subplots(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo itself: speech, model, swap, verification, timing, report."""
+"""Runs the demo: speech, model, swap, verification, timing, report."""
 
 import argparse
 import contextlib
@@ -23,15 +23,15 @@ from fastasr.benchmarks.table import duration, times
 from fastasr.demo.stages import Stages
 from fastasr.demo.story import COMPILED, FASTASR, UPSTREAM, Story, replaced_by_class
 
-PLAIN_WIDTH = 120  # of a pipe or a file
+PLAIN_WIDTH = 120  # columns of a pipe or a file
 RESTORED_SHOWN = 5
-EXCERPT = (400, 360)  # frames of two utterances, verified; of two lengths, so that one is padded
-COMPILE_LIMIT = 200  # seconds: the demo promises to end
+EXCERPT = (400, 360)  # frames of the two utterances for verification; they differ, so that one is padded
+COMPILE_LIMIT = 200  # seconds, so that the demo ends in a reasonable time
 
 
 class CompileTimeout(BaseException):
-    """torch.compile took longer than the demo waits. Not an Exception: the compiler's own handlers let it
-    pass.
+    """Raised if torch.compile takes longer than the demo waits. It is not an Exception, because the compiler's own
+    handlers would catch that.
     """
 
 
@@ -79,9 +79,9 @@ def _speech(
 
 
 def _compiled(stages: Stages, model, inputs: tuple, story: Story):
-    """Upstream under torch.compile after its first call, or None with a note."""
+    """Returns upstream's model under torch.compile after its first call, or None, which a note explains."""
     compiled = torch.compile(copy.deepcopy(model))
-    # its warnings about upstream's code fill screens and ask nothing of the reader
+    # torch.compile's many warnings about upstream's code need no action from the user
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch._dynamo")
     text = f"torch.compile of the whole model (about two minutes here, {COMPILE_LIMIT} s at most)"
@@ -92,7 +92,7 @@ def _compiled(stages: Stages, model, inputs: tuple, story: Story):
         story.first_calls[COMPILED] = time.perf_counter() - start
     except CompileTimeout:
         story.notes.append(f"torch.compile was given up after {COMPILE_LIMIT} s")
-    except Exception as error:  # upstream under torch.compile is a comparison, not what is shown
+    except Exception as error:  # the demo goes on without this comparison
         first = (str(error).strip().splitlines() or [""])[0]
         story.notes.append(f"torch.compile failed: {type(error).__name__}: {first[:160]}")
     if COMPILED not in story.first_calls:
@@ -123,7 +123,7 @@ def _times_table(story: Story) -> Table:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit code 0, or 1 when verification restored a module."""
+    """Runs the demo. Returns the exit code 0, or 1 if verification restored a module."""
     console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
@@ -181,7 +181,7 @@ def _verify(stages: Stages, ours: torch.nn.Module, story: Story) -> None:
 
 
 def _time(stages: Stages, shipped, ours, story: Story, options: argparse.Namespace) -> None:
-    """First calls, agreement of the outputs, and interleaved rounds."""
+    """Times first calls and interleaved rounds, and compares the outputs."""
     inputs = (story.features, story.lengths)
     models = {UPSTREAM: shipped, FASTASR: ours}
     outputs: dict[str, torch.Tensor] = {}
@@ -210,13 +210,13 @@ def _time(stages: Stages, shipped, ours, story: Story, options: argparse.Namespa
 
 
 def excerpt_of(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The beginnings of the first utterances of the batch."""
+    """Returns the beginnings of the batch's first utterances."""
     frames = torch.minimum(lengths[: len(EXCERPT)], torch.tensor(EXCERPT[: len(lengths)]))
     return x[: len(frames), : int(frames.max())], frames
 
 
 def merge(report: fastasr.SwapReport, checked: fastasr.SwapReport) -> None:
-    """Puts what verification found into the report of the swap."""
+    """Copies the results of the verification into the report of the swap."""
     results = {row.path: row for row in checked.rows}
     for row in report.rows:
         if (result := results.get(row.path)) is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says what is going on: a spinner with the elapsed time on a terminal, lines now and then elsewhere."""
+"""Prints the progress: a spinner with the elapsed time on a terminal, an occasional line elsewhere."""
 
 import contextlib
 import threading
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.markup import escape
 
-EVERY = 20.0  # seconds between two signs of life where there is no terminal
+EVERY = 20.0  # seconds between two progress lines without a terminal
 
 
 class Stages:
-    """Numbered stages on ``console``; inside one, ``alive`` names what takes long."""
+    """Prints numbered stages on ``console``. Inside a stage, ``alive`` names a long operation."""
 
     def __init__(self, console: Console, count: int):
         self.console, self.count, self.number = console, count, 0
@@ -21,7 +21,7 @@ class Stages:
 
     @contextlib.contextmanager
     def stage(self, title: str) -> Iterator["Stages"]:
-        """One stage: announced, kept alive while it runs, closed with its time."""
+        """Announces one stage, shows its progress while it runs, and prints its time at the end."""
         self.number += 1
         self.console.print(
             f"[bold cyan]{self.number}/{self.count}[/] [bold]{escape(title)}[/]", soft_wrap=True
@@ -36,7 +36,7 @@ class Stages:
 
     @contextlib.contextmanager
     def alive(self, text: str) -> Iterator[None]:
-        """Until the block ends, signs of life show ``text`` and the seconds since now."""
+        """Shows ``text`` and the elapsed seconds until the block ends."""
         self._running.append((text, time.monotonic()))
         try:
             yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo found out: its report is made of this."""
+"""The results of the demo, from which its report is made."""
 
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ UPSTREAM, COMPILED, FASTASR = "upstream as shipped", "upstream, torch.compile", 
 
 @dataclass
 class Story:
-    """One run of the demo."""
+    """The results of one run of the demo."""
 
     speech: recordings.Speech
     features: torch.Tensor
@@ -35,7 +35,7 @@ class Story:
 
 
 def replaced_by_class(report: fastasr.SwapReport) -> dict[tuple[str, str], int]:
-    """(class, kernels) -> how many modules were replaced."""
+    """Returns the number of replaced modules for every (class, kernels)."""
     found: dict[tuple[str, str], int] = {}
     for row in report.replaced:
         key = (row.class_name, kernel_names(row))

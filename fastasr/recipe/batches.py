@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Utterances in batches of a total duration, in an order that a seed and the epoch decide."""
+"""Groups utterances into batches of a given duration. The seed and the epoch decide the order."""
 
 import random
 
@@ -7,12 +7,12 @@ import torch
 
 from fastasr.decoding.chunks import SILENCE
 
-BUCKETS = 12  # of similar length, within which the order is drawn
+BUCKETS = 12  # groups of utterances of similar length; the order is random within a group
 
 
 def epoch_batches(seconds, max_duration, seed, epoch):
-    """Lists of indices into ``seconds``: each batch lasts ``max_duration`` seconds at most, padding included, or is one
-    utterance.
+    """Returns the batches as lists of indices into ``seconds``. A batch lasts at most ``max_duration`` seconds, padding
+    included, or has one utterance.
     """
     draw = random.Random(f"{seed} {epoch}")
     by_length = sorted(range(len(seconds)), key=lambda i: (seconds[i], i))
@@ -34,13 +34,13 @@ def epoch_batches(seconds, max_duration, seed, epoch):
 
 
 def collate(features):
-    """(batch, longest, bins), padded with silence, and lengths."""
+    """Returns the features (batch, longest, bins), padded with silence, and their lengths."""
     lengths = torch.tensor([len(f) for f in features])
     return torch.nn.utils.rnn.pad_sequence(features, batch_first=True, padding_value=SILENCE), lengths
 
 
 def spec_augment(x, lengths, draw, time_masks=2, frequency_masks=2, widest_time=0.12, widest_frequency=0.2):
-    """SpecAugment without time warp: stretches of time and of channels get the sequence's mean. In place."""
+    """Applies SpecAugment without time warp in place: spans of time and of channels get the sequence's mean."""
     for sequence, length in zip(x, lengths.tolist(), strict=True):
         mean = sequence[:length].mean()
         for _ in range(frequency_masks):

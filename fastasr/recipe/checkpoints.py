@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that are whole at any moment: written beside, then renamed.
+"""Reads and writes checkpoints. A checkpoint is written to another file and renamed, so it is complete at any moment.
 
 The entries ``model`` and ``model_avg`` are state dicts as in icefall's checkpoints.
 """
@@ -17,7 +17,7 @@ NEEDED = ("model", "model_avg", "arguments", "units", "step", "features")
 
 
 def save(path, content):
-    """Replaces ``path`` when all is written: a kill leaves the one before."""
+    """Writes ``content`` and replaces ``path`` at the end, so a killed process leaves the previous checkpoint."""
     path = Path(path)
     unfinished = path.with_name(path.name + ".unfinished")
     torch.save(content, unfinished)
@@ -25,7 +25,7 @@ def save(path, content):
 
 
 def load(path):
-    """What ``save`` has written. Raises ValueError for a missing, damaged or foreign file."""
+    """Returns the content that ``save`` wrote. Raises ValueError for a missing, damaged or foreign file."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
@@ -41,7 +41,7 @@ def load(path):
 
 
 def model_state(model, values=None):
-    """The state dict with whole tensors; ``values`` stand in for the parameters, in their order."""
+    """Returns the state dict with unsharded tensors. ``values``, if given, replace the parameters in their order."""
     state = {name: full(tensor).detach() for name, tensor in model.state_dict().items()}
     if values is not None:
         for (name, _), value in zip(model.named_parameters(), values, strict=True):
@@ -50,7 +50,7 @@ def model_state(model, values=None):
 
 
 def load_parameters(model, state):
-    """Strictly, into a model that may be sharded."""
+    """Loads a state dict strictly into a model that may be sharded."""
     expected = model.state_dict()
     if set(expected) != set(state):
         raise ValueError(

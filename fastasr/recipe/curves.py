@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loss curves of several runs in one picture."""
+"""Draws the loss curves of several runs in one picture."""
 
 import csv
 from pathlib import Path
 
 
 def read(path):
-    """Column -> floats of a training log. Raises ValueError for what is none."""
+    """Returns the columns of a training log, {name: floats}. Raises ValueError if the file is not a training log."""
     with Path(path).open(newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or "loss" not in rows[0] or "step" not in rows[0]:
@@ -15,7 +15,7 @@ def read(path):
 
 
 def smoothed(values, share=0.02):
-    """The running mean over ``share`` of the run, so that batches of other utterances do not hide the trend."""
+    """Returns the running mean over ``share`` of the run. Losses differ from batch to batch, which hides the trend."""
     width = max(1, round(len(values) * share))
     return [
         sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1])
@@ -24,7 +24,7 @@ def smoothed(values, share=0.02):
 
 
 def plot(logs, out):
-    """Writes a picture of {label: path}: loss over steps, and over time."""
+    """Draws the losses of the logs {label: path} over steps and over time, and writes the picture to ``out``."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -8,7 +8,7 @@ where w grows from ``warmup_start`` to 1 over ``warmup_batches``. Yao et al., "Z
 
 
 def eden(base_lr, batch, epoch, lr_batches, lr_epochs, warmup_batches=500.0, warmup_start=0.5):
-    """The learning rate at ``batch`` of the run, in ``epoch``."""
+    """Returns the learning rate at step ``batch`` of the run, in epoch ``epoch``."""
     warmup = min(1.0, warmup_start + (1.0 - warmup_start) * batch / warmup_batches) if warmup_batches else 1.0
     return (
         base_lr * (1 + (batch / lr_batches) ** 2) ** -0.25 * (1 + (epoch / lr_epochs) ** 2) ** -0.25 * warmup

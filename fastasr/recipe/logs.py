@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training log: a CSV file, a row per step, that a resumed run goes on writing."""
+"""The training log, a CSV file with a row per step. A resumed run continues it."""
 
 import csv
 import os
@@ -9,7 +9,7 @@ COLUMNS = ("step", "epoch", "loss", "simple", "pruned", "ctc", "lr", "batch", "a
 
 
 class Log:
-    """Rows after ``step`` are dropped: they are of steps that the checkpoint does not have, and will come again."""
+    """A training log. Opening it drops the rows after ``step``, since a run resumed from there repeats these steps."""
 
     def __init__(self, path, step=0):
         self.path = Path(path)

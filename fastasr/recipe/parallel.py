@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process or several: ``torchrun`` starts them, DDP or FSDP2 joins them.
+"""Trains in one process or in several, which ``torchrun`` starts and DDP or FSDP2 joins.
 
-Every process knows the whole batch and takes its share of it, and losses are over the whole batch's frames: the
-gradients are those of one process.
+Every process knows the whole batch and takes its share of it. Losses are divided by the whole batch's frames, so the
+gradients equal those of a single process.
 """
 
 import os
@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 @dataclass
 class World:
-    """This process among all."""
+    """The position of this process among all processes of the run."""
 
     rank: int = 0
     size: int = 1
-    kind: str = "ddp"  # or fsdp
+    kind: str = "ddp"  # or "fsdp"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -28,7 +28,7 @@ class World:
 
 
 def start(kind, device):
-    """The World that ``torchrun`` has set up, or one process."""
+    """Returns the World that ``torchrun`` has set up, or that of a single process."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(device=device)
     if device.type == "cuda":
@@ -44,7 +44,7 @@ def stop():
 
 
 def wrap(model, world):
-    """The model that is called in training. FSDP2 changes ``model`` itself."""
+    """Returns the model to call in training. FSDP2 changes ``model`` itself."""
     if world.size == 1:
         return model
     if world.kind == "ddp":
@@ -54,7 +54,7 @@ def wrap(model, world):
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    scalars = {p for p in model.parameters() if p.ndim == 0}  # FSDP2 shards none
+    scalars = {p for p in model.parameters() if p.ndim == 0}  # FSDP2 cannot shard scalars
     encoder = model.encoder
     for stack in encoder.emformer_layers if hasattr(encoder, "emformer_layers") else encoder.encoders:
         fully_shard(stack, mesh=mesh, ignored_params=scalars)
@@ -63,7 +63,7 @@ def wrap(model, world):
 
 
 def average_ignored_gradients(model, world):
-    """What FSDP2 leaves out: the gradients of parameters that it does not shard."""
+    """Averages the gradients of the parameters that FSDP2 does not shard, since FSDP2 leaves these out."""
     if world.size == 1 or world.kind != "fsdp":
         return
     grads = [p.grad for p in model.parameters() if not isinstance(p, DTensor) and p.grad is not None]
@@ -75,7 +75,7 @@ def average_ignored_gradients(model, world):
 
 
 def total(values, world):
-    """The sums over all processes of a list of numbers."""
+    """Returns the sums of a list of numbers over all processes."""
     if world.size == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
@@ -84,17 +84,17 @@ def total(values, world):
 
 
 def local(x):
-    """This process's shard of a tensor that may be sharded."""
+    """Returns this process's shard of a tensor that may be sharded."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def full(x):
-    """The whole of a tensor that may be sharded; all processes call it."""
+    """Returns the whole of a tensor that may be sharded. All processes must call it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def like(x, parameter):
-    """x, whole, sharded as ``parameter`` is."""
+    """Shards the whole tensor x as ``parameter`` is sharded."""
     x = x.to(parameter.device)
     if isinstance(parameter, DTensor) and x.ndim:
         return distribute_tensor(x, parameter.device_mesh, parameter.placements)

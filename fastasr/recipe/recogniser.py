@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model, from its checkpoint or its ONNX files, that reads recordings: whole, or as they come."""
+"""Transcribes recordings, whole or as streams, with a trained model from its checkpoint or its ONNX files."""
 
 import json
 from dataclasses import dataclass
@@ -14,12 +14,14 @@ from fastasr.recipe import checkpoints, sizes, speech
 from fastasr.recipe.transducers import Transducer
 from fastasr.recipe.units import Units
 
-DESCRIPTION = "recogniser.json"  # beside the ONNX files
+DESCRIPTION = "recogniser.json"  # the file beside the ONNX files
 
 
 @dataclass
 class Recogniser:
-    """``model`` is an AsrModel or another encoder's Transducer in eval mode, or a pair of streaming ONNX models,
+    """A trained model with its units and features.
+
+    ``model`` is an AsrModel or another encoder's Transducer in eval mode, or a pair of streaming ONNX models,
     (transducer, CTC).
     """
 
@@ -29,8 +31,8 @@ class Recogniser:
     bins: int
 
     def search(self, method, beam=4):
-        """(StreamingEncoder, search) of ``method``: greedy, beam, ctc-greedy or ctc-beam. Raises ValueError for a model
-        that does not stream.
+        """Returns the stream encoder and the search of ``method``, which is "greedy", "beam", "ctc-greedy" or
+        "ctc-beam". Raises ValueError if the model does not stream.
         """
         search, model, ctc = self._search(method, beam), self._model(method), method.startswith("ctc-")
         if isinstance(model, Transducer):
@@ -53,7 +55,8 @@ class Recogniser:
         return made[method]()
 
     def samples(self, path, convert=False):
-        """The samples at the model's rate. Raises ValueError for another rate, unless it may ``convert``."""
+        """Returns a recording's samples at the model's rate. It resamples another rate if ``convert`` is set and raises
+        ValueError otherwise."""
         clip = speech.read_wav(path)
         if clip.rate != self.rate:
             if not convert:
@@ -64,7 +67,7 @@ class Recogniser:
         return clip.samples
 
     def stream(self, parts, method="greedy", beam=4):
-        """Yields the text so far, and Decoded, after every chunk of ``parts``, pieces of samples as they come."""
+        """Yields (text so far, Decoded) after every chunk. ``parts`` yields pieces of samples as they arrive."""
         computer = speech.features_of_stream(self.rate, self.bins)
 
         def features():
@@ -75,7 +78,7 @@ class Recogniser:
         yield from self.stream_features(features(), method, beam)
 
     def stream_features(self, parts, method="greedy", beam=4):
-        """As ``stream``, of pieces of features (frames, bins)."""
+        """Does the same as ``stream`` for pieces of features (frames, bins)."""
         encoder, search = self.search(method, beam)
         chunks = decoding.FeatureChunks(encoder.chunk_size, encoder.right_context)
         state = search.start()
@@ -95,12 +98,12 @@ class Recogniser:
         yield found
 
     def transcribe(self, samples, method="greedy", beam=4):
-        """(text, Decoded) of a whole recording. PyTorch models encode it at once, ONNX streams chunk by chunk."""
+        """Returns (text, Decoded) of a whole recording. PyTorch models encode it at once, ONNX models in chunks."""
         if isinstance(self.model, tuple):
             return list(self.stream([samples], method, beam))[-1]
         search = self._search(method, beam)
         x = speech.fbank(samples, self.rate, self.bins)
-        # As much silence as a stream ends with: the last word's frames are whole.
+        # A stream ends with as much silence, which the front end needs for the last word's frames.
         x = torch.nn.functional.pad(x, (0, 0, 0, 32), value=decoding.chunks.SILENCE).unsqueeze(0)
         lengths = torch.tensor([x.shape[1]])
         y, y_lens = decoding.encode(self.model, x, lengths, ctc=method.startswith("ctc-"))
@@ -109,7 +112,7 @@ class Recogniser:
 
 
 def disagreements(one, other, utterances, method="greedy"):
-    """[(name, text, other text)] of the utterances that two recognisers, streaming, read differently."""
+    """Returns [(name, text, other text)] for the utterances that two recognisers transcribe differently as streams."""
     found = []
     for utterance in utterances:
         texts = [list(r.stream_features([utterance.features[0]], method))[-1][0] for r in (one, other)]
@@ -119,7 +122,7 @@ def disagreements(one, other, utterances, method="greedy"):
 
 
 def load(path):
-    """From a checkpoint file, or a folder that ``export`` has written. Raises ValueError."""
+    """Loads a Recogniser from a checkpoint or from a folder that ``export`` wrote. Raises ValueError if it cannot."""
     path = Path(path)
     if path.is_dir() and (path / DESCRIPTION).is_file():
         return _load_onnx(path)
@@ -136,14 +139,14 @@ def load(path):
 
 
 def _units_for(vocabulary, units, path):
-    """The units, when each token of the model is one of them."""
+    """Returns the units if each token of the model is one of them. Raises ValueError otherwise."""
     if len(units) != vocabulary:
         raise ValueError(f"{path} has {len(units)} tokens, its model {vocabulary}: they are of another model")
     return units
 
 
 def export(path, folder):
-    """Writes the ONNX files of a checkpoint, its tokens, and what ``load`` needs besides."""
+    """Writes the ONNX files of a checkpoint, its tokens and the description that ``load`` reads."""
     from fastasr.export import export_onnx
 
     recogniser = load(path)

@@ -6,10 +6,10 @@ For a tensor p with root mean square r, gradient g and step t:
     v <- b2 v + (1 - b2) g^2                       d = -lr max(r, min_rms) g / (sqrt(v / (1 - b2^(t+1))) + eps)
     m <- b1 m + (1 - b1) (d + p s)                 p <- p + m
 
-and every fourth step s, else 0, is Adam's step for log r: its gradient is sum(p g). Tensors of one element have
-no r; their rate is ``scalar_lr_scale`` times the others'. Gradients are scaled down to ``clipping_scale`` times
-the median, over 100 steps, of their norm, in which g counts r times. A common factor of all gradients changes
-nothing but for eps.
+where s is 0 except at every fourth step: there it is Adam's step for log r, whose gradient is sum(p g). Tensors of one
+element have no r; their rate is ``scalar_lr_scale`` times that of the others. If the norm of all r g exceeds
+``clipping_scale`` times its median over 100 steps, the gradients are scaled down to that. A common factor of all
+gradients has no effect except through eps.
 
 Yao et al., "Zipformer" (2024), section 3.5. Parameters may be sharded by FSDP2: sums over a tensor are then
 reduced over the shards, all tensors of the model at once.
@@ -22,13 +22,13 @@ from torch.distributed.tensor import DTensor
 from fastasr.recipe.parallel import local
 
 SIZE_PERIOD = 4  # steps between changes of size
-CLIPPING_PERIOD = 100  # steps of which the median is taken
-EARLY_ESTIMATES = (10, 20, 40)  # steps at which it is taken before that, and doubled
+CLIPPING_PERIOD = 100  # steps over which the median is taken
+EARLY_ESTIMATES = (10, 20, 40)  # earlier steps at which a median is taken; the limit is then twice as large
 MAX_SIZE_STEP = 0.1
 
 
 class ScaledAdam(torch.optim.Optimizer):
-    """Arguments as above. ``params`` are parameters; groups are not supported: give each its own optimizer."""
+    """The optimizer of the formulas above. ``params`` are parameters; for parameter groups, make one optimizer each."""
 
     _flat = None
 
@@ -89,7 +89,7 @@ class ScaledAdam(torch.optim.Optimizer):
         group["norm_threshold"] = None
 
     def _move(self, group, flat, change):
-        """p <- p + m, with the elements of all tensors in one row: a tensor's own factors are in flat.scales."""
+        """Computes p <- p + m with the elements of all tensors in one row; flat.scales holds each tensor's factors."""
         beta1, beta2 = group["betas"]
         squares, moments = flat.buffers["exp_avg_sq"], flat.buffers["delta"]
         squares.mul_(beta2).addcmul_(flat.grad, flat.grad, value=1 - beta2)
@@ -107,7 +107,7 @@ class ScaledAdam(torch.optim.Optimizer):
             p.clamp_(-group["scalar_max"], group["scalar_max"])
 
     def _sizes(self, group, flat):
-        """The relative change of each tensor's size (tensors,), every fourth step, else None."""
+        """Returns the relative change of each tensor's size, (tensors,), at every fourth step, else None."""
         step, rms, is_scalar = group["step"], group["rms"], flat.is_scalar
         turn = step % SIZE_PERIOD
         group["size_grads"][turn] = flat.sums(flat.rows(), flat.grads)
@@ -148,15 +148,15 @@ class ScaledAdam(torch.optim.Optimizer):
         if group["norm_threshold"] is None:
             return
         factor = group["norm_threshold"] / (float(norm) + 1e-20)
-        if factor != factor or factor == 0:  # a gradient that is not finite: this step goes on without
+        if factor != factor or factor == 0:  # a gradient is not finite: this step uses none
             flat.grad.zero_()
         elif factor < 1:
             flat.grad.mul_(factor)
 
 
 class _Flat:
-    """Gradients and moments of all tensors (their local shards) end to end: a step over 300 small tensors is all
-    calls. ``state[p]["exp_avg_sq"]`` and ``["delta"]`` are views of the buffers.
+    """Buffers with the gradients and moments of all tensors (their local shards) in one row, because a step over 300
+    separate small tensors spends its time on calls. ``state[p]["exp_avg_sq"]`` and ``["delta"]`` are views of them.
     """
 
     def __init__(self, parameters, state):
@@ -189,7 +189,7 @@ class _Flat:
         return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
 
     def holds(self, state):
-        """Whether the state is still this one: a loaded one is not."""
+        """Whether the state's tensors are still views of these buffers. Those of a loaded state are not."""
         return all(state[p].get(name) is tensor for p, name, tensor in self._states)
 
     def take_gradients(self):
@@ -207,11 +207,12 @@ class _Flat:
         return (self.sums(rows, rows) / self.sizes).sqrt()
 
     def rows(self):
-        """The parameters, each in one row."""
+        """Returns the parameters, each flattened."""
         return [p.reshape(-1).float() for p in self.params]
 
     def sums(self, one, other):
-        """Each tensor's sum of products (tensors,), over all shards; of ``rows()`` and ``grads``."""
+        """Returns each tensor's sum of products, (tensors,), over all shards. The arguments are lists like ``rows()``
+        and ``grads``."""
         sums = torch.stack([torch.dot(a, b) for a, b in zip(one, other, strict=True)])
         if self.is_sharded:
             parts = sums.masked_fill(~self.sharded, 0.0)
@@ -222,7 +223,7 @@ class _Flat:
 
 
 def _sharded_as(parameter, x):
-    """x, a local shard, as a part of what ``parameter`` is a part of."""
+    """Makes the local shard x a sharded tensor with the sharding of ``parameter``."""
     if not isinstance(parameter, DTensor):
         return x
     return DTensor.from_local(

@@ -3,7 +3,10 @@
 
 
 def error_rate(references, hypotheses):
-    """Insertions, deletions and substitutions over the references' length; sequences of sequences of symbols."""
+    """Returns (insertions + deletions + substitutions) / (length of the references).
+
+    Both arguments are sequences of sequences of symbols.
+    """
     import kaldialign
 
     pairs = zip(references, hypotheses, strict=True)
@@ -12,6 +15,6 @@ def error_rate(references, hypotheses):
 
 
 def rates(references, hypotheses):
-    """{"cer": ..., "wer": ...} of texts. Spaces count as characters."""
+    """Returns {"cer": ..., "wer": ...} of texts. Spaces count as characters."""
     words = [text.split() for text in references], [text.split() for text in hypotheses]
     return {"cer": error_rate(references, hypotheses), "wer": error_rate(*words)}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models of the recipe: causal Zipformers, Emformers and E-Branchformers with a transducer and CTC, ours or with an
-upstream package's encoder."""
+"""The models of the recipe: causal Zipformers, Emformers and E-Branchformers with a transducer and CTC. The encoder is
+ours or an upstream package's."""
 
 import torch
 
@@ -9,7 +9,7 @@ from fastasr.recipe.transducers import TRANSDUCERS
 
 ZIPFORMER = "zipformer"
 ENCODERS = (ZIPFORMER, *TRANSDUCERS)
-CHUNK, LEFT_CONTEXT = 16, 64  # frames of 20 ms when streaming: 0.32 s, and 1.28 s before it
+CHUNK, LEFT_CONTEXT = 16, 64  # frames of 20 ms when streaming: 0.32 s, and the 1.28 s before it
 _COMMON = {
     "query_head_dim": "16",
     "pos_head_dim": "4",
@@ -20,7 +20,7 @@ _COMMON = {
     "context_size": 2,
 }
 _ZIPFORMERS = {
-    "tiny": {  # for tests: seconds
+    "tiny": {  # for tests; it trains in seconds
         **_COMMON,
         "downsampling_factor": "1,2",
         "encoder_dim": "24,32",
@@ -107,7 +107,7 @@ def config(
     left_context_frames="64,128,-1",
     encoder=ZIPFORMER,
 ):
-    """Arguments of ``build``. chunk_size and left_context_frames are Zipformer's."""
+    """Returns the arguments of ``build``. chunk_size and left_context_frames apply to the Zipformer only."""
     if encoder not in SIZES:
         raise ValueError(f"encoder must be one of {', '.join(SIZES)}, got {encoder!r}")
     if size not in SIZES[encoder]:
@@ -119,20 +119,20 @@ def config(
 
 
 def encoder_of(arguments):
-    """The name of the encoder that ``arguments`` are of."""
+    """Returns the name of the encoder that ``arguments`` describe."""
     return arguments.get("encoder", ZIPFORMER)
 
 
 def streaming(arguments):
-    """The arguments of the same model with the one chunk size that it streams with."""
+    """Returns the arguments of the same model with the single chunk size that it streams with."""
     if encoder_of(arguments) != ZIPFORMER:
         return arguments
     return {**arguments, "chunk_size": str(CHUNK), "left_context_frames": str(LEFT_CONTEXT)}
 
 
 def build(arguments, upstream=False):
-    """A model of ours, or of an upstream package with the same parameters: all of the PyPI package's, of the others the
-    encoder.
+    """Returns our model, or one from an upstream package with the same parameters. The Zipformer is then entirely
+    upstream's; of the other models only the encoder is.
     """
     if encoder_of(arguments) != ZIPFORMER:
         return _other(upstream, **arguments)
@@ -156,7 +156,7 @@ def _other(upstream, encoder, **arguments):
 
 
 def without_regularisers(model):
-    """Nothing random is left of a training step: no dropout, no skipping, no balancers, no whitening."""
+    """Turns off dropout, skipping, balancers and whitening, so that a training step draws no random numbers."""
     model.eval()
     for module in model.modules():
         if type(module).__name__ == "Balancer":
@@ -165,7 +165,7 @@ def without_regularisers(model):
         elif type(module).__name__ == "Whiten":
             module.grad_scale = 0.0
     encoder = model.encoder
-    if hasattr(encoder, "left_context_frames"):  # a Zipformer, which draws a chunk size
+    if hasattr(encoder, "left_context_frames"):  # only the Zipformer draws a chunk size
         encoder.chunk_size, encoder.left_context_frames = (-1,), (-1,)
     return model
 
@@ -175,7 +175,7 @@ def parameters_of(model):
 
 
 def on(device):
-    """A torch device; ValueError when there is none of the kind."""
+    """Returns a torch device. Raises ValueError if this machine has no such device."""
     made = torch.device(device)
     if made.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"there is no CUDA device for --device {device}")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recordings with transcripts: Debian's telephone prompts, or a folder of one's own; their features.
+"""Recordings with transcripts, from Debian's telephone prompts or the user's folder, and their features.
 
-Features are log-mel filterbanks of kaldi-native-fbank at the recordings' own rate: the prompts' 8 kHz need no 80 bins.
+Features are log-mel filterbanks of kaldi-native-fbank at the recordings' own rate. The prompts have 8 kHz, for which
+fewer than 80 bins suffice.
 """
 
 import re
@@ -15,20 +16,20 @@ from fastasr.audio.features import resample
 
 RATE = 8000
 BINS = 40
-HIGH_FREQ = -200.0  # Hz from Nyquist
+HIGH_FREQ = -200.0  # Hz relative to the Nyquist frequency
 SHORTEST, LONGEST = 0.4, 20.0  # seconds
-HELD_OUT = 10  # every tenth prompt, by its name
+HELD_OUT = 10  # one prompt in ten is held out, chosen by a hash of its name
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _LETTERS = re.compile(r"^[a-z' ]+$")
 
 
 class NoSpeech(ValueError):
-    """There are no recordings to train with, and why."""
+    """Raised if there are no recordings to train with; the message gives the reason."""
 
 
 @dataclass
 class Utterance:
-    """A recording's name, features (frames, bins) at several speeds, and its words."""
+    """A recording: its name, its features (frames, bins) at several speeds, and its words."""
 
     name: str
     features: list[torch.Tensor]
@@ -40,16 +41,17 @@ class Utterance:
 
 
 def plain_text(text):
-    """Lower-case letters and apostrophes, digits as words; None where that would not be what is said."""
+    """Returns the text in lower-case letters and apostrophes, with digits as words; None if this would differ from the
+    spoken words."""
     text = text.lower().replace("’", "'")
-    text = re.sub(r"\[.*?\]", " ", text)  # the sign that a prompt names
+    text = re.sub(r"\[.*?\]", " ", text)  # a prompt's name of a sign, such as [pound]
     text = re.sub(r"\d", lambda digit: f" {DIGITS[int(digit[0])]} ", text)
     text = " ".join(re.sub(r"[,.?!:;\"\-]", " ", text).split())
     return text if _LETTERS.match(text) else None
 
 
 def read_wav(path):
-    """A Clip. Raises ValueError for what is no recording or an empty one."""
+    """Reads a recording as a Clip. Raises ValueError if the file is not a recording or is empty."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
@@ -60,20 +62,20 @@ def read_wav(path):
 
 
 def fbank(samples, rate=RATE, bins=BINS):
-    """(frames, bins): the recipe's features of a recording."""
+    """Returns the recipe's features (frames, bins) of a recording."""
     return features.fbank(samples, rate, bins, HIGH_FREQ)
 
 
 def features_of_stream(rate=RATE, bins=BINS):
-    """The recipe's features of samples as they come, each frame once."""
+    """Returns an FbankStream, which computes the recipe's features of samples as they arrive."""
     return features.FbankStream(rate, bins, HIGH_FREQ)
 
 
 def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None):
-    """(training utterances, held-out ones). ``cache`` keeps the downloaded prompts. Raises NoSpeech.
+    """Returns (training utterances, held-out utterances). ``cache`` keeps the downloaded prompts.
 
-    Held-out prompts are known by their names, and the training set has no prompt of the same words. What is left out,
-    and why, is said in one line.
+    A hash of the name decides which prompts are held out, and the training set has no prompt with the same words.
+    ``say`` gets one line about the recordings that are left out and why. Raises NoSpeech if none remain.
     """
     clips = _clips(cache, folder, say)[:limit]
     found, unusable = [], {}
@@ -101,7 +103,7 @@ def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None):
 
 
 def _why_unusable(clip):
-    """Why nothing can be learned from a recording; "" when it can."""
+    """Returns why a recording cannot be used for training; "" if it can."""
     if not (clip.text or "").strip():
         return "without a transcript"
     if plain_text(clip.text) is None:
@@ -135,7 +137,7 @@ def _clips(cache, folder, say):
 
 def _utterance(clip, text, speeds):
     samples = resample(clip.samples, clip.rate, RATE)
-    # Played faster: fewer samples at the same rate.
+    # Faster speech has fewer samples at the same rate.
     versions = [
         samples if s == 1.0 else resample(samples, round(RATE * s / 100), RATE // 100) for s in speeds
     ]

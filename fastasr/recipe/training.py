@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: a step depends on nothing but the checkpoint before it, the seed and its number.
+"""The training loop. A step depends only on the checkpoint before it, the seed and its number.
 
-So a run that was killed and resumed has the losses of one that was not, and several processes those of one (without
-regularisers, whose draws are of each process).
+A run that was killed and resumed therefore has the same losses as one without interruption. Several processes have the
+losses of one, except with regularisers, because each process draws their random numbers by itself.
 """
 
 import contextlib
@@ -25,14 +25,15 @@ from fastasr.recipe.scaled_adam import ScaledAdam
 from fastasr.recipe.units import Units
 
 SIMPLE_SCALE, CTC_SCALE, LM_SCALE = 0.5, 0.2, 0.25
-# With ten times as much, AdamW makes the output of encoders with LayerNorm one vector for all frames in 100 steps.
+# With ten times the rate, AdamW collapses the output of encoders with LayerNorm to one vector for all frames within
+# 100 steps.
 BASE_LR = {"zipformer": 0.045, "emformer": 0.0003, "e_branchformer": 0.0003}
-SLOWEST = 1.15  # a recording lasts so many times longer at the lowest of its speeds, with some room
+SLOWEST = 1.15  # a recording lasts at most this many times longer at the lowest of its speeds
 
 
 @dataclass
 class Options:
-    """Of a run. What is in ``FIXED`` must not change when it is resumed."""
+    """The options of one training run. Those in ``FIXED`` must not change when the run is resumed."""
 
     out: Path
     steps: int = 1000
@@ -40,19 +41,19 @@ class Options:
     size: str = "small"
     max_duration: float = 15.0  # seconds of a batch, padding included
     seed: int = 1
-    base_lr: float | None = None  # of Eden; None: the encoder's own
+    base_lr: float | None = None  # Eden's base rate; None: ``BASE_LR`` of the encoder
     lr_batches: float = 2000.0
     lr_epochs: float = 30.0
     warmup: int = 100  # steps until the pruned loss counts in full and the learning rate is reached
-    schedule_speed: float = 40.0  # the modules' schedules are of 20000 batches
-    average_over: int = 400  # steps that the averaged model is of
+    schedule_speed: float = 40.0  # batches of the modules' schedules (20000 long) that a step counts as
+    average_over: int = 400  # steps over which the averaged model is taken
     checkpoint_every: int = 1
-    evaluate_every: int = 0  # steps; 0: at the end
+    evaluate_every: int = 0  # steps; 0: only at the end
     augment: bool = True
-    mask_after: int = 500  # steps: SpecAugment begins when there is something to hide
-    plain: bool = False  # without regularisers
+    mask_after: int = 500  # steps before SpecAugment begins
+    plain: bool = False  # train without regularisers
     bf16: bool = False
-    backend: str = ""  # of fastasr's kernels; "" is automatic
+    backend: str = ""  # backend of fastasr's kernels; "" is automatic
     upstream: bool = False
     swap: bool = True
     FIXED = ("encoder", "size", "max_duration", "seed", "plain", "augment", "upstream")
@@ -60,18 +61,19 @@ class Options:
 
 @dataclass
 class Progress:
-    """Where a run stands."""
+    """The state of a run between two steps."""
 
     step: int = 0
     epoch: int = 0
-    index: int = 0  # of the batch within the epoch
+    index: int = 0  # number of the next batch within the epoch
     seconds: float = 0.0
     averaged: int = 0
-    scores: list = field(default_factory=list)  # [step, CER, WER] of every evaluation on the way
+    scores: list = field(default_factory=list)  # [step, CER, WER] of every evaluation so far
 
 
 class Trainer:
-    """Trains on utterances; ``run`` returns the held-out error rates. ``say`` prints a line, ``show(row)`` a step."""
+    """Trains on utterances; ``run`` returns the held-out error rates. ``say`` prints a line, ``show(row)`` a step's row
+    of the log."""
 
     def __init__(self, options, training, held_out, units, world=None, say=print, show=lambda row: None):
         self.options, self.held_out, self.units = options, held_out, units
@@ -96,7 +98,7 @@ class Trainer:
         self._stopped = False
 
     def _usable(self, training):
-        """Utterances with at least one frame of output per token, and their tokens."""
+        """Returns the utterances that have at least one frame of output per token, and their tokens."""
         kept = []
         for utterance in training:
             tokens = self.units.encode(utterance.text)
@@ -112,7 +114,7 @@ class Trainer:
             self.say(f"accelerate: {len(report.replaced)} modules replaced")
             return
         if self.options.encoder != sizes.ZIPFORMER:
-            return  # its losses are ours
+            return  # only the encoder is upstream's; the losses are ours
         from zipformer.modules import model as upstream
 
         try:
@@ -123,7 +125,8 @@ class Trainer:
 
     # ----------------------------------------------------------------------- the run
     def run(self):
-        """Trains from the checkpoint in ``out`` when there is one. {"cer", "wer", ...} of the averaged model."""
+        """Trains, starting from the checkpoint in ``out`` if there is one. Returns {"cer", "wer", ...} of the averaged
+        model."""
         out = Path(self.options.out)
         if self.world.first:
             out.mkdir(parents=True, exist_ok=True)
@@ -164,14 +167,14 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self):
-        """SIGTERM and the first Ctrl-C end the run after the step that it is in."""
+        """Inside this context, SIGTERM and the first Ctrl-C end the run after the current step."""
 
         def stop(*_):
             self._stopped = True
 
         try:
             before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread
+        except ValueError:  # only the main thread may set signal handlers
             before = {}
         try:
             yield
@@ -181,7 +184,7 @@ class Trainer:
 
     # ----------------------------------------------------------------------- a step
     def step(self):
-        """Trains on the next batch; the log's row, without ``seconds``."""
+        """Trains on the next batch. Returns the log's row without ``seconds``."""
         options, progress, world = self.options, self.progress, self.world
         indices, shares = self._next_batch()
         x, lengths, tokens, weight = self._inputs(indices)
@@ -222,7 +225,7 @@ class Trainer:
         }
 
     def epoch_batches(self, epoch):
-        """The batches of an epoch, lists of indices into ``training``."""
+        """Returns the batches of an epoch as lists of indices into ``training``."""
         if self._batches is None or self._batches[0] != epoch:
             seconds = [SLOWEST * u.seconds for u in self.training]
             found = batches.epoch_batches(seconds, self.options.max_duration, self.options.seed, epoch)
@@ -230,7 +233,7 @@ class Trainer:
         return self._batches[1]
 
     def _next_batch(self):
-        """(indices of the whole batch, its frames of output)."""
+        """Returns (indices of the whole batch, its number of output frames)."""
         progress = self.progress
         found = self.epoch_batches(progress.epoch)
         indices = found[progress.index]
@@ -248,7 +251,8 @@ class Trainer:
         return features[self._draw(index).randrange(len(features)) if self.options.augment else 0]
 
     def _inputs(self, indices):
-        """This process's share: features, lengths, tokens, and 0 where it has none of its own, else 1."""
+        """Returns this process's share of the batch: features, lengths, tokens, and a weight, which is 0 if the share
+        is empty and 1 otherwise."""
         own = indices[self.world.rank :: self.world.size]
         weight = 1.0 if own else 0.0
         own = own or indices[:1]
@@ -268,13 +272,13 @@ class Trainer:
         self.progress.averaged += 1
         weight = max(
             min(1.0, 4 / self.progress.averaged), 2 / self.options.average_over
-        )  # of the last quarter at first
+        )  # at first, the average is over the last quarter of the steps
         parameters = [parallel.local(p) for p in self.model.parameters()]
         torch._foreach_lerp_([parallel.local(mean) for mean in self.average], parameters, weight)
 
     # ----------------------------------------------------------------------- state
     def state(self):
-        """What a run goes on from; all processes call it."""
+        """Returns the content of a checkpoint. All processes must call it."""
         return {
             "model": checkpoints.model_state(self.model),
             "model_avg": checkpoints.model_state(self.model, self.average),
@@ -289,7 +293,7 @@ class Trainer:
 
     def resume(self, state):
         for name in Options.FIXED:
-            found = state["options"].get(name, getattr(Options, name))  # older runs lack the younger options
+            found = state["options"].get(name, getattr(Options, name))  # older checkpoints lack newer options
             if found != getattr(self.options, name):
                 raise ValueError(
                     f"{self.options.out} holds a run with {name} {found}, not "
@@ -311,7 +315,7 @@ class Trainer:
     # ----------------------------------------------------------------------- held-out
     @torch.no_grad()
     def evaluate(self):
-        """Error rates of the averaged model, streaming with the chunk size that it is for, on the first process."""
+        """Returns the error rates of the averaged model, which streams with its own chunk size on the first process."""
         state = checkpoints.model_state(self.model, self.average)
         if not self.world.first:
             return None
@@ -353,14 +357,14 @@ class Trainer:
 
 
 def _optimizer(encoder, model, lr):
-    """ScaledAdam, which is Zipformer's; AdamW for encoders with LayerNorm, as upstream trains them."""
+    """Returns ScaledAdam for the Zipformer and AdamW for encoders with LayerNorm, as upstream trains them."""
     if encoder == sizes.ZIPFORMER:
         return ScaledAdam(model.parameters(), lr=lr)
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
 
 
 def learn_units(kind, training):
-    """Units from the transcripts that are trained on, and those of the alphabet besides."""
+    """Learns units from the training transcripts and the letters of the alphabet."""
     texts = [u.text for u in training]
     alphabet = "abcdefghijklmnopqrstuvwxyz' "
     return Units.learn(kind, [*texts, alphabet] if kind == "char" else texts)

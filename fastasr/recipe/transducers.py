@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipe's recognisers on other encoders than the Zipformer, with the heads of ``zipformer.AsrModel``: a transducer
-with its stateless prediction network, and CTC.
+"""The recipe's recognisers with other encoders than the Zipformer. They have the heads of ``zipformer.AsrModel``: a
+transducer with its stateless prediction network, and CTC.
 
-    Emformer         Zipformer's convolutional front end, every two of its frames as one, Emformer: it streams
-    E-Branchformer   ESPnet's encoder, its convolutional input layer included: it reads whole recordings
+    Emformer         Zipformer's convolutional front end, pairs of its frames joined, Emformer; it can stream
+    E-Branchformer   ESPnet's encoder with its convolutional input layer; it reads whole recordings
 
-A frame of their output is 40 ms, as the Zipformer's is.
+A frame of their output is 40 ms, as for the Zipformer.
 """
 
 import abc
@@ -25,18 +25,18 @@ from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.schedules import ScheduledFloat
 from fastasr.models.zipformer.subsampling import Conv2dSubsampling
 
-FRAMES = 4  # of features in one of output
-MEAN, DEVIATION = -6.0, 5.0  # of the prompts' features, for a front end that normalises none
-AHEAD = 3  # of the front end's frames, which its ConvNeXt layer sees of the future
+FRAMES = 4  # frames of features per frame of output
+MEAN, DEVIATION = -6.0, 5.0  # normalise the prompts' features for a front end that does not normalise
+AHEAD = 3  # future frames of the front end that its ConvNeXt layer sees
 
 
 class Transducer(TransducerLoss, CtcLoss, torch.nn.Module, abc.ABC):
-    """What is behind an ``encoder``, and the losses. ``forward_encoder``, ``stream`` and ``upstream_encoder`` are the
-    subclass's.
+    """The heads behind an ``encoder``, and their losses. A subclass makes the encoder and defines ``forward_encoder``,
+    ``stream`` and ``upstream_encoder``.
 
     Args:
         width: channels of the encoder's output.
-        vocab_size: tokens; 0 is blank. decoder_dim, context_size, joiner_dim: as AsrModel's.
+        vocab_size: number of tokens; 0 is blank. decoder_dim, context_size, joiner_dim: as for AsrModel.
     """
 
     def __init__(self, width, vocab_size, decoder_dim, joiner_dim, context_size):
@@ -62,15 +62,16 @@ class Transducer(TransducerLoss, CtcLoss, torch.nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def stream(self, ctc=False):
-        """A ``decoding.ChunkEncoder`` of this model for one stream. Raises ValueError where there is none."""
+        """Returns a ``decoding.ChunkEncoder`` of this model for one stream. Raises ValueError if it cannot stream."""
 
     @abc.abstractmethod
     def upstream_encoder(self):
-        """``encoder`` as upstream makes it, with the same parameters. Raises ImportError without its package."""
+        """Returns upstream's encoder with the parameters of ``encoder``. Raises ImportError without its package."""
 
 
 class EmformerTransducer(Transducer):
-    """Args beyond the heads': ``front_dim``, half of the Emformer's channels; lengths in frames of output."""
+    """A transducer with an Emformer. Its own arguments are ``front_dim``, half of the Emformer's channels, and those of
+    the Emformer, with lengths in frames of output."""
 
     NAME, PACKAGE = "an Emformer", "torchaudio"
 
@@ -112,7 +113,7 @@ class EmformerTransducer(Transducer):
     def forward_encoder(self, x, x_lens):
         lengths = (x_lens + (FRAMES - 1)) // FRAMES
         right = self.encoder.right_context_length
-        # What is behind the longest sequence is silence, as at the end of a stream.
+        # Silence follows the longest sequence, as at the end of a stream.
         frames = FRAMES * (int(lengths.max()) + right) + RIGHT_CONTEXT
         x = torch.nn.functional.pad(x, (0, 0, 0, frames - x.shape[1]), value=SILENCE)
         front, _ = self.encoder_embed(x, torch.full_like(x_lens, frames))
@@ -129,15 +130,15 @@ class EmformerTransducer(Transducer):
 
 
 class EmformerStream:
-    """The chunks of one stream, as ``decoding.ChunkEncoder``: a segment of the Emformer each.
+    """Encodes the chunks of one stream, as ``decoding.ChunkEncoder`` does. A chunk is one segment of the Emformer.
 
-    A chunk ends with the features of the segment's right context. The next one begins where the segment ends, so the
-    front end's cache is that of there.
+    A chunk ends with the features of the segment's right context. The next chunk begins where the segment ends, so the
+    front end's cache is taken at that place.
     """
 
     def __init__(self, model, ctc=False):
         self.model, self.head = model, model.ctc_output if ctc else None
-        self.chunk_size = 2 * model.encoder.segment_length  # frames of the front end
+        self.chunk_size = 2 * model.encoder.segment_length  # in frames of the front end
         self.right_context = RIGHT_CONTEXT + FRAMES * model.encoder.right_context_length
         self.states = None
         self.cache = model.encoder_embed.get_init_states(1, next(model.parameters()).device)
@@ -156,7 +157,7 @@ class EmformerStream:
 
 
 class EBranchformerTransducer(Transducer):
-    """Args beyond the heads': those of ESPnet's encoder."""
+    """A transducer with an E-Branchformer. Its own arguments are those of ESPnet's encoder."""
 
     NAME, PACKAGE = "an E-Branchformer", "espnet"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens of a text: characters, or pieces of words that sentencepiece learns. Id 0 is blank."""
+"""Splits texts into tokens: characters, or pieces of words that sentencepiece learns. Id 0 is blank."""
 
 import io
 
@@ -10,7 +10,7 @@ SPACE = "▁"
 
 
 class Units:
-    """A token table and how text becomes tokens. ``model``: sentencepiece's, in bytes; None for characters."""
+    """A token table with its tokeniser. ``model``: sentencepiece's model in bytes, or None for characters."""
 
     def __init__(self, table, model=None):
         self.table = table
@@ -19,7 +19,7 @@ class Units:
 
     @staticmethod
     def learn(kind, texts):
-        """``kind``: "char", or "bpe:N" for N tokens."""
+        """Learns units from texts. ``kind`` is "char", or "bpe:N" for N tokens."""
         if kind == "char":
             symbols = [BLANK, SPACE, *sorted(set("".join(texts)) - {" "})]
             return Units(SymbolTable.from_str("".join(f"{s} {i}\n" for i, s in enumerate(symbols))))
@@ -51,7 +51,7 @@ class Units:
         return len(self.table)
 
     def encode(self, text):
-        """Tokens of a text. Raises ValueError for an empty text and for a character outside the table."""
+        """Returns the tokens of a text. Raises ValueError for an empty text and a character outside the table."""
         if not text.strip():
             raise ValueError("the transcript is empty")
         if self._pieces is not None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs the chunks of a streaming encoder, and the plainest way of doing it: the model's own streaming_forward.
+"""The interface of streaming backends, and the simplest backend, which calls the model's own ``streaming_forward``.
 
 A backend holds the states of ``max_streams`` slots. A call takes the next chunk of any slots, in any order:
 
     s[slot], y = streaming_forward(x, s[slot])        for every slot of the call
 
-Frames that a stream has not had yet are masked in its left context, per slot: streams of different ages go together.
+The left context is masked per slot where a stream has not had the frames yet, so a call may mix streams of any age.
 """
 
 import abc
@@ -20,16 +20,16 @@ WEIGHTS = ("fp32", "bf16", "int8")
 
 
 class Backend(abc.ABC):
-    """The states of ``max_streams`` slots and a chunk of any of them.
+    """Holds the states of ``max_streams`` slots and runs chunks of them.
 
     Args:
-        model: has ``encoder`` and ``encoder_embed``, in eval mode, in float32.
+        model: a model in eval mode and float32 with ``encoder`` and ``encoder_embed``.
         chunk_size, left_context_frames: frames of the encoder, 20 ms each.
-        weights: fp32, bf16 or int8, what the large matrices are kept in; products are summed in fp32.
-        threads: of a call, on a CPU.
+        weights: "fp32", "bf16" or "int8", the storage of the large matrices; products are summed in fp32.
+        threads: threads of a call on a CPU.
 
-    ``streams_bytes`` are those of all states, ``weights_bytes`` of the weights that the backend keeps for itself, and
-    ``released`` is how many of the model's own it let go.
+    ``streams_bytes`` counts the bytes of all states, ``weights_bytes`` those of the backend's own copy of the weights,
+    and ``released`` those of the model's weights that the backend has freed.
     """
 
     name = "backend"
@@ -40,7 +40,7 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def __init__(
         self, model, chunk_size, left_context_frames, weights="fp32", max_streams=1, threads=1
-    ): ...  # what every backend takes
+    ): ...  # every backend takes these arguments
 
     @abc.abstractmethod
     def reset(self, slot):
@@ -62,9 +62,9 @@ class Backend(abc.ABC):
 
 
 class EagerBackend(Backend):
-    """The model's own ``streaming_forward``, on its device; of rounded copies of its matrices for bf16 and int8.
+    """Calls the model's own ``streaming_forward`` on its device, for bf16 and int8 with rounded copies of its matrices.
 
-    It is the fallback of other backends and what they are tested against. The model is not changed.
+    It is the fallback of the other backends and their reference in tests. It does not change the model.
     """
 
     name = "eager"
@@ -106,7 +106,7 @@ class EagerBackend(Backend):
             return self._advance(features.to(self.device), index)
 
     def _advance(self, features, index):
-        """A chunk of the slots of ``index``, (n,): what a CUDA graph holds."""
+        """Runs a chunk of the slots in ``index``, (n,). A CUDA graph records this method."""
         states = [s.index_select(dim, index) for s, dim in zip(self._states, self._dims, strict=True)]
         y, states = self._chunk(features, states)
         for all_slots, new, dim in zip(self._states, states, self._dims, strict=True):
@@ -135,7 +135,7 @@ class EagerBackend(Backend):
 
 
 def check_states(states, expected):
-    """ValueError unless ``states`` are a list of tensors shaped as ``expected``, those before the first chunk."""
+    """Raises ValueError unless ``states`` is a list of tensors with the shapes of ``expected``, the initial states."""
     if len(states) != len(expected):
         raise ValueError(f"import_states: expected {len(expected)} tensors, got {len(states)}")
     for i, (state, like) in enumerate(zip(states, expected, strict=True)):
@@ -145,14 +145,15 @@ def check_states(states, expected):
 
 
 def streaming_wrapper(model, chunk_size, left_context_frames):
-    """Upstream's streaming wrapper of a model that keeps its own chunk sizes: the encoder in it is a shallow copy."""
+    """Returns upstream's streaming wrapper of the model. It holds a shallow copy of the encoder, so the model keeps its
+    own chunk sizes."""
     encoder = copy.copy(model.encoder)
     encoder.chunk_size, encoder.left_context_frames = (chunk_size,), (left_context_frames,)
     return StreamingEncoderWrapper(encoder, model.encoder_embed)
 
 
 class EncoderPair(torch.nn.Module):
-    """The parts of a model that an engine is about."""
+    """The two parts of a model that a streaming engine uses."""
 
     def __init__(self, encoder, encoder_embed):
         super().__init__()
@@ -161,8 +162,8 @@ class EncoderPair(torch.nn.Module):
 
 @torch.no_grad()
 def _round_matrices(encoder, weights):
-    """Every matrix of the encoder's layers as it is after storage in bf16, or in int8 with a scale per row,
-    w = s round(w / s), s = max|w| / 127. The projection of positions, which packing computes beforehand, stays.
+    """Rounds every matrix of the encoder's layers as storage in bf16 does, or in int8 with a scale per row:
+    w = s round(w / s), s = max|w| / 127. The projection of positions stays exact, as packing applies it beforehand.
     """
     for name, parameter in encoder.named_parameters():
         if parameter.ndim != 2 or name.endswith("linear_pos.weight"):
@@ -175,7 +176,7 @@ def _round_matrices(encoder, weights):
 
 
 class _threads:
-    """torch's threads on a CPU, inside the block."""
+    """Sets the number of torch's CPU threads inside the block."""
 
     def __init__(self, count):
         self.count = count

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chunks on a GPU as CUDA graphs: a chunk is about 1,400 small kernels, and launching them takes longer than they run.
+"""Runs chunks on a GPU as CUDA graphs. A chunk has about 1,400 small kernels, whose launches take longer than they run.
 
-A graph is recorded per batch size, 1, 2, 4, ... up to max_streams, over static buffers: features, slot numbers, output.
-It begins by gathering the states of the slots that its buffer names and ends by scattering them back, so streams join
-and leave by a change of numbers. Rows of a graph that a call does not fill work on a slot of their own that nobody
-reads.
+One graph is recorded per batch size, 1, 2, 4, ... up to max_streams, over static buffers: features, slot numbers,
+output. It gathers the states of the slots whose numbers are in its buffer and scatters them back at the end, so a
+stream joins or leaves by a change of these numbers. Rows that a call does not fill use a scratch slot.
 """
 
 import torch
@@ -13,8 +12,8 @@ from fastasr.streaming.backend import EagerBackend
 
 
 class CudaGraphBackend(EagerBackend):
-    """EagerBackend whose chunks are replayed. ``record(function)`` returns what runs ``function`` again; the default
-    captures it on the GPU.
+    """An EagerBackend whose chunks are replayed. ``record(function)`` returns a function that repeats ``function``; the
+    default captures a graph on the GPU.
     """
 
     name = "cuda graph"
@@ -46,12 +45,12 @@ class CudaGraphBackend(EagerBackend):
 
     @property
     def recorded(self):
-        """The batch sizes that have a graph."""
+        """Returns the batch sizes that have a graph."""
         return sorted(self._graphs)
 
 
 def bucket_sizes(most):
-    """1, 2, 4, ... and ``most``."""
+    """Returns 1, 2, 4, ... and ``most``."""
     sizes = [1]
     while sizes[-1] < most:
         sizes.append(min(2 * sizes[-1], most))
@@ -75,7 +74,7 @@ class _Graph:
                 self.output = torch.empty_like(y)
             self.output.copy_(y)
 
-        chunk()  # on the slot that nobody reads: positions, libraries and buffers are made outside the recording
+        chunk()  # a first run on the scratch slot makes positions, libraries and buffers before the recording
         self.replay = backend._record(chunk)
 
     def run(self, features, slots):
@@ -87,7 +86,7 @@ class _Graph:
 
 
 def capture(function):
-    """``function``, recorded as a CUDA graph: the result replays it."""
+    """Records ``function`` as a CUDA graph and returns a function that replays it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

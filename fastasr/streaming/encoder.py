@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many streams through one encoder, chunk by chunk, as live recognition needs it."""
+"""Runs many streams through one encoder chunk by chunk, for live recognition."""
 
 import copy
 import time
@@ -14,15 +14,15 @@ from fastasr.streaming.features import StreamFeatures, frames_out, with_silence
 from fastasr.streaming.identify import identify
 
 BACKENDS = ("native", "cuda graph", "eager")
-_PROBE = 3  # chunks on which the error of rounded weights is measured
+_PROBE = 3  # chunks over which the error of rounded weights is measured
 
 
 @dataclass
 class EngineReport:
-    """Which backend serves and why; what it holds in bytes; what rounded weights change.
+    """The chosen backend with the reason, the bytes that it holds, and the error of rounded weights.
 
-    ``error`` is the difference of the output from the model's own in fp32, rms relative to rms, on noise: None for fp32
-    weights. ``released`` are bytes of the model's weights that were let go.
+    ``error`` is the rms difference from the model's own output in fp32, relative to that output's rms, on noise; it is
+    None for fp32 weights. ``released`` counts the bytes of the model's weights that were freed.
     """
 
     backend: str
@@ -57,8 +57,8 @@ class StreamingEncoder:
         y, lengths = encoder.step(features, [i, j])     # (2, 45, 80) -> (2, 8, channels)
         encoder.close(j)
 
-    Any subset of the open streams takes a chunk with a call; they may be of any age. For use by one thread at a time.
-    Values that are not finite stay in their own stream, until ``reset``.
+    A call takes a chunk of any subset of the open streams, which may be of any age. Only one thread may use the object
+    at a time. Values that are not finite stay in their own stream and disappear with ``reset``.
     """
 
     def __init__(self, backend, found, chunk_size, left_context_frames, max_streams, rate, bins, high_freq):
@@ -93,17 +93,17 @@ class StreamingEncoder:
         """Packs ``model.encoder`` and ``model.encoder_embed``, ours or upstream's, in eval mode and float32.
 
         Args:
-            chunk_size, left_context_frames: of those that the model was trained with, in frames of 20 ms.
-            weights: fp32, bf16 or int8: what the large matrices are kept in.
-            device: where to run; the model's own by default.
-            max_streams: streams that can be open at once; their states are allocated here.
-            release_weights: let go of the model's own weights; it can no longer be used then.
+            chunk_size, left_context_frames: values that the model was trained with, in frames of 20 ms.
+            weights: "fp32", "bf16" or "int8", the storage of the large matrices.
+            device: the device to run on; the model's own by default.
+            max_streams: number of streams that can be open at once; their states are allocated here.
+            release_weights: whether to free the model's own weights; the model cannot be used afterwards.
             threads: CPU threads of a call.
-            backend: native, "cuda graph" or eager; the best that serves by default. eager runs the model's own code,
-                whatever that is.
-            rate, bins, high_freq: of the features of ``push``; bins default to what the front end takes.
+            backend: "native", "cuda graph" or "eager"; by default the fastest one that supports the model. "eager"
+                runs the model's own code and needs no known version of it.
+            rate, bins, high_freq: parameters of the features that ``push`` computes; bins default to the front end's.
 
-        Raises TypeError for what is no such model, ValueError with the reason when it cannot be served.
+        Raises TypeError if ``model`` has no encoder or front end, ValueError with the reason if no backend supports it.
         """
         if weights not in WEIGHTS:
             raise ValueError(
@@ -146,11 +146,11 @@ class StreamingEncoder:
     # ------------------------------------------------------------------ streams
     @property
     def streams(self):
-        """The open streams, the oldest first."""
+        """The open streams in the order of their opening."""
         return list(self._slots)
 
     def open(self):
-        """A new stream, at its beginning. Raises RuntimeError when ``max_streams`` are open."""
+        """Opens a stream and returns its number. Raises RuntimeError if ``max_streams`` are open."""
         if not self._free:
             raise RuntimeError(
                 f"StreamingEncoder: all {self.max_streams} streams are open: close one, or make the "
@@ -169,7 +169,7 @@ class StreamingEncoder:
         self._audio.pop(stream, None)
 
     def reset(self, stream):
-        """The stream is at its beginning again, samples that wait included."""
+        """Puts the stream back to its beginning and drops the samples that wait."""
         self._backend.reset(self._slot("reset", stream))
         self._audio.pop(stream, None)
 
@@ -189,15 +189,16 @@ class StreamingEncoder:
 
     # ------------------------------------------------------------------ features
     def step(self, features, streams, lengths=None):
-        """The next chunk of each of ``streams``.
+        """Encodes the next chunk of each of ``streams``.
 
         Args:
             features: (n, 2 chunk_size + 13, bins), float32; the next chunk begins 2 chunk_size frames later. Fewer
-                frames are the end of an utterance: silence is put behind them.
-            streams: n open streams, each once.
+                frames mean the end of an utterance and are padded with silence.
+            streams: n different open streams.
             lengths: frames of each row before silence; all by default.
 
-        Returns (encoder_out (n, frames, channels), lengths (n,)): chunk_size / 2 frames, fewer where features ended.
+        Returns (encoder_out (n, frames, channels), lengths (n,)). A chunk gives chunk_size / 2 frames, fewer where the
+        features end.
         """
         streams = list(streams)
         slots = [self._slot("step", stream) for stream in streams]
@@ -242,7 +243,7 @@ class StreamingEncoder:
 
     # ------------------------------------------------------------------ samples
     def push(self, stream, samples, rate=None):
-        """Samples of a stream as they come, floats in [-1, 1] or int16. Returns how many of its chunks wait."""
+        """Adds samples, floats in [-1, 1] or int16, to a stream. Returns how many of its chunks wait."""
         self._slot("push", stream)
         audio = self._audio.get(stream)
         if audio is None:
@@ -252,7 +253,7 @@ class StreamingEncoder:
         return len(audio)
 
     def end(self, stream):
-        """There are no more samples: the rest becomes chunks. Returns how many wait."""
+        """Ends the samples of a stream and makes chunks of the rest. Returns how many of its chunks wait."""
         self._slot("end", stream)
         audio = self._audio.get(stream)
         if audio is None:
@@ -262,12 +263,13 @@ class StreamingEncoder:
 
     @property
     def ready(self):
-        """Streams for which a chunk of pushed samples waits."""
+        """Returns the streams for which a chunk of pushed samples waits."""
         return [stream for stream, audio in self._audio.items() if len(audio)]
 
     def advance(self, streams=None):
-        """One chunk of every stream that has one waiting, of ``streams`` or all: (streams, encoder_out (n, chunk_size /
-        2, channels)). Every frame counts, the silence at the end included: words that end there are decided in it.
+        """Encodes one waiting chunk of each of ``streams`` (default: all). Returns (the streams that had one,
+        encoder_out (n, chunk_size / 2, channels)). All frames count, even those of the silence at the end, because the
+        search decides the last words there.
         """
         ready = self.ready if streams is None else [s for s in self.ready if s in set(streams)]
         chunks = [self._audio[stream].take() for stream in ready]
@@ -276,11 +278,11 @@ class StreamingEncoder:
 
     # ------------------------------------------------------------------ states
     def export_states(self, stream):
-        """The stream's states as upstream's streaming wrapper has them, for a batch of one."""
+        """Returns the stream's states in the form of upstream's streaming wrapper, for a batch of one."""
         return self._backend.export_states(self._slot("export_states", stream))
 
     def import_states(self, stream, states):
-        """The stream goes on from these states, ours or upstream's. Raises ValueError when they do not fit."""
+        """Makes the stream continue from these states, ours or upstream's. Raises ValueError if they do not fit."""
         self._backend.import_states(self._slot("import_states", stream), list(states))
 
 
@@ -294,7 +296,7 @@ def _checked_bins(found, bins):
 
 
 def _on_device(pair, device):
-    """The pair where it shall run: itself, or a copy."""
+    """Returns the pair, or a copy of it on ``device`` if it is elsewhere."""
     own = next(pair.parameters()).device
     device = own if device is None else torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -305,7 +307,7 @@ def _on_device(pair, device):
 
 
 def _choose(wanted, pair, options, release):
-    """(backend, why it was chosen). Raises ValueError when none can do what is asked for."""
+    """Returns (backend, why it was chosen). Raises ValueError if no backend supports the request."""
     device = next(pair.parameters()).device
     if wanted is None and device.type == "cuda":
         wanted, why = "cuda graph", "the model is on a GPU"
@@ -331,7 +333,7 @@ def _choose(wanted, pair, options, release):
 
 
 def _native(pair, options, device):
-    """(NativeBackend, None) or (None, why not)."""
+    """Returns (NativeBackend, None), or (None, reason) if it does not support the model."""
     if device.type != "cpu":
         return None, f"it runs on CPUs, the model is on {device}"
     try:
@@ -346,13 +348,13 @@ def _native(pair, options, device):
 
 @torch.inference_mode()
 def _rounding_error(backend, pair, chunk_size, left_context_frames, bins):
-    """rms of the difference from the model's own output in fp32, over its rms, on a few chunks of noise."""
+    """Returns the rms difference from the model's own output in fp32, relative to its rms, on chunks of noise."""
     exact = EagerBackend(pair, chunk_size, left_context_frames)
     generator = torch.Generator().manual_seed(0)
     frames = 2 * chunk_size + RIGHT_CONTEXT
     difference = total = 0.0
     for _ in range(_PROBE):
-        features = torch.randn(1, frames, bins, generator=generator) * 3 - 6  # about as log-mel energies are
+        features = torch.randn(1, frames, bins, generator=generator) * 3 - 6  # like log-mel energies
         y, x = backend.step(features, [0]).double().cpu(), exact.step(features, [0]).double().cpu()
         difference, total = difference + (y - x).square().sum(), total + x.square().sum()
     backend.reset(0)

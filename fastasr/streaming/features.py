@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From samples as they come to the chunks of features that a streaming encoder takes."""
+"""Turns samples that arrive piece by piece into the chunks of features that a streaming encoder takes."""
 
 import collections
 
@@ -10,7 +10,7 @@ from fastasr.decoding.chunks import RIGHT_CONTEXT, SILENCE, FeatureChunks
 
 
 class StreamFeatures:
-    """The chunks of one stream of samples. ``push`` and ``end`` make them, ``take`` gives them in their order."""
+    """Makes the chunks of one stream of samples. ``push`` and ``end`` add to them, ``take`` returns the next one."""
 
     def __init__(self, rate, bins, chunk_size, high_freq=HIGH_FREQ):
         self.rate = rate
@@ -37,7 +37,7 @@ class StreamFeatures:
             self._ready.extend(self._chunks.accept(self._computer.accept(samples)))
 
     def end(self):
-        """There are no more samples: what is left becomes chunks, filled with silence."""
+        """Ends the samples: the rest becomes chunks, padded with silence."""
         if self._ended:
             return
         self._ended = True
@@ -49,7 +49,7 @@ class StreamFeatures:
 
 
 def as_samples(samples):
-    """float32 (n,) of floats in [-1, 1] or 16-bit integers, tensor or array."""
+    """Converts a tensor or array of floats in [-1, 1] or 16-bit integers to float32 (n,)."""
     samples = torch.as_tensor(samples)
     if samples.ndim != 1:
         raise ValueError(f"push: samples must be (n,), one channel, got {tuple(samples.shape)}")
@@ -64,8 +64,8 @@ def as_samples(samples):
 
 
 def utterance_chunks(features, chunk_size):
-    """Features (frames, bins) of a whole utterance as what ``StreamingEncoder.step`` takes: yields (chunk, length),
-    chunk (2 chunk_size + 13, bins) filled with silence, length its frames before that.
+    """Cuts features (frames, bins) of a whole utterance for ``StreamingEncoder.step``. Yields (chunk, length): chunk
+    (2 chunk_size + 13, bins) is padded with silence, length counts its frames before that.
     """
     step = 2 * chunk_size
     for start in range(0, len(features), step):
@@ -75,13 +75,13 @@ def utterance_chunks(features, chunk_size):
 
 
 def with_silence(features, frames):
-    """features (..., n, bins) with silence up to ``frames``."""
+    """Pads features (..., n, bins) with silence to ``frames`` frames."""
     missing = frames - features.shape[-2]
     return torch.nn.functional.pad(features, (0, 0, 0, missing), value=SILENCE) if missing else features
 
 
 def frames_out(length, chunk_size):
-    """Frames of a chunk's output that ``length`` frames of features reach: over all chunks as many as the encoder gives
-    for the whole utterance.
+    """Returns how many output frames a chunk with ``length`` frames of features has. Over all chunks of an utterance
+    these are as many as the encoder gives for the whole utterance.
     """
     return (min(max((length - 7) // 2, 0), chunk_size) + 1) // 2

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which models a streaming engine takes: causal Zipformers in eval mode whose code is known, with their front end.
+"""Decides whether a streaming engine can take a model. It takes causal Zipformers in eval mode whose code is known.
 
-A packed engine computes what it believes the model's code to be, so every module of the encoder must be ours, torch's,
-or of a version that was read. The swap's rules know the layers; what streaming runs besides is in ``STREAMING``.
+A packed engine does not run the model's code, so every module of the encoder must be ours, torch's, or of a known
+version. The swap's rules know the layers; ``STREAMING`` lists the other methods that streaming runs.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _OURS = ("fastasr.models.zipformer.", "fastasr.models.common.")
 _PACKAGE, _ICEFALL, _EVERY = PACKAGE.origin, ICEFALL.origin, BOTH.origin
 
 _ENCODER = ("streaming_forward", "get_init_states")
-# Class name -> the methods that a chunk runs, and the fingerprints of the versions that were read.
+# Class name -> the methods that a chunk runs, and the fingerprints of the known versions.
 STREAMING = {
     "Zipformer": (_ENCODER, {"614892d60017c2a6e1d3dd4e": _PACKAGE}),
     "Zipformer2": (_ENCODER, {"3ced5c4c126f4ef873a5fb7f": _ICEFALL}),
@@ -52,7 +52,7 @@ STREAMING = {
     "Conv2dSubsampling": (_ENCODER, {"101554133667bdf112ad1af9": _EVERY}),
     "ConvNeXt": (("streaming_forward",), {"b173dce1c14677d3fc645d55": _EVERY}),
 }
-# Act in training only, and a chunk of a model in eval mode has nothing of them.
+# These classes act in training only, so a chunk of a model in eval mode does not need them.
 _IDLE = {
     "Balancer",
     "Whiten",
@@ -67,7 +67,7 @@ _IDLE = {
 
 @dataclass
 class Identified:
-    """A model that an engine takes. ``bins`` are the channels of its features, ``origin`` says whose code it runs."""
+    """A model that an engine takes. ``bins``: the channels of its features. ``origin``: whose code it runs."""
 
     encoder: torch.nn.Module
     encoder_embed: torch.nn.Module
@@ -77,9 +77,9 @@ class Identified:
 
 
 def identify(model, chunk_size, left_context_frames, foreign=False):
-    """What an engine needs to know of ``model``: an Identified.
+    """Returns the Identified of ``model``, which has what an engine needs to know.
 
-    ``foreign`` lets unknown code in, which is right for backends that call the model's own.
+    ``foreign`` accepts unknown code, for backends that call the model's own code.
     Raises TypeError if ``model`` has no encoder or front end, ValueError if it cannot stream with these sizes.
     """
     for name in ("encoder", "encoder_embed"):
@@ -103,8 +103,8 @@ def identify(model, chunk_size, left_context_frames, foreign=False):
 
 
 def bins_of(embed):
-    """Channels of the features, from the front end's width, ((bins - 1) // 2 - 1) // 2. Four numbers fit a width: the
-    one that is a multiple of eight, as 40, 80 and 128 are, else the smallest.
+    """Returns the channels of the features from the front end's width, ((bins - 1) // 2 - 1) // 2. Of the four numbers
+    that fit a width, it is the multiple of eight, as 40, 80 and 128 are, or the smallest if none is.
     """
     first = 4 * embed.out_width + 3
     return next((bins for bins in range(first, first + 4) if bins % 8 == 0), first)
@@ -160,7 +160,7 @@ def _modules(encoder, embed):
 
 
 def _known(path, module):
-    """Whose code ``module`` runs; None for torch's. Raises ValueError for what nobody has read."""
+    """Returns whose code ``module`` runs; None for torch's. Raises ValueError for unknown code."""
     cls = upstream_class(module)
     reason = _touched(module)
     if reason:
@@ -197,7 +197,7 @@ _METHODS = ("forward", "streaming_forward", "get_init_states")
 
 
 def _touched(module):
-    """A reason when somebody changed or watches this instance, else None."""
+    """Returns a reason if this instance has another forward or hooks, else None."""
     for method in _METHODS:
         if binding.foreign_method(module, method) is not None:
             return f"has a {method} of its own"

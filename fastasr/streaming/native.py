@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole chunk of a streaming Zipformer in one native call on the CPU.
+"""Runs a whole chunk of a streaming Zipformer in one native call on the CPU.
 
 The weights are packed once, in the order in which a chunk reads them, and every stream's states live in one block of
 memory that the call updates in place. See docs/kernels/zipformer_chunk.md.
@@ -15,13 +15,13 @@ _COUNTERS = 2  # frames processed; chunks behind the front of the stream's rings
 
 
 class NativeBackend(Backend):
-    """Streams of ``model.encoder_embed`` and ``model.encoder``, causal, in eval mode, float32 on the CPU.
+    """Runs ``model.encoder_embed`` and ``model.encoder``, which must be causal, in eval mode, in float32 on the CPU.
 
-    weights: what the encoder's matrices are kept in: fp32; bf16; int8, with a scale for each output. ``threads`` of
-    torch's pool work on a call; neither they nor the other streams of a call change a bit of a stream's result.
+    weights: "fp32", "bf16" or "int8" with a scale for each output, the storage of the encoder's matrices. A call uses
+    ``threads`` of torch's pool. A stream's bits depend neither on these nor on the other streams of a call.
 
     Raises ValueError for a model that cannot stream in chunks of this size, NotImplementedError for one that this
-    backend does not serve.
+    backend does not support.
     """
 
     name = "native"
@@ -41,7 +41,7 @@ class NativeBackend(Backend):
         _, _, per_stream, scratch, *_ = self._ops.zipformer_chunk_sizes(packed.numbers, 1)
         self._states = torch.zeros(max_streams, per_stream)
         self._counters = torch.zeros(max_streams, _COUNTERS, dtype=torch.int64)
-        self._scratch, self._room = torch.zeros(scratch), 1  # for so many streams in a call
+        self._scratch, self._room = torch.zeros(scratch), 1  # memory, and for how many streams
         self._threads = threads
         self._width = packed.products[8].shape[1] // packed.numbers[5]
         self._frames = 2 * chunk_size + 13
@@ -59,7 +59,7 @@ class NativeBackend(Backend):
     def step(self, features, slots):
         """features (n, 2 chunk_size + 13, bins), float32, slots: n of them, each once -> (n, chunk_size / 2, channels).
 
-        Raises ValueError for features of another shape or type, and for slots that there are not or that come twice.
+        Raises ValueError for features of another shape or dtype, and for slots that do not exist or are repeated.
         """
         slots = list(slots)
         self._check_slots(slots)
@@ -105,7 +105,7 @@ class NativeBackend(Backend):
         self._counters[slot, 0] = int(states[-1])
 
     def release(self, model):
-        """Lets go of the parameters of ``model``, which cannot run any more."""
+        """Frees the parameters of ``model``, which cannot run afterwards."""
         self.released = 0
         for module in (model.encoder, model.encoder_embed):
             for parameter in module.parameters():
@@ -119,7 +119,7 @@ class NativeBackend(Backend):
 
 
 def _state_shapes(numbers, width):
-    """Of the tensors of a stream, in upstream's order, without processed_lens."""
+    """Returns the shapes of a stream's state tensors in upstream's order, without processed_lens."""
     left_context_frames, maps = numbers[1], numbers[5]
     for at in range(8, len(numbers), 12):
         dim, factor, layers, heads, query, value, _, taps, _, _, _, hidden = numbers[at : at + 12]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A streaming Zipformer and its front end as what the native step reads: numbers, matrices and small tables.
+"""Packs a streaming Zipformer and its front end for the native step: numbers, matrices and small tables.
 
-The order is that of ``cpu::ChunkPlan`` (csrc/cpu/streaming/zipformer_chunk_plan.cpp). What does not change from chunk
-to chunk is computed here once: the projected positions, the scale of the convolutions within a chunk, the softmax of
-the downsampling, exp(log_scale) of the norms.
+``cpu::ChunkPlan`` (csrc/cpu/streaming/zipformer_chunk_plan.cpp) defines the order. This module computes once what is
+the same for every chunk: the projected positions, the scale of the convolutions within a chunk, the softmax of the
+downsampling and exp(log_scale) of the norms.
 """
 
 import torch
@@ -17,10 +17,10 @@ OUTPUT_DOWNSAMPLING = 2
 
 @torch.no_grad()
 def pack(model, chunk_size, left_context_frames, weights="fp32"):
-    """``model.encoder_embed`` and ``model.encoder``, causal and in eval mode, for chunks of one size.
+    """Packs ``model.encoder_embed`` and ``model.encoder``, causal and in eval mode, for chunks of one size.
 
-    Raises ValueError for arguments that fit no model or not this one, NotImplementedError for a model that the native
-    step does not serve.
+    Raises ValueError for arguments that do not fit the model, NotImplementedError for a model that the native step does
+    not support.
     """
     encoder, embed = model.encoder, model.encoder_embed
     _check_model(encoder, embed)
@@ -30,7 +30,7 @@ def pack(model, chunk_size, left_context_frames, weights="fp32"):
     convolutions = _convolutions(embed)
     expand = embed.convnext.pointwise_conv1
     width = embed.out.in_features // convolutions[-1].out_channels
-    most_bins = 4 * width + 6  # that become maps of this width
+    most_bins = 4 * width + 6  # the most bins that give maps of this width
     packed = Packed([chunk_size, left_context_frames, most_bins])
     packed.numbers += [conv.out_channels for conv in convolutions]
     packed.numbers += [expand.out_channels, WEIGHTS[weights]]

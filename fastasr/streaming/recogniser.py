@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Words of many streams as they are spoken: an engine, a search over its frames, and rules for where a segment ends."""
+"""Recognises many streams live with an encoder, a search over its frames, and rules for the end of a segment."""
 
 import time
 from dataclasses import dataclass, field
@@ -9,14 +9,16 @@ import torch
 from fastasr import decoding
 from fastasr.streaming.encoder import StreamingEncoder
 
-FRAME = 0.04  # seconds of a frame of the encoder's output, with features every 10 ms
+FRAME = 0.04  # seconds per frame of the encoder's output, with features every 10 ms
 METHODS = ("greedy", "beam", "ctc-greedy", "ctc-beam")
 
 
 @dataclass(frozen=True)
 class EndpointRules:
-    """A segment ends after ``silence`` seconds without a token when nothing was said, ``trailing`` seconds when
-    something was, or when it is ``longest`` seconds long. None leaves a rule out.
+    """The rules for the end of a segment.
+
+    A segment without tokens ends after ``silence`` seconds, one with tokens ``trailing`` seconds after the last token,
+    and any segment after ``longest`` seconds. None turns a rule off.
     """
 
     silence: float | None = 2.4
@@ -24,7 +26,7 @@ class EndpointRules:
     longest: float | None = 20.0
 
     def reached(self, frames, last):
-        """Whether a segment of ``frames`` whose last token was decided at ``last`` (None: there is none) ends here."""
+        """Whether a segment of ``frames`` frames ends here; ``last`` is the frame of its last token, None without."""
         quiet = frames * FRAME if last is None else (frames - 1 - last) * FRAME
         limit = self.silence if last is None else self.trailing
         return (limit is not None and quiet >= limit) or (
@@ -34,10 +36,11 @@ class EndpointRules:
 
 @dataclass
 class Result:
-    """What was said in a segment of a stream so far, or in all of it when ``final``.
+    """The tokens of a stream's segment so far, or of the whole segment if ``final``.
 
-    ``times`` are seconds from the stream's beginning at which the tokens were decided, ``start`` where the segment
-    begins, ``end`` how far it has been heard. ``text`` is made of the tokens when the recogniser knows how.
+    ``times`` are the times at which the tokens were decided, ``start`` is the segment's beginning and ``end`` how far
+    it has been heard, all in seconds from the stream's beginning. ``text`` is the tokens' text if the recogniser has
+    ``to_text``.
     """
 
     stream: int
@@ -55,14 +58,14 @@ class Result:
 class _Stream:
     state: object
     segment: int = 0
-    first_frame: int = 0  # of the segment
+    first_frame: int = 0  # first frame of the segment
     frames: int = 0
     ended: bool = False
     finals: list = field(default_factory=list)
 
 
 class StreamingRecogniser:
-    """Greedy or beam search, of the transducer or CTC, over a StreamingEncoder.
+    """Runs greedy or beam search, of the transducer or CTC, over a StreamingEncoder.
 
         recogniser = StreamingRecogniser(model, encoder, method="beam", to_text=units.decode)
         stream = recogniser.open()
@@ -72,13 +75,14 @@ class StreamingRecogniser:
         recogniser.finish(stream)                 # what is left; the last Result
 
     Args:
-        model: has the ``decoder`` and ``joiner`` or the ``ctc_output`` that go with the encoder.
+        model: the model with the ``decoder`` and ``joiner`` or the ``ctc_output`` that belong to the encoder.
         encoder: a StreamingEncoder of the same model.
-        method: greedy, beam, ctc-greedy or ctc-beam; ``beam`` hypotheses.
-        to_text: makes text of a list of tokens.
-        endpoint: EndpointRules, or None for one segment per stream. A new segment begins with an empty search; the
-            encoder goes on as it was.
-        blank_penalty: is taken from blank's logit, of transducers.
+        method: "greedy", "beam", "ctc-greedy" or "ctc-beam".
+        beam: number of hypotheses of a beam search.
+        to_text: a function from a list of tokens to text.
+        endpoint: EndpointRules, or None for one segment per stream. A new segment begins with an empty search, but the
+            encoder keeps its states.
+        blank_penalty: subtracted from blank's logit in transducer searches.
     """
 
     def __init__(
@@ -123,19 +127,19 @@ class StreamingRecogniser:
 
     # ------------------------------------------------------------------ streams
     def open(self):
-        """A new stream. Raises RuntimeError when the engine has no room."""
+        """Opens a stream and returns its number. Raises RuntimeError if the encoder has no free slot."""
         stream = self.encoder.open()
         self._streams[stream] = _Stream(self.search.start(1))
         return stream
 
     def close(self, stream):
-        """Lets go of a stream. What was not asked for is lost."""
+        """Closes a stream and drops its results."""
         self._of("close", stream)
         del self._streams[stream]
         self.encoder.close(stream)
 
     def reset(self, stream):
-        """The stream is at its beginning again."""
+        """Puts the stream back to its beginning."""
         self._of("reset", stream)
         self.encoder.reset(stream)
         self._streams[stream] = _Stream(self.search.start(1))
@@ -159,18 +163,19 @@ class StreamingRecogniser:
 
     # ------------------------------------------------------------------ samples and words
     def push(self, stream, samples, rate=None):
-        """Samples as they come. Returns how many chunks wait for ``advance``."""
+        """Adds samples to a stream. Returns how many of its chunks wait for ``advance``."""
         self._of("push", stream)
         return self.encoder.push(stream, samples, rate)
 
     def end(self, stream):
-        """There are no more samples. Returns how many chunks wait for ``advance``."""
+        """Ends the samples of a stream. Returns how many of its chunks wait for ``advance``."""
         self._of("end", stream).ended = True
         return self.encoder.end(stream)
 
     def advance(self, streams=None):
-        """One chunk of every stream that has one waiting, of ``streams`` or all: a Result each. It is final where the
-        segment ends with it: at an endpoint, or with the last chunk of a stream after ``end``.
+        """Recognises one waiting chunk of each of ``streams`` (default: all) and returns a Result for each.
+
+        A Result is final if the segment ends with this chunk: at an endpoint, or at the last chunk after ``end``.
         """
         mine = self.streams if streams is None else [s for s in streams if self._of("advance", s)]
         began = time.perf_counter()
@@ -183,7 +188,7 @@ class StreamingRecogniser:
 
     @torch.inference_mode()
     def accept(self, streams, encoder_out, lengths=None):
-        """As ``advance``, of what the engine gave for these streams: (n, frames, channels), lengths (n,)."""
+        """Does the same as ``advance`` for given encoder output (n, frames, channels) and lengths (n,)."""
         if not streams:
             return []
         kept = [self._of("accept", stream) for stream in streams]
@@ -199,7 +204,7 @@ class StreamingRecogniser:
         return results
 
     def finish(self, stream):
-        """Ends a stream and reads what waits: the Results of its last chunks, the last of them final."""
+        """Ends a stream and recognises its waiting chunks. Returns their Results, of which the last is final."""
         self.end(stream)
         results = []
         while stream in self.encoder.ready:
@@ -207,11 +212,11 @@ class StreamingRecogniser:
         return results
 
     def result(self, stream):
-        """The Result of the stream's segment so far."""
+        """Returns the Result of the stream's current segment so far."""
         return self._made(stream, self._of("result", stream))
 
     def finals(self, stream):
-        """The final Results of the stream so far."""
+        """Returns the stream's final Results so far."""
         return list(self._of("finals", stream).finals)
 
     def _result(self, stream, one, last):
