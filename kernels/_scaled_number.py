@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Positive numbers as m 2^e, with 1 <= m < 2 once normalised and e a whole number in float32."""
+"""Positive numbers as m 2^e, with 1 <= m < 2 once normalised and e a whole number in float32.
+
+Sums of probabilities in this form neither underflow nor round as logarithms do. An impossible number has e below
+``NEVER``.
+"""
 
 import triton
 import triton.language as tl

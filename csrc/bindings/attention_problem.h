@@ -7,7 +7,7 @@
 #include "bindings/pooled.h"
 #include "cpu/attention/zipformer_attention_weights.h"
 
-// What the bindings of attention with relative positions share: checks of the arguments, packed keys and positions.
+// The bindings of attention with relative positions share this: checks of the arguments, packed keys and positions.
 namespace fastasr {
 
 using cpu::AttentionProblem;
@@ -62,10 +62,10 @@ inline AttentionProblem checked_problem(const Tensor& x, const OptionalTensor& p
   return a;
 }
 
-// Parts of the queries of each of `pairs` heads and sequences: each part has its own dk, dR and dV, `elements` in all,
-// which are then added in order. Their number depends on the shape alone.
+// The queries of each of `pairs` heads and sequences are worked on in parts: each part has its own dk, dR and dV,
+// `elements` in all, and the parts are then added in order. Their number depends on the shape alone.
 struct QueryParts {
-  static constexpr int64_t kElements = int64_t{1} << 24;  // 64 MB of them in all, unless one part per pair takes more
+  static constexpr int64_t kElements = int64_t{1} << 24;  // 64 MB for all of them, unless one part per pair takes more
   int64_t rows, count;
   QueryParts(const AttentionProblem& a, int64_t pairs, int64_t elements) {
     pairs = std::max<int64_t>(1, pairs);

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kRowsPerBlock = 256, kShiftSamples = 8;
 
-// x seen as (outer, channels, inner): inner is 1 where channels come last; rows of x are then `stride` apart.
+// x is seen as (outer, channels, inner): inner is 1 where channels come last, and rows of x are then `stride` apart.
 struct Layout {
   int64_t outer, channels, inner, stride;
   explicit Layout(const Tensor& x) : outer(x.size(0)), channels(x.size(1)), inner(1), stride(channels) {
@@ -23,7 +23,7 @@ struct Layout {
   }
 };
 
-// The mean of a few elements of each channel: near enough to its mean for the sums.
+// The mean of a few elements of each channel is near enough to the channel's mean for the sums.
 template <typename T>
 std::vector<cpu::compute_t<T>> shifts(const T* x, const Layout& l) {
   std::vector<cpu::compute_t<T>> shift(l.channels);
@@ -85,7 +85,8 @@ Tensor balancer_gradient(const Tensor& grad, const Tensor& x, double min_mean, d
     T* yp = mutable_data<T>(y);
     std::vector<C> shift = shifts(xp, l);
     std::vector<double> total = sums(xp, l, shift);
-    if constexpr (std::is_same_v<C, double>) {  // sums no wider than the elements: only about the mean nothing cancels
+    // the sums are no wider than the elements: nothing cancels once the mean is subtracted
+    if constexpr (std::is_same_v<C, double>) {
       for (int64_t c = 0; c < l.channels; c++) shift[c] += total[c] / static_cast<double>(l.outer * l.inner);
       total = sums(xp, l, shift);
     }

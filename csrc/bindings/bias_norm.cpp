@@ -19,7 +19,7 @@ int64_t checked_rows(const Tensor& x, const Tensor& bias, const Tensor& log_scal
   return bias.numel() == 0 ? 0 : x.numel() / bias.numel();
 }
 
-// log_scale keeps its own dtype: rounded to that of 16-bit x it would be off by 2^-9.
+// log_scale keeps its own dtype: rounding it to that of 16-bit x would change it by 2^-9.
 double scale_of(const Tensor& log_scale) {
   double value = 0;
   with_kernel_type(log_scale.scalar_type(), "bias_norm: log_scale",

@@ -5,14 +5,14 @@
 
 namespace fastasr {
 
-// One value per channel, in the dtype that T is computed in.
+// Checks that t holds one value per channel, in the dtype that T is computed in.
 template <typename T>
 void check_vector(const Tensor& t, int64_t channels, const char* op, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == kComputeType<T> && t.is_contiguous() && t.dim() == 1 && t.size(0) == channels, op,
                   ": ", name, " is not a contiguous vector of the channels in the dtype that is computed in");
 }
 
-// The taps of a depthwise convolution over time that keeps the length: (C, 1, K) or (C, K), K odd.
+// Checks the taps of a depthwise convolution over time that keeps the length: (C, 1, K) or (C, K), K odd.
 template <typename T>
 void check_taps(const Tensor& t, int64_t channels, const char* op) {
   const int64_t dim = t.dim();

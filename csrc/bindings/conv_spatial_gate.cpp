@@ -68,7 +68,7 @@ std::vector<cpu::RowStatistics<C>> statistics_of(const ConvSpatialGate<T>& p) {
   return statistics;
 }
 
-// Tasks of `rows` frames that are worth a thread of their own.
+// A thread of its own pays off for this many tasks of `rows` frames.
 int64_t grain(int64_t rows, int64_t taps) {
   return std::max<int64_t>(1, 2 * kGrain / std::max<int64_t>(1, rows * cpu::kSpatialGateStripe * (taps / 8 + 1)));
 }
@@ -97,7 +97,7 @@ Tensor conv_spatial_gate_forward(const Tensor& x, const Tensor& norm_weight, con
   return y;
 }
 
-// dx and du, the gradient of the normalised gate: that of float and double tensors waits in dx's second half.
+// Writes dx and du, the gradient of the normalised gate; for float and double tensors du is kept in dx's second half.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(
     const Tensor& grad, const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& weight,
     const Optional& bias, const Optional& padding_mask, double eps, int64_t activation) {

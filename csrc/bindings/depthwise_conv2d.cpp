@@ -29,7 +29,7 @@ DepthwiseSizes checked(const Tensor& x, const Tensor& weight, int64_t pad_t, int
   return s;
 }
 
-// Blocks that are worth a thread of their own.
+// A thread of its own pays off for this many blocks.
 int64_t grain(const DepthwiseSizes& s) {
   const int64_t block = cpu::kDepthwiseFrames * s.out_width() * s.channels * (s.taps() / 8 + 1);
   return std::max<int64_t>(1, 2 * kGrain / std::max<int64_t>(1, block));
@@ -54,7 +54,7 @@ Tensor depthwise_conv2d_forward(const Tensor& x, const Tensor& weight, const std
   return y;
 }
 
-// dx, dweight and dbias; without elements where not needed.
+// Returns dx, dweight and dbias, each without elements where not needed.
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                                              int64_t pad_t, int64_t pad_f, bool need_x,
                                                              bool need_weight, bool need_bias) {

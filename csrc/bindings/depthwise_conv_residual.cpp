@@ -38,7 +38,7 @@ int64_t stripes(const DepthwiseConvResidual<T>& p) {
   return (p.channels + cpu::kResidualStripe - 1) / cpu::kResidualStripe;
 }
 
-// Tasks of `rows` frames that are worth a thread of their own.
+// A thread of its own pays off for this many tasks of `rows` frames.
 int64_t grain(int64_t rows, int64_t taps) {
   return std::max<int64_t>(1, 2 * kGrain / std::max<int64_t>(1, rows * cpu::kResidualStripe * (taps / 8 + 1)));
 }

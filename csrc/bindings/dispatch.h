@@ -17,10 +17,10 @@
 #include "cpu/math/number.h"
 #include "cpu/rows/sum_blocks.h"
 
-// What every binding needs: the kernel's storage type for a tensor, checks, and a split of the work that depends on
-// the shape alone. Python has already checked the arguments and named them: the checks here guard memory.
-// Every check puts the operator's name before its reason: by that Python knows that the kernel declines the call and
-// takes another path. Any other error, as of an allocation, is raised to the user.
+// Every binding needs these: the kernel's storage type for a tensor, checks, and a split of the work that depends on
+// the shape alone. Python has already checked the arguments and named them: the checks here guard memory. Every check
+// puts the operator's name before its reason: that tells Python that the kernel declines the call, and Python takes
+// another path. Any other error, such as a failed allocation, reaches the user.
 namespace fastasr {
 
 using torch::headeronly::ScalarType;
@@ -52,7 +52,7 @@ auto with_kernel_type(ScalarType dtype, const char* op, F&& f) {
   }
 }
 
-// The same for kernels that know float and double alone.
+// Does the same for kernels that know float and double alone.
 template <typename F>
 void with_compute_type(ScalarType dtype, const char* op, F&& f) {
   if (dtype == ScalarType::Double) return f.template operator()<double>();
@@ -60,12 +60,12 @@ void with_compute_type(ScalarType dtype, const char* op, F&& f) {
   f.template operator()<float>();
 }
 
-// The dtype that a kernel type is computed in: parameters are passed so.
+// The dtype that a kernel type is computed in; parameters are passed in it.
 template <typename T>
 constexpr ScalarType kComputeType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
-// A new tensor of t's dtype and device. torch::stable::empty_like looks its op up by name at every call, which costs
-// more than a small kernel.
+// Makes a new tensor of t's dtype and device. torch::stable::empty_like looks its op up by name at every call, which
+// costs more than a small kernel.
 inline Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int64_t* strides) {
   int32_t dtype, device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
@@ -79,7 +79,7 @@ inline Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, co
 
 inline Tensor new_like(const Tensor& t) { return new_strided(t, t.dim(), t.sizes().data(), t.strides().data()); }
 
-// Contiguous, of t's sizes.
+// Returns a contiguous tensor of t's sizes.
 inline Tensor new_contiguous(const Tensor& t) {
   const int64_t dim = t.dim();
   std::vector<int64_t> strides(dim);
@@ -88,10 +88,11 @@ inline Tensor new_contiguous(const Tensor& t) {
   return new_strided(t, dim, t.sizes().data(), strides.data());
 }
 
-// Elements from one row to the next of a tensor seen as rows of its last dimension: slices of a wider tensor qualify.
+// Returns the elements from one row to the next of a tensor seen as rows of its last dimension: slices of a wider
+// tensor qualify.
 inline int64_t row_stride(const Tensor& t, const char* op, const char* name) {
   const int64_t last = t.dim() - 1;
-  int64_t stride = 0, next = -1;  // of a row; of the dimension to the left, if it continues the rows
+  int64_t stride = 0, next = -1;  // of a row, or of the dimension to the left if it continues the rows
   bool ok = t.size(last) <= 1 || t.stride(last) == 1;
   for (int64_t d = last - 1; d >= 0; d--) {
     if (t.size(d) == 1) continue;
@@ -118,10 +119,10 @@ inline void check_same_size(const Tensor& t, const Tensor& reference, const char
   STD_TORCH_CHECK(t.numel() == reference.numel(), op, ": ", name, " has another number of elements");
 }
 
-// Elements below which a second thread costs more than it saves.
+// Below this many elements a second thread costs more than it saves.
 constexpr int64_t kGrain = 16384;
 
-// f(begin, end) over [0, n), on torch's own threads; serial when small.
+// Runs f(begin, end) over [0, n) on torch's own threads, serially when n is small.
 template <typename F>
 void parallel_range(int64_t n, int64_t grain, const F& f) {
   if (n <= grain) {
@@ -131,8 +132,8 @@ void parallel_range(int64_t n, int64_t grain, const F& f) {
   torch::stable::parallel_for(0, n, grain, f);
 }
 
-// Row blocks for deterministic reductions: their number depends on the shape alone, never on the thread count. At most
-// 16 rows are added in a chain of floats; the blocks are then added in double.
+// Splits rows into blocks for deterministic reductions: their number depends on the shape alone, never on the thread
+// count. At most 16 rows are added in a chain of floats; the blocks are then added in double.
 struct RowBlocks {
   int64_t rows, rows_per_block, count;
   RowBlocks(int64_t rows_, int64_t row_elements)
@@ -143,7 +144,7 @@ struct RowBlocks {
   int64_t size(int64_t block) const { return std::min(rows_per_block, rows - begin(block)); }
 };
 
-// out[j] = sum over blocks of parts[block][j], in block order, in double.
+// Computes out[j] = sum over blocks of parts[block][j], in block order, in double.
 template <typename T>
 void reduce_blocks(const cpu::compute_t<T>* parts, int64_t blocks, int64_t width, T* out) {
   const int64_t grain = std::max<int64_t>(64, kGrain / std::max<int64_t>(1, blocks));
@@ -151,7 +152,7 @@ void reduce_blocks(const cpu::compute_t<T>* parts, int64_t blocks, int64_t width
   parallel_range(width, grain, [&](int64_t b, int64_t e) { kernel.run(parts, blocks, width, b, e, out); });
 }
 
-// An operator of torch.ops.fastasr_cpu: its schema, which begins with its name, and TORCH_BOX(&function).
+// Defines an operator of torch.ops.fastasr_cpu from its schema, which begins with its name, and TORCH_BOX(&function).
 struct Operator {
   const char* schema;
   void (*boxed)(StableIValue*, uint64_t, uint64_t);
@@ -160,7 +161,7 @@ struct Operator {
 
 }  // namespace fastasr
 
-// At the end of a file, in namespace fastasr: its operators.
+// A file ends with this in namespace fastasr: its operators.
 #define FASTASR_OPERATORS(...)                                              \
   static constexpr Operator kOperators[] = {__VA_ARGS__};                   \
   STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {                           \

@@ -14,8 +14,8 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-// The state of torch's CPU generator as torch.get_rng_state() gives it: seed (8 bytes), words left in the block and one
-// more (4), a flag (4), words used up (8), the block with 8 bytes per word, and numbers of the normal distribution.
+// The layout of torch's CPU generator in torch.get_rng_state(): seed (8 bytes), words left in the block and one more
+// (4), a flag (4), words used up (8), the block with 8 bytes per word, and numbers of the normal distribution.
 class GeneratorState {
  public:
   explicit GeneratorState(const Tensor& state, const char* op) {
@@ -77,8 +77,8 @@ void apply(const Tensor& x, const Tensor& keep, double p, const Optional& residu
   });
 }
 
-// x with each element 0 with probability p, else divided by 1 - p, plus residual; and which were kept. The generator's
-// state is advanced in place.
+// Returns x with each element 0 with probability p, else divided by 1 - p, plus residual; and which elements were kept.
+// It advances the generator's state in place.
 std::tuple<Tensor, Tensor> dropout_forward(const Tensor& x, const Optional& residual, const Tensor& generator,
                                            double p) {
   const char* op = "dropout_forward";
@@ -106,8 +106,8 @@ Tensor dropout_backward(const Tensor& grad, const Tensor& keep, double p) {
   return dx;
 }
 
-// Factors of dropout for the weights that are seen: of `sequences` dense (queries, keys) tensors of draws those at
-// columns `places` (queries, lanes) of each row, (sequences, queries, lanes) like `like`.
+// Returns factors of dropout for the weights that are seen, (sequences, queries, lanes) like `like`: of `sequences`
+// dense (queries, keys) tensors of draws those at columns `places` (queries, lanes) of each row.
 Tensor dropout_windows(const Tensor& like, const Tensor& places, const Tensor& generator, int64_t sequences,
                        int64_t keys, double p) {
   const char* op = "dropout_windows";

@@ -13,7 +13,7 @@ using Optional = std::optional<Tensor>;
 using cpu::EmaShape;
 using cpu::EmaStrides;
 
-// Multiply-adds below which a second thread costs more than it saves.
+// Below this many multiply-adds a second thread costs more than it saves.
 constexpr int64_t kWork = 200000;
 
 void in_parallel(int64_t tasks, int64_t work, const std::function<void(int64_t, int64_t)>& f) {

@@ -10,7 +10,7 @@
 #include "bindings/dispatch.h"
 #include "cuda/ema_scan.h"
 
-// A torch without CUDA does not have it: the library loads there all the same, and no CUDA tensor ever arrives.
+// A torch without CUDA lacks this symbol: the library loads there all the same, and no CUDA tensor ever arrives.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream)
     __attribute__((weak));
 
@@ -61,7 +61,7 @@ struct Names {
 constexpr Names kReal{"damping", "decay", "expansion", "projection", "residual"};
 constexpr Names kComplex{"alpha", "delta", "theta", "gamma", "omega"};
 
-// The checked arguments of both passes. Python has named what is wrong with them; the checks here guard memory.
+// The checked arguments of both passes. Python has reported wrong ones by name; the checks here guard memory.
 struct Arguments {
   FastasrEmaScan scan{};
   ScalarType compute;
@@ -114,7 +114,7 @@ struct Arguments {
     }
   }
 
-  // After every other check, so that those can be tried on any machine.
+  // This check comes after every other one, so that the others can be tested on any machine.
   void check_device(const Tensor& x) const { STD_TORCH_CHECK(x.is_cuda(), op, ": x: expected a CUDA tensor"); }
 
   FastasrSequence sequence(const Tensor& t) const {
@@ -151,7 +151,7 @@ struct Arguments {
   }
 
   void check(int error) const {
-    // cudaErrorInvalidValue: a state count whose carries do not fit into this GPU's shared memory
+    // cudaErrorInvalidValue: the carries of this many states do not fit into this GPU's shared memory
     STD_TORCH_CHECK(error == 0, op, ": CUDA error ", error, " for ", scan.states, " states");
   }
 

@@ -70,9 +70,9 @@ Tensor new_rows(const Tensor& like, int64_t rows, int64_t streams, int64_t dim) 
   return new_strided(like, 3, sizes, strides);
 }
 
-// utterance (S, B, D), right_context (R, B, D), mems (1, B, D) or anything where there is no memory; states (M, B, D),
-// (L, B, D) twice and (1, B) int32; lengths (B,) or none, history (2,) and kept (L,) as in cpu::EmformerSegment ->
-// the utterance and right context encoded, the next layer's mems, the four states after it.
+// Takes utterance (S, B, D), right_context (R, B, D), mems (1, B, D), which is ignored without memory; states (M, B,
+// D), (L, B, D) twice and (1, B) int32; lengths (B,) or none, history (2,) and kept (L,) as in cpu::EmformerSegment.
+// Returns the encoded utterance and right context, the next layer's mems and the four states after it.
 std::vector<Tensor> emformer_layer_step(std::vector<int64_t> numbers, std::vector<double> eps, Tensor packed,
                                         Tensor utterance, Tensor right_context, Tensor mems, std::vector<Tensor> states,
                                         std::optional<Tensor> lengths, Tensor history, Tensor kept, int64_t threads) {

@@ -116,7 +116,7 @@ T* mutable_or_null(const Tensor& t, bool wanted) {
   return wanted ? mutable_data<T>(t) : nullptr;
 }
 
-// Tasks that are worth a thread of their own.
+// A thread of its own pays off for this many tasks.
 int64_t grain(int64_t frames, int64_t taps) {
   return std::max<int64_t>(1, 2 * kGrain / std::max<int64_t>(1, frames * cpu::kGatedStripe * (taps / 8 + 1)));
 }

@@ -9,7 +9,8 @@
 namespace fastasr {
 namespace {
 
-// (M, K) by (K, N) of any strides, and a contiguous bias (N) or none: (M, N), contiguous. float32.
+// Multiplies (M, K) by (K, N) of any strides, plus a contiguous bias (N) or none, and returns (M, N), contiguous, in
+// float32.
 Tensor gemm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
   const auto& kernel = cpu::kernels<cpu::GemmKernels>();
   const char* op = "gemm";

@@ -6,7 +6,7 @@
 
 #include "bindings/dispatch.h"
 
-// What the lattices' bindings share: boundaries, and the values outside them.
+// The lattices' bindings share boundaries and the values outside them.
 namespace fastasr {
 
 using OptionalTensor = std::optional<Tensor>;
@@ -37,7 +37,7 @@ inline std::vector<Boundary> checked_boundaries(const OptionalTensor& boundary, 
   return out;
 }
 
-// The i-th sequence to work on: neighbours, which are often alike in length, go to different threads.
+// Returns the i-th sequence to work on: neighbours, which are often alike in length, go to different threads.
 inline int64_t dealt(int64_t i, int64_t batch) {
   const int64_t even = (batch + 1) / 2;
   return i < even ? 2 * i : 2 * (i - even) + 1;

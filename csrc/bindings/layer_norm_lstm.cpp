@@ -20,7 +20,7 @@ void check_size(const Tensor& t, const Tensor& reference, int64_t size, const ch
   STD_TORCH_CHECK(t.numel() == size, op, ": ", name, " has another number of elements");
 }
 
-// f(team, begin, end) on as many threads as there is work for.
+// Runs f(team, begin, end) on as many threads as there is work for.
 template <typename F>
 void on_team(const LstmSizes& s, const F& f) {
   cpu::Team team(s.units());
@@ -66,7 +66,7 @@ void check_state(const Optional& state, const Tensor& like, int64_t batch, int64
   check_like(*state, like, op, name);
 }
 
-// to = from, or zeros.
+// Copies from to `to`, or writes zeros.
 template <typename C>
 void copy_or_clear(C* to, const C* from, int64_t n) {
   if (!n) return;
@@ -76,8 +76,8 @@ void copy_or_clear(C* to, const C* from, int64_t n) {
     std::fill(to, to + n, C(0));
 }
 
-// input: (T, B, 4 H), the product of the input; with input_weight x itself, (T, B, D): for few rows, where reading the
-// weight is the cost. Returns y, the last hidden and cell, and what the backward needs.
+// Takes input (T, B, 4 H), the product of the input. With input_weight it takes x itself, (T, B, D): for few rows
+// reading the weight is the cost. Returns y, the last hidden and cell, and what the backward needs.
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_forward(const Tensor& input, const Optional& input_weight,
                                                                    const Tensor& hidden_weight,
                                                                    const Tensor& gate_weight, const Tensor& gate_bias,
@@ -124,8 +124,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_forward(const Tensor&
   return {y, last_hidden, last_cell, kept};
 }
 
-// Gradients of the input's product, gate_weight, gate_bias, cell_weight, cell_bias, hidden and cell, in the order of
-// the forward's arguments; without need_state that of hidden is not computed.
+// Returns the gradients of the input's product, gate_weight, gate_bias, cell_weight, cell_bias, hidden and cell, in the
+// order of the forward's arguments. Without need_state, that of hidden is not computed.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_backward(
     const Optional& grad_y, const Optional& grad_hidden, const Optional& grad_cell, const Tensor& hidden_weight,
     const Tensor& gate_weight, const Tensor& gate_bias, const Tensor& cell_weight, const Tensor& cell_bias,

@@ -16,7 +16,7 @@ void check(const Tensor& z, int64_t activation, const char* op) {
   STD_TORCH_CHECK(activation >= 0 && activation < cpu::kActivations, op, ": activation");
 }
 
-// act(z), in z's own memory where that is wanted: then z itself is returned.
+// Returns act(z); in z's own memory, and then as z itself, where the caller asks for that.
 Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_place) {
   const char* op = "linear_activation_forward";
   check(z, activation, op);
@@ -32,7 +32,7 @@ Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_pl
   return y;
 }
 
-// (dz, dbias), the latter without elements unless it is wanted.
+// Returns (dz, dbias); dbias has no elements unless the caller asks for it.
 std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const Tensor& z, int64_t activation,
                                                       bool need_bias) {
   const char* op = "linear_activation_backward";

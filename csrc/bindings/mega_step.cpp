@@ -107,10 +107,10 @@ struct History {
   int64_t sequence_stride, row_stride;
 };
 
-// Room for growth behind the row to come: copies are then rare, and their cost per step constant.
+// Leaves room behind the row to come: copies are then rare, and their cost per step constant.
 int64_t capacity_for(int64_t length) { return length + std::max<int64_t>(15, length / 2); }
 
-// Rows of t's memory, `offset` floats behind t's first element.
+// Describes rows of t's memory, `offset` floats behind t's first element.
 Tensor history_view(const Tensor& t, int64_t offset, int64_t batch, int64_t length, int64_t width,
                     int64_t sequence_stride) {
   const int64_t sizes[3] = {batch, length, width}, strides[3] = {sequence_stride, width, 1};
@@ -119,7 +119,7 @@ Tensor history_view(const Tensor& t, int64_t offset, int64_t batch, int64_t leng
   return Tensor(view);
 }
 
-// A buffer of its own for `length` rows of which the first `taken` will be written by the caller.
+// Allocates a buffer for `length` rows of which the caller will write the first `taken`.
 History new_history(const Tensor& like, int64_t batch, int64_t length, int64_t width, int64_t capacity) {
   const Tensor storage = empty_like_dtype(like, {cpu::history_size(batch, capacity, width)});
   auto* base = mutable_data<float>(storage);
@@ -129,7 +129,7 @@ History new_history(const Tensor& like, int64_t batch, int64_t length, int64_t w
           width};
 }
 
-// `previous` (batch, length, width) with one more row.
+// Returns `previous` (batch, length, width) with one more row.
 History grow(const Tensor& previous, int64_t batch, int64_t width) {
   const int64_t length = previous.numel() == 0 ? 0 : previous.size(1);
   if (length) {
@@ -153,7 +153,7 @@ History grow(const Tensor& previous, int64_t batch, int64_t width) {
   return h;
 }
 
-// The state once the last row has been written. At the end of a chunk: the last row (`phantom`), or none.
+// Returns the state once the last row has been written. At the end of a chunk it is the last row (`phantom`), or none.
 Tensor after(const History& h, int64_t batch, int64_t length, int64_t width, bool chunk_ends, bool phantom) {
   if (!chunk_ends) return h.view;
   if (!phantom) return empty_like_dtype(h.view, {batch, 0, width});
@@ -173,7 +173,7 @@ void run(const Product* products, int64_t count, int64_t rows) {
   });
 }
 
-// Rows of every intermediate result, one behind the other.
+// Lays out the rows of every intermediate result, one behind the other.
 struct Scratch {
   std::unique_ptr<float[]> memory;
   int64_t size = 0;
@@ -278,7 +278,7 @@ std::vector<Tensor> mega_step(Tensor packed, std::vector<int64_t> shape, Tensor 
     History keys = grow(states[static_cast<size_t>(kStates * b + 1)], rows, key);
     History values = grow(states[static_cast<size_t>(kStates * b + 2)], rows, value);
     const int64_t length = keys.view.size(1);
-    const float* offsets = data<float>(bias) + (b + 1) * bias.size(1);  // of the position itself, behind it
+    const float* offsets = data<float>(bias) + (b + 1) * bias.size(1);  // behind the entry of distance 0
     const int64_t* own = lengths.empty() ? nullptr : data<int64_t>(lengths[static_cast<size_t>(b)]);
     const int64_t work = length * (key + value);
     parallel_range(rows, std::max<int64_t>(1, 8 * kGrain / work), [&](int64_t begin, int64_t end) {
@@ -324,8 +324,8 @@ std::vector<Tensor> mega_step(Tensor packed, std::vector<int64_t> shape, Tensor 
   return results;
 }
 
-// Histories of different lengths (T_i, width) as one batch (B, max T, width) with room to grow: the shorter ones end
-// where the longest does, with zeros in front.
+// Joins histories of different lengths (T_i, width) into one batch (B, max T, width) with room to grow: the shorter
+// ones end where the longest does, with zeros in front.
 Tensor mega_stack(std::vector<Tensor> states) {
   STD_TORCH_CHECK(!states.empty(), "mega_stack: no states");
   int64_t length = 0;

@@ -4,7 +4,7 @@
 #include "bindings/dispatch.h"
 #include "cpu/gemm/skinny_gemm.h"
 
-// What the bindings of the streaming steps share.
+// The bindings of the streaming steps share this.
 namespace fastasr {
 
 inline void check_floats(const Tensor& t, int64_t numel, const char* name) {
@@ -12,7 +12,7 @@ inline void check_floats(const Tensor& t, int64_t numel, const char* name) {
                   "fastasr: ", name, " must be ", numel, " contiguous floats on the CPU, got ", t.numel());
 }
 
-// `n` floats that begin on a huge page.
+// Allocates `n` floats that begin on a huge page.
 inline Tensor on_huge_pages(const Tensor& like, int64_t n) {
   constexpr int64_t kPage = (int64_t{2} << 20) / 4;
   const int64_t size = n + kPage, stride = 1;
@@ -25,7 +25,7 @@ inline Tensor on_huge_pages(const Tensor& like, int64_t n) {
   return Tensor(view);
 }
 
-// cpu::Workers::run on torch's threads.
+// Implements cpu::Workers::run on torch's threads.
 inline void run_parts(int64_t parts, void (*part)(const void*, int64_t), const void* context) {
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) part(context, i);

@@ -8,8 +8,8 @@
 
 namespace fastasr {
 
-// A new contiguous tensor of t's dtype. A large one takes its memory from the pool and gives it back when it is freed:
-// fresh memory costs a page fault every 4 KiB.
+// Makes a contiguous tensor of t's dtype. A large one takes its memory from the pool and gives it back when it is
+// freed: fresh memory costs a page fault every 4 KiB.
 template <size_t kDim>
 Tensor new_pooled(const Tensor& t, const std::array<int64_t, kDim>& sizes) {
   std::array<int64_t, kDim> strides;
@@ -23,9 +23,9 @@ Tensor new_pooled(const Tensor& t, const std::array<int64_t, kDim>& sizes) {
                                   [](void* p) { cpu::release_buffer(p); });
 }
 
-// The same for a contiguous tensor's sizes, from 8 MiB on: below, the allocator mostly keeps its memory. On one Zen 5
-// core of a virtual machine SwooshL of 46 MB takes 24 ms into fresh memory and 2.7 ms into a buffer that was used
-// before.
+// Does the same with a contiguous tensor's sizes, from 8 MiB on: below that, the allocator mostly keeps its memory. On
+// one Zen 5 core of a virtual machine SwooshL of 46 MB takes 24 ms into fresh memory and 2.7 ms into a buffer that was
+// used before.
 inline Tensor new_pooled_like(const Tensor& t) {
   const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
   if (bytes < (size_t{8} << 20)) return new_like(t);
@@ -35,7 +35,7 @@ inline Tensor new_pooled_like(const Tensor& t) {
                                   [](void* p) { cpu::release_buffer(p); });
 }
 
-// What a call may write to and throw away, aligned to 64 bytes.
+// Holds memory that a call may write to and throw away, aligned to 64 bytes.
 template <typename C>
 class Scratch {
  public:

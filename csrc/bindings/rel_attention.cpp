@@ -99,7 +99,8 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos, const Tensor& bias_u,
     const Tensor& bias_v, const OptionalTensor& padding, const OptionalTensor& mask, const Tensor& /*out*/,
-    const Tensor& /*lse*/) {  // the softmax is computed again with the scores: exact sums, and no dependence on out
+    // the softmax is computed again with the scores: its sums are exact, and it does not depend on out
+    const Tensor& /*lse*/) {
   const char* op = "rel_attention_backward";
   const RelAttentionTensors tensors{q, k, v, pos, bias_u, bias_v, padding, mask};
   const RelAttention r = checked(tensors, op);
@@ -117,7 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backwar
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
     const RelAttentionOperands<T> t = tensors.operands<T>();
-    // Parts of the batch with sums of their own: enough of them for many threads. Their number depends on the shape.
+    // Splits the batch into parts with sums of their own, enough of them for many threads. Their number depends on the
+    // shape.
     const int64_t wanted = std::clamp<int64_t>((32 + a.heads - 1) / a.heads, 1, a.batch);
     const int64_t each = (a.batch + wanted - 1) / wanted, parts = (a.batch + each - 1) / each, tasks = a.heads * parts;
     const int64_t rt_size = r.positions_transposed_size(), r_size = r.positions_size(), width = 2 * a.query_dim;

@@ -14,7 +14,7 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-// What a call holds: every pointer but those of the outputs.
+// The arguments of a call: every pointer but those of the outputs.
 template <typename T>
 struct Call {
   cpu::ResidualNorm<T> p{};

@@ -26,13 +26,13 @@ bool is_tanh(int64_t activation, const char* op) {
   return tanh;
 }
 
-// A contiguous tensor of the compute type with this many elements.
+// Makes a contiguous tensor of the compute type with this many elements.
 template <typename C>
 void check_plain(const Tensor& t, int64_t elements, const char* op, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == kComputeType<C> && t.is_contiguous() && t.numel() == elements, op, ": ", name);
 }
 
-// The rows of a table, each of which is within the tensors that are read and written by it.
+// Checks that each row of a table lies within the tensors that the kernels read and write by it.
 const JoinerRow* checked_rows(const Tensor& rows, int64_t places, int64_t frames, int64_t contexts, int64_t outputs,
                               const char* op) {
   check_indices(rows, 2, op, "rows");
@@ -125,7 +125,7 @@ void rnnt_joiner_scores(const Tensor& logits, const Tensor& rows, int64_t blank,
   });
 }
 
-// out may be logits. dbias, float64, is added to.
+// out may be logits; dbias, float64, is added to.
 void rnnt_joiner_logits_gradient(const Tensor& logits, const Tensor& rows, const Tensor& normaliser,
                                  const Tensor& grad_symbol, const Tensor& grad_blank, int64_t blank, bool hat,
                                  Tensor out, Tensor dbias) {

@@ -50,7 +50,8 @@ std::tuple<Tensor, Tensor> rnnt_lattice_forward(const Tensor& x, const Tensor& y
   return {scores, shares};
 }
 
-// d (rows, width): `inside` in rows [begin, end) and columns [from, to) where it is no number to keep, 0 elsewhere.
+// Sets d (rows, width) to 0 outside rows [begin, end) and columns [from, to), and within them to *inside unless that is
+// null.
 template <typename C>
 void fill_outside(C* d, int64_t rows, int64_t width, int64_t begin, int64_t end, int64_t from, int64_t to,
                   const C* inside) {

@@ -18,7 +18,8 @@ int64_t band_grain(const cpu::BandSize& size) {
   return std::max<int64_t>(1, kGrain / (4 * std::max<int64_t>(1, size.frames * size.window)));
 }
 
-// Every sequence's boundary, without one from (0, 0) to the top of the last window. starts must not decrease.
+// Returns every sequence's boundary; without one it reaches from (0, 0) to the top of the last window. starts must not
+// decrease.
 std::vector<Boundary> checked_band(const Tensor& starts, const OptionalTensor& boundary, int64_t window,
                                    const char* op) {
   STD_TORCH_CHECK(starts.scalar_type() == ScalarType::Long && starts.is_contiguous() && starts.dim() == 2, op,

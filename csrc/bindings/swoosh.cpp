@@ -13,7 +13,7 @@ namespace {
 using cpu::Mask;
 using cpu::Swoosh;
 
-// x as (outer, shared, inner): the mask has one value for all of the middle dimension.
+// x is seen as (outer, shared, inner): the mask has one value for all of the middle dimension.
 struct MaskLayout {
   Mask kind = Mask::none;
   int64_t rows = 1, row_elements = 0, rows_per_mask_row = 1, mask_row_elements = 0;
@@ -49,7 +49,7 @@ MaskLayout mask_layout(const Tensor& x, const std::optional<Tensor>& mask, int64
   return layout;
 }
 
-// f(offset in x, offset in the mask, elements) over pieces of rows.
+// Calls f(offset in x, offset in the mask, elements) over pieces of rows.
 template <typename F>
 void for_each_piece(const MaskLayout& m, const F& f) {
   if (m.rows == 1) {

@@ -14,8 +14,8 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-// Packed operands of as many units as fit share the memory: they stay in the last cache, and long sequences of large
-// batches need no more than one.
+// As many units as fit share memory for their packed operands: these stay in the last cache, and long sequences of
+// large batches need no more than one.
 constexpr int64_t kWorkspaceBytes = int64_t{16} << 20;
 
 struct Inputs {
@@ -72,7 +72,7 @@ cpu::ToeplitzAttention<T> checked(const Inputs& in, const char* op) {
   return p;
 }
 
-// The units in groups that share a workspace: f(first unit, units, unit's operands by index).
+// Runs the units in groups that share a workspace: f(first unit, units, unit's operands by index).
 template <typename T, typename F>
 void for_groups(const cpu::ToeplitzAttention<T>& p, bool backward, const F& f) {
   using C = cpu::compute_t<T>;
@@ -86,7 +86,7 @@ void for_groups(const cpu::ToeplitzAttention<T>& p, bool backward, const F& f) {
   for (int64_t first = 0; first < units; first += group) f(first, std::min(group, units - first), operands.data());
 }
 
-// f(unit in the group, task of the unit, scratch), `work` in multiplications each.
+// Runs f(unit in the group, task of the unit, scratch); `work` counts multiplications per task.
 template <typename T, typename F>
 void for_tasks(const cpu::ToeplitzAttention<T>& p, int64_t units, int64_t tasks, int64_t work, const F& f) {
   const int64_t grain = std::max<int64_t>(1, 16 * kGrain / std::max<int64_t>(1, work));
@@ -96,7 +96,7 @@ void for_tasks(const cpu::ToeplitzAttention<T>& p, int64_t units, int64_t tasks,
   });
 }
 
-// Early and late blocks alternate: causal ones differ in cost, and threads get neighbours.
+// Early and late blocks alternate: causal ones differ in cost, and a thread gets neighbours.
 int64_t folded(int64_t task, int64_t tasks) { return task % 2 ? tasks - 1 - task / 2 : task / 2; }
 
 template <typename T>

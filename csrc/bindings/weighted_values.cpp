@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t kRows = 60;  // of a task
 
-// weights (heads, batch, T, S), the last dimension contiguous; values (S, batch, heads dim) contiguous -> (T, batch,
-// heads dim).
+// Maps weights (heads, batch, T, S), the last dimension contiguous, and contiguous values (S, batch, heads dim) to (T,
+// batch, heads dim).
 Tensor weighted_values(Tensor weights, Tensor values) {
   const auto& kernel = cpu::kernels<cpu::WeightedValues>();
   STD_TORCH_CHECK(weights.dim() == 4 && values.dim() == 3, "weighted_values: dimensions");

@@ -12,7 +12,7 @@ namespace {
 // Rows of W start at multiples of this many elements.
 constexpr int64_t kRowPadding = 16;
 
-// W and its gradient: (heads, batch, frames, keys), keys side by side.
+// Checks W or its gradient: (heads, batch, frames, keys), keys side by side.
 void check_weights(const Tensor& w, const AttentionProblem& a, const Tensor& x, const char* op, const char* name) {
   STD_TORCH_CHECK(w.scalar_type() == x.scalar_type() && w.dim() == 4 && w.size(0) == a.heads && w.size(1) == a.batch &&
                       w.size(2) == a.frames && w.size(3) == a.keys() &&
@@ -20,7 +20,7 @@ void check_weights(const Tensor& w, const AttentionProblem& a, const Tensor& x, 
                   op, ": ", name);
 }
 
-// A new W. Its memory comes from the pool and goes back to it with the tensor.
+// Makes a new W. Its memory comes from the pool and goes back to it with the tensor.
 Tensor new_weights(const AttentionProblem& a, const Tensor& x) {
   const int64_t stride = (a.keys() + kRowPadding - 1) / kRowPadding * kRowPadding;
   const int64_t sizes[4] = {a.heads, a.batch, a.frames, a.keys()};
@@ -52,7 +52,7 @@ Tensor zipformer_attention_weights_forward(const Tensor& x, const OptionalTensor
     pack<T>(a, x, pos, cached_key, packed, w, false);
     const T* xp = data<T>(x);
     T* wp = mutable_data<T>(weights);
-    // Tasks of four strips: a task's W fits in the second cache together with the packed keys.
+    // A task has four strips: its W fits in the second cache together with the packed keys.
     const int64_t rows = 4 * cpu::attention_rows(sizeof(C) == 8), tasks = (a.frames + rows - 1) / rows;
     const int64_t grain = std::max<int64_t>(1, kGrain / (rows * a.keys()));
     parallel_range(a.heads * a.batch * tasks, grain, [&](int64_t begin, int64_t end) {

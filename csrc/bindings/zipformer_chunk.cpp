@@ -18,8 +18,8 @@ ChunkPlan plan_of(const std::vector<int64_t>& numbers) {
   return ChunkPlan(shape);
 }
 
-// Floats of weights, of vectors, of a stream's states, of the scratch memory of `streams` streams, and how many
-// products and tables packing takes.
+// Returns the floats of weights, of vectors, of a stream's states, and of the scratch memory of `streams` streams, and
+// how many products and tables packing takes.
 std::vector<int64_t> zipformer_chunk_sizes(std::vector<int64_t> numbers, int64_t streams) {
   const ChunkPlan plan = plan_of(numbers);
   return {(plan.weight_bytes + 3) / 4,
@@ -30,7 +30,7 @@ std::vector<int64_t> zipformer_chunk_sizes(std::vector<int64_t> numbers, int64_t
           static_cast<int64_t>(plan.tables.size())};
 }
 
-// products: weight and bias in turn; tables: see cpu::ChunkPlan. Returns weights and vectors.
+// products holds weights and biases in turn; tables: see cpu::ChunkPlan. Returns weights and vectors.
 std::vector<Tensor> zipformer_chunk_pack(std::vector<int64_t> numbers, std::vector<Tensor> products,
                                          std::vector<Tensor> tables) {
   const ChunkPlan plan = plan_of(numbers);
@@ -103,7 +103,7 @@ Tensor zipformer_chunk_step(std::vector<int64_t> numbers, Tensor weights, Tensor
   return out;
 }
 
-// A stream's states to `tensors`, or from them; see cpu::chunk_export.
+// Copies a stream's states to `tensors`, or from them; see cpu::chunk_export.
 void zipformer_chunk_states(std::vector<int64_t> numbers, Tensor states, Tensor counters, int64_t slot,
                             std::vector<Tensor> tensors, bool restore) {
   const ChunkPlan plan = plan_of(numbers);
@@ -147,7 +147,7 @@ FASTASR_OPERATORS({"zipformer_chunk_sizes(int[] numbers, int streams) -> int[]",
                    "Tensor[] tensors, bool restore) -> ()",
                    TORCH_BOX(&zipformer_chunk_states)})
 
-// It takes no tensor, which would say that it runs on the CPU.
+// It takes no tensor that would tell the dispatcher that it runs on the CPU.
 STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CompositeExplicitAutograd, m) {
   m.impl("zipformer_chunk_sizes", TORCH_BOX(&zipformer_chunk_sizes));
 }

@@ -12,7 +12,7 @@ namespace {
 
 using cpu::ChunkPlan;
 
-// numbers: the 12 of cpu::ChunkStack, whose factor and layers are 1.
+// numbers holds the 12 of cpu::ChunkStack, whose factor and layers are 1.
 ChunkPlan plan_of(const std::vector<int64_t>& numbers, int64_t frames, int64_t left) {
   STD_TORCH_CHECK(numbers.size() == 12 && frames > 0 && left >= 0, "zipformer_layer: the numbers describe no layer");
   const int64_t* s = numbers.data();
@@ -21,7 +21,7 @@ ChunkPlan plan_of(const std::vector<int64_t>& numbers, int64_t frames, int64_t l
   return {cpu::ChunkStack{s[0], 1, 1, s[3], s[4], s[5], s[6], s[7], {s[8], s[9], s[10]}, s[11]}, frames, left};
 }
 
-// The matrices in panels; they do not depend on the size of a chunk.
+// Packs the matrices into panels; they do not depend on the size of a chunk.
 Tensor zipformer_layer_weights(std::vector<int64_t> numbers, std::vector<Tensor> weights) {
   const ChunkPlan plan = plan_of(numbers, 1, 0);
   const auto count = static_cast<int64_t>(plan.products.size());
@@ -38,7 +38,7 @@ Tensor zipformer_layer_weights(std::vector<int64_t> numbers, std::vector<Tensor>
   return packed;
 }
 
-// Everything else that does not change from chunk to chunk of one size.
+// Packs everything else that does not change from chunk to chunk of one size.
 Tensor zipformer_layer_vectors(std::vector<int64_t> numbers, int64_t frames, int64_t left, std::vector<Tensor> biases,
                                std::vector<Tensor> tables) {
   const ChunkPlan plan = plan_of(numbers, frames, left);
@@ -60,8 +60,8 @@ Tensor zipformer_layer_vectors(std::vector<int64_t> numbers, int64_t frames, int
   return vectors;
 }
 
-// x (frames, streams, dim), the six states as cpu::layer_step has them, masked (streams, left + frames) or none ->
-// y and the six states after it.
+// Takes x (frames, streams, dim), the six states as cpu::layer_step has them, and masked (streams, left + frames) or
+// none. Returns y and the six states after it.
 std::vector<Tensor> zipformer_layer_step(std::vector<int64_t> numbers, int64_t left, Tensor weights, Tensor vectors,
                                          Tensor x, std::vector<Tensor> states, std::optional<Tensor> masked,
                                          int64_t threads) {

@@ -3,7 +3,8 @@
 
 #include "cuda/number.cuh"
 
-// The activations of ema_scan and their derivatives, in float or double. Codes as in fastasr/ops/ema_scan.py.
+// The activations of ema_scan and their derivatives, in float or double. The codes are those of
+// fastasr/ops/ema_scan.py.
 namespace fastasr::cuda {
 
 enum Activation { kIdentity = 0, kSilu = 1, kRelu = 2, kTanh = 3, kGelu = 4 };
@@ -36,7 +37,7 @@ FASTASR_HD C gelu_slope(C z) {
   return gauss_distribution(z) + z * C(0.39894228040143267794) * exp(C(-0.5) * z * z);
 }
 
-// v = act(v), n values at a time: one choice for all of them.
+// Computes v = act(v), n values at a time, with one choice for all of them.
 template <int n, typename C>
 FASTASR_HD void activate(int kind, C (&v)[n]) {
   const auto each = [&](auto f) {
@@ -49,7 +50,7 @@ FASTASR_HD void activate(int kind, C (&v)[n]) {
   if (kind == kGelu) each([](C z) { return z * gauss_distribution(z); });
 }
 
-// v = v act'(z)
+// Computes v = v act'(z).
 template <int n, typename C>
 FASTASR_HD void chain(int kind, const C (&z)[n], C (&v)[n]) {
   const auto each = [&](auto f) {

@@ -43,7 +43,7 @@ FASTASR_HD ComplexEmaCoefficients complex_ema_coefficients(const P* alpha, const
   return complex_ema_coefficients(alpha[i], delta[i], theta[row], gamma[2 * i], gamma[2 * i + 1], n, states);
 }
 
-// One thread per padded state and channel.
+// Each padded state and channel has one thread.
 template <typename C, typename P>
 FASTASR_KERNEL(kFlatThreads, 1)
 prepare_complex_coefficients(CoefficientParameters<C, P> p) {
@@ -72,7 +72,7 @@ prepare_complex_coefficients(CoefficientParameters<C, P> p) {
   put(kIn, {k.p, 0});
   put(kOut, k.c);
   put(kLog, k.log);
-  // what the turns lack once they are rounded to C
+  // the part of the turns that rounding to C takes away
   const double stored = static_cast<double>(static_cast<C>(k.log.im));
   put(kLogLow, {0, k.log.im - stored + k.log_low.im});
   put(kQLessOne, k.q_less_one);
@@ -84,8 +84,8 @@ prepare_complex_coefficients(CoefficientParameters<C, P> p) {
   }
 }
 
-// finish_gradients for complex numbers, all of them derivatives, d loss = Re(derivative · change), until they are
-// written. What the angle of a state has goes to p.by_angle, added up by add_angles.
+// Does what finish_gradients does for complex numbers, which are all derivatives, d loss = Re(derivative · change),
+// until they are written. The gradient of a state's angle goes to p.by_angle, which add_angles adds up.
 template <typename C>
 FASTASR_KERNEL(256, 1)
 finish_complex_gradients(GradientParameters<C> p) {
@@ -174,7 +174,7 @@ struct AngleParameters {
   C* dtheta;
 };
 
-// One thread per row.
+// Each row has one thread.
 template <typename C>
 FASTASR_KERNEL(kFlatThreads, 1)
 add_angles(AngleParameters<C> p) {

@@ -3,7 +3,7 @@
 
 #include "cuda/ema_scan.cuh"
 
-// The C interface over the templates: compiled by nvcc in complex_ema_scan.cu, and by the C++ tests with the emulation.
+// The C interface over the templates: nvcc compiles it in complex_ema_scan.cu, and the C++ tests with the emulation.
 namespace fastasr::cuda {
 
 // f(a state, a parameter)

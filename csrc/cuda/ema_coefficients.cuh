@@ -6,7 +6,7 @@
 
 // From Mega's parameters to the scan's coefficients, and from the scan's sums to the gradients of the parameters:
 //   p = σ(δ), a = σ(α), q = 1 - p a, b = p β, c = γ / √N, weight = b c.
-// Computed in double, once per state, and rounded once.
+// They are computed in double, once per state, and rounded once.
 namespace fastasr::cuda {
 
 struct EmaCoefficients {
@@ -41,7 +41,7 @@ struct CoefficientParameters {
 
 constexpr int kFlatThreads = 128;
 
-// One thread per padded state and channel.
+// Each padded state and channel has one thread.
 template <typename C, typename P>
 FASTASR_KERNEL(kFlatThreads, 1)
 prepare_coefficients(CoefficientParameters<C, P> p) {
@@ -72,7 +72,7 @@ prepare_coefficients(CoefficientParameters<C, P> p) {
   }
 }
 
-// ends[segment] (from zero) become the states before each segment, in place.
+// Turns ends[segment] (from zero) into the states before each segment, in place.
 template <typename C>
 struct CarryParameters {
   int64_t batch, channels, segments, segment_length;
@@ -82,7 +82,7 @@ struct CarryParameters {
   C* carry;  // [segment][batch][group][value][channel]
 };
 
-// One thread per batch row, state and channel.
+// Each batch row, state and channel has one thread.
 template <typename Q>
 FASTASR_KERNEL(kFlatThreads, 1)
 carry_segments(CarryParameters<typename StateTraits<Q>::Real> p) {
@@ -132,8 +132,8 @@ struct GradientParameters {
   double* by_angle;  // complex numbers: [row][state], else null
 };
 
-// Block (32 channels, state): adds the parts in a fixed order, in double; its first warp then applies the chain rule.
-// The state behind the last one stands for the residual weight.
+// Each block (32 channels, state) adds the parts in a fixed order, in double; its first warp then applies the chain
+// rule. The state behind the last one stands for the residual weight.
 template <typename C>
 FASTASR_KERNEL(256, 1)
 finish_gradients(GradientParameters<C> p) {
@@ -197,7 +197,7 @@ finish_gradients(GradientParameters<C> p) {
   p.dprojection[i] = static_cast<C>(dc / sqrt(static_cast<double>(p.states)));
 }
 
-// One step or none (length 0 or 1): a thread per batch row and channel, all states, in one launch.
+// Runs one step or none (length 0 or 1): a thread per batch row and channel, all states, in one launch.
 template <typename C>
 struct StepParameters {
   ScanView x, y;

@@ -16,7 +16,7 @@
 // of one tile. The choice depends on the shape alone, so results do too.
 namespace fastasr::cuda {
 
-// What a block may use on the GPUs with the least (compute capability 8.6, 8.9, 12.0): 64 states fit everywhere.
+// A block may use this much on the GPUs with the least (compute capability 8.6, 8.9, 12.0): 64 states fit everywhere.
 // Complex ones need twice the carries; where those do not fit, time is cut so that no block keeps any.
 constexpr int64_t kLeastShared = 99 * 1024;
 static_assert(ScanShape<float, kOutput>::shared(16, false) <= kLeastShared, "64 states");
@@ -55,12 +55,11 @@ class Workspace {
 
 enum class Pass { kSize, kRun };
 
-// The scans of one call. The pass that sizes the workspace and the one that launches are one function, so that they
-// cannot differ.
+// Runs the scans of one call. One function both sizes the workspace and launches, so that the two cannot differ.
 //
-// P: type of the parameters and states. Q: a state as it is computed, C or Complex<C>. C is wider than P for truncated
-// convolutions: what leaves the window is subtracted, and what its rounding leaves behind stays for as long as the
-// memory would have lasted.
+// P is the type of the parameters and states. Q is a state as it is computed, C or Complex<C>. C is wider than P for
+// truncated convolutions: the scan subtracts what leaves the window, and the rounding error of that stays as long as
+// the memory would have lasted.
 template <typename Q, typename P>
 class EmaScan {
  public:

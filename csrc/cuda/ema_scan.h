@@ -9,7 +9,7 @@ extern "C" {
 
 enum FastasrDtype { kFastasrFloat = 0, kFastasrBfloat16 = 1, kFastasrHalf = 2, kFastasrDouble = 3 };
 
-// A tensor over (time, batch, channel), strides in elements. data == nullptr: absent.
+// A tensor over (time, batch, channel) with strides in elements. data == nullptr stands for an absent one.
 struct FastasrSequence {
   const void* data;
   int64_t time, batch, channel;
@@ -41,7 +41,7 @@ struct FastasrEmaScanGrads {
 
 int64_t fastasr_cuda_ema_scan_forward_workspace(const FastasrEmaScan* scan);
 int64_t fastasr_cuda_ema_scan_backward_workspace(const FastasrEmaScan* scan, const FastasrEmaScanGrads* grads);
-// final_state: (batch, channels, states) or null.
+// final_state is (batch, channels, states) or null.
 int fastasr_cuda_ema_scan_forward(const FastasrEmaScan* scan, FastasrSequence y, void* final_state, void* stream);
 int fastasr_cuda_ema_scan_backward(const FastasrEmaScan* scan, const FastasrEmaScanGrads* grads, void* stream);
 

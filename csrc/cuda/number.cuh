@@ -93,7 +93,7 @@ struct Constant {
   static constexpr int value = n;
 };
 
-// f(Constant<type>) for the storage types of C
+// Calls f(Constant<type>) for the storage types of C.
 template <typename C, typename F>
 FASTASR_HD void with_storage_type(int type, const F& f) {
   if (type == Storage<C>::kOwn)
@@ -106,7 +106,7 @@ FASTASR_HD void with_storage_type(int type, const F& f) {
     f(Constant<kHalf>{});
 }
 
-// Element i, where the type is not worth a branch of its own.
+// Returns element i, where the type is not worth a branch of its own.
 template <typename C>
 FASTASR_HD C load_one(int type, const void* p, int64_t i) {
   C v = C(0);

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-// What a kernel body and its launcher need from the compiler. nvcc compiles them for the GPU; any other compiler gets
-// the emulation in csrc/tests, which runs the same bodies, launches included, on the CPU.
+// The parts of a kernel body and its launcher that depend on the compiler. nvcc compiles them for the GPU; any other
+// compiler gets the emulation in csrc/tests, which runs the same bodies, launches included, on the CPU.
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -21,7 +21,7 @@ struct Complex {
   C re, im;
 };
 
-// A rounded q turns too little or too much, and a slow turn is far below 1: hence the difference.
+// A rounded q turns too little or too much, and a slow turn is far below 1, so the difference is used.
 template <typename C>
 struct StateTraits<Complex<C>> {
   using Real = C;
@@ -39,17 +39,17 @@ template <typename C>
 FASTASR_HD C multiply_add(C a, C b, C c) {
   return a * b + c;
 }
-// sum + Re(w u)
+// Returns sum + Re(w u).
 template <typename C>
 FASTASR_HD C add_output(C sum, C w, C u) {
   return sum + w * u;
 }
-// sum + x u for a real x
+// Returns sum + x u for a real x.
 template <typename C>
 FASTASR_HD C add_scaled(C sum, C x, C u) {
   return sum + x * u;
 }
-// q^n from log2 q; log2 0 is given as a large negative number, so that q^0 is 1 there too
+// Returns q^n from log2 q; log2 0 is given as a large negative number, so that q^0 is 1 there too.
 template <typename C>
 FASTASR_HD C power(C log, C, C n) {
   return exp2(n * log);
@@ -102,8 +102,8 @@ template <typename C>
 FASTASR_HD Complex<C> add_scaled(Complex<C> sum, C x, Complex<C> u) {
   return {sum.re + x * u.re, sum.im + x * u.im};
 }
-// The logarithm is log2 |q| and the angle in turns, `low` what the turns lack by rounding: whole turns leave before the
-// rest is rounded.
+// The logarithm is log2 |q| and the angle in turns, `low` what the turns lack by rounding: whole turns are removed
+// before the rest is rounded.
 template <typename C>
 FASTASR_HD Complex<C> power(Complex<C> log, Complex<C> low, C n) {
   const C whole = rint(n * log.im), angle = C(2) * (fma(n, log.im, -whole) + n * low.im), radius = exp2(n * log.re);

@@ -98,7 +98,7 @@ struct ScanShape {
   }
 };
 
-// Loads the warp's rows of a tile into registers; what lies outside is 0.
+// Loads the warp's rows of a tile into registers; elements outside are 0.
 template <typename C, int kRows>
 FASTASR_DEVICE void fetch(const ScanView& v, int64_t batch, int64_t first, int rows, int64_t channel, int channels,
                           int lane, typename Storage<C>::Raw (&raw)[kRows]) {
@@ -381,7 +381,7 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
       write_slot = write_slot == p.groups ? 0 : write_slot + 1;
       if (p.ends_only) continue;
 
-      // replay; rows beyond the length come last in a forward scan and first in a reverse one
+      // replays; rows beyond the length come last in a forward scan and first in a reverse one
       const int skipped = reverse ? kRows - rows : 0;
       Q sum_u[kStates], sum_f[kStates];
 #pragma unroll

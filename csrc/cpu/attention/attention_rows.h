@@ -7,7 +7,7 @@
 
 namespace fastasr::cpu {
 
-// The sum of lanes, by halves: its rounding error grows with the logarithm of their number.
+// Returns the sum of lanes, added by halves: its rounding error grows with the logarithm of their number.
 template <typename C, int N>
 FASTASR_INLINE C sum_of_lanes(C (&lanes)[N]) {
   for (int half = N / 2; half > 0; half /= 2)
@@ -15,15 +15,15 @@ FASTASR_INLINE C sum_of_lanes(C (&lanes)[N]) {
   return lanes[0];
 }
 
-// What attention does along one row of n scores between its matrix products. Scores have the compute type.
+// The operations of attention along one row of n scores between its matrix products. Scores have the compute type.
 template <typename T>
 struct AttentionRows {
   using C = compute_t<T>;
   // s[j] = value where hidden[j] is not zero
   void (*fill_where)(const uint8_t* hidden, C* s, int64_t n, C value);
-  // The largest element; a NaN is passed over. n is a multiple of 16.
+  // Returns the largest element and passes over a NaN. n is a multiple of 16.
   C (*maximum)(const C* s, int64_t n);
-  // s[j] = e^(s[j] - top); returns the sum. n is a multiple of 32.
+  // Sets s[j] = e^(s[j] - top) and returns the sum. n is a multiple of 32.
   C (*exponentials)(C* s, int64_t n, C top);
   // total[j] = total[j] scale + part[j]. n is a multiple of 16.
   void (*rescaled)(C* total, const C* part, int64_t n, C scale);

@@ -59,7 +59,8 @@ void rescaled(C* __restrict total, const C* __restrict part, int64_t n, C scale)
   }
 }
 
-// s / sum as s inverse + s rest, where inverse + rest = 1 / sum to twice the precision: as exact as a division.
+// Computes s / sum as s inverse + s rest, where inverse + rest = 1 / sum to twice the precision: as exact as a
+// division.
 template <typename T>
 void divided(const compute_t<T>* __restrict s, compute_t<T> sum, T* __restrict out, int64_t n) {
   using C = compute_t<T>;

@@ -9,13 +9,13 @@
 #include "cpu/attention/attention_tiles.h"
 #include "cpu/attention/zipformer_attention_weights.h"
 
-// What the attention kernels share: strips of queries, which keys they work on, what is hidden from them.
+// The attention kernels share this: strips of queries, which keys they work on, and which keys are hidden from them.
 namespace fastasr::cpu {
 
 inline constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Masked scores are exactly this, as upstream's. Keys outside the window of a row may be left out while e^(-1000 - max)
-// is 0 in every type that is computed in float; double is never narrowed so far (its e^-745 is not 0).
+// Masked scores have exactly this value, as upstream's have. Keys outside the window of a row may be left out while
+// e^(-1000 - max) is 0 in every type that is computed in float; double is never narrowed so far (its e^-745 is not 0).
 inline constexpr double kMasked = -1000;
 template <typename C>
 inline constexpr C kNarrowAbove = sizeof(C) == 4 ? C(-890) : C(-250);
@@ -26,7 +26,7 @@ struct Window {
   int64_t begin, end;
 };
 
-// Keys that the chunk window of row i lets through.
+// Returns the keys that the chunk window of row i lets through.
 inline Window chunk_window(const AttentionProblem& a, int64_t i) {
   if (a.chunk <= 0) return {0, a.keys()};
   const int64_t chunk = i / a.chunk;
@@ -37,7 +37,7 @@ inline Window chunk_window(const AttentionProblem& a, int64_t i) {
   return {first + a.left, last + a.left};
 }
 
-// Rows of one strip. Beyond the last frame, rows repeat it and are not stored.
+// The rows of one strip. Beyond the last frame, rows repeat it and are not stored.
 struct Strip {
   int64_t head, sequence, begin;
   int rows;    // of the tile
@@ -61,7 +61,7 @@ inline const uint8_t* mask_row(const AttentionProblem& a, int64_t sequence, int6
   return a.mask ? a.mask + ((a.mask_per_sequence ? sequence * a.frames : 0) + frame) * a.keys() : nullptr;
 }
 
-// s[j - j0] = value for the keys [j0, j1) that are hidden from row m: by the chunk window, padding or mask.
+// Sets s[j - j0] = value for the keys [j0, j1) that the chunk window, padding or mask hides from row m.
 template <typename C>
 void fill_hidden(const AttentionProblem& a, const Strip& t, int m, const KeyRange& range, int64_t j0, int64_t j1, C* s,
                  C value) {
@@ -74,7 +74,7 @@ void fill_hidden(const AttentionProblem& a, const Strip& t, int m, const KeyRang
   if (const uint8_t* row = mask_row(a, t.sequence, frame)) row_kernels.fill_where(row + j0, s, keys - j0, value);
 }
 
-// The keys of a strip that are worked on: those that some row sees, in whole tiles.
+// Returns the keys of a strip that are worked on: those that some row sees, in whole tiles.
 inline Window strip_window(const AttentionProblem& a, const Strip& t, const KeyRange& range) {
   Window w = {a.keys(), 0};
   for (const int m : {0, t.stored - 1}) {
@@ -84,11 +84,11 @@ inline Window strip_window(const AttentionProblem& a, const Strip& t, const KeyR
   }
   w.begin = std::max(w.begin, range.begin);
   w.end = std::min(w.end, range.end);
-  if (w.begin >= w.end) return {0, a.padded_keys()};  // nothing is seen: every key has the same weight
+  if (w.begin >= w.end) return {0, a.padded_keys()};  // no key is seen: every key has the same weight
   return {w.begin / kAttentionPad * kAttentionPad, round_up(w.end, kAttentionPad)};
 }
 
-// Keys that dq adds in one chain: the rounding error grows with it.
+// dq adds this many keys in one chain: the rounding error grows with it.
 inline constexpr int64_t kQueryChain = 256;
 
 // Working memory of strip_gradients.
@@ -106,7 +106,7 @@ struct StripGradients {
   }
 };
 
-// The rows that the next strip reads: they are fetched while this one's gradients are formed.
+// The rows that the next strip reads: they are prefetched while this one's gradients are formed.
 struct NextRows {
   const char *first, *second;
   int64_t bytes;  // per key, of all rows of a strip

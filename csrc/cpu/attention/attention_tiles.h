@@ -5,9 +5,9 @@
 
 #include "cpu/simd/kernels.h"
 
-// The matrix products of attention with relative positions, on strips of a few query rows by all keys. Lanes run over
-// keys (scores, dp, dR) or over channels (dq, dk); a tile of rows x lanes stays in registers, of a size that depends on
-// the instruction set. Tables for float and double.
+// The matrix products of attention with relative positions, computed on strips of a few query rows by all keys. Lanes
+// run over keys (scores, dp, dR) or over channels (dq, dk); a tile of rows x lanes stays in registers, of a size that
+// depends on the instruction set. The tables cover float and double.
 namespace fastasr::cpu {
 
 // Strips, packed keys and packed positions are padded to multiples of this many elements.
@@ -31,14 +31,15 @@ struct AttentionTiles {
   // dq[m][d] = sum_j ds[m][j] k[j][d], j0 <= j < j1, d < depth (padded).
   void (*queries)(const C* ds, int64_t stride, const C* k, int64_t depth, int64_t j0, int64_t j1, C* dq);
 
-  // The same for a depth that is a multiple of kAttentionPad / 2 alone.
+  // Does the same for a depth that is a multiple of kAttentionPad / 2 alone.
   void (*narrow)(const C* ds, int64_t stride, const C* k, int64_t depth, int64_t j0, int64_t j1, C* dq);
 
-  // dk[j][d] += sum_m ds[m][j] q[m][d], m < queries, j0 <= j < j1. At least one query; they are added in one chain.
+  // dk[j][d] += sum_m ds[m][j] q[m][d], m < queries, j0 <= j < j1. There is at least one query; the queries are added
+  // in one chain.
   void (*keys)(const C* ds, int64_t stride, int64_t queries, const C* q, int64_t depth, int64_t j0, int64_t j1, C* dk,
                const char* next0, const char* next1, int64_t next_bytes);
 
-  // The same for a depth that is a multiple of kAttentionPad / 2 alone; nothing is prefetched.
+  // Does the same for a depth that is a multiple of kAttentionPad / 2 alone, without prefetching.
   void (*narrow_keys)(const C* ds, int64_t stride, int64_t queries, const C* q, int64_t depth, int64_t j0, int64_t j1,
                       C* dk);
 

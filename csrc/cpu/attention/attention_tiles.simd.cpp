@@ -4,7 +4,7 @@
 #include "cpu/attention/attention_rows.h"
 
 // Accumulators start at zero and are added to memory at the end: a tile that starts from memory is left on the stack by
-// GCC. One function per product: several inlined into one spill.
+// GCC. Each product has its own function: several inlined into one would spill.
 #define UNROLL _Pragma("GCC unroll 16")
 #define SIMD _Pragma("omp simd")
 
@@ -46,7 +46,7 @@ __attribute__((noinline)) void scores(const C* __restrict q, const C* __restrict
     }
     UNROLL for (int m = 0; m < kRows; m++) { SIMD for (int n = 0; n < L; n++) s[m * s_stride + j + n] = tile[m][n]; }
     if (positions == 0) continue;
-    // A sum of its own: added to the other one by one, these terms would be rounded at its size.
+    // This sum is kept apart: added to the other one term by term, these terms would be rounded at its size.
     zero(tile);
     for (int64_t d = 0; d < positions; d++) {
       const C* r = rt + d * rt_stride + j;
@@ -91,7 +91,7 @@ __attribute__((noinline)) void keys(const C* __restrict ds, int64_t stride, int6
       zero(tile);
       const C *weight = ds + j, *row = q + d;
       int64_t m = 0;
-      do {  // a loop that may be left at once would have the tile on the stack
+      do {  // a loop that may end at once would keep the tile on the stack
         UNROLL for (int e = 0; e < kRows; e++) {
           const C v = weight[e];
           SIMD for (int n = 0; n < L; n++) tile[e][n] += v * row[n];
@@ -139,7 +139,7 @@ __attribute__((noinline)) void offsets(const C* __restrict ds, int64_t stride, c
   }
 }
 
-// The same for a narrow depth, without prefetch.
+// Does the same for a narrow depth, without prefetch.
 template <typename C>
 void narrow_keys(const C* ds, int64_t stride, int64_t queries, const C* q, int64_t depth, int64_t j0, int64_t j1,
                  C* dk) {

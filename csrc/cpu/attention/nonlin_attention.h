@@ -5,17 +5,17 @@
 
 #include "cpu/simd/kernels.h"
 
-// What surrounds the two products of fastasr/ops/nonlin_attention.py. Rows are those of (frames, batch), frame first;
+// The steps around the two products of fastasr/ops/nonlin_attention.py. Rows are those of (frames, batch), frame first;
 // s, v and z are the thirds of a row of p, `stride` apart; o and dx are (batch, frames, width).
 namespace fastasr::cpu {
 
 struct NonlinAttentionRows {
   int64_t batch, frames, width, stride;
-  // Where row r of (frames, batch) lies in (batch, frames).
+  // Returns where row r of (frames, batch) lies in (batch, frames).
   FASTASR_MEMBER int64_t batch_major(int64_t r) const { return (r % batch * frames + r / batch) * width; }
 };
 
-// Each works on the rows [begin, end); all pointers are at row 0.
+// Each function works on the rows [begin, end); all pointers are at row 0.
 template <typename T>
 struct NonlinAttentionKernels {
   // x = v tanh(s)

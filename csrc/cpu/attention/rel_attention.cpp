@@ -10,11 +10,13 @@
 namespace fastasr::cpu {
 namespace {
 
-// Forward: scores of a strip (16 KB), keys, positions and values of a block (128 KB each) stay in the first two caches.
+// In the forward pass, scores of a strip (16 KB), keys, positions and values of a block (128 KB each) stay in the first
+// two caches.
 constexpr int64_t kKeyBlock = 512;
 constexpr int64_t kValueBlock = 64;  // keys that are added in one chain: the rounding error grows with it
 constexpr int64_t kBandWidth = kKeyBlock + kAttentionPad;
-// Backward: queries of a block. More of them make dk, dv and dR cheaper, until weights and dS leave the second cache.
+// In the backward pass, a block has this many queries. More of them make dk, dv and dR cheaper, until weights and dS
+// leave the second cache.
 constexpr int64_t kBackwardQueries = 32;
 constexpr int64_t kStrips = kRelAttentionQueries / 4;
 
@@ -23,20 +25,20 @@ C scale_of(const RelAttention& r) {
   return static_cast<C>(1 / std::sqrt(static_cast<double>(r.problem.query_dim)));
 }
 
-// The row of one frame in (batch, frames, heads, width).
+// Returns the row of one frame in (batch, frames, heads, width).
 template <typename T>
 T* row_of(const AttentionProblem& a, T* t, int64_t width, int64_t hb, int64_t frame) {
   return t + ((hb % a.batch * a.frames + frame) * a.heads + hb / a.batch) * width;
 }
 
-// out[d * stride + j] = in[j * step + d] for N rows: their lanes are written side by side.
+// Computes out[d * stride + j] = in[j * step + d] for N rows, whose lanes are written side by side.
 template <int N, typename T, typename C = compute_t<T>>
 void transpose_rows(const T* __restrict in, int64_t step, int64_t width, C* __restrict out, int64_t stride) {
   for (int64_t d = 0; d < width; d++)
     for (int j = 0; j < N; j++) out[d * stride + j] = load(in[j * step + d]);
 }
 
-// By channel: (width, count), `stride` apart.
+// Writes (width, count) by channel, `stride` apart.
 template <typename T, typename C = compute_t<T>>
 void transpose(const T* in, int64_t step, int64_t count, int64_t width, C* out, int64_t stride) {
   int64_t j = 0;
@@ -57,13 +59,14 @@ void zero(C* at, int64_t n) {
   std::memset(at, 0, sizeof(C) * static_cast<size_t>(n));
 }
 
-// Zeros behind the last of `count` columns.
+// Writes zeros behind the last of `count` columns.
 template <typename C>
 void zero_columns(C* by_channel, int64_t width, int64_t stride, int64_t count) {
   for (int64_t d = 0; d < width; d++) zero(by_channel + d * stride + count, stride - count);
 }
 
-// A strip's queries with the biases, times the scale: rows of `dim()`, zeros behind their channels, and by channel.
+// Prepares a strip's queries with the biases, times the scale: rows of `dim()`, zeros behind their channels, and by
+// channel.
 template <typename T, typename C = compute_t<T>>
 void load_biased(const RelAttention& r, const RelAttentionOperands<T>& t, const Strip& s, int64_t hb, C* content_rows,
                  C* position_rows, C* content, C* position) {
@@ -82,7 +85,8 @@ void load_biased(const RelAttention& r, const RelAttentionOperands<T>& t, const 
   transpose(position_rows, depth, s.rows, dim, position, s.rows);
 }
 
-// s[m][j - begin] = content[m] k[j] + position[m] R[T - 1 + j - i] for the keys [begin, end), -inf where one is hidden.
+// Computes s[m][j - begin] = content[m] k[j] + position[m] R[T - 1 + j - i] for the keys [begin, end), -inf where one
+// is hidden.
 template <typename C>
 void scores_of(const RelAttention& r, const KeyRange& range, const Strip& t, const C* content, const C* position,
                const C* kt, const C* rt, int64_t begin, int64_t end, C* s, int64_t stride, C* band) {
@@ -109,7 +113,7 @@ bool hides_any(const AttentionProblem& a, const KeyRange& range, int64_t sequenc
   return row && std::memchr(row, 1, static_cast<size_t>(a.keys()));
 }
 
-// The keys that any query may see: padding at either end of a sequence is left out.
+// Returns the keys that any query may see: padding at either end of a sequence is left out.
 Window window_of(const KeyRange& range) {
   if (range.begin >= range.end) return {0, 0};
   return {range.begin / kAttentionPad * kAttentionPad, round_up(range.end, kAttentionPad)};
@@ -249,7 +253,7 @@ struct BackwardProblem {
   const BackwardMemory<C>& m;
 };
 
-// e^(s - max) of a strip in `weights`, dS in `ds`, and the strip's rows of q, p and g. `first`: of the block.
+// Writes e^(s - max) of a strip to `weights`, dS to `ds`, and the strip's rows of q, p and g. `first` is the block's.
 template <typename T, typename C>
 void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int64_t first) {
   const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
@@ -278,7 +282,8 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
     C sum = 0;
     if (i < t.stored)
       sum = row_kernels.exponentials(e, n, std::max(row_kernels.maximum(e, n), std::numeric_limits<C>::lowest()));
-    if (sum == 0 && (i >= t.stored || hides_any(a, b.range, t.sequence, t.begin + i))) {  // it sees no key, or is none
+    // the query sees no key, or does not exist
+    if (sum == 0 && (i >= t.stored || hides_any(a, b.range, t.sequence, t.begin + i))) {
       zero(e, n), zero(gradient, n), zero(g, values);
       continue;
     }
@@ -287,7 +292,7 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
   }
 }
 
-// The gradients of a block's queries, and its part of dk, dv and dR.
+// Adds the gradients of a block's queries, and its part of dk, dv and dR.
 template <typename T, typename C>
 void block_gradients(const BackwardProblem<T, C>& b, int64_t first, int64_t count, T* dq,
                      const RelAttentionSums<C>& sums) {

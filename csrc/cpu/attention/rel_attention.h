@@ -9,10 +9,10 @@
 // a few queries, masks, tiles and the softmax are those of Zipformer's attention; here positions have as many channels
 // as keys. Scores of a strip by offset are one product of its queries with consecutive rows of R, the band: row m of it
 // is the strip's row m, m columns further left, and is shifted when it is added to the scores by key. Backward, the
-// band of dS is dS itself, read with rows one element further apart. Forward: blocks of queries meet blocks of keys, as
-// in zipformer_attention.h. Backward: a block of queries has its weights and their gradient for all keys in the
-// second cache, then feeds the products with its own depth. Memory: O(keys) for packed operands, for weights of one
-// block of queries and for sums of dR.
+// band of dS is dS itself, read with rows one element further apart. In the forward pass blocks of queries meet blocks
+// of keys, as in zipformer_attention.h. In the backward pass a block of queries has its weights and their gradient for
+// all keys in the second cache, then feeds the products with its own depth. Memory is O(keys): packed operands, weights
+// of one block of queries and sums of dR.
 namespace fastasr::cpu {
 
 inline constexpr int64_t kRelAttentionQueries = 64;  // of a call of the forward pass
@@ -39,7 +39,7 @@ struct RelAttentionOperands {
   const T *q, *k, *v, *pos, *bias_u, *bias_v;
 };
 
-// What one head's sequences add up to: dR in rows (padded_offsets, dim), du and dw.
+// The sums over one head's sequences: dR in rows (padded_offsets, dim), du and dw.
 template <typename C>
 struct RelAttentionSums {
   C* positions;
@@ -53,18 +53,18 @@ struct RelAttentionKernels {
   using C = compute_t<T>;
   using Operands = RelAttentionOperands<T>;
   void (*pack_keys)(const RelAttention& r, const Operands& t, int64_t hb, C* keys_transposed, C* values);
-  // R of one head by channel and, when not null, by row.
+  // Packs R of one head by channel and, when `rows` is not null, by row.
   void (*pack_positions)(const RelAttention& r, const Operands& t, int64_t head, C* transposed, C* rows);
-  // Rows [begin, end) of y (batch, frames, heads, value_dim) and lse (batch, heads, frames); begin is a multiple of
-  // kRelAttentionQueries, end - begin at most that.
+  // Computes rows [begin, end) of y (batch, frames, heads, value_dim) and lse (batch, heads, frames); begin is a
+  // multiple of kRelAttentionQueries, end - begin at most that.
   void (*forward)(const RelAttention& r, const KeyRange* ranges, const Operands& t, const C* keys_transposed,
                   const C* values, const C* positions_transposed, int64_t hb, int64_t begin, int64_t end, T* y, C* lse,
                   C* scratch);
-  // dq, dk and dv of one head and sequence; adds to the sums.
+  // Computes dq, dk and dv of one head and sequence, and adds to the sums.
   void (*backward)(const RelAttention& r, const KeyRange* ranges, const T* grad, const Operands& t,
                    const C* positions_transposed, const C* positions, int64_t hb, T* dq, T* dk, T* dv,
                    const RelAttentionSums<C>& sums, C* scratch);
-  // dpos, dbias_u and dbias_v of one head: `parts` sums, in their order and in double.
+  // Computes dpos, dbias_u and dbias_v of one head: `parts` sums, added in their order and in double.
   void (*store_sums)(const RelAttention& r, const RelAttentionSums<C>& sums, int64_t parts, int64_t head, T* dpos,
                      T* dbias_u, T* dbias_v);
 };

@@ -42,7 +42,7 @@ struct SegmentAttention {
     const int64_t together = segments_per_block();
     return (segments() + together - 1) / together * blocks_per_segment();
   }
-  // Rows of a packed panel, with room for the last tile; rows of a block's scores.
+  // Rows of a packed panel with room for the last tile, and rows of a block's scores.
   FASTASR_MEMBER int64_t packed_rows() const { return keys() + kTileRows; }
   FASTASR_MEMBER int64_t score_rows() const {
     const int64_t together = segments_per_block();
@@ -58,7 +58,7 @@ int64_t segment_attention_scratch(const SegmentAttention<T>& p, bool backward) {
   return backward ? 4 * packed + 2 * scores + 5 * tiles : 2 * packed + scores + 2 * tiles;
 }
 
-// One unit. y, dquery (queries, B, heads width), dkey and dvalue (keys, B, heads width) are contiguous.
+// Computes one unit. y, dquery (queries, B, heads width), dkey and dvalue (keys, B, heads width) are contiguous.
 template <typename T>
 struct SegmentAttentionKernels {
   void (*forward)(const SegmentAttention<T>& p, int64_t unit, T* y, compute_t<T>* scratch);

@@ -40,7 +40,7 @@ FASTASR_INLINE Block block_of(const SegmentAttention<T>& p, int64_t unit, int64_
   const int64_t length = p.lengths ? std::clamp<int64_t>(p.lengths[b], 0, p.frames) : p.frames;
   const int64_t old_frames = p.history ? std::clamp<int64_t>(p.history[0], 0, p.past_frames) : p.past_frames;
   const int64_t old_memory = p.history ? std::clamp<int64_t>(p.history[1], 0, p.past_memory) : p.past_memory;
-  // What segment s sees, as rows of each run's own kind.
+  // Returns what segment s sees, as rows of each run's own kind.
   const auto window = [&](int64_t s, int64_t kind, int64_t* begin, int64_t* end) {
     if (kind == 0) {
       *end = p.memory ? p.past_memory + s : 0;
@@ -99,7 +99,7 @@ FASTASR_INLINE Block block_of(const SegmentAttention<T>& p, int64_t unit, int64_
   return out;
 }
 
-// A row's channels of one head, in panels that are `stride` apart; zeros beyond.
+// Packs a row's channels of one head into panels that are `stride` apart, with zeros beyond.
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void unpack_row(const T* __restrict in, int64_t width, C scale, C* __restrict out, int64_t stride) {
   int64_t j = 0;
@@ -134,7 +134,7 @@ FASTASR_INLINE void pack(const SegmentAttention<T>& p, const Sequence<const T>& 
     std::memset(out + (panel * rows + keys) * kPanel, 0, sizeof(C) * kTileRows * kPanel);
 }
 
-// The block's rows of t, times scale: [panel][32 queries][32 channels], and transposed.
+// Packs the block's rows of t, times scale: [panel][32 queries][32 channels], and transposed.
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void gather(const SegmentAttention<T>& p, const Sequence<const T>& t, int64_t unit, const Block& block,
                            C scale, C* rows, C* transposed) {
@@ -149,10 +149,10 @@ FASTASR_INLINE void gather(const SegmentAttention<T>& p, const Sequence<const T>
   }
 }
 
-// How many rows the next tile has when n rows are left.
+// Returns how many rows the next tile has when n rows are left.
 FASTASR_INLINE int64_t tile_rows_of(int64_t n) { return std::min(kTileRows, (n + 3) / 4 * 4); }
 
-// scores[j][l] = sum over channels of packed[j] transposed[l].
+// Computes scores[j][l] = sum over channels of packed[j] transposed[l].
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void products(const SegmentAttention<T>& p, const Block& block, const C* packed, const C* transposed,
                              C* scores) {
@@ -165,7 +165,7 @@ FASTASR_INLINE void products(const SegmentAttention<T>& p, const Block& block, c
   }
 }
 
-// S = exp(S - max) where a query sees a key, else exactly 0; inverse[l] = 1 / sum, or 0 where there is none.
+// Computes S = exp(S - max) where a query sees a key, else exactly 0; inverse[l] = 1 / sum, or 0 where there is none.
 template <int64_t kLanes, typename C>
 FASTASR_INLINE void softmax(const Block& block, C* scores, C* __restrict inverse) {
   constexpr C kNone = -std::numeric_limits<C>::infinity();
@@ -247,7 +247,7 @@ FASTASR_INLINE int64_t columns_of(const SegmentAttention<T>& p, int64_t panel) {
   return std::min(kPanel, (p.width - panel * kPanel + 7) / 8 * 8);
 }
 
-// out[panel][l][c] = sum over keys of a[j][l] packed[j][c].
+// Computes out[panel][l][c] = sum over keys of a[j][l] packed[j][c].
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void mix(const SegmentAttention<T>& p, const Block& block, const C* a, const C* packed, C* out) {
   for (int64_t panel = 0; panel < p.panels(); panel++)
@@ -264,8 +264,8 @@ FASTASR_INLINE void mix(const SegmentAttention<T>& p, const Block& block, const 
     }
 }
 
-// A value that is not finite spoils, times a weight of 0, the sums of queries that do not see it: then each query's are
-// summed again over what it sees.
+// A value that is not finite spoils, even times a weight of 0, the sums of queries that do not see it. Each query's
+// sums are then added again over what it sees.
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void mix_seen(const SegmentAttention<T>& p, const Block& block, const C* a, const C* packed, C* out) {
   C zero = 0;
@@ -290,7 +290,7 @@ FASTASR_INLINE void mix_seen(const SegmentAttention<T>& p, const Block& block, c
     }
 }
 
-// sums[j][c] += sum over queries of a[j][l] rows[l][c].
+// Computes sums[j][c] += sum over queries of a[j][l] rows[l][c].
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void scatter(const SegmentAttention<T>& p, const Block& block, const C* a, const C* rows, C* sums) {
   for (int64_t panel = 0; panel < p.panels(); panel++)

@@ -9,9 +9,9 @@
 namespace fastasr::cpu {
 inline namespace FASTASR_SIMD {
 
-// dS = P (dP - D), D = sum_j P dP, in place of dP; `keys` is a multiple of kTileRows, a query without keys has P = 0. D
-// is divided by the sum of P as it was rounded, and subtracted in two parts: the columns of dS then add up to zero as
-// nearly as their elements allow, which what is summed over keys relies on.
+// Computes dS = P (dP - D), D = sum_j P dP, in place of dP. `keys` is a multiple of kTileRows; a query without keys has
+// P = 0. D is divided by the sum of P as it was rounded, and subtracted in two parts: the columns of dS then add up to
+// zero as nearly as their elements allow, which later sums over keys rely on.
 template <int64_t kLanes, typename C>
 FASTASR_INLINE void softmax_backward(int64_t keys, const C* __restrict p, C* __restrict ds) {
   alignas(64) double sum[kLanes] = {}, one[kLanes] = {};

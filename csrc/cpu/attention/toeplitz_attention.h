@@ -30,7 +30,7 @@ struct ToeplitzAttention {
   bool causal, activate_value;
   int activation;
 
-  // Everything padded to whole panels: frames of a chunk, blocks, panels of d and v.
+  // All sizes padded to whole panels: frames of a chunk, blocks, panels of d and v.
   FASTASR_MEMBER int64_t rows() const { return (size + kPanel - 1) / kPanel * kPanel; }
   FASTASR_MEMBER int64_t blocks() const { return rows() / kPanel; }
   FASTASR_MEMBER int64_t d_panels() const { return (d + kPanel - 1) / kPanel; }
@@ -38,7 +38,7 @@ struct ToeplitzAttention {
   FASTASR_MEMBER int64_t units() const { return batch * count; }
 };
 
-// A unit's operands, packed; elements of C. The second group is for the backward alone.
+// A unit's packed operands; sizes are in elements of C. Only the backward uses the second group.
 template <typename C>
 struct ToeplitzUnit {
   C *query_t, *key, *value, *reversed_bias;             // [block][d][32], [panel][row][32] twice, [2 rows + 32]
@@ -69,13 +69,13 @@ ToeplitzUnit<compute_t<T>> toeplitz_unit(const ToeplitzAttention<T>& p, bool bac
   return u;
 }
 
-// Elements of C that a call on one block or panel needs for itself.
+// A call on one block or panel needs this many elements of C for itself.
 template <typename T>
 int64_t toeplitz_scratch_elements(const ToeplitzAttention<T>& p) {
   return std::max(p.rows(), p.v_panels() * kPanel) * kPanel + 3 * kPanel * kPanel;
 }
 
-// What the backward reads and writes beside the unit. Gradients are contiguous.
+// The backward reads and writes these beside the unit. Gradients are contiguous.
 template <typename T>
 struct ToeplitzGradients {
   using C = compute_t<T>;
@@ -88,16 +88,16 @@ struct ToeplitzAttentionKernels {
   using C = compute_t<T>;
   void (*pack)(const ToeplitzAttention<T>& p, int64_t unit, bool backward, const ToeplitzUnit<C>& u, C* scratch);
   void (*pack_value)(const ToeplitzAttention<T>& p, int64_t unit, int64_t panel, const ToeplitzUnit<C>& u);
-  // y and, when not null, h of one block
+  // Computes y and, when h is not null, h of one block.
   void (*forward)(const ToeplitzAttention<T>& p, int64_t unit, int64_t block, const ToeplitzUnit<C>& u, T* y, T* mixed,
                   C* scratch);
-  // dgate, and into u: weights, dscores, grad, dquery of one block
+  // Computes dgate, and into u the weights, dscores, grad and dquery of one block.
   void (*backward)(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, int64_t unit, int64_t block,
                    const ToeplitzUnit<C>& u, C* scratch);
-  // dvalue of a panel of v, or dkey (into u) of panel - v_panels
+  // Computes dvalue of a panel of v, or dkey (into u) of panel - v_panels.
   void (*backward_keys)(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, int64_t unit, int64_t panel,
                         const ToeplitzUnit<C>& u, C* scratch);
-  // dquery_key, and this unit's sums: dparameters (4, d) holds dweight's rows 0 and 1 and dbias's rows 0 and 1;
+  // Computes dquery_key and this unit's sums: dparameters (4, d) holds dweight's rows 0 and 1 and dbias's rows 0 and 1;
   // dposition (2 size - 1)
   void (*backward_parameters)(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, int64_t unit,
                               const ToeplitzUnit<C>& u, double* dparameters, double* dposition, C* scratch);

@@ -24,7 +24,7 @@ Span span_of(const ToeplitzAttention<T>& p, int64_t unit) {
   return {unit / p.count, first, std::min(p.size, p.length - first)};
 }
 
-// Keys that a block's queries may see: [0, end), whole tiles.
+// Returns the keys that a block's queries may see: [0, end), whole tiles.
 template <typename T>
 int64_t keys_of(const ToeplitzAttention<T>& p, int64_t block) {
   const int64_t all = (p.size + kTileRows - 1) / kTileRows * kTileRows;
@@ -38,8 +38,8 @@ FASTASR_INLINE void transpose(const C* __restrict in, C* __restrict out) {
     for (int64_t j = 0; j < kPanel; j++) out[j * kPanel + l] = in[l * kPanel + j];
 }
 
-// [first, first + 32) of channels of `rows` frames from frame t on, into rows of 32; zeros beyond `frames` and
-// `channels`.
+// Copies [first, first + 32) of channels of `rows` frames from frame t on into rows of 32, with zeros beyond `frames`
+// and `channels`.
 template <typename T>
 FASTASR_INLINE void fetch(const Sequence<const T>& x, int64_t t, int64_t b, int64_t first, int64_t channels,
                           int64_t frames, int64_t rows, compute_t<T>* __restrict out) {
@@ -95,7 +95,7 @@ void pack(const ToeplitzAttention<T>& p, int64_t unit, bool backward, const Toep
       if (backward) std::memcpy(u.query + (panel * rows + i0) * kPanel, q, sizeof(q));
     }
   }
-  // reversed_bias[rows + t] = bias of distance -t: lanes of a row of scores are neighbours
+  // reversed_bias[rows + t] is the bias of distance -t: the lanes of a row of scores are neighbours
   for (int64_t t = -rows; t < rows + kPanel; t++)
     u.reversed_bias[rows + t] = t > -p.size && t < p.size ? p.position_bias[-t] : C(0);
   bool all = p.padding != nullptr;
@@ -121,10 +121,10 @@ FASTASR_INLINE void products(const ToeplitzAttention<T>& p, const ToeplitzUnit<C
     tile_rows(u.key + j * kPanel, p.rows() * kPanel, q, p.d_panels() * kPanel, s + j * kPanel, false);
 }
 
-// Query l of block i0 / 32 does not see key j.
+// Says whether query l of block i0 / 32 does not see key j.
 FASTASR_INLINE bool behind(bool causal, int64_t i0, int64_t l, int64_t j) { return causal && j > i0 + l; }
 
-// S += bias, with -inf where a key is not seen; m[l] = max.
+// Adds the bias to S, with -inf where a key is not seen; m[l] is the maximum.
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void bias_and_maximum(const ToeplitzAttention<T>& p, const ToeplitzUnit<C>& u, int64_t i0, int64_t keys,
                                      C* __restrict s, C* __restrict m) {
@@ -146,7 +146,7 @@ FASTASR_INLINE void bias_and_maximum(const ToeplitzAttention<T>& p, const Toepli
   }
 }
 
-// S = exp(S - shift), exactly 0 where S is -inf by masking; total[l] = sum.
+// Sets S = exp(S - shift), exactly 0 where S is -inf by masking; total[l] is the sum.
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void exponentials(const ToeplitzAttention<T>& p, const ToeplitzUnit<C>& u, int64_t i0, int64_t keys,
                                  const C* __restrict shift, C* __restrict s, double* __restrict total) {
@@ -173,7 +173,7 @@ FASTASR_INLINE void exponentials(const ToeplitzAttention<T>& p, const ToeplitzUn
   for (int64_t l = 0; l < kPanel; l++) total[l] = sum[l];
 }
 
-// 1 / total, NaN for a query that sees no key.
+// Returns 1 / total, NaN for a query that sees no key.
 template <typename C>
 FASTASR_INLINE void inverse_of(const C* __restrict m, const double* __restrict total, C* __restrict inverse) {
   for (int64_t l = 0; l < kPanel; l++)
@@ -181,7 +181,7 @@ FASTASR_INLINE void inverse_of(const C* __restrict m, const double* __restrict t
                                                              : static_cast<C>(1 / total[l]);
 }
 
-// The weights' rows add up to 1 within a rounding: dS is a difference of sums over them.
+// The weights' rows must add up to 1 within a rounding: dS is a difference of sums over them.
 template <typename C>
 FASTASR_INLINE void normalise(const C* m, const double* total, C* __restrict a, int64_t keys) {
   alignas(64) C inverse[kPanel];
@@ -192,7 +192,7 @@ FASTASR_INLINE void normalise(const C* m, const double* total, C* __restrict a, 
   }
 }
 
-// S *= dropout, j < keys.
+// Computes S *= dropout for j < keys.
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void drop(const ToeplitzAttention<T>& p, int64_t unit, int64_t i0, int64_t keys, C* __restrict s) {
   const Span span = span_of(p, unit);
@@ -235,7 +235,7 @@ void forward(const ToeplitzAttention<T>& p, int64_t unit, int64_t block, const T
   }
 }
 
-// g = dy act(gate) of a block: panels into u.grad, transposed ([v][32]) into gt; dgate = dy h act'(gate).
+// Computes g = dy act(gate) of a block: panels into u.grad, transposed ([v][32]) into gt; dgate = dy h act'(gate).
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void ungate(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, const Span& span, int64_t i0,
                            int64_t queries, const ToeplitzUnit<C>& u, C* __restrict gt, C* __restrict scratch) {

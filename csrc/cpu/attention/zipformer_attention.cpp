@@ -37,7 +37,7 @@ struct Block {
   C *scores, *part;
 };
 
-// One strip with the keys [begin, end).
+// Adds the keys [begin, end) to one strip.
 template <typename C>
 void step(const Block<C>& b, StripState<C>& state, int64_t begin, int64_t end) {
   const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
@@ -99,7 +99,7 @@ void forward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ran
     load_queries(a, t, x, state.q, state.p);
   });
   walk(block, states, count);
-  bool again = false;  // where hidden keys have some weight, all of them are needed
+  bool again = false;  // hidden keys have some weight here, so all of them are needed
   for (int k = 0; k < count; k++) {
     StripState<C>& state = states[k];
     const Window all = {0, a.padded_keys()};

@@ -7,14 +7,15 @@
 
 // Values weighted by attention with relative positions, without the weights:
 //   y[i] = sum_j softmax_j(s[i,j]) v[j], s as in zipformer_attention_weights.h, masked scores -1000.
-// Forward: blocks of queries meet blocks of keys; per row stand the largest score so far, the sum of exponentials and
-// the weighted sum, rescaled when the largest score grows. Backward: strips of a few queries meet all keys; the strip's
-// weights and their gradient stay in the second cache, so that nothing but the inputs is needed of the forward pass:
+// In the forward pass blocks of queries meet blocks of keys; each row keeps the largest score so far, the sum of
+// exponentials and the weighted sum, which are rescaled when the largest score grows. In the backward pass strips of a
+// few queries meet all keys; the strip's weights and their gradient stay in the second cache, so that nothing but the
+// inputs is needed of the forward pass:
 //   dV = W^T G, dW = G V^T, and from dW as there.
-// Memory: O(keys) for packed operands and for the parts of dk, dV and dR.
+// Memory is O(keys): packed operands and the parts of dk, dV and dR.
 namespace fastasr::cpu {
 
-// Queries that share what is read of keys and values.
+// This many queries share each read of keys and values.
 inline constexpr int64_t kAttentionQueries = 64;
 
 struct ValueShape {
@@ -33,16 +34,17 @@ template <typename T>
 struct ZipformerAttentionKernels {
   static constexpr bool kCompiledOnce = true;
   using C = compute_t<T>;
-  // Values (keys, batch, heads * dim) of one head and sequence, as rows of padded_dim().
+  // Packs values (keys, batch, heads * dim) of one head and sequence as rows of padded_dim().
   void (*pack_values)(const AttentionProblem& a, const ValueShape& v, const T* values, int64_t hb, C* packed);
-  // Rows [begin, end) of y (frames, batch, heads * dim); end - begin <= kAttentionQueries, begin is a multiple of it.
+  // Computes rows [begin, end) of y (frames, batch, heads * dim); end - begin <= kAttentionQueries, begin is a multiple
+  // of it.
   void (*forward)(const AttentionProblem& a, const ValueShape& v, const KeyRange* ranges, const T* x,
                   const C* keys_transposed, const C* positions, const C* packed_values, int64_t hb, int64_t begin,
                   int64_t end, T* y, C* scratch);
-  // Values (keys, batch, heads * dim) of one head and sequence, channels by keys.
+  // Packs values (keys, batch, heads * dim) of one head and sequence, channels by keys.
   void (*transpose_values)(const AttentionProblem& a, const ValueShape& v, const T* values, int64_t hb, C* transposed);
-  // dx of the queries' and positions' channels at rows [begin, end), begin a multiple of attention_rows(); dk
-  // (padded_keys, padded_dim), drt (positions_size) and dv (padded_keys, v.padded_dim) of these rows alone.
+  // Computes dx of the queries' and positions' channels at rows [begin, end), begin a multiple of attention_rows(); dk
+  // (padded_keys, padded_dim), drt (positions_size) and dv (padded_keys, v.padded_dim) are those of these rows alone.
   void (*backward)(const AttentionProblem& a, const ValueShape& v, const KeyRange* ranges, const T* grad, const T* x,
                    const C* keys_transposed, const C* key_rows, const C* positions, const C* values_transposed,
                    int64_t hb, int64_t begin, int64_t end, T* dx, C* dk, C* drt, C* dv, C* scratch);

@@ -9,7 +9,7 @@
 namespace fastasr::cpu {
 namespace {
 
-// A key that the masks hide from this row, or -1. All hidden keys of a row have the same weight.
+// Returns a key that the masks hide from this row, or -1. All hidden keys of a row have the same weight.
 int64_t hidden_key(const AttentionProblem& a, const KeyRange& range, const Window& window, int64_t sequence,
                    int64_t frame) {
   if (window.begin > 0) return 0;
@@ -48,7 +48,7 @@ void forward_strip(const AttentionProblem& a, const KeyRange& range, const T* x,
       narrow = narrow && top[m] > kNarrowAbove<C>;
     }
     if (narrow || (w.begin == 0 && w.end == padded)) break;
-    w = {0, padded};  // hidden keys have some weight: all of them are needed
+    w = {0, padded};  // hidden keys have some weight, so all are needed
   }
   for (int m = 0; m < t.stored; m++) {
     C* row = s + m * padded;

@@ -7,9 +7,10 @@
 
 // Attention weights with relative positions, materialised:
 //   s[h,b,i,j] = q[i] . k[j] + p[i] . R[T-1-i+j], masked scores -1000, W = softmax_j(s),
-// for T queries and left + T keys; the first `left` keys come from a cache. Masked: outside the chunk window, padding,
-// mask. Backward, with delta = sum_j W dW: dS = W (dW - delta), 0 where masked, plus the penalty on large scores; then
-// dq = dS k, dk = dS^T q, dp[i] = sum_j dS R[T-1-i+j], dR[r] = sum of p over the diagonal r = T-1-i+j.
+// for T queries and left + T keys; the first `left` keys come from a cache. A key is masked outside the chunk window,
+// by padding or by the mask. Backward, with delta = sum_j W dW: dS = W (dW - delta), 0 where masked, plus the penalty
+// on large scores; then dq = dS k, dk = dS^T q, dp[i] = sum_j dS R[T-1-i+j], dR[r] = sum of p over the diagonal r =
+// T-1-i+j.
 //
 // Queries are worked on in strips of `attention_rows()` rows. A strip has all its scores in the cache before the
 // softmax, so there is no online maximum.
@@ -41,7 +42,7 @@ struct AttentionProblem {
   int64_t backward_scratch() const;                                               // per thread
 };
 
-// First and one past the last key that is not padding, and the first that is (or -1), of each sequence.
+// Holds, of each sequence, the first and one past the last key that is not padding, and the first that is (or -1).
 struct KeyRange {
   int64_t begin, end, masked;
 };
@@ -55,11 +56,11 @@ struct AttentionWeightsKernels {
   using C = compute_t<T>;
   void (*pack_keys)(const AttentionProblem& a, const T* x, const T* cached, int64_t hb, C* transposed, C* rows);
   void (*pack_positions)(const AttentionProblem& a, const T* pos, int64_t head, int64_t sequence, C* packed);
-  // Rows [begin, end) of W; begin is a multiple of attention_rows(). W's rows are `stride` apart.
+  // Computes rows [begin, end) of W; begin is a multiple of attention_rows(). W's rows are `stride` apart.
   void (*forward)(const AttentionProblem& a, const KeyRange* ranges, const T* x, const C* keys_transposed,
                   const C* positions, int64_t hb, int64_t begin, int64_t end, T* weights, int64_t stride, C* scratch);
-  // dx of the queries' and positions' channels at rows [begin, end); dk (padded_keys, padded_dim) and drt
-  // (positions_size) of these rows alone.
+  // Computes dx of the queries' and positions' channels at rows [begin, end); dk (padded_keys, padded_dim) and drt
+  // (positions_size) are those of these rows alone.
   void (*backward)(const AttentionProblem& a, const KeyRange* ranges, const T* x, const T* weights,
                    int64_t weights_stride, const T* grad, int64_t grad_stride, const C* keys_transposed,
                    const C* key_rows, const C* positions, int64_t hb, int64_t begin, int64_t end, T* dx, C* dk, C* drt,

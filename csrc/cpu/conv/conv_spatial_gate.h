@@ -31,23 +31,23 @@ struct ConvSpatialGate {
   }
 };
 
-// Stripes of kSpatialGateStripe channels.
+// Work is cut into stripes of kSpatialGateStripe channels.
 constexpr int64_t kSpatialGateStripe = 32;
 
 template <typename T>
 struct ConvSpatialGateKernels {
   using C = compute_t<T>;
-  // Rows [begin, end) of the statistics of g, for the other passes. scratch has C elements.
+  // Computes the statistics of rows [begin, end) of g, for the other passes. scratch has C elements.
   void (*statistics)(const ConvSpatialGate<T>& p, RowStatistics<C>* statistics, int64_t begin, int64_t end, C* scratch);
-  // Tasks [begin, end) of stripes x batch; y (B, T, C) contiguous.
+  // Computes tasks [begin, end) of stripes x batch; y (B, T, C) is contiguous.
   void (*forward)(const ConvSpatialGate<T>& p, const RowStatistics<C>* statistics, T* y, int64_t begin, int64_t end);
-  // Stripes [begin, end), each over the whole batch, so that sums need no second pass. dx (B, T, 2 C) contiguous: its
-  // first half is written. du has rows of C values du_row elements apart, which may lie in dx's second half. dweight
-  // (C, K), dbias (C).
+  // Computes stripes [begin, end), each over the whole batch, so that sums need no second pass. dx (B, T, 2 C) is
+  // contiguous: its first half is written. du has rows of C values du_row elements apart, which may lie in dx's second
+  // half. The sums are dweight (C, K) and dbias (C).
   void (*backward)(const ConvSpatialGate<T>& p, const RowStatistics<C>* statistics, const T* grad, T* dx, C* du,
                    int64_t du_row, C* dweight, C* dbias, int64_t begin, int64_t end);
-  // Rows [begin, end) of du to dx's second half. dnorm_weight and dnorm_bias (C each, overwritten) are the sums over
-  // these rows.
+  // Turns rows [begin, end) of du into dx's second half. dnorm_weight and dnorm_bias (C each, overwritten) are the sums
+  // over these rows.
   void (*norm_backward)(const ConvSpatialGate<T>& p, const RowStatistics<C>* statistics, const C* du, int64_t du_row,
                         T* dx, C* dnorm_weight, C* dnorm_bias, int64_t begin, int64_t end);
 };

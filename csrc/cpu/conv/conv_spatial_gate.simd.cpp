@@ -7,18 +7,18 @@
 #include "cpu/conv/depthwise.simd.h"
 #include "cpu/math/activation.h"
 
-// Forward and backward by stripes of channels. Rows of x lie 2 C elements apart, 12 KB at E-Branchformer's size, which
-// no hardware prefetcher follows: what the next rows need is prefetched here.
+// Forward and backward work by stripes of channels. Rows of x lie 2 C elements apart, 12 KB at E-Branchformer's size,
+// which no hardware prefetcher follows: the kernel prefetches what the next rows need.
 namespace fastasr::cpu {
 namespace {
 
 static_assert(kStripe == kSpatialGateStripe);
 
-// Frames of a block: its rows, and 2 P + kTile more for the taps' reach, stay in the first or second cache.
+// A block has this many frames: its rows, and 2 P + kTile more for the taps' reach, stay in the first or second cache.
 constexpr int64_t kGateBlock = 64;
 
-// Rows from the one that is read to the one that is prefetched. Rows of 12 KB share their first-cache sets, so that
-// the second cache is what is filled; nearer ones come too late.
+// The kernel prefetches this many rows ahead. Rows of 12 KB share their first-cache sets, so the prefetch fills the
+// second cache; nearer rows would come too late.
 constexpr int64_t kAhead = 48;
 
 template <typename T>
@@ -48,7 +48,7 @@ class GateStripe {
   const T* input(int64_t b, int64_t t) const { return p_.x + b * p_.x_batch + t * p_.x_time + first_; }
   bool masked(int64_t b, int64_t t) const { return p_.mask && p_.mask[b * p_.frames + t]; }
 
-  // u of frames [t, t + n) of sequence b
+  // Returns u of frames [t, t + n) of sequence b.
   void stage(int64_t b, int64_t t, int64_t n, C* rows) {
     for (const int64_t end = t + n; t < end; t++, rows += kStripe) {
       if (t < 0 || t >= p_.frames || masked(b, t)) {
@@ -65,7 +65,7 @@ class GateStripe {
     }
   }
 
-  // z of the block's n frames, with its bias.
+  // Computes z of the block's n frames, with its bias.
   template <typename F>
   void convolve_block(int64_t n, const F& ahead) {
     convolve(u_[0], taps_[0], p_.taps, n, z_[0], ahead);
@@ -146,7 +146,7 @@ class GateForward : GateStripe<T> {
   }
 };
 
-// dr = grad z, q = grad r slope (slope null: 1); z is activated
+// dr = grad z, q = grad r slope, where a null slope stands for 1; z is activated
 template <bool kSlope, typename T, typename C>
 FASTASR_INLINE void gate_gradients(const T* __restrict grad, const T* __restrict r, const C* __restrict z,
                                    const C* __restrict slope, int64_t n, T* __restrict dr, C* __restrict q) {
@@ -239,7 +239,7 @@ class GateBackward : GateStripe<T> {
     }
   }
 
-  // Frames [t - P, t + n - P): those whose gradient is complete.
+  // These are frames [t - P, t + n - P): their gradient is complete.
   void input_gradients(int64_t b, int64_t t, int64_t n) {
     const int64_t start = t - pad_, low = std::max<int64_t>(start, 0), high = std::min(start + n, p_.frames);
     convolve_reversed(q_[0], taps_[0], p_.taps, n, z_[0], [&](int64_t i) {
@@ -280,7 +280,7 @@ void statistics(const ConvSpatialGate<T>& p, RowStatistics<C>* out, int64_t begi
   }
 }
 
-// Chains of kTerms terms in the compute type, then double.
+// Chains have kTerms terms in the compute type; they are then added in double.
 constexpr int64_t kTerms = 256;
 
 template <typename T, typename C = compute_t<T>>

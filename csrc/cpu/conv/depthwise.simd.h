@@ -13,8 +13,8 @@
 namespace fastasr::cpu {
 inline namespace FASTASR_SIMD {
 
-// Depthwise convolution over time, forward and both gradients, on tiles that stay in registers. Vector types are right
-// here: they are as wide as the registers of the set that the object is compiled for.
+// Depthwise convolution over time, forward and both gradients, on tiles that stay in registers. Vector types suit this
+// file: they are as wide as the registers of the instruction set that the object is compiled for.
 //
 // Data are rows of kStripe channels, one per frame, one behind the other, 64-byte aligned: a stripe of the channels of
 // one sequence. Forward, input gradient and weight gradient are one sum over rows,
@@ -61,7 +61,8 @@ FASTASR_INLINE void correlate(const C* slide, const C* fixed, int64_t fixed_stri
   }
 }
 
-// out[i] (+)= sum over j < n of fixed[j] slide[i + j] for the kRows rows of a tile and all channels of the stripe.
+// Computes out[i] (+)= sum over j < n of fixed[j] slide[i + j] for the kRows rows of a tile and all channels of the
+// stripe.
 template <int kRows, bool kAdd, typename C>
 FASTASR_INLINE void tile(const C* slide, const C* fixed, int64_t fixed_stride, int64_t n, C* out) {
   using V = typename Aligned<C>::type;
@@ -76,9 +77,9 @@ FASTASR_INLINE void tile(const C* slide, const C* fixed, int64_t fixed_stride, i
   }
 }
 
-// A function of its own: inlined into a larger one, the compiler keeps the sums on the stack. Tiles of four rows for
-// what is that short. `slide` and `out` have a tile's rows, whatever `rows` is; sums of rows that are not asked for are
-// waste.
+// This is a function of its own: inlined into a larger one, the compiler keeps the sums on the stack. Tiles of four
+// rows cover short remainders. `slide` and `out` have a tile's rows, whatever `rows` is; the sums beyond `rows` are
+// discarded.
 template <bool kAdd, typename C>
 __attribute__((noinline)) void tile_of(int64_t rows, const C* slide, const C* fixed, int64_t fixed_stride, int64_t n,
                                        C* out) {
@@ -86,15 +87,15 @@ __attribute__((noinline)) void tile_of(int64_t rows, const C* slide, const C* fi
   tile<4, kAdd>(slide, fixed, fixed_stride, n, out);
 }
 
-// taps (channels, K) of storage type T -> rows; channels beyond the last are 0.
+// Copies taps (channels, K) of storage type T to rows; channels beyond the last are 0.
 template <typename T, typename C>
 void stage_taps(const T* taps, int64_t channels, int64_t K, C* rows) {
   for (int64_t k = 0; k < K; k++)
     for (int64_t c = 0; c < kStripe; c++) rows[k * kStripe + c] = c < channels ? load(taps[c * K + k]) : C(0);
 }
 
-// out[t] = sum over k < K of taps[k] in[t + k], t < rows rounded up to whole tiles. ahead(t) before each tile: a place
-// to prefetch from, a few rows at a time.
+// Computes out[t] = sum over k < K of taps[k] in[t + k] for t < rows rounded up to whole tiles. It calls ahead(t)
+// before each tile, which may prefetch a few rows at a time.
 template <typename C, typename F>
 void convolve(const C* in, const C* taps, int64_t K, int64_t rows, C* out, const F& ahead) {
   for (int64_t t = 0; t < rows; t += kTile) {
@@ -103,8 +104,8 @@ void convolve(const C* in, const C* taps, int64_t K, int64_t rows, C* out, const
   }
 }
 
-// dtaps[i] += sum over t < rows of grad[t] in[t + i], i < kTile, in chains of kChain products: in one chain of all rows
-// short sequences' gradients were twice as inexact as eager's.
+// Adds the sum over t < rows of grad[t] in[t + i] to dtaps[i], i < kTile, in chains of kChain products: in one chain of
+// all rows the gradients of short sequences had twice the error of eager's.
 constexpr int64_t kChain = 8;
 template <typename C>
 void add_tap_gradient(const C* in, const C* grad, int64_t rows, C* dtaps) {
@@ -112,13 +113,14 @@ void add_tap_gradient(const C* in, const C* grad, int64_t rows, C* dtaps) {
     tile_of<true>(kTile, in + t * kStripe, grad + t * kStripe, kStripe, std::min(kChain, rows - t), dtaps);
 }
 
-// Of all K taps, rounded up to whole tiles.
+// Does this for all K taps, rounded up to whole tiles.
 template <typename C>
 void add_tap_gradients(const C* in, const C* grad, int64_t rows, int64_t K, C* dtaps) {
   for (int64_t k = 0; k < K; k += kTile) add_tap_gradient(in + k * kStripe, grad, rows, dtaps + k * kStripe);
 }
 
-// din[t] = sum over k < K of taps[k] grad[t + K - 1 - k], t < rows rounded up to whole tiles; ahead(t) as above.
+// Computes din[t] = sum over k < K of taps[k] grad[t + K - 1 - k] for t < rows rounded up to whole tiles; ahead(t) as
+// above.
 template <typename C, typename F>
 void convolve_reversed(const C* grad, const C* taps, int64_t K, int64_t rows, C* din, const F& ahead) {
   for (int64_t t = 0; t < rows; t += kTile) {
@@ -145,7 +147,8 @@ class Rows {
   C* rows_;
 };
 
-// Not __builtin_prefetch: GCC takes a function that does nothing else for one without effect and drops its calls.
+// This is not __builtin_prefetch: GCC takes a function that does nothing else for one without effect and drops its
+// calls.
 template <typename T>
 FASTASR_INLINE void prefetch_row(const T* row) {
   for (int64_t c = 0; c < kStripe; c += 64 / static_cast<int64_t>(sizeof(T))) {
@@ -162,7 +165,7 @@ FASTASR_INLINE void clear_rows(C* rows, int64_t n) {
   for (int64_t i = 0; i < n * kStripe; i++) rows[i] = 0;
 }
 
-// Channels [first, first + n) of a vector, or of zeros where it is absent; those beyond are 0.
+// Returns channels [first, first + n) of a vector, or zeros where it is absent; channels beyond are 0.
 template <typename T, typename C>
 void stage_vector(const T* vector, int64_t first, int64_t n, C* row) {
   for (int64_t c = 0; c < kStripe; c++) row[c] = vector && c < n ? load(vector[first + c]) : C(0);
@@ -170,7 +173,7 @@ void stage_vector(const T* vector, int64_t first, int64_t n, C* row) {
 
 FASTASR_INLINE int64_t whole_tiles(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
 
-// Sums of a channel: short chains of the compute type (a block's), added up in double.
+// Adds the sums of a channel: short chains of the compute type (a block's), added up in double.
 template <typename C>
 class Sums {
  public:

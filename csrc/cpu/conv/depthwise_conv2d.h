@@ -23,8 +23,8 @@ struct DepthwiseSizes {
   }
 };
 
-// Work comes in blocks of output frames of one sequence, all channels: their number, and that of the groups of blocks
-// whose weight gradients are added up on their own. Both depend on the sizes alone.
+// Work comes in blocks of output frames of one sequence with all channels; the weight gradients of a group of blocks
+// are added up on their own. The numbers of blocks and of groups depend on the sizes alone.
 constexpr int64_t kDepthwiseFrames = 32, kDepthwiseGroups = 32;
 FASTASR_INLINE int64_t depthwise_blocks(const DepthwiseSizes& s) {
   return s.batch * ((s.out_frames() + kDepthwiseFrames - 1) / kDepthwiseFrames);
@@ -35,13 +35,13 @@ FASTASR_INLINE int64_t depthwise_groups(const DepthwiseSizes& s) {
 
 template <typename T>
 struct DepthwiseConv2dKernels {
-  // Blocks [begin, end); bias may be null.
+  // Computes blocks [begin, end); bias may be null.
   void (*forward)(const DepthwiseSizes& s, const T* in, const T* weight, const T* bias, bool flip, T* out,
                   int64_t begin, int64_t end);
-  // Groups [begin, end) into parts (groups, taps + 1, channels): sums of grad in, then of grad.
+  // Adds groups [begin, end) into parts (groups, taps + 1, channels): sums of grad in, then of grad.
   void (*weight_gradient)(const DepthwiseSizes& s, const T* grad, const T* in, double* parts, int64_t begin,
                           int64_t end);
-  // The groups' sum, in order, to dweight (channels, taps) and dbias (channels), which may be null.
+  // Adds the groups' sums, in order, into dweight (channels, taps) and dbias (channels), which may be null.
   void (*reduce)(const DepthwiseSizes& s, const double* parts, T* dweight, T* dbias);
 };
 

@@ -38,7 +38,7 @@ class Cleared {
   C* data_;
 };
 
-// `pixels` pixels of `channels` channels each, `stride` elements apart -> vectors.
+// Copies `pixels` pixels of `channels` channels each, `stride` elements apart, to vectors.
 template <int64_t kLanes, typename T, typename C>
 FASTASR_INLINE void stage_pixels(const T* __restrict from, int64_t stride, int64_t pixels, int64_t channels,
                                  C* __restrict to) {
@@ -67,18 +67,18 @@ FASTASR_INLINE void write_pixels(const C* __restrict from, const C* __restrict b
     for (int64_t c = 0; c < channels; c++) store(&to[c], from[c] + bias[c]);
 }
 
-// The input rows of a block of output frames, one stripe: row(t) of frame t of the input, zeros outside it.
+// Holds the input rows of a block of output frames, one stripe: row(t) is frame t of the input, zeros outside it.
 template <typename T>
 class InputRows {
  public:
   using C = compute_t<T>;
   static constexpr int64_t kLanes = Aligned<C>::lanes;
 
-  // `length`: pixels of a row, with those that tiles read beyond the last. `reach`: rows in use at a time.
+  // `length` is the pixels of a row, with those that tiles read beyond the last; `reach` is the rows in use at a time.
   InputRows(const DepthwiseSizes& s, const T* in, int64_t length, int64_t reach)
       : s_(s), in_(in), row_(length * kLanes), reach_(reach), ring_(row_ * reach), zeros_(row_) {}
 
-  // Rows from frame `first` of sequence b on, channels [c, c + n).
+  // Starts with the rows from frame `first` of sequence b, channels [c, c + n).
   void start(int64_t b, int64_t first, int64_t c, int64_t n) {
     base_ = in_ + b * s_.frames * s_.width * s_.channels;
     next_ = first, c_ = c;
@@ -86,7 +86,7 @@ class InputRows {
     n_ = n;
   }
 
-  // Up to frame t: in order of t, and at most `reach` of them are kept.
+  // Loads rows up to frame t: t must increase, and at most `reach` rows are kept.
   const C* row(int64_t t) {
     for (; next_ <= t; next_++) {
       if (next_ < 0 || next_ >= s_.frames) continue;
@@ -99,8 +99,8 @@ class InputRows {
 
  private:
   C* slot(int64_t t) { return ring_[t % reach_ * row_]; }
-  // A whole row in the order of memory, for all stripes: each alone reads one line of a pixel, which no hardware
-  // prefetcher follows.
+  // Prefetches a whole row in the order of memory, for all stripes: each stripe reads one line of a pixel, which no
+  // hardware prefetcher follows.
   void prefetch(const T* row) const {
     const char* p = reinterpret_cast<const char*>(row);
     const int64_t bytes = s_.width * s_.channels * static_cast<int64_t>(sizeof(T));
@@ -113,7 +113,7 @@ class InputRows {
   Cleared<C> ring_, zeros_;
 };
 
-// a[f] += sum_j u[j] row[f + j], e[f] += sum_j v[j] row[f + j]
+// Computes a[f] += sum_j u[j] row[f + j] and e[f] += sum_j v[j] row[f + j].
 template <int N, bool kFirst, bool kSecond, typename C, typename V>
 FASTASR_INLINE void add_row(const C* row, const C* u, const C* v, int64_t taps, V (&a)[N], V (&e)[N]) {
   constexpr int64_t kLanes = Aligned<C>::lanes;
@@ -130,8 +130,8 @@ FASTASR_INLINE void add_row(const C* row, const C* u, const C* v, int64_t taps, 
   }
 }
 
-// Pixels [0, N) of two frames, whose taps see rows[0 .. taps_t - 1] and rows[1 .. taps_t], from `offset` on. A function
-// of its own: inlined into a larger one, the compiler keeps the sums on the stack.
+// Computes pixels [0, N) of two frames, whose taps see rows[0 .. taps_t - 1] and rows[1 .. taps_t], from `offset` on.
+// It is a function of its own: inlined into a larger one, the compiler keeps the sums on the stack.
 template <int N, typename C>
 __attribute__((noinline)) void tile_of_two(const C* const* rows, int64_t offset, const C* taps, int64_t taps_t,
                                            int64_t taps_f, C* out, C* next_out) {
@@ -150,7 +150,8 @@ __attribute__((noinline)) void tile_of_two(const C* const* rows, int64_t offset,
   }
 }
 
-// Pixels of a tile: the rows of a map are cut into tiles of one size, and what the last has too many is waste.
+// A tile has this many pixels: the rows of a map are cut into tiles of one size, and the surplus of the last is
+// discarded.
 FASTASR_INLINE int64_t tile_pixels(int64_t width) {
   const int64_t tiles = (width + kPixels - 1) / kPixels, least = (width + tiles - 1) / tiles;
   return least <= 2 ? 2 : least <= 4 ? 4 : least <= 6 ? 6 : kPixels;
@@ -203,7 +204,7 @@ void forward(const DepthwiseSizes& s, const T* in, const T* weight, const T* bia
   }
 }
 
-// sums[j] += sum over f of grad[f] row[f + j], j < kTaps, in chains of at most 16 products
+// Computes sums[j] += sum over f of grad[f] row[f + j], j < kTaps, in chains of at most 16 products.
 template <typename C>
 __attribute__((noinline)) void add_taps(const C* row, const C* grad, int64_t width, C* sums) {
   using V = typename Aligned<C>::type;
@@ -216,7 +217,7 @@ __attribute__((noinline)) void add_taps(const C* row, const C* grad, int64_t wid
   }
 }
 
-// total += the pixels' sum, in chains of 8
+// Adds the pixels' sum to total, in chains of 8.
 template <typename C>
 FASTASR_INLINE void add_pixels(const C* __restrict pixels, int64_t width, double* __restrict total) {
   constexpr int64_t kLanes = Aligned<C>::lanes;
@@ -231,7 +232,7 @@ FASTASR_INLINE void add_pixels(const C* __restrict pixels, int64_t width, double
   }
 }
 
-// Sums of the taps, `padded` in a row, onto part[k * channels]; they start again from 0.
+// Adds the sums of the taps, `padded` in a row, to part[k * channels] and resets them to 0.
 template <typename C>
 FASTASR_INLINE void flush(const DepthwiseSizes& s, Cleared<C>& sums, int64_t padded, int64_t n, double* part) {
   constexpr int64_t kLanes = Aligned<C>::lanes;

@@ -20,15 +20,15 @@ struct DepthwiseConvResidual {
   FASTASR_MEMBER int64_t pad() const { return taps / 2; }
 };
 
-// Stripes of kResidualStripe channels.
+// Work is cut into stripes of kResidualStripe channels.
 constexpr int64_t kResidualStripe = 32;
 
 template <typename T>
 struct DepthwiseConvResidualKernels {
-  // Tasks [begin, end) of stripes x batch; y (B, T, C) contiguous.
+  // Computes tasks [begin, end) of stripes x batch; y (B, T, C) is contiguous.
   void (*forward)(const DepthwiseConvResidual<T>& p, T* y, int64_t begin, int64_t end);
-  // Stripes [begin, end), each over the whole batch, so that sums need no second pass. grad and dx (B, T, C)
-  // contiguous, dweight (C, K), dbias (C).
+  // Computes stripes [begin, end), each over the whole batch, so that sums need no second pass. grad and dx (B, T, C),
+  // dweight (C, K) and dbias (C) are contiguous.
   void (*backward)(const DepthwiseConvResidual<T>& p, const T* grad, T* dx, compute_t<T>* dweight, compute_t<T>* dbias,
                    int64_t begin, int64_t end);
 };

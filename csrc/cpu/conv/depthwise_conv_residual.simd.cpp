@@ -9,13 +9,13 @@
 namespace fastasr::cpu {
 namespace {
 
-// Forward and backward by stripes of channels.
+// Forward and backward work by stripes of channels.
 static_assert(kStripe == kResidualStripe);
 
-// Frames of a block: its rows, and 2 P + kTile more for the taps' reach, stay in the first or second cache.
+// A block has this many frames: its rows, and 2 P + kTile more for the taps' reach, stay in the first or second cache.
 constexpr int64_t kResidualBlock = 64;
 
-// Rows from the one that is read to the one that is prefetched: they lie C elements apart.
+// The kernel prefetches this many rows ahead: rows lie C elements apart.
 constexpr int64_t kResidualAhead = 32;
 
 // Rows of one sequence, kStripe channels wide, `time` elements apart.
@@ -24,8 +24,8 @@ struct Sequence {
   const T* first;
   int64_t time, frames, channels;  // channels: of the stripe
 
-  // Frames [t, t + n) in the compute type; those outside the sequence are 0. Channels beyond the last hold what an
-  // earlier stripe left there: no result reads them.
+  // Loads frames [t, t + n) in the compute type; those outside the sequence are 0. Channels beyond the last hold what
+  // an earlier stripe left there: no result reads them.
   template <typename C>
   void stage(int64_t t, int64_t n, C* rows) const {
     for (const int64_t end = t + n; t < end; t++, rows += kStripe) {
@@ -119,7 +119,7 @@ class ResidualConvolution {
 
   Sequence<T> input(int64_t b) const { return {p_.x + b * p_.x_batch + first_, p_.x_time, p_.frames, channels_}; }
 
-  // f(t, n, whether the block is the sequence's first)
+  // Calls f(t, n, whether the block is the sequence's first).
   template <typename F>
   void for_each_block(const F& f) const {
     for (int64_t t = 0; t < p_.frames; t += kResidualBlock) f(t, std::min(kResidualBlock, p_.frames - t), t == 0);

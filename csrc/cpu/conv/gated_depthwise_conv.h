@@ -29,7 +29,7 @@ struct GatedDepthwiseConv {
 
   FASTASR_MEMBER bool chunked() const { return causal_weight != nullptr; }
   FASTASR_MEMBER int64_t pad() const { return taps / 2; }
-  // Sums that belong to a channel: dbias, dweight; chunk-causal: also dcausal_bias, dcausal_weight, dL, dR.
+  // Each channel has these sums: dbias, dweight; in chunk-causal form also dcausal_bias, dcausal_weight, dL, dR.
   FASTASR_MEMBER int64_t sums() const { return chunked() ? 2 + taps + pad() + 1 + 2 * taps : 1 + taps; }
 };
 
@@ -41,18 +41,18 @@ constexpr int64_t kGatedGroups = 4;
 
 template <typename T>
 struct GatedDepthwiseConvForward {
-  // Tasks [begin, end) of stripes x batch. y (T, B, C) contiguous. new_cache (B, C, P), unless null: u of the last P
-  // frames.
+  // Computes tasks [begin, end) of stripes x batch. y (T, B, C) is contiguous. new_cache (B, C, P), unless null,
+  // receives u of the last P frames.
   void (*run)(const GatedDepthwiseConv<T>& conv, T* y, T* new_cache, int64_t begin, int64_t end);
 };
 
 template <typename T>
 struct GatedDepthwiseConvBackward {
-  // Tasks [begin, end) of stripes x groups. grad of y with strides; dh (T, B, 2 C) contiguous; dcache (B, C, P) or
-  // null; parts[group][sum][channel], overwritten.
+  // Computes tasks [begin, end) of stripes x groups. grad of y has strides; dh (T, B, 2 C) is contiguous; dcache is (B,
+  // C, P) or null; parts[group][sum][channel] is overwritten.
   void (*run)(const GatedDepthwiseConv<T>& conv, const T* grad, int64_t grad_time, int64_t grad_batch, T* dh, T* dcache,
               compute_t<T>* parts, int64_t groups, int64_t begin, int64_t end);
-  // parts -> gradients (those of absent tensors null).
+  // Adds parts into the gradients (those of absent tensors are null).
   void (*reduce)(const GatedDepthwiseConv<T>& conv, const compute_t<T>* parts, int64_t groups, T* dweight, T* dbias,
                  T* dcausal_weight, T* dcausal_bias, T* dchunk_scale);
 };

@@ -6,7 +6,7 @@
 namespace fastasr::cpu {
 namespace {
 
-// y[i] = z[i] + bias or SwooshR of it, for n rows of `channels`; rows of y are y_row elements apart.
+// Computes y[i] = z[i] + bias or SwooshR of it, for n rows of `channels`; rows of y are y_row elements apart.
 template <bool kSwoosh, typename T, typename C>
 __attribute__((noinline)) void finish(const C* __restrict z, const C* __restrict bias, int64_t n, int64_t channels,
                                       T* __restrict y, int64_t y_row) {
@@ -71,7 +71,7 @@ class Forward : Convolution<T> {
     }
   }
 
-  // u of the last P frames, and of the cache where there are fewer.
+  // Writes u of the last P frames, and of the cache where there are fewer.
   void keep(const Stripe<T>& stripe, T* new_cache) {
     for (int64_t p = 0; p < pad_; p++) {
       stage<false>(stripe, conv_.frames - pad_ + p, 1, ring_[0], static_cast<C*>(nullptr));

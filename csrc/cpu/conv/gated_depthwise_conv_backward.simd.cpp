@@ -175,7 +175,7 @@ class Backward : Convolution<T> {
     sums_.carry(causal_row_, pad_ + 1);
     for_each_chunk(t, end, conv_.chunk, conv_.frames, [&](int64_t begin, int64_t stop, int64_t first, int64_t last) {
       const C* seen = window(u_[begin - t], begin, stop, first, last, pad_, copy_[0]);
-      for (int64_t k = 0; k < K; k += kTile) {  // of frames from which one of these taps reaches into the chunk
+      for (int64_t k = 0; k < K; k += kTile) {  // the frames from which one of these taps reaches into the chunk
         const int64_t low = std::max(begin, first - (k + kTile - 1) + pad_), high = std::min(stop, last - k + pad_);
         add_tap_gradient(seen + (low - begin + k) * kStripe, r_[reach + low - t], high - low,
                          sums_.part(weight_row_ + k));
@@ -184,11 +184,11 @@ class Backward : Convolution<T> {
     sums_.carry(weight_row_, K);
   }
 
-  // Frames [t - P, end - P): those whose gradient is complete.
+  // These are frames [t - P, end - P): their gradient is complete.
   void input_gradients(const Stripe<T>& stripe, const Gradient& g, int64_t t, int64_t end) {
     const int64_t channels = conv_.channels, n = end - t, start = t - pad_;
     const int64_t low = std::max<int64_t>(start, 0), high = std::min(end - pad_, conv_.frames);
-    const auto ahead = [&](int64_t i) {  // what the end of this block writes and what the next one reads
+    const auto ahead = [&](int64_t i) {  // what the end of this block writes and the next one reads
       for (int64_t j = std::max(low, start + i); j < std::min(start + i + kTile, high); j++) {
         prefetch_row(output(stripe, g, j));
         prefetch_row(output(stripe, g, j) + channels);
@@ -244,7 +244,7 @@ void backward(const GatedDepthwiseConv<T>& conv, const T* grad, int64_t grad_tim
   if (begin < end) Backward<T>(conv).run({grad, grad_time, grad_batch, dh, dcache}, parts, groups, begin, end);
 }
 
-// out[channel][column] = sum over groups of parts[group][row + column][channel], in order, in double.
+// Computes out[channel][column] = sum over groups of parts[group][row + column][channel], in order, in double.
 template <typename T>
 void add_groups(const GatedDepthwiseConv<T>& conv, const compute_t<T>* parts, int64_t groups, int64_t row,
                 int64_t columns, T* out) {

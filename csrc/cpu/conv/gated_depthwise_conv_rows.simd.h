@@ -6,13 +6,13 @@
 #include "cpu/math/activation.h"
 #include "cpu/simd/logistic_avx512.simd.h"
 
-// What forward and backward of gated_depthwise_conv share: the stripe's rows, their staging, and the chunks of a block.
+// The forward and backward of gated_depthwise_conv share this: the stripe's rows, their staging, and a block's chunks.
 namespace fastasr::cpu {
 inline namespace FASTASR_SIMD {
 
 static_assert(kStripe == kGatedStripe);
 
-// Frames of a block: its rows, and 2 P + kTile more for the taps' reach, stay in the first or second cache.
+// A block has this many frames: its rows, and 2 P + kTile more for the taps' reach, stay in the first or second cache.
 constexpr int64_t kBlock = 64;
 
 // One stripe of the channels of one sequence.
@@ -60,8 +60,8 @@ FASTASR_INLINE void gate_row(const T* __restrict x, const T* __restrict s, int64
   }
 }
 
-// u of frames [t, t + n) into rows `u`; their gates into rows `gate` where wanted. Frames that do not count are 0,
-// before the first they are the cache. Channels beyond the stripe's stay as they are: 0.
+// Computes u of frames [t, t + n) into rows `u`, and their gates into rows `gate` where wanted. Frames that do not
+// count are 0; before the first frame u is the cache. Channels beyond the stripe's stay 0.
 template <bool kGates, typename T, typename C>
 void stage(const Stripe<T>& stripe, int64_t t, int64_t n, C* u, C* gate) {
   const GatedDepthwiseConv<T>& conv = stripe.conv;
@@ -84,16 +84,16 @@ void stage(const Stripe<T>& stripe, int64_t t, int64_t n, C* u, C* gate) {
   }
 }
 
-// The frame after the last of the block that starts at frame t: whole chunks, or a part of one.
+// Returns the frame after the last of the block that starts at frame t: whole chunks, or a part of one.
 FASTASR_INLINE int64_t block_end(int64_t t, int64_t block, int64_t frames, int64_t chunk, bool chunked) {
   int64_t end = t + block;
   if (chunked) end = chunk > block ? std::min(end, (t / chunk + 1) * chunk) : t + block / chunk * chunk;
   return std::min(end, frames);
 }
 
-// What frames [begin, end) of chunk [first, last) see of their chunk: rows of frames begin - pad on. `rows` holds
-// frames begin - pad to end + pad. Where these reach beyond the chunk, they are copied to `copy` and are 0 there; a
-// tile reads at most kTile - 1 rows beyond the chunk, as chunk_taps and chunk_rows keep it.
+// Returns what frames [begin, end) of chunk [first, last) see of their chunk: rows of frames begin - pad on. `rows`
+// holds frames begin - pad to end + pad. Where these reach beyond the chunk, they are copied to `copy` and are 0 there;
+// a tile reads at most kTile - 1 rows beyond the chunk, which chunk_taps and chunk_rows ensure.
 template <typename C>
 FASTASR_INLINE const C* window(const C* rows, int64_t begin, int64_t end, int64_t first, int64_t last, int64_t pad,
                                C* copy) {
@@ -108,7 +108,7 @@ FASTASR_INLINE const C* window(const C* rows, int64_t begin, int64_t end, int64_
   return copy;
 }
 
-// Taps [first, last) of K that reach into the chunk from any of the frames [t, t + n).
+// Returns taps [first, last) of K that reach into the chunk from any of the frames [t, t + n).
 struct Range {
   int64_t first, last;
 };
@@ -117,7 +117,7 @@ FASTASR_INLINE Range chunk_taps(int64_t t, int64_t n, int64_t first, int64_t las
   return {std::max<int64_t>(0, first - (t + n - 1) + pad), std::min(taps, last - t + pad)};
 }
 
-// f(begin, end, first, last) for the parts [begin, end) of frames [t, stop) within one chunk [first, last) each.
+// Calls f(begin, end, first, last) for the parts [begin, end) of frames [t, stop) within one chunk [first, last) each.
 template <typename F>
 FASTASR_INLINE void for_each_chunk(int64_t t, int64_t stop, int64_t chunk, int64_t frames, const F& f) {
   while (t < stop) {
@@ -128,8 +128,8 @@ FASTASR_INLINE void for_each_chunk(int64_t t, int64_t stop, int64_t chunk, int64
   }
 }
 
-// The convolution within the chunk for frames [begin, end) of chunk [first, last): out[i] = sum_k taps[k] u[t + k - P],
-// taken from their window; `step` rows of taps from one to the next, negative to run them in reverse.
+// Computes the convolution within the chunk for frames [begin, end) of chunk [first, last): out[i] = sum_k taps[k] u[t
+// + k - P], taken from their window. `step` is the rows of taps from one to the next, negative to run them in reverse.
 template <typename C>
 void convolve_chunk(const C* seen, int64_t begin, int64_t end, int64_t first, int64_t last, const C* taps, int64_t step,
                     int64_t K, C* out) {
@@ -141,7 +141,7 @@ void convolve_chunk(const C* seen, int64_t begin, int64_t end, int64_t first, in
   }
 }
 
-// z += e scale, e holding its bias: e + bias is stored there.
+// Computes z += e scale; e + bias is stored in e's place.
 template <typename C>
 FASTASR_INLINE void add_scaled(C* __restrict z, C* __restrict e, const C* __restrict bias, const C* __restrict left,
                                const C* __restrict right) {
@@ -152,7 +152,7 @@ FASTASR_INLINE void add_scaled(C* __restrict z, C* __restrict e, const C* __rest
   }
 }
 
-// The weights of a stripe, and z of a block of frames without the bias that is common to all.
+// Holds the weights of a stripe, and z of a block of frames without the bias that is common to all.
 template <typename T>
 class Convolution {
  protected:
@@ -172,7 +172,7 @@ class Convolution {
   void stage_weights(const Stripe<T>& stripe) {
     const int64_t c = stripe.first, n = stripe.channels, K = conv_.taps;
     stage_taps(conv_.weight + c * K, n, K, taps_[0]);
-    // bias_[0]: what is added to z; bias_[1]: to the convolution within the chunk
+    // bias_[0] is added to z, bias_[1] to the convolution within the chunk
     stage_vector(conv_.chunked() ? conv_.causal_bias : conv_.bias, c, n, bias_[0]);
     if (!conv_.chunked()) return;
     stage_vector(conv_.bias, c, n, bias_[1]);
@@ -181,7 +181,7 @@ class Convolution {
     stage_taps(conv_.chunk_scale + (conv_.channels + c) * K, n, K, edges_[K]);
   }
 
-  // z_ of frames [t, stop), and e_ in chunk-causal form; rows of u begin with frame t - P.
+  // Computes z_ of frames [t, stop), and e_ in chunk-causal form; rows of u begin with frame t - P.
   template <typename F>
   void convolve_block(C* u, int64_t t, int64_t stop, const F& ahead) {
     if (!conv_.chunked()) return convolve(u, taps_[0], conv_.taps, stop - t, z_[0], ahead);
@@ -194,7 +194,7 @@ class Convolution {
     });
   }
 
-  // Rows of the scale at position p of a chunk, zeros where they do not reach.
+  // Returns rows of the scale at position p of a chunk, zeros where they do not reach.
   bool has_left(int64_t p) const { return p < conv_.taps; }
   bool has_right(int64_t p) const { return p >= conv_.chunk - conv_.taps; }
   const C* left(int64_t p) { return edges_[has_left(p) ? p : 2 * conv_.taps]; }

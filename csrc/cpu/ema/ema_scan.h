@@ -41,11 +41,11 @@ struct EmaParameterGradients {
   C* state;
 };
 
-// parallel(tasks, work, f) calls f(begin, end) over [0, tasks), in any split; work: multiply-adds of a task.
+// parallel(tasks, work, f) calls f(begin, end) over [0, tasks), in any split; work is the multiply-adds of a task.
 using Parallel = std::function<void(int64_t, int64_t, const std::function<void(int64_t, int64_t)>&)>;
 
-// The passes of both averages. final_state (B, D, N) may be null, and so may grad_state. The result does not depend on
-// how `parallel` splits the tasks.
+// Runs the passes of both averages. final_state (B, D, N) may be null, and so may grad_state. The result does not
+// depend on how `parallel` splits the tasks.
 template <typename T>
 struct EmaForward {
   static constexpr bool kCompiledOnce = true;
@@ -68,7 +68,7 @@ struct EmaBackward {
                   const ComplexEmaGradients<C>& gradients, const Parallel& parallel);
 };
 
-// The forward of one time step of the real average, in one direction and without truncation.
+// Runs the forward of one time step of the real average, in one direction and without truncation.
 template <typename T>
 struct EmaStep {
   using C = compute_t<T>;

@@ -40,7 +40,7 @@ class Backward {
   void run(const Parallel& parallel) {
     const int64_t work = plan_.chunk * scan_.rows() * 10 * plan_.halves;
     if (plan_.chunks == 1) {
-      // A group of rows of the batch is one task: its sums are added in order, its g stays in a cache.
+      // A group of rows of the batch is one task: its sums are added in order, and its g stays in a cache.
       const int64_t share = (batch_ + plan_.groups - 1) / plan_.groups;
       parallel(plan_.tiles * plan_.groups, work * share, [&](int64_t begin, int64_t end) {
         std::vector<C> g(static_cast<size_t>(active_ ? plan_.length * kEmaLanes : 0));
@@ -208,7 +208,7 @@ class Backward {
     }
   }
 
-  // h before chunk j, into g, and v
+  // Loads h before chunk j, and v unless it is null.
   void enter(int64_t half, int64_t row, int64_t j, C* h, C* v) {
     const int64_t tile = row % plan_.tiles, b = row / plan_.tiles;
     if (plan_.carried()) {
@@ -220,7 +220,7 @@ class Backward {
     }
   }
 
-  // g = dy act'(z) where z takes both directions: the first goes through g itself.
+  // Computes g = dy act'(z) where z takes both directions; meanwhile g holds the first one's sum.
   void both_directions(int64_t row, int64_t j, C* g) {
     const int64_t tile = row % plan_.tiles, lanes = scan_.lanes(tile);
     std::vector<C> h(static_cast<size_t>(scan_.rows()));

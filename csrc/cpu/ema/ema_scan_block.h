@@ -11,17 +11,17 @@
 namespace fastasr::cpu {
 
 inline constexpr int64_t kEmaLanes = 64, kEmaSteps = 32;
-// Steps whose products are summed in C before the sum goes on in double.
+// The products of this many steps are summed in C before the sum goes on in double.
 inline constexpr int64_t kEmaChain = 8;
 
-// The decay q as the kernels hold it. In float that is d = 1 - q = p sigmoid(alpha): close to q = 1 the difference is
-// what matters, and h - d h costs no more than q h. In double it is q, rounded as the definition rounds it.
+// The form in which the kernels hold the decay q. In float it is d = 1 - q = p sigmoid(alpha): close to q = 1 the
+// difference matters, and h - d h costs no more than q h. In double it is q, rounded as the definition rounds it.
 FASTASR_INLINE double ema_log_decay(float d) { return std::log1p(-static_cast<double>(d)); }
 FASTASR_INLINE double ema_log_decay(double q) { return std::log(q); }
 FASTASR_INLINE float ema_decayed(float h, float d) { return h - d * h; }
 FASTASR_INLINE double ema_decayed(double h, double q) { return q * h; }
 
-// Per state and lane: h(t) = g(t) + in x(t) [- late x(t-K)], g(t+1) = q h(t); y(t) += out h(t).
+// Computes, per state and lane: h(t) = g(t) + in x(t) [- late x(t-K)], g(t+1) = q h(t); y(t) += out h(t).
 template <typename C>
 struct EmaConvolution {
   const C *x, *x_late;                          // [steps][64]; x_late is null unless truncated
@@ -34,7 +34,7 @@ struct EmaConvolution {
   int64_t steps, lanes, states;
 };
 
-// h as above, v = dh/dq: dc = sum dy(t) h(t), dq = sum dy(t) v(t); v(t+1) = q v(t) + h(t), with truncation
+// Computes h as above and v = dh/dq: dc = sum dy(t) h(t), dq = sum dy(t) v(t); v(t+1) = q v(t) + h(t), with truncation
 // v(t) less late_slope x(t-K).
 template <typename C>
 struct EmaGradient {
@@ -51,9 +51,10 @@ struct EmaBlock {
   void (*gradient)(const EmaGradient<C>&);
 };
 
-// real: as above. complex: arrays over states hold a row of real and a row of imaginary parts for each, x and y are
-// real, y(t) += Re(out h(t)), sum takes the real part and its other rows are left alone. The decay is 1 - q in float;
-// in double it is q, and `low` what q lacks by rounding: an error of 1e-16 per step would grow to 1e-13 in a slow scan.
+// `real` works as above. For `complex`, arrays over states hold a row of real and a row of imaginary parts for each; x
+// and y are real, y(t) += Re(out h(t)), and sum takes the real part and leaves its other rows alone. The decay is 1 - q
+// in float. In double it is q, and `low` is what rounding took from q: an error of 1e-16 per step would grow to 1e-13
+// in a slow scan.
 template <typename C>
 struct EmaBlocks {
   EmaBlock<C> real, complex;

@@ -3,12 +3,12 @@
 
 #include "cpu/simd/vectors.simd.h"
 
-// States, coefficients and sums of a group stay in registers over all steps of a block. The compiler does not vectorise
-// the outer loop over lanes when the inner one stores, hence vector types.
+// States, coefficients and sums of a group stay in registers over all steps of a block. The kernel uses vector types
+// because the compiler does not vectorise the outer loop over lanes when the inner one stores.
 namespace fastasr::cpu {
 namespace {
 
-// f<kStates>(first) for groups of at most kMost states.
+// Calls f<kStates>(first) for groups of at most kMost states.
 template <int kMost, typename F>
 FASTASR_INLINE void by_groups(int64_t states, const F& f) {
   int64_t n = 0;
@@ -20,7 +20,7 @@ FASTASR_INLINE void by_groups(int64_t states, const F& f) {
   if (states - n == 1) f.template operator()<1>(n);
 }
 
-// In float the decay is held as 1 - q, in double as q.
+// Float holds the decay as 1 - q, double as q.
 template <typename C>
 constexpr bool kDifference = sizeof(C) == 4;
 
@@ -143,7 +143,7 @@ void gradient(const EmaGradient<C>& a) {
 // more than the latency of the three that a state waits for.
 constexpr int kComplexGroup = 2;
 
-// q (r + i sqrt(-1)), from q as ema_scan_block.h defines it for complex numbers.
+// Computes q (r + i sqrt(-1)), from q as ema_scan_block.h defines it for complex numbers.
 template <typename C>
 FASTASR_INLINE Vector<C> turned_re(Vector<C> d, Vector<C> e, Vector<C> d_low, Vector<C> e_low, Vector<C> r,
                                    Vector<C> i) {
@@ -160,7 +160,7 @@ FASTASR_INLINE Vector<C> low(const C* p, int64_t i) {
   return at(p + i);
 }
 
-// kTurned: the input coefficient is complex. Else its imaginary part is 0.
+// kTurned says that the input coefficient is complex. Else its imaginary part is 0.
 template <typename C, int kStates, bool kLate, bool kOther, bool kStart, bool kTurned>
 void complex_convolution_group(const EmaConvolution<C>& a, int64_t first) {
   using V = Vector<C>;
@@ -181,7 +181,8 @@ void complex_convolution_group(const EmaConvolution<C>& a, int64_t first) {
     }
     for (int64_t t = j; t < end; t += kEmaLanes) {
       const V x = at(a.x + t);
-      V y = V{}, x_late = V{}, other = V{};  // the group's sum first, then to that of the groups before: less rounding
+      // the group's sum is added first, then that of earlier groups: less rounding
+      V y = V{}, x_late = V{}, other = V{};
       if constexpr (kLate) x_late = at(a.x_late + t);
       if constexpr (kOther) other = at(a.other + t);
 #pragma GCC unroll 2

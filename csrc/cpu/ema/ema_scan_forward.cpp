@@ -101,7 +101,7 @@ class Forward {
       };
       const auto done = [&](int64_t tau, int64_t steps, C* z, C* x) {
         if (!closing) return scan_.store_rows(z, first_half, origin, tau, steps, backwards);
-        if (scan_.residual(tile) && scan_.parameters().mask)  // the residual takes x as it is
+        if (scan_.residual(tile) && scan_.parameters().mask)  // the residual takes x unchanged
           scan_.load(x_, xs_, tile, b, tau, steps, backwards, false, x);
         kernels<EmaTile<T>>().activate(z, x, scan_.residual(tile), scan_.shape().activation, steps, lanes);
         scan_.store(z, y_, ys_, tile, b, tau, steps, backwards);

@@ -8,14 +8,14 @@
 
 #include "cpu/ema/ema_scan.h"
 
-// What differs between the real and the complex average: how the coefficients come from the parameters and the
-// parameters' gradients from theirs, and the arithmetic of states outside of blocks. Arrays over states hold `width`
-// rows of 64 channels for each: the number, or its real and its imaginary part.
+// The differences between the real and the complex average: how the coefficients come from the parameters, how the
+// gradients of the parameters come from those of the coefficients, and the arithmetic of states outside of blocks.
+// Arrays over states hold `width` rows of 64 channels for each: the number, or its real and its imaginary part.
 namespace fastasr::cpu {
 
-// The coefficients of one tile, [N][width][64] each. low is what `decay` lost by rounding, polar its radius and angle:
-// both exist for complex numbers in double alone and are null otherwise. late = in q^K and slope = in K q^(K-1) exist
-// in truncated scans alone. real says that `in` has no imaginary part.
+// The coefficients of one tile, [N][width][64] each. `low` is what `decay` lost by rounding, `polar` its radius and
+// angle: both exist for complex numbers in double alone and are null otherwise. late = in q^K and slope = in K q^(K-1)
+// exist in truncated scans alone. `real` says that `in` has no imaginary part.
 template <typename P>
 struct EmaArrays {
   P decay, in, out, low, polar, late, slope;
@@ -60,7 +60,7 @@ struct RealNumbers {
   static void decay(const EmaWeights<C>& w, C* h, int64_t states) {
     for (int64_t i = 0; i < states * kEmaLanes; i++) h[i] = ema_decayed(h[i], w.decay[i]);
   }
-  // out = g q^steps + local, where out may be g; with v: v and g's share in it too.
+  // Computes out = g q^steps + local, where out may be g; with v, also v and g's share in it.
   static void carry(const EmaWeights<C>& w, int64_t states, double n, const C* g, const C* local, C* out, const C* v,
                     const C* local_v, C* out_v) {
     for (int64_t i = 0; i < states * kEmaLanes; i++) {
@@ -79,8 +79,8 @@ struct RealNumbers {
     for (int64_t i = 0; i < states * kEmaLanes; i++) sum[i] += static_cast<double>(a[i]) * static_cast<double>(b[i]);
   }
 
-  // of_h and of_v are the sums of g h and g v, of_b the gradient of b, direct what the final state adds to the gradient
-  // of q. The unit form has neither of the last two.
+  // of_h and of_v are the sums of g h and g v, of_b is the gradient of b, and `direct` is what the final state adds to
+  // the gradient of q. The unit form has neither of the last two.
   static void finish(const Parameters& p, int64_t first, int64_t m, int64_t states, bool unit, const double* of_h,
                      const double* of_v, const double* of_b, const double* direct, const Gradients& gradients) {
     const int64_t at = first * states;
@@ -119,7 +119,7 @@ struct ComplexNumbers {
   static const EmaBlock<C>& block() { return kernels<EmaBlocks<C>>().complex; }
 
   static double sigmoid(double z) { return 1.0 / (1.0 + std::exp(-z)); }
-  // 1 - sigmoid(z): in double as the definition rounds it, else without its cancellation
+  // Returns 1 - sigmoid(z): in double as the definition rounds it, else without its cancellation.
   static double less_sigmoid(double z) { return precise ? 1.0 - sigmoid(z) : sigmoid(-z); }
   // The angle of a channel's first state; the others' are multiples of it.
   static double step_of_angle(const Parameters& p, int64_t channel, int64_t states) {
@@ -129,7 +129,7 @@ struct ComplexNumbers {
   struct Coefficients {
     double p, a, radius, angle;
   };
-  // The coefficients of state n (from 0) of one channel.
+  // Returns the coefficients of state n (from 0) of one channel.
   static Coefficients coefficients(const Parameters& p, int64_t channel, int64_t n, int64_t states, double step) {
     const int64_t i = channel * states + n;
     Coefficients k{sigmoid(static_cast<double>(p.alpha[i])), sigmoid(static_cast<double>(p.delta[i])), 0, 0};
@@ -251,7 +251,7 @@ struct ComplexNumbers {
   static void put(Z z, C* p, int64_t re, int64_t im) {
     p[re] = static_cast<C>(z.real()), p[im] = static_cast<C>(z.imag());
   }
-  // q^n: in float of q as the blocks hold it, in double of the radius and angle that the definition has
+  // Computes q^n: in float from q as the blocks hold it, in double from the radius and angle of the definition.
   static Z power(const C* d, const C* polar, int64_t re, int64_t im, double n) {
     if (n == 0) return 1;
     if constexpr (precise) {  // n times the angle, rounded to double, would have an error of 1e-14 at 100 steps

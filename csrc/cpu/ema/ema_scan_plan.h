@@ -9,7 +9,7 @@
 #include "cpu/ema/ema_scan.h"
 #include "cpu/ema/ema_scan_numbers.h"
 
-// How ema_scan is cut into tasks, and what its passes share: packed coefficients, staging, and the scan of a range of
+// Cuts ema_scan into tasks, and holds what its passes share: packed coefficients, staging, and the scan of a range of
 // time in blocks. The cut depends on the shape alone, so results do not depend on the number of threads.
 namespace fastasr::cpu {
 
@@ -30,10 +30,10 @@ struct EmaPlan {
       chunk = (chunk + kEmaSteps - 1) / kEmaSteps * kEmaSteps;
       chunks = (length + chunk - 1) / chunk;
     }
-    // A truncated scan begins anew after so many steps, from the taps before: what a step subtracts is not what
-    // rounding left of it, and in dh/dq the difference is summed twice.
+    // A truncated scan starts again from the earlier taps after this many steps: a step subtracts a little more or less
+    // than rounding left of the tap, and in dh/dq this difference is summed twice.
     run = truncation > 0 ? (truncation + kEmaSteps - 1) / kEmaSteps * kEmaSteps : chunk;
-    // rows of the batch share the sums of the parameters' gradients where that leaves tasks enough
+    // this many rows of the batch share the sums of the parameters' gradients, if that leaves enough tasks
     groups = std::min(std::max<int64_t>(1, s.batch),
                       (kTasks + std::max<int64_t>(1, tiles) - 1) / std::max<int64_t>(1, tiles));
   }
@@ -48,8 +48,8 @@ class EmaScan {
   using Parameters = typename Numbers::Parameters;
   static constexpr int64_t kBlock = kEmaSteps * kEmaLanes;
 
-  // How b and c enter: the forward scan computes h itself (in = b, out = c). Without a state the backward scans u = h /
-  // b (in = 1, out = b c), so that one sum of dy u serves the gradients of b and of c.
+  // How b and c enter the scans. The forward scan computes h itself (in = b, out = c). Without a state the backward
+  // scans u = h / b (in = 1, out = b c), so that one sum of dy u serves the gradients of b and of c.
   enum class Form { states, unit };
 
   EmaScan(const EmaShape& shape, const Parameters& parameters, Form form, const Parallel& parallel)
@@ -89,19 +89,19 @@ class EmaScan {
     return w;
   }
 
-  // Time of scan step tau: the scan may run backwards.
+  // Returns the time of scan step tau: the scan may run backwards.
   int64_t time(int64_t tau, bool backwards) const { return backwards ? plan_.length - 1 - tau : tau; }
-  // Scan steps of chunk `j`, which is a range of time.
+  // Returns the scan steps of chunk `j`, which is a range of time.
   int64_t begin(int64_t j, bool backwards) const {
     return backwards ? plan_.length - std::min(plan_.length, (j + 1) * plan_.chunk) : j * plan_.chunk;
   }
   int64_t end(int64_t j, bool backwards) const {
     return backwards ? plan_.length - j * plan_.chunk : std::min(plan_.length, (j + 1) * plan_.chunk);
   }
-  // The chunk that is k-th in the order of the scan.
+  // Returns the chunk that is k-th in the order of the scan.
   int64_t ordered(int64_t k, bool backwards) const { return backwards ? plan_.chunks - 1 - k : k; }
 
-  // Steps of a tensor into a buffer, in the scan's order.
+  // Copies steps of a tensor into a buffer, in the scan's order.
   void load(const T* p, const EmaStrides& strides, int64_t tile, int64_t b, int64_t tau, int64_t steps, bool backwards,
             bool masked, C* buffer) const {
     const int64_t t = time(tau, backwards), sign = backwards ? -1 : 1;
@@ -116,7 +116,7 @@ class EmaScan {
         buffer, p + time(tau, backwards) * strides.time + b * strides.batch + tile * kEmaLanes * strides.channel,
         backwards ? -strides.time : strides.time, strides.channel, steps, channels(tile));
   }
-  // The same with rows [64] of C that lie in the order of time, the first being that of time `origin`.
+  // Does the same with rows [64] of C that lie in the order of time, the first being that of time `origin`.
   void load_rows(const C* rows, int64_t origin, int64_t tau, int64_t steps, bool backwards, C* buffer) const {
     copy(rows + (time(tau, backwards) - origin) * kEmaLanes, backwards ? -kEmaLanes : kEmaLanes, buffer, kEmaLanes,
          steps);
@@ -126,10 +126,10 @@ class EmaScan {
          steps);
   }
 
-  // Blocks of the scan steps [from, to). load(tau, steps, buffer) reads the input, start(tau, steps, y) may put
-  // something into y and returns whether it did not, done(tau, steps, y, input) takes the result. g: see
-  // EmaConvolution. other: null, or as load, with sum(part) called per block. Truncated scans begin by themselves, `g`
-  // is then overwritten.
+  // Runs blocks of the scan steps [from, to). load(tau, steps, buffer) reads the input; start(tau, steps, y) may
+  // initialise y and returns whether it left y empty; done(tau, steps, y, input) takes the result. For g see
+  // EmaConvolution. `other` is null or works as load, with sum(part) called per block. Truncated scans start by
+  // themselves and overwrite `g`.
   template <typename Load, typename Start, typename Done, typename Other, typename Sum>
   void convolve(const EmaWeights<C>& w, int64_t tile, int64_t from, int64_t to, C* g, C* last, const Load& load,
                 const Start& start, const Done& done, const Other& other, const Sum& sum) const {
@@ -176,7 +176,7 @@ class EmaScan {
     convolve(w, tile, from, to, g, last, load, start, done, nullptr, nullptr);
   }
 
-  // The input K steps before.
+  // Reads the input K steps before.
   template <typename Load>
   void load_late(int64_t tau, int64_t steps, const Load& load, C* buffer) const {
     const int64_t absent = std::clamp<int64_t>(plan_.truncation - tau, 0, steps);
@@ -192,7 +192,7 @@ class EmaScan {
       block(tau, std::min(kEmaSteps, from - tau));
   }
 
-  // A state (B, D, N) to and from a tile [N][64], real and imaginary parts apart.
+  // Copies a state (B, D, N) to and from a tile [N][64], real and imaginary parts apart.
   void load_state(const C* state, int64_t tile, int64_t b, C* out) const {
     std::fill(out, out + rows_, C(0));
     if (!state) return;
@@ -207,7 +207,7 @@ class EmaScan {
     for (int64_t j = 0; j < channels(tile); j++)
       for (int64_t n = 0; n < values; n++) p[j * values + n] = in[n * kEmaLanes + j];
   }
-  // The same for the gradient of a state, which the tile holds as a derivative.
+  // Does the same for the gradient of a state, which the tile holds as a derivative.
   void load_gradient(const C* gradient, int64_t tile, int64_t b, C* out) const {
     load_state(gradient, tile, b, out);
     Numbers::conjugate(out, states_);
@@ -216,12 +216,12 @@ class EmaScan {
     Numbers::conjugate(in, states_);
     store_state(in, tile, b, gradient);
   }
-  // g before the first step: q times the state.
+  // Computes g before the first step: q times the state.
   void first(int64_t half, int64_t tile, int64_t b, C* g) const {
     load_state(parameters_.state, tile, b, g);
     Numbers::decay(weights(half, tile), g, states_);
   }
-  // out = g q^steps + local, where out may be g; with v: v and g's share in it too.
+  // Computes out = g q^steps + local, where out may be g; with v, also v and g's share in it.
   void carry(int64_t half, int64_t tile, int64_t steps, const C* g, const C* local, C* out, const C* v,
              const C* local_v, C* out_v) const {
     Numbers::carry(weights(half, tile), states_, static_cast<double>(steps), g, local, out, v, local_v, out_v);

@@ -8,7 +8,7 @@
 namespace fastasr::cpu {
 namespace {
 
-// h = q h + b x and y = sum over n of c h, for channels of one row of the batch. N > 0: known when compiled.
+// Computes h = q h + b x and y = sum over n of c h, for channels of one row of the batch. N > 0 is known when compiled.
 template <int N, typename C>
 __attribute__((noinline)) void channels_of(const C* __restrict x, const C* __restrict q, const C* __restrict b,
                                            const C* __restrict c, const C* __restrict before, C* __restrict after,
@@ -40,7 +40,7 @@ __attribute__((noinline)) void channels_of(const C* __restrict x, const C* __res
   }
 }
 
-// Coefficients of a few channels at a time, used at once by every row of the batch.
+// Computes coefficients of a few channels at a time, which every row of the batch then uses.
 constexpr int64_t kValues = 1024;
 
 template <typename T>

@@ -5,8 +5,8 @@
 
 #include "cpu/ema/ema_scan_block.h"
 
-// What surrounds a block of ema_scan: tensors of any strides and dtype to and from buffers [steps][64] of C, and the
-// activation.
+// The steps around a block of ema_scan: copies of tensors of any strides and dtype to and from buffers [steps][64] of
+// C, and the activation.
 namespace fastasr::cpu {
 
 enum class EmaActivation : int { identity, silu, relu, tanh, gelu };

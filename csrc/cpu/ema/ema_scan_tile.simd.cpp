@@ -22,7 +22,7 @@ FASTASR_INLINE double sigmoid(double z) {
 }
 
 FASTASR_INLINE float hyperbolic_tangent(float z) {
-  // close to 0 the quotient of exponentials loses digits: an odd polynomial there, 1.7e-8
+  // close to 0, where the quotient of exponentials loses digits, an odd polynomial (error 1.7e-8)
   const float a = std::fabs(z), s = z * z, e = exp_nonpositive(-2.0f * a), far = 1.0f - 2.0f * e / (1.0f + e);
   float p = 2.0605025e-3f;
   p = p * s + -8.11333116e-3f;
@@ -34,7 +34,7 @@ FASTASR_INLINE float hyperbolic_tangent(float z) {
 }
 FASTASR_INLINE double hyperbolic_tangent(double z) { return std::tanh(z); }
 
-// 1 - tanh(z)^2, far from 0 without its cancellation
+// Computes 1 - tanh(z)^2, far from 0 without its cancellation.
 FASTASR_INLINE float tangent_slope(float z) {
   const float e = exp_nonpositive(-2.0f * std::fabs(z)), r = 1.0f / (1.0f + e), t = hyperbolic_tangent(z);
   return std::fabs(z) < 0.7f ? 1.0f - t * t : 4.0f * e * r * r;
@@ -44,8 +44,8 @@ FASTASR_INLINE double tangent_slope(double z) {
   return 4.0 * e * r * r;
 }
 
-// The normal distribution function; `density` becomes its density. Within 1.5 of 0 an odd polynomial (2.7e-9), beyond
-// it e^(-z^2/2) times a polynomial in 1 / (1 + 0.4 |z|) (4.7e-8).
+// Returns the normal distribution function; `density` becomes its density. Within 1.5 of 0 it is an odd polynomial
+// (2.7e-9), beyond it e^(-z^2/2) times a polynomial in 1 / (1 + 0.4 |z|) (4.7e-8).
 FASTASR_INLINE float normal(float z, float* density) {
   const float a = std::fabs(z), s = z * z, e = exp_nonpositive(-0.5f * s), t = 1.0f / (1.0f + 0.4f * a);
   float p = 4.11555955e-7f;
@@ -99,7 +99,7 @@ FASTASR_INLINE C slope(C z) {
   return C(1);
 }
 
-// One function per activation: several polynomials inlined into one function spill.
+// Each activation has its own function: several polynomials inlined into one function would spill.
 template <EmaActivation kind, typename C>
 __attribute__((noinline)) void activate_as(C* __restrict z, const C* __restrict x, const C* __restrict residual,
                                            int64_t steps, int64_t lanes) {
@@ -139,7 +139,7 @@ void load_rows(const T* __restrict p, int64_t step, int64_t channel, const uint8
     for (int64_t s = 0; s < steps; s++) {
       const T* __restrict row = p + s * step;
       C* __restrict out = buffer + s * kEmaLanes;
-      // the same row of the next block: rows lie kilobytes apart, which the hardware does not foresee
+      // prefetches the same row of the next block: rows lie kilobytes apart, which the hardware does not foresee
       const uintptr_t next =
           reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(kEmaSteps * step * int64_t(sizeof(T)));
       for (int64_t i = 0; i < channels * int64_t(sizeof(T)); i += 64)
@@ -181,7 +181,7 @@ void store_rows(const compute_t<T>* __restrict buffer, T* __restrict p, int64_t 
 
 // --- coefficients
 
-// e^x for |x| <= 300, beyond which the argument is clamped; relative error 2e-10, enough for results in float.
+// Returns e^x for |x| <= 300, beyond which the argument is clamped; its relative error of 2e-10 suffices for float.
 template <typename C>
 FASTASR_INLINE double exponential(double x) {
   if constexpr (sizeof(C) == 8) return std::exp(x);
@@ -233,7 +233,7 @@ void coefficients_backward(const C* __restrict damping, const C* __restrict deca
   for (int64_t i = 0; i < n; i++) {
     const double x = static_cast<double>(damping[i]), y = static_cast<double>(decay[i]);
     const double p = 1.0 / (1.0 + exponential<C>(-x)), a = 1.0 / (1.0 + exponential<C>(-y));
-    // 1 - p and 1 - a: in float better than by subtraction, in double as the definition rounds
+    // 1 - p and 1 - a: in float more exact than by subtraction, in double rounded as in the definition
     const double p1 = sizeof(C) == 8 ? 1.0 - p : 1.0 / (1.0 + exponential<C>(x));
     const double a1 = sizeof(C) == 8 ? 1.0 - a : 1.0 / (1.0 + exponential<C>(y));
     ddamping[i] = static_cast<C>((db[i] * static_cast<double>(expansion[i]) - dq[i] * a) * p * p1);

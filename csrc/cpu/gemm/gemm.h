@@ -5,11 +5,11 @@
 
 #include "cpu/simd/kernels.h"
 
-// C = A B, plus a bias on every row, in float32, for operands of any strides: what a linear layer needs forward and for
-// both gradients. Operands are packed once into panels as wide as a tile of registers; the products then read nothing
-// but panels. Sums run in chains of at most kGemmChain terms, which are then added: longer chains of floats would be
-// less exact than a BLAS. The bits of an element depend on its row, its column and k alone, not on how the work is
-// split.
+// C = A B, plus a bias on every row, in float32, for operands of any strides, as a linear layer needs it forward and
+// for both gradients. Operands are packed once into panels as wide as a tile of registers; the products then read
+// nothing but panels. Sums run in chains of at most kGemmChain terms, which are then added: longer chains of floats
+// would be less exact than a BLAS. The bits of an element depend on its row, its column and k alone, not on how the
+// work is split.
 namespace fastasr::cpu {
 
 inline constexpr int64_t kGemmChain = 192;
@@ -31,10 +31,10 @@ struct GemmKernels {
   int64_t (*packed_a)(const Gemm& g);  // elements
   int64_t (*packed_b)(const Gemm& g);
   int64_t (*tasks)(const Gemm& g);
-  // Panels [begin, end) to their place in `packed`.
+  // Packs panels [begin, end) to their place in `packed`.
   void (*pack_a)(const Gemm& g, float* packed, int64_t begin, int64_t end);
   void (*pack_b)(const Gemm& g, float* packed, int64_t begin, int64_t end);
-  // Tasks [begin, end) of the products of packed operands; the more of them in one call, the better.
+  // Runs tasks [begin, end) of the products of packed operands; more of them in one call are faster.
   void (*products)(const Gemm& g, const float* a, const float* b, int64_t begin, int64_t end);
 };
 

@@ -14,7 +14,7 @@ constexpr int kLanes = Lanes<float>::count;
 constexpr int64_t kRows = kVectorBytes == 64 ? 14 : kVectorBytes == 32 ? 6 : 4;
 constexpr int64_t kColumns = 2 * kLanes;
 
-// Panels of a block: its rows of A, of one chain, stay in the second cache, beside its part of C.
+// A block has this many panels: its rows of A, of one chain, stay in the second cache, beside its part of C.
 constexpr int64_t kBlockRows = 96 / kRows;
 constexpr int64_t kBlockColumns = 512 / kColumns;
 
@@ -24,7 +24,7 @@ struct Chains {
   int64_t begin(int64_t i) const { return depth * i / count; }
 };
 
-// kWidth rows of `depth` elements, `step` apart, as columns next to each other.
+// Copies kWidth rows of `depth` elements, `step` apart, as columns next to each other.
 template <int64_t kWidth>
 FASTASR_INLINE void interleave(const float* __restrict in, int64_t step, int64_t depth, float* __restrict out) {
   int64_t k = 0;
@@ -44,7 +44,7 @@ FASTASR_INLINE void interleave(const float* __restrict in, int64_t step, int64_t
     for (int64_t w = 0; w < kWidth; w++) out[k * kWidth + w] = in[w * step + k];
 }
 
-// Panels [begin, end) of an operand (width, depth), `across` and `along` its strides.
+// Packs panels [begin, end) of an operand (width, depth); `across` and `along` are its strides.
 template <int64_t kWidth>
 void pack(const float* in, int64_t across, int64_t along, int64_t width, int64_t depth, float* packed, int64_t begin,
           int64_t end) {
@@ -55,7 +55,7 @@ void pack(const float* in, int64_t across, int64_t along, int64_t width, int64_t
     float* const first = packed + k0 * kWidth * panels;
     const float* from = in + k0 * along;
     int64_t p = begin;
-    // Whole panels: a few rows of the operand at a time where its rows run across the panels.
+    // Packs whole panels, a few rows of the operand at a time where its rows run across the panels.
     const int64_t whole = std::min(end, width / kWidth);
     if (across == 1 && p < whole) {
       for (int64_t k = 0; k < n; k++)
@@ -74,7 +74,7 @@ void pack(const float* in, int64_t across, int64_t along, int64_t width, int64_t
   }
 }
 
-// A tile of C: its first chain sets it, the others are added, the last adds the bias.
+// Computes a tile of C: its first chain sets it, the others are added, and the last adds the bias.
 __attribute__((noinline)) void tile(const float* __restrict a, const float* __restrict b, int64_t depth,
                                     const float* bias, float* __restrict c, int64_t c_row, bool first) {
   Vector<float> sum[kRows][2] = {};
@@ -100,7 +100,7 @@ __attribute__((noinline)) void tile(const float* __restrict a, const float* __re
   for (int64_t m = 0; m < kRows; m++) put(c + m * c_row, sum[m][0]), put(c + m * c_row + kLanes, sum[m][1]);
 }
 
-// The tile at the lower or right edge, whose part inside C is rows x columns.
+// Computes the tile at the lower or right edge, whose part inside C is rows x columns.
 void edge_tile(const float* a, const float* b, int64_t depth, const float* bias, float* c, int64_t c_row, bool first,
                int64_t rows, int64_t columns) {
   alignas(64) float part[kRows * kColumns], some[kColumns] = {};
@@ -132,7 +132,7 @@ void pack_b(const Gemm& g, float* packed, int64_t begin, int64_t end) {
   pack<kColumns>(g.b, g.b_column, g.b_depth, g.n, g.k, packed, begin, end);
 }
 
-// Panels [p0, p1) of A by panels [q0, q1) of B.
+// Multiplies panels [p0, p1) of A by panels [q0, q1) of B.
 void block(const Gemm& g, const float* a, const float* b, int64_t p0, int64_t p1, int64_t q0, int64_t q1) {
   const int64_t rows = a_panels(g), columns = b_panels(g);
   const Chains chains(g.k);

@@ -32,7 +32,7 @@ void pack_int8(const float* w, int64_t columns, int64_t k, int64_t stride, int8_
     if (c < columns)
       for (int64_t j = 0; j < k; j++) {
         const float size = std::fabs(w[c * stride + j]);
-        most = size <= most || most != most ? most : size;  // a NaN stays
+        most = size <= most || most != most ? most : size;  // keeps a NaN
       }
     scale[c] = most / 127;
     finite[c] = std::isfinite(most);
@@ -69,7 +69,8 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: failing is fine
+  // this is advice: it may fail
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 

@@ -36,7 +36,7 @@ struct Int8 {
   FASTASR_INLINE float widen(Word w, int64_t) { return static_cast<float>(static_cast<int32_t>(w)); }
 };
 
-// Inputs [begin, end) of a panel, at most kChain, for part `part` of the rows.
+// Describes inputs [begin, end) of a panel, at most kChain, for part `part` of the rows.
 struct Panel {
   const float* x;
   int64_t x_stride, begin, end;
@@ -46,8 +46,8 @@ struct Panel {
   int64_t y_stride, part, parts;
 };
 
-// sum[i] += x[i][j] w[j] for the inputs [p.begin, p.end) and the columns of kColumns / kParts words from `at` on.
-// Weights to come are fetched from `ahead` on, `share` bytes for each input, in kLines lines.
+// Computes sum[i] += x[i][j] w[j] for the inputs [p.begin, p.end) and the columns of kColumns / kParts words from `at`
+// on. It prefetches later weights from `ahead` on, `share` bytes for each input, in kLines lines.
 template <typename Format, int kRows, int kColumns, int64_t kLines>
 FASTASR_INLINE void chain(const Panel& p, int64_t at, const char* ahead, int64_t share, float (&sum)[kRows][kColumns]) {
   constexpr int64_t kParts = Format::kParts, kWords = kPanelColumns / kParts, kLanes = kColumns / kParts;
@@ -79,10 +79,10 @@ FASTASR_INLINE void chain(const Panel& p, int64_t at, const char* ahead, int64_t
   }
 }
 
-// kRows rows of a panel, kColumns columns at a time. The weights are read from memory once, however many passes over
-// them there are: one pass fetches what it reads itself shortly after, of several each fetches its share of the weights
-// that follow these, so that memory and multiplication are busy at the same time.
-// A function for each number of rows: several tiles inlined into one function spill.
+// Computes kRows rows of a panel, kColumns columns at a time. The weights are read from memory once, however many
+// passes over them there are: a single pass prefetches what it reads itself shortly after; each of several passes
+// prefetches its share of the weights that follow these, so that memory and multiplication are busy at the same time.
+// Each number of rows has its own function: several tiles inlined into one function would spill.
 template <typename Format, int kRows, int kColumns>
 __attribute__((noinline)) void panel_rows(const Panel& p) {
   constexpr int64_t kParts = Format::kParts, kWords = kPanelColumns / kParts, kLanes = kColumns / kParts;
@@ -158,7 +158,7 @@ void run(const float* x, int64_t x_stride, int64_t rows, int64_t k, const Panels
   const int64_t parts = (rows + t.count - 1) / t.count;  // tiles of equal height: 4 + 4 rows, not 6 + 2
   for (int64_t p = begin; p < end; p++) {
     const int64_t column = p * kPanelColumns;
-    // all rows before the next inputs: these weights are then in a cache
+    // finishes all rows before the next inputs: these weights are then in a cache
     for (int64_t from = 0; from < k || from == 0; from += kChain) {
       for (int64_t part = 0; part < parts; part++) {
         const int64_t first = rows * part / parts, last = rows * (part + 1) / parts;

@@ -12,8 +12,8 @@ namespace fastasr::cpu {
 
 constexpr int64_t kTileRows = 8, kPanel = 32;
 
-// Part of a tile: the first `rows` rows, a multiple of 4, and the first `columns` columns, a multiple of 8. What is
-// beyond may be written too.
+// A part of a tile: the first `rows` rows, a multiple of 4, and the first `columns` columns, a multiple of 8. A call
+// may overwrite what is beyond.
 struct TilePart {
   int64_t rows = kTileRows, columns = kPanel;
 };

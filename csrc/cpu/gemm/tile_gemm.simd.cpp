@@ -59,7 +59,8 @@ FASTASR_INLINE void columns_piece(const C* __restrict a, const C* __restrict b, 
   }
 }
 
-// One microkernel per function: several inlined into one would spill. Pieces of R rows by `bytes` of columns.
+// Each microkernel has its own function: several inlined into one would spill. Pieces have R rows by `bytes` of
+// columns.
 template <typename C, int R, int bytes>
 __attribute__((noinline)) void rows_in_pieces(const C* a, int64_t a_block, const C* b, int64_t depth, C* c, bool add,
                                               TilePart part) {
@@ -75,7 +76,7 @@ __attribute__((noinline)) void columns_in_pieces(const C* a, const C* b, int64_t
     for (int n = 0; n < part.columns; n += N) columns_piece<R, N>(a + m, b + n, depth, c + m * kPanel + n, add);
 }
 
-// f<R, bytes>() with the piece that this part of a tile takes.
+// Calls f<R, bytes>() with the piece that this part of a tile takes.
 template <typename C, typename F>
 FASTASR_INLINE void with_piece([[maybe_unused]] TilePart part, const F& f) {
   [[maybe_unused]] const int64_t bytes = part.columns * static_cast<int64_t>(sizeof(C));

@@ -17,9 +17,10 @@ FASTASR_INLINE constexpr int64_t packed_values_size(int64_t sources, int64_t col
 }
 
 struct WeightedValues {
-  // v (sources, columns), rows `stride` apart, in groups of 16 columns: (groups, sources, 16), zeros behind the last.
+  // Packs v (sources, columns), rows `stride` apart, in groups of 16 columns: (groups, sources, 16), zeros behind the
+  // last.
   void (*pack)(const float* v, int64_t stride, int64_t sources, int64_t columns, float* packed);
-  // `rows` rows of w and out, w_stride and out_stride apart.
+  // Computes `rows` rows of w and out, w_stride and out_stride apart.
   void (*run)(const float* w, int64_t w_stride, int64_t rows, int64_t sources, const float* packed, int64_t columns,
               float* out, int64_t out_stride);
 };

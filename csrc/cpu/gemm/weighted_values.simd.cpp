@@ -16,8 +16,9 @@ struct Group {
   int64_t out_stride, columns;
 };
 
-// One function per number of rows: several tiles inlined into one function spill. 6 rows are as many chains of
-// multiply-adds as hide the latency of one, and two vectors of each as many sums as the registers of AVX2 hold.
+// Each number of rows has its own function: several tiles inlined into one function would spill. 6 rows are as many
+// chains of multiply-adds as hide the latency of one, and two vectors of each as many sums as the registers of AVX2
+// hold.
 template <int kRows>
 __attribute__((noinline)) void group_tile(const Group& a, int64_t first) {
   const float* __restrict w = a.w + first * a.w_stride;

@@ -4,13 +4,13 @@
 #include "cpu/math/elementary.h"
 #include "cpu/simd/kernels.h"
 
-// The activations that kernels apply, by the numbers of fastasr/ops/_activation.py, and their derivatives.
+// The activations that kernels apply, numbered as in fastasr/ops/_activation.py, and their derivatives.
 namespace fastasr::cpu {
 
 enum class Activation : int { identity = 0, silu = 1, relu = 2, tanh = 3, gelu = 4 };
 constexpr int kActivations = 5;
 
-// sigmoid(x) and sigmoid(-x), neither as one minus the other.
+// Returns sigmoid(x) and sigmoid(-x); neither is computed as one minus the other, which would cancel.
 template <typename C>
 FASTASR_INLINE void sigmoid_pair(C x, C* positive, C* negative) {
   const C e = exp_nonpositive(x < 0 ? x : -x), d = 1 + e, larger = 1 / d, smaller = e / d;
@@ -39,7 +39,7 @@ FASTASR_INLINE float tanh(float x) {
 }
 FASTASR_INLINE double tanh(double x) { return std::tanh(x); }
 
-// The normal distribution: cumulative (relative error 3e-7 in either tail) and density.
+// Returns the normal distribution's cumulative function (relative error 3e-7 in either tail) and its density.
 FASTASR_INLINE void normal_pair(float x, float* cumulative, float* density) {
   const float t = x < 0 ? -x : x, e = exp_or_zero(-0.5f * x * x), u = 1 / (1 + 0.4f * t);
   float p = -3.96011658e-2f;  // the tail over e
@@ -60,14 +60,14 @@ FASTASR_INLINE void normal_pair(double x, double* cumulative, double* density) {
   *density = std::exp(-0.5 * x * x) * 0.39894228040143267794;
 }
 
-// With e exactly 0 far out, silu and gelu of -inf are NaN, as torch's.
+// e is exactly 0 far out, so silu and gelu of -inf are NaN, as torch's are.
 template <Activation A, typename C>
 FASTASR_INLINE C activate(C x) {
   if constexpr (A == Activation::silu) {
     const C e = exp_or_zero(x < 0 ? x : -x);
     return (x < 0 ? x * e : x) / (1 + e);
   } else if constexpr (A == Activation::relu) {
-    return x < 0 ? C(0) : x;  // a NaN stays
+    return x < 0 ? C(0) : x;  // keeps a NaN
   } else if constexpr (A == Activation::tanh) {
     return tanh(x);
   } else if constexpr (A == Activation::gelu) {
@@ -79,7 +79,7 @@ FASTASR_INLINE C activate(C x) {
   }
 }
 
-// The value, and the derivative in *slope.
+// Returns the value, and the derivative in *slope.
 template <Activation A, typename C>
 FASTASR_INLINE C activate(C x, C* slope) {
   if constexpr (A == Activation::silu) {
@@ -113,8 +113,8 @@ struct ActivationKernels {
   bool (*values_and_slopes)(int activation, C* x, C* slope, int64_t n);
 };
 
-// x[i] = act(x[i]) over a buffer of the compute type; with slope, also slope[i] = act'(x[i]); activation_slope:
-// x[i] = act'(x[i]). They return false and do nothing if no activation has this number.
+// Computes x[i] = act(x[i]) over a buffer of the compute type, and with slope also slope[i] = act'(x[i]);
+// activation_slope computes x[i] = act'(x[i]). They return false and do nothing if no activation has this number.
 template <typename C>
 FASTASR_INLINE bool activate(int activation, C* x, int64_t n) {
   return kernels<ActivationKernels<C>>().values(activation, x, n);

@@ -30,7 +30,7 @@ void values_and_slopes_of(C* __restrict x, C* __restrict slope, int64_t n) {
   }
 }
 
-// f<A>() for the activation of this number.
+// Calls f<A>() for the activation of this number.
 template <typename F>
 FASTASR_INLINE bool with_activation(int activation, const F& f) {
   switch (static_cast<Activation>(activation)) {

@@ -5,15 +5,16 @@
 
 #include "cpu/math/number.h"
 
-// Elementary functions as polynomials that vectorise. Coefficients: least maximum relative error, fitted in double.
+// Elementary functions as polynomials that vectorise. The coefficients have least maximum relative error and were
+// fitted in double.
 namespace fastasr::cpu {
 
-// e^x for x <= 0. Below -87 the result is e^-87 (1.6e-38), which no caller can tell from 0.
+// Returns e^x for x <= 0. Below -87 the result is e^-87 (1.6e-38), which no caller can tell from 0.
 FASTASR_INLINE float exp_nonpositive(float x) {
   x = x < -87.0f ? -87.0f : x;
-  // Round x log2(e) to an integer by adding 1.5 * 2^23: no rounding instruction, hence none to vectorise.
+  // Rounds x log2(e) to an integer by adding 1.5 * 2^23: a rounding instruction would not vectorise.
   const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
-  // x log2(e) - n in two parts of log2(e): exact to 2^-31 over the whole range.
+  // Computes x log2(e) - n with two parts of log2(e): exact to 2^-31 over the whole range.
   const float f = (x * 1.44269504f - n) + x * 1.92596303e-8f;
   float p = 1.53458110e-4f;
   p = p * f + 1.33999309e-3f;
@@ -26,7 +27,7 @@ FASTASR_INLINE float exp_nonpositive(float x) {
 }
 FASTASR_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
-// e^x for x <= 0, exactly 0 below -87.3 (where float has no normal number left); NaN stays NaN.
+// Returns e^x for x <= 0, exactly 0 below -87.3 (where float has no normal number left); NaN stays NaN.
 FASTASR_INLINE float exp_or_zero(float x) {
   const float t = x * 1.44269504f + 12582912.0f, n = t - 12582912.0f;
   const float f = (x * 1.44269504f - n) + x * 1.92596303e-8f;
@@ -43,7 +44,7 @@ FASTASR_INLINE float exp_or_zero(float x) {
 }
 FASTASR_INLINE double exp_or_zero(double x) { return std::exp(x); }
 
-// log(1 + u) for 0 <= u <= 1; relative error 5e-9 before rounding.
+// Returns log(1 + u) for 0 <= u <= 1 with relative error 5e-9 before rounding.
 FASTASR_INLINE float log1p_unit(float u) {
   float p = -3.24402121e-3f;
   p = p * u + 1.98514443e-2f;

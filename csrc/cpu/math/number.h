@@ -6,7 +6,8 @@
 
 #include "cpu/simd/simd.h"
 
-// Storage types of the kernels and what each is computed in: 16-bit types and float in float, double in double.
+// Storage types of the kernels, and the type that each is computed in: float for 16-bit types and float, double for
+// double.
 namespace fastasr::cpu {
 
 struct bfloat16 {
@@ -42,10 +43,10 @@ FASTASR_INLINE float load(float v) { return v; }
 FASTASR_INLINE double load(double v) { return v; }
 FASTASR_INLINE float load(bfloat16 v) { return from_bits(static_cast<int32_t>(static_cast<uint32_t>(v.bits) << 16)); }
 
-// Half by integer arithmetic: the compiler vectorises neither _Float16 nor a branch.
+// Half is converted by integer arithmetic: the compiler vectorises neither _Float16 nor a branch.
 FASTASR_INLINE float load(float16 v) {
   const uint32_t magnitude = (v.bits & 0x7fffu) << 13;
-  // rebias the exponent by multiplying: right for subnormals too
+  // multiplying rebiases the exponent, also of subnormals
   const uint32_t finite = static_cast<uint32_t>(to_bits(from_bits(static_cast<int32_t>(magnitude)) * 0x1p112f));
   const uint32_t special = magnitude | 0x7f800000u;
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
@@ -55,7 +56,7 @@ FASTASR_INLINE float load(float16 v) {
 FASTASR_INLINE void store(float* p, float v) { *p = v; }
 FASTASR_INLINE void store(double* p, double v) { *p = v; }
 FASTASR_INLINE void store(float16* p, float v) {
-  // round to nearest even; 65520 and above is infinite; a NaN stays a (quiet) NaN
+  // rounds to nearest even; 65520 and above is infinite; a NaN stays a (quiet) NaN
   const uint32_t u = static_cast<uint32_t>(to_bits(v)), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
   // subnormal halves: adding 0.5 leaves the rounded mantissa in the low bits
   const uint32_t subnormal = static_cast<uint32_t>(to_bits(from_bits(static_cast<int32_t>(a)) + 0.5f)) - 0x3f000000u;
@@ -66,7 +67,7 @@ FASTASR_INLINE void store(float16* p, float v) {
   p->bits = static_cast<uint16_t>(sign | h);
 }
 FASTASR_INLINE void store(bfloat16* p, float v) {
-  // round to nearest even; a NaN stays a (quiet) NaN
+  // rounds to nearest even; a NaN stays a (quiet) NaN
   const uint32_t u = static_cast<uint32_t>(to_bits(v));
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   p->bits = v != v ? static_cast<uint16_t>(0x7fc0) : static_cast<uint16_t>(rounded);

@@ -8,19 +8,19 @@
 
 // LSTM with LayerNorm on the gates and on the cell, over T steps of B sequences with H units:
 //   z = LN(x_t W_xᵀ + h W_hᵀ)   i, f, g, o: the quarters of z   c = LN(σ(f) c + σ(i) tanh(g))   h = σ(o) tanh(c)
-// All arrays are contiguous; gates are (.., 4, H). Rows of weights are read as they lie, but for many sequences.
+// All arrays are contiguous; gates are (.., 4, H). Rows of weights are read in place, except for many sequences.
 namespace fastasr::cpu {
 
-// Hidden units in a unit of work: results depend on it, and on the shape, never on the threads.
+// A unit of work has this many hidden units: results depend on it, and on the shape, never on the threads.
 constexpr int64_t kLstmUnit = 64;
 
 struct LstmSizes {
   int64_t steps, batch, hidden, inputs;
   FASTASR_MEMBER constexpr int64_t units() const { return (hidden + kLstmUnit - 1) / kLstmUnit; }
-  // Whether the forward pass packs hidden_weight first: for many sequences and rows that costs less than it saves.
+  // Says whether the forward pass packs hidden_weight first: for many sequences and rows that costs less than it saves.
   FASTASR_MEMBER constexpr bool packs() const { return batch >= 8 && steps * batch >= 128; }
-  // What the backward pass needs: the normalised gates (T, B, 4, H), the normalised cell (T, B, H), and 1 / deviation
-  // of both (T, B, 2).
+  // The forward keeps these for the backward: the normalised gates (T, B, 4, H), the normalised cell (T, B, H), and 1 /
+  // deviation of both (T, B, 2).
   FASTASR_MEMBER constexpr int64_t kept() const { return steps * batch * (5 * hidden + 2); }
 };
 
@@ -50,13 +50,13 @@ FASTASR_INLINE constexpr int64_t lstm_forward_scratch(const LstmSizes& s) {
 }
 FASTASR_INLINE constexpr int64_t lstm_backward_scratch(const LstmSizes& s) { return s.batch * 4 * s.units(); }
 
-// Called by every thread of the team for the units [begin, end) that it owns.
+// Every thread of the team calls this for the units [begin, end) that it owns.
 template <typename C>
 struct LayerNormLstmKernels {
-  // y (T, B, H); cell (B, H): the last one; kept may be null.
+  // y is (T, B, H), cell (B, H) the last one; kept may be null.
   void (*forward)(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Team& team, int64_t begin,
                   int64_t end);
-  // sums: 10 H zeros.
+  // sums holds 10 H zeros.
   void (*backward)(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstmGradients<C>& grad, double* sums,
                    C* scratch, Team& team, int64_t begin, int64_t end);
 };

@@ -10,18 +10,19 @@
 #include "cpu/math/activation.h"
 #include "cpu/simd/vectors.simd.h"
 
-// Forward, a step has three phases: the products of a unit's rows with h; its share of the gates, normalised, and of
-// the new cell; the cell normalised, and h. Between them the units' means and squares are merged.
+// In the forward pass a step has three phases: the products of a unit's rows with h; its share of the gates,
+// normalised, and of the new cell; the cell normalised, and h. Between them the units' means and squares are merged.
 // The backward pass has the same phases in reverse order, and merges sums instead of moments.
 namespace fastasr::cpu {
 namespace {
 
-constexpr int64_t kBlockTerms = 64;    // in one chain of sums, where lanes are not terms: H or 4 H would be less exact
-constexpr int64_t kManySequences = 8;  // from here on a copy of a block of weights costs less than it saves
+// so many terms form one chain of sums, where lanes are not terms: H or 4 H would be less exact
+constexpr int64_t kBlockTerms = 64;
+constexpr int64_t kManySequences = 8;  // from this many on, copying a block of weights costs less than it saves
 
-// out[b * rows + r] = sum over k of w[r][k] h[b][k]: as many sums as a vector has lanes, lanes over k, made one vector
-// of sums at the end. Weights are read as they lie, each once for kBatch rows; kAhead: those of the rows after the next
-// are fetched meanwhile.
+// out[b * rows + r] = sum over k of w[r][k] h[b][k]: as many sums as a vector has lanes, with lanes over k; at the end
+// they become one vector of sums. Weights are read in place, each once for kBatch rows; kAhead prefetches those of the
+// rows after the next.
 template <int kBatch, bool kAhead, typename C>
 __attribute__((noinline)) void dot_products(const C* __restrict w, int64_t w_row, const C* __restrict h, int64_t h_row,
                                             int64_t depth, C* __restrict out) {
@@ -50,7 +51,7 @@ __attribute__((noinline)) void dot_products(const C* __restrict w, int64_t w_row
       for (int64_t j = k; j < depth; j++) out[b * rows + r] += w[r * w_row + j] * h[b * h_row + j];
 }
 
-// The sum of one row, where rows are left over.
+// Computes the sum of one row, where rows are left over.
 template <typename C>
 __attribute__((noinline)) C dot_product(const C* __restrict w, const C* __restrict h, int64_t depth) {
   constexpr int n = Lanes<C>::count;
@@ -86,7 +87,7 @@ FASTASR_INLINE void add_products_of(const C* w, int64_t rows, int64_t depth, con
     for (int64_t b = from; b < to; b++) gates[b * gate_row + r] += dot_product(w + r * depth, h + b * depth, depth);
 }
 
-// gates[b][r] += w[r] . h[b] for the rows of one gate in a unit.
+// Computes gates[b][r] += w[r] . h[b] for the rows of one gate in a unit.
 template <typename C>
 FASTASR_INLINE void add_products(const C* w, int64_t rows, int64_t depth, const C* h, int64_t batch, C* gates,
                                  int64_t gate_row) {
@@ -97,8 +98,8 @@ FASTASR_INLINE void add_products(const C* w, int64_t rows, int64_t depth, const 
   add_products_of<1>(w, rows, depth, h, twos, batch, gates, gate_row);
 }
 
-// out[b][u] += sum over k of g[b][k] w[k][u] for kVectors vectors of u: a tile of sums in registers. kFar: the rows of
-// w are too far apart for the hardware's prefetcher.
+// out[b][u] += sum over k of g[b][k] w[k][u] for kVectors vectors of u: a tile of sums in registers. kFar says that the
+// rows of w are too far apart for the hardware's prefetcher.
 template <int kBatch, int kVectors, bool kFar, typename C>
 __attribute__((noinline)) void product_tile(const C* __restrict w, int64_t w_row, const C* __restrict g, int64_t g_row,
                                             int64_t depth, C* __restrict out, int64_t out_row) {
@@ -130,7 +131,7 @@ __attribute__((noinline)) void product_tile(const C* __restrict w, int64_t w_row
     for (int v = 0; v < kVectors; v++) put(out + b * out_row + v * n, at(out + b * out_row + v * n) + sum[b][v]);
 }
 
-// f<kBatch>(first) for `batch` sequences, up to six at a time.
+// Calls f<kBatch>(first) for `batch` sequences, up to six at a time.
 template <typename F>
 FASTASR_INLINE void by_sequences(int64_t batch, const F& f) {
   int64_t b = 0;
@@ -140,8 +141,8 @@ FASTASR_INLINE void by_sequences(int64_t batch, const F& f) {
   if (batch > b) f.template operator()<1>(b);
 }
 
-// Rows of hidden_weight as the products of many sequences read them: panels of two vectors of rows, each (depth, 2 n)
-// with zeros beyond the last row.
+// Packs rows of hidden_weight for the products of many sequences: panels of two vectors of rows, each (depth, 2 n) with
+// zeros beyond the last row.
 template <typename C>
 constexpr int64_t kPanelRows = 2 * Lanes<C>::count;
 
@@ -165,7 +166,7 @@ FASTASR_INLINE void pack_rows(const C* w, int64_t rows, int64_t depth, C* out) {
   }
 }
 
-// gates[b][r] += w[r] . h[b] for rows that pack_rows has packed.
+// Computes gates[b][r] += w[r] . h[b] for rows that pack_rows has packed.
 template <typename C>
 FASTASR_INLINE void add_packed_products(const C* packed, int64_t rows, int64_t depth, const C* h, int64_t batch,
                                         C* gates, int64_t gate_row) {
@@ -204,7 +205,7 @@ FASTASR_INLINE void add_columns(const C* w, int64_t w_row, const C* g, int64_t d
 }
 
 // out (batch, H) = g (batch, 4 H) w for `columns` columns, at most kLstmUnit; w and out point to the first of them. For
-// many sequences a block of w is first put where its rows follow each other: as they lie, they meet in a few sets of
+// many sequences a block of w is first copied so that its rows follow each other: in place, they meet in a few sets of
 // the caches.
 template <typename C>
 FASTASR_INLINE void products_with_columns(const C* w, int64_t hidden, const C* g, int64_t batch, int64_t columns,
@@ -229,7 +230,7 @@ FASTASR_INLINE void products_with_columns(const C* w, int64_t hidden, const C* g
   }
 }
 
-// Mean and 1 / deviation of a row from its units' means and sums of squares about them.
+// Returns mean and 1 / deviation of a row from its units' means and sums of squares about them.
 template <typename C>
 FASTASR_INLINE void merge_moments(const C* parts, const LstmSizes& s, int64_t b, int64_t per_unit, double eps,
                                   std::pair<C, C>* row) {
@@ -247,7 +248,7 @@ FASTASR_INLINE void merge_moments(const C* parts, const LstmSizes& s, int64_t b,
   *row = {static_cast<C>(mean), static_cast<C>(1 / std::sqrt(square / count + eps))};
 }
 
-// Two sums of a row from those of its units, over `count`.
+// Returns two sums of a row from those of its units, over `count`.
 template <typename C>
 FASTASR_INLINE void merge_sums(const C* parts, const LstmSizes& s, int64_t b, double count, std::pair<C, C>* row) {
   double first = 0, second = 0;
@@ -258,8 +259,8 @@ FASTASR_INLINE void merge_sums(const C* parts, const LstmSizes& s, int64_t b, do
   *row = {static_cast<C>(first / count), static_cast<C>(second / count)};
 }
 
-// From the normalised gates of a row's units, `hidden` apart: the new cells, in the first gate's place, and the output
-// gate. Returns the cells' sum. A function of its own: inlined, GCC runs these loops number by number.
+// Turns the normalised gates of a row's units, `hidden` apart, into the new cells, in the first gate's place, and the
+// output gate. Returns the cells' sum. It is a function of its own: inlined, GCC runs these loops number by number.
 template <typename C>
 __attribute__((noinline)) C cells(C* __restrict gates, const C* __restrict before, const C* __restrict weight,
                                   const C* __restrict bias, int64_t hidden, int64_t width) {
@@ -289,9 +290,10 @@ void forward(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Team
   C *gates = scratch, *gate_parts = gates + batch * gate_row, *cell_parts = gate_parts + 2 * s.units() * batch;
   C* packed = cell_parts + 2 * s.units() * batch;  // of a unit's gate: kLstmUnit rows of hidden_weight
   std::vector<std::pair<C, C>> rows_of(static_cast<size_t>(batch));  // mean and 1 / deviation: each thread its own
-  // The phase that rows_of is for. Who has a unit of a phase merges: nobody writes the parts before that unit is done.
+  // The phase that rows_of is for. The owner of a unit of a phase merges: nobody writes the parts before that unit is
+  // done.
   int64_t merged = -1;
-  const int64_t first = p.hidden ? 0 : 1;  // the first step with a product: of zeros there is none
+  const int64_t first = p.hidden ? 0 : 1;  // the first step with a product: a state of zeros needs none
   for (int64_t t = 0; t < s.steps; t++) {
     const C* before = t ? y + (t - 1) * batch * hidden : p.hidden;
     const C* cell_before = t ? cell : p.cell;
@@ -339,7 +341,8 @@ void forward(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Team
         part[0] = mean, part[1] = square;
       }
     };
-    team.phase(3 * t, begin, end, products, t % 2);  // to and fro: the weights read last are still in the cache
+    // in alternating order: the weights read last are still in the cache
+    team.phase(3 * t, begin, end, products, t % 2);
 
     team.phase(3 * t + 1, begin, end, [&](int64_t unit) {
       if (merged != 3 * t + 1) {
@@ -406,7 +409,7 @@ void backward(const LayerNormLstm<C>& p, const C* kept, const LayerNormLstmGradi
   C *cell_parts = scratch, *gate_parts = cell_parts + 2 * s.units() * batch;
   std::vector<std::pair<C, C>> rows_of(static_cast<size_t>(batch));  // two means of a row: each thread its own
   int64_t merged = -1;
-  constexpr int64_t kRows = 16;  // rows whose shares of the parameters' gradients are added in C, then in double
+  constexpr int64_t kRows = 16;  // this many rows add their shares of the parameters' gradients in C, then in double
   int64_t phase = 0;
   for (int64_t t = s.steps - 1; t >= 0; t--) {
     const C *kept_gates = kept + t * batch * gate_row, *kept_cell = kept + rows * gate_row + t * batch * hidden;

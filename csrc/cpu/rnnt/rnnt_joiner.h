@@ -15,7 +15,7 @@
 //   then dh = dl W, dW = dl^T h (matrix products), and da = dh act' is added to dam[b, t] and dlm[b, s].
 namespace fastasr::cpu {
 
-// A row that is to be computed: its place (b T + t) R + r in the tensors of results, b T + t, b (S + 1) + s, and y.
+// A row to compute: its place (b T + t) R + r in the tensors of results, b T + t, b (S + 1) + s, and y.
 struct JoinerRow {
   static constexpr int64_t kNoSymbol = -1;  // s has no symbol: -infinity
   static constexpr int64_t kUnknown = -2;   // a symbol outside the vocabulary: NaN
@@ -27,7 +27,7 @@ struct JoinerBand {
   int64_t batch, frames, length, range, outputs;
 };
 
-// What the backward pass reads and writes. The logits and their gradient go by row, everything else by a row's place.
+// The backward pass reads and writes these. The logits and their gradient go by row, everything else by a row's place.
 template <typename C>
 struct JoinerGradient {
   const C* logits;
@@ -39,19 +39,20 @@ struct JoinerGradient {
 template <typename T>
 struct JoinerKernels {
   using C = compute_t<T>;
-  // The rows inside the boundary, without those whose gradients gx and gy (B, T, R) are both 0 (null: none is left
-  // out). Returns their number; if `out` is null it only counts.
+  // Writes the rows inside the boundary, without those whose gradients gx and gy (B, T, R) are both 0 (null: none is
+  // left out). Returns their number; if `out` is null it only counts.
   int64_t (*rows)(const JoinerBand& band, const C* gx, const C* gy, JoinerRow* out);
-  // hidden[i] = act(am[frame] + lm[context]), `channels` wide, for rows [begin, end). tanh, or else relu.
+  // Computes hidden[i] = act(am[frame] + lm[context]), `channels` wide, for rows [begin, end); act is tanh, or else
+  // relu.
   void (*hidden)(const T* am, const T* lm, const JoinerRow* rows, int64_t begin, int64_t end, int64_t channels,
                  bool tanh, C* hidden);
-  // symbol, blank and L of rows [begin, end), by place.
+  // Computes symbol, blank and L of rows [begin, end), by place.
   void (*scores)(const C* logits, const JoinerRow* rows, int64_t begin, int64_t end, int64_t outputs, int64_t blank,
                  bool hat, C* symbol_logprobs, C* blank_logprobs, double* normaliser);
-  // dl of rows [begin, end), and their sum in dbias (overwritten).
+  // Computes dl of rows [begin, end), and their sum in dbias (overwritten).
   void (*logits_gradient)(const JoinerGradient<C>& g, const JoinerRow* rows, int64_t begin, int64_t end,
                           int64_t outputs, int64_t blank, bool hat, C* dbias);
-  // Columns [begin, end) of da of all rows, in order, added to dam and dlm.
+  // Adds columns [begin, end) of da of all rows, in order, to dam and dlm.
   void (*hidden_gradient)(const C* dhidden, const C* hidden, const JoinerRow* rows, int64_t count, int64_t begin,
                           int64_t end, int64_t channels, bool tanh, C* dam, C* dlm);
 };

@@ -52,7 +52,7 @@ void hidden_rows(const T* am, const T* lm, const JoinerRow* rows, int64_t begin,
   }
 }
 
-// Sums of at most kChain terms per lane in the compute type, then in double.
+// Adds at most kChain terms per lane in the compute type, then in double.
 constexpr int64_t kChain = 512;
 
 template <typename C>
@@ -84,7 +84,7 @@ void scores(const C* logits, const JoinerRow* rows, int64_t begin, int64_t end, 
   constexpr C kNone = -std::numeric_limits<C>::infinity();
   for (int64_t i = begin; i < end; i++) {
     const C* x = logits + i * n;
-    // a HAT leaves blank out: two stretches
+    // a HAT leaves blank out, which makes two stretches
     const int64_t first = hat ? blank : n, second = hat ? blank + 1 : n;
     const C shift = largest(x, second, n, largest(x, 0, first, kNone));
     const double sum = sum_of_exp(x, 0, first, shift) + sum_of_exp(x, second, n, shift);
@@ -98,8 +98,8 @@ void scores(const C* logits, const JoinerRow* rows, int64_t begin, int64_t end, 
   }
 }
 
-// exp(x - L) weight of four rows at a time, so that dbias is read and written once for them. L in two parts: its
-// rounding would scale a whole row.
+// Computes exp(x - L) weight of four rows at a time, so that dbias is read and written once for them. L has two parts,
+// because its rounding would scale a whole row.
 template <typename C>
 struct GradientRow {
   const C* x;

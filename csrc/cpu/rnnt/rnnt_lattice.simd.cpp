@@ -5,8 +5,8 @@
 
 #include "cpu/rnnt/scaled_number.simd.h"
 
-// Lanes are neighbouring s; N steps of N rows at a time are turned by a transposition in registers into step-major
-// blocks that lie in the first cache, X and Y: [step][s], X by the s a symbol leads to. No gathers.
+// Lanes are neighbouring s. A transposition in registers turns N steps of N rows at a time into step-major blocks that
+// lie in the first cache, X and Y: [step][s], X by the s a symbol leads to. There are no gathers.
 namespace fastasr::cpu {
 namespace {
 
@@ -19,8 +19,8 @@ FASTASR_INLINE Vector<C> next_lane(Vector<C> v, Vector<C> after, std::index_sequ
   return __builtin_shuffle(v, after, BitVector<C>{(1 + static_cast<int>(kJ))...});
 }
 
-// Columns t to t + N - 1 of a row whose ends lie among them. Not inlined: sixteen copies of it do not fit in the
-// instruction cache beside the rest.
+// Loads columns t to t + N - 1 of a row whose ends lie among them. It is not inlined: sixteen copies of it do not fit
+// in the instruction cache beside the rest.
 template <typename C>
 __attribute__((noinline)) Vector<C> load_edge(const C* from, int64_t t, int64_t columns) {
   alignas(64) C part[Lanes<C>::count];
@@ -36,11 +36,11 @@ __attribute__((noinline)) void store_edge(C* to, int64_t t, int64_t columns, Vec
     if (t + j >= 0 && t + j < columns) to[t + j] = part[j];
 }
 
-// Steps ahead that rows are fetched: there are more of them than the hardware follows.
+// Rows are prefetched this many steps ahead: there are more of them than the hardware follows.
 constexpr int64_t kAhead = 32;
 
-// N rows from `row` on of a matrix (rows, columns), N columns of row i from first - i * skew on, by columns; what lies
-// outside is -inf. Results are `stride` vectors apart.
+// Loads N rows from `row` on of a matrix (rows, columns), N columns of row i from first - i * skew on, and transposes
+// them; elements outside are -inf. Results are `stride` vectors apart.
 template <typename C>
 FASTASR_INLINE void load_steps(const C* p, int64_t distance, int64_t row, int64_t rows, int64_t first, int64_t skew,
                                int64_t columns, C* out, int64_t stride) {
@@ -86,7 +86,7 @@ FASTASR_INLINE void store_steps(C* p, int64_t distance, int64_t row, int64_t row
   }
 }
 
-// N steps from `first` on, step 1 being the first that has incoming arcs, and the vectors whose cells they reach.
+// Loads N steps from `first` on, step 1 being the first that has incoming arcs, and the vectors whose cells they reach.
 struct LatticeBlock {
   int64_t first, steps, low, high;
   FASTASR_INLINE LatticeBlock at(const LatticeSize& size, int64_t first, int64_t n) {
@@ -116,7 +116,7 @@ C forward_steps(const LatticeSize& size, const C* x, int64_t x_row, const C* y, 
     }
     for (int64_t j = 0; j < b.steps; j++) {
       C* const kept = shares + (first - 1 + j) * kept_row;
-      if constexpr (kKeep)  // no cells there: zeros, so that what is kept repeats bit for bit
+      if constexpr (kKeep)  // no cells there: zeros, so that kept values repeat bit for bit
         for (int64_t s = (b.high - b.low + 1) * n; s < kept_row; s += n) put(kept + s, Vector<C>{});
       Vector<C> pm = at(m + b.high * n), pe = at(e + b.high * n);
       for (int64_t s = b.high * n; s >= b.low * n; s -= n) {

@@ -28,11 +28,11 @@ struct BandSequence {
 // This many sequences are worked on at once. Their shares are [frames][window + 1][kBandLanes].
 inline constexpr int64_t kBandLanes = 16;
 FASTASR_INLINE int64_t band_shares(const BandSize& size) { return size.frames * (size.window + 1) * kBandLanes; }
-// Elements of the scratch memory, which is aligned to 64 bytes.
+// Returns the elements of the scratch memory, which is aligned to 64 bytes.
 FASTASR_INLINE int64_t band_scratch(const BandSize& size) { return 4 * (size.window + 1) * kBandLanes; }
 
-// At most kBandLanes sequences. The forward's shares may be null; every element of shares, and in the backward of dx
-// and dy, is written.
+// Each call takes at most kBandLanes sequences. The forward's shares may be null; every element of shares, and in the
+// backward of dx and dy, is written.
 template <typename C>
 struct PrunedLatticeKernels {
   void (*forward)(const BandSize& size, BandSequence<C>* sequences, int64_t count, C* shares, C* scratch);

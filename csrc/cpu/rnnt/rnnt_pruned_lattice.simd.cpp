@@ -30,14 +30,14 @@ FASTASR_INLINE bool in_window(const BandSize& size, const BandSequence<C>& q, in
   return t < size.frames && s >= q.starts[t] && s - q.starts[t] < size.window;
 }
 
-// The end is a cell that frame t leads to: which of its window + 1, or -1.
+// Returns which of the window + 1 cells that frame t leads to is the end, or -1.
 template <typename C>
 FASTASR_INLINE int64_t leaves_at(const BandSize& size, const BandSequence<C>& q, int64_t t) {
   const int64_t j = q.s_end - q.starts[t];
   return q.t_end == t + 1 && j >= 0 && j <= size.window ? j : -1;
 }
 
-// How far each window moves from frame t to t + 1, at most `most`.
+// Returns how far each window moves from frame t to t + 1, at most `most`.
 template <typename C>
 FASTASR_INLINE int64_t moves(const BandSequence<C>* sequences, int64_t count, int64_t t, int64_t most,
                              BitVector<C>& by) {
@@ -165,7 +165,7 @@ void band_forward_lanes(const BandSize& size, BandSequence<C>* sequences, int64_
   }
 }
 
-// dx and dy of a sequence with a constant inside the boundary, 0 outside; frames [from, to).
+// Sets dx and dy of a sequence to a constant inside the boundary and to 0 outside, for frames [from, to).
 template <typename C>
 void fill_band(const BandSize& size, const BandSequence<C>& q, int64_t from, int64_t to, C constant) {
   for (int64_t t = from; t < to; t++) {

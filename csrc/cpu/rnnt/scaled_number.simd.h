@@ -6,8 +6,8 @@
 
 #include "cpu/simd/vectors.simd.h"
 
-// Vectors of positive numbers as m 2^e, m and e floating: sums of probabilities that neither underflow nor round as
-// logarithms do. An impossible one has e below kNever.
+// Vectors of positive numbers as m 2^e, with floating m and e: sums of probabilities that neither underflow nor round
+// as logarithms do. An impossible number has e below kNever.
 namespace fastasr::cpu {
 inline namespace FASTASR_SIMD {
 
@@ -46,7 +46,8 @@ FASTASR_INLINE Vector<C> exp_near_zero(Vector<C> r) {
   }
 }
 
-// e^x = m 2^e, m in [0.7, 1.42]. A NaN and +inf give m = NaN. Beyond 2^22 e is rounded as x itself is: r is kept small.
+// Returns e^x = m 2^e, m in [0.7, 1.42]. A NaN and +inf give m = NaN. Beyond 2^22 e is rounded as x itself is, and r is
+// kept small.
 template <typename C>
 FASTASR_INLINE void split(Vector<C> x, Vector<C>& m, Vector<C>& e) {
   const Vector<C> one = vector_of<C>(1);
@@ -62,7 +63,7 @@ FASTASR_INLINE void split(Vector<C> x, Vector<C>& m, Vector<C>& e) {
   m = exp_near_zero<C>(r);
 }
 
-// 2^d for d <= 0; 0 where that is no normal number.
+// Returns 2^d for d <= 0, or 0 where 2^d is no normal number.
 template <typename C>
 FASTASR_INLINE Vector<C> power_of_two(Vector<C> d) {
   const C least = -Bits<C>::bias;
@@ -84,7 +85,7 @@ FASTASR_INLINE void normalise(Vector<C>& m, Vector<C>& e) {
   e = e > kFloor<C> ? e : vector_of(kFloor<C>);
 }
 
-// The logarithm of one number, -inf where it is impossible.
+// Returns the logarithm of one number, -inf where it is impossible.
 template <typename C>
 inline C logarithm(C m, C e) {
   if (m != m) return m;

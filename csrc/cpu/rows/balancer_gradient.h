@@ -28,7 +28,7 @@ struct BalancerKernels {
                     int64_t n);
 };
 
-// offset and slope of one channel of `count` elements, whose sums are s1 and s2.
+// Returns offset and slope of one channel of `count` elements, whose sums are s1 and s2.
 void balancer_coefficients(double s1, double s2, double shift, int64_t count, const BalancerLimits& limits,
                            double* offset, double* slope);
 

@@ -6,7 +6,8 @@
 namespace fastasr::cpu {
 namespace {
 
-// Columns at a time: the sums of 16 rows stay in the first-level cache. Elements of a run per chain of additions.
+// This many columns at a time: the sums of 16 rows stay in the first-level cache. A run adds this many elements per
+// chain.
 constexpr int64_t kColumns = 512, kChain = 256;
 
 template <typename C>

@@ -16,7 +16,7 @@ FASTASR_INLINE double squared_distance(const T* __restrict x, const T* __restric
   });
 }
 
-// In double from the start: its terms cancel, and dlog_scale is a sum of these sums.
+// This sum is in double from the start: its terms cancel, and dlog_scale is a sum of these sums.
 template <typename T>
 FASTASR_INLINE double dot(const T* __restrict a, const T* __restrict b, int64_t channels) {
   double sum = 0;

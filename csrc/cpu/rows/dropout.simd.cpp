@@ -42,7 +42,7 @@ FASTASR_INLINE void fill(Twister& generator, uint32_t* __restrict words, int64_t
 }
 
 void draw(Twister& generator, double p, int64_t n, uint8_t* __restrict keep) {
-  // v 2^-53 < p, exactly: both are multiples of powers of two
+  // Tests v 2^-53 < p exactly: both are multiples of powers of two.
   const auto threshold = static_cast<int64_t>(std::ceil(p * 0x1p53));
   alignas(64) uint32_t words[2 * kDraws];
   for (int64_t first = 0; first < n; first += kDraws) {
@@ -57,7 +57,7 @@ void draw(Twister& generator, double p, int64_t n, uint8_t* __restrict keep) {
 }
 
 void apply(const float* x, const uint8_t* keep, float scale, const float* residual, float* y, int64_t n) {
-  // times 0, not instead of it: what is not finite shows, as it does upstream
+  // x is multiplied by 0, not replaced: a value that is not finite shows, as it does upstream
   if (residual) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) y[i] = x[i] * (keep[i] ? scale : 0.0f) + residual[i];

@@ -5,15 +5,15 @@
 
 #include "cpu/simd/kernels.h"
 
-// What follows the product of a linear layer with an activation (cpu/math/activation.h): y = act(z), and backward
-// dz = grad act'(z), dbias = the sum of dz over its rows.
+// The step after the product of a linear layer with an activation (cpu/math/activation.h): y = act(z), and backward dz
+// = grad act'(z), dbias = the sum of dz over its rows.
 namespace fastasr::cpu {
 
 template <typename T>
 struct LinearActivationKernels {
   // n elements; y may be z.
   void (*forward)(int activation, const T* z, T* y, int64_t n);
-  // Rows of `channels` elements; dz may be grad; dbias is their sum in the compute type (overwritten), or null.
+  // Takes rows of `channels` elements. dz may be grad; dbias is their sum in the compute type (overwritten), or null.
   void (*backward)(int activation, const T* grad, const T* z, T* dz, compute_t<T>* dbias, int64_t rows,
                    int64_t channels);
 };

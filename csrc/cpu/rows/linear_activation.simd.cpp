@@ -30,7 +30,7 @@ void forward(int activation, const T* z, T* y, int64_t n) {
   }
 }
 
-// dz = grad slope, and with dbias what is added to it
+// Computes dz = grad slope, and adds it to dbias unless that is null.
 template <bool kBias, typename T, typename C>
 FASTASR_INLINE void multiply(const T* grad, const C* __restrict slope, T* dz, C* __restrict dbias, int64_t n) {
 #pragma omp simd

@@ -13,7 +13,7 @@
 //   dx = dt (1 - s), dupdate = dt (a - x) s (1 - s), dsum = dt s mask act'; plain: dx is dt, the gradient of both.
 namespace fastasr::cpu {
 
-// Rows `stride` elements apart, their elements next to each other. A null pointer: absent.
+// Rows are `stride` elements apart, their elements next to each other. A null pointer stands for an absent operand.
 template <typename T>
 struct Rows {
   const T* data = nullptr;
@@ -30,12 +30,13 @@ struct ResidualNorm {
   int64_t channels;
 };
 
-// Elements of scratch a call needs.
+// Returns the elements of scratch that a call needs.
 FASTASR_INLINE constexpr int64_t residual_norm_scratch(int64_t channels) { return 6 * channels; }
 
-// Rows [begin, end). Outputs are contiguous. statistics, one per row of the whole, may be null: then they are not kept,
-// and in the backward pass computed again. dweight, dbias (channels each, overwritten) are the sums over these rows:
-// the caller adds the parts of fixed row blocks in order. dupdate and dsum are null in the plain form.
+// Each call computes rows [begin, end). Outputs are contiguous. statistics, one per row of the whole, may be null: then
+// the forward does not keep them and the backward computes them again. dweight, dbias (channels each, overwritten) are
+// the sums over these rows: the caller adds the parts of fixed row blocks in order. dupdate and dsum are null in the
+// plain form.
 template <typename T>
 struct ResidualNormKernels {
   void (*forward)(const ResidualNorm<T>& p, int64_t begin, int64_t end, T* y, RowStatistics<compute_t<T>>* statistics,

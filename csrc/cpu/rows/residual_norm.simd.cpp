@@ -72,11 +72,11 @@ void forward(const ResidualNorm<T>& p, int64_t begin, int64_t end, T* __restrict
   }
 }
 
-// Chains of kTerms terms in the compute type, then double.
+// Chains have kTerms terms in the compute type; they are then added in double.
 constexpr int64_t kTerms = 256;
 
-// With d = weight grad and n the normalised row: adds to dweight and dbias, and gives the means of d and d n, for the
-// gated form, whose t is in the scratch: n replaces it, and d is kept.
+// With d = weight grad and n the normalised row, adds to dweight and dbias and returns the means of d and d n. It
+// serves the gated form, whose t is in the scratch: n replaces t, and d is kept.
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void project(const C* __restrict w, int64_t n, const RowStatistics<C>& row, const T* __restrict g,
                             C* __restrict t, C* __restrict d, C* __restrict dweight, C* __restrict dbias, C* mean,
@@ -100,8 +100,8 @@ FASTASR_INLINE void project(const C* __restrict w, int64_t n, const RowStatistic
   *mean = static_cast<C>(sum / static_cast<double>(n)), *along = static_cast<C>(product / static_cast<double>(n));
 }
 
-// The same of the plain form for up to four rows at once, so that dweight and dbias are read and written once for them.
-// Nothing else is kept: reading x and update again is cheaper.
+// Does the same for the plain form for up to four rows at once, so that dweight and dbias are read and written once for
+// them. It keeps nothing else: reading x and update again is cheaper.
 template <typename T, typename C>
 struct PlainRow {
   const T *x, *u, *g;

@@ -15,8 +15,9 @@ struct RowStatistics {
   C high, low, scale;
 };
 
-// Sums over a row: 16 lanes add four terms each in the compute type, then go on in double. ESPnet's epsilon is 1e-12,
-// so rows of almost equal elements are normalised by their rounding errors: those must not be ours.
+// Computes sums over a row: 16 lanes add four terms each in the compute type, then go on in double. ESPnet's epsilon is
+// 1e-12, so rows of almost equal elements are normalised by the rounding errors of their elements, and the sums must
+// not add their own.
 constexpr int64_t kRowLanes = 16, kRowChain = 4, kRowBlock = kRowLanes * kRowChain;
 
 template <typename C, typename F>
@@ -33,7 +34,7 @@ FASTASR_INLINE double row_sum(int64_t n, const F& term) {
     for (int64_t l = 0; l < kRowLanes; l++) total[l] += static_cast<double>(part[l]);
   }
   for (; j < n; j++) total[j % kRowLanes] += static_cast<double>(term(j));
-  // in halves: one after another, the sixteen would take as long as a narrow row
+  // adds the lanes by halves: one after another, the sixteen would take as long as a narrow row
   for (int64_t half = kRowLanes / 2; half; half /= 2) {
 #pragma omp simd
     for (int64_t l = 0; l < half; l++) total[l] += total[l + half];
@@ -41,13 +42,13 @@ FASTASR_INLINE double row_sum(int64_t n, const F& term) {
   return total[0];
 }
 
-// centred = t - mean(t), in place. The mean is subtracted in two parts, exact to double.
+// Computes centred = t - mean(t), in place. The mean is subtracted in two parts, exact to double.
 template <typename C>
 FASTASR_INLINE RowStatistics<C> centre(C* __restrict t, int64_t n, double eps) {
   const double mean = row_sum<C>(n, [&](int64_t j) { return t[j]; }) / static_cast<double>(n);
   const C high = static_cast<C>(mean);
   C low = static_cast<C>(mean - static_cast<double>(high));
-  if constexpr (sizeof(C) == sizeof(double))  // the sum above was rounded: what is left of the mean
+  if constexpr (sizeof(C) == sizeof(double))  // the sum above was rounded, so this is the rest of the mean
     low = row_sum<C>(n, [&](int64_t j) { return t[j] - high; }) / static_cast<C>(n);
 #pragma omp simd
   for (int64_t j = 0; j < n; j++) t[j] = (t[j] - high) - low;

@@ -5,7 +5,7 @@
 
 #include "cpu/simd/kernels.h"
 
-// out[j] = sum over blocks of parts[block][j] for j in [begin, end), in block order, in double.
+// Computes out[j] = sum over blocks of parts[block][j] for j in [begin, end), in block order, in double.
 namespace fastasr::cpu {
 
 template <typename T>

@@ -6,7 +6,7 @@
 #include "cpu/simd/kernels.h"
 
 // SwooshL(x) = log(1 + e^(x-4)) - 0.08 x - 0.035, SwooshR(x) = log(1 + e^(x-1)) - 0.08 x - 0.313261687;
-// derivative sigmoid(x - a) - 0.08. Optionally times a dropout mask (already scaled by 1/(1-p)).
+// the derivative is sigmoid(x - a) - 0.08. The result may be multiplied by a dropout mask (already scaled by 1/(1-p)).
 namespace fastasr::cpu {
 
 enum class Swoosh { L, R };

@@ -17,7 +17,7 @@ FASTASR_INLINE Constants<C> constants(Swoosh kind) {
   return kind == Swoosh::L ? Constants<C>{C(4), C(0.035)} : Constants<C>{C(1), C(0.313261687)};
 }
 
-// log(1 + e^z) = max(z, 0) + log1p(e^-|z|): no overflow; a NaN survives in the term -0.08 x.
+// log(1 + e^z) = max(z, 0) + log1p(e^-|z|) cannot overflow; a NaN survives in the term -0.08 x.
 template <typename C>
 FASTASR_INLINE C swoosh(C x, C u, C z, C offset) {
   return ((z > 0 ? z : C(0)) + log1p_unit(u)) - (C(0.08) * x + offset);
@@ -41,7 +41,7 @@ FASTASR_INLINE void forward16(const avx512::Registers& table, const T* x, const 
 }
 #endif
 
-// A function of its own for each (type, mask, output): several bodies in one function spill.
+// Each (type, mask, output) has its own function: several bodies in one function would spill.
 template <typename T, Mask kMask>
 __attribute__((noinline)) void forward(const T* __restrict x, const T* __restrict mask, T* __restrict y, int64_t n,
                                        Swoosh kind) {

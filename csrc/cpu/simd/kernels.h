@@ -23,7 +23,7 @@ struct Provided {
   static const Table table;
 };
 
-// double serves references and gradient checks: no set of its own beyond AVX2.
+// double serves references and gradient checks, so it has no set of its own beyond AVX2.
 template <typename Table>
 constexpr bool kDouble = false;
 template <template <typename> typename Kernels>
@@ -63,9 +63,9 @@ FASTASR_INLINE const Table& kernels() {
 #define FASTASR_OBJECT_SET portable
 #endif
 
-// At the end of a *.simd.cpp, in namespace fastasr::cpu: the object's tables, functions given for a storage type T.
-// FASTASR_KERNELS: for all four; FASTASR_KERNELS_COMPUTE: for float and double; FASTASR_KERNELS_FLOAT: of a table that
-// is no template.
+// A *.simd.cpp ends with one of these, in namespace fastasr::cpu. They define the object's tables from functions of a
+// storage type T: FASTASR_KERNELS for all four types, FASTASR_KERNELS_COMPUTE for float and double,
+// FASTASR_KERNELS_FLOAT for a table that is no template.
 #define FASTASR_KERNELS(TABLE, ...)           \
   FASTASR_KERNELS_COMPUTE(TABLE, __VA_ARGS__) \
   FASTASR_PROVIDE(TABLE, bfloat16)            \

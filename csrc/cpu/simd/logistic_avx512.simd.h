@@ -3,8 +3,8 @@
 
 #include "cpu/simd/softplus_avx512.simd.h"
 
-// 1 / (1 + e^-x), sixteen at a time: an exponential without bit fiddling, and a reciprocal by one Newton step in place
-// of a division. Within 1.5 ulp, down to 2^-126, where it stays for smaller x.
+// Computes 1 / (1 + e^-x), sixteen at a time, with an exponential without bit operations and a reciprocal by one Newton
+// step in place of a division. The result is within 1.5 ulp, down to 2^-126, where it stays for smaller x.
 #ifdef __AVX512F__
 
 namespace fastasr::cpu {

@@ -14,7 +14,7 @@
 namespace fastasr::cpu {
 namespace {
 
-// All that -march=x86-64-v3 and -v4 let the compiler use, if the operating system saves the registers.
+// Checks for all that -march=x86-64-v3 and -v4 let the compiler use, if the operating system saves the registers.
 Simd of_machine() {
 #if defined(__x86_64__)
   constexpr unsigned kLeaf1 = 1u << 0 | 1u << 9 | 1u << 12 | 1u << 13 | 1u << 19 | 1u << 20 | 1u << 22 | 1u << 23 |
@@ -45,7 +45,7 @@ const char* name(Simd set) {
 
 bool built(Simd set) { return std::find(std::begin(kBuilt), std::end(kBuilt), set) != std::end(kBuilt); }
 
-// FASTASR_SIMD; null if it is not set.
+// Returns FASTASR_SIMD, or null if it is not set.
 const char* setting() {
   const char* wanted = std::getenv("FASTASR_SIMD");
   return wanted && *wanted ? wanted : nullptr;

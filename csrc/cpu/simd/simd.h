@@ -5,8 +5,8 @@
 
 // Kernels are compiled once per instruction set and picked when the library is loaded, see cpu/simd/kernels.h.
 #define FASTASR_INLINE static inline __attribute__((always_inline))
-// The same for member functions of types that cross from one instruction set to another: nothing is left for the linker
-// to merge.
+// Does the same for member functions of types that cross from one instruction set to another: nothing is left for the
+// linker to merge.
 #define FASTASR_MEMBER inline __attribute__((always_inline))
 
 namespace fastasr::cpu {
@@ -14,17 +14,17 @@ namespace fastasr::cpu {
 // In ascending order. portable: x86-64, or the compiler's own set elsewhere; avx2: x86-64-v3; avx512: x86-64-v4.
 enum class Simd { portable, avx2, avx512 };
 
-// The set in use: the widest that this machine runs and this library was built for, or the one that the environment
-// variable FASTASR_SIMD names. Chosen when the library is loaded; until then the least.
+// Returns the set in use: the widest that this machine runs and this library was built for, or the one that the
+// environment variable FASTASR_SIMD names. It is chosen when the library is loaded; until then it is the least.
 extern Simd simd_in_use;
 FASTASR_INLINE Simd simd() { return simd_in_use; }
 const char* simd_level();
 
-// Why this machine runs no set of this library, and what is wrong with FASTASR_SIMD; null if nothing is.
+// Says why this machine runs no set of this library, or what is wrong with FASTASR_SIMD; null if nothing is.
 const char* machine_problem();
 const char* setting_problem();
 
-// For tests: kernels of this set run from now on. Returns false if the machine or the library lacks it.
+// Tests call this: kernels of this set run from now on. Returns false if the machine or the library lacks it.
 bool use_simd(Simd set);
 
 }  // namespace fastasr::cpu

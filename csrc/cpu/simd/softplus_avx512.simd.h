@@ -3,9 +3,9 @@
 
 #include "cpu/math/number.h"
 
-// log(1 + e^-t), t >= 0, sixteen at a time: 32 pieces of degree 5 whose coefficients stay in registers and are picked
-// by a permutation of two registers. 0.26 ns per Swoosh on one Zen 4 core against 0.46 for an exponential and a
-// logarithm in polynomial form, at the same error. The compiler does not find such a form, hence the intrinsics.
+// Computes log(1 + e^-t), t >= 0, sixteen at a time, from 32 pieces of degree 5. Their coefficients stay in registers,
+// and a permutation of two registers picks them. 0.26 ns per Swoosh on one Zen 4 core against 0.46 for an exponential
+// and a logarithm in polynomial form, at the same error. The compiler does not find such a form, hence the intrinsics.
 #ifdef __AVX512F__
 
 #include <immintrin.h>
@@ -28,7 +28,7 @@ struct Softplus {
   }
 
  private:
-  // Interpolation at the Chebyshev nodes of each piece, in double: within 2e-8 of the best polynomial.
+  // Interpolates at the Chebyshev nodes of each piece, in double: within 2e-8 of the best polynomial.
   Softplus() {
     for (int k = 0; k < kPieces; k++) {
       double a[kTerms][kTerms + 1];
@@ -68,7 +68,7 @@ FASTASR_INLINE Registers load_table() {
   return r;
 }
 
-// log(1 + e^-|z|). A NaN gives the value at the last piece: callers add a term that keeps it.
+// Returns log(1 + e^-|z|). A NaN gives the value at the last piece: callers add a term that keeps it.
 FASTASR_INLINE __m512 softplus_tail(const Registers& c, __m512 z) {
   const __m512 magic = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: adding it rounds, and leaves k in the low bits
   const __m512 u = _mm512_min_ps(_mm512_mul_ps(_mm512_abs_ps(z), _mm512_set1_ps(Softplus::kPerUnit)),
@@ -84,10 +84,10 @@ FASTASR_INLINE __m512 softplus_tail(const Registers& c, __m512 z) {
   return _mm512_fmadd_ps(p, r, _mm512_permutex2var_ps(c.low[0], k, c.high[0]));
 }
 
-// The lanes that exist where n elements are left.
+// Returns the mask of the lanes that exist where n elements are left.
 FASTASR_INLINE __mmask16 lanes(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
 
-// Sixteen elements to and from float; `m` selects the lanes that exist.
+// Converts sixteen elements to and from float; `m` selects the lanes that exist.
 FASTASR_INLINE __m512 load16(const float* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
 FASTASR_INLINE __m512 load16(const bfloat16* p, __mmask16 m) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
@@ -95,7 +95,7 @@ FASTASR_INLINE __m512 load16(const bfloat16* p, __mmask16 m) {
 FASTASR_INLINE __m512 load16(const float16* p, __mmask16 m) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)); }
 FASTASR_INLINE void store16(float* p, __mmask16 m, __m512 v) { _mm512_mask_storeu_ps(p, m, v); }
 FASTASR_INLINE void store16(bfloat16* p, __mmask16 m, __m512 v) {
-  const __m512i u = _mm512_castps_si512(v);  // round to nearest even; a NaN stays a (quiet) NaN
+  const __m512i u = _mm512_castps_si512(v);  // rounds to nearest even; a NaN stays a (quiet) NaN
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);

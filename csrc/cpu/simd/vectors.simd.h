@@ -79,7 +79,7 @@ FASTASR_INLINE void transpose_bit(Vector<C>* r) {
     r[i + kBit] = __builtin_shuffle(a, b, (mixing<C, kBit, true>(std::make_index_sequence<n>())));
   }
 }
-// r: as many vectors as a vector has lanes, a square matrix.
+// r holds as many vectors as a vector has lanes: a square matrix.
 template <typename C>
 FASTASR_INLINE void transpose(Vector<C>* r) {
   if constexpr (Lanes<C>::count > 8) transpose_bit<C, 8>(r);
@@ -88,7 +88,8 @@ FASTASR_INLINE void transpose(Vector<C>* r) {
   transpose_bit<C, 1>(r);
 }
 
-// r[0] = the sums of the vectors r[0], r[1], ...: as many as a vector has lanes. Half the shuffles of a transposition.
+// Sets r[0] to the sums of the vectors r[0], r[1], ...: as many as a vector has lanes. It takes half the shuffles of a
+// transposition.
 template <typename C, int kBit = Lanes<C>::count / 2>
 FASTASR_INLINE void sum_each(Vector<C>* r) {
   constexpr int n = Lanes<C>::count;

@@ -16,9 +16,9 @@
 //   m = tanh(a of the summary), or clamped to ±10
 //   z = x + a of x                    y = LN(z + W2 act(W1 LN(z)))
 //
-// The states after it: memory moves up by one row, the layer's own input memory is its last; of keys and values those
-// rows of [left context | utterance] remain that `kept` names. All weights lie in one arena in the order in which they
-// are read. A stream's bits depend neither on the other streams nor on the number of threads.
+// A step changes the states so: memory moves up by one row, and the layer's own input memory becomes its last; keys and
+// values keep the rows of [left context | utterance] that `kept` names. All weights lie in one arena in the order in
+// which they are read. A stream's bits depend neither on the other streams nor on the number of threads.
 namespace fastasr::cpu {
 
 struct EmformerShape {

@@ -23,7 +23,7 @@ void copy(const float* from, float* to, int64_t n) {
   if (n > 0) std::memcpy(to, from, static_cast<size_t>(n) * 4);
 }
 
-// x += add, unless that is null; out = LN(x).
+// Adds `add` to x unless it is null; out = LN(x).
 void normalize(float* __restrict x, const float* __restrict add, const float* __restrict weight,
                const float* __restrict bias, double eps, float* __restrict out, int64_t n) {
   if (add) {
@@ -57,7 +57,7 @@ void clamp(float* __restrict x, int64_t n) {
   }
 }
 
-// How the scratch memory is divided.
+// Divides the scratch memory.
 struct Room {
   float* x;             // [right context | utterance], later with the attention
   float* asked;         // [memory | h | summary], later LN(z)
@@ -89,7 +89,7 @@ struct Room {
   }
 };
 
-// The problem of segment_attention.h, without the places of keys and values.
+// Returns the problem of segment_attention.h, without the places of keys and values.
 SegmentAttention<float> attention_of(const EmformerSegment& s) {
   SegmentAttention<float> p{};
   p.lengths = s.lengths, p.history = s.history;
@@ -135,7 +135,7 @@ class Step {
   const float* weight(EmformerNorm n) const { return s_.arena + l_.norm_weight[n]; }
   const float* bias(EmformerNorm n) const { return s_.arena + l_.norm_bias[n]; }
 
-  // Panels of a product for these rows; `activated`: through the activation.
+  // Computes panels of a product for these rows; `activated` applies the activation.
   void panels(EmformerProduct p, const float* x, int64_t x_stride, int64_t rows, float* y, bool activated,
               int64_t begin, int64_t end) const {
     const int64_t stride = l_.stride(p);
@@ -155,7 +155,7 @@ class Step {
   }
   static int64_t least_panels(int64_t inputs) { return std::max<int64_t>(1, kLeastWeights / (kPanelColumns * inputs)); }
 
-  // f(worker, begin, end) over parts of [0, n), of `least` at least.
+  // Runs f(worker, begin, end) over parts of [0, n), each of `least` at least.
   template <typename F>
   void each_worker(int64_t n, int64_t least, const F& f) const {
     const int64_t parts = std::clamp<int64_t>(n / least, 1, s_.workers.threads);
@@ -206,8 +206,8 @@ class Step {
     });
   }
 
-  // One head's keys or values of one stream: those of the left context take their place between the projected ones, and
-  // the left context of the next segment is picked. `at`: where they begin in a row of all streams.
+  // Places one head's keys or values of one stream: those of the left context go between the projected ones, and the
+  // left context of the next segment is picked. `at` is where they begin in a row of all streams.
   void keys(int64_t projected, int64_t at, const float* left, float* keys, float* next) const {
     const int64_t row = s_.streams * dim_, projected_row = s_.streams * l_.stride(kEmformerKeyValue);
     const int64_t front = s_.memory + s_.right, width = attention_.width;

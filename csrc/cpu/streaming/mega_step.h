@@ -19,12 +19,13 @@
 // and a last LayerNorm. All weights lie in one arena in the order in which they are read: a step is one pass over it.
 namespace fastasr::cpu {
 
-// Widths: D block_size, N orders of the moving average, k and v of keys and values, the feed-forward's inner width.
+// The widths: D is block_size, N the orders of the moving average, k and v are those of keys and values, and `inner` is
+// the feed-forward's.
 struct MegaShape {
   int64_t size, orders, key, value, inner, blocks;
 };
 
-// What a block has besides its products: vectors, `count` floats each in the arena.
+// The parts of a block besides its products: vectors, `count` floats each in the arena.
 enum MegaVector {
   kMegaInput,       // p beta (D, N)
   kMegaDecay,       // q (D, N)
@@ -72,7 +73,7 @@ struct MegaParameters {
 void mega_pack_block(const MegaLayout& layout, const MegaParameters& parameters, float* block);
 void mega_pack_final(const MegaLayout& layout, const float* weight, const float* bias, float eps, float* arena);
 
-// Products that may run side by side: their panels, numbered through, in any split over threads.
+// The products that may run side by side: their panels have consecutive numbers, in any split over threads.
 struct Product {
   const float* x;
   int64_t x_stride, inputs;
@@ -86,17 +87,17 @@ struct MegaKernels {
   // state may be null (zeros) and may be next. x, y: rows of `stride` floats; states (rows, D, N).
   void (*average)(const MegaLayout& layout, const float* block, const float* x, const float* state, float* next,
                   float* y, int64_t stride, int64_t rows);
-  // z is silu(z) already; the query is written, the key goes to the history.
+  // z is silu(z) already; the query is written, and the key goes to the history.
   void (*query_key)(const MegaLayout& layout, const float* block, const float* z, float* query, float* key);
-  // One hypothesis: keys and values of `length` rows, `bias` of `length` entries, `gate` silu(r), room for `length`
-  // scores. out must not be gate.
+  // Attends for one hypothesis: keys and values of `length` rows, `bias` of `length` entries, `gate` silu(r), room for
+  // `length` scores. out must not be gate.
   void (*attention)(const MegaLayout& layout, const float* query, const float* keys, int64_t key_stride,
                     const float* values, int64_t value_stride, int64_t length, const float* bias, const float* gate,
                     float* scores, float* out);
-  // x = LayerNorm(x + sigmoid(u) (silu(hx + h) - x))
+  // Computes x = LayerNorm(x + sigmoid(u) (silu(hx + h) - x)).
   void (*gated_norm)(float* x, const float* u, const float* hx, const float* h, const float* scale, const float* bias,
                      float eps, int64_t channels);
-  // out = LayerNorm(x + y); y may be null, out may be x
+  // Computes out = LayerNorm(x + y); y may be null, out may be x.
   void (*norm)(const float* x, const float* y, const float* scale, const float* bias, float eps, float* out,
                int64_t channels);
 };

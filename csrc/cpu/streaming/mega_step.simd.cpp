@@ -16,7 +16,7 @@ FASTASR_INLINE float sigmoid(float x) {
 }
 FASTASR_INLINE float silu(float x) { return x * sigmoid(x); }
 
-// y = (x - mean) / sqrt(variance + eps) scale + bias, the sums in double.
+// Computes y = (x - mean) / sqrt(variance + eps) scale + bias, with the sums in double.
 FASTASR_INLINE void normalize(const float* x, const float* __restrict scale, const float* __restrict bias, float eps,
                               float* out, int64_t channels) {
   double sum = 0, square = 0;

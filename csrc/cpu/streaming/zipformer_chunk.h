@@ -35,7 +35,7 @@ struct ChunkShape {
   ChunkShape() = default;
 
   FASTASR_MEMBER int64_t input_frames() const { return 2 * chunk + 13; }
-  // The bins of the second and third convolution's maps.
+  // Returns the bins of the second and third convolution's maps.
   static FASTASR_MEMBER int64_t width2_of(int64_t bins) { return (bins - 1) / 2; }
   static FASTASR_MEMBER int64_t width3_of(int64_t bins) { return (width2_of(bins) - 1) / 2; }
   FASTASR_MEMBER int64_t width2() const { return width2_of(bins); }
@@ -44,10 +44,11 @@ struct ChunkShape {
 };
 
 FASTASR_INLINE constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-inline constexpr int64_t kChunkLanes = 16;  // channels of a stripe: widths within the states are multiples of it
-inline constexpr int64_t kFrontPast = 3;    // frames of ConvNeXt's left padding
+// A stripe has this many channels: widths within the states are multiples of it.
+inline constexpr int64_t kChunkLanes = 16;
+inline constexpr int64_t kFrontPast = 3;  // ConvNeXt has this many frames of left padding.
 
-// y = x Wᵀ + bias. Offsets: bytes into the weights, floats into the vectors.
+// y = x Wᵀ + bias. The offsets are bytes into the weights and floats into the vectors.
 struct ChunkProduct {
   int64_t inputs, outputs, weight, bias, scale;
   WeightFormat format;
@@ -57,7 +58,7 @@ struct ChunkProduct {
   }
 };
 
-// rows x columns floats among the vectors, rows `stride` apart, zeros behind the columns.
+// rows x columns floats among the vectors, with rows `stride` apart and zeros behind the columns.
 struct ChunkTable {
   int64_t at, rows, columns, stride;
 };
@@ -76,7 +77,7 @@ struct ChunkLayer {
   int64_t keys, hidden, values[2];  // rings in the states
 };
 
-// Where everything lies. The order of `products` and `tables` is that of the tensors that packing takes.
+// The places of everything. `products` and `tables` have the order of the tensors that packing takes.
 struct ChunkPlan {
   struct Stack {
     ChunkStack shape;
@@ -97,18 +98,18 @@ struct ChunkPlan {
   int64_t weight_bytes = 0, vector_floats = 0, state_floats = 0;
 
   explicit ChunkPlan(const ChunkShape& shape);
-  // The plan of one layer alone, whose rings have room for one chunk of `frames`.
+  // Returns the plan of one layer alone, whose rings have room for one chunk of `frames`.
   ChunkPlan(const ChunkStack& layer, int64_t frames, int64_t left);
   int64_t scratch_floats(int64_t streams) const;
 };
 
-// w (outputs, inputs) and bias (outputs, or null: zeros), contiguous, of products[index]. Of weights and vectors the
-// one that is null is left alone; int8 weights want both, their scales lie among the vectors.
+// Packs w (outputs, inputs) and bias (outputs, or null: zeros), contiguous, of products[index]. A null weights or
+// vectors is left alone; int8 weights need both, because their scales lie among the vectors.
 void chunk_pack_product(const ChunkPlan& plan, int64_t index, const float* w, const float* bias, char* weights,
                         float* vectors);
 void chunk_pack_table(const ChunkTable& table, const float* values, float* vectors);
 
-// What a stream has besides its floats.
+// A stream has these besides its floats.
 struct ChunkCounters {
   int64_t processed;  // frames at 50 Hz
   int64_t at;         // chunks behind the rings' front
@@ -128,21 +129,21 @@ struct ChunkStep {
 };
 
 struct ChunkKernels {
-  // features (streams, input_frames, bins) contiguous -> out (streams, chunk / 2, output_dim).
+  // Maps features (streams, input_frames, bins), contiguous, to out (streams, chunk / 2, output_dim).
   void (*step)(const ChunkStep& step, const float* features, float* out);
-  // The front end alone, features -> (streams chunk, stride of stack 0), which advances its states; one layer, x
-  // (streams frames, stride) in place. Neither changes the counters.
+  // Runs the front end alone, features -> (streams chunk, stride of stack 0), which advances its states; or one layer,
+  // x (streams frames, stride) in place. Neither changes the counters.
   void (*front)(const ChunkStep& step, const float* features, float* x);
   void (*layer)(const ChunkStep& step, const ChunkPlan::Stack& stack, const ChunkLayer& layer, float* x);
 };
 
-// Before the layers of a chunk: makes room in the rings. After: counts the chunk.
+// Before the layers of a chunk this makes room in the rings; after them it counts the chunk.
 void chunk_begin(const ChunkStep& step);
 void chunk_end(const ChunkStep& step);
 
-// The states of one stream to upstream's tensors of batch 1, or from them. Six per layer, each contiguous: key (left,
-// heads query), hidden (left, hidden), two values (left, heads value), two convolutions (dim, pad); then the front
-// end's (maps[2], 3, width3).
+// Copies the states of one stream to upstream's tensors of batch 1, or from them. There are six per layer, each
+// contiguous: key (left, heads query), hidden (left, hidden), two values (left, heads value), two convolutions (dim,
+// pad); then the front end's (maps[2], 3, width3).
 void chunk_export(const ChunkPlan& plan, const float* state, const ChunkCounters& counters, float* const* tensors);
 void chunk_import(const ChunkPlan& plan, const float* const* tensors, float* state, ChunkCounters* counters);
 

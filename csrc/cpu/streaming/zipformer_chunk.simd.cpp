@@ -10,7 +10,7 @@
 namespace fastasr::cpu {
 namespace {
 
-// Copies rows of `from` channels to rows of `dim`: it cuts them off, or puts zeros behind them. Rows are `stride`
+// Copies rows of `from` channels to rows of `dim`: it cuts channels off, or puts zeros behind them. Rows are `stride`
 // apart.
 void change_width(const float* x, int64_t x_stride, int64_t from, float* y, int64_t y_stride, int64_t dim,
                   int64_t rows) {

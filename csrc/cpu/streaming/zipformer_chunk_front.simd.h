@@ -43,13 +43,13 @@ class Front {
   int64_t row() const { return n_.width3() * n_.maps[2]; }  // floats of a frame after the third convolution
   const float* vector(const ChunkTable& t) const { return step_.vectors + t.at; }
 
-  // Multiplies the rows of one worker: the panels are not split.
+  // Multiplies the rows of one worker; the panels are not split.
   void product(const ChunkProduct& p, const float* x, int64_t rows, float* y) const {
     skinny_gemm(x, p.inputs, rows, p.inputs, p.panels(step_.weights, step_.vectors), step_.vectors + p.bias, y,
                 p.stride(), 0, panel_count(p.outputs));
   }
 
-  // SwooshR of `rows` rows of a product, without their padding.
+  // Applies SwooshR to `rows` rows of a product, without their padding.
   static void activate(const float* y, int64_t stride, int64_t rows, int64_t width, Swoosh kind, float* out) {
     if (stride == width)
       return kernels<SwooshKernels<float>>().forward(y, nullptr, Mask::none, out, rows * width, kind);
@@ -57,7 +57,7 @@ class Front {
       kernels<SwooshKernels<float>>().forward(y + r * stride, nullptr, Mask::none, out + r * width, width, kind);
   }
 
-  // A row of a 3 x 3 convolution with `down` frames and 2 bins to the next: patches, product, activation.
+  // Computes a row of a 3 x 3 convolution with `down` frames and 2 bins to the next: patches, product, activation.
   void convolve(const ChunkProduct& p, const float* in, int64_t down, int64_t bins, int64_t maps, int64_t t,
                 int64_t width, float* out) const {
     float* const patches = room_.patches + t * width * p.inputs;
@@ -71,7 +71,7 @@ class Front {
     activate(y, p.stride(), width, p.outputs, Swoosh::R, out + t * width * p.outputs);
   }
 
-  // features (input_frames, bins) -> room_.third, behind the frames of the chunk before.
+  // Convolves features (input_frames, bins) into room_.third, behind the frames of the chunk before.
   void maps(const float* features, const float* past) const {
     const int64_t m = n_.maps[0], bins = step_.bins, padded = (bins + 2) * m, w3 = n_.width3();
     const int64_t w2 = ChunkShape::width2_of(bins);
@@ -101,7 +101,7 @@ class Front {
     });
   }
 
-  // out (chunk, width3 maps): the third convolution's frames plus ConvNeXt of them.
+  // Writes out (chunk, width3 maps): the third convolution's frames plus ConvNeXt of them.
   void conv_next(float* out) const {
     const int64_t maps = n_.maps[2], w3 = n_.width3();
     const DepthwiseSizes sizes{1, n_.chunk + 6, w3, maps, 7, 7, 0, 3};

@@ -12,7 +12,7 @@
 namespace fastasr::cpu {
 inline namespace FASTASR_SIMD {
 
-// One layer's step: x of each stream's frames, rows (streams frames, stride).
+// Runs one layer's step: x holds each stream's frames, rows (streams frames, stride).
 class Layer {
  public:
   Layer(const ChunkStep& step, const ChunkPlan::Stack& stack, const ChunkLayer& layer)
@@ -60,7 +60,7 @@ class Layer {
   }
   void add() const { chunk_add(room_.y, x_, rows_ * s_.stride); }
 
-  // hidden = swoosh(projected), rows of n elements.
+  // Computes hidden = swoosh(projected), rows of n elements.
   void swoosh(int64_t n, int64_t stride, Swoosh kind) const {
     step_.workers.split(rows_, std::max<int64_t>(1, 16384 / n), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++)

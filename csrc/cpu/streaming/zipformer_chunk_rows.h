@@ -5,11 +5,11 @@
 
 #include "cpu/streaming/zipformer_chunk.h"
 
-// What the parts of a chunk's step between the matrix products work on, and those parts that tests call by themselves.
+// The operands of a chunk's step between the matrix products, and the parts that tests call by themselves.
 namespace fastasr::cpu {
 
-// s[i][j] = q[i] . keys[.][j] + p[i] . positions[.][frames - 1 - i + j] for `frames` queries and `keys` keys, computed
-// for whole vectors of keys. keys (query, capacity), positions (pos, stride).
+// Computes s[i][j] = q[i] . keys[.][j] + p[i] . positions[.][frames - 1 - i + j] for `frames` queries and `keys` keys,
+// computed for whole vectors of keys. keys (query, capacity), positions (pos, stride).
 struct ChunkScores {
   const float *q, *p;
   int64_t row_stride;  // of q and p
@@ -21,8 +21,8 @@ struct ChunkScores {
   float* scores;  // (frames, round_up(keys, kChunkLanes))
 };
 
-// One stripe of kChunkLanes channels of the chunk-causal depthwise convolution. u: `pad` frames before the chunk, then
-// the chunk, `stride` apart; the tables at the stripe's first channel.
+// One stripe of kChunkLanes channels of the chunk-causal depthwise convolution. u holds `pad` frames before the chunk,
+// then the chunk, `stride` apart; the tables start at the stripe's first channel.
 struct ChunkConvStripe {
   const float* u;
   int64_t stride, frames, pad;

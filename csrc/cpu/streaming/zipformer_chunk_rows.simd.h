@@ -15,10 +15,10 @@ inline namespace FASTASR_SIMD {
 
 constexpr int64_t kLanes = kChunkLanes;
 constexpr float kMasked = -1000;
-// Weights a worker reads at least: below, waking it takes longer.
+// A worker reads at least this many weights: with fewer, waking it takes longer.
 constexpr int64_t kLeastWeights = 32768;
 
-// One function per number of rows: several tiles inlined into one function spill.
+// Each number of rows has its own function: several tiles inlined into one function would spill.
 template <int kRows>
 __attribute__((noinline)) void score_tile(const ChunkScores& a, int64_t first) {
   const int64_t padded = round_up(a.keys, kLanes);
@@ -90,7 +90,8 @@ inline void chunk_scores(const ChunkScores& a) {
   for (; i < a.frames; i++) score_tile<1>(a, i);
 }
 
-// out[i][c] = sum_j weights[i][j] values[j][c] for `columns` <= kChunkLanes columns. A row of values holds kChunkLanes.
+// Computes out[i][c] = sum_j weights[i][j] values[j][c] for `columns` <= kChunkLanes columns. A row of values holds
+// kChunkLanes.
 inline void chunk_weighted(const float* weights, int64_t weight_stride, int64_t rows, int64_t keys, const float* values,
                            int64_t value_stride, float* out, int64_t out_stride, int64_t columns) {
   const Weighted a{weights, weight_stride, keys, values, value_stride, out, out_stride, columns};
@@ -100,8 +101,8 @@ inline void chunk_weighted(const float* weights, int64_t weight_stride, int64_t 
   for (; i < rows; i++) weighted_tile<1>(a, i);
 }
 
-// Softmax over the first `keys` of each row; before, the first `unseen` scores and those where `masked`, if not null,
-// is nonzero are set to -1000.
+// Applies softmax over the first `keys` of each row, after setting the first `unseen` scores and those where `masked`,
+// if not null, is nonzero to -1000.
 inline void chunk_softmax(float* scores, int64_t stride, int64_t rows, int64_t unseen, const uint8_t* masked,
                           int64_t keys) {
   for (int64_t r = 0; r < rows; r++) {
@@ -125,13 +126,13 @@ inline void chunk_softmax(float* scores, int64_t stride, int64_t rows, int64_t u
   }
 }
 
-// out = v tanh(s), over n elements
+// Computes out = v tanh(s), over n elements.
 inline void chunk_tanh_gate(const float* __restrict v, const float* __restrict s, float* __restrict out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) out[i] = v[i] * tanh(s[i]);
 }
 
-// out = x sigmoid(s)
+// Computes out = x sigmoid(s).
 inline void chunk_sigmoid_gate(const float* __restrict x, const float* __restrict s, float* __restrict out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) out[i] = x[i] * sigmoid(s[i]);
@@ -159,7 +160,7 @@ inline void chunk_convolution(const ChunkConvStripe& a) {
 #pragma omp simd
       for (int c = 0; c < kLanes; c++) past[c] += a.causal[j * table + c] * u[j * a.stride + c];
     }
-    // of the 2 pad + 1 taps those whose frame lies within the chunk
+    // of the 2 pad + 1 taps, those whose frame lies within the chunk
     const int64_t from = std::max<int64_t>(0, a.pad - t), to = std::min(2 * a.pad, a.pad + a.frames - 1 - t);
     for (int64_t j = from; j <= to; j++) {
 #pragma omp simd
@@ -171,8 +172,9 @@ inline void chunk_convolution(const ChunkConvStripe& a) {
   }
 }
 
-// The first convolution, 3 x 3 with zeros beside the bins, and SwooshR's input: three rows of features of which each
-// bin is repeated `maps` times, (bins + 2) maps with zeros at both ends; weight (9, stride), out (bins maps).
+// Computes the first convolution, 3 x 3 with zeros beside the bins, and SwooshR's input: three rows of features of
+// which each bin is repeated `maps` times, (bins + 2) maps with zeros at both ends; weight (9, stride), out (bins
+// maps).
 inline void chunk_first_convolution(const float* const* rows, const float* weight, int64_t stride, const float* bias,
                                     int64_t maps, float* __restrict out, int64_t n) {
   const float *a = rows[0], *b = rows[1], *c = rows[2];
@@ -189,7 +191,7 @@ inline void chunk_first_convolution(const float* const* rows, const float* weigh
   }
 }
 
-// y[t] = sum_i weight[i] x[factor t + i], rows of n elements `stride` apart.
+// Computes y[t] = sum_i weight[i] x[factor t + i], rows of n elements `stride` apart.
 inline void chunk_downsample(const float* x, int64_t stride, const float* weight, int64_t factor, float* y,
                              int64_t rows, int64_t y_stride, int64_t n) {
   for (int64_t t = 0; t < rows; t++) {
@@ -203,7 +205,7 @@ inline void chunk_downsample(const float* x, int64_t stride, const float* weight
   }
 }
 
-// x[t] += (y[t / factor] - x[t]) scale
+// Computes x[t] += (y[t / factor] - x[t]) scale.
 inline void chunk_combine(float* x, const float* y, const float* scale, int64_t factor, int64_t rows, int64_t stride) {
   for (int64_t t = 0; t < rows; t++) {
     float* __restrict out = x + t * stride;
@@ -213,7 +215,7 @@ inline void chunk_combine(float* x, const float* y, const float* scale, int64_t 
   }
 }
 
-// y = x Wᵀ + bias for `rows` rows of x, on the workers.
+// Computes y = x Wᵀ + bias for `rows` rows of x, on the workers.
 inline void chunk_product(const ChunkStep& step, const ChunkProduct& p, const float* x, int64_t x_stride, int64_t rows,
                           float* y, int64_t y_stride) {
   const int64_t panel = kPanelColumns * p.inputs;

@@ -7,7 +7,7 @@
 
 #include "cpu/streaming/zipformer_chunk.h"
 
-// How a step's scratch memory is divided. The front end's part and the encoder's share their memory.
+// The division of a step's scratch memory. The front end's part and the encoder's share their memory.
 namespace fastasr::cpu {
 
 struct ChunkRoom {
@@ -42,7 +42,7 @@ struct ChunkRoom {
   }
 };
 
-// The front end's, for one stream at a time, but for `frames`.
+// The front end's part serves one stream at a time, except for `frames`.
 struct FrontRoom {
   float *repeated, *first, *patches, *product, *second, *third, *filtered, *expanded, *activated, *contracted, *frames;
   int64_t size;
@@ -51,17 +51,17 @@ struct FrontRoom {
     const ChunkShape& n = plan.shape;
     const int64_t rows = n.input_frames(), second_rows = n.chunk + 5, third_rows = n.chunk + 3;
     const int64_t w2 = n.width2(), w3 = n.width3();
-    // behind what the encoder's outputs take: the front end writes those of the first stack at the end
+    // this lies behind the encoder's outputs: the front end writes those of the first stack at the end
     int64_t at = streams * n.chunk * plan.stacks[0].stride;
     const auto take = [&](int64_t floats) {
       float* const here = memory ? memory + at : nullptr;
       at += round_up(floats, kChunkLanes);
       return here;
     };
-    // afterwards room for the rows of front_out
+    // later this is room for the rows of front_out
     repeated = take(std::max(rows * (n.bins + 2) * n.maps[0], streams * n.chunk * plan.front_out.stride()));
     first = take((rows - 2) * n.bins * n.maps[0]);
-    // one row of maps for each row of output, so that workers need none of their own
+    // each row of output has one row of maps, so that workers need none of their own
     patches = take(std::max(second_rows * w2 * 9 * n.maps[0], third_rows * w3 * 9 * n.maps[1]));
     product = take(std::max({(rows - 2) * n.bins * n.maps[0], second_rows * w2 * plan.conv2.stride(),
                              third_rows * w3 * plan.conv3.stride()}));

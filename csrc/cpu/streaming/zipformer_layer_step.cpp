@@ -15,7 +15,7 @@ constexpr int64_t kBlock = 16;  // of a transposition
 
 void copy(const float* from, float* to, int64_t n) { std::memcpy(to, from, static_cast<size_t>(n) * 4); }
 
-// to[c][t] = from[t][c]
+// transposes: to[c][t] = from[t][c]
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
   for (int64_t first = 0; first < rows; first += kBlock)
     for (int64_t c = 0; c < columns; c++)
@@ -23,7 +23,7 @@ void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t col
         to[c * to_stride + t] = from[t * from_stride + c];
 }
 
-// The states of one stream and their place in the chunk's layout.
+// Holds the states of one stream and their place in the chunk's layout.
 struct Stream {
   const ChunkPlan::Stack& s;
   const ChunkLayer& l;

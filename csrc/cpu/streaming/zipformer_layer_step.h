@@ -5,9 +5,9 @@
 
 #include "cpu/streaming/zipformer_chunk.h"
 
-// One chunk through one layer of a streaming Zipformer, with the states as upstream's tensors: they are copied into the
-// layout of zipformer_chunk.h and out of it, which is a hundredth of what reading the layer's weights takes. Bits of a
-// stream depend neither on the other streams nor on the number of threads.
+// One chunk through one layer of a streaming Zipformer, with the states as upstream's tensors. Copying them into the
+// layout of zipformer_chunk.h and back takes a hundredth of the time of reading the layer's weights. A stream's bits
+// depend neither on the other streams nor on the number of threads.
 namespace fastasr::cpu {
 
 // The six states of a layer, contiguous: key (left, streams, heads query), hidden (streams, left, hidden), two values
@@ -26,7 +26,7 @@ struct LayerStep {
 };
 int64_t layer_scratch_floats(const ChunkPlan& plan, int64_t streams);
 
-// x (frames, streams, dim) contiguous -> y of the same shape, and the states after it.
+// Maps x (frames, streams, dim), contiguous, to y of the same shape, and writes the states after it.
 void layer_step(const LayerStep& step, const float* x, const float* const* states, float* y, float* const* after);
 
 }  // namespace fastasr::cpu

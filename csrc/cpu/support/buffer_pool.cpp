@@ -14,7 +14,7 @@
 namespace fastasr::cpu {
 namespace {
 
-constexpr size_t kSmall = size_t{1} << 20;  // below it the allocator does well
+constexpr size_t kSmall = size_t{1} << 20;  // below this size the allocator keeps its memory
 constexpr size_t kHugePage = size_t{2} << 20;
 
 struct Block {

@@ -3,16 +3,16 @@
 
 #include <cstddef>
 
-// Large buffers that are used again. The allocator returns blocks above 32 MiB to the system at each release, and
-// writing fresh memory costs a page fault every 4 KiB: 10 to 15 ms for the attention weights of one layer (40 MB),
-// three times what computing them takes.
+// Large buffers that are reused. The allocator returns blocks above 32 MiB to the system at each release, and writing
+// fresh memory costs a page fault every 4 KiB: 10 to 15 ms for the attention weights of one layer (40 MB), three times
+// as long as computing them.
 namespace fastasr::cpu {
 
-// At least `bytes`, aligned to 64; null when there is no memory. A buffer that was released and is at most twice as
-// large is taken again, the one that fits best.
+// Returns at least `bytes`, aligned to 64, or null when there is no memory. It reuses the released buffer that fits
+// best and is at most twice as large.
 void* acquire_buffer(size_t bytes);
 
-// Buffers released are kept up to a sixteenth of the machine's memory in all; beyond it the oldest are freed.
+// The pool keeps released buffers up to a sixteenth of the machine's memory in all; beyond it the oldest are freed.
 void release_buffer(void* buffer);
 
 size_t idle_buffer_bytes();

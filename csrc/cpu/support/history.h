@@ -21,7 +21,7 @@ constexpr int64_t history_size(int64_t sequences, int64_t capacity, int64_t widt
   return history_header(sequences) + sequences * capacity * width;
 }
 
-// A header for `taken` rows in every sequence.
+// Writes a header for `taken` rows in every sequence.
 void history_begin(float* storage, int64_t sequences, int64_t capacity, int64_t width, int64_t taken);
 
 // A view of someone's memory: `batch` sequences of `length` rows of `width` floats, `offset` floats behind `storage`
@@ -31,8 +31,8 @@ struct HistoryView {
   int64_t size, offset, batch, length, width, sequence_stride, row_stride;
 };
 
-// True when the view lies in such a buffer and the row behind it was free in each of its sequences: then these rows are
-// now the caller's to write. Safe against other threads that claim the same rows.
+// Returns true when the view lies in such a buffer and the row behind it was free in each of its sequences: these rows
+// are now the caller's to write. It is safe against other threads that claim the same rows.
 bool history_claim(const HistoryView& view);
 
 }  // namespace fastasr::cpu

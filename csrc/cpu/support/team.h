@@ -8,13 +8,13 @@
 
 #include "cpu/simd/simd.h"
 
-// A loop whose steps depend on each other, split among threads: phases of the same `units` of work each, and no unit
-// of a phase starts before every unit of the phase before has ended. Handing a phase of a few microseconds to a pool
-// costs more than the phase; so the pool is entered once and the threads meet here.
+// A loop whose steps depend on each other, split among threads. Its phases have the same `units` of work each, and no
+// unit of a phase starts before every unit of the previous phase has ended. Handing a phase of a few microseconds to a
+// pool costs more than the phase, so the pool is entered once and the threads meet here.
 //
 // A thread does its own units, which keeps their weights in its core's cache, and waits. When others are late, because
 // the pool runs them one after another or something else has their core, it takes their units over: one thread alone
-// gets through everything, and the result does not depend on who does what.
+// finishes everything, and the result does not depend on who does what.
 namespace fastasr::cpu {
 
 class Team {
@@ -24,8 +24,8 @@ class Team {
     for (int64_t u = 0; u < units; u++) next_[static_cast<size_t>(u)].store(0, std::memory_order_relaxed);
   }
 
-  // Phase number `phase` (0, 1, ... in order) of the thread that owns units [begin, end): f(u) for each unit u, by
-  // whichever thread; backwards: from the last on. Returns when all units of the phase are done.
+  // Runs phase number `phase` (0, 1, ... in order) for the thread that owns units [begin, end): some thread calls f(u)
+  // for each unit u, from the last on if `backwards`. Returns when all units of the phase are done.
   template <typename F>
   void phase(int64_t phase, int64_t begin, int64_t end, const F& f, bool backwards = false) {
     const bool alone = end - begin == units_;
