@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastasr bench``: measure, and show the rows as a table, plots and one HTML page."""
+"""``fastasr bench`` measures and shows the rows as a table, plots and one HTML page."""
 
 from pathlib import Path
 

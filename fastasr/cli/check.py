@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastasr check``: every check of every op, on this machine."""
+"""``fastasr check`` runs every check of every op on this machine."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastasr.cli.console import err, escape, fail, out, table
 
-SHOWN = 20  # failures printed in full
+SHOWN = 20  # the most failures that are printed in full
 
 
 def _run(names: list[str], device: str, quiet: bool) -> list:
@@ -34,7 +34,7 @@ def _run(names: list[str], device: str, quiet: bool) -> list:
 
 
 def _summary(results: list):
-    """An op and check per line, with how many of its cases passed."""
+    """Makes a table with one line per op and check, which counts the cases that passed."""
     counts: dict[tuple[str, str], list[int]] = {}
     for result in results:
         passed = counts.setdefault((result.op, result.check), [0, 0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands share: where they print, and how they fail."""
+"""Output and errors of the commands."""
 
 import os
 import sys
@@ -9,11 +9,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-PLAIN_WIDTH = 160  # of a pipe or a file: rows stay whole
+PLAIN_WIDTH = 160  # columns of a pipe or a file, so that rows are not wrapped
 
 
 def out() -> Console:
-    """Standard output as it is now (tests replace it), wide when it is not a terminal."""
+    """Returns a console on the current standard output (tests replace it), wide if it is not a terminal."""
     return _console(sys.stdout)
 
 
@@ -27,13 +27,13 @@ def _console(file) -> Console:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """Ends the command: the message on stderr, no traceback."""
+    """Prints the message to stderr and ends the command without a traceback."""
     err().print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     raise typer.Exit(code)
 
 
 def escape(text: object) -> str:
-    """Text in which rich finds no markup."""
+    """Returns the text with rich's markup escaped."""
     from rich.markup import escape as rich_escape
 
     return rich_escape(str(text))

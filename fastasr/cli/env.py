@@ -47,7 +47,7 @@ def _cuda() -> dict:
 
 
 def _native() -> dict:
-    """Build information; a negative count of devices is the CUDA runtime's error code."""
+    """Returns the native library's build information. A negative count of devices is a CUDA error code."""
     info = {str(key).replace("_", " "): value for key, value in _dispatch.native_build_info().items()}
     devices = info.get("cuda devices")
     if isinstance(devices, int) and devices < 0:
@@ -56,7 +56,7 @@ def _native() -> dict:
 
 
 def collect() -> dict:
-    """Everything the command shows, as JSON can hold it."""
+    """Returns everything that the command shows, in types that JSON has."""
     missing = {extra: [d for d in needed if _version(d) is None] for extra, needed in EXTRAS.items()}
     triton = next((row for row in _dispatch.table() if row["backend"] == "triton"), None)
     return {

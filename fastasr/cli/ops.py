@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastasr ops``: op × backend × available × reason."""
+"""``fastasr ops`` lists for every op and backend whether it is available, and why not."""
 
 import json
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastasr swap``: explain, accelerate, verify and time the model that a function of the user returns."""
+"""``fastasr swap`` explains, accelerates, verifies and times the model that a user's function returns."""
 
 import copy
 import importlib
@@ -17,7 +17,7 @@ from fastasr.cli.console import err, escape, fail, out, table
 
 
 def load(reference: str, option: str) -> Callable[[], Any]:
-    """The function that ``MODULE:FACTORY`` names; ends the command when there is none."""
+    """Returns the function that ``MODULE:FACTORY`` names. It ends the command if there is none."""
     module_name, colon, name = reference.partition(":")
     if not (module_name and colon and name):
         fail(f"{option}: expected MODULE:FACTORY, got {reference!r}")
@@ -27,7 +27,7 @@ def load(reference: str, option: str) -> Callable[[], Any]:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
         fail(f"{option}: cannot import {module_name!r}: {error}")
-    except Exception as error:  # the user's module fails while it is imported
+    except Exception as error:  # the user's module may raise anything during its import
         fail(f"{option}: importing {module_name!r} failed: {type(error).__name__}: {error}")
     try:
         for part in name.split("."):
@@ -42,12 +42,12 @@ def load(reference: str, option: str) -> Callable[[], Any]:
 def call(factory: Callable[[], Any], option: str, reference: str) -> Any:
     try:
         return factory()
-    except Exception as error:  # the user's function
+    except Exception as error:  # the user's function may raise anything
         fail(f"{option}: {reference}() failed: {type(error).__name__}: {error}")
 
 
 def as_arguments(inputs: Any) -> tuple[tuple, dict]:
-    """Positional and keyword arguments of one call of the model."""
+    """Returns the positional and keyword arguments of one call of the model."""
     if isinstance(inputs, dict):
         return (), inputs
     if isinstance(inputs, tuple | list):
@@ -56,7 +56,7 @@ def as_arguments(inputs: Any) -> tuple[tuple, dict]:
 
 
 def _timings(before: torch.nn.Module, after: torch.nn.Module, inputs: Any, reps: int) -> dict[str, dict]:
-    """Milliseconds before and after, interleaved, without gradients."""
+    """Times the models before and after the swap in turn, in milliseconds, without gradients."""
     from fastasr.benchmarks.harness import interleave
 
     arguments, keywords = as_arguments(inputs)
@@ -124,7 +124,7 @@ def run(
     with progress.status("verifying every swapped module on the inputs" if verify else "swapping"):
         try:
             report = fastasr.accelerate(model, verify=inputs if verify else None)
-        except Exception as error:  # most likely the user's model does not take these inputs
+        except Exception as error:  # most likely the user's model does not accept these inputs
             fail(f"the model could not be run on the inputs: {type(error).__name__}: {error}")
     result["report"] = report.to_dict()
     result["verified"] = report.verified

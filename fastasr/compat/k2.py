@@ -4,9 +4,9 @@
     import fastasr.compat.k2
     fastasr.compat.k2.install()     # before the code that says `import k2`
 
-From then on ``import k2`` gives this module. What k2 has besides (finite-state automata, ragged tensors) is not
-provided: using such a name raises an error that says so. Its classes can be named, in annotations for example, but
-not used.
+From then on ``import k2`` gives this module. It does not provide the other parts of k2 (finite-state automata, ragged
+tensors): the use of such a name raises an error that says so. The names of k2's classes exist, for annotations for
+example, but the classes cannot be used.
 """
 
 import sys
@@ -64,10 +64,10 @@ _NAME = "k2"
 
 # --------------------------------------------------------------------------- under the name k2
 def install() -> None:
-    """Let ``import k2`` give this module. A module that tried it before, and went on without k2, still has none.
+    """Makes ``import k2`` give this module. It does not help a module that failed to import k2 before.
 
     Raises:
-        RuntimeError: k2 itself is loaded already: code that uses it would not see the change.
+        RuntimeError: k2 itself is loaded already, so code that uses it would not see the change.
     """
     present = sys.modules.get(_NAME)
     if present is not None and present is not sys.modules[__name__]:
@@ -79,44 +79,44 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undo ``install``: ``import k2`` finds k2 itself again, or nothing."""
+    """Undoes ``install``: ``import k2`` finds k2 itself again, if it is installed."""
     if sys.modules.get(_NAME) is sys.modules[__name__]:
         del sys.modules[_NAME]
 
 
 # --------------------------------------------------------------------------- Swoosh
 def swoosh_l(x: Tensor, dropout_prob: float = 0.0) -> Tensor:
-    """log(1 + e^(x − 4)) − 0.08 x − 0.035; dropout follows where x requires a gradient.
+    """Returns log(1 + e^(x − 4)) − 0.08 x − 0.035, with dropout if x requires a gradient.
 
-    k2 keeps the derivative in 8 bits, rounded at random; ours is exact.
+    k2 stores the derivative in 8 bits with random rounding; ours is exact.
     """
     return _dropout(x, ops.swoosh_l(x), dropout_prob)
 
 
 def swoosh_r(x: Tensor, dropout_prob: float = 0.0) -> Tensor:
-    """log(1 + e^(x − 1)) − 0.08 x − 0.313261687; dropout follows where x requires a gradient."""
+    """Returns log(1 + e^(x − 1)) − 0.08 x − 0.313261687, with dropout if x requires a gradient."""
     return _dropout(x, ops.swoosh_r(x), dropout_prob)
 
 
 def swoosh_l_forward(x: Tensor) -> Tensor:
-    """SwooshL without a gradient."""
+    """Returns SwooshL(x) without a gradient."""
     with torch.no_grad():
         return ops.swoosh_l(x)
 
 
 def swoosh_r_forward(x: Tensor) -> Tensor:
-    """SwooshR without a gradient."""
+    """Returns SwooshR(x) without a gradient."""
     with torch.no_grad():
         return ops.swoosh_r(x)
 
 
 def swoosh_l_forward_and_deriv(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(SwooshL(x), its derivative σ(x − 4) − 0.08), without gradients."""
+    """Returns (SwooshL(x), its derivative σ(x − 4) − 0.08), without gradients."""
     return swoosh_l_forward(x), _derivative(x, 4.0)
 
 
 def swoosh_r_forward_and_deriv(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(SwooshR(x), its derivative σ(x − 1) − 0.08), without gradients."""
+    """Returns (SwooshR(x), its derivative σ(x − 1) − 0.08), without gradients."""
     return swoosh_r_forward(x), _derivative(x, 1.0)
 
 
@@ -134,7 +134,7 @@ def _derivative(x: Tensor, shift: float) -> Tensor:
 
 # --------------------------------------------------------------------------- what is not provided
 class NotProvided(AttributeError):
-    """A part of k2 that fastasr does not have was used."""
+    """Raised if code uses a part of k2 that fastasr does not provide."""
 
 
 def _message(name: str) -> str:
@@ -175,7 +175,7 @@ _CLASSES = (
 
 
 class _Flag:
-    """``k2.with_cuda`` is a flag in k2 and a function in fast_rnnt: true where a GPU's kernels can run."""
+    """``k2.with_cuda``, which is a flag in k2 and a function in fast_rnnt. It is true if GPU kernels can run."""
 
     def __bool__(self) -> bool:
         return torch.cuda.is_available()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joins the states of several streams into that of one batch, and splits it again: a stream may join a search or leave
-it between any two calls.
+"""Joins the states of several streams into that of one batch, and splits it again. A stream can therefore join or leave
+a search between any two calls.
 
 Each field of a state is a list or a tensor with an entry for each stream.
 """
@@ -11,7 +11,7 @@ import torch
 
 
 def join_states(states):
-    """The state of one batch with the streams of ``states`` in their order. ``split_state`` undoes it."""
+    """Returns the state of one batch with the streams of ``states`` in their order. ``split_state`` undoes it."""
     if not states:
         raise ValueError("join_states: expected at least one state, got none")
     kind = type(states[0])
@@ -29,7 +29,7 @@ def join_states(states):
 
 
 def split_state(state):
-    """One state per stream, each a batch of one."""
+    """Returns one state per stream, each for a batch of one."""
     parts = [list(_entries(getattr(state, field.name))) for field in fields(state)]
     names = [field.name for field in fields(state)]
     return [type(state)(**dict(zip(names, row, strict=True))) for row in zip(*parts, strict=True)]

@@ -11,7 +11,7 @@ import math
 import torch
 
 RIGHT_CONTEXT = 7 + 2 * 3
-SILENCE = math.log(1e-10)  # a feature of no energy
+SILENCE = math.log(1e-10)  # the log-mel feature of silence
 
 
 class FeatureChunks:
@@ -32,7 +32,7 @@ class FeatureChunks:
         self._finished = False
 
     def accept(self, features):
-        """The chunks that these features complete."""
+        """Returns the chunks that these features complete."""
         if self._finished:
             raise ValueError("FeatureChunks: features after finish")
         if features.ndim != 2:
@@ -43,8 +43,8 @@ class FeatureChunks:
         return self._complete()
 
     def finish(self):
-        """The last chunks. Silence follows the features, so that each frame is among those of a chunk and not only in
-        the future that a chunk sees."""
+        """Returns the last chunks. Silence is added behind the features, so that every frame is in a chunk itself and
+        not only in the future context of one."""
         if self._finished or self._waiting is None:
             self._finished = True
             return []

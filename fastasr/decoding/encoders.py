@@ -9,9 +9,9 @@ from fastasr.export.wrappers import StreamingEncoderWrapper
 
 @torch.inference_mode()
 def encode(model, x, x_lens, ctc=False):
-    """Encodes features (batch, time, channels) of the given lengths. Returns what the searches take: the encoder's
-    output or, with ``ctc``, CTC's log-probabilities, and their lengths. ``model`` is an AsrModel, an
-    OnnxTransducerModel or an OnnxCtcModel.
+    """Encodes features (batch, time, channels) of the given lengths for a search. Returns the encoder's output or, with
+    ``ctc``, CTC's log-probabilities, and their lengths. ``model`` is an AsrModel, an OnnxTransducerModel or an
+    OnnxCtcModel.
     """
     if hasattr(model, "run_encoder"):
         return model.run_encoder(x, x_lens)

@@ -90,7 +90,7 @@ class ModifiedBeamSearch:
             state.frames[n] += 1
 
     def _merged(self, beam, choices, frame):
-        """The hypotheses after (hypothesis, token, log-probability) ``choices``, the likeliest first."""
+        """Returns the hypotheses after (hypothesis, token, log-probability) ``choices``, the likeliest first."""
         found = {}
         for index, token, log_prob in choices:
             old = beam[index]
@@ -114,7 +114,7 @@ class ModifiedBeamSearch:
 
 
 def log_add(a, b):
-    """log(e^a + e^b)."""
+    """Returns log(e^a + e^b)."""
     high, low = max(a, b), min(a, b)
     return high if low == -math.inf else high + math.log1p(math.exp(low - high))
 

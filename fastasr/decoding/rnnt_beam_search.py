@@ -45,7 +45,7 @@ class RNNTBeamSearch(torch.nn.Module):
 
     @torch.no_grad()
     def forward(self, input: Tensor, length: Tensor, beam_width: int) -> list[Hypothesis]:
-        """The ``beam_width`` best hypotheses of an utterance, best first.
+        """Returns the ``beam_width`` best hypotheses of an utterance, best first.
 
         Args:
             input: (T, D) or (1, T, D), frames followed by their right context; length: () or (1,).
@@ -64,10 +64,11 @@ class RNNTBeamSearch(torch.nn.Module):
         state: list[list[Tensor]] | None = None,
         hypothesis: list[Hypothesis] | None = None,
     ) -> tuple[list[Hypothesis], list[list[Tensor]]]:
-        """The best hypotheses after the next segment of a stream, and the transcriber's state.
+        """Returns the best hypotheses after the next segment of a stream, and the transcriber's state.
 
         Args:
-            input, length: of the segment. state, hypothesis: what the call before returned.
+            input, length: frames of the segment and their number, as for ``forward``.
+            state, hypothesis: the state and hypotheses that the previous call returned.
         Raises:
             ValueError: input or length has another shape.
         """
@@ -110,7 +111,7 @@ class RNNTBeamSearch(torch.nn.Module):
         return [found[i] for i in ranks.topk(min(beam_width, len(found))).indices.tolist()]
 
     def _log_probs(self, encoding: Tensor, hypotheses: list[Hypothesis]) -> Tensor:
-        """(hypotheses, labels), on the host."""
+        """Returns log-probabilities (hypotheses, labels) on the host."""
         predicted = torch.stack([h[1] for h in hypotheses])
         one = torch.ones(1, dtype=torch.int64, device=encoding.device)
         logits, _, _ = self.model.join(encoding, one, predicted, one.expand(len(hypotheses)))
@@ -119,7 +120,7 @@ class RNNTBeamSearch(torch.nn.Module):
     def _extended(
         self, hypotheses: list[Hypothesis], scores: Tensor, bar: float, beam_width: int
     ) -> list[Hypothesis]:
-        """The best ``beam_width`` hypotheses with one label more, of those above ``bar``."""
+        """Returns the best ``beam_width`` hypotheses with one more label whose scores are above ``bar``."""
         best, places = scores.flatten().topk(min(beam_width, scores.numel()))
         chosen = [
             (hypotheses[place // scores.shape[1]], place % scores.shape[1], score)

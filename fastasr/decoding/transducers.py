@@ -51,7 +51,7 @@ class OnnxTransducer:
 
 
 def as_transducer(name, model):
-    """``model`` behind this interface. Raises TypeError if it is not a transducer."""
+    """Returns ``model`` with this interface. Raises TypeError if it is not a transducer."""
     if hasattr(model, "run_joiner"):
         return OnnxTransducer(model)
     if getattr(model, "decoder", None) is not None and getattr(model, "joiner", None) is not None:
@@ -60,5 +60,5 @@ def as_transducer(name, model):
 
 
 def first_context(transducer):
-    """The context of an utterance's first token."""
+    """Returns the context of an utterance's first token."""
     return [BEFORE_THE_SENTENCE] * (transducer.context_size - 1) + [transducer.blank_id]

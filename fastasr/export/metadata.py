@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runtimes read of a model file besides its graph: upstream's fields, by which sherpa-onnx knows the model."""
+"""The metadata of ONNX files. It has upstream's fields, by which sherpa-onnx recognises the model."""
 
 AUTHOR = {"version": "1", "model_author": "k2-fsa"}
 
@@ -10,7 +10,7 @@ def whole(ctc):
 
 
 def streaming(wrapper, ctc):
-    """Of a streaming wrapper: sizes from which a runtime makes the first states."""
+    """Returns the metadata of a streaming wrapper, with the sizes from which a runtime makes the first states."""
     encoder = wrapper.encoder
 
     def joined(values):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the ONNX files of a recogniser, by tracing.
 
-Our encoder is traced in its plain definition (``fastasr.export.plain``), upstream's as it is: a model that
-``fastasr.accelerate`` has swapped goes in inside ``fastasr.eager_mode``.
+Our encoder is traced by its plain definition (``fastasr.export.plain``), upstream's by its own code. Export a model
+that ``fastasr.accelerate`` has swapped inside ``fastasr.eager_mode``.
 """
 
 import os
@@ -22,23 +22,24 @@ STATE_NAMES = (
     "cached_conv1",
     "cached_conv2",
 )
-STATE_BATCH = (1, 1, 1, 1, 0, 0)  # the dimension of the batch in each
+STATE_BATCH = (1, 1, 1, 1, 0, 0)  # the batch dimension of each state
 
 
 @torch.no_grad()
 def export_onnx(model, folder, suffix="", feature_dim=None):
-    """Writes what ``model`` has, an AsrModel of this package or of upstream's, in eval mode on the CPU.
+    """Writes the ONNX files of ``model``, an AsrModel of this package or of upstream's, in eval mode on the CPU.
 
-    A transducer becomes ``encoder``, ``decoder`` and ``joiner``, a CTC output ``ctc`` (with the encoder in it):
-    streaming files of a causal model, which must have one chunk_size and one left_context_frames, else files
-    for whole utterances. Batch is free in all of them, time in those for whole utterances.
+    A transducer becomes the files ``encoder``, ``decoder`` and ``joiner``, a CTC output the file ``ctc``, which has the
+    encoder in it. A causal model, which must have one chunk_size and one left_context_frames, becomes streaming files;
+    any other model becomes files for whole utterances. The batch size is free in all files, the number of frames only
+    in those for whole utterances.
 
     Args:
-        folder: is made when it is missing. Files are called ``encoder-SUFFIX.onnx`` and so on; each replaces one of
-            the same name when it is complete.
-        feature_dim: channels of the features; as many as the front end takes by default.
+        folder: the folder for the files; it is made if it is missing. Files are called ``encoder-SUFFIX.onnx`` and so
+            on. A complete file replaces one of the same name.
+        feature_dim: channels of the features; by default the front end's.
 
-    Returns what was written, {"encoder": path, ...}. Raises ValueError for a model that cannot be exported.
+    Returns the files as {"encoder": path, ...}. Raises ValueError for a model that cannot be exported.
     """
     _check(model)
     folder = Path(folder)
@@ -91,7 +92,8 @@ def _check(model):
 
 
 def _channels(model):
-    """The fewest features that give the front end's width: (features - 1) // 2 - 1) // 2; 80 where that fits."""
+    """Returns the smallest number of features that gives the front end's width, ((features - 1) // 2 - 1) // 2, or 80
+    if it does."""
     width = model.encoder_embed.out_width
     return 80 if width == ((80 - 1) // 2 - 1) // 2 else 4 * width + 3
 
@@ -146,7 +148,8 @@ def _write(wrapper, inputs, path, input_names, output_names, axes, fields):
 
     unfinished = path.with_name(path.name + ".unfinished")
     with warnings.catch_warnings():
-        # The tracer warns of every Python branch; those on shapes are upstream's checks. The exporter is old and stays.
+        # The tracer warns of every Python branch, but upstream's branches on shapes are only checks. This exporter is
+        # deprecated, but fastasr keeps it.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.filterwarnings("ignore", message="Constant folding", category=UserWarning)

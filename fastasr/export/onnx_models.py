@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognisers in onnxruntime, from the files that ``fastasr.export`` or upstream's exporter writes.
+"""Runs recognisers in onnxruntime from the files that ``fastasr.export`` or upstream's exporter writes.
 
-Constructors and methods are upstream's; tensors in and out are PyTorch's, on the CPU. Streaming models keep the
-states of their batch of streams; ``reset_states(batch_size)`` begins anew.
+Constructors and methods are upstream's. Inputs and outputs are PyTorch tensors on the CPU. Streaming models keep the
+states of their batch of streams; ``reset_states(batch_size)`` starts new streams.
 """
 
 from pathlib import Path
@@ -21,19 +21,19 @@ def _session(filename, threads):
     options = onnxruntime.SessionOptions()
     options.inter_op_num_threads = 1
     options.intra_op_num_threads = threads
-    # A session's threads otherwise spin after a call, for longer than a chunk takes: whatever runs next, another
-    # session included, gets half of two cores.
+    # Without this, a session's threads spin after a call for longer than a chunk takes, so on two cores the next work,
+    # for example of another session, gets only one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return onnxruntime.InferenceSession(
             str(filename), sess_options=options, providers=["CPUExecutionProvider"]
         )
-    except Exception as error:  # onnxruntime's own classes, which it does not export under stable names
+    except Exception as error:  # onnxruntime does not export its error classes under stable names
         raise ValueError(f"{filename} cannot be loaded as an ONNX model: {error}") from None
 
 
 def _metadata(session, filename, *names):
-    """The ints under these names of a model's metadata."""
+    """Returns the ints under these names in a model's metadata."""
     found = session.get_modelmeta().custom_metadata_map
     missing = [name for name in names if name not in found]
     if missing:
@@ -47,7 +47,7 @@ def _run(session, *tensors):
 
 
 class _DecoderAndJoiner:
-    """The two small networks of a transducer, and what its decoder's metadata say."""
+    """The two small networks of a transducer, and the metadata of its decoder."""
 
     def _load(self, decoder_filename, joiner_filename, threads):
         self.decoder = _session(decoder_filename, threads)
@@ -92,7 +92,7 @@ class OnnxCtcModel:
 
 
 class _Streams:
-    """A session with states. ``segment``: features of a chunk; ``offset``: features from one chunk to the next."""
+    """A session with states. ``segment``: frames of features per chunk; ``offset``: frames from chunk to chunk."""
 
     def _open(self, filename, threads):
         self._session = _session(filename, threads)
@@ -103,7 +103,7 @@ class _Streams:
         return self._session
 
     def reset_states(self, batch_size=1):
-        """Begin ``batch_size`` streams."""
+        """Starts ``batch_size`` new streams."""
         self.states = []
         for i in self._session.get_inputs()[1:]:
             shape = [n if isinstance(n, int) else batch_size for n in i.shape]

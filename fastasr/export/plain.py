@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inference of our front end and encoder in plain PyTorch, for exporters.
 
-The same mathematics as the modules' forwards, from the modules' parameters, without a kernel of ours, a loop
-over blocks or a branch on a shape: a traced graph serves every batch and every number of frames. Slower than
-the modules, and only for the classes of this package as they are.
+It computes the same as the modules' forwards from the modules' parameters, but without kernels of fastasr, loops over
+blocks and branches on shapes, so that a traced graph works for every batch size and number of frames. It is slower than
+the modules and only works for the unchanged classes of this package.
 """
 
 import math
@@ -26,7 +26,7 @@ def is_exporting():
 
 
 def serves(encoder_embed, encoder):
-    """Whether the two are of the classes that are written down here."""
+    """Whether both modules have the classes that this file defines in plain PyTorch."""
     return type(encoder_embed) is Conv2dSubsampling and type(encoder) is Zipformer
 
 
@@ -86,11 +86,11 @@ def _projected(embed, x):
 
 # --------------------------------------------------------------------------- chunks
 def encode_chunk(encoder_embed, encoder, x, states, unseen):
-    """A chunk of features (batch, time, channels), states, ``unseen`` (batch, left context): True at frames of the left
-    context that have not been -> encoder_out (batch, frames, channels), new states but the last.
+    """A chunk of features (batch, time, channels), states, ``unseen`` (batch, left context) -> encoder_out (batch,
+    frames, channels), the new states except the last. ``unseen`` is True at frames before the stream's beginning.
     """
     x, left_pad = front_end_chunk(encoder_embed, x, states[-2])
-    seen = torch.zeros_like(x[:, :, 0]).to(torch.bool)  # [N, T]: all frames of a chunk count
+    seen = torch.zeros_like(x[:, :, 0]).to(torch.bool)  # [N, T]: a chunk has no padding
     padding = torch.cat([unseen, seen], dim=1)
     x = x.transpose(0, 1)
     outputs, new_states, first = [], [], 0
@@ -151,7 +151,7 @@ def _layer(layer, x, positions, padding, caches):
 
 
 def _positions(encoding, x, left):
-    """Encodings (T + S - 1, D) of the offsets from -(S - 1) to T - 1, S = left + T sources."""
+    """Returns the encodings (T + S - 1, D) of the offsets from -(S - 1) to T - 1, for S = left + T sources."""
     frames = x.shape[0]
     offset = torch.arange(1 - frames - left, frames, device=x.device).to(x.dtype).unsqueeze(1)
     width = encoding.embed_dim
@@ -237,7 +237,7 @@ def _chunk_causal(conv, h, cached):
 
 # --------------------------------------------------------------------------- small parts
 def linear(layer, x):
-    """The layer on torch's own kernels where it is one of ours; any other as it is."""
+    """Calls a linear layer of fastasr with torch's own kernels, and any other layer normally."""
     return F.linear(x, layer.weight, layer.bias) if isinstance(layer, Linear) else layer(x)
 
 
@@ -261,7 +261,7 @@ def _bypass(module, origin, x):
 
 
 def _downsample(module, x):
-    """The last frame repeated to a multiple of the factor, without a branch on the number of frames."""
+    """Repeats the last frame up to a multiple of the factor, without a branch on the number of frames."""
     factor = module.downsample
     frames, batch, channels = x.shape
     rows = (frames + factor - 1) // factor

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recogniser in the pieces that runtimes load: encoder, decoder, joiner, CTC; whole utterances and chunks.
+"""Wraps a recogniser into the modules that runtimes load: encoder, decoder, joiner and CTC, for utterances and chunks.
 
-Names, inputs and outputs are upstream's; the submodules may be upstream's too. ``fastasr.export`` writes them as ONNX.
-While an exporter runs, our own encoder is computed by its plain definition.
+Names, inputs and outputs are upstream's, and the submodules may be upstream's too. ``fastasr.export`` writes them as
+ONNX. While an exporter runs, our own encoder is computed by its plain definition.
 """
 
 import torch
@@ -51,7 +51,7 @@ class EncoderWrapper(torch.nn.Module):
 
 
 class OnnxEncoderWrapper(torch.nn.Module):
-    """As EncoderWrapper, projected for the joiner."""
+    """An EncoderWrapper whose output is projected for the joiner."""
 
     def __init__(self, encoder, encoder_embed, encoder_proj):
         super().__init__()
@@ -102,8 +102,8 @@ class OnnxJoinerWrapper(torch.nn.Module):
 
 
 class _Streaming(torch.nn.Module):
-    """What the streaming wrappers share. States: six tensors per layer, the front end's left padding, and the number of
-    processed frames of each sequence.
+    """The base of the streaming wrappers. The states are six tensors per layer, the front end's left padding, and the
+    number of processed frames of each sequence.
     """
 
     processed_dtype = torch.int64
@@ -127,7 +127,7 @@ class _Streaming(torch.nn.Module):
         self.pad_length = PAD_LENGTH
 
     def get_init_states(self, batch_size=1, device=torch.device("cpu")):  # noqa: B008 (immutable)
-        """The states before the first chunk."""
+        """Returns the states before the first chunk."""
         return [
             *self.encoder.get_init_states(batch_size, device),
             self.encoder_embed.get_init_states(batch_size, device),
@@ -136,7 +136,7 @@ class _Streaming(torch.nn.Module):
 
     def _encode(self, x, x_lens, states):
         processed = states[-1]
-        # Frames of the left context, the oldest first, that there have not been yet.
+        # The mask of the left context's frames, oldest first, that lie before the stream's beginning.
         age = torch.arange(self.left_context_len - 1, -1, -1, device=x.device)
         unseen = processed.unsqueeze(1) <= age
         if _is_plain(self):
@@ -188,5 +188,5 @@ class OnnxStreamingCtcWrapper(_Streaming):
 
 
 def _full(x):
-    """The length of every sequence: all frames."""
+    """Returns the lengths (batch,) of sequences without padding."""
     return torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)

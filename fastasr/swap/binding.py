@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Binding a forward, and what other methods go with it, to one instance, and undoing it.
+"""Binds a forward and other methods to one instance, and undoes it.
 
-A swapped module has these more entries in its ``__dict__`` and nothing else: ``forward`` and the rule's other
-methods, our functions as bound methods, and ``__prepare_scriptable__``, which torch.jit.script calls on every
-module before it compiles anything. Bound methods survive deepcopy (bound to the copy) and pickle by name, so a
-pickled model loads unswapped. A shallow copy (``copy.copy``, the replicas of ``nn.DataParallel``) keeps methods
-bound to the module that it was copied from: restore before making one.
+The swap adds only these entries to the ``__dict__`` of a module: ``forward`` and the rule's other methods, which are
+our functions as bound methods, and ``__prepare_scriptable__``, which torch.jit.script calls on every module before it
+compiles anything. A deepcopy has the methods bound to the copy. Pickle stores bound methods by name, so a pickled model
+loads unswapped. A shallow copy (``copy.copy``, the replicas of ``nn.DataParallel``) keeps methods bound to the original
+module: restore the model before making one.
 """
 
 import copy
@@ -14,7 +14,7 @@ import types
 
 import torch
 
-try:  # torch.compile takes torch.onnx.is_in_onnx_export() for False always; it reads this flag as it is
+try:  # torch.compile treats torch.onnx.is_in_onnx_export() as constant False, but reads this flag
     from torch.onnx._internal.exporter import _flags as _onnx
 except ImportError:
     _onnx = types.SimpleNamespace(_is_onnx_exporting=False)
@@ -30,7 +30,7 @@ _EXPORT_MESSAGE = (
 
 
 class ExportError(RuntimeError):
-    """A swapped model was handed to TorchScript or to the ONNX exporter."""
+    """Raised if a swapped model is given to TorchScript or to the ONNX exporter."""
 
 
 def _refuse(module, what):
@@ -39,7 +39,8 @@ def _refuse(module, what):
 
 @functools.cache
 def guarded(function, name="forward"):
-    """``function`` with a check that it is not being traced. One per function: it is the mark of a swap."""
+    """Returns ``function`` with a check that it is not being traced. There is one wrapper per function, by which a swap
+    is recognised."""
 
     @functools.wraps(function)
     def guard(self, *args, **kwargs):
@@ -55,7 +56,7 @@ def guarded(function, name="forward"):
 
 
 class _ScriptGuard:
-    """Raises when called by torch.jit.script; copies with its module and disappears in a pickle."""
+    """Raises an error when torch.jit.script calls it. It is copied with its module and left out of a pickle."""
 
     def __init__(self, module):
         self.module = module
@@ -67,19 +68,19 @@ class _ScriptGuard:
         return _ScriptGuard(copy.deepcopy(self.module, memo))
 
     def __reduce__(self):
-        # A loaded module is unswapped and may be scripted, without fastasr: max((module,)) is the module.
+        # A loaded module is unswapped and may be scripted without fastasr; max((module,)) returns the module.
         return functools.partial, (max, (self.module,))
 
 
 def bind(module, forward, methods=()):
-    """Make ``module`` run ``forward``, a function with ``self`` first, and ``methods``, pairs (name, function)."""
+    """Makes ``module`` run ``forward``, a function with ``self`` first, and ``methods``, pairs (name, function)."""
     for name, function in (("forward", forward), *methods):
         vars(module)[name] = types.MethodType(guarded(function, name), module)
     vars(module)[_GUARD] = _ScriptGuard(module)
 
 
 def unbind(module):
-    """Undo ``bind``; returns the (forward, methods) that were bound, or None when the module was not swapped."""
+    """Undoes ``bind``. Returns the (forward, methods) that were bound, or None if the module was not swapped."""
     bound = {name: bound_function(module, name) for name in vars(module)}
     bound = {name: function for name, function in bound.items() if function is not None}
     for name in bound:
@@ -91,20 +92,20 @@ def unbind(module):
 
 
 def bound_function(module, name):
-    """The function that ``bind`` gave to this module under ``name``, or None."""
+    """Returns the function that ``bind`` gave to this module under ``name``, or None."""
     method = vars(module).get(name)
     return getattr(getattr(method, "__func__", None), "fastasr_forward", None)
 
 
 def bound_forward(module):
-    """The forward that ``bind`` gave to this module, or None."""
+    """Returns the forward that ``bind`` gave to this module, or None."""
     return bound_function(module, "forward")
 
 
 def foreign_method(module, name):
-    """A method that somebody else put on this instance, or None.
+    """Returns a method that other code than ``bind`` put on this instance, or None.
 
-    Unpickled swapped modules carry their class's own methods, which is no change.
+    Unpickled swapped modules have their class's own methods in their ``__dict__``, which do not count.
     """
     method = vars(module).get(name)
     if method is None or bound_function(module, name) is not None:
@@ -114,5 +115,5 @@ def foreign_method(module, name):
 
 
 def foreign_forward(module):
-    """A forward that somebody else put on this instance, or None."""
+    """Returns a forward that other code than ``bind`` put on this instance, or None."""
     return foreign_method(module, "forward")

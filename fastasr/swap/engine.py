@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""accelerate, explain, restore and eager_mode: walk a model, decide per module, bind, undo."""
+"""Defines accelerate, explain, restore and eager_mode, which walk a model, decide per module, and bind or undo."""
 
 import contextlib
 import fnmatch
@@ -18,10 +18,10 @@ from fastasr.swap.verify import verify as run_verification
 
 @dataclass
 class Decision:
-    """What to do with one module. ``rule`` is the rule whose class it is; ``apply`` says whether it fits.
+    """The decision for one module. ``rule`` is the rule for its class; ``apply`` says whether the module fits it.
 
-    ``unknown_source`` marks a module that fits in structure and runs code of no known version; ``known`` is the
-    version it runs.
+    ``unknown_source`` marks a module that fits in structure but runs code of an unknown version; ``known`` is the
+    version of its code.
     """
 
     rule: Rule | None
@@ -32,19 +32,19 @@ class Decision:
 
 
 def accelerate(model, only=None, exclude=None, verify=None, strict=True):
-    """Replace the forward of every module that a rule recognises, in place. Returns a SwapReport.
+    """Replaces the forward of every module that a rule recognises, in place. Returns a SwapReport.
 
-    Parameters, buffers, submodules, hooks and types stay as they are; calling it again changes nothing.
+    Parameters, buffers, submodules, hooks and types stay unchanged. A second call changes nothing.
 
-    only, exclude: which modules to consider: glob patterns on module paths ("encoder.*.norm"), classes,
+    only, exclude: the modules to consider or to leave out: glob patterns on module paths ("encoder.*.norm"), classes,
         callables ``(path, module) -> bool``, or a list of these.
     verify: inputs (a tuple of arguments, a dict of keyword arguments, a tensor, or a callable that takes the
-        model and runs it). Every swapped module is then run both ways and rolled back when it disagrees.
+        model and runs it). Every swapped module then runs both ways and is rolled back if the results disagree.
     strict: False also accepts modules that fit in structure but run an unknown version of the code, provided
         that they pass ``verify``.
 
-    Raises TypeError when model is not a torch.nn.Module or a selector is of another type, ValueError when a
-    pattern matches nothing or ``strict=False`` comes without ``verify``.
+    Raises TypeError if model is not a torch.nn.Module or a selector has another type, ValueError if a pattern matches
+    nothing or ``strict=False`` is given without ``verify``.
     """
     if not strict and verify is None:
         raise ValueError(
@@ -92,7 +92,7 @@ def _verify(model, inputs, report, bound, unproven):
 
 
 def explain(model, only=None, exclude=None):
-    """The report that ``accelerate`` would return, without touching anything. Raises as it does."""
+    """Returns the report that ``accelerate`` would return, and changes nothing. It raises the same errors."""
     report = SwapReport(type(model).__name__, dry_run=True)
     for path, module, decision in _plan(model, only, exclude):
         report.rows.append(_row(path, module, decision, decision.apply))
@@ -100,7 +100,7 @@ def explain(model, only=None, exclude=None):
 
 
 def restore(model):
-    """Give every swapped module of ``model`` its own forward back. Returns how many there were."""
+    """Gives every swapped module of ``model`` its own forward back. Returns the number of these modules."""
     _check_model("restore", model)
     rules, count = rules_by_forward(), 0
     for module in list(model.modules()):
@@ -113,7 +113,7 @@ def restore(model):
 
 @contextlib.contextmanager
 def eager_mode(model):
-    """Upstream's code inside the block, the swap as it was after it. For TorchScript and ONNX export."""
+    """Runs upstream's code inside the block and restores the swap after it. TorchScript and ONNX export need this."""
     _check_model("eager_mode", model)
     swapped = [(module, binding.unbind(module)) for module in list(model.modules())]
     try:
@@ -140,7 +140,7 @@ def _row(path, module, decision, accept):
 
 
 def _plan(model, only, exclude):
-    """[(path, module, Decision)] for every module of the model."""
+    """Returns [(path, module, Decision)] for every module of the model."""
     _check_model("accelerate", model)
     modules = list(model.named_modules())
     only = _selector("only", only, modules)
@@ -193,7 +193,7 @@ def _rule_for(module):
 
 
 def _obstacle(module, rule):
-    """Why nothing may be bound to this instance, whatever its class; None when nothing is in the way."""
+    """Returns why nothing may be bound to this instance, for any class; None if there is no such reason."""
     if type(module).__module__.startswith("fastasr."):
         return "is fastasr's own class already"
     for method in ("forward", *(name for name, _ in rule.methods)):
@@ -252,7 +252,7 @@ def _overridden(owner, class_name):
 
 
 def _selector(name, value, modules):
-    """``only`` or ``exclude`` as one function (path, module) -> bool; None when there is none."""
+    """Returns ``only`` or ``exclude`` as one function (path, module) -> bool; None if it is not given."""
     if value is None:
         return None
     parts = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was replaced in a model, what was not, and why."""
+"""The report of a swap: which modules were replaced, which were not, and why."""
 
 import io
 import json
@@ -14,11 +14,11 @@ ROLLED_BACK = "rolled back"
 
 @dataclass
 class Row:
-    """One module. ``kernels`` are ops of ``fastasr.ops``. Verification fills ``errors``.
+    """The result for one module. ``kernels`` are ops of ``fastasr.ops``. Verification fills ``errors``.
 
-    The errors are the largest error against an fp64 run of upstream's code, relative to the largest
-    magnitude of the result: ``values`` and ``gradients`` for fastasr, ``upstream_values`` and
-    ``upstream_gradients`` for upstream in the model's own precision.
+    An error is the largest one against an fp64 run of upstream's code, relative to the largest magnitude of the
+    result. ``values`` and ``gradients`` are fastasr's errors, ``upstream_values`` and ``upstream_gradients`` those of
+    upstream in the model's own precision.
     """
 
     path: str
@@ -34,9 +34,8 @@ class Row:
 class SwapReport:
     """One row per module of the model, in the order of ``model.named_modules()``.
 
-    ``dry_run`` is True for ``explain``: status "replaced" then means that accelerate would replace the
-    module. ``print(report)`` shows like rows as one line; ``report.table(every=True)`` has one line per
-    module.
+    ``dry_run`` is True for ``explain``: status "replaced" then means that accelerate would replace the module.
+    ``print(report)`` shows equal rows as one line; ``report.table(every=True)`` has one line per module.
     """
 
     model: str
@@ -61,11 +60,11 @@ class SwapReport:
 
     @property
     def ok(self):
-        """False when verification rolled a module back."""
+        """False if verification rolled a module back."""
         return not self.rolled_back
 
     def __getitem__(self, path):
-        """The row of the module at ``path``; KeyError when the model has none there."""
+        """Returns the row of the module at ``path``. Raises KeyError if the model has none there."""
         for row in self.rows:
             if row.path == path:
                 return row
@@ -92,7 +91,7 @@ class SwapReport:
         }
 
     def to_json(self, **options):
-        """``to_dict`` as JSON; ``options`` go to ``json.dumps``."""
+        """Returns ``to_dict()`` as JSON; ``options`` are passed to ``json.dumps``."""
         return json.dumps(self.to_dict(), **options)
 
     @property
@@ -107,7 +106,7 @@ class SwapReport:
         return f"{self.model}: {', '.join(parts)} ({len(self.rows)} modules)"
 
     def table(self, every=False):
-        """The report as text: one line per module, or (``every=False``) per group of like modules."""
+        """Returns the report as text: one line per module or, with ``every=False``, per group of equal rows."""
         columns, lines = self._lines(every)
         try:
             text = _rich_table(columns, lines)
@@ -139,12 +138,12 @@ class SwapReport:
 
 
 def kernel_names(row):
-    """The ops of a row, as text; a dash for none."""
+    """Returns the ops of a row as text; a dash for none."""
     return " ".join(row.kernels) or "-"
 
 
 def _grouped(rows):
-    """[(row, where)], one per group of like rows; modules without a rule share a line per reason."""
+    """Returns [(row, where)], one per group of equal rows. Modules without a rule share one line per reason."""
     groups = {}
     for row in rows:
         like = row.class_name if row.rule else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rule is, and the checks of an instance that several rules make."""
+"""The class of rules, and checks of an instance that several rules share."""
 
 import copy
 import functools
@@ -13,7 +13,7 @@ from fastasr.swap.source_hash import SourceUnavailable, fingerprint
 
 
 def upstream_class(module):
-    """The class of ``module`` without the one that FSDP2 puts in front of it."""
+    """Returns the class of ``module``, without the subclass that FSDP2 makes of it."""
     cls = type(module)
     if cls.__name__.startswith("FSDP") and len(cls.__bases__) == 2:
         wrapper, inner = cls.__bases__
@@ -28,10 +28,9 @@ def own_forward(module):
 
 @dataclass(frozen=True)
 class Known:
-    """One accepted version of upstream's code: where it is from, and what it demands of an instance, if
-    anything.
+    """One accepted version of upstream's code: its origin, and an optional condition on the instance.
 
-    ``condition(module)`` returns a reason against the instance, or None. ``forward`` stands in for the rule's where
+    ``condition(module)`` returns a reason against the instance, or None. ``forward`` replaces the rule's forward if
     this version computes something else.
     """
 
@@ -42,21 +41,21 @@ class Known:
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """How to recognise one upstream class, and whose ``forward`` to bind to its instances.
+    """Says how to recognise one upstream class and which ``forward`` to bind to its instances.
 
-    ``functions(module)`` are the functions to fingerprint, beginning with the class's forward.
+    ``functions(module)`` returns the functions to fingerprint, beginning with the class's forward.
     ``structure(module)`` returns why the instance does not fit our forward, or None.
-    ``kernels`` are the ops (``fastasr.ops``) that our forward calls itself; () for one that calls none.
-    ``known`` maps fingerprints to Known; None means the class is torch's own and ``functions`` is not used.
+    ``kernels`` are the ops (``fastasr.ops``) that our forward itself calls; () if it calls none.
+    ``known`` maps fingerprints to Known; None means that the class is torch's own and ``functions`` is not used.
     ``methods`` are further methods to bind, pairs (name, function). Verification compares those in ``compared``
-    by themselves; they must depend on nothing but arguments, parameters and buffers. The others are upstream's
-    while it runs.
-    ``caches`` are attributes, name -> empty value, in which upstream keeps results that parameters have a part in.
-    Binding empties them, and so does verification before it runs upstream's code in another precision.
-    ``release(module)`` lets go of what our functions keep for an instance; ``restore`` calls it.
-    ``note`` is what the report says of an instance beyond where its source is from.
-    ``shallow`` rules are of modules that only call others: verification runs upstream's code in those below, which
-    are verified by themselves.
+    separately, so they must depend only on arguments, parameters and buffers. While verification runs, the others are
+    upstream's.
+    ``caches`` are attributes, name -> empty value, in which upstream keeps results that depend on parameters. Binding
+    empties them, and so does verification before it runs upstream's code in another precision.
+    ``release(module)`` frees the data that our functions keep for an instance; ``restore`` calls it.
+    ``note`` is text that the report adds to the origin of an instance's source.
+    ``shallow`` marks rules for modules that only call others. Verification then runs upstream's code in the submodules,
+    which it verifies separately.
     ``companion`` rules apply only to models in which another rule of the family matched a module.
     """
 
@@ -77,12 +76,12 @@ class Rule:
 
     @functools.cached_property
     def forwards(self):
-        """Every forward that this rule binds."""
+        """Returns every forward that this rule may bind."""
         versions = (self.known or {}).values()
         return {self.forward, *(known.forward for known in versions if known.forward is not None)}
 
     def bind(self, module, known=None):
-        """``known`` is the version of upstream's code that ``module`` runs, where that is known."""
+        """Binds our functions to ``module``. ``known``: the version of upstream's code that it runs, if known."""
         self.empty_caches(module)
         forward = known.forward if known is not None and known.forward is not None else self.forward
         binding.bind(module, forward, self.methods)
@@ -94,10 +93,10 @@ class Rule:
 
 
 def check_parameters(module, shapes, optional=(), allowed_buffers=()):
-    """A reason when the module's own parameters are not exactly ``shapes`` (name -> shape), else None.
+    """Returns a reason unless the module's own parameters are exactly ``shapes`` (name -> shape), else None.
 
-    Names in ``optional`` may be None. Buffers may be ``allowed_buffers`` only. All parameters must be floating
-    point and of one device.
+    Parameters in ``optional`` may be None. Only the buffers in ``allowed_buffers`` may exist. All parameters must have
+    a floating-point dtype and be on one device.
     """
     own = module._parameters
     extra = sorted(set(own) - set(shapes))
@@ -122,7 +121,7 @@ def check_parameters(module, shapes, optional=(), allowed_buffers=()):
 
 
 def check_children(module, allowed):
-    """A reason when a submodule is not in ``allowed`` (name -> class name), else None."""
+    """Returns a reason if a submodule is not in ``allowed`` (name -> class name), else None."""
     for name, child in module._modules.items():
         if child is None:
             continue
@@ -134,8 +133,8 @@ def check_children(module, allowed):
 
 
 def check_child_names(module, names, optional=()):
-    """A reason when the module's children are not exactly ``names``, besides ``optional``. Their classes may be any:
-    our forward calls them as upstream's does.
+    """Returns a reason unless the module's children are exactly ``names`` and any of ``optional``, else None. Children
+    may have any class, because our forward calls them as upstream's does.
     """
     children = {name for name, child in module._modules.items() if child is not None}
     extra, missing = sorted(children - {*names, *optional}), sorted(set(names) - children)
@@ -145,14 +144,14 @@ def check_child_names(module, names, optional=()):
 
 
 def is_rate(value):
-    """A number, or a schedule module that converts to float."""
+    """Whether the value is a number or a schedule module that converts to float."""
     return isinstance(value, (int, float)) or (
         isinstance(value, torch.nn.Module) and hasattr(type(value), "__float__")
     )
 
 
 def unread_code(name, module, functions, known):
-    """A reason when the submodule runs code other than upstream's ``known`` fingerprints, else None."""
+    """Returns a reason if the fingerprint of the submodule's code is not in ``known``, else None."""
     try:
         value = fingerprint(functions(module), upstream_class(module))
     except SourceUnavailable as error:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fingerprint of the code a module runs, equal for copies of the same code and different for edited ones.
+"""Computes a fingerprint of the code that a module runs. Copies of the same code have the same fingerprint, edited
+copies another.
 
-The fingerprint of some functions is the SHA-256 of their normalised syntax trees and of everything they reach
-that lives beside them: functions and classes named in their bodies, and methods called on ``self``. "Beside"
-means a source file in the same folder: recipe folders import ``scaling`` from ``zipformer`` in that way,
-while torch, k2 and the standard library stay names.
+The fingerprint of some functions is the SHA-256 of their normalised syntax trees and of everything beside them that
+they reach: functions and classes named in their bodies, and methods called on ``self``. "Beside" means in a source file
+of the same folder: recipe folders import ``scaling`` from ``zipformer`` in that way, while torch, k2 and the standard
+library stay names.
 
-Normalised means: docstrings, annotations, the wording of assertion and exception messages and of f-strings
-are dropped, ``nn`` is spelled ``torch.nn`` and formatting and comments do not exist in a syntax tree. Field
-order and line numbers play no part, so the value does not depend on the Python version.
+Normalisation drops docstrings, annotations and the wording of assertions, exception messages and f-strings, and spells
+``nn`` as ``torch.nn``. A syntax tree has no formatting and no comments. Field order and line numbers do not enter, so
+the value does not depend on the Python version.
 """
 
 import ast
@@ -25,11 +26,11 @@ _ALIASES = {id(torch.nn): ("torch", "nn"), id(torch.nn.functional): ("torch", "n
 
 
 class SourceUnavailable(Exception):
-    """The source of a function cannot be read, so it cannot be recognised."""
+    """Raised if the source of a function cannot be read, so that it cannot be recognised."""
 
 
 def unwrap(function):
-    """The plain Python function behind bound methods, ``functools.wraps`` and ``torch.compile`` wrappers."""
+    """Returns the plain Python function behind bound methods, ``functools.wraps`` and ``torch.compile`` wrappers."""
     while True:
         inner = (
             getattr(function, "_torchdynamo_orig_callable", None)
@@ -42,10 +43,10 @@ def unwrap(function):
 
 
 def fingerprint(functions, owner=None):
-    """SHA-256 (first 24 hex digits) of ``functions`` and what they reach beside them.
+    """Returns the first 24 hex digits of the SHA-256 of ``functions`` and of the code beside them that they reach.
 
-    ``owner`` is the class on which ``self.<method>`` is looked up. Raises SourceUnavailable when a source is
-    missing, as it is for code typed at a prompt or compiled by TorchScript.
+    ``owner`` is the class on which ``self.<method>`` is looked up. Raises SourceUnavailable if a source is missing, as
+    for code typed at a prompt or compiled by TorchScript.
     """
     return _fingerprint(tuple(unwrap(f) for f in functions), owner)
 
@@ -83,7 +84,7 @@ def _normalised_tree(obj):
 
 
 def _parse(source):
-    """The one definition in ``source``, however far it is indented."""
+    """Parses the one definition in ``source``, which may be indented."""
     try:
         return ast.parse(textwrap.dedent(source)).body[0]
     except IndentationError:  # a docstring or comment starts further left than its function
@@ -98,7 +99,7 @@ def _globals_of(obj):
 
 
 def _reached(obj, tree, owner):
-    """Functions and classes beside ``obj`` that its body names, and methods it calls on ``self``."""
+    """Returns the functions and classes beside ``obj`` that its body names, and methods that it calls on ``self``."""
     folder = os.path.dirname(_source_file(obj) or "")
     namespace = _globals_of(obj)
     for node in ast.walk(tree):
@@ -112,7 +113,7 @@ def _reached(obj, tree, owner):
         if not isinstance(found, (types.FunctionType, type)):
             continue
         found = unwrap(found)
-        if "<locals>" in found.__qualname__:  # a decorator built at import: known by its name only
+        if "<locals>" in found.__qualname__:  # a decorator made at import, which only its name identifies
             continue
         file = _source_file(found)
         if file is not None and os.path.dirname(file) == folder:
@@ -180,7 +181,7 @@ _SILENT = {"ctx", "type_comment", "kind", "type_params", "type_ignores"}
 
 
 def _spell(node):
-    """A syntax tree as text, independent of the Python version that parsed it."""
+    """Returns a syntax tree as text that does not depend on the Python version."""
     if isinstance(node, ast.AST):
         fields = [
             f"{name}={_spell(value)}"

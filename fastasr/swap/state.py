@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots that leave no trace: random states, and what running a model changes in it."""
+"""Saves and restores random states and everything that a run changes in a model."""
 
 import random
 
@@ -9,7 +9,7 @@ _PLAIN = (int, float, bool, str, type(None))
 
 
 class RandomState:
-    """Python's and torch's random states, on every device that has one. As a context it restores them."""
+    """Python's and torch's random states on every device. As a context manager it restores them at the end."""
 
     def __init__(self):
         self._take()
@@ -48,10 +48,10 @@ class RandomState:
 
 
 class ModelState:
-    """Training flags, buffers and plain attributes of all modules, restored when the context ends.
+    """Restores training flags, buffers and plain attributes of all modules when the context ends.
 
-    Plain attributes are numbers, strings and None on modules and on the small helper objects they own
-    (upstream's regularisers adapt their probabilities and cutoffs as they run), and dicts of modules (caches).
+    Plain attributes are numbers, strings and None on modules and on the small helper objects that they own (upstream's
+    regularisers adapt their probabilities and cutoffs during a run), and dicts of modules (caches).
     """
 
     def __init__(self, model):

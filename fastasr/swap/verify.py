@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run every swapped module both ways on the activations of a real input, and undo those that disagree.
+"""Runs every swapped module both ways on the activations of a real input, and undoes the swaps that disagree.
 
-The model runs once on upstream's code. Whenever that run reaches a swapped module, the module's inputs go
-through four forwards: fastasr's and upstream's, each for inference (eval mode, no gradients) and for training
-(training mode, gradients of all inputs and parameters for a random gradient of the output), from the same
-random state. Both are measured against upstream's own code in fp64 with the same random draws. A module
-passes when
+The model runs once on upstream's code. When that run reaches a swapped module, the module's inputs go through four
+forwards: fastasr's and upstream's, each for inference (eval mode, no gradients) and for training (training mode,
+gradients of all inputs and parameters for a random gradient of the output), from the same random state. Both are
+compared with upstream's own code in fp64 with the same random draws. A module passes if
 
-* fastasr's error is at most twice upstream's, or a few units in the last place of the largest result (for
-  each swapped module in it), or a few times what rounding the inputs once does to the result (sums with
-  cancellation need this one). A result that is zero but for rounding, as the gradient of a key's bias is, is
-  measured against the largest of the others;
+* fastasr's error is at most twice upstream's, or a few units in the last place of the largest result (for each swapped
+  module in it), or a few times the effect of rounding the inputs once (which sums with cancellation need). The error of
+  a result that is zero except for rounding, such as the gradient of a key's bias, is taken relative to the largest of
+  the other results;
 * both produce the same shapes, dtypes and non-finite values, and leave the same random state behind.
 
-Where no fp64 run is possible the two are compared with each other, with a tolerance for their dtype.
+If no fp64 run is possible, the two are compared with each other, with a tolerance for their dtype.
 """
 
 import contextlib
@@ -35,28 +34,28 @@ from fastasr.swap.rule import upstream_class
 from fastasr.swap.rules import rules_by_forward, swapped_modules
 from fastasr.swap.state import ModelState, RandomState
 
-_NOISE = 2.0  # times upstream's own error: the largest error of one call is a noisy figure
-_ULPS = 8  # of the largest result, for each swapped module on the way to it
-_FP64_ULPS = 64  # there the reference has rounding errors of its own
+_NOISE = 2.0  # allowed multiple of upstream's own error, since the largest error of one call is noisy
+_ULPS = 8  # allowed units in the last place of the largest result, for each swapped module on the way to it
+_FP64_ULPS = 64  # the same in fp64, where the reference has rounding errors of its own
 _CANCELLED = (
-    1e-12  # of the largest result: what is left where a sum is zero but for the reference's own rounding
+    1e-12  # relative to the largest result: below it, a sum of the reference is zero except for rounding
 )
-_ROUNDINGS = 4  # times the effect of rounding the inputs once
+_ROUNDINGS = 4  # allowed multiple of the effect of rounding the inputs once
 _PLAIN_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _PASSES = ("inference", "training")
 
 
 def verify(model, inputs, gradients=True, rollback=True):
-    """Check every swapped module of ``model`` on ``inputs``. Returns a SwapReport with a row for each.
+    """Checks every swapped module of ``model`` on ``inputs``. Returns a SwapReport with a row for each.
 
     inputs: a tuple of arguments, a dict of keyword arguments, a tensor, or a callable that takes the model
         and runs it.
-    gradients: also compare the gradients of inputs and parameters, in training mode.
-    rollback: restore the modules that disagree; otherwise they are reported as "rolled back" and left
+    gradients: whether to compare the gradients of inputs and parameters too, in training mode.
+    rollback: whether to restore the modules that disagree; if False, they are reported as "rolled back" but stay
         swapped.
 
-    Gradients, buffers, training flags and random states are the same afterwards. Raises what the model raises
-    when it cannot run the inputs on upstream's code.
+    Gradients, buffers, training flags and random states are the same afterwards. If the model cannot run the inputs on
+    upstream's code, its exception is passed on.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"verify: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -120,7 +119,7 @@ def _run(model, inputs):
 
 @contextlib.contextmanager
 def _no_compilation():
-    """Upstream's inner torch.compile runs as plain Python: its formula is wanted, not 20 s of compilation."""
+    """Runs upstream's inner torch.compile functions as plain Python, which saves 20 s of compilation."""
     if "torch._dynamo" not in sys.modules:
         yield
         return
@@ -129,7 +128,7 @@ def _no_compilation():
 
 
 class _Checks:
-    """What the probes of one verification share. ``side`` is whose forward a probe runs when it is called."""
+    """The state that the probes of one verification share. ``side`` says whose forward a probe runs when called."""
 
     def __init__(self, passes):
         self.passes = passes
@@ -145,7 +144,7 @@ class _Checks:
 
 
 class _Probe:
-    """Stands in for a swapped module's forward, or another of its methods, while the model runs."""
+    """Replaces a swapped module's forward, or another of its methods, while the model runs."""
 
     def __init__(self, module, rule, name, checks):
         self.module, self.rule, self.name, self.checks = module, rule, name, checks
@@ -157,7 +156,7 @@ class _Probe:
         self.note = ""
 
     def attach(self):
-        @functools.wraps(self.ours)  # with the attributes of ours: what asks whose method this is, is told so
+        @functools.wraps(self.ours)  # keeps our attributes, by which other code recognises our method
         def method(module, *args, **kwargs):
             return self(*args, **kwargs)
 
@@ -178,7 +177,7 @@ class _Probe:
         return self.upstream(*args, **kwargs)
 
     def _compare(self, args, kwargs):
-        """Why fastasr and upstream disagree on this call, or None. Fills ``errors``."""
+        """Returns why fastasr and upstream disagree on this call, or None. It fills ``errors``."""
         self.errors = {}
         impossible = []
         for name in self.checks.passes:
@@ -211,7 +210,7 @@ class _Probe:
         return None
 
     def _replay_as(self, side, forward, args, kwargs, training):
-        """``side`` is whose forward runs in the swapped modules below."""
+        """Runs ``forward``. ``side`` says whose forward runs in the swapped submodules."""
         with self.checks.run_as(side), ModelState(self.module):
             outcome = _replay(self.module, forward, args, kwargs, training)
         outcome.random = RandomState.now()
@@ -231,7 +230,7 @@ class _Probe:
         return None
 
     def _draws_by_k2(self):
-        """k2's Swoosh draws random numbers of its own to round derivatives; fastasr's has none to draw."""
+        """Whether upstream uses k2's Swoosh, which draws random numbers to round derivatives; fastasr's does not."""
         return "k2" in type(self.module).forward.__globals__
 
     def _record(self, kind, verdict):
@@ -246,7 +245,8 @@ def _holds_shards(module):
 
 
 class _Outcome:
-    """``values``: the output tensors; ``gradients``: of the inputs, then the parameters, with names."""
+    """The result of one run. ``values``: the output tensors; ``gradients``: those of the inputs, then of the
+    parameters, with names."""
 
     def __init__(self, values, gradients):
         self.values, self.gradients = values, gradients
@@ -254,7 +254,7 @@ class _Outcome:
 
 
 def _replay(module, forward, args, kwargs, training, roundings=None):
-    """Run ``forward`` once on detached inputs. ``roundings`` perturbs what the gradients are seeded with."""
+    """Runs ``forward`` once on detached inputs. ``roundings`` perturbs the output gradient."""
 
     def fresh(value):
         if not isinstance(value, torch.Tensor):
@@ -272,7 +272,7 @@ def _replay(module, forward, args, kwargs, training, roundings=None):
 
 
 def _sorted(value):
-    """A result with its dicts in the order of their keys."""
+    """Returns a result with its dicts sorted by key."""
     if isinstance(value, dict):
         return {key: _sorted(value[key]) for key in sorted(value, key=str)}
     return type(value)(map(_sorted, value)) if type(value) in (list, tuple) else value
@@ -295,7 +295,7 @@ def _gradients(module, outputs, inputs, roundings):
 
 
 class _DrawInLowPrecision(TorchFunctionMode):
-    """fp64 code draws the numbers that the same code draws in ``dtype``, so that masks are the same."""
+    """Makes fp64 code draw the numbers that the same code draws in ``dtype``, so that masks are the same."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -318,7 +318,8 @@ class _DrawInLowPrecision(TorchFunctionMode):
 
 
 class _StayInFp64(TorchDispatchMode):
-    """Casts of fp64 tensors to fp32, as in the backward passes of upstream's softmax and regularisers, copy."""
+    """Replaces casts of fp64 tensors to fp32 by copies. Upstream's softmax and regularisers cast in their backward
+    passes."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -341,7 +342,7 @@ class _Reference:
             self.module = self._in_fp64(module)
             self.args, self.kwargs = tree_map(self._double, (args, kwargs))
             self.outcome = self._replay(None)
-        except Exception:  # an extension without fp64, a sharded parameter: compare without a reference
+        except Exception:  # an extension without fp64 or a sharded parameter: there is no reference
             self.outcome = None
 
     @staticmethod
@@ -375,11 +376,11 @@ class _Reference:
             return _replay(self.module, forward, args, kwargs, self.training, roundings)
 
     def of(self, kind):
-        """The list of named fp64 tensors, or None without a reference."""
+        """Returns the list of named fp64 tensors, or None without a reference."""
         return None if self.outcome is None else getattr(self.outcome, kind)
 
     def rounding_effect(self, kind):
-        """Per tensor, the largest change when inputs, parameters and output gradient are rounded once."""
+        """Returns the largest change of each tensor when inputs, parameters and output gradient are rounded once."""
         if self.rounded is None:
             generator = torch.Generator().manual_seed(1)
             step = torch.finfo(self.dtype).eps / 2

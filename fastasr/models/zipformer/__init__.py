@@ -2,8 +2,8 @@
 """Zipformer, one file per concept. Yao et al., "Zipformer: A faster and better encoder for automatic speech
 recognition", ICLR 2024, https://arxiv.org/abs/2310.11230.
 
-The recogniser around the encoder is in ``fastasr.models.transducer``, its pieces for ONNX in ``fastasr.export``. Their
-public names can be imported from here too.
+The recogniser around the encoder is in ``fastasr.models.transducer``, its wrappers for ONNX in ``fastasr.export``.
+Their public names can also be imported from here.
 """
 
 import importlib
@@ -37,7 +37,7 @@ from fastasr.models.zipformer.stream_states import stack_states, unstack_states
 from fastasr.models.zipformer.subsampling import Conv2dSubsampling, ConvNeXt
 from fastasr.models.zipformer.whitening import Whiten
 
-# These modules import Zipformer's parts, so their names are looked up here when somebody asks for them.
+# These modules import Zipformer's parts, so their names are looked up at first access instead of imported here.
 _ELSEWHERE = ("fastasr.models.transducer", "fastasr.export")
 
 __all__ = [

@@ -4,8 +4,8 @@
     s[h,b,i,j] = q[h,b,i] . k[h,b,j] + p[h,b,i] . R[h, T-1-i+j]        R = linear_pos(pos_emb), 2T-1 rows
     weights    = softmax_j(s), masked scores set to -1000 first
 
-``fastasr.ops.zipformer_attention_weights`` computes this from the projection: no scores in memory, and nothing but
-the weights is kept for the backward pass.
+``fastasr.ops.zipformer_attention_weights`` computes this from the projection without storing the scores; for the
+backward pass it keeps only the weights.
 """
 
 import copy
@@ -35,11 +35,12 @@ SCORE_PENALTY = 1.0e-04
 class RelPositionMultiheadAttentionWeights(torch.nn.Module):
     """x (T, B, C), pos_emb (1 or B, 2T-1, pos_dim) -> attention weights (heads, B, T, T).
 
-    key_padding_mask (B, T) and attn_mask ((B,) T, T) are True where a source counts for nothing; with chunk_size > 0
-    so do sources in a later chunk, or more than left_context_chunks (-1: any) before. In training, per call, the
-    position scores are left out at ``pos_emb_skip_rate``, and on 10 % of the calls scores beyond 25 are penalised by
-    1e-4 times their excess. Both are drawn from Python's ``random``; so is, in any mode, one number by which 0.1 % of
-    the calls in eval mode log the entropy of the weights.
+    key_padding_mask (B, T) and attn_mask ((B,) T, T) are True at hidden sources. With chunk_size > 0, sources in a
+    later chunk are hidden too, and those more than left_context_chunks chunks before (-1: no limit).
+
+    In training, a call leaves out the position scores with probability ``pos_emb_skip_rate``, and 10 % of the calls
+    penalise scores beyond 25 by 1e-4 times their excess. Python's ``random`` decides both. Every call draws one more
+    number, by which 0.1 % of the calls in eval mode log the entropy of the weights.
 
     Raises ValueError for masks of another shape and TypeError for an attn_mask that is not boolean.
     """
@@ -71,7 +72,7 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
             prob=(0.025, 0.25),
             grad_scale=0.025,
         )
-        # Softmax ignores a constant added to the keys, so rounding could let their mean wander.
+        # Softmax ignores a constant added to the keys, so without this their mean could drift.
         self.balance_keys = Balancer(
             query_head_dim * num_heads,
             channel_dim=-1,
@@ -109,11 +110,12 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
     def unmaterialised(
         self, x, pos_emb, key_padding_mask=None, attn_mask=None, chunk_size=-1, left_context_chunks=-1
     ):
-        """What :meth:`forward` gives without dropout, as UnmaterialisedWeights. Draws what forward draws."""
+        """Returns the weights of :meth:`forward` without dropout as UnmaterialisedWeights. It draws as many random
+        numbers as forward."""
         projected, relative, masks, penalized = _operands(
             self, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_context_chunks
         )
-        random.random()  # whether forward would log the entropy: it takes all weights to know it
+        random.random()  # forward draws this to decide on logging, which would need all weights
         if penalized and torch.is_grad_enabled():
             projected, relative = score_penalty.penalized(
                 projected, relative, self.num_heads, self.query_head_dim, SCORE_PENALTY, SCORE_LIMIT
@@ -144,7 +146,7 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
 
 
 def _operands(module, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_context_chunks):
-    """The projection, the positions or None, the masks, and whether large scores are penalized."""
+    """Returns the projection, the positions or None, the masks, and whether large scores are penalised."""
     _check_masks(x, key_padding_mask, attn_mask)
     projected = _with_gradient_changes(module, module.in_proj(x))
     with_positions = not module.training or random.random() >= float(module.pos_emb_skip_rate)
@@ -182,9 +184,9 @@ def _check_masks(sources, key_padding_mask, attn_mask):
 
 
 def _with_gradient_changes(module, projected):
-    """The projection (T, B, q | k | p) after the modules that watch its parts or change their gradients.
+    """Applies the modules that watch parts of the projection (T, B, q | k | p) or change their gradients.
 
-    These return what they are given, or a view of it, on most calls: then it stays in one piece.
+    On most calls these modules return their argument or a view of it. The projection is then returned as it is.
     """
     width = module.num_heads * module.query_head_dim
     parts = projected.split([width, width, module.num_heads * module.pos_head_dim], -1)

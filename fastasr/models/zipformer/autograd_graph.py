@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happened to a tensor on its way through modules that act on gradients alone."""
+"""Finds out whether modules that act on gradients alone have changed anything on a call."""
 
 import torch
 
@@ -13,7 +13,7 @@ _VIEWS = {
 
 
 def is_same(part, original):
-    """Whether ``part`` is ``original``: the same memory, and no node between them that could change its gradient."""
+    """Whether ``part`` has the memory of ``original`` and no autograd node between them changes the gradient."""
     if part is original:
         return True
     if torch.compiler.is_compiling() or type(part) is not torch.Tensor or type(original) is not torch.Tensor:

@@ -30,20 +30,20 @@ class _Balance(torch.autograd.Function):
 
 
 def mean_limit(positive):
-    """The mean over standard deviation of normal data of which the share ``positive`` is above 0: a rough
-    inverse of the error function, large but finite at 0 and 1.
+    """Returns mean / standard deviation of normal data of which the share ``positive`` is above 0. It uses a rough
+    inverse of the error function, which is large but finite at 0 and 1.
     """
     x = 2 * positive - 1
     return 0.8139535143 * (math.log(1 + x + 1.0e-10) - math.log(1 - x + 1.0e-10)) / 2.0
 
 
 def rms_limit(mean_abs):
-    """The root mean square of centred normal data whose mean absolute value is ``mean_abs``."""
+    """Returns the root mean square of centred normal data whose mean absolute value is ``mean_abs``."""
     return 1.25331413732 * mean_abs  # sqrt(pi / 2)
 
 
 class CutoffEstimator:
-    """Tells whether a number is among the largest; a share ``p`` of them is, on average."""
+    """Tells whether a number is among the largest. On average this is true for a share ``p`` of the numbers."""
 
     def __init__(self, p):
         self.p = p
@@ -65,13 +65,13 @@ class CutoffEstimator:
 class Balancer(torch.nn.Module):
     """x -> x, any shape with ``num_channels`` elements along ``channel_dim``.
 
-    On a share ``prob`` of the calls that need gradients, these are changed so that in each channel the share
-    of positive values stays within [min_positive, max_positive] and the mean absolute value within [min_abs,
-    max_abs], both as of normal data. All are numbers or schedules; ``grad_scale`` is the size of the change
-    relative to the gradient. One number is drawn from Python's ``random`` per call that needs gradients, and
-    one per schedule read. On CUDA the calls at the 5 % highest amounts of allocated memory do nothing.
+    A share ``prob`` of the calls that need gradients changes them so that in each channel the share of positive values
+    stays within [min_positive, max_positive] and the mean absolute value within [min_abs, max_abs], both estimated for
+    normal data. All of these are numbers or schedules; ``grad_scale`` is the size of the change relative to the
+    gradient. Every call that needs gradients draws one number from Python's ``random``, and one per schedule that it
+    reads. On CUDA the calls at the 5 % highest amounts of allocated memory do nothing.
 
-    Raises ValueError for another number of channels, on the calls that change gradients.
+    A call that changes gradients raises ValueError for another number of channels.
     """
 
     def __init__(

@@ -16,9 +16,9 @@ from fastasr.models.zipformer.schedules import ScheduledFloat
 class BypassModule(torch.nn.Module):
     """src_orig, src (time, batch, embed_dim) -> same shape.
 
-    scale is ``bypass_scale`` (embed_dim,), and in training (batch, embed_dim) with rows set to 0 at
-    ``skip_rate`` (the module is skipped) and to at least 1 at ``straight_through_rate``. Rates and limits are
-    numbers or schedules that convert to float.
+    scale is ``bypass_scale`` (embed_dim,). In training it is (batch, embed_dim), and a row becomes 0 with probability
+    ``skip_rate`` (the module is skipped) and at least 1 with probability ``straight_through_rate``. Rates and limits
+    are numbers or schedules that convert to float.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activation checkpointing of modules that draw from Python's ``random``.
 
-``torch.utils.checkpoint`` replays torch's generators when it computes a function again in the backward pass, and no
-others. The modules of this package draw from Python's: without its state they would skip other parts than before, and
-the gradients would be those of another function, or the saved tensors would not match.
+``torch.utils.checkpoint`` replays only torch's generators when it recomputes a function in the backward pass. The
+modules of this package draw from Python's generator. Without its state, the recomputation would skip other parts than
+the forward pass: the gradients would be wrong, or the saved tensors would not match.
 """
 
 import random
@@ -12,19 +12,19 @@ import torch
 import torch.utils.checkpoint
 from torch.utils._pytree import tree_map_only
 
-_tape = None  # what takes the decisions of the modules that are running; None: themselves
+_tape = None  # records or replays the decisions of the running modules; None: the modules decide
 
 
 def decided(decide):
-    """``decide()``, or in a recomputation what it was in the forward pass: for what a module decides by neither a
-    random number nor its arguments.
+    """Returns ``decide()``; in a recomputation, the value that it had in the forward pass. Modules use it for decisions
+    that depend neither on a random number nor on their arguments.
     """
     return decide() if _tape is None else _tape(decide)
 
 
 def checkpoint(function, *args, use_reentrant=False, **kwargs):
-    """``function(*args, **kwargs)`` without the tensors that its backward pass needs: they are computed again, from the
-    same random numbers. Arguments are those of ``torch.utils.checkpoint.checkpoint``.
+    """Returns ``function(*args, **kwargs)`` without keeping the tensors that its backward pass needs. They are computed
+    again from the same random numbers. Arguments are those of ``torch.utils.checkpoint.checkpoint``.
     """
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
@@ -34,11 +34,12 @@ def checkpoint(function, *args, use_reentrant=False, **kwargs):
 
 
 class _Replayed:
-    """The function of one checkpoint. Its first call is the forward pass, all others begin where that began."""
+    """The function of one checkpoint. Its first call is the forward pass; later calls restore the random state of the
+    first."""
 
     def __init__(self, function):
         self.function = function
-        self.state = None  # of Python's generator
+        self.state = None  # state of Python's generator
         self.decisions = []
 
     def __call__(self, *args, **kwargs):
@@ -52,14 +53,14 @@ class _Replayed:
         try:
             with _Recorded(lambda decide: next(decisions)):
                 return self.function(*args, **kwargs)
-        finally:  # whatever ends the recomputation early
+        finally:  # torch may end the recomputation early by an exception
             random.setstate(now)
 
     def _forward(self, args, kwargs):
         if torch.is_grad_enabled():
             return self.function(*args, **kwargs)
-        # The reentrant checkpoint runs this without gradients, and the recomputation with them. Modules draw some
-        # numbers only where gradients are needed, so they are here too, for as long as this call lasts.
+        # The reentrant checkpoint runs the forward pass without gradients and the recomputation with them. Modules draw
+        # some numbers only if gradients are needed, so this call turns them on to draw the same numbers.
         with torch.enable_grad():
             result = self.function(*args, **kwargs)
         return tree_map_only(torch.Tensor, torch.Tensor.detach, result)
@@ -76,7 +77,7 @@ class _Replayed:
 
 
 class _Recorded:
-    """While it lasts, ``tape`` takes the decisions."""
+    """Inside this context, ``tape`` takes the decisions."""
 
     def __init__(self, tape):
         self.tape = tape

@@ -3,9 +3,9 @@
 
     y = causal(x) + chunkwise(x) scale
 
-causal has (K + 1) / 2 taps and sees the past; chunkwise has K taps, centred, and sees zeros outside the chunk. scale
-depends on the position within the chunk of C frames: 1 + left[pos] within K frames of its left edge, plus
-right[K - C + pos] within K frames of its right edge.
+causal has (K + 1) / 2 taps and sees the past; chunkwise has K centred taps and sees zeros outside the chunk. scale
+depends on the position in the chunk of C frames: it is 1, plus left[pos] within K frames of the left edge, plus
+right[K - C + pos] within K frames of the right edge.
 """
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 
 class ChunkCausalDepthwiseConv1d(torch.nn.Module):
-    """x (batch, channels, time) -> same shape. A chunk_size below 0, or above the time, is the whole of it.
+    """x (batch, channels, time) -> same shape. If chunk_size is below 0 or above the time, all frames are one chunk.
 
     Raises ValueError for an even kernel_size or a chunk_size of 0.
     """
@@ -26,7 +26,7 @@ class ChunkCausalDepthwiseConv1d(torch.nn.Module):
         self.chunkwise_conv = torch.nn.Conv1d(
             channels, channels, kernel_size, groups=channels, padding=kernel_size // 2, bias=bias
         )
-        # Added to a scale of 1: near the left edge of the chunk, near the right edge.
+        # Row 0 is added to a scale of 1 near the chunk's left edge, row 1 near its right edge.
         self.chunkwise_conv_scale = torch.nn.Parameter(torch.zeros(2, channels, kernel_size))
         self.kernel_size = kernel_size
         with torch.no_grad():
@@ -50,8 +50,8 @@ class ChunkCausalDepthwiseConv1d(torch.nn.Module):
         return y[..., :frames] + causal
 
     def streaming_forward(self, x, cache):
-        """x (batch, channels, time), one chunk; cache (batch, channels, kernel_size // 2), the frames before
-        it -> output of x's shape, the cache for the next chunk.
+        """x (batch, channels, time), one chunk, cache (batch, channels, kernel_size // 2) of the frames before it ->
+        output of x's shape, the cache for the next chunk.
         """
         left = self.kernel_size // 2
         if cache.shape[-1] != left:
@@ -63,7 +63,7 @@ class ChunkCausalDepthwiseConv1d(torch.nn.Module):
         return chunkwise + self.causal_conv(extended), extended[..., extended.shape[2] - left :]
 
     def _get_chunk_scale(self, chunk_size):
-        """(channels, chunk_size)"""
+        """Returns the scale (channels, chunk_size)."""
         left, right = self.chunkwise_conv_scale
         kernel_size = self.kernel_size
         if chunk_size < kernel_size:

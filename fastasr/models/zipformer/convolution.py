@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The convolution module: a gated projection, a depthwise convolution over time, a projection back.
+"""The convolution module: a gated projection, a depthwise convolution over time and an output projection.
 
     x, s = halves of in_proj(z)
     h    = x sigmoid(s), zero where the frame is padding
     y    = out_proj(whiten(conv(h)))                        out_proj: SwooshR, dropout, linear layer
 
 Activations are (time, batch, channels). ``fastasr.ops.gated_depthwise_conv`` computes conv(h) from the projection, in
-inference with SwooshR; only the projection is kept for the backward pass. The modules that act on gradients alone run
-where upstream runs them: balancer1 on s, balancer2 and whiten on what the convolution gives.
+inference with SwooshR, and keeps only the projection for the backward pass. The modules that act on gradients alone run
+where upstream runs them: balancer1 on s, balancer2 and whiten on the convolution's output.
 """
 
 import inspect
@@ -31,10 +31,10 @@ class ConvolutionModule(torch.nn.Module):
 
     ``forward`` and ``streaming_forward`` are written for modules with the submodules in_proj, balancer1, activation1,
     sigmoid, activation2, depthwise_conv, balancer2, whiten and out_proj, and ``causal``. A ``chunk_size`` of 0 or more
-    is the argument of that name of a causal depthwise_conv. balancer2 and whiten act on gradients only: where none is
-    needed they are left out. Submodules that are hooked or of another kind than here are called one by one.
+    is passed to a causal depthwise_conv. balancer2 and whiten act on gradients only and are left out if no gradient is
+    needed. Submodules with hooks or of another class than here are called one by one.
 
-    Raises ValueError for an even kernel_size, AssertionError for such a chunk_size without ``causal``.
+    Raises ValueError for an even kernel_size, AssertionError for a chunk_size of 0 or more without ``causal``.
     """
 
     def __init__(self, channels, kernel_size, causal):
@@ -88,16 +88,14 @@ class ConvolutionModule(torch.nn.Module):
         y = ops.gated_depthwise_conv(h, *weights, **options, activation="identity")
         if y.requires_grad:
             y = y.permute(1, 2, 0)
-            if (
-                y.dtype is torch.float64
-            ):  # of which upstream's regularisers make float32 sums, in the order of memory
+            if y.dtype is torch.float64:  # upstream's regularisers sum it in float32 in the order of memory
                 y = y.contiguous()
             y = self.whiten(self.balancer2(y).permute(2, 0, 1))
         return self.out_proj(y)
 
     def streaming_forward(self, x, cache, src_key_padding_mask):
-        """One chunk; cache (batch, channels, kernel_size // 2) is the gated input before it -> output of x's
-        shape, the cache for the next chunk. Only with ``causal``.
+        """x, one chunk, cache (batch, channels, kernel_size // 2), the gated input before it -> output of x's shape,
+        the cache for the next chunk. The module must be ``causal``.
         """
         h = self.in_proj(x)
         weights = _weights(self, h, src_key_padding_mask, -1)
@@ -118,8 +116,8 @@ class ConvolutionModule(torch.nn.Module):
 
 
 def _weights(module, h, mask, chunk_size):
-    """The tensors of depthwise_conv that ``gated_depthwise_conv`` takes after h; None where the submodules must be
-    called one by one: they are hooked, of another kind, or meant to raise.
+    """Returns the tensors of depthwise_conv that ``gated_depthwise_conv`` takes after h. It returns None if the
+    submodules must be called one by one: they have hooks, are of another class, or would raise.
     """
     if h.ndim != 3 or chunk_size == 0 or not _fits(mask, h) or any_hooked(module.children()):
         return None
@@ -157,7 +155,7 @@ def _is_depthwise(conv, channels, taps, padding):
 
 
 def _fits(mask, h):
-    """Whether the mask is (batch, time) or one for the whole batch; others are the submodules' to refuse."""
+    """Whether the mask is (batch, time) or one for the whole batch. The submodules raise for other shapes."""
     frames, batch = h.shape[0], h.shape[1]
     return mask is None or (mask.ndim == 2 and mask.shape[0] in (1, batch) and mask.shape[1] == frames)
 
@@ -167,7 +165,7 @@ def _of_batch(mask, h):
 
 
 def _continues(cache, h, weights):
-    """Whether the cache is one of h's stream. With one tap there is nothing to keep, and upstream keeps it all."""
+    """Whether the cache fits h. With one tap there is nothing to cache, but upstream then caches all frames."""
     taps = weights[0].shape[-1]
     return (
         len(weights) > 2
@@ -182,7 +180,7 @@ def _needs_gradients(*tensors):
 
 
 def _is_swoosh_r_and_linear(out_proj):
-    """Whether ``out_proj`` runs our code, in eval mode, with SwooshR: the convolution can apply that."""
+    """Whether ``out_proj`` runs our code in eval mode with SwooshR, which the convolution's kernel can then apply."""
     if torch.compiler.is_compiling() or out_proj.training:
         return False
     forward = inspect.unwrap(out_proj.forward)
@@ -191,7 +189,7 @@ def _is_swoosh_r_and_linear(out_proj):
 
 
 class _Joined(torch.autograd.Function):
-    """h, whose halves are x and s, with the gradients of its halves given to these."""
+    """Returns h, whose halves are x and s. The backward pass gives the gradients of the halves to x and s."""
 
     @staticmethod
     def forward(ctx, h, x, s):
@@ -203,7 +201,7 @@ class _Joined(torch.autograd.Function):
 
 
 def _with_balanced_gate(module, h):
-    """h = (x, s) after balancer1 of s, which acts on gradients alone."""
+    """Returns h = (x, s) after balancer1 of s, which acts on gradients alone."""
     if not (torch.is_grad_enabled() and h.requires_grad):
         return h
     x, s = h.chunk(2, dim=2)
@@ -232,5 +230,5 @@ def _stream_by_submodules(module, h, cache, mask):
 
 
 def _masked(h, mask):
-    """h (B, C, T), zero where the frame is padding."""
+    """Returns h (B, C, T) with zeros at padded frames."""
     return h if mask is None else h.masked_fill(mask.to(torch.bool).unsqueeze(1), 0.0)

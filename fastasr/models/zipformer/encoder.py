@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Zipformer encoder: stacks at different frame rates and widths, from (time, batch, channels) to half the rate."""
+"""The Zipformer encoder: stacks of layers at different frame rates and widths. It halves the frame rate."""
 
 import random
 
@@ -20,11 +20,11 @@ from fastasr.models.zipformer.stack import (
 class Zipformer(torch.nn.Module):
     """x (time, batch, encoder_dim[0]), x_lens (batch,) -> ((time + 1) // 2, batch, max(encoder_dim)), lengths.
 
-    The arguments are upstream's. Those per stack are an int, a sequence of ints, one or as many as
-    ``downsampling_factor`` has, or a string of them, "1,2,4"; so are ``chunk_size`` and ``left_context_frames``.
+    The arguments are upstream's. An argument per stack is an int, a sequence of ints or a string like "1,2,4", with one
+    value or as many as ``downsampling_factor`` has. ``chunk_size`` and ``left_context_frames`` take the same forms.
 
-    With ``causal``, forward draws a chunk size, and unless that is -1 the frames of left context, from these
-    two; attention and convolutions then see whole chunks. src_key_padding_mask (batch, time): True is padding.
+    With ``causal``, forward draws one of the chunk sizes and, unless it is -1, one of the left contexts; attention and
+    convolutions then see whole chunks. src_key_padding_mask (batch, time) is True at padding.
 
     Raises ValueError for arguments that do not fit each other.
     """
@@ -97,7 +97,7 @@ class Zipformer(torch.nn.Module):
                 cnn_module_kernel=self.cnn_module_kernel[i],
                 causal=causal,
             )
-            # The front end learns alone for the first part of the warm-up, then stack after stack joins in.
+            # At first only the front end learns; the stacks join one after another during the warm-up.
             encoder = ZipformerEncoder(
                 layer,
                 self.num_encoder_layers[i],
@@ -143,8 +143,8 @@ class Zipformer(torch.nn.Module):
         return x, (x_lens + 1) // 2
 
     def streaming_forward(self, x, x_lens, states, src_key_padding_mask):
-        """One chunk of x (time, batch, channels), with states from get_init_states or the chunk before ->
-        output, lengths, states for the next chunk. src_key_padding_mask (batch, left_context_frames[0] + time).
+        """x (time, batch, channels), one chunk, with states from get_init_states or the previous chunk -> output,
+        lengths, states for the next chunk. src_key_padding_mask is (batch, left_context_frames[0] + time).
         """
         outputs, new_states = [], []
         first = 0
@@ -166,8 +166,8 @@ class Zipformer(torch.nn.Module):
         return x, (x_lens + 1) // 2, new_states
 
     def get_init_states(self, batch_size=1, device=torch.device("cpu")):  # noqa: B008 (immutable)
-        """The states before the first chunk, zeros: per layer cached_key, cached_nonlin_attn, cached_val1,
-        cached_val2, cached_conv1, cached_conv2.
+        """Returns the states before the first chunk, which are zeros. Each layer has cached_key, cached_nonlin_attn,
+        cached_val1, cached_val2, cached_conv1 and cached_conv2.
         """
         states = []
         for i, encoder in enumerate(self.encoders):
@@ -197,10 +197,11 @@ class Zipformer(torch.nn.Module):
         return frames // factor
 
     def get_feature_masks(self, x):
-        """Per stack what multiplies its features: 1.0 in eval mode, in training (1, batch, channels) of 0 and 1.
+        """Returns for each stack the mask that multiplies its features: 1.0 in eval mode, in training 0 and 1 of shape
+        (1, batch, channels).
 
-        For an eighth of the sequences the channels beyond encoder_unmasked_dim are 0 in all stacks, for about
-        another eighth the upper half of them.
+        It hides the channels beyond encoder_unmasked_dim in all stacks for an eighth of the sequences, and the upper
+        half of these channels for about another eighth.
         """
         if not self.training:
             return [1.0] * len(self.encoder_dim)
@@ -219,7 +220,7 @@ class Zipformer(torch.nn.Module):
         return masks
 
     def get_chunk_info(self):
-        """(chunk size, left context in chunks), drawn from Python's ``random``; -1 is all."""
+        """Draws (chunk size, left context in chunks) from Python's ``random``; -1 means no limit."""
         if not self.causal:
             return -1, -1
         chunk_size = random.choice(self.chunk_size)
@@ -229,7 +230,7 @@ class Zipformer(torch.nn.Module):
         return chunk_size, left_context_chunks or 1
 
     def _check_chunks(self, chunk_size, left_context_chunks):
-        """ValueError for chunks that do not fit the stacks."""
+        """Raises ValueError if the chunks do not fit the stacks."""
         if chunk_size <= 0:
             return
         for factor, kernel in zip(self.downsampling_factor, self.cnn_module_kernel, strict=True):
@@ -245,7 +246,7 @@ class Zipformer(torch.nn.Module):
                 )
 
     def _get_full_dim_output(self, outputs):
-        """The last stack's output; channels that it lacks come from the last stack that has them."""
+        """Returns the last stack's output. Channels that it lacks come from the last stack that has them."""
         pieces = [outputs[-1]]
         width = self.encoder_dim[-1]
         for output, dim in zip(outputs[-2::-1], self.encoder_dim[-2::-1], strict=True):
@@ -256,13 +257,13 @@ class Zipformer(torch.nn.Module):
 
 
 def convert_num_channels(x, num_channels):
-    """The first ``num_channels`` channels (the last dimension) of x, or x and zeros."""
+    """Cuts the last dimension of x to ``num_channels`` channels or pads it with zeros."""
     missing = num_channels - x.shape[-1]
     return F.pad(x, (0, missing)) if missing > 0 else x[..., :num_channels]
 
 
 def int_tuple(name, value):
-    """A tuple of ints from an int, a sequence of ints or a string, "1,2,4"."""
+    """Returns a tuple of ints from an int, a sequence of ints or a string like "1,2,4"."""
     if isinstance(value, str):
         parts = value.split(",")
     elif isinstance(value, int):

@@ -11,7 +11,7 @@ from fastasr.models.zipformer.whitening import Whiten
 
 
 class FeedforwardModule(torch.nn.Module):
-    """x (time, batch, embed_dim) -> same shape. The dropout mask is one for all frames of a sequence."""
+    """x (time, batch, embed_dim) -> same shape. All frames of a sequence share one dropout mask."""
 
     def __init__(self, embed_dim, feedforward_dim, dropout):
         super().__init__()

@@ -19,12 +19,12 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_grad(x, alpha):
-    """x, with ``alpha`` times its gradient."""
+    """Returns x; the backward pass multiplies its gradient by ``alpha``."""
     return _ScaleGradient.apply(x, alpha)
 
 
 class ScaleGrad(torch.nn.Module):
-    """x -> x; in training its gradient is scaled by ``alpha``."""
+    """x -> x; in training the backward pass multiplies its gradient by ``alpha``."""
 
     def __init__(self, alpha):
         super().__init__()
@@ -46,12 +46,12 @@ class _WithLoss(torch.autograd.Function):
 
 
 def draw_for_log():
-    """The draw of upstream's function, one in 500 of which logs."""
+    """Draws the number by which one in 500 calls of upstream's function logs."""
     return random.random() < 0.002
 
 
 def with_loss(x, y, name=None):
-    """x; the gradients are as if y.sum() were part of the loss. Draws one number from ``random``."""
+    """Returns x; the gradients are as if y.sum() were part of the loss. It draws one number from ``random``."""
     if draw_for_log() and name is not None:
         logging.debug("with_loss: name=%s, sum=%.3e", name, y.sum().item())
     return _WithLoss.apply(x, y)
@@ -71,7 +71,8 @@ class _Penalize(torch.autograd.Function):
 
 
 def penalize_abs_values_gt(x, limit, penalty, name=None):
-    """x; its gradient grows by penalty * sign(x) where |x| > limit. Draws one number from ``random``."""
+    """Returns x; the backward pass adds penalty * sign(x) to its gradient where |x| > limit. It draws one number from
+    ``random``."""
     if draw_for_log() and name is not None:
         excess = (x.detach().abs() - limit).clamp_(min=0).sum()
         logging.debug("penalize_abs_values_gt: name=%s, loss=%.3e", name, penalty * excess.item())

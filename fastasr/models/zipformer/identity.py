@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A module that does nothing: a place for the hooks of diagnostics."""
+"""A module that returns its input, on which diagnostics can put hooks."""
 
 import torch
 
 
 class Identity(torch.nn.Module):
-    """x -> x, as a node of its own in the autograd graph where x needs a gradient. No copy."""
+    """x -> x without a copy. If x needs a gradient, the result is a node of its own in the autograd graph."""
 
     def forward(self, x):
         return x.view_as(x) if x.requires_grad else x

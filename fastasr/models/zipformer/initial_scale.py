@@ -11,12 +11,12 @@ from fastasr.models.common.linear import Linear
 
 
 def ScaledLinear(*args, initial_scale=1.0, **kwargs):
-    """A Linear; other arguments as torch.nn.Linear's."""
+    """Returns a Linear. The other arguments are those of torch.nn.Linear."""
     return scale_(Linear(*args, **kwargs), initial_scale)
 
 
 def ScaledConv2d(*args, initial_scale=1.0, **kwargs):
-    """A torch.nn.Conv2d; other arguments as its own."""
+    """Returns a torch.nn.Conv2d. The other arguments are its own."""
     return scale_(torch.nn.Conv2d(*args, **kwargs), initial_scale)
 
 

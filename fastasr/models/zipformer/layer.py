@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer of the encoder: its modules take turns, and share one set of attention weights.
+"""One layer of the encoder. Its modules follow each other and share one set of attention weights.
 
     x <- x + f(x) for f = feed_forward1, nonlin_attention, self_attn1, conv_module1, feed_forward2
     x <- bypass_mid(input, x)
@@ -29,31 +29,31 @@ from fastasr.models.zipformer.self_attention import SelfAttention
 from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten
 
-# Larger weights are not materialised in inference. One thread of Zen 4 takes as long either way, within 15 % at 800
-# frames and 5 % from 1600 on; what counts is the memory: 14 GB in a layer of stack 0 for ten minutes of speech.
+# Larger weights are not materialised in inference, to save memory: for ten minutes of speech they take 14 GB in a layer
+# of stack 0. One thread of Zen 4 takes as long either way, within 15 % at 800 frames and 5 % from 1600 on.
 MOST_WEIGHT_BYTES = 128 << 20
 
-# With gradients they would be kept, of every layer, until the backward pass, which adds up the gradients of three
-# consumers: one thread takes as long either way at 10 MB (398 frames of four utterances in stack 0), and with
-# materialised weights 1.2 to 1.4 times longer at 39 MB, twice at 137 MB.
+# With gradients, every layer would keep its weights until the backward pass, which adds up the gradients of three
+# consumers. One thread takes as long either way at 10 MB (398 frames of four utterances in stack 0); materialised
+# weights take 1.2 to 1.4 times as long at 39 MB and twice as long at 137 MB.
 MOST_WEIGHT_BYTES_WITH_GRADIENTS = 16 << 20
 
 
 def _skip_rate(*points, default=0.0):
-    """Default of an argument, of which every layer takes a copy."""
+    """Returns the default of a rate argument, which every layer copies."""
     return ScheduledFloat(*points, default=default)
 
 
 class ZipformerEncoderLayer(torch.nn.Module):
     """src (time, batch, embed_dim), pos_emb (1 or batch, 2 time - 1, pos_dim) -> src's shape.
 
-    attn_mask ((batch,) time, time) and src_key_padding_mask (batch, time) are True where a source counts for
-    nothing; chunk_size, if not negative, is that of a causal layer's convolutions. With left_context_chunks (-1: all),
-    attention sees no more than the source's chunk and that many before it, as if attn_mask said so.
+    attn_mask ((batch,) time, time) and src_key_padding_mask (batch, time) are True at hidden sources. A chunk_size of 0
+    or more is that of a causal layer's convolutions. With left_context_chunks (-1: no limit), attention sees only a
+    frame's own chunk and that many chunks before it, as with the corresponding attn_mask.
 
-    The rates, numbers or schedules, act in training: sequences for which the result of the attentions, a
-    convolution, feed_forward2 or feed_forward3 is dropped, calls on which nonlin_attention gets constant
-    weights, and sequences for which the whole layer is skipped.
+    The rates are numbers or schedules and act in training. They are the shares of sequences for which the output of
+    the attentions, of a convolution, of feed_forward2 or of feed_forward3 is dropped or the whole layer is skipped, and
+    the share of calls in which nonlin_attention gets constant weights.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ZipformerEncoderLayer(torch.nn.Module):
         self.nonlin_attention = NonlinAttention(embed_dim, hidden_channels=3 * embed_dim // 4)
         self.conv_module1 = ConvolutionModule(embed_dim, cnn_module_kernel, causal=causal)
         self.conv_module2 = ConvolutionModule(embed_dim, cnn_module_kernel, causal=causal)
-        # Nothing reads it; upstream's state dict has it.
+        # Nothing reads this parameter, but upstream's state dict has it.
         self.bypass_scale = torch.nn.Parameter(torch.full((embed_dim,), 0.5))
         self.norm = BiasNorm(embed_dim)
         self.balancer1 = _balancer(embed_dim, 0.45, 0.55, min_abs=0.2, max_abs=4.0)
@@ -151,7 +151,7 @@ class ZipformerEncoderLayer(torch.nn.Module):
         may_be_constant,
         left_context_chunks=None,
     ):
-        """``may_be_constant``: whether nonlin_attention may get constant weights on this call."""
+        """Runs the layer. ``may_be_constant``: whether nonlin_attention may get constant weights on this call."""
         src_orig = src
         attention_skip_rate = float(self.attention_skip_rate) if self.training else 0.0
         weights = self.self_attn_weights
@@ -196,9 +196,9 @@ class ZipformerEncoderLayer(torch.nn.Module):
         left_context_len,
         src_key_padding_mask,
     ):
-        """One chunk: src (time, batch, embed_dim), pos_emb (1 or batch, left_context_len + 2 time - 1, pos_dim),
-        src_key_padding_mask (batch, left_context_len + time) -> output of src's shape and the six caches for
-        the next chunk, in the order of the arguments.
+        """src (time, batch, embed_dim), one chunk, pos_emb (1 or batch, left_context_len + 2 time - 1, pos_dim),
+        src_key_padding_mask (batch, left_context_len + time) and six caches -> output of src's shape and the six caches
+        for the next chunk, in the order of the arguments.
         """
         states = cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2
         by_submodules = partial(_stream_by_submodules, self)
@@ -263,7 +263,7 @@ def _stream_by_submodules(
 
 
 def takes_chunks(layer):
-    """Whether ``layer`` is ours down to its attention and may be called with left_context_chunks instead of a mask."""
+    """Whether ``layer`` and its attention run our code, so that they accept left_context_chunks instead of a mask."""
     attention = getattr(layer, "self_attn_weights", None)
     if (
         type(layer) is not ZipformerEncoderLayer
@@ -275,8 +275,8 @@ def takes_chunks(layer):
 
 
 def _is_long(layer, src):
-    """Whether the weights of this call are better computed by their consumers than kept. The layer's attention modules
-    must all run our code, their own or bound to them.
+    """Whether the consumers should compute the weights of this call, since they are too large to keep. The layer's
+    attention modules must all run our code, their own or bound to them.
     """
     if torch.compiler.is_compiling() or src.ndim != 3:
         return False
@@ -309,7 +309,7 @@ def _balancer(channels, min_positive, max_positive, **limits):
 
 
 def _constant(weights):
-    """Equal weights on all sources with any weight."""
+    """Replaces the weights by equal weights on all sources whose weight is not 0."""
     if isinstance(weights, UnmaterialisedWeights):
         return weights.constant()
     weights = (weights > 0.0).to(weights.dtype)
@@ -323,7 +323,7 @@ def _plus_convolved(layer, conv_module, src, chunk_size, src_key_padding_mask):
 
 
 def _sequence_mask(layer, x, rate):
-    """(batch, 1) of 0 and 1, 0 for dropped sequences; None where none is. Draws from torch's generator."""
+    """Draws (batch, 1), 0 for dropped sequences and 1 for the others, from torch's generator; None at rate 0."""
     if rate == 0.0 or not layer.training:
         return None
     return (torch.rand(x.shape[1], 1, device=x.device) > rate).to(x.dtype)
@@ -334,13 +334,13 @@ def _plus_dropped(layer, src, y, rate):
 
 
 def _plus(src, y, mask):
-    """src + y * mask in one pass; the products with 0 and 1 are exact."""
+    """Returns src + y * mask in one pass; the products with 0 and 1 are exact."""
     return src + y if mask is None else torch.addcmul(src, y, mask)
 
 
 def constant_attention_in_eval(layer, src, pos_emb, chunk_size=-1, attn_mask=None, src_key_padding_mask=None):
-    """``ZipformerEncoderLayer.forward`` as icefall had it before March 2024: ``const_attention_rate`` acts in eval
-    mode, where the published schedule is 0, and not in training. Its random draw goes with it.
+    """Computes ``ZipformerEncoderLayer.forward`` as in icefall before March 2024: ``const_attention_rate``, whose
+    published schedule is 0 in eval mode, acts in eval mode only. Its random number is drawn in eval mode only too.
     """
     return ZipformerEncoderLayer._encode(
         layer, src, pos_emb, chunk_size, attn_mask, src_key_padding_mask, not layer.training

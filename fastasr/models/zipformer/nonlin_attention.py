@@ -4,7 +4,7 @@
 s, v, y = thirds of in_proj(x)
 out     = out_proj(W (v tanh(s)) y)
 
-``fastasr.ops.nonlin_attention`` computes this between the projections. Submodules that do nothing are not called.
+``fastasr.ops.nonlin_attention`` computes everything between the projections. Identity submodules are not called.
 """
 
 import torch
@@ -22,8 +22,8 @@ from fastasr.ops import nonlin_attention
 
 
 class NonlinAttention(torch.nn.Module):
-    """x (time, batch, channels), attn_weights (heads, batch, time, time) -> x's shape. The layer gives it the
-    first head's weights alone.
+    """x (time, batch, channels), attn_weights (heads, batch, time, time) -> x's shape. The layer passes only the first
+    head's weights.
 
     Raises ValueError for weights of another shape.
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """BiasNorm: a normalisation that keeps a learnable part of each vector's length.
 
-y = x * mean((x - bias)^2)^(-1/2) * exp(log_scale), the mean over channels, without epsilon
+y = x * mean((x - bias)^2)^(-1/2) * exp(log_scale), where the mean is over channels and has no epsilon.
 """
 
 import torch
@@ -14,7 +14,7 @@ class BiasNorm(torch.nn.Module):
     """x with ``num_channels`` elements along ``channel_dim`` -> same shape.
 
     ``log_scale_min`` and ``log_scale_max`` limit ``log_scale`` through its gradient in training.
-    ``store_output_for_backprop`` is accepted for compatibility; the input is what is kept.
+    ``store_output_for_backprop`` is accepted for compatibility; the backward pass always uses the input.
     """
 
     def __init__(

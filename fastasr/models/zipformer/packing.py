@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A causal layer as the native chunk reads it: numbers, matrices and small tables.
+"""Packs a causal layer for the native chunk: numbers, matrices and small tables.
 
-The order is that of ``cpu::ChunkPlan`` (csrc/cpu/streaming/zipformer_chunk_plan.cpp). What does not change from chunk
-to chunk is computed here once: the projected positions, the scale of the convolutions within a chunk, exp(log_scale) of
+``cpu::ChunkPlan`` (csrc/cpu/streaming/zipformer_chunk_plan.cpp) defines the order. This module computes once what is
+the same for every chunk: the projected positions, the scale of the convolutions within a chunk and exp(log_scale) of
 the norm.
 """
 
@@ -34,7 +34,7 @@ class Packed:
 
 
 def numbers_of_layer(layer, factor=1, layers=1):
-    """The numbers of cpu::ChunkStack."""
+    """Returns the numbers of ``cpu::ChunkStack``."""
     attention = layer.self_attn_weights
     return [
         attention.in_proj.in_features,
@@ -51,7 +51,7 @@ def numbers_of_layer(layer, factor=1, layers=1):
 
 
 def pack_layer(packed, layer, positions, frames):
-    """A causal layer for chunks of ``frames``; positions (offsets, pos_dim) is what encodes their offsets."""
+    """Packs a causal layer for chunks of ``frames``. positions (offsets, pos_dim) are the positional encodings."""
     attention = layer.self_attn_weights
     packed.linears(attention.in_proj, layer.feed_forward1.in_proj, layer.feed_forward1.out_proj)
     packed.linears(layer.nonlin_attention.in_proj, layer.nonlin_attention.out_proj)

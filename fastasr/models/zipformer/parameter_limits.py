@@ -26,10 +26,10 @@ class LimitParamValue(torch.autograd.Function):
 
 
 def limit_param_value(x, min, max, prob=0.6, training=True):
-    """x itself; in training, with probability ``prob`` per call, with the limited gradient.
+    """Returns x itself. In training, a call limits its gradient with probability ``prob``.
 
-    In training one number is drawn from Python's ``random``. Raises ValueError when ``min > max`` and the
-    limit applies.
+    A call in training draws one number from Python's ``random``. Raises ValueError if ``min > max`` and the limit
+    applies.
     """
     if not training or random.random() >= prob:
         return x

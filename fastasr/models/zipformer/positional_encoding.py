@@ -7,7 +7,7 @@ For an offset n, with D dimensions and c = sqrt(D):
     a  = atan(2 pi u / (length_factor D))                   in (-pi/2, pi/2)
     pe = cos(a), sin(a), cos(2a), sin(2a), ...              the last dimension is 1 instead
 
-Near 0 single offsets are told apart; far away only their magnitude counts.
+Near 0 the encodings of neighbouring offsets differ clearly; far away mainly the magnitude of the offset counts.
 """
 
 import math
@@ -21,8 +21,8 @@ class CompactRelPositionalEncoding(torch.nn.Module):
     """x (time, ...) -> (1, left_context_len + 2 time - 1, embed_dim), for offsets from
     -(left_context_len + time - 1) to time - 1, in x's dtype.
 
-    ``pe`` holds the encodings up to the longest input so far, ``max_len`` to begin with; it is no part of the
-    state dict. Raises ValueError for an odd embed_dim or a length_factor below 1.
+    ``pe`` holds the encodings up to the longest input so far, at first ``max_len`` frames. It is not part of the state
+    dict. Raises ValueError for an odd embed_dim or a length_factor below 1.
     """
 
     def __init__(self, embed_dim, dropout_rate, max_len=1000, length_factor=1.0):
@@ -40,7 +40,7 @@ class CompactRelPositionalEncoding(torch.nn.Module):
         self.extend_pe(torch.tensor(0.0).expand(max_len))
 
     def extend_pe(self, x, left_context_len=0):
-        """Make ``pe`` long enough for x (time, ...), in float32 and on x's device."""
+        """Makes ``pe`` long enough for x (time, ...), in float32 and on x's device."""
         length = x.size(0) + left_context_len
         if self.pe is None or self.pe.size(0) < 2 * length - 1:
             self.pe = self._encode(length, x.device)

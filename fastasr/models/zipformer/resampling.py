@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changing the frame rate by a whole factor.
+"""Changes the frame rate by an integer factor.
 
-down: y[t] = sum_i softmax(bias)[i] x[ds t + i]         the last frame repeated to a multiple of ds
+down: y[t] = sum_i softmax(bias)[i] x[ds t + i]         the last frame is repeated up to a multiple of ds
 up:   y[t] = x[t // ds]
 """
 
@@ -13,7 +13,7 @@ import torch
 class SimpleDownsample(torch.nn.Module):
     """(time, batch, channels) -> (ceil(time / downsample), batch, channels).
 
-    ``channels``, ``dropout`` and ``causal`` are accepted and kept for compatibility; they change nothing.
+    ``channels``, ``dropout`` and ``causal`` are accepted for compatibility and have no effect.
     """
 
     def __init__(self, channels, downsample, dropout, causal):
@@ -36,7 +36,7 @@ class SimpleDownsample(torch.nn.Module):
 
 
 class SimpleUpsample(torch.nn.Module):
-    """(time, batch, channels) -> (time * upsample, batch, channels), each frame repeated."""
+    """(time, batch, channels) -> (time * upsample, batch, channels). It repeats each frame."""
 
     def __init__(self, num_channels, upsample):
         super().__init__()

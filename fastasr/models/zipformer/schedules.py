@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers that follow a schedule over the batches of a training run.
 
-f(x) is piecewise linear through points (x, y), and constant before the first and after the last.
+f(x) is piecewise linear through points (x, y) and constant before the first and after the last point.
 """
 
 import bisect
@@ -66,7 +66,7 @@ class PiecewiseLinear:
         )
 
     def get_common_basis(self, p, include_crossings=False):
-        """Both functions on one set of x values; with ``include_crossings`` also those where they cross."""
+        """Returns both functions on a common set of x values; ``include_crossings`` adds those where they cross."""
         if not isinstance(p, PiecewiseLinear):
             raise TypeError(
                 f"PiecewiseLinear: expected a number or a PiecewiseLinear, got {type(p).__name__}"
@@ -83,11 +83,11 @@ class PiecewiseLinear:
 
 
 class ScheduledFloat(torch.nn.Module):
-    """A rate or a limit as a function of ``batch_count``; ``float(it)`` is its value.
+    """A rate or a limit as a function of ``batch_count``; ``float(schedule)`` is its value.
 
-    It is ``default`` in eval mode and while batch_count is None. The training loop sets ``batch_count`` (and
-    ``name``) on every module that has it, so this is a Module. Reading it in training with a batch count
-    draws one number from Python's ``random``, which decides whether the value is logged.
+    The value is ``default`` in eval mode and while batch_count is None. The training loop sets ``batch_count`` (and
+    ``name``) on every module that has it, so this is a Module. A read in training with a batch count draws one number
+    from Python's ``random``, which decides whether the value is logged.
     """
 
     def __init__(self, *args, default=0.0):
@@ -117,7 +117,7 @@ class ScheduledFloat(torch.nn.Module):
         return self._combine(x, PiecewiseLinear.max, max)
 
     def _combine(self, x, of_schedules, of_defaults):
-        """With a number the default stays as it is."""
+        """Combines this schedule with a schedule or a number. A number leaves the default unchanged."""
         if isinstance(x, (int, float)):
             return ScheduledFloat(of_schedules(self.schedule, x), default=self.default)
         return ScheduledFloat(
@@ -129,5 +129,5 @@ FloatLike = float | ScheduledFloat
 
 
 def whitening_schedule(limit, ratio=2.0):
-    """From ``limit`` to ``ratio`` times it over 20,000 batches."""
+    """Returns a schedule from ``limit`` to ``ratio * limit`` over 20,000 batches."""
     return ScheduledFloat((0.0, limit), (20000.0, ratio * limit), default=limit)

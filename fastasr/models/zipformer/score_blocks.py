@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of attention with relative positions, some rows at a time: what the kernels of unmaterialised weights do not
-compute, in O(time) memory.
+"""Computes scores of attention with relative positions, some rows at a time, in O(time) memory. Operations on
+unmaterialised weights that have no kernel use it.
 
     s[h,b,i,j] = q[h,b,i] . k[h,b,j] + p[h,b,i] . R[h, T-1-i+j]
 """
@@ -9,14 +9,14 @@ import torch
 
 from fastasr.ops.zipformer_attention_weights import MASKED, by_key
 
-BLOCK_ELEMENTS = 1 << 22  # scores that are in memory at once
+BLOCK_ELEMENTS = 1 << 22  # the most scores in memory at once
 
 
 class ScoreBlocks:
     """Iterates over (first row, end row, scores (heads, batch, rows, time), the rows' operands) of the first ``heads``
-    of ``num_heads`` heads; in float32 or better.
+    of ``num_heads`` heads, in float32 or better.
 
-    projected (time, batch, q | k | p), positions (1 or batch, 2 time - 1, num_heads * dim) or None.
+    projected is (time, batch, q | k | p), positions (1 or batch, 2 time - 1, num_heads * dim) or None.
     """
 
     def __init__(self, projected, positions, num_heads, query_head_dim, heads=None):
@@ -47,12 +47,12 @@ class ScoreBlocks:
             yield first, end, scores
 
     def offsets(self, first, end):
-        """The rows of R that the queries [first, end) meet."""
+        """Returns the rows of R that the queries [first, end) need."""
         return slice(self.frames - end, 2 * self.frames - 1 - first)
 
 
 def fill_hidden(scores, first, key_padding_mask=None, attn_mask=None, chunk_size=-1, left_context_chunks=-1):
-    """Scores (heads, batch, rows, time) of the rows from ``first`` on, the hidden ones set to -1000."""
+    """Sets the hidden scores of (heads, batch, rows, time), whose rows begin at ``first``, to -1000."""
     rows, frames = scores.shape[-2:]
     if chunk_size > 0:
         query = torch.arange(first, first + rows, device=scores.device)[:, None] // chunk_size

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The penalty on large attention scores, where the scores are not in memory.
+"""The penalty on large attention scores when the scores are not in memory.
 
-dS += penalty sign(S) where |S| > limit;  dq, dk, dp and dR follow from dS as in attention
+It adds penalty sign(S) to dS where |S| > limit; dq, dk, dp and dR follow from dS as in attention.
 """
 
 import torch
@@ -10,8 +10,8 @@ from fastasr.models.zipformer.score_blocks import ScoreBlocks
 
 
 class _Penalized(torch.autograd.Function):
-    """The projection and the positions as they are. Their gradients get the penalty's once, however many consumers the
-    attention weights have."""
+    """Returns the projection and the positions unchanged. The backward pass adds the penalty's gradient once, for any
+    number of consumers of the attention weights."""
 
     @staticmethod
     def forward(ctx, projected, positions, *numbers):
@@ -29,12 +29,12 @@ class _Penalized(torch.autograd.Function):
 
 
 def penalized(projected, positions, num_heads, query_head_dim, penalty, limit):
-    """(projected, positions) with the gradient of the penalty; see the module."""
+    """Returns (projected, positions), whose backward pass adds the gradient of the penalty; see the module."""
     return _Penalized.apply(projected, positions, num_heads, query_head_dim, penalty, limit)
 
 
 def penalty_gradients(projected, positions, num_heads, query_head_dim, penalty, limit):
-    """Those of the penalty alone, of ``projected`` and ``positions`` (or None)."""
+    """Returns the penalty's own gradients of ``projected`` and ``positions`` (None without positions)."""
     blocks = ScoreBlocks(projected, positions, num_heads, query_head_dim)
     dq, dk, dp = (
         torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (blocks.q, blocks.k, blocks.p)
@@ -66,7 +66,7 @@ def penalty_gradients(projected, positions, num_heads, query_head_dim, penalty, 
 
 
 def _by_offset(by_key):
-    """Gradients (..., rows, keys) by key as (..., rows, rows - 1 + keys) by offset."""
+    """Rearranges gradients (..., rows, keys) by key to (..., rows, rows - 1 + keys) by offset."""
     *outer, rows, keys = by_key.shape
     width = rows - 1 + keys
     out = by_key.new_zeros(*outer, rows, width)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done with given attention weights W (heads, batch, targets, sources): values, weighted, projected.
+"""Attention with given weights W (heads, batch, targets, sources): it projects values, weights and projects them.
 
 y = out_proj(concat over heads of W_h in_proj(x)_h)
 """
@@ -59,7 +59,7 @@ def weighted(attn_weights, values):
 
 
 def _is_native(weights, values):
-    """Whether the kernel for few columns serves: float32 on the CPU, without gradients."""
+    """Whether the kernel for few columns can be used: float32 on the CPU, without gradients."""
     return (
         type(weights) in _dispatch.PLAIN
         and type(values) in _dispatch.PLAIN

@@ -23,5 +23,5 @@ class _Softmax(torch.autograd.Function):
 
 
 def softmax(x, dim):
-    """softmax(x) over ``dim``; gradients are computed in float32 or better."""
+    """Returns softmax(x) over ``dim``; gradients are computed in float32 or better."""
     return _Softmax.apply(x, dim) if x.requires_grad else x.softmax(dim)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stack of layers at one frame rate, and one at a lower rate between down- and upsampling."""
+"""A stack of layers at one frame rate, and a stack at a lower rate between downsampling and upsampling."""
 
 import copy
 
@@ -17,12 +17,12 @@ STATES_PER_LAYER = 6
 class ZipformerEncoder(torch.nn.Module):
     """``num_layers`` copies of ``encoder_layer``: src (time, batch, embed_dim) -> same shape.
 
-    feature_mask, a number or a tensor that broadcasts with src, multiplies the input and the result of each
-    layer. The layers' skip rates fall from ``initial_layerdrop_rate`` to ``final_layerdrop_rate`` between
-    batches ``warmup_begin`` and ``warmup_end``, one layer after the other. ``dropout`` is accepted and unused.
+    feature_mask, a number or a tensor that broadcasts with src, multiplies the input and the output of each layer. The
+    layers' skip rates fall from ``initial_layerdrop_rate`` to ``final_layerdrop_rate`` between the batches
+    ``warmup_begin`` and ``warmup_end``, one layer after the other. ``dropout`` is accepted and unused.
 
-    attn_mask is as the layers'; or, with left_context_chunks (-1: all), attention sees a source's chunk of chunk_size
-    frames and that many before it, and no mask is made for layers of ours.
+    attn_mask is passed to the layers. With left_context_chunks (-1: no limit) instead, attention sees a frame's own
+    chunk of chunk_size frames and that many chunks before it; our own layers then need no mask.
 
     Raises ValueError unless 0 <= warmup_begin <= warmup_end.
     """
@@ -82,8 +82,8 @@ class ZipformerEncoder(torch.nn.Module):
         return src
 
     def streaming_forward(self, src, states, left_context_len, src_key_padding_mask):
-        """One chunk; ``states`` are the six caches of each layer in turn -> output, states for the next chunk.
-        src_key_padding_mask (batch, left_context_len + time).
+        """src, one chunk, states (the six caches of each layer in turn) -> output, states for the next chunk.
+        src_key_padding_mask is (batch, left_context_len + time).
         """
         pos_emb = self.encoder_pos(src, left_context_len)
         new_states = []
@@ -101,7 +101,8 @@ class ZipformerEncoder(torch.nn.Module):
 
 
 def chunk_mask(frames, chunk_size, left_context_chunks, device):
-    """(frames, frames), target by source, True where the source is in a later chunk or beyond the left context."""
+    """Returns the mask (frames, frames), target by source, True for sources in a later chunk or before the left
+    context."""
     chunk = torch.arange(frames, dtype=torch.int32, device=device) // chunk_size
     age = chunk.unsqueeze(-1) - chunk  # [target, source], in chunks
     if left_context_chunks < 0:
@@ -110,14 +111,15 @@ def chunk_mask(frames, chunk_size, left_context_chunks, device):
 
 
 def _scaled(src, feature_mask):
-    """src * feature_mask, without the work in inference, where it is 1."""
+    """Returns src * feature_mask. It skips the product in inference, where the mask is 1."""
     return src if isinstance(feature_mask, (int, float)) and feature_mask == 1 else src * feature_mask
 
 
 class DownsampledZipformerEncoder(torch.nn.Module):
-    """``encoder`` at a frame rate lower by ``downsample``, around which a learned bypass goes. The result has
-    src's shape; attn_mask and chunk_size are given at the outer rate, src_key_padding_mask at the inner one. With
-    left_context_chunks, chunk_size is a multiple of ``downsample``.
+    """Runs ``encoder`` at a frame rate lower by the factor ``downsample``, with a learned bypass around it.
+
+    The result has src's shape. attn_mask and chunk_size are given at the outer rate, src_key_padding_mask at the inner
+    one. With left_context_chunks, chunk_size must be a multiple of ``downsample``.
     """
 
     def __init__(self, encoder, dim, downsample, dropout, causal):
@@ -151,7 +153,7 @@ class DownsampledZipformerEncoder(torch.nn.Module):
         return self.out_combiner(src, self.upsample(y)[: src.shape[0]])
 
     def streaming_forward(self, src, states, left_context_len, src_key_padding_mask):
-        """As ZipformerEncoder's; left_context_len and src_key_padding_mask at the inner rate."""
+        """See ZipformerEncoder. left_context_len and src_key_padding_mask are given at the inner rate."""
         y, states = self.encoder.streaming_forward(
             self.downsample(src),
             states=states,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streaming states of several utterances as those of one batch, and back.
+"""Joins the streaming states of several utterances to those of one batch, and splits them again.
 
 A list of states has six tensors per layer of the encoder (cached_key, cached_nonlin_attn, cached_val1, cached_val2,
 cached_conv1, cached_conv2), then the front end's left padding, then the number of processed frames, (batch,).
@@ -13,7 +13,7 @@ BATCH_DIMENSIONS = (1, 1, 1, 1, 0, 0)  # of the six tensors of a layer
 
 
 def batch_dimension(index, count):
-    """Which dimension of state ``index`` of ``count`` is the batch."""
+    """Returns the batch dimension of state ``index`` in a list of ``count`` states."""
     return 0 if index >= count - 2 else BATCH_DIMENSIONS[index % STATES_PER_LAYER]
 
 
@@ -25,7 +25,7 @@ def _check(name, states):
 
 
 def stack_states(state_list):
-    """The states of one batch from a list of states, those of one batch each. Undone by ``unstack_states``."""
+    """Joins a list of states, each with its own batch, to the states of one batch. ``unstack_states`` undoes it."""
     if not state_list:
         raise ValueError("stack_states: expected at least one list of states, got none")
     for states in state_list:
@@ -41,7 +41,7 @@ def stack_states(state_list):
 
 
 def unstack_states(batch_states):
-    """One list of states per utterance of the batch, each with a batch of one. Undoes ``stack_states``."""
+    """Returns one list of states per utterance, each with a batch of one. It undoes ``stack_states``."""
     _check("unstack_states", batch_states)
     count, batch = len(batch_states), batch_states[-1].shape[0]
     pieces = [state.chunk(batch, dim=batch_dimension(i, count)) for i, state in enumerate(batch_states)]

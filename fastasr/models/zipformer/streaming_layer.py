@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One chunk through a streaming layer in one native call, with the states as upstream's tensors.
+"""Runs one chunk through a streaming layer in one native call; states stay upstream's tensors.
 
-A chunk is a few frames, so a layer costs what reading its weights costs: they are packed once, in the order in which a
-chunk reads them, into one block of memory on huge pages (csrc/cpu/streaming/zipformer_layer_step.h). **This doubles the
-memory of the layer's weights**; ``layer.packed_streaming = False`` declines it, and the submodules are called one by
-one.
+A chunk is a few frames, so most of a layer's time goes into reading its weights. They are packed once, in the order in
+which a chunk reads them, into one block of memory on huge pages (csrc/cpu/streaming/zipformer_layer_step.h). **This
+doubles the memory of the layer's weights.** To decline it, set ``layer.packed_streaming = False``; the submodules are
+then called one by one.
 
-The packed copy is made at a layer's first chunk, when its result is compared with that of the submodules, and made
-again when a parameter, a submodule or a forward has changed: it remembers the identity, the version counter and the
-address of every parameter. Writing through ``parameter.data`` changes none of these: call :func:`forget` after it.
+The weights are packed at a layer's first chunk, and the native result is then compared with that of the submodules.
+They are packed again when a parameter, a submodule or a forward has changed; the copy remembers the identity, the
+version counter and the address of every parameter. Writing through ``parameter.data`` changes none of these: call
+:func:`forget` after it.
 """
 
 import weakref
@@ -24,10 +25,10 @@ from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.packing import Packed, numbers_of_layer, pack_layer
 from fastasr.models.zipformer.self_attention import SelfAttention
 
-# Rows of a chunk (frames times streams). Beyond, reading the weights is no longer what counts.
+# The rows of a chunk are frames times streams. With more rows, reading the weights no longer dominates.
 MOST_ROWS = 128
 
-# Chunk sizes of which a layer's small tables are kept.
+# The number of chunk sizes for which a layer keeps its small tables.
 CHUNK_SIZES = 4
 
 _STREAMING = {
@@ -42,10 +43,10 @@ _PROJECTED = (*_STREAMING, "feed_forward1", "feed_forward2", "feed_forward3")
 
 
 def step(layer, src, pos_emb, states, left_context_len, masked, by_submodules):
-    """[output, the six states after it] of ``layer.streaming_forward``, or None where the native call does not serve.
+    """Returns [output, the six new states] of ``layer.streaming_forward``, or None if the native call cannot be used.
 
-    It serves layers in eval mode, without gradients, in float32 on the CPU, whose submodules run our code, for chunks
-    of at most 128 rows. ``by_submodules`` gives the same for arguments of the same kind.
+    It can be used for layers in eval mode, without gradients, in float32 on the CPU, whose submodules run our code, and
+    for chunks of at most 128 rows. ``by_submodules`` is a function that computes the same by the submodules.
     """
     if not may_serve(layer, src, layer.norm.bias) or src.shape[0] * src.shape[1] > MOST_ROWS:
         return None
@@ -78,7 +79,7 @@ class _PackedLayer(PackedLayer):
         self._positions = layer.self_attn_weights.linear_pos.in_features
 
     def _example(self, by_submodules):
-        """A chunk of 3 frames with 5 of left context."""
+        """Computes a chunk of 3 frames with 5 frames of left context both ways."""
         frames, left = 3, 5
         wave = torch.arange(1.0, frames * self._dim + 1).mul_(0.7).sin_()
         src = wave.view(frames, 1, self._dim)
@@ -100,7 +101,7 @@ class _PackedLayer(PackedLayer):
         return (left, streams, key), (1, streams, left, hidden), of_value, of_value, of_conv, of_conv
 
     def fits(self, src, pos_emb, states, left, masked):
-        """Whether these are arguments of a chunk that needs no conversion."""
+        """Whether the native call can read these arguments without conversion."""
         frames, streams, dim = src.shape
         return (
             dim == self._dim
@@ -128,7 +129,7 @@ class _PackedLayer(PackedLayer):
         )
 
     def _vectors(self, frames, left, pos_emb):
-        """Biases, norms, convolutions and projected positions for chunks of ``frames``."""
+        """Returns biases, norms, convolutions and projected positions for chunks of ``frames``."""
         known = self._tables.get((frames, left))
         if known is not None and torch.equal(known[0], pos_emb):
             return known[1]

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The convolutional front end: three convolutions and a ConvNeXt layer, to half the frame rate.
+"""The convolutional front end: three convolutions and a ConvNeXt layer. It halves the frame rate.
 
     h = ConvNeXt(conv(x))                                   x as one channel of (time, frequency)
     y = dropout(BiasNorm(whiten(W rows(h) + b)))            rows: channels and frequencies of a frame
 
 with conv three times SwooshR(Conv2d(x)), and ConvNeXt(x) = x + pointwise2(SwooshL(pointwise1(depthwise(x)))).
 
-Channels are kept last, in inference and training: no convolution has a reorder on either side, the depthwise
-convolution is ``ops.depthwise_conv2d``, and a pointwise convolution is a matrix product over rows of C channels. In
-inference on CPU the rows go through in blocks, whose 3 C wide hidden rows stay in cache instead of crossing memory
-four times.
+Channels are last in memory, in inference and training. The convolutions then need no reordering, the depthwise
+convolution is ``ops.depthwise_conv2d``, and a pointwise convolution is a matrix product over rows of C channels.
+Inference on the CPU takes the rows in blocks, so that the hidden rows of 3 C channels stay in cache instead of crossing
+memory four times.
 """
 
 import torch
@@ -36,13 +36,12 @@ _SHORT = (torch.float16, torch.bfloat16)
 class Conv2dSubsampling(torch.nn.Module):
     """x (batch, time, features), x_lens (batch,) of ints -> (batch, (time - 7) // 2, channels), lengths.
 
-    ``forward`` is written for front ends with the submodules conv, convnext, out, out_whiten, out_norm and
-    dropout, and calls each of them. conv gets its input in channels_last order, the same values with other strides,
-    unless something watches or compiles the call; on a GPU, in 16-bit types alone. The result is contiguous
-    either way.
+    ``forward`` is written for front ends with the submodules conv, convnext, out, out_whiten, out_norm and dropout, and
+    calls each of them. conv gets its input in channels_last order, the same values with other strides, unless the call
+    is compiled or a module has hooks; on a GPU only 16-bit types are reordered. The result is always contiguous.
 
-    Raises ValueError for fewer than 7 in_channels, AssertionError when the largest of the lengths is not the
-    number of frames.
+    Raises ValueError for fewer than 7 in_channels, AssertionError if the largest length is not the number of output
+    frames.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class Conv2dSubsampling(torch.nn.Module):
         super().__init__()
         self.conv = torch.nn.Sequential(
             torch.nn.Conv2d(1, layer1_channels, 3, padding=(0, 1)),
-            ScaleGrad(0.2),  # else this layer's gradients could leave the range of float16
+            ScaleGrad(0.2),  # keeps this layer's gradients in the range of float16
             Balancer(layer1_channels, channel_dim=1, max_abs=1.0),
             SwooshR(),
             torch.nn.Conv2d(layer1_channels, layer2_channels, 3, stride=2),
@@ -85,22 +84,22 @@ class Conv2dSubsampling(torch.nn.Module):
     def forward(self, x, x_lens):
         x = x.unsqueeze(1)
         if _runs_channels_last(self, x):
-            # Not contiguous(memory_format=...): with one channel that returns x, and conv would stay NCHW.
+            # With one channel, contiguous(memory_format=...) would return x itself and conv would stay in NCHW.
             x = x.to(memory_format=torch.channels_last)
         x = self.convnext(self.conv(x))
         y = self.dropout(self.out_norm(self.out_whiten(self.out(_frames(x)))))
         return y, _lengths(y, (x_lens - 7) // 2)
 
     def streaming_forward(self, x, x_lens, cached_left_pad):
-        """One chunk: (batch, time, features) -> (batch, (time - 7) // 2 - 3, channels), lengths, and
-        cached_left_pad for the next chunk. The last 3 frames after subsampling are seen as future alone.
+        """x (batch, time, features), one chunk -> (batch, (time - 7) // 2 - 3, channels), lengths, and cached_left_pad
+        for the next chunk. The last 3 frames after subsampling serve only as future context.
         """
         x, cached_left_pad = self.convnext.streaming_forward(self.conv(x.unsqueeze(1)), cached_left_pad)
         y = self.out_norm(self.out(_frames(x)))
         return y, _lengths(y, (x_lens - 7) // 2 - self.convnext.padding[0]), cached_left_pad
 
     def get_init_states(self, batch_size=1, device=torch.device("cpu")):  # noqa: B008 (immutable)
-        """cached_left_pad before the first chunk: (batch_size, layer3_channels, left padding, frequencies)."""
+        """Returns the first cached_left_pad, (batch_size, layer3_channels, left padding, frequencies)."""
         return torch.zeros(
             batch_size, self.layer3_channels, self.convnext.padding[0], self.out_width, device=device
         )
@@ -118,7 +117,7 @@ def _lengths(y, lengths):
 
 
 def _runs_channels_last(embed, x):
-    weight = next(embed.conv.parameters(), None)  # of whatever stands in for conv by now
+    weight = next(embed.conv.parameters(), None)  # conv may have been replaced
     if weight is None or not _runs_by_rows(x, weight, (*embed.conv.modules(), *embed.convnext.modules())):
         return False
     cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
@@ -130,7 +129,7 @@ class ConvNeXt(torch.nn.Module):
 
     ``forward`` is written for layers with the submodules depthwise_conv, pointwise_conv1, hidden_balancer,
     activation, pointwise_conv2, out_balancer and out_whiten, and ``layerdrop_rate``; activation is a SwooshL. The
-    balancers and the whitening act on gradients only, so where none is needed they are left out.
+    balancers and the whitening act on gradients only and are left out if no gradient is needed.
     """
 
     def __init__(self, channels, hidden_ratio=3, kernel_size=(7, 7), layerdrop_rate=None):
@@ -163,8 +162,8 @@ class ConvNeXt(torch.nn.Module):
         return _by_submodules(self, x, mask)
 
     def streaming_forward(self, x, cached_left_pad):
-        """x (batch, channels, time, frequency), cached_left_pad (batch, channels, padding, frequency), the
-        frames before it -> (batch, channels, time - padding, frequency), the cache for the next chunk.
+        """x (batch, channels, time, frequency), cached_left_pad (batch, channels, padding, frequency) of the frames
+        before it -> (batch, channels, time - padding, frequency), the cache for the next chunk.
 
         Raises ValueError for a cache of another length.
         """
@@ -189,7 +188,7 @@ class ConvNeXt(torch.nn.Module):
 
 
 def _layerdrop_mask(layer, x):
-    """(batch, 1, 1, 1) of booleans, False where the layer is dropped; None at rate 0."""
+    """Returns booleans (batch, 1, 1, 1), False where the layer is dropped; None at rate 0."""
     rate = float(layer.layerdrop_rate)
     if rate == 0.0:
         return None
@@ -211,7 +210,7 @@ def _residual(layer, x, y, mask):
 
 
 def _runs_by_rows(x, weight, modules):
-    """Whether nothing sees the layout or the pieces of a call: no hooks, no compiler."""
+    """Whether neither hooks nor a compiler could see the layout or the parts of a call."""
     plain = x.dtype == weight.dtype or torch.is_autocast_enabled("cpu")
     return (
         ((x.is_cpu and plain) or x.is_cuda)
@@ -223,7 +222,7 @@ def _runs_by_rows(x, weight, modules):
 
 
 def _by_rows(layer, x, mask):
-    """Channels last throughout: the balancers and the whitening see the same values with other strides."""
+    """Runs the layer with channels last. The balancers and the whitening get the same values with other strides."""
     hidden = _hidden_rows(layer, x.permute(0, 2, 3, 1), layer.depthwise_conv.padding)
     hidden = layer.hidden_balancer(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return _residual(layer, x, _contracted(layer, hidden), mask)
@@ -261,7 +260,7 @@ def _in_blocks(layer, x):
     w1 = expand.weight.view(-1, channels)  # [3C, C]
     w2 = contract.weight.view(channels, -1)  # [C, 3C]
 
-    # The layer after this one reads (time, channels * frequency), so that is how the result lies in memory.
+    # The next layer reads (time, channels * frequency), so the result has this order in memory.
     frames = x.new_empty(batch * time, channels, frequency)  # [N*T, C, F]
     step = max(1, BLOCK_ROWS // frequency)
     for first in range(0, batch * time, step):

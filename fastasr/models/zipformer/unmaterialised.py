@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention weights that are not in memory: what they weigh is computed from the projection when it is asked for.
+"""Attention weights that are not in memory. Weighted sums are computed from the projection when they are needed.
 
-For long inputs the weights (heads, batch, time, time) would be the largest tensor of the model by far. The layer hands
-:class:`UnmaterialisedWeights` to its consumers instead; each runs a kernel that needs O(time) memory. Everything a
-consumer of another kind does with weights works too: it materialises them for that one operation. Gradients flow to the
-projection and the positions from every consumer.
+For long inputs the weights (heads, batch, time, time) would be the model's largest tensor by far. The layer passes
+:class:`UnmaterialisedWeights` to its consumers instead, and each of them runs a kernel that needs O(time) memory. Any
+other operation on the weights works too, but materialises them for its own duration. Gradients flow from every consumer
+to the projection and the positions.
 """
 
 import torch
@@ -44,14 +44,14 @@ class UnmaterialisedWeights:
         return 4
 
     def weighted(self, values):
-        """values (time, batch, heads * dim) -> the same, weighted."""
+        """values (time, batch, heads * dim) -> their weighted sums, same shape."""
         return zipformer_attention(
             self.projected, self.positions, values, self.num_heads, self.query_head_dim, value_heads=self.heads,
             **self.masks,
         )  # fmt: skip
 
     def materialised(self):
-        """The weights as a tensor."""
+        """Returns the weights as a tensor."""
         projected, positions = self.projected, self.positions
         if self.heads < self.num_heads:
             q, k, p = self._parts()
@@ -63,13 +63,13 @@ class UnmaterialisedWeights:
         )
 
     def constant(self):
-        """Equal weights on all sources that have any weight; they give these weights no gradient."""
+        """Returns equal weights on all sources whose weight is not 0. They pass no gradient to these weights."""
         return EqualWeights(
             self.projected, self.positions, self.num_heads, self.query_head_dim, self.heads, **self.masks
         )
 
     def _parts(self):
-        """q, k and p of the heads that count."""
+        """Returns q, k and p of the first ``heads`` heads."""
         dim = self.query_head_dim
         dims = (dim, dim, self.projected.shape[-1] // self.num_heads - 2 * dim)
         parts = self.projected.split([self.num_heads * dim for dim in dims], -1)
@@ -143,10 +143,10 @@ for _name in (
 
 
 class EqualWeights(UnmaterialisedWeights):
-    """[W > 0] / their number in the row, for weights W that are not in memory."""
+    """[W > 0] / (number of W > 0 in the row), for weights W that are not in memory."""
 
     def weighted(self, values):
-        """values (time, batch, heads * dim) -> the same, weighted; gradients flow to the values alone."""
+        """values (time, batch, heads * dim) -> their weighted sums, same shape. Gradients flow to the values only."""
         return _EquallyWeighted.apply(values, self)
 
     def materialised(self):
@@ -156,7 +156,7 @@ class EqualWeights(UnmaterialisedWeights):
         return self
 
     def blocks(self):
-        """(first row, end row, weights (heads, batch, rows, time)), some rows at a time."""
+        """Yields (first row, end row, weights (heads, batch, rows, time)), some rows at a time."""
         with torch.no_grad():
             scores = ScoreBlocks(
                 self.projected, self.positions, self.num_heads, self.query_head_dim, self.heads

@@ -5,7 +5,7 @@ The forward pass is the identity. Over all N frames of x, with the channels in G
 
     S_g = x_g^T x_g    d = mean of the diagonals    w = sum_g |S_g|^2 / (G c) / d^2
 
-w is 1 where every S_g is the same multiple of the identity, else larger. Where w reaches ``whitening_limit``, the
+w is 1 if every S_g is the same multiple of the identity, and larger otherwise. If w reaches ``whitening_limit``, the
 gradient g of x becomes g + grad_scale |g| v / |v|, with
 
     v_g = dw / dx_g = 4 / (G c d^2) x_g (S_g - w d I)
@@ -23,7 +23,7 @@ _EPS = 1.0e-20
 
 
 def whitening_metric(x, num_groups):
-    """w of x (..., channels), a scalar tensor of x's dtype."""
+    """Returns w of x (..., channels), a scalar tensor of x's dtype."""
     return _metric(_grouped(x, num_groups))[0]
 
 
@@ -40,9 +40,9 @@ def _metric(frames):
 
 
 def whitening_gradient(grad, x, num_groups, strength):
-    """The new gradient, in the dtype of ``grad``; computed in float32 or better.
+    """Returns the new gradient in the dtype of ``grad``, computed in float32 or better.
 
-    ``strength(w)`` is grad_scale, a number or a scalar tensor, or None where the gradient stays as it is.
+    ``strength(w)`` returns grad_scale, a number or a scalar tensor, or None if the gradient stays unchanged.
     """
     compute = torch.promote_types(x.dtype, torch.float32)
     frames = _grouped(x.detach().to(compute), num_groups)
@@ -83,12 +83,12 @@ class _Whitening(torch.autograd.Function):
                 _log(module, x, metric)
             return _strength(module, metric)
 
-        with torch.autocast(x.device.type, enabled=False):  # for whoever calls backward() inside autocast
+        with torch.autocast(x.device.type, enabled=False):  # backward() may be called inside autocast
             return whitening_gradient(grad, x, module.num_groups, strength), None
 
 
 def _strength(module, metric):
-    """grad_scale where the metric is at its limit; says so to the module's next call."""
+    """Returns grad_scale if the metric reaches its limit, and tells the module's next call which share holds."""
     white = metric < float(module.whitening_limit)
     if metric.is_cuda:
         vars(module)["_verdict"] = _Verdict(white)
@@ -99,7 +99,7 @@ def _strength(module, metric):
 
 
 def _log(module, x, metric):
-    limit = float(module.whitening_limit)  # read in any case: it may draw a random number
+    limit = float(module.whitening_limit)  # always read, because reading may draw a random number
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.debug(
             "Whiten: name=%s, num_groups=%d, num_channels=%d, metric=%.2f, limit=%.2f",
@@ -108,7 +108,7 @@ def _log(module, x, metric):
 
 
 class _Verdict:
-    """A boolean on its way from a CUDA device. Reading it waits for the one copy, not for the stream."""
+    """A boolean that is copied from a CUDA device. Reading it waits for this copy, not for the stream."""
 
     def __init__(self, value):
         self.value = torch.empty((), dtype=torch.bool, pin_memory=True)
@@ -128,7 +128,7 @@ class _Verdict:
 
 
 class _Settled:
-    """A verdict that is in."""
+    """A verdict whose value is known."""
 
     def __init__(self, value):
         self.value = value
@@ -140,12 +140,11 @@ class _Settled:
 class Whiten(torch.nn.Module):
     """x (..., channels) -> x.
 
-    On a share of the calls that need gradients these are changed while the channels are less white than
-    ``whitening_limit``; ``grad_scale`` is the size of the change relative to the gradient. ``prob`` is that
-    share, or a pair: the smaller one holds after a call that was within the limit, the larger one otherwise.
-    One number is drawn from Python's ``random`` per call that needs gradients, and in its backward pass one
-    more and one per schedule read. On CUDA the backward pass does not wait for the device: the next call
-    reads which of the two shares holds.
+    A share ``prob`` of the calls that need gradients changes them if w reaches ``whitening_limit``; ``grad_scale`` is
+    the size of the change relative to the gradient. ``prob`` may be a pair of shares: the smaller one holds after a
+    call within the limit, the larger one otherwise. Every call that needs gradients draws one number from Python's
+    ``random``; a backward pass that checks the limit draws one more, and one per schedule that it reads. On CUDA the
+    backward pass does not wait for the device: the next call reads which share holds.
 
     Raises ValueError for arguments out of range.
     """

@@ -10,17 +10,17 @@ from fastasr.swap.rules import torch
 _MODULES = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
 _FRAMEWORKS = [module.RULES for module in _MODULES if module is not torch and hasattr(module, "RULES")]
 
-# The rules for torch's own classes end every family: they apply where a rule of a framework matched.
+# Every family ends with the rules for torch's own classes, which apply if a rule of the framework matched a module.
 FAMILIES = tuple((*rules, *torch.RULES) for rules in _FRAMEWORKS)
 
 
 def rules_by_forward():
-    """The rule of every forward that a rule binds."""
+    """Returns {forward: rule} for every forward that a rule binds."""
     return {forward: rule for family in FAMILIES for rule in family for forward in rule.forwards}
 
 
 def swapped_modules(model):
-    """(path, module, rule) of every swapped module of ``model``."""
+    """Yields (path, module, rule) for every swapped module of ``model``."""
     by_forward = rules_by_forward()
     for path, module in model.named_modules():
         forward = binding.bound_forward(module)

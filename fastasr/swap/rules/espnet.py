@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for ESPnet: the MEGA decoder of its transducers (espnet2/asr_transducer/decoder).
 
-Instances stream as ESPnet's do, from a key and a value of zero: they have no attribute ``phantom_first_step``.
+Swapped instances have no attribute ``phantom_first_step``, so they stream as ESPnet does, from a key and a value of
+zero.
 """
 
 import torch
@@ -21,18 +22,18 @@ from fastasr.swap.rule import (
 
 _ESPNET = Known("espnet 202511")
 
-_SWISH = {"bb9057b4092aa516672c4ebc"}  # activation.py: calls what its constructor chose
+_SWISH = {"bb9057b4092aa516672c4ebc"}  # in activation.py; it calls the function that its constructor chose
 
 
 def _activation(module):
-    """A reason against the module's activation. Only Swish is looked into; any other is called."""
+    """Returns a reason against the module's activation, or None. Only Swish is checked; our forward calls any other."""
     if upstream_class(module.activation).__name__ != "Swish":
         return None
     return unread_code("activation", module.activation, own_forward, _SWISH)
 
 
 def _linear_shapes(module, shapes):
-    """A reason when a child that is a plain linear layer does not map ``shapes`` (name -> (in, out))."""
+    """Returns a reason if a child that is a plain linear layer does not have ``shapes`` (name -> (in, out))."""
     for name, (inputs, outputs) in shapes.items():
         linear = getattr(module, name)
         if type(linear) is torch.nn.Linear and tuple(linear.weight.shape) != (outputs, inputs):
@@ -90,7 +91,7 @@ def _mega_structure(module):
 
 
 def _bias(bias):
-    """A reason against the bias, which is read by offset."""
+    """Returns a reason against the bias, or None. Our forward reads the bias by offset."""
     for rule in (SIMPLE_BIAS, ROTARY_BIAS):
         if upstream_class(bias).__name__ == rule.class_name:
             reason = unread_code("rel_pos_bias", bias, own_forward, rule.known) or rule.structure(bias)

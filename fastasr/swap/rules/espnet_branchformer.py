@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for ESPnet's E-Branchformer encoder (espnet2/asr/encoder/e_branchformer_encoder.py).
 
-Its attention, feed-forward and cgMLP are the classes that ESPnet's Conformer and Branchformer are made of: they are
-recognised there as well.
+ESPnet's Conformer and Branchformer use the same classes for attention, feed-forward and cgMLP, so these rules recognise
+them there as well.
 """
 
 import torch
@@ -25,14 +25,15 @@ _LAYER_NORM = {"5405c51d4c0d397a26eb042d"}  # torch's, over the dimension ``dim`
 
 
 def _activation(name, activation):
-    """A reason against the activation. Only Swish is looked into; any other is torch's own, or called."""
+    """Returns a reason against the activation, or None. Only ESPnet's Swish is checked; any other activation is torch's
+    own or is called by our forward."""
     if upstream_class(activation).__name__ != "Swish":
         return None
     return unread_code(name, activation, own_forward, _SWISH)
 
 
 def _layer_norm(name, norm):
-    """A reason against the norm. Only a LayerNorm is looked into; any other is called."""
+    """Returns a reason against the norm, or None. Only a LayerNorm is checked; our forward calls any other norm."""
     if upstream_class(norm).__name__ != "LayerNorm" or type(norm) is torch.nn.LayerNorm:
         return None
     return unread_code(name, norm, own_forward, _LAYER_NORM)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why RETURNN's modules are not swapped. They are no ``torch.nn.Module``: RETURNN wraps each in one that holds its
-parameters, and calls the modules inside, on its own tensors, without ever calling the wrappers of the submodules."""
+"""Explains why RETURNN's modules are not swapped. They are not ``torch.nn.Module``s. RETURNN wraps each of them in one
+that holds the parameters, but calls the inner modules on its own tensors and never the wrappers of submodules."""
 
 from fastasr.swap.rule import upstream_class
 
@@ -11,7 +11,7 @@ _NEVER_CALLED = (
 
 
 def reason(module):
-    """A reason against RETURNN's wrapper of a module of its own, and None for any other module."""
+    """Returns a reason if the module is RETURNN's wrapper of its own module, else None."""
     if upstream_class(module).__name__ != "RFModuleAsPTModule":
         return None
     name = type(getattr(module, "_rf_module", None)).__name__
@@ -22,5 +22,5 @@ def reason(module):
 
 
 def is_module(value):
-    """Whether this is a module of RETURNN's, not wrapped."""
+    """Whether this is a module of RETURNN without the wrapper."""
     return any(cls.__module__.startswith("returnn.frontend") for cls in type(value).__mro__)

@@ -14,7 +14,7 @@ from fastasr.swap.rule import (
 )
 
 _TORCHAUDIO = Known("torchaudio 2.11.0")
-_HIDDEN = -1e4  # weights of what is hidden must be 0, since it is left out
+_HIDDEN = -1e4  # hidden keys are left out, so their weights must be 0
 
 _ATTENTION = {"ee6e05a72cb08b4553be1888"}  # _EmformerAttention: forward and infer
 
@@ -47,7 +47,7 @@ def _feed_forward_structure(module):
 
 
 def _hooks(module):
-    """A reason when a part whose parameters are used without calling it has hooks."""
+    """Returns a reason if a part has hooks and our forward reads its parameters without calling it, else None."""
     for name, part in module.named_modules():
         used = isinstance(part, torch.nn.Linear | torch.nn.LayerNorm | torch.nn.Sequential)
         if (used or part is module.attention) and (

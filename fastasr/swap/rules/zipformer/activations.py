@@ -10,7 +10,7 @@ from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE
 
 
 def swoosh_functions(module):
-    """icefall calls k2 by name; the package keeps its function, compiled or not, in ``func``."""
+    """Returns the functions to fingerprint. icefall calls k2 by name; the package keeps its function in ``func``."""
     return own_forward(module) + ([module.func] if hasattr(module, "func") else [])
 
 
@@ -53,8 +53,8 @@ def _name(function):
 
 
 def _scheduled_or_no_dropout(module):
-    """Before icefall's pull request 1770 the dropout rate also acted in eval mode, where schedules have a
-    default.
+    """Returns a reason if the dropout rate, a number or a schedule, is not 0 in eval mode: before icefall's pull
+    request 1770 it acted there too.
     """
     if getattr(module.dropout_p, "default", module.dropout_p) != 0:
         return "this version of the class applies dropout_p in eval mode too"

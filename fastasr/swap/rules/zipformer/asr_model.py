@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recogniser around the encoder: its transducer loss."""
+"""Rules for the recogniser around the encoder: its transducer loss."""
 
 import torch
 from torch.nn.utils import parametrize
@@ -15,8 +15,8 @@ _JOINERS = {
 
 
 def _asr_model_structure(module):
-    """The joiner's output layer must be a plain one that nobody watches: its logits are never made. Our
-    methods call everything else as upstream's do, so any class will do there.
+    """Returns a reason unless the joiner's output layer is a plain linear layer without hooks, because our loss does
+    not call it. Our methods call all other submodules as upstream's do, so these may have any class.
     """
     if not module.use_transducer:
         return "has no transducer"

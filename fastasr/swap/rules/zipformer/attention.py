@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention: the weights and what is done with them."""
+"""Rules for attention: its weights and the modules that use them."""
 
 import torch
 
@@ -63,8 +63,8 @@ _NONLIN_CHILDREN = ("in_proj", "balancer", "tanh", *_NONLIN_IDENTITIES, "out_pro
 
 
 def _nonlin_attention_structure(module):
-    """Our forward leaves out the hyperbolic tangent and the identities. It calls the rest as upstream's does, so any
-    class will do there.
+    """Our forward does not call the hyperbolic tangent and the identities. It calls the other submodules as upstream's
+    does, so these may have any class.
     """
     reason = check_parameters(module, {}) or check_child_names(module, _NONLIN_CHILDREN)
     if reason is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The convolution module, plain and chunk-causal."""
+"""Rules for the convolution module, plain and chunk-causal."""
 
 import torch
 
@@ -26,7 +26,7 @@ _CONVOLUTION_CHILDREN = {
     "whiten": "Whiten",
 }
 
-# ChunkCausalDepthwiseConv1d: fingerprint of forward and streaming_forward -> whose version it is
+# ChunkCausalDepthwiseConv1d: fingerprint of forward and streaming_forward -> origin of the version
 CHUNK_CAUSAL = {
     "5966ecc233800c72c950d9bb": BOTH.origin,
     "dd67efc8ef82285f83940ad6": "icefall's zipformer_lora",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The convolutional front end."""
+"""Rules for the convolutional front end."""
 
 import torch
 
@@ -70,9 +70,9 @@ _SCALE_GRAD = {"355a5d7cda322cd00a5a21ae"}  # zipformer 0.1.3, and icefall since
 
 
 def _conv2d_subsampling_structure(module):
-    """conv and convnext, which see other strides, must be upstream's through and through.
+    """conv and convnext get tensors with other strides than upstream's, so all of their code must be upstream's.
 
-    What follows them gets the same tensors as ever, so any class will do there (a wrapped projection).
+    The submodules after them get the same tensors as upstream's and may have any class (a wrapped projection).
     """
     allowed = {"conv": "Sequential", "convnext": "ConvNeXt"}
     for name in ("out", "out_whiten", "out_norm", "dropout"):

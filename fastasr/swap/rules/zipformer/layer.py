@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encoder layer and the small modules of its own: BiasNorm, the bypass."""
+"""Rules for the encoder layer and its small modules: BiasNorm and the bypass."""
 
 from dataclasses import replace
 

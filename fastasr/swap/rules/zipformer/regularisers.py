@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Balancer and Whiten, which act on gradients alone."""
+"""Rules for Balancer and Whiten, which act on gradients alone."""
 
 from fastasr.models import zipformer as models
 from fastasr.swap.rule import Known, Rule, check_children, check_parameters, is_rate
 from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE
 
-# Inference leaves the balancers out: these versions return their input when it needs no gradient.
+# Inference leaves the balancers out, because these versions return their input if it needs no gradient.
 BALANCERS = {
     "11eb10d0735c5e5c3fea5f1a": PACKAGE,
     "5b8544f975686064be524bb7": ICEFALL,  # since pull request 1974
@@ -40,13 +40,14 @@ def _whiten_structure(module):
 
 
 def _grad_scale_is_a_number(module):
-    """These versions multiply a tensor by it, which a schedule cannot do."""
+    """Returns a reason if grad_scale is a schedule: these versions multiply a tensor by it, which a schedule cannot
+    do."""
     if isinstance(module.grad_scale, (int, float)):
         return None
     return f"grad_scale is a {type(module.grad_scale).__name__}, which this version of the class cannot use"
 
 
-# The versions that our convolution module leaves out in inference.
+# The versions of Whiten that our convolution module leaves out in inference.
 WHITENS = {
     "59f435fe5116d207ed3b2a9d": PACKAGE,
     "2427f1994408e76d9e722891": ICEFALL,  # since pull request 1974

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the rules share: the versions of upstream's code that were read, and checks of their parts."""
+"""The known versions of upstream's code, which the rules share, and the functions of a streaming module."""
 
 from fastasr.swap.rule import Known, own_forward, upstream_class
 
@@ -7,7 +7,7 @@ PACKAGE = Known("zipformer 0.1.3")  # on PyPI
 ICEFALL = Known("icefall's zipformer")  # egs/*/*/zipformer
 BOTH = Known("zipformer 0.1.3 and icefall's zipformer")
 
-# The identities are left out, and inference leaves the second balancer and the whitening out.
+# Our convolution module does not call the identities, nor in inference the second balancer and the whitening.
 IDENTITIES = {
     "e87203451183b502ecc10090",  # zipformer 0.1.3, and icefall since pull request 1108
     "b84fe666b5dfd19e547474b5",  # icefall before it, and its zipformer_prompt_asr
