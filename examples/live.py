@@ -31,7 +31,7 @@ def parser():
 
 
 def made(options, streams):
-    """(recogniser, what reads recordings of its rate) of ``options``."""
+    """Returns (recogniser, a reader of recordings of its rate) of ``options``."""
     from fastasr.recipe import recogniser, sizes, speech
     from fastasr.recipe.transducers import Transducer
     from fastasr.streaming import EndpointRules, StreamingEncoder, StreamingRecogniser
@@ -77,7 +77,7 @@ def show(result, shown):
 
 
 def one(live, pieces):
-    """A single stream of ``pieces`` of samples."""
+    """Recognises a single stream of ``pieces`` of samples."""
     stream, shown = live.open(), None
     for samples in pieces:
         live.push(stream, samples)
@@ -88,7 +88,7 @@ def one(live, pieces):
 
 
 def paced(samples, rate, fast):
-    """Pieces of a recording, each when its last sample would have been spoken."""
+    """Yields pieces of a recording, each when its last sample would have been spoken."""
     began, size = time.perf_counter(), round(PIECE * rate)
     for first in range(0, len(samples), size):
         piece = samples[first : first + size]
@@ -98,7 +98,7 @@ def paced(samples, rate, fast):
 
 
 def raw_pcm(rate):
-    """Pieces of 16-bit little-endian PCM, one channel, from standard input."""
+    """Yields pieces of 16-bit little-endian PCM, one channel, from standard input."""
     import numpy
 
     while data := sys.stdin.buffer.read(2 * round(PIECE * rate)):
@@ -106,7 +106,7 @@ def raw_pcm(rate):
 
 
 def many(live, recordings, rate, fast):
-    """Every recording, {name: samples}, as a stream of its own, with a table of what is heard."""
+    """Recognises every recording, {name: samples}, as a stream of its own, with a live table of the text."""
     from rich.console import Console
     from rich.live import Live
     from rich.table import Table

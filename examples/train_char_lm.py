@@ -64,7 +64,9 @@ def sentences(text: Path | None, cache: Path) -> list[str]:
 
 
 def batches(lines: list[list[int]], size: int, seed: int):
-    """Endless batches of similar length, in a seeded order: (labels, targets), padded with BOUNDARY and -100."""
+    """Yields endless batches of similar length, in a seeded order: (labels, targets), padded with
+    BOUNDARY and -100.
+    """
     draw = random.Random(seed)
     order = sorted(range(len(lines)), key=lambda i: len(lines[i]))
     groups = [order[i : i + size] for i in range(0, len(order), size)]
@@ -104,7 +106,9 @@ def perplexity(model: CharacterModel, lines: list[list[int]]) -> float:
 
 
 def train(backend: str, options, training: list[list[int]], held_out: list[list[int]], vocabulary: int):
-    """One training run from ``options.seed``: the model, its losses and what it says of the held-out lines."""
+    """Trains once from ``options.seed``; returns the model, its losses and its result on the held-out
+    lines.
+    """
     torch.manual_seed(options.seed)
     longest = max(512, *(len(line) + 1 for line in training + held_out))
     model = CharacterModel(vocabulary, options.size, options.blocks, longest)
@@ -135,7 +139,7 @@ def train(backend: str, options, training: list[list[int]], held_out: list[list[
 
 @torch.no_grad()
 def continued(model: CharacterModel, prompt: list[int], length: int) -> list[int]:
-    """The most likely next characters, one decoder step each."""
+    """Returns the most likely next characters, one decoder step each."""
     model.eval()
     states, sequence = model.decoder.init_state(), [BOUNDARY, *prompt]
     for end in range(1, len(sequence) + 1):

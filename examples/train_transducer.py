@@ -80,7 +80,7 @@ def plot(arguments):
 
 @contextlib.contextmanager
 def progress_bar(steps, shown):
-    """A function of a log's row that moves the bar."""
+    """Returns a function of a log's row that moves the bar."""
     if not shown:
         yield lambda row: None
         return

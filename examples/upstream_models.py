@@ -18,7 +18,7 @@ RIGHT_CONTEXT = 4  # frames of features
 
 # --------------------------------------------------------------------------- torchaudio
 def torchaudio_rnnt():
-    """An RNN-T with an Emformer, ``emformer_rnnt_base`` in small."""
+    """Returns an RNN-T with an Emformer, a small ``emformer_rnnt_base``."""
     from torchaudio.models import emformer_rnnt_model
 
     return emformer_rnnt_model(
@@ -47,7 +47,7 @@ def torchaudio_rnnt():
 
 
 def torchaudio_batch():
-    """Features with their right context, lengths without it, labels, their lengths."""
+    """Returns features with their right context, lengths without it, labels, their lengths."""
     features = torch.randn(2, 100 + RIGHT_CONTEXT, 80)
     lengths = torch.tensor([100, 80], dtype=torch.int32)
     labels = torch.randint(1, 29, (2, 7), dtype=torch.int32)
@@ -63,7 +63,7 @@ def torchaudio_emformer():
 
 
 def torchaudio_frames():
-    """Frames with their right context, and lengths without it."""
+    """Returns frames with their right context, and lengths without it."""
     return torch.randn(2, 64 + 4, 64), torch.tensor([64, 50])
 
 
@@ -103,7 +103,7 @@ def frames():
 
 # --------------------------------------------------------------------------- RETURNN
 def returnn_e_branchformer():
-    """An encoder of RETURNN's, in a configuration of its own."""
+    """Returns an encoder of RETURNN's, in a configuration of its own."""
     import returnn.frontend as rf
     from returnn.frontend.encoder.conformer import ConformerEncoder
     from returnn.frontend.encoder.e_branchformer import EBranchformerLayer
@@ -118,7 +118,7 @@ def returnn_e_branchformer():
 
 
 def convert():
-    """Ours gives what RETURNN's gives, and its tensors are RETURNN's again after the way back."""
+    """Converts RETURNN's encoder to fastasr's, and its tensors back, and compares."""
     import returnn.frontend as rf
     from returnn.config import Config, global_config_ctx
     from returnn.tensor import Dim, Tensor

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"fastasr": "fastasr", "kernels": "fastasr.kernels", "benchmarks": "fastasr.benchmarks"}
-# From the lowest: a package imports itself and those before it. "fastasr" is the package's own file.
+# The layers start with the lowest: a package imports itself and those before it. "fastasr" is the package's own file.
 LAYERS = (
     *("kernels", "ops", "rnnt", "compat", "testing", "models", "export", "decoding", "swap", "fastasr"),
     *("audio", "streaming", "recipe", "benchmarks", "demo", "cli"),
@@ -17,7 +17,7 @@ LAYERS = (
 
 
 def modules():
-    """Module name -> its file."""
+    """Returns module name -> its file."""
     found = {}
     for folder, package in FOLDERS.items():
         for path in (ROOT / folder).rglob("*.py"):
@@ -30,7 +30,7 @@ MODULES = modules()
 
 
 def imported(path):
-    """Those of our modules that a file imports."""
+    """Returns those of fastasr's modules that a file imports."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)

@@ -28,7 +28,7 @@ def _row(suite, name, case, pass_, implementation, median, **more) -> Row:
 
 
 def rows() -> list[Row]:
-    """Two ops, a model with a stack, and dispatch."""
+    """Returns Two ops, a model with a stack, and dispatch."""
     limit = {"fraction_of_limit": 0.9, "limit": "copy 46.0 GB/s", "peak_bytes": 2**20, "load": 0.05}
     made = [
         _row("ops", "swoosh_l", "4x1600x512", pass_, name, median, **limit)
@@ -50,7 +50,7 @@ def rows() -> list[Row]:
 
 
 def lengths(op: str, found: tuple[int, ...]) -> list[Row]:
-    """Rows over the length, two implementations in two passes."""
+    """Returns rows over the length, two implementations in two passes."""
     return [
         _row("ops", op, f"length {n}", pass_, name, 0.01 * factor * n, peak_bytes=factor * n * 1024)
         for n in found

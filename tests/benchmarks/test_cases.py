@@ -27,7 +27,7 @@ QUICK = Settings.quick(compile=False, reps=2, sample_seconds=0.0)
 
 @contextlib.contextmanager
 def peer():
-    """Skips the test when what is measured beside fastasr is not installed."""
+    """Skips the test when the compared package is not installed."""
     try:
         yield
     except upstream.MissingUpstream as reason:
@@ -219,7 +219,7 @@ def test_the_predictor_of_the_emformer_transducer():
 
 
 def test_a_step_of_the_recipe():
-    """And the peak of one implementation, in its own process."""
+    """It also measures the peak of one implementation, in its own process."""
     pytest.importorskip("kaldialign", reason="the recipe needs the extra fastasr[recipe]")
     from fastasr.benchmarks.models import recipe_step
 

@@ -8,7 +8,7 @@ from fastasr.benchmarks.studies import long_audio
 
 
 def test_memory_grows_with_the_length(tmp_path, capsys):
-    """A tiny encoder: weights of time by time would make the longer one's memory grow sixteen times."""
+    """The encoder is tiny: time-by-time weights would make the longer one's memory grow sixteen times."""
     pytest.importorskip("matplotlib")
     table, picture = tmp_path / "rows.jsonl", tmp_path / "long.png"
     arguments = ["--size", "tiny", "--results", str(table), "--out", str(picture)]
@@ -19,7 +19,7 @@ def test_memory_grows_with_the_length(tmp_path, capsys):
     assert all(row.peak_bytes > 0 for row in found)
     assert long_audio.growth(found) < 1.5
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert long_audio.main([*arguments, "--minutes"]) == 0  # the picture again, from the rows
+    assert long_audio.main([*arguments, "--minutes"]) == 0  # draws the picture again, from the rows
     assert long_audio.main(["--results", str(tmp_path / "none"), "--out", str(picture), "--minutes"]) == 1
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is made of rows: text, plots, the HTML page, tables in Markdown."""
+"""Output made from rows: text, plots, the HTML page, tables in Markdown."""
 
 import dataclasses
 import re
@@ -25,7 +25,7 @@ def made():
 
 @pytest.fixture
 def readme(tmp_path):
-    """A page with markers."""
+    """Writes a page with markers."""
     path = tmp_path / "README.md"
     path.write_text(f"# title\n\n{markdown.START}\nold\n{markdown.END}\n\nafter\n")
     return path
@@ -130,7 +130,9 @@ def test_every_headline_is_a_committed_row():
 
 
 def test_curves_over_the_length(tmp_path):
-    """One picture per op with rows over the length, the newest of each; none without such rows."""
+    """There is one picture per op with rows over the length, from the newest rows, and none without such
+    rows.
+    """
     made = synthetic.lengths("ema_scan", (64, 1024, 256))
     found = curves.lengths([*made, *synthetic.rows()])
     assert list(found) == ["ema_scan"]

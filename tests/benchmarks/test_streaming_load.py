@@ -69,7 +69,7 @@ def test_the_largest_number(limit):
 
 @pytest.mark.parametrize(("attempts", "expected"), [(1, 1), (2, 4)])
 def test_a_pause_of_the_machine_is_tried_again(attempts, expected, monkeypatch):
-    """Every first attempt at two streams or more stands still; every later one is as fast as one stream."""
+    """The first attempt at two streams or more stalls each time; every later one is as fast as one stream."""
     seen = []
 
     def pace(served, count, *arguments):
@@ -110,7 +110,9 @@ def peers():
 
 
 def test_implementations_agree(peers):
-    """The same chunks by any streams, alone and together: the same outputs (onnxruntime's are projected)."""
+    """The same chunks give the same outputs in any streams, alone and together (onnxruntime's outputs are
+    projected).
+    """
     outputs = {}
     for name, served in peers.items():
         served.open(3)

@@ -8,7 +8,7 @@ not_callable = 3
 
 
 class Small(torch.nn.Module):
-    """A linear layer, BiasNorm and SwooshL: what a rule recognises."""
+    """A linear layer, BiasNorm and SwooshL, which rules recognise."""
 
     def __init__(self):
         super().__init__()

@@ -263,7 +263,7 @@ def test_swap_takes_inputs_by_name(run):
     ],
 )
 def test_swap_of_upstreams_models(run, monkeypatch, package, model, inputs, replaced):
-    """The commands of examples/upstream_models.py and of the page on swapping."""
+    """It runs the commands of examples/upstream_models.py and of the page on swapping."""
     pytest.importorskip(package, exc_type=ImportError)
     monkeypatch.syspath_prepend(str(HERE.parents[1] / "examples"))
     names = f"upstream_models:{model}", "--input", f"upstream_models:{inputs}"
@@ -291,7 +291,7 @@ def test_a_model_with_nothing_to_replace(run):
 
 
 def test_a_failing_verification_ends_with_one(run, monkeypatch):
-    """A kernel that is wrong is found, its module restored and named."""
+    """verify finds a wrong kernel, restores its module and names it."""
     right = ops.bias_norm
     monkeypatch.setattr(ops, "bias_norm", lambda *a, **k: right(*a, **k) * 1.01)
     result = run(*SMALL, "--no-time")

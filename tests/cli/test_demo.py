@@ -132,7 +132,7 @@ def fake_tools(folder: Path, apt: str, dpkg: str = "exit 0") -> None:
 
 
 def test_prompts_are_fetched_and_kept(tmp_path, monkeypatch):
-    """The way through apt-get and dpkg, with stand-ins for both."""
+    """It takes the path through apt-get and dpkg, with stand-ins for both."""
     cache, made = tmp_path / "cache", tmp_path / "made"
     write_wav(made / recordings.PROMPTS / "hello.wav", tone(8000, 1.5), 8000)
     write_wav(made / recordings.PROMPTS / "beep.wav", tone(8000, 1.5), 8000)

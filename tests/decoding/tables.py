@@ -8,7 +8,9 @@ import torch
 
 
 class TableTransducer:
-    """Logits = the frame's row + a row for the last token: what an ONNX transducer offers, without a network."""
+    """Logits are the frame's row plus a row for the last token: the interface of an ONNX transducer,
+    without a network.
+    """
 
     context_size = 1
     blank_id = 0
@@ -25,7 +27,7 @@ class TableTransducer:
 
 
 def transducer_probabilities(model, frames):
-    """Tokens -> log-probability, over all choices of a token or blank per frame."""
+    """Returns tokens -> log-probability, over all choices of a token or blank per frame."""
     found = {}
     vocabulary = frames.shape[1]
     for path in itertools.product(range(vocabulary), repeat=frames.shape[0]):
@@ -40,7 +42,7 @@ def transducer_probabilities(model, frames):
 
 
 def ctc_probabilities(log_probs):
-    """Tokens -> log-probability, over all paths."""
+    """Returns tokens -> log-probability, over all paths."""
     found = {}
     for path in itertools.product(range(log_probs.shape[1]), repeat=log_probs.shape[0]):
         tokens = tuple(token for token, _ in itertools.groupby(path) if token != 0)

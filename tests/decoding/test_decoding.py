@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Searches against brute force on tiny lattices, against themselves chunk by chunk, and what they refuse."""
+"""Searches against brute force on tiny lattices and against themselves chunk by chunk, and the calls that
+they refuse.
+"""
 
 import pytest
 import tables
@@ -32,7 +34,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def model():
-    """With random weights that speak: tokens are about as likely as blank."""
+    """Returns a model whose random weights make tokens about as likely as blank."""
     torch.manual_seed(0)
     made = zipformer.AsrModel(**CONFIG).eval()
     with torch.no_grad():
@@ -121,7 +123,7 @@ def test_ctc_greedy_search_by_hand():
 @pytest.mark.parametrize("name", _searches(tables.TableTransducer()))
 @pytest.mark.parametrize("step", [1, 4])
 def test_chunks_give_what_the_whole_gives(model, encoder_out, name, step):
-    """Also across "a blank a" and "a a" at the boundaries, and with streams that end."""
+    """This holds across "a blank a" and "a a" at the boundaries, and with streams that end."""
     search, x = _searches(model)[name], _input(name, model, encoder_out)
     lengths = torch.tensor(LENGTHS)
     whole = search.result(search.advance(search.start(len(LENGTHS)), x, lengths))

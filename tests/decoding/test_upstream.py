@@ -32,7 +32,7 @@ def test_greedy_search_with_several_tokens_per_frame(search, model, encoder_out)
             model, encoder_out[:1], torch.tensor(LENGTHS[:1]), max_sym_per_frame=3, return_timestamps=True
         )
     found = decoding.greedy_search(model, encoder_out[:1], max_sym_per_frame=3)
-    # upstream begins with blanks instead of nothing in its list of tokens, and from nothing in the network
+    # upstream begins its list of tokens with blanks instead of nothing, and the network's context with nothing
     assert found.tokens == expected.hyps
     assert found.timestamps == expected.timestamps
 
@@ -50,7 +50,7 @@ def test_modified_beam_search(search, model, encoder_out, options):  # noqa: F81
 
 
 def test_streaming_searches(search, model, encoder_out):  # noqa: F811
-    """Upstream's streams are given our first context: its own has blanks where ours has nothing."""
+    """Upstream's streams get fastasr's first context: their own has blanks where fastasr's has nothing."""
     from zipformer.decode.stream import Hypothesis, HypothesisList
 
     with torch.inference_mode():
@@ -89,7 +89,7 @@ def test_onnx_models_say_what_pytorch_says(model, tmp_path):  # noqa: F811
 
     model = copy.deepcopy(model)
     with torch.no_grad():
-        model.ctc_output[1].bias[0] -= 20  # blank, which hears only blanks in noise
+        model.ctc_output[1].bias[0] -= 20  # blank, which is all that the model predicts in noise
     files = export_onnx(model, tmp_path)
     transducer = zipformer.OnnxStreamingTransducerModel(files["encoder"], files["decoder"], files["joiner"])
     x = torch.randn(2, 16 * 6 + 13, 80)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documentation points to exists, and its tables say what the committed rows say."""
+"""Links in the documentation lead somewhere, and its tables agree with the committed rows."""
 
 import re
 import subprocess
@@ -34,7 +34,7 @@ def test_named_files_exist(page):
     for name in re.findall(
         r"`((?:fastasr|csrc|kernels|benchmarks|tests|scripts|docs|examples)/[\w./]+\.\w+)`", text
     ):
-        if Path(name).stem != "scaled_sine":  # the op that CONTRIBUTING invents
+        if Path(name).stem != "scaled_sine":  # CONTRIBUTING invents this op
             assert (ROOT / name).exists(), name
 
 
@@ -77,7 +77,9 @@ def test_the_readme_names_the_architectures_that_kernels_are_compiled_for():
 
 
 def test_the_readme_shows_lines_of_the_report_of_its_example():
-    """Module, class, kernels, status and reason of the lines in the README, which shortens cells by "…"."""
+    """The README's lines have the report's module, class, kernels, status and reason; it shortens cells
+    by "…".
+    """
     zipformer = pytest.importorskip("zipformer.modules.zipformer", exc_type=ImportError)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = re.search(r"```\n(module .*?)\n```", text, re.DOTALL)[1].split("\n")[1:-1]

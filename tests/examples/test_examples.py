@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every example runs, outside the repository's folder, and says what it says it does."""
+"""Every example runs, outside the repository's folder, and does what it announces."""
 
 import json
 import re
@@ -40,7 +40,9 @@ def test_accelerate_zipformer(tmp_path):
 
 
 def test_train_char_lm(tmp_path):
-    """Learns a text of two repeated sentences, to the same perplexity in eager and fused, and continues one."""
+    """The example learns a text of two repeated sentences, to the same perplexity in eager and fused, and continues
+    one.
+    """
     text = tmp_path / "text.txt"
     text.write_text("all agents are busy\nplease call back later\n" * 40)
     arguments = ("--text", str(text), "--steps", "60", "--batch", "8", "--size", "32", "--blocks", "1")
@@ -59,7 +61,9 @@ def test_train_char_lm(tmp_path):
 
 
 def test_train_transducer_and_transcribe(tmp_path):
-    """Killed and started again it has the losses of a run without a break; what it wrote reads a recording."""
+    """A run that is killed and started again has the losses of a run without a break; its result reads a
+    recording.
+    """
     for name in ("kaldi_native_fbank", "kaldialign", "onnxruntime", "matplotlib"):
         pytest.importorskip(name, reason="the recipe needs the extras fastasr[recipe] and fastasr[export]")
     sys.path.insert(0, str(EXAMPLES.parent / "tests" / "recipe"))
@@ -125,7 +129,9 @@ def test_train_transducer_and_transcribe(tmp_path):
 
 
 def _live(folder, speech, wav):
-    """The run of ``whole`` through the streaming engine: the final text of a wav, of its samples, and in a folder."""
+    """Runs ``whole`` through the streaming engine and returns the final text of a wav, of its samples,
+    and in a folder.
+    """
     final = run("live.py", folder, wav, "--model", "whole", "--fast").splitlines()[-1]
     assert re.match(r"\[ +0\.00 - +[\d.]+\] ", final)
     with wave.open(wav) as opened:
@@ -168,7 +174,7 @@ def test_every_example_is_tested():
 
 
 def test_upstream_models_convert_from_returnn(capsys):
-    """In this process, as RETURNN takes long to import; the other models are in tests/cli."""
+    """The test stays in this process, as RETURNN takes long to import; the other models are in tests/cli."""
     pytest.importorskip("returnn.frontend.encoder.e_branchformer")
     runpy.run_path(str(EXAMPLES / "upstream_models.py"), run_name="__main__")
     printed = capsys.readouterr().out

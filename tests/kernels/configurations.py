@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of every Triton kernel that the launchers use at model shapes: kernel, constants, types, warps.
 
-A file of kernels has a function of its name here, with an underscore in front.
+Each file of kernels has a function of its name here, with an underscore in front.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ ARCHITECTURES = (80, 90)
 class Configuration:
     """A kernel with everything that selects its code.
 
-    ``types``: element types of the pointers (other arguments are i32). ``divisible``: integers that Triton
-    knows to be multiples of 16. ``floats``: numbers that are fp32. ``stages``: of the pipeline of loads.
-    ``most_registers``: that a launcher allows each thread.
+    ``types`` are the element types of the pointers (other arguments are i32). ``divisible`` names the integers that
+    Triton knows to be multiples of 16, ``floats`` the numbers that are fp32. ``stages`` belongs to the pipeline of
+    loads. ``most_registers`` is what a launcher allows each thread.
     """
 
     name: str
@@ -35,13 +35,14 @@ class Configuration:
 
 
 def kernel_files() -> list[str]:
-    """The kernels' files, without those of what several kernels share."""
+    """Returns the kernels' files, without those that several kernels share."""
     return sorted(path.stem for path in KERNELS.glob("[!_]*.py"))
 
 
 def configurations() -> list[Configuration]:
-    """What the launchers use at model shapes: every kernel, mask kind, tile shape and element type. Each file of
-    kernels has a function of its name here."""
+    """Returns what the launchers use at model shapes: every kernel, mask kind, tile shape and element
+    type.
+    """
     missing = [name for name in kernel_files() if f"_{name}" not in globals()]
     if missing:
         raise LookupError(f"{__file__}: write _{missing[0]}(), the configurations of kernels/{missing[0]}.py")
@@ -619,7 +620,7 @@ def _rel_attention():
         )
 
     for name in ("forward", "statistics", "queries", "keys"):
-        for only in ARCHITECTURES if name == "forward" else (0,):  # whose tiles depend on the generation
+        for only in ARCHITECTURES if name == "forward" else (0,):  # its tiles depend on the generation
             yield configuration(name, "padding", "bf16", only=only)
         yield configuration(name, "padding, mask", "bf16")
         yield configuration(name, "padding, mask", "fp32")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA launchers, compiled over the emulation of csrc/tests and called through ctypes on CPU tensors: a backend
-that computes on the CPU what the GPU would, operation by operation."""
+"""The CUDA launchers, compiled over the emulation of csrc/tests and called through ctypes on CPU tensors: this backend
+computes on the CPU what the GPU would, operation by operation.
+"""
 
 import ctypes
 import shutil
@@ -57,7 +58,7 @@ def compiler() -> str | None:
 def build(folder: Path) -> ctypes.CDLL:
     target = folder / "libcuda_emulated.so"
     capability = torch.backends.cpu.get_cpu_capability()
-    # fused multiply-add, where the machine has it: nvcc contracts in the same way
+    # fused multiply-add, if the machine has it: nvcc contracts in the same way
     fused = ["-mfma", "-ffp-contract=fast"] if capability.startswith("AVX") else []
     command = [compiler(), "-std=c++20", "-O2", *fused, "-w", "-shared", "-fPIC", f"-I{CSRC}"]
     subprocess.run([*command, str(CSRC / "tests" / "cuda_emulated.cpp"), "-o", str(target)], check=True)
@@ -132,7 +133,7 @@ def _backward(
 
 @contextmanager
 def serving(library: ctypes.CDLL, op: str):
-    """Inside, the op's only kernels are the emulated ones, on CPU tensors."""
+    """Makes the emulated kernels, on CPU tensors, the op's only ones inside the ``with`` block."""
     family = _dispatch.FAMILIES[op]
     kernels = _dispatch.Kernels("cuda", partial(_forward, library, op), partial(_backward, library, op))
     emulated = _dispatch.Implementation("cuda", ("cpu",), _dispatch.FLOATING, str, lambda: kernels)

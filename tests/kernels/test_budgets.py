@@ -39,7 +39,7 @@ def budgets(measured) -> dict:
 
 
 def _over(values: dict, budget: dict) -> list[str]:
-    """The measures that break the budget."""
+    """Returns the measures that break the budget."""
     over = [key for key in MOST if values[key] > budget[key]]
     if values["wide"] < budget["wide"]:
         over.append("wide")
@@ -49,7 +49,7 @@ def _over(values: dict, budget: dict) -> list[str]:
 
 
 def _table(rows: list[tuple[str, dict, dict]]) -> str:
-    """Measured and budgeted values side by side, offenders marked."""
+    """Returns measured and budgeted values side by side, offenders marked."""
     lines = []
     for name, values, budget in rows:
         over = _over(values, budget)
@@ -64,9 +64,9 @@ def test_no_configuration_spills(measured):
 
 
 def test_activations_move_in_128_bits(measured):
-    """At sizes that allow it (those with one column or tail elements do not). The joiner's scores and rel_attention's
-    statistics read by asynchronous copies alone, which are not counted, and write one number per row. Rows of a lattice
-    are T + 1 long and start where a boundary says."""
+    """This holds at sizes that allow it (those with one column or tail elements do not). The joiner's scores and
+    rel_attention's statistics read by asynchronous copies alone, which are not counted, and write one number per row.
+    Rows of a lattice are T + 1 long and start where a boundary says."""
     others = "one column", "C=1,", "parts, 16", "odd sizes", "joiner scores", "statistics", "lattice"
     for name, values in measured["measured"].items():
         if not any(word in name for word in others):

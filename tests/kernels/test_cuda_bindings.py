@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the CUDA side of the library says without a GPU: it loads, why it serves nothing, and what it refuses.
+"""The CUDA side of the library without a GPU: it loads, says why it serves nothing, and refuses wrong arguments.
 
 The arguments are checked before anything touches a device, so the CUDA implementation is called here on CPU tensors.
 """

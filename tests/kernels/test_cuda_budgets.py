@@ -35,7 +35,7 @@ def _cuobjdump() -> str | None:
 
 
 def _readable(mangled: str) -> str:
-    """``scan_tiles<complex float, adjoint>`` of the mangled name of a kernel in fastasr::cuda."""
+    """Returns ``scan_tiles<complex float, adjoint>`` for the mangled name of a kernel in fastasr::cuda."""
     name = re.match(r"_ZN7fastasr4cuda(\d+)(.*)", mangled)
     if name is None:
         return mangled
@@ -52,7 +52,7 @@ def _readable(mangled: str) -> str:
 
 
 def measure() -> dict[str, dict[str, int]]:
-    """{"kernel, architecture": {registers, stack, shared}}."""
+    """Returns {"kernel, architecture": {registers, stack, shared}}."""
     dump = subprocess.run(
         [_cuobjdump(), "--dump-resource-usage", _dispatch.native_library().__file__],
         capture_output=True,

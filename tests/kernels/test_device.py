@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only hardware can show: offsets beyond 32 bits, graph capture, streams, no host synchronisation."""
+"""Behaviour that only hardware can show: offsets beyond 32 bits, graph capture, streams, no host
+synchronisation.
+"""
 
 from functools import partial
 
@@ -16,7 +18,7 @@ pytestmark = [
 
 
 def _calls(dtype=torch.float32):
-    """(name, function, tensors) for every op with a GPU kernel."""
+    """Yields (name, function, tensors) for every op with a GPU kernel."""
     make = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype)  # noqa: E731
     x, other, bias = make(60, 4, 192), make(60, 4, 192), make(192)
     return [
@@ -213,7 +215,7 @@ def test_ema_scan_offsets_beyond_32_bits():
 @pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
 @pytest.mark.parametrize("shape", [(2048, 4, 512), (2048, 16, 512), (2**17, 1, 40)])
 def test_ema_scan_in_one_segment_and_in_several(shape, direction, layout):
-    """Values and gradients of both ways to cut the work, repeatable to the bit."""
+    """Both ways to cut the work give values and gradients that repeat to the bit."""
     channels = shape[2]
     rows = channels * (2 if direction == "bidirectional" else 1)
     torch.manual_seed(0)
@@ -238,7 +240,9 @@ def test_ema_scan_in_one_segment_and_in_several(shape, direction, layout):
 
 
 def test_ragged_lengths_reuse_the_compiled_kernels():
-    """A new length compiles nothing: at most a handful of variants per kernel, whatever the lengths."""
+    """A new length compiles nothing: there are at most a handful of variants per kernel, whatever the
+    lengths.
+    """
     from fastasr.kernels import bias_norm, bypass, swoosh
 
     kernels = (swoosh.forward_flat, bias_norm.forward_kernel, bypass.forward_kernel)

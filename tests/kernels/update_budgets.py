@@ -38,7 +38,7 @@ MEASURES = ("registers", "spills", "shared", "wide", "narrow", "instructions")
 
 
 def compiled(configuration: Configuration, architecture: int):
-    """The kernel, compiled for ``sm_<architecture>``, every pointer aligned to 16 bytes."""
+    """Compiles the kernel for ``sm_<architecture>`` with every pointer aligned to 16 bytes."""
     names = configuration.kernel.arg_names
     signature = {
         name: "constexpr"
@@ -72,10 +72,9 @@ def _resource_usage(cubin: bytes) -> str:
 
 
 def _instructions(cubin: bytes) -> int:
-    """Instructions in the ELF file's .text sections: 16 bytes each, opcode in the low 12 bits, padding left
-    out.
+    """Counts instructions in the ELF file's .text sections: 16 bytes each, opcode in the low 12 bits, padding left out.
 
-    As cuobjdump -sass lists them, which takes a second per kernel.
+    The count is that of cuobjdump -sass, which takes a second per kernel.
     """
     table, size, count, names = struct.unpack_from("<Q10xHHH", cubin, 0x28)
     sections = [struct.unpack_from("<II8x8xQQ", cubin, table + size * i) for i in range(count)]
@@ -115,7 +114,7 @@ def triton_series() -> str:
 
 
 def compilations() -> dict[str, tuple[Configuration, int]]:
-    """(configuration, architecture) by "name, sm_NN"."""
+    """Returns (configuration, architecture) by "name, sm_NN"."""
     return {
         f"{configuration.name}, sm_{architecture}": (configuration, architecture)
         for configuration in configurations()
@@ -124,7 +123,7 @@ def compilations() -> dict[str, tuple[Configuration, int]]:
 
 
 def measure_all(only: Sequence[int] = ARCHITECTURES, op: str | None = None) -> dict[str, dict[str, int]]:
-    """Measures by "name, sm_NN", of one op's kernels or of all."""
+    """Measures one op's kernels or all, and returns the measures by "name, sm_NN"."""
     return {
         name: measure(configuration, architecture)
         for name, (configuration, architecture) in compilations().items()
@@ -133,8 +132,9 @@ def measure_all(only: Sequence[int] = ARCHITECTURES, op: str | None = None) -> d
 
 
 def write(measured: dict[str, dict[str, int]]) -> None:
-    """Puts the measures into this Triton's section of budgets.toml, which loses the rows of configurations that are no
-    more; the head of the file and other sections stay."""
+    """Puts the measures into this Triton's section of budgets.toml, and drops the rows of configurations that no longer
+    exist; the head of the file and other sections stay.
+    """
     series = f"triton {triton_series()}"
     section = f'["{series}"]'
     known = tomllib.loads(BUDGETS.read_text()).get(series, {}) | measured

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small MEGA decoders with parameters that matter, and comparisons of what a step gives."""
+"""Small MEGA decoders whose parameters all matter, and comparisons of the results of a step."""
 
 import copy
 
@@ -21,7 +21,9 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def randomised(decoder):
-    """Biases and norms that matter, and no row of zeros in the embedding: ESPnet's start is ill-conditioned."""
+    """Randomises biases and norms, and leaves no row of zeros in the embedding: ESPnet's initial values are
+    ill-conditioned.
+    """
     for name, parameter in decoder.named_parameters():
         if "normalization.weight" in name or "final_norm.weight" in name:
             parameter.uniform_(0.5, 1.5)
@@ -43,7 +45,7 @@ def espnet(**options):
 
 
 def swapped(upstream):
-    """A copy whose blocks run our forward, as after fastasr.accelerate."""
+    """Returns a copy whose blocks run fastasr's forward, as after fastasr.accelerate."""
     decoder = copy.deepcopy(upstream)
     for mega, feed_forward in decoder.mega_blocks:
         binding.bind(mega, MEGA.forward)
@@ -56,7 +58,7 @@ def labels_of(batch=1):
 
 
 def block_by_block(decoder, labels, states):
-    """The path that ``step`` stands in for."""
+    """Runs the path that ``step`` replaces."""
     decoder.packed_decoding = False
     try:
         return decoder.inference(labels, states)
@@ -118,7 +120,7 @@ def _there_and_back(decoder):
     decoder.float()
 
 
-# Everything that changes what a decoder computes
+# arguments that change what a decoder computes
 CHANGES = {
     "load_state_dict": lambda decoder: decoder.load_state_dict(ours().state_dict()),
     "assign": lambda decoder: decoder.load_state_dict(ours().state_dict(), assign=True),

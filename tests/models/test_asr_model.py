@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognisers without upstream's package: what they refuse, time warping, consistency-regularised CTC."""
+"""Recognisers without upstream's package: the calls they refuse, time warping, consistency-regularised
+CTC.
+"""
 
 import types
 
@@ -111,7 +113,7 @@ def test_time_warp():
 
 
 def test_consistency_of_two_masked_copies(model):
-    """With equal copies, in eval mode, the consistency loss is 0; with masks of their own it is not."""
+    """With equal copies, in eval mode, the consistency loss is 0; with two different masks it is not."""
     model.eval()
     x, lengths, y = torch.randn(2, 60, 20), torch.tensor([60, 50]), [[1, 2], [3]]
     tokens = [list(t) for t in y]

@@ -19,7 +19,7 @@ class Calls(TorchDispatchMode):
 
 
 def _stream(memory: int, batch: int, device: str = "cpu"):
-    """An encoder, a chunk, and the states after a chunk."""
+    """Returns an encoder, a chunk, and the states after a chunk."""
     torch.manual_seed(0)
     encoder = Emformer(
         32, 2, 48, 2, 4, left_context_length=6, right_context_length=2, max_memory_size=memory

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A segment through a layer in one native call: what the operations give, and only where it may be taken."""
+"""A segment through a layer in one native call: it gives what the operations give, and runs only where it
+may.
+"""
 
 import copy
 
@@ -32,7 +34,7 @@ def _layer(dim=24, heads=3, ffn=70, **options):
 
 
 def _segment(layer, streams=2, right=2, past=9, lengths=None):
-    """Arguments of the step: the utterance lies batch first, as the encoder has it."""
+    """Returns the arguments of the step: the utterance lies batch first, as the encoder has it."""
     dim, frames, memory = layer.input_dim, layer.segment_length, layer.max_memory_size
     x = torch.randn(streams, frames + right, dim).transpose(0, 1)
     rows = memory, layer.left_context_length, layer.left_context_length
@@ -71,7 +73,7 @@ def _assert_close(got, expected):
 
 
 def _served(layer, segment):
-    """What the native call gives; it has to serve."""
+    """Returns the native call's result and requires that it serves."""
     out = _step(layer, segment)
     assert out is not None, packed_step.why_not(layer)
     return out
@@ -81,7 +83,7 @@ def _served(layer, segment):
 @pytest.mark.parametrize("options", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize(("dim", "heads", "streams", "right"), [(24, 3, 2, 2), (66, 2, 1, 0), (64, 1, 3, 1)])
 def test_a_segment(options, dim, heads, streams, right):
-    """From the first segment to full contexts, all frames and fewer."""
+    """Segments range from the first one to full contexts, with all frames and with fewer."""
     layer = _layer(dim, heads, **options)
     exact = copy.deepcopy(layer).double()
     short = [layer.segment_length - 1 - i % 2 for i in range(streams)]
@@ -187,7 +189,7 @@ def test_a_submodule_that_computes_something_else_is_called():
 
 @torch.no_grad()
 def test_a_stream_through_swapped_layers():
-    """torchaudio's layers, swapped, take the same path and give the same bits as ours."""
+    """torchaudio's layers, swapped, take the same path and give the same bits as fastasr's."""
     upstream = pytest.importorskip("torchaudio.models.emformer")
     options = {
         "left_context_length": 5,

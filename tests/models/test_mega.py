@@ -14,7 +14,7 @@ from fastasr.models.mega.positional_bias import relative
 
 
 def decoder(seed=0, **arguments):
-    """Tiny, in eval mode, with parameters far from their initial values."""
+    """Returns a tiny decoder in eval mode, with parameters far from their initial values."""
     torch.manual_seed(seed)
     sizes = {"block_size": 16, "linear_size": 24, "qk_size": 8, "v_size": 20, "num_heads": 2}
     model = mega.MEGADecoder(12, **{**sizes, "num_blocks": 2, "max_positions": 24, **arguments})
@@ -30,7 +30,7 @@ def sequence(length, seed=1):
 
 
 def scored(model, labels):
-    """Step by step outputs, (L, D)."""
+    """Returns step by step outputs, (L, D)."""
     states, outs = model.init_state(), []
     for t in range(len(labels)):
         out, states = model.score(labels[: t + 1], states)
@@ -99,7 +99,7 @@ def test_shorter_states_of_a_batch_stay_what_they_are():
 
 
 def test_the_longest_leaves_its_chunk():
-    """Then no state is longer than what is left, and the lengths go when they are equal."""
+    """After that no state is longer than the longest remaining one."""
     model = decoder(chunk_size=3)
     with torch.no_grad():
         two = model.inference(torch.tensor([[0, 3]]), model.init_state(1))[1]
@@ -140,7 +140,7 @@ def test_batch_score_takes_any_hypothesis():
 
 # --------------------------------------------------------------------------- caches
 def counting(model):
-    """The labels on which ``inference`` is called from now on."""
+    """Records the labels on which ``inference`` is called from now on."""
     calls, inference = [], model.inference
 
     def counted(labels, states):
@@ -404,7 +404,7 @@ def test_autocast():
 
 @pytest.mark.parametrize("bias", ["simple", "rotary"])
 def test_compile(bias):
-    """A block without a graph break."""
+    """A block compiles without a graph break."""
     block, _ = decoder(rel_pos_bias_type=bias, num_blocks=1).mega_blocks[0]
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")

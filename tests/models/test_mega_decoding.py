@@ -81,7 +81,7 @@ def test_streaming_is_the_whole_sequence(batch, options):
 @pytest.mark.parametrize("phantom", [False, True])
 @pytest.mark.parametrize("options", KINDS, ids=KIND_IDS)
 def test_a_random_search(options, phantom):
-    """Hypotheses of different lengths, selected, dropped, joined and continued in any order."""
+    """Hypotheses of different lengths are selected, dropped, joined and continued in any order."""
     decoder = ours(phantom, **options)
     hypotheses = [([1], decoding.unbatched(decoder.init_state()))]
     for _ in range(60):

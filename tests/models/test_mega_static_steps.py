@@ -31,7 +31,7 @@ def _no_gradients():
 # --------------------------------------------------------------------------- buffers of fixed size
 @pytest.fixture
 def static(monkeypatch):
-    """The path of CUDA devices on CPU: all of it but the capture, in whose place the step runs in eager."""
+    """Runs the path of CUDA devices on CPU, except for the capture, in whose place the step runs in eager."""
     captured = []
     monkeypatch.setattr(decoding, "_serves_natively", lambda decoder: False)
     monkeypatch.setattr(StaticStep, "capture", lambda self: captured.append(self) or self)

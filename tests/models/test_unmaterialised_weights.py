@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention weights that are not in memory: the handle against the tensor, in upstream's consumers, in a layer."""
+"""Attention weights that are not in memory: the handle against the tensor, in upstream's consumers and in
+a layer.
+"""
 
 import copy
 import itertools
@@ -75,7 +77,9 @@ def test_everything_else_materialises():
 
 @pytest.mark.parametrize("rows", [1, 5, 100])
 def test_constant_attention(monkeypatch, rows):
-    """Ours, in blocks of rows; and upstream's own operations on the handle."""
+    """It compares fastasr's constant attention, in blocks of rows, and upstream's own operations on the
+    handle.
+    """
     monkeypatch.setattr(score_blocks, "BLOCK_ELEMENTS", rows * BATCH * FRAMES)
     weights, tensor = handle()[0:1], handle().materialised()[0:1]
     equal, expected = layer_module._constant(weights), layer_module._constant(tensor)
@@ -92,14 +96,16 @@ def test_constant_attention(monkeypatch, rows):
 
 
 def gradients(weights, use):
-    """Of projection and positions, through ``use`` of the weights."""
+    """Returns the gradients of projection and positions, through ``use`` of the weights."""
     inputs = [t for t in (weights.projected, weights.positions) if t is not None]
     return torch.autograd.grad(use(weights), inputs, allow_unused=True)
 
 
 @pytest.mark.parametrize("case", ["plain", "masked", "nothing to see", "no positions", "one frame", "chunks"])
 def test_gradients_of_every_consumer(case):
-    """Three consumers with gradients of their own, one of them of the first head; and a torch function."""
+    """Three consumers have gradients of their own, one of them of the first head; a torch function is the
+    fourth.
+    """
     frames = 1 if case == "one frame" else FRAMES
     masks = {}
     if case == "masked":
@@ -167,7 +173,7 @@ def test_upstreams_consumers_take_it():
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of a tensor that an operation returns."""
+    """Records the most elements of a tensor that an operation returns."""
 
     elements = 0
 
@@ -216,8 +222,10 @@ def small_layer(dtype=torch.float32, **changed):
 
 
 def training_step(layer, x, pos_emb, seed):
-    """Output, gradients of the input and every parameter, largest tensor, and the next draws of both generators."""
-    layer = copy.deepcopy(layer)  # whitening remembers
+    """Returns output, gradients of the input and every parameter, largest tensor, and the next draws of both
+    generators.
+    """
+    layer = copy.deepcopy(layer)  # whitening keeps state
     random.seed(seed)
     torch.manual_seed(seed)
     x = x.clone().requires_grad_()
@@ -231,7 +239,7 @@ def training_step(layer, x, pos_emb, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_layer_in_training(monkeypatch, dtype):
-    """With the same seed, the same step: constant attention, skipped positions and penalized scores among them."""
+    """The same seed gives the same step, with constant attention, skipped positions and penalised scores."""
     monkeypatch.setattr(score_blocks, "BLOCK_ELEMENTS", 5000)
     frames, batch = 120, 2
     layer = small_layer(dtype, const_attention_rate=0.5).train()
@@ -290,7 +298,7 @@ def test_autocast(monkeypatch):
 
 
 def test_a_swapped_layer(monkeypatch):
-    """Upstream's layer, all of whose attention runs our code, in inference and with gradients."""
+    """All attention of upstream's layer runs fastasr's code, in inference and with gradients."""
     zipformer = pytest.importorskip("zipformer.modules.zipformer")
     torch.manual_seed(0)
     layer = zipformer.ZipformerEncoderLayer(
@@ -340,7 +348,9 @@ def test_padding_changes_nothing():
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("left", [[16], [-1]])
 def test_chunk_sizes_are_the_mask(monkeypatch, training, left):
-    """The encoder with chunk sizes down to the attention, and with masks; without any tensor of time by time."""
+    """The encoder passes chunk sizes down to the attention, and agrees with masks; it makes no tensor of
+    time by time.
+    """
     torch.manual_seed(0)
     frames, batch = 203, 2
     encoder = models.Zipformer(

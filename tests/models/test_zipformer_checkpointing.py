@@ -16,14 +16,17 @@ T, B, C, POS = 20, 2, 16, 8
 def layer():
     torch.manual_seed(0)
     module = ZipformerEncoderLayer(C, POS, 2, 4, 4, 4, 24, cnn_module_kernel=7).train()
-    for part in module.modules():  # a batch early in the schedules: much is skipped, and much regularised
+    # a batch early in the schedules: many layers are skipped, and regularisers act often
+    for part in module.modules():
         if hasattr(part, "batch_count"):
             part.batch_count = 100.0
     return module
 
 
 def _step(layer, forward, seed):
-    """Gradients of the input and of every parameter, what the regularisers learned, the next random numbers."""
+    """Returns gradients of the input and of every parameter, what the regularisers learned, and the next random
+    numbers.
+    """
     for part in layer.modules():
         if isinstance(part, Whiten):
             part.prob = part.max_prob
@@ -72,7 +75,9 @@ def test_checkpoints_inside_checkpoints(layer):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_share_that_changes_between_forward_and_recomputation(reentrant):
-    """Of two calls of one Whiten, the backward pass of the second lowers the share that the first was drawn with."""
+    """When one Whiten is called twice, the backward pass of the second call lowers the share that the first was drawn
+    with.
+    """
     whiten = Whiten(num_groups=1, whitening_limit=50.0, prob=(1e-9, 1.0), grad_scale=0.1).train()
     balancer = Balancer(C, channel_dim=-1, prob=1.0)
     seen = []

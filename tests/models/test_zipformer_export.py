@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX files of our recognisers, and of upstream's inside eager_mode, in onnxruntime against PyTorch."""
+"""ONNX files of fastasr's recognisers, and of upstream's inside eager_mode, in onnxruntime against
+PyTorch.
+"""
 
 import functools
 import random
@@ -63,7 +65,7 @@ def _exported(model, origin, folder):
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """exports(origin, config) -> (model, files), made once."""
+    """Returns exports(origin, config) -> (model, files), made once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("K2_ONNX_EXPORT", "1")  # upstream's Swoosh without torch.compile
 
@@ -99,7 +101,7 @@ def _close(actual, expected):
 @BOTH
 @pytest.mark.parametrize("lengths", [(100, 80), (61, 50, 40), (9,), (150, 33, 12, 150), (24,)], ids=str)
 def test_whole_utterances(whole, lengths):
-    """Batches and lengths other than those that were traced, frames that no downsampling factor divides."""
+    """Batches and lengths differ from those that were traced; no downsampling factor divides the frames."""
     model, files = whole
     x, x_lens = torch.randn(len(lengths), max(lengths), 80), torch.tensor(lengths)
     transducer = zipformer.OnnxTransducerModel(files["encoder"], files["decoder"], files["joiner"])
@@ -131,7 +133,7 @@ def test_decoder_and_joiner(whole, batch):
 @BOTH
 @pytest.mark.parametrize("batch", [1, 3])
 def test_chunks(streaming, batch):
-    """Every chunk of three, and every state after them."""
+    """Every chunk of three is compared, and every state after them."""
     model, files = streaming
     transducer = zipformer.OnnxStreamingTransducerModel(files["encoder"], files["decoder"], files["joiner"])
     ctc = zipformer.OnnxStreamingCtcModel(files["ctc"])

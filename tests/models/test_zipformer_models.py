@@ -40,7 +40,7 @@ def _one_thread():
 
 
 def _encoder(config=TINY, **changes):
-    """An encoder none of whose parameters is at its initial 0 or 0.5."""
+    """Returns an encoder none of whose parameters is at its initial 0 or 0.5."""
     torch.manual_seed(0)
     encoder = models.Zipformer(**{**config, **changes})
     with torch.no_grad():
@@ -61,7 +61,9 @@ def _close(actual, expected, tolerance=5e-6):
 @torch.inference_mode()
 @pytest.mark.parametrize("config", [TINY, STREAMING], ids=["whole", "chunks"])
 def test_padded_equals_unpadded_on_valid_frames(config):
-    """Where the length is a multiple of the slowest stack's factor: else padding frames are repeated ones."""
+    """This holds where the length is a multiple of the slowest stack's factor; otherwise padding frames are repeated
+    frames.
+    """
     encoder = _encoder(config)
     lengths = torch.tensor([40, 24, 8])
     x = torch.randn(40, 3, 24)
@@ -94,7 +96,9 @@ def test_streaming_equals_chunked_forward(lengths):
 
 @torch.inference_mode()
 def test_front_end_streaming_equals_whole():
-    """Within a chunk's reach: at the ends, whole sees zero padding where the stream sees frames or zeros."""
+    """This holds away from the ends: there the whole pass sees zero padding where the stream sees frames
+    or zeros.
+    """
     embed = models.Conv2dSubsampling(20, 24, 4, 8, 16).eval()
     chunk, chunks = 16, 3
     x = torch.randn(2, chunk * chunks + 13, 20)
@@ -113,7 +117,9 @@ def test_front_end_streaming_equals_whole():
 @torch.inference_mode()
 @pytest.mark.parametrize("frames", [1, 2, 3, 5, 9, 21])
 def test_short_and_odd_inputs(frames):
-    """Fewer frames than taps, no multiple of a chunk or of a downsampling factor, one sequence."""
+    """There are fewer frames than taps, no multiple of a chunk or of a downsampling factor, and one
+    sequence.
+    """
     for config in (TINY, STREAMING):
         y, lens = _encoder(config)(torch.randn(frames, 1, 24), torch.tensor([frames]))
         assert y.shape == ((frames + 1) // 2, 1, 32)
@@ -224,7 +230,7 @@ def test_copies_and_pickles():
 
 # --------------------------------------------------------------------------- regularisers
 def _balancer_loss(x, limits, channel_dim):
-    """The loss whose gradient the balancer adds, as its docstring says."""
+    """Returns the loss whose gradient the balancer adds, from the formula in its docstring."""
     dims = [i for i in range(x.ndim) if i != channel_dim % x.ndim]
     min_mean, max_mean, min_rms, max_rms = limits
     mu, square = x.mean(dims), (x**2).mean(dims)
@@ -276,7 +282,7 @@ def test_regularisers_do_not_synchronise():
 
 
 def test_whiten_reads_a_late_verdict():
-    """What a CUDA backward pass leaves behind is read by the next call, and survives copies."""
+    """The next call reads what a CUDA backward pass leaves behind; copies keep it."""
     from fastasr.models.zipformer.whitening import _Settled
 
     whiten = models.Whiten(1, 5.0, (0.025, 0.25), 0.01)

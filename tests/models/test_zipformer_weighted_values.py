@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values weighted by attention weights in memory: the kernel for few columns, and where it is left out."""
+"""Values weighted by attention weights in memory: the kernel for few columns, and the cases that leave it
+out.
+"""
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ def _error(y, exact):
     [(4, 3, 70, 70, 12), (1, 2, 9, 300, 40), (2, 1, 1, 17, 3), (8, 2, 16, 144, 12)],
 )
 def test_values(heads, batch, targets, sources, columns):
-    ours, eager, draws = 0.0, 0.0, 8  # of a few numbers the error of one draw is luck
+    ours, eager, draws = 0.0, 0.0, 8  # with few numbers the error of one draw is luck
     for seed in range(draws):
         torch.manual_seed(seed)
         weights = torch.randn(heads, batch, targets, sources + 3).softmax(-1)[..., :sources]  # rows apart

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""balancer_gradient: a gradient that is no function's, so it has tests of its own instead of a table."""
+"""balancer_gradient returns a gradient that belongs to no function, so it has its own tests instead of a
+table.
+"""
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _exact(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim):
-    """The formula in extended precision: float64 is judged too."""
+    """Computes the formula in extended precision, so that float64 is judged too."""
     g, wide = (np.asarray(t.double().numpy(), np.longdouble) for t in (grad, x))
     axes = tuple(i for i in range(x.dim()) if i != channel_dim % x.dim())
     floor, count = np.longdouble(1e-20), x.numel() // x.shape[channel_dim]
@@ -41,7 +43,7 @@ def _exact(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_di
 
 
 def _case(shape, dtype=torch.float32, channel_dim=-1, seed=0):
-    """Channels of different means and sizes, one of them constant."""
+    """Returns channels of different means and sizes, one of them constant."""
     generator = torch.Generator().manual_seed(seed)
     channels = shape[channel_dim]
     broadcast = [1] * len(shape)
@@ -69,7 +71,7 @@ def _case(shape, dtype=torch.float32, channel_dim=-1, seed=0):
     ids=str,
 )
 def test_error_against_fp64(shape, channel_dim, dtype, limits):
-    """Never above eager's."""
+    """The error is never above eager's."""
     grad, x = _case(shape, dtype, channel_dim)
     truth = _exact(grad, x, *limits, channel_dim)
     found = balancer_gradient(grad, x, *limits, channel_dim)

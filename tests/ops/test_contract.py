@@ -27,7 +27,9 @@ def _served(name: str) -> bool:
 
 
 def _marks(check: str, dtype: torch.dtype):
-    """Of a forced backend, which takes seconds per call, what repeats most for least is left to the long tests."""
+    """Leaves the most repetitive checks of a forced backend, which takes seconds per call, to the long
+    tests.
+    """
     repeats = check == "deterministic" or (check == "strides" and dtype != torch.float32)
     return pytest.mark.long if FORCED and repeats else ()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What follows from a declaration, beyond the contract that every op keeps."""
+"""The consequences of a declaration beyond the contract that every op keeps."""
 
 import inspect
 

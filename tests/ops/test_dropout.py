@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dropout with torch's draws: the same values, gradients and state of the generator as torch's own function."""
+"""Dropout with torch's draws: values, gradients and generator state equal those of torch's own function."""
 
 import pytest
 import torch

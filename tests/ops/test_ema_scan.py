@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ema_scan and complex_ema_scan promise beyond the contract of every op: cutting, carrying, long sequences, forms
-of the state, upstream."""
+"""Tests of ema_scan and complex_ema_scan beyond the contract of every op: cutting, carrying, long sequences, forms of
+the state, upstream.
+"""
 
 import math
 
@@ -34,7 +35,7 @@ def _op(average):
 
 
 def _numbers(average, t: Tensor) -> Tensor:
-    """A state as the coefficients' numbers."""
+    """Returns a state as the coefficients' numbers."""
     return torch.view_as_complex(t) if average is COMPLEX else t
 
 
@@ -52,7 +53,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> None:
 
 
 def _recurrence(x: Tensor, q: Tensor, b: Tensor, c: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Re Σ c h for x (B, D, L), step by step, and the last h (B, D, N)."""
+    """Returns Re Σ c h for x (B, D, L), step by step, and the last h (B, D, N)."""
     y = []
     for t in range(x.shape[-1]):
         h = q**1.0 * h + b * x[..., t, None]
@@ -208,7 +209,7 @@ def test_long_and_narrow(length, alpha):
 
 
 def _real_by_fft(x, damping, decay, expansion, projection, residual, activation) -> Tensor:
-    """Upstream's form: a kernel from exp(t log q) and one product of transforms, in float32."""
+    """Computes upstream's form: a kernel from exp(t log q) and one product of transforms, in float32."""
     length = x.shape[0]
     p = torch.sigmoid(damping)
     q = 1 - p * torch.sigmoid(decay)
@@ -221,7 +222,7 @@ def _real_by_fft(x, damping, decay, expansion, projection, residual, activation)
 
 
 def _complex_by_fft(x, alpha, delta, theta, gamma, omega, activation) -> Tensor:
-    """The same of complex numbers."""
+    """Does the same for complex numbers."""
     length, states = x.shape[0], alpha.shape[1]
     p = torch.sigmoid(alpha)
     n = torch.arange(1, states + 1).to(theta)
@@ -332,7 +333,9 @@ def test_an_infinity_at_the_last_step_leaves_the_imaginary_part_of_the_state_fin
 
 
 def _module(x, alpha, delta, theta, gamma, omega, hx):
-    """Megalodon's module on (B, D, L) with its parameters' shapes, one step after another in complex128."""
+    """Runs Megalodon's module on (B, D, L) with its parameters' shapes, one step after another in
+    complex128.
+    """
     states = alpha.shape[1]
     p = torch.sigmoid(alpha)[..., 0]
     n = torch.arange(1, states + 1, dtype=torch.float64)

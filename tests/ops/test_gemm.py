@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix products to choose from: values and errors of each, operands of any strides, and the choice itself."""
+"""The candidate matrix products: values and errors of each, operands of any strides, and the choice
+itself.
+"""
 
 import json
 
@@ -16,7 +18,9 @@ CANDIDATES = [
 
 
 def operands(operation, layout):
-    """x (m, k), w (n, k) and a bias, as ``operation`` takes them: whole, transposed in memory, or slices."""
+    """Returns x (m, k), w (n, k) and a bias, as ``operation`` takes them: whole, transposed in memory, or
+    slices.
+    """
     torch.manual_seed(0)
     m, n, k = 61, 45, 600
     shapes = {
@@ -67,7 +71,7 @@ def test_threads_and_rows_do_not_change_a_bit():
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """No choices made yet, and none of this machine's on disk."""
+    """Starts without choices, neither made in this process nor on disk."""
     monkeypatch.setenv("FASTASR_CACHE", str(tmp_path))
     _gemm.forget()
     yield tmp_path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Large outputs take their memory from a pool: no two live tensors share it, and it is used again."""
+"""Large outputs take their memory from a pool: no two live tensors share it, and it is reused."""
 
 import pytest
 import torch

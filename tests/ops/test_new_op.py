@@ -15,7 +15,7 @@ FOLDERS = {
     "benchmarks": "fastasr/benchmarks",
     "docs": "docs",
 }
-# The copy's modules are found before those of an installed package.
+# Python finds the copy's modules before those of an installed package.
 RUN = """
 import sys
 from importlib.machinery import PathFinder
@@ -34,7 +34,7 @@ sys.exit(pytest.main([*options, {contract!r}, {declaration!r}]))
 
 
 def _copied(folder: Path) -> None:
-    """The package with links in place of its files."""
+    """Returns the package with links in place of its files."""
     for source, target in FOLDERS.items():
         for path in sorted((ROOT / source).rglob("*")):
             link = folder / target / path.relative_to(ROOT / source)

@@ -11,7 +11,7 @@ from fastasr.testing.table import flat, floating, with_tensors
 
 
 class Drawn:
-    """The sizes that a table's ``random`` entry asks for, from hypothesis."""
+    """Draws from hypothesis the sizes that a table's ``random`` entry asks for."""
 
     def __init__(self, data):
         self.data = data
@@ -45,7 +45,7 @@ def test_ragged_shapes(name, data):
     out.sum().backward()
     reference.sum().backward()
     for key, tensor in floating(arguments).items():
-        if not out.numel():  # a sum of nothing: 0, where the definition may divide 0 by 0
+        if not out.numel():  # a sum of nothing is 0, where the definition may divide 0 by 0
             assert not tensor.grad.count_nonzero()
             continue
         scale = max(1.0, wide[key].grad.abs().max().item()) if tensor.numel() else 1.0

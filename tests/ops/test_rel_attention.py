@@ -12,7 +12,7 @@ from fastasr.ops._dispatch import native_reason
 
 INF, NAN = float("inf"), float("nan")
 
-# One pass forward and backward; peak megabytes beyond what there was before.
+# It runs one pass forward and backward, and prints the peak megabytes beyond those before it.
 _PASS = """
 import resource, sys, torch
 from fastasr.ops import rel_attention
@@ -49,7 +49,7 @@ def _arguments(frames: int, dtype: torch.dtype) -> dict:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_extreme_scores(dtype, masked):
-    """The same rows are spoilt as in the definition."""
+    """The same rows become NaN or infinite as in the definition."""
     for frames in (1, 5, 40):
         for value in (INF, -INF, NAN, 3e4, -3e4):
             for name in ("q", "k", "pos"):

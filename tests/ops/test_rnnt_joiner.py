@@ -31,7 +31,9 @@ def _inputs(batch=3, frames=11, length=7, d=24, v=37, dtype=torch.float32, seed=
 
 
 def _both(function, tensors, indices, grads=None, **options):
-    """Values, and gradients for ``grads`` of the two results (-inf gets its own too: it must count as 0)."""
+    """Returns values, and gradients for ``grads`` of the two results (-inf gets its own too: it must
+    count as 0).
+    """
     outputs = function(*tensors, *indices, **OPTIONS, **options)
     if grads is None:
         generator = torch.Generator().manual_seed(1)
@@ -157,7 +159,7 @@ def test_a_compiled_call_checks_no_values_and_reads_nothing_outside():
 
 
 def test_logits_are_neither_made_nor_kept():
-    """What a call holds on to, and the largest tensor that it makes, do not grow with rows times outputs."""
+    """What a call keeps, and the largest tensor that it makes, do not grow with rows times outputs."""
     tensors, indices = _inputs(batch=4, frames=400, length=20, d=16, v=512)
     rows = 4 * 400 * 3
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lattices against every path written out, and the pruned one against the whole one."""
+"""The lattices against the sum over every path, and the pruned one against the whole one."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ INF = float("inf")
 
 
 def paths(x, y, boundary, regular: bool) -> torch.Tensor:
-    """The scores as sums over all paths."""
+    """Returns the scores as sums over all paths."""
     scores = []
     for b, (s_begin, t_begin, s_end, t_end) in enumerate(boundary.tolist()):
         found = []
@@ -56,7 +56,7 @@ def test_scores_and_occupations_are_those_of_all_paths(symbols, frames, regular,
 
 
 def scattered(x, y, starts, symbols: int, modified: bool):
-    """The band in whole lattices of -inf."""
+    """Returns the band in whole lattices of -inf."""
     batch, frames, window = x.shape
     at = (starts[..., None] + torch.arange(window)).transpose(1, 2)  # (B, R, T)
     band = x if modified else torch.cat([x[..., :-1], torch.full_like(x[..., :1], -INF)], 2)

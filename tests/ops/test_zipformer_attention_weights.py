@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores that are infinite, NaN or extreme, against the definition in float64: the same rows are spoilt."""
+"""Scores that are infinite, NaN or extreme, against the definition in float64: the same rows become NaN."""
 
 import itertools
 
@@ -48,7 +48,7 @@ def test_extreme_scores(dtype, masks):
 
 @pytest.mark.parametrize("frames", [1, 16, 33])
 def test_a_row_of_negative_infinities_is_nan(frames):
-    """Nothing behind the last key takes its place."""
+    """The padding behind the last key does not take part in the row's softmax."""
     x = torch.zeros(frames, 1, 2)
     x[:, :, 0], x[:, :, 1] = 1, -INF
     assert zipformer_attention_weights(x, None, 1, 1).isnan().all()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package as a user gets it: a source distribution, wheels made from it, fresh environments with them.
+"""The package as a user gets it: a source distribution, wheels made from it, and fresh environments with them.
 
 Nothing is downloaded. The fresh environments see this environment's torch behind their own packages.
 """
@@ -34,7 +34,7 @@ def _ignore(folder: str, names: list[str]) -> set[str]:
 
 @pytest.fixture(scope="session")
 def sdist(tmp_path_factory) -> Path:
-    """The source distribution, built from a copy of the sources alone."""
+    """Builds the source distribution from a copy of the sources alone."""
     work = tmp_path_factory.mktemp("sdist")
     shutil.copytree(ROOT, work / "source", ignore=_ignore)
     run(
@@ -56,13 +56,13 @@ def _wheel(sdist: Path, work: Path, **environment) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(sdist, tmp_path_factory) -> Path:
-    """The wheel with the native library, built from the source distribution."""
+    """Builds the wheel with the native library from the source distribution."""
     return _wheel(sdist, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="session")
 def pure_wheel(sdist, tmp_path_factory) -> Path:
-    """The wheel of FASTASR_NATIVE=0."""
+    """Builds the wheel of FASTASR_NATIVE=0."""
     return _wheel(sdist, tmp_path_factory.mktemp("pure"), FASTASR_NATIVE="0")
 
 
@@ -78,7 +78,7 @@ def installed_pure(pure_wheel, tmp_path_factory) -> Fresh:
 
 @pytest.fixture(scope="session")
 def library(wheel, tmp_path_factory) -> Path:
-    """The native library out of the wheel."""
+    """Extracts the native library from the wheel."""
     folder = tmp_path_factory.mktemp("library")
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (n for n in archive.namelist() if n.startswith("fastasr/_C."))

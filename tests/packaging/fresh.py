@@ -12,14 +12,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _clean(environment: dict[str, str]) -> dict[str, str]:
-    """This process's environment without what would change an import; this Python's tools are on PATH."""
+    """Returns this process's environment without what would change an import; this Python's tools are on
+    PATH.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "FASTASR", "TRITON"))}
     kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
     return kept | environment
 
 
 def run(*command, **environment) -> str:
-    """Standard output of a command; a failure shows both streams."""
+    """Returns the standard output of a command; a failure shows both streams."""
     cwd = environment.pop("cwd", None)
     done = subprocess.run(
         [str(c) for c in command],
@@ -52,7 +54,7 @@ class Fresh:
             wheel,
         )
         (self.packages,) = (folder / "lib").glob("python*/site-packages")
-        # After the wheel's own packages, and without reading that folder's .pth files (an editable fastasr).
+        # These come after the wheel's own packages, and that folder's .pth files (an editable fastasr) are not read.
         (self.packages / "torch-from-elsewhere.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
         (folder / "elsewhere").mkdir()
 

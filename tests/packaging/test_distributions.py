@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in the source distribution, the wheels and the native library."""
+"""The contents of the source distribution, the wheels and the native library."""
 
 import os
 import re

@@ -7,7 +7,7 @@ import pytest
 
 pytestmark = pytest.mark.packaging
 
-# Every op forward and backward; prints where the package is, and the table of backends.
+# It runs every op forward and backward, and prints where the package is and the table of backends.
 RUN = """
 import json, sys
 import torch
@@ -76,7 +76,7 @@ def test_without_the_native_library(installed_pure):
 
 
 def test_with_a_native_library_that_does_not_load(installed_pure, tmp_path):
-    """A binary for another system: reported, and eager serves."""
+    """A binary for another system is reported, and eager serves."""
     suffix = installed_pure.python("import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))").strip()
     library = installed_pure.packages / "fastasr" / f"_C{suffix}"
     library.write_bytes(b"\x7fELF nonsense")
@@ -129,7 +129,7 @@ def test_subpackages_import(installed):
 
 
 def test_import_is_light(installed):
-    """``import fastasr`` takes neither the swap engine, the command line nor the benchmarks with it."""
+    """``import fastasr`` loads neither the swap engine nor the command line nor the benchmarks."""
     loaded = installed.python("import sys, fastasr; print(*sys.modules)").split()
     heavy = ("fastasr.cli", "fastasr.benchmarks", "fastasr.swap", "fastasr.testing", "typer", "matplotlib")
     assert not [name for name in loaded if name.startswith(heavy)]

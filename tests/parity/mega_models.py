@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ESPnet's MEGA decoder and ours, tiny, with parameters far from their initial values."""
+"""ESPnet's MEGA decoder and fastasr's, tiny, with parameters far from their initial values."""
 
 import contextlib
 
@@ -33,7 +33,9 @@ def upstream(**arguments):
 
 
 def randomised(model):
-    """Fresh decoders are ill-conditioned: biases are zero, and so is the padding's embedding."""
+    """Randomises a decoder: fresh ones are ill-conditioned, because biases are zero, and so is the
+    padding's embedding.
+    """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -50,7 +52,7 @@ def ours(theirs, **arguments):
 
 
 def labels(batch=3, length=12):
-    """Sequences that begin with blank, which is also the padding behind the shorter ones."""
+    """Returns sequences that begin with blank, which is also the padding behind the shorter ones."""
     generator = torch.Generator().manual_seed(2)
     result = torch.randint(1, 30, (batch, length), generator=generator)
     result[:, 0] = 0
@@ -61,7 +63,9 @@ def labels(batch=3, length=12):
 
 @contextlib.contextmanager
 def in_fp64():
-    """ESPnet's code computes its convolution and its softmax in float32 whatever the model is; here in float64."""
+    """Runs the convolution and the softmax in float64, which ESPnet's code computes in float32 whatever
+    the model is.
+    """
     softmax = torch.softmax
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", lambda self: self.double())
@@ -75,7 +79,7 @@ def in_fp64():
 
 
 def close(actual, expected, tolerance):
-    """Largest difference at most ``tolerance`` times the largest magnitude."""
+    """Asserts that the largest difference is at most ``tolerance`` times the largest magnitude."""
     scale = expected.abs().max().clamp_min(1e-6) if expected.numel() else 1.0
     assert actual.shape == expected.shape
     error = ((actual - expected).abs().max() / scale).item() if expected.numel() else 0.0

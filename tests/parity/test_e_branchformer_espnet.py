@@ -41,7 +41,9 @@ DROPOUT = {"dropout_rate": 0.2, "positional_dropout_rate": 0.1, "attention_dropo
 
 
 def pair(**arguments):
-    """ESPnet's encoder with parameters away from their initial values, and ours with the same."""
+    """Returns ESPnet's encoder with parameters away from their initial values, and fastasr's with the
+    same.
+    """
     torch.manual_seed(0)
     theirs = Upstream(**{**SIZES, **arguments})
     with torch.no_grad():
@@ -58,7 +60,7 @@ def inputs(arguments, dtype=torch.float64):
 
 
 def flat(output):
-    """(values, lengths) of an encoder's output, with its intermediate ones."""
+    """Returns (values, lengths) of an encoder's output, with its intermediate ones."""
     y, lengths, states = output
     assert states is None
     if isinstance(y, tuple):
@@ -67,7 +69,9 @@ def flat(output):
 
 
 def step(model, x, lengths, seed=None):
-    """(values, lengths, gradients of the input and all parameters, random state after the forward)."""
+    """Returns (values, lengths, gradients of the input and all parameters, random state after the
+    forward).
+    """
     if seed is not None:
         torch.manual_seed(seed)
     x = x.clone().requires_grad_()

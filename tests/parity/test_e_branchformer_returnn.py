@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""E-Branchformer converted from RETURNN's: values, gradients, exact round trip, what is refused."""
+"""E-Branchformer converted from RETURNN's: values, gradients, exact round trip, and the models that are
+refused.
+"""
 
 import pytest
 import torch
@@ -59,7 +61,7 @@ def encoder(inputs=INPUT, **options):
 
 
 def sequences(dim):
-    """(x, its RETURNN tensor, batch and time axes); gradients reach x."""
+    """Returns (x, its RETURNN tensor, batch and time axes); gradients reach x."""
     torch.manual_seed(1)
     x = torch.randn(len(LENGTHS), FRAMES, dim.dimension, dtype=torch.float64, requires_grad=True)
     batch = Dim(len(LENGTHS), name="batch")
@@ -77,7 +79,7 @@ def masked():
     return torch.arange(FRAMES) < torch.tensor(LENGTHS)[:, None]
 
 
-# Our sinusoids are rounded to float32, as ESPnet's are.
+# fastasr's sinusoids are rounded to float32, as ESPnet's are.
 TOLERANCE = 5e-6
 
 

@@ -122,7 +122,7 @@ def test_initialisation_draws_the_same(variant):
     expected, actual = theirs.state_dict(), ours.state_dict()
     assert list(actual) == list(expected)
     for name, value in expected.items():
-        if not name.endswith("._pe"):  # which nobody initialises
+        if not name.endswith("._pe"):  # nobody initialises it
             assert torch.equal(actual[name], value), name
     theirs.load_state_dict(actual)
 
@@ -161,7 +161,7 @@ def streamed(request):
 
 
 def hypothesis(model, sequence):
-    """The sequence with the state before its last label, as a search holds them."""
+    """Returns the sequence with the state before its last label, as a search holds them."""
     from espnet2.asr_transducer.beam_search_transducer import Hypothesis
 
     states = model.init_state(1) if not hasattr(model, "phantom_first_step") else model.init_state()
@@ -172,7 +172,9 @@ def hypothesis(model, sequence):
 
 
 def search(model, sequences, steps=7):
-    """Batch scores of hypotheses of different lengths as each goes on: (steps, B, D) and what they became."""
+    """Scores hypotheses of different lengths in batches as each goes on. Returns (steps, B, D) and the
+    hypotheses.
+    """
     from espnet2.asr_transducer.beam_search_transducer import Hypothesis
 
     hyps, outs = [hypothesis(model, list(s)) for s in sequences], []
@@ -247,7 +249,7 @@ def test_our_pieces_equal_training(streamed):
 
 # --------------------------------------------------------------------------- parts
 def test_a_block_alone():
-    """With masks given as tensors: causal, another, none, and padding."""
+    """The masks are given as tensors: causal, another, none, and padding."""
     from fastasr.models.mega.attention import causal
 
     with in_fp64():

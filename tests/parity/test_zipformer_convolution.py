@@ -19,7 +19,7 @@ from fastasr.models.zipformer import convolution
 
 @pytest.fixture(autouse=True)
 def _plain_upstream(monkeypatch):
-    """Upstream's Swoosh functions without torch.compile, and one thread: the shapes are tiny."""
+    """Runs upstream's Swoosh functions without torch.compile, on one thread, because the shapes are tiny."""
     monkeypatch.setenv("K2_ONNX_EXPORT", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -46,7 +46,9 @@ def _swapped(module, **options):
 
 
 def _mask(batch, time):
-    """True in the last frames of every sequence but the first, and all over the last of three."""
+    """Returns a mask: True in the last frames of every sequence but the first, and all over the last of
+    three.
+    """
     lengths = torch.tensor([max(0, time - 3 * i) for i in range(batch)])
     if batch == 3:
         lengths[2] = 0
@@ -55,7 +57,7 @@ def _mask(batch, time):
 
 @pytest.fixture
 def convolved(monkeypatch):
-    """The convolutions that were called, in order."""
+    """Records the convolutions that were called, in order."""
     seen, inner = [], torch.nn.Conv1d._conv_forward
 
     def watched(self, x, weight, bias):
@@ -163,7 +165,7 @@ def test_an_empty_batch(upstream):
 
 
 def _step(module, x, mask, chunk_size, seed):
-    """Output, gradients of the input and the parameters, and the random states afterwards."""
+    """Returns output, gradients of the input and the parameters, and the random states afterwards."""
     random.seed(seed)
     torch.manual_seed(seed)
     x = x.clone().requires_grad_()
@@ -184,7 +186,9 @@ FORMS = [(7, 20, None), (31, 9, None), (7, 20, -1), (7, 22, 4), (15, 20, 16), (3
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize(("taps", "time", "chunk_size"), FORMS)
 def test_with_gradients(convolved, taps, time, chunk_size, training, always):
-    """Upstream's gradients, those of its balancers and whitening included, and its random draws."""
+    """Gradients are upstream's, those of its balancers and whitening included, and so are its random
+    draws.
+    """
     upstream = _module(taps=taps, causal=chunk_size is not None)
     if upstream.causal:
         torch.nn.init.normal_(upstream.depthwise_conv.chunkwise_conv_scale, std=0.3)
@@ -213,7 +217,9 @@ def test_with_gradients(convolved, taps, time, chunk_size, training, always):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_gates_balancer_acts_on_the_gates_gradient(seed):
-    """Ours and upstream's alike; and where it acts on nothing no part of the graph stands for it."""
+    """fastasr's balancer and upstream's act alike; where it acts on nothing, no part of the graph stands
+    for it.
+    """
     module = ours_of.ConvolutionModule(12, 7, causal=False).train()
     x = torch.randn(20, 3, 12, requires_grad=True)
     random.seed(seed)

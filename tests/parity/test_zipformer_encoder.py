@@ -19,7 +19,7 @@ from fastasr.models import zipformer as ours
 
 @pytest.fixture(autouse=True)
 def _plain_upstream(monkeypatch):
-    """Upstream's Swoosh functions without torch.compile, and one thread: the shapes are tiny."""
+    """Runs upstream's Swoosh functions without torch.compile, on one thread, because the shapes are tiny."""
     monkeypatch.setenv("K2_ONNX_EXPORT", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -28,7 +28,7 @@ def _plain_upstream(monkeypatch):
 
 
 def _twins(config, **changes):
-    """Both encoders with one set of parameters, in eval mode."""
+    """Returns both encoders with one set of parameters, in eval mode."""
     tiny.seeded(0)
     their_encoder = tiny.randomized(theirs.Zipformer(**{**config, **changes})).eval()
     our_encoder = ours.Zipformer(**{**config, **changes}).eval()
@@ -77,7 +77,9 @@ def _assert_same_state(our_model, their_model):
 @pytest.mark.parametrize("lengths", [(37, 30, 12), (41,), (9, 3), (2,), (1,)], ids=str)
 @pytest.mark.parametrize("config", tiny.CONFIGS.values(), ids=tiny.CONFIGS)
 def test_inference(config, lengths):
-    """Padded batches, B = 1, fewer frames than the convolutions have taps, any chunk size that is drawn."""
+    """Batches are padded or B = 1, with fewer frames than the convolutions have taps, and any chunk size
+    that is drawn.
+    """
     our_encoder, their_encoder = _twins(config)
     x, lens, mask = tiny.batch(lengths)
     with torch.inference_mode():
@@ -101,7 +103,9 @@ def test_inference(config, lengths):
 @pytest.mark.parametrize("scheduled", [None, 0.0, 5000.0])
 @pytest.mark.parametrize("config", tiny.CONFIGS.values(), ids=tiny.CONFIGS)
 def test_training_step(config, scheduled):
-    """Loss, every gradient and every draw, with dropout, skipped layers and all regularisers at work."""
+    """Loss, every gradient and every draw agree, with dropout, skipped layers and all regularisers at
+    work.
+    """
     models = [m.double().train() for m in _twins(config)]
     for model in models:
         tiny.set_batch_count(model, scheduled)
@@ -129,7 +133,7 @@ def _step(model, inputs, seed):
 
 
 def _assert_gradients(gradients, expected, tolerance):
-    """Sums that cancel are compared by the size of gradients at large."""
+    """Compares sums that cancel by the size of gradients at large."""
     assert gradients.keys() == expected.keys()
     least = 1e-4 * max(g.abs().max().item() for g in expected.values())
     for name, gradient in gradients.items():
@@ -179,7 +183,7 @@ class _Recogniser(torch.nn.Module):
 
 @pytest.mark.parametrize("lengths", [(32, 32), (8,), (24, 24, 24)], ids=str)
 def test_streaming(lengths):
-    """Every chunk's output and all states."""
+    """Every chunk's output and all states agree."""
     our_encoder, their_encoder = _twins(tiny.STREAMING)
     x, _, _ = tiny.batch(lengths)
     states, their_states = (m.get_init_states(batch_size=len(lengths)) for m in (our_encoder, their_encoder))

@@ -18,7 +18,7 @@ from fastasr.models.zipformer import subsampling as front_end
 
 @pytest.fixture(autouse=True)
 def _plain_upstream(monkeypatch):
-    """Upstream's Swoosh functions without torch.compile, and one thread: the shapes are tiny."""
+    """Runs upstream's Swoosh functions without torch.compile, on one thread, because the shapes are tiny."""
     monkeypatch.setenv("K2_ONNX_EXPORT", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -43,7 +43,7 @@ def _batch(batch=2, time=45):
 
 
 def _orders(module):
-    """A list that fills with "last" or "first" per call of the second convolution, without a hook."""
+    """Returns a list that fills with "last" or "first" per call of the second convolution, without a hook."""
     seen, inner = [], module.conv[4]._conv_forward
 
     def watched(x, weight, bias):
@@ -109,7 +109,7 @@ def test_bf16_and_autocast(upstream):
 
 
 def _step(module, inputs, seed):
-    """Output, gradients of the features and the parameters, and the random states afterwards."""
+    """Returns output, gradients of the features and the parameters, and the random states afterwards."""
     random.seed(seed)
     torch.manual_seed(seed)
     x, lens = inputs[0].clone().requires_grad_(), inputs[1]
@@ -250,7 +250,9 @@ def test_streaming_forward_is_upstreams(upstream):
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_our_streaming_forward(upstream, gradients):
-    """Of our class with upstream's parameters: rows of channels, and by the submodules where one is hooked."""
+    """fastasr's class runs with upstream's parameters: with rows of channels, and by the submodules where one is
+    hooked.
+    """
     ours = front_end.Conv2dSubsampling(20, 12, 4, 8, 16, dropout=0.5).eval()
     ours.load_state_dict(upstream.state_dict())
     x, lens = _batch(2, 45)

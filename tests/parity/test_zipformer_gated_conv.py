@@ -58,7 +58,7 @@ def _same(actual, expected, what):
 
 
 def _agree(module, h, mask, dtype, **options):
-    """Values and every gradient."""
+    """Asserts that values and every gradient agree."""
     theirs, ours = h.clone().requires_grad_(), h.clone().requires_grad_()
     parameters = _parameters(module)
     expected = module(theirs, mask, **options)

@@ -17,7 +17,7 @@ from fastasr.models.zipformer import subsampling as front_end
 
 @pytest.fixture(autouse=True)
 def _plain_upstream(monkeypatch):
-    """Upstream's Swoosh functions without torch.compile, and one thread: the shapes are tiny."""
+    """Runs upstream's Swoosh functions without torch.compile, on one thread, because the shapes are tiny."""
     monkeypatch.setenv("K2_ONNX_EXPORT", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -27,7 +27,7 @@ def _plain_upstream(monkeypatch):
 
 
 def _step(module, inputs, seed):
-    """Output, gradients of inputs and parameters, and the random states afterwards."""
+    """Returns output, gradients of inputs and parameters, and the random states afterwards."""
     random.seed(seed)
     torch.manual_seed(seed)
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
@@ -211,7 +211,7 @@ def test_convnext_bf16_and_autocast():
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_convnext_with_gradients(training):
-    """In eval mode with gradients upstream's balancers draw numbers too: the same ones, then."""
+    """In eval mode with gradients upstream's balancers draw numbers too, and fastasr draws the same."""
     upstream = _convnext().train(training)
     ours = _swapped(upstream)
     for seed in range(4):

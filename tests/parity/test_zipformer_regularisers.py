@@ -142,7 +142,7 @@ def test_balancer_dtypes(dtype):
 
 
 def test_balancer_where_means_dwarf_deviations():
-    """Error against fp64, beside upstream's own."""
+    """The test compares the error against fp64 with upstream's own."""
     generator = torch.Generator().manual_seed(0)
     x = 0.02 * torch.randn(50, 4, 8, generator=generator) + torch.linspace(-4, 4, 8)
     grad = torch.randn(x.shape, generator=generator)

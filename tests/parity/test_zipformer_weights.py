@@ -27,7 +27,7 @@ def call(forward, module, *args, seed=5):
 
 
 def gradients(forward, module, x, pos_emb, *args, seed=5):
-    """The weights, the gradients of a fixed function of them, and what is drawn next."""
+    """Returns the weights, the gradients of a fixed function of them, and the next random draws."""
     leaves = x.clone().requires_grad_(), pos_emb.clone().requires_grad_()
     weights, draw = call(forward, module, *leaves, *args, seed=seed)
     torch.manual_seed(7)
@@ -81,7 +81,7 @@ def test_positions_of_each_sequence():
 
 @pytest.mark.parametrize("chunk", [1, 4, 16])
 def test_a_mask_of_chunks(chunk):
-    """The window by numbers is the mask that upstream's encoder makes."""
+    """The window given by numbers is the mask that upstream's encoder makes."""
     from fastasr import ops
 
     frames, left = 37, 2
@@ -110,7 +110,9 @@ def test_gradients_are_upstreams(frames, batch, attn_dims):
 
 
 def test_training_draws_and_gradients_are_upstreams():
-    """Over many seeds: Balancer and Whiten on the keys, skipped positions, penalised scores."""
+    """Over many seeds, Balancer and Whiten act on the keys, positions are skipped, and scores are
+    penalised.
+    """
     module = upstream(pos_emb_skip_rate=0.3).train()
     x, pos_emb = inputs(20, 3)
     x = x * 6  # scores beyond 25

@@ -22,7 +22,9 @@ from fastasr.models import zipformer as ours
 
 @pytest.fixture(autouse=True)
 def _plain_upstream(monkeypatch):
-    """Upstream's Swoosh functions without torch.compile, one thread, fast_rnnt for k2 where it is built."""
+    """Runs upstream's Swoosh functions without torch.compile, on one thread, with fast_rnnt for k2 where
+    it is built.
+    """
     monkeypatch.setenv("K2_ONNX_EXPORT", "1")
     try:
         import fast_rnnt
@@ -77,14 +79,18 @@ def _step(model, inputs, **arguments):
 
 
 def _time_warp(x, time_warp_factor, supervision_segments):
-    """Their time warp by the name of its argument that they call it with, which the installed atdataset has renamed."""
+    """Lets upstream's code call the time warp by an argument name that the installed atdataset has
+    renamed.
+    """
     assert not supervision_segments[:, 1].any()
     lengths = supervision_segments[:, 2]
     return atdataset.time_warp(x, time_warp_factor=time_warp_factor, feature_lens=lengths)
 
 
 def _masked(**more):
-    """CR-CTC as recipes call it: both copies warped as one, each with masks of its own."""
+    """Returns the options of CR-CTC as recipes use it: both copies are warped as one, each has masks of
+    its own.
+    """
     masks = theirs.SpecAugment(
         time_warp_factor=0,
         num_frame_masks=2,
@@ -176,7 +182,7 @@ def test_joiner():
 @pytest.mark.parametrize("scale", [1.0, 40.0], ids=["usual scores", "scores beyond the limit"])
 @pytest.mark.parametrize("masks", ["none", "padding", "attention", "both"])
 def test_attention(masks, scale):
-    """Values and gradients, those of the penalty on large scores included."""
+    """Values and gradients agree, those of the penalty on large scores included."""
     tiny.seeded(0)
     their_attn = their_attention.MultiHeadAttention(12, 16, 4, memory_dim=10).double()
     our_attn = ours.MultiHeadAttention(12, 16, 4, memory_dim=10).double()
@@ -246,7 +252,7 @@ def test_swish_and_subsequent_mask():
 
 
 def test_masks_and_time_warp_change_what_is_learned():
-    """The cases above compare augmented batches: without masks, and without the warp, the losses are others."""
+    """The cases above compare augmented batches: without masks, and without the warp, the losses differ."""
     (our_model, _) = _twins(tiny_asr.CTC)
     inputs = tiny_asr.batch()
     losses = [

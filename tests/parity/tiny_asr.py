@@ -49,7 +49,7 @@ TOKENS = [[3, 5, 5, 2, 9], [7, 1, 1], [4, 4]]
 
 
 def batch(lengths=LENGTHS, features=20, seed=1, dtype=torch.float32):
-    """x (batch, time, features), lengths, tokens."""
+    """Returns x (batch, time, features), lengths, tokens."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(lengths), max(lengths), features, generator=generator, dtype=torch.float64)
     return x.to(dtype), torch.tensor(lengths), [list(tokens) for tokens in TOKENS[: len(lengths)]]

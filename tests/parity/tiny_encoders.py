@@ -57,7 +57,7 @@ def draws():
 
 
 def batch(lengths=(37, 30, 12), channels=CHANNELS, seed=1, dtype=torch.float32):
-    """x (time, batch, channels), lengths, padding mask (batch, time)."""
+    """Returns x (time, batch, channels), lengths, padding mask (batch, time)."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(max(lengths), len(lengths), channels, generator=generator, dtype=torch.float64)
     lengths = torch.tensor(lengths)
@@ -65,7 +65,7 @@ def batch(lengths=(37, 30, 12), channels=CHANNELS, seed=1, dtype=torch.float32):
 
 
 def randomized(model, seed=3):
-    """The model with every parameter moved, so that none is at its initial 0 or 0.5."""
+    """Returns the model with every parameter moved, so that none is at its initial 0 or 0.5."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -74,7 +74,7 @@ def randomized(model, seed=3):
 
 
 def set_batch_count(model, count):
-    """As icefall's train.py does."""
+    """Sets the batch count as icefall's train.py does."""
     for name, module in model.named_modules():
         if hasattr(module, "batch_count"):
             module.batch_count = count
@@ -89,7 +89,9 @@ def relative_error(actual, expected):
 
 
 class InFp64(TorchDispatchMode):
-    """Casts of fp64 tensors to fp32, as in the backward passes of upstream's softmax and regularisers, copy."""
+    """Makes casts of fp64 tensors to fp32, as in the backward passes of upstream's softmax and regularisers, copy
+    instead.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})

@@ -26,7 +26,7 @@ def write_wav(path, signal, rate=8000):
 
 
 def folder(path, count=24):
-    """Recordings of random letters with their transcripts."""
+    """Writes recordings of random letters with their transcripts."""
     draw = random.Random(0)
     path.mkdir(parents=True, exist_ok=True)
     for index in range(count):

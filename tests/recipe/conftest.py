@@ -23,7 +23,9 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def single_thread():
-    """For fixtures of the session, which come before _one_thread: another number of threads rounds otherwise."""
+    """Sets one thread for fixtures of the session, which come before _one_thread: another number of threads rounds
+    otherwise.
+    """
     return _single
 
 
@@ -43,7 +45,7 @@ def speech_sets(recordings):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, speech_sets, single_thread):
-    """A run of 6 steps without a break."""
+    """Trains a run of 6 steps without a break."""
     out = tmp_path_factory.mktemp("trained")
     with single_thread():
         tiny_runs.trainer(out, speech_sets, steps=6).run()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is committed of a run: the curves beside it, its ONNX files on the held-out set, picture and page."""
+"""The committed results of a run: the curves beside it, its ONNX files on the held-out set, picture and
+page.
+"""
 
 import json
 import shutil
@@ -19,7 +21,7 @@ from fastasr.recipe import checkpoints
 
 @pytest.fixture(scope="module")
 def runs(trained, tmp_path_factory):
-    """A folder with the run of 6 steps."""
+    """Returns a folder with the run of 6 steps."""
     folder = tmp_path_factory.mktemp("runs")
     shutil.copytree(trained, folder / "main")
     return folder
@@ -27,7 +29,7 @@ def runs(trained, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(runs, speech_sets, single_thread):
-    """The report of that run, with curves of 3 steps that it has to train."""
+    """Returns the report of that run, with curves of 3 steps that it has to train."""
     upstream = pytest.importorskip("zipformer.modules.model", exc_type=ImportError)
     pytest.importorskip("fast_rnnt", exc_type=ImportError)
     with pytest.MonkeyPatch.context() as patch, single_thread():

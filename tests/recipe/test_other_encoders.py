@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipe on an Emformer and on an E-Branchformer: it trains, resumes, swaps upstream's, reads; what is refused."""
+"""The recipe on an Emformer and on an E-Branchformer: it trains, resumes, swaps upstream's, reads, and refuses
+mistakes.
+"""
 
 import csv
 import importlib.util
@@ -25,7 +27,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 @pytest.fixture(scope="session", params=ENCODERS)
 def run(request, tmp_path_factory, speech_sets, single_thread):
-    """(encoder, folder) of a run of a few steps without a break."""
+    """Returns (encoder, folder) of a run of a few steps without a break."""
     out = tmp_path_factory.mktemp(request.param)
     with single_thread():
         trainer(out, speech_sets, steps=STEPS, encoder=request.param).run()
@@ -38,7 +40,7 @@ def _losses(out):
 
 
 def _refused(example, *arguments):
-    """What the example says as it ends with an error."""
+    """Returns the example's message as it ends with an error."""
     spec = importlib.util.spec_from_file_location(example, EXAMPLES / f"{example}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -61,7 +63,7 @@ def test_a_run_writes_what_it_says(run):
 
 
 def test_a_resumed_run_has_the_losses_of_one_without_a_break(run, tmp_path, speech_sets):
-    """And of one that does not read the held-out set on its way."""
+    """This also holds for a run that does not read the held-out set on its way."""
     encoder, out = run
     trainer(tmp_path, speech_sets, steps=1, encoder=encoder).run()
     trainer(tmp_path, speech_sets, steps=STEPS, encoder=encoder, evaluate_every=2).run()
@@ -122,7 +124,9 @@ def test_recordings_are_read(run, method, speech_sets):
 
 @pytest.mark.parametrize("ctc", [False, True])
 def test_a_streamed_emformer_is_the_whole_one(ctc):
-    """Where the recording ends with a segment, to rounding; and a batch gives each sequence what it gets alone."""
+    """Where the recording ends with a segment, they agree to rounding; a batch gives each sequence what
+    it gets alone.
+    """
     torch.manual_seed(0)
     model = sizes.build(sizes.config("tiny", 7, speech.BINS, encoder="emformer")).eval()
     segment = sizes.SIZES["emformer"]["tiny"]["segment_length"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Units, texts, batches, logs, checkpoints, curves, and what each of them refuses."""
+"""Units, texts, batches, logs, checkpoints, curves, and the mistakes that each of them refuses."""
 
 import random
 from types import SimpleNamespace

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the two examples say to a user's mistakes: one line that names the file, what was expected and what came."""
+"""The two examples answer a user's mistakes with one line that names the file, what was expected and what
+came.
+"""
 
 import importlib.util
 import shutil
@@ -24,7 +26,7 @@ def _example(name):
 
 
 def _refused(name, *arguments):
-    """What the example says as it ends with an error."""
+    """Returns the example's message as it ends with an error."""
     with pytest.raises(SystemExit) as ended:
         _example(name).main([str(a) for a in arguments])
     assert isinstance(ended.value.code, str)  # ends with 1

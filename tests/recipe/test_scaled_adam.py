@@ -16,7 +16,7 @@ def upstream():
 
 
 class _Problem(torch.nn.Module):
-    """Matrices, vectors, a scalar, one element, a parameter that has no gradient."""
+    """Holds matrices, vectors, a scalar, one element, and a parameter that has no gradient."""
 
     def __init__(self):
         super().__init__()

@@ -37,7 +37,7 @@ def test_a_run_writes_what_it_says(trained):
 
 def test_a_resumed_run_has_the_losses_of_one_without_a_break(trained, tmp_path, speech_sets):
     trainer(tmp_path, speech_sets, steps=2).run()
-    # A kill while the third step's files were written: a row too many, half a checkpoint beside the last.
+    # as after a kill while the third step's files were written: a row too many, half a checkpoint beside the last
     with (tmp_path / "log.csv").open("a") as file:
         file.write("3,0,9.9\n")
     (tmp_path / "last.pt.unfinished").write_bytes(b"half")
@@ -49,7 +49,7 @@ def test_a_resumed_run_has_the_losses_of_one_without_a_break(trained, tmp_path, 
 
 
 def test_scores_on_the_way_are_kept(tmp_path, speech_sets):
-    """Through a kill after the second step."""
+    """Scores survive a kill after the second step."""
     trainer(tmp_path, speech_sets, steps=2, evaluate_every=1).run()
     trainer(tmp_path, speech_sets, steps=4, evaluate_every=2).run()
     scores = json.loads((tmp_path / "report.json").read_text())["scores"]
@@ -124,7 +124,7 @@ def test_upstreams_model(trained, tmp_path, speech_sets, swap, monkeypatch):
 # --------------------------------------------------------------------------- two processes
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_have_the_losses_of_one(tmp_path, speech_sets, kind):
-    """And one process goes on from their checkpoint."""
+    """One process goes on from their checkpoint too."""
     trainer(tmp_path / "one", speech_sets, steps=6, plain=True).run()
     torch.multiprocessing.spawn(
         process, (tmp_path / "rendezvous", tmp_path / "two", kind, speech_sets), nprocs=2
@@ -138,7 +138,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path, speech_sets, kind):
 # --------------------------------------------------------------------------- with what was trained
 @pytest.fixture(scope="session")
 def readers(trained, tmp_path_factory):
-    """The trained model and its ONNX files."""
+    """Returns the trained model and its ONNX files."""
     pytest.importorskip("onnxruntime")
     folder = tmp_path_factory.mktemp("readers")
     loaded = recogniser.load(trained)

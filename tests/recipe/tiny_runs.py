@@ -17,7 +17,7 @@ def trainer(out, speech_sets, world=None, **options):
 
 
 def process(rank, file, out, kind, sets, encoder="zipformer"):
-    """One of two processes that train together."""
+    """Runs one of two processes that train together."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)

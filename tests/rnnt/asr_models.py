@@ -30,7 +30,7 @@ CONFIG = {
 
 
 def model(**changes):
-    """AsrModel with every parameter moved, in training mode."""
+    """Returns AsrModel with every parameter moved, in training mode."""
     from zipformer.modules.model import AsrModel
 
     random.seed(0)
@@ -46,7 +46,9 @@ def model(**changes):
 
 
 def batch(cache: Path):
-    """Features and characters of prompts as tokens; of a generated signal and random tokens where there are none."""
+    """Returns features and characters of prompts as tokens, or of a generated signal and random tokens where there are
+    none.
+    """
     speech = recordings.load(None, cache, 2.0, lambda text: None, count=3)
     x, lengths = features.batch(speech.utterances)
     tokens = []
@@ -59,7 +61,7 @@ def batch(cache: Path):
 
 
 def step(asr, inputs, reduction="sum", **scales):
-    """(losses, gradients by parameter) of a step with its own seed."""
+    """Returns (losses, gradients by parameter) of a step with its own seed."""
     random.seed(1)
     torch.manual_seed(1)
     asr.zero_grad()

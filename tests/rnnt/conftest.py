@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The peer that fastasr.rnnt is compared with, and random lattices."""
+"""The package that fastasr.rnnt is compared with, and random lattices."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def fast_rnnt():
-    """The PyPI package: ``scripts/install_peers.sh`` compiles it where it can."""
+    """Returns the PyPI package: ``scripts/install_peers.sh`` compiles it where it can."""
     return pytest.importorskip(
         "fast_rnnt", reason="fast_rnnt is not built here: scripts/install_peers.sh", exc_type=ImportError
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fastasr.compat.k2: what it has, what it says of the rest, and its place under the name k2."""
+"""fastasr.compat.k2: its functions, its message about missing ones, and its place under the name k2."""
 
 import math
 import sys
@@ -25,7 +25,7 @@ def test_it_is_imported_under_the_name_k2(installed):
 
     assert k2 is compat
     assert rnnt_loss_pruned is rnnt.rnnt_loss_pruned
-    compat.install()  # again: nothing to do
+    compat.install()  # a second call has nothing to do
     compat.uninstall()
     assert "k2" not in sys.modules
 

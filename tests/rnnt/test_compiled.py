@@ -10,7 +10,7 @@ from fastasr.rnnt import additive, rows
 
 
 def both(function, *leaves):
-    """Values and gradients, plain and compiled for any shape."""
+    """Compares values and gradients, plain and compiled for any shape."""
     torch._dynamo.reset()
     results = []
     for call in (function, torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")):
@@ -83,7 +83,7 @@ def test_autocast_leaves_the_precision_alone():
 
 
 def test_slices_do_not_show(monkeypatch):
-    """One slice of frames or rows, or one for each."""
+    """One slice of frames or rows gives the same as one slice for each."""
     p = random_problem(6)
 
     def losses():
@@ -102,7 +102,7 @@ def test_slices_do_not_show(monkeypatch):
 
 @pytest.mark.parametrize("scales", [(0.0, 0.0), (0.25, 0.0), (0.2, 0.3)])
 def test_the_gpu_s_products_on_the_cpu(monkeypatch, scales):
-    """Products over the whole batch, and one-hot matrices in place of sums by index."""
+    """The GPU's path multiplies over the whole batch and uses one-hot matrices in place of sums by index."""
     p = random_problem(6)
 
     def losses():
@@ -118,7 +118,7 @@ def test_the_gpu_s_products_on_the_cpu(monkeypatch, scales):
 
 
 class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
-    """The sizes of all tensors that operators make."""
+    """Records the sizes of all tensors that operators make."""
 
     def __init__(self):
         super().__init__()

@@ -14,7 +14,7 @@ DELAY = 0.125
 
 
 def compare(ours, theirs, *inputs):
-    """Calls of the two, with keyword arguments bound: results and gradients of the inputs."""
+    """Compares results and gradients of two calls, whose keyword arguments are bound."""
     results = []
     for call in (ours, theirs):
         leaves = [x.clone().requires_grad_() for x in inputs]

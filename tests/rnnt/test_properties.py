@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must hold of transducer losses whatever they are computed with: invariances, identities, gradients."""
+"""Properties of transducer losses that hold whatever computes them: invariances, identities, gradients."""
 
 import math
 
@@ -20,7 +20,7 @@ def close(found, expected, tolerance=1e-9):
 
 @pytest.mark.parametrize("rnnt_type", TYPES)
 def test_shifted_scores_change_nothing(rnnt_type):
-    """A constant per frame or per position is normalised away; in the smoothed loss as well."""
+    """A constant per frame or per position is normalised away, in the smoothed loss as well."""
     for seed in SEEDS:
         p = random_problem(seed)
         head = p.symbols, p.blank
@@ -67,7 +67,9 @@ def test_windows_of_everything_prune_nothing(rnnt_type):
 
 @pytest.mark.parametrize("rnnt_type", TYPES)
 def test_occupations_sum_to_what_a_path_has(rnnt_type):
-    """S_b symbols, and with blanks one arc per frame, T_b in all; a regular path has T_b blanks besides its symbols."""
+    """The sum is S_b for symbols. With blanks there is one arc per frame, T_b in all; a regular path has T_b blanks
+    besides its symbols.
+    """
     for seed in SEEDS:
         p = random_problem(seed)
         _, (px, py) = rnnt.rnnt_loss(p.full, p.symbols, p.blank, p.boundary, rnnt_type, return_grad=True)
@@ -140,7 +142,7 @@ def test_gradients(rnnt_type):
 
 
 def test_occupations_survive_the_backward_pass():
-    """fast_rnnt scales them in place."""
+    """fast_rnnt scales the occupations in place."""
     p = random_problem(2)
     lm = p.lm.requires_grad_()
     loss, occupation = rnnt.rnnt_loss_simple(lm, p.am, p.symbols, p.blank, p.boundary, return_grad=True)
@@ -186,8 +188,9 @@ def test_wide_scores_do_not_overflow():
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_ragged_boundaries(data):
-    """Any boundary within the shapes, empty transcripts, no frames and unreachable ends included, against each sequence
-    alone."""
+    """Each sequence agrees with the same sequence alone for any boundary within the shapes: empty transcripts, no
+    frames and unreachable ends included.
+    """
     batch = data.draw(st.integers(0, 3))
     length, frames, classes = (
         data.draw(st.integers(0, 4)),

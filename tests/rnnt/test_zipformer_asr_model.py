@@ -25,7 +25,7 @@ def inputs():
 
 @pytest.fixture(autouse=True)
 def _plain_upstream(monkeypatch):
-    """Upstream's Swoosh functions without torch.compile."""
+    """Runs upstream's Swoosh functions without torch.compile."""
     monkeypatch.setenv("K2_ONNX_EXPORT", "1")
 
 
@@ -80,7 +80,7 @@ assert k2.__name__ == "fastasr.compat.k2"
 
 
 def test_a_fresh_process_that_installs_it():
-    """As a user does it: install, then import upstream's unmodified code."""
+    """The test installs it and then imports upstream's unmodified code, as a user does."""
     here = Path(__file__).parent
     code = f"import sys; sys.path.insert(0, {str(here)!r})\n{_FRESH}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)

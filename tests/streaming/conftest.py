@@ -37,7 +37,7 @@ def _one_thread():
 
 
 def randomized(model, seed=3):
-    """The model with no parameter at its initial 0 or 0.5, and tokens about as likely as blank."""
+    """Returns the model with no parameter at its initial 0 or 0.5, and tokens about as likely as blank."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -55,7 +55,9 @@ def model():
 
 @pytest.fixture(scope="session")
 def upstream_model(model):
-    """The PyPI package's encoder and front end with the same weights, its Swoosh functions not compiled."""
+    """Returns the PyPI package's encoder and front end with the same weights, its Swoosh functions not
+    compiled.
+    """
     pytest.importorskip("zipformer", exc_type=ImportError)
     from zipformer.modules.subsampling import Conv2dSubsampling
     from zipformer.modules.zipformer import Zipformer

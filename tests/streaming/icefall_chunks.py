@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In a process of its own, since icefall's recipe calls its file as the PyPI package is called:
+"""This runs in a process of its own, since icefall's recipe gives its file the name of the PyPI package:
 
 python icefall_chunks.py egs/librispeech/ASR/zipformer    # prints the largest error of a chunk
 """
@@ -13,7 +13,7 @@ CHUNK, LEFT, BINS = 16, 64, 80
 
 
 def recipe(folder):
-    """(Zipformer2, Conv2dSubsampling) of the folder, without k2 and the rest of icefall."""
+    """Returns (Zipformer2, Conv2dSubsampling) of the folder, without k2 and the rest of icefall."""
     from fastasr.compat import k2
 
     utils = types.ModuleType("icefall.utils")
@@ -28,7 +28,7 @@ def recipe(folder):
 
 @torch.inference_mode()
 def largest_error(folder, chunks=9):
-    """Of the engine's chunks from those of the recipe's own code."""
+    """Returns the largest difference of the engine's chunks from those of the recipe's own code."""
     from fastasr.streaming import StreamingEncoder
 
     encoder_class, embed_class = recipe(folder)

@@ -7,7 +7,7 @@ from fastasr.streaming.backend import streaming_wrapper
 
 
 class Alone:
-    """A stream of ``model``: ``step`` takes one chunk (frames, bins)."""
+    """One stream of ``model``: ``step`` takes one chunk (frames, bins)."""
 
     def __init__(self, model, chunk_size, left_context_frames):
         self.wrapper = streaming_wrapper(model, chunk_size, left_context_frames)
@@ -23,5 +23,5 @@ class Alone:
 
 
 def relative(y, expected):
-    """rms of the difference over the rms of what is expected."""
+    """Returns the rms of the difference over the rms of the expected values."""
     return float((y - expected).double().norm() / expected.double().norm())

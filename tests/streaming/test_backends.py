@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every backend gives each stream what it would get alone, whatever streams come, go and begin again beside it."""
+"""Every backend gives each stream what it would get alone, whichever streams come, go and restart beside
+it.
+"""
 
 import copy
 import random
@@ -34,7 +36,9 @@ every_backend = pytest.mark.parametrize("kind", BACKENDS)
 @every_backend
 @pytest.mark.parametrize("seed", range(3))
 def test_streams_at_random(model, kind, seed):
-    """A random program: chunks for random subsets in random order, resets, moves of a stream to another slot."""
+    """A random program sends chunks for random subsets in random order, resets streams, and moves one to
+    another slot.
+    """
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     chunk, left = draw.choice([(8, 16), (8, 32), (16, 16)])
     backend = BACKENDS[kind](model, chunk, left, max_streams=SLOTS)

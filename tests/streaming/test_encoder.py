@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine as it is used: streams that open and close, lengths, samples, and what it refuses."""
+"""The engine as it is used: streams that open and close, lengths, samples, and the calls it refuses."""
 
 import random
 
@@ -49,7 +49,9 @@ def test_streams_open_and_close_at_random(model, seed):
 
 @pytest.mark.parametrize("frames", [9, 16, 29, 30, 61, 100])
 def test_whole_utterances_keep_their_length(model, frames):
-    """As many frames as the encoder gives at once; those before the last chunk are the stream's own."""
+    """A stream gives as many frames as the encoder gives at once; those before the last chunk are the
+    stream's own.
+    """
     features = torch.randn(frames, BINS, generator=torch.Generator().manual_seed(frames))
     _, expected = model.forward_encoder(features[None], torch.tensor([frames]))
     encoder, alone = make(model), Alone(model, CHUNK, LEFT)
@@ -75,7 +77,7 @@ def test_fewer_frames_are_filled_with_silence(model):
 
 
 def test_samples_go_in_as_they_come(model):
-    """Any pieces give the chunks of the features at once."""
+    """Samples in pieces of any size give the chunks of the whole features."""
     pytest.importorskip("kaldi_native_fbank")
     from fastasr.streaming import FbankStream
 

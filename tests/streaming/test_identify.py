@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which models an engine takes, and that it says why not."""
+"""An engine takes the models it can serve, and says why it does not take others."""
 
 import copy
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recording of half an hour: no drift from the model's own stream, no growth of memory."""
+"""A recording of half an hour causes no drift from the model's own stream and no growth of memory."""
 
 import os
 
@@ -16,7 +16,7 @@ SECOND = 16000
 
 
 def resident():
-    """MiB of this process that lie in memory."""
+    """Returns the MiB of this process that are in memory."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -26,7 +26,9 @@ def second(number):
 
 
 def listen(model, seconds, check_from, growth):
-    """Streams ``seconds`` of noise; the last chunks are compared, memory from a tenth of the way on."""
+    """Streams ``seconds`` of noise, compares the last chunks, and measures memory from a tenth of the way
+    on.
+    """
     recogniser = StreamingRecogniser(
         model, StreamingEncoder.from_model(model, CHUNK, LEFT), endpoint=EndpointRules(longest=5.0)
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chunk in one native call: what streaming_forward gives, chunk after chunk, for any streams at a time."""
+"""One native call gives what streaming_forward gives, chunk after chunk, for any streams at a time."""
 
 import copy
 import random
@@ -36,7 +36,7 @@ def _wrapper(model, chunk_size, left, dtype=torch.float64):
 
 @torch.no_grad()
 def _reference(model, chunk_size, left, chunks, states=None):
-    """Outputs in float64 of a batch of streams, and their states."""
+    """Returns outputs in float64 of a batch of streams, and their states."""
     wrapper = _wrapper(model, chunk_size, left)
     states = wrapper.get_init_states(len(chunks[0])) if states is None else states
     states = [state.double() if state.is_floating_point() else state for state in states]
@@ -72,7 +72,9 @@ def test_published_sizes(size, chunk_size, left, steps):
     ("size", "weights"), [("small", "bf16"), ("small", "int8"), ("medium", "bf16"), ("large", "int8")]
 )
 def test_rounded_weights(size, weights):
-    """What the model's own code gives with weights rounded so, to the accuracy of fp32; the memory that it takes."""
+    """The result is that of the model's own code with equally rounded weights, to the accuracy of fp32; the test also
+    measures the memory.
+    """
     model = _published(size)
     backend, rounded = (kind(model, 16, 128, weights=weights) for kind in (NativeBackend, EagerBackend))
     chunks = zipformers.features(1, 2, 16)
@@ -95,7 +97,9 @@ def test_rounded_weights_of_odd_sizes(weights):
 
 @pytest.mark.parametrize(("chunk_size", "left"), [(2, 2), (4, 8), (6, 6), (10, 40), (8, 0)])
 def test_odd_sizes(chunk_size, left):
-    """Often enough that the rings turn over; a left context shorter than a chunk, none at all."""
+    """Chunks repeat often enough that the rings turn over; a left context is shorter than a chunk, or
+    absent.
+    """
     model = _odd()
     backend = NativeBackend(model, chunk_size, left, max_streams=3)
     chunks = zipformers.features(2, 23, chunk_size)
@@ -115,7 +119,7 @@ def test_odd_sizes(chunk_size, left):
 
 @every_format
 def test_streams_come_and_go(weights):
-    """Any streams of any age in a call, in any order: the bits of each are those it has alone."""
+    """Any streams of any age share a call, in any order: each has the bits that it has alone."""
     chunk_size, left, slots = 4, 8, 4
     model = _odd()
     backend = NativeBackend(model, chunk_size, left, weights, max_streams=slots)
@@ -160,7 +164,9 @@ def test_threads_change_no_bit(threads, weights):
 
 
 def test_states_move():
-    """To another slot, to upstream's wrapper and back, in the middle of a stream: it goes on as if it had stayed."""
+    """States move to another slot, or to upstream's wrapper and back, in the middle of a stream, which goes on as if it
+    had stayed.
+    """
     model, chunk_size, left = _odd(), 4, 8
     backend = NativeBackend(model, chunk_size, left, max_streams=2)
     chunks = zipformers.features(1, 12, chunk_size)
@@ -195,7 +201,7 @@ def test_not_a_number_stays_in_its_stream():
 
 
 def test_other_numbers_of_bins():
-    """Those that the front end's linear layer takes as well: 79 to 82 bins become 19."""
+    """The front end's linear layer takes other numbers as well: 79 to 82 bins become 19."""
     model, chunk_size = _odd(), 4
     for bins in (79, 82):
         backend = NativeBackend(model, chunk_size, 8)
@@ -219,7 +225,7 @@ def test_released_weights():
 
 @pytest.mark.parametrize("size", ["medium", "large"])
 def test_memory_of_packed_weights(size):
-    """The bounds on memory are those over the weights."""
+    """The test checks the documented bounds on memory over the weights."""
     model = _published(size)
     backend = NativeBackend(model, 16, 128, max_streams=2)
     parameters = sum(4 * p.numel() for p in model.parameters())

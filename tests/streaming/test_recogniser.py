@@ -25,7 +25,7 @@ def engine(model, **options):
 
 
 def alone(model, recogniser, samples, method):
-    """The search over the stream's own chunks, encoded one by one by the model's own code."""
+    """Runs the search over the stream's own chunks, encoded one by one by the model's own code."""
     computer, chunks, stream = FbankStream(), decoding.FeatureChunks(CHUNK), Alone(model, CHUNK, LEFT)
     features = torch.cat([computer.accept(samples), computer.finish()])
     search, state = recogniser.search, recogniser.search.start()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streaming Zipformers of the published sizes and odd ones, with weights that hide nothing."""
+"""Streaming Zipformers of the published sizes and odd ones, with weights that hide no error."""
 
 import torch
 
@@ -63,7 +63,7 @@ def _model(seed, **arguments):
 
 @torch.no_grad()
 def liven(model):
-    """Initial values that are zero, equal or tiny would hide errors."""
+    """Moves initial values that are zero, equal or tiny, which would hide errors."""
     for name, parameter in model.named_parameters():
         if name.endswith(("chunkwise_conv_scale", "sample.bias", "sample_output.bias")):
             parameter.normal_(0, 0.2)

@@ -16,7 +16,7 @@ def _tiny():
 
 @pytest.fixture
 def model(_tiny):
-    """A fresh, unswapped tiny Zipformer."""
+    """Returns a fresh, unswapped tiny Zipformer."""
     return copy.deepcopy(_tiny)
 
 
@@ -27,7 +27,9 @@ def inputs():
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """The shapes are tiny: threads cost more than they bring, most of all beside other processes."""
+    """Uses one thread: the shapes are tiny, so threads cost more than they bring, most of all beside
+    other processes.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

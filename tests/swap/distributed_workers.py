@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the two processes of the distributed tests run. Each asserts; a failure ends the group."""
+"""The two processes of the distributed tests run this. Each asserts; a failure ends the group."""
 
 import copy
 import os
@@ -28,7 +28,9 @@ def _count(model):
 
 
 def ddp(rank):
-    """A swap before and after wrapping gives the gradients of unswapped DDP, averaged over the ranks."""
+    """Checks that a swap before and after wrapping gives the gradients of unswapped DDP, averaged over
+    the ranks.
+    """
     from torch.nn.parallel import DistributedDataParallel
 
     model, inputs = tiny(), batch(seed=rank)
@@ -56,7 +58,7 @@ def ddp(rank):
 
 
 def fsdp2(rank):
-    """A swap before and after fully_shard gives the outputs and gradients of unswapped FSDP2."""
+    """Checks that a swap before and after fully_shard gives the outputs and gradients of unswapped FSDP2."""
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     model, inputs = tiny(), batch(seed=5)

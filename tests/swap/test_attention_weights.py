@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Upstream's attention weights by the op: inference, seeded training, streaming; what is bound, compared, declined."""
+"""Upstream's attention weights by the op: inference, seeded training, streaming; which are bound,
+compared, declined.
+"""
 
 import copy
 import random
@@ -67,7 +69,9 @@ def test_inference():
 
 @pytest.mark.parametrize("options", [{"pos_emb_skip_rate": 0.4}, {"dropout": 0.2, "pos_emb_skip_rate": 0.4}])
 def test_seeded_training(options):
-    """Skipped positions, the penalty on large scores, Balancer, Whiten and dropout come up as upstream draws them."""
+    """Skipped positions, the penalty on large scores, Balancer, Whiten and dropout occur as upstream
+    draws them.
+    """
     theirs = attention(**options).train()
     ours = copy.deepcopy(theirs)
     fastasr.accelerate(ours)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ESPnet's E-Branchformer swapped, and what its Branchformer and Conformer share with it: equal results, training
-steps, undone; what is declined."""
+"""ESPnet's E-Branchformer swapped, and the modules that its Branchformer and Conformer share with it: equal results,
+training steps, undo, and the modules that are declined.
+"""
 
 import copy
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchaudio's Emformer swapped: equal results, streaming, verified and undone, what is declined."""
+"""torchaudio's Emformer swapped: equal results, streaming, verify and undo, and the modules that are
+declined.
+"""
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ def inputs():
 
 
 def streamed(net):
-    """Every output and state of three steps."""
+    """Returns every output and state of three steps."""
     x, states, found = inputs()[0], None, []
     with torch.no_grad():
         for step in range(3):

@@ -17,7 +17,7 @@ HELP = "with fastasr.eager_mode"
 
 @pytest.fixture
 def head():
-    """Modules that upstream itself can script: norm, linear, activation."""
+    """Returns modules that upstream itself can script: norm, linear, activation."""
     from zipformer.modules.scaling import BiasNorm, SwooshR
 
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from fastasr.swap.source_hash import fingerprint
 
 
 def _reason(module, **options):
-    """Why the only module of a model was declined; its forward must be its own afterwards."""
+    """Returns why the only module of a model was declined; its forward must be its own afterwards."""
     report = fastasr.accelerate(torch.nn.Sequential(module), **options)
     assert report["0"].status == "skipped"
     assert "fastasr" not in repr(vars(module).get("forward"))
@@ -27,10 +27,10 @@ def _reason(module, **options):
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """recipe(edit) -> modules scaling, subsampling, zipformer of a recipe folder made from the installed
+    """Returns recipe(edit) -> modules scaling, subsampling, zipformer of a recipe folder made from the installed
     package.
 
-    ``edit`` changes the text of a file. Like icefall's folders they import each other by bare name.
+    ``edit`` changes the text of a file. Like those of icefall's folders, the modules import each other by bare name.
     """
     import zipformer.modules.scaling
     import zipformer.modules.subsampling
@@ -83,7 +83,9 @@ def _one_of_each(scaling, subsampling, zipformer):
 
 
 def _reformat(name, text):
-    """Without comments and blank lines, annotated and quoted differently, with ``nn`` for ``torch.nn``."""
+    """Reformats the code without comments and blank lines, with other annotations and quotes, and ``nn`` for
+    ``torch.nn``.
+    """
     text = ast.unparse(ast.parse(text)).replace("torch.Tensor", "Tensor").replace("torch.nn.", "nn.")
     return f"from torch import nn, Tensor\n{text}"
 
@@ -222,7 +224,7 @@ def test_edited_copies_are_declined(recipe, what):
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_a_layer_whose_constant_attention_acts_in_eval_mode(recipe, training):
-    """icefall's layer before March 2024, and those of its recipes that keep it."""
+    """icefall's layer before March 2024 does this, and so do its recipes that keep that layer."""
 
     def edit(name, text):
         if name != "zipformer":
@@ -256,7 +258,7 @@ def test_fingerprints_do_not_depend_on_the_folder(recipe):
 
 
 def test_a_docstring_may_start_further_left_than_its_function(tmp_path):
-    """Some recipes' do."""
+    """Some recipes have such docstrings."""
     code = [
         "class Module:\n",
         "    def forward(self, x):\n",

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ESPnet's MEGA decoder swapped: equal results, streaming, several methods bound and undone, what is declined."""
+"""ESPnet's MEGA decoder swapped: equal results, streaming, several methods bound and undone, declined
+modules.
+"""
 
 import copy
 import pickle
@@ -46,7 +48,7 @@ def labels():
 
 
 def streamed(model):
-    """Scores of one hypothesis, then batch scores of its prefixes, and the states at the end."""
+    """Returns scores of one hypothesis, then batch scores of its prefixes, and the states at the end."""
     sequence, outs = [0, 4, 7, 1], []
     with torch.no_grad():
         states = model.init_state()
@@ -62,7 +64,7 @@ def streamed(model):
 
 
 def everything(model):
-    """What ``verify`` needs to reach every method."""
+    """Calls every method that ``verify`` has to reach."""
     model(labels())
     streamed(model)
 
@@ -114,7 +116,7 @@ def test_the_report_names_kernels_and_what_differs(model):
 
 
 def test_labels_as_inputs_of_verify(model):
-    """Integers have no gradients; the decoder alone is reached by a plain call."""
+    """Integers have no gradients; a plain call reaches the decoder alone."""
     report = fastasr.accelerate(model, verify=(labels(),))
     assert report.ok
     assert report[""].errors["gradients"] > 0
@@ -211,7 +213,9 @@ def test_a_method_replaced_on_the_instance_is_declined(model):
 
 
 def test_only_some_modules(model):
-    """The decoder calls upstream's blocks with the masks they want, and upstream's decoder calls ours."""
+    """The decoder calls upstream's blocks with the masks they need, and upstream's decoder calls
+    fastasr's blocks.
+    """
     expected = model(labels())
     for only in ("", "mega_blocks.*.0", "*.multihead_damped_ema", "*.rel_pos_bias", "mega_blocks.0.*"):
         twin = copy.deepcopy(model)
@@ -238,7 +242,7 @@ def test_the_swapped_score_cache(model, monkeypatch):
 
 
 def test_coefficients_follow_the_parameters(model):
-    """ESPnet's are those of the first step, whatever is loaded later."""
+    """ESPnet keeps the coefficients of the first step, whatever is loaded later."""
     other = decoder(num_blocks=2)
     with torch.no_grad():
         for p in other.parameters():
@@ -317,7 +321,7 @@ def test_other_structures_are_declined(model):
 
 
 def test_wrapped_projections_are_called(model):
-    """Whatever stands in for a projection, the block around it is still served."""
+    """The block around a projection is still served, whatever stands in for the projection."""
     expected = model(labels())
 
     class Wrapped(torch.nn.Module):
@@ -351,7 +355,7 @@ def test_restore_lets_go_of_packed_weights(model):
 
 
 def test_verify_runs_the_packed_step(model, monkeypatch):
-    """What serves a step after the swap is what verification compares."""
+    """Verification compares the code that serves a step after the swap."""
     from fastasr.models.mega import decoding
 
     if not decoding._native():

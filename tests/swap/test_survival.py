@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a swapped model must survive: copies, pickles, compilation, checkpointing, autocast."""
+"""A swapped model survives copies, pickles, compilation, checkpointing and autocast."""
 
 import copy
 import io
@@ -84,7 +84,7 @@ def test_state_dict_round_trip_between_swapped_and_not(model, inputs):
 
 
 def _parts(model):
-    """name -> (module, number of arguments, channels), one of each swapped kind."""
+    """Returns name -> (module, number of arguments, channels), one of each swapped kind."""
     layer = model.encoder.encoders[0].layers[0]
     fused = layer.feed_forward1.out_proj
     return {
@@ -99,11 +99,10 @@ def _parts(model):
 @pytest.mark.parametrize("part", ["bias_norm", "bypass", "swoosh", "swoosh_linear", "linear"])
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 def test_compile_fullgraph(model, part, training):
-    """Without a graph break, at two lengths, with gradients."""
+    """The model compiles without a graph break, at two lengths, with gradients."""
     fastasr.accelerate(model)
     module, count, channels = _parts(model.train(training))[part]
-    # Limits on parameters and scheduled rates draw from Python's random in training, as upstream: a graph
-    # break.
+    # Limits on parameters and scheduled rates draw from Python's random in training, as upstream: a graph break.
     fullgraph = not (training and part in ("bias_norm", "bypass", "swoosh_linear"))
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=fullgraph, backend="aot_eager")
@@ -159,7 +158,9 @@ def test_upstream_with_its_own_compiled_swoosh(inputs):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(model, inputs, reentrant):
-    """Recomputed in backward, a feed-forward module gives the gradients it gives without checkpointing."""
+    """A feed-forward module that is recomputed in the backward gives the gradients it gives without
+    checkpointing.
+    """
     fastasr.accelerate(model)
     module = model.encoder.encoders[0].layers[0].feed_forward1.train()
     # Upstream's regularisers draw from Python's random, which checkpointing does not replay.
@@ -177,7 +178,7 @@ def test_activation_checkpointing(model, inputs, reentrant):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_of_a_whole_layer(model, reentrant):
-    """With upstream's regularisers, which draw from Python's random."""
+    """Upstream's regularisers, which draw from Python's random, are active."""
     fastasr.accelerate(model.train())
     layer = model.encoder.encoders[0].layers[0]
     results = []
@@ -192,7 +193,7 @@ def test_activation_checkpointing_of_a_whole_layer(model, reentrant):
 
 
 def test_autocast_bf16(model, inputs):
-    """Upstream's dtype, and not further from its float32 result than upstream itself is."""
+    """The result has upstream's dtype and is not further from its float32 result than upstream itself is."""
     twin = copy.deepcopy(model).eval()
     fastasr.accelerate(model.eval())
     with torch.no_grad():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A swap changes nothing but which forward runs, can be repeated, narrowed and undone."""
+"""A swap changes only which forward runs; it can be repeated, narrowed and undone."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import fastasr
 
 
 def _outside(model):
-    """All that a user can hold on to: names, parameters, buffers, classes, modules."""
+    """Returns all that a user can hold on to: names, parameters, buffers, classes, modules."""
     return (
         [(name, id(module), type(module)) for name, module in model.named_modules()],
         [(name, id(p)) for name, p in model.named_parameters()],

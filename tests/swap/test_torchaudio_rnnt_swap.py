@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchaudio's predictor swapped: equal results, verified and undone, the same draws, what is declined."""
+"""torchaudio's predictor swapped: equal results, verify and undo, the same draws, and the modules that
+are declined.
+"""
 
 import copy
 
@@ -23,7 +25,7 @@ def inputs():
 
 
 def run(net):
-    """Outputs and states, whole and one label more."""
+    """Returns outputs and states, of the whole and of one label more."""
     labels, lengths = inputs()
     with torch.no_grad():
         y, _, states = net(labels, lengths)
@@ -54,7 +56,7 @@ def test_training_draws_what_upstream_draws():
         if swap:
             fastasr.accelerate(net)
         torch.manual_seed(4)
-        # not the sum of squares: behind a layer norm that is a constant, whose gradients are rounding alone
+        # not the sum of squares, which is constant behind a layer norm: its gradients are rounding alone
         y = net(*inputs())[0]
         (y * torch.linspace(-1, 1, y.numel()).sin().view_as(y)).sum().backward()
         found.append([torch.rand(2), *(p.grad for p in net.parameters())])

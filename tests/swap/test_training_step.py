@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Same seed, same draws: a swapped training step is upstream's, up to rounding."""
+"""With the same seed and draws, a swapped training step is upstream's, up to rounding."""
 
 import copy
 
@@ -11,7 +11,7 @@ import fastasr
 
 
 def _steps(model, inputs, seed, **options):
-    """The step of upstream and of a swapped copy, after comparing all but the gradients' values."""
+    """Returns the gradients of upstream and of a swapped copy, after comparing everything else."""
     swapped = copy.deepcopy(model)
     assert fastasr.accelerate(swapped, **options).replaced
     loss, gradients, random_states = training_step(model, inputs, seed)
@@ -24,7 +24,9 @@ def _steps(model, inputs, seed, **options):
 
 
 def _in_fp32_only(dtype):
-    """In fp64 upstream's regularisers still compute in fp32, ours do not: there the difference would be theirs."""
+    """Excludes upstream's regularisers in fp64: they still compute in fp32 and fastasr's do not, so the
+    difference would be theirs.
+    """
     if dtype is not torch.float64:
         return None
     return lambda path, module: type(module).__name__ in ("Balancer", "Whiten")
@@ -41,9 +43,9 @@ def test_loss_every_gradient_and_the_random_states(model, inputs, dtype, digits,
     rounded = copy.deepcopy(model)
     gradients, gradients_now = _steps(model, (x, lens), seed, exclude=_in_fp32_only(dtype))
 
-    # How far upstream's own gradients move when the features are rounded: some are sums that cancel.
-    # Upstream's softmax, balancers and whitening compute in fp32 whatever the dtype; where the attention's
-    # projections get gradients that cancel to almost nothing, that rounding is all one sees in fp64.
+    # This is how far upstream's own gradients move when the features are rounded: some are sums that cancel. Upstream's
+    # softmax, balancers and whitening compute in fp32 whatever the dtype; where the attention's projections get
+    # gradients that cancel to almost nothing, that rounding is all one sees in fp64.
     eps = torch.finfo(dtype).eps
     generator = torch.Generator().manual_seed(0)
     signs = [torch.randint(0, 2, x.shape, generator=generator) * 2 - 1 for _ in range(4)]

@@ -14,7 +14,7 @@ from fastasr.swap import binding
 
 
 def _break(monkeypatch, op, change):
-    """Replace ops.<op> by change(op)."""
+    """Replaces ops.<op> by change(op)."""
     original = getattr(ops, op)
     monkeypatch.setattr(ops, op, lambda *args, **kwargs: change(original, *args, **kwargs))
 
@@ -35,7 +35,9 @@ def test_everything_verifies(model, inputs):
 
 
 def reached(report):
-    """The replaced modules that inference runs: all but one, which ConvNeXt calls in training alone."""
+    """Returns the replaced modules that inference runs: all but one, which ConvNeXt calls in training
+    alone.
+    """
     missed = {row.path for row in report.replaced if row.errors is None}
     assert missed == {"encoder_embed.convnext.out_whiten"}
     return [row for row in report.replaced if row.path not in missed]
@@ -193,7 +195,9 @@ def test_inputs_that_upstream_cannot_run_raise_and_undo_the_swap(model):
 
 
 def test_upstream_that_cannot_run_is_not_called_verified(monkeypatch):
-    """icefall without k2 raises ImportError in its own forward; ours would work, but nothing confirms it."""
+    """icefall without k2 raises ImportError in its own forward; fastasr's would work, but nothing
+    confirms it.
+    """
     from zipformer.modules.scaling import BiasNorm
 
     norm = torch.nn.Sequential(BiasNorm(8))
@@ -230,7 +234,7 @@ def test_bf16_where_upstream_cannot_train(model):
 class TestUnknownCode:
     @pytest.fixture
     def edited(self, tmp_path, monkeypatch):
-        """A BiasNorm whose code is of no known version: equivalent, or not."""
+        """Makes a BiasNorm whose code is of no known version, equivalent or not."""
         import importlib.util
         import inspect
         import sys

@@ -28,9 +28,7 @@ TINY = {
 
 @contextlib.contextmanager
 def plain_swoosh():
-    """Upstream compiles its Swoosh functions when a module is built; this switch of its own leaves them
-    plain.
-    """
+    """Keeps Swoosh functions plain by upstream's own switch: upstream compiles them when a module is built."""
     before = os.environ.get("K2_ONNX_EXPORT")
     os.environ["K2_ONNX_EXPORT"] = "1"
     try:
@@ -43,7 +41,9 @@ def plain_swoosh():
 
 
 class Encoder(torch.nn.Module):
-    """Front end and encoder, as upstream's AsrModel.forward_encoder runs them. x (batch, time, features)."""
+    """Runs front end and encoder as upstream's AsrModel.forward_encoder does. x is (batch, time,
+    features).
+    """
 
     def __init__(self, config, features, dim, channels, dropout=(0.3, 0.1)):
         from zipformer.modules.scaling import ScheduledFloat
@@ -72,7 +72,9 @@ def set_batch_count(model, count):
 
 
 def tiny(batch_count=20000.0, seed=0):
-    """Dropout is 0.5: upstream rounds 1 / (1 - p) to fp32, which would show in fp64 with another rate."""
+    """Returns a model with dropout 0.5: upstream rounds 1 / (1 - p) to fp32, which would show in fp64 with another
+    rate.
+    """
     torch.manual_seed(seed)
     random.seed(seed)
     with plain_swoosh():
@@ -96,7 +98,7 @@ def seeded(seed):
 
 
 def training_step(model, inputs, seed):
-    """Loss, gradients by name, and the random states afterwards."""
+    """Returns loss, gradients by name, and the random states afterwards."""
     model.train()
     model.zero_grad(set_to_none=True)
     seeded(seed)
@@ -109,7 +111,7 @@ def training_step(model, inputs, seed):
 
 
 def assert_close(actual, expected, tolerance=2e-5, what=""):
-    """Largest difference at most ``tolerance`` times the largest magnitude."""
+    """Asserts that the largest difference is at most ``tolerance`` times the largest magnitude."""
     scale = expected.abs().max().clamp_min(1e-12)
     error = ((actual - expected).abs().max() / scale).item()
     assert error <= tolerance, f"{what}: relative error {error:.2e}"

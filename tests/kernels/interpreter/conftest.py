@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""These tests need Triton in interpreter mode, which is fixed when triton is imported: test_interpreter.py,
-one
-folder up, runs them in a process with TRITON_INTERPRET=1. Elsewhere none is collected."""
+"""These tests need Triton in interpreter mode, which is fixed when triton is imported: test_interpreter.py, one folder
+up, runs them in a process with TRITON_INTERPRET=1. Other processes collect none of them.
+"""
 
 import ctypes
 import importlib.util
@@ -26,19 +26,19 @@ else:
 
 @pytest.fixture(autouse=True)
 def _quiet_numpy():
-    """NaN and infinity are inputs here, not accidents."""
+    """Silences numpy: NaN and infinity are inputs here, not accidents."""
     with np.errstate(all="ignore"):
         yield
 
 
 @pytest.fixture
 def rounding():
-    """The repaired conversions, for tests of the repair itself."""
+    """Returns the repaired conversions, for tests of the repair itself."""
     return repair
 
 
 def _guard(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy whose last byte is the last before a page that faults when touched."""
+    """Returns a copy whose last byte is the last before a page that faults when touched."""
     page = mmap.PAGESIZE
     size = tensor.numel() * tensor.element_size()
     room = -(-max(size, 1) // page) * page
@@ -60,7 +60,9 @@ def guarded():
 
 
 class Writes:
-    """Addresses stored to, by program; ``clashes`` counts those stored twice, by one program or by two."""
+    """Records the addresses stored to, by program; ``clashes`` counts those stored twice, by one program
+    or by two.
+    """
 
     def __init__(self):
         self.launches: list[list[np.ndarray]] = [[]]
@@ -83,8 +85,9 @@ class Writes:
 
 @pytest.fixture
 def writes(monkeypatch):
-    """Records every store of the kernels that a test launches; a launch's stores must all be to different
-    addresses."""
+    """Records every store of the kernels that a test launches; all stores of a launch must go to
+    different addresses.
+    """
     found = Writes()
     store, launch = interpreter.InterpreterBuilder.create_masked_store, interpreter.GridExecutor.__call__
 

@@ -15,25 +15,26 @@ from triton.runtime import interpreter
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
-    """bfloat16 bit patterns (uint16) to float32."""
+    """Converts bfloat16 bit patterns (uint16) to float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def narrow(values: np.ndarray) -> np.ndarray:
-    """float32 to bfloat16 bit patterns: add just under half a unit, plus the last kept bit so that ties go to
-    even."""
+    """Converts float32 to bfloat16 bit patterns: it adds just under half a unit, plus the last kept bit so that ties go
+    to even.
+    """
     values = np.asarray(values, dtype=np.float32)
     bits = values.view(np.uint32).astype(np.uint64)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
-# Products of float32 by ``fma_dot`` instead of the processor's BLAS. Then a b and its transpose are the same numbers,
-# as they are on a GPU: a kernel that computes scores once by rows and once by columns relies on it. In order the whole
-# contract holds but for one draw, the largest error of toeplitz_attention's gradient of qk_weight with padding; over 12
-# other draws none fails, and ours is below eager's, 2.8e-7 against 3.3e-7.
+# ``fma_dot`` replaces the processor's BLAS for products of float32. Then a b and its transpose are the same numbers, as
+# they are on a GPU: a kernel that computes scores once by rows and once by columns relies on it. With these products
+# the whole contract holds except for one draw, the largest error of toeplitz_attention's gradient of qk_weight with
+# padding; of 12 other draws none fails, and fastasr's error is below eager's, 2.8e-7 against 3.3e-7.
 IN_ORDER = False
-# Whose contract needs that: the weights of a query that sees one key well are 1 as nearly as its scores agree.
+# Only this op's contract needs that: the weights of a query that sees one key well are 1 as nearly as its scores agree.
 SCORES_TWICE = ("segment_attention",)
 
 
@@ -44,7 +45,9 @@ def _products_in_order(request, monkeypatch):
 
 
 def fma_dot(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """total + a b of float32, a fused multiply-add per column of a, in order, as a GPU without TF32 does it."""
+    """Computes total + a b of float32, a fused multiply-add per column of a, in order, as a GPU without
+    TF32 does.
+    """
     a, b, total = a.astype(np.float64), b.astype(np.float64), total.astype(np.float64)
     for k in range(a.shape[-1]):
         total += a[..., :, k, None] * b[..., None, k, :]
@@ -92,7 +95,7 @@ def _repair(builder: type) -> None:
 
 
 def _scan(self, parts):
-    """A scan of whole rows in log2(n) steps, as the hardware's; the stock one takes an element at a time."""
+    """Scans whole rows in log2(n) steps, as the hardware does; the stock scan takes one element at a time."""
     length = parts[0].handle.data.shape[self.axis]
     shape = [1] * parts[0].handle.data.ndim
     shape[self.axis] = length
@@ -112,7 +115,7 @@ def _scan(self, parts):
 
 
 def _numpy_type(stock):
-    """The stock one makes its table anew for every operation."""
+    """Remembers the results of ``stock``, which makes its table anew for every operation."""
     found = {}
 
     def of(kind):
@@ -127,8 +130,9 @@ def _numpy_type(stock):
 
 
 def _device_call(stock):
-    """A call of one jitted function by another. The stock one patches the language each time: half the time of kernels
-    on small tiles. Once patched, which a launch begins with, it need not."""
+    """Calls one jitted function from another. The stock call patches the language each time, which takes half the time
+    of kernels on small tiles. A launch begins with that patch, so calls inside it need none.
+    """
 
     def call(self, *arguments, **options):
         languages = [value for value in self.fn.__globals__.values() if value is tl or value is tl.core]
@@ -143,7 +147,7 @@ _OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def _check_overflow(a, b, operation):
-    """The stock check forms ten tensors for it."""
+    """Checks for integer overflow; the stock check forms ten tensors for it."""
     if a.type.scalar.int_bitwidth < 64:
         exact = _OPERATIONS[operation.__name__](
             a.handle.data.astype(np.int64), b.handle.data.astype(np.int64)

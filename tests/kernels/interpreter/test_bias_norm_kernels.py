@@ -46,7 +46,9 @@ def test_error_is_not_above_that_of_eager(shape, dtype):
 
 
 def test_mixed_types():
-    """x in bfloat16, parameters in float32: a float32 output, nothing rounded on the way."""
+    """With x in bfloat16 and parameters in float32 the output is float32, and nothing is rounded on the
+    way.
+    """
     x, bias, log_scale, grad = _inputs((5, 4, 192), torch.bfloat16, torch.float32)
     truth = _gradients(*(t.double() for t in (x, bias, log_scale, grad)))
     y, dx, dbias, dlog_scale = _run(x, bias, log_scale, grad)
@@ -57,7 +59,7 @@ def test_mixed_types():
 
 
 def test_rows_are_dealt_to_parts_completely():
-    """More rows than there are parts: every row counts once in the parameters' gradients."""
+    """With more rows than parts, every row counts once in the parameters' gradients."""
     x, bias, log_scale, grad = _inputs((4101, 24), torch.float32)
     truth = _gradients(*(t.double() for t in (x, bias, log_scale, grad)))
     for a, t in zip(_run(x, bias, log_scale, grad), truth, strict=True):

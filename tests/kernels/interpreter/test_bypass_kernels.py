@@ -50,7 +50,7 @@ def test_error_is_not_above_that_of_eager(shape, scale_shape, dtype):
 
 
 def test_mixed_types():
-    """x_orig in float32 and x in bfloat16, as under autocast: each gradient in its tensor's type."""
+    """With x_orig in float32 and x in bfloat16, as under autocast, each gradient has its tensor's type."""
     grad, x_orig, x, scale = _inputs((9, 4, 192), (192,), torch.float32)
     x = x.bfloat16()
     truth = _gradients(*(t.double() for t in (grad, x_orig, x, scale)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of the convolutional spatial gating unit in the interpreter: what they read and write."""
+"""Kernels of the convolutional spatial gating unit in the interpreter: their loads and stores."""
 
 import pytest
 import torch
@@ -41,7 +41,9 @@ def test_no_read_past_the_end(case, guarded):
 
 @pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
 def test_rows_anywhere(dtype):
-    """x as a slice of a wider tensor, its sequences in another order; types of the results."""
+    """x is a slice of a wider tensor with its sequences in another order; the test also checks the types of the
+    results.
+    """
     grad, x, *rest = _inputs(*CASES[0], dtype)
     wide = torch.full((x.shape[1], x.shape[0], x.shape[2] + 3), float("nan"), dtype=dtype)
     other = wide.transpose(0, 1)[..., 2:-1]

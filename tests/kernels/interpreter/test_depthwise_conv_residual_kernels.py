@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of the convolution added to its input in the interpreter: what they read and write."""
+"""Kernels of the convolution added to its input in the interpreter: their loads and stores."""
 
 import pytest
 import torch

@@ -97,12 +97,14 @@ def test_error_is_not_above_that_of_eager(case, dtype):
         if not a.numel():
             continue
         comparison = compare(a, e, t)
-        # A handful of elements: one rounding more is no more than chance. The interpreter adds up one by one.
+        # With a handful of elements one more rounding is chance. The interpreter adds up one by one.
         assert comparison.ok or comparison.worst < 4 * comparison.eps, f"{name}: {comparison}"
 
 
 def test_output_in_the_scales_type():
-    """h in bfloat16, its parameters in float32, as under autocast: y in float32, each gradient in its tensor's."""
+    """With h in bfloat16 and its parameters in float32, as under autocast, y is float32 and each gradient has its
+    tensor's type.
+    """
     case = (40, 2, 20, 5, 4, False, True)
     tensors, chunk, right = _inputs(*case, torch.float32)
     tensors = (tensors[0].bfloat16(), *tensors[1:])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of the LayerNorm-LSTM in the interpreter: what they read and write, and that their programs wait for each
-other."""
+"""Kernels of the LayerNorm-LSTM in the interpreter: their loads and stores, and that their programs wait for each
+other.
+"""
 
 import os
 
@@ -60,7 +61,7 @@ def test_gradients_may_be_absent():
 
 
 def _run_together(self, *arguments, **options):
-    """A launch whose programs are processes, all running at once."""
+    """Launches a kernel whose programs are processes, all running at once."""
     assert options.pop("launch_cooperative_grid", True)
     patched = interpreter._patch_lang(self.fn)
     options = {name: value for name, value in options.items() if name in self.arg_names}

@@ -18,7 +18,7 @@ OPTIONS = ("frames", "segment_length", "left_context_length", "right_context_len
 def _inputs(
     batch, heads, width, *sizes, past=(0, 0), lengths=None, history=None, dropout=False, dtype, seed=0
 ):
-    """(gradient, arguments of the launchers); ``sizes``: frames, segment, left, right, memory."""
+    """Returns (gradient, arguments of the launchers); ``sizes`` are frames, segment, left, right, memory."""
     torch.manual_seed(seed)
     frames, segment, left, right, memory = sizes
     queries, keys = rows_of(frames, segment, right, memory, *past)
@@ -37,7 +37,7 @@ def _run(grad, arguments):
 
 
 def _expected(grad, arguments, dtype):
-    """(y, the three gradients) by autograd through the definition, in ``dtype``."""
+    """Returns (y, the three gradients) by autograd through the definition, in ``dtype``."""
     leaves = [t.to(dtype).requires_grad_() for t in arguments[:3]]
     lengths, history, keep, heads, *sizes = arguments[3:]
     y = segment_attention.definition(
@@ -50,7 +50,7 @@ def _expected(grad, arguments, dtype):
 
 @pytest.fixture(autouse=True)
 def _products_in_order(monkeypatch):
-    """Scores are computed by rows of queries and once more for keys: on a GPU they are the same numbers."""
+    """Makes scores computed by rows of queries equal to those computed by keys, as they are on a GPU."""
     monkeypatch.setattr(repair, "IN_ORDER", True)
 
 
@@ -80,7 +80,9 @@ def test_error_is_not_above_that_of_eager(case, dtype):
 
 
 def test_what_is_hidden_may_hold_anything():
-    """Frames beyond a length and rows of the past that are not there yet, as keys and values; they get no gradient."""
+    """Keys and values of frames beyond a length, and of past rows that do not exist yet, may hold anything; they get no
+    gradient.
+    """
     shape = (2, 1, 8, 20, 4, 6, 1, 2)
     options = {"past": (6, 2), "history": [3, 1], "lengths": [20, 9], "dtype": torch.float32}
     grad, arguments = _inputs(*shape, **options)
@@ -99,7 +101,7 @@ def test_what_is_hidden_may_hold_anything():
 
 
 def test_a_query_that_sees_nothing():
-    """Summaries without frames of their own; a score of -inf alone is not that."""
+    """Summaries without frames of their own see nothing; a score of -inf alone is not that."""
     grad, arguments = _inputs(1, 1, 4, 8, 4, 0, 0, 1, lengths=[3], dtype=torch.float32)
     y, dquery, dkey, dvalue = _run(grad, arguments)
     assert not y[9].any()
@@ -142,7 +144,9 @@ def test_sizes_beyond_what_there_is():
 
 
 def test_launches(monkeypatch):
-    """One forward, two backward, whatever the sizes; a step of a stream is one program per head."""
+    """There are one forward and two backward launches, whatever the sizes; a step of a stream is one
+    program per head.
+    """
     grids = []
 
     class Recorded:

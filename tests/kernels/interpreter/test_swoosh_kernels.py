@@ -16,7 +16,7 @@ def _formula(x, right):
 
 
 def _mask(shape, shared_dim, dtype):
-    """None for no mask (shared_dim None), full size for -1."""
+    """Returns no mask for shared_dim None, and one of full size for -1."""
     if shared_dim is None:
         return None
     size = [1 if d == shared_dim else n for d, n in enumerate(shape)]
@@ -61,7 +61,7 @@ def test_values_and_gradients(shape, shared_dim, dtype, right):
     assert torch.equal(dx, dx_alone)
     assert nothing.numel() == 0
     assert nothing.dtype == dtype
-    # 16-bit types: correctly rounded, up to the short polynomial's 1e-5; then what their smallest numbers allow.
+    # 16-bit types are correctly rounded, up to the short polynomial's 1e-5 and their smallest numbers.
     narrow = dtype.itemsize == 2
     rtol = 0.51 * torch.finfo(dtype).eps if narrow else 4e-7
     torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=1.1e-5 if narrow else 2e-7)

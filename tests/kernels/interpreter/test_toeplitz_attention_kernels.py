@@ -30,7 +30,7 @@ def _inputs(length, batch, d, v, dtype, *, chunk_size=0, padding=False, dropout=
 
 
 def _expected(grad, tensors, chunk_size, causal, activation, activate_value, dtype):
-    """(y, the six gradients) by autograd through the definition, in ``dtype``."""
+    """Returns (y, the six gradients) by autograd through the definition, in ``dtype``."""
     leaves = [t.to(dtype).requires_grad_() for t in tensors[:6]]
     mask, keep = tensors[6:]
     y = toeplitz_attention.definition(
@@ -52,7 +52,9 @@ def _run(grad, tensors, chunk_size, causal=True, activation=1, activate_value=Fa
 
 
 def _compare(draws, causal=True, activation=1, activate_value=False):
-    """Over several draws of inputs: elements share the rounding errors of scores, so one is few samples of them."""
+    """Compares several draws of inputs: elements share the rounding errors of scores, so one draw is few samples of
+    them.
+    """
     options = causal, activation, activate_value
     dtype = draws[0][1][0].dtype
     runs = [
@@ -68,8 +70,9 @@ def _compare(draws, causal=True, activation=1, activate_value=False):
 
 @pytest.fixture(autouse=True)
 def _products_in_order(monkeypatch):
-    """dA of a query with one key is subtracted from itself. A BLAS, whose products differ from their transposes',
-    leaves up to 3 times eager's error of the bias's gradient there."""
+    """Makes products equal to their transposes': dA of a query with one key is subtracted from itself. A BLAS, whose
+    products differ from their transposes', leaves up to 3 times eager's error of the bias's gradient there.
+    """
     monkeypatch.setattr(repair, "IN_ORDER", True)
 
 
@@ -82,7 +85,7 @@ def _tiles(request, monkeypatch):
     _use_tiles(monkeypatch, request.param)
 
 
-# Each kind of tile and each direction with one of the other; the other two pairs take as long again.
+# Each kind of tile runs, and each direction with one of the other; the other two pairs take as long again.
 TILES_AND_DIRECTIONS = [
     pytest.param(
         hopper,

@@ -97,7 +97,7 @@ def test_error_is_not_above_that_of_eager(case, dtype):
 
 
 def test_keys_outside_the_window_weigh_where_nothing_inside_does():
-    """Scores around -1020, in quarters, so that products are exact."""
+    """Scores are around -1020, in quarters, so that products are exact."""
     torch.manual_seed(0)
     q, k = (torch.randn(40, 1, 1).mul(2).round().div(4) + 32 for _ in range(2))
     q[20:] = 8.0  # only some blocks of queries need more than their window

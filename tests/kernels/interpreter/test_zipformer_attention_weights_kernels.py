@@ -94,7 +94,7 @@ def test_error_is_not_above_that_of_eager(case, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_keys_outside_the_window_weigh_where_nothing_inside_does(dtype):
-    """Scores around -1020, in quarters, so that products are exact."""
+    """Scores are around -1020, in quarters, so that products are exact."""
     torch.manual_seed(0)
     q, k = (torch.randn(50, 1, 1).mul(2).round().div(4) + 32 for _ in range(2))
     q[20:] = 8.0  # only some blocks of queries need more than their window
@@ -109,7 +109,7 @@ def test_keys_outside_the_window_weigh_where_nothing_inside_does(dtype):
 
 
 def test_padding_of_the_rows_is_not_read():
-    """A user may hand in weights without it, or with anything in it."""
+    """A user may pass weights without padding, or with anything in it."""
     tensors, numbers, masks, window, penalty, grad = _case("chunks", torch.float32)
     weights = _expected(tensors, numbers, masks, window, penalty, grad, torch.float32)[0]
     call = *tensors, *masks, *numbers, *window, *penalty
