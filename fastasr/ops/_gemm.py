@@ -289,7 +289,7 @@ def _call(operation: str, m: int, n: int, k: int, *operands: Tensor | None) -> T
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns x weightᵀ + bias for x (..., K), weight (N, K)."""
     n, k = weight.shape
-    if x.numel() * n < _SMALL:
+    if not k or x.numel() * n < _SMALL:
         return F.linear(x, weight, bias)
     return _call("forward", x.numel() // k, n, k, x, weight, bias)
 

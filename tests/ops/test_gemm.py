@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from fastasr import ops
 from fastasr.ops import _gemm
 
 REASONS = {"onednn": _gemm.onednn_reason(), "native": _gemm.reason_cpu("gemm")}
@@ -124,3 +125,10 @@ def test_forced_choices(fresh, monkeypatch):
     ):
         _gemm.forward(x, w, None)
     assert not list(fresh.iterdir())
+
+
+@pytest.mark.parametrize("op", [ops.linear, ops.linear_activation, ops.swoosh_linear])
+def test_a_weight_without_inputs_is_refused_at_any_size(op):
+    name = op.__name__
+    with pytest.raises(ValueError, match=rf"fastasr\.{name}: "):
+        op(torch.randn(64, 64), torch.randn(64, 0))
