@@ -28,7 +28,7 @@ long double expected(int activation, long double x, long double* slope) {
   }
 }
 
-// Against long double over the range where exponentials do not end, relative to what the formula adds up.
+// Compares with long double over the range where exponentials do not overflow, relative to the terms of the formula.
 template <typename C>
 void values(double unit) {
   for (int a = 0; a < cpu::kActivations; a++)
@@ -43,7 +43,7 @@ void values(double unit) {
       for (int64_t i = 0; i < n; i++) {
         long double d;
         const long double v = expected(a, x[i], &d);
-        // what the exponent's argument, x or x^2 / 2, is rounded by is a relative error of the exponential
+        // rounding the exponent's argument, x or x^2 / 2, makes a relative error of the exponential
         const long double room = 8 + static_cast<long double>(x[i]) * x[i], floor = 1e-30L;
         CHECK(std::fabs(y[i] - v) <= unit * room * std::fabs(v) + floor,
               "activation %d of %g: expected %.9Lg, got %.9g", a, double(x[i]), v, double(y[i]));

@@ -17,7 +17,7 @@ struct AttentionShape {
   double penalty;
 };
 
-// Inputs, and everything the kernels compute, in long double.
+// Holds inputs, and everything the kernels compute, in long double.
 template <typename T>
 struct AttentionCase {
   using C = compute_t<T>;

@@ -51,7 +51,7 @@ void rows_and_runs(int64_t rows, int64_t channels) {
 void coefficients() {
   const cpu::BalancerLimits limits{-0.1, 0.1, 0.5, 2.0, 0.04};
   double offset, slope;
-  // within the limits: nothing to do
+  // within the limits nothing changes
   cpu::balancer_coefficients(0.0, 100.0, 0.0, 100, limits, &offset, &slope);
   CHECK(offset == 0 && slope == 0, "within: %g %g", offset, slope);
   // too large: the change is along x, of root mean square 0.04

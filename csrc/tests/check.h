@@ -16,7 +16,7 @@
 
 #include "cpu/math/number.h"
 
-// What the tests share: checks, random values, buffers that notice a write outside, and tolerances per storage type.
+// The tests share this: checks, random values, buffers that notice a write outside, and tolerances per storage type.
 namespace fastasr::test {
 
 using cpu::bfloat16;
@@ -34,8 +34,8 @@ __attribute__((format(printf, 1, 2))) inline std::string formatted(const char* f
   return text;
 }
 
-// CHECK(condition, format, values...): doctest's own CHECK costs too much for a check per element. Twenty failures of
-// a program are reported.
+// CHECK(condition, format, values...) reports at most twenty failures of a program; doctest's own CHECK costs too much
+// for a check per element.
 #define CHECK(condition, ...)                                                       \
   do {                                                                              \
     if (!(condition) && ++fastasr::test::failures <= 20)                            \
@@ -43,7 +43,7 @@ __attribute__((format(printf, 1, 2))) inline std::string formatted(const char* f
   } while (false)
 #define TEST_CASE DOCTEST_TEST_CASE
 
-// xorshift64*: the same numbers everywhere.
+// xorshift64* gives the same numbers everywhere.
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15ull + 1) {}
@@ -117,7 +117,7 @@ bool close(T got, long double expected, long double computed) {
   return error <= computed * unit + std::fabs(expected) * Type<T>::half_ulp + Type<T>::smallest;
 }
 
-// The slope of f() in the number that it reads at `at`, by a central difference.
+// Returns the slope of f() in the number that it reads at `at`, by a central difference.
 template <typename F>
 double slope(double* at, const F& f) {
   const double saved = *at, step = 1e-5;
@@ -129,8 +129,8 @@ double slope(double* at, const F& f) {
   return (above - below) / (2 * step);
 }
 
-// n elements, `offset` elements after an aligned address. Under the address sanitizer the memory ends with the last
-// element; without it, elements before and behind are checked by intact().
+// Holds n elements, `offset` elements after an aligned address. Under the address sanitizer the memory ends with the
+// last element; without it, intact() checks the elements before and behind.
 template <typename T>
 class Buffer {
  public:
@@ -164,7 +164,7 @@ class Buffer {
   std::unique_ptr<T[]> memory_;
 };
 
-// Around every vector width and its tails.
+// These sizes lie around every vector width and its tails.
 inline constexpr int64_t kSizes[] = {0,  1,  2,  3,  5,  7,  8,  9,   15,  16,  17,
                                      31, 32, 33, 47, 63, 64, 65, 127, 192, 257, 1031};
 

@@ -15,7 +15,7 @@ using cpu::EmaDirection;
 using Real = long double;
 using Complex = std::complex<Real>;
 
-// Time first, no activation: those are ema_scan's, and its tests'.
+// Time comes first and there is no activation: the tests of ema_scan cover those.
 struct Options {
   int64_t length, batch, channels, states;
   int64_t truncation = 0;
@@ -92,14 +92,14 @@ struct Case {
   }
 };
 
-// A value and the size of what was added up to it.
+// Holds a value and the size of the sum behind it.
 struct Sum {
   Complex value = 0;
   Real size = 0;
   void add(Complex term, Real of) { value += term, size += of; }
 };
 
-// One channel at a time, all in long double. Derivatives as in docs/ops/complex_ema_scan.md.
+// Computes one channel at a time, all in long double, with the derivatives of docs/ops/complex_ema_scan.md.
 template <typename T>
 void compare(Case<T>& c) {
   const Options& o = c.o;

@@ -14,7 +14,7 @@ struct Shape {
   bool mask, bias;
 };
 
-// act and act' of the activations that the test runs: identity, silu, tanh.
+// Returns act and act' of the activations that the test runs: identity, silu, tanh.
 long double act(int activation, long double z) {
   return activation == 1 ? z / (1 + std::exp(-z)) : activation == 3 ? std::tanh(z) : z;
 }
@@ -69,7 +69,7 @@ struct Case {
          s.activation};
   }
 
-  // Tasks in pieces of `step`, as threads take them.
+  // Runs tasks in pieces of `step`, as threads take them.
   void run(int64_t step) {
     const auto& kernel = cpu::kernels<cpu::ConvSpatialGateKernels<T>>();
     const int64_t rows = p.rows(), stripes = (s.channels + cpu::kSpatialGateStripe - 1) / cpu::kSpatialGateStripe;

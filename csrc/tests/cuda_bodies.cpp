@@ -36,7 +36,7 @@ constexpr int dtype_of() {
   return std::is_same_v<T, float16> ? kFastasrHalf : kFastasrFloat;
 }
 
-// A sequence tensor in one of the layouts; the last one leaves gaps between rows.
+// Holds a sequence tensor in one of the layouts; the last one leaves gaps between rows.
 template <typename T>
 struct Sequence {
   Buffer<T> data;
@@ -58,7 +58,7 @@ struct Sequence {
   FastasrSequence view() { return {data.data(), time, batch, channel}; }
 };
 
-// Largest error over the largest magnitude, in units of the tensor's rounding.
+// Returns the largest error over the largest magnitude, in units of the tensor's rounding.
 struct Worst {
   double error = 0, magnitude = 0;
   void add(double got, double expected) {
@@ -288,7 +288,7 @@ void Case<T>::compare() {
 
   // both come from dq, which is 0 where one tap is kept
   wparameters[1].magnitude = std::max(wparameters[1].magnitude, wparameters[0].magnitude);
-  // 1e-9: the numerical derivative: the numerical derivative
+  // 1e-9 for the numerical derivative
   const double unit = c.slack * (std::is_same_v<C, double> ? 1e-9 : 1e-6), stored = Type<T>::half_ulp;
   const auto check = [&](const Worst& w, double limit, const char* what) {
     CHECK(w.relative() <= limit, "%s %s: %s: relative error %.3g, limit %.3g", Type<T>::name, c.name().c_str(), what,
@@ -310,7 +310,7 @@ void one(const Config& c) {
   a.compare();
 }
 
-// Tiles are of 256 steps forward and 128 backward (64 and 32 in double); up to two tiles are one segment.
+// Tiles have 256 steps forward and 128 backward (64 and 32 in double); up to two tiles are one segment.
 TEST_CASE("cuda_bodies: shapes") {
   for (const int64_t length : {0, 1, 2, 31, 32, 33, 128, 256, 257, 300})
     for (const int64_t channels : {1, 33}) one<float>({length, 2, channels, 4});
@@ -353,7 +353,7 @@ TEST_CASE("cuda_bodies: options") {
     }
 }
 
-// States close to 1 (decay far below 0) and close to 0, over several segments.
+// States are close to 1 (decay far below 0) and close to 0, over several segments.
 TEST_CASE("cuda_bodies: long_memory") {
   for (const double decay : {-7.0, 0.0, 8.0}) {
     Config c{1500, 1, 2, 4, 0, 1, kLbd, true, true, true};
@@ -368,7 +368,7 @@ TEST_CASE("cuda_bodies: long_memory") {
   }
 }
 
-// One segment of several tiles: where there are blocks enough without cutting time.
+// One segment has several tiles where there are blocks enough without cutting time.
 TEST_CASE("cuda_bodies: one_segment") {
   const int64_t before = Emulator::get().launches;
   Config c{600, 128, 1, 4, 0, 0, kBld, true, false, false};
@@ -379,7 +379,7 @@ TEST_CASE("cuda_bodies: one_segment") {
   one<float>(c);
 }
 
-// Whatever order threads run in between barriers: the same bits. What is missing a barrier shows here.
+// Threads run in any order between barriers and give the same bits. A missing barrier shows here.
 template <typename T>
 void orders(const Config& c) {
   Case<T> first(c, 5);
@@ -406,7 +406,7 @@ TEST_CASE("cuda_bodies: order_of_threads") {
     }
 }
 
-// A sequence in two calls is the sequence in one.
+// A sequence in two calls gives the same as in one.
 TEST_CASE("cuda_bodies: carried_state") {
   for (const int64_t cut : {1, 40, 299}) {
     const Config c{300, 1, 6, 4, 0, 0, kLbd, true, true, false};
@@ -451,7 +451,7 @@ TEST_CASE("cuda_bodies: not_finite") {
             "infinity at 40, channel 1: (%ld, %ld)", long(t), long(d));
 }
 
-// A gradient of stride 0, as sum().backward() makes it.
+// The gradient has stride 0, as sum().backward() makes it.
 TEST_CASE("cuda_bodies: expanded_gradient") {
   const Config c{150, 2, 33, 4, 0, 1};
   Case<float> a(c, 4), b(c, 4);
@@ -462,7 +462,7 @@ TEST_CASE("cuda_bodies: expanded_gradient") {
   CHECK(a.dx.data.equals(b.dx.data) && a.ddamping.equals(b.ddamping), "an expanded gradient differs");
 }
 
-// Shared memory of the largest launch, in bytes: two blocks of 4 states must fit into a multiprocessor.
+// Returns the shared memory of the largest launch, in bytes: two blocks of 4 states must fit into a multiprocessor.
 TEST_CASE("cuda_bodies: shared_memory") {
   const auto largest = [](const Config& c, bool backward) {
     Case<float> a(c, 1);

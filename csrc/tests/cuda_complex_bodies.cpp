@@ -113,7 +113,7 @@ struct Case {
   }
 };
 
-// Tiles are of 256 steps forward and 128 backward (64 and 32 in double).
+// Tiles have 256 steps forward and 128 backward (64 and 32 in double).
 std::vector<Config> configs() {
   std::vector<Config> all;
   for (const int64_t states : {1, 2, 5})
@@ -126,7 +126,7 @@ std::vector<Config> configs() {
   all.push_back({20, 0, 3, 4});
   all.push_back({20, 2, 0, 4});
   all.push_back({600, 128, 1, 2, 0, 0, false, true});  // one segment of several tiles
-  all.push_back({270, 1, 2, 64, 0, 1, false, true});   // backward: segments of one tile, for want of shared memory
+  all.push_back({270, 1, 2, 64, 0, 1, false, true});   // backward: segments of one tile, for lack of shared memory
   return all;
 }
 
@@ -149,7 +149,7 @@ TEST_CASE("cuda_complex_bodies: float_and_double") {
   }
 }
 
-// Whatever order threads run in between barriers: the same bits.
+// Threads run in any order between barriers and give the same bits.
 template <typename C>
 void orders() {
   for (const Config& c : configs()) {

@@ -134,7 +134,7 @@ class Emulator {
       f.fake_stack = nullptr;
     }
     for (;;) {
-      // To the block's barrier or the end: warp after warp, or all of them in step.
+      // Runs to the block's barrier or the end: warp after warp, or all of them in step.
       if (order == Order::kShuffled) {
         while (advance_all()) {
         }

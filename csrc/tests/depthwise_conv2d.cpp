@@ -8,7 +8,7 @@ namespace {
 
 using cpu::DepthwiseSizes;
 
-// Every call as the bindings make it, `step` blocks or groups at a time.
+// Makes every call as the bindings do, `step` blocks or groups at a time.
 template <typename T>
 struct Case {
   DepthwiseSizes s;

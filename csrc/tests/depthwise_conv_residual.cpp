@@ -41,7 +41,7 @@ struct Case {
          s.batch,  s.frames,       s.channels, s.taps};
   }
 
-  // Tasks in pieces of `step`, as threads take them.
+  // Runs tasks in pieces of `step`, as threads take them.
   void run(int64_t step) {
     const auto& kernel = cpu::kernels<cpu::DepthwiseConvResidualKernels<T>>();
     const int64_t stripes = (s.channels + cpu::kResidualStripe - 1) / cpu::kResidualStripe;

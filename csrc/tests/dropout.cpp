@@ -8,7 +8,7 @@
 namespace fastasr::test {
 namespace {
 
-// The same numbers as word by word, from any place within a block.
+// Draws the same numbers as word by word, from any place within a block.
 void draws(int64_t skipped, int64_t n, double p) {
   const auto& kernel = cpu::kernels<cpu::DropoutKernels>();
   std::mt19937 words(4321);

@@ -125,13 +125,13 @@ struct Case {
   }
 };
 
-// A value and the size of what was added up to it.
+// Holds a value and the size of the sum behind it.
 struct Sum {
   Real value = 0, size = 0;
   void add(Real term, Real of) { value += term, size += of; }
 };
 
-// One channel of one row, all in long double. Kernels: k_j = sum over n of c b q^j, and their derivatives.
+// Computes one channel of one row, all in long double. Kernels are k_j = sum over n of c b q^j, and their derivatives.
 template <typename T>
 void compare(Case<T>& c) {
   const Options& o = c.o;
@@ -257,7 +257,7 @@ void values(const Options& o) {
   CHECK(same, "%s: the split of the tasks changes the result, %s", Type<T>::name, o.text().c_str());
 }
 
-// The path of one step against the general one.
+// Compares the path of one step with the general one.
 template <typename T>
 void step(Options o) {
   o.length = 1;

@@ -5,8 +5,8 @@
 
 #include "tests/check.h"
 
-// Values are compared with the model's own operations in tests/models/test_emformer_streaming.py. Here: what is read
-// and written, the states that are handed on, and that a stream's bits depend on nothing but the stream.
+// Values are compared with the model's own operations in tests/models/test_emformer_streaming.py. These tests check
+// what is read and written, the states that are handed on, and that a stream's bits depend on nothing but the stream.
 namespace fastasr::test {
 namespace {
 
@@ -20,7 +20,7 @@ struct Shape {
   int64_t frames, right, left, memory;
 };
 
-// What goes in or comes out, (rows, streams, dim) each.
+// The inputs or outputs, (rows, streams, dim) each.
 struct Tensors {
   std::vector<float> utterance, right_context, mems, memory, key, value;
   static constexpr std::vector<float> Tensors::* kAll[] = {

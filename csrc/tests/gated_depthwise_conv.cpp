@@ -11,7 +11,7 @@ struct Shape {
   bool swoosh, mask, cache, biases;
 };
 
-// A sum and the sum of its terms' sizes: what its rounding errors are measured against.
+// Holds a sum and the sum of its terms' sizes, against which its rounding errors are measured.
 struct Sum {
   long double value = 0, size = 0;
   void add(const Sum& a, const Sum& b) {
@@ -82,7 +82,7 @@ struct Case {
 
   int64_t stripes() const { return (s.channels + cpu::kGatedStripe - 1) / cpu::kGatedStripe; }
 
-  // Tasks in pieces of `step`, as threads take them.
+  // Runs tasks in pieces of `step`, as threads take them.
   void run(int64_t step) {
     const auto& backward = cpu::kernels<cpu::GatedDepthwiseConvBackward<T>>();
     T* keep = s.chunk ? new_cache.data() : nullptr;
@@ -99,7 +99,7 @@ struct Case {
   }
 };
 
-// One channel of one sequence by the formulas, in long double.
+// Computes one channel of one sequence by the formulas, in long double.
 template <typename T>
 struct Reference {
   Case<T>& k;

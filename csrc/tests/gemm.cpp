@@ -8,7 +8,7 @@
 namespace fastasr::test {
 namespace {
 
-// Strides of an operand with `rows` by `columns`: rows, columns, or neither of them next to each other.
+// Returns strides of an operand with `rows` by `columns`: rows, columns, or neither of them next to each other.
 struct Layout {
   int64_t row, column, size;
   Layout(int kind, int64_t rows, int64_t columns) {
@@ -34,7 +34,7 @@ struct Problem {
          c.data(), n + 7,  m,         n,        k};
     for (int64_t i = 0; i < c.size(); i++) c[i] = 1e30f;
   }
-  // Panels and tasks in pieces of `step`.
+  // Runs panels and tasks in pieces of `step`.
   void run(int64_t step) {
     const auto& kernel = cpu::kernels<cpu::GemmKernels>();
     Buffer<float> pa(kernel.packed_a(g)), pb(kernel.packed_b(g));

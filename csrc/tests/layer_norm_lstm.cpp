@@ -12,7 +12,7 @@ namespace {
 using Row = std::vector<long double>;
 constexpr double kEps = 1e-3;
 
-// n = (z - mean) / deviation, y = n weight + bias, in place.
+// Computes n = (z - mean) / deviation, y = n weight + bias, in place.
 void norm(long double* z, int64_t n, const Row& weight, const Row& bias) {
   long double mean = 0, variance = 0;
   for (int64_t j = 0; j < n; j++) mean += z[j] / n;
@@ -27,12 +27,12 @@ long double logistic(long double x) { return 1 / (1 + std::exp(-x)); }
 
 enum Operand { kGates, kHiddenWeight, kGateWeight, kGateBias, kCellWeight, kCellBias, kHidden, kCell, kOperands };
 
-// A call's operands and the gradients given to it, in any precision.
+// Holds a call's operands and the gradients given to it, in any precision.
 struct Reference {
   int64_t steps, batch, hidden;
   Row operand[kOperands], y, last_cell;
 
-  // The formula, from the product of the input on.
+  // Computes the formula, from the product of the input on.
   void run() {
     const size_t units = static_cast<size_t>(hidden);
     y.assign(static_cast<size_t>(steps * batch) * units, 0), last_cell = operand[kCell];
@@ -103,7 +103,7 @@ struct Call {
     if (!states)
       for (Buffer<C>* b : {&hidden, &cell})
         for (int64_t i = 0; i < b->size(); i++) (*b)[i] = 0;
-    if (step)  // what the kernel computes itself
+    if (step)  // the kernel computes these itself
       for (int64_t i = 0; i < steps * batch; i++)
         for (int64_t r = 0; r < 4 * units; r++) {
           C sum = 0;
@@ -112,7 +112,7 @@ struct Call {
         }
   }
 
-  // f(team, begin, end) by `threads` threads; 0: two owners one after the other, in this one.
+  // Runs f(team, begin, end) by `threads` threads; 0 stands for two owners one after the other, in this thread.
   template <typename F>
   void on_threads(int64_t threads, const F& f) {
     cpu::Team team(size.units());
@@ -168,7 +168,7 @@ Row wide(Buffer<C>& b) {
   return row;
 }
 
-// Values against the formula; gradients against its differences along a direction, one operand after the other.
+// Compares values with the formula, and gradients with its differences along a direction, one operand after the other.
 template <typename C>
 void values(int64_t steps, int64_t batch, int64_t units, bool states, bool with_input) {
   Call<C> call(steps, batch, units, states, with_input);

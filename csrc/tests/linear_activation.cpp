@@ -9,7 +9,7 @@
 namespace fastasr::test {
 namespace {
 
-// Against the activations themselves, which have a test of their own; sums against long double.
+// Compares with the activations themselves, which have a test of their own, and sums with long double.
 template <typename T>
 void values(int activation, int64_t rows, int64_t channels) {
   const auto& kernel = cpu::kernels<cpu::LinearActivationKernels<T>>();

@@ -20,7 +20,7 @@ bool near(float got, long double expected, long double scale, long double ulps) 
   return std::fabs(got - expected) <= ulps * 0x1p-24L * (scale + std::fabs(expected)) + 1e-30L;
 }
 
-// The layout: nothing overlaps, everything is inside, panels begin on cache lines.
+// In the layout nothing overlaps, everything is inside, and panels begin on cache lines.
 void layout(const cpu::MegaShape& shape) {
   const MegaLayout l(shape);
   std::vector<int> used(static_cast<size_t>(l.total));

@@ -25,7 +25,7 @@ void values(int64_t frames, int64_t batch, int64_t width, int64_t gap) {
   }
   CHECK(x.intact() && y.intact() && u.intact() && again.intact() && dp.intact(), "%s wrote outside, %ldx%ldx%ld",
         Type<T>::name, long(frames), long(batch), long(width));
-  // Without a fused multiply-add, e^x rounds x log2(e): a relative error that grows with x.
+  // Without a fused multiply-add, e^x rounds x log2(e), which makes a relative error that grows with x.
   const long double rounded = cpu::simd() == cpu::Simd::portable ? 2 : 0;
   for (int64_t r = 0; r < count; r++) {
     const int64_t across = (r % batch * frames + r / batch) * width;

@@ -10,7 +10,7 @@ struct Format {
 };
 constexpr Format kBfloat16{7, 127, 255}, kFloat16{10, 15, 31};
 
-// The value of a pattern by the definition of the format; NaN for NaNs.
+// Returns the value of a pattern by the definition of the format; NaN for NaNs.
 double decode(uint16_t bits, Format f) {
   const int exponent = (bits >> f.mantissa) & f.top;
   const int fraction = bits & ((1 << f.mantissa) - 1);
@@ -45,7 +45,8 @@ void every_pattern(Format f) {
   }
 }
 
-// Between neighbours: below the midpoint down, above it up, at it to the even pattern; and the same with a sign.
+// Between neighbours a number rounds down below the midpoint, up above it, and to the even pattern at it; the same
+// holds with a sign.
 template <typename T>
 void rounding(Format f) {
   const auto infinite = static_cast<uint16_t>(f.top << f.mantissa);
@@ -71,7 +72,7 @@ void rounding(Format f) {
   }
 }
 
-// A spread of all floats, NaN payloads and float's subnormals among them: the nearest neighbour, whatever the pattern.
+// A spread of all floats, NaN payloads and float's subnormals among them, rounds to the nearest neighbour.
 template <typename T>
 void spread(Format f) {
   for (uint64_t p = 0; p < 0x100000000ull; p += 65521) {

@@ -16,7 +16,7 @@ struct Shape {
   int masks;  // 1: padding, 2: a mask, 4: a mask per sequence
 };
 
-// A call with everything the kernels compute, in long double.
+// Holds a call with everything the kernels compute, in long double.
 template <typename T>
 struct Call {
   using C = compute_t<T>;

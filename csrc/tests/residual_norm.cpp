@@ -6,7 +6,8 @@
 namespace fastasr::test {
 namespace {
 
-// One call with rows further apart than they are long, on both forms; the reference is the formula in long double.
+// Makes one call with rows further apart than they are long, on both forms; the reference is the formula in long
+// double.
 template <typename T>
 void values(int64_t rows, int64_t channels, bool gated, bool masked) {
   const auto& kernel = cpu::kernels<cpu::ResidualNormKernels<T>>();

@@ -8,7 +8,7 @@ namespace {
 
 using cpu::JoinerRow;
 
-// Ragged sequences, starts that leave the sequence, a symbol outside the vocabulary.
+// The problem has ragged sequences, starts that leave the sequence, and a symbol outside the vocabulary.
 void rows() {
   const int64_t starts[] = {0, 1, 3, 9, /**/ -2, 0, 2, int64_t{1} << 62}, symbols[] = {4, 9, 2, /**/ 1, -1, 3};
   const int64_t boundary[] = {0, 0, 3, 4, /**/ 1, 1, 2, 3};
@@ -58,7 +58,7 @@ void hidden(int64_t n) {
   }
 }
 
-// Scores and the gradient of the logits, 19 rows, against the formulas in long double; then the same in place.
+// Compares scores and the gradient of the logits of 19 rows with the formulas in long double; then the same in place.
 template <typename C>
 void logits(int64_t n, bool hat) {
   const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
@@ -111,7 +111,7 @@ void logits(int64_t n, bool hat) {
   CHECK(x.equals(d) && again.equals(sum), "%s %ld: in place", Type<C>::name, long(n));
 }
 
-// A NaN among the logits shows in the whole row; a symbol that is none as NaN; one output as certainty.
+// A NaN among the logits shows in the whole row, and a symbol outside the vocabulary as NaN; one output is certain.
 void special() {
   const auto& kernel = cpu::kernels<cpu::JoinerKernels<float>>();
   const float nan = cpu::from_bits(0x7fffffff), x[] = {1, nan, 2, 3, 0.5f, -4};

@@ -17,7 +17,7 @@ double log_add(double a, double b) {
   return m == -kInf ? m : m + std::log(std::exp(a - m) + std::exp(b - m));
 }
 
-// Memory aligned to 64 bytes; what is behind it is checked by Buffer.
+// Memory aligned to 64 bytes; Buffer checks what is behind it.
 template <typename C>
 struct Aligned {
   Buffer<C> buffer;
@@ -59,7 +59,7 @@ struct Case {
   }
 };
 
-// The recursion in double and in the log domain.
+// Computes the recursion in double and in the log domain.
 template <typename C>
 struct Reference {
   int64_t columns;

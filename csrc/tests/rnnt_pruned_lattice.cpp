@@ -21,7 +21,7 @@ C* aligned(std::vector<C>& memory, int64_t n) {
   return memory.data() + (64 - address % 64) % 64 / sizeof(C);
 }
 
-// A batch of bands, each compared with the whole lattice that holds it among minus infinities, in double.
+// Compares each of a batch of bands with the whole lattice that holds it among minus infinities, in double.
 template <typename C>
 struct Batch {
   BandSize size;
@@ -142,7 +142,7 @@ void all() {
             batch.run();
             for (const auto& q : batch.sequences) batch.compare(q);
           }
-  // a window so wide that a frame's sum grows past a float's exponent unless it is brought back
+  // the window is so wide that a frame's sum grows past a float's exponent unless it is brought back
   Batch<C> wide(2, 3, 400, false, 0);
   wide.x.fill(*std::make_unique<Random>(5), 0.1, 1);
   wide.run();

@@ -13,7 +13,7 @@ struct Shape {
   bool ragged, history, dropped;
 };
 
-// Everything of one call: inputs, outputs, and the formula in double.
+// Holds one call: inputs, outputs, and the formula in double.
 template <typename T>
 struct Call {
   using C = compute_t<T>;
@@ -67,7 +67,7 @@ struct Call {
     for (Buffer<T>* t : {&y, &dquery, &dkey, &dvalue}) CHECK(t->intact(), "wrote outside an output");
   }
 
-  // The place of key row k in the window of query row q, or -1 where it is not seen.
+  // Returns the place of key row k in the window of query row q, or -1 where it is not seen.
   int64_t lane(int64_t b, int64_t q, int64_t k) const {
     const int64_t n = p.segments(), blocks = n * p.right;
     const bool summary = q >= blocks + p.frames;
@@ -139,7 +139,7 @@ void values() {
   }
 }
 
-// Gradients in double against differences of the formula, at elements all over each argument.
+// Compares gradients in double with differences of the formula, at elements all over each argument.
 void gradients() {
   for (const Shape& shape : kShapes) {
     Call<double> call(shape);

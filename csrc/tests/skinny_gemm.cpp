@@ -40,7 +40,7 @@ struct Problem {
     cpu::pack_panels(w.data(), n, k, k + 3, format, packed.data(), scale.data(), 0, panels);
   }
   cpu::Panels weights() { return {packed.data(), format, scale.data()}; }
-  // What is kept of the weight from input l to output j.
+  // Returns what is kept of the weight from input l to output j.
   double kept(int64_t j, int64_t l) {
     const float v = w[j * (k + 3) + l];
     if (format == WeightFormat::bf16) return value(make<bfloat16>(v));
@@ -84,7 +84,7 @@ void values(int64_t rows, int64_t n, int64_t k, WeightFormat format) {
               static_cast<long double>(p.x[i * (k + 5) + l]) * kept[static_cast<size_t>(j * k + l)];
           sum += term, size += std::fabs(term);
         }
-        // chains of at most 128 terms, then blocks: the error grows with the root of the number of terms
+        // sums are chains of at most 128 terms, then blocks: the error grows with the root of the number of terms
         CHECK(std::fabs(got - sum) <= size * 0x1p-24L *
                                           (6 + std::sqrt(static_cast<long double>(std::min<int64_t>(k, 128))) +
                                            static_cast<long double>(k) / 128),
@@ -156,7 +156,7 @@ void bf16_is_fp32_of_rounded_weights() {
   CHECK(y.equals(z), "bf16 panels differ from fp32 panels of the same values");
 }
 
-// Columns of zeros, of tiny and huge numbers, and with numbers that are not finite: these stay in their column.
+// Columns of zeros, of tiny and huge numbers, and with numbers that are not finite: the latter stay in their column.
 void unusual_weights(WeightFormat format) {
   constexpr int64_t kInputs = 40, kNan = 0, kInfinite = 3;
   Problem p(2, 8, kInputs, format);

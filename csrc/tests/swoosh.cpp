@@ -122,7 +122,7 @@ void special_values(Swoosh kind) {
   }
 }
 
-// Every bfloat16 and half: exactly the double result rounded once, or its neighbour.
+// Every bfloat16 and half gives the double result rounded once, or its neighbour.
 template <typename T>
 void every_pattern(Swoosh kind) {
   Buffer<T> x(0x10000), y(0x10000);

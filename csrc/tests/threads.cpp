@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Several threads on disjoint blocks of rows: the same bits as one thread, and no race.
+// Several threads on disjoint blocks of rows give the same bits as one thread, without a race.
 #include <thread>
 
 #include "cpu/rows/bias_norm.h"

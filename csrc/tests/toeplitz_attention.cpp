@@ -8,7 +8,7 @@
 namespace fastasr::test {
 namespace {
 
-// Both products of `depth` terms, whole and in part: the rest of a part may hold anything.
+// Computes both products of `depth` terms, whole and in part: the rest of a part may hold anything.
 template <typename C>
 void tiles(int64_t depth, cpu::TilePart part) {
   const int64_t blocks = std::max<int64_t>(1, (depth + 31) / 32), block = 40 * 32;
@@ -47,7 +47,7 @@ struct Shape {
   bool causal, padded, dropped, activate_value;
 };
 
-// Everything of one call: inputs, outputs, and the steps in the order of the bindings.
+// Holds one call: inputs, outputs, and the steps in the order of the bindings.
 template <typename T>
 struct Call {
   using C = compute_t<T>;
@@ -123,7 +123,7 @@ struct Call {
     for (Buffer<T>* t : {&y, &mixed, &dquery_key, &dgate, &dvalue}) CHECK(t->intact(), "wrote outside an output");
   }
 
-  // y in double from the formula.
+  // Computes y in double from the formula.
   std::vector<double> expected() {
     std::vector<double> out(static_cast<size_t>(y.size()));
     const auto silu = [](double x) { return x / (1 + std::exp(-x)); };
@@ -185,7 +185,7 @@ void values() {
   }
 }
 
-// Gradients in double against differences of the formula, at elements all over each argument.
+// Compares gradients in double with differences of the formula, at elements all over each argument.
 void gradients() {
   for (const Shape& shape : kShapes) {
     Call<double> call(shape);
@@ -217,7 +217,7 @@ void gradients() {
   }
 }
 
-// What a query may not see is not even read.
+// The kernels do not even read what a query may not see.
 void masked_keys_are_not_read() {
   Call<float> call({40, 2, 8, 12, 0, true, true, false, false}), other({40, 2, 8, 12, 0, true, true, false, false});
   const float nan = std::numeric_limits<float>::quiet_NaN();

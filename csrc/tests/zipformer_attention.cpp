@@ -9,7 +9,7 @@ namespace {
 using cpu::AttentionProblem;
 using cpu::ValueShape;
 
-// Values, y and the gradients of a case whose W is given to values.
+// Holds values, y and the gradients of a case whose W is given to values.
 template <typename T>
 struct Weighted {
   AttentionCase<T> c;

@@ -87,7 +87,7 @@ void exponential() {
   alignas(64) float s[32];
   for (int j = 0; j < 32; j++) s[j] = j < 16 ? -87.4f : j < 31 ? -3e38f : -INFINITY;
   const float sum = rows.exponentials(s, 32, 0.0f);
-  CHECK(sum == 0, "not zero: %g", sum);  // whether a weight is zero is asked by constant attention
+  CHECK(sum == 0, "not zero: %g", sum);  // constant attention asks whether a weight is zero
 }
 
 void pool() {

@@ -7,8 +7,8 @@
 #include "cpu/streaming/zipformer_chunk_rows.h"
 #include "tests/check.h"
 
-// The whole chunk's values are compared with the model's own code in tests/streaming. Here: the pieces, what is read
-// and written, and that a stream's bits depend on nothing but the stream.
+// The whole chunk's values are compared with the model's own code in tests/streaming. These tests check the pieces,
+// what is read and written, and that a stream's bits depend on nothing but the stream.
 namespace fastasr::test {
 namespace {
 
@@ -34,7 +34,7 @@ std::vector<int64_t> numbers(int64_t chunk, int64_t left, WeightFormat weights) 
   return n;
 }
 
-// A model with random weights and the states of some streams of it.
+// Holds a model with random weights and the states of some streams of it.
 struct Engine {
   ChunkPlan plan;
   int64_t slots;
@@ -75,7 +75,8 @@ struct Engine {
   int64_t inputs(int64_t bins) const { return plan.shape.input_frames() * bins; }
   int64_t outputs() const { return plan.shape.chunk / 2 * plan.shape.output_dim(); }
 
-  // features and the result: a row for each of `of`. The scratch memory's contents do not matter.
+  // Runs a step on features and returns the result, a row for each of `of`. The scratch memory's contents do not
+  // matter.
   std::vector<float> step(const std::vector<float>& features, const std::vector<int64_t>& of, int64_t bins = 14,
                           int64_t threads = 1) {
     const auto n = static_cast<int64_t>(of.size());
@@ -105,7 +106,7 @@ std::vector<float> random_features(Random& random, int64_t n) {
   return x;
 }
 
-// Row i of n rows of equal length.
+// Returns row i of n rows of equal length.
 std::vector<float> row_of(const std::vector<float>& rows, size_t n, size_t i) {
   const size_t width = rows.size() / n;
   return {rows.begin() + static_cast<int64_t>(i * width), rows.begin() + static_cast<int64_t>((i + 1) * width)};
@@ -115,8 +116,8 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
-// Streams of any age in a call, in any order, on any number of threads: the bits of each are those it has alone. Rings
-// turn over several times.
+// Streams of any age in a call, in any order, on any number of threads have the bits that they have alone. Rings turn
+// over several times.
 void streams(int64_t chunk, int64_t left, WeightFormat format) {
   constexpr int64_t kSlots = 3;
   Engine together(chunk, left, format, kSlots), alone(chunk, left, format, kSlots);
@@ -137,7 +138,7 @@ void streams(int64_t chunk, int64_t left, WeightFormat format) {
   }
 }
 
-// Exported and imported elsewhere a stream goes on with the same bits, wherever its rings stand.
+// A stream that is exported and imported elsewhere goes on with the same bits, wherever its rings stand.
 void moves(WeightFormat format) {
   Engine e(4, 8, format, 2);
   Random random(13);
@@ -162,7 +163,8 @@ void moves(WeightFormat format) {
   }
 }
 
-// Fewer features than the plan's that give maps of the same width; values that are not finite stay in their stream.
+// It takes fewer features than the plan's that give maps of the same width; values that are not finite stay in their
+// stream.
 void features(WeightFormat format) {
   for (const int64_t bins : {11, 12, 13}) {
     Engine e(4, 8, format, 2);

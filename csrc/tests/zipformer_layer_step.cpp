@@ -5,8 +5,8 @@
 
 #include "tests/check.h"
 
-// Values are compared with the model's own code in tests/models/test_zipformer_streaming_layer.py. Here: what is read
-// and written, the states that are handed on, and that a stream's bits depend on nothing but the stream.
+// Values are compared with the model's own code in tests/models/test_zipformer_streaming_layer.py. These tests check
+// what is read and written, the states that are handed on, and that a stream's bits depend on nothing but the stream.
 namespace fastasr::test {
 namespace {
 
@@ -47,7 +47,7 @@ struct Layer {
   }
 };
 
-// What goes in or comes out: x or y first, then the states.
+// The inputs or outputs: x or y first, then the states.
 using Tensors = std::vector<std::vector<float>>;
 
 Tensors run(Layer& layer, const Tensors& in, const std::vector<uint8_t>& masked, int64_t streams, int64_t threads) {
@@ -78,8 +78,8 @@ Tensors run(Layer& layer, const Tensors& in, const std::vector<uint8_t>& masked,
   return out;
 }
 
-// Stream `index` of `streams`: these tensors have the streams second, those from the fifth state on and the hidden one
-// first.
+// Returns stream `index` of `streams`: these tensors have the streams second, those from the fifth state on and the
+// hidden one first.
 Tensors one_of(const Tensors& all, int64_t streams, int64_t index) {
   Tensors one;
   for (size_t i = 0; i < all.size(); i++) {
