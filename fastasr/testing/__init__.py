@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sample tables, tolerances and checks of every op: shared by the test suite, the fuzzer and ``fastasr check``.
 
-A new op adds one file, ``fastasr/testing/samples/<op>.py`` with a ``TABLE``; everything else reads the tables.
+A new op adds one file, ``fastasr/testing/samples/<op>.py`` with a ``TABLE``, from which all of these are made.
 """
 
 from fastasr.testing.checks import CHECKS, CheckResult, check_op

@@ -20,8 +20,8 @@ from fastasr.testing.table import Make, OpTable, Sample, flat, floating, tables,
 from fastasr.testing.tolerance import Comparison, compare, mean
 
 _SEED = 1234
-INTERPRETED_DRAWS = 8  # at most, where a kernel takes seconds
-JUDGED_DRAWS = 8  # of a sample whose own draws fail
+INTERPRETED_DRAWS = 8  # the most draws where kernels are interpreted, which takes seconds each
+JUDGED_DRAWS = 8  # draws by which a sample is judged if its own draws fail
 ENTRIES = 200
 
 
@@ -68,10 +68,10 @@ def _close(a: Tensor, b: Tensor, what: str) -> None:
 
 # --------------------------------------------------------------------------- numerics
 def parity(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
-    """Values and gradients against the float64 definition: error not above eager's.
+    """Compares values and gradients with the float64 definition; the error must not exceed eager's.
 
-    In one draw eager may be lucky, in which one depends on the CPU: a sample that fails is judged by the mean over
-    ``JUDGED_DRAWS``, to the same tolerance.
+    Eager may be exact by chance in a single draw, and which draw depends on the CPU. A sample that fails is therefore
+    judged by the mean over ``JUDGED_DRAWS`` draws, with the same tolerance.
     """
     found: dict[str, list[Comparison]] = {}
     for draw in range(max(sample.draws, JUDGED_DRAWS)):
@@ -115,7 +115,8 @@ def _compared(
 
 @contextmanager
 def _drawing_like(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, ``torch.rand`` draws in ``dtype`` and widens: the float64 reference sees the same dropout mask."""
+    """Inside this context, ``torch.rand`` draws in ``dtype`` and widens, so that the float64 reference has the same
+    dropout mask."""
     original = torch.rand
 
     def rand(*shape, device=None, dtype=None, _draw=dtype):
@@ -129,7 +130,7 @@ def _drawing_like(dtype: torch.dtype) -> Iterator[None]:
 
 
 def no_grad_equals_grad(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
-    """Inference mode, no_grad and grad mode give the same values; the registered op too."""
+    """Inference mode, no_grad and grad mode give the same values, and so does the registered op."""
     arguments = _make(sample, dtype, device)
     out = _call(table.function, with_tensors(arguments, lambda _, t: t.clone().requires_grad_()))
     with torch.no_grad():
@@ -141,8 +142,10 @@ def no_grad_equals_grad(table: OpTable, sample: Sample, dtype: torch.dtype, devi
 
 
 def gradcheck(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
-    """Analytic against numerical gradients in float64, through the public function and the registered op. Of more than
-    ``ENTRIES`` numbers along random directions: entry by entry it calls the op twice for each."""
+    """Compares analytic with numerical gradients in float64, through the public function and the registered op.
+
+    With more than ``ENTRIES`` numbers it checks random directions, because checking each entry takes two calls.
+    """
     arguments = with_tensors(_make(sample, torch.float64, device), lambda _, t: t.requires_grad_())
     names = list(floating(arguments))
 
@@ -160,7 +163,7 @@ def gradcheck(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -
 
 
 def double_backward(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
-    """Gradients of gradients raise, with the way out; under the eager backend they work."""
+    """Gradients of gradients raise an error that names the eager backend; under that backend they work."""
     arguments = with_tensors(_make(sample, torch.float64, device), lambda _, t: t.requires_grad_())
     leaves = list(floating(arguments).values())
 
@@ -204,7 +207,7 @@ def _sliced(t: Tensor) -> Tensor:
 
 
 def _offset(t: Tensor) -> Tensor:
-    # one element past an aligned address: vector loads must not assume alignment
+    # The data begins one element after an aligned address, because vector loads must not assume alignment.
     buffer = torch.full((t.numel() + 1,), float("nan"), dtype=t.dtype, device=t.device)
     view = buffer[1:].view(t.shape)
     view.copy_(t)
@@ -217,7 +220,7 @@ def _reversed_order(t: Tensor) -> Tensor:
 
 
 def strides(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
-    """Transposed, sliced, reordered and unaligned arguments and gradients give what contiguous ones give."""
+    """Transposed, sliced, reordered and unaligned arguments and gradients give the same results as contiguous ones."""
     arguments = _make(sample, dtype, device)
     out, grads, cotangent = _values_and_gradients(table.function, arguments)
     for layout in (_transposed, _sliced, _offset, _reversed_order):
@@ -246,7 +249,7 @@ def expanded(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) ->
 
 
 def poisoned(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
-    """With every fresh allocation filled with NaN the results are the same: nothing is read before it is written."""
+    """If every new allocation is filled with NaN, results stay the same: no memory is read before it is written."""
     arguments = _make(sample, dtype, device)
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -264,7 +267,7 @@ def poisoned(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) ->
 
 
 def inputs_untouched(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
-    """No argument and no gradient is written to."""
+    """The op writes to no argument and to no gradient."""
     arguments = _make(sample, dtype, device)
     copies = with_tensors(arguments, lambda _, t: t.clone())
     leaves = with_tensors(arguments, lambda _, t: t.requires_grad_())
@@ -293,7 +296,7 @@ def deterministic(table: OpTable, sample: Sample, dtype: torch.dtype, device: st
 
 
 def chunked(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
-    """Rows cut anywhere and computed apart are what they are together; so padding cannot leak either."""
+    """Rows that are cut anywhere and computed separately give the same results as together, so padding cannot leak."""
     arguments = _make(sample, dtype, device)
     if not table.rows or arguments[table.rows[0]].dim() < 2 or arguments.get("training"):
         return
@@ -316,7 +319,7 @@ def chunked(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> 
 
 # --------------------------------------------------------------------------- integration
 def opcheck(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
-    """``torch.library.opcheck``: schema, fake, autograd registration, AOT dispatch with dynamic shapes."""
+    """Runs ``torch.library.opcheck``: schema, fake, autograd registration, AOT dispatch with dynamic shapes."""
     arguments = _make(sample, dtype, device)
     torch.library.opcheck(table.overload, table.registered(arguments))
     arguments = with_tensors(arguments, lambda _, t: t.requires_grad_())
@@ -324,13 +327,13 @@ def opcheck(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> 
 
 
 def compiles(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
-    """``torch.compile(fullgraph=True)``: one graph, the same values and gradients."""
+    """``torch.compile(fullgraph=True)`` makes one graph with the same values and gradients."""
     arguments = _make(sample, dtype, device)
     torch._dynamo.reset()
 
     def caller(
         **a,
-    ):  # guards on an op's names are made where it is traced into another function, as in a model
+    ):  # torch guards on an op's names if it is traced inside another function, as in a model
         return table.function(**a)
 
     compiled = torch.compile(caller, fullgraph=True, backend="aot_eager")
@@ -342,18 +345,18 @@ def compiles(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) ->
 
 
 def no_recompile(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
-    """Ragged lengths do not recompile: one graph serves every length of dimension 0."""
+    """One graph serves every length of dimension 0, so ragged lengths do not recompile."""
     arguments = _make(sample, dtype, device)
     if not table.rows or arguments[table.rows[0]].dim() < 2:
         return
-    from torch._dynamo.testing import CompileCounterWithBackend  # slow to import, and used here alone
+    from torch._dynamo.testing import CompileCounterWithBackend  # slow to import and only used here
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(table.function, fullgraph=True, backend=counter, dynamic=True)
     graphs = []
     with torch.no_grad():
-        for n in (43, 41, 37):  # like no other size: equal sizes would be taken for one symbol
+        for n in (43, 41, 37):  # other sizes than all others, since torch gives equal sizes one symbol
             rows = [name for name in table.rows if name in arguments]
             short = arguments | {name: torch.cat([arguments[name]] * n)[:n] for name in rows}
             _close(_call(compiled, short), _call(table.function, short), f"length {n}")
@@ -362,7 +365,7 @@ def no_recompile(table: OpTable, sample: Sample, dtype: torch.dtype, device: str
 
 
 def autocast(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
-    """Under autocast: eager's output dtype and accuracy, and gradients in the arguments' own dtypes."""
+    """Under autocast, outputs have eager's dtype and accuracy, and gradients have the arguments' own dtypes."""
     arguments = _make(sample, torch.float32, device)
 
     def under(f):
@@ -402,7 +405,7 @@ def forced_eager(table: OpTable, sample: Sample, dtype: torch.dtype, device: str
 
 # --------------------------------------------------------------------------- errors
 def refuses(table: OpTable, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(name, check) for every call that must raise: the table's, and those that follow from its samples."""
+    """Yields (name, check) for every call that must raise: those of the table and those made from its samples."""
 
     def expect(arguments: dict, error: type[Exception] | tuple, match: str) -> None:
         try:
@@ -437,7 +440,8 @@ WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Check:
-    """A check with where it applies. ``forced``: meaningful when a backend is forced (the Triton interpreter)."""
+    """A check and the cases it applies to. ``forced``: whether it makes sense with a forced backend (the Triton
+    interpreter)."""
 
     run: Callable[[OpTable, Sample, torch.dtype, str], None]
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
@@ -475,7 +479,7 @@ CHECKS = (
 def cases(
     table: OpTable, device: str, *, forced: bool = False
 ) -> Iterator[tuple[str, Sample, torch.dtype, Callable[[], None]]]:
-    """(check, sample, dtype, run) for one op."""
+    """Yields (check, sample, dtype, run) for one op."""
     for check in CHECKS:
         if forced and not check.forced:
             continue
@@ -488,7 +492,7 @@ def cases(
                 if forced and dtype is torch.float64:
                     continue
                 if forced and dtype is torch.float16 and not sample.thorough:
-                    continue  # interpreted kernels differ from those of bfloat16 in conversions alone
+                    continue  # when interpreted, these differ from bfloat16 only in conversions
                 yield check.name, sample, dtype, lambda c=check, s=sample, d=dtype: c.run(table, s, d, device)
 
 
@@ -505,7 +509,7 @@ class CheckResult:
 def check_op(
     name: str, *, device: str = "cpu", progress: Callable[[int, int, str], None] | None = None
 ) -> list[CheckResult]:
-    """Run every check of one op on this machine; ``progress(done, total, label)`` is called before each."""
+    """Runs every check of one op on this machine and calls ``progress(done, total, label)`` before each."""
     if name not in tables():
         raise ValueError(f"fastasr.testing: op: expected one of {tuple(tables())}, got {name!r}")
     table = tables()[name]

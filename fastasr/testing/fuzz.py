@@ -27,7 +27,7 @@ _SIZES = (0, 1, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 64, 65, 129)
 
 @dataclass
 class Shape:
-    """Draws sizes for a table's ``random`` entry: calling it gives the dimensions of a tensor."""
+    """Draws sizes for a table's ``random`` entry. A call returns the dimensions of a tensor."""
 
     rng: random.Random
 
@@ -46,7 +46,7 @@ class Shape:
 
 # --------------------------------------------------------------------------- mutations
 def _relayout(t: Tensor, rng: random.Random) -> Tensor:
-    """The same values at other strides or another offset."""
+    """Returns the same values at other strides or another offset."""
     kind = rng.randrange(5)
     if kind == 0 or t.dim() == 0:
         return t
@@ -76,7 +76,7 @@ def _special(t: Tensor, rng: random.Random) -> Tensor:
 
 
 def _break(arguments: dict, rng: random.Random) -> dict:
-    """One argument replaced by something that does not belong there (now and then it still does)."""
+    """Replaces one argument by an unsuitable value, which is sometimes valid by chance."""
     name = rng.choice(list(arguments))
     value = arguments[name]
     if not isinstance(value, Tensor):
@@ -105,14 +105,15 @@ def _break(arguments: dict, rng: random.Random) -> dict:
 
 # --------------------------------------------------------------------------- judging
 def _agrees(out: Tensor, reference: Tensor, magnitude: float) -> str:
-    """ "" when ``out`` is the float64 ``reference`` up to rounding; non-finite values must stand in the same places."""
+    """Returns "" if ``out`` equals the float64 ``reference`` up to rounding, with non-finite values in the same places,
+    else what differs."""
     if out.shape != reference.shape:
         return f"shape {tuple(out.shape)}, expected {tuple(reference.shape)}"
     if out.device.type == "meta":
         return ""
     rounded = reference.to(out.dtype).double()
     if out.dtype is torch.float16 and not rounded.isfinite().all():
-        return ""  # near the end of half's range the last rounding decides
+        return ""  # near the end of half's range, the last rounding may decide between finite and infinite
     finite = rounded.isfinite()
     if not torch.equal(finite, out.isfinite()):
         return "infinities or NaNs stand in other places"
@@ -125,7 +126,7 @@ def _agrees(out: Tensor, reference: Tensor, magnitude: float) -> str:
 
 
 def run_one(seed: int, index: int, only: tuple[str, ...] = ()) -> tuple[str, str]:
-    """(what was called, what is wrong or "") of one call, of any op or of those in ``only``."""
+    """Runs one call of any op, or of those in ``only``. Returns (what was called, what is wrong or "")."""
     rng = random.Random(f"{seed}/{index}")
     name = rng.choice(only or list(tables()))
     table = tables()[name]
@@ -178,7 +179,7 @@ def run_one(seed: int, index: int, only: tuple[str, ...] = ()) -> tuple[str, str
     for n, a, e in zip(names, ours, expected, strict=True):
         if (a is None) != (e is None):
             return label, f"gradient of {n} is {'missing' if a is None else 'unexpected'}"
-        # the terms of a gradient may cancel: rounding is relative to what was added up
+        # The terms of a gradient may cancel, so rounding is judged relative to the terms.
         rows = max(1, out.numel() // max(1, e.numel())) if e is not None else 1
         wrong = a is not None and _agrees(a, e, float(rows) ** 0.5 * _scale_of(arguments))
         if wrong:
@@ -200,8 +201,8 @@ def _judge_refusal(table, refusal: Refusal) -> tuple[str, str]:
 
 
 def _as_good_as_eager(definition, arguments: dict, outputs, references) -> bool:
-    """Whether the definition, in the call's own dtypes, is about as far from float64: a value of 60000 among scores of
-    1 leaves no accuracy to anyone."""
+    """Whether the definition in the call's own dtypes is about as far from float64 as the op. With a value of 60000
+    among scores of 1, for example, no implementation is accurate."""
     eager = definition(**with_tensors(arguments, lambda _, t: t.detach()))
     near = definition(**with_tensors(arguments, lambda _, t: _nudged(t.detach().double())))
     for ours, theirs, exact, moved in zip(*map(_tuple, (outputs, eager, references, near)), strict=True):
@@ -215,7 +216,7 @@ def _as_good_as_eager(definition, arguments: dict, outputs, references) -> bool:
             error, allowed = ((t.detach().double() - exact)[finite].abs().max() for t in (ours, theirs))
             if (
                 ours.dtype is torch.float64
-            ):  # eager is the oracle: another order of operations at the extreme's scale
+            ):  # eager is the oracle here, and its operations have another order at the scale of the extreme value
                 allowed = 64 * torch.finfo(torch.float64).eps * _largest(arguments)
             if error > 2 * allowed:
                 return False
@@ -228,7 +229,7 @@ def _nudged(t: Tensor) -> Tensor:
 
 
 def _largest(arguments: dict) -> float:
-    """The largest finite magnitude among the tensors."""
+    """Returns the largest finite magnitude in the tensors."""
     finite = [t.detach().double()[t.isfinite()].abs() for t in floating(arguments).values()]
     return max([1.0, *(t.max().item() for t in finite if t.numel())])
 
@@ -256,7 +257,7 @@ def _describe(value: object) -> str:
 # --------------------------------------------------------------------------- processes
 def _child(seed: int, first: int, count: int, only: tuple[str, ...]) -> int:
     for index in range(first, first + count):
-        print(f"@{index}", flush=True)  # the parent reports the last one seen when this process dies
+        print(f"@{index}", flush=True)  # if this process dies, the parent reports the last index that it saw
         label, wrong = run_one(seed, index, only)
         if wrong:
             print(f"call {index}: {label}\n    {wrong}", flush=True)
@@ -265,7 +266,7 @@ def _child(seed: int, first: int, count: int, only: tuple[str, ...]) -> int:
 
 
 def fuzz(count: int, seed: int, only: tuple[str, ...] = ()) -> int:
-    """Run ``count`` calls; the number of calls that went wrong (a crash counts as one, and the rest still runs)."""
+    """Runs ``count`` calls. Returns how many went wrong; a crash counts as one, and the other calls still run."""
     failures, first = 0, 0
     while first < count:
         command = [sys.executable, "-m", "fastasr.testing.fuzz", "--child", "--seed", str(seed)]

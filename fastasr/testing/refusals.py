@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that must be refused, made from a declaration and a call that is right.
+"""Makes calls that an op must refuse from its declaration and a valid call.
 
-Which argument a wrong shape is blamed on is found by matching the declared shapes by hand, not by the written checks.
+This module matches the declared shapes itself, instead of using the op's checks, to find the argument that an error
+must name.
 """
 
 import inspect
@@ -19,7 +20,8 @@ NUMBERS = (-2, -1, 0, 1, 99, 1.5, -0.5, float("nan"))
 
 @dataclass(frozen=True)
 class Refusal:
-    """``arguments()`` makes a call that raises ``error``, whose message begins with the op and ``blamed``."""
+    """A call that must be refused. ``arguments()`` makes its arguments; it must raise ``error`` with a message that
+    begins with the op and ``blamed``."""
 
     name: str
     arguments: Callable[[], dict]
@@ -28,7 +30,7 @@ class Refusal:
 
 
 def mismatch(op: Op, arguments: dict) -> str | None:
-    """The first tensor whose shape does not fit those before it."""
+    """Returns the name of the first tensor whose shape does not fit the tensors before it."""
     names = {a.name: arguments.get(a.name, a.default) for a in op.options if a.kind == "int"}
     for a in op.in_binding_order():
         value = arguments.get(a.name)
@@ -77,7 +79,7 @@ def refusals(op: Op, arguments: dict) -> Iterator[Refusal]:
 
 
 def _flags(op: Op) -> set[str]:
-    """Options that go with another argument."""
+    """Returns the options that belong to another argument."""
     return {n for n in op.needs if not op.argument(n).pattern}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sample table holds: calls that are right, calls that must be refused, and the op they are for."""
+"""Sample tables. A table has an op's valid calls and the calls that the op must refuse."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class Make:
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
-        # Drawn in float64 and rounded to the dtype: the float64 oracle then sees the very numbers the kernel sees.
+        # Numbers are drawn in float64 and rounded to the dtype, so that the float64 oracle sees the kernel's numbers.
         values = torch.randn(shape, dtype=torch.float64, generator=self._generator) * scale + mean
         return values.to(self.dtype).to(self.device)
 
@@ -41,10 +41,10 @@ class Make:
 class Sample:
     """One valid call: ``arguments(make)`` returns the op's keyword arguments.
 
-    ``exact``: finite and smooth, so gradients are compared (off for infinities and the like).
-    ``thorough``: small, and used for the slower checks (gradcheck, opcheck, compile, autocast).
-    ``large``: left out where kernels are interpreted, which takes minutes.
-    ``draws``: how many draws the comparison of errors is a mean over: of few numbers, a single draw's error is luck.
+    ``exact``: values are finite and smooth, so gradients are compared (off for infinities and the like).
+    ``thorough``: the sample is small and used for the slower checks (gradcheck, opcheck, compile, autocast).
+    ``large``: the sample is left out where kernels are interpreted, which would take minutes.
+    ``draws``: number of draws over which errors are averaged, since a single draw of few numbers has a random error.
     """
 
     name: str
@@ -67,15 +67,15 @@ class Invalid:
 
 @dataclass(frozen=True)
 class OpTable:
-    """Everything the checks need to know of an op.
+    """Everything that the checks need to know about an op.
 
     op: its public name. definition: the eager formula, called with the same keyword arguments as the op.
-    registered: keyword arguments -> positional arguments of ``torch.ops.fastasr.<op>``. result: from the keyword
-    arguments and what that operator returns, what the public function returns.
-    rows: names of the arguments that are cut along dimension 0 when a call is split (those that the call has); ()
-    when rows depend on each other. thread_invariant: bitwise equal for any number of threads (a vendor's matrix
-    product need not be). unread: arguments whose elements a call may leave unread (masked keys): eager multiplies
-    them by zero, so a NaN there shows in its result alone.
+    registered: a function from keyword arguments to the positional arguments of ``torch.ops.fastasr.<op>``. result: a
+    function from the keyword arguments and that operator's result to the public function's result.
+    rows: names of the arguments to cut along dimension 0 when a call is split (those that the call has); () if rows
+    depend on each other. thread_invariant: whether results are bitwise equal for any number of threads (a vendor's
+    matrix product may not be). unread: arguments whose elements a call may leave unread (masked keys). Eager multiplies
+    them by zero, so a NaN there appears only in eager's result.
     """
 
     op: str
@@ -109,7 +109,7 @@ class OpTable:
         return getattr(torch.ops.fastasr, self.op).default
 
     def call_registered(self, arguments: dict) -> Tensor:
-        """The registered op on the public function's keyword arguments; see :func:`flat`."""
+        """Calls the registered op with the public function's keyword arguments; see :func:`flat`."""
         return flat(self.result(arguments, self.overload(*self.registered(arguments))))
 
     @property
@@ -119,7 +119,7 @@ class OpTable:
 
 @cache
 def table(name: str) -> OpTable:
-    """The table of a public op."""
+    """Returns the table of a public op."""
     module = f"fastasr.testing.samples.{name}"
     if find_spec(module) is None:
         raise LookupError(f"{name} has no samples: write {module.replace('.', '/')}.py with a TABLE")
@@ -128,22 +128,22 @@ def table(name: str) -> OpTable:
 
 @cache
 def tables() -> dict[str, OpTable]:
-    """The tables of the ops that the checks are for, by name."""
+    """Returns {name: table} of the ops that the checks cover."""
     return {name: table(name) for name in ops.NAMES if name not in ops.GRADIENTS}
 
 
 def flat(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """One tensor for an op's outputs: several are joined, in their widest dtype, so that they are checked together."""
+    """Returns one tensor for an op's outputs. Several are joined in their widest dtype, to be checked together."""
     return outputs if isinstance(outputs, Tensor) else torch.cat([t.flatten() for t in outputs])
 
 
 def floating(arguments: dict) -> dict[str, Tensor]:
-    """The floating-point tensors of a call: those that gradients are taken for."""
+    """Returns the floating-point tensors of a call, for which gradients are computed."""
     return {k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()}
 
 
 def with_tensors(arguments: dict, f: Callable[[str, Tensor], Tensor]) -> dict:
-    """The call with every floating tensor replaced by ``f(name, tensor)``."""
+    """Returns the call with every floating-point tensor replaced by ``f(name, tensor)``."""
     return {
         k: f(k, v) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()
     }

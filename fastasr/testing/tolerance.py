@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numerical contract: against float64, a kernel's error is never above eager's own.
+"""The numerical contract: a kernel's error against float64 is never above eager's own.
 
-Both are compared with the definition evaluated in float64 on the same numbers. 10 % is allowed for rounding noise,
-plus what correct rounding itself may cost where eager happens to be exact: 0.3 units in the last place on average
-(0.5 for a handful of elements), one at the worst element. Float64 results are compared with a reference that rounds
-as they do: there the floor is 32 units.
+Both are compared with the definition evaluated in float64 on the same numbers. 10 % is allowed for rounding noise, and
+in addition the cost of correct rounding, since eager may happen to be exact: 0.3 units in the last place on average
+(0.5 for a handful of elements), one at the worst element. The reference of float64 results has the same rounding
+errors, so 32 units are allowed there.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ RATIO = 1.1
 
 @dataclass(frozen=True)
 class Comparison:
-    """Errors of a result and of eager, relative to the size of the float64 reference."""
+    """The errors of a result and of eager, relative to the size of the float64 reference."""
 
     rms: float
     eager_rms: float
@@ -42,7 +42,7 @@ class Comparison:
 
 
 def compare(actual: Tensor, eager: Tensor, reference: Tensor) -> Comparison:
-    """Compare a result and eager's with the float64 reference. Non-finite elements must agree exactly."""
+    """Compares a result and eager's with the float64 reference. Non-finite elements must agree exactly."""
     eps = torch.finfo(actual.dtype).eps if actual.dtype.is_floating_point else 0.0
     actual, eager, reference = (t.detach().double().cpu() for t in (actual, eager, reference))
     if actual.shape != reference.shape:
@@ -68,7 +68,7 @@ def compare(actual: Tensor, eager: Tensor, reference: Tensor) -> Comparison:
 
 
 def mean(comparisons: list[Comparison]) -> Comparison:
-    """Of comparisons of several draws of the same call: the largest error of a single draw is a matter of luck."""
+    """Returns the mean of comparisons over several draws of the same call. A single draw's largest error is random."""
     errors = (
         sum(getattr(c, name) for c in comparisons) / len(comparisons)
         for name in ("rms", "eager_rms", "worst", "eager_worst")

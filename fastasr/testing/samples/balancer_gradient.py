@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of balancer_gradient: it is no function's gradient, and has tests of its own instead of the contract."""
+"""Samples of balancer_gradient. It is not the gradient of a function, so it has its own tests instead of the
+contract."""
 
 from fastasr.testing.table import Make, OpTable, Sample
 

@@ -8,7 +8,7 @@ from fastasr.testing.table import Make, OpTable, Sample
 
 
 def _mask(make: Make, batch: int, frames: int) -> torch.Tensor:
-    """Padding of a ragged batch: the first sequence is whole, the others end earlier and earlier."""
+    """Returns the padding of a ragged batch: the first sequence has no padding, each later one ends earlier."""
     lengths = torch.tensor([frames - 2 * b for b in range(batch)]).clamp(min=0)
     return (torch.arange(frames) >= lengths[:, None]).to(make.device)
 
@@ -35,7 +35,7 @@ def _one_bad_frame(make: Make, arguments: dict, value: float) -> dict:
 def _random(make: Make, shape) -> dict:
     frames, batch, channels = shape.size(), shape.choice((0, 1, 2, 5)), 1 + shape.size()
     taps = shape.choice((1, 3, 7, 15, 31))
-    # with few channels and a small eps, what LayerNorm divides by may be all rounding
+    # with few channels and a small eps, LayerNorm may divide by a number that is only rounding error
     options = {"activation": shape.choice(_activation.NAMES), "eps": shape.choice((0.1, 1.0))}
     return _call(make, batch, frames, channels, taps) | options
 
@@ -73,7 +73,7 @@ TABLE = OpTable(
             "NaN in two frames", lambda m: _one_bad_frame(m, _call(m, 2, 20, 8, 5), float("nan")), exact=False
         ),
     ),
-    unread=("weight",),  # taps that reach no frame of a short sequence
+    unread=("weight",),  # some taps reach no frame of a short sequence
     rows=("x", "padding_mask"),
     random=_random,
 )

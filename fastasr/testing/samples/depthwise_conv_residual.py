@@ -52,7 +52,7 @@ TABLE = OpTable(
         Invalid("x has no channels", lambda m: _call(m, 2, 6, 0, 3), ValueError, "x"),
         Invalid("an even number of taps", lambda m: _call(m, 2, 6, 5, 4), ValueError, "weight"),
     ),
-    unread=("weight",),  # taps that reach no frame of a short sequence
+    unread=("weight",),  # some taps reach no frame of a short sequence
     rows=("x",),
     random=_random,
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of ema_scan, and those that it shares with complex_ema_scan."""
+"""Samples of ema_scan, and the samples that it shares with complex_ema_scan."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,10 +11,10 @@ from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 @dataclass(frozen=True, eq=False)
 class Average:
-    """What the calls of one op are made of.
+    """Makes the calls of one op.
 
-    ``parameters(make, rows, states, spread, means)``: the four of them. ``means``: the arguments before a sigmoid, with
-    the mean of each. ``state``: the shape of one.
+    ``parameters(make, rows, states, spread, means)`` makes the four parameters. ``means`` has the arguments before a
+    sigmoid with the mean of each, ``state`` the shape of a state.
     """
 
     op: str
@@ -38,7 +38,8 @@ class Average:
         mask: bool = False,
         **options,
     ) -> dict:
-        """A call with random parameters. ``options``: those of the op, and the means of arguments before a sigmoid."""
+        """Makes a call with random parameters. ``options``: options of the op, and means of arguments before a
+        sigmoid."""
         sizes = {"L": length, "B": batch, "D": channels}
         rows = channels * (2 if direction == "bidirectional" else 1)
         means = {name: options.pop(name, mean) for name, mean in self.means.items()}
@@ -60,15 +61,16 @@ class Average:
         return arguments
 
     def changed(self, **arguments) -> Callable[[Make], dict]:
-        """A call with these arguments, or with what they make."""
+        """Returns a function that makes a call with these arguments, which may themselves be functions of ``Make``."""
         return lambda m: self.call(m, 7, 3, 8) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
 
     def sample(self, name: str, *sizes: int, exact: bool = True, thorough: bool = False, **options) -> Sample:
         return Sample(name, lambda m: self.call(m, *sizes, **options), exact, thorough)
 
     def random(self, make: Make, shape) -> dict:
-        # relu and tanh are left out: they map infinities to numbers, which a convolution and a scan reach by different
-        # NaNs. So are truncations: an infinity taints more than its window (the op's own tests draw truncated calls).
+        # relu and tanh are left out, because they map infinities to numbers, and a convolution and a scan have NaNs at
+        # different places. Truncations are left out, because an infinity affects more than its window; the op's own
+        # tests draw truncated calls.
         kind = shape.choice(("plain", "state", "bidirectional"))
         options = {
             "layout": shape.choice(get_args(Layout)),
@@ -83,7 +85,7 @@ class Average:
         return self.call(make, shape.size(), batch, shape.size(), states, **options)
 
     def table(self) -> OpTable:
-        """The samples of both ops."""
+        """Returns the table with the samples that both ops share."""
         sample, (first, second, *_) = self.sample, self.means
         close_to_1 = {first: -7.0, second: -3.0}
         both = {"direction": "bidirectional"}
@@ -168,7 +170,7 @@ TABLE = replace(
         _sample("time last", 83, 2, 70, layout="BDL", activation="tanh", mask=True),
         _sample("16 states", 70, 2, 40, 16, state=True),
         _sample("one channel", 130, 3, 1, layout="BDL"),
-        # 13 channels: with 3, gradients of 12 numbers, chance put eager ahead in 4 of 24 draws
+        # 13 channels, because with 3 the gradients have 12 numbers and eager is better by chance in 4 of 24 draws
         _sample("long, few channels", 5000, 1, 13, activation="silu", state=True),
         Sample(
             "three-dimensional parameters",

@@ -8,7 +8,7 @@ from fastasr.testing.table import Make, OpTable, Sample
 
 
 def _mask(make: Make, frames: int, batch: int) -> torch.Tensor:
-    """Padding of a ragged batch: the first sequence is whole, the others end earlier and earlier."""
+    """Returns the padding of a ragged batch: the first sequence has no padding, each later one ends earlier."""
     lengths = torch.tensor([frames - 2 * b for b in range(batch)]).clamp(min=0)
     return (torch.arange(frames) >= lengths[:, None]).to(make.device)
 
@@ -57,7 +57,7 @@ def _one_bad_frame(make: Make, arguments: dict, value: float) -> dict:
 
 
 def _saturated_gates(make: Make, arguments: dict) -> dict:
-    """Gates so far out that the logistic function is 0 or 1, which no exponential may overflow on."""
+    """Makes gates so large that the logistic function is 0 or 1; the exponential must not overflow there."""
     channels = arguments["weight"].shape[0]
     for frame, value in enumerate((-88.0, -104.0, -6e4, -float("inf"), 88.0, 6e4, float("inf"))):
         arguments["h"][frame, 0, channels + frame] = value
@@ -111,6 +111,6 @@ TABLE = OpTable(
             exact=False,
         ),
     ),
-    unread=("weight", "causal_weight"),  # taps that reach no frame of a short sequence
+    unread=("weight", "causal_weight"),  # some taps reach no frame of a short sequence
     random=_random,
 )

@@ -19,7 +19,7 @@ def _call(make: Make, shape: tuple[int, ...], **more) -> dict:
 
 
 def _slices(make: Make, length: int, batch: int, channels: int) -> dict:
-    """update and candidate as slices of one projection, as in a MEGA block."""
+    """Makes update and candidate as slices of one projection, as in a MEGA block."""
     call = _call(make, (length, batch, channels))
     base = make.normal(length, batch, 2 * channels + 7)
     return call | {"update": base[..., :channels], "candidate": base[..., -channels:]}
@@ -30,7 +30,7 @@ def _with_mask(make: Make, shape: tuple[int, ...]) -> dict:
 
 
 def _same_rows(make: Make) -> dict:
-    """Rows of zeros, and rows of one value that float32 does not hold exactly."""
+    """Makes rows of zeros, and rows of one value that float32 cannot represent exactly."""
     zero = make.normal(4, 8, scale=0.0)
     call = _call(make, (4, 8)) | {"x": zero.clone(), "candidate": zero.clone(), "hidden": zero.clone()}
     call["x"][2:] = 0.1
@@ -53,11 +53,11 @@ TABLE = OpTable(
         Sample("matrix", lambda m: _call(m, (9, 193))),
         Sample("vector", lambda m: _call(m, (40,)), exact=False),
         Sample("five channels", lambda m: _call(m, (300, 5), eps=0.1)),
-        Sample("one channel", lambda m: _call(m, (30, 1), eps=1e-3), exact=False),  # no gradient but to bias
+        Sample("one channel", lambda m: _call(m, (30, 1), eps=1e-3), exact=False),  # gradient to bias only
         Sample("no rows", lambda m: _call(m, (0, 3, 8))),
         Sample("rows of one value", _same_rows, exact=False),
     ),
     rows=("x", "update", "candidate", "hidden", "dropout_mask"),
-    # with few channels and a small eps, what LayerNorm divides by may be all rounding
+    # with few channels and a small eps, LayerNorm may divide by a number that is only rounding error
     random=lambda m, shape: _call(m, (*shape(), 1 + shape.size()), eps=shape.choice((0.1, 1.0))),
 )

@@ -54,8 +54,8 @@ TABLE = OpTable(
         ),
     ),
     thread_invariant=False,
-    unread=("hidden_weight",),  # a state of zeros is not multiplied by it
-    # what LayerNorm divides by is all rounding where there is one unit; without steps eager's graph leads nowhere
+    unread=("hidden_weight",),  # the op skips the product with a state of zeros
+    # with one unit LayerNorm divides by pure rounding error; without steps eager's graph does not reach the arguments
     random=lambda m, shape: lstm(
         m,
         shape.choice((1, 2, 5)),

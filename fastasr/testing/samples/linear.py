@@ -5,7 +5,7 @@ from fastasr.testing.table import Make, OpTable, Sample
 
 
 def affine(make: Make, shape: tuple[int, ...], n: int, bias: bool = True) -> dict:
-    """x of this shape with a weight for n outputs, scaled as an initialised layer's."""
+    """Makes x of this shape and a weight for n outputs with the scale of an initialised layer."""
     k = shape[-1]
     scale = max(k, 1) ** -0.5
     return {

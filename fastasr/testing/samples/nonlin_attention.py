@@ -12,7 +12,7 @@ def _call(make: Make, frames: int, batch: int, width: int) -> dict:
 
 
 def _padded_rows(make: Make) -> dict:
-    """Rows of weights a multiple of 16 elements apart, as those of zipformer_attention_weights are."""
+    """Makes weights whose row stride is a multiple of 16 elements, as zipformer_attention_weights does."""
     call = _call(make, 13, 2, 8)
     weights = call["weights"].new_zeros(2, 13, 16)
     weights[..., :13] = call["weights"]

@@ -34,7 +34,7 @@ def _window(frames: int, left: int, right: int):
 
 
 def _empty_rows(frames: int):
-    """A mask with queries that see nothing: the first and one in the middle."""
+    """Makes a mask in which two queries see nothing: the first and one in the middle."""
     mask = torch.ones(frames, frames, dtype=torch.bool).triu(1)
     mask[0], mask[frames // 2] = True, True
     return mask
@@ -60,7 +60,7 @@ def _random(make: Make, shape) -> dict:
 
 
 def _small(name: str, arguments, **more) -> Sample:
-    """A sample of a few hundred numbers: its errors are compared over several draws."""
+    """Makes a sample of a few hundred numbers, whose errors are compared over several draws."""
     return Sample(name, arguments, draws=8, **more)
 
 
@@ -115,6 +115,6 @@ TABLE = OpTable(
         Sample("no frames", lambda m: _call(m, 2, 0, 2, 8)),
         Sample("no sequences", lambda m: _call(m, 0, 5, 2, 8)),
     ),
-    unread=("k", "v"),  # of hidden keys
+    unread=("k", "v"),  # the op may skip hidden keys
     random=_random,
 )

@@ -37,6 +37,6 @@ TABLE = OpTable(
         ),
     ),
     rows=("x", "update"),
-    # with few channels and a small eps, what LayerNorm divides by may be all rounding
+    # with few channels and a small eps, LayerNorm may divide by a number that is only rounding error
     random=lambda m, shape: _call(m, (*shape(), 1 + shape.size()), eps=shape.choice((0.1, 1.0))),
 )

@@ -9,7 +9,7 @@ from fastasr.testing.table import Invalid, Make, OpTable, Sample
 def _call(
     make: Make, batch: int, frames: int, length: int, s_range: int, d: int, v: int, bias: bool = True, **more
 ) -> dict:
-    """Windows that move evenly from the first context to the last."""
+    """Makes windows that move evenly from the first context to the last."""
     last = max(0, length + 1 - s_range)
     starts = torch.arange(frames) * last // max(1, frames - 1)
     generator = torch.Generator().manual_seed(7)
@@ -27,13 +27,13 @@ def _call(
 
 
 def _short(make: Make, *sizes: int, **more) -> dict:
-    """Windows that end before the last context: every row has a symbol, so all values are finite."""
+    """Makes windows that end before the last context. Every row then has a symbol, so all values are finite."""
     call = _call(make, *sizes, **more)
     return call | {"starts": call["starts"].clamp(max=sizes[2] - sizes[3])}
 
 
 def _symbols_but_blank(call: dict) -> dict:
-    """Symbols that are never blank, whose probability is 0 in a HAT."""
+    """Replaces blank among the symbols, because its probability as a symbol is 0 in a HAT."""
     outputs, blank = call["weight"].shape[0], call["termination_symbol"]
     return call | {"symbols": (blank + 1 + call["symbols"] % (outputs - 1)) % outputs}
 
@@ -47,7 +47,7 @@ def _boundary(make: Make, *rows: tuple[int, int, int, int]) -> torch.Tensor:
 
 
 def _padded(make: Make) -> dict:
-    """Ragged sequences; behind each one symbols that are none."""
+    """Makes ragged sequences with invalid symbols behind the end of each."""
     call = _call(make, 3, 9, 6, 3, 16, 11)
     symbols = call["symbols"].clone()
     symbols[1, 4:] = -1

@@ -27,7 +27,7 @@ def _lattice(
 
 
 def _last_column(make: Make, batch: int, symbols: int, frames: int, **rest) -> dict:
-    """As losses make it: no symbol after the last frame, and some symbols impossible."""
+    """Makes a lattice as losses do: no symbol follows the last frame, and some symbols are impossible."""
     arguments = _lattice(make, batch, symbols, frames, **rest)
     x = arguments["symbol_logprobs"]
     x[:, :, frames] = -float("inf")
@@ -128,7 +128,7 @@ TABLE = OpTable(
                 ("end before begin", [2, 0, 1, 4]),
                 ("frames backwards", [0, 3, 1, 2]),
             )
-            if not torch.cuda.is_available()  # values are looked at on the CPU alone
+            if not torch.cuda.is_available()  # values are checked on the CPU only
         ),
     ),
     rows=("symbol_logprobs", "blank_logprobs", "boundary"),

@@ -18,7 +18,8 @@ def _band(
     scale: float = 1.0,
     **rest,
 ) -> dict:
-    """``step``: the most that a window moves in a frame; ends: t_end of each sequence, its s_end in the last window."""
+    """Makes a band of windows. ``step``: the most that a window moves in a frame. ``ends``: t_end of each sequence; its
+    s_end is in the last window."""
     x, y = (make.normal(batch, frames, window, scale=scale, mean=m) for m in (mean, mean / 2))
     step = window - 1 if step is None else step
     moves = (make.uniform(batch, frames).double() * (step + 1)).floor().clamp(0, step).long()
@@ -102,7 +103,7 @@ TABLE = OpTable(
             ("frames outside", "boundary", ([0, 0, 3, 5], [0, 0, 3, 6])),
             ("end before begin", "boundary", ([0, 0, 3, 5], [2, 0, 1, 5])),
         )
-        if not torch.cuda.is_available()  # values are looked at on the CPU alone
+        if not torch.cuda.is_available()  # values are checked on the CPU only
     ),
     rows=("symbol_logprobs", "blank_logprobs", "starts", "boundary"),
     random=_random,

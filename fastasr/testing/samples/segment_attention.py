@@ -25,7 +25,7 @@ def _call(make: Make, batch: int, heads: int, width: int, *sizes: int, **more) -
 
 
 def _slices(make: Make, *shape: int) -> dict:
-    """Key and value as halves of one projection, as in an Emformer layer."""
+    """Makes key and value as halves of one projection, as in an Emformer layer."""
     call = _call(make, *shape)
     both = torch.cat([call["key"], call["value"]], -1)
     return call | dict(zip(("key", "value"), both.chunk(2, -1), strict=True))
@@ -70,8 +70,8 @@ def _random(make: Make, shape) -> dict:
 
 
 def _small(name: str, arguments, **more) -> Sample:
-    """A sample of a few hundred numbers: its errors are compared over several draws. What the Triton kernels' own tests
-    cover, blocks and tails, is not interpreted once more."""
+    """Makes a sample of a few hundred numbers, whose errors are compared over several draws. Samples for blocks and
+    tails are ``large``, because the Triton kernels' own tests interpret these cases."""
     return Sample(name, arguments, draws=8, **more)
 
 

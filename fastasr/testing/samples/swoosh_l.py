@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of swoosh_l; swoosh_r has the same with its own definition."""
+"""Samples of swoosh_l; swoosh_r has the same samples with its own definition."""
 
 from fastasr.testing.table import Make, OpTable, Sample
 
@@ -17,7 +17,7 @@ SAMPLES = (
     Sample("btc", lambda m: {"x": m.normal(3, 5, 64, scale=3.0)}, thorough=True),
     Sample("vector", lambda m: {"x": m.normal(17)}, thorough=True),
     Sample("nchw", lambda m: {"x": m.normal(2, 3, 4, 5)}),
-    # one element: away from the derivative's zero, where any relative error is large
+    # A single element must not be near the derivative's zero, where any relative error is large.
     Sample("scalar", lambda m: {"x": m.normal(mean=4.0)}),
     Sample("single", lambda m: {"x": m.normal(1, mean=-4.0)}),
     Sample("wide range", lambda m: {"x": m.uniform(4099, low=-30.0, high=30.0)}),

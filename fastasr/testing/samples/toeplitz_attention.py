@@ -21,14 +21,14 @@ def _call(make: Make, length: int, batch: int, d: int, v: int, positions: int | 
 
 
 def _slices(make: Make, length: int, batch: int, d: int, v: int, **more) -> dict:
-    """query_key and gate as slices of one projection, as in a MEGA block."""
+    """Makes query_key and gate as slices of one projection, as in a MEGA block."""
     base = make.normal(length, batch, d + v + 11)
     call = _call(make, length, batch, d, v, **more)
     return call | {"query_key": base[..., 5 : 5 + d], "gate": base[..., 5 + d : 5 + d + v]}
 
 
 def _padding(*lengths: int) -> torch.Tensor:
-    """Padding behind each length, and one padded key in the middle of the first sequence."""
+    """Makes padding behind each length and one padded key in the middle of the first sequence."""
     mask = torch.arange(max(lengths))[None] >= torch.tensor(lengths)[:, None]
     mask[0, lengths[0] // 2] = True
     return mask

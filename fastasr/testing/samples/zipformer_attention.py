@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of zipformer_attention: those of the weights, with values."""
+"""Samples of zipformer_attention: the samples of zipformer_attention_weights, with values."""
 
 from fastasr.testing.samples import zipformer_attention_weights as weights
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
@@ -16,11 +16,11 @@ def _valued(make: Make, arguments: dict, heads: int | None = None, dim: int = 3)
     return arguments | {"value": make.normal(keys, x.shape[1], count * dim)}
 
 
-# The largest error of a few gradients, 3 values summed each, is chance: over 60 draws ours is below eager's.
+# A few gradients that sum 3 values each have a largest error by chance; over 60 draws ours is below eager's.
 _VALUE_DIM = {"wide heads": 12, "stack 3": 12}
 
 
-# Interpreted with small tiles in tests/kernels/interpreter instead, in a tenth of the time.
+# tests/kernels/interpreter interprets these with small tiles instead, in a tenth of the time.
 _KERNEL_TESTED = (
     "chunks",
     "chunks, all before",
@@ -94,6 +94,6 @@ TABLE = OpTable(
         Invalid("value does not divide", _with(value=lambda m: m.normal(5, 2, 7)), ValueError, "value"),
         Invalid("values of three heads", _with(value_heads=3), ValueError, "value_heads"),
     ),
-    unread=("value",),  # of hidden keys
+    unread=("value",),  # the op may skip hidden keys
     random=_random,
 )

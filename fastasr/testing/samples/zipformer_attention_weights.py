@@ -41,7 +41,7 @@ def _random_mask(make: Make, *shape: int) -> torch.Tensor:
 
 
 def _below_the_masked(make: Make) -> dict:
-    """Scores around -1020: hidden keys get most of the weight. In quarters, so that products are exact."""
+    """Makes scores around -1020, so that hidden keys get most of the weight; multiples of 1/4 make products exact."""
     q, k = (make.normal(20, 1, 1).mul(2).round().div(4) + 32 for _ in range(2))
     return {"x": torch.cat([q, -k], -1), "pos": None, "num_heads": 1, "query_head_dim": 1, "chunk_size": 8}
 
