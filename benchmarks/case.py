@@ -34,7 +34,7 @@ class Cost:
 
 
 def costs_of(forward: Cost, backward: Cost) -> dict[str, Cost]:
-    """The costs of each pass, where both passes together cost the sum."""
+    """Returns the costs of each pass; both passes together cost the sum."""
     return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
 
 

@@ -78,7 +78,7 @@ def environments(rows: Sequence[Row]) -> list[dict]:
 
 
 def render(rows: Sequence[Row], title: str = "fastasr benchmarks", notes: Sequence[str] = ()) -> str:
-    """Returns the page as text. ``notes``: what could not be measured, shown at the top."""
+    """Returns the page as text. ``notes`` lists what could not be measured, at the top."""
     return (
         environment(TEMPLATES)
         .get_template("page.html")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What follows the product of a linear layer with an activation, forward and backward in one pass over memory each.
+"""The activation after the product of a linear layer, forward and backward in one pass over memory each.
 
     y = act(z), in z's own memory where nothing needs z      dz = grad act'(z)      dbias = sum_rows dz
 

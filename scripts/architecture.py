@@ -108,7 +108,7 @@ def rows(needs: Graph) -> list[list[str]]:
 
 
 def contents(box: str) -> list[str]:
-    """Returns Up to four lines: what a box is for, and its folders or, where there is no text, its files."""
+    """Returns up to four lines: what a box is for, and its folders or, where there is no text, its files."""
     path = ROOT / box
     names = sorted(
         p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("_") and any(p.glob("*.*"))

@@ -114,7 +114,7 @@ def _loss(columns: dict[str, list[float]]) -> list[list[float]]:
 
 
 def encoder_report(run: Path, commit: str | None = None) -> dict:
-    """Returns what is committed of a finished run with another encoder than the Zipformer."""
+    """Returns the committed figures of a finished run with another encoder than the Zipformer."""
     found = _finished(run)
     options = checkpoints.load(run / checkpoints.NAME)["options"]
     if options.get("encoder", sizes.ZIPFORMER) == sizes.ZIPFORMER:
@@ -271,7 +271,7 @@ def figure(found: dict):
 
 
 def _others(path: Path, runs: Sequence[Path], commit: str | None) -> dict[str, dict]:
-    """Returns what is committed of other encoders, with ``runs`` in it."""
+    """Returns the committed figures of other encoders, with those of ``runs``."""
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for run in runs:
         made = encoder_report(run, commit)

@@ -100,7 +100,7 @@ Tensor mega_pack(std::vector<int64_t> shape, std::vector<Tensor> weights, std::v
 }
 
 // ---- history -------------------------------------------------------------------------------------------------------
-// What attention reads: `batch` sequences of `length` rows, of which the last is still to be written.
+// Attention reads `batch` sequences of `length` rows, of which the last is still to be written.
 struct History {
   Tensor view;
   float* data;

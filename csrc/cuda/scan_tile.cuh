@@ -292,7 +292,7 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
           u[n] = next_state(decay[n], u[n], from_real(s, Q()));
         }
       };
-      // the same for the i-th row where the convolution is truncated: what leaves is taken off what enters
+      // does the same for the i-th row where the convolution is truncated: it subtracts what leaves from what enters
       const auto advance_truncated = [&](C s, int i) {
         const C late = delayed(i);
 #pragma unroll
@@ -305,7 +305,7 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
       // local scan
 #pragma unroll
       for (int n = 0; n < kStates; n++) u[n] = f[n] = zero(Q());
-      // way: 1 or -1: all rows, in this direction, with addresses known at compile time; 0: any
+      // way is 1 or -1 for all rows, in this direction, with addresses known at compile time; 0 for any rows
       const auto in_a_way = [&](auto f) {
         if (!plain)
           f(Constant<0>{});

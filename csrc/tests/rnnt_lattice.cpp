@@ -32,7 +32,7 @@ struct Aligned {
 template <typename C>
 struct Case {
   LatticeSize size;
-  int64_t x_row, y_row;  // rows lie apart: what is between them must stay
+  int64_t x_row, y_row;  // rows lie apart: the gaps must stay unchanged
   Buffer<C> x, y, dx, dy;
   Aligned<C> shares, scratch;
   Case(int64_t symbols, int64_t frames, bool regular, double mean, double scale, int64_t gap = 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernel serves a tensor: backends, their availability, and the reasons.
+"""The choice of the kernel that serves a tensor: backends, their availability, and the reasons.
 
 A :class:`KernelFamily` groups the kernels that share one implementation (``swoosh`` serves three ops). For a tensor's
 device and dtype it answers with the kernels to call, or with ``None``: then the op runs its eager definition. The

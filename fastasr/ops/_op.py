@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an op is, said once: ``@op(...)`` on its formula in eager PyTorch.
+"""The declaration of an op: ``@op(...)`` on its formula in eager PyTorch.
 
 The formula's signature gives names, defaults, shapes, dtypes, options and results (:mod:`fastasr.ops._signature`). From
 it come the checks and their messages, the registered operator with its fake, autograd and autocast rule, the paths
@@ -55,63 +55,60 @@ class Op(Errors):
     """A declaration and all that follows from it. Calling it on the formula returns the public function, which has the
     formula as ``.definition`` and the op as ``.op``.
 
-    In the parts ``a`` holds the arguments by name, ``saved`` what ``saves`` names and the options, ``needs`` a bool per
-    floating tensor, None where kernels give all gradients at once.
+    In the fields that are functions ``a`` holds the arguments by name, ``saved`` what ``saves`` names and the options,
+    and ``needs`` a bool per floating tensor, or None where kernels give all gradients at once.
     """
 
     kernels: str | KernelFamily  # backends by name, the preferred first; or a family that several ops share
     _: KW_ONLY
     returns: str = "y"  # the outputs' names
-    summary: str = ""  # of the row in the table of ops; else the docstring's first line
+    summary: str = ""  # what the table of ops says; by default the docstring's first line
 
     # dtypes and strides
-    one_dtype: str = ""  # arguments that must have the first one's dtype, except under an autocast rule
-    # "one dtype": casts those; names of others; (op, dtype, a) -> a; "formula": what eager gives; None: no rule
+    one_dtype: str = ""  # these arguments must have the first one's dtype, except under an autocast rule
+    # The autocast rule: "one dtype" casts those arguments, names cast others, a function (op, dtype, a) -> a casts by
+    # itself, "formula" does what eager does, and None applies no rule.
     autocast: str | Callable | None = None
     uniform: bool = True  # C++ kernels get all floating tensors in the first output's dtype
-    # arguments whose dtypes choose the kernels: float64 where one has it, else the first's, in which kernels then read
-    # floating tensors; else those of the first output
+    # The dtypes of these arguments choose the kernels, which read floating tensors in it: float64 where one argument
+    # has it, else the first one's dtype. By default the first output's dtype chooses.
     deciding: str = ""
-    wide: str = ""  # arguments that kernels get in that dtype, but at least float32
-    own_dtype: str = ""  # arguments that kernels get in their own dtype
-    strides: dict | None = None  # of an argument or "grad" what kernels read: see STRIDES; else contiguous
+    wide: str = ""  # kernels get these arguments in that dtype, but at least float32
+    own_dtype: str = ""  # kernels get these arguments in their own dtype
+    strides: dict | None = None  # argument or "grad" -> strides of STRIDES; else contiguous
     like: str = ""  # results have this argument's strides; else they are contiguous
     empty: Callable | None = None  # torch.empty for an output of kernels that is not contiguous
 
-    # calls of the kernels: names, literals, "keep", "grad", expressions in parentheses; else all tensors, then all
-    # options, as in the signature
+    # The calls of the kernels are names, literals, "keep", "grad" and expressions in parentheses. By default they get
+    # all tensors, then all options, as in the signature.
     forward: str = ""
-    backward: str = ""  # "... -> x y _": what it returns; "x=y" is the gradient of both
-    launch: Callable | None = (
-        None  # (op, kernels, a, dtype of the first output, keep) -> outputs and what is kept
-    )
-    gradients: Callable | None = (
-        None  # (op, kernels, grads, saved, needs) -> gradients of the floating tensors
-    )
-    flagged: Callable | None = None  # (op, grads, found, saved): adds the gradients of outputs behind a flag
+    backward: str = ""  # "... -> x y _" names the results; "x=y" is the gradient of both
+    # (op, kernels, a, dtype of the first output, keep) -> outputs and keeps
+    launch: Callable | None = None
+    # (op, kernels, grads, saved, needs) -> gradients of the floating tensors
+    gradients: Callable | None = None
+    flagged: Callable | None = None  # (op, grads, found, saved) adds the gradients of outputs behind a flag
 
-    # arguments that go together, and what the signature cannot say
-    sizes: dict | None = None  # {names: function}: sizes for the shapes after the first, from the arguments a
-    needs: dict | None = None  # argument -> the one without which it may not be given
-    check: Callable | None = None  # (op, a); the native kernels check it too, or ``fits`` does
+    # conditions on several arguments, and those that the signature cannot express
+    sizes: dict | None = None  # {names: function of a}: sizes for the shapes after the first
+    needs: dict | None = None  # argument -> the one that it may not be given without
+    check: Callable | None = None  # (op, a); the native kernels check the same, or ``fits`` does
 
     # the backward pass
-    # what kernels hand on besides the outputs: {name: Annotated[Tensor, shape, dtype]}; where the shape depends on the
-    # backend it is a function (backend, a) -> sizes
+    # Kernels hand these on besides the outputs: {name: Annotated[Tensor, shape, dtype]}. Where the shape depends on the
+    # backend it is a function (backend, a) -> sizes.
     keeps: dict | None = None
-    saves: str = ""  # of arguments, outputs and keeps; else all tensors and keeps
-    unread: str = ""  # saved arguments of which gradients need shape and dtype alone: their memory is let go
+    saves: str = ""  # the saved arguments, outputs and keeps; by default all tensors and keeps
+    unread: str = ""  # gradients need only shape and dtype of these: their memory is released
     materialize: bool = True  # False: gradients of outputs may be None
     differentiable: bool = True  # False: the op computes a gradient itself; differentiating it raises
 
     # The shortest path, to the native kernels. Code may use the arguments, the names of the op's file, _kernels, keep.
-    fast: str | Callable = (
-        ""  # code or (native, keep, *arguments) -> outputs and what is kept; else ``forward``
-    )
-    fits: str | Callable = (
-        ""  # code or (*arguments) -> bool: a condition beside types; kernels check the rest
-    )
-    fast_dtype: torch.dtype | None = None  # the only one it serves
+    # code, or (native, keep, *arguments) -> outputs and keeps; by default ``forward``
+    fast: str | Callable = ""
+    # code, or (*arguments) -> bool: a condition beside the types; kernels check the rest
+    fits: str | Callable = ""
+    fast_dtype: torch.dtype | None = None  # the only dtype that it serves
     fast_strides: str = ""  # arguments that must be contiguous
 
     def __call__(self, formula: Callable[P, R]) -> Callable[P, R]:
@@ -136,7 +133,7 @@ class Op(Errors):
         return self.public(function)
 
     def public(self, function: Callable) -> Callable:
-        """The public function where it is not the written one: a decorator of a function that calls that."""
+        """Makes ``function`` the public one; as a decorator it serves a function that wraps the generated one."""
         function.op, function.definition, self.function = self, self.definition, function
         return function
 
@@ -214,7 +211,7 @@ class Op(Errors):
             yield a
 
     def dtype_names(self, output: _signature.Output) -> list[str]:
-        """Returns the arguments whose promotion an output's dtype is."""
+        """Returns the arguments that an output's dtype is promoted from."""
         others = {o.name: o for o in (*self.outputs, *self.keeps)}
         names = ([name] if name not in others else self.dtype_names(others[name]) for name in output.dtype)
         return [name for group in names for name in group]

@@ -47,7 +47,7 @@ def back(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
     return grad if grad.shape == t.shape else grad.reshape(t.shape)
 
 
-Like = namedtuple("Like", "shape dtype")  # what stays of an argument whose memory is let go
+Like = namedtuple("Like", "shape dtype")  # all that remains of an argument whose memory is released
 make = tuple.__new__  # of a named tuple: half the time of a call of its class, which is a Python function
 
 

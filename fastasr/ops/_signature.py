@@ -44,7 +44,7 @@ class Argument:
     default: object
     pattern: Pattern | None = None
     constraint: str = ""
-    codes: dict = field(default_factory=dict)  # of a choice: what the kernels get
+    codes: dict = field(default_factory=dict)  # a choice -> the number that kernels get
     keyword_only: bool = False
 
     @property

@@ -633,9 +633,7 @@ def _fast(op) -> Iterator[str]:
 
 
 def _formula_under_autocast(op) -> list[str]:
-    """Eager casts only some of its steps, so kernels serve only operands that have autocast's dtype
-    already.
-    """
+    """Serves only operands that have autocast's dtype already, because eager casts only some of its steps."""
     if op.autocast != "formula":
         return []
     differs = " or ".join(f"{name}.dtype is not _dtype" for name in op.one_dtype)

@@ -9,7 +9,7 @@ from fastasr.ops import _dropout
 
 
 def _from_seed(function, *tensors, drawn_before=0):
-    """(outputs and gradients, the generator's next numbers)"""
+    """Returns (outputs and gradients, the generator's next numbers)."""
     torch.manual_seed(5)
     torch.rand(drawn_before)
     leaves = [t.clone().requires_grad_() for t in tensors]

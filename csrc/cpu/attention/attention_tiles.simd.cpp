@@ -11,7 +11,7 @@
 namespace fastasr::cpu {
 namespace {
 
-// A tile of kRows rows by kBytes of lanes: what the instruction set has registers for.
+// A tile of kRows rows by kBytes of lanes, for which the instruction set has registers.
 #if defined(__AVX512F__)
 constexpr int kRows = 8, kBytes = 128;
 #elif defined(__AVX2__)

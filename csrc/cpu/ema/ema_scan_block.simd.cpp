@@ -120,7 +120,7 @@ void gradient_of(const EmaGradient<C>& a, int64_t first) {
   a.x_late ? gradient_group<C, kStates, true>(a, first) : gradient_group<C, kStates, false>(a, first);
 }
 
-// As many states as the instruction set has registers for.
+// This many states fit the registers of the instruction set.
 #if defined(__AVX512F__)
 constexpr int kGroup = 4;
 #else

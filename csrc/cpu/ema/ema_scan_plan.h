@@ -48,8 +48,8 @@ class EmaScan {
   using Parameters = typename Numbers::Parameters;
   static constexpr int64_t kBlock = kEmaSteps * kEmaLanes;
 
-  // How b and c enter the scans. The forward scan computes h itself (in = b, out = c). Without a state the backward
-  // scans u = h / b (in = 1, out = b c), so that one sum of dy u serves the gradients of b and of c.
+  // Says how b and c enter the scans. The forward scan computes h itself (in = b, out = c). Without a state the
+  // backward scans u = h / b (in = 1, out = b c), so that one sum of dy u serves the gradients of b and of c.
   enum class Form { states, unit };
 
   EmaScan(const EmaShape& shape, const Parameters& parameters, Form form, const Parallel& parallel)

@@ -11,7 +11,8 @@
 
 namespace fastasr::cpu {
 
-// In ascending order. portable: x86-64, or the compiler's own set elsewhere; avx2: x86-64-v3; avx512: x86-64-v4.
+// The sets in ascending order. portable is x86-64, or the compiler's own set elsewhere; avx2 is x86-64-v3; avx512 is
+// x86-64-v4.
 enum class Simd { portable, avx2, avx512 };
 
 // Returns the set in use: the widest that this machine runs and this library was built for, or the one that the

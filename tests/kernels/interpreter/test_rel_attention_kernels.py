@@ -13,7 +13,9 @@ NAMES = ("y", "dq", "dk", "dv", "dpos", "dbias_u", "dbias_v")
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    """Every loop runs several times, and each block of queries is a piece of its own."""
+    """Makes tiles so small that every loop runs several times, and each block of queries is a piece of
+    its own.
+    """
 
     def tiles(dim, value_dim, dtype, hopper, hiding):
         common = {"BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
@@ -70,7 +72,7 @@ def test_error_is_not_above_that_of_eager(case, dtype):
 
 
 def test_no_address_is_stored_twice_and_results_repeat(writes, monkeypatch):
-    """But for dR, which is added up over the pieces."""
+    """The exception is dR, which is added up over the pieces."""
     arguments = _inputs(2, 21, 1, 8, 20, torch.bfloat16, True)
     first = _run(*arguments)
     for launch in writes.launches:

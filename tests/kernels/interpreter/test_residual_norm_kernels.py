@@ -19,7 +19,7 @@ from fastasr.testing.tolerance import compare
 SHAPES = [(40,), (3, 7), (9, 2, 16), (5, 4, 192), (11, 193), (6, 513), (3, 2048), (2, 5000)]
 EPS = 1e-5
 
-# The activations in float64, without cancellation in the tails.
+# the activations, to be computed in float64, without cancellation in the tails
 _TRUTHS = (
     lambda x: x * 1.0,
     torch.nn.functional.silu,
@@ -39,7 +39,7 @@ def _inputs(shape, dtype, gated=True, mask=False):
 
 
 def _expected(grad, x, update, candidate, hidden, mask, weight, bias, activation, dtype):
-    """(y, dx, dupdate, dsum, dweight, dbias) by autograd through the definition, in ``dtype``."""
+    """Returns (y, dx, dupdate, dsum, dweight, dbias) by autograd through the definition, in ``dtype``."""
     leaves = [
         t if t is None else t.to(dtype).requires_grad_() for t in (x, update, candidate, hidden, weight, bias)
     ]
@@ -101,7 +101,7 @@ def _activation_kernel(X, Y, SLOPE, N: tl.constexpr, ACTIVATION: tl.constexpr):
 
 @pytest.mark.parametrize("activation", range(len(_activation.NAMES)), ids=_activation.NAMES)
 def test_activations_over_their_range(activation):
-    """Relative errors, in the tails too."""
+    """Relative errors are small, in the tails too."""
     parts = (torch.linspace(-80, 80, 2000), torch.linspace(-3, 3, 2000), torch.logspace(-30, 0, 96))
     x = torch.cat(parts)
     y, slope = torch.empty_like(x), torch.empty_like(x)
@@ -114,13 +114,13 @@ def test_activations_over_their_range(activation):
     # GELU: the rounding of x^2 is an error of its exponential.
     relative = 1e-6 * (1 + 0.1 * wide**2 if activation == 4 else torch.ones_like(wide))
     assert ((y - truth).abs() <= relative * truth.abs() + 1e-36).all()
-    # The slopes of SiLU and GELU have a zero: there what is small beside 1 is small.
+    # The slopes of SiLU and GELU have a zero: near it the error is compared with 1.
     zero = (wide.abs() < 3) if activation in (1, 4) else torch.zeros_like(x, dtype=torch.bool)
     assert ((slope - slopes).abs() <= relative * torch.where(zero, 1.0, slopes.abs()) + 1e-36).all()
 
 
 def test_rows_are_dealt_to_parts_completely():
-    """More rows than there are parts: every row counts once in the parameters' gradients."""
+    """With more rows than parts, every row counts once in the parameters' gradients."""
     arguments = _inputs((4101, 24), torch.float32)
     truth = _expected(*arguments, 1, torch.float64)
     for a, t in zip(_run(*arguments), truth, strict=True):
@@ -128,7 +128,7 @@ def test_rows_are_dealt_to_parts_completely():
 
 
 def test_rows_apart():
-    """Slices of one projection, and rows that repeat."""
+    """The rows are slices of one projection, or repeat."""
     grad, x, update, candidate, hidden, _, weight, bias = _inputs((6, 3, 24), torch.float32)
     wide = torch.full((6, 3, 60), float("nan"))
     wide[..., 5:29], wide[..., 30:54] = update, candidate

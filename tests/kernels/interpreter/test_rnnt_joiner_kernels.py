@@ -54,7 +54,7 @@ def test_several_chunks(dtype, activation, hat, monkeypatch):
     whole = _run(grads, tensors, activation, hat)
     monkeypatch.setattr(kernels, "CHUNK_BYTES", 1)  # a frame each
     apart = _run(grads, tensors, activation, hat)
-    # Not equal: the interpreter's product of a tile may round by where in it a row lies.
+    # The results are not equal: the interpreter may round the product of a tile by where in it a row lies.
     torch.testing.assert_close(apart[:2], whole[:2], rtol=2e-6, atol=2e-6)
     own, exact = (_expected(grads, tensors, t, activation, hat) for t in (dtype, torch.float64))
     for name, *found in zip(NAMES, whole, apart, own, exact, strict=True):

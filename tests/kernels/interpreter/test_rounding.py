@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Canaries: what the interpreter gets wrong without the repair, and must get right with it."""
+"""Canaries: errors of the interpreter that the repair must remove."""
 
 import numpy as np
 import pytest
