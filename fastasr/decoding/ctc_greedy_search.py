@@ -35,7 +35,7 @@ class CtcGreedySearch:
 
     @torch.inference_mode()
     def advance(self, state, log_probs, lengths=None):
-        """``state`` after these frames, of which ``lengths`` (batch,) count; changed in place."""
+        """Updates ``state`` in place by these frames, of which ``lengths`` (batch,) are valid, and returns it."""
         frames = frames_of("CtcGreedySearch", log_probs, lengths, len(state.tokens))
         scores, best = log_probs.max(dim=-1)
         scores, best = scores.tolist(), best.tolist()
@@ -58,6 +58,6 @@ class CtcGreedySearch:
 
 
 def ctc_greedy_search(log_probs, lengths=None, blank_id=0):
-    """Tokens of whole utterances, log_probs (batch, frames, vocabulary), lengths (batch,)."""
+    """Returns the tokens of whole utterances from log_probs (batch, frames, vocabulary) and lengths (batch,)."""
     search = CtcGreedySearch(blank_id)
     return search.result(search.advance(search.start(log_probs.shape[0]), log_probs, lengths))

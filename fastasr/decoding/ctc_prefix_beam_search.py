@@ -59,7 +59,7 @@ class CtcPrefixBeamSearch:
 
     @torch.inference_mode()
     def advance(self, state, log_probs, lengths=None):
-        """``state`` after these frames, of which ``lengths`` (batch,) count; changed in place."""
+        """Updates ``state`` in place by these frames, of which ``lengths`` (batch,) are valid, and returns it."""
         frames = frames_of("CtcPrefixBeamSearch", log_probs, lengths, len(state.beams))
         best, tokens = log_probs.float().topk(min(self.beam, log_probs.shape[2]), dim=-1)
         best, tokens = best.tolist(), tokens.tolist()
@@ -101,6 +101,6 @@ class CtcPrefixBeamSearch:
 
 
 def ctc_prefix_beam_search(log_probs, lengths=None, beam=4, blank_id=0):
-    """Tokens of whole utterances, log_probs (batch, frames, vocabulary), lengths (batch,)."""
+    """Returns the tokens of whole utterances from log_probs (batch, frames, vocabulary) and lengths (batch,)."""
     search = CtcPrefixBeamSearch(beam, blank_id)
     return search.result(search.advance(search.start(log_probs.shape[0]), log_probs, lengths))

@@ -52,8 +52,8 @@ class GreedySearch:
 
     @torch.inference_mode()
     def advance(self, state, encoder_out, lengths=None):
-        """``state`` after these frames, (batch, frames, channels), of which ``lengths`` (batch,) count; changed in
-        place.
+        """Updates ``state`` in place by encoder_out (batch, frames, channels), of which ``lengths`` (batch,) frames are
+        valid, and returns it.
         """
         frames = frames_of("GreedySearch", encoder_out, lengths, len(state.tokens))
         projected = self.transducer.project(encoder_out)
@@ -94,6 +94,6 @@ class GreedySearch:
 
 
 def greedy_search(model, encoder_out, encoder_out_lens=None, max_sym_per_frame=1, blank_penalty=0.0):
-    """Tokens of whole utterances, encoder_out (batch, frames, channels), lengths (batch,)."""
+    """Returns the tokens of whole utterances from encoder_out (batch, frames, channels) and lengths (batch,)."""
     search = GreedySearch(model, max_sym_per_frame, blank_penalty)
     return search.result(search.advance(search.start(encoder_out.shape[0]), encoder_out, encoder_out_lens))

@@ -57,8 +57,8 @@ class ModifiedBeamSearch:
 
     @torch.inference_mode()
     def advance(self, state, encoder_out, lengths=None):
-        """``state`` after these frames, (batch, frames, channels), of which ``lengths`` (batch,) count; changed in
-        place.
+        """Updates ``state`` in place by encoder_out (batch, frames, channels), of which ``lengths`` (batch,) frames are
+        valid, and returns it.
         """
         frames = frames_of("ModifiedBeamSearch", encoder_out, lengths, len(state.beams))
         projected = self.transducer.project(encoder_out)
@@ -122,6 +122,6 @@ def log_add(a, b):
 def modified_beam_search(
     model, encoder_out, encoder_out_lens=None, beam=4, temperature=1.0, blank_penalty=0.0
 ):
-    """Tokens of whole utterances, encoder_out (batch, frames, channels), lengths (batch,)."""
+    """Returns the tokens of whole utterances from encoder_out (batch, frames, channels) and lengths (batch,)."""
     search = ModifiedBeamSearch(model, beam, temperature, blank_penalty)
     return search.result(search.advance(search.start(encoder_out.shape[0]), encoder_out, encoder_out_lens))

@@ -20,7 +20,8 @@ class Decoded:
 
 
 def frames_of(name, x, lengths, batch):
-    """The lengths (batch,) as a list; None means all frames. Raises ValueError if shapes or lengths do not fit."""
+    """Returns the lengths (batch,) as a list; None means all frames. Raises ValueError if shapes or lengths do not
+    fit."""
     if x.ndim != 3 or x.shape[0] != batch:
         raise ValueError(
             f"{name}: expected (batch, frames, channels) with a batch of {batch}, got {tuple(x.shape)}"

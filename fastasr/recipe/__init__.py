@@ -5,5 +5,5 @@
 ``sizes``: the models. ``transducers``: those of other encoders than the Zipformer. ``scaled_adam``, ``eden``: the
 optimizer and its learning rate. ``parallel``: DDP and FSDP2.
 ``checkpoints``: atomic files. ``training``: the loop. ``scoring``: error rates. ``curves``: pictures of losses.
-``recogniser``: a trained model, or its ONNX files, that reads recordings. See docs/training.md.
+``recogniser``: transcription with a trained model or its ONNX files. See docs/training.md.
 """

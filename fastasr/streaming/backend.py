@@ -44,7 +44,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def reset(self, slot):
-        """The slot is at the beginning of a stream."""
+        """Puts the slot to the beginning of a stream."""
 
     @abc.abstractmethod
     def step(self, features, slots):
@@ -54,11 +54,12 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def export_states(self, slot):
-        """Upstream's list of states with a batch of one: six tensors per layer, the front end's, processed_lens."""
+        """Returns upstream's list of states for a batch of one: six tensors per layer, the front end's left padding and
+        processed_lens."""
 
     @abc.abstractmethod
     def import_states(self, slot, states):
-        """Puts what ``export_states`` or upstream's wrapper gave into the slot."""
+        """Copies states from ``export_states`` or from upstream's wrapper into the slot."""
 
 
 class EagerBackend(Backend):

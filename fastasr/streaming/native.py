@@ -50,7 +50,7 @@ class NativeBackend(Backend):
         self.streams_bytes = 4 * self._states.numel() + 8 * self._counters.numel()
 
     def reset(self, slot):
-        """The slot is at the beginning of a stream."""
+        """Puts the slot to the beginning of a stream."""
         self._check_slots([slot])
         self._states[slot].zero_()
         self._counters[slot].zero_()
@@ -90,14 +90,16 @@ class NativeBackend(Backend):
         )
 
     def export_states(self, slot):
-        """Upstream's list of states with a batch of one: six tensors per layer, the front end's, processed_lens."""
+        """Returns upstream's list of states for a batch of one: six tensors per layer, the front end's left padding and
+        processed_lens."""
         self._check_slots([slot])
         states = [torch.empty(shape) for shape in self._shapes]
         self._ops.zipformer_chunk_states(self._numbers, self._states, self._counters, slot, states, False)
         return [*states, self._counters[slot, :1].to(torch.int32)]
 
     def import_states(self, slot, states):
-        """Puts what ``export_states`` or upstream's wrapper gave into the slot. Raises ValueError for other shapes."""
+        """Copies states from ``export_states`` or from upstream's wrapper into the slot. Raises ValueError if their
+        shapes do not fit."""
         self._check_slots([slot])
         check_states(states, [torch.empty(shape, device="meta") for shape in (*self._shapes, (1,))])
         floats = [state.detach().to("cpu", torch.float32).contiguous() for state in states[:-1]]

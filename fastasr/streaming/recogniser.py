@@ -69,10 +69,10 @@ class StreamingRecogniser:
 
         recogniser = StreamingRecogniser(model, encoder, method="beam", to_text=units.decode)
         stream = recogniser.open()
-        recogniser.push(stream, samples)          # as they come
+        recogniser.push(stream, samples)          # as they arrive
         for result in recogniser.advance(): ...   # one chunk of every stream that has one waiting
         recogniser.end(stream)                    # no more samples
-        recogniser.finish(stream)                 # what is left; the last Result
+        recogniser.finish(stream)                 # the Results of the waiting chunks
 
     Args:
         model: the model with the ``decoder`` and ``joiner`` or the ``ctc_output`` that belong to the encoder.

@@ -224,7 +224,7 @@ def _as_good_as_eager(definition, arguments: dict, outputs, references) -> bool:
 
 
 def _nudged(t: Tensor) -> Tensor:
-    """Each element moved by about a rounding of float32; zeros, infinities and NaNs stay."""
+    """Changes each element by about a rounding error of float32; zeros, infinities and NaNs stay the same."""
     return t * (1 + 1e-7 * torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(0)))
 
 

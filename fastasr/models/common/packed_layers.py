@@ -97,7 +97,7 @@ class PackedLayers:
         return None if packed is None or not packed.fresh() else packed.reason
 
     def forget(self, layer):
-        """Drop the packed weights; the next step packs anew."""
+        """Drops the packed weights; the next step packs them again."""
         self._of.pop(layer, None)
 
 

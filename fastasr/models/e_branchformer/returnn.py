@@ -190,7 +190,7 @@ def layer_state_from_returnn(state):
 
 
 def layer_state_to_returnn(state):
-    """The inverse of :func:`layer_state_from_returnn`."""
+    """Inverts :func:`layer_state_from_returnn`."""
     state, out = dict(state), {}
     heads = state["attn.pos_bias_u"].shape[0]
     for name, tensor in _pop(state, {v: k for k, v in _BIASES.items()}):

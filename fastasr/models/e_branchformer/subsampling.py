@@ -34,7 +34,7 @@ class Conv2dSubsampling(torch.nn.Module):
         self.out = torch.nn.Sequential(torch.nn.Linear(odim * width, odim), pos_enc)
 
     def shortest(self) -> int:
-        """The fewest input frames that give one output frame."""
+        """Returns the smallest number of input frames that gives an output frame."""
         frames = 1
         for kernel, stride in reversed(self.shape):
             frames = (frames - 1) * stride + kernel

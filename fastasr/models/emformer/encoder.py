@@ -74,7 +74,7 @@ class Emformer(nn.Module):
         self.max_memory_size = max_memory_size
 
     def forward(self, input: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode whole utterances.
+        """Encodes whole utterances.
 
         Args:
             input: (B, T + right_context_length, D), utterances followed by their right context.
@@ -110,7 +110,7 @@ class Emformer(nn.Module):
     def infer(
         self, input: Tensor, lengths: Tensor, states: list[list[Tensor]] | None = None
     ) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
-        """Encode the next segment of a stream.
+        """Encodes the next segment of a stream.
 
         Args:
             input: (B, segment_length + right_context_length, D).

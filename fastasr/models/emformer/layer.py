@@ -98,7 +98,7 @@ class EmformerLayer(nn.Module):
         mems: Tensor,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One layer over whole utterances.
+        """Runs the layer over whole utterances.
 
         Args:
             utterance: (T, B, D). lengths: (B,), valid frames.
@@ -122,7 +122,7 @@ class EmformerLayer(nn.Module):
         state: list[Tensor] | None,
         mems: Tensor,
     ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-        """One layer over one segment of a stream; see :meth:`Emformer.infer`."""
+        """Runs the layer over one segment of a stream; see :meth:`Emformer.infer`."""
         past = None if state is None else state[3]
         step = Step(self, utterance.shape[0], utterance.shape[1], lengths, past, utterance.device)
         return infer_segment(self, utterance, right_context, state, mems, step)

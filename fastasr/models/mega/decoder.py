@@ -106,7 +106,7 @@ class MEGADecoder(torch.nn.Module):
         return self.embed.weight.device if self._device is None else self._device
 
     def set_device(self, device):
-        """Make states and labels on ``device``, until the parameters move to another one."""
+        """Makes states and labels on ``device`` until the parameters move to another device."""
         self._device = torch.device(device)
 
     def _apply(self, fn, recurse=True):

@@ -97,7 +97,7 @@ def unbatched(states):
 
 
 def forget(decoder):
-    """Drop the packed weights; the next step packs anew."""
+    """Drops the packed weights; the next step packs them again."""
     _PLANS.pop(decoder, None)
 
 

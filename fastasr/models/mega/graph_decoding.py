@@ -97,7 +97,7 @@ class StaticStep:
     # ----------------------------------------------------------------------- around it
     @torch.no_grad()
     def capture(self):
-        """Record ``run`` as a CUDA graph; steps replay it from then on. Leaves the buffers undefined."""
+        """Records ``run`` as a CUDA graph, which steps replay from then on. The buffers are undefined afterwards."""
         side = torch.cuda.Stream(self.out.device)
         side.wait_stream(torch.cuda.current_stream(self.out.device))
         with torch.cuda.stream(side):

@@ -42,7 +42,7 @@ class RelativePositionBias(torch.nn.Module):
         return relative(self, length)
 
     def forward(self, length):
-        """The bias of ``length`` positions, (length, length)."""
+        """Returns the bias of ``length`` positions, (length, length)."""
         return _matrix(relative(self, length))
 
 
@@ -86,7 +86,7 @@ class RotaryRelativePositionBias(torch.nn.Module):
         return relative(self, length)
 
     def forward(self, length):
-        """The bias of ``length`` positions, (length, length)."""
+        """Returns the bias of ``length`` positions, (length, length)."""
         return _matrix(relative(self, length))
 
 

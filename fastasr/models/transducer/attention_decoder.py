@@ -44,7 +44,7 @@ class DecoderLayer(torch.nn.Module):
         self.dropout = torch.nn.Dropout(dropout)
 
     def forward(self, x, attn_mask=None, memory=None, memory_attn_mask=None):
-        """memory (source, batch, memory_dim); masks (batch, 1 or target, source), True where nothing is seen."""
+        """memory is (source, batch, memory_dim); the masks are (batch, 1 or target, source), True at hidden sources."""
         if memory is None:
             raise ValueError("DecoderLayer: memory (source, batch, memory_dim) is needed, got None")
         normed = self.norm_self_attn(x)

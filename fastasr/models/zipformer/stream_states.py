@@ -9,7 +9,7 @@ import torch
 
 from fastasr.models.zipformer.stack import STATES_PER_LAYER
 
-BATCH_DIMENSIONS = (1, 1, 1, 1, 0, 0)  # of the six tensors of a layer
+BATCH_DIMENSIONS = (1, 1, 1, 1, 0, 0)  # batch dimension of each tensor of a layer
 
 
 def batch_dimension(index, count):

@@ -10,7 +10,7 @@ _NAMES = ("frames", "segment_length", "left_context_length", "right_context_leng
 
 
 def _call(make: Make, batch: int, heads: int, width: int, *sizes: int, **more) -> dict:
-    """``sizes``: frames, segment, left, right, memory."""
+    """Makes a call. ``sizes``: frames, segment, left, right, memory."""
     frames, segment, _, right, memory = sizes
     queries, keys = rows_of(
         frames, segment, right, memory, more.get("past_frames", 0), more.get("past_memory", 0)

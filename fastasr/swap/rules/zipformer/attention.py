@@ -34,7 +34,7 @@ _ATTENTION_WEIGHTS_CHILDREN = (
 
 
 def _attention_weights_structure(module):
-    """Our forward calls every submodule as upstream's does, so any class will do."""
+    """Our forward calls every submodule as upstream's does, so submodules may have any class."""
     reason = check_parameters(module, {})
     reason = reason or check_child_names(module, _ATTENTION_WEIGHTS_CHILDREN, optional=("pos_emb_skip_rate",))
     for name in ("num_heads", "query_head_dim", "pos_head_dim"):
@@ -53,7 +53,7 @@ def _attention_weights_structure(module):
 
 
 def _self_attention_structure(module):
-    """Our forward calls every submodule as upstream's does, so any class will do."""
+    """Our forward calls every submodule as upstream's does, so submodules may have any class."""
     return check_parameters(module, {}) or check_child_names(module, ("in_proj", "out_proj", "whiten"))
 
 

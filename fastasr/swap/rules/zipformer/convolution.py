@@ -34,7 +34,7 @@ CHUNK_CAUSAL = {
 
 
 def _convolution_structure(module):
-    """in_proj and out_proj may be of any class: our forward calls them as upstream's does."""
+    """Our forward calls in_proj and out_proj as upstream's does, so these may have any class."""
     conv = "ChunkCausalDepthwiseConv1d" if module.causal else "Conv1d"
     allowed = _CONVOLUTION_CHILDREN | {"depthwise_conv": conv}
     for name in ("in_proj", "out_proj"):

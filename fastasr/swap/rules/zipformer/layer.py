@@ -50,7 +50,7 @@ _LAYER_RATES = (
 
 
 def _encoder_layer_structure(module):
-    """Our forward calls every submodule as upstream's does, so any class will do."""
+    """Our forward calls every submodule as upstream's does, so submodules may have any class."""
     shapes = {
         name: module._parameters[name].shape for name in ("bypass_scale",) if name in module._parameters
     }
