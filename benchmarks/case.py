@@ -13,7 +13,7 @@ from fastasr.benchmarks.rows import Row
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 PASSES = (FORWARD, BACKWARD, BOTH)
-FRAMES, BATCH = 1500, 20  # of a training step on a GPU: 30 s of speech, 20 utterances
+FRAMES, BATCH = 1500, 20  # a training step on a GPU: 30 s of speech, 20 utterances
 
 Report = Callable[[str], None]
 

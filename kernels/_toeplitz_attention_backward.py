@@ -35,7 +35,7 @@ def queries_kernel(
     total = tl.zeros([BLOCK_M], SUM)
     rest = tl.zeros([BLOCK_M], SUM)
     dquery = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    mean = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # of the keys
+    mean = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # the keys' mean
     end = n
     if CAUSAL:
         end = tl.minimum(n, (block + 1) * BLOCK_M)

@@ -128,9 +128,7 @@ def _place(frames, pairs, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _frame(POINTER, at, start, k, c, there, frames, C):
-    """Returns the mask and offsets of frames k after ``start``, which lies at ``at``; the mask is 0 outside the
-    sequence.
-    """
+    """Loads the frames k after ``start``, which lies at ``at``, with 0 outside the sequence."""
     keep = there & ((start + k >= 0) & (start + k < frames))[:, None]
     return _load(POINTER, (at + k * C)[:, None] + c[None, :], keep)  # [BLOCK_R, BLOCK_C]
 

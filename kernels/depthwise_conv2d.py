@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_R, BLOCK_C, NUM_WARPS = 16, 64, 4  # pixels and channels of a tile: 8 sums per thread and frame
 TAPS, BLOCK_S = 8, 16  # a program's share of the taps' gradients: 64 sums per thread
 MAX_PARTS = 64
-LEAST_ROWS = 256  # of a part
+LEAST_ROWS = 256  # least rows of a part
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def forward_kernel(
         second += bias
     at = ((b.to(tl.int64) * out_frames + t) * out_width + f)[:, None] * C + c[None, :]
     more = there & (t + 1 < out_frames)[:, None]
-    if RESIDUAL:  # from the first-level cache
+    if RESIDUAL:  # this load comes from the first-level cache
         first += tl.load(X + at, mask=there, other=0.0).to(tl.float32)
         second += tl.load(X + at + out_width * C, mask=more, other=0.0).to(tl.float32)
     tl.store(Y + at, first.to(Y.dtype.element_ty), mask=there)

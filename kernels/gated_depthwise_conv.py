@@ -452,7 +452,7 @@ def gated_depthwise_conv_backward(
     found = [None if t is None else torch.empty_like(t) for t in tensors[1:]]
     dweight, dbias, dcausal_weight, dcausal_bias, dchunk_scale, dcache = found
     if not (weight.shape[-1] // 2):
-        dcache = None  # of no frames
+        dcache = None  # a cache of no frames has no gradient
     with torch.cuda.device_of(h):
         call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size)
         frames, batch, channels, _, taps = call.sizes()

@@ -447,7 +447,7 @@ def tiles(dim: int, value_dim: int, dtype: torch.dtype, hopper: bool, hiding: bo
     square = common | {"BLOCK": block, "BLOCK_V": columns, "num_stages": 2}
     many = {"num_warps": 8} if wide or dim > common["BLOCK_D"] else {}
     keys = {"num_stages": 1} if wide else many
-    products = common | {"BLOCK": 32, "num_stages": 3}  # of blocks of dS as ``queries`` stores them
+    products = common | {"BLOCK": 32, "num_stages": 3}  # blocks of dS as ``queries`` stores them
     return {
         "forward": common | {"BLOCK_M": rows, "BLOCK_N": block, "BLOCK_V": columns, "num_stages": 2},
         "statistics": square,
@@ -537,7 +537,7 @@ def rel_attention_backward(
         tile = shapes["queries"]
         block = tile["BLOCK"]
         blocks = triton.cdiv(frames, block)
-        row = (blocks + 1) * block  # of dS by offset
+        row = (blocks + 1) * block  # a row of dS by offset
         step = max(1, PIECE_BYTES // (pairs * row * q.element_size()) // block)
         ds = q.new_empty(pairs * min(step, blocks) * block * row)
         parts = torch.zeros(batch, offsets, width, dtype=shares, device=q.device)

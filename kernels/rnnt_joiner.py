@@ -273,7 +273,7 @@ class _Plan:
         self.v, self.length, self.s_range = weight.shape[0], symbols.shape[1], s_range
         self.blank, self.activation, self.hat = blank, activation, hat
         self.tiles = tiles(self.d, weight.dtype)
-        self.width = triton.cdiv(self.d, 16) * 16  # of rows of h and of this weight: loads of 128 bits
+        self.width = triton.cdiv(self.d, 16) * 16  # row width of h and of this weight: loads of 128 bits
         more = self.width - self.d
         self.padded = torch.nn.functional.pad(self.weight, (0, more)) if more else self.weight
 

@@ -143,7 +143,7 @@ def backward_kernel(
     poison = tl.where(score != score, score, 0.0)
     starts, shares = STARTS + b * frames, SHARES + b * frames * (R + 1)
     dx, dy = DX + b * frames * R, DY + b * frames * R
-    g = tl.zeros([BLOCK], tl.float32)  # of the cells of frame t + 1
+    g = tl.zeros([BLOCK], tl.float32)  # mass of the cells of frame t + 1
     after = b * 0  # starts[t + 1]
     last = frames - 1
     next_w = tl.load(shares + last * (R + 1) + lane, mask=(lane <= R) & (frames > 0), other=0.0)

@@ -61,7 +61,7 @@ def prepare_kernel(
     _unit, batch, first, n, block = span(tl.program_id(0), blocks, length, size, count)
     i = block * BLOCK_T + tl.arange(0, BLOCK_T)
     keep = i < n
-    row = batch * length + first  # of the tables that hold a sequence's frames together
+    row = batch * length + first  # row of the tables that hold a sequence's frames together
     if HIDDEN is not None:
         visible = 0
         for start in range(0, n, BLOCK_C):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "architecture.svg"
-WIDTH, HEIGHT, GAP, RISE = 196, 86, 14, 48  # of a box; between boxes and between rows
+WIDTH, HEIGHT, GAP, RISE = 196, 86, 14, 48  # size of a box; space between boxes and between rows
 Graph = dict[str, set[str]]
 
 

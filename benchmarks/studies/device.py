@@ -36,7 +36,7 @@ from fastasr.benchmarks.rows import Row
 
 STEPS = ("environment", "tests", "sanitizer", "benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
-TARGET = 0.85  # of the card's copy bandwidth, for the ops that are bound by memory
+TARGET = 0.85  # share of the card's copy bandwidth, for the ops that are bound by memory
 
 
 def training_cases() -> list[Case]:

@@ -46,7 +46,7 @@ LABELS = {
     "main": "the first steps of the long run",
 }
 FIRST = (10, 40, 100, 200)  # steps over which the largest difference is told
-POINTS = 300  # of the long run in the picture, about
+POINTS = 300  # about this many points of the long run are drawn
 METHODS = ("greedy", "beam", "ctc-greedy", "ctc-beam")
 OTHER_ENCODERS = "recipe_encoders.json"  # beside the JSON of the run
 NAMES = {

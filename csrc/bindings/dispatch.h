@@ -92,7 +92,8 @@ inline Tensor new_contiguous(const Tensor& t) {
 // tensor qualify.
 inline int64_t row_stride(const Tensor& t, const char* op, const char* name) {
   const int64_t last = t.dim() - 1;
-  int64_t stride = 0, next = -1;  // of a row, or of the dimension to the left if it continues the rows
+  // the row's stride, and the one that a dimension to the left must have to continue the rows
+  int64_t stride = 0, next = -1;
   bool ok = t.size(last) <= 1 || t.stride(last) == 1;
   for (int64_t d = last - 1; d >= 0; d--) {
     if (t.size(d) == 1) continue;

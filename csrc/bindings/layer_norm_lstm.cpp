@@ -24,7 +24,8 @@ void check_size(const Tensor& t, const Tensor& reference, int64_t size, const ch
 template <typename F>
 void on_team(const LstmSizes& s, const F& f) {
   cpu::Team team(s.units());
-  const int64_t work = s.batch * s.hidden * (4 * s.hidden + 64);  // of a step: below, meeting costs more than it saves
+  // work of a step: with less, meeting costs more than it saves
+  const int64_t work = s.batch * s.hidden * (4 * s.hidden + 64);
   const int64_t threads =
       work < (int64_t{1} << 17) ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), s.units());
   if (threads <= 1) return f(team, int64_t{0}, s.units());

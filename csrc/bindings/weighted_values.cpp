@@ -9,7 +9,7 @@
 namespace fastasr {
 namespace {
 
-constexpr int64_t kRows = 60;  // of a task
+constexpr int64_t kRows = 60;  // rows of a task
 
 // Maps weights (heads, batch, T, S), the last dimension contiguous, and contiguous values (S, batch, heads dim) to (T,
 // batch, heads dim).

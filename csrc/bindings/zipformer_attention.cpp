@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(
   Tensor dpos = pos.has_value() ? new_like(*pos) : new_without_elements(x);
   Tensor dcached = cached_key.has_value() ? new_like(*cached_key) : new_without_elements(x);
   const bool any = grad.numel() > 0;
-  if (!any || v.heads < a.heads || a.pos_batch == 0)  // what no head with values writes
+  if (!any || v.heads < a.heads || a.pos_batch == 0)  // no head with values writes these parts
     torch::stable::zero_(dx), torch::stable::zero_(dpos), torch::stable::zero_(dcached);
   if (!any) {
     torch::stable::zero_(dvalue);

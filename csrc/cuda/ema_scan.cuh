@@ -132,7 +132,7 @@ class EmaScan {
         scan<kChain>(p);
       }
       const int64_t values = s_.batch * groups_ * 8 * s_.channels;
-      if (g.grad_state != nullptr) {  // where the final state's gradient meets x: the scan itself, with its derivative
+      if (g.grad_state != nullptr) {  // here the final state's gradient meets x: the scan itself, with its derivative
         ScanParameters<C> p = scan_of(view(s_.x), ScanView{}, reversed_);
         p.mask_in = true;
         p.finals = workspace_.template take<C>(values);

@@ -28,7 +28,7 @@ struct FastasrEmaScan {
   const void *damping, *decay, *expansion, *projection;  // (rows, states)
   const void *residual, *state;                          // (channels) or null, (batch, channels, states) or null
   const unsigned char* mask;                             // (batch, length) contiguous or null, non-zero: padding
-  void* workspace;                                       // as many bytes as the function's _workspace says
+  void* workspace;                                       // the function's _workspace says how many bytes it holds
 };
 
 struct FastasrEmaScanGrads {

@@ -203,7 +203,7 @@ void values(int64_t steps, int64_t batch, int64_t units, bool states, bool with_
     Random random(static_cast<uint64_t>(o + 77));
     Reference up = reference, down = reference;
     long double along = 0, size = 0;
-    const long double h = 1e-7L;  // of many rows the third derivative shows at 1e-6
+    const long double h = 1e-7L;  // with many rows the third derivative shows at 1e-6
     for (size_t i = 0; i < reference.operand[o].size(); i++) {
       const long double d = random.normal(), g = value((*gradients[o])[int64_t(i)]);
       up.operand[o][i] += h * d, down.operand[o][i] -= h * d;

@@ -15,7 +15,7 @@ void values(int64_t frames, int64_t batch, int64_t width, int64_t gap) {
   Buffer<T> p(count * rows.stride, width % 3), o(n, 1), grad(n, 2), dx(n);
   Buffer<T> x(n, 1), y(n), u(n, 3), again(n), dp(3 * n, 2);
   p.fill(random, 2), o.fill(random), grad.fill(random), dx.fill(random);
-  if (n > 2) p[0] = make<T>(40.0), p[1] = make<T>(-40.0);  // where the derivative is a tiny number
+  if (n > 2) p[0] = make<T>(40.0), p[1] = make<T>(-40.0);  // the derivative is a tiny number there
   for (const int64_t half : {count / 2, count}) {          // two calls share the rows
     const int64_t begin = half == count ? count / 2 : 0;
     kernel.gate(p.data(), x.data(), rows, begin, half);

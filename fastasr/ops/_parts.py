@@ -48,7 +48,8 @@ def back(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
 
 
 Like = namedtuple("Like", "shape dtype")  # all that remains of an argument whose memory is released
-make = tuple.__new__  # of a named tuple: half the time of a call of its class, which is a Python function
+# makes a named tuple in half the time of a call of its class, which is a Python function
+make = tuple.__new__
 
 
 def stand_in(t: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 from fastasr.ops._dispatch import FLOATING, Implementation, KernelFamily, Kernels, reason_cpu
 from fastasr.ops._op import op
 
-FLOOR = 1.0e-20  # of u − μ², u, and the root mean square of d loss / dx
+FLOOR = 1.0e-20  # least u − μ², u, and root mean square of d loss / dx
 
 
 def _load_native() -> Kernels:

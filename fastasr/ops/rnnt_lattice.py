@@ -109,7 +109,7 @@ class _Steps:
     def occupations(self, cells: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the gradients of the scores by x and y."""
         entering = F.pad(cells[:-1, :, :-1], (1, 0), value=-INF) + self.x
-        shares = share(entering, cells[1:])  # of the symbol arc in each cell
+        shares = share(entering, cells[1:])  # shares of the symbol arc in each cell
         dx, dy, g = torch.empty_like(self.x), torch.empty_like(self.y), torch.zeros_like(cells[0])
         for k in range(self.steps - 1, -1, -1):
             g = torch.where(self._at(self.end, k + 1), scores.isfinite().to(g.dtype)[:, None], g)

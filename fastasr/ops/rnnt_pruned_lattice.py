@@ -106,7 +106,7 @@ class _Band:
     def occupations(self, p: Tensor, a: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the gradients of the scores by x and y."""
         _, frames, window = self.x.shape
-        if self.modified:  # of the symbol arcs in a, else in p
+        if self.modified:  # the shares are those of the symbol arcs in a, else in p
             shares = share(F.pad(p + self.x, (1, 0), value=-INF), a)
         else:
             shares = share(p[..., :-1] + self.x[..., :-1], p[..., 1:])

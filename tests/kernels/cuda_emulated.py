@@ -19,7 +19,7 @@ from fastasr.ops import _dispatch
 OPS = ("ema_scan", "complex_ema_scan")
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-AXES = ((0, 1, 2), (1, 0, 2), (2, 0, 1))  # of time, batch and channels, by layout
+AXES = ((0, 1, 2), (1, 0, 2), (2, 0, 1))  # axes of time, batch and channels, by layout
 
 
 class _Sequence(Structure):

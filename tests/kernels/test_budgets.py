@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 MOST = ("registers", "spills", "shared", "narrow")  # may not grow
-GROWTH = 1.05  # of the instruction count
+GROWTH = 1.05  # the instruction count may grow by this factor
 
 
 @pytest.fixture(scope="module", params=[80, pytest.param(90, marks=pytest.mark.long)], ids="sm_{}".format)

@@ -12,7 +12,7 @@ import fastasr
 from fastasr.models import emformer
 from fastasr.models.emformer import packed_step, stream
 
-LIMIT = 5e-6  # of the rms of each result, against float64
+LIMIT = 5e-6  # relative to the rms of each result, against float64
 
 SIZES = {
     "memory": {"segment_length": 4, "left_context_length": 6, "max_memory_size": 3},

@@ -12,7 +12,7 @@ import fastasr
 from fastasr.models.zipformer import ZipformerEncoderLayer, streaming_layer
 from fastasr.models.zipformer.layer import _stream_by_submodules
 
-LIMIT = 5e-6  # of the rms of each result, against float64
+LIMIT = 5e-6  # relative to the rms of each result, against float64
 
 
 def _layer(dim=20, kernel=7, **changes):

@@ -35,7 +35,7 @@ def test_memory_is_linear_in_time():
     frames = 6000
     done = subprocess.run([sys.executable, "-c", _PASS, str(frames)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    scores = frames * frames * 4 >> 20  # of one tensor of T x T floats: 137 MB
+    scores = frames * frames * 4 >> 20  # megabytes of one tensor of T x T floats: 137
     assert int(done.stdout) < scores / 4
 
 

@@ -13,7 +13,7 @@ from fastasr.models.zipformer import StreamingEncoderWrapper
 from fastasr.streaming import EagerBackend
 from fastasr.streaming.native import NativeBackend
 
-LIMIT = 5e-6  # of the rms of the output, in fp32
+LIMIT = 5e-6  # relative to the rms of the output, in fp32
 ROUNDED = {"bf16": 1.5e-3, "int8": 4e-3}  # the documented change by rounded weights
 every_format = pytest.mark.parametrize("weights", ["fp32", *ROUNDED])
 

@@ -80,7 +80,7 @@ def test_seeded_training(options):
         expected, expected_grads, expected_draws = train(theirs["weights"], seed, *arguments)
         actual, grads, draws = train(ours["weights"], seed, *arguments)
         assert draws == expected_draws
-        assert torch.equal(actual > 1e-30, expected > 1e-30)  # what dropout keeps
+        assert torch.equal(actual > 1e-30, expected > 1e-30)  # dropout keeps the same weights
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
         for a, e in zip(grads, expected_grads, strict=True):
             assert (a is None) == (e is None)

@@ -28,7 +28,7 @@ def test_everything_verifies(model, inputs):
         assert row.errors["values"] < 1e-5
         if (
             row.class_name == "ZipformerEncoderLayer"
-        ):  # with upstream's modules in it: they are verified by themselves
+        ):  # these contain upstream's modules, which are verified by themselves
             assert row.errors["gradients"] == row.errors["upstream_gradients"]
         else:
             assert row.errors["gradients"] < 1e-4, row

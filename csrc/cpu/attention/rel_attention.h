@@ -15,7 +15,7 @@
 // of one block of queries and sums of dR.
 namespace fastasr::cpu {
 
-inline constexpr int64_t kRelAttentionQueries = 64;  // of a call of the forward pass
+inline constexpr int64_t kRelAttentionQueries = 64;  // queries of a call of the forward pass
 
 struct RelAttention {
   AttentionProblem problem;  // pos_dim = query_dim, pos_batch = 1, no chunks, no cache

@@ -12,7 +12,7 @@
 namespace fastasr::cpu {
 namespace {
 
-constexpr int64_t kLineFloats = 16;  // of a cache line
+constexpr int64_t kLineFloats = 16;  // floats of a cache line
 
 // Calls put(input, column, weight) for each of a panel: 16 at a time, a cache line of each of the rows that are
 // interleaved. Columns beyond the last are 0.

@@ -288,7 +288,7 @@ void forward(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Team
   const LstmSizes s = p.size;
   const int64_t hidden = s.hidden, batch = s.batch, gate_row = 4 * hidden, rows = s.steps * batch;
   C *gates = scratch, *gate_parts = gates + batch * gate_row, *cell_parts = gate_parts + 2 * s.units() * batch;
-  C* packed = cell_parts + 2 * s.units() * batch;  // of a unit's gate: kLstmUnit rows of hidden_weight
+  C* packed = cell_parts + 2 * s.units() * batch;  // packs a unit's gate: kLstmUnit rows of hidden_weight
   std::vector<std::pair<C, C>> rows_of(static_cast<size_t>(batch));  // mean and 1 / deviation: each thread its own
   // The phase that rows_of is for. The owner of a unit of a phase merges: nobody writes the parts before that unit is
   // done.

@@ -8,7 +8,7 @@ namespace fastasr::cpu {
 namespace {
 
 constexpr int64_t kWords = kTwisterWords, kShift = 397;
-constexpr int64_t kDraws = 512;  // whose words lie in the first cache at once
+constexpr int64_t kDraws = 512;  // the words of this many draws lie in the first cache at once
 
 FASTASR_INLINE uint32_t twisted(uint32_t u, uint32_t v) {
   return (((u & 0x80000000u) | (v & 0x7fffffffu)) >> 1) ^ ((0u - (v & 1u)) & 0x9908b0dfu);

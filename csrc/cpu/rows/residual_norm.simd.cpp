@@ -202,7 +202,7 @@ void backward(const ResidualNorm<T>& p, const T* __restrict grad, const RowStati
     RowStatistics<C> row{};
     if (statistics) {
       row = statistics[i];
-    } else {  // of a copy: t stays
+    } else {  // works on a copy, so that t stays
       for (int64_t j = 0; j < n; j++) d[j] = t[j];
       row = centre(d, n, p.eps);
     }

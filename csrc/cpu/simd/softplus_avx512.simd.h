@@ -20,7 +20,7 @@ inline namespace FASTASR_SIMD {
 struct Softplus {
   static constexpr int kPieces = 32, kTerms = 6;
   static constexpr float kLast = 31.49f, kPerUnit = kLast / 17.7f;
-  alignas(64) float coefficient[kTerms][kPieces];  // of r^j, r = t * kPerUnit - k in [-1/2, 1/2]
+  alignas(64) float coefficient[kTerms][kPieces];  // coefficients of r^j, r = t * kPerUnit - k in [-1/2, 1/2]
 
   static const Softplus& table() {
     static const Softplus instance;

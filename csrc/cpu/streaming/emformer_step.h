@@ -64,8 +64,8 @@ struct EmformerSegment {
   const int64_t* kept;                            // (left,), each within [0, left + frames)
   float* y;                                       // (right + frames, streams, dim)
   float* next_mems;                               // (1, streams, dim)
-  float *new_memory, *new_key, *new_value;        // as the old ones, not the same memory
-  float* scratch;                                 // as many as scratch_floats says
+  float *new_memory, *new_key, *new_value;        // like the old ones, in other memory
+  float* scratch;                                 // scratch_floats floats
   Workers workers;
 
   FASTASR_MEMBER int64_t rows() const { return (right + frames) * streams; }

@@ -13,7 +13,7 @@ namespace fastasr::cpu {
 namespace {
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kLeastRows = 16;        // of a worker: below, waking it takes longer
+constexpr int64_t kLeastRows = 16;        // rows of a worker: with fewer, waking it takes longer
 constexpr int64_t kLeastWeights = 32768;  // the same
 constexpr float kMostMemory = 10;         // memory that does not go through tanh is clamped to it
 

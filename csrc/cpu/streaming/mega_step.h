@@ -35,10 +35,10 @@ enum MegaVector {
   kMegaQueryBias,   // b_0 / sqrt(k)
   kMegaKeyScale,    // w_1
   kMegaKeyBias,     // b_1
-  kMegaNormScale,   // of the gated residual
+  kMegaNormScale,   // norm of the gated residual
   kMegaNormBias,
   kMegaNormEps,
-  kMegaOuterNormScale,  // of the feed-forward
+  kMegaOuterNormScale,  // norm of the feed-forward
   kMegaOuterNormBias,
   kMegaOuterNormEps,
   kMegaVectors

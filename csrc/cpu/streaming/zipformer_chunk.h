@@ -26,7 +26,7 @@ struct ChunkShape {
   int64_t chunk = 0, left = 0;  // frames at 50 Hz, before the stacks' own downsampling
   // the front end: most features, channels of the convolutions, of ConvNeXt's hidden rows
   int64_t bins = 0, maps[3] = {}, expanded = 0;
-  WeightFormat weights = WeightFormat::fp32;  // of the encoder's products; the front end's are fp32
+  WeightFormat weights = WeightFormat::fp32;  // format of the encoder's products; the front end's are fp32
   std::vector<ChunkStack> stacks;
 
   // Reads a list of ints: chunk, left, bins, maps (3), expanded, weights, then the 12 of each stack. If the list does
@@ -121,7 +121,7 @@ struct ChunkStep {
   const float* vectors;
   float* states;  // plan.state_floats per slot
   ChunkCounters* counters;
-  const int64_t* slots;   // of the streams of this step, all different
+  const int64_t* slots;   // slots of the streams of this step, all different
   int64_t streams, bins;  // features of a frame: at most the plan's, and as wide after the convolutions
   float* scratch;         // plan.scratch_floats(streams)
   Workers workers;

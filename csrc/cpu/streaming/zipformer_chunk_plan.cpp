@@ -7,8 +7,8 @@ namespace fastasr::cpu {
 namespace {
 
 constexpr size_t kHead = 8, kPerStack = 12;
-constexpr int64_t kConvTaps = 9;    // of the front end's convolutions, 3 x 3
-constexpr int64_t kDepthTaps = 49;  // of ConvNeXt's, 7 x 7
+constexpr int64_t kConvTaps = 9;    // taps of the front end's convolutions, 3 x 3
+constexpr int64_t kDepthTaps = 49;  // taps of ConvNeXt's convolution, 7 x 7
 
 // Hands out offsets in the order of the calls.
 struct Layout {

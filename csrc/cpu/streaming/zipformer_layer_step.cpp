@@ -11,7 +11,7 @@
 namespace fastasr::cpu {
 namespace {
 
-constexpr int64_t kBlock = 16;  // of a transposition
+constexpr int64_t kBlock = 16;  // a transposition works on blocks of this size
 
 void copy(const float* from, float* to, int64_t n) { std::memcpy(to, from, static_cast<size_t>(n) * 4); }
 

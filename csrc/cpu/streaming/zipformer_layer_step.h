@@ -16,7 +16,7 @@ constexpr int64_t kLayerStates = 6;
 int64_t layer_state_floats(const ChunkPlan& plan, int64_t index, int64_t streams);
 
 struct LayerStep {
-  const ChunkPlan& plan;  // of one layer
+  const ChunkPlan& plan;  // the plan of one layer
   const char* weights;
   const float* vectors;
   const uint8_t* masked;  // (streams, left + frames), nonzero: masked; or null
