@@ -41,7 +41,7 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """Returns Lower and upper quartile; of a single sample, that sample twice."""
+        """Returns lower and upper quartile; of a single sample, that sample twice."""
         if len(self.samples) < 2:
             return self.samples[0], self.samples[0]
         lower, _, upper = statistics.quantiles(self.samples, n=4, method="inclusive")
@@ -58,7 +58,7 @@ def synchronize(device: str = "cpu") -> None:
 
 
 def _sample(variant: Variant, calls: int, device: str) -> float:
-    """Returns Mean seconds per call over ``calls`` calls."""
+    """Returns mean seconds per call over ``calls`` calls."""
     if variant.prepare is None:
         run = variant.run
         synchronize(device)

@@ -22,7 +22,7 @@ def copy_buffers(bytes_moved: int, device: str = "cpu", dtype: torch.dtype = tor
 
 @functools.cache
 def copy_seconds(bytes_moved: int, device: str = "cpu", reps: int = 15) -> float:
-    """Returns Median seconds of a copy that moves ``bytes_moved`` bytes, both directions counted."""
+    """Returns median seconds of a copy that moves ``bytes_moved`` bytes, both directions counted."""
     source, destination = copy_buffers(bytes_moved, device)
     return interleave({"copy": lambda: destination.copy_(source)}, reps=reps, device=device)["copy"].median
 

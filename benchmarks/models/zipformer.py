@@ -101,7 +101,7 @@ def with_linear(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 
 def _flops(size: str, inputs: tuple) -> int:
-    """Returns Multiply and add operations of the products and convolutions of one forward."""
+    """Returns multiply and add operations of the products and convolutions of one forward."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:

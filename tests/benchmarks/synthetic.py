@@ -28,7 +28,7 @@ def _row(suite, name, case, pass_, implementation, median, **more) -> Row:
 
 
 def rows() -> list[Row]:
-    """Returns Two ops, a model with a stack, and dispatch."""
+    """Returns two ops, a model with a stack, and dispatch."""
     limit = {"fraction_of_limit": 0.9, "limit": "copy 46.0 GB/s", "peak_bytes": 2**20, "load": 0.05}
     made = [
         _row("ops", "swoosh_l", "4x1600x512", pass_, name, median, **limit)
