@@ -125,8 +125,8 @@ TEST_CASE("zipformer_attention") {
       {{50, 2, 1, 16, 0, 0, 0, 16, -1, 5, 0}, {1, 3}}, {{300, 1, 1, 4, 4, 5, 1, 7, 1, 1, 0}, {1, 12}},
   };
   uint64_t seed = 1;
-  for (const auto& [shape, v] : cases) {
-    for_each_type([&]<typename T>() { values<T>(shape, v, seed); });
+  for (const auto& c : cases) {
+    for_each_type([&]<typename T>() { values<T>(c.shape, c.values, seed); });
     seed++;
   }
 }

@@ -12,11 +12,11 @@ namespace {
 
 template <typename C, size_t... kJ>
 FASTASR_INLINE Vector<C> previous_lane(Vector<C> before, Vector<C> v, std::index_sequence<kJ...>) {
-  return __builtin_shuffle(before, v, BitVector<C>{(Lanes<C>::count - 1 + static_cast<int>(kJ))...});
+  return __builtin_shufflevector(before, v, (Lanes<C>::count - 1 + static_cast<int>(kJ))...);
 }
 template <typename C, size_t... kJ>
 FASTASR_INLINE Vector<C> next_lane(Vector<C> v, Vector<C> after, std::index_sequence<kJ...>) {
-  return __builtin_shuffle(v, after, BitVector<C>{(1 + static_cast<int>(kJ))...});
+  return __builtin_shufflevector(v, after, (1 + static_cast<int>(kJ))...);
 }
 
 // Loads columns t to t + N - 1 of a row whose ends lie among them. It is not inlined: sixteen copies of it do not fit

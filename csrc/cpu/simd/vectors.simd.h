@@ -60,12 +60,17 @@ FASTASR_INLINE void put(C* p, Vector<C> v) {
   *reinterpret_cast<typename Lanes<C>::memory*>(p) = v;
 }
 
-template <typename C, int kBit, bool kHigh, size_t... kJ>
-FASTASR_INLINE constexpr BitVector<C> mixing(std::index_sequence<kJ...>) {
+// Lanes without kBit in their number come from a, the others from b, kBit lanes below; with kHigh the other half of
+// both.
+template <typename C, int kBit, bool kHigh, int... kJ>
+FASTASR_INLINE Vector<C> mixed(Vector<C> a, Vector<C> b, std::integer_sequence<int, kJ...>) {
   constexpr int n = Lanes<C>::count;
-  return BitVector<C>{
-      (kHigh ? (static_cast<int>(kJ) & kBit ? n + static_cast<int>(kJ) : static_cast<int>(kJ) + kBit)
-             : (static_cast<int>(kJ) & kBit ? n + static_cast<int>(kJ) - kBit : static_cast<int>(kJ)))...};
+  return __builtin_shufflevector(a, b,
+                                 (kHigh ? (kJ & kBit ? n + kJ : kJ + kBit) : (kJ & kBit ? n + kJ - kBit : kJ))...);
+}
+template <typename C, int kBit, bool kHigh>
+FASTASR_INLINE Vector<C> mixed(Vector<C> a, Vector<C> b) {
+  return mixed<C, kBit, kHigh>(a, b, std::make_integer_sequence<int, Lanes<C>::count>());
 }
 
 template <typename C, int kBit>
@@ -75,8 +80,8 @@ FASTASR_INLINE void transpose_bit(Vector<C>* r) {
   for (int i = 0; i < n; i++) {
     if (i & kBit) continue;
     const Vector<C> a = r[i], b = r[i + kBit];
-    r[i] = __builtin_shuffle(a, b, (mixing<C, kBit, false>(std::make_index_sequence<n>())));
-    r[i + kBit] = __builtin_shuffle(a, b, (mixing<C, kBit, true>(std::make_index_sequence<n>())));
+    r[i] = mixed<C, kBit, false>(a, b);
+    r[i + kBit] = mixed<C, kBit, true>(a, b);
   }
 }
 // r holds as many vectors as a vector has lanes: a square matrix.
@@ -92,12 +97,10 @@ FASTASR_INLINE void transpose(Vector<C>* r) {
 // transposition.
 template <typename C, int kBit = Lanes<C>::count / 2>
 FASTASR_INLINE void sum_each(Vector<C>* r) {
-  constexpr int n = Lanes<C>::count;
 #pragma GCC unroll 16
   for (int i = 0; i < kBit; i++) {
     const Vector<C> a = r[i], b = r[i + kBit];
-    r[i] = __builtin_shuffle(a, b, (mixing<C, kBit, false>(std::make_index_sequence<n>()))) +
-           __builtin_shuffle(a, b, (mixing<C, kBit, true>(std::make_index_sequence<n>())));
+    r[i] = mixed<C, kBit, false>(a, b) + mixed<C, kBit, true>(a, b);
   }
   if constexpr (kBit > 1) sum_each<C, kBit / 2>(r);
 }
