@@ -9,7 +9,7 @@ SHELL := bash
 VENV ?= .venv
 PYTHON ?=
 TORCH ?= 2.13.0
-# The instruction sets of the library in .venv: native is the widest of this machine, in half the compile time of all.
+# The instruction sets of the library in .venv: native is the widest of this machine, in two thirds of the compile time of all.
 SETS ?= native
 # make fuzz
 N ?= 20000
