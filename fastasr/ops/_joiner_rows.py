@@ -4,7 +4,8 @@
 A chunk's logits are a matrix product between two passes over it: the first gathers act(am + lm), the second takes L
 and the two logits of each row or, in the backward pass, replaces the logits by their gradient. Rows outside the
 boundary, and in the backward pass rows whose gradients are both 0, are in no chunk. Everything is computed in float32,
-or in float64 for float64 tensors; the passes are in C++ (csrc/cpu/rnnt/rnnt_joiner.h), the products in torch or oneDNN.
+or in float64 for float64 tensors. The passes are in C++ (csrc/cpu/rnnt/rnnt_joiner.h); the products are torch's or
+fastasr's own.
 """
 
 from collections.abc import Iterator
