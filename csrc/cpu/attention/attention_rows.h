@@ -21,12 +21,14 @@ struct AttentionRows {
   using C = compute_t<T>;
   // s[j] = value where hidden[j] is not zero
   void (*fill_where)(const uint8_t* hidden, C* s, int64_t n, C value);
-  // Returns the largest element and passes over a NaN. n is a multiple of 16.
+  // Returns the largest element and passes over a NaN. n is a multiple of 32.
   C (*maximum)(const C* s, int64_t n);
   // Sets s[j] = e^(s[j] - top) and returns the sum. n is a multiple of 32.
   C (*exponentials)(C* s, int64_t n, C top);
-  // total[j] = total[j] scale + part[j]. n is a multiple of 16.
-  void (*rescaled)(C* total, const C* part, int64_t n, C scale);
+  // total[m][j] = total[m][j] scale[m] + part[m][j]. n is a multiple of 16.
+  void (*rescaled)(C* total, const C* part, int64_t rows, int64_t n, const C* scale);
+  // total[j] += part[j]. n is a multiple of 16.
+  void (*add)(C* total, const C* part, int64_t n);
   // With W = w / sum: g[j] = W[j] (g[j] - sum_j W g). n is a multiple of 32.
   void (*attention_gradient)(const C* w, C sum, C* g, int64_t n);
   // ds[j] += penalty sign(s[j]) where |s[j]| > limit

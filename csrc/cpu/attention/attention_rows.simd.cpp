@@ -14,15 +14,15 @@ constexpr int kLanes = 32;
 
 template <typename C>
 C maximum(const C* __restrict s, int64_t n) {
-  C lanes[16];
-  for (int l = 0; l < 16; l++) lanes[l] = -std::numeric_limits<C>::infinity();
-  for (int64_t j = 0; j < n; j += 16) {
+  C lanes[kLanes];
+  for (int l = 0; l < kLanes; l++) lanes[l] = -std::numeric_limits<C>::infinity();
+  for (int64_t j = 0; j < n; j += kLanes) {
 #pragma omp simd
-    for (int l = 0; l < 16; l++) lanes[l] = s[j + l] > lanes[l] ? s[j + l] : lanes[l];
+    for (int l = 0; l < kLanes; l++) lanes[l] = s[j + l] > lanes[l] ? s[j + l] : lanes[l];
   }
-  C top = lanes[0];
-  for (int l = 1; l < 16; l++) top = lanes[l] > top ? lanes[l] : top;
-  return top;
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; l++) lanes[l] = lanes[l + half] > lanes[l] ? lanes[l + half] : lanes[l];
+  return lanes[0];
 }
 
 template <typename C>
@@ -52,10 +52,19 @@ void penalty(const C* __restrict s, C* __restrict ds, int64_t n, C size, C limit
 }
 
 template <typename C>
-void rescaled(C* __restrict total, const C* __restrict part, int64_t n, C scale) {
+void rescaled(C* __restrict total, const C* __restrict part, int64_t rows, int64_t n, const C* scale) {
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t j = m * n; j < (m + 1) * n; j += 16) {
+#pragma omp simd
+      for (int l = 0; l < 16; l++) total[j + l] = total[j + l] * scale[m] + part[j + l];
+    }
+}
+
+template <typename C>
+void add(C* __restrict total, const C* __restrict part, int64_t n) {
   for (int64_t j = 0; j < n; j += 16) {
 #pragma omp simd
-    for (int l = 0; l < 16; l++) total[j + l] = total[j + l] * scale + part[j + l];
+    for (int l = 0; l < 16; l++) total[j + l] += part[j + l];
   }
 }
 
@@ -101,7 +110,7 @@ void softmax_gradient(const T* __restrict w, const T* __restrict g, compute_t<T>
 
 FASTASR_KERNELS(AttentionRows, .fill_where = fill_where<compute_t<T>>, .maximum = maximum<compute_t<T>>,
                 .exponentials = exponentials<compute_t<T>>, .rescaled = rescaled<compute_t<T>>,
-                .attention_gradient = attention_gradient<compute_t<T>>, .penalty = penalty<compute_t<T>>,
-                .divided = divided<T>, .softmax_gradient = softmax_gradient<T>)
+                .add = add<compute_t<T>>, .attention_gradient = attention_gradient<compute_t<T>>,
+                .penalty = penalty<compute_t<T>>, .divided = divided<T>, .softmax_gradient = softmax_gradient<T>)
 
 }  // namespace fastasr::cpu

@@ -8,6 +8,7 @@
 #include "cpu/attention/attention_rows.h"
 #include "cpu/attention/attention_tiles.h"
 #include "cpu/attention/zipformer_attention_weights.h"
+#include "cpu/math/elementary.h"
 
 // The attention kernels share this: strips of queries, which keys they work on, and which keys are hidden from them.
 namespace fastasr::cpu {
@@ -88,6 +89,46 @@ inline Window strip_window(const AttentionProblem& a, const Strip& t, const KeyR
   return {w.begin / kAttentionPad * kAttentionPad, round_up(w.end, kAttentionPad)};
 }
 
+// In a forward pass without weights, the scores of a strip (16 KB) and keys (64 KB) and values of a block stay in the
+// first and second cache.
+inline constexpr int64_t kKeyBlock = 512;
+inline constexpr int64_t kValueBlock = 64;  // keys that are added in one chain: the rounding error grows with it
+
+// A softmax over keys that come block by block: for each row, total = sum_j e^(s[j] - top) v[j] and the sum of those
+// weights.
+template <typename C>
+struct RunningSoftmax {
+  C* total;  // rows of `depth`
+  C top[kAttentionRows], sum[kAttentionRows];
+
+  void reset(int rows, int64_t depth) {
+    std::memset(total, 0, sizeof(C) * static_cast<size_t>(rows * depth));
+    for (int m = 0; m < rows; m++) top[m] = std::numeric_limits<C>::lowest(), sum[m] = 0;
+  }
+
+  // Adds n <= kKeyBlock keys. Rows of scores are kKeyBlock apart, and become weights; part is working memory.
+  void add(C* scores, int rows, int64_t n, const C* values, int64_t depth, C* part) {
+    const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
+    const AttentionRows<C>& row_kernels = kernels<AttentionRows<C>>();
+    C scale[kAttentionRows];
+    for (int m = 0; m < rows; m++) {
+      C* row = scores + m * kKeyBlock;
+      const C highest = std::max(top[m], row_kernels.maximum(row, n));
+      scale[m] = exp_or_zero(top[m] - highest);
+      sum[m] = sum[m] * scale[m] + row_kernels.exponentials(row, n, highest);
+      top[m] = highest;
+    }
+    const auto weigh = depth % kAttentionPad ? tiles.narrow : tiles.queries;
+    for (int64_t j = 0; j < n; j += kValueBlock) {
+      weigh(scores, kKeyBlock, values, depth, j, std::min(j + kValueBlock, n), part);
+      if (j == 0)
+        row_kernels.rescaled(total, part, rows, depth, scale);
+      else
+        row_kernels.add(total, part, rows * depth);
+    }
+  }
+};
+
 // dq adds this many keys in one chain: the rounding error grows with it.
 inline constexpr int64_t kQueryChain = 256;
 
@@ -132,7 +173,7 @@ void strip_gradients(const AttentionProblem& a, const Strip& t, const Window& w,
   std::memset(dq, 0, sizeof(C) * static_cast<size_t>(t.rows * dim));
   for (int64_t j = w.begin; j < w.end; j += kQueryChain) {
     tiles.queries(ds, stride, key_rows, dim, j, std::min(j + kQueryChain, w.end), part);
-    row_kernels.rescaled(dq, part, t.rows * dim, C(1));
+    row_kernels.add(dq, part, t.rows * dim);
   }
   tiles.keys(ds, stride, t.rows, q, dim, w.begin, w.end, dk, next.first, next.second, next.bytes);
   if (a.pos_batch) {

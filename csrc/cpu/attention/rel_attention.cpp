@@ -10,10 +10,6 @@
 namespace fastasr::cpu {
 namespace {
 
-// In the forward pass, scores of a strip (16 KB), keys, positions and values of a block (128 KB each) stay in the first
-// two caches.
-constexpr int64_t kKeyBlock = 512;
-constexpr int64_t kValueBlock = 64;  // keys that are added in one chain: the rounding error grows with it
 constexpr int64_t kBandWidth = kKeyBlock + kAttentionPad;
 // In the backward pass, a block has this many queries. More of them make dk, dv and dR cheaper, until weights and dS
 // leave the second cache.
@@ -99,7 +95,7 @@ void scores_of(const RelAttention& r, const KeyRange& range, const Strip& t, con
                nullptr, nullptr, 0, 0, 0, round_up(seen + lead, kAttentionPad), band, kBandWidth, nullptr, 0);
   for (int m = 0; m < t.stored; m++) {
     C* row = s + m * stride;
-    row_kernels.rescaled(row, band + m * kBandWidth + lead - m, n, C(1));
+    row_kernels.add(row, band + m * kBandWidth + lead - m, n);
     fill_hidden(a, t, m, range, begin, end, row, -kInfinity<C>);
     for (int64_t j = seen; j < n; j++) row[j] = -kInfinity<C>;
   }
@@ -145,20 +141,18 @@ void pack_positions(const RelAttention& r, const RelAttentionOperands<T>& t, int
 template <typename C>
 struct StripState {
   Strip strip;
-  C *content, *position, *total;
-  C top[kAttentionRows], sum[kAttentionRows];
+  C *content, *position;
+  RunningSoftmax<C> softmax;
 };
 
 template <typename T, typename C = compute_t<T>>
 void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOperands<T>& t, const C* kt, const C* v,
              const C* rt, int64_t hb, int64_t begin, int64_t end, T* y, C* lse, C* scratch) {
-  const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
   const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
   const AttentionProblem& a = r.problem;
   const int64_t depth = r.values(), h = hb / a.batch, b = hb % a.batch;
   const KeyRange& range = ranges[b];
   const Window window = window_of(range);
-  const auto weigh = depth % kAttentionPad ? tiles.narrow : tiles.queries;
   C *scores = scratch, *band = scores + kAttentionRows * kKeyBlock, *part = band + kAttentionRows * kBandWidth;
   C *rows = part + kAttentionRows * depth, *memory = rows + 2 * kAttentionRows * r.dim();
   StripState<C> states[kStrips];
@@ -166,43 +160,30 @@ void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOp
   for_each_strip<C>(a, hb, begin, end, [&](const Strip& strip) {
     StripState<C>& s = states[count++];
     s.strip = strip;
-    s.total = memory, memory += strip.rows * depth;
+    s.softmax.total = memory, memory += strip.rows * depth;
     s.content = memory, memory += strip.rows * a.query_dim;
     s.position = memory, memory += strip.rows * a.query_dim;
     load_biased(r, t, strip, hb, rows, rows + strip.rows * r.dim(), s.content, s.position);
-    zero(s.total, strip.rows * depth);
-    for (int m = 0; m < strip.rows; m++) s.top[m] = std::numeric_limits<C>::lowest(), s.sum[m] = 0;
+    s.softmax.reset(strip.rows, depth);
   });
   for (int64_t j0 = window.begin; j0 < window.end; j0 += kKeyBlock)
     for (int k = 0; k < count; k++) {
       StripState<C>& s = states[k];
-      const int64_t j1 = std::min(j0 + kKeyBlock, window.end), n = j1 - j0;
+      const int64_t j1 = std::min(j0 + kKeyBlock, window.end);
       scores_of(r, range, s.strip, s.content, s.position, kt, rt, j0, j1, scores, kKeyBlock, band);
-      C scale[kAttentionRows] = {};
-      for (int m = 0; m < s.strip.stored; m++) {
-        C* row = scores + m * kKeyBlock;
-        const C top = std::max(s.top[m], row_kernels.maximum(row, n));
-        scale[m] = exp_or_zero(s.top[m] - top);
-        s.sum[m] = s.sum[m] * scale[m] + row_kernels.exponentials(row, n, top);
-        s.top[m] = top;
-      }
-      for (int64_t j = 0; j < n; j += kValueBlock) {
-        weigh(scores, kKeyBlock, v + j0 * depth, depth, j, std::min(j + kValueBlock, n), part);
-        for (int m = 0; m < s.strip.stored; m++)
-          row_kernels.rescaled(s.total + m * depth, part + m * depth, depth, j == 0 ? scale[m] : C(1));
-      }
+      s.softmax.add(scores, s.strip.stored, j1 - j0, v + j0 * depth, depth, part);
     }
   for (int k = 0; k < count; k++) {
     const StripState<C>& s = states[k];
     for (int m = 0; m < s.strip.stored; m++) {
       const int64_t frame = s.strip.begin + m;
       T* out = row_of(a, y, r.value_dim, hb, frame);
-      const bool none = s.sum[m] == 0 && hides_any(a, range, b, frame);  // the query sees no key
+      const bool none = s.softmax.sum[m] == 0 && hides_any(a, range, b, frame);  // the query sees no key
       if (none)
         std::memset(static_cast<void*>(out), 0, sizeof(T) * static_cast<size_t>(r.value_dim));
       else
-        row_kernels.divided(s.total + m * depth, s.sum[m], out, r.value_dim);
-      lse[(b * a.heads + h) * a.frames + frame] = none ? kInfinity<C> : s.top[m] + std::log(s.sum[m]);
+        row_kernels.divided(s.softmax.total + m * depth, s.softmax.sum[m], out, r.value_dim);
+      lse[(b * a.heads + h) * a.frames + frame] = none ? kInfinity<C> : s.softmax.top[m] + std::log(s.softmax.sum[m]);
     }
   }
 }
@@ -308,7 +289,7 @@ void block_gradients(const BackwardProblem<T, C>& b, int64_t first, int64_t coun
     zero(out, tiles.rows * depth);
     for (int64_t j = begin; j < end; j += kValueBlock) {
       queries(ds, stride, rows, depth, j, std::min(j + kValueBlock, end), m.part);
-      row_kernels.rescaled(out, m.part, tiles.rows * depth, C(1));
+      row_kernels.add(out, m.part, tiles.rows * depth);
     }
   };
   const auto add = [&](const C* ds, int64_t stride, const C* rows, int64_t width, int64_t begin, int64_t end, C* out) {

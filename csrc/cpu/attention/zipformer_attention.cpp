@@ -9,9 +9,6 @@
 namespace fastasr::cpu {
 namespace {
 
-// Scores of a strip (16 KB), keys (64 KB) and values of a block stay in the first and second cache.
-constexpr int64_t kKeyBlock = 512;
-constexpr int64_t kValueBlock = 64;  // keys that are added in one chain: the rounding error grows with it
 constexpr int64_t kMostStrips = kAttentionQueries / 4;
 
 template <typename C>
@@ -19,13 +16,8 @@ struct StripState {
   Strip strip;
   Window window;
   bool done;
-  C *q, *p, *total;
-  C top[kAttentionRows], sum[kAttentionRows];
-
-  void reset(int64_t depth) {
-    std::memset(total, 0, sizeof(C) * static_cast<size_t>(strip.rows * depth));
-    for (int m = 0; m < strip.rows; m++) top[m] = std::numeric_limits<C>::lowest(), sum[m] = 0;
-  }
+  C *q, *p;
+  RunningSoftmax<C> softmax;
 };
 
 template <typename C>
@@ -41,29 +33,18 @@ struct Block {
 template <typename C>
 void step(const Block<C>& b, StripState<C>& state, int64_t begin, int64_t end) {
   const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
-  const AttentionRows<C>& row_kernels = kernels<AttentionRows<C>>();
   const AttentionProblem& a = b.a;
   const Strip& t = state.strip;
   const int64_t n = end - begin;
   const C* shifted = b.rt ? b.rt + kAttentionMargin + a.frames - 1 - t.begin + begin : nullptr;
   tiles.scores(state.q, b.kt + begin, a.padded_keys(), a.query_dim, state.p, shifted, a.padded_offsets(),
                a.pos_batch ? a.pos_dim : 0, 0, n, b.scores, kKeyBlock, nullptr, 0);
-  C scale[kAttentionRows] = {};
   for (int m = 0; m < t.stored; m++) {
     C* row = b.scores + m * kKeyBlock;
     fill_hidden(a, t, m, b.range, begin, end, row, static_cast<C>(kMasked));
     for (int64_t j = a.keys(); j < end; j++) row[j - begin] = -kInfinity<C>;  // behind the last key: weight 0
-    const C top = std::max(state.top[m], row_kernels.maximum(row, n));
-    scale[m] = exp_or_zero(state.top[m] - top);
-    state.sum[m] = state.sum[m] * scale[m] + row_kernels.exponentials(row, n, top);
-    state.top[m] = top;
   }
-  const auto weigh = b.depth % kAttentionPad ? tiles.narrow : tiles.queries;
-  for (int64_t j = 0; j < n; j += kValueBlock) {
-    weigh(b.scores, kKeyBlock, b.values + begin * b.depth, b.depth, j, std::min(j + kValueBlock, n), b.part);
-    for (int m = 0; m < t.stored; m++)
-      row_kernels.rescaled(state.total + m * b.depth, b.part + m * b.depth, b.depth, j == 0 ? scale[m] : C(1));
-  }
+  state.softmax.add(b.scores, t.stored, n, b.values + begin * b.depth, b.depth, b.part);
 }
 
 template <typename C>
@@ -72,7 +53,7 @@ void walk(const Block<C>& b, StripState<C>* states, int count) {
   for (int k = 0; k < count; k++) {
     if (states[k].done) continue;
     first = std::min(first, states[k].window.begin), last = std::max(last, states[k].window.end);
-    states[k].reset(b.depth);
+    states[k].softmax.reset(states[k].strip.rows, b.depth);
   }
   for (int64_t j = first; j < last; j += kKeyBlock)
     for (int k = 0; k < count; k++) {
@@ -93,7 +74,7 @@ void forward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ran
   for_each_strip<C>(a, hb, begin, end, [&](const Strip& t) {
     StripState<C>& state = states[count++];
     state.strip = t, state.window = strip_window(a, t, block.range), state.done = false;
-    state.total = memory, memory += t.rows * depth;
+    state.softmax.total = memory, memory += t.rows * depth;
     state.q = memory, memory += a.query_dim * t.rows;
     state.p = memory, memory = state.p + a.padded_pos_dim() * t.rows;
     load_queries(a, t, x, state.q, state.p);
@@ -106,7 +87,7 @@ void forward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ran
     state.done = state.window.begin == all.begin && state.window.end == all.end;
     if (!state.done) {
       state.done = true;
-      for (int m = 0; m < state.strip.stored; m++) state.done = state.done && state.top[m] > kNarrowAbove<C>;
+      for (int m = 0; m < state.strip.stored; m++) state.done = state.done && state.softmax.top[m] > kNarrowAbove<C>;
       if (!state.done) state.window = all, again = true;
     }
   }
@@ -114,7 +95,7 @@ void forward(const AttentionProblem& a, const ValueShape& v, const KeyRange* ran
   const int64_t width = v.heads * v.dim;
   for (int k = 0; k < count; k++)
     for (int m = 0; m < states[k].strip.stored; m++)
-      row_kernels.divided(states[k].total + m * depth, states[k].sum[m],
+      row_kernels.divided(states[k].softmax.total + m * depth, states[k].softmax.sum[m],
                           y + ((states[k].strip.begin + m) * a.batch + sequence) * width + h * v.dim, v.dim);
 }
 
