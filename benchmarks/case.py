@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A case: one op at one shape, its implementations, and the least that each pass must move and compute."""
 
-import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from fastasr.benchmarks import limits
+from fastasr.benchmarks import limits, upstream
 from fastasr.benchmarks.harness import LoadMeter, Variant, interleave, peak_bytes
 from fastasr.benchmarks.rows import Row
 
@@ -36,6 +36,11 @@ class Cost:
 def costs_of(forward: Cost, backward: Cost) -> dict[str, Cost]:
     """Returns the costs of each pass; both passes together cost the sum."""
     return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
+
+
+def costs(forward: tuple[int, int], backward: tuple[int, int]) -> Callable[[int], dict[str, Cost]]:
+    """Returns the costs by item size of passes given as (values read and written, operations)."""
+    return lambda size: costs_of(*(Cost(values * size, flops) for values, flops in (forward, backward)))
 
 
 @dataclass
@@ -97,9 +102,56 @@ def simple(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> Imp
     return Implementation(lambda: function(*tensors), parameters(*tensors))
 
 
+def module(
+    instance: torch.nn.Module, *inputs: torch.Tensor, result: Callable | None = None, **state: torch.Tensor
+) -> Implementation:
+    """Wraps ``instance(*inputs)``, with gradients of the inputs and parameters, which take the values in ``state``."""
+    for name, value in state.items():
+        parameter = instance.get_parameter(name)
+        parameter.data = value.detach().reshape(parameter.shape).clone()
+    return Implementation(_call(instance, inputs, result), parameters(*inputs, *instance.parameters()))
+
+
+def _call(function: Callable, inputs: Sequence, result: Callable | None) -> Callable[[], torch.Tensor]:
+    """Returns a function without arguments; ``result`` takes the tensor from what ``function`` returns."""
+    return (lambda: function(*inputs)) if result is None else (lambda: result(function(*inputs)))
+
+
 def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Compiles ``function`` with torch.compile for exactly these shapes, as a whole graph."""
     return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def versions(
+    op: Callable,
+    *inputs: torch.Tensor,
+    options: Mapping | None = None,
+    others: Mapping[str, Callable[[], Implementation]] | None = None,
+    compiles: bool = True,
+    differentiable: Sequence[torch.Tensor] | None = None,
+    result: Callable | None = None,
+) -> dict[str, Callable[[], Implementation]]:
+    """Returns builders of an op's definition ("eager"), of the compiled definition, of ``others``, and of the op.
+
+    Each computes ``function(*inputs, **options)``, of which ``result`` takes the tensor if it is not one. Gradients are
+    those of ``differentiable``, by default of all inputs.
+    """
+
+    def build(function):
+        call = partial(function, **options) if options else function
+        wanted = inputs if differentiable is None else differentiable
+        return Implementation(_call(call, inputs, result), parameters(*wanted))
+
+    made = {"eager": lambda: build(op.definition), "compile": lambda: build(compiled(op.definition))}
+    if not compiles:
+        del made["compile"]
+    return made | dict(others or {}) | {"fastasr": lambda: build(op)}
+
+
+def shaped(op: str, shape: Sequence[int], make: Callable, costs: Callable, note: str = "", **options) -> Case:
+    """Returns the case that is named by its shape and the note behind it."""
+    name = "x".join(map(str, shape)) + note
+    return Case(op, name, name, make, costs, **options)
 
 
 def variant(implementation: Implementation, pass_: str) -> Variant:
@@ -135,6 +187,31 @@ def _floor_seconds(
         return cost.flops / rate, f"GEMM {rate / 1e9:.0f} GFLOP/s"
     seconds = copy_seconds or limits.copy_seconds(cost.bytes, device)
     return seconds, f"copy {cost.bytes / seconds / 1e9:.1f} GB/s"
+
+
+def row(
+    case: Case, device: str, dtype: torch.dtype, pass_: str, name: str, quartiles, floor_ms: float, **more
+) -> Row:
+    """Returns the row of one implementation from its quartiles and the least time of the pass, in ms."""
+    q1, median, q3 = quartiles
+    cost = case.costs(dtype.itemsize)[pass_]
+    return Row.measured(
+        suite="ops",
+        name=case.op,
+        case=case.name,
+        shape=case.shape,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        pass_=pass_,
+        implementation=name,
+        median_ms=round(median, 6),
+        q1_ms=round(q1, 6),
+        q3_ms=round(q3, 6),
+        bytes=cost.bytes,
+        flops=cost.flops,
+        fraction_of_limit=round(floor_ms / median, 4),
+        **more,
+    )
 
 
 def measure(
@@ -194,40 +271,18 @@ def measure(
         floor, limit = _floor_seconds(cost, device, dtype, timings["copy"].median if case.copy else None)
         rows = []
         for name, timing in timings.items():
-            lower, upper = timing.quartiles
             memory = peak_bytes(variants[name], device) if settings.memory and name != "copy" else None
-            rows.append(
-                Row.measured(
-                    suite="ops",
-                    name=case.op,
-                    case=case.name,
-                    shape=case.shape,
-                    dtype=str(dtype).removeprefix("torch."),
-                    device=device,
-                    pass_=pass_,
-                    implementation=name,
-                    median_ms=round(timing.median * 1e3, 6),
-                    q1_ms=round(lower * 1e3, 6),
-                    q3_ms=round(upper * 1e3, 6),
-                    reps=timing.reps,
-                    peak_bytes=memory,
-                    bytes=cost.bytes,
-                    flops=cost.flops,
-                    fraction_of_limit=round(floor / timing.median, 4),
-                    limit=limit,
-                    load=other,
-                )
-            )
+            lower, upper = timing.quartiles
+            quartiles = [1e3 * seconds for seconds in (lower, timing.median, upper)]
+            more = {"reps": timing.reps, "peak_bytes": memory, "limit": limit, "load": other}
+            rows.append(row(case, device, dtype, pass_, name, quartiles, 1e3 * floor, **more))
         yield rows
 
 
-def upstream_module(*names: str):
-    """Returns classes of the PyPI package ``zipformer``, or raises ``Unavailable`` with the reason."""
-    found = []
-    for name in names:
-        module, _, attribute = name.rpartition(".")
-        try:
-            found.append(getattr(importlib.import_module(f"zipformer.modules.{module}"), attribute))
-        except (ImportError, OSError, AttributeError) as error:
-            raise Unavailable(f"the package zipformer cannot be imported ({error})") from None
-    return found[0] if len(found) == 1 else tuple(found)
+def upstream_member(name: str):
+    """Returns a class or function of an upstream package by its full name, or raises ``Unavailable``."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(upstream.module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise Unavailable(str(error)) from None

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks.case import Case, compiled, simple
+from fastasr.benchmarks.case import Case, simple, versions
 from fastasr.benchmarks.ops.ema_scan import scan_case
 
 LENGTHS = (1, 64, 200, 512, 2048)
@@ -42,19 +42,13 @@ def _inputs(length: int, device: str, dtype: torch.dtype):
     return make(BATCH, CHANNELS, length), alpha, delta, theta, gamma, omega
 
 
-def _make(length: int, device: str, dtype: torch.dtype):
-    inputs = _inputs(length, device, dtype)
-    formula = partial(ops.complex_ema_scan.definition, layout="BDL")
-    return {
-        "eager": lambda: simple(formula, *inputs),
-        "compile": lambda: simple(compiled(formula), *inputs),
-        "fft": lambda: simple(by_fft, *inputs),
-        "fastasr": lambda: simple(partial(ops.complex_ema_scan, layout="BDL"), *inputs),
-    }
-
-
 def _case(length: int) -> Case:
-    return scan_case("complex_ema_scan", "", (BATCH, CHANNELS, length), partial(_make, length), length == 200)
+    def make(device: str, dtype: torch.dtype):
+        inputs = _inputs(length, device, dtype)
+        fft = {"fft": lambda: simple(by_fft, *inputs)}
+        return versions(ops.complex_ema_scan, *inputs, options={"layout": "BDL"}, others=fft)
+
+    return scan_case("complex_ema_scan", "", (BATCH, CHANNELS, length), make, length == 200)
 
 
 CASES = tuple(_case(length) for length in LENGTHS)

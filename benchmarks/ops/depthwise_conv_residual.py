@@ -10,55 +10,30 @@ from functools import partial
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks.case import (
-    BATCH,
-    FRAMES,
-    PASSES,
-    Case,
-    Cost,
-    Implementation,
-    compiled,
-    costs_of,
-    parameters,
-    simple,
-)
+from fastasr.benchmarks.case import BATCH, FRAMES, Case, costs, module, shaped, versions
 
 
-def _upstream(x, weight, bias) -> Implementation:
+class Merge(torch.nn.Conv1d):
+    def forward(self, x):
+        return x + super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def _upstream(x, weight, bias):
     channels, _, taps = weight.shape
-    conv = torch.nn.Conv1d(channels, channels, taps, padding=taps // 2, groups=channels).to(x)
-    conv.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
-
-    def merge():
-        return x + conv(x.transpose(1, 2)).transpose(1, 2)
-
-    return Implementation(merge, parameters(x, *conv.parameters()))
-
-
-def _make(shape, taps: int, device: str, dtype: torch.dtype):
-    make = partial(torch.randn, device=device, dtype=dtype)
-    inputs = make(shape), 0.3 * make(shape[-1], 1, taps), make(shape[-1])
-    return {
-        "eager": lambda: simple(ops.depthwise_conv_residual.definition, *inputs),
-        "compile": lambda: simple(compiled(ops.depthwise_conv_residual.definition), *inputs),
-        "upstream": lambda: _upstream(*inputs),
-        "fastasr": lambda: simple(ops.depthwise_conv_residual, *inputs),
-    }
-
-
-def _costs(shape, taps: int, size: int) -> dict[str, Cost]:
-    elements = torch.Size(shape).numel()
-    products = 2 * elements * taps
-    return costs_of(
-        Cost(2 * elements * size, products),  # x; y
-        Cost(3 * elements * size, 2 * products),  # x, dy; dx
-    )
+    merge = Merge(channels, channels, taps, padding=taps // 2, groups=channels).to(x)
+    return module(merge, x, weight=weight, bias=bias)
 
 
 def _case(shape, taps: int) -> Case:
-    name = "x".join(map(str, shape)) + f", {taps} taps"
-    costs = partial(_costs, shape, taps)
-    return Case("depthwise_conv_residual", name, name, partial(_make, shape, taps), costs, passes=PASSES)
+    def make(device: str, dtype: torch.dtype):
+        randn = partial(torch.randn, device=device, dtype=dtype)
+        inputs = randn(shape), 0.3 * randn(shape[-1], 1, taps), randn(shape[-1])
+        upstream = {"upstream": lambda: _upstream(*inputs)}
+        return versions(ops.depthwise_conv_residual, *inputs, others=upstream)
+
+    n = torch.Size(shape).numel()
+    passes = costs((2 * n, 2 * n * taps), (3 * n, 4 * n * taps))  # x; y. x, dy; dx
+    return shaped("depthwise_conv_residual", shape, make, passes, f", {taps} taps")
 
 
 CASES = (_case((4, 400, 1024), 3), _case((4, 400, 1024), 31))

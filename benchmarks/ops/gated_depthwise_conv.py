@@ -14,105 +14,84 @@ from fastasr.benchmarks.case import (
     BATCH,
     FORWARD,
     FRAMES,
-    PASSES,
     Case,
-    Cost,
-    Implementation,
-    compiled,
-    costs_of,
-    parameters,
-    simple,
-    upstream_module,
+    costs,
+    module,
+    shaped,
+    upstream_member,
+    versions,
 )
 from fastasr.ops import swoosh
 
-definition = ops.gated_depthwise_conv.definition
 
+class Between(torch.nn.Module):
+    """What upstream's convolution module computes between its projections."""
 
-def _upstream(chunk: int, h, weight, bias, causal_weight=None, causal_bias=None, chunk_scale=None):
-    channels, _, taps = weight.shape
-    if causal_weight is None:
-        conv = torch.nn.Conv1d(channels, channels, taps, groups=channels, padding=taps // 2).to(h)
-        named = {"weight": weight, "bias": bias}
-    else:
-        conv = upstream_module("scaling.ChunkCausalDepthwiseConv1d")(channels, taps).to(h)
-        named = {
-            "chunkwise_conv.weight": weight,
-            "chunkwise_conv.bias": bias,
-            "causal_conv.weight": causal_weight,
-            "causal_conv.bias": causal_bias,
-            "chunkwise_conv_scale": chunk_scale,
-        }
-    conv.load_state_dict({name: value.detach() for name, value in named.items()})
-    run = conv if causal_weight is None else partial(conv, chunk_size=chunk)
+    def __init__(self, conv, **options):
+        super().__init__()
+        self.conv, self.options = conv, options
 
-    def call():
+    def forward(self, h):
         x, s = h.chunk(2, dim=2)
-        y = run((x * torch.sigmoid(s)).permute(1, 2, 0)).permute(2, 0, 1)
+        y = self.conv((x * torch.sigmoid(s)).permute(1, 2, 0), **self.options).permute(2, 0, 1)
         return swoosh.definition(y, "SwooshR")
 
-    return Implementation(call, parameters(h, *conv.parameters()))
+
+def _upstream(chunk: int | None, h, *state):
+    channels, _, taps = state[0].shape
+    if chunk is None:
+        conv = Between(torch.nn.Conv1d(channels, channels, taps, groups=channels, padding=taps // 2))
+    else:
+        conv = upstream_member("zipformer.modules.scaling.ChunkCausalDepthwiseConv1d")(channels, taps)
+        conv = Between(conv, chunk_size=chunk)
+    prefix = "conv." if chunk is None else "conv.chunkwise_conv."
+    names = f"{prefix}weight", f"{prefix}bias", "conv.causal_conv.weight", "conv.causal_conv.bias"
+    return module(conv.to(h), h, **dict(zip((*names, "conv.chunkwise_conv_scale"), state, strict=False)))
 
 
-def _make(shape, taps: int, chunk: int | None, device: str, dtype: torch.dtype):
-    make = partial(torch.randn, device=device, dtype=dtype)
+def _inputs(shape, taps: int, causal: bool, device: str, dtype: torch.dtype):
+    randn = partial(torch.randn, device=device, dtype=dtype)
     frames, batch, channels = shape
-    h, options = 1.5 * make(frames, batch, 2 * channels), {}
-    inputs = [h, 0.3 * make(channels, 1, taps), make(channels)]
-    if chunk is not None:
-        inputs += [0.3 * make(channels, 1, taps // 2 + 1), make(channels), 0.3 * make(2, channels, taps)]
-        options["chunk_size"] = chunk
-    return {
-        "eager": lambda: simple(partial(definition, **options), *inputs),
-        "compile": lambda: simple(compiled(partial(definition, **options)), *inputs),
-        "upstream": lambda: _upstream(chunk, *inputs),
-        "fastasr": lambda: simple(partial(ops.gated_depthwise_conv, **options), *inputs),
-    }
+    inputs = [1.5 * randn(frames, batch, 2 * channels), 0.3 * randn(channels, 1, taps), randn(channels)]
+    if causal:
+        inputs += [0.3 * randn(channels, 1, taps // 2 + 1), randn(channels), 0.3 * randn(2, channels, taps)]
+    return inputs
 
 
-def _make_step(shape, taps: int, device: str, dtype: torch.dtype):
-    make = partial(torch.randn, device=device, dtype=dtype)
-    frames, batch, channels = shape
-    inputs = [1.5 * make(frames, batch, 2 * channels), 0.3 * make(channels, 1, taps), make(channels)]
-    inputs += [0.3 * make(channels, 1, taps // 2 + 1), make(channels), 0.3 * make(2, channels, taps)]
-    cache = make(batch, channels, taps // 2)
-
-    def step(function):
-        def call(*tensors):
-            y, new_cache = function(*tensors, cache=cache, return_cache=True)
-            cache.copy_(new_cache)
-            return y
-
-        return call
-
-    return {
-        "eager": lambda: simple(step(definition), *inputs),
-        "compile": lambda: simple(step(compiled(definition)), *inputs),
-        "fastasr": lambda: simple(step(ops.gated_depthwise_conv), *inputs),
-    }
-
-
-def _costs(shape, taps: int, chunk: int | None, size: int) -> dict[str, Cost]:
-    elements = torch.Size(shape).numel()
-    products = elements * (taps if chunk is None else taps + taps // 2 + 1)
-    return costs_of(
-        Cost(3 * elements * size, 2 * products),  # x, s; y
-        Cost(5 * elements * size, 6 * products),  # x, s, dy; dx, ds. z again, du, the taps' gradients
-    )
+def _costs(shape, taps: int, causal: bool):
+    n = torch.Size(shape).numel()
+    products = n * (taps + taps // 2 + 1 if causal else taps)
+    # x, s; y. x, s, dy; dx, ds. z again, du, the taps' gradients
+    return costs((3 * n, 2 * products), (5 * n, 6 * products))
 
 
 def _case(shape, taps: int, chunk: int | None = None) -> Case:
-    name = "x".join(map(str, shape)) + f", {taps} taps" + (f", chunks of {chunk}" if chunk else "")
-    costs = partial(_costs, shape, taps, chunk)
-    return Case("gated_depthwise_conv", name, name, partial(_make, shape, taps, chunk), costs, passes=PASSES)
+    def make(device: str, dtype: torch.dtype):
+        inputs = _inputs(shape, taps, chunk is not None, device, dtype)
+        options = {} if chunk is None else {"chunk_size": chunk}
+        upstream = {"upstream": lambda: _upstream(chunk, *inputs)}
+        return versions(ops.gated_depthwise_conv, *inputs, options=options, others=upstream)
+
+    note = f", {taps} taps" + (f", chunks of {chunk}" if chunk else "")
+    return shaped("gated_depthwise_conv", shape, make, _costs(shape, taps, chunk is not None), note)
 
 
 def _step_case(shape, taps: int) -> Case:
-    name = "x".join(map(str, shape)) + f", {taps} taps, one streaming step"
-    costs = partial(_costs, shape, taps, -1)
-    return Case(
-        "gated_depthwise_conv", name, name, partial(_make_step, shape, taps), costs, passes=(FORWARD,)
-    )
+    def make(device: str, dtype: torch.dtype):
+        inputs = _inputs(shape, taps, True, device, dtype)
+        _, batch, channels = shape
+        cache = torch.randn(batch, channels, taps // 2, device=device, dtype=dtype)
+
+        def kept(result):
+            y, new_cache = result
+            cache.copy_(new_cache)
+            return y
+
+        options = {"cache": cache, "return_cache": True}
+        return versions(ops.gated_depthwise_conv, *inputs, options=options, result=kept)
+
+    note = f", {taps} taps, one streaming step"
+    return shaped("gated_depthwise_conv", shape, make, _costs(shape, taps, True), note, passes=(FORWARD,))
 
 
 CASES = (

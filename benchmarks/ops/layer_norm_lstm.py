@@ -9,35 +9,27 @@ from functools import partial
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks.case import BOTH, FORWARD, Case, Cost, Implementation, Unavailable, parameters
-
-definition = ops.layer_norm_lstm.definition
+from fastasr.benchmarks.case import (
+    BOTH,
+    FORWARD,
+    Case,
+    Cost,
+    Implementation,
+    parameters,
+    upstream_member,
+    versions,
+)
 
 UNITS, EPS = 512, 1e-3
 
 
-def _call(function, *inputs):
-    return function(*inputs, EPS)[0]
+PARAMETERS = "x2g.weight", "p2g.weight", "g_norm.weight", "g_norm.bias", "c_norm.weight", "c_norm.bias"
 
 
-def _upstream(x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, *state):
-    try:
-        from torchaudio.models.rnnt import _CustomLSTM
-    except (ImportError, OSError) as error:
-        raise Unavailable(f"the package torchaudio cannot be imported ({error})") from None
-    module = _CustomLSTM(x.shape[-1], UNITS, True, EPS).to(x)
-    values = {
-        "x2g.weight": input_weight,
-        "p2g.weight": hidden_weight,
-        "g_norm.weight": gate_weight,
-        "g_norm.bias": gate_bias,
-        "c_norm.weight": cell_weight,
-        "c_norm.bias": cell_bias,
-    }
-    module.load_state_dict(values)
-    return Implementation(
-        lambda: module(x, list(state) if state else None)[0], parameters(x, *module.parameters())
-    )
+def _upstream(state, x, *values):
+    module = upstream_member("torchaudio.models.rnnt._CustomLSTM")(x.shape[-1], UNITS, True, EPS).to(x)
+    module.load_state_dict(dict(zip(PARAMETERS, values, strict=True)))
+    return Implementation(lambda: module(x, state)[0], parameters(x, *module.parameters()))
 
 
 def _make(steps: int, batch: int, state: bool, device: str, dtype: torch.dtype):
@@ -49,16 +41,15 @@ def _make(steps: int, batch: int, state: bool, device: str, dtype: torch.dtype):
         *(randn(4 * UNITS) * 0.2 + mean for mean in (1, 0)),
         *(randn(UNITS) * 0.2 + mean for mean in (1, 0)),
     )
-    given = (randn(batch, UNITS), randn(batch, UNITS)) if state else ()
-
-    def build(function) -> Implementation:
-        return Implementation(lambda: _call(function, *inputs, *(given or (None, None))), parameters(*inputs))
-
-    return {
-        "eager": lambda: build(definition),
-        "upstream": lambda: _upstream(*inputs, *given),
-        "fastasr": lambda: build(ops.layer_norm_lstm),
-    }
+    given = [randn(batch, UNITS), randn(batch, UNITS)] if state else None
+    return versions(
+        ops.layer_norm_lstm,
+        *(*inputs, *(given or (None, None)), EPS),
+        others={"upstream": lambda: _upstream(given, *inputs)},
+        compiles=False,
+        differentiable=inputs,
+        result=lambda y: y[0],
+    )
 
 
 def _costs(rows: int, size: int) -> dict[str, Cost]:

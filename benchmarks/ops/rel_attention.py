@@ -12,33 +12,26 @@ import torch
 import torch.nn.functional as F
 
 from fastasr import ops
-from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import (
     BATCH,
     FRAMES,
     Case,
-    Cost,
-    Implementation,
     Unavailable,
     compiled,
-    costs_of,
-    parameters,
+    costs,
+    simple,
+    upstream_member,
+    versions,
 )
 from fastasr.ops.rel_attention import relative_shift
-
-definition = ops.rel_attention.definition
 
 HEADS, WIDTH = 8, 64
 
 
 def espnet(device: str) -> Callable:
     """Returns ESPnet's attention with projections that return their inputs."""
-    try:
-        attention = upstream.module(
-            "espnet2.asr.encoder.e_branchformer_encoder"
-        ).RelPositionMultiHeadedAttention
-    except upstream.MissingUpstream as error:
-        raise Unavailable(str(error)) from None
+    name = "espnet2.asr.encoder.e_branchformer_encoder.RelPositionMultiHeadedAttention"
+    attention = upstream_member(name)
     module = attention(HEADS, HEADS * WIDTH, 0.0).to(device)
     for name in ("linear_q", "linear_k", "linear_v", "linear_pos", "linear_out"):
         setattr(module, name, torch.nn.Identity())
@@ -93,33 +86,26 @@ def _make(frames: int, batch: int, device: str, dtype: torch.dtype):
     lengths = torch.linspace(frames, frames * 0.8, batch, device=device).long()
     padding = torch.arange(frames, device=device) >= lengths[:, None]
 
-    def made(function):
-        call = partial(function, key_padding_mask=padding)
-        return Implementation(lambda: call(*inputs), parameters(*inputs))
+    options = {"key_padding_mask": padding}
 
-    return {
-        "eager": lambda: made(definition),
-        "compile": lambda: made(compiled(definition)),
+    def made(function):
+        return simple(partial(function, **options), *inputs)
+
+    others = {
         "additive mask": lambda: made(additive),
         "FlexAttention": lambda: made(flex(device)),
         "upstream": lambda: made(espnet(device)),
-        "fastasr": lambda: made(ops.rel_attention),
     }
-
-
-def _costs(frames: int, batch: int, size: int) -> dict[str, Cost]:
-    product = 2 * batch * HEADS * frames * frames * WIDTH
-    rows, offsets = batch * frames * HEADS * WIDTH * size, 2 * frames * HEADS * WIDTH * size
-    return costs_of(
-        Cost(4 * rows + offsets, 3 * product),
-        Cost(7 * rows + 2 * offsets, 8 * product),
-    )
+    return versions(ops.rel_attention, *inputs, options=options, others=others)
 
 
 def _case(frames: int, batch: int) -> Case:
     name = f"{batch}x{frames}, {HEADS} heads of {WIDTH}"
-    make, costs = partial(_make, frames, batch), partial(_costs, frames, batch)
-    return Case("rel_attention", name, name, make, costs, quick=frames * frames * batch < 1_000_000)
+    product = 2 * batch * HEADS * frames * frames * WIDTH
+    rows, offsets = batch * frames * HEADS * WIDTH, 2 * frames * HEADS * WIDTH
+    passes = costs((4 * rows + offsets, 3 * product), (7 * rows + 2 * offsets, 8 * product))
+    quick = frames * frames * batch < 1_000_000
+    return Case("rel_attention", name, name, partial(_make, frames, batch), passes, quick=quick)
 
 
 CASES = (_case(400, 4), _case(1500, 1))

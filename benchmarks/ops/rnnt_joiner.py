@@ -6,14 +6,7 @@ from functools import partial
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks.case import (
-    Case,
-    Cost,
-    Implementation,
-    compiled,
-    costs_of,
-    parameters,
-)
+from fastasr.benchmarks.case import Case, Cost, Implementation, costs_of, parameters, versions
 
 BATCH, FRAMES, LENGTH, S_RANGE, CHANNELS = 4, 400, 60, 5, 512
 
@@ -29,18 +22,13 @@ def _make(outputs: int, keep_logits: bool | None, device: str, dtype: torch.dtyp
     symbols = torch.randint(1, outputs, (BATCH, LENGTH), device=device)
     starts = torch.arange(FRAMES, device=device) * (LENGTH + 1 - S_RANGE) // (FRAMES - 1)
     starts = starts.expand(BATCH, FRAMES).contiguous()
-    options = {"s_range": S_RANGE, "termination_symbol": 0}
+    options = {"symbols": symbols, "starts": starts, "s_range": S_RANGE, "termination_symbol": 0}
 
-    def build(function, **more) -> Implementation:
-        return Implementation(
-            lambda: torch.stack(function(*inputs, symbols, starts, **options, **more)), parameters(*inputs)
-        )
+    def fused() -> Implementation:
+        call = partial(ops.rnnt_joiner, *inputs, **options, keep_logits=keep_logits)
+        return Implementation(lambda: torch.stack(call()), parameters(*inputs))
 
-    return {
-        "eager": lambda: build(ops.rnnt_joiner.definition),
-        "compile": lambda: build(compiled(ops.rnnt_joiner.definition)),
-        "fastasr": lambda: build(ops.rnnt_joiner, keep_logits=keep_logits),
-    }
+    return versions(ops.rnnt_joiner, *inputs, options=options, result=torch.stack) | {"fastasr": fused}
 
 
 def _costs(outputs: int, size: int) -> dict[str, Cost]:

@@ -6,20 +6,23 @@ from functools import partial
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks.case import BACKWARD, BOTH, FORWARD, Case, Cost, Implementation, Unavailable, simple
+from fastasr.benchmarks.case import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    Case,
+    Cost,
+    Implementation,
+    simple,
+    upstream_member,
+    versions,
+)
 
-
-def peer():
-    """Returns the package fast_rnnt, or raises ``Unavailable`` with the reason."""
-    try:
-        import fast_rnnt
-    except (ImportError, OSError) as error:
-        raise Unavailable(f"the package fast_rnnt cannot be imported ({error})") from None
-    return fast_rnnt
+PEER = "fast_rnnt.mutual_information_recursion"
 
 
 def _peer(x: torch.Tensor, y: torch.Tensor, boundary: torch.Tensor | None) -> Implementation:
-    function = peer().mutual_information_recursion
+    function = upstream_member(PEER)
     return simple(lambda x, y: function(x, y, boundary), x, y)
 
 
@@ -35,11 +38,8 @@ def _make(
         part = torch.linspace(0.5, 1, batch)
         rows = [[0, 0, int(symbols * p), int(frames * p)] for p in part.tolist()]
         boundary = torch.tensor(rows, device=device)
-    return {
-        "eager": lambda: simple(partial(ops.rnnt_lattice.definition, boundary=boundary), x, y),
-        "upstream": lambda: _peer(x, y, boundary),
-        "fastasr": lambda: simple(partial(ops.rnnt_lattice, boundary=boundary), x, y),
-    }
+    upstream = {"upstream": lambda: _peer(x, y, boundary)}
+    return versions(ops.rnnt_lattice, x, y, options={"boundary": boundary}, others=upstream, compiles=False)
 
 
 def costs(cells: int, size: int) -> dict[str, Cost]:

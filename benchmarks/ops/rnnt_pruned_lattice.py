@@ -6,12 +6,12 @@ from functools import partial
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks.case import Case, Implementation, simple
-from fastasr.benchmarks.ops.rnnt_lattice import costs, peer
+from fastasr.benchmarks.case import Case, Implementation, simple, upstream_member, versions
+from fastasr.benchmarks.ops.rnnt_lattice import PEER, costs
 
 
 def _peer(x: torch.Tensor, y: torch.Tensor, starts: torch.Tensor, symbols: int) -> Implementation:
-    recursion = peer().mutual_information_recursion
+    recursion = upstream_member(PEER)
     batch, frames, window = x.shape
     at = (starts[..., None] + torch.arange(window, device=x.device)).transpose(1, 2)  # (B, R, T)
 
@@ -30,11 +30,9 @@ def _make(batch: int, symbols: int, frames: int, window: int, device: str, dtype
     rise = torch.linspace(0, symbols + 1 - window, frames, device=device).long()
     starts = rise.expand(batch, frames).contiguous()
     x[starts[..., None] + torch.arange(window, device=device) >= symbols] = -float("inf")
-    return {
-        "eager": lambda: simple(lambda x, y: ops.rnnt_pruned_lattice.definition(x, y, starts), x, y),
-        "upstream": lambda: _peer(x, y, starts, symbols),
-        "fastasr": lambda: simple(lambda x, y: ops.rnnt_pruned_lattice(x, y, starts), x, y),
-    }
+    upstream = {"upstream": lambda: _peer(x, y, starts, symbols)}
+    inputs = x, y, starts
+    return versions(ops.rnnt_pruned_lattice, *inputs, others=upstream, compiles=False, differentiable=(x, y))
 
 
 def _case(batch: int, symbols: int, frames: int, window: int) -> Case:

@@ -1,27 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """segment_attention at the size of torchaudio's base RNN-T: 400 frames, 8 heads of 64 channels, left context 30."""
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks.case import (
-    BACKWARD,
-    BOTH,
-    FORWARD,
-    Case,
-    Cost,
-    Implementation,
-    Unavailable,
-    compiled,
-    parameters,
-)
+from fastasr.benchmarks.case import Case, costs, simple, upstream_member, versions
 from fastasr.ops.segment_attention import rows_of
-
-definition = ops.segment_attention.definition
 
 FRAMES, BATCH, HEADS, WIDTH, LEFT = 400, 4, 8, 64, 30
 
@@ -30,13 +17,9 @@ def upstream(segment: int, right: int, device: str) -> Callable:
     """Does what torchaudio's layer does between its projections: dense scores and a mask, built once per
     forward.
     """
-    try:
-        emformer = importlib.import_module("torchaudio.models.emformer")
-    except (ImportError, OSError, AttributeError) as error:
-        raise Unavailable(f"torchaudio cannot be imported ({error})") from error
-    model = emformer.Emformer(
-        HEADS * WIDTH, HEADS, 8, 1, segment, left_context_length=LEFT, right_context_length=right
-    )
+    emformer = upstream_member("torchaudio.models.emformer.Emformer")
+    context = {"left_context_length": LEFT, "right_context_length": right}
+    model = emformer(HEADS * WIDTH, HEADS, 8, 1, segment, **context)
     attention = model.emformer_layers[0].attention
     mask = model._gen_attention_mask(torch.empty(FRAMES, BATCH, 1, device=device))
 
@@ -63,37 +46,22 @@ def _make(segment: int, right: int, device: str, dtype: torch.dtype):
         "right_context_length": right,
     }
 
-    def build(function: Callable) -> Implementation:
-        return Implementation(lambda: function(*inputs), parameters(*inputs))
-
-    eager = partial(definition, **sizes)
-    return {
-        "eager": lambda: build(eager),
-        "compile": lambda: build(compiled(eager)),
-        "upstream": lambda: build(upstream(segment, right, device)),
-        "fastasr": lambda: build(partial(ops.segment_attention, **sizes)),
-    }
-
-
-def _costs(segment: int, right: int, size: int) -> dict[str, Cost]:
-    queries, keys = rows_of(FRAMES, segment, right, 0)
-    row, pairs = BATCH * HEADS * WIDTH * size, 0
-    for start in range(0, FRAMES, segment):
-        end = min(start + segment, FRAMES)
-        pairs += (right + end - start) * (right + end - max(0, start - LEFT))
-    pairs *= BATCH * HEADS
-    forward = Cost((2 * queries + 2 * keys) * row, 4 * WIDTH * pairs)
-    backward = Cost((3 * queries + 4 * keys) * row, 10 * WIDTH * pairs)
-    both = Cost(forward.bytes + backward.bytes, forward.flops + backward.flops)
-    return {FORWARD: forward, BACKWARD: backward, BOTH: both}
+    others = {"upstream": lambda: simple(upstream(segment, right, device), *inputs)}
+    return versions(ops.segment_attention, *inputs, options=sizes, others=others)
 
 
 def _case(segment: int, right: int) -> Case:
-    name = f"{FRAMES}x{BATCH}, segment {segment}, right {right}"
-    shape = f"{FRAMES}x{BATCH}x{HEADS * WIDTH}"
-    return Case(
-        "segment_attention", name, shape, partial(_make, segment, right), partial(_costs, segment, right)
+    queries, keys = rows_of(FRAMES, segment, right, 0)
+    row, pairs = BATCH * HEADS * WIDTH, 0
+    for start in range(0, FRAMES, segment):
+        end = min(start + segment, FRAMES)
+        pairs += BATCH * HEADS * (right + end - start) * (right + end - max(0, start - LEFT))
+    passes = costs(
+        ((2 * queries + 2 * keys) * row, 4 * WIDTH * pairs),
+        ((3 * queries + 4 * keys) * row, 10 * WIDTH * pairs),
     )
+    name, shape = f"{FRAMES}x{BATCH}, segment {segment}, right {right}", f"{FRAMES}x{BATCH}x{HEADS * WIDTH}"
+    return Case("segment_attention", name, shape, partial(_make, segment, right), passes)
 
 
 CASES = (_case(16, 4), _case(4, 1))

@@ -15,13 +15,12 @@ from fastasr.benchmarks.case import (
     BATCH,
     FRAMES,
     Case,
-    Cost,
     Implementation,
     compiled,
-    costs_of,
+    costs,
     parameters,
-    upstream_module,
-)
+    upstream_member,
+)  # fmt: skip
 
 DROPOUT = 0.1
 
@@ -53,7 +52,7 @@ def _fastasr(x, weight, bias) -> Implementation:
 
 
 def _upstream(x, weight, bias) -> Implementation:
-    cls = upstream_module("scaling.ActivationDropoutAndLinear")
+    cls = upstream_member("zipformer.modules.scaling.ActivationDropoutAndLinear")
     outputs, inputs = weight.shape
     build = partial(cls, inputs, outputs, activation="SwooshL", dropout_p=DROPOUT, dropout_shared_dim=0)
     training, inference = build().to(x), build().to(x).eval()
@@ -78,30 +77,13 @@ def _make(shape: tuple[int, ...], outputs: int, device: str, dtype: torch.dtype)
     }
 
 
-def _costs(rows: int, inputs: int, outputs: int, size: int) -> dict[str, Cost]:
-    product = 2 * rows * inputs * outputs
-    forward = (rows * inputs + inputs * outputs + rows * outputs) * size
-    backward = (2 * rows * inputs + 2 * inputs * outputs + rows * outputs) * size
-    return costs_of(
-        Cost(forward, product),
-        Cost(backward, 2 * product),
-    )
-
-
 def _case(shape: tuple[int, ...], outputs: int) -> Case:
-    text = "x".join(map(str, shape))
-    rows = torch.Size(shape[:-1]).numel()
-    return Case(
-        "swoosh_linear",
-        f"{text}->{outputs}",
-        text,
-        partial(_make, shape, outputs),
-        partial(_costs, rows, shape[-1], outputs),
-    )
+    text, inputs, rows = "x".join(map(str, shape)), shape[-1], torch.Size(shape[:-1]).numel()
+    product, weight = 2 * rows * inputs * outputs, inputs * outputs
+    forward = rows * inputs + weight + rows * outputs
+    passes = costs((forward, product), (forward + rows * inputs + weight, 2 * product))
+    return Case("swoosh_linear", f"{text}->{outputs}", text, partial(_make, shape, outputs), passes)
 
 
-CASES = (
-    _case((796, 4, 512), 192),
-    _case((100, 4, 1536), 512),
-)
+CASES = (_case((796, 4, 512), 192), _case((100, 4, 1536), 512))
 ON_DEVICE = (_case((FRAMES, BATCH, 512), 192), _case((FRAMES, BATCH, 1536), 512))

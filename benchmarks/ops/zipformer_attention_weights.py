@@ -2,8 +2,6 @@
 """zipformer_attention_weights at the sizes of Zipformer-M's stacks 0, 1 and 3 (16 s of speech, 4 utterances), and at
 60 s of one utterance."""
 
-from functools import partial
-
 import torch
 
 from fastasr import ops
@@ -11,62 +9,50 @@ from fastasr.benchmarks.case import (
     BATCH,
     FRAMES,
     Case,
-    Cost,
     Implementation,
-    compiled,
-    costs_of,
-    parameters,
-    upstream_module,
+    costs,
+    simple,
+    upstream_member,
+    versions,
 )
-
-definition = ops.zipformer_attention_weights.definition
 
 QUERY_DIM, POS_DIM = 32, 4
 
 
 def _upstream(x, pos, heads: int, padding) -> Implementation:
     """Returns upstream's module without its projections: the rest is what the op computes."""
-    cls = upstream_module("zipformer.RelPositionMultiheadAttentionWeights")
+    cls = upstream_member("zipformer.modules.zipformer.RelPositionMultiheadAttentionWeights")
     module = cls(8, pos_dim=8, num_heads=heads, query_head_dim=QUERY_DIM, pos_head_dim=POS_DIM).eval()
     module.in_proj = module.linear_pos = torch.nn.Identity()
-    return Implementation(lambda: module(x, pos, padding), parameters(x, pos))
+    return simple(lambda x, pos: module(x, pos, padding), x, pos)
 
 
-def _make(frames: int, batch: int, heads: int, device: str, dtype: torch.dtype):
+def operands(frames: int, batch: int, heads: int, device: str, dtype: torch.dtype):
+    """Returns x, pos and the options of an attention whose sequences are padded up to 30 %."""
     width = heads * (2 * QUERY_DIM + POS_DIM)
     x = torch.randn(frames, batch, width, device=device, dtype=dtype) * 0.5
     pos = torch.randn(1, 2 * frames - 1, heads * POS_DIM, device=device, dtype=dtype)
     lengths = torch.linspace(frames, frames * 0.7, batch, device=device).long()
     padding = torch.arange(frames, device=device) >= lengths[:, None]
-
-    def made(function):
-        call = partial(function, num_heads=heads, query_head_dim=QUERY_DIM, key_padding_mask=padding)
-        return Implementation(lambda: call(x, pos), parameters(x, pos))
-
-    return {
-        "eager": lambda: made(definition),
-        "compile": lambda: made(compiled(definition)),
-        "upstream": lambda: _upstream(x, pos, heads, padding),
-        "fastasr": lambda: made(ops.zipformer_attention_weights),
-    }
+    return x, pos, {"num_heads": heads, "query_head_dim": QUERY_DIM, "key_padding_mask": padding}
 
 
-def _costs(frames: int, batch: int, heads: int, size: int) -> dict[str, Cost]:
-    scores = heads * batch * frames * frames
-    operands = frames * batch * heads * (2 * QUERY_DIM + POS_DIM)
-    product = 2 * scores * (QUERY_DIM + POS_DIM)
-    return costs_of(
-        Cost((scores + operands) * size, product),  # W; x
-        Cost((2 * scores + 2 * operands) * size, 2 * product),  # W, dW; x, dx
-    )
+def attention_case(op: str, make, forward, backward, frames: int, batch: int, heads: int) -> Case:
+    name, quick = f"{frames}x{batch}, {heads} heads", frames * frames * batch < 4_000_000
+    return Case(op, name, name, make, costs(forward, backward), quick=quick)
 
 
 def _case(frames: int, batch: int, heads: int) -> Case:
-    name = f"{frames}x{batch}, {heads} heads"
-    make, costs = partial(_make, frames, batch, heads), partial(_costs, frames, batch, heads)
-    return Case(
-        "zipformer_attention_weights", name, name, make, costs, quick=frames * frames * batch < 4_000_000
-    )
+    def make(device: str, dtype: torch.dtype):
+        x, pos, options = operands(frames, batch, heads, device, dtype)
+        upstream = {"upstream": lambda: _upstream(x, pos, heads, options["key_padding_mask"])}
+        return versions(ops.zipformer_attention_weights, x, pos, options=options, others=upstream)
+
+    scores, values = heads * batch * frames * frames, frames * batch * heads * (2 * QUERY_DIM + POS_DIM)
+    product = 2 * scores * (QUERY_DIM + POS_DIM)
+    forward = scores + values, product  # W; x
+    backward = 2 * scores + 2 * values, 2 * product  # W, dW; x, dx
+    return attention_case("zipformer_attention_weights", make, forward, backward, frames, batch, heads)
 
 
 CASES = (_case(796, 4, 4), _case(398, 4, 4), _case(100, 4, 8), _case(2998, 1, 4))

@@ -29,7 +29,7 @@ import torch
 
 from fastasr.benchmarks import limits, rows
 from fastasr.benchmarks import ops as op_cases
-from fastasr.benchmarks.case import Case, Settings, Unavailable, variant
+from fastasr.benchmarks.case import Case, Settings, Unavailable, row, variant
 from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.harness import Variant, peak_bytes, synchronize
 from fastasr.benchmarks.rows import Row
@@ -129,32 +129,10 @@ def measure(
                 limit_ms, limit = cost.flops / rate * 1e3, f"GEMM {rate / 1e12:.0f} TFLOP/s"
         measured = []
         for name, times in samples.items():
-            q1, median, q3 = (
-                statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-            )
-            measured.append(
-                Row.measured(
-                    suite="ops",
-                    name=case.op,
-                    case=case.name,
-                    shape=case.shape,
-                    dtype=str(dtype).removeprefix("torch."),
-                    device=device,
-                    pass_=pass_,
-                    implementation=name,
-                    median_ms=round(median, 6),
-                    q1_ms=round(q1, 6),
-                    q3_ms=round(q3, 6),
-                    reps=len(times),
-                    peak_bytes=peak_bytes(variants[name], device)
-                    if settings.memory and name != "copy"
-                    else None,
-                    bytes=cost.bytes,
-                    flops=cost.flops,
-                    fraction_of_limit=round(limit_ms / median, 4),
-                    limit=limit,
-                )
-            )
+            quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+            memory = peak_bytes(variants[name], device) if settings.memory and name != "copy" else None
+            more = {"reps": len(times), "peak_bytes": memory, "limit": limit}
+            measured.append(row(case, device, dtype, pass_, name, quartiles, limit_ms, **more))
         yield measured
 
 
@@ -177,8 +155,8 @@ def environment(out: Path, quick: bool) -> bool:
     }
     (out / "environment.json").write_text(json.dumps(report, indent=1, default=str))
     missing = [r for r in report["ops"] if r["backend"] == "triton" and not r["available"]]
-    for row in missing:
-        print(f"# {row['op']}: no Triton kernel: {row['reason']}")
+    for op in missing:
+        print(f"# {op['op']}: no Triton kernel: {op['reason']}")
     return not missing
 
 

@@ -143,7 +143,7 @@ def test_dispatch_rows(tmp_path):
 
 def test_upstream_that_cannot_be_imported_is_unavailable(monkeypatch):
     with pytest.raises(Unavailable, match="zipformer"):
-        cases.upstream_module("nowhere.Nothing")
+        cases.upstream_member("zipformer.modules.nowhere.Nothing")
 
 
 def test_a_chunk_through_the_streaming_engine():
