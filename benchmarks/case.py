@@ -155,9 +155,7 @@ def shaped(op: str, shape: Sequence[int], make: Callable, costs: Callable, note:
 
 
 def variant(implementation: Implementation, pass_: str) -> Variant:
-    """Returns what a pass times: a call without gradients, a call and its gradients, or the gradients
-    alone.
-    """
+    """Returns what a pass times: a call without gradients, a call and its gradients, or the gradients alone."""
     if pass_ == FORWARD:
         call = implementation.inference or implementation.call
 
@@ -223,9 +221,7 @@ def measure(
     skip: Callable[[str], bool] = lambda _: False,
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
-    """Measures ``case`` pass by pass and yields the rows of each. If ``skip(pass)`` is true, that pass is
-    left out.
-    """
+    """Measures ``case`` pass by pass and yields the rows of each. If ``skip(pass)`` is true, that pass is left out."""
     settings = settings or Settings()
     passes = [p for p in case.passes if not skip(p)]
     if not passes:

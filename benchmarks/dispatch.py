@@ -71,9 +71,7 @@ def _variant(function: Callable, arguments: dict, pass_: str) -> Variant:
 
 
 def _mode(pass_: str):
-    """Returns the mode of a pass. It is entered once around the timing, because entering it is not part
-    of a call.
-    """
+    """Returns the mode of a pass. It is entered once around the timing, because entering it is not part of a call."""
     if pass_ == INFERENCE:
         return torch.inference_mode()
     return torch.set_grad_enabled(pass_ != NO_GRAD)
@@ -87,9 +85,7 @@ def measure(
     skip: Callable[[str, str, str], bool] = lambda op, shape, pass_: False,
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
-    """Yields the rows of one op and pass at a time. ``only(op)`` chooses ops, ``skip(op, shape, pass)``
-    leaves out.
-    """
+    """Yields the rows of one op and pass at a time. ``only(op)`` chooses ops, ``skip(op, shape, pass)`` leaves out."""
     settings = settings or Settings()
     for name in filter(only, ops.NAMES):
         call = tiny(name, device)

@@ -123,9 +123,7 @@ def interleave(
 
 
 def _cpu_seconds() -> tuple[float, float, float] | None:
-    """Returns (wall clock, busy CPU seconds of the machine, CPU seconds of this process), or None without
-    /proc.
-    """
+    """Returns (wall clock, busy CPU seconds of the machine, CPU seconds of this process), or None without /proc."""
     try:
         with open("/proc/stat") as file:
             ticks = [int(v) for v in file.readline().split()[1:9]]

@@ -39,9 +39,7 @@ def _onednn_linear(x: torch.Tensor, weight: torch.Tensor):
 
 @functools.cache
 def gemm_flops_per_second(device: str = "cpu", dtype: torch.dtype = torch.float32, reps: int = 7) -> float:
-    """Returns the best rate of torch's own GEMMs on large matrices, in multiply and add operations per
-    second.
-    """
+    """Returns the best rate of torch's own GEMMs on large matrices, in multiply and add operations per second."""
     size = 1024 if torch.device(device).type == "cpu" else 8192
     x = torch.randn(2 * size, size, device=device, dtype=dtype)
     weight = torch.randn(size, size, device=device, dtype=dtype)

@@ -108,9 +108,7 @@ def _by_machine(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Returns all rows, machine by machine: models and ops, what the linear layers bring, the cost of a
-    call.
-    """
+    """Returns all rows, machine by machine: models and ops, what the linear layers bring, the cost of a call."""
     blocks = []
     for measured in _by_machine(rows):
         found = units(measured)

@@ -13,9 +13,7 @@ TEMPLATES = Path(__file__).parent
 
 
 def environment(folder: Path):
-    """Returns the Jinja2 environment for the templates of ``folder``. Raises ``ImportError`` naming the
-    extra.
-    """
+    """Returns the Jinja2 environment for the templates of ``folder``. Raises ``ImportError`` naming the extra."""
     try:
         import jinja2
     except ImportError:

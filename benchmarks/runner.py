@@ -45,9 +45,7 @@ class Options:
 
 @dataclass
 class Summary:
-    """The result of a run: rows measured now, units found done, and messages about what could not be
-    measured.
-    """
+    """The result of a run: rows measured now, units found done, and messages about what could not be measured."""
 
     rows: list[Row] = field(default_factory=list)
     resumed: int = 0
@@ -60,9 +58,7 @@ def known_names() -> list[str]:
 
 
 def select(names: tuple[str, ...]) -> list[str]:
-    """Returns the known names that ``names`` stand for, in table order. Raises ``ValueError`` for an
-    unknown one.
-    """
+    """Returns the known names that ``names`` stand for, in table order. Raises ``ValueError`` for an unknown one."""
     suites = {"ops": ops.names(), "models": models.names(), "all": known_names()}
     chosen: set[str] = set()
     for name in names or ("all",):
@@ -117,9 +113,7 @@ def _zipformer(options: Options, done: Callable[..., bool]) -> Iterator[dict]:
 
 
 def _units(name: str, options: Options, summary: Summary, report: Report) -> Iterator[list[Row]]:
-    """Yields the rows of everything that ``name`` stands for, unit by unit, without what is already in
-    the file.
-    """
+    """Yields the rows of everything that ``name`` stands for, unit by unit, without what is already in the file."""
     settings, finished = options.settings(), _finished(options)
     dtype = str(options.dtype).removeprefix("torch.")
 

@@ -64,9 +64,7 @@ def sentences(text: Path | None, cache: Path) -> list[str]:
 
 
 def batches(lines: list[list[int]], size: int, seed: int):
-    """Yields endless batches of similar length, in a seeded order: (labels, targets), padded with
-    BOUNDARY and -100.
-    """
+    """Yields endless batches of similar length, in a seeded order: (labels, targets), padded with BOUNDARY and -100."""
     draw = random.Random(seed)
     order = sorted(range(len(lines)), key=lambda i: len(lines[i]))
     groups = [order[i : i + size] for i in range(0, len(order), size)]
@@ -106,9 +104,7 @@ def perplexity(model: CharacterModel, lines: list[list[int]]) -> float:
 
 
 def train(backend: str, options, training: list[list[int]], held_out: list[list[int]], vocabulary: int):
-    """Trains once from ``options.seed``; returns the model, its losses and its result on the held-out
-    lines.
-    """
+    """Trains once from ``options.seed``; returns the model, its losses and its result on the held-out lines."""
     torch.manual_seed(options.seed)
     longest = max(512, *(len(line) + 1 for line in training + held_out))
     model = CharacterModel(vocabulary, options.size, options.blocks, longest)

@@ -49,9 +49,7 @@ def parser():
 
 
 def compare(options):
-    """Reads the recordings that training has held out with both models, streaming. Exits with 1 when a
-    text differs.
-    """
+    """Reads the recordings that training has held out with both models, streaming. Exits with 1 when a text differs."""
     from fastasr.recipe import recogniser, speech
 
     readers = recogniser.load(options.model), recogniser.load(options.compare)

@@ -30,9 +30,7 @@ QUICK = {"size": "tiny", "sequences": ((2, 3),), "steps": (2,)}
 
 
 def predictors(size: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Returns upstream's predictor with random parameters, and fastasr's. Raises
-    ``upstream.MissingUpstream``.
-    """
+    """Returns upstream's predictor with random parameters, and fastasr's. Raises ``upstream.MissingUpstream``."""
     from fastasr.models.emformer_rnnt import Predictor
 
     theirs = upstream.module("torchaudio.models.rnnt")._Predictor

@@ -29,9 +29,7 @@ def cases(histories=HISTORIES, batches=BATCHES) -> list[tuple[str, str, int, int
 
 
 def decoders(size: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Returns upstream's decoder and fastasr's with the same parameters. Raises
-    ``upstream.MissingUpstream``.
-    """
+    """Returns upstream's decoder and fastasr's with the same parameters. Raises ``upstream.MissingUpstream``."""
     from fastasr.models.mega import MEGADecoder
 
     module = upstream.module("espnet2.asr_transducer.decoder.mega_decoder")
@@ -58,9 +56,7 @@ def _states(decoder: torch.nn.Module, batch: int, history: int) -> list[dict[str
 
 
 def cost(decoder: torch.nn.Module, batch: int, history: int) -> tuple[int, int]:
-    """Returns (bytes, multiply and add operations) of a step: weights and history read once, states
-    written once.
-    """
+    """Returns (bytes, multiply and add operations) of a step: weights and history read once, states written once."""
     weights = sum(p.numel() for p in decoder.mega_blocks.parameters() if p.ndim == 2)
     width = decoder.mega_att_k_size + decoder.mega_att_v_size
     rows = decoder.num_blocks * batch * width

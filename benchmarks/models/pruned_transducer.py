@@ -152,9 +152,7 @@ def measure(
     skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
-    """Yields the rows of each case. ``compile_model`` changes nothing: settings.compile measures
-    torch.compile.
-    """
+    """Yields the rows of each case. ``compile_model`` changes nothing: settings.compile measures torch.compile."""
     settings = settings or Settings()
     for case, *sizes in cases:
         shape = shape_name(*sizes)

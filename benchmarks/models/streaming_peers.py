@@ -48,9 +48,7 @@ class StackedStreams:
 
     @torch.inference_mode()
     def step(self, features, streams):
-        """Encodes the next chunk of each of ``streams``, (n, 2 chunk_size + 13, bins), and returns the
-        output.
-        """
+        """Encodes the next chunk of each of ``streams``, (n, 2 chunk_size + 13, bins), and returns the output."""
         if len(streams) == 1:
             y, self._states[streams[0]] = self._run(features, self._states[streams[0]])
             return y
@@ -79,9 +77,7 @@ class EngineStreams:
         self._streams = [self._encoder.open() for _ in range(count)]
 
     def middle(self, features, chunks):
-        """Returns a call in the middle of the streams. The states move on with every call; its work does
-        not change.
-        """
+        """Returns a call in the middle of the streams. The states move on with every call; its work does not change."""
         self.open(len(features))
         for _ in range(chunks):
             self._encoder.step(features, self._streams)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code that benchmarks of whole models share: names of implementations and passes, and the rows of one
-unit.
-"""
+"""Code that benchmarks of whole models share: names of implementations and passes, and the rows of one unit."""
 
 from collections.abc import Callable
 from math import prod

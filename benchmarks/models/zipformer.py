@@ -55,9 +55,7 @@ def _call(model: Callable, inputs: tuple) -> Callable[[], torch.Tensor]:
 
 
 def _compiles(call: Callable[[], torch.Tensor], report: Report) -> bool:
-    """Says whether the first two calls, after which nothing compiles any more, end in time and without an
-    error.
-    """
+    """Says whether the first two calls, after which nothing compiles any more, end in time and without an error."""
     try:
         with time_limit(COMPILE_LIMIT):
             call()
@@ -158,9 +156,7 @@ def _row(case: str, implementation: str, timing: Timing, shape: str, load: float
 
 
 def _fresh_process(implementation: str, size: str) -> dict[str, float]:
-    """Returns the seconds of accelerate(), the first and the second call in a new process with empty
-    caches.
-    """
+    """Returns the seconds of accelerate(), the first and the second call in a new process with empty caches."""
     with tempfile.TemporaryDirectory() as cache:
         caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "FASTASR_CACHE")
         environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))

@@ -14,9 +14,7 @@ FRAMES, BATCH, HEADS, WIDTH, LEFT = 400, 4, 8, 64, 30
 
 
 def upstream(segment: int, right: int, device: str) -> Callable:
-    """Does what torchaudio's layer does between its projections: dense scores and a mask, built once per
-    forward.
-    """
+    """Does what torchaudio's layer does between its projections: dense scores and a mask, built once per forward."""
     emformer = upstream_member("torchaudio.models.emformer.Emformer")
     context = {"left_context_length": LEFT, "right_context_length": right}
     model = emformer(HEADS * WIDTH, HEADS, 8, 1, segment, **context)

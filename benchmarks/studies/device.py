@@ -107,9 +107,7 @@ def _variants(
 def measure(
     case: Case, device: str, dtype: torch.dtype, settings: Settings, timer: Timer
 ) -> Iterator[list[Row]]:
-    """Yields the rows of each pass; ``fraction_of_limit`` is the time of a copy of the same bytes over
-    the median.
-    """
+    """Yields the rows of each pass; ``fraction_of_limit`` is the time of a copy of the same bytes over the median."""
     for pass_ in case.passes:
         torch._dynamo.reset()
         torch.manual_seed(0)
@@ -301,9 +299,7 @@ def launch_attention() -> None:
 
 
 def launch_relative_attention() -> None:
-    """Launches both forms of the forward pass, packed and other positions, caches, masks, chunks, the
-    penalty.
-    """
+    """Launches both forms of the forward pass, packed and other positions, caches, masks, chunks, the penalty."""
     from fastasr import ops
 
     for dtype in (torch.float32, torch.bfloat16):

@@ -68,9 +68,7 @@ def percentile(latencies, share):
 
 
 def largest(sustained, most):
-    """Returns the largest N of 1 to ``most`` with sustained(N), which no longer holds beyond some N; 0
-    for none.
-    """
+    """Returns the largest N of 1 to ``most`` with sustained(N), which no longer holds beyond some N; 0 for none."""
     good, bad = 0, None
     n = 1
     while bad is None and good < most:

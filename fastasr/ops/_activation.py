@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The activations that kernels apply to their inputs or outputs, with the names and numbers that all
-kernels share.
-"""
+"""The activations that kernels apply to their inputs or outputs, with the names and numbers that all kernels share."""
 
 from collections.abc import Callable
 from typing import Literal, get_args

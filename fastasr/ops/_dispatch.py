@@ -53,9 +53,7 @@ def native_reason() -> str:
 
 
 def native_build_info() -> dict:
-    """Returns compiler, SIMD level in use and CUDA architectures of the native library; {} when it is
-    missing.
-    """
+    """Returns compiler, SIMD level in use and CUDA architectures of the native library; {} when it is missing."""
     module = native_library()
     return dict(module.build_info()) if module is not None else {}
 
@@ -75,9 +73,7 @@ def interpreting() -> bool:
 
 
 def reason_cpu(*operators: str) -> str:
-    """Says why ``torch.ops.fastasr_cpu.<operator>`` cannot serve here, for one of ``operators``, or
-    returns "".
-    """
+    """Says why ``torch.ops.fastasr_cpu.<operator>`` cannot serve here, for one of ``operators``, or returns ""."""
     if native_reason():
         return native_reason()
     if all(hasattr(torch.ops.fastasr_cpu, operator) for operator in operators):
@@ -326,9 +322,7 @@ def table() -> list[dict]:
 
 
 def explain_choice(family: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
-    """Returns (backend, reason) that a tensor of this kind gets now; the reason says why it is eager,
-    else it is "".
-    """
+    """Returns (backend, reason) that a tensor of this kind gets now; the reason says why it is eager, else it is ""."""
     reasons = []
     if _forced == "eager":
         return "eager", "backend 'eager' is forced"

@@ -63,16 +63,12 @@ def within(boundary: Tensor, s: Tensor, t: Tensor, regular: bool) -> tuple[Tenso
 
 
 def values_are_checked(t: Tensor) -> bool:
-    """Says whether values are checked: not on a GPU, which reading them would stall, and not in a traced
-    call.
-    """
+    """Says whether values are checked: not on a GPU, which reading them would stall, and not in a traced call."""
     return not is_compiling() and type(t) in PLAIN and t.is_cpu
 
 
 def check_boundary(op, boundary: Tensor | None, symbols: int | None, frames: int) -> None:
-    """Checks 0 <= s_begin <= s_end <= symbols (None: any number) and 0 <= t_begin <= t_end <= frames in
-    every row.
-    """
+    """Checks 0 <= s_begin <= s_end <= symbols (None: any number) and 0 <= t_begin <= t_end <= frames in every row."""
     if boundary is None or not values_are_checked(boundary):
         return
     for row, (s_begin, t_begin, s_end, t_end) in enumerate(boundary.tolist()):

@@ -90,9 +90,7 @@ def convolution(
 
 
 def window(inputs: Tensor, q: Tensor, taps: int) -> Tensor:
-    """Returns Σ_{j<taps} q^j inputs(t−j) of (B, D, N, L), by doubling, so that no tap has to be
-    subtracted again.
-    """
+    """Returns Σ_{j<taps} q^j inputs(t−j) of (B, D, N, L), by doubling, so that no tap has to be subtracted again."""
 
     def late(h: Tensor, power: Tensor, steps: int) -> Tensor:
         return power.unsqueeze(-1) * F.pad(h, (steps, -steps))

@@ -45,9 +45,7 @@ STRIDES = {
 
 
 class Declined(RuntimeError):
-    """The shortest path raises this for a part that cannot serve the call; the checked path then takes
-    the call.
-    """
+    """The shortest path raises this for a part that cannot serve the call; the checked path then takes the call."""
 
 
 @dataclass(eq=False, repr=False)
@@ -178,9 +176,7 @@ class Op(Errors):
         return next(a for a in self.arguments if a.name == name)
 
     def known_sizes(self) -> set[str]:
-        """Returns the names that shapes may use before a tensor binds them: options, and the results of
-        ``sizes``.
-        """
+        """Returns the names that shapes may use before a tensor binds them: options, and the results of ``sizes``."""
         given = {name for names in self.sizes for name in names.split()}
         return given | {a.name for a in self.options if a.kind == "int" and not a.optional}
 
@@ -279,9 +275,7 @@ class Op(Errors):
         return *self.cast(self, dtype, self.Arguments(*args[:count])), *args[count:]
 
     def needed(self, needs_input_grad) -> list[bool]:
-        """Says which floating tensors need a gradient; an argument that the dispatcher left out needs
-        none.
-        """
+        """Says which floating tensors need a gradient; an argument that the dispatcher left out needs none."""
         return [i < len(needs_input_grad) and needs_input_grad[i] for i in self.places]
 
     def returned(self, arguments: dict, found):
@@ -296,9 +290,7 @@ class Op(Errors):
 
     # ----------------------------------------------------------------------- the written source
     def _compile(self) -> dict:
-        """Runs the source as a module: torch.compile finds its names there, debuggers and tracebacks its
-        lines.
-        """
+        """Runs the source as a module: torch.compile finds its names there, debuggers and tracebacks its lines."""
         file = f"<fastasr.ops.{self.name}>"
         linecache.cache[file] = len(self.source), None, self.source.splitlines(keepends=True), file
         module = ModuleType(f"fastasr.ops._written_{self.name}")

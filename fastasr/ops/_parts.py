@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions that an op's generated source calls; there each name of this file has an underscore
-before it.
-"""
+"""The functions that an op's generated source calls; there each name of this file has an underscore before it."""
 
 # ruff: noqa: F401 (the written source uses what is imported)
 

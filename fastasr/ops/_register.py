@@ -63,9 +63,7 @@ def double_backward_message(name: str) -> str:
 
 
 def refuse_double_backward(name: str) -> None:
-    """Raises under ``create_graph=True``: only then is grad mode on at the start of a backward on the
-    direct path.
-    """
+    """Raises under ``create_graph=True``: only then is grad mode on at the start of a backward on the direct path."""
     if torch.is_grad_enabled():
         raise RuntimeError(double_backward_message(name))
 

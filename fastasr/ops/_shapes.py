@@ -51,9 +51,7 @@ class Dim:
         return eval(compile(ast.Expression(self.tree), "<shape>", "eval"), {"__builtins__": {}}, names)
 
     def unknown(self, known: set[str]) -> tuple[str, str, str] | None:
-        """Returns (name, a, b) where the one unknown name is (size − b) / a; None where all names are
-        known.
-        """
+        """Returns (name, a, b) where the one unknown name is (size − b) / a; None where all names are known."""
         missing = sorted(self.names - known)
         if not missing:
             return None
@@ -109,9 +107,7 @@ class Shape:
         return f"({', '.join(parts)},)" if parts else "()"
 
     def solve(self, known: set[str], shape: str) -> tuple[str, list[str], list[str]]:
-        """Returns (rank condition, conditions, bindings) as code over the variable ``shape``, and adds to
-        ``known``.
-        """
+        """Returns (rank condition, conditions, bindings) as code over the variable ``shape``, and adds to ``known``."""
         count = len(self.dims)
         rank = f"len({shape}) {'>=' if self.rest else '=='} {count}"
         conditions, bindings = [], []
@@ -138,9 +134,7 @@ class Shape:
         return rank, conditions, bindings
 
     def match(self, shape: tuple[int, ...], names: Names) -> Names | None:
-        """Does directly what the code of :meth:`solve` does: returns the names with those bound here, or
-        None.
-        """
+        """Does directly what the code of :meth:`solve` does: returns the names with those bound here, or None."""
         names, count = dict(names), len(self.dims)
         if len(shape) < count or (not self.rest and len(shape) > count):
             return None

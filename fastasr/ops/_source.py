@@ -223,9 +223,7 @@ def write(op) -> str:
 
 
 def _render(template: str, fragments: dict) -> str:
-    """Puts fragments that are texts into their lines; fragments that are lists of lines stand alone on
-    theirs.
-    """
+    """Puts fragments that are texts into their lines; fragments that are lists of lines stand alone on theirs."""
     lines = []
     for line in template.strip("\n").split("\n"):
         alone = re.fullmatch(r"( +)\{(\w+)\}", line)
@@ -280,9 +278,7 @@ def _apply(op, direct: bool) -> list[str]:
 
 
 def _needed(op) -> str:
-    """Returns autograd's answer for each floating tensor; the function's first two arguments are the
-    engine's.
-    """
+    """Returns autograd's answer for each floating tensor; the function's first two arguments are the engine's."""
     return f"({', '.join(f'_asked[{2 + place}]' for place in op.places)},)"
 
 
@@ -410,9 +406,7 @@ def _dtype(op, output) -> str:
 
 # --------------------------------------------------------------------------- kernels
 def _arguments(op, tokens: list[str], renamed: dict[str, str] | None = None) -> str:
-    """Returns a kernel's arguments: choices as their codes, no number as 0, renamed ones, and the rest
-    unchanged.
-    """
+    """Returns a kernel's arguments: choices as their codes, no number as 0, renamed ones, and the rest unchanged."""
     names = {a.name: f"_codes_{a.name}[{a.name}]" for a in op.options if a.codes}
     names |= {a.name: f"{a.name} or 0" for a in op.options if a.kind == "int" and a.optional}
     names |= renamed or {}

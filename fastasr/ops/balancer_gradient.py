@@ -59,9 +59,7 @@ def _launch(op, kernels, a, dtype, keep: bool) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor | None:
-    """Returns x (..., channels) as (rows, channels) without a copy, or None if its channels or rows are
-    not regular.
-    """
+    """Returns x (..., channels) as (rows, channels) without a copy, or None if its channels or rows are not regular."""
     if x.stride(-1) != 1 and x.shape[-1] != 1:
         return None
     try:

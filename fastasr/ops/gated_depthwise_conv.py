@@ -32,9 +32,7 @@ ACTIVATIONS = {"swoosh_r": True, "identity": False}
 
 # --------------------------------------------------------------------------- parts
 def _autocast(op, dtype, a):
-    """Follows the convolution's rule, but the output is float32 where the scale is; the kernels widen a
-    narrower h.
-    """
+    """Follows the convolution's rule, but the output is float32 where the scale is; the kernels widen a narrower h."""
     if a.chunk_scale is not None:
         dtype = torch.promote_types(dtype, a.chunk_scale.dtype)
     h = a.h if torch.promote_types(a.h.dtype, dtype) is dtype else cast(dtype, a.h)[0]
@@ -83,9 +81,7 @@ def _within_chunks(u, weight, bias, chunk_scale, chunk_size) -> Tensor:
 
 
 def edge_scale(chunk_scale: Tensor, size: int) -> Tensor:
-    """Returns (C, size): 1 plus the correction near the left edge plus that near the right edge of a
-    chunk.
-    """
+    """Returns (C, size): 1 plus the correction near the left edge plus that near the right edge of a chunk."""
     left, right = chunk_scale.unbind(0)
     more = size - left.shape[1]
     if more < 0:

@@ -32,9 +32,7 @@ PARAMETERS = ("dropout_mask", "weight", "bias")
 
 # --------------------------------------------------------------------------- kernels
 def _operands(a, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """Returns the inputs in one dtype with evenly spaced rows, and the parameters in the dtype of the
-    computation.
-    """
+    """Returns the inputs in one dtype with evenly spaced rows, and the parameters in the dtype of the computation."""
     work = torch.float64 if torch.float64 in (a.weight.dtype, a.bias.dtype) else dtype
     wide = torch.promote_types(work, torch.float32)
     inputs = (getattr(a, name, None) for name in INPUTS)

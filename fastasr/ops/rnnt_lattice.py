@@ -131,9 +131,7 @@ def _check(op, a) -> None:
 
 
 def _kept_shape(backend: str, a) -> tuple[int, int, int]:
-    """Returns the shape of S + 1 shares per step (C++) or frame (Triton), padded to what the kernels read
-    fastest.
-    """
+    """Returns the shape of S + 1 shares per step (C++) or frame (Triton), padded to what the kernels read fastest."""
     batch, symbols, width = a.symbol_logprobs.shape
     frames = a.blank_logprobs.shape[2]
     if backend == "triton":

@@ -22,9 +22,7 @@ from fastasr.ops.swoosh import KINDS
 
 # --------------------------------------------------------------------------- kernels
 def _activate(kernels, a) -> Tensor:
-    """Returns swoosh(x) ⊙ mask, computed in x's dtype; only under autocast does the weight have another
-    one.
-    """
+    """Returns swoosh(x) ⊙ mask, computed in x's dtype; only under autocast does the weight have another one."""
     return kernels.forward(a.x.contiguous(), KINDS[a.kind], a.mask, a.shared_dim).to(a.weight.dtype)
 
 

@@ -41,9 +41,7 @@ def chunks(length: int, chunk_size: int) -> tuple[int, int]:
 def mask_of(
     length: int, size: int, count: int, causal: bool, padding_mask: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """Returns True where a key may not be seen, broadcastable to (B, chunks, size, size); None when all
-    may.
-    """
+    """Returns True where a key may not be seen, broadcastable to (B, chunks, size, size); None when all may."""
     mask = None
     if causal:
         mask = torch.ones(size, size, dtype=torch.bool, device=device).triu(1)

@@ -63,9 +63,7 @@ def by_key(by_offset: Tensor, keys: int) -> Tensor:
 
 
 def outside_chunks(scores: Tensor, chunk_size: int, left_context_chunks: int) -> Tensor:
-    """Returns (T, left + T), True where a key is neither in a query's chunk nor in the earlier chunks
-    that it sees.
-    """
+    """Returns (T, left + T), True where a key is neither in a query's chunk nor in the earlier chunks that it sees."""
     frames, keys = scores.shape[-2:]
     query, key = (torch.arange(n, frames, device=scores.device) for n in (0, frames - keys))
     query, key = (torch.div(t, chunk_size, rounding_mode="floor") for t in (query[:, None], key))

@@ -25,9 +25,7 @@ def floating(op: str, name: str, value: object, dims: str) -> Tensor:
 
 
 def integers(op: str, name: str, value: object, shape: tuple, like: Tensor, like_name: str) -> Tensor:
-    """Checks for an integer tensor of that shape (None: any size) on like's device, and returns it as
-    int64.
-    """
+    """Checks for an integer tensor of that shape (None: any size) on like's device, and returns it as int64."""
     if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"fastasr.{op}: {name}: expected an integer tensor, got {got}")

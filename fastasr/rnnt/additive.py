@@ -73,9 +73,7 @@ def _products(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _left_rows(lm: Tensor, dtype: torch.dtype, unigram: bool):
-    """Returns (e^lm with the unigram as one more row, maxima, sums): (B, S+1 or S+2, C), (B, S+1, 1), (B,
-    S+1, 1).
-    """
+    """Returns (e^lm with the unigram as one more row, maxima, sums): (B, S+1 or S+2, C), (B, S+1, 1), (B, S+1, 1)."""
     tiny = torch.finfo(dtype).tiny
     batch, positions, classes = lm.shape
     left = lm.new_empty(batch, positions + int(unigram), classes, dtype=dtype)

@@ -130,9 +130,7 @@ def test_every_headline_is_a_committed_row():
 
 
 def test_curves_over_the_length(tmp_path):
-    """There is one picture per op with rows over the length, from the newest rows, and none without such
-    rows.
-    """
+    """There is one picture per op with rows over the length, from the newest rows, and none without such rows."""
     made = synthetic.lengths("ema_scan", (64, 1024, 256))
     found = curves.lengths([*made, *synthetic.rows()])
     assert list(found) == ["ema_scan"]

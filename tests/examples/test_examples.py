@@ -61,9 +61,7 @@ def test_train_char_lm(tmp_path):
 
 
 def test_train_transducer_and_transcribe(tmp_path):
-    """A run that is killed and started again has the losses of a run without a break; its result reads a
-    recording.
-    """
+    """A run that is killed and started again has the losses of a run without a break; its result reads a recording."""
     for name in ("kaldi_native_fbank", "kaldialign", "onnxruntime", "matplotlib"):
         pytest.importorskip(name, reason="the recipe needs the extras fastasr[recipe] and fastasr[export]")
     sys.path.insert(0, str(EXAMPLES.parent / "tests" / "recipe"))

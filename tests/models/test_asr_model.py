@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognisers without upstream's package: the calls they refuse, time warping, consistency-regularised
-CTC.
-"""
+"""Recognisers without upstream's package: the calls they refuse, time warping, consistency-regularised CTC."""
 
 import types
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A segment through a layer in one native call: it gives what the operations give, and runs only where it
-may.
-"""
+"""A segment through a layer in one native call: it gives what the operations give, and runs only where it may."""
 
 import copy
 

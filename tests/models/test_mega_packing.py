@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The packed weights of a MEGA decoder's steps are never stale; an unsuitable call is declined with a
-reason.
-"""
+"""The packed weights of a MEGA decoder's steps are never stale; an unsuitable call is declined with a reason."""
 
 import copy
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention weights that are not in memory: the handle against the tensor, in upstream's consumers and in
-a layer.
-"""
+"""Attention weights that are not in memory: the handle against the tensor, in upstream's consumers and in a layer."""
 
 import copy
 import itertools
@@ -77,9 +75,7 @@ def test_everything_else_materialises():
 
 @pytest.mark.parametrize("rows", [1, 5, 100])
 def test_constant_attention(monkeypatch, rows):
-    """It compares fastasr's constant attention, in blocks of rows, and upstream's own operations on the
-    handle.
-    """
+    """It compares fastasr's constant attention, in blocks of rows, and upstream's own operations on the handle."""
     monkeypatch.setattr(score_blocks, "BLOCK_ELEMENTS", rows * BATCH * FRAMES)
     weights, tensor = handle()[0:1], handle().materialised()[0:1]
     equal, expected = layer_module._constant(weights), layer_module._constant(tensor)
@@ -103,9 +99,7 @@ def gradients(weights, use):
 
 @pytest.mark.parametrize("case", ["plain", "masked", "nothing to see", "no positions", "one frame", "chunks"])
 def test_gradients_of_every_consumer(case):
-    """Three consumers have gradients of their own, one of them of the first head; a torch function is the
-    fourth.
-    """
+    """Three consumers have gradients of their own, one of them of the first head; a torch function is the fourth."""
     frames = 1 if case == "one frame" else FRAMES
     masks = {}
     if case == "masked":

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX files of fastasr's recognisers, and of upstream's inside eager_mode, in onnxruntime against
-PyTorch.
-"""
+"""ONNX files of fastasr's recognisers, and of upstream's inside eager_mode, in onnxruntime against PyTorch."""
 
 import functools
 import random

@@ -96,9 +96,7 @@ def test_streaming_equals_chunked_forward(lengths):
 
 @torch.inference_mode()
 def test_front_end_streaming_equals_whole():
-    """This holds away from the ends: there the whole pass sees zero padding where the stream sees frames
-    or zeros.
-    """
+    """This holds away from the ends: there the whole pass sees zero padding where the stream sees frames or zeros."""
     embed = models.Conv2dSubsampling(20, 24, 4, 8, 16).eval()
     chunk, chunks = 16, 3
     x = torch.randn(2, chunk * chunks + 13, 20)
@@ -117,9 +115,7 @@ def test_front_end_streaming_equals_whole():
 @torch.inference_mode()
 @pytest.mark.parametrize("frames", [1, 2, 3, 5, 9, 21])
 def test_short_and_odd_inputs(frames):
-    """There are fewer frames than taps, no multiple of a chunk or of a downsampling factor, and one
-    sequence.
-    """
+    """There are fewer frames than taps, no multiple of a chunk or of a downsampling factor, and one sequence."""
     for config in (TINY, STREAMING):
         y, lens = _encoder(config)(torch.randn(frames, 1, 24), torch.tensor([frames]))
         assert y.shape == ((frames + 1) // 2, 1, 32)

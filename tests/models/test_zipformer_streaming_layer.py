@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chunk through a layer in one native call: it gives what the submodules give, and runs only where it
-may.
-"""
+"""A chunk through a layer in one native call: it gives what the submodules give, and runs only where it may."""
 
 import copy
 
@@ -74,9 +72,7 @@ def _served(layer, chunk):
     [(20, 7, 4, 2, 6), (20, 7, 1, 1, 9), (32, 3, 9, 3, 4), (32, 9, 5, 1, 0), (68, 31, 2, 2, 3)],
 )
 def test_a_chunk(dim, kernel, frames, streams, left):
-    """Left contexts are longer and shorter than the chunk, or absent; chunks are shorter than the
-    convolution.
-    """
+    """Left contexts are longer and shorter than the chunk, or absent; chunks are shorter than the convolution."""
     layer = _layer(dim, kernel)
     exact = copy.deepcopy(layer).double()
     masks = torch.rand(streams, left + frames) < 0.3

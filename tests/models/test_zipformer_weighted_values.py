@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values weighted by attention weights in memory: the kernel for few columns, and the cases that leave it
-out.
-"""
+"""Values weighted by attention weights in memory: the kernel for few columns, and the cases that leave it out."""
 
 import pytest
 import torch

@@ -12,9 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _clean(environment: dict[str, str]) -> dict[str, str]:
-    """Returns this process's environment without what would change an import; this Python's tools are on
-    PATH.
-    """
+    """Returns this process's environment without what would change an import; this Python's tools are on PATH."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "FASTASR", "TRITON"))}
     kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
     return kept | environment

@@ -41,9 +41,7 @@ DROPOUT = {"dropout_rate": 0.2, "positional_dropout_rate": 0.1, "attention_dropo
 
 
 def pair(**arguments):
-    """Returns ESPnet's encoder with parameters away from their initial values, and fastasr's with the
-    same.
-    """
+    """Returns ESPnet's encoder with parameters away from their initial values, and fastasr's with the same."""
     torch.manual_seed(0)
     theirs = Upstream(**{**SIZES, **arguments})
     with torch.no_grad():
@@ -69,9 +67,7 @@ def flat(output):
 
 
 def step(model, x, lengths, seed=None):
-    """Returns (values, lengths, gradients of the input and all parameters, random state after the
-    forward).
-    """
+    """Returns (values, lengths, gradients of the input and all parameters, random state after the forward)."""
     if seed is not None:
         torch.manual_seed(seed)
     x = x.clone().requires_grad_()

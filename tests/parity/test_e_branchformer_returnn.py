@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""E-Branchformer converted from RETURNN's: values, gradients, exact round trip, and the models that are
-refused.
-"""
+"""E-Branchformer converted from RETURNN's: values, gradients, exact round trip, and the models that are refused."""
 
 import pytest
 import torch

@@ -20,9 +20,7 @@ SYMBOLS, CHANNELS = 11, 24
 
 
 def shaken(module):
-    """Gives parameters that no initialisation gives: norms that are not the identity, and gates that
-    differ.
-    """
+    """Gives parameters that no initialisation gives: norms that are not the identity, and gates that differ."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in module.parameters():

@@ -172,9 +172,7 @@ def hypothesis(model, sequence):
 
 
 def search(model, sequences, steps=7):
-    """Scores hypotheses of different lengths in batches as each goes on. Returns (steps, B, D) and the
-    hypotheses.
-    """
+    """Scores hypotheses of different lengths in batches as each goes on. Returns (steps, B, D) and the hypotheses."""
     from espnet2.asr_transducer.beam_search_transducer import Hypothesis
 
     hyps, outs = [hypothesis(model, list(s)) for s in sequences], []

@@ -46,9 +46,7 @@ def _swapped(module, **options):
 
 
 def _mask(batch, time):
-    """Returns a mask: True in the last frames of every sequence but the first, and all over the last of
-    three.
-    """
+    """Returns a mask: True in the last frames of every sequence but the first, and all over the last of three."""
     lengths = torch.tensor([max(0, time - 3 * i) for i in range(batch)])
     if batch == 3:
         lengths[2] = 0
@@ -186,9 +184,7 @@ FORMS = [(7, 20, None), (31, 9, None), (7, 20, -1), (7, 22, 4), (15, 20, 16), (3
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize(("taps", "time", "chunk_size"), FORMS)
 def test_with_gradients(convolved, taps, time, chunk_size, training, always):
-    """Gradients are upstream's, those of its balancers and whitening included, and so are its random
-    draws.
-    """
+    """Gradients are upstream's, those of its balancers and whitening included, and so are its random draws."""
     upstream = _module(taps=taps, causal=chunk_size is not None)
     if upstream.causal:
         torch.nn.init.normal_(upstream.depthwise_conv.chunkwise_conv_scale, std=0.3)
@@ -217,9 +213,7 @@ def test_with_gradients(convolved, taps, time, chunk_size, training, always):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_gates_balancer_acts_on_the_gates_gradient(seed):
-    """fastasr's balancer and upstream's act alike; where it acts on nothing, no part of the graph stands
-    for it.
-    """
+    """fastasr's balancer and upstream's act alike; where it acts on nothing, no part of the graph stands for it."""
     module = ours_of.ConvolutionModule(12, 7, causal=False).train()
     x = torch.randn(20, 3, 12, requires_grad=True)
     random.seed(seed)

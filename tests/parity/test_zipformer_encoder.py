@@ -103,9 +103,7 @@ def test_inference(config, lengths):
 @pytest.mark.parametrize("scheduled", [None, 0.0, 5000.0])
 @pytest.mark.parametrize("config", tiny.CONFIGS.values(), ids=tiny.CONFIGS)
 def test_training_step(config, scheduled):
-    """Loss, every gradient and every draw agree, with dropout, skipped layers and all regularisers at
-    work.
-    """
+    """Loss, every gradient and every draw agree, with dropout, skipped layers and all regularisers at work."""
     models = [m.double().train() for m in _twins(config)]
     for model in models:
         tiny.set_batch_count(model, scheduled)

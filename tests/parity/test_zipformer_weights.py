@@ -110,9 +110,7 @@ def test_gradients_are_upstreams(frames, batch, attn_dims):
 
 
 def test_training_draws_and_gradients_are_upstreams():
-    """Over many seeds, Balancer and Whiten act on the keys, positions are skipped, and scores are
-    penalised.
-    """
+    """Over many seeds, Balancer and Whiten act on the keys, positions are skipped, and scores are penalised."""
     module = upstream(pos_emb_skip_rate=0.3).train()
     x, pos_emb = inputs(20, 3)
     x = x * 6  # scores beyond 25

@@ -79,18 +79,14 @@ def _step(model, inputs, **arguments):
 
 
 def _time_warp(x, time_warp_factor, supervision_segments):
-    """Lets upstream's code call the time warp by an argument name that the installed atdataset has
-    renamed.
-    """
+    """Lets upstream's code call the time warp by an argument name that the installed atdataset has renamed."""
     assert not supervision_segments[:, 1].any()
     lengths = supervision_segments[:, 2]
     return atdataset.time_warp(x, time_warp_factor=time_warp_factor, feature_lens=lengths)
 
 
 def _masked(**more):
-    """Returns the options of CR-CTC as recipes use it: both copies are warped as one, each has masks of
-    its own.
-    """
+    """Returns the options of CR-CTC as recipes use it: both copies are warped as one, each has masks of its own."""
     masks = theirs.SpecAugment(
         time_warp_factor=0,
         num_frame_masks=2,

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The committed results of a run: the curves beside it, its ONNX files on the held-out set, picture and
-page.
-"""
+"""The committed results of a run: the curves beside it, its ONNX files on the held-out set, picture and page."""
 
 import json
 import shutil

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two examples answer a user's mistakes with one line that names the file, what was expected and what
-came.
-"""
+"""The two examples answer a user's mistakes with one line that names the file, what was expected and what came."""
 
 import importlib.util
 import shutil

@@ -30,9 +30,7 @@ class Problem:
 
 
 def random_problem(seed: int, *, ragged: bool = True, dtype=torch.float64, scale: float = 2.0) -> Problem:
-    """Returns up to 4 sequences, 7 symbols, 14 frames, 9 classes; T_b >= S_b, as upstream needs for all
-    types.
-    """
+    """Returns up to 4 sequences, 7 symbols, 14 frames, 9 classes; T_b >= S_b, as upstream needs for all types."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(low, high):
@@ -57,9 +55,7 @@ def random_problem(seed: int, *, ragged: bool = True, dtype=torch.float64, scale
 
 
 def logits_loss(logits: Tensor, symbols, blank: int, rnnt_type: str, hat: bool = False) -> float:
-    """Returns −log of the sum over all paths of one sequence's probabilities, path by path; logits (T, S
-    + 1, C).
-    """
+    """Returns −log of the sum over all paths of one sequence's probabilities, path by path; logits (T, S + 1, C)."""
     frames, positions, _ = logits.shape
     length = positions - 1
     if hat:

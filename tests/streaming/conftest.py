@@ -55,9 +55,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def upstream_model(model):
-    """Returns the PyPI package's encoder and front end with the same weights, its Swoosh functions not
-    compiled.
-    """
+    """Returns the PyPI package's encoder and front end with the same weights, its Swoosh functions not compiled."""
     pytest.importorskip("zipformer", exc_type=ImportError)
     from zipformer.modules.subsampling import Conv2dSubsampling
     from zipformer.modules.zipformer import Zipformer

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every backend gives each stream what it would get alone, whichever streams come, go and restart beside
-it.
-"""
+"""Every backend gives each stream what it would get alone, whichever streams come, go and restart beside it."""
 
 import copy
 import random

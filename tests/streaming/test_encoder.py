@@ -49,9 +49,7 @@ def test_streams_open_and_close_at_random(model, seed):
 
 @pytest.mark.parametrize("frames", [9, 16, 29, 30, 61, 100])
 def test_whole_utterances_keep_their_length(model, frames):
-    """A stream gives as many frames as the encoder gives at once; those before the last chunk are the
-    stream's own.
-    """
+    """A stream gives as many frames as the encoder gives at once; those before the last chunk are the stream's own."""
     features = torch.randn(frames, BINS, generator=torch.Generator().manual_seed(frames))
     _, expected = model.forward_encoder(features[None], torch.tensor([frames]))
     encoder, alone = make(model), Alone(model, CHUNK, LEFT)

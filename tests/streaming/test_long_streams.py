@@ -26,9 +26,7 @@ def second(number):
 
 
 def listen(model, seconds, check_from, growth):
-    """Streams ``seconds`` of noise, compares the last chunks, and measures memory from a tenth of the way
-    on.
-    """
+    """Streams ``seconds`` of noise, compares the last chunks, and measures memory from a tenth of the way on."""
     recogniser = StreamingRecogniser(
         model, StreamingEncoder.from_model(model, CHUNK, LEFT), endpoint=EndpointRules(longest=5.0)
     )

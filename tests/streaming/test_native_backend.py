@@ -97,9 +97,7 @@ def test_rounded_weights_of_odd_sizes(weights):
 
 @pytest.mark.parametrize(("chunk_size", "left"), [(2, 2), (4, 8), (6, 6), (10, 40), (8, 0)])
 def test_odd_sizes(chunk_size, left):
-    """Chunks repeat often enough that the rings turn over; a left context is shorter than a chunk, or
-    absent.
-    """
+    """Chunks repeat often enough that the rings turn over; a left context is shorter than a chunk, or absent."""
     model = _odd()
     backend = NativeBackend(model, chunk_size, left, max_streams=3)
     chunks = zipformers.features(2, 23, chunk_size)

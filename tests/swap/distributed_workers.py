@@ -28,9 +28,7 @@ def _count(model):
 
 
 def ddp(rank):
-    """Checks that a swap before and after wrapping gives the gradients of unswapped DDP, averaged over
-    the ranks.
-    """
+    """Checks that a swap before and after wrapping gives the gradients of unswapped DDP, averaged over the ranks."""
     from torch.nn.parallel import DistributedDataParallel
 
     model, inputs = tiny(), batch(seed=rank)

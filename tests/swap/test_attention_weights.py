@@ -69,9 +69,7 @@ def test_inference():
 
 @pytest.mark.parametrize("options", [{"pos_emb_skip_rate": 0.4}, {"dropout": 0.2, "pos_emb_skip_rate": 0.4}])
 def test_seeded_training(options):
-    """Skipped positions, the penalty on large scores, Balancer, Whiten and dropout occur as upstream
-    draws them.
-    """
+    """Skipped positions, the penalty on large scores, Balancer, Whiten and dropout occur as upstream draws them."""
     theirs = attention(**options).train()
     ours = copy.deepcopy(theirs)
     fastasr.accelerate(ours)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchaudio's Emformer swapped: equal results, streaming, verify and undo, and the modules that are
-declined.
-"""
+"""torchaudio's Emformer swapped: equal results, streaming, verify and undo, and the modules that are declined."""
 
 import pytest
 import torch

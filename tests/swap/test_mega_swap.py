@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ESPnet's MEGA decoder swapped: equal results, streaming, several methods bound and undone, declined
-modules.
-"""
+"""ESPnet's MEGA decoder swapped: equal results, streaming, several methods bound and undone, declined modules."""
 
 import copy
 import pickle
@@ -213,9 +211,7 @@ def test_a_method_replaced_on_the_instance_is_declined(model):
 
 
 def test_only_some_modules(model):
-    """The decoder calls upstream's blocks with the masks they need, and upstream's decoder calls
-    fastasr's blocks.
-    """
+    """The decoder calls upstream's blocks with the masks they need, and upstream's decoder calls fastasr's blocks."""
     expected = model(labels())
     for only in ("", "mega_blocks.*.0", "*.multihead_damped_ema", "*.rel_pos_bias", "mega_blocks.0.*"):
         twin = copy.deepcopy(model)

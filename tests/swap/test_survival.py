@@ -158,9 +158,7 @@ def test_upstream_with_its_own_compiled_swoosh(inputs):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(model, inputs, reentrant):
-    """A feed-forward module that is recomputed in the backward gives the gradients it gives without
-    checkpointing.
-    """
+    """A feed-forward module that is recomputed in the backward gives the gradients it gives without checkpointing."""
     fastasr.accelerate(model)
     module = model.encoder.encoders[0].layers[0].feed_forward1.train()
     # Upstream's regularisers draw from Python's random, which checkpointing does not replay.

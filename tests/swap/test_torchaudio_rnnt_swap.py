@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchaudio's predictor swapped: equal results, verify and undo, the same draws, and the modules that
-are declined.
-"""
+"""torchaudio's predictor swapped: equal results, verify and undo, the same draws, and the modules that are declined."""
 
 import copy
 

@@ -35,9 +35,7 @@ def test_everything_verifies(model, inputs):
 
 
 def reached(report):
-    """Returns the replaced modules that inference runs: all but one, which ConvNeXt calls in training
-    alone.
-    """
+    """Returns the replaced modules that inference runs: all but one, which ConvNeXt calls in training alone."""
     missed = {row.path for row in report.replaced if row.errors is None}
     assert missed == {"encoder_embed.convnext.out_whiten"}
     return [row for row in report.replaced if row.path not in missed]
@@ -195,9 +193,7 @@ def test_inputs_that_upstream_cannot_run_raise_and_undo_the_swap(model):
 
 
 def test_upstream_that_cannot_run_is_not_called_verified(monkeypatch):
-    """icefall without k2 raises ImportError in its own forward; fastasr's would work, but nothing
-    confirms it.
-    """
+    """icefall without k2 raises ImportError in its own forward; fastasr's would work, but nothing confirms it."""
     from zipformer.modules.scaling import BiasNorm
 
     norm = torch.nn.Sequential(BiasNorm(8))
@@ -219,9 +215,7 @@ def test_fp64(model, inputs):
 
 
 def test_bf16_where_upstream_cannot_train(model):
-    """Its dropout mask is fp32, so outside autocast a bf16 layer runs in inference only; that much is
-    compared.
-    """
+    """Its dropout mask is fp32, so outside autocast a bf16 layer runs in inference only; that much is compared."""
     layer = model.encoder.encoders[0].layers[0].to(torch.bfloat16).eval()
     parts = [layer.feed_forward1.in_proj, model.encoder_embed.conv[3], layer.feed_forward1.out_proj]
     tail = torch.nn.Sequential(*parts).eval()

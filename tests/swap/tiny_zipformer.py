@@ -41,9 +41,7 @@ def plain_swoosh():
 
 
 class Encoder(torch.nn.Module):
-    """Runs front end and encoder as upstream's AsrModel.forward_encoder does. x is (batch, time,
-    features).
-    """
+    """Runs front end and encoder as upstream's AsrModel.forward_encoder does. x is (batch, time, features)."""
 
     def __init__(self, config, features, dim, channels, dropout=(0.3, 0.1)):
         from zipformer.modules.scaling import ScheduledFloat
