@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests marked ``gpu`` are skipped where there is no CUDA device."""
+"""Tests marked ``gpu`` are skipped where there is no CUDA device. Tests of whole models are seeded, on one thread."""
 
 import pytest
 import torch
+from steps import one_thread, seeded
+
+# The models are tiny: threads cost more than they bring, most of all beside other processes.
+TINY_MODELS = {"models", "parity", "recipe", "streaming", "swap"}
 
 
 def pytest_collection_modifyitems(items):
@@ -12,3 +16,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _repeatable(request):
+    if request.path.parent.name not in TINY_MODELS:
+        yield
+        return
+    with one_thread():
+        seeded(0)
+        yield

@@ -3,29 +3,19 @@
 
 import copy
 import random
-import warnings
 
 import pytest
 import torch
+from steps import close, same, step
+from tiny_encoders import by_itself, swapped
+from torch.testing import assert_close
 
 pytest.importorskip("zipformer", reason="upstream's package is not installed")
 
 from zipformer.modules.zipformer import ConvolutionModule
 
-import fastasr
 from fastasr.models import zipformer as ours_of
 from fastasr.models.zipformer import convolution
-
-
-@pytest.fixture(autouse=True)
-def _plain_upstream(monkeypatch):
-    """Runs upstream's Swoosh functions without torch.compile, on one thread, because the shapes are tiny."""
-    monkeypatch.setenv("K2_ONNX_EXPORT", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _module(channels=12, taps=7, causal=False):
@@ -37,12 +27,6 @@ def _module(channels=12, taps=7, causal=False):
 @pytest.fixture
 def upstream():
     return _module()
-
-
-def _swapped(module, **options):
-    result = copy.deepcopy(module)
-    assert fastasr.accelerate(result, **options)[""].status == "replaced"
-    return result
 
 
 def _mask(batch, time):
@@ -66,12 +50,6 @@ def convolved(monkeypatch):
     return seen
 
 
-def _close(actual, expected, tolerance):
-    assert actual.shape == expected.shape
-    error = (actual - expected).abs().max()
-    assert error <= tolerance * expected.abs().max().clamp_min(1e-12), error
-
-
 SHAPES = [(20, 2), (20, 1), (1, 1), (1, 3), (2, 2), (3, 1), (7, 3), (33, 5)]
 
 
@@ -83,16 +61,16 @@ def test_inference(convolved, time, batch, channels, taps, masked, causal):
     upstream = _module(channels, taps, causal)
     x = torch.randn(time, batch, channels)
     mask = _mask(batch, time) if masked else None
-    own_parts, ours = _swapped(upstream, only=lambda path, module: path == ""), _swapped(upstream)
+    own_parts, ours = by_itself(upstream), swapped(upstream)
     for chunk_size in (-1, 1, 4, 7, 100) if causal else (-1,):
         with torch.inference_mode():
             expected = upstream(x, src_key_padding_mask=mask, chunk_size=chunk_size)
             del convolved[:]
-            same, close = own_parts(x, mask, chunk_size), ours(x, mask, chunk_size)
+            equal, near = own_parts(x, mask, chunk_size), ours(x, mask, chunk_size)
         assert convolved == []
-        assert same.stride() == expected.stride()
-        torch.testing.assert_close(same, expected, rtol=2e-6, atol=2e-6)
-        torch.testing.assert_close(close, expected, rtol=1e-5, atol=1e-5)
+        assert equal.stride() == expected.stride()
+        assert_close(equal, expected, rtol=2e-6, atol=2e-6)
+        assert_close(near, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
@@ -106,7 +84,7 @@ def test_any_strides(upstream, layout):
     masks = (mask, mask.t().contiguous().t(), mask[:1])
     with torch.no_grad():
         for each in masks:
-            torch.testing.assert_close(_swapped(upstream)(x, each), upstream(x, each), rtol=1e-5, atol=1e-5)
+            assert_close(swapped(upstream)(x, each), upstream(x, each), rtol=1e-5, atol=1e-5)
     assert torch.equal(x, kept)
 
 
@@ -118,7 +96,7 @@ def test_in_proj_with_another_memory_order(upstream):
     upstream.in_proj.__class__ = Strided
     x, mask = torch.randn(20, 3, 12), _mask(3, 20)
     with torch.no_grad():
-        torch.testing.assert_close(_swapped(upstream)(x, mask), upstream(x, mask), rtol=1e-5, atol=1e-5)
+        assert_close(swapped(upstream)(x, mask), upstream(x, mask), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -126,54 +104,40 @@ def test_other_dtypes(upstream, dtype):
     upstream.to(dtype)
     x, mask = torch.randn(20, 3, 12, dtype=dtype), _mask(3, 20)
     with torch.no_grad():
-        expected, actual = upstream(x, mask), _swapped(upstream)(x, mask)
+        expected, actual = upstream(x, mask), swapped(upstream)(x, mask)
     assert actual.dtype == dtype
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.05}
-    torch.testing.assert_close(actual, expected, **tolerance)
+    assert_close(actual, expected, **tolerance)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
 def test_autocast(causal):
     upstream = _module(causal=causal)
     x, mask = torch.randn(20, 3, 12), _mask(3, 20)
-    ours = _swapped(upstream)
+    ours = swapped(upstream)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected, actual = upstream(x, mask), ours(x, mask)
     assert actual.dtype == expected.dtype
-    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
+    assert_close(actual, expected, rtol=0.05, atol=0.05)
 
 
 def test_without_a_bias(upstream):
     upstream.depthwise_conv.bias = None
     x = torch.randn(20, 3, 12)
     with torch.no_grad():
-        torch.testing.assert_close(_swapped(upstream)(x), upstream(x), rtol=1e-5, atol=1e-5)
+        assert_close(swapped(upstream)(x), upstream(x), rtol=1e-5, atol=1e-5)
 
 
 def test_frozen_weights(upstream):
-    ours = _swapped(upstream.requires_grad_(False))
+    ours = swapped(upstream.requires_grad_(False))
     x, mask = torch.randn(20, 3, 12), _mask(3, 20)
-    torch.testing.assert_close(ours(x, mask), upstream(x, mask), rtol=1e-5, atol=1e-5)
+    assert_close(ours(x, mask), upstream(x, mask), rtol=1e-5, atol=1e-5)
 
 
 def test_an_empty_batch(upstream):
     x = torch.randn(20, 0, 12)
     with torch.no_grad():
-        assert _swapped(upstream)(x).shape == upstream(x).shape
-
-
-def _step(module, x, mask, chunk_size, seed):
-    """Returns output, gradients of the input and the parameters, and the random states afterwards."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-    x = x.clone().requires_grad_()
-    module.zero_grad()
-    y = module(x, src_key_padding_mask=mask, chunk_size=chunk_size)
-    loss = y.mul(torch.linspace(-1, 2, y.numel()).view_as(y)).sum()
-    loss.backward()
-    named = {"loss": loss.detach(), "y": y.detach(), "x": x.grad}
-    named |= {name: p.grad for name, p in module.named_parameters()}
-    return named, (random.getstate(), torch.get_rng_state().tolist())
+        assert swapped(upstream)(x).shape == upstream(x).shape
 
 
 # taps, time, chunk size; None: not causal
@@ -195,19 +159,15 @@ def test_with_gradients(convolved, taps, time, chunk_size, training, always):
             module._modules.pop("prob", None)  # a schedule
             module.prob = module.min_prob = module.max_prob = 1.0
     upstream.train(training)
-    ours, own_parts = _swapped(upstream), _swapped(upstream, only=lambda path, module: path == "")
+    ours, own_parts = swapped(upstream), by_itself(upstream)
     x, mask = torch.randn(time, 3, 12), _mask(3, time)
     chunk_size = -1 if chunk_size is None else chunk_size
     for seed in range(1 if always else 4):
-        expected, expected_states = _step(copy.deepcopy(upstream), x, mask, chunk_size, seed)
+        options = {"seed": seed, "src_key_padding_mask": mask, "chunk_size": chunk_size}
+        expected = step(copy.deepcopy(upstream), x, **options)
         del convolved[:]
         for module in (own_parts, ours):
-            named, states = _step(copy.deepcopy(module), x, mask, chunk_size, seed)
-            assert states == expected_states
-            assert named.keys() == expected.keys()
-            for name, value in expected.items():
-                error = (named[name] - value).abs().max()
-                assert error <= 2e-5 * value.abs().max().clamp_min(1e-12), name
+            same(step(copy.deepcopy(module), x, **options), expected, 2e-5)
         assert convolved == []
 
 
@@ -229,7 +189,7 @@ def test_streaming(convolved, chunk_size, taps):
     upstream = _module(taps=taps, causal=True)
     torch.nn.init.normal_(upstream.depthwise_conv.chunkwise_conv_scale, std=0.3)
     x, mask = torch.randn(32, 3, 12), _mask(3, 32)
-    for ours in (_swapped(upstream), _swapped(upstream, only=lambda path, module: path == "")):
+    for ours in (swapped(upstream), by_itself(upstream)):
         cache = theirs = torch.zeros(3, 12, taps // 2)
         with torch.no_grad():
             for start in range(0, 32, chunk_size):
@@ -243,33 +203,33 @@ def test_streaming(convolved, chunk_size, taps):
                 y, cache = ours.streaming_forward(x[part], cache, mask[:, part])
                 assert taps == 1 or convolved == []
                 assert cache.shape == theirs.shape
-                torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-                torch.testing.assert_close(cache, theirs, rtol=2e-6, atol=2e-6)
+                assert_close(y, expected, rtol=1e-5, atol=1e-5)
+                assert_close(cache, theirs, rtol=2e-6, atol=2e-6)
 
 
 def test_streaming_gradients():
     upstream = _module(causal=True)
     x, first = torch.randn(6, 2, 12), torch.randn(2, 12, 3)
     found = []
-    for module in (upstream, _swapped(upstream)):
+    for module in (upstream, swapped(upstream)):
         chunk, cache = x.clone().requires_grad_(), first.clone().requires_grad_()
         y, after = module.streaming_forward(chunk, cache, None)
         loss = y.square().sum() + after.square().sum()
         found.append(torch.autograd.grad(loss, (chunk, cache, *module.parameters())))
     for a, e in zip(*found, strict=True):
-        _close(a, e, 2e-5)
+        close(a, e, 2e-5)
 
 
 def test_a_cache_of_another_length_raises():
     upstream = _module(causal=True)
-    for module in (upstream, _swapped(upstream), ours_of.ConvolutionModule(12, 7, True).eval()):
+    for module in (upstream, swapped(upstream), ours_of.ConvolutionModule(12, 7, True).eval()):
         with torch.no_grad(), pytest.raises((AssertionError, ValueError)):
             module.streaming_forward(torch.randn(4, 2, 12), torch.zeros(2, 12, 2), None)
 
 
 def test_chunks_without_a_causal_module_raise(upstream):
     x = torch.randn(20, 3, 12)
-    for module in (upstream, _swapped(upstream)):
+    for module in (upstream, swapped(upstream)):
         with torch.no_grad(), pytest.raises(AssertionError):
             module(x, chunk_size=4)
 
@@ -277,39 +237,9 @@ def test_chunks_without_a_causal_module_raise(upstream):
 @pytest.mark.parametrize("shape", [(3, 19), (2, 20), (4, 20), (20, 3)])
 def test_masks_of_another_shape_raise(upstream, shape):
     x, mask = torch.randn(20, 3, 12), torch.zeros(shape, dtype=torch.bool)
-    for module in (upstream, _swapped(upstream)):
+    for module in (upstream, swapped(upstream)):
         with torch.no_grad(), pytest.raises(RuntimeError):
             module(x, mask)
-
-
-@pytest.mark.parametrize("part", ["activation2", "depthwise_conv", "balancer2", "whiten", "out_proj"])
-def test_hooks_see_what_upstream_gives_them(upstream, part):
-    ours, seen = _swapped(upstream), []
-    for module in (upstream, ours):
-        child = module.get_submodule(part)
-        child.register_forward_hook(lambda module, args, y: seen.append((args[0].shape, args[0].stride())))
-    x = torch.randn(20, 3, 12)
-    with torch.no_grad():
-        upstream(x)
-        ours(x)
-    assert len(seen) == 2
-    assert seen[0] == seen[1]
-
-
-def test_a_convolution_replaced_after_the_swap(upstream):
-    class Wrapped(torch.nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            return 2 * self.inner(x)
-
-    ours, x = _swapped(upstream), torch.randn(20, 3, 12)
-    for module in (upstream, ours):
-        module.depthwise_conv = Wrapped(module.depthwise_conv)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(x), upstream(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
@@ -317,26 +247,5 @@ def test_compiled(causal):
     upstream = _module(causal=causal)
     x, mask = torch.randn(20, 3, 12), _mask(3, 20)
     with torch.no_grad():
-        compiled = torch.compile(_swapped(upstream), backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x, mask), upstream(x, mask), rtol=1e-5, atol=1e-5)
-
-
-def test_state_dict(upstream):
-    ours = _swapped(upstream)
-    assert list(ours.state_dict()) == list(upstream.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), upstream.parameters(), strict=True))
-    ours.load_state_dict(upstream.state_dict(), strict=True)
-
-
-def test_no_warnings(upstream):
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("error")
-        _swapped(upstream)(torch.randn(20, 3, 12), _mask(3, 20))
-
-
-@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_verify(masked, causal):
-    ours = _swapped(_module(causal=causal))
-    inputs = (torch.randn(20, 3, 12), _mask(3, 20)) if masked else (torch.randn(20, 3, 12),)
-    assert fastasr.verify(ours, inputs).ok
+        compiled = torch.compile(swapped(upstream), backend="eager", fullgraph=True)
+        assert_close(compiled(x, mask), upstream(x, mask), rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from steps import close, draws, moved, same_tree, seeded
 
 pytest.importorskip("zipformer", reason="upstream's package is not installed")
 
@@ -17,61 +18,27 @@ from zipformer.utils import make_pad_mask
 from fastasr.models import zipformer as ours
 
 
-@pytest.fixture(autouse=True)
-def _plain_upstream(monkeypatch):
-    """Runs upstream's Swoosh functions without torch.compile, on one thread, because the shapes are tiny."""
-    monkeypatch.setenv("K2_ONNX_EXPORT", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _twins(config, **changes):
     """Returns both encoders with one set of parameters, in eval mode."""
-    tiny.seeded(0)
-    their_encoder = tiny.randomized(theirs.Zipformer(**{**config, **changes})).eval()
+    seeded(0)
+    their_encoder = moved(theirs.Zipformer(**{**config, **changes}), 0.05, 3).eval()
     our_encoder = ours.Zipformer(**{**config, **changes}).eval()
     our_encoder.load_state_dict(their_encoder.state_dict(), strict=True)
     return our_encoder, their_encoder
 
 
-@pytest.mark.parametrize("config", tiny.CONFIGS.values(), ids=tiny.CONFIGS)
-def test_same_modules_same_initial_state_same_draws(config):
-    tiny.seeded(5)
-    their_encoder = theirs.Zipformer(**config)
-    expected = tiny.draws()
-    tiny.seeded(5)
-    our_encoder = ours.Zipformer(**config)
-    assert tiny.draws() == expected
-    _assert_same_state(our_encoder, their_encoder)
-
-
-def test_front_end_same_modules_same_initial_state_same_draws():
-    tiny.seeded(5)
-    their_embed = their_subsampling.Conv2dSubsampling(20, 24, 4, 8, 16)
-    expected = tiny.draws()
-    tiny.seeded(5)
-    our_embed = ours.Conv2dSubsampling(20, 24, 4, 8, 16)
-    assert tiny.draws() == expected
-    _assert_same_state(our_embed, their_embed)
-
-
-def _assert_same_state(our_model, their_model):
-    def tree(model):
-        return [(name, type(module).__name__) for name, module in model.named_modules()]
-
-    assert tree(our_model) == tree(their_model)
-    # ScaledAdam groups parameters, and checkpoints of optimizers number them, in this order.
-    assert [n for n, _ in our_model.named_parameters()] == [n for n, _ in their_model.named_parameters()]
-    state = their_model.state_dict()
-    assert list(our_model.state_dict()) == list(state)
-    for name, value in our_model.state_dict().items():
-        assert torch.equal(value, state[name]), name
-    tiny.randomized(our_model)
-    their_model.load_state_dict(our_model.state_dict(), strict=True)
-    tiny.randomized(their_model, seed=4)
-    our_model.load_state_dict(their_model.state_dict(), strict=True)
+@pytest.mark.parametrize("kind", [*tiny.CONFIGS, "front end"])
+def test_same_modules_same_initial_state_same_draws(kind):
+    made = []
+    for upstream in (False, True):
+        seeded(5)
+        if kind == "front end":
+            module = their_subsampling if upstream else ours
+            made.append((module.Conv2dSubsampling(20, 24, 4, 8, 16), draws()))
+        else:
+            made.append(((theirs if upstream else ours).Zipformer(**tiny.CONFIGS[kind]), draws()))
+    assert made[0][1] == made[1][1]
+    same_tree(made[0][0], made[1][0])
 
 
 @pytest.mark.parametrize("lengths", [(37, 30, 12), (41,), (9, 3), (2,), (1,)], ids=str)
@@ -91,34 +58,32 @@ def test_inference(config, lengths):
             y, y_lens = our_encoder(x, lens, mask)
             assert random.getstate() == state
             assert torch.equal(y_lens, expected_lens)
-            assert y.shape == expected.shape
-            assert tiny.relative_error(y, expected) < 5e-6
+            close(y, expected, 5e-6)
     with_gradients = []
     for model in (our_encoder, their_encoder):
         random.seed(0)
         with_gradients.append(model(x, lens)[0])
-    assert tiny.relative_error(*with_gradients) < 5e-6
+    close(*with_gradients, 5e-6)
 
 
 @pytest.mark.parametrize("scheduled", [None, 0.0, 5000.0])
 @pytest.mark.parametrize("config", tiny.CONFIGS.values(), ids=tiny.CONFIGS)
 def test_training_step(config, scheduled):
     """Loss, every gradient and every draw agree, with dropout, skipped layers and all regularisers at work."""
-    models = [m.double().train() for m in _twins(config)]
-    for model in models:
-        tiny.set_batch_count(model, scheduled)
-    inputs = tiny.batch(dtype=torch.float64)
+    models = [tiny.set_batch_count(m.double().train(), scheduled) for m in _twins(config)]
     for seed in range(2):
-        (loss, gradients, state), (their_loss, their_gradients, their_state) = (
-            _step(model, inputs, seed) for model in models
-        )
-        assert state == their_state
-        assert abs(loss - their_loss) <= 1e-7 * abs(their_loss)
-        _assert_gradients(gradients, their_gradients, 1e-7)
+        _same_steps(models, tiny.batch(dtype=torch.float64), seed, 1e-7, 1e-7)
+
+
+@pytest.mark.parametrize("config", tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+def test_training_step_fp32(config):
+    models = [tiny.set_batch_count(m.train(), 2000.0) for m in _twins(config)]
+    for seed in range(2):
+        _same_steps(models, tiny.batch(), seed, 1e-4, 1e-3)
 
 
 def _step(model, inputs, seed):
-    tiny.seeded(seed)
+    seeded(seed)
     model.zero_grad(set_to_none=True)
     x, *rest = inputs
     x = x.clone().requires_grad_()
@@ -127,34 +92,23 @@ def _step(model, inputs, seed):
     with tiny.InFp64():
         loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return loss.item(), {**gradients, "the input": x.grad}, tiny.draws()
+    return loss.item(), {**gradients, "the input": x.grad}, draws()
 
 
-def _assert_gradients(gradients, expected, tolerance):
-    """Compares sums that cancel by the size of gradients at large."""
+def _same_steps(models, inputs, seed, loss_tolerance, tolerance):
+    """Compares loss, draws, and gradients: sums that cancel by the size of gradients at large."""
+    (loss, gradients, state), (their_loss, expected, their_state) = (_step(m, inputs, seed) for m in models)
+    assert state == their_state
+    assert abs(loss - their_loss) <= loss_tolerance * abs(their_loss)
     assert gradients.keys() == expected.keys()
     least = 1e-4 * max(g.abs().max().item() for g in expected.values())
     for name, gradient in gradients.items():
-        scale = max(expected[name].abs().max().item(), least)
-        assert (gradient - expected[name]).abs().max().item() <= tolerance * scale, name
-
-
-@pytest.mark.parametrize("config", tiny.CONFIGS.values(), ids=tiny.CONFIGS)
-def test_training_step_fp32(config):
-    models = [tiny.set_batch_count(m.train(), 2000.0) for m in _twins(config)]
-    inputs = tiny.batch()
-    for seed in range(2):
-        (loss, gradients, state), (their_loss, their_gradients, their_state) = (
-            _step(model, inputs, seed) for model in models
-        )
-        assert state == their_state
-        assert abs(loss - their_loss) <= 1e-4 * abs(their_loss)
-        _assert_gradients(gradients, their_gradients, 1e-3)
+        close(gradient, expected[name], tolerance, name, least)
 
 
 def test_front_end_and_encoder_train_together():
-    tiny.seeded(0)
-    their_embed = tiny.randomized(their_subsampling.Conv2dSubsampling(20, 24, 4, 8, 16, dropout=0.5))
+    seeded(0)
+    their_embed = moved(their_subsampling.Conv2dSubsampling(20, 24, 4, 8, 16, dropout=0.5), 0.05, 3)
     our_embed = ours.Conv2dSubsampling(20, 24, 4, 8, 16, dropout=0.5)
     our_embed.load_state_dict(their_embed.state_dict())
     our_encoder, their_encoder = _twins(tiny.SMALL)
@@ -163,10 +117,7 @@ def test_front_end_and_encoder_train_together():
         tiny.set_batch_count(model.double().train(), 500.0)
     x, lens, _ = tiny.batch((60, 52), channels=20, dtype=torch.float64)
     for seed in range(3):
-        results = [_step(model, (x.transpose(0, 1), lens), seed) for model in ours_then_theirs]
-        assert results[0][2] == results[1][2]
-        assert abs(results[0][0] - results[1][0]) <= 1e-7 * abs(results[1][0])
-        _assert_gradients(results[0][1], results[1][1], 1e-7)
+        _same_steps(ours_then_theirs, (x.transpose(0, 1), lens), seed, 1e-7, 1e-7)
 
 
 class _Recogniser(torch.nn.Module):
@@ -196,15 +147,14 @@ def test_streaming(lengths):
             )
             y, y_lens, states = our_encoder.streaming_forward(chunk, lens, states, mask)
             assert torch.equal(y_lens, expected_lens)
-            assert tiny.relative_error(y, expected) < 5e-6
+            close(y, expected, 5e-6)
             for i, (state, their_state) in enumerate(zip(states, their_states, strict=True)):
-                assert state.shape == their_state.shape
-                assert tiny.relative_error(state, their_state) < 5e-6, i
+                close(state, their_state, 5e-6, i)
 
 
 def test_front_end_streaming():
-    tiny.seeded(0)
-    their_embed = tiny.randomized(their_subsampling.Conv2dSubsampling(20, 24, 4, 8, 16)).eval()
+    seeded(0)
+    their_embed = moved(their_subsampling.Conv2dSubsampling(20, 24, 4, 8, 16), 0.05, 3).eval()
     our_embed = ours.Conv2dSubsampling(20, 24, 4, 8, 16).eval()
     our_embed.load_state_dict(their_embed.state_dict())
     cache, their_cache = our_embed.get_init_states(2), their_embed.get_init_states(2)
@@ -216,8 +166,8 @@ def test_front_end_streaming():
             expected, expected_lens, their_cache = their_embed.streaming_forward(chunk, lens, their_cache)
             y, y_lens, cache = our_embed.streaming_forward(chunk, lens, cache)
             assert torch.equal(y_lens, expected_lens)
-            assert tiny.relative_error(y, expected) < 2e-6
-            assert tiny.relative_error(cache, their_cache) < 2e-6
+            close(y, expected, 2e-6)
+            close(cache, their_cache, 2e-6)
 
 
 def test_batch_count_reaches_the_same_schedules():
@@ -241,11 +191,9 @@ def test_training_after_deepcopy():
     """Model averaging keeps a deep copy; schedules shared within a layer stay shared."""
     model = copy.deepcopy(tiny.set_batch_count(_twins(tiny.SMALL)[0], 300.0)).train()
     layer = model.encoders[0].layers[0]
-    assert layer.feed_forward1.out_proj.dropout_p is layer.feed_forward3.out_proj.dropout_p
-    assert (
-        layer.feed_forward1.out_proj.dropout_p
-        is not model.encoders[0].layers[1].feed_forward1.out_proj.dropout_p
-    )
+    rate = layer.feed_forward1.out_proj.dropout_p
+    assert rate is layer.feed_forward3.out_proj.dropout_p
+    assert rate is not model.encoders[0].layers[1].feed_forward1.out_proj.dropout_p
     x, lens, mask = tiny.batch()
     model(x, lens, mask)[0].sum().backward()
 
@@ -284,20 +232,15 @@ def test_published_sizes(size, causal):
         return tuple(map(int, value.split(","))) if isinstance(value, str) else value
 
     upstream_config = {name: tuples(value) for name, value in config.items()}
-    tiny.seeded(0)
+    seeded(0)
     their_encoder = theirs.Zipformer(**upstream_config)
-    tiny.seeded(0)
+    seeded(0)
     our_encoder = ours.Zipformer(**config)
     for name, value in their_encoder.state_dict().items():
         assert torch.equal(value, our_encoder.state_dict()[name]), name
     inputs = tiny.batch((150, 97), channels=192)
     with torch.inference_mode():
         y, expected = (m.eval()(*inputs)[0] for m in (our_encoder, their_encoder))
-    assert tiny.relative_error(y, expected) < 2e-5
+    close(y, expected, 2e-5)
     models = [tiny.set_batch_count(m.train(), 2000.0) for m in (our_encoder, their_encoder)]
-    (loss, gradients, state), (their_loss, their_gradients, their_state) = (
-        _step(model, inputs, 1) for model in models
-    )
-    assert state == their_state
-    assert abs(loss - their_loss) <= 1e-4 * abs(their_loss)
-    _assert_gradients(gradients, their_gradients, 2e-3)
+    _same_steps(models, inputs, 1, 1e-4, 2e-3)

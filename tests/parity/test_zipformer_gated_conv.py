@@ -19,15 +19,6 @@ class _SwooshR(torch.nn.Module):
         return swoosh.definition(x, "SwooshR")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _upstream(channels, taps, causal, dtype=torch.float32):
     module = ConvolutionModule(channels, taps, causal).eval()
     module.in_proj, module.out_proj = torch.nn.Identity(), _SwooshR()

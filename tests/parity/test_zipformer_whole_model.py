@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from steps import close, draws, moved, same_tree, seeded
 
 pytest.importorskip("zipformer", reason="upstream's package is not installed")
 
@@ -21,26 +22,19 @@ from fastasr.models import zipformer as ours
 
 
 @pytest.fixture(autouse=True)
-def _plain_upstream(monkeypatch):
-    """Runs upstream's Swoosh functions without torch.compile, on one thread, with fast_rnnt for k2 where
-    it is built.
-    """
-    monkeypatch.setenv("K2_ONNX_EXPORT", "1")
+def _upstreams_losses(monkeypatch):
+    """Lets upstream's losses call fast_rnnt for k2 where it is built."""
     try:
         import fast_rnnt
     except ImportError:
         fast_rnnt = None
     monkeypatch.setattr(theirs, "k2", fast_rnnt)
     monkeypatch.setattr(theirs, "time_warp", _time_warp)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _twins(config, count=20000.0):
-    tiny.seeded(0)
-    their_model = tiny.randomized(theirs.AsrModel(**config))
+    seeded(0)
+    their_model = moved(theirs.AsrModel(**config), 0.05, 3)
     our_model = ours.AsrModel(**config)
     our_model.load_state_dict(their_model.state_dict(), strict=True)
     return [tiny.set_batch_count(m, count).train() for m in (our_model, their_model)]
@@ -48,25 +42,16 @@ def _twins(config, count=20000.0):
 
 @pytest.mark.parametrize("config", tiny_asr.CONFIGS.values(), ids=tiny_asr.CONFIGS)
 def test_same_modules_same_initial_state_same_draws(config):
-    tiny.seeded(5)
-    their_model = theirs.AsrModel(**config)
-    expected = tiny.draws()
-    tiny.seeded(5)
-    our_model = ours.AsrModel(**config)
-    assert tiny.draws() == expected
-    assert [(n, type(m).__name__) for n, m in our_model.named_modules()] == [
-        (n, type(m).__name__) for n, m in their_model.named_modules()
-    ]
-    assert [n for n, _ in our_model.named_parameters()] == [n for n, _ in their_model.named_parameters()]
-    state = their_model.state_dict()
-    assert list(our_model.state_dict()) == list(state)
-    assert all(torch.equal(value, state[name]) for name, value in our_model.state_dict().items())
-    tiny.randomized(our_model)
-    their_model.load_state_dict(our_model.state_dict(), strict=True)
+    made = []
+    for module in (ours, theirs):
+        seeded(5)
+        made.append((module.AsrModel(**config), draws()))
+    assert made[0][1] == made[1][1]
+    same_tree(made[0][0], made[1][0])
 
 
 def _step(model, inputs, **arguments):
-    tiny.seeded(2)
+    seeded(2)
     numpy.random.seed(2)
     model.zero_grad()
     x, lengths, tokens = inputs
@@ -75,7 +60,7 @@ def _step(model, inputs, **arguments):
         (weight * loss).sum() for weight, loss in zip((0.5, 1, 0.3, 0.7, 0.2), losses, strict=True)
     ).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return [loss.detach() for loss in losses], gradients, (tiny.draws(), numpy.random.rand())
+    return [loss.detach() for loss in losses], gradients, (draws(), numpy.random.rand())
 
 
 def _time_warp(x, time_warp_factor, supervision_segments):
@@ -149,14 +134,14 @@ def test_encoder_output_and_lengths():
         y, y_lens = our_model.eval().forward_encoder(x, lengths)
         expected, expected_lens = their_model.eval().forward_encoder(x, lengths)
     assert torch.equal(y_lens, expected_lens)
-    assert tiny.relative_error(y, expected) < 1e-5
+    close(y, expected, 1e-5)
 
 
 # --------------------------------------------------------------------------- parts
 @pytest.mark.parametrize("context", [1, 2, 3])
 @pytest.mark.parametrize("need_pad", [True, False])
 def test_decoder(context, need_pad):
-    tiny.seeded(0)
+    seeded(0)
     their_decoder = theirs.Decoder(11, 8, 0, context).eval()
     our_decoder = ours.Decoder(11, 8, 0, context).eval()
     our_decoder.load_state_dict(their_decoder.state_dict(), strict=True)
@@ -179,7 +164,7 @@ def test_joiner():
 @pytest.mark.parametrize("masks", ["none", "padding", "attention", "both"])
 def test_attention(masks, scale):
     """Values and gradients agree, those of the penalty on large scores included."""
-    tiny.seeded(0)
+    seeded(0)
     their_attn = their_attention.MultiHeadAttention(12, 16, 4, memory_dim=10).double()
     our_attn = ours.MultiHeadAttention(12, 16, 4, memory_dim=10).double()
     our_attn.load_state_dict(their_attn.state_dict(), strict=True)
@@ -202,7 +187,7 @@ def test_attention(masks, scale):
         results.append(([out.detach(), *grads], random.getstate()))
     assert results[0][1] == results[1][1]
     for value, expected in zip(results[0][0], results[1][0], strict=True):
-        assert tiny.relative_error(value, expected) < 1e-9 or (value - expected).abs().max() < 1e-10
+        close(value, expected, 1e-9, least=0.1)
 
 
 @pytest.mark.parametrize("width", [8, 12])
@@ -216,7 +201,7 @@ def test_positional_encoding(width):
 
 
 def test_attention_decoder_losses():
-    tiny.seeded(0)
+    seeded(0)
     arguments = {"num_decoder_layers": 2, "attention_dim": 8, "num_heads": 2, "feedforward_dim": 12}
     arguments |= {"decoder_dim": 8, "memory_dim": 6, "sos_id": 1, "eos_id": 2}
     their_model = their_attention.AttentionDecoderModel(11, **arguments).eval()

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoders of every kind of module, small enough for tests: shaped as Zipformer-S, as M, and causal."""
 
-import random
+import copy
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastasr
 
 _COMMON = {
     "output_downsampling_factor": 2,
@@ -47,15 +49,6 @@ CONFIGS = {"S": SMALL, "M": MEDIUM, "causal": CAUSAL}
 CHANNELS = 24
 
 
-def seeded(seed):
-    random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def draws():
-    return random.getstate(), torch.get_rng_state().tolist()
-
-
 def batch(lengths=(37, 30, 12), channels=CHANNELS, seed=1, dtype=torch.float32):
     """Returns x (time, batch, channels), lengths, padding mask (batch, time)."""
     generator = torch.Generator().manual_seed(seed)
@@ -64,13 +57,16 @@ def batch(lengths=(37, 30, 12), channels=CHANNELS, seed=1, dtype=torch.float32):
     return x.to(dtype), lengths, torch.arange(x.shape[0]) >= lengths.unsqueeze(1)
 
 
-def randomized(model, seed=3):
-    """Returns the model with every parameter moved, so that none is at its initial 0 or 0.5."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.05 * torch.randn(p.shape, generator=generator)
-    return model
+def swapped(module, **options):
+    """Returns a swapped copy of a module, whose own forward is replaced."""
+    result = copy.deepcopy(module)
+    assert fastasr.accelerate(result, **options)[""].status == "replaced"
+    return result
+
+
+def by_itself(module):
+    """Returns a copy of which only the module's own forward is replaced, and no part's."""
+    return swapped(module, only=lambda path, _: path == "")
 
 
 def set_batch_count(model, count):
@@ -81,11 +77,6 @@ def set_batch_count(model, count):
         if hasattr(module, "name"):
             module.name = name
     return model
-
-
-def relative_error(actual, expected):
-    scale = expected.abs().max().clamp_min(1e-12) if expected.numel() else torch.tensor(1.0)
-    return ((actual - expected).abs().max() / scale).item() if expected.numel() else 0.0
 
 
 class InFp64(TorchDispatchMode):

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step of a module with its random draws, and the comparison of two modules' steps."""
+
+import contextlib
+import random
+
+import torch
+
+
+@contextlib.contextmanager
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def seeded(seed):
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def draws():
+    return random.getstate(), torch.get_rng_state().tolist()
+
+
+def moved(model, scale, seed=None):
+    """Returns the model with noise on every parameter, so that none is at an initial 0, 0.5 or identity."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += scale * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return model
+
+
+def close(actual, expected, tolerance, what="", least=1e-12):
+    """Asserts that the largest difference is at most ``tolerance`` times the largest magnitude, or times ``least``."""
+    assert actual.shape == expected.shape, what
+    assert actual.dtype == expected.dtype, what
+    if expected.numel():
+        error = ((actual - expected).abs().max() / expected.abs().max().clamp_min(least)).item()
+        assert error <= tolerance, f"{what}: relative error {error:.2e}"
+
+
+def step(module, *inputs, seed=0, **options):
+    """Returns output and gradients of inputs and parameters by name, and the random states afterwards."""
+    seeded(seed)
+    leaves = [x.detach().clone().requires_grad_() if _has_gradient(x) else x for x in inputs]
+    module.zero_grad()
+    y = module(*leaves, **options)
+    y = y[0] if isinstance(y, tuple) else y
+    y.mul(torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    named = {f"input {i}": x.grad for i, x in enumerate(leaves) if _has_gradient(x)}
+    return {"y": y.detach()} | named | {name: p.grad for name, p in module.named_parameters()}, draws()
+
+
+def same_step(ours, theirs, *inputs, tolerance, seed=0, **options):
+    """Asserts that two modules' steps have the same values, gradients and draws."""
+    same(step(ours, *inputs, seed=seed, **options), step(theirs, *inputs, seed=seed, **options), tolerance)
+
+
+def same(found, expected, tolerance):
+    """Asserts that two results of ``step`` agree."""
+    (found, states), (expected, expected_states) = found, expected
+    assert states == expected_states
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] is None) == (value is None), name
+        if value is not None:
+            close(found[name], value, tolerance, name)
+
+
+def same_tree(ours, theirs):
+    """Asserts that modules, parameters and states have the same names, order, classes' names and values."""
+
+    def tree(model):
+        return [(name, type(module).__name__) for name, module in model.named_modules()]
+
+    assert tree(ours) == tree(theirs)
+    # ScaledAdam groups parameters, and checkpoints of optimizers number them, in this order.
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+    same_state(ours, theirs)
+
+
+def same_state(ours, theirs, but=()):
+    """Asserts that states are equal, except for names that end in one of ``but``, and load into each other."""
+    state, expected = ours.state_dict(), theirs.state_dict()
+    assert list(state) == list(expected)
+    for name, value in expected.items():
+        assert name.endswith(tuple(but)) or torch.equal(state[name], value), name
+    for one, other in ((ours, theirs), (theirs, ours)):
+        other.load_state_dict(moved(one, 0.05).state_dict(), strict=True)
+
+
+def _has_gradient(x):
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
