@@ -5,6 +5,7 @@ import contextlib
 
 import pytest
 import torch
+from steps import moved
 
 ARGUMENTS = {
     "vocab_size": 30,
@@ -29,18 +30,8 @@ def upstream(**arguments):
     from espnet2.asr_transducer.decoder.mega_decoder import MEGADecoder
 
     torch.manual_seed(0)
-    return randomised(MEGADecoder(**{**ARGUMENTS, **arguments}))
-
-
-def randomised(model):
-    """Randomises a decoder: fresh ones are ill-conditioned, because biases are zero, and so is the
-    padding's embedding.
-    """
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
-    return model
+    # fresh ones are ill-conditioned, because biases are zero, and so is the padding's embedding
+    return moved(MEGADecoder(**{**ARGUMENTS, **arguments}), 0.3, 1)
 
 
 def ours(theirs, **arguments):
@@ -76,11 +67,3 @@ def in_fp64():
             yield
         finally:
             torch.set_default_dtype(before)
-
-
-def close(actual, expected, tolerance):
-    """Asserts that the largest difference is at most ``tolerance`` times the largest magnitude."""
-    scale = expected.abs().max().clamp_min(1e-6) if expected.numel() else 1.0
-    assert actual.shape == expected.shape
-    error = ((actual - expected).abs().max() / scale).item() if expected.numel() else 0.0
-    assert error <= tolerance, f"relative error {error:.2e}"

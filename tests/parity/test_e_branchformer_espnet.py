@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from steps import moved
 
 pytest.importorskip("espnet2.asr.encoder.e_branchformer_encoder")
 
@@ -43,10 +44,7 @@ DROPOUT = {"dropout_rate": 0.2, "positional_dropout_rate": 0.1, "attention_dropo
 def pair(**arguments):
     """Returns ESPnet's encoder with parameters away from their initial values, and fastasr's with the same."""
     torch.manual_seed(0)
-    theirs = Upstream(**{**SIZES, **arguments})
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p += 0.1 * torch.randn_like(p)
+    theirs = moved(Upstream(**{**SIZES, **arguments}), 0.1)
     model = ours.EBranchformerEncoder(**{**SIZES, **arguments})
     model.load_state_dict(theirs.state_dict())
     return theirs, model
@@ -119,9 +117,8 @@ def test_float32_to_rounding():
     assert (y - exact).abs().max() <= 2 * (expected - exact).abs().max() + 1e-6 * exact.abs().max()
 
 
-@pytest.mark.parametrize(
-    "frames", [7, 8, 11, 140]
-)  # one frame after the input layer; more than the table has
+# one frame after the input layer; more than the table has
+@pytest.mark.parametrize("frames", [7, 8, 11, 140])
 def test_lengths(frames):
     theirs, model = (m.double().eval() for m in pair(**VARIANTS["macaron"]))
     x = torch.randn(2, frames, 20, dtype=torch.float64)

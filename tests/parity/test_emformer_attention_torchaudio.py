@@ -28,16 +28,8 @@ def test_between_the_projections(case, function, monkeypatch):
     torch.manual_seed(1)
     frames, width, heads = 21, 12, 3
     segment, left, right, memory = (case[k] for k in ("segment", "left", "right", "memory"))
-    model = emformer.Emformer(
-        width,
-        heads,
-        8,
-        1,
-        segment,
-        left_context_length=left,
-        right_context_length=right,
-        max_memory_size=memory,
-    ).double()
+    context = {"left_context_length": left, "right_context_length": right, "max_memory_size": memory}
+    model = emformer.Emformer(width, heads, 8, 1, segment, **context).double()
     attention = model.emformer_layers[0].attention
     for linear in (attention.emb_to_query, attention.emb_to_key_value, attention.out_proj):
         torch.nn.init.normal_(linear.weight, std=0.3)
@@ -56,9 +48,15 @@ def test_between_the_projections(case, function, monkeypatch):
     key, value = attention.emb_to_key_value(torch.cat([mems, blocks, utterance])).chunk(2, -1)
     effective = lengths + frames - lengths.max() if batch > 1 else torch.full((1,), frames)
     y = function(
-        query, key, value, num_heads=heads, frames=frames, segment_length=segment, left_context_length=left,
-        right_context_length=right, max_memory_size=memory, lengths=effective,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        num_heads=heads,
+        frames=frames,
+        segment_length=segment,
+        **context,
+        lengths=effective,
+    )
     out = attention.out_proj(y)
     rows_out = segments * right + frames
     seen = torch.ones(rows_out, batch, dtype=torch.bool)

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from steps import moved, same_state
 
 from fastasr import rnnt
 from fastasr.decoding import RNNTBeamSearch
@@ -21,11 +22,7 @@ SYMBOLS, CHANNELS = 11, 24
 
 def shaken(module):
     """Gives parameters that no initialisation gives: norms that are not the identity, and gates that differ."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    return module.eval()
+    return moved(module, 0.3, 3).eval()
 
 
 def pair(name, *arguments, dtype=torch.float64, **options):
@@ -57,8 +54,7 @@ def test_lstm(layer_norm, with_state):
         y, (h, c) = lstm(leaf, given if with_state else None)
         inputs = [leaf, *lstm.parameters(), *(given if with_state else [])]
         found.append((y, h, c, *torch.autograd.grad((y * y).sum() + (h * c).sum(), inputs)))
-    for expected, actual in zip(*found, strict=True):
-        close(actual, expected)
+    close(found[1], found[0])
 
 
 @pytest.mark.parametrize("layer_norm", [True, False])
@@ -85,18 +81,15 @@ def test_predictor_in_training_draws_the_same():
         y = model(labels, lengths)[0]
         grads = torch.autograd.grad((y * weight).sum(), list(model.parameters()))
         found.append((y, torch.get_rng_state(), *grads))
-    for a, b in zip(*found, strict=True):
-        close(b, a, 1e-11)
+    close(found[1], found[0], 1e-11)
 
 
 def test_initialisation_draws_the_same():
     models = []
     for make in (theirs._Predictor, Predictor):
         torch.manual_seed(7)
-        models.append(make(SYMBOLS, CHANNELS, 16, 2, 16, True).state_dict())
-    assert list(models[0]) == list(models[1])
-    for name, value in models[0].items():
-        assert torch.equal(models[1][name], value), name
+        models.append(make(SYMBOLS, CHANNELS, 16, 2, 16, True))
+    same_state(*models)
 
 
 def test_float32_to_rounding():
@@ -167,10 +160,8 @@ def test_transducer():
     close(actual(*batch()), expected(*batch()))
     sources, lengths, targets, target_lengths = batch()
     close(actual.transcribe(sources, lengths), expected.transcribe(sources, lengths))
-    close(
-        actual.transcribe_streaming(sources, lengths, None),
-        expected.transcribe_streaming(sources, lengths, None),
-    )
+    streamed = sources, lengths, None
+    close(actual.transcribe_streaming(*streamed), expected.transcribe_streaming(*streamed))
     close(actual.predict(targets, target_lengths, None), expected.predict(targets, target_lengths, None))
 
 
@@ -189,8 +180,7 @@ def test_loss_is_that_of_the_logits():
         torch.autograd.grad(value.sum(), list(model.parameters()))
         for value, model in ((reference, expected), (found, actual))
     )
-    for a, b in zip(reference, found, strict=True):
-        close(b, a, 1e-9)
+    close(found, reference, 1e-9)
     with pytest.raises(ValueError, match="blank"):
         actual.loss(*batch(), blank=SYMBOLS)
 
@@ -200,6 +190,18 @@ def same_hypotheses(actual, expected):
     close([h[1] for h in actual], [h[1] for h in expected], 1e-4)
     close([h[2] for h in actual], [h[2] for h in expected], 1e-4)
     assert [h[3] for h in actual] == pytest.approx([h[3] for h in expected], rel=1e-4)
+
+
+def same_streams(searches, pieces, beam):
+    """Compares the hypotheses after every piece and returns each search's last ones and state."""
+    streamed = [(None, None), (None, None)]
+    for piece in pieces:
+        streamed = [
+            search.infer(piece, torch.tensor([piece.shape[-2]]), beam, state, hypotheses)
+            for search, (hypotheses, state) in zip(searches, streamed, strict=True)
+        ]
+        same_hypotheses(streamed[1][0], streamed[0][0])
+    return streamed
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -215,13 +217,7 @@ def test_beam_search(seed, beam, options):
     with torch.no_grad():
         whole = [search(x, torch.tensor(12), beam) for search in searches]
         same_hypotheses(whole[1], whole[0])
-        streamed = [(None, None), (None, None)]
-        for i in range(0, 12, 4):
-            streamed = [
-                search.infer(x[None, i : i + 4], torch.tensor([4]), beam, state, hypotheses)
-                for search, (hypotheses, state) in zip(searches, streamed, strict=True)
-            ]
-            same_hypotheses(streamed[1][0], streamed[0][0])
+        streamed = same_streams(searches, [x[None, i : i + 4] for i in range(0, 12, 4)], beam)
         same_hypotheses(streamed[1][0], whole[1])
     assert len(whole[1][0][0]) > 1, "nothing was recognised"
     with pytest.raises(ValueError, match="input"):
@@ -259,11 +255,9 @@ def emformer_models(seed=0, **changes):
     for make in (theirs.emformer_rnnt_model, emformer_rnnt_model):
         torch.manual_seed(seed)
         models.append(make(**options).eval())
-    expected, actual = models
-    assert list(expected.state_dict()) == list(actual.state_dict())
-    for name, value in expected.state_dict().items():
-        assert torch.equal(actual.state_dict()[name], value), name
-    return expected, actual
+    assert [list(m.state_dict()) for m in models[:1]] == [list(m.state_dict()) for m in models[1:]]
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
+    return models
 
 
 @pytest.mark.parametrize(
@@ -290,11 +284,8 @@ def test_the_emformer_transducer(changes):
     targets, target_lengths = torch.randint(0, SYMBOLS, (2, 5), generator=generator), torch.tensor([5, 4])
     with torch.no_grad():
         close(actual.transcribe(sources, lengths), expected.transcribe(sources, lengths), 2e-5)
-        close(
-            actual(sources, lengths, targets, target_lengths),
-            expected(sources, lengths, targets, target_lengths),
-            2e-5,
-        )
+        batch = sources, lengths, targets, target_lengths
+        close(actual(*batch), expected(*batch), 2e-5)
         states = [None, None]
         for i in range(0, 24, 8):
             segment = sources[:, i : i + 12], torch.tensor([12, 12])
@@ -314,13 +305,7 @@ def test_beam_search_of_the_emformer_transducer():
     with torch.no_grad():
         whole = [search(x, torch.tensor(24), 4) for search in searches]
         same_hypotheses(whole[1], whole[0])
-        streamed = [(None, None), (None, None)]
-        for i in range(0, 24, 8):
-            streamed = [
-                search.infer(x[i : i + 12], torch.tensor([12]), 4, state, hypotheses)
-                for search, (hypotheses, state) in zip(searches, streamed, strict=True)
-            ]
-            same_hypotheses(streamed[1][0], streamed[0][0])
+        same_streams(searches, [x[i : i + 12] for i in range(0, 24, 8)], 4)
 
 
 def test_the_base_model():

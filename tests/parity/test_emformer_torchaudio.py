@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from steps import same_state
 
 from fastasr.models.emformer import Emformer
 
@@ -43,15 +44,17 @@ def _close(a, b, tolerance=2e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+def _same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5 * max(1.0, b.abs().max().item()))
+
+
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_state_dicts_and_seeds_agree(options):
     ours, theirs = _pair(**options)
-    expected = theirs.state_dict()
-    assert list(ours.state_dict()) == list(expected)
-    for name, value in ours.state_dict().items():
-        assert torch.equal(value, expected[name]), name
-    ours.load_state_dict(expected, strict=True)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
+    same_state(ours, theirs)
 
 
 @pytest.mark.parametrize("lengths", [(21, 14, 5), (20, 17, 20), (15,)], ids=("ragged", "all short", "one"))
@@ -67,10 +70,7 @@ def test_forward_and_gradients(options, lengths):
         valid = (torch.arange(21) < counts[:, None])[..., None]
         (y * valid).square().sum().backward()
         found.append((y.detach() * valid, leaf.grad, *(p.grad for p in model.parameters())))
-    for a, b in zip(*found, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5 * max(1.0, b.abs().max().item()))
+    _same(*found)
 
 
 @pytest.mark.parametrize("lengths", [(19, 13), (16,)], ids=("ragged", "one"))
@@ -85,8 +85,7 @@ def test_dropout_draws_what_upstream_draws(options, lengths):
         y = model(x, counts)[0] * valid
         y.square().sum().backward()
         found.append((y.detach(), torch.rand(3), *(p.grad for p in model.parameters())))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5 * max(1.0, b.abs().max().item()))
+    _same(*found)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=("eval", "dropout"))

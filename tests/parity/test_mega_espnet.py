@@ -6,7 +6,8 @@ import copy
 import mega_models
 import pytest
 import torch
-from mega_models import DROPOUT, close, in_fp64, labels
+from mega_models import DROPOUT, in_fp64, labels
+from steps import close, same_state
 
 pytest.importorskip("espnet2.asr_transducer.decoder.mega_decoder")
 
@@ -40,19 +41,25 @@ def gradients(model, out, weight):
     return torch.autograd.grad((out * weight).sum(), list(model.parameters()), materialize_grads=True)
 
 
+def same_values_and_gradients(found, expected, tolerance):
+    close(found[0], expected[0], tolerance)
+    largest = max(g.abs().max() for g in expected[1])
+    for a, b in zip(found[1], expected[1], strict=True):
+        close(a, b, 10 * tolerance, least=largest)
+
+
 def test_values_and_gradients(variant):
     arguments, tolerance = variant
     with in_fp64():
         theirs = mega_models.upstream(**arguments)
         ours = mega_models.ours(theirs, **arguments)
         batch = labels()
-        expected, actual = theirs(batch), ours(batch)
-        close(actual, expected, tolerance)
-        weight = torch.randn_like(expected)
-        expected, actual = gradients(theirs, expected, weight), gradients(ours, actual, weight)
-        largest = max(g.abs().max() for g in expected)
-        for a, b in zip(actual, expected, strict=True):
-            assert (a - b).abs().max() <= 10 * tolerance * largest
+        outs = ours(batch), theirs(batch)
+        weight = torch.randn_like(outs[0])
+        results = [
+            (out, gradients(model, out, weight)) for model, out in zip((ours, theirs), outs, strict=True)
+        ]
+        same_values_and_gradients(*results, tolerance)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"rel_pos_bias_type": "rotary"}, {"chunk_size": 5}])
@@ -95,16 +102,12 @@ def test_a_training_step_with_dropout(name, rate):
         ours = mega_models.ours(theirs, **arguments, **rates)
         weight = torch.randn(3, 12, 24)
         results = []
-        for model in (theirs, ours):
+        for model in (ours, theirs):
             torch.manual_seed(3)
             out = model(labels())
             results.append((out.detach(), gradients(model, out, weight), torch.get_rng_state()))
-    (expected, expected_grads, expected_state), (actual, actual_grads, state) = results
-    assert torch.equal(state, expected_state)
-    close(actual, expected, tolerance)
-    largest = max(g.abs().max() for g in expected_grads)
-    for a, b in zip(actual_grads, expected_grads, strict=True):
-        assert (a - b).abs().max() <= 10 * tolerance * largest
+    assert torch.equal(results[0][2], results[1][2])
+    same_values_and_gradients(*results, tolerance)
 
 
 def test_initialisation_draws_the_same(variant):
@@ -119,12 +122,7 @@ def test_initialisation_draws_the_same(variant):
     torch.manual_seed(5)
     ours = mega.MEGADecoder(**{**mega_models.ARGUMENTS, **arguments})
     assert torch.equal(torch.get_rng_state(), state)
-    expected, actual = theirs.state_dict(), ours.state_dict()
-    assert list(actual) == list(expected)
-    for name, value in expected.items():
-        if not name.endswith("._pe"):  # nobody initialises it
-            assert torch.equal(actual[name], value), name
-    theirs.load_state_dict(actual)
+    same_state(ours, theirs, but=["._pe"])  # nobody initialises it
 
 
 def test_defaults_of_the_constructors():
@@ -291,11 +289,8 @@ def test_the_average_alone():
         for a, b in zip(ours.get_ema_coefficients(), theirs.get_ema_coefficients(), strict=True):
             close(a, b, 1e-12)
         one = torch.randn(2, 24, 1)
-        for a, b in zip(
-            ours.ema_one_step(one, state["ema_state"]),
-            theirs.ema_one_step(one, state["ema_state"]),
-            strict=True,
-        ):
+        states = one, state["ema_state"]
+        for a, b in zip(ours.ema_one_step(*states), theirs.ema_one_step(*states), strict=True):
             close(a, b, 1e-12)
 
 
@@ -313,7 +308,6 @@ def test_the_biases_alone(kind, length):
     if kind == "rotary":
         x = torch.randn(length, 16)
         close(ours.rotary(x), theirs.rotary(x), 1e-6)
-        for a, b in zip(
-            ours.get_sinusoid_embeddings(9, 16), theirs.get_sinusoid_embeddings(9, 16), strict=True
-        ):
+        tables = (model.get_sinusoid_embeddings(9, 16) for model in (ours, theirs))
+        for a, b in zip(*tables, strict=True):
             close(a, b, 1e-6)
