@@ -35,7 +35,7 @@ def moved(model, scale, seed=None):
     return model
 
 
-def close(actual, expected, tolerance, what="", least=1e-12):
+def close(actual, expected, tolerance=2e-5, what="", least=1e-12):
     """Asserts that the largest difference is at most ``tolerance`` times the largest magnitude, or times ``least``."""
     assert actual.shape == expected.shape, what
     assert actual.dtype == expected.dtype, what

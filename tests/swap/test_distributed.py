@@ -11,7 +11,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("worker", ["ddp", "fsdp2"])
-def test_two_processes(worker, tmp_path):
-    arguments = (2, str(tmp_path / "rendezvous"), worker)
+def test_ddp_and_fsdp2_on_two_processes(tmp_path):
+    arguments = (2, str(tmp_path / "rendezvous"))
     torch.multiprocessing.spawn(distributed_workers.run, args=arguments, nprocs=2)

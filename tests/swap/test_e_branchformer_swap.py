@@ -3,8 +3,6 @@
 training steps, undo, and the modules that are declined.
 """
 
-import copy
-
 import pytest
 import torch
 
@@ -14,7 +12,8 @@ from espnet.nets.pytorch_backend.conformer.swish import Swish
 from espnet2.asr.encoder.branchformer_encoder import BranchformerEncoder
 from espnet2.asr.encoder.conformer_encoder import ConformerEncoder
 from espnet2.asr.encoder.e_branchformer_encoder import EBranchformerEncoder
-from tiny_zipformer import assert_close
+from steps import close, moved
+from tiny_zipformer import same_training
 
 import fastasr
 
@@ -31,11 +30,7 @@ def encoder(**arguments):
     torch.manual_seed(0)
     sizes = {"output_size": 24, "attention_heads": 3, "cgmlp_linear_units": 36, "cgmlp_conv_kernel": 7}
     options = {"num_blocks": 2, "linear_units": 28, "use_ffn": True, "macaron_ffn": True}
-    model = EBranchformerEncoder(20, **{**sizes, **options, **arguments})
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn_like(p)
-    return model.eval()
+    return moved(EBranchformerEncoder(20, **{**sizes, **options, **arguments}), 0.1).eval()
 
 
 def batch():
@@ -63,28 +58,15 @@ def test_swap_and_verify(arguments):
     assert all(row.errors for row in report.replaced if row.class_name in SWAPPED)
     y, found, _ = model(*batch())
     assert found.tolist() == lengths.tolist()
-    assert_close(y, expected)
+    close(y, expected)
     with torch.no_grad():
-        assert_close(model(*batch())[0], expected)
+        close(model(*batch())[0], expected)
     assert fastasr.restore(model) == len(report.replaced)
 
 
 def test_a_training_step_of_the_swapped_model():
     model = encoder(dropout_rate=0.2, attention_dropout_rate=0.1, layer_drop_rate=0.3).train()
-    twin = copy.deepcopy(model)
-    fastasr.accelerate(model)
-    results = []
-    for each in (model, twin):
-        torch.manual_seed(4)
-        loss = each(*batch())[0].sin().sum()
-        grads = torch.autograd.grad(loss, list(each.parameters()), materialize_grads=True)
-        results.append((loss.detach(), grads, torch.get_rng_state()))
-    (loss, grads, state), (expected_loss, expected, expected_state) = results
-    assert torch.equal(state, expected_state)
-    assert_close(loss, expected_loss, 1e-4)
-    largest = max(g.abs().max() for g in expected)
-    for a, b in zip(grads, expected, strict=True):
-        assert (a - b).abs().max() < 1e-4 * largest
+    same_training(model, batch(), lambda y: y[0])
 
 
 def test_the_report_names_kernels_and_what_differs():
@@ -110,7 +92,7 @@ def test_the_same_classes_elsewhere(kind):
     report = fastasr.accelerate(model, verify=batch())
     assert report.ok, str(report)
     assert {row.class_name for row in report.replaced} >= expected_classes
-    assert_close(model(*batch())[0], expected)
+    close(model(*batch())[0], expected)
 
 
 def test_what_is_declined():
@@ -145,5 +127,5 @@ def test_watched_and_replaced_parts_are_called():
     unit = model.encoders[0].cgmlp.csgu
     for module in (unit.norm, unit.conv, unit.act, unit.dropout, model.encoders[0].feed_forward.w_1):
         module.register_forward_hook(lambda *arguments: seen.append(arguments[0]))
-    assert_close(model(*batch())[0], expected)
+    close(model(*batch())[0], expected)
     assert len(seen) == 5

@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 import torch
-from tiny_zipformer import assert_close, plain_swoosh
+from steps import close
+from tiny_zipformer import plain_swoosh
 
 import fastasr
 from fastasr.swap.binding import ExportError
@@ -35,12 +36,12 @@ def test_script_inside_eager_mode(head, x):
     fastasr.accelerate(head)
     with fastasr.eager_mode(head):
         scripted = torch.jit.script(head)
-    assert_close(scripted(x), expected)
-    assert_close(head(x), expected)
+    close(scripted(x), expected)
+    close(head(x), expected)
     file = io.BytesIO()
     torch.jit.save(scripted, file)
     file.seek(0)
-    assert_close(torch.jit.load(file)(x), expected)
+    close(torch.jit.load(file)(x), expected)
 
 
 def test_script_outside_raises(head):
@@ -61,13 +62,13 @@ def test_script_after_a_partial_swap_raises_whichever_came_first(first, x):
     with pytest.raises(ExportError, match=HELP):
         torch.jit.script(pair)
     fastasr.restore(pair)
-    assert_close(torch.jit.script(pair)(x), pair(x))
+    close(torch.jit.script(pair)(x), pair(x))
 
 
 def test_a_loaded_pickle_can_be_scripted(head, x):
     fastasr.accelerate(head)
     loaded = pickle.loads(pickle.dumps(head))
-    assert_close(torch.jit.script(loaded)(x), head(x))
+    close(torch.jit.script(loaded)(x), head(x))
 
 
 def test_trace(head, x):
@@ -77,7 +78,7 @@ def test_trace(head, x):
         torch.jit.trace(head, (x,))
     with fastasr.eager_mode(head):
         traced = torch.jit.trace(head, (x,))
-    assert_close(traced(x), expected)
+    close(traced(x), expected)
 
 
 def test_trace_of_the_whole_model(model, inputs):
@@ -89,7 +90,7 @@ def test_trace_of_the_whole_model(model, inputs):
         expected = model(*inputs)[0]
         with fastasr.eager_mode(model):
             traced = torch.jit.trace(model, inputs, check_trace=False)
-        assert_close(traced(*inputs)[0], expected)
+        close(traced(*inputs)[0], expected)
 
 
 def test_onnx_by_tracing(head, x):
@@ -120,7 +121,7 @@ def test_torch_export(head, x, strict):
     fastasr.accelerate(head)
     program = torch.export.export(head, (x,), strict=strict)
     assert any("fastasr" in str(node.target) for node in program.graph.nodes)
-    assert_close(program.module()(x), expected)
+    close(program.module()(x), expected)
 
 
 def test_scripted_submodules_are_declined(head, x):
@@ -128,4 +129,4 @@ def test_scripted_submodules_are_declined(head, x):
     report = fastasr.accelerate(scripted)
     assert not report.replaced
     assert report["0"].reason == "compiled by TorchScript"
-    assert_close(scripted[0](x), head(x))
+    close(scripted[0](x), head(x))

@@ -2,14 +2,13 @@
 """Known code is swapped wherever it lives; everything else is declined with a reason."""
 
 import ast
-import importlib.util
 import inspect
 import random
-import sys
 
 import pytest
 import torch
-from tiny_zipformer import assert_close, plain_swoosh, seeded
+from steps import close, seeded
+from tiny_zipformer import from_file, plain_swoosh
 from torch.nn.utils import parametrizations, weight_norm
 
 import fastasr
@@ -47,11 +46,7 @@ def recipe(tmp_path, monkeypatch):
             text = text.replace("from zipformer.modules.scaling import", f"from {folder.name}_scaling import")
             path = folder / f"{folder.name}_{name}.py"
             path.write_text(edit(name, text))
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            module = importlib.util.module_from_spec(spec)
-            monkeypatch.setitem(sys.modules, path.stem, module)
-            spec.loader.exec_module(module)
-            result.append(module)
+            result.append(from_file(path, monkeypatch))
         loaded.append(result)
         return result
 
@@ -115,91 +110,43 @@ def test_copies_in_a_recipe_folder_are_swapped(recipe, edit):
     assert skipped == {"FeedforwardModule", "ScheduledFloat", "Identity", "Sigmoid", "Tanh", "Conv1d"}
 
 
+BALANCED, WHITENED = {"balancer", "convnext", "embed", "convolution"}, {"convolution", "whiten"}
+NO_WHITENING = (
+    "if not x.requires_grad or random.random() > self.prob or grad_scale == 0:\n            return "
+)
+# file, its text, another text, what is no longer known; both activations are spelled out in the fused forward
 EDITS = {
     "the score of a masked position": (
-        "zipformer",
-        "attn_scores = attn_scores.masked_fill(attn_mask, -1000)",
-        "attn_scores = attn_scores.masked_fill(attn_mask, -10000)",
-        {"weights"},
+        "zipformer", "masked_fill(attn_mask, -1000)", "masked_fill(attn_mask, -10000)", {"weights"},
     ),
     "a constant of the activation": (
-        "scaling",
-        "0.08 * x - 0.035",
-        "0.08 * x - 0.036",
-        {"swoosh_l", "fused_l", "fused_r"},  # both activations are spelled out in the fused forward
+        "scaling", "0.08 * x - 0.035", "0.08 * x - 0.036", {"swoosh_l", "fused_l", "fused_r"},
     ),
-    "the derivative": (
-        "scaling",
-        "deriv = 0.92 - inv_denom",
-        "deriv = 0.9 - inv_denom",
-        {"fused_l", "fused_r"},
-    ),
+    "the derivative": ("scaling", "deriv = 0.92 - inv_denom", "deriv = 0.9 - inv_denom", {"fused_l", "fused_r"}),
     "the norm's formula": ("scaling", "x - bias) ** 2", "x - bias) ** 4", {"norm"}),
     "how often a limit applies": ("scaling", "prob: float = 0.6", "prob: float = 0.7", {"norm", "bypass"}),
-    "what a limit does": (
-        "scaling",
-        "x_grad > 0, x < ctx.min",
-        "x_grad > 0, x > ctx.min",
-        {"norm", "bypass"},
-    ),
-    "the bypass": (
-        "zipformer",
-        "(src - src_orig) * bypass_scale",
-        "(src - src_orig) / bypass_scale",
-        {"bypass"},
-    ),
+    "what a limit does": ("scaling", "x_grad > 0, x < ctx.min", "x_grad > 0, x > ctx.min", {"norm", "bypass"}),
+    "the bypass": ("zipformer", "(src - src_orig) * bypass_scale", "(src - src_orig) / bypass_scale", {"bypass"}),
     "how a scale is drawn": ("zipformer", "> skip_rate", ">= skip_rate", {"bypass"}),
-    "the layer of the front end": (
-        "subsampling",
-        "x = bypass + x\n",
-        "x = bypass - x\n",
-        {"convnext", "embed"},
-    ),
+    "the layer of the front end": ("subsampling", "x = bypass + x\n", "x = bypass - x\n", {"convnext", "embed"}),
     "the front end": ("subsampling", "reshape(b, t, c * f)", "reshape(b, t, f * c)", {"embed"}),
     "what a regulariser does to strides": (
-        "scaling",
-        "if not x.requires_grad or (\n",
-        "if not x.view(-1).requires_grad or (\n",
-        {"balancer", "convnext", "embed", "convolution"},
+        "scaling", "if not x.requires_grad or (\n", "if not x.view(-1).requires_grad or (\n", BALANCED,
     ),
-    "what a balancer does to gradients": (
-        "scaling",
-        "loss = m_loss + r_loss",
-        "loss = m_loss - r_loss",
-        {"balancer", "convnext", "embed", "convolution"},
-    ),
+    "what a balancer does to gradients": ("scaling", "loss = m_loss + r_loss", "loss = m_loss - r_loss", BALANCED),
     "the convolution module": ("zipformer", "x, s = x.chunk(2", "s, x = x.chunk(2", {"convolution"}),
-    "what whitening returns": (
-        "scaling",
-        "if not x.requires_grad or random.random() > self.prob or grad_scale == 0:\n            return _no_op(x)",
-        "if not x.requires_grad or random.random() > self.prob or grad_scale == 0:\n            return 2 * x",
-        {"convolution", "whiten"},
-    ),
+    "what whitening returns": ("scaling", f"{NO_WHITENING}_no_op(x)", f"{NO_WHITENING}2 * x", WHITENED),
     "what whitening does to gradients": (
-        "scaling",
-        "penalty_grad = penalty_grad * scale",
-        "penalty_grad = penalty_grad / scale",
-        {"convolution", "whiten"},
+        "scaling", "penalty_grad = penalty_grad * scale", "penalty_grad = penalty_grad / scale", WHITENED,
     ),
-    "the order of the thirds": (
-        "zipformer",
-        "s, x, y = x.chunk(3",
-        "x, s, y = x.chunk(3",
-        {"nonlin_attention"},
-    ),
+    "the order of the thirds": ("zipformer", "s, x, y = x.chunk(3", "x, s, y = x.chunk(3", {"nonlin_attention"}),
     "what is done with the weights": (
-        "zipformer",
-        "x = self.whiten(x)\n\n        return x",
-        "x = 2 * self.whiten(x)\n\n        return x",
-        {"self_attention"},
+        "zipformer", "x = self.whiten(x)\n\n", "x = 2 * self.whiten(x)\n\n", {"self_attention"},
     ),
     "the layer": (
-        "zipformer",
-        "src = self.bypass_mid(src_orig, src)",
-        "src = self.bypass_mid(src, src_orig)",
-        {"layer"},
+        "zipformer", "src = self.bypass_mid(src_orig, src)", "src = self.bypass_mid(src, src_orig)", {"layer"},
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", EDITS)
@@ -245,7 +192,7 @@ def test_a_layer_whose_constant_attention_acts_in_eval_mode(recipe, training):
             seeded(seed)
             with torch.no_grad():
                 results.append((forward(layer, x, pos_emb), random.getstate()))
-        assert_close(results[1][0], results[0][0], what="output")
+        close(results[1][0], results[0][0], what="output")
         assert results[1][1] == results[0][1]
 
 
@@ -257,7 +204,7 @@ def test_fingerprints_do_not_depend_on_the_folder(recipe):
     assert fingerprint([copied.forward], copied) == fingerprint([BiasNorm.forward], BiasNorm)
 
 
-def test_a_docstring_may_start_further_left_than_its_function(tmp_path):
+def test_a_docstring_may_start_further_left_than_its_function(tmp_path, monkeypatch):
     """Some recipes have such docstrings."""
     code = [
         "class Module:\n",
@@ -269,9 +216,7 @@ def test_a_docstring_may_start_further_left_than_its_function(tmp_path):
     for docstring in (True, False):
         path = tmp_path / f"docstring_{docstring}.py"
         path.write_text("".join(code if docstring else [*code[:2], code[3]]))
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = from_file(path, monkeypatch)
         found.add(fingerprint([module.Module.forward], module.Module))
     assert len(found) == 1
 
@@ -422,65 +367,53 @@ def test_convnext_with_another_convolution(model):
     assert "hidden_balancer runs code that is not upstream's" in report["encoder_embed.convnext"].reason
 
 
-def _append(embed):
-    embed.conv.append(torch.nn.Identity())
+def setting(path, value):
+    """Returns a change that sets the attribute of a module or of a part."""
+    part, _, name = path.rpartition(".")
+    return lambda module: setattr(module.get_submodule(part), name, value)
 
 
-def _hold_a_subclass(embed):
-    class Causal(torch.nn.Conv2d):
-        pass
-
-    embed.conv[4] = Causal(4, 8, 3, stride=2)
+def without(name):
+    return lambda module: delattr(module, name)
 
 
-def _use_another_activation(embed):
-    embed.conv[6] = torch.nn.ReLU()
+class Causal(torch.nn.Conv2d):
+    pass
 
 
-def _replace_a_forward(embed):
-    embed.conv[2].forward = lambda x: x.view(-1)
+class Residual(torch.nn.Sequential):
+    pass
 
 
-def _subclass_the_container(embed):
-    class Residual(torch.nn.Sequential):
-        pass
-
-    embed.conv = Residual(*embed.conv)
+class Adapted(torch.nn.Linear):
+    pass
 
 
-def _add_a_module(embed):
-    embed.extra = torch.nn.Linear(3, 3)
-
-
-def _exchange_the_layer(embed):
-    embed.convnext = torch.nn.Identity()
-
-
-def _patch_the_layer(embed):
-    embed.convnext.out_balancer.forward = lambda x: x.view(-1)
-
-
-def _lose_the_norm(embed):
-    del embed.out_norm
-
-
-@pytest.mark.parametrize(
-    ("alter", "reason"),
-    [
-        (_append, "submodule conv holds Conv2d, ScaleGrad, Balancer, SwooshR, Conv2d, Balancer, SwooshR"),
-        (_hold_a_subclass, "submodule conv holds Conv2d, ScaleGrad, Balancer, SwooshR, Causal"),
-        (
-            _use_another_activation,
-            "submodule conv holds Conv2d, ScaleGrad, Balancer, SwooshR, Conv2d, Balanc",
-        ),
-        (_replace_a_forward, "submodule conv.2 runs code that is not upstream's"),
-        (_subclass_the_container, "submodule conv is a Residual, expected Sequential"),
-        (_add_a_module, "has a submodule this class does not have upstream: extra (Linear)"),
-        (_exchange_the_layer, "submodule convnext is a Identity, expected ConvNeXt"),
-        (_patch_the_layer, "submodule convnext: submodule out_balancer runs code that is not upstream's"),
-        (_lose_the_norm, "lacks an attribute of upstream's Conv2dSubsampling"),
-    ],
+Conv1d = type("Conv1d", (torch.nn.Conv1d,), {})
+EXTRA = (
+    setting("extra", torch.nn.Linear(3, 3)),
+    "has a submodule this class does not have upstream: extra (Linear)",
 )
+HOLDS = "submodule conv holds Conv2d, ScaleGrad, Balancer, SwooshR, "
+FRONT_END = {
+    "a longer stack": (lambda m: m.conv.append(torch.nn.Identity()), f"{HOLDS}Conv2d, Balancer, SwooshR"),
+    "a subclass": (setting("conv.4", Causal(4, 8, 3, stride=2)), f"{HOLDS}Causal"),
+    "another activation": (setting("conv.6", torch.nn.ReLU()), f"{HOLDS}Conv2d, Balanc"),
+    "a forward": (setting("conv.2.forward", lambda x: x.view(-1)), "submodule conv.2 runs code that is not upstream's"),
+    "the container": (
+        lambda m: setattr(m, "conv", Residual(*m.conv)), "submodule conv is a Residual, expected Sequential",
+    ),
+    "one more": EXTRA,
+    "the layer": (setting("convnext", torch.nn.Identity()), "submodule convnext is a Identity, expected ConvNeXt"),
+    "a part of the layer": (
+        setting("convnext.out_balancer.forward", lambda x: x.view(-1)),
+        "submodule convnext: submodule out_balancer runs code that is not upstream's",
+    ),
+    "no norm": (without("out_norm"), "lacks an attribute of upstream's Conv2dSubsampling"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("alter", "reason"), FRONT_END.values(), ids=FRONT_END)
 def test_an_altered_front_end(model, alter, reason):
     alter(model.encoder_embed)
     row = fastasr.explain(model)["encoder_embed"]
@@ -505,93 +438,44 @@ def test_a_front_end_of_another_class(model):
 
 
 def test_any_projection_behind_the_convolutions(model):
-    class Adapted(torch.nn.Linear):
-        pass
-
     model.encoder_embed.out.__class__ = Adapted
     report = fastasr.explain(model)
     assert report["encoder_embed"].status == "replaced"
     assert report["encoder_embed.out"].status == "skipped"
 
 
-def _stride(module):
-    module.depthwise_conv.stride = (2,)
+OTHER_SIZES = "submodule depthwise_conv has other groups, stride, dilation or padding"
+NO_CHUNKS = "submodule depthwise_conv is a Conv1d, expected ChunkCausalDepthwiseConv1d"
+CONVOLUTION = {
+    "stride": (setting("depthwise_conv.stride", (2,)), f"{OTHER_SIZES} than upstream's"),
+    "padding": (setting("depthwise_conv.padding", "same"), OTHER_SIZES),
+    "padding mode": (setting("depthwise_conv.padding_mode", "reflect"), OTHER_SIZES),
+    "groups": (
+        setting("depthwise_conv", torch.nn.Conv1d(32, 32, 7, padding=3)),
+        "submodule depthwise_conv weight has shape (32, 32, 7), expected (32, 1, 7)",
+    ),
+    "a subclass": (
+        setting("depthwise_conv.__class__", Conv1d), "submodule depthwise_conv is not a plain torch.nn.Conv1d",
+    ),
+    "another gate": (setting("sigmoid", torch.nn.Tanh()), "submodule sigmoid is a Tanh, expected Sigmoid"),
+    "a patched gate": (
+        setting("sigmoid.forward", torch.tanh), "submodule sigmoid is not a plain torch.nn.Sigmoid",
+    ),
+    "torch's identity": (
+        setting("activation2", torch.nn.Identity()), "submodule activation2 runs code that is not upstream's",
+    ),
+    "a patched balancer": (
+        setting("balancer2.forward", lambda x: 2 * x), "submodule balancer2 runs code that is not upstream's",
+    ),
+    "no whitening": (setting("whiten", torch.nn.Identity()), "submodule whiten is a Identity, expected Whiten"),
+    "one more": EXTRA,
+    "no balancer": (without("balancer1"), "lacks the submodules balancer1"),
+    "no projection": (without("out_proj"), "lacks an attribute of upstream's ConvolutionModule"),
+    "causal": (setting("causal", True), NO_CHUNKS),
+}  # fmt: skip
 
 
-def _pad_one_side(module):
-    module.depthwise_conv.padding = "same"
-
-
-def _mix_channels(module):
-    module.depthwise_conv = torch.nn.Conv1d(32, 32, 7, padding=3)
-
-
-def _hold_a_subclassed_convolution(module):
-    class Conv1d(torch.nn.Conv1d):
-        pass
-
-    module.depthwise_conv.__class__ = Conv1d
-
-
-def _reflect(module):
-    module.depthwise_conv.padding_mode = "reflect"
-
-
-def _gate_with_another_function(module):
-    module.sigmoid = torch.nn.Tanh()
-
-
-def _patch_the_gate(module):
-    module.sigmoid.forward = torch.tanh
-
-
-def _use_torchs_identity(module):
-    module.activation2 = torch.nn.Identity()
-
-
-def _patch_the_balancer(module):
-    module.balancer2.forward = lambda x: 2 * x
-
-
-def _exchange_the_whitening(module):
-    module.whiten = torch.nn.Identity()
-
-
-def _add_a_projection(module):
-    module.extra = torch.nn.Linear(3, 3)
-
-
-def _drop_the_balancer(module):
-    del module.balancer1
-
-
-def _lose_the_projection(module):
-    del module.out_proj
-
-
-def _say_causal(module):
-    module.causal = True
-
-
-@pytest.mark.parametrize(
-    ("alter", "reason"),
-    [
-        (_stride, "submodule depthwise_conv has other groups, stride, dilation or padding than upstream's"),
-        (_pad_one_side, "submodule depthwise_conv has other groups, stride, dilation or padding"),
-        (_mix_channels, "submodule depthwise_conv weight has shape (32, 32, 7), expected (32, 1, 7)"),
-        (_hold_a_subclassed_convolution, "submodule depthwise_conv is not a plain torch.nn.Conv1d"),
-        (_reflect, "submodule depthwise_conv has other groups, stride, dilation or padding"),
-        (_gate_with_another_function, "submodule sigmoid is a Tanh, expected Sigmoid"),
-        (_patch_the_gate, "submodule sigmoid is not a plain torch.nn.Sigmoid"),
-        (_use_torchs_identity, "submodule activation2 runs code that is not upstream's"),
-        (_patch_the_balancer, "submodule balancer2 runs code that is not upstream's"),
-        (_exchange_the_whitening, "submodule whiten is a Identity, expected Whiten"),
-        (_add_a_projection, "has a submodule this class does not have upstream: extra (Linear)"),
-        (_drop_the_balancer, "lacks the submodules balancer1"),
-        (_lose_the_projection, "lacks an attribute of upstream's ConvolutionModule"),
-        (_say_causal, "submodule depthwise_conv is a Conv1d, expected ChunkCausalDepthwiseConv1d"),
-    ],
-)
+@pytest.mark.parametrize(("alter", "reason"), CONVOLUTION.values(), ids=CONVOLUTION)
 def test_an_altered_convolution_module(model, alter, reason):
     layer = model.encoder.encoders[0].layers[0]
     alter(layer.conv_module1)
@@ -610,39 +494,28 @@ def causal():
         return ConvolutionModule(8, 7, causal=True)
 
 
-def _hide_the_first_chunk(module):
-    module.depthwise_conv.forward = lambda x, chunk_size=-1: x
+CAUSAL_CONVOLUTION = {
+    "chunks are hidden": (
+        setting("depthwise_conv.forward", lambda x, chunk_size=-1: x),
+        "submodule depthwise_conv runs code that is not upstream's",
+    ),
+    "padding of the causal part": (
+        setting("depthwise_conv.causal_conv.padding", (1,)),
+        "submodule depthwise_conv.causal_conv has other groups, stride, dilation or",
+    ),
+    "a shorter causal part": (
+        setting("depthwise_conv.causal_conv", torch.nn.Conv1d(8, 8, 3, groups=8)),
+        "submodule depthwise_conv has convolutions of other sizes",
+    ),
+    "fewer scales": (
+        setting("depthwise_conv.chunkwise_conv_scale", torch.nn.Parameter(torch.zeros(2, 8, 5))),
+        "submodule depthwise_conv chunkwise_conv_scale has shape (2, 8, 5)",
+    ),
+    "no chunks": (setting("depthwise_conv", torch.nn.Conv1d(8, 8, 7, padding=3, groups=8)), NO_CHUNKS),
+}  # fmt: skip
 
 
-def _pad_the_causal_part(module):
-    module.depthwise_conv.causal_conv.padding = (1,)
-
-
-def _shorten_the_causal_part(module):
-    module.depthwise_conv.causal_conv = torch.nn.Conv1d(8, 8, 3, groups=8)
-
-
-def _scale_fewer_frames(module):
-    module.depthwise_conv.chunkwise_conv_scale = torch.nn.Parameter(torch.zeros(2, 8, 5))
-
-
-def _convolve_without_chunks(module):
-    module.depthwise_conv = torch.nn.Conv1d(8, 8, 7, padding=3, groups=8)
-
-
-@pytest.mark.parametrize(
-    ("alter", "reason"),
-    [
-        (_hide_the_first_chunk, "submodule depthwise_conv runs code that is not upstream's"),
-        (_pad_the_causal_part, "submodule depthwise_conv.causal_conv has other groups, stride, dilation or"),
-        (_shorten_the_causal_part, "submodule depthwise_conv has convolutions of other sizes"),
-        (_scale_fewer_frames, "submodule depthwise_conv chunkwise_conv_scale has shape (2, 8, 5)"),
-        (
-            _convolve_without_chunks,
-            "submodule depthwise_conv is a Conv1d, expected ChunkCausalDepthwiseConv1d",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("alter", "reason"), CAUSAL_CONVOLUTION.values(), ids=CAUSAL_CONVOLUTION)
 def test_an_altered_causal_convolution_module(causal, alter, reason):
     assert fastasr.explain(causal)[""].status == "replaced"
     alter(causal)
@@ -650,9 +523,6 @@ def test_an_altered_causal_convolution_module(causal, alter, reason):
 
 
 def test_any_projections_of_a_convolution_module(model):
-    class Adapted(torch.nn.Linear):
-        pass
-
     path = "encoder.encoders.0.layers.0.conv_module1"
     model.get_submodule(path).in_proj.__class__ = Adapted
     report = fastasr.explain(model)
@@ -673,4 +543,4 @@ def test_shared_modules_are_swapped_once(norm):
     x = torch.randn(3, 8)
     actual = model(x)
     fastasr.restore(model)
-    assert_close(actual, model(x))
+    close(actual, model(x))

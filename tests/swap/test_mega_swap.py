@@ -13,24 +13,22 @@ from espnet2.asr_transducer.beam_search_transducer import BeamSearchTransducer, 
 from espnet2.asr_transducer.decoder.blocks.mega import MEGA
 from espnet2.asr_transducer.decoder.mega_decoder import MEGADecoder
 from espnet2.asr_transducer.decoder.modules.mega.multi_head_damped_ema import MultiHeadDampedEMA
-from tiny_zipformer import assert_close
+from steps import close, moved
+from tiny_zipformer import same_training
 
 import fastasr
 from fastasr.models.mega import decoder as decoder_file
 from fastasr.swap import binding
 
 METHODS = ("forward", "inference", "score", "batch_score", "stack_qk_states")
+DROPOUT = {"": 0.1, "embed_": 0.2, "att_": 0.3, "ema_": 0.2, "ffn_": 0.4}
 SWAPPED = ("MEGADecoder", "MEGA", "MultiHeadDampedEMA", "NormalizedPositionwiseFeedForward")
 
 
 def decoder(**arguments):
     torch.manual_seed(0)
     sizes = {"block_size": 16, "linear_size": 24, "qk_size": 8, "v_size": 20, "num_heads": 2}
-    model = MEGADecoder(12, **{**sizes, "num_blocks": 2, "max_positions": 24, **arguments})
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.3 * torch.randn_like(p)
-    return model.eval()
+    return moved(MEGADecoder(12, **{**sizes, "num_blocks": 2, "max_positions": 24, **arguments}), 0.3).eval()
 
 
 @pytest.fixture
@@ -61,6 +59,11 @@ def streamed(model):
     return [*outs, out, *(state[key] for state in after for key in sorted(state))]
 
 
+def same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        close(a, b)
+
+
 def everything(model):
     """Calls every method that ``verify`` has to reach."""
     model(labels())
@@ -80,13 +83,7 @@ def everything(model):
             "activation_args": {"swish_beta": 1.5},
             "normalization_type": "scale_norm",
         },
-        {
-            "dropout_rate": 0.1,
-            "embed_dropout_rate": 0.2,
-            "att_dropout_rate": 0.3,
-            "ema_dropout_rate": 0.2,
-            "ffn_dropout_rate": 0.4,
-        },
+        {f"{part}dropout_rate": rate for part, rate in DROPOUT.items()},
     ],
     ids=["simple", "rotary", "chunks", "truncated", "mish-rms", "e-swish-scale", "dropout"],
 )
@@ -98,10 +95,8 @@ def test_swap_and_verify(arguments):
     replaced = {row.class_name for row in report.replaced}
     assert replaced.issuperset(SWAPPED)
     assert all(row.errors for row in report.replaced if row.class_name in SWAPPED)
-    assert_close(model(labels()), expected)
-    for a, b in zip(streamed(model), steps, strict=True):
-        assert a.shape == b.shape
-        assert_close(a, b)
+    close(model(labels()), expected)
+    same(streamed(model), steps)
 
 
 def test_the_report_names_kernels_and_what_differs(model):
@@ -121,23 +116,8 @@ def test_labels_as_inputs_of_verify(model):
 
 
 def test_a_training_step_of_the_swapped_model():
-    rates = dict.fromkeys(("dropout_rate", "embed_dropout_rate", "att_dropout_rate"), 0.2)
-    rates |= {"ema_dropout_rate": 0.3, "ffn_dropout_rate": 0.1}
-    model = decoder(**rates).train()
-    twin = copy.deepcopy(model)
-    fastasr.accelerate(model)
-    results = []
-    for each in (model, twin):
-        torch.manual_seed(4)
-        loss = each(labels()).sin().sum()
-        grads = torch.autograd.grad(loss, list(each.parameters()))
-        results.append((loss.detach(), grads, torch.get_rng_state()))
-    (loss, grads, state), (expected_loss, expected, expected_state) = results
-    assert torch.equal(state, expected_state)
-    assert_close(loss, expected_loss, 1e-4)
-    largest = max(g.abs().max() for g in expected)
-    for a, b in zip(grads, expected, strict=True):
-        assert (a - b).abs().max() < 1e-4 * largest
+    model = decoder(**{f"{part}dropout_rate": rate for part, rate in DROPOUT.items()}).train()
+    same_training(model, (labels(),))
 
 
 def test_a_beam_search(model):
@@ -188,8 +168,7 @@ def test_methods_in_copies_and_pickles(model):
     loaded = pickle.loads(pickle.dumps(model))
     assert all(binding.bound_function(loaded, name) is None for name in METHODS)
     for each in (twin, loaded):
-        for a, b in zip(streamed(each), expected, strict=True):
-            assert_close(a, b)
+        same(streamed(each), expected)
     assert "" in [row.path for row in fastasr.accelerate(loaded).replaced]
     assert all(vars(loaded)[name].__self__ is loaded for name in METHODS)
 
@@ -216,9 +195,8 @@ def test_only_some_modules(model):
     for only in ("", "mega_blocks.*.0", "*.multihead_damped_ema", "*.rel_pos_bias", "mega_blocks.0.*"):
         twin = copy.deepcopy(model)
         fastasr.accelerate(twin, only=only)
-        assert_close(twin(labels()), expected)
-        for a, b in zip(streamed(twin), streamed(decoder()), strict=True):
-            assert_close(a, b)
+        close(twin(labels()), expected)
+        same(streamed(twin), streamed(decoder()))
 
 
 # --------------------------------------------------------------------------- caches
@@ -246,8 +224,7 @@ def test_coefficients_follow_the_parameters(model):
         streamed(model)
         fastasr.accelerate(model)
         model.load_state_dict(other.state_dict())
-        for a, b in zip(streamed(model), streamed(other), strict=True):
-            assert_close(a, b)
+        same(streamed(model), streamed(other))
     fastasr.restore(model)
     assert model.mega_blocks[0][0].multihead_damped_ema._coeffs is None
 
@@ -334,7 +311,7 @@ def test_wrapped_projections_are_called(model):
     block.proj_h = Wrapped(block.proj_h)
     report = fastasr.accelerate(model)
     assert report["mega_blocks.0.0"].status == "replaced"
-    assert_close(model(labels()), expected)
+    close(model(labels()), expected)
     assert block.proj_h.calls == 1
 
 

@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 import torch
-from tiny_zipformer import assert_close, plain_swoosh, seeded, training_step
+from steps import close, seeded
+from tiny_zipformer import plain_swoosh, training_step
 from torch.utils.checkpoint import checkpoint
 
 import fastasr
@@ -50,7 +51,7 @@ def test_a_pickled_model_loads_unswapped_and_can_be_swapped_again(model, inputs,
         loaded = torch.load(file, weights_only=False)
     assert not _swapped(loaded)
     with torch.no_grad():
-        assert_close(loaded(*inputs)[0], expected)
+        close(loaded(*inputs)[0], expected)
     assert [row.path for row in fastasr.accelerate(loaded).replaced] == paths
     with torch.no_grad():
         assert torch.equal(loaded(*inputs)[0], expected)
@@ -80,7 +81,7 @@ def test_state_dict_round_trip_between_swapped_and_not(model, inputs):
     file.seek(0)
     model.load_state_dict(torch.load(file))
     with torch.no_grad():
-        assert_close(twin.eval()(*inputs)[0], model.eval()(*inputs)[0])
+        close(twin.eval()(*inputs)[0], model.eval()(*inputs)[0])
 
 
 def _parts(model):
@@ -114,7 +115,7 @@ def test_compile_fullgraph(model, part, training):
             y = run(*args)
             results.append([y.detach(), *torch.autograd.grad(y.sin().sum(), args)])
         for a, b in zip(*results, strict=True):
-            assert_close(b, a, what=part)
+            close(b, a, what=part)
 
 
 def test_compile_of_the_whole_model(model, inputs):
@@ -122,7 +123,7 @@ def test_compile_of_the_whole_model(model, inputs):
     model.eval()
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
-        assert_close(compiled(*inputs)[0], model(*inputs)[0])
+        close(compiled(*inputs)[0], model(*inputs)[0])
 
 
 def test_a_compiled_module_notices_a_later_swap():
@@ -134,7 +135,7 @@ def test_a_compiled_module_notices_a_later_swap():
     with torch.no_grad():
         expected = compiled(x)
         fastasr.accelerate(compiled)
-        assert_close(compiled(x), expected)
+        close(compiled(x), expected)
     assert binding.bound_forward(norm) is not None
 
 
@@ -153,39 +154,29 @@ def test_upstream_with_its_own_compiled_swoosh(inputs):
     report = fastasr.accelerate(shipped, verify=(torch.randn(7, 6),))
     assert [row.class_name for row in report.replaced] == ["SwooshL", "SwooshR", "ActivationDropoutAndLinear"]
     x = torch.randn(7, 6)
-    assert_close(shipped.eval()(x), plain.eval()(x))
+    close(shipped.eval()(x), plain.eval()(x))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(model, inputs, reentrant):
-    """A feed-forward module that is recomputed in the backward gives the gradients it gives without checkpointing."""
-    fastasr.accelerate(model)
-    module = model.encoder.encoders[0].layers[0].feed_forward1.train()
-    # Upstream's regularisers draw from Python's random, which checkpointing does not replay.
-    module.hidden_balancer = module.out_whiten = torch.nn.Identity()
+@pytest.mark.parametrize("whole_layer", [False, True])
+def test_activation_checkpointing(model, whole_layer, reentrant):
+    """What is recomputed in the backward has the gradients that it has without checkpointing: a feed-forward module by
+    torch's checkpointing, which does not replay Python's random and so runs without upstream's regularisers, and a
+    layer with them.
+    """
+    fastasr.accelerate(model.train())
+    stack = model.encoder.encoders[0]
+    module, replayed = stack.layers[0], replaying_checkpoint
+    if not whole_layer:
+        module, replayed = module.feed_forward1, checkpoint
+        module.hidden_balancer = module.out_whiten = torch.nn.Identity()
     results = []
-    for run in (module, lambda x: checkpoint(module, x, use_reentrant=reentrant)):
+    for run in (module, lambda *args: replayed(module, *args, use_reentrant=reentrant)):
         module.zero_grad()
         x = torch.randn(9, 2, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
         seeded(5)
-        run(x).square().sum().backward()
-        results.append([x.grad, *(p.grad.clone() for p in module.parameters())])
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_of_a_whole_layer(model, reentrant):
-    """Upstream's regularisers, which draw from Python's random, are active."""
-    fastasr.accelerate(model.train())
-    layer = model.encoder.encoders[0].layers[0]
-    results = []
-    for run in (layer, lambda *args: replaying_checkpoint(layer, *args, use_reentrant=reentrant)):
-        layer.zero_grad()
-        x = torch.randn(9, 2, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        seeded(5)
-        run(x, model.encoder.encoders[0].encoder_pos(x)).square().sum().backward()
-        results.append([x.grad, *(p.grad for p in layer.parameters())])
+        run(*((x, stack.encoder_pos(x)) if whole_layer else (x,))).square().sum().backward()
+        results.append([x.grad, *(p.grad for p in module.parameters())])
     for a, b in zip(*results, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
 
@@ -210,7 +201,7 @@ def test_autocast_bf16_training(model, inputs):
         loss, gradients, _ = training_step(model, inputs, seed=0)
     full, _, _ = training_step(reference, inputs, seed=0)
     assert torch.isfinite(loss)
-    assert_close(loss.float(), full, tolerance=0.1)
+    close(loss.float(), full, tolerance=0.1)
     assert all(torch.isfinite(g).all() for g in gradients.values())
     assert all(g.dtype == torch.float32 for g in gradients.values())
 
@@ -223,7 +214,7 @@ def test_half_precision_model(model, inputs):
         fastasr.accelerate(model)
         actual = model(x.bfloat16(), lens)[0]
     assert actual.dtype == expected.dtype
-    assert_close(actual.float(), expected.float(), tolerance=0.05)
+    close(actual.float(), expected.float(), tolerance=0.05)
 
 
 def test_moving_to_another_dtype_after_the_swap(model, inputs):
@@ -232,4 +223,4 @@ def test_moving_to_another_dtype_after_the_swap(model, inputs):
     model.eval()
     with torch.no_grad():
         expected = model(*inputs)[0]
-        assert_close(model.double()(x.double(), lens)[0].float(), expected)
+        close(model.double()(x.double(), lens)[0].float(), expected)

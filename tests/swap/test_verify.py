@@ -2,11 +2,13 @@
 """verify catches kernels that compute something else, undoes them, and leaves no trace of its runs."""
 
 import copy
+import inspect
 import random
 
 import pytest
 import torch
-from tiny_zipformer import seeded, training_step
+from steps import seeded
+from tiny_zipformer import from_file, training_step
 
 import fastasr
 from fastasr import ops
@@ -229,10 +231,6 @@ class TestUnknownCode:
     @pytest.fixture
     def edited(self, tmp_path, monkeypatch):
         """Makes a BiasNorm whose code is of no known version, equivalent or not."""
-        import importlib.util
-        import inspect
-        import sys
-
         import zipformer.modules.scaling as upstream
 
         def make(old, new):
@@ -240,10 +238,7 @@ class TestUnknownCode:
             assert old in text
             path = tmp_path / "edited_scaling.py"
             path.write_text(text.replace(old, new))
-            spec = importlib.util.spec_from_file_location("edited_scaling", path)
-            module = importlib.util.module_from_spec(spec)
-            monkeypatch.setitem(sys.modules, "edited_scaling", module)
-            spec.loader.exec_module(module)
+            module = from_file(path, monkeypatch)
             return torch.nn.Sequential(upstream.BiasNorm(8), module.BiasNorm(8))
 
         return make

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upstream's Zipformer from the ``zipformer`` package, small enough for tests, and its published size M."""
 
-import contextlib
-import os
-import random
+import copy
+import importlib.util
+import sys
 
 import torch
+from steps import close, draws, seeded
 
-from fastasr.benchmarks.upstream import MEDIUM
+import fastasr
+from fastasr.benchmarks.upstream import MEDIUM, activations
 
 TINY = {
     "output_downsampling_factor": 2,
@@ -26,18 +28,9 @@ TINY = {
 }
 
 
-@contextlib.contextmanager
 def plain_swoosh():
     """Keeps Swoosh functions plain by upstream's own switch: upstream compiles them when a module is built."""
-    before = os.environ.get("K2_ONNX_EXPORT")
-    os.environ["K2_ONNX_EXPORT"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["K2_ONNX_EXPORT"]
-        else:
-            os.environ["K2_ONNX_EXPORT"] = before
+    return activations(compiled=False)
 
 
 class Encoder(torch.nn.Module):
@@ -73,8 +66,7 @@ def tiny(batch_count=20000.0, seed=0):
     """Returns a model with dropout 0.5: upstream rounds 1 / (1 - p) to fp32, which would show in fp64 with another
     rate.
     """
-    torch.manual_seed(seed)
-    random.seed(seed)
+    seeded(seed)
     with plain_swoosh():
         return set_batch_count(Encoder(TINY, 20, 32, (4, 8, 16), dropout=(0.5, 0.5)), batch_count)
 
@@ -90,11 +82,6 @@ def batch(seed=1):
     return torch.randn(2, 60, 20, generator=generator), torch.tensor([60, 52])
 
 
-def seeded(seed):
-    random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def training_step(model, inputs, seed):
     """Returns loss, gradients by name, and the random states afterwards."""
     model.train()
@@ -105,11 +92,31 @@ def training_step(model, inputs, seed):
     loss = (out * weight).sum() / out.shape[1]
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), gradients, (random.getstate(), torch.get_rng_state())
+    return loss.detach(), gradients, draws()
 
 
-def assert_close(actual, expected, tolerance=2e-5, what=""):
-    """Asserts that the largest difference is at most ``tolerance`` times the largest magnitude."""
-    scale = expected.abs().max().clamp_min(1e-12)
-    error = ((actual - expected).abs().max() / scale).item()
-    assert error <= tolerance, f"{what}: relative error {error:.2e}"
+def same_training(model, inputs, result=lambda y: y):
+    """Asserts that a step of the swapped model has the draws of a copy that is not swapped, and its gradients."""
+    twin = copy.deepcopy(model)
+    fastasr.accelerate(model)
+    results = []
+    for each in (model, twin):
+        torch.manual_seed(4)
+        loss = result(each(*inputs)).sin().sum()
+        grads = torch.autograd.grad(loss, list(each.parameters()), materialize_grads=True)
+        results.append((loss.detach(), grads, torch.get_rng_state()))
+    (loss, grads, state), (expected_loss, expected, expected_state) = results
+    assert torch.equal(state, expected_state)
+    close(loss, expected_loss, 1e-4)
+    largest = max(g.abs().max() for g in expected)
+    for a, b in zip(grads, expected, strict=True):
+        assert (a - b).abs().max() < 1e-4 * largest
+
+
+def from_file(path, monkeypatch):
+    """Returns the module of a file, under the file's name."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    return module
