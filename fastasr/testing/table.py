@@ -116,6 +116,12 @@ class OpTable:
     def thorough(self) -> tuple[Sample, ...]:
         return tuple(s for s in self.samples if s.thorough)
 
+    @property
+    def richest(self) -> Sample:
+        """The thorough sample that is interpreted and has the most arguments."""
+        small = [s for s in self.thorough if not s.large]
+        return max(small, key=lambda s: sum(v is not None for v in s.arguments(Make()).values()))
+
 
 @cache
 def table(name: str) -> OpTable:

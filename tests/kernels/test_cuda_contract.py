@@ -17,15 +17,13 @@ def library(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("op", "run"),
+    "case",
     [
-        pytest.param(
-            op, run, id=f"{op}-{check}-{sample.name}-{dtype}".replace("torch.", "").replace(" ", "_")
-        )
+        pytest.param(case, id=case.id, marks=pytest.mark.long if case.long else ())
         for op in cuda_emulated.OPS
-        for check, sample, dtype, run in cases(tables()[op], "cpu", forced=True)
+        for case in cases(tables()[op], "cpu", forced=True)
     ],
 )
-def test_contract(op, run, library):
-    with cuda_emulated.serving(library, op), fastasr.backend("cuda"):
-        run()
+def test_contract(case, library):
+    with cuda_emulated.serving(library, case.table.op), fastasr.backend("cuda"):
+        case()

@@ -6,6 +6,8 @@ file so, with Triton's interpreter.
 """
 
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,31 +28,26 @@ def _served(name: str) -> bool:
     )
 
 
-def _marks(check: str, dtype: torch.dtype):
-    """Leaves the most repetitive checks of a forced backend, which takes seconds per call, to the long
-    tests.
-    """
-    repeats = check == "deterministic" or (check == "strides" and dtype != torch.float32)
-    return pytest.mark.long if FORCED and repeats else ()
+def _turn() -> str:
+    """Returns what says which 16-bit type a forced backend takes: SEED, or else the commit."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return os.environ.get("SEED") or subprocess.run(command, capture_output=True, text=True).stdout
 
 
+TURN = _turn() if FORCED else ""
 CASES = [
-    pytest.param(
-        run,
-        id=f"{name}-{check}-{sample.name}-{str(dtype).removeprefix('torch.')}-{device}".replace(" ", "_"),
-        marks=_marks(check, dtype),
-    )
+    pytest.param(case, id=case.id, marks=pytest.mark.long if case.long else ())
     for name, table in tables().items()
     if _served(name)
     for device in DEVICES
-    for check, sample, dtype, run in cases(table, device, forced=bool(FORCED))
+    for case in cases(table, device, forced=bool(FORCED), turn=TURN)
 ]
 
 
-@pytest.mark.parametrize("run", CASES)
-def test_contract(run):
+@pytest.mark.parametrize("case", CASES)
+def test_contract(case):
     with fastasr.backend(FORCED or "auto"):
-        run()
+        case()
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,16 @@ TABLE = OpTable(
         Sample("channels in the middle", lambda m: _norm(m, (2, 6, 5, 3), -3)),
         Sample("vector", lambda m: _norm(m, (40,))),
         Sample("two channels", lambda m: _norm(m, (30, 2))),
+        Sample("one channel", lambda m: _norm(m, (5, 1)), exact=False),
         Sample("odd channels", lambda m: _norm(m, (11, 193))),
         Sample("encoder", lambda m: _norm(m, (150, 4, 192))),
         Sample("wide", lambda m: _norm(m, (7, 1030))),
+        Sample("very wide", lambda m: _norm(m, (2, 5000))),
+        Sample("bias of zeros", lambda m: _norm(m, (3, 8)) | {"bias": m.normal(8, scale=0.0)}),
+        Sample(
+            "parameters in float32",
+            lambda m: _norm(Make(device=m.device), (5, 4, 192)) | {"x": m.normal(5, 4, 192)},
+        ),
         Sample("large values", lambda m: _norm(m, (5, 3, 24), scale=50.0)),
         Sample(
             "log_scale in float32",

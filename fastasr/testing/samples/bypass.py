@@ -24,6 +24,20 @@ TABLE = OpTable(
         Sample("vector", lambda m: _bypass(m, (17,))),
         Sample("one channel", lambda m: _bypass(m, (9, 1))),
         Sample("odd channels", lambda m: _bypass(m, (11, 193))),
+        Sample("scale of every element", lambda m: _bypass(m, (1, 3, 5), 3)),
+        Sample(
+            "x_orig in float32",
+            lambda m: _bypass(m, (9, 4, 192)) | {"x_orig": Make(seed=3).normal(9, 4, 192).to(m.device)},
+        ),
+        Sample(
+            "infinities and NaN",
+            lambda m: {
+                "x_orig": m.values(float("inf"), 1.0, float("nan"), 2.0, -float("inf")),
+                "x": m.values(1.0, float("inf"), 1.0, 3.0, -float("inf")),
+                "scale": m.values(*[0.25] * 5),
+            },
+            exact=False,
+        ),
         Sample("encoder", lambda m: _bypass(m, (150, 4, 192), 2)),
         Sample(
             "layer skipped",

@@ -90,6 +90,7 @@ TABLE = OpTable(
         Sample("encoder, identity", lambda m: _plain(m, 100, 5, 96, 15, activation="identity"), large=True),
         Sample("encoder, chunks of 32", lambda m: _causal(m, 150, 3, 64, 31, 32), large=True),
         Sample("encoder, chunks of 4", lambda m: _causal(m, 70, 3, 80, 15, 4), large=True),
+        Sample("two blocks of channels, chunks of 4", lambda m: _causal(m, 40, 2, 66, 5, 4)),
         Sample(
             "encoder, chunks of 2, identity", lambda m: _causal(m, 70, 3, 64, 15, 2, activation="identity")
         ),

@@ -33,6 +33,8 @@ TABLE = OpTable(
         _sample("sequence with a state", 3, 3, 5, 6, state=True, thorough=True, draws=16),
         _sample("one step", 1, 2, 7, 12, state=True, thorough=True, draws=16),
         _sample("predictor", 20, 4, 64, 128, large=True, draws=6),
+        _sample("two blocks of units", 2, 3, 3, 20, state=True),
+        _sample("two blocks of sequences", 1, 18, 2, 7),
         _sample("units and a tail", 12, 3, 40, 70, state=True, large=True),
         _sample("three units", 9, 5, 33, 19, state=True, large=True),
         _sample("two steps of one sequence", 2, 1, 48, 96, state=True, large=True),

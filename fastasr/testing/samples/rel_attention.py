@@ -68,7 +68,7 @@ TABLE = OpTable(
     op="rel_attention",
     samples=(
         _small("plain", lambda m: _call(m, 1, 7, 2, 8), thorough=True),
-        _small("padding", lambda m: _call(m, 3, 9, 2, 4, key_padding_mask=_padding(9, 9, 5, 1)), large=True),
+        _small("padding", lambda m: _call(m, 3, 9, 2, 4, key_padding_mask=_padding(9, 9, 5, 1))),
         _small(
             "a mask and padding",
             lambda m: _call(m, 2, 9, 1, 8, key_padding_mask=_padding(9, 9, 6), attn_mask=_random_mask(9, 9)),
@@ -80,7 +80,6 @@ TABLE = OpTable(
         _small(
             "a sequence of padding alone",
             lambda m: _call(m, 2, 6, 2, 8, key_padding_mask=_padding(6, 6, 0)),
-            large=True,
         ),
         Sample(
             "padding in front and within",
@@ -88,9 +87,22 @@ TABLE = OpTable(
             draws=2,
         ),
         _small("one frame", lambda m: _call(m, 2, 1, 1, 8)),
-        _small("two frames", lambda m: _call(m, 2, 2, 2, 8), large=True),
-        _small("a head of one channel", lambda m: _call(m, 2, 19, 2, 1), large=True),
+        _small("two frames", lambda m: _call(m, 2, 2, 2, 8)),
+        _small("a head of one channel", lambda m: _call(m, 2, 19, 2, 1)),
         Sample("an odd width", lambda m: _call(m, 1, 9, 1, 37), draws=4),
+        _small(
+            "several tiles, masks, wide values",
+            lambda m: _call(
+                m,
+                1,
+                37,
+                1,
+                20,
+                24,
+                key_padding_mask=_padding(37, 30),
+                attn_mask=_random_mask(37, 37, hidden=0.4),
+            ),
+        ),
         _small("an odd width, several tiles", lambda m: _call(m, 1, 35, 2, 37), large=True),
         Sample("heads of 64, several tiles", lambda m: _call(m, 1, 67, 2, 64), draws=2, large=True),
         Sample(

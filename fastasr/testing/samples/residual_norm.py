@@ -24,6 +24,8 @@ TABLE = OpTable(
         Sample("wide", lambda m: _call(m, (3, 2070))),
         Sample("vector", lambda m: _call(m, (40,)), exact=False),
         Sample("five channels", lambda m: _call(m, (300, 5), eps=0.1)),
+        Sample("very wide", lambda m: _call(m, (2, 5000))),
+        Sample("no epsilon", lambda m: _call(m, (3, 40), eps=0.0)),
         Sample("large values", lambda m: _call(m, (5, 3, 24), scale=300.0)),
         Sample("no rows", lambda m: _call(m, (0, 3, 8))),
         Sample("rows of zeros", lambda m: _call(m, (4, 8), scale=0.0), exact=False),

@@ -72,6 +72,13 @@ TABLE = OpTable(
         Sample("one cell", lambda m: _band(m, 2, 7, 1)),
         Sample("one cell, moving", lambda m: _band(m, 2, 7, 1, step=1, modified=True)),
         Sample("windows that jump over each other", lambda m: _band(m, 3, 6, 3, step=5, modified=True)),
+        Sample(
+            "begins and ends within",
+            lambda m: (
+                _band(m, 3, 6, 3, step=0)
+                | {"boundary": torch.tensor([[0, 1, 2, 5], [1, 0, 3, 4], [2, 3, 2, 3]])}
+            ),
+        ),
         Sample("no frames", lambda m: _band(m, 2, 0, 3)),
         Sample("no sequences", lambda m: _band(m, 0, 4, 3)),
         Sample("standing windows", lambda m: _band(m, 2, 4, 6, step=0), large=True),

@@ -54,6 +54,7 @@ TABLE = OpTable(
         ),
         Sample("dropout shared over the batch", lambda m: _training(m, (6, 3, 16), 12, 1)),
         Sample("dropout of every element", lambda m: _training(m, (6, 2, 16), 12, None)),
+        Sample("dropout of one channel", lambda m: _training(m, (9, 1), 5, 0)),
         Sample("dropout in eval", lambda m: _training(m, (6, 2, 16), 12, 0) | {"training": False}),
         Sample("feed-forward", lambda m: _training(m, (150, 4, 160), 96, 0)),
         Sample("vector", lambda m: affine(m, (16,), 8)),

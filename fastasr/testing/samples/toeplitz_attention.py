@@ -80,7 +80,28 @@ TABLE = OpTable(
             thorough=True,
         ),
         Sample("both ways", lambda m: _call(m, 65, 2, 64, 96, causal=False), large=True),
-        Sample("padding", lambda m: _call(m, 70, 3, 64, 97, padding_mask=_padding(70, 40, 1))),
+        Sample("padding", lambda m: _call(m, 70, 3, 64, 97, padding_mask=_padding(70, 40, 1)), large=True),
+        Sample(
+            "several tiles, padding, dropout",
+            lambda m: _dropout(m, 35, 2, 20, 18, padding_mask=_padding(35, 20)),
+            draws=8,
+        ),
+        Sample("several tiles both ways", lambda m: _call(m, 35, 1, 20, 18, causal=False), draws=8),
+        Sample(
+            "several tiles, chunks, a long bias",
+            lambda m: _call(
+                m, 44, 1, 16, 20, chunk_size=20, positions=30, padding_mask=_padding(44), causal=False
+            ),
+            draws=8,
+        ),
+        *(
+            Sample(
+                f"{name}, few frames",
+                lambda m, name=name: _call(m, 17, 1, 20, 18, activation=name, activate_value=True),
+                draws=8,
+            )
+            for name in _activation.NAMES
+        ),
         Sample(
             "padding both ways",
             lambda m: _call(m, 70, 3, 64, 97, padding_mask=_padding(70, 40, 1), causal=False),

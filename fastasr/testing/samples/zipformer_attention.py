@@ -20,25 +20,13 @@ def _valued(make: Make, arguments: dict, heads: int | None = None, dim: int = 3)
 _VALUE_DIM = {"wide heads": 12, "stack 3": 12}
 
 
-# tests/kernels/interpreter interprets these with small tiles instead, in a tenth of the time.
-_KERNEL_TESTED = (
-    "chunks",
-    "chunks, all before",
-    "chunks, padding and a mask of each sequence",
-    "chunks and a cache",
-    "no positions",
-    "odd sizes",
-    "large scores",
-)
-
-
 def _sample(sample: Sample) -> Sample:
     return Sample(
         sample.name,
         lambda m: _valued(m, sample.arguments(m), dim=_VALUE_DIM.get(sample.name, 3)),
         exact=sample.exact,
         thorough=sample.thorough,
-        large=sample.large or sample.name in _KERNEL_TESTED,
+        large=sample.large,
     )
 
 

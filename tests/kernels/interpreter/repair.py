@@ -3,13 +3,12 @@
 
 The stock interpreter rounds the product and the sum of an ``fma`` separately; it truncates float32 to
 bfloat16, or rounds ties away from zero without carrying into the exponent, and multiplies raw 16-bit patterns
-in ``tl.dot``. Scans, calls, checks of overflow and the choice of numpy's types are made faster. A pytest plugin:
-``pytest -p tests.kernels.interpreter.repair``, with TRITON_INTERPRET=1. ``test_rounding.py`` tells whether the repair
-still holds.
+in ``tl.dot``. ``test_rounding.py`` tells whether the repair still holds.
 """
 
+from functools import cache
+
 import numpy as np
-import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -30,18 +29,8 @@ def narrow(values: np.ndarray) -> np.ndarray:
 
 
 # ``fma_dot`` replaces the processor's BLAS for products of float32. Then a b and its transpose are the same numbers, as
-# they are on a GPU: a kernel that computes scores once by rows and once by columns relies on it. With these products
-# the whole contract holds except for one draw, the largest error of toeplitz_attention's gradient of qk_weight with
-# padding; of 12 other draws none fails, and fastasr's error is below eager's, 2.8e-7 against 3.3e-7.
+# they are on a GPU: a kernel that computes scores once by rows and once by columns relies on it.
 IN_ORDER = False
-# Only this op's contract needs that: the weights of a query that sees one key well are 1 as nearly as its scores agree.
-SCORES_TWICE = ("segment_attention",)
-
-
-@pytest.fixture(autouse=True)
-def _products_in_order(request, monkeypatch):
-    if request.node.name.startswith(tuple(f"test_contract[{op}-" for op in SCORES_TWICE)):
-        monkeypatch.setitem(globals(), "IN_ORDER", True)
 
 
 def fma_dot(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
@@ -94,74 +83,6 @@ def _repair(builder: type) -> None:
     builder.create_fma = fma
 
 
-def _scan(self, parts):
-    """Scans whole rows in log2(n) steps, as the hardware does; the stock scan takes one element at a time."""
-    length = parts[0].handle.data.shape[self.axis]
-    shape = [1] * parts[0].handle.data.ndim
-    shape[self.axis] = length
-    position = np.arange(length).reshape(shape)
-    done = [part.handle.data for part in parts]
-    step = 1
-    while step < length:
-        before = [
-            self.to_tensor(np.roll(d, step, self.axis), p.dtype) for d, p in zip(done, parts, strict=True)
-        ]
-        here = [self.to_tensor(d, p.dtype) for d, p in zip(done, parts, strict=True)]
-        joined = self.combine_fn.fn(*before, *here)
-        joined = joined if isinstance(joined, tuple) else (joined,)
-        done = [np.where(position >= step, j.handle.data, d) for j, d in zip(joined, done, strict=True)]
-        step *= 2
-    return [self.to_tensor(d, p.dtype) for d, p in zip(done, parts, strict=True)]
-
-
-def _numpy_type(stock):
-    """Remembers the results of ``stock``, which makes its table anew for every operation."""
-    found = {}
-
-    def of(kind):
-        if isinstance(kind.scalar, tl.pointer_type):
-            return stock(kind)
-        name = kind.scalar.name
-        if name not in found:
-            found[name] = stock(kind)
-        return found[name]
-
-    return of
-
-
-def _device_call(stock):
-    """Calls one jitted function from another. The stock call patches the language each time, which takes half the time
-    of kernels on small tiles. A launch begins with that patch, so calls inside it need none.
-    """
-
-    def call(self, *arguments, **options):
-        languages = [value for value in self.fn.__globals__.values() if value is tl or value is tl.core]
-        if any(tl.core.is_builtin(language.load) for language in languages):
-            return stock(self, *arguments, **options)
-        return self.rewrite()(*arguments, **options)
-
-    return call
-
-
-_OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-
-
-def _check_overflow(a, b, operation):
-    """Checks for integer overflow; the stock check forms ten tensors for it."""
-    if a.type.scalar.int_bitwidth < 64:
-        exact = _OPERATIONS[operation.__name__](
-            a.handle.data.astype(np.int64), b.handle.data.astype(np.int64)
-        )
-        kind = np.iinfo(a.handle.data.dtype)
-        message = f"int{a.type.scalar.int_bitwidth} overflow detected for operation {operation.__name__}"
-        assert exact.min(initial=0) >= kind.min, message
-        assert exact.max(initial=0) <= kind.max, message
-
-
-if not hasattr(interpreter.InterpreterBuilder, "_fastasr_repaired"):
+@cache
+def install() -> None:
     _repair(interpreter.InterpreterBuilder)
-    interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = _check_overflow
-    interpreter.ScanOps.generic_scan = _scan
-    interpreter._get_np_dtype = _numpy_type(interpreter._get_np_dtype)
-    interpreter.InterpretedFunction.__call__ = _device_call(interpreter.InterpretedFunction.__call__)
-    interpreter.InterpreterBuilder._fastasr_repaired = True

@@ -3,10 +3,11 @@
 
 import numpy as np
 import pytest
-import repair
 import torch
 import triton
 import triton.language as tl
+
+from tests.kernels.interpreter import repair
 
 
 @triton.jit
@@ -69,13 +70,13 @@ def test_bfloat16_dot():
     torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-6, atol=1e-6)
 
 
-def test_ties_go_to_even(rounding):
+def test_ties_go_to_even():
     values = np.array([0x3F808000, 0x3F818000], dtype=np.uint32).view(np.float32)
-    assert rounding.narrow(values).tolist() == [0x3F80, 0x3F82]
+    assert repair.narrow(values).tolist() == [0x3F80, 0x3F82]
 
 
-def test_products_in_order(monkeypatch):
-    monkeypatch.setattr(repair, "IN_ORDER", True)
+@pytest.mark.usefixtures("products_in_order")
+def test_products_in_order():
     torch.manual_seed(0)
     a, b = torch.randn(32, 32), torch.randn(32, 32)
     ab, ba = torch.empty(32, 32), torch.empty(32, 32)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the kernels' blocks so small that every loop runs several times on a sample of a few dozen frames.
+
+The tiles of a GPU hold 64 frames or more. With these, kernels walk over several blocks of rows, keys and channels, over
+several parts of a sum and several pieces of a workspace, and masks hide something in the last of each.
+"""
+
+from fastasr.kernels import (
+    bias_norm,
+    bypass,
+    depthwise_conv2d,
+    gated_depthwise_conv,
+    layer_norm_lstm,
+    linear_activation,
+    rel_attention,
+    residual_norm,
+    rnnt_joiner,
+    rnnt_lattice,
+    segment_attention,
+    toeplitz_attention,
+    zipformer_attention,
+    zipformer_attention_weights,
+)
+
+BLOCK = 16  # the least that tl.dot takes
+RELATIVE = rel_attention, zipformer_attention, zipformer_attention_weights
+WITH_PARTS = depthwise_conv2d, gated_depthwise_conv, layer_norm_lstm, linear_activation, toeplitz_attention
+
+
+def _small(tiles):
+    """Returns tile shapes, at any depth, with blocks of ``BLOCK``, and kernels that take no row at once. Tiles that are
+    higher than wide stay so."""
+    if isinstance(tiles, tuple):
+        return tuple(map(_small, tiles))
+    if not isinstance(tiles, dict):
+        return tiles
+    small = {name: BLOCK if name.startswith("BLOCK") else _small(value) for name, value in tiles.items()}
+    if tiles.get("BLOCK_M", 0) > tiles.get("BLOCK_N", BLOCK):
+        small["BLOCK_M"] = 2 * BLOCK
+    return small | ({"WHOLE": False} if "WHOLE" in tiles else {})
+
+
+class _Shrunk:
+    def __init__(self, tiles):
+        self.tiles = tiles
+
+    def __call__(self, *sizes, **options):
+        return _small(self.tiles(*sizes, **options))
+
+
+def shrink(monkeypatch) -> None:
+    """Shrinks the blocks of every kernel until ``monkeypatch`` is undone."""
+    for module in (rnnt_joiner, segment_attention, toeplitz_attention, *RELATIVE):
+        monkeypatch.setattr(module, "tiles", _Shrunk(module.tiles))
+    for module in RELATIVE:
+        monkeypatch.setattr(module, "head_block", lambda dim, dtype: BLOCK)
+    for module in (rel_attention, toeplitz_attention):
+        monkeypatch.setattr(module, "_hopper", lambda t: True)
+    for module in (rel_attention, zipformer_attention):
+        monkeypatch.setattr(module, "PIECE_BYTES", 1)  # a block of queries at a time
+    for module in WITH_PARTS:
+        monkeypatch.setattr(module, "MAX_PARTS", 2)
+    for module in (bias_norm, residual_norm):
+        monkeypatch.setattr(module, "MAX_WARPS", 16)
+    monkeypatch.setattr(bypass, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(depthwise_conv2d, "LEAST_ROWS", 1)
+    monkeypatch.setattr(rnnt_joiner, "CHUNK_BYTES", 1)  # a frame at a time
+    monkeypatch.setattr(rnnt_lattice, "MAX_LANES", 4)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How kernels are interpreted: faster, with the rounding of the hardware, every access to memory checked.
+
+A pytest plugin: ``pytest -p tests.kernels.interpreter.plugin``, with TRITON_INTERPRET=1.
+"""
+
+import numpy as np
+import pytest
+
+from fastasr.testing.checks import Case, parity
+from tests.kernels.interpreter import blocks, faster, memory, repair
+
+faster.install()
+repair.install()
+memory.install()
+
+# The contract of these ops needs products that are equal to their transposes': the weights of a query that sees one key
+# well are 1 as nearly as its scores agree, and dA of such a query is subtracted from itself.
+SCORES_TWICE = ("segment_attention", "toeplitz_attention")
+
+
+@pytest.fixture(autouse=True)
+def _quiet_numpy():
+    """Silences numpy: NaN and infinity are inputs here, not accidents."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture
+def products_in_order(monkeypatch):
+    monkeypatch.setattr(repair, "IN_ORDER", True)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    blocks.shrink(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _as_the_case_needs(request):
+    """Gives the contract the blocks of a GPU on thorough samples and in every check but parity, and small ones on the
+    other samples.
+    """
+    case = request.node.callspec.params.get("case") if hasattr(request.node, "callspec") else None
+    if isinstance(case, Case):
+        if case.table.op in SCORES_TWICE:
+            request.getfixturevalue("products_in_order")
+        if case.check.run is parity and not case.sample.thorough:
+            request.getfixturevalue("small_blocks")

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many launches a call makes, and programs of one launch that wait for each other."""
+
+import os
+
+import torch
+from triton.runtime import interpreter
+
+from fastasr.kernels import layer_norm_lstm, segment_attention
+from fastasr.ops.segment_attention import rows_of
+from tests.kernels.interpreter.test_needs import lstm
+
+
+def test_segment_attention(monkeypatch):
+    """There are one forward and two backward launches, whatever the sizes; a step of a stream is one program per
+    head.
+    """
+    grids = []
+
+    class Recorded:
+        def __init__(self, name: str):
+            self.name, self.kernel = name, getattr(segment_attention, f"{name}_kernel")
+
+        def __getitem__(self, grid):
+            grids.append((self.name, grid))
+            return self.kernel[grid]
+
+    for name in ("forward", "queries", "keys"):
+        monkeypatch.setattr(segment_attention, f"{name}_kernel", Recorded(name))
+    frames, segment, left, right, memory, *past = 16, 16, 30, 4, 4, 30, 4
+    queries, keys = rows_of(frames, segment, right, memory, *past)
+    query, key, value, grad = (
+        torch.randn(rows, 2, 32, dtype=torch.bfloat16) for rows in (queries, keys, keys, queries)
+    )
+    sizes = 2, frames, segment, left, right, memory, *past
+    call = query, key, value, None, torch.tensor([16, 1]), None, *sizes
+    segment_attention.segment_attention_forward(*call)
+    segment_attention.segment_attention_backward(grad, *call)
+    assert [name for name, _ in grids] == ["forward", "queries", "keys"]
+    assert grids[0][1] == (4, 1)
+
+
+def _run_together(self, *arguments, **options):
+    """Launches a kernel whose programs are processes, all running at once."""
+    assert options.pop("launch_cooperative_grid", True)
+    patched = interpreter._patch_lang(self.fn)
+    options = {name: value for name, value in options.items() if name in self.arg_names}
+    values = interpreter.inspect.getcallargs(self.fn, *arguments, **options)
+    values = {n: v if n in self.constexprs else interpreter._implicit_cvt(v) for n, v in values.items()}
+    (programs,) = self.grid
+    interpreter.interpreter_builder.set_grid_dim(programs, 1, 1)
+    running = []
+    for program in range(programs):
+        process = os.fork()
+        if not process:
+            code = 1
+            try:
+                interpreter.interpreter_builder.set_grid_idx(program, 0, 0)
+                self.fn(**values)
+                code = 0
+            finally:
+                os._exit(code)
+        running.append(process)
+    patched.restore()
+    assert [os.waitpid(process, 0)[1] for process in running] == [0] * programs
+
+
+def test_programs_of_layer_norm_lstm_wait_for_each_other(monkeypatch):
+    """One launch over the sequence, a process for each program, gives what a launch for each phase gives."""
+    torch.manual_seed(0)
+    grads, run = lstm(2, 3, 20)
+    expected = run(grads)
+    alone, launches = interpreter.GridExecutor.__call__, []
+
+    def launch(self, *arguments, **options):
+        together = options.get("launch_cooperative_grid", False)
+        launches.append(together)
+        return (_run_together if together else alone)(self, *arguments, **options)
+
+    empty, zeros = torch.empty, torch.zeros
+    monkeypatch.setattr(torch, "empty", lambda *shape, **rest: empty(*shape, **rest).share_memory_())
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **rest: zeros(*shape, **rest).share_memory_())
+    monkeypatch.setattr(torch.Tensor, "clone", lambda t: empty(t.shape).share_memory_().copy_(t))
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    monkeypatch.setattr(layer_norm_lstm, "_together", lambda: True)
+    for a, b in zip(run(grads), expected, strict=True):
+        assert torch.equal(a, b)
+    assert launches.count(True) == 2

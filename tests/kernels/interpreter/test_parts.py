@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""With more rows than 128 parts hold, every row counts once in the gradients of parameters, which are sums of parts."""
+
+import pytest
+import torch
+
+from fastasr import backend, ops
+
+CHANNELS = 24
+
+
+def _rows(count: int, *shape: int) -> list[torch.Tensor]:
+    return [torch.randn(*shape, CHANNELS) for _ in range(count)]
+
+
+# Blocks of 16 rows in bias_norm and of 8 in the others give a few more parts than 128.
+CALLS = {
+    "bias_norm": lambda: (ops.bias_norm, [*_rows(1, 2100), 0.1 * torch.randn(CHANNELS), torch.tensor(0.3)]),
+    "bypass": lambda: (ops.bypass, [*_rows(2, 1100, 3), torch.rand(3, CHANNELS)]),
+    "gated_residual_norm": lambda: (ops.gated_residual_norm, [*_rows(4, 1100), *_rows(2)]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_every_row_counts_once(call):
+    torch.manual_seed(0)
+    function, tensors = call()
+    found, truth = (
+        [t.requires_grad_() for t in tensors],
+        [t.detach().double().requires_grad_() for t in tensors],
+    )
+    with backend("triton"):
+        y = function(*found)
+    grad = torch.randn(y.shape)
+    ours = y, *torch.autograd.grad(y, found, grad)
+    exact = function.definition(*truth)
+    for a, t in zip(ours, (exact, *torch.autograd.grad(exact, truth, grad.double())), strict=True):
+        assert (a - t).abs().max() / t.abs().max() < 3e-6

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Swoosh with every kind of mask, at the sizes where its kernels change: correct to the rounding of the result."""
+
+import pytest
+import torch
+
+from fastasr.kernels.swoosh import BLOCK, DTYPES, swoosh_backward, swoosh_forward
+from fastasr.testing.tolerance import compare
+
+# (shape, dimension along which the mask is shared; None: no mask, -1: a mask of full size)
+CASES = [
+    *(((n,), d) for n, d in ((1, None), (5, -1), (BLOCK, 0), (BLOCK + 9, -1), (2 * BLOCK - 16, None))),
+    *(((9, 3, 40), d) for d in (None, -1, 0, 1, 2)),
+    *(((17, 2, 260), d) for d in (0, 1, 2)),
+    *(((3, 1), d) for d in (0, 1)),
+    *(((2, 5, 1), d) for d in (-1, 1, 2)),
+    *(((0, 3, 4), d) for d in (None, 0)),
+    ((3, 4, 0), 2),
+]
+
+
+def _formula(x, right):
+    shift, offset = (1.0, 0.313261687) if right else (4.0, 0.035)
+    return torch.logaddexp(torch.zeros_like(x), x - shift) - 0.08 * x - offset
+
+
+def _mask(shape, shared_dim, dtype):
+    if shared_dim is None:
+        return None
+    size = [1 if d == shared_dim else n for d, n in enumerate(shape)]
+    return ((torch.rand(size) > 0.25) / 0.75).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "right"),
+    [(case, dtype, (i + j) % 2 == 0) for i, case in enumerate(CASES) for j, dtype in enumerate(DTYPES)],
+    ids=str,
+)
+def test_values_and_gradients(case, dtype, right):
+    """Of the pairs of a case, a dtype and a side each occurs once."""
+    torch.manual_seed(0)
+    shape, shared_dim = case
+    x, mask = (torch.randn(shape) * 4).to(dtype), _mask(shape, shared_dim, dtype)
+    grad = torch.randn(shape).to(dtype)
+    index = -1 if shared_dim is None else shared_dim
+    y = swoosh_forward(x, right, mask, index)
+    dx, again = swoosh_backward(grad, x, right, mask, index, True)
+    dx_alone, nothing = swoosh_backward(grad, x, right, mask, index, False)
+    wide = x.double().requires_grad_()
+    expected = _formula(wide, right) * (1.0 if mask is None else mask.double())
+    (expected_dx,) = torch.autograd.grad(expected, wide, grad.double())
+    assert y.dtype == dx.dtype == dtype
+    assert torch.equal(y, again)
+    assert torch.equal(dx, dx_alone)
+    assert nothing.numel() == 0
+    assert nothing.dtype == dtype
+    # 16-bit types are correctly rounded, up to the short polynomial's 1e-5 and their smallest numbers.
+    narrow = dtype.itemsize == 2
+    rtol = 0.51 * torch.finfo(dtype).eps if narrow else 4e-7
+    torch.testing.assert_close(y.double(), expected.detach(), rtol=rtol, atol=1.1e-5 if narrow else 2e-7)
+    torch.testing.assert_close(dx.double(), expected_dx, rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0, 30.0])
+def test_error_is_not_above_that_of_eager(scale, right):
+    torch.manual_seed(1)
+    x, grad = (torch.randn(20000) * scale).requires_grad_(), torch.randn(20000)
+    wide = x.detach().double().requires_grad_()
+    eager, truth = _formula(x, right), _formula(wide, right)
+    y, (dx, _) = swoosh_forward(x, right, None, -1), swoosh_backward(grad, x, right, None, -1, False)
+    for ours, theirs, exact in (
+        (y, eager, truth),
+        (dx, torch.autograd.grad(eager, x, grad)[0], torch.autograd.grad(truth, wide, grad.double())[0]),
+    ):
+        comparison = compare(ours, theirs, exact)
+        assert comparison.ok, str(comparison)
+
+
+def test_mask_of_another_type():
+    torch.manual_seed(0)
+    x = (torch.randn(9, 2, 40) * 4).bfloat16()
+    mask = _mask((9, 2, 40), 0, torch.float32)
+    y = swoosh_forward(x, False, mask, 0)
+    assert y.dtype == torch.float32
+    expected = _formula(x.double(), False) * mask.double()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=2e-7)
