@@ -2,7 +2,6 @@
 """Every command: what it prints, what it returns, how it fails."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 import fastasr
-from fastasr import ops, testing
+from fastasr import cli, ops, testing
+from fastasr.cli import env
 from fastasr.cli.app import app
 from fastasr.ops import _dispatch
 
@@ -32,17 +32,6 @@ def run(monkeypatch):
     return call
 
 
-def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "fastasr.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=HERE,
-        env={**os.environ, **environment},
-    )
-
-
 # --- help and failures
 
 
@@ -59,31 +48,37 @@ def test_version(run):
 
 
 def test_the_installed_command_ends_without_a_traceback():
-    done = process("bench", "nonsense")
+    command = [sys.executable, "-m", "fastasr.cli", "bench", "nonsense"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("error: no benchmark is called 'nonsense'")
     assert done.stdout == ""
 
 
-def test_without_the_extra_the_command_names_it(tmp_path):
-    (tmp_path / "typer.py").write_text("raise ImportError('No module named typer', name='typer')\n")
-    done = process("env", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 1
-    assert done.stderr.strip() == "fastasr: the command line needs typer: pip install 'fastasr[cli]'"
+def ended(monkeypatch, *arguments: str) -> SystemExit:
+    """Returns how the command ends that the package installs."""
+    monkeypatch.setattr(sys, "argv", ["fastasr", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value
 
 
-def test_an_unexpected_error_shows_its_traceback_on_request(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import fastasr.benchmarks.environment as environment\n"
-        "def broken():\n"
-        "    raise RuntimeError('no name')\n"
-        "environment.cpu_name = broken\n"
-    )
-    done = process("env", PYTHONPATH=str(tmp_path), FASTASR_DEBUG="")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: RuntimeError: no name")
-    assert "Traceback" not in done.stderr
-    assert "Traceback" in process("env", PYTHONPATH=str(tmp_path), FASTASR_DEBUG="1").stderr
+def test_without_the_extra_the_command_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    said = "fastasr: the command line needs typer: pip install 'fastasr[cli]'"
+    assert ended(monkeypatch, "env").code == said
+
+
+def test_an_unexpected_error_shows_its_traceback_on_request(monkeypatch):
+    def broken():
+        raise RuntimeError("no name")
+
+    monkeypatch.setattr(env, "cpu_name", broken)
+    monkeypatch.setenv("FASTASR_DEBUG", "")
+    assert ended(monkeypatch, "env").code.startswith("error: RuntimeError: no name")
+    monkeypatch.setenv("FASTASR_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="no name"):
+        cli.main()
 
 
 # --- env and ops
@@ -101,8 +96,6 @@ def test_env(run):
 
 
 def test_env_names_what_is_missing(run, monkeypatch):
-    from fastasr.cli import env
-
     known = env._version
     monkeypatch.setattr(env, "_version", lambda name: None if name == "soundfile" else known(name))
     monkeypatch.setattr(_dispatch, "native_library", lambda: None)
