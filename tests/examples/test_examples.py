@@ -27,10 +27,15 @@ def process(name: str, folder: Path, *arguments: str, **options) -> subprocess.C
 
 def run(name: str, folder: Path, *arguments: str) -> str:
     """Runs an example in this process, which spares the imports, and returns what it prints."""
+    code = 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.chdir(folder)
         patch.setattr(sys, "argv", [name, *arguments])
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        try:
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    assert not code, code
     return printed.getvalue()
 
 
