@@ -4,6 +4,7 @@ backward, every module's import, streams, searches, ONNX files, a training run a
 """
 
 import importlib
+import os
 import pkgutil
 from pathlib import Path
 
@@ -75,28 +76,15 @@ def a_training_run_of_the_recipe():
 def the_demo():
     from fastasr.demo.__main__ import main
 
-    assert (
-        main(
-            [
-                "--generated",
-                "--size",
-                "tiny",
-                "--seconds",
-                "1.5",
-                "--no-compile",
-                "--reps",
-                "1",
-                "--out",
-                "report.html",
-            ]
-        )
-        == 0
-    )
+    options = ["--generated", "--size", "tiny", "--seconds", "1.5", "--no-compile", "--reps", "1"]
+    assert main([*options, "--out", "report.html"]) == 0
     assert "BiasNorm" in Path("report.html").read_text(encoding="utf-8")
 
 
-for part in (
+PARTS = (
     every_module, every_op, a_stream_its_searches_and_onnx_files, a_training_run_of_the_recipe, the_demo,
-):  # fmt: skip
-    part()
-    print("done:", part.__name__)
+)  # fmt: skip
+for part in PARTS:
+    if part.__name__ != os.environ.get("LEFT_OUT"):
+        part()
+        print("done:", part.__name__)
