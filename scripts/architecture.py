@@ -14,7 +14,9 @@ import textwrap
 from html import escape
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import sources
+from sources import ROOT
+
 PICTURE = ROOT / "docs" / "architecture.svg"
 WIDTH, HEIGHT, GAP, RISE = 196, 86, 14, 48  # size of a box; space between boxes and between rows
 Graph = dict[str, set[str]]
@@ -29,35 +31,9 @@ def folder(path: Path) -> str:
 
 def imported(path: Path) -> set[str]:
     """Returns the boxes that a Python file imports from, at its head or in a function."""
-    modules = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            modules |= {part.value for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)}
-    found = set()
-    for module in modules:
-        parts = module.split(".")
-        if parts[0] == "fastasr" and len(parts) > 1:
-            if parts[1] in ("kernels", "benchmarks"):
-                found.add(parts[1])
-            elif parts[1] == "_C":
-                found.add("csrc/bindings")
-            elif (ROOT / "fastasr" / parts[1]).is_dir():
-                found.add(f"fastasr/{parts[1]}")
-    return found
-
-
-def included(path: Path) -> set[str]:
-    names = re.findall(r'^#include "([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
-    files = (
-        (base / name).resolve()
-        for name in names
-        for base in (path.parent, ROOT / "csrc", ROOT / "csrc" / "cpu")
-    )
-    return {folder(file) for file in files if file.is_file()}
+    files = {sources.modules()[name] for name in sources.imported(path)}
+    native = {"csrc/bindings"} if "fastasr._C" in path.read_text(encoding="utf-8") else set()
+    return native | {folder(file) for file in files if file.parent != ROOT / "fastasr"}
 
 
 def graph() -> Graph:
@@ -69,7 +45,7 @@ def graph() -> Graph:
                 needs.setdefault(folder(path), set()).update(imported(path))
     for path in sorted((ROOT / "csrc").rglob("*.*")):
         if path.suffix in (".h", ".cpp", ".cu", ".cuh") and "tests" not in path.parts:
-            needs.setdefault(folder(path), set()).update(included(path))
+            needs.setdefault(folder(path), set()).update({folder(file) for file in sources.included(path)})
     return {box: (others & needs.keys()) - {box} for box, others in needs.items()}
 
 

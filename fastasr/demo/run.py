@@ -194,8 +194,8 @@ def _time(stages: Stages, shipped, ours, story: Story, options: argparse.Namespa
             stages.say(f"first call of {name}: {story.first_calls[name]:.1f} s")
         story.difference = relative_difference(outputs[FASTASR], outputs[UPSTREAM])
         stages.say(f"largest difference of the outputs, relative to the largest: {story.difference:.1e}")
-        if options.no_compile:
-            story.notes.append("torch.compile was left out (--no-compile)")
+        if not options.compile:
+            story.notes.append("torch.compile was left out: --compile times it too")
         elif (compiled := _compiled(stages, shipped, inputs, story)) is not None:
             models = {UPSTREAM: shipped, COMPILED: compiled, FASTASR: ours}
         wait_until_idle(patience=20, report=stages.say)

@@ -189,7 +189,7 @@ def test_a_compilation_that_takes_too_long_is_given_up():
 def test_the_demo_in_miniature(tmp_path, monkeypatch, capsys):
     pytest.importorskip("zipformer")
     monkeypatch.chdir(tmp_path)
-    arguments = ["--generated", "--size", "tiny", "--seconds", "1.5", "--no-compile", "--reps", "1"]
+    arguments = ["--generated", "--size", "tiny", "--seconds", "1.5", "--reps", "1"]
     assert command.main([*arguments, "--out", str(tmp_path / "report.html")]) == 0
     printed, errors = capsys.readouterr()
     for words in (

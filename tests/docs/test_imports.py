@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports among fastasr's modules go down the layers and never in a circle. Imports inside functions count."""
+"""Imports among fastasr's modules go down the layers and never in a circle. Imports inside functions count.
 
-import ast
+scripts/sources.py, which reads them, finds every op and every kernel.
+"""
+
 import graphlib
-from pathlib import Path
 
 import pytest
+import sources
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = {"fastasr": "fastasr", "kernels": "fastasr.kernels", "benchmarks": "fastasr.benchmarks"}
+from fastasr import ops
+
 # The layers start with the lowest: a package imports itself and those before it. "fastasr" is the package's own file.
 LAYERS = (
     *("kernels", "ops", "rnnt", "compat", "testing", "models", "export", "decoding", "swap", "fastasr"),
@@ -16,32 +18,7 @@ LAYERS = (
 )
 
 
-def modules():
-    """Returns module name -> its file."""
-    found = {}
-    for folder, package in FOLDERS.items():
-        for path in (ROOT / folder).rglob("*.py"):
-            parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            found[".".join((package, *parts)).removesuffix(".__init__")] = path
-    return found
-
-
-MODULES = modules()
-
-
-def imported(path):
-    """Returns those of fastasr's modules that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in MODULES)
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path} has a relative import"
-            for alias in node.names:
-                name = f"{node.module}.{alias.name}"
-                yield from [name] if name in MODULES else {node.module} & MODULES.keys()
-
-
-IMPORTS = {name: set(imported(path)) - {name} for name, path in MODULES.items()}
+IMPORTS = {name: sources.imported(path) - {name} for name, path in sources.modules().items()}
 
 
 def layer(module):
@@ -60,3 +37,12 @@ def test_imports_go_down():
         f"{a} imports {b}" for a in IMPORTS for b in IMPORTS[a] if a != "fastasr" and layer(a) < layer(b)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_every_kernel_is_reached_from_the_bindings():
+    kernels = set((sources.ROOT / "csrc/cpu").rglob("*.cpp"))
+    assert kernels <= sources.closure(*(sources.ROOT / "csrc/bindings").glob("*.cpp"))
+
+
+def test_every_op_is_found():
+    assert set(ops.NAMES) <= sources.ops().keys()

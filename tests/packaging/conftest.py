@@ -5,7 +5,6 @@ Nothing is downloaded. The fresh environments see this environment's torch behin
 """
 
 import os
-import shutil
 import sys
 import tarfile
 import zipfile
@@ -13,9 +12,6 @@ from pathlib import Path
 
 import pytest
 from fresh import ROOT, Fresh, run
-
-NOT_SOURCE = (".*", "build", "dist", "demo", "bench-report", "*.egg-info", "__pycache__", "*.so")
-KEEP_HIDDEN = (".ci", ".clang-format", ".gitignore")
 
 
 def pytest_collection_modifyitems(items):
@@ -25,45 +21,44 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="FASTASR_TEST_PACKAGING=0"))
 
 
-def _ignore(folder: str, names: list[str]) -> set[str]:
-    top = Path(folder) == ROOT
-    ignored = shutil.ignore_patterns(*NOT_SOURCE)(folder, names)
-    # demo/ and build/ are products at the top only
-    return {n for n in ignored if n not in KEEP_HIDDEN and (top or n not in ("demo", "build", "dist"))}
+@pytest.fixture(scope="session")
+def dist() -> Path:
+    """Returns the folder of the source distribution and the wheel; makes them where a source is newer."""
+    made = ROOT / "build/dist/.made"
+    folders = ("csrc", "fastasr", "kernels", "benchmarks", "tests")
+    sources = (
+        p for folder in folders for p in (ROOT / folder).rglob("*.*") if p.suffix not in (".pyc", ".so")
+    )
+    if not made.exists() or any(p.stat().st_mtime > made.stat().st_mtime for p in sources):
+        run(ROOT / "scripts/build_dist.sh", sys.executable, cwd=ROOT)
+        made.touch()
+    return made.parent
 
 
 @pytest.fixture(scope="session")
-def sdist(tmp_path_factory) -> Path:
-    """Builds the source distribution from a copy of the sources alone."""
-    work = tmp_path_factory.mktemp("sdist")
-    shutil.copytree(ROOT, work / "source", ignore=_ignore)
-    run(
-        sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", work / "dist", work / "source"
-    )
-    (archive,) = (work / "dist").iterdir()
+def sdist(dist) -> Path:
+    (archive,) = dist.glob("*.tar.gz")
     return archive
 
 
-def _wheel(sdist: Path, work: Path, **environment) -> Path:
-    with tarfile.open(sdist) as archive:
-        archive.extractall(work, filter="data")
-    (source,) = work.iterdir()
-    out = work / "dist"
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source, **environment)
-    (wheel,) = out.iterdir()
+@pytest.fixture(scope="session")
+def wheel(dist) -> Path:
+    """Returns the wheel with the native library, made from the source distribution."""
+    (wheel,) = dist.glob("*.whl")
     return wheel
 
 
 @pytest.fixture(scope="session")
-def wheel(sdist, tmp_path_factory) -> Path:
-    """Builds the wheel with the native library from the source distribution."""
-    return _wheel(sdist, tmp_path_factory.mktemp("wheel"))
-
-
-@pytest.fixture(scope="session")
 def pure_wheel(sdist, tmp_path_factory) -> Path:
-    """Builds the wheel of FASTASR_NATIVE=0."""
-    return _wheel(sdist, tmp_path_factory.mktemp("pure"), FASTASR_NATIVE="0")
+    """Builds the wheel of FASTASR_NATIVE=0 from the source distribution."""
+    work = tmp_path_factory.mktemp("pure")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(work, filter="data")
+    (source,) = work.iterdir()
+    command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", work / "dist", source)
+    run(*command, FASTASR_NATIVE="0")
+    (wheel,) = (work / "dist").iterdir()
+    return wheel
 
 
 @pytest.fixture(scope="session")

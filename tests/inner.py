@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pytest session inside a test, in a process of its own: Triton is an interpreter from its import on, or never."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def interpreted(
+    request, *arguments: str, keyword: str = "", timeout: float = 1200, **environment: str
+) -> None:
+    """Runs tests with Triton's interpreter, chosen by this session's -m and -k as well. All of them must pass."""
+    command = [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", *arguments]
+    chosen = [f"({words})" for words in (keyword, request.config.option.keyword) if words]
+    command += ["-m", request.config.option.markexpr, "-k", " and ".join(chosen)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    if run.returncode == 5:  # nothing was chosen
+        return
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    found = re.search(r"collected (\d+) items(?: / (\d+) deselected)?", run.stdout)
+    left = int(found[1]) - int(found[2] or 0)
+    assert f" {left} passed" in f" {run.stdout.splitlines()[-1]}", f"not every test ran: {run.stdout[-2000:]}"

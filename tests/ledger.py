@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Skips tests that have passed on this machine with the same files, and runs the longest first.
+
+A test's key is the hash of its name, of every file that it needs (scripts/sources.py), of the installed packages, the
+processor and the settings. A file of tests that starts processes or reads files needs the whole tree, unless it says
+``pytestmark = pytest.mark.needs("docs", ...)``; tests marked ``inner`` or ``always`` are never skipped. Of what would
+be skipped a tenth runs all the same, drawn by the run's seed (of tests of more than two seconds fewer).
+
+FASTASR_LEDGER   the file of passed tests; without it nothing is skipped or kept
+CI_FULL=1        skips nothing
+OP=<op>          runs what concerns one op, and skips nothing of it
+"""
+
+import hashlib
+import os
+import platform
+import re
+import sqlite3
+import time
+import zlib
+from collections import defaultdict
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import sources
+from sources import ROOT
+
+TREE = ("fastasr", "kernels", "benchmarks", "csrc", "docs", "examples", "scripts", "tests")
+BUILD = ("CMakeLists.txt", "setup.py", "pyproject.toml")  # every test needs them
+LOOKS_ELSEWHERE = {"subprocess", "__file__", "ROOT"}
+KERNELS = ROOT / "kernels"
+
+
+@cache
+def content(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+@cache
+def settings() -> str:
+    """Returns what beside the files decides results: packages, processor, settings."""
+    cpu = Path("/proc/cpuinfo")
+    flags = re.findall(r"^flags.*|^Features.*", cpu.read_text(), re.MULTILINE)[:1] if cpu.exists() else []
+    packages = sorted(f"{d.name} {d.version}" for d in metadata.distributions())
+    named = sorted(
+        f"{k}={v}" for k, v in os.environ.items() if k.startswith(("FASTASR_S", "FASTASR_T", "TRITON_"))
+    )
+    return "\n".join([platform.python_version(), platform.machine(), *flags, *packages, *named])
+
+
+@cache
+def tree(*names: str) -> frozenset[Path]:
+    """Returns the files below folders of the project, or the files of these names."""
+    found = [p for n in names for p in ([ROOT / n] if (ROOT / n).is_file() else (ROOT / n).rglob("*"))]
+    return frozenset(p for p in found if p.is_file() and p.suffix not in (".pyc", ".so"))
+
+
+@cache
+def files(path: Path, ops: tuple[str, ...], folders: tuple[str, ...]) -> frozenset[Path]:
+    """Returns what a file of tests needs, for the tests of ``ops``."""
+    ours = [
+        f for op in ops for f in (sources.ops()[op], ROOT / f"fastasr/testing/samples/{op}.py") if f.exists()
+    ]
+    # Triton's kernels run where they are interpreted or imported, and nowhere else.
+    triton = os.environ.get("TRITON_INTERPRET") == "1" or "kernels" in sources.words(path) | {*path.parts}
+    found = sources.closure(path, *ours, without=None if triton else KERNELS)
+    return frozenset(found | tree(*BUILD, *folders))
+
+
+@cache
+def state(needed: frozenset[Path]) -> str:
+    found = hashlib.sha256(settings().encode())
+    for path in sorted(needed):
+        found.update(str(path.relative_to(ROOT)).encode() + content(path))
+    return found.hexdigest()
+
+
+def key(item: pytest.Item) -> str:
+    return hashlib.sha256(f"{item.nodeid}\n{state(needed(item))}".encode()).hexdigest()
+
+
+@cache
+def goes_through_ops(path: Path) -> bool:
+    return bool(sources.words(path) & {"tables", "NAMES", "OPS"})
+
+
+def ops_of(item: pytest.Item) -> tuple[str, ...]:
+    """Returns the ops that a test is for: of a file that goes through all of them, those that the test's name has."""
+    if not goes_through_ops(item.path):
+        return ()
+    named = sources.ops().keys() & set(re.findall(r"\w+", item.name.partition("[")[2]))
+    return tuple(sorted(named or sources.ops()))
+
+
+def needed(item: pytest.Item) -> frozenset[Path]:
+    marked = item.get_closest_marker("needs")
+    elsewhere = LOOKS_ELSEWHERE & sources.words(item.path)
+    return files(item.path, ops_of(item), marked.args if marked else TREE if elsewhere else ())
+
+
+def concerns(item: pytest.Item, op: str) -> bool:
+    """Says whether a test is run for one op: it names the op, or its file does, or it compares a model that has it."""
+    declared = sources.ops()[op]
+    if mine := ops_of(item):
+        return any(sources.ops()[name] == declared for name in mine) and len(mine) < len(sources.ops())
+    return (
+        item.get_closest_marker("inner") is not None
+        or op in item.path.stem
+        or declared.stem in item.path.stem
+        or ("parity" in item.path.parts and declared in sources.closure(item.path))
+    )
+
+
+class Ledger:
+    def __init__(self, path: str) -> None:
+        self.keys: dict[str, str] = {}
+        self.failed: set[str] = set()
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.passed: set[str] = set()
+        # Processes of one session must find the same tests: what is written after the first has begun does not count.
+        self.began = float(os.environ.setdefault("FASTASR_LEDGER_BEGAN", str(time.time())))
+        self.seed = os.environ.setdefault("SEED", str(int(time.time())))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.base = sqlite3.connect(path, timeout=60, isolation_level=None)
+        self.base.execute(
+            "CREATE TABLE IF NOT EXISTS passed (key TEXT PRIMARY KEY, name TEXT, at REAL, seconds REAL)"
+        )
+
+    def skips(self, item: pytest.Item, known: dict[str, float]) -> bool:
+        if any(map(item.get_closest_marker, ("always", "inner"))) or self.keys[item.nodeid] not in known:
+            return False
+        seconds = known[self.keys[item.nodeid]]
+        return zlib.crc32(f"{item.nodeid} {self.seed}".encode()) % 1000 >= 100 * min(
+            1.0, 2 / max(seconds, 0.1)
+        )
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config, items):
+        self.keys = {item.nodeid: key(item) for item in items}
+        rows = self.base.execute(
+            "SELECT key, name, seconds FROM passed WHERE at < ? ORDER BY at", [self.began]
+        ).fetchall()
+        known, last = {k: s for k, _, s in rows}, {n: s for _, n, s in rows}
+        op, left, kept = os.environ.get("OP"), [], []
+        if op and op not in sources.ops():
+            raise pytest.UsageError(f"OP: expected one of {', '.join(sorted(sources.ops()))}, got {op}")
+        for item in items:
+            skip = (
+                not concerns(item, op) if op else os.environ.get("CI_FULL") != "1" and self.skips(item, known)
+            )
+            (left if skip else kept).append(item)
+        config.hook.pytest_deselected(items=left)
+        files = defaultdict(float)
+        for item in kept:
+            files[item.path] += last.get(item.nodeid, 0.1)
+        items[:] = sorted(kept, key=lambda item: -files[item.path])
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid] += report.duration
+        if report.when == "call" and report.passed:
+            self.passed.add(report.nodeid)
+        if report.failed:
+            self.failed.add(report.nodeid)
+
+    def pytest_sessionfinish(self):
+        rows = [
+            (self.keys[n], n, time.time(), self.seconds[n])
+            for n in self.passed - self.failed
+            if n in self.keys
+        ]
+        self.base.executemany("INSERT OR REPLACE INTO passed VALUES (?, ?, ?, ?)", rows)
