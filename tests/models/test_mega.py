@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from steps import moved
 
 from fastasr.models import mega
 from fastasr.models.mega import decoder as decoder_file
@@ -17,11 +18,9 @@ def decoder(seed=0, **arguments):
     """Returns a tiny decoder in eval mode, with parameters far from their initial values."""
     torch.manual_seed(seed)
     sizes = {"block_size": 16, "linear_size": 24, "qk_size": 8, "v_size": 20, "num_heads": 2}
-    model = mega.MEGADecoder(12, **{**sizes, "num_blocks": 2, "max_positions": 24, **arguments})
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.3 * torch.randn_like(p)
-    return model.eval()
+    return moved(
+        mega.MEGADecoder(12, **{**sizes, "num_blocks": 2, "max_positions": 24, **arguments}), 0.3
+    ).eval()
 
 
 def sequence(length, seed=1):
@@ -67,8 +66,7 @@ def test_gradients_of_streaming():
     out, states = model.inference(labels[:, :3], model.init_state(2))
     rest, _ = model.inference(labels[:, 3:], states)
     pieces = (out.square().sum() + rest.square().sum(),)
-    for a, b in zip(torch.autograd.grad(pieces, list(model.parameters())), whole, strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(torch.autograd.grad(pieces, list(model.parameters())), whole)
 
 
 # --------------------------------------------------------------------------- states
@@ -298,67 +296,35 @@ def test_submodules_that_are_watched_or_wrapped_are_called(wrap):
 
 
 # --------------------------------------------------------------------------- errors
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (
-            lambda m: m(torch.zeros(3, dtype=torch.long)),
-            ValueError,
-            r"labels: expected shape \(B, L\), got \(3,\)",
-        ),
-        (
-            lambda m: m(torch.zeros(1, 3)),
-            TypeError,
-            "labels: expected dtype int64 or int32, got torch.float32",
-        ),
-        (lambda m: m(torch.tensor([[0, 12]])), ValueError, "labels: expected 0 to 11, got 0 to 12"),
-        (lambda m: m(torch.ones(1, 25, dtype=torch.long)), ValueError, "length: expected at most 24"),
-        (
-            lambda m: m.inference(torch.tensor([[1]]), m.init_state()[:1]),
-            ValueError,
-            "states: expected 2 dicts",
-        ),
-        (
-            lambda m: m.inference(torch.tensor([[1]]), [{"prev_key": None}] * 2),
-            ValueError,
-            "states: lack ema_state, prev_value",
-        ),
-        (
-            lambda m: m.inference(
-                torch.tensor([[1]]), [{**s, "prev_key": torch.zeros(1, 2, 9)} for s in m.init_state()]
-            ),
-            ValueError,
-            r"prev_key: expected shape \(B, H, 8\), got \(1, 2, 9\)",
-        ),
-        (
-            lambda m: m.inference(torch.tensor([[1], [2], [3]]), m.init_state(2)),
-            ValueError,
-            r"ema_state: expected shape \(3, 16, 2\), got \(2, 16, 2\)",
-        ),
-        (
-            lambda m: m.mega_blocks[0][0](torch.zeros(3, 2, 15)),
-            ValueError,
-            r"MEGA: x: expected shape \(L, B, 16\)",
-        ),
-        (
-            lambda m: decoder(rel_pos_bias_type="alibi"),
-            ValueError,
-            "expected 'simple' or 'rotary', got 'alibi'",
-        ),
-        (
-            lambda m: decoder(activation_type="swosh"),
-            ValueError,
-            "activation_type: expected one of ftswish, ",
-        ),
-        (
-            lambda m: decoder(normalization_type="bn"),
-            ValueError,
-            "normalization_type: expected one of basic_norm",
-        ),
-        (lambda m: mega.RotaryRelativePositionBias(7), ValueError, "size: expected an even number, got 7"),
-    ],
-)
-def test_errors(call, error, message):
+ONE, THREE = torch.tensor([[1]]), torch.tensor([[1], [2], [3]])
+
+
+def other_keys(model):
+    return [{**state, "prev_key": torch.zeros(1, 2, 9)} for state in model.init_state()]
+
+
+ERRORS = {
+    r"labels: expected shape \(B, L\), got \(3,\)": lambda m: m(torch.zeros(3, dtype=torch.long)),
+    "labels: expected dtype int64 or int32, got torch.float32": lambda m: m(torch.zeros(1, 3)),
+    "labels: expected 0 to 11, got 0 to 12": lambda m: m(torch.tensor([[0, 12]])),
+    "length: expected at most 24": lambda m: m(torch.ones(1, 25, dtype=torch.long)),
+    "states: expected 2 dicts": lambda m: m.inference(ONE, m.init_state()[:1]),
+    "states: lack ema_state, prev_value": lambda m: m.inference(ONE, [{"prev_key": None}] * 2),
+    r"prev_key: expected shape \(B, H, 8\), got \(1, 2, 9\)": lambda m: m.inference(ONE, other_keys(m)),
+    r"ema_state: expected shape \(3, 16, 2\), got \(2, 16, 2\)": lambda m: m.inference(
+        THREE, m.init_state(2)
+    ),
+    r"MEGA: x: expected shape \(L, B, 16\)": lambda m: m.mega_blocks[0][0](torch.zeros(3, 2, 15)),
+    "expected 'simple' or 'rotary', got 'alibi'": lambda m: decoder(rel_pos_bias_type="alibi"),
+    "activation_type: expected one of ftswish, ": lambda m: decoder(activation_type="swosh"),
+    "normalization_type: expected one of basic_norm": lambda m: decoder(normalization_type="bn"),
+    "size: expected an even number, got 7": lambda m: mega.RotaryRelativePositionBias(7),
+}
+
+
+@pytest.mark.parametrize(("message", "call"), ERRORS.items(), ids=ERRORS)
+def test_errors(message, call):
+    error = TypeError if "dtype" in message else ValueError
     with pytest.raises(error, match=message), torch.no_grad():
         call(decoder())
 
@@ -415,5 +381,4 @@ def test_compile(bias):
     for run in (compiled, block):
         out, _ = run(x, mask=padding.unsqueeze(1), attn_mask="causal")
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

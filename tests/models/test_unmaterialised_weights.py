@@ -22,6 +22,17 @@ from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 FRAMES, BATCH, HEADS, DIM, POS_DIM = 23, 2, 4, 8, 4
 
 
+SMALL = {
+    "pos_dim": 16, "num_heads": 2, "query_head_dim": 8, "pos_head_dim": 4, "value_head_dim": 6, "feedforward_dim": 24,
+    "cnn_module_kernel": 7,
+}  # fmt: skip
+
+
+def small_layer(dtype=torch.float32, **changed):
+    torch.manual_seed(0)
+    return models.ZipformerEncoderLayer(16, **SMALL, **changed).to(dtype)
+
+
 def handle(dtype=torch.float64, masked=True):
     torch.manual_seed(0)
     x = torch.randn(FRAMES, BATCH, HEADS * (2 * DIM + POS_DIM), dtype=dtype) * 0.5
@@ -65,12 +76,8 @@ def test_everything_else_materialises():
     close(torch.cat([weights, tensor]), torch.cat([tensor, tensor]))
     one = torch.randn(FRAMES, 3, dtype=torch.float64)
     close(weights @ one, tensor @ one)  # values that broadcast
-    assert (weights.dtype, weights.device, weights.ndim, len(weights)) == (
-        torch.float64,
-        tensor.device,
-        4,
-        HEADS,
-    )
+    found = weights.dtype, weights.device, weights.ndim, len(weights)
+    assert found == (torch.float64, tensor.device, 4, HEADS)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 100])
@@ -188,12 +195,8 @@ def run(layer, x, pos_emb, padding, mask=None):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_layer_on_long_input(monkeypatch, masked, dtype):
-    torch.manual_seed(0)
     frames, batch = 300, 2
-    layer = models.ZipformerEncoderLayer(
-        16, pos_dim=16, num_heads=2, query_head_dim=8, pos_head_dim=4, value_head_dim=6, feedforward_dim=24,
-        cnn_module_kernel=7,
-    ).to(dtype).eval()  # fmt: skip
+    layer = small_layer(dtype).eval()
     x, pos_emb = torch.randn(frames, batch, 16, dtype=dtype), torch.randn(1, 2 * frames - 1, 16, dtype=dtype)
     padding = torch.arange(frames) >= torch.tensor([[frames], [120]]) if masked else None
     expected, size, draw = run(layer, x, pos_emb, padding)
@@ -204,15 +207,6 @@ def test_a_layer_on_long_input(monkeypatch, masked, dtype):
     assert draw == same_draw
     tolerance = 1e-11 if dtype is torch.float64 else 2e-5
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-def small_layer(dtype=torch.float32, **changed):
-    torch.manual_seed(0)
-    layer = models.ZipformerEncoderLayer(
-        16, pos_dim=16, num_heads=2, query_head_dim=8, pos_head_dim=4, value_head_dim=6, feedforward_dim=24,
-        cnn_module_kernel=7, **changed,
-    )  # fmt: skip
-    return layer.to(dtype)
 
 
 def training_step(layer, x, pos_emb, seed):
@@ -237,9 +231,8 @@ def test_a_layer_in_training(monkeypatch, dtype):
     monkeypatch.setattr(score_blocks, "BLOCK_ELEMENTS", 5000)
     frames, batch = 120, 2
     layer = small_layer(dtype, const_attention_rate=0.5).train()
-    factor = (
-        7 if dtype is torch.float64 else 1
-    )  # scores beyond the limit; in float32 their gradients would be noise
+    # scores beyond the limit; in float32 their gradients would be noise
+    factor = 7 if dtype is torch.float64 else 1
     with torch.no_grad():
         layer.self_attn_weights.in_proj.weight *= factor
     x, pos_emb = torch.randn(frames, batch, 16, dtype=dtype), torch.randn(1, 2 * frames - 1, 16, dtype=dtype)
@@ -295,10 +288,7 @@ def test_a_swapped_layer(monkeypatch):
     """All attention of upstream's layer runs fastasr's code, in inference and with gradients."""
     zipformer = pytest.importorskip("zipformer.modules.zipformer")
     torch.manual_seed(0)
-    layer = zipformer.ZipformerEncoderLayer(
-        16, pos_dim=16, num_heads=2, query_head_dim=8, pos_head_dim=4, value_head_dim=6, feedforward_dim=24,
-        cnn_module_kernel=7,
-    ).eval()  # fmt: skip
+    layer = zipformer.ZipformerEncoderLayer(16, **SMALL).eval()
     model = torch.nn.Sequential(layer)
     frames = 200
     x, pos_emb = torch.randn(frames, 1, 16), torch.randn(1, 2 * frames - 1, 16)

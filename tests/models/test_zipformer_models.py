@@ -3,10 +3,10 @@
 
 import copy
 import pickle
-import random
 
 import pytest
 import torch
+from steps import close, moved
 
 from fastasr.models import zipformer as models
 from fastasr.models.zipformer.encoder import int_tuple
@@ -29,33 +29,14 @@ TINY = {
 STREAMING = {**TINY, "causal": True, "chunk_size": (8,), "left_context_frames": (16,)}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    random.seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _encoder(config=TINY, **changes):
     """Returns an encoder none of whose parameters is at its initial 0 or 0.5."""
     torch.manual_seed(0)
-    encoder = models.Zipformer(**{**config, **changes})
-    with torch.no_grad():
-        for p in encoder.parameters():
-            p += 0.05 * torch.randn(p.shape)
-    return encoder.eval()
+    return moved(models.Zipformer(**{**config, **changes}), 0.05).eval()
 
 
 def _padding(lengths, frames):
     return torch.arange(frames) >= lengths.unsqueeze(1)
-
-
-def _close(actual, expected, tolerance=5e-6):
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @torch.inference_mode()
@@ -71,7 +52,7 @@ def test_padded_equals_unpadded_on_valid_frames(config):
     for i, length in enumerate(lengths):
         alone, alone_lens = encoder(x[:length, i : i + 1], lengths[i : i + 1])
         assert alone_lens == y_lens[i]
-        _close(y[: y_lens[i], i], alone[:, 0])
+        close(y[: y_lens[i], i], alone[:, 0], 5e-6)
 
 
 @torch.inference_mode()
@@ -91,7 +72,7 @@ def test_streaming_equals_chunked_forward(lengths):
         )
         assert y_lens.tolist() == [4] * batch
         chunks.append(y)
-    _close(torch.cat(chunks), expected)
+    close(torch.cat(chunks), expected, 5e-6)
 
 
 @torch.inference_mode()
@@ -109,7 +90,7 @@ def test_front_end_streaming_equals_whole():
         assert lens.tolist() == [chunk // 2] * 2
         parts.append(y)
     streamed = torch.cat(parts, 1)
-    _close(streamed, whole[:, : streamed.shape[1]])
+    close(streamed, whole[:, : streamed.shape[1]], 5e-6)
 
 
 @torch.inference_mode()
@@ -137,7 +118,7 @@ def test_training_and_inference_modes_agree_without_schedules():
     mask = _padding(lens, 20)
     y, _ = encoder(x, lens, mask)
     with torch.inference_mode():
-        _close(y.detach(), encoder(x, lens, mask)[0])
+        close(y.detach(), encoder(x, lens, mask)[0], 5e-6)
     y.sum().backward()
     assert all(
         p.grad is not None
@@ -153,7 +134,7 @@ def test_bfloat16_autocast(kind):
     expected, _ = encoder(x, lens, _padding(lens, 24))
     with torch.autocast("cpu", torch.bfloat16):
         y, _ = encoder(x, lens, _padding(lens, 24))
-        _close(y.float(), expected, 0.1)
+        close(y.float(), expected, 0.1)
         loss = encoder.train()(x, lens, _padding(lens, 24))[0].float().sum()
     loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in encoder.parameters())
@@ -191,29 +172,46 @@ def test_constructor_errors(changes, message):
         models.Zipformer(**{**TINY, **changes})
 
 
-def test_call_errors():
-    x, lens = torch.randn(16, 1, 24), torch.tensor([16])
-    with pytest.raises(ValueError, match="chunk_size must be divisible"):
-        _encoder(STREAMING, chunk_size=6)(x, lens)
-    with pytest.raises(ValueError, match="left_context_frames must cover"):
-        _encoder(STREAMING, chunk_size=4, left_context_frames=4)(x, lens)
-    with pytest.raises(ValueError, match="streaming needs left_context_frames"):
-        _encoder(STREAMING, left_context_frames=-1).get_init_states()
-    with pytest.raises(ValueError, match="x must have 24 channels, got 23"):
-        _encoder().train()(x[..., :23], lens)
-    with pytest.raises(ValueError, match=r"key_padding_mask must be \(1, 16\)"):
-        _encoder()(x, lens, torch.zeros(2, 16, dtype=torch.bool))
-    layer = _encoder().encoders[0].layers[0]
-    weights = torch.rand(2, 1, 16, 15)
-    with pytest.raises(ValueError, match=r"attn_weights must be \(heads, 1, 16, 16\)"):
-        layer.self_attn1(x, weights)
+X, LENS = torch.zeros(16, 1, 24), torch.tensor([16])
+WRONG_CALLS = {
+    "chunk_size must be divisible": lambda: _encoder(STREAMING, chunk_size=6)(X, LENS),
+    "left_context_frames must cover": lambda: _encoder(STREAMING, chunk_size=4, left_context_frames=4)(
+        X, LENS
+    ),
+    "streaming needs left_context_frames": lambda: _encoder(
+        STREAMING, left_context_frames=-1
+    ).get_init_states(),
+    "x must have 24 channels, got 23": lambda: _encoder().train()(X[..., :23], LENS),
+    r"key_padding_mask must be \(1, 16\)": lambda: _encoder()(X, LENS, torch.zeros(2, 16, dtype=torch.bool)),
+    r"attn_weights must be \(heads, 1, 16, 16\)": lambda: _layer().self_attn1(X, torch.rand(2, 1, 16, 15)),
+    "chunk_size must not be 0": lambda: _CONV(torch.randn(1, 4, 6), 0),
+    "cache must hold 2 frames, got 3": lambda: _CONV.streaming_forward(
+        torch.randn(1, 4, 6), torch.randn(1, 4, 3)
+    ),
+    "Balancer: x must have 6 elements along dimension -1": lambda: models.Balancer(6, -1, prob=1.0)(
+        torch.randn(2, 5, requires_grad=True)
+    ),
+    "at least one": models.PiecewiseLinear,
+    "x must increase": lambda: models.PiecewiseLinear((0, 1), (0, 2)),
+}
+_CONV = models.ChunkCausalDepthwiseConv1d(4, 5)
+
+
+def _layer():
+    return _encoder().encoders[0].layers[0]
+
+
+@pytest.mark.parametrize(("message", "call"), WRONG_CALLS.items(), ids=WRONG_CALLS)
+def test_wrong_calls(message, call):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_wrong_types():
     with pytest.raises(TypeError, match=r"attn_mask must be torch.bool"):
-        layer.self_attn_weights(x, torch.randn(1, 31, 16), attn_mask=torch.zeros(16, 16))
-    conv = models.ChunkCausalDepthwiseConv1d(4, 5)
-    with pytest.raises(ValueError, match="chunk_size must not be 0"):
-        conv(torch.randn(1, 4, 6), 0)
-    with pytest.raises(ValueError, match="cache must hold 2 frames, got 3"):
-        conv.streaming_forward(torch.randn(1, 4, 6), torch.randn(1, 4, 3))
+        _layer().self_attn_weights(X, torch.randn(1, 31, 16), attn_mask=torch.zeros(16, 16))
+    with pytest.raises(TypeError, match="a number or a PiecewiseLinear"):
+        models.PiecewiseLinear((0, 1)).max("1")
 
 
 def test_copies_and_pickles():
@@ -290,18 +288,6 @@ def test_whiten_reads_a_late_verdict():
         assert module.prob == 0.025
 
 
-def test_balancer_checks_its_channels():
-    balancer = models.Balancer(6, -1, prob=1.0)
-    with pytest.raises(ValueError, match="Balancer: x must have 6 elements along dimension -1"):
-        balancer(torch.randn(2, 5, requires_grad=True))
+def test_a_balancer_without_gradients_returns_its_input():
     x = torch.randn(2, 5)
-    assert balancer(x) is x
-
-
-def test_piecewise_linear_errors():
-    with pytest.raises(ValueError, match="at least one"):
-        models.PiecewiseLinear()
-    with pytest.raises(ValueError, match="x must increase"):
-        models.PiecewiseLinear((0, 1), (0, 2))
-    with pytest.raises(TypeError, match="a number or a PiecewiseLinear"):
-        models.PiecewiseLinear((0, 1)).max("1")
+    assert models.Balancer(6, -1, prob=1.0)(x) is x

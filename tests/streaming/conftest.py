@@ -28,14 +28,6 @@ CONFIG = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def randomized(model, seed=3):
     """Returns the model with no parameter at its initial 0 or 0.5, and tokens about as likely as blank."""
     generator = torch.Generator().manual_seed(seed)
