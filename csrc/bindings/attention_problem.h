@@ -11,51 +11,48 @@
 namespace fastasr {
 
 using cpu::AttentionProblem;
-using OptionalTensor = std::optional<Tensor>;
 
-inline void set_masks(AttentionProblem& a, const OptionalTensor& padding, const OptionalTensor& mask, const char* op) {
+inline void set_masks(AttentionProblem& a, const Optional& padding, const Optional& mask, const char* op) {
   const auto check_mask = [&](const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Bool && t.is_contiguous(), op, ": ", name);
+    check(t.scalar_type() == ScalarType::Bool && t.is_contiguous(), op, name);
   };
   if (padding.has_value()) {
     check_mask(*padding, "key_padding_mask");
-    STD_TORCH_CHECK(padding->dim() == 2 && padding->size(0) == a.batch && padding->size(1) == a.keys(), op,
-                    ": sizes of key_padding_mask");
+    check(has_sizes(*padding, {a.batch, a.keys()}), op, "sizes of key_padding_mask");
     a.padding = data<uint8_t>(*padding);
   }
   if (mask.has_value()) {
     check_mask(*mask, "attn_mask");
     const int64_t d = mask->dim();
-    STD_TORCH_CHECK((d == 2 || (d == 3 && mask->size(0) == a.batch)) && mask->size(d - 2) == a.frames &&
-                        mask->size(d - 1) == a.keys(),
-                    op, ": sizes of attn_mask");
+    check((d == 2 || (d == 3 && mask->size(0) == a.batch)) && mask->size(d - 2) == a.frames &&
+              mask->size(d - 1) == a.keys(),
+          op, "sizes of attn_mask");
     a.mask = data<uint8_t>(*mask);
     a.mask_per_sequence = d == 3;
   }
 }
 
-inline AttentionProblem checked_problem(const Tensor& x, const OptionalTensor& pos, const OptionalTensor& cached_key,
-                                        const OptionalTensor& padding, const OptionalTensor& mask, int64_t heads,
-                                        int64_t query_dim, int64_t chunk, int64_t left_chunks, const char* op) {
+inline AttentionProblem checked_problem(const Tensor& x, const Optional& pos, const Optional& cached_key,
+                                        const Optional& padding, const Optional& mask, int64_t heads, int64_t query_dim,
+                                        int64_t chunk, int64_t left_chunks, const char* op) {
   check_like(x, x, op, "x");
-  STD_TORCH_CHECK(x.dim() == 3 && heads > 0 && query_dim > 0 && x.size(2) % heads == 0, op, ": sizes of x");
+  check(x.dim() == 3 && heads > 0 && query_dim > 0 && x.size(2) % heads == 0, op, "sizes of x");
   AttentionProblem a{};
   a.frames = x.size(0), a.batch = x.size(1), a.heads = heads, a.query_dim = query_dim;
   a.pos_dim = x.size(2) / heads - 2 * query_dim;
-  STD_TORCH_CHECK(a.pos_dim >= 0, op, ": x has too few channels");
+  check(a.pos_dim >= 0, op, "x has too few channels");
   a.chunk = chunk, a.left_chunks = left_chunks;
   if (cached_key.has_value()) {
     check_like(*cached_key, x, op, "cached_key");
-    STD_TORCH_CHECK(
-        cached_key->dim() == 3 && cached_key->size(1) == a.batch && cached_key->size(2) == heads * query_dim, op,
-        ": sizes of cached_key");
+    check(cached_key->dim() == 3 && cached_key->size(1) == a.batch && cached_key->size(2) == heads * query_dim, op,
+          "sizes of cached_key");
     a.left = cached_key->size(0);
   }
   if (pos.has_value()) {
     check_like(*pos, x, op, "pos");
-    STD_TORCH_CHECK(pos->dim() == 3 && (pos->size(0) == 1 || pos->size(0) == a.batch) && pos->size(1) == a.offsets() &&
-                        pos->size(2) == heads * a.pos_dim,
-                    op, ": sizes of pos");
+    check(pos->dim() == 3 && (pos->size(0) == 1 || pos->size(0) == a.batch) && pos->size(1) == a.offsets() &&
+              pos->size(2) == heads * a.pos_dim,
+          op, "sizes of pos");
     a.pos_batch = a.pos_dim > 0 ? (pos->size(0) == 1 ? 1 : a.batch) : 0;
   }
   set_masks(a, padding, mask, op);
@@ -91,7 +88,7 @@ struct Packed {
 };
 
 template <typename T>
-void pack(const AttentionProblem& a, const Tensor& x, const OptionalTensor& pos, const OptionalTensor& cached_key,
+void pack(const AttentionProblem& a, const Tensor& x, const Optional& pos, const Optional& cached_key,
           const Packed<cpu::compute_t<T>>& packed, cpu::compute_t<T>* w, bool backward) {
   const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
   const int64_t pairs = a.heads * a.batch, grain = std::max<int64_t>(1, kGrain / (a.padded_keys() * a.query_dim));

@@ -68,12 +68,12 @@ std::vector<double> sums(const T* x, const Layout& l, const std::vector<cpu::com
 Tensor balancer_gradient(const Tensor& grad, const Tensor& x, double min_mean, double max_mean, double min_rms,
                          double max_rms, double grad_scale) {
   constexpr const char* kOp = "balancer_gradient";
-  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3, kOp, ": x must be (rows, channels) or (outer, channels, inner)");
-  STD_TORCH_CHECK(grad.dim() == x.dim() && grad.is_contiguous(), kOp, ": grad is not contiguous, or of another shape");
-  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), kOp, ": grad has another dtype");
-  for (int64_t d = 0; d < x.dim(); d++) STD_TORCH_CHECK(grad.size(d) == x.size(d), kOp, ": grad has another shape");
-  STD_TORCH_CHECK(x.is_contiguous() || (x.dim() == 2 && (x.stride(1) == 1 || x.size(1) == 1)), kOp,
-                  ": x is not contiguous, or not along its channels");
+  check(x.dim() == 2 || x.dim() == 3, kOp, "x must be (rows, channels) or (outer, channels, inner)");
+  check(grad.dim() == x.dim() && grad.is_contiguous(), kOp, "grad is not contiguous, or of another shape");
+  check(grad.scalar_type() == x.scalar_type(), kOp, "grad has another dtype");
+  for (int64_t d = 0; d < x.dim(); d++) check(grad.size(d) == x.size(d), kOp, "grad has another shape");
+  check(x.is_contiguous() || (x.dim() == 2 && (x.stride(1) == 1 || x.size(1) == 1)), kOp,
+        "x is not contiguous, or not along its channels");
   const cpu::BalancerLimits limits{min_mean, max_mean, min_rms, max_rms, grad_scale};
   const Layout l(x);
   Tensor y = new_like(grad);

@@ -13,9 +13,9 @@ namespace {
 int64_t checked_rows(const Tensor& x, const Tensor& bias, const Tensor& log_scale, const char* op) {
   check_like(x, x, op, "x");
   check_like(bias, x, op, "bias");
-  STD_TORCH_CHECK(x.dim() >= 1 && bias.dim() == 1 && bias.size(0) == x.size(x.dim() - 1), op,
-                  ": bias does not match the last dimension");
-  STD_TORCH_CHECK(log_scale.dim() == 0, op, ": log_scale");
+  check(x.dim() >= 1 && bias.dim() == 1 && bias.size(0) == x.size(x.dim() - 1), op,
+        "bias does not match the last dimension");
+  check(log_scale.dim() == 0, op, "log_scale");
   return bias.numel() == 0 ? 0 : x.numel() / bias.numel();
 }
 

@@ -13,12 +13,12 @@ int64_t checked_rows(const Tensor& x_orig, const Tensor& x, const Tensor& scale,
   check_like(x, x, op, "x");
   check_same_size(x_orig, x, op, "x_orig");
   check_like(scale, x, op, "scale");
-  STD_TORCH_CHECK(x_orig.dim() == x.dim() && scale.dim() >= 1 && scale.dim() <= x.dim(), op, ": dimensions");
-  for (int64_t d = 0; d < x.dim(); d++) STD_TORCH_CHECK(x_orig.size(d) == x.size(d), op, ": x_orig has another shape");
+  check(x_orig.dim() == x.dim() && scale.dim() >= 1 && scale.dim() <= x.dim(), op, "dimensions");
+  for (int64_t d = 0; d < x.dim(); d++) check(x_orig.size(d) == x.size(d), op, "x_orig has another shape");
   for (int64_t d = 1; d <= scale.dim(); d++)
-    STD_TORCH_CHECK(scale.size(scale.dim() - d) == x.size(x.dim() - d), op, ": scale is not x's trailing dimensions");
+    check(scale.size(scale.dim() - d) == x.size(x.dim() - d), op, "scale is not x's trailing dimensions");
   const int64_t period = scale.numel();
-  STD_TORCH_CHECK(period > 0 ? x.numel() % period == 0 : x.numel() == 0, op, ": scale does not divide x");
+  check(period > 0 ? x.numel() % period == 0 : x.numel() == 0, op, "scale does not divide x");
   return period == 0 ? 0 : x.numel() / period;
 }
 

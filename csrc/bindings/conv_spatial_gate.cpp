@@ -2,7 +2,6 @@
 #include "cpu/conv/conv_spatial_gate.h"
 
 #include <memory>
-#include <optional>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -15,7 +14,6 @@ namespace fastasr {
 namespace {
 
 using cpu::ConvSpatialGate;
-using Optional = std::optional<Tensor>;
 
 struct Operands {
   const Tensor &x, &norm_weight, &norm_bias, &weight;
@@ -27,8 +25,8 @@ struct Operands {
 template <typename T>
 ConvSpatialGate<T> checked(const Operands& o, const char* op) {
   using C = cpu::compute_t<T>;
-  STD_TORCH_CHECK(o.x.dim() == 3 && o.x.size(2) >= 2 && o.x.size(2) % 2 == 0, op, ": x is not (B, T, 2 C)");
-  STD_TORCH_CHECK(o.x.stride(2) == 1 || !o.x.numel(), op, ": the channels of x are not contiguous");
+  check(o.x.dim() == 3 && o.x.size(2) >= 2 && o.x.size(2) % 2 == 0, op, "x is not (B, T, 2 C)");
+  check(o.x.stride(2) == 1 || !o.x.numel(), op, "the channels of x are not contiguous");
   const int64_t batch = o.x.size(0), frames = o.x.size(1), channels = o.x.size(2) / 2;
   check_taps<T>(o.weight, channels, op);
   const int64_t taps = o.weight.size(o.weight.dim() - 1);
@@ -36,19 +34,18 @@ ConvSpatialGate<T> checked(const Operands& o, const char* op) {
   check_vector<T>(o.norm_bias, channels, op, "norm_bias");
   if (o.bias) check_vector<T>(*o.bias, channels, op, "bias");
   if (o.mask)
-    STD_TORCH_CHECK(o.mask->scalar_type() == ScalarType::Bool && o.mask->is_contiguous() && o.mask->dim() == 2 &&
-                        o.mask->size(0) == batch && o.mask->size(1) == frames,
-                    op, ": padding_mask is not a contiguous bool tensor (B, T)");
-  STD_TORCH_CHECK(o.eps >= 0, op, ": eps");
-  STD_TORCH_CHECK(o.activation >= 0 && o.activation < cpu::kActivations, op, ": activation");
+    check(is_dense(*o.mask, ScalarType::Bool, {batch, frames}), op,
+          "padding_mask is not a contiguous bool tensor (B, T)");
+  check(o.eps >= 0, op, "eps");
+  check(o.activation >= 0 && o.activation < cpu::kActivations, op, "activation");
   return {data<T>(o.x),
           o.x.stride(0),
           o.x.stride(1),
           data<C>(o.norm_weight),
           data<C>(o.norm_bias),
           data<C>(o.weight),
-          o.bias ? data<C>(*o.bias) : nullptr,
-          o.mask ? data<bool>(*o.mask) : nullptr,
+          data_or_null<C>(o.bias),
+          data_or_null<bool>(o.mask),
           batch,
           frames,
           channels,
@@ -86,9 +83,7 @@ Tensor conv_spatial_gate_forward(const Tensor& x, const Tensor& norm_weight, con
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::ConvSpatialGateKernels<T>>();
     const auto p = checked<T>({x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation}, op);
-    const int64_t sizes[] = {p.batch, p.frames, p.channels};
-    const int64_t strides[] = {std::max<int64_t>(1, p.frames) * p.channels, p.channels, 1};
-    y = new_strided(x, 3, sizes, strides);
+    y = new_contiguous(x, {p.batch, p.frames, p.channels});
     T* out = mutable_data<T>(y);
     const auto statistics = statistics_of(p);
     parallel_range(stripes(p) * p.batch, grain(p.frames, p.taps),
@@ -110,8 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(
     const auto p = checked<T>({x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation}, op);
     const int64_t n = p.channels;
     check_like(grad, x, op, "grad");
-    STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == p.batch && grad.size(1) == p.frames && grad.size(2) == n, op,
-                    ": grad has another shape");
+    check(has_sizes(grad, {p.batch, p.frames, n}), op, "grad has another shape");
     const T* g = data<T>(grad);
     T* out = mutable_data<T>(dx);
     std::unique_ptr<C[]> scratch;

@@ -2,7 +2,6 @@
 #include "cpu/conv/depthwise_conv2d.h"
 
 #include <memory>
-#include <optional>
 #include <tuple>
 
 #include "bindings/dispatch.h"
@@ -14,18 +13,17 @@ namespace {
 using cpu::DepthwiseSizes;
 
 DepthwiseSizes checked(const Tensor& x, const Tensor& weight, int64_t pad_t, int64_t pad_f, const char* op) {
-  STD_TORCH_CHECK(x.dim() == 4, op, ": x is not (batch, frames, width, channels)");
+  check(x.dim() == 4, op, "x is not (batch, frames, width, channels)");
   check_like(x, x, op, "x");
   check_like(weight, x, op, "weight");
   const int64_t channels = x.size(3), dim = weight.dim();
-  STD_TORCH_CHECK((dim == 3 || (dim == 4 && weight.size(1) == 1)) && weight.size(0) == channels, op,
-                  ": weight has another shape");
+  check((dim == 3 || (dim == 4 && weight.size(1) == 1)) && weight.size(0) == channels, op, "weight has another shape");
   const DepthwiseSizes s{x.size(0), x.size(1), x.size(2), channels, weight.size(dim - 2), weight.size(dim - 1),
                          pad_t,     pad_f};
-  STD_TORCH_CHECK(s.taps_t > 0 && s.taps_f > 0 && pad_t >= 0 && pad_t < s.taps_t && pad_f >= 0 && pad_f < s.taps_f, op,
-                  ": padding is out of range");
-  STD_TORCH_CHECK(s.frames > 0 && s.width > 0 && s.frames + 2 * pad_t >= s.taps_t && s.width + 2 * pad_f >= s.taps_f,
-                  op, ": x is smaller than the kernel");
+  check(s.taps_t > 0 && s.taps_f > 0 && pad_t >= 0 && pad_t < s.taps_t && pad_f >= 0 && pad_f < s.taps_f, op,
+        "padding is out of range");
+  check(s.frames > 0 && s.width > 0 && s.frames + 2 * pad_t >= s.taps_t && s.width + 2 * pad_f >= s.taps_f, op,
+        "x is smaller than the kernel");
   return s;
 }
 
@@ -41,12 +39,12 @@ Tensor depthwise_conv2d_forward(const Tensor& x, const Tensor& weight, const std
   const DepthwiseSizes s = checked(x, weight, pad_t, pad_f, op);
   if (bias.has_value()) {
     check_like(*bias, x, op, "bias");
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == s.channels, op, ": bias has another shape");
+    check(has_sizes(*bias, {s.channels}), op, "bias has another shape");
   }
   Tensor y = new_pooled<4>(x, {s.batch, s.out_frames(), s.out_width(), s.channels});
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::DepthwiseConv2dKernels<T>>();
-    const T *xp = data<T>(x), *wp = data<T>(weight), *bp = bias.has_value() ? data<T>(*bias) : nullptr;
+    const T *xp = data<T>(x), *wp = data<T>(weight), *bp = data_or_null<T>(bias);
     T* yp = mutable_data<T>(y);
     parallel_range(cpu::depthwise_blocks(s), grain(s),
                    [&](int64_t b, int64_t e) { kernel.forward(s, xp, wp, bp, false, yp, b, e); });
@@ -61,9 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad,
   const char* op = "depthwise_conv2d_backward";
   const DepthwiseSizes s = checked(x, weight, pad_t, pad_f, op);
   check_like(grad, x, op, "grad");
-  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == s.batch && grad.size(1) == s.out_frames() &&
-                      grad.size(2) == s.out_width() && grad.size(3) == s.channels,
-                  op, ": grad has another shape");
+  check(has_sizes(grad, {s.batch, s.out_frames(), s.out_width(), s.channels}), op, "grad has another shape");
   Tensor dx = need_x ? new_pooled_like(x) : new_without_elements(x);
   Tensor dweight = need_weight ? new_like(weight) : new_without_elements(x);
   Tensor dbias = new_without_elements(x);

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/conv/depthwise_conv_residual.h"
 
-#include <optional>
 #include <tuple>
 
 #include "bindings/channel_parameters.h"
@@ -12,13 +11,12 @@ namespace fastasr {
 namespace {
 
 using cpu::DepthwiseConvResidual;
-using Optional = std::optional<Tensor>;
 
 template <typename T>
 DepthwiseConvResidual<T> checked(const Tensor& x, const Tensor& weight, const Optional& bias, const char* op) {
   using C = cpu::compute_t<T>;
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(2) > 0, op, ": x is not (B, T, C)");
-  STD_TORCH_CHECK(x.stride(2) == 1 || x.size(2) == 1 || !x.numel(), op, ": the channels of x are not contiguous");
+  check(x.dim() == 3 && x.size(2) > 0, op, "x is not (B, T, C)");
+  check(x.stride(2) == 1 || x.size(2) == 1 || !x.numel(), op, "the channels of x are not contiguous");
   const int64_t channels = x.size(2);
   check_taps<T>(weight, channels, op);
   if (bias) check_vector<T>(*bias, channels, op, "bias");
@@ -26,7 +24,7 @@ DepthwiseConvResidual<T> checked(const Tensor& x, const Tensor& weight, const Op
           x.stride(0),
           x.stride(1),
           data<C>(weight),
-          bias ? data<C>(*bias) : nullptr,
+          data_or_null<C>(bias),
           x.size(0),
           x.size(1),
           channels,

@@ -8,8 +8,10 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <concepts>
 #include <cstdint>
-#include <cstring>
+#include <initializer_list>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -25,14 +27,42 @@ namespace fastasr {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
 
 template <typename T>
 const T* data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
 template <typename T>
+const T* data_or_null(const Optional& t) {
+  return t.has_value() ? data<T>(*t) : nullptr;
+}
+template <typename T>
 T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Declines the call: raises an error that names the operator and then gives the reason, pieces of text and numbers.
+class Piece {
+ public:
+  Piece(const char* text) : text_(text) {}
+  template <std::integral I>
+  Piece(I number) : text_(nullptr), number_(static_cast<int64_t>(number)) {}
+  std::string text() const { return text_ ? text_ : std::to_string(number_); }
+
+ private:
+  const char* text_;
+  int64_t number_ = 0;
+};
+[[noreturn]] void decline(const char* op, std::initializer_list<Piece> reason);
+
+// Raises an error that names no operator, so it reaches the user.
+[[noreturn]] void out_of_memory(size_t bytes);
+
+template <typename... Reason>
+void check(bool ok, const char* op, Reason... reason) {
+  if (!ok) [[unlikely]]
+    decline(op, {Piece(reason)...});
 }
 
 // Calls f.template operator()<T>() with the kernel type of dtype.
@@ -48,7 +78,7 @@ auto with_kernel_type(ScalarType dtype, const char* op, F&& f) {
     case ScalarType::Half:
       return f.template operator()<cpu::float16>();
     default:
-      STD_TORCH_CHECK(false, op, ": unsupported dtype");
+      decline(op, {"unsupported dtype"});
   }
 }
 
@@ -56,7 +86,7 @@ auto with_kernel_type(ScalarType dtype, const char* op, F&& f) {
 template <typename F>
 void with_compute_type(ScalarType dtype, const char* op, F&& f) {
   if (dtype == ScalarType::Double) return f.template operator()<double>();
-  STD_TORCH_CHECK(dtype == ScalarType::Float, op, ": unsupported dtype");
+  check(dtype == ScalarType::Float, op, "unsupported dtype");
   f.template operator()<float>();
 }
 
@@ -66,72 +96,40 @@ constexpr ScalarType kComputeType = std::is_same_v<T, double> ? ScalarType::Doub
 
 // Makes a new tensor of t's dtype and device. torch::stable::empty_like looks its op up by name at every call, which
 // costs more than a small kernel.
-inline Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int64_t* strides) {
-  int32_t dtype, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle));
-  return Tensor(handle);
-}
-
-inline Tensor new_like(const Tensor& t) { return new_strided(t, t.dim(), t.sizes().data(), t.strides().data()); }
-
-// Returns a contiguous tensor of t's sizes.
-inline Tensor new_contiguous(const Tensor& t) {
-  const int64_t dim = t.dim();
-  std::vector<int64_t> strides(dim);
-  int64_t stride = 1;
-  for (int64_t d = dim - 1; d >= 0; d--) strides[d] = stride, stride *= std::max<int64_t>(1, t.size(d));
-  return new_strided(t, dim, t.sizes().data(), strides.data());
-}
+Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int64_t* strides);
+Tensor new_contiguous(const Tensor& t, std::initializer_list<int64_t> sizes);
+Tensor new_contiguous(const Tensor& t);  // of t's sizes
+Tensor new_like(const Tensor& t);        // of t's sizes and strides
+Tensor new_without_elements(const Tensor& t);
 
 // Returns the elements from one row to the next of a tensor seen as rows of its last dimension: slices of a wider
 // tensor qualify.
-inline int64_t row_stride(const Tensor& t, const char* op, const char* name) {
-  const int64_t last = t.dim() - 1;
-  // the row's stride, and the one that a dimension to the left must have to continue the rows
-  int64_t stride = 0, next = -1;
-  bool ok = t.size(last) <= 1 || t.stride(last) == 1;
-  for (int64_t d = last - 1; d >= 0; d--) {
-    if (t.size(d) == 1) continue;
-    if (next < 0) stride = next = t.stride(d);
-    ok = ok && t.stride(d) == next;
-    next *= t.size(d);
-  }
-  STD_TORCH_CHECK(ok || t.numel() == 0, op, ": the rows of ", name, " are not evenly spaced");
-  return stride;
-}
+int64_t row_stride(const Tensor& t, const char* op, const char* name);
 
-inline Tensor new_without_elements(const Tensor& t) {
-  const int64_t size = 0, stride = 1;
-  return new_strided(t, 1, &size, &stride);
-}
-
-inline void check_like(const Tensor& t, const Tensor& reference, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == reference.scalar_type(), op, ": ", name, " has another dtype");
-  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " is not contiguous");
-}
-
-inline void check_same_size(const Tensor& t, const Tensor& reference, const char* op, const char* name) {
-  check_like(t, reference, op, name);
-  STD_TORCH_CHECK(t.numel() == reference.numel(), op, ": ", name, " has another number of elements");
-}
+bool has_sizes(const Tensor& t, std::initializer_list<int64_t> sizes);
+// Says whether t is contiguous and has this dtype and these sizes.
+bool is_dense(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes);
+void check_like(const Tensor& t, const Tensor& reference, const char* op, const char* name);
+void check_same_size(const Tensor& t, const Tensor& reference, const char* op, const char* name);
 
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kGrain = 16384;
 
+// Refers to a function of (begin, end). Code that takes one is compiled once, not once per function.
+class RangeFunction {
+ public:
+  template <typename F>
+  RangeFunction(const F& f)
+      : f_(&f), call_([](const void* g, int64_t begin, int64_t end) { (*static_cast<const F*>(g))(begin, end); }) {}
+  void operator()(int64_t begin, int64_t end) const { call_(f_, begin, end); }
+
+ private:
+  const void* f_;
+  void (*call_)(const void*, int64_t, int64_t);
+};
+
 // Runs f(begin, end) over [0, n) on torch's own threads, serially when n is small.
-template <typename F>
-void parallel_range(int64_t n, int64_t grain, const F& f) {
-  if (n <= grain) {
-    if (n > 0) f(int64_t{0}, n);
-    return;
-  }
-  torch::stable::parallel_for(0, n, grain, f);
-}
+void parallel_range(int64_t n, int64_t grain, RangeFunction f);
 
 // Splits rows into blocks for deterministic reductions: their number depends on the shape alone, never on the thread
 // count. At most 16 rows are added in a chain of floats; the blocks are then added in double.
@@ -153,21 +151,18 @@ void reduce_blocks(const cpu::compute_t<T>* parts, int64_t blocks, int64_t width
   parallel_range(width, grain, [&](int64_t b, int64_t e) { kernel.run(parts, blocks, width, b, e, out); });
 }
 
-// Defines an operator of torch.ops.fastasr_cpu from its schema, which begins with its name, and TORCH_BOX(&function).
+// An operator of torch.ops.fastasr_cpu: its schema, which begins with its name, and TORCH_BOX(&function).
 struct Operator {
   const char* schema;
   void (*boxed)(StableIValue*, uint64_t, uint64_t);
-  std::string name() const { return std::string(schema, std::strcspn(schema, "(")); }
 };
+using Library = torch::stable::detail::StableLibrary;
+void define(Library& library, std::initializer_list<Operator> operators);
+void implement(Library& library, std::initializer_list<Operator> operators);
 
 }  // namespace fastasr
 
 // A file ends with this in namespace fastasr: its operators.
-#define FASTASR_OPERATORS(...)                                              \
-  static constexpr Operator kOperators[] = {__VA_ARGS__};                   \
-  STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {                           \
-    for (const Operator& o : kOperators) m.def(o.schema);                   \
-  }                                                                         \
-  STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, m) {                          \
-    for (const Operator& o : kOperators) m.impl(o.name().c_str(), o.boxed); \
-  }
+#define FASTASR_OPERATORS(...)                                                            \
+  STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, library) { define(library, {__VA_ARGS__}); } \
+  STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CPU, library) { implement(library, {__VA_ARGS__}); }

@@ -2,7 +2,6 @@
 #include "cpu/rows/dropout.h"
 
 #include <cstring>
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -12,21 +11,19 @@
 namespace fastasr {
 namespace {
 
-using Optional = std::optional<Tensor>;
-
 // The layout of torch's CPU generator in torch.get_rng_state(): seed (8 bytes), words left in the block and one more
 // (4), a flag (4), words used up (8), the block with 8 bytes per word, and numbers of the normal distribution.
 class GeneratorState {
  public:
   explicit GeneratorState(const Tensor& state, const char* op) {
-    STD_TORCH_CHECK(state.scalar_type() == ScalarType::Byte && state.is_contiguous() && state.numel() == kBytes, op,
-                    ": generator is no state of torch's");
+    check(state.scalar_type() == ScalarType::Byte && state.is_contiguous() && state.numel() == kBytes, op,
+          "generator is no state of torch's");
     bytes_ = mutable_data<unsigned char>(state);
     const auto left = get<int32_t>(kLeft);
     const auto given = static_cast<int64_t>(get<uint64_t>(kGiven));
-    STD_TORCH_CHECK(left >= 1 && left <= cpu::kTwisterWords && given >= 0 && given <= cpu::kTwisterWords &&
-                        (left + given == cpu::kTwisterWords + 1 || left == 1),
-                    op, ": generator is no state of torch's");
+    check(left >= 1 && left <= cpu::kTwisterWords && given >= 0 && given <= cpu::kTwisterWords &&
+              (left + given == cpu::kTwisterWords + 1 || left == 1),
+          op, "generator is no state of torch's");
     generator.given = cpu::kTwisterWords + 1 - left;
     for (size_t i = 0; i < static_cast<size_t>(cpu::kTwisterWords); i++)
       generator.state[i] = static_cast<uint32_t>(get<uint64_t>(kWords + 8 * i));
@@ -63,13 +60,13 @@ Tensor new_mask(const Tensor& like, const Tensor& bytes) {
 
 const cpu::DropoutKernels& kernels() { return cpu::kernels<cpu::DropoutKernels>(); }
 
-void check_probability(double p, const char* op) { STD_TORCH_CHECK(p > 0 && p < 1, op, ": p is not in (0, 1)"); }
+void check_probability(double p, const char* op) { check(p > 0 && p < 1, op, "p is not in (0, 1)"); }
 
 float scale_of(double p) { return 1.0f / static_cast<float>(1 - p); }
 
 void apply(const Tensor& x, const Tensor& keep, double p, const Optional& residual, const Tensor& y) {
   const auto& kernel = kernels();
-  const float *from = data<float>(x), *add = residual ? data<float>(*residual) : nullptr;
+  const float *from = data<float>(x), *add = data_or_null<float>(residual);
   const auto* mask = data<uint8_t>(keep);
   auto* to = mutable_data<float>(y);
   parallel_range(x.numel(), kGrain, [&](int64_t b, int64_t e) {
@@ -83,7 +80,7 @@ std::tuple<Tensor, Tensor> dropout_forward(const Tensor& x, const Optional& resi
                                            double p) {
   const char* op = "dropout_forward";
   check_like(x, x, op, "x");
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, op, ": x is not float32");
+  check(x.scalar_type() == ScalarType::Float, op, "x is not float32");
   if (residual) check_same_size(*residual, x, op, "residual");
   check_probability(p, op);
   GeneratorState state(generator, op);
@@ -97,9 +94,9 @@ std::tuple<Tensor, Tensor> dropout_forward(const Tensor& x, const Optional& resi
 Tensor dropout_backward(const Tensor& grad, const Tensor& keep, double p) {
   const char* op = "dropout_backward";
   check_like(grad, grad, op, "grad");
-  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && keep.scalar_type() == ScalarType::Byte &&
-                      keep.is_contiguous() && keep.numel() == grad.numel(),
-                  op, ": grad and keep");
+  check(grad.scalar_type() == ScalarType::Float && keep.scalar_type() == ScalarType::Byte && keep.is_contiguous() &&
+            keep.numel() == grad.numel(),
+        op, "grad and keep");
   check_probability(p, op);
   Tensor dx = new_pooled_like(grad);
   apply(grad, keep, p, {}, dx);
@@ -111,14 +108,13 @@ Tensor dropout_backward(const Tensor& grad, const Tensor& keep, double p) {
 Tensor dropout_windows(const Tensor& like, const Tensor& places, const Tensor& generator, int64_t sequences,
                        int64_t keys, double p) {
   const char* op = "dropout_windows";
-  STD_TORCH_CHECK(like.scalar_type() == ScalarType::Float, op, ": not float32");
-  STD_TORCH_CHECK(places.dim() == 2 && places.scalar_type() == ScalarType::Long && places.is_contiguous(), op,
-                  ": places");
-  STD_TORCH_CHECK(sequences >= 0 && keys >= 0, op, ": sizes");
+  check(like.scalar_type() == ScalarType::Float, op, "not float32");
+  check(places.dim() == 2 && places.scalar_type() == ScalarType::Long && places.is_contiguous(), op, "places");
+  check(sequences >= 0 && keys >= 0, op, "sizes");
   check_probability(p, op);
   const int64_t queries = places.size(0), lanes = places.size(1);
   const auto* at = data<int64_t>(places);
-  for (int64_t i = 0; i < queries * lanes; i++) STD_TORCH_CHECK(at[i] >= 0 && at[i] < keys, op, ": places");
+  for (int64_t i = 0; i < queries * lanes; i++) check(at[i] >= 0 && at[i] < keys, op, "places");
   GeneratorState state(generator, op);
   Tensor out = new_pooled<3>(like, {sequences, queries, lanes});
   std::vector<uint8_t> keep(static_cast<size_t>(keys));

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/ema/ema_scan.h"
 
-#include <optional>
 #include <tuple>
 
 #include "bindings/dispatch.h"
@@ -9,7 +8,6 @@
 namespace fastasr {
 namespace {
 
-using Optional = std::optional<Tensor>;
 using cpu::EmaShape;
 using cpu::EmaStrides;
 
@@ -37,25 +35,24 @@ struct Inputs {
 
 void check_size(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes, const char* op,
                 const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous(), op, ": ", name, " has another dtype or strides");
-  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(sizes.size()), op, ": ", name, " has other dimensions");
+  check(t.scalar_type() == dtype && t.is_contiguous(), op, name, " has another dtype or strides");
+  check(t.dim() == static_cast<int64_t>(sizes.size()), op, name, " has other dimensions");
   int64_t d = 0;
-  for (const int64_t size : sizes) STD_TORCH_CHECK(t.size(d++) == size, op, ": ", name, " has another shape");
+  for (const int64_t size : sizes) check(t.size(d++) == size, op, name, " has another shape");
 }
 
 // (rows), or with trailing dimensions of 1
 void check_column(const Tensor& t, ScalarType dtype, int64_t rows, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous(), op, ": ", name, " has another dtype or strides");
-  STD_TORCH_CHECK(t.dim() >= 1 && t.dim() <= 3 && t.size(0) == rows && t.numel() == rows, op, ": ", name,
-                  " has another shape");
+  check(t.scalar_type() == dtype && t.is_contiguous(), op, name, " has another dtype or strides");
+  check(t.dim() >= 1 && t.dim() <= 3 && t.size(0) == rows && t.numel() == rows, op, name, " has another shape");
 }
 
 // (rows, N), or (rows, N, 1) as the modules hold them
 void check_parameter(const Tensor& t, ScalarType dtype, int64_t rows, int64_t states, const char* op,
                      const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous(), op, ": ", name, " has another dtype or strides");
-  STD_TORCH_CHECK((t.dim() == 2 || (t.dim() == 3 && t.size(2) == 1)) && t.size(0) == rows && t.size(1) == states, op,
-                  ": ", name, " has another shape");
+  check(t.scalar_type() == dtype && t.is_contiguous(), op, name, " has another dtype or strides");
+  check((t.dim() == 2 || (t.dim() == 3 && t.size(2) == 1)) && t.size(0) == rows && t.size(1) == states, op, name,
+        " has another shape");
 }
 
 void check_state(const Tensor& t, ScalarType dtype, const EmaShape& s, bool complex, const char* op, const char* name) {
@@ -66,10 +63,10 @@ void check_state(const Tensor& t, ScalarType dtype, const EmaShape& s, bool comp
 }
 
 EmaShape checked_shape(const Inputs& in, bool with_state, const char* op) {
-  STD_TORCH_CHECK(in.layout >= 0 && in.layout <= 2 && in.direction >= 0 && in.direction <= 2 && in.activation >= 0 &&
-                      in.activation <= 4 && in.truncation >= 0,
-                  op, ": unknown option");
-  STD_TORCH_CHECK(in.x.dim() == 3 && in.damping.dim() >= 2, op, ": dimensions");
+  check(in.layout >= 0 && in.layout <= 2 && in.direction >= 0 && in.direction <= 2 && in.activation >= 0 &&
+            in.activation <= 4 && in.truncation >= 0,
+        op, "unknown option");
+  check(in.x.dim() == 3 && in.damping.dim() >= 2, op, "dimensions");
   const EmaShape s{in.x.size(kTime[in.layout]),
                    in.x.size(kBatch[in.layout]),
                    in.x.size(kChannel[in.layout]),
@@ -79,7 +76,7 @@ EmaShape checked_shape(const Inputs& in, bool with_state, const char* op) {
                    static_cast<cpu::EmaActivation>(in.activation)};
   const ScalarType dtype = in.x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const int64_t rows = in.direction == 2 ? 2 * s.channels : s.channels;
-  STD_TORCH_CHECK(s.states >= 1 && s.states <= 64, op, ": from 1 to 64 states");
+  check(s.states >= 1 && s.states <= 64, op, "from 1 to 64 states");
   check_parameter(in.damping, dtype, rows, s.states, op, in.complex ? "alpha" : "damping");
   check_parameter(in.decay, dtype, rows, s.states, op, in.complex ? "delta" : "decay");
   if (in.complex) {
@@ -93,14 +90,9 @@ EmaShape checked_shape(const Inputs& in, bool with_state, const char* op) {
   }
   if (in.state) check_state(*in.state, dtype, s, in.complex, op, "state");
   if (in.mask) check_size(*in.mask, ScalarType::Bool, {s.batch, s.length}, op, "padding_mask");
-  STD_TORCH_CHECK(!(with_state || in.state) || (in.direction != 2 && in.truncation == 0), op,
-                  ": no state with a truncation or in both directions");
+  check(!(with_state || in.state) || (in.direction != 2 && in.truncation == 0), op,
+        "no state with a truncation or in both directions");
   return s;
-}
-
-template <typename C>
-const C* data_or_null(const Optional& t) {
-  return t ? data<C>(*t) : nullptr;
 }
 
 template <typename C>
@@ -115,15 +107,6 @@ cpu::ComplexEmaParameters<C> complex_parameters(const Inputs& in) {
   return {
       data<C>(in.damping),          data<C>(in.decay),         data<C>(in.expansion),         data<C>(in.projection),
       data_or_null<C>(in.residual), data_or_null<C>(in.state), data_or_null<uint8_t>(in.mask)};
-}
-
-Tensor new_contiguous(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  int64_t strides[4], stride = 1;
-  for (int64_t d = static_cast<int64_t>(sizes.size()); d-- > 0;) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(1, sizes.begin()[d]);
-  }
-  return new_strided(like, static_cast<int64_t>(sizes.size()), sizes.begin(), strides);
 }
 
 std::tuple<Tensor, Tensor> ema_scan_forward(const Tensor& x, const Tensor& damping, const Tensor& decay,
@@ -159,8 +142,8 @@ Gradients ema_scan_backward(const Tensor& grad, const Optional& grad_state, cons
   const Inputs in{x,     damping, decay,      expansion, projection, residual,
                   state, mask,    truncation, direction, activation, layout};
   const EmaShape s = checked_shape(in, grad_state.has_value(), op);
-  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == 3, op, ": grad");
-  for (int64_t d = 0; d < 3; d++) STD_TORCH_CHECK(grad.size(d) == x.size(d), op, ": grad has another shape");
+  check(grad.scalar_type() == x.scalar_type() && grad.dim() == 3, op, "grad");
+  for (int64_t d = 0; d < 3; d++) check(grad.size(d) == x.size(d), op, "grad has another shape");
   if (grad_state) check_size(*grad_state, damping.scalar_type(), {s.batch, s.channels, s.states}, op, "grad_state");
   Tensor dx = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
   Tensor ddamping = new_like(damping), ddecay = new_like(decay), dexpansion = new_like(expansion);
@@ -208,8 +191,8 @@ Gradients complex_ema_scan_backward(const Tensor& grad, const Optional& grad_sta
   const char* op = "complex_ema_scan_backward";
   const Inputs in{x, alpha, delta, theta, gamma, omega, state, mask, truncation, direction, activation, layout, true};
   const EmaShape s = checked_shape(in, grad_state.has_value(), op);
-  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == 3, op, ": grad");
-  for (int64_t d = 0; d < 3; d++) STD_TORCH_CHECK(grad.size(d) == x.size(d), op, ": grad has another shape");
+  check(grad.scalar_type() == x.scalar_type() && grad.dim() == 3, op, "grad");
+  for (int64_t d = 0; d < 3; d++) check(grad.size(d) == x.size(d), op, "grad has another shape");
   if (grad_state) check_state(*grad_state, alpha.scalar_type(), s, true, op, "grad_state");
   Tensor dx = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
   Tensor dalpha = new_like(alpha), ddelta = new_like(delta), dtheta = new_like(theta), dgamma = new_like(gamma);

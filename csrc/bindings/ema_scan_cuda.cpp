@@ -4,7 +4,6 @@
 
 #include <array>
 #include <initializer_list>
-#include <optional>
 #include <tuple>
 
 #include "bindings/dispatch.h"
@@ -17,10 +16,8 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 namespace fastasr {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 void* current_stream(const Tensor& t, const char* op) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op, ": this torch was built without CUDA");
+  check(aoti_torch_get_current_cuda_stream != nullptr, op, "this torch was built without CUDA");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return stream;
@@ -37,7 +34,7 @@ int dtype_code(ScalarType dtype, const char* op) {
     case ScalarType::Half:
       return kFastasrHalf;
     default:
-      STD_TORCH_CHECK(false, op, ": unsupported dtype");
+      decline(op, {"unsupported dtype"});
   }
 }
 
@@ -69,29 +66,26 @@ struct Arguments {
   bool complex;
 
   Arguments(const char* op_, bool complex_, const Tensor& x, const Tensor& damping, const Tensor& decay,
-            const Tensor& expansion, const Tensor& projection, const OptionalTensor& residual,
-            const OptionalTensor& state, const OptionalTensor& mask, int64_t truncation, int64_t direction,
-            int64_t activation, int64_t layout)
+            const Tensor& expansion, const Tensor& projection, const Optional& residual, const Optional& state,
+            const Optional& mask, int64_t truncation, int64_t direction, int64_t activation, int64_t layout)
       : op(op_), complex(complex_) {
     const Names& names = complex ? kComplex : kReal;
-    STD_TORCH_CHECK(x.dim() == 3, op, ": x: expected three dimensions, got ", x.dim());
-    STD_TORCH_CHECK(layout >= 0 && layout <= 2, op, ": layout: expected 0, 1 or 2, got ", layout);
-    STD_TORCH_CHECK(direction >= 0 && direction <= 2, op, ": direction: expected 0, 1 or 2, got ", direction);
-    STD_TORCH_CHECK(activation >= 0 && activation <= 4, op, ": activation: expected 0 to 4, got ", activation);
-    STD_TORCH_CHECK(truncation >= 0, op, ": truncation: expected 0 or more, got ", truncation);
+    check(x.dim() == 3, op, "x: expected three dimensions, got ", x.dim());
+    check(layout >= 0 && layout <= 2, op, "layout: expected 0, 1 or 2, got ", layout);
+    check(direction >= 0 && direction <= 2, op, "direction: expected 0, 1 or 2, got ", direction);
+    check(activation >= 0 && activation <= 4, op, "activation: expected 0 to 4, got ", activation);
+    check(truncation >= 0, op, "truncation: expected 0 or more, got ", truncation);
     time = layout == 0 ? 0 : layout == 1 ? 1 : 2;
     batch = layout == 0 ? 1 : 0;
     channel = layout == 2 ? 1 : 2;
     scan.dtype = dtype_code(x.scalar_type(), op);
     compute = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     scan.length = x.size(time), scan.batch = x.size(batch), scan.channels = x.size(channel);
-    STD_TORCH_CHECK(damping.dim() == 2, op, ": ", names.damping, ": expected (rows, states), got ", damping.dim(),
-                    " dimensions");
+    check(damping.dim() == 2, op, names.damping, ": expected (rows, states), got ", damping.dim(), " dimensions");
     scan.states = damping.size(1);
-    STD_TORCH_CHECK(scan.states >= 1 && scan.states <= 64, op, ": ", names.damping, ": expected 1 to 64 states, got ",
-                    scan.states);
-    STD_TORCH_CHECK(direction != 2 || !state.has_value(), op, ": state: expected none with both directions");
-    STD_TORCH_CHECK(truncation == 0 || !state.has_value(), op, ": state: expected none with truncation");
+    check(scan.states >= 1 && scan.states <= 64, op, names.damping, ": expected 1 to 64 states, got ", scan.states);
+    check(direction != 2 || !state.has_value(), op, "state: expected none with both directions");
+    check(truncation == 0 || !state.has_value(), op, "state: expected none with truncation");
     scan.truncation = truncation;
     scan.direction = static_cast<int>(direction), scan.activation = static_cast<int>(activation);
     scan.x = sequence(x);
@@ -108,35 +102,34 @@ struct Arguments {
     if (residual.has_value()) scan.residual = parameter(x, *residual, names.residual, {scan.channels});
     if (state.has_value()) scan.state = state_parameter(x, *state, "state");
     if (mask.has_value()) {
-      STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, op, ": mask: expected bool");
+      check(mask->scalar_type() == ScalarType::Bool, op, "mask: expected bool");
       shaped(x, *mask, "mask", {scan.batch, scan.length});
       scan.mask = static_cast<const unsigned char*>(mask->const_data_ptr());
     }
   }
 
   // This check comes after every other one, so that the others can be tested on any machine.
-  void check_device(const Tensor& x) const { STD_TORCH_CHECK(x.is_cuda(), op, ": x: expected a CUDA tensor"); }
+  void check_device(const Tensor& x) const { check(x.is_cuda(), op, "x: expected a CUDA tensor"); }
 
   FastasrSequence sequence(const Tensor& t) const {
     return {t.const_data_ptr(), t.stride(time), t.stride(batch), t.stride(channel)};
   }
 
   void shaped(const Tensor& x, const Tensor& t, const char* name, std::initializer_list<int64_t> sizes) const {
-    STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(sizes.size()) && t.is_contiguous(), op, ": ", name, ": expected ",
-                    sizes.size(), " dimensions, contiguous");
+    check(t.dim() == static_cast<int64_t>(sizes.size()) && t.is_contiguous(), op, name, ": expected ", sizes.size(),
+          " dimensions, contiguous");
     int64_t d = 0;
     for (const int64_t n : sizes) {
-      STD_TORCH_CHECK(t.size(d) == n, op, ": ", name, ": expected ", n, " in dimension ", d, ", got ", t.size(d));
+      check(t.size(d) == n, op, name, ": expected ", n, " in dimension ", d, ", got ", t.size(d));
       d++;
     }
-    STD_TORCH_CHECK(t.get_device_index() == x.get_device_index() && t.is_cuda() == x.is_cuda(), op, ": ", name,
-                    " is on another device");
+    check(t.get_device_index() == x.get_device_index() && t.is_cuda() == x.is_cuda(), op, name,
+          " is on another device");
   }
 
   const void* parameter(const Tensor& x, const Tensor& t, const char* name,
                         std::initializer_list<int64_t> sizes) const {
-    STD_TORCH_CHECK(t.scalar_type() == compute, op, ": ", name, ": expected ",
-                    compute == ScalarType::Double ? "float64" : "float32");
+    check(t.scalar_type() == compute, op, name, ": expected ", compute == ScalarType::Double ? "float64" : "float32");
     shaped(x, t, name, sizes);
     return t.const_data_ptr();
   }
@@ -150,9 +143,9 @@ struct Arguments {
     return make(x, compute, {scan.batch, scan.channels, scan.states});
   }
 
-  void check(int error) const {
+  void check_launch(int error) const {
     // cudaErrorInvalidValue: the carries of this many states do not fit into this GPU's shared memory
-    STD_TORCH_CHECK(error == 0, op, ": CUDA error ", error, " for ", scan.states, " states");
+    check(error == 0, op, "CUDA error ", error, " for ", scan.states, " states");
   }
 
  private:
@@ -164,8 +157,8 @@ Tensor workspace_of(const Tensor& x, int64_t bytes) { return make(x, ScalarType:
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 std::tuple<Tensor, Tensor> forward(Arguments& a, const Tensor& x, bool need_state) {
-  STD_TORCH_CHECK(!need_state || (a.scan.direction != 2 && a.scan.truncation == 0), a.op,
-                  ": need_state: expected false with both directions or truncation");
+  check(!need_state || (a.scan.direction != 2 && a.scan.truncation == 0), a.op,
+        "need_state: expected false with both directions or truncation");
   a.check_device(x);
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor y = make(x, x.scalar_type(), {x.size(0), x.size(1), x.size(2)});
@@ -175,20 +168,20 @@ std::tuple<Tensor, Tensor> forward(Arguments& a, const Tensor& x, bool need_stat
   const auto run = a.complex ? fastasr_cuda_complex_ema_scan_forward : fastasr_cuda_ema_scan_forward;
   Tensor workspace = workspace_of(x, size(&a.scan));
   a.scan.workspace = workspace.mutable_data_ptr();
-  a.check(run(&a.scan, a.sequence(y), need_state ? final_state.mutable_data_ptr() : nullptr, current_stream(x, a.op)));
+  a.check_launch(
+      run(&a.scan, a.sequence(y), need_state ? final_state.mutable_data_ptr() : nullptr, current_stream(x, a.op)));
   return {y, final_state};
 }
 
-Gradients backward(Arguments& a, const Tensor& grad, const OptionalTensor& grad_state, const Tensor& x,
-                   const Tensor& damping, bool residual, bool state) {
-  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == 3, a.op, ": grad: expected x's dtype");
+Gradients backward(Arguments& a, const Tensor& grad, const Optional& grad_state, const Tensor& x, const Tensor& damping,
+                   bool residual, bool state) {
+  check(grad.scalar_type() == x.scalar_type() && grad.dim() == 3, a.op, "grad: expected x's dtype");
   for (int64_t d = 0; d < 3; d++)
-    STD_TORCH_CHECK(grad.size(d) == x.size(d), a.op, ": grad: expected ", x.size(d), " in dimension ", d, ", got ",
-                    grad.size(d));
-  STD_TORCH_CHECK(grad.is_cuda() == x.is_cuda() && grad.get_device_index() == x.get_device_index(), a.op,
-                  ": grad is on another device");
-  STD_TORCH_CHECK(!grad_state.has_value() || (a.scan.direction != 2 && a.scan.truncation == 0), a.op,
-                  ": grad_state: expected none with both directions or truncation");
+    check(grad.size(d) == x.size(d), a.op, "grad: expected ", x.size(d), " in dimension ", d, ", got ", grad.size(d));
+  check(grad.is_cuda() == x.is_cuda() && grad.get_device_index() == x.get_device_index(), a.op,
+        "grad is on another device");
+  check(!grad_state.has_value() || (a.scan.direction != 2 && a.scan.truncation == 0), a.op,
+        "grad_state: expected none with both directions or truncation");
   FastasrEmaScanGrads g{};
   if (grad_state.has_value()) g.grad_state = a.state_parameter(x, *grad_state, "grad_state");
   a.check_device(x);
@@ -211,27 +204,26 @@ Gradients backward(Arguments& a, const Tensor& grad, const OptionalTensor& grad_
   const auto run = a.complex ? fastasr_cuda_complex_ema_scan_backward : fastasr_cuda_ema_scan_backward;
   Tensor workspace = workspace_of(x, size(&a.scan, &g));
   a.scan.workspace = workspace.mutable_data_ptr();
-  a.check(run(&a.scan, &g, current_stream(x, a.op)));
+  a.check_launch(run(&a.scan, &g, current_stream(x, a.op)));
   return {dx, ddamping, ddecay, dexpansion, dprojection, dresidual, dstate};
 }
 
 // The registered functions: one pair for real and one for complex numbers.
 template <bool complex>
 std::tuple<Tensor, Tensor> registered_forward(const Tensor& x, const Tensor& damping, const Tensor& decay,
-                                              const Tensor& expansion, const Tensor& projection,
-                                              OptionalTensor residual, OptionalTensor state, OptionalTensor mask,
-                                              int64_t truncation, int64_t direction, int64_t activation, int64_t layout,
-                                              bool need_state) {
+                                              const Tensor& expansion, const Tensor& projection, Optional residual,
+                                              Optional state, Optional mask, int64_t truncation, int64_t direction,
+                                              int64_t activation, int64_t layout, bool need_state) {
   Arguments a(complex ? "complex_ema_scan_forward" : "ema_scan_forward", complex, x, damping, decay, expansion,
               projection, residual, state, mask, truncation, direction, activation, layout);
   return forward(a, x, need_state);
 }
 
 template <bool complex>
-Gradients registered_backward(const Tensor& grad, OptionalTensor grad_state, const Tensor& x, const Tensor& damping,
-                              const Tensor& decay, const Tensor& expansion, const Tensor& projection,
-                              OptionalTensor residual, OptionalTensor state, OptionalTensor mask, int64_t truncation,
-                              int64_t direction, int64_t activation, int64_t layout) {
+Gradients registered_backward(const Tensor& grad, Optional grad_state, const Tensor& x, const Tensor& damping,
+                              const Tensor& decay, const Tensor& expansion, const Tensor& projection, Optional residual,
+                              Optional state, Optional mask, int64_t truncation, int64_t direction, int64_t activation,
+                              int64_t layout) {
   Arguments a(complex ? "complex_ema_scan_backward" : "ema_scan_backward", complex, x, damping, decay, expansion,
               projection, residual, state, mask, truncation, direction, activation, layout);
   return backward(a, grad, grad_state, x, damping, residual.has_value(), state.has_value());

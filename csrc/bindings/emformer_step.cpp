@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/streaming/emformer_step.h"
 
-#include <optional>
 #include <vector>
 
 #include "bindings/packed_weights.h"
@@ -15,9 +14,9 @@ using cpu::EmformerLayout;
 
 // numbers: dim, heads, inner, activation, whether memory goes through tanh.
 EmformerLayout layout_of(const std::vector<int64_t>& n, const std::vector<double>& eps) {
-  STD_TORCH_CHECK(n.size() == 5 && eps.size() == 3 && n[0] > 0 && n[1] > 0 && n[2] > 0 && n[0] % n[1] == 0 &&
-                      n[3] >= 0 && n[3] < cpu::kActivations,
-                  "emformer_layer: the numbers describe no layer");
+  check(n.size() == 5 && eps.size() == 3 && n[0] > 0 && n[1] > 0 && n[2] > 0 && n[0] % n[1] == 0 && n[3] >= 0 &&
+            n[3] < cpu::kActivations,
+        "emformer_layer", "the numbers describe no layer");
   return EmformerLayout({n[0], n[1], n[2], n[3], n[4] != 0, {eps[0], eps[1], eps[2]}});
 }
 
@@ -25,9 +24,9 @@ EmformerLayout layout_of(const std::vector<int64_t>& n, const std::vector<double
 Tensor emformer_layer_pack(std::vector<int64_t> numbers, std::vector<double> eps, std::vector<Tensor> weights,
                            std::vector<Tensor> biases, std::vector<Tensor> norms) {
   const EmformerLayout l = layout_of(numbers, eps);
-  STD_TORCH_CHECK(weights.size() == cpu::kEmformerProducts && biases.size() == cpu::kEmformerProducts &&
-                      norms.size() == 2 * cpu::kEmformerNorms,
-                  "emformer_layer_pack: expected 5 weights, 5 biases and 6 tensors of norms");
+  check(weights.size() == cpu::kEmformerProducts && biases.size() == cpu::kEmformerProducts &&
+            norms.size() == 2 * cpu::kEmformerNorms,
+        "emformer_layer_pack", "expected 5 weights, 5 biases and 6 tensors of norms");
   for (size_t i = 0; i < weights.size(); i++)
     check_floats(weights[i], l.outputs[i] * l.inputs[i], "a weight"), check_floats(biases[i], l.outputs[i], "a bias");
   for (const Tensor& t : norms) check_floats(t, l.shape.dim, "a norm's parameter");
@@ -45,15 +44,15 @@ Tensor emformer_layer_pack(std::vector<int64_t> numbers, std::vector<double> eps
 }
 
 cpu::Sequence<const float> sequence(const Tensor& t, int64_t rows, int64_t streams, int64_t dim, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 3 && t.size(0) == rows &&
-                      t.size(1) == streams && t.size(2) == dim && (dim == 1 || t.stride(2) == 1),
-                  "emformer_layer_step: ", name, " is not (", rows, ", ", streams, ", ", dim, ") with dense channels");
+  check(t.is_cpu() && t.scalar_type() == ScalarType::Float && has_sizes(t, {rows, streams, dim}) &&
+            (dim == 1 || t.stride(2) == 1),
+        "emformer_layer_step", name, " is not (", rows, ", ", streams, ", ", dim, ") with dense channels");
   return {data<float>(t), t.stride(0), t.stride(1)};
 }
 
 const int64_t* integers(const Tensor& t, int64_t count, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.numel() == count,
-                  "emformer_layer_step: ", name);
+  check(t.is_cpu() && t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.numel() == count,
+        "emformer_layer_step", name);
   return data<int64_t>(t);
 }
 
@@ -65,11 +64,6 @@ Tensor rows_of(const Tensor& t, int64_t begin, int64_t end) {
   return Tensor(view);
 }
 
-Tensor new_rows(const Tensor& like, int64_t rows, int64_t streams, int64_t dim) {
-  const int64_t sizes[3] = {rows, streams, dim}, strides[3] = {streams * dim, dim, 1};
-  return new_strided(like, 3, sizes, strides);
-}
-
 // Takes utterance (S, B, D), right_context (R, B, D), mems (1, B, D), which is ignored without memory; states (M, B,
 // D), (L, B, D) twice and (1, B) int32; lengths (B,) or none, history (2,) and kept (L,) as in cpu::EmformerSegment.
 // Returns the encoded utterance and right context, the next layer's mems and the four states after it.
@@ -79,27 +73,27 @@ std::vector<Tensor> emformer_layer_step(std::vector<int64_t> numbers, std::vecto
   const EmformerLayout l = layout_of(numbers, eps);
   const int64_t dim = l.shape.dim;
   check_floats(packed, l.total, "packed");
-  STD_TORCH_CHECK(utterance.dim() == 3 && right_context.dim() == 3 && utterance.size(0) > 0 && threads > 0 &&
-                      states.size() == 4 && states[0].dim() == 3 && states[1].dim() == 3,
-                  "emformer_layer_step: utterance, right_context or states");
+  check(utterance.dim() == 3 && right_context.dim() == 3 && utterance.size(0) > 0 && threads > 0 &&
+            states.size() == 4 && states[0].dim() == 3 && states[1].dim() == 3,
+        "emformer_layer_step", "utterance, right_context or states");
   const int64_t frames = utterance.size(0), streams = utterance.size(1), right = right_context.size(0);
   const int64_t memory = states[0].size(0), left = states[1].size(0);
   check_floats(states[0], memory * streams * dim, "memory");
   check_floats(states[1], left * streams * dim, "keys"), check_floats(states[2], left * streams * dim, "values");
   const Tensor& past = states[3];
-  STD_TORCH_CHECK(past.is_cpu() && past.scalar_type() == ScalarType::Int && past.is_contiguous(),
-                  "emformer_layer_step: frames so far");
+  check(past.is_cpu() && past.scalar_type() == ScalarType::Int && past.is_contiguous(), "emformer_layer_step",
+        "frames so far");
   const int64_t* rows_kept = integers(kept, left, "kept");
   for (int64_t i = 0; i < left; i++)
-    STD_TORCH_CHECK(rows_kept[i] >= 0 && rows_kept[i] < left + frames, "emformer_layer_step: kept");
+    check(rows_kept[i] >= 0 && rows_kept[i] < left + frames, "emformer_layer_step", "kept");
 
-  const Tensor y = new_rows(utterance, right + frames, streams, dim);
-  const Tensor next_mems = new_rows(utterance, memory ? 1 : 0, streams, dim);
+  const Tensor y = new_contiguous(utterance, {right + frames, streams, dim});
+  const Tensor next_mems = new_contiguous(utterance, {int64_t{memory ? 1 : 0}, streams, dim});
   const Tensor next_past = new_contiguous(past);
   for (int64_t i = 0; i < past.numel(); i++)
     mutable_data<int32_t>(next_past)[i] = data<int32_t>(past)[i] + static_cast<int32_t>(frames);
   std::vector<Tensor> out{rows_of(y, right, right + frames), rows_of(y, 0, right), next_mems};
-  for (size_t i = 0; i < 3; i++) out.push_back(new_rows(utterance, states[i].size(0), streams, dim));
+  for (size_t i = 0; i < 3; i++) out.push_back(new_contiguous(utterance, {states[i].size(0), streams, dim}));
   out.push_back(next_past);
 
   cpu::EmformerSegment segment{l,

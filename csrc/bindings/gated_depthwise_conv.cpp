@@ -2,9 +2,7 @@
 #include "cpu/conv/gated_depthwise_conv.h"
 
 #include <array>
-#include <initializer_list>
 #include <memory>
-#include <optional>
 #include <tuple>
 
 #include "bindings/dispatch.h"
@@ -13,7 +11,6 @@ namespace fastasr {
 namespace {
 
 using cpu::GatedDepthwiseConv;
-using Optional = std::optional<Tensor>;
 
 struct Operands {
   const Tensor &h, &weight;
@@ -22,64 +19,46 @@ struct Operands {
   bool swoosh;
 };
 
-bool has_shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
-  if (t.dim() != static_cast<int64_t>(sizes.size())) return false;
-  int64_t d = 0;
-  for (const int64_t size : sizes)
-    if (t.size(d++) != size) return false;
-  return true;
-}
-
 void check_shape(const Optional& t, const Tensor& h, std::initializer_list<int64_t> sizes, const char* op,
                  const char* name) {
   if (!t.has_value()) return;
   check_like(*t, h, op, name);
-  STD_TORCH_CHECK(has_shape(*t, sizes), op, ": ", name, " has another shape");
-}
-
-template <typename T>
-const T* data_or_null(const Optional& t) {
-  return t.has_value() ? data<T>(*t) : nullptr;
+  check(has_sizes(*t, sizes), op, name, " has another shape");
 }
 
 // Rows of x (T, B, channels) have contiguous channels; the other strides are x's.
 void check_rows(const Tensor& x, const Tensor& h, int64_t channels, const char* op, const char* name) {
-  STD_TORCH_CHECK(x.scalar_type() == h.scalar_type(), op, ": ", name, " has another dtype");
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == h.size(0) && x.size(1) == h.size(1) && x.size(2) == channels, op, ": ",
-                  name, " has another shape");
-  STD_TORCH_CHECK(channels <= 1 || !x.numel() || x.stride(2) == 1, op, ": the channels of ", name,
-                  " are not contiguous");
+  check(x.scalar_type() == h.scalar_type(), op, name, " has another dtype");
+  check(has_sizes(x, {h.size(0), h.size(1), channels}), op, name, " has another shape");
+  check(channels <= 1 || !x.numel() || x.stride(2) == 1, op, "the channels of ", name, " are not contiguous");
 }
 
 template <typename T>
 GatedDepthwiseConv<T> checked(const Operands& o, const char* op) {
-  STD_TORCH_CHECK(o.h.dim() == 3 && o.h.size(2) % 2 == 0, op, ": h is not (T, B, 2 C)");
+  check(o.h.dim() == 3 && o.h.size(2) % 2 == 0, op, "h is not (T, B, 2 C)");
   const int64_t frames = o.h.size(0), batch = o.h.size(1), channels = o.h.size(2) / 2;
   check_rows(o.h, o.h, 2 * channels, op, "h");
   check_like(o.weight, o.h, op, "weight");
-  STD_TORCH_CHECK(o.weight.dim() >= 2, op, ": weight has another shape");
+  check(o.weight.dim() >= 2, op, "weight has another shape");
   const int64_t taps = o.weight.size(o.weight.dim() - 1), causal = taps / 2 + 1;
-  STD_TORCH_CHECK(taps % 2 == 1 && (has_shape(o.weight, {channels, 1, taps}) || has_shape(o.weight, {channels, taps})),
-                  op, ": weight has another shape");
+  check(taps % 2 == 1 && (has_sizes(o.weight, {channels, 1, taps}) || has_sizes(o.weight, {channels, taps})), op,
+        "weight has another shape");
   const bool chunked = o.causal_weight.has_value();
-  STD_TORCH_CHECK(
-      chunked == o.chunk_scale.has_value() && (chunked || !(o.causal_bias.has_value() || o.cache.has_value())), op,
-      ": chunk-causal form needs causal_weight and chunk_scale, plain form takes neither");
+  check(chunked == o.chunk_scale.has_value() && (chunked || !(o.causal_bias.has_value() || o.cache.has_value())), op,
+        "chunk-causal form needs causal_weight and chunk_scale, plain form takes neither");
   check_shape(o.bias, o.h, {channels}, op, "bias");
   if (chunked) {
     check_like(*o.causal_weight, o.h, op, "causal_weight");
-    STD_TORCH_CHECK(
-        has_shape(*o.causal_weight, {channels, 1, causal}) || has_shape(*o.causal_weight, {channels, causal}), op,
-        ": causal_weight has another shape");
+    check(has_sizes(*o.causal_weight, {channels, 1, causal}) || has_sizes(*o.causal_weight, {channels, causal}), op,
+          "causal_weight has another shape");
   }
   check_shape(o.causal_bias, o.h, {channels}, op, "causal_bias");
   check_shape(o.chunk_scale, o.h, {2, channels, taps}, op, "chunk_scale");
   check_shape(o.cache, o.h, {batch, channels, taps / 2}, op, "cache");
   if (o.mask.has_value())
-    STD_TORCH_CHECK(
-        o.mask->scalar_type() == ScalarType::Bool && o.mask->is_contiguous() && has_shape(*o.mask, {batch, frames}), op,
-        ": padding_mask is not a contiguous bool tensor (B, T)");
-  STD_TORCH_CHECK(o.chunk != 0, op, ": chunk_size is 0");
+    check(is_dense(*o.mask, ScalarType::Bool, {batch, frames}), op,
+          "padding_mask is not a contiguous bool tensor (B, T)");
+  check(o.chunk != 0, op, "chunk_size is 0");
   const int64_t whole = std::max<int64_t>(1, frames);
   return {data<T>(o.h),
           o.h.stride(0),
@@ -97,14 +76,6 @@ GatedDepthwiseConv<T> checked(const Operands& o, const char* op) {
           taps,
           chunked && o.chunk > 0 ? std::min(o.chunk, whole) : whole,
           o.swoosh};
-}
-
-template <int kDims>
-Tensor new_contiguous(const Tensor& t, const std::array<int64_t, kDims>& sizes) {
-  std::array<int64_t, kDims> strides;
-  int64_t step = 1;
-  for (int d = kDims - 1; d >= 0; d--) strides[d] = step, step *= std::max<int64_t>(1, sizes[d]);
-  return new_strided(t, kDims, sizes.data(), strides.data());
 }
 
 Tensor new_like_if(const Optional& t, const Tensor& h) {
@@ -132,9 +103,9 @@ std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const Tensor& h, const T
   Tensor y = new_without_elements(h), new_cache = y;
   with_kernel_type(h.scalar_type(), op, [&]<typename T>() {
     const GatedDepthwiseConv<T> conv = checked<T>(operands, op);
-    STD_TORCH_CHECK(!need_cache || conv.chunked(), op, ": the plain form has no cache");
-    y = new_contiguous<3>(h, {conv.frames, conv.batch, conv.channels});
-    if (need_cache) new_cache = new_contiguous<3>(h, {conv.batch, conv.channels, conv.pad()});
+    check(!need_cache || conv.chunked(), op, "the plain form has no cache");
+    y = new_contiguous(h, {conv.frames, conv.batch, conv.channels});
+    if (need_cache) new_cache = new_contiguous(h, {conv.batch, conv.channels, conv.pad()});
     T *yp = mutable_data<T>(y), *cp = mutable_or_null<T>(new_cache, need_cache);
     const auto& kernel = cpu::kernels<cpu::GatedDepthwiseConvForward<T>>();
     const int64_t stripes = (conv.channels + cpu::kGatedStripe - 1) / cpu::kGatedStripe;
@@ -159,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_depthwi
     using C = cpu::compute_t<T>;
     const GatedDepthwiseConv<T> conv = checked<T>(operands, op);
     check_rows(grad, h, conv.channels, op, "grad");
-    dh = new_contiguous<3>(h, {conv.frames, conv.batch, 2 * conv.channels});
+    dh = new_contiguous(h, {conv.frames, conv.batch, 2 * conv.channels});
     const T* gp = data<T>(grad);
     T *dp = mutable_data<T>(dh), *dcp = mutable_or_null<T>(dcache, cache.has_value());
     const int64_t stripes = (conv.channels + cpu::kGatedStripe - 1) / cpu::kGatedStripe;

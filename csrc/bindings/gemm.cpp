@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/gemm/gemm.h"
 
-#include <optional>
-
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
 
@@ -15,15 +13,15 @@ Tensor gemm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias)
   const auto& kernel = cpu::kernels<cpu::GemmKernels>();
   const char* op = "gemm";
   for (const Tensor* t : {&a, &b})
-    STD_TORCH_CHECK(t->dim() == 2 && t->scalar_type() == ScalarType::Float, op, ": a and b are float32 matrices");
-  STD_TORCH_CHECK(a.size(1) == b.size(0) && a.size(1) > 0, op, ": the inner sizes differ or are 0");
+    check(t->dim() == 2 && t->scalar_type() == ScalarType::Float, op, "a and b are float32 matrices");
+  check(a.size(1) == b.size(0) && a.size(1) > 0, op, "the inner sizes differ or are 0");
   cpu::Gemm g{};
   g.a = data<float>(a), g.a_row = a.stride(0), g.a_depth = a.stride(1);
   g.b = data<float>(b), g.b_depth = b.stride(0), g.b_column = b.stride(1);
   g.m = a.size(0), g.n = g.c_row = b.size(1), g.k = a.size(1);
   if (bias) {
     check_like(*bias, a, op, "bias");
-    STD_TORCH_CHECK(bias->numel() == g.n, op, ": sizes of bias");
+    check(bias->numel() == g.n, op, "sizes of bias");
     g.bias = data<float>(*bias);
   }
   Tensor c = new_pooled<2>(a, {g.m, g.n});

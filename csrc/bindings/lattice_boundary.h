@@ -9,8 +9,6 @@
 // The lattices' bindings share boundaries and the values outside them.
 namespace fastasr {
 
-using OptionalTensor = std::optional<Tensor>;
-
 struct Boundary {
   int64_t s_begin, t_begin, s_end, t_end;
   int64_t symbols() const { return s_end - s_begin; }
@@ -18,20 +16,18 @@ struct Boundary {
 };
 
 // The boundary of every sequence; symbols < 0: s_end has no limit.
-inline std::vector<Boundary> checked_boundaries(const OptionalTensor& boundary, int64_t batch, int64_t symbols,
+inline std::vector<Boundary> checked_boundaries(const Optional& boundary, int64_t batch, int64_t symbols,
                                                 int64_t frames, const char* op) {
   std::vector<Boundary> out(static_cast<size_t>(batch), Boundary{0, 0, symbols, frames});
   if (!boundary.has_value()) return out;
   const Tensor& t = *boundary;
-  STD_TORCH_CHECK(
-      t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.dim() == 2 && t.size(0) == batch && t.size(1) == 4,
-      op, ": boundary");
+  check(is_dense(t, ScalarType::Long, {batch, 4}), op, "boundary");
   const int64_t* p = data<int64_t>(t);
   for (Boundary& b : out) {
     b = {p[0], p[1], p[2], p[3]};
-    STD_TORCH_CHECK(0 <= b.s_begin && b.s_begin <= b.s_end && (symbols < 0 || b.s_end <= symbols) && 0 <= b.t_begin &&
-                        b.t_begin <= b.t_end && b.t_end <= frames,
-                    op, ": boundary outside the lattice");
+    check(0 <= b.s_begin && b.s_begin <= b.s_end && (symbols < 0 || b.s_end <= symbols) && 0 <= b.t_begin &&
+              b.t_begin <= b.t_end && b.t_end <= frames,
+          op, "boundary outside the lattice");
     p += 4;
   }
   return out;

@@ -2,7 +2,6 @@
 #include "cpu/rnnt/layer_norm_lstm.h"
 
 #include <cstring>
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -12,12 +11,11 @@
 namespace fastasr {
 namespace {
 
-using Optional = std::optional<Tensor>;
 using cpu::LstmSizes;
 
 void check_size(const Tensor& t, const Tensor& reference, int64_t size, const char* op, const char* name) {
   check_like(t, reference, op, name);
-  STD_TORCH_CHECK(t.numel() == size, op, ": ", name, " has another number of elements");
+  check(t.numel() == size, op, name, " has another number of elements");
 }
 
 // Runs f(team, begin, end) on as many threads as there is work for.
@@ -43,17 +41,17 @@ cpu::LayerNormLstm<C> problem(const LstmSizes& s, const Tensor& hidden_weight, c
   p.hidden_weight = data<C>(hidden_weight);
   p.gate_weight = data<C>(gate_weight), p.gate_bias = data<C>(gate_bias);
   p.cell_weight = data<C>(cell_weight), p.cell_bias = data<C>(cell_bias);
-  p.hidden = hidden.has_value() ? data<C>(*hidden) : nullptr, p.cell = cell.has_value() ? data<C>(*cell) : nullptr;
+  p.hidden = data_or_null<C>(hidden), p.cell = data_or_null<C>(cell);
   p.eps = eps;
   return p;
 }
 
 void check_parameters(const Tensor& like, int64_t hidden, const Tensor& hidden_weight, const Tensor& gate_weight,
                       const Tensor& gate_bias, const Tensor& cell_weight, const Tensor& cell_bias, const char* op) {
-  STD_TORCH_CHECK(hidden_weight.dim() == 2 && hidden_weight.size(0) == 4 * hidden, op, ": hidden_weight");
+  check(hidden_weight.dim() == 2 && hidden_weight.size(0) == 4 * hidden, op, "hidden_weight");
   check_size(hidden_weight, like, 4 * hidden * hidden, op, "hidden_weight");
   for (const Tensor* t : {&gate_weight, &gate_bias, &cell_weight, &cell_bias})
-    STD_TORCH_CHECK(t->dim() == 1, op, ": a norm's parameter is no vector");
+    check(t->dim() == 1, op, "a norm's parameter is no vector");
   check_size(gate_weight, like, 4 * hidden, op, "gate_weight");
   check_size(gate_bias, like, 4 * hidden, op, "gate_bias");
   check_size(cell_weight, like, hidden, op, "cell_weight");
@@ -63,7 +61,7 @@ void check_parameters(const Tensor& like, int64_t hidden, const Tensor& hidden_w
 void check_state(const Optional& state, const Tensor& like, int64_t batch, int64_t hidden, const char* op,
                  const char* name) {
   if (!state.has_value()) return;
-  STD_TORCH_CHECK(state->dim() == 2 && state->size(0) == batch && state->size(1) == hidden, op, ": ", name);
+  check(has_sizes(*state, {batch, hidden}), op, name);
   check_like(*state, like, op, name);
 }
 
@@ -86,18 +84,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_forward(const Tensor&
                                                                    const Optional& hidden, const Optional& cell,
                                                                    double eps, bool keep) {
   const char* op = "layer_norm_lstm_forward";
-  STD_TORCH_CHECK(input.dim() == 3 && hidden_weight.dim() == 2, op, ": sizes");
+  check(input.dim() == 3 && hidden_weight.dim() == 2, op, "sizes");
   check_like(input, input, op, "input");
   LstmSizes s{input.size(0), input.size(1), hidden_weight.size(1), 0};
   check_parameters(input, s.hidden, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, op);
   if (input_weight.has_value()) {
     s.inputs = input.size(2);
     check_like(*input_weight, input, op, "input_weight");
-    STD_TORCH_CHECK(input_weight->dim() == 2 && input_weight->size(0) == 4 * s.hidden && s.inputs > 0 &&
-                        input_weight->size(1) == s.inputs,
-                    op, ": input_weight");
+    check(input_weight->dim() == 2 && input_weight->size(0) == 4 * s.hidden && s.inputs > 0 &&
+              input_weight->size(1) == s.inputs,
+          op, "input_weight");
   } else {
-    STD_TORCH_CHECK(input.size(2) == 4 * s.hidden, op, ": input");
+    check(input.size(2) == 4 * s.hidden, op, "input");
   }
   check_state(hidden, input, s.batch, s.hidden, op, "hidden");
   check_state(cell, input, s.batch, s.hidden, op, "cell");
@@ -107,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_forward(const Tensor&
   with_compute_type(input.scalar_type(), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::LayerNormLstmKernels<C>>();
     auto p = problem<C>(s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps);
-    p.input = data<C>(input), p.input_weight = input_weight.has_value() ? data<C>(*input_weight) : nullptr;
+    p.input = data<C>(input), p.input_weight = data_or_null<C>(input_weight);
     C *yp = mutable_data<C>(y), *hp = mutable_data<C>(last_hidden), *cp = mutable_data<C>(last_cell);
     C* kp = keep ? mutable_data<C>(kept) : nullptr;
     const int64_t state = s.batch * s.hidden;
@@ -132,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_ls
     const Tensor& gate_weight, const Tensor& gate_bias, const Tensor& cell_weight, const Tensor& cell_bias,
     const Optional& cell, const Tensor& kept, int64_t steps, int64_t batch, double eps, bool need_state) {
   const char* op = "layer_norm_lstm_backward";
-  STD_TORCH_CHECK(hidden_weight.dim() == 2 && steps >= 0 && batch >= 0, op, ": sizes");
+  check(hidden_weight.dim() == 2 && steps >= 0 && batch >= 0, op, "sizes");
   const LstmSizes s{steps, batch, hidden_weight.size(1), 0};
   check_like(hidden_weight, hidden_weight, op, "hidden_weight");
   check_parameters(hidden_weight, s.hidden, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, op);
@@ -149,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_ls
   with_compute_type(hidden_weight.scalar_type(), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::LayerNormLstmKernels<C>>();
     const auto p = problem<C>(s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, {}, cell, eps);
-    const auto given = [](const Optional& t) { return t.has_value() ? data<C>(*t) : nullptr; };
+    const auto given = [](const Optional& t) { return data_or_null<C>(t); };
     const cpu::LayerNormLstmGradients<C> grad{given(grad_y),
                                               mutable_data<C>(dhidden),
                                               mutable_data<C>(dcell),

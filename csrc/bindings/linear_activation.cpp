@@ -10,16 +10,16 @@
 namespace fastasr {
 namespace {
 
-void check(const Tensor& z, int64_t activation, const char* op) {
-  STD_TORCH_CHECK(z.dim() > 0, op, ": z has no dimensions");
+void check_arguments(const Tensor& z, int64_t activation, const char* op) {
+  check(z.dim() > 0, op, "z has no dimensions");
   check_like(z, z, op, "z");
-  STD_TORCH_CHECK(activation >= 0 && activation < cpu::kActivations, op, ": activation");
+  check(activation >= 0 && activation < cpu::kActivations, op, "activation");
 }
 
 // Returns act(z); in z's own memory, and then as z itself, where the caller asks for that.
 Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_place) {
   const char* op = "linear_activation_forward";
-  check(z, activation, op);
+  check_arguments(z, activation, op);
   Tensor y = in_place ? z : new_pooled_like(z);
   with_kernel_type(z.scalar_type(), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::LinearActivationKernels<T>>();
@@ -36,7 +36,7 @@ Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_pl
 std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const Tensor& z, int64_t activation,
                                                       bool need_bias) {
   const char* op = "linear_activation_backward";
-  check(z, activation, op);
+  check_arguments(z, activation, op);
   check_same_size(grad, z, op, "grad");
   Tensor dz = new_pooled_like(z), dbias = new_without_elements(z);
   const int64_t channels = z.size(z.dim() - 1), rows = channels ? z.numel() / channels : 0;

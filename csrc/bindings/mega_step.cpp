@@ -4,11 +4,9 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <optional>
 #include <vector>
 
-#include "bindings/dispatch.h"
-#include "cpu/gemm/skinny_gemm.h"
+#include "bindings/packed_weights.h"
 #include "cpu/support/history.h"
 
 namespace fastasr {
@@ -20,21 +18,12 @@ using cpu::Product;
 constexpr int64_t kShape = 8, kParameters = 21, kStates = 3;
 
 MegaLayout layout_of(const std::vector<int64_t>& shape, const char* op) {
-  STD_TORCH_CHECK(static_cast<int64_t>(shape.size()) == kShape, op, ": shape has ", shape.size(), " entries");
-  for (int64_t i = 0; i < 6; i++) STD_TORCH_CHECK(shape[i] > 0, op, ": shape");
+  check(static_cast<int64_t>(shape.size()) == kShape, op, "shape has ", shape.size(), " entries");
+  for (int64_t i = 0; i < 6; i++) check(shape[i] > 0, op, "shape");
   return MegaLayout({shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]});
 }
 
 bool is_plain(const Tensor& t) { return t.is_cpu() && t.scalar_type() == ScalarType::Float; }
-
-Tensor empty_like_dtype(const Tensor& t, std::initializer_list<int64_t> sizes) {
-  int64_t strides[4], n = 1;
-  for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; d--) {
-    strides[d] = n;
-    n *= sizes.begin()[d];
-  }
-  return new_strided(t, static_cast<int64_t>(sizes.size()), sizes.begin(), strides);
-}
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 // weights: per block the 21 of cpu::MegaParameters in its order, then weight and bias of the last LayerNorm.
@@ -45,19 +34,15 @@ Tensor mega_pack(std::vector<int64_t> shape, std::vector<Tensor> weights, std::v
   const int64_t mx = 2 * d + k + v;
   const int64_t numel[kParameters] = {n,     n,     n, n, d,     v * d, v,     mx * d, mx, d * v, d,
                                       2 * k, 2 * k, d, d, f * d, f,     d * f, d,      d,  d};
-  STD_TORCH_CHECK(static_cast<int64_t>(weights.size()) == l.shape.blocks * kParameters + 2, "mega_pack: weights");
-  STD_TORCH_CHECK(static_cast<int64_t>(eps.size()) == 2 * l.shape.blocks + 1, "mega_pack: eps");
+  check(static_cast<int64_t>(weights.size()) == l.shape.blocks * kParameters + 2, "mega_pack", "weights");
+  check(static_cast<int64_t>(eps.size()) == 2 * l.shape.blocks + 1, "mega_pack", "eps");
   for (size_t i = 0; i < weights.size(); i++) {
     const Tensor& w = weights[i];
     const int64_t expected = i < weights.size() - 2 ? numel[i % kParameters] : d;
-    STD_TORCH_CHECK(is_plain(w) && w.is_contiguous() && w.numel() == expected, "mega_pack: weight ", i);
+    check(is_plain(w) && w.is_contiguous() && w.numel() == expected, "mega_pack", "weight ", i);
   }
-  constexpr int64_t kPage = (int64_t{2} << 20) / 4;  // floats of a huge page: room to begin on one
-  const Tensor memory = empty_like_dtype(weights[0], {l.total + kPage});
-  auto* base = mutable_data<float>(memory);
-  cpu::advise_huge_pages(base, (l.total + kPage) * 4);
-  const auto skip = static_cast<int64_t>((-reinterpret_cast<uintptr_t>(base) / 4) % kPage);
-  float* arena = base + skip;
+  const Tensor packed = on_huge_pages(weights[0], l.total);
+  float* arena = mutable_data<float>(packed);
   parallel_range(l.shape.blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++) {
       const float* p[kParameters];
@@ -93,10 +78,7 @@ Tensor mega_pack(std::vector<int64_t> shape, std::vector<Tensor> weights, std::v
   });
   cpu::mega_pack_final(l, data<float>(weights[weights.size() - 2]), data<float>(weights[weights.size() - 1]),
                        static_cast<float>(eps.back()), arena);
-  const int64_t stride = 1;
-  AtenTensorHandle view;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), 1, &l.total, &stride, skip, &view));
-  return Tensor(view);
+  return packed;
 }
 
 // ---- history -------------------------------------------------------------------------------------------------------
@@ -121,7 +103,7 @@ Tensor history_view(const Tensor& t, int64_t offset, int64_t batch, int64_t leng
 
 // Allocates a buffer for `length` rows of which the caller will write the first `taken`.
 History new_history(const Tensor& like, int64_t batch, int64_t length, int64_t width, int64_t capacity) {
-  const Tensor storage = empty_like_dtype(like, {cpu::history_size(batch, capacity, width)});
+  const Tensor storage = new_contiguous(like, {cpu::history_size(batch, capacity, width)});
   auto* base = mutable_data<float>(storage);
   cpu::history_begin(base, batch, capacity, width, length);
   const int64_t header = cpu::history_header(batch);
@@ -156,7 +138,7 @@ History grow(const Tensor& previous, int64_t batch, int64_t width) {
 // Returns the state once the last row has been written. At the end of a chunk it is the last row (`phantom`), or none.
 Tensor after(const History& h, int64_t batch, int64_t length, int64_t width, bool chunk_ends, bool phantom) {
   if (!chunk_ends) return h.view;
-  if (!phantom) return empty_like_dtype(h.view, {batch, 0, width});
+  if (!phantom) return new_contiguous(h.view, {batch, 0, width});
   return history_view(h.view, (length - 1) * width, batch, 1, width, h.sequence_stride);
 }
 
@@ -194,13 +176,11 @@ std::vector<Tensor> mega_step(Tensor packed, std::vector<int64_t> shape, Tensor 
   const auto [size, orders, key, value, inner, blocks] = l.shape;
   const int64_t chunk = shape[6];
   const bool phantom = shape[7] != 0;
-  STD_TORCH_CHECK(is_plain(packed) && packed.numel() == l.total && packed.is_contiguous(), "mega_step: packed");
-  STD_TORCH_CHECK(is_plain(bias) && bias.dim() == 2 && bias.size(0) == blocks && bias.is_contiguous(),
-                  "mega_step: bias");
-  STD_TORCH_CHECK(is_plain(embed) && embed.dim() == 2 && embed.size(1) == size && embed.is_contiguous(),
-                  "mega_step: embed");
-  STD_TORCH_CHECK(static_cast<int64_t>(states.size()) == kStates * blocks, "mega_step: states");
-  STD_TORCH_CHECK(lengths.empty() || static_cast<int64_t>(lengths.size()) == blocks, "mega_step: lengths");
+  check(is_plain(packed) && packed.numel() == l.total && packed.is_contiguous(), "mega_step", "packed");
+  check(is_plain(bias) && bias.dim() == 2 && bias.size(0) == blocks && bias.is_contiguous(), "mega_step", "bias");
+  check(is_plain(embed) && embed.dim() == 2 && embed.size(1) == size && embed.is_contiguous(), "mega_step", "embed");
+  check(static_cast<int64_t>(states.size()) == kStates * blocks, "mega_step", "states");
+  check(lengths.empty() || static_cast<int64_t>(lengths.size()) == blocks, "mega_step", "lengths");
 
   if (!labels.is_cpu() || labels.scalar_type() != ScalarType::Long || labels.dim() != 2 || labels.size(1) != 1 ||
       labels.size(0) == 0)
@@ -247,7 +227,7 @@ std::vector<Tensor> mega_step(Tensor packed, std::vector<int64_t> shape, Tensor 
 
   std::vector<Tensor> results;
   results.reserve(static_cast<size_t>(1 + kStates * blocks));
-  results.push_back(empty_like_dtype(embed, {rows, 1, size}));
+  results.push_back(new_contiguous(embed, {rows, 1, size}));
   auto* x = mutable_data<float>(results[0]);
   const auto* table = data<float>(embed);
   for (int64_t r = 0; r < rows; r++)
@@ -268,7 +248,7 @@ std::vector<Tensor> mega_step(Tensor packed, std::vector<int64_t> shape, Tensor 
               silu};
     };
     const Tensor& ema = states[static_cast<size_t>(kStates * b)];
-    Tensor next = empty_like_dtype(embed, {rows, size, orders});
+    Tensor next = new_contiguous(embed, {rows, size, orders});
     kernel.average(l, block, x, ema.numel() ? data<float>(ema) : nullptr, mutable_data<float>(next), m + e, size, rows);
     const Product first[] = {product(cpu::kMegaV, x, size, true), product(cpu::kMegaU, m + e, size, false),
                              product(cpu::kMegaZ, m + e, size, true), product(cpu::kMegaR, m + e, size, true),
@@ -327,16 +307,16 @@ std::vector<Tensor> mega_step(Tensor packed, std::vector<int64_t> shape, Tensor 
 // Joins histories of different lengths (T_i, width) into one batch (B, max T, width) with room to grow: the shorter
 // ones end where the longest does, with zeros in front.
 Tensor mega_stack(std::vector<Tensor> states) {
-  STD_TORCH_CHECK(!states.empty(), "mega_stack: no states");
+  check(!states.empty(), "mega_stack", "no states");
   int64_t length = 0;
   const int64_t width = states[0].dim() == 2 ? states[0].size(1) : -1;
   for (const Tensor& t : states) {
-    STD_TORCH_CHECK(is_plain(t) && t.dim() == 2 && t.size(1) == width && (t.numel() == 0 || t.stride(1) == 1),
-                    "mega_stack: states");
+    check(is_plain(t) && t.dim() == 2 && t.size(1) == width && (t.numel() == 0 || t.stride(1) == 1), "mega_stack",
+          "states");
     length = std::max(length, t.size(0));
   }
   const auto batch = static_cast<int64_t>(states.size());
-  if (length == 0) return empty_like_dtype(states[0], {batch, 0, width});
+  if (length == 0) return new_contiguous(states[0], {batch, 0, width});
   const History h = new_history(states[0], batch, length, width, length + 1 + length / 8);
   for (int64_t b = 0; b < batch; b++) {
     const Tensor& t = states[static_cast<size_t>(b)];

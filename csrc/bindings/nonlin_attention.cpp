@@ -9,20 +9,19 @@ namespace fastasr {
 namespace {
 
 cpu::NonlinAttentionRows checked(const Tensor& p, const char* op) {
-  STD_TORCH_CHECK(p.dim() == 3 && p.size(2) % 3 == 0, op, ": projected must be (frames, batch, 3 width)");
+  check(p.dim() == 3 && p.size(2) % 3 == 0, op, "projected must be (frames, batch, 3 width)");
   return {p.size(1), p.size(0), p.size(2) / 3, row_stride(p, op, "projected")};
 }
 
 Tensor make(const Tensor& like, const cpu::NonlinAttentionRows& rows, int64_t width) {
-  const int64_t sizes[] = {rows.frames, rows.batch, width}, strides[] = {rows.batch * width, width, 1};
-  return new_strided(like, 3, sizes, strides);
+  return new_contiguous(like, {rows.frames, rows.batch, width});
 }
 
-void check(const Tensor& t, const Tensor& p, bool batch_major, const char* op, const char* name) {
+void check_rows(const Tensor& t, const Tensor& p, bool batch_major, const char* op, const char* name) {
   check_like(t, p, op, name);
-  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == p.size(batch_major ? 1 : 0) &&
-                      t.size(1) == p.size(batch_major ? 0 : 1) && t.size(2) == p.size(2) / 3,
-                  op, ": ", name, " has another shape");
+  check(t.dim() == 3 && t.size(0) == p.size(batch_major ? 1 : 0) && t.size(1) == p.size(batch_major ? 0 : 1) &&
+            t.size(2) == p.size(2) / 3,
+        op, name, " has another shape");
 }
 
 template <typename F>
@@ -44,7 +43,7 @@ Tensor gate(const Tensor& p) {
 
 Tensor product(const Tensor& p, const Tensor& o) {
   const auto rows = checked(p, "nonlin_attention_product");
-  check(o, p, true, "nonlin_attention_product", "o");
+  check_rows(o, p, true, "nonlin_attention_product", "o");
   Tensor y = make(p, rows, rows.width);
   with_kernel_type(p.scalar_type(), "nonlin_attention_product", [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
@@ -57,7 +56,7 @@ Tensor product(const Tensor& p, const Tensor& o) {
 
 std::tuple<Tensor, Tensor> operands(const Tensor& grad, const Tensor& p) {
   const auto rows = checked(p, "nonlin_attention_operands");
-  check(grad, p, false, "nonlin_attention_operands", "grad");
+  check_rows(grad, p, false, "nonlin_attention_operands", "grad");
   Tensor x = new_like(grad), u = new_like(grad);
   with_kernel_type(p.scalar_type(), "nonlin_attention_operands", [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
@@ -70,9 +69,9 @@ std::tuple<Tensor, Tensor> operands(const Tensor& grad, const Tensor& p) {
 
 Tensor gradient(const Tensor& dx, const Tensor& grad, const Tensor& p, const Tensor& o) {
   const auto rows = checked(p, "nonlin_attention_gradient");
-  check(dx, p, true, "nonlin_attention_gradient", "dx");
-  check(grad, p, false, "nonlin_attention_gradient", "grad");
-  check(o, p, true, "nonlin_attention_gradient", "o");
+  check_rows(dx, p, true, "nonlin_attention_gradient", "dx");
+  check_rows(grad, p, false, "nonlin_attention_gradient", "grad");
+  check_rows(o, p, true, "nonlin_attention_gradient", "o");
   Tensor dp = make(p, rows, 3 * rows.width);
   with_kernel_type(p.scalar_type(), "nonlin_attention_gradient", [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();

@@ -8,17 +8,17 @@
 namespace fastasr {
 
 inline void check_floats(const Tensor& t, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == numel,
-                  "fastasr: ", name, " must be ", numel, " contiguous floats on the CPU, got ", t.numel());
+  check(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == numel, "fastasr", name,
+        " must be ", numel, " contiguous floats on the CPU, got ", t.numel());
 }
 
 // Allocates `n` floats that begin on a huge page.
 inline Tensor on_huge_pages(const Tensor& like, int64_t n) {
   constexpr int64_t kPage = (int64_t{2} << 20) / 4;
-  const int64_t size = n + kPage, stride = 1;
-  const Tensor memory = new_strided(like, 1, &size, &stride);
+  const int64_t stride = 1;
+  const Tensor memory = new_contiguous(like, {n + kPage});
   auto* base = mutable_data<float>(memory);
-  cpu::advise_huge_pages(base, size * 4);
+  cpu::advise_huge_pages(base, (n + kPage) * 4);
   const auto skip = static_cast<int64_t>((-reinterpret_cast<uintptr_t>(base) / 4) % kPage);
   AtenTensorHandle view;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), 1, &n, &stride, skip, &view));

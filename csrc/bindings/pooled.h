@@ -18,7 +18,7 @@ Tensor new_pooled(const Tensor& t, const std::array<int64_t, kDim>& sizes) {
   const size_t bytes = static_cast<size_t>(elements) * t.element_size();
   if (bytes < (size_t{1} << 20)) return new_strided(t, kDim, sizes.data(), strides.data());
   void* memory = cpu::acquire_buffer(bytes);
-  STD_TORCH_CHECK(memory, "no memory for ", bytes, " bytes");
+  if (!memory) out_of_memory(bytes);
   return torch::stable::from_blob(memory, {sizes.data(), kDim}, {strides.data(), kDim}, t.device(), t.scalar_type(),
                                   [](void* p) { cpu::release_buffer(p); });
 }
@@ -30,7 +30,7 @@ inline Tensor new_pooled_like(const Tensor& t) {
   const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
   if (bytes < (size_t{8} << 20)) return new_like(t);
   void* memory = cpu::acquire_buffer(bytes);
-  STD_TORCH_CHECK(memory, "no memory for ", bytes, " bytes");
+  if (!memory) out_of_memory(bytes);
   return torch::stable::from_blob(memory, t.sizes(), t.strides(), t.device(), t.scalar_type(),
                                   [](void* p) { cpu::release_buffer(p); });
 }
@@ -40,7 +40,7 @@ template <typename C>
 class Scratch {
  public:
   explicit Scratch(int64_t n) : data_(static_cast<C*>(cpu::acquire_buffer(sizeof(C) * static_cast<size_t>(n)))) {
-    STD_TORCH_CHECK(data_, "no memory for ", n, " elements");
+    if (!data_) out_of_memory(sizeof(C) * static_cast<size_t>(n));
   }
   ~Scratch() { cpu::release_buffer(data_); }
   Scratch(const Scratch&) = delete;

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "bindings/attention_problem.h"
-#include "bindings/sizes.h"
 
 namespace fastasr {
 namespace {
@@ -18,7 +17,7 @@ using cpu::RelAttentionSums;
 // Tensors of a call; contiguous.
 struct RelAttentionTensors {
   const Tensor &q, &k, &v, &pos, &bias_u, &bias_v;
-  const OptionalTensor &padding, &mask;
+  const Optional &padding, &mask;
 
   template <typename T>
   RelAttentionOperands<T> operands() const {
@@ -27,22 +26,22 @@ struct RelAttentionTensors {
 };
 
 RelAttention checked(const RelAttentionTensors& t, const char* op) {
-  const auto check = [&](const Tensor& x, std::initializer_list<int64_t> sizes, const char* name) {
+  const auto check_sizes = [&](const Tensor& x, std::initializer_list<int64_t> sizes, const char* name) {
     check_like(x, t.q, op, name);
-    STD_TORCH_CHECK(has_sizes(x, sizes), op, ": sizes of ", name);
+    check(has_sizes(x, sizes), op, "sizes of ", name);
   };
-  STD_TORCH_CHECK(t.q.dim() == 4 && t.v.dim() == 4 && t.q.size(2) > 0 && t.q.size(3) > 0 && t.v.size(3) > 0, op,
-                  ": sizes of q or v");
+  check(t.q.dim() == 4 && t.v.dim() == 4 && t.q.size(2) > 0 && t.q.size(3) > 0 && t.v.size(3) > 0, op,
+        "sizes of q or v");
   RelAttention r{};
   AttentionProblem& a = r.problem;
   a.batch = t.q.size(0), a.frames = t.q.size(1), a.heads = t.q.size(2), a.query_dim = a.pos_dim = t.q.size(3);
   a.pos_batch = 1, a.chunk = -1, a.left_chunks = -1, r.value_dim = t.v.size(3);
-  check(t.q, {a.batch, a.frames, a.heads, a.query_dim}, "q");
-  check(t.k, {a.batch, a.frames, a.heads, a.query_dim}, "k");
-  check(t.v, {a.batch, a.frames, a.heads, r.value_dim}, "v");
-  check(t.pos, {a.offsets(), a.heads, a.query_dim}, "pos");
-  check(t.bias_u, {a.heads, a.query_dim}, "bias_u");
-  check(t.bias_v, {a.heads, a.query_dim}, "bias_v");
+  check_sizes(t.q, {a.batch, a.frames, a.heads, a.query_dim}, "q");
+  check_sizes(t.k, {a.batch, a.frames, a.heads, a.query_dim}, "k");
+  check_sizes(t.v, {a.batch, a.frames, a.heads, r.value_dim}, "v");
+  check_sizes(t.pos, {a.offsets(), a.heads, a.query_dim}, "pos");
+  check_sizes(t.bias_u, {a.heads, a.query_dim}, "bias_u");
+  check_sizes(t.bias_v, {a.heads, a.query_dim}, "bias_v");
   set_masks(a, t.padding, t.mask, op);
   return r;
 }
@@ -53,8 +52,8 @@ Tensor new_log_sum_exp(const Tensor& q, const AttentionProblem& a) {
 }
 
 std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos,
-                                                 const Tensor& bias_u, const Tensor& bias_v,
-                                                 const OptionalTensor& padding, const OptionalTensor& mask) {
+                                                 const Tensor& bias_u, const Tensor& bias_v, const Optional& padding,
+                                                 const Optional& mask) {
   const char* op = "rel_attention_forward";
   const RelAttentionTensors tensors{q, k, v, pos, bias_u, bias_v, padding, mask};
   const RelAttention r = checked(tensors, op);
@@ -98,7 +97,7 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos, const Tensor& bias_u,
-    const Tensor& bias_v, const OptionalTensor& padding, const OptionalTensor& mask, const Tensor& /*out*/,
+    const Tensor& bias_v, const Optional& padding, const Optional& mask, const Tensor& /*out*/,
     // the softmax is computed again with the scores: its sums are exact, and it does not depend on out
     const Tensor& /*lse*/) {
   const char* op = "rel_attention_backward";

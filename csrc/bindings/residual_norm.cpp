@@ -2,7 +2,6 @@
 #include "cpu/rows/residual_norm.h"
 
 #include <memory>
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -11,8 +10,6 @@
 
 namespace fastasr {
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 // The arguments of a call: every pointer but those of the outputs.
 template <typename T>
@@ -24,12 +21,12 @@ struct Call {
 void check_shape_of(const Tensor& t, const Tensor& x, const char* op, const char* name) {
   bool ok = t.dim() == x.dim();
   for (int64_t d = 0; ok && d < x.dim(); d++) ok = t.size(d) == x.size(d);
-  STD_TORCH_CHECK(ok, op, ": ", name, " has another shape than x");
+  check(ok, op, name, " has another shape than x");
 }
 
 template <typename T>
 cpu::Rows<T> rows_of(const Tensor& t, const Tensor& x, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " is not of x's dtype");
+  check(t.scalar_type() == x.scalar_type(), op, name, " is not of x's dtype");
   check_shape_of(t, x, op, name);
   return {data<T>(t), row_stride(t, op, name)};
 }
@@ -41,14 +38,11 @@ Call<T> checked(const Tensor& x, const Tensor& update, const Optional& candidate
   using C = cpu::compute_t<T>;
   Call<T> call;
   const int64_t channels = x.size(x.dim() - 1);
-  STD_TORCH_CHECK(candidate.has_value() == hidden.has_value(), op, ": candidate and hidden go together");
-  for (const Tensor* t : {&weight, &bias})
-    STD_TORCH_CHECK(
-        t->scalar_type() == kComputeType<T> && t->is_contiguous() && t->dim() == 1 && t->numel() == channels, op,
-        ": weight and bias");
-  STD_TORCH_CHECK(channels > 0, op, ": x has no channels");
-  STD_TORCH_CHECK(eps >= 0, op, ": eps");
-  STD_TORCH_CHECK(activation >= 0 && activation < cpu::kActivations, op, ": activation");
+  check(candidate.has_value() == hidden.has_value(), op, "candidate and hidden go together");
+  for (const Tensor* t : {&weight, &bias}) check(is_dense(*t, kComputeType<T>, {channels}), op, "weight and bias");
+  check(channels > 0, op, "x has no channels");
+  check(eps >= 0, op, "eps");
+  check(activation >= 0 && activation < cpu::kActivations, op, "activation");
   call.rows = channels ? x.numel() / channels : 0;
   call.p.x = rows_of<T>(x, x, op, "x");
   call.p.update = rows_of<T>(update, x, op, "update");
@@ -57,7 +51,7 @@ Call<T> checked(const Tensor& x, const Tensor& update, const Optional& candidate
     call.p.hidden = rows_of<T>(*hidden, x, op, "hidden");
   }
   if (mask) {
-    STD_TORCH_CHECK(mask->scalar_type() == kComputeType<T> && mask->is_contiguous(), op, ": mask");
+    check(mask->scalar_type() == kComputeType<T> && mask->is_contiguous(), op, "mask");
     check_shape_of(*mask, x, op, "mask");
     call.p.mask = data<C>(*mask);
   }
@@ -71,11 +65,10 @@ std::tuple<Tensor, Tensor> residual_norm_forward(const Tensor& x, const Tensor& 
                                                  const Tensor& bias, double eps, int64_t activation,
                                                  bool keep_statistics) {
   const char* op = "residual_norm_forward";
-  STD_TORCH_CHECK(x.dim() >= 1, op, ": x has no dimensions");
+  check(x.dim() >= 1, op, "x has no dimensions");
   Tensor y = new_contiguous(x);
   const int64_t channels = x.size(x.dim() - 1), kept = keep_statistics && channels ? 3 * (x.numel() / channels) : 0;
-  const int64_t stride = 1;
-  Tensor statistics = new_strided(weight, 1, &kept, &stride);
+  Tensor statistics = new_contiguous(weight, {kept});
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::ResidualNormKernels<T>>();
     const auto call = checked<T>(x, update, candidate, hidden, mask, weight, bias, eps, activation, op);
@@ -96,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
     const Optional& mask, const Tensor& weight, const Tensor& bias, const Optional& statistics, double eps,
     int64_t activation) {
   const char* op = "residual_norm_backward";
-  STD_TORCH_CHECK(x.dim() >= 1, op, ": x has no dimensions");
+  check(x.dim() >= 1, op, "x has no dimensions");
   check_same_size(grad, x, op, "grad");
   Tensor dx = new_contiguous(x);
   Tensor dupdate = candidate ? new_contiguous(x) : new_without_elements(x);
@@ -110,9 +103,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
     const T* g = data<T>(grad);
     const cpu::RowStatistics<C>* rows = nullptr;
     if (statistics) {
-      STD_TORCH_CHECK(statistics->scalar_type() == kComputeType<T> && statistics->is_contiguous() &&
-                          statistics->numel() == 3 * call.rows,
-                      op, ": statistics");
+      check(statistics->scalar_type() == kComputeType<T> && statistics->is_contiguous() &&
+                statistics->numel() == 3 * call.rows,
+            op, "statistics");
       rows = reinterpret_cast<const cpu::RowStatistics<C>*>(data<C>(*statistics));
     }
     T *ox = mutable_data<T>(dx), *ou = mutable_data<T>(dupdate), *os = mutable_data<T>(dsum);

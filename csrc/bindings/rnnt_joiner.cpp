@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/rnnt/rnnt_joiner.h"
 
-#include <optional>
 #include <vector>
 
 #include "bindings/dispatch.h"
@@ -11,32 +10,31 @@ namespace fastasr {
 namespace {
 
 using cpu::JoinerRow;
-using Optional = std::optional<Tensor>;
 
 // Rows of a block share one part of dbias.
 constexpr int64_t kBlock = 16;
 
 void check_indices(const Tensor& t, int64_t dim, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.dim() == dim, op, ": ", name);
+  check(t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.dim() == dim, op, name);
 }
 
 bool is_tanh(int64_t activation, const char* op) {
   const bool tanh = activation == static_cast<int64_t>(cpu::Activation::tanh);
-  STD_TORCH_CHECK(tanh || activation == static_cast<int64_t>(cpu::Activation::relu), op, ": activation");
+  check(tanh || activation == static_cast<int64_t>(cpu::Activation::relu), op, "activation");
   return tanh;
 }
 
 // Makes a contiguous tensor of the compute type with this many elements.
 template <typename C>
 void check_plain(const Tensor& t, int64_t elements, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == kComputeType<C> && t.is_contiguous() && t.numel() == elements, op, ": ", name);
+  check(t.scalar_type() == kComputeType<C> && t.is_contiguous() && t.numel() == elements, op, name);
 }
 
 // Checks that each row of a table lies within the tensors that the kernels read and write by it.
 const JoinerRow* checked_rows(const Tensor& rows, int64_t places, int64_t frames, int64_t contexts, int64_t outputs,
                               const char* op) {
   check_indices(rows, 2, op, "rows");
-  STD_TORCH_CHECK(rows.size(1) == 4, op, ": rows");
+  check(rows.size(1) == 4, op, "rows");
   static_assert(sizeof(JoinerRow) == 4 * sizeof(int64_t));
   const auto* found = reinterpret_cast<const JoinerRow*>(data<int64_t>(rows));
   bool right = true;
@@ -45,7 +43,7 @@ const JoinerRow* checked_rows(const Tensor& rows, int64_t places, int64_t frames
     right = right && row.place >= 0 && row.place < places && row.frame >= 0 && row.frame < frames && row.context >= 0 &&
             row.context < contexts && row.symbol < outputs;
   }
-  STD_TORCH_CHECK(right, op, ": a row is out of range");
+  check(right, op, "a row is out of range");
   return found;
 }
 
@@ -57,15 +55,15 @@ Tensor rnnt_joiner_rows(const Tensor& starts, const Tensor& symbols, const Optio
   check_indices(starts, 2, op, "starts");
   check_indices(symbols, 2, op, "symbols");
   const int64_t batch = starts.size(0), frames = starts.size(1);
-  STD_TORCH_CHECK(symbols.size(0) == batch && s_range >= 1, op, ": symbols, s_range");
+  check(symbols.size(0) == batch && s_range >= 1, op, "symbols, s_range");
   cpu::JoinerBand band{
       data<int64_t>(starts), data<int64_t>(symbols), nullptr, batch, frames, symbols.size(1), s_range, outputs};
   if (boundary) {
     check_indices(*boundary, 2, op, "boundary");
-    STD_TORCH_CHECK(boundary->size(0) == batch && boundary->size(1) == 4, op, ": boundary");
+    check(boundary->size(0) == batch && boundary->size(1) == 4, op, "boundary");
     band.boundary = data<int64_t>(*boundary);
   }
-  STD_TORCH_CHECK(grad_symbol.has_value() == grad_blank.has_value(), op, ": one gradient of two");
+  check(grad_symbol.has_value() == grad_blank.has_value(), op, "one gradient of two");
   Tensor found;
   with_compute_type(grad_symbol ? grad_symbol->scalar_type() : ScalarType::Float, op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
@@ -75,16 +73,16 @@ Tensor rnnt_joiner_rows(const Tensor& starts, const Tensor& symbols, const Optio
       check_plain<C>(*grad_blank, batch * frames * s_range, op, "grad_blank");
       gx = data<C>(*grad_symbol), gy = data<C>(*grad_blank);
     }
-    const int64_t sizes[] = {kernel.rows(band, gx, gy, nullptr), 4}, strides[] = {4, 1};
-    found = new_strided(starts, 2, sizes, strides);
-    if (sizes[0]) kernel.rows(band, gx, gy, reinterpret_cast<JoinerRow*>(mutable_data<int64_t>(found)));
+    const int64_t count = kernel.rows(band, gx, gy, nullptr);
+    found = new_contiguous(starts, {count, 4});
+    if (count) kernel.rows(band, gx, gy, reinterpret_cast<JoinerRow*>(mutable_data<int64_t>(found)));
   });
   return found;
 }
 
 void rnnt_joiner_hidden(const Tensor& am, const Tensor& lm, const Tensor& rows, int64_t activation, Tensor out) {
   const char* op = "rnnt_joiner_hidden";
-  STD_TORCH_CHECK(am.dim() == 3 && lm.dim() == 3 && am.size(2) == lm.size(2), op, ": am, lm");
+  check(am.dim() == 3 && lm.dim() == 3 && am.size(2) == lm.size(2), op, "am, lm");
   check_like(am, am, op, "am");
   check_like(lm, am, op, "lm");
   const bool tanh = is_tanh(activation, op);
@@ -106,9 +104,9 @@ void rnnt_joiner_hidden(const Tensor& am, const Tensor& lm, const Tensor& rows, 
 void rnnt_joiner_scores(const Tensor& logits, const Tensor& rows, int64_t blank, bool hat, Tensor symbol_logprobs,
                         Tensor blank_logprobs, Tensor normaliser) {
   const char* op = "rnnt_joiner_scores";
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(0) == rows.size(0), op, ": logits");
+  check(logits.dim() == 2 && logits.size(0) == rows.size(0), op, "logits");
   const int64_t count = rows.size(0), outputs = logits.size(1), places = normaliser.numel();
-  STD_TORCH_CHECK(blank >= 0 && blank < outputs, op, ": termination_symbol");
+  check(blank >= 0 && blank < outputs, op, "termination_symbol");
   const JoinerRow* table = checked_rows(rows, places, kAny, kAny, outputs, op);
   check_plain<double>(normaliser, places, op, "normaliser");
   with_compute_type(logits.scalar_type(), op, [&]<typename C>() {
@@ -130,9 +128,9 @@ void rnnt_joiner_logits_gradient(const Tensor& logits, const Tensor& rows, const
                                  const Tensor& grad_symbol, const Tensor& grad_blank, int64_t blank, bool hat,
                                  Tensor out, Tensor dbias) {
   const char* op = "rnnt_joiner_logits_gradient";
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(0) == rows.size(0), op, ": logits");
+  check(logits.dim() == 2 && logits.size(0) == rows.size(0), op, "logits");
   const int64_t count = rows.size(0), outputs = logits.size(1), places = normaliser.numel();
-  STD_TORCH_CHECK(blank >= 0 && blank < outputs, op, ": termination_symbol");
+  check(blank >= 0 && blank < outputs, op, "termination_symbol");
   const JoinerRow* table = checked_rows(rows, places, kAny, kAny, outputs, op);
   check_plain<double>(normaliser, places, op, "normaliser");
   check_plain<double>(dbias, outputs, op, "dbias");
@@ -162,7 +160,7 @@ void rnnt_joiner_logits_gradient(const Tensor& logits, const Tensor& rows, const
 void rnnt_joiner_hidden_gradient(const Tensor& dhidden, const Tensor& hidden, const Tensor& rows, int64_t activation,
                                  Tensor dam, Tensor dlm) {
   const char* op = "rnnt_joiner_hidden_gradient";
-  STD_TORCH_CHECK(dam.dim() == 3 && dlm.dim() == 3 && dam.size(2) == dlm.size(2), op, ": dam, dlm");
+  check(dam.dim() == 3 && dlm.dim() == 3 && dam.size(2) == dlm.size(2), op, "dam, dlm");
   const bool tanh = is_tanh(activation, op);
   const int64_t channels = dam.size(2), count = rows.size(0);
   const int64_t frames = dam.size(0) * dam.size(1), contexts = dlm.size(0) * dlm.size(1);

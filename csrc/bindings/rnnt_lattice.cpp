@@ -14,14 +14,13 @@ int64_t lattice_grain(int64_t symbols, int64_t frames) {
   return std::max<int64_t>(1, kGrain / ((symbols + 1) * (frames + 1)));
 }
 
-std::tuple<Tensor, Tensor> rnnt_lattice_forward(const Tensor& x, const Tensor& y, const OptionalTensor& boundary,
-                                                bool keep) {
+std::tuple<Tensor, Tensor> rnnt_lattice_forward(const Tensor& x, const Tensor& y, const Optional& boundary, bool keep) {
   const char* op = "rnnt_lattice_forward";
   check_like(x, x, op, "symbol_logprobs");
   check_like(y, x, op, "blank_logprobs");
-  STD_TORCH_CHECK(x.dim() == 3 && y.dim() == 3 && y.size(0) == x.size(0) && y.size(1) == x.size(1) + 1, op, ": sizes");
+  check(x.dim() == 3 && y.dim() == 3 && y.size(0) == x.size(0) && y.size(1) == x.size(1) + 1, op, "sizes");
   const int64_t batch = x.size(0), symbols = x.size(1), width = x.size(2), frames = y.size(2);
-  STD_TORCH_CHECK(width == frames || width == frames + 1, op, ": columns of symbol_logprobs");
+  check(width == frames || width == frames + 1, op, "columns of symbol_logprobs");
   const std::vector<Boundary> boundaries = checked_boundaries(boundary, batch, symbols, frames, op);
   const cpu::LatticeSize whole{symbols, frames, width > frames};
   const int64_t slab = whole.steps() * cpu::lattice_row(whole);
@@ -65,24 +64,23 @@ void fill_outside(C* d, int64_t rows, int64_t width, int64_t begin, int64_t end,
   std::fill(d + end * width, d + rows * width, C(0));
 }
 
-std::tuple<Tensor, Tensor> rnnt_lattice_backward(const OptionalTensor& grad, const Tensor& scores, const Tensor& shares,
-                                                 const OptionalTensor& boundary, int64_t symbols, int64_t width,
+std::tuple<Tensor, Tensor> rnnt_lattice_backward(const Optional& grad, const Tensor& scores, const Tensor& shares,
+                                                 const Optional& boundary, int64_t symbols, int64_t width,
                                                  int64_t frames) {
   const char* op = "rnnt_lattice_backward";
   check_like(scores, scores, op, "scores");
   check_like(shares, scores, op, "shares");
-  STD_TORCH_CHECK(scores.dim() == 1 && symbols >= 0 && frames >= 0 && (width == frames || width == frames + 1), op,
-                  ": sizes");
+  check(scores.dim() == 1 && symbols >= 0 && frames >= 0 && (width == frames || width == frames + 1), op, "sizes");
   const int64_t batch = scores.size(0);
   if (grad.has_value()) check_same_size(*grad, scores, op, "grad");
   const std::vector<Boundary> boundaries = checked_boundaries(boundary, batch, symbols, frames, op);
   const cpu::LatticeSize whole{symbols, frames, width > frames};
   const int64_t slab = whole.steps() * cpu::lattice_row(whole);
-  STD_TORCH_CHECK(shares.numel() == batch * slab, op, ": shares");
+  check(shares.numel() == batch * slab, op, "shares");
   Tensor dx = new_pooled<3>(scores, {batch, symbols, width}), dy = new_pooled<3>(scores, {batch, symbols + 1, frames});
   with_compute_type(scores.scalar_type(), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::LatticeKernels<C>>();
-    const C *gp = grad.has_value() ? data<C>(*grad) : nullptr, *sp = data<C>(scores), *kept = data<C>(shares);
+    const C *gp = data_or_null<C>(grad), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);
     parallel_range(batch, lattice_grain(symbols, frames), [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(cpu::lattice_scratch(symbols));

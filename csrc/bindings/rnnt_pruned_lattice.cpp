@@ -20,10 +20,8 @@ int64_t band_grain(const cpu::BandSize& size) {
 
 // Returns every sequence's boundary; without one it reaches from (0, 0) to the top of the last window. starts must not
 // decrease.
-std::vector<Boundary> checked_band(const Tensor& starts, const OptionalTensor& boundary, int64_t window,
-                                   const char* op) {
-  STD_TORCH_CHECK(starts.scalar_type() == ScalarType::Long && starts.is_contiguous() && starts.dim() == 2, op,
-                  ": starts");
+std::vector<Boundary> checked_band(const Tensor& starts, const Optional& boundary, int64_t window, const char* op) {
+  check(starts.scalar_type() == ScalarType::Long && starts.is_contiguous() && starts.dim() == 2, op, "starts");
   const int64_t batch = starts.size(0), frames = starts.size(1);
   std::vector<Boundary> out = checked_boundaries(boundary, batch, -1, frames, op);
   const int64_t* p = data<int64_t>(starts);
@@ -31,7 +29,7 @@ std::vector<Boundary> checked_band(const Tensor& starts, const OptionalTensor& b
     int64_t before = 0;
     bool ok = true;
     for (int64_t t = 0; t < frames; t++) ok = ok && p[t] >= before, before = p[t];
-    STD_TORCH_CHECK(ok, op, ": starts decrease or are negative");
+    check(ok, op, "starts decrease or are negative");
     if (!boundary.has_value()) out[static_cast<size_t>(b)] = {0, 0, frames ? p[frames - 1] + window - 1 : 0, frames};
   }
   return out;
@@ -63,13 +61,11 @@ int64_t fill_group(Group<C>& group, int64_t index, const std::vector<Boundary>& 
 }
 
 std::tuple<Tensor, Tensor> rnnt_pruned_lattice_forward(const Tensor& x, const Tensor& y, const Tensor& starts,
-                                                       const OptionalTensor& boundary, bool modified, bool keep) {
+                                                       const Optional& boundary, bool modified, bool keep) {
   const char* op = "rnnt_pruned_lattice_forward";
   check_like(x, x, op, "symbol_logprobs");
   check_same_size(y, x, op, "blank_logprobs");
-  STD_TORCH_CHECK(
-      x.dim() == 3 && x.size(2) >= 1 && starts.dim() == 2 && starts.size(0) == x.size(0) && starts.size(1) == x.size(1),
-      op, ": sizes");
+  check(x.dim() == 3 && x.size(2) >= 1 && has_sizes(starts, {x.size(0), x.size(1)}), op, "sizes");
   const int64_t batch = x.size(0), frames = x.size(1), window = x.size(2), groups = groups_of(batch);
   const cpu::BandSize size{frames, window, modified};
   const std::vector<Boundary> boundaries = checked_band(starts, boundary, window, op);
@@ -97,23 +93,22 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_forward(const Tensor& x, const Te
   return {scores, shares};
 }
 
-std::tuple<Tensor, Tensor> rnnt_pruned_lattice_backward(const OptionalTensor& grad, const Tensor& scores,
+std::tuple<Tensor, Tensor> rnnt_pruned_lattice_backward(const Optional& grad, const Tensor& scores,
                                                         const Tensor& shares, const Tensor& starts,
-                                                        const OptionalTensor& boundary, int64_t window, bool modified) {
+                                                        const Optional& boundary, int64_t window, bool modified) {
   const char* op = "rnnt_pruned_lattice_backward";
   check_like(scores, scores, op, "scores");
   check_like(shares, scores, op, "shares");
-  STD_TORCH_CHECK(scores.dim() == 1 && window >= 1 && starts.dim() == 2 && starts.size(0) == scores.size(0), op,
-                  ": sizes");
+  check(scores.dim() == 1 && window >= 1 && starts.dim() == 2 && starts.size(0) == scores.size(0), op, "sizes");
   if (grad.has_value()) check_same_size(*grad, scores, op, "grad");
   const int64_t batch = scores.size(0), frames = starts.size(1), groups = groups_of(batch);
   const cpu::BandSize size{frames, window, modified};
   const std::vector<Boundary> boundaries = checked_band(starts, boundary, window, op);
-  STD_TORCH_CHECK(shares.numel() == groups * cpu::band_shares(size), op, ": shares");
+  check(shares.numel() == groups * cpu::band_shares(size), op, "shares");
   Tensor dx = new_pooled<3>(scores, {batch, frames, window}), dy = new_pooled<3>(scores, {batch, frames, window});
   with_compute_type(scores.scalar_type(), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::PrunedLatticeKernels<C>>();
-    const C *gp = grad.has_value() ? data<C>(*grad) : nullptr, *sp = data<C>(scores), *kept = data<C>(shares);
+    const C *gp = data_or_null<C>(grad), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);
     const int64_t *start = data<int64_t>(starts), elements = frames * window;
     parallel_range(groups, band_grain(size), [&](int64_t begin, int64_t end) {

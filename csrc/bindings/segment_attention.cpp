@@ -2,31 +2,27 @@
 #include "cpu/attention/segment_attention.h"
 
 #include <array>
-#include <optional>
 #include <tuple>
 
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
-#include "bindings/sizes.h"
 
 namespace fastasr {
 namespace {
 
-using Optional = std::optional<Tensor>;
 using Sizes = std::array<int64_t, 8>;  // heads, frames, segment, left, right, memory, past frames, past memory
 
 template <typename T>
 cpu::Sequence<const T> sequence(const Tensor& t, const Tensor& query, int64_t rows, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 3 && t.scalar_type() == query.scalar_type() && t.size(0) == rows &&
-                      t.size(1) == query.size(1) && t.size(2) == query.size(2) &&
-                      (t.size(2) == 1 || t.stride(2) == 1 || t.numel() == 0),
-                  op, ": ", name, " is not (", rows, ", batch, dense channels) like query");
+  check(t.dim() == 3 && t.scalar_type() == query.scalar_type() && t.size(0) == rows && t.size(1) == query.size(1) &&
+            t.size(2) == query.size(2) && (t.size(2) == 1 || t.stride(2) == 1 || t.numel() == 0),
+        op, name, " is not (", rows, ", batch, dense channels) like query");
   return {data<T>(t), t.stride(0), t.stride(1)};
 }
 
 const int64_t* integers(const Optional& t, int64_t count, const char* op, const char* name) {
   if (!t) return nullptr;
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->is_contiguous() && has_sizes(*t, {count}), op, ": ", name);
+  check(is_dense(*t, ScalarType::Long, {count}), op, name);
   return data<int64_t>(*t);
 }
 
@@ -34,21 +30,19 @@ template <typename T>
 cpu::SegmentAttention<T> checked(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& lengths,
                                  const Optional& history, const Optional& dropout, const Sizes& n, const char* op) {
   cpu::SegmentAttention<T> p{};
-  STD_TORCH_CHECK(query.dim() == 3 && n[0] > 0 && query.size(2) > 0 && query.size(2) % n[0] == 0, op, ": query");
-  STD_TORCH_CHECK(n[2] > 0 && *std::min_element(n.begin(), n.end()) >= 0, op, ": negative sizes");
+  check(query.dim() == 3 && n[0] > 0 && query.size(2) > 0 && query.size(2) % n[0] == 0, op, "query");
+  check(n[2] > 0 && *std::min_element(n.begin(), n.end()) >= 0, op, "negative sizes");
   p.batch = query.size(1), p.heads = n[0], p.width = query.size(2) / n[0];
   p.frames = n[1], p.segment = n[2], p.left = n[3], p.right = n[4], p.memory = n[5];
   p.past_frames = n[6], p.past_memory = n[7];
-  STD_TORCH_CHECK(p.memory > 0 || p.past_memory == 0, op, ": past memory without memory");
+  check(p.memory > 0 || p.past_memory == 0, op, "past memory without memory");
   p.query = sequence<T>(query, query, p.queries(), op, "query");
   p.key = sequence<T>(key, query, p.keys(), op, "key");
   p.value = sequence<T>(value, query, p.keys(), op, "value");
   p.lengths = integers(lengths, p.batch, op, "lengths");
   p.history = integers(history, 2, op, "history");
   if (dropout) {
-    STD_TORCH_CHECK(dropout->scalar_type() == kComputeType<T> && dropout->is_contiguous() &&
-                        has_sizes(*dropout, {p.batch, p.heads, p.queries(), p.lanes()}),
-                    op, ": dropout");
+    check(is_dense(*dropout, kComputeType<T>, {p.batch, p.heads, p.queries(), p.lanes()}), op, "dropout");
     p.dropout = data<cpu::compute_t<T>>(*dropout);
   }
   return p;

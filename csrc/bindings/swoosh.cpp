@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/rows/swoosh.h"
 
-#include <optional>
 #include <tuple>
 
 #include "bindings/dispatch.h"
@@ -26,16 +25,16 @@ MaskLayout mask_layout(const Tensor& x, const std::optional<Tensor>& mask, int64
   check_like(*mask, x, op, "mask");
   layout.kind = Mask::elementwise;
   if (shared_dim < 0) {
-    STD_TORCH_CHECK(mask->numel() == x.numel(), op, ": mask has another number of elements");
+    check(mask->numel() == x.numel(), op, "mask has another number of elements");
     layout.mask_row_elements = x.numel();
     return layout;
   }
-  STD_TORCH_CHECK(shared_dim < x.dim(), op, ": shared_dim is out of range");
+  check(shared_dim < x.dim(), op, "shared_dim is out of range");
   int64_t outer = 1, inner = 1;
   for (int64_t d = 0; d < shared_dim; d++) outer *= x.size(d);
   for (int64_t d = shared_dim + 1; d < x.dim(); d++) inner *= x.size(d);
   const int64_t shared = x.size(shared_dim);
-  STD_TORCH_CHECK(mask->numel() == outer * inner, op, ": mask has another number of elements");
+  check(mask->numel() == outer * inner, op, "mask has another number of elements");
   layout.mask_row_elements = inner;
   if (inner == 1) {
     layout.kind = Mask::scalar;
@@ -70,7 +69,7 @@ Tensor swoosh_forward(const Tensor& x, bool right, const std::optional<Tensor>& 
   Tensor y = new_pooled_like(x);
   with_kernel_type(x.scalar_type(), "swoosh_forward", [&]<typename T>() {
     const T* xp = data<T>(x);
-    const T* mp = mask.has_value() ? data<T>(*mask) : nullptr;
+    const T* mp = data_or_null<T>(mask);
     T* yp = mutable_data<T>(y);
     const Swoosh kind = right ? Swoosh::R : Swoosh::L;
     for_each_piece(layout, [&](int64_t i, int64_t j, int64_t n) {
@@ -86,7 +85,7 @@ void backward_into(const Tensor& grad, const Tensor& x, bool right, const std::o
   with_kernel_type(x.scalar_type(), "swoosh_backward", [&]<typename T>() {
     const T* gp = data<T>(grad);
     const T* xp = data<T>(x);
-    const T* mp = mask.has_value() ? data<T>(*mask) : nullptr;
+    const T* mp = data_or_null<T>(mask);
     T* dp = mutable_data<T>(dx);
     T* yp = y ? mutable_data<T>(*y) : nullptr;
     const Swoosh kind = right ? Swoosh::R : Swoosh::L;

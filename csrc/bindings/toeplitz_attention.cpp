@@ -1,18 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/attention/toeplitz_attention.h"
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "bindings/pooled.h"
-#include "bindings/sizes.h"
 #include "cpu/math/activation.h"
 
 namespace fastasr {
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 // As many units as fit share memory for their packed operands: these stay in the last cache, and long sequences of
 // large batches need no more than one.
@@ -28,9 +24,9 @@ struct Inputs {
 
 template <typename T>
 cpu::Sequence<const T> sequence(const Tensor& t, const Tensor& like, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 3 && t.scalar_type() == like.scalar_type() && t.size(0) == like.size(0) &&
-                      t.size(1) == like.size(1) && (t.size(2) == 1 || t.stride(2) == 1 || t.numel() == 0),
-                  op, ": ", name, " is not (time, batch, dense channels) like query_key");
+  check(t.dim() == 3 && t.scalar_type() == like.scalar_type() && t.size(0) == like.size(0) &&
+            t.size(1) == like.size(1) && (t.size(2) == 1 || t.stride(2) == 1 || t.numel() == 0),
+        op, name, " is not (time, batch, dense channels) like query_key");
   return {data<T>(t), t.stride(0), t.stride(1)};
 }
 
@@ -38,36 +34,31 @@ template <typename T>
 cpu::ToeplitzAttention<T> checked(const Inputs& in, const char* op) {
   using C = cpu::compute_t<T>;
   cpu::ToeplitzAttention<T> p{};
-  STD_TORCH_CHECK(in.query_key.dim() == 3 && in.query_key.size(2) > 0, op, ": query_key");
+  check(in.query_key.dim() == 3 && in.query_key.size(2) > 0, op, "query_key");
   p.query_key = sequence<T>(in.query_key, in.query_key, op, "query_key");
   p.gate = sequence<T>(in.gate, in.query_key, op, "gate");
   p.value = sequence<T>(in.value, in.query_key, op, "value");
-  STD_TORCH_CHECK(in.gate.size(2) == in.value.size(2), op, ": gate and value differ in width");
+  check(in.gate.size(2) == in.value.size(2), op, "gate and value differ in width");
   p.length = in.query_key.size(0), p.batch = in.query_key.size(1), p.d = in.query_key.size(2), p.v = in.gate.size(2);
   p.size = std::max<int64_t>(1, in.chunk_size > 0 ? std::min(in.chunk_size, p.length) : p.length);
   p.count = (p.length + p.size - 1) / p.size;
   for (const Tensor* t : {&in.qk_weight, &in.qk_bias})
-    STD_TORCH_CHECK(t->scalar_type() == kComputeType<T> && t->is_contiguous() && has_sizes(*t, {2, p.d}), op,
-                    ": qk_weight and qk_bias");
+    check(is_dense(*t, kComputeType<T>, {2, p.d}), op, "qk_weight and qk_bias");
   p.reach = (in.position_bias.numel() - 1) / 2;
-  STD_TORCH_CHECK(in.position_bias.scalar_type() == kComputeType<T> && in.position_bias.is_contiguous() &&
-                      in.position_bias.dim() == 1 && in.position_bias.numel() % 2 == 1 && p.reach + 1 >= p.size,
-                  op, ": position_bias");
+  check(in.position_bias.scalar_type() == kComputeType<T> && in.position_bias.is_contiguous() &&
+            in.position_bias.dim() == 1 && in.position_bias.numel() % 2 == 1 && p.reach + 1 >= p.size,
+        op, "position_bias");
   p.qk_weight = data<C>(in.qk_weight), p.qk_bias = data<C>(in.qk_bias);
   p.position_bias = data<C>(in.position_bias) + p.reach;
   if (in.padding) {
-    STD_TORCH_CHECK(in.padding->scalar_type() == ScalarType::Bool && in.padding->is_contiguous() &&
-                        has_sizes(*in.padding, {p.batch, p.length}),
-                    op, ": padding_mask");
+    check(is_dense(*in.padding, ScalarType::Bool, {p.batch, p.length}), op, "padding_mask");
     p.padding = data<uint8_t>(*in.padding);
   }
   if (in.dropout) {
-    STD_TORCH_CHECK(in.dropout->scalar_type() == kComputeType<T> && in.dropout->is_contiguous() &&
-                        has_sizes(*in.dropout, {p.batch, p.count, p.size, p.size}),
-                    op, ": dropout");
+    check(is_dense(*in.dropout, kComputeType<T>, {p.batch, p.count, p.size, p.size}), op, "dropout");
     p.dropout = data<C>(*in.dropout);
   }
-  STD_TORCH_CHECK(in.activation >= 0 && in.activation < cpu::kActivations, op, ": activation");
+  check(in.activation >= 0 && in.activation < cpu::kActivations, op, "activation");
   p.causal = in.causal, p.activate_value = in.activate_value, p.activation = static_cast<int>(in.activation);
   return p;
 }
@@ -120,7 +111,7 @@ std::tuple<Tensor, Tensor> toeplitz_attention_forward(const Tensor& query_key, c
   const char* op = "toeplitz_attention_forward";
   const Inputs in{query_key,    gate,    value,  qk_weight,  qk_bias,    position_bias,
                   padding_mask, dropout, causal, chunk_size, activation, activate_value};
-  STD_TORCH_CHECK(gate.dim() == 3, op, ": gate");
+  check(gate.dim() == 3, op, "gate");
   Tensor y = new_contiguous(gate), mixed = need_gradients ? new_contiguous(gate) : new_without_elements(gate);
   with_kernel_type(query_key.scalar_type(), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
@@ -154,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> toeplitz_attention_ba
     check_same_size(mixed, gate, op, "mixed");
     cpu::ToeplitzGradients<T> g{sequence<T>(grad, query_key, op, "grad"), sequence<T>(mixed, query_key, op, "mixed"),
                                 mutable_data<T>(dquery_key), mutable_data<T>(dgate), mutable_data<T>(dvalue)};
-    STD_TORCH_CHECK(grad.size(2) == p.v && mixed.size(2) == p.v, op, ": grad and mixed differ from gate");
+    check(grad.size(2) == p.v && mixed.size(2) == p.v, op, "grad and mixed differ from gate");
     const int64_t blocks = p.blocks(), panels = p.v_panels() + p.d_panels(), distances = 2 * p.size - 1;
     const int64_t width = 4 * p.d + distances;
     std::vector<double> parts(p.units() * width);

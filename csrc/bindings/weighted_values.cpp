@@ -15,18 +15,17 @@ constexpr int64_t kRows = 60;  // rows of a task
 // batch, heads dim).
 Tensor weighted_values(Tensor weights, Tensor values) {
   const auto& kernel = cpu::kernels<cpu::WeightedValues>();
-  STD_TORCH_CHECK(weights.dim() == 4 && values.dim() == 3, "weighted_values: dimensions");
+  check(weights.dim() == 4 && values.dim() == 3, "weighted_values", "dimensions");
   const int64_t heads = weights.size(0), batch = weights.size(1), rows = weights.size(2), sources = weights.size(3);
   const int64_t width = values.size(2);
   for (const Tensor& t : {weights, values})
-    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float, "weighted_values: dtype or device");
-  STD_TORCH_CHECK(weights.stride(3) == 1 || sources <= 1, "weighted_values: strides of weights");
-  STD_TORCH_CHECK(
+    check(t.is_cpu() && t.scalar_type() == ScalarType::Float, "weighted_values", "dtype or device");
+  check(weights.stride(3) == 1 || sources <= 1, "weighted_values", "strides of weights");
+  check(
       values.is_contiguous() && values.size(0) == sources && values.size(1) == batch && heads > 0 && width % heads == 0,
-      "weighted_values: values");
+      "weighted_values", "values");
   const int64_t columns = width / heads;
-  const int64_t sizes[3] = {rows, batch, width}, strides[3] = {std::max<int64_t>(1, batch * width), width, 1};
-  const Tensor out = new_strided(values, 3, sizes, strides);
+  const Tensor out = new_contiguous(values, {rows, batch, width});
   const int64_t size = cpu::packed_values_size(sources, columns);
   const Scratch<float> packed(std::max<int64_t>(1, heads * batch * size));
   const float *w = data<float>(weights), *v = data<float>(values);

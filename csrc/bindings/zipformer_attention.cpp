@@ -12,23 +12,21 @@ namespace {
 cpu::ValueShape checked_values(const Tensor& value, int64_t value_heads, const AttentionProblem& a, const Tensor& x,
                                const char* op) {
   check_like(value, x, op, "value");
-  STD_TORCH_CHECK(value.dim() == 3 && value.size(0) == a.keys() && value.size(1) == a.batch && value_heads > 0 &&
-                      value_heads <= a.heads && value.size(2) % value_heads == 0,
-                  op, ": sizes of value");
+  check(value.dim() == 3 && value.size(0) == a.keys() && value.size(1) == a.batch && value_heads > 0 &&
+            value_heads <= a.heads && value.size(2) % value_heads == 0,
+        op, "sizes of value");
   return {value_heads, value.size(2) / value_heads};
 }
 
-Tensor zipformer_attention_forward(const Tensor& x, const OptionalTensor& pos, const Tensor& value,
-                                   const OptionalTensor& cached_key, const OptionalTensor& padding,
-                                   const OptionalTensor& mask, int64_t heads, int64_t query_dim, int64_t value_heads,
-                                   int64_t chunk, int64_t left_chunks) {
+Tensor zipformer_attention_forward(const Tensor& x, const Optional& pos, const Tensor& value,
+                                   const Optional& cached_key, const Optional& padding, const Optional& mask,
+                                   int64_t heads, int64_t query_dim, int64_t value_heads, int64_t chunk,
+                                   int64_t left_chunks) {
   const char* op = "zipformer_attention_forward";
   const AttentionProblem a =
       checked_problem(x, pos, cached_key, padding, mask, heads, query_dim, chunk, left_chunks, op);
   const cpu::ValueShape v = checked_values(value, value_heads, a, x, op);
-  const int64_t sizes[3] = {a.frames, a.batch, value.size(2)};
-  const int64_t strides[3] = {a.batch * value.size(2), value.size(2), 1};
-  Tensor y = new_strided(x, 3, sizes, strides);
+  Tensor y = new_contiguous(x, {a.frames, a.batch, value.size(2)});
   if (y.numel() == 0) return y;
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
@@ -62,17 +60,15 @@ Tensor zipformer_attention_forward(const Tensor& x, const OptionalTensor& pos, c
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(
-    const Tensor& grad, const Tensor& x, const OptionalTensor& pos, const Tensor& value,
-    const OptionalTensor& cached_key, const OptionalTensor& padding, const OptionalTensor& mask, int64_t heads,
-    int64_t query_dim, int64_t value_heads, int64_t chunk, int64_t left_chunks) {
+    const Tensor& grad, const Tensor& x, const Optional& pos, const Tensor& value, const Optional& cached_key,
+    const Optional& padding, const Optional& mask, int64_t heads, int64_t query_dim, int64_t value_heads, int64_t chunk,
+    int64_t left_chunks) {
   const char* op = "zipformer_attention_backward";
   const AttentionProblem a =
       checked_problem(x, pos, cached_key, padding, mask, heads, query_dim, chunk, left_chunks, op);
   const cpu::ValueShape v = checked_values(value, value_heads, a, x, op);
   check_like(grad, x, op, "grad");
-  STD_TORCH_CHECK(
-      grad.dim() == 3 && grad.size(0) == a.frames && grad.size(1) == a.batch && grad.size(2) == value.size(2), op,
-      ": sizes of grad");
+  check(has_sizes(grad, {a.frames, a.batch, value.size(2)}), op, "sizes of grad");
   Tensor dx = new_like(x), dvalue = new_like(value);
   Tensor dpos = pos.has_value() ? new_like(*pos) : new_without_elements(x);
   Tensor dcached = cached_key.has_value() ? new_like(*cached_key) : new_without_elements(x);

@@ -14,10 +14,9 @@ constexpr int64_t kRowPadding = 16;
 
 // Checks W or its gradient: (heads, batch, frames, keys), keys side by side.
 void check_weights(const Tensor& w, const AttentionProblem& a, const Tensor& x, const char* op, const char* name) {
-  STD_TORCH_CHECK(w.scalar_type() == x.scalar_type() && w.dim() == 4 && w.size(0) == a.heads && w.size(1) == a.batch &&
-                      w.size(2) == a.frames && w.size(3) == a.keys() &&
-                      (w.stride(3) == 1 || a.keys() <= 1 || w.numel() == 0),
-                  op, ": ", name);
+  check(w.scalar_type() == x.scalar_type() && has_sizes(w, {a.heads, a.batch, a.frames, a.keys()}) &&
+            (w.stride(3) == 1 || a.keys() <= 1 || w.numel() == 0),
+        op, name);
 }
 
 // Makes a new W. Its memory comes from the pool and goes back to it with the tensor.
@@ -28,13 +27,13 @@ Tensor new_weights(const AttentionProblem& a, const Tensor& x) {
   const size_t bytes = static_cast<size_t>(a.heads * strides[0]) * x.element_size();
   if (bytes < (size_t{1} << 20)) return new_strided(x, 4, sizes, strides);
   void* memory = cpu::acquire_buffer(bytes);
-  STD_TORCH_CHECK(memory, "zipformer_attention_weights: no memory for ", bytes, " bytes");
+  check(memory, "zipformer_attention_weights", "no memory for ", bytes, " bytes");
   return torch::stable::from_blob(memory, {sizes, 4}, {strides, 4}, x.device(), x.scalar_type(),
                                   [](void* p) { cpu::release_buffer(p); });
 }
 
-Tensor zipformer_attention_weights_forward(const Tensor& x, const OptionalTensor& pos, const OptionalTensor& cached_key,
-                                           const OptionalTensor& padding, const OptionalTensor& mask, int64_t heads,
+Tensor zipformer_attention_weights_forward(const Tensor& x, const Optional& pos, const Optional& cached_key,
+                                           const Optional& padding, const Optional& mask, int64_t heads,
                                            int64_t query_dim, int64_t chunk, int64_t left_chunks) {
   const char* op = "zipformer_attention_weights_forward";
   const AttentionProblem a =
@@ -69,9 +68,9 @@ Tensor zipformer_attention_weights_forward(const Tensor& x, const OptionalTensor
 }
 
 std::tuple<Tensor, Tensor, Tensor> zipformer_attention_weights_backward(
-    const Tensor& grad, const Tensor& weights, const Tensor& x, const OptionalTensor& pos,
-    const OptionalTensor& cached_key, const OptionalTensor& padding, const OptionalTensor& mask, int64_t heads,
-    int64_t query_dim, int64_t chunk, int64_t left_chunks, double penalty, double limit) {
+    const Tensor& grad, const Tensor& weights, const Tensor& x, const Optional& pos, const Optional& cached_key,
+    const Optional& padding, const Optional& mask, int64_t heads, int64_t query_dim, int64_t chunk, int64_t left_chunks,
+    double penalty, double limit) {
   const char* op = "zipformer_attention_weights_backward";
   AttentionProblem a = checked_problem(x, pos, cached_key, padding, mask, heads, query_dim, chunk, left_chunks, op);
   a.penalty = penalty, a.limit = limit;

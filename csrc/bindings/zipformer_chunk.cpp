@@ -14,7 +14,7 @@ using cpu::ChunkShape;
 
 ChunkPlan plan_of(const std::vector<int64_t>& numbers) {
   const ChunkShape shape(numbers);
-  STD_TORCH_CHECK(!shape.stacks.empty(), "zipformer_chunk: the numbers describe no encoder that this step serves");
+  check(!shape.stacks.empty(), "zipformer_chunk", "the numbers describe no encoder that this step serves");
   return ChunkPlan(shape);
 }
 
@@ -35,9 +35,9 @@ std::vector<Tensor> zipformer_chunk_pack(std::vector<int64_t> numbers, std::vect
                                          std::vector<Tensor> tables) {
   const ChunkPlan plan = plan_of(numbers);
   const auto count = static_cast<int64_t>(plan.products.size());
-  STD_TORCH_CHECK(static_cast<int64_t>(products.size()) == 2 * count && tables.size() == plan.tables.size(),
-                  "zipformer_chunk_pack: expected ", 2 * count, " weights and biases and ", plan.tables.size(),
-                  " tables, got ", products.size(), " and ", tables.size());
+  check(static_cast<int64_t>(products.size()) == 2 * count && tables.size() == plan.tables.size(),
+        "zipformer_chunk_pack", "expected ", 2 * count, " weights and biases and ", plan.tables.size(), " tables, got ",
+        products.size(), " and ", tables.size());
   for (size_t i = 0; i < products.size(); i++) {
     const cpu::ChunkProduct& p = plan.products[i / 2];
     check_floats(products[i], i % 2 ? p.outputs : p.outputs * p.inputs, i % 2 ? "a bias" : "a weight");
@@ -66,27 +66,26 @@ Tensor zipformer_chunk_step(std::vector<int64_t> numbers, Tensor weights, Tensor
   const auto streams = static_cast<int64_t>(slots.size());
   check_floats(weights, (plan.weight_bytes + 3) / 4, "weights");
   check_floats(vectors, plan.vector_floats, "vectors");
-  STD_TORCH_CHECK(states.dim() == 2, "zipformer_chunk_step: states");
+  check(states.dim() == 2, "zipformer_chunk_step", "states");
   check_floats(states, states.size(0) * plan.state_floats, "states");
-  STD_TORCH_CHECK(counters.is_cpu() && counters.scalar_type() == ScalarType::Long && counters.is_contiguous() &&
-                      counters.numel() == 2 * states.size(0),
-                  "zipformer_chunk_step: counters");
+  check(counters.is_cpu() && counters.scalar_type() == ScalarType::Long && counters.is_contiguous() &&
+            counters.numel() == 2 * states.size(0),
+        "zipformer_chunk_step", "counters");
   for (size_t i = 0; i < slots.size(); i++)
-    STD_TORCH_CHECK(slots[i] >= 0 && slots[i] < states.size(0) &&
-                        std::find(slots.begin(), slots.begin() + static_cast<int64_t>(i), slots[i]) ==
-                            slots.begin() + static_cast<int64_t>(i),
-                    "zipformer_chunk_step: slots");
-  STD_TORCH_CHECK(scratch.is_cpu() && scratch.is_contiguous() && scratch.scalar_type() == ScalarType::Float &&
-                      scratch.numel() >= plan.scratch_floats(streams),
-                  "zipformer_chunk_step: scratch");
-  STD_TORCH_CHECK(features.dim() == 3, "zipformer_chunk_step: features");
+    check(slots[i] >= 0 && slots[i] < states.size(0) &&
+              std::find(slots.begin(), slots.begin() + static_cast<int64_t>(i), slots[i]) ==
+                  slots.begin() + static_cast<int64_t>(i),
+          "zipformer_chunk_step", "slots");
+  check(scratch.is_cpu() && scratch.is_contiguous() && scratch.scalar_type() == ScalarType::Float &&
+            scratch.numel() >= plan.scratch_floats(streams),
+        "zipformer_chunk_step", "scratch");
+  check(features.dim() == 3, "zipformer_chunk_step", "features");
   const int64_t bins = features.size(2);
-  STD_TORCH_CHECK(bins <= plan.shape.bins && ChunkShape::width3_of(bins) == plan.shape.width3(),
-                  "zipformer_chunk_step: the front end does not take ", bins, " features");
+  check(bins <= plan.shape.bins && ChunkShape::width3_of(bins) == plan.shape.width3(), "zipformer_chunk_step",
+        "the front end does not take ", bins, " features");
   check_floats(features, streams * plan.shape.input_frames() * bins, "features");
   const int64_t dim = plan.shape.output_dim(), frames = plan.shape.chunk / 2;
-  const int64_t sizes[3] = {streams, frames, dim}, strides[3] = {frames * dim, dim, 1};
-  Tensor out = new_strided(features, 3, sizes, strides);
+  Tensor out = new_contiguous(features, {streams, frames, dim});
   static_assert(sizeof(cpu::ChunkCounters) == 16);
   if (streams > 0)
     cpu::kernels<cpu::ChunkKernels>().step({plan,
@@ -107,14 +106,14 @@ Tensor zipformer_chunk_step(std::vector<int64_t> numbers, Tensor weights, Tensor
 void zipformer_chunk_states(std::vector<int64_t> numbers, Tensor states, Tensor counters, int64_t slot,
                             std::vector<Tensor> tensors, bool restore) {
   const ChunkPlan plan = plan_of(numbers);
-  STD_TORCH_CHECK(states.dim() == 2 && slot >= 0 && slot < states.size(0), "zipformer_chunk_states: slot");
+  check(states.dim() == 2 && slot >= 0 && slot < states.size(0), "zipformer_chunk_states", "slot");
   check_floats(states, states.size(0) * plan.state_floats, "states");
-  STD_TORCH_CHECK(counters.scalar_type() == ScalarType::Long && counters.numel() == 2 * states.size(0),
-                  "zipformer_chunk_states: counters");
+  check(counters.scalar_type() == ScalarType::Long && counters.numel() == 2 * states.size(0), "zipformer_chunk_states",
+        "counters");
   std::vector<float*> to;
   size_t at = 0;
   const auto take = [&](int64_t numel) {
-    STD_TORCH_CHECK(at < tensors.size(), "zipformer_chunk_states: expected more than ", tensors.size(), " tensors");
+    check(at < tensors.size(), "zipformer_chunk_states", "expected more than ", tensors.size(), " tensors");
     check_floats(tensors[at], numel, "a state");
     to.push_back(mutable_data<float>(tensors[at++]));
   };
@@ -126,7 +125,7 @@ void zipformer_chunk_states(std::vector<int64_t> numbers, Tensor states, Tensor 
       for (int j = 0; j < 2; j++) take(s.shape.dim * s.pad);
     }
   take(plan.shape.maps[2] * cpu::kFrontPast * plan.shape.width3());
-  STD_TORCH_CHECK(at == tensors.size(), "zipformer_chunk_states: expected ", at, " tensors, got ", tensors.size());
+  check(at == tensors.size(), "zipformer_chunk_states", "expected ", at, " tensors, got ", tensors.size());
   float* const state = mutable_data<float>(states) + slot * plan.state_floats;
   auto* const count = reinterpret_cast<cpu::ChunkCounters*>(mutable_data<int64_t>(counters)) + slot;
   if (restore)

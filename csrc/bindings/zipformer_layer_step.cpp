@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/streaming/zipformer_layer_step.h"
 
-#include <optional>
 #include <vector>
 
 #include "bindings/packed_weights.h"
@@ -14,10 +13,10 @@ using cpu::ChunkPlan;
 
 // numbers holds the 12 of cpu::ChunkStack, whose factor and layers are 1.
 ChunkPlan plan_of(const std::vector<int64_t>& numbers, int64_t frames, int64_t left) {
-  STD_TORCH_CHECK(numbers.size() == 12 && frames > 0 && left >= 0, "zipformer_layer: the numbers describe no layer");
+  check(numbers.size() == 12 && frames > 0 && left >= 0, "zipformer_layer", "the numbers describe no layer");
   const int64_t* s = numbers.data();
-  STD_TORCH_CHECK(*std::min_element(s, s + 12) >= 1 && s[1] == 1 && s[2] == 1 && s[7] % 2 == 1,
-                  "zipformer_layer: the numbers describe no layer");
+  check(*std::min_element(s, s + 12) >= 1 && s[1] == 1 && s[2] == 1 && s[7] % 2 == 1, "zipformer_layer",
+        "the numbers describe no layer");
   return {cpu::ChunkStack{s[0], 1, 1, s[3], s[4], s[5], s[6], s[7], {s[8], s[9], s[10]}, s[11]}, frames, left};
 }
 
@@ -25,8 +24,8 @@ ChunkPlan plan_of(const std::vector<int64_t>& numbers, int64_t frames, int64_t l
 Tensor zipformer_layer_weights(std::vector<int64_t> numbers, std::vector<Tensor> weights) {
   const ChunkPlan plan = plan_of(numbers, 1, 0);
   const auto count = static_cast<int64_t>(plan.products.size());
-  STD_TORCH_CHECK(static_cast<int64_t>(weights.size()) == count, "zipformer_layer_weights: expected ", count,
-                  " weights, got ", weights.size());
+  check(static_cast<int64_t>(weights.size()) == count, "zipformer_layer_weights", "expected ", count, " weights, got ",
+        weights.size());
   for (size_t i = 0; i < weights.size(); i++)
     check_floats(weights[i], plan.products[i].outputs * plan.products[i].inputs, "a weight");
   const Tensor packed = on_huge_pages(weights[0], (plan.weight_bytes + 3) / 4);
@@ -42,11 +41,10 @@ Tensor zipformer_layer_weights(std::vector<int64_t> numbers, std::vector<Tensor>
 Tensor zipformer_layer_vectors(std::vector<int64_t> numbers, int64_t frames, int64_t left, std::vector<Tensor> biases,
                                std::vector<Tensor> tables) {
   const ChunkPlan plan = plan_of(numbers, frames, left);
-  STD_TORCH_CHECK(biases.size() == plan.products.size() && tables.size() == plan.tables.size(),
-                  "zipformer_layer_vectors: expected ", plan.products.size(), " biases and ", plan.tables.size(),
-                  " tables, got ", biases.size(), " and ", tables.size());
-  const int64_t strides[1] = {1};
-  const Tensor vectors = new_strided(biases[0], 1, &plan.vector_floats, strides);
+  check(biases.size() == plan.products.size() && tables.size() == plan.tables.size(), "zipformer_layer_vectors",
+        "expected ", plan.products.size(), " biases and ", plan.tables.size(), " tables, got ", biases.size(), " and ",
+        tables.size());
+  const Tensor vectors = new_contiguous(biases[0], {plan.vector_floats});
   auto* const to = mutable_data<float>(vectors);
   std::fill(to, to + plan.vector_floats, 0.0f);
   for (size_t i = 0; i < biases.size(); i++) {
@@ -65,17 +63,17 @@ Tensor zipformer_layer_vectors(std::vector<int64_t> numbers, int64_t frames, int
 std::vector<Tensor> zipformer_layer_step(std::vector<int64_t> numbers, int64_t left, Tensor weights, Tensor vectors,
                                          Tensor x, std::vector<Tensor> states, std::optional<Tensor> masked,
                                          int64_t threads) {
-  STD_TORCH_CHECK(x.dim() == 3, "zipformer_layer_step: x");
+  check(x.dim() == 3, "zipformer_layer_step", "x");
   const int64_t frames = x.size(0), streams = x.size(1);
   const ChunkPlan plan = plan_of(numbers, frames, left);
   check_floats(x, frames * streams * plan.stacks[0].shape.dim, "x");
   check_floats(weights, (plan.weight_bytes + 3) / 4, "weights");
   check_floats(vectors, plan.vector_floats, "vectors");
-  STD_TORCH_CHECK(static_cast<int64_t>(states.size()) == cpu::kLayerStates, "zipformer_layer_step: states");
+  check(static_cast<int64_t>(states.size()) == cpu::kLayerStates, "zipformer_layer_step", "states");
   if (masked)
-    STD_TORCH_CHECK(masked->is_cpu() && masked->scalar_type() == ScalarType::Bool && masked->is_contiguous() &&
-                        masked->numel() == streams * (left + frames),
-                    "zipformer_layer_step: masked");
+    check(masked->is_cpu() && masked->scalar_type() == ScalarType::Bool && masked->is_contiguous() &&
+              masked->numel() == streams * (left + frames),
+          "zipformer_layer_step", "masked");
   std::vector<Tensor> out{new_contiguous(x)};
   const float* before[cpu::kLayerStates];
   float* after[cpu::kLayerStates];
@@ -89,7 +87,7 @@ std::vector<Tensor> zipformer_layer_step(std::vector<int64_t> numbers, int64_t l
   cpu::layer_step({plan,
                    reinterpret_cast<const char*>(data<float>(weights)),
                    data<float>(vectors),
-                   masked ? data<uint8_t>(*masked) : nullptr,
+                   data_or_null<uint8_t>(masked),
                    streams,
                    scratch.data(),
                    {threads, run_parts}},

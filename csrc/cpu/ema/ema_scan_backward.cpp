@@ -7,19 +7,19 @@ namespace {
 // Two passes over each row of the batch and tile of channels. The first, in the scan's order, recomputes h and v =
 // dh/dq and sums the gradients of q and c, and turns dy into g = dy act'(z). The second is the forward's scan in the
 // other order, of g, and gives dx. No state is stored but at chunk borders.
-template <typename T, template <typename> typename NumbersOf>
+template <typename C, template <typename> typename NumbersOf>
 class Backward {
  public:
-  using C = compute_t<T>;
   using Numbers = NumbersOf<C>;
-  using Scan = EmaScan<T, NumbersOf>;
+  using Scan = EmaScan<C, NumbersOf>;
   using Gradients = typename Numbers::Gradients;
   static constexpr int64_t kBlock = Scan::kBlock;
 
-  Backward(const EmaShape& shape, const typename Numbers::Parameters& parameters, const T* x, EmaStrides xs,
-           const T* grad, EmaStrides grad_strides, const C* grad_state, T* dx, EmaStrides dx_strides,
-           const Gradients& gradients, const Parallel& parallel)
-      : scan_(shape, parameters, parameters.state || grad_state ? Scan::Form::states : Scan::Form::unit, parallel),
+  Backward(const EmaShape& shape, const typename Numbers::Parameters& parameters, const EmaCopies<C>& copies,
+           const void* x, EmaStrides xs, const void* grad, EmaStrides grad_strides, const C* grad_state, void* dx,
+           EmaStrides dx_strides, const Gradients& gradients, const Parallel& parallel)
+      : scan_(shape, parameters, copies, parameters.state || grad_state ? Scan::Form::states : Scan::Form::unit,
+              parallel),
         plan_(scan_.plan()),
         x_(x),
         xs_(xs),
@@ -236,7 +236,7 @@ class Backward {
         if (half == 1) {
           if (scan_.residual(tile) && scan_.parameters().mask) input(row, backwards, false)(tau, steps, x);
           cotangent(row, backwards)(tau, steps, dy);
-          kernels<EmaTile<T>>().activate_backward(z, x, scan_.residual(tile), dy, scan_.shape().activation, steps,
+          kernels<EmaTile<C>>().activate_backward(z, x, scan_.residual(tile), dy, scan_.shape().activation, steps,
                                                   lanes);
         }
         scan_.store_rows(z, g, 0, tau, steps, backwards);
@@ -282,7 +282,7 @@ class Backward {
         std::copy_n(a.g, n, forward.g);
         block.convolution(forward);
         cotangent(row, backwards)(tau, steps, dy);
-        kernels<EmaTile<T>>().activate_backward(z, plain, scan_.residual(tile), dy, scan_.shape().activation, steps,
+        kernels<EmaTile<C>>().activate_backward(z, plain, scan_.residual(tile), dy, scan_.shape().activation, steps,
                                                 lanes);
         scan_.store_rows(z, g, 0, tau, steps, backwards);
       } else {
@@ -294,11 +294,11 @@ class Backward {
         a.x = x + s * kEmaLanes, a.dy = cotangents + s * kEmaLanes;
         if (forward.x_late) a.x_late = late + s * kEmaLanes;
         block.gradient(a);
-        kernels<EmaTile<T>>().fold(a.dc, kind(slot, half, of_c), n);
-        kernels<EmaTile<T>>().fold(a.dq, kind(slot, half, of_q), n);
+        kernels<EmaTile<C>>().fold(a.dc, kind(slot, half, of_c), n);
+        kernels<EmaTile<C>>().fold(a.dq, kind(slot, half, of_q), n);
       }
       if (residual && half == 0)
-        kernels<EmaTile<T>>().add_products(cotangents, plain, residual_sum(slot), steps, lanes);
+        kernels<EmaTile<C>>().add_products(cotangents, plain, residual_sum(slot), steps, lanes);
     }
     if (grad_state_ && scan_.ordered(plan_.chunks - 1, backwards) == j) {
       std::vector<C> last(static_cast<size_t>(n));
@@ -326,7 +326,7 @@ class Backward {
       };
       const auto done = [&](int64_t tau, int64_t steps, C* out, C* dy) {
         if (!closing) return scan_.store_rows(out, first_half, origin, tau, steps, backwards);
-        kernels<EmaTile<T>>().finish_gradient(out, dy, scan_.residual(tile),
+        kernels<EmaTile<C>>().finish_gradient(out, dy, scan_.residual(tile),
                                               mask ? mask + scan_.time(tau, backwards) : nullptr, backwards ? -1 : 1,
                                               steps, lanes);
         scan_.store(out, dx_, dx_strides_, tile, b, tau, steps, backwards);
@@ -338,7 +338,7 @@ class Backward {
       else
         scan_.convolve(w, tile, begin, end, e, nullptr, activated(row, backwards, g), start, done,
                        input(row, backwards),
-                       [&](const C* part) { kernels<EmaTile<T>>().fold(part, kind(slot, half, of_b), scan_.rows()); });
+                       [&](const C* part) { kernels<EmaTile<C>>().fold(part, kind(slot, half, of_b), scan_.rows()); });
       if (gradients_.state && scan_.ordered(plan_.chunks - 1, backwards) == j)
         scan_.store_gradient(e, tile, b, gradients_.state);
     }
@@ -366,12 +366,12 @@ class Backward {
 
   Scan scan_;
   const EmaPlan& plan_;
-  const T* x_;
+  const void* x_;
   EmaStrides xs_;
-  const T* grad_;
+  const void* grad_;
   EmaStrides grad_strides_;
   const C* grad_state_;
-  T* dx_;
+  void* dx_;
   EmaStrides dx_strides_;
   Gradients gradients_;
   int64_t batch_, rows_;
@@ -396,7 +396,8 @@ void run(const EmaShape& shape, const typename NumbersOf<compute_t<T>>::Paramete
         gradients.state[i] = grad_state ? grad_state[i] : 0;
     return;
   }
-  Backward<T, NumbersOf>(shape, parameters, x, xs, grad, grad_strides, grad_state, dx, dx_strides, gradients, parallel)
+  Backward<compute_t<T>, NumbersOf>(shape, parameters, kernels<EmaTensor<T>>().copies, x, xs, grad, grad_strides,
+                                    grad_state, dx, dx_strides, gradients, parallel)
       .run(parallel);
 }
 

@@ -4,15 +4,14 @@
 namespace fastasr::cpu {
 namespace {
 
-template <typename T, template <typename> typename Numbers>
+template <typename C, template <typename> typename Numbers>
 class Forward {
  public:
-  using C = compute_t<T>;
-  using Scan = EmaScan<T, Numbers>;
+  using Scan = EmaScan<C, Numbers>;
 
-  Forward(const EmaShape& shape, const typename Scan::Parameters& parameters, const T* x, EmaStrides xs, T* y,
-          EmaStrides ys, C* final_state, const Parallel& parallel)
-      : scan_(shape, parameters, Scan::Form::states, parallel),
+  Forward(const EmaShape& shape, const typename Scan::Parameters& parameters, const EmaCopies<C>& copies, const void* x,
+          EmaStrides xs, void* y, EmaStrides ys, C* final_state, const Parallel& parallel)
+      : scan_(shape, parameters, copies, Scan::Form::states, parallel),
         plan_(scan_.plan()),
         x_(x),
         xs_(xs),
@@ -103,7 +102,7 @@ class Forward {
         if (!closing) return scan_.store_rows(z, first_half, origin, tau, steps, backwards);
         if (scan_.residual(tile) && scan_.parameters().mask)  // the residual takes x unchanged
           scan_.load(x_, xs_, tile, b, tau, steps, backwards, false, x);
-        kernels<EmaTile<T>>().activate(z, x, scan_.residual(tile), scan_.shape().activation, steps, lanes);
+        kernels<EmaTile<C>>().activate(z, x, scan_.residual(tile), scan_.shape().activation, steps, lanes);
         scan_.store(z, y_, ys_, tile, b, tau, steps, backwards);
       };
       C* last_state = final_state_ ? last.data() : nullptr;
@@ -116,9 +115,9 @@ class Forward {
 
   Scan scan_;
   const EmaPlan& plan_;
-  const T* x_;
+  const void* x_;
   EmaStrides xs_;
-  T* y_;
+  void* y_;
   EmaStrides ys_;
   C* final_state_;
   int64_t batch_;
@@ -134,7 +133,8 @@ void run(const EmaShape& shape, const typename Numbers<compute_t<T>>::Parameters
     for (int64_t i = 0; i < n; i++) final_state[i] = parameters.state ? parameters.state[i] : 0;
     return;
   }
-  Forward<T, Numbers>(shape, parameters, x, xs, y, ys, final_state, parallel).run(parallel);
+  const EmaCopies<compute_t<T>>& copies = kernels<EmaTensor<T>>().copies;
+  Forward<compute_t<T>, Numbers>(shape, parameters, copies, x, xs, y, ys, final_state, parallel).run(parallel);
 }
 
 }  // namespace

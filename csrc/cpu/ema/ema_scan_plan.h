@@ -40,10 +40,9 @@ struct EmaPlan {
   bool carried() const { return chunks > 1 && truncation == 0; }
 };
 
-template <typename T, template <typename> typename NumbersOf>
+template <typename C, template <typename> typename NumbersOf>
 class EmaScan {
  public:
-  using C = compute_t<T>;
   using Numbers = NumbersOf<C>;
   using Parameters = typename Numbers::Parameters;
   static constexpr int64_t kBlock = kEmaSteps * kEmaLanes;
@@ -52,9 +51,11 @@ class EmaScan {
   // backward scans u = h / b (in = 1, out = b c), so that one sum of dy u serves the gradients of b and of c.
   enum class Form { states, unit };
 
-  EmaScan(const EmaShape& shape, const Parameters& parameters, Form form, const Parallel& parallel)
+  EmaScan(const EmaShape& shape, const Parameters& parameters, const EmaCopies<C>& copies, Form form,
+          const Parallel& parallel)
       : shape_(shape),
         parameters_(parameters),
+        copies_(copies),
         plan_(shape),
         states_(shape.states),
         rows_(shape.states * Numbers::width * kEmaLanes),
@@ -102,19 +103,17 @@ class EmaScan {
   int64_t ordered(int64_t k, bool backwards) const { return backwards ? plan_.chunks - 1 - k : k; }
 
   // Copies steps of a tensor into a buffer, in the scan's order.
-  void load(const T* p, const EmaStrides& strides, int64_t tile, int64_t b, int64_t tau, int64_t steps, bool backwards,
-            bool masked, C* buffer) const {
+  void load(const void* tensor, const EmaStrides& strides, int64_t tile, int64_t b, int64_t tau, int64_t steps,
+            bool backwards, bool masked, C* buffer) const {
     const int64_t t = time(tau, backwards), sign = backwards ? -1 : 1;
     const uint8_t* mask = masked && parameters_.mask ? parameters_.mask + b * plan_.length + t : nullptr;
-    kernels<EmaTile<T>>().load(p + t * strides.time + b * strides.batch + tile * kEmaLanes * strides.channel,
-                               sign * strides.time, strides.channel, mask, sign, steps, channels(tile), lanes(tile),
-                               buffer);
+    copies_.load(tensor, t * strides.time + b * strides.batch + tile * kEmaLanes * strides.channel, sign * strides.time,
+                 strides.channel, mask, sign, steps, channels(tile), lanes(tile), buffer);
   }
-  void store(const C* buffer, T* p, const EmaStrides& strides, int64_t tile, int64_t b, int64_t tau, int64_t steps,
-             bool backwards) const {
-    kernels<EmaTile<T>>().store(
-        buffer, p + time(tau, backwards) * strides.time + b * strides.batch + tile * kEmaLanes * strides.channel,
-        backwards ? -strides.time : strides.time, strides.channel, steps, channels(tile));
+  void store(const C* buffer, void* tensor, const EmaStrides& strides, int64_t tile, int64_t b, int64_t tau,
+             int64_t steps, bool backwards) const {
+    const int64_t at = time(tau, backwards) * strides.time + b * strides.batch + tile * kEmaLanes * strides.channel;
+    copies_.store(buffer, tensor, at, backwards ? -strides.time : strides.time, strides.channel, steps, channels(tile));
   }
   // Does the same with rows [64] of C that lie in the order of time, the first being that of time `origin`.
   void load_rows(const C* rows, int64_t origin, int64_t tau, int64_t steps, bool backwards, C* buffer) const {
@@ -253,6 +252,7 @@ class EmaScan {
 
   EmaShape shape_;
   Parameters parameters_;
+  const EmaCopies<C>& copies_;
   EmaPlan plan_;
   int64_t states_, rows_;
   bool unit_;

@@ -47,7 +47,8 @@ template <typename T>
 void run(const EmaShape& shape, const EmaParameters<compute_t<T>>& p, const T* x, EmaStrides xs, T* y, EmaStrides ys,
          compute_t<T>* final_state) {
   using C = compute_t<T>;
-  const EmaTile<T>& tile = kernels<EmaTile<T>>();
+  const EmaTile<C>& tile = kernels<EmaTile<C>>();
+  const EmaCopies<C>& copies = kernels<EmaTensor<T>>().copies;
   const auto step = shape.states == 4 ? channels_of<4, C> : shape.states == 1 ? channels_of<1, C> : channels_of<0, C>;
   alignas(64) C q[kValues], b[kValues], c[kValues], before[kValues], after[kValues];
   alignas(64) C plain[kValues], masked[kValues], out[kValues];
@@ -61,7 +62,7 @@ void run(const EmaShape& shape, const EmaParameters<compute_t<T>>& p, const T* x
       const int64_t state = row * shape.channels * states + at;
       for (int64_t j = 0; j < channels; j += kEmaLanes) {
         const int64_t m = std::min(kEmaLanes, channels - j);
-        tile.load(x + row * xs.batch + (first + j) * xs.channel, xs.time, xs.channel, nullptr, 0, 1, m, m, plain + j);
+        copies.load(x, row * xs.batch + (first + j) * xs.channel, xs.time, xs.channel, nullptr, 0, 1, m, m, plain + j);
       }
       const C* in = plain;
       if (p.mask && p.mask[row]) std::fill(masked, masked + channels, C(0)), in = masked;
@@ -71,7 +72,7 @@ void run(const EmaShape& shape, const EmaParameters<compute_t<T>>& p, const T* x
       for (int64_t j = 0; j < channels; j += kEmaLanes) {
         const int64_t m = std::min(kEmaLanes, channels - j);
         tile.activate(out + j, plain + j, p.residual ? p.residual + first + j : nullptr, shape.activation, 1, m);
-        tile.store(out + j, y + row * ys.batch + (first + j) * ys.channel, ys.time, ys.channel, 1, m);
+        copies.store(out + j, y, row * ys.batch + (first + j) * ys.channel, ys.time, ys.channel, 1, m);
       }
     }
   }

@@ -11,14 +11,25 @@ namespace fastasr::cpu {
 
 enum class EmaActivation : int { identity, silu, relu, tanh, gelu };
 
-// Rows of a buffer are kEmaLanes apart.
-template <typename T>
-struct EmaTile {
-  using C = compute_t<T>;
+// Copies of a tensor of one dtype. With p the tensor's element `at`:
+template <typename C>
+struct EmaCopies {
   // buffer[s][j] = p[s step + j channel] for j < channels, 0 up to lanes and where mask[s mask_step] is set.
-  void (*load)(const T* p, int64_t step, int64_t channel, const uint8_t* mask, int64_t mask_step, int64_t steps,
-               int64_t channels, int64_t lanes, C* buffer);
-  void (*store)(const C* buffer, T* p, int64_t step, int64_t channel, int64_t steps, int64_t channels);
+  void (*load)(const void* tensor, int64_t at, int64_t step, int64_t channel, const uint8_t* mask, int64_t mask_step,
+               int64_t steps, int64_t channels, int64_t lanes, C* buffer);
+  void (*store)(const C* buffer, void* tensor, int64_t at, int64_t step, int64_t channel, int64_t steps,
+                int64_t channels);
+};
+
+// The copies of each dtype. Scans take them as an argument: they are then compiled for C alone.
+template <typename T>
+struct EmaTensor {
+  EmaCopies<compute_t<T>> copies;
+};
+
+// Rows of a buffer are kEmaLanes apart.
+template <typename C>
+struct EmaTile {
   // z = act(z + residual x)
   void (*activate)(C* z, const C* x, const C* residual, EmaActivation activation, int64_t steps, int64_t lanes);
   // z = dy act'(z + residual x)

@@ -132,9 +132,10 @@ __attribute__((noinline)) void activate_backward_as(C* __restrict z, const C* __
 // --- tensors and buffers
 
 template <typename T>
-void load_rows(const T* __restrict p, int64_t step, int64_t channel, const uint8_t* __restrict mask, int64_t mask_step,
-               int64_t steps, int64_t channels, int64_t lanes, compute_t<T>* __restrict buffer) {
+void load_rows(const void* tensor, int64_t at, int64_t step, int64_t channel, const uint8_t* __restrict mask,
+               int64_t mask_step, int64_t steps, int64_t channels, int64_t lanes, compute_t<T>* __restrict buffer) {
   using C = compute_t<T>;
+  const T* __restrict p = static_cast<const T*>(tensor) + at;
   if (channel == 1) {
     for (int64_t s = 0; s < steps; s++) {
       const T* __restrict row = p + s * step;
@@ -162,8 +163,9 @@ void load_rows(const T* __restrict p, int64_t step, int64_t channel, const uint8
 }
 
 template <typename T>
-void store_rows(const compute_t<T>* __restrict buffer, T* __restrict p, int64_t step, int64_t channel, int64_t steps,
-                int64_t channels) {
+void store_rows(const compute_t<T>* __restrict buffer, void* tensor, int64_t at, int64_t step, int64_t channel,
+                int64_t steps, int64_t channels) {
+  T* __restrict p = static_cast<T*>(tensor) + at;
   if (channel == 1) {
     for (int64_t s = 0; s < steps; s++) {
       T* __restrict row = p + s * step;
@@ -296,10 +298,9 @@ void activate_backward(C* z, const C* x, const C* residual, const C* dy, EmaActi
 
 }  // namespace
 
-FASTASR_KERNELS(EmaTile, .load = load_rows<T>, .store = store_rows<T>, .activate = activate<compute_t<T>>,
-                .activate_backward = activate_backward<compute_t<T>>, .finish_gradient = finish_gradient<compute_t<T>>,
-                .add_products = add_products<compute_t<T>>, .fold = fold<compute_t<T>>,
-                .coefficients = coefficients<compute_t<T>>,
-                .coefficients_backward = coefficients_backward<compute_t<T>>)
+FASTASR_KERNELS(EmaTensor, .copies = {.load = load_rows<T>, .store = store_rows<T>})
+FASTASR_KERNELS_COMPUTE(EmaTile, .activate = activate<T>, .activate_backward = activate_backward<T>,
+                        .finish_gradient = finish_gradient<T>, .add_products = add_products<T>, .fold = fold<T>,
+                        .coefficients = coefficients<T>, .coefficients_backward = coefficients_backward<T>)
 
 }  // namespace fastasr::cpu

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings/dispatch.h"
+
+#include <cstring>
+#include <stdexcept>
+
+namespace fastasr {
+
+void decline(const char* op, std::initializer_list<Piece> reason) {
+  std::string text = std::string("fastasr, ") + op + ": ";
+  for (const Piece& piece : reason) text += piece.text();
+  throw std::runtime_error(text);
+}
+
+void out_of_memory(size_t bytes) {
+  throw std::runtime_error("fastasr: no memory for " + std::to_string(bytes) + " bytes");
+}
+
+Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int64_t* strides) {
+  int32_t dtype, device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+static Tensor new_contiguous(const Tensor& t, int64_t dim, const int64_t* sizes) {
+  std::vector<int64_t> strides(static_cast<size_t>(dim));
+  int64_t stride = 1;
+  for (int64_t d = dim - 1; d >= 0; d--) strides[d] = stride, stride *= std::max<int64_t>(1, sizes[d]);
+  return new_strided(t, dim, sizes, strides.data());
+}
+
+Tensor new_contiguous(const Tensor& t, std::initializer_list<int64_t> sizes) {
+  return new_contiguous(t, static_cast<int64_t>(sizes.size()), sizes.begin());
+}
+
+Tensor new_contiguous(const Tensor& t) { return new_contiguous(t, t.dim(), t.sizes().data()); }
+
+Tensor new_like(const Tensor& t) { return new_strided(t, t.dim(), t.sizes().data(), t.strides().data()); }
+
+Tensor new_without_elements(const Tensor& t) { return new_contiguous(t, {0}); }
+
+int64_t row_stride(const Tensor& t, const char* op, const char* name) {
+  const int64_t last = t.dim() - 1;
+  // the row's stride, and the one that a dimension to the left must have to continue the rows
+  int64_t stride = 0, next = -1;
+  bool ok = t.size(last) <= 1 || t.stride(last) == 1;
+  for (int64_t d = last - 1; d >= 0; d--) {
+    if (t.size(d) == 1) continue;
+    if (next < 0) stride = next = t.stride(d);
+    ok = ok && t.stride(d) == next;
+    next *= t.size(d);
+  }
+  check(ok || t.numel() == 0, op, "the rows of ", name, " are not evenly spaced");
+  return stride;
+}
+
+bool has_sizes(const Tensor& t, std::initializer_list<int64_t> sizes) {
+  return t.dim() == static_cast<int64_t>(sizes.size()) && std::equal(sizes.begin(), sizes.end(), t.sizes().data());
+}
+
+bool is_dense(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes) {
+  return t.scalar_type() == dtype && t.is_contiguous() && has_sizes(t, sizes);
+}
+
+void check_like(const Tensor& t, const Tensor& reference, const char* op, const char* name) {
+  check(t.scalar_type() == reference.scalar_type(), op, name, " has another dtype");
+  check(t.is_contiguous(), op, name, " is not contiguous");
+}
+
+void check_same_size(const Tensor& t, const Tensor& reference, const char* op, const char* name) {
+  check_like(t, reference, op, name);
+  check(t.numel() == reference.numel(), op, name, " has another number of elements");
+}
+
+void parallel_range(int64_t n, int64_t grain, RangeFunction f) {
+  if (n > grain)
+    torch::stable::parallel_for(0, n, grain, f);
+  else if (n > 0)
+    f(0, n);
+}
+
+void define(Library& library, std::initializer_list<Operator> operators) {
+  for (const Operator& o : operators) library.def(o.schema);
+}
+
+void implement(Library& library, std::initializer_list<Operator> operators) {
+  for (const Operator& o : operators) library.impl(std::string(o.schema, std::strcspn(o.schema, "(")).c_str(), o.boxed);
+}
+
+}  // namespace fastasr
