@@ -10,6 +10,9 @@ import torch
 
 import fastasr
 from fastasr import ops
+from fastasr.ops._dispatch import FAMILIES
+from fastasr.testing import Make, tables
+from fastasr.testing.table import flat, floating
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,109 +20,36 @@ pytestmark = [
 ]
 
 
-def _calls(dtype=torch.float32):
-    """Yields (name, function, tensors) for every op with a GPU kernel."""
-    make = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype)  # noqa: E731
-    x, other, bias = make(60, 4, 192), make(60, 4, 192), make(192)
-    return [
-        ("swoosh_l", ops.swoosh_l, (x,)),
-        ("swoosh_r", ops.swoosh_r, (x,)),
-        ("bias_norm", ops.bias_norm, (x, bias, make(()))),
-        ("bypass", ops.bypass, (other, x, bias)),
-        ("bypass per sequence", ops.bypass, (other, x, make(4, 192))),
-        ("swoosh_linear", ops.swoosh_linear, (x, make(32, 192), make(32))),
-        ("ema_scan", partial(ops.ema_scan, activation="silu"), (x, *(make(192, 4) for _ in range(4)), bias)),
-        ("ema_scan, one step", ops.ema_scan, (x[:1], *(make(192, 4) for _ in range(4)), bias)),
-        (
-            "complex_ema_scan",
-            partial(ops.complex_ema_scan, activation="silu"),
-            (x, make(192, 4), make(192, 4), make(192), make(192, 4, 2), bias),
-        ),
-        (
-            "gated_residual_norm",
-            ops.gated_residual_norm,
-            (other, x, make(60, 4, 192), x * 2, bias, make(192)),
-        ),
-        ("residual_norm", ops.residual_norm, (other, x, bias, make(192))),
-        (
-            "depthwise_conv2d",
-            partial(ops.depthwise_conv2d, padding=(3, 3)),
-            (make(2, 60, 19, 64), make(64, 1, 7, 7), make(64)),
-        ),
-        (
-            "depthwise_conv_residual",
-            ops.depthwise_conv_residual,
-            (make(2, 60, 64), make(64, 1, 3), make(64)),
-        ),
-        ("linear_activation", ops.linear_activation, (make(60, 4, 64), make(96, 64), make(96))),
-        ("gated_depthwise_conv", ops.gated_depthwise_conv, (x, make(96, 1, 7), make(96))),
-        (
-            "gated_depthwise_conv, chunks",
-            partial(ops.gated_depthwise_conv, chunk_size=16),
-            (x, make(96, 1, 7), make(96), make(96, 1, 4), make(96), make(2, 96, 7)),
-        ),
-        (
-            "conv_spatial_gate",
-            partial(ops.conv_spatial_gate, activation="silu"),
-            (x, make(96), make(96), make(96, 1, 7), make(96)),
-        ),
-        (
-            "layer_norm_lstm",
-            lambda *tensors: ops.layer_norm_lstm(*tensors)[0],
-            (x, make(384, 192), make(384, 96), make(384), make(384), bias[:96], make(96)),
-        ),
-        (
-            "toeplitz_attention",
-            ops.toeplitz_attention,
-            (make(60, 4, 64), x, other, make(2, 64), make(2, 64), make(119)),
-        ),
-        (
-            "zipformer_attention_weights",
-            lambda x, pos: ops.zipformer_attention_weights(x, pos, 3, 8, chunk_size=16),
-            (make(60, 2, 60), make(1, 119, 12)),
-        ),
-        (
-            "zipformer_attention",
-            lambda x, pos, value: ops.zipformer_attention(x, pos, value, 3, 8, chunk_size=16),
-            (make(60, 2, 60), make(1, 119, 12), make(60, 2, 15)),
-        ),
-        (
-            "rel_attention",
-            ops.rel_attention,
-            (*[make(2, 60, 3, 16) for _ in range(3)], make(119, 3, 16), make(3, 16), make(3, 16)),
-        ),
-        (
-            "segment_attention",
-            lambda *tensors: ops.segment_attention(
-                *tensors,
-                num_heads=3,
-                frames=60,
-                segment_length=16,
-                left_context_length=30,
-                right_context_length=4,
-            ),
-            (make(76, 2, 48), make(76, 2, 48), make(76, 2, 48)),
-        ),
-        ("rnnt_joiner", _joiner, (make(2, 30, 192), make(2, 9, 192), make(70, 192), make(70))),
-        ("rnnt_lattice", ops.rnnt_lattice, (make(4, 20, 61), make(4, 21, 60))),
-        ("rnnt_pruned_lattice", _pruned_lattice, (make(4, 60, 5), make(4, 60, 5))),
-    ]
+SAMPLES = [
+    pytest.param(table, sample, id=f"{name}-{sample.name}".replace(" ", "_"))
+    for name, table in tables().items()
+    if any(
+        {"cuda", "triton"} & {i.backend for i in f.implementations}
+        for f in FAMILIES.values()
+        if name in f.ops
+    )
+    for sample in table.thorough
+    if not sample.arguments(Make()).get("training")  # every call draws another dropout mask
+]
+on_samples = pytest.mark.parametrize(("table", "sample"), SAMPLES)
 
 
-def _pruned_lattice(*tensors: torch.Tensor) -> torch.Tensor:
-    starts = (torch.arange(60, device="cuda") // 4).expand(4, 60)
-    return ops.rnnt_pruned_lattice(*tensors, starts)
+def _call(table, sample, dtype=torch.float32, device="cuda"):
+    """Returns the call as a function of its floating tensors, and these on the device."""
+    arguments = sample.arguments(Make(dtype))
+    tensors = floating(arguments)
+
+    def function(*values):
+        where = values[0].device
+        rest = {name: v.to(where) if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
+        return flat(table.function(**rest | dict(zip(tensors, values, strict=True))))
+
+    return function, tuple(t.to(device) for t in tensors.values())
 
 
-def _joiner(*tensors: torch.Tensor) -> torch.Tensor:
-    symbols = torch.ones(2, 8, dtype=torch.int64, device="cuda")
-    starts = torch.zeros(2, 30, dtype=torch.int64, device="cuda")
-    return torch.stack(ops.rnnt_joiner(*tensors, symbols, starts, s_range=5, termination_symbol=0))
-
-
-@pytest.mark.parametrize("index", range(26))
-def test_capture_in_a_graph(index):
-    name, function, tensors = _calls()[index]
+@on_samples
+def test_capture_in_a_graph(table, sample):
+    function, tensors = _call(table, sample)
     tensors = tuple(t.requires_grad_() for t in tensors)
 
     def step():
@@ -140,12 +70,12 @@ def test_capture_in_a_graph(index):
     graph.replay()
     torch.cuda.synchronize()
     for a, b in zip(captured, expected, strict=True):
-        assert torch.equal(a, b), name
+        assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("index", range(26))
-def test_no_wait_for_the_device(index):
-    _, function, tensors = _calls()[index]
+@on_samples
+def test_no_wait_for_the_device(table, sample):
+    function, tensors = _call(table, sample)
     tensors = tuple(t.requires_grad_() for t in tensors)
     function(*tensors).sum().backward()  # compile first
     torch.cuda.set_sync_debug_mode("error")
@@ -155,9 +85,9 @@ def test_no_wait_for_the_device(index):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("index", range(26))
-def test_on_a_stream_of_its_own(index):
-    name, function, tensors = _calls(torch.bfloat16)[index]
+@on_samples
+def test_on_a_stream_of_its_own(table, sample):
+    function, tensors = _call(table, sample, torch.bfloat16)
     expected = function(*tensors)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -166,16 +96,16 @@ def test_on_a_stream_of_its_own(index):
         delayed = tensors[0] + 0
         y = function(delayed, *tensors[1:])
     stream.synchronize()
-    assert torch.equal(y, expected), name
+    assert torch.equal(y, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("index", range(26))
-def test_on_the_tensors_device(index):
-    name, function, tensors = _calls()[index]
+@on_samples
+def test_on_the_tensors_device(table, sample):
+    function, tensors = _call(table, sample)
     y = function(*(t.to("cuda:1") for t in tensors))
     assert y.device == torch.device("cuda:1")
-    torch.testing.assert_close(y.cpu(), function(*tensors).cpu(), msg=name)
+    torch.testing.assert_close(y.cpu(), function(*tensors).cpu())
 
 
 @pytest.mark.parametrize("op", ["swoosh_l", "bias_norm", "bypass"])
