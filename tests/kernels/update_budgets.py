@@ -1,20 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles every kernel configuration ahead of time for sm_80 and sm_90 and measures what the compiler made of it.
+"""Compiles kernel configurations ahead of time, measures what the compiler made of them, and writes budgets.toml.
 
-    python tests/kernels/update_budgets.py             measures, rewrites this Triton's section of budgets.toml
+    python tests/kernels/update_budgets.py             rows whose hash has changed, and new ones
+    python tests/kernels/update_budgets.py --all       every row of this Triton's section
     python tests/kernels/update_budgets.py --op swoosh only the configurations of an op; other rows stay
-    python tests/kernels/update_budgets.py --json 80   measures, prints JSON
+    python tests/kernels/update_budgets.py --json      prints hashes, and the measures of changed rows and of a random
+                                                       twentieth (--seed), or of all rows (--all)
 
 No GPU is needed: Triton's wheel ships ptxas and cuobjdump. Measured per configuration:
 
     registers      per thread            spills        bytes of stack or local memory per thread
     shared         bytes per program     instructions  of the whole program, in SASS
     wide, narrow   global loads and stores of 128 bits, and of fewer, in PTX
+
+The hash is that of all that decides them: the kernel's code and that of what it calls, without comments, its signature,
+constants and options, the architecture and Triton's version.
 """
 
 import argparse
+import ast
+import hashlib
 import json
 import os
+import random
 import re
 import struct
 import subprocess
@@ -22,23 +30,33 @@ import sys
 import tempfile
 import tomllib
 import warnings
-from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported, which follows
 
 import triton
-from configurations import ARCHITECTURES, Configuration, configurations
+from configurations import Configuration, configurations
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import JITFunction
 
 BUDGETS = Path(__file__).with_name("budgets.toml")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MEASURES = ("registers", "spills", "shared", "wide", "narrow", "instructions")
 
 
-def compiled(configuration: Configuration, architecture: int):
-    """Compiles the kernel for ``sm_<architecture>`` with every pointer aligned to 16 bytes."""
+@cache
+def _strip_comments() -> None:
+    """Leaves comments and places in their files out of the hashes of kernels."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("fastasr.kernels.")]
+    for function in {f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)}:
+        function._unsafe_update_src(ast.unparse(ast.parse(function.src)))
+        function.starting_line_number = 1
+
+
+def _source(configuration: Configuration) -> tuple[ASTSource, dict]:
+    """Returns the kernel as the compiler takes it, with every pointer aligned to 16 bytes, and its options."""
     names = configuration.kernel.arg_names
     signature = {
         name: "constexpr"
@@ -55,12 +73,24 @@ def compiled(configuration: Configuration, architecture: int):
         configuration.kernel,
         signature,
         constexprs={(names.index(n),): v for n, v in configuration.constants.items() if n in names},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in sorted(aligned)},
     )
-    target = GPUTarget("cuda", architecture, 32)
     options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
-    options["maxnreg"] = configuration.most_registers
-    return triton.compile(source, target=target, options=options)
+    return source, options | {"maxnreg": configuration.most_registers}
+
+
+def fingerprint(configuration: Configuration, architecture: int) -> str:
+    """Returns the hash of all that decides what the compiler makes of the configuration."""
+    _strip_comments()
+    source, options = _source(configuration)
+    parts = source.hash(), configuration.kernel.arg_names, options, architecture, triton.__version__
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def compiled(configuration: Configuration, architecture: int):
+    """Compiles the kernel for ``sm_<architecture>``."""
+    source, options = _source(configuration)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 def _resource_usage(cubin: bytes) -> str:
@@ -122,28 +152,24 @@ def compilations() -> dict[str, tuple[Configuration, int]]:
     }
 
 
-def measure_all(only: Sequence[int] = ARCHITECTURES, op: str | None = None) -> dict[str, dict[str, int]]:
-    """Measures one op's kernels or all, and returns the measures by "name, sm_NN"."""
-    return {
-        name: measure(configuration, architecture)
-        for name, (configuration, architecture) in compilations().items()
-        if architecture in only and (op is None or name.split()[0] == op)
-    }
+def budgets() -> dict[str, dict]:
+    """Returns the rows of this Triton's section."""
+    return tomllib.loads(BUDGETS.read_text()).get(f"triton {triton_series()}", {})
 
 
-def write(measured: dict[str, dict[str, int]]) -> None:
+def write(measured: dict[str, dict]) -> None:
     """Puts the measures into this Triton's section of budgets.toml, and drops the rows of configurations that no longer
     exist; the head of the file and other sections stay.
     """
-    series = f"triton {triton_series()}"
-    section = f'["{series}"]'
-    known = tomllib.loads(BUDGETS.read_text()).get(series, {}) | measured
+    section = f'["triton {triton_series()}"]'
+    known = budgets() | measured
     rows = {name: known[name] for name in compilations() if name in known}
     width = max(map(len, rows)) + 2
     lines = [section]
     for name, values in rows.items():
-        body = ", ".join(f"{key} = {values[key]:>{4 if key != 'spills' else 1}}" for key in MEASURES)
-        lines.append(f"{json.dumps(name):<{width}} = {{ {body} }}")
+        cells = [f"{key} = {values[key]:>{4 if key != 'spills' else 1}}" for key in MEASURES]
+        cells += [f'hash = "{values["hash"]}"'] if "hash" in values else []
+        lines.append(f"{json.dumps(name):<{width}} = {{ {', '.join(cells)} }}")
     head, *sections = re.split(r"^(?=\[)", BUDGETS.read_text(), flags=re.MULTILINE)
     kept = [s.strip() for s in sections if not s.startswith(section)]
     BUDGETS.write_text("\n\n".join([head.strip(), *sorted([*kept, "\n".join(lines)])]) + "\n")
@@ -151,27 +177,31 @@ def write(measured: dict[str, dict[str, int]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--json",
-        type=int,
-        nargs="+",
-        metavar="NN",
-        choices=ARCHITECTURES,
-        help="print the measures for these sm_NN instead of writing budgets.toml",
-    )
-    parser.add_argument(
-        "--op", metavar="NAME", help="only the configurations whose name begins with this word"
-    )
+    parser.add_argument("--all", action="store_true", help="rows of known hash too")
+    parser.add_argument("--op", metavar="NAME", help="only configurations whose name begins with this word")
+    parser.add_argument("--json", action="store_true", help="print instead of writing budgets.toml")
+    parser.add_argument("--seed", help="with --json: compile a twentieth of the rows of known hash too")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    measured = measure_all(arguments.json or ARCHITECTURES, arguments.op)
-    if not measured:
+    chosen = {
+        name: (fingerprint(*compilation), compilation)
+        for name, compilation in compilations().items()
+        if arguments.op in (None, name.split()[0])
+    }
+    if not chosen:
         parser.error(f"no configuration of {arguments.op}")
+    known, draw = budgets(), random.Random(arguments.seed)
+    measured = {}
+    for name, (hash_, compilation) in chosen.items():
+        sampled = arguments.seed is not None and draw.random() < 0.05
+        if arguments.all or sampled or known.get(name, {}).get("hash") != hash_:
+            measured[name] = measure(*compilation) | {"hash": hash_}
     if arguments.json:
-        json.dump({"triton": triton_series(), "measured": measured}, sys.stdout)
+        hashes = {name: hash_ for name, (hash_, _) in chosen.items()}
+        json.dump({"triton": triton_series(), "hashes": hashes, "measured": measured}, sys.stdout)
     else:
         write(measured)
-        print(f"{len(measured)} configurations written to {BUDGETS.name}, section triton {triton_series()}")
+        print(f"{len(measured)} of {len(chosen)} configurations measured for {BUDGETS.name}")
 
 
 if __name__ == "__main__":
