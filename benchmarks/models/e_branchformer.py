@@ -13,8 +13,17 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastasr.benchmarks import upstream
-from fastasr.benchmarks.case import Report, Settings
-from fastasr.benchmarks.models.unit import BOTH, COMPILE, FASTASR, FORWARD, UPSTREAM, measure_unit
+from fastasr.benchmarks.models.unit import (
+    BOTH,
+    COMPILE,
+    FASTASR,
+    FORWARD,
+    UPSTREAM,
+    Run,
+    benchmark,
+    inference,
+    swapped,
+)
 from fastasr.benchmarks.models.zipformer import with_linear
 from fastasr.benchmarks.rows import Row
 from fastasr.models.e_branchformer.positional_encoding import relative_sinusoids
@@ -40,20 +49,15 @@ def layers(size: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     shipped = upstream.module("espnet2.asr.encoder.e_branchformer_encoder").EBranchformerEncoder
     torch.manual_seed(0)
     s = SIZES[size]
-    encoder = shipped(
-        s["width"],
-        s["width"],
-        attention_heads=s["heads"],
-        cgmlp_linear_units=s["cgmlp_linear_units"],
-        cgmlp_conv_kernel=s["kernel"],
-        num_blocks=1,
-        input_layer=None,
-        dropout_rate=0.0,
-        use_ffn=True,
-        macaron_ffn=True,
-        linear_units=s["linear_units"],
-    )
-    shipped = encoder.encoders[0]
+    sizes = {"linear_units": s["linear_units"], "cgmlp_linear_units": s["cgmlp_linear_units"]}
+    sizes |= {
+        "attention_heads": s["heads"],
+        "cgmlp_conv_kernel": s["kernel"],
+        "num_blocks": 1,
+        "dropout_rate": 0.0,
+    }
+    kinds = {"input_layer": None, "use_ffn": True, "macaron_ffn": True}
+    shipped = shipped(s["width"], s["width"], **sizes, **kinds).encoders[0]
     own = EBranchformerLayer(
         s["width"],
         ff_dim=s["linear_units"],
@@ -67,14 +71,6 @@ def layers(size: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     return shipped, own
 
 
-def _forward(layer: Callable, inputs: tuple) -> Callable:
-    def run():
-        with torch.no_grad():
-            return layer(*inputs)
-
-    return run
-
-
 def _both(layer: Callable, parameters: list, x: torch.Tensor, positions, mask) -> Callable:
     x, gradient = x.clone().requires_grad_(), torch.randn_like(x)
 
@@ -86,31 +82,16 @@ def _both(layer: Callable, parameters: list, x: torch.Tensor, positions, mask) -
     return run
 
 
-def measure(
-    *,
-    size: str = "512",
-    batch: int = BATCH,
-    frames: int = FRAMES,
-    settings: Settings | None = None,
-    reps: int | None = None,
-    compile_model: bool = False,
-    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
-    report: Report = lambda _: None,
-) -> Iterator[list[Row]]:
-    """Yields the rows of the layer in both passes. ``compile_model`` adds upstream under torch.compile; ``skip(case,
-    shape, pass)`` leaves a pass out. Raises ``upstream.MissingUpstream``."""
-    import fastasr
-
-    settings = settings or Settings()
+@benchmark(NAME)
+def measure(run: Run, *, size: str = "512", batch: int = BATCH, frames: int = FRAMES) -> Iterator[list[Row]]:
+    """Yields the rows of the layer in both passes. Raises ``upstream.MissingUpstream``."""
     name = shape_name(size, batch, frames)
-    passes = [pass_ for pass_ in (FORWARD, BOTH) if not skip(LAYER, name, pass_)]
+    passes = [pass_ for pass_ in (FORWARD, BOTH) if not run.skip(LAYER, name, pass_)]
     if not passes:
         return
     shipped, own = layers(size)
-    swapped = copy.deepcopy(shipped)
-    fastasr.accelerate(swapped)
-    models = {UPSTREAM: shipped, LINEAR: copy.deepcopy(shipped), FASTASR: swapped, OWN: own}
-    if compile_model:
+    models = {UPSTREAM: shipped, LINEAR: copy.deepcopy(shipped), FASTASR: swapped(shipped), OWN: own}
+    if run.compile_model:
         models[COMPILE] = copy.deepcopy(shipped)
     generator = torch.Generator().manual_seed(1)
     width = SIZES[size]["width"]
@@ -124,9 +105,9 @@ def measure(
             layer.train(pass_ == BOTH)
             called = torch.compile(layer) if key == COMPILE else layer
             if pass_ == FORWARD:
-                runs[key] = _forward(called, ((x, positions), mask))
+                runs[key] = inference(called, (x, positions), mask)
             else:
                 runs[key] = _both(called, list(layer.parameters()), x, positions, mask)
             if key == LINEAR:
                 runs[key] = with_linear(runs[key])
-        yield measure_unit(NAME, LAYER, pass_, name, runs, settings, reps or settings.reps, report)
+        yield run.unit(LAYER, pass_, name, runs)

@@ -13,8 +13,18 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastasr.benchmarks import upstream
-from fastasr.benchmarks.case import Report, Settings
-from fastasr.benchmarks.models.unit import BOTH, COMPILE, FASTASR, FORWARD, UPSTREAM, measure_unit
+from fastasr.benchmarks.models.unit import (
+    BOTH,
+    COMPILE,
+    FASTASR,
+    FORWARD,
+    UPSTREAM,
+    Run,
+    benchmark,
+    inference,
+    swapped,
+    weighted_step,
+)
 from fastasr.benchmarks.models.zipformer import with_linear
 from fastasr.benchmarks.rows import Row
 
@@ -34,41 +44,23 @@ def encoders(size: str, segment: int, right: int) -> dict[str, torch.nn.Module]:
     """Returns upstream's encoder with random parameters, the swapped one, and fastasr's. Raises
     ``upstream.MissingUpstream``.
     """
-    import fastasr
     from fastasr.models.emformer import Emformer
 
     theirs = upstream.module("torchaudio.models").Emformer
     torch.manual_seed(0)
-    options = SIZES[size] | {
-        "segment_length": segment,
-        "right_context_length": right,
-        "dropout": 0.1,
-        "activation": "gelu",
-        "tanh_on_mem": True,
-    }
+    options = SIZES[size] | {"segment_length": segment, "right_context_length": right}
+    options |= {"dropout": 0.1, "activation": "gelu", "tanh_on_mem": True}
     shipped, own = theirs(**options), Emformer(**options)
     own.load_state_dict(shipped.state_dict())
-    swapped = copy.deepcopy(shipped)
-    fastasr.accelerate(swapped)
-    return {UPSTREAM: shipped, FASTASR: swapped, OWN: own}
+    return {UPSTREAM: shipped, FASTASR: swapped(shipped), OWN: own}
 
 
 def _forward(model: Callable, x: torch.Tensor, lengths: torch.Tensor) -> Callable:
-    def run():
-        with torch.no_grad():
-            return model(x, lengths)[0]
-
-    return run
+    return inference(lambda: model(x, lengths)[0])
 
 
 def _both(model: torch.nn.Module, x: torch.Tensor, lengths: torch.Tensor) -> Callable:
-    weight = torch.randn(x.shape[0], int(lengths.max()), x.shape[2])
-
-    def run():
-        model.zero_grad()
-        (model(x, lengths)[0] * weight).sum().backward()
-
-    return run
+    return weighted_step(model, torch.randn(x.shape[0], int(lengths.max()), x.shape[2]), x, lengths)
 
 
 def _segment(model: torch.nn.Module, x: torch.Tensor, lengths: torch.Tensor) -> Callable:
@@ -78,35 +70,27 @@ def _segment(model: torch.nn.Module, x: torch.Tensor, lengths: torch.Tensor) -> 
         for _ in range(1 + model.left_context_length // model.segment_length):
             _, _, states = model.infer(x, lengths, states)
 
-    def run():
-        with torch.no_grad():
-            return model.infer(x, lengths, [list(layer) for layer in states])[0]
-
-    return run
+    return inference(lambda: model.infer(x, lengths, [list(layer) for layer in states])[0])
 
 
+@benchmark(NAME)
 def measure(
+    run: Run,
     *,
     size: str = "base",
     segments: tuple[tuple[int, int], ...] = SEGMENTS,
     batch: int = BATCH,
     frames: int = FRAMES,
-    settings: Settings | None = None,
-    reps: int | None = None,
-    compile_model: bool = False,
-    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
-    report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
-    """Yields the rows of each segment length: whole utterances in both passes, one segment of a stream.
-    ``compile_model`` adds upstream under torch.compile (minutes of compilation). ``skip(case, shape, pass)`` leaves a
-    unit out. Raises ``upstream.MissingUpstream``."""
-    settings = settings or Settings()
+    """Yields the rows of each segment length: whole utterances in both passes, one segment of a stream. torch.compile
+    takes minutes. Raises ``upstream.MissingUpstream``.
+    """
     width = SIZES[size]["input_dim"]
     for segment, right in segments:
         whole, one = f"{size} {batch}x{frames}", f"{size} 1x{segment}"
         units = [(WHOLE.format(segment, right), pass_, whole) for pass_ in (FORWARD, BOTH)]
         units.append((SEGMENT.format(segment, right), FORWARD, one))
-        units = [unit for unit in units if not skip(unit[0], unit[2], unit[1])]
+        units = [unit for unit in units if not run.skip(unit[0], unit[2], unit[1])]
         if not units:
             continue
         models = encoders(size, segment, right)
@@ -118,6 +102,6 @@ def measure(
             make = _segment if streamed else _both if pass_ == BOTH else _forward
             runs = {key: make(model.train(pass_ == BOTH), x, lengths) for key, model in models.items()}
             runs[LINEAR] = with_linear(runs[UPSTREAM])
-            if compile_model and not streamed and pass_ == FORWARD:
+            if run.compile_model and not streamed and pass_ == FORWARD:
                 runs[COMPILE] = _forward(torch.compile(copy.deepcopy(models[UPSTREAM])), x, lengths)
-            yield measure_unit(NAME, case, pass_, shape, runs, settings, reps or settings.reps, report)
+            yield run.unit(case, pass_, shape, runs)

@@ -7,13 +7,22 @@ GEMM's), upstream under torch.compile, and fastasr's own class with the same par
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from fastasr.benchmarks import upstream
-from fastasr.benchmarks.case import Report, Settings
-from fastasr.benchmarks.models.unit import BOTH, COMPILE, FASTASR, FORWARD, UPSTREAM, measure_unit
+from fastasr.benchmarks.models.unit import (
+    BOTH,
+    COMPILE,
+    FASTASR,
+    FORWARD,
+    UPSTREAM,
+    Run,
+    benchmark,
+    inference,
+    weighted_step,
+)
 from fastasr.benchmarks.models.zipformer import with_linear
 from fastasr.benchmarks.rows import Row
 
@@ -41,41 +50,18 @@ def predictors(size: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     return shipped, own
 
 
-def _step(model: torch.nn.Module, labels: torch.Tensor, lengths: torch.Tensor, state) -> Callable:
-    def run():
-        with torch.no_grad():
-            model(labels, lengths, state)
-
-    return run
-
-
-def _training_step(model: torch.nn.Module, labels: torch.Tensor, lengths: torch.Tensor) -> Callable:
-    weight = torch.randn(*labels.shape, model.linear.out_features)
-
-    def run():
-        model.zero_grad()
-        (model(labels, lengths)[0] * weight).sum().backward()
-
-    return run
-
-
+@benchmark(NAME)
 def measure(
+    run: Run,
     *,
     size: str = "base",
     sequences: tuple[tuple[int, int], ...] = SEQUENCES,
     steps: tuple[int, ...] = STEPS,
-    settings: Settings | None = None,
-    reps: int | None = None,
-    compile_model: bool = True,
-    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
-    report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
-    """Yields the rows of each case and pass. ``skip(case, shape, pass)`` leaves a unit out. Raises
-    ``upstream.MissingUpstream``."""
-    settings = settings or Settings()
+    """Yields the rows of each case and pass. Raises ``upstream.MissingUpstream``."""
     units = [(PREDICTOR, *shape, pass_) for shape in sequences for pass_ in (FORWARD, BOTH)]
     units += [(STEP, batch, 1, FORWARD) for batch in steps]
-    units = [u for u in units if not skip(u[0], f"{size} {u[1]}x{u[2]}", u[3])]
+    units = [u for u in units if not run.skip(u[0], f"{size} {u[1]}x{u[2]}", u[3])]
     if not units:
         return
     shipped, own = predictors(size)
@@ -87,21 +73,12 @@ def measure(
             model.train(pass_ == BOTH)
             with torch.no_grad():
                 state = model(labels, lengths)[2] if case == STEP else None
-            runs[name] = (
-                _training_step(model, labels, lengths)
-                if pass_ == BOTH
-                else _step(model, labels, lengths, state)
-            )
+            if pass_ == BOTH:
+                weight = torch.randn(*labels.shape, model.linear.out_features)
+                runs[name] = weighted_step(model, weight, labels, lengths)
+            else:
+                runs[name] = inference(model, labels, lengths, state)
         runs = {UPSTREAM: runs[UPSTREAM], LINEAR: with_linear(runs[UPSTREAM]), FASTASR: runs[FASTASR]}
-        if compile_model and case == STEP:  # a loop over 50 labels compiles for minutes
-            runs[COMPILE] = _step(torch.compile(copy.deepcopy(shipped).eval()), labels, lengths, state)
-        yield measure_unit(
-            NAME,
-            case,
-            pass_,
-            f"{size} {batch}x{length}",
-            runs,
-            settings,
-            reps or 2 * settings.reps,
-            report,
-        )
+        if run.compile_model and case == STEP:  # a loop over 50 labels compiles for minutes
+            runs[COMPILE] = inference(torch.compile(copy.deepcopy(shipped).eval()), labels, lengths, state)
+        yield run.unit(case, pass_, f"{size} {batch}x{length}", runs, 2 * run.settings.reps)

@@ -12,8 +12,17 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastasr.benchmarks import upstream
-from fastasr.benchmarks.case import Report, Settings
-from fastasr.benchmarks.models.unit import BOTH, COMPILE, FASTASR, FORWARD, UPSTREAM, measure_unit
+from fastasr.benchmarks.models.unit import (
+    BOTH,
+    COMPILE,
+    FASTASR,
+    FORWARD,
+    UPSTREAM,
+    Run,
+    benchmark,
+    inference,
+    swapped,
+)
 from fastasr.benchmarks.models.zipformer import with_linear
 from fastasr.benchmarks.rows import Row
 
@@ -43,13 +52,6 @@ def decoder(size: str) -> torch.nn.Module:
 def variants(shipped: torch.nn.Module, size: str) -> dict[str, Callable[[], torch.nn.Module]]:
     """Returns functions that make each implementation's model from upstream's."""
 
-    def accelerated():
-        import fastasr
-
-        model = copy.deepcopy(shipped)
-        fastasr.accelerate(model)
-        return model
-
     def own():
         from fastasr.models.mega import MEGADecoder
 
@@ -60,17 +62,9 @@ def variants(shipped: torch.nn.Module, size: str) -> dict[str, Callable[[], torc
     return {
         UPSTREAM: lambda: shipped,
         LINEAR: lambda: copy.deepcopy(shipped),
-        FASTASR: accelerated,
+        FASTASR: lambda: swapped(shipped),
         OWN: own,
     }
-
-
-def _forward(model: Callable, labels: torch.Tensor) -> Callable[[], torch.Tensor]:
-    def run():
-        with torch.no_grad():
-            return model(labels)
-
-    return run
 
 
 def _both(model: Callable, parameters: list, labels: torch.Tensor) -> Callable[[], None]:
@@ -115,34 +109,27 @@ def _step(
     return run
 
 
+@benchmark(NAME)
 def measure(
+    run: Run,
     *,
     size: str = "default",
     batch: int = BATCH,
     length: int = LENGTH,
     histories: tuple[int, ...] = HISTORIES,
-    settings: Settings | None = None,
-    reps: int | None = None,
-    compile_model: bool = False,
-    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
-    report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
-    """Yields the rows of the whole decoder in both passes, then of one step from each history.
-
-    ``compile_model`` adds upstream under torch.compile (minutes of compilation); ``skip(case, shape, pass)`` leaves
-    one out. Raises ``upstream.MissingUpstream``.
+    """Yields the rows of the whole decoder in both passes, then of one step from each history. torch.compile takes
+    minutes. Raises ``upstream.MissingUpstream``.
     """
-    settings = settings or Settings()
-    reps = reps or settings.reps
-    report(f"{NAME}: building upstream's decoder ({size}) and its replacements")
+    run.report(f"{NAME}: building upstream's decoder ({size}) and its replacements")
     shipped = decoder(size)
     models: dict[str, torch.nn.Module] = {}
     for implementation, make in variants(shipped, size).items():
         try:
             models[implementation] = make()
         except Exception as error:  # the other implementations are still worth measuring
-            report(f"{NAME}: {implementation} left out: {type(error).__name__}: {error}")
-    compiled = copy.deepcopy(shipped) if compile_model else None
+            run.report(f"{NAME}: {implementation} left out: {type(error).__name__}: {error}")
+    compiled = copy.deepcopy(shipped) if run.compile_model else None
     labels = torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(2))
     name = shape_name(size, batch, length)
 
@@ -153,7 +140,7 @@ def measure(
             model.train(pass_ == BOTH)
             called = torch.compile(model) if key == COMPILE else model
             if pass_ == FORWARD:
-                runs[key] = _forward(called, labels)
+                runs[key] = inference(called, labels)
             else:
                 runs[key] = _both(called, list(model.parameters()), labels)
             if key == LINEAR:
@@ -170,5 +157,5 @@ def measure(
     units = [(WHOLE, pass_, name, lambda p=pass_: whole(p)) for pass_ in (FORWARD, BOTH)]
     units += [(STEP.format(h), FORWARD, f"{size} 1x1", lambda h=h: step(h)) for h in histories]
     for case, pass_, shape, make in units:
-        if not skip(case, shape, pass_):
-            yield measure_unit(NAME, case, pass_, shape, make(), settings, reps, report)
+        if not run.skip(case, shape, pass_):
+            yield run.unit(case, pass_, shape, make())

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastasr.benchmarks import limits, upstream
-from fastasr.benchmarks.case import Report, Settings
 from fastasr.benchmarks.harness import LoadMeter, Variant, interleave
-from fastasr.benchmarks.models.unit import COMPILE, FASTASR, FORWARD, UPSTREAM, measured_rows
+from fastasr.benchmarks.models.unit import COMPILE, FASTASR, FORWARD, UPSTREAM, Run, benchmark, measured_rows
 from fastasr.benchmarks.rows import Row
 
 NAME = "mega_step"
@@ -79,34 +78,31 @@ def _variant(decoder: torch.nn.Module, step: Callable, batch: int, history: int)
     return Variant(one, prepare=before)
 
 
+@benchmark(NAME)
 def measure(
+    run: Run,
     *,
     size: str = "default",
     histories: tuple[int, ...] = HISTORIES,
     batches: tuple[int, ...] = BATCHES,
-    settings: Settings | None = None,
-    reps: int | None = None,
-    compile_model: bool = False,
-    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
-    report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
-    """Yields the rows of each batch size and history. ``skip(case, shape, pass)`` leaves a unit out. Raises
-    ``upstream.MissingUpstream``.
-    """
-    settings = settings or Settings()
-    todo = [unit for unit in cases(histories, batches) if not skip(*unit[:2], FORWARD)]
+    """Yields the rows of each batch size and history. Raises ``upstream.MissingUpstream``."""
+    todo = [unit for unit in cases(histories, batches) if not run.skip(*unit[:2], FORWARD)]
     if not todo:
         return
     theirs, ours = decoders(size)
     steps = {UPSTREAM: (theirs, theirs.inference), FASTASR: (ours, ours.inference)}
-    if compile_model:
+    if run.compile_model:
         steps[COMPILE] = (theirs, torch.compile(copy.deepcopy(theirs).inference))
     for case, shape, history, batch in todo:
-        report(f"{NAME}: {shape}, {case}")
+        run.report(f"{NAME}: {shape}, {case}")
         variants = {name: _variant(*pair, batch, history) for name, pair in steps.items()}
         load = LoadMeter()
         timings = interleave(
-            variants, reps=reps or 2 * settings.reps, warmup=3, sample_seconds=settings.sample_seconds
+            variants,
+            reps=run.reps or 2 * run.settings.reps,
+            warmup=3,
+            sample_seconds=run.settings.sample_seconds,
         )
         other = load.other_cores()
         moved, flops = cost(theirs, batch, history)
@@ -118,7 +114,7 @@ def measure(
         yield measured_rows(
             timings,
             variants,
-            memory=settings.memory,
+            memory=run.settings.memory,
             name=NAME,
             case=case,
             shape=shape,

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fastasr import rnnt
 from fastasr.benchmarks import limits, upstream
-from fastasr.benchmarks.case import BOTH, Report, Settings
+from fastasr.benchmarks.case import BOTH, Report
 from fastasr.benchmarks.harness import LoadMeter, Variant, interleave
-from fastasr.benchmarks.models.unit import COMPILE, FASTASR, UPSTREAM, measured_rows
+from fastasr.benchmarks.models.unit import COMPILE, FASTASR, UPSTREAM, Run, benchmark, measured_rows
 from fastasr.benchmarks.rows import Row
 
 NAME = "pruned_transducer"
@@ -143,34 +143,26 @@ def _calls(
     return {**calls, FASTASR: partial(problem.fused, None, True), AGAIN: partial(problem.fused, False, True)}
 
 
-def measure(
-    *,
-    cases=CASES,
-    settings: Settings | None = None,
-    reps: int | None = None,
-    compile_model: bool = False,
-    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
-    report: Report = lambda _: None,
-) -> Iterator[list[Row]]:
-    """Yields the rows of each case. ``compile_model`` changes nothing: settings.compile measures torch.compile."""
-    settings = settings or Settings()
+@benchmark(NAME)
+def measure(run: Run, *, cases=CASES) -> Iterator[list[Row]]:
+    """Yields the rows of each case; ``settings.compile`` measures torch.compile."""
     for case, *sizes in cases:
         shape = shape_name(*sizes)
-        if skip(case, shape, BOTH):
+        if run.skip(case, shape, BOTH):
             continue
-        report(f"{NAME}: {case}, {shape}")
+        run.report(f"{NAME}: {case}, {shape}")
         problem = _Problem(*sizes)
         leaves = problem.leaves(case == WHOLE)
         variants = {
             name: Variant(lambda call=call, leaves=leaves: torch.autograd.grad(call(), leaves))
-            for name, call in _calls(problem, case, sizes, settings.compile, report).items()
+            for name, call in _calls(problem, case, sizes, run.settings.compile, run.report).items()
         }
         load = LoadMeter()
         timings = interleave(
             variants,
-            reps=(reps or settings.reps) if case == WHOLE else 1,
-            warmup=settings.warmup if case == WHOLE else 1,
-            sample_seconds=settings.sample_seconds if case == WHOLE else 0.0,
+            reps=(run.reps or run.settings.reps) if case == WHOLE else 1,
+            warmup=run.settings.warmup if case == WHOLE else 1,
+            sample_seconds=run.settings.sample_seconds if case == WHOLE else 0.0,
         )
         other = load.other_cores()
         moved, flops = cost(case, *sizes)
@@ -178,7 +170,7 @@ def measure(
         yield measured_rows(
             timings,
             variants,
-            memory=settings.memory or case == PART,
+            memory=run.settings.memory or case == PART,
             name=NAME,
             case=case,
             shape=shape,

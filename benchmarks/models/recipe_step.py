@@ -14,16 +14,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from fastasr.benchmarks import upstream
-from fastasr.benchmarks.case import BOTH, Report, Settings
+from fastasr.benchmarks.case import BOTH, Report
 from fastasr.benchmarks.harness import LoadMeter, Timing, interleave, peak_bytes
 from fastasr.benchmarks.markdown import NONE_YET, conditions
-from fastasr.benchmarks.models.unit import FASTASR, UPSTREAM
+from fastasr.benchmarks.models.unit import FASTASR, UPSTREAM, Run, benchmark
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import duration, units
 
@@ -143,26 +143,17 @@ def _row(implementation: str, timing: Timing, shape: str, peak: int | None, load
     )
 
 
+@benchmark(NAME)
 def measure(
-    *,
-    size: str = "small",
-    durations: tuple[float, ...] = DURATIONS,
-    inner_compile: bool = True,
-    settings: Settings | None = None,
-    reps: int | None = None,
-    compile_model: bool = False,
-    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
-    report: Report = lambda _: None,
+    run: Run, *, size: str = "small", durations: tuple[float, ...] = DURATIONS, inner_compile: bool = True
 ) -> Iterator[list[Row]]:
-    """Yields the rows of a step, one unit per duration of a batch; ``skip(case, shape, pass)`` leaves one out,
-    ``compile_model`` changes nothing. ``inner_compile`` keeps upstream's activations compiled, as shipped. Raises
-    ``upstream.MissingUpstream`` without the package, without fast_rnnt, or without the recordings.
+    """Yields the rows of a step, one unit per duration of a batch. ``inner_compile`` keeps upstream's activations
+    compiled, as shipped. Raises ``upstream.MissingUpstream`` without the package, fast_rnnt or the recordings.
     """
-    settings = settings or Settings()
-    wanted = [d for d in durations if not skip(CASE, shape_name(size, d), BOTH)]
+    wanted = [d for d in durations if not run.skip(CASE, shape_name(size, d), BOTH)]
     if not wanted:
         return
-    speeches = _speech(size, report)
+    speeches = _speech(size, run.report)
     with tempfile.TemporaryDirectory() as name, upstream.activations(compiled=inner_compile):
         folder = Path(name)
         torch.save(speeches, folder / "speech.pt")
@@ -170,11 +161,11 @@ def measure(
             shape = shape_name(size, duration)
             made = {}
             for implementation in OPTIONS:
-                report(f"{NAME}: {shape}: first steps of {implementation}")
+                run.report(f"{NAME}: {shape}: first steps of {implementation}")
                 made[implementation] = Steps(implementation, size, duration, speeches, folder)
                 made[implementation].run()
-            rounds = reps or min(settings.reps, 7)
-            report(f"{NAME}: {shape}: timing {', '.join(made)}, {rounds} rounds")
+            rounds = run.reps or min(run.settings.reps, 7)
+            run.report(f"{NAME}: {shape}: timing {', '.join(made)}, {rounds} rounds")
             load = LoadMeter()
             timings = interleave(
                 {key: steps.run for key, steps in made.items()}, reps=rounds, warmup=1, sample_seconds=0.0
@@ -185,8 +176,8 @@ def measure(
             rows = []
             for implementation, timing in timings.items():
                 peak = None
-                if settings.memory:
-                    report(f"{NAME}: {shape}: peak memory of {implementation} in a fresh process")
+                if run.settings.memory:
+                    run.report(f"{NAME}: {shape}: peak memory of {implementation} in a fresh process")
                     peak = _fresh_peak(implementation, size, duration, folder)
                 per_step = Timing([seconds / count for seconds in timing.samples])
                 rows.append(_row(implementation, per_step, shape, peak, other))

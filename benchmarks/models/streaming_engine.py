@@ -4,14 +4,13 @@ upstream's code: as shipped, scripted and frozen as its exporter writes it, and 
 at a time are measured in the middle of the streams; all implementations use torch's number of threads.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from fastasr.benchmarks import upstream
-from fastasr.benchmarks.case import Report, Settings
 from fastasr.benchmarks.models import streaming_peers
-from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, measure_unit
+from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, Run, benchmark
 from fastasr.benchmarks.models.zipformer_streaming import CHUNKS, LEFT_CONTEXT, PADDING, middle_of_a_stream
 from fastasr.benchmarks.rows import Row
 
@@ -29,22 +28,19 @@ PEERS = {
 QUICK = {"size": "tiny", "chunks": (16,), "streams": (1, 2), "inner_compile": False}
 
 
+@benchmark(NAME)
 def measure(
+    run: Run,
     *,
     size: str = "medium",
     chunks: tuple[int, ...] = CHUNKS,
     streams: tuple[int, ...] = STREAMS,
     inner_compile: bool = True,
-    settings: Settings | None = None,
-    reps: int | None = None,
-    compile_model: bool = False,
-    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
-    report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
-    """Yields the rows of a chunk of each size for each number of streams; ``skip(case, shape, pass)`` leaves one out,
-    ``compile_model`` changes nothing. ``inner_compile`` keeps upstream's activations compiled, as shipped. Raises
-    ``upstream.MissingUpstream``."""
-    settings = settings or Settings()
+    """Yields the rows of a chunk of each size for each number of streams.
+
+    ``inner_compile`` keeps upstream's activations compiled, as shipped. Raises ``upstream.MissingUpstream``.
+    """
     options = {"causal": True, "chunk_size": chunks, "left_context_frames": (LEFT_CONTEXT,)}
     model = upstream.zipformer(size, inner_compile=inner_compile, **options)
     shapes = {
@@ -52,10 +48,10 @@ def measure(
     }
     for chunk in chunks:
         case = CASE.format(chunk)
-        wanted = {count: shape for count, shape in shapes.items() if not skip(case, shape, FORWARD)}
+        wanted = {count: shape for count, shape in shapes.items() if not run.skip(case, shape, FORWARD)}
         if not wanted:
             continue
-        report(f"{NAME}: {case}: scripting, exporting and packing")
+        run.report(f"{NAME}: {case}: scripting, exporting and packing")
         threads = torch.get_num_threads()
         peers = streaming_peers.make(tuple(PEERS.values()), size, chunk, threads, max(wanted))
         for count, shape in wanted.items():
@@ -64,4 +60,4 @@ def measure(
             full = LEFT_CONTEXT // chunk + 1
             runs = {UPSTREAM: middle_of_a_stream(model, chunk, count)}
             runs |= {name: peers[peer].middle(x, full) for name, peer in PEERS.items()}
-            yield measure_unit(NAME, case, FORWARD, shape, runs, settings, reps or settings.reps, report)
+            yield run.unit(case, FORWARD, shape, runs)

@@ -16,9 +16,8 @@ import torch
 
 from fastasr import decoding
 from fastasr.benchmarks import upstream
-from fastasr.benchmarks.case import Report, Settings
 from fastasr.benchmarks.markdown import NONE_YET, conditions
-from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, measure_unit
+from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, Run, benchmark
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import duration, times, units
 from fastasr.streaming import StreamingEncoder, utterance_chunks
@@ -100,32 +99,30 @@ def _engine(model, features: torch.Tensor, chunk: int) -> Callable[[], object]:
     return run
 
 
+@benchmark(NAME)
 def measure(
+    run: Run,
     *,
     size: str = "medium",
     seconds: float = SECONDS,
     chunks: tuple[int, ...] = CHUNKS,
     inner_compile: bool = True,
-    settings: Settings | None = None,
-    reps: int | None = None,
-    compile_model: bool = False,
-    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
-    report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
-    """Yields the rows of each case; ``skip(case, shape, pass)`` leaves one out, ``compile_model`` changes nothing.
-    ``inner_compile`` keeps upstream's activations compiled, as shipped. Raises ``upstream.MissingUpstream``."""
+    """Yields the rows of each case.
+
+    ``inner_compile`` keeps upstream's activations compiled, as shipped. Raises ``upstream.MissingUpstream``.
+    """
     for name in ("onnx", "onnxruntime"):
         upstream.module(name)
-    settings = settings or Settings()
     shape = shape_name(size, seconds)
     features = torch.randn(round(100 * seconds), upstream.BINS, generator=torch.Generator().manual_seed(1))
     with tempfile.TemporaryDirectory() as folder, upstream.activations(compiled=inner_compile):
         for chunk in (None, *chunks):
             cases = (STREAM.format(chunk),) if chunk else (ENCODER, WHOLE)
-            wanted = [case for case in cases if not skip(case, shape, FORWARD)]
+            wanted = [case for case in cases if not run.skip(case, shape, FORWARD)]
             if not wanted:
                 continue
-            report(f"{NAME}: models for {' and '.join(cases)}, and their ONNX files")
+            run.report(f"{NAME}: models for {' and '.join(cases)}, and their ONNX files")
             models = _models(size, chunk, Path(folder))
             for case in wanted:
                 runs = {
@@ -134,7 +131,7 @@ def measure(
                 }
                 if chunk:
                     runs[ENGINE] = _engine(models[FASTASR], features, chunk)
-                yield measure_unit(NAME, case, FORWARD, shape, runs, settings, reps or settings.reps, report)
+                yield run.unit(case, FORWARD, shape, runs)
 
 
 def table(rows: Sequence[Row]) -> str:

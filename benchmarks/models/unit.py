@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Code that benchmarks of whole models share: names of implementations and passes, and the rows of one unit."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import wraps
 from math import prod
 
 import torch
@@ -33,35 +36,91 @@ def _convolution_backward_flops(grad, x, weight, *arguments, out_val=None, **_) 
     return 2 * grad[0] * prod(weight) * prod(grad[2:]) * sum(output_mask[:2])
 
 
-def measure_unit(
-    name: str, case: str, pass_: str, shape: str, runs: dict, settings: Settings, reps: int, report: Report
-) -> list[Row]:
-    """Yields one row per implementation (its call in ``runs``), all of them timed in turns. The floor is that of the
-    products alone, counted in ``runs[UPSTREAM]``.
+@dataclass(frozen=True)
+class Run:
+    """One run of a model's benchmark: its name and how long it measures.
+
+    ``compile_model`` measures upstream under torch.compile too, where that is possible. ``skip(case, shape, pass)``
+    leaves a unit out.
     """
-    for key, run in runs.items():
-        report(f"{name}: {case}, {pass_}: first call of {key}" + (" (compiles)" if key == COMPILE else ""))
-        run()
-    flops = product_flops(runs[UPSTREAM])
-    rate = limits.gemm_flops_per_second("cpu")
-    report(f"{name}: {case}, {pass_}: timing {', '.join(runs)}, {reps} rounds")
-    load = LoadMeter()
-    made = {key: Variant(run) for key, run in runs.items()}
-    timings = interleave(made, reps=reps, warmup=2, sample_seconds=settings.sample_seconds)
-    other = load.other_cores()
-    return measured_rows(
-        timings,
-        made,
-        memory=settings.memory,
-        name=name,
-        case=case,
-        shape=shape,
-        pass_=pass_,
-        load=other,
-        flops=flops,
-        seconds=flops / rate,
-        limit=f"GEMM {rate / 1e9:.0f} GFLOP/s",
-    )
+
+    name: str
+    settings: Settings
+    reps: int | None
+    compile_model: bool
+    skip: Callable[[str, str, str], bool]
+    report: Report
+
+    def unit(self, case: str, pass_: str, shape: str, runs: dict, reps: int | None = None) -> list[Row]:
+        """Returns one row per implementation (its call in ``runs``), all of them timed in turns for ``reps`` rounds,
+        where the run does not say how many. The floor is that of the products alone, counted in ``runs[UPSTREAM]``.
+        """
+        head, reps = f"{self.name}: {case}, {pass_}", self.reps or reps or self.settings.reps
+        for key, run in runs.items():
+            self.report(f"{head}: first call of {key}" + (" (compiles)" if key == COMPILE else ""))
+            run()
+        flops = product_flops(runs[UPSTREAM])
+        rate = limits.gemm_flops_per_second("cpu")
+        self.report(f"{head}: timing {', '.join(runs)}, {reps} rounds")
+        made = {key: Variant(run) for key, run in runs.items()}
+        load = LoadMeter()
+        timings = interleave(made, reps=reps, warmup=2, sample_seconds=self.settings.sample_seconds)
+        fields = {"name": self.name, "case": case, "shape": shape, "pass_": pass_, "load": load.other_cores()}
+        limit = {"flops": flops, "seconds": flops / rate, "limit": f"GEMM {rate / 1e9:.0f} GFLOP/s"}
+        return measured_rows(timings, made, memory=self.settings.memory, **fields, **limit)
+
+
+def benchmark(name: str) -> Callable:
+    """Makes ``measure(*, settings, reps, compile_model, skip, report, **sizes)`` of a function of a ``Run`` and sizes
+    that yields the rows of each unit.
+    """
+
+    def made(function: Callable) -> Callable:
+        @wraps(function)
+        def measure(
+            *,
+            settings: Settings | None = None,
+            reps: int | None = None,
+            compile_model: bool = False,
+            skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
+            report: Report = lambda _: None,
+            **sizes,
+        ) -> Iterator[list[Row]]:
+            run = Run(name, settings or Settings(), reps, compile_model, skip, report)
+            return function(run, **sizes)
+
+        return measure
+
+    return made
+
+
+def swapped(model: torch.nn.Module) -> torch.nn.Module:
+    """Returns a swapped copy."""
+    import fastasr
+
+    model = copy.deepcopy(model)
+    fastasr.accelerate(model)
+    return model
+
+
+def inference(call: Callable, *arguments) -> Callable[[], object]:
+    """Returns a call without gradients."""
+
+    def run():
+        with torch.no_grad():
+            return call(*arguments)
+
+    return run
+
+
+def weighted_step(model: torch.nn.Module, weight: torch.Tensor, *inputs: torch.Tensor) -> Callable[[], None]:
+    """Returns a forward and a backward pass of the weighted sum of the model's first output."""
+
+    def run():
+        model.zero_grad()
+        (model(*inputs)[0] * weight).sum().backward()
+
+    return run
 
 
 def measured_rows(

@@ -5,15 +5,19 @@ It measures inference of a batch of 4 of 16 s, and a training step of 4 of 8 s, 
 numbers.
 """
 
-import copy
-from collections.abc import Callable, Iterator
-from functools import partial
-
-import torch
+from collections.abc import Iterator
 
 from fastasr.benchmarks import upstream
-from fastasr.benchmarks.case import Report, Settings
-from fastasr.benchmarks.models.unit import BOTH, FASTASR, FORWARD, UPSTREAM, measure_unit
+from fastasr.benchmarks.models.unit import (
+    BOTH,
+    FASTASR,
+    FORWARD,
+    UPSTREAM,
+    Run,
+    benchmark,
+    inference,
+    swapped,
+)
 from fastasr.benchmarks.models.zipformer import shape_name
 from fastasr.benchmarks.models.zipformer_training import training_step
 from fastasr.benchmarks.rows import Row
@@ -24,42 +28,29 @@ BATCH, FRAMES, TRAINING_FRAMES = 4, 1600, 800
 QUICK = {"size": "tiny", "batch": 2, "frames": 200, "training_frames": 100, "inner_compile": False}
 
 
-@torch.no_grad()
-def _forward(module: torch.nn.Module, inputs: tuple) -> torch.Tensor:
-    return module(*inputs)[0]
-
-
+@benchmark(NAME)
 def measure(
+    run: Run,
     *,
     size: str = "medium",
     batch: int = BATCH,
     frames: int = FRAMES,
     training_frames: int = TRAINING_FRAMES,
     inner_compile: bool = True,
-    settings: Settings | None = None,
-    reps: int | None = None,
-    compile_model: bool = False,
-    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
-    report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
-    """Yields the rows of inference, then of a training step; ``skip(case, shape, pass)`` leaves one out,
-    ``compile_model`` changes nothing. ``inner_compile`` keeps upstream's activations compiled, as shipped. Raises
-    ``upstream.MissingUpstream``."""
-    import fastasr
+    """Yields the rows of inference, then of a training step.
 
-    settings = settings or Settings()
+    ``inner_compile`` keeps upstream's activations compiled, as shipped. Raises ``upstream.MissingUpstream``.
+    """
     shipped = upstream.zipformer(size, inner_compile=inner_compile).encoder_embed
-    swapped = copy.deepcopy(shipped)
-    fastasr.accelerate(swapped)
-    modules = {UPSTREAM: shipped, FASTASR: swapped}
+    modules = {UPSTREAM: shipped, FASTASR: swapped(shipped)}
     for case, pass_, length in ((INFERENCE, FORWARD, frames), (TRAINING, BOTH, training_frames)):
         shape = shape_name(size, batch, length)
-        if skip(case, shape, pass_):
+        if run.skip(case, shape, pass_):
             continue
         inputs = upstream.example(batch, length)
         for module in modules.values():
             module.train(case == TRAINING)
-        make = training_step if case == TRAINING else lambda module, inputs: partial(_forward, module, inputs)
+        make = training_step if case == TRAINING else lambda module, inputs: inference(module, *inputs)
         runs = {name: make(module, inputs) for name, module in modules.items()}
-        rounds = reps or min(settings.reps, 7) if case == TRAINING else reps or settings.reps
-        yield measure_unit(NAME, case, pass_, shape, runs, settings, rounds, report)
+        yield run.unit(case, pass_, shape, runs, min(run.settings.reps, 7) if case == TRAINING else None)

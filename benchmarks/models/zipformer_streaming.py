@@ -3,14 +3,12 @@
 context: upstream as shipped, swapped. As upstream's own streaming wrapper does, the front end takes 13 frames more.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 
 import torch
 
 from fastasr.benchmarks import upstream
-from fastasr.benchmarks.case import Report, Settings
-from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, measure_unit
+from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, Run, benchmark, swapped
 from fastasr.benchmarks.rows import Row
 
 NAME = "zipformer_streaming"
@@ -47,30 +45,20 @@ def middle_of_a_stream(model: torch.nn.Module, chunk: int, streams: int = 1) -> 
     return run
 
 
+@benchmark(NAME)
 def measure(
-    *,
-    size: str = "medium",
-    chunks: tuple[int, ...] = CHUNKS,
-    inner_compile: bool = True,
-    settings: Settings | None = None,
-    reps: int | None = None,
-    compile_model: bool = False,
-    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
-    report: Report = lambda _: None,
+    run: Run, *, size: str = "medium", chunks: tuple[int, ...] = CHUNKS, inner_compile: bool = True
 ) -> Iterator[list[Row]]:
-    """Yields the rows of a chunk of each size; ``skip(case, shape, pass)`` leaves one out, ``compile_model`` changes
-    nothing. ``inner_compile`` keeps upstream's activations compiled, as shipped. Raises ``upstream.MissingUpstream``.
-    """
-    import fastasr
+    """Yields the rows of a chunk of each size.
 
-    settings = settings or Settings()
+    ``inner_compile`` keeps upstream's activations compiled, as shipped. Raises ``upstream.MissingUpstream``.
+    """
     shape = f"{size} 1 stream, left context {LEFT_CONTEXT}"
     options = {"causal": True, "chunk_size": chunks, "left_context_frames": (LEFT_CONTEXT,)}
     shipped = upstream.zipformer(size, inner_compile=inner_compile, **options)
-    swapped = copy.deepcopy(shipped)
-    fastasr.accelerate(swapped)
+    fast = swapped(shipped)
     for chunk in chunks:
         case = CASE.format(chunk)
-        if not skip(case, shape, FORWARD):
-            runs = {UPSTREAM: middle_of_a_stream(shipped, chunk), FASTASR: middle_of_a_stream(swapped, chunk)}
-            yield measure_unit(NAME, case, FORWARD, shape, runs, settings, reps or settings.reps, report)
+        if not run.skip(case, shape, FORWARD):
+            runs = {UPSTREAM: middle_of_a_stream(shipped, chunk), FASTASR: middle_of_a_stream(fast, chunk)}
+            yield run.unit(case, FORWARD, shape, runs)

@@ -5,15 +5,13 @@ Every step draws the same random numbers, so that both drop the same layers and 
 row of torch.compile: schedules, layer dropout and regularisers make it recompile without end.
 """
 
-import copy
 import random
 from collections.abc import Callable, Iterator
 
 import torch
 
 from fastasr.benchmarks import upstream
-from fastasr.benchmarks.case import Report, Settings
-from fastasr.benchmarks.models.unit import BOTH, FASTASR, UPSTREAM, measure_unit
+from fastasr.benchmarks.models.unit import BOTH, FASTASR, UPSTREAM, Run, benchmark, swapped
 from fastasr.benchmarks.models.zipformer import shape_name
 from fastasr.benchmarks.rows import Row
 
@@ -37,30 +35,18 @@ def training_step(model: torch.nn.Module, inputs: tuple) -> Callable[[], None]:
     return run
 
 
+@benchmark(NAME)
 def measure(
-    *,
-    size: str = "medium",
-    batch: int = BATCH,
-    frames: int = FRAMES,
-    inner_compile: bool = True,
-    settings: Settings | None = None,
-    reps: int | None = None,
-    compile_model: bool = False,
-    skip: Callable[[str, str, str], bool] = lambda case, shape, pass_: False,
-    report: Report = lambda _: None,
+    run: Run, *, size: str = "medium", batch: int = BATCH, frames: int = FRAMES, inner_compile: bool = True
 ) -> Iterator[list[Row]]:
-    """Yields the rows of one training step; ``skip(case, shape, pass)`` leaves it out, ``compile_model`` changes
-    nothing. ``inner_compile`` keeps upstream's activations compiled, as shipped. Raises ``upstream.MissingUpstream``.
-    """
-    import fastasr
+    """Yields the rows of one training step.
 
-    settings = settings or Settings()
+    ``inner_compile`` keeps upstream's activations compiled, as shipped. Raises ``upstream.MissingUpstream``.
+    """
     shape = shape_name(size, batch, frames)
-    if skip(CASE, shape, BOTH):
+    if run.skip(CASE, shape, BOTH):
         return
     shipped = upstream.zipformer(size, inner_compile=inner_compile).train()
-    swapped = copy.deepcopy(shipped)
-    fastasr.accelerate(swapped)
-    inputs = upstream.example(batch, frames)
-    runs = {UPSTREAM: training_step(shipped, inputs), FASTASR: training_step(swapped, inputs)}
-    yield measure_unit(NAME, CASE, BOTH, shape, runs, settings, reps or min(settings.reps, 7), report)
+    models, inputs = {UPSTREAM: shipped, FASTASR: swapped(shipped)}, upstream.example(batch, frames)
+    runs = {name: training_step(model, inputs) for name, model in models.items()}
+    yield run.unit(CASE, BOTH, shape, runs, min(run.settings.reps, 7))

@@ -1,32 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-import contextlib
-
 import beeps
 import pytest
 import tiny_runs
-import torch
-
-
-@contextlib.contextmanager
-def _single():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with _single():
-        yield
+from steps import one_thread
 
 
 @pytest.fixture(scope="session")
 def single_thread():
-    """Sets one thread for fixtures of the session, which come before _one_thread: another number of threads rounds
-    otherwise.
-    """
-    return _single
+    """Sets one thread for fixtures of the session, which come before a test's: another number rounds otherwise."""
+    return one_thread
 
 
 @pytest.fixture(scope="session")

@@ -3,18 +3,15 @@
 mistakes.
 """
 
-import csv
-import importlib.util
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import beeps
 import pytest
 import torch
 import torch.multiprocessing
-from tiny_runs import process, trainer
+from tiny_runs import losses, process, refused, same_checkpoints, trainer
 
 from fastasr import decoding
 from fastasr.recipe import checkpoints, recogniser, sizes, speech
@@ -22,7 +19,6 @@ from fastasr.recipe.transducers import TRANSDUCERS
 
 ENCODERS = tuple(TRANSDUCERS)
 STEPS = 5  # from the fifth on the averaged model is another
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture(scope="session", params=ENCODERS)
@@ -34,25 +30,10 @@ def run(request, tmp_path_factory, speech_sets, single_thread):
     return request.param, out
 
 
-def _losses(out):
-    with (out / "log.csv").open(newline="") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
-
-
-def _refused(example, *arguments):
-    """Returns the example's message as it ends with an error."""
-    spec = importlib.util.spec_from_file_location(example, EXAMPLES / f"{example}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with pytest.raises(SystemExit) as ended:
-        module.main([str(a) for a in arguments])
-    return ended.value.code
-
-
 def test_a_run_writes_what_it_says(run):
     encoder, out = run
-    assert len(_losses(out)) == STEPS
-    assert all(0 < loss < 100 for loss in _losses(out))
+    assert len(losses(out)) == STEPS
+    assert all(0 < loss < 100 for loss in losses(out))
     report = json.loads((out / "report.json").read_text())
     assert report["encoder"] == encoder
     assert report["held_out"]["cer"] > 0
@@ -67,20 +48,15 @@ def test_a_resumed_run_has_the_losses_of_one_without_a_break(run, tmp_path, spee
     encoder, out = run
     trainer(tmp_path, speech_sets, steps=1, encoder=encoder).run()
     trainer(tmp_path, speech_sets, steps=STEPS, encoder=encoder, evaluate_every=2).run()
-    assert _losses(tmp_path) == _losses(out)
-    one, other = (checkpoints.load(path / checkpoints.NAME) for path in (out, tmp_path))
-    for entry in ("model", "model_avg"):
-        assert all(torch.equal(one[entry][name], other[entry][name]) for name in one[entry])
+    assert losses(tmp_path) == losses(out)
+    same_checkpoints(out, tmp_path)
 
 
 def test_the_same_run_on_other_kernels_and_upstreams_encoder(run, tmp_path, speech_sets):
     encoder, out = run
-    package = {
-        "emformer": "torchaudio.models",
-        "e_branchformer": "espnet2.asr.encoder.e_branchformer_encoder",
-    }
-    pytest.importorskip(package[encoder], exc_type=ImportError)
-    expected = _losses(out)[:2]
+    package = "torchaudio.models" if encoder == "emformer" else "espnet2.asr.encoder.e_branchformer_encoder"
+    pytest.importorskip(package, exc_type=ImportError)
+    expected = losses(out)[:2]
     for name, options in {
         "eager": {"backend": "eager"},
         "swapped": {"upstream": True},
@@ -89,9 +65,9 @@ def test_the_same_run_on_other_kernels_and_upstreams_encoder(run, tmp_path, spee
         made = trainer(tmp_path / name, speech_sets, steps=2, encoder=encoder, **options)
         assert type(made.model.encoder).__module__.startswith("fastasr.") == (name == "eager")
         made.run()
-        assert _losses(tmp_path / name) == pytest.approx(expected, rel=1e-3), name
+        assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-3), name
     trainer(tmp_path / "bf16", speech_sets, steps=2, encoder=encoder, bf16=True).run()
-    assert _losses(tmp_path / "bf16") == pytest.approx(expected, rel=0.05)
+    assert losses(tmp_path / "bf16") == pytest.approx(expected, rel=0.05)
 
 
 def test_upstreams_package_is_named(run, tmp_path, speech_sets, monkeypatch):
@@ -144,17 +120,17 @@ def test_a_streamed_emformer_is_the_whole_one(ctc):
     torch.testing.assert_close(batch[1, : lengths[1]], whole[0], rtol=1e-4, atol=1e-4)
 
 
-def test_what_only_a_zipformer_can_is_refused(run, tmp_path):
+def test_what_only_a_zipformer_can_isrefused(run, tmp_path):
     encoder, out = run
     name = "an Emformer" if encoder == "emformer" else "an E-Branchformer"
-    said = _refused("transcribe", "--model", out, "--export", tmp_path / "onnx")
+    said = refused("transcribe", "--model", out, "--export", tmp_path / "onnx")
     assert f"holds {name}: ONNX files are those of streaming Zipformers" in said
     assert not (tmp_path / "onnx").exists()
     beeps.write_wav(tmp_path / "spoken.wav", beeps.samples("abcd"))
-    said = _refused("live", tmp_path / "spoken.wav", "--model", out)
+    said = refused("live", tmp_path / "spoken.wav", "--model", out)
     assert f"holds {name}: the streaming engine is for Zipformers" in said
     if encoder == "e_branchformer":
-        said = _refused("transcribe", tmp_path / "spoken.wav", "--model", out, "--stream")
+        said = refused("transcribe", tmp_path / "spoken.wav", "--model", out, "--stream")
         assert "reads whole recordings" in said
 
 
@@ -189,9 +165,6 @@ def test_two_processes_have_the_losses_of_one(tmp_path, speech_sets, encoder, ki
         cut = [replace(u, features=[f[:shortest] for f in u.features]) for u in speech_sets[0]]
         speech_sets = cut, speech_sets[1]
     trainer(tmp_path / "one", speech_sets, steps=4, plain=True, encoder=encoder).run()
-    torch.multiprocessing.spawn(
-        process,
-        (tmp_path / "rendezvous", tmp_path / "two", kind, speech_sets, encoder),
-        nprocs=2,
-    )
-    assert _losses(tmp_path / "two") == pytest.approx(_losses(tmp_path / "one"), rel=1e-3)
+    arguments = tmp_path / "rendezvous", tmp_path / "two", kind, speech_sets, encoder
+    torch.multiprocessing.spawn(process, arguments, nprocs=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)

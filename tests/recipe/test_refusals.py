@@ -1,34 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two examples answer a user's mistakes with one line that names the file, what was expected and what came."""
 
-import importlib.util
 import shutil
-from pathlib import Path
 
 import beeps
 import pytest
 import torch
+from tiny_runs import refused, run_example
 
 pytest.importorskip("kaldi_native_fbank", reason="features need the extra fastasr[recipe]")
 
 from fastasr.recipe import checkpoints
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-
-
-def _example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _refused(name, *arguments):
-    """Returns the example's message as it ends with an error."""
-    with pytest.raises(SystemExit) as ended:
-        _example(name).main([str(a) for a in arguments])
-    assert isinstance(ended.value.code, str)  # ends with 1
-    return ended.value.code
 
 
 @pytest.fixture
@@ -40,7 +22,7 @@ def spoken(tmp_path):
 @pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "stream"])
 def test_recordings(trained, tmp_path, spoken, stream, capsys):
     def said(path):
-        return _refused("transcribe", path, "--model", trained, *stream)
+        return refused("transcribe", path, "--model", trained, *stream)
 
     assert f"{tmp_path / 'missing.wav'}: there is no such file" in said(tmp_path / "missing.wav")
     beeps.write_wav(tmp_path / "fast.wav", beeps.samples("ab", 16000), 16000)
@@ -50,33 +32,33 @@ def test_recordings(trained, tmp_path, spoken, stream, capsys):
     (tmp_path / "text.wav").write_text("no recording")
     assert "text.wav: " in said(tmp_path / "text.wav")
     for more in ([spoken], [tmp_path / "fast.wav", "--resample"]):
-        _example("transcribe").main([str(a) for a in (*more, "--model", trained, *stream)])
+        run_example("transcribe", *more, "--model", trained, *stream)
     assert "spoken.wav: " in capsys.readouterr().out
 
 
 def test_models(trained, tmp_path, spoken):
     whole = (trained / checkpoints.NAME).read_bytes()
     (tmp_path / checkpoints.NAME).write_bytes(whole[: len(whole) // 2])
-    assert f"the checkpoint {tmp_path / checkpoints.NAME} is damaged" in _refused(
+    assert f"the checkpoint {tmp_path / checkpoints.NAME} is damaged" in refused(
         "transcribe", spoken, "--model", tmp_path
     )
     state = checkpoints.load(trained / checkpoints.NAME)
     state["model_avg"].pop(next(iter(state["model_avg"])))
     checkpoints.save(tmp_path / "part.pt", state)
-    assert "does not fit its model" in _refused("transcribe", spoken, "--model", tmp_path / "part.pt")
+    assert "does not fit its model" in refused("transcribe", spoken, "--model", tmp_path / "part.pt")
     state = checkpoints.load(trained / checkpoints.NAME)
     state["units"]["table"] = "".join(state["units"]["table"].splitlines(keepends=True)[:3])
     checkpoints.save(tmp_path / "few.pt", state)
-    assert "has 3 tokens, its model" in _refused("transcribe", spoken, "--model", tmp_path / "few.pt")
-    assert "there is no checkpoint" in _refused("transcribe", spoken, "--model", tmp_path / "nowhere")
-    assert "give at least one recording" in _refused("transcribe", "--model", trained)
+    assert "has 3 tokens, its model" in refused("transcribe", spoken, "--model", tmp_path / "few.pt")
+    assert "there is no checkpoint" in refused("transcribe", spoken, "--model", tmp_path / "nowhere")
+    assert "give at least one recording" in refused("transcribe", "--model", trained)
 
 
 def test_training(recordings, trained, tmp_path):
     tiny = ("--size", "tiny", "--steps", "8", "--device", "cpu")
 
     def said(folder, *more):
-        return _refused("train_transducer", "--speech", folder, "--out", tmp_path / "out", *tiny, *more)
+        return refused("train_transducer", "--speech", folder, "--out", tmp_path / "out", *tiny, *more)
 
     assert "--speech: " in said(tmp_path / "missing")
     empty = tmp_path / "empty"
@@ -88,4 +70,4 @@ def test_training(recordings, trained, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / checkpoints.NAME).write_bytes(b"nothing")
     assert "last.pt is damaged" in said(recordings)
-    assert "--plot needs a picture" in _refused("train_transducer", "--plot", "x.png")
+    assert "--plot needs a picture" in refused("train_transducer", "--plot", "x.png")

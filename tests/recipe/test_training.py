@@ -2,7 +2,6 @@
 """Training: it learns, resumes exactly, runs in two processes, in bfloat16, in eager and with upstream's model."""
 
 import copy
-import csv
 import json
 from dataclasses import replace
 
@@ -10,20 +9,15 @@ import beeps
 import pytest
 import torch
 import torch.multiprocessing
-from tiny_runs import TINY, process, trainer
+from tiny_runs import TINY, losses, process, same_checkpoints, trainer
 
 from fastasr.recipe import checkpoints, recogniser, sizes, training
 
 
-def _losses(out, column="loss"):
-    with (out / "log.csv").open(newline="") as file:
-        return [float(row[column]) for row in csv.DictReader(file)]
-
-
 def test_a_run_writes_what_it_says(trained):
-    losses = _losses(trained, "simple")  # the pruned loss counts more and more at first
-    assert len(losses) == 6
-    assert losses[-1] < losses[0]
+    simple = losses(trained, "simple")  # the pruned loss counts more and more at first
+    assert len(simple) == 6
+    assert simple[-1] < simple[0]
     report = json.loads((trained / "report.json").read_text())
     assert report["step"] == 6
     assert report["held_out"]["cer"] > 0
@@ -42,10 +36,8 @@ def test_a_resumed_run_has_the_losses_of_one_without_a_break(trained, tmp_path, 
         file.write("3,0,9.9\n")
     (tmp_path / "last.pt.unfinished").write_bytes(b"half")
     trainer(tmp_path, speech_sets, steps=6).run()
-    assert _losses(tmp_path) == _losses(trained)
-    one, other = (checkpoints.load(path / checkpoints.NAME) for path in (trained, tmp_path))
-    for entry in ("model", "model_avg"):
-        assert all(torch.equal(one[entry][name], other[entry][name]) for name in one[entry])
+    assert losses(tmp_path) == losses(trained)
+    same_checkpoints(trained, tmp_path)
 
 
 def test_scores_on_the_way_are_kept(tmp_path, speech_sets):
@@ -105,9 +97,9 @@ def test_bfloat16_and_eager(trained, tmp_path, speech_sets):
     """bfloat16 comes near, eager kernels nearer."""
     trainer(tmp_path / "bf16", speech_sets, steps=2, bf16=True).run()
     trainer(tmp_path / "eager", speech_sets, steps=2, backend="eager").run()
-    expected = _losses(trained)[:2]
-    assert _losses(tmp_path / "bf16") == pytest.approx(expected, rel=0.05)
-    assert _losses(tmp_path / "eager") == pytest.approx(expected, rel=1e-3)
+    expected = losses(trained)[:2]
+    assert losses(tmp_path / "bf16") == pytest.approx(expected, rel=0.05)
+    assert losses(tmp_path / "eager") == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("swap", [True, False], ids=["swapped", "as shipped"])
@@ -118,7 +110,7 @@ def test_upstreams_model(trained, tmp_path, speech_sets, swap, monkeypatch):
     monkeypatch.setenv("K2_ONNX_EXPORT", "1")  # Swoosh without torch.compile
     monkeypatch.setattr(upstream, "k2", None)
     trainer(tmp_path, speech_sets, steps=2, upstream=True, swap=swap).run()
-    assert _losses(tmp_path) == pytest.approx(_losses(trained)[:2], rel=1e-3)
+    assert losses(tmp_path) == pytest.approx(losses(trained)[:2], rel=1e-3)
 
 
 # --------------------------------------------------------------------------- two processes
@@ -129,10 +121,10 @@ def test_two_processes_have_the_losses_of_one(tmp_path, speech_sets, kind):
     torch.multiprocessing.spawn(
         process, (tmp_path / "rendezvous", tmp_path / "two", kind, speech_sets), nprocs=2
     )
-    expected = _losses(tmp_path / "one")
-    assert _losses(tmp_path / "two") == pytest.approx(expected[:4], rel=1e-3)
+    expected = losses(tmp_path / "one")
+    assert losses(tmp_path / "two") == pytest.approx(expected[:4], rel=1e-3)
     trainer(tmp_path / "two", speech_sets, steps=6, plain=True).run()
-    assert _losses(tmp_path / "two") == pytest.approx(expected, rel=2e-3)
+    assert losses(tmp_path / "two") == pytest.approx(expected, rel=2e-3)
 
 
 # --------------------------------------------------------------------------- with what was trained

@@ -232,23 +232,19 @@ def test_memory_of_packed_weights(size):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "message"),
     [
-        (
-            {"chunk_size": 3},
-            ValueError,
-            "chunk_size must be an int of 2 or more that each of .1, 2. divides, got 3",
-        ),
-        ({"chunk_size": 0}, ValueError, "chunk_size must be"),
-        ({"left_context_frames": 7}, ValueError, "left_context_frames must be"),
-        ({"left_context_frames": -1}, ValueError, "left_context_frames must be"),
-        ({"weights": "fp8"}, ValueError, "weights must be one of fp32, bf16, int8, got 'fp8'"),
-        ({"max_streams": 0}, ValueError, "max_streams must be an int of 1 or more, got 0"),
-        ({"threads": 1.5}, ValueError, "threads must be an int of 1 or more, got 1.5"),
+        ({"chunk_size": 3}, "chunk_size must be an int of 2 or more that each of .1, 2. divides, got 3"),
+        ({"chunk_size": 0}, "chunk_size must be"),
+        ({"left_context_frames": 7}, "left_context_frames must be"),
+        ({"left_context_frames": -1}, "left_context_frames must be"),
+        ({"weights": "fp8"}, "weights must be one of fp32, bf16, int8, got 'fp8'"),
+        ({"max_streams": 0}, "max_streams must be an int of 1 or more, got 0"),
+        ({"threads": 1.5}, "threads must be an int of 1 or more, got 1.5"),
     ],
 )
-def test_bad_arguments(arguments, error, message):
-    with pytest.raises(error, match=message):
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
         NativeBackend(_odd(), **{"chunk_size": 4, "left_context_frames": 8, **arguments})
 
 
