@@ -242,7 +242,9 @@ def test_masks_of_another_shape_raise(upstream, shape):
             module(x, mask)
 
 
-@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
+@pytest.mark.parametrize(
+    "causal", [pytest.param(False, marks=pytest.mark.long), True], ids=["plain", "causal"]
+)
 def test_compiled(causal):
     upstream = _module(causal=causal)
     x, mask = torch.randn(20, 3, 12), _mask(3, 20)

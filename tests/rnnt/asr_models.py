@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small AsrModel of the PyPI package ``zipformer``, a batch for it, and one training step."""
 
-import random
 from pathlib import Path
 
-import torch
+from steps import moved, seeded
 
 from fastasr.audio import features, recordings
 
@@ -33,12 +32,8 @@ def model(**changes):
     """Returns AsrModel with every parameter moved, in training mode."""
     from zipformer.modules.model import AsrModel
 
-    random.seed(0)
-    torch.manual_seed(0)
-    made = AsrModel(**{**CONFIG, **changes})
-    with torch.no_grad():
-        for p in made.parameters():
-            p += 0.05 * torch.randn(p.shape)
+    seeded(0)
+    made = moved(AsrModel(**{**CONFIG, **changes}), 0.05)
     for module in made.modules():
         if hasattr(module, "batch_count"):
             module.batch_count = 20000.0
@@ -62,8 +57,7 @@ def batch(cache: Path):
 
 def step(asr, inputs, reduction="sum", **scales):
     """Returns (losses, gradients by parameter) of a step with its own seed."""
-    random.seed(1)
-    torch.manual_seed(1)
+    seeded(1)
     asr.zero_grad()
     x, lengths, tokens = inputs
     simple, pruned, *_ = asr(x, lengths, [list(t) for t in tokens], reduction=reduction, **scales)
