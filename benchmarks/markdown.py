@@ -9,12 +9,7 @@ from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import Unit, duration, percent, times, units
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
-COLUMNS = {
-    "eager": "eager",
-    "compile": "`torch.compile`",
-    "upstream": "upstream",
-    "fastasr": "**fastasr**",
-}
+COLUMNS = {"eager": "eager", "compile": "`torch.compile`", "upstream": "upstream", "fastasr": "**fastasr**"}
 NONE_YET = "No measurements yet: `make bench` writes them."
 HEADLINES = (  # name, shape, case: the rows of the README's table, if its machine has them
     ("zipformer", "medium 4x1600x80", "whole model"),

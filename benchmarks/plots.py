@@ -34,10 +34,7 @@ def pyplot():
 
 
 def bars(
-    axes,
-    values: dict[str, float],
-    spread: dict[str, tuple[float, float]],
-    colours: dict[str, str] = COLOURS,
+    axes, values: dict[str, float], spread: dict[str, tuple[float, float]], colours: dict[str, str] = COLOURS
 ) -> None:
     """Draws horizontal bars in milliseconds, each with its figure; ``spread`` draws quartiles as whiskers."""
     names = list(values)[::-1]

@@ -159,9 +159,7 @@ def _units(name: str, options: Options, summary: Summary, report: Report) -> Ite
 
 
 def run(
-    options: Options,
-    report: Report = lambda _: None,
-    on_rows: Callable[[list[Row]], None] = lambda _: None,
+    options: Options, report: Report = lambda _: None, on_rows: Callable[[list[Row]], None] = lambda _: None
 ) -> Summary:
     """Measures and writes to ``options.out``. A benchmark that fails is reported and the next one starts."""
     chosen = select(options.names)

@@ -63,8 +63,4 @@ def _curve_case(length: int) -> Case:
 
 
 CASES = (*(_case(length) for length in LENGTHS), _case(2048, 16), *map(_curve_case, CURVE))
-ON_DEVICE = (
-    *(_case(length, 4, 8) for length in (1, 2048, 16384)),
-    _case(2048, 4, 2),
-    _case(2048, 16, 8),
-)
+ON_DEVICE = (*(_case(length, 4, 8) for length in (1, 2048, 16384)), _case(2048, 4, 2), _case(2048, 16, 8))

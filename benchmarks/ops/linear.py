@@ -50,12 +50,7 @@ def _costs(rows: int, inputs: int, outputs: int, size: int) -> dict[str, Cost]:
     product = 2 * rows * inputs * outputs
     moved = (rows * inputs + inputs * outputs + rows * outputs) * size
     one = Cost(moved, product)
-    return {
-        FORWARD: one,
-        INPUT_GRADIENT: one,
-        WEIGHT_GRADIENT: one,
-        BOTH: Cost(3 * moved, 3 * product),
-    }
+    return {FORWARD: one, INPUT_GRADIENT: one, WEIGHT_GRADIENT: one, BOTH: Cost(3 * moved, 3 * product)}
 
 
 def _cases(rows: int, inputs: int, outputs: int) -> list[Case]:

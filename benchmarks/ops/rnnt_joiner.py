@@ -35,10 +35,7 @@ def _costs(outputs: int, size: int) -> dict[str, Cost]:
     rows = BATCH * FRAMES * S_RANGE
     operands = (BATCH * (FRAMES + LENGTH + 1) + outputs) * CHANNELS * size
     product = 2 * rows * CHANNELS * outputs
-    return costs_of(
-        Cost(operands + 8 * rows, product),
-        Cost(2 * operands + 8 * rows, 2 * product),
-    )
+    return costs_of(Cost(operands + 8 * rows, product), Cost(2 * operands + 8 * rows, 2 * product))
 
 
 def _case(outputs: int, keep_logits: bool | None = None) -> Case:

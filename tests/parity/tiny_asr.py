@@ -29,20 +29,8 @@ _COMMON = {
 }
 TRANSDUCER = {**_COMMON}
 CTC = {**_COMMON, "use_transducer": False, "use_ctc": True}
-ALL = {
-    **_COMMON,
-    "use_ctc": True,
-    "use_attention_decoder": True,
-    "label_smoothing": 0.1,
-    "context_size": 1,
-}
-STREAMING = {
-    **_COMMON,
-    "use_ctc": True,
-    "causal": True,
-    "chunk_size": "8",
-    "left_context_frames": "16",
-}
+ALL = {**_COMMON, "use_ctc": True, "use_attention_decoder": True, "label_smoothing": 0.1, "context_size": 1}
+STREAMING = {**_COMMON, "use_ctc": True, "causal": True, "chunk_size": "8", "left_context_frames": "16"}
 CONFIGS = {"transducer": TRANSDUCER, "CTC": CTC, "all": ALL, "streaming": STREAMING}
 LENGTHS = (75, 61, 40)
 TOKENS = [[3, 5, 5, 2, 9], [7, 1, 1], [4, 4]]

@@ -38,12 +38,7 @@ MEDIUM = {
     "feedforward_dim": (32, 48, 64, 48),
     "cnn_module_kernel": (9, 7, 5, 7),
 }
-CAUSAL = {
-    **MEDIUM,
-    "causal": True,
-    "chunk_size": (8, 4, -1),
-    "left_context_frames": (16, 32, -1),
-}
+CAUSAL = {**MEDIUM, "causal": True, "chunk_size": (8, 4, -1), "left_context_frames": (16, 32, -1)}
 STREAMING = {**CAUSAL, "chunk_size": (8,), "left_context_frames": (16,)}
 CONFIGS = {"S": SMALL, "M": MEDIUM, "causal": CAUSAL}
 CHANNELS = 24

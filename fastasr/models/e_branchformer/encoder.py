@@ -108,14 +108,7 @@ class EBranchformerEncoder(torch.nn.Module):
         return module(*arguments)
 
     def forward(
-        self,
-        xs_pad,
-        ilens,
-        prev_states=None,
-        masks=None,
-        ctc=None,
-        max_layer=None,
-        return_all_hs=False,
+        self, xs_pad, ilens, prev_states=None, masks=None, ctc=None, max_layer=None, return_all_hs=False
     ):
         """xs_pad (B, L, input_size), ilens (B,) -> (encoded (B, T, output_size), lengths (B,), None).
 

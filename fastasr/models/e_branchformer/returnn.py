@@ -40,10 +40,7 @@ _NORMS = {
     "final_layer_norm": "norm_final",
     "cgmlp.norm": "cgmlp.csgu.norm",
 }
-_CONVOLUTIONS = {
-    "cgmlp.conv": "cgmlp.csgu.conv",
-    "merge.depthwise_conv_fusion": "depthwise_conv_fusion",
-}
+_CONVOLUTIONS = {"cgmlp.conv": "cgmlp.csgu.conv", "merge.depthwise_conv_fusion": "depthwise_conv_fusion"}
 _BIASES = {f"self_att.pos_bias_{x}": f"attn.pos_bias_{x}" for x in "uv"}
 
 

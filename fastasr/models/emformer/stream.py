@@ -74,12 +74,7 @@ def infer_segment(
 
 
 def infer_by_operations(
-    layer: nn.Module,
-    utterance: Tensor,
-    right_context: Tensor,
-    state: list[Tensor],
-    mems: Tensor,
-    step: Step,
+    layer: nn.Module, utterance: Tensor, right_context: Tensor, state: list[Tensor], mems: Tensor, step: Step
 ) -> tuple[Tensor, ...]:
     """Returns the encoded utterance and right context, the next layer's mems and the four new states."""
     attention, frames, right = layer.attention, utterance.shape[0], right_context.shape[0]

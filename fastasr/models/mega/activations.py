@@ -80,12 +80,7 @@ def get_activation(
     return makers[activation_type]()
 
 
-_FUSED = {
-    torch.nn.SiLU: "silu",
-    torch.nn.ReLU: "relu",
-    torch.nn.Tanh: "tanh",
-    torch.nn.Identity: "identity",
-}
+_FUSED = {torch.nn.SiLU: "silu", torch.nn.ReLU: "relu", torch.nn.Tanh: "tanh", torch.nn.Identity: "identity"}
 _IN_PLACE = {"silu": lambda x: F.silu(x, inplace=True), "relu": torch.relu_, "tanh": torch.tanh_}
 
 

@@ -89,13 +89,7 @@ def _scan(module, x, padding, state, residual, activation):
     )
     if state is not None:
         return ops.ema_scan(
-            x,
-            *weights,
-            residual,
-            state=state,
-            return_state=True,
-            padding_mask=padding,
-            activation=activation,
+            x, *weights, residual, state=state, return_state=True, padding_mask=padding, activation=activation
         )
     y = ops.ema_scan(
         x,

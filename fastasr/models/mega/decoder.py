@@ -311,10 +311,7 @@ def _check_states(decoder, states):
         missing = [name for name in ("ema_state", "prev_key", "prev_value") if name not in state]
         if missing:
             raise ValueError(f"MEGADecoder: states: lack {', '.join(missing)}; keys are {', '.join(state)}")
-        for name, size in (
-            ("prev_key", decoder.mega_att_k_size),
-            ("prev_value", decoder.mega_att_v_size),
-        ):
+        for name, size in (("prev_key", decoder.mega_att_k_size), ("prev_value", decoder.mega_att_v_size)):
             tensor = state[name]
             if tensor is not None and (tensor.ndim != 3 or tensor.shape[2] != size):
                 raise ValueError(

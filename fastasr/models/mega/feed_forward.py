@@ -12,12 +12,7 @@ class NormalizedPositionwiseFeedForward(torch.nn.Module):
     """x (..., size) -> same shape."""
 
     def __init__(
-        self,
-        size,
-        hidden_size,
-        normalization=torch.nn.LayerNorm,
-        activation=torch.nn.ReLU,
-        dropout_rate=0.0,
+        self, size, hidden_size, normalization=torch.nn.LayerNorm, activation=torch.nn.ReLU, dropout_rate=0.0
     ):
         super().__init__()
         self.linear1 = torch.nn.Linear(size, hidden_size)

@@ -3,13 +3,7 @@
 
 import torch
 
-_VIEWS = {
-    "AliasBackward0",
-    "SliceBackward0",
-    "SplitBackward0",
-    "SplitWithSizesBackward0",
-    "ViewBackward0",
-}
+_VIEWS = {"AliasBackward0", "SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0", "ViewBackward0"}
 
 
 def is_same(part, original):

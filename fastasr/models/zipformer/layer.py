@@ -122,13 +122,7 @@ class ZipformerEncoderLayer(torch.nn.Module):
         self.balancer2 = _balancer(embed_dim, 0.45, 0.55, min_abs=0.1, max_abs=4.0)
 
     def forward(
-        self,
-        src,
-        pos_emb,
-        chunk_size=-1,
-        attn_mask=None,
-        src_key_padding_mask=None,
-        left_context_chunks=None,
+        self, src, pos_emb, chunk_size=-1, attn_mask=None, src_key_padding_mask=None, left_context_chunks=None
     ):
         return ZipformerEncoderLayer._encode(
             self,

@@ -4,14 +4,7 @@
 import torch
 
 from fastasr.models import emformer as models
-from fastasr.swap.rule import (
-    Known,
-    Rule,
-    check_children,
-    check_parameters,
-    unread_code,
-    upstream_class,
-)
+from fastasr.swap.rule import Known, Rule, check_children, check_parameters, unread_code, upstream_class
 
 _TORCHAUDIO = Known("torchaudio 2.11.0")
 _HIDDEN = -1e4  # hidden keys are left out, so their weights must be 0

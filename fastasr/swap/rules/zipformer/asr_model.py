@@ -10,7 +10,7 @@ from fastasr.swap.rule import Rule, check_parameters, own_forward, unread_code, 
 from fastasr.swap.rules.zipformer.versions import PACKAGE
 
 _JOINERS = {
-    "958338ded2adf41ffd935f00",  # zipformer 0.1.3
+    "958338ded2adf41ffd935f00"  # zipformer 0.1.3
 }
 
 

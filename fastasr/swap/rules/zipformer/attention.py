@@ -15,13 +15,7 @@ from fastasr.swap.rule import (
     unread_code,
     upstream_class,
 )
-from fastasr.swap.rules.zipformer.versions import (
-    BOTH,
-    ICEFALL,
-    IDENTITIES,
-    PACKAGE,
-    forward_and_streaming,
-)
+from fastasr.swap.rules.zipformer.versions import BOTH, ICEFALL, IDENTITIES, PACKAGE, forward_and_streaming
 
 _ATTENTION_WEIGHTS_CHILDREN = (
     "in_proj",
