@@ -5,12 +5,11 @@ import copy
 
 import pytest
 import torch
+from packed_layers import assert_near, check_declined, other_threads
 
 import fastasr
 from fastasr.models import emformer
 from fastasr.models.emformer import packed_step, stream
-
-LIMIT = 5e-6  # relative to the rms of each result, against float64
 
 SIZES = {
     "memory": {"segment_length": 4, "left_context_length": 6, "max_memory_size": 3},
@@ -62,14 +61,6 @@ def _step(layer, segment):
     return packed_step.step(layer, *segment, _by_operations(layer))
 
 
-def _assert_close(got, expected):
-    assert len(got) == len(expected) == 7
-    for ours, theirs in zip(got, expected, strict=True):
-        assert ours.shape == theirs.shape
-        if theirs.numel():
-            assert ((ours.double() - theirs).norm() <= LIMIT * theirs.double().norm()).item()
-
-
 def _served(layer, segment):
     """Returns the native call's result and requires that it serves."""
     out = _step(layer, segment)
@@ -88,7 +79,7 @@ def test_a_segment(options, dim, heads, streams, right):
     for past, lengths in ((0, None), (5, None), (40, None), (40, short)):
         segment = _segment(layer, streams, right, past, lengths)
         got = _served(layer, segment)
-        _assert_close(got, _by_operations(exact)(*_wide(segment)))
+        assert_near(got, _by_operations(exact)(*_wide(segment)))
         state = list(segment[2])
         y, block, state, mems = stream.infer_segment(layer, *segment[:2], state, *segment[3:])
         assert all(torch.equal(a, b) for a, b in zip((y, block, mems, *state), got, strict=True))
@@ -99,12 +90,8 @@ def test_streams_and_threads_change_no_bit():
     layer = _layer(128, 4, 200, segment_length=8)
     together = _segment(layer, 3, 4)
     got = _served(layer, together)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2 if threads == 1 else 1)
-    try:
+    with other_threads():
         again = _served(layer, together)
-    finally:
-        torch.set_num_threads(threads)
     utterance, right_context, state, mems, shared = together
     one = slice(1, 2)
     alone = utterance[:, one], right_context[:, one], [t[:, one] for t in state], mems[:, one], shared
@@ -120,51 +107,40 @@ def test_changes_are_seen():
     segment = _segment(layer)
     _served(layer, segment)
     layer.pos_ff[1].weight.mul_(1.5)
-    _assert_close(_served(layer, segment), _by_operations(layer)(*segment))
+    assert_near(_served(layer, segment), _by_operations(layer)(*segment))
     layer.attention.out_proj.bias = torch.nn.Parameter(torch.ones_like(layer.attention.out_proj.bias))
-    _assert_close(_served(layer, segment), _by_operations(layer)(*segment))
+    assert_near(_served(layer, segment), _by_operations(layer)(*segment))
     layer.load_state_dict(_layer(activation="gelu").state_dict())
-    _assert_close(_served(layer, segment), _by_operations(layer)(*segment))
+    assert_near(_served(layer, segment), _by_operations(layer)(*segment))
     layer.layer_norm_input.weight.data.add_(1.0)
     packed_step.forget(layer)
-    _assert_close(_served(layer, segment), _by_operations(layer)(*segment))
+    assert_near(_served(layer, segment), _by_operations(layer)(*segment))
     other = copy.deepcopy(layer)
     other.layer_norm_output.bias.add_(1.0)
-    _assert_close(_served(other, segment), _by_operations(other)(*segment))
-    _assert_close(_served(layer, segment), _by_operations(layer)(*segment))
+    assert_near(_served(other, segment), _by_operations(other)(*segment))
+    assert_near(_served(layer, segment), _by_operations(layer)(*segment))
 
 
 def test_what_is_declined():
     layer = _layer()
     segment = _segment(layer)
-    assert _step(layer, segment) is None  # gradients
-    with torch.no_grad():
-        _served(layer, segment)
-        seen = []
-        hook = layer.pos_ff[2].register_forward_hook(lambda *a: seen.append(1))
-        assert _step(layer, segment) is None
+    utterance, right_context, state, mems, shared = segment
+    others = (
+        _segment(layer, streams=13),
+        (utterance[:3], right_context, state, mems, shared),
+        (utterance, right_context, state, mems.expand(2, -1, -1), shared),
+    )
+
+    def declined(layer, segment):
+        return _step(layer, segment) is None
+
+    def run():
         stream.infer_segment(layer, *segment[:2], list(segment[2]), *segment[3:])
-        assert seen == [1]
-        hook.remove()
-        _served(layer, segment)
-        layer.dropout.train()
-        assert _step(layer, segment) is None
-        layer.eval()
-        _served(layer, segment)
-        with fastasr.backend("eager"):
-            assert _step(layer, segment) is None
-        layer.packed_streaming = False
-        assert _step(layer, segment) is None
-        layer.packed_streaming = True
-        assert _step(layer, _segment(layer, streams=13)) is None
-        with torch.autocast("cpu", torch.bfloat16):
-            assert _step(layer, segment) is None
-        utterance, right_context, state, mems, shared = segment
-        assert _step(layer, (utterance[:3], right_context, state, mems, shared)) is None
-        assert _step(layer, (utterance, right_context, state, mems.expand(2, -1, -1), shared)) is None
-        assert _step(layer.double(), _wide(segment)) is None
-        layer.float()
-        _served(layer, segment)
+
+    check_declined(layer, segment, declined, run, layer.pos_ff[2], layer.dropout, others)
+    with torch.no_grad():
+        assert declined(layer.double(), _wide(segment))
+        assert not declined(layer.float(), segment)
 
 
 @torch.no_grad()

@@ -2,15 +2,14 @@
 """A chunk through a layer in one native call: it gives what the submodules give, and runs only where it may."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from packed_layers import assert_near, check_declined, other_threads
 
-import fastasr
 from fastasr.models.zipformer import ZipformerEncoderLayer, streaming_layer
 from fastasr.models.zipformer.layer import _stream_by_submodules
-
-LIMIT = 5e-6  # relative to the rms of each result, against float64
 
 
 def _layer(dim=20, kernel=7, **changes):
@@ -47,21 +46,15 @@ def _wide(chunk):
     return [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in chunk]
 
 
-def _assert_close(got, expected):
-    assert len(got) == len(expected) == 7
-    for ours, theirs in zip(got, expected, strict=True):
-        assert ours.shape == theirs.shape
-        if theirs.numel():
-            assert ((ours - theirs).norm() <= LIMIT * theirs.norm()).item()
+def _step(layer, chunk):
+    x, pos_emb, *states, left, masked = chunk
+    by_submodules = partial(_stream_by_submodules, layer)
+    return streaming_layer.step(layer, x, pos_emb, states, left, masked, by_submodules)
 
 
 def _served(layer, chunk):
     """Returns the native call's result and requires that it serves."""
-    *args, left, masked = chunk
-    x, pos_emb, *states = args
-    out = streaming_layer.step(
-        layer, x, pos_emb, states, left, masked, lambda *a: _stream_by_submodules(layer, *a)
-    )
+    out = _step(layer, chunk)
     assert out is not None, streaming_layer.why_not(layer)
     return out
 
@@ -79,7 +72,7 @@ def test_a_chunk(dim, kernel, frames, streams, left):
     for masked in (None, masks, torch.zeros_like(masks), torch.ones_like(masks)):
         chunk = _chunk(layer, frames, streams, left, masked)
         got = _served(layer, chunk)
-        _assert_close(got, _stream_by_submodules(exact, *_wide(chunk)))
+        assert_near(got, _stream_by_submodules(exact, *_wide(chunk)))
         assert all(torch.equal(a, b) for a, b in zip(layer.streaming_forward(*chunk), got, strict=True))
 
 
@@ -89,12 +82,8 @@ def test_streams_and_threads_change_no_bit():
     *tensors, left, _ = _chunk(layer, 8, 3, 5)
     x, pos_emb, key, hidden, val1, val2, conv1, conv2 = tensors
     together = _served(layer, (*tensors, left, None))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2 if threads == 1 else 1)
-    try:
+    with other_threads():
         again = _served(layer, (*tensors, left, None))
-    finally:
-        torch.set_num_threads(threads)
     one = slice(1, 2)
     by_stream = (
         x[:, one],
@@ -118,57 +107,34 @@ def test_changes_are_seen():
     chunk = _chunk(layer)
     _served(layer, chunk)
     layer.feed_forward2.in_proj.weight.mul_(1.5)
-    _assert_close(_served(layer, chunk), _stream_by_submodules(layer, *chunk))
+    assert_near(_served(layer, chunk), _stream_by_submodules(layer, *chunk))
     layer.self_attn1.in_proj.bias = torch.nn.Parameter(torch.ones_like(layer.self_attn1.in_proj.bias))
-    _assert_close(_served(layer, chunk), _stream_by_submodules(layer, *chunk))
+    assert_near(_served(layer, chunk), _stream_by_submodules(layer, *chunk))
     layer.load_state_dict(_layer(num_heads=2).state_dict())
-    _assert_close(_served(layer, chunk), _stream_by_submodules(layer, *chunk))
+    assert_near(_served(layer, chunk), _stream_by_submodules(layer, *chunk))
     other = _chunk(layer)  # other positions
-    _assert_close(_served(layer, other), _stream_by_submodules(layer, *other))
+    assert_near(_served(layer, other), _stream_by_submodules(layer, *other))
     layer.conv_module1.depthwise_conv.chunkwise_conv_scale.data.add_(1.0)
     streaming_layer.forget(layer)
-    _assert_close(_served(layer, chunk), _stream_by_submodules(layer, *chunk))
+    assert_near(_served(layer, chunk), _stream_by_submodules(layer, *chunk))
 
 
 def _declined(layer, chunk):
-    *args, left, masked = chunk
-    x, pos_emb, *states = args
-    out = streaming_layer.step(
-        layer, x, pos_emb, states, left, masked, lambda *a: _stream_by_submodules(layer, *a)
-    )
-    return out is None
+    return _step(layer, chunk) is None
 
 
 def test_what_is_declined():
     layer = _layer()
     chunk = _chunk(layer)
-    assert _declined(layer, chunk)  # gradients
+    x, pos_emb, *rest = chunk
+    others = _chunk(layer, frames=65), (x, pos_emb.expand(2, -1, -1), *rest)
+    trained = layer.feed_forward3.out_proj
+    check_declined(
+        layer, chunk, _declined, lambda: layer.streaming_forward(*chunk), layer.norm, trained, others
+    )
     with torch.no_grad():
-        assert not _declined(layer, chunk)
-        seen = []
-        hook = layer.norm.register_forward_hook(lambda *a: seen.append(1))
-        assert _declined(layer, chunk)
-        layer.streaming_forward(*chunk)
-        assert seen == [1]
-        hook.remove()
-        assert not _declined(layer, chunk)
-        layer.feed_forward3.out_proj.train()
-        assert _declined(layer, chunk)
-        layer.eval()
-        assert not _declined(layer, chunk)
-        with fastasr.backend("eager"):
-            assert _declined(layer, chunk)
-        layer.packed_streaming = False
-        assert _declined(layer, chunk)
-        layer.packed_streaming = True
-        assert _declined(layer, _chunk(layer, frames=65))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert _declined(layer, chunk)
-        x, pos_emb, *rest = chunk
-        assert _declined(layer, (x, pos_emb.expand(2, -1, -1), *rest))
         assert _declined(layer.double(), _wide(chunk))
-        wide = layer.float()
-        assert not _declined(wide, chunk)
+        assert not _declined(layer.float(), chunk)
 
 
 @torch.no_grad()
@@ -194,5 +160,5 @@ def test_copies_pack_for_themselves():
     before = _served(layer, chunk)
     other = copy.deepcopy(layer)
     other.norm.bias.add_(1.0)
-    _assert_close(_served(other, chunk), _stream_by_submodules(other, *chunk))
+    assert_near(_served(other, chunk), _stream_by_submodules(other, *chunk))
     assert all(torch.equal(a, b) for a, b in zip(_served(layer, chunk), before, strict=True))

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of layers that stream by one native call share."""
+
+import contextlib
+
+import torch
+
+import fastasr
+
+LIMIT = 5e-6  # relative to the rms of each result, against float64
+
+
+def assert_near(got, expected):
+    assert len(got) == len(expected) == 7
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.shape == theirs.shape
+        if theirs.numel():
+            assert ((ours.double() - theirs).norm() <= LIMIT * theirs.double().norm()).item()
+
+
+@contextlib.contextmanager
+def other_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2 if threads == 1 else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check_declined(layer, chunk, declined, run, hooked, trained, others):
+    """Asserts where the native call leaves a chunk to the submodules: with gradients, with a hook on the module
+    ``hooked``, with ``trained`` in training mode, forced to eager, switched off, under autocast, and for ``others``.
+    """
+    assert declined(layer, chunk)  # gradients
+    with torch.no_grad():
+        assert not declined(layer, chunk)
+        seen = []
+        hook = hooked.register_forward_hook(lambda *a: seen.append(1))
+        assert declined(layer, chunk)
+        run()
+        assert seen == [1]
+        hook.remove()
+        assert not declined(layer, chunk)
+        trained.train()
+        assert declined(layer, chunk)
+        layer.eval()
+        assert not declined(layer, chunk)
+        with fastasr.backend("eager"):
+            assert declined(layer, chunk)
+        layer.packed_streaming = False
+        assert declined(layer, chunk)
+        layer.packed_streaming = True
+        with torch.autocast("cpu", torch.bfloat16):
+            assert declined(layer, chunk)
+        for other in others:
+            assert declined(layer, other)
