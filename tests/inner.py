@@ -10,13 +10,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def interpreted(
-    request, *arguments: str, keyword: str = "", timeout: float = 1200, **environment: str
-) -> None:
+def interpreted(request, *arguments: str, timeout: float = 1200, **environment: str) -> None:
     """Runs tests with Triton's interpreter, chosen by this session's -m and -k as well. All of them must pass."""
     command = [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", *arguments]
-    chosen = [f"({words})" for words in (keyword, request.config.option.keyword) if words]
-    command += ["-m", request.config.option.markexpr, "-k", " and ".join(chosen)]
+    command += ["-m", request.config.option.markexpr, "-k", request.config.option.keyword]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     if run.returncode == 5:  # nothing was chosen

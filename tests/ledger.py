@@ -31,6 +31,7 @@ TREE = ("fastasr", "kernels", "benchmarks", "csrc", "docs", "examples", "scripts
 BUILD = ("CMakeLists.txt", "setup.py", "pyproject.toml")  # every test needs them
 LOOKS_ELSEWHERE = {"subprocess", "__file__", "ROOT"}
 KERNELS = ROOT / "kernels"
+INTERPRETER = "tests/kernels/interpreter"  # how kernels are interpreted
 
 
 @cache
@@ -64,9 +65,10 @@ def files(path: Path, ops: tuple[str, ...], folders: tuple[str, ...]) -> frozens
         f for op in ops for f in (sources.ops()[op], ROOT / f"fastasr/testing/samples/{op}.py") if f.exists()
     ]
     # Triton's kernels run where they are interpreted or imported, and nowhere else.
-    triton = os.environ.get("TRITON_INTERPRET") == "1" or "kernels" in sources.words(path) | {*path.parts}
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    triton = interpreted or "kernels" in sources.words(path) | {*path.parts}
     found = sources.closure(path, *ours, without=None if triton else KERNELS)
-    return frozenset(found | tree(*BUILD, *folders))
+    return frozenset(found | tree(*BUILD, *folders, *([INTERPRETER] if interpreted else [])))
 
 
 @cache

@@ -18,6 +18,7 @@ import pytest
 from tests.kernels.configurations import CHOSEN_FOR, SHARED
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.needs("kernels", "fastasr", "tests/kernels")
 
 HERE = Path(__file__).parent
 MOST = ("registers", "spills", "shared", "narrow")  # may not grow
