@@ -39,8 +39,8 @@ void convolution_group(const EmaConvolution<C>& a, int64_t first) {
     }
     for (int64_t t = j; t < end; t += kEmaLanes) {
       const V x = at(a.x + t);
+      // the group's sum is added first, then that of earlier groups: less rounding
       V y = V{}, x_late = V{}, other = V{};
-      if constexpr (!kStart) y = at(a.y + t);
       if constexpr (kLate) x_late = at(a.x_late + t);
       if constexpr (kOther) other = at(a.other + t);
 #pragma GCC unroll 4
@@ -51,6 +51,7 @@ void convolution_group(const EmaConvolution<C>& a, int64_t first) {
         if constexpr (kOther) sum[n] += h[n] * other;
         g[n] = kDifference<C> ? h[n] - d[n] * h[n] : d[n] * h[n];
       }
+      if constexpr (!kStart) y += at(a.y + t);
       put(a.y + t, y);
     }
 #pragma GCC unroll 4
