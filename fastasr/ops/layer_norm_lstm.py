@@ -16,6 +16,7 @@ FLOPs: 8 H (D + H) per step and sequence forward. The product with W_x runs over
 is read in every step, from a cache that holds it.
 """
 
+import functools
 from typing import Annotated
 
 import torch
@@ -141,15 +142,18 @@ def layer_norm_lstm(
         ValueError: shapes or devices do not match.
     """
     units = hidden_weight.shape[1]
-    h = x.new_zeros(x.shape[1], units) if hidden is None else hidden
-    c = x.new_zeros(x.shape[1], units) if cell is None else cell
+    norms = gate_weight, gate_bias, cell_weight, cell_bias
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in norms), x.dtype)
+    gate_weight, gate_bias, cell_weight, cell_bias = (t.to(dtype) for t in norms)
+    h, c = (x.new_zeros(x.shape[1], units, dtype=dtype) if s is None else s.to(dtype) for s in (hidden, cell))
     steps = []
     for gates in F.linear(x, input_weight).unbind(0):
-        gates = F.layer_norm(gates + F.linear(h, hidden_weight), (4 * units,), gate_weight, gate_bias, eps)
+        gates = (gates + F.linear(h.to(x.dtype), hidden_weight)).to(dtype)
+        gates = F.layer_norm(gates, (4 * units,), gate_weight, gate_bias, eps)
         i, f, v, o = gates.chunk(4, 1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(v)
         c = F.layer_norm(c, (units,), cell_weight, cell_bias, eps)
         h = torch.sigmoid(o) * torch.tanh(c)
         steps.append(h)
-    y = torch.stack(steps) if steps else x.new_empty(0, x.shape[1], units)
+    y = torch.stack(steps) if steps else h.new_empty(0, x.shape[1], units)
     return y, h, c
