@@ -58,11 +58,18 @@ def test_no_variants():
     assert interleave({}, reps=2) == {}
 
 
-def test_load_of_other_processes_is_read():
-    meter = LoadMeter()
-    time.sleep(0.05)
-    load = meter.other_cores()
-    assert load is None or load >= 0.0
+def test_load_of_other_processes(monkeypatch):
+    """Over two seconds all cores were busy for 3.5 seconds, of which this process took 1.5."""
+    counts = iter([(10.0, 100.0, 7.0), (12.0, 103.5, 8.5)])
+    monkeypatch.setattr(harness, "_cpu_seconds", lambda: next(counts))
+    assert LoadMeter().other_cores() == 1.0
+
+
+@pytest.mark.parametrize("counts", [(None, None), ((1.0, 2.0, 1.0), (1.0, 2.0, 1.0))])
+def test_load_that_cannot_be_read(monkeypatch, counts):
+    remaining = iter(counts)
+    monkeypatch.setattr(harness, "_cpu_seconds", lambda: next(remaining))
+    assert LoadMeter().other_cores() is None
 
 
 def test_waiting_for_idle_cores_ends(monkeypatch):
