@@ -1,19 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests marked ``gpu`` are skipped where there is no CUDA device. Tests of whole models are seeded, on one thread. With
-FASTASR_LEDGER a test that has passed with the same files is skipped.
+"""What all tests share: the seed of the run, its folder of measured choices, and the tests that need a GPU.
+
+``SEED`` in the environment repeats a run's random numbers; without it, each run draws a seed. The processes that a test
+starts inherit it. Tests of whole models are seeded alike in every run, on one thread. With FASTASR_LEDGER a test that
+has passed with the same files is skipped.
 """
 
+import contextlib
 import os
+import tempfile
 
 import pytest
 import torch
 from steps import one_thread, seeded
 
+from fastasr.testing import seeds
+
 # The models are tiny: threads cost more than they bring, most of all beside other processes.
 TINY_MODELS = {"models", "parity", "recipe", "streaming", "swap"}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
+    print(seeds.begin())
+    if config.getoption("--hypothesis-seed", None) is None:
+        config.option.hypothesis_seed = os.environ["SEED"]
+    folder = tempfile.TemporaryDirectory(prefix="fastasr-tests-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["FASTASR_CACHE"] = folder.name
     if path := os.environ.get("FASTASR_LEDGER"):
         from ledger import Ledger
 
@@ -35,9 +49,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _repeatable(request):
-    if request.path.parent.name not in TINY_MODELS:
-        yield
-        return
-    with one_thread():
-        seeded(0)
+    tiny = request.path.parent.name in TINY_MODELS
+    with one_thread() if tiny else contextlib.nullcontext():
+        seeded(0 if tiny else seeds.seeded(request.node.nodeid))
         yield

@@ -5,6 +5,7 @@ A new op adds one file, ``fastasr/testing/samples/<op>.py`` with a ``TABLE``, fr
 """
 
 from fastasr.testing.checks import CHECKS, CheckResult, check_op
+from fastasr.testing.seeds import seeded
 from fastasr.testing.table import Invalid, Make, OpTable, Sample, tables
 
-__all__ = ["CHECKS", "CheckResult", "Invalid", "Make", "OpTable", "Sample", "check_op", "tables"]
+__all__ = ["CHECKS", "CheckResult", "Invalid", "Make", "OpTable", "Sample", "check_op", "seeded", "tables"]

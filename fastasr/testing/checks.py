@@ -5,7 +5,6 @@ A check is a function ``(table, sample, dtype, device)`` that raises ``Assertion
 samples and dtypes they apply to. The test suite parametrises over the same list that ``fastasr check`` runs.
 """
 
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,11 +16,10 @@ from torch import Tensor
 from fastasr import ops
 from fastasr.ops import _dispatch
 from fastasr.testing.refusals import Refusal, refusals
+from fastasr.testing.seeds import seeded
 from fastasr.testing.table import Make, OpTable, Sample, flat, floating, tables, with_tensors
-from fastasr.testing.tolerance import Comparison, compare, mean
+from fastasr.testing.tolerance import Comparison, compare, judged
 
-_SEED = 1234
-JUDGED_DRAWS = 8  # draws by which a sample is judged if its own draws fail
 ENTRIES = 200
 
 
@@ -29,21 +27,19 @@ def _make(sample: Sample, dtype: torch.dtype, device: str, seed: int = 0) -> dic
     return sample.arguments(Make(dtype, device, seed))
 
 
-def _call(f: Callable[..., Tensor], arguments: dict, seed: int = _SEED) -> Tensor:
-    torch.manual_seed(seed)  # an op that draws (dropout) draws the same numbers in every run
+def _call(f: Callable[..., Tensor], arguments: dict) -> Tensor:
+    torch.manual_seed(seeded("call"))  # an op that draws (dropout) draws the same numbers in every call
     return flat(f(**arguments))
 
 
-def _values_and_gradients(
-    f: Callable[..., Tensor], arguments: dict, cotangent: Tensor | None = None
+def values_and_gradients(
+    f: Callable[..., Tensor], arguments: dict, cotangent: Tensor | None = None, draw: int = 0
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Returns f's output, its gradients by argument, and the cotangent that they belong to."""
     leaves = with_tensors(arguments, lambda _, t: t.detach().clone().requires_grad_())
     out = _call(f, leaves)
     if cotangent is None:
-        generator = torch.Generator().manual_seed(99)
-        cotangent = (
-            torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out.dtype).to(out.device)
-        )
+        cotangent = Make(out.dtype, out.device.type, f"cotangent {draw}").normal(*out.shape)
     names = list(floating(leaves))
     grads = torch.autograd.grad(out, [leaves[n] for n in names], cotangent.to(out.dtype), allow_unused=True)
     return out, dict(zip(names, grads, strict=True)), cotangent
@@ -68,28 +64,43 @@ def _close(a: Tensor, b: Tensor, what: str) -> None:
 
 # --------------------------------------------------------------------------- numerics
 def parity(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
-    """Compares values and gradients with the float64 definition; the error must not exceed eager's.
+    """Compares values and gradients with the float64 definition; the error must not exceed eager's."""
 
-    Eager may be exact by chance in a single draw, and which draw depends on the CPU. A sample that fails is therefore
-    judged by the mean over ``JUDGED_DRAWS`` draws, with the same tolerance.
+    def arguments(dtype: torch.dtype, draw: int) -> dict:
+        return _make(sample, dtype, device, draw)
+
+    as_near_as_eager(table, arguments, dtype, sample.draws, sample.exact)
+
+
+def as_near_as_eager(
+    table: OpTable,
+    arguments: Callable[[torch.dtype, int], dict],
+    dtype: torch.dtype = torch.float32,
+    draws: int = 1,
+    exact: bool = True,
+) -> None:
+    """Asserts that values, and gradients if ``exact``, of the calls ``arguments(dtype, draw)`` are as near to float64
+    as eager's.
     """
-    found: dict[str, list[Comparison]] = {}
-    for draw in range(max(sample.draws, JUDGED_DRAWS)):
-        if draw == sample.draws and all(mean(comparisons).ok for comparisons in found.values()):
-            return
-        for name, comparison in _compared(table, sample, dtype, device, draw):
-            found.setdefault(name, []).append(comparison)
-    for name, comparisons in found.items():
-        comparison = mean(comparisons)
-        assert comparison.ok, f"{name}: {comparison}"
+
+    def one_draw(draw: int, single: bool) -> Iterator[tuple[str, Comparison]]:
+        kind = torch.float32 if single else dtype
+        return compared(table, arguments(kind, draw), kind, draw, exact)
+
+    _assert_judged(one_draw, draws)
 
 
-def _compared(
-    table: OpTable, sample: Sample, dtype: torch.dtype, device: str, draw: int
+def _assert_judged(one_draw: Callable, draws: int) -> None:
+    failed = judged(one_draw, draws)
+    assert not failed, "; ".join(f"{name}: {comparison}" for name, comparison in failed.items())
+
+
+def compared(
+    table: OpTable, arguments: dict, dtype: torch.dtype, draw: int = 0, exact: bool = True
 ) -> Iterator[tuple[str, Comparison]]:
-    arguments = _make(sample, dtype, device, draw)
+    """Yields what is compared with eager and float64, and how: the values and, if ``exact``, each gradient."""
     wide = with_tensors(arguments, lambda _, t: t.double())
-    if not sample.exact:
+    if not exact:
         with torch.no_grad():
             out, eager, reference = (
                 _call(f, a)
@@ -101,10 +112,10 @@ def _compared(
             )
         yield "values", compare(out, eager, reference)
         return
-    eager, eager_grads, cotangent = _values_and_gradients(table.definition, arguments)
-    out, grads, _ = _values_and_gradients(table.function, arguments, cotangent)
+    eager, eager_grads, cotangent = values_and_gradients(table.definition, arguments, draw=draw)
+    out, grads, _ = values_and_gradients(table.function, arguments, cotangent)
     with _drawing_like(dtype):
-        reference, reference_grads, _ = _values_and_gradients(table.definition, wide, cotangent)
+        reference, reference_grads, _ = values_and_gradients(table.definition, wide, cotangent)
     assert out.dtype == eager.dtype, f"dtype {out.dtype}, eager gives {eager.dtype}"
     yield "values", compare(out, eager, reference)
     for name, grad in grads.items():
@@ -137,7 +148,7 @@ def no_grad_equals_grad(table: OpTable, sample: Sample, dtype: torch.dtype, devi
         _same(_call(table.function, arguments), out.detach(), "no_grad")
     with torch.inference_mode():
         _same(_call(table.function, arguments).clone(), out.detach(), "inference_mode")
-    torch.manual_seed(_SEED)
+    torch.manual_seed(seeded("call"))
     _same(table.call_registered(arguments), out.detach(), "registered op")
 
 
@@ -153,7 +164,7 @@ def gradcheck(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -
         return _call(table.function, arguments | dict(zip(names, tensors, strict=True)))
 
     def registered(*tensors):
-        torch.manual_seed(_SEED)
+        torch.manual_seed(seeded("call"))
         return table.call_registered(arguments | dict(zip(names, tensors, strict=True)))
 
     tensors = tuple(arguments[n] for n in names)
@@ -222,7 +233,7 @@ def _reversed_order(t: Tensor) -> Tensor:
 def strides(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
     """Transposed, sliced, reordered and unaligned arguments and gradients give the same results as contiguous ones."""
     arguments = _make(sample, dtype, device)
-    out, grads, cotangent = _values_and_gradients(table.function, arguments)
+    out, grads, cotangent = values_and_gradients(table.function, arguments)
     for layout in (_transposed, _sliced, _offset, _reversed_order):
         leaves = dict(arguments)
         for name, t in floating(arguments).items():
@@ -238,13 +249,15 @@ def strides(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> 
 
 
 def expanded(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
-    """Rows that are one row, expanded, and an expanded gradient (all strides 0, as from ``.sum()``) work."""
+    """Rows that are one row, expanded, work, and so do expanded gradients, whose strides are 0 in all dimensions, as
+    those of ``.sum()``, or in all but the last.
+    """
 
     def one_row(name: str, t: Tensor) -> Tensor:
         return t[:1].expand_as(t) if name in table.rows and t.dim() > 1 else t
 
     arguments = with_tensors(_make(sample, dtype, device), lambda name, t: one_row(name, t).contiguous())
-    out, grads, cotangent = _values_and_gradients(table.function, arguments)
+    out, grads, cotangent = values_and_gradients(table.function, arguments)
     leaves = with_tensors(arguments, lambda name, t: one_row(name, t).requires_grad_())
     other = _call(table.function, leaves)
     _close(other.detach(), out.detach(), "values of expanded arguments")
@@ -255,10 +268,12 @@ def expanded(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) ->
     arguments = with_tensors(_make(sample, dtype, device), lambda _, t: t.requires_grad_())
     leaves = list(floating(arguments).values())
     out = _call(table.function, arguments)
-    expected = torch.autograd.grad(out, leaves, torch.ones_like(out))
-    actual = torch.autograd.grad(_call(table.function, arguments).sum(), leaves)
-    for a, b in zip(actual, expected, strict=True):
-        _close(a, b, "gradient of a sum")
+    for sizes in ((), out.shape[-1:]):
+        cotangent = Make(out.dtype, device, "cotangent").normal(*sizes).expand(out.shape)
+        expected = torch.autograd.grad(_call(table.function, arguments), leaves, cotangent.contiguous())
+        actual = torch.autograd.grad(_call(table.function, arguments), leaves, cotangent)
+        for name, a, b in zip(floating(arguments), actual, expected, strict=True):
+            _close(a, b, f"gradient of {name}")
 
 
 def poisoned(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
@@ -268,9 +283,9 @@ def poisoned(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) ->
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         torch.utils.deterministic.fill_uninitialized_memory = False
-        out, grads, cotangent = _values_and_gradients(table.function, arguments)
+        out, grads, cotangent = values_and_gradients(table.function, arguments)
         torch.utils.deterministic.fill_uninitialized_memory = True
-        again, grads_again, _ = _values_and_gradients(table.function, arguments, cotangent)
+        again, grads_again, _ = values_and_gradients(table.function, arguments, cotangent)
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
@@ -285,22 +300,23 @@ def inputs_untouched(table: OpTable, sample: Sample, dtype: torch.dtype, device:
     copies = with_tensors(arguments, lambda _, t: t.clone())
     leaves = with_tensors(arguments, lambda _, t: t.requires_grad_())
     out = _call(table.function, leaves)
-    cotangent = torch.ones_like(out)
+    cotangent = Make(out.dtype, device, "cotangent").normal(*out.shape)
+    copy = cotangent.clone()
     torch.autograd.grad(out, list(floating(leaves).values()), cotangent)
     for name, t in floating(copies).items():
         _same(arguments[name].detach(), t, name)
-    _same(cotangent, torch.ones_like(out), "gradient")
+    _same(cotangent, copy, "gradient")
 
 
 def deterministic(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
     """Two runs are bitwise equal, and so are runs on one thread and on several."""
     arguments = _make(sample, dtype, device)
-    out, grads, cotangent = _values_and_gradients(table.function, arguments)
+    out, grads, cotangent = values_and_gradients(table.function, arguments)
     threads = torch.get_num_threads()
     for n in (threads, 1, 2) if table.thread_invariant and device == "cpu" else (threads,):
         torch.set_num_threads(n)
         try:
-            again, grads_again, _ = _values_and_gradients(table.function, arguments, cotangent)
+            again, grads_again, _ = values_and_gradients(table.function, arguments, cotangent)
         finally:
             torch.set_num_threads(threads)
         _same(again.detach(), out.detach(), f"values, {n} threads")
@@ -336,12 +352,12 @@ def rows_apart(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) 
     rows = [name for name in table.rows if name in floating(arguments)]
     if not rows or arguments[rows[0]].dim() < 2 or arguments[rows[0]].shape[0] < 2:
         return
-    out, grads, cotangent = _values_and_gradients(table.function, arguments)
+    out, grads, cotangent = values_and_gradients(table.function, arguments)
     bad = arguments[rows[0]].shape[0] // 2
     for name in rows:
         arguments[name] = arguments[name].clone()
         arguments[name][bad] = float("nan")
-    other, other_grads, _ = _values_and_gradients(table.function, arguments, cotangent)
+    other, other_grads, _ = values_and_gradients(table.function, arguments, cotangent)
     good = torch.arange(out.shape[0], device=device) != bad
     _close(other[good].detach(), out[good].detach(), "values")
     for name in rows:
@@ -368,8 +384,8 @@ def compiles(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) ->
         return table.function(**a)
 
     compiled = torch.compile(caller, fullgraph=True, backend="aot_eager")
-    out, grads, cotangent = _values_and_gradients(table.function, arguments)
-    other, other_grads, _ = _values_and_gradients(lambda **a: compiled(**a), arguments, cotangent)
+    out, grads, cotangent = values_and_gradients(table.function, arguments)
+    other, other_grads, _ = values_and_gradients(lambda **a: compiled(**a), arguments, cotangent)
     _close(other.detach(), out.detach(), "values")
     for name, grad in other_grads.items():
         _close(grad, grads[name], f"gradient of {name}")
@@ -397,7 +413,6 @@ def no_recompile(table: OpTable, sample: Sample, dtype: torch.dtype, device: str
 
 def autocast(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
     """Under autocast, outputs have eager's dtype and accuracy, and gradients have the arguments' own dtypes."""
-    arguments = _make(sample, torch.float32, device)
 
     def under(f):
         def run(**a):
@@ -409,21 +424,23 @@ def autocast(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) ->
     def overload(**a):
         return table.call_registered(a)
 
-    eager, eager_grads, cotangent = _values_and_gradients(under(table.definition), arguments)
-    reference, reference_grads, _ = _values_and_gradients(
-        table.definition, with_tensors(arguments, lambda _, t: t.double()), cotangent.double()
-    )
-    for name, f in (("function", table.function), ("registered op", overload)):
-        if name == "registered op" and arguments.get("training"):
-            continue
-        out, grads, _ = _values_and_gradients(under(f), arguments, cotangent)
-        assert out.dtype == eager.dtype, f"{name}: dtype {out.dtype}, eager gives {eager.dtype}"
-        comparison = compare(out, eager, reference)
-        assert comparison.ok, f"{name}: values: {comparison}"
-        for argument, grad in grads.items():
-            assert grad.dtype == torch.float32, f"{name}: gradient of {argument} has dtype {grad.dtype}"
-            comparison = compare(grad.bfloat16(), eager_grads[argument].bfloat16(), reference_grads[argument])
-            assert comparison.ok, f"{name}: gradient of {argument}: {comparison}"
+    def one_draw(draw: int, single: bool) -> Iterator[tuple[str, Comparison]]:
+        arguments = _make(sample, torch.float32, device, draw)
+        eager, eager_grads, cotangent = values_and_gradients(under(table.definition), arguments, draw=draw)
+        wide = with_tensors(arguments, lambda _, t: t.double())
+        reference, reference_grads, _ = values_and_gradients(table.definition, wide, cotangent.double())
+        for name, f in (("function", table.function), ("registered op", overload)):
+            if name == "registered op" and arguments.get("training"):
+                continue
+            out, grads, _ = values_and_gradients(under(f), arguments, cotangent)
+            assert out.dtype == eager.dtype, f"{name}: dtype {out.dtype}, eager gives {eager.dtype}"
+            yield f"{name}: values", compare(out, eager, reference)
+            for argument, grad in grads.items():
+                assert grad.dtype == torch.float32, f"{name}: gradient of {argument} has dtype {grad.dtype}"
+                ours, theirs = grad.bfloat16(), eager_grads[argument].bfloat16()
+                yield f"{name}: gradient of {argument}", compare(ours, theirs, reference_grads[argument])
+
+    _assert_judged(one_draw, sample.draws)
 
 
 def forced_eager(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
@@ -543,11 +560,11 @@ class Case:
         return "-".join(parts).replace(" ", "_")
 
 
-def cases(table: OpTable, device: str, *, forced: bool = False, turn: str = "") -> Iterator[Case]:
+def cases(table: OpTable, device: str, *, forced: bool = False) -> Iterator[Case]:
     """Yields the cases of one op.
 
     ``forced``: kernels are interpreted or emulated, on small samples, in one draw first, without float64. Of the two
-    16-bit types the short tests take one, by sample and ``turn``.
+    16-bit types the short tests take one, by sample and the run's seed.
     """
     for check in CHECKS:
         if forced and not check.forced:
@@ -556,7 +573,7 @@ def cases(table: OpTable, device: str, *, forced: bool = False, turn: str = "") 
             if not forced:
                 yield from (Case(table, check, sample, dtype, device) for dtype in check.dtypes)
             elif not sample.large:
-                waits = NARROW[zlib.crc32(f"{turn} {table.op} {sample.name}".encode()) % 2]
+                waits = NARROW[seeded(table.op, sample.name) % 2]
                 one_draw, short = replace(sample, draws=1), check.is_short(table, sample)
                 for dtype in check.dtypes:
                     if dtype is not torch.float64:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random valid and invalid calls at every public op: an error of the right type or the right answer, never a crash.
 
-``python -m fastasr.testing.fuzz -n 2000 --seed 7``. A call depends on (seed, index) alone; the calls run in a child
-process, so a crash is reported with the call that caused it: ``--only INDEX`` runs that one again.
+``python -m fastasr.testing.fuzz -n 2000 --seed 7``. A run draws its seed unless it is given, here or as ``SEED`` in the
+environment. A call depends on (seed, index) alone; the calls run in a child process, so a crash is reported with the
+call that caused it: ``--only INDEX`` runs that one again. The tolerance is the op contract's.
 """
 
 import argparse
@@ -11,14 +12,17 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastasr import ops
-from fastasr.testing.refusals import Refusal, refusals
+from fastasr.testing.refusals import refusals
+from fastasr.testing.seeds import begin, seeded
 from fastasr.testing.table import Make, flat, floating, tables, with_tensors
+from fastasr.testing.tolerance import Comparison, compare, judged
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ELEMENTS = 50_000
@@ -104,107 +108,162 @@ def _break(arguments: dict, rng: random.Random) -> dict:
 
 
 # --------------------------------------------------------------------------- judging
-def _agrees(out: Tensor, reference: Tensor, magnitude: float) -> str:
+class Wrong(Exception):
+    """What is wrong about a call."""
+
+
+class Call:
+    """Call number ``index`` of the run. Another ``draw`` of it has other values in tensors of the same shapes."""
+
+    def __init__(self, index: int, only: tuple[str, ...], draw: int = 0) -> None:
+        rng = random.Random(seeded(index))
+        self.table = tables()[rng.choice(only or list(tables()))]
+        arguments = self.table.random(Make(rng.choice(_DTYPES), seed=f"{index}/{draw}"), Shape(rng))
+        arguments = with_tensors(arguments, lambda _, t: _relayout(t, rng))
+        self.special = rng.random() < 0.2
+        if self.special:
+            arguments = with_tensors(
+                arguments,
+                lambda name, t: (
+                    _special(t, rng) if name not in self.table.unread and rng.random() < 0.5 else t
+                ),
+            )
+        self.refusal = None
+        if rng.random() < 0.2:
+            self.refusal = rng.choice(list(refusals(ops.OPS[self.table.op], arguments)))
+            arguments = self.refusal.arguments()
+        elif rng.random() < 0.5:
+            arguments = _break(arguments, rng)
+        self.cotangent = f"cotangent {index}/{draw}"
+        self.gradients = rng.random() < 0.5 and not self.special
+        self.arguments = arguments
+
+    def __str__(self) -> str:
+        return f"{self.table.op}({', '.join(f'{k}={_describe(v)}' for k, v in self.arguments.items())})"
+
+    def refused(self) -> None:
+        """Expects the error of the refusal."""
+        try:
+            self.table.function(**self.arguments)
+        except self.refusal.error as error:
+            if not str(error).startswith(f"fastasr.{self.table.op}: {self.refusal.blamed}: "):
+                raise Wrong(f"{self.refusal.name}: the message does not say so: {error}") from error
+        except Exception as error:
+            raise Wrong(f"{self.refusal.name}: {type(error).__name__}: {error}") from error
+        else:
+            raise Wrong(f"{self.refusal.name}: nothing was raised")
+
+    def compared(self, single: bool, moved: bool) -> Iterator[tuple[str, Comparison]]:
+        """Yields (what, comparison) of the outputs and gradients; nothing if the op refuses the call.
+
+        ``single``: float64 tensors are rounded to float32. ``moved``: the yardstick is not eager, but the definition in
+        float64 of arguments that are moved by a rounding.
+        """
+        name, arguments = self.table.op, self.arguments
+        if single:
+            arguments = with_tensors(arguments, lambda _, t: t.float() if t.dtype is torch.float64 else t)
+        arguments = with_tensors(arguments, lambda _, t: t.detach().requires_grad_(self.gradients))
+        try:
+            outputs = self.table.function(**arguments)
+        except (TypeError, ValueError) as error:
+            if not str(error).startswith(f"fastasr.{name}: "):
+                raise Wrong(f"{type(error).__name__} that does not name the op: {error}") from error
+            return
+        except Exception as error:
+            raise Wrong(f"{type(error).__name__}: {error}") from error
+        draws = bool(arguments.get("training")) and bool(arguments.get("dropout_p"))
+        if draws or any(t.device.type == "meta" for t in floating(arguments).values()):
+            return
+        same = with_tensors(arguments, lambda _, t: _moved(t) if moved else t.detach())
+        same = with_tensors(same, lambda _, t: t.requires_grad_(self.gradients))
+        wide = with_tensors(arguments, lambda _, t: t.detach().double().requires_grad_(self.gradients))
+        try:
+            eager, exact = self.table.definition(**same), self.table.definition(**wide)
+        except Exception as error:
+            what = f"accepted a call that its definition refuses: {type(error).__name__}: {error}"
+            raise Wrong(what) from error
+        if self.special:
+            for ours, theirs in zip(_tuple(outputs), _tuple(exact), strict=True):
+                wrong = _differs(ours, theirs)
+                if wrong and not _as_good_as_eager(self.table.definition, arguments, outputs, eager, exact):
+                    raise Wrong(wrong)
+            return
+        for i, results in enumerate(zip(*map(_tuple, (outputs, eager, exact)), strict=True)):
+            yield from _comparison(f"output {i}", *results)
+        out, eager, exact = flat(outputs), flat(eager), flat(exact)
+        if not self.gradients or not out.numel():
+            return
+        cotangent = Make(out.dtype, seed=self.cotangent).normal(*out.shape)
+        try:
+            ours = self._gradients(out, arguments, cotangent)
+        except Exception as error:
+            raise Wrong(f"backward: {type(error).__name__}: {error}") from error
+        theirs, exact = self._gradients(eager, same, cotangent), self._gradients(exact, wide, cotangent)
+        near = with_tensors(wide, lambda _, t: _nudged(t.detach(), 1e-15).requires_grad_())
+        near = self._gradients(flat(self.table.definition(**near)), near, cotangent)
+        for n, grad in ours.items():
+            if (grad is None) != (exact[n] is None):
+                raise Wrong(f"gradient of {n} is {'missing' if grad is None else 'unexpected'}")
+            # where float64's last digits decide, the terms of the gradient cancel and no digit of it means anything
+            if grad is not None and not (near[n] - exact[n]).norm() > 1e-3 * exact[n].norm():
+                yield from _comparison(f"gradient of {n}", grad, theirs[n], exact[n])
+
+    @staticmethod
+    def _gradients(out: Tensor, arguments: dict, cotangent: Tensor) -> dict[str, Tensor | None]:
+        leaves = floating(arguments)
+        grads = torch.autograd.grad(out, list(leaves.values()), cotangent.to(out.dtype), allow_unused=True)
+        return dict(zip(leaves, grads, strict=True))
+
+
+def _comparison(what: str, ours: Tensor, eager: Tensor, exact: Tensor) -> Iterator[tuple[str, Comparison]]:
+    """Yields the comparison, except where eager overflowed: half's range may decide between finite and infinite."""
+    if eager.dtype is torch.float16 and not eager.isfinite().all():
+        return
+    try:
+        yield what, compare(ours, eager, exact)
+    except AssertionError as error:
+        raise Wrong(f"{what}: {error}") from error
+
+
+def run_one(index: int, only: tuple[str, ...] = ()) -> tuple[str, str]:
+    """Runs one call of any op, or of those in ``only``. Returns (what was called, what is wrong or "")."""
+    call = Call(index, only)
+    try:
+        if call.refusal:
+            call.refused()
+            return str(call), ""
+        # Eager may be exact where terms are equal, as those of expanded tensors, or where one is 0.
+        for moved in (False, True):
+            failed = judged(lambda draw, single, m=moved: Call(index, only, draw).compared(single, m), 1)
+            if not failed:
+                break
+        return str(call), "; ".join(f"{what}: {comparison}" for what, comparison in failed.items())
+    except Wrong as wrong:
+        return str(call), str(wrong)
+
+
+def _differs(out: Tensor, reference: Tensor) -> str:
     """Returns "" if ``out`` equals the float64 ``reference`` up to rounding, with non-finite values in the same places,
     else what differs."""
     if out.shape != reference.shape:
         return f"shape {tuple(out.shape)}, expected {tuple(reference.shape)}"
-    if out.device.type == "meta":
-        return ""
     rounded = reference.to(out.dtype).double()
     if out.dtype is torch.float16 and not rounded.isfinite().all():
         return ""  # near the end of half's range, the last rounding may decide between finite and infinite
     finite = rounded.isfinite()
     if not torch.equal(finite, out.isfinite()):
         return "infinities or NaNs stand in other places"
-    if not finite.any():
-        return ""
-    error = (out.double() - rounded)[finite].abs().max().item()
-    size = max(magnitude, rounded[finite].abs().max().item())
-    limit = 64 * torch.finfo(out.dtype).eps * size
-    return "" if error <= limit else f"error {error:.3e}, allowed {limit:.3e}"
+    error = (out.double() - rounded)[finite].abs()
+    limit = (
+        64 * torch.finfo(out.dtype).eps * rounded[finite].abs().amax().clamp(min=1) if finite.any() else 1.0
+    )
+    return "" if (error <= limit).all() else f"error {error.max():.3e}, allowed {limit:.3e}"
 
 
-def run_one(seed: int, index: int, only: tuple[str, ...] = ()) -> tuple[str, str]:
-    """Runs one call of any op, or of those in ``only``. Returns (what was called, what is wrong or "")."""
-    rng = random.Random(f"{seed}/{index}")
-    name = rng.choice(only or list(tables()))
-    table = tables()[name]
-    dtype = rng.choice(_DTYPES)
-    arguments = table.random(Make(dtype, seed=rng.randrange(1 << 30)), Shape(rng))
-    arguments = with_tensors(arguments, lambda _, t: _relayout(t, rng))
-    special = rng.random() < 0.2
-    if special:
-        arguments = with_tensors(
-            arguments,
-            lambda name, t: _special(t, rng) if name not in table.unread and rng.random() < 0.5 else t,
-        )
-    if rng.random() < 0.2:
-        refusal = rng.choice(list(refusals(ops.OPS[name], arguments)))
-        return _judge_refusal(table, refusal)
-    if rng.random() < 0.5:
-        arguments = _break(arguments, rng)
-    gradients = rng.random() < 0.5 and not special
-    label = f"{name}({', '.join(f'{k}={_describe(v)}' for k, v in arguments.items())})"
-    draws = bool(arguments.get("training")) and bool(arguments.get("dropout_p"))
-    if gradients:
-        arguments = with_tensors(arguments, lambda _, t: t.detach().requires_grad_() if t.is_leaf else t)
-    try:
-        outputs = table.function(**arguments)
-    except (TypeError, ValueError) as error:
-        ok = str(error).startswith(f"fastasr.{name}: ")
-        return label, "" if ok else f"{type(error).__name__} that does not name the op: {error}"
-    except Exception as error:
-        return label, f"{type(error).__name__}: {error}"
-    if draws or any(t.device.type == "meta" for t in floating(arguments).values()):
-        return label, ""
-    wide = with_tensors(arguments, lambda _, t: t.detach().double().requires_grad_(t.requires_grad))
-    try:
-        references = table.definition(**wide)
-    except Exception as error:
-        return label, f"accepted a call that its definition refuses: {type(error).__name__}: {error}"
-    for ours, theirs in zip(_tuple(outputs), _tuple(references), strict=True):
-        wrong = _agrees(ours.detach(), theirs.detach(), 1.0)
-        if wrong and not (special and _as_good_as_eager(table.definition, arguments, outputs, references)):
-            return label, wrong
-    out, reference = flat(outputs), flat(references)
-    if not gradients or special or not out.numel():
-        return label, ""
-    names = [n for n, t in floating(arguments).items() if t.requires_grad]
-    try:
-        ours = torch.autograd.grad(out.sum(), [arguments[n] for n in names], allow_unused=True)
-    except Exception as error:
-        return label, f"backward: {type(error).__name__}: {error}"
-    expected = torch.autograd.grad(reference.sum(), [wide[n] for n in names], allow_unused=True)
-    for n, a, e in zip(names, ours, expected, strict=True):
-        if (a is None) != (e is None):
-            return label, f"gradient of {n} is {'missing' if a is None else 'unexpected'}"
-        # The terms of a gradient may cancel, so rounding is judged relative to the terms.
-        rows = max(1, out.numel() // max(1, e.numel())) if e is not None else 1
-        wrong = a is not None and _agrees(a, e, float(rows) ** 0.5 * _scale_of(arguments))
-        if wrong:
-            return label, f"gradient of {n}: {wrong}"
-    return label, ""
-
-
-def _judge_refusal(table, refusal: Refusal) -> tuple[str, str]:
-    arguments = refusal.arguments()
-    label = f"{table.op}({', '.join(f'{k}={_describe(v)}' for k, v in arguments.items())})"
-    try:
-        table.function(**arguments)
-    except refusal.error as error:
-        ok = str(error).startswith(f"fastasr.{table.op}: {refusal.blamed}: ")
-        return label, "" if ok else f"{refusal.name}: the message does not say so: {error}"
-    except Exception as error:
-        return label, f"{refusal.name}: {type(error).__name__}: {error}"
-    return label, f"{refusal.name}: nothing was raised"
-
-
-def _as_good_as_eager(definition, arguments: dict, outputs, references) -> bool:
+def _as_good_as_eager(definition, arguments: dict, outputs, eager, references) -> bool:
     """Whether the definition in the call's own dtypes is about as far from float64 as the op. With a value of 60000
     among scores of 1, for example, no implementation is accurate."""
-    eager = definition(**with_tensors(arguments, lambda _, t: t.detach()))
-    near = definition(**with_tensors(arguments, lambda _, t: _nudged(t.detach().double())))
+    near = definition(**with_tensors(arguments, lambda _, t: _nudged(t.detach().double(), 1e-7)))
     for ours, theirs, exact, moved in zip(*map(_tuple, (outputs, eager, references, near)), strict=True):
         # Where eager, or float64 of inputs moved by a rounding, disagrees with float64, rounding decides: an infinity
         # times a difference is NaN only if the difference is 0.
@@ -223,9 +282,14 @@ def _as_good_as_eager(definition, arguments: dict, outputs, references) -> bool:
     return True
 
 
-def _nudged(t: Tensor) -> Tensor:
-    """Changes each element by about a rounding error of float32; zeros, infinities and NaNs stay the same."""
-    return t * (1 + 1e-7 * torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(0)))
+def _moved(t: Tensor) -> Tensor:
+    """Moves each element by about a rounding of the kernels' arithmetic: float64's, or else float32's."""
+    return _nudged(t.detach().double(), torch.finfo(torch.promote_types(t.dtype, torch.float32)).eps)
+
+
+def _nudged(t: Tensor, by: float) -> Tensor:
+    """Changes each element by about this part of it; zeros, infinities and NaNs stay the same."""
+    return t * (1 + by * torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(0)))
 
 
 def _largest(arguments: dict) -> float:
@@ -236,11 +300,6 @@ def _largest(arguments: dict) -> float:
 
 def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else outputs
-
-
-def _scale_of(arguments: dict) -> float:
-    sizes = [t.detach().double().abs().max().item() for t in floating(arguments).values() if t.numel()]
-    return max([1.0, *sizes]) ** 2
 
 
 def _describe(value: object) -> str:
@@ -255,21 +314,21 @@ def _describe(value: object) -> str:
 
 
 # --------------------------------------------------------------------------- processes
-def _child(seed: int, first: int, count: int, only: tuple[str, ...]) -> int:
+def _child(first: int, count: int, only: tuple[str, ...]) -> int:
     for index in range(first, first + count):
         print(f"@{index}", flush=True)  # if this process dies, the parent reports the last index that it saw
-        label, wrong = run_one(seed, index, only)
+        label, wrong = run_one(index, only)
         if wrong:
             print(f"call {index}: {label}\n    {wrong}", flush=True)
     print("@end", flush=True)
     return 0
 
 
-def fuzz(count: int, seed: int, only: tuple[str, ...] = ()) -> int:
+def fuzz(count: int, only: tuple[str, ...] = ()) -> int:
     """Runs ``count`` calls. Returns how many went wrong; a crash counts as one, and the other calls still run."""
     failures, first = 0, 0
     while first < count:
-        command = [sys.executable, "-m", "fastasr.testing.fuzz", "--child", "--seed", str(seed)]
+        command = [sys.executable, "-m", "fastasr.testing.fuzz", "--child"]
         command += ["--first", str(first), "-n", str(count - first), *(f"--op={name}" for name in only)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             last, ended = first, False
@@ -284,9 +343,7 @@ def fuzz(count: int, seed: int, only: tuple[str, ...] = ()) -> int:
         if ended and process.returncode == 0:
             break
         failures += 1
-        print(
-            f"call {last}: the process died (exit status {process.returncode}); again: --seed {seed} --only {last}"
-        )
+        print(f"call {last}: the process died (exit status {process.returncode})")
         first = last + 1
     return failures
 
@@ -294,23 +351,24 @@ def fuzz(count: int, seed: int, only: tuple[str, ...] = ()) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastasr.testing.fuzz", description=__doc__)
     parser.add_argument("-n", type=int, default=1000, help="number of calls")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", help="default: SEED in the environment, else drawn")
     parser.add_argument("--op", action="append", default=[], help="call this op alone; may be repeated")
     parser.add_argument("--only", type=int, help="run this one call, in this process")
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    run = begin(options.seed)
     only = tuple(options.op)
     if options.child:
-        return _child(options.seed, options.first, options.n, only)
+        return _child(options.first, options.n, only)
     if options.only is not None:
-        label, wrong = run_one(options.seed, options.only, only)
+        label, wrong = run_one(options.only, only)
         print(f"{label}\n{wrong or 'right'}")
         return 1 if wrong else 0
     start = time.perf_counter()
-    failures = fuzz(options.n, options.seed, only)
+    failures = fuzz(options.n, only)
     elapsed = time.perf_counter() - start
-    print(f"fuzz: {options.n} calls, {failures} wrong, seed {options.seed}, {elapsed:.0f} s")
+    print(f"fuzz: {options.n} calls, {failures} wrong, {run}, {elapsed:.0f} s")
     return 1 if failures else 0
 
 

@@ -11,18 +11,21 @@ import torch
 from torch import Tensor
 
 from fastasr import ops
+from fastasr.testing.seeds import seeded
 
 
 @dataclass
 class Make:
-    """Makes the tensors of a sample, reproducibly: the same seed gives the same numbers in every dtype and device."""
+    """Makes the tensors of a sample. Within a run of the tests, the same seed gives the same numbers in every dtype and
+    device.
+    """
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
-    seed: int = 0
+    seed: int | str = 0
 
     def __post_init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self._generator = torch.Generator().manual_seed(seeded(self.seed))
 
     def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
         # Numbers are drawn in float64 and rounded to the dtype, so that the float64 oracle sees the kernel's numbers.

@@ -2,7 +2,7 @@
 """The op contract, for every op, from its sample table alone: a new op needs no code here.
 
 With FASTASR_TEST_BACKEND set the ops are forced onto that backend: tests/ops/test_contract_interpreted.py runs this
-file so, with Triton's interpreter. SEED then chooses one of the two 16-bit types for each sample.
+file so, with Triton's interpreter. The run's seed then chooses one of the two 16-bit types for each sample.
 """
 
 import os
@@ -31,7 +31,7 @@ CASES = [
     for name, table in tables().items()
     if _served(name)
     for device in DEVICES
-    for case in cases(table, device, forced=bool(FORCED), turn=os.environ.get("SEED", ""))
+    for case in cases(table, device, forced=bool(FORCED))
 ]
 
 

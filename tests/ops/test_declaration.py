@@ -28,7 +28,7 @@ def _written(pattern: Pattern, sizes: dict) -> callable:
 
 
 @pytest.mark.parametrize("text", PATTERNS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 @given(shape=st.lists(st.integers(0, 4), max_size=4), size=st.integers(0, 4))
 def test_written_checks_match_as_by_hand(text, shape, size):
     pattern = Pattern.parse(text)

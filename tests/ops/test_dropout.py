@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from fastasr.ops import _dropout
+from fastasr.testing import seeded
 
 
 def _from_seed(function, *tensors, drawn_before=0):
     """Returns (outputs and gradients, the generator's next numbers)."""
-    torch.manual_seed(5)
+    torch.manual_seed(seeded(5))
     torch.rand(drawn_before)
     leaves = [t.clone().requires_grad_() for t in tensors]
     y = function(*leaves)
@@ -21,7 +22,7 @@ def _from_seed(function, *tensors, drawn_before=0):
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("drawn_before", [0, 1, 623, 700])
 def test_as_torch_draws(p, drawn_before):
-    x, residual = torch.randn(2, 1, 13, 53, generator=torch.Generator().manual_seed(1)).unbind(0)
+    x, residual = torch.randn(2, 1, 13, 53, generator=torch.Generator().manual_seed(seeded(1))).unbind(0)
     for ours, theirs, tensors in (
         (lambda x: _dropout.dropout(x, p), lambda x: F.dropout(x, p), (x,)),
         (lambda x, r: _dropout.dropout(x, p, r), lambda x, r: F.dropout(x, p) + r, (x, residual)),
@@ -35,7 +36,7 @@ def test_as_torch_draws(p, drawn_before):
 
 
 def test_what_the_kernel_does_not_take_is_torchs():
-    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(seeded(1)))
     for t in (x.t(), x.double(), x.bfloat16(), x[:0]):
         (found, after), (expected, after_theirs) = (
             _from_seed(f, t) for f in (lambda x: _dropout.dropout(x, 0.3), lambda x: F.dropout(x, 0.3))
@@ -46,10 +47,10 @@ def test_what_the_kernel_does_not_take_is_torchs():
 
 def test_picked_from_a_dense_draw():
     places = torch.tensor([[0, 4, 6], [6, 6, 1]])
-    torch.manual_seed(3)
+    torch.manual_seed(seeded(3))
     dense = F.dropout(torch.ones(5, 2, 7), 0.4)
     after = torch.rand(2)
-    torch.manual_seed(3)
+    torch.manual_seed(seeded(3))
     picked = _dropout.windows(torch.empty(1, requires_grad=True), places, 5, 7, 0.4)
     assert not picked.requires_grad
     assert torch.equal(torch.rand(2), after)
@@ -58,7 +59,7 @@ def test_picked_from_a_dense_draw():
 
 def test_a_second_derivative():
     x = torch.randn(40, dtype=torch.float32, requires_grad=True)
-    torch.manual_seed(2)
+    torch.manual_seed(seeded(2))
     y = _dropout.dropout(x, 0.5)
     (grad,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(grad.sum(), x)

@@ -4,6 +4,7 @@ the state, upstream.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ import fastasr
 from fastasr import ops
 from fastasr.ops._linear_recurrence import convolution
 from fastasr.ops.ema_scan import damped, rotating
-from fastasr.testing import Make
+from fastasr.testing import Make, tables
+from fastasr.testing.checks import compared
 from fastasr.testing.samples import complex_ema_scan as complex_samples
 from fastasr.testing.samples import ema_scan as samples
 from fastasr.testing.table import floating, with_tensors
-from fastasr.testing.tolerance import compare
+from fastasr.testing.tolerance import FAR
 
 REAL, COMPLEX = samples.AVERAGE, complex_samples.AVERAGE
 COEFFICIENTS = {REAL: damped, COMPLEX: rotating}
@@ -45,6 +47,15 @@ def _gradients(function, arguments: dict, cotangents: tuple[Tensor, ...]) -> tup
     outputs = out if isinstance(out, tuple) else (out,)
     torch.autograd.backward(outputs, cotangents[: len(outputs)])
     return outputs, {name: t.grad for name, t in floating(leaves).items()}
+
+
+def _assert_near(op: str, arguments: dict, least: float = 0.0) -> None:
+    """Asserts that one draw is no further from float64 than ``FAR`` times eager, or than ``least``. The errors of a few
+    parameters over many steps are random; the contract compares them closely, at small sizes.
+    """
+    for what, comparison in compared(tables()[op], arguments, torch.float32):
+        near = replace(comparison, rms=comparison.rms / FAR, worst=comparison.worst / FAR)
+        assert near.ok or comparison.worst <= least, f"{what}: {comparison}"
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> None:
@@ -77,7 +88,7 @@ def test_the_convolution_is_the_recurrence(average, length, mean, place):
 
 @both
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(length=st.integers(1, 150), cut=st.integers(0, 150), states=st.sampled_from((1, 4, 7)))
 def test_a_state_carried_over_a_cut_changes_nothing(average, direction, length, cut, states):
     cut, scan = min(cut, length), _op(average)
@@ -120,7 +131,7 @@ def test_one_step_at_a_time_is_the_whole(average, dtype):
         _close(state, final, 2e-6)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     length=st.integers(0, 200),
     taps=st.integers(1, 220),
@@ -135,13 +146,7 @@ def test_truncation(length, taps, channels, direction, damping, layout, mask):
         Make(), length, 2, channels, 3, truncation=taps, direction=direction, damping=damping, layout=layout,
         mask=mask, activation="silu",
     )  # fmt: skip
-    cotangents = (torch.randn_like(arguments["x"]),)
-    (y,), grads = _gradients(ops.ema_scan, arguments, cotangents)
-    wide = with_tensors(arguments, lambda _, t: t.double())
-    (expected,), expected_grads = _gradients(ops.ema_scan.definition, wide, (cotangents[0].double(),))
-    _close(y, expected, 5e-6)
-    for name, grad in grads.items():
-        _close(grad, expected_grads[name], 1e-4)
+    _assert_near("ema_scan", arguments, 1e-4)
 
 
 @both
@@ -196,16 +201,7 @@ def test_two_to_the_seventeen_steps(damping):
 @pytest.mark.parametrize("alpha", [0.0, -9.0])
 def test_long_and_narrow(length, alpha):
     arguments = COMPLEX.call(Make(), length, 1, 3, 2, alpha=alpha, delta=alpha / 4, activation="silu")
-    cotangents = (Make(seed=1).normal(length, 1, 3),)
-    (y,), grads = _gradients(ops.complex_ema_scan, arguments, cotangents)
-    (eager,), eager_grads = _gradients(ops.complex_ema_scan.definition, arguments, cotangents)
-    wide = with_tensors(arguments, lambda _, t: t.double())
-    (expected,), expected_grads = _gradients(ops.complex_ema_scan.definition, wide, (cotangents[0].double(),))
-    comparison = compare(y, eager, expected)
-    assert comparison.ok, comparison
-    for name, grad in grads.items():
-        comparison = compare(grad, eager_grads[name], expected_grads[name])
-        assert comparison.ok, f"{name}: {comparison}"
+    _assert_near("complex_ema_scan", arguments)
 
 
 def _real_by_fft(x, damping, decay, expansion, projection, residual, activation) -> Tensor:
@@ -263,7 +259,6 @@ def test_error_is_not_above_that_of_the_fft(average, dtype):
 @pytest.mark.parametrize("truncation", [None, 20])
 def test_upstream(truncation):
     module = pytest.importorskip("espnet2.asr_transducer.decoder.modules.mega.multi_head_damped_ema")
-    torch.manual_seed(0)
     upstream = module.MultiHeadDampedEMA(24, 4, torch.nn.SiLU(), truncation_length=truncation)
     names = (
         "damping_factor",
@@ -289,7 +284,6 @@ def test_upstream(truncation):
 
 def test_upstream_step():
     module = pytest.importorskip("espnet2.asr_transducer.decoder.modules.mega.multi_head_damped_ema")
-    torch.manual_seed(0)
     upstream = module.MultiHeadDampedEMA(24, 4, torch.nn.SiLU())
     x, state = torch.randn(1, 3, 24), torch.randn(3, 24, 4)
     with torch.no_grad():

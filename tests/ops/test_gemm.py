@@ -15,7 +15,6 @@ PRODUCTS = ["torch", pytest.param("native", marks=needs_both)]
 
 def operands(operation, layout):
     """Returns x (m, k), w (n, k) and a bias, as ``operation`` takes them: whole, transposed in memory, or slices."""
-    torch.manual_seed(0)
     m, n, k = 61, 45, 600
     shapes = {
         "forward": ((m, k), (n, k), (n,)),

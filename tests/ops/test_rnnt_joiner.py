@@ -10,6 +10,7 @@ from hypothesis import given, settings
 
 from fastasr import ops
 from fastasr.ops import _dispatch, _joiner_rows
+from fastasr.testing import seeded
 
 pytestmark = pytest.mark.skipif(
     bool(_dispatch.reason_cpu("rnnt_joiner_rows")), reason="needs the native library"
@@ -19,7 +20,7 @@ OPTIONS = {"s_range": 3, "termination_symbol": 0}
 
 
 def _inputs(batch=3, frames=11, length=7, d=24, v=37, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seeded(seed))
     shapes = (batch, frames, d), (batch, length + 1, d), (v, d), (v,)
     tensors = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
     tensors[2] = tensors[2] / d**0.5
@@ -36,7 +37,7 @@ def _both(function, tensors, indices, grads=None, **options):
     """
     outputs = function(*tensors, *indices, **OPTIONS, **options)
     if grads is None:
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(seeded(1))
         grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
     found = torch.autograd.grad(
         outputs, tensors, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
@@ -61,7 +62,7 @@ def test_chunks_make_no_difference(keep_logits, hat, small_chunks):
 @pytest.mark.parametrize("keep_logits", [True, False])
 def test_rows_without_a_gradient_are_left_out(keep_logits, small_chunks, monkeypatch):
     tensors, indices = _inputs(dtype=torch.float64)
-    keep = torch.rand(3, 11, 3, generator=torch.Generator().manual_seed(2)) < 0.4
+    keep = torch.rand(3, 11, 3, generator=torch.Generator().manual_seed(seeded(2))) < 0.4
     keep[1] = False
     grads = torch.randn(2, 3, 11, 3, dtype=torch.float64) * keep
     seen = []
@@ -106,7 +107,7 @@ def test_gradients_that_are_not_needed(wanted):
     for i, t in enumerate(tensors):
         t.requires_grad_(i == wanted)
     outputs = ops.rnnt_joiner(*tensors, *indices, **OPTIONS)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seeded(1))
     grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64).float() for o in outputs]
     assert torch.equal(torch.autograd.grad(outputs, tensors[wanted], grads)[0], expected)
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from fastasr.ops import zipformer_attention_weights
+from fastasr.testing import seeded
 
 INF, NAN = float("inf"), float("nan")
 MASKS = ("none", "padding", "all padding", "chunks", "mask")
 
 
 def arguments(frames: int, dtype: torch.dtype, masks: str) -> dict:
-    generator = torch.Generator().manual_seed(frames)
+    generator = torch.Generator().manual_seed(seeded(frames))
     x = torch.randn(frames, 2, 2 * (2 * 3 + 2), generator=generator).to(dtype)
     pos = torch.randn(1, 2 * frames - 1, 2 * 2, generator=generator).to(dtype)
     call = {"x": x, "pos": pos, "num_heads": 2, "query_head_dim": 3}

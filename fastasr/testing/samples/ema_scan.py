@@ -115,10 +115,11 @@ class Average:
                 sample("no batch", 6, 0, 5, state=True),
                 sample("no channels", 6, 2, 0, state=True),
                 Sample("no residual", lambda m: self.call(m, 40, 2, 24) | {self.residual: None}),
+                # with several states, an infinity may meet an infinity of the other sign
                 Sample(
                     "NaN and inf",
                     lambda m: (
-                        self.call(m, 1, 1, 4)
+                        self.call(m, 1, 1, 4, 1)
                         | {"x": m.values(1.0, float("nan"), float("inf"), 2.0).reshape(1, 1, 4)}
                     ),
                     exact=False,
