@@ -12,8 +12,9 @@ namespace fastasr::cpu {
 // Returns e^x for x <= 0. Below -87 the result is e^-87 (1.6e-38), which no caller can tell from 0.
 FASTASR_INLINE float exp_nonpositive(float x) {
   x = x < -87.0f ? -87.0f : x;
-  // Rounds x log2(e) to an integer by adding 1.5 * 2^23: a rounding instruction would not vectorise.
-  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+  // Rounds x log2(e) to an integer by adding 1.5 * 2^23, which leaves the integer in the low bits: a rounding
+  // instruction would not vectorise, and a NaN has no integer.
+  const float t = x * 1.44269504f + 12582912.0f, n = t - 12582912.0f;
   // Computes x log2(e) - n with two parts of log2(e): exact to 2^-31 over the whole range.
   const float f = (x * 1.44269504f - n) + x * 1.92596303e-8f;
   float p = 1.53458110e-4f;
@@ -23,7 +24,7 @@ FASTASR_INLINE float exp_nonpositive(float x) {
   p = p * f + 2.40226462e-1f;
   p = p * f + 6.93147182e-1f;
   p = p * f + 1.0f;
-  return p * from_bits((static_cast<int32_t>(n) + 127) << 23);
+  return p * from_bits(static_cast<int32_t>((static_cast<uint32_t>(to_bits(t)) + 127) << 23));
 }
 FASTASR_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
