@@ -84,6 +84,13 @@ def key(item: pytest.Item) -> str:
 
 
 @cache
+def looks_elsewhere(path: Path) -> bool:
+    """Says whether a file of tests, or a file beside it that it uses, starts processes or reads files."""
+    beside = (p for p in sources.closure(path, without=ROOT / "fastasr") if p.parent == path.parent)
+    return any(LOOKS_ELSEWHERE & sources.words(p) for p in beside)
+
+
+@cache
 def goes_through_ops(path: Path) -> bool:
     return bool(sources.words(path) & {"tables", "NAMES", "OPS"})
 
@@ -98,8 +105,9 @@ def ops_of(item: pytest.Item) -> tuple[str, ...]:
 
 def needed(item: pytest.Item) -> frozenset[Path]:
     marked = item.get_closest_marker("needs")
-    elsewhere = LOOKS_ELSEWHERE & sources.words(item.path)
-    return files(item.path, ops_of(item), marked.args if marked else TREE if elsewhere else ())
+    return files(
+        item.path, ops_of(item), marked.args if marked else TREE if looks_elsewhere(item.path) else ()
+    )
 
 
 def concerns(item: pytest.Item, op: str) -> bool:

@@ -15,6 +15,8 @@ from fastasr.benchmarks.studies import curves
 sys.path.insert(0, str(Path(__file__).parent))
 import synthetic
 
+pytestmark = pytest.mark.needs("benchmarks", "fastasr", "csrc/cpu", "csrc/bindings")
+
 PNG = b"\x89PNG\r\n"
 
 

@@ -16,6 +16,8 @@ from fastasr.cli import env
 from fastasr.cli.app import app
 from fastasr.ops import _dispatch
 
+pytestmark = pytest.mark.needs("benchmarks", "fastasr", "csrc/cpu", "csrc/bindings")
+
 HERE = Path(__file__).parent
 
 

@@ -11,6 +11,8 @@ import fastasr
 from fastasr import ops
 from fastasr.ops import _dispatch
 
+pytestmark = pytest.mark.needs("csrc", "tests/kernels")
+
 CUDA = torch._C.DispatchKey.CUDA
 
 built = pytest.mark.skipif(

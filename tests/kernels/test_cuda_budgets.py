@@ -18,6 +18,8 @@ import pytest
 
 from fastasr.ops import _dispatch
 
+pytestmark = pytest.mark.needs("csrc/cuda", "tests/kernels")
+
 BUDGETS = Path(__file__).with_name("cuda_budgets.toml")
 ARCHITECTURES = ("sm_80", "sm_90")
 

@@ -8,7 +8,10 @@ from fastasr.testing import tables
 from fastasr.testing.checks import cases
 from tests.kernels import cuda_emulated
 
-pytestmark = pytest.mark.skipif(cuda_emulated.compiler() is None, reason="there is no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(cuda_emulated.compiler() is None, reason="there is no C++ compiler"),
+    pytest.mark.needs("csrc", "tests/kernels"),
+]
 
 
 @pytest.fixture(scope="module")

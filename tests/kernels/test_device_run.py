@@ -12,6 +12,8 @@ from fastasr.benchmarks.ops import bypass
 from fastasr.benchmarks.studies import device
 from fastasr.ops import _dispatch
 
+pytestmark = pytest.mark.needs("benchmarks", "fastasr", "kernels", "tests/kernels")
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_refuses_without_a_gpu(tmp_path):

@@ -16,6 +16,8 @@ from fastasr.ops import _dispatch
 from fastasr.testing import tables
 from fastasr.testing.checks import cases, refuses
 
+pytestmark = pytest.mark.needs()
+
 FORCED = os.environ.get("FASTASR_TEST_BACKEND")
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() and not FORCED else ("cpu",)
 

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 from textwrap import dedent
 
+import pytest
+
+pytestmark = pytest.mark.needs("CONTRIBUTING.md", "tests/ops", "fastasr")
+
 ROOT = Path(__file__).parents[2]
 FOLDERS = {
     "fastasr": "fastasr",

@@ -5,7 +5,19 @@ import json
 
 import pytest
 
-pytestmark = pytest.mark.packaging
+pytestmark = [
+    pytest.mark.packaging,
+    pytest.mark.needs(
+        "kernels",
+        "benchmarks",
+        "csrc/cuda",
+        "scripts",
+        "tests/packaging",
+        "fastasr",
+        "csrc/cpu",
+        "csrc/bindings",
+    ),
+]
 
 # It runs every op forward and backward, and prints where the package is and the table of backends.
 RUN = """

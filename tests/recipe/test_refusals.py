@@ -12,6 +12,8 @@ pytest.importorskip("kaldi_native_fbank", reason="features need the extra fastas
 
 from fastasr.recipe import checkpoints
 
+pytestmark = pytest.mark.needs("tests/recipe", "examples", "fastasr", "csrc/cpu", "csrc/bindings")
+
 
 @pytest.fixture
 def spoken(tmp_path):

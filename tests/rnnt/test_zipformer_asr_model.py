@@ -16,6 +16,8 @@ from zipformer.modules import model as upstream
 import fastasr
 from fastasr.compat import k2
 
+pytestmark = pytest.mark.needs("tests/rnnt", "fastasr", "csrc/cpu", "csrc/bindings")
+
 
 @pytest.fixture(scope="module")
 def inputs():

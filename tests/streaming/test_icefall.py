@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.needs("fastasr", "csrc/cpu", "csrc/bindings")
+
 ICEFALL = os.environ.get("FASTASR_ICEFALL")
 
 
