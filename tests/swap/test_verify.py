@@ -153,7 +153,8 @@ def test_it_leaves_no_trace(model, inputs):
     model.train()
     model.encoder.eval()
     model.register_buffer("counter", torch.zeros(()))
-    model.register_forward_pre_hook(lambda m, args: m.counter.add_(1) and None)
+    model.cache = {"length": 1}
+    model.register_forward_pre_hook(lambda m, args: m.counter.add_(1) and m.cache.update(length=2))
     seeded(11)
     before = copy.deepcopy(model)
     for p, q in zip(before.parameters(), model.parameters(), strict=True):
@@ -163,6 +164,7 @@ def test_it_leaves_no_trace(model, inputs):
 
     assert fastasr.verify(model, inputs).ok
 
+    assert model.cache == {"length": 1}
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
     assert {name: vars(m).get("forward") for name, m in model.named_modules()} == forwards
