@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Swoosh with every kind of mask, at the sizes where its kernels change: correct to the rounding of the result."""
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
 
-from fastasr.kernels.swoosh import BLOCK, DTYPES, swoosh_backward, swoosh_forward
+from fastasr.kernels.swoosh import BLOCK, DTYPES, _flat_range, swoosh_backward, swoosh_forward
 from fastasr.testing.tolerance import compare
 
 # (shape, dimension along which the mask is shared; None: no mask, -1: a mask of full size)
@@ -85,3 +89,19 @@ def test_mask_of_another_type():
     assert y.dtype == torch.float32
     expected = _formula(x.double(), False) * mask.double()
     torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=2e-7)
+
+
+@triton.jit
+def _offsets(Y, groups, SIZE: tl.constexpr):
+    offsets, keep = _flat_range(groups, SIZE)
+    tl.store(Y + tl.arange(0, SIZE), offsets, mask=keep)
+
+
+def test_offsets_beyond_32_bits(monkeypatch):
+    """A program in the middle of a tensor of more than 2^31 elements finds its own."""
+    program = 2**31 // BLOCK + 1
+    y = torch.zeros(BLOCK, dtype=torch.int64)
+    number = interpreter.TensorHandle(np.array([program], dtype=np.int32), tl.int32)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", lambda *_: number)
+    _offsets[(1,)](y, (program + 1) * BLOCK // 16, SIZE=BLOCK)
+    assert torch.equal(y, program * BLOCK + torch.arange(BLOCK))
