@@ -11,7 +11,8 @@ PYTHON ?=
 TORCH ?= 2.13.0
 # make fuzz
 N ?= 20000
-SEED ?= 0
+# The seed of a run's random numbers: drawn here, printed by the tests, repeated by SEED=.
+export SEED := $(or $(SEED),$(shell echo $$RANDOM))
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -105,7 +106,7 @@ test:
 
 test-long: test-cpp-long install $(STAMPS)/docs
 	export CI_FULL=1; $(SUITE) -m "long or not long" $(ARGS) tests
-	$(PY) -m fastasr.testing.fuzz -n 100000 --seed $(SEED)
+	$(PY) -m fastasr.testing.fuzz -n 100000
 
 # The C++ tests need a compiler and CMake, no Python. Here they run under sanitizers, on the widest set of this machine: the
 # Python suite covers the optimised library. test-cpp-long runs every set, optimised and under every sanitizer.
@@ -121,7 +122,7 @@ test-cpp-long:
 
 # --------------------------------------------------------------------------- the rest
 fuzz: install
-	$(PY) -m fastasr.testing.fuzz -n $(N) --seed $(SEED)
+	$(PY) -m fastasr.testing.fuzz -n $(N)
 
 bench: install
 	$(VENV)/bin/fastasr bench $(ARGS)

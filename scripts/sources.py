@@ -125,7 +125,7 @@ def _python(path: Path) -> set[Path]:
     names, mentioned = imported(path), words(path)
     found = {modules()[name] for name in names}
     if path.is_relative_to(ROOT / "tests"):
-        found |= {p for p in path.parent.glob("*.py") if p.stem in mentioned}
+        found |= {p for f in {path.parent, ROOT / "tests"} for p in f.glob("*.py") if p.stem in mentioned}
         found |= {p for folder in path.parents for p in [folder / "conftest.py"] if p.exists()}
     if "fastasr" in names and path != modules()["fastasr"]:  # which loads these when they are asked for
         found |= {modules()[n] for word in mentioned if (n := f"fastasr.{word}") in modules()}

@@ -131,7 +131,7 @@ class Ledger:
         self.passed: set[str] = set()
         # Processes of one session must find the same tests: what is written after the first has begun does not count.
         self.began = float(os.environ.setdefault("FASTASR_LEDGER_BEGAN", str(time.time())))
-        self.seed = os.environ.setdefault("SEED", str(int(time.time())))
+        self.seed = os.environ["SEED"]
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.base = sqlite3.connect(path, timeout=60, isolation_level=None)
         self.base.execute(

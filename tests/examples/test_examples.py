@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.needs("examples", "fastasr", "csrc/cpu", "csrc/bindings")
+pytestmark = pytest.mark.needs("examples", "tests/recipe", "fastasr", "csrc/cpu", "csrc/bindings")
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

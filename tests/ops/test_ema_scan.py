@@ -49,12 +49,13 @@ def _gradients(function, arguments: dict, cotangents: tuple[Tensor, ...]) -> tup
     return outputs, {name: t.grad for name, t in floating(leaves).items()}
 
 
-def _assert_near(op: str, arguments: dict, least: float = 0.0) -> None:
-    """Asserts that one draw is no further from float64 than ``FAR`` times eager, or than ``least``. The errors of a few
+def _assert_near(op: str, arguments: dict, values: float = 0.0, gradients: float = 0.0) -> None:
+    """Asserts that one draw is no further from float64 than ``FAR`` times eager, or than these. The errors of a few
     parameters over many steps are random; the contract compares them closely, at small sizes.
     """
     for what, comparison in compared(tables()[op], arguments, torch.float32):
         near = replace(comparison, rms=comparison.rms / FAR, worst=comparison.worst / FAR)
+        least = values if what == "values" else gradients
         assert near.ok or comparison.worst <= least, f"{what}: {comparison}"
 
 
@@ -146,7 +147,7 @@ def test_truncation(length, taps, channels, direction, damping, layout, mask):
         Make(), length, 2, channels, 3, truncation=taps, direction=direction, damping=damping, layout=layout,
         mask=mask, activation="silu",
     )  # fmt: skip
-    _assert_near("ema_scan", arguments, 1e-4)
+    _assert_near("ema_scan", arguments, 5e-6, 1e-4)
 
 
 @both
