@@ -84,6 +84,7 @@ def test_as_text(model, monkeypatch, rich):
         monkeypatch.setitem(sys.modules, "rich", None)
         monkeypatch.setitem(sys.modules, "rich.console", None)
         monkeypatch.setitem(sys.modules, "rich.table", None)
+    monkeypatch.setenv("COLUMNS", "150")
     report = fastasr.accelerate(model)
     text = str(report)
     assert report.summary in text
