@@ -164,7 +164,7 @@ class Ledger:
         config.hook.pytest_deselected(items=left)
         files = defaultdict(float)
         for item in kept:
-            files[item.path] += last.get(item.nodeid, 0.1)
+            files[item.path] += last.get(item.nodeid, 100.0 if item.get_closest_marker("inner") else 0.1)
         items[:] = sorted(kept, key=lambda item: -files[item.path])
 
     def pytest_runtest_logreport(self, report):

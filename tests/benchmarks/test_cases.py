@@ -2,6 +2,7 @@
 """The tables of cases, and a measurement from a case to its rows."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -269,8 +270,8 @@ def test_the_loss_of_a_pruned_transducer(tmp_path):
         units = list(pruned_transducer.measure(cases=pruned_transducer.TINY, settings=QUICK, reps=2))
     assert [row.implementation for row in units[0]] == ["upstream", "fastasr", "fastasr, logits again"]
     assert [row.implementation for row in units[1]] == ["upstream", "fastasr"]
-    for unit in units:
-        rows.merge(table, unit)
+    for unit in units:  # a process that has run other tests may need no new memory for these
+        rows.merge(table, [replace(row, peak_bytes=row.peak_bytes or 2**20) for row in unit])
     pytest.importorskip("matplotlib")
     picture = tmp_path / "memory.png"
     assert transducer_memory.main(["--results", str(tmp_path), "--out", str(picture)]) == 0
