@@ -4,7 +4,7 @@
 A test's key is the hash of its name, of every file that it needs (scripts/sources.py), of the installed packages, the
 processor and the settings. A file of tests that starts processes or reads files needs the whole tree, unless it says
 ``pytestmark = pytest.mark.needs("docs", ...)``; tests marked ``inner`` or ``always`` are never skipped. Of what would
-be skipped a tenth runs all the same, drawn by the run's seed (of tests of more than two seconds fewer).
+be skipped a tenth runs all the same, drawn by the run's seed (of tests of more than half a second fewer).
 
 FASTASR_LEDGER   the file of passed tests; without it nothing is skipped or kept
 CI_FULL=1        skips nothing
@@ -143,7 +143,7 @@ class Ledger:
             return False
         seconds = known[self.keys[item.nodeid]]
         return zlib.crc32(f"{item.nodeid} {self.seed}".encode()) % 1000 >= 100 * min(
-            1.0, 2 / max(seconds, 0.1)
+            1.0, 0.5 / max(seconds, 0.1)
         )
 
     @pytest.hookimpl(trylast=True)
