@@ -49,12 +49,12 @@ def _gradients(function, arguments: dict, cotangents: tuple[Tensor, ...]) -> tup
     return outputs, {name: t.grad for name, t in floating(leaves).items()}
 
 
-def _assert_near(op: str, arguments: dict, values: float = 0.0, gradients: float = 0.0) -> None:
-    """Asserts that one draw is no further from float64 than ``FAR`` times eager, or than these. The errors of a few
-    parameters over many steps are random; the contract compares them closely, at small sizes.
-    """
+def _assert_near(
+    op: str, arguments: dict, far: float = 1.0, values: float = 0.0, gradients: float = 0.0
+) -> None:
+    """Asserts that one draw keeps the contract, by a factor of ``far``, or is no further from float64 than these."""
     for what, comparison in compared(tables()[op], arguments, torch.float32):
-        near = replace(comparison, rms=comparison.rms / FAR, worst=comparison.worst / FAR)
+        near = replace(comparison, rms=comparison.rms / far, worst=comparison.worst / far)
         least = values if what == "values" else gradients
         assert near.ok or comparison.worst <= least, f"{what}: {comparison}"
 
@@ -147,7 +147,7 @@ def test_truncation(length, taps, channels, direction, damping, layout, mask):
         Make(), length, 2, channels, 3, truncation=taps, direction=direction, damping=damping, layout=layout,
         mask=mask, activation="silu",
     )  # fmt: skip
-    _assert_near("ema_scan", arguments, 5e-6, 1e-4)
+    _assert_near("ema_scan", arguments, values=5e-6, gradients=1e-4)
 
 
 @both
@@ -202,7 +202,8 @@ def test_two_to_the_seventeen_steps(damping):
 @pytest.mark.parametrize("alpha", [0.0, -9.0])
 def test_long_and_narrow(length, alpha):
     arguments = COMPLEX.call(Make(), length, 1, 3, 2, alpha=alpha, delta=alpha / 4, activation="silu")
-    _assert_near("complex_ema_scan", arguments)
+    # the errors of a few parameters over many steps are random; the contract compares them closely, at small sizes
+    _assert_near("complex_ema_scan", arguments, far=FAR)
 
 
 def _real_by_fft(x, damping, decay, expansion, projection, residual, activation) -> Tensor:
