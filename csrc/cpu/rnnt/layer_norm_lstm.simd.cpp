@@ -270,10 +270,8 @@ __attribute__((noinline)) C cells(C* __restrict gates, const C* __restrict befor
   const C* __restrict bi = bias, * __restrict bf = bias + hidden, * __restrict bv = bias + 2 * hidden;
 #pragma omp simd
   for (int64_t j = 0; j < width; j++) input[j] = sigmoid(input[j] * wi[j] + bi[j]) * tanh(value[j] * wv[j] + bv[j]);
-  if (before) {
 #pragma omp simd
-    for (int64_t j = 0; j < width; j++) input[j] += sigmoid(forget[j] * wf[j] + bf[j]) * before[j];
-  }
+  for (int64_t j = 0; j < width; j++) input[j] += sigmoid(forget[j] * wf[j] + bf[j]) * before[j];
   const C* __restrict wo = weight + 3 * hidden, * __restrict bo = bias + 3 * hidden;
 #pragma omp simd
   for (int64_t j = 0; j < width; j++) output[j] = sigmoid(output[j] * wo[j] + bo[j]);
@@ -294,6 +292,8 @@ void forward(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Team
   // done.
   int64_t merged = -1;
   const int64_t first = p.hidden ? 0 : 1;  // the first step with a product: a state of zeros needs none
+  // The first cell, where none is given: the formula's product stays, for a forget gate of NaN times 0 is NaN.
+  static constexpr C zeros[kLstmUnit] = {};
   for (int64_t t = 0; t < s.steps; t++) {
     const C* before = t ? y + (t - 1) * batch * hidden : p.hidden;
     const C* cell_before = t ? cell : p.cell;
@@ -362,7 +362,7 @@ void forward(const LayerNormLstm<C>& p, C* y, C* cell, C* kept, C* scratch, Team
             std::memcpy(kept_gates + b * gate_row + q * hidden + u0, g + q * hidden,
                         static_cast<size_t>(width) * sizeof(C));
         }
-        const C sum = cells(g, cell_before ? cell_before + b * hidden + u0 : nullptr, w, bias, hidden, width);
+        const C sum = cells(g, cell_before ? cell_before + b * hidden + u0 : zeros, w, bias, hidden, width);
         const C middle = sum / static_cast<C>(width);
         C square = 0;
 #pragma omp simd reduction(+ : square)

@@ -54,6 +54,11 @@ TABLE = OpTable(
             ),
             exact=False,
         ),
+        Sample(
+            "NaN in the forget gate's bias, no state",
+            lambda m: lstm(m, 2, 3, 2, 4) | {"gate_bias": m.values(*[0.5] * 5, float("nan"), *[0.5] * 10)},
+            exact=False,
+        ),
     ),
     thread_invariant=False,
     unread=("hidden_weight",),  # the op skips the product with a state of zeros
