@@ -45,12 +45,15 @@ BLOCK_P, PART_ROWS, MAX_PARTS = 64, 16, 64  # columns and rows of a tile of the 
 
 @triton.jit
 def _wait(ARRIVED, count):
-    """Waits until ``count`` programs have come here; all that they stored before is then visible."""
+    """Waits until all threads of the program, and if ARRIVED counts programs ``count`` of them, have come here; all
+    that they stored before is then visible.
+    """
     tl.debug_barrier()
-    tl.atomic_add(ARRIVED, 1, sem="release")
-    while tl.atomic_add(ARRIVED, 0, sem="acquire") < count:
-        pass
-    tl.debug_barrier()
+    if ARRIVED is not None:
+        tl.atomic_add(ARRIVED, 1, sem="release")
+        while tl.atomic_add(ARRIVED, 0, sem="acquire") < count:
+            pass
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -194,8 +197,7 @@ def forward_kernel(
                     step, start + tl.arange(0, BLOCK_R), u, batch, units, has_hidden + step, has_cell + step, eps,
                     PRECISE,
                 )  # fmt: skip
-        if ARRIVED is not None:
-            _wait(ARRIVED, (phase + 1 - first) * programs)
+        _wait(ARRIVED, (phase + 1 - first) * programs)
 
 
 @triton.jit
@@ -300,8 +302,7 @@ def backward_kernel(
                     d, 4 * units, WEIGHT + q * units * units, 1, units,
                     DHIDDEN + q * batch * units, units, n, units, batch, BLOCK_B, BLOCK_K,
                 )  # fmt: skip
-        if ARRIVED is not None:
-            _wait(ARRIVED, (phase + 1 - first) * programs)
+        _wait(ARRIVED, (phase + 1 - first) * programs)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_part"])
@@ -364,7 +365,7 @@ def _launch(kernel, arguments, first: int, last: int, tail, weight, batch: int) 
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     programs = min(processors, triton.cdiv(4 * units, BLOCK_N))
     shape = shapes(units, batch, programs, weight.dtype)
-    if programs == 1:  # nobody to wait for
+    if programs == 1:  # no other program to wait for
         kernel[(1,)](*arguments, None, *tail(first, last), **shape)
     elif last - first > 2 and _together():
         arrived = torch.zeros(1, dtype=torch.int32, device=device)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks what every interpreted launch does to memory: a kernel touches only the tensors it was given, and stores to no
-address twice. ``test_detectors.py`` tells whether it still notices.
+"""Checks what every interpreted launch does to memory: a kernel touches only the tensors it was given, stores to no
+address twice, and loads nothing that it has stored before its next barrier, because another thread may have stored it.
+``test_detectors.py`` tells whether it still notices.
 """
 
 from bisect import bisect_right
@@ -36,6 +37,10 @@ class Launch:
         self.again = [spans[begin][1] for begin in self.begins]
         self.stores, self.twice = 0, 0
         self.stored = {}  # number of a storage: by byte, 1 + the program that stored an element there
+        self.program, self.recent = (
+            -1,
+            {},
+        )  # number of a storage: what this program has stored since its last barrier
 
     def _touched(self, what: str, pointers: np.ndarray, mask: np.ndarray, size: int):
         """Returns (number of the storage, addresses) of one load or store; None if the mask leaves nothing."""
@@ -48,14 +53,24 @@ class Launch:
             raise AssertionError(f"{self.kernel} {what} outside of the tensors that it was given")
         return number, addresses
 
-    def load(self, pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
-        self._touched("loads", pointers, mask, size)
+    def load(self, pointers: np.ndarray, mask: np.ndarray, size: int, program: int) -> None:
+        touched = self._touched("loads", pointers, mask, size)
+        if touched is None or program != self.program or touched[0] not in self.recent:
+            return
+        if np.isin(touched[1], np.concatenate(self.recent[touched[0]])).any():
+            raise AssertionError(f"{self.kernel} loads what it has stored, without a barrier in between")
+
+    def barrier(self) -> None:
+        self.recent = {}
 
     def store(self, pointers: np.ndarray, mask: np.ndarray, size: int, program: int) -> None:
         touched = self._touched("stores", pointers, mask, size)
         if touched is None:
             return
         number, addresses = touched
+        if program != self.program:
+            self.program, self.recent = program, {}
+        self.recent.setdefault(number, []).append(addresses)
         begin = self.begins[number]
         if number not in self.stored:
             self.stored[number] = np.zeros(self.ends[number] - begin, dtype=np.int32)
@@ -81,17 +96,22 @@ _launch: Launch | None = None
 
 def _watch(builder: type, executor: type) -> None:
     load, store, launch = builder.create_masked_load, builder.create_masked_store, executor.__call__
+    barrier = builder.create_barrier
 
     def watched_load(self, pointers, mask, *rest):
         if _launch is not None:
-            _launch.load(pointers.data, mask.data, _size(pointers))
+            _launch.load(pointers.data, mask.data, _size(pointers), _program(self))
         return load(self, pointers, mask, *rest)
 
     def watched_store(self, pointers, value, mask, *rest):
         if _launch is not None:
-            (x, y, z), (_, height, depth) = self.grid_idx, self.grid_dim
-            _launch.store(pointers.data, mask.data, _size(pointers), (x * height + y) * depth + z)
+            _launch.store(pointers.data, mask.data, _size(pointers), _program(self))
         return store(self, pointers, value, mask, *rest)
+
+    def watched_barrier(self):
+        if _launch is not None:
+            _launch.barrier()
+        return barrier(self)
 
     def watched_launch(self, *arguments, **options):
         global _launch
@@ -104,7 +124,13 @@ def _watch(builder: type, executor: type) -> None:
             _launch = None
 
     builder.create_masked_load, builder.create_masked_store = watched_load, watched_store
+    builder.create_barrier = watched_barrier
     executor.__call__ = watched_launch
+
+
+def _program(builder) -> int:
+    (x, y, z), (_, height, depth) = builder.grid_idx, builder.grid_dim
+    return (x * height + y) * depth + z
 
 
 def _size(pointers) -> int:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every launch is checked: an address stored twice is found, and so is one before or behind a tensor."""
+"""Every launch is checked: an address stored twice is found, and so are one before or behind a tensor and a missing
+barrier."""
 
 import pytest
 import torch
@@ -24,6 +25,15 @@ def _masked(X, Y, n):
     tl.store(Y + i, tl.load(X + i, mask=i < n, other=0.0), mask=i < n)
 
 
+@triton.jit
+def _reverse(X, Y, BARRIER: tl.constexpr):
+    i = tl.arange(0, 16)
+    tl.store(Y + i, tl.load(X + i))
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(X + i, tl.load(Y + 15 - i))
+
+
 def test_two_programs_on_one_address_are_found():
     x, y = torch.ones(64), torch.empty(64)
     _copy[(3,)](x, y, 0, STEP=16)
@@ -45,3 +55,11 @@ def test_an_access_outside_of_the_tensors_is_found():
             _copy[(1,)](torch.ones(16), long, begin, STEP=16)
     with pytest.raises(triton.runtime.errors.InterpreterError, match="_masked stores outside"):
         _masked[(1,)](long, short, 11)
+
+
+def test_a_missing_barrier_is_found():
+    x, y = torch.arange(16.0), torch.empty(16)
+    _reverse[(1,)](x, y, BARRIER=True)
+    assert torch.equal(x, torch.arange(16.0).flip(0))
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="_reverse loads what it has stored"):
+        _reverse[(1,)](x, y, BARRIER=False)
