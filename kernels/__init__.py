@@ -6,6 +6,7 @@ a long file.
 
 Each file needs Triton and is imported when its op first runs on a device, so importing this package never
 fails. A launcher takes contiguous tensors on one device, runs on that device's current stream, never waits
-for the device, and returns new tensors. ``DTYPES`` in each file names the element types its kernels read and
-write; they compute and accumulate in float32.
+for the device, and returns new tensors. It starts kernels by ``_launch.launch`` alone, which sees to device and
+stream. ``DTYPES`` in each file names the element types its kernels read and write; they compute and accumulate in
+float32.
 """

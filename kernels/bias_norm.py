@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels._launch import launch
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Rows live in registers: up to 8192 channels take at most 16 elements in each thread; wider rows spill.
@@ -163,10 +165,9 @@ def bias_norm_forward(x: torch.Tensor, bias: torch.Tensor, log_scale: torch.Tens
     if x.numel():
         rows = x.numel() // channels
         block_r, block_c, warps = _blocks(channels, least=FORWARD_TILE)
-        with torch.cuda.device_of(x):
-            forward_kernel[(triton.cdiv(rows, block_r),)](
-                x, bias, log_scale, y, rows, channels, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps
-            )
+        launch(forward_kernel, (triton.cdiv(rows, block_r),),
+            x, bias, log_scale, y, rows, channels, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
+        )  # fmt: skip
     return y
 
 
@@ -186,14 +187,13 @@ def bias_norm_backward(
     dx, dbias, dlog_scale = torch.empty_like(x), torch.empty_like(bias), torch.empty_like(log_scale)
     dbias_parts = x.new_empty((parts, channels), dtype=torch.float32)
     dlog_scale_parts = x.new_empty(parts, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        backward_kernel[(parts,)](
-            grad, x, bias, log_scale, dx, dbias_parts, dlog_scale_parts, rows, rows_per_part, channels,
-            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
-        )  # fmt: skip
-        block_p, warps = (128, 4) if parts <= 128 else (2048, 16)
-        add_parts_kernel[(triton.cdiv(channels, 16),)](
-            dbias_parts, dlog_scale_parts, dbias, dlog_scale, parts, channels,
-            BLOCK_P=block_p, BLOCK_C=16, num_warps=warps,
-        )  # fmt: skip
+    launch(backward_kernel, (parts,),
+        grad, x, bias, log_scale, dx, dbias_parts, dlog_scale_parts, rows, rows_per_part, channels,
+        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
+    )  # fmt: skip
+    block_p, warps = (128, 4) if parts <= 128 else (2048, 16)
+    launch(add_parts_kernel, (triton.cdiv(channels, 16),),
+        dbias_parts, dlog_scale_parts, dbias, dlog_scale, parts, channels,
+        BLOCK_P=block_p, BLOCK_C=16, num_warps=warps,
+    )  # fmt: skip
     return dx, dbias, dlog_scale

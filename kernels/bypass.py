@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels._launch import launch
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Backward: about as many programs as an H200 holds at once, each with 12 KB (bf16) of loads in flight.
@@ -99,10 +101,9 @@ def bypass_forward(x_orig: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -
         rows = x.numel() // columns
         block_c = _block_columns(columns)
         block_r = 2048 // block_c
-        with torch.cuda.device_of(x):
-            forward_kernel[(triton.cdiv(rows, block_r) * triton.cdiv(columns, block_c),)](
-                x_orig, x, scale, y, rows, columns, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS
-            )
+        launch(forward_kernel, (triton.cdiv(rows, block_r) * triton.cdiv(columns, block_c),),
+            x_orig, x, scale, y, rows, columns, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return y
 
 
@@ -125,18 +126,11 @@ def bypass_backward(
     parts = triton.cdiv(rows, rows_per_part)
     dscale = torch.empty_like(scale)
     table = x.new_empty((parts, columns), dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        backward_kernel[(parts * column_tiles,)](
-            grad, x_orig, x, scale, dx_orig, dx, table, rows, rows_per_part, columns,
-            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS,
-        )  # fmt: skip
-        add_parts_kernel[(triton.cdiv(columns, 16),)](
-            table,
-            dscale,
-            parts,
-            columns,
-            BLOCK_P=128 if parts <= 128 else MAX_PROGRAMS,
-            BLOCK_C=16,
-            num_warps=4,
-        )
+    launch(backward_kernel, (parts * column_tiles,),
+        grad, x_orig, x, scale, dx_orig, dx, table, rows, rows_per_part, columns,
+        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    launch(add_parts_kernel, (triton.cdiv(columns, 16),),
+        table, dscale, parts, columns, BLOCK_P=128 if parts <= 128 else MAX_PROGRAMS, BLOCK_C=16, num_warps=4,
+    )  # fmt: skip
     return dx_orig, dx, dscale

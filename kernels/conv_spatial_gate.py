@@ -25,6 +25,7 @@ import triton.language as tl
 
 from fastasr.kernels import residual_norm
 from fastasr.kernels._activation import activate_with_slope
+from fastasr.kernels._launch import launch
 from fastasr.kernels.depthwise_conv2d import depthwise_conv2d_backward
 from fastasr.kernels.gated_depthwise_conv import _lay_out
 from fastasr.kernels.residual_norm import MAX_CHANNELS, _centred, _mean
@@ -262,7 +263,7 @@ class _Call:
         block_r, block_c, warps = residual_norm._blocks(self.channels, residual_norm.FORWARD_ELEMENTS)
         programs = triton.cdiv(self.rows, block_r)
         tables = triton.cdiv(self.taps, BLOCK_K) * triton.cdiv(self.channels, BLOCK_C)
-        normalise_kernel[(programs + tables,)](
+        launch(normalise_kernel, (programs + tables,),
             x, self.mask, norm_weight, norm_bias, weight, self.u, self.table, *self.strides, self.frames, self.rows,
             programs, self.channels, self.taps, eps,
             BLOCK_R=block_r, BLOCK_C=block_c, TILE_K=BLOCK_K, TILE_C=BLOCK_C, num_warps=warps,
@@ -280,15 +281,15 @@ class _Call:
         parts = triton.cdiv(self.rows, rows_per_part)
         shares = torch.float64 if x.dtype == torch.float32 else torch.float32
         table = torch.empty((2, parts, self.channels), dtype=shares, device=x.device)
-        norm_gradient_kernel[(parts,)](
+        launch(norm_gradient_kernel, (parts,),
             x, norm_weight, dx, table, *self.strides, self.frames, self.rows, rows_per_part, self.channels, self.eps,
             BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
         )  # fmt: skip
         dweight, dbias = torch.empty_like(norm_weight), torch.empty_like(norm_weight)
         block_p, warps = (128, 4) if parts <= 128 else (2048, 16)
-        residual_norm.add_parts_kernel[(triton.cdiv(self.channels, 16), 2)](
-            table, dweight, dbias, parts, self.channels, BLOCK_P=block_p, BLOCK_C=16, num_warps=warps
-        )
+        launch(residual_norm.add_parts_kernel, (triton.cdiv(self.channels, 16), 2),
+            table, dweight, dbias, parts, self.channels, BLOCK_P=block_p, BLOCK_C=16, num_warps=warps,
+        )  # fmt: skip
         return dweight, dbias
 
 
@@ -300,11 +301,10 @@ def conv_spatial_gate_forward(
     """
     y = torch.empty(x.shape[0], x.shape[1], x.shape[2] // 2, dtype=x.dtype, device=x.device)
     if y.numel():
-        with torch.cuda.device_of(x):
-            call = _Call(x, norm_weight, norm_bias, weight, mask, eps)
-            forward_kernel[call.grid](
-                x, call.u, call.table, bias, y, *call.strides, *call.sizes, ACTIVATION=activation, **call.tile
-            )
+        call = _Call(x, norm_weight, norm_bias, weight, mask, eps)
+        launch(forward_kernel, call.grid,
+            x, call.u, call.table, bias, y, *call.strides, *call.sizes, ACTIVATION=activation, **call.tile,
+        )  # fmt: skip
     return y
 
 
@@ -317,18 +317,17 @@ def conv_spatial_gate_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not grad.numel():
         return dx, *(torch.zeros_like(t) for t in (norm_weight, norm_bias, weight, norm_bias))
-    with torch.cuda.device_of(x):
-        call = _Call(x, norm_weight, norm_bias, weight, mask, eps)
-        q = torch.empty_like(call.u)
-        output_gradient_kernel[call.grid](
-            grad, x, call.u, call.table, bias, dx, q, *call.strides, *call.sizes, ACTIVATION=activation, **call.tile
-        )  # fmt: skip
-        input_gradient_kernel[call.grid](q, call.mask, call.table, dx, *call.sizes, **call.tile)
-        dnorm_weight, dnorm_bias = call.norm_gradients(x, norm_weight, dx)
-        shape = call.batch, 1, call.frames, call.channels
-        taps = weight.view(call.channels, 1, call.taps)
-        pad = 0, call.taps // 2
-        _, dweight, dbias = depthwise_conv2d_backward(
-            q.view(shape), call.u.view(shape), taps, *pad, False, True, True
-        )
+    call = _Call(x, norm_weight, norm_bias, weight, mask, eps)
+    q = torch.empty_like(call.u)
+    launch(output_gradient_kernel, call.grid,
+        grad, x, call.u, call.table, bias, dx, q, *call.strides, *call.sizes, ACTIVATION=activation, **call.tile
+    )  # fmt: skip
+    launch(input_gradient_kernel, call.grid, q, call.mask, call.table, dx, *call.sizes, **call.tile)
+    dnorm_weight, dnorm_bias = call.norm_gradients(x, norm_weight, dx)
+    shape = call.batch, 1, call.frames, call.channels
+    taps = weight.view(call.channels, 1, call.taps)
+    pad = 0, call.taps // 2
+    _, dweight, dbias = depthwise_conv2d_backward(
+        q.view(shape), call.u.view(shape), taps, *pad, False, True, True
+    )
     return dx, dnorm_weight, dnorm_bias, dweight.view(weight.shape), dbias

@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels._launch import launch
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 BLOCK_R, BLOCK_C, NUM_WARPS = 16, 64, 4  # pixels and channels of a tile: 8 sums per thread and frame
@@ -184,7 +186,7 @@ def convolve(op: str, x, weight, bias, padding, out_size, flip: bool, residual: 
     table = weight.view(channels, taps_t * taps_f).t()  # rows of channels
     table = table.flip(0).contiguous() if flip else table.contiguous()
     grid = (triton.cdiv(rows, BLOCK_R) * triton.cdiv(channels, BLOCK_C),)
-    forward_kernel[grid](
+    launch(forward_kernel, grid,
         x, table, bias, y, frames, width, *out_size, channels, taps_t, taps_f, *padding, rows,
         RESIDUAL=residual, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -206,13 +208,13 @@ def parameter_gradients(
     parts = triton.cdiv(rows, rows_per_part)
     table = torch.empty(parts, taps_t * taps_f + 1, channels, dtype=torch.float32, device=x.device)
     c_tiles = triton.cdiv(channels, BLOCK_C)
-    weight_gradient_kernel[(parts * taps_t * triton.cdiv(taps_f, TAPS) * c_tiles,)](
+    launch(weight_gradient_kernel, (parts * taps_t * triton.cdiv(taps_f, TAPS) * c_tiles,),
         grad, x, table, frames, width, *grad.shape[1:3], channels, taps_t, taps_f, *padding, rows, rows_per_part,
         TAPS=TAPS, BLOCK_S=BLOCK_S, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip
     dweight = torch.empty_like(weight) if need_weight else None
     dbias = weight.new_empty(channels) if need_bias else None
-    add_parts_kernel[((taps_t * taps_f + 1) * c_tiles,)](
+    launch(add_parts_kernel, ((taps_t * taps_f + 1) * c_tiles,),
         table, dweight, dbias, parts, channels, taps_t * taps_f,
         BLOCK_P=MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels._launch import launch
 from fastasr.kernels.swoosh import _activation, _exp_minus_abs, _slope
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -388,7 +389,7 @@ class _Call:
         self.table = torch.empty(rows, self.channels, dtype=torch.float32, device=h.device)
         gates = triton.cdiv((self.frames + self.pad) * self.batch, BLOCK_T) * self.c_tiles
         tables = triton.cdiv(self.taps, BLOCK_K) * self.c_tiles * (4 if self.chunked else 1)
-        gate_kernel[(gates + tables,)](
+        launch(gate_kernel, (gates + tables,),
             h, _bytes(mask), cache, weight, causal_weight, chunk_scale, self.u, self.table,
             h.stride(0), h.stride(1), self.frames, self.batch, self.channels, self.taps, gates,
             BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K, num_warps=NUM_WARPS,
@@ -429,13 +430,12 @@ def gated_depthwise_conv_forward(
         pad = weight.shape[-1] // 2
         before = h.new_zeros(h.shape[1], h.shape[2] // 2, pad) if cache is None else cache.clone()
         return y, before if need_cache else h.new_empty(0)
-    with torch.cuda.device_of(h):
-        call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size)
-        y = call.empty()
-        forward_kernel[call.grid(call.frames)](
-            call.u, call.table, bias, causal_bias, y, *call.sizes(),
-            CHUNKED=call.chunked, RIGHT=right, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size)
+    y = call.empty()
+    launch(forward_kernel, call.grid(call.frames),
+        call.u, call.table, bias, causal_bias, y, *call.sizes(),
+        CHUNKED=call.chunked, RIGHT=right, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+    )  # fmt: skip
     return y, call.u[call.frames :].permute(1, 2, 0).contiguous() if need_cache else h.new_empty(0)
 
 
@@ -453,43 +453,42 @@ def gated_depthwise_conv_backward(
     dweight, dbias, dcausal_weight, dcausal_bias, dchunk_scale, dcache = found
     if not (weight.shape[-1] // 2):
         dcache = None  # a cache of no frames has no gradient
-    with torch.cuda.device_of(h):
-        call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size)
-        frames, batch, channels, _, taps = call.sizes()
-        form = {"CHUNKED": call.chunked, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "num_warps": NUM_WARPS}
-        q = r = v = None
-        if call.chunked or right:
-            q = call.empty()
-            if call.chunked:
-                r, v = call.empty(), call.empty()
-            output_gradient_kernel[call.grid(frames)](
-                grad, call.u, call.table, bias, causal_bias, q, r, v, grad.stride(0), grad.stride(1),
-                *call.sizes(), RIGHT=right, **form,
-            )  # fmt: skip
-        else:
-            q = grad.contiguous()
-        if r is None:
-            r = q
-        input_gradient_kernel[call.grid(frames + (0 if dcache is None else call.pad))](
-            q, r, h, _bytes(mask), call.table, dh, dcache, h.stride(0), h.stride(1), *call.sizes(), **form
-        )
-        rows = 1 + taps + (2 + call.pad if call.chunked else 0)
-        per_part = triton.cdiv(triton.cdiv(frames * batch, MAX_PARTS), BLOCK_R) * BLOCK_R
-        parts = triton.cdiv(frames * batch, per_part)
-        table = torch.empty(parts, rows, channels, dtype=torch.float32, device=h.device)
-        # (gradient, the frames its taps see, number of taps, first row)
-        sums = [(r, call.chunked, taps, 0)] + ([(q, False, call.pad + 1, taps + 1)] if call.chunked else [])
-        for gradient, within, count, row in sums:
-            weight_gradient_kernel[(parts * triton.cdiv(count, TAPS) * call.c_tiles,)](
-                gradient, call.u, table, *call.sizes(), count, row, rows, per_part,
-                CHUNKED=within, TAPS=TAPS, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
-            )  # fmt: skip
+    call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size)
+    frames, batch, channels, _, taps = call.sizes()
+    form = {"CHUNKED": call.chunked, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "num_warps": NUM_WARPS}
+    q = r = v = None
+    if call.chunked or right:
+        q = call.empty()
         if call.chunked:
-            edge_gradient_kernel[(2 * taps * call.c_tiles,)](
-                v, dchunk_scale, *call.sizes(), BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS
-            )
-        add_parts_kernel[(rows * call.c_tiles,)](
-            table, dweight, dbias, dcausal_weight, dcausal_bias, parts, channels, taps,
-            BLOCK_P=MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+            r, v = call.empty(), call.empty()
+        launch(output_gradient_kernel, call.grid(frames),
+            grad, call.u, call.table, bias, causal_bias, q, r, v, grad.stride(0), grad.stride(1),
+            *call.sizes(), RIGHT=right, **form,
         )  # fmt: skip
+    else:
+        q = grad.contiguous()
+    if r is None:
+        r = q
+    launch(input_gradient_kernel, call.grid(frames + (0 if dcache is None else call.pad)),
+        q, r, h, _bytes(mask), call.table, dh, dcache, h.stride(0), h.stride(1), *call.sizes(), **form,
+    )  # fmt: skip
+    rows = 1 + taps + (2 + call.pad if call.chunked else 0)
+    per_part = triton.cdiv(triton.cdiv(frames * batch, MAX_PARTS), BLOCK_R) * BLOCK_R
+    parts = triton.cdiv(frames * batch, per_part)
+    table = torch.empty(parts, rows, channels, dtype=torch.float32, device=h.device)
+    # (gradient, the frames its taps see, number of taps, first row)
+    sums = [(r, call.chunked, taps, 0)] + ([(q, False, call.pad + 1, taps + 1)] if call.chunked else [])
+    for gradient, within, count, row in sums:
+        launch(weight_gradient_kernel, (parts * triton.cdiv(count, TAPS) * call.c_tiles,),
+            gradient, call.u, table, *call.sizes(), count, row, rows, per_part,
+            CHUNKED=within, TAPS=TAPS, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    if call.chunked:
+        launch(edge_gradient_kernel, (2 * taps * call.c_tiles,),
+            v, dchunk_scale, *call.sizes(), BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    launch(add_parts_kernel, (rows * call.c_tiles,),
+        table, dweight, dbias, dcausal_weight, dcausal_bias, parts, channels, taps,
+        BLOCK_P=MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+    )  # fmt: skip
     return dh, *(h.new_empty(0) if g is None else g for g in found)

@@ -32,6 +32,7 @@ import triton.language as tl
 
 from fastasr.kernels import residual_norm
 from fastasr.kernels._activation import TANH, activate_with_slope, sigmoid_pair
+from fastasr.kernels._launch import launch
 from fastasr.kernels.residual_norm import _mean
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -366,13 +367,14 @@ def _launch(kernel, arguments, first: int, last: int, tail, weight, batch: int) 
     programs = min(processors, triton.cdiv(4 * units, BLOCK_N))
     shape = shapes(units, batch, programs, weight.dtype)
     if programs == 1:  # no other program to wait for
-        kernel[(1,)](*arguments, None, *tail(first, last), **shape)
+        launch(kernel, (1,), *arguments, None, *tail(first, last), **shape)
     elif last - first > 2 and _together():
         arrived = torch.zeros(1, dtype=torch.int32, device=device)
-        kernel[(programs,)](*arguments, arrived, *tail(first, last), **shape, launch_cooperative_grid=True)
+        shape["launch_cooperative_grid"] = True
+        launch(kernel, (programs,), *arguments, arrived, *tail(first, last), **shape)
     else:
         for phase in range(first, last):
-            kernel[(programs,)](*arguments, None, *tail(phase, phase + 1), **shape)
+            launch(kernel, (programs,), *arguments, None, *tail(phase, phase + 1), **shape)
 
 
 def _check(steps: int, batch: int, units: int) -> None:
@@ -425,24 +427,23 @@ def layer_norm_lstm_forward(
             *after,
             y,
         )
-        with torch.cuda.device_of(product):
-            _launch(
-                forward_kernel,
-                (*arguments, normed, scales),
-                int(hidden is None),
-                2 * steps,
-                lambda first, last: (
-                    batch,
-                    units,
-                    int(hidden is not None),
-                    int(cell is not None),
-                    first,
-                    last,
-                    eps,
-                ),
-                weight,
+        _launch(
+            forward_kernel,
+            (*arguments, normed, scales),
+            int(hidden is None),
+            2 * steps,
+            lambda first, last: (
                 batch,
-            )
+                units,
+                int(hidden is not None),
+                int(cell is not None),
+                first,
+                last,
+                eps,
+            ),
+            weight,
+            batch,
+        )
     return y, *after, kept
 
 
@@ -468,18 +469,17 @@ def layer_norm_lstm_backward(
         _check(steps, batch, units)
         before, scales = new(torch.empty, rows * 5 * units), kept[rows * 5 * units :]
         arguments = (grad_y, weight, gate_weight, gate_bias, cell_weight, cell_bias, cell, kept, scales)
-        with torch.cuda.device_of(weight):
-            _launch(
-                backward_kernel,
-                (*arguments, dhidden, dcell, before, dgates),
-                0,
-                2 * steps - (not need_state),
-                lambda first, last: (batch, units, steps, first, last),
-                weight,
-                batch,
-            )
-            _norm_gradients(kept, before, rows, 5 * units, 0, norms[:2])
-            _norm_gradients(kept, before, rows, 5 * units, 4 * units, norms[2:])
+        _launch(
+            backward_kernel,
+            (*arguments, dhidden, dcell, before, dgates),
+            0,
+            2 * steps - (not need_state),
+            lambda first, last: (batch, units, steps, first, last),
+            weight,
+            batch,
+        )
+        _norm_gradients(kept, before, rows, 5 * units, 0, norms[:2])
+        _norm_gradients(kept, before, rows, 5 * units, 4 * units, norms[2:])
     return dgates, *norms, dhidden.sum(0) if need_state else new(torch.empty, 0), dcell
 
 
@@ -489,10 +489,10 @@ def _norm_gradients(normed, before, rows: int, row: int, start: int, out: list[t
     rows_per_part = triton.cdiv(triton.cdiv(rows, MAX_PARTS), PART_ROWS) * PART_ROWS
     parts = triton.cdiv(rows, rows_per_part)
     table = torch.empty((2, parts, columns), dtype=torch.float64, device=before.device)
-    norm_gradient_kernel[(triton.cdiv(columns, BLOCK_P), parts)](
+    launch(norm_gradient_kernel, (triton.cdiv(columns, BLOCK_P), parts),
         normed[start:], before[start:], table, rows, rows_per_part, row, columns,
         BLOCK_R=PART_ROWS, BLOCK_C=BLOCK_P, num_warps=4,
     )  # fmt: skip
-    residual_norm.add_parts_kernel[(triton.cdiv(columns, 16), 2)](
-        table, *out, parts, columns, BLOCK_P=128, BLOCK_C=16, num_warps=4
-    )
+    launch(residual_norm.add_parts_kernel, (triton.cdiv(columns, 16), 2),
+        table, *out, parts, columns, BLOCK_P=128, BLOCK_C=16, num_warps=4,
+    )  # fmt: skip

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
+from fastasr.kernels._launch import launch
 from fastasr.kernels.depthwise_conv2d import add_parts_kernel
 from fastasr.kernels.swoosh import _flat_range, _flat_tail
 
@@ -74,12 +75,11 @@ def linear_activation_forward(z: torch.Tensor, activation: int, in_place: bool) 
     """Returns act(z) of contiguous z; ``in_place`` writes it into z's memory."""
     y = z if in_place else torch.empty_like(z)
     if numel := z.numel():
-        with torch.cuda.device_of(z):
-            grid = (max(1, triton.cdiv(numel // 16 * 16, BLOCK)),)
-            forward_kernel[grid](
-                z, y, numel // 16, numel % 16,
-                ACTIVATION=activation, TAIL=numel % 16 != 0, BLOCK=BLOCK, num_warps=NUM_WARPS,
-            )  # fmt: skip
+        grid = (max(1, triton.cdiv(numel // 16 * 16, BLOCK)),)
+        launch(forward_kernel, grid,
+            z, y, numel // 16, numel % 16,
+            ACTIVATION=activation, TAIL=numel % 16 != 0, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return y
 
 
@@ -96,22 +96,13 @@ def linear_activation_backward(
         raise ValueError(f"fastasr.linear_activation: x: expected fewer than 2**31 rows on CUDA, got {rows}")
     per_part = triton.cdiv(triton.cdiv(rows, MAX_PARTS), BLOCK_R) * BLOCK_R
     parts, c_tiles = triton.cdiv(rows, per_part), triton.cdiv(channels, BLOCK_C)
-    with torch.cuda.device_of(z):
-        table = torch.empty(parts, channels, dtype=torch.float32, device=z.device) if need_bias else None
-        backward_kernel[(parts * c_tiles,)](
-            grad, z, dz, table, rows, channels, per_part,
-            ACTIVATION=activation, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+    table = torch.empty(parts, channels, dtype=torch.float32, device=z.device) if need_bias else None
+    launch(backward_kernel, (parts * c_tiles,),
+        grad, z, dz, table, rows, channels, per_part,
+        ACTIVATION=activation, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    if need_bias:
+        launch(add_parts_kernel, (c_tiles,),
+            table, None, dbias, parts, channels, 0, BLOCK_P=MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
         )  # fmt: skip
-        if need_bias:
-            add_parts_kernel[(c_tiles,)](
-                table,
-                None,
-                dbias,
-                parts,
-                channels,
-                0,
-                BLOCK_P=MAX_PARTS,
-                BLOCK_C=BLOCK_C,
-                num_warps=NUM_WARPS,
-            )
     return dz, dbias

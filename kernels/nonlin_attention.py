@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import TANH, activate_with_slope
+from fastasr.kernels._launch import launch
 
 BLOCK_T, BLOCK_C, NUM_WARPS = 8, 128, 4
 
@@ -95,11 +96,10 @@ def _launch(kernel, projected: torch.Tensor, *tensors: torch.Tensor, **options) 
         return
     stride = projected.stride(1) if batch > 1 else projected.stride(0) if frames > 1 else channels
     grid = (triton.cdiv(frames, BLOCK_T), triton.cdiv(width, BLOCK_C), batch)
-    with torch.cuda.device_of(projected):
-        kernel[grid](
-            *tensors, frames, batch, width, stride,
-            BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS, **options,
-        )  # fmt: skip
+    launch(kernel, grid,
+        *tensors, frames, batch, width, stride,
+        BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS, **options,
+    )  # fmt: skip
 
 
 def _like(projected: torch.Tensor, parts: int = 1) -> torch.Tensor:

@@ -32,6 +32,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
+from fastasr.kernels._launch import launch
 from fastasr.kernels._rel_position_tiles import head_block, masked, place, query_key
 from fastasr.kernels._relative_shift import by_key, by_offset, merged, moved
 from fastasr.kernels.toeplitz_attention import _hopper
@@ -479,14 +480,13 @@ def rel_attention_forward(
     lse = q.new_empty(batch, heads, frames, dtype=torch.float32)
     if not lse.numel():
         return y, lse
-    with torch.cuda.device_of(q):
-        tile = _tiles(q, v, attn_mask)["forward"]
-        blocks = triton.cdiv(frames, tile["BLOCK_M"])
-        forward_kernel[(heads * batch * blocks, triton.cdiv(v.shape[3], tile["BLOCK_V"]))](
-            q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask), y, lse,
-            frames, batch, blocks, heads, *_strides(q, v), _mask_batch(attn_mask), dim**-0.5,
-            DIM=dim, VALUE_DIM=v.shape[3], **tile,
-        )  # fmt: skip
+    tile = _tiles(q, v, attn_mask)["forward"]
+    blocks = triton.cdiv(frames, tile["BLOCK_M"])
+    launch(forward_kernel, (heads * batch * blocks, triton.cdiv(v.shape[3], tile["BLOCK_V"])),
+        q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask), y, lse,
+        frames, batch, blocks, heads, *_strides(q, v), _mask_batch(attn_mask), dim**-0.5,
+        DIM=dim, VALUE_DIM=v.shape[3], **tile,
+    )  # fmt: skip
     return y, lse
 
 
@@ -518,56 +518,55 @@ def rel_attention_backward(
     dq, dk, dv, dpos, du, dw = (torch.empty_like(t) for t in (q, k, v, pos, bias_u, bias_v))
     width, pairs, offsets, scale = heads * dim, heads * batch, 2 * frames - 1, dim**-0.5
     shares = torch.float64 if q.dtype == torch.float32 else torch.float32
-    with torch.cuda.device_of(q):
-        shapes = _tiles(q, v, attn_mask)
-        constants = {"DIM": dim, "VALUE_DIM": v.shape[3]}
-        strides = *_strides(q, v), _mask_batch(attn_mask)
-        operands = (
-            grad, q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask), lse
-        )  # fmt: skip
-        inverse, delta = torch.empty_like(lse), torch.empty_like(lse)
-        blocks = triton.cdiv(frames, shapes["statistics"]["BLOCK"])
-        statistics_kernel[(pairs * blocks,)](
-            *operands, inverse, delta, frames, batch, blocks, heads, *strides, scale,
-            **constants, **shapes["statistics"],
-        )  # fmt: skip
-        operands = *operands, inverse, delta
-        content = torch.empty_like(q, dtype=torch.float32)
+    shapes = _tiles(q, v, attn_mask)
+    constants = {"DIM": dim, "VALUE_DIM": v.shape[3]}
+    strides = *_strides(q, v), _mask_batch(attn_mask)
+    operands = (
+        grad, q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask), lse
+    )  # fmt: skip
+    inverse, delta = torch.empty_like(lse), torch.empty_like(lse)
+    blocks = triton.cdiv(frames, shapes["statistics"]["BLOCK"])
+    launch(statistics_kernel, (pairs * blocks,),
+        *operands, inverse, delta, frames, batch, blocks, heads, *strides, scale,
+        **constants, **shapes["statistics"],
+    )  # fmt: skip
+    operands = *operands, inverse, delta
+    content = torch.empty_like(q, dtype=torch.float32)
 
-        tile = shapes["queries"]
-        block = tile["BLOCK"]
-        blocks = triton.cdiv(frames, block)
-        row = (blocks + 1) * block  # a row of dS by offset
-        step = max(1, PIECE_BYTES // (pairs * row * q.element_size()) // block)
-        ds = q.new_empty(pairs * min(step, blocks) * block * row)
-        parts = torch.zeros(batch, offsets, width, dtype=shares, device=q.device)
-        sums_of = torch.empty(2, batch * blocks, width, dtype=shares, device=q.device)
-        columns = triton.cdiv(dim, tile["BLOCK_D"])
-        for first in range(0, blocks, step):
-            count = min(step, blocks - first)
-            rows = min(count * block, frames - first * block)
-            queries_kernel[(pairs * count, columns)](
-                *operands, content, ds, sums_of[0],
-                frames, first * block, rows, batch, count, blocks, heads, *strides, row, scale, **constants, **tile,
-            )  # fmt: skip
-            offsets_kernel[(pairs * count, columns)](
-                ds, pos, content, dq, sums_of[1], frames, first, batch, count, blocks, heads,
-                q.stride(1), q.stride(0), row, scale, DIM=dim, **shapes["offsets"],
-            )  # fmt: skip
-            positions_kernel[(pairs * (blocks + count), columns)](
-                ds, q, bias_v, parts, frames, first, count, batch, blocks + count, blocks, heads,
-                q.stride(1), q.stride(0), row, scale, DIM=dim, **shapes["positions"],
-            )  # fmt: skip
-        size = dpos.numel()
-        add_parts_kernel[(triton.cdiv(size, PARTS["BLOCK"]),)](parts, dpos, size, batch, **PARTS)
-        biases_kernel[(triton.cdiv(width, BIASES["BLOCK_C"]), 2)](
-            sums_of, du, dw, batch * blocks, width, **BIASES
-        )
-
-        tile = shapes["keys"]
-        blocks = triton.cdiv(frames, tile["BLOCK"])
-        columns = max(triton.cdiv(dim, tile["BLOCK_D"]), triton.cdiv(v.shape[3], tile["BLOCK_V"]))
-        keys_kernel[(pairs * blocks, columns)](
-            *operands, dk, dv, frames, batch, blocks, heads, *strides, scale, **constants, **tile
+    tile = shapes["queries"]
+    block = tile["BLOCK"]
+    blocks = triton.cdiv(frames, block)
+    row = (blocks + 1) * block  # a row of dS by offset
+    step = max(1, PIECE_BYTES // (pairs * row * q.element_size()) // block)
+    ds = q.new_empty(pairs * min(step, blocks) * block * row)
+    parts = torch.zeros(batch, offsets, width, dtype=shares, device=q.device)
+    sums_of = torch.empty(2, batch * blocks, width, dtype=shares, device=q.device)
+    columns = triton.cdiv(dim, tile["BLOCK_D"])
+    for first in range(0, blocks, step):
+        count = min(step, blocks - first)
+        rows = min(count * block, frames - first * block)
+        launch(queries_kernel, (pairs * count, columns),
+            *operands, content, ds, sums_of[0],
+            frames, first * block, rows, batch, count, blocks, heads, *strides, row, scale, **constants, **tile,
         )  # fmt: skip
+        launch(offsets_kernel, (pairs * count, columns),
+            ds, pos, content, dq, sums_of[1], frames, first, batch, count, blocks, heads,
+            q.stride(1), q.stride(0), row, scale, DIM=dim, **shapes["offsets"],
+        )  # fmt: skip
+        launch(positions_kernel, (pairs * (blocks + count), columns),
+            ds, q, bias_v, parts, frames, first, count, batch, blocks + count, blocks, heads,
+            q.stride(1), q.stride(0), row, scale, DIM=dim, **shapes["positions"],
+        )  # fmt: skip
+    size = dpos.numel()
+    launch(add_parts_kernel, (triton.cdiv(size, PARTS["BLOCK"]),), parts, dpos, size, batch, **PARTS)
+    launch(biases_kernel, (triton.cdiv(width, BIASES["BLOCK_C"]), 2),
+        sums_of, du, dw, batch * blocks, width, **BIASES,
+    )  # fmt: skip
+
+    tile = shapes["keys"]
+    blocks = triton.cdiv(frames, tile["BLOCK"])
+    columns = max(triton.cdiv(dim, tile["BLOCK_D"]), triton.cdiv(v.shape[3], tile["BLOCK_V"]))
+    launch(keys_kernel, (pairs * blocks, columns),
+        *operands, dk, dv, frames, batch, blocks, heads, *strides, scale, **constants, **tile
+    )  # fmt: skip
     return dq, dk, dv, dpos, du, dw

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope, sigmoid_pair
+from fastasr.kernels._launch import launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -219,12 +220,11 @@ def residual_norm_forward(
     if x.numel():
         rows = x.numel() // channels
         block_r, block_c, warps = _blocks(channels, FORWARD_ELEMENTS)
-        with torch.cuda.device_of(x):
-            forward_kernel[(triton.cdiv(rows, block_r),)](
-                x, update, candidate, hidden, mask, weight, bias, y, rows, channels,
-                *map(_stride, (x, update, candidate, hidden)), eps,
-                ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
-            )  # fmt: skip
+        launch(forward_kernel, (triton.cdiv(rows, block_r),),
+            x, update, candidate, hidden, mask, weight, bias, y, rows, channels,
+            *map(_stride, (x, update, candidate, hidden)), eps,
+            ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
+        )  # fmt: skip
     return y, None
 
 
@@ -259,14 +259,13 @@ def residual_norm_backward(
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     shares = torch.float64 if x.dtype == torch.float32 else torch.float32
     table = torch.empty((2, parts, channels), dtype=shares, device=x.device)
-    with torch.cuda.device_of(x):
-        backward_kernel[(parts,)](
-            grad, x, update, candidate, hidden, mask, weight, dx, dupdate, dsum, table, rows, rows_per_part, channels,
-            *map(_stride, (x, update, candidate, hidden)), eps,
-            ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
-        )  # fmt: skip
-        block_p, warps = (128, 4) if parts <= 128 else (2048, 16)
-        add_parts_kernel[(triton.cdiv(channels, 16), 2)](
-            table, dweight, dbias, parts, channels, BLOCK_P=block_p, BLOCK_C=16, num_warps=warps
-        )
+    launch(backward_kernel, (parts,),
+        grad, x, update, candidate, hidden, mask, weight, dx, dupdate, dsum, table, rows, rows_per_part, channels,
+        *map(_stride, (x, update, candidate, hidden)), eps,
+        ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
+    )  # fmt: skip
+    block_p, warps = (128, 4) if parts <= 128 else (2048, 16)
+    launch(add_parts_kernel, (triton.cdiv(channels, 16), 2),
+        table, dweight, dbias, parts, channels, BLOCK_P=block_p, BLOCK_C=16, num_warps=warps,
+    )  # fmt: skip
     return dx, dupdate, dsum, dweight, dbias

@@ -29,6 +29,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import TANH, activate_with_slope, exp_nonpositive, sigmoid_pair
 from fastasr.kernels._attention_tiles import NONE, products, running, sums
+from fastasr.kernels._launch import launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_BYTES = 64 << 20
@@ -293,7 +294,7 @@ class _Plan:
         h = self.weight.new_empty(end - first, self.width)
         if self.width:
             grid = triton.cdiv(end - first, HIDDEN["BLOCK_R"]) * triton.cdiv(self.width, HIDDEN["BLOCK_C"])
-            hidden_kernel[(grid,)](
+            launch(hidden_kernel, (grid,),
                 self.am, self.lm, *self.band, h, *self.sizes(first, end), self.d, self.width,
                 ACTIVATION=self.activation, **HIDDEN,
             )  # fmt: skip
@@ -316,12 +317,11 @@ def rnnt_joiner_forward(
     shape = p.batch, p.frames, s_range
     px, py = (torch.empty(shape, dtype=torch.float32, device=am.device) for _ in range(2))
     normaliser = torch.empty(shape, dtype=torch.float64, device=am.device)
-    with torch.cuda.device_of(am):
-        for first, end in p.chunks(p.width * weight.element_size()):
-            scores_kernel[(p.blocks(end - first),)](
-                p.hidden(first, end), p.padded, p.bias, *p.band, px, py, normaliser,
-                *p.sizes(first, end), p.width, p.v, blank, HAT=hat, **p.tiles,
-            )  # fmt: skip
+    for first, end in p.chunks(p.width * weight.element_size()):
+        launch(scores_kernel, (p.blocks(end - first),),
+            p.hidden(first, end), p.padded, p.bias, *p.band, px, py, normaliser,
+            *p.sizes(first, end), p.width, p.v, blank, HAT=hat, **p.tiles,
+        )  # fmt: skip
     return px, py, normaliser, None
 
 
@@ -339,12 +339,12 @@ def rnnt_joiner_backward(
     size = weight.element_size()
     sum_dtype = torch.float64 if weight.dtype is torch.float32 else torch.float32
     # a backward inside autocast would take float32 products in 16 bits
-    with torch.autocast(am.device.type, enabled=False), torch.cuda.device_of(am):
+    with torch.autocast(am.device.type, enabled=False):
         for first, end in p.chunks(stride * size + p.width * (size + 4)):
             hidden, count, blocks = p.hidden(first, end), end - first, p.blocks(end - first)
             dlogits = weight.new_empty(count, stride)
             parts = torch.empty(blocks, p.v, dtype=sum_dtype, device=am.device)
-            logits_gradient_kernel[(blocks * triton.cdiv(p.v, p.tiles["BLOCK_N"]),)](
+            launch(logits_gradient_kernel, (blocks * triton.cdiv(p.v, p.tiles["BLOCK_N"]),),
                 hidden, p.padded, p.bias, *p.band, gx, gy, normaliser, dlogits, parts,
                 *p.sizes(first, end), p.width, p.v, stride, blank, HAT=hat, **p.tiles,
             )  # fmt: skip
@@ -363,8 +363,8 @@ def _hidden_gradient(p: _Plan, dhidden, first: int, end: int, dam, dlm) -> None:
     sizes = *p.sizes(first, end), p.d
     grid = (end - first) // p.s_range * triton.cdiv(p.d, FRAME["BLOCK_C"])
     precise = p.am.dtype is torch.float32
-    frame_gradient_kernel[(grid,)](
-        p.am, p.lm, *p.band, dhidden, dam, *sizes, ACTIVATION=p.activation, PRECISE=precise, **FRAME
-    )
+    launch(frame_gradient_kernel, (grid,),
+        p.am, p.lm, *p.band, dhidden, dam, *sizes, ACTIVATION=p.activation, PRECISE=precise, **FRAME,
+    )  # fmt: skip
     grid = p.batch * (p.length + 1) * triton.cdiv(p.d, CONTEXT["BLOCK_C"])
-    context_gradient_kernel[(grid,)](p.band[0], dhidden, dlm, *sizes, **CONTEXT)
+    launch(context_gradient_kernel, (grid,), p.band[0], dhidden, dlm, *sizes, **CONTEXT)

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels._launch import launch
 from fastasr.kernels._scaled_number import (
     FLOOR,
     add,
@@ -204,11 +205,10 @@ def rnnt_lattice_forward(
         return scores, shares
     lanes, warps = _lanes(frames)
     column = x.new_empty((batch, 2, symbols + 1) if frames + 1 > lanes else 0)
-    with torch.cuda.device_of(x):
-        forward_kernel[(batch,)](
-            x, y, boundary, scores, shares if keep else None, column, symbols, frames, width, row,
-            MODIFIED=width == frames, BLOCK=lanes, num_warps=warps,
-        )  # fmt: skip
+    launch(forward_kernel, (batch,),
+        x, y, boundary, scores, shares if keep else None, column, symbols, frames, width, row,
+        MODIFIED=width == frames, BLOCK=lanes, num_warps=warps,
+    )  # fmt: skip
     return scores, shares
 
 
@@ -224,9 +224,8 @@ def rnnt_lattice_backward(
         return dx, dy
     lanes, warps = _lanes(frames)
     column = scores.new_empty((batch, symbols + 1) if frames + 1 > lanes else 0)
-    with torch.cuda.device_of(scores):
-        backward_kernel[(batch,)](
-            grad, scores, shares, boundary, dx, dy, column, symbols, frames, width, share_row(frames),
-            MODIFIED=width == frames, BLOCK=lanes, num_warps=warps,
-        )  # fmt: skip
+    launch(backward_kernel, (batch,),
+        grad, scores, shares, boundary, dx, dy, column, symbols, frames, width, share_row(frames),
+        MODIFIED=width == frames, BLOCK=lanes, num_warps=warps,
+    )  # fmt: skip
     return dx, dy

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels._launch import launch
 from fastasr.kernels._scaled_number import (
     FLOOR,
     add,
@@ -209,11 +210,10 @@ def rnnt_pruned_lattice_forward(
     shares = x.new_empty((batch, frames, window + 1) if keep else 0)
     if batch:
         lanes, warps = _lanes(window)
-        with torch.cuda.device_of(x):
-            forward_kernel[(batch,)](
-                x, blank_logprobs, starts, boundary, scores, shares if keep else None, frames, window,
-                MODIFIED=modified, BLOCK=lanes, num_warps=warps,
-            )  # fmt: skip
+        launch(forward_kernel, (batch,),
+            x, blank_logprobs, starts, boundary, scores, shares if keep else None, frames, window,
+            MODIFIED=modified, BLOCK=lanes, num_warps=warps,
+        )  # fmt: skip
     return scores, shares
 
 
@@ -231,9 +231,8 @@ def rnnt_pruned_lattice_backward(
     dx, dy = (scores.new_empty(batch, frames, window) for _ in "xy")
     if batch and frames:
         lanes, warps = _lanes(window)
-        with torch.cuda.device_of(scores):
-            backward_kernel[(batch,)](
-                grad, scores, shares, starts, boundary, dx, dy, frames, window,
-                MODIFIED=modified, BLOCK=lanes, num_warps=warps,
-            )  # fmt: skip
+        launch(backward_kernel, (batch,),
+            grad, scores, shares, starts, boundary, dx, dy, frames, window,
+            MODIFIED=modified, BLOCK=lanes, num_warps=warps,
+        )  # fmt: skip
     return dx, dy

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
+from fastasr.kernels._launch import launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MEMORY, RIGHT, FRAME = (tl.constexpr(number) for number in range(3))  # kinds of keys
@@ -458,7 +459,7 @@ class _Plan:
         blocks = triton.cdiv(segments, group) * parts
         strides = [stride for t in strided for stride in (t.stride(0), t.stride(1))]
         grid = blocks * self.batch * self.heads, triton.cdiv(self.dim, tile["BLOCK_D"])
-        kernel[grid](
+        launch(kernel, grid,
             *before, *self.tensors, *after, *self.sizes, *self.mask_sizes, self.heads, self.per, group, parts, blocks,
             *more, *strides, self.y_time, self.scale, **self.constants, **tile,
         )  # fmt: skip
@@ -479,9 +480,8 @@ def segment_attention_forward(
     """
     y = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if y.numel():
-        with torch.cuda.device_of(query):
-            plan = _Plan(query, key, value, lengths, history, dropout, heads, *sizes)
-            plan.launch(forward_kernel, "forward", (), (y,), (query, key, value))
+        plan = _Plan(query, key, value, lengths, history, dropout, heads, *sizes)
+        plan.launch(forward_kernel, "forward", (), (y,), (query, key, value))
     return y
 
 
@@ -500,11 +500,10 @@ def segment_attention_backward(
     if not query.numel():
         return tuple(torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value))
     dquery, dkey, dvalue = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value))
-    with torch.cuda.device_of(query):
-        plan = _Plan(query, key, value, lengths, history, dropout, heads, *sizes)
-        strided = grad, query, key, value
-        rows = query.shape[1] * heads, query.shape[0]
-        statistics = tuple(torch.empty(rows, dtype=torch.float32, device=query.device) for _ in range(3))
-        plan.launch(queries_kernel, "queries", (grad,), (dquery, *statistics), strided)
-        plan.launch(keys_kernel, "keys", (grad,), (*statistics, dkey, dvalue), strided, plan.past, plan.reach)
+    plan = _Plan(query, key, value, lengths, history, dropout, heads, *sizes)
+    strided = grad, query, key, value
+    rows = query.shape[1] * heads, query.shape[0]
+    statistics = tuple(torch.empty(rows, dtype=torch.float32, device=query.device) for _ in range(3))
+    plan.launch(queries_kernel, "queries", (grad,), (dquery, *statistics), strided)
+    plan.launch(keys_kernel, "keys", (grad,), (*statistics, dkey, dvalue), strided, plan.past, plan.reach)
     return dquery, dkey, dvalue

@@ -23,6 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels._launch import launch
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # 16 elements per thread: two (16-bit) or four (32-bit) 128-bit loads in flight in every thread.
@@ -221,23 +223,22 @@ def _launch(flat, tile, before, mask, after, shape, shared_dim: int, **options) 
     dimension.
     """
     numel = shape.numel()
-    with torch.cuda.device_of(before[0]):
-        if mask is None or shared_dim < 0:
-            options |= {
-                "KIND": NO_MASK if mask is None else FULL_MASK,
-                "TAIL": numel % 16 != 0,
-                "BLOCK": BLOCK,
-            }
-            grid = (max(1, triton.cdiv(numel // 16 * 16, BLOCK)),)
-            flat[grid](*before, mask, *after, numel // 16, numel % 16, num_warps=NUM_WARPS, **options)
-            return
-        groups, rows, columns, kind = _view(shape, shared_dim)
-        block_c = 32 if columns <= 32 else 256
-        block_r = BLOCK // block_c
-        tiles = triton.cdiv(rows, block_r), triton.cdiv(columns, block_c)
-        options |= {"KIND": kind, "GROUPED": groups > 1, "BLOCK_R": block_r, "BLOCK_C": block_c}
-        grid = (groups * tiles[0] * tiles[1],)
-        tile[grid](*before, mask, *after, rows, columns, *tiles, num_warps=NUM_WARPS, **options)
+    if mask is None or shared_dim < 0:
+        options |= {
+            "KIND": NO_MASK if mask is None else FULL_MASK,
+            "TAIL": numel % 16 != 0,
+            "BLOCK": BLOCK,
+        }
+        grid = (max(1, triton.cdiv(numel // 16 * 16, BLOCK)),)
+        launch(flat, grid, *before, mask, *after, numel // 16, numel % 16, num_warps=NUM_WARPS, **options)
+        return
+    groups, rows, columns, kind = _view(shape, shared_dim)
+    block_c = 32 if columns <= 32 else 256
+    block_r = BLOCK // block_c
+    tiles = triton.cdiv(rows, block_r), triton.cdiv(columns, block_c)
+    options |= {"KIND": kind, "GROUPED": groups > 1, "BLOCK_R": block_r, "BLOCK_C": block_c}
+    grid = (groups * tiles[0] * tiles[1],)
+    launch(tile, grid, *before, mask, *after, rows, columns, *tiles, num_warps=NUM_WARPS, **options)
 
 
 def swoosh_forward(x: torch.Tensor, right: bool, mask: torch.Tensor | None, shared_dim: int) -> torch.Tensor:

@@ -35,6 +35,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._attention_tiles import NONE, biased, dropped, load_rows, products, running, span, sums
+from fastasr.kernels._launch import launch
 from fastasr.kernels._toeplitz_attention_backward import (
     add_diagonals_kernel,
     add_parts_kernel,
@@ -246,7 +247,7 @@ def _prepared(p: _Plan, query_key, gate, value, qk_weight, qk_bias, padding_mask
     g = dgate = along = None
     if grad is not None:
         g, dgate, along = p.empty(rows, p.v), p.empty(*gate.shape), p.empty(rows, dtype=torch.float32)
-    prepare_kernel[(p.programs(PREPARE["BLOCK_T"]),)](
+    launch(prepare_kernel, (p.programs(PREPARE["BLOCK_T"]),),
         query_key, qk_weight, qk_bias, None if hidden is None else padding_mask.view(torch.int8),
         value if p.activate_value else None, None if g is None else gate, grad, mixed,
         query, key, hidden, active, g, dgate, along,
@@ -279,14 +280,13 @@ def toeplitz_attention_forward(
     mixed = p.empty(*gate.shape) if need_gradients else p.empty(0)
     if not y.numel():
         return y, mixed
-    with torch.cuda.device_of(query_key):
-        query, key, hidden, value, *_ = _prepared(p, query_key, gate, value, qk_weight, qk_bias, padding_mask)
-        tile = p.blocks["forward"]
-        forward_kernel[(p.programs(tile["BLOCK_M"]), triton.cdiv(p.v, tile["BLOCK_V"]))](
-            query, key, value, gate, position_bias[p.reach :], hidden, dropout, y, mixed if need_gradients else None,
-            *p.frames(tile["BLOCK_M"]), p.v, *_strides(value), *_strides(gate), p.batch * p.v, p.scale,
-            CAUSAL=causal, ACTIVATION=activation, WIDTH=p.width, **tile,
-        )  # fmt: skip
+    query, key, hidden, value, *_ = _prepared(p, query_key, gate, value, qk_weight, qk_bias, padding_mask)
+    tile = p.blocks["forward"]
+    launch(forward_kernel, (p.programs(tile["BLOCK_M"]), triton.cdiv(p.v, tile["BLOCK_V"])),
+        query, key, value, gate, position_bias[p.reach :], hidden, dropout, y, mixed if need_gradients else None,
+        *p.frames(tile["BLOCK_M"]), p.v, *_strides(value), *_strides(gate), p.batch * p.v, p.scale,
+        CAUSAL=causal, ACTIVATION=activation, WIDTH=p.width, **tile,
+    )  # fmt: skip
     return y, mixed
 
 
@@ -317,53 +317,50 @@ def toeplitz_attention_backward(
     dquery_key, dvalue = p.empty(*query_key.shape), p.empty(*value.shape)
     parameters, dposition_bias = p.empty(4, p.d, dtype=wide), torch.empty_like(position_bias)
     bias = position_bias[p.reach :]
-    with torch.cuda.device_of(query_key):
-        query, key, hidden, active, g, dgate, along = _prepared(
-            p, query_key, gate, value, qk_weight, qk_bias, padding_mask, grad, mixed
-        )
-        dquery, dkey = (p.empty(rows, p.width, dtype=wide) for _ in range(2))
-        maximum, inverse, rest = (p.empty(rows, dtype=wide) for _ in range(3))
-        common = {"CAUSAL": causal, "WIDTH": p.width}
+    query, key, hidden, active, g, dgate, along = _prepared(
+        p, query_key, gate, value, qk_weight, qk_bias, padding_mask, grad, mixed
+    )
+    dquery, dkey = (p.empty(rows, p.width, dtype=wide) for _ in range(2))
+    maximum, inverse, rest = (p.empty(rows, dtype=wide) for _ in range(3))
+    common = {"CAUSAL": causal, "WIDTH": p.width}
 
-        tile = p.blocks["queries"]
-        queries_kernel[(p.programs(tile["BLOCK_M"]), p.width // tile["BLOCK_D"])](
-            query, key, active, g, bias, hidden, dropout, along, dquery, maximum, inverse, rest,
-            *p.frames(tile["BLOCK_M"]), p.v, *_strides(active), p.scale, **common, **tile,
-        )  # fmt: skip
+    tile = p.blocks["queries"]
+    launch(queries_kernel, (p.programs(tile["BLOCK_M"]), p.width // tile["BLOCK_D"]),
+        query, key, active, g, bias, hidden, dropout, along, dquery, maximum, inverse, rest,
+        *p.frames(tile["BLOCK_M"]), p.v, *_strides(active), p.scale, **common, **tile,
+    )  # fmt: skip
 
-        tile = p.blocks["keys"]
-        block, programs = tile["BLOCK"], p.programs(tile["BLOCK"])
-        blocks = triton.cdiv(p.size, block)
-        shares = torch.float64 if p.dtype == wide else wide
-        diagonals = p.empty(programs, blocks + 1, block, dtype=shares)
-        keys_kernel[(programs, p.width // tile["BLOCK_D"])](
-            query, key, active, g, bias, hidden, dropout, along, maximum, inverse, rest, dkey, diagonals,
-            *p.frames(block), p.v, *_strides(active), p.scale, **common, **tile,
-        )  # fmt: skip
-        least = -(p.reach // block)
-        add_diagonals_kernel[(triton.cdiv(p.reach, block) - least + 1,)](
-            diagonals, dposition_bias, p.units, blocks, p.reach, least,
-            CAUSAL=causal, BLOCK=block, BLOCK_P=16, num_warps=4,
-        )  # fmt: skip
+    tile = p.blocks["keys"]
+    block, programs = tile["BLOCK"], p.programs(tile["BLOCK"])
+    blocks = triton.cdiv(p.size, block)
+    shares = torch.float64 if p.dtype == wide else wide
+    diagonals = p.empty(programs, blocks + 1, block, dtype=shares)
+    launch(keys_kernel, (programs, p.width // tile["BLOCK_D"]),
+        query, key, active, g, bias, hidden, dropout, along, maximum, inverse, rest, dkey, diagonals,
+        *p.frames(block), p.v, *_strides(active), p.scale, **common, **tile,
+    )  # fmt: skip
+    least = -(p.reach // block)
+    launch(add_diagonals_kernel, (triton.cdiv(p.reach, block) - least + 1,),
+        diagonals, dposition_bias, p.units, blocks, p.reach, least,
+        CAUSAL=causal, BLOCK=block, BLOCK_P=16, num_warps=4,
+    )  # fmt: skip
 
-        tile = p.blocks["values"]
-        values_kernel[(p.programs(tile["BLOCK"]), triton.cdiv(p.v, tile["BLOCK_V"]))](
-            query, key, value if activate_value else None, g, bias, hidden, dropout, maximum, inverse, dvalue,
-            *p.frames(tile["BLOCK"]), p.v, *_strides(value), p.batch * p.v, p.scale,
-            ACTIVATION=activation, **common, **tile,
-        )  # fmt: skip
+    tile = p.blocks["values"]
+    launch(values_kernel, (p.programs(tile["BLOCK"]), triton.cdiv(p.v, tile["BLOCK_V"])),
+        query, key, value if activate_value else None, g, bias, hidden, dropout, maximum, inverse, dvalue,
+        *p.frames(tile["BLOCK"]), p.v, *_strides(value), p.batch * p.v, p.scale,
+        ACTIVATION=activation, **common, **tile,
+    )  # fmt: skip
 
-        rows_per_part = (
-            triton.cdiv(triton.cdiv(rows, MAX_PARTS), PARAMETERS["BLOCK_R"]) * PARAMETERS["BLOCK_R"]
-        )
-        parts = triton.cdiv(rows, rows_per_part)
-        table = p.empty(4, parts, p.d, dtype=shares)
-        parameters_kernel[(parts, triton.cdiv(p.d, PARAMETERS["BLOCK_C"]))](
-            query_key, qk_weight, dquery, dkey, dquery_key, table, rows, p.length, rows_per_part, p.d, p.scale,
-            *_strides(query_key), p.batch * p.d, ACTIVATION=activation, WIDTH=p.width, **PARAMETERS,
-        )  # fmt: skip
-        block_p = 128 if parts <= 128 else MAX_PARTS
-        add_parts_kernel[(triton.cdiv(p.d, 16), 4)](
-            table, parameters, parts, p.d, BLOCK_P=block_p, BLOCK_C=16, num_warps=4
-        )
+    rows_per_part = triton.cdiv(triton.cdiv(rows, MAX_PARTS), PARAMETERS["BLOCK_R"]) * PARAMETERS["BLOCK_R"]
+    parts = triton.cdiv(rows, rows_per_part)
+    table = p.empty(4, parts, p.d, dtype=shares)
+    launch(parameters_kernel, (parts, triton.cdiv(p.d, PARAMETERS["BLOCK_C"])),
+        query_key, qk_weight, dquery, dkey, dquery_key, table, rows, p.length, rows_per_part, p.d, p.scale,
+        *_strides(query_key), p.batch * p.d, ACTIVATION=activation, WIDTH=p.width, **PARAMETERS,
+    )  # fmt: skip
+    block_p = 128 if parts <= 128 else MAX_PARTS
+    launch(add_parts_kernel, (triton.cdiv(p.d, 16), 4),
+        table, parameters, parts, p.d, BLOCK_P=block_p, BLOCK_C=16, num_warps=4,
+    )  # fmt: skip
     return dquery_key, dgate, dvalue, parameters[:2], parameters[2:], dposition_bias

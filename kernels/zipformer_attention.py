@@ -26,6 +26,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
+from fastasr.kernels._launch import launch
 from fastasr.kernels._rel_position_tiles import (
     ALONE,
     head_block,
@@ -390,17 +391,16 @@ def zipformer_attention_forward(
     y = x.new_empty(frames, batch, value.shape[2])
     if not y.numel():
         return y
-    with torch.cuda.device_of(x):
-        o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
-        value_dim = value.shape[2] // value_heads
-        tile = tiles(dim, o.pos_dim, value_dim, x.dtype, chunk > 0 or attn_mask is not None)["forward"]
-        blocks = triton.cdiv(frames, tile["BLOCK_M"])
-        forward_kernel[(value_heads * batch * blocks, triton.cdiv(value_dim, tile["BLOCK_V"]))](
-            x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), value, y,
-            frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
-            x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), value.stride(0), value.stride(1), o.r_batch,
-            _mask_batch(attn_mask), **o.constants, VALUE_DIM=value_dim, **tile,
-        )  # fmt: skip
+    o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
+    value_dim = value.shape[2] // value_heads
+    tile = tiles(dim, o.pos_dim, value_dim, x.dtype, chunk > 0 or attn_mask is not None)["forward"]
+    blocks = triton.cdiv(frames, tile["BLOCK_M"])
+    launch(forward_kernel, (value_heads * batch * blocks, triton.cdiv(value_dim, tile["BLOCK_V"])),
+        x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), value, y,
+        frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
+        x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), value.stride(0), value.stride(1), o.r_batch,
+        _mask_batch(attn_mask), **o.constants, VALUE_DIM=value_dim, **tile,
+    )  # fmt: skip
     return y
 
 
@@ -426,58 +426,57 @@ def zipformer_attention_backward(
     if not grad.numel():
         zeros = (none if t is None else torch.zeros_like(t) for t in (x, pos, value, cached_key))
         return tuple(zeros)
-    with torch.cuda.device_of(x):
-        o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
-        own_pos, value_dim = width // heads - 2 * dim, value.shape[2] // value_heads
-        shapes = tiles(dim, own_pos, value_dim, x.dtype)
-        dx = torch.empty_like(x) if value_heads == heads else torch.zeros_like(x)
-        dvalue = torch.empty_like(value)
-        pairs = value_heads * batch
-        maximum, inverse, delta = (x.new_empty(pairs * frames, dtype=torch.float32) for _ in range(3))
-        strides = (
-            x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), value.stride(0), value.stride(1), o.r_batch,
-            _mask_batch(attn_mask),
-        )  # fmt: skip
-        masks = _bytes(key_padding_mask), _bytes(attn_mask)
-        constants = o.constants | {"VALUE_DIM": value_dim}
+    o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
+    own_pos, value_dim = width // heads - 2 * dim, value.shape[2] // value_heads
+    shapes = tiles(dim, own_pos, value_dim, x.dtype)
+    dx = torch.empty_like(x) if value_heads == heads else torch.zeros_like(x)
+    dvalue = torch.empty_like(value)
+    pairs = value_heads * batch
+    maximum, inverse, delta = (x.new_empty(pairs * frames, dtype=torch.float32) for _ in range(3))
+    strides = (
+        x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), value.stride(0), value.stride(1), o.r_batch,
+        _mask_batch(attn_mask),
+    )  # fmt: skip
+    masks = _bytes(key_padding_mask), _bytes(attn_mask)
+    constants = o.constants | {"VALUE_DIM": value_dim}
 
-        tile = shapes["queries"]
-        columns = triton.cdiv(dim, tile["BLOCK_D"])
-        row = _rows(o.keys)
-        rows = frames
-        if o.pos_dim:
-            step = tile["BLOCK_M"]
-            rows = max(step, PIECE_BYTES // (pairs * row * x.element_size()) // step * step)
-        pieces = _Diagonals(x, o, min(rows, frames), pairs, row, shapes["positions"]) if o.pos_dim else None
-        for first in range(0, frames, rows):
-            count = min(rows, frames - first)
-            blocks = triton.cdiv(count, tile["BLOCK_M"])
-            queries_kernel[(pairs * blocks, columns)](
-                grad, x, o.key, o.r, *masks, value, dx, pieces.ds if pieces else None, maximum, inverse, delta,
-                frames, o.keys, o.left, first, count, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
-                *strides, row, **constants, WIDE_POS=own_pos, **tile,
-            )  # fmt: skip
-            if pieces:
-                pieces.add(first, count)
-
-        tile = shapes["keys"]
-        dkey = dx[..., heads * dim : 2 * heads * dim]
-        if o.left:
-            dkey = torch.empty_like(o.key) if value_heads == heads else torch.zeros_like(o.key)
-        blocks = triton.cdiv(o.keys, tile["BLOCK_N"])
-        columns = max(columns, triton.cdiv(value_dim, tile["BLOCK_V"]))
-        keys_kernel[(pairs * blocks, columns)](
-            grad, x, o.key, o.r, *masks, value, maximum, inverse, delta, dkey, dvalue,
-            frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
-            *strides, **constants, **tile,
+    tile = shapes["queries"]
+    columns = triton.cdiv(dim, tile["BLOCK_D"])
+    row = _rows(o.keys)
+    rows = frames
+    if o.pos_dim:
+        step = tile["BLOCK_M"]
+        rows = max(step, PIECE_BYTES // (pairs * row * x.element_size()) // step * step)
+    pieces = _Diagonals(x, o, min(rows, frames), pairs, row, shapes["positions"]) if o.pos_dim else None
+    for first in range(0, frames, rows):
+        count = min(rows, frames - first)
+        blocks = triton.cdiv(count, tile["BLOCK_M"])
+        launch(queries_kernel, (pairs * blocks, columns),
+            grad, x, o.key, o.r, *masks, value, dx, pieces.ds if pieces else None, maximum, inverse, delta,
+            frames, o.keys, o.left, first, count, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
+            *strides, row, **constants, WIDE_POS=own_pos, **tile,
         )  # fmt: skip
-        dcached = none if cached_key is None else torch.zeros_like(cached_key)
-        if o.left:
-            dcached.copy_(dkey[: o.left])
-            dx[..., heads * dim : 2 * heads * dim].copy_(dkey[o.left :])
-        dpos = none if pos is None else torch.zeros_like(pos)
         if pieces:
-            dpos = pieces.total(pos.shape[0])
+            pieces.add(first, count)
+
+    tile = shapes["keys"]
+    dkey = dx[..., heads * dim : 2 * heads * dim]
+    if o.left:
+        dkey = torch.empty_like(o.key) if value_heads == heads else torch.zeros_like(o.key)
+    blocks = triton.cdiv(o.keys, tile["BLOCK_N"])
+    columns = max(columns, triton.cdiv(value_dim, tile["BLOCK_V"]))
+    launch(keys_kernel, (pairs * blocks, columns),
+        grad, x, o.key, o.r, *masks, value, maximum, inverse, delta, dkey, dvalue,
+        frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
+        *strides, **constants, **tile,
+    )  # fmt: skip
+    dcached = none if cached_key is None else torch.zeros_like(cached_key)
+    if o.left:
+        dcached.copy_(dkey[: o.left])
+        dx[..., heads * dim : 2 * heads * dim].copy_(dkey[o.left :])
+    dpos = none if pos is None else torch.zeros_like(pos)
+    if pieces:
+        dpos = pieces.total(pos.shape[0])
     return dx, dpos, dvalue, dcached
 
 
@@ -493,7 +492,7 @@ class _Diagonals:
     def add(self, first: int, rows: int) -> None:
         o, x = self.o, self.x
         blocks = triton.cdiv(rows + o.keys - 1, self.tile["BLOCK_O"])  # offsets that meet these rows
-        positions_kernel[(self.pairs * blocks,)](
+        launch(positions_kernel, (self.pairs * blocks,),
             self.ds, x, self.parts, o.frames, o.keys, first, rows, o.frames - first - rows, o.batch, blocks, o.heads,
             o.offsets, self.row, x.stride(0), x.stride(1), DIM=o.dim, POS_DIM=o.pos_dim, ADD=True, **self.tile,
         )  # fmt: skip
@@ -502,7 +501,7 @@ class _Diagonals:
         """Returns dR, (sequences, offsets, heads * pos_dim); sequences is 1 or the batch."""
         dpos = self.x.new_empty(sequences, *self.parts.shape[1:])
         size = dpos.numel()
-        add_parts_kernel[(triton.cdiv(size, PARTS["BLOCK"]),)](
-            self.parts, dpos, size, self.o.batch // sequences, **PARTS
-        )
+        launch(add_parts_kernel, (triton.cdiv(size, PARTS["BLOCK"]),),
+            self.parts, dpos, size, self.o.batch // sequences, **PARTS,
+        )  # fmt: skip
         return dpos

@@ -27,6 +27,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, running, sums
+from fastasr.kernels._launch import launch
 from fastasr.kernels._rel_position_tiles import (
     ALONE,
     head_block,
@@ -431,16 +432,15 @@ def zipformer_attention_weights_forward(
     weights.as_strided_((heads, batch, frames, keys), (batch * frames * row, frames * row, row, 1))
     if not weights.numel():
         return weights
-    with torch.cuda.device_of(x):
-        o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
-        tile = tiles(keys, dim, o.pos_dim, x.dtype, chunk > 0 or attn_mask is not None)["forward"]
-        blocks = triton.cdiv(frames, tile["BLOCK_M"])
-        forward_kernel[(o.pairs * blocks,)](
-            x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), weights,
-            frames, keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
-            x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), o.r_batch, _mask_batch(attn_mask), row,
-            **o.constants, **tile,
-        )  # fmt: skip
+    o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
+    tile = tiles(keys, dim, o.pos_dim, x.dtype, chunk > 0 or attn_mask is not None)["forward"]
+    blocks = triton.cdiv(frames, tile["BLOCK_M"])
+    launch(forward_kernel, (o.pairs * blocks,),
+        x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), weights,
+        frames, keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
+        x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), o.r_batch, _mask_batch(attn_mask), row,
+        **o.constants, **tile,
+    )  # fmt: skip
     return weights
 
 
@@ -471,42 +471,41 @@ def zipformer_attention_weights_backward(
     if not grad.numel():
         zeros = (none if t is None else torch.zeros_like(t) for t in (x, pos, cached_key))
         return tuple(zeros)
-    with torch.cuda.device_of(x):
-        o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
-        own_pos = width // heads - 2 * dim
-        shapes = tiles(o.keys, dim, own_pos, x.dtype, penalty=penalty != 0.0)
-        dx = torch.empty_like(x)
-        row = _rows(o.keys)
-        ds = x.new_empty(o.pairs * frames * row)
+    o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
+    own_pos = width // heads - 2 * dim
+    shapes = tiles(o.keys, dim, own_pos, x.dtype, penalty=penalty != 0.0)
+    dx = torch.empty_like(x)
+    row = _rows(o.keys)
+    ds = x.new_empty(o.pairs * frames * row)
 
-        tile = shapes["queries"]
-        columns = triton.cdiv(dim, tile["BLOCK_D"])
-        blocks = triton.cdiv(frames, tile["BLOCK_M"])
-        queries_kernel[(o.pairs * blocks, columns)](
-            grad, weights, x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), dx, ds,
-            frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
-            *grad.stride()[:3], *weights.stride()[:3],
-            x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), o.r_batch, _mask_batch(attn_mask), row,
-            float(penalty), float(limit),
-            **o.constants, PENALTY=penalty != 0.0, WIDE_POS=own_pos, **tile,
-        )  # fmt: skip
+    tile = shapes["queries"]
+    columns = triton.cdiv(dim, tile["BLOCK_D"])
+    blocks = triton.cdiv(frames, tile["BLOCK_M"])
+    launch(queries_kernel, (o.pairs * blocks, columns),
+        grad, weights, x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), dx, ds,
+        frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
+        *grad.stride()[:3], *weights.stride()[:3],
+        x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), o.r_batch, _mask_batch(attn_mask), row,
+        float(penalty), float(limit),
+        **o.constants, PENALTY=penalty != 0.0, WIDE_POS=own_pos, **tile,
+    )  # fmt: skip
 
-        tile = shapes["keys"]
-        dkey = torch.empty_like(o.key) if o.left else dx[..., heads * dim : 2 * heads * dim]
-        blocks = triton.cdiv(o.keys, tile["BLOCK_N"])
-        keys_kernel[(o.pairs * blocks, columns)](
-            ds, x, dkey, frames, o.keys, o.left, batch, blocks, o.chunk, o.left_chunks, row,
-            x.stride(0), x.stride(1), dkey.stride(0), dkey.stride(1),
-            DIM=dim, WINDOW=o.chunk > 0 and not penalty, **tile,
-        )  # fmt: skip
-        dcached = none if cached_key is None else torch.zeros_like(cached_key)
-        if o.left:
-            dcached.copy_(dkey[: o.left])
-            dx[..., heads * dim : 2 * heads * dim].copy_(dkey[o.left :])
+    tile = shapes["keys"]
+    dkey = torch.empty_like(o.key) if o.left else dx[..., heads * dim : 2 * heads * dim]
+    blocks = triton.cdiv(o.keys, tile["BLOCK_N"])
+    launch(keys_kernel, (o.pairs * blocks, columns),
+        ds, x, dkey, frames, o.keys, o.left, batch, blocks, o.chunk, o.left_chunks, row,
+        x.stride(0), x.stride(1), dkey.stride(0), dkey.stride(1),
+        DIM=dim, WINDOW=o.chunk > 0 and not penalty, **tile,
+    )  # fmt: skip
+    dcached = none if cached_key is None else torch.zeros_like(cached_key)
+    if o.left:
+        dcached.copy_(dkey[: o.left])
+        dx[..., heads * dim : 2 * heads * dim].copy_(dkey[o.left :])
 
-        dpos = none if pos is None else torch.zeros_like(pos)
-        if o.pos_dim:
-            dpos = position_gradients(ds, row, x, o, pos.shape[0], shapes["positions"])
+    dpos = none if pos is None else torch.zeros_like(pos)
+    if o.pos_dim:
+        dpos = position_gradients(ds, row, x, o, pos.shape[0], shapes["positions"])
     return dx, dpos, dcached
 
 
@@ -518,7 +517,7 @@ def position_gradients(
     parts_dtype = x.dtype if not shared else torch.float64 if x.dtype == torch.float32 else torch.float32
     parts = torch.empty(o.batch, o.offsets, o.heads * o.pos_dim, dtype=parts_dtype, device=x.device)
     blocks = triton.cdiv(o.offsets, tile["BLOCK_O"])
-    positions_kernel[(o.pairs * blocks,)](
+    launch(positions_kernel, (o.pairs * blocks,),
         ds, x, parts, o.frames, o.keys, 0, o.frames, 0, o.batch, blocks, o.heads, o.offsets, row,
         x.stride(0), x.stride(1), DIM=o.dim, POS_DIM=o.pos_dim, ADD=False, **tile,
     )  # fmt: skip
@@ -526,5 +525,5 @@ def position_gradients(
         return parts
     dpos = x.new_empty(1, *parts.shape[1:])
     size = dpos.numel()
-    add_parts_kernel[(triton.cdiv(size, PARTS["BLOCK"]),)](parts, dpos, size, o.batch, **PARTS)
+    launch(add_parts_kernel, (triton.cdiv(size, PARTS["BLOCK"]),), parts, dpos, size, o.batch, **PARTS)
     return dpos

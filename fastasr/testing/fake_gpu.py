@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A GPU that computes nothing: launchers run on CPU tensors, and every launch is recorded instead of executed.
+
+Everything on the host is what a GPU would see, from the op's checks to the driver's launch. Nothing is compiled.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+import fastasr
+from fastasr.kernels import _launch
+from fastasr.ops import _dispatch
+
+
+@dataclass
+class Launch:
+    """What the driver is told: kernel, grid, current device, stream, and the arguments, tensors or their addresses."""
+
+    kernel: JITFunction
+    grid: tuple[int, int, int]
+    device: int
+    stream: int
+    arguments: tuple
+    options: dict
+
+
+@dataclass
+class FakeGPU:
+    """Stands for Triton's driver. All tensors are on device ``home``; that of a call is ``current``."""
+
+    capability: tuple[int, int] = (9, 0)
+    home: int = 0
+    current: int = 0
+    launches: list[Launch] = field(default_factory=list)
+    elsewhere: dict[int, int] = field(default_factory=dict)  # devices of some tensors, by address
+
+    def get_current_device(self) -> int:
+        return self.current
+
+    def get_current_stream(self, device: int) -> int:
+        return 1000 + device
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 10 * self.capability[0] + self.capability[1], 32)
+
+    def device_of(self, t: torch.Tensor) -> int:
+        return self.elsewhere.get(t.data_ptr(), self.home)
+
+    @contextlib.contextmanager
+    def guard(self, device: int) -> Iterator[None]:
+        """Stands for ``torch.cuda.device``."""
+        previous, self.current = self.current, device
+        yield
+        self.current = previous
+
+    def compile(self, kernel, key, signature, device, constants, options, *_):
+        """Stands for Triton's compiler."""
+        found = kernel.device_caches[device][0][key] = _Compiled(self, kernel, options.__dict__)
+        return found
+
+
+class _Compiled:
+    """Stands for Triton's compiled kernel."""
+
+    function, packed_metadata = 0, (4, 1, 0)
+
+    def __init__(self, gpu: FakeGPU, kernel: JITFunction, options: dict):
+        self.gpu, self.kernel, self.options = gpu, kernel, options
+
+    def launch_metadata(self, grid, stream, *arguments) -> None:
+        return None
+
+    def run(self, x, y, z, stream, function, packed_metadata, metadata, enter, leave, *arguments) -> None:
+        launch = Launch(self.kernel, (x, y, z), self.gpu.current, stream, arguments, self.options)
+        self.gpu.launches.append(launch)
+
+    def __getitem__(self, grid):
+        def runner(*arguments, stream):
+            metadata = self.launch_metadata(grid, stream, *arguments)
+            self.run(*grid[:3], stream, self.function, self.packed_metadata, metadata, None, None, *arguments)
+
+        return runner
+
+
+@contextlib.contextmanager
+def fake_gpu(**settings) -> Iterator[FakeGPU]:
+    """Sends the Triton kernels of CPU tensors to a :class:`FakeGPU` of these settings inside the ``with`` block."""
+    gpu = FakeGPU(**settings)
+    properties = SimpleNamespace(multi_processor_count=132)
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (driver, "_active", gpu),
+            (JITFunction, "_do_compile", lambda kernel, *rest: gpu.compile(kernel, *rest)),
+            (torch.Tensor, "get_device", lambda t: gpu.device_of(t)),
+            (torch.cuda, "device", gpu.guard),
+            (torch.cuda, "get_device_capability", lambda *_: gpu.capability),
+            (torch.cuda, "get_device_properties", lambda *_: properties),
+            (_dispatch, "interpreting", lambda: True),
+            (_launch, "_compiled", {}),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(fastasr.backend("triton"))
+        try:
+            yield gpu
+        finally:
+            for kernel in {launch.kernel for launch in gpu.launches}:
+                kernel.device_caches.clear()

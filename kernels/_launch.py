@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launch of a kernel: every launcher calls :func:`launch`, and nothing else starts a kernel.
+
+Triton takes the current device and its stream, whatever device the tensors are on, and finds the compiled kernel again
+in every launch from all arguments and options, which costs more time on the host than most kernels take on the device.
+"""
+
+import torch
+from triton.runtime import JITFunction, driver
+
+# By all that selects the code: the kernel, what Triton compiled of it, and the constants behind the arguments.
+_compiled: dict[tuple, tuple] = {}
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
+    """Runs ``grid`` programs of a kernel on the device of the tensors among ``arguments``, on its current stream.
+
+    ``arguments`` are the kernel's tensors, numbers and None, in order; ``constants`` are its constants and Triton's
+    options by name. Triton's own launch serves the first call of each combination of dtypes, alignments, constants and
+    device; the others run what it compiled. Raises ValueError for tensors on several devices.
+    """
+    if not isinstance(kernel, JITFunction):  # the interpreter's
+        kernel[grid](*arguments, **constants)
+        return
+    device, values = None, []
+    key = [id(kernel), tuple(constants), *constants.values()]
+    for argument in arguments:
+        kind = type(argument)
+        if kind is int:  # Triton compiles 1, multiples of 16 and numbers of more than 32 bits apart
+            kind = 1 if argument == 1 else 0 if argument & 15 else 16
+            if not -(2**31) <= argument < 2**31:
+                kind += 2
+        elif argument is not None and kind is not float and kind is not bool:
+            here = argument.get_device()
+            if here != device:
+                if device is not None or here < 0:
+                    _refuse(kernel, arguments)
+                device = here
+            kind = argument.dtype
+            argument = argument.data_ptr()  # Triton would ask the driver about a tensor, not about an address
+            if argument & 15:
+                key.append("unaligned")
+        key.append(kind)
+        values.append(argument)
+    key.append(device)
+    key = tuple(key)
+    active = driver.active
+    if device != active.get_current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, *arguments, **constants)
+    elif key not in _compiled:
+        compiled = kernel[grid](*arguments, **constants)
+        rest = [constants[name] for name in kernel.arg_names[len(arguments) :]]
+        _compiled[key] = kernel, compiled, rest
+    else:
+        _, compiled, rest = _compiled[key]
+        compiled[(*grid, 1, 1)](*values, *rest, stream=active.get_current_stream(device))
+
+
+def _refuse(kernel, arguments) -> None:
+    tensors = ((i, t) for i, t in enumerate(arguments) if isinstance(t, torch.Tensor))
+    found = ", ".join(f"{kernel.arg_names[i]} on {t.device}" for i, t in tensors)
+    raise ValueError(f"fastasr.kernels: {kernel.__name__}: expected tensors on one CUDA device, got {found}")

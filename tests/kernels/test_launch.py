@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every launch of every Triton kernel goes to the device of its tensors. A fake GPU stands for the driver."""
+
+import re
+from importlib import import_module
+
+import pytest
+import torch
+
+from fastasr.ops._dispatch import FAMILIES
+from fastasr.testing import Make, tables
+from fastasr.testing.table import flat, floating
+from tests.kernels.configurations import KERNELS, kernel_files
+
+pytest.importorskip("triton")
+from fastasr.kernels._launch import launch
+from fastasr.testing.fake_gpu import fake_gpu
+
+pytestmark = pytest.mark.needs("kernels", "fastasr", "tests/kernels")
+
+TRITON = {
+    op for f in FAMILIES.values() for op in f.ops if any(i.backend == "triton" for i in f.implementations)
+}
+TABLES = {name: table for name, table in tables().items() if name in TRITON}
+
+
+def _run(table, sample, dtype) -> None:
+    arguments = sample.arguments(Make(dtype))
+    tensors = floating(arguments)
+    y = flat(table.function(**arguments | {name: t.requires_grad_() for name, t in tensors.items()}))
+    if y.requires_grad:
+        y.backward(torch.ones_like(y))
+
+
+@pytest.fixture(scope="module")
+def launched() -> set[str]:
+    """The kernels that the tests of this module have launched."""
+    return set()
+
+
+@pytest.mark.parametrize("op", sorted(TABLES))
+def test_launches_go_to_the_device_of_the_tensors(op, launched):
+    """The tensors are on a device that is not the current one, in a first call and in one that was compiled before."""
+    with fake_gpu(home=1) as gpu:
+        for sample in TABLES[op].samples:
+            for dtype in (torch.float32, torch.bfloat16):
+                for _ in range(2):
+                    _run(TABLES[op], sample, dtype)
+        assert gpu.launches
+        for one in gpu.launches:
+            assert (one.device, one.stream) == (1, 1001), one.kernel
+        assert gpu.current == 0
+        launched |= {f"{one.kernel.__module__}.{one.kernel.__name__}" for one in gpu.launches}
+
+
+def test_every_kernel_was_launched(launched):
+    """A kernel that a launcher names is one that the samples reach, so that the tests above have seen it."""
+    if not launched:
+        pytest.skip("the tests above did not run")
+    named = set()
+    for name in kernel_files():
+        module = import_module(f"fastasr.kernels.{name}")
+        found = re.findall(r"\b(\w+(?:_kernel|_flat|_tile))\b(?!\()", (KERNELS / f"{name}.py").read_text())
+        named |= {f"{k.__module__}.{k.__name__}" for k in (getattr(module, n, None) for n in found) if k}
+    assert named == launched
+
+
+def test_tensors_on_two_devices_are_refused():
+    from fastasr.kernels import bypass
+
+    x, scale = torch.zeros(4, 64), torch.zeros(64)
+    with fake_gpu() as gpu:
+        gpu.elsewhere[scale.data_ptr()] = 1
+        with pytest.raises(
+            ValueError, match="forward_kernel: expected tensors on one CUDA device, got X_ORIG on"
+        ):
+            launch(bypass.forward_kernel, (1,), x, x, scale, x, 4, 64, BLOCK_R=8, BLOCK_C=256, num_warps=4)
+        assert not gpu.launches
+
+
+def test_a_kernel_is_compiled_once_for_what_selects_its_code():
+    """Dtypes, alignment, numbers that are 1 or multiples of 16, constants and the device select the code."""
+    from fastasr.kernels import bypass
+
+    def run(x, scale, rows, columns, block=8):
+        arguments = x, x, scale, torch.empty_like(x), rows, columns
+        launch(bypass.forward_kernel, (1,), *arguments, BLOCK_R=block, BLOCK_C=256, num_warps=4)
+
+    x, scale = torch.zeros(80), torch.zeros(64)
+    with fake_gpu() as gpu:
+
+        def compiled() -> int:
+            return sum(len(cache[0]) for cache in bypass.forward_kernel.device_caches.values())
+
+        run(x, scale, 4, 64)
+        run(x, scale, 5, 128)  # rows are not specialized
+        assert compiled() == 1
+        for count, call in enumerate(
+            (
+                (x.bfloat16(), scale, 4, 64),
+                (x[1:], scale, 4, 64),
+                (x, scale, 4, 63),
+                (x, scale, 4, 1),
+                (x, scale, 2**31, 64),
+                (x, scale, 4, 64, 16),
+            ),
+            start=2,
+        ):
+            run(*call)
+            run(*call)
+            assert compiled() == count
+        gpu.home = 1
+        run(x, scale, 4, 64)
+        assert set(bypass.forward_kernel.device_caches) == {0, 1}
+        # both ways to launch give the driver the same arguments but for the new tensor
+        first, second = (one.arguments for one in gpu.launches[2:4])
+        first = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in first]
+        assert [a == b for a, b in zip(first, second, strict=True)].count(False) <= 1
