@@ -14,7 +14,6 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-import fastasr
 from fastasr.kernels import _launch
 from fastasr.ops import _dispatch
 
@@ -106,7 +105,7 @@ def fake_gpu(**settings) -> Iterator[FakeGPU]:
             (_launch, "_compiled", {}),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
-        stack.enter_context(fastasr.backend("triton"))
+        stack.enter_context(_dispatch.backend("triton"))
         try:
             yield gpu
         finally:
