@@ -3,7 +3,7 @@
 # cpp_tests.sh FOLDER SANITIZERS [SETS]: builds csrc/tests in FOLDER and runs them. SANITIZERS: "", address,undefined or
 # thread. SETS: instruction sets as in CMakeLists.txt ("portable;avx2", for example) or "native", the widest that this
 # machine runs; all by default. What has passed on this machine with the same files, compiler and processor is not built
-# again (CI_FULL=1 does); of tests that are built already a tenth runs. OP=<op> runs the tests named after one op.
+# again (CI_FULL=1 does); of tests that are built already a tenth runs. OP=<op> runs the files that test one op.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$1 sanitizers=$2 sets=${3:-}
@@ -13,7 +13,7 @@ select=()
 if [[ -n ${OP:-} ]]; then
   for file in csrc/tests/*.cpp; do
     name=$(basename "$file" .cpp)
-    [[ $OP != *"$name"* && $name != *"$OP"* ]] || select+=("$name")
+    [[ $OP != *"$name"* && $name != *"$OP"* ]] && ! grep -q "TEST_CASE(\"$OP" "$file" || select+=("$name")
   done
   select=(-R "\\.($(IFS='|' && echo "${select[*]:-none}"))\$")
 fi

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdarg>
 #include <cstdint>
@@ -8,7 +9,10 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <string>
+#include <thread>
+#include <type_traits>
 #include <vector>
 
 #define DOCTEST_CONFIG_NO_SHORT_MACRO_NAMES
@@ -16,7 +20,8 @@
 
 #include "cpu/math/number.h"
 
-// The tests share this: checks, random values, buffers that notice a write outside, and tolerances per storage type.
+// The frame that the tests share. A test fills Buffers, calls a kernel and compares its outputs with a formula in long
+// double by EXPECT; a Buffer itself notices a write outside.
 namespace fastasr::test {
 
 using cpu::bfloat16;
@@ -34,13 +39,25 @@ __attribute__((format(printf, 1, 2))) inline std::string formatted(const char* f
   return text;
 }
 
-// CHECK(condition, format, values...) reports at most twenty failures of a program; doctest's own CHECK costs too much
-// for a check per element.
-#define CHECK(condition, ...)                                                       \
-  do {                                                                              \
-    if (!(condition) && ++fastasr::test::failures <= 20)                            \
-      DOCTEST_FAIL_CHECK(#condition "\n" << fastasr::test::formatted(__VA_ARGS__)); \
+template <typename... V>
+doctest::String joined(const V&... parts) {
+  const auto text = [](const auto& v) {
+    if constexpr (std::is_arithmetic_v<std::decay_t<decltype(v)>>)
+      return formatted("%.9g", static_cast<double>(v));
+    else
+      return std::string(v);
+  };
+  return (std::string() + ... + text(parts)).c_str();
+}
+
+// CHECK(condition) or CHECK(condition, format, values...) reports at most twenty failures of a program; doctest's own
+// CHECK costs too much for a check per element. INFO(values...) says which case runs: a failure in its scope shows it.
+#define CHECK(condition, ...)                                                           \
+  do {                                                                                  \
+    if (!(condition) && ++fastasr::test::failures <= 20)                                \
+      DOCTEST_FAIL_CHECK(#condition "\n" << fastasr::test::formatted(" " __VA_ARGS__)); \
   } while (false)
+#define INFO(...) DOCTEST_INFO(fastasr::test::joined(__VA_ARGS__))
 #define TEST_CASE DOCTEST_TEST_CASE
 
 // xorshift64* gives the same numbers everywhere.
@@ -108,29 +125,55 @@ void for_each_type(const F& f) {
   f.template operator()<float16>();
 }
 
-// |got - expected| within the error of the computation (`computed`, in units of the compute type's rounding) and of one
-// rounding to T.
+// Returns the error that is allowed: that of the computation (`computed`, in units of the compute type's rounding) and
+// one rounding to T.
+template <typename T>
+long double error_bound(long double expected, long double computed) {
+  return computed * Type<compute_t<T>>::half_ulp + std::fabs(expected) * Type<T>::half_ulp + Type<T>::smallest;
+}
 template <typename T>
 bool close(T got, long double expected, long double computed) {
-  const long double error = std::fabs(static_cast<long double>(value(got)) - expected);
-  const long double unit = Type<compute_t<T>>::half_ulp;
-  return error <= computed * unit + std::fabs(expected) * Type<T>::half_ulp + Type<T>::smallest;
+  return std::fabs(value(got) - expected) <= error_bound<T>(expected, computed);
 }
 
-// Returns the slope of f() in the number that it reads at `at`, by a central difference.
-template <typename F>
-double slope(double* at, const F& f) {
-  const double saved = *at, step = 1e-5;
-  *at = saved + step;
-  const double above = f();
-  *at = saved - step;
-  const double below = f();
-  *at = saved;
-  return (above - below) / (2 * step);
+// EXPECT(out, i, expected, computed) compares element i of an output as close() does, EXPECT_WITHIN(out, i, expected,
+// bound) within an error of `bound`. Infinities are equal or different.
+template <typename T>
+void expect_within(const char* name, T got, int64_t i, long double expected, long double bound) {
+  CHECK(std::isinf(expected) ? value(got) == expected : std::fabs(value(got) - expected) <= bound,
+        "%s %s[%ld]: expected %.9Lg, got %.9g", Type<T>::name, name, long(i), expected, value(got));
 }
+#define EXPECT_WITHIN(out, i, ...) fastasr::test::expect_within(#out, (out)[i], i, __VA_ARGS__)
+template <typename T>
+void expect(const char* name, T got, int64_t i, long double expected, long double computed) {
+  expect_within(name, got, i, expected, error_bound<T>(expected, computed));
+}
+#define EXPECT(out, i, ...) fastasr::test::expect(#out, (out)[i], i, __VA_ARGS__)
+
+using Reals = std::vector<long double>;
+
+// A sum and the size of its terms, against which its rounding errors are measured.
+struct Sum {
+  long double value = 0, size = 0;
+  void add(long double term, long double of) { value += term, size += of; }
+  void add(long double term) { add(term, std::fabs(term)); }
+};
+
+// EXPECT_ALL(out, expected, computed) compares a whole output: `computed` is in units of the sizes where `expected`
+// holds sums.
+template <typename B, typename E>
+void expect_all(const char* name, B& out, const std::vector<E>& expected, long double computed) {
+  CHECK(out.size() == static_cast<int64_t>(expected.size()), "%s", name);
+  for (int64_t i = 0; i < out.size(); i++)
+    if constexpr (std::is_same_v<E, Sum>)
+      expect(name, out[i], i, expected[i].value, computed * expected[i].size);
+    else
+      expect(name, out[i], i, expected[i], computed);
+}
+#define EXPECT_ALL(out, ...) fastasr::test::expect_all(#out, out, __VA_ARGS__)
 
 // Holds n elements, `offset` elements after an aligned address. Under the address sanitizer the memory ends with the
-// last element; without it, intact() checks the elements before and behind.
+// last element; without it, the elements before and behind are checked when the buffer goes.
 template <typename T>
 class Buffer {
  public:
@@ -141,28 +184,90 @@ class Buffer {
 #endif
   explicit Buffer(int64_t n, int64_t offset = 0)
       : n_(n), begin_(offset + kGuard), memory_(new T[static_cast<size_t>(begin_ + n + kGuard)]) {
-    std::memset(static_cast<void*>(memory_.get()), 0x5a, sizeof(T) * static_cast<size_t>(begin_ + n + kGuard));
+    std::memset(static_cast<void*>(memory_.get()), kUnset, sizeof(T) * static_cast<size_t>(begin_ + n + kGuard));
   }
+  Buffer(int64_t n, int64_t offset, Random& random, double scale = 1, double shift = 0) : Buffer(n, offset) {
+    fill(random, scale, shift);
+  }
+  Buffer(Buffer&&) = default;
+  Buffer& operator=(Buffer&&) = default;
+  ~Buffer() { CHECK(intact(), "wrote outside %ld elements of %zu bytes", long(n_), sizeof(T)); }
+
   T* data() { return memory_.get() + begin_; }
+  operator T*() { return data(); }
   T& operator[](int64_t i) { return data()[i]; }
+  long double operator()(int64_t i) { return value((*this)[i]); }
   int64_t size() const { return n_; }
+  bool unset(int64_t i) { return is_unset(memory_.get() + begin_ + i, 1); }  // nobody wrote element i
   bool intact() const {
-    const auto* bytes = reinterpret_cast<const unsigned char*>(memory_.get());
-    for (size_t i = 0; i < sizeof(T) * static_cast<size_t>(begin_); i++)
-      if (bytes[i] != 0x5a) return false;
-    for (size_t i = sizeof(T) * static_cast<size_t>(begin_ + n_), end = i + sizeof(T) * kGuard; i < end; i++)
-      if (bytes[i] != 0x5a) return false;
-    return true;
+    return !memory_ || (is_unset(memory_.get(), begin_) && is_unset(&memory_[begin_ + n_], kGuard));
   }
+  void set(double v) { std::fill(data(), data() + n_, make<T>(v)); }
   void fill(Random& random, double scale = 1, double shift = 0) {
     for (int64_t i = 0; i < n_; i++) (*this)[i] = make<T>(random.normal() * scale + shift);
   }
   bool equals(Buffer& other) { return std::memcmp(data(), other.data(), sizeof(T) * static_cast<size_t>(n_)) == 0; }
 
  private:
+  static constexpr unsigned char kUnset = 0x5a;
+  static bool is_unset(const T* at, int64_t n) {
+    const auto* bytes = reinterpret_cast<const unsigned char*>(at);
+    return std::all_of(bytes, bytes + sizeof(T) * static_cast<size_t>(n), [](auto b) { return b == kUnset; });
+  }
   int64_t n_, begin_;
   std::unique_ptr<T[]> memory_;
 };
+
+// Compares a gradient with a central difference of the loss, the sum of y() grad, in the number that y() reads at `at`.
+template <typename F>
+void expect_slope(const char* name, double* at, double got, Buffer<double>& grad, const F& y) {
+  const auto loss = [&](double x) {
+    *at = x;
+    const auto out = y();
+    return std::inner_product(out.begin(), out.end(), grad.data(), 0.0);
+  };
+  const double saved = *at, step = 1e-5, want = (loss(saved + step) - loss(saved - step)) / (2 * step);
+  *at = saved;
+  expect_within(name, got, 0, want, 2e-8 * (10 + std::fabs(want)));
+}
+
+// Runs f(0), ..., f(n - 1) in n threads.
+template <typename F>
+void on_threads(int64_t n, const F& f) {
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < n; i++) threads.emplace_back([&f, i] { f(i); });
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Calls f(begin, end) for pieces of `step` out of [0, n), as threads take them.
+template <typename F>
+void in_pieces(int64_t n, int64_t step, const F& f) {
+  for (int64_t i = 0; i < n; i += step) f(i, std::min(i + step, n));
+}
+
+// ---- formulas of the references
+
+inline long double logistic(long double x) { return 1 / (1 + std::exp(-x)); }
+
+struct Activated {
+  long double value, slope;
+};
+// The activations by their numbers: identity, silu, relu, tanh, gelu.
+inline Activated activated(int activation, long double x) {
+  const long double s = logistic(x), t = std::tanh(x), below = 0.5L * std::erfc(-x * std::sqrt(0.5L));
+  switch (activation) {
+    case 1:
+      return {x * s, s * (1 + x / (1 + std::exp(x)))};
+    case 2:
+      return {x > 0 ? x : 0, x > 0 ? 1.0L : 0};
+    case 3:
+      return {t, 1 / (std::cosh(x) * std::cosh(x))};
+    case 4:
+      return {x * below, below + x * std::exp(-0.5L * x * x) * 0.39894228040143267794L};
+    default:
+      return {x, 1};
+  }
+}
 
 // These sizes lie around every vector width and its tails.
 inline constexpr int64_t kSizes[] = {0,  1,  2,  3,  5,  7,  8,  9,   15,  16,  17,

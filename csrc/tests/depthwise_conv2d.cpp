@@ -12,50 +12,35 @@ using cpu::DepthwiseSizes;
 template <typename T>
 struct Case {
   DepthwiseSizes s;
-  int64_t in_size, out_size;
-  Buffer<T> x, weight, bias, grad, y, dx, dweight, dbias;
-
-  explicit Case(const DepthwiseSizes& sizes)
-      : s(sizes),
-        in_size(s.batch * s.frames * s.width * s.channels),
-        out_size(s.batch * s.out_frames() * s.out_width() * s.channels),
-        x(in_size, s.width % 3),
-        weight(s.channels * s.taps(), 1),
-        bias(s.channels),
-        grad(out_size, s.frames % 4),
-        y(out_size, 1),
-        dx(in_size, 2),
-        dweight(s.channels * s.taps(), 3),
-        dbias(s.channels, 1) {
-    Random random(static_cast<uint64_t>(in_size * 31 + s.taps()));
-    x.fill(random), weight.fill(random, 0.3), bias.fill(random), grad.fill(random);
-  }
+  int64_t in_size = s.batch * s.frames * s.width * s.channels;
+  int64_t out_size = s.batch * s.out_frames() * s.out_width() * s.channels;
+  Random random{static_cast<uint64_t>(in_size * 31 + s.taps())};
+  Buffer<T> x{in_size, s.width % 3, random}, weight{s.channels * s.taps(), 1, random, 0.3}, bias{s.channels, 0, random},
+      grad{out_size, s.frames % 4, random};
+  Buffer<T> y{out_size, 1}, dx{in_size, 2}, dweight{s.channels * s.taps(), 3}, dbias{s.channels, 1};
 
   void run(int64_t step) {
     const auto& kernel = cpu::kernels<cpu::DepthwiseConv2dKernels<T>>();
     const auto blocks = [&](const DepthwiseSizes& sizes, const T* in, const T* b, bool flip, T* out) {
-      for (int64_t i = 0; i < cpu::depthwise_blocks(sizes); i += step)
-        kernel.forward(sizes, in, weight.data(), b, flip, out, i, std::min(i + step, cpu::depthwise_blocks(sizes)));
+      in_pieces(cpu::depthwise_blocks(sizes), step,
+                [&](int64_t begin, int64_t end) { kernel.forward(sizes, in, weight, b, flip, out, begin, end); });
     };
-    blocks(s, x.data(), bias.data(), false, y.data());
-    blocks(s.transposed(), grad.data(), nullptr, true, dx.data());
+    blocks(s, x, bias, false, y);
+    blocks(s.transposed(), grad, nullptr, true, dx);
     const int64_t groups = cpu::depthwise_groups(s);
     std::vector<double> parts(static_cast<size_t>(groups * (s.taps() + 1) * s.channels));
-    for (int64_t g = 0; g < groups; g += step)
-      kernel.weight_gradient(s, grad.data(), x.data(), parts.data(), g, std::min(g + step, groups));
-    kernel.reduce(s, parts.data(), dweight.data(), dbias.data());
+    in_pieces(groups, step,
+              [&](int64_t begin, int64_t end) { kernel.weight_gradient(s, grad, x, parts.data(), begin, end); });
+    kernel.reduce(s, parts.data(), dweight, dbias);
   }
-};
-
-struct Sum {
-  long double value = 0, size = 0;
-  void add(long double v) { value += v, size += std::fabs(v); }
 };
 
 template <typename T>
 void values(const DepthwiseSizes& s) {
-  Case<T> k(s);
-  k.run(3);
+  INFO(Type<T>::name, " B=", s.batch, " T=", s.frames, " F=", s.width, " C=", s.channels, " taps ", s.taps_t, "x",
+       s.taps_f, " pads ", s.pad_t, ", ", s.pad_f);
+  Case<T> k{s}, other{s};
+  k.run(3), other.run(1);
   std::vector<Sum> y(size_t(k.out_size)), dx(size_t(k.in_size)), dw(size_t(s.channels * s.taps())),
       db(size_t(s.channels));
   for (int64_t b = 0; b < s.batch; b++)
@@ -63,34 +48,25 @@ void values(const DepthwiseSizes& s) {
       for (int64_t f = 0; f < s.out_width(); f++)
         for (int64_t c = 0; c < s.channels; c++) {
           const int64_t o = ((b * s.out_frames() + t) * s.out_width() + f) * s.channels + c;
-          const long double g = value(k.grad[o]);
-          y[size_t(o)].add(value(k.bias[c])), db[size_t(c)].add(g);
+          y[o].add(k.bias(c)), db[c].add(k.grad(o));
           for (int64_t i = 0; i < s.taps_t; i++)
             for (int64_t j = 0; j < s.taps_f; j++) {
               const int64_t from = t + i - s.pad_t, at = f + j - s.pad_f, w = c * s.taps() + i * s.taps_f + j;
               if (from < 0 || from >= s.frames || at < 0 || at >= s.width) continue;
               const int64_t x = ((b * s.frames + from) * s.width + at) * s.channels + c;
-              y[size_t(o)].add(static_cast<long double>(value(k.weight[w])) * value(k.x[x]));
-              dx[size_t(x)].add(static_cast<long double>(value(k.weight[w])) * g);
-              dw[size_t(w)].add(g * value(k.x[x]));
+              y[o].add(k.weight(w) * k.x(x));
+              dx[x].add(k.weight(w) * k.grad(o));
+              dw[w].add(k.grad(o) * k.x(x));
             }
         }
   // y and dx are one chain of products, without fused multiply-adds on some machines
   const long double chain = 4 + static_cast<long double>(s.taps()) / 8;
-  const auto check = [&](const char* name, Buffer<T>& got, const std::vector<Sum>& expected) {
-    CHECK(got.intact(), "%s %s: wrote outside", Type<T>::name, name);
-    for (int64_t i = 0; i < got.size(); i++)
-      CHECK(close(got[i], expected[size_t(i)].value, chain * expected[size_t(i)].size),
-            "%s %s[%ld], B=%ld T=%ld F=%ld C=%ld taps %ldx%ld pads %ld, %ld: expected %.9Lg, got %.9g", Type<T>::name,
-            name, long(i), long(s.batch), long(s.frames), long(s.width), long(s.channels), long(s.taps_t),
-            long(s.taps_f), long(s.pad_t), long(s.pad_f), expected[size_t(i)].value, value(got[i]));
-  };
-  check("y", k.y, y), check("dx", k.dx, dx), check("dweight", k.dweight, dw), check("dbias", k.dbias, db);
-
-  Case<T> other(s);
-  other.run(1);
+  EXPECT_ALL(k.y, y, chain);
+  EXPECT_ALL(k.dx, dx, chain);
+  EXPECT_ALL(k.dweight, dw, chain);
+  EXPECT_ALL(k.dbias, db, chain);
   CHECK(k.y.equals(other.y) && k.dx.equals(other.dx) && k.dweight.equals(other.dweight) && k.dbias.equals(other.dbias),
-        "%s: the pieces that work is cut into show in the result", Type<T>::name);
+        "the pieces of work show");
 }
 
 }  // namespace

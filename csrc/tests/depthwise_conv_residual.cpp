@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/conv/depthwise_conv_residual.h"
 
-#include <algorithm>
-
 #include "tests/check.h"
 
 namespace fastasr::test {
@@ -17,82 +15,52 @@ template <typename T>
 struct Case {
   using C = compute_t<T>;
   Shape s;
-  int64_t row;  // elements from one frame of x to the next
-  Buffer<T> x, grad, y, dx;
-  Buffer<C> weight, bias, dweight, dbias;
-  cpu::DepthwiseConvResidual<T> p;
+  int64_t row = s.channels + 3, n = s.batch * s.frames * s.channels;  // row: elements from one frame of x to the next
+  Random random{static_cast<uint64_t>(s.frames * 1000 + s.channels * 10 + s.taps)};
+  Buffer<T> x{s.batch * s.frames * row, 3, random, 1.5}, grad{n, 1, random}, y{n, 5}, dx{n, 2};
+  Buffer<C> weight{s.channels * s.taps, 3, random, 0.4}, bias{s.channels, 0, random, 0.4}, dweight{weight.size(), 1},
+      dbias{s.channels};
 
-  explicit Case(const Shape& shape)
-      : s(shape),
-        row(s.channels + 3),
-        x(s.batch * s.frames * row, 3),
-        grad(s.batch * s.frames * s.channels, 1),
-        y(grad.size(), 5),
-        dx(grad.size(), 2),
-        weight(s.channels * s.taps, 3),
-        bias(s.channels),
-        dweight(weight.size(), 1),
-        dbias(s.channels) {
-    Random random(static_cast<uint64_t>(s.frames * 1000 + s.channels * 10 + s.taps));
-    x.fill(random, 1.5);
-    grad.fill(random);
-    for (Buffer<C>* b : {&weight, &bias}) b->fill(random, 0.4);
-    p = {x.data(), s.frames * row, row,        weight.data(), s.bias ? bias.data() : nullptr,
-         s.batch,  s.frames,       s.channels, s.taps};
-  }
-
-  // Runs tasks in pieces of `step`, as threads take them.
+  // Runs tasks in pieces of `step`.
   void run(int64_t step) {
     const auto& kernel = cpu::kernels<cpu::DepthwiseConvResidualKernels<T>>();
     const int64_t stripes = (s.channels + cpu::kResidualStripe - 1) / cpu::kResidualStripe;
-    for (int64_t i = 0; i < stripes * s.batch; i += step)
-      kernel.forward(p, y.data(), i, std::min(i + step, stripes * s.batch));
-    for (int64_t i = 0; i < stripes; i += step)
-      kernel.backward(p, grad.data(), dx.data(), dweight.data(), dbias.data(), i, std::min(i + step, stripes));
+    const cpu::DepthwiseConvResidual<T> p{x,       s.frames * row, row,        weight, s.bias ? bias.data() : nullptr,
+                                          s.batch, s.frames,       s.channels, s.taps};
+    in_pieces(stripes * s.batch, step, [&](int64_t begin, int64_t end) { kernel.forward(p, y, begin, end); });
+    in_pieces(stripes, step,
+              [&](int64_t begin, int64_t end) { kernel.backward(p, grad, dx, dweight, dbias, begin, end); });
   }
 };
 
 template <typename T>
 void values(const Shape& s) {
-  Case<T> k(s);
-  k.run(3);
+  INFO(Type<T>::name, " ", s.batch, "x", s.frames, "x", s.channels, ", ", s.taps, " taps");
+  Case<T> k{s}, other{s};
+  k.run(3), other.run(1);
   const int64_t B = s.batch, L = s.frames, N = s.channels, K = s.taps, P = K / 2;
   const long double room = 50 * (K + 4);  // every sum has at most K + 2 terms of size about 5
-  std::vector<long double> dw(size_t(N * K)), db(static_cast<size_t>(N));
+  Reals dw(size_t(N * K)), db(static_cast<size_t>(N));
   for (int64_t b = 0; b < B; b++)
     for (int64_t t = 0; t < L; t++)
       for (int64_t c = 0; c < N; c++) {
-        const auto x = [&](int64_t frame) { return (long double)value(k.x[(b * L + frame) * k.row + c]); };
-        const auto g = [&](int64_t frame) { return (long double)value(k.grad[(b * L + frame) * N + c]); };
-        long double y = x(t) + (s.bias ? value(k.bias[c]) : 0), d = g(t);
-        db[size_t(c)] += g(t);
+        const auto x = [&](int64_t frame) { return k.x((b * L + frame) * k.row + c); };
+        const auto g = [&](int64_t frame) { return k.grad((b * L + frame) * N + c); };
+        long double y = x(t) + (s.bias ? k.bias(c) : 0), d = g(t);
+        db[c] += g(t);
         for (int64_t j = 0; j < K; j++) {
           const int64_t seen = t + j - P, seeing = t - j + P;
-          const long double w = value(k.weight[c * K + j]);
-          if (seen >= 0 && seen < L) y += w * x(seen), dw[size_t(c * K + j)] += g(t) * x(seen);
+          const long double w = k.weight(c * K + j);
+          if (seen >= 0 && seen < L) y += w * x(seen), dw[c * K + j] += g(t) * x(seen);
           if (seeing >= 0 && seeing < L) d += w * g(seeing);
         }
-        const int64_t i = (b * L + t) * N + c;
-        CHECK(close(k.y[i], y, room), "%s y[%ld, %ld, %ld] of %ldx%ldx%ld, %ld taps: expected %.9Lg, got %.9g",
-              Type<T>::name, long(b), long(t), long(c), long(B), long(L), long(N), long(K), y, value(k.y[i]));
-        CHECK(close(k.dx[i], d, room), "%s dx[%ld, %ld, %ld] of %ldx%ldx%ld, %ld taps: expected %.9Lg, got %.9g",
-              Type<T>::name, long(b), long(t), long(c), long(B), long(L), long(N), long(K), d, value(k.dx[i]));
+        EXPECT(k.y, (b * L + t) * N + c, y, room);
+        EXPECT(k.dx, (b * L + t) * N + c, d, room);
       }
-  const auto sums = [&](const char* name, auto& got, const std::vector<long double>& expected) {
-    for (int64_t i = 0; i < got.size(); i++)
-      CHECK(close(got[i], expected[size_t(i)], 20 * std::sqrt(static_cast<long double>(1 + B * L))),
-            "%s %s[%ld]: expected %.9Lg, got %.9g", Type<T>::name, name, long(i), expected[size_t(i)], value(got[i]));
-    CHECK(got.intact(), "%s wrote outside %s", Type<T>::name, name);
-  };
-  sums("dweight", k.dweight, dw);
-  sums("dbias", k.dbias, db);
-  for (Buffer<T>* out : {&k.y, &k.dx})
-    CHECK(out->intact(), "%s wrote outside, %ldx%ldx%ld", Type<T>::name, long(B), long(L), long(N));
-
-  Case<T> other(s);
-  other.run(1);
-  CHECK(k.y.equals(other.y) && k.dx.equals(other.dx) && k.dweight.equals(other.dweight),
-        "%s: the pieces that work is cut into show in the result", Type<T>::name);
+  const long double of_sums = 20 * std::sqrt(static_cast<long double>(1 + B * L));
+  EXPECT_ALL(k.dweight, dw, of_sums);
+  EXPECT_ALL(k.dbias, db, of_sums);
+  CHECK(k.y.equals(other.y) && k.dx.equals(other.dx) && k.dweight.equals(other.dweight), "the pieces of work show");
 }
 
 }  // namespace

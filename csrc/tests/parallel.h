@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <thread>
-#include <vector>
-
 #include "cpu/ema/ema_scan.h"
+#include "tests/check.h"
 
 // Two ways in which a caller may run the tasks of a scan.
 namespace fastasr::test {
@@ -15,13 +13,10 @@ inline const cpu::Parallel kSerial = [](int64_t tasks, int64_t, const std::funct
 // Three threads take the tasks one by one, from the last to the first.
 inline const cpu::Parallel kScattered = [](int64_t tasks, int64_t, const std::function<void(int64_t, int64_t)>& f) {
   constexpr int64_t kThreads = 3;
-  std::vector<std::thread> threads;
-  for (int64_t first = 0; first < kThreads; first++)
-    threads.emplace_back([=, &f] {
-      for (int64_t i = tasks; i-- > 0;)
-        if (i % kThreads == first) f(i, i + 1);
-    });
-  for (std::thread& thread : threads) thread.join();
+  on_threads(kThreads, [&](int64_t thread) {
+    for (int64_t i = tasks; i-- > 0;)
+      if (i % kThreads == thread) f(i, i + 1);
+  });
 };
 
 }  // namespace fastasr::test

@@ -17,39 +17,30 @@ struct Shape {
 template <typename T>
 struct Call {
   using C = compute_t<T>;
-  cpu::SegmentAttention<T> p{};
-  int64_t channels;
-  std::vector<int64_t> lengths, history;
-  Buffer<T> query, both, grad, y, dquery, dkey, dvalue;  // both: keys and values as halves of one projection
-  Buffer<C> dropout;
+  Shape s;
+  cpu::SegmentAttention<T> p = sizes();
+  int64_t channels = s.heads * s.width, queries = p.queries() * s.batch * channels,
+          keys = p.keys() * s.batch * channels;
+  Random random{static_cast<uint64_t>(s.frames * 131 + s.segment * 17 + s.memory)};
+  Buffer<T> query{queries, 0, random}, both{2 * keys, 0, random},  // keys and values as halves of one projection
+      grad{queries, 0, random}, y{queries}, dquery{queries}, dkey{keys}, dvalue{keys};
+  Buffer<C> dropout{p.units() * p.queries() * p.lanes()};
+  std::vector<int64_t> lengths, history{s.past_frames - 1, s.past_memory - 1};
 
-  static cpu::SegmentAttention<T> sizes(const Shape& s) {
-    cpu::SegmentAttention<T> p{};
-    p.batch = s.batch, p.heads = s.heads, p.width = s.width, p.frames = s.frames, p.segment = s.segment;
-    p.left = s.left, p.right = s.right, p.memory = s.memory;
-    p.past_frames = s.past_frames, p.past_memory = s.past_memory;
-    return p;
+  cpu::SegmentAttention<T> sizes() const {
+    cpu::SegmentAttention<T> of{};
+    of.batch = s.batch, of.heads = s.heads, of.width = s.width, of.frames = s.frames, of.segment = s.segment;
+    of.left = s.left, of.right = s.right, of.memory = s.memory;
+    of.past_frames = s.past_frames, of.past_memory = s.past_memory;
+    return of;
   }
 
-  explicit Call(const Shape& s)
-      : p(sizes(s)),
-        channels(s.heads * s.width),
-        query(p.queries() * s.batch * channels),
-        both(p.keys() * s.batch * 2 * channels),
-        grad(query.size()),
-        y(query.size()),
-        dquery(query.size()),
-        dkey(p.keys() * s.batch * channels),
-        dvalue(dkey.size()),
-        dropout(p.units() * p.queries() * p.lanes()) {
-    Random random(static_cast<uint64_t>(s.frames * 131 + s.segment * 17 + s.memory));
-    query.fill(random), both.fill(random), grad.fill(random);
+  explicit Call(const Shape& shape) : s(shape) {
     for (int64_t i = 0; i < dropout.size(); i++) dropout[i] = random.uniform() < 0.3 ? C(0) : C(1 / 0.7);
     for (int64_t b = 0; b < s.batch; b++) lengths.push_back(s.frames - 5 * b);
-    history = {s.past_frames - 1, s.past_memory - 1};
-    p.query = {query.data(), s.batch * channels, channels};
-    p.key = {both.data(), s.batch * 2 * channels, 2 * channels};
-    p.value = {both.data() + channels, s.batch * 2 * channels, 2 * channels};
+    p.query = {query, s.batch * channels, channels};
+    p.key = {both, s.batch * 2 * channels, 2 * channels};
+    p.value = {both + channels, s.batch * 2 * channels, 2 * channels};
     p.lengths = s.ragged ? lengths.data() : nullptr;
     p.history = s.history ? history.data() : nullptr;
     p.dropout = s.dropped ? dropout.data() : nullptr;
@@ -58,13 +49,10 @@ struct Call {
   void run() {
     const auto& kernel = cpu::kernels<cpu::SegmentAttentionKernels<T>>();
     Buffer<C> forward(cpu::segment_attention_scratch(p, false)), backward(cpu::segment_attention_scratch(p, true));
-    const cpu::Sequence<const T> g{grad.data(), p.batch * channels, channels};
     for (int64_t unit = 0; unit < p.units(); unit++) {
-      kernel.forward(p, unit, y.data(), forward.data());
-      kernel.backward(p, g, unit, dquery.data(), dkey.data(), dvalue.data(), backward.data());
+      kernel.forward(p, unit, y, forward);
+      kernel.backward(p, {grad, p.batch * channels, channels}, unit, dquery, dkey, dvalue, backward);
     }
-    CHECK(forward.intact() && backward.intact(), "wrote outside the scratch memory");
-    for (Buffer<T>* t : {&y, &dquery, &dkey, &dvalue}) CHECK(t->intact(), "wrote outside an output");
   }
 
   // Returns the place of key row k in the window of query row q, or -1 where it is not seen.
@@ -80,8 +68,7 @@ struct Call {
     k -= p.remembered();
     if (k < blocks) return k / p.right == s ? p.memory + k % p.right : -1;
     const int64_t t = k - blocks - p.past_frames, at = t - (s * p.segment - p.left);
-    const int64_t limit =
-        p.lengths ? std::min(std::max<int64_t>(0, lengths[static_cast<size_t>(b)]), p.frames) : p.frames;
+    const int64_t limit = p.lengths ? std::min(std::max<int64_t>(0, lengths[b]), p.frames) : p.frames;
     const bool there = t < limit && (!p.history || t >= -history[0]);
     return there && at >= 0 && at < p.left + p.segment ? p.memory + p.right + at : -1;
   }
@@ -98,26 +85,19 @@ struct Call {
           double s = 0;
           for (int64_t c = first; c < first + p.width; c++)
             s += test::value(*(p.query.at(q, b) + c)) * test::value(*(p.key.at(k, b) + c));
-          sum += e[static_cast<size_t>(k)] = std::exp(s / std::sqrt(double(p.width)));
+          sum += e[k] = std::exp(s / std::sqrt(double(p.width)));
         }
         for (int64_t k = 0; k < p.keys(); k++) {
           const int64_t at = lane(b, q, k);
           if (at < 0) continue;
-          double w = e[static_cast<size_t>(k)] / sum;
+          double w = e[k] / sum;
           if (p.dropout) w *= p.dropout[(unit * p.queries() + q) * p.lanes() + at];
           for (int64_t c = first; c < first + p.width; c++)
-            out[static_cast<size_t>((q * p.batch + b) * channels + c)] += w * test::value(*(p.value.at(k, b) + c));
+            out[(q * p.batch + b) * channels + c] += w * test::value(*(p.value.at(k, b) + c));
         }
       }
     }
     return out;
-  }
-
-  double loss() {
-    const auto out = expected();
-    double sum = 0;
-    for (size_t i = 0; i < out.size(); i++) sum += out[i] * test::value(grad[static_cast<int64_t>(i)]);
-    return sum;
   }
 };
 
@@ -130,32 +110,29 @@ const Shape kShapes[] = {
 template <typename T>
 void values() {
   for (const Shape& shape : kShapes) {
+    INFO(Type<T>::name, " ", shape.frames, " frames");
     Call<T> call(shape);
     call.run();
     const auto want = call.expected();
-    for (size_t i = 0; i < want.size(); i++)
-      CHECK(close(call.y[static_cast<int64_t>(i)], want[i], 200), "%s, %ld frames: expected %.8g, got %.8g",
-            Type<T>::name, long(shape.frames), want[i], value(call.y[static_cast<int64_t>(i)]));
+    for (int64_t i = 0; i < call.y.size(); i++) EXPECT(call.y, i, want[i], 200);
   }
 }
 
 // Compares gradients in double with differences of the formula, at elements all over each argument.
 void gradients() {
   for (const Shape& shape : kShapes) {
+    INFO(shape.frames, " frames");
     Call<double> call(shape);
     call.run();
-    const auto& p = call.p;
     const auto probe = [&](double* at, double got, const char* name) {
-      const double want = slope(at, [&] { return call.loss(); });
-      CHECK(std::fabs(want - got) <= 2e-8 * (10 + std::fabs(want)), "%s, %ld frames: expected %.9g, got %.9g", name,
-            long(shape.frames), want, got);
+      expect_slope(name, at, got, call.grad, [&] { return call.expected(); });
     };
-    const int64_t n = call.channels, queries = p.queries() * p.batch, keys = p.keys() * p.batch;
+    const int64_t n = call.channels, queries = call.queries / n, keys = call.keys / n;
     for (int64_t r = 0; r < queries; r += std::max<int64_t>(1, queries / 6))
-      probe(call.query.data() + r * n + r % n, call.dquery[r * n + r % n], "query");
+      probe(call.query + r * n + r % n, call.dquery[r * n + r % n], "query");
     for (int64_t r = 0; r < keys; r += std::max<int64_t>(1, keys / 6)) {
-      probe(call.both.data() + r * 2 * n + r % n, call.dkey[r * n + r % n], "key");
-      probe(call.both.data() + (r * 2 + 1) * n + r % n, call.dvalue[r * n + r % n], "value");
+      probe(call.both + r * 2 * n + r % n, call.dkey[r * n + r % n], "key");
+      probe(call.both + (r * 2 + 1) * n + r % n, call.dvalue[r * n + r % n], "value");
     }
   }
 }

@@ -11,28 +11,24 @@ namespace {
 // Computes both products of `depth` terms, whole and in part: the rest of a part may hold anything.
 template <typename C>
 void tiles(int64_t depth, cpu::TilePart part) {
+  INFO(Type<C>::name, " depth ", depth, ", ", part.rows, "x", part.columns);
   const int64_t blocks = std::max<int64_t>(1, (depth + 31) / 32), block = 40 * 32;
-  Buffer<C> a(blocks * block + depth * 32 + 8), b(blocks * 32 * 32), c(8 * 32), c2(8 * 32);
   Random random(static_cast<uint64_t>(depth) + 9);
-  a.fill(random), b.fill(random), c.fill(random);
+  Buffer<C> a(blocks * block + depth * 32 + 8, 0, random), b(blocks * 32 * 32, 0, random), c(8 * 32, 0, random),
+      c2(8 * 32);
   std::vector<C> before(c.data(), c.data() + 8 * 32);
   cpu::tile_columns(a.data(), b.data(), depth, c.data(), true, part);
   cpu::tile_rows(a.data(), block, b.data(), depth, c2.data(), false, part);
   for (int64_t m = 0; m < part.rows; m++)
     for (int64_t n = 0; n < part.columns; n++) {
-      long double columns = before[static_cast<size_t>(m * 32 + n)], rows = 0;
-      long double size = 1 + std::fabs(columns), size2 = 1;
+      Sum columns{before[m * 32 + n], 1 + std::fabs(before[m * 32 + n])}, rows{0, 1};
       for (int64_t k = 0; k < depth; k++) {
-        const long double v = static_cast<long double>(a[k * 32 + m]) * b[k * 32 + n];
-        const long double w = static_cast<long double>(a[k / 32 * block + m * 32 + k % 32]) * b[k * 32 + n];
-        columns += v, size += std::fabs(v), rows += w, size2 += std::fabs(w);
+        columns.add(a(k * 32 + m) * b(k * 32 + n));
+        rows.add(a(k / 32 * block + m * 32 + k % 32) * b(k * 32 + n));
       }
-      CHECK(std::fabs(c[m * 32 + n] - columns) <= 20 * Type<C>::half_ulp * size, "columns, depth %ld, %ldx%ld",
-            long(depth), long(part.rows), long(part.columns));
-      CHECK(std::fabs(c2[m * 32 + n] - rows) <= 20 * Type<C>::half_ulp * size2, "rows, depth %ld, %ldx%ld", long(depth),
-            long(part.rows), long(part.columns));
+      EXPECT_WITHIN(c, m * 32 + n, columns.value, 20 * Type<C>::half_ulp * columns.size);
+      EXPECT_WITHIN(c2, m * 32 + n, rows.value, 20 * Type<C>::half_ulp * rows.size);
     }
-  CHECK(c.intact() && c2.intact(), "depth %ld: wrote outside", long(depth));
 }
 
 template <typename C>
@@ -51,76 +47,54 @@ struct Shape {
 template <typename T>
 struct Call {
   using C = compute_t<T>;
-  Shape shape;
-  Buffer<T> query_key, gate, value, grad, y, mixed, dquery_key, dgate, dvalue;
-  Buffer<C> weight, bias, position, dropout;
-  std::vector<uint8_t> padding;
+  static constexpr int64_t kExtra = 5;  // channels of a wider projection that query_key and gate are slices of
+  Shape s;
+  int64_t frames = s.length * s.batch;
+  int64_t size = std::max<int64_t>(1, s.chunk > 0 ? std::min(s.chunk, s.length) : s.length);
+  int64_t count = (s.length + size - 1) / size;
+  Random random{static_cast<uint64_t>(s.length * 31 + s.d)};
+  Buffer<T> query_key{frames * (s.d + kExtra), 0, random}, gate{frames * (s.v + kExtra), 0, random},
+      value{frames * s.v, 0, random}, grad{frames * s.v, 0, random};
+  Buffer<T> y{frames * s.v}, mixed{frames * s.v}, dquery_key{frames * s.d}, dgate{frames * s.v}, dvalue{frames * s.v};
+  Buffer<C> weight{2 * s.d, 0, random, 0.5}, bias{2 * s.d, 0, random, 0.5}, position{2 * size + 1, 0, random, 0.5},
+      dropout{s.batch * count * size * size};
+  Buffer<uint8_t> padding{frames};
   cpu::ToeplitzAttention<T> p{};
   std::vector<double> parts;
-  static constexpr int64_t kExtra = 5;  // channels of a wider projection that query_key and gate are slices of
 
-  explicit Call(const Shape& s)
-      : shape(s),
-        query_key(s.length * s.batch * (s.d + kExtra)),
-        gate(s.length * s.batch * (s.v + kExtra)),
-        value(s.length * s.batch * s.v),
-        grad(s.length * s.batch * s.v),
-        y(s.length * s.batch * s.v),
-        mixed(s.length * s.batch * s.v),
-        dquery_key(s.length * s.batch * s.d),
-        dgate(s.length * s.batch * s.v),
-        dvalue(s.length * s.batch * s.v),
-        weight(2 * s.d),
-        bias(2 * s.d),
-        position(2 * size_of(s) + 1),
-        dropout(s.batch * ((s.length + size_of(s) - 1) / size_of(s)) * size_of(s) * size_of(s)),
-        padding(static_cast<size_t>(s.length * s.batch)) {
-    Random random(static_cast<uint64_t>(s.length * 31 + s.d));
-    for (Buffer<T>* t : {&query_key, &gate, &value, &grad}) t->fill(random);
-    for (Buffer<C>* t : {&weight, &bias, &position}) t->fill(random, 0.5);
+  explicit Call(const Shape& shape) : s(shape) {
     for (int64_t i = 0; i < dropout.size(); i++) dropout[i] = random.uniform() < 0.2 ? C(0) : C(1.25);
     for (int64_t b = 0; b < s.batch; b++)  // never the first of a chunk: that could leave a query without a key
       for (int64_t j = 0; j < s.length; j++)
-        padding[static_cast<size_t>(b * s.length + j)] = j % size_of(s) != 0 && (j >= s.length - b || j % 5 == 3);
-    p.query_key = {query_key.data(), s.batch * (s.d + kExtra), s.d + kExtra};
-    p.gate = {gate.data(), s.batch * (s.v + kExtra), s.v + kExtra};
-    p.value = {value.data(), s.batch * s.v, s.v};
-    p.qk_weight = weight.data(), p.qk_bias = bias.data();
-    p.reach = size_of(s), p.position_bias = position.data() + p.reach;
+        padding[b * s.length + j] = j % size != 0 && (j >= s.length - b || j % 5 == 3);
+    p.query_key = {query_key, s.batch * (s.d + kExtra), s.d + kExtra};
+    p.gate = {gate, s.batch * (s.v + kExtra), s.v + kExtra};
+    p.value = {value, s.batch * s.v, s.v};
+    p.qk_weight = weight, p.qk_bias = bias;
+    p.reach = size, p.position_bias = position + size;
     p.padding = s.padded ? padding.data() : nullptr, p.dropout = s.dropped ? dropout.data() : nullptr;
     p.length = s.length, p.batch = s.batch, p.d = s.d, p.v = s.v;
-    p.size = size_of(s), p.count = (s.length + p.size - 1) / p.size;
+    p.size = size, p.count = count;
     p.causal = s.causal, p.activate_value = s.activate_value, p.activation = 1;
-  }
-
-  static int64_t size_of(const Shape& s) {
-    return std::max<int64_t>(1, s.chunk > 0 ? std::min(s.chunk, s.length) : s.length);
   }
 
   void run() {
     const int64_t width = 4 * p.d + 2 * p.size - 1;
     parts.assign(static_cast<size_t>(p.units() * width), 0.0);
     const auto& kernel = cpu::kernels<cpu::ToeplitzAttentionKernels<T>>();
-    cpu::ToeplitzGradients<T> g{{grad.data(), p.batch * p.v, p.v},
-                                {mixed.data(), p.batch * p.v, p.v},
-                                dquery_key.data(),
-                                dgate.data(),
-                                dvalue.data()};
+    cpu::ToeplitzGradients<T> g{{grad, p.batch * p.v, p.v}, {mixed, p.batch * p.v, p.v}, dquery_key, dgate, dvalue};
     for (int64_t unit = 0; unit < p.units(); unit++) {
       Buffer<C> memory(cpu::toeplitz_unit_elements(p, true)), scratch(cpu::toeplitz_scratch_elements(p));
-      const auto u = cpu::toeplitz_unit(p, true, memory.data());
-      kernel.pack(p, unit, true, u, scratch.data());
+      const auto u = cpu::toeplitz_unit(p, true, memory);
+      kernel.pack(p, unit, true, u, scratch);
       for (int64_t panel = 0; panel < p.v_panels(); panel++) kernel.pack_value(p, unit, panel, u);
-      for (int64_t block = p.blocks(); block-- > 0;)
-        kernel.forward(p, unit, block, u, y.data(), mixed.data(), scratch.data());
-      for (int64_t block = p.blocks(); block-- > 0;) kernel.backward(p, g, unit, block, u, scratch.data());
+      for (int64_t block = p.blocks(); block-- > 0;) kernel.forward(p, unit, block, u, y, mixed, scratch);
+      for (int64_t block = p.blocks(); block-- > 0;) kernel.backward(p, g, unit, block, u, scratch);
       for (int64_t panel = 0; panel < p.v_panels() + p.d_panels(); panel++)
-        kernel.backward_keys(p, g, unit, panel, u, scratch.data());
+        kernel.backward_keys(p, g, unit, panel, u, scratch);
       double* part = parts.data() + unit * width;
-      kernel.backward_parameters(p, g, unit, u, part, part + 4 * p.d, scratch.data());
-      CHECK(memory.intact() && scratch.intact(), "wrote outside the packed operands");
+      kernel.backward_parameters(p, g, unit, u, part, part + 4 * p.d, scratch);
     }
-    for (Buffer<T>* t : {&y, &mixed, &dquery_key, &dgate, &dvalue}) CHECK(t->intact(), "wrote outside an output");
   }
 
   // Computes y in double from the formula.
@@ -131,7 +105,7 @@ struct Call {
       for (int64_t i = 0; i < p.length; i++) {
         const int64_t first = i / p.size * p.size, last = std::min(p.length, first + p.size);
         bool all = true;
-        for (int64_t j = first; j < last; j++) all = all && padding[static_cast<size_t>(b * p.length + j)];
+        for (int64_t j = first; j < last; j++) all = all && padding[b * p.length + j];
         std::vector<double> a(static_cast<size_t>(last - first));
         double sum = 0;
         for (int64_t j = first; j < last; j++) {
@@ -143,26 +117,19 @@ struct Call {
           }
           const bool hidden = (p.causal && j > i) || (p.padding && !all && p.padding[b * p.length + j]);
           const double e = hidden ? 0 : std::exp(s / std::sqrt(double(p.d)) + p.position_bias[j - i]);
-          a[static_cast<size_t>(j - first)] = e, sum += e;
+          a[j - first] = e, sum += e;
         }
         for (int64_t c = 0; c < p.v; c++) {
           double h = 0;
           for (int64_t j = first; j < last; j++) {
-            double w = a[static_cast<size_t>(j - first)] / sum, x = test::value(*(p.value.at(j, b) + c));
+            double w = a[j - first] / sum, x = test::value(*(p.value.at(j, b) + c));
             if (p.dropout) w *= p.dropout[((b * p.count + i / p.size) * p.size + i - first) * p.size + j - first];
             h += w * (p.activate_value ? silu(x) : x);
           }
-          out[static_cast<size_t>((i * p.batch + b) * p.v + c)] = h * silu(test::value(*(p.gate.at(i, b) + c)));
+          out[(i * p.batch + b) * p.v + c] = h * silu(test::value(*(p.gate.at(i, b) + c)));
         }
       }
     return out;
-  }
-
-  double loss() {
-    const auto out = expected();
-    double sum = 0;
-    for (size_t i = 0; i < out.size(); i++) sum += out[i] * test::value(grad[static_cast<int64_t>(i)]);
-    return sum;
   }
 };
 
@@ -176,44 +143,42 @@ const Shape kShapes[] = {
 template <typename T>
 void values() {
   for (const Shape& shape : kShapes) {
+    INFO(Type<T>::name, " length ", shape.length);
     Call<T> call(shape);
     call.run();
     const auto want = call.expected();
-    for (size_t i = 0; i < want.size(); i++)
-      CHECK(close(call.y[static_cast<int64_t>(i)], want[i], 200), "%s, length %ld: expected %.8g, got %.8g",
-            Type<T>::name, long(shape.length), want[i], value(call.y[static_cast<int64_t>(i)]));
+    for (int64_t i = 0; i < call.y.size(); i++) EXPECT(call.y, i, want[i], 200);
   }
 }
 
 // Compares gradients in double with differences of the formula, at elements all over each argument.
 void gradients() {
   for (const Shape& shape : kShapes) {
+    INFO("length ", shape.length);
     Call<double> call(shape);
     call.run();
     const auto& p = call.p;
     const auto probe = [&](double* at, double got, const char* name) {
-      const double want = slope(at, [&] { return call.loss(); });
-      CHECK(std::fabs(want - got) <= 2e-8 * (10 + std::fabs(want)), "%s, length %ld: expected %.9g, got %.9g", name,
-            long(shape.length), want, got);
+      expect_slope(name, at, got, call.grad, [&] { return call.expected(); });
     };
     const auto sum = [&](int64_t column) {
       double total = 0;
       const int64_t width = 4 * p.d + 2 * p.size - 1;
-      for (int64_t unit = 0; unit < p.units(); unit++) total += call.parts[static_cast<size_t>(unit * width + column)];
+      for (int64_t unit = 0; unit < p.units(); unit++) total += call.parts[unit * width + column];
       return total;
     };
     for (int64_t f = 0; f < p.length * p.batch; f += std::max<int64_t>(1, p.length * p.batch / 5)) {
-      const int64_t t = f / p.batch, b = f % p.batch, c = f % p.d, e = f % p.v;
-      probe(const_cast<double*>(p.query_key.at(t, b)) + c, call.dquery_key[f * p.d + c], "query_key");
-      probe(const_cast<double*>(p.gate.at(t, b)) + e, call.dgate[f * p.v + e], "gate");
-      probe(const_cast<double*>(p.value.at(t, b)) + e, call.dvalue[f * p.v + e], "value");
+      const int64_t c = f % p.d, e = f % p.v;
+      probe(call.query_key + f * (p.d + call.kExtra) + c, call.dquery_key[f * p.d + c], "query_key");
+      probe(call.gate + f * (p.v + call.kExtra) + e, call.dgate[f * p.v + e], "gate");
+      probe(call.value + f * p.v + e, call.dvalue[f * p.v + e], "value");
     }
     for (int64_t j = 0; j < 2 * p.d; j += 3) {
-      probe(call.weight.data() + j, sum(j), "qk_weight");
-      probe(call.bias.data() + j, sum(2 * p.d + j), "qk_bias");
+      probe(call.weight + j, sum(j), "qk_weight");
+      probe(call.bias + j, sum(2 * p.d + j), "qk_bias");
     }
     for (int64_t t = 1 - p.size; t < p.size; t += std::max<int64_t>(1, p.size / 4))
-      probe(const_cast<double*>(p.position_bias) + t, sum(4 * p.d + p.size - 1 + t), "position_bias");
+      probe(call.position + p.size + t, sum(4 * p.d + p.size - 1 + t), "position_bias");
   }
 }
 
