@@ -1,78 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A case: one op at one shape, its implementations, and the least that each pass must move and compute."""
+"""Measures a case, one op at one shape, and makes its rows."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from fastasr.benchmarks import limits, upstream
+from fastasr.benchmarks import limits
 from fastasr.benchmarks.harness import LoadMeter, Variant, interleave, peak_bytes
 from fastasr.benchmarks.rows import Row
-
-FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
-PASSES = (FORWARD, BACKWARD, BOTH)
-FRAMES, BATCH = 1500, 20  # a training step on a GPU: 30 s of speech, 20 utterances
+from fastasr.testing.speed import BOTH, FORWARD, Case, Cost, Implementation, Unavailable
 
 Report = Callable[[str], None]
-
-
-class Unavailable(Exception):
-    """Raised when an implementation cannot be measured here; the message says why."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The least a pass needs: bytes read and written once, multiply and add operations of products."""
-
-    bytes: int
-    flops: int = 0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.bytes + other.bytes, self.flops + other.flops)
-
-
-def costs_of(forward: Cost, backward: Cost) -> dict[str, Cost]:
-    """Returns the costs of each pass; both passes together cost the sum."""
-    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
-
-
-def costs(forward: tuple[int, int], backward: tuple[int, int]) -> Callable[[int], dict[str, Cost]]:
-    """Returns the costs by item size of passes given as (values read and written, operations)."""
-    return lambda size: costs_of(*(Cost(values * size, flops) for values, flops in (forward, backward)))
-
-
-@dataclass
-class Implementation:
-    """``call`` computes the output; gradients are taken with respect to ``differentiable``.
-
-    ``inference`` is the forward pass without gradients where that is another call, for example where a module is in
-    evaluation mode then.
-    """
-
-    call: Callable[[], torch.Tensor]
-    differentiable: Callable[[], tuple[torch.Tensor, ...]]
-    inference: Callable[[], torch.Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Case:
-    """``make(device, dtype)`` allocates the inputs and returns, per implementation, a function without
-    arguments that builds it (and may raise ``Unavailable``), so that a missing package costs one
-    implementation only.
-
-    ``copy`` adds the implementation "copy", a plain copy of the pass's bytes, as the limit of the machine.
-    """
-
-    op: str
-    name: str
-    shape: str
-    make: Callable[[str, torch.dtype], Mapping[str, Callable[[], Implementation]]]
-    costs: Callable[[int], Mapping[str, Cost]]  # item size in bytes -> cost by pass
-    copy: bool = False
-    passes: tuple[str, ...] = PASSES
-    quick: bool = True  # part of a quick run
 
 
 @dataclass(frozen=True)
@@ -88,70 +27,6 @@ class Settings:
     @classmethod
     def quick(cls, **changes) -> "Settings":
         return cls(**{"reps": 3, "warmup": 1, "sample_seconds": 0.002, "memory": False, **changes})
-
-
-def parameters(*tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """Returns the tensors, made to require gradients."""
-    for tensor in tensors:
-        tensor.requires_grad_(True)
-    return lambda: tensors
-
-
-def simple(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> Implementation:
-    """Wraps ``function(*tensors)``, with gradients of every tensor."""
-    return Implementation(lambda: function(*tensors), parameters(*tensors))
-
-
-def module(
-    instance: torch.nn.Module, *inputs: torch.Tensor, result: Callable | None = None, **state: torch.Tensor
-) -> Implementation:
-    """Wraps ``instance(*inputs)``, with gradients of the inputs and parameters, which take the values in ``state``."""
-    for name, value in state.items():
-        parameter = instance.get_parameter(name)
-        parameter.data = value.detach().reshape(parameter.shape).clone()
-    return Implementation(_call(instance, inputs, result), parameters(*inputs, *instance.parameters()))
-
-
-def _call(function: Callable, inputs: Sequence, result: Callable | None) -> Callable[[], torch.Tensor]:
-    """Returns a function without arguments; ``result`` takes the tensor from what ``function`` returns."""
-    return (lambda: function(*inputs)) if result is None else (lambda: result(function(*inputs)))
-
-
-def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Compiles ``function`` with torch.compile for exactly these shapes, as a whole graph."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-def versions(
-    op: Callable,
-    *inputs: torch.Tensor,
-    options: Mapping | None = None,
-    others: Mapping[str, Callable[[], Implementation]] | None = None,
-    compiles: bool = True,
-    differentiable: Sequence[torch.Tensor] | None = None,
-    result: Callable | None = None,
-) -> dict[str, Callable[[], Implementation]]:
-    """Returns builders of an op's definition ("eager"), of the compiled definition, of ``others``, and of the op.
-
-    Each computes ``function(*inputs, **options)``, of which ``result`` takes the tensor if it is not one. Gradients are
-    those of ``differentiable``, by default of all inputs.
-    """
-
-    def build(function):
-        call = partial(function, **options) if options else function
-        wanted = inputs if differentiable is None else differentiable
-        return Implementation(_call(call, inputs, result), parameters(*wanted))
-
-    made = {"eager": lambda: build(op.definition), "compile": lambda: build(compiled(op.definition))}
-    if not compiles:
-        del made["compile"]
-    return made | dict(others or {}) | {"fastasr": lambda: build(op)}
-
-
-def shaped(op: str, shape: Sequence[int], make: Callable, costs: Callable, note: str = "", **options) -> Case:
-    """Returns the case that is named by its shape and the note behind it."""
-    name = "x".join(map(str, shape)) + note
-    return Case(op, name, name, make, costs, **options)
 
 
 def variant(implementation: Implementation, pass_: str) -> Variant:
@@ -273,12 +148,3 @@ def measure(
             more = {"reps": timing.reps, "peak_bytes": memory, "limit": limit, "load": other}
             rows.append(row(case, device, dtype, pass_, name, quartiles, 1e3 * floor, **more))
         yield rows
-
-
-def upstream_member(name: str):
-    """Returns a class or function of an upstream package by its full name, or raises ``Unavailable``."""
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(upstream.module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise Unavailable(str(error)) from None

@@ -3,21 +3,14 @@
 build it, with random weights."""
 
 import contextlib
-import importlib
 import os
 from collections.abc import Iterator
 
 import torch
 
-# how to install what ``module`` imports
-INSTALL = {
-    "zipformer": "pip install --no-deps zipformer==0.1.3, and what it imports",
-    "espnet2": "pip install --no-deps espnet==202511, and what it imports",
-    "torchaudio": "pip install --no-deps torchaudio==2.11.0",
-    "fast_rnnt": "python scripts/build_fast_rnnt.py SOURCES",
-    "onnx": "pip install 'fastasr[export]'",
-    "onnxruntime": "pip install 'fastasr[export]'",
-}
+from fastasr.testing.peers import MissingUpstream, module
+
+__all__ = ["MissingUpstream", "module"]
 
 # Zipformer-M, the published medium configuration
 MEDIUM = {
@@ -52,23 +45,6 @@ SIZES = {"medium": MEDIUM, "tiny": TINY}
 BINS = 80
 # Steady state of the training schedules (dropout 0.1, low probabilities of the regularisers)
 BATCH_COUNT = 20000.0
-
-
-class MissingUpstream(ImportError):
-    """A package that is measured beside fastasr cannot be imported."""
-
-
-def module(name: str):
-    """Returns the module of this dotted name, of a package in INSTALL. Raises ``MissingUpstream`` with how to install
-    it.
-    """
-    package = name.partition(".")[0]
-    try:
-        return importlib.import_module(name)
-    except (ImportError, OSError, AttributeError) as error:
-        raise MissingUpstream(
-            f"upstream's package {package} cannot be imported ({error}); {INSTALL[package]}"
-        ) from None
 
 
 class Encoder(torch.nn.Module):
@@ -132,9 +108,9 @@ def recogniser(config: dict, seed: int = 0) -> torch.nn.Module:
 
 
 def _steady(model: torch.nn.Module) -> torch.nn.Module:
-    for module in model.modules():
-        if hasattr(module, "batch_count"):
-            module.batch_count = BATCH_COUNT
+    for part in model.modules():
+        if hasattr(part, "batch_count"):
+            part.batch_count = BATCH_COUNT
     return model.eval()
 
 

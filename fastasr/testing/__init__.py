@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample tables, tolerances and checks of every op: shared by the test suite, the fuzzer and ``fastasr check``.
+"""Calls, tolerances and checks of every op: shared by the test suite, the fuzzer, ``fastasr check`` and benchmarks.
 
-A new op adds one file, ``fastasr/testing/samples/<op>.py`` with a ``TABLE``, from which all of these are made.
+A new op adds one file, ``fastasr/testing/samples/<op>.py``: ``TABLE`` has the calls that are checked, ``CASES`` those
+that are timed.
 """
 
 from fastasr.testing.checks import CHECKS, CheckResult, check_op

@@ -8,20 +8,11 @@ import pytest
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks import case as cases
 from fastasr.benchmarks import dispatch, runner, upstream
 from fastasr.benchmarks import ops as op_cases
-from fastasr.benchmarks.case import (
-    BACKWARD,
-    BOTH,
-    FORWARD,
-    Case,
-    Cost,
-    Settings,
-    Unavailable,
-    measure,
-    simple,
-)
+from fastasr.benchmarks.case import Settings, measure
+from fastasr.testing.samples import linear
+from fastasr.testing.speed import BACKWARD, BOTH, FORWARD, Case, Cost, Unavailable, simple, upstream_member
 
 QUICK = Settings.quick(compile=False, reps=2, sample_seconds=0.0)
 
@@ -44,7 +35,7 @@ def tiny(implementations: dict, **more) -> Case:
 
 def test_every_op_has_cases():
     missing = [name for name in ops.NAMES if name not in op_cases.names()]
-    assert not missing, f"no case of {missing[0]}: write benchmarks/ops/{missing[0]}.py with CASES"
+    assert not missing, f"no case of {missing[0]}: write CASES in fastasr/testing/samples/{missing[0]}.py"
     assert set(op_cases.names()) == set(ops.NAMES)
 
 
@@ -97,8 +88,6 @@ def test_what_cannot_be_measured_is_reported_and_the_rest_measured():
 
 
 def test_linear_measures_one_gradient_at_a_time():
-    from fastasr.benchmarks.ops import linear
-
     inputs = next(case for case in linear.CASES if linear.INPUT_GRADIENT in case.passes)
     wanted = inputs.make("cpu", torch.float32)["eager"]().differentiable()
     assert [tuple(t.shape) for t in wanted] == [(3184, 192)]
@@ -144,7 +133,7 @@ def test_dispatch_rows(tmp_path):
 
 def test_upstream_that_cannot_be_imported_is_unavailable(monkeypatch):
     with pytest.raises(Unavailable, match="zipformer"):
-        cases.upstream_member("zipformer.modules.nowhere.Nothing")
+        upstream_member("zipformer.modules.nowhere.Nothing")
 
 
 def test_a_chunk_through_the_streaming_engine():

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fastasr.benchmarks.case import Settings
-from fastasr.benchmarks.ops import bypass
 from fastasr.benchmarks.studies import device
 from fastasr.ops import _dispatch
+from fastasr.testing.samples import bypass
 
 pytestmark = pytest.mark.needs("benchmarks", "fastasr", "kernels", "tests/kernels")
 
@@ -38,6 +38,8 @@ def test_cases_are_those_of_training():
     cases = device.training_cases()
     served = {row["op"] for row in _dispatch.table() if row["backend"] in ("cuda", "triton")}
     missing = served - {case.op for case in cases}
-    assert not missing, f"ON_DEVICE of benchmarks/ops/<op>.py has no case of {', '.join(sorted(missing))}"
+    assert not missing, (
+        f"ON_DEVICE of fastasr/testing/samples/<op>.py has no case of {', '.join(sorted(missing))}"
+    )
     assert {case.op for case in cases} == served
     assert len({(case.op, case.name) for case in cases}) == len(cases)

@@ -55,7 +55,6 @@ def test_the_steps_make_an_op(tmp_path):
     assert [Path(file).parent.as_posix() for file, _ in steps] == [
         "fastasr/ops",
         "fastasr/testing/samples",
-        "benchmarks/ops",
         "docs/ops",
     ]
     for file, content in steps:

@@ -1,11 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of balancer_gradient. It is not the gradient of a function, so it has its own tests instead of the
-contract."""
+"""Samples of balancer_gradient, and its benchmark at the sizes of Zipformer-M's stack 0 and of its front-end, where
+channels are in the middle. It is not the gradient of a function, so it has its own tests instead of the contract."""
 
+import math
+
+import torch
+
+from fastasr.testing.speed import (
+    FORWARD,
+    Case,
+    Cost,
+    Implementation,
+    case,
+    parameters,
+    upstream_member,
+)
 from fastasr.testing.table import Make, OpTable, Sample
 
 
 def _call(make: Make, shape: tuple[int, ...], channel_dim: int = -1) -> dict:
+    # random data leave both ranges
     limits = {"min_mean": -0.05, "max_mean": 0.05, "min_rms": 0.2, "max_rms": 0.5, "grad_scale": 0.04}
     return {"grad": make.normal(*shape), "x": make.normal(*shape), **limits, "channel_dim": channel_dim}
 
@@ -18,3 +32,25 @@ TABLE = OpTable(
         Sample("channels first", lambda m: _call(m, (3, 12, 5), 1)),
     ),
 )
+
+
+# --- the benchmark
+
+
+def _upstream(grad, x, channel_dim, **limits) -> Implementation:
+    function = upstream_member("zipformer.modules.scaling.BalancerFunction")
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        y = function.apply(leaf, *limits.values(), channel_dim)
+    return Implementation(lambda: torch.autograd.grad(y, leaf, grad, retain_graph=True)[0], parameters())
+
+
+def _case(channel_dim: int, *shape: int) -> Case:
+    def costs(size: int) -> dict[str, Cost]:
+        return {FORWARD: Cost(4 * math.prod(shape) * size)}  # x twice, grad; y
+
+    options = {"copy": True, "passes": (FORWARD,), "differentiable": (), "others": {"upstream": _upstream}}
+    return case("balancer_gradient", shape, lambda m: _call(m, shape, channel_dim), costs, **options)
+
+
+CASES = (_case(-1, 796, 4, 192), _case(1, 4, 32, 798, 39))

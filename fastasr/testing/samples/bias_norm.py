@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of bias_norm."""
+"""Samples of bias_norm, and its benchmark at the sizes of Zipformer-M's stacks 0 and 3."""
 
+import math
+
+from fastasr.testing.speed import BATCH, FRAMES, Case, case, costs, module, upstream_member
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
@@ -61,3 +64,23 @@ TABLE = OpTable(
     rows=("x",),
     random=lambda m, shape: _norm(m, (*shape(), shape.size())),
 )
+
+
+# --- the benchmark
+
+
+def _upstream(x, bias, log_scale, **_):
+    norm = upstream_member("zipformer.modules.scaling.BiasNorm")(x.shape[-1]).to(x)
+    return module(norm, x, bias=bias, log_scale=log_scale)
+
+
+def _case(*shape: int) -> Case:
+    n = math.prod(shape)
+    passes = costs((2 * n, 0), (3 * n, 0))  # x; y. x, dy; dx
+    return case(
+        "bias_norm", shape, lambda m: _norm(m, shape), passes, copy=True, others={"upstream": _upstream}
+    )
+
+
+CASES = (_case(796, 4, 192), _case(100, 4, 512))
+ON_DEVICE = (*(_case(FRAMES, BATCH, c) for c in (192, 512, 768)), _case(188, BATCH, 512))

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of bypass."""
+"""Samples of bypass, and its benchmark at the sizes of Zipformer-M's stacks 0 and 3."""
 
+import math
+
+from fastasr.testing.speed import BATCH, FRAMES, Case, case, costs, module, upstream_member
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
@@ -63,3 +66,23 @@ TABLE = OpTable(
     rows=("x_orig", "x"),
     random=lambda m, shape: _bypass(m, shape() or (3,)),
 )
+
+
+# --- the benchmark
+
+
+def _upstream(x_orig, x, scale):
+    bypass = upstream_member("zipformer.modules.zipformer.BypassModule")(x.shape[-1]).to(x)
+    return module(bypass, x_orig, x, bypass_scale=scale)
+
+
+def _case(*shape: int) -> Case:
+    n = math.prod(shape)
+    passes = costs((3 * n, 0), (5 * n, 0))  # x_orig, x; y. x_orig, x, dy; dx_orig, dx
+    return case(
+        "bypass", shape, lambda m: _bypass(m, shape), passes, copy=True, others={"upstream": _upstream}
+    )
+
+
+CASES = (_case(796, 4, 192), _case(100, 4, 512))
+ON_DEVICE = (*(_case(FRAMES, BATCH, c) for c in (192, 512, 768)), _case(188, BATCH, 512))

@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of complex_ema_scan. States are given as real and imaginary parts."""
+"""Samples of complex_ema_scan, and its benchmark as a Megalodon block calls it: (B, D, L), 16 states, no activation.
+States are given as real and imaginary parts.
 
+``fft`` is upstream's method, a convolution by FFT with a kernel computed at each call, written from the mathematics:
+upstream's own code needs its CUDA extension.
+"""
+
+import math
 from dataclasses import replace
 
-from fastasr.testing.samples.ema_scan import Average
+import torch
+
+from fastasr.testing.samples.ema_scan import Average, measured
+from fastasr.testing.speed import Case, computed
 from fastasr.testing.table import Invalid, Make, Sample
 
 
@@ -48,3 +57,35 @@ TABLE = replace(
         Invalid("state is half of it", _changed(state=lambda m: m.normal(3, 8, 4)), ValueError, "state"),
     ),
 )
+
+
+# --- the benchmark
+
+
+def by_fft(x, alpha, delta, theta, gamma, omega, **_):
+    """Returns the formula on (B, D, L) as the product of two transforms, in float32 or better."""
+    length, states = x.shape[-1], alpha.shape[1]
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    alpha, delta, theta, gamma = (t.to(wide) for t in (alpha, delta, theta, gamma))
+    p = torch.sigmoid(alpha)
+    n = torch.arange(1, states + 1, device=x.device, dtype=wide)
+    angle = n * (torch.sigmoid(theta) * (2 * math.pi / states)).unsqueeze(-1)
+    log_q = torch.complex(torch.log1p(-p * torch.sigmoid(delta)), angle)
+    powers = torch.exp(log_q.unsqueeze(-1) * torch.arange(length, device=x.device, dtype=wide))
+    weight = torch.complex(gamma[..., 0], gamma[..., 1]) * (p * states**-0.5)
+    kernel = (weight.unsqueeze(-1) * powers).sum(1).real
+    transform = torch.fft.rfft(x.to(wide), n=2 * length) * torch.fft.rfft(kernel, n=2 * length)
+    y = torch.fft.irfft(transform, n=2 * length)[..., :length]
+    return (y + omega.to(wide).unsqueeze(-1) * x).to(x.dtype)
+
+
+def _case(length: int) -> Case:
+    def arguments(make: Make) -> dict:
+        return AVERAGE.call(make, length, 4, 512, 16, spread=0.2, theta=-4.0, layout="BDL")
+
+    others = {"fft": lambda **call: computed(by_fft, call)}
+    return measured("complex_ema_scan", "", (4, 512, length), arguments, others=others)
+
+
+CASES = tuple(_case(length) for length in (1, 64, 200, 512, 2048))
+ON_DEVICE = (_case(2048),)

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of conv_spatial_gate."""
+"""Samples of conv_spatial_gate, and its benchmark at the sizes of ESPnet's E-Branchformers: 3072 linear units of the
+large one, 1024 of a small one. Upstream is ESPnet's ConvolutionalSpatialGatingUnit.
+"""
+
+import math
 
 import torch
 
 from fastasr.ops import _activation
+from fastasr.testing.speed import BATCH, Case, case, costs, module, upstream_member
 from fastasr.testing.table import Make, OpTable, Sample
 
 
@@ -77,3 +82,28 @@ TABLE = OpTable(
     rows=("x", "padding_mask"),
     random=_random,
 )
+
+
+# --- the benchmark
+
+
+def _upstream(x, norm_weight, norm_bias, weight, bias, eps):
+    unit = upstream_member("espnet2.asr.layers.cgmlp.ConvolutionalSpatialGatingUnit")
+    unit = unit(2 * weight.shape[0], weight.shape[-1], 0.0, False, "identity").to(x)
+    norm = {"norm.weight": norm_weight, "norm.bias": norm_bias}
+    return module(unit, x, **norm, **{"conv.weight": weight, "conv.bias": bias})
+
+
+def _case(*shape: int, taps: int = 31) -> Case:
+    n = math.prod(shape)
+    passes = costs((3 * n, 2 * n * taps), (5 * n, 6 * n * taps))
+
+    def arguments(make: Make) -> dict:
+        return _call(make, *shape, taps, masked=False, eps=1e-12)
+
+    others = {"upstream": _upstream}
+    return case("conv_spatial_gate", shape, arguments, passes, f", {taps} taps", others=others)
+
+
+CASES = (_case(4, 400, 1536), _case(4, 400, 512))
+ON_DEVICE = (_case(BATCH, 750, 1536), _case(BATCH, 750, 512))

@@ -1,6 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of depthwise_conv2d."""
+"""Samples of depthwise_conv2d, and its benchmark: the ConvNeXt layer of Zipformer's front end with 4 x 16 s of
+features, 128 channels at 19 frequencies, 7 x 7 taps; and the same for one streaming step of 32 frames behind its cache.
 
+Upstream is its torch.nn.Conv2d on channels_first maps, as its front end has them.
+"""
+
+import math
+
+import torch
+
+from fastasr.testing.speed import BATCH, FORWARD, FRAMES, Case, case, costs, module
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
@@ -77,3 +86,32 @@ TABLE = OpTable(
     rows=("x",),
     random=_random,
 )
+
+
+# --- the benchmark
+
+
+def _upstream(x, weight, bias, padding):
+    channels, _, *taps = weight.shape
+    conv = torch.nn.Conv2d(channels, channels, taps, padding=padding, groups=channels).to(x)
+    return module(conv, x.permute(0, 3, 1, 2).contiguous(), weight=weight, bias=bias)
+
+
+def _case(shape, padding=(3, 3), note: str = "", **options) -> Case:
+    taps = 7, 7
+    batch, frames, width, channels = shape
+    out_frames, out_width = frames + 2 * padding[0] - taps[0] + 1, width + 2 * padding[1] - taps[1] + 1
+    into, out = math.prod(shape), batch * out_frames * out_width * channels
+    products = 2 * out * taps[0] * taps[1]
+    moved = costs((into + out, products), (2 * into + out, 2 * products))  # x; y. x, dy; dx
+    note = f", {taps[0]}x{taps[1]} taps{note}"
+    options |= {"others": {"upstream": _upstream}}
+    return case("depthwise_conv2d", shape, lambda m: _maps(m, shape, taps, padding), moved, note, **options)
+
+
+CASES = (
+    _case((4, 796, 19, 128)),
+    _case((4, 396, 19, 128)),
+    _case((1, 22, 19, 128), (0, 3), ", one streaming step", passes=(FORWARD,)),
+)
+ON_DEVICE = (_case((BATCH, FRAMES, 19, 128)),)  # a front end

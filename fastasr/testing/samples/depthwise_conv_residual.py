@@ -1,6 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of depthwise_conv_residual."""
+"""Samples of depthwise_conv_residual, and its benchmark: both branches of an E-Branchformer layer of 512 channels, with
+the 3 taps that ESPnet and RETURNN use by default and the 31 of ESPnet's large recipes.
 
+Upstream is ESPnet's code of the merge: a torch.nn.Conv1d between two transpositions, and the sum.
+"""
+
+import math
+
+import torch
+
+from fastasr.testing.speed import BATCH, FRAMES, Case, case, costs, module
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
@@ -56,3 +65,30 @@ TABLE = OpTable(
     rows=("x",),
     random=_random,
 )
+
+
+# --- the benchmark
+
+
+class Merge(torch.nn.Conv1d):
+    def forward(self, x):
+        return x + super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def _upstream(x, weight, bias):
+    channels, _, taps = weight.shape
+    merge = Merge(channels, channels, taps, padding=taps // 2, groups=channels).to(x)
+    return module(merge, x, weight=weight, bias=bias)
+
+
+def _case(*shape: int, taps: int = 3) -> Case:
+    n = math.prod(shape)
+    passes = costs((2 * n, 2 * n * taps), (3 * n, 4 * n * taps))  # x; y. x, dy; dx
+    note, others = f", {taps} taps", {"upstream": _upstream}
+    return case(
+        "depthwise_conv_residual", shape, lambda m: _call(m, *shape, taps), passes, note, others=others
+    )
+
+
+CASES = (_case(4, 400, 1024), _case(4, 400, 1024, taps=31))
+ON_DEVICE = (_case(BATCH, FRAMES // 2, 1024),)

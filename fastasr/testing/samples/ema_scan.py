@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of ema_scan, and the samples that it shares with complex_ema_scan."""
+"""Samples of ema_scan, the samples that it shares with complex_ema_scan, and its benchmark as a MEGA block calls it:
+(L, B, D), SiLU and the residual term included.
 
+Upstream is ESPnet's ``MultiHeadDampedEMA``, a convolution by FFT. Lengths range from one step to the longest
+recordings; the cost must grow linearly with the length.
+"""
+
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import get_args
 
+import torch
+
 from fastasr.ops.ema_scan import Layout
+from fastasr.testing.speed import BOTH, FORWARD, Case, case, costs, module, upstream_member
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
@@ -182,3 +191,51 @@ TABLE = replace(
         ),
     ),
 )
+
+
+# --- the benchmark
+
+
+def _upstream(x, damping, decay, expansion, projection, residual, **_):
+    average = upstream_member(
+        "espnet2.asr_transducer.decoder.modules.mega.multi_head_damped_ema.MultiHeadDampedEMA"
+    )
+    state = {"damping_factor": damping, "decay_factor": decay, "ema_expansion_matrix": expansion}
+    state |= {"kernel_projection_matrix": projection, "residual_weight": residual}
+    average = average(x.shape[-1], damping.shape[1], torch.nn.SiLU()).to(x)
+    return module(average, x, result=lambda y: y[0], **state)
+
+
+def measured(
+    op: str, name: str, sizes: tuple[int, ...], arguments: Callable[[Make], dict], **options
+) -> Case:
+    """Returns a case of ema_scan or of complex_ema_scan: the two move the same bytes."""
+    shape, n = "x".join(map(str, sizes)), math.prod(sizes)
+    passes = costs((2 * n, 0), (3 * n, 0))  # x; y. x, dy; dx
+    options |= {"copy": True, "passes": (FORWARD, BOTH), "quick": name == "" and 200 in sizes}
+    return case(op, name or shape, arguments, passes, shape=shape, **options)
+
+
+def _case(length: int, batch: int = 4, channels: int = 512, states: int = 4, name: str = "") -> Case:
+    def arguments(make: Make) -> dict:
+        return AVERAGE.call(make, length, batch, channels, states, spread=0.2, activation="silu")
+
+    sizes = length, batch, channels
+    name = name if states == 4 else "x".join(map(str, sizes)) + f", {states} states"
+    return measured("ema_scan", name, sizes, arguments, others={"upstream": _upstream})
+
+
+def _curve_case(length: int) -> Case:
+    """Returns the case of a point on the curve of times by length."""
+    whole = _case(length, 1, 128, name=f"length {length}")
+    return replace(
+        whole, make=lambda *to: {k: v for k, v in whole.make(*to).items() if k in ("upstream", "fastasr")}
+    )
+
+
+CASES = (
+    *(_case(length) for length in (1, 16, 64, 200, 512, 2048, 16384)),
+    _case(2048, states=16),
+    *(_curve_case(2**k) for k in range(6, 18)),
+)
+ON_DEVICE = (*(_case(length, 8) for length in (1, 2048, 16384)), _case(2048, 2), _case(2048, 8, states=16))

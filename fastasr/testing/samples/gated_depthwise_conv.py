@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of gated_depthwise_conv."""
+"""Samples of gated_depthwise_conv, and its benchmark: the convolution modules of Zipformer-M's stacks 0 and 3, plain
+and chunk-causal, with the chunks of a model trained with 32 frames at 50 Hz.
+
+Upstream is its module's code between in_proj and out_proj, without its balancers and whitening; the streaming case is
+one step with its cache.
+"""
+
+import math
 
 import torch
 
+from fastasr.ops import swoosh
 from fastasr.ops.gated_depthwise_conv import ACTIVATIONS
+from fastasr.testing.speed import BATCH, FORWARD, FRAMES, Case, case, costs, module, upstream_member
 from fastasr.testing.table import Make, OpTable, Sample
 
 
@@ -114,4 +123,77 @@ TABLE = OpTable(
     ),
     unread=("weight", "causal_weight"),  # some taps reach no frame of a short sequence
     random=_random,
+)
+
+
+# --- the benchmark
+
+
+class Between(torch.nn.Module):
+    """What upstream's convolution module computes between its projections."""
+
+    def __init__(self, conv, **options):
+        super().__init__()
+        self.conv, self.options = conv, options
+
+    def forward(self, h):
+        x, s = h.chunk(2, dim=2)
+        y = self.conv((x * torch.sigmoid(s)).permute(1, 2, 0), **self.options).permute(2, 0, 1)
+        return swoosh.definition(y, "SwooshR")
+
+
+def _upstream(h, weight, bias, chunk_size=None, **causal):
+    channels, _, taps = weight.shape
+    if chunk_size is None:
+        conv = Between(torch.nn.Conv1d(channels, channels, taps, groups=channels, padding=taps // 2)).to(h)
+        return module(conv, h, **{"conv.weight": weight, "conv.bias": bias})
+    conv = upstream_member("zipformer.modules.scaling.ChunkCausalDepthwiseConv1d")(channels, taps)
+    state = {"chunkwise_conv.weight": weight, "chunkwise_conv.bias": bias}
+    state |= {"causal_conv.weight": causal["causal_weight"], "causal_conv.bias": causal["causal_bias"]}
+    state |= {"chunkwise_conv_scale": causal["chunk_scale"]}
+    state = {f"conv.{name}": value for name, value in state.items()}
+    return module(Between(conv, chunk_size=chunk_size).to(h), h, **state)
+
+
+def _costs(shape, taps: int, causal: bool):
+    n = math.prod(shape)
+    products = n * (taps + taps // 2 + 1 if causal else taps)
+    # x, s; y. x, s, dy; dx, ds. z again, du, the taps' gradients
+    return costs((3 * n, 2 * products), (5 * n, 6 * products))
+
+
+def _case(shape, taps: int, chunk: int | None = None) -> Case:
+    def arguments(make: Make) -> dict:
+        made = _causal(make, *shape, taps, chunk) if chunk else _plain(make, *shape, taps)
+        return made | {"padding_mask": None}
+
+    note, passes = f", {taps} taps" + f", chunks of {chunk}" * bool(chunk), _costs(shape, taps, bool(chunk))
+    return case("gated_depthwise_conv", shape, arguments, passes, note, others={"upstream": _upstream})
+
+
+def _step_case(shape, taps: int) -> Case:
+    def arguments(make: Make) -> dict:
+        return _stream(make, *shape, taps) | {"padding_mask": None, "return_cache": True}
+
+    def kept(arguments: dict, result):
+        y, new_cache = result
+        arguments["cache"].copy_(new_cache)
+        return y
+
+    note, passes = f", {taps} taps, one streaming step", _costs(shape, taps, True)
+    options = {"passes": (FORWARD,), "differentiable": (), "result": kept}
+    return case("gated_depthwise_conv", shape, arguments, passes, note, **options)
+
+
+CASES = (
+    _case((796, 4, 192), 31),
+    _case((796, 4, 192), 31, chunk=32),
+    _case((100, 4, 512), 15),
+    _case((100, 4, 512), 15, chunk=4),
+    _step_case((16, 1, 192), 31),
+)
+# stacks 0 and 3, plain and chunk-causal
+ON_DEVICE = (
+    *(_case((FRAMES, BATCH, 192), 31, chunk) for chunk in (None, 32)),
+    *(_case((188, BATCH, 512), 15, chunk) for chunk in (None, 4)),
 )

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of gated_residual_norm."""
+"""Samples of gated_residual_norm, and its benchmark at the sizes of ESPnet's MEGA decoder."""
+
+import math
 
 from fastasr.ops import _activation
+from fastasr.testing.speed import Case, case, costs
 from fastasr.testing.table import Make, OpTable, Sample
 
 
@@ -18,10 +21,10 @@ def _call(make: Make, shape: tuple[int, ...], **more) -> dict:
     } | more
 
 
-def _slices(make: Make, length: int, batch: int, channels: int) -> dict:
+def _slices(make: Make, length: int, batch: int, channels: int, between: int = 7) -> dict:
     """Makes update and candidate as slices of one projection, as in a MEGA block."""
     call = _call(make, (length, batch, channels))
-    base = make.normal(length, batch, 2 * channels + 7)
+    base = make.normal(length, batch, 2 * channels + between)
     return call | {"update": base[..., :channels], "candidate": base[..., -channels:]}
 
 
@@ -61,3 +64,15 @@ TABLE = OpTable(
     # with few channels and a small eps, LayerNorm may divide by a number that is only rounding error
     random=lambda m, shape: _call(m, (*shape(), 1 + shape.size()), eps=shape.choice((0.1, 1.0))),
 )
+
+
+# --- the benchmark
+
+
+def _case(*shape: int) -> Case:
+    n = math.prod(shape)
+    passes = costs((5 * n, 0), (8 * n, 0))
+    return case("gated_residual_norm", shape, lambda m: _slices(m, *shape, between=1152), passes, copy=True)
+
+
+CASES = ON_DEVICE = (_case(200, 4, 512), _case(1024, 4, 512))

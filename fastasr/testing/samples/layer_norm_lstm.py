@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of layer_norm_lstm."""
+"""Samples of layer_norm_lstm, and its benchmark: a layer of the predictor of torchaudio's Emformer RNN-T, over a
+sequence and one step. Upstream is torchaudio's ``_CustomLSTM``.
+"""
 
+from fastasr.testing.speed import BOTH, FORWARD, Case, Cost, Implementation, case, parameters, upstream_member
 from fastasr.testing.table import Make, OpTable, Sample
 
 
@@ -73,3 +76,58 @@ TABLE = OpTable(
         eps=shape.choice((0.1, 1.0)),
     ),
 )
+
+
+# --- the benchmark
+
+UNITS = 512
+PARAMETERS = {
+    "input_weight": "x2g.weight",
+    "hidden_weight": "p2g.weight",
+    "gate_weight": "g_norm.weight",
+    "gate_bias": "g_norm.bias",
+    "cell_weight": "c_norm.weight",
+    "cell_bias": "c_norm.bias",
+}
+
+
+def _upstream(x, eps, hidden=None, cell=None, **values):
+    lstm = upstream_member("torchaudio.models.rnnt._CustomLSTM")(x.shape[-1], UNITS, True, eps).to(x)
+    lstm.load_state_dict({PARAMETERS[name]: value for name, value in values.items()})
+    state = None if hidden is None else [hidden, cell]
+    return Implementation(lambda: lstm(x, state)[0], parameters(x, *lstm.parameters()))
+
+
+def _case(steps: int, batch: int, state: bool = False) -> Case:
+    def costs(size: int) -> dict[str, Cost]:
+        weights, flops = 8 * UNITS * UNITS, 16 * steps * batch * UNITS * UNITS
+        moved = (weights + 2 * steps * batch * UNITS) * size
+        return {FORWARD: Cost(moved, flops), BOTH: Cost(4 * moved, 3 * flops)}
+
+    shape = f"{steps}x{batch}x{UNITS}"
+    return case(
+        "layer_norm_lstm",
+        shape + " with a state" * state,
+        lambda m: lstm(m, steps, batch, UNITS, UNITS, state=state),
+        costs,
+        shape=shape,
+        others={"upstream": _upstream},
+        compiles=False,
+        differentiable=("x", *PARAMETERS),
+        result=lambda _, y: y[0],
+        passes=(FORWARD, BOTH),
+        quick=steps * batch <= 16,
+    )
+
+
+CASES = (
+    _case(50, 4),
+    _case(50, 1),
+    _case(1, 1, True),
+    _case(1, 10, True),
+    _case(10, 1),
+    _case(100, 16),
+    _case(50, 64),
+)
+# of a transducer's predictor
+ON_DEVICE = (_case(50, 16), _case(50, 64), _case(1, 1, True), _case(1, 10, True))

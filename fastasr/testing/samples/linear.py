@@ -1,6 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of linear."""
+"""Samples of linear, and its benchmark against F.linear: training sizes, and the few rows of a streaming step.
 
+With few rows a product is as fast as its weight can be read. A model has many layers, so its weights do not
+stay in the caches between calls: those cases go through a ring of weights that is larger than the caches.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+from fastasr import ops
+from fastasr.testing.speed import BOTH, FORWARD, Case, Cost, Implementation, case, parameters
 from fastasr.testing.table import Make, OpTable, Sample
 
 
@@ -34,4 +45,69 @@ TABLE = OpTable(
     rows=("x",),
     thread_invariant=False,
     random=lambda m, shape: affine(m, shape() or (3,), shape.size()),
+)
+
+
+# --- the benchmark
+
+INPUT_GRADIENT, WEIGHT_GRADIENT = "input gradient", "weight gradient"
+FEW_ROWS = 64
+RING_BYTES = 96 * 2**20
+RING_MOST = 24  # weights
+
+
+def _ring(function, make: Make, rows: int, inputs: int, outputs: int) -> Implementation:
+    size = inputs * outputs * make.dtype.itemsize
+    count = min(RING_MOST, max(2, RING_BYTES // size))
+    call = affine(make, (rows, inputs), outputs)
+    weights = [call["weight"], *(make.normal(outputs, inputs, scale=inputs**-0.5) for _ in range(count - 1))]
+    turn = itertools.cycle(weights)
+    wanted = parameters(call["x"], *weights, call["bias"])
+    return Implementation(lambda: function(call["x"], next(turn), call["bias"]), wanted)
+
+
+def _cases(rows: int, inputs: int, outputs: int) -> list[Case]:
+    """Returns one case per set of gradients; a streaming step (few rows) has a forward only."""
+
+    def costs(size: int) -> dict[str, Cost]:
+        product = 2 * rows * inputs * outputs
+        moved = (rows * inputs + inputs * outputs + rows * outputs) * size
+        one = Cost(moved, product)
+        return {FORWARD: one, INPUT_GRADIENT: one, WEIGHT_GRADIENT: one, BOTH: Cost(3 * moved, 3 * product)}
+
+    name, shape = f"{rows}x{inputs}->{outputs}", f"{rows}x{inputs}"
+    if rows < FEW_ROWS:
+        functions = {"eager": F.linear, "fastasr": ops.linear}
+
+        def make(device: str, dtype: torch.dtype):
+            return {
+                name: lambda f=function: _ring(f, Make(dtype, device), rows, inputs, outputs)
+                for name, function in functions.items()
+            }
+
+        return [Case("linear", name, shape, make, costs, passes=(FORWARD,))]
+    everything = (("x", "weight", "bias"), (FORWARD, BOTH))
+    gradients = [everything, (("x",), (INPUT_GRADIENT,)), (("weight",), (WEIGHT_GRADIENT,))]
+    return [
+        case(
+            "linear",
+            name,
+            lambda m: affine(m, (rows, inputs), outputs),
+            costs,
+            shape=shape,
+            compiles=False,
+            differentiable=wanted,
+            passes=passes,
+        )
+        for wanted, passes in gradients
+    ]
+
+
+CASES = (
+    *_cases(3184, 192, 512),
+    *_cases(3184, 512, 192),
+    *_cases(400, 512, 1536),
+    *_cases(20, 512, 2048),
+    *_cases(16, 384, 1024),
+    *_cases(4, 512, 2048),
 )

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of linear_activation."""
+"""Samples of linear_activation, and its benchmark: the first projections of the cgMLP (GELU) and of the feed-forward
+blocks (SiLU) of an E-Branchformer layer of 512 channels."""
+
+import math
 
 from fastasr.testing.samples.linear import affine
-from fastasr.testing.table import OpTable, Sample
+from fastasr.testing.speed import BACKWARD, BATCH, BOTH, FORWARD, FRAMES, Case, Cost, case
+from fastasr.testing.table import Make, OpTable, Sample
 
 TABLE = OpTable(
     op="linear_activation",
@@ -29,3 +33,27 @@ TABLE = OpTable(
         affine(m, shape() or (3,), shape.size()) | {"activation": shape.choice(("silu", "tanh", "gelu"))}
     ),
 )
+
+
+# --- the benchmark
+
+
+def _case(shape: tuple[int, ...], outputs: int, activation: str) -> Case:
+    text, width, rows = "x".join(map(str, shape)), shape[-1], math.prod(shape[:-1])
+
+    def arguments(make: Make) -> dict:
+        return affine(make, shape, outputs) | {"activation": activation}
+
+    def costs(size: int) -> dict[str, Cost]:
+        product, moved = 2 * rows * width * outputs, (rows * width + width * outputs + rows * outputs) * size
+        return {
+            FORWARD: Cost(moved, product),
+            BACKWARD: Cost(2 * moved, 2 * product),
+            BOTH: Cost(3 * moved + rows * outputs * size, 3 * product),  # z is kept
+        }
+
+    return case("linear_activation", f"{text}->{outputs}, {activation}", arguments, costs, shape=text)
+
+
+CASES = (_case((4, 400, 512), 3072, "gelu"), _case((4, 400, 512), 1024, "silu"))
+ON_DEVICE = (_case((BATCH, FRAMES // 2, 512), 3072, "gelu"),)

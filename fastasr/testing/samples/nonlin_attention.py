@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of nonlin_attention."""
+"""Samples of nonlin_attention, and its benchmark at the sizes of Zipformer-M's stacks 0 and 3, 16 s."""
 
 import torch
 
+from fastasr.testing.speed import BATCH, FRAMES, Case, case, costs
 from fastasr.testing.table import Make, OpTable, Sample
 
 
@@ -45,3 +46,19 @@ TABLE = OpTable(
     thread_invariant=False,
     random=lambda m, shape: _call(m, *(shape() or (3,))[:1], 2, 5),
 )
+
+
+# --- the benchmark
+
+
+def _case(frames: int, batch: int, width: int) -> Case:
+    scores, rows = batch * frames * frames, frames * batch * width
+    passes = costs(
+        (scores + 8 * rows, 2 * scores * width),  # W; s, v, x, x, o, o, z, y
+        (2 * scores + 20 * rows, 4 * scores * width),
+    )
+    return case("nonlin_attention", (frames, batch, width), lambda m: _call(m, frames, batch, width), passes)
+
+
+CASES = (_case(796, 4, 144), _case(100, 4, 384))
+ON_DEVICE = (_case(FRAMES, BATCH, 144), _case(188, BATCH, 384))

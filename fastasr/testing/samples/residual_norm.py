@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of residual_norm."""
+"""Samples of residual_norm, and its benchmark at the sizes of ESPnet's MEGA decoder."""
 
+import math
+
+from fastasr.testing.speed import Case, case, costs
 from fastasr.testing.table import Make, OpTable, Sample
 
 
@@ -42,3 +45,14 @@ TABLE = OpTable(
     # with few channels and a small eps, LayerNorm may divide by a number that is only rounding error
     random=lambda m, shape: _call(m, (*shape(), 1 + shape.size()), eps=shape.choice((0.1, 1.0))),
 )
+
+
+# --- the benchmark
+
+
+def _case(*shape: int) -> Case:
+    n = math.prod(shape)
+    return case("residual_norm", shape, lambda m: _call(m, shape), costs((3 * n, 0), (4 * n, 0)), copy=True)
+
+
+CASES = ON_DEVICE = (_case(200, 4, 512), _case(1024, 4, 512))

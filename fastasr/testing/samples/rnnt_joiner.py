@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of rnnt_joiner."""
+"""Samples of rnnt_joiner, and its benchmark at the sizes of a pruned transducer: 8,000 rows of 512 channels, 500 and
+5,000 outputs."""
 
 import torch
 
+from fastasr.testing.speed import Case, Cost, case, costs_of
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
@@ -130,3 +132,28 @@ TABLE = OpTable(
     unread=("am", "lm"),
     random=_random,
 )
+
+
+# --- the benchmark
+
+
+def _case(outputs: int, keep_logits: bool | None = None) -> Case:
+    batch, frames, length, s_range, channels = sizes = 4, 400, 60, 5, 512
+
+    def arguments(make: Make) -> dict:
+        return _symbols_but_blank(_call(make, *sizes, outputs, keep_logits=keep_logits))
+
+    def costs(size: int) -> dict[str, Cost]:
+        rows = batch * frames * s_range
+        operands = (batch * (frames + length + 1) + outputs) * channels * size
+        product = 2 * rows * channels * outputs
+        return costs_of(Cost(operands + 8 * rows, product), Cost(2 * operands + 8 * rows, 2 * product))
+
+    shape = f"{batch}x{frames}x{s_range}x{channels}, V={outputs}"
+    name = shape if keep_logits is None else f"{shape}, logits computed again"
+    options = {"quick": keep_logits is None and outputs <= 500, "result": lambda _, y: torch.stack(y)}
+    return case("rnnt_joiner", name, arguments, costs, shape=shape, **options)
+
+
+CASES = (_case(500), _case(500, False), _case(5000), _case(5000, False))
+ON_DEVICE = CASES[::2]

@@ -1,8 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of rnnt_lattice."""
+"""Samples of rnnt_lattice, and its benchmark at the sizes of a training batch, of a short one, and of a model with few
+frames."""
+
+from collections.abc import Callable
 
 import torch
 
+from fastasr.testing.speed import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    Case,
+    Cost,
+    Implementation,
+    case,
+    simple,
+    upstream_member,
+)
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
@@ -134,3 +148,48 @@ TABLE = OpTable(
     rows=("symbol_logprobs", "blank_logprobs", "boundary"),
     random=_random,
 )
+
+
+# --- the benchmark
+
+PEER = "fast_rnnt.mutual_information_recursion"
+
+
+def _peer(symbol_logprobs, blank_logprobs, boundary=None) -> Implementation:
+    function = upstream_member(PEER)
+    return simple(lambda x, y: function(x, y, boundary), symbol_logprobs, blank_logprobs)
+
+
+def lattice_costs(cells: int) -> Callable[[int], dict[str, Cost]]:
+    return lambda size: {
+        FORWARD: Cost(2 * cells * size),  # both log probabilities
+        BACKWARD: Cost(3 * cells * size),  # shares; both gradients
+        BOTH: Cost(6 * cells * size),  # and the shares written
+    }
+
+
+def _case(batch: int, symbols: int, frames: int, *, modified: bool = False, ragged: bool = False) -> Case:
+    def arguments(make: Make) -> dict:
+        parts = torch.linspace(0.5, 1, batch).tolist()
+        boundary = [[0, 0, int(symbols * p), int(frames * p)] for p in parts] if ragged else None
+        made = _lattice(make, batch, symbols, frames, modified=modified, boundary=boundary, mean=-4.0)
+        if not modified:
+            made["symbol_logprobs"][:, :, frames] = -float("inf")
+        return made
+
+    shape = f"{batch}x{symbols}x{frames}"
+    note = ", modified" * modified + ", ragged" * ragged
+    options = {"copy": True, "compiles": False, "others": {"upstream": _peer}, "shape": shape}
+    return case(
+        "rnnt_lattice", shape, arguments, lattice_costs(batch * (symbols + 1) * (frames + 1)), note, **options
+    )
+
+
+CASES = (
+    _case(40, 100, 750),
+    _case(40, 100, 750, ragged=True),
+    _case(40, 100, 750, modified=True),
+    _case(4, 60, 400),
+    _case(1, 10, 40),
+)
+ON_DEVICE = CASES[:3]

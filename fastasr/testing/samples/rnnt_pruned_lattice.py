@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of rnnt_pruned_lattice."""
+"""Samples of rnnt_pruned_lattice, and its benchmark at the sizes of a training batch; fast_rnnt scatters the band into
+a whole lattice."""
+
+from functools import partial
 
 import torch
 
+from fastasr.testing.samples.rnnt_lattice import PEER, lattice_costs
+from fastasr.testing.speed import Case, Implementation, case, simple, upstream_member
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
@@ -115,3 +120,43 @@ TABLE = OpTable(
     rows=("symbol_logprobs", "blank_logprobs", "starts", "boundary"),
     random=_random,
 )
+
+
+# --- the benchmark
+
+
+def _peer(symbols: int, symbol_logprobs, blank_logprobs, starts) -> Implementation:
+    recursion = upstream_member(PEER)
+    batch, frames, window = symbol_logprobs.shape
+    at = (starts[..., None] + torch.arange(window, device=starts.device)).transpose(1, 2)  # (B, R, T)
+
+    def scattered(x, y):
+        whole_x = x.new_full((batch, symbols + 1, frames + 1), -float("inf"))
+        whole_y = x.new_full((batch, symbols + 1, frames), -float("inf"))
+        whole_x = whole_x.scatter(1, at, x.transpose(1, 2))[:, :symbols]
+        return recursion(whole_x.contiguous(), whole_y.scatter(1, at, y.transpose(1, 2)), None)
+
+    return simple(scattered, symbol_logprobs, blank_logprobs)
+
+
+def _case(batch: int, symbols: int, frames: int, window: int) -> Case:
+    def arguments(make: Make) -> dict:
+        made = _band(make, batch, frames, window, mean=-4.0)
+        starts = torch.linspace(0, symbols + 1 - window, frames, device=make.device).long()
+        starts = starts.expand(batch, frames).contiguous()
+        past = starts[..., None] + torch.arange(window, device=make.device) >= symbols
+        made["symbol_logprobs"][past] = -float("inf")
+        return made | {"starts": starts}
+
+    shape, cells = f"{batch}x{frames}x{window}", batch * frames * window
+    options = {
+        "copy": True,
+        "compiles": False,
+        "others": {"upstream": partial(_peer, symbols)},
+        "shape": shape,
+    }
+    return case("rnnt_pruned_lattice", shape, arguments, lattice_costs(cells), f", S={symbols}", **options)
+
+
+CASES = (_case(40, 100, 750, 5), _case(4, 60, 400, 5), _case(1, 10, 40, 5))
+ON_DEVICE = CASES[:1]

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of swoosh_l; swoosh_r has the same samples with its own definition."""
+"""Samples of swoosh_l, and its benchmark; swoosh_r has the same samples with its own definition."""
 
+import math
+
+from fastasr.testing.speed import BATCH, FRAMES, Case, case, costs, module, upstream_member
 from fastasr.testing.table import Make, OpTable, Sample
 
 
@@ -35,3 +38,22 @@ TABLE = OpTable(
     rows=("x",),
     random=lambda m, shape: {"x": m.normal(*shape(), scale=4.0)},
 )
+
+
+# --- the benchmark
+
+
+def measured(op: str, *shape: int, quick: bool = True) -> Case:
+    """Returns the case of swoosh_l or swoosh_r."""
+
+    def upstream(x):
+        return module(upstream_member(f"zipformer.modules.scaling.Swoosh{op[-1].upper()}")(), x)
+
+    n = math.prod(shape)
+    passes = costs((2 * n, 0), (3 * n, 0))  # x; y. x, dy; dx
+    options = {"copy": True, "quick": quick, "others": {"upstream": upstream}}
+    return case(op, shape, lambda m: {"x": m.normal(*shape, scale=3.0)}, passes, **options)
+
+
+CASES = (measured("swoosh_l", 4, 1600, 512),)
+ON_DEVICE = tuple(measured("swoosh_l", FRAMES, BATCH, c) for c in (512, 768, 1536))

@@ -1,11 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of swoosh_linear."""
+"""Samples of swoosh_linear, and its benchmark: the feed-forward modules of Zipformer-M's stacks 0 and 3.
 
+There, forward is inference without dropout. The passes with gradients are a training step: dropout 0.1 with a mask
+shared over time, as upstream trains.
+"""
+
+import math
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fastasr import ops
 from fastasr.ops import swoosh_linear
 from fastasr.ops.swoosh_linear import draw_mask
 from fastasr.testing.samples.linear import affine
+from fastasr.testing.speed import (
+    BATCH,
+    FRAMES,
+    Case,
+    Implementation,
+    compiled,
+    costs,
+    parameters,
+    upstream_member,
+)
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
@@ -80,3 +100,63 @@ TABLE = OpTable(
         affine(m, shape() or (3,), shape.size()) | {"kind": shape.choice(("SwooshL", "SwooshR"))}
     ),
 )
+
+
+# --- the benchmark
+
+TRAINING = {"dropout_p": 0.1, "dropout_shared_dim": 0}
+
+
+def formula(x, weight, bias, dropout_p: float) -> Tensor:
+    """Computes linear(mask * swoosh_l(x)); the mask is shared over the first dimension, time."""
+    y = ops.swoosh_l.definition(x)
+    if dropout_p > 0:
+        shape = (1, *x.shape[1:])
+        y = y * ((torch.rand(shape, device=x.device, dtype=x.dtype) > dropout_p) * (1 / (1 - dropout_p)))
+    return F.linear(y, weight, bias)
+
+
+def _formula(function, x, weight, bias) -> Implementation:
+    return Implementation(
+        lambda: function(x, weight, bias, TRAINING["dropout_p"]),
+        parameters(x, weight, bias),
+        inference=lambda: function(x, weight, bias, 0.0),
+    )
+
+
+def _fastasr(x, weight, bias) -> Implementation:
+    call = partial(ops.swoosh_linear, x, weight, bias, kind="SwooshL", **TRAINING)
+    inference = partial(call, training=False)
+    return Implementation(partial(call, training=True), parameters(x, weight, bias), inference)
+
+
+def _upstream(x, weight, bias) -> Implementation:
+    cls = upstream_member("zipformer.modules.scaling.ActivationDropoutAndLinear")
+    build = partial(cls, *weight.shape[::-1], activation="SwooshL", **TRAINING)
+    training, inference = build().to(x), build().to(x).eval()
+    for linear in (training, inference):
+        linear.weight = torch.nn.Parameter(weight.detach())
+        linear.bias = torch.nn.Parameter(bias.detach())
+    wanted = parameters(x, training.weight, training.bias)
+    return Implementation(partial(training, x), wanted, inference=partial(inference, x))
+
+
+def _case(shape: tuple[int, ...], outputs: int) -> Case:
+    def make(device: str, dtype: torch.dtype):
+        given = cache(lambda: affine(Make(dtype, device), shape, outputs))
+        return {
+            "eager": lambda: _formula(formula, **given()),
+            "compile": lambda: _formula(compiled(formula), **given()),
+            "upstream": lambda: _upstream(**given()),
+            "fastasr": lambda: _fastasr(**given()),
+        }
+
+    text, inputs, rows = "x".join(map(str, shape)), shape[-1], math.prod(shape[:-1])
+    product, weight = 2 * rows * inputs * outputs, inputs * outputs
+    forward = rows * inputs + weight + rows * outputs
+    passes = costs((forward, product), (forward + rows * inputs + weight, 2 * product))
+    return Case("swoosh_linear", f"{text}->{outputs}", text, make, passes)
+
+
+CASES = (_case((796, 4, 512), 192), _case((100, 4, 1536), 512))
+ON_DEVICE = (_case((FRAMES, BATCH, 512), 192), _case((FRAMES, BATCH, 1536), 512))

@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of swoosh_r."""
+"""Samples of swoosh_r, and its benchmark."""
 
 from dataclasses import replace
 
 from fastasr.testing.samples import swoosh_l
+from fastasr.testing.speed import BATCH, FRAMES
 
 TABLE = replace(swoosh_l.TABLE, op="swoosh_r", definition=None)
+CASES = (
+    swoosh_l.measured("swoosh_r", 4, 1600, 512),
+    # the first activations of Zipformer-M's front end: 16 s, after the first convolution
+    swoosh_l.measured("swoosh_r", 4, 8, 1598, 80, quick=False),
+)
+ON_DEVICE = tuple(swoosh_l.measured("swoosh_r", FRAMES, BATCH, c) for c in (512, 768, 1536))

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of toeplitz_attention."""
+"""Samples of toeplitz_attention, and its benchmark at the sizes of ESPnet's MEGA decoder: size 512, queries and keys of
+128, values of 1024."""
 
 import torch
 
 from fastasr.ops import _activation
 from fastasr.ops.toeplitz_attention import chunks
+from fastasr.testing.speed import Case, case, costs
 from fastasr.testing.table import Make, OpTable, Sample
 
 
@@ -20,11 +22,14 @@ def _call(make: Make, length: int, batch: int, d: int, v: int, positions: int | 
     } | more
 
 
-def _slices(make: Make, length: int, batch: int, d: int, v: int, **more) -> dict:
+def _slices(make: Make, length: int, batch: int, d: int, v: int, before=5, after=6, **more) -> dict:
     """Makes query_key and gate as slices of one projection, as in a MEGA block."""
-    base = make.normal(length, batch, d + v + 11)
+    base = make.normal(length, batch, before + d + v + after)
     call = _call(make, length, batch, d, v, **more)
-    return call | {"query_key": base[..., 5 : 5 + d], "gate": base[..., 5 + d : 5 + d + v]}
+    return call | {
+        "query_key": base[..., before : before + d],
+        "gate": base[..., before + d : before + d + v],
+    }
 
 
 def _padding(*lengths: int) -> torch.Tensor:
@@ -137,3 +142,25 @@ TABLE = OpTable(
     unread=("value",),
     random=_random,
 )
+
+
+# --- the benchmark
+
+
+def _case(length: int, batch: int, quick: bool = True) -> Case:
+    size, keys, values = 512, 128, 1024
+
+    def arguments(make: Make) -> dict:
+        return _slices(make, length, batch, keys, values, size, size, activate_value=True)
+
+    frames, pairs = length * batch, batch * length * (length + 1) // 2  # causal
+    passes = costs(
+        (frames * (keys + 3 * values), 2 * pairs * (keys + values)),
+        # scores again; weights' gradient and the values'; the queries' and the keys'
+        (frames * (2 * keys + 6 * values), 2 * pairs * (3 * keys + 2 * values)),
+    )
+    name, shape = f"{length}x{batch}, {keys}, {values}", f"{length}x{batch}x{values}"
+    return case("toeplitz_attention", name, arguments, passes, shape=shape, quick=quick)
+
+
+CASES = ON_DEVICE = (_case(200, 4), _case(1024, 4, quick=False))

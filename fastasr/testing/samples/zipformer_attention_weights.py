@@ -1,8 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of zipformer_attention_weights."""
+"""Samples of zipformer_attention_weights, and its benchmark at the sizes of Zipformer-M's stacks 0, 1 and 3 (16 s of
+speech, 4 utterances), and at 60 s of one utterance."""
+
+from collections.abc import Callable
 
 import torch
 
+from fastasr.testing.speed import (
+    BATCH,
+    FRAMES,
+    Case,
+    Implementation,
+    case,
+    costs,
+    simple,
+    upstream_member,
+)
 from fastasr.testing.table import Make, OpTable, Sample
 
 
@@ -136,3 +149,45 @@ TABLE = OpTable(
     ),
     random=_random,
 )
+
+
+# --- the benchmark
+
+QUERY_DIM, POS_DIM = 32, 4
+
+
+def _upstream(x, pos, num_heads: int, key_padding_mask, **_) -> Implementation:
+    """Returns upstream's module without its projections: the rest is what the op computes."""
+    cls = upstream_member("zipformer.modules.zipformer.RelPositionMultiheadAttentionWeights")
+    dims = {"query_head_dim": QUERY_DIM, "pos_head_dim": POS_DIM}
+    attention = cls(8, pos_dim=8, num_heads=num_heads, **dims).eval()
+    attention.in_proj = attention.linear_pos = torch.nn.Identity()
+    return simple(lambda x, pos: attention(x, pos, key_padding_mask), x, pos)
+
+
+def ragged(make: Make, frames: int, batch: int, heads: int) -> dict:
+    """Makes sequences that are padded up to 30 %."""
+    padding = _padding(make, torch.linspace(frames, frames * 0.7, batch).long().tolist(), frames)
+    return _call(make, frames, batch, heads, QUERY_DIM, POS_DIM, scale=0.5, key_padding_mask=padding)
+
+
+def measured(op: str, arguments: Callable, forward, backward, *sizes: int, **options) -> Case:
+    """Returns the case of an attention of these numbers of frames, sequences and heads, from its costs."""
+    frames, batch, heads = sizes
+    name, quick = f"{frames}x{batch}, {heads} heads", frames * frames * batch < 4_000_000
+    passes = costs(forward, backward)
+    return case(op, name, lambda m: arguments(m, *sizes), passes, quick=quick, **options)
+
+
+def _case(*sizes: int) -> Case:
+    frames, batch, heads = sizes
+    scores, values = heads * batch * frames * frames, frames * batch * heads * (2 * QUERY_DIM + POS_DIM)
+    product = 2 * scores * (QUERY_DIM + POS_DIM)
+    forward = scores + values, product  # W; x
+    backward = 2 * scores + 2 * values, 2 * product  # W, dW; x, dx
+    others = {"upstream": _upstream}
+    return measured("zipformer_attention_weights", ragged, forward, backward, *sizes, others=others)
+
+
+CASES = (_case(796, 4, 4), _case(398, 4, 4), _case(100, 4, 8), _case(2998, 1, 4))
+ON_DEVICE = (_case(FRAMES, BATCH, 4), _case(188, BATCH, 8))

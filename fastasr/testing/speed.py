@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Declares what ``fastasr bench`` measures of an op: calls at model sizes, their least cost, the peers beside them.
+
+A module of ``fastasr.testing.samples`` lists them as ``CASES``, and as ``ON_DEVICE`` those of a GPU. Nothing is
+allocated or imported before a case is measured.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+
+from fastasr import ops
+from fastasr.testing import peers
+from fastasr.testing.table import Make, floating
+
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+PASSES = (FORWARD, BACKWARD, BOTH)
+FRAMES, BATCH = 1500, 20  # a training step on a GPU: 30 s of speech, 20 utterances
+
+
+class Unavailable(Exception):
+    """Raised when an implementation cannot be measured here; the message says why."""
+
+
+def upstream_member(name: str):
+    """Returns a class or function of an upstream package by its full name, or raises ``Unavailable``."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(peers.module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise Unavailable(str(error)) from None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least a pass needs: bytes read and written once, multiply and add operations of products."""
+
+    bytes: int
+    flops: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+
+def costs_of(forward: Cost, backward: Cost) -> dict[str, Cost]:
+    """Returns the costs of each pass; both passes together cost the sum."""
+    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
+
+
+def costs(forward: tuple[int, int], backward: tuple[int, int]) -> Callable[[int], dict[str, Cost]]:
+    """Returns the costs by item size of passes given as (values read and written, operations)."""
+    return lambda size: costs_of(*(Cost(values * size, flops) for values, flops in (forward, backward)))
+
+
+@dataclass
+class Implementation:
+    """``call`` computes the output; gradients are taken with respect to ``differentiable``.
+
+    ``inference`` is the forward pass without gradients where that is another call, for example where a module is in
+    evaluation mode then.
+    """
+
+    call: Callable[[], torch.Tensor]
+    differentiable: Callable[[], tuple[torch.Tensor, ...]]
+    inference: Callable[[], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """``make(device, dtype)`` returns, per implementation, a function without arguments that builds it (and may raise
+    ``Unavailable``), so that a missing package costs one implementation only.
+
+    ``copy`` adds the implementation "copy", a plain copy of the pass's bytes, as the limit of the machine.
+    """
+
+    op: str
+    name: str
+    shape: str
+    make: Callable[[str, torch.dtype], Mapping[str, Callable[[], Implementation]]]
+    costs: Callable[[int], Mapping[str, Cost]]  # item size in bytes -> cost by pass
+    copy: bool = False
+    passes: tuple[str, ...] = PASSES
+    quick: bool = True  # part of a quick run
+
+
+def parameters(*tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Returns the tensors, made to require gradients."""
+    for tensor in tensors:
+        tensor.requires_grad_(True)
+    return lambda: tensors
+
+
+def simple(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> Implementation:
+    """Wraps ``function(*tensors)``, with gradients of every tensor."""
+    return Implementation(partial(function, *tensors), parameters(*tensors))
+
+
+def computed(
+    function: Callable,
+    arguments: dict,
+    differentiable: Sequence[str] | None = None,
+    result: Callable | None = None,
+) -> Implementation:
+    """Wraps ``function(**arguments)``; ``result(arguments, returned)`` takes the tensor from what it returns.
+
+    Gradients are those of the arguments ``differentiable``, by default of all floating tensors.
+    """
+    call = partial(function, **arguments)
+    names = floating(arguments) if differentiable is None else differentiable
+    return Implementation(
+        call if result is None else lambda: result(arguments, call()),
+        parameters(*(arguments[name] for name in names)),
+    )
+
+
+def module(
+    instance: torch.nn.Module, *inputs: torch.Tensor, result: Callable | None = None, **state: torch.Tensor
+) -> Implementation:
+    """Wraps ``instance(*inputs)``, with gradients of the inputs and parameters, which take the values in ``state``;
+    ``result`` takes the tensor from what the module returns.
+    """
+    for name, value in state.items():
+        parameter = instance.get_parameter(name)
+        parameter.data = value.detach().reshape(parameter.shape).clone()
+    call = partial(instance, *inputs)
+    wanted = parameters(*inputs, *instance.parameters())
+    return Implementation(call if result is None else lambda: result(call()), wanted)
+
+
+def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Compiles ``function`` with torch.compile for exactly these shapes, as a whole graph."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def versions(
+    op: str,
+    arguments: Callable[[Make], dict],
+    others: Mapping[str, Callable[..., Implementation]],
+    compiles: bool = True,
+    **options,
+) -> Callable[[str, torch.dtype], dict[str, Callable[[], Implementation]]]:
+    """Returns ``Case.make`` of an op's definition ("eager"), of the compiled definition, of ``others``, and of the op.
+
+    All get the keyword arguments that ``arguments(make)`` returns, once for a case. ``options``: of ``computed``.
+    """
+
+    def make(device: str, dtype: torch.dtype) -> dict[str, Callable[[], Implementation]]:
+        given = cache(lambda: arguments(Make(dtype, device)))
+        function = getattr(ops, op)
+        made = {"eager": lambda: computed(function.definition, given(), **options)}
+        if compiles:
+            made["compile"] = lambda: computed(compiled(function.definition), given(), **options)
+        made |= {name: lambda build=build: build(**given()) for name, build in others.items()}
+        return made | {"fastasr": lambda: computed(function, given(), **options)}
+
+    return make
+
+
+def case(
+    op: str,
+    name: str | Sequence[int],
+    arguments: Callable[[Make], dict],
+    costs: Callable[[int], Mapping[str, Cost]],
+    note: str = "",
+    *,
+    shape: str | None = None,
+    others: Mapping[str, Callable[..., Implementation]] | None = None,
+    copy: bool = False,
+    passes: tuple[str, ...] = PASSES,
+    quick: bool = True,
+    **options,
+) -> Case:
+    """Returns the case of a call, with ``others`` beside it. Its name is the given one, or one made from sizes, with
+    ``note`` behind it; its shape, by default, is the name. ``options``: of ``versions``.
+    """
+    name = (name if isinstance(name, str) else "x".join(map(str, name))) + note
+    make = versions(op, arguments, others or {}, **options)
+    return Case(op, name, shape or name, make, costs, copy, passes, quick)
