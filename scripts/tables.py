@@ -83,14 +83,24 @@ def op_families() -> str:
     return "\n".join(lines)
 
 
+KERNELS = {"cpu": "C++", "triton": "Triton", "cuda": "CUDA"}
+
+
 def op_rows() -> str:
-    """Returns a line per op, by family: name, what it computes, its page."""
-    lines = ["| op | computes | page |", "|---|---|---|"]
+    """Returns a line per op, by family: name, what it computes, what its kernels are written in, its page."""
+    lines = ["| op | computes | kernels | page |", "|---|---|---|---|"]
     for family, names in by_family().items():
-        lines.append(f"| **{family}** | | |")
+        lines.append(f"| **{family}** | | | |")
         for name in names:
-            page, summary = op_page(name), ops.OPS[name].summary
-            lines.append(f"| `{name}` | {summary.replace('``', '`')} | [{page.stem}](ops/{page.name}) |")
+            page, op = op_page(name), ops.OPS[name]
+            made = dict.fromkeys(KERNELS[i.backend] for i in op.family.implementations)
+            cells = (
+                f"`{name}`",
+                op.summary.replace("``", ""),
+                ", ".join(made),
+                f"[{page.stem}](ops/{page.name})",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -13,8 +13,6 @@ term is active for m outside its range, with the sign e of the excess, the secon
     p = (e / s + f μ / r²) / N        q = (f / r² − e m / s²) / N        mean square = p² + q² s²
 
 Upstream: ``BalancerFunction`` in ``zipformer.modules.scaling``, by a second autograd graph.
-
-Memory traffic per element: x is read for the sums; x and g are read and the result written. 8 FLOPs.
 """
 
 from functools import partial

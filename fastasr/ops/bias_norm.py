@@ -4,8 +4,6 @@ r"""BiasNorm of Zipformer (Yao et al., 2023, section 3.4).
 y = x · s, s = e^log_scale · m^(−1/2), m = mean over channels of (x − bias)². No epsilon. With G = Σ_j g_j x_j and
 k = G s / Σ_j (x_j − b_j)²: dx = g s − k (x − b), db = Σ_rows k (x − b), dlog_scale = Σ_rows G s.
 Upstream: ``BiasNorm`` in ``zipformer.modules.scaling``.
-
-Memory traffic per element: read x, write y forward; read x and grad, write dx backward (the scale is recomputed).
 """
 
 from typing import Annotated

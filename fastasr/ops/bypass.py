@@ -3,8 +3,6 @@ r"""Bypass of Zipformer (Yao et al., 2023, section 3.3): y = x_orig + (x − x_o
 
 With gradient g: dx = g · scale, dx_orig = g · (1 − scale), dscale = Σ_rows g · (x − x_orig).
 Upstream: ``BypassModule`` in ``zipformer.modules.zipformer``.
-
-Memory traffic per element: read x_orig and x, write y forward; read grad, x_orig, x, write dx_orig, dx backward.
 """
 
 from typing import Annotated

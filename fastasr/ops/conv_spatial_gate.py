@@ -12,8 +12,6 @@ Upstream: ``ConvolutionalSpatialGatingUnit`` in ``espnet2.asr.layers.cgmlp`` (be
 With q = dy ⊙ r ⊙ act'(z): dr = dy ⊙ act(z), du[t] = Σ_k weight[k] q[t − k + P] (0 at padding), dweight[k] = Σ q[t]
 u[t + k − P], dbias = Σ q; with d = du ⊙ norm_weight: dg = (d − mean d − n mean(d n)) / √(var g + eps), dnorm_weight =
 Σ du ⊙ n, dnorm_bias = Σ du. Only x is saved: backward computes the rows' statistics, u and z again.
-
-Memory traffic per element of g: read r and g, write y forward; read r, g and dy, write dr and dg backward.
 """
 
 from typing import Annotated, Literal

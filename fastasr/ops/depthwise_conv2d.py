@@ -8,8 +8,6 @@ For x (B, T, F, C), taps w (C, K, L) and zeros around x:
 With gradient g: dx is the convolution of g with w turned by 180° and padding (K − 1 − P, L − 1 − Q),
 dw[c, i, j] = Σ_{b, t, f} g[b, t, f, c] x[b, t + i − P, f + j − Q, c] and dbias = Σ g.
 Upstream: ``ConvNeXt.depthwise_conv`` in ``zipformer.modules.subsampling``.
-
-Memory traffic per element: read x, write y forward; read g and x, write dx backward. 2 K L FLOPs each for y, dx, dw.
 """
 
 from typing import Annotated

@@ -9,8 +9,6 @@ Upstream: ``EBranchformerEncoderLayer.forward`` of ``espnet2.asr.encoder.e_branc
 ``returnn.frontend.encoder.e_branchformer``, between the concatenation and the projection.
 
 With gradient g: dx[t] = g[t] + Σ_k weight[k] g[t − k + P], dweight[k] = Σ g[t] x[t + k − P], dbias = Σ g.
-
-Memory traffic per element: read x, write y forward; read g and x, write dx backward. 2 K FLOPs each for y, dx, dweight.
 """
 
 from typing import Annotated

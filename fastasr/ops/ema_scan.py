@@ -12,8 +12,6 @@ Re(D · change): λ_n(t) = c_n g_t + q_n λ_n(t+1), dx = Re Σ_n b_n λ_n + ω g
 dq_n = c_n Σ_t g_t v_n with v_n(t) = q_n v_n(t−1) + h_n(t−1), dω = Σ_t g x.
 Upstream: ``MultiHeadDampedEMA`` in ``espnet2.asr_transducer.decoder.modules.mega`` and ``MultiHeadComplexEMA`` in
 ``megalodon.modules``, convolutions by FFT.
-
-Memory traffic per element: read x, write y forward; read dy and x twice or less, write dx backward.
 """
 
 import functools

@@ -13,8 +13,6 @@ where the last sum is over the frames of t's chunk of S frames alone, and scale[
 With q = dy · act'(z), r = q · scale: du[t] = Σ_k w[k] r[t − k + P] (within chunks) + Σ_j v[j] q[t − j + P],
 dx = du · sigmoid(s), ds = du · u · (1 − sigmoid(s)), and the weights' gradients are sums of q and r against u.
 Only h is saved: backward recomputes u and z.
-
-Memory traffic per element of u: read x and s, write y forward; read x, s and dy, write dx and ds backward.
 """
 
 from typing import Annotated, Literal

@@ -3,9 +3,6 @@ r"""A linear layer with its activation: y = act(x Wᵀ + b), as feed-forward blo
 
 With z = x Wᵀ + b and gradient g: dz = g ⊙ act'(z), dx = dz W, dW = dzᵀ x, db = Σ_rows dz. Backward needs x and z.
 Without a gradient act(z) takes z's place.
-
-Memory traffic per element of y besides the products: read z, write y forward (in place without a gradient); read g and
-z, write dz backward, with db in the same pass.
 """
 
 from typing import Annotated

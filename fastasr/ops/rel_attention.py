@@ -19,9 +19,6 @@ projections, and RETURNN's; both form the (T, 2T − 1) scores by offset, shift 
 tensors for the backward pass. Here scores by offset are formed for one block of queries and keys at a time and shifted
 where they are added. Forward keeps y and the log-sum-exp of each query, backward computes the scores again: memory is
 O(T) in both.
-
-Memory traffic: every operand once; blocks of them again from the caches. FLOPs: 6 d per query and key forward, 16 d
-backward.
 """
 
 from typing import Annotated

@@ -10,9 +10,6 @@ dupdate = dt.
 
 Upstream: the last lines of ``MEGA.forward`` in ``espnet2.asr_transducer.decoder.blocks.mega`` and of
 ``NormalizedPositionwiseFeedForward.forward`` in ``espnet2.asr_transducer.decoder.modules.mega.feed_forward``.
-
-Memory traffic per element: read the two or four inputs, write y forward; read them and grad, write three gradients (one
-without the gate) backward. Besides the inputs the C++ kernels keep three numbers per row for the backward.
 """
 
 from typing import Annotated

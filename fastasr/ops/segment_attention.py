@@ -19,9 +19,6 @@ With dP = (g vᵀ) ⊙ dropout: dS = P (dP − Σ P dP), dq = dS k / √d, dk = 
 Upstream: ``_EmformerAttention`` in ``torchaudio.models.emformer``, between its projections. It computes all scores and
 hides those that are not seen behind −1e8: 93 % of them at T = 400, S = 16, R = 4, L = 30. Here no score outside a
 segment's window is formed but for the edges of tiles, and there is no mask.
-
-Memory traffic: every operand once; scores stay in the cache. Backward recomputes them from q and k. FLOPs: 4 d per
-query and key that it sees forward, 10 d backward.
 """
 
 from typing import Annotated

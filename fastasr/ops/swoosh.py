@@ -3,8 +3,6 @@ r"""Swoosh activations of Zipformer (Yao et al., "Zipformer", 2023, section 3.5)
 
 SwooshL(x) = log(1 + e^(x-4)) − 0.08 x − 0.035, SwooshR(x) = log(1 + e^(x-1)) − 0.08 x − 0.313261687,
 derivative sigmoid(x − a) − 0.08 with a = 4, 1. Upstream: ``SwooshL``, ``SwooshR`` in ``zipformer.modules.scaling``.
-
-Memory traffic per element: read x, write y forward; read x and grad, write dx backward.
 """
 
 from functools import partial

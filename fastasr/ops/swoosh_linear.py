@@ -4,8 +4,6 @@ r"""Swoosh, dropout with a mask shared over one dimension, and a linear layer: y
 m = 1 outside training, else [u > p] / (1 − p) with u uniform, of size 1 along the shared dimension. Only x is saved:
 backward recomputes a = swoosh(x) ⊙ m in the pass that forms dx = (g W) ⊙ m ⊙ swoosh'(x), then dW = gᵀ a, db = Σ g.
 Upstream: ``ActivationDropoutAndLinear`` in ``zipformer.modules.scaling``.
-
-Memory traffic per element of x besides the products: read x, write a forward; read x and g W, write a and dx backward.
 """
 
 from typing import Annotated, Literal

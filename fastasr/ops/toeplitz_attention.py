@@ -14,9 +14,6 @@ dS = s ⊙ (dA − Σ_j s dA) with s = softmax(S); dβ_t = Σ_{j−i=t} dS_ij; d
 dw = Σ dq̂ z, Σ dk z; db = Σ dq̂, and 0 for keys, whose bias moves all scores of a query alike;
 dquery_key = (dq̂ w₀ + dk w₁) act'(query_key).
 Upstream: ``MEGA`` in ``espnet2.asr_transducer.decoder.blocks.mega``.
-
-Memory traffic: every operand once; no L × L tensor leaves the cache forward. Kept for the backward: the inputs and h;
-weights and dS then exist for a few sequences at a time.
 """
 
 import math

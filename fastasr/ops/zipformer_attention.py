@@ -6,8 +6,6 @@ r"""Values weighted by attention with relative positions of Zipformer, without t
 v holds the values of the first ``value_heads`` heads side by side. With G = dy: dV = Wᵀ G, dW = G Vᵀ, and from dW as
 there. W is never stored: forward and backward meet blocks of queries with all keys, O(T) memory for one block, and the
 backward pass computes the scores again from the inputs: nothing else is kept.
-
-Memory traffic: x, R and v once; read again from the caches by every block of queries.
 """
 
 from typing import Annotated

@@ -7,8 +7,6 @@ x holds q | k | p side by side, R = pos holds 2T−1+left offsets, the keys are 
 With g = dW and δ = Σ_j W g: dS = W (g − δ), 0 where masked, plus penalty · sign(s) where |s| > limit (before masking);
 dq = dS k, dk = dSᵀ q, dp[i] = Σ_j dS R[T−1−i+j], dR[r] = Σ p[i] dS[i,j] over the diagonal r = T−1−i+j.
 Upstream: ``RelPositionMultiheadAttentionWeights`` in ``zipformer.modules.zipformer``.
-
-Memory traffic: write W forward; read W and g backward. Scores exist in the cache alone.
 """
 
 from typing import Annotated
