@@ -37,7 +37,6 @@ HIDDEN = {"BLOCK_R": 4, "BLOCK_C": 256, "num_warps": 4}
 FRAME = {"BLOCK_C": 512, "num_warps": 4}
 CONTEXT = {"BLOCK_T": 16, "BLOCK_C": 128, "num_warps": 4}
 NO_SYMBOL, UNKNOWN = tl.constexpr(-1), tl.constexpr(-2)
-NAN = tl.constexpr(float("nan"))
 SIZES = ["first", "rows", "frames", "length", "s_range"]
 
 
@@ -135,7 +134,7 @@ def scores_kernel(
     if HAT:
         px = tl.where(symbol == blank, NONE, px - softplus(z))
         py = -softplus(-z)
-    px = tl.where(symbol == UNKNOWN, NAN, tl.where(symbol == NO_SYMBOL, NONE, px))
+    px = tl.where(symbol == UNKNOWN, float("nan"), tl.where(symbol == NO_SYMBOL, NONE, px))
     keep = row < rows
     tl.store(PX + row, tl.where(inside, px, NONE).to(tl.float32), mask=keep)
     tl.store(PY + row, tl.where(inside, py, NONE).to(tl.float32), mask=keep)

@@ -39,6 +39,7 @@ class FakeGPU:
     current: int = 0
     launches: list[Launch] = field(default_factory=list)
     elsewhere: dict[int, int] = field(default_factory=dict)  # devices of some tensors, by address
+    errors: dict[JITFunction, Exception] = field(default_factory=dict)  # what compiling a kernel raises
 
     def get_current_device(self) -> int:
         return self.current
@@ -61,6 +62,9 @@ class FakeGPU:
 
     def compile(self, kernel, key, signature, device, constants, options, *_):
         """Stands for Triton's compiler."""
+        kernel.cache_key  # noqa: B018, which notes the globals that the kernel reads: later launches compare them
+        if kernel in self.errors:
+            raise self.errors[kernel]
         found = kernel.device_caches[device][0][key] = _Compiled(self, kernel, options.__dict__)
         return found
 
@@ -99,6 +103,7 @@ def fake_gpu(**settings) -> Iterator[FakeGPU]:
             (JITFunction, "_do_compile", lambda kernel, *rest: gpu.compile(kernel, *rest)),
             (torch.Tensor, "get_device", lambda t: gpu.device_of(t)),
             (torch.cuda, "device", gpu.guard),
+            (torch.cuda, "is_available", lambda: True),
             (torch.cuda, "get_device_capability", lambda *_: gpu.capability),
             (torch.cuda, "get_device_properties", lambda *_: properties),
             (_dispatch, "interpreting", lambda: True),
