@@ -10,3 +10,7 @@ for the device, and returns new tensors. It starts kernels by ``_launch.launch``
 stream. ``DTYPES`` in each file names the element types its kernels read and write; they compute and accumulate in
 float32.
 """
+
+
+class Unlaunchable(RuntimeError):
+    """The device cannot run a kernel, or Triton cannot compile it for the device."""

@@ -6,7 +6,10 @@ in every launch from all arguments and options, which costs more time on the hos
 """
 
 import torch
+from triton.errors import TritonError
 from triton.runtime import JITFunction, driver
+
+from fastasr.kernels import Unlaunchable
 
 # By all that selects the code: the kernel, what Triton compiled of it, and the constants behind the arguments.
 _compiled: dict[tuple, tuple] = {}
@@ -17,7 +20,8 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
 
     ``arguments`` are the kernel's tensors, numbers and None, in order; ``constants`` are its constants and Triton's
     options by name. Triton's own launch serves the first call of each combination of dtypes, alignments, constants and
-    device; the others run what it compiled. Raises ValueError for tensors on several devices.
+    device; the others run what it compiled. Raises ValueError for tensors on several devices, and Unlaunchable where
+    the device lacks the memory or registers for a program, or the kernel does not compile for it.
     """
     if not isinstance(kernel, JITFunction):  # the interpreter's
         kernel[grid](*arguments, **constants)
@@ -49,7 +53,10 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
         with torch.cuda.device(device):
             launch(kernel, grid, *arguments, **constants)
     elif key not in _compiled:
-        compiled = kernel[grid](*arguments, **constants)
+        try:
+            compiled = kernel[grid](*arguments, **constants)
+        except TritonError as error:
+            raise Unlaunchable(f"{kernel.__name__}: {error}") from error
         rest = [constants[name] for name in kernel.arg_names[len(arguments) :]]
         _compiled[key] = kernel, compiled, rest
     else:

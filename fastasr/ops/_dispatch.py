@@ -3,19 +3,22 @@
 
 A :class:`KernelFamily` groups the kernels that share one implementation (``swoosh`` serves three ops). For a tensor's
 device and dtype it answers with the kernels to call, or with ``None``: then the op runs its eager definition. The
-choice is made once per (device type, dtype) and remembered until :func:`backend` changes it.
+choice is made once per (device, dtype) and remembered until :func:`backend` changes it.
 """
 
 import contextlib
 import importlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 from types import ModuleType
 
 import torch
+
+from fastasr.kernels import Unlaunchable
 
 BACKENDS = ("cpu", "cuda", "triton", "eager")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -98,6 +101,25 @@ def _reason_triton() -> str:
     return "" if torch.cuda.is_available() else "no CUDA device"
 
 
+def _unfit_for_triton(device: torch.device | None = None) -> str:
+    """Says why the Triton kernels do not serve a CUDA device, by default the current one, or returns ""."""
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs, and this is torch for ROCm"
+    return _too_old(device, 80)
+
+
+def _unfit_for_cuda(device: torch.device | None = None) -> str:
+    """Says why the native library's CUDA kernels do not serve a CUDA device, or returns ""."""
+    return _too_old(device, min(map(int, re.findall(r"\d+", native_build_info()["cuda_architectures"]))))
+
+
+def _too_old(device: torch.device | None, least: int) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor >= least:
+        return ""
+    return f"the kernels need compute capability {least / 10}, and the device has {major}.{minor}"
+
+
 # --------------------------------------------------------------------------- the forced backend
 def _initial_backend() -> str:
     name = os.environ.get("FASTASR_BACKEND", "auto") or "auto"
@@ -169,6 +191,8 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...]
     reason: Callable[[], str]
     load: Callable[[], Kernels]
+    # the reason why it does not serve a CUDA device
+    unfit: Callable[[torch.device | None], str] = lambda device=None: ""
 
 
 @dataclass
@@ -180,6 +204,8 @@ class KernelFamily:
         False  # the eager definition calls a vendor library's kernel: using it loses nothing worth a warning
     )
     chosen: dict = field(default_factory=dict)
+    # by device and dtype: the backend whose kernels the device could not launch, and why
+    failed: dict = field(default_factory=dict)
     # Returns the native kernels while they serve plain CPU tensors, else None. An op's shortest path calls them before
     # any check: the kernels' own checks raise RuntimeError, and the op then takes the checked path.
     native: Kernels | None = None
@@ -191,7 +217,7 @@ class KernelFamily:
         """Returns the kernels for tensors like ``x``, or None to run the eager definition. A float64 among ``others``
         asks for float64 kernels.
         """
-        key = (x.device.type, widest(x, others))
+        key = (x.device, widest(x, others))
         try:
             return self.chosen[key]
         except KeyError:
@@ -200,7 +226,15 @@ class KernelFamily:
         self.chosen[key] = kernels
         return kernels
 
-    def _choose(self, device_type: str, dtype: torch.dtype) -> Kernels | None:
+    def give_up(self, error: Unlaunchable, x: torch.Tensor, *others: torch.Tensor | None) -> None:
+        """Leaves tensors like ``x`` to the eager definition from now on: the device cannot launch a kernel. Warns, and
+        raises ``RuntimeError`` where the backend is forced.
+        """
+        key = (x.device, widest(x, others))
+        self.failed[key] = "triton", str(error)
+        self.chosen[key] = self._choose(*key)
+
+    def _choose(self, device: torch.device, dtype: torch.dtype) -> Kernels | None:
         forced = _forced
         if forced == "eager":
             return None
@@ -208,12 +242,12 @@ class KernelFamily:
         for implementation in self.implementations:
             if forced not in ("auto", implementation.backend):
                 continue
-            reason = self._why_not(implementation, device_type, dtype, forced)
+            reason = self.why_not(implementation, device, dtype)
             if not reason:
                 return implementation.load()
-            if device_type in implementation.device_types or forced != "auto":
+            if device.type in implementation.device_types or forced != "auto":
                 reasons.append(f"{implementation.backend}: {reason}")
-        where = f"{self.name} on {device_type}, {str(dtype).removeprefix('torch.')}"
+        where = f"{self.name} on {device.type}, {str(dtype).removeprefix('torch.')}"
         if forced != "auto":
             raise RuntimeError(
                 f"fastasr: backend {forced!r} is forced but cannot serve {where}: "
@@ -223,14 +257,20 @@ class KernelFamily:
             _log.warning("%s runs in eager: %s", where, "; ".join(reasons))
         return None
 
-    @staticmethod
-    def _why_not(implementation: Implementation, device_type: str, dtype: torch.dtype, forced: str) -> str:
-        interpreted = implementation.backend == "triton" and forced == "triton" and interpreting()
-        if device_type not in implementation.device_types and not (interpreted and device_type == "cpu"):
+    def why_not(self, implementation: Implementation, device: torch.device, dtype: torch.dtype) -> str:
+        """Says why an implementation does not serve tensors of this device and dtype, or returns ""."""
+        backend = implementation.backend
+        interpreted = backend == "triton" and _forced == "triton" and interpreting()
+        if device.type not in implementation.device_types and not (interpreted and device.type == "cpu"):
             return f"serves {', '.join(implementation.device_types)} tensors only"
         if dtype not in implementation.dtypes:
             return f"no {str(dtype).removeprefix('torch.')} kernel"
-        return implementation.reason()
+        failed, why = self.failed.get((device, dtype), ("", ""))
+        return (
+            implementation.reason()
+            or (implementation.unfit(device) if device.type == "cuda" else "")
+            or (why if failed == backend else "")
+        )
 
 
 FAMILIES: dict[str, KernelFamily] = {}
@@ -242,15 +282,15 @@ def widest(x: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> torch.dt
 
 
 @torch.compiler.assume_constant_result
-def _served(family: str, device_type: str, dtype: torch.dtype, forced: str) -> bool:
-    return FAMILIES[family]._choose(device_type, dtype) is not None
+def _served(family: str, device_type: str, index: int | None, dtype: torch.dtype, forced: str) -> bool:
+    return FAMILIES[family]._choose(torch.device(device_type, index), dtype) is not None
 
 
 def served(family: str, x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Says whether a kernel serves x. Code that is being traced asks this: a graph is valid for one forced backend
     only.
     """
-    return _served(family, x.device.type, widest(x, others), _forced)
+    return _served(family, x.device.type, x.device.index, widest(x, others), _forced)
 
 
 def native_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Implementation:
@@ -267,9 +307,8 @@ def native_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Imp
 
 def cuda_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Implementation:
     """Returns the CUDA kernels ``torch.ops.fastasr_cuda.<name>_forward`` and ``_backward``."""
-    return Implementation(
-        "cuda", ("cuda",), dtypes, partial(_reason_cuda, name), partial(_registered, "cuda", name)
-    )
+    load = partial(_registered, "cuda", name)
+    return Implementation("cuda", ("cuda",), dtypes, partial(_reason_cuda, name), load, _unfit_for_cuda)
 
 
 def _registered(backend: str, name: str) -> Kernels:
@@ -288,16 +327,20 @@ def triton_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING[:3]) ->
         module = importlib.import_module(f"fastasr.kernels.{name}")
         return Kernels("triton", getattr(module, f"{name}_forward"), getattr(module, f"{name}_backward"))
 
-    return Implementation("triton", ("cuda",), dtypes, _reason_triton, load)
+    return Implementation("triton", ("cuda",), dtypes, _reason_triton, load, _unfit_for_triton)
 
 
 def table() -> list[dict]:
-    """Returns one row per op and backend: op, backend, available, reason, devices, dtypes."""
+    """Returns one row per op and backend: op, backend, available, reason, devices, dtypes. The reason may be that the
+    current CUDA device is too old.
+    """
     rows = []
     for family in FAMILIES.values():
         for op in family.ops:
             for implementation in family.implementations:
                 reason = implementation.reason()
+                if not reason and torch.cuda.is_available():
+                    reason = implementation.unfit()
                 rows.append(
                     {
                         "op": op,
@@ -321,20 +364,32 @@ def table() -> list[dict]:
     return rows
 
 
-def explain_choice(family: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+def explain_choice(family: str, device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
     """Returns (backend, reason) that a tensor of this kind gets now; the reason says why it is eager, else it is ""."""
+    device = torch.device(device)
     reasons = []
     if _forced == "eager":
         return "eager", "backend 'eager' is forced"
     for implementation in FAMILIES[family].implementations:
         if _forced not in ("auto", implementation.backend):
             continue
-        reason = KernelFamily._why_not(implementation, device_type, dtype, _forced)
+        reason = FAMILIES[family].why_not(implementation, device, dtype)
         if not reason:
             return implementation.backend, ""
-        if device_type in implementation.device_types:
+        if device.type in implementation.device_types:
             reasons.append(f"{implementation.backend}: {reason}")
-    return "eager", "; ".join(reasons) or f"no kernel for {device_type} tensors"
+    return "eager", "; ".join(reasons) or f"no kernel for {device.type} tensors"
+
+
+def eager_on_device(ops: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str:
+    """Says which of the ops run in eager on a CUDA device though they have kernels for one, and why, or returns ""."""
+    ops_by_reason: dict[str, list[str]] = {}
+    for family in FAMILIES.values():
+        served = family.vendor or not any("cuda" in i.device_types for i in family.implementations)
+        found = [] if served or device.type != "cuda" else [op for op in ops if op in family.ops]
+        if found and (reason := explain_choice(family.name, device, dtype)[1]):
+            ops_by_reason.setdefault(reason, []).extend(found)
+    return "; ".join(f"{', '.join(names)} in eager: {reason}" for reason, names in ops_by_reason.items())
 
 
 # --------------------------------------------------------------------------- plain tensors

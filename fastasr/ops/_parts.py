@@ -22,6 +22,7 @@ from torch import (
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
+from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served, widest
 from fastasr.ops._register import autocast_dtype, refuse_double_backward
 
@@ -122,3 +123,16 @@ def formula_gradients(op, grads, saved) -> tuple[Tensor | None, ...]:
         None if t is None else next(found).to(getattr(saved, a.name).dtype)
         for a, t in zip(op.differentiable, leaves, strict=True)
     )
+
+
+def gradients_without(error: Unlaunchable, op, grads, saved) -> tuple[Tensor | None, ...]:
+    """Computes the gradients by the formula where the device cannot launch the kernels, and calls them no more. Raises
+    ``RuntimeError`` where the formula's arguments are not kept.
+    """
+    if op.unread:
+        raise RuntimeError(
+            f"fastasr.{op.name}: the kernels cannot compute the gradients here: {error}; "
+            f"compute values and gradients under `with fastasr.backend('eager'):`"
+        ) from error
+    op.family.give_up(error, *(getattr(saved, name) for name in op.deciding))
+    return formula_gradients(op, grads, saved)

@@ -21,7 +21,11 @@ def _run({operator_parameters}):
     _kernels = _family.kernels({deciding})
     if _kernels is None:
         return _formula_results(_op, _Arguments({names}))
-    {found} = _run_kernels(_kernels, {names}{keep})
+    try:
+        {found} = _run_kernels(_kernels, {names}{keep})
+    except _Unlaunchable as _error:
+        _family.give_up(_error, {deciding})
+        return _formula_results(_op, _Arguments({names}))
     {drop}
     return {dense_found}
 
@@ -58,8 +62,12 @@ def {name}({parameters}):
     if _kernels is None:
         return {definition}
     {cast}
-    {apply}
-    {results} = _run_kernels(_kernels, {names}{not_keeping})
+    try:
+        {apply}
+        {results} = _run_kernels(_kernels, {names}{not_keeping})
+    except _Unlaunchable as _error:
+        _family.give_up(_error, {deciding})
+        return {definition}
     return {selected}
 
 
@@ -97,7 +105,10 @@ def _run_backward({grads}, {saved}{needs}):
     if _kernels is None:
         {gradients}, = _formula_gradients(_op, ({grads},), _make(_Saved, ({saved},)))
     else:
-        {gradients}, = _differentiate(_kernels, {grads}, {saved}{needs})
+        try:
+            {gradients}, = _differentiate(_kernels, {grads}, {saved}{needs})
+        except _Unlaunchable as _error:
+            {gradients}, = _gradients_without(_error, _op, ({grads},), _make(_Saved, ({saved},)))
         {apart}
     return {dense_gradients}
 
@@ -135,7 +146,10 @@ class {class_name}(_Function):
         {no_grads_directly}
         {native_backward}
         {asked}
-        {gradients}, = _differentiate(_kernels, {grads}, {saved}{asked_by_autograd})
+        try:
+            {gradients}, = _differentiate(_kernels, {grads}, {saved}{asked_by_autograd})
+        except _Unlaunchable as _error:
+            {gradients}, = _gradients_without(_error, _op, ({grads},), _make(_Saved, ({saved},)))
         return None, None, {for_autograd}
 """
 

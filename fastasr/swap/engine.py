@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import parametrize
 
+from fastasr.ops._dispatch import eager_on_device
 from fastasr.swap import binding
 from fastasr.swap.report import REPLACED, ROLLED_BACK, SKIPPED, Row, SwapReport
 from fastasr.swap.rule import Known, Rule, upstream_class
@@ -136,7 +137,11 @@ def _row(path, module, decision, accept):
     rule = decision.rule
     status = REPLACED if accept else SKIPPED
     kernels = rule.kernels if rule is not None else ()
-    return Row(path, type(module).__name__, rule.name if rule else None, kernels, status, decision.reason)
+    reason, parameter = decision.reason, next(module.parameters(), None)
+    if accept and parameter is not None:
+        eager = eager_on_device(kernels, parameter.device, parameter.dtype)
+        reason = "; ".join(filter(None, (reason, eager)))
+    return Row(path, type(module).__name__, rule.name if rule else None, kernels, status, reason)
 
 
 def _plan(model, only, exclude):
