@@ -24,7 +24,9 @@ the shape alone, added in float64: results repeat bit for bit, there are no atom
 Launches: forward 1 (2 for one step), and a copy of the state; backward 1 and 4 for the norms.
 """
 
+import logging
 import os
+import re
 
 import torch
 import triton
@@ -36,6 +38,7 @@ from fastasr.kernels._launch import launch
 from fastasr.kernels.residual_norm import _mean
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_log = logging.getLogger("fastasr")
 
 MAX_UNITS = 8192
 BLOCK_B, BLOCK_N, NUM_WARPS = 16, 16, 4  # a tile of the products
@@ -332,9 +335,28 @@ def norm_gradient_kernel(
 
 
 # --------------------------------------------------------------------------- launches
-def _together() -> bool:
+_apart: set[torch.device] = set()  # devices whose driver has refused a cooperative launch
+
+
+def _together(device: torch.device) -> bool:
     """Says whether programs run at the same time, so that they can wait for each other."""
-    return os.environ.get("TRITON_INTERPRET") != "1"
+    return os.environ.get("TRITON_INTERPRET") != "1" and device not in _apart
+
+
+def _launched_together(kernel, programs: int, device: torch.device, *arguments, **shape) -> bool:
+    """Launches programs that wait for each other. Returns False, and remembers it, if the driver refuses because it
+    cannot run all of them at the same time: under MPS or in a green context it may have fewer multiprocessors than the
+    device.
+    """
+    try:
+        launch(kernel, (programs,), *arguments, **shape, launch_cooperative_grid=True)
+    except RuntimeError as error:
+        if not re.search("cooperative launch|not supported", str(error)):
+            raise
+        _apart.add(device)
+        _log.warning("layer_norm_lstm on %s launches each phase of a step: %s", device, error)
+        return False
+    return True
 
 
 def shapes(units: int, batch: int, programs: int, dtype: torch.dtype) -> dict[str, int]:
@@ -368,13 +390,14 @@ def _launch(kernel, arguments, first: int, last: int, tail, weight, batch: int) 
     shape = shapes(units, batch, programs, weight.dtype)
     if programs == 1:  # no other program to wait for
         launch(kernel, (1,), *arguments, None, *tail(first, last), **shape)
-    elif last - first > 2 and _together():
+        return
+    if last - first > 2 and _together(device):
         arrived = torch.zeros(1, dtype=torch.int32, device=device)
-        shape["launch_cooperative_grid"] = True
-        launch(kernel, (programs,), *arguments, arrived, *tail(first, last), **shape)
-    else:
-        for phase in range(first, last):
-            launch(kernel, (programs,), *arguments, None, *tail(phase, phase + 1), **shape)
+        arguments_of_all = *arguments, arrived, *tail(first, last)
+        if _launched_together(kernel, programs, device, *arguments_of_all, **shape):
+            return
+    for phase in range(first, last):
+        launch(kernel, (programs,), *arguments, None, *tail(phase, phase + 1), **shape)
 
 
 def _check(steps: int, batch: int, units: int) -> None:

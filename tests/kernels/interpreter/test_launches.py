@@ -3,6 +3,7 @@
 
 import os
 
+import pytest
 import torch
 from triton.runtime import interpreter
 
@@ -65,6 +66,31 @@ def _run_together(self, *arguments, **options):
     assert [os.waitpid(process, 0)[1] for process in running] == [0] * programs
 
 
+@pytest.mark.parametrize("reason", ["too many blocks in cooperative launch", "operation not supported"])
+def test_layer_norm_lstm_without_cooperative_launches(monkeypatch, caplog, reason):
+    """Where the driver refuses to run all programs at once, each phase is a launch of its own. A warning says so."""
+    grads, run = lstm(2, 3, 20)
+    expected = run(grads)
+    alone, launches = interpreter.GridExecutor.__call__, []
+
+    def refuse(self, *arguments, **options):
+        launches.append(options.pop("launch_cooperative_grid", False))
+        if launches[-1]:
+            raise RuntimeError(f"Triton Error [CUDA]: {reason}")
+        alone(self, *arguments, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", refuse)
+    monkeypatch.setattr(layer_norm_lstm, "_apart", set())
+    monkeypatch.delenv("TRITON_INTERPRET")
+    for _ in range(2):
+        for a, b in zip(run(grads), expected, strict=True):
+            assert torch.equal(a, b)
+    assert launches.count(True) == 1
+    assert [r.message for r in caplog.records] == [
+        f"layer_norm_lstm on cpu launches each phase of a step: Triton Error [CUDA]: {reason}"
+    ]
+
+
 def test_programs_of_layer_norm_lstm_wait_for_each_other(monkeypatch):
     """One launch over the sequence, a process for each program, gives what a launch for each phase gives."""
     torch.manual_seed(0)
@@ -82,7 +108,7 @@ def test_programs_of_layer_norm_lstm_wait_for_each_other(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *shape, **rest: zeros(*shape, **rest).share_memory_())
     monkeypatch.setattr(torch.Tensor, "clone", lambda t: empty(t.shape).share_memory_().copy_(t))
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
-    monkeypatch.setattr(layer_norm_lstm, "_together", lambda: True)
+    monkeypatch.setattr(layer_norm_lstm, "_together", lambda device: True)
     for a, b in zip(run(grads), expected, strict=True):
         assert torch.equal(a, b)
     assert launches.count(True) == 2
