@@ -6,10 +6,13 @@ For a tensor p with root mean square r, gradient g and step t:
     v <- b2 v + (1 - b2) g^2                       d = -lr max(r, min_rms) g / (sqrt(v / (1 - b2^(t+1))) + eps)
     m <- b1 m + (1 - b1) (d + p s)                 p <- p + m
 
-where s is 0 except at every fourth step: there it is Adam's step for log r, whose gradient is sum(p g). Tensors of one
-element have no r; their rate is ``scalar_lr_scale`` times that of the others. If the norm of all r g exceeds
-``clipping_scale`` times its median over 100 steps, the gradients are scaled down to that. A common factor of all
-gradients has no effect except through eps.
+where s is 0 except at every fourth step, when r is measured again: there s is Adam's step for log r, whose gradient is
+sum(p g), at most 0.1 in size. Tensors of one element have no r; their rate is ``scalar_lr_scale`` times that of the
+others. A common factor of all gradients has no effect except through eps.
+
+Every 100 steps the median of the norms of all r g in those steps sets a limit, ``clipping_scale`` times the median;
+after 10, 20 and 40 steps, twice that. A step whose norm exceeds the limit scales its gradients down to it; one whose
+norm is not finite uses none of its gradients. The first 10 steps have no limit.
 
 Yao et al., "Zipformer" (2024), section 3.5. Parameters may be sharded by FSDP2: sums over a tensor are then
 reduced over the shards, all tensors of the model at once.
@@ -28,7 +31,19 @@ MAX_SIZE_STEP = 0.1
 
 
 class ScaledAdam(torch.optim.Optimizer):
-    """The optimizer of the formulas above. ``params`` are parameters; for parameter groups, make one optimizer each."""
+    """The optimizer of the formulas above. ``params`` are parameters; for parameter groups, make one optimizer each.
+
+    Args:
+        lr: step relative to a tensor's root mean square. betas, eps: b1, b2 and eps.
+        clipping_scale: the limit of the gradients' norm over its median; None uses the gradients as they are.
+        scalar_lr_scale: rate of tensors of one element, and of sizes, over ``lr``.
+        param_min_rms, param_max_rms: smallest r that a step is relative to, below which sizes do not change; largest r
+            that a change of size may reach.
+        scalar_max: limit of the absolute value of a tensor of one element.
+    Raises:
+        ValueError: ``lr`` or ``betas`` are out of range, or there is more than one group.
+        RuntimeError: in ``step``, if half of the gradients' norms are not finite.
+    """
 
     _flat = None
 

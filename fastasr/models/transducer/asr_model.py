@@ -159,7 +159,13 @@ class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
             use_cr_ctc: whether to use consistency-regularised CTC. The batch is then doubled and the losses are halved.
             use_spec_aug, spec_augment, supervision_segments, time_warp_factor: with CR-CTC, both copies get the same
                 time warp, and then ``spec_augment``, which must not warp time itself, masks each of them.
-            reduction: "sum"; "mean", only without an attention decoder; or "none" for losses per element.
+            reduction: "sum" over the batch; "mean", only without an attention decoder: the transducer's losses over the
+                sequences, CTC's as ``torch.nn.functional.ctc_loss`` does, the consistency's over all elements; or
+                "none": (batch,) of the transducer and of CTC, (batch * (longest + 1),) of the attention decoder,
+                (batch, frames, vocab_size) of the consistency, with CR-CTC's copies counted in ``batch``.
+        Raises:
+            ValueError: shapes do not match, a token is not in [0, vocab_size), a sequence is too short for a frame of
+                output, ``reduction`` is another, or CR-CTC lacks ``use_ctc`` or what ``use_spec_aug`` needs.
         """
         self._check(x, x_lens, y)
         if use_cr_ctc:

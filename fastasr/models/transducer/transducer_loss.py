@@ -27,14 +27,16 @@ class TransducerLoss:
         lm_scale: float = 0.0,
         reduction: str = "sum",
     ) -> tuple[Tensor, Tensor]:
-        """Returns (simple loss, pruned loss).
+        """Returns (simple loss, pruned loss), in float32.
 
         Args:
             encoder_out: (B, T, C); encoder_out_lens: (B,).
             y: one list of tokens per sequence.
             prune_range: positions per frame that the pruned loss keeps.
             am_scale, lm_scale: weights of the two models alone in the simple loss.
-            reduction: none, mean or sum.
+            reduction: over the sequences: none, which gives losses (B,), mean or sum.
+        Raises:
+            ValueError: ``reduction`` is another, or a length or a token is out of range.
         """
         blank, device = self.blank_id, encoder_out.device
         contexts, _ = pad_sequences(y, blank, sos_id=blank, device=device)

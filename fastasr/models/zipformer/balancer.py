@@ -43,7 +43,9 @@ def rms_limit(mean_abs):
 
 
 class CutoffEstimator:
-    """Tells whether a number is among the largest. On average this is true for a share ``p`` of the numbers."""
+    """Tells whether a number is above the cutoff, which begins at 0 and follows the numbers so that a share ``p`` of
+    those seen is above it.
+    """
 
     def __init__(self, p):
         self.p = p
