@@ -17,6 +17,9 @@ ARCHITECTURES = (80, 90)
 CHOSEN_FOR = (80, 90)  # the launchers' tiles are chosen for these: nothing spills there, and everything fits
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 @dataclass
 class Configuration:
     """A kernel with everything that selects its code.
@@ -62,17 +65,13 @@ def _swoosh():
         for label, kind in kinds.items():
             if dtype == "fp16" and label != "column mask":
                 continue
-            tile = (
-                {"BLOCK_R": 8, "BLOCK_C": 256, "GROUPED": False}
-                if kind >= 2
-                else {"TAIL": False, "BLOCK": swoosh.BLOCK}
-            )
+            if kind >= 2:
+                forward, backward = swoosh.forward_tile, swoosh.backward_tile
+                tile = {"BLOCK_R": 8, "BLOCK_C": 256, "GROUPED": False}
+            else:
+                forward, backward = swoosh.forward_flat, swoosh.backward_flat
+                tile = {"TAIL": False, "BLOCK": swoosh.BLOCK}
             common = {"RIGHT": False, "KIND": kind, **tile, **({"MASK": None} if kind == 0 else {})}
-            forward, backward = (
-                (swoosh.forward_tile, swoosh.backward_tile)
-                if kind >= 2
-                else (swoosh.forward_flat, swoosh.backward_flat)
-            )
             divisible = ("columns",)
             yield Configuration(f"swoosh forward, {label}, {dtype}", forward, types, common, 4, divisible)
             for output in (False, True):
@@ -84,14 +83,8 @@ def _swoosh():
     yield Configuration("swooshR forward, tail, bf16", swoosh.forward_flat, types, {**base, "TAIL": True}, 4)
     types = dict.fromkeys(("X", "Y", "MASK"), "bf16")
     narrow = {"RIGHT": True, "KIND": 3, "GROUPED": True, "BLOCK_R": 64, "BLOCK_C": 32}
-    yield Configuration(
-        "swooshR forward, groups, column mask of 32, bf16",
-        swoosh.forward_tile,
-        types,
-        narrow,
-        4,
-        ("columns",),
-    )
+    name = "swooshR forward, groups, column mask of 32, bf16"
+    yield Configuration(name, swoosh.forward_tile, types, narrow, 4, ("columns",))
     one = {"RIGHT": True, "KIND": 2, "GROUPED": False, "BLOCK_R": 64, "BLOCK_C": 32, "columns": 1}
     yield Configuration("swooshR forward, row mask, one column, bf16", swoosh.forward_tile, types, one, 4)
 
@@ -100,26 +93,23 @@ def _bias_norm():
     from fastasr.kernels import bias_norm
 
     parts = {"DBIAS_PARTS": "fp32", "DLOG_SCALE_PARTS": "fp32"}
-    sizes = {"fp32": (192, 512, 768, 2048, 8192), "bf16": (192, 512, 768, 2048, 8192), "fp16": (512,)}
-    for dtype, channels in sizes.items():
-        types = (
-            dict.fromkeys(("X", "BIAS", "LOG_SCALE", "Y", "GRAD", "DX", "DBIAS", "DLOG_SCALE"), dtype) | parts
-        )
-        for c in channels:
-            for kernel, least in (("forward", bias_norm.FORWARD_TILE), ("backward", 0)):
-                block_r, block_c, warps = bias_norm._blocks(c, least)
-                constants = {"BLOCK_R": block_r, "BLOCK_C": block_c}
-                function = getattr(bias_norm, f"{kernel}_kernel")
-                yield Configuration(
-                    f"bias_norm {kernel}, C={c}, {dtype}", function, types, constants, warps, ("C",)
-                )
-    mixed = dict.fromkeys(("BIAS", "LOG_SCALE", "Y", "GRAD", "DBIAS", "DLOG_SCALE"), "fp32") | parts
-    mixed |= {"X": "bf16", "DX": "bf16"}
-    for kernel, least in (("forward", bias_norm.FORWARD_TILE), ("backward", 0)):
-        block_r, block_c, warps = bias_norm._blocks(512, least)
-        constants = {"BLOCK_R": block_r, "BLOCK_C": block_c}
-        function = getattr(bias_norm, f"{kernel}_kernel")
-        yield Configuration(f"bias_norm {kernel}, C=512, x bf16", function, mixed, constants, warps, ("C",))
+    names = ("X", "BIAS", "LOG_SCALE", "Y", "GRAD", "DX", "DBIAS", "DLOG_SCALE")
+
+    def both(channels: int, label: str, types: dict):
+        for kernel, least in (("forward", bias_norm.FORWARD_TILE), ("backward", 0)):
+            block_r, block_c, warps = bias_norm._blocks(channels, least)
+            constants = {"BLOCK_R": block_r, "BLOCK_C": block_c}
+            name, function = (
+                f"bias_norm {kernel}, C={channels}, {label}",
+                getattr(bias_norm, f"{kernel}_kernel"),
+            )
+            yield Configuration(name, function, types, constants, warps, ("C",))
+
+    for dtype in DTYPES:
+        for channels in (512,) if dtype == "fp16" else (192, 512, 768, 2048, 8192):
+            yield from both(channels, dtype, dict.fromkeys(names, dtype) | parts)
+    mixed = dict.fromkeys(names, "fp32") | parts | {"X": "bf16", "DX": "bf16"}
+    yield from both(512, "x bf16", mixed)
     block_r, block_c, warps = bias_norm._blocks(1)
     one = {"BLOCK_R": block_r, "BLOCK_C": block_c, "C": 1}  # Triton makes integers that are 1 constants
     yield Configuration("bias_norm backward, C=1, x bf16", bias_norm.backward_kernel, mixed, one, warps)
@@ -149,9 +139,8 @@ def _bypass():
     for block_p in (128, bypass.MAX_PROGRAMS):
         constants = {"BLOCK_P": block_p, "BLOCK_C": 16}
         types = {"PARTS": "fp32", "DSCALE": "fp32"}
-        yield Configuration(
-            f"bypass parts, {block_p}", bypass.add_parts_kernel, types, constants, 4, ("columns",)
-        )
+        name = f"bypass parts, {block_p}"
+        yield Configuration(name, bypass.add_parts_kernel, types, constants, 4, ("columns",))
 
 
 def _nonlin_attention():
@@ -231,14 +220,12 @@ def _linear_activation():
 def _depthwise_conv2d():
     from fastasr.kernels import depthwise_conv2d as conv
 
-    tile = {"RESIDUAL": False, "BLOCK_R": conv.BLOCK_R, "BLOCK_C": conv.BLOCK_C}
     sums = {"TAPS": conv.TAPS, "BLOCK_S": conv.BLOCK_S, "BLOCK_C": conv.BLOCK_C}
     parts = {"BLOCK_P": conv.MAX_PARTS, "BLOCK_C": conv.BLOCK_C}
-    for dtype in ("fp32", "bf16", "fp16"):
+    for dtype in DTYPES:
         types = dict.fromkeys(("X", "TABLE", "BIAS", "Y", "G", "DWEIGHT", "DBIAS"), dtype) | {"PARTS": "fp32"}
+        yield from _depthwise("depthwise_conv2d", dtype, types, residual=False)
         for name, kernel, constants in (
-            ("forward", conv.forward_kernel, tile),
-            ("input gradient", conv.forward_kernel, {**tile, "BIAS": None}),
             ("weight gradient", conv.weight_gradient_kernel, sums),
             ("parts", conv.add_parts_kernel, parts),
         ):
@@ -247,19 +234,18 @@ def _depthwise_conv2d():
 
 
 def _depthwise_conv_residual():
+    for dtype in DTYPES:  # the weight's gradient is that of depthwise_conv2d
+        types = dict.fromkeys(("X", "Y", "G"), dtype) | dict.fromkeys(("TABLE", "BIAS", "PARTS"), "fp32")
+        yield from _depthwise("depthwise_conv_residual", dtype, types, residual=True)
+
+
+def _depthwise(op: str, dtype: str, types: dict, residual: bool):
     from fastasr.kernels import depthwise_conv2d as conv
 
-    tile = {"RESIDUAL": True, "BLOCK_R": conv.BLOCK_R, "BLOCK_C": conv.BLOCK_C}
-    sums = {"TAPS": conv.TAPS, "BLOCK_S": conv.BLOCK_S, "BLOCK_C": conv.BLOCK_C}
-    for dtype in ("fp32", "bf16", "fp16"):
-        types = dict.fromkeys(("X", "Y", "G"), dtype) | dict.fromkeys(("TABLE", "BIAS", "PARTS"), "fp32")
-        for name, kernel, constants in (
-            ("forward", conv.forward_kernel, tile),
-            ("input gradient", conv.forward_kernel, {**tile, "BIAS": None}),
-            ("weight gradient", conv.weight_gradient_kernel, sums),
-        ):
-            name = f"depthwise_conv_residual {name}, {dtype}"
-            yield Configuration(name, kernel, types, constants, conv.NUM_WARPS, ("C",))
+    tile = {"RESIDUAL": residual, "BLOCK_R": conv.BLOCK_R, "BLOCK_C": conv.BLOCK_C}
+    for name, constants in (("forward", tile), ("input gradient", {**tile, "BIAS": None})):
+        name = f"{op} {name}, {dtype}"
+        yield Configuration(name, conv.forward_kernel, types, constants, conv.NUM_WARPS, ("C",))
 
 
 def _gated_depthwise_conv():
@@ -337,51 +323,30 @@ def _layer_norm_lstm():
     from fastasr.kernels import layer_norm_lstm as module
 
     like = ("PRODUCT", "WEIGHT", "DGATES")
-    wide = (
-        "GATE_WEIGHT",
-        "GATE_BIAS",
-        "CELL_WEIGHT",
-        "CELL_BIAS",
-        "RECURRENT",
-        "HIDDEN",
-        "CELL",
-        "Y",
-        "NORMED",
-        "SCALES",
-    )
-    wide += ("GRAD", "DHIDDEN", "DCELL", "BEFORE")
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    for dtype in dtypes:
+    wide = ("GATE_WEIGHT", "GATE_BIAS", "CELL_WEIGHT", "CELL_BIAS", "RECURRENT", "HIDDEN", "CELL", "Y")
+    wide += ("NORMED", "SCALES", "GRAD", "DHIDDEN", "DCELL", "BEFORE")
+    for dtype in ("fp32", "bf16"):
         types = dict.fromkeys(like, dtype) | dict.fromkeys(wide, "fp32") | {"ARRIVED": "i32", "PARTS": "fp64"}
         for units, batch, label in ((512, 16, ""), (512, 1, ", one step")):
-            shape = module.shapes(units, batch, 128, dtypes[dtype])
+            shape = module.shapes(units, batch, 128, DTYPES[dtype])
             warps, stages, registers = (shape.pop(key) for key in ("num_warps", "num_stages", "maxnreg"))
             absent = {"ARRIVED": None, "NORMED": None, "SCALES": None} if batch == 1 else {}
             for name in ("forward",) if batch == 1 else ("forward", "backward"):
                 kernel = getattr(module, f"{name}_kernel")
                 name = f"layer_norm_lstm {name}, H={units}{label}, {dtype}"
+                numbers = ("units",), ("eps",), stages
                 yield Configuration(
-                    name,
-                    kernel,
-                    types,
-                    shape | absent,
-                    warps,
-                    ("units",),
-                    ("eps",),
-                    stages,
-                    most_registers=registers,
+                    name, kernel, types, shape | absent, warps, *numbers, most_registers=registers
                 )
     constants = {"BLOCK_R": module.PART_ROWS, "BLOCK_C": module.BLOCK_P}
-    divisible = ("row", "columns")
-    yield Configuration(
-        "layer_norm_lstm norm gradient", module.norm_gradient_kernel, types, constants, 4, divisible
-    )
+    name, divisible = "layer_norm_lstm norm gradient", ("row", "columns")
+    yield Configuration(name, module.norm_gradient_kernel, types, constants, 4, divisible)
 
 
 def _toeplitz_attention():
     from fastasr.kernels import toeplitz_attention as module
 
-    like = [
+    like = (
         "X",
         "VALUE",
         "GATE",
@@ -395,31 +360,17 @@ def _toeplitz_attention():
         "Y",
         "DVALUE",
         "DX",
-    ]
-    wide = [
-        "WEIGHT",
-        "SHIFT",
-        "BIAS",
-        "DROPOUT",
-        "ALONG",
-        "DQUERY",
-        "DKEY",
-        "MAXIMUM",
-        "INVERSE",
-        "REST",
-        "PARTS",
-        "OUT",
-        "DBIAS",
-    ]
+    )
+    wide = ("WEIGHT", "SHIFT", "BIAS", "DROPOUT", "ALONG", "DQUERY", "DKEY", "MAXIMUM", "INVERSE", "REST")
+    wide += ("PARTS", "OUT", "DBIAS")
     strides = [f"{name}_{of}" for name in ("x", "value", "gate", "grad") for of in ("time", "batch")]
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     plain = {"HIDDEN": None, "DROPOUT": None}
     extra = {"prepare": module.PREPARE, "parameters": module.PARAMETERS}
 
     def configuration(
         name: str, label: str, dtype: str, d: int = 128, v: int = 1024, only: int = 0, **constants
     ):
-        width, shapes = module.tiles(d, v, dtypes[dtype], only >= 90, "DROPOUT" not in constants)
+        width, shapes = module.tiles(d, v, DTYPES[dtype], only >= 90, "DROPOUT" not in constants)
         options = dict(shapes[name] if name in shapes else extra.get(name, {"num_warps": 4}))
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
         pointers = dict.fromkeys(like, dtype) | dict.fromkeys(wide, "fp32")
@@ -436,7 +387,7 @@ def _toeplitz_attention():
             (only,) if only else ARCHITECTURES,
         )
 
-    for dtype in dtypes:
+    for dtype in DTYPES:
         for name in ("forward", "queries", "keys", "values"):
             if dtype == "fp16" and name != "forward":
                 continue
@@ -463,19 +414,17 @@ def _segment_attention():
     like = ("Q", "K", "V", "G", "Y", "DQ", "DK", "DV")
     wide = dict.fromkeys(("MAXIMUM", "INVERSE", "DELTA", "DROPOUT"), "fp32")
     bounds = dict.fromkeys(("LENGTHS", "HISTORY"), "i64")
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     strides = [f"{name}_{of}" for name in "gqkv" for of in ("time", "batch")] + ["y_time"]
 
     def configuration(name: str, label: str, dtype: str, dim: int = 64, lanes: int = 1876):
         everything = "dropout" in label
-        options = dict(module.tiles(dim, dtypes[dtype], lanes, everything)[name])
+        options = dict(module.tiles(dim, DTYPES[dtype], lanes, everything)[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages")
-        absent = [
-            *(() if everything else ("DROPOUT",)),
-            *(() if everything or "step" in label else ("HISTORY",)),
-            *(() if everything else ("LENGTHS",)),
-        ]
-        fixed = {"DIM": dim, "HAS_MEMORY": everything or "step" in label} | dict.fromkeys(absent)
+        remembers = everything or "step" in label
+        absent = (
+            () if everything else ("DROPOUT", "LENGTHS") if remembers else ("DROPOUT", "HISTORY", "LENGTHS")
+        )
+        fixed = {"DIM": dim, "HAS_MEMORY": remembers} | dict.fromkeys(absent)
         return Configuration(
             f"segment_attention {name}{label and ', ' + label}, {dtype}",
             getattr(module, f"{name}_kernel"),
@@ -501,7 +450,6 @@ def _zipformer_attention_weights():
     from fastasr.kernels import zipformer_attention_weights as module
 
     like = ("X", "K", "R", "W", "GRAD", "DX", "DS", "DK")
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     strides = [f"{name}_{of}" for name in ("x", "k") for of in ("time", "batch")]
     strides += [f"{name}_{of}" for name in ("g", "w") for of in ("head", "batch", "row")] + ["ds_row"]
     masked = {"PADDING": "u8", "MASK": "u8"}
@@ -509,7 +457,7 @@ def _zipformer_attention_weights():
     def configuration(
         name: str, label: str, dtype: str, keys: int = 1500, dim: int = 32, pos_dim: int = 4, **constants
     ):
-        shapes = module.tiles(keys, dim, pos_dim, dtypes[dtype], "mask" in label, "PENALTY" in constants)
+        shapes = module.tiles(keys, dim, pos_dim, DTYPES[dtype], "mask" in label, "PENALTY" in constants)
         options = dict(shapes[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages")
         packed = pos_dim == 4 and dtype != "fp32"
@@ -528,7 +476,7 @@ def _zipformer_attention_weights():
             stages,
         )
 
-    for dtype in dtypes:
+    for dtype in DTYPES:
         for name in ("forward", "queries", "keys", "positions"):
             yield configuration(name, "", dtype)
             if dtype == "fp16":
@@ -545,11 +493,9 @@ def _zipformer_attention_weights():
             yield configuration(name, "odd sizes", dtype, 1500, 40, 6)
     for dtype in ("fp32", "bf16"):
         types = {"PARTS": "fp64" if dtype == "fp32" else "fp32", "OUT": dtype}
-        constants = {"BLOCK": module.PARTS["BLOCK"]}
+        constants, warps = {"BLOCK": module.PARTS["BLOCK"]}, module.PARTS["num_warps"]
         name = f"zipformer_attention_weights parts, {dtype}"
-        yield Configuration(
-            name, module.add_parts_kernel, types, constants, module.PARTS["num_warps"], ("size",)
-        )
+        yield Configuration(name, module.add_parts_kernel, types, constants, warps, ("size",))
 
 
 def _zipformer_attention():
@@ -557,23 +503,17 @@ def _zipformer_attention():
 
     like = ("X", "K", "R", "V", "G", "Y", "DX", "DS", "DK", "DV")
     wide = dict.fromkeys(("MAXIMUM", "INVERSE", "DELTA"), "fp32")
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     strides = [f"{name}_{of}" for name in ("x", "k", "v") for of in ("time", "batch")] + ["ds_row"]
     masked = {"PADDING": "u8", "MASK": "u8"}
 
     def configuration(
         name: str, label: str, dtype: str, dim: int = 32, pos_dim: int = 4, value_dim: int = 12
     ):
-        options = dict(module.tiles(dim, pos_dim, value_dim, dtypes[dtype], "mask" in label)[name])
+        options = dict(module.tiles(dim, pos_dim, value_dim, DTYPES[dtype], "mask" in label)[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages")
         packed = pos_dim == 4 and dtype != "fp32"
-        fixed = {
-            "DIM": dim,
-            "POS_DIM": pos_dim,
-            "VALUE_DIM": value_dim,
-            "PACKED": packed,
-            "WIDE_POS": pos_dim,
-        }
+        fixed = {"DIM": dim, "POS_DIM": pos_dim, "VALUE_DIM": value_dim}
+        fixed |= {"PACKED": packed, "WIDE_POS": pos_dim}
         fixed |= {"WINDOW": "chunks" in label} | ({} if "mask" in label else dict.fromkeys(masked))
         return Configuration(
             f"zipformer_attention {name}{label and ', ' + label}, {dtype}",
@@ -585,7 +525,7 @@ def _zipformer_attention():
             stages=stages,
         )
 
-    for dtype in dtypes:
+    for dtype in DTYPES:
         for name in ("forward", "queries", "keys"):
             yield configuration(name, "", dtype)
             if dtype == "fp16":
@@ -600,13 +540,12 @@ def _rel_attention():
 
     like = ("Q", "K", "V", "POS", "U", "W", "Y", "G", "DS", "DQ", "DK", "DV", "DU", "DW")
     wide = dict.fromkeys(("LSE", "INVERSE", "DELTA", "CONTENT"), "fp32")
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     strides = [f"{name}_{of}" for name in ("q", "v") for of in ("time", "batch")] + ["ds_row", "width"]
     masks = {"PADDING": "u8", "MASK": "u8"}
 
     def configuration(name: str, label: str, dtype: str, dim: int = 64, value: int = 64, only: int = 0):
         hiding = "mask" in label
-        shapes = module.tiles(dim, value, dtypes[dtype], only >= 90, hiding) | {"biases": module.BIASES}
+        shapes = module.tiles(dim, value, DTYPES[dtype], only >= 90, hiding) | {"biases": module.BIASES}
         options = dict(shapes[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
         types = dict.fromkeys(like, dtype) | wide | masks | {"PARTS": "fp64" if dtype == "fp32" else "fp32"}
@@ -640,11 +579,10 @@ def _rnnt_joiner():
     like = dict.fromkeys(("AM", "LM", "HIDDEN", "WEIGHT", "BIAS", "DLOGITS", "DAM"))
     wide = dict.fromkeys(("PX", "PY", "GX", "GY", "DHIDDEN", "DA", "DLM"), "fp32")
     types = wide | dict.fromkeys(("STARTS", "SYMBOLS", "BOUNDARY"), "i64") | {"NORMALISER": "fp64"}
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     extra = {"hidden": module.HIDDEN, "frame_gradient": module.FRAME, "context_gradient": module.CONTEXT}
 
     def configuration(name: str, label: str, dtype: str, d: int = 512, **constants):
-        options = dict(extra[name] if name in extra else module.tiles(d, dtypes[dtype]))
+        options = dict(extra[name] if name in extra else module.tiles(d, DTYPES[dtype]))
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
         precise = {"PRECISE": dtype == "fp32"} if name == "frame_gradient" else {}
         return Configuration(
@@ -657,7 +595,7 @@ def _rnnt_joiner():
             stages=stages,
         )
 
-    for dtype in dtypes:
+    for dtype in DTYPES:
         for name in ("scores", "logits_gradient"):
             yield configuration(name, "", dtype)
             if dtype == "fp16":
@@ -668,7 +606,8 @@ def _rnnt_joiner():
         if dtype == "fp16":
             continue
         for name in extra:
-            yield configuration(name, "", dtype)
+            if (name, dtype) != ("context_gradient", "bf16"):  # its kernel is that of fp32
+                yield configuration(name, "", dtype)
         yield configuration("hidden", "relu, odd sizes", dtype, d=100, ACTIVATION=2, BOUNDARY=None)
 
 
@@ -677,25 +616,11 @@ def _rnnt_lattice():
 
     names = ("X", "Y", "SCORES", "SHARES", "COLUMN", "GRAD", "DX", "DY")
     types = dict.fromkeys(names, "fp32") | {"BOUNDARY": "i64"}
-    for frames in (40, 750, 2000):
-        lanes, warps = module._lanes(frames)
-        for modified in (False, True):
-            constants = {"BLOCK": lanes, "MODIFIED": modified}
-            label = f"{'modified' if modified else 'regular'}, T={frames}"
-            for kernel in ("forward", "backward"):
-                function = getattr(module, f"{kernel}_kernel")
-                yield Configuration(
-                    f"rnnt_lattice {kernel}, {label}", function, types, constants, warps, ("share_row",)
-                )
+    yield from _lattices(module, "T", (40, 750), types, ("share_row",))  # T=2000 has the lanes of 750
     lanes, warps = module._lanes(750)
-    constants = {"BLOCK": lanes, "MODIFIED": False, "BOUNDARY": None}
-    yield Configuration(
-        "rnnt_lattice forward, no shares, T=750",
-        module.forward_kernel,
-        types,
-        constants | {"SHARES": None},
-        warps,
-    )
+    constants = {"BLOCK": lanes, "MODIFIED": False, "BOUNDARY": None, "SHARES": None}
+    name = "rnnt_lattice forward, no shares, T=750"
+    yield Configuration(name, module.forward_kernel, types, constants, warps)
 
 
 def _rnnt_pruned_lattice():
@@ -703,13 +628,18 @@ def _rnnt_pruned_lattice():
 
     names = ("X", "Y", "SCORES", "SHARES", "GRAD", "DX", "DY")
     types = dict.fromkeys(names, "fp32") | {"BOUNDARY": "i64", "STARTS": "i64"}
-    for window in (5, 16):
-        lanes, warps = module._lanes(window)
+    yield from _lattices(module, "R", (5, 16), types)
+
+
+def _lattices(module, letter: str, sizes: tuple[int, ...], types: dict, divisible: tuple[str, ...] = ()):
+    for size in sizes:
+        lanes, warps = module._lanes(size)
         for modified in (False, True):
-            label = f"{'modified' if modified else 'regular'}, R={window}"
+            label = f"{'modified' if modified else 'regular'}, {letter}={size}"
             for kernel in ("forward", "backward"):
-                function = getattr(module, f"{kernel}_kernel")
-                constants = {"BLOCK": lanes, "MODIFIED": modified}
-                yield Configuration(
-                    f"rnnt_pruned_lattice {kernel}, {label}", function, types, constants, warps
+                name = f"{module.__name__.rpartition('.')[2]} {kernel}, {label}"
+                function, constants = (
+                    getattr(module, f"{kernel}_kernel"),
+                    {"BLOCK": lanes, "MODIFIED": modified},
                 )
+                yield Configuration(name, function, types, constants, warps, divisible)
