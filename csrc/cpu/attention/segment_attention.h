@@ -15,13 +15,9 @@
 // sum across lanes, what a query sees of a run is an interval of rows, and P is already packed for its products.
 namespace fastasr::cpu {
 
-template <typename T>
-struct SegmentAttention {
-  using C = compute_t<T>;
-  Sequence<const T> query, key, value;
+struct SegmentWindows {
   const int64_t* lengths;  // (B,), or null
   const int64_t* history;  // past frames and past memory that may be seen, or null
-  const C* dropout;        // (B, heads, queries, lanes), or null
   int64_t batch, heads, width;
   int64_t frames, segment, left, right, memory, past_frames, past_memory;
 
@@ -50,9 +46,14 @@ struct SegmentAttention {
   }
 };
 
-// Elements of C that a unit needs.
 template <typename T>
-int64_t segment_attention_scratch(const SegmentAttention<T>& p, bool backward) {
+struct SegmentAttention : SegmentWindows {
+  Sequence<const T> query, key, value;
+  const compute_t<T>* dropout;  // (B, heads, queries, lanes), or null
+};
+
+// Elements of the compute type that a unit needs.
+FASTASR_INLINE int64_t segment_attention_scratch(const SegmentWindows& p, bool backward) {
   const int64_t tiles = p.panels() * kPanel * kPanel;
   const int64_t packed = p.panels() * p.packed_rows() * kPanel, scores = p.score_rows() * kPanel;
   return backward ? 4 * packed + 2 * scores + 5 * tiles : 2 * packed + scores + 2 * tiles;

@@ -31,8 +31,7 @@ struct Block {
   int64_t rows;         // of scores
 };
 
-template <typename T>
-FASTASR_INLINE Block block_of(const SegmentAttention<T>& p, int64_t unit, int64_t block) {
+__attribute__((noinline)) Block block_of(const SegmentWindows& p, int64_t unit, int64_t block) {
   const int64_t b = unit / p.heads, segments = p.segments(), per = p.segment_queries();
   const int64_t s0 = block / p.blocks_per_segment() * p.segments_per_block();
   const int64_t s1 = std::min(segments, s0 + p.segments_per_block());
@@ -122,7 +121,7 @@ FASTASR_INLINE void put_row(T* __restrict out, int64_t width, C scale, const C* 
 }
 
 template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void pack(const SegmentAttention<T>& p, const Sequence<const T>& t, int64_t unit, C* out) {
+__attribute__((noinline)) void pack(const SegmentAttention<T>& p, const Sequence<const T>& t, int64_t unit, C* out) {
   const int64_t rows = p.packed_rows(), keys = p.keys(), b = unit / p.heads, first = unit % p.heads * p.width;
   for (int64_t k = 0; k < keys; k++) {
     // the rows of one head are too far apart for the hardware's prefetcher
@@ -136,8 +135,8 @@ FASTASR_INLINE void pack(const SegmentAttention<T>& p, const Sequence<const T>& 
 
 // Packs the block's rows of t, times scale: [panel][32 queries][32 channels], and transposed.
 template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void gather(const SegmentAttention<T>& p, const Sequence<const T>& t, int64_t unit, const Block& block,
-                           C scale, C* rows, C* transposed) {
+__attribute__((noinline)) void gather(const SegmentAttention<T>& p, const Sequence<const T>& t, int64_t unit,
+                                      const Block& block, C scale, C* rows, C* transposed) {
   const int64_t b = unit / p.heads, first = unit % p.heads * p.width;
   for (int64_t l = 0; l < block.queries; l++)
     unpack_row(t.at(block.row[l], b) + first, p.width, scale, rows + l * kPanel, kTile);
@@ -153,9 +152,9 @@ FASTASR_INLINE void gather(const SegmentAttention<T>& p, const Sequence<const T>
 FASTASR_INLINE int64_t tile_rows_of(int64_t n) { return std::min(kTileRows, (n + 3) / 4 * 4); }
 
 // Computes scores[j][l] = sum over channels of packed[j] transposed[l].
-template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void products(const SegmentAttention<T>& p, const Block& block, const C* packed, const C* transposed,
-                             C* scores) {
+template <typename C>
+__attribute__((noinline)) void products(const SegmentWindows& p, const Block& block, const C* packed,
+                                        const C* transposed, C* scores) {
   for (const Run& run : block.runs) {
     for (int64_t j = 0; j < run.count; j += kTileRows)
       tile_rows(packed + (run.first + j) * kPanel, p.packed_rows() * kPanel, transposed, p.width,
@@ -219,7 +218,7 @@ FASTASR_INLINE void softmax(const Block& block, C* scores, C* __restrict inverse
 }
 
 template <typename C>
-FASTASR_INLINE void softmax(const Block& block, C* scores, C* inverse) {
+__attribute__((noinline)) void softmax(const Block& block, C* scores, C* inverse) {
   switch (block.lanes) {
     case 16:
       return softmax<16>(block, scores, inverse);
@@ -230,10 +229,11 @@ FASTASR_INLINE void softmax(const Block& block, C* scores, C* inverse) {
   }
 }
 
-template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void drop(const SegmentAttention<T>& p, int64_t unit, const Block& block, C* scores) {
+template <typename C>
+__attribute__((noinline)) void drop(const SegmentWindows& p, const C* dropout, int64_t unit, const Block& block,
+                                    C* scores) {
   for (int64_t l = 0; l < block.queries; l++) {
-    const C* __restrict m = p.dropout + (unit * p.queries() + block.row[l]) * p.lanes();
+    const C* __restrict m = dropout + (unit * p.queries() + block.row[l]) * p.lanes();
     for (const Run& run : block.runs) {
       C* __restrict s = scores + run.offset * kPanel + l;
       for (int64_t j = run.begin[l]; j < run.end[l]; j++) s[j * kPanel] *= m[run.lane[l] + j];
@@ -242,14 +242,13 @@ FASTASR_INLINE void drop(const SegmentAttention<T>& p, int64_t unit, const Block
 }
 
 // Columns of a panel's tiles.
-template <typename T>
-FASTASR_INLINE int64_t columns_of(const SegmentAttention<T>& p, int64_t panel) {
+FASTASR_INLINE int64_t columns_of(const SegmentWindows& p, int64_t panel) {
   return std::min(kPanel, (p.width - panel * kPanel + 7) / 8 * 8);
 }
 
 // Computes out[panel][l][c] = sum over keys of a[j][l] packed[j][c].
-template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void mix(const SegmentAttention<T>& p, const Block& block, const C* a, const C* packed, C* out) {
+template <typename C>
+__attribute__((noinline)) void mix(const SegmentWindows& p, const Block& block, const C* a, const C* packed, C* out) {
   for (int64_t panel = 0; panel < p.panels(); panel++)
     for (int64_t l = 0; l < block.queries; l += kTileRows) {
       const TilePart part{tile_rows_of(block.queries - l), columns_of(p, panel)};
@@ -266,8 +265,9 @@ FASTASR_INLINE void mix(const SegmentAttention<T>& p, const Block& block, const 
 
 // A value that is not finite spoils, even times a weight of 0, the sums of queries that do not see it. Each query's
 // sums are then added again over what it sees.
-template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void mix_seen(const SegmentAttention<T>& p, const Block& block, const C* a, const C* packed, C* out) {
+template <typename C>
+__attribute__((noinline)) void mix_seen(const SegmentWindows& p, const Block& block, const C* a, const C* packed,
+                                        C* out) {
   C zero = 0;
   for (int64_t panel = 0; panel < p.panels(); panel++) {
     const int64_t columns = columns_of(p, panel);
@@ -291,8 +291,9 @@ FASTASR_INLINE void mix_seen(const SegmentAttention<T>& p, const Block& block, c
 }
 
 // Computes sums[j][c] += sum over queries of a[j][l] rows[l][c].
-template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void scatter(const SegmentAttention<T>& p, const Block& block, const C* a, const C* rows, C* sums) {
+template <typename C>
+__attribute__((noinline)) void scatter(const SegmentWindows& p, const Block& block, const C* a, const C* rows,
+                                       C* sums) {
   for (int64_t panel = 0; panel < p.panels(); panel++)
     for (const Run& run : block.runs)
       for (int64_t j = 0; j < run.count; j += kTileRows)
@@ -302,7 +303,7 @@ FASTASR_INLINE void scatter(const SegmentAttention<T>& p, const Block& block, co
 }
 
 template <typename C>
-FASTASR_INLINE void block_softmax_backward(const Block& block, const C* a, C* ds) {
+__attribute__((noinline)) void block_softmax_backward(const Block& block, const C* a, C* ds) {
   switch (block.lanes) {
     case 16:
       return softmax_backward<16>(block.rows, a, ds);
@@ -313,8 +314,8 @@ FASTASR_INLINE void block_softmax_backward(const Block& block, const C* a, C* ds
   }
 }
 
-template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE C scale_of(const SegmentAttention<T>& p) {
+template <typename C>
+FASTASR_INLINE C scale_of(const SegmentWindows& p) {
   return static_cast<C>(1 / std::sqrt(static_cast<double>(p.width)));
 }
 
@@ -329,10 +330,10 @@ void forward(const SegmentAttention<T>& p, int64_t unit, T* y, C* scratch) {
   pack(p, p.value, unit, value);
   for (int64_t i = 0; i < p.blocks(); i++) {
     const Block block = block_of(p, unit, i);
-    gather(p, p.query, unit, block, scale_of(p), rows, transposed);
+    gather(p, p.query, unit, block, scale_of<C>(p), rows, transposed);
     products(p, block, key, transposed, scores);
     softmax(block, scores, inverse);
-    if (p.dropout) drop(p, unit, block, scores);
+    if (p.dropout) drop(p, p.dropout, unit, block, scores);
     mix(p, block, scores, value, rows);
     mix_seen(p, block, scores, value, rows);
     for (int64_t l = 0; l < block.queries; l++)
@@ -354,7 +355,7 @@ void backward(const SegmentAttention<T>& p, const Sequence<const T>& grad, int64
   std::memset(key_sums, 0, sizeof(C) * static_cast<size_t>(2 * packed));
   for (int64_t i = 0; i < p.blocks(); i++) {
     const Block block = block_of(p, unit, i);
-    gather(p, p.query, unit, block, scale_of(p), query, query_t);
+    gather(p, p.query, unit, block, scale_of<C>(p), query, query_t);
     gather(p, grad, unit, block, C(1), g, g_t);
     products(p, block, key, query_t, a);
     softmax(block, a, inverse);
@@ -363,14 +364,15 @@ void backward(const SegmentAttention<T>& p, const Sequence<const T>& grad, int64
       for (int64_t l = 0; l < block.lanes; l++) a[j * kPanel + l] *= inverse[l];
     }
     products(p, block, value, g_t, ds);
-    if (p.dropout) drop(p, unit, block, ds);
+    if (p.dropout) drop(p, p.dropout, unit, block, ds);
     block_softmax_backward(block, a, ds);
-    if (p.dropout) drop(p, unit, block, a);
+    if (p.dropout) drop(p, p.dropout, unit, block, a);
     mix(p, block, ds, key, dq);
     scatter(p, block, ds, query, key_sums);
     scatter(p, block, a, g, value_sums);
     for (int64_t l = 0; l < block.queries; l++)
-      put_row(dquery + (block.row[l] * p.batch + b) * channels + first, p.width, scale_of(p), dq + l * kPanel, kTile);
+      put_row(dquery + (block.row[l] * p.batch + b) * channels + first, p.width, scale_of<C>(p), dq + l * kPanel,
+              kTile);
   }
   for (int64_t k = 0; k < p.keys(); k++) {
     const int64_t at = (k * p.batch + b) * channels + first;

@@ -17,14 +17,7 @@
 // = dy act(gate): dA = g v^T M, dS = A (dA - sum_j A dA), dv = A^T g, dq = dS k, dk = dS^T q, dbias = diagonal sums.
 namespace fastasr::cpu {
 
-template <typename T>
-struct ToeplitzAttention {
-  using C = compute_t<T>;
-  Sequence<const T> query_key, gate, value;
-  const C *qk_weight, *qk_bias;  // (2, d)
-  const C* position_bias;        // of distance 0; `reach` entries on either side
-  const uint8_t* padding;        // (B, L), or null
-  const C* dropout;              // (B, count, size, size), or null
+struct ToeplitzSizes {
   int64_t length, batch, d, v, reach;
   int64_t size, count;  // frames per chunk, chunks
   bool causal, activate_value;
@@ -36,6 +29,16 @@ struct ToeplitzAttention {
   FASTASR_MEMBER int64_t d_panels() const { return (d + kPanel - 1) / kPanel; }
   FASTASR_MEMBER int64_t v_panels() const { return (v + kPanel - 1) / kPanel; }
   FASTASR_MEMBER int64_t units() const { return batch * count; }
+};
+
+template <typename T>
+struct ToeplitzAttention : ToeplitzSizes {
+  using C = compute_t<T>;
+  Sequence<const T> query_key, gate, value;
+  const C *qk_weight, *qk_bias;  // (2, d)
+  const C* position_bias;        // of distance 0; `reach` entries on either side
+  const uint8_t* padding;        // (B, L), or null
+  const C* dropout;              // (B, count, size, size), or null
 };
 
 // A unit's packed operands; sizes are in elements of C. Only the backward uses the second group.

@@ -18,22 +18,20 @@ constexpr int64_t kTile = kPanel * kPanel;
 struct Span {
   int64_t batch, first, length;
 };
-template <typename T>
-Span span_of(const ToeplitzAttention<T>& p, int64_t unit) {
+FASTASR_INLINE Span span_of(const ToeplitzSizes& p, int64_t unit) {
   const int64_t first = unit % p.count * p.size;
   return {unit / p.count, first, std::min(p.size, p.length - first)};
 }
 
 // Returns the keys that a block's queries may see: [0, end), whole tiles.
-template <typename T>
-int64_t keys_of(const ToeplitzAttention<T>& p, int64_t block) {
+FASTASR_INLINE int64_t keys_of(const ToeplitzSizes& p, int64_t block) {
   const int64_t all = (p.size + kTileRows - 1) / kTileRows * kTileRows;
   return p.causal ? std::min(all, (block + 1) * kPanel) : all;
 }
 
 // out[j][l] = in[l][j], 32 by 32.
 template <typename C>
-FASTASR_INLINE void transpose(const C* __restrict in, C* __restrict out) {
+__attribute__((noinline)) void transpose(const C* __restrict in, C* __restrict out) {
   for (int64_t l = 0; l < kPanel; l++)
     for (int64_t j = 0; j < kPanel; j++) out[j * kPanel + l] = in[l * kPanel + j];
 }
@@ -41,8 +39,8 @@ FASTASR_INLINE void transpose(const C* __restrict in, C* __restrict out) {
 // Copies [first, first + 32) of channels of `rows` frames from frame t on into rows of 32, with zeros beyond `frames`
 // and `channels`.
 template <typename T>
-FASTASR_INLINE void fetch(const Sequence<const T>& x, int64_t t, int64_t b, int64_t first, int64_t channels,
-                          int64_t frames, int64_t rows, compute_t<T>* __restrict out) {
+__attribute__((noinline)) void fetch(const Sequence<const T>& x, int64_t t, int64_t b, int64_t first, int64_t channels,
+                                     int64_t frames, int64_t rows, compute_t<T>* __restrict out) {
   const int64_t n = std::min(kPanel, channels - first);
   for (int64_t i = 0; i < rows; i++, out += kPanel) {
     const int64_t m = i < frames ? n : 0;
@@ -113,21 +111,18 @@ void pack_value(const ToeplitzAttention<T>& p, int64_t unit, int64_t panel, cons
 }
 
 // S[j][l] = q_l k_j, j < keys.
-template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void products(const ToeplitzAttention<T>& p, const ToeplitzUnit<C>& u, int64_t block, int64_t keys,
-                             C* s) {
+template <typename C>
+__attribute__((noinline)) void products(const ToeplitzSizes& p, const ToeplitzUnit<C>& u, int64_t block, int64_t keys,
+                                        C* s) {
   const C* q = u.query_t + block * p.d_panels() * kTile;
   for (int64_t j = 0; j < keys; j += kTileRows)
     tile_rows(u.key + j * kPanel, p.rows() * kPanel, q, p.d_panels() * kPanel, s + j * kPanel, false);
 }
 
-// Says whether query l of block i0 / 32 does not see key j.
-FASTASR_INLINE bool behind(bool causal, int64_t i0, int64_t l, int64_t j) { return causal && j > i0 + l; }
-
 // Adds the bias to S, with -inf where a key is not seen; m[l] is the maximum.
-template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void bias_and_maximum(const ToeplitzAttention<T>& p, const ToeplitzUnit<C>& u, int64_t i0, int64_t keys,
-                                     C* __restrict s, C* __restrict m) {
+template <typename C>
+__attribute__((noinline)) void bias_and_maximum(const ToeplitzSizes& p, const ToeplitzUnit<C>& u, int64_t i0,
+                                                int64_t keys, C* __restrict s, C* __restrict m) {
   constexpr C kNone = -std::numeric_limits<C>::infinity();
   for (int64_t l = 0; l < kPanel; l++) m[l] = kNone;
   for (int64_t j = 0; j < keys; j++, s += kPanel) {
@@ -147,9 +142,9 @@ FASTASR_INLINE void bias_and_maximum(const ToeplitzAttention<T>& p, const Toepli
 }
 
 // Sets S = exp(S - shift), exactly 0 where S is -inf by masking; total[l] is the sum.
-template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void exponentials(const ToeplitzAttention<T>& p, const ToeplitzUnit<C>& u, int64_t i0, int64_t keys,
-                                 const C* __restrict shift, C* __restrict s, double* __restrict total) {
+template <typename C>
+__attribute__((noinline)) void exponentials(const ToeplitzSizes& p, const ToeplitzUnit<C>& u, int64_t i0, int64_t keys,
+                                            const C* __restrict shift, C* __restrict s, double* __restrict total) {
   alignas(64) double sum[kPanel] = {};
   for (int64_t j0 = 0; j0 < keys; j0 += kPanel) {
     alignas(64) C part[kPanel] = {};
@@ -183,7 +178,7 @@ FASTASR_INLINE void inverse_of(const C* __restrict m, const double* __restrict t
 
 // The weights' rows must add up to 1 within a rounding: dS is a difference of sums over them.
 template <typename C>
-FASTASR_INLINE void normalise(const C* m, const double* total, C* __restrict a, int64_t keys) {
+__attribute__((noinline)) void normalise(const C* m, const double* total, C* __restrict a, int64_t keys) {
   alignas(64) C inverse[kPanel];
   inverse_of(m, total, inverse);
   for (int64_t j = 0; j < keys; j++) {
@@ -193,10 +188,11 @@ FASTASR_INLINE void normalise(const C* m, const double* total, C* __restrict a, 
 }
 
 // Computes S *= dropout for j < keys.
-template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE void drop(const ToeplitzAttention<T>& p, int64_t unit, int64_t i0, int64_t keys, C* __restrict s) {
+template <typename C>
+__attribute__((noinline)) void drop(const ToeplitzSizes& p, const C* dropout, int64_t unit, int64_t i0, int64_t keys,
+                                    C* __restrict s) {
   const Span span = span_of(p, unit);
-  const C* __restrict m = p.dropout + (unit * p.size + i0) * p.size;
+  const C* __restrict m = dropout + (unit * p.size + i0) * p.size;
   const int64_t queries = std::min(kPanel, span.length - i0), end = std::min(keys, span.length);
   for (int64_t j = 0; j < end; j++)
     for (int64_t l = 0; l < queries; l++) s[j * kPanel + l] *= m[l * p.size + j];
@@ -216,7 +212,7 @@ void forward(const ToeplitzAttention<T>& p, int64_t unit, int64_t block, const T
   bias_and_maximum(p, u, i0, keys, s, m);
   exponentials(p, u, i0, keys, m, s, total);
   inverse_of(m, total, inverse);
-  if (p.dropout) drop(p, unit, i0, keys, s);
+  if (p.dropout) drop(p, p.dropout, unit, i0, keys, s);
   for (int64_t panel = 0; panel < p.v_panels(); panel++) {
     const C* v = u.value + panel * rows * kPanel;
     for (int64_t l = 0; l < kPanel; l += kTileRows)
@@ -283,9 +279,9 @@ void backward(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, int6
   ungate(p, g, span, i0, queries, u, gt, rest);
   for (int64_t j = 0; j < keys; j += kTileRows)
     tile_rows(u.value + j * kPanel, rows * kPanel, gt, p.v_panels() * kPanel, ds + j * kPanel, false);
-  if (p.dropout) drop(p, unit, i0, keys, ds);
+  if (p.dropout) drop(p, p.dropout, unit, i0, keys, ds);
   softmax_backward<kPanel>(keys, a, ds);
-  if (p.dropout) drop(p, unit, i0, keys, a);
+  if (p.dropout) drop(p, p.dropout, unit, i0, keys, a);
   for (int64_t panel = 0; panel < p.d_panels(); panel++)
     for (int64_t l = 0; l < kPanel; l += kTileRows)
       tile_columns(ds + l, u.key + panel * rows * kPanel, p.causal ? std::min(keys, i0 + l + kTileRows) : keys,

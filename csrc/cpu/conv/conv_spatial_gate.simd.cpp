@@ -49,7 +49,7 @@ class GateStripe {
   bool masked(int64_t b, int64_t t) const { return p_.mask && p_.mask[b * p_.frames + t]; }
 
   // Returns u of frames [t, t + n) of sequence b.
-  void stage(int64_t b, int64_t t, int64_t n, C* rows) {
+  __attribute__((noinline)) void stage(int64_t b, int64_t t, int64_t n, C* rows) {
     for (const int64_t end = t + n; t < end; t++, rows += kStripe) {
       if (t < 0 || t >= p_.frames || masked(b, t)) {
         clear_rows(rows, 1);

@@ -7,6 +7,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "cpu/conv/depthwise_tiles.h"
 #include "cpu/math/number.h"
 #include "cpu/simd/vectors.simd.h"
 
@@ -24,9 +25,6 @@ inline namespace FASTASR_SIMD {
 // with the taps fixed and the input sliding; with the taps fixed, in reverse, and the output's gradient sliding; and
 // with the output's gradient fixed and the input sliding. Eight sums stay in registers; four fixed rows at a time need
 // 15 loads for 32 multiply-adds (one at a time: 9 for 8, and the loads would set the pace).
-
-constexpr int64_t kStripe = 32;  // channels of a row
-constexpr int64_t kTile = 8;     // rows of a tile
 
 template <typename C>
 struct Aligned {
@@ -61,35 +59,17 @@ FASTASR_INLINE void correlate(const C* slide, const C* fixed, int64_t fixed_stri
   }
 }
 
-// Computes out[i] (+)= sum over j < n of fixed[j] slide[i + j] for the kRows rows of a tile and all channels of the
-// stripe.
-template <int kRows, bool kAdd, typename C>
-FASTASR_INLINE void tile(const C* slide, const C* fixed, int64_t fixed_stride, int64_t n, C* out) {
-  using V = typename Aligned<C>::type;
-  for (int64_t v = 0; v < kStripe; v += Aligned<C>::lanes) {
-    V sum[kRows] = {};
-    correlate<kRows>(slide + v, fixed + v, fixed_stride, n, sum);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; i++) {
-      V* to = reinterpret_cast<V*>(out + i * kStripe + v);
-      *to = kAdd ? *to + sum[i] : sum[i];
-    }
-  }
-}
-
-// This is a function of its own: inlined into a larger one, the compiler keeps the sums on the stack. Tiles of four
-// rows cover short remainders. `slide` and `out` have a tile's rows, whatever `rows` is; the sums beyond `rows` are
-// discarded.
+// Computes out[i] = sum over j < n of fixed[j] slide[i + j] for the rows of a tile and all channels of the stripe;
+// kAdd adds it to what out holds.
 template <bool kAdd, typename C>
-__attribute__((noinline)) void tile_of(int64_t rows, const C* slide, const C* fixed, int64_t fixed_stride, int64_t n,
-                                       C* out) {
-  if (rows > 4) return tile<8, kAdd>(slide, fixed, fixed_stride, n, out);
-  tile<4, kAdd>(slide, fixed, fixed_stride, n, out);
+FASTASR_INLINE void tile_of(int64_t rows, const C* slide, const C* fixed, int64_t fixed_stride, int64_t n, C* out) {
+  const DepthwiseTiles<C>& tiles = kernels<DepthwiseTiles<C>>();
+  (kAdd ? tiles.add : tiles.set)(rows, slide, fixed, fixed_stride, n, out);
 }
 
 // Copies taps (channels, K) of storage type T to rows; channels beyond the last are 0.
 template <typename T, typename C>
-void stage_taps(const T* taps, int64_t channels, int64_t K, C* rows) {
+__attribute__((noinline)) void stage_taps(const T* taps, int64_t channels, int64_t K, C* rows) {
   for (int64_t k = 0; k < K; k++)
     for (int64_t c = 0; c < kStripe; c++) rows[k * kStripe + c] = c < channels ? load(taps[c * K + k]) : C(0);
 }
@@ -108,7 +88,7 @@ void convolve(const C* in, const C* taps, int64_t K, int64_t rows, C* out, const
 // all rows the gradients of short sequences had twice the error of eager's.
 constexpr int64_t kChain = 8;
 template <typename C>
-void add_tap_gradient(const C* in, const C* grad, int64_t rows, C* dtaps) {
+__attribute__((noinline)) void add_tap_gradient(const C* in, const C* grad, int64_t rows, C* dtaps) {
   for (int64_t t = 0; t < rows; t += kChain)
     tile_of<true>(kTile, in + t * kStripe, grad + t * kStripe, kStripe, std::min(kChain, rows - t), dtaps);
 }
@@ -135,7 +115,8 @@ void convolve_reversed(const C* grad, const C* taps, int64_t K, int64_t rows, C*
 template <typename C>
 class Rows {
  public:
-  explicit Rows(int64_t rows) : memory_(new C[static_cast<size_t>(rows * kStripe + kSlack)]()) {
+  __attribute__((noinline)) explicit Rows(int64_t rows)
+      : memory_(new C[static_cast<size_t>(rows * kStripe + kSlack)]()) {
     rows_ = memory_.get();
     while (reinterpret_cast<uintptr_t>(rows_) % 64) rows_++;
   }
@@ -167,7 +148,7 @@ FASTASR_INLINE void clear_rows(C* rows, int64_t n) {
 
 // Returns channels [first, first + n) of a vector, or zeros where it is absent; channels beyond are 0.
 template <typename T, typename C>
-void stage_vector(const T* vector, int64_t first, int64_t n, C* row) {
+__attribute__((noinline)) void stage_vector(const T* vector, int64_t first, int64_t n, C* row) {
   for (int64_t c = 0; c < kStripe; c++) row[c] = vector && c < n ? load(vector[first + c]) : C(0);
 }
 
@@ -184,7 +165,7 @@ class Sums {
   }
   C* part(int64_t row) { return part_[row]; }
   const double* total(int64_t row) { return total_[row]; }
-  void carry(int64_t first, int64_t rows) {
+  __attribute__((noinline)) void carry(int64_t first, int64_t rows) {
     C* __restrict part = part_[first];
     double* __restrict total = total_[first];
 #pragma omp simd
@@ -193,7 +174,7 @@ class Sums {
       part[i] = 0;
     }
   }
-  void add(int64_t row, const C* rows, int64_t n) {
+  __attribute__((noinline)) void add(int64_t row, const C* rows, int64_t n) {
     double* __restrict total = total_[row];
     for (int64_t i = 0; i < n; i++) {
 #pragma omp simd

@@ -27,7 +27,7 @@ struct Sequence {
   // Loads frames [t, t + n) in the compute type; those outside the sequence are 0. Channels beyond the last hold what
   // an earlier stripe left there: no result reads them.
   template <typename C>
-  void stage(int64_t t, int64_t n, C* rows) const {
+  __attribute__((noinline)) void stage(int64_t t, int64_t n, C* rows) const {
     for (const int64_t end = t + n; t < end; t++, rows += kStripe) {
       if (t < 0 || t >= frames) {
         clear_rows(rows, 1);

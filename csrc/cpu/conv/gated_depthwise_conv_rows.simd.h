@@ -95,8 +95,8 @@ FASTASR_INLINE int64_t block_end(int64_t t, int64_t block, int64_t frames, int64
 // holds frames begin - pad to end + pad. Where these reach beyond the chunk, they are copied to `copy` and are 0 there;
 // a tile reads at most kTile - 1 rows beyond the chunk, which chunk_taps and chunk_rows ensure.
 template <typename C>
-FASTASR_INLINE const C* window(const C* rows, int64_t begin, int64_t end, int64_t first, int64_t last, int64_t pad,
-                               C* copy) {
+__attribute__((noinline)) const C* window(const C* rows, int64_t begin, int64_t end, int64_t first, int64_t last,
+                                          int64_t pad, C* copy) {
   const int64_t start = begin - pad;
   if (start >= first && end + pad <= last) return rows;
   const int64_t low = std::max(start, first), high = std::min(end + pad, last);
@@ -131,8 +131,8 @@ FASTASR_INLINE void for_each_chunk(int64_t t, int64_t stop, int64_t chunk, int64
 // Computes the convolution within the chunk for frames [begin, end) of chunk [first, last): out[i] = sum_k taps[k] u[t
 // + k - P], taken from their window. `step` is the rows of taps from one to the next, negative to run them in reverse.
 template <typename C>
-void convolve_chunk(const C* seen, int64_t begin, int64_t end, int64_t first, int64_t last, const C* taps, int64_t step,
-                    int64_t K, C* out) {
+__attribute__((noinline)) void convolve_chunk(const C* seen, int64_t begin, int64_t end, int64_t first, int64_t last,
+                                              const C* taps, int64_t step, int64_t K, C* out) {
   for (int64_t t = begin; t < end; t += kTile) {
     const int64_t n = end - t > 4 ? kTile : 4;  // rows that the tile computes
     const Range k = chunk_taps(t, n, first, last, K);

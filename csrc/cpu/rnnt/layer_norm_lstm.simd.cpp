@@ -89,8 +89,8 @@ FASTASR_INLINE void add_products_of(const C* w, int64_t rows, int64_t depth, con
 
 // Computes gates[b][r] += w[r] . h[b] for the rows of one gate in a unit.
 template <typename C>
-FASTASR_INLINE void add_products(const C* w, int64_t rows, int64_t depth, const C* h, int64_t batch, C* gates,
-                                 int64_t gate_row) {
+__attribute__((noinline)) void add_products(const C* w, int64_t rows, int64_t depth, const C* h, int64_t batch,
+                                            C* gates, int64_t gate_row) {
   constexpr int four = Lanes<C>::count >= 4 ? 4 : 2;
   const int64_t fours = batch / four * four, twos = batch / 2 * 2;
   add_products_of<four>(w, rows, depth, h, 0, fours, gates, gate_row);
@@ -147,7 +147,7 @@ template <typename C>
 constexpr int64_t kPanelRows = 2 * Lanes<C>::count;
 
 template <typename C>
-FASTASR_INLINE void pack_rows(const C* w, int64_t rows, int64_t depth, C* out) {
+__attribute__((noinline)) void pack_rows(const C* w, int64_t rows, int64_t depth, C* out) {
   constexpr int n = Lanes<C>::count;
   const int64_t whole = (rows + kPanelRows<C> - 1) / kPanelRows<C> * kPanelRows<C>;
   for (int64_t r = 0; r < whole; r += n) {
@@ -168,8 +168,8 @@ FASTASR_INLINE void pack_rows(const C* w, int64_t rows, int64_t depth, C* out) {
 
 // Computes gates[b][r] += w[r] . h[b] for rows that pack_rows has packed.
 template <typename C>
-FASTASR_INLINE void add_packed_products(const C* packed, int64_t rows, int64_t depth, const C* h, int64_t batch,
-                                        C* gates, int64_t gate_row) {
+__attribute__((noinline)) void add_packed_products(const C* packed, int64_t rows, int64_t depth, const C* h,
+                                                   int64_t batch, C* gates, int64_t gate_row) {
   constexpr int64_t n = kPanelRows<C>;
   for (int64_t r = 0; r < rows; r += n) {
     const C* w = packed + r * depth;
@@ -186,6 +186,19 @@ FASTASR_INLINE void add_packed_products(const C* packed, int64_t rows, int64_t d
 }
 
 // out[b][u] += sum over k of g[b][k] w[k][u] for k < terms and u < columns; the rows of g are `depth` apart.
+// add_last_columns serves columns that fill no vector.
+template <typename C>
+__attribute__((noinline)) void add_last_columns(const C* w, int64_t w_row, const C* g, int64_t depth, int64_t terms,
+                                                int64_t batch, int64_t columns, C* out, int64_t out_row) {
+  for (int64_t b = 0; b < batch; b++) {
+    for (int64_t i = 0; i < columns; i++) {
+      C sum = 0;
+      for (int64_t k = 0; k < terms; k++) sum += g[b * depth + k] * w[k * w_row + i];
+      out[b * out_row + i] += sum;
+    }
+  }
+}
+
 template <int kBatch, bool kFar, typename C>
 FASTASR_INLINE void add_columns(const C* w, int64_t w_row, const C* g, int64_t depth, int64_t terms, int64_t columns,
                                 C* out, int64_t out_row) {
@@ -194,22 +207,15 @@ FASTASR_INLINE void add_columns(const C* w, int64_t w_row, const C* g, int64_t d
   for (; u + vectors * n <= columns; u += vectors * n)
     product_tile<kBatch, vectors, kFar>(w + u, w_row, g, depth, terms, out + u, out_row);
   for (; u + n <= columns; u += n) product_tile<kBatch, 1, kFar>(w + u, w_row, g, depth, terms, out + u, out_row);
-  if (u == columns) return;
-  for (int b = 0; b < kBatch; b++) {
-    for (int64_t i = u; i < columns; i++) {
-      C sum = 0;
-      for (int64_t k = 0; k < terms; k++) sum += g[b * depth + k] * w[k * w_row + i];
-      out[b * out_row + i] += sum;
-    }
-  }
+  if (u < columns) add_last_columns(w + u, w_row, g, depth, terms, kBatch, columns - u, out + u, out_row);
 }
 
 // out (batch, H) = g (batch, 4 H) w for `columns` columns, at most kLstmUnit; w and out point to the first of them. For
 // many sequences a block of w is first copied so that its rows follow each other: in place, they meet in a few sets of
 // the caches.
 template <typename C>
-FASTASR_INLINE void products_with_columns(const C* w, int64_t hidden, const C* g, int64_t batch, int64_t columns,
-                                          C* out) {
+__attribute__((noinline)) void products_with_columns(const C* w, int64_t hidden, const C* g, int64_t batch,
+                                                     int64_t columns, C* out) {
   const int64_t depth = 4 * hidden;
   alignas(64) C block[kBlockTerms * kLstmUnit];
   for (int64_t b = 0; b < batch; b++) std::fill(out + b * hidden, out + b * hidden + columns, C(0));
@@ -232,8 +238,8 @@ FASTASR_INLINE void products_with_columns(const C* w, int64_t hidden, const C* g
 
 // Returns mean and 1 / deviation of a row from its units' means and sums of squares about them.
 template <typename C>
-FASTASR_INLINE void merge_moments(const C* parts, const LstmSizes& s, int64_t b, int64_t per_unit, double eps,
-                                  std::pair<C, C>* row) {
+__attribute__((noinline)) void merge_moments(const C* parts, const LstmSizes& s, int64_t b, int64_t per_unit,
+                                             double eps, std::pair<C, C>* row) {
   const auto weight = [&](int64_t u) {
     return static_cast<double>(per_unit * std::min(kLstmUnit, s.hidden - u * kLstmUnit));
   };
@@ -250,7 +256,8 @@ FASTASR_INLINE void merge_moments(const C* parts, const LstmSizes& s, int64_t b,
 
 // Returns two sums of a row from those of its units, over `count`.
 template <typename C>
-FASTASR_INLINE void merge_sums(const C* parts, const LstmSizes& s, int64_t b, double count, std::pair<C, C>* row) {
+__attribute__((noinline)) void merge_sums(const C* parts, const LstmSizes& s, int64_t b, double count,
+                                          std::pair<C, C>* row) {
   double first = 0, second = 0;
   for (int64_t u = 0; u < s.units(); u++) {
     first += static_cast<double>(parts[2 * (u * s.batch + b)]);

@@ -13,7 +13,7 @@ struct Row {
 };
 
 template <bool kSlopes, typename T, typename C = compute_t<T>>
-FASTASR_INLINE void mix(const ResidualNorm<T>& p, int64_t row, const Row<C>& v) {
+__attribute__((noinline)) void mix(const ResidualNorm<T>& p, int64_t row, const Row<C>& v) {
   const int64_t n = p.channels;
   const T* __restrict x = p.x.data + row * p.x.stride, * __restrict u = p.update.data + row * p.update.stride;
   C* __restrict t = v.t, * __restrict a = v.a, * __restrict s = v.s, * __restrict r = v.r, * __restrict slope = v.slope;
@@ -115,8 +115,8 @@ FASTASR_INLINE C normalised(const PlainRow<T, C>& r, int64_t j) {
 }
 
 template <int kRows, typename T, typename C>
-FASTASR_INLINE void project_plain(const C* __restrict w, int64_t n, PlainRow<T, C>* rows, C* __restrict dweight,
-                                  C* __restrict dbias) {
+__attribute__((noinline)) void project_plain(const C* __restrict w, int64_t n, PlainRow<T, C>* rows,
+                                             C* __restrict dweight, C* __restrict dbias) {
   const PlainRow<T, C> r0 = rows[0], r1 = rows[kRows > 1 ? 1 : 0], r2 = rows[kRows > 1 ? 2 : 0],
                        r3 = rows[kRows > 1 ? 3 : 0];
   for (int k = 0; k < kRows; k++) rows[k].sum = rows[k].product = 0;

@@ -44,7 +44,7 @@ FASTASR_INLINE double row_sum(int64_t n, const F& term) {
 
 // Computes centred = t - mean(t), in place. The mean is subtracted in two parts, exact to double.
 template <typename C>
-FASTASR_INLINE RowStatistics<C> centre(C* __restrict t, int64_t n, double eps) {
+static __attribute__((noinline)) RowStatistics<C> centre(C* __restrict t, int64_t n, double eps) {
   const double mean = row_sum<C>(n, [&](int64_t j) { return t[j]; }) / static_cast<double>(n);
   const C high = static_cast<C>(mean);
   C low = static_cast<C>(mean - static_cast<double>(high));

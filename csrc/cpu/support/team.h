@@ -32,7 +32,7 @@ class Team {
     for (int64_t i = begin; i < end; i++) {
       const int64_t unit = backwards ? begin + end - 1 - i : i;
       if (alone)
-        f(unit);
+        run(unit, f);
       else
         take(unit, phase, f);
     }
@@ -56,11 +56,16 @@ class Team {
   }
 
   template <typename F>
+  static __attribute__((noinline)) void run(int64_t unit, const F& f) {
+    f(unit);
+  }
+
+  template <typename F>
   void take(int64_t unit, int64_t phase, const F& f) {
     int64_t expected = phase;
     if (!next_[static_cast<size_t>(unit)].compare_exchange_strong(expected, phase + 1, std::memory_order_acq_rel))
       return;
-    f(unit);
+    run(unit, f);
     done_.fetch_add(1, std::memory_order_acq_rel);
   }
 
