@@ -12,6 +12,7 @@ class Backward {
  public:
   using Numbers = NumbersOf<C>;
   using Scan = EmaScan<C, NumbersOf>;
+  using Load = typename Scan::Load;
   using Gradients = typename Numbers::Gradients;
   static constexpr int64_t kBlock = Scan::kBlock;
 
@@ -112,19 +113,19 @@ class Backward {
   }
 
   // --- what the passes read
-  auto input(int64_t row, bool backwards, bool masked = true) const {
+  Load input(int64_t row, bool backwards, bool masked = true) const {
     return [this, tile = row % plan_.tiles, b = row / plan_.tiles, backwards, masked](int64_t tau, int64_t steps,
                                                                                       C* buffer) {
       scan_.load(x_, xs_, tile, b, tau, steps, backwards, masked, buffer);
     };
   }
-  auto cotangent(int64_t row, bool backwards) const {
+  Load cotangent(int64_t row, bool backwards) const {
     return [this, tile = row % plan_.tiles, b = row / plan_.tiles, backwards](int64_t tau, int64_t steps, C* buffer) {
       scan_.load(grad_, grad_strides_, tile, b, tau, steps, backwards, false, buffer);
     };
   }
   // dy act'(z), once the first pass has stored it
-  auto activated(int64_t row, bool backwards, const C* g) const {
+  Load activated(int64_t row, bool backwards, const C* g) const {
     return [this, row, backwards, g](int64_t tau, int64_t steps, C* buffer) {
       if (active_)
         scan_.load_rows(g, 0, tau, steps, backwards, buffer);
@@ -202,9 +203,8 @@ class Backward {
       std::fill(e, e + scan_.rows(), C(0));
       if (scan_.ordered(plan_.chunks - 1, backwards) == j) continue;
       const int64_t tile = row % plan_.tiles;
-      scan_.convolve(
-          scan_.adjoint(half, tile), tile, scan_.begin(j, backwards), scan_.end(j, backwards), e, nullptr,
-          activated(row, backwards, g), [](int64_t, int64_t, C*) { return true; }, [](int64_t, int64_t, C*, C*) {});
+      scan_.convolve(scan_.adjoint(half, tile), tile, scan_.begin(j, backwards), scan_.end(j, backwards), e, nullptr,
+                     activated(row, backwards, g));
     }
   }
 
@@ -331,14 +331,9 @@ class Backward {
                                               steps, lanes);
         scan_.store(out, dx_, dx_strides_, tile, b, tau, steps, backwards);
       };
-      const EmaWeights<C> w = scan_.adjoint(half, tile);
-      const int64_t begin = scan_.begin(j, backwards), end = scan_.end(j, backwards);
-      if (scan_.unit())
-        scan_.convolve(w, tile, begin, end, e, nullptr, activated(row, backwards, g), start, done);
-      else
-        scan_.convolve(w, tile, begin, end, e, nullptr, activated(row, backwards, g), start, done,
-                       input(row, backwards),
-                       [&](const C* part) { kernels<EmaTile<C>>().fold(part, kind(slot, half, of_b), scan_.rows()); });
+      scan_.convolve(scan_.adjoint(half, tile), tile, scan_.begin(j, backwards), scan_.end(j, backwards), e, nullptr,
+                     activated(row, backwards, g), start, done, scan_.unit() ? Load() : input(row, backwards),
+                     [&](const C* part) { kernels<EmaTile<C>>().fold(part, kind(slot, half, of_b), scan_.rows()); });
       if (gradients_.state && scan_.ordered(plan_.chunks - 1, backwards) == j)
         scan_.store_gradient(e, tile, b, gradients_.state);
     }

@@ -48,7 +48,7 @@ class Forward {
   C* carried(int64_t half, int64_t row, int64_t j) {
     return carries_.data() + ((half * plan_.tiles * batch_ + row) * plan_.chunks + j) * scan_.rows();
   }
-  auto input(int64_t tile, int64_t b, bool backwards) const {
+  typename Scan::Load input(int64_t tile, int64_t b, bool backwards) const {
     return [this, tile, b, backwards](int64_t tau, int64_t steps, C* buffer) {
       scan_.load(x_, xs_, tile, b, tau, steps, backwards, true, buffer);
     };
@@ -61,9 +61,8 @@ class Forward {
     C* g = carried(half, row, j);
     std::fill(g, g + scan_.rows(), C(0));
     if (scan_.ordered(plan_.chunks - 1, backwards) == j) return;  // nothing follows it
-    scan_.convolve(
-        scan_.weights(half, tile), tile, scan_.begin(j, backwards), scan_.end(j, backwards), g, nullptr,
-        input(tile, b, backwards), [](int64_t, int64_t, C*) { return true; }, [](int64_t, int64_t, C*, C*) {});
+    scan_.convolve(scan_.weights(half, tile), tile, scan_.begin(j, backwards), scan_.end(j, backwards), g, nullptr,
+                   input(tile, b, backwards));
   }
 
   // Turns each chunk's own share into the state before it.

@@ -125,13 +125,18 @@ class EmaScan {
          steps);
   }
 
+  // What convolve calls per block. The calls are few: as templates, each of its uses would be compiled apart.
+  using Load = std::function<void(int64_t, int64_t, C*)>;
+  using Start = std::function<bool(int64_t, int64_t, C*)>;
+  using Done = std::function<void(int64_t, int64_t, C*, C*)>;
+  using Sum = std::function<void(const C*)>;
+
   // Runs blocks of the scan steps [from, to). load(tau, steps, buffer) reads the input; start(tau, steps, y) may
   // initialise y and returns whether it left y empty; done(tau, steps, y, input) takes the result. For g see
-  // EmaConvolution. `other` is null or works as load, with sum(part) called per block. Truncated scans start by
-  // themselves and overwrite `g`.
-  template <typename Load, typename Start, typename Done, typename Other, typename Sum>
+  // EmaConvolution. `other` works as load, with sum(part) called per block. All but load may be absent. Truncated scans
+  // start by themselves and overwrite `g`.
   void convolve(const EmaWeights<C>& w, int64_t tile, int64_t from, int64_t to, C* g, C* last, const Load& load,
-                const Start& start, const Done& done, const Other& other, const Sum& sum) const {
+                const Start& start = {}, const Done& done = {}, const Load& other = {}, const Sum& sum = {}) const {
     alignas(64) C input[kBlock], late[kBlock], y[kBlock], second[kBlock];
     EmaConvolution<C> a{};
     a.x = input, a.decay = w.decay, a.low = w.low, a.in = w.in, a.out = w.out, a.late_gain = w.late, a.y = y, a.g = g,
@@ -139,7 +144,7 @@ class EmaScan {
     a.lanes = lanes(tile), a.states = states_, a.real = w.real;
     const EmaBlock<C>& block = Numbers::block();
     std::vector<C> part;
-    if constexpr (!std::is_null_pointer_v<Other>) part.resize(static_cast<size_t>(rows_)), a.sum = part.data();
+    if (other) part.resize(static_cast<size_t>(rows_)), a.sum = part.data();
     for (int64_t tau = from; tau < to; tau += kEmaSteps) {
       if (plan_.truncation > 0 && (tau - from) % plan_.run == 0) {
         a.x_late = nullptr, a.start = true;
@@ -153,8 +158,8 @@ class EmaScan {
       const int64_t steps = std::min(kEmaSteps, to - tau);
       load(tau, steps, input);
       if (a.x_late) load_late(tau, steps, load, late);
-      a.start = start(tau, steps, y);
-      if constexpr (std::is_null_pointer_v<Other>) {
+      a.start = !start || start(tau, steps, y);
+      if (!other) {
         a.steps = steps;
         block.convolution(a);
       } else {
@@ -166,25 +171,18 @@ class EmaScan {
           sum(part.data());
         }
       }
-      done(tau, steps, y, input);
+      if (done) done(tau, steps, y, input);
     }
-  }
-  template <typename Load, typename Start, typename Done>
-  void convolve(const EmaWeights<C>& w, int64_t tile, int64_t from, int64_t to, C* g, C* last, const Load& load,
-                const Start& start, const Done& done) const {
-    convolve(w, tile, from, to, g, last, load, start, done, nullptr, nullptr);
   }
 
   // Reads the input K steps before.
-  template <typename Load>
   void load_late(int64_t tau, int64_t steps, const Load& load, C* buffer) const {
     const int64_t absent = std::clamp<int64_t>(plan_.truncation - tau, 0, steps);
     std::fill(buffer, buffer + absent * kEmaLanes, C(0));
     if (absent < steps) load(tau + absent - plan_.truncation, steps - absent, buffer + absent * kEmaLanes);
   }
   // Zeroes the states and calls block(tau, steps) over the K steps before `from`.
-  template <typename Block>
-  void warm_up(int64_t from, C* g, C* v, const Block& block) const {
+  void warm_up(int64_t from, C* g, C* v, const std::function<void(int64_t, int64_t)>& block) const {
     std::fill(g, g + rows_, C(0));
     if (v) std::fill(v, v + rows_, C(0));
     for (int64_t tau = std::max<int64_t>(0, from - plan_.truncation); tau < from; tau += kEmaSteps)
