@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <algorithm>
-
 #include "cpu/attention/zipformer_attention_weights.h"
 #include "tests/check.h"
 
@@ -21,22 +19,21 @@ struct AttentionShape {
 template <typename T>
 struct AttentionCase {
   using C = compute_t<T>;
+  AttentionShape s;
   AttentionProblem a{};
-  Buffer<T> x, pos, cached, grad;
+  Random random;
+  Buffer<T> x{s.frames * s.batch * s.heads * (2 * s.dim + s.pos_dim), 1, random, 0.5},
+      pos{s.pos_batch * (2 * s.frames - 1 + s.left) * s.heads * s.pos_dim, 3, random},
+      cached{s.left * s.batch * s.heads * s.dim, 0, random, 0.5},
+      grad{s.heads * s.batch * s.frames * (s.left + s.frames), 2, random};
   std::vector<uint8_t> padding, mask;
-  std::vector<long double> dw;  // the gradient of W; `grad` until it is changed and reference() is called again
-  std::vector<long double> w, dx, dpos, dcached;
+  Reals dw;  // the gradient of W; `grad` until it is changed and reference() is called again
+  Reals w, dx, dpos, dcached;
 
-  AttentionCase(const AttentionShape& s, uint64_t seed)
-      : x(s.frames * s.batch * s.heads * (2 * s.dim + s.pos_dim), 1),
-        pos(s.pos_batch * (2 * s.frames - 1 + s.left) * s.heads * s.pos_dim, 3),
-        cached(s.left * s.batch * s.heads * s.dim),
-        grad(s.heads * s.batch * s.frames * (s.left + s.frames), 2) {
+  AttentionCase(const AttentionShape& shape, uint64_t seed) : s(shape), random(seed) {
     a.frames = s.frames, a.batch = s.batch, a.heads = s.heads, a.query_dim = s.dim, a.pos_dim = s.pos_dim;
     a.left = s.left, a.pos_batch = s.pos_batch, a.chunk = s.chunk, a.left_chunks = s.left_chunks;
     a.penalty = s.penalty, a.limit = 1.25;
-    Random random(seed);
-    x.fill(random, 0.5), pos.fill(random), cached.fill(random, 0.5), grad.fill(random);
     const auto draw = [&](std::vector<uint8_t>& m, int64_t n) {
       m.resize(static_cast<size_t>(n));
       for (auto& v : m) v = random.uniform() < 0.3;
@@ -44,13 +41,11 @@ struct AttentionCase {
     draw(padding, a.batch * a.keys());
     draw(mask, (s.masks & 4 ? a.batch : 1) * a.frames * a.keys());
     if (a.batch > 1)  // one sequence with a padded tail, one that is all padding
-      for (int64_t j = 0; j < a.keys(); j++)
-        padding[static_cast<size_t>(j)] = j >= a.keys() / 2,
-        padding[static_cast<size_t>((a.batch - 1) * a.keys() + j)] = 1;
+      for (int64_t j = 0; j < a.keys(); j++) padding[j] = j >= a.keys() / 2, padding[(a.batch - 1) * a.keys() + j] = 1;
     a.padding = s.masks & 1 ? padding.data() : nullptr;
     a.mask = s.masks & 6 ? mask.data() : nullptr;
     a.mask_per_sequence = s.masks & 4;
-    for (int64_t i = 0; i < grad.size(); i++) dw.push_back(value(grad[i]));
+    for (int64_t i = 0; i < grad.size(); i++) dw.push_back(grad(i));
     reference();
   }
 
@@ -74,63 +69,94 @@ struct AttentionCase {
 
   void reference() {
     const int64_t keys = a.keys();
-    w.assign(static_cast<size_t>(grad.size()), 0), dx.assign(static_cast<size_t>(x.size()), 0);
-    dpos.assign(static_cast<size_t>(pos.size()), 0), dcached.assign(static_cast<size_t>(cached.size()), 0);
-    std::vector<long double> raw(static_cast<size_t>(keys)), s(raw);
+    w.assign(size_t(grad.size()), 0), dx.assign(size_t(x.size()), 0);
+    dpos.assign(size_t(pos.size()), 0), dcached.assign(size_t(cached.size()), 0);
+    Reals raw(static_cast<size_t>(keys)), scores(raw);
     for (int64_t h = 0; h < a.heads; h++)
       for (int64_t b = 0; b < a.batch; b++)
         for (int64_t i = 0; i < a.frames; i++) {
+          const auto at_cached = [&](int64_t j) { return ((j * a.batch + b) * a.heads + h) * a.query_dim; };
           const auto key = [&](int64_t j, int64_t d) {
-            return static_cast<long double>(j < a.left
-                                                ? value(cached[((j * a.batch + b) * a.heads + h) * a.query_dim + d])
-                                                : value(x[at_k(j - a.left, b, h) + d]));
+            return j < a.left ? cached(at_cached(j) + d) : x(at_k(j - a.left, b, h) + d);
           };
           long double top = -INFINITY, sum = 0, delta = 0;
           for (int64_t j = 0; j < keys; j++) {
-            long double v = 0;
-            for (int64_t d = 0; d < a.query_dim; d++) v += value(x[at_q(i, b, h) + d]) * key(j, d);
-            if (a.pos_batch)
-              for (int64_t d = 0; d < a.pos_dim; d++)
-                v += static_cast<long double>(value(x[at_p(i, b, h) + d])) *
-                     value(pos[at_r(a.frames - 1 - i + j, b, h) + d]);
-            raw[static_cast<size_t>(j)] = v;
-            s[static_cast<size_t>(j)] = hidden(b, i, j) ? -1000 : v;
-            top = std::max(top, s[static_cast<size_t>(j)]);
+            long double& v = raw[j] = 0;
+            for (int64_t d = 0; d < a.query_dim; d++) v += x(at_q(i, b, h) + d) * key(j, d);
+            for (int64_t d = 0; a.pos_batch && d < a.pos_dim; d++)
+              v += x(at_p(i, b, h) + d) * pos(at_r(a.frames - 1 - i + j, b, h) + d);
+            scores[j] = hidden(b, i, j) ? -1000 : v;
+            top = std::max(top, scores[j]);
           }
-          for (auto& v : s) sum += v = std::exp(v - top);
-          const size_t row = static_cast<size_t>((((h * a.batch + b) * a.frames) + i) * keys);
-          for (size_t j = 0; j < s.size(); j++) {
-            w[row + j] = s[j] / sum;
-            delta += w[row + j] * dw[row + j];
-          }
+          for (auto& v : scores) sum += v = std::exp(v - top);
+          const int64_t row = ((h * a.batch + b) * a.frames + i) * keys;
+          for (int64_t j = 0; j < keys; j++) delta += (w[row + j] = scores[j] / sum) * dw[row + j];
           for (int64_t j = 0; j < keys; j++) {
-            const size_t at = row + static_cast<size_t>(j);
-            long double ds = hidden(b, i, j) ? 0 : w[at] * (dw[at] - delta);
-            const long double v = raw[static_cast<size_t>(j)];
-            if (std::fabs(v) > a.limit) ds += v > 0 ? a.penalty : -a.penalty;
+            long double ds = hidden(b, i, j) ? 0 : w[row + j] * (dw[row + j] - delta);
+            if (std::fabs(raw[j]) > a.limit) ds += raw[j] > 0 ? a.penalty : -a.penalty;
             for (int64_t d = 0; d < a.query_dim; d++) {
-              dx[static_cast<size_t>(at_q(i, b, h) + d)] += ds * key(j, d);
-              long double& dk = j < a.left
-                                    ? dcached[static_cast<size_t>(((j * a.batch + b) * a.heads + h) * a.query_dim + d)]
-                                    : dx[static_cast<size_t>(at_k(j - a.left, b, h) + d)];
-              dk += ds * value(x[at_q(i, b, h) + d]);
+              dx[at_q(i, b, h) + d] += ds * key(j, d);
+              (j < a.left ? dcached[at_cached(j) + d] : dx[at_k(j - a.left, b, h) + d]) += ds * x(at_q(i, b, h) + d);
             }
-            if (!a.pos_batch) continue;
-            for (int64_t d = 0; d < a.pos_dim; d++) {
+            for (int64_t d = 0; a.pos_batch && d < a.pos_dim; d++) {
               const int64_t r = at_r(a.frames - 1 - i + j, b, h) + d;
-              dx[static_cast<size_t>(at_p(i, b, h) + d)] += ds * value(pos[r]);
-              dpos[static_cast<size_t>(r)] += ds * value(x[at_p(i, b, h) + d]);
+              dx[at_p(i, b, h) + d] += ds * pos(r);
+              dpos[r] += ds * x(at_p(i, b, h) + d);
             }
           }
         }
   }
 };
 
+// Returns the error that is allowed where the kernel's is `unit`, relative or absolute.
 template <typename T>
-bool near(T got, long double expected, double unit) {
-  return std::fabs(value(got) - static_cast<double>(expected)) <=
-         unit * (1 + std::fabs(static_cast<double>(expected))) +
-             std::fabs(static_cast<double>(expected)) * 2 * Type<T>::half_ulp;
+long double near_bound(long double expected, double unit) {
+  return unit * (1 + std::fabs(expected)) + std::fabs(expected) * 2 * Type<T>::half_ulp;
 }
+template <typename T>
+void expect_near(const char* name, Buffer<T>& got, const Reals& expected, double unit) {
+  for (int64_t i = 0; i < got.size(); i++)
+    expect_within(name, got[i], i, expected[i], near_bound<T>(expected[i], unit));
+}
+
+// Holds the packed operands of a case and the parts of the gradients of keys and positions.
+template <typename T>
+struct Packed {
+  using C = compute_t<T>;
+  AttentionCase<T>& c;
+  const AttentionProblem& a = c.a;
+  int64_t pairs = a.heads * a.batch, part = cpu::kAttentionStep * 2, parts = (a.frames + part - 1) / part;
+  Buffer<C> kt{pairs * a.keys_transposed_size()}, rows{pairs * a.key_rows_size()},
+      rt{a.heads * a.pos_batch * a.positions_size()}, dk{pairs * parts * a.key_rows_size()},
+      drt{pairs * parts * a.positions_size()};
+  Buffer<T> dx{c.x.size(), 1}, dpos{c.pos.size(), 1}, dcached{c.cached.size(), 1};
+  std::vector<cpu::KeyRange> ranges = std::vector<cpu::KeyRange>(static_cast<size_t>(a.batch));
+  const cpu::AttentionWeightsKernels<T>& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
+
+  explicit Packed(AttentionCase<T>& of) : c(of) {
+    attention_key_ranges(a, ranges.data());
+    for (int64_t hb = 0; hb < pairs; hb++) kernel.pack_keys(a, c.x, c.cached, hb, kt_of(hb), rows_of(hb));
+    for (int64_t k = 0; k < a.heads * a.pos_batch; k++)
+      kernel.pack_positions(a, c.pos, k / a.pos_batch, k % a.pos_batch, rt + k * a.positions_size());
+  }
+  C* kt_of(int64_t hb) { return kt + hb * a.keys_transposed_size(); }
+  C* rows_of(int64_t hb) { return rows + hb * a.key_rows_size(); }
+  C* dk_of(int64_t hb, int64_t k) { return dk + (hb * parts + k) * a.key_rows_size(); }
+  C* drt_of(int64_t hb, int64_t k) { return drt + (hb * parts + k) * a.positions_size(); }
+  const C* positions_of(int64_t hb) {
+    if (!a.pos_batch) return nullptr;
+    return rt + (hb / a.batch * a.pos_batch + (a.pos_batch == 1 ? 0 : hb % a.batch)) * a.positions_size();
+  }
+  void store_keys(int64_t hb) { kernel.store_keys(a, dk_of(hb, 0), parts, hb, dx, dcached); }
+  void store_positions(int64_t heads) {
+    for (int64_t k = 0; k < heads * a.pos_batch; k++)
+      kernel.store_positions(a, drt, parts, k / a.pos_batch, k % a.pos_batch, dpos);
+  }
+  void compare(double unit) {
+    expect_near("dx", dx, c.dx, unit);
+    expect_near("dcached_key", dcached, c.dcached, unit);
+    if (a.pos_batch) expect_near("dpos", dpos, c.dpos, unit);
+  }
+};
 
 }  // namespace fastasr::test

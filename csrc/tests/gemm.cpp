@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/gemm/gemm.h"
 
-#include <algorithm>
-
 #include "tests/check.h"
 
 namespace fastasr::test {
@@ -23,54 +21,48 @@ struct Layout {
 };
 
 struct Problem {
+  Random random;
   Layout la, lb;
   Buffer<float> a, b, bias, c;
   cpu::Gemm g;
   Problem(int64_t m, int64_t n, int64_t k, int kind_a, int kind_b, bool with_bias)
-      : la(kind_a, m, k), lb(kind_b, k, n), a(la.size, 1), b(lb.size, 3), bias(n, 5), c((m - 1) * (n + 7) + n, 2) {
-    Random random(static_cast<uint64_t>(m * 7919 + n * 131 + k));
-    a.fill(random), b.fill(random), bias.fill(random);
-    g = {a.data(), la.row, la.column, b.data(), lb.row, lb.column, with_bias ? bias.data() : nullptr,
-         c.data(), n + 7,  m,         n,        k};
-    for (int64_t i = 0; i < c.size(); i++) c[i] = 1e30f;
-  }
+      : random(static_cast<uint64_t>(m * 7919 + n * 131 + k)),
+        la(kind_a, m, k),
+        lb(kind_b, k, n),
+        a(la.size, 1, random),
+        b(lb.size, 3, random),
+        bias(n, 5, random),
+        c((m - 1) * (n + 7) + n, 2),
+        g{a, la.row, la.column, b, lb.row, lb.column, with_bias ? bias.data() : nullptr, c, n + 7, m, n, k} {}
   // Runs panels and tasks in pieces of `step`.
   void run(int64_t step) {
     const auto& kernel = cpu::kernels<cpu::GemmKernels>();
     Buffer<float> pa(kernel.packed_a(g)), pb(kernel.packed_b(g));
-    for (int64_t i = 0; i < kernel.a_panels(g); i += step)
-      kernel.pack_a(g, pa.data(), i, std::min(i + step, kernel.a_panels(g)));
-    for (int64_t i = 0; i < kernel.b_panels(g); i += step)
-      kernel.pack_b(g, pb.data(), i, std::min(i + step, kernel.b_panels(g)));
-    for (int64_t i = 0; i < kernel.tasks(g); i += step)
-      kernel.products(g, pa.data(), pb.data(), i, std::min(i + step, kernel.tasks(g)));
-    CHECK(pa.intact() && pb.intact() && c.intact(), "wrote outside, %ldx%ldx%ld", long(g.m), long(g.n), long(g.k));
+    in_pieces(kernel.a_panels(g), step, [&](int64_t begin, int64_t end) { kernel.pack_a(g, pa, begin, end); });
+    in_pieces(kernel.b_panels(g), step, [&](int64_t begin, int64_t end) { kernel.pack_b(g, pb, begin, end); });
+    in_pieces(kernel.tasks(g), step, [&](int64_t begin, int64_t end) { kernel.products(g, pa, pb, begin, end); });
   }
 };
 
 void values(int64_t m, int64_t n, int64_t k, int kind_a, int kind_b) {
+  INFO(m, "x", n, "x", k, " layouts ", kind_a, " and ", kind_b);
   const bool with_bias = (m + n + k) % 2;
   Problem p(m, n, k, kind_a, kind_b, with_bias), pieces(m, n, k, kind_a, kind_b, with_bias);
   p.run(int64_t{1} << 40);
   pieces.run(3);
-  CHECK(p.c.equals(pieces.c), "the split shows in %ldx%ldx%ld", long(m), long(n), long(k));
-  for (int64_t i = 0; i < m; i++)
-    for (int64_t j = 0; j < n + 7 && i * (n + 7) + j < p.c.size(); j++) {
-      const float got = p.c[i * (n + 7) + j];
-      if (j >= n) {
-        CHECK(got == 1e30f, "wrote behind a row");
-        continue;
-      }
-      long double sum = with_bias ? p.bias[j] : 0, size = std::fabs(sum);
-      for (int64_t l = 0; l < k; l++) {
-        const long double term =
-            static_cast<long double>(p.a[i * p.la.row + l * p.la.column]) * p.b[l * p.lb.row + j * p.lb.column];
-        sum += term, size += std::fabs(term);
-      }
-      const long double chain = std::min(k, cpu::kGemmChain) + (k + cpu::kGemmChain - 1) / cpu::kGemmChain + 1;
-      CHECK(std::fabs(got - sum) <= chain * 0x1p-24L * size, "%ldx%ldx%ld (%d %d) at %ld, %ld: %g, not %Lg", long(m),
-            long(n), long(k), kind_a, kind_b, long(i), long(j), got, sum);
+  CHECK(p.c.equals(pieces.c), "the split shows");
+  for (int64_t at = 0; at < p.c.size(); at++) {
+    const int64_t i = at / (n + 7), j = at % (n + 7);
+    if (j >= n) {
+      CHECK(p.c.unset(at), "wrote behind a row");
+      continue;
     }
+    Sum sum;
+    sum.add(with_bias ? p.bias(j) : 0);
+    for (int64_t l = 0; l < k; l++) sum.add(p.a(i * p.la.row + l * p.la.column) * p.b(l * p.lb.row + j * p.lb.column));
+    const long double chain = std::min(k, cpu::kGemmChain) + (k + cpu::kGemmChain - 1) / cpu::kGemmChain + 1;
+    EXPECT_WITHIN(p.c, at, sum.value, chain * 0x1p-24L * sum.size);
+  }
 }
 
 }  // namespace

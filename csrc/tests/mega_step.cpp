@@ -2,7 +2,6 @@
 #include "cpu/streaming/mega_step.h"
 
 #include <atomic>
-#include <thread>
 
 #include "cpu/gemm/skinny_gemm.h"
 #include "cpu/support/history.h"
@@ -14,10 +13,9 @@ namespace {
 using cpu::HistoryView;
 using cpu::MegaLayout;
 
-long double logistic(long double x) { return 1 / (1 + std::exp(-x)); }
-
-bool near(float got, long double expected, long double scale, long double ulps) {
-  return std::fabs(got - expected) <= ulps * 0x1p-24L * (scale + std::fabs(expected)) + 1e-30L;
+// Returns the error that is allowed beside terms of `size`.
+long double room(long double expected, long double size, long double ulps) {
+  return ulps * 0x1p-24L * (size + std::fabs(expected)) + 1e-30L;
 }
 
 // In the layout nothing overlaps, everything is inside, and panels begin on cache lines.
@@ -26,7 +24,7 @@ void layout(const cpu::MegaShape& shape) {
   std::vector<int> used(static_cast<size_t>(l.total));
   const auto take = [&](int64_t at, int64_t size) {
     CHECK(at % 16 == 0 && at >= 0 && at + size <= l.total, "a part lies outside or across lines");
-    for (int64_t i = at; i < at + size; i++) CHECK(used[static_cast<size_t>(i)]++ == 0, "parts overlap");
+    for (int64_t i = at; i < at + size; i++) CHECK(used[i]++ == 0, "parts overlap");
   };
   for (int64_t b = 0; b < shape.blocks; b++) {
     for (int i = 0; i < cpu::kMegaVectors; i++) take(b * l.block + l.vector[i], l.vector_size[i]);
@@ -65,7 +63,7 @@ struct Block {
                              p[6].data(),  p[7].data(),  p[8].data(),  p[9].data(),  p[10].data(), p[11].data(),
                              p[12].data(), p[13].data(), p[14].data(), p[15].data(), p[16].data(), p[17].data(),
                              p[18].data(), p[19].data(), p[20].data(), 1e-5f,        1e-12f},
-                         block.data());
+                         block);
   }
 };
 
@@ -73,89 +71,76 @@ void average(const cpu::MegaShape& shape) {
   Block b(shape);
   constexpr int64_t kRows = 3;
   const int64_t d = shape.size, n = shape.orders, stride = d + 5;
-  Buffer<float> x(kRows * stride, 1), state(kRows * d * n, 1), next(kRows * d * n, 3), y(kRows * stride, 2);
-  x.fill(b.random), state.fill(b.random);
+  Buffer<float> x(kRows * stride, 1, b.random), state(kRows * d * n, 1, b.random), next(kRows * d * n, 3),
+      y(kRows * stride, 2);
   for (const bool empty : {false, true}) {
-    cpu::kernels<cpu::MegaKernels>().average(b.l, b.block.data(), x.data(), empty ? nullptr : state.data(), next.data(),
-                                             y.data(), stride, kRows);
-    CHECK(next.intact() && y.intact(), "wrote outside");
+    cpu::kernels<cpu::MegaKernels>().average(b.l, b.block, x, empty ? nullptr : state.data(), next, y, stride, kRows);
     for (int64_t r = 0; r < kRows; r++)
       for (int64_t i = 0; i < d; i++) {
-        long double sum = 0, size = 0;
-        const long double v = x[r * stride + i];
+        Sum sum;
+        const long double v = x(r * stride + i);
         for (int64_t j = 0; j < n; j++) {
-          const auto at = static_cast<size_t>(i * n + j);
+          const int64_t at = i * n + j, in = r * d * n + at;
           const long double p = logistic(b.p[0][at]), q = 1 - p * logistic(b.p[1][at]);
-          const long double before = empty ? 0 : static_cast<long double>(state[r * d * n + i * n + j]);
-          const long double h = p * b.p[2][at] * v + q * before, g = b.p[3][at] / std::sqrt((long double)n);
-          CHECK(near(next[r * d * n + i * n + j], h, std::fabs(p * b.p[2][at] * v) + std::fabs(q * before), 4),
-                "average: state");
-          sum += g * h, size += std::fabs(g) * (std::fabs(p * b.p[2][at] * v) + std::fabs(q * before));
+          const long double added = p * b.p[2][at] * v, kept = q * (empty ? 0 : state(in)), h = added + kept;
+          const long double g = b.p[3][at] / std::sqrt((long double)n), size = std::fabs(added) + std::fabs(kept);
+          EXPECT_WITHIN(next, in, h, room(h, size, 4));
+          sum.add(g * h, std::fabs(g) * size);
         }
-        const long double o = b.p[4][static_cast<size_t>(i)] * v, a = sum + o;
-        CHECK(near(y[r * stride + i], a * logistic(a), size + std::fabs(o), 12 + n), "average: output");
+        sum.add(b.p[4][i] * v);
+        const long double out = sum.value * logistic(sum.value);
+        EXPECT_WITHIN(y, r * stride + i, out, room(out, sum.size, 12 + n));
       }
   }
 }
 
 void attention(const cpu::MegaShape& shape, int64_t length) {
+  INFO("length ", length);
   Block b(shape);
   const int64_t k = shape.key, v = shape.value, ks = k + 3, vs = v + 1;
-  Buffer<float> query(k), keys(length * ks, 1), values(length * vs, 2), bias(length), gate(v), out(v, 1),
-      scores(length);
-  for (Buffer<float>* t : {&query, &keys, &values, &bias, &gate}) t->fill(b.random);
-  cpu::kernels<cpu::MegaKernels>().attention(b.l, query.data(), keys.data(), ks, values.data(), vs, length, bias.data(),
-                                             gate.data(), scores.data(), out.data());
-  CHECK(out.intact() && scores.intact(), "wrote outside");
-  std::vector<long double> w(static_cast<size_t>(length));
+  Buffer<float> query(k, 0, b.random), keys(length * ks, 1, b.random), values(length * vs, 2, b.random),
+      bias(length, 0, b.random), gate(v, 0, b.random), out(v, 1), scores(length);
+  cpu::kernels<cpu::MegaKernels>().attention(b.l, query, keys, ks, values, vs, length, bias, gate, scores, out);
+  Reals w(static_cast<size_t>(length));
   long double total = 0, top = -1e30L, score_size = 0;
   for (int64_t j = 0; j < length; j++) {
-    long double s = bias[j], size = std::fabs(s);
-    for (int64_t i = 0; i < k; i++) {
-      const long double term = static_cast<long double>(query[i]) * keys[j * ks + i];
-      s += term, size += std::fabs(term);
-    }
-    w[static_cast<size_t>(j)] = s, top = std::max(top, s), score_size = std::max(score_size, size);
+    Sum s;
+    s.add(bias(j));
+    for (int64_t i = 0; i < k; i++) s.add(query(i) * keys(j * ks + i));
+    w[j] = s.value, top = std::max(top, s.value), score_size = std::max(score_size, s.size);
   }
   for (long double& s : w) total += s = std::exp(s - top);
   for (int64_t c = 0; c < v; c++) {
-    long double sum = 0, size = 0;
-    for (int64_t j = 0; j < length; j++) {
-      const long double term = w[static_cast<size_t>(j)] / total * values[j * vs + c] * gate[c];
-      sum += term, size += std::fabs(term);
-    }
-    CHECK(near(out[c], sum, size, 16 + 4 * score_size), "attention over %ld: expected %.9Lg, got %.9g", long(length),
-          sum, static_cast<double>(out[c]));
+    Sum sum;
+    for (int64_t j = 0; j < length; j++) sum.add(w[j] / total * values(j * vs + c) * gate(c));
+    EXPECT_WITHIN(out, c, sum.value, room(sum.value, sum.size, 16 + 4 * score_size));
   }
 }
 
 void norms(int64_t channels) {
   Random random(3);
-  Buffer<float> x(channels, 1), y(channels), u(channels), hx(channels), scale(channels), bias(channels),
-      gated(channels), plain(channels), alone(channels);
-  for (Buffer<float>* t : {&x, &y, &u, &hx, &scale, &bias}) t->fill(random);
-  std::memcpy(gated.data(), x.data(), sizeof(float) * static_cast<size_t>(channels));
-  cpu::kernels<cpu::MegaKernels>().gated_norm(gated.data(), u.data(), hx.data(), y.data(), scale.data(), bias.data(),
-                                              1e-3f, channels);
-  cpu::kernels<cpu::MegaKernels>().norm(x.data(), y.data(), scale.data(), bias.data(), 1e-3f, plain.data(), channels);
-  cpu::kernels<cpu::MegaKernels>().norm(x.data(), nullptr, scale.data(), bias.data(), 1e-3f, alone.data(), channels);
-  CHECK(gated.intact() && plain.intact() && alone.intact(), "wrote outside");
+  Buffer<float> x(channels, 1, random), y(channels, 0, random), u(channels, 0, random), hx(channels, 0, random),
+      scale(channels, 0, random), bias(channels, 0, random), gated(channels), plain(channels), alone(channels);
+  std::copy_n(x.data(), channels, gated.data());
+  const auto& kernel = cpu::kernels<cpu::MegaKernels>();
+  kernel.gated_norm(gated, u, hx, y, scale, bias, 1e-3f, channels);
+  kernel.norm(x, y, scale, bias, 1e-3f, plain, channels);
+  kernel.norm(x, nullptr, scale, bias, 1e-3f, alone, channels);
   for (int kind = 0; kind < 3; kind++) {
-    std::vector<long double> in(static_cast<size_t>(channels));
+    INFO("norm ", kind, " of ", channels);
+    Reals in(static_cast<size_t>(channels));
     long double mean = 0, variance = 0;
     for (int64_t i = 0; i < channels; i++) {
-      const long double a = x[i], h = hx[i] + y[i];
-      in[static_cast<size_t>(i)] = kind == 0 ? a + logistic(u[i]) * (h * logistic(h) - a) : kind == 1 ? a + y[i] : a;
-      mean += in[static_cast<size_t>(i)] / channels;
+      const long double a = x(i), h = hx(i) + y(i);
+      in[i] = kind == 0 ? a + logistic(u(i)) * (h * logistic(h) - a) : kind == 1 ? a + y(i) : a;
+      mean += in[i] / channels;
     }
     for (const long double v : in) variance += (v - mean) * (v - mean) / channels;
+    Buffer<float>& got = kind == 0 ? gated : kind == 1 ? plain : alone;
     for (int64_t i = 0; i < channels; i++) {
-      const long double r = 1 / std::sqrt(variance + 1e-3L);
-      const long double expected = (in[static_cast<size_t>(i)] - mean) * r * scale[i] + bias[i];
-      const float got = (kind == 0 ? gated : kind == 1 ? plain : alone)[i];
-      const long double size = (std::fabs(x[i]) + std::fabs(y[i]) + std::fabs(hx[i]) + std::fabs(mean)) * r;
-      CHECK(near(got, expected, size * std::fabs(scale[i]) + std::fabs(bias[i]), 8), "norm %d of %ld, %ld", kind,
-            long(channels), long(i));
+      const long double r = 1 / std::sqrt(variance + 1e-3L), expected = (in[i] - mean) * r * scale(i) + bias(i);
+      const long double size = (std::fabs(x(i)) + std::fabs(y(i)) + std::fabs(hx(i)) + std::fabs(mean)) * r;
+      EXPECT_WITHIN(got, i, expected, room(expected, size * std::fabs(scale(i)) + std::fabs(bias(i)), 8));
     }
   }
 }
@@ -163,20 +148,21 @@ void norms(int64_t channels) {
 void products() {
   Random random(9);
   constexpr int64_t kRows = 3;
-  Buffer<float> w1(70 * 20), w2(10 * 33), x1(kRows * 20), x2(kRows * 33), p1(cpu::packed_size(70, 20)),
-      p2(cpu::packed_size(10, 33)), bias(128), y1(kRows * 128), y2(kRows * 64), z1(kRows * 128), z2(kRows * 64);
-  for (Buffer<float>* t : {&w1, &w2, &x1, &x2, &bias}) t->fill(random);
-  cpu::pack_panels(w1.data(), 70, 20, 20, cpu::WeightFormat::fp32, p1.data(), nullptr, 0, 2);
-  cpu::pack_panels(w2.data(), 10, 33, 33, cpu::WeightFormat::fp32, p2.data(), nullptr, 0, 1);
-  const cpu::Product list[] = {{x1.data(), 20, 20, p1.data(), bias.data(), y1.data(), 128, 2, false},
-                               {x2.data(), 33, 33, p2.data(), bias.data(), y2.data(), 64, 1, true}};
+  Buffer<float> w1(70 * 20, 0, random), w2(10 * 33, 0, random), x1(kRows * 20, 0, random), x2(kRows * 33, 0, random),
+      bias(128, 0, random), p1(cpu::packed_size(70, 20)), p2(cpu::packed_size(10, 33)), y1(kRows * 128), y2(kRows * 64),
+      z1(kRows * 128), z2(kRows * 64);
+  cpu::pack_panels(w1, 70, 20, 20, cpu::WeightFormat::fp32, p1, nullptr, 0, 2);
+  cpu::pack_panels(w2, 10, 33, 33, cpu::WeightFormat::fp32, p2, nullptr, 0, 1);
+  const cpu::Product list[] = {{x1, 20, 20, p1, bias, y1, 128, 2, false}, {x2, 33, 33, p2, bias, y2, 64, 1, true}};
   for (int64_t panel = 2; panel >= 0; panel--)
     cpu::kernels<cpu::MegaKernels>().products(list, 2, kRows, panel, panel + 1);
-  cpu::skinny_gemm(x1.data(), 20, kRows, 20, {p1.data()}, bias.data(), z1.data(), 128, 0, 2);
-  cpu::skinny_gemm(x2.data(), 33, kRows, 33, {p2.data()}, bias.data(), z2.data(), 64, 0, 1);
+  cpu::skinny_gemm(x1, 20, kRows, 20, {p1}, bias, z1, 128, 0, 2);
+  cpu::skinny_gemm(x2, 33, kRows, 33, {p2}, bias, z2, 64, 0, 1);
   CHECK(y1.equals(z1), "products: the first");
-  for (int64_t i = 0; i < kRows * 64; i++)
-    CHECK(near(y2[i], z2[i] * logistic(z2[i]), std::fabs(z2[i]), 8), "products: silu");
+  for (int64_t i = 0; i < kRows * 64; i++) {
+    const long double expected = z2(i) * logistic(z2(i));
+    EXPECT_WITHIN(y2, i, expected, room(expected, std::fabs(z2(i)), 8));
+  }
 }
 
 // A buffer grows by rows that are given out once.
@@ -184,16 +170,15 @@ void history() {
   constexpr int64_t kSequences = 3, kCapacity = 5, kWidth = 4, kHeader = cpu::history_header(kSequences);
   constexpr int64_t kSize = cpu::history_size(kSequences, kCapacity, kWidth), kStride = kCapacity * kWidth;
   Buffer<float> memory(kSize);
-  const HistoryView all{memory.data(), kSize, kHeader, kSequences, 2, kWidth, kStride, kWidth};
+  const HistoryView all{memory, kSize, kHeader, kSequences, 2, kWidth, kStride, kWidth};
   const auto with = [&](auto change) {
     HistoryView v = all;
     change(v);
     return cpu::history_claim(v);
   };
-  for (int64_t i = 0; i < kSize; i++) memory[i] = 0;
+  memory.set(0);
   CHECK(!cpu::history_claim(all), "memory without a header");
-  cpu::history_begin(memory.data(), kSequences, kCapacity, kWidth, 2);
-  CHECK(memory.intact(), "wrote outside");
+  cpu::history_begin(memory, kSequences, kCapacity, kWidth, 2);
   CHECK(!with([](auto& v) { v.size--; }), "another size");
   CHECK(!with([](auto& v) { v.size = 3; }), "too small for a header");
   CHECK(!with([](auto& v) { v.width++; }), "another width");
@@ -215,11 +200,9 @@ void history() {
   CHECK(!with([](auto& v) { v.offset += kStride, v.batch = 1, v.length = 5; }), "full");
 
   for (int round = 0; round < 20; round++) {
-    cpu::history_begin(memory.data(), kSequences, kCapacity, kWidth, 2);
+    cpu::history_begin(memory, kSequences, kCapacity, kWidth, 2);
     std::atomic<int> given{0};
-    std::vector<std::thread> threads;
-    for (int t = 0; t < 4; t++) threads.emplace_back([&] { given += cpu::history_claim(all); });
-    for (std::thread& t : threads) t.join();
+    on_threads(4, [&](int64_t) { given += cpu::history_claim(all); });
     CHECK(given == 1, "a row was given to %d threads", given.load());
   }
 }

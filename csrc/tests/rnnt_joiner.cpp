@@ -39,21 +39,18 @@ template <typename T>
 void hidden(int64_t n) {
   using C = compute_t<T>;
   const auto& kernel = cpu::kernels<cpu::JoinerKernels<T>>();
+  INFO("hidden ", n);
   Random random(static_cast<uint64_t>(n) + 1);
-  Buffer<T> am(3 * n), lm(4 * n);
-  am.fill(random, 1.5), lm.fill(random, 1.5);
+  Buffer<T> am(3 * n, 0, random, 1.5), lm(4 * n, 0, random, 1.5);
   const JoinerRow table[] = {{0, 2, 1, 0}, {1, 0, 3, 0}, {2, 1, 0, 0}};
   for (const bool tanh : {true, false}) {
     Buffer<C> h(3 * n);
-    kernel.hidden(am.data(), lm.data(), table, 0, 2, n, tanh, h.data());
-    kernel.hidden(am.data(), lm.data(), table, 2, 3, n, tanh, h.data());
-    CHECK(h.intact(), "%s hidden %ld: wrote outside", Type<T>::name, long(n));
+    kernel.hidden(am, lm, table, 0, 2, n, tanh, h);
+    kernel.hidden(am, lm, table, 2, 3, n, tanh, h);
     for (int64_t i = 0; i < 3 * n; i++) {
       const JoinerRow& row = table[i / n];
-      const C sum =
-          static_cast<C>(value(am[row.frame * n + i % n])) + static_cast<C>(value(lm[row.context * n + i % n]));
-      const long double x = sum;
-      CHECK(close(h[i], tanh ? std::tanh(x) : (x > 0 ? x : 0), 4), "%s hidden %ld", Type<T>::name, long(n));
+      const C x = static_cast<C>(value(am[row.frame * n + i % n])) + static_cast<C>(value(lm[row.context * n + i % n]));
+      EXPECT(h, i, activated(tanh ? 3 : 2, x).value, 4);
     }
   }
 }
@@ -63,51 +60,43 @@ template <typename C>
 void logits(int64_t n, bool hat) {
   const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
   const int64_t count = 19, blank = n / 2;
+  INFO("logits ", n, ", hat ", hat);
   Random random(static_cast<uint64_t>(2 * n + hat));
-  Buffer<C> x(count * n), gx(count), gy(count), px(count), py(count), d(count * n), sum(n);
+  Buffer<C> x(count * n, 0, random, 3), gx(count, 0, random), gy(count, 0, random);
+  Buffer<C> px(count), py(count), d(count * n), sum(n), again(n);
   Buffer<double> total(count);
-  x.fill(random, 3), gx.fill(random), gy.fill(random);
   std::vector<JoinerRow> table;
   for (int64_t i = 0; i < count; i++) {
     int64_t symbol = static_cast<int64_t>(random.bits() % static_cast<uint64_t>(n));
     if (i % 5 == 4) symbol = JoinerRow::kNoSymbol;
     table.push_back({count - 1 - i, 0, 0, symbol});  // places in another order
   }
-  kernel.scores(x.data(), table.data(), 0, 7, n, blank, hat, px.data(), py.data(), total.data());
-  kernel.scores(x.data(), table.data(), 7, count, n, blank, hat, px.data(), py.data(), total.data());
-  kernel.logits_gradient({x.data(), total.data(), gx.data(), gy.data(), d.data()}, table.data(), 0, count, n, blank,
-                         hat, sum.data());
-  CHECK(px.intact() && py.intact() && total.intact() && d.intact() && sum.intact(), "%s %ld: wrote outside",
-        Type<C>::name, long(n));
+  kernel.scores(x, table.data(), 0, 7, n, blank, hat, px, py, total);
+  kernel.scores(x, table.data(), 7, count, n, blank, hat, px, py, total);
+  kernel.logits_gradient({x, total, gx, gy, d}, table.data(), 0, count, n, blank, hat, sum);
   std::vector<long double> column(static_cast<size_t>(n));
   for (int64_t i = 0; i < count; i++) {
-    const JoinerRow& row = table[static_cast<size_t>(i)];
-    const C* l = x.data() + i * n;
+    const JoinerRow& row = table[i];
+    const C* l = x + i * n;
     long double z = 0;
     for (int64_t j = 0; j < n; j++)
       if (!hat || j != blank) z += std::exp(static_cast<long double>(l[j]));
-    const long double L = std::log(z), b = l[blank], s = 1 / (1 + std::exp(-b));
+    const long double L = std::log(z), b = l[blank], s = logistic(b);
     const long double y = row.symbol < 0 || (hat && row.symbol == blank)
                               ? -std::numeric_limits<long double>::infinity()
                               : l[row.symbol] - L + (hat ? std::log1p(-s) : 0);
-    const C got = px[row.place];
-    CHECK(std::isinf(y) ? got == -std::numeric_limits<C>::infinity() : close(got, y, 20), "%s symbol %ld: %.9Lg, %.9g",
-          Type<C>::name, long(n), y, value(got));
-    CHECK(close(py[row.place], hat ? std::log(s) : b - L, 20), "%s blank %ld", Type<C>::name, long(n));
+    EXPECT_WITHIN(px, row.place, y, std::isinf(y) ? 0 : error_bound<C>(y, 20));
+    EXPECT(py, row.place, hat ? std::log(s) : b - L, 20);
     const long double u = row.symbol < 0 ? 0 : gx[row.place], v = gy[row.place];
     for (int64_t j = 0; j < n; j++) {
       long double e = -(hat ? u : u + v) * std::exp(l[j] - L) + (j == row.symbol ? u : 0);
       if (j == blank) e = hat ? v * (1 - s) - u * s : e + v;
-      CHECK(close(d[i * n + j], e, 20), "%s gradient %ld, hat %d: %.9Lg, %.9g", Type<C>::name, long(n), hat, e,
-            value(d[i * n + j]));
-      column[static_cast<size_t>(j)] += e;
+      EXPECT(d, i * n + j, e, 20);
+      column[j] += e;
     }
   }
-  for (int64_t j = 0; j < n; j++)
-    CHECK(close(sum[j], column[static_cast<size_t>(j)], 200), "%s dbias %ld", Type<C>::name, long(n));
-  Buffer<C> again(n);
-  kernel.logits_gradient({x.data(), total.data(), gx.data(), gy.data(), x.data()}, table.data(), 0, count, n, blank,
-                         hat, again.data());
+  for (int64_t j = 0; j < n; j++) EXPECT(sum, j, column[j], 200);
+  kernel.logits_gradient({x, total, gx, gy, x}, table.data(), 0, count, n, blank, hat, again);
   CHECK(x.equals(d) && again.equals(sum), "%s %ld: in place", Type<C>::name, long(n));
 }
 
@@ -132,24 +121,23 @@ void special() {
 template <typename C>
 void hidden_gradient(int64_t n) {
   const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
+  INFO("hidden gradient ", n);
   Random random(static_cast<uint64_t>(n) + 5);
-  Buffer<C> dh(4 * n), h(4 * n), dam(2 * n), dlm(2 * n);
-  dh.fill(random), h.fill(random, 0.3);
+  Buffer<C> dh(4 * n, 0, random), h(4 * n, 0, random, 0.3), dam(2 * n), dlm(2 * n);
   const JoinerRow table[] = {{0, 0, 1, 0}, {1, 0, 0, 0}, {2, 1, 1, 0}, {3, 1, 0, 0}};
   for (const bool tanh : {true, false}) {
-    for (int64_t j = 0; j < 2 * n; j++) dam[j] = dlm[j] = 1;
-    kernel.hidden_gradient(dh.data(), h.data(), table, 4, 0, n / 2, n, tanh, dam.data(), dlm.data());
-    kernel.hidden_gradient(dh.data(), h.data(), table, 4, n / 2, n, n, tanh, dam.data(), dlm.data());
-    CHECK(dam.intact() && dlm.intact(), "%s hidden gradient %ld: wrote outside", Type<C>::name, long(n));
+    dam.set(1), dlm.set(1);
+    kernel.hidden_gradient(dh, h, table, 4, 0, n / 2, n, tanh, dam, dlm);
+    kernel.hidden_gradient(dh, h, table, 4, n / 2, n, n, tanh, dam, dlm);
     const auto da = [&](int64_t row, int64_t j) -> long double {
       const long double y = h[row * n + j], g = dh[row * n + j];
       return tanh ? g * (1 - y * y) : (y > 0 ? g : 0);
     };
     for (int64_t j = 0; j < n; j++) {
-      CHECK(close(dam[j], 1 + da(0, j) + da(1, j), 20) && close(dam[n + j], 1 + da(2, j) + da(3, j), 20), "%s dam",
-            Type<C>::name);
-      CHECK(close(dlm[n + j], 1 + da(0, j) + da(2, j), 20) && close(dlm[j], 1 + da(1, j) + da(3, j), 20), "%s dlm",
-            Type<C>::name);
+      EXPECT(dam, j, 1 + da(0, j) + da(1, j), 20);
+      EXPECT(dam, n + j, 1 + da(2, j) + da(3, j), 20);
+      EXPECT(dlm, n + j, 1 + da(0, j) + da(2, j), 20);
+      EXPECT(dlm, j, 1 + da(1, j) + da(3, j), 20);
     }
   }
 }

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/gemm/skinny_gemm.h"
 
-#include <algorithm>
-#include <thread>
-
 #include "tests/check.h"
 
 namespace fastasr::test {
@@ -18,28 +15,19 @@ const char* name_of(WeightFormat format) {
 }
 
 struct Problem {
-  int64_t rows, n, k, panels;
-  WeightFormat format;
-  Buffer<float> w, x, bias, scale, packed;
+  int64_t rows, n, k;
+  WeightFormat format = WeightFormat::fp32;
+  int64_t panels = cpu::panel_count(n);
+  Random random{static_cast<uint64_t>(rows * 7919 + n * 131 + k)};
+  Buffer<float> w{n * (k + 3), 1, random}, x{rows * (k + 5), 3, random}, bias{panels * kPanelColumns, 0, random},
+      scale{panels * kPanelColumns}, packed{cpu::packed_size(n, k) * cpu::weight_bytes(format) / 4};
   Problem(int64_t rows_, int64_t n_, int64_t k_, WeightFormat format_ = WeightFormat::fp32)
-      : rows(rows_),
-        n(n_),
-        k(k_),
-        panels(cpu::panel_count(n)),
-        format(format_),
-        w(n * (k + 3), 1),
-        x(rows * (k + 5), 3),
-        bias(panels * kPanelColumns),
-        scale(panels * kPanelColumns),
-        packed(cpu::packed_size(n, k) * cpu::weight_bytes(format) / 4) {
-    Random random(static_cast<uint64_t>(rows * 7919 + n * 131 + k));
-    w.fill(random);
-    x.fill(random);
-    bias.fill(random);
+      : rows(rows_), n(n_), k(k_), format(format_) {
     for (int64_t i = n; i < bias.size(); i++) bias[i] = 0;
-    cpu::pack_panels(w.data(), n, k, k + 3, format, packed.data(), scale.data(), 0, panels);
+    pack();
   }
-  cpu::Panels weights() { return {packed.data(), format, scale.data()}; }
+  void pack() { cpu::pack_panels(w, n, k, k + 3, format, packed, scale, 0, panels); }
+  cpu::Panels weights() { return {packed, format, scale}; }
   // Returns what is kept of the weight from input l to output j.
   double kept(int64_t j, int64_t l) {
     const float v = w[j * (k + 3) + l];
@@ -51,46 +39,36 @@ struct Problem {
   }
   int64_t stride() const { return panels * kPanelColumns + 7; }
   void run(Buffer<float>& y, int64_t from, int64_t to, int64_t begin, int64_t end) {
-    cpu::skinny_gemm(x.data() + from * (k + 5), k + 5, to - from, k, weights(), bias.data(), y.data() + from * stride(),
-                     stride(), begin, end);
+    cpu::skinny_gemm(x + from * (k + 5), k + 5, to - from, k, weights(), bias, y + from * stride(), stride(), begin,
+                     end);
   }
 };
 
 void values(int64_t rows, int64_t n, int64_t k, WeightFormat format) {
+  INFO(name_of(format), " ", rows, "x", n, "x", k);
   Problem p(rows, n, k, format);
   Buffer<float> y(rows * p.stride(), 2);
-  for (int64_t i = 0; i < y.size(); i++) y[i] = 1e30f;
   p.run(y, 0, rows, 0, p.panels);
-  CHECK(y.intact() && p.packed.intact() && p.scale.intact(), "wrote outside, %ldx%ldx%ld", long(rows), long(n),
-        long(k));
   std::vector<double> kept(static_cast<size_t>(n * k));
   for (int64_t j = 0; j < n; j++)
     for (int64_t l = 0; l < k; l++) {
-      const double v = kept[static_cast<size_t>(j * k + l)] = p.kept(j, l), exact = p.w[j * (k + 3) + l];
+      const double v = kept[j * k + l] = p.kept(j, l), exact = p.w[j * (k + 3) + l];
       const double most = format == WeightFormat::int8 ? p.scale[j] * 0.5001 : std::fabs(exact) * 0x1p-8;
-      CHECK(std::fabs(v - exact) <= most, "%s: %g kept as %g", name_of(format), exact, v);
+      CHECK(std::fabs(v - exact) <= most, "%g kept as %g", exact, v);
     }
-  for (int64_t i = 0; i < rows; i++) {
-    for (int64_t j = 0; j < p.stride(); j++) {
-      const float got = y[i * p.stride() + j];
-      if (j >= p.panels * kPanelColumns) {
-        CHECK(got == 1e30f, "wrote behind the panels");
-      } else if (j >= n) {
-        CHECK(got == 0.0f, "padding is not zero");
-      } else {
-        long double sum = p.bias[j], size = std::fabs(p.bias[j]);
-        for (int64_t l = 0; l < k; l++) {
-          const long double term =
-              static_cast<long double>(p.x[i * (k + 5) + l]) * kept[static_cast<size_t>(j * k + l)];
-          sum += term, size += std::fabs(term);
-        }
-        // sums are chains of at most 128 terms, then blocks: the error grows with the root of the number of terms
-        CHECK(std::fabs(got - sum) <= size * 0x1p-24L *
-                                          (6 + std::sqrt(static_cast<long double>(std::min<int64_t>(k, 128))) +
-                                           static_cast<long double>(k) / 128),
-              "%s, %ldx%ldx%ld (%ld, %ld): expected %.9Lg, got %.9g", name_of(format), long(rows), long(n), long(k),
-              long(i), long(j), sum, static_cast<double>(got));
-      }
+  for (int64_t at = 0; at < y.size(); at++) {
+    const int64_t i = at / p.stride(), j = at % p.stride();
+    if (j >= p.panels * kPanelColumns) {
+      CHECK(y.unset(at), "wrote behind the panels");
+    } else if (j >= n) {
+      CHECK(y[at] == 0.0f, "padding is not zero");
+    } else {
+      Sum sum;
+      sum.add(p.bias(j));
+      for (int64_t l = 0; l < k; l++) sum.add(p.x(i * (k + 5) + l) * kept[j * k + l]);
+      // sums are chains of at most 128 terms, then blocks: the error grows with the root of the number of terms
+      const long double chain = 6 + std::sqrt(static_cast<long double>(std::min<int64_t>(k, 128)));
+      EXPECT_WITHIN(y, at, sum.value, sum.size * 0x1p-24L * (chain + static_cast<long double>(k) / 128));
     }
   }
 }
@@ -100,25 +78,17 @@ void splits(WeightFormat format) {
   constexpr int64_t kRows = 16;
   Problem p(kRows, 333, 391, format);
   Buffer<float> whole(kRows * p.stride());
-  whole.fill(*std::make_unique<Random>(1));
   p.run(whole, 0, kRows, 0, p.panels);
   for (int64_t height = 1; height <= kRows; height++) {
-    Buffer<float> y(kRows * p.stride());
-    std::memcpy(y.data(), whole.data(), sizeof(float) * static_cast<size_t>(y.size()));
-    for (int64_t i = 0; i < y.size(); i++)
-      if (i % p.stride() < p.panels * kPanelColumns) y[i] = 7;
-    for (int64_t from = 0; from < kRows; from += height)
-      for (int64_t panel = 0; panel < p.panels; panel += 2)
-        p.run(y, from, std::min(kRows, from + height), panel, std::min(p.panels, panel + 2));
+    Buffer<float> y(whole.size());
+    in_pieces(kRows, height, [&](int64_t from, int64_t to) {
+      in_pieces(p.panels, 2, [&](int64_t begin, int64_t end) { p.run(y, from, to, begin, end); });
+    });
     CHECK(y.equals(whole), "rows by %ld differ from all at once", long(height));
   }
   for (const int64_t count : {2, 3, 5}) {
-    Buffer<float> y(kRows * p.stride());
-    std::memcpy(y.data(), whole.data(), sizeof(float) * static_cast<size_t>(y.size()));
-    std::vector<std::thread> threads;
-    for (int64_t t = 0; t < count; t++)
-      threads.emplace_back([&, t] { p.run(y, 0, kRows, p.panels * t / count, p.panels * (t + 1) / count); });
-    for (std::thread& t : threads) t.join();
+    Buffer<float> y(whole.size());
+    on_threads(count, [&](int64_t t) { p.run(y, 0, kRows, p.panels * t / count, p.panels * (t + 1) / count); });
     CHECK(y.equals(whole), "%ld threads differ from one", long(count));
   }
 }
@@ -126,8 +96,7 @@ void splits(WeightFormat format) {
 void packing_in_parts(WeightFormat format) {
   Problem p(1, 200, 37, format);
   Buffer<float> packed(p.packed.size()), scale(p.scale.size());
-  for (const int64_t panel : {3, 1, 0, 2})
-    cpu::pack_panels(p.w.data(), 200, 37, 40, format, packed.data(), scale.data(), panel, panel + 1);
+  for (const int64_t panel : {3, 1, 0, 2}) cpu::pack_panels(p.w, 200, 37, 40, format, packed, scale, panel, panel + 1);
   CHECK(packed.equals(p.packed) && scale.equals(p.scale), "panels packed one by one differ");
   if (format != WeightFormat::fp32) return;
   for (int64_t c = 0; c < 200; c++)
@@ -138,8 +107,8 @@ void packing_in_parts(WeightFormat format) {
 void without_bias() {
   Problem p(3, 70, 130);
   Buffer<float> y(3 * p.stride()), z(3 * p.stride());
-  cpu::skinny_gemm(p.x.data(), 135, 3, 130, p.weights(), nullptr, y.data(), p.stride(), 0, p.panels);
-  for (int64_t i = 0; i < p.bias.size(); i++) p.bias[i] = 0;
+  cpu::skinny_gemm(p.x, 135, 3, 130, p.weights(), nullptr, y, p.stride(), 0, p.panels);
+  p.bias.set(0);
   p.run(z, 0, 3, 0, p.panels);
   for (int64_t i = 0; i < 3; i++)
     for (int64_t j = 0; j < 70; j++) CHECK(y[i * p.stride() + j] == z[i * p.stride() + j], "no bias is a bias of zero");
@@ -149,7 +118,7 @@ void without_bias() {
 void bf16_is_fp32_of_rounded_weights() {
   Problem rounded(5, 100, 300, WeightFormat::bf16), exact(5, 100, 300);
   for (int64_t i = 0; i < exact.w.size(); i++) exact.w[i] = static_cast<float>(value(make<bfloat16>(exact.w[i])));
-  cpu::pack_panels(exact.w.data(), 100, 300, 303, WeightFormat::fp32, exact.packed.data(), nullptr, 0, 2);
+  exact.pack();
   Buffer<float> y(5 * exact.stride()), z(5 * exact.stride());
   rounded.run(y, 0, 5, 0, 2);
   exact.run(z, 0, 5, 0, 2);
@@ -167,7 +136,7 @@ void unusual_weights(WeightFormat format) {
   p.w[kInfinite * (kInputs + 3) + 9] = std::numeric_limits<float>::infinity();
   column(1, 0), column(2, 1e-40f), column(4, 1e36f), column(5, -0.0f);
   for (int64_t j = 0; j < kInputs; j++) p.x[j] = 1;
-  cpu::pack_panels(p.w.data(), 8, kInputs, kInputs + 3, format, p.packed.data(), p.scale.data(), 0, 1);
+  p.pack();
   Buffer<float> y(2 * p.stride());
   p.run(y, 0, 2, 0, 1);
   for (int64_t c = 0; c < kPanelColumns; c++)

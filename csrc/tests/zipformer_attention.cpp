@@ -14,31 +14,27 @@ template <typename T>
 struct Weighted {
   AttentionCase<T> c;
   ValueShape v;
-  Buffer<T> value, grad;
-  std::vector<long double> y, dvalue;
+  Random random;
+  Buffer<T> value{c.a.keys() * c.a.batch * v.heads * v.dim, 1, random},
+      grad{c.a.frames * c.a.batch * v.heads * v.dim, 3, random};
+  Reals y, dvalue;
 
   Weighted(const AttentionShape& shape, const ValueShape& v_, uint64_t seed)
-      : c(shape, seed),
-        v(v_),
-        value(c.a.keys() * c.a.batch * v.heads * v.dim, 1),
-        grad(c.a.frames * c.a.batch * v.heads * v.dim, 3) {
+      : c(shape, seed), v(v_), random(seed + 100) {
     const AttentionProblem& a = c.a;
-    Random random(seed + 100);
-    value.fill(random), grad.fill(random);
-    y.assign(static_cast<size_t>(grad.size()), 0), dvalue.assign(static_cast<size_t>(value.size()), 0);
+    y.assign(size_t(grad.size()), 0), dvalue.assign(size_t(value.size()), 0);
     std::fill(c.dw.begin(), c.dw.end(), 0);  // heads without values have no gradient
     for (int64_t h = 0; h < v.heads; h++)
       for (int64_t b = 0; b < a.batch; b++)
         for (int64_t i = 0; i < a.frames; i++)
           for (int64_t j = 0; j < a.keys(); j++) {
-            const size_t at = static_cast<size_t>(((h * a.batch + b) * a.frames + i) * a.keys() + j);
+            const int64_t at = ((h * a.batch + b) * a.frames + i) * a.keys() + j;
             for (int64_t d = 0; d < v.dim; d++) {
               const int64_t in = ((j * a.batch + b) * v.heads + h) * v.dim + d;
               const int64_t out = ((i * a.batch + b) * v.heads + h) * v.dim + d;
-              const long double g = test::value(grad[out]), x = test::value(value[in]);
-              y[static_cast<size_t>(out)] += c.w[at] * x;
-              dvalue[static_cast<size_t>(in)] += c.w[at] * g;
-              c.dw[at] += g * x;
+              y[out] += c.w[at] * value(in);
+              dvalue[in] += c.w[at] * grad(out);
+              c.dw[at] += grad(out) * value(in);
             }
           }
     c.reference();
@@ -47,69 +43,38 @@ struct Weighted {
 
 template <typename T>
 void values(const AttentionShape& shape, const ValueShape& v, uint64_t seed) {
+  INFO(Type<T>::name, " T=", shape.frames, " left=", shape.left, " chunk=", shape.chunk);
   using C = compute_t<T>;
   const auto& kernel = cpu::kernels<cpu::ZipformerAttentionKernels<T>>();
-  const auto& shared = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
   Weighted<T> w(shape, v, seed);
+  Packed<T> p(w.c);
   AttentionCase<T>& c = w.c;
   const AttentionProblem& a = c.a;
-  const int64_t pairs = a.heads * a.batch, valued = v.heads * a.batch;
-  const int64_t vs = attention_values_size(a, v), vts = attention_values_transposed_size(a, v);
-  std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
-  attention_key_ranges(a, ranges.data());
-  Buffer<C> kt(pairs * a.keys_transposed_size()), rows(pairs * a.key_rows_size()),
-      rt(a.heads * a.pos_batch * a.positions_size()), packed(valued * vs), transposed(valued * vts),
+  const int64_t valued = v.heads * a.batch, vs = attention_values_size(a, v),
+                vts = attention_values_transposed_size(a, v);
+  Buffer<C> packed(valued * vs), transposed(valued * vts), dv(valued * p.parts * vs),
       forward_scratch(attention_values_scratch(a, v)), backward_scratch(attention_values_backward_scratch(a, v));
-  const int64_t part = cpu::kAttentionStep * 2, parts = (a.frames + part - 1) / part;
-  Buffer<C> dk(pairs * parts * a.key_rows_size()), drt(pairs * parts * a.positions_size()), dv(valued * parts * vs);
-  Buffer<T> y(w.grad.size(), 1), dx(c.x.size(), 1), dpos(c.pos.size(), 1), dcached(c.cached.size(), 1),
-      dvalue(w.value.size(), 1);
-  for (int64_t i = 0; i < dx.size(); i++) dx[i] = make<T>(0);
-  for (int64_t i = 0; i < dpos.size(); i++) dpos[i] = make<T>(0);
-  for (int64_t i = 0; i < dcached.size(); i++) dcached[i] = make<T>(0);
-  for (int64_t hb = 0; hb < pairs; hb++)
-    shared.pack_keys(a, c.x.data(), c.cached.data(), hb, kt.data() + hb * a.keys_transposed_size(),
-                     rows.data() + hb * a.key_rows_size());
-  for (int64_t k = 0; k < a.heads * a.pos_batch; k++)
-    shared.pack_positions(a, c.pos.data(), k / a.pos_batch, k % a.pos_batch, rt.data() + k * a.positions_size());
+  Buffer<T> y(w.grad.size(), 1), dvalue(w.value.size(), 1);
+  p.dx.set(0), p.dpos.set(0), p.dcached.set(0);
   for (int64_t hb = 0; hb < valued; hb++) {
-    const C* positions =
-        a.pos_batch
-            ? rt.data() + (hb / a.batch * a.pos_batch + (a.pos_batch == 1 ? 0 : hb % a.batch)) * a.positions_size()
-            : nullptr;
-    kernel.pack_values(a, v, w.value.data(), hb, packed.data() + hb * vs);
-    kernel.transpose_values(a, v, w.value.data(), hb, transposed.data() + hb * vts);
-    for (int64_t i = 0; i < a.frames; i += cpu::kAttentionQueries)
-      kernel.forward(a, v, ranges.data(), c.x.data(), kt.data() + hb * a.keys_transposed_size(), positions,
-                     packed.data() + hb * vs, hb, i, std::min(i + cpu::kAttentionQueries, a.frames), y.data(),
-                     forward_scratch.data());
-    for (int64_t k = 0; k < parts; k++)
-      kernel.backward(a, v, ranges.data(), w.grad.data(), c.x.data(), kt.data() + hb * a.keys_transposed_size(),
-                      rows.data() + hb * a.key_rows_size(), positions, transposed.data() + hb * vts, hb, k * part,
-                      std::min(a.frames, (k + 1) * part), dx.data(), dk.data() + (hb * parts + k) * a.key_rows_size(),
-                      drt.data() + (hb * parts + k) * a.positions_size(), dv.data() + (hb * parts + k) * vs,
-                      backward_scratch.data());
-    shared.store_keys(a, dk.data() + hb * parts * a.key_rows_size(), parts, hb, dx.data(), dcached.data());
-    kernel.store_values(a, v, dv.data() + hb * parts * vs, parts, hb, dvalue.data());
+    kernel.pack_values(a, v, w.value, hb, packed + hb * vs);
+    kernel.transpose_values(a, v, w.value, hb, transposed + hb * vts);
+    in_pieces(a.frames, cpu::kAttentionQueries, [&](int64_t begin, int64_t end) {
+      kernel.forward(a, v, p.ranges.data(), c.x, p.kt_of(hb), p.positions_of(hb), packed + hb * vs, hb, begin, end, y,
+                     forward_scratch);
+    });
+    for (int64_t k = 0; k < p.parts; k++)
+      kernel.backward(a, v, p.ranges.data(), w.grad, c.x, p.kt_of(hb), p.rows_of(hb), p.positions_of(hb),
+                      transposed + hb * vts, hb, k * p.part, std::min(a.frames, (k + 1) * p.part), p.dx, p.dk_of(hb, k),
+                      p.drt_of(hb, k), dv + (hb * p.parts + k) * vs, backward_scratch);
+    p.store_keys(hb);
+    kernel.store_values(a, v, dv + hb * p.parts * vs, p.parts, hb, dvalue);
   }
-  for (int64_t k = 0; k < v.heads * a.pos_batch; k++)
-    shared.store_positions(a, drt.data(), parts, k / a.pos_batch, k % a.pos_batch, dpos.data());
-  CHECK(kt.intact() && rows.intact() && rt.intact() && packed.intact() && transposed.intact() &&
-            forward_scratch.intact() && backward_scratch.intact() && dk.intact() && drt.intact() && dv.intact() &&
-            y.intact() && dx.intact() && dpos.intact() && dcached.intact() && dvalue.intact(),
-        "%s wrote outside, T=%ld left=%ld", Type<T>::name, long(a.frames), long(a.left));
+  p.store_positions(v.heads);
   const double unit = 256 * Type<C>::half_ulp;
-  const auto same = [&](Buffer<T>& got, const std::vector<long double>& expected, const char* name) {
-    for (int64_t i = 0; i < got.size(); i++)
-      CHECK(near(got[i], expected[static_cast<size_t>(i)], unit),
-            "%s %s, T=%ld left=%ld chunk=%ld, %ld: %g, expected %Lg", Type<T>::name, name, long(a.frames), long(a.left),
-            long(a.chunk), long(i), value(got[i]), expected[static_cast<size_t>(i)]);
-  };
-  same(y, w.y, "y");
-  same(dvalue, w.dvalue, "dvalue");
-  same(dx, c.dx, "dx");
-  same(dcached, c.dcached, "dcached_key");
-  if (a.pos_batch) same(dpos, c.dpos, "dpos");
+  expect_near("y", y, w.y, unit);
+  expect_near("dvalue", dvalue, w.dvalue, unit);
+  p.compare(unit);
 }
 
 }  // namespace

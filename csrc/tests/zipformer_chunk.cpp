@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/streaming/zipformer_chunk.h"
 
-#include <algorithm>
-#include <thread>
-
 #include "cpu/streaming/zipformer_chunk_rows.h"
 #include "tests/check.h"
 
@@ -19,9 +16,7 @@ using cpu::kChunkLanes;
 using cpu::WeightFormat;
 
 void run_threads(int64_t parts, void (*part)(const void*, int64_t), const void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t i = 0; i < parts; i++) threads.emplace_back(part, context, i);
-  for (std::thread& t : threads) t.join();
+  on_threads(parts, [&](int64_t i) { part(context, i); });
 }
 
 // Nothing is a multiple of a vector; the widest stack is neither the first nor the last.
@@ -38,40 +33,31 @@ std::vector<int64_t> numbers(int64_t chunk, int64_t left, WeightFormat weights) 
 struct Engine {
   ChunkPlan plan;
   int64_t slots;
-  Buffer<float> weights, vectors, states;
+  Buffer<float> weights{(plan.weight_bytes + 3) / 4}, vectors{plan.vector_floats}, states{slots * plan.state_floats};
   std::vector<ChunkCounters> counters;
 
   Engine(int64_t chunk, int64_t left, WeightFormat format, int64_t slots_)
-      : plan(ChunkShape(numbers(chunk, left, format))),
-        slots(slots_),
-        weights((plan.weight_bytes + 3) / 4),
-        vectors(plan.vector_floats),
-        states(slots * plan.state_floats),
-        counters(static_cast<size_t>(slots), ChunkCounters{0, 0}) {
+      : plan(ChunkShape(numbers(chunk, left, format))), slots(slots_), counters(static_cast<size_t>(slots)) {
     Random random(5);
-    std::fill(vectors.data(), vectors.data() + vectors.size(), 0.0f);
-    std::fill(states.data(), states.data() + states.size(), 0.0f);
+    vectors.set(0), states.set(0);
     for (size_t i = 0; i < plan.products.size(); i++) {
       const cpu::ChunkProduct& p = plan.products[i];
-      Buffer<float> w(p.outputs * p.inputs), bias(p.outputs);
-      w.fill(random, 1 / std::sqrt(static_cast<double>(p.inputs)));
-      bias.fill(random, 0.3);
-      cpu::chunk_pack_product(plan, static_cast<int64_t>(i), w.data(), i % 5 ? bias.data() : nullptr,
-                              reinterpret_cast<char*>(weights.data()), vectors.data());
+      Buffer<float> w(p.outputs * p.inputs, 0, random, 1 / std::sqrt(static_cast<double>(p.inputs))),
+          bias(p.outputs, 0, random, 0.3);
+      cpu::chunk_pack_product(plan, static_cast<int64_t>(i), w, i % 5 ? bias.data() : nullptr,
+                              reinterpret_cast<char*>(weights.data()), vectors);
     }
     for (const cpu::ChunkTable& t : plan.tables) {
-      Buffer<float> values(t.rows * t.columns);
-      values.fill(random, 0.3, 0.4);
-      cpu::chunk_pack_table(t, values.data(), vectors.data());
+      Buffer<float> values(t.rows * t.columns, 0, random, 0.3, 0.4);
+      cpu::chunk_pack_table(t, values, vectors);
     }
-    CHECK(weights.intact() && vectors.intact(), "packing wrote outside");
   }
 
   void reset(int64_t slot) {
     std::fill(state(slot), state(slot) + plan.state_floats, 0.0f);
-    counters[static_cast<size_t>(slot)] = {0, 0};
+    counters[slot] = {0, 0};
   }
-  float* state(int64_t slot) { return states.data() + slot * plan.state_floats; }
+  float* state(int64_t slot) { return states + slot * plan.state_floats; }
   int64_t inputs(int64_t bins) const { return plan.shape.input_frames() * bins; }
   int64_t outputs() const { return plan.shape.chunk / 2 * plan.shape.output_dim(); }
 
@@ -82,21 +68,19 @@ struct Engine {
     const auto n = static_cast<int64_t>(of.size());
     Buffer<float> in(n * inputs(bins)), out(n * outputs()), scratch(plan.scratch_floats(n));
     std::copy(features.begin(), features.end(), in.data());
-    std::fill(scratch.data(), scratch.data() + scratch.size(), std::numeric_limits<float>::quiet_NaN());
+    scratch.set(std::numeric_limits<double>::quiet_NaN());
     cpu::kernels<cpu::ChunkKernels>().step({plan,
                                             reinterpret_cast<const char*>(weights.data()),
-                                            vectors.data(),
-                                            states.data(),
+                                            vectors,
+                                            states,
                                             counters.data(),
                                             of.data(),
                                             n,
                                             bins,
-                                            scratch.data(),
+                                            scratch,
                                             {threads, run_threads}},
-                                           in.data(), out.data());
-    CHECK(in.intact() && out.intact() && scratch.intact() && states.intact() && vectors.intact() && weights.intact(),
-          "wrote outside");
-    return {out.data(), out.data() + out.size()};
+                                           in, out);
+    return {out.data(), out + out.size()};
   }
 };
 
@@ -157,7 +141,6 @@ void moves(WeightFormat format) {
     cpu::chunk_export(e.plan, e.state(0), e.counters[0], to.data());
     cpu::chunk_import(e.plan, to.data(), e.state(1), &e.counters[1]);
     e.counters[1].processed = e.counters[0].processed;
-    CHECK(e.states.intact(), "wrote outside");
     const std::vector<float> x = random_features(random, e.inputs(14));
     CHECK(same(e.step(x, {0}), e.step(x, {1})), "step %d", step);
   }
@@ -198,112 +181,96 @@ void shapes() {
 
 // ---------------------------------------------------------------- the pieces, against long double
 
-bool near(float got, long double expected, long double size, long double ulps) {
-  return std::fabs(got - expected) <= size * ulps * 0x1p-24L + 1e-30L;
-}
+// Returns the error that is allowed beside terms of `size`.
+long double room(long double size, long double ulps) { return size * ulps * 0x1p-24L + 1e-30L; }
 
 void attention(int64_t frames, int64_t keys) {
+  INFO(frames, " frames, ", keys, " keys");
   constexpr int64_t kQuery = 5, kPos = 3, kStride = 11, kColumns = 13;
   const int64_t padded = cpu::round_up(keys, kChunkLanes), capacity = padded + 5;
   const int64_t stride = padded + frames + kChunkLanes;
+  const auto& kernel = cpu::kernels<cpu::ChunkRows>();
   Random random(static_cast<uint64_t>(frames * 100 + keys));
-  Buffer<float> q(frames * kStride), p(frames * kStride), k(kQuery * capacity), positions(kPos * stride);
-  Buffer<float> scores(frames * padded), values(keys * kChunkLanes), out(frames * kColumns);
-  for (Buffer<float>* t : {&q, &p, &k, &positions, &values}) t->fill(random);
-  cpu::kernels<cpu::ChunkRows>().scores({q.data(), p.data(), kStride, frames, keys, kQuery, kPos, k.data(), capacity,
-                                         positions.data(), stride, scores.data()});
-  CHECK(scores.intact(), "wrote outside");
+  Buffer<float> q(frames * kStride, 0, random), p(frames * kStride, 0, random), k(kQuery * capacity, 0, random),
+      positions(kPos * stride, 0, random), values(keys * kChunkLanes, 0, random), scores(frames * padded),
+      out(frames * kColumns);
+  kernel.scores({q, p, kStride, frames, keys, kQuery, kPos, k, capacity, positions, stride, scores});
   for (int64_t i = 0; i < frames; i++)
     for (int64_t j = 0; j < keys; j++) {
-      long double sum = 0, size = 0;
-      const auto term = [&](long double v) { sum += v, size += std::fabs(v); };
-      for (int64_t d = 0; d < kQuery; d++) term(static_cast<long double>(q[i * kStride + d]) * k[d * capacity + j]);
-      for (int64_t d = 0; d < kPos; d++)
-        term(static_cast<long double>(p[i * kStride + d]) * positions[d * stride + frames - 1 - i + j]);
-      CHECK(near(scores[i * padded + j], sum, size, kQuery + kPos), "score %ld, %ld", long(i), long(j));
+      Sum sum;
+      for (int64_t d = 0; d < kQuery; d++) sum.add(q(i * kStride + d) * k(d * capacity + j));
+      for (int64_t d = 0; d < kPos; d++) sum.add(p(i * kStride + d) * positions(d * stride + frames - 1 - i + j));
+      EXPECT_WITHIN(scores, i * padded + j, sum.value, room(sum.size, kQuery + kPos));
     }
   for (const int64_t unseen : {int64_t{0}, keys / 2}) {
     Buffer<float> w(frames * padded);
-    std::copy(scores.data(), scores.data() + scores.size(), w.data());
-    cpu::kernels<cpu::ChunkRows>().softmax(w.data(), padded, frames, unseen, nullptr, keys);
-    cpu::kernels<cpu::ChunkRows>().weighted(w.data(), padded, frames, keys, values.data(), kChunkLanes, out.data(),
-                                            kColumns, kColumns);
-    CHECK(w.intact() && out.intact(), "wrote outside");
+    std::copy_n(scores.data(), scores.size(), w.data());
+    kernel.softmax(w, padded, frames, unseen, nullptr, keys);
+    kernel.weighted(w, padded, frames, keys, values, kChunkLanes, out, kColumns, kColumns);
     for (int64_t i = 0; i < frames; i++) {
       long double total = 0, most = -1e30L;
-      for (int64_t j = unseen; j < keys; j++) most = std::max<long double>(most, scores[i * padded + j]);
-      for (int64_t j = unseen; j < keys; j++) total += std::exp(scores[i * padded + j] - most);
+      for (int64_t j = unseen; j < keys; j++) most = std::max(most, scores(i * padded + j));
+      for (int64_t j = unseen; j < keys; j++) total += std::exp(scores(i * padded + j) - most);
       for (int64_t j = 0; j < keys; j++) {
-        const long double e = j < unseen ? 0 : std::exp(scores[i * padded + j] - most) / total;
-        CHECK(near(w[i * padded + j], e, e, 16 + 4 * std::fabs(most - scores[i * padded + j])), "weight %ld, %ld",
-              long(i), long(j));
+        const long double below = most - scores(i * padded + j), e = j < unseen ? 0 : std::exp(-below) / total;
+        EXPECT_WITHIN(w, i * padded + j, e, room(e, 16 + 4 * std::fabs(below)));
       }
       for (int64_t c = 0; c < kColumns; c++) {
-        long double sum = 0, size = 0;
-        for (int64_t j = 0; j < keys; j++) {
-          const long double v = static_cast<long double>(w[i * padded + j]) * values[j * kChunkLanes + c];
-          sum += v, size += std::fabs(v);
-        }
-        CHECK(near(out[i * kColumns + c], sum, size, static_cast<long double>(keys)), "value %ld, %ld", long(i),
-              long(c));
+        Sum sum;
+        for (int64_t j = 0; j < keys; j++) sum.add(w(i * padded + j) * values(j * kChunkLanes + c));
+        EXPECT_WITHIN(out, i * kColumns + c, sum.value, room(sum.size, static_cast<long double>(keys)));
       }
     }
   }
 }
 
 void convolution(int64_t frames, int64_t pad, int64_t columns) {
+  INFO(frames, " frames, pad ", pad);
   constexpr int64_t kStride = 19, kTable = 18, kOut = 17;
   const int64_t taps = 2 * pad + 1;
   Random random(static_cast<uint64_t>(frames * 100 + pad));
-  Buffer<float> u((pad + frames) * kStride), causal((pad + 1) * kTable), chunkwise(taps * kTable),
-      scale(frames * kTable), bias(kTable), other(kTable), out(frames * kOut);
-  for (Buffer<float>* t : {&u, &causal, &chunkwise, &scale, &bias, &other}) t->fill(random);
-  cpu::kernels<cpu::ChunkRows>().convolution({u.data(), kStride, frames, pad, causal.data(), bias.data(),
-                                              chunkwise.data(), other.data(), scale.data(), kTable, out.data(), kOut,
-                                              columns});
-  CHECK(out.intact(), "wrote outside");
+  Buffer<float> u((pad + frames) * kStride, 0, random), causal((pad + 1) * kTable, 0, random),
+      chunkwise(taps * kTable, 0, random), scale(frames * kTable, 0, random), bias(kTable, 0, random),
+      other(kTable, 0, random), out(frames * kOut);
+  cpu::kernels<cpu::ChunkRows>().convolution(
+      {u, kStride, frames, pad, causal, bias, chunkwise, other, scale, kTable, out, kOut, columns});
   for (int64_t t = 0; t < frames; t++)
     for (int64_t c = 0; c < columns; c++) {
-      long double past = bias[c], around = other[c], size = std::fabs(past) + std::fabs(around);
+      const long double factor = scale(t * kTable + c);
+      long double past = bias(c), around = other(c), size = std::fabs(past) + std::fabs(around);
       for (int64_t j = 0; j <= pad; j++) {
-        const long double v = static_cast<long double>(causal[j * kTable + c]) * u[(t + j) * kStride + c];
+        const long double v = causal(j * kTable + c) * u((t + j) * kStride + c);
         past += v, size += std::fabs(v);
       }
       for (int64_t j = 0; j < taps; j++) {
         if (t + j < pad || t + j >= pad + frames) continue;
-        const long double v = static_cast<long double>(chunkwise[j * kTable + c]) * u[(t + j) * kStride + c];
-        around += v, size += std::fabs(v * scale[t * kTable + c]);
+        const long double v = chunkwise(j * kTable + c) * u((t + j) * kStride + c);
+        around += v, size += std::fabs(v * factor);
       }
-      size *= 1 + std::fabs(scale[t * kTable + c]);
-      CHECK(near(out[t * kOut + c], past + around * scale[t * kTable + c], size, static_cast<long double>(taps)),
-            "convolution %ld, %ld", long(t), long(c));
+      EXPECT_WITHIN(out, t * kOut + c, past + around * factor,
+                    room(size * (1 + std::fabs(factor)), static_cast<long double>(taps)));
     }
 }
 
 void resampling(int64_t factor) {
+  INFO("factor ", factor);
   constexpr int64_t kRows = 3, kStride = 21, kWidth = 19;
   Random random(static_cast<uint64_t>(factor));
-  Buffer<float> x(kRows * factor * kStride), weight(factor), scale(kStride), y(kRows * kStride), z(x.size());
-  for (Buffer<float>* t : {&x, &weight, &scale}) t->fill(random);
-  std::copy(x.data(), x.data() + x.size(), z.data());
-  cpu::kernels<cpu::ChunkRows>().downsample(x.data(), kStride, weight.data(), factor, y.data(), kRows, kStride,
-                                            kStride);
-  cpu::kernels<cpu::ChunkRows>().combine(z.data(), y.data(), scale.data(), factor, kRows * factor, kStride);
-  CHECK(y.intact() && z.intact(), "wrote outside");
+  Buffer<float> x(kRows * factor * kStride, 0, random), weight(factor, 0, random), scale(kStride, 0, random),
+      y(kRows * kStride), z(x.size());
+  std::copy_n(x.data(), x.size(), z.data());
+  cpu::kernels<cpu::ChunkRows>().downsample(x, kStride, weight, factor, y, kRows, kStride, kStride);
+  cpu::kernels<cpu::ChunkRows>().combine(z, y, scale, factor, kRows * factor, kStride);
   for (int64_t t = 0; t < kRows; t++)
     for (int64_t c = 0; c < kWidth; c++) {
-      long double sum = 0, size = 0;
+      Sum sum;
+      for (int64_t i = 0; i < factor; i++) sum.add(weight(i) * x((t * factor + i) * kStride + c));
+      EXPECT_WITHIN(y, t * kStride + c, sum.value, room(sum.size, static_cast<long double>(factor)));
       for (int64_t i = 0; i < factor; i++) {
-        const long double v = static_cast<long double>(weight[i]) * x[(t * factor + i) * kStride + c];
-        sum += v, size += std::fabs(v);
-      }
-      CHECK(near(y[t * kStride + c], sum, size, static_cast<long double>(factor)), "downsampled %ld, %ld", long(t),
-            long(c));
-      for (int64_t i = 0; i < factor; i++) {
-        const long double a = x[(t * factor + i) * kStride + c], b = y[t * kStride + c];
-        CHECK(near(z[(t * factor + i) * kStride + c], a + (b - a) * scale[c],
-                   std::fabs(a) + (std::fabs(a) + std::fabs(b)) * std::fabs(scale[c]), 3),
-              "combined %ld, %ld", long(t), long(c));
+        const int64_t at = (t * factor + i) * kStride + c;
+        const long double a = x(at), b = y(t * kStride + c);
+        EXPECT_WITHIN(z, at, a + (b - a) * scale(c),
+                      room(std::fabs(a) + (std::fabs(a) + std::fabs(b)) * std::fabs(scale(c)), 3));
       }
     }
 }
