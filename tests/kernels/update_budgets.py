@@ -5,7 +5,8 @@
     python tests/kernels/update_budgets.py --all       every row of this Triton's section
     python tests/kernels/update_budgets.py --op swoosh only the configurations of an op; other rows stay
     python tests/kernels/update_budgets.py --json      prints hashes, and the measures of changed rows and of a random
-                                                       twentieth (--seed), or of all rows (--all)
+                                                       twentieth (--seed), or of all rows (--all); without a section
+                                                       for this Triton, of the twentieth alone
 
 No GPU is needed: Triton's wheel ships ptxas and cuobjdump. Measured per configuration:
 
@@ -194,7 +195,8 @@ def main() -> None:
     measured = {}
     for name, (hash_, compilation) in chosen.items():
         sampled = arguments.seed is not None and draw.random() < 0.05
-        if arguments.all or sampled or known.get(name, {}).get("hash") != hash_:
+        changed = known.get(name, {}).get("hash") != hash_ and (known or not arguments.json)
+        if arguments.all or sampled or changed:
             measured[name] = measure(*compilation) | {"hash": hash_}
     if arguments.json:
         hashes = {name: hash_ for name, (hash_, _) in chosen.items()}
