@@ -1,30 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source files and what each of them needs: what it imports or includes, and the kernels of the ops that it names.
+"""The source files and what each of them needs: what it imports or includes, and the kernels of the ops that it uses.
 
     python scripts/sources.py FILE...   # prints every file that these need, themselves included
 
 What a file needs is read from its text alone. Names join what no import shows: an op ``swoosh`` has its kernels in
 ``kernels/swoosh.py`` and in the file of ``csrc/bindings`` that registers ``swoosh_forward``; whoever mentions an
-operator of ``csrc/bindings`` needs the file that registers it; a header of ``csrc/cpu`` has its code in the files
-beside it whose names start with its own.
+operator of ``csrc/bindings`` needs the file that registers it; a header of ``csrc`` has its code in the files beside it
+whose names start with its own. A file uses an op by its dotted name (``ops.bypass``) or by a string that is the op's
+name; where it hands on all ops (``getattr(ops, name)``), every word counts. ``fastasr.ops`` loads every op, and
+``fastasr`` what it is asked for: whoever imports them needs the ops and the packages that it uses alone.
 """
 
 import ast
 import re
 import sys
+from collections import defaultdict
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"fastasr": "fastasr", "kernels": "fastasr.kernels", "benchmarks": "fastasr.benchmarks"}
-SWAP = {
-    "accelerate",
-    "explain",
-    "verify",
-    "restore",
-    "eager_mode",
-    "SwapReport",
-}  # fastasr loads them when asked
+HOLDERS = {"fastasr.ops", "torch.ops.fastasr"}  # every op is a name of each of these
+# Whoever uses these goes through all ops.
+REGISTRIES = {
+    *("fastasr.ops.NAMES", "fastasr.ops.OPS", "fastasr.ops._op.OPS"),
+    *("fastasr.ops._dispatch.FAMILIES", "fastasr.ops._dispatch.table"),
+    *("fastasr.testing.tables", "fastasr.testing.table.tables", "fastasr.testing.table.table"),
+}
+RULES = ROOT / "fastasr/swap/rules"
+# In these no model of upstream's is made that could be swapped.
+WITHOUT_UPSTREAM = ("fastasr/swap", "fastasr/models", "fastasr/ops", "fastasr/testing", "kernels")
+ENGINE = ("fastasr/ops", "fastasr/testing")  # have the registries, or get from them what they are asked for
 
 
 @cache
@@ -39,15 +46,31 @@ def modules() -> dict[str, Path]:
 
 
 @cache
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+def _tree(path: Path, test: str = "") -> ast.Module:
+    """Returns the syntax tree of a Python file. With ``test`` the other tests that import something themselves are left
+    out: they alone need that."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if test:
+        tree.body = [n for n in tree.body if getattr(n, "name", test) == test or not _imports_itself(n)]
+    return tree
+
+
+def _imports_itself(node: ast.AST) -> bool:
+    is_test = isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    return is_test and any(isinstance(n, ast.Import | ast.ImportFrom) for n in ast.walk(node))
 
 
 @cache
-def imported(path: Path) -> frozenset[str]:
+def tests_with_imports(path: Path) -> frozenset[str]:
+    """Returns the names of the tests in a file that import something themselves."""
+    return frozenset(node.name for node in _tree(path).body if _imports_itself(node))
+
+
+@cache
+def imported(path: Path, test: str = "") -> frozenset[str]:
     """Returns the names of those of our modules that a Python file imports, at its head or in a function."""
     names = set()
-    for node in ast.walk(_tree(path)):
+    for node in ast.walk(_tree(path, test)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names} & modules().keys()
         elif isinstance(node, ast.ImportFrom):
@@ -62,6 +85,28 @@ def imported(path: Path) -> frozenset[str]:
 
 
 @cache
+def references(path: Path, test: str = "") -> frozenset[str]:
+    """Returns the dotted names (``fastasr.ops.bypass``) that a Python file uses, and those that it imports from
+    modules."""
+    nodes, bound, found = list(ast.walk(_tree(path, test))), defaultdict(set), set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                name = alias.name if alias.asname else alias.name.partition(".")[0]
+                bound[alias.asname or name].add(name)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                bound[alias.asname or alias.name].add(f"{node.module}.{alias.name}")
+    found |= {name for names in bound.values() for name in names} - modules().keys()
+    parts = {node.value for node in nodes if isinstance(node, ast.Attribute)}
+    for node in nodes:
+        if isinstance(node, ast.Name | ast.Attribute) and node not in parts:
+            first, dot, rest = ast.unparse(node).partition(".")
+            found |= {name + dot + rest for name in bound[first]}
+    return frozenset(found)
+
+
+@cache
 def included(path: Path) -> frozenset[Path]:
     """Returns the files of csrc that a file of csrc includes."""
     names = re.findall(r'^ *#include "([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
@@ -69,22 +114,29 @@ def included(path: Path) -> frozenset[Path]:
     return frozenset(f for name in names for f in ((p / name).resolve() for p in places) if f.is_file())
 
 
-@cache
-def words(path: Path) -> frozenset[str]:
-    """Returns the identifiers of a Python file and the words in its strings, docstrings left out."""
-    found, texts = set(), set()
-    for node in ast.walk(_tree(path)):
+def _texts(path: Path, test: str = "") -> list[str]:
+    """Returns the strings of a Python file, docstrings left out."""
+    nodes, first = list(ast.walk(_tree(path, test))), set()
+    for node in nodes:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            first = node.body[0] if node.body else None
-            texts |= {first.value} if isinstance(first, ast.Expr) else set()
+            first |= {n.value for n in node.body[:1] if isinstance(n, ast.Expr)}
+    constants = (n for n in nodes if isinstance(n, ast.Constant) and n not in first)
+    return [n.value for n in constants if isinstance(n.value, str)]
+
+
+@cache
+def words(path: Path, test: str = "") -> frozenset[str]:
+    """Returns the identifiers of a Python file and the words in its strings, docstrings left out."""
+    found = {word for text in _texts(path, test) for word in re.findall(r"\w+", text)}
+    for node in ast.walk(_tree(path, test)):
         if isinstance(node, ast.Name):
             found.add(node.id)
         elif isinstance(node, ast.Attribute):
             found.add(node.attr)
         elif isinstance(node, ast.alias):
             found |= set(node.name.split("."))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in texts:
-            found |= set(re.findall(r"\w+", node.value))
+        elif isinstance(node, ast.ImportFrom):
+            found |= set(node.module.split("."))
     return frozenset(found)
 
 
@@ -113,50 +165,128 @@ def operators() -> dict[str, Path]:
     }
 
 
+@cache
+def lazy() -> dict[str, str]:
+    """Returns dotted name -> package, of what ``fastasr`` shows to a type checker and loads when it is asked for."""
+    blocks = (node for node in _tree(modules()["fastasr"]).body if isinstance(node, ast.If))
+    return {f"fastasr.{a.name}": node.module for block in blocks for node in block.body for a in node.names}
+
+
+@cache
+def gathered() -> dict[str, set[Path]]:
+    """Returns package -> its modules, of each package of which whatever its folder holds is imported. Who imports the
+    package needs the modules that it names, and all of them only if it uses what has been made of them."""
+    found = {n: p for n, p in modules().items() if p.name == "__init__.py" and "iter_modules" in words(p)}
+    found["fastasr.testing.samples"] = modules()["fastasr.testing.samples"]  # benchmarks/ops.py imports them
+    del found["fastasr.ops"]
+    return {n: {*p.parent.glob("*.py"), *p.parent.glob("*/__init__.py")} for n, p in found.items()}
+
+
+def _leads_to(name: str) -> set[Path]:
+    """Returns the files of the modules on the way of a dotted name, and of the op that it names."""
+    parts = name.split(".")
+    places = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    found = {modules()[lazy().get(p, p)] for p in places if lazy().get(p, p) in modules()}
+    for folder, name in pairwise(places):
+        if folder in gathered() and name not in modules():
+            found |= gathered()[folder]
+    named = (
+        word.removesuffix("_backward") for p, word in zip(places, parts[1:], strict=False) if p in HOLDERS
+    )
+    return found | {ops()[word] for word in named if word in ops()}
+
+
+def goes_through_ops(path: Path, test: str = "") -> bool:
+    """Says whether a Python file goes through all ops."""
+    return not REGISTRIES.isdisjoint(references(path, test))
+
+
 def _native(path: Path) -> set[Path]:
-    """Returns what a file of csrc needs: what it includes, and the code of the headers of csrc/cpu among that."""
+    """Returns what a file of csrc needs: what it includes, and the code of the headers among that."""
     found = set(included(path))
     if path.suffix == ".h":
-        found |= {p for p in path.parent.glob(f"{path.name.split('.')[0]}*.cpp") if "cpu" in path.parts}
+        found |= set(path.parent.glob(f"{path.name.split('.')[0]}*.cpp"))
+    if path.parent == ROOT / "csrc/bindings":
+        found.add(path.with_name("module.cpp"))
     return found
 
 
-def _python(path: Path) -> set[Path]:
-    names, mentioned = imported(path), words(path)
-    found = {modules()[name] for name in names}
+def _python(path: Path, test: str = "") -> set[Path]:
+    if path == modules()["fastasr"]:
+        return {modules()[name] for name in ("fastasr.ops", "fastasr.ops._dispatch")}
+    mentioned, used, texts = words(path, test), references(path, test), set(_texts(path, test))
+    names = imported(path, test) | used | {text for text in texts if re.fullmatch(r"fastasr(\.\w+)+", text)}
+    if "fastasr" in used:
+        names |= {f"fastasr.{word}" for word in mentioned}
+    found = {file for name in names for file in _leads_to(name)}
+    found |= {file for name in used & gathered().keys() for file in gathered()[name]}
     if path.is_relative_to(ROOT / "tests"):
         found |= {p for f in {path.parent, ROOT / "tests"} for p in f.glob("*.py") if p.stem in mentioned}
         found |= {p for folder in path.parents for p in [folder / "conftest.py"] if p.exists()}
-    if "fastasr" in names and path != modules()["fastasr"]:  # which loads these when they are asked for
-        found |= {modules()[n] for word in mentioned if (n := f"fastasr.{word}") in modules()}
-        found |= {modules()["fastasr.swap"]} if SWAP & mentioned else set()
     if path == modules()["fastasr.ops"]:
         return found
-    if "iter_modules" in mentioned:
-        found |= set(path.parent.glob("*.py"))
+    if "__file__" in mentioned and not path.is_relative_to(ROOT / "tests"):
+        found |= {p for p in path.parent.iterdir() if p.is_file() and p.suffix not in (".py", ".so")}
     if path.parent == ROOT / "fastasr/ops":
         mine = {name for name, file in ops().items() if file == path}
         found |= {p for p in (ROOT / "kernels" / f"{word}.py" for word in mine | mentioned) if p.exists()}
         found |= {p for name, p in operators().items() if any(name.startswith(f"{op}_") for op in mine)}
     elif not path.is_relative_to(ROOT / "kernels"):
-        found |= {ops()[word] for word in mentioned & ops().keys()}
+        named = mentioned if HOLDERS & used else {text.removeprefix("fastasr::") for text in texts}
+        found |= {ops()[word] for word in named & ops().keys()}
+        if goes_through_ops(path, test) and not any(
+            path.is_relative_to(ROOT / p) for p in (*ENGINE, "tests")
+        ):
+            found |= {*ops().values(), *(ROOT / "fastasr/testing/samples").glob("*.py")}
     return found | {operators()[word] for word in mentioned & operators().keys()}
 
 
 @cache
-def needs(path: Path) -> frozenset[Path]:
+def needs(path: Path, test: str = "") -> frozenset[Path]:
     """Returns the files that a source file needs itself."""
-    return frozenset((_python(path) if path.suffix == ".py" else _native(path)) - {path})
+    if path.suffix == ".py":
+        return frozenset(_python(path, test) - {path})
+    return frozenset(_native(path) - {path} if path.is_relative_to(ROOT / "csrc") else ())
 
 
-def closure(*paths: Path, without: Path | None = None) -> set[Path]:
-    """Returns these files and all that they need, but those below the folder ``without`` and what only they need."""
-    found, left = set(), list(paths)
+def _framework(path: Path) -> str:
+    """Returns the framework that a file of fastasr/swap/rules is for; "" for any other file."""
+    if not path.is_relative_to(RULES):
+        return ""
+    return path.relative_to(RULES).parts[0].removesuffix(".py").strip("_").partition("_")[0]
+
+
+@cache
+def frameworks(path: Path, test: str = "") -> frozenset[str]:
+    """Returns the frameworks that a Python file mentions."""
+    if path.suffix != ".py" or any(path.is_relative_to(ROOT / name) for name in WITHOUT_UPSTREAM):
+        return frozenset()
+    known = {_framework(rule) for rule in RULES.iterdir()} - {""}
+    return frozenset(name for name in known if any(name in word.lower() for word in words(path, test)))
+
+
+def closure(*paths: Path, without: Path | None = None, test: str = "") -> set[Path]:
+    """Returns these files and all that they need, but those below the folder ``without`` and what only they need. With
+    ``test`` the first file is needed for the tests of this name alone.
+
+    Every swap goes through all rules, but a rule binds its forwards to modules of its framework alone: what it needs is
+    needed here if a file that may have such a module mentions the framework.
+    """
+    found, left, waiting = set(), list(paths), defaultdict(set)
+    mentioned = {"", "init", "torch", *map(_framework, paths)}
     while left:
         path = left.pop()
-        if path not in found and not (without and path.is_relative_to(without)):
-            found.add(path)
-            left += needs(path)
+        if path in found or (without and path.is_relative_to(without)):
+            continue
+        found.add(path)
+        name, mine = _framework(path), test if path == paths[0] else ""
+        if name in mentioned:
+            left += needs(path, mine)
+        else:
+            waiting[name].add(path)
+        for name in frameworks(path, mine) - mentioned:
+            mentioned.add(name)
+            left += (p for rule in waiting.pop(name, ()) for p in needs(rule))
     return found
 
 

@@ -59,15 +59,15 @@ def tree(*names: str) -> frozenset[Path]:
 
 
 @cache
-def files(path: Path, ops: tuple[str, ...], folders: tuple[str, ...]) -> frozenset[Path]:
-    """Returns what a file of tests needs, for the tests of ``ops``."""
+def files(path: Path, test: str, ops: tuple[str, ...], folders: tuple[str, ...]) -> frozenset[Path]:
+    """Returns what the tests of a name need, or those of a file, for ``ops``."""
     ours = [
         f for op in ops for f in (sources.ops()[op], ROOT / f"fastasr/testing/samples/{op}.py") if f.exists()
     ]
     # Triton's kernels run where they are interpreted or imported, and nowhere else.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     triton = interpreted or "kernels" in sources.words(path) | {*path.parts}
-    found = sources.closure(path, *ours, without=None if triton else KERNELS)
+    found = sources.closure(path, *ours, without=None if triton else KERNELS, test=test)
     return frozenset(found | tree(*BUILD, *folders, *([INTERPRETER] if interpreted else [])))
 
 
@@ -90,14 +90,15 @@ def looks_elsewhere(path: Path) -> bool:
     return any(LOOKS_ELSEWHERE & sources.words(p) for p in beside)
 
 
-@cache
-def goes_through_ops(path: Path) -> bool:
-    return bool(sources.words(path) & {"tables", "NAMES", "OPS"})
+def test(item: pytest.Item) -> str:
+    """Returns the name of a test that imports something itself, "others" for the others of its file, or ""."""
+    names = sources.tests_with_imports(item.path)
+    return item.originalname if item.originalname in names else "others" if names else ""
 
 
 def ops_of(item: pytest.Item) -> tuple[str, ...]:
     """Returns the ops that a test is for: of a file that goes through all of them, those that the test's name has."""
-    if not goes_through_ops(item.path):
+    if not sources.goes_through_ops(item.path, test(item)):
         return ()
     named = sources.ops().keys() & set(re.findall(r"\w+", item.name.partition("[")[2]))
     return tuple(sorted(named or sources.ops()))
@@ -105,9 +106,8 @@ def ops_of(item: pytest.Item) -> tuple[str, ...]:
 
 def needed(item: pytest.Item) -> frozenset[Path]:
     marked = item.get_closest_marker("needs")
-    return files(
-        item.path, ops_of(item), marked.args if marked else TREE if looks_elsewhere(item.path) else ()
-    )
+    folders = marked.args if marked else TREE if looks_elsewhere(item.path) else ()
+    return files(item.path, test(item), ops_of(item), folders)
 
 
 def concerns(item: pytest.Item, op: str) -> bool:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks import dispatch, runner, upstream
-from fastasr.benchmarks import ops as op_cases
+from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import Settings, measure
 from fastasr.testing.samples import linear
 from fastasr.testing.speed import BACKWARD, BOTH, FORWARD, Case, Cost, Unavailable, simple, upstream_member
@@ -34,6 +33,8 @@ def tiny(implementations: dict, **more) -> Case:
 
 
 def test_every_op_has_cases():
+    from fastasr.benchmarks import ops as op_cases
+
     missing = [name for name in ops.NAMES if name not in op_cases.names()]
     assert not missing, f"no case of {missing[0]}: write CASES in fastasr/testing/samples/{missing[0]}.py"
     assert set(op_cases.names()) == set(ops.NAMES)
@@ -41,6 +42,8 @@ def test_every_op_has_cases():
 
 @pytest.mark.parametrize("name", ops.NAMES)
 def test_dispatch_has_a_call_of_every_op(name):
+    from fastasr.benchmarks import dispatch
+
     call = dispatch.tiny(name)
     with torch.no_grad():
         for function in call.functions.values():
@@ -48,6 +51,8 @@ def test_dispatch_has_a_call_of_every_op(name):
 
 
 def test_every_case_costs_something_in_each_of_its_passes():
+    from fastasr.benchmarks import ops as op_cases
+
     for case in op_cases.cases():
         for pass_ in case.passes:
             cost = case.costs(4)[pass_]
@@ -94,6 +99,9 @@ def test_linear_measures_one_gradient_at_a_time():
 
 
 def test_names_stand_for_suites():
+    from fastasr.benchmarks import ops as op_cases
+    from fastasr.benchmarks import runner
+
     assert runner.select(()) == runner.known_names()
     assert runner.select(("ops",)) == op_cases.names()
     assert runner.select(("dispatch", "bypass")) == ["bypass", "dispatch"]
@@ -102,6 +110,9 @@ def test_names_stand_for_suites():
 
 
 def test_a_run_is_resumed(tmp_path, monkeypatch):
+    from fastasr.benchmarks import ops as op_cases
+    from fastasr.benchmarks import runner
+
     monkeypatch.setattr(op_cases, "cases", lambda: [tiny({"eager": torch.abs, "fastasr": torch.abs})])
     monkeypatch.setattr(op_cases, "names", lambda: ["doubled"])
     options = runner.Options(names=("doubled",), out=tmp_path / "r.jsonl", quick=True, compile=False, reps=2)
@@ -116,6 +127,8 @@ def test_a_run_is_resumed(tmp_path, monkeypatch):
 
 
 def test_a_benchmark_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
+    from fastasr.benchmarks import dispatch, runner
+
     def broken(**_):
         raise RuntimeError("the machine is on fire")
 
@@ -125,6 +138,8 @@ def test_a_benchmark_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
 
 
 def test_dispatch_rows(tmp_path):
+    from fastasr.benchmarks import dispatch
+
     settings = Settings.quick(reps=1, sample_seconds=0.0)
     units = list(dispatch.measure(settings=settings, only=lambda op: op == "bypass"))
     assert [unit[0].pass_ for unit in units] == list(dispatch.PASSES)

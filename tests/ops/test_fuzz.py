@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random valid and invalid calls of every op, other ones in each run. ``make fuzz`` makes more of them."""
 
-import os
 import subprocess
 import sys
 
 import pytest
 
-pytestmark = pytest.mark.needs("fastasr/ops", "fastasr/testing", "csrc/cpu", "csrc/bindings")
-PARTS = 8
+from fastasr.testing import tables
+from fastasr.testing.fuzz import run_one
+
+pytestmark = pytest.mark.needs()
+CALLS = 70
 
 
-@pytest.mark.parametrize("part", [pytest.param(0, marks=pytest.mark.always), *range(1, PARTS)])
-def test_random_calls(part):
-    seed = int(os.environ.get("SEED", "0")) * PARTS + part
-    command = [sys.executable, "-m", "fastasr.testing.fuzz", "-n", "250", "--seed", str(seed)]
+@pytest.mark.parametrize("name", tables())
+def test_calls_of_one_op(name):
+    calls = [(index, *run_one(index, (name,))) for index in range(CALLS)]
+    wrong = [f"--op {name} --only {index}: {label}: {what}" for index, label, what in calls if what]
+    assert not wrong, "\n".join(("python -m fastasr.testing.fuzz", *wrong))
+
+
+@pytest.mark.always
+def test_calls_of_all_ops_in_a_process_of_their_own():
+    command = [sys.executable, "-m", "fastasr.testing.fuzz", "-n", "250"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
