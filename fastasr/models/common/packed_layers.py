@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packs the weights of layers for native calls that take one step of a stream, and decides when such a call is used.
 
-A layer's weights are packed at its first step; the native result is then compared with that of the layer's own
-operations. They are packed again when a parameter, a submodule or a forward has changed
-(:mod:`fastasr.models.common.module_state`).
+A step has a few frames, so most of its time goes into reading the weights. They are packed once, in the order in which
+a step reads them, into one block of memory on huge pages. **This doubles the memory of the layer's weights.** To
+decline it, set ``layer.packed_streaming = False``; the layer's operations are then called one by one.
+
+The weights are packed at a layer's first step, and the native result is then compared with that of the operations. They
+are packed again when a parameter, a submodule or a forward has changed; the copy remembers the identity, the version
+counter and the address of every parameter (:mod:`fastasr.models.common.module_state`). Writing through
+``parameter.data`` changes none of these, nor does assigning a plain attribute such as a norm's ``eps``: call ``forget``
+of the layer's module after it.
 """
 
 import abc

@@ -1,15 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs one segment of a stream through an Emformer layer in one native call; states stay torchaudio's tensors.
 
-A segment is a few frames, so most of a layer's time goes into reading its weights. They are packed once, in the order
-in which a segment reads them, into one block of memory on huge pages (csrc/cpu/streaming/emformer_step.h). **This
-doubles the memory of the layer's weights.** To decline it, set ``layer.packed_streaming = False``; the operations are
-then called one by one.
-
-The weights are packed at a layer's first segment, and the native result is then compared with that of the operations.
-They are packed again when a parameter, a submodule or a forward has changed; the copy remembers the identity, the
-version counter and the address of every parameter. Writing through ``parameter.data`` changes none of these, nor does
-assigning a plain attribute such as a norm's ``eps``: call :func:`forget` after it.
+The call is in csrc/cpu/streaming/emformer_step.h. :mod:`fastasr.models.common.packed_layers` tells when the weights are
+packed, what that costs, and how to decline it.
 """
 
 import torch

@@ -1,15 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs one chunk through a streaming layer in one native call; states stay upstream's tensors.
 
-A chunk is a few frames, so most of a layer's time goes into reading its weights. They are packed once, in the order in
-which a chunk reads them, into one block of memory on huge pages (csrc/cpu/streaming/zipformer_layer_step.h). **This
-doubles the memory of the layer's weights.** To decline it, set ``layer.packed_streaming = False``; the submodules are
-then called one by one.
-
-The weights are packed at a layer's first chunk, and the native result is then compared with that of the submodules.
-They are packed again when a parameter, a submodule or a forward has changed; the copy remembers the identity, the
-version counter and the address of every parameter. Writing through ``parameter.data`` changes none of these: call
-:func:`forget` after it.
+The call is in csrc/cpu/streaming/zipformer_layer_step.h. :mod:`fastasr.models.common.packed_layers` tells when the
+weights are packed, what that costs, and how to decline it.
 """
 
 import weakref
