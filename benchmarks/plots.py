@@ -97,6 +97,13 @@ def figure(name: str, found: Sequence[Unit]):
     return picture
 
 
+def plain(axes) -> None:
+    """Gives a panel of lines small labels, a grid and two spines."""
+    axes.tick_params(labelsize=8)
+    axes.grid(True, color="#e6e8ec", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def png(picture, dpi: int = 130) -> bytes:
     """Returns the picture as PNG and closes the figure."""
     buffer = io.BytesIO()

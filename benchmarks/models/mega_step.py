@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastasr.benchmarks import limits, upstream
-from fastasr.benchmarks.harness import LoadMeter, Variant, interleave
-from fastasr.benchmarks.models.unit import COMPILE, FASTASR, FORWARD, UPSTREAM, Run, benchmark, measured_rows
+from fastasr.benchmarks.harness import Variant
+from fastasr.benchmarks.models.unit import COMPILE, FASTASR, FORWARD, UPSTREAM, Run, benchmark, product_limit
 from fastasr.benchmarks.rows import Row
 
 NAME = "mega_step"
@@ -97,31 +97,8 @@ def measure(
     for case, shape, history, batch in todo:
         run.report(f"{NAME}: {shape}, {case}")
         variants = {name: _variant(*pair, batch, history) for name, pair in steps.items()}
-        load = LoadMeter()
-        timings = interleave(
-            variants,
-            reps=run.reps or 2 * run.settings.reps,
-            warmup=3,
-            sample_seconds=run.settings.sample_seconds,
-        )
-        other = load.other_cores()
         moved, flops = cost(theirs, batch, history)
-        rate, copied = limits.gemm_flops_per_second("cpu"), limits.copy_seconds(moved)
-        floor = max(copied, flops / rate)
-        limit = (
-            f"copy {moved / copied / 1e9:.1f} GB/s" if floor == copied else f"GEMM {rate / 1e9:.0f} GFLOP/s"
-        )
-        yield measured_rows(
-            timings,
-            variants,
-            memory=run.settings.memory,
-            name=NAME,
-            case=case,
-            shape=shape,
-            pass_=FORWARD,
-            bytes=moved,
-            flops=flops,
-            seconds=floor,
-            limit=limit,
-            load=other,
-        )
+        copied = limits.copy_seconds(moved)
+        limit = max((copied, f"copy {moved / copied / 1e9:.1f} GB/s"), product_limit(flops))
+        fields = {"case": case, "shape": shape, "pass_": FORWARD, "bytes": moved}
+        yield run.rows(variants, flops, limit, reps=run.reps or 2 * run.settings.reps, warmup=3, **fields)

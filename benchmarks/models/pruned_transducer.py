@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import rnnt
-from fastasr.benchmarks import limits, upstream
+from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import BOTH, Report
-from fastasr.benchmarks.harness import LoadMeter, Variant, interleave
-from fastasr.benchmarks.models.unit import COMPILE, FASTASR, UPSTREAM, Run, benchmark, measured_rows
+from fastasr.benchmarks.harness import Variant
+from fastasr.benchmarks.models.unit import COMPILE, FASTASR, UPSTREAM, Run, benchmark
 from fastasr.benchmarks.rows import Row
 
 NAME = "pruned_transducer"
@@ -157,27 +157,17 @@ def measure(run: Run, *, cases=CASES) -> Iterator[list[Row]]:
             name: Variant(lambda call=call, leaves=leaves: torch.autograd.grad(call(), leaves))
             for name, call in _calls(problem, case, sizes, run.settings.compile, run.report).items()
         }
-        load = LoadMeter()
-        timings = interleave(
-            variants,
-            reps=(run.reps or run.settings.reps) if case == WHOLE else 1,
-            warmup=run.settings.warmup if case == WHOLE else 1,
-            sample_seconds=run.settings.sample_seconds if case == WHOLE else 0.0,
-        )
-        other = load.other_cores()
+        whole = case == WHOLE
         moved, flops = cost(case, *sizes)
-        rate = limits.gemm_flops_per_second("cpu")
-        yield measured_rows(
-            timings,
+        yield run.rows(
             variants,
-            memory=run.settings.memory or case == PART,
-            name=NAME,
+            flops,
+            reps=(run.reps or run.settings.reps) if whole else 1,
+            warmup=run.settings.warmup if whole else 1,
+            sample_seconds=None if whole else 0.0,
+            memory=case == PART,
             case=case,
             shape=shape,
             pass_=BOTH,
             bytes=moved,
-            flops=flops,
-            seconds=flops / rate,
-            limit=f"GEMM {rate / 1e9:.0f} GFLOP/s",
-            load=other,
         )

@@ -23,7 +23,7 @@ from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import BOTH, Report
 from fastasr.benchmarks.harness import LoadMeter, Timing, interleave, peak_bytes
 from fastasr.benchmarks.markdown import NONE_YET, conditions
-from fastasr.benchmarks.models.unit import FASTASR, UPSTREAM, Run, benchmark
+from fastasr.benchmarks.models.unit import FASTASR, UPSTREAM, Run, benchmark, timed_row
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import duration, units
 
@@ -123,26 +123,6 @@ def _fresh_peak(implementation: str, size: str, duration: float, folder: Path) -
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _row(implementation: str, timing: Timing, shape: str, peak: int | None, load: float | None) -> Row:
-    lower, upper = timing.quartiles
-    return Row.measured(
-        suite="models",
-        name=NAME,
-        case=CASE,
-        shape=shape,
-        dtype="float32",
-        device="cpu",
-        pass_=BOTH,
-        implementation=implementation,
-        median_ms=round(timing.median * 1e3, 3),
-        q1_ms=round(lower * 1e3, 3),
-        q3_ms=round(upper * 1e3, 3),
-        reps=timing.reps,
-        peak_bytes=peak,
-        load=load,
-    )
-
-
 @benchmark(NAME)
 def measure(
     run: Run, *, size: str = "small", durations: tuple[float, ...] = DURATIONS, inner_compile: bool = True
@@ -180,7 +160,8 @@ def measure(
                     run.report(f"{NAME}: {shape}: peak memory of {implementation} in a fresh process")
                     peak = _fresh_peak(implementation, size, duration, folder)
                 per_step = Timing([seconds / count for seconds in timing.samples])
-                rows.append(_row(implementation, per_step, shape, peak, other))
+                fields = {"name": NAME, "case": CASE, "shape": shape, "pass_": BOTH, "load": other}
+                rows.append(timed_row(per_step, implementation=implementation, peak_bytes=peak, **fields))
             yield rows
 
 

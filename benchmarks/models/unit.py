@@ -60,14 +60,63 @@ class Run:
             self.report(f"{head}: first call of {key}" + (" (compiles)" if key == COMPILE else ""))
             run()
         flops = product_flops(runs[UPSTREAM])
-        rate = limits.gemm_flops_per_second("cpu")
         self.report(f"{head}: timing {', '.join(runs)}, {reps} rounds")
         made = {key: Variant(run) for key, run in runs.items()}
+        return self.rows(made, flops, case=case, shape=shape, pass_=pass_, reps=reps)
+
+    def rows(
+        self,
+        variants: dict[str, Variant],
+        flops: int,
+        limit: tuple[float, str] | None = None,
+        *,
+        reps: int,
+        warmup: int = 2,
+        sample_seconds: float | None = None,
+        memory: bool | None = None,
+        **fields,
+    ) -> list[Row]:
+        """Times the variants in turns and returns a row of each. ``limit``: the least seconds and what sets them, by
+        default the products; the settings say how long a sample is and whether rows have ``memory``, if not given.
+        """
+        if sample_seconds is None:
+            sample_seconds = self.settings.sample_seconds
         load = LoadMeter()
-        timings = interleave(made, reps=reps, warmup=2, sample_seconds=self.settings.sample_seconds)
-        fields = {"name": self.name, "case": case, "shape": shape, "pass_": pass_, "load": load.other_cores()}
-        limit = {"flops": flops, "seconds": flops / rate, "limit": f"GEMM {rate / 1e9:.0f} GFLOP/s"}
-        return measured_rows(timings, made, memory=self.settings.memory, **fields, **limit)
+        timings = interleave(variants, reps=reps, warmup=warmup, sample_seconds=sample_seconds)
+        fields |= {"name": self.name, "flops": flops, "load": load.other_cores()}
+        seconds, fields["limit"] = limit or product_limit(flops)
+        return [
+            timed_row(
+                timing,
+                implementation=key,
+                peak_bytes=peak_bytes(variants[key]) if memory or self.settings.memory else None,
+                fraction_of_limit=round(seconds / timing.median, 4),
+                **fields,
+            )
+            for key, timing in timings.items()
+        ]
+
+
+def product_limit(flops: int) -> tuple[float, str]:
+    """Returns the least seconds of the products, and what sets them."""
+    rate = limits.gemm_flops_per_second("cpu")
+    return flops / rate, f"GEMM {rate / 1e9:.0f} GFLOP/s"
+
+
+def timed_row(timing: Timing, *, dtype: str = "float32", **fields) -> Row:
+    """Returns a row of the suite "models", with milliseconds of this timing."""
+    lower, upper = timing.quartiles
+    q1, median, q3 = (round(seconds * 1e3, 4) for seconds in (lower, timing.median, upper))
+    return Row.measured(
+        suite="models",
+        dtype=dtype,
+        device="cpu",
+        median_ms=median,
+        q1_ms=q1,
+        q3_ms=q3,
+        reps=timing.reps,
+        **fields,
+    )
 
 
 def benchmark(name: str) -> Callable:
@@ -121,30 +170,3 @@ def weighted_step(model: torch.nn.Module, weight: torch.Tensor, *inputs: torch.T
         (model(*inputs)[0] * weight).sum().backward()
 
     return run
-
-
-def measured_rows(
-    timings: dict[str, Timing], variants: dict[str, Variant], *, memory: bool, seconds: float, **fields
-) -> list[Row]:
-    """Yields a row of the suite "models" per implementation; ``seconds`` is what the limit allows, ``memory`` adds the
-    peaks.
-    """
-    rows = []
-    for implementation, timing in timings.items():
-        lower, upper = timing.quartiles
-        rows.append(
-            Row.measured(
-                suite="models",
-                dtype="float32",
-                device="cpu",
-                implementation=implementation,
-                median_ms=round(timing.median * 1e3, 4),
-                q1_ms=round(lower * 1e3, 4),
-                q3_ms=round(upper * 1e3, 4),
-                reps=timing.reps,
-                peak_bytes=peak_bytes(variants[implementation]) if memory else None,
-                fraction_of_limit=round(seconds / timing.median, 4),
-                **fields,
-            )
-        )
-    return rows

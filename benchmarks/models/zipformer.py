@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from fastasr.benchmarks import limits, upstream
+from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import Report, Settings
 from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, interleave, peak_bytes
+from fastasr.benchmarks.models.unit import product_limit, timed_row
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.time_limit import Expired, time_limit
 
@@ -136,23 +137,9 @@ class _Parts:
 
 
 def _row(case: str, implementation: str, timing: Timing, shape: str, load: float | None, **more) -> Row:
-    lower, upper = timing.quartiles
-    return Row.measured(
-        suite="models",
-        name=NAME,
-        case=case,
-        shape=shape,
-        dtype="bfloat16" if case == AUTOCAST else "float32",
-        device="cpu",
-        pass_="forward",
-        implementation=implementation,
-        median_ms=round(timing.median * 1e3, 3),
-        q1_ms=round(lower * 1e3, 3),
-        q3_ms=round(upper * 1e3, 3),
-        reps=timing.reps,
-        load=load,
-        **more,
-    )
+    more |= {"name": NAME, "case": case, "shape": shape, "pass_": "forward", "load": load}
+    dtype = "bfloat16" if case == AUTOCAST else "float32"
+    return timed_row(timing, implementation=implementation, dtype=dtype, **more)
 
 
 def _fresh_process(implementation: str, size: str) -> dict[str, float]:
@@ -239,7 +226,7 @@ def measure(
             del calls[key]
     if not skip(WHOLE):
         flops = _flops(size, inputs)
-        rate = limits.gemm_flops_per_second("cpu")
+        seconds, limit = product_limit(flops)
         report(f"{NAME}: timing {', '.join(calls)}, {reps} rounds")
         load = LoadMeter()
         runs = {key: Variant(call) for key, call in calls.items()}
@@ -254,8 +241,8 @@ def measure(
                 other,
                 peak_bytes=peak_bytes(runs[key]) if settings.memory else None,
                 flops=flops,
-                fraction_of_limit=round(flops / rate / timing.median, 4),
-                limit=f"GEMM {rate / 1e9:.0f} GFLOP/s",
+                fraction_of_limit=round(seconds / timing.median, 4),
+                limit=limit,
             )
             for key, timing in timings.items()
         ]

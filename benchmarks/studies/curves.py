@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, png, pyplot
+from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, plain, png, pyplot
 from fastasr.benchmarks.rows import Row, read_all
 from fastasr.benchmarks.table import title
 
@@ -66,9 +66,7 @@ def _lines(axes, rows: Sequence[Row], value) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("L", fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.grid(True, which="major", color="#e6e8ec", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
 
 
 def main(arguments: list[str] | None = None) -> int:

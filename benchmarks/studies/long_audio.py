@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from fastasr.benchmarks.harness import peak_bytes
-from fastasr.benchmarks.plots import COLOURS, png, pyplot
+from fastasr.benchmarks.plots import COLOURS, plain, png, pyplot
 from fastasr.benchmarks.rows import Row, merge, read
 from fastasr.benchmarks.upstream import BINS, SIZES
 
@@ -131,9 +131,7 @@ def figure(rows: Sequence[Row]):
         panel.set_ylabel(label, fontsize=8)
         panel.set_xlim(left=0)
         panel.set_ylim(bottom=0)
-        panel.tick_params(labelsize=8)
-        panel.grid(True, color="#e6e8ec", linewidth=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
+        plain(panel)
     axes[0].legend(fontsize=8, frameon=False)
     picture.suptitle("Zipformer's encoder on one long recording, CPU inference in float32", fontsize=10)
     return picture

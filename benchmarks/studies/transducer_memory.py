@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 
 from fastasr.benchmarks.models.pruned_transducer import FASTASR, NAME, PART, UPSTREAM
-from fastasr.benchmarks.plots import COLOURS, png, pyplot
+from fastasr.benchmarks.plots import COLOURS, plain, png, pyplot
 from fastasr.benchmarks.rows import Row, read_all
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,9 +55,7 @@ def figure(rows: Sequence[Row]):
         panel.set_xlabel("rows B·T·R", fontsize=8)
         panel.set_xscale("log")
         panel.set_yscale("log")
-        panel.tick_params(labelsize=8)
-        panel.grid(True, which="major", color="#e6e8ec", linewidth=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
+        plain(panel)
     axes[0, 0].set_ylabel("MiB", fontsize=8)
     axes[0, 0].legend(fontsize=8, frameon=False)
     picture.suptitle(
