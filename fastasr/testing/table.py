@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sample tables. A table has an op's valid calls and the calls that the op must refuse."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -38,6 +38,15 @@ class Make:
 
     def values(self, *numbers: float) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float64).to(self.dtype).to(self.device)
+
+    def padding(self, frames: int, lengths: Sequence[int]) -> Tensor:
+        """Returns (sequences, frames), True behind the length of each sequence."""
+        return (torch.arange(frames) >= torch.tensor(lengths)[:, None]).to(self.device)
+
+
+def changed(call: Callable[[Make], dict], **arguments) -> Callable[[Make], dict]:
+    """Returns a function that makes a call with other arguments, which may themselves be functions of ``Make``."""
+    return lambda m: call(m) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
 
 
 @dataclass(frozen=True)

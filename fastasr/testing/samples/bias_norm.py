@@ -2,9 +2,10 @@
 """Samples of bias_norm, and its benchmark at the sizes of Zipformer-M's stacks 0 and 3."""
 
 import math
+from functools import partial
 
 from fastasr.testing.speed import BATCH, FRAMES, Case, case, costs, module, upstream_member
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
 
 
 def _norm(make: Make, shape: tuple[int, ...], channel_dim: int = -1, scale: float = 1.0) -> dict:
@@ -16,8 +17,7 @@ def _norm(make: Make, shape: tuple[int, ...], channel_dim: int = -1, scale: floa
     }
 
 
-def _with(**arguments):
-    return lambda m: _norm(m, (3, 2, 8)) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
+_with = partial(changed, lambda m: _norm(m, (3, 2, 8)))
 
 
 TABLE = OpTable(

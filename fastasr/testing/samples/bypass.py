@@ -2,9 +2,10 @@
 """Samples of bypass, and its benchmark at the sizes of Zipformer-M's stacks 0 and 3."""
 
 import math
+from functools import partial
 
 from fastasr.testing.speed import BATCH, FRAMES, Case, case, costs, module, upstream_member
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
 
 
 def _bypass(make: Make, shape: tuple[int, ...], scale_dims: int = 1) -> dict:
@@ -15,8 +16,7 @@ def _bypass(make: Make, shape: tuple[int, ...], scale_dims: int = 1) -> dict:
     }
 
 
-def _with(**arguments):
-    return lambda m: _bypass(m, (3, 2, 8)) | {k: v(m) for k, v in arguments.items()}
+_with = partial(changed, lambda m: _bypass(m, (3, 2, 8)))
 
 
 TABLE = OpTable(

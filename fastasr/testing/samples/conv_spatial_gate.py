@@ -5,21 +5,17 @@ large one, 1024 of a small one. Upstream is ESPnet's ConvolutionalSpatialGatingU
 
 import math
 
-import torch
-
 from fastasr.ops import _activation
 from fastasr.testing.speed import BATCH, Case, case, costs, module, upstream_member
 from fastasr.testing.table import Make, OpTable, Sample
 
 
-def _mask(make: Make, batch: int, frames: int) -> torch.Tensor:
-    """Returns the padding of a ragged batch: the first sequence has no padding, each later one ends earlier."""
-    lengths = torch.tensor([frames - 2 * b for b in range(batch)]).clamp(min=0)
-    return (torch.arange(frames) >= lengths[:, None]).to(make.device)
-
-
 def _call(make: Make, batch: int, frames: int, channels: int, taps: int, masked=True, **options) -> dict:
-    mask = {"padding_mask": _mask(make, batch, frames)} if masked else {}
+    mask = (
+        {"padding_mask": make.padding(frames, [max(0, frames - 2 * b) for b in range(batch)])}
+        if masked
+        else {}
+    )
     return {
         "x": make.normal(batch, frames, 2 * channels, scale=1.5, mean=0.3),
         "norm_weight": make.normal(channels, scale=0.3, mean=1.0),

@@ -6,11 +6,12 @@ Upstream is its torch.nn.Conv2d on channels_first maps, as its front end has the
 """
 
 import math
+from functools import partial
 
 import torch
 
 from fastasr.testing.speed import BATCH, FORWARD, FRAMES, Case, case, costs, module
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
 
 
 def _maps(make: Make, shape: tuple[int, ...], taps=(7, 7), padding=(3, 3), **options) -> dict:
@@ -24,10 +25,7 @@ def _maps(make: Make, shape: tuple[int, ...], taps=(7, 7), padding=(3, 3), **opt
     }
 
 
-def _with(**arguments):
-    return lambda m: (
-        _maps(m, (2, 5, 4, 3), (3, 3), (1, 1)) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
-    )
+_with = partial(changed, lambda m: _maps(m, (2, 5, 4, 3), (3, 3), (1, 1)))
 
 
 def _random(make: Make, shape) -> dict:

@@ -15,7 +15,7 @@ import torch
 
 from fastasr.ops.ema_scan import Layout
 from fastasr.testing.speed import BOTH, FORWARD, Case, case, costs, module, upstream_member
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +70,7 @@ class Average:
         return arguments
 
     def changed(self, **arguments) -> Callable[[Make], dict]:
-        """Returns a function that makes a call with these arguments, which may themselves be functions of ``Make``."""
-        return lambda m: self.call(m, 7, 3, 8) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
+        return changed(lambda m: self.call(m, 7, 3, 8), **arguments)
 
     def sample(self, name: str, *sizes: int, exact: bool = True, thorough: bool = False, **options) -> Sample:
         return Sample(name, lambda m: self.call(m, *sizes, **options), exact, thorough)

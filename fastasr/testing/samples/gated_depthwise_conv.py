@@ -16,18 +16,12 @@ from fastasr.testing.speed import BATCH, FORWARD, FRAMES, Case, case, costs, mod
 from fastasr.testing.table import Make, OpTable, Sample
 
 
-def _mask(make: Make, frames: int, batch: int) -> torch.Tensor:
-    """Returns the padding of a ragged batch: the first sequence has no padding, each later one ends earlier."""
-    lengths = torch.tensor([frames - 2 * b for b in range(batch)]).clamp(min=0)
-    return (torch.arange(frames) >= lengths[:, None]).to(make.device)
-
-
 def _plain(make: Make, frames: int, batch: int, channels: int, taps: int, **options) -> dict:
     return {
         "h": make.normal(frames, batch, 2 * channels, scale=1.5),
         "weight": make.normal(channels, 1, taps, scale=0.3),
         "bias": make.normal(channels),
-        "padding_mask": _mask(make, frames, batch),
+        "padding_mask": make.padding(frames, [max(0, frames - 2 * b) for b in range(batch)]),
         **options,
     }
 

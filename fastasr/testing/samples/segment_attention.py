@@ -3,12 +3,13 @@
 channels, left context 30."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from fastasr.ops.segment_attention import rows_of
 from fastasr.testing.speed import Case, case, computed, costs, upstream_member
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
 
 _NAMES = ("frames", "segment_length", "left_context_length", "right_context_length", "max_memory_size")
 
@@ -58,10 +59,7 @@ def _minus_infinite(make: Make) -> dict:
     return call
 
 
-def _with(**arguments):
-    return lambda m: (
-        _call(m, 2, 2, 4, 7, 3, 2, 1, 2) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
-    )
+_with = partial(changed, lambda m: _call(m, 2, 2, 4, 7, 3, 2, 1, 2))
 
 
 def _random(make: Make, shape) -> dict:

@@ -26,7 +26,7 @@ from fastasr.testing.speed import (
     parameters,
     upstream_member,
 )
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
 
 
 def _definition(
@@ -51,8 +51,7 @@ def _training(
     return affine(make, shape, n) | {"kind": kind} | dropout
 
 
-def _with(**arguments):
-    return lambda m: affine(m, (3, 8), 5) | arguments
+_with = partial(changed, lambda m: affine(m, (3, 8), 5))
 
 
 TABLE = OpTable(

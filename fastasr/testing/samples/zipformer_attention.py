@@ -2,9 +2,11 @@
 """Samples of zipformer_attention, which are those of zipformer_attention_weights with values, and its benchmark: one
 self-attention of Zipformer-M's stack 0 with 16 s of four utterances, and 60 s of one."""
 
+from functools import partial
+
 from fastasr.testing.samples import zipformer_attention_weights as weights
 from fastasr.testing.speed import BATCH, FRAMES, Case
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
 
 _PENALTY = ("score_penalty", "score_limit")
 
@@ -32,12 +34,7 @@ def _sample(sample: Sample) -> Sample:
     )
 
 
-def _with(**arguments):
-    def call(make: Make) -> dict:
-        changed = {k: v(make) if callable(v) else v for k, v in arguments.items()}
-        return _valued(make, weights._call(make, 5, 2)) | changed
-
-    return call
+_with = partial(changed, lambda m: _valued(m, weights._call(m, 5, 2)))
 
 
 def _random(make: Make, shape) -> dict:
@@ -68,7 +65,7 @@ TABLE = OpTable(
             "several blocks of keys",
             lambda m: _valued(
                 m,
-                weights._call(m, 600, 1, 1, 8, 4, left=70, key_padding_mask=weights._padding(m, [650], 670)),
+                weights._call(m, 600, 1, 1, 8, 4, left=70, key_padding_mask=m.padding(670, [650])),
                 None,
                 4,
             ),

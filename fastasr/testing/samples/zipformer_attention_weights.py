@@ -45,10 +45,6 @@ def _call(
     return arguments | rest
 
 
-def _padding(make: Make, lengths: list[int], keys: int) -> torch.Tensor:
-    return torch.arange(keys, device=make.device) >= torch.tensor(lengths, device=make.device)[:, None]
-
-
 def _random_mask(make: Make, *shape: int) -> torch.Tensor:
     return make.uniform(*shape).float() > 0.6
 
@@ -84,13 +80,13 @@ TABLE = OpTable(
         Sample("tbc", lambda m: _call(m, 7, 3, scale=0.3), thorough=True),
         Sample(
             "padded",
-            lambda m: _call(m, 17, 3, 2, 3, 1, scale=0.3, key_padding_mask=_padding(m, [17, 8, 0], 17)),
+            lambda m: _call(m, 17, 3, 2, 3, 1, scale=0.3, key_padding_mask=m.padding(17, [17, 8, 0])),
             thorough=True,
         ),
         Sample(
             "streaming",
             lambda m: _call(
-                m, 8, 2, 2, 4, 2, left=11, scale=0.3, key_padding_mask=_padding(m, [19, 12], 19).flip(1)
+                m, 8, 2, 2, 4, 2, left=11, scale=0.3, key_padding_mask=m.padding(19, [19, 12]).flip(1)
             ),
             thorough=True,
         ),
@@ -109,7 +105,7 @@ TABLE = OpTable(
                 3,
                 chunk_size=7,
                 left_context_chunks=1,
-                key_padding_mask=_padding(m, [45, 20, 3], 45),
+                key_padding_mask=m.padding(45, [45, 20, 3]),
                 attn_mask=_random_mask(m, 3, 45, 45),
             ),
         ),
@@ -124,7 +120,7 @@ TABLE = OpTable(
         Sample("stack 3", lambda m: _call(m, 100, 2, 8, 32, 4, scale=0.5), large=True),
         Sample(
             "stack 0, padded",
-            lambda m: _call(m, 199, 3, 4, 32, 4, key_padding_mask=_padding(m, [199, 150, 33], 199)),
+            lambda m: _call(m, 199, 3, 4, 32, 4, key_padding_mask=m.padding(199, [199, 150, 33])),
             large=True,
         ),
         Sample("several blocks of keys", lambda m: _call(m, 70, 1, 1, 32, 4, scale=0.5)),
@@ -138,7 +134,7 @@ TABLE = OpTable(
                 score_penalty=0.02,
                 score_limit=1.5,
                 chunk_size=8,
-                key_padding_mask=_padding(m, [40, 17], 40),
+                key_padding_mask=m.padding(40, [40, 17]),
             ),
         ),
         Sample("large scores", lambda m: _call(m, 30, 2, scale=3.0)),
@@ -167,7 +163,7 @@ def _upstream(x, pos, num_heads: int, key_padding_mask, **_) -> Implementation:
 
 def ragged(make: Make, frames: int, batch: int, heads: int) -> dict:
     """Makes sequences that are padded up to 30 %."""
-    padding = _padding(make, torch.linspace(frames, frames * 0.7, batch).long().tolist(), frames)
+    padding = make.padding(frames, torch.linspace(frames, frames * 0.7, batch).long().tolist())
     return _call(make, frames, batch, heads, QUERY_DIM, POS_DIM, scale=0.5, key_padding_mask=padding)
 
 
