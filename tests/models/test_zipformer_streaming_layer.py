@@ -46,6 +46,11 @@ def _wide(chunk):
     return [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in chunk]
 
 
+def _by_submodules(layer, chunk):
+    x, pos_emb, *states, left, masked = chunk
+    return _stream_by_submodules(layer, x, pos_emb, states, left, masked)
+
+
 def _step(layer, chunk):
     x, pos_emb, *states, left, masked = chunk
     by_submodules = partial(_stream_by_submodules, layer)
@@ -72,7 +77,7 @@ def test_a_chunk(dim, kernel, frames, streams, left):
     for masked in (None, masks, torch.zeros_like(masks), torch.ones_like(masks)):
         chunk = _chunk(layer, frames, streams, left, masked)
         got = _served(layer, chunk)
-        assert_near(got, _stream_by_submodules(exact, *_wide(chunk)))
+        assert_near(got, _by_submodules(exact, _wide(chunk)))
         assert all(torch.equal(a, b) for a, b in zip(layer.streaming_forward(*chunk), got, strict=True))
 
 
@@ -107,16 +112,16 @@ def test_changes_are_seen():
     chunk = _chunk(layer)
     _served(layer, chunk)
     layer.feed_forward2.in_proj.weight.mul_(1.5)
-    assert_near(_served(layer, chunk), _stream_by_submodules(layer, *chunk))
+    assert_near(_served(layer, chunk), _by_submodules(layer, chunk))
     layer.self_attn1.in_proj.bias = torch.nn.Parameter(torch.ones_like(layer.self_attn1.in_proj.bias))
-    assert_near(_served(layer, chunk), _stream_by_submodules(layer, *chunk))
+    assert_near(_served(layer, chunk), _by_submodules(layer, chunk))
     layer.load_state_dict(_layer(num_heads=2).state_dict())
-    assert_near(_served(layer, chunk), _stream_by_submodules(layer, *chunk))
+    assert_near(_served(layer, chunk), _by_submodules(layer, chunk))
     other = _chunk(layer)  # other positions
-    assert_near(_served(layer, other), _stream_by_submodules(layer, *other))
+    assert_near(_served(layer, other), _by_submodules(layer, other))
     layer.conv_module1.depthwise_conv.chunkwise_conv_scale.data.add_(1.0)
     streaming_layer.forget(layer)
-    assert_near(_served(layer, chunk), _stream_by_submodules(layer, *chunk))
+    assert_near(_served(layer, chunk), _by_submodules(layer, chunk))
 
 
 def _declined(layer, chunk):
@@ -160,5 +165,5 @@ def test_copies_pack_for_themselves():
     before = _served(layer, chunk)
     other = copy.deepcopy(layer)
     other.norm.bias.add_(1.0)
-    assert_near(_served(other, chunk), _stream_by_submodules(other, *chunk))
+    assert_near(_served(other, chunk), _by_submodules(other, chunk))
     assert all(torch.equal(a, b) for a, b in zip(_served(layer, chunk), before, strict=True))

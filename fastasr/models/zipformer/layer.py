@@ -195,29 +195,15 @@ class ZipformerEncoderLayer(torch.nn.Module):
         for the next chunk, in the order of the arguments.
         """
         states = cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2
+        chunk = src, pos_emb, states, left_context_len, src_key_padding_mask
         by_submodules = partial(_stream_by_submodules, self)
-        done = streaming_layer.step(
-            self, src, pos_emb, states, left_context_len, src_key_padding_mask, by_submodules
-        )
-        if done is None:
-            return by_submodules(src, pos_emb, *states, left_context_len, src_key_padding_mask)
-        return tuple(done)
+        done = streaming_layer.step(self, *chunk, by_submodules)
+        return by_submodules(*chunk) if done is None else tuple(done)
 
 
-def _stream_by_submodules(
-    layer,
-    src,
-    pos_emb,
-    cached_key,
-    cached_nonlin_attn,
-    cached_val1,
-    cached_val2,
-    cached_conv1,
-    cached_conv2,
-    left_context_len,
-    src_key_padding_mask,
-):
+def _stream_by_submodules(layer, src, pos_emb, states, left_context_len, src_key_padding_mask):
     src_orig = src
+    cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2 = states
     attn_weights, cached_key = layer.self_attn_weights.streaming_forward(
         src,
         pos_emb=pos_emb,

@@ -86,7 +86,7 @@ class _PackedLayer(PackedLayer):
         masked[:, [1, -1]] = True
         got = self.run(src, pos_emb, states, left, masked)
         self._tables.clear()
-        return got, by_submodules(src, pos_emb, *states, left, masked)
+        return got, by_submodules(src, pos_emb, states, left, masked)
 
     def _shapes(self, streams, left):
         key, hidden, value = self._widths
