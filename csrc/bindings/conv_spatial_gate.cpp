@@ -58,7 +58,7 @@ template <typename T, typename C = cpu::compute_t<T>>
 std::vector<cpu::RowStatistics<C>> statistics_of(const ConvSpatialGate<T>& p) {
   const auto& kernel = cpu::kernels<cpu::ConvSpatialGateKernels<T>>();
   std::vector<cpu::RowStatistics<C>> statistics(p.rows());
-  parallel_range(p.rows(), std::max<int64_t>(1, kGrain / p.channels), [&](int64_t b, int64_t e) {
+  parallel_tasks(p.rows(), p.channels, [&](int64_t b, int64_t e) {
     std::vector<C> scratch(p.channels);
     kernel.statistics(p, statistics.data(), b, e, scratch.data());
   });
@@ -122,14 +122,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(
     });
     const RowBlocks blocks(p.rows(), n);
     const std::unique_ptr<C[]> parts(new C[static_cast<size_t>(blocks.count * 2 * n)]);  // every block is written
-    parallel_range(blocks.count, std::max<int64_t>(1, kGrain / (blocks.rows_per_block * 4 * n)),
-                   [&](int64_t b, int64_t e) {
-                     for (int64_t k = b; k < e; k++) {
-                       C* part = parts.get() + k * 2 * n;
-                       kernel.norm_backward(p, statistics.data(), du, du_row, out, part, part + n, blocks.begin(k),
-                                            blocks.begin(k) + blocks.size(k));
-                     }
-                   });
+    blocks.parallel(4 * n, [&](int64_t b, int64_t e) {
+      for (int64_t k = b; k < e; k++) {
+        C* part = parts.get() + k * 2 * n;
+        kernel.norm_backward(p, statistics.data(), du, du_row, out, part, part + n, blocks.begin(k),
+                             blocks.begin(k) + blocks.size(k));
+      }
+    });
     std::vector<C> sums(2 * n);
     reduce_blocks<C>(parts.get(), blocks.count, 2 * n, sums.data());
     std::copy_n(sums.data(), n, mutable_data<C>(dnorm_weight));

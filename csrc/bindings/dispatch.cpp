@@ -84,6 +84,10 @@ void parallel_range(int64_t n, int64_t grain, RangeFunction f) {
     f(0, n);
 }
 
+void parallel_tasks(int64_t n, int64_t work, RangeFunction f) {
+  parallel_range(n, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)), f);
+}
+
 void define(Library& library, std::initializer_list<Operator> operators) {
   for (const Operator& o : operators) library.def(o.schema);
 }

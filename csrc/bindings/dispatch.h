@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "cpu/math/number.h"
-#include "cpu/rows/sum_blocks.h"
+#include "cpu/rows/rows.h"
 
 // Every binding needs these: the kernel's storage type for a tensor, checks, and a split of the work that depends on
 // the shape alone. Python has already checked the arguments and named them: the checks here guard memory. Every check
@@ -131,6 +131,9 @@ class RangeFunction {
 // Runs f(begin, end) over [0, n) on torch's own threads, serially when n is small.
 void parallel_range(int64_t n, int64_t grain, RangeFunction f);
 
+// Runs f(begin, end) over [0, n), which cost `work` elements each.
+void parallel_tasks(int64_t n, int64_t work, RangeFunction f);
+
 // Splits rows into blocks for deterministic reductions: their number depends on the shape alone, never on the thread
 // count. At most 16 rows are added in a chain of floats; the blocks are then added in double.
 struct RowBlocks {
@@ -141,6 +144,8 @@ struct RowBlocks {
         count((rows_ + rows_per_block - 1) / rows_per_block) {}
   int64_t begin(int64_t block) const { return block * rows_per_block; }
   int64_t size(int64_t block) const { return std::min(rows_per_block, rows - begin(block)); }
+  // Runs f(begin, end) over the blocks; a row costs `work` elements.
+  void parallel(int64_t work, RangeFunction f) const { parallel_tasks(count, rows_per_block * work, f); }
 };
 
 // Computes out[j] = sum over blocks of parts[block][j], in block order, in double.

@@ -95,56 +95,56 @@ EmaShape checked_shape(const Inputs& in, bool with_state, const char* op) {
   return s;
 }
 
-template <typename C>
-cpu::EmaParameters<C> parameters(const Inputs& in) {
+template <typename Parameters, typename C>
+Parameters parameters(const Inputs& in) {
   return {
       data<C>(in.damping),          data<C>(in.decay),         data<C>(in.expansion),         data<C>(in.projection),
       data_or_null<C>(in.residual), data_or_null<C>(in.state), data_or_null<uint8_t>(in.mask)};
 }
 
-template <typename C>
-cpu::ComplexEmaParameters<C> complex_parameters(const Inputs& in) {
-  return {
-      data<C>(in.damping),          data<C>(in.decay),         data<C>(in.expansion),         data<C>(in.projection),
-      data_or_null<C>(in.residual), data_or_null<C>(in.state), data_or_null<uint8_t>(in.mask)};
-}
-
-std::tuple<Tensor, Tensor> ema_scan_forward(const Tensor& x, const Tensor& damping, const Tensor& decay,
-                                            const Tensor& expansion, const Tensor& projection, const Optional& residual,
-                                            const Optional& state, const Optional& mask, int64_t truncation,
-                                            int64_t direction, int64_t activation, int64_t layout, bool need_state) {
-  const Inputs in{x,     damping, decay,      expansion, projection, residual,
-                  state, mask,    truncation, direction, activation, layout};
-  const EmaShape s = checked_shape(in, need_state, "ema_scan_forward");
+// Both averages: the complex one has alpha, delta, theta, gamma and omega for the real one's parameters.
+template <bool complex>
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& damping, const Tensor& decay, const Tensor& expansion,
+                                   const Tensor& projection, const Optional& residual, const Optional& state,
+                                   const Optional& mask, int64_t truncation, int64_t direction, int64_t activation,
+                                   int64_t layout, bool need_state) {
+  const char* op = complex ? "complex_ema_scan_forward" : "ema_scan_forward";
+  const Inputs in{x,    damping,    decay,     expansion,  projection, residual, state,
+                  mask, truncation, direction, activation, layout,     complex};
+  const EmaShape s = checked_shape(in, need_state, op);
   Tensor y = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
-  Tensor final_state =
-      need_state ? new_contiguous(damping, {s.batch, s.channels, s.states}) : new_without_elements(damping);
-  with_kernel_type(x.scalar_type(), "ema_scan_forward", [&]<typename T>() {
+  Tensor final_state = !need_state ? new_without_elements(damping)
+                       : complex   ? new_contiguous(damping, {s.batch, s.channels, s.states, 2})
+                                   : new_contiguous(damping, {s.batch, s.channels, s.states});
+  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     C* last = need_state ? mutable_data<C>(final_state) : nullptr;
     const EmaStrides xs = strides_of(x, layout), ys = strides_of(y, layout);
-    if (s.length == 1 && direction != 2)
-      cpu::kernels<cpu::EmaStep<T>>().run(s, parameters<C>(in), data<T>(x), xs, mutable_data<T>(y), ys, last);
+    const T* from = data<T>(x);
+    T* to = mutable_data<T>(y);
+    const auto& kernel = cpu::kernels<cpu::EmaForward<T>>();
+    if constexpr (complex)
+      kernel.complex(s, parameters<cpu::ComplexEmaParameters<C>, C>(in), from, xs, to, ys, last, in_parallel);
+    else if (const auto p = parameters<cpu::EmaParameters<C>, C>(in); s.length == 1 && direction != 2)
+      cpu::kernels<cpu::EmaStep<T>>().run(s, p, from, xs, to, ys, last);
     else
-      cpu::kernels<cpu::EmaForward<T>>().real(s, parameters<C>(in), data<T>(x), xs, mutable_data<T>(y), ys, last,
-                                              in_parallel);
+      kernel.real(s, p, from, xs, to, ys, last, in_parallel);
   });
   return {y, final_state};
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Gradients ema_scan_backward(const Tensor& grad, const Optional& grad_state, const Tensor& x, const Tensor& damping,
-                            const Tensor& decay, const Tensor& expansion, const Tensor& projection,
-                            const Optional& residual, const Optional& state, const Optional& mask, int64_t truncation,
-                            int64_t direction, int64_t activation, int64_t layout) {
-  const char* op = "ema_scan_backward";
-  const Inputs in{x,     damping, decay,      expansion, projection, residual,
-                  state, mask,    truncation, direction, activation, layout};
+template <bool complex>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad, const Optional& grad_state, const Tensor& x, const Tensor& damping, const Tensor& decay,
+    const Tensor& expansion, const Tensor& projection, const Optional& residual, const Optional& state,
+    const Optional& mask, int64_t truncation, int64_t direction, int64_t activation, int64_t layout) {
+  const char* op = complex ? "complex_ema_scan_backward" : "ema_scan_backward";
+  const Inputs in{x,    damping,    decay,     expansion,  projection, residual, state,
+                  mask, truncation, direction, activation, layout,     complex};
   const EmaShape s = checked_shape(in, grad_state.has_value(), op);
   check(grad.scalar_type() == x.scalar_type() && grad.dim() == 3, op, "grad");
   for (int64_t d = 0; d < 3; d++) check(grad.size(d) == x.size(d), op, "grad has another shape");
-  if (grad_state) check_size(*grad_state, damping.scalar_type(), {s.batch, s.channels, s.states}, op, "grad_state");
+  if (grad_state) check_state(*grad_state, damping.scalar_type(), s, complex, op, "grad_state");
   Tensor dx = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
   Tensor ddamping = new_like(damping), ddecay = new_like(decay), dexpansion = new_like(expansion);
   Tensor dprojection = new_like(projection);
@@ -152,65 +152,24 @@ Gradients ema_scan_backward(const Tensor& grad, const Optional& grad_state, cons
   Tensor dstate = state ? new_like(*state) : new_without_elements(damping);
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
-    const cpu::EmaParameterGradients<C> gradients{mutable_data<C>(ddamping),
-                                                  mutable_data<C>(ddecay),
-                                                  mutable_data<C>(dexpansion),
-                                                  mutable_data<C>(dprojection),
-                                                  residual ? mutable_data<C>(dresidual) : nullptr,
-                                                  state ? mutable_data<C>(dstate) : nullptr};
-    cpu::kernels<cpu::EmaBackward<T>>().real(s, parameters<C>(in), data<T>(x), strides_of(x, layout), data<T>(grad),
-                                             strides_of(grad, layout), data_or_null<C>(grad_state), mutable_data<T>(dx),
-                                             strides_of(dx, layout), gradients, in_parallel);
+    const auto run = [&](const auto& kernel, const auto& p, const auto& gradients) {
+      kernel(s, p, data<T>(x), strides_of(x, layout), data<T>(grad), strides_of(grad, layout),
+             data_or_null<C>(grad_state), mutable_data<T>(dx), strides_of(dx, layout), gradients, in_parallel);
+    };
+    const cpu::EmaParameterGradients<C> g{mutable_data<C>(ddamping),
+                                          mutable_data<C>(ddecay),
+                                          mutable_data<C>(dexpansion),
+                                          mutable_data<C>(dprojection),
+                                          residual ? mutable_data<C>(dresidual) : nullptr,
+                                          state ? mutable_data<C>(dstate) : nullptr};
+    const auto& kernel = cpu::kernels<cpu::EmaBackward<T>>();
+    if constexpr (complex)
+      run(kernel.complex, parameters<cpu::ComplexEmaParameters<C>, C>(in),
+          cpu::ComplexEmaGradients<C>{g.damping, g.decay, g.expansion, g.projection, g.residual, g.state});
+    else
+      run(kernel.real, parameters<cpu::EmaParameters<C>, C>(in), g);
   });
   return {dx, ddamping, ddecay, dexpansion, dprojection, dresidual, dstate};
-}
-
-std::tuple<Tensor, Tensor> complex_ema_scan_forward(const Tensor& x, const Tensor& alpha, const Tensor& delta,
-                                                    const Tensor& theta, const Tensor& gamma, const Optional& omega,
-                                                    const Optional& state, const Optional& mask, int64_t truncation,
-                                                    int64_t direction, int64_t activation, int64_t layout,
-                                                    bool need_state) {
-  const Inputs in{x, alpha, delta, theta, gamma, omega, state, mask, truncation, direction, activation, layout, true};
-  const EmaShape s = checked_shape(in, need_state, "complex_ema_scan_forward");
-  Tensor y = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
-  Tensor final_state =
-      need_state ? new_contiguous(alpha, {s.batch, s.channels, s.states, 2}) : new_without_elements(alpha);
-  with_kernel_type(x.scalar_type(), "complex_ema_scan_forward", [&]<typename T>() {
-    using C = cpu::compute_t<T>;
-    cpu::kernels<cpu::EmaForward<T>>().complex(s, complex_parameters<C>(in), data<T>(x), strides_of(x, layout),
-                                               mutable_data<T>(y), strides_of(y, layout),
-                                               need_state ? mutable_data<C>(final_state) : nullptr, in_parallel);
-  });
-  return {y, final_state};
-}
-
-Gradients complex_ema_scan_backward(const Tensor& grad, const Optional& grad_state, const Tensor& x,
-                                    const Tensor& alpha, const Tensor& delta, const Tensor& theta, const Tensor& gamma,
-                                    const Optional& omega, const Optional& state, const Optional& mask,
-                                    int64_t truncation, int64_t direction, int64_t activation, int64_t layout) {
-  const char* op = "complex_ema_scan_backward";
-  const Inputs in{x, alpha, delta, theta, gamma, omega, state, mask, truncation, direction, activation, layout, true};
-  const EmaShape s = checked_shape(in, grad_state.has_value(), op);
-  check(grad.scalar_type() == x.scalar_type() && grad.dim() == 3, op, "grad");
-  for (int64_t d = 0; d < 3; d++) check(grad.size(d) == x.size(d), op, "grad has another shape");
-  if (grad_state) check_state(*grad_state, alpha.scalar_type(), s, true, op, "grad_state");
-  Tensor dx = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
-  Tensor dalpha = new_like(alpha), ddelta = new_like(delta), dtheta = new_like(theta), dgamma = new_like(gamma);
-  Tensor domega = omega ? new_like(*omega) : new_without_elements(alpha);
-  Tensor dstate = state ? new_like(*state) : new_without_elements(alpha);
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
-    using C = cpu::compute_t<T>;
-    const cpu::ComplexEmaGradients<C> gradients{mutable_data<C>(dalpha),
-                                                mutable_data<C>(ddelta),
-                                                mutable_data<C>(dtheta),
-                                                mutable_data<C>(dgamma),
-                                                omega ? mutable_data<C>(domega) : nullptr,
-                                                state ? mutable_data<C>(dstate) : nullptr};
-    cpu::kernels<cpu::EmaBackward<T>>().complex(s, complex_parameters<C>(in), data<T>(x), strides_of(x, layout),
-                                                data<T>(grad), strides_of(grad, layout), data_or_null<C>(grad_state),
-                                                mutable_data<T>(dx), strides_of(dx, layout), gradients, in_parallel);
-  });
-  return {dx, dalpha, ddelta, dtheta, dgamma, domega, dstate};
 }
 
 }  // namespace
@@ -224,13 +183,13 @@ Gradients complex_ema_scan_backward(const Tensor& grad, const Optional& grad_sta
 #define FASTASR_GRADIENTS "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 FASTASR_OPERATORS({"ema_scan_forward(" FASTASR_INPUTS ", bool need_state) -> (Tensor, Tensor)",
-                   TORCH_BOX(&ema_scan_forward)},
+                   TORCH_BOX(&forward<false>)},
                   {"ema_scan_backward(Tensor grad, Tensor? grad_state, " FASTASR_INPUTS ") -> " FASTASR_GRADIENTS,
-                   TORCH_BOX(&ema_scan_backward)},
+                   TORCH_BOX(&backward<false>)},
                   {"complex_ema_scan_forward(" FASTASR_COMPLEX_INPUTS ", bool need_state) -> (Tensor, Tensor)",
-                   TORCH_BOX(&complex_ema_scan_forward)},
+                   TORCH_BOX(&forward<true>)},
                   {"complex_ema_scan_backward(Tensor grad, Tensor? grad_state, " FASTASR_COMPLEX_INPUTS
                    ") -> " FASTASR_GRADIENTS,
-                   TORCH_BOX(&complex_ema_scan_backward)})
+                   TORCH_BOX(&backward<true>)})
 
 }  // namespace fastasr

@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> residual_norm_forward(const Tensor& x, const Tensor& 
     T* out = mutable_data<T>(y);
     auto* kept_rows = kept ? reinterpret_cast<Statistics*>(mutable_data<cpu::compute_t<T>>(statistics)) : nullptr;
     const int64_t n = call.p.channels;
-    parallel_range(call.rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, 2 * n)), [&](int64_t b, int64_t e) {
+    parallel_tasks(call.rows, 2 * n, [&](int64_t b, int64_t e) {
       std::vector<cpu::compute_t<T>> scratch(cpu::residual_norm_scratch(n));
       kernel.forward(call.p, b, e, out, kept_rows, scratch.data());
     });
@@ -111,15 +111,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
     T *ox = mutable_data<T>(dx), *ou = mutable_data<T>(dupdate), *os = mutable_data<T>(dsum);
     const RowBlocks blocks(call.rows, n);
     const std::unique_ptr<C[]> parts(new C[static_cast<size_t>(blocks.count * 2 * n)]);  // every block is written
-    parallel_range(blocks.count, std::max<int64_t>(1, kGrain / (blocks.rows_per_block * std::max<int64_t>(1, 4 * n))),
-                   [&](int64_t b, int64_t e) {
-                     std::vector<C> scratch(cpu::residual_norm_scratch(n));
-                     for (int64_t k = b; k < e; k++) {
-                       C* part = parts.get() + k * 2 * n;
-                       kernel.backward(call.p, g, rows, blocks.begin(k), blocks.begin(k) + blocks.size(k), ox, ou, os,
-                                       part, part + n, scratch.data());
-                     }
-                   });
+    blocks.parallel(4 * n, [&](int64_t b, int64_t e) {
+      std::vector<C> scratch(cpu::residual_norm_scratch(n));
+      for (int64_t k = b; k < e; k++) {
+        C* part = parts.get() + k * 2 * n;
+        kernel.backward(call.p, g, rows, blocks.begin(k), blocks.begin(k) + blocks.size(k), ox, ou, os, part, part + n,
+                        scratch.data());
+      }
+    });
     std::vector<C> sums(2 * n);
     reduce_blocks<C>(parts.get(), blocks.count, 2 * n, sums.data());
     std::copy_n(sums.data(), n, mutable_data<C>(dweight));

@@ -4,11 +4,9 @@
 
 #include "cpu/math/activation.h"
 #include "cpu/rows/balancer_gradient.h"
-#include "cpu/rows/bias_norm.h"
-#include "cpu/rows/bypass.h"
 #include "cpu/rows/dropout.h"
-#include "cpu/rows/linear_activation.h"
 #include "cpu/rows/residual_norm.h"
+#include "cpu/rows/rows.h"
 #include "cpu/rows/swoosh.h"
 #include "tests/check.h"
 

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/rows/rows.h"
+
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "bindings/dispatch.h"
+#include "bindings/pooled.h"
+#include "cpu/math/activation.h"
+
+namespace fastasr {
+namespace {
+
+// ---------------------------------------------------------------- bypass
+
+int64_t bypass_rows(const Tensor& x_orig, const Tensor& x, const Tensor& scale, const char* op) {
+  check_like(x, x, op, "x");
+  check_same_size(x_orig, x, op, "x_orig");
+  check_like(scale, x, op, "scale");
+  check(x_orig.dim() == x.dim() && scale.dim() >= 1 && scale.dim() <= x.dim(), op, "dimensions");
+  for (int64_t d = 0; d < x.dim(); d++) check(x_orig.size(d) == x.size(d), op, "x_orig has another shape");
+  for (int64_t d = 1; d <= scale.dim(); d++)
+    check(scale.size(scale.dim() - d) == x.size(x.dim() - d), op, "scale is not x's trailing dimensions");
+  const int64_t period = scale.numel();
+  check(period > 0 ? x.numel() % period == 0 : x.numel() == 0, op, "scale does not divide x");
+  return period == 0 ? 0 : x.numel() / period;
+}
+
+Tensor bypass_forward(const Tensor& x_orig, const Tensor& x, const Tensor& scale) {
+  const int64_t rows = bypass_rows(x_orig, x, scale, "bypass_forward"), period = scale.numel();
+  Tensor y = new_like(x);
+  with_kernel_type(x.scalar_type(), "bypass_forward", [&]<typename T>() {
+    const T *op = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
+    T* yp = mutable_data<T>(y);
+    const auto& kernel = cpu::kernels<cpu::BypassKernels<T>>();
+    parallel_tasks(rows, period, [&](int64_t b, int64_t e) {
+      kernel.forward(op + b * period, xp + b * period, sp, yp + b * period, e - b, period);
+    });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> bypass_backward(const Tensor& grad, const Tensor& x_orig, const Tensor& x,
+                                                   const Tensor& scale) {
+  const int64_t rows = bypass_rows(x_orig, x, scale, "bypass_backward"), period = scale.numel();
+  check_same_size(grad, x, "bypass_backward", "grad");
+  Tensor dx_orig = new_like(x), dx = new_like(x);
+  Tensor dscale = new_like(scale);
+  with_kernel_type(x.scalar_type(), "bypass_backward", [&]<typename T>() {
+    const T *gp = data<T>(grad), *op = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
+    T *dop = mutable_data<T>(dx_orig), *dxp = mutable_data<T>(dx);
+    const auto& kernel = cpu::kernels<cpu::BypassKernels<T>>();
+    const RowBlocks blocks(rows, period);
+    std::vector<cpu::compute_t<T>> parts(blocks.count * period);
+    blocks.parallel(period, [&](int64_t b, int64_t e) {
+      for (int64_t k = b; k < e; k++) {
+        const int64_t at = blocks.begin(k) * period;
+        kernel.backward(gp + at, op + at, xp + at, sp, dop + at, dxp + at, parts.data() + k * period, blocks.size(k),
+                        period);
+      }
+    });
+    reduce_blocks<T>(parts.data(), blocks.count, period, mutable_data<T>(dscale));
+  });
+  return {dx_orig, dx, dscale};
+}
+
+// ---------------------------------------------------------------- bias_norm
+
+int64_t bias_norm_rows(const Tensor& x, const Tensor& bias, const Tensor& log_scale, const char* op) {
+  check_like(x, x, op, "x");
+  check_like(bias, x, op, "bias");
+  check(x.dim() >= 1 && bias.dim() == 1 && bias.size(0) == x.size(x.dim() - 1), op,
+        "bias does not match the last dimension");
+  check(log_scale.dim() == 0, op, "log_scale");
+  return bias.numel() == 0 ? 0 : x.numel() / bias.numel();
+}
+
+// log_scale keeps its own dtype: rounding it to that of 16-bit x would change it by 2^-9.
+double scale_of(const Tensor& log_scale) {
+  double value = 0;
+  with_kernel_type(log_scale.scalar_type(), "bias_norm: log_scale",
+                   [&]<typename T>() { value = static_cast<double>(cpu::load(*data<T>(log_scale))); });
+  return std::exp(value);
+}
+
+Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_scale) {
+  const int64_t rows = bias_norm_rows(x, bias, log_scale, "bias_norm_forward"), channels = bias.numel();
+  Tensor y = new_like(x);
+  with_kernel_type(x.scalar_type(), "bias_norm_forward", [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::BiasNormKernels<T>>();
+    const T *xp = data<T>(x), *bp = data<T>(bias);
+    T* yp = mutable_data<T>(y);
+    const double scale = scale_of(log_scale);
+    parallel_tasks(rows, channels, [&](int64_t b, int64_t e) {
+      kernel.forward(xp + b * channels, bp, scale, yp + b * channels, e - b, channels);
+    });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& bias,
+                                                      const Tensor& log_scale) {
+  const int64_t rows = bias_norm_rows(x, bias, log_scale, "bias_norm_backward"), channels = bias.numel();
+  check_same_size(grad, x, "bias_norm_backward", "grad");
+  Tensor dx = new_like(x), dbias = new_like(bias);
+  Tensor dlog_scale = new_like(log_scale);
+  with_kernel_type(x.scalar_type(), "bias_norm_backward", [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::BiasNormKernels<T>>();
+    using C = cpu::compute_t<T>;
+    const T *gp = data<T>(grad), *xp = data<T>(x), *bp = data<T>(bias);
+    T* dp = mutable_data<T>(dx);
+    const double scale = scale_of(log_scale);
+    const RowBlocks blocks(rows, channels);
+    std::vector<C> parts(blocks.count * channels);
+    std::vector<double> scale_parts(blocks.count);
+    blocks.parallel(channels, [&](int64_t b, int64_t e) {
+      for (int64_t k = b; k < e; k++) {
+        const int64_t at = blocks.begin(k) * channels;
+        kernel.backward(gp + at, xp + at, bp, scale, dp + at, parts.data() + k * channels, &scale_parts[k],
+                        blocks.size(k), channels);
+      }
+    });
+    reduce_blocks<T>(parts.data(), blocks.count, channels, mutable_data<T>(dbias));
+    double sum = 0;
+    for (double v : scale_parts) sum += v;
+    with_kernel_type(log_scale.scalar_type(), "bias_norm_backward", [&]<typename S>() {
+      cpu::store(mutable_data<S>(dlog_scale), static_cast<cpu::compute_t<S>>(sum));
+    });
+  });
+  return {dx, dbias, dlog_scale};
+}
+
+// ---------------------------------------------------------------- linear_activation
+
+void check_linear_activation(const Tensor& z, int64_t activation, const char* op) {
+  check(z.dim() > 0, op, "z has no dimensions");
+  check_like(z, z, op, "z");
+  check(activation >= 0 && activation < cpu::kActivations, op, "activation");
+}
+
+// Returns act(z); in z's own memory, and then as z itself, where the caller asks for that.
+Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_place) {
+  const char* op = "linear_activation_forward";
+  check_linear_activation(z, activation, op);
+  Tensor y = in_place ? z : new_pooled_like(z);
+  with_kernel_type(z.scalar_type(), op, [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::LinearActivationKernels<T>>();
+    const T* from = data<T>(z);
+    T* to = mutable_data<T>(y);
+    parallel_range(z.numel(), kGrain, [&](int64_t b, int64_t e) {
+      kernel.forward(static_cast<int>(activation), from + b, to + b, e - b);
+    });
+  });
+  return y;
+}
+
+// Returns (dz, dbias); dbias has no elements unless the caller asks for it.
+std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const Tensor& z, int64_t activation,
+                                                      bool need_bias) {
+  const char* op = "linear_activation_backward";
+  check_linear_activation(z, activation, op);
+  check_same_size(grad, z, op, "grad");
+  Tensor dz = new_pooled_like(z), dbias = new_without_elements(z);
+  const int64_t channels = z.size(z.dim() - 1), rows = channels ? z.numel() / channels : 0;
+  if (need_bias) {
+    const int64_t one = 1;
+    dbias = new_strided(z, 1, &channels, &one);
+  }
+  with_kernel_type(z.scalar_type(), op, [&]<typename T>() {
+    const auto& kernel = cpu::kernels<cpu::LinearActivationKernels<T>>();
+    using C = cpu::compute_t<T>;
+    const T *g = data<T>(grad), *from = data<T>(z);
+    T* to = mutable_data<T>(dz);
+    const RowBlocks blocks(rows, channels);
+    const Scratch<C> parts(need_bias ? std::max<int64_t>(1, blocks.count * channels) : 1);
+    blocks.parallel(channels, [&](int64_t b, int64_t e) {
+      for (int64_t k = b; k < e; k++) {
+        const int64_t at = blocks.begin(k) * channels;
+        kernel.backward(static_cast<int>(activation), g + at, from + at, to + at,
+                        need_bias ? parts.data() + k * channels : nullptr, blocks.size(k), channels);
+      }
+    });
+    if (need_bias) reduce_blocks<T>(parts.data(), blocks.count, channels, mutable_data<T>(dbias));
+  });
+  return {dz, dbias};
+}
+
+}  // namespace
+
+FASTASR_OPERATORS(
+    {"bypass_forward(Tensor x_orig, Tensor x, Tensor scale) -> Tensor", TORCH_BOX(&bypass_forward)},
+    {"bypass_backward(Tensor grad, Tensor x_orig, Tensor x, Tensor scale) -> (Tensor, Tensor, Tensor)",
+     TORCH_BOX(&bypass_backward)},
+    {"bias_norm_forward(Tensor x, Tensor bias, Tensor log_scale) -> Tensor", TORCH_BOX(&bias_norm_forward)},
+    {"bias_norm_backward(Tensor grad, Tensor x, Tensor bias, Tensor log_scale) -> (Tensor, Tensor, Tensor)",
+     TORCH_BOX(&bias_norm_backward)},
+    {"linear_activation_forward(Tensor(a!) z, int activation, bool in_place) -> Tensor",
+     TORCH_BOX(&linear_activation_forward)},
+    {"linear_activation_backward(Tensor grad, Tensor z, int activation, bool need_bias) -> (Tensor, Tensor)",
+     TORCH_BOX(&linear_activation_backward)})
+
+}  // namespace fastasr
