@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small upstream models, and inputs for each, for ``fastasr swap`` in this folder:
 
+    fastasr swap upstream_models:transformers_parakeet --input upstream_models:features_and_mask
     fastasr swap upstream_models:torchaudio_rnnt --input upstream_models:torchaudio_batch
     fastasr swap upstream_models:torchaudio_emformer --input upstream_models:torchaudio_frames
     fastasr swap upstream_models:espnet_e_branchformer --input upstream_models:features
@@ -14,6 +15,22 @@ Replace the functions by your own, with your configuration and checkpoint.
 import torch
 
 RIGHT_CONTEXT = 4  # frames of features
+
+
+# --------------------------------------------------------------------------- transformers
+def transformers_parakeet():
+    """Returns a small Parakeet with a CTC head. ``ParakeetForCTC.from_pretrained(folder)`` reads one of yours."""
+    from transformers import ParakeetCTCConfig, ParakeetEncoderConfig, ParakeetForCTC
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    encoder = ParakeetEncoderConfig(num_mel_bins=80, subsampling_conv_channels=32, **sizes)
+    return ParakeetForCTC(ParakeetCTCConfig(vocab_size=30, pad_token_id=29, encoder_config=encoder)).eval()
+
+
+def features_and_mask():
+    """Returns features and their mask, 1 at valid frames."""
+    mask = torch.arange(200) < torch.tensor([[200], [150]])
+    return {"input_features": torch.randn(2, 200, 80), "attention_mask": mask.long()}
 
 
 # --------------------------------------------------------------------------- torchaudio

@@ -8,9 +8,10 @@ pip=("$python" -m pip install --quiet --disable-pip-version-check -c "$here/cons
 
 # What `import zipformer` imports, and what its ONNX export needs.
 "${pip[@]}" tensorboard huggingface_hub tqdm pandas braceexpand kaldialign sentencepiece simple-sentencepiece \
-  packaging pyyaml onnx onnxruntime onnxscript typeguard attrs wrapt
+  packaging pyyaml onnx onnxruntime onnxscript typeguard attrs wrapt regex safetensors tokenizers
 # Without their dependencies: these ask for torch packages of their own.
-"${pip[@]}" --no-deps kaldifst webdataset atdataset zipformer torchaudio espnet returnn dm-tree
+"${pip[@]}" --no-deps kaldifst webdataset atdataset zipformer torchaudio espnet returnn dm-tree \
+  transformers
 
 # torchaudio's wheels are linked against CUDA: with a CPU torch their libraries do not load and the import fails.
 # Its Python parts (torchaudio.models, compliance) need none of them, so the libraries go.
@@ -39,9 +40,11 @@ fi
 
 "$python" - <<'PY'
 import torchaudio
+import transformers
 from espnet2.asr_transducer.decoder.mega_decoder import MEGADecoder  # noqa: F401
 from returnn.frontend.encoder.e_branchformer import EBranchformerLayer  # noqa: F401
 from zipformer.modules.zipformer import Zipformer  # noqa: F401
 
-print("upstream packages: espnet, returnn, zipformer, torchaudio", torchaudio.__version__)
+print("upstream packages: espnet, returnn, zipformer, torchaudio", torchaudio.__version__, end=", ")
+print("transformers", transformers.__version__)
 PY

@@ -209,10 +209,15 @@ def _obstacle(module, rule):
     if parametrize.is_parametrized(module):
         return f"has parametrizations on {', '.join(module.parametrizations)}"
     for what, hooks in (("pre-hook", module._forward_pre_hooks), ("hook", module._forward_hooks)):
-        if hooks:
-            names = [getattr(h, "__qualname__", type(h).__name__) for h in hooks.values()]
+        unknown = [h for h in hooks.values() if _full_name(h) not in rule.hooks]
+        if unknown:
+            names = [getattr(h, "__qualname__", type(h).__name__) for h in unknown]
             return f"has a forward {what}: {', '.join(names)}"
     return None
+
+
+def _full_name(function):
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
 
 
 def _structure(rule, module):

@@ -53,6 +53,8 @@ class Rule:
     ``caches`` are attributes, name -> empty value, in which upstream keeps results that depend on parameters. Binding
     empties them, and so does verification before it runs upstream's code in another precision.
     ``release(module)`` frees the data that our functions keep for an instance; ``restore`` calls it.
+    ``shared(result)`` is the part of upstream's result that our forward returns too; verification compares it.
+    ``hooks`` are forward hooks, as module.name, that upstream's framework puts on instances and that our forward serves.
     ``note`` is text that the report adds to the origin of an instance's source.
     ``shallow`` marks rules for modules that only call others. Verification then runs upstream's code in the submodules,
     which it verifies separately.
@@ -72,6 +74,8 @@ class Rule:
     compared: tuple = ()
     caches: dict = field(default_factory=dict)
     release: Callable = field(default=lambda module: None)
+    shared: Callable = field(default=lambda result: result)
+    hooks: tuple = ()
     note: str = ""
 
     @functools.cached_property

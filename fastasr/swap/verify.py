@@ -200,7 +200,7 @@ class _Probe:
                 ours = self._replay_as(parts, self.ours, args, kwargs, training)
             except Exception as error:
                 return f"{name}: fastasr raises {type(error).__name__}: {error}"
-            reference = _Reference(self.module, self.name, args, kwargs, training, start, self.count)
+            reference = _Reference(self, args, kwargs, training, start)
             reason = self._judge(ours, upstream, reference)
             if reason is not None:
                 return f"{name}: {reason}"
@@ -212,7 +212,7 @@ class _Probe:
     def _replay_as(self, side, forward, args, kwargs, training):
         """Runs ``forward``. ``side`` says whose forward runs in the swapped submodules."""
         with self.checks.run_as(side), ModelState(self.module):
-            outcome = _replay(self.module, forward, args, kwargs, training)
+            outcome = _replay(self.module, forward, args, kwargs, training, self.rule.shared)
         outcome.random = RandomState.now()
         return outcome
 
@@ -253,8 +253,10 @@ class _Outcome:
         self.random = None
 
 
-def _replay(module, forward, args, kwargs, training, roundings=None):
-    """Runs ``forward`` once on detached inputs. ``roundings`` perturbs the output gradient."""
+def _replay(module, forward, args, kwargs, training, shared, roundings=None):
+    """Runs ``forward`` once on detached inputs. ``shared`` selects what of its result is compared, and ``roundings``
+    perturbs the output gradient.
+    """
 
     def fresh(value):
         if not isinstance(value, torch.Tensor):
@@ -264,7 +266,7 @@ def _replay(module, forward, args, kwargs, training, roundings=None):
 
     args, kwargs = tree_map(fresh, (args, kwargs))
     with torch.set_grad_enabled(training):
-        outputs = tree_flatten(_sorted(forward(*args, **kwargs)))[0]
+        outputs = tree_flatten(_sorted(shared(forward(*args, **kwargs))))[0]
         outputs = [t for t in outputs if isinstance(t, torch.Tensor)]
         values = [(f"output {i}" if len(outputs) > 1 else "the output", t) for i, t in enumerate(outputs)]
         gradients = _gradients(module, outputs, (args, kwargs), roundings) if training else []
@@ -330,10 +332,11 @@ class _StayInFp64(TorchDispatchMode):
 
 
 class _Reference:
-    """Upstream's code on a copy of the module in fp64. ``count`` modules of it are swapped."""
+    """Upstream's code on a copy of a probe's module in fp64."""
 
-    def __init__(self, module, name, args, kwargs, training, start, count):
-        self.name, self.training, self.start, self.count = name, training, start, count
+    def __init__(self, probe, args, kwargs, training, start):
+        module, self.name, self.count, self.shared = probe.module, probe.name, probe.count, probe.rule.shared
+        self.training, self.start = training, start
         self.module, self.outcome, self.rounded = None, None, None
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
         floating = [t.dtype for t in [*tensors, *module.parameters()] if t.is_floating_point()]
@@ -373,7 +376,7 @@ class _Reference:
         device = next((t.device.type for t in tree_flatten(args)[0] if isinstance(t, torch.Tensor)), "cpu")
         draws, precision = _DrawInLowPrecision(self.dtype), torch.autocast(device, enabled=False)
         with ModelState(self.module), draws, precision, _StayInFp64():
-            return _replay(self.module, forward, args, kwargs, self.training, roundings)
+            return _replay(self.module, forward, args, kwargs, self.training, self.shared, roundings)
 
     def of(self, kind):
         """Returns the list of named fp64 tensors, or None without a reference."""

@@ -8,6 +8,7 @@ INSTALL = {
     "zipformer": "pip install --no-deps zipformer==0.1.3, and what it imports",
     "espnet2": "pip install --no-deps espnet==202511, and what it imports",
     "torchaudio": "pip install --no-deps torchaudio==2.11.0",
+    "transformers": "pip install transformers==5.23.0",
     "fast_rnnt": "python scripts/build_fast_rnnt.py SOURCES",
     "onnx": "pip install 'fastasr[export]'",
     "onnxruntime": "pip install 'fastasr[export]'",

@@ -208,6 +208,18 @@ def test_the_e_branchformer_layer():
     assert list(e_branchformer.measure(**sizes, settings=QUICK, skip=lambda *_: True)) == []
 
 
+def test_the_fast_conformer():
+    from fastasr.benchmarks.models import fast_conformer
+
+    with peer():
+        units = list(fast_conformer.measure(**fast_conformer.QUICK, settings=QUICK, reps=2))
+    assert [unit[0].case for unit in units] == ["encoder", "front end"]
+    for unit in units:
+        assert [row.implementation for row in unit] == ["upstream", "fastasr"]
+        assert {row.shape for row in unit} == {"tiny, 1 of its layers, 2 x 2 s"}
+    assert list(fast_conformer.measure(settings=QUICK, skip=lambda *_: True)) == []
+
+
 def test_the_predictor_of_the_emformer_transducer():
     from fastasr.benchmarks.models import emformer_rnnt
 

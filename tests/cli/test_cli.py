@@ -249,6 +249,12 @@ def test_swap_takes_inputs_by_name(run):
             {"MEGADecoder", "MEGA", "MultiHeadDampedEMA", "RelativePositionBias"},
         ),
         (
+            "transformers",
+            "transformers_parakeet",
+            "features_and_mask",
+            {"ParakeetEncoderAttention", "ParakeetEncoderSubsamplingConv2D"},
+        ),
+        (
             "zipformer.modules.zipformer",
             "zipformer",
             "frames",

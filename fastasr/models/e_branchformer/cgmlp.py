@@ -5,7 +5,7 @@ import torch
 
 from fastasr import ops
 from fastasr.models.common import plumbing
-from fastasr.models.e_branchformer import activations
+from fastasr.models.common import activations
 
 
 def _is_layer_norm(norm) -> bool:

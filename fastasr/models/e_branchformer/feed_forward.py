@@ -4,7 +4,7 @@
 import torch
 
 from fastasr.models.common import plumbing
-from fastasr.models.e_branchformer import activations
+from fastasr.models.common import activations
 
 
 class PositionwiseFeedForward(torch.nn.Module):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The activations of E-Branchformer by name, and the names under which the kernels know them."""
+"""Activations by name, and the names under which the kernels know them."""
 
 import torch
 
@@ -51,11 +51,11 @@ def fused_name(activation: torch.nn.Module) -> str | None:
     if type(activation) is torch.nn.GELU and activation.approximate != "none":
         return None
     if (
-        type(activation).__name__ == "Swish"
+        type(activation).__name__ in ("Swish", "SiLUActivation")
         and not activation._modules
         and not vars(activation).get("forward")
     ):
-        return "silu"  # ESPnet's Swish computes x sigmoid(x)
+        return "silu"  # ESPnet's and transformers' classes compute x sigmoid(x)
     return _FUSED.get(type(activation))
 
 

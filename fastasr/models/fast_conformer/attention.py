@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Multi-head attention with relative positions (Dai et al., "Transformer-XL", 2019, section 3.3):
+
+    s[i,j] = ((q_i + u)·k_j + (q_i + w)·R[T − 1 − i + j]) / √d     y = W_o (softmax_j(s) v)
+
+with R a projection of sinusoids. A query that sees no key gives the mean of v over all T keys, as upstream, which fills
+its scores with the lowest number; the gradient of these rows is upstream's too.
+"""
+
+import weakref
+
+import torch
+import torch.nn.functional as F
+
+from fastasr import ops
+from fastasr.models.common import plumbing
+from fastasr.models.fast_conformer.masks import is_readable, seen
+from fastasr.models.fast_conformer.positions import KEPT_FRAMES
+from fastasr.ops.rel_attention import relative_shift
+
+_PROJECTED = weakref.WeakKeyDictionary()  # module -> what its projected positions were made of, and these
+_STANDARD = ("sdpa", "eager", "flex_attention")  # transformers' implementations of one formula
+
+
+def release(module) -> None:
+    """Frees the module's projected positions."""
+    _PROJECTED.pop(module, None)
+
+
+class FastConformerAttention(torch.nn.Module):
+    """hidden states (B, T, width), position embeddings (B or 1, 2T − 1, width), attention mask (bool (B, 1, T, T),
+    True: the query sees the key) or None -> ((B, T, width), None).
+
+    The weights are not returned. They are formed only while dropout is drawn from them, or if every sequence has
+    position embeddings of its own: else see :func:`fastasr.ops.rel_attention`.
+    """
+
+    def __init__(self, width, heads, bias=True, attention_dropout=0.0):
+        super().__init__()
+        if width % heads:
+            raise ValueError(
+                f"FastConformerAttention: width: expected a multiple of heads ({heads}), got {width}"
+            )
+        self.head_dim, self.attention_dropout = width // heads, attention_dropout
+        self.q_proj = torch.nn.Linear(width, width, bias=bias)
+        self.k_proj = torch.nn.Linear(width, width, bias=bias)
+        self.v_proj = torch.nn.Linear(width, width, bias=bias)
+        self.o_proj = torch.nn.Linear(width, width, bias=bias)
+        self.relative_k_proj = torch.nn.Linear(width, width, bias=False)
+        self.bias_u = torch.nn.Parameter(torch.zeros(heads, self.head_dim))
+        self.bias_v = torch.nn.Parameter(torch.zeros(heads, self.head_dim))
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+        config = getattr(self, "config", None)
+        implementation = getattr(config, "_attn_implementation", "sdpa")
+        batch, frames = hidden_states.shape[:2]
+        wants_weights = implementation == "eager" and plumbing.is_watched(self)
+        if (
+            implementation not in _STANDARD
+            or wants_weights
+            or not is_readable(attention_mask, batch, frames)
+        ):
+            if type(self) is FastConformerAttention:
+                raise ValueError(
+                    f"FastConformerAttention: attention_mask: expected bool {(batch, 1, frames, frames)}, got "
+                    f"{attention_mask.dtype} {tuple(attention_mask.shape)}"
+                )
+            return type(self).forward(  # upstream's
+                self, hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs
+            )
+        shape = batch, frames, *self.bias_u.shape
+        q = plumbing.linear(self.q_proj, hidden_states).view(shape)
+        k = plumbing.linear(self.k_proj, hidden_states).view(shape)
+        v = plumbing.linear(self.v_proj, hidden_states).view(shape)
+        dropout = self.attention_dropout if self.training else 0.0
+        if dropout or not (len(position_embeddings) == 1 or position_embeddings.stride(0) == 0):
+            p = plumbing.linear(self.relative_k_proj, position_embeddings)
+            p = p.view(*position_embeddings.shape[:2], *self.bias_u.shape)
+            y = _with_weights(self, q, k, v, p, attention_mask, dropout)
+        else:
+            table = position_embeddings[0]
+            p = _projected(self, table).view(len(table), *self.bias_u.shape)
+            y = _fused(self, q, k, v, p, attention_mask)
+        return plumbing.linear(self.o_proj, y.flatten(2)), None
+
+
+def _fused(module, q, k, v, p, mask):
+    bias_u, bias_v = module.bias_u, module.bias_v
+    if mask is None:
+        return ops.rel_attention(q, k, v, p, bias_u, bias_v)
+    by = seen(mask)
+    hidden = {"key_padding_mask": by.hidden_keys} if by.by_length else {"attn_mask": ~mask[:, 0]}
+    y = ops.rel_attention(q, k, v, p, bias_u, bias_v, **hidden)
+    if by.empty_rows is None:
+        return y
+    return torch.where(by.empty_rows[:, :, None, None], _mean(module, q, k, v).to(y.dtype), y)
+
+
+def _mean(module, q, k, v):
+    """Returns (B, 1 or T, H, d): the mean of v over all keys, with the gradient of a softmax whose scores are all equal.
+
+    With C = Σ_j (k_j − k̄)ᵀ v_j / (T √d), d mean_i = d v̄ + d(q_i + u) C + (q_i + u) dC|_k: the difference below is 0 and
+    has this derivative.
+    """
+    mean = v.mean(1, keepdim=True)
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
+        return mean
+    spread = torch.einsum("bthd,bthe->bhde", k - k.mean(1, keepdim=True), v.detach())
+    slope = torch.einsum("bthd,bhde->bthe", q + module.bias_u, spread * (q.shape[-1] ** -0.5 / q.shape[1]))
+    return mean + (slope - slope.detach())
+
+
+def _with_weights(module, q, k, v, p, mask, dropout):
+    """Computes the formula directly, as upstream does, with upstream's draw of the dropout."""
+    scale = module.head_dim**-0.5
+    position = (q + module.bias_v).transpose(1, 2)  # [B, H, T, d]
+    scores = relative_shift(position @ p.permute(0, 2, 3, 1)) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    content = (q + module.bias_u).transpose(1, 2) * scale
+    scores = torch.matmul(content, k.permute(0, 2, 3, 1)) + scores
+    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = F.dropout(weights.to(q.dtype), dropout)
+    return torch.matmul(weights, v.transpose(1, 2)).transpose(1, 2)
+
+
+def _projected(module, table):
+    """Returns the projection of ``table`` (2T − 1, width). In inference it is kept while table and weight stay."""
+    projection = module.relative_k_proj
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled(table.device.type)
+        or len(table) >= 2 * KEPT_FRAMES
+        or table.is_inference()
+        or projection.weight.is_inference()
+        or not plumbing.is_plain_linear(projection)
+    ):
+        return plumbing.linear(projection, table)
+    weight = projection.weight
+    now = table.data_ptr(), table.shape, table._version, weight.data_ptr(), weight._version, weight.dtype
+    kept = _PROJECTED.get(module)
+    if kept is None or kept[0] != now:
+        # the table is kept as well: as long as it lives, no other tensor has its address
+        kept = _PROJECTED[module] = now, table, plumbing.linear(projection, table)
+    return kept[2]

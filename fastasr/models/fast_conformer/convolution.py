@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The convolution module: gate, padding mask, depthwise convolution over time, BatchNorm, SiLU, between two products.
+
+    (a, s) = W_in n     u = a σ(s), 0 at frames that no query sees     z[t] = b + Σ_k w[k] u[t + k − (K − 1)/2]
+    y = W_out SiLU(BN(z)) + b_out
+
+In eval mode BatchNorm is in the taps: w' = w γ / √(var + eps), b' = β + (b − mean) γ / √(var + eps). In training its
+statistics are those of all B · T frames, padding included, as upstream.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from fastasr import ops
+from fastasr.models.common import activations, plumbing
+from fastasr.models.common.inference import has_known_forward
+from fastasr.models.fast_conformer.masks import is_readable, seen
+
+
+class FastConformerConvolution(torch.nn.Module):
+    """hidden states (B, T, width), attention mask (bool (B, 1, T, T), True: seen) or None -> (B, T, width)."""
+
+    def __init__(self, width, taps=9, bias=True):
+        super().__init__()
+        self.pointwise_conv1 = torch.nn.Conv1d(width, 2 * width, 1, bias=bias)
+        self.depthwise_conv = torch.nn.Conv1d(
+            width, width, taps, padding=(taps - 1) // 2, groups=width, bias=bias
+        )
+        self.norm = torch.nn.BatchNorm1d(width)
+        self.activation = torch.nn.SiLU()
+        self.pointwise_conv2 = torch.nn.Conv1d(width, width, 1, bias=bias)
+
+    def forward(self, hidden_states, attention_mask=None):
+        batch, frames = hidden_states.shape[:2]
+        hidden = None  # (B, T), True at frames that no query sees
+        if attention_mask is not None and is_readable(attention_mask, batch, frames):
+            hidden = seen(attention_mask).hidden_keys
+        elif attention_mask is not None:
+            sees = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0.0
+            hidden = (~sees).all(2).expand(batch, 1, frames)[:, 0]
+        h = _pointwise(self.pointwise_conv1, hidden_states)
+        conv, norm = self.depthwise_conv, self.norm
+        if plumbing.is_depthwise_conv(conv) and _is_batch_norm(norm):
+            folded = not norm.training
+            weight, bias = _fold(conv, norm) if folded else (conv.weight, conv.bias)
+            z = ops.gated_depthwise_conv(
+                h.transpose(0, 1), weight, bias, padding_mask=hidden, activation="identity"
+            )  # [T, B, C]
+            # channels first, as upstream: over a matrix of frames torch sums the statistics 2 to 10 times less exactly
+            z = z.transpose(0, 1) if folded else norm(z.permute(1, 2, 0).contiguous()).transpose(1, 2)
+            y = _activate(self.activation, z)
+        else:
+            u = F.glu(h, -1)
+            u = u if hidden is None else u.masked_fill(hidden.unsqueeze(-1), 0.0)
+            y = self.activation(norm(conv(u.transpose(1, 2)))).transpose(1, 2)
+        return _pointwise(self.pointwise_conv2, y)
+
+
+def _is_batch_norm(norm):
+    """Whether this is torch's BatchNorm with running statistics, without hooks."""
+    return (
+        type(norm) is torch.nn.BatchNorm1d
+        and norm.track_running_stats
+        and norm.affine
+        and not plumbing.is_watched(norm)
+        and has_known_forward(norm)
+    )
+
+
+def _fold(conv, norm):
+    """Returns the taps and the bias of ``norm(conv(u))`` in eval mode, computed in float32 or better."""
+    wide = torch.promote_types(conv.weight.dtype, torch.float32)
+    scale = norm.weight.to(wide) * torch.rsqrt(norm.running_var.to(wide) + norm.eps)
+    shift = -norm.running_mean.to(wide) if conv.bias is None else conv.bias.to(wide) - norm.running_mean
+    weight, bias = conv.weight * scale[:, None, None], torch.addcmul(norm.bias.to(wide), shift, scale)
+    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+
+
+def _activate(activation, z):
+    """Applies the activation, in place where it is SiLU and no gradient needs ``z``."""
+    if activations.fused_name(activation) != "silu":
+        return activation(z)
+    return F.silu(z, inplace=not z.requires_grad)
+
+
+def _pointwise(conv, x):
+    """Returns the convolution of one tap of x (B, T, C), as a product."""
+    plain = type(conv) is torch.nn.Conv1d and conv.kernel_size == (1,) and conv.groups == 1
+    plain = plain and (conv.stride, conv.padding) == ((1,), (0,))
+    if plain and not plumbing.is_watched(conv) and has_known_forward(conv):
+        return ops.linear(x, conv.weight[..., 0], conv.bias)
+    return conv(x.transpose(1, 2)).transpose(1, 2)

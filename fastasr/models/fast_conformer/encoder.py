@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder, front end, positions and blocks, and the same with a CTC head."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from fastasr.models.fast_conformer.block import FastConformerBlock
+from fastasr.models.fast_conformer.positions import FastConformerPositions
+from fastasr.models.fast_conformer.subsampling import FastConformerSubsampling
+
+
+class FastConformerEncoder(torch.nn.Module):
+    """Loads the state dicts of transformers' ``ParakeetEncoder``.
+
+    Args:
+        mel_bins: features of a frame, a multiple of ``factor``.
+        width, layers, heads, hidden: the model's width, its blocks, their heads, the width within feed-forward blocks.
+        taps: of the convolutions over time, odd.
+        channels, factor: of the front end; the factor is a power of 2.
+        bias, conv_bias: whether projections and feed-forward blocks, and convolutions, have biases.
+        dropout, activation_dropout, attention_dropout, position_dropout, layer_drop: rates in training.
+        scale_input: whether the front end's output is multiplied by √width.
+    """
+
+    def __init__(
+        self,
+        mel_bins=80,
+        width=1024,
+        layers=24,
+        heads=8,
+        hidden=4096,
+        taps=9,
+        channels=256,
+        factor=8,
+        bias=True,
+        conv_bias=True,
+        dropout=0.1,
+        activation_dropout=0.1,
+        attention_dropout=0.1,
+        position_dropout=0.0,
+        layer_drop=0.1,
+        scale_input=True,
+    ):
+        super().__init__()
+        self.dropout, self.dropout_positions, self.layerdrop = dropout, position_dropout, layer_drop
+        self.input_scale = math.sqrt(width) if scale_input else 1.0
+        self.subsampling = FastConformerSubsampling(mel_bins, width, channels, factor)
+        self.encode_positions = FastConformerPositions(width)
+        self.layers = torch.nn.ModuleList(
+            FastConformerBlock(
+                width, heads, hidden, taps, bias, conv_bias, attention_dropout, activation_dropout
+            )
+            for _ in range(layers)
+        )
+
+    @classmethod
+    def from_config(cls, config):
+        """Returns an encoder of the sizes and rates of a transformers ``ParakeetEncoderConfig``."""
+        return cls(
+            mel_bins=config.num_mel_bins,
+            width=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            hidden=config.intermediate_size,
+            taps=config.conv_kernel_size,
+            channels=config.subsampling_conv_channels,
+            factor=config.subsampling_factor,
+            bias=config.attention_bias,
+            conv_bias=config.convolution_bias,
+            dropout=config.dropout,
+            activation_dropout=config.activation_dropout,
+            attention_dropout=config.attention_dropout,
+            position_dropout=config.dropout_positions,
+            layer_drop=config.layerdrop,
+            scale_input=config.scale_input,
+        )
+
+    def forward(self, input_features, attention_mask=None):
+        """Features (B, T₀, mel_bins), mask (B, T₀), 1 at valid frames, or None -> ((B, T, width), mask (B, T) or None).
+
+        T = ⌈T₀ / factor⌉. Output at padding frames is not 0.
+        """
+        x = self.subsampling(input_features, attention_mask) * self.input_scale
+        positions = self.encode_positions(x)
+        x = F.dropout(x, self.dropout, self.training)
+        positions = F.dropout(positions, self.dropout_positions, self.training)
+        mask = pairs = None
+        if attention_mask is not None:
+            lengths = attention_mask.sum(-1)
+            for _ in range(self.subsampling.num_layers):
+                lengths = (lengths - 1) // 2 + 1
+            mask = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
+            pairs = mask[:, None, :, None] & mask[:, None, None, :]
+        for layer in self.layers:
+            if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
+                continue
+            x = layer(x, pairs, positions)
+        return x, mask
+
+
+class FastConformerCTC(torch.nn.Module):
+    """An encoder and a convolution of one tap. Loads the state dicts of transformers' ``ParakeetForCTC``."""
+
+    def __init__(self, encoder, vocabulary):
+        super().__init__()
+        self.encoder = encoder
+        self.ctc_head = torch.nn.Conv1d(encoder.subsampling.linear.out_features, vocabulary, 1)
+
+    def forward(self, input_features, attention_mask=None):
+        """Returns (log-probabilities (B, T, vocabulary), mask (B, T) or None)."""
+        x, mask = self.encoder(input_features, attention_mask)
+        logits = F.linear(x, self.ctc_head.weight[..., 0], self.ctc_head.bias)
+        return logits.log_softmax(-1), mask

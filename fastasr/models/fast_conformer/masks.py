@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an attention mask of transformers hides, read once for all layers that are given the same mask."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Seen(NamedTuple):
+    """What queries see of keys.
+
+    ``hidden_keys`` (B, T): True at keys that no query sees. ``empty_rows`` (B, T): True at queries that see no key, or
+    None if there are none. ``by_length``: whether every other query sees every other key.
+    """
+
+    hidden_keys: Tensor
+    empty_rows: Tensor | None
+    by_length: bool
+
+
+def is_readable(mask: Tensor | None, batch: int, frames: int) -> bool:
+    """Whether ``mask`` is None or bool (B, 1, T, T), True where a query (third) sees a key (last)."""
+    return mask is None or (mask.dtype == torch.bool and mask.shape == (batch, 1, frames, frames))
+
+
+def seen(mask: Tensor) -> Seen:
+    """Returns what queries see by ``mask``, bool (B, 1, T, T), True where a query sees a key.
+
+    The answer stays with the tensor: a mask of a long recording is large, and an encoder gives it to every layer.
+    """
+    by_query = mask[:, 0]
+    if torch.compiler.is_compiling():  # nothing may depend on values, or be kept
+        return Seen(~by_query.any(1), ~by_query.any(2), False)
+    version = None if mask.is_inference() else mask._version
+    kept = getattr(mask, "_fastasr_seen", None)
+    if kept is None or kept[0] != version:
+        rows, keys = by_query.any(2), by_query.any(1)
+        # where each is seen or sees, all pairs are in the mask exactly if their number is that of the mask's
+        pairs = rows.sum(1) * keys.sum(1)
+        by_length = torch.equal(by_query.sum((1, 2)), pairs)
+        empty = ~rows
+        kept = version, Seen(~keys, empty if bool(empty.any()) else None, by_length)
+        mask._fastasr_seen = kept
+    return kept[1]

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sinusoidal encodings of relative positions, one table for all sequences of a batch and for all shorter lengths."""
+
+import weakref
+
+import torch
+from torch import Tensor
+
+_TABLES = weakref.WeakKeyDictionary()  # module -> its longest table so far
+KEPT_FRAMES = 1024  # tables, and their projections in every layer, are kept for sequences of at most so many frames
+
+
+def release(module) -> None:
+    """Frees the module's table."""
+    _TABLES.pop(module, None)
+
+
+def table(frames: int, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns (2 frames − 1, D): row r is that of a key frames − 1 − r before its query. Columns 2k and 2k + 1 are sine
+    and cosine of the distance times frequencies[k], computed in float32."""
+    distance = frames - 1.0 - torch.arange(max(0, 2 * frames - 1), device=frequencies.device)
+    angles = distance[:, None] * frequencies.float()
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1).to(dtype)
+
+
+class FastConformerPositions(torch.nn.Module):
+    """hidden states (B, T, D) -> (B, 2T − 1, D), a view of one table. Row r is that of a key T − 1 − r frames before
+    the query. Columns 2k, 2k + 1: sine and cosine of p · 10000^(−2k/D)."""
+
+    def __init__(self, width):
+        super().__init__()
+        frequencies = 1.0 / 10000.0 ** (torch.arange(0, width, 2).float() / width)
+        self.register_buffer("inv_freq", frequencies, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, hidden_states):
+        batch, frames = hidden_states.shape[:2]
+        dtype, device = hidden_states.dtype, hidden_states.device
+        if torch.compiler.is_compiling() or not 0 < frames <= KEPT_FRAMES:
+            rows = table(frames, self.inv_freq.to(device), dtype)
+        else:
+            kept = _TABLES.get(self)
+            if kept is None or len(kept) < 2 * frames - 1 or (kept.dtype, kept.device) != (dtype, device):
+                with torch.inference_mode(False):  # a table of inference mode could not be used in training
+                    kept = _TABLES[self] = table(frames, self.inv_freq.to(device), dtype)
+            first = len(kept) // 2 + 1 - frames
+            rows = kept[first : first + 2 * frames - 1]
+        return rows.expand(batch, -1, -1)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The front end: three convolutions of stride 2, the second and third depthwise and followed by a product, and ReLU.
+
+Frames behind a sequence's end are 0 after every convolution. Everything is computed channels last; in inference on the
+CPU a strip of frames after the other: an output frame sees 15 frames of the input (of a factor of 8), and what lies
+between stays in the processor's caches and needs little memory however long the recording. Upstream: ``ParakeetEncoderSubsamplingConv2D``.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from fastasr import ops
+from fastasr.models.common import plumbing
+from fastasr.models.common.inference import has_known_forward
+
+STRIP_BYTES = 16 << 20  # of the first convolution's output: strips of a few MB up to some tens cost the same
+
+
+class FastConformerSubsampling(torch.nn.Module):
+    """features (B, T₀, mel_bins), mask (B, T₀), True or 1 at valid frames, or None -> (B, ⌈T₀ / factor⌉, width)."""
+
+    def __init__(self, mel_bins, width, channels=256, factor=8):
+        super().__init__()
+        self.num_layers, self.channels = int(math.log2(factor)), channels
+        layers = [torch.nn.Conv2d(1, channels, 3, 2, 1), torch.nn.ReLU()]
+        for _ in range(self.num_layers - 1):
+            layers += [torch.nn.Conv2d(channels, channels, 3, 2, 1, groups=channels)]
+            layers += [torch.nn.Conv2d(channels, channels, 1), torch.nn.ReLU()]
+        self.layers = torch.nn.ModuleList(layers)
+        self.linear = torch.nn.Linear(channels * (mel_bins // 2**self.num_layers), width)
+
+    def forward(self, input_features, attention_mask=None):
+        if not all(map(_is_plain, self.layers)):
+            return _as_upstream(self, input_features, attention_mask)
+        x, layers = input_features, self.layers
+        batch, frames, bins = x.shape
+        count = frames
+        for _ in range(self.num_layers):
+            count = (count - 1) // 2 + 1
+        differentiated = torch.is_grad_enabled() and (x.requires_grad or layers[0].weight.requires_grad)
+        in_strips = x.device.type == "cpu" and not differentiated and not torch.compiler.is_compiling()
+        strip = count
+        if in_strips:  # by lists of lengths, which no other device should wait for
+            lengths = [frames] * batch if attention_mask is None else attention_mask.sum(-1).tolist()
+            first = 2 ** (self.num_layers - 1)  # frames of the first convolution for one of the output
+            per_frame = batch * first * (bins // 2 + 1) * self.channels * x.element_size()
+            strip = STRIP_BYTES // max(1, per_frame)
+        elif attention_mask is None:
+            lengths = torch.full((batch,), frames, device=x.device)
+        else:
+            lengths = attention_mask.sum(-1)
+        strip = max(1, strip)
+        strips = [
+            _strip(self, x, lengths, begin, min(strip, count - begin)) for begin in range(0, count, strip)
+        ]
+        y = torch.cat(strips, 1) if strips else x.new_zeros(batch, 0, self.linear.in_features)
+        return plumbing.linear(self.linear, y)
+
+
+def _strip(module, x, lengths, begin, count):
+    """Returns frames begin … begin + count − 1 of what ``linear`` takes, (B, count, C · F)."""
+    layers, levels = module.layers, [(begin, count)]
+    for _ in range(module.num_layers):  # the frames that these need, level by level, down to those of x
+        begin, count = 2 * begin - 1, 2 * count + 1
+        levels.insert(0, (begin, count))
+    h, stem = _patches(x, *levels[0]), layers[0]
+    h = ops.linear_activation(h, stem.weight.flatten(1), stem.bias, "relu")
+    lengths = _halved(lengths)
+    h = _within(h, levels[1][0], lengths)
+    for i, (begin, _) in enumerate(levels[2:]):
+        depthwise, pointwise = layers[2 + 3 * i], layers[3 + 3 * i]
+        lengths = _halved(lengths)
+        h = h.permute(0, 3, 1, 2)
+        h = F.conv2d(h, depthwise.weight, depthwise.bias, stride=2, padding=(0, 1), groups=depthwise.groups)
+        h = _within(h.permute(0, 2, 3, 1), begin, lengths)
+        h = ops.linear_activation(h, pointwise.weight[..., 0, 0], pointwise.bias, "relu")
+        h = _within(h, begin, lengths)
+    return h.transpose(2, 3).flatten(2)  # [B, count, C * F]
+
+
+def _patches(x, begin, count):
+    """Returns (B, (count − 1) / 2, F', 9): the 3 × 3 patches, two apart, of frames ``begin`` … of x, 0 outside."""
+    batch, frames, bins = x.shape
+    before, after = max(0, -begin), max(0, begin + count - frames)
+    part = F.pad(x[:, max(0, begin) : begin + count], (1, 1, before, after))
+    patches = part.unfold(1, 3, 2).unfold(2, 3, 2)
+    return patches.reshape(*patches.shape[:3], 9)
+
+
+def _halved(lengths):
+    """Returns the lengths after a convolution of 3 taps, stride 2 and padding 1."""
+    return [(n - 1) // 2 + 1 for n in lengths] if isinstance(lengths, list) else (lengths - 1) // 2 + 1
+
+
+def _within(h, begin, lengths):
+    """Sets the frames of h (B, n, F, C) to 0 that lie outside their sequence; the first is frame ``begin``. Lengths in a
+    list: in place."""
+    if isinstance(lengths, list):
+        h[:, : max(0, -begin)] = 0
+        for i, length in enumerate(lengths):
+            if length - begin < h.shape[1]:
+                h[i, max(0, length - begin) :] = 0
+        return h
+    frame = torch.arange(begin, begin + h.shape[1], device=h.device)
+    inside = (frame >= 0) & (frame < lengths.unsqueeze(1))
+    return h * inside[..., None, None]
+
+
+def _is_plain(layer):
+    """Whether this is torch's ReLU, or a convolution of this front end without hooks."""
+    if plumbing.is_watched(layer) or not has_known_forward(layer):
+        return False
+    if type(layer) is not torch.nn.Conv2d:
+        return type(layer) is torch.nn.ReLU
+    depthwise = (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (2, 2), (1, 1))
+    depthwise = depthwise and layer.groups == layer.in_channels
+    pointwise = (layer.kernel_size, layer.stride, layer.padding) == ((1, 1), (1, 1), (0, 0))
+    pointwise = pointwise and layer.groups == 1
+    return (depthwise or pointwise) and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+
+
+def _as_upstream(module, x, mask):
+    """Computes the front end layer by layer, channels first, so that hooks and replaced layers see what they expect."""
+    h, lengths = x.unsqueeze(1), None if mask is None else mask.sum(-1)
+    for layer in module.layers:
+        h = layer(h)
+        if isinstance(layer, torch.nn.Conv2d) and lengths is not None:
+            if layer.stride != (1, 1):
+                taps, (before, after) = layer.kernel_size[0], layer.padding
+                lengths = (lengths + before + after - taps) // layer.stride[0] + 1
+            frame = torch.arange(h.shape[2], device=h.device)
+            h = h * (frame < lengths.unsqueeze(1))[:, None, :, None]
+    return module.linear(h.transpose(1, 2).flatten(2))

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for transformers' Parakeet encoder (transformers/models/parakeet/modeling_parakeet.py), which Parakeet's CTC,
+RNN-T and TDT models, Canary and Cohere ASR share."""
+
+import torch
+
+from fastasr.models import fast_conformer as models
+from fastasr.models.fast_conformer import attention, positions
+from fastasr.swap.rule import (
+    Known,
+    Rule,
+    check_child_names,
+    check_parameters,
+    own_forward,
+    unread_code,
+    upstream_class,
+)
+
+_TRANSFORMERS = Known("transformers 5.23")
+
+
+_SILU = {"bbb3a89cc2c8993670072487"}
+
+
+def _activation(module):
+    """Returns a reason against the activation, or None. Only transformers' SiLU is checked; our forward calls any other
+    activation."""
+    if upstream_class(module.activation).__name__ != "SiLUActivation":
+        return None
+    return unread_code("activation", module.activation, own_forward, _SILU)
+
+
+def _attention_structure(module):
+    if module.num_key_value_groups != 1:
+        return f"num_key_value_groups is {module.num_key_value_groups}, expected 1"
+    heads = module.config.num_attention_heads
+    return check_parameters(
+        module, dict.fromkeys(("bias_u", "bias_v"), (heads, module.head_dim))
+    ) or check_child_names(module, ("q_proj", "k_proj", "v_proj", "o_proj", "relative_k_proj"))
+
+
+def _feed_forward_structure(module):
+    reason = check_parameters(module, {}) or check_child_names(module, ("linear1", "activation", "linear2"))
+    return reason or _activation(module)
+
+
+def _convolution_structure(module):
+    children = ("pointwise_conv1", "depthwise_conv", "norm", "activation", "pointwise_conv2")
+    return check_parameters(module, {}) or check_child_names(module, children) or _activation(module)
+
+
+def _subsampling_structure(module):
+    count = 2 + 3 * (module.num_layers - 1)
+    if len(module.layers) != count:
+        return f"has {len(module.layers)} layers, expected {count}"
+    return check_parameters(module, {}) or check_child_names(module, ("layers", "linear"))
+
+
+def _positions_structure(module):
+    if module.inv_freq.dtype != torch.float32:
+        return f"inv_freq is {module.inv_freq.dtype}, expected float32"
+    return check_parameters(module, {}, allowed_buffers=("inv_freq",)) or check_child_names(module, ())
+
+
+ATTENTION = Rule(
+    name="transformers.parakeet_attention",
+    class_name="ParakeetEncoderAttention",
+    forward=models.FastConformerAttention.forward,
+    kernels=("linear", "rel_attention"),
+    structure=_attention_structure,
+    known={"008a9cc97b05d9f6b47b2309": _TRANSFORMERS},
+    release=attention.release,
+    shared=lambda result: result[0],  # not the weights, which the eager implementation returns
+    hooks=(
+        "transformers.utils.output_capturing.install_output_capuring_hook.<locals>.output_capturing_hook",
+    ),
+    note="whatever the attention implementation; the weights are not returned, and while dropout is drawn from them "
+    "they are formed as upstream does",
+)
+
+CONVOLUTION = Rule(
+    name="transformers.parakeet_convolution",
+    class_name="ParakeetEncoderConvolutionModule",
+    forward=models.FastConformerConvolution.forward,
+    kernels=("linear", "gated_depthwise_conv"),
+    structure=_convolution_structure,
+    known={"9a392b8a0f44c543026efdf7": _TRANSFORMERS},
+)
+
+FEED_FORWARD = Rule(
+    name="transformers.parakeet_feed_forward",
+    class_name="ParakeetEncoderFeedForward",
+    forward=models.FastConformerFeedForward.forward,
+    kernels=("linear_activation", "linear"),
+    structure=_feed_forward_structure,
+    known={"676056f9fa94c63e8bea9766": _TRANSFORMERS},
+)
+
+SUBSAMPLING = Rule(
+    name="transformers.parakeet_subsampling",
+    class_name="ParakeetEncoderSubsamplingConv2D",
+    forward=models.FastConformerSubsampling.forward,
+    kernels=("linear_activation", "linear"),
+    structure=_subsampling_structure,
+    known={"351a84f7dc7d7ed4cfb8044e": _TRANSFORMERS},
+)
+
+POSITIONS = Rule(
+    name="transformers.parakeet_positions",
+    class_name="ParakeetEncoderRelPositionalEncoding",
+    forward=models.FastConformerPositions.forward,
+    structure=_positions_structure,
+    known={"0c61bad53ae76a9166f94487": _TRANSFORMERS},
+    release=positions.release,
+)
+
+RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING, POSITIONS)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FastConformer against transformers' Parakeet: values, gradients, random draws, masks, state dicts."""
+
+import pytest
+import torch
+from steps import close, moved, same_state
+
+pytest.importorskip("transformers")
+
+from transformers import ParakeetCTCConfig, ParakeetEncoder, ParakeetEncoderConfig, ParakeetForCTC
+
+from fastasr.models import fast_conformer as ours
+from fastasr.models.fast_conformer import subsampling
+
+SIZES = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "num_mel_bins": 16,
+    "subsampling_conv_channels": 8,
+    "conv_kernel_size": 5,
+}
+STILL = dict.fromkeys(("dropout", "activation_dropout", "attention_dropout", "layerdrop"), 0.0)
+FRAMES = 75
+LENGTHS = {
+    "no mask": None,
+    "all valid": (FRAMES, FRAMES, FRAMES),
+    "padded": (FRAMES, 50, 9),
+    "an empty sequence": (FRAMES, 0, 1),
+}
+
+
+DTYPES = {"sdpa": torch.float64, "eager": torch.float32}  # the softmax of eager is in float32
+TOLERANCES = {"sdpa": 1e-10, "eager": 2e-5}
+
+
+def pair(dtype=torch.float64, **options):
+    """Returns transformers' encoder with parameters and statistics away from their first values, and ours with the
+    same."""
+    torch.manual_seed(0)
+    theirs = moved(ParakeetEncoder(ParakeetEncoderConfig(**SIZES, **options)), 0.1)
+    for name, buffer in theirs.named_buffers():
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+        elif name.endswith("running_mean"):
+            buffer.normal_()
+    model = ours.FastConformerEncoder.from_config(theirs.config)
+    model.load_state_dict(theirs.state_dict())
+    return theirs.to(dtype), model.to(dtype)
+
+
+def inputs(lengths, dtype=torch.float64):
+    torch.manual_seed(1)
+    x = torch.randn(3, FRAMES, SIZES["num_mel_bins"], dtype=dtype)
+    if lengths is None:
+        return x, None
+    return x, (torch.arange(FRAMES) < torch.tensor(lengths)[:, None]).long()
+
+
+def step(model, x, mask, seed=3):
+    """Returns values, output mask, gradients of input and parameters, buffers, and the random state behind a step."""
+    torch.manual_seed(seed)
+    x = x.clone().requires_grad_()
+    result = model(x, mask)
+    y, out_mask = result if isinstance(result, tuple) else (result.last_hidden_state, result.attention_mask)
+    state = torch.get_rng_state()
+    torch.manual_seed(9)
+    grads = torch.autograd.grad(y, [x, *model.parameters()], torch.randn_like(y), allow_unused=True)
+    return y.detach(), out_mask, grads, state
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_values_and_gradients(implementation, lengths, training):
+    dtype, tolerance = DTYPES[implementation], TOLERANCES[implementation]
+    theirs, model = pair(dtype, **STILL)
+    theirs.set_attn_implementation(implementation)
+    theirs.train(training), model.train(training)
+    x, mask = inputs(lengths, dtype)
+    (y, out_mask, grads, _), (y0, out_mask0, grads0, _) = step(model, x, mask), step(theirs, x, mask)
+    close(y, y0, tolerance)
+    assert (out_mask is None) == (out_mask0 is None)
+    if out_mask is not None:
+        assert out_mask.int().tolist() == out_mask0.tolist()
+    largest = max(g.abs().max() for g in grads0 if g is not None)
+    names = ["the input", *(name for name, _ in model.named_parameters())]
+    for name, g, g0 in zip(names, grads, grads0, strict=True):
+        assert (g is None) == (g0 is None), name
+        assert g is None or (g - g0).abs().max() <= 10 * tolerance * largest, name
+    for (name, b), (_, b0) in zip(model.named_buffers(), theirs.named_buffers(), strict=True):
+        assert torch.allclose(b, b0, rtol=1e-5 if b.is_floating_point() else 0), name
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_same_draws(implementation):
+    dtype, tolerance = DTYPES[implementation], TOLERANCES[implementation]
+    theirs, model = pair(dtype, dropout_positions=0.2, **{**STILL, "dropout": 0.1, "attention_dropout": 0.2})
+    theirs.set_attn_implementation(implementation)
+    theirs.train(), model.train()
+    x, mask = inputs(LENGTHS["padded"], dtype)
+    (y, _, grads, state), (y0, _, grads0, state0) = step(model, x, mask), step(theirs, x, mask)
+    assert torch.equal(state, state0)
+    close(y, y0, tolerance)
+    close(grads[0], grads0[0], 10 * tolerance)
+
+
+def test_layer_drop_draws_as_upstream():
+    theirs, model = pair(**{**STILL, "layerdrop": 0.5})
+    theirs.train(), model.train()
+    x, mask = inputs(LENGTHS["padded"])
+    for seed in range(4):
+        (y, *_, state), (y0, *_, state0) = step(model, x, mask, seed), step(theirs, x, mask, seed)
+        assert torch.equal(state, state0)
+        close(y, y0, 1e-10)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_state_dicts_load_both_ways(bias):
+    theirs, model = pair(attention_bias=bias, convolution_bias=bias)
+    same_state(model, theirs)
+
+
+def test_ctc():
+    torch.manual_seed(0)
+    config = ParakeetCTCConfig(vocab_size=11, pad_token_id=10, encoder_config=ParakeetEncoderConfig(**SIZES))
+    theirs = ParakeetForCTC(config).eval()
+    model = ours.FastConformerCTC(ours.FastConformerEncoder.from_config(config.encoder_config), 11).eval()
+    model.load_state_dict(theirs.state_dict())
+    x, mask = inputs(LENGTHS["padded"])
+    with torch.no_grad():
+        found, out_mask = model(x.float(), mask)
+        close(found, theirs(x.float(), attention_mask=mask).logits.log_softmax(-1))
+        tokens = theirs.generate(x.float(), attention_mask=mask)
+    tokens = getattr(tokens, "sequences", tokens)
+    assert torch.equal(found.argmax(-1)[out_mask], tokens[out_mask])
+
+
+@pytest.mark.parametrize("frames", [1, 2, 8, 9, 75, 200])
+@pytest.mark.parametrize("strip_bytes", [1, 20_000, 1 << 30], ids=["strips of one", "strips", "whole"])
+def test_the_front_end_in_strips(frames, strip_bytes, monkeypatch):
+    monkeypatch.setattr(subsampling, "STRIP_BYTES", strip_bytes)
+    theirs, model = pair()
+    torch.manual_seed(1)
+    x = torch.randn(3, frames, SIZES["num_mel_bins"], dtype=torch.float64)
+    mask = torch.arange(frames) < torch.tensor([frames, frames // 2, 0])[:, None]
+    with torch.no_grad():
+        for each in (mask, None):
+            close(model.subsampling(x, each), theirs.subsampling(x, each), 1e-12)
+
+
+def test_one_frame_and_none():
+    theirs, model = pair()
+    theirs.eval(), model.eval()
+    with torch.no_grad():
+        x = torch.randn(2, 1, SIZES["num_mel_bins"], dtype=torch.float64)
+        close(model(x)[0], theirs(x).last_hidden_state, 1e-10)
+        assert model(x[:, :0])[0].shape == (2, 0, SIZES["hidden_size"])

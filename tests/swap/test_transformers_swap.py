@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' Parakeet swapped: equal results, training steps, what transformers itself does with a model, and the
+modules that are declined."""
+
+import copy
+
+import pytest
+import torch
+from steps import close, moved
+from tiny_zipformer import same_training
+
+pytest.importorskip("transformers")
+
+from transformers import (
+    ParakeetCTCConfig,
+    ParakeetEncoder,
+    ParakeetEncoderConfig,
+    ParakeetForCTC,
+)
+
+import fastasr
+
+SIZES = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "num_mel_bins": 16,
+    "subsampling_conv_channels": 8,
+    "conv_kernel_size": 5,
+}
+SWAPPED = {
+    "ParakeetEncoderAttention",
+    "ParakeetEncoderConvolutionModule",
+    "ParakeetEncoderFeedForward",
+    "ParakeetEncoderRelPositionalEncoding",
+    "ParakeetEncoderSubsamplingConv2D",
+}
+
+
+def encoder(**options):
+    torch.manual_seed(0)
+    return moved(ParakeetEncoder(ParakeetEncoderConfig(**{**SIZES, **options})), 0.03).eval()
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 75, SIZES["num_mel_bins"], generator=generator)
+    return {
+        "input_features": x,
+        "attention_mask": (torch.arange(75) < torch.tensor([75, 50, 9])[:, None]).long(),
+    }
+
+
+def hidden(model, **options):
+    with torch.no_grad():
+        return model(**batch(), **options).last_hidden_state
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+def test_swap_and_verify(implementation):
+    model = encoder(attn_implementation=implementation)
+    expected = hidden(encoder())
+    inputs = batch()
+    report = fastasr.accelerate(model, verify=None if implementation == "flex_attention" else inputs)
+    assert report.ok, str(report)
+    assert {row.class_name for row in report.replaced} == SWAPPED | {"Linear"}
+    if report.verified:
+        assert all(row.errors for row in report.replaced if row.class_name in SWAPPED)
+    close(hidden(model), expected)
+    assert fastasr.restore(model) == len(report.replaced)
+
+
+def test_a_training_step_of_the_swapped_model():
+    model = encoder(dropout=0.1, activation_dropout=0.1, attention_dropout=0.1, layerdrop=0.3).train()
+    same_training(lambda_module(model), (), lambda y: y)
+
+
+def test_a_training_step_without_dropout():
+    still = dict.fromkeys(("dropout", "activation_dropout", "attention_dropout", "layerdrop"), 0.0)
+    same_training(lambda_module(encoder(**still).train()), ())
+
+
+def lambda_module(model):
+    """Returns a module without arguments around ``model``: its hidden states of the batch."""
+
+    class Called(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self):
+            return self.model(**batch()).last_hidden_state
+
+    return Called()
+
+
+def test_gradient_checkpointing():
+    still = dict.fromkeys(("dropout", "activation_dropout", "attention_dropout", "layerdrop"), 0.0)
+    model = encoder(**still).train()
+    model.gradient_checkpointing_enable()
+    same_training(lambda_module(model), ())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hidden_states_and_attentions(when):
+    model = encoder(attn_implementation="eager")
+    twin = copy.deepcopy(model)
+    options = {"output_hidden_states": True, "output_attentions": True}
+    if when == "before":
+        model(**batch(), **options)  # transformers puts its hooks on the modules at the first such call, for good
+    report = fastasr.accelerate(model, verify=batch())
+    assert report.ok, str(report)
+    assert {row.class_name for row in report.replaced} >= SWAPPED
+    with torch.no_grad():
+        found, expected = model(**batch(), **options), twin(**batch(), **options)
+    for kind in ("hidden_states", "attentions"):
+        assert len(found[kind]) == len(expected[kind]) > 0
+        for a, b in zip(found[kind], expected[kind], strict=True):
+            close(a, b)
+    close(hidden(model), expected.last_hidden_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype):
+    exact = encoder().double()
+    inputs = {**batch(), "input_features": batch()["input_features"].to(dtype)}
+    with torch.no_grad():
+        expected = exact(**{**inputs, "input_features": inputs["input_features"].double()})
+        expected = expected.last_hidden_state[inputs["attention_mask"][:, ::8].bool()[:, : expected[0].shape[1]]]
+        model = encoder().to(dtype)
+        valid = inputs["attention_mask"][:, ::8].bool()
+        theirs = model(**inputs).last_hidden_state[valid].double()
+        fastasr.accelerate(model)
+        ours = model(**inputs).last_hidden_state[valid].double()
+    assert (ours - expected).abs().mean() <= 1.2 * (theirs - expected).abs().mean()
+
+
+def test_autocast():
+    model = encoder()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = hidden(model)
+        fastasr.accelerate(model)
+        found = hidden(model)
+    assert found.dtype == expected.dtype
+    exact = hidden(encoder())
+    valid = batch()["attention_mask"][:, ::8].bool()
+    assert (found - exact)[valid].abs().mean() <= 1.2 * (expected - exact)[valid].abs().mean()
+
+
+def test_compiled():
+    model = encoder()
+    expected = hidden(model)
+    fastasr.accelerate(model)
+    close(hidden(torch.compile(model, backend="eager")), expected)
+
+
+def test_the_implementation_changes_after_the_swap():
+    model = encoder()
+    expected = hidden(model)
+    fastasr.accelerate(model)
+    model.set_attn_implementation("eager")
+    close(hidden(model), expected)
+    assert len(model(**batch(), output_attentions=True).attentions) == SIZES["num_hidden_layers"]
+
+
+def test_ctc_generates_the_same():
+    torch.manual_seed(0)
+    config = ParakeetCTCConfig(vocab_size=11, pad_token_id=10, encoder_config=ParakeetEncoderConfig(**SIZES))
+    model = ParakeetForCTC(config).eval()
+    inputs = {**batch(), "labels": torch.tensor([[1, 2, 3], [4, 5, -100], [6, -100, -100]])}
+    with torch.no_grad():
+        expected, loss = model.generate(**batch()), model(**inputs).loss
+        report = fastasr.accelerate(model, verify=inputs)
+        assert report.ok, str(report)
+        found, swapped_loss = model.generate(**batch()), model(**inputs).loss
+    assert torch.equal(getattr(found, "sequences", found), getattr(expected, "sequences", expected))
+    close(swapped_loss, loss)
+
+
+def test_any_mask_of_pairs():
+    model = encoder()
+    attention = model.layers[0].self_attn
+    torch.manual_seed(2)
+    x, table = torch.randn(2, 7, 24), model.encode_positions(torch.empty(2, 7, 24))
+    mask = torch.rand(2, 1, 7, 7) < 0.6
+    mask[0, :, 3] = False  # a query that sees nothing
+    mask[1, :, :, 2] = False  # a key that nothing sees
+    expected = attention(x, table, mask)[0], model.layers[0].conv(x, mask)
+    fastasr.accelerate(model)
+    close(attention(x, table, mask)[0], expected[0])
+    close(model.layers[0].conv(x, mask), expected[1])
+
+
+def test_new_weights_are_noticed():
+    """Projected positions are kept between calls while the weight stays the same."""
+    model, twin = encoder(), encoder()
+    fastasr.accelerate(model)
+    hidden(model)
+    with torch.no_grad():
+        for each in (model, twin):
+            each.layers[0].self_attn.relative_k_proj.weight.mul_(-2)
+    close(hidden(model), hidden(twin))
+    shorter = {key: value[:, :40] for key, value in batch().items()}
+    with torch.no_grad():
+        close(model(**shorter).last_hidden_state, twin(**shorter).last_hidden_state)
+
+
+def test_a_table_of_inference_mode_serves_training():
+    model = encoder(dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, layerdrop=0.0)
+    fastasr.accelerate(model)
+    with torch.inference_mode():
+        model(**batch())
+    model.train()(**batch()).last_hidden_state.sin().sum().backward()
+    assert model.layers[0].self_attn.relative_k_proj.weight.grad is not None
+
+
+def test_what_is_declined():
+    model = encoder()
+    first, second = model.layers
+    first.self_attn.num_key_value_groups = 2
+    first.conv.extra = torch.nn.Identity()
+    first.feed_forward1.register_forward_hook(lambda *arguments: None)
+    second.self_attn.register_parameter("sink", torch.nn.Parameter(torch.zeros(3)))
+    report = fastasr.explain(model)
+    for path, reason in (
+        ("layers.0.self_attn", "num_key_value_groups is 2, expected 1"),
+        ("layers.0.conv", "has submodules this class does not have upstream: extra"),
+        ("layers.0.feed_forward1", "has a forward hook"),
+        ("layers.1.self_attn", "has parameters this class does not have upstream: sink"),
+    ):
+        assert report[path].status == "skipped"
+        assert reason in report[path].reason
+
+
+def test_watched_and_replaced_parts_are_called():
+    model = encoder()
+    expected = hidden(model)
+    fastasr.accelerate(model)
+    seen = []
+    conv, stem = model.layers[0].conv, model.subsampling.layers[0]
+    parts = (stem, conv.pointwise_conv1, conv.depthwise_conv, conv.norm, conv.activation)
+    for module in (*parts, model.layers[0].feed_forward1.activation, model.layers[0].self_attn.q_proj):
+        module.register_forward_hook(lambda *arguments: seen.append(arguments[0]))
+    close(hidden(model), expected)
+    assert len(seen) == 7
