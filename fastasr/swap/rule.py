@@ -54,7 +54,7 @@ class Rule:
     empties them, and so does verification before it runs upstream's code in another precision.
     ``release(module)`` frees the data that our functions keep for an instance; ``restore`` calls it.
     ``shared(result)`` is the part of upstream's result that our forward returns too; verification compares it.
-    ``hooks`` are forward hooks, as module.name, that upstream's framework puts on instances and that our forward serves.
+    ``hooks`` names (module.name) forward hooks of upstream's framework with which our forward works.
     ``note`` is text that the report adds to the origin of an instance's source.
     ``shallow`` marks rules for modules that only call others. Verification then runs upstream's code in the submodules,
     which it verifies separately.

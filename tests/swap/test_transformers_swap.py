@@ -108,7 +108,9 @@ def test_hidden_states_and_attentions(when):
     twin = copy.deepcopy(model)
     options = {"output_hidden_states": True, "output_attentions": True}
     if when == "before":
-        model(**batch(), **options)  # transformers puts its hooks on the modules at the first such call, for good
+        model(
+            **batch(), **options
+        )  # transformers puts its hooks on the modules at the first such call, for good
     report = fastasr.accelerate(model, verify=batch())
     assert report.ok, str(report)
     assert {row.class_name for row in report.replaced} >= SWAPPED
@@ -127,7 +129,9 @@ def test_half_precision(dtype):
     inputs = {**batch(), "input_features": batch()["input_features"].to(dtype)}
     with torch.no_grad():
         expected = exact(**{**inputs, "input_features": inputs["input_features"].double()})
-        expected = expected.last_hidden_state[inputs["attention_mask"][:, ::8].bool()[:, : expected[0].shape[1]]]
+        expected = expected.last_hidden_state[
+            inputs["attention_mask"][:, ::8].bool()[:, : expected[0].shape[1]]
+        ]
         model = encoder().to(dtype)
         valid = inputs["attention_mask"][:, ::8].bool()
         theirs = model(**inputs).last_hidden_state[valid].double()

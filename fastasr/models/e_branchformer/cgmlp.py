@@ -4,8 +4,7 @@
 import torch
 
 from fastasr import ops
-from fastasr.models.common import plumbing
-from fastasr.models.common import activations
+from fastasr.models.common import activations, plumbing
 
 
 def _is_layer_norm(norm) -> bool:

@@ -3,8 +3,7 @@
 
 import torch
 
-from fastasr.models.common import plumbing
-from fastasr.models.common import activations
+from fastasr.models.common import activations, plumbing
 
 
 class PositionwiseFeedForward(torch.nn.Module):

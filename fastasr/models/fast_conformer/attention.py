@@ -55,11 +55,7 @@ class FastConformerAttention(torch.nn.Module):
         implementation = getattr(config, "_attn_implementation", "sdpa")
         batch, frames = hidden_states.shape[:2]
         wants_weights = implementation == "eager" and plumbing.is_watched(self)
-        if (
-            implementation not in _STANDARD
-            or wants_weights
-            or not is_readable(attention_mask, batch, frames)
-        ):
+        if implementation not in _STANDARD or wants_weights or not is_readable(attention_mask, batch, frames):
             if type(self) is FastConformerAttention:
                 raise ValueError(
                     f"FastConformerAttention: attention_mask: expected bool {(batch, 1, frames, frames)}, got "
@@ -97,7 +93,7 @@ def _fused(module, q, k, v, p, mask):
 
 
 def _mean(module, q, k, v):
-    """Returns (B, 1 or T, H, d): the mean of v over all keys, with the gradient of a softmax whose scores are all equal.
+    """Returns (B, 1 or T, H, d): the mean of v over all keys, with the gradient of a softmax of equal scores.
 
     With C = Σ_j (k_j − k̄)ᵀ v_j / (T √d), d mean_i = d v̄ + d(q_i + u) C + (q_i + u) dC|_k: the difference below is 0 and
     has this derivative.

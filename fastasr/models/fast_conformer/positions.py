@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 _TABLES = weakref.WeakKeyDictionary()  # module -> its longest table so far
-KEPT_FRAMES = 1024  # tables, and their projections in every layer, are kept for sequences of at most so many frames
+KEPT_FRAMES = (
+    1024  # tables, and their projections in every layer, are kept for sequences of at most so many frames
+)
 
 
 def release(module) -> None:

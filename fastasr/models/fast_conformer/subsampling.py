@@ -3,7 +3,9 @@ r"""The front end: three convolutions of stride 2, the second and third depthwis
 
 Frames behind a sequence's end are 0 after every convolution. Everything is computed channels last; in inference on the
 CPU a strip of frames after the other: an output frame sees 15 frames of the input (of a factor of 8), and what lies
-between stays in the processor's caches and needs little memory however long the recording. Upstream: ``ParakeetEncoderSubsamplingConv2D``.
+between stays in the processor's caches and needs little memory however long the recording.
+
+Upstream: ``ParakeetEncoderSubsamplingConv2D``.
 """
 
 import math
@@ -82,7 +84,7 @@ def _strip(module, x, lengths, begin, count):
 
 def _patches(x, begin, count):
     """Returns (B, (count − 1) / 2, F', 9): the 3 × 3 patches, two apart, of frames ``begin`` … of x, 0 outside."""
-    batch, frames, bins = x.shape
+    frames = x.shape[1]
     before, after = max(0, -begin), max(0, begin + count - frames)
     part = F.pad(x[:, max(0, begin) : begin + count], (1, 1, before, after))
     patches = part.unfold(1, 3, 2).unfold(2, 3, 2)
@@ -95,8 +97,8 @@ def _halved(lengths):
 
 
 def _within(h, begin, lengths):
-    """Sets the frames of h (B, n, F, C) to 0 that lie outside their sequence; the first is frame ``begin``. Lengths in a
-    list: in place."""
+    """Returns h (B, n, F, C), which begins at frame ``begin``, with 0 at frames outside their sequence. If the lengths
+    are a list, h itself changes."""
     if isinstance(lengths, list):
         h[:, : max(0, -begin)] = 0
         for i, length in enumerate(lengths):
