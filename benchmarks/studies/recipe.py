@@ -277,7 +277,7 @@ def _others(path: Path, runs: Sequence[Path], commit: str | None) -> dict[str, d
         made = encoder_report(run, commit)
         found[made["run"]["encoder"]] = made
     if runs:
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return {encoder: found[encoder] for encoder in sizes.ENCODERS if encoder in found}
 
 
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.runs:
             speeches = speech.load(options.cache, options.speech)
             found = report(options.runs, speeches, options.steps, options.commit)
-            options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            options.json.write_text(json.dumps(found) + "\n", encoding="utf-8")
         elif options.json.is_file():
             found = json.loads(options.json.read_text(encoding="utf-8"))
         others = _others(options.json.with_name(OTHER_ENCODERS), options.encoder_run, options.commit)

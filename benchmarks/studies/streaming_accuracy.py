@@ -135,7 +135,7 @@ def main(arguments=None):
             _, held_out = speech.load(options.cache, options.speech, speeds=(1.0,))
             found = measure(options.run, held_out, method=options.method, backend=options.backend)
             found["environment"] = stamp()
-            options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            options.out.write_text(json.dumps(found) + "\n", encoding="utf-8")
         return put(options.page, block(json.loads(options.out.read_text(encoding="utf-8"))), options.check)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

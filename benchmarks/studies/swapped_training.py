@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, difference in differences.items():
         print(f"{name}: relative differences of the losses over {len(shipped)} steps: {difference}")
     report = {"size": options.size, "relative_differences": differences, "losses": curves, **stamp()}
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    options.out.write_text(json.dumps(report) + "\n")
     return 0
 
 
