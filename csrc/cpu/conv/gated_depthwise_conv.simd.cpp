@@ -13,13 +13,10 @@ __attribute__((noinline)) void finish(const C* __restrict z, const C* __restrict
 #ifdef __AVX512F__
   if constexpr (kSwoosh && !std::is_same_v<T, double>) {
     const avx512::Registers table = avx512::load_table();
-    const __m512 one = _mm512_set1_ps(1.0f);
     for (int64_t i = 0; i < n; i++, z += kStripe, y += y_row)
       for (int64_t c = 0; c < channels; c += 16) {
-        const __m512 v = _mm512_add_ps(_mm512_load_ps(z + c), _mm512_load_ps(bias + c)), e = _mm512_sub_ps(v, one);
-        const __m512 plus = _mm512_add_ps(avx512::softplus_tail(table, e), _mm512_max_ps(e, _mm512_setzero_ps()));
-        const __m512 line = _mm512_fmadd_ps(v, _mm512_set1_ps(-0.08f), _mm512_set1_ps(-0.313261687f));
-        avx512::store16(y + c, avx512::lanes(channels - c), _mm512_add_ps(plus, line));
+        const __m512 v = _mm512_add_ps(_mm512_load_ps(z + c), _mm512_load_ps(bias + c));
+        avx512::store16(y + c, avx512::lanes(channels - c), avx512::swoosh(table, v, 1.0f, 0.313261687f));
       }
     return;
   }
@@ -28,8 +25,8 @@ __attribute__((noinline)) void finish(const C* __restrict z, const C* __restrict
 #pragma omp simd
     for (int64_t c = 0; c < channels; c++) {
       const C v = z[c] + bias[c], e = v - C(1);
-      const C plus = kSwoosh ? (e > 0 ? e : C(0)) + log1p_unit(exp_nonpositive(-std::fabs(e))) : C(0);
-      store(&y[c], kSwoosh ? plus - (C(0.08) * v + C(0.313261687)) : v);
+      const C tail = kSwoosh ? log1p_unit(exp_nonpositive(-std::fabs(e))) - C(0.313261687) : C(0);
+      store(&y[c], kSwoosh ? tail + ((e > 0 ? e : C(0)) - C(0.08) * v) : v);
     }
   }
 }

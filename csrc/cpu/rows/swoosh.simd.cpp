@@ -17,10 +17,11 @@ FASTASR_INLINE Constants<C> constants(Swoosh kind) {
   return kind == Swoosh::L ? Constants<C>{C(4), C(0.035)} : Constants<C>{C(1), C(0.313261687)};
 }
 
-// log(1 + e^z) = max(z, 0) + log1p(e^-|z|) cannot overflow; a NaN survives in the term -0.08 x.
+// log(1 + e^z) = max(z, 0) + log1p(e^-|z|) cannot overflow; a NaN survives in the term -0.08 x. Near x = 0 the offset
+// cancels the logarithm: it is subtracted first, which is exact there.
 template <typename C>
 FASTASR_INLINE C swoosh(C x, C u, C z, C offset) {
-  return ((z > 0 ? z : C(0)) + log1p_unit(u)) - (C(0.08) * x + offset);
+  return (log1p_unit(u) - offset) + ((z > 0 ? z : C(0)) - C(0.08) * x);
 }
 
 template <typename C>
@@ -32,9 +33,7 @@ FASTASR_INLINE C derivative(C u, C z) {
 template <typename T, Mask kMask>
 FASTASR_INLINE void forward16(const avx512::Registers& table, const T* x, const T* mask, T* y, __mmask16 lanes,
                               __m512 scalar, const Constants<float>& k) {
-  const __m512 v = avx512::load16(x, lanes), z = _mm512_sub_ps(v, _mm512_set1_ps(k.shift));
-  const __m512 softplus = _mm512_add_ps(avx512::softplus_tail(table, z), _mm512_max_ps(z, _mm512_setzero_ps()));
-  __m512 out = _mm512_add_ps(softplus, _mm512_fmadd_ps(v, _mm512_set1_ps(-0.08f), _mm512_set1_ps(-k.offset)));
+  __m512 out = avx512::swoosh(table, avx512::load16(x, lanes), k.shift, k.offset);
   if (kMask == Mask::scalar) out = _mm512_mul_ps(out, scalar);
   if (kMask == Mask::elementwise) out = _mm512_mul_ps(out, avx512::load16(mask, lanes));
   avx512::store16(y, lanes, out);

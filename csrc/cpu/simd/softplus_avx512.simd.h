@@ -19,7 +19,7 @@ inline namespace FASTASR_SIMD {
 // Piece k covers the t for which t * kPerUnit rounds to k; beyond the last one log(1 + e^-t) < 3e-8 is constant.
 struct Softplus {
   static constexpr int kPieces = 32, kTerms = 6;
-  static constexpr float kLast = 31.49f, kPerUnit = kLast / 17.7f;
+  static constexpr float kLast = 17.7f, kPerUnit = 31.49f / kLast;
   alignas(64) float coefficient[kTerms][kPieces];  // coefficients of r^j, r = t * kPerUnit - k in [-1/2, 1/2]
 
   static const Softplus& table() {
@@ -71,10 +71,9 @@ FASTASR_INLINE Registers load_table() {
 // Returns log(1 + e^-|z|). A NaN gives the value at the last piece: callers add a term that keeps it.
 FASTASR_INLINE __m512 softplus_tail(const Registers& c, __m512 z) {
   const __m512 magic = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: adding it rounds, and leaves k in the low bits
-  const __m512 u = _mm512_min_ps(_mm512_mul_ps(_mm512_abs_ps(z), _mm512_set1_ps(Softplus::kPerUnit)),
-                                 _mm512_set1_ps(Softplus::kLast));
-  const __m512 rounded = _mm512_add_ps(u, magic);
-  const __m512 r = _mm512_sub_ps(u, _mm512_sub_ps(rounded, magic));
+  const __m512 t = _mm512_min_ps(_mm512_abs_ps(z), _mm512_set1_ps(Softplus::kLast));
+  const __m512 per_unit = _mm512_set1_ps(Softplus::kPerUnit), rounded = _mm512_fmadd_ps(t, per_unit, magic);
+  const __m512 r = _mm512_fmsub_ps(t, per_unit, _mm512_sub_ps(rounded, magic));
   const __m512i k = _mm512_castps_si512(rounded);
   __m512 p = _mm512_permutex2var_ps(c.low[5], k, c.high[5]);
   p = _mm512_fmadd_ps(p, r, _mm512_permutex2var_ps(c.low[4], k, c.high[4]));
@@ -82,6 +81,14 @@ FASTASR_INLINE __m512 softplus_tail(const Registers& c, __m512 z) {
   p = _mm512_fmadd_ps(p, r, _mm512_permutex2var_ps(c.low[2], k, c.high[2]));
   p = _mm512_fmadd_ps(p, r, _mm512_permutex2var_ps(c.low[1], k, c.high[1]));
   return _mm512_fmadd_ps(p, r, _mm512_permutex2var_ps(c.low[0], k, c.high[0]));
+}
+
+// Returns log(1 + e^(x - shift)) - 0.08 x - offset. Near 0 the offset cancels the logarithm: it is subtracted first,
+// which is exact there.
+FASTASR_INLINE __m512 swoosh(const Registers& c, __m512 x, float shift, float offset) {
+  const __m512 z = _mm512_sub_ps(x, _mm512_set1_ps(shift));
+  const __m512 tail = _mm512_sub_ps(softplus_tail(c, z), _mm512_set1_ps(offset));
+  return _mm512_add_ps(_mm512_max_ps(z, _mm512_setzero_ps()), _mm512_fmadd_ps(x, _mm512_set1_ps(-0.08f), tail));
 }
 
 // Returns the mask of the lanes that exist where n elements are left.
