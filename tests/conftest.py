@@ -31,7 +31,10 @@ def pytest_configure(config):
     if path := os.environ.get("FASTASR_LEDGER"):
         from ledger import Ledger
 
-        config.pluginmanager.register(Ledger(path))
+        ledger = Ledger(config, path)
+        config.pluginmanager.register(ledger, "ledger")
+        if not hasattr(config, "workerinput"):
+            print(f"of {len(ledger.done)} files whose tests have passed, {len(ledger.skipped)} are skipped")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

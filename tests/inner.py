@@ -11,10 +11,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def interpreted(request, *arguments: str, timeout: float = 1200, **environment: str) -> None:
-    """Runs tests with Triton's interpreter, chosen by this session's -m and -k as well. All of them must pass."""
+    """Runs tests with Triton's interpreter, chosen by this session's -m and -k as well. All of them must pass. The
+    session is not started if the ledger would skip every file."""
+    environment = {"TRITON_INTERPRET": "1", **environment}
+    paths = [path for path in map(Path, arguments) if path.exists()]
+    files = [file for path in paths for file in (path.glob("test_*.py") if path.is_dir() else [path])]
+    ledger = request.config.pluginmanager.get_plugin("ledger")
+    if ledger and ledger.has_nothing_in(*files, **environment):
+        return
     command = [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", *arguments]
     command += ["-m", request.config.option.markexpr, "-k", request.config.option.keyword]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     if run.returncode == 5:  # nothing was chosen
         return

@@ -3,8 +3,9 @@
 
 A test's key is the hash of its name, of every file that it needs (scripts/sources.py), of the installed packages, the
 processor and the settings. A file of tests that starts processes or reads files needs the whole tree, unless it says
-``pytestmark = pytest.mark.needs("docs", ...)``; tests marked ``inner`` or ``always`` are never skipped. Of what would
-be skipped a tenth runs all the same, drawn by the run's seed (of tests of more than half a second fewer).
+``pytestmark = pytest.mark.needs("docs", ...)``; tests marked ``inner`` or ``always`` are never skipped. A file of which
+every test has passed with what it needs is not even imported. Of what would be skipped a tenth runs all the same, drawn
+by the run's seed (of tests of more than half a second fewer): a third of such files, and in them three tenths.
 
 FASTASR_LEDGER   the file of passed tests; without it nothing is skipped or kept
 CI_FULL=1        skips nothing
@@ -29,6 +30,7 @@ from sources import ROOT
 
 TREE = ("fastasr", "kernels", "benchmarks", "csrc", "docs", "examples", "scripts", "tests")
 BUILD = ("CMakeLists.txt", "setup.py", "pyproject.toml")  # every test needs them
+OF_A_RUN = ("FASTASR_LEDGER", "FASTASR_CACHE", "FASTASR_GEMM")
 LOOKS_ELSEWHERE = {"subprocess", "__file__", "ROOT"}
 KERNELS = ROOT / "kernels"
 INTERPRETER = "tests/kernels/interpreter"  # how kernels are interpreted
@@ -40,13 +42,15 @@ def content(path: Path) -> bytes:
 
 
 @cache
-def settings() -> str:
+def settings(**environment: str) -> str:
     """Returns what beside the files decides results: packages, processor, settings."""
     cpu = Path("/proc/cpuinfo")
     flags = re.findall(r"^flags.*|^Features.*", cpu.read_text(), re.MULTILINE)[:1] if cpu.exists() else []
-    packages = sorted(f"{d.name} {d.version}" for d in metadata.distributions())
+    packages = sorted({f"{d.name} {d.version}" for d in metadata.distributions()})
     named = sorted(
-        f"{k}={v}" for k, v in os.environ.items() if k.startswith(("FASTASR_S", "FASTASR_T", "TRITON_"))
+        f"{k}={v}"
+        for k, v in (os.environ | environment).items()
+        if k.startswith(("FASTASR_", "TRITON_")) and not k.startswith(OF_A_RUN)
     )
     return "\n".join([platform.python_version(), platform.machine(), *flags, *packages, *named])
 
@@ -72,11 +76,17 @@ def files(path: Path, test: str, ops: tuple[str, ...], folders: tuple[str, ...])
 
 
 @cache
-def state(needed: frozenset[Path]) -> str:
-    found = hashlib.sha256(settings().encode())
+def state(needed: frozenset[Path], **environment: str) -> str:
+    found = hashlib.sha256(settings(**environment).encode())
     for path in sorted(needed):
         found.update(str(path.relative_to(ROOT)).encode() + content(path))
     return found.hexdigest()
+
+
+@cache
+def listing() -> str:
+    """Returns a hash of the names of the project's files: a new file may bring new tests to others."""
+    return hashlib.sha256("\n".join(sorted(map(str, tree(*TREE)))).encode()).hexdigest()
 
 
 def key(item: pytest.Item) -> str:
@@ -123,42 +133,95 @@ def concerns(item: pytest.Item, op: str) -> bool:
     )
 
 
+def runs_always(item: pytest.Item) -> bool:
+    return any(map(item.get_closest_marker, ("always", "inner")))
+
+
+def other_half(name: str) -> str:
+    """Returns a test's name with bfloat16 for float16, or the reverse: of some pairs each run has one, by its seed."""
+    return re.sub("b?float16", lambda m: "float16" if m[0][0] == "b" else "bfloat16", name)
+
+
 class Ledger:
-    def __init__(self, path: str) -> None:
+    def __init__(self, config: pytest.Config, path: str) -> None:
         self.keys: dict[str, str] = {}
+        self.known: dict[str, float] = {}
         self.failed: set[str] = set()
         self.seconds: dict[str, float] = defaultdict(float)
         self.passed: set[str] = set()
+        self.collected: dict[Path, list[pytest.Item]] = defaultdict(list)
         # Processes of one session must find the same tests: what is written after the first has begun does not count.
         self.began = float(os.environ.setdefault("FASTASR_LEDGER_BEGAN", str(time.time())))
-        self.seed = os.environ["SEED"]
+        self.seed, self.op = os.environ["SEED"], os.environ.get("OP")
+        self.chosen = config.option.markexpr
+        self.whole = not (self.op or config.option.keyword or any("::" in name for name in config.args))
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.base = sqlite3.connect(path, timeout=60, isolation_level=None)
         self.base.execute(
             "CREATE TABLE IF NOT EXISTS passed (key TEXT PRIMARY KEY, name TEXT, at REAL, seconds REAL)"
         )
+        self.base.execute(
+            "CREATE TABLE IF NOT EXISTS files (name TEXT, listing TEXT, state TEXT, needed TEXT, at REAL, "
+            "PRIMARY KEY (name, state))"
+        )
+        self.done, self.skipped = self.files()
+
+    def name(self, path: Path) -> str:
+        return f"{path.relative_to(ROOT)} -m {self.chosen!r}"
+
+    def files(self, **environment: str) -> tuple[set[str], set[str]]:
+        """Returns the files of which every test has passed with what it needs, and those of them not drawn to run."""
+        if self.op or os.environ.get("CI_FULL") == "1":
+            return set(), set()
+        rows = self.base.execute(
+            "SELECT name, state, needed FROM files WHERE at < ? AND listing = ? ORDER BY at DESC LIMIT 500",
+            [self.began, listing()],
+        )
+        done = {
+            name
+            for name, known, needed in rows
+            if state(frozenset(ROOT / n for n in needed.split("\n")), **environment) == known
+        }
+        # a session of its own is drawn as a whole, since its start costs most
+        unit = {name: INTERPRETER if name.startswith(INTERPRETER) else name for name in done}
+        return done, {name for name in done if zlib.crc32(f"{unit[name]} {self.seed}".encode()) % 3}
+
+    def has_nothing_in(self, *paths: Path, **environment: str) -> bool:
+        """Says whether a session of these files in this environment would skip all of them."""
+        return {self.name(path) for path in paths} <= self.files(**environment)[1]
+
+    def pytest_ignore_collect(self, collection_path):
+        return True if self.name(collection_path) in self.skipped else None
 
     def skips(self, item: pytest.Item, known: dict[str, float]) -> bool:
-        if any(map(item.get_closest_marker, ("always", "inner"))) or self.keys[item.nodeid] not in known:
+        if runs_always(item) or self.keys[item.nodeid] not in known:
             return False
-        seconds = known[self.keys[item.nodeid]]
-        return zlib.crc32(f"{item.nodeid} {self.seed}".encode()) % 1000 >= 100 * min(
-            1.0, 0.5 / max(seconds, 0.1)
+        share = 300 if self.name(item.path) in self.done else 100
+        return zlib.crc32(f"{item.nodeid} {self.seed}".encode()) % 1000 >= share * min(
+            1.0, 0.5 / max(known[self.keys[item.nodeid]], 0.1)
         )
 
-    @pytest.hookimpl(trylast=True)
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_collection_modifyitems(self, config, items):
-        self.keys = {item.nodeid: key(item) for item in items}
+        every = list(items)
+        yield
+        self.keys = {item.nodeid: key(item) for item in every}
+        chosen = {item.nodeid for item in items}
+        for item in every:
+            if item.nodeid in chosen or other_half(item.nodeid) in chosen:
+                self.collected[item.path].append(item)
         rows = self.base.execute(
             "SELECT key, name, seconds FROM passed WHERE at < ? ORDER BY at", [self.began]
         ).fetchall()
-        known, last = {k: s for k, _, s in rows}, {n: s for _, n, s in rows}
-        op, left, kept = os.environ.get("OP"), [], []
-        if op and op not in sources.ops():
-            raise pytest.UsageError(f"OP: expected one of {', '.join(sorted(sources.ops()))}, got {op}")
+        self.known, last = {k: s for k, _, s in rows}, {n: s for _, n, s in rows}
+        left, kept = [], []
+        if self.op and self.op not in sources.ops():
+            raise pytest.UsageError(f"OP: expected one of {', '.join(sorted(sources.ops()))}, got {self.op}")
         for item in items:
             skip = (
-                not concerns(item, op) if op else os.environ.get("CI_FULL") != "1" and self.skips(item, known)
+                not concerns(item, self.op)
+                if self.op
+                else os.environ.get("CI_FULL") != "1" and self.skips(item, self.known)
             )
             (left if skip else kept).append(item)
         config.hook.pytest_deselected(items=left)
@@ -175,9 +238,17 @@ class Ledger:
             self.failed.add(report.nodeid)
 
     def pytest_sessionfinish(self):
-        rows = [
-            (self.keys[n], n, time.time(), self.seconds[n])
-            for n in self.passed - self.failed
-            if n in self.keys
-        ]
+        keys = {n: self.keys[n] for n in self.passed - self.failed if n in self.keys}
+        rows = [(k, n, time.time(), self.seconds[n]) for n, k in keys.items()]
         self.base.executemany("INSERT OR REPLACE INTO passed VALUES (?, ?, ?, ?)", rows)
+        forgotten = {n: self.keys[n] for n in self.failed if n in self.keys}
+        self.base.executemany("DELETE FROM passed WHERE key = ?", [[k] for k in forgotten.values()])
+        passed = {*keys.values(), *self.known} - {*forgotten.values()}
+        for path, items in self.collected.items():
+            if any(item.nodeid in self.failed for item in items):
+                self.base.execute("DELETE FROM files WHERE name = ?", [self.name(path)])
+            elif self.whole and all(self.keys[i.nodeid] in passed and not runs_always(i) for i in items):
+                union = frozenset().union(*{needed(item) for item in items})
+                names = "\n".join(sorted(str(p.relative_to(ROOT)) for p in union))
+                row = (self.name(path), listing(), state(union), names, time.time())
+                self.base.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", row)
