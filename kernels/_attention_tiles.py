@@ -39,7 +39,7 @@ def products(total, A, a, a_stride, keep_a, B, b, b_stride, keep_b, width, BLOCK
         c = first + tl.arange(0, BLOCK)
         left = load_rows(A, a, a_stride, c, keep_a, width, BIAS)  # [a, BLOCK]
         right = load_rows(B, b, b_stride, c, keep_b, width)  # [b, BLOCK]
-        total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
+        total = tl.dot(left, tl.trans(right), total)
     return total
 
 

@@ -14,6 +14,10 @@ from fastasr.kernels import Unlaunchable
 # By all that selects the code: the kernel, what Triton compiled of it, and the constants behind the arguments.
 _compiled: dict[tuple, tuple] = {}
 
+# The one precision that ``tl.dot`` may take for operands of float32: their own, or that of TF32.
+PRECISE = {"allowed_dot_input_precisions": ("ieee",)}
+ROUNDED = {"allowed_dot_input_precisions": ("tf32",)}
+
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
     """Runs ``grid`` programs of a kernel on the device of the tensors among ``arguments``, on its current stream.
@@ -23,8 +27,8 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
     device; the others run what it compiled. Raises ValueError for tensors on several devices, and Unlaunchable where
     the device lacks the memory or registers for a program, or the kernel does not compile for it.
     """
-    if not isinstance(kernel, JITFunction):  # the interpreter's
-        kernel[grid](*arguments, **constants)
+    if not isinstance(kernel, JITFunction):
+        _interpret(kernel, grid, arguments, **constants)
         return
     device, values = None, []
     key = [id(kernel), tuple(constants), *constants.values()]
@@ -54,7 +58,7 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
             launch(kernel, grid, *arguments, **constants)
     elif key not in _compiled:
         try:
-            compiled = kernel[grid](*arguments, **constants)
+            compiled = kernel[grid](*arguments, **PRECISE | constants)
         except TritonError as error:
             raise Unlaunchable(f"{kernel.__name__}: {error}") from error
         rest = [constants[name] for name in kernel.arg_names[len(arguments) :]]
@@ -62,6 +66,30 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
     else:
         _, compiled, rest = _compiled[key]
         compiled[(*grid, 1, 1)](*values, *rest, stream=active.get_current_stream(device))
+
+
+def generation(t: torch.Tensor) -> int:
+    """Returns the compute capability that tile tables are for, as 80, 90, 100 or 120, nearest to the tensor's device.
+    Tensor cores read 16-bit operands from registers on 80 and 120, from shared memory on 90 and 100.
+    """
+    major = torch.cuda.get_device_capability(t.device)[0] if t.get_device() >= 0 else 8
+    return 10 * major if major in (9, 10, 12) else 80
+
+
+def dot_options(dtype: torch.dtype) -> dict[str, tuple[str]]:
+    """Returns Triton's options for a kernel with products of this dtype: float32 operands are rounded to TF32 where
+    torch's own products may be (``torch.backends.cuda.matmul.fp32_precision``, ``allow_tf32``).
+    """
+    tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return ROUNDED if tf32 else PRECISE
+
+
+def _interpret(kernel, grid, arguments, allowed_dot_input_precisions=("ieee",), **constants) -> None:
+    from triton.runtime import interpreter
+
+    options = interpreter.InterpreterOptions(allowed_dot_input_precisions=allowed_dot_input_precisions)
+    interpreter.interpreter_builder.options = options
+    kernel[grid](*arguments, **constants)
 
 
 def _refuse(kernel, arguments) -> None:

@@ -117,7 +117,7 @@ def query_key(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if DIM <= BLOCK_D:
         key = load_rows(K, j, k_time, tl.arange(0, BLOCK_D), keep_j, DIM)  # [BLOCK_N, BLOCK_D]
-        total = tl.dot(query, tl.trans(key), total, input_precision="ieee")
+        total = tl.dot(query, tl.trans(key), total)
     else:
         total = products(total, Q, i, q_time, keep_i, K, j, k_time, keep_j, DIM, BLOCK_D, BIAS)
     return total

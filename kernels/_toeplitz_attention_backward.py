@@ -54,8 +54,8 @@ def queries_kernel(
         total = total * factor + sums(e, 1, PRECISE)
         rest = rest * factor + sums(slope, 1, PRECISE)
         key = load_rows(KEY, j, WIDTH, c, keep_j, WIDTH)  # [BLOCK_N, BLOCK_D]
-        dquery = tl.dot(slope.to(key.dtype), key, dquery * factor[:, None], input_precision="ieee")
-        mean = tl.dot(e.to(key.dtype), key, mean * factor[:, None], input_precision="ieee")
+        dquery = tl.dot(slope.to(key.dtype), key, dquery * factor[:, None])
+        mean = tl.dot(e.to(key.dtype), key, mean * factor[:, None])
     inverse = tl.div_rn(1.0, total.to(tl.float32))
     rest = rest.to(tl.float32) * inverse
     dquery = (dquery - rest[:, None] * mean) * inverse[:, None]
@@ -135,7 +135,7 @@ def keys_kernel(
         slope = slope - tl.load(REST + i, mask=keep_i, other=0.0)[None, :]
         slope = tl.where(keep_i[None, :], weights * slope, 0.0)  # dS^T
         query = load_rows(QUERY, i, WIDTH, c, keep_i, WIDTH)  # [BLOCK, BLOCK_D]
-        dkey = tl.dot(slope.to(query.dtype), query, dkey, input_precision="ieee")
+        dkey = tl.dot(slope.to(query.dtype), query, dkey)
         rolled = tl.gather(slope, roll, axis=1)
         done = half + sums(tl.where(before, 0.0, rolled), 0, PRECISE)
         half = sums(tl.where(before, rolled, 0.0), 0, PRECISE)
@@ -180,7 +180,7 @@ def values_kernel(
         weights = dropped(weights, DROPOUT, unit, i[None, :], j[:, None], n, size)
         weights = tl.where((i < n)[None, :], weights, 0.0)
         g = load_rows(G, i, V, c, i < n, V)  # [BLOCK, BLOCK_V]
-        dvalue = tl.dot(weights.to(g.dtype), g, dvalue, input_precision="ieee")
+        dvalue = tl.dot(weights.to(g.dtype), g, dvalue)
     if VALUE is not None:
         value = load_rows(VALUE + batch * value_batch + first * value_time, j, value_time, c, keep_j, V)
         _, slope = activate_with_slope(value.to(tl.float32), ACTIVATION, PRECISE)

@@ -34,7 +34,7 @@ import triton.language as tl
 
 from fastasr.kernels import residual_norm
 from fastasr.kernels._activation import TANH, activate_with_slope, sigmoid_pair
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import dot_options, launch
 from fastasr.kernels.residual_norm import _mean
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,7 +89,7 @@ def _product(
             at = k[:, None] * w_column + n[None, :] * w_row
             keep = (k < units)[:, None] & (n >= 0)[None, :]
             w = tl.load(W + at, mask=keep, other=0.0)  # [BLOCK_K, BLOCK_N]
-            total = tl.dot(x, w, total, input_precision="ieee")
+            total = tl.dot(x, w, total)
         keep = (b < batch)[:, None] & (n >= 0)[None, :]
         tl.store(OUT + b[:, None] * out_row + n[None, :], total, mask=keep)
 
@@ -376,6 +376,7 @@ def shapes(units: int, batch: int, programs: int, dtype: torch.dtype) -> dict[st
         "maxnreg": min(
             255, 2048 // warps
         ),  # without this limit the assembler spills to let more programs run at once
+        **dot_options(dtype),
     }
 
 

@@ -32,7 +32,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import dot_options, launch
 from fastasr.kernels._rel_position_tiles import head_block, masked, place, query_key
 from fastasr.kernels._relative_shift import by_key, by_offset, merged, moved
 from fastasr.kernels.toeplitz_attention import _hopper
@@ -106,7 +106,7 @@ def _scores(
     keep_j = j < frames
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if DIM <= BLOCK_D:
-        scores = tl.dot(rows, tl.trans(key), scores, input_precision="ieee")
+        scores = tl.dot(rows, tl.trans(key), scores)
     else:
         scores = products(scores, Q, i, q_time, keep_i, K, j, q_time, keep_j, DIM, BLOCK_D, U)
     scores = (scores + by_key(first, second, third, BLOCK_M, BLOCK_N)) * scale
@@ -158,7 +158,7 @@ def forward_kernel(
         maximum, factor, e = running(maximum, scores, PRECISE)
         total = total * factor + sums(e, 1, PRECISE)
         value = load_rows(tensors[2], j, v_time, c, j < frames, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
-        y = tl.dot(e.to(value.dtype), value, y * factor[:, None], input_precision="ieee")
+        y = tl.dot(e.to(value.dtype), value, y * factor[:, None])
     total = total.to(tl.float32)
     none = total == 0.0
     y = y * tl.div_rn(1.0, tl.where(none, 1.0, total))[:, None]
@@ -285,7 +285,7 @@ def queries_kernel(
         w = exp_nonpositive(scores - lse[:, None], PRECISE) * inverse[:, None]
         ds = w * (slope - delta[:, None])
         narrow = ds.to(key.dtype)
-        dq = tl.dot(narrow, key, dq, input_precision="ieee")
+        dq = tl.dot(narrow, key, dq)
         after = by_offset(narrow, BLOCK)
         tl.store(DS + j[None, :], merged(after, before, before, BLOCK, BLOCK), mask=all_lanes & once)
         before = after
@@ -322,7 +322,7 @@ def offsets_kernel(
         ds = tl.load(DS + (start + lanes)[None, :])  # [BLOCK, BLOCK]
         r = base + start + lanes
         pos = load_rows(POS, r, q_time, d, (r >= 0) & (r < 2 * frames - 1), DIM)  # [BLOCK, BLOCK_D]
-        dq = tl.dot(ds, pos, dq, input_precision="ieee")
+        dq = tl.dot(ds, pos, dq)
     dq *= scale
     part = sequence * all_blocks + first_block + block
     tl.store(PARTS + (part * heads + head) * DIM + d, sums(dq, 0, PRECISE), mask=d < DIM)
@@ -375,8 +375,8 @@ def keys_kernel(
             content = load_rows(tensors[0], i, q_time, d, keep_i, DIM, tensors[4])
         if VALUE_DIM > BLOCK_V:
             g = load_rows(G, i, v_time, c, keep_i, VALUE_DIM)
-        dk = tl.dot(tl.trans(ds.to(content.dtype)), content, dk, input_precision="ieee")
-        dv = tl.dot(tl.trans(w.to(g.dtype)), g, dv, input_precision="ieee")
+        dk = tl.dot(tl.trans(ds.to(content.dtype)), content, dk)
+        dv = tl.dot(tl.trans(w.to(g.dtype)), g, dv)
     out = DK + sequence * q_batch + head * DIM + j.to(tl.int64)[:, None] * q_time + d[None, :]
     tl.store(out, (dk * scale).to(DK.dtype.element_ty), mask=keep_j[:, None] & (d < DIM)[None, :])
     out = DV + sequence * v_batch + head * VALUE_DIM + j.to(tl.int64)[:, None] * v_time + c[None, :]
@@ -406,7 +406,7 @@ def positions_kernel(
         rows = ((block - first_block) * BLOCK + lanes).to(tl.int64) * ds_row
         ds = tl.load(DS + rows[:, None] + ((t + block + 1) * BLOCK + lanes)[None, :])  # [BLOCK, BLOCK]
         p = load_rows(Q, i, q_time, d, i < frames, DIM, W)  # [BLOCK, BLOCK_D]
-        dr = tl.dot(tl.trans(ds), p, dr, input_precision="ieee")
+        dr = tl.dot(tl.trans(ds), p, dr)
     r = frames + t * BLOCK + lanes
     offsets = 2 * frames - 1
     out = PARTS + (sequence * offsets + r)[:, None] * (heads * DIM) + head * DIM + d[None, :]
@@ -438,12 +438,12 @@ def tiles(dim: int, value_dim: int, dtype: torch.dtype, hopper: bool, hiding: bo
     """Returns tile shapes, warps and stages by kernel; ``hiding`` says whether there is a mask of pairs.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
-    cores, in full precision, and need small tiles.
+    cores unless TF32 is allowed, and need small tiles.
     """
     wide = dtype == torch.float32
     block = 16 if wide else 32
     columns = min(32 if wide else 128, max(16, triton.next_power_of_2(value_dim)))
-    common = {"BLOCK_D": head_block(dim, dtype), "num_warps": 4}
+    common = {"BLOCK_D": head_block(dim, dtype), "num_warps": 4} | dot_options(dtype)
     rows = 64 if hopper and not wide and not hiding else block
     square = common | {"BLOCK": block, "BLOCK_V": columns, "num_stages": 2}
     many = {"num_warps": 8} if wide or dim > common["BLOCK_D"] else {}

@@ -29,7 +29,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import TANH, activate_with_slope, exp_nonpositive, sigmoid_pair
 from fastasr.kernels._attention_tiles import NONE, products, running, sums
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import dot_options, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_BYTES = 64 << 20
@@ -255,7 +255,7 @@ def tiles(d: int, dtype: torch.dtype) -> dict[str, int]:
     wide = dtype == torch.float32
     block_k = min(16 if wide else 64, max(16, triton.next_power_of_2(d)))
     blocks = {"BLOCK_M": 64, "BLOCK_N": 32} if wide else {"BLOCK_M": 128, "BLOCK_N": 128}
-    return blocks | {"BLOCK_K": block_k, "num_warps": 8, "num_stages": 2 if wide else 3}
+    return blocks | {"BLOCK_K": block_k, "num_warps": 8, "num_stages": 2 if wide else 3} | dot_options(dtype)
 
 
 class _Plan:

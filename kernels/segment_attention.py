@@ -25,7 +25,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import dot_options, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MEMORY, RIGHT, FRAME = (tl.constexpr(number) for number in range(3))  # kinds of keys
@@ -183,7 +183,7 @@ def products_of(
     """Returns [queries, keys]; ``query`` and ``key`` hold the rows if they fit a block."""
     total = tl.zeros([query.shape[0], key.shape[0]], tl.float32)
     if DIM <= BLOCK_D:
-        total = tl.dot(query, tl.trans(key), total, input_precision="ieee")
+        total = tl.dot(query, tl.trans(key), total)
     else:
         total = products(total, Q, i, q_time, keep_i, K, j, k_time, keep_j, DIM, BLOCK_D)
     return total
@@ -230,7 +230,7 @@ def forward_kernel(
             DROPOUT, pair, i[:, None], s[:, None], kind[None, :], x[None, :], seen, mask_sizes, sizes
         )
         value = load_rows(V, j, v_time, c, keep_j, DIM)  # [BLOCK_N, BLOCK_D]
-        y = tl.dot(e.to(value.dtype), value, y * factor[:, None], input_precision="ieee")
+        y = tl.dot(e.to(value.dtype), value, y * factor[:, None])
     any_seen = sees_any(s, u, summary, keep_i, bounds, sizes, HAS_MEMORY)
     y = y * tl.where(any_seen, tl.div_rn(1.0, total.to(tl.float32)), 0.0)[:, None]
     out = Y + pair * DIM + i.to(tl.int64)[:, None] * y_time + c[None, :]
@@ -323,7 +323,7 @@ def queries_kernel(
         )  # fmt: skip
         weights = exp_nonpositive(scores - maximum[:, None], PRECISE) * inverse[:, None]
         ds = weights * (slopes - delta[:, None])
-        dq = tl.dot(ds.to(key.dtype), key, dq, input_precision="ieee")
+        dq = tl.dot(ds.to(key.dtype), key, dq)
     out = DQ + pair * DIM + i.to(tl.int64)[:, None] * y_time + c[None, :]
     tl.store(out, (dq * scale).to(DQ.dtype.element_ty), mask=keep_i[:, None] & (c < DIM)[None, :])
 
@@ -393,8 +393,8 @@ def keys_kernel(
         weights = weights * factors
         # one chain of float32 would have an error 40 % above eager's, which adds sums of segments
         if PRECISE:
-            dv += tl.dot(tl.trans(weights), g, input_precision="ieee").to(tl.float64)
-            dk += tl.dot(tl.trans(ds), query, input_precision="ieee").to(tl.float64)
+            dv += tl.dot(tl.trans(weights), g).to(tl.float64)
+            dk += tl.dot(tl.trans(ds), query).to(tl.float64)
         else:
             dv = tl.dot(tl.trans(weights.to(g.dtype)), g, dv)
             dk = tl.dot(tl.trans(ds.to(query.dtype)), query, dk)
@@ -409,12 +409,13 @@ def tiles(dim: int, dtype: torch.dtype, lanes: int, dropout: bool) -> dict[str, 
     """Returns tile shapes, warps and stages by kernel; ``lanes`` counts those of all segments.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
-    cores, in full precision, and need small tiles. A step of a stream is one block of 32 rows per head.
+    cores unless TF32 is allowed, and need small tiles. A step of a stream is one block of 32 rows per head.
     """
     wide = dtype == torch.float32
     block_d = min(64 if wide else 128, max(16, triton.next_power_of_2(dim)))
     warps = 8 if wide or block_d > 64 else 4
     common = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 2}
+    common |= dot_options(dtype)
     if wide:
         half = common | {"BLOCK_M": 16}
         return {"forward": common, "queries": half if dropout else common, "keys": half | {"num_stages": 1}}

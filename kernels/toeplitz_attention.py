@@ -35,7 +35,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._attention_tiles import NONE, biased, dropped, load_rows, products, running, span, sums
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import dot_options, launch
 from fastasr.kernels._toeplitz_attention_backward import (
     add_diagonals_kernel,
     add_parts_kernel,
@@ -148,7 +148,7 @@ def forward_kernel(
         scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if WIDTH == BLOCK_D:
             key = load_rows(KEY, j, WIDTH, tl.arange(0, BLOCK_D), keep_j, WIDTH)  # [BLOCK_N, WIDTH]
-            scores = tl.dot(query, tl.trans(key), scores, input_precision="ieee")
+            scores = tl.dot(query, tl.trans(key), scores)
         else:
             scores = products(scores, QUERY, i, WIDTH, keep_i, KEY, j, WIDTH, keep_j, WIDTH, BLOCK_D)
         scores = biased(scores, scale, BIAS, HIDDEN, i[:, None], j[None, :], n, CAUSAL)
@@ -158,7 +158,7 @@ def forward_kernel(
         if HIDDEN is not None:  # a hidden frame's value does not matter
             keep_j = keep_j & (tl.load(HIDDEN + j, mask=keep_j, other=1) == 0)
         value = load_rows(VALUE, j, value_time, c, keep_j, V)  # [BLOCK_N, BLOCK_V]
-        mixed = tl.dot(e.to(value.dtype), value, mixed * factor[:, None], input_precision="ieee")
+        mixed = tl.dot(e.to(value.dtype), value, mixed * factor[:, None])
     mixed = mixed * tl.div_rn(1.0, total.to(tl.float32))[:, None]
     gate = load_rows(GATE + batch * gate_batch + first * gate_time, i, gate_time, c, keep_i, V).to(tl.float32)
     act, _ = activate_with_slope(gate, ACTIVATION, PRECISE)
@@ -211,6 +211,7 @@ def tiles(
     block_d = min(32 if wide else 128, max(16, triton.next_power_of_2(d)))
     columns = max(16, triton.next_power_of_2(v))
     own = {"BLOCK_D": block_d, "BLOCK_V": min(64 if wide else 128, columns), "num_warps": 8, "num_stages": 2}
+    own |= dot_options(dtype)
     inner = own | {"BLOCK_V": min(32 if wide else 64, columns)}
     short = dropout and wide
     shapes = {

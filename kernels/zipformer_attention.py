@@ -26,7 +26,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import dot_options, launch
 from fastasr.kernels._rel_position_tiles import (
     ALONE,
     head_block,
@@ -75,7 +75,7 @@ def _weighted(
         maximum, factor, e = running(maximum, scores, PRECISE)
         total = total * factor + sums(e, 1, PRECISE)
         value = load_rows(V, j, v_time, c, j < keys, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
-        y = tl.dot(e.to(value.dtype), value, y * factor[:, None], input_precision="ieee")
+        y = tl.dot(e.to(value.dtype), value, y * factor[:, None])
     return maximum, total, y
 
 
@@ -140,7 +140,7 @@ def slopes_of(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if VALUE_DIM <= BLOCK_V:
         value = load_rows(V, j, v_time, tl.arange(0, BLOCK_V), keep_j, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
-        total = tl.dot(g, tl.trans(value), total, input_precision="ieee")
+        total = tl.dot(g, tl.trans(value), total)
     else:
         total = products(total, G, i, v_time, keep_i, V, j, v_time, keep_j, VALUE_DIM, BLOCK_V)
     return total
@@ -252,7 +252,7 @@ def queries_kernel(
         )  # fmt: skip
         key = load_rows(K, j, k_time, d, keep_j, DIM)  # [BLOCK_N, BLOCK_D]
         narrow = ds.to(key.dtype)
-        dq = tl.dot(narrow, key, dq, input_precision="ieee")
+        dq = tl.dot(narrow, key, dq)
         if POS_DIM > 0:
             at = (frames - 1 - tl.minimum(i, frames - 1))[:, None] + tl.minimum(j, keys - 1)[None, :]
             dp = add_positions(dp, ds, R, at, offsets, BLOCK_M, BLOCK_P, POS_DIM, PACKED, X.dtype.element_ty)
@@ -335,8 +335,8 @@ def keys_kernel(
                 query = load_rows(Q, i, x_time, d, keep_i, DIM)
             if VALUE_DIM > BLOCK_V:
                 g = load_rows(G, i, v_time, c, keep_i, VALUE_DIM)
-            dk = tl.dot(tl.trans(ds.to(query.dtype)), query, dk, input_precision="ieee")
-            dv = tl.dot(tl.trans(w.to(g.dtype)), g, dv, input_precision="ieee")
+            dk = tl.dot(tl.trans(ds.to(query.dtype)), query, dk)
+            dv = tl.dot(tl.trans(w.to(g.dtype)), g, dv)
     out = DK + sequence * k_batch + head * DIM + j.to(tl.int64)[:, None] * k_time + d[None, :]
     tl.store(out, dk.to(DK.dtype.element_ty), mask=keep_j[:, None] & (d < DIM)[None, :])
     out = DV + sequence * v_batch + head * VALUE_DIM + j.to(tl.int64)[:, None] * v_time + c[None, :]
@@ -351,13 +351,14 @@ def tiles(
     pairs.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
-    cores, in full precision, and need small tiles.
+    cores unless TF32 is allowed, and need small tiles.
     """
     wide = dtype == torch.float32
     block_p = max(16, triton.next_power_of_2(max(1, pos_dim)))
     rows = 16 if wide else 64
     block_d = head_block(dim, dtype)
     common = {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_D": block_d, "num_warps": 8, "num_stages": 2}
+    common |= dot_options(dtype)
     if dim > block_d or (not wide and pos_dim not in (0, 4)):  # loops over channels inside the tile
         common["BLOCK_N"] = 32
     narrow = {"BLOCK_N": 32} if hiding and not wide else {}
@@ -367,7 +368,7 @@ def tiles(
         "forward": common | narrow | {"BLOCK_V": min(32 if wide else 128, columns)},
         "queries": inner | {"BLOCK_P": block_p, "BLOCK_N": 32},
         "keys": inner,
-        "positions": {
+        "positions": dot_options(dtype) | {
             "BLOCK_O": 64, "BLOCK_M": 32 if wide else 64, "BLOCK_P": block_p, "num_warps": 4, "num_stages": 3
         },
     }  # fmt: skip

@@ -27,7 +27,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, running, sums
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import dot_options, launch
 from fastasr.kernels._rel_position_tiles import (
     ALONE,
     head_block,
@@ -277,7 +277,7 @@ def queries_kernel(
             ds += tl.where(rows & keep_j[None, :], large, 0.0)
         key = load_rows(K, j, k_time, d, keep_j, DIM)  # [BLOCK_N, BLOCK_D]
         narrow = ds.to(key.dtype)
-        dq = tl.dot(narrow, key, dq, input_precision="ieee")
+        dq = tl.dot(narrow, key, dq)
         if POS_DIM > 0:
             dp = add_positions(dp, ds, R, at, offsets, BLOCK_M, BLOCK_P, POS_DIM, PACKED, X.dtype.element_ty)
         tl.store(DS + j[None, :], narrow, mask=rows & (j < ds_row)[None, :] & once)
@@ -316,7 +316,7 @@ def keys_kernel(
         keep_i = i < frames
         ds = load_rows(DS, i, ds_row, j, keep_i, ds_row)  # [BLOCK_M, BLOCK_N]
         query = load_rows(X, i, x_time, d, keep_i, DIM)  # [BLOCK_M, BLOCK_D]
-        dk = tl.dot(tl.trans(ds), query, dk, input_precision="ieee")
+        dk = tl.dot(tl.trans(ds), query, dk)
     out = DK + sequence * k_batch + head * DIM + j.to(tl.int64)[:, None] * k_time + d[None, :]
     tl.store(out, dk.to(DK.dtype.element_ty), mask=(j < keys)[:, None] & (d < DIM)[None, :])
 
@@ -356,7 +356,7 @@ def positions_kernel(
         inside = (j >= 0) & (j < keys) & keep_i[None, :]
         ds = tl.load(DS + i.to(tl.int64)[None, :] * ds_row + j, mask=inside, other=0.0)
         p = load_rows(X, i, x_time, c, keep_i, POS_DIM)  # [BLOCK_M, BLOCK_P]
-        dr = tl.dot(ds, p, dr, input_precision="ieee")
+        dr = tl.dot(ds, p, dr)
     out = PARTS + sequence * offsets * heads * POS_DIM + r.to(tl.int64)[:, None] * (heads * POS_DIM)
     out += head * POS_DIM + c[None, :]
     whole = (r < offsets)[:, None] & (c < POS_DIM)[None, :]
@@ -384,7 +384,7 @@ def tiles(
     pairs.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
-    cores, in full precision, and need small tiles.
+    cores unless TF32 is allowed, and need small tiles.
     """
     wide = dtype == torch.float32
     block_d, block_p = head_block(dim, dtype), max(16, triton.next_power_of_2(max(1, pos_dim)))
@@ -395,12 +395,13 @@ def tiles(
         forward = {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 4 if block_n <= 256 else 8, "WHOLE": True}
     queries = {"BLOCK_M": rows, "BLOCK_N": 32 if penalty and not wide else 64, "num_warps": 8}
     inner = {"BLOCK_M": 32 if wide else 64, "num_warps": 4, "num_stages": 3}
-    return {
+    shapes = {
         "forward": forward | {"BLOCK_D": block_d, "num_stages": 2},
         "queries": queries | {"BLOCK_D": block_d, "BLOCK_P": block_p, "num_stages": 2},
         "keys": inner | {"BLOCK_N": 64, "BLOCK_D": block_d},
         "positions": inner | {"BLOCK_O": 64, "BLOCK_P": block_p},
     }
+    return {name: shape | dot_options(dtype) for name, shape in shapes.items()}
 
 
 def _bytes(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -42,6 +42,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
+from fastasr.kernels._launch import PRECISE
+
 BUDGETS = Path(__file__).with_name("budgets.toml")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MEASURES = ("registers", "spills", "shared", "wide", "narrow", "instructions")
@@ -77,6 +79,7 @@ def _source(configuration: Configuration) -> tuple[ASTSource, dict]:
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in sorted(aligned)},
     )
     options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
+    options |= {name: value for name, value in configuration.constants.items() if name in PRECISE}
     return source, options | {"maxnreg": configuration.most_registers}
 
 
@@ -91,7 +94,7 @@ def fingerprint(configuration: Configuration, architecture: int) -> str:
 def compiled(configuration: Configuration, architecture: int):
     """Compiles the kernel for ``sm_<architecture>``."""
     source, options = _source(configuration)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=PRECISE | options)
 
 
 def _resource_usage(cubin: bytes) -> str:

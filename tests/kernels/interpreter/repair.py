@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes Triton's interpreter round as the hardware does: bfloat16 to nearest, ties to even, and ``fma`` once.
+"""Makes Triton's interpreter round as the hardware does: bfloat16 to nearest, ties to even, ``fma`` once, and operands
+of float32 products to TF32 where the kernel allows it.
 
 The stock interpreter rounds the product and the sum of an ``fma`` separately; it truncates float32 to
 bfloat16, or rounds ties away from zero without carrying into the exponent, and multiplies raw 16-bit patterns
@@ -10,6 +11,7 @@ from functools import cache
 
 import numpy as np
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 
@@ -44,6 +46,17 @@ def fma_dot(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
     return total.astype(np.float32)
 
 
+PRECISIONS = set()  # of all products so far
+
+
+def truncated(operand):
+    """Drops the 13 bits of float32 that a product in TF32 does not read."""
+    if operand.dtype.scalar != tl.float32:
+        return operand
+    bits = operand.data.astype(np.float32).view(np.uint32) & np.uint32(0xFFFFE000)
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+
 def _repair(builder: type) -> None:
     stock_cast, stock_convert, stock_dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
     stock_fma = builder.create_fma
@@ -64,12 +77,15 @@ def _repair(builder: type) -> None:
         converted = conversion(source, target)
         return stock_convert(self, source, target, rounding) if converted is None else converted
 
-    def dot(self, a, b, accumulator, *options):
+    def dot(self, a, b, accumulator, precision, *options):
+        PRECISIONS.add(precision)
+        if precision == ir.INPUT_PRECISION.TF32:
+            a, b = truncated(a), truncated(b)
         kinds = a.dtype.scalar, b.dtype.scalar, accumulator.dtype.scalar
         if IN_ORDER and kinds == (tl.float32,) * 3:
             return interpreter.TensorHandle(fma_dot(a.data, b.data, accumulator.data), tl.float32)
         if tl.bfloat16 not in kinds[:2]:
-            return stock_dot(self, a, b, accumulator, *options)
+            return stock_dot(self, a, b, accumulator, precision, *options)
         product = np.matmul(widen(a.data), widen(b.data))
         return interpreter.TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
 
