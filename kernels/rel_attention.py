@@ -32,10 +32,9 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
-from fastasr.kernels._launch import dot_options, launch
+from fastasr.kernels._launch import dot_options, generation, launch
 from fastasr.kernels._rel_position_tiles import head_block, masked, place, query_key
 from fastasr.kernels._relative_shift import by_key, by_offset, merged, moved
-from fastasr.kernels.toeplitz_attention import _hopper
 from fastasr.kernels.zipformer_attention import PIECE_BYTES, slopes_of
 from fastasr.kernels.zipformer_attention_weights import PARTS, _bytes, _mask_batch, add_parts_kernel
 
@@ -434,26 +433,35 @@ def biases_kernel(PARTS, DU, DW, parts, width, BLOCK_P: tl.constexpr, BLOCK_C: t
 
 
 # --------------------------------------------------------------------------- launchers
-def tiles(dim: int, value_dim: int, dtype: torch.dtype, hopper: bool, hiding: bool) -> dict[str, dict]:
+def tiles(dim: int, value_dim: int, dtype: torch.dtype, generation: int, hiding: bool) -> dict[str, dict]:
     """Returns tile shapes, warps and stages by kernel; ``hiding`` says whether there is a mask of pairs.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
-    cores unless TF32 is allowed, and need small tiles.
+    cores unless TF32 is allowed, and need small tiles. Heads of 65 to 128 channels fit the registers in one block only
+    in the forward kernel with operands in shared memory. Others read blocks of 64; ``queries`` and ``keys`` compute the
+    scores for each.
     """
     wide = dtype == torch.float32
     block = 16 if wide else 32
     columns = min(32 if wide else 128, max(16, triton.next_power_of_2(value_dim)))
     common = {"BLOCK_D": head_block(dim, dtype), "num_warps": 4} | dot_options(dtype)
-    rows = 64 if hopper and not wide and not hiding else block
     square = common | {"BLOCK": block, "BLOCK_V": columns, "num_stages": 2}
-    many = {"num_warps": 8} if wide or dim > common["BLOCK_D"] else {}
-    keys = {"num_stages": 1} if wide else many
+    halves = {"BLOCK_D": 64} if dim > 64 and not wide else {}
+    forward = common | {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_V": columns, "num_stages": 2}
+    if generation in (90, 100) and dim <= 128 and not wide and not hiding:
+        forward["BLOCK_M"] = 64
+    else:
+        forward |= halves
+    if 64 < dim <= 128 and not wide:
+        square = inner = square | halves | {"BLOCK_V": min(64, columns)}
+    else:
+        inner = square | ({"num_warps": 8} if wide or dim > 128 else {})
     products = common | {"BLOCK": 32, "num_stages": 3}  # blocks of dS as ``queries`` stores them
     return {
-        "forward": common | {"BLOCK_M": rows, "BLOCK_N": block, "BLOCK_V": columns, "num_stages": 2},
+        "forward": forward,
         "statistics": square,
-        "queries": square | many | {"BLOCK": 32},
-        "keys": square | keys,
+        "queries": inner | {"BLOCK": 32},
+        "keys": square | {"num_stages": 1} if wide else inner,
         "offsets": products,
         "positions": products,
     }
@@ -491,7 +499,7 @@ def rel_attention_forward(
 
 
 def _tiles(q: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> dict[str, dict]:
-    return tiles(q.shape[3], v.shape[3], q.dtype, _hopper(q), attn_mask is not None)
+    return tiles(q.shape[3], v.shape[3], q.dtype, generation(q), attn_mask is not None)
 
 
 def _strides(q: torch.Tensor, v: torch.Tensor) -> tuple[int, int, int, int]:
@@ -541,7 +549,7 @@ def rel_attention_backward(
     ds = q.new_empty(pairs * min(step, blocks) * block * row)
     parts = torch.zeros(batch, offsets, width, dtype=shares, device=q.device)
     sums_of = torch.empty(2, batch * blocks, width, dtype=shares, device=q.device)
-    columns = triton.cdiv(dim, tile["BLOCK_D"])
+    columns, of_products = (triton.cdiv(dim, shapes[name]["BLOCK_D"]) for name in ("queries", "offsets"))
     for first in range(0, blocks, step):
         count = min(step, blocks - first)
         rows = min(count * block, frames - first * block)
@@ -549,11 +557,11 @@ def rel_attention_backward(
             *operands, content, ds, sums_of[0],
             frames, first * block, rows, batch, count, blocks, heads, *strides, row, scale, **constants, **tile,
         )  # fmt: skip
-        launch(offsets_kernel, (pairs * count, columns),
+        launch(offsets_kernel, (pairs * count, of_products),
             ds, pos, content, dq, sums_of[1], frames, first, batch, count, blocks, heads,
             q.stride(1), q.stride(0), row, scale, DIM=dim, **shapes["offsets"],
         )  # fmt: skip
-        launch(positions_kernel, (pairs * (blocks + count), columns),
+        launch(positions_kernel, (pairs * (blocks + count), of_products),
             ds, q, bias_v, parts, frames, first, count, batch, blocks + count, blocks, heads,
             q.stride(1), q.stride(0), row, scale, DIM=dim, **shapes["positions"],
         )  # fmt: skip

@@ -35,7 +35,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._attention_tiles import NONE, biased, dropped, load_rows, products, running, span, sums
-from fastasr.kernels._launch import dot_options, launch
+from fastasr.kernels._launch import dot_options, generation, launch
 from fastasr.kernels._toeplitz_attention_backward import (
     add_diagonals_kernel,
     add_parts_kernel,
@@ -185,7 +185,9 @@ class _Plan:
         self.causal, self.activation, self.activate_value = causal, activation, activate_value
         self.dtype, self.device = query_key.dtype, query_key.device
         self.scale = self.d**-0.5
-        self.width, self.blocks = tiles(self.d, self.v, self.dtype, _hopper(query_key), dropout is not None)
+        self.width, self.blocks = tiles(
+            self.d, self.v, self.dtype, generation(query_key), dropout is not None
+        )
 
     def frames(self, block: int) -> tuple[int, int, int, int]:
         """Returns (length, size, count, blocks per unit) for blocks of that many frames."""
@@ -199,15 +201,15 @@ class _Plan:
 
 
 def tiles(
-    d: int, v: int, dtype: torch.dtype, hopper: bool, dropout: bool
+    d: int, v: int, dtype: torch.dtype, generation: int, dropout: bool
 ) -> tuple[int, dict[str, dict[str, int]]]:
     """Returns (channels of a row of q and k, tile shapes, warps and stages by kernel).
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
-    cores, in full precision; those of 16 bits take operands from shared memory on capability 9.0, from registers before
-    it.
+    cores unless TF32 is allowed.
     """
     wide = dtype == torch.float32
+    from_shared = generation in (90, 100) and not wide  # operands of products, which leaves more registers
     block_d = min(32 if wide else 128, max(16, triton.next_power_of_2(d)))
     columns = max(16, triton.next_power_of_2(v))
     own = {"BLOCK_D": block_d, "BLOCK_V": min(64 if wide else 128, columns), "num_warps": 8, "num_stages": 2}
@@ -215,18 +217,14 @@ def tiles(
     inner = own | {"BLOCK_V": min(32 if wide else 64, columns)}
     short = dropout and wide
     shapes = {
-        "forward": {"BLOCK_M": 64, "BLOCK_N": 64 if wide or (hopper and d <= 128) else 32, **own},
-        "queries": {"BLOCK_M": 64 if hopper and not wide else 32, "BLOCK_N": 32 if short else 64, **inner},
-        "keys": {"BLOCK": 32 if short or (dropout and not hopper) else 64, **inner},
+        "forward": {"BLOCK_M": 64, "BLOCK_N": 64 if wide or (from_shared and d <= 128) else 32, **own},
+        "queries": {"BLOCK_M": 64 if from_shared else 32, "BLOCK_N": 32 if short else 64, **inner},
+        "keys": {"BLOCK": 32 if dropout and not from_shared else 64, **inner},
         "values": {"BLOCK": 32 if short else 64, **own},
     }
-    if hopper:
-        shapes["keys"]["num_stages"] = 1
+    for name in () if wide or generation == 80 else ("keys", "queries") if generation == 120 else ("keys",):
+        shapes[name]["num_stages"] = 1
     return triton.cdiv(d, block_d) * block_d, shapes
-
-
-def _hopper(t: torch.Tensor) -> bool:
-    return t.is_cuda and torch.cuda.get_device_capability(t.device)[0] >= 9
 
 
 def _strides(t: torch.Tensor | None) -> tuple[int, int]:

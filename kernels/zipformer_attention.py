@@ -351,13 +351,15 @@ def tiles(
     pairs.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
-    cores unless TF32 is allowed, and need small tiles.
+    cores unless TF32 is allowed, and need small tiles. In 16 bits each of four warps computes 16 of 64 rows of a
+    product; Triton would let more warps compute the same rows again, with their exponentials.
     """
     wide = dtype == torch.float32
     block_p = max(16, triton.next_power_of_2(max(1, pos_dim)))
     rows = 16 if wide else 64
     block_d = head_block(dim, dtype)
-    common = {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_D": block_d, "num_warps": 8, "num_stages": 2}
+    common = {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_D": block_d, "num_stages": 2}
+    common["num_warps"] = 8 if wide else 4
     common |= dot_options(dtype)
     if dim > block_d or (not wide and pos_dim not in (0, 4)):  # loops over channels inside the tile
         common["BLOCK_N"] = 32
@@ -367,7 +369,7 @@ def tiles(
     return {
         "forward": common | narrow | {"BLOCK_V": min(32 if wide else 128, columns)},
         "queries": inner | {"BLOCK_P": block_p, "BLOCK_N": 32},
-        "keys": inner,
+        "keys": inner | ({} if wide else {"BLOCK_N": 32}),
         "positions": dot_options(dtype) | {
             "BLOCK_O": 64, "BLOCK_M": 32 if wide else 64, "BLOCK_P": block_p, "num_warps": 4, "num_stages": 3
         },

@@ -14,7 +14,8 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 # The architectures that budgets.toml has rows for. Add one of SHARED, then run update_budgets.py.
 ARCHITECTURES = (80, 90)
-CHOSEN_FOR = (80, 90)  # the launchers' tiles are chosen for these: nothing spills there, and everything fits
+GENERATIONS = (80, 90, 100, 120)  # those that kernels with tables of tiles for each have rows for, in 16 bits
+CHOSEN_FOR = GENERATIONS  # tiles are chosen for these: nothing spills there, and everything fits
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -370,7 +371,7 @@ def _toeplitz_attention():
     def configuration(
         name: str, label: str, dtype: str, d: int = 128, v: int = 1024, only: int = 0, **constants
     ):
-        width, shapes = module.tiles(d, v, DTYPES[dtype], only >= 90, "DROPOUT" not in constants)
+        width, shapes = module.tiles(d, v, DTYPES[dtype], only or 80, "DROPOUT" not in constants)
         options = dict(shapes[name] if name in shapes else extra.get(name, {"num_warps": 4}))
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
         pointers = dict.fromkeys(like, dtype) | dict.fromkeys(wide, "fp32")
@@ -391,7 +392,7 @@ def _toeplitz_attention():
         for name in ("forward", "queries", "keys", "values"):
             if dtype == "fp16" and name != "forward":
                 continue
-            for only in (0,) if dtype == "fp32" else ARCHITECTURES:
+            for only in (0,) if dtype == "fp32" else ARCHITECTURES if dtype == "fp16" else GENERATIONS:
                 yield configuration(name, "", dtype, only=only, **plain)
                 if dtype == "fp16":
                     continue
@@ -545,7 +546,7 @@ def _rel_attention():
 
     def configuration(name: str, label: str, dtype: str, dim: int = 64, value: int = 64, only: int = 0):
         hiding = "mask" in label
-        shapes = module.tiles(dim, value, DTYPES[dtype], only >= 90, hiding) | {"biases": module.BIASES}
+        shapes = module.tiles(dim, value, DTYPES[dtype], only or 80, hiding) | {"biases": module.BIASES}
         options = dict(shapes[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
         types = dict.fromkeys(like, dtype) | wide | masks | {"PARTS": "fp64" if dtype == "fp32" else "fp32"}
@@ -563,11 +564,13 @@ def _rel_attention():
         )
 
     for name in ("forward", "statistics", "queries", "keys"):
-        for only in ARCHITECTURES if name == "forward" else (0,):  # its tiles depend on the generation
+        for only in GENERATIONS:
             yield configuration(name, "padding", "bf16", only=only)
-        yield configuration(name, "padding, mask", "bf16")
+            yield configuration(name, "padding, mask", "bf16", only=only)
+            for dim in (96, 128, 144):  # blocks of 64 channels or of 128
+                yield configuration(name, f"d={dim}, padding", "bf16", dim, dim, only)
+            yield configuration(name, "d=128, padding, mask", "bf16", 128, 128, only)
         yield configuration(name, "padding, mask", "fp32")
-        yield configuration(name, "d=144, padding", "bf16", 144, 144)
     for dtype in ("fp32", "bf16"):
         for name in ("offsets", "positions", "biases"):
             yield configuration(name, "", dtype)

@@ -66,6 +66,8 @@ def budgets(section) -> dict:
 def _over(values: dict, budget: dict) -> list[str]:
     """Returns the measures that break the budget."""
     over = [key for key in MOST if key in budget and values[key] > budget[key]]
+    if values.get("repeated", 1) > budget.get("repeated", 1):
+        over.append("repeated")
     if values["wide"] < budget.get("wide", 0):
         over.append("wide")
     if values["instructions"] > budget.get("instructions", math.inf) * GROWTH:
@@ -78,8 +80,8 @@ def _table(rows: list[tuple[str, dict, dict]]) -> str:
     lines = []
     for name, values, budget in rows:
         over = _over(values, budget)
-        keys = [key for key in budget if key != "hash"]
-        cells = [f"{k} {values[k]} (budget {budget[k]}){' <--' if k in over else ''}" for k in keys]
+        keys = [key for key in values if key != "hash"]
+        cells = [f"{k} {values[k]} (budget {budget.get(k, 1)}){' <--' if k in over else ''}" for k in keys]
         lines.append(f"{name}: {', '.join(cells)}")
     return "\n".join(lines)
 
@@ -87,7 +89,11 @@ def _table(rows: list[tuple[str, dict, dict]]) -> str:
 def test_within_budget(compiled, section, budgets):
     if section != f"triton {compiled['triton']}":  # another version has other registers and instructions
         budgets = {
-            name: {"spills": row["spills"], "shared": SHARED[int(name.rpartition("_")[2])]}
+            name: {
+                "spills": row["spills"],
+                "shared": SHARED[int(name.rpartition("_")[2])],
+                "repeated": math.inf,
+            }
             for name, row in budgets.items()
         }
     rows = [(name, values, budgets[name]) for name, values in compiled["measured"].items() if name in budgets]
@@ -107,11 +113,27 @@ def test_budgets_have_no_spills(architecture, budgets):
     assert not spilled, f"bytes of local memory per thread: {spilled}"
 
 
-@pytest.mark.parametrize("architecture", CHOSEN_FOR)
+@pytest.mark.parametrize("architecture", SHARED)
 def test_budgets_fit_shared_memory(architecture, budgets):
-    rows = {name: row for name, row in budgets.items() if name.endswith(f"sm_{architecture}")}
+    """Capabilities 8.6 and 8.9 run the tiles and need the memory of 8.0, but have less of it."""
+    compiled_for = 80 if architecture in (86, 89) else architecture
+    rows = {name: row for name, row in budgets.items() if name.endswith(f"sm_{compiled_for}")}
     wide = {name: row["shared"] for name, row in rows.items() if row["shared"] > SHARED[architecture]}
     assert not wide, f"bytes of shared memory: {wide}"
+
+
+def test_budgets_repeat_no_work(budgets):
+    """Warps compute a product or its exponentials twice in these kernels alone; better tiles are not known yet."""
+    known = (
+        "layer_norm_lstm",  # products of 16 x 16, which one warp of four covers
+        "rel_attention statistics",
+        "segment_attention queries, memory, dropout",
+        *(f"toeplitz_attention {name}" for name in ("forward", "queries", "keys", "values")),
+        "zipformer_attention keys",  # the sums over 32 columns alone
+        "zipformer_attention_weights queries, penalty",
+    )
+    found = {name: row["repeated"] for name, row in budgets.items() if "repeated" in row}
+    assert {name: work for name, work in found.items() if not name.startswith(known)} == {}
 
 
 def test_budgets_have_128_bit_accesses(budgets):

@@ -13,7 +13,7 @@ from fastasr.testing.table import flat, floating
 from tests.kernels.configurations import KERNELS, kernel_files
 
 pytest.importorskip("triton")
-from fastasr.kernels._launch import launch
+from fastasr.kernels._launch import generation, launch
 from fastasr.testing.fake_gpu import fake_gpu
 
 pytestmark = pytest.mark.needs("kernels", "fastasr", "tests/kernels")
@@ -116,3 +116,16 @@ def test_a_kernel_is_compiled_once_for_what_selects_its_code():
         first, second = (one.arguments for one in gpu.launches[2:4])
         first = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in first]
         assert [a == b for a, b in zip(first, second, strict=True)].count(False) <= 1
+
+
+def test_tiles_are_those_of_the_devices_generation():
+    """Tiles for products that read shared memory, which spill on others, are for capabilities 9.0 and 10.x alone."""
+    expected = {80: 80, 86: 80, 89: 80, 90: 90, 100: 100, 103: 100, 110: 80, 120: 120, 121: 120}
+    tiles = {}
+    for capability, found in expected.items():
+        with fake_gpu(capability=divmod(capability, 10)) as gpu:
+            assert generation(torch.zeros(1)) == found
+            _run(TABLES["toeplitz_attention"], TABLES["toeplitz_attention"].thorough[0], torch.bfloat16)
+            (forward,) = (one for one in gpu.launches if one.kernel.__name__ == "forward_kernel")
+            tiles[capability] = dict(zip(forward.kernel.arg_names, forward.arguments, strict=True))["BLOCK_N"]
+    assert {capability for capability, columns in tiles.items() if columns == 64} == {90, 100, 103}

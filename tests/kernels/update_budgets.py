@@ -13,6 +13,7 @@ No GPU is needed: Triton's wheel ships ptxas and cuobjdump. Measured per configu
     registers      per thread            spills        bytes of stack or local memory per thread
     shared         bytes per program     instructions  of the whole program, in SASS
     wide, narrow   global loads and stores of 128 bits, and of fewer, in PTX
+    repeated       how often threads compute a product or an exponential of the worst loop, where it is more than once
 
 The hash is that of all that decides them: the kernel's code and that of what it calls, without comments, its signature,
 constants and options, the architecture and Triton's version.
@@ -38,6 +39,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported, which 
 
 import triton
 from configurations import Configuration, configurations
+from repetition import repeated
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
@@ -46,7 +48,7 @@ from fastasr.kernels._launch import PRECISE
 
 BUDGETS = Path(__file__).with_name("budgets.toml")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MEASURES = ("registers", "spills", "shared", "wide", "narrow", "instructions")
+MEASURES = ("registers", "spills", "shared", "wide", "narrow", "instructions", "repeated")
 
 
 @cache
@@ -140,7 +142,7 @@ def measure(configuration: Configuration, architecture: int) -> dict[str, int]:
         "wide": sum(width >= 128 for width in widths),
         "narrow": sum(width < 128 for width in widths),
         "instructions": _instructions(code.asm["cubin"]),
-    }
+    } | ({"repeated": work} if (work := repeated(code.asm["ttgir"])) > 1 else {})
 
 
 def triton_series() -> str:
@@ -171,7 +173,7 @@ def write(measured: dict[str, dict]) -> None:
     width = max(map(len, rows)) + 2
     lines = [section]
     for name, values in rows.items():
-        cells = [f"{key} = {values[key]:>{4 if key != 'spills' else 1}}" for key in MEASURES]
+        cells = [f"{key} = {values[key]:>{4 if key != 'spills' else 1}}" for key in MEASURES if key in values]
         cells += [f'hash = "{values["hash"]}"'] if "hash" in values else []
         lines.append(f"{json.dumps(name):<{width}} = {{ {', '.join(cells)} }}")
     head, *sections = re.split(r"^(?=\[)", BUDGETS.read_text(), flags=re.MULTILINE)

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tiles of a GPU, which samples that run with small blocks do not reach, give the formula's results."""
+
+import pytest
+import torch
+
+from fastasr import ops
+from fastasr.kernels import rel_attention
+
+
+@pytest.mark.parametrize("generation", [80, 90])
+@pytest.mark.parametrize("dim", [72, 136])
+def test_rel_attention_with_wide_heads(monkeypatch, generation, dim):
+    """Kernels take blocks of 64 or 128 channels of such heads, not all kernels of one generation the same."""
+    monkeypatch.setattr(rel_attention, "generation", lambda t: generation)
+    torch.manual_seed(0)
+    frames, heads = 70, 1
+    q, k, v, g = (torch.randn(1, frames, heads, dim, dtype=torch.bfloat16) for _ in range(4))
+    pos = torch.randn(2 * frames - 1, heads, dim, dtype=torch.bfloat16)
+    u, w = torch.randn(2, heads, dim, dtype=torch.bfloat16)
+    arguments = tuple(t.contiguous() for t in (q, k, v, pos, u, w))
+    y, lse = rel_attention.rel_attention_forward(*arguments, None, None)
+    found = y, *rel_attention.rel_attention_backward(g, *arguments, None, None, y, lse)
+    leaves = [t.float().requires_grad_() for t in arguments]
+    expected = ops.rel_attention.definition(*leaves)
+    for a, b in zip(found, (expected, *torch.autograd.grad(expected, leaves, g.float())), strict=True):
+        assert (a - b).abs().max() <= 0.02 * b.abs().max()
