@@ -206,31 +206,47 @@ def statistics_kernel(
     G, Q, K, V, POS, U, W, PADDING, MASK, LSE, INVERSE, DELTA,
     frames, batch, blocks, heads, q_time, v_time, q_batch, v_batch, mask_batch, scale,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes 1 / sum of the weights and delta of a block of queries."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
-    i = block * BLOCK + tl.arange(0, BLOCK)
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     keep_i = i < frames
     tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, v_batch, DIM, VALUE_DIM)
     masks = (PADDING, MASK, sequence, mask_batch)
     G += sequence * v_batch + head * VALUE_DIM
-    rows = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
+    content, position, g = _rows(
+        tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V
+    )
     row = (sequence * heads + head) * frames + i
     lse = tl.load(LSE + row, mask=keep_i, other=float("inf"))
-    base = frames - (block + 1) * BLOCK
-    lower = _band(rows[1], tensors, i, q_time, keep_i, base, frames, DIM, BLOCK, BLOCK, BLOCK_D)
-    total = tl.zeros([BLOCK], SUM)
-    along = tl.zeros([BLOCK], SUM)
-    for start in range(0, frames, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < frames, DIM)  # [BLOCK, BLOCK_D]
-        scores, slope, lower = _tile(
-            lower, rows, key, tensors, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, frames, scale,
-            DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V,
+    base = frames - (block + 1) * BLOCK_M
+    first = _band(position, tensors, i, q_time, keep_i, base, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
+    second = first
+    if BLOCK_M > BLOCK_N:
+        second = _band(
+            position, tensors, i, q_time, keep_i, base + BLOCK_N, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D
+        )
+    total = tl.zeros([BLOCK_M], SUM)
+    along = tl.zeros([BLOCK_M], SUM)
+    for start in range(0, frames, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        third = _band(
+            position, tensors, i, q_time, keep_i, base + start + BLOCK_M, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D
         )  # fmt: skip
+        if BLOCK_M == BLOCK_N:
+            second = third
+        key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < frames, DIM)  # [BLOCK_N, BLOCK_D]
+        scores = _scores(
+            first, second, third, content, key, tensors, masks, i, q_time, keep_i, j, frames, scale,
+            DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        first, second = moved(first, second, third, BLOCK_M, BLOCK_N)
+        slope = slopes_of(
+            g, G, tensors[2], i, j, keep_i, j < frames, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V
+        )
         e = exp_nonpositive(scores - lse[:, None], PRECISE)
         total += sums(e, 1, PRECISE)
         along += sums(e * slope, 1, PRECISE)
@@ -456,10 +472,16 @@ def tiles(dim: int, value_dim: int, dtype: torch.dtype, generation: int, hiding:
         square = inner = square | halves | {"BLOCK_V": min(64, columns)}
     else:
         inner = square | ({"num_warps": 8} if wide or dim > 128 else {})
+    # 64 rows: each of four warps has 16 of them in a product, and computes those of fewer rows again. float32 finds the
+    # scores of ``queries`` to the last bit with square tiles, so that rows of dS add up to zero.
+    statistics = {name: value for name, value in square.items() if name != "BLOCK"}
+    statistics |= {"BLOCK_M": block, "BLOCK_N": block}
+    if not wide and not hiding and dim <= square["BLOCK_D"]:
+        statistics |= {"BLOCK_M": 64, "num_stages": 3}
     products = common | {"BLOCK": 32, "num_stages": 3}  # blocks of dS as ``queries`` stores them
     return {
         "forward": forward,
-        "statistics": square,
+        "statistics": statistics,
         "queries": inner | {"BLOCK": 32},
         "keys": square | {"num_stages": 1} if wide else inner,
         "offsets": products,
@@ -533,7 +555,7 @@ def rel_attention_backward(
         grad, q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask), lse
     )  # fmt: skip
     inverse, delta = torch.empty_like(lse), torch.empty_like(lse)
-    blocks = triton.cdiv(frames, shapes["statistics"]["BLOCK"])
+    blocks = triton.cdiv(frames, shapes["statistics"]["BLOCK_M"])
     launch(statistics_kernel, (pairs * blocks,),
         *operands, inverse, delta, frames, batch, blocks, heads, *strides, scale,
         **constants, **shapes["statistics"],

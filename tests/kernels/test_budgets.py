@@ -126,7 +126,7 @@ def test_budgets_repeat_no_work(budgets):
     """Warps compute a product or its exponentials twice in these kernels alone; better tiles are not known yet."""
     known = (
         "layer_norm_lstm",  # products of 16 x 16, which one warp of four covers
-        "rel_attention statistics",
+        "rel_attention statistics, padding, mask",
         "segment_attention queries, memory, dropout",
         *(f"toeplitz_attention {name}" for name in ("forward", "queries", "keys", "values")),
         "zipformer_attention keys",  # the sums over 32 columns alone

@@ -9,9 +9,9 @@ from fastasr.kernels import rel_attention
 
 
 @pytest.mark.parametrize("generation", [80, 90])
-@pytest.mark.parametrize("dim", [72, 136])
-def test_rel_attention_with_wide_heads(monkeypatch, generation, dim):
-    """Kernels take blocks of 64 or 128 channels of such heads, not all kernels of one generation the same."""
+@pytest.mark.parametrize("dim", [48, 72, 136])
+def test_rel_attention(monkeypatch, generation, dim):
+    """Kernels take blocks of 64 or 128 channels of wide heads, not all kernels of one generation the same."""
     monkeypatch.setattr(rel_attention, "generation", lambda t: generation)
     torch.manual_seed(0)
     frames, heads = 70, 1
