@@ -49,11 +49,18 @@ def _random_mask(make: Make, *shape: int) -> torch.Tensor:
     return make.uniform(*shape).float() > 0.6
 
 
-def _below_the_masked(make: Make) -> dict:
+def _below_the_masked(make: Make, others: slice, left_context_chunks: int) -> dict:
     """Makes scores around -1020, so that hidden keys get most of the weight; multiples of 1/4 make products exact."""
     q, k = (make.normal(40, 1, 1).mul(2).round().div(4) + 32 for _ in range(2))
-    q[20:] = 8.0  # only some blocks of queries need more than their window
-    return {"x": torch.cat([q, -k], -1), "pos": None, "num_heads": 1, "query_head_dim": 1, "chunk_size": 8}
+    q[others] = 8.0  # only some blocks of queries need more than their window
+    return {
+        "x": torch.cat([q, -k], -1),
+        "pos": None,
+        "num_heads": 1,
+        "query_head_dim": 1,
+        "chunk_size": 8,
+        "left_context_chunks": left_context_chunks,
+    }
 
 
 def _random(make: Make, shape) -> dict:
@@ -123,6 +130,8 @@ TABLE = OpTable(
             lambda m: _call(m, 199, 3, 4, 32, 4, key_padding_mask=m.padding(199, [199, 150, 33])),
             large=True,
         ),
+        # from 256 frames on, the CPU adds gradients of keys and positions over parts of the queries
+        Sample("queries in two parts", lambda m: _call(m, 300, 1, 1, 8, 4), large=True),
         Sample("several blocks of keys", lambda m: _call(m, 70, 1, 1, 32, 4, scale=0.5)),
         Sample("penalty", lambda m: _call(m, 40, 2, 2, 16, score_penalty=1e-2, score_limit=2.5)),
         Sample(
@@ -138,7 +147,11 @@ TABLE = OpTable(
             ),
         ),
         Sample("large scores", lambda m: _call(m, 30, 2, scale=3.0)),
-        Sample("scores below the masked ones", _below_the_masked),
+        Sample("scores below the masked ones", lambda m: _below_the_masked(m, slice(20, None), -1)),
+        Sample(
+            "scores below the masked ones, keys hidden before alone",
+            lambda m: _below_the_masked(m, slice(20), 1),
+        ),
         Sample("one frame", lambda m: _call(m, 1, 2)),
         Sample("no frames", lambda m: _call(m, 0, 2)),
         Sample("no sequences", lambda m: _call(m, 5, 0)),
