@@ -6,30 +6,13 @@ they refuse.
 import pytest
 import tables
 import torch
+from tiny_recogniser import RECOGNISER, STREAMING
 
 from fastasr import decoding
 from fastasr.models import zipformer
 
 LENGTHS = (23, 9, 16)
-CONFIG = {
-    "downsampling_factor": "1,2",
-    "encoder_dim": "16,24",
-    "num_encoder_layers": "1,1",
-    "encoder_unmasked_dim": "16,16",
-    "query_head_dim": "6",
-    "value_head_dim": "4",
-    "num_heads": "2,2",
-    "feedforward_dim": "24,32",
-    "cnn_module_kernel": "7,5",
-    "pos_dim": 12,
-    "vocab_size": 12,
-    "decoder_dim": 16,
-    "joiner_dim": 20,
-    "use_ctc": True,
-    "causal": True,
-    "chunk_size": "8",
-    "left_context_frames": "16",
-}
+CONFIG = RECOGNISER | STREAMING | {"vocab_size": 12, "use_ctc": True}
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,10 @@ import functools
 import random
 
 import pytest
+import tiny_recogniser
 import torch
+from steps import moved
+from tiny_recogniser import RECOGNISER, STREAMING
 
 import fastasr
 from fastasr.export import export_onnx
@@ -15,33 +18,20 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 TOLERANCE = 1e-4
-WHOLE = {
+CHANGES = {
     "downsampling_factor": "1,4",
     "encoder_dim": "32,24",
     "num_encoder_layers": "1,2",
-    "encoder_unmasked_dim": "16,16",
-    "query_head_dim": "6",
-    "pos_head_dim": "4",
-    "value_head_dim": "4",
     "num_heads": "2,4",
-    "feedforward_dim": "24,32",
-    "cnn_module_kernel": "7,5",
-    "pos_dim": 12,
-    "chunk_size": "-1",
-    "left_context_frames": "-1",
     "vocab_size": 19,
-    "decoder_dim": 16,
-    "joiner_dim": 20,
     "use_ctc": True,
 }
-CAUSAL = {**WHOLE, "causal": True, "chunk_size": "8", "left_context_frames": "16"}
+WHOLE = RECOGNISER | tiny_recogniser.WHOLE | CHANGES
+CAUSAL = {**WHOLE, **STREAMING}
 
 
 def randomized(model):
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.05 * torch.randn(p.shape)
-    return model.eval()
+    return moved(model, 0.05).eval()
 
 
 def _made(origin, config):
