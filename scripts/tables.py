@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import test_minutes
+
 from fastasr import ops
 from fastasr.benchmarks.markdown import put, table, whole_models
 from fastasr.benchmarks.models import recipe_step, transcribe
@@ -117,6 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = [put(page, block, check) for page, block in measured(rows).items()]
     found += [put(ROOT / "README.md", op_families(), check, *OPS_MARKERS)]
     found += [put(DOCS / "index.md", op_rows(), check, *OPS_MARKERS)]
+    found += [put(DOCS / "testing.md", test_minutes.table(), check)]
     return max(found)
 
 
