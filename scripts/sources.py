@@ -5,10 +5,11 @@
 
 What a file needs is read from its text alone. Names join what no import shows: an op ``swoosh`` has its kernels in
 ``kernels/swoosh.py`` and in the file of ``csrc/bindings`` that registers ``swoosh_forward``; whoever mentions an
-operator of ``csrc/bindings`` needs the file that registers it; a header of ``csrc`` has its code in the files beside it
-whose names start with its own. A file uses an op by its dotted name (``ops.bypass``) or by a string that is the op's
-name; where it hands on all ops (``getattr(ops, name)``), every word counts. ``fastasr.ops`` loads every op, and
-``fastasr`` what it is asked for: whoever imports them needs the ops and the packages that it uses alone.
+operator of ``csrc/bindings`` needs the file that registers it; a header of ``csrc`` has its code in the files beside
+it whose names start with its own, or that include it first. A file uses an op by its dotted name (``ops.bypass``) or
+by a string that is the op's name; where it hands on all ops (``getattr(ops, name)``), every word counts.
+``fastasr.ops`` loads every op, and ``fastasr`` what it is asked for: whoever imports them needs the ops and the
+packages that it uses alone.
 """
 
 import ast
@@ -114,6 +115,14 @@ def included(path: Path) -> frozenset[Path]:
     return frozenset(f for name in names for f in ((p / name).resolve() for p in places) if f.is_file())
 
 
+@cache
+def _own_header(path: Path) -> Path | None:
+    """Returns the header beside a file of csrc that it includes before all others."""
+    first = re.search(r'^#include "([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
+    header = ROOT / "csrc" / first[1] if first else path
+    return header if header.parent == path.parent else None
+
+
 def _texts(path: Path, test: str = "") -> list[str]:
     """Returns the strings of a Python file, docstrings left out."""
     nodes, first = list(ast.walk(_tree(path, test))), set()
@@ -205,7 +214,8 @@ def _native(path: Path) -> set[Path]:
     """Returns what a file of csrc needs: what it includes, and the code of the headers among that."""
     found = set(included(path))
     if path.suffix == ".h":
-        found |= set(path.parent.glob(f"{path.name.split('.')[0]}*.cpp"))
+        named = path.name.split(".")[0]
+        found |= {p for p in path.parent.glob("*.cpp") if p.name.startswith(named) or _own_header(p) == path}
     if path.parent == ROOT / "csrc/bindings":
         found.add(path.with_name("module.cpp"))
     return found
