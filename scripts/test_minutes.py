@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from fastasr.benchmarks import environment
+from fastasr.benchmarks.markdown import NONE_YET
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "test_minutes.json"
@@ -43,6 +44,8 @@ def title(case: str) -> str:
 
 def table() -> str:
     """Returns the table of the newest row of each case, with the conditions of all."""
+    if not RESULTS.exists():
+        return NONE_YET
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))
     newest = {row["case"]: row for row in rows}
     lines = ["| after | command | time |", "|---|---|---:|"]
