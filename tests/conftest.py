@@ -6,13 +6,12 @@ starts inherit it. Tests of whole models are seeded alike in every run, on one t
 has passed with the same files is skipped.
 """
 
-import contextlib
 import os
 import tempfile
 
 import pytest
 import torch
-from steps import one_thread, seeded
+from steps import seeded
 
 from fastasr.testing import seeds
 
@@ -53,6 +52,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _repeatable(request):
     tiny = request.path.parent.name in TINY_MODELS
-    with one_thread() if tiny else contextlib.nullcontext():
-        seeded(0 if tiny else seeds.seeded(request.node.nodeid))
-        yield
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if tiny else threads)
+    seeded(0 if tiny else seeds.seeded(request.node.nodeid))
+    yield
+    torch.set_num_threads(threads)  # commands that run in this process set it for good

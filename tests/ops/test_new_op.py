@@ -10,6 +10,8 @@ from textwrap import dedent
 
 import pytest
 
+from fastasr.testing.checks import CHECKS
+
 pytestmark = pytest.mark.needs("CONTRIBUTING.md", "tests/ops", "fastasr")
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +34,7 @@ assert ops.__file__.startswith({folder!r})
 assert "scaled_sine" in ops.__all__
 assert ops.scaled_sine.op.summary == "scale · sin(x) over the last dimension"
 assert "scaled_sine" in benchmarks.names()
-options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "scaled_sine or every_public"]
+options = ["-q", "-x", "-rp", "-p", "no:cacheprovider", "-k", "scaled_sine or every_public"]
 sys.exit(pytest.main([*options, {contract!r}, {declaration!r}]))
 """
 
@@ -72,4 +74,11 @@ def test_the_steps_make_an_op(tmp_path):
         timeout=600,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    assert run.stdout.count(".") > 50, f"hardly a test ran: {run.stdout[-2000:]}"
+    passed = re.findall(r"^PASSED \S*::(\S+)", run.stdout, flags=re.M)
+    expected = [
+        *(f"test_contract[scaled_sine-{check.name}-" for check in CHECKS),
+        "test_refuses[scaled_sine-",
+        "test_the_operator_has_the_declared_signature[scaled_sine]",
+        "test_every_public_op_has_a_table",
+    ]
+    assert [start for start in expected if not any(name.startswith(start) for name in passed)] == []
