@@ -42,17 +42,21 @@ def content(path: Path) -> bytes:
 
 
 @cache
+def packages() -> list[str]:
+    return sorted({f"{d.name} {d.version}" for d in metadata.distributions()})
+
+
+@cache
 def settings(**environment: str) -> str:
     """Returns what beside the files decides results: packages, processor, settings."""
     cpu = Path("/proc/cpuinfo")
     flags = re.findall(r"^flags.*|^Features.*", cpu.read_text(), re.MULTILINE)[:1] if cpu.exists() else []
-    packages = sorted({f"{d.name} {d.version}" for d in metadata.distributions()})
     named = sorted(
         f"{k}={v}"
         for k, v in (os.environ | environment).items()
         if k.startswith(("FASTASR_", "TRITON_")) and not k.startswith(OF_A_RUN)
     )
-    return "\n".join([platform.python_version(), platform.machine(), *flags, *packages, *named])
+    return "\n".join([platform.python_version(), platform.machine(), *flags, *packages(), *named])
 
 
 @cache
@@ -144,6 +148,7 @@ def other_half(name: str) -> str:
 
 class Ledger:
     def __init__(self, config: pytest.Config, path: str) -> None:
+        packages()  # before a test imports setuptools, which brings packages of its own
         self.keys: dict[str, str] = {}
         self.known: dict[str, float] = {}
         self.failed: set[str] = set()
