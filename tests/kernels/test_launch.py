@@ -2,6 +2,7 @@
 """Every launch of every Triton kernel goes to the device of its tensors. A fake GPU stands for the driver."""
 
 import re
+from functools import cache
 from importlib import import_module
 
 import pytest
@@ -32,31 +33,30 @@ def _run(table, sample, dtype) -> None:
         y.backward(torch.ones_like(y))
 
 
-@pytest.fixture(scope="module")
-def launched() -> set[str]:
-    """The kernels that the tests of this module have launched."""
-    return set()
-
-
-@pytest.mark.parametrize("op", sorted(TABLES))
-def test_launches_go_to_the_device_of_the_tensors(op, launched):
-    """The tensors are on a device that is not the current one, in a first call and in one that was compiled before."""
+@cache
+def _launches(op: str) -> frozenset[tuple[str, int, int]]:
+    """Returns (kernel, device, stream) of every launch of an op's samples, whose tensors are on a device that is not
+    the current one: a first call, and one that was compiled before.
+    """
     with fake_gpu(home=1) as gpu:
         for sample in TABLES[op].samples:
             for dtype in (torch.float32, torch.bfloat16):
                 for _ in range(2):
                     _run(TABLES[op], sample, dtype)
-        assert gpu.launches
-        for one in gpu.launches:
-            assert (one.device, one.stream) == (1, 1001), one.kernel
         assert gpu.current == 0
-        launched |= {f"{one.kernel.__module__}.{one.kernel.__name__}" for one in gpu.launches}
+        names = ((f"{one.kernel.__module__}.{one.kernel.__name__}", one) for one in gpu.launches)
+        return frozenset((name, one.device, one.stream) for name, one in names)
 
 
-def test_every_kernel_was_launched(launched):
-    """A kernel that a launcher names is one that the samples reach, so that the tests above have seen it."""
-    if not launched:
-        pytest.skip("the tests above did not run")
+@pytest.mark.parametrize("op", sorted(TABLES))
+def test_launches_go_to_the_device_of_the_tensors(op):
+    assert _launches(op)
+    assert {(device, stream) for _, device, stream in _launches(op)} == {(1, 1001)}
+
+
+def test_every_kernel_was_launched():
+    """A kernel that a launcher names is one that the samples reach, so that the test above sees it."""
+    launched = {kernel for op in TABLES for kernel, *_ in _launches(op)}
     named = set()
     for name in kernel_files():
         module = import_module(f"fastasr.kernels.{name}")
