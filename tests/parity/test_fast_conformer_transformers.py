@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 
 from transformers import ParakeetCTCConfig, ParakeetEncoder, ParakeetEncoderConfig, ParakeetForCTC
 
+import fastasr
 from fastasr.models import fast_conformer as ours
 from fastasr.models.fast_conformer import subsampling
 
@@ -148,6 +149,21 @@ def test_the_front_end_in_strips(frames, strip_bytes, monkeypatch):
     with torch.no_grad():
         for each in (mask, None):
             close(model.subsampling(x, each), theirs.subsampling(x, each), 1e-12)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("trained", ["layers.2", "layers.3", "linear"])
+def test_the_front_end_with_frozen_parts(trained, backend):
+    theirs, model = pair()
+    x, mask = inputs(LENGTHS["padded"])
+    grads = []
+    for each in (theirs.subsampling, model.subsampling):
+        each.requires_grad_(False).get_submodule(trained).requires_grad_(True)
+        with fastasr.backend(backend):
+            y = each(x, mask)
+        torch.manual_seed(2)
+        grads.append(torch.autograd.grad(y, each.get_submodule(trained).weight, torch.randn_like(y))[0])
+    close(grads[1], grads[0], 1e-10)
 
 
 def test_one_frame_and_none():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastasr.models.fast_conformer.block import FastConformerBlock
 from fastasr.models.fast_conformer.positions import FastConformerPositions
-from fastasr.models.fast_conformer.subsampling import FastConformerSubsampling
+from fastasr.models.fast_conformer.subsampling import FastConformerSubsampling, subsampled
 
 
 class FastConformerEncoder(torch.nn.Module):
@@ -88,9 +88,7 @@ class FastConformerEncoder(torch.nn.Module):
         positions = F.dropout(positions, self.dropout_positions, self.training)
         mask = pairs = None
         if attention_mask is not None:
-            lengths = attention_mask.sum(-1)
-            for _ in range(self.subsampling.num_layers):
-                lengths = (lengths - 1) // 2 + 1
+            lengths = subsampled(self.subsampling, attention_mask.sum(-1))
             mask = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
             pairs = mask[:, None, :, None] & mask[:, None, None, :]
         for layer in self.layers:

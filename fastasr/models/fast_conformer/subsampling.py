@@ -38,10 +38,10 @@ class FastConformerSubsampling(torch.nn.Module):
             return _as_upstream(self, input_features, attention_mask)
         x, layers = input_features, self.layers
         batch, frames, bins = x.shape
-        count = frames
-        for _ in range(self.num_layers):
-            count = (count - 1) // 2 + 1
-        differentiated = torch.is_grad_enabled() and (x.requires_grad or layers[0].weight.requires_grad)
+        count = subsampled(self, frames)
+        differentiated = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in layers.parameters())
+        )
         in_strips = x.device.type == "cpu" and not differentiated and not torch.compiler.is_compiling()
         strip = count
         if in_strips:  # by lists of lengths, which no other device should wait for
@@ -59,6 +59,13 @@ class FastConformerSubsampling(torch.nn.Module):
         ]
         y = torch.cat(strips, 1) if strips else x.new_zeros(batch, 0, self.linear.in_features)
         return plumbing.linear(self.linear, y)
+
+
+def subsampled(module, frames):
+    """Returns the front end's length of output for ``frames``, a number or a tensor of numbers."""
+    for _ in range(module.num_layers):
+        frames = _halved(frames)
+    return frames
 
 
 def _strip(module, x, lengths, begin, count):
@@ -92,8 +99,8 @@ def _patches(x, begin, count):
 
 
 def _halved(lengths):
-    """Returns the lengths after a convolution of 3 taps, stride 2 and padding 1."""
-    return [(n - 1) // 2 + 1 for n in lengths] if isinstance(lengths, list) else (lengths - 1) // 2 + 1
+    """Returns the length, or the list or tensor of them, after a convolution of 3 taps, stride 2 and padding 1."""
+    return [_halved(n) for n in lengths] if isinstance(lengths, list) else (lengths - 1) // 2 + 1
 
 
 def _within(h, begin, lengths):
@@ -130,8 +137,7 @@ def _as_upstream(module, x, mask):
         h = layer(h)
         if isinstance(layer, torch.nn.Conv2d) and lengths is not None:
             if layer.stride != (1, 1):
-                taps, (before, after) = layer.kernel_size[0], layer.padding
-                lengths = (lengths + before + after - taps) // layer.stride[0] + 1
+                lengths = (lengths + sum(layer.padding) - layer.kernel_size[0]) // layer.stride[0] + 1
             frame = torch.arange(h.shape[2], device=h.device)
             h = h * (frame < lengths.unsqueeze(1))[:, None, :, None]
     return module.linear(h.transpose(1, 2).flatten(2))
