@@ -154,6 +154,16 @@ def is_rate(value):
     )
 
 
+def unread_child(module, name, class_name, known):
+    """Returns a reason if the submodule is of upstream's class ``class_name`` and the fingerprint of its code is not in
+    ``known``, else None: torch's own classes, and others that our forward calls, may run any code."""
+    child = getattr(module, name)
+    cls = upstream_class(child)
+    if cls.__name__ != class_name or cls.__module__.startswith("torch.nn."):
+        return None
+    return unread_code(name, child, own_forward, known)
+
+
 def unread_code(name, module, functions, known):
     """Returns a reason if the fingerprint of the submodule's code is not in ``known``, else None."""
     try:

@@ -16,6 +16,7 @@ from fastasr.swap.rule import (
     check_children,
     check_parameters,
     own_forward,
+    unread_child,
     unread_code,
     upstream_class,
 )
@@ -26,10 +27,7 @@ _SWISH = {"bb9057b4092aa516672c4ebc"}  # in activation.py; it calls the function
 
 
 def _activation(module):
-    """Returns a reason against the module's activation, or None. Only Swish is checked; our forward calls any other."""
-    if upstream_class(module.activation).__name__ != "Swish":
-        return None
-    return unread_code("activation", module.activation, own_forward, _SWISH)
+    return unread_child(module, "activation", "Swish", _SWISH)
 
 
 def _linear_shapes(module, shapes):

@@ -13,30 +13,13 @@ from fastasr.swap.rule import (
     Rule,
     check_child_names,
     check_parameters,
-    own_forward,
-    unread_code,
-    upstream_class,
+    unread_child,
 )
 
 _ESPNET = Known("espnet 202511")
 
 _SWISH = {"89208fb66a55805df70fc892"}  # x sigmoid(x)
 _LAYER_NORM = {"5405c51d4c0d397a26eb042d"}  # torch's, over the dimension ``dim``
-
-
-def _activation(name, activation):
-    """Returns a reason against the activation, or None. Only ESPnet's Swish is checked; any other activation is torch's
-    own or is called by our forward."""
-    if upstream_class(activation).__name__ != "Swish":
-        return None
-    return unread_code(name, activation, own_forward, _SWISH)
-
-
-def _layer_norm(name, norm):
-    """Returns a reason against the norm, or None. Only a LayerNorm is checked; our forward calls any other norm."""
-    if upstream_class(norm).__name__ != "LayerNorm" or type(norm) is torch.nn.LayerNorm:
-        return None
-    return unread_code(name, norm, own_forward, _LAYER_NORM)
 
 
 _ATTENTION_LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "linear_pos")
@@ -63,7 +46,8 @@ def _gate_structure(module):
     reason = check_parameters(module, {}) or check_child_names(
         module, ("norm", "conv", "act", "dropout", *linear)
     )
-    return reason or _layer_norm("norm", module.norm) or _activation("act", module.act)
+    reason = reason or unread_child(module, "norm", "LayerNorm", _LAYER_NORM)
+    return reason or unread_child(module, "act", "Swish", _SWISH)
 
 
 def _gating_mlp_structure(module):
@@ -75,7 +59,7 @@ def _gating_mlp_structure(module):
 def _feed_forward_structure(module):
     reason = check_parameters(module, {})
     reason = reason or check_child_names(module, ("w_1", "w_2", "dropout", "activation"))
-    return reason or _activation("activation", module.activation)
+    return reason or unread_child(module, "activation", "Swish", _SWISH)
 
 
 def _layer_structure(module):

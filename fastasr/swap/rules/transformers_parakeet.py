@@ -11,9 +11,7 @@ from fastasr.swap.rule import (
     Rule,
     check_child_names,
     check_parameters,
-    own_forward,
-    unread_code,
-    upstream_class,
+    unread_child,
 )
 
 _TRANSFORMERS = Known("transformers 5.23")
@@ -23,11 +21,7 @@ _SILU = {"bbb3a89cc2c8993670072487"}
 
 
 def _activation(module):
-    """Returns a reason against the activation, or None. Only transformers' SiLU is checked; our forward calls any other
-    activation."""
-    if upstream_class(module.activation).__name__ != "SiLUActivation":
-        return None
-    return unread_code("activation", module.activation, own_forward, _SILU)
+    return unread_child(module, "activation", "SiLUActivation", _SILU)
 
 
 def _attention_structure(module):
