@@ -4,6 +4,7 @@
 import pytest
 import torch
 from steps import close, moved, same_state
+from tiny_parakeet import SIZES, STILL
 
 pytest.importorskip("transformers")
 
@@ -13,16 +14,6 @@ import fastasr
 from fastasr.models import fast_conformer as ours
 from fastasr.models.fast_conformer import subsampling
 
-SIZES = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "num_mel_bins": 16,
-    "subsampling_conv_channels": 8,
-    "conv_kernel_size": 5,
-}
-STILL = dict.fromkeys(("dropout", "activation_dropout", "attention_dropout", "layerdrop"), 0.0)
 FRAMES = 75
 LENGTHS = {
     "no mask": None,

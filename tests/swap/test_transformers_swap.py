@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from steps import close, moved
+from tiny_parakeet import SIZES, STILL
 from tiny_zipformer import same_training
 
 pytest.importorskip("transformers")
@@ -20,15 +21,6 @@ from transformers import (
 
 import fastasr
 
-SIZES = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "num_mel_bins": 16,
-    "subsampling_conv_channels": 8,
-    "conv_kernel_size": 5,
-}
 SWAPPED = {
     "ParakeetEncoderAttention",
     "ParakeetEncoderConvolutionModule",
@@ -71,35 +63,23 @@ def test_swap_and_verify(implementation):
     assert fastasr.restore(model) == len(report.replaced)
 
 
+def same_training_of(model):
+    same_training(model, tuple(batch().values()), lambda y: y.last_hidden_state)
+
+
 def test_a_training_step_of_the_swapped_model():
-    model = encoder(dropout=0.1, activation_dropout=0.1, attention_dropout=0.1, layerdrop=0.3).train()
-    same_training(lambda_module(model), (), lambda y: y)
+    rates = {"dropout": 0.1, "activation_dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.3}
+    same_training_of(encoder(**rates).train())
 
 
 def test_a_training_step_without_dropout():
-    still = dict.fromkeys(("dropout", "activation_dropout", "attention_dropout", "layerdrop"), 0.0)
-    same_training(lambda_module(encoder(**still).train()), ())
-
-
-def lambda_module(model):
-    """Returns a module without arguments around ``model``: its hidden states of the batch."""
-
-    class Called(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self):
-            return self.model(**batch()).last_hidden_state
-
-    return Called()
+    same_training_of(encoder(**STILL).train())
 
 
 def test_gradient_checkpointing():
-    still = dict.fromkeys(("dropout", "activation_dropout", "attention_dropout", "layerdrop"), 0.0)
-    model = encoder(**still).train()
+    model = encoder(**STILL).train()
     model.gradient_checkpointing_enable()
-    same_training(lambda_module(model), ())
+    same_training_of(model)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -211,7 +191,7 @@ def test_new_weights_are_noticed():
 
 
 def test_a_table_of_inference_mode_serves_training():
-    model = encoder(dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, layerdrop=0.0)
+    model = encoder(**STILL)
     fastasr.accelerate(model)
     with torch.inference_mode():
         model(**batch())
