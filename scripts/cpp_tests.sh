@@ -2,33 +2,40 @@
 # SPDX-License-Identifier: Apache-2.0
 # cpp_tests.sh FOLDER SANITIZERS [SETS]: builds csrc/tests in FOLDER and runs them. SANITIZERS: "", address,undefined or
 # thread. SETS: instruction sets as in CMakeLists.txt ("portable;avx2", for example) or "native", the widest that this
-# machine runs; all by default. What has passed on this machine with the same files, compiler and processor is not built
-# again (CI_FULL=1 does); of tests that are built already a tenth runs. OP=<op> runs the files that test one op.
+# machine runs; all by default. A file of tests that has passed on this machine with the same files, compiler and
+# processor is skipped, but for a tenth of those that are built already (CI_FULL=1 runs all). OP=<op> runs the files that
+# test one op.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$1 sanitizers=$2 sets=${3:-}
-jobs=$(nproc 2>/dev/null || echo 2)
+jobs=$(nproc 2>/dev/null || echo 2) RANDOM=${SEED:-$RANDOM}
 mkdir -p "$folder"
-select=()
-if [[ -n ${OP:-} ]]; then
-  for file in csrc/tests/*.cpp; do
-    name=$(basename "$file" .cpp)
-    [[ $OP != *"$name"* && $name != *"$OP"* ]] && ! grep -q "TEST_CASE(\"$OP" "$file" || select+=("$name")
-  done
-  select=(-R "\\.($(IFS='|' && echo "${select[*]:-none}"))\$")
-fi
-run() { ctest --test-dir "$folder" --output-on-failure -j "$jobs" "$@"; }
 
+# What decides a result beside the files that scripts/sources.py finds for each file of tests.
 state=$({
   echo "$sanitizers $sets"
   "${CXX:-c++}" --version
   grep -m1 ^flags /proc/cpuinfo || uname -m
-  find csrc CMakeLists.txt scripts/cpp_tests.sh -type f -print0 | sort -z | xargs -0 sha256sum
+  sha256sum CMakeLists.txt csrc/tests/CMakeLists.txt csrc/tests/main.cpp scripts/cpp_tests.sh scripts/sources.py
 } | sha256sum | cut -c1-32)
 passed=${XDG_CACHE_HOME:-$HOME/.cache}/fastasr/cpp-tests/$state
-if [[ -e $passed && -z ${OP:-} && ${CI_FULL:-0} != 1 ]]; then
-  echo "C++ tests: passed before with these files"
-  [[ $(cat "$folder/state" 2>/dev/null) != "$state" ]] || run -I "$((${SEED:-$RANDOM} % 10 + 1)),,10"
+hashes=$("$(scripts/find_python.sh)" scripts/sources.py --hashes csrc/tests/*.cpp)
+chosen=() drawn=() states=()
+while read -r hash file; do
+  name=$(basename "$file" .cpp)
+  if [[ -n ${OP:-} ]]; then
+    [[ $OP != *"$name"* && $name != *"$OP"* ]] && ! grep -q "TEST_CASE(\"$OP" "$file" || chosen+=("$name")
+  elif [[ ${CI_FULL:-0} != 1 && -e $passed/$name-$hash ]]; then
+    ((RANDOM % 10)) || drawn+=("$name")
+  else
+    chosen+=("$name") states+=("$passed/$name-$hash")
+  fi
+done <<<"$hashes"
+run() { ctest --test-dir "$folder" --output-on-failure -j "$jobs" -R "\.($(IFS='|' && echo "$*"))\$"; }
+
+if [[ ${#chosen[@]} == 0 ]]; then
+  echo "C++ tests: all have passed with these files"
+  [[ $(cat "$folder/built" 2>/dev/null) != "$hashes" || ${#drawn[@]} == 0 ]] || run "${drawn[@]}"
   exit
 fi
 options=(-DFASTASR_TESTS=ON "-DFASTASR_SANITIZE=$sanitizers")
@@ -53,8 +60,8 @@ cmake -S . -B "$folder" "${options[@]}" >"$folder/configure.log" 2>&1 || {
   exit 1
 }
 cmake --build "$folder" -j "$jobs"
-run "${select[@]}"
-if [[ -z ${OP:-} ]]; then
-  echo "$state" >"$folder/state"
-  mkdir -p "$(dirname "$passed")" && touch "$passed"
+run "${chosen[@]}" "${drawn[@]}"
+echo "$hashes" >"$folder/built"
+if ((${#states[@]})); then
+  mkdir -p "$passed" && touch "${states[@]}"
 fi

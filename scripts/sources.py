@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The source files and what each of them needs: what it imports or includes, and the kernels of the ops that it uses.
 
-    python scripts/sources.py FILE...   # prints every file that these need, themselves included
+    python scripts/sources.py FILE...            # prints every file that these need, themselves included
+    python scripts/sources.py --hashes FILE...   # prints for each the hash of what it needs, and its name
 
 What a file needs is read from its text alone. Names join what no import shows: an op ``swoosh`` has its kernels in
 ``kernels/swoosh.py`` and in the file of ``csrc/bindings`` that registers ``swoosh_forward``; whoever mentions an
@@ -13,6 +14,7 @@ packages that it uses alone.
 """
 
 import ast
+import hashlib
 import re
 import sys
 from collections import defaultdict
@@ -301,4 +303,11 @@ def closure(*paths: Path, without: Path | None = None, test: str = "") -> set[Pa
 
 
 if __name__ == "__main__":
-    print(*sorted(p.relative_to(ROOT) for p in closure(*(Path(a).resolve() for a in sys.argv[1:]))), sep="\n")
+    paths = [Path(name).resolve() for name in sys.argv[1:] if name != "--hashes"]
+    if "--hashes" not in sys.argv:
+        print(*sorted(p.relative_to(ROOT) for p in closure(*paths)), sep="\n")
+    for path in paths if "--hashes" in sys.argv else []:
+        found = hashlib.sha256()
+        for file in sorted(closure(path)):
+            found.update(f"{file.relative_to(ROOT)}\n".encode() + hashlib.sha256(file.read_bytes()).digest())
+        print(found.hexdigest()[:32], path.relative_to(ROOT))

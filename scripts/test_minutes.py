@@ -32,7 +32,13 @@ CASES = {
     "nothing": ("nothing", None, "make test", "second"),
     "op": ("nothing, `OP=rel_attention`", None, "make test OP=rel_attention", "second"),
     "triton": ("a Triton kernel, {}", "kernels/rel_attention.py", "make test", "second"),
-    "cpp": ("a C++ kernel, {}", "csrc/cpu/attention/rel_attention.cpp", "make test", "second"),
+    "cpp": ("a C++ kernel, {}", "csrc/cpu/attention/rel_attention.cpp", "make test", "first"),
+    "cpp-fresh": (
+        "a C++ kernel, {}, in a clone without C++ tests",
+        "csrc/cpu/attention/rel_attention.cpp",
+        "make test",
+        "second",
+    ),
     "python": ("a Python file, {}", "fastasr/models/e_branchformer/attention.py", "make test", "second"),
 }
 
