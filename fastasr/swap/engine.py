@@ -190,11 +190,16 @@ def decide(module):
 def _rule_for(module):
     bound = binding.bound_forward(module)
     names = [cls.__name__ for cls in type(module).__mro__]
-    for family in FAMILIES:
-        for rule in family:
-            if bound in rule.forwards or (bound is None and rule.class_name in names):
-                return rule
-    return None
+    rules = dict.fromkeys(
+        rule
+        for family in FAMILIES
+        for rule in family
+        if bound in rule.forwards or (bound is None and rule.class_name in names)
+    )
+    if len(rules) < 2:
+        return next(iter(rules), None)
+    # several frameworks have a class of this name
+    return max(rules, key=lambda rule: (_recognise(rule, module).apply, _structure(rule, module) is None))
 
 
 def _obstacle(module, rule):

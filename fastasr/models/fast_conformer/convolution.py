@@ -38,22 +38,35 @@ class FastConformerConvolution(torch.nn.Module):
         elif attention_mask is not None:
             sees = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0.0
             hidden = (~sees).all(2).expand(batch, 1, frames)[:, 0]
-        h = _pointwise(self.pointwise_conv1, hidden_states)
-        conv, norm = self.depthwise_conv, self.norm
-        if plumbing.is_depthwise_conv(conv) and _is_batch_norm(norm):
-            folded = not norm.training
-            weight, bias = _fold(conv, norm) if folded else (conv.weight, conv.bias)
-            z = ops.gated_depthwise_conv(
-                h.transpose(0, 1), weight, bias, padding_mask=hidden, activation="identity"
-            )  # [T, B, C]
-            # channels first, as upstream: over a matrix of frames torch sums the statistics 2 to 10 times less exactly
-            z = z.transpose(0, 1) if folded else norm(z.permute(1, 2, 0).contiguous()).transpose(1, 2)
-            y = _activate(self.activation, z)
-        else:
-            u = F.glu(h, -1)
-            u = u if hidden is None else u.masked_fill(hidden.unsqueeze(-1), 0.0)
-            y = self.activation(norm(conv(u.transpose(1, 2)))).transpose(1, 2)
-        return _pointwise(self.pointwise_conv2, y)
+        return gated_convolution(
+            hidden_states,
+            self.pointwise_conv1,
+            self.depthwise_conv,
+            self.norm,
+            self.activation,
+            self.pointwise_conv2,
+            hidden,
+        )
+
+
+def gated_convolution(x, first, conv, norm, activation, last, hidden=None):
+    """Returns ``last(activation(norm(conv(glu(first(x))))))`` of x (B, T, width), whose convolutions are channels first
+    and whose gated frames are 0 where ``hidden`` (B, T), or None, is True."""
+    h = _pointwise(first, x)
+    if plumbing.is_depthwise_conv(conv) and _is_batch_norm(norm):
+        folded = not norm.training
+        weight, bias = _fold(conv, norm) if folded else (conv.weight, conv.bias)
+        z = ops.gated_depthwise_conv(
+            h.transpose(0, 1), weight, bias, padding_mask=hidden, activation="identity"
+        )  # [T, B, C]
+        # channels first, as upstream: over a matrix of frames torch sums the statistics 2 to 10 times less exactly
+        z = z.transpose(0, 1) if folded else norm(z.permute(1, 2, 0).contiguous()).transpose(1, 2)
+        y = _activate(activation, z)
+    else:
+        u = F.glu(h, -1)
+        u = u if hidden is None else u.masked_fill(hidden.unsqueeze(-1), 0.0)
+        y = activation(norm(conv(u.transpose(1, 2)))).transpose(1, 2)
+    return _pointwise(last, y)
 
 
 def _is_batch_norm(norm):

@@ -7,6 +7,7 @@ them there as well.
 
 import torch
 
+from fastasr.models import conformer
 from fastasr.models import e_branchformer as models
 from fastasr.swap.rule import (
     Known,
@@ -56,6 +57,12 @@ def _gating_mlp_structure(module):
     )
 
 
+def _convolution_structure(module):
+    children = ("pointwise_conv1", "depthwise_conv", "norm", "activation", "pointwise_conv2")
+    reason = check_parameters(module, {}) or check_child_names(module, children)
+    return reason or unread_child(module, "activation", "Swish", _SWISH)
+
+
 def _feed_forward_structure(module):
     reason = check_parameters(module, {})
     reason = reason or check_child_names(module, ("w_1", "w_2", "dropout", "activation"))
@@ -103,6 +110,15 @@ GATING_MLP = Rule(
     known={"8b8ff5185f9ecabcf556351c": _ESPNET},
 )
 
+CONVOLUTION = Rule(
+    name="espnet.conformer_convolution",
+    class_name="ConvolutionModule",
+    forward=conformer.espnet_convolution,
+    kernels=("linear", "gated_depthwise_conv"),
+    structure=_convolution_structure,
+    known={"2f808e0e85acb8c584f3c13a": _ESPNET},
+)
+
 FEED_FORWARD = Rule(
     name="espnet.positionwise_feed_forward",
     class_name="PositionwiseFeedForward",
@@ -121,4 +137,4 @@ LAYER = Rule(
     known={"bb5379a9603330ac13ff54f3": _ESPNET},
 )
 
-RULES = (LAYER, ATTENTION, GATING_MLP, GATE, FEED_FORWARD)
+RULES = (LAYER, ATTENTION, GATING_MLP, GATE, CONVOLUTION, FEED_FORWARD)

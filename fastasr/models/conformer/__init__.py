@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward passes for the modules of other packages' Conformers (Gulati et al., "Conformer", 2020), which the swap binds
+to them. A Conformer of fastasr's own is :mod:`fastasr.models.fast_conformer`."""
+
+from fastasr.models.conformer.convolution import (
+    espnet_convolution,
+    fastspeech2_convolution,
+    torchaudio_convolution,
+    wav2vec2_convolution,
+)
+from fastasr.models.conformer.feed_forward import torchaudio_feed_forward, wav2vec2_feed_forward
+
+__all__ = [
+    "espnet_convolution",
+    "fastspeech2_convolution",
+    "torchaudio_convolution",
+    "torchaudio_feed_forward",
+    "wav2vec2_convolution",
+    "wav2vec2_feed_forward",
+]

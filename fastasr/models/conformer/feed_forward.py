@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Feed-forward modules: dropout(W2 dropout(activation(W1 x + b1)) + b2)."""
+
+from fastasr.models.common import activations, plumbing
+
+
+def wav2vec2_feed_forward(self, hidden_states):
+    """transformers' Wav2Vec2Conformer. hidden states (..., width) -> same shape."""
+    hidden = activations.activated(self.intermediate_dense, self.intermediate_act_fn, hidden_states)
+    hidden = plumbing.dropout(self.intermediate_dropout, hidden)
+    return plumbing.dropout(self.output_dropout, plumbing.linear(self.output_dense, hidden))
+
+
+def torchaudio_feed_forward(self, input):
+    """torchaudio's Conformer, whose LayerNorm comes first. input (..., width) -> same shape."""
+    if plumbing.is_watched(self.sequential):
+        return type(self).forward(self, input)
+    norm, first, activation, middle, last, dropout = self.sequential
+    hidden = plumbing.dropout(middle, activations.activated(first, activation, norm(input)))
+    return plumbing.dropout(dropout, plumbing.linear(last, hidden))

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for torchaudio's Conformer (torchaudio/models/conformer.py). Its attention is torch's own."""
+
+import torch
+
+from fastasr.models import conformer as models
+from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters
+
+_TORCHAUDIO = Known("torchaudio 2.11.0")
+_NN = torch.nn
+_CONVOLUTION = (
+    _NN.Conv1d,
+    _NN.GLU,
+    _NN.Conv1d,
+    (_NN.BatchNorm1d, _NN.GroupNorm),
+    _NN.SiLU,
+    _NN.Conv1d,
+    _NN.Dropout,
+)
+_FEED_FORWARD = (_NN.LayerNorm, _NN.Linear, _NN.SiLU, _NN.Dropout, _NN.Linear, _NN.Dropout)
+
+
+def _sequential(module, classes, names):
+    """Returns a reason unless ``module.sequential`` holds modules of these classes, of each one or some, else None."""
+    reason = check_parameters(module, {}) or check_child_names(module, names)
+    if reason:
+        return reason
+    found = list(module.sequential)
+    if type(module.sequential) is not _NN.Sequential or len(found) != len(classes):
+        return f"sequential has {len(found)} modules, expected a Sequential of {len(classes)}"
+    for index, (child, expected) in enumerate(zip(found, classes, strict=True)):
+        allowed = expected if isinstance(expected, tuple) else (expected,)
+        if type(child) not in allowed:
+            names = " or ".join(cls.__name__ for cls in allowed)
+            return f"submodule sequential.{index} is a {type(child).__name__}, expected {names}"
+    return None
+
+
+def _convolution_structure(module):
+    reason = _sequential(module, _CONVOLUTION, ("layer_norm", "sequential"))
+    if reason is None and module.sequential[1].dim != 1:
+        return f"submodule sequential.1 gates dimension {module.sequential[1].dim}, expected 1"
+    return reason
+
+
+def _feed_forward_structure(module):
+    return _sequential(module, _FEED_FORWARD, ("sequential",))
+
+
+CONVOLUTION = Rule(
+    name="torchaudio.conformer_convolution",
+    class_name="_ConvolutionModule",
+    forward=models.torchaudio_convolution,
+    kernels=("linear", "gated_depthwise_conv"),
+    structure=_convolution_structure,
+    known={"738a24b7bf15278a784bd0f6": _TORCHAUDIO},
+)
+
+FEED_FORWARD = Rule(
+    name="torchaudio.conformer_feed_forward",
+    class_name="_FeedForwardModule",
+    forward=models.torchaudio_feed_forward,
+    kernels=("linear_activation", "linear"),
+    structure=_feed_forward_structure,
+    known={"3dcdc142e81cadddd1921a11": _TORCHAUDIO},
+)
+
+RULES = (CONVOLUTION, FEED_FORWARD)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conformers of ESPnet, torchaudio and transformers: each swapped module has upstream's values, gradients and draws, in
+training and in eval, and a whole model has upstream's outputs."""
+
+import copy
+
+import pytest
+import torch
+from steps import close, moved, step
+
+import fastasr
+
+WIDTH, HIDDEN, HEADS, TAPS = 16, 32, 2, 7
+
+
+def torchaudio_conformer(dropout=0.1, **options):
+    models = pytest.importorskip("torchaudio.models")
+    return models.Conformer(WIDTH, HEADS, HIDDEN, 2, TAPS, dropout=dropout, **options)
+
+
+def wav2vec2_conformer(dropout=0.1, **options):
+    transformers = pytest.importorskip("transformers")
+    rates = ("activation_dropout", "attention_dropout", "hidden_dropout", "conformer_conv_dropout")
+    config = transformers.Wav2Vec2ConformerConfig(
+        hidden_size=WIDTH,
+        intermediate_size=HIDDEN,
+        num_attention_heads=HEADS,
+        num_hidden_layers=2,
+        conv_depthwise_kernel_size=TAPS,
+        hidden_act="swish",
+        max_source_positions=64,
+        num_conv_pos_embedding_groups=2,
+        layerdrop=0.0,
+        **dict.fromkeys(rates, dropout),
+        **options,
+    )
+    module = pytest.importorskip("transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer")
+    return module.Wav2Vec2ConformerEncoder(config)
+
+
+def fastspeech2_conformer(dropout=0.1, **options):
+    transformers = pytest.importorskip("transformers")
+    rates = ("dropout_rate", "positional_dropout_rate", "attention_dropout_rate")
+    config = transformers.FastSpeech2ConformerConfig(
+        hidden_size=WIDTH,
+        **{
+            f"{part}_{key}": value
+            for part in ("encoder", "decoder")
+            for key, value in (("layers", 2), ("num_attention_heads", HEADS), ("linear_units", HIDDEN))
+        },
+        **{
+            f"{part}_{rate.replace('attention', 'attention')}": dropout
+            for part in ("encoder",)
+            for rate in rates
+        },
+        encoder_kernel_size=TAPS,
+        **options,
+    )
+    module = pytest.importorskip("transformers.models.fastspeech2_conformer.modeling_fastspeech2_conformer")
+    return module.FastSpeech2ConformerEncoder(config, config.encoder_config)
+
+
+def espnet_conformer(dropout=0.1, **options):
+    module = pytest.importorskip("espnet2.asr.encoder.conformer_encoder")
+    sizes = {
+        "output_size": WIDTH,
+        "attention_heads": HEADS,
+        "linear_units": HIDDEN,
+        "cnn_module_kernel": TAPS,
+    }
+    kinds = {
+        "rel_pos_type": "latest",
+        "pos_enc_layer_type": "rel_pos",
+        "selfattention_layer_type": "rel_selfattn",
+    }
+    rates = dict.fromkeys(("dropout_rate", "positional_dropout_rate", "attention_dropout_rate"), dropout)
+    return module.ConformerEncoder(
+        WIDTH, num_blocks=2, input_layer="linear", macaron_style=True, **sizes, **kinds, **rates, **options
+    )
+
+
+MODELS = {
+    "espnet": (espnet_conformer, {"ConvolutionModule", "PositionwiseFeedForward"}),
+    "torchaudio": (torchaudio_conformer, {"_ConvolutionModule", "_FeedForwardModule"}),
+    "wav2vec2": (
+        wav2vec2_conformer,
+        {"Wav2Vec2ConformerConvolutionModule", "Wav2Vec2ConformerFeedForward"},
+    ),
+    "fastspeech2": (fastspeech2_conformer, {"FastSpeech2ConformerConvolutionModule"}),
+}
+
+
+def model(name, **options):
+    """Returns the model in float64 with parameters and statistics away from their first values."""
+    torch.manual_seed(0)
+    made = moved(MODELS[name][0](**options), 0.1).double()
+    for key, buffer in made.named_buffers():
+        if key.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+        elif key.endswith("running_mean"):
+            buffer.normal_()
+    return made
+
+
+def modules(net, name):
+    return {path: m for path, m in net.named_modules() if type(m).__name__ in MODELS[name][1]}
+
+
+def pair(name, training, **options):
+    theirs = model(name, **options).train(training)
+    ours = copy.deepcopy(theirs)
+    fastasr.accelerate(ours)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", MODELS)
+def test_modules(name, training):
+    ours, theirs = pair(name, training)
+    x = torch.randn(3, 21, WIDTH, dtype=torch.float64)
+    swapped = modules(ours, name)
+    assert {type(m).__name__ for m in swapped.values()} == MODELS[name][1]
+    for path, module in swapped.items():
+        (found, draws), (expected, draws_there) = step(module, x), step(theirs.get_submodule(path), x)
+        assert draws == draws_there
+        largest = max(
+            value.abs().max() for value in expected.values()
+        )  # behind batch norm the bias's gradient is 0
+        for key, value in expected.items():
+            close(found[key], value, 1e-10, key, least=largest)
+        for a, b in zip(module.buffers(), theirs.get_submodule(path).buffers(), strict=True):
+            close(a, b, 1e-10, path)
+
+
+def call(name, net, x, lengths):
+    if name in ("torchaudio", "espnet"):
+        return net(x, lengths)[0]
+    mask = torch.arange(x.shape[1]) < lengths[:, None]
+    mask = mask.unsqueeze(1).int() if name == "fastspeech2" else mask
+    return net(x.clone(), attention_mask=mask)[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_model(name):
+    ours, theirs = pair(name, training=False)
+    x, lengths = torch.randn(3, 21, WIDTH, dtype=torch.float64), torch.tensor([21, 13, 1])
+    with torch.no_grad():
+        close(call(name, ours, x, lengths), call(name, theirs, x, lengths), 1e-10)
+    fastasr.restore(ours)
+    with torch.no_grad():
+        assert torch.equal(call(name, ours, x, lengths), call(name, theirs, x, lengths))
+
+
+def test_group_norm_and_order():
+    for options in ({"use_group_norm": True}, {"convolution_first": True}):
+        ours, theirs = pair("torchaudio", training=True, dropout=0.0, **options)
+        x, lengths = torch.randn(3, 21, WIDTH, dtype=torch.float64), torch.tensor([21, 13, 5])
+        close(call("torchaudio", ours, x, lengths), call("torchaudio", theirs, x, lengths), 1e-10)
+
+
+def test_verified():
+    net = model("torchaudio").float().eval()
+    report = fastasr.accelerate(net, verify=(torch.randn(2, 21, WIDTH), torch.tensor([21, 13])))
+    assert report.ok, str(report)
+    assert {row.class_name for row in report.replaced} >= MODELS["torchaudio"][1]
+
+
+@pytest.mark.parametrize("name", ["torchaudio", "wav2vec2"])
+def test_hooks_inside_are_called(name):
+    """A hook on a module that the fused forward goes past brings upstream's forward back."""
+    ours, theirs = pair(name, training=False)
+    gate = next(m for m in ours.modules() if isinstance(m, torch.nn.GLU))
+    seen = []
+    gate.register_forward_hook(lambda *_: seen.append(1))
+    x, lengths = torch.randn(3, 21, WIDTH, dtype=torch.float64), torch.tensor([21, 13, 5])
+    with torch.no_grad():
+        close(call(name, ours, x, lengths), call(name, theirs, x, lengths), 1e-10)
+    assert seen
+
+
+def test_another_module_in_the_sequence_is_declined():
+    net = model("torchaudio").eval()
+    net.conformer_layers[0].ffn1.sequential[2] = torch.nn.ReLU()
+    report = fastasr.accelerate(net)
+    reasons = [row.reason for row in report.skipped if row.path == "conformer_layers.0.ffn1"]
+    assert reasons == ["submodule sequential.2 is a ReLU, expected SiLU"]
