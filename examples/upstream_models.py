@@ -2,6 +2,7 @@
 """Small upstream models, and inputs for each, for ``fastasr swap`` in this folder:
 
     fastasr swap upstream_models:transformers_parakeet --input upstream_models:features_and_mask
+    fastasr swap upstream_models:speechbrain_conformer --input upstream_models:hidden_states
     fastasr swap upstream_models:torchaudio_rnnt --input upstream_models:torchaudio_batch
     fastasr swap upstream_models:torchaudio_emformer --input upstream_models:torchaudio_frames
     fastasr swap upstream_models:espnet_e_branchformer --input upstream_models:features
@@ -31,6 +32,23 @@ def features_and_mask():
     """Returns features and their mask, 1 at valid frames."""
     mask = torch.arange(200) < torch.tensor([[200], [150]])
     return {"input_features": torch.randn(2, 200, 80), "attention_mask": mask.long()}
+
+
+# --------------------------------------------------------------------------- SpeechBrain
+def speechbrain_conformer():
+    """Returns a small Conformer encoder. A ``TransformerASR`` holds one as ``model.encoder``."""
+    from speechbrain.lobes.models.transformer.Conformer import ConformerEncoder
+
+    return ConformerEncoder(num_layers=2, d_model=64, d_ffn=128, nhead=4).eval()
+
+
+def hidden_states():
+    """Returns what the encoder takes: hidden states, the mask of padding and the position embeddings."""
+    from speechbrain.nnet.attention import RelPosEncXL
+
+    hidden, lengths = torch.randn(2, 60, 64), torch.tensor([[60], [45]])
+    padding = torch.arange(60) >= lengths
+    return {"src": hidden, "src_key_padding_mask": padding, "pos_embs": RelPosEncXL(64)(hidden)}
 
 
 # --------------------------------------------------------------------------- torchaudio

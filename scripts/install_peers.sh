@@ -6,12 +6,12 @@ python=$1
 here=$(cd "$(dirname "$0")" && pwd)
 pip=("$python" -m pip install --quiet --disable-pip-version-check -c "$here/constraints.txt")
 
-# What `import zipformer` imports, and what its ONNX export needs.
+# What `import zipformer` and `import speechbrain` import, and what the ONNX export needs.
 "${pip[@]}" tensorboard huggingface_hub tqdm pandas braceexpand kaldialign sentencepiece simple-sentencepiece \
-  packaging pyyaml onnx onnxruntime onnxscript typeguard attrs wrapt regex safetensors tokenizers
+  packaging pyyaml hyperpyyaml scipy onnx onnxruntime onnxscript typeguard attrs wrapt regex safetensors tokenizers
 # Without their dependencies: these ask for torch packages of their own.
 "${pip[@]}" --no-deps kaldifst webdataset atdataset zipformer torchaudio espnet returnn dm-tree \
-  transformers
+  transformers speechbrain
 
 # torchaudio's wheels are linked against CUDA: with a CPU torch their libraries do not load and the import fails.
 # Its Python parts (torchaudio.models, compliance) need none of them, so the libraries go.
@@ -39,6 +39,7 @@ if ! { "$python" -m pip download --quiet --disable-pip-version-check --no-deps -
 fi
 
 "$python" - <<'PY'
+import speechbrain
 import torchaudio
 import transformers
 from espnet2.asr_transducer.decoder.mega_decoder import MEGADecoder  # noqa: F401
@@ -46,5 +47,5 @@ from returnn.frontend.encoder.e_branchformer import EBranchformerLayer  # noqa: 
 from zipformer.modules.zipformer import Zipformer  # noqa: F401
 
 print("upstream packages: espnet, returnn, zipformer, torchaudio", torchaudio.__version__, end=", ")
-print("transformers", transformers.__version__)
+print("transformers", transformers.__version__, "speechbrain", speechbrain.__version__)
 PY

@@ -147,6 +147,21 @@ def check_child_names(module, names, optional=()):
     return f"lacks the submodules {', '.join(missing)}" if missing else None
 
 
+def check_sequence(module, name, classes):
+    """Returns a reason unless the submodule is a torch.nn.Sequential of modules of these classes, else None. In place
+    of a class a tuple allows several, and torch.nn.Module any."""
+    sequence = getattr(module, name)
+    if type(sequence) is not torch.nn.Sequential or len(sequence) != len(classes):
+        count = sum(1 for _ in sequence.children())
+        return f"submodule {name} is a {type(sequence).__name__} of {count}, expected a Sequential of {len(classes)}"
+    for index, (child, expected) in enumerate(zip(sequence, classes, strict=True)):
+        allowed = expected if isinstance(expected, tuple) else (expected,)
+        if upstream_class(child) not in allowed and torch.nn.Module not in allowed:
+            names = " or ".join(cls.__name__ for cls in allowed)
+            return f"submodule {name}.{index} is a {type(child).__name__}, expected {names}"
+    return None
+
+
 def is_rate(value):
     """Whether the value is a number or a schedule module that converts to float."""
     return isinstance(value, (int, float)) or (

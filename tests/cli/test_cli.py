@@ -255,6 +255,12 @@ def test_swap_takes_inputs_by_name(run):
             {"ParakeetEncoderAttention", "ParakeetEncoderSubsamplingConv2D"},
         ),
         (
+            "speechbrain",
+            "speechbrain_conformer",
+            "hidden_states",
+            {"ConvolutionModule", "PositionalwiseFeedForward"},
+        ),
+        (
             "zipformer.modules.zipformer",
             "zipformer",
             "frames",

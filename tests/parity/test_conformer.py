@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conformers of ESPnet, torchaudio and transformers: each swapped module has upstream's values, gradients and draws, in
-training and in eval, and a whole model has upstream's outputs."""
+"""Conformers of ESPnet, SpeechBrain, torchaudio and transformers: each swapped module has upstream's values, gradients
+and draws, in training and in eval, and a whole model has upstream's outputs."""
 
 import copy
 
@@ -79,7 +79,13 @@ def espnet_conformer(dropout=0.1, **options):
     )
 
 
+def speechbrain_conformer(dropout=0.1, **options):
+    module = pytest.importorskip("speechbrain.lobes.models.transformer.Conformer")
+    return module.ConformerEncoder(2, WIDTH, HIDDEN, HEADS, TAPS, dropout=dropout, **options)
+
+
 MODELS = {
+    "speechbrain": (speechbrain_conformer, {"ConvolutionModule", "PositionalwiseFeedForward"}),
     "espnet": (espnet_conformer, {"ConvolutionModule", "PositionwiseFeedForward"}),
     "torchaudio": (torchaudio_conformer, {"_ConvolutionModule", "_FeedForwardModule"}),
     "wav2vec2": (
@@ -136,6 +142,11 @@ def call(name, net, x, lengths):
     if name in ("torchaudio", "espnet"):
         return net(x, lengths)[0]
     mask = torch.arange(x.shape[1]) < lengths[:, None]
+    if name == "speechbrain":
+        positions = torch.randn(
+            1, 2 * x.shape[1] - 1, WIDTH, dtype=x.dtype, generator=torch.Generator().manual_seed(5)
+        )
+        return net(x, src_key_padding_mask=~mask, pos_embs=positions)[0]
     mask = mask.unsqueeze(1).int() if name == "fastspeech2" else mask
     return net(x.clone(), attention_mask=mask)[0]
 
@@ -143,12 +154,24 @@ def call(name, net, x, lengths):
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_model(name):
     ours, theirs = pair(name, training=False)
-    x, lengths = torch.randn(3, 21, WIDTH, dtype=torch.float64), torch.tensor([21, 13, 1])
+    x, lengths, tolerance = torch.randn(3, 21, WIDTH, dtype=torch.float64), torch.tensor([21, 13, 1]), 1e-10
+    if name == "speechbrain":  # its attention has float32 weights whatever the dtype
+        ours, theirs, x, tolerance = ours.float(), theirs.float(), x.float(), 2e-5
     with torch.no_grad():
-        close(call(name, ours, x, lengths), call(name, theirs, x, lengths), 1e-10)
+        close(call(name, ours, x, lengths), call(name, theirs, x, lengths), tolerance)
     fastasr.restore(ours)
     with torch.no_grad():
         assert torch.equal(call(name, ours, x, lengths), call(name, theirs, x, lengths))
+
+
+def test_speechbrain_chunks_and_causal_convolutions_run_upstream():
+    config = pytest.importorskip("speechbrain.utils.dynamic_chunk_training").DynChunkTrainConfig(4)
+    x = torch.randn(2, 21, WIDTH)
+    for options, given in (({}, config), ({"causal": True}, None)):
+        ours, theirs = pair("speechbrain", False, **options)
+        for net in (ours.float(), theirs.float()):
+            net.found = net.layers[0].convolution_module(x, dynchunktrain_config=given)
+        assert torch.equal(ours.found, theirs.found)
 
 
 def test_group_norm_and_order():

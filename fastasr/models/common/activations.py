@@ -56,6 +56,8 @@ def fused_name(activation: torch.nn.Module) -> str | None:
         and not vars(activation).get("forward")
     ):
         return "silu"  # ESPnet's and transformers' classes compute x sigmoid(x)
+    if type(activation).__name__ == "Swish" and getattr(activation, "beta", None) == 1:
+        return fused_name(activation.silu)  # SpeechBrain's computes silu(beta x)
     return _FUSED.get(type(activation))
 
 

@@ -5,14 +5,21 @@ to them. A Conformer of fastasr's own is :mod:`fastasr.models.fast_conformer`.""
 from fastasr.models.conformer.convolution import (
     espnet_convolution,
     fastspeech2_convolution,
+    speechbrain_convolution,
     torchaudio_convolution,
     wav2vec2_convolution,
 )
-from fastasr.models.conformer.feed_forward import torchaudio_feed_forward, wav2vec2_feed_forward
+from fastasr.models.conformer.feed_forward import (
+    speechbrain_feed_forward,
+    torchaudio_feed_forward,
+    wav2vec2_feed_forward,
+)
 
 __all__ = [
     "espnet_convolution",
     "fastspeech2_convolution",
+    "speechbrain_convolution",
+    "speechbrain_feed_forward",
     "torchaudio_convolution",
     "torchaudio_feed_forward",
     "wav2vec2_convolution",

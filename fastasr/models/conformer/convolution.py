@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolution modules: W_out activation(norm(depthwise(glu(W_in LayerNorm(x))))), with dropout at the end."""
 
+from fastasr import ops
 from fastasr.models.common import plumbing
-from fastasr.models.fast_conformer.convolution import FastConformerConvolution, gated_convolution
+from fastasr.models.fast_conformer.convolution import FastConformerConvolution, gated_convolution, pointwise
 
 
 def espnet_convolution(self, x):
@@ -15,6 +16,23 @@ def espnet_convolution(self, x):
 def fastspeech2_convolution(self, hidden_states, attention_mask=None):
     """transformers' FastSpeech2Conformer, which has Parakeet's module. hidden states (B, T, width) -> same shape."""
     return FastConformerConvolution.forward(self, hidden_states, attention_mask)
+
+
+def speechbrain_convolution(self, x, mask=None, dynchunktrain_config=None):
+    """SpeechBrain's Conformer, whose norm is LayerNorm. x (B, T, width), mask (bool (B, T, 1), True where the result is
+    0) or None -> (B, T, width). Chunks and causal convolutions take upstream's code."""
+    first, gate = self.bottleneck
+    if (
+        dynchunktrain_config is not None
+        or any(map(plumbing.is_watched, (self.bottleneck, gate, self.after_conv)))
+        or not plumbing.is_depthwise_conv(self.conv)
+    ):
+        return type(self).forward(self, x, mask, dynchunktrain_config)
+    norm, activation, last, dropout = self.after_conv
+    h = pointwise(first, self.layer_norm(x)).transpose(0, 1)
+    z = ops.gated_depthwise_conv(h, self.conv.weight, self.conv.bias, activation="identity").transpose(0, 1)
+    y = plumbing.dropout(dropout, plumbing.linear(last, activation(norm(z))))
+    return y if mask is None else y.masked_fill(mask, 0.0)
 
 
 def wav2vec2_convolution(self, hidden_states):

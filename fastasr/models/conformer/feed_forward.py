@@ -4,6 +4,17 @@
 from fastasr.models.common import activations, plumbing
 
 
+def speechbrain_feed_forward(self, x):
+    """SpeechBrain's positionwise feed-forward, without the last dropout. x (B, T, width) -> same shape."""
+    if plumbing.is_watched(self.ffn):
+        return type(self).forward(self, x)
+    first, activation, dropout, last = self.ffn
+    if plumbing.is_idle(dropout):
+        return plumbing.linear(last, activations.activated(first, activation, x))
+    hidden = activations.activated(first, activation, x.transpose(0, 1))  # upstream draws in this order
+    return plumbing.linear(last, plumbing.dropout(dropout, hidden)).transpose(0, 1)
+
+
 def wav2vec2_feed_forward(self, hidden_states):
     """transformers' Wav2Vec2Conformer. hidden states (..., width) -> same shape."""
     hidden = activations.activated(self.intermediate_dense, self.intermediate_act_fn, hidden_states)

@@ -52,7 +52,7 @@ class FastConformerConvolution(torch.nn.Module):
 def gated_convolution(x, first, conv, norm, activation, last, hidden=None):
     """Returns ``last(activation(norm(conv(glu(first(x))))))`` of x (B, T, width), whose convolutions are channels first
     and whose gated frames are 0 where ``hidden`` (B, T), or None, is True."""
-    h = _pointwise(first, x)
+    h = pointwise(first, x)
     if plumbing.is_depthwise_conv(conv) and _is_batch_norm(norm):
         folded = not norm.training
         weight, bias = _fold(conv, norm) if folded else (conv.weight, conv.bias)
@@ -66,7 +66,7 @@ def gated_convolution(x, first, conv, norm, activation, last, hidden=None):
         u = F.glu(h, -1)
         u = u if hidden is None else u.masked_fill(hidden.unsqueeze(-1), 0.0)
         y = activation(norm(conv(u.transpose(1, 2)))).transpose(1, 2)
-    return _pointwise(last, y)
+    return pointwise(last, y)
 
 
 def _is_batch_norm(norm):
@@ -96,7 +96,7 @@ def _activate(activation, z):
     return F.silu(z, inplace=not z.requires_grad)
 
 
-def _pointwise(conv, x):
+def pointwise(conv, x):
     """Returns the convolution of one tap of x (B, T, C), as a product."""
     plain = type(conv) is torch.nn.Conv1d and conv.kernel_size == (1,) and conv.groups == 1
     plain = plain and (conv.stride, conv.padding) == ((1,), (0,))

@@ -4,7 +4,7 @@
 import torch
 
 from fastasr.models import conformer as models
-from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters
+from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, check_sequence
 
 _TORCHAUDIO = Known("torchaudio 2.11.0")
 _NN = torch.nn
@@ -20,31 +20,17 @@ _CONVOLUTION = (
 _FEED_FORWARD = (_NN.LayerNorm, _NN.Linear, _NN.SiLU, _NN.Dropout, _NN.Linear, _NN.Dropout)
 
 
-def _sequential(module, classes, names):
-    """Returns a reason unless ``module.sequential`` holds modules of these classes, of each one or some, else None."""
-    reason = check_parameters(module, {}) or check_child_names(module, names)
-    if reason:
-        return reason
-    found = list(module.sequential)
-    if type(module.sequential) is not _NN.Sequential or len(found) != len(classes):
-        return f"sequential has {len(found)} modules, expected a Sequential of {len(classes)}"
-    for index, (child, expected) in enumerate(zip(found, classes, strict=True)):
-        allowed = expected if isinstance(expected, tuple) else (expected,)
-        if type(child) not in allowed:
-            names = " or ".join(cls.__name__ for cls in allowed)
-            return f"submodule sequential.{index} is a {type(child).__name__}, expected {names}"
-    return None
-
-
 def _convolution_structure(module):
-    reason = _sequential(module, _CONVOLUTION, ("layer_norm", "sequential"))
+    reason = check_parameters(module, {}) or check_child_names(module, ("layer_norm", "sequential"))
+    reason = reason or check_sequence(module, "sequential", _CONVOLUTION)
     if reason is None and module.sequential[1].dim != 1:
         return f"submodule sequential.1 gates dimension {module.sequential[1].dim}, expected 1"
     return reason
 
 
 def _feed_forward_structure(module):
-    return _sequential(module, _FEED_FORWARD, ("sequential",))
+    reason = check_parameters(module, {}) or check_child_names(module, ("sequential",))
+    return reason or check_sequence(module, "sequential", _FEED_FORWARD)
 
 
 CONVOLUTION = Rule(

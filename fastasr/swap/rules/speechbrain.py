@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for SpeechBrain's Conformer (speechbrain/lobes/models/transformer/Conformer.py)."""
+
+from torch import nn
+
+from fastasr.models import conformer as models
+from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, check_sequence, unread_child
+
+_SPEECHBRAIN = Known("speechbrain 1.1.2")
+_SWISH = {"592b77330169aa9f5c793530"}
+
+
+def _convolution_structure(module):
+    reason = check_parameters(module, {})
+    reason = reason or check_child_names(module, ("layer_norm", "bottleneck", "conv", "after_conv"))
+    reason = reason or check_sequence(module, "bottleneck", (nn.Conv1d, nn.GLU))
+    reason = reason or check_sequence(module, "after_conv", (nn.LayerNorm, nn.Module, nn.Linear, nn.Dropout))
+    if reason is None and module.bottleneck[1].dim != 1:
+        return f"submodule bottleneck.1 gates dimension {module.bottleneck[1].dim}, expected 1"
+    return reason or unread_child(module.after_conv, "1", "Swish", _SWISH)
+
+
+def _feed_forward_structure(module):
+    reason = check_parameters(module, {}) or check_child_names(module, ("ffn",))
+    reason = reason or check_sequence(module, "ffn", (nn.Linear, nn.Module, nn.Dropout, nn.Linear))
+    return reason or unread_child(module.ffn, "1", "Swish", _SWISH)
+
+
+CONVOLUTION = Rule(
+    name="speechbrain.convolution",
+    class_name="ConvolutionModule",
+    forward=models.speechbrain_convolution,
+    kernels=("linear", "gated_depthwise_conv"),
+    structure=_convolution_structure,
+    known={"0ab2da6351ae5e2df2b10a5a": _SPEECHBRAIN},
+    note="dynamic chunks and causal convolutions run upstream's code",
+)
+
+FEED_FORWARD = Rule(
+    name="speechbrain.feed_forward",
+    class_name="PositionalwiseFeedForward",
+    forward=models.speechbrain_feed_forward,
+    kernels=("linear_activation", "linear"),
+    structure=_feed_forward_structure,
+    known={"4d170277bea5bfc5641e7f74": _SPEECHBRAIN},
+)
+
+RULES = (CONVOLUTION, FEED_FORWARD)
