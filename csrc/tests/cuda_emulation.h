@@ -19,7 +19,8 @@
 // Runs CUDA kernel bodies on the CPU: every CUDA thread is a fiber, a barrier hands over to the others. Shared memory
 // holds NaNs when a block starts and ends with its last byte (address sanitizer). The order in which threads run
 // between barriers is a parameter: a body that lacks a barrier gives other results in another order, and a warp may
-// run ahead of the others. A barrier that some thread does not reach ends the program.
+// run ahead of the others. The blocks of a launch run in ascending or descending order, so a block that reads what
+// another one writes gives other results too. A barrier that some thread does not reach ends the program.
 struct Dim3 {
   unsigned x = 0, y = 0, z = 0;
 };
@@ -48,7 +49,7 @@ class Emulator {
     blockDim = {static_cast<unsigned>(threads), 1, 1};
     gridDim = {static_cast<unsigned>(blocks), 1, 1};
     for (int64_t b = 0; b < blocks; b++) {
-      blockIdx = {static_cast<unsigned>(b), 0, 0};
+      blockIdx = {static_cast<unsigned>(order == Order::kDescending ? blocks - 1 - b : b), 0, 0};
       memory_.reset(new unsigned char[static_cast<size_t>(shared) + 1]);
       shared_ = memory_.get();
       std::memset(shared_, 0xff, static_cast<size_t>(shared));
