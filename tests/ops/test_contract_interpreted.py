@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op contract over the Triton kernels, run by Triton's interpreter in a process of its own. In every call it also
-checks that the kernels touch nothing but their tensors and store to no address twice (tests/kernels/interpreter)."""
+checks that the kernels touch nothing but their tensors and that nothing races (tests/kernels/interpreter)."""
 
 from pathlib import Path
 

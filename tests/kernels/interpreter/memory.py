@@ -1,94 +1,186 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks what every interpreted launch does to memory: a kernel touches only the tensors it was given, stores to no
-address twice, and loads nothing that it has stored before its next barrier, because another thread may have stored it.
-``test_detectors.py`` tells whether it still notices.
+"""Checks what every interpreted launch does to memory: a kernel touches only the tensors that it was given, and of two
+accesses to one address one is ordered before the other, unless both are loads or both are atomics.
+
+Within a program, what comes before a barrier is ordered before what follows it. Among programs, if an atomic acquires
+what another one has released, all before the last barrier in front of the release is ordered before all behind the
+next barrier after the acquisition. Beyond that, a load is ordered before a later store of the same program if both are
+of the same element of tiles of one shape, since one thread does both. A tile with fewer elements than the program has
+threads gives no such order, since several warps load an element and one stores it.
+
+The check follows this order and not that in which the interpreter happens to run the programs, so it finds a race in
+every run. ``test_detectors.py`` tells whether it still does.
 """
 
+import math
 from bisect import bisect_right
-from functools import cache
+from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import triton.language as tl
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
-# A program may store to these again, in the order of its own stores; two programs may not.
-AGAIN = {
-    # the state after a step replaces that before it, where one program computes all steps
-    "layer_norm_lstm": ("RECURRENT", "HIDDEN", "CELL", "DHIDDEN", "DCELL"),
-    # the last column of a block of frames replaces that of the block before
+from tests.kernels.interpreter.turns import Turns
+
+# A program loads these and then replaces them, without a barrier in between. Either what it stores comes out of a scan
+# or reduction to which each thread brings what it has loaded, or a thread that loads late does nothing with it.
+REPLACED = {
+    "layer_norm_lstm": ("CELL", "DCELL"),
+    "linear_activation": ("Z", "Y"),
     "rnnt_lattice": ("COLUMN",),
 }
 
+LOAD, STORE, ATOMIC = range(3)
+VERBS = "loads", "stores", "updates"
+ACQUIRE, RELEASE, BOTH = ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE
+
+
+class Access(NamedTuple):
+    kind: int
+    program: int
+    epoch: int  # how many barriers of the program came before
+    seen: np.ndarray | None  # by program, its last epoch that is ordered before this access
+    pointers: np.ndarray
+    mask: np.ndarray | None  # None if it hides nothing
+    size: int  # bytes of an element
+
+    def places(self, begin: int, unit: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the places of a storage, in ``unit`` bytes, that are touched, and the elements that touch them."""
+        elements = np.arange(self.pointers.size) if self.mask is None else np.flatnonzero(self.mask)
+        places = (self.pointers.reshape(-1)[elements] - np.uint64(begin)).astype(np.int64) // unit
+        parts = self.size // unit
+        if parts > 1:
+            places, elements = (places[:, None] + np.arange(parts)).reshape(-1), elements.repeat(parts)
+        return places, elements
+
 
 class Launch:
-    """The memory of one launch: the storages of the tensors that it was given."""
+    """The accesses of one launch to the storages of the tensors that it was given."""
 
-    def __init__(self, kernel, tensors: dict[str, torch.Tensor]):
-        self.kernel = kernel.__name__
-        may = AGAIN.get(kernel.__module__.rpartition(".")[2], ())
-        spans = {}
-        for name, t in tensors.items():
-            storage = t.untyped_storage()
-            if storage.nbytes():
-                again = spans.get(storage.data_ptr(), (0, True))[1] and name in may
-                spans[storage.data_ptr()] = storage.data_ptr() + storage.nbytes(), again
-        self.begins = sorted(spans)
-        self.ends = [spans[begin][0] for begin in self.begins]
-        self.again = [spans[begin][1] for begin in self.begins]
-        self.stores, self.twice = 0, 0
-        self.stored = {}  # number of a storage: by byte, 1 + the program that stored an element there
-        self.program, self.recent = (
-            -1,
-            {},
-        )  # number of a storage: what this program has stored since its last barrier
+    def __init__(self, kernel, tensors: dict[str, torch.Tensor], warps: int):
+        self.kernel, self.tensors, self.warps = kernel.__name__, tensors, warps
+        self.replaced = REPLACED.get(kernel.__module__.rpartition(".")[2], ())
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
+        self.begins = sorted(begin for begin, size in storages.items() if size)
+        self.ends = [begin + storages[begin] for begin in self.begins]
+        self.accesses = [[] for _ in self.begins]
+        self.written = set()  # numbers of storages
+        self.turns: Turns | None = None  # if programs run at the same time
+        # By program: its barriers so far, what is ordered before its accesses, and before those after its next barrier.
+        self.epochs, self.seen, self.acquired = {}, {}, {}
+        self.released = {}  # by address of an atomic
+        self.polled = {}  # by program: address and result of its last atomic, if it has touched nothing since
 
-    def _touched(self, what: str, pointers: np.ndarray, mask: np.ndarray, size: int):
-        """Returns (number of the storage, addresses) of one load or store; None if the mask leaves nothing."""
-        addresses = pointers if mask.all() else pointers[mask.astype(bool, copy=False)]
+    def touch(self, kind: int, pointers: np.ndarray, mask: np.ndarray, size: int, program: int) -> None:
+        whole = mask.all()
+        addresses = pointers if whole else pointers[mask.astype(bool, copy=False)]
         if not addresses.size:
-            return None
+            return
         low, high = int(addresses.min()), int(addresses.max())
         number = bisect_right(self.begins, low) - 1
         if number < 0 or high + size > self.ends[number]:
-            raise AssertionError(f"{self.kernel} {what} outside of the tensors that it was given")
-        return number, addresses
+            raise AssertionError(f"{self.kernel} {VERBS[kind]} outside of the tensors that it was given")
+        epoch, seen = self.epochs.get(program, 0), self.seen.get(program)
+        self.accesses[number].append(
+            Access(kind, program, epoch, seen, pointers, None if whole else mask, size)
+        )
+        if kind != LOAD:
+            self.written.add(number)
+        if kind != ATOMIC:
+            self.polled.pop(program, None)
 
-    def load(self, pointers: np.ndarray, mask: np.ndarray, size: int, program: int) -> None:
-        touched = self._touched("loads", pointers, mask, size)
-        if touched is None or program != self.program or touched[0] not in self.recent:
-            return
-        if np.isin(touched[1], np.concatenate(self.recent[touched[0]])).any():
-            raise AssertionError(f"{self.kernel} loads what it has stored, without a barrier in between")
+    def barrier(self, program: int) -> None:
+        self.epochs[program] = self.epochs.get(program, 0) + 1
+        if program in self.acquired:
+            self.seen[program] = self.acquired.pop(program)
 
-    def barrier(self) -> None:
-        self.recent = {}
-
-    def store(self, pointers: np.ndarray, mask: np.ndarray, size: int, program: int) -> None:
-        touched = self._touched("stores", pointers, mask, size)
-        if touched is None:
-            return
-        number, addresses = touched
-        if program != self.program:
-            self.program, self.recent = program, {}
-        self.recent.setdefault(number, []).append(addresses)
-        begin = self.begins[number]
-        if number not in self.stored:
-            self.stored[number] = np.zeros(self.ends[number] - begin, dtype=np.int32)
-        stored, places = self.stored[number], (addresses - np.uint64(begin)).astype(np.int64)
-        if self.again[number]:
-            before = stored[places]
-            self.twice += int(((before != 0) & (before != program + 1)).sum())
-        else:
-            self.stores += places.size
-        stored[places] = program + 1
+    def atomic(self, address: int, order, result, changed: bool, program: int, programs: int) -> None:
+        """Notes what an atomic on one element orders, and lets other programs go on. A program that does nothing but
+        repeat an atomic with the same result waits until another program's atomic changes memory.
+        """
+        nothing = np.full(programs, -1)
+        before = self.acquired.get(program, self.seen.get(program, nothing))
+        there = self.released.get(address, nothing)
+        if order in (RELEASE, BOTH):
+            self.released[address] = np.maximum(there, before)
+            self.released[address][program] = self.epochs.get(program, 0) - 1
+        if order in (ACQUIRE, BOTH):
+            self.acquired[program] = np.maximum(there, before)
+        waits = not changed and self.polled.get(program) == (address, result)
+        self.polled[program] = address, result
+        if self.turns is not None:
+            self.turns.hand_over(waits, changed)
+        elif waits:
+            raise AssertionError(
+                f"{self.kernel}: program {program} waits for programs that may not be running"
+            )
 
     def finish(self) -> None:
-        once = [places for number, places in self.stored.items() if not self.again[number]]
-        self.twice += self.stores - sum(int(np.count_nonzero(places)) for places in once)
-        if self.twice:
+        for number in self.written:
+            accesses, begin = self.accesses[number], self.begins[number]
+            unit = min(access.size for access in accesses)
+            if all(access.kind == STORE for access in accesses):  # most outputs
+                places = np.sort(np.concatenate([access.places(begin, unit)[0] for access in accesses]))
+                if (places[1:] != places[:-1]).all():
+                    continue
+            self._check(accesses, begin, unit)
+
+    def _check(self, accesses: list[Access], begin: int, unit: int) -> None:
+        """Compares each access to a place with the last store to it, and each load with the next store. If they are
+        ordered, so are all others.
+        """
+        found = [access.places(begin, unit) for access in accesses]
+        kinds = np.array([access.kind for access in accesses])
+        index = np.arange(len(accesses)).repeat([places.size for places, _ in found])
+        places, elements = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        stored = np.zeros(int(places.max()) + 1, dtype=bool)
+        stored[places[kinds[index] != LOAD]] = True
+        kept = np.flatnonzero(stored[places])
+        kept = kept[np.argsort(places[kept], kind="stable")]
+        index, places, elements = index[kept], places[kept], elements[kept]
+        here, writes = np.arange(kept.size), kinds[index] != LOAD
+        last = np.maximum.accumulate(np.where(writes, here, -1))[:-1]
+        after = np.minimum.accumulate(np.where(writes, here, kept.size - 1)[::-1])[::-1]
+        a, b = np.concatenate((last, here)), np.concatenate((here[1:], after))
+        pairs = np.flatnonzero((a >= 0) & (a < b) & (places[a] == places[b]) & (writes[a] | writes[b]))
+        a, b = a[pairs], b[pairs]
+        names = [name for name, t in self.tensors.items() if t.untyped_storage().data_ptr() == begin]
+        replaced = all(name in self.replaced for name in names)
+        races = np.flatnonzero(
+            self._unordered(accesses, index[a], index[b], elements[a] == elements[b], replaced)
+        )
+        if races.size:
+            first = races[np.argmin(index[b[races]])]
+            one, other = accesses[index[a[first]]], accesses[index[b[first]]]
+            address = begin + int(places[a[first]]) * unit
+            start, name = max((p, n) for n in names if (p := self.tensors[n].data_ptr()) <= address)
             raise AssertionError(
-                f"{self.kernel} stores to {self.twice} addresses that it has stored to before"
+                f"{self.kernel}: nothing orders two accesses to {name}[{(address - start) // one.size}]: "
+                f"program {one.program} {VERBS[one.kind]}, then program {other.program} {VERBS[other.kind]} "
+                f"({races.size} such pairs)"
             )
+
+    def _unordered(self, accesses, a, b, same_element, replaced: bool) -> np.ndarray:
+        """Says which accesses a are not ordered before the accesses b, which ran later."""
+        kind, program, epoch = (np.array([access[i] for access in accesses]) for i in range(3))
+        shapes = {}
+        tile = np.array([shapes.setdefault(access.pointers.shape, len(shapes)) for access in accesses])
+        least = 32 * self.warps if self.warps > 1 else 0
+        wide = np.array([access.pointers.size >= least for access in accesses])
+        same = program[a] == program[b]
+        unordered = ~same | (epoch[a] == epoch[b])
+        unordered &= (kind[a] != ATOMIC) | (kind[b] != ATOMIC)
+        one_thread = same_element & (tile[a] == tile[b]) & wide[a]
+        unordered &= ~(same & (kind[a] == LOAD) & (kind[b] == STORE) & (replaced | one_thread))
+        seen = [access.seen for access in accesses]
+        if any(row is not None for row in seen):
+            nothing = np.full(max(row.size for row in seen if row is not None), -1)
+            table = np.stack([nothing if row is None else row for row in seen])
+            unordered &= same | (epoch[a] > table[b, program[a]])
+        return unordered
 
 
 _launch: Launch | None = None
@@ -96,34 +188,63 @@ _launch: Launch | None = None
 
 def _watch(builder: type, executor: type) -> None:
     load, store, launch = builder.create_masked_load, builder.create_masked_store, executor.__call__
-    barrier = builder.create_barrier
+    barrier, update, exchange = builder.create_barrier, builder.create_atomic_rmw, builder.create_atomic_cas
 
     def watched_load(self, pointers, mask, *rest):
         if _launch is not None:
-            _launch.load(pointers.data, mask.data, _size(pointers), _program(self))
+            _launch.touch(LOAD, pointers.data, mask.data, _size(pointers), _program(self))
         return load(self, pointers, mask, *rest)
 
     def watched_store(self, pointers, value, mask, *rest):
         if _launch is not None:
-            _launch.store(pointers.data, mask.data, _size(pointers), _program(self))
+            _launch.touch(STORE, pointers.data, mask.data, _size(pointers), _program(self))
         return store(self, pointers, value, mask, *rest)
 
     def watched_barrier(self):
         if _launch is not None:
-            _launch.barrier()
+            _launch.barrier(_program(self))
         return barrier(self)
+
+    def watched_atomic(self, act, pointers, mask, order, scope):
+        if _launch is None:
+            return act()
+        program = _program(self)
+        _launch.touch(ATOMIC, pointers.data, mask, _size(pointers), program)
+        before = load(self, pointers, interpreter.TensorHandle(mask, tl.int1), None, None, None, None)
+        result = act()
+        after = load(self, pointers, interpreter.TensorHandle(mask, tl.int1), None, None, None, None)
+        if scope == ir.MEM_SYNC_SCOPE.CTA or mask.size > 1:
+            order = ir.MEM_SEMANTIC.RELAXED
+        changed = bool((before.data != after.data).any())
+        address, programs = int(pointers.data.flat[0]), math.prod(self.grid_dim)
+        _launch.atomic(address, order, result.data.tobytes(), changed, program, programs)
+        return result
+
+    def watched_update(self, operation, pointers, value, mask, order, scope):
+        act = partial(update, self, operation, pointers, value, mask, order, scope)
+        return watched_atomic(self, act, pointers, mask.data, order, scope)
+
+    def watched_exchange(self, pointers, compared, value, order, scope):
+        act = partial(exchange, self, pointers, compared, value, order, scope)
+        return watched_atomic(self, act, pointers, np.ones_like(pointers.data, dtype=bool), order, scope)
 
     def watched_launch(self, *arguments, **options):
         global _launch
         given = dict(zip(self.arg_names, arguments, strict=False)) | options
-        _launch = Launch(self.fn, {n: t for n, t in given.items() if isinstance(t, torch.Tensor)})
+        tensors = {n: t for n, t in given.items() if isinstance(t, torch.Tensor)}
+        _launch = Launch(self.fn, tensors, options.get("num_warps", 4))
         try:
-            launch(self, *arguments, **options)
+            if options.get("launch_cooperative_grid"):
+                _launch.turns = Turns(self, arguments, options)
+                _launch.turns.run()
+            else:
+                launch(self, *arguments, **options)
             _launch.finish()
         finally:
             _launch = None
 
     builder.create_masked_load, builder.create_masked_store = watched_load, watched_store
+    builder.create_atomic_rmw, builder.create_atomic_cas = watched_update, watched_exchange
     builder.create_barrier = watched_barrier
     executor.__call__ = watched_launch
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many launches a call makes, and programs of one launch that wait for each other."""
 
-import os
-
 import pytest
 import torch
 from triton.runtime import interpreter
@@ -41,31 +39,6 @@ def test_segment_attention(monkeypatch):
     assert grids[0][1] == (4, 1)
 
 
-def _run_together(self, *arguments, **options):
-    """Launches a kernel whose programs are processes, all running at once."""
-    assert options.pop("launch_cooperative_grid", True)
-    patched = interpreter._patch_lang(self.fn)
-    options = {name: value for name, value in options.items() if name in self.arg_names}
-    values = interpreter.inspect.getcallargs(self.fn, *arguments, **options)
-    values = {n: v if n in self.constexprs else interpreter._implicit_cvt(v) for n, v in values.items()}
-    (programs,) = self.grid
-    interpreter.interpreter_builder.set_grid_dim(programs, 1, 1)
-    running = []
-    for program in range(programs):
-        process = os.fork()
-        if not process:
-            code = 1
-            try:
-                interpreter.interpreter_builder.set_grid_idx(program, 0, 0)
-                self.fn(**values)
-                code = 0
-            finally:
-                os._exit(code)
-        running.append(process)
-    patched.restore()
-    assert [os.waitpid(process, 0)[1] for process in running] == [0] * programs
-
-
 @pytest.mark.parametrize("reason", ["too many blocks in cooperative launch", "operation not supported"])
 def test_layer_norm_lstm_without_cooperative_launches(monkeypatch, caplog, reason):
     """Where the driver refuses to run all programs at once, each phase is a launch of its own. A warning says so."""
@@ -81,7 +54,6 @@ def test_layer_norm_lstm_without_cooperative_launches(monkeypatch, caplog, reaso
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", refuse)
     monkeypatch.setattr(layer_norm_lstm, "_apart", set())
-    monkeypatch.delenv("TRITON_INTERPRET")
     for _ in range(2):
         for a, b in zip(run(grads), expected, strict=True):
             assert torch.equal(a, b)
@@ -92,23 +64,19 @@ def test_layer_norm_lstm_without_cooperative_launches(monkeypatch, caplog, reaso
 
 
 def test_programs_of_layer_norm_lstm_wait_for_each_other(monkeypatch):
-    """One launch over the sequence, a process for each program, gives what a launch for each phase gives."""
+    """One launch over the sequence gives what a launch for each phase gives."""
     torch.manual_seed(0)
     grads, run = lstm(2, 3, 20)
-    expected = run(grads)
-    alone, launches = interpreter.GridExecutor.__call__, []
+    launch, together = interpreter.GridExecutor.__call__, []
 
-    def launch(self, *arguments, **options):
-        together = options.get("launch_cooperative_grid", False)
-        launches.append(together)
-        return (_run_together if together else alone)(self, *arguments, **options)
+    def count(self, *arguments, **options):
+        together.append(options.get("launch_cooperative_grid", False))
+        launch(self, *arguments, **options)
 
-    empty, zeros = torch.empty, torch.zeros
-    monkeypatch.setattr(torch, "empty", lambda *shape, **rest: empty(*shape, **rest).share_memory_())
-    monkeypatch.setattr(torch, "zeros", lambda *shape, **rest: zeros(*shape, **rest).share_memory_())
-    monkeypatch.setattr(torch.Tensor, "clone", lambda t: empty(t.shape).share_memory_().copy_(t))
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
-    monkeypatch.setattr(layer_norm_lstm, "_together", lambda device: True)
-    for a, b in zip(run(grads), expected, strict=True):
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", count)
+    found = run(grads)
+    assert together.count(True) == 2
+    monkeypatch.setattr(layer_norm_lstm, "_apart", {torch.device("cpu")})
+    for a, b in zip(found, run(grads), strict=True):
         assert torch.equal(a, b)
-    assert launches.count(True) == 2
+    assert together.count(True) == 2
