@@ -15,6 +15,7 @@ from pathlib import Path
 import test_minutes
 
 from fastasr import ops
+from fastasr.benchmarks import predictions
 from fastasr.benchmarks.markdown import put, table, whole_models
 from fastasr.benchmarks.models import recipe_step, transcribe
 from fastasr.benchmarks.rows import Row, read_all
@@ -23,6 +24,7 @@ from fastasr.benchmarks.studies import curves
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 OPS_MARKERS = "<!-- ops:start -->", "<!-- ops:end -->"
+LOSERS_MARKERS = "<!-- losers:start -->", "<!-- losers:end -->"
 ELSEWHERE = {
     transcribe.NAME: "decoding.md",
     recipe_step.NAME: "training.md",
@@ -120,6 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     found += [put(ROOT / "README.md", op_families(), check, *OPS_MARKERS)]
     found += [put(DOCS / "index.md", op_rows(), check, *OPS_MARKERS)]
     found += [put(DOCS / "testing.md", test_minutes.table(), check)]
+    found += [put(DOCS / "gpu-predictions.md", predictions.table(), check)]
+    found += [put(DOCS / "gpu-predictions.md", predictions.losers(), check, *LOSERS_MARKERS)]
     return max(found)
 
 

@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime import JITFunction, driver
 
 from fastasr.kernels import _launch
@@ -28,6 +29,7 @@ class Launch:
     stream: int
     arguments: tuple
     options: dict
+    source: ASTSource  # what Triton compiles of the kernel for these arguments
 
 
 @dataclass
@@ -35,6 +37,7 @@ class FakeGPU:
     """Stands for Triton's driver. All tensors are on device ``home``; that of a call is ``current``."""
 
     capability: tuple[int, int] = (9, 0)
+    processors: int = 132
     home: int = 0
     current: int = 0
     launches: list[Launch] = field(default_factory=list)
@@ -60,12 +63,14 @@ class FakeGPU:
         yield
         self.current = previous
 
-    def compile(self, kernel, key, signature, device, constants, options, *_):
+    def compile(self, kernel, key, signature, device, constants, options, attributes, _):
         """Stands for Triton's compiler."""
         kernel.cache_key  # noqa: B018, which notes the globals that the kernel reads: later launches compare them
         if kernel in self.errors:
             raise self.errors[kernel]
-        found = kernel.device_caches[device][0][key] = _Compiled(self, kernel, options.__dict__)
+        found = kernel.device_caches[device][0][key] = _Compiled(
+            self, kernel, options.__dict__, ASTSource(kernel, signature, constants, attributes)
+        )
         return found
 
 
@@ -74,14 +79,16 @@ class _Compiled:
 
     function, packed_metadata = 0, (4, 1, 0)
 
-    def __init__(self, gpu: FakeGPU, kernel: JITFunction, options: dict):
-        self.gpu, self.kernel, self.options = gpu, kernel, options
+    def __init__(self, gpu: FakeGPU, kernel: JITFunction, options: dict, source: ASTSource):
+        self.gpu, self.kernel, self.options, self.source = gpu, kernel, options, source
 
     def launch_metadata(self, grid, stream, *arguments) -> None:
         return None
 
     def run(self, x, y, z, stream, function, packed_metadata, metadata, enter, leave, *arguments) -> None:
-        launch = Launch(self.kernel, (x, y, z), self.gpu.current, stream, arguments, self.options)
+        launch = Launch(
+            self.kernel, (x, y, z), self.gpu.current, stream, arguments, self.options, self.source
+        )
         self.gpu.launches.append(launch)
 
     def __getitem__(self, grid):
@@ -96,7 +103,7 @@ class _Compiled:
 def fake_gpu(**settings) -> Iterator[FakeGPU]:
     """Sends the Triton kernels of CPU tensors to a :class:`FakeGPU` of these settings inside the ``with`` block."""
     gpu = FakeGPU(**settings)
-    properties = SimpleNamespace(multi_processor_count=132)
+    properties = SimpleNamespace(multi_processor_count=gpu.processors)
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (driver, "_active", gpu),

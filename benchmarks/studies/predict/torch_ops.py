@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The predicted time of torch's own operations: those between our kernels, and those of a formula in their place.
+
+A formula's time is that of torch.compile at its best: operations between two products are one kernel that reads and
+writes each tensor once at the speed of a copy, and products run at a share of the peak.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from fastasr.benchmarks.studies.predict.cards import Card
+
+START = 1.5  # µs from the end of a kernel to the work of the next one's first programs
+PRODUCTS = 0.7  # of the peak, which a library's products reach
+ATTENTION = 0.5  # of the peak, which torch's fused attention with an additive mask reaches
+DEPTHWISE = 0.5  # of the peak of float32 multiply-adds, which a library's depthwise convolution reaches
+FREE = ("empty", "new_empty", "promote_types", "aminmax", "_local_scalar_dense", "detach", "lift_fresh")
+SCANS = ("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "topk")
+
+
+@dataclass
+class Operation:
+    """One operation. ``inputs`` and ``outputs`` are bytes by storage; ``rate`` says at which rate it multiplies."""
+
+    name: str
+    inputs: dict[int, int]
+    outputs: dict[int, int]
+    flops: int
+    rate: str | None  # "product", "attention", "depthwise", "scan"; None for what can be fused
+
+    def microseconds(self, card: Card) -> float:
+        """Returns the time of the operation alone."""
+        bytes_ = sum(self.inputs.values()) + sum(self.outputs.values())
+        return START + max(bytes_ / card.memory / 1e3, self.products(card))
+
+    def products(self, card: Card) -> float:
+        if self.rate in (None, "scan"):
+            return 0.0
+        vector = card.processors * card.ghz / 1e3 * 256 / card.fma  # TFLOP/s of float32
+        peak = {
+            "product": PRODUCTS * card.peak,
+            "attention": ATTENTION * card.peak,
+            "depthwise": DEPTHWISE * vector,
+        }
+        return self.flops / peak[self.rate] / 1e6
+
+
+class Recorder(TorchDispatchMode):
+    """Lists the operations that read or write memory inside the ``with`` block."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.kept: list[torch.Tensor] = []  # so that no storage is named twice
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        name = function._schema.name.removeprefix("aten::")
+        given = [t for t in tree_leaves((arguments, options)) if isinstance(t, torch.Tensor)]
+        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        view = not function._schema.is_mutable and {storage_of(t) for t in made} <= {
+            storage_of(t) for t in given
+        }
+        if view or name.startswith(FREE):
+            return result
+        self.kept += given + made
+        rate = self._rate(name, given)
+        count = flop_registry.get(function.overloadpacket) if rate else None
+        flops = count(*arguments, **(options or {}), out_val=result) if count else 0
+        if rate == "attention" and not flops:
+            q, _, v = given[:3]
+            flops = 2 * prod(q.shape[:-1]) * v.shape[-2] * (q.shape[-1] + v.shape[-1])
+        if rate == "depthwise":  # a library multiplies the channels of a group alone
+            backward = "backward" in name
+            weight, rows = (given[2], given[0]) if backward else (given[1], made[0])
+            flops = (4 if backward else 2) * rows.numel() * prod(weight.shape[1:])
+        self.operations.append(Operation(name, _bytes(given), _bytes(made), flops, rate))
+        return result
+
+    @staticmethod
+    def _rate(name: str, given: list[torch.Tensor]) -> str | None:
+        if "scaled_dot_product" in name:
+            return "attention"
+        if "convolution" in name:
+            weight = next(t for t in reversed(given) if t.dim() == given[0].dim())
+            return "depthwise" if weight.shape[1] == 1 and given[0].shape[1] > 1 else "product"
+        if name.startswith(SCANS):
+            return "scan"
+        return "product" if name.split("_")[0] in ("mm", "bmm", "addmm", "baddbmm") else None
+
+
+def storage_of(t: torch.Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+def _bytes(tensors: list[torch.Tensor]) -> dict[int, int]:
+    found: dict[int, int] = defaultdict(int)
+    for t in tensors:
+        bytes_ = min(t.numel() * t.element_size(), t.untyped_storage().nbytes())
+        found[storage_of(t)] = max(found[storage_of(t)], bytes_)
+    return found
+
+
+def compiled(operations: list[Operation], results: set[int], card: Card) -> float:
+    """Returns the microseconds of the operations if what lies between products is one kernel for each depth."""
+    depth: dict[int, int] = defaultdict(int)  # products before a tensor, by storage
+    levels: dict[int, list[Operation]] = defaultdict(list)
+    total = 0.0
+    for operation in operations:
+        here = max((depth[name] for name in operation.inputs), default=0)
+        if operation.rate is None:
+            levels[here].append(operation)
+        else:
+            total += operation.microseconds(card)
+        for name in operation.outputs:
+            depth[name] = max(depth[name], here + (operation.rate is not None))
+    outside = {name for o in operations if o.rate for name in o.inputs} | results
+    for level, fused in levels.items():
+        elsewhere = {
+            name for other, ops in levels.items() if other != level for o in ops for name in o.inputs
+        }
+        made: dict[int, int] = {}
+        read: dict[int, int] = {}
+        for o in fused:
+            read |= {name: size for name, size in o.inputs.items() if name not in made}
+            made |= o.outputs
+        written = {name: size for name, size in made.items() if name in outside | elsewhere}
+        total += START + (sum(read.values()) + sum(written.values())) / card.memory / 1e3
+    return total

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model behind the predicted times, on kernels whose times are known: a copy, and a product of matrices."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
+from fastasr.benchmarks.studies.predict import model, trips
+from fastasr.benchmarks.studies.predict.cards import CARDS
+from fastasr.testing.fake_gpu import fake_gpu
+
+pytestmark = [
+    pytest.mark.needs("benchmarks", "fastasr", "tests/kernels"),
+    pytest.mark.skipif(triton.knobs.runtime.interpret, reason="kernels are compiled here"),
+]
+BY_NAME = {card.name: card for card in CARDS}
+
+
+@triton.jit
+def copy_kernel(X, Y, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(Y + at, tl.load(X + at))
+
+
+@triton.jit
+def product_kernel(A, B, C, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    r = tl.program_id(0) * M + tl.arange(0, M)
+    c = tl.program_id(1) * N + tl.arange(0, N)
+    total = tl.zeros([M, N], tl.float32)
+    for start in range(0, n, K):
+        k = start + tl.arange(0, K)
+        a = tl.load(A + r[:, None] * n + k[None, :])
+        b = tl.load(B + k[:, None] * n + c[None, :])
+        total = tl.dot(a, b, total)
+    tl.store(C + r[:, None] * n + c[None, :], total.to(C.dtype.element_ty))
+
+
+@triton.jit
+def nested_kernel(X, n, BOUNDS, BLOCK: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64)
+    while first < n:
+        for start in range(0, tl.load(BOUNDS), BLOCK):
+            x = X + first * n + start + tl.arange(0, BLOCK)
+            tl.store(x, tl.load(x) + 1)
+        first += tl.num_programs(0)
+
+
+def _predict(card, kernel, grid, *arguments, **constants):
+    with fake_gpu(capability=divmod(card.capability, 10), processors=card.processors) as gpu:
+        kernel[grid](*arguments, **constants)
+    return model.predict(gpu.launches[0], card)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_copy_takes_the_time_of_its_bytes(name):
+    card, x = BY_NAME[name], torch.empty(1 << 26, dtype=torch.bfloat16)
+    found = _predict(card, copy_kernel, (x.numel() // 2048,), x, torch.empty_like(x), BLOCK=2048)
+    assert found.bound == "memory bandwidth"
+    assert found.microseconds == pytest.approx(2 * x.nbytes / card.memory / 1e3, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "known"), [("A100", 230), ("H100", 580)])
+def test_a_product_runs_at_the_rate_that_is_reported_for_triton(name, known):
+    card, n = BY_NAME[name], 4096
+    a, b, c = (torch.empty(n, n, dtype=torch.bfloat16) for _ in range(3))
+    tile = (
+        {"M": 128, "N": 128, "K": 32, "num_warps": 4}
+        if name == "A100"
+        else {"M": 128, "N": 256, "K": 64, "num_warps": 8}
+    )
+    found = _predict(card, product_kernel, (n // tile["M"], n // tile["N"]), a, b, c, n, **tile)
+    assert 2 * n**3 / found.microseconds / 1e6 == pytest.approx(known, rel=0.3)
+
+
+def test_passes_of_loops_follow_grid_arguments_and_memory():
+    x, bounds = torch.empty(100, 100), torch.tensor([70], dtype=torch.int32)
+    with fake_gpu() as gpu:
+        nested_kernel[(10,)](x, 100, bounds, BLOCK=16)
+    launch = gpu.launches[0]
+    arguments = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
+    body = model.compiled(launch, 90).body
+    assert trips.trips(body, arguments, launch.grid) == [10, 50]  # rows of a program, and 5 blocks of each
