@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks of the ops, which their modules of samples declare. ``CASES`` are measured everywhere, ``ON_DEVICE``
-by ``python -m fastasr.benchmarks.studies.device`` on a GPU."""
+by ``python -m fastasr.benchmarks.device`` on a GPU."""
 
 import pkgutil
 from importlib import import_module

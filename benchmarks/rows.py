@@ -24,7 +24,8 @@ class Row:
     "fastasr" | "copy" | .... ``peak_bytes``: memory above what was held before the call. ``bytes`` and
     ``flops``: what the mathematics needs at least. ``fraction_of_limit``: least possible time on this
     machine over the median, 1.0 being the limit, which ``limit`` names. ``load``: cores kept busy by other
-    processes meanwhile.
+    processes meanwhile. On a GPU ``median_ms`` is the device's time; ``host_ms`` is the median until the call returns,
+    ``predicted_ms`` what the cost model predicts for the device.
     """
 
     suite: str
@@ -46,6 +47,8 @@ class Row:
     fraction_of_limit: float | None = None
     limit: str | None = None
     load: float | None = None
+    host_ms: float | None = None
+    predicted_ms: float | None = None
     commit: str = ""
     torch: str = ""
     triton: str | None = None

@@ -48,15 +48,15 @@ BATCH_COUNT = 20000.0
 
 
 class Encoder(torch.nn.Module):
-    """Upstream's front end and encoder: ``AsrModel.forward_encoder``.
+    """Upstream's front end and encoder, or those of ``package``: ``AsrModel.forward_encoder``.
 
     ``forward(x [B, T, 80], lengths [B])`` returns output ``[B, T', C]`` and its lengths.
     """
 
-    def __init__(self, config: dict):
+    def __init__(self, config: dict, package=None):
         super().__init__()
         scaling, subsampling, zipformer, utils = (
-            module(f"zipformer.{name}")
+            package or module(f"zipformer.{name}")
             for name in ("modules.scaling", "modules.subsampling", "modules.zipformer", "utils")
         )
 
@@ -97,17 +97,18 @@ def zipformer(size: str = "medium", seed: int = 0, inner_compile: bool = True, *
     torch.manual_seed(seed)
     with activations(compiled=inner_compile):
         model = Encoder({**SIZES[size], **options})
-    return _steady(model)
+    return steady(model)
 
 
 def recogniser(config: dict, seed: int = 0) -> torch.nn.Module:
     """Returns Upstream's AsrModel in evaluation mode, with random weights. Raises ``MissingUpstream``."""
     model = module("zipformer.modules.model")
     torch.manual_seed(seed)
-    return _steady(model.AsrModel(**config))
+    return steady(model.AsrModel(**config))
 
 
-def _steady(model: torch.nn.Module) -> torch.nn.Module:
+def steady(model: torch.nn.Module) -> torch.nn.Module:
+    """Returns the model in evaluation mode, with its schedules where they stay."""
     for part in model.modules():
         if hasattr(part, "batch_count"):
             part.batch_count = BATCH_COUNT

@@ -16,6 +16,7 @@ import test_minutes
 
 from fastasr import ops
 from fastasr.benchmarks import predictions
+from fastasr.benchmarks.device import verdict
 from fastasr.benchmarks.markdown import put, table, whole_models
 from fastasr.benchmarks.models import recipe_step, transcribe
 from fastasr.benchmarks.rows import Row, read_all
@@ -23,6 +24,7 @@ from fastasr.benchmarks.studies import curves
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+GPU_RECORDS = ROOT / "benchmarks" / "results" / "gpu.json"  # the units.json of a run on a GPU
 OPS_MARKERS = "<!-- ops:start -->", "<!-- ops:end -->"
 LOSERS_MARKERS = "<!-- losers:start -->", "<!-- losers:end -->"
 ELSEWHERE = {
@@ -124,6 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     found += [put(DOCS / "testing.md", test_minutes.table(), check)]
     found += [put(DOCS / "gpu-predictions.md", predictions.table(), check)]
     found += [put(DOCS / "gpu-predictions.md", predictions.losers(), check, *LOSERS_MARKERS)]
+    found += [put(DOCS / "gpu-queue.md", verdict.tables(verdict.records(GPU_RECORDS)), check)]
     return max(found)
 
 

@@ -115,6 +115,16 @@ def bench(
     )
 
 
+@app.command(
+    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def gpu(context: typer.Context) -> None:
+    """Check and time every kernel on this machine's GPU; write a verdict. Its options: fastasr gpu --help."""
+    from fastasr.benchmarks.device.__main__ import main
+
+    raise typer.Exit(main(context.args))
+
+
 @app.command()
 def swap(
     factory: Annotated[

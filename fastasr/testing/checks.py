@@ -96,10 +96,15 @@ def _assert_judged(one_draw: Callable, draws: int) -> None:
 
 
 def compared(
-    table: OpTable, arguments: dict, dtype: torch.dtype, draw: int = 0, exact: bool = True
+    table: OpTable,
+    arguments: dict,
+    dtype: torch.dtype,
+    draw: int = 0,
+    exact: bool = True,
+    oracle: torch.dtype = torch.float64,
 ) -> Iterator[tuple[str, Comparison]]:
-    """Yields what is compared with eager and float64, and how: the values and, if ``exact``, each gradient."""
-    wide = with_tensors(arguments, lambda _, t: t.double())
+    """Yields what is compared with eager and the oracle, and how: the values and, if ``exact``, each gradient."""
+    wide = with_tensors(arguments, lambda _, t: t.to(oracle))
     if not exact:
         with torch.no_grad():
             out, eager, reference = (

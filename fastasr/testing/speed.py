@@ -83,6 +83,7 @@ class Case:
     copy: bool = False
     passes: tuple[str, ...] = PASSES
     quick: bool = True  # part of a quick run
+    arguments: Callable[[Make], dict] | None = None  # the op's keyword arguments
 
 
 def parameters(*tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -177,4 +178,4 @@ def case(
     """
     name = (name if isinstance(name, str) else "x".join(map(str, name))) + note
     make = versions(op, arguments, others or {}, **options)
-    return Case(op, name, shape or name, make, costs, copy, passes, quick)
+    return Case(op, name, shape or name, make, costs, copy, passes, quick, arguments)

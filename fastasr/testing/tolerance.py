@@ -8,7 +8,7 @@ in addition the cost of correct rounding, since eager may happen to be exact: 0.
 """
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,15 +76,17 @@ def compare(actual: Tensor, eager: Tensor, reference: Tensor) -> Comparison:
 
 
 def judged(
-    compared: Callable[[int, bool], Iterable[tuple[str, Comparison]]], draws: int
+    compared: Callable[[int, bool], Iterable[tuple[str, Comparison]]],
+    draws: int,
+    more: Sequence[int] = JUDGED_DRAWS,
 ) -> dict[str, Comparison]:
-    """Returns the comparisons that fail, by name, over at least ``draws`` draws of a call.
+    """Returns the comparisons that fail, by name, over ``draws`` draws of a call, and over ``more`` if any fails.
 
     ``compared(draw, single)`` compares one draw of it, with float32 in the place of float64 if ``single``.
     """
     found: dict[str, list[Comparison]] = {}
     done = 0
-    for count in sorted({draws, *(n for n in JUDGED_DRAWS if draws < n)}):
+    for count in sorted({draws, *(n for n in more if draws < n)}):
         for draw in range(done, count):
             comparisons = dict(compared(draw, False))
             if any(c.eps < 1e-12 and not c.ok for c in comparisons.values()):

@@ -37,7 +37,7 @@ def run(monkeypatch):
 # --- help and failures
 
 
-@pytest.mark.parametrize("command", ["env", "ops", "check", "bench", "swap"])
+@pytest.mark.parametrize("command", ["env", "ops", "check", "bench", "gpu", "swap"])
 def test_every_command_has_help(run, command):
     result = run(command, "--help")
     assert result.exit_code == 0

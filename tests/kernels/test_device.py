@@ -10,6 +10,8 @@ import torch
 
 import fastasr
 from fastasr import ops
+from fastasr.benchmarks.device.checks import CHECKS
+from fastasr.benchmarks.device.machine import GPU, Skipped, kernels
 from fastasr.ops._dispatch import FAMILIES
 from fastasr.testing import Make, tables
 from fastasr.testing.table import flat, floating
@@ -47,32 +49,15 @@ def _call(table, sample, dtype=torch.float32, device="cuda"):
     return function, tuple(t.to(device) for t in tensors.values())
 
 
-@on_samples
-def test_capture_in_a_graph(table, sample):
-    function, tensors = _call(table, sample)
-    tensors = tuple(t.requires_grad_() for t in tensors)
-
-    grad = torch.randn_like(function(*tensors).detach())
-
-    def step():
-        y = function(*tensors)
-        return (y, *torch.autograd.grad(y, tensors, grad))
-
-    expected = [t.clone() for t in step()]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for t in captured:
-        t.detach().zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    for a, b in zip(captured, expected, strict=True):
-        assert torch.equal(a, b)
+@pytest.mark.parametrize("title", CHECKS)
+@pytest.mark.parametrize("op", kernels())
+def test_what_the_verdict_checks(op, title):
+    machine = GPU()
+    try:
+        with machine.serving(op):
+            CHECKS[title](machine, tables()[op])
+    except Skipped as reason:
+        pytest.skip(str(reason))
 
 
 @on_samples
@@ -85,29 +70,6 @@ def test_no_wait_for_the_device(table, sample):
         torch.autograd.grad(function(*tensors).sum(), tensors)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@on_samples
-def test_on_a_stream_of_its_own(table, sample):
-    function, tensors = _call(table, sample, torch.bfloat16)
-    expected = function(*tensors)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(10_000_000)
-        delayed = tensors[0] + 0
-        y = function(delayed, *tensors[1:])
-    stream.synchronize()
-    assert torch.equal(y, expected)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@on_samples
-def test_on_the_tensors_device(table, sample):
-    function, tensors = _call(table, sample)
-    y = function(*(t.to("cuda:1") for t in tensors))
-    assert y.device == torch.device("cuda:1")
-    torch.testing.assert_close(y.cpu(), function(*tensors).cpu())
 
 
 @pytest.mark.parametrize("op", ["swoosh_l", "bias_norm", "bypass"])

@@ -1,45 +1,272 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU run without a GPU: it refuses with the reason; its measuring works on the CPU as well."""
+"""The verdict on a GPU, without one: a dry run of the whole program, units that fail in every way, and what it says."""
 
+import ctypes
+import json
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from fastasr.benchmarks.case import Settings
-from fastasr.benchmarks.studies import device
-from fastasr.ops import _dispatch
-from fastasr.testing.samples import bypass
+from fastasr import ops
+from fastasr.benchmarks.device import timing, verdict
+from fastasr.benchmarks.device.__main__ import run
+from fastasr.benchmarks.device.checks import CHECKS, check_op, reported
+from fastasr.benchmarks.device.isolate import PRELOADED, isolated
+from fastasr.benchmarks.device.machine import GPU, DryRun, kernels
+from fastasr.benchmarks.device.units import SANITIZERS, Unit, units
+from fastasr.benchmarks.rows import Row, read
+
+pytest.importorskip("triton")
 
 pytestmark = pytest.mark.needs("benchmarks", "fastasr", "kernels", "tests/kernels")
+COMMAND = [sys.executable, "-m", "fastasr.benchmarks.device"]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_refuses_without_a_gpu(tmp_path):
-    command = [sys.executable, "-m", "fastasr.benchmarks.studies.device", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
+    done = subprocess.run([*COMMAND, "--out", tmp_path / "out"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == verdict.UNUSABLE
     assert "no GPU" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_measures_each_pass():
-    case = bypass._case(8, 2, 16)
-    settings = Settings.quick(compile=False)
-    units = list(device.measure(case, "cpu", torch.float32, settings, device.Timer("cpu")))
-    assert [unit[0].pass_ for unit in units] == ["forward", "backward", "forward+backward"]
-    for unit in units:
-        assert {row.implementation for row in unit} == {"eager", "fastasr", "copy"}
-        assert all(row.median_ms > 0 and row.fraction_of_limit > 0 for row in unit)
+def test_a_dry_run_walks_every_unit_of_the_stages_a_and_b(tmp_path):
+    command = [*COMMAND, "--dry-run", "--stages", "AB", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=300)
+    assert done.returncode == verdict.RIGHT, done.stdout + done.stderr
+    records = verdict.records(tmp_path / "units.json")
+    assert sorted(r["unit"] for r in records) == sorted(u.key for u in units(DryRun()) if u.stage in "AB")
+    found = verdict.subjects(records)
+    for op in kernels():
+        assert {check: found[op].found[check] for check in CHECKS} == dict.fromkeys(CHECKS, "right"), op
+        assert f"| {op} | right, as fast |" in (tmp_path / "verdict.md").read_text()
+    timed = {(row.name, row.implementation) for row in read(tmp_path / "device.jsonl")}
+    assert timed == {(op, way) for op in kernels() for way in ("fastasr", "eager", "copy")} | {
+        (model, way) for model in timing.MODELS for way in ("fastasr", "eager")
+    }
 
 
-def test_cases_are_those_of_training():
-    cases = device.training_cases()
-    served = {row["op"] for row in _dispatch.table() if row["backend"] in ("cuda", "triton")}
-    missing = served - {case.op for case in cases}
-    assert not missing, (
-        f"ON_DEVICE of fastasr/testing/samples/<op>.py has no case of {', '.join(sorted(missing))}"
+# --- units that fail: each costs itself alone
+
+
+def hangs(tell, machine) -> None:
+    reported(tell, "CUDA graph", lambda: time.sleep(600))
+
+
+def crashes(tell, machine) -> None:
+    reported(tell, "three repeats", lambda: ctypes.string_at(0))
+
+
+def aborts(tell, machine) -> None:
+    reported(tell, "small shapes", lambda: "the first check is right")
+    reported(tell, "training shape", os.abort)
+
+
+def is_wrong(tell, machine) -> None:
+    right = ops.bypass
+    with mock.patch.object(ops, "bypass", lambda **arguments: right(**arguments) * 1.01):
+        check_op(tell, machine, "bypass")
+
+
+def is_right(tell, machine) -> None:
+    reported(tell, "small shapes", lambda: None)
+
+
+def unit(function, limit=60.0, together=False) -> Unit:
+    name = function.__name__
+    return Unit("A", "check", name, function, (), limit, name, together)
+
+
+FAILING = (unit(hangs, 3, True), unit(crashes, together=True), unit(aborts), unit(is_wrong), unit(is_right))
+
+
+def test_what_fails_costs_itself_alone(tmp_path):
+    assert run(FAILING, DryRun(), tmp_path, 5) == verdict.WRONG
+    records = {r["name"]: r for r in verdict.records(tmp_path / "units.json")}
+    found = {name: subject.found for name, subject in verdict.subjects(list(records.values())).items()}
+    assert found["hangs"] == {"CUDA graph": "hung"}
+    assert found["crashes"] == {"three repeats": "crashed"}
+    assert found["aborts"] == {"small shapes": "right", "training shape": "crashed"}
+    assert found["is_wrong"]["small shapes"] == "wrong"
+    assert found["is_right"] == {"small shapes": "right"}
+    assert (records["crashes"]["ended"], records["aborts"]["ended"]) == (
+        "crashed: SIGSEGV",
+        "crashed: SIGABRT",
     )
-    assert {case.op for case in cases} == served
-    assert len({(case.op, case.name) for case in cases}) == len(cases)
+    assert "in hangs" in records["hangs"]["output"]  # where it hung
+    text = (tmp_path / "verdict.md").read_text()
+    assert "4 wrong" in text
+    for line in (
+        "| hangs | **hung: CUDA graph** |",
+        "| crashes | **crashed: three repeats** |",
+        "| aborts | **crashed: training shape** |",
+        "| is_right | right, not timed |",
+        "killed after 3 s",
+        "small shapes: AssertionError: encoder",
+    ):
+        assert line.partition(": Assertion")[0] in text, line
+
+
+def test_a_hang_takes_what_it_started_with_it():
+    outcome = isolated(starts_a_process, (), 4)
+    pid = outcome.messages[0]["pid"]
+    assert outcome.ended == "hung: killed after 4 s"
+    status, end = Path(f"/proc/{pid}/status"), time.monotonic() + 10
+    while status.exists() and "(zombie)" not in status.read_text():
+        assert time.monotonic() < end, "the process is still there"
+        time.sleep(0.1)
+
+
+def starts_a_process(tell) -> None:
+    tell({"pid": subprocess.Popen(["sleep", "600"]).pid})
+    time.sleep(600)
+
+
+# --- --resume and --minutes
+
+
+def counts(tell, machine, folder: str, name: str) -> None:
+    with open(f"{folder}/{name}", "a") as file:
+        file.write("x")
+    reported(tell, "small shapes", lambda: None)
+
+
+def lasts(tell, machine) -> None:
+    reported(tell, "small shapes", lambda: time.sleep(20))
+
+
+def test_resume_runs_what_is_left_and_what_another_commit_or_device_left(tmp_path):
+    out, marks = tmp_path / "out", tmp_path / "marks"
+    marks.mkdir()
+    two = [Unit("A", "check", name, counts, (str(marks), name), 60, name) for name in ("one", "two")]
+
+    def runs() -> dict[str, int]:
+        return {file.name: len(file.read_text()) for file in marks.iterdir()}
+
+    assert run(two[:1], DryRun(), out, 5) == verdict.RIGHT
+    assert run(two, DryRun(), out, 5, resume=True) == verdict.RIGHT
+    assert runs() == {"one": 1, "two": 1}
+    records = verdict.records(out / "units.json")
+    for field in ("commit", "device_name"):
+        (out / "units.json").write_text(json.dumps([records[0], records[1] | {field: "another"}]))
+        assert run(two, DryRun(), out, 5, resume=True) == verdict.RIGHT
+    assert runs() == {"one": 1, "two": 3}
+    assert run(two, DryRun(), out, 5) == verdict.RIGHT
+    assert runs() == {"one": 2, "two": 4}
+
+
+class OneAtATime(DryRun):
+    def jobs(self, cores: int) -> int:
+        return 1
+
+
+def test_when_the_minutes_are_over_the_rest_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastasr.benchmarks.device.__main__.LEAST", 1)
+    three = (unit(is_right), unit(lasts), Unit("A", "check", "later", is_right, (), 60))
+    assert run(three, OneAtATime(), tmp_path, 5 / 60) == verdict.UNFINISHED
+    assert [r["name"] for r in verdict.records(tmp_path / "units.json")] == ["is_right"]
+    text = (tmp_path / "verdict.md").read_text()
+    assert "2 units are left: run the same command with --resume" in text
+    assert "- A check: lasts\n- A check: later" in text
+
+
+# --- what it says
+
+
+def test_the_server_of_processes_never_asks_cuda():
+    """What is forked from a process that has called CUDA cannot use it."""
+    program = f"""
+import torch
+def refuse(*_):
+    raise SystemExit("CUDA was asked")
+for name in ("is_available", "device_count", "get_device_capability", "get_device_properties", "_lazy_init"):
+    setattr(torch.cuda, name, refuse)
+for name in {PRELOADED!r}:
+    __import__(name)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def record(op: str, stage="A", kind="check", ended="", **found: str) -> dict:
+    messages = [{"check": k.replace("_", " "), "found": v, "message": "why"} for k, v in found.items()]
+    about = {"unit": f"{stage} {kind}: {op}", "stage": stage, "kind": kind, "name": op, "op": op}
+    return about | {"commit": "c", "device_name": "d", "messages": messages, "ended": ended, "output": ""}
+
+
+def timed(op: str, predicted_ms: float | None = None, **milliseconds: float) -> dict:
+    common = {
+        "suite": "ops",
+        "name": op,
+        "case": "8x8",
+        "shape": "8x8",
+        "dtype": "bfloat16",
+        "device": "cuda",
+    }
+    rows = [
+        Row(**common, pass_="forward", implementation=name, median_ms=ms, q1_ms=ms, q3_ms=ms, reps=1,
+            predicted_ms=predicted_ms if name == "fastasr" else None).to_dict()
+        for name, ms in milliseconds.items()
+    ]  # fmt: skip
+    made = record(op, "B", "time", timing="right")
+    made["messages"].append({"rows": rows})
+    return made
+
+
+def test_exit_codes():
+    right, fast, slow = record("bypass", small_shapes="right"), {"eager": 1.0}, {"eager": 1.0, "compile": 0.5}
+    wrong = record("bypass", "C", "racecheck", racecheck="wrong")
+    assert verdict.exit_code([right, timed("bypass", fastasr=0.5, **fast)], []) == verdict.RIGHT
+    assert verdict.exit_code([right, timed("bypass", fastasr=0.7, **slow)], []) == verdict.SLOW
+    assert verdict.exit_code([right, timed("bypass", fastasr=0.7, **slow)], ["unit"]) == verdict.UNFINISHED
+    assert verdict.exit_code([wrong, timed("bypass", fastasr=0.5, **fast)], ["unit"]) == verdict.WRONG
+    crashed = record("bypass", small_shapes="right", training_shape="started", ended="crashed: SIGSEGV")
+    assert verdict.findings(crashed)["training shape"] == ("crashed", "crashed: SIGSEGV")
+    assert verdict.exit_code([crashed], []) == verdict.WRONG
+
+
+def test_the_report_says_what_is_wrong_slow_off_and_left_out():
+    records = [
+        record("bypass", small_shapes="right", CUDA_graph="wrong"),
+        record("bypass", "C", "memcheck", memcheck="skipped"),
+        record("swoosh_l", small_shapes="right"),
+        timed("swoosh_l", predicted_ms=0.01, fastasr=0.05, eager=0.04, compile=0.06, copy=0.02),
+        record("ema_scan", kernels="skipped"),
+    ]
+    text = verdict.report({"commit": "c"}, records, ["C memcheck: swoosh_l"])
+    for line in (
+        "1 wrong: bypass; 1 slower than eager or torch.compile: swoosh_l; 1 units are left",
+        "| bypass | **wrong: CUDA graph** |",
+        "| swoosh_l | right, slower than eager forward (1.25×, 8x8, bfloat16) |",
+        "| ema_scan | left out: why |",
+        "| toeplitz_attention | not run |",
+        "| swoosh_l | 8x8 | bfloat16 | forward | 50 | 10 | – | 40 | 60 | 20 |",
+        "- A, check bypass, CUDA graph: why",
+        f"- look at: {verdict.WATCH['bypass']}",
+        "- memcheck bypass, memcheck: why",
+        "- swoosh_l 8x8 forward: 50 µs, predicted 10",
+        "## Not reached\n\n- C memcheck: swoosh_l",
+    ):
+        assert line in text, line
+    assert "| bypass | right | – | – | wrong |" in verdict.tables(records)
+
+
+def test_every_op_has_its_units_and_its_note():
+    assert set(verdict.WATCH) == set(kernels())
+    found = list(units(GPU()))
+    assert len({one.key for one in found}) == len(found)
+    checks = [one.op for one in found if (one.stage, one.kind) == ("A", "check")]
+    assert checks == list(kernels())
+    assert checks[-1] == "layer_norm_lstm"
+    assert not [one for one in found if one.op == "layer_norm_lstm" and one.stage == "A" and one.together]
+    for op in kernels():
+        assert {one.kind for one in found if one.op == op} == {"check", "time", "tests", *SANITIZERS}
+        cases = GPU().cases(op)
+        assert all(case.arguments is not None for case in cases)
+        assert len({case.name for case in cases}) == len(cases)

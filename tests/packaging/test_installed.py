@@ -127,6 +127,13 @@ def test_the_command_is_installed(installed):
     assert "Python" in installed.command("env") or "python" in installed.command("env")
 
 
+def test_the_verdict_on_a_gpu_runs_from_the_wheel(installed, tmp_path):
+    """A unit of each kind: a check, a timing, a sanitizer, and the tests, which a wheel does not hold."""
+    said = installed.command("gpu", "--dry-run", "--only", "swoosh_l", "--out", str(tmp_path))
+    assert "0 left, exit code 0" in said
+    assert "| swoosh_l | right, as fast |" in (tmp_path / "verdict.md").read_text()
+
+
 def test_subpackages_import(installed):
     installed.python(
         "import fastasr, importlib\n"

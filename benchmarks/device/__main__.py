@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m fastasr.benchmarks.device`` or ``fastasr gpu``: checks and times every kernel on this machine's GPU.
+
+    A  is it right: values and gradients, repeats, CUDA graphs, streams, devices      about 4 minutes
+    B  is it fast: bfloat16, beside eager, torch.compile, a copy and the prediction   about 10 minutes
+    C  float32 and other sizes, compute-sanitizer over all kernels, the GPU tests     as long as they take
+
+Each unit runs in a process of its own with a time limit, so a hang or a crash costs that unit alone. After each unit
+the folder has a new verdict.md, units.json (a record per unit) and device.jsonl (benchmark rows). Exit codes:
+
+    0  everything is right, and nothing is slower than eager or torch.compile
+    1  something is wrong
+    2  there is no usable GPU, or the options are wrong
+    3  everything is right, and something is slower
+    4  nothing is wrong so far, and time ran out: --resume goes on
+"""
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+
+from fastasr.benchmarks import rows
+from fastasr.benchmarks.device import verdict
+from fastasr.benchmarks.device.isolate import Outcome, isolated, kill_all
+from fastasr.benchmarks.device.machine import GPU, DryRun
+from fastasr.benchmarks.device.units import Unit, units
+
+LEAST = 10  # seconds that must be left for a unit to begin
+
+
+class Book:
+    """The records of a run in its folder. Those of the same commit and device are kept if the run is a resumed one."""
+
+    def __init__(self, out: Path, machine: GPU, resume: bool):
+        self.out, self.facts = out, machine.facts()
+        self.same = {name: self.facts[name] for name in ("commit", "device_name")}
+        found = verdict.records(out / "units.json") if resume else []
+        self.records = [record for record in found if record.items() >= self.same.items()]
+        self._lock = threading.Lock()
+        out.mkdir(parents=True, exist_ok=True)
+
+    def left(self, wanted: Iterable[Unit]) -> list[Unit]:
+        done = {record["unit"] for record in self.records}
+        return [unit for unit in wanted if unit.key not in done]
+
+    def add(self, unit: Unit, outcome: Outcome, wanted: Sequence[Unit]) -> dict:
+        """Writes a unit's record, and the verdict anew."""
+        about = {"stage": unit.stage, "kind": unit.kind, "name": unit.name, "op": unit.op, "unit": unit.key}
+        came = {name: getattr(outcome, name) for name in ("seconds", "ended", "messages", "output")}
+        record = self.same | about | came
+        with self._lock:
+            self.records.append(record)
+            measured = [row for timed in verdict.timings([record]) for row in timed.rows]
+            if measured:
+                rows.merge(self.out / "device.jsonl", measured)
+            self.write(wanted)
+        return record
+
+    def write(self, wanted: Sequence[Unit]) -> None:
+        left = [unit.key for unit in self.left(wanted)]
+        self._replace("units.json", "[\n" + ",\n".join(map(json.dumps, self.records)) + "\n]\n")
+        self._replace("verdict.md", verdict.report(self.facts, self.records, left))
+
+    def _replace(self, name: str, text: str) -> None:
+        partial = self.out / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, self.out / name)
+
+
+def run(wanted: Sequence[Unit], machine: GPU, out: Path, minutes: float, resume: bool = False) -> int:
+    """Runs the units that the folder does not hold yet, for at most ``minutes``. Returns the exit code."""
+    end = time.monotonic() + 60 * minutes
+    book = Book(out, machine, resume)
+
+    def one(unit: Unit) -> None:
+        limit = min(unit.limit, end - time.monotonic())
+        if limit < min(LEAST, unit.limit):
+            return
+        outcome = isolated(unit.function, (machine, *unit.arguments), limit)
+        if outcome.out_of_time and limit < unit.limit:
+            return  # the run's time was up, not the unit's: a resumed run begins it again
+        found = verdict.findings(book.add(unit, outcome, wanted))
+        bad = [f"{how} ({title})" for title, (how, _) in found.items() if how in verdict.BAD]
+        print(f"{unit.key}: {', '.join(bad) or 'done'}, {outcome.seconds:.0f} s", flush=True)
+
+    try:
+        for together, group in groupby(book.left(wanted), key=lambda unit: (unit.stage, unit.together)):
+            jobs = machine.jobs(os.cpu_count() or 1) if together[1] or machine.dry else 1
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(one, group))
+    except KeyboardInterrupt:
+        end = 0.0  # no further unit begins
+        kill_all()
+        raise
+    book.write(wanted)
+    left = [unit.key for unit in book.left(wanted)]
+    code = verdict.exit_code(book.records, left)
+    print(f"{len(book.records)} units, {len(left)} left, exit code {code}: {out / 'verdict.md'}")
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fastasr gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder (default: gpu-report)")
+    parser.add_argument("--minutes", type=float, default=120.0, help="end after so many (default: 120)")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what the folder has of this commit and device"
+    )
+    parser.add_argument("--stages", default="ABC", help="A, B, C or several of them (default: ABC)")
+    parser.add_argument("--only", nargs="+", metavar="OP", help="the units of these ops and models alone")
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU: a fake one takes the launches")
+    options = parser.parse_args(arguments)
+    machine = DryRun() if options.dry_run else GPU()
+    if reason := machine.obstacle():
+        print(f"fastasr gpu: {reason}", file=sys.stderr)
+        return verdict.UNUSABLE
+    wanted = [unit for unit in units(machine) if unit.stage in options.stages]
+    if options.only and (unknown := set(options.only) - {unit.op for unit in wanted}):
+        parser.error(f"--only: no unit is about {', '.join(sorted(unknown))}")
+    wanted = [unit for unit in wanted if not options.only or unit.op in options.only]
+    return run(wanted, machine, options.out, options.minutes, options.resume)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

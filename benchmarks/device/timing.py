@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast an op or a training step is on a machine, beside eager, ``torch.compile``, a copy and the prediction."""
+
+import random
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+import fastasr
+from fastasr.benchmarks import limits, upstream
+from fastasr.benchmarks.case import Case, Unavailable, row, variant
+from fastasr.benchmarks.device.checks import reported
+from fastasr.benchmarks.device.machine import GPU, Skipped
+from fastasr.benchmarks.environment import device_name
+from fastasr.benchmarks.harness import Variant, peak_bytes
+from fastasr.benchmarks.predictions import predicted
+from fastasr.benchmarks.rows import Row
+from fastasr.benchmarks.time_limit import Expired, time_limit
+from fastasr.models import fast_conformer, zipformer
+
+ROUNDS, CALLS, WARMUP = 5, 5, 3
+COMPILE_SECONDS = 60  # the most for one graph; without it the other columns are there all the same
+LOSSES = 0.05  # the most by which the losses of two implementations may differ, in bfloat16
+
+Times = dict[
+    str, tuple[list[float], list[float]]
+]  # milliseconds by implementation: on the device, on the host
+
+
+def _timed(machine: GPU, variants: dict[str, Variant]) -> Times:
+    """Times the implementations in turns, so that a slow minute of the machine affects all of them."""
+    times: Times = {name: ([], []) for name in variants}
+    for round_ in range(1 if machine.dry else ROUNDS):
+        for name, made in variants.items():
+            found = machine.milliseconds(made, 0 if round_ else WARMUP, CALLS)
+            for kept, new in zip(times[name], found, strict=True):
+                kept.extend(new)
+    return times
+
+
+def _quartiles(times: list[float]) -> list[float]:
+    return statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+
+
+def _ready(build: Callable, pass_: str) -> Variant:
+    made = variant(build(), pass_)
+    made.call()
+    return made
+
+
+def time_pass(tell: Callable, machine: GPU, case: Case, dtype: torch.dtype, pass_: str) -> None:
+    """Tells the rows of one pass of a case. ``fraction_of_limit`` is the time of a copy of the same bytes, or of the
+    products, over the median.
+    """
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    builds = {name: build for name, build in case.make(machine.device, dtype).items() if name != "upstream"}
+    variants = {"fastasr": _ready(builds.pop("fastasr"), pass_)}
+    for name, build in builds.items():
+        try:
+            with time_limit(COMPILE_SECONDS):
+                variants[name] = _ready(build, pass_)
+        except (Exception, Expired) as error:
+            tell({"left_out": name, "pass": pass_, "message": f"{type(error).__name__}: {error}"[:300]})
+    cost = case.costs(dtype.itemsize)[pass_]
+    source, destination = limits.copy_buffers(cost.bytes, machine.device)
+    variants["copy"] = Variant(lambda: destination.copy_(source))
+    times = _timed(machine, variants)
+    limit_ms = statistics.median(times["copy"][0])
+    limit = f"copy {cost.bytes / limit_ms / 1e6:.0f} GB/s"
+    rate = limits.gemm_flops_per_second(machine.device, dtype) if cost.flops else 1.0
+    if cost.flops / rate * 1e3 > limit_ms:
+        limit_ms, limit = cost.flops / rate * 1e3, f"GEMM {rate / 1e12:.0f} TFLOP/s"
+    microseconds = None
+    if dtype is torch.bfloat16:
+        microseconds = predicted(case.op, pass_, case.name, device_name(machine.device))
+    rows = []
+    for name, (device, host) in times.items():
+        more = {"reps": len(device), "limit": limit, "host_ms": round(statistics.median(host), 6)}
+        if name == "fastasr" and microseconds is not None:
+            more["predicted_ms"] = microseconds / 1e3
+        if name != "copy" and not machine.dry:
+            more["peak_bytes"] = peak_bytes(variants[name], machine.device)
+        made = row(case, machine.device, dtype, pass_, name, _quartiles(device), limit_ms, **more)
+        rows.append(made.to_dict())
+    tell({"rows": rows})
+
+
+def time_op(tell: Callable, machine: GPU, op: str, index: int, dtype: torch.dtype) -> None:
+    """Times one of an op's cases at sizes of training, forward and backward."""
+    case = machine.cases(op)[index]
+
+    def every_pass() -> None:
+        with machine.serving(op):
+            for pass_ in case.passes[:2]:
+                try:
+                    time_pass(tell, machine, case, dtype, pass_)
+                except (torch.OutOfMemoryError, Unavailable) as error:
+                    raise Skipped(f"{pass_}: {error}") from error
+
+    reported(tell, "timing", every_pass)
+
+
+def _zipformer(machine: GPU) -> tuple[str, torch.nn.Module, tuple]:
+    """Returns shape, model and inputs: Zipformer-M on 20 utterances of 30 s, fewer where memory is short."""
+    torch.manual_seed(0)
+    if machine.dry:
+        size, batch, frames = "tiny", 2, 100
+    else:
+        size, batch, frames = "medium", 20 if torch.cuda.mem_get_info()[0] > 6e10 else 4, 3000
+    model = upstream.steady(upstream.Encoder(upstream.SIZES[size], zipformer)).train()
+    return f"{size} {batch}x{frames}x80", model, upstream.example(batch, frames)
+
+
+class _Block(torch.nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.positions = fast_conformer.FastConformerPositions(width)
+        self.block = fast_conformer.FastConformerBlock(width, heads, 4 * width, dropout=0.1)
+
+    def forward(self, x):
+        return (self.block(x, position_embeddings=self.positions(x)),)
+
+
+def _fast_conformer(machine: GPU) -> tuple[str, torch.nn.Module, tuple]:
+    """Returns shape, model and inputs: a block of a 110M Parakeet on 20 utterances of 30 s, without attention dropout,
+    which would form the attention weights.
+    """
+    torch.manual_seed(0)
+    batch, frames, width, heads = (2, 12, 32, 2) if machine.dry else (20, 375, 512, 8)
+    return f"{batch}x{frames}x{width}", _Block(width, heads), (torch.randn(batch, frames, width),)
+
+
+# Name -> what makes it, and whether torch.compile takes it: Zipformer's schedules and dropped layers recompile forever
+MODELS = {"zipformer_training": (_zipformer, False), "fast_conformer_training": (_fast_conformer, True)}
+
+
+def time_model(tell: Callable, machine: GPU, name: str) -> None:
+    """Times a training step under autocast to bfloat16, forward and backward, with the same random numbers each time.
+
+    Raises an error, as a wrong result, where the loss differs from eager's or a gradient is not finite.
+    """
+    reported(tell, "timing", partial(_time_model, tell, machine, name))
+
+
+def _time_model(tell: Callable, machine: GPU, name: str) -> None:
+    build, compiles = MODELS[name]
+    shape, model, inputs = build(machine)
+    model, inputs = model.to(machine.device), tuple(t.to(machine.device) for t in inputs)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    losses, rows = {}, []
+
+    def step(call: Callable, key: str) -> None:
+        torch.manual_seed(0)
+        random.seed(0)
+        for p in parameters:
+            p.grad = None
+        with torch.autocast(machine.device, torch.bfloat16):
+            loss = call(*inputs)[0].float().square().mean()
+        loss.backward()
+        losses[key] = loss.detach()
+
+    for key in ("fastasr", "eager", "compile"):
+        if key == "compile" and (not compiles or machine.dry):
+            reason = "a dry run compiles nothing" if compiles else "it recompiles without end"
+            tell({"left_out": key, "pass": "training step", "message": reason})
+            continue
+        with fastasr.backend("auto" if key == "fastasr" else "eager"):
+            run = partial(step, torch.compile(model) if key == "compile" else model, key)
+            run()
+            finite = all(p.grad is None or bool(p.grad.isfinite().all()) for p in parameters)
+            assert finite, f"{key}: a gradient is not finite"
+            device, host = _timed(machine, {key: Variant(run)})[key]
+            q1, median, q3 = _quartiles(device)
+            made = Row.measured(
+                suite="models", name=name, case="training step", shape=shape, dtype="bfloat16",
+                device=machine.device, pass_="forward+backward", implementation=key, median_ms=median, q1_ms=q1,
+                q3_ms=q3, reps=len(device), host_ms=statistics.median(host),
+                peak_bytes=None if machine.dry else peak_bytes(run, machine.device),
+            )  # fmt: skip
+            rows.append(made.to_dict())
+            tell({"busy_ms": machine.busy_milliseconds(run), "of": key})
+    tell({"rows": rows})
+    for key, loss in losses.items():
+        off = abs(loss.item() / losses["eager"].item() - 1)
+        assert off < LOSSES, f"{key}: the loss differs from eager's by {off:.1%}"

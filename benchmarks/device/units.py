@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The list of what a verdict is made of, in the order of a run: what may be wrong first, then how fast it is."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastasr.benchmarks.device.checks import check_op, reported
+from fastasr.benchmarks.device.machine import GPU, Skipped, kernels
+from fastasr.benchmarks.device.timing import MODELS, time_model, time_op
+
+ROOT = Path(__file__).resolve().parents[2]
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+FOUND = 3  # the exit code of compute-sanitizer when it found an error
+TESTS = {  # the tests that need a GPU; those of the ops' contract are one unit per op
+    "kernels": ("tests/kernels", "-m", "gpu"),
+    "models": ("tests/models", "-m", "gpu"),
+    "streaming": ("tests/streaming", "-m", "gpu"),
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One process of a run: ``function(tell, machine, *arguments)`` within ``limit`` seconds.
+
+    ``kind`` and ``name`` tell units apart; ``op`` is the op or model that it is about, if it is about one. Units of one
+    stage that are ``together`` may share the device.
+    """
+
+    stage: str
+    kind: str
+    name: str
+    function: Callable
+    arguments: tuple
+    limit: float
+    op: str = ""
+    together: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.stage} {self.kind}: {self.name}"
+
+
+def units(machine: GPU) -> Iterator[Unit]:
+    """Yields the units of all stages: A, is it right; B, is it fast in bfloat16; C, float32, sanitizers, tests."""
+    ops = list(kernels())
+    for op in ops:
+        alone = op == "layer_norm_lstm"  # its programs wait for each other
+        yield Unit("A", "check", op, check_op, (op,), 120, op, not alone)
+    bfloat16, float32 = torch.bfloat16, torch.float32
+
+    def timed(stage: str, op: str, index: int, dtype: torch.dtype) -> Unit:
+        name = f"{op} {machine.cases(op)[index].name} {str(dtype).removeprefix('torch.')}"
+        return Unit(stage, "time", name, time_op, (op, index, dtype), 180, op)
+
+    yield from (timed("B", op, 0, bfloat16) for op in ops)
+    yield from (Unit("B", "time", model, time_model, (model,), 300, model) for model in MODELS)
+    yield from (timed("C", op, 0, float32) for op in ops)
+    for op in ops:
+        yield from (timed("C", op, i, bfloat16) for i in range(1, len(machine.cases(op))))
+    for tool in SANITIZERS:
+        yield from (Unit("C", tool, op, sanitize, (tool, op), 300, op, True) for op in ops)
+    for name, arguments in TESTS.items():
+        yield Unit("C", "tests", name, run_tests, arguments, 540)
+    for op in ops:
+        arguments = ("tests/ops/test_contract.py", "-k", f"cuda and {op}")
+        yield Unit("C", "tests", f"contract of {op}", run_tests, arguments, 540, op)
+
+
+def _last_line(done: subprocess.CompletedProcess) -> str:
+    print(done.stdout)
+    return (done.stdout.strip().splitlines() or ["no output"])[-1]
+
+
+def sanitize(tell: Callable, machine: GPU, tool: str, op: str) -> None:
+    """Launches every kernel of an op under a tool of compute-sanitizer, on samples with tails of every kind."""
+
+    def check() -> None:
+        if machine.dry:
+            raise Skipped("a dry run launches nothing on a GPU")
+        homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+        program = shutil.which(
+            "compute-sanitizer", path=os.pathsep.join(f"{home}/bin" for home in homes if home)
+        )
+        program = shutil.which("compute-sanitizer") or program
+        if program is None:
+            raise Skipped("compute-sanitizer is not installed")
+        with machine.serving(op):
+            pass  # raises where this installation has no such kernel
+        call = f"from fastasr.benchmarks.device.checks import launch; launch({op!r})"
+        # Without torch's caching allocator each tensor's end is the end of an allocation.
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FASTASR_BACKEND": kernels()[op]}
+        done = subprocess.run(
+            [program, f"--tool={tool}", f"--error-exitcode={FOUND}", sys.executable, "-c", call],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        )  # fmt: skip
+        last = _last_line(done)
+        assert done.returncode != FOUND, f"{last}\n{done.stdout[:1500]}"
+        if done.returncode:
+            raise Skipped(f"it did not run to its end (exit code {done.returncode}): {last}")
+
+    reported(tell, tool, check)
+
+
+def run_tests(tell: Callable, machine: GPU, *arguments: str) -> None:
+    """Runs tests of the checkout that need a GPU."""
+
+    def check() -> None:
+        if machine.dry:
+            raise Skipped("a dry run has no GPU")
+        if not (ROOT / "tests").is_dir():
+            raise Skipped("the tests are in a clone of the repository, not in the installed package")
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+            env=os.environ | {"FASTASR_LEDGER": ""},
+        )  # fmt: skip
+        last = _last_line(done)
+        if done.returncode == 5:
+            raise Skipped(f"no test was found: {last}")
+        assert not done.returncode, f"{last}\n{done.stdout[-1500:]}"
+
+    reported(tell, "tests", check)

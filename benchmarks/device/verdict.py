@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the records of a run say: verdict.md, the table of docs/gpu-queue.md, and the exit code."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastasr.benchmarks.device.checks import CHECKS
+from fastasr.benchmarks.device.machine import kernels
+from fastasr.benchmarks.device.timing import MODELS
+from fastasr.benchmarks.device.units import SANITIZERS
+from fastasr.benchmarks.rows import Row
+from fastasr.benchmarks.table import Unit, units
+
+RIGHT, WRONG, UNUSABLE, SLOW, UNFINISHED = range(5)  # exit codes
+SLOWER = 1.05  # times the time of eager or torch.compile, from which on an op is called slower
+FAR = 2.0  # times the prediction or its inverse, from which on the cost model is called off
+COLUMNS = (*CHECKS, *SANITIZERS, "tests")
+BAD = ("wrong", "hung", "crashed")
+
+# Where to look first when an op is wrong or slow: what no test without a GPU can show.
+WATCH = {
+    "bias_norm": "`rsqrt` with its Newton step; float64 row sums, on cards with few float64 units",
+    "bypass": "2048 elements per program; the scale's gradient in two stages",
+    "complex_ema_scan": "the device's `sinpi` and `cospi`; what two complex states per pass cost",
+    "conv_spatial_gate": "two frames per program; rows of up to 65536 channels in registers; seven launches backward",
+    "depthwise_conv2d": "tiles of 16 pixels × 64 channels × 2 frames; the weights' gradients in 64 parts",
+    "depthwise_conv_residual": "x read as a map of one pixel's width; eight taps per program where there are three",
+    "ema_scan": "the weak symbol for the stream; device `exp`, `tanh`, `erf`; one segment against several",
+    "gated_depthwise_conv": "`ex2` of the gate and its correction; the chunk-causal form; seven launches backward",
+    "gated_residual_norm": "the mean in two parts; `ex2` and the reciprocal of the gate; 800 rows in as many parts",
+    "layer_norm_lstm": "programs that wait for each other in one launch (with `_together` returning False, each phase "
+    "is a launch); a driver that refuses that launch with error 720 or 801",
+    "linear_activation": "`ex2` and reciprocals in SiLU, tanh and GELU; z overwritten in place",
+    "nonlin_attention": "the gate's tanh; rows of two layouts",
+    "rel_attention": "scores by offset shifted in registers (`tl.gather` in the loop); heads of 72 to 128 channels",
+    "residual_norm": "the mean in two parts; 512 elements per warp forward and 256 backward",
+    "rnnt_joiner": "products under the running sum of exponentials; `torch.mm(out_dtype=...)`; chunks of 64 MB",
+    "rnnt_lattice": "the last column of a block of 1024 frames, passed through memory between barriers",
+    "rnnt_pruned_lattice": "bands that move; one program per sequence",
+    "segment_attention": "rows gathered by segment; intervals as masks; more than one block of channels",
+    "swoosh_l": "the approximate `ex2` and reciprocal with their corrections in float32",
+    "swoosh_linear": "the masked kernels; the product in torch beside them",
+    "swoosh_r": "the same as in swoosh_l",
+    "toeplitz_attention": "rolled tiles (`tl.gather`) in the bias's gradient; float64 sums for float32; 150 channels",
+    "zipformer_attention": "tiles under a running maximum with four warps; pieces of dS added in order",
+    "zipformer_attention_weights": "packed 64-bit loads of R; keys outside the chunk window; 16×512 in one piece",
+}
+
+
+def records(file: Path) -> list[dict]:
+    """Returns the records of a file units.json, none where it is absent."""
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def findings(record: dict) -> dict[str, tuple[str, str]]:
+    """Returns check -> (right, wrong, skipped, hung or crashed; message) of a unit's record."""
+    found = {}
+    for message in record["messages"]:
+        if "check" in message:
+            found[message["check"]] = message["found"], message.get("message", "")
+    if record["ended"]:
+        # the check that was under way is the last that began
+        under_way = [title for title, (how, _) in found.items() if how == "started"][-1:] or ["start"]
+        found[under_way[0]] = record["ended"].partition(":")[0], record["ended"]
+    return {title: finding for title, finding in found.items() if finding[0] != "started"}
+
+
+def timings(records: Iterable[dict]) -> list[Unit]:
+    """Returns the rows of the records, those of a case and pass together."""
+    messages = (m for record in records for m in record["messages"])
+    return units(Row.from_dict(row) for m in messages for row in m.get("rows", ()))
+
+
+def rivals(unit: Unit) -> dict[str, float]:
+    """Returns eager and torch.compile -> how many times fastasr's time theirs is."""
+    ratios = {name: unit.ratio(name) for name in ("eager", "compile")}
+    return {name.replace("compile", "torch.compile"): r for name, r in ratios.items() if r}
+
+
+@dataclass
+class Subject:
+    """What is known of an op or a model: ``found`` by column, and its timings."""
+
+    found: dict[str, str] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)  # of what is wrong
+    reason: str = ""  # why it was left out
+    timed: list[Unit] = field(default_factory=list)
+
+    @property
+    def bad(self) -> list[str]:
+        return [column for column, how in self.found.items() if how in BAD]
+
+    @property
+    def slow(self) -> list[str]:
+        return [
+            f"slower than {name} {unit.first.pass_} ({1 / ratio:.2f}×, {unit.first.case}, {unit.first.dtype})"
+            for unit in self.timed
+            for name, ratio in rivals(unit).items()
+            if ratio * SLOWER < 1
+        ]
+
+    @property
+    def words(self) -> str:
+        """Returns the verdict."""
+        if self.bad:
+            return "**" + "; ".join(f"{self.found[column]}: {column}" for column in self.bad) + "**"
+        if self.reason:
+            return f"left out: {self.reason}"
+        if not self.found:
+            return "not run"
+        fast = [r for unit in self.timed for r in rivals(unit).values()]
+        speed = "; ".join(self.slow) or _speed(min(fast, default=None))
+        return f"right, {speed}" if any(c in CHECKS for c in self.found) else speed
+
+
+def _speed(least: float | None) -> str:
+    if least is None:
+        return "not timed"
+    return f"faster ({least:.2f}× at least)" if least > SLOWER else "as fast"
+
+
+def subjects(records: Sequence[dict]) -> dict[str, Subject]:
+    """Returns what the records say of every op, model and folder of tests."""
+    made = {name: Subject() for name in (*kernels(), *MODELS)}
+    for record in records:
+        subject = made.setdefault(record["op"] or f"{record['kind']}: {record['name']}", Subject())
+        for title, (how, message) in findings(record).items():
+            if title == "kernels" and how == "right":
+                continue
+            if title == "kernels" and how == "skipped":
+                subject.reason = message
+            kept = subject.found.get(title)
+            subject.found[title] = kept if kept in BAD else how
+            if how in BAD:
+                where = f"{record['stage']}, {record['kind']} {record['name']}, {title}"
+                subject.messages.append(f"{where}: {message}")
+        subject.timed += timings([record])
+    return made
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]], right: int = 0) -> str:
+    """Returns a Markdown table, whose last ``right`` columns are numbers."""
+    made = ["| " + " | ".join(head) + " |", "|---" * (len(head) - right) + "|" + "---:|" * right]
+    return "\n".join(made + ["| " + " | ".join(line) + " |" for line in lines])
+
+
+def checks_table(found: dict[str, Subject]) -> str:
+    """Returns the table of what is right or wrong: a line per op, a column per check."""
+    named = {name: s for name, s in found.items() if name not in MODELS and (name in kernels() or s.found)}
+    lines = [(name, *(s.found.get(column, "–") for column in COLUMNS)) for name, s in named.items()]
+    return _table(("op", *COLUMNS), lines)
+
+
+def _us(milliseconds: float | None) -> str:
+    return (
+        "–"
+        if milliseconds is None
+        else f"{milliseconds * 1e3:.3g}"
+        if milliseconds < 1
+        else f"{milliseconds * 1e3:.0f}"
+    )
+
+
+def times_table(found: dict[str, Subject]) -> str:
+    """Returns the table of microseconds: on the device, the prediction, on the host, and of the others."""
+    lines = []
+    for name, subject in found.items():
+        for unit in subject.timed:
+            first, ours = unit.first, unit.row("fastasr")
+            if ours is None:
+                continue
+            others = (unit.median(other) for other in ("eager", "compile", "copy"))
+            times = (ours.median_ms, ours.predicted_ms, ours.host_ms, *others)
+            lines.append((name, first.case, first.dtype, first.pass_, *map(_us, times)))
+    head = (
+        "",
+        "case",
+        "dtype",
+        "pass",
+        "**fastasr**",
+        "predicted",
+        "host",
+        "eager",
+        "`torch.compile`",
+        "copy",
+    )
+    return _table(head, lines, 6) if lines else "No times yet."
+
+
+def tables(records: Sequence[dict]) -> str:
+    """Returns what docs/gpu-queue.md shows of the records of one device and commit."""
+    found = subjects(records)
+    where = f"Records of {records[0]['device_name']}, commit {records[0]['commit']}." if records else (
+        "No GPU has run any of this yet."
+    )  # fmt: skip
+    watch = _table(("op", "what to look at"), ((f"`{op}`", WATCH[op]) for op in kernels()))
+    return "\n\n".join((where, checks_table(found), times_table(found), watch))
+
+
+def exit_code(records: Sequence[dict], left: Sequence[str]) -> int:
+    """Returns the exit code: something is wrong, else units are left, else something is slower, else all is well."""
+    found = subjects(records).values()
+    if any(subject.bad for subject in found):
+        return WRONG
+    if left:
+        return UNFINISHED
+    return SLOW if any(subject.slow for subject in found) else RIGHT
+
+
+def _off(found: dict[str, Subject]) -> Iterable[str]:
+    for name, subject in found.items():
+        for unit in subject.timed:
+            ours = unit.row("fastasr")
+            if ours and ours.predicted_ms and not 1 / FAR < ours.median_ms / ours.predicted_ms < FAR:
+                times = f"{_us(ours.median_ms)} µs, predicted {_us(ours.predicted_ms)}"
+                yield f"{name} {unit.first.case} {unit.first.pass_}: {times}"
+
+
+def report(facts: dict, records: Sequence[dict], left: Sequence[str]) -> str:
+    """Returns verdict.md."""
+    found = subjects(records)
+    bad = {name: subject for name, subject in found.items() if subject.bad}
+    slow = {name: subject for name, subject in found.items() if subject.slow}
+    words = [f"{len(bad)} wrong: {', '.join(bad)}" if bad else "nothing is wrong"]
+    words += [f"{len(slow)} slower than eager or torch.compile: {', '.join(slow)}"] if slow else []
+    words += [f"{len(left)} units are left: run the same command with --resume"] if left else []
+    parts = [
+        "# Verdict",
+        f"**{'; '.join(words)}.** Exit code {exit_code(records, left)}.",
+        "\n".join(f"- {name}: {value}" for name, value in facts.items()),
+        "## Per op",
+        _table(("", "verdict"), ((name, subject.words) for name, subject in found.items())),
+        "## Right or wrong",
+        checks_table(found),
+        "## Times in microseconds",
+        "Device time of fastasr, its prediction, the time until a call returns on the host, device time of the others. "
+        "A training step's time includes the gaps between its kernels.",
+        times_table(found),
+    ]
+    notes = [f"- {m}" for r in records for m in _notes(r)]
+    parts += ["## Left out", "\n".join(notes)] if notes else []
+    parts += ["## Not reached", "\n".join(f"- {key}" for key in left)] if left else []
+    parts += ["## What to report"]
+    if not bad and not slow:
+        parts += ["If this is a device that docs/gpu-queue.md does not list, send this file and units.json."]
+    else:
+        parts += ["Open an issue with this file and units.json, which holds what each unit printed."]
+    for name, subject in (bad | slow).items():
+        watch = f"- look at: {WATCH[name]}" if name in WATCH else ""
+        lines = (*(f"- {m}" for m in subject.messages), *(f"- {s}" for s in subject.slow), watch)
+        parts += [f"### {name}", "\n".join(line for line in lines if line)]
+    for record in records:
+        if record["output"]:
+            parts += [
+                f"### Output of {record['stage']} {record['kind']}: {record['name']}",
+                f"```\n{record['output']}\n```",
+            ]
+    off = list(_off(found))
+    parts += ["### Predictions that are off", "\n".join(f"- {line}" for line in off)] if off else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _notes(record: dict) -> Iterable[str]:
+    """Yields what was left out of a unit, and why; and the time that a training step's kernels take."""
+    name = f"{record['kind']} {record['name']}"
+    for message in record["messages"]:
+        if message.get("found") == "skipped":
+            yield f"{name}, {message['check']}: {message['message']}"
+        if "left_out" in message:
+            yield f"{name}, {message['pass']}: {message['left_out']}: {message['message']}"
+        if message.get("busy_ms"):
+            yield f"{name}: the kernels of {message['of']} take {message['busy_ms']:.1f} ms of a step"
