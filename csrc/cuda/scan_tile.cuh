@@ -492,7 +492,7 @@ scan_tiles(ScanParameters<typename StateTraits<Q>::Real> p) {
       const int limit = along ? (row_in < rows ? (channels - column + 32 / kRows - 1) / (32 / kRows) : 0)
                               : (column < channels ? rows : 0);
       const int step = along ? 32 / kRows : kPitch;
-      constexpr int kBatch = sizeof(C) == 8 ? 4 : 8;
+      constexpr int kBatch = sizeof(C) < 8 ? 8 : mode == kChain ? 2 : 4;  // four slopes in double spill on sm_120
       const C* from = out + row_in * kPitch + column;
       const C* slope = other + row_in * kPitch + column;
       const int64_t bytes = bytes_of(p.out.type), to_step = at_step * bytes;
