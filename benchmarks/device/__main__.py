@@ -90,15 +90,15 @@ def run(wanted: Sequence[Unit], machine: GPU, out: Path, minutes: float, resume:
         bad = [f"{how} ({title})" for title, (how, _) in found.items() if how in verdict.BAD]
         print(f"{unit.key}: {', '.join(bad) or 'done'}, {outcome.seconds:.0f} s", flush=True)
 
-    try:
-        for together, group in groupby(book.left(wanted), key=lambda unit: (unit.stage, unit.together)):
-            jobs = machine.jobs(os.cpu_count() or 1) if together[1] or machine.dry else 1
-            with ThreadPoolExecutor(jobs) as pool:
+    for together, group in groupby(book.left(wanted), key=lambda unit: (unit.stage, unit.together)):
+        jobs = machine.jobs(os.cpu_count() or 1) if together[1] or machine.dry else 1
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
                 list(pool.map(one, group))
-    except KeyboardInterrupt:
-        end = 0.0  # no further unit begins
-        kill_all()
-        raise
+            except KeyboardInterrupt:  # before the pool waits for its threads
+                end = 0.0
+                kill_all()
+                raise
     book.write(wanted)
     left = [unit.key for unit in book.left(wanted)]
     code = verdict.exit_code(book.records, left)

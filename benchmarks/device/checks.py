@@ -34,13 +34,16 @@ def training_shape(machine: GPU, table: OpTable) -> None:
     """Values and gradients at a shape of training are as near to float64 as eager's: to float32 where a device lacks
     the memory, and then in bfloat16 alone.
     """
+    short = False
     for dtype in DTYPES:
         try:
-            _as_near(machine, table, dtype, torch.float64)
+            if not short:
+                _as_near(machine, table, dtype, torch.float64)
         except torch.OutOfMemoryError:
+            short = True
+        if short and dtype is not torch.float32:  # out of the handler, which keeps the tensors
             torch.cuda.empty_cache()
-            if dtype is not torch.float32:
-                _as_near(machine, table, dtype, torch.float32)
+            _as_near(machine, table, dtype, torch.float32)
 
 
 def _as_near(machine: GPU, table: OpTable, dtype: torch.dtype, oracle: torch.dtype) -> None:
@@ -64,12 +67,15 @@ def three_repeats(machine: GPU, table: OpTable) -> None:
 
 
 def _step(table: OpTable, arguments: dict) -> Callable[[], tuple[Tensor, ...]]:
-    """Returns a function without arguments that returns the op's output and gradients, of one fixed cotangent."""
-    leaves = with_tensors(arguments, lambda _, t: t.detach().requires_grad_())
-    y = flat(table.function(**leaves))
+    """Returns a function without arguments that returns the op's output and gradients, of one fixed cotangent.
+
+    It copies the arguments first, so an op that runs on another stream than the current one reads what is not there.
+    """
+    y = flat(table.function(**arguments))
     cotangent = Make(y.dtype, y.device, "cotangent").normal(*y.shape)
 
     def step() -> tuple[Tensor, ...]:
+        leaves = with_tensors(arguments, lambda _, t: t.clone().requires_grad_())
         y = flat(table.function(**leaves))
         return y.detach(), *torch.autograd.grad(y, tuple(floating(leaves).values()), cotangent)
 
@@ -126,7 +132,7 @@ def reported(tell: Callable[[dict], None], title: str, check: Callable[[], None]
     tell({"check": title, "found": "started"})
     try:
         check()
-    except Skipped as reason:
+    except (Skipped, torch.OutOfMemoryError) as reason:
         tell({"check": title, "found": "skipped", "message": str(reason)})
     except Exception as error:
         tell({"check": title, "found": "wrong", "message": f"{type(error).__name__}: {error}"[:2000]})
@@ -148,11 +154,12 @@ def check_op(tell: Callable[[dict], None], machine: GPU, op: str) -> None:
     reported(tell, "kernels", all_of_them)
 
 
-def launch(op: str) -> None:
-    """Launches every kernel of an op on its samples, forward and backward; compute-sanitizer watches this."""
+def launch(op: str, device: str = "cuda") -> None:
+    """Launches every kernel of an op on all of its samples, forward and backward. compute-sanitizer watches this."""
     for sample in tables()[op].samples:
         for dtype in DTYPES:
-            arguments = sample.arguments(Make(dtype, "cuda"))
-            if floating(arguments):
-                values_and_gradients(tables()[op].function, arguments)
-    torch.cuda.synchronize()
+            arguments = sample.arguments(Make(dtype, device))
+            arguments |= {name: t.requires_grad_() for name, t in floating(arguments).items()}
+            y = flat(tables()[op].function(**arguments))
+            if y.requires_grad:
+                y.backward(torch.ones_like(y))

@@ -10,9 +10,9 @@ import torch
 
 import fastasr
 from fastasr.benchmarks import limits, upstream
-from fastasr.benchmarks.case import Case, Unavailable, row, variant
+from fastasr.benchmarks.case import Case, row, variant
 from fastasr.benchmarks.device.checks import reported
-from fastasr.benchmarks.device.machine import GPU, Skipped
+from fastasr.benchmarks.device.machine import GPU
 from fastasr.benchmarks.environment import device_name
 from fastasr.benchmarks.harness import Variant, peak_bytes
 from fastasr.benchmarks.predictions import predicted
@@ -22,7 +22,7 @@ from fastasr.models import fast_conformer, zipformer
 
 ROUNDS, CALLS, WARMUP = 5, 5, 3
 COMPILE_SECONDS = 60  # the most for one graph; without it the other columns are there all the same
-LOSSES = 0.05  # the most by which the losses of two implementations may differ, in bfloat16
+NORMS = 0.05  # the most by which fastasr's norm of all gradients may differ from eager's, in bfloat16
 
 Times = dict[
     str, tuple[list[float], list[float]]
@@ -95,10 +95,7 @@ def time_op(tell: Callable, machine: GPU, op: str, index: int, dtype: torch.dtyp
     def every_pass() -> None:
         with machine.serving(op):
             for pass_ in case.passes[:2]:
-                try:
-                    time_pass(tell, machine, case, dtype, pass_)
-                except (torch.OutOfMemoryError, Unavailable) as error:
-                    raise Skipped(f"{pass_}: {error}") from error
+                time_pass(tell, machine, case, dtype, pass_)
 
     reported(tell, "timing", every_pass)
 
@@ -140,7 +137,7 @@ MODELS = {"zipformer_training": (_zipformer, False), "fast_conformer_training": 
 def time_model(tell: Callable, machine: GPU, name: str) -> None:
     """Times a training step under autocast to bfloat16, forward and backward, with the same random numbers each time.
 
-    Raises an error, as a wrong result, where the loss differs from eager's or a gradient is not finite.
+    The norm of all gradients must be finite and near eager's.
     """
     reported(tell, "timing", partial(_time_model, tell, machine, name))
 
@@ -150,28 +147,38 @@ def _time_model(tell: Callable, machine: GPU, name: str) -> None:
     shape, model, inputs = build(machine)
     model, inputs = model.to(machine.device), tuple(t.to(machine.device) for t in inputs)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    losses, rows = {}, []
+    norms, rows = {}, []
 
-    def step(call: Callable, key: str) -> None:
+    def step(call: Callable) -> None:
         torch.manual_seed(0)
         random.seed(0)
         for p in parameters:
             p.grad = None
         with torch.autocast(machine.device, torch.bfloat16):
-            loss = call(*inputs)[0].float().square().mean()
-        loss.backward()
-        losses[key] = loss.detach()
+            y = call(*inputs)[0].float()
+        (y * torch.arange(y.numel(), device=y.device).sin().view_as(y)).sum().backward()
 
-    for key in ("fastasr", "eager", "compile"):
-        if key == "compile" and (not compiles or machine.dry):
-            reason = "a dry run compiles nothing" if compiles else "it recompiles without end"
-            tell({"left_out": key, "pass": "training step", "message": reason})
-            continue
-        with fastasr.backend("auto" if key == "fastasr" else "eager"):
-            run = partial(step, torch.compile(model) if key == "compile" else model, key)
-            run()
-            finite = all(p.grad is None or bool(p.grad.isfinite().all()) for p in parameters)
-            assert finite, f"{key}: a gradient is not finite"
+    ways = {"fastasr": ("auto", model), "eager": ("eager", model)}
+    if compiles and not machine.dry:
+        ways["compile"] = ("eager", torch.compile(model))
+    for key, (backend, call) in ways.items():
+        with fastasr.backend(backend):
+            run = partial(step, call)
+            try:
+                with time_limit(2 * COMPILE_SECONDS):
+                    run()
+            except (Exception, Expired) as error:
+                if key != "compile":
+                    raise
+                tell(
+                    {
+                        "left_out": key,
+                        "pass": "training step",
+                        "message": f"{type(error).__name__}: {error}"[:300],
+                    }
+                )
+                break
+            norms[key] = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item()
             device, host = _timed(machine, {key: Variant(run)})[key]
             q1, median, q3 = _quartiles(device)
             made = Row.measured(
@@ -183,6 +190,5 @@ def _time_model(tell: Callable, machine: GPU, name: str) -> None:
             rows.append(made.to_dict())
             tell({"busy_ms": machine.busy_milliseconds(run), "of": key})
     tell({"rows": rows})
-    for key, loss in losses.items():
-        off = abs(loss.item() / losses["eager"].item() - 1)
-        assert off < LOSSES, f"{key}: the loss differs from eager's by {off:.1%}"
+    off = abs(norms["fastasr"] / norms["eager"] - 1)
+    assert off < NORMS, f"the norm of the gradients differs from eager's by {off:.1%}"

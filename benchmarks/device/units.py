@@ -57,13 +57,11 @@ def units(machine: GPU) -> Iterator[Unit]:
 
     def timed(stage: str, op: str, index: int, dtype: torch.dtype) -> Unit:
         name = f"{op} {machine.cases(op)[index].name} {str(dtype).removeprefix('torch.')}"
-        return Unit(stage, "time", name, time_op, (op, index, dtype), 180, op)
+        return Unit(stage, "time", name, time_op, (op, index, dtype), 240, op)
 
     yield from (timed("B", op, 0, bfloat16) for op in ops)
     yield from (Unit("B", "time", model, time_model, (model,), 300, model) for model in MODELS)
     yield from (timed("C", op, 0, float32) for op in ops)
-    for op in ops:
-        yield from (timed("C", op, i, bfloat16) for i in range(1, len(machine.cases(op))))
     for tool in SANITIZERS:
         yield from (Unit("C", tool, op, sanitize, (tool, op), 300, op, True) for op in ops)
     for name, arguments in TESTS.items():
@@ -71,6 +69,8 @@ def units(machine: GPU) -> Iterator[Unit]:
     for op in ops:
         arguments = ("tests/ops/test_contract.py", "-k", f"cuda and {op}")
         yield Unit("C", "tests", f"contract of {op}", run_tests, arguments, 540, op)
+    for op in ops:
+        yield from (timed("C", op, i, bfloat16) for i in range(1, len(machine.cases(op))))
 
 
 def _last_line(done: subprocess.CompletedProcess) -> str:
@@ -93,7 +93,10 @@ def sanitize(tell: Callable, machine: GPU, tool: str, op: str) -> None:
             raise Skipped("compute-sanitizer is not installed")
         with machine.serving(op):
             pass  # raises where this installation has no such kernel
-        call = f"from fastasr.benchmarks.device.checks import launch; launch({op!r})"
+        call = (
+            "import torch; from fastasr.benchmarks.device.checks import launch; "
+            f"launch({op!r}); torch.cuda.synchronize()"
+        )
         # Without torch's caching allocator each tensor's end is the end of an allocation.
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FASTASR_BACKEND": kernels()[op]}
         done = subprocess.run(

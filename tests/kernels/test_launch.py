@@ -8,6 +8,7 @@ from importlib import import_module
 import pytest
 import torch
 
+from fastasr.benchmarks.device.checks import launch as launch_samples
 from fastasr.ops._dispatch import FAMILIES
 from fastasr.testing import Make, tables
 from fastasr.testing.table import flat, floating
@@ -35,14 +36,12 @@ def _run(table, sample, dtype) -> None:
 
 @cache
 def _launches(op: str) -> frozenset[tuple[str, int, int]]:
-    """Returns (kernel, device, stream) of every launch of an op's samples, whose tensors are on a device that is not
-    the current one: a first call, and one that was compiled before.
+    """Returns (kernel, device, stream) of every launch that compute-sanitizer sees of an op, with tensors on a device
+    that is not the current one: first calls, and calls of what was compiled before.
     """
     with fake_gpu(home=1) as gpu:
-        for sample in TABLES[op].samples:
-            for dtype in (torch.float32, torch.bfloat16):
-                for _ in range(2):
-                    _run(TABLES[op], sample, dtype)
+        for _ in range(2):
+            launch_samples(op, "cpu")
         assert gpu.current == 0
         names = ((f"{one.kernel.__module__}.{one.kernel.__name__}", one) for one in gpu.launches)
         return frozenset((name, one.device, one.stream) for name, one in names)
