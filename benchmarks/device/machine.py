@@ -24,6 +24,7 @@ from fastasr.testing import samples
 from fastasr.testing.speed import Case, Cost, Implementation, computed, costs_of
 from fastasr.testing.table import Make, OpTable, Sample, flat, floating, tables
 
+FLUSHED_BYTES = 2**30  # more than any L2 cache
 MEMORY_OF_A_UNIT = (
     20e9  # bytes of the device that a check at a training shape takes, with its float64 reference
 )
@@ -127,7 +128,7 @@ class GPU:
         overwritten before each call. Then the device sleeps while the host queues the call, so the events around
         the call measure the device and not Python.
         """
-        flushed = torch.empty(2**28, dtype=torch.int32, device=self.device)
+        flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=self.device)
         device, host = [], [1.0]
         for _ in range(warmup + calls):
             state = () if variant.prepare is None else (variant.prepare(),)

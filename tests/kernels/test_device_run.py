@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verdict on a GPU, without one: a dry run of the whole program, units that fail in every way, and what it says."""
 
+import contextlib
 import ctypes
 import json
 import os
@@ -8,18 +9,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks.device import timing, verdict
+from fastasr.benchmarks import predictions
+from fastasr.benchmarks.device import machine, timing, verdict
+from fastasr.benchmarks.device import units as device_units
 from fastasr.benchmarks.device.__main__ import run
 from fastasr.benchmarks.device.checks import CHECKS, check_op, reported
 from fastasr.benchmarks.device.isolate import PRELOADED, isolated
 from fastasr.benchmarks.device.machine import GPU, DryRun, kernels
-from fastasr.benchmarks.device.units import SANITIZERS, Unit, units
+from fastasr.benchmarks.device.units import SANITIZERS, Unit, run_tests, sanitize, units
 from fastasr.benchmarks.rows import Row, read
 
 pytest.importorskip("triton")
@@ -175,6 +179,133 @@ def test_when_the_minutes_are_over_the_rest_is_left(tmp_path, monkeypatch):
     text = (tmp_path / "verdict.md").read_text()
     assert "2 units are left: run the same command with --resume" in text
     assert "- A check: lasts\n- A check: later" in text
+
+
+# --- what a real device goes through, with torch.cuda in the hands of the test
+
+
+class Emulated(GPU):
+    """The code for a GPU on CPU tensors, beside a torch.cuda that does nothing."""
+
+    device = "cpu"
+
+    def serving(self, op):
+        return contextlib.nullcontext()
+
+    def cases(self, op):
+        return DryRun().cases(op)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Replaces what the program uses of torch.cuda, all of which this torch must have."""
+    properties = SimpleNamespace(multi_processor_count=132, total_memory=80 * 10**9)
+    returned = {"device_count": 1, "get_device_properties": properties, "get_device_capability": (9, 0)}
+    returned |= {"is_available": True, "get_device_name": "NVIDIA H100 80GB HBM3"}
+    made = {name: mock.MagicMock(return_value=value) for name, value in returned.items()}
+    for name in (
+        "Stream",
+        "Event",
+        "CUDAGraph",
+        "graph",
+        "stream",
+        "current_stream",
+        "synchronize",
+        "_sleep",
+    ):
+        made[name] = mock.MagicMock()
+    made["Event"].return_value.elapsed_time.return_value = 0.25
+    for name, value in made.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(machine, "FLUSHED_BYTES", 1)
+    return SimpleNamespace(**made)
+
+
+def test_the_checks_of_a_gpu(cuda):
+    """A graph whose replay writes nothing is wrong, and one device is no second one."""
+    messages = []
+    check_op(messages.append, Emulated(), "bypass")
+    found = {title: how for title, (how, _) in verdict.findings({"messages": messages, "ended": ""}).items()}
+    assert found == {"kernels": "right"} | dict.fromkeys(CHECKS, "right") | {
+        "CUDA graph": "wrong",
+        "second device": "skipped",
+    }
+    assert cuda.graph.call_count == 1
+    assert cuda.Stream.return_value.wait_stream.called
+
+
+def test_after_a_cuda_error_an_op_is_left_alone(monkeypatch):
+    def breaks(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    messages = []
+    monkeypatch.setitem(CHECKS, "training shape", breaks)
+    check_op(messages.append, DryRun(), "bypass")
+    found = verdict.findings({"messages": messages, "ended": ""})
+    assert [title for title in found if title in CHECKS] == ["small shapes", "training shape"]
+    assert found["training shape"][0] == "wrong"
+
+
+def test_the_times_of_a_gpu(cuda, monkeypatch):
+    monkeypatch.setattr(predictions, "rows", lambda: ({"op": "bypass", "case": "1500x20x192", "phase": "forward",
+                                                       "device": "H100", "predicted_us": 17.0},))  # fmt: skip
+    monkeypatch.setattr(timing, "device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    messages = []
+    timing.time_op(messages.append, Emulated(), "bypass", 0, torch.bfloat16)
+    assert messages[-1] == {"check": "timing", "found": "right"}
+    found = {
+        row["implementation"]: row for m in messages for row in m.get("rows", ()) if row["pass"] == "forward"
+    }
+    assert set(found) == {"fastasr", "eager", "copy"}
+    assert found["fastasr"]["median_ms"] == 0.25
+    assert found["fastasr"]["predicted_ms"] == pytest.approx(0.017)
+    assert found["eager"]["host_ms"] > 0
+    assert cuda._sleep.call_count >= 3 * timing.ROUNDS * timing.CALLS
+
+
+def test_the_facts_of_a_gpu(cuda):
+    facts = GPU().facts()
+    assert facts["device_name"] == "NVIDIA H100 80GB HBM3"
+    assert (facts["capability"], facts["multiprocessors"]) == ("9.0", 132)
+    assert (GPU().jobs(16), GPU().jobs(2)) == (4, 1)
+    cuda.get_device_capability.return_value = 7, 5
+    assert "compute capability 8.0" in GPU().obstacle()
+
+
+@pytest.mark.parametrize(("code", "how"), [(0, "right"), (3, "wrong"), (1, "skipped")])
+def test_what_compute_sanitizer_says(tmp_path, monkeypatch, code, how):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\necho $1 says so\nexit {code}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    messages = []
+    sanitize(messages.append, Emulated(), "racecheck", "bypass")
+    assert messages[-1]["found"] == how
+    assert how == "right" or "--tool=racecheck says so" in messages[-1]["message"]
+
+
+def test_without_compute_sanitizer_or_tests_these_are_left_out(tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr(device_units.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(device_units, "ROOT", tmp_path)
+    sanitize(messages.append, Emulated(), "memcheck", "bypass")
+    run_tests(messages.append, Emulated(), "tests/kernels")
+    assert [m["message"] for m in messages if m["found"] == "skipped"] == [
+        "compute-sanitizer is not installed",
+        "the tests are in a clone of the repository, not in the installed package",
+    ]
+
+
+@pytest.mark.parametrize(("body", "how"), [("pass", "right"), ("assert 1 == 2", "wrong")])
+def test_what_the_gpu_tests_say(tmp_path, monkeypatch, body, how):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_one.py").write_text(f"def test_one():\n    {body}\n")
+    monkeypatch.setattr(device_units, "ROOT", tmp_path)
+    messages = []
+    run_tests(messages.append, Emulated(), "tests")
+    assert messages[-1]["found"] == how
+    assert how == "right" or "assert 1 == 2" in messages[-1]["message"]
 
 
 # --- what it says
