@@ -20,12 +20,13 @@ from fastasr.benchmarks.device import verdict
 from fastasr.benchmarks.markdown import put, table, whole_models
 from fastasr.benchmarks.models import recipe_step, transcribe
 from fastasr.benchmarks.rows import Row, read_all
-from fastasr.benchmarks.studies import curves
+from fastasr.benchmarks.studies import curves, launch_cost
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 GPU_RECORDS = ROOT / "benchmarks" / "results" / "gpu.json"  # the units.json of a run on a GPU
 OPS_MARKERS = "<!-- ops:start -->", "<!-- ops:end -->"
+LAUNCH_MARKERS = "<!-- launch:start -->", "<!-- launch:end -->"
 LOSERS_MARKERS = "<!-- losers:start -->", "<!-- losers:end -->"
 ELSEWHERE = {
     transcribe.NAME: "decoding.md",
@@ -124,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     found += [put(ROOT / "README.md", op_families(), check, *OPS_MARKERS)]
     found += [put(DOCS / "index.md", op_rows(), check, *OPS_MARKERS)]
     found += [put(DOCS / "testing.md", test_minutes.table(), check)]
+    found += [put(DOCS / "gpu-queue.md", launch_cost.table(), check, *LAUNCH_MARKERS)]
     found += [put(DOCS / "gpu-predictions.md", predictions.table(), check)]
     found += [put(DOCS / "gpu-predictions.md", predictions.losers(), check, *LOSERS_MARKERS)]
     found += [put(DOCS / "gpu-queue.md", verdict.tables(verdict.records(GPU_RECORDS)), check)]

@@ -3,18 +3,26 @@
 
 A fake GPU stands for the driver, so a machine without one measures all of it but the driver's own launch: the op's
 checks, autograd, the launcher's arithmetic and allocations (of the CPU here), and each launch. CPU time of one thread.
+Run it on an idle machine. Rows go to ``results/launch_cost.json``, from which scripts/tables.py makes the table.
 """
 
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+import triton
 
+from fastasr.benchmarks.environment import stamp
 from fastasr.kernels._launch import launch
 from fastasr.ops._dispatch import FAMILIES
 from fastasr.testing import Make, tables
 from fastasr.testing.fake_gpu import Launch, fake_gpu
 from fastasr.testing.table import floating
+
+STAMP = "device_name", "torch", "triton", "commit", "date"
+RESULTS = Path(__file__).parents[1] / "results" / "launch_cost.json"
 
 
 def microseconds(f: Callable[[], object], calls: int = 500, repeats: int = 7) -> float:
@@ -60,10 +68,28 @@ def rows():
         yield name, len(launches), call, ours, tritons
 
 
+def table() -> str:
+    """Returns the committed rows as Markdown."""
+    found = json.loads(RESULTS.read_text())
+    lines = ["| op | launches | call, µs | one launch, µs | by Triton, µs |", "|---|---:|---:|---:|---:|"]
+    for row in found:
+        times = (f"{row[name]:.1f}" for name in ("call_us", "launch_us", "triton_us"))
+        lines.append(f"| {row['op']} | {row['launches']} | {' | '.join(times)} |")
+    of = {key: ", ".join(sorted({row[key] for row in found})) for key in STAMP}
+    versions = f"torch {of['torch']}, Triton {of['triton']}"
+    return "\n".join(
+        [*lines, "", f"**{of['device_name']}**, {versions}; commit {of['commit']}; {of['date']}."]
+    )
+
+
 def main() -> None:
-    print("| op | launches | call, µs | one launch, µs | by Triton, µs |\n|---|---:|---:|---:|---:|")
-    for name, count, *times in rows():
-        print(f"| {name} | {count} | {' | '.join(f'{t:.1f}' for t in times)} |", flush=True)
+    found = []
+    now = stamp("cpu") | {"triton": triton.__version__}
+    for name, launches, *times in rows():
+        times = dict(zip(("call_us", "launch_us", "triton_us"), (round(t, 1) for t in times), strict=True))
+        found.append({"op": name, "launches": launches, **times, **{key: now[key] for key in STAMP}})
+        print(found[-1], flush=True)
+    RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
 
 
 if __name__ == "__main__":
