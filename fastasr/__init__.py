@@ -2,7 +2,8 @@
 """Fused, verified, reversible kernels for speech models: the same call on GPU and CPU.
 
 ``accelerate(model)`` swaps faster forwards into a model in place and reports what it did; ``verify``, ``restore``,
-``eager_mode`` and ``explain`` check, undo, suspend and preview it. ``fastasr.ops`` holds the operations themselves.
+``eager_mode`` and ``explain`` check, undo, suspend and preview it, and inside ``upstream_draws`` attention draws its
+dropout as upstream does. ``fastasr.ops`` holds the operations themselves.
 """
 
 from importlib import import_module
@@ -13,7 +14,7 @@ from fastasr.ops._dispatch import backend
 
 __version__ = "0.1.0"
 
-_SWAP = ("accelerate", "explain", "verify", "restore", "eager_mode", "SwapReport")
+_SWAP = ("accelerate", "explain", "verify", "restore", "eager_mode", "upstream_draws", "SwapReport")
 _SUBPACKAGES = ("models", "decoding", "export", "rnnt", "compat", "swap", "testing", "kernels", "benchmarks")
 __all__ = [
     "SwapReport",
@@ -23,11 +24,12 @@ __all__ = [
     "explain",
     "ops",
     "restore",
+    "upstream_draws",
     "verify",
 ]
 
 if TYPE_CHECKING:
-    from fastasr.swap import SwapReport, accelerate, eager_mode, explain, restore, verify
+    from fastasr.swap import SwapReport, accelerate, eager_mode, explain, restore, upstream_draws, verify
 
 
 def __getattr__(name: str):

@@ -2,6 +2,7 @@
 """Attention with the relative positions of Transformer-XL; neither weights nor scores reach memory.
 
     s[i, j] = ((q[i] + u) . k[j] + (q[i] + w) . R[T - 1 + j - i]) / sqrt(d), W = softmax_j(s), y = W v
+    Under dropout y = (W m) v, see _weights_dropout.py; below, W in dv and dW have the factor m as well
     With G = dy: dv = W^T G, dW = G v^T, delta = sum_j W dW, dS = W (dW - delta) / sqrt(d), and by offset dS'[i, r] =
     dS[i, i - (T - 1) + r]: dq = dS k + dS' R, dk = dS^T (q + u), dR = dS'^T (q + w), du = sum of dS k, dw = of dS' R
 
@@ -35,12 +36,14 @@ from fastasr.kernels._attention_tiles import NONE, load_rows, products, running,
 from fastasr.kernels._launch import dot_options, generation, launch
 from fastasr.kernels._rel_position_tiles import head_block, masked, place, query_key
 from fastasr.kernels._relative_shift import by_key, by_offset, merged, moved
+from fastasr.kernels._weights_dropout import constants as dropout_constants
+from fastasr.kernels._weights_dropout import dropped, row_words
 from fastasr.kernels.zipformer_attention import PIECE_BYTES, slopes_of
 from fastasr.kernels.zipformer_attention_weights import PARTS, _bytes, _mask_batch, add_parts_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = ["frames", "batch", "blocks", "heads"]
-UNALIGNED = ["PADDING", "MASK"]
+SIZES = ["frames", "batch", "blocks", "heads", "threshold"]
+UNALIGNED = ["PADDING", "MASK", "SEED"]
 
 
 # --------------------------------------------------------------------------- scores
@@ -116,8 +119,8 @@ def _scores(
 # --------------------------------------------------------------------------- forward
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def forward_kernel(
-    Q, K, V, POS, U, W, PADDING, MASK, Y, LSE,
-    frames, batch, blocks, heads, q_time, v_time, q_batch, v_batch, mask_batch, scale,
+    Q, K, V, POS, U, W, PADDING, MASK, SEED, Y, LSE,
+    frames, batch, blocks, heads, q_time, v_time, q_batch, v_batch, mask_batch, threshold, scale, factor,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -138,6 +141,8 @@ def forward_kernel(
         second = _band(
             position, tensors, i, q_time, keep_i, base + BLOCK_N, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D
         )
+    row = (sequence * heads + head) * frames + i
+    words = row_words(SEED, row)
     maximum = tl.full([BLOCK_M], NONE, tl.float32)
     total = tl.zeros([BLOCK_M], SUM)
     y = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -154,10 +159,11 @@ def forward_kernel(
             DIM, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         first, second = moved(first, second, third, BLOCK_M, BLOCK_N)
-        maximum, factor, e = running(maximum, scores, PRECISE)
-        total = total * factor + sums(e, 1, PRECISE)
+        maximum, shrunk, e = running(maximum, scores, PRECISE)
+        total = total * shrunk + sums(e, 1, PRECISE)
+        e = dropped(e, SEED, words, j, threshold, factor)
         value = load_rows(tensors[2], j, v_time, c, j < frames, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
-        y = tl.dot(e.to(value.dtype), value, y * factor[:, None])
+        y = tl.dot(e.to(value.dtype), value, y * shrunk[:, None])
     total = total.to(tl.float32)
     none = total == 0.0
     y = y * tl.div_rn(1.0, tl.where(none, 1.0, total))[:, None]
@@ -165,7 +171,7 @@ def forward_kernel(
     tl.store(out, y.to(Y.dtype.element_ty), mask=keep_i[:, None] & (c < VALUE_DIM)[None, :])
     lse = tl.where(none, float("inf"), maximum + tl.log(total))
     once = keep_i & (tl.program_id(1) == 0)
-    tl.store(LSE + (sequence * heads + head) * frames + i, lse, mask=once)
+    tl.store(LSE + row, lse, mask=once)
 
 
 # --------------------------------------------------------------------------- backward
@@ -203,8 +209,8 @@ def _tile(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def statistics_kernel(
-    G, Q, K, V, POS, U, W, PADDING, MASK, LSE, INVERSE, DELTA,
-    frames, batch, blocks, heads, q_time, v_time, q_batch, v_batch, mask_batch, scale,
+    G, Q, K, V, POS, U, W, PADDING, MASK, SEED, LSE, INVERSE, DELTA,
+    frames, batch, blocks, heads, q_time, v_time, q_batch, v_batch, mask_batch, threshold, scale, factor,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -221,6 +227,7 @@ def statistics_kernel(
         tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V
     )
     row = (sequence * heads + head) * frames + i
+    words = row_words(SEED, row)
     lse = tl.load(LSE + row, mask=keep_i, other=float("inf"))
     base = frames - (block + 1) * BLOCK_M
     first = _band(position, tensors, i, q_time, keep_i, base, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
@@ -247,6 +254,7 @@ def statistics_kernel(
         slope = slopes_of(
             g, G, tensors[2], i, j, keep_i, j < frames, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V
         )
+        slope = dropped(slope, SEED, words, j, threshold, factor)
         e = exp_nonpositive(scores - lse[:, None], PRECISE)
         total += sums(e, 1, PRECISE)
         along += sums(e * slope, 1, PRECISE)
@@ -259,9 +267,9 @@ def statistics_kernel(
     do_not_specialize=[*SIZES, "start_row", "rows", "all_blocks"], do_not_specialize_on_alignment=UNALIGNED
 )
 def queries_kernel(
-    G, Q, K, V, POS, U, W, PADDING, MASK, LSE, INVERSE, DELTA, DQ, DS, PARTS,
+    G, Q, K, V, POS, U, W, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS,
     frames, start_row, rows, batch, blocks, all_blocks, heads, q_time, v_time, q_batch, v_batch, mask_batch, ds_row,
-    scale,
+    threshold, scale, factor,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -280,6 +288,7 @@ def queries_kernel(
     G += sequence * v_batch + head * VALUE_DIM
     held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
     row = (sequence * heads + head) * frames + i
+    words = row_words(SEED, row)
     lse = tl.load(LSE + row, mask=keep_i, other=float("inf"))
     inverse = tl.load(INVERSE + row, mask=keep_i, other=0.0)
     delta = tl.load(DELTA + row, mask=keep_i, other=0.0)
@@ -298,7 +307,7 @@ def queries_kernel(
             DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         w = exp_nonpositive(scores - lse[:, None], PRECISE) * inverse[:, None]
-        ds = w * (slope - delta[:, None])
+        ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
         narrow = ds.to(key.dtype)
         dq = tl.dot(narrow, key, dq)
         after = by_offset(narrow, BLOCK)
@@ -349,8 +358,8 @@ def offsets_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def keys_kernel(
-    G, Q, K, V, POS, U, W, PADDING, MASK, LSE, INVERSE, DELTA, DK, DV,
-    frames, batch, blocks, heads, q_time, v_time, q_batch, v_batch, mask_batch, scale,
+    G, Q, K, V, POS, U, W, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DK, DV,
+    frames, batch, blocks, heads, q_time, v_time, q_batch, v_batch, mask_batch, threshold, scale, factor,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -385,7 +394,9 @@ def keys_kernel(
         inverse = tl.load(INVERSE + row + i, mask=keep_i, other=0.0)
         delta = tl.load(DELTA + row + i, mask=keep_i, other=0.0)
         w = exp_nonpositive(scores - lse[:, None], PRECISE) * inverse[:, None]
-        ds = w * (slope - delta[:, None])
+        words = row_words(SEED, row + i)
+        ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
+        w = dropped(w, SEED, words, j, threshold, factor)
         if DIM > BLOCK_D:
             content = load_rows(tensors[0], i, q_time, d, keep_i, DIM, tensors[4])
         if VALUE_DIM > BLOCK_V:
@@ -449,8 +460,11 @@ def biases_kernel(PARTS, DU, DW, parts, width, BLOCK_P: tl.constexpr, BLOCK_C: t
 
 
 # --------------------------------------------------------------------------- launchers
-def tiles(dim: int, value_dim: int, dtype: torch.dtype, generation: int, hiding: bool) -> dict[str, dict]:
-    """Returns tile shapes, warps and stages by kernel; ``hiding`` says whether there is a mask of pairs.
+def tiles(
+    dim: int, value_dim: int, dtype: torch.dtype, generation: int, hiding: bool, dropping: bool
+) -> dict[str, dict]:
+    """Returns tile shapes, warps and stages by kernel; ``hiding`` says whether there is a mask of pairs, ``dropping``
+    whether there is dropout.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
     cores unless TF32 is allowed, and need small tiles. Heads of 65 to 128 channels fit the registers in one block only
@@ -464,7 +478,7 @@ def tiles(dim: int, value_dim: int, dtype: torch.dtype, generation: int, hiding:
     square = common | {"BLOCK": block, "BLOCK_V": columns, "num_stages": 2}
     halves = {"BLOCK_D": 64} if dim > 64 and not wide else {}
     forward = common | {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_V": columns, "num_stages": 2}
-    if generation in (90, 100) and dim <= 128 and not wide and not hiding:
+    if generation in (90, 100) and dim <= (64 if dropping else 128) and not wide and not hiding:
         forward["BLOCK_M"] = 64
     else:
         forward |= halves
@@ -477,13 +491,14 @@ def tiles(dim: int, value_dim: int, dtype: torch.dtype, generation: int, hiding:
     statistics = {name: value for name, value in square.items() if name != "BLOCK"}
     statistics |= {"BLOCK_M": block, "BLOCK_N": block}
     if not wide and not hiding and dim <= square["BLOCK_D"]:
-        statistics |= {"BLOCK_M": 64, "num_stages": 3}
+        statistics |= {"BLOCK_M": 64, "num_stages": 1 if dropping and generation == 120 else 3}
     products = common | {"BLOCK": 32, "num_stages": 3}  # blocks of dS as ``queries`` stores them
+    crowded = {"num_stages": 1} if hiding and dropping else {}  # loads ahead would spill
     return {
-        "forward": forward,
+        "forward": forward | crowded,
         "statistics": statistics,
         "queries": inner | {"BLOCK": 32},
-        "keys": square | {"num_stages": 1} if wide else inner,
+        "keys": square | {"num_stages": 1} if wide else inner | crowded,
         "offsets": products,
         "positions": products,
     }
@@ -501,6 +516,8 @@ def rel_attention_forward(
     bias_v: torch.Tensor,
     key_padding_mask: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
+    dropout_seed: torch.Tensor | None,
+    dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (y (B, T, H, e), lse (B, H, T) in float32, inf where a query sees no key). All tensors are
     contiguous.
@@ -510,18 +527,27 @@ def rel_attention_forward(
     lse = q.new_empty(batch, heads, frames, dtype=torch.float32)
     if not lse.numel():
         return y, lse
-    tile = _tiles(q, v, attn_mask)["forward"]
+    tile = _tiles(q, v, attn_mask, dropout_p)["forward"]
     blocks = triton.cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (heads * batch * blocks, triton.cdiv(v.shape[3], tile["BLOCK_V"])),
-        q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask), y, lse,
-        frames, batch, blocks, heads, *_strides(q, v), _mask_batch(attn_mask), dim**-0.5,
+        q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask),
+        dropout_seed if dropout_p else None, y, lse,
+        frames, batch, blocks, heads, *_strides(q, v), _mask_batch(attn_mask), *_last(dim, dropout_p),
         DIM=dim, VALUE_DIM=v.shape[3], **tile,
     )  # fmt: skip
     return y, lse
 
 
-def _tiles(q: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> dict[str, dict]:
-    return tiles(q.shape[3], v.shape[3], q.dtype, generation(q), attn_mask is not None)
+def _last(dim: int, dropout_p: float) -> tuple[int, float, float]:
+    """Returns the kernels' last numbers: threshold, scale and factor."""
+    threshold, factor = dropout_constants(dropout_p)
+    return threshold, dim**-0.5, factor
+
+
+def _tiles(
+    q: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None, dropout_p: float
+) -> dict[str, dict]:
+    return tiles(q.shape[3], v.shape[3], q.dtype, generation(q), attn_mask is not None, dropout_p > 0)
 
 
 def _strides(q: torch.Tensor, v: torch.Tensor) -> tuple[int, int, int, int]:
@@ -538,8 +564,10 @@ def rel_attention_backward(
     bias_v: torch.Tensor,
     key_padding_mask: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
+    dropout_seed: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
+    dropout_p: float,
 ) -> tuple[torch.Tensor, ...]:
     """Returns the gradients of the six tensors. All tensors are contiguous."""
     batch, frames, heads, dim = q.shape
@@ -548,16 +576,17 @@ def rel_attention_backward(
     dq, dk, dv, dpos, du, dw = (torch.empty_like(t) for t in (q, k, v, pos, bias_u, bias_v))
     width, pairs, offsets, scale = heads * dim, heads * batch, 2 * frames - 1, dim**-0.5
     shares = torch.float64 if q.dtype == torch.float32 else torch.float32
-    shapes = _tiles(q, v, attn_mask)
+    shapes = _tiles(q, v, attn_mask, dropout_p)
     constants = {"DIM": dim, "VALUE_DIM": v.shape[3]}
-    strides = *_strides(q, v), _mask_batch(attn_mask)
+    strides, last = (*_strides(q, v), _mask_batch(attn_mask)), _last(dim, dropout_p)
     operands = (
-        grad, q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask), lse
+        grad, q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask),
+        dropout_seed if dropout_p else None, lse,
     )  # fmt: skip
     inverse, delta = torch.empty_like(lse), torch.empty_like(lse)
     blocks = triton.cdiv(frames, shapes["statistics"]["BLOCK_M"])
     launch(statistics_kernel, (pairs * blocks,),
-        *operands, inverse, delta, frames, batch, blocks, heads, *strides, scale,
+        *operands, inverse, delta, frames, batch, blocks, heads, *strides, *last,
         **constants, **shapes["statistics"],
     )  # fmt: skip
     operands = *operands, inverse, delta
@@ -577,7 +606,7 @@ def rel_attention_backward(
         rows = min(count * block, frames - first * block)
         launch(queries_kernel, (pairs * count, columns),
             *operands, content, ds, sums_of[0],
-            frames, first * block, rows, batch, count, blocks, heads, *strides, row, scale, **constants, **tile,
+            frames, first * block, rows, batch, count, blocks, heads, *strides, row, *last, **constants, **tile,
         )  # fmt: skip
         launch(offsets_kernel, (pairs * count, of_products),
             ds, pos, content, dq, sums_of[1], frames, first, batch, count, blocks, heads,
@@ -597,6 +626,6 @@ def rel_attention_backward(
     blocks = triton.cdiv(frames, tile["BLOCK"])
     columns = max(triton.cdiv(dim, tile["BLOCK_D"]), triton.cdiv(v.shape[3], tile["BLOCK_V"]))
     launch(keys_kernel, (pairs * blocks, columns),
-        *operands, dk, dv, frames, batch, blocks, heads, *strides, scale, **constants, **tile
+        *operands, dk, dv, frames, batch, blocks, heads, *strides, *last, **constants, **tile
     )  # fmt: skip
     return dq, dk, dv, dpos, du, dw

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' Parakeet encoder (sdpa) and its front end, forward: shipped, under torch.compile, and swapped."""
+"""transformers' Parakeet encoder (sdpa) and its front end: shipped, under torch.compile, and swapped; forward, and at
+the first shape a training step of the encoder with the dropout it ships with (0.1 everywhere, no dropped layers).
+"""
 
 import copy
 from collections.abc import Iterator
@@ -8,6 +10,7 @@ import torch
 
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.models.unit import (
+    BOTH,
     COMPILE,
     FASTASR,
     FORWARD,
@@ -16,6 +19,7 @@ from fastasr.benchmarks.models.unit import (
     benchmark,
     inference,
     swapped,
+    weighted_step,
 )
 from fastasr.benchmarks.rows import Row
 
@@ -33,7 +37,7 @@ def shape_name(size: str, layers: int, batch: int, seconds: int) -> str:
 
 
 def encoder(size: str, layers: int) -> torch.nn.Module:
-    """Returns upstream's encoder with random parameters. Raises ``upstream.MissingUpstream``."""
+    """Returns upstream's encoder with random parameters, in eval mode. Raises ``upstream.MissingUpstream``."""
     transformers = upstream.module("transformers")
     width, hidden = SIZES[size]
     torch.manual_seed(0)
@@ -43,6 +47,7 @@ def encoder(size: str, layers: int) -> torch.nn.Module:
         num_hidden_layers=layers,
         num_mel_bins=80,
         subsampling_conv_channels=16 if size == "tiny" else 256,
+        layerdrop=0.0,
     )
     return transformers.ParakeetEncoder(config).eval()
 
@@ -61,9 +66,11 @@ def measure(run: Run, *, shapes: tuple = SHAPES) -> Iterator[list[Row]]:
     """Yields the rows of the encoder at each shape and of the front end at the first."""
     for size, layers, batch, seconds in shapes:
         name = shape_name(size, layers, batch, seconds)
-        cases = [ENCODER] + [FRONT_END] * ((size, layers, batch, seconds) == shapes[0])
-        for case in cases:
-            if run.skip(case, name, FORWARD):
+        cases = [(ENCODER, FORWARD)]
+        if (size, layers, batch, seconds) == shapes[0]:
+            cases += [(FRONT_END, FORWARD), (ENCODER, BOTH)]
+        for case, pass_ in cases:
+            if run.skip(case, name, pass_):
                 continue
             shipped = encoder(size, layers)
             shipped = shipped if case == ENCODER else shipped.subsampling
@@ -71,6 +78,11 @@ def measure(run: Run, *, shapes: tuple = SHAPES) -> Iterator[list[Row]]:
             if run.compile_model:
                 models[COMPILE] = torch.compile(copy.deepcopy(shipped))
             inputs = batch_of(batch, seconds)
-            runs = {key: inference(model, *inputs) for key, model in models.items()}
+            if pass_ == BOTH:
+                with torch.no_grad():
+                    weight = torch.randn_like(shipped(*inputs)[0])
+                runs = {key: weighted_step(model.train(), weight, *inputs) for key, model in models.items()}
+            else:
+                runs = {key: inference(model, *inputs) for key, model in models.items()}
             # a long recording takes its seconds: three rounds tell as much as fifteen of a short one
-            yield run.unit(case, FORWARD, name, runs, reps=None if batch * seconds < 120 else 3)
+            yield run.unit(case, pass_, name, runs, reps=None if batch * seconds < 120 else 3)

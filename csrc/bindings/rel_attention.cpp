@@ -17,7 +17,8 @@ using cpu::RelAttentionSums;
 // Tensors of a call; contiguous.
 struct RelAttentionTensors {
   const Tensor &q, &k, &v, &pos, &bias_u, &bias_v;
-  const Optional &padding, &mask;
+  const Optional &padding, &mask, &seed;
+  double dropout_p;
 
   template <typename T>
   RelAttentionOperands<T> operands() const {
@@ -43,6 +44,14 @@ RelAttention checked(const RelAttentionTensors& t, const char* op) {
   check_sizes(t.bias_u, {a.heads, a.query_dim}, "bias_u");
   check_sizes(t.bias_v, {a.heads, a.query_dim}, "bias_v");
   set_masks(a, t.padding, t.mask, op);
+  check(t.dropout_p >= 0 && t.dropout_p < 1, op, "dropout_p");
+  if (t.dropout_p > 0) {
+    check(t.seed.has_value() && t.seed->scalar_type() == ScalarType::Long && has_sizes(*t.seed, {1}), op,
+          "dropout_seed");
+    r.dropout.seed = static_cast<uint64_t>(*data<int64_t>(*t.seed));
+    r.dropout.threshold = static_cast<int32_t>(t.dropout_p * 0x1p31);
+    r.dropout.scale = 1 / (1 - t.dropout_p);
+  }
   return r;
 }
 
@@ -53,9 +62,9 @@ Tensor new_log_sum_exp(const Tensor& q, const AttentionProblem& a) {
 
 std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos,
                                                  const Tensor& bias_u, const Tensor& bias_v, const Optional& padding,
-                                                 const Optional& mask) {
+                                                 const Optional& mask, const Optional& dropout_seed, double dropout_p) {
   const char* op = "rel_attention_forward";
-  const RelAttentionTensors tensors{q, k, v, pos, bias_u, bias_v, padding, mask};
+  const RelAttentionTensors tensors{q, k, v, pos, bias_u, bias_v, padding, mask, dropout_seed, dropout_p};
   const RelAttention r = checked(tensors, op);
   const AttentionProblem& a = r.problem;
   Tensor y = new_like(v), lse = new_log_sum_exp(q, a);
@@ -97,11 +106,12 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos, const Tensor& bias_u,
-    const Tensor& bias_v, const Optional& padding, const Optional& mask, const Tensor& /*out*/,
+    const Tensor& bias_v, const Optional& padding, const Optional& mask, const Optional& dropout_seed,
+    const Tensor& /*out*/,
     // the softmax is computed again with the scores: its sums are exact, and it does not depend on out
-    const Tensor& /*lse*/) {
+    const Tensor& /*lse*/, double dropout_p) {
   const char* op = "rel_attention_backward";
-  const RelAttentionTensors tensors{q, k, v, pos, bias_u, bias_v, padding, mask};
+  const RelAttentionTensors tensors{q, k, v, pos, bias_u, bias_v, padding, mask, dropout_seed, dropout_p};
   const RelAttention r = checked(tensors, op);
   const AttentionProblem& a = r.problem;
   check_same_size(grad, v, op, "grad");
@@ -155,11 +165,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backwar
 }  // namespace
 
 FASTASR_OPERATORS({"rel_attention_forward(Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, Tensor bias_v, "
-                   "Tensor? key_padding_mask, Tensor? attn_mask) -> (Tensor, Tensor)",
+                   "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, float dropout_p) -> (Tensor, "
+                   "Tensor)",
                    TORCH_BOX(&rel_attention_forward)},
                   {"rel_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, "
-                   "Tensor bias_v, Tensor? key_padding_mask, Tensor? attn_mask, Tensor out, Tensor lse) -> (Tensor, "
-                   "Tensor, Tensor, Tensor, Tensor, Tensor)",
+                   "Tensor bias_v, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, Tensor out, "
+                   "Tensor lse, float dropout_p) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
                    TORCH_BOX(&rel_attention_backward)})
 
 }  // namespace fastasr

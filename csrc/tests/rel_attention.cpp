@@ -12,6 +12,7 @@ using cpu::RelAttention;
 struct Shape {
   int64_t batch, frames, heads, dim, value_dim;
   int masks;  // 1: padding, 2: a mask, 4: a mask per sequence
+  double dropout = 0;
 };
 
 // Holds a call with everything the kernels compute, in long double.
@@ -32,6 +33,7 @@ struct Call {
   Call(const Shape& shape, uint64_t seed) : s(shape), random(seed) {
     a.batch = s.batch, a.frames = s.frames, a.heads = s.heads, a.query_dim = a.pos_dim = s.dim;
     a.pos_batch = 1, a.chunk = -1, a.left_chunks = -1, r.value_dim = s.value_dim;
+    r.dropout = {seed * 0x123456789abcdef, static_cast<int32_t>(s.dropout * 0x1p31), 1 / (1 - s.dropout)};
     const auto draw = [&](std::vector<uint8_t>& m, int64_t n) {
       m.resize(static_cast<size_t>(n));
       for (auto& x : m) x = random.uniform() < 0.3;
@@ -76,13 +78,16 @@ struct Call {
           }
           lse[(b * a.heads + h) * n + i] = sum == 0 ? INFINITY : std::log(sum);
           if (sum == 0) continue;
+          const cpu::DropoutRow words = dropout_row(r.dropout, (b * a.heads + h) * n + i);
           for (int64_t j = 0; j < n; j++) {
+            const bool kept = dropout_bits(words, static_cast<uint32_t>(j)) >= r.dropout.threshold;
+            const long double m = kept ? r.dropout.scale : 0;
             p[j] /= sum, dp[j] = 0;
             for (int64_t c = 0; c < e; c++) {
               const int64_t out = row(b, i, h) * e + c, in = row(b, j, h) * e + c;
-              y[out] += p[j] * v(in);
-              dv[in] += p[j] * grad(out);
-              dp[j] += grad(out) * v(in);
+              y[out] += p[j] * m * v(in);
+              dv[in] += p[j] * m * grad(out);
+              dp[j] += grad(out) * v(in) * m;
             }
             delta += p[j] * dp[j];
           }
@@ -148,8 +153,9 @@ void values(const Shape& shape, uint64_t seed) {
 
 TEST_CASE("rel_attention") {
   const Shape shapes[] = {
-      {1, 1, 1, 1, 1, 0},    {2, 7, 2, 8, 8, 1},    {3, 33, 1, 64, 64, 3}, {2, 40, 3, 5, 19, 2},
-      {2, 66, 1, 33, 48, 5}, {1, 100, 2, 16, 3, 4}, {1, 560, 1, 4, 4, 1},
+      {1, 1, 1, 1, 1, 0},   {2, 7, 2, 8, 8, 1},        {3, 33, 1, 64, 64, 3},
+      {2, 40, 3, 5, 19, 2}, {2, 66, 1, 33, 48, 5},     {1, 100, 2, 16, 3, 4},
+      {1, 560, 1, 4, 4, 1}, {2, 37, 3, 8, 8, 1, 0.25}, {1, 560, 1, 5, 19, 2, 0.5},
   };
   uint64_t seed = 1;
   for (const Shape& shape : shapes) {

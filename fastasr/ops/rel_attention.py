@@ -3,12 +3,14 @@ r"""Attention with relative positions of Transformer-XL (Dai et al., 2019, secti
 
 For every sequence and head, with i, j in 0 … T − 1:
 
-    s[i,j] = ((q[i] + u)·k[j] + (q[i] + w)·R[T − 1 + j − i]) / √d,    y[i] = Σ_j softmax_j(s[i,j]) v[j]
+    s[i,j] = ((q[i] + u)·k[j] + (q[i] + w)·R[T − 1 + j − i]) / √d,    y[i] = Σ_j softmax_j(s[i,j]) m[i,j] v[j]
 
 over the keys that query i sees; a query that sees none gives 0. Row r of R stands for the key r − (T − 1) frames behind
-the query; u and w are the biases of content and of position. With G = dy, P the weights and D[i] = Σ_j P G vᵀ:
+the query; u and w are the biases of content and of position. m is 1, or under dropout 0 for the share p of all weights
+and 1 / (1 − p) for the others: a hash of a seed and of the weight's place (:mod:`fastasr.ops._weights_dropout`), which
+no pass keeps. With G = dy, P the weights and D[i] = Σ_j P m G vᵀ:
 
-    dv = Pᵀ G        dS = P (G vᵀ − D) / √d
+    dv = (P m)ᵀ G        dS = P (m G vᵀ − D) / √d
     dq = dS k + dS′ R,    dk = dSᵀ (q + u),    dR = dS′ᵀ (q + w),    du = Σ dS k,    dw = Σ dS′ R
 
 where dS′[i, T − 1 + j − i] = dS[i, j]: the same numbers by offset in place of by key,
@@ -26,6 +28,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from fastasr.ops import _weights_dropout
 from fastasr.ops._op import op
 
 
@@ -41,7 +44,12 @@ def relative_shift(scores: Tensor) -> Tensor:
     return flat.unflatten(-1, (frames, 2 * frames - 2))[..., :frames]
 
 
-_TENSORS = "q k v pos bias_u bias_v key_padding_mask attn_mask"
+def _has_seed(op, a) -> None:
+    if a.dropout_p and a.dropout_seed is None:
+        op.fail("dropout_seed", "a Tensor where dropout_p is more than 0", None)
+
+
+_TENSORS = "q k v pos bias_u bias_v key_padding_mask attn_mask dropout_seed"
 
 
 @op(
@@ -50,9 +58,10 @@ _TENSORS = "q k v pos bias_u bias_v key_padding_mask attn_mask"
     autocast="one dtype",
     keeps={"lse": Annotated[Tensor, "B H T", "wide q"]},
     saves=f"{_TENSORS} y lse",
-    forward=_TENSORS,
-    backward=f"grad {_TENSORS} y lse",
+    forward=f"{_TENSORS} dropout_p",
+    backward=f"grad {_TENSORS} y lse dropout_p",
     fast_strides=_TENSORS,
+    check=_has_seed,
     summary="softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the "
     "weights in memory",
 )
@@ -66,6 +75,8 @@ def rel_attention(
     *,
     key_padding_mask: Annotated[Tensor, "B T", bool] | None = None,
     attn_mask: Annotated[Tensor, "T T | B T T", bool] | None = None,
+    dropout_p: Annotated[float, ">= 0 and < 1"] = 0.0,
+    dropout_seed: Annotated[Tensor, "1", torch.int64] | None = None,
 ) -> Annotated[Tensor, "B T H E", "q"]:
     """softmax_j(((q[i] + bias_u)·k[j] + (q[i] + bias_v)·pos[T − 1 + j − i]) / √d) · v, without the weights in memory.
 
@@ -77,6 +88,9 @@ def rel_attention(
         bias_u, bias_v: (H, d): added to q where it meets keys, and where it meets positions.
         key_padding_mask: bool (B, T), True where a key is hidden from every query of its sequence.
         attn_mask: bool (T, T) or (B, T, T), True where a key (last) is hidden from a query.
+        dropout_p: the share of weights that are set to 0 after the softmax; the others are divided by 1 − dropout_p.
+        dropout_seed: int64 (1,), which chooses these weights; needed where dropout_p is more than 0. One seed and shape
+            give the same weights on every backend.
         All floating tensors have q's dtype, but for autocast, which casts them.
     Returns:
         (B, T, H, e), of q's dtype (autocast's under autocast), accumulated in float32 or better; 0 for a query that
@@ -97,4 +111,7 @@ def rel_attention(
     weights = torch.softmax(scores, -1)
     for mask in masks:
         weights = weights.masked_fill(mask, 0)
+    if dropout_p:
+        kept = _weights_dropout.kept(dropout_seed, dropout_p, *weights.shape)
+        weights = weights * kept / (1 - dropout_p)
     return torch.matmul(weights, v.transpose(1, 2)).transpose(1, 2)

@@ -12,6 +12,9 @@ compared with upstream's own code in fp64 with the same random draws. A module p
   the other results. Where gradients disagree for one gradient of the output, two more decide;
 * both produce the same shapes, dtypes and non-finite values, and leave the same random state behind.
 
+With dropout of attention weights, the training passes compare fastasr's formula with upstream's draws
+(:func:`fastasr.upstream_draws`), not the kernel, which drops other weights.
+
 If no fp64 run is possible, the two are compared with each other, with a tolerance for their dtype.
 """
 
@@ -28,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from fastasr.models.common.attention_dropout import upstream_draws
 from fastasr.swap import binding
 from fastasr.swap.report import REPLACED, ROLLED_BACK, Row, SwapReport
 from fastasr.swap.rule import upstream_class
@@ -233,7 +237,7 @@ class _Probe:
 
     def _replay_as(self, side, forward, args, kwargs, training, draw):
         """Runs ``forward``. ``side`` says whose forward runs in the swapped submodules."""
-        with self.checks.run_as(side), ModelState(self.module):
+        with self.checks.run_as(side), ModelState(self.module), upstream_draws():
             outcome = _replay(self.module, forward, args, kwargs, training, self.rule.shared, draw)
         outcome.random = RandomState.now()
         return outcome

@@ -213,7 +213,11 @@ def test_the_fast_conformer():
 
     with peer():
         units = list(fast_conformer.measure(**fast_conformer.QUICK, settings=QUICK, reps=2))
-    assert [unit[0].case for unit in units] == ["encoder", "front end"]
+    assert [(unit[0].case, unit[0].pass_) for unit in units] == [
+        ("encoder", "forward"),
+        ("front end", "forward"),
+        ("encoder", "forward+backward"),
+    ]
     for unit in units:
         assert [row.implementation for row in unit] == ["upstream", "fastasr"]
         assert {row.shape for row in unit} == {"tiny, 1 of its layers, 2 x 2 s"}

@@ -542,15 +542,18 @@ def _rel_attention():
     like = ("Q", "K", "V", "POS", "U", "W", "Y", "G", "DS", "DQ", "DK", "DV", "DU", "DW")
     wide = dict.fromkeys(("LSE", "INVERSE", "DELTA", "CONTENT"), "fp32")
     strides = [f"{name}_{of}" for name in ("q", "v") for of in ("time", "batch")] + ["ds_row", "width"]
-    masks = {"PADDING": "u8", "MASK": "u8"}
+    masks = {"PADDING": "u8", "MASK": "u8", "SEED": "i64"}
 
     def configuration(name: str, label: str, dtype: str, dim: int = 64, value: int = 64, only: int = 0):
-        hiding = "mask" in label
-        shapes = module.tiles(dim, value, DTYPES[dtype], only or 80, hiding) | {"biases": module.BIASES}
+        hiding, dropping = "mask" in label, "dropout" in label
+        shapes = module.tiles(dim, value, DTYPES[dtype], only or 80, hiding, dropping) | {
+            "biases": module.BIASES
+        }
         options = dict(shapes[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
         types = dict.fromkeys(like, dtype) | wide | masks | {"PARTS": "fp64" if dtype == "fp32" else "fp32"}
-        absent = [mask for mask, word in (("PADDING", "padding"), ("MASK", "mask")) if word not in label]
+        words = (("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout"))
+        absent = [name for name, word in words if word not in label]
         return Configuration(
             f"rel_attention {name}{label and ', ' + label}, {dtype}",
             getattr(module, f"{name}_kernel"),
@@ -558,7 +561,7 @@ def _rel_attention():
             {"DIM": dim, "VALUE_DIM": value, **dict.fromkeys(absent)} | options,
             warps,
             strides,
-            ("scale",),
+            ("scale", "factor"),
             stages,
             (only,) if only else ARCHITECTURES,
         )
@@ -570,7 +573,12 @@ def _rel_attention():
             for dim in (96, 128, 144):  # blocks of 64 channels or of 128
                 yield configuration(name, f"d={dim}, padding", "bf16", dim, dim, only)
             yield configuration(name, "d=128, padding, mask", "bf16", 128, 128, only)
+            yield configuration(name, "padding, dropout", "bf16", only=only)
+            yield configuration(name, "padding, mask, dropout", "bf16", only=only)
+            yield configuration(name, "d=128, padding, dropout", "bf16", 128, 128, only)
+            yield configuration(name, "d=128, padding, mask, dropout", "bf16", 128, 128, only)
         yield configuration(name, "padding, mask", "fp32")
+        yield configuration(name, "padding, dropout", "fp32")
     for dtype in ("fp32", "bf16"):
         for name in ("offsets", "positions", "biases"):
             yield configuration(name, "", dtype)

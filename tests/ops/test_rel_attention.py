@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rel_attention beyond its samples: memory, and scores that are infinite or not a number."""
+"""rel_attention beyond its samples: memory, dropout, and scores that are infinite or not a number."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastasr.ops import rel_attention
+from fastasr.ops import _weights_dropout, rel_attention
 from fastasr.ops._dispatch import native_reason
 from fastasr.testing import seeded
 
@@ -24,7 +24,7 @@ def run(frames):
     rows = [torch.randn(1, frames, 1, 8, requires_grad=True) for _ in range(3)]
     rows += [torch.randn(2 * frames - 1, 1, 8, requires_grad=True)]
     rows += [torch.randn(1, 8, requires_grad=True) for _ in range(2)]
-    rel_attention(*rows).sum().backward()
+    rel_attention(*rows, dropout_p=0.1, dropout_seed=torch.tensor([frames])).sum().backward()
 run(64)
 frames = 6000
 data = int(re.search(r"VmData:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
@@ -43,6 +43,45 @@ else:
 def test_memory_is_linear_in_time():
     done = subprocess.run([sys.executable, "-c", _PASS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_dropout_needs_a_seed():
+    call = _arguments(5, torch.float32)
+    rel_attention(**call, dropout_p=0.0)
+    with pytest.raises(
+        ValueError, match=r"rel_attention: dropout_seed: expected a Tensor where dropout_p is more"
+    ):
+        rel_attention(**call, dropout_p=0.1)
+    with pytest.raises(ValueError, match=r"rel_attention: dropout_p"):
+        rel_attention(**call, dropout_p=1.0, dropout_seed=torch.tensor([1]))
+
+
+def test_a_seed_decides_which_weights_are_dropped():
+    """Values that are unit vectors show the weights."""
+    frames = 40
+    call = _arguments(frames, torch.float64)
+    call["v"] = torch.eye(frames, dtype=torch.float64)[None, :, None].expand(2, -1, 2, -1)
+    weights = rel_attention(**call)
+    for p, seed in ((0.1, 0), (0.5, -(2**63)), (0.9, 2**63 - 1)):
+        seed = torch.tensor([seed])
+        kept = _weights_dropout.kept(seed, p, 2, 2, frames, frames).transpose(1, 2)
+        found = rel_attention(**call, dropout_p=p, dropout_seed=seed)
+        torch.testing.assert_close(found, weights * kept / (1 - p), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropped_weights_are_a_share_without_order(p):
+    """The share of kept weights, and products of neighbours along each axis and of neighbouring seeds, are as far from
+    their mean as those of independent draws are. The seeds are fixed."""
+    for seed in (0, 1, 2**32, -5):
+        kept, other = (
+            _weights_dropout.kept(torch.tensor([seed + more]), p, 3, 4, 100, 100).double() for more in (0, 1)
+        )
+        z, other = ((t - (1 - p)) / (p * (1 - p)) ** 0.5 for t in (kept, other))
+        pairs = [(z, torch.ones_like(z)), (z, other)]
+        pairs += [(z.narrow(a, 0, n - 1), z.narrow(a, 1, n - 1)) for a, n in enumerate(z.shape)]
+        for a, b in pairs:
+            assert abs((a * b).mean()) * a.numel() ** 0.5 < 4  # standard deviations
 
 
 def _arguments(frames: int, dtype: torch.dtype) -> dict:

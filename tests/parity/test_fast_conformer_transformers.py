@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 from transformers import ParakeetCTCConfig, ParakeetEncoder, ParakeetEncoderConfig, ParakeetForCTC
 
 import fastasr
+from fastasr import ops
 from fastasr.models import fast_conformer as ours
 from fastasr.models.fast_conformer import subsampling
 
@@ -92,10 +93,42 @@ def test_the_same_draws(implementation):
     theirs.set_attn_implementation(implementation)
     theirs.train(), model.train()
     x, mask = inputs(LENGTHS["padded"], dtype)
-    (y, _, grads, state), (y0, _, grads0, state0) = step(model, x, mask), step(theirs, x, mask)
+    with fastasr.upstream_draws():
+        (y, _, grads, state), (y0, _, grads0, state0) = step(model, x, mask), step(theirs, x, mask)
     assert torch.equal(state, state0)
     close(y, y0, tolerance)
     close(grads[0], grads0[0], 10 * tolerance)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_kernel_draws_dropout_itself(masked, monkeypatch):
+    """It agrees with the definition for the same seed, and its mean over many draws with upstream's result in eval."""
+    theirs, model = (m.layers[0].self_attn for m in pair(**{**STILL, "attention_dropout": 0.25}))
+    frames = 9
+    torch.manual_seed(1)
+    x = torch.randn(2, frames, theirs.q_proj.in_features, dtype=torch.float64)
+    positions = torch.randn(1, 2 * frames - 1, x.shape[2], dtype=torch.float64).expand(2, -1, -1)
+    mask = None
+    if masked:
+        seen = torch.arange(frames) < torch.tensor([[frames], [5]])
+        mask = (seen[:, None, :] & seen[:, :, None])[:, None]
+
+    def draw(module, seed=3):
+        torch.manual_seed(seed)
+        return module(x, positions, mask)[0]
+
+    expected = draw(model)
+    assert torch.equal(draw(model), expected)
+    assert not torch.equal(draw(model, 4), expected)
+    with monkeypatch.context() as patched:
+        patched.setattr(ops, "rel_attention", ops.rel_attention.definition)
+        close(draw(model), expected, 1e-12)
+    with torch.no_grad():
+        count = 2000
+        found = torch.stack([draw(model, seed) for seed in range(count)])
+        truth = draw(theirs.eval())
+    deviation = found.std(0) * count**-0.5
+    assert ((found.mean(0) - truth).abs() <= 6 * deviation + 1e-12).all()
 
 
 def test_layer_drop_draws_as_upstream():

@@ -16,6 +16,7 @@ from steps import close, moved
 from tiny_zipformer import same_training
 
 import fastasr
+from fastasr import ops
 
 SWAPPED = {
     "EBranchformerEncoderLayer",
@@ -66,7 +67,24 @@ def test_swap_and_verify(arguments):
 
 def test_a_training_step_of_the_swapped_model():
     model = encoder(dropout_rate=0.2, attention_dropout_rate=0.1, layer_drop_rate=0.3).train()
-    same_training(model, batch(), lambda y: y[0])
+    with fastasr.upstream_draws():
+        same_training(model, batch(), lambda y: y[0])
+
+
+def test_dropout_of_the_attention_is_the_kernels(monkeypatch):
+    model = encoder(dropout_rate=0.2, attention_dropout_rate=0.1).train()
+    fastasr.accelerate(model)
+    results = []
+    for definition in (False, True):
+        if definition:
+            monkeypatch.setattr(ops, "rel_attention", ops.rel_attention.definition)
+        torch.manual_seed(4)
+        y = model(*batch())[0]
+        results.append(
+            (y, *torch.autograd.grad(y.sin().sum(), list(model.parameters()), materialize_grads=True))
+        )
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * max(b.abs().max(), 1e-2)
 
 
 def test_the_report_names_kernels_and_what_differs():

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/attention/weights_dropout.h"
 #include "cpu/simd/kernels.h"
 
 namespace fastasr::cpu {
@@ -31,6 +32,8 @@ struct AttentionRows {
   void (*add)(C* total, const C* part, int64_t n);
   // With W = w / sum: g[j] = W[j] (g[j] - sum_j W g). n is a multiple of 32.
   void (*attention_gradient)(const C* w, C sum, C* g, int64_t n);
+  // Multiplies the weights of the keys [key, key + n) by `scale` where dropout keeps them, else by 0.
+  void (*drop)(C* w, int64_t n, DropoutRow row, int64_t key, int32_t threshold, C scale);
   // ds[j] += penalty sign(s[j]) where |s[j]| > limit
   void (*penalty)(const C* s, C* ds, int64_t n, C penalty, C limit);
   // out[j] = s[j] / sum

@@ -91,6 +91,14 @@ void attention_gradient(const C* __restrict w, C sum, C* __restrict g, int64_t n
   for (int64_t j = 0; j < n; j++) g[j] = (w[j] * inverse + w[j] * rest) * (g[j] - delta);
 }
 
+template <typename C>
+void drop(C* __restrict w, int64_t n, DropoutRow row, int64_t key, int32_t threshold, C scale) {
+  const int32_t count = static_cast<int32_t>(n), first = static_cast<int32_t>(key);
+#pragma omp simd
+  for (int32_t j = 0; j < count; j++)
+    w[j] *= dropout_bits(row, static_cast<uint32_t>(first + j)) >= threshold ? scale : C(0);
+}
+
 template <typename T>
 void softmax_gradient(const T* __restrict w, const T* __restrict g, compute_t<T>* __restrict ds, int64_t n) {
   using C = compute_t<T>;
@@ -111,6 +119,7 @@ void softmax_gradient(const T* __restrict w, const T* __restrict g, compute_t<T>
 FASTASR_KERNELS(AttentionRows, .fill_where = fill_where<compute_t<T>>, .maximum = maximum<compute_t<T>>,
                 .exponentials = exponentials<compute_t<T>>, .rescaled = rescaled<compute_t<T>>,
                 .add = add<compute_t<T>>, .attention_gradient = attention_gradient<compute_t<T>>,
-                .penalty = penalty<compute_t<T>>, .divided = divided<T>, .softmax_gradient = softmax_gradient<T>)
+                .drop = drop<compute_t<T>>, .penalty = penalty<compute_t<T>>, .divided = divided<T>,
+                .softmax_gradient = softmax_gradient<T>)
 
 }  // namespace fastasr::cpu

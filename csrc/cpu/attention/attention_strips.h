@@ -94,6 +94,11 @@ inline Window strip_window(const AttentionProblem& a, const Strip& t, const KeyR
 inline constexpr int64_t kKeyBlock = 512;
 inline constexpr int64_t kValueBlock = 64;  // keys that are added in one chain: the rounding error grows with it
 
+struct AsTheyAre {
+  template <typename C>
+  void operator()(int, C*) const {}
+};
+
 // A softmax over keys that come block by block: for each row, total = sum_j e^(s[j] - top) v[j] and the sum of those
 // weights.
 template <typename C>
@@ -107,7 +112,9 @@ struct RunningSoftmax {
   }
 
   // Adds n <= kKeyBlock keys. Rows of scores are kKeyBlock apart, and become weights; part is working memory.
-  void add(C* scores, int rows, int64_t n, const C* values, int64_t depth, C* part) {
+  // change(m, row) changes the weights that row m multiplies the values with, not their sum.
+  template <typename F = AsTheyAre>
+  void add(C* scores, int rows, int64_t n, const C* values, int64_t depth, C* part, const F& change = {}) {
     const AttentionTiles<C>& tiles = kernels<AttentionTiles<C>>();
     const AttentionRows<C>& row_kernels = kernels<AttentionRows<C>>();
     C scale[kAttentionRows];
@@ -116,6 +123,7 @@ struct RunningSoftmax {
       const C highest = std::max(top[m], row_kernels.maximum(row, n));
       scale[m] = exp_or_zero(top[m] - highest);
       sum[m] = sum[m] * scale[m] + row_kernels.exponentials(row, n, highest);
+      change(m, row);
       top[m] = highest;
     }
     const auto weigh = depth % kAttentionPad ? tiles.narrow : tiles.queries;

@@ -109,6 +109,16 @@ bool hides_any(const AttentionProblem& a, const KeyRange& range, int64_t sequenc
   return row && std::memchr(row, 1, static_cast<size_t>(a.keys()));
 }
 
+// Applies dropout to n numbers of a row, the first of which belongs to the key `begin`.
+template <typename C>
+void drop(const RelAttention& r, int64_t hb, int64_t frame, int64_t begin, int64_t n, C* row) {
+  const AttentionProblem& a = r.problem;
+  if (r.dropout.threshold == 0) return;
+  const int64_t weights_row = (hb % a.batch * a.heads + hb / a.batch) * a.frames + frame;
+  kernels<AttentionRows<C>>().drop(row, n, dropout_row(r.dropout, weights_row), begin, r.dropout.threshold,
+                                   static_cast<C>(r.dropout.scale));
+}
+
 // Returns the keys that any query may see: padding at either end of a sequence is left out.
 Window window_of(const KeyRange& range) {
   if (range.begin >= range.end) return {0, 0};
@@ -171,7 +181,8 @@ void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOp
       StripState<C>& s = states[k];
       const int64_t j1 = std::min(j0 + kKeyBlock, window.end);
       scores_of(r, range, s.strip, s.content, s.position, kt, rt, j0, j1, scores, kKeyBlock, band);
-      s.softmax.add(scores, s.strip.stored, j1 - j0, v + j0 * depth, depth, part);
+      s.softmax.add(scores, s.strip.stored, j1 - j0, v + j0 * depth, depth, part,
+                    [&](int m, C* row) { drop(r, hb, s.strip.begin + m, j0, j1 - j0, row); });
     }
   for (int k = 0; k < count; k++) {
     const StripState<C>& s = states[k];
@@ -268,7 +279,9 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
       zero(e, n), zero(gradient, n), zero(g, values);
       continue;
     }
+    drop(b.r, b.hb, t.begin + i, w.begin, n, gradient);
     row_kernels.attention_gradient(e, sum, gradient, n);
+    drop(b.r, b.hb, t.begin + i, w.begin, n, e);
     for (int64_t d = 0; d < width; d++) g[d] /= sum;
   }
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/attention/weights_dropout.h"
 #include "cpu/attention/zipformer_attention_weights.h"
 
 // Attention with relative positions of Transformer-XL, without the weights: see fastasr/ops/rel_attention.py. Strips of
@@ -20,6 +21,7 @@ inline constexpr int64_t kRelAttentionQueries = 64;  // queries of a call of the
 struct RelAttention {
   AttentionProblem problem;  // pos_dim = query_dim, pos_batch = 1, no chunks, no cache
   int64_t value_dim;
+  WeightsDropout dropout;
 
   // Elements of the compute type.
   int64_t key_rows() const { return problem.padded_keys(); }

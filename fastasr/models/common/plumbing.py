@@ -32,12 +32,20 @@ def is_idle(module):
     )
 
 
+def dropped_share(module):
+    """Returns the share of elements that this dropout sets to 0, or None if it is no plain dropout of torch's."""
+    if is_idle(module):
+        return 0.0
+    plain = type(module) is torch.nn.Dropout and not is_watched(module) and has_known_forward(module)
+    return module.p if plain else None
+
+
 def dropout(module, x, residual=None):
     """Returns module(x) for a dropout, or module(x) + residual if a residual is given."""
-    drops = type(module) is torch.nn.Dropout and not is_watched(module) and has_known_forward(module)
-    if drops and not is_idle(module):
-        return _dropout.dropout(x, module.p, residual)
-    y = x if is_idle(module) else module(x)
+    p = dropped_share(module)
+    if p:
+        return _dropout.dropout(x, p, residual)
+    y = module(x) if p is None else x
     return y if residual is None else y + residual
 
 

@@ -7,7 +7,7 @@ score(i, j) = ((q_i + u) · k_j + (q_i + v) · R[j − i]) / √d, with R a proj
 import torch
 
 from fastasr import ops
-from fastasr.models.common import plumbing
+from fastasr.models.common import attention_dropout, plumbing
 from fastasr.ops.rel_attention import relative_shift
 
 
@@ -16,7 +16,8 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
 
     Row T − 1 + o of pos_emb belongs to the keys o frames after the query. mask is (B, 1, T) or (B, T, T), True at keys
     that the query sees, or None. The attention of a query that sees no key is 0 before the last projection. The module
-    does not keep the weights, and without dropout it does not compute them: see :func:`fastasr.ops.rel_attention`.
+    does not keep the weights, and forms them only for ``zero_triu`` or, with dropout, inside
+    :func:`fastasr.upstream_draws`: else see :func:`fastasr.ops.rel_attention`.
     """
 
     def __init__(self, n_head, n_feat, dropout_rate, zero_triu=False):
@@ -44,17 +45,20 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
         v = plumbing.linear(self.linear_v, value).view(batch, -1, self.h, self.d_k)
         p = plumbing.linear(self.linear_pos, pos_emb).view(pos_emb.shape[0], -1, self.h, self.d_k)
         hidden = None if mask is None else mask.eq(0)  # (B, 1 or T, T)
-        if plumbing.is_idle(self.dropout) and not self.zero_triu and len(p) == 1:
-            out = ops.rel_attention(
-                q, k, v, p[0], self.pos_bias_u, self.pos_bias_v, **_masks(hidden, batch, frames)
-            )
-        else:
+        dropout = None
+        if not self.zero_triu and len(p) == 1:
+            dropout = attention_dropout.of_kernel(plumbing.dropped_share(self.dropout), q.device)
+        if dropout is None:
             out = _with_weights(self, q, k, v, p, hidden)
+        else:
+            out = ops.rel_attention(
+                q, k, v, p[0], self.pos_bias_u, self.pos_bias_v, **_masks(hidden, batch, frames), **dropout
+            )
         return plumbing.linear(self.linear_out, out.reshape(batch, frames, self.h * self.d_k))
 
 
 def _with_weights(module, q, k, v, p, hidden):
-    """Computes the formula directly. Dropout of the weights and pos_emb for past keys alone need this."""
+    """Computes the formula directly, as upstream does, with upstream's draw of the dropout."""
     scale = module.d_k**-0.5
     content = (q + module.pos_bias_u).transpose(1, 2)  # (B, H, T, d)
     position = (q + module.pos_bias_v).transpose(1, 2) * scale

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastasr import ops
-from fastasr.models.common import plumbing
+from fastasr.models.common import attention_dropout, plumbing
 from fastasr.models.fast_conformer.masks import is_readable, seen
 from fastasr.models.fast_conformer.positions import KEPT_FRAMES
 from fastasr.ops.rel_attention import relative_shift
@@ -31,8 +31,8 @@ class FastConformerAttention(torch.nn.Module):
     """hidden states (B, T, width), position embeddings (B or 1, 2T − 1, width), attention mask (bool (B, 1, T, T),
     True: the query sees the key) or None -> ((B, T, width), None).
 
-    The weights are not returned. They are formed only while dropout is drawn from them, or if every sequence has
-    position embeddings of its own: else see :func:`fastasr.ops.rel_attention`.
+    The weights are not returned. They are formed only if every sequence has position embeddings of its own, or while
+    dropout is drawn from them inside :func:`fastasr.upstream_draws`: else see :func:`fastasr.ops.rel_attention`.
     """
 
     def __init__(self, width, heads, bias=True, attention_dropout=0.0):
@@ -69,24 +69,27 @@ class FastConformerAttention(torch.nn.Module):
         k = plumbing.linear(self.k_proj, hidden_states).view(shape)
         v = plumbing.linear(self.v_proj, hidden_states).view(shape)
         dropout = self.attention_dropout if self.training else 0.0
-        if dropout or not (len(position_embeddings) == 1 or position_embeddings.stride(0) == 0):
+        shared = len(position_embeddings) == 1 or position_embeddings.stride(0) == 0
+        of_kernel = attention_dropout.of_kernel(dropout, q.device) if shared else None
+        if of_kernel is None:
             p = plumbing.linear(self.relative_k_proj, position_embeddings)
             p = p.view(*position_embeddings.shape[:2], *self.bias_u.shape)
             y = _with_weights(self, q, k, v, p, attention_mask, dropout)
         else:
             table = position_embeddings[0]
             p = _projected(self, table).view(len(table), *self.bias_u.shape)
-            y = _fused(self, q, k, v, p, attention_mask)
+            y = _fused(self, q, k, v, p, attention_mask, of_kernel)
         return plumbing.linear(self.o_proj, y.flatten(2)), None
 
 
-def _fused(module, q, k, v, p, mask):
+def _fused(module, q, k, v, p, mask, dropout):
+    """Queries that see no key get the mean of v without dropout."""
     bias_u, bias_v = module.bias_u, module.bias_v
     if mask is None:
-        return ops.rel_attention(q, k, v, p, bias_u, bias_v)
+        return ops.rel_attention(q, k, v, p, bias_u, bias_v, **dropout)
     by = seen(mask)
     hidden = {"key_padding_mask": by.hidden_keys} if by.by_length else {"attn_mask": ~mask[:, 0]}
-    y = ops.rel_attention(q, k, v, p, bias_u, bias_v, **hidden)
+    y = ops.rel_attention(q, k, v, p, bias_u, bias_v, **hidden, **dropout)
     if by.empty_rows is None:
         return y
     return torch.where(by.empty_rows[:, :, None, None], _mean(module, q, k, v).to(y.dtype), y)

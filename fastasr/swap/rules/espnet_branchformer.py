@@ -89,7 +89,7 @@ ATTENTION = Rule(
     structure=_attention_structure,
     known={"ea6c9473802a263c615bac55": _ESPNET},
     caches={"attn": None},
-    note="the weights are not kept in attn; while dropout is drawn from them they are formed as upstream does",
+    note="the weights are not kept in attn; in training the kernel draws their dropout itself, see upstream_draws",
 )
 
 GATE = Rule(

@@ -68,8 +68,8 @@ ATTENTION = Rule(
     hooks=(
         "transformers.utils.output_capturing.install_output_capuring_hook.<locals>.output_capturing_hook",
     ),
-    note="whatever the attention implementation; the weights are not returned, and while dropout is drawn from them "
-    "they are formed as upstream does",
+    note="whatever the attention implementation; the weights are not returned; in training the kernel draws their "
+    "dropout itself, see upstream_draws",
 )
 
 CONVOLUTION = Rule(

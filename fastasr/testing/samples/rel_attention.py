@@ -60,6 +60,10 @@ def _empty_rows(frames: int):
     return mask
 
 
+def _dropout(p: float, seed: int) -> dict:
+    return {"dropout_p": p, "dropout_seed": torch.tensor([seed])}
+
+
 def _infinite(make: Make) -> dict:
     call = _call(make, 2, 7, 2, 4)
     call["q"][1, 3, 0, 2] = float("inf")
@@ -73,6 +77,8 @@ def _random(make: Make, shape) -> dict:
     if shape.choice((True, False)):
         lengths = [shape.size() % (frames + 1) for _ in range(batch)]
         call["key_padding_mask"] = _padding(frames, *lengths) if batch else torch.zeros(0, frames) > 0
+    if shape.choice((True, False)):
+        call |= _dropout(shape.size() % 10 / 10, shape.size())
     if shape.choice((True, False)):
         sizes = shape.choice(((frames, frames), (batch, frames, frames)))
         call["attn_mask"] = make.uniform(*sizes) < 0.4
@@ -105,6 +111,27 @@ TABLE = OpTable(
             "padding in front and within",
             lambda m: _call(m, 1, 35, 1, 16, key_padding_mask=_random_mask(1, 35, hidden=0.5)),
             draws=2,
+        ),
+        _small("dropout", lambda m: _call(m, 2, 9, 2, 8, **_dropout(0.3, -7)), thorough=True),
+        Sample(
+            "dropout, masks, wide values, several tiles",
+            lambda m: _call(
+                m,
+                2,
+                67,
+                2,
+                20,
+                24,
+                key_padding_mask=_padding(67, 67, 40),
+                attn_mask=_random_mask(67, 67),
+                **_dropout(0.1, 2**45 + 11),
+            ),
+            large=True,
+        ),
+        Sample(
+            "dropout, several blocks of keys",
+            lambda m: _call(m, 1, 600, 1, 16, **_dropout(0.5, 3)),
+            large=True,
         ),
         _small("one frame", lambda m: _call(m, 2, 1, 1, 8)),
         _small("two frames", lambda m: _call(m, 2, 2, 2, 8)),

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dropout of attention weights: by the kernel, which forms no weights, or as upstream draws it."""
+
+from contextlib import contextmanager
+
+import torch
+
+from fastasr.ops import _weights_dropout
+
+_as_upstream = False
+
+
+@contextmanager
+def upstream_draws():
+    """Inside the block, attention with relative positions draws the dropout of its weights as upstream does.
+
+    By default the kernel decides by a hash which weights to drop, because it never holds all of them. The share and the
+    distribution are upstream's, the random numbers are not. Inside the block the same seed drops the same weights as
+    upstream; the weights are formed, so memory grows with the square of the length. The setting holds for all threads.
+    """
+    global _as_upstream
+    before, _as_upstream = _as_upstream, True
+    try:
+        yield
+    finally:
+        _as_upstream = before
+
+
+def of_kernel(p: float | None, device: torch.device) -> dict | None:
+    """Returns the op's arguments for dropout p, with a new seed, or None where the caller must form the weights. That
+    includes p = None, which stands for a module that is no plain dropout.
+    """
+    if p == 0:
+        return {}
+    if p is None or p >= 1 or _as_upstream:
+        return None
+    return {"dropout_p": float(p), "dropout_seed": _weights_dropout.draw_seed(device)}
