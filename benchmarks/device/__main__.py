@@ -83,7 +83,11 @@ def run(wanted: Sequence[Unit], machine: GPU, out: Path, minutes: float, resume:
         limit = min(unit.limit, end - time.monotonic())
         if limit < min(LEAST, unit.limit):
             return
-        outcome = isolated(unit.function, (machine, *unit.arguments), limit)
+        pointless = verdict.pointless(book.records, unit.op, unit.kind)
+        if pointless:
+            outcome = Outcome([{"check": unit.kind, "found": "skipped", "message": pointless}])
+        else:
+            outcome = isolated(unit.function, (machine, *unit.arguments), limit)
         if outcome.out_of_time and limit < unit.limit:
             return  # the run's time was up, not the unit's: a resumed run begins it again
         found = verdict.findings(book.add(unit, outcome, wanted))

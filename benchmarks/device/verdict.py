@@ -67,6 +67,12 @@ def findings(record: dict) -> dict[str, tuple[str, str]]:
     return {title: finding for title, finding in found.items() if finding[0] != "started"}
 
 
+def pointless(records: Iterable[dict], op: str, kind: str) -> str:
+    """Says why not to run another unit of an op: it hung, or it crashed and would be timed. Returns "" otherwise."""
+    ended = [r["ended"] for r in records if op and r["op"] == op and r["ended"]]
+    return next((why for why in ended if why.startswith("hung") or kind == "time"), "")
+
+
 def timings(records: Iterable[dict]) -> list[Unit]:
     """Returns the rows of the records, those of a case and pass together."""
     messages = (m for record in records for m in record["messages"])
