@@ -32,13 +32,19 @@ class Turns:
     def run(self) -> None:
         grid = (*self.executor.grid, 1, 1)[:3]
         interpreter.interpreter_builder.set_grid_dim(*grid)
-        patched = interpreter._patch_lang(self.executor.fn)
-        threads = {}
         for place in np.ndindex(grid):
             context = contextvars.copy_context()  # what numpy ignores
             self.resumed[place] = threading.Semaphore(0)
-            threads[place] = threading.Thread(target=context.run, args=(self._program, place))
-            threads[place].start()
+            threading.Thread(target=context.run, args=(self._program, place), daemon=True).start()
+        patched = interpreter._patch_lang(self.executor.fn)
+        try:
+            self._take_turns()
+        finally:
+            patched.restore()
+        if self.error is not None:
+            raise self.error
+
+    def _take_turns(self) -> None:
         while self.resumed:
             able = [place for place in self.resumed if place not in self.waiting]
             if not able and self.error is None:
@@ -49,11 +55,6 @@ class Turns:
             interpreter.interpreter_builder.set_grid_idx(*place)
             self.resumed[place].release()
             self.paused.acquire()
-        for thread in threads.values():
-            thread.join()
-        patched.restore()
-        if self.error is not None:
-            raise self.error
 
     def _program(self, place) -> None:
         self.resumed[place].acquire()
