@@ -8,7 +8,7 @@ pip=("$python" -m pip install --quiet --disable-pip-version-check -c "$here/cons
 
 # What `import zipformer` and `import speechbrain` import, and what the ONNX export needs.
 "${pip[@]}" tensorboard huggingface_hub tqdm pandas braceexpand kaldialign sentencepiece simple-sentencepiece \
-  packaging pyyaml hyperpyyaml scipy onnx onnxruntime onnxscript typeguard attrs wrapt regex safetensors tokenizers
+  packaging pyyaml hyperpyyaml scipy onnx onnxruntime onnxscript typeguard attrs wrapt regex safetensors tokenizers soxr
 # Without their dependencies: these ask for torch packages of their own.
 "${pip[@]}" --no-deps kaldifst webdataset atdataset zipformer torchaudio espnet returnn dm-tree \
   transformers speechbrain

@@ -152,3 +152,30 @@ def swap(
     from fastasr.cli import swap as command
 
     command.run(factory, input_factory, verify=verify, timed=time, reps=reps, as_json=json)
+
+
+@app.command()
+def transcribe(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL_DIR", help="Folder of a Parakeet of transformers.", file_okay=False),
+    ],
+    recordings: Annotated[
+        list[Path], typer.Argument(metavar="RECORDING...", help="Sound files: wav, flac, ogg.")
+    ],
+    target: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for each recording's .txt, .srt and .json.", file_okay=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    swap: Annotated[bool, typer.Option(help="Swap fastasr's kernels into the model.")] = True,
+    json: Json = False,
+) -> None:
+    """Write down recordings with a model from a local folder; show time and memory.
+
+    The encoder sees a recording as a whole: memory grows with its length, not with the square.
+    """
+    from fastasr.cli import transcribe as command
+
+    command.run(folder, recordings, target=target, device=device, dtype=dtype, swap=swap, as_json=json)

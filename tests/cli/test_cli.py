@@ -37,7 +37,7 @@ def run(monkeypatch):
 # --- help and failures
 
 
-@pytest.mark.parametrize("command", ["env", "ops", "check", "bench", "gpu", "swap"])
+@pytest.mark.parametrize("command", ["env", "ops", "check", "bench", "gpu", "swap", "transcribe"])
 def test_every_command_has_help(run, command):
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -258,7 +258,7 @@ def test_swap_takes_inputs_by_name(run):
             "speechbrain",
             "speechbrain_conformer",
             "hidden_states",
-            {"ConvolutionModule", "PositionalwiseFeedForward"},
+            {"RelPosMHAXL", "ConvolutionModule", "PositionalwiseFeedForward"},
         ),
         (
             "zipformer.modules.zipformer",

@@ -9,6 +9,7 @@ import torch
 from steps import close, moved, step
 
 import fastasr
+from fastasr.swap import binding
 
 WIDTH, HIDDEN, HEADS, TAPS = 16, 32, 2, 7
 
@@ -119,6 +120,18 @@ def pair(name, training, **options):
     return ours, theirs
 
 
+def same_steps(ours, theirs, x, tolerance):
+    """Asserts that values, gradients and draws agree. Errors are measured against the largest gradient: that of a
+    bias before batch norm, and that of the keys' bias, is 0 but for rounding."""
+    (found, draws), (expected, draws_there) = step(ours, x), step(theirs, x)
+    assert draws == draws_there
+    largest = max(value.abs().max() for value in expected.values() if value is not None)
+    for key, value in expected.items():
+        assert (value is None) == (found[key] is None), key
+        if value is not None:
+            close(found[key], value, tolerance, key, least=largest)
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", MODELS)
 def test_modules(name, training):
@@ -127,13 +140,7 @@ def test_modules(name, training):
     swapped = modules(ours, name)
     assert {type(m).__name__ for m in swapped.values()} == MODELS[name][1]
     for path, module in swapped.items():
-        (found, draws), (expected, draws_there) = step(module, x), step(theirs.get_submodule(path), x)
-        assert draws == draws_there
-        largest = max(
-            value.abs().max() for value in expected.values()
-        )  # behind batch norm the bias's gradient is 0
-        for key, value in expected.items():
-            close(found[key], value, 1e-10, key, least=largest)
+        same_steps(module, theirs.get_submodule(path), x, 1e-10)
         for a, b in zip(module.buffers(), theirs.get_submodule(path).buffers(), strict=True):
             close(a, b, 1e-10, path)
 
@@ -181,11 +188,32 @@ def test_group_norm_and_order():
         close(call("torchaudio", ours, x, lengths), call("torchaudio", theirs, x, lengths), 1e-10)
 
 
-def test_verified():
-    net = model("torchaudio").float().eval()
-    report = fastasr.accelerate(net, verify=(torch.randn(2, 21, WIDTH), torch.tensor([21, 13])))
+VERIFIED = {
+    "speechbrain": {
+        "src": torch.randn(2, 21, WIDTH),
+        "src_key_padding_mask": torch.arange(21) >= torch.tensor([[21], [13]]),
+        "pos_embs": torch.randn(1, 41, WIDTH),
+    },
+    "torchaudio": (torch.randn(2, 21, WIDTH), torch.tensor([21, 13])),
+    "wav2vec2": {
+        "hidden_states": torch.randn(2, 21, WIDTH),
+        "attention_mask": torch.arange(21) < torch.tensor([[21], [13]]),
+    },
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", VERIFIED)
+def test_verified(name, training):
+    net = model(name).float().train(training)
+    report = fastasr.accelerate(net, verify=VERIFIED[name])
     assert report.ok, str(report)
-    assert {row.class_name for row in report.replaced} >= MODELS["torchaudio"][1]
+    classes = {"speechbrain": {"RelPosMHAXL"}, "wav2vec2": {"Wav2Vec2ConformerSelfAttention"}}.get(
+        name, set()
+    )
+    rows = [row for row in report.replaced if row.class_name in MODELS[name][1] | classes]
+    assert {row.class_name for row in rows} == MODELS[name][1] | classes
+    assert all(row.errors for row in rows)
 
 
 @pytest.mark.parametrize("name", ["torchaudio", "wav2vec2"])
@@ -207,3 +235,56 @@ def test_another_module_in_the_sequence_is_declined():
     report = fastasr.accelerate(net)
     reasons = [row.reason for row in report.skipped if row.path == "conformer_layers.0.ffn1"]
     assert reasons == ["submodule sequential.2 is a ReLU, expected SiLU"]
+
+
+ATTENTION = {
+    "espnet": "encoders.0.self_attn",
+    "fastspeech2": "conformer_layers.0.self_attn",
+    "speechbrain": "layers.0.mha_layer",
+    "wav2vec2": "layers.0.self_attn",
+}
+LENGTHS = {"no mask": None, "all valid": (21, 21, 21), "padded": (21, 13, 1)}
+
+
+def attention(name, module, x, lengths):
+    """Calls an attention module as its encoder does, on x (B, T, width), and returns its output."""
+    frames = x.shape[1]
+    table = torch.linspace(-1, 1, (2 * frames - 1) * WIDTH, dtype=x.dtype).sin().view(1, -1, WIDTH)
+    seen = None if lengths is None else torch.arange(frames) < torch.tensor(lengths)[:, None]
+    if name == "wav2vec2":
+        mask = None if seen is None else seen[:, None, None].expand(-1, 1, frames, -1)
+        return module(x, mask, relative_position_embeddings=table)[0]
+    if name == "fastspeech2":
+        return module(x, None if seen is None else seen[:, None].int(), table)[0]
+    if name == "espnet":
+        return module(x, x, x, table, torch.ones(1, 1, frames) if seen is None else seen[:, None])
+    return module(x, x, x, table, None if seen is None else ~seen)[0]
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, name, module, lengths):
+        super().__init__()
+        self.module, self.call = module, lambda x: attention(name, module, x, lengths)
+
+    def forward(self, x):
+        return self.call(x)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name, training, lengths):
+    """In training with upstream's draws of the dropout."""
+    ours, theirs = pair(name, training)
+    assert binding.bound_forward(ours.get_submodule(ATTENTION[name])) is not None
+    x, tolerance = torch.randn(3, 21, WIDTH, dtype=torch.float64), 1e-10
+    if name == "speechbrain":
+        ours, theirs, x, tolerance = ours.float(), theirs.float(), x.float(), 2e-5
+    made = [Attention(name, net.get_submodule(ATTENTION[name]), lengths) for net in (ours, theirs)]
+    with fastasr.upstream_draws():
+        same_steps(*made, x, tolerance)
+    for net in made:
+        net.train(training).module.get_submodule(
+            "dropout_att" if name == "speechbrain" else "dropout"
+        ).p = 0.0
+    same_steps(*made, x, tolerance)

@@ -2,6 +2,11 @@
 """Forward passes for the modules of other packages' Conformers (Gulati et al., "Conformer", 2020), which the swap binds
 to them. A Conformer of fastasr's own is :mod:`fastasr.models.fast_conformer`."""
 
+from fastasr.models.conformer.attention import (
+    fastspeech2_attention,
+    speechbrain_attention,
+    wav2vec2_attention,
+)
 from fastasr.models.conformer.convolution import (
     espnet_convolution,
     fastspeech2_convolution,
@@ -17,11 +22,14 @@ from fastasr.models.conformer.feed_forward import (
 
 __all__ = [
     "espnet_convolution",
+    "fastspeech2_attention",
     "fastspeech2_convolution",
+    "speechbrain_attention",
     "speechbrain_convolution",
     "speechbrain_feed_forward",
     "torchaudio_convolution",
     "torchaudio_feed_forward",
+    "wav2vec2_attention",
     "wav2vec2_convolution",
     "wav2vec2_feed_forward",
 ]

@@ -19,7 +19,7 @@ from fastasr.models.fast_conformer.positions import KEPT_FRAMES
 from fastasr.ops.rel_attention import relative_shift
 
 _PROJECTED = weakref.WeakKeyDictionary()  # module -> what its projected positions were made of, and these
-_STANDARD = ("sdpa", "eager", "flex_attention")  # transformers' implementations of one formula
+STANDARD = ("sdpa", "eager", "flex_attention")  # transformers' implementations of one formula
 
 
 def release(module) -> None:
@@ -55,7 +55,7 @@ class FastConformerAttention(torch.nn.Module):
         implementation = getattr(config, "_attn_implementation", "sdpa")
         batch, frames = hidden_states.shape[:2]
         wants_weights = implementation == "eager" and plumbing.is_watched(self)
-        if implementation not in _STANDARD or wants_weights or not is_readable(attention_mask, batch, frames):
+        if implementation not in STANDARD or wants_weights or not is_readable(attention_mask, batch, frames):
             if type(self) is FastConformerAttention:
                 raise ValueError(
                     f"FastConformerAttention: attention_mask: expected bool {(batch, 1, frames, frames)}, got "
@@ -77,7 +77,7 @@ class FastConformerAttention(torch.nn.Module):
             y = _with_weights(self, q, k, v, p, attention_mask, dropout)
         else:
             table = position_embeddings[0]
-            p = _projected(self, table).view(len(table), *self.bias_u.shape)
+            p = projected(self, self.relative_k_proj, table).view(len(table), *self.bias_u.shape)
             y = _fused(self, q, k, v, p, attention_mask, of_kernel)
         return plumbing.linear(self.o_proj, y.flatten(2)), None
 
@@ -123,9 +123,9 @@ def _with_weights(module, q, k, v, p, mask, dropout):
     return torch.matmul(weights, v.transpose(1, 2)).transpose(1, 2)
 
 
-def _projected(module, table):
-    """Returns the projection of ``table`` (2T − 1, width). In inference it is kept while table and weight stay."""
-    projection = module.relative_k_proj
+def projected(module, projection, table):
+    """Returns the projection of ``table`` (2T − 1, width) by one of the module's linear layers. In inference it is kept
+    while table and weight stay."""
     if (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()

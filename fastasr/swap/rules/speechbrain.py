@@ -4,10 +4,25 @@
 from torch import nn
 
 from fastasr.models import conformer as models
+from fastasr.models.fast_conformer.attention import release
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, check_sequence, unread_child
 
 _SPEECHBRAIN = Known("speechbrain 1.1.2")
 _SWISH = {"592b77330169aa9f5c793530"}
+
+
+def _attention_structure(module):
+    heads, head, width = module.num_heads, module.head_dim, module.embed_dim
+    if module.vhead_dim != head:
+        return f"vhead_dim is {module.vhead_dim}, expected head_dim, {head}"
+    shapes = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (head, heads)) | {
+        "in_proj_weight": (3 * width, width)
+    }
+    if module.vbias is not None:
+        shapes["value_bias_weight"] = (width,)
+    return check_parameters(module, shapes) or check_child_names(
+        module, ("dropout_att", "out_proj", "linear_pos")
+    )
 
 
 def _convolution_structure(module):
@@ -25,6 +40,18 @@ def _feed_forward_structure(module):
     reason = reason or check_sequence(module, "ffn", (nn.Linear, nn.Module, nn.Dropout, nn.Linear))
     return reason or unread_child(module.ffn, "1", "Swish", _SWISH)
 
+
+ATTENTION = Rule(
+    name="speechbrain.rel_position_attention",
+    class_name="RelPosMHAXL",
+    forward=models.speechbrain_attention,
+    kernels=("linear", "rel_attention"),
+    structure=_attention_structure,
+    known={"1cb23af43aa149e75afc1daa": _SPEECHBRAIN},
+    release=release,
+    shared=lambda result: result[0] if isinstance(result, tuple) else result,
+    note="the weights are not returned; in training the kernel draws their dropout itself, see upstream_draws",
+)
 
 CONVOLUTION = Rule(
     name="speechbrain.convolution",
@@ -45,4 +72,4 @@ FEED_FORWARD = Rule(
     known={"4d170277bea5bfc5641e7f74": _SPEECHBRAIN},
 )
 
-RULES = (CONVOLUTION, FEED_FORWARD)
+RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD)

@@ -4,10 +4,28 @@
 import torch
 
 from fastasr.models import conformer as models
+from fastasr.models.fast_conformer.attention import release
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child
+from fastasr.swap.rules.transformers_parakeet import CAPTURING
 
 _TRANSFORMERS = Known("transformers 5.23")
 _SILU = {"bbb3a89cc2c8993670072487"}
+
+
+_NOTE = "the weights are not returned; in training the kernel draws their dropout itself, see upstream_draws"
+_LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "linear_pos")
+
+
+def _attention_structure(module):
+    heads, width = module.num_heads, module.linear_q.out_features // module.num_heads
+    shapes = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (heads, width))
+    return check_parameters(module, shapes) or check_child_names(module, (*_LINEARS, "dropout"))
+
+
+def _wav2vec2_attention_structure(module):
+    if module.position_embeddings_type != "relative":
+        return f"position_embeddings_type is {module.position_embeddings_type!r}, expected 'relative'"
+    return _attention_structure(module)
 
 
 def _wav2vec2_convolution_structure(module):
@@ -37,6 +55,31 @@ def _feed_forward_structure(module):
     return reason or unread_child(module, "intermediate_act_fn", "SiLUActivation", _SILU)
 
 
+WAV2VEC2_ATTENTION = Rule(
+    name="transformers.wav2vec2_conformer_attention",
+    class_name="Wav2Vec2ConformerSelfAttention",
+    forward=models.wav2vec2_attention,
+    kernels=("linear", "rel_attention"),
+    structure=_wav2vec2_attention_structure,
+    known={"3be48be58561286160964bba": _TRANSFORMERS},
+    release=release,
+    shared=lambda result: result[0],
+    hooks=CAPTURING,
+    note=_NOTE,
+)
+
+FASTSPEECH2_ATTENTION = Rule(
+    name="transformers.fastspeech2_conformer_attention",
+    class_name="FastSpeech2ConformerAttention",
+    forward=models.fastspeech2_attention,
+    kernels=("linear", "rel_attention"),
+    structure=_attention_structure,
+    known={"7c37bb05d8926df2afba4abb": _TRANSFORMERS},
+    release=release,
+    shared=lambda result: result[0],
+    note=_NOTE,
+)
+
 WAV2VEC2_CONVOLUTION = Rule(
     name="transformers.wav2vec2_conformer_convolution",
     class_name="Wav2Vec2ConformerConvolutionModule",
@@ -64,4 +107,10 @@ FASTSPEECH2_CONVOLUTION = Rule(
     known={"678665bfb3c75f52d4520768": _TRANSFORMERS},
 )
 
-RULES = (WAV2VEC2_CONVOLUTION, WAV2VEC2_FEED_FORWARD, FASTSPEECH2_CONVOLUTION)
+RULES = (
+    WAV2VEC2_ATTENTION,
+    WAV2VEC2_CONVOLUTION,
+    WAV2VEC2_FEED_FORWARD,
+    FASTSPEECH2_ATTENTION,
+    FASTSPEECH2_CONVOLUTION,
+)

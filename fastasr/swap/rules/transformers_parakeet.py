@@ -15,6 +15,9 @@ from fastasr.swap.rule import (
 )
 
 _TRANSFORMERS = Known("transformers 5.23")
+CAPTURING = (
+    "transformers.utils.output_capturing.install_output_capuring_hook.<locals>.output_capturing_hook",
+)
 
 
 _SILU = {"bbb3a89cc2c8993670072487"}
@@ -65,9 +68,7 @@ ATTENTION = Rule(
     known={"008a9cc97b05d9f6b47b2309": _TRANSFORMERS},
     release=attention.release,
     shared=lambda result: result[0],  # not the weights, which the eager implementation returns
-    hooks=(
-        "transformers.utils.output_capturing.install_output_capuring_hook.<locals>.output_capturing_hook",
-    ),
+    hooks=CAPTURING,
     note="whatever the attention implementation; the weights are not returned; in training the kernel draws their "
     "dropout itself, see upstream_draws",
 )

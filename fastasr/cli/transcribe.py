@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastasr transcribe`` writes down recordings with a model of transformers from a local folder."""
+
+import itertools
+import json
+import resource
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+import fastasr
+from fastasr.audio import captions, recordings
+from fastasr.audio.captions import Timed
+from fastasr.cli.console import err, escape, fail, out
+
+MODELS = ("ParakeetForCTC", "ParakeetForRNNT", "ParakeetForTDT")
+INSTALL = "pip install 'fastasr[transcribe]'"
+
+
+def load(folder: Path, device: str, dtype: torch.dtype):
+    """Returns model and processor. It ends the command if the folder holds none that is known."""
+    try:
+        import transformers
+    except ImportError as error:
+        fail(f"transformers cannot be imported ({error}): {INSTALL}")
+    config = folder / "config.json"
+    try:
+        name = json.loads(config.read_text(encoding="utf-8")).get("architectures", [None])[0]
+    except (OSError, ValueError) as error:
+        fail(f"MODEL_DIR: {config} cannot be read: {error}")
+    if name not in MODELS:
+        fail(f"MODEL_DIR: expected a {', '.join(MODELS[:-1])} or {MODELS[-1]}, got {name}")
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+        model = getattr(transformers, name).from_pretrained(folder, local_files_only=True, dtype=dtype)
+        return model.eval().to(device), processor
+    except Exception as error:  # transformers raises anything for a folder that lacks a file
+        fail(f"MODEL_DIR: {folder} cannot be loaded: {type(error).__name__}: {error}")
+
+
+def read(path: Path, rate: int) -> torch.Tensor:
+    """Returns the recording's first channel at ``rate``. It ends the command if it cannot be read."""
+    try:
+        clip = recordings.read(path)
+    except ValueError as error:
+        fail(f"RECORDING: {error}")
+    if not len(clip.samples):
+        fail(f"RECORDING: {path} holds no samples")
+    if clip.rate == rate:
+        return clip.samples
+    try:
+        import soxr
+    except ImportError:
+        fail(
+            f"RECORDING: {path} has {clip.rate} Hz, the model wants {rate}; resampling needs soxr: {INSTALL}"
+        )
+    return torch.from_numpy(soxr.resample(clip.samples.numpy(), clip.rate, rate))
+
+
+@torch.inference_mode()
+def transcribe(model, processor, samples: torch.Tensor) -> tuple[str, list[Timed]]:
+    """Returns the text of one recording, and its pieces with their times."""
+    rate = processor.feature_extractor.sampling_rate
+    inputs = processor(samples.numpy(), sampling_rate=rate).to(model.device)
+    inputs["input_features"] = inputs["input_features"].to(model.dtype)
+    found = model.generate(**inputs)
+    if isinstance(found, torch.Tensor):
+        seconds = (
+            processor.feature_extractor.hop_length * model.config.encoder_config.subsampling_factor / rate
+        )
+        return processor.decode(found[0], skip_special_tokens=True), _ctc_pieces(
+            found[0].tolist(), processor.tokenizer, seconds
+        )
+    text, pieces = processor.decode(found.sequences, durations=found.durations, skip_special_tokens=True)
+    return text[0], [Timed(piece["token"], piece["start"], piece["end"]) for piece in pieces[0]]
+
+
+def _ctc_pieces(labels: list[int], tokenizer, seconds: float) -> list[Timed]:
+    """Returns the pieces of a CTC path, a label per frame of ``seconds``."""
+    from tokenizers.decoders import DecodeStream
+
+    stream, pieces, frame = DecodeStream(skip_special_tokens=True), [], 0
+    for label, run in itertools.groupby(labels):
+        first, frame = frame, frame + sum(1 for _ in run)
+        if label == tokenizer.pad_token_id:
+            continue
+        text = stream.step(tokenizer.backend_tokenizer, label)
+        if text is not None:
+            pieces.append(Timed(text, first * seconds, frame * seconds))
+    return pieces
+
+
+@contextmanager
+def progress(model, name: str):
+    """Shows how many of the encoder's layers have run."""
+    layers = model.encoder.layers
+    with Progress(console=err(), transient=True) as shown:
+        task = shown.add_task(escape(name), total=len(layers))
+        hooks = [layer.register_forward_hook(lambda *_: shown.advance(task)) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def peak(device: torch.device) -> float:
+    """Returns the largest memory so far in GiB: the process's, or the device's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def write(folder: Path, result: dict, pieces: list[Timed]) -> None:
+    """Writes the text, the subtitles and everything as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = Path(result["recording"]).stem
+    subtitles = captions.srt(captions.lines(captions.words(pieces)))
+    texts = {"txt": result["text"] + "\n", "srt": subtitles, "json": json.dumps(result, indent=2) + "\n"}
+    for suffix, text in texts.items():
+        (folder / f"{stem}.{suffix}").write_text(text, encoding="utf-8")
+
+
+def run(
+    folder: Path,
+    paths: list[Path],
+    *,
+    target: Path | None,
+    device: str,
+    dtype: str,
+    swap: bool,
+    as_json: bool,
+) -> None:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        fail(f"--dtype: expected one of {', '.join(known)}, got {dtype}")
+    model, processor = load(folder, device, known[dtype])
+    console = err()
+    if swap:
+        report = fastasr.accelerate(model)
+        console.print(f"{type(model).__name__}: {len(report.replaced)} modules replaced")
+    results = []
+    for path in paths:
+        samples = read(path, processor.feature_extractor.sampling_rate)
+        seconds = len(samples) / processor.feature_extractor.sampling_rate
+        with progress(model, path.name):
+            begin = time.perf_counter()
+            text, pieces = transcribe(model, processor, samples)
+            took = time.perf_counter() - begin
+        result = {
+            "recording": str(path),
+            "text": text,
+            "words": [word._asdict() for word in captions.words(pieces)],
+            "seconds": round(seconds, 3),
+            "seconds_taken": round(took, 3),
+            "real_time_factor": round(took / seconds, 4),
+            "peak_gib": round(peak(model.device), 2),
+        }
+        results.append(result)
+        if target is not None:
+            write(target, result, pieces)
+        if not as_json:
+            out().print(escape(text), soft_wrap=True)
+        console.print(
+            f"{escape(path.name)}: {seconds:.1f} s of audio in {took:.1f} s, real-time factor {took / seconds:.3f}, "
+            f"{result['peak_gib']:.2f} GiB at most"
+        )
+    if as_json:
+        print(json.dumps(results, indent=2))

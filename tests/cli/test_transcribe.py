@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastasr transcribe`` on tiny models of each kind: upstream's text and times, files, errors."""
+
+import json
+import sys
+import wave
+
+import pytest
+import torch
+from tiny_parakeet import SIZES
+from typer.testing import CliRunner
+
+from fastasr.audio import recordings
+from fastasr.audio.captions import Timed, lines, srt, words
+from fastasr.cli.app import app
+
+transformers = pytest.importorskip("transformers")
+PIECES = ["<pad>", " th", "e", " cat", "s", " sat", "."]
+BLANK = len(PIECES)
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, decoders, models
+
+    vocabulary = {piece.replace(" ", "▁"): i for i, piece in enumerate([*PIECES, "<blank>"])}
+    made = Tokenizer(models.BPE(vocabulary, []))
+    made.decoder = decoders.Metaspace()
+    made.add_special_tokens(["<pad>", "<blank>"])
+    return transformers.ParakeetTokenizer(tokenizer_object=made, pad_token="<pad>")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Returns a function that returns a folder with a model of a kind and its processor."""
+
+    def make(kind):
+        place = tmp_path_factory.mktemp(kind)
+        encoder = transformers.ParakeetEncoderConfig(**SIZES)
+        torch.manual_seed(3)
+        if kind == "ParakeetForCTC":
+            config = transformers.ParakeetCTCConfig(
+                vocab_size=len(PIECES), pad_token_id=0, encoder_config=encoder
+            )
+        else:
+            sizes = {"decoder_hidden_size": 12, "num_decoder_layers": 1, "max_symbols_per_step": 2}
+            config = getattr(transformers, kind.replace("For", "") + "Config")(
+                vocab_size=BLANK + 1, pad_token_id=0, blank_token_id=BLANK, encoder_config=encoder, **sizes
+            )
+        model = getattr(transformers, kind)(config)
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.3 * torch.randn_like(p)
+        if kind != "ParakeetForCTC":
+            model.generation_config.decoder_start_token_id = BLANK
+            model.generation_config.suppress_tokens = (
+                list(range(BLANK + 1, BLANK + 6)) if "TDT" in kind else None
+            )
+        features = transformers.ParakeetFeatureExtractor(feature_size=SIZES["num_mel_bins"])
+        if kind == "ParakeetForCTC":  # labels that change with the frame
+            speech = recordings.generated(2.0, 16000, 1).samples.numpy()
+            with torch.no_grad():
+                logits = model.eval()(**features(speech, sampling_rate=16000, return_tensors="pt")).logits
+                model.ctc_head.bias -= logits.mean((0, 1))
+        model.save_pretrained(place)
+        kinds = {"ParakeetForCTC": "ctc", "ParakeetForRNNT": "rnnt", "ParakeetForTDT": "tdt"}
+        transformers.ParakeetProcessor(features, tokenizer(), decoder_type=kinds[kind]).save_pretrained(place)
+        return place
+
+    return make
+
+
+@pytest.fixture
+def recording(tmp_path):
+    def make(seconds=2.0, rate=16000, name="speech.wav"):
+        samples = (recordings.generated(seconds, rate, 1).samples * 20000).short()
+        with wave.open(str(tmp_path / name), "wb") as file:
+            file.setnchannels(1), file.setsampwidth(2), file.setframerate(rate)
+            file.writeframes(samples.numpy().tobytes())
+        return tmp_path / name
+
+    return make
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, ["transcribe", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("kind", ["ParakeetForCTC", "ParakeetForRNNT", "ParakeetForTDT"])
+def test_text_and_times_are_upstreams(kind, folder, recording, tmp_path):
+    place, path = folder(kind), recording()
+    results = []
+    for option in ("--swap", "--no-swap"):
+        done = call(place, path, "--json", "--out", tmp_path / option, option)
+        assert done.exit_code == 0, done.output
+        results.append(json.loads(done.stdout)[0])
+    ours, theirs = results
+    assert ours["text"] == theirs["text"]
+    assert ours["words"] == theirs["words"]
+    assert len(ours["words"]) > 1
+    assert ours["seconds"] == 2.0
+    assert all(0 <= w["start"] < w["end"] <= 2.1 for w in ours["words"] if kind == "ParakeetForCTC")
+    spoken = "".join(word["text"] for word in ours["words"])
+    assert spoken.replace(" ", "") == ours["text"].replace(" ", "")
+    written = tmp_path / "--swap"
+    assert (written / "speech.txt").read_text() == ours["text"] + "\n"
+    assert json.loads((written / "speech.json").read_text()) == ours
+    assert (written / "speech.srt").read_text().startswith("1\n00:00:0")
+
+
+def test_ctc_is_collapsed(folder, recording):
+    """The text is that of transformers' own decoding of the argmax."""
+    place, path = folder("ParakeetForCTC"), recording(3.0)
+    model = transformers.ParakeetForCTC.from_pretrained(place).eval()
+    processor = transformers.AutoProcessor.from_pretrained(place)
+    inputs = processor(recordings.read(path).samples.numpy(), sampling_rate=16000)
+    expected = processor.batch_decode(model.generate(**inputs))[0]
+    done = call(place, path)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == expected.strip()
+    assert "real-time factor" in done.stderr
+    assert "modules replaced" in done.stderr
+
+
+def test_another_rate(folder, recording):
+    pytest.importorskip("soxr")
+    done = call(folder("ParakeetForCTC"), recording(rate=8000), recording(name="other.wav"), "--json")
+    assert done.exit_code == 0, done.output
+    assert [row["seconds"] for row in json.loads(done.stdout)] == [2.0, 2.0]
+
+
+def test_refusals(folder, recording, tmp_path, monkeypatch):
+    place, path = folder("ParakeetForCTC"), recording()
+    cases = [
+        ((tmp_path, path), "config.json cannot be read"),
+        ((place, tmp_path / "none.wav"), "none.wav"),
+        ((place, path, "--dtype", "int8"), "--dtype: expected one of float32, bfloat16, float16, got int8"),
+    ]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"architectures": ["WhisperModel"]}')
+    cases.append(
+        ((other, path), "expected a ParakeetForCTC, ParakeetForRNNT or ParakeetForTDT, got WhisperModel")
+    )
+    (other / "empty.wav").write_bytes(path.read_bytes()[:44])
+    cases.append(((place, other / "empty.wav"), "no samples"))
+    for arguments, reason in cases:
+        done = call(*arguments)
+        assert done.exit_code == 2, done.output
+        assert reason in done.stderr
+        assert "Traceback" not in done.stderr
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install 'fastasr[transcribe]'" in call(place, path).stderr
+
+
+SAID = [
+    *(Timed(" the", 0.0, 0.2), Timed(" ca", 0.3, 0.4), Timed("t", 0.4, 0.5), Timed(".", 0.5, 0.5)),
+    *(Timed(" It", 2.0, 2.1), Timed(" sat", 2.1, 61.0), Timed("!", 61.0, 61.25)),
+]
+
+
+def test_captions():
+    found = words(SAID)
+    assert [word.text for word in found] == ["the", "cat.", "It", "sat!"]
+    assert found[1] == Timed("cat.", 0.3, 0.5)
+    assert srt(lines(found)) == (
+        "1\n00:00:00,000 --> 00:00:00,500\nthe cat.\n\n"
+        "2\n00:00:02,000 --> 00:00:02,100\nIt\n\n"
+        "3\n00:00:02,100 --> 00:01:01,250\nsat!\n"
+    )
+    long = [Timed(" word", 0.1 * i, 0.1 * i + 0.05) for i in range(40)]
+    assert all(len(line.text) <= 80 for line in lines(words(long)))
+    assert " ".join(line.text for line in lines(words(long))) == " ".join(["word"] * 40)
