@@ -10,7 +10,8 @@ first-level cache but for its first use. The weights lie as rows of channels (on
 backward 3 for dx and dw with their parts, and one copy.
 
 Bytes per element of e bytes: forward 2e; backward 2e for dx, 2e for dw. A 20x750x19x128 bf16 map at 4.3 TB/s: 34 us
-forward, 68 us backward; by count of instructions (about 2 per tap and element) 150 us forward and 350 us backward.
+forward, 68 us backward. The kernels are bound by instructions: two pixels per thread share the loads of weights, and
+addresses and columns of a row are counted up (predicted for an H100 at 20x1500x19x128: 627 us, 900 with one pixel).
 The weights' gradients are added up in parts that depend on the shape alone, and the parts in float64: results repeat
 bit for bit, there are no atomics.
 """
@@ -23,7 +24,7 @@ from fastasr.kernels._launch import launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-BLOCK_R, BLOCK_C, NUM_WARPS = 16, 64, 4  # pixels and channels of a tile: 8 sums per thread and frame
+BLOCK_R, BLOCK_C, NUM_WARPS = 32, 64, 4  # pixels and channels of a tile: 16 sums per thread and frame
 TAPS, BLOCK_S = 8, 16  # a program's share of the taps' gradients: 64 sums per thread
 MAX_PARTS = 64
 LEAST_ROWS = 256  # least rows of a part
@@ -36,18 +37,21 @@ def _add_row(
 ):  # fmt: skip
     """Adds row i of the taps to the first frame and row i - 1 to the second."""
     in_time = (frame >= 0) & (frame < frames)
-    for j in range(taps_f):
-        pixel = f + j - pad_f
-        keep = there & (in_time & (pixel >= 0) & (pixel < width))[:, None]
-        at = ((base + frame) * width + pixel)[:, None] * C + c[None, :]
-        x = tl.load(X + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_C]
-        k = i * taps_f + j
+    pixel = tl.where(in_time, f - pad_f, width)  # of no column
+    at = X + ((base + frame) * width + f - pad_f)[:, None] * C + c[None, :]
+    row = TABLE + i * taps_f * C + c
+    for _j in range(taps_f):
+        keep = there & ((pixel >= 0) & (pixel < width))[:, None]
+        x = tl.load(at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_C]
         if ONE:
-            w = tl.load(TABLE + k * C + c, mask=c < C, other=0.0).to(tl.float32)
+            w = tl.load(row, mask=c < C, other=0.0).to(tl.float32)
             first = tl.fma(x, w[None, :], first)
         if TWO:
-            w = tl.load(TABLE + (k - taps_f) * C + c, mask=c < C, other=0.0).to(tl.float32)
+            w = tl.load(row - taps_f * C, mask=c < C, other=0.0).to(tl.float32)
             second = tl.fma(x, w[None, :], second)
+        pixel += 1
+        at += C
+        row += C
     return first, second
 
 

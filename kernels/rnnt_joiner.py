@@ -8,7 +8,8 @@
 For N rows of D channels, V outputs, e bytes, per kernel:
 
     hidden            BLOCK_R rows x BLOCK_C channels   writes h, N D e; reads am and lm, mostly from the cache
-    scores            BLOCK_M rows, all outputs         2 N D V FLOPs; a running maximum and sum
+    scores            BLOCK_M rows, a share of outputs  2 N D V FLOPs; a running maximum and sum
+    normalise         BLOCK_M rows                      adds up the shares
     logits gradient   BLOCK_M rows x BLOCK_N outputs    2 N D V FLOPs; writes dl, N V e, and its column sums
     (products)        dl W and dl^T h                   4 N D V FLOPs, cuBLAS
     frame gradient    a frame x BLOCK_C channels        dh to da in place, dam
@@ -36,6 +37,9 @@ CHUNK_BYTES = 64 << 20
 HIDDEN = {"BLOCK_R": 4, "BLOCK_C": 256, "num_warps": 4}
 FRAME = {"BLOCK_C": 512, "num_warps": 4}
 CONTEXT = {"BLOCK_T": 16, "BLOCK_C": 128, "num_warps": 4}
+NORMALISE = {"BLOCK_M": 32, "num_warps": 4}
+# `scores`: few blocks of rows share out the outputs, at most so often, up to about so many programs
+PROGRAMS, MAX_SHARES = 512, 16
 NO_SYMBOL, UNKNOWN = tl.constexpr(-1), tl.constexpr(-2)
 SIZES = ["first", "rows", "frames", "length", "s_range"]
 
@@ -94,11 +98,13 @@ def hidden_kernel(
 
 @triton.jit(do_not_specialize=[*SIZES, "blank"])
 def scores_kernel(
-    HIDDEN, WEIGHT, BIAS, STARTS, SYMBOLS, BOUNDARY, PX, PY, NORMALISER,
-    first, rows, frames, length, s_range, width, V, blank,
+    HIDDEN, WEIGHT, BIAS, STARTS, SYMBOLS, BOUNDARY, PARTS,
+    first, rows, frames, length, s_range, width, V, blank, share,
     HAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Writes symbol, blank and L of a block of rows."""
+    """Writes the maximum, the sum of exponentials, and the logits of symbol and blank, of a block of rows and of
+    ``share`` outputs. PARTS: (shares of the outputs, 4, rows).
+    """
     PRECISE: tl.constexpr = HIDDEN.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     local = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -110,26 +116,62 @@ def scores_kernel(
     total = tl.zeros([BLOCK_M], SUM)
     at_symbol = tl.zeros([BLOCK_M], tl.float32)
     at_blank = tl.zeros([BLOCK_M], tl.float32)
-    end = tl.max(inside.to(tl.int32)) * V  # nothing inside: nothing to do
+    # Outputs are counted from the share's first one, in 32 bits: symbols of 64 bits take 70 registers more on sm_90.
+    begin = tl.program_id(1) * share
+    WEIGHT += begin.to(tl.int64) * width
+    if BIAS is not None:
+        BIAS += begin
+    symbol = (symbol - begin).to(tl.int32)
+    blank -= begin
+    outputs = tl.minimum(V - begin, share)
+    end = tl.max(inside.to(tl.int32)) * outputs  # nothing inside: nothing to do
     for start in range(0, end, BLOCK_N):
         v = start + tl.arange(0, BLOCK_N)
-        here = v < V
+        here = v < outputs
         logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         logits = products(logits, HIDDEN, local, width, inside, WEIGHT, v, width, here, width, BLOCK_K)
         if BIAS is not None:
             logits += tl.load(BIAS + v, mask=here, other=0.0).to(tl.float32)[None, :]
         at_symbol += tl.sum(tl.where(v[None, :] == symbol[:, None], logits, 0.0), axis=1)
+        if (start <= blank) & (blank < start + BLOCK_N):
+            at_blank += tl.sum(tl.where((v == blank)[None, :], logits, 0.0), axis=1)
         if HAT:
-            at_blank += tl.sum(tl.where((v == blank)[None, :], logits, 0.0), axis=1)
             here = here & (v != blank)
-        elif (start <= blank) & (blank < start + BLOCK_N):
-            at_blank += tl.sum(tl.where((v == blank)[None, :], logits, 0.0), axis=1)
         logits = tl.where(here[None, :], logits, NONE)
         maximum, factor, e = running(maximum, logits, PRECISE)
         total = total * factor + sums(e, 1, PRECISE)
-    normaliser = maximum.to(tl.float64) + tl.log(total.to(tl.float64))
-    z = at_blank.to(tl.float64)
-    px = at_symbol.to(tl.float64) - normaliser
+    count = rows - first
+    at = PARTS + tl.program_id(1).to(tl.int64) * 4 * count + local
+    keep = row < rows
+    tl.store(at, maximum.to(tl.float64), mask=keep)
+    tl.store(at + count, total.to(tl.float64), mask=keep)
+    tl.store(at + 2 * count, at_symbol.to(tl.float64), mask=keep)
+    tl.store(at + 3 * count, at_blank.to(tl.float64), mask=keep)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "V", "blank", "shares"])
+def normalise_kernel(
+    PARTS, STARTS, SYMBOLS, BOUNDARY, PX, PY, NORMALISER, first, rows, frames, length, s_range, V, blank, shares,
+    HAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Writes symbol, blank and L of a block of rows from the shares of the outputs."""
+    local = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = first + local
+    _frame, _context, inside, symbol = locate(
+        row, STARTS, SYMBOLS, BOUNDARY, rows, frames, length, s_range, V
+    )
+    count = rows - first
+    s = tl.arange(0, BLOCK_S)
+    at = PARTS + (s.to(tl.int64) * 4 * count)[:, None] + local[None, :]  # [BLOCK_S, BLOCK_M]
+    here = (s < shares)[:, None] & inside[None, :]
+    maxima = tl.load(at, mask=here, other=NONE)
+    maximum = tl.max(maxima, axis=0)
+    factors = tl.where(maxima == NONE, 0.0, tl.exp(maxima - maximum[None, :]))
+    total = tl.sum(tl.load(at + count, mask=here, other=0.0) * factors, axis=0)
+    at_symbol = tl.sum(tl.load(at + 2 * count, mask=here, other=0.0), axis=0)
+    z = tl.sum(tl.load(at + 3 * count, mask=here, other=0.0), axis=0)
+    normaliser = maximum + tl.log(total)
+    px = at_symbol - normaliser
     py = z - normaliser
     if HAT:
         px = tl.where(symbol == blank, NONE, px - softplus(z))
@@ -289,6 +331,12 @@ class _Plan:
     def blocks(self, count: int) -> int:
         return triton.cdiv(count, self.tiles["BLOCK_M"])
 
+    def share(self, count: int) -> int:
+        """Returns the outputs of a program of `scores`: all, or fewer where blocks of rows alone leave a GPU idle."""
+        block = self.tiles["BLOCK_N"]
+        shares = max(1, min(MAX_SHARES, PROGRAMS // self.blocks(count)))
+        return triton.cdiv(triton.cdiv(self.v, block), shares) * block
+
     def hidden(self, first: int, end: int) -> torch.Tensor:
         h = self.weight.new_empty(end - first, self.width)
         if self.width:
@@ -317,9 +365,16 @@ def rnnt_joiner_forward(
     px, py = (torch.empty(shape, dtype=torch.float32, device=am.device) for _ in range(2))
     normaliser = torch.empty(shape, dtype=torch.float64, device=am.device)
     for first, end in p.chunks(p.width * weight.element_size()):
-        launch(scores_kernel, (p.blocks(end - first),),
-            p.hidden(first, end), p.padded, p.bias, *p.band, px, py, normaliser,
-            *p.sizes(first, end), p.width, p.v, blank, HAT=hat, **p.tiles,
+        blocks, share = p.blocks(end - first), p.share(end - first)
+        shares = triton.cdiv(p.v, share)
+        parts = torch.empty(shares, 4, end - first, dtype=torch.float64, device=am.device)
+        launch(scores_kernel, (blocks, shares),
+            p.hidden(first, end), p.padded, p.bias, *p.band, parts,
+            *p.sizes(first, end), p.width, p.v, blank, share, HAT=hat, **p.tiles,
+        )  # fmt: skip
+        launch(normalise_kernel, (triton.cdiv(end - first, NORMALISE["BLOCK_M"]),),
+            parts, *p.band, px, py, normaliser, *p.sizes(first, end), p.v, blank, shares,
+            HAT=hat, BLOCK_S=triton.next_power_of_2(shares), **NORMALISE,
         )  # fmt: skip
     return px, py, normaliser, None
 
@@ -332,7 +387,7 @@ def rnnt_joiner_backward(
     p = _Plan(am, lm, weight, bias, symbols, starts, boundary, s_range, blank, activation, hat)
     gx, gy = grad_symbol.contiguous(), grad_blank.contiguous()
     dam = torch.zeros(am.shape, dtype=am.dtype, device=am.device)
-    dlm, dweight = (torch.zeros(t.shape, dtype=torch.float32, device=am.device) for t in (lm, weight))
+    dlm, dweight = torch.zeros(lm.shape, dtype=torch.float32, device=am.device), None
     dbias = torch.zeros(p.v, dtype=torch.float64, device=am.device)
     stride = triton.cdiv(p.v, 16) * 16
     size = weight.element_size()
@@ -349,13 +404,15 @@ def rnnt_joiner_backward(
             )  # fmt: skip
             dlogits = dlogits[:, : p.v]
             if needs[2]:
-                dweight += _product(dlogits.t(), hidden[:, : p.d])
+                product = _product(dlogits.t(), hidden[:, : p.d])
+                dweight = product if dweight is None else dweight.add_(product)
             if needs[3]:
                 dbias += parts.sum(0, dtype=torch.float64)
             if p.d and (needs[0] or needs[1]):
                 _hidden_gradient(p, _product(dlogits, p.weight), first, end, dam, dlm)
+    dweight = torch.zeros_like(weight) if dweight is None else dweight.to(weight.dtype)
     db = weight.new_empty(0) if bias is None else dbias.to(bias.dtype)
-    return dam, dlm.to(lm.dtype), dweight.to(weight.dtype), db
+    return dam, dlm.to(lm.dtype), dweight, db
 
 
 def _hidden_gradient(p: _Plan, dhidden, first: int, end: int, dam, dlm) -> None:

@@ -590,7 +590,12 @@ def _rnnt_joiner():
     like = dict.fromkeys(("AM", "LM", "HIDDEN", "WEIGHT", "BIAS", "DLOGITS", "DAM"))
     wide = dict.fromkeys(("PX", "PY", "GX", "GY", "DHIDDEN", "DA", "DLM"), "fp32")
     types = wide | dict.fromkeys(("STARTS", "SYMBOLS", "BOUNDARY"), "i64") | {"NORMALISER": "fp64"}
-    extra = {"hidden": module.HIDDEN, "frame_gradient": module.FRAME, "context_gradient": module.CONTEXT}
+    extra = {
+        "hidden": module.HIDDEN,
+        "normalise": module.NORMALISE | {"BLOCK_S": 8},
+        "frame_gradient": module.FRAME,
+        "context_gradient": module.CONTEXT,
+    }
 
     def configuration(name: str, label: str, dtype: str, d: int = 512, **constants):
         options = dict(extra[name] if name in extra else module.tiles(d, DTYPES[dtype]))
@@ -599,10 +604,12 @@ def _rnnt_joiner():
         return Configuration(
             f"rnnt_joiner {name.replace('_', ' ')}{label and ', ' + label}, D={d}, {dtype}",
             getattr(module, f"{name}_kernel"),
-            types | dict.fromkeys(like, dtype) | {"PARTS": "fp64" if dtype == "fp32" else "fp32"},
+            types
+            | dict.fromkeys(like, dtype)
+            | {"PARTS": "fp32" if name == "logits_gradient" and dtype != "fp32" else "fp64"},
             {"ACTIVATION": 3, "HAT": False} | options | precise | constants,
             warps,
-            ("width", "d_stride", *(("D", "V") if d % 16 == 0 else ())),
+            ("width", "d_stride", "share", *(("D", "V") if d % 16 == 0 else ())),
             stages=stages,
         )
 
@@ -617,7 +624,10 @@ def _rnnt_joiner():
         if dtype == "fp16":
             continue
         for name in extra:
-            if (name, dtype) != ("context_gradient", "bf16"):  # its kernel is that of fp32
+            if dtype == "fp32" or name not in (
+                "normalise",
+                "context_gradient",
+            ):  # their kernels are those of fp32
                 yield configuration(name, "", dtype)
         yield configuration("hidden", "relu, odd sizes", dtype, d=100, ACTIVATION=2, BOUNDARY=None)
 
