@@ -123,6 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="OP", help="the units of these ops and models alone")
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: a fake one takes the launches")
     options = parser.parse_args(arguments)
+    if not options.stages or set(options.stages) - set("ABC"):
+        parser.error(f"--stages: expected letters of ABC, got {options.stages!r}")
     machine = DryRun() if options.dry_run else GPU()
     if reason := machine.obstacle():
         print(f"fastasr gpu: {reason}", file=sys.stderr)

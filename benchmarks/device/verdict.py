@@ -62,7 +62,7 @@ def findings(record: dict) -> dict[str, tuple[str, str]]:
             found[message["check"]] = message["found"], message.get("message", "")
     if record["ended"]:
         # the check that was under way is the last that began
-        under_way = [title for title, (how, _) in found.items() if how == "started"][-1:] or ["start"]
+        under_way = [title for title, (how, _) in found.items() if how == "started"][-1:] or ["process"]
         found[under_way[0]] = record["ended"].partition(":")[0], record["ended"]
     return {title: finding for title, finding in found.items() if finding[0] != "started"}
 
@@ -116,15 +116,18 @@ class Subject:
             return f"left out: {self.reason}"
         if not self.found:
             return "not run"
-        fast = [r for unit in self.timed for r in rivals(unit).values()]
-        speed = "; ".join(self.slow) or _speed(min(fast, default=None))
-        return f"right, {speed}" if any(c in CHECKS for c in self.found) else speed
+        right = any(self.found.get(column) == "right" for column in COLUMNS)
+        return ", ".join(["right"] * right + [self.speed] * bool(self.timed)) or "left out"
+
+    @property
+    def speed(self) -> str:
+        least = min((ratio for unit in self.timed for ratio in rivals(unit).values()), default=1.0)
+        return "; ".join(self.slow) or (f"faster ({least:.2f}× at least)" if least > SLOWER else "as fast")
 
 
-def _speed(least: float | None) -> str:
-    if least is None:
-        return "not timed"
-    return f"faster ({least:.2f}× at least)" if least > SLOWER else "as fast"
+def _line(message: str) -> str:
+    """Returns the message as it may stand in a list or a table of Markdown."""
+    return " ".join(message.split()).replace("|", "\\|")
 
 
 def subjects(records: Sequence[dict]) -> dict[str, Subject]:
@@ -136,12 +139,12 @@ def subjects(records: Sequence[dict]) -> dict[str, Subject]:
             if title == "kernels" and how == "right":
                 continue
             if title == "kernels" and how == "skipped":
-                subject.reason = message
+                subject.reason = _line(message)
             kept = subject.found.get(title)
             subject.found[title] = kept if kept in BAD else how
             if how in BAD:
                 where = f"{record['stage']}, {record['kind']} {record['name']}, {title}"
-                subject.messages.append(f"{where}: {message}")
+                subject.messages.append(f"{where}: {_line(message)}")
         subject.timed += timings([record])
     return made
 
@@ -160,13 +163,9 @@ def checks_table(found: dict[str, Subject]) -> str:
 
 
 def _us(milliseconds: float | None) -> str:
-    return (
-        "–"
-        if milliseconds is None
-        else f"{milliseconds * 1e3:.3g}"
-        if milliseconds < 1
-        else f"{milliseconds * 1e3:.0f}"
-    )
+    if milliseconds is None:
+        return "–"
+    return f"{milliseconds * 1e3:.3g}" if milliseconds < 1 else f"{milliseconds * 1e3:.0f}"
 
 
 def times_table(found: dict[str, Subject]) -> str:
@@ -182,15 +181,7 @@ def times_table(found: dict[str, Subject]) -> str:
             lines.append((name, first.case, first.dtype, first.pass_, *map(_us, times)))
     head = (
         "",
-        "case",
-        "dtype",
-        "pass",
-        "**fastasr**",
-        "predicted",
-        "host",
-        "eager",
-        "`torch.compile`",
-        "copy",
+        *["case", "dtype", "pass", "**fastasr**", "predicted", "host", "eager", "`torch.compile`", "copy"],
     )
     return _table(head, lines, 6) if lines else "No times yet."
 
@@ -198,9 +189,9 @@ def times_table(found: dict[str, Subject]) -> str:
 def tables(records: Sequence[dict]) -> str:
     """Returns what docs/gpu-queue.md shows of the records of one device and commit."""
     found = subjects(records)
-    where = f"Records of {records[0]['device_name']}, commit {records[0]['commit']}." if records else (
-        "No GPU has run any of this yet."
-    )  # fmt: skip
+    where = "No GPU has run any of this yet."
+    if records:
+        where = f"Records of {records[0]['device_name']}, commit {records[0]['commit']}."
     watch = _table(("op", "what to look at"), ((f"`{op}`", WATCH[op]) for op in kernels()))
     return "\n\n".join((where, checks_table(found), times_table(found), watch))
 
@@ -231,7 +222,7 @@ def report(facts: dict, records: Sequence[dict], left: Sequence[str]) -> str:
     slow = {name: subject for name, subject in found.items() if subject.slow}
     words = [f"{len(bad)} wrong: {', '.join(bad)}" if bad else "nothing is wrong"]
     words += [f"{len(slow)} slower than eager or torch.compile: {', '.join(slow)}"] if slow else []
-    words += [f"{len(left)} units are left: run the same command with --resume"] if left else []
+    words += [f"{len(left)} left: run the same command with --resume"] if left else []
     parts = [
         "# Verdict",
         f"**{'; '.join(words)}.** Exit code {exit_code(records, left)}.",
@@ -273,8 +264,8 @@ def _notes(record: dict) -> Iterable[str]:
     name = f"{record['kind']} {record['name']}"
     for message in record["messages"]:
         if message.get("found") == "skipped":
-            yield f"{name}, {message['check']}: {message['message']}"
+            yield f"{name}, {message['check']}: {_line(message['message'])}"
         if "left_out" in message:
-            yield f"{name}, {message['pass']}: {message['left_out']}: {message['message']}"
+            yield f"{name}, {message['pass']}: {message['left_out']}: {_line(message['message'])}"
         if message.get("busy_ms"):
             yield f"{name}: the kernels of {message['of']} take {message['busy_ms']:.1f} ms of a step"

@@ -13,7 +13,7 @@ import torch
 
 from fastasr import ops
 from fastasr.testing import peers
-from fastasr.testing.table import Make, floating
+from fastasr.testing.table import Make, floating, placed
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 PASSES = (FORWARD, BACKWARD, BOTH)
@@ -177,5 +177,6 @@ def case(
     ``note`` behind it; its shape, by default, is the name. ``options``: of ``versions``.
     """
     name = (name if isinstance(name, str) else "x".join(map(str, name))) + note
+    arguments = placed(arguments)
     make = versions(op, arguments, others or {}, **options)
     return Case(op, name, shape or name, make, costs, copy, passes, quick, arguments)

@@ -44,6 +44,11 @@ class Make:
         return (torch.arange(frames) >= torch.tensor(lengths)[:, None]).to(self.device)
 
 
+def placed(call: Callable[[Make], dict]) -> Callable[[Make], dict]:
+    """Returns a function that makes a call with all of its tensors on the device of ``Make``."""
+    return lambda m: {k: v.to(m.device) if isinstance(v, Tensor) else v for k, v in call(m).items()}
+
+
 def changed(call: Callable[[Make], dict], **arguments) -> Callable[[Make], dict]:
     """Returns a function that makes a call with other arguments, which may themselves be functions of ``Make``."""
     return lambda m: call(m) | {k: v(m) if callable(v) else v for k, v in arguments.items()}
@@ -66,6 +71,9 @@ class Sample:
     large: bool = False
     draws: int = 1
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arguments", placed(self.arguments))
+
 
 @dataclass(frozen=True)
 class Invalid:
@@ -75,6 +83,9 @@ class Invalid:
     arguments: Callable[[Make], dict]
     error: type[Exception]
     match: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arguments", placed(self.arguments))
 
 
 @dataclass(frozen=True)

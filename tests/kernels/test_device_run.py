@@ -19,18 +19,34 @@ from fastasr import ops
 from fastasr.benchmarks import predictions
 from fastasr.benchmarks.device import machine, timing, verdict
 from fastasr.benchmarks.device import units as device_units
-from fastasr.benchmarks.device.__main__ import run
+from fastasr.benchmarks.device.__main__ import main, run
 from fastasr.benchmarks.device.checks import CHECKS, check_op, reported
 from fastasr.benchmarks.device.isolate import PRELOADED, isolated
 from fastasr.benchmarks.device.machine import GPU, DryRun, kernels
 from fastasr.benchmarks.device.units import SANITIZERS, Unit, run_tests, sanitize, units
 from fastasr.benchmarks.rows import Row, read
+from fastasr.testing import Make, tables
+from fastasr.testing.table import floating
 
 pytest.importorskip("triton")
 
 pytestmark = pytest.mark.needs("benchmarks", "fastasr", "kernels", "tests/kernels")
 COMMAND = [sys.executable, "-m", "fastasr.benchmarks.device"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--stages", "AD"), "--stages: expected letters of ABC, got 'AD'"),
+        (("--only", "x"), "--only: no unit is about x"),
+    ],
+)
+def test_wrong_options(arguments, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--dry-run", "--out", str(tmp_path), *arguments])
+    assert ended.value.code == verdict.UNUSABLE
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -111,7 +127,7 @@ def test_what_fails_costs_itself_alone(tmp_path):
         "| hangs | **hung: CUDA graph** |",
         "| crashes | **crashed: three repeats** |",
         "| aborts | **crashed: training shape** |",
-        "| is_right | right, not timed |",
+        "| is_right | right |",
         "killed after 3 s",
         "small shapes: AssertionError",
     ):
@@ -197,7 +213,7 @@ def test_when_the_minutes_are_over_the_rest_is_left(tmp_path, monkeypatch):
     assert run(three, OneAtATime(), tmp_path, 5 / 60) == verdict.UNFINISHED
     assert [r["name"] for r in verdict.records(tmp_path / "units.json")] == ["is_right"]
     text = (tmp_path / "verdict.md").read_text()
-    assert "2 units are left: run the same command with --resume" in text
+    assert "2 left: run the same command with --resume" in text
     assert "- A check: lasts\n- A check: later" in text
 
 
@@ -392,7 +408,7 @@ def test_the_report_says_what_is_wrong_slow_off_and_left_out():
     ]
     text = verdict.report({"commit": "c"}, records, ["C memcheck: swoosh_l"])
     for line in (
-        "1 wrong: bypass; 1 slower than eager or torch.compile: swoosh_l; 1 units are left",
+        "1 wrong: bypass; 1 slower than eager or torch.compile: swoosh_l; 1 left",
         "| bypass | **wrong: CUDA graph** |",
         "| swoosh_l | right, slower than eager forward (1.25×, 8x8, bfloat16) |",
         "| ema_scan | left out: why |",
@@ -406,6 +422,36 @@ def test_the_report_says_what_is_wrong_slow_off_and_left_out():
     ):
         assert line in text, line
     assert "| bypass | right | – | – | wrong |" in verdict.tables(records)
+
+
+class MakeElsewhere(Make):
+    """Makes tensors without numbers on a device that is not the CPU."""
+
+    def normal(self, *shape, **_):
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    uniform = normal
+
+    def values(self, *numbers):
+        return self.normal(len(numbers))
+
+
+@pytest.mark.parametrize("op", kernels())
+def test_calls_can_be_made_and_run_on_another_device(op):
+    """No tensor of a sample stays on the CPU, and ops take the arguments at sizes of training."""
+    table, cases = tables()[op], GPU().cases(op)
+    for call in (*table.samples, *cases):
+        try:
+            arguments = call.arguments(MakeElsewhere(device="meta"))
+        except RuntimeError as error:
+            if "item() cannot be called on meta tensors" in str(error):
+                continue  # it reads the numbers
+            raise
+        tensors = {name: v for name, v in arguments.items() if isinstance(v, torch.Tensor)}
+        assert {v.device.type for v in tensors.values()} == {"meta"}, call.name
+        if call in cases:
+            arguments |= {name: t.requires_grad_() for name, t in floating(arguments).items()}
+            assert table.call_registered(arguments).requires_grad
 
 
 def test_every_op_has_its_units_and_its_note():

@@ -141,10 +141,8 @@ def _upstream(x, weight, bias) -> Implementation:
 
 
 def _case(shape: tuple[int, ...], outputs: int) -> Case:
-    arguments = partial(affine, shape=shape, outputs=outputs)
-
     def make(device: str, dtype: torch.dtype):
-        given = cache(lambda: arguments(Make(dtype, device)))
+        given = cache(lambda: affine(Make(dtype, device), shape, outputs))
         return {
             "eager": lambda: _formula(formula, **given()),
             "compile": lambda: _formula(compiled(formula), **given()),
@@ -156,7 +154,14 @@ def _case(shape: tuple[int, ...], outputs: int) -> Case:
     product, weight = 2 * rows * inputs * outputs, inputs * outputs
     forward = rows * inputs + weight + rows * outputs
     passes = costs((forward, product), (forward + rows * inputs + weight, 2 * product))
-    return Case("swoosh_linear", f"{text}->{outputs}", text, make, passes, arguments=arguments)
+    return Case(
+        "swoosh_linear",
+        f"{text}->{outputs}",
+        text,
+        make,
+        passes,
+        arguments=lambda m: affine(m, shape, outputs),
+    )
 
 
 CASES = (_case((796, 4, 512), 192), _case((100, 4, 1536), 512))
