@@ -19,8 +19,8 @@ def test_rel_attention(monkeypatch, generation, dim):
     pos = torch.randn(2 * frames - 1, heads, dim, dtype=torch.bfloat16)
     u, w = torch.randn(2, heads, dim, dtype=torch.bfloat16)
     arguments = tuple(t.contiguous() for t in (q, k, v, pos, u, w))
-    y, lse = rel_attention.rel_attention_forward(*arguments, None, None)
-    found = y, *rel_attention.rel_attention_backward(g, *arguments, None, None, y, lse)
+    y, lse = rel_attention.rel_attention_forward(*arguments, None, None, None, 0.0)
+    found = y, *rel_attention.rel_attention_backward(g, *arguments, None, None, None, y, lse, 0.0)
     leaves = [t.float().requires_grad_() for t in arguments]
     expected = ops.rel_attention.definition(*leaves)
     for a, b in zip(found, (expected, *torch.autograd.grad(expected, leaves, g.float())), strict=True):
