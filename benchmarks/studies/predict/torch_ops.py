@@ -121,15 +121,16 @@ def compiled(operations: list[Operation], results: set[int], card: Card) -> floa
         for name in operation.outputs:
             depth[name] = max(depth[name], here + (operation.rate is not None))
     outside = {name for o in operations if o.rate for name in o.inputs} | results
+    readers: dict[int, set[int]] = defaultdict(set)
     for level, fused in levels.items():
-        elsewhere = {
-            name for other, ops in levels.items() if other != level for o in ops for name in o.inputs
-        }
+        for name in (name for o in fused for name in o.inputs):
+            readers[name].add(level)
+    for level, fused in levels.items():
         made: dict[int, int] = {}
         read: dict[int, int] = {}
         for o in fused:
             read |= {name: size for name, size in o.inputs.items() if name not in made}
             made |= o.outputs
-        written = {name: size for name, size in made.items() if name in outside | elsewhere}
+        written = {name: size for name, size in made.items() if name in outside or readers[name] - {level}}
         total += START + (sum(read.values()) + sum(written.values())) / card.memory / 1e3
     return total
