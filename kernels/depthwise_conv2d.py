@@ -41,7 +41,7 @@ def _add_row(
     at = X + ((base + frame) * width + f - pad_f)[:, None] * C + c[None, :]
     row = TABLE + i * taps_f * C + c
     for _j in range(taps_f):
-        keep = there & ((pixel >= 0) & (pixel < width))[:, None]
+        keep = there & (pixel.to(tl.uint32) < width.to(tl.uint32))[:, None]
         x = tl.load(at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_C]
         if ONE:
             w = tl.load(row, mask=c < C, other=0.0).to(tl.float32)
@@ -129,6 +129,8 @@ def weight_gradient_kernel(
     # float64 and few programs: bias gradients of few pixels would else be less exact than eager's
     sums = tl.zeros([BLOCK_S, BLOCK_C], tl.float64)
     adds_bias = (i == 0) & (rest % groups == 0)
+    steps = (j * C)[:, None, None]  # from a pixel's first tap to the others
+    shifts = tl.where(j < taps_f, j, 1 << 30)
     start = part * rows_per_part
     end = tl.minimum(start + rows_per_part, rows)
     while start < end:
@@ -137,15 +139,13 @@ def weight_gradient_kernel(
         keep = (r < end)[:, None] & in_row[None, :]
         g = tl.load(G + r[:, None].to(tl.int64) * C + c[None, :], mask=keep, other=0.0).to(tl.float32)
         frame = t + i - pad_t
-        pixel = f[None, :] + j[:, None] - pad_f  # [TAPS, BLOCK_S]
-        seen = ((r < end) & (frame >= 0) & (frame < frames))[None, :] & (pixel >= 0) & (pixel < width)
-        seen = seen & (j < taps_f)[:, None]
-        at = (b.to(tl.int64) * frames + frame)[None, :] * width + pixel
-        x = tl.load(
-            X + at[:, :, None] * C + c[None, None, :],
-            mask=seen[:, :, None] & in_row[None, None, :],
-            other=0.0,
-        )
+        near = tl.where((r < end) & (frame >= 0) & (frame < frames), f - pad_f, width)  # or of no column
+        pixel = (near[None, :] + shifts[:, None]).to(
+            tl.uint32
+        )  # [TAPS, BLOCK_S], large left of the first column
+        seen = pixel < width.to(tl.uint32)
+        at = ((b.to(tl.int64) * frames + frame) * width + f - pad_f)[:, None] * C + c[None, :]
+        x = tl.load(X + at[None, :, :] + steps, mask=seen[:, :, None] & in_row[None, None, :], other=0.0)
         total += x.to(tl.float32) * g[None, :, :]
         if adds_bias:
             sums += g.to(tl.float64)
