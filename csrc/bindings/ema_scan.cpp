@@ -55,8 +55,8 @@ void check_parameter(const Tensor& t, ScalarType dtype, int64_t rows, int64_t st
         " has another shape");
 }
 
-void check_state(const Tensor& t, ScalarType dtype, const EmaShape& s, bool complex, const char* op, const char* name) {
-  if (complex)
+void check_state(const Tensor& t, ScalarType dtype, const EmaShape& s, const char* op, const char* name) {
+  if (s.complex)
     check_size(t, dtype, {s.batch, s.channels, s.states, 2}, op, name);
   else
     check_size(t, dtype, {s.batch, s.channels, s.states}, op, name);
@@ -73,7 +73,8 @@ EmaShape checked_shape(const Inputs& in, bool with_state, const char* op) {
                    in.damping.size(1),
                    in.truncation,
                    static_cast<cpu::EmaDirection>(in.direction),
-                   static_cast<cpu::EmaActivation>(in.activation)};
+                   static_cast<cpu::EmaActivation>(in.activation),
+                   in.complex};
   const ScalarType dtype = in.x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const int64_t rows = in.direction == 2 ? 2 * s.channels : s.channels;
   check(s.states >= 1 && s.states <= 64, op, "from 1 to 64 states");
@@ -88,15 +89,15 @@ EmaShape checked_shape(const Inputs& in, bool with_state, const char* op) {
     check_parameter(in.projection, dtype, rows, s.states, op, "projection");
     if (in.residual) check_size(*in.residual, dtype, {s.channels}, op, "residual");
   }
-  if (in.state) check_state(*in.state, dtype, s, in.complex, op, "state");
+  if (in.state) check_state(*in.state, dtype, s, op, "state");
   if (in.mask) check_size(*in.mask, ScalarType::Bool, {s.batch, s.length}, op, "padding_mask");
   check(!(with_state || in.state) || (in.direction != 2 && in.truncation == 0), op,
         "no state with a truncation or in both directions");
   return s;
 }
 
-template <typename Parameters, typename C>
-Parameters parameters(const Inputs& in) {
+template <typename C>
+cpu::EmaParameters<C> parameters(const Inputs& in) {
   return {
       data<C>(in.damping),          data<C>(in.decay),         data<C>(in.expansion),         data<C>(in.projection),
       data_or_null<C>(in.residual), data_or_null<C>(in.state), data_or_null<uint8_t>(in.mask)};
@@ -122,13 +123,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& damping, const
     const EmaStrides xs = strides_of(x, layout), ys = strides_of(y, layout);
     const T* from = data<T>(x);
     T* to = mutable_data<T>(y);
-    const auto& kernel = cpu::kernels<cpu::EmaForward<T>>();
-    if constexpr (complex)
-      kernel.complex(s, parameters<cpu::ComplexEmaParameters<C>, C>(in), from, xs, to, ys, last, in_parallel);
-    else if (const auto p = parameters<cpu::EmaParameters<C>, C>(in); s.length == 1 && direction != 2)
-      cpu::kernels<cpu::EmaStep<T>>().run(s, p, from, xs, to, ys, last);
+    if (!complex && s.length == 1 && direction != 2)
+      cpu::kernels<cpu::EmaTensor<T>>().one_step(s, parameters<C>(in), from, xs, to, ys, last);
     else
-      kernel.real(s, p, from, xs, to, ys, last, in_parallel);
+      cpu::kernels<cpu::EmaScanKernels<T>>().forward(s, parameters<C>(in), from, xs, to, ys, last, in_parallel);
   });
   return {y, final_state};
 }
@@ -144,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const EmaShape s = checked_shape(in, grad_state.has_value(), op);
   check(grad.scalar_type() == x.scalar_type() && grad.dim() == 3, op, "grad");
   for (int64_t d = 0; d < 3; d++) check(grad.size(d) == x.size(d), op, "grad has another shape");
-  if (grad_state) check_state(*grad_state, damping.scalar_type(), s, complex, op, "grad_state");
+  if (grad_state) check_state(*grad_state, damping.scalar_type(), s, op, "grad_state");
   Tensor dx = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
   Tensor ddamping = new_like(damping), ddecay = new_like(decay), dexpansion = new_like(expansion);
   Tensor dprojection = new_like(projection);
@@ -152,22 +150,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor dstate = state ? new_like(*state) : new_without_elements(damping);
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
-    const auto run = [&](const auto& kernel, const auto& p, const auto& gradients) {
-      kernel(s, p, data<T>(x), strides_of(x, layout), data<T>(grad), strides_of(grad, layout),
-             data_or_null<C>(grad_state), mutable_data<T>(dx), strides_of(dx, layout), gradients, in_parallel);
-    };
-    const cpu::EmaParameterGradients<C> g{mutable_data<C>(ddamping),
-                                          mutable_data<C>(ddecay),
-                                          mutable_data<C>(dexpansion),
-                                          mutable_data<C>(dprojection),
-                                          residual ? mutable_data<C>(dresidual) : nullptr,
-                                          state ? mutable_data<C>(dstate) : nullptr};
-    const auto& kernel = cpu::kernels<cpu::EmaBackward<T>>();
-    if constexpr (complex)
-      run(kernel.complex, parameters<cpu::ComplexEmaParameters<C>, C>(in),
-          cpu::ComplexEmaGradients<C>{g.damping, g.decay, g.expansion, g.projection, g.residual, g.state});
-    else
-      run(kernel.real, parameters<cpu::EmaParameters<C>, C>(in), g);
+    const cpu::EmaGradients<C> gradients{mutable_data<C>(ddamping),
+                                         mutable_data<C>(ddecay),
+                                         mutable_data<C>(dexpansion),
+                                         mutable_data<C>(dprojection),
+                                         residual ? mutable_data<C>(dresidual) : nullptr,
+                                         state ? mutable_data<C>(dstate) : nullptr};
+    cpu::kernels<cpu::EmaScanKernels<T>>().backward(
+        s, parameters<C>(in), data<T>(x), strides_of(x, layout), data<T>(grad), strides_of(grad, layout),
+        data_or_null<C>(grad_state), mutable_data<T>(dx), strides_of(dx, layout), gradients, in_parallel);
   });
   return {dx, ddamping, ddecay, dexpansion, dprojection, dresidual, dstate};
 }

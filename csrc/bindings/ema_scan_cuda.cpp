@@ -78,7 +78,7 @@ struct Arguments {
     time = layout == 0 ? 0 : layout == 1 ? 1 : 2;
     batch = layout == 0 ? 1 : 0;
     channel = layout == 2 ? 1 : 2;
-    scan.dtype = dtype_code(x.scalar_type(), op);
+    scan.dtype = dtype_code(x.scalar_type(), op), scan.complex = complex;
     compute = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     scan.length = x.size(time), scan.batch = x.size(batch), scan.channels = x.size(channel);
     check(damping.dim() == 2, op, names.damping, ": expected (rows, states), got ", damping.dim(), " dimensions");
@@ -163,13 +163,10 @@ std::tuple<Tensor, Tensor> forward(Arguments& a, const Tensor& x, bool need_stat
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor y = make(x, x.scalar_type(), {x.size(0), x.size(1), x.size(2)});
   Tensor final_state = need_state ? a.new_state(x) : make(x, a.compute, {0});
-  const auto size =
-      a.complex ? fastasr_cuda_complex_ema_scan_forward_workspace : fastasr_cuda_ema_scan_forward_workspace;
-  const auto run = a.complex ? fastasr_cuda_complex_ema_scan_forward : fastasr_cuda_ema_scan_forward;
-  Tensor workspace = workspace_of(x, size(&a.scan));
+  Tensor workspace = workspace_of(x, fastasr_cuda_ema_scan_forward_workspace(&a.scan));
   a.scan.workspace = workspace.mutable_data_ptr();
-  a.check_launch(
-      run(&a.scan, a.sequence(y), need_state ? final_state.mutable_data_ptr() : nullptr, current_stream(x, a.op)));
+  a.check_launch(fastasr_cuda_ema_scan_forward(
+      &a.scan, a.sequence(y), need_state ? final_state.mutable_data_ptr() : nullptr, current_stream(x, a.op)));
   return {y, final_state};
 }
 
@@ -199,12 +196,9 @@ Gradients backward(Arguments& a, const Tensor& grad, const Optional& grad_state,
   g.dexpansion = dexpansion.mutable_data_ptr(), g.dprojection = dprojection.mutable_data_ptr();
   if (residual) g.dresidual = dresidual.mutable_data_ptr();
   if (state) g.dstate = dstate.mutable_data_ptr();
-  const auto size =
-      a.complex ? fastasr_cuda_complex_ema_scan_backward_workspace : fastasr_cuda_ema_scan_backward_workspace;
-  const auto run = a.complex ? fastasr_cuda_complex_ema_scan_backward : fastasr_cuda_ema_scan_backward;
-  Tensor workspace = workspace_of(x, size(&a.scan, &g));
+  Tensor workspace = workspace_of(x, fastasr_cuda_ema_scan_backward_workspace(&a.scan, &g));
   a.scan.workspace = workspace.mutable_data_ptr();
-  a.check_launch(run(&a.scan, &g, current_stream(x, a.op)));
+  a.check_launch(fastasr_cuda_ema_scan_backward(&a.scan, &g, current_stream(x, a.op)));
   return {dx, ddamping, ddecay, dexpansion, dprojection, dresidual, dstate};
 }
 

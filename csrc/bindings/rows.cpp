@@ -12,6 +12,17 @@
 namespace fastasr {
 namespace {
 
+// Runs f(block, part) for each block of rows; f writes a number per channel to its part, and their sums over the blocks
+// go to `sums`. Where that is null, so is part.
+template <typename T, typename F>
+void sum_parts(const RowBlocks& blocks, int64_t channels, T* sums, const F& f) {
+  const Scratch<cpu::compute_t<T>> parts(sums ? std::max<int64_t>(1, blocks.count * channels) : 1);
+  blocks.parallel(channels, [&](int64_t b, int64_t e) {
+    for (int64_t k = b; k < e; k++) f(k, sums ? parts.data() + k * channels : nullptr);
+  });
+  if (sums) reduce_blocks<T>(parts.data(), blocks.count, channels, sums);
+}
+
 // ---------------------------------------------------------------- bypass
 
 int64_t bypass_rows(const Tensor& x_orig, const Tensor& x, const Tensor& scale, const char* op) {
@@ -52,15 +63,10 @@ std::tuple<Tensor, Tensor, Tensor> bypass_backward(const Tensor& grad, const Ten
     T *dop = mutable_data<T>(dx_orig), *dxp = mutable_data<T>(dx);
     const auto& kernel = cpu::kernels<cpu::BypassKernels<T>>();
     const RowBlocks blocks(rows, period);
-    std::vector<cpu::compute_t<T>> parts(blocks.count * period);
-    blocks.parallel(period, [&](int64_t b, int64_t e) {
-      for (int64_t k = b; k < e; k++) {
-        const int64_t at = blocks.begin(k) * period;
-        kernel.backward(gp + at, op + at, xp + at, sp, dop + at, dxp + at, parts.data() + k * period, blocks.size(k),
-                        period);
-      }
+    sum_parts(blocks, period, mutable_data<T>(dscale), [&](int64_t k, auto* part) {
+      const int64_t at = blocks.begin(k) * period;
+      kernel.backward(gp + at, op + at, xp + at, sp, dop + at, dxp + at, part, blocks.size(k), period);
     });
-    reduce_blocks<T>(parts.data(), blocks.count, period, mutable_data<T>(dscale));
   });
   return {dx_orig, dx, dscale};
 }
@@ -107,21 +113,15 @@ std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const 
   Tensor dlog_scale = new_like(log_scale);
   with_kernel_type(x.scalar_type(), "bias_norm_backward", [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::BiasNormKernels<T>>();
-    using C = cpu::compute_t<T>;
     const T *gp = data<T>(grad), *xp = data<T>(x), *bp = data<T>(bias);
     T* dp = mutable_data<T>(dx);
     const double scale = scale_of(log_scale);
     const RowBlocks blocks(rows, channels);
-    std::vector<C> parts(blocks.count * channels);
     std::vector<double> scale_parts(blocks.count);
-    blocks.parallel(channels, [&](int64_t b, int64_t e) {
-      for (int64_t k = b; k < e; k++) {
-        const int64_t at = blocks.begin(k) * channels;
-        kernel.backward(gp + at, xp + at, bp, scale, dp + at, parts.data() + k * channels, &scale_parts[k],
-                        blocks.size(k), channels);
-      }
+    sum_parts(blocks, channels, mutable_data<T>(dbias), [&](int64_t k, auto* part) {
+      const int64_t at = blocks.begin(k) * channels;
+      kernel.backward(gp + at, xp + at, bp, scale, dp + at, part, &scale_parts[k], blocks.size(k), channels);
     });
-    reduce_blocks<T>(parts.data(), blocks.count, channels, mutable_data<T>(dbias));
     double sum = 0;
     for (double v : scale_parts) sum += v;
     with_kernel_type(log_scale.scalar_type(), "bias_norm_backward", [&]<typename S>() {
@@ -169,19 +169,13 @@ std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const 
   }
   with_kernel_type(z.scalar_type(), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::LinearActivationKernels<T>>();
-    using C = cpu::compute_t<T>;
     const T *g = data<T>(grad), *from = data<T>(z);
     T* to = mutable_data<T>(dz);
     const RowBlocks blocks(rows, channels);
-    const Scratch<C> parts(need_bias ? std::max<int64_t>(1, blocks.count * channels) : 1);
-    blocks.parallel(channels, [&](int64_t b, int64_t e) {
-      for (int64_t k = b; k < e; k++) {
-        const int64_t at = blocks.begin(k) * channels;
-        kernel.backward(static_cast<int>(activation), g + at, from + at, to + at,
-                        need_bias ? parts.data() + k * channels : nullptr, blocks.size(k), channels);
-      }
+    sum_parts(blocks, channels, need_bias ? mutable_data<T>(dbias) : nullptr, [&](int64_t k, auto* part) {
+      const int64_t at = blocks.begin(k) * channels;
+      kernel.backward(static_cast<int>(activation), g + at, from + at, to + at, part, blocks.size(k), channels);
     });
-    if (need_bias) reduce_blocks<T>(parts.data(), blocks.count, channels, mutable_data<T>(dbias));
   });
   return {dz, dbias};
 }

@@ -3,12 +3,10 @@
 
 #include <algorithm>
 
-#include "cuda/complex_ema_coefficients.cuh"
 #include "cuda/ema_coefficients.cuh"
 #include "cuda/ema_scan.h"
 
-// Plans and launches of the EMA scan, real and complex; the kernels are in scan_tile.cuh, ema_coefficients.cuh and
-// complex_ema_coefficients.cuh.
+// Plans and launches of the EMA scan, real and complex; the kernels are in scan_tile.cuh and ema_coefficients.cuh.
 //
 // One block per 32 channels of a batch row walks all of time: x is read once and y written once. Where that gives fewer
 // blocks than a large GPU has multiprocessors, time is cut into segments: their ends are computed first (x is read a
@@ -64,6 +62,7 @@ template <typename Q, typename P>
 class EmaScan {
  public:
   using C = typename StateTraits<Q>::Real;
+  using Stored = std::conditional_t<StateTraits<Q>::kParts == 1, P, Complex<P>>;  // a state in memory
   static constexpr int kStates = StateTraits<Q>::kStates, kParts = StateTraits<Q>::kParts;
 
   EmaScan(Pass pass, const FastasrEmaScan& scan, void* stream)
@@ -154,13 +153,10 @@ class EmaScan {
       finish.parts = p.parts;
       finish.blocks = blocks;
     }
-    const int64_t blocks = ceil_div(s_.channels, 32) * (groups_ * kStates + 1);
-    if constexpr (kParts == 1) {
-      start(&finish_gradients<P>, blocks, 256, 2 * 8 * 32 * sizeof(double), finish);
-    } else {
-      const int64_t rows = directions_ * s_.channels;
-      finish.by_angle = workspace_.template take<double>(rows * s_.states);
-      start(&finish_complex_gradients<P>, blocks, 256, 4 * 8 * 32 * sizeof(double), finish);
+    const int64_t blocks = ceil_div(s_.channels, 32) * (groups_ * kStates + 1), rows = directions_ * s_.channels;
+    if (kParts == 2) finish.by_angle = workspace_.template take<double>(rows * s_.states);
+    start(&finish_gradients<Stored>, blocks, 256, 2 * kParts * 8 * 32 * sizeof(double), finish);
+    if constexpr (kParts == 2) {
       const AngleParameters<P> angles{rows, s_.states, finish.by_angle, finish.expansion, finish.dexpansion};
       start(&add_angles<P>, ceil_div(rows, kFlatThreads), kFlatThreads, 0, angles);
     }
@@ -196,12 +192,7 @@ class EmaScan {
                         pointer(s_.state),
                         s_.mask,
                         static_cast<P*>(final_state)};
-    void (*kernel)(StepParameters<P>);
-    if constexpr (kParts == 1)
-      kernel = &scan_step<P>;
-    else
-      kernel = &complex_scan_step<P>;
-    start(kernel, ceil_div(s_.batch * s_.channels, kFlatThreads), kFlatThreads, 0, p);
+    start(&scan_step<Stored>, ceil_div(s_.batch * s_.channels, kFlatThreads), kFlatThreads, 0, p);
     return error_;
   }
 
@@ -223,12 +214,7 @@ class EmaScan {
                                   pointer(s_.projection),
                                   pointer(s_.residual),
                                   coefficients_};
-    void (*kernel)(CoefficientParameters<C, P>);
-    if constexpr (kParts == 1)
-      kernel = &prepare_coefficients<C, P>;
-    else
-      kernel = &prepare_complex_coefficients<C, P>;
-    start(kernel, ceil_div(states, kFlatThreads), kFlatThreads, 0, p);
+    start(&prepare_coefficients<Q, P>, ceil_div(states, kFlatThreads), kFlatThreads, 0, p);
   }
 
   // A dense sequence in the order of `order`'s strides.

@@ -15,13 +15,13 @@ struct FastasrSequence {
   int64_t time, batch, channel;
 };
 
-// The complex scan has the same form: `damping` is alpha, `decay` delta, `expansion` theta (rows), `projection` gamma
+// Where `complex` is not 0, `damping` is alpha, `decay` delta, `expansion` theta (rows), `projection` gamma
 // (rows, states, 2), and states are (batch, channels, states, 2).
 //
 // Parameters, residual and states are contiguous, in float (double where dtype is double). Sizes and options as in
 // fastasr/ops/ema_scan.py; rows of the parameters: channels, twice that for direction 2.
 struct FastasrEmaScan {
-  int dtype;
+  int dtype, complex;
   int64_t length, batch, channels, states, truncation;
   int direction, activation;
   FastasrSequence x;
@@ -44,11 +44,5 @@ int64_t fastasr_cuda_ema_scan_backward_workspace(const FastasrEmaScan* scan, con
 // final_state is (batch, channels, states) or null.
 int fastasr_cuda_ema_scan_forward(const FastasrEmaScan* scan, FastasrSequence y, void* final_state, void* stream);
 int fastasr_cuda_ema_scan_backward(const FastasrEmaScan* scan, const FastasrEmaScanGrads* grads, void* stream);
-
-int64_t fastasr_cuda_complex_ema_scan_forward_workspace(const FastasrEmaScan* scan);
-int64_t fastasr_cuda_complex_ema_scan_backward_workspace(const FastasrEmaScan* scan, const FastasrEmaScanGrads* grads);
-int fastasr_cuda_complex_ema_scan_forward(const FastasrEmaScan* scan, FastasrSequence y, void* final_state,
-                                          void* stream);
-int fastasr_cuda_complex_ema_scan_backward(const FastasrEmaScan* scan, const FastasrEmaScanGrads* grads, void* stream);
 
 }  // extern "C"

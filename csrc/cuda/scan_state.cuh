@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/number.cuh"
 
 // Arithmetic of a scan's states. A state type has the operations below; the scan kernel is written in them, so that
@@ -30,9 +32,18 @@ struct StateTraits<Complex<C>> {
   static constexpr bool kDifference = true;
 };
 
+// The type of a state that is computed in double.
+template <typename Q>
+using Wide = std::conditional_t<StateTraits<Q>::kParts == 1, double, Complex<double>>;
+
 template <typename C>
 FASTASR_HD C multiply(C a, C b) {
   return a * b;
+}
+// s a for a real s
+template <typename C>
+FASTASR_HD C scaled(C s, C a) {
+  return s * a;
 }
 // a b + c
 template <typename C>
@@ -79,6 +90,14 @@ template <typename C>
 FASTASR_HD void write_state(C* p, int64_t, C v) {
   *p = v;
 }
+template <typename C>
+FASTASR_HD double widen(C q) {
+  return static_cast<double>(q);
+}
+template <typename C>
+FASTASR_HD C narrow(double q) {
+  return static_cast<C>(q);
+}
 
 // from the gradient of a state to its derivative, d loss = Re(derivative · change), and back
 template <typename C>
@@ -89,6 +108,10 @@ FASTASR_HD C conjugate(C q) {
 template <typename C>
 FASTASR_HD Complex<C> multiply(Complex<C> a, Complex<C> b) {
   return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+}
+template <typename C>
+FASTASR_HD Complex<C> scaled(C s, Complex<C> a) {
+  return {s * a.re, s * a.im};
 }
 template <typename C>
 FASTASR_HD Complex<C> multiply_add(Complex<C> a, Complex<C> b, Complex<C> c) {
@@ -132,6 +155,14 @@ FASTASR_HD Complex<C> read_state(const C* p, int64_t pitch, Complex<C>) {
 template <typename C>
 FASTASR_HD void write_state(C* p, int64_t pitch, Complex<C> v) {
   p[0] = v.re, p[pitch] = v.im;
+}
+template <typename C>
+FASTASR_HD Complex<double> widen(Complex<C> q) {
+  return {static_cast<double>(q.re), static_cast<double>(q.im)};
+}
+template <typename C>
+FASTASR_HD Complex<C> narrow(Complex<double> q) {
+  return {static_cast<C>(q.re), static_cast<C>(q.im)};
 }
 template <typename C>
 FASTASR_HD Complex<C> conjugate(Complex<C> q) {

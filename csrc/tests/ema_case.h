@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <complex>
 #include <string>
 #include <utility>
 
@@ -56,16 +57,20 @@ struct Sequence {
   }
 };
 
-template <typename T>
+// The four parameters, states and results are those of the real average, or of the complex one: alpha, delta, theta and
+// gamma in the order of the real ones, real and imaginary parts as the last dimension.
+template <typename T, bool complex = false>
 struct EmaCase {
   using C = compute_t<T>;
+  static constexpr int64_t kParts = complex ? 2 : 1;
   EmaOptions o;
   Random random;
-  int64_t parameters = o.rows() * o.states, states = o.batch * o.channels * o.states;
+  int64_t parameters = o.rows() * o.states, angles = complex ? o.rows() : parameters;
+  int64_t states = kParts * o.batch * o.channels * o.states;
   Sequence<T> x, grad, y, dx;
-  Buffer<C> damping{parameters, 1}, decay{parameters}, expansion{parameters}, projection{parameters},
+  Buffer<C> damping{parameters, 1}, decay{parameters}, expansion{angles}, projection{kParts * parameters},
       residual{o.channels}, state{states}, grad_state{states}, final_state{states};
-  Buffer<C> ddamping{parameters}, ddecay{parameters}, dexpansion{parameters}, dprojection{parameters},
+  Buffer<C> ddamping{parameters}, ddecay{parameters}, dexpansion{angles}, dprojection{kParts * parameters},
       dresidual{o.channels}, dstate{states};
   Buffer<uint8_t> mask{o.batch * o.length};
 
@@ -96,35 +101,63 @@ struct EmaCase {
 };
 
 // Computes everything in long double, one channel of one row at a time, and calls check(name, got, expected sum, index)
-// for each element of the results. Kernels are k_j = sum over n of c b q^j.
-template <typename T, typename F>
-void each_result(EmaCase<T>& c, const F& check) {
+// for each element of the results. Kernels are k_j = Re sum over n of c b q^j. Complex numbers are derivatives D for
+// which d loss = Re(D change), until they are compared.
+template <typename T, bool complex, typename F>
+void each_result(EmaCase<T, complex>& c, const F& check) {
   using Real = long double;
+  using Z = std::conditional_t<complex, std::complex<Real>, Real>;
+  struct Sized {
+    Z value = 0;
+    Real size = 0;
+    void add(Z term, Real of) { value += term, size += of; }
+  };
+  constexpr int64_t kParts = complex ? 2 : 1;
   const EmaOptions& o = c.o;
   const int64_t L = o.length, N = o.states, taps = o.truncation > 0 ? std::min(o.truncation, L) : L;
-  const Real root = 1 / std::sqrt(Real(N));
-  struct Coefficients {
-    Real p, a, q, beta, gamma, q_k, slope_k;
+  const Real root = 1 / std::sqrt(Real(N)), turn = 2 * std::acos(Real(-1)) / Real(N);
+  const auto read = [](auto& from, int64_t i) -> Z {
+    if constexpr (complex) return {from(2 * i), from(2 * i + 1)};
+    return from(i);
   };
-  const auto coefficients = [&](int64_t i) -> Coefficients {
-    const Real p = logistic(c.damping(i)), a = logistic(c.decay(i)), q = 1 - p * a;
-    return {p,
-            a,
-            q,
-            p * c.expansion(i),
-            root * c.projection(i),
-            std::pow(q, Real(taps)),
-            Real(taps) * std::pow(q, Real(taps - 1))};
+  // Checks number i; sign -1: the kernel writes its conjugate.
+  const auto check_number = [&](const char* name, auto& got, int64_t i, const Sized& of, Real sign = 1) {
+    check(name, got[kParts * i], Sum{std::real(of.value), of.size}, kParts * i);
+    if constexpr (complex) check(name, got[2 * i + 1], Sum{sign * of.value.imag(), of.size}, 2 * i + 1);
+  };
+  struct Coefficients {
+    Real p, a, radius, b;
+    Z phase, q, w, q_k, slope_k;
+  };
+  const auto coefficients = [&](int64_t row, int64_t n) -> Coefficients {
+    const int64_t i = row * N + n;
+    const Real p = logistic(c.damping(i)), a = logistic(c.decay(i)), r = 1 - p * a;
+    const Z w = root * read(c.projection, i);
+    if constexpr (complex) {
+      const Real angle = Real(n + 1) * logistic(c.expansion(row)) * turn, k = Real(taps);
+      return {p,
+              a,
+              r,
+              p,
+              std::polar(Real(1), angle),
+              std::polar(r, angle),
+              w,
+              std::polar(std::pow(r, k), k * angle),
+              k * std::polar(std::pow(r, k - 1), (k - 1) * angle)};
+    } else {
+      return {p, a, r, p * c.expansion(i), 1, r, w, std::pow(r, Real(taps)), Real(taps) * std::pow(r, Real(taps - 1))};
+    }
   };
   for (int64_t d = 0; d < o.channels; d++) {
-    std::vector<Sum> of_q(size_t(o.halves() * N)), of_b(of_q), of_c(of_q);
+    std::vector<Sized> of_q(size_t(o.halves() * N)), of_c(of_q);
+    std::vector<Sum> of_b(of_q.size());
     Sum of_residual;
     const Real omega = o.residual ? c.residual(d) : 0;
     for (int64_t b = 0; b < o.batch; b++) {
       std::vector<Sum> z(size_t(L), Sum{}), dx(z);
       Reals in(size_t(L), 0), g(in), g_size(in);
       struct State {
-        std::vector<Sum> h, v;
+        std::vector<Sized> h, v;
       };
       std::vector<State> states(of_q.size());
       for (int64_t t = 0; t < L; t++) {
@@ -133,103 +166,84 @@ void each_result(EmaCase<T>& c, const F& check) {
       }
       for (int64_t half = 0; half < o.halves(); half++)
         for (int64_t n = 0; n < N; n++) {
-          const auto [p, a, q, beta, gamma, q_k, slope_k] = coefficients((half * o.channels + d) * N + n);
+          const Coefficients k = coefficients(half * o.channels + d, n);
           const int64_t at_state = (b * o.channels + d) * N + n;
           State& s = states[half * N + n];
-          Sum h, v;
-          h.add(o.state ? c.state(at_state) : 0);
-          for (int64_t k = 0; k < L; k++) {
-            const Real x = in[o.time(half, k)], late = k >= taps ? in[o.time(half, k - taps)] : 0;
-            v = {q * v.value + h.value - slope_k * beta * late, q * v.size + h.size + std::fabs(slope_k * beta * late)};
-            h = {q * h.value + beta * (x - q_k * late),
-                 q * h.size + std::fabs(beta) * (std::fabs(x) + std::fabs(q_k * late))};
+          Sized h, v;
+          if (o.state) h.add(read(c.state, at_state), std::abs(read(c.state, at_state)));
+          for (int64_t step = 0; step < L; step++) {
+            const Real x = in[o.time(half, step)], late = step >= taps ? in[o.time(half, step - taps)] : 0;
+            v = {k.q * v.value + h.value - k.slope_k * k.b * late,
+                 k.radius * v.size + h.size + std::abs(k.slope_k * k.b * late)};
+            h = {k.q * h.value + k.b * (x - k.q_k * late),
+                 k.radius * h.size + std::fabs(k.b) * (std::fabs(x) + std::abs(k.q_k * late))};
             s.h.push_back(h), s.v.push_back(v);
-            z[o.time(half, k)].add(gamma * h.value, std::fabs(gamma) * h.size);
+            z[o.time(half, step)].add(std::real(k.w * h.value), std::abs(k.w) * h.size);
           }
-          if (o.state) check("final_state", c.final_state[at_state], h, at_state);
+          if (o.state) check_number("final_state", c.final_state, at_state, h);
         }
       for (int64_t t = 0; t < L; t++) {
         const Activated out = activated(o.activation, z[t].value);
         check("y", c.y.at(t, b, d), Sum{out.value, z[t].size}, t);
         const Real dy = c.grad(t, b, d), x = c.x(t, b, d);
-        g[t] = dy * out.slope, g_size[t] = std::fabs(dy) * (1 + z[t].size);  // the error of z shifts the slope
+        // the error of z shifts the slope
+        g[t] = dy * out.slope, g_size[t] = std::fabs(dy) * (o.activation == kIdentity ? 1 : 1 + z[t].size);
         of_residual.add(g[t] * x, g_size[t] * std::fabs(x));
         dx[t].add(omega * g[t], std::fabs(omega) * g_size[t]);
       }
       for (int64_t half = 0; half < o.halves(); half++)
         for (int64_t n = 0; n < N; n++) {
-          const auto [p, a, q, beta, gamma, q_k, slope_k] = coefficients((half * o.channels + d) * N + n);
+          const Coefficients k = coefficients(half * o.channels + d, n);
           const int64_t j = half * N + n, at_state = (b * o.channels + d) * N + n;
           const State& s = states[j];
-          Sum e;
-          e.add(o.state ? c.grad_state(at_state) : 0);
-          if (o.state && L > 0) of_q[j].add(e.value * s.v.back().value, e.size * s.v.back().size);
-          for (int64_t k = L; k-- > 0;) {
-            const int64_t t = o.time(half, k);
-            of_c[j].add(g[t] * s.h[k].value, g_size[t] * s.h[k].size);
-            of_q[j].add(gamma * g[t] * s.v[k].value, std::fabs(gamma) * g_size[t] * s.v[k].size);
-            const int64_t u = k + taps < L ? o.time(half, k + taps) : -1;
-            const Real late = u < 0 ? 0 : q_k * g[u], late_size = u < 0 ? 0 : q_k * g_size[u];
-            const Sum lambda{e.value + gamma * (g[t] - late), e.size + std::fabs(gamma) * (g_size[t] + late_size)};
-            of_b[j].add(lambda.value * in[t], lambda.size * std::fabs(in[t]));
-            if (!(o.mask && c.mask[b * L + t])) dx[t].add(beta * lambda.value, std::fabs(beta) * lambda.size);
-            e = {q * lambda.value, q * lambda.size};
+          Sized e;
+          if (o.state) {
+            if constexpr (complex)
+              e.value = std::conj(read(c.grad_state, at_state));
+            else
+              e.value = read(c.grad_state, at_state);
+            e.size = std::abs(e.value);
+            if (L > 0) of_q[j].add(e.value * s.v.back().value, e.size * s.v.back().size);
           }
-          if (o.state) check("dstate", c.dstate[at_state], e, at_state);
+          for (int64_t step = L; step-- > 0;) {
+            const int64_t t = o.time(half, step), u = step + taps < L ? o.time(half, step + taps) : -1;
+            of_c[j].add(g[t] * s.h[step].value, g_size[t] * s.h[step].size);
+            of_q[j].add(k.w * g[t] * s.v[step].value, std::abs(k.w) * g_size[t] * s.v[step].size);
+            const Z late = u < 0 ? Z(0) : k.q_k * g[u];
+            const Real late_size = u < 0 ? 0 : std::abs(k.q_k) * g_size[u];
+            const Sized lambda{e.value + k.w * (g[t] - late), e.size + std::abs(k.w) * (g_size[t] + late_size)};
+            of_b[j].add(std::real(lambda.value) * in[t], lambda.size * std::fabs(in[t]));
+            if (!(o.mask && c.mask[b * L + t])) dx[t].add(k.b * std::real(lambda.value), std::fabs(k.b) * lambda.size);
+            e = {k.q * lambda.value, k.radius * lambda.size};
+          }
+          if (o.state) check_number("dstate", c.dstate, at_state, e, -1);
         }
       for (int64_t t = 0; t < L; t++) check("dx", c.dx.at(t, b, d), dx[t], t);
     }
     if (o.residual) check("dresidual", c.dresidual[d], of_residual, d);
-    for (int64_t half = 0; half < o.halves(); half++)
+    for (int64_t half = 0; half < o.halves(); half++) {
+      const int64_t row = half * o.channels + d;
+      Sum dtheta;
       for (int64_t n = 0; n < N; n++) {
-        const int64_t i = (half * o.channels + d) * N + n;
-        const Real p = logistic(c.damping(i)), a = logistic(c.decay(i)), beta = c.expansion(i);
-        const Real pp = p * (1 - p), aa = a * (1 - a);
-        const Sum of[] = {of_q[half * N + n], of_b[half * N + n], of_c[half * N + n]};
-        check("dprojection", c.dprojection[i], Sum{of[2].value * root, of[2].size * root}, i);
-        check("dexpansion", c.dexpansion[i], Sum{of[1].value * p, of[1].size * p}, i);
-        check("ddecay", c.ddecay[i], Sum{-of[0].value * p * aa, of[0].size * p * aa}, i);
+        const int64_t i = row * N + n, j = half * N + n;
+        const Coefficients k = coefficients(row, n);
+        const Real beta = complex ? 1 : c.expansion(i), pp = k.p * (1 - k.p), aa = k.a * (1 - k.a);
+        const Real dr = std::real(of_q[j].value * k.phase), size = of_q[j].size;
+        check_number("dprojection", c.dprojection, i, {of_c[j].value * root, of_c[j].size * root}, -1);
+        check("ddecay", c.ddecay[i], Sum{-dr * k.p * aa, size * k.p * aa}, i);
         check("ddamping", c.ddamping[i],
-              Sum{(of[1].value * beta - of[0].value * a) * pp, (of[1].size * std::fabs(beta) + of[0].size * a) * pp},
-              i);
+              Sum{(of_b[j].value * beta - dr * k.a) * pp, (of_b[j].size * std::fabs(beta) + size * k.a) * pp}, i);
+        if constexpr (complex)
+          dtheta.add(-Real(n + 1) * std::imag(of_q[j].value * k.q), Real(n + 1) * size * k.radius);
+        else
+          check("dexpansion", c.dexpansion[i], Sum{of_b[j].value * k.p, of_b[j].size * k.p}, i);
       }
+      if constexpr (complex) {
+        const Real s = logistic(c.expansion(row)), ss = turn * s * (1 - s);
+        check("dexpansion", c.dexpansion[row], Sum{dtheta.value * ss, dtheta.size * ss}, row);
+      }
+    }
   }
 }
-
-// The complex scan. Numbers are drawn in float, so that float and double get the same.
-template <typename T>
-struct ComplexEmaCase {
-  using C = compute_t<T>;
-  EmaOptions o;
-  Random random{7};
-  int64_t parameters = o.rows() * o.states, states = 2 * o.batch * o.channels * o.states;
-  Sequence<T> x{o, o.layout, 1}, grad{o, o.layout, 3}, y{o, o.layout, 1}, dx{o, o.layout, 2};
-  Buffer<C> alpha{parameters, 1}, delta{parameters}, theta{o.rows()}, gamma{2 * parameters}, residual{o.channels},
-      state{states}, grad_state{states}, final_state{states};
-  Buffer<C> dalpha{parameters}, ddelta{parameters}, dtheta{o.rows()}, dgamma{2 * parameters}, dresidual{o.channels},
-      dstate{states};
-  Buffer<uint8_t> mask{o.batch * o.length};
-
-  explicit ComplexEmaCase(const EmaOptions& options) : o(options) {
-    const auto draw = [&](auto& b) {
-      for (int64_t i = 0; i < b.size(); i++)
-        b[i] = make<std::decay_t<decltype(b[0])>>(static_cast<float>(2 * random.uniform() - 1));
-    };
-    draw(x.data), draw(grad.data);
-    for (Buffer<C>* b : {&alpha, &delta, &theta, &gamma, &residual, &state, &grad_state}) draw(*b);
-    for (int64_t i = 0; i < mask.size(); i++) mask[i] = random.uniform() < 0.3;
-  }
-  C* if_residual(Buffer<C>& b) { return o.residual ? b.data() : nullptr; }
-  C* if_state(Buffer<C>& b) { return o.state ? b.data() : nullptr; }
-  uint8_t* mask_or_null() { return o.mask ? mask.data() : nullptr; }
-  // Calls f(name, result, the other case's result) for each result that the options ask for.
-  template <typename Other, typename F>
-  void each_result(Other& other, const F& f) {
-    f("y", y.data, other.y.data), f("dx", dx.data, other.dx.data), f("dalpha", dalpha, other.dalpha);
-    f("ddelta", ddelta, other.ddelta), f("dtheta", dtheta, other.dtheta), f("dgamma", dgamma, other.dgamma);
-    if (o.residual) f("dresidual", dresidual, other.dresidual);
-    if (o.state) f("final_state", final_state, other.final_state), f("dstate", dstate, other.dstate);
-  }
-};
 
 }  // namespace fastasr::test

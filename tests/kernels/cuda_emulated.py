@@ -29,6 +29,7 @@ class _Sequence(Structure):
 class _Scan(Structure):
     _fields_ = [
         ("dtype", c_int),
+        ("complex", c_int),
         *((name, c_int64) for name in ("length", "batch", "channels", "states", "truncation")),
         ("direction", c_int),
         ("activation", c_int),
@@ -61,18 +62,13 @@ def build(folder: Path) -> ctypes.CDLL:
     # fused multiply-add, if the machine has it: nvcc contracts in the same way
     fused = ["-mfma", "-ffp-contract=fast"] if capability.startswith("AVX") else []
     command = [compiler(), "-std=c++20", "-O2", *fused, "-w", "-shared", "-fPIC", f"-I{CSRC}"]
-    subprocess.run([*command, str(CSRC / "tests" / "cuda_emulated.cpp"), "-o", str(target)], check=True)
+    subprocess.run([*command, "-x", "c++", str(CSRC / "cuda" / "ema_scan.cu"), "-o", str(target)], check=True)
     library = ctypes.CDLL(str(target))
-    for op in OPS:
-        _function(library, op, "forward").argtypes = [POINTER(_Scan), _Sequence, c_void_p, c_void_p]
-        _function(library, op, "backward").argtypes = [POINTER(_Scan), POINTER(_Grads), c_void_p]
-        for name in ("forward", "backward"):
-            _function(library, op, f"{name}_workspace").restype = c_int64
+    library.fastasr_cuda_ema_scan_forward.argtypes = [POINTER(_Scan), _Sequence, c_void_p, c_void_p]
+    library.fastasr_cuda_ema_scan_backward.argtypes = [POINTER(_Scan), POINTER(_Grads), c_void_p]
+    library.fastasr_cuda_ema_scan_forward_workspace.restype = c_int64
+    library.fastasr_cuda_ema_scan_backward_workspace.restype = c_int64
     return library
-
-
-def _function(library: ctypes.CDLL, op: str, name: str):
-    return getattr(library, f"fastasr_cuda_{op}_{name}")
 
 
 def _pointer(t: Tensor | None) -> int | None:
@@ -92,6 +88,7 @@ def _scan(
     parameters = map(_pointer, (damping, decay, expansion, projection, residual, state, mask))
     return _Scan(
         DTYPES[x.dtype],
+        projection.dim() == 3,
         *sizes,
         damping.shape[1],
         truncation,
@@ -102,32 +99,29 @@ def _scan(
     )
 
 
-def _forward(library: ctypes.CDLL, op: str, x: Tensor, damping: Tensor, *rest) -> tuple[Tensor, Tensor]:
+def _forward(library: ctypes.CDLL, x: Tensor, damping: Tensor, *rest) -> tuple[Tensor, Tensor]:
     *options, need_state = rest
     scan, layout = _scan(x, damping, *options), options[-1]
     y = x.new_empty(x.shape)
-    shape = (x.shape[AXES[layout][1]], x.shape[AXES[layout][2]], damping.shape[1])
-    shape += (2,) if op == "complex_ema_scan" else ()
+    shape = (scan.batch, scan.channels, scan.states, 2)[: 4 if scan.complex else 3]
     final = damping.new_empty(shape if need_state else 0)
-    workspace = x.new_empty(_function(library, op, "forward_workspace")(byref(scan)), dtype=torch.uint8)
+    workspace = x.new_empty(library.fastasr_cuda_ema_scan_forward_workspace(byref(scan)), dtype=torch.uint8)
     scan.workspace = workspace.data_ptr()
     state = final.data_ptr() if need_state else None
-    assert _function(library, op, "forward")(byref(scan), _sequence(y, layout), state, None) == 0
+    assert library.fastasr_cuda_ema_scan_forward(byref(scan), _sequence(y, layout), state, None) == 0
     return y, final
 
 
-def _backward(
-    library: ctypes.CDLL, op: str, grad: Tensor, grad_state: Tensor | None, *inputs
-) -> tuple[Tensor, ...]:
+def _backward(library: ctypes.CDLL, grad: Tensor, grad_state: Tensor | None, *inputs) -> tuple[Tensor, ...]:
     scan, layout = _scan(*inputs), inputs[-1]
     grads = [None if t is None else t.new_empty(t.shape) for t in inputs[:7]]
     descriptor = _Grads(
         _sequence(grad, layout), _pointer(grad_state), _sequence(grads[0], layout), *map(_pointer, grads[1:])
     )
-    size = _function(library, op, "backward_workspace")(byref(scan), byref(descriptor))
+    size = library.fastasr_cuda_ema_scan_backward_workspace(byref(scan), byref(descriptor))
     workspace = grad.new_empty(size, dtype=torch.uint8)
     scan.workspace = workspace.data_ptr()
-    assert _function(library, op, "backward")(byref(scan), byref(descriptor), None) == 0
+    assert library.fastasr_cuda_ema_scan_backward(byref(scan), byref(descriptor), None) == 0
     return tuple(grad.new_empty(0) if g is None else g for g in grads)
 
 
@@ -135,7 +129,7 @@ def _backward(
 def serving(library: ctypes.CDLL, op: str):
     """Makes the emulated kernels, on CPU tensors, the op's only ones inside the ``with`` block."""
     family = _dispatch.FAMILIES[op]
-    kernels = _dispatch.Kernels("cuda", partial(_forward, library, op), partial(_backward, library, op))
+    kernels = _dispatch.Kernels("cuda", partial(_forward, library), partial(_backward, library))
     emulated = _dispatch.Implementation("cuda", ("cpu",), _dispatch.FLOATING, str, lambda: kernels)
     before, family.implementations = family.implementations, (emulated,)
     _dispatch._forget()

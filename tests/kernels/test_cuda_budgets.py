@@ -5,7 +5,8 @@ compiled for, against ``cuda_budgets.toml``. GPUs of capability 8.6 and 8.9 run 
     python tests/kernels/test_cuda_budgets.py     prints the file for the library as it is built
 
 No GPU is needed: ``cuobjdump`` (of the CUDA toolkit, or of Triton's wheel) reads them from the library. A stack is
-where spilled registers go, so it must be 0. Dynamic shared memory is the launchers' choice: csrc/tests/cuda_bodies.cpp.
+where spilled registers go, so it must be 0. Dynamic shared memory is the launchers' choice:
+csrc/tests/cuda_ema_scan.cpp.
 """
 
 import re

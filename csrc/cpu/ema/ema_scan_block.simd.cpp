@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/ema/ema_scan_block.h"
+#include "cpu/ema/ema_scan.h"
 
 #include "cpu/simd/vectors.simd.h"
 
@@ -144,7 +144,7 @@ void gradient(const EmaGradient<C>& a) {
 // more than the latency of the three that a state waits for.
 constexpr int kComplexGroup = 2;
 
-// Computes q (r + i sqrt(-1)), from q as ema_scan_block.h defines it for complex numbers.
+// Computes q (r + i sqrt(-1)), from q as EmaBlocks defines it for complex numbers.
 template <typename C>
 FASTASR_INLINE Vector<C> turned_re(Vector<C> d, Vector<C> e, Vector<C> d_low, Vector<C> e_low, Vector<C> r,
                                    Vector<C> i) {

@@ -28,13 +28,12 @@ template <typename C>
 struct RealNumbers {
   static constexpr int64_t width = 1;
   static constexpr bool precise = false;  // no low and polar
-  using Parameters = EmaParameters<C>;
-  using Gradients = EmaParameterGradients<C>;
 
   static const EmaBlock<C>& block() { return kernels<EmaBlocks<C>>().real; }
 
   // Packs m channels from row `first` on. In the unit form, b becomes a factor of c.
-  static void pack(const Parameters& p, int64_t first, int64_t m, int64_t states, bool unit, const EmaArrays<C*>& to) {
+  static void pack(const EmaParameters<C>& p, int64_t first, int64_t m, int64_t states, bool unit,
+                   const EmaArrays<C*>& to) {
     const int64_t at = first * states;
     std::vector<C> natural(static_cast<size_t>(3 * m * states));
     C *nd = natural.data(), *nb = nd + m * states, *nc = nb + m * states;
@@ -81,8 +80,8 @@ struct RealNumbers {
 
   // of_h and of_v are the sums of g h and g v, of_b is the gradient of b, and `direct` is what the final state adds to
   // the gradient of q. The unit form has neither of the last two.
-  static void finish(const Parameters& p, int64_t first, int64_t m, int64_t states, bool unit, const double* of_h,
-                     const double* of_v, const double* of_b, const double* direct, const Gradients& gradients) {
+  static void finish(const EmaParameters<C>& p, int64_t first, int64_t m, int64_t states, bool unit, const double* of_h,
+                     const double* of_v, const double* of_b, const double* direct, const EmaGradients<C>& gradients) {
     const int64_t at = first * states;
     const double scale = 1.0 / std::sqrt(static_cast<double>(states));
     std::vector<double> natural(static_cast<size_t>(3 * m * states));
@@ -103,17 +102,13 @@ struct RealNumbers {
                                                 gradients.damping + at, gradients.decay + at, gradients.expansion + at,
                                                 gradients.projection + at, m * states);
   }
-  static void clear(const Gradients& g, int64_t rows, int64_t states) {
-    for (C* p : {g.damping, g.decay, g.expansion, g.projection}) std::fill(p, p + rows * states, C(0));
-  }
 };
 
+// The four parameters are alpha, delta, theta and gamma.
 template <typename C>
 struct ComplexNumbers {
   static constexpr int64_t width = 2;
   static constexpr bool precise = sizeof(C) == 8;
-  using Parameters = ComplexEmaParameters<C>;
-  using Gradients = ComplexEmaGradients<C>;
   using Z = std::complex<double>;
 
   static const EmaBlock<C>& block() { return kernels<EmaBlocks<C>>().complex; }
@@ -122,31 +117,32 @@ struct ComplexNumbers {
   // Returns 1 - sigmoid(z): in double as the definition rounds it, else without its cancellation.
   static double less_sigmoid(double z) { return precise ? 1.0 - sigmoid(z) : sigmoid(-z); }
   // The angle of a channel's first state; the others' are multiples of it.
-  static double step_of_angle(const Parameters& p, int64_t channel, int64_t states) {
-    return sigmoid(static_cast<double>(p.theta[channel])) * (kTurn / static_cast<double>(states));
+  static double step_of_angle(const EmaParameters<C>& p, int64_t channel, int64_t states) {
+    return sigmoid(static_cast<double>(p.expansion[channel])) * (kTurn / static_cast<double>(states));
   }
 
   struct Coefficients {
     double p, a, radius, angle;
   };
   // Returns the coefficients of state n (from 0) of one channel.
-  static Coefficients coefficients(const Parameters& p, int64_t channel, int64_t n, int64_t states, double step) {
+  static Coefficients coefficients(const EmaParameters<C>& p, int64_t channel, int64_t n, int64_t states, double step) {
     const int64_t i = channel * states + n;
-    Coefficients k{sigmoid(static_cast<double>(p.alpha[i])), sigmoid(static_cast<double>(p.delta[i])), 0, 0};
+    Coefficients k{sigmoid(static_cast<double>(p.damping[i])), sigmoid(static_cast<double>(p.decay[i])), 0, 0};
     volatile double product = k.p * k.a;  // rounded, and not fused with the subtraction
     k.radius = 1.0 - product;
     k.angle = static_cast<double>(n + 1) * step;
     return k;
   }
 
-  static void pack(const Parameters& p, int64_t first, int64_t m, int64_t states, bool unit, const EmaArrays<C*>& to) {
+  static void pack(const EmaParameters<C>& p, int64_t first, int64_t m, int64_t states, bool unit,
+                   const EmaArrays<C*>& to) {
     const double scale = 1.0 / std::sqrt(static_cast<double>(states));
     double step[kEmaLanes];
     for (int64_t j = 0; j < m; j++) step[j] = step_of_angle(p, first + j, states);
     for (int64_t n = 0; n < states; n++)
       for (int64_t j = 0; j < m; j++) {
         const Coefficients k = coefficients(p, first + j, n, states, step[j]);
-        const C* gamma = p.gamma + ((first + j) * states + n) * 2;
+        const C* gamma = p.projection + ((first + j) * states + n) * 2;
         const double gain = unit ? k.p * scale : scale;
         const int64_t re = 2 * n * kEmaLanes + j, im = re + kEmaLanes;
         if constexpr (!precise) {
@@ -206,37 +202,33 @@ struct ComplexNumbers {
     });
   }
 
-  static void finish(const Parameters& p, int64_t first, int64_t m, int64_t states, bool unit, const double* of_h,
-                     const double* of_v, const double* of_b, const double* direct, const Gradients& gradients) {
+  static void finish(const EmaParameters<C>& p, int64_t first, int64_t m, int64_t states, bool unit, const double* of_h,
+                     const double* of_v, const double* of_b, const double* direct, const EmaGradients<C>& gradients) {
     const double scale = 1.0 / std::sqrt(static_cast<double>(states));
     for (int64_t j = 0; j < m; j++) {
-      const double theta = static_cast<double>(p.theta[first + j]), step = step_of_angle(p, first + j, states);
+      const double theta = static_cast<double>(p.expansion[first + j]), step = step_of_angle(p, first + j, states);
       double dangle = 0;
       for (int64_t n = 0; n < states; n++) {
         const Coefficients k = coefficients(p, first + j, n, states, step);
         const int64_t re = 2 * n * kEmaLanes + j, im = re + kEmaLanes, i = (first + j) * states + n;
         const Z turn(std::cos(k.angle), std::sin(k.angle));
-        const Z c(scale * static_cast<double>(p.gamma[2 * i]), scale * static_cast<double>(p.gamma[2 * i + 1]));
+        const Z c(scale * static_cast<double>(p.projection[2 * i]),
+                  scale * static_cast<double>(p.projection[2 * i + 1]));
         const Z h(of_h[re], of_h[im]), v(of_v[re], of_v[im]);
         const Z dc = unit ? k.p * h : h;
         const double dp = unit ? (c * h).real() : of_b[re];
         const Z dq = (unit ? k.p * c * v : c * v + Z(direct[re], direct[im])) * turn;
         const double dradius = dq.real();
         dangle -= static_cast<double>(n + 1) * (dq.imag() * k.radius);
-        const double p1 = less_sigmoid(static_cast<double>(p.alpha[i]));
-        const double a1 = less_sigmoid(static_cast<double>(p.delta[i]));
-        gradients.alpha[i] = static_cast<C>((dp - dradius * k.a) * k.p * p1);
-        gradients.delta[i] = static_cast<C>(-dradius * k.p * k.a * a1);
-        gradients.gamma[2 * i] = static_cast<C>(scale * dc.real());
-        gradients.gamma[2 * i + 1] = static_cast<C>(-scale * dc.imag());
+        const double p1 = less_sigmoid(static_cast<double>(p.damping[i]));
+        const double a1 = less_sigmoid(static_cast<double>(p.decay[i]));
+        gradients.damping[i] = static_cast<C>((dp - dradius * k.a) * k.p * p1);
+        gradients.decay[i] = static_cast<C>(-dradius * k.p * k.a * a1);
+        gradients.projection[2 * i] = static_cast<C>(scale * dc.real());
+        gradients.projection[2 * i + 1] = static_cast<C>(-scale * dc.imag());
       }
-      gradients.theta[first + j] = static_cast<C>(dangle * step * less_sigmoid(theta));
+      gradients.expansion[first + j] = static_cast<C>(dangle * step * less_sigmoid(theta));
     }
-  }
-  static void clear(const Gradients& g, int64_t rows, int64_t states) {
-    for (C* p : {g.alpha, g.delta}) std::fill(p, p + rows * states, C(0));
-    std::fill(g.theta, g.theta + rows, C(0));
-    std::fill(g.gamma, g.gamma + 2 * rows * states, C(0));
   }
 
  private:

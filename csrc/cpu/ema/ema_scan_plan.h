@@ -40,22 +40,31 @@ struct EmaPlan {
   bool carried() const { return chunks > 1 && truncation == 0; }
 };
 
+// Calls f(i) for each of n tasks.
+template <typename F>
+void each_task(const Parallel& parallel, int64_t n, int64_t work, const F& f) {
+  parallel(n, work, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) f(i);
+  });
+}
+
 template <typename C, template <typename> typename NumbersOf>
 class EmaScan {
  public:
   using Numbers = NumbersOf<C>;
-  using Parameters = typename Numbers::Parameters;
   static constexpr int64_t kBlock = kEmaSteps * kEmaLanes;
 
   // Says how b and c enter the scans. The forward scan computes h itself (in = b, out = c). Without a state the
   // backward scans u = h / b (in = 1, out = b c), so that one sum of dy u serves the gradients of b and of c.
   enum class Form { states, unit };
 
-  EmaScan(const EmaShape& shape, const Parameters& parameters, const EmaCopies<C>& copies, Form form,
-          const Parallel& parallel)
+  EmaScan(const EmaShape& shape, const EmaParameters<C>& parameters, const EmaCopies<C>& copies, const void* x,
+          const EmaStrides& x_strides, Form form, const Parallel& parallel)
       : shape_(shape),
         parameters_(parameters),
         copies_(copies),
+        x_(x),
+        x_strides_(x_strides),
         plan_(shape),
         states_(shape.states),
         rows_(shape.states * Numbers::width * kEmaLanes),
@@ -63,15 +72,14 @@ class EmaScan {
         arrays_(3 + (Numbers::precise ? 2 : 0) + (plan_.truncation > 0 ? 2 : 0)),
         residual_(static_cast<size_t>(plan_.tiles * kEmaLanes)),
         packed_(static_cast<size_t>(plan_.halves * plan_.tiles * arrays_ * rows_)) {
-    parallel(plan_.halves * plan_.tiles, 40 * rows_, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) pack(i / plan_.tiles, i % plan_.tiles);
-    });
+    each_task(parallel, plan_.halves * plan_.tiles, 40 * rows_,
+              [&](int64_t i) { pack(i / plan_.tiles, i % plan_.tiles); });
     if (parameters.residual)
       std::memcpy(residual_.data(), parameters.residual, sizeof(C) * static_cast<size_t>(shape.channels));
   }
 
   const EmaShape& shape() const { return shape_; }
-  const Parameters& parameters() const { return parameters_; }
+  const EmaParameters<C>& parameters() const { return parameters_; }
   const EmaPlan& plan() const { return plan_; }
   int64_t rows() const { return rows_; }  // elements of a tile's array over states
   bool unit() const { return unit_; }
@@ -125,11 +133,24 @@ class EmaScan {
          steps);
   }
 
+  // Returns the place of chunk j in borders, [half][row][chunk][N][64].
+  C* border(std::vector<C>& borders, int64_t half, int64_t row, int64_t j) const {
+    return borders.data() + ((half * plan_.tiles * shape_.batch + row) * plan_.chunks + j) * rows_;
+  }
+
   // What convolve calls per block. The calls are few: as templates, each of its uses would be compiled apart.
   using Load = std::function<void(int64_t, int64_t, C*)>;
   using Start = std::function<bool(int64_t, int64_t, C*)>;
   using Done = std::function<void(int64_t, int64_t, C*, C*)>;
   using Sum = std::function<void(const C*)>;
+
+  // Returns what loads x.
+  Load input(int64_t row, bool backwards, bool masked = true) const {
+    return [this, tile = row % plan_.tiles, b = row / plan_.tiles, backwards, masked](int64_t tau, int64_t steps,
+                                                                                      C* buffer) {
+      load(x_, x_strides_, tile, b, tau, steps, backwards, masked, buffer);
+    };
+  }
 
   // Runs blocks of the scan steps [from, to). load(tau, steps, buffer) reads the input; start(tau, steps, y) may
   // initialise y and returns whether it left y empty; done(tau, steps, y, input) takes the result. For g see
@@ -218,10 +239,17 @@ class EmaScan {
     load_state(parameters_.state, tile, b, g);
     Numbers::decay(weights(half, tile), g, states_);
   }
-  // Computes out = g q^steps + local, where out may be g; with v, also v and g's share in it.
-  void carry(int64_t half, int64_t tile, int64_t steps, const C* g, const C* local, C* out, const C* v,
-             const C* local_v, C* out_v) const {
-    Numbers::carry(weights(half, tile), states_, static_cast<double>(steps), g, local, out, v, local_v, out_v);
+  // Turns what each chunk of a row adds to h, and to v unless that is null, into h and v before the chunk. h and v are
+  // given as they are before the first chunk; the slots are the borders of chunk 0.
+  void carry(int64_t half, int64_t tile, bool backwards, C* h, C* h_slots, C* v = nullptr, C* v_slots = nullptr) const {
+    std::vector<C> own(static_cast<size_t>(2 * rows_));
+    for (int64_t k = 0; k < plan_.chunks; k++) {
+      const int64_t j = ordered(k, backwards);
+      std::copy_n(h_slots + j * rows_, rows_, own.data()), std::copy_n(h, rows_, h_slots + j * rows_);
+      if (v) std::copy_n(v_slots + j * rows_, rows_, own.data() + rows_), std::copy_n(v, rows_, v_slots + j * rows_);
+      Numbers::carry(weights(half, tile), states_, static_cast<double>(end(j, backwards) - begin(j, backwards)), h,
+                     own.data(), h, v, own.data() + rows_, v);
+    }
   }
 
  private:
@@ -249,8 +277,10 @@ class EmaScan {
   }
 
   EmaShape shape_;
-  Parameters parameters_;
+  EmaParameters<C> parameters_;
   const EmaCopies<C>& copies_;
+  const void* x_;
+  EmaStrides x_strides_;
   EmaPlan plan_;
   int64_t states_, rows_;
   bool unit_;

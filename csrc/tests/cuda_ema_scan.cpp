@@ -4,7 +4,7 @@
 #include <string>
 #include <type_traits>
 
-#include "cuda/ema_scan_launchers.h"
+#include "cuda/ema_scan.cu"
 #include "tests/check.h"
 #include "tests/ema_case.h"
 
@@ -29,15 +29,17 @@ struct Worst {
   double relative() const { return error == 0 ? 0 : error / std::max(magnitude, 1e-30); }
 };
 
-template <typename T>
-struct Case : EmaCase<T> {
+template <typename T, bool complex = false>
+struct Case : EmaCase<T, complex> {
   using C = compute_t<T>;
-  explicit Case(const EmaOptions& o, uint64_t seed) : EmaCase<T>(o, seed, true) {}
+  using Base = EmaCase<T, complex>;
+  explicit Case(const EmaOptions& o, uint64_t seed) : Base(o, seed, true) {}
 
   FastasrSequence view(Sequence<T>& s) { return s.template view<FastasrSequence>(); }
   FastasrEmaScan scan() {
     const EmaOptions& o = this->o;
     return {dtype_of<T>(),
+            complex,
             o.length,
             o.batch,
             o.channels,
@@ -91,7 +93,8 @@ struct Case : EmaCase<T> {
     const double unit = slack * (std::is_same_v<C, double> ? 1e-9 : 1e-6);
     for (const auto& [name, w] : worst) {
       const bool sequence = name == "y" || name == "dx", once = name == "final_state" || name == "dstate";
-      const double limit = sequence ? unit + Type<T>::half_ulp : (once || name == "dresidual" ? 2 : 4) * unit;
+      const double sums = once || name == "dresidual" ? 2 : 4;
+      const double limit = complex ? 4 * unit : sequence ? unit + Type<T>::half_ulp : sums * unit;
       CHECK(w.relative() <= limit, "%s %s: %s: relative error %.3g, limit %.3g", Type<T>::name, this->o.text().c_str(),
             name.c_str(), w.relative(), limit);
     }
@@ -99,15 +102,15 @@ struct Case : EmaCase<T> {
 };
 
 // slack: a factor on the tolerances.
-template <typename T>
+template <typename T, bool complex = false>
 void one(const EmaOptions& o, double slack = 1) {
-  Case<T> a(o, EmaCase<T>::seed_of(o));
+  Case<T, complex> a(o, Case<T, complex>::seed_of(o));
   a.run();
   a.compare(slack);
 }
 
 // Tiles have 256 steps forward and 128 backward (64 and 32 in double); up to two tiles are one segment.
-TEST_CASE("cuda_bodies: shapes") {
+TEST_CASE("cuda_ema_scan: shapes") {
   for (const int64_t length : {0, 1, 2, 31, 32, 33, 128, 256, 257, 300})
     for (const int64_t channels : {1, 33}) one<float>({length, 2, channels, 4});
   for (const int64_t length : {0, 1, 7, 63, 65, 150})
@@ -116,7 +119,7 @@ TEST_CASE("cuda_bodies: shapes") {
   one<float>({20, 2, 0, 4});
 }
 
-TEST_CASE("cuda_bodies: layouts") {
+TEST_CASE("cuda_ema_scan: layouts") {
   for (const Layout layout : {kLbd, kBld, kBdl, kPadded}) {
     one<float>({75, 2, 35, 4, 0, 0, 1, layout, true, true});
     one<bfloat16>({140, 1, 34, 4, 0, 1, 4, layout, false, true});
@@ -125,7 +128,7 @@ TEST_CASE("cuda_bodies: layouts") {
   }
 }
 
-TEST_CASE("cuda_bodies: groups") {
+TEST_CASE("cuda_ema_scan: groups") {
   for (const int64_t states : {1, 2, 3, 4, 5, 8, 16, 64})
     for (const int direction : {0, 1, 2}) {
       const bool state = direction != 2;
@@ -135,7 +138,7 @@ TEST_CASE("cuda_bodies: groups") {
   one<bfloat16>({140, 2, 3, 16, 0, 2, 0, kBld});
 }
 
-TEST_CASE("cuda_bodies: options") {
+TEST_CASE("cuda_ema_scan: options") {
   for (int activation = 0; activation <= 4; activation++)
     for (const int direction : {0, 1, 2})
       for (const bool mask : {false, true}) {
@@ -150,7 +153,7 @@ TEST_CASE("cuda_bodies: options") {
 }
 
 // States are close to 1 (decay far below 0) and close to 0, over several segments.
-TEST_CASE("cuda_bodies: long_memory") {
+TEST_CASE("cuda_ema_scan: long_memory") {
   for (const double decay : {-7.0, 0.0, 8.0}) {
     EmaOptions c{1500, 1, 2, 4, 0, 0, 1, kLbd, true, true};
     c.decay = decay;
@@ -166,7 +169,7 @@ TEST_CASE("cuda_bodies: long_memory") {
 }
 
 // One segment has several tiles where there are blocks enough without cutting time.
-TEST_CASE("cuda_bodies: one_segment") {
+TEST_CASE("cuda_ema_scan: one_segment") {
   const int64_t before = Emulator::get().launches;
   EmaOptions c{600, 128, 1, 4, 0, 0, 0, kBld};
   one<float>(c);
@@ -177,18 +180,18 @@ TEST_CASE("cuda_bodies: one_segment") {
 }
 
 // Threads run in any order between barriers and give the same bits. A missing barrier shows here.
-template <typename T>
+template <typename T, bool complex = false>
 void orders(const EmaOptions& c) {
-  Case<T> first(c, 5);
+  Case<T, complex> first(c, 5);
   first.run();
   for (const Order order : {Order::kDescending, Order::kShuffled}) {
-    Case<T> a(c, 5);
+    Case<T, complex> a(c, 5);
     a.run(order);
     CHECK(a.same_results(first), "%s: another order of threads gives another result", c.text().c_str());
   }
 }
 
-TEST_CASE("cuda_bodies: order_of_threads") {
+TEST_CASE("cuda_ema_scan: order_of_threads") {
   for (const int64_t states : {3, 4, 9})
     for (const int direction : {0, 1, 2}) {
       orders<float>({700, 1, 3, states, 0, direction, 1, kBdl, direction != 2, true});
@@ -197,7 +200,7 @@ TEST_CASE("cuda_bodies: order_of_threads") {
 }
 
 // A sequence in two calls gives the same as in one.
-TEST_CASE("cuda_bodies: carried_state") {
+TEST_CASE("cuda_ema_scan: carried_state") {
   for (const int64_t cut : {1, 40, 299}) {
     const EmaOptions c{300, 1, 6, 4, 0, 0, 0, kLbd, true};
     Case<float> whole(c, 3);
@@ -220,7 +223,7 @@ TEST_CASE("cuda_bodies: carried_state") {
 }
 
 // NaNs in padding stay there: only the residual term sees them. Infinities do not travel back in time.
-TEST_CASE("cuda_bodies: not_finite") {
+TEST_CASE("cuda_ema_scan: not_finite") {
   const EmaOptions c{100, 1, 3, 4, 0, 0, 0, kBdl, false, true, false};
   Case<float> a(c, 9), clean(c, 9);
   for (int64_t t = 0; t < 100; t++) {
@@ -242,7 +245,7 @@ TEST_CASE("cuda_bodies: not_finite") {
 }
 
 // The gradient has stride 0, as sum().backward() makes it.
-TEST_CASE("cuda_bodies: expanded_gradient") {
+TEST_CASE("cuda_ema_scan: expanded_gradient") {
   const EmaOptions c{150, 2, 33, 4, 0, 0, 1};
   Case<float> a(c, 4), b(c, 4);
   for (int64_t i = 0; i < a.grad.data.size(); i++) a.grad.data[i] = 1.5f;
@@ -253,7 +256,7 @@ TEST_CASE("cuda_bodies: expanded_gradient") {
 }
 
 // Returns the shared memory of the largest launch, in bytes: two blocks of 4 states must fit into a multiprocessor.
-TEST_CASE("cuda_bodies: shared_memory") {
+TEST_CASE("cuda_ema_scan: shared_memory") {
   const auto largest = [](const EmaOptions& c, bool backward) {
     Case<float> a(c, 1);
     FastasrEmaScan s = a.scan();
@@ -277,6 +280,30 @@ TEST_CASE("cuda_bodies: shared_memory") {
     const int64_t got = largest({270, 1, 1, e.states, 0, e.direction, 1}, e.backward);
     CHECK(got == e.bytes, "%ld states, direction %d, %s: %ld bytes, expected %ld", long(e.states), e.direction,
           e.backward ? "backward" : "forward", long(got), long(e.bytes));
+  }
+}
+
+std::vector<EmaOptions> complex_options() {
+  std::vector<EmaOptions> all;
+  for (const int64_t states : {1, 2, 5})
+    for (const int direction : {0, 1, 2}) {
+      all.push_back({300, 1, 3, states, 0, direction, 1, states == 2 ? kBdl : kLbd, direction != 2, true});
+      all.push_back({150, 2, 3, states, 20, direction, 0, states != 2 ? kBdl : kLbd, false, true});
+    }
+  all.push_back({0, 2, 3, 4, 0, kForward, kIdentity, kLbd, true});
+  all.push_back({1, 2, 33, 4, 0, kReverse, kSilu, kLbd, true});
+  all.push_back({20, 0, 3, 4});
+  all.push_back({20, 2, 0, 4});
+  all.push_back({600, 128, 1, 2, 0, kForward, kIdentity, kLbd, true});  // one segment of several tiles
+  // backward: segments of one tile, for lack of shared memory
+  all.push_back({270, 1, 2, 64, 0, kForward, kSilu, kLbd, true});
+  return all;
+}
+
+TEST_CASE("cuda_ema_scan: complex") {
+  for (const EmaOptions& o : complex_options()) {
+    one<float, true>(o), one<double, true>(o);
+    if (o.batch <= 2) orders<float, true>(o), orders<double, true>(o);
   }
 }
 

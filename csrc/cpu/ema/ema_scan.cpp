@@ -4,6 +4,96 @@
 namespace fastasr::cpu {
 namespace {
 
+template <typename C, template <typename> typename Numbers>
+class Forward {
+ public:
+  using Scan = EmaScan<C, Numbers>;
+
+  Forward(const EmaShape& shape, const EmaParameters<C>& parameters, const EmaCopies<C>& copies, const void* x,
+          EmaStrides xs, void* y, EmaStrides ys, C* final_state, const Parallel& parallel)
+      : scan_(shape, parameters, copies, x, xs, Scan::Form::states, parallel),
+        plan_(scan_.plan()),
+        y_(y),
+        ys_(ys),
+        final_state_(final_state),
+        batch_(shape.batch) {}
+
+  void run(const Parallel& parallel) {
+    const int64_t rows = plan_.tiles * batch_, work = plan_.chunk * scan_.rows() * 3 * plan_.halves;
+    if (plan_.carried()) {
+      carries_.resize(static_cast<size_t>(plan_.halves * rows * plan_.chunks * scan_.rows()));
+      each_task(parallel, rows * plan_.chunks, work, [&](int64_t i) {
+        for (int64_t half = 0; half < plan_.halves; half++) local(half, i / plan_.chunks, i % plan_.chunks);
+      });
+      each_task(parallel, rows, plan_.halves * plan_.chunks * scan_.rows() * 40, [&](int64_t row) {
+        for (int64_t half = 0; half < plan_.halves; half++) carry(half, row);
+      });
+    }
+    parallel(rows * plan_.chunks, work, [&](int64_t begin, int64_t end) {
+      std::vector<C> first_half(static_cast<size_t>(plan_.halves == 2 ? plan_.chunk * kEmaLanes : 0));
+      for (int64_t i = begin; i < end; i++) chunk(i / plan_.chunks, i % plan_.chunks, first_half.data());
+    });
+  }
+
+ private:
+  // Computes what chunk j alone adds to the state after it.
+  void local(int64_t half, int64_t row, int64_t j) {
+    const int64_t tile = row % plan_.tiles;
+    const bool backwards = scan_.reversed(half);
+    C* g = scan_.border(carries_, half, row, j);
+    std::fill(g, g + scan_.rows(), C(0));
+    if (scan_.ordered(plan_.chunks - 1, backwards) == j) return;  // nothing follows it
+    scan_.convolve(scan_.weights(half, tile), tile, scan_.begin(j, backwards), scan_.end(j, backwards), g, nullptr,
+                   scan_.input(row, backwards));
+  }
+
+  void carry(int64_t half, int64_t row) {
+    const int64_t tile = row % plan_.tiles;
+    std::vector<C> before(static_cast<size_t>(scan_.rows()));
+    scan_.first(half, tile, row / plan_.tiles, before.data());
+    scan_.carry(half, tile, scan_.reversed(half), before.data(), scan_.border(carries_, half, row, 0));
+  }
+
+  void chunk(int64_t row, int64_t j, C* first_half) {
+    const int64_t tile = row % plan_.tiles, b = row / plan_.tiles, lanes = scan_.lanes(tile);
+    const int64_t origin = j * plan_.chunk;
+    std::vector<C> own(static_cast<size_t>(scan_.rows())), last(own.size());
+    for (int64_t half = 0; half < plan_.halves; half++) {
+      const bool backwards = scan_.reversed(half), closing = half + 1 == plan_.halves;
+      C* g = own.data();
+      if (plan_.carried())
+        g = scan_.border(carries_, half, row, j);
+      else
+        scan_.first(half, tile, b, g);
+      const auto start = [&](int64_t tau, int64_t steps, C* z) {
+        if (half == 0) return true;
+        scan_.load_rows(first_half, origin, tau, steps, backwards, z);
+        return false;
+      };
+      const auto done = [&](int64_t tau, int64_t steps, C* z, C* x) {
+        if (!closing) return scan_.store_rows(z, first_half, origin, tau, steps, backwards);
+        if (scan_.residual(tile) && scan_.parameters().mask)  // the residual takes x unchanged
+          scan_.input(row, backwards, false)(tau, steps, x);
+        kernels<EmaTile<C>>().activate(z, x, scan_.residual(tile), scan_.shape().activation, steps, lanes);
+        scan_.store(z, y_, ys_, tile, b, tau, steps, backwards);
+      };
+      C* last_state = final_state_ ? last.data() : nullptr;
+      scan_.convolve(scan_.weights(half, tile), tile, scan_.begin(j, backwards), scan_.end(j, backwards), g, last_state,
+                     scan_.input(row, backwards), start, done);
+      if (last_state && scan_.ordered(plan_.chunks - 1, backwards) == j)
+        scan_.store_state(last_state, tile, b, final_state_);
+    }
+  }
+
+  Scan scan_;
+  const EmaPlan& plan_;
+  void* y_;
+  EmaStrides ys_;
+  C* final_state_;
+  int64_t batch_;
+  std::vector<C> carries_;  // [half][row][chunk][N][64]
+};
+
 // Two passes over each row of the batch and tile of channels. The first, in the scan's order, recomputes h and v =
 // dh/dq and sums the gradients of q and c, and turns dy into g = dy act'(z). The second is the forward's scan in the
 // other order, of g, and gives dx. No state is stored but at chunk borders.
@@ -13,17 +103,14 @@ class Backward {
   using Numbers = NumbersOf<C>;
   using Scan = EmaScan<C, NumbersOf>;
   using Load = typename Scan::Load;
-  using Gradients = typename Numbers::Gradients;
   static constexpr int64_t kBlock = Scan::kBlock;
 
-  Backward(const EmaShape& shape, const typename Numbers::Parameters& parameters, const EmaCopies<C>& copies,
-           const void* x, EmaStrides xs, const void* grad, EmaStrides grad_strides, const C* grad_state, void* dx,
-           EmaStrides dx_strides, const Gradients& gradients, const Parallel& parallel)
-      : scan_(shape, parameters, copies, parameters.state || grad_state ? Scan::Form::states : Scan::Form::unit,
+  Backward(const EmaShape& shape, const EmaParameters<C>& parameters, const EmaCopies<C>& copies, const void* x,
+           EmaStrides xs, const void* grad, EmaStrides grad_strides, const C* grad_state, void* dx,
+           EmaStrides dx_strides, const EmaGradients<C>& gradients, const Parallel& parallel)
+      : scan_(shape, parameters, copies, x, xs, parameters.state || grad_state ? Scan::Form::states : Scan::Form::unit,
               parallel),
         plan_(scan_.plan()),
-        x_(x),
-        xs_(xs),
         grad_(grad),
         grad_strides_(grad_strides),
         grad_state_(grad_state),
@@ -57,36 +144,30 @@ class Backward {
     } else {
       in_chunks(parallel, work);
     }
-    parallel(plan_.halves * plan_.tiles, slots_ * scan_.rows() * kinds_, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) reduce(i / plan_.tiles, i % plan_.tiles);
-    });
+    each_task(parallel, plan_.halves * plan_.tiles, slots_ * scan_.rows() * kinds_,
+              [&](int64_t i) { reduce(i / plan_.tiles, i % plan_.tiles); });
   }
 
  private:
   void in_chunks(const Parallel& parallel, int64_t work) {
-    const auto each = [&](int64_t n, int64_t w, const auto& f) {
-      parallel(n, w, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) f(i);
-      });
-    };
     const int64_t all = rows_ * plan_.chunks, border = plan_.halves * plan_.chunks * scan_.rows();
     std::vector<C> g(static_cast<size_t>(active_ ? rows_ * plan_.length * kEmaLanes : 0));
     const auto g_of = [&](int64_t row) { return active_ ? g.data() + row * plan_.length * kEmaLanes : nullptr; };
     if (plan_.carried()) {
       for (std::vector<C>* borders : {&h_, &v_, &adjoint_}) borders->resize(static_cast<size_t>(rows_ * border));
-      each(all, work / 2, [&](int64_t i) {
+      each_task(parallel, all, work / 2, [&](int64_t i) {
         for (int64_t half = 0; half < plan_.halves; half++) local(half, i / plan_.chunks, i % plan_.chunks);
       });
-      each(rows_, border * 80, [&](int64_t row) {
+      each_task(parallel, rows_, border * 80, [&](int64_t row) {
         for (int64_t half = 0; half < plan_.halves; half++) carry(half, row);
       });
     }
-    each(all, work, [&](int64_t i) {
+    each_task(parallel, all, work, [&](int64_t i) {
       const int64_t row = i / plan_.chunks, j = i % plan_.chunks;
       first(row, j, sums_in_chunks(row, j), g_of(row));
     });
     if (plan_.carried())
-      each(rows_, border * 40, [&](int64_t row) {
+      each_task(parallel, rows_, border * 40, [&](int64_t row) {
         for (int64_t half = 0; half < plan_.halves; half++) carry_adjoint(half, row);
       });
     parallel(all, work / 2, [&](int64_t begin, int64_t end) {
@@ -108,17 +189,7 @@ class Backward {
   double* kind(double* slot, int64_t half, Kind k) const { return slot + (half * kinds_ + k) * scan_.rows(); }
   double* residual_sum(double* slot) const { return slot + plan_.halves * kinds_ * scan_.rows(); }
 
-  C* border(std::vector<C>& borders, int64_t half, int64_t row, int64_t j) {
-    return borders.data() + ((half * rows_ + row) * plan_.chunks + j) * scan_.rows();
-  }
-
   // --- what the passes read
-  Load input(int64_t row, bool backwards, bool masked = true) const {
-    return [this, tile = row % plan_.tiles, b = row / plan_.tiles, backwards, masked](int64_t tau, int64_t steps,
-                                                                                      C* buffer) {
-      scan_.load(x_, xs_, tile, b, tau, steps, backwards, masked, buffer);
-    };
-  }
   Load cotangent(int64_t row, bool backwards) const {
     return [this, tile = row % plan_.tiles, b = row / plan_.tiles, backwards](int64_t tau, int64_t steps, C* buffer) {
       scan_.load(grad_, grad_strides_, tile, b, tau, steps, backwards, false, buffer);
@@ -146,14 +217,14 @@ class Backward {
   // --- borders of chunks
   void local(int64_t half, int64_t row, int64_t j) {
     const bool backwards = scan_.reversed(half);
-    C *h = border(h_, half, row, j), *v = border(v_, half, row, j);
+    C *h = scan_.border(h_, half, row, j), *v = scan_.border(v_, half, row, j);
     std::fill(h, h + scan_.rows(), C(0)), std::fill(v, v + scan_.rows(), C(0));
     if (scan_.ordered(plan_.chunks - 1, backwards) == j) return;
     alignas(64) C x[kBlock];
     std::vector<C> buffers(static_cast<size_t>(5 * scan_.rows()));
     EmaGradient<C> a = gradient(scan_.weights(half, row % plan_.tiles), row % plan_.tiles, buffers.data());
     a.x = a.dy = x, a.g = h, a.v = v;
-    const auto load = input(row, backwards);
+    const auto load = scan_.input(row, backwards);
     for (int64_t tau = scan_.begin(j, backwards), end = scan_.end(j, backwards); tau < end; tau += kEmaSteps) {
       a.steps = std::min(kEmaSteps, end - tau);
       load(tau, a.steps, x);
@@ -162,34 +233,17 @@ class Backward {
   }
   void carry(int64_t half, int64_t row) {
     const int64_t tile = row % plan_.tiles, b = row / plan_.tiles;
-    const bool backwards = scan_.reversed(half);
-    const auto n = static_cast<size_t>(scan_.rows());
-    std::vector<C> h(n), v(n), own(2 * n);
+    std::vector<C> h(static_cast<size_t>(scan_.rows())), v(h.size());
     scan_.first(half, tile, b, h.data());
     scan_.load_state(scan_.parameters().state, tile, b, v.data());
-    for (int64_t k = 0; k < plan_.chunks; k++) {
-      const int64_t j = scan_.ordered(k, backwards);
-      C *h_slot = border(h_, half, row, j), *v_slot = border(v_, half, row, j);
-      std::copy(h_slot, h_slot + n, own.data()), std::copy(v_slot, v_slot + n, own.data() + n);
-      std::copy(h.begin(), h.end(), h_slot), std::copy(v.begin(), v.end(), v_slot);
-      scan_.carry(half, tile, scan_.end(j, backwards) - scan_.begin(j, backwards), h.data(), own.data(), h.data(),
-                  v.data(), own.data() + n, v.data());
-    }
+    scan_.carry(half, tile, scan_.reversed(half), h.data(), scan_.border(h_, half, row, 0), v.data(),
+                scan_.border(v_, half, row, 0));
   }
   void carry_adjoint(int64_t half, int64_t row) {
-    const int64_t tile = row % plan_.tiles, b = row / plan_.tiles;
-    const bool backwards = !scan_.reversed(half);
-    const auto n = static_cast<size_t>(scan_.rows());
-    std::vector<C> before(n), own(n);
-    scan_.load_gradient(grad_state_, tile, b, before.data());
-    for (int64_t k = 0; k < plan_.chunks; k++) {
-      const int64_t j = scan_.ordered(k, backwards);
-      C* slot = border(adjoint_, half, row, j);
-      std::copy(slot, slot + n, own.data());
-      std::copy(before.begin(), before.end(), slot);
-      scan_.carry(half, tile, scan_.end(j, backwards) - scan_.begin(j, backwards), before.data(), own.data(),
-                  before.data(), nullptr, nullptr, nullptr);
-    }
+    const int64_t tile = row % plan_.tiles;
+    std::vector<C> before(static_cast<size_t>(scan_.rows()));
+    scan_.load_gradient(grad_state_, tile, row / plan_.tiles, before.data());
+    scan_.carry(half, tile, !scan_.reversed(half), before.data(), scan_.border(adjoint_, half, row, 0));
   }
 
   // --- the first pass
@@ -199,7 +253,7 @@ class Backward {
       parameter_sums(half, row, j, slot, g);
       if (!plan_.carried()) continue;
       const bool backwards = !scan_.reversed(half);
-      C* e = border(adjoint_, half, row, j);
+      C* e = scan_.border(adjoint_, half, row, j);
       std::fill(e, e + scan_.rows(), C(0));
       if (scan_.ordered(plan_.chunks - 1, backwards) == j) continue;
       const int64_t tile = row % plan_.tiles;
@@ -212,8 +266,8 @@ class Backward {
   void enter(int64_t half, int64_t row, int64_t j, C* h, C* v) {
     const int64_t tile = row % plan_.tiles, b = row / plan_.tiles;
     if (plan_.carried()) {
-      std::copy_n(border(h_, half, row, j), scan_.rows(), h);
-      if (v) std::copy_n(border(v_, half, row, j), scan_.rows(), v);
+      std::copy_n(scan_.border(h_, half, row, j), scan_.rows(), h);
+      if (v) std::copy_n(scan_.border(v_, half, row, j), scan_.rows(), v);
     } else {
       scan_.first(half, tile, b, h);
       if (v) scan_.load_state(scan_.parameters().state, tile, b, v);
@@ -234,7 +288,7 @@ class Backward {
       };
       const auto done = [&](int64_t tau, int64_t steps, C* z, C* x) {
         if (half == 1) {
-          if (scan_.residual(tile) && scan_.parameters().mask) input(row, backwards, false)(tau, steps, x);
+          if (scan_.residual(tile) && scan_.parameters().mask) scan_.input(row, backwards, false)(tau, steps, x);
           cotangent(row, backwards)(tau, steps, dy);
           kernels<EmaTile<C>>().activate_backward(z, x, scan_.residual(tile), dy, scan_.shape().activation, steps,
                                                   lanes);
@@ -242,7 +296,7 @@ class Backward {
         scan_.store_rows(z, g, 0, tau, steps, backwards);
       };
       scan_.convolve(scan_.weights(half, tile), tile, scan_.begin(j, backwards), scan_.end(j, backwards), h.data(),
-                     nullptr, input(row, backwards), start, done);
+                     nullptr, scan_.input(row, backwards), start, done);
     }
   }
 
@@ -259,7 +313,7 @@ class Backward {
     forward.late_gain = w.late;
     forward.y = z, forward.g = buffers.data() + 5 * n, forward.start = true, forward.lanes = lanes;
     forward.states = a.states, forward.real = w.real;
-    const auto load = input(row, backwards);
+    const auto load = scan_.input(row, backwards);
     enter(half, row, j, a.g, a.v);
     const int64_t begin = scan_.begin(j, backwards), end = scan_.end(j, backwards);
     const bool residual = scan_.residual(tile) != nullptr, reload = residual && scan_.parameters().mask != nullptr;
@@ -276,7 +330,7 @@ class Backward {
       const int64_t steps = forward.steps = std::min(kEmaSteps, end - tau);
       load(tau, steps, x);
       if (forward.x_late) scan_.load_late(tau, steps, load, late);
-      if (reload) input(row, backwards, false)(tau, steps, raw);
+      if (reload) scan_.input(row, backwards, false)(tau, steps, raw);
       const C* plain = reload ? raw : x;
       if (here) {
         std::copy_n(a.g, n, forward.g);
@@ -317,7 +371,7 @@ class Backward {
       const bool backwards = !scan_.reversed(half), closing = half + 1 == plan_.halves;
       C* e = own.data();
       if (plan_.carried())
-        e = border(adjoint_, half, row, j);
+        e = scan_.border(adjoint_, half, row, j);
       else
         scan_.load_gradient(grad_state_, tile, b, e);
       const auto start = [&](int64_t tau, int64_t steps, C* out) {
@@ -332,7 +386,7 @@ class Backward {
         scan_.store(out, dx_, dx_strides_, tile, b, tau, steps, backwards);
       };
       scan_.convolve(scan_.adjoint(half, tile), tile, scan_.begin(j, backwards), scan_.end(j, backwards), e, nullptr,
-                     activated(row, backwards, g), start, done, scan_.unit() ? Load() : input(row, backwards),
+                     activated(row, backwards, g), start, done, scan_.unit() ? Load() : scan_.input(row, backwards),
                      [&](const C* part) { kernels<EmaTile<C>>().fold(part, kind(slot, half, of_b), scan_.rows()); });
       if (gradients_.state && scan_.ordered(plan_.chunks - 1, backwards) == j)
         scan_.store_gradient(e, tile, b, gradients_.state);
@@ -361,14 +415,12 @@ class Backward {
 
   Scan scan_;
   const EmaPlan& plan_;
-  const void* x_;
-  EmaStrides xs_;
   const void* grad_;
   EmaStrides grad_strides_;
   const C* grad_state_;
   void* dx_;
   EmaStrides dx_strides_;
-  Gradients gradients_;
+  EmaGradients<C> gradients_;
   int64_t batch_, rows_;
   bool active_;
   int64_t kinds_, slot_, slots_;
@@ -376,28 +428,57 @@ class Backward {
   std::vector<C> h_, v_, adjoint_;  // [half][row][chunk][N][64]: before each chunk, in the order of its scan
 };
 
-template <typename T, template <typename> typename NumbersOf>
-void run(const EmaShape& shape, const typename NumbersOf<compute_t<T>>::Parameters& parameters, const T* x,
-         EmaStrides xs, const T* grad, EmaStrides grad_strides, const compute_t<T>* grad_state, T* dx,
-         EmaStrides dx_strides, const typename NumbersOf<compute_t<T>>::Gradients& gradients,
-         const Parallel& parallel) {
-  using Numbers = NumbersOf<compute_t<T>>;
-  if (shape.length == 0 || shape.batch == 0 || shape.channels == 0) {
-    const int64_t halves = shape.direction == EmaDirection::bidirectional ? 2 : 1;
-    Numbers::clear(gradients, halves * shape.channels, shape.states);
-    if (gradients.residual) std::fill(gradients.residual, gradients.residual + shape.channels, 0);
-    if (gradients.state)
-      for (int64_t i = 0; i < shape.batch * shape.channels * shape.states * Numbers::width; i++)
-        gradients.state[i] = grad_state ? grad_state[i] : 0;
+bool empty(const EmaShape& s) { return s.length == 0 || s.batch == 0 || s.channels == 0; }
+int64_t state_size(const EmaShape& s) { return s.batch * s.channels * s.states * (s.complex ? 2 : 1); }
+
+// Calls run<Numbers>() for the numbers of the average.
+template <typename F>
+void with_numbers(const EmaShape& shape, const F& run) {
+  if (shape.complex)
+    run.template operator()<ComplexNumbers>();
+  else
+    run.template operator()<RealNumbers>();
+}
+
+template <typename T>
+void forward(const EmaShape& shape, const EmaParameters<compute_t<T>>& parameters, const T* x, EmaStrides xs, T* y,
+             EmaStrides ys, compute_t<T>* final_state, const Parallel& parallel) {
+  if (empty(shape)) {
+    for (int64_t i = 0; final_state && i < state_size(shape); i++)
+      final_state[i] = parameters.state ? parameters.state[i] : 0;
     return;
   }
-  Backward<compute_t<T>, NumbersOf>(shape, parameters, kernels<EmaTensor<T>>().copies, x, xs, grad, grad_strides,
+  with_numbers(shape, [&]<template <typename> typename Numbers>() {
+    Forward<compute_t<T>, Numbers>(shape, parameters, kernels<EmaTensor<T>>().copies, x, xs, y, ys, final_state,
+                                   parallel)
+        .run(parallel);
+  });
+}
+
+template <typename T>
+void backward(const EmaShape& shape, const EmaParameters<compute_t<T>>& parameters, const T* x, EmaStrides xs,
+              const T* grad, EmaStrides grad_strides, const compute_t<T>* grad_state, T* dx, EmaStrides dx_strides,
+              const EmaGradients<compute_t<T>>& gradients, const Parallel& parallel) {
+  if (empty(shape)) {
+    const int64_t rows = shape.channels * (shape.direction == EmaDirection::bidirectional ? 2 : 1);
+    const int64_t all = rows * shape.states;
+    std::fill_n(gradients.damping, all, 0), std::fill_n(gradients.decay, all, 0);
+    std::fill_n(gradients.expansion, shape.complex ? rows : all, 0);
+    std::fill_n(gradients.projection, shape.complex ? 2 * all : all, 0);
+    if (gradients.residual) std::fill_n(gradients.residual, shape.channels, 0);
+    for (int64_t i = 0; gradients.state && i < state_size(shape); i++)
+      gradients.state[i] = grad_state ? grad_state[i] : 0;
+    return;
+  }
+  with_numbers(shape, [&]<template <typename> typename Numbers>() {
+    Backward<compute_t<T>, Numbers>(shape, parameters, kernels<EmaTensor<T>>().copies, x, xs, grad, grad_strides,
                                     grad_state, dx, dx_strides, gradients, parallel)
-      .run(parallel);
+        .run(parallel);
+  });
 }
 
 }  // namespace
 
-FASTASR_KERNELS(EmaBackward, .real = run<T, RealNumbers>, .complex = run<T, ComplexNumbers>)
+FASTASR_KERNELS(EmaScanKernels, .forward = forward<T>, .backward = backward<T>)
 
 }  // namespace fastasr::cpu
