@@ -13,7 +13,6 @@ from fastasr.testing.table import Make, OpTable, flat, floating, tables, with_te
 from fastasr.testing.tolerance import Comparison, judged
 
 DTYPES = (torch.float32, torch.bfloat16)
-MORE_DRAWS = (8,)  # at a shape of training, where the first draw fails
 
 
 def _named(dtype: torch.dtype) -> str:
@@ -53,7 +52,7 @@ def _as_near(machine: GPU, table: OpTable, dtype: torch.dtype, oracle: torch.dty
         arguments = machine.cases(table.op)[0].arguments(Make(dtype, machine.device, draw))
         return compared(table, arguments, dtype, draw, oracle=oracle)
 
-    failed = judged(one_draw, 1, MORE_DRAWS)
+    failed = judged(one_draw, 1, machine.more_draws)
     assert not failed, "; ".join(f"{_named(dtype)}, {name}: {c}" for name, c in failed.items())
 
 
