@@ -488,7 +488,8 @@ def layer_norm_lstm_backward(
     for gradient, given in ((dhidden[0], grad_hidden), (dcell, grad_cell)):
         if given is not None:
             gradient.copy_(given)
-    norms = [torch.zeros_like(t) for t in (gate_weight, gate_bias, cell_weight, cell_bias)]
+    make = torch.empty_like if rows else torch.zeros_like
+    norms = [make(t) for t in (gate_weight, gate_bias, cell_weight, cell_bias)]
     if rows:
         _check(steps, batch, units)
         before, scales = new(torch.empty, rows * 5 * units), kept[rows * 5 * units :]

@@ -473,13 +473,11 @@ def zipformer_attention_backward(
         frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
         *strides, **constants, **tile,
     )  # fmt: skip
-    dcached = none if cached_key is None else torch.zeros_like(cached_key)
+    dcached = none if cached_key is None else torch.empty_like(cached_key)
     if o.left:
         dcached.copy_(dkey[: o.left])
         dx[..., heads * dim : 2 * heads * dim].copy_(dkey[o.left :])
-    dpos = none if pos is None else torch.zeros_like(pos)
-    if pieces:
-        dpos = pieces.total(pos.shape[0])
+    dpos = pieces.total(pos.shape[0]) if pieces else none if pos is None else torch.zeros_like(pos)
     return dx, dpos, dvalue, dcached
 
 

@@ -499,14 +499,15 @@ def zipformer_attention_weights_backward(
         x.stride(0), x.stride(1), dkey.stride(0), dkey.stride(1),
         DIM=dim, WINDOW=o.chunk > 0 and not penalty, **tile,
     )  # fmt: skip
-    dcached = none if cached_key is None else torch.zeros_like(cached_key)
+    dcached = none if cached_key is None else torch.empty_like(cached_key)
     if o.left:
         dcached.copy_(dkey[: o.left])
         dx[..., heads * dim : 2 * heads * dim].copy_(dkey[o.left :])
 
-    dpos = none if pos is None else torch.zeros_like(pos)
     if o.pos_dim:
         dpos = position_gradients(ds, row, x, o, pos.shape[0], shapes["positions"])
+    else:
+        dpos = none if pos is None else torch.zeros_like(pos)
     return dx, dpos, dcached
 
 
