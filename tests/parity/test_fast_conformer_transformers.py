@@ -173,11 +173,21 @@ def test_the_front_end_in_strips(frames, strip_bytes, monkeypatch):
     with torch.no_grad():
         for each in (mask, None):
             close(model.subsampling(x, each), theirs.subsampling(x, each), 1e-12)
+    for each in (mask, None):
+        results = []
+        for side in (theirs.subsampling, model.subsampling):
+            leaf = x.clone().requires_grad_()
+            y = side(leaf, each)
+            results.append((y, *torch.autograd.grad(y.sin().sum(), [leaf, *side.parameters()])))
+        for expected, found in zip(*results, strict=True):
+            close(found, expected, 1e-10)
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("trained", ["layers.2", "layers.3", "linear"])
-def test_the_front_end_with_frozen_parts(trained, backend):
+@pytest.mark.parametrize("strip_bytes", [20_000, 1 << 30], ids=["strips", "whole"])
+def test_the_front_end_with_frozen_parts(trained, backend, strip_bytes, monkeypatch):
+    monkeypatch.setattr(subsampling, "STRIP_BYTES", strip_bytes)
     theirs, model = pair()
     x, mask = inputs(LENGTHS["padded"])
     grads = []

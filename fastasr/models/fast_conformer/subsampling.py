@@ -3,19 +3,23 @@ r"""The front end: three convolutions of stride 2, the second and third depthwis
 
 Frames behind a sequence's end are 0 after every convolution. Everything is computed channels last; in inference on the
 CPU a strip of frames after the other: an output frame sees 15 frames of the input (of a factor of 8), and what lies
-between stays in the processor's caches and needs little memory however long the recording.
+between stays in the processor's caches and needs little memory however long the recording. In training on the CPU the
+backward pass computes a strip again: what lies between would be most of the memory of a training step.
 
 Upstream: ``ParakeetEncoderSubsamplingConv2D``.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastasr import ops
 from fastasr.models.common import plumbing
 from fastasr.models.common.inference import has_known_forward
+from fastasr.ops import _dispatch
 
 STRIP_BYTES = 16 << 20  # of the first convolution's output: strips of a few MB up to some tens cost the same
 
@@ -42,20 +46,25 @@ class FastConformerSubsampling(torch.nn.Module):
         differentiated = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in layers.parameters())
         )
-        in_strips = x.device.type == "cpu" and not differentiated and not torch.compiler.is_compiling()
+        in_strips = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        in_strips = in_strips and (not differentiated or _dispatch.direct(x, *layers.parameters()))
         strip = count
-        if in_strips:  # by lists of lengths, which no other device should wait for
-            lengths = [frames] * batch if attention_mask is None else attention_mask.sum(-1).tolist()
+        if in_strips:
             first = 2 ** (self.num_layers - 1)  # frames of the first convolution for one of the output
             per_frame = batch * first * (bins // 2 + 1) * self.channels * x.element_size()
             strip = STRIP_BYTES // max(1, per_frame)
+        if in_strips and not differentiated:  # by lists of lengths, which no other device should wait for
+            lengths = [frames] * batch if attention_mask is None else attention_mask.sum(-1).tolist()
         elif attention_mask is None:
             lengths = torch.full((batch,), frames, device=x.device)
         else:
             lengths = attention_mask.sum(-1)
         strip = max(1, strip)
         strips = [
-            _strip(self, x, lengths, begin, min(strip, count - begin)) for begin in range(0, count, strip)
+            _kept_or_again(
+                differentiated and strip < count, self, x, lengths, begin, min(strip, count - begin)
+            )
+            for begin in range(0, count, strip)
         ]
         y = torch.cat(strips, 1) if strips else x.new_zeros(batch, 0, self.linear.in_features)
         return plumbing.linear(self.linear, y)
@@ -66,6 +75,17 @@ def subsampled(module, frames):
     for _ in range(module.num_layers):
         frames = _halved(frames)
     return frames
+
+
+def _kept_or_again(again, *arguments):
+    """Returns a strip. ``again``: nothing of it is kept for the backward pass, which computes it again, on a backend
+    that is forced now."""
+    if not again:
+        return _strip(*arguments)
+    backend, options = _dispatch.forced_backend(), {}
+    if backend != "auto":
+        options["context_fn"] = lambda: (nullcontext(), _dispatch.backend(backend))
+    return checkpoint(_strip, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def _strip(module, x, lengths, begin, count):
