@@ -76,12 +76,16 @@ def generation(t: torch.Tensor) -> int:
     return 10 * major if major in (9, 10, 12) else 80
 
 
-def dot_options(dtype: torch.dtype) -> dict[str, tuple[str]]:
-    """Returns Triton's options for a kernel with products of this dtype: float32 operands are rounded to TF32 where
-    torch's own products may be (``torch.backends.cuda.matmul.fp32_precision``, ``allow_tf32``).
+def rounded(dtype: torch.dtype) -> bool:
+    """Returns whether products of this dtype are rounded to TF32: those of float32 where torch's own may be
+    (``torch.backends.cuda.matmul.fp32_precision``, ``allow_tf32``).
     """
-    tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return ROUNDED if tf32 else PRECISE
+    return dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def dot_options(dtype: torch.dtype) -> dict[str, tuple[str]]:
+    """Returns Triton's options for a kernel with products of this dtype."""
+    return ROUNDED if rounded(dtype) else PRECISE
 
 
 def _interpret(kernel, grid, arguments, allowed_dot_input_precisions=("ieee",), **constants) -> None:

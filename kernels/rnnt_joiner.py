@@ -30,7 +30,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import TANH, activate_with_slope, exp_nonpositive, sigmoid_pair
 from fastasr.kernels._attention_tiles import NONE, products, running, sums
-from fastasr.kernels._launch import dot_options, launch
+from fastasr.kernels._launch import dot_options, generation, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_BYTES = 64 << 20
@@ -290,13 +290,14 @@ def context_gradient_kernel(
 
 
 # --------------------------------------------------------------------------- launchers
-def tiles(d: int, dtype: torch.dtype) -> dict[str, int]:
+def tiles(d: int, dtype: torch.dtype, generation: int) -> dict[str, int]:
     """Returns tile shape, warps and stages of the two kernels that multiply (tests/kernels/budgets.toml:
-    no spills).
+    no spills; 128 rows spill on capability 12.0).
     """
     wide = dtype == torch.float32
     block_k = min(16 if wide else 64, max(16, triton.next_power_of_2(d)))
-    blocks = {"BLOCK_M": 64, "BLOCK_N": 32} if wide else {"BLOCK_M": 128, "BLOCK_N": 128}
+    rows = 64 if wide or generation == 120 else 128
+    blocks = {"BLOCK_M": rows, "BLOCK_N": 32 if wide else 128}
     return blocks | {"BLOCK_K": block_k, "num_warps": 8, "num_stages": 2 if wide else 3} | dot_options(dtype)
 
 
@@ -314,7 +315,7 @@ class _Plan:
         self.batch, self.frames, self.d = am.shape
         self.v, self.length, self.s_range = weight.shape[0], symbols.shape[1], s_range
         self.blank, self.activation, self.hat = blank, activation, hat
-        self.tiles = tiles(self.d, weight.dtype)
+        self.tiles = tiles(self.d, weight.dtype, generation(weight))
         self.width = triton.cdiv(self.d, 16) * 16  # row width of h and of this weight: loads of 128 bits
         more = self.width - self.d
         self.padded = torch.nn.functional.pad(self.weight, (0, more)) if more else self.weight

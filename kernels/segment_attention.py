@@ -25,7 +25,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
-from fastasr.kernels._launch import dot_options, launch
+from fastasr.kernels._launch import dot_options, generation, launch, rounded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MEMORY, RIGHT, FRAME = (tl.constexpr(number) for number in range(3))  # kinds of keys
@@ -405,7 +405,7 @@ def keys_kernel(
 
 
 # --------------------------------------------------------------------------- launchers
-def tiles(dim: int, dtype: torch.dtype, lanes: int, dropout: bool) -> dict[str, dict]:
+def tiles(dim: int, dtype: torch.dtype, generation: int, lanes: int, dropout: bool) -> dict[str, dict]:
     """Returns tile shapes, warps and stages by kernel; ``lanes`` counts those of all segments.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
@@ -416,14 +416,27 @@ def tiles(dim: int, dtype: torch.dtype, lanes: int, dropout: bool) -> dict[str, 
     warps = 8 if wide or block_d > 64 else 4
     common = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 2}
     common |= dot_options(dtype)
+    # 64 rows of a product are 16 for each of four warps; they would compute 32 rows twice
+    high = common | {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4}
     if wide:
         half = common | {"BLOCK_M": 16}
-        return {"forward": common, "queries": half if dropout else common, "keys": half | {"num_stages": 1}}
+        keys = half | {"num_stages": 1}
+        if rounded(dtype):  # keys spill 104 bytes with two warps, which would compute nothing twice
+            return {"forward": high, "queries": high, "keys": keys}
+        return {"forward": common, "queries": half if dropout else common, "keys": keys}
     keys = common | {"num_stages": 1}
     if lanes <= 32:
         return {"forward": common, "queries": common, "keys": keys}
-    rows = {} if dropout or dim > block_d else {"BLOCK_M": 64}
-    return {"forward": common | {"BLOCK_M": 64}, "queries": common | rows, "keys": keys}
+    rows = common | {"BLOCK_M": 64}
+    if dropout and block_d <= 64:
+        return {"forward": high if generation == 120 else rows, "queries": high, "keys": keys}
+    if dim > block_d:
+        return {
+            "forward": rows | ({"num_stages": 1} if generation == 120 else {}),
+            "queries": common,
+            "keys": keys,
+        }
+    return {"forward": rows, "queries": common if dropout else rows, "keys": keys}
 
 
 class _Plan:
@@ -442,7 +455,7 @@ class _Plan:
         self.sizes = frames, segments, segment, self.left, right, self.memory, past_frames, past_memory
         self.past = max(past_memory, triton.cdiv(past_frames, segment))
         self.reach = max(self.memory, triton.cdiv(self.left, segment))
-        self.tiles = tiles(self.dim, query.dtype, segments * self.per, dropout is not None)
+        self.tiles = tiles(self.dim, query.dtype, generation(query), segments * self.per, dropout is not None)
         self.tensors = query, key, value, lengths, history, dropout
         self.constants = {"DIM": self.dim, "HAS_MEMORY": self.has_memory}
         self.y_time, self.scale = self.batch * query.shape[2], self.dim**-0.5

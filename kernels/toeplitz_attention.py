@@ -35,7 +35,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._attention_tiles import NONE, biased, dropped, load_rows, products, running, span, sums
-from fastasr.kernels._launch import dot_options, generation, launch
+from fastasr.kernels._launch import dot_options, generation, launch, rounded
 from fastasr.kernels._toeplitz_attention_backward import (
     add_diagonals_kernel,
     add_parts_kernel,
@@ -206,7 +206,10 @@ def tiles(
     """Returns (channels of a row of q and k, tile shapes, warps and stages by kernel).
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
-    cores unless TF32 is allowed.
+    cores unless TF32 is allowed. In 16 bits a warp has 16 rows of a product, except on capability 10.0: four warps on
+    64 rows compute nothing twice. Eight do on capability 9.0, because four spill with 128 columns, and with 64 columns
+    forward and values are predicted slower (137 against 123 us, 127 against 105 us, 1024 frames on an H100), as are
+    keys with 32 rows (136 against 84 us).
     """
     wide = dtype == torch.float32
     from_shared = generation in (90, 100) and not wide  # operands of products, which leaves more registers
@@ -215,15 +218,26 @@ def tiles(
     own = {"BLOCK_D": block_d, "BLOCK_V": min(64 if wide else 128, columns), "num_warps": 8, "num_stages": 2}
     own |= dot_options(dtype)
     inner = own | {"BLOCK_V": min(32 if wide else 64, columns)}
+    four = own if wide or from_shared else inner | {"num_warps": 4}
     short = dropout and wide
     shapes = {
-        "forward": {"BLOCK_M": 64, "BLOCK_N": 64 if wide or (from_shared and d <= 128) else 32, **own},
-        "queries": {"BLOCK_M": 64 if from_shared else 32, "BLOCK_N": 32 if short else 64, **inner},
-        "keys": {"BLOCK": 32 if dropout and not from_shared else 64, **inner},
+        "forward": {"BLOCK_M": 64, "BLOCK_N": 64 if wide or (from_shared and d <= 128) else 32, **four},
+        "queries": {
+            "BLOCK_M": 64 if generation == 100 and not wide else 32,
+            "BLOCK_N": 32 if short else 64,
+            **inner,
+        },
+        "keys": {"BLOCK": 64, **inner},
         "values": {"BLOCK": 32 if short else 64, **own},
     }
-    for name in () if wide or generation == 80 else ("keys", "queries") if generation == 120 else ("keys",):
-        shapes[name]["num_stages"] = 1
+    if dropout and not from_shared:
+        shapes["keys"] |= {"BLOCK": 32} if wide else {"BLOCK": 32, "num_warps": 4}
+    if not wide and (generation != 80 or dropout or d > block_d):
+        shapes["keys"]["num_stages"] = 1
+    if not wide and generation == 120:
+        shapes["queries"]["num_stages"] = 1
+    if rounded(dtype) and not dropout:  # with dropout these spill
+        shapes["queries"] |= {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4}
     return triton.cdiv(d, block_d) * block_d, shapes
 
 

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
-from fastasr.kernels._launch import dot_options, launch
+from fastasr.kernels._launch import dot_options, generation, launch, rounded
 from fastasr.kernels._rel_position_tiles import (
     ALONE,
     head_block,
@@ -345,7 +345,7 @@ def keys_kernel(
 
 # --------------------------------------------------------------------------- launchers
 def tiles(
-    dim: int, pos_dim: int, value_dim: int, dtype: torch.dtype, hiding: bool = False
+    dim: int, pos_dim: int, value_dim: int, dtype: torch.dtype, generation: int, hiding: bool = False
 ) -> dict[str, dict]:
     """Returns tile shapes, warps and stages by kernel; ``hiding`` says whether there is a chunk window or a mask of
     pairs.
@@ -366,10 +366,21 @@ def tiles(
     narrow = {"BLOCK_N": 32} if hiding and not wide else {}
     columns = max(16, triton.next_power_of_2(max(1, value_dim)))
     inner = common | {"BLOCK_V": min(32 if wide else 64, columns)}
+    forward = common | narrow | {"BLOCK_V": min(32 if wide else 128, columns)}
+    queries = inner | {"BLOCK_P": block_p, "BLOCK_N": 32}
+    keys = inner | ({} if wide else {"BLOCK_N": 32})
+    if rounded(dtype):
+        forward |= {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4}
+        queries["num_warps"] = 4
+    elif not wide and generation == 100:  # its products do not repeat rows, and four warps spill
+        queries["num_warps"] = 8
+        keys |= {"BLOCK_N": 64, "num_warps": 8}
+    elif not wide and generation == 120:
+        queries["BLOCK_V"] = min(32, columns)
     return {
-        "forward": common | narrow | {"BLOCK_V": min(32 if wide else 128, columns)},
-        "queries": inner | {"BLOCK_P": block_p, "BLOCK_N": 32},
-        "keys": inner | ({} if wide else {"BLOCK_N": 32}),
+        "forward": forward,
+        "queries": queries,
+        "keys": keys,
         "positions": dot_options(dtype) | {
             "BLOCK_O": 64, "BLOCK_M": 32 if wide else 64, "BLOCK_P": block_p, "num_warps": 4, "num_stages": 3
         },
@@ -396,7 +407,9 @@ def zipformer_attention_forward(
         return y
     o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
     value_dim = value.shape[2] // value_heads
-    tile = tiles(dim, o.pos_dim, value_dim, x.dtype, chunk > 0 or attn_mask is not None)["forward"]
+    tile = tiles(dim, o.pos_dim, value_dim, x.dtype, generation(x), chunk > 0 or attn_mask is not None)[
+        "forward"
+    ]
     blocks = triton.cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (value_heads * batch * blocks, triton.cdiv(value_dim, tile["BLOCK_V"])),
         x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), value, y,
@@ -431,7 +444,7 @@ def zipformer_attention_backward(
         return tuple(zeros)
     o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
     own_pos, value_dim = width // heads - 2 * dim, value.shape[2] // value_heads
-    shapes = tiles(dim, own_pos, value_dim, x.dtype)
+    shapes = tiles(dim, own_pos, value_dim, x.dtype, generation(x))
     dx = torch.empty_like(x) if value_heads == heads else torch.zeros_like(x)
     dvalue = torch.empty_like(value)
     pairs = value_heads * batch

@@ -27,7 +27,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, running, sums
-from fastasr.kernels._launch import dot_options, launch
+from fastasr.kernels._launch import dot_options, generation, launch, rounded
 from fastasr.kernels._rel_position_tiles import (
     ALONE,
     head_block,
@@ -378,7 +378,13 @@ def add_parts_kernel(PARTS, OUT, size, parts, BLOCK: tl.constexpr):
 
 # --------------------------------------------------------------------------- launchers
 def tiles(
-    keys: int, dim: int, pos_dim: int, dtype: torch.dtype, hiding: bool = False, penalty: bool = False
+    keys: int,
+    dim: int,
+    pos_dim: int,
+    dtype: torch.dtype,
+    generation: int,
+    hiding: bool = False,
+    penalty: bool = False,
 ) -> dict[str, dict]:
     """Returns tile shapes, warps and stages by kernel; ``hiding`` says whether there is a chunk window or a mask of
     pairs.
@@ -393,7 +399,9 @@ def tiles(
     if keys <= (64 if wide else 512):
         block_n = max(64, triton.next_power_of_2(keys))
         forward = {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 4 if block_n <= 256 else 8, "WHOLE": True}
-    queries = {"BLOCK_M": rows, "BLOCK_N": 32 if penalty and not wide else 64, "num_warps": 8}
+    queries = {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 4 if rounded(dtype) else 8}
+    if penalty and not wide:  # eight warps would compute a product of 64 x 32 twice, but on capability 10.0
+        queries |= {"BLOCK_N": 32, "num_warps": 8 if generation == 100 else 4}
     inner = {"BLOCK_M": 32 if wide else 64, "num_warps": 4, "num_stages": 3}
     shapes = {
         "forward": forward | {"BLOCK_D": block_d, "num_stages": 2},
@@ -434,7 +442,7 @@ def zipformer_attention_weights_forward(
     if not weights.numel():
         return weights
     o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
-    tile = tiles(keys, dim, o.pos_dim, x.dtype, chunk > 0 or attn_mask is not None)["forward"]
+    tile = tiles(keys, dim, o.pos_dim, x.dtype, generation(x), chunk > 0 or attn_mask is not None)["forward"]
     blocks = triton.cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (o.pairs * blocks,),
         x, o.key, o.r, _bytes(key_padding_mask), _bytes(attn_mask), weights,
@@ -474,7 +482,7 @@ def zipformer_attention_weights_backward(
         return tuple(zeros)
     o = operands(x, pos, cached_key, heads, dim, chunk, left_chunks)
     own_pos = width // heads - 2 * dim
-    shapes = tiles(o.keys, dim, own_pos, x.dtype, penalty=penalty != 0.0)
+    shapes = tiles(o.keys, dim, own_pos, x.dtype, generation(x), penalty=penalty != 0.0)
     dx = torch.empty_like(x)
     row = _rows(o.keys)
     ds = x.new_empty(o.pairs * frames * row)

@@ -4,21 +4,24 @@
 Each file of kernels has a function of its name here, with an underscore in front.
 """
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-# Bytes of shared memory that a program may have, by architecture.
-SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-# The architectures that budgets.toml has rows for. Add one of SHARED, then run update_budgets.py.
-ARCHITECTURES = (80, 90)
-GENERATIONS = (80, 90, 100, 120)  # those that kernels with tables of tiles for each have rows for, in 16 bits
-CHOSEN_FOR = GENERATIONS  # tiles are chosen for these: nothing spills there, and everything fits
-
+# Bytes of shared memory that a program may have, by architecture. sm_89 has the memory of sm_86; the compilers made the
+# same of 59 configurations of attention and of the LSTM for both, to the register and the instruction.
+SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+ARCHITECTURES = tuple(SHARED)
+# The architectures that share a table of tiles, by the one that ``generation`` of kernels/_launch.py names.
+GENERATIONS = {80: (80, 86), 90: (90,), 100: (100,), 120: (120,)}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRODUCTS = ("fp32", "tf32", "bf16")  # "tf32": tensors of float32 whose products may be rounded to TF32
 
 
 @dataclass
@@ -38,8 +41,24 @@ class Configuration:
     divisible: tuple[str, ...] = ()
     floats: tuple[str, ...] = ()
     stages: int = 3  # Triton's own choice
-    architectures: tuple[int, ...] = ARCHITECTURES
     most_registers: int | None = None  # the assembler's own choice
+    architectures: tuple[int, ...] = ARCHITECTURES  # what ``configurations`` fills in
+
+
+@contextmanager
+def _setting(dtype: str):
+    """Yields torch's dtype, while torch's setting for products of float32 is what ``dtype`` says."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    try:
+        yield DTYPES[_element(dtype)]
+    finally:
+        matmul.fp32_precision = before
+
+
+def _element(dtype: str) -> str:
+    return "fp32" if dtype == "tf32" else dtype
 
 
 def kernel_files() -> list[str]:
@@ -47,14 +66,21 @@ def kernel_files() -> list[str]:
     return sorted(path.stem for path in KERNELS.glob("[!_]*.py"))
 
 
-def configurations() -> list[Configuration]:
-    """Returns what the launchers use at model shapes: every kernel, mask kind, tile shape and element
-    type.
+def configurations() -> Iterator[Configuration]:
+    """Returns what the launchers use at model shapes: every kernel, mask kind, tile shape and element type.
+
+    A function of kernels whose tiles depend on the generation takes it, and serves the architectures of that table.
     """
-    missing = [name for name in kernel_files() if f"_{name}" not in globals()]
-    if missing:
-        raise LookupError(f"{__file__}: write _{missing[0]}(), the configurations of kernels/{missing[0]}.py")
-    return [configuration for name in kernel_files() for configuration in globals()[f"_{name}"]()]
+    for name in kernel_files():
+        if f"_{name}" not in globals():
+            raise LookupError(f"{__file__}: write _{name}(), the configurations of kernels/{name}.py")
+        own = globals()[f"_{name}"]
+        if not inspect.signature(own).parameters:
+            yield from own()
+            continue
+        for generation, architectures in GENERATIONS.items():
+            for configuration in own(generation):
+                yield replace(configuration, architectures=architectures)
 
 
 def _swoosh():
@@ -326,10 +352,12 @@ def _layer_norm_lstm():
     like = ("PRODUCT", "WEIGHT", "DGATES")
     wide = ("GATE_WEIGHT", "GATE_BIAS", "CELL_WEIGHT", "CELL_BIAS", "RECURRENT", "HIDDEN", "CELL", "Y")
     wide += ("NORMED", "SCALES", "GRAD", "DHIDDEN", "DCELL", "BEFORE")
-    for dtype in ("fp32", "bf16"):
-        types = dict.fromkeys(like, dtype) | dict.fromkeys(wide, "fp32") | {"ARRIVED": "i32", "PARTS": "fp64"}
+    for dtype in PRODUCTS:
+        types = dict.fromkeys(like, _element(dtype)) | dict.fromkeys(wide, "fp32")
+        types |= {"ARRIVED": "i32", "PARTS": "fp64"}
         for units, batch, label in ((512, 16, ""), (512, 1, ", one step")):
-            shape = module.shapes(units, batch, 128, DTYPES[dtype])
+            with _setting(dtype) as torch_dtype:
+                shape = module.shapes(units, batch, 128, torch_dtype)
             warps, stages, registers = (shape.pop(key) for key in ("num_warps", "num_stages", "maxnreg"))
             absent = {"ARRIVED": None, "NORMED": None, "SCALES": None} if batch == 1 else {}
             for name in ("forward",) if batch == 1 else ("forward", "backward"):
@@ -344,7 +372,7 @@ def _layer_norm_lstm():
     yield Configuration(name, module.norm_gradient_kernel, types, constants, 4, divisible)
 
 
-def _toeplitz_attention():
+def _toeplitz_attention(generation: int):
     from fastasr.kernels import toeplitz_attention as module
 
     like = (
@@ -368,14 +396,14 @@ def _toeplitz_attention():
     plain = {"HIDDEN": None, "DROPOUT": None}
     extra = {"prepare": module.PREPARE, "parameters": module.PARAMETERS}
 
-    def configuration(
-        name: str, label: str, dtype: str, d: int = 128, v: int = 1024, only: int = 0, **constants
-    ):
-        width, shapes = module.tiles(d, v, DTYPES[dtype], only or 80, "DROPOUT" not in constants)
+    def configuration(name: str, label: str, dtype: str, d: int = 128, v: int = 1024, **constants):
+        with _setting(dtype) as torch_dtype:
+            width, shapes = module.tiles(d, v, torch_dtype, generation, "DROPOUT" not in constants)
         options = dict(shapes[name] if name in shapes else extra.get(name, {"num_warps": 4}))
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
-        pointers = dict.fromkeys(like, dtype) | dict.fromkeys(wide, "fp32")
-        pointers |= {"PADDING": "i8", "HIDDEN": "i8"} | ({"PARTS": "fp64"} if dtype == "fp32" else {})
+        element = _element(dtype)
+        pointers = dict.fromkeys(like, element) | dict.fromkeys(wide, "fp32")
+        pointers |= {"PADDING": "i8", "HIDDEN": "i8"} | ({"PARTS": "fp64"} if element == "fp32" else {})
         return Configuration(
             f"toeplitz_attention {name}{label and ', ' + label}, d={d}, V={v}, {dtype}",
             getattr(module, f"{name}_kernel"),
@@ -385,20 +413,14 @@ def _toeplitz_attention():
             ("D", "V", *strides, "out_time"),
             ("scale",),
             stages,
-            (only,) if only else ARCHITECTURES,
         )
 
-    for dtype in DTYPES:
-        for name in ("forward", "queries", "keys", "values"):
-            if dtype == "fp16" and name != "forward":
-                continue
-            for only in (0,) if dtype == "fp32" else ARCHITECTURES if dtype == "fp16" else GENERATIONS:
-                yield configuration(name, "", dtype, only=only, **plain)
-                if dtype == "fp16":
-                    continue
-                yield configuration(name, "both ways, padding, dropout", dtype, only=only, CAUSAL=False)
-                if dtype == "bf16":
-                    yield configuration(name, "", dtype, 256, 512, only, **plain)
+    for name in ("forward", "queries", "keys", "values"):
+        for dtype in PRODUCTS:
+            yield configuration(name, "", dtype, **plain)
+            yield configuration(name, "both ways, padding, dropout", dtype, CAUSAL=False)
+        yield configuration(name, "", "bf16", 256, 512, **plain)
+    yield configuration("forward", "", "fp16", **plain)
     for dtype in ("fp32", "bf16"):
         forward = dict.fromkeys(("GATE", "GRAD", "MIXED", "G", "DGATE", "ALONG"))
         yield configuration("prepare", "forward, padding", dtype, **forward)
@@ -409,7 +431,7 @@ def _toeplitz_attention():
         yield configuration("add_diagonals", "", dtype, BLOCK=64, BLOCK_P=16)
 
 
-def _segment_attention():
+def _segment_attention(generation: int):
     from fastasr.kernels import segment_attention as module
 
     like = ("Q", "K", "V", "G", "Y", "DQ", "DK", "DV")
@@ -419,7 +441,8 @@ def _segment_attention():
 
     def configuration(name: str, label: str, dtype: str, dim: int = 64, lanes: int = 1876):
         everything = "dropout" in label
-        options = dict(module.tiles(dim, DTYPES[dtype], lanes, everything)[name])
+        with _setting(dtype) as torch_dtype:
+            options = dict(module.tiles(dim, torch_dtype, generation, lanes, everything)[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages")
         remembers = everything or "step" in label
         absent = (
@@ -429,7 +452,7 @@ def _segment_attention():
         return Configuration(
             f"segment_attention {name}{label and ', ' + label}, {dtype}",
             getattr(module, f"{name}_kernel"),
-            dict.fromkeys(like, dtype) | wide | bounds,
+            dict.fromkeys(like, _element(dtype)) | wide | bounds,
             fixed | options,
             warps,
             strides,
@@ -437,7 +460,7 @@ def _segment_attention():
             stages,
         )
 
-    for dtype in ("fp32", "bf16"):
+    for dtype in PRODUCTS:
         for name in ("forward", "queries", "keys"):
             yield configuration(name, "", dtype)
             yield configuration(name, "memory, dropout, lengths, history", dtype)
@@ -447,7 +470,7 @@ def _segment_attention():
     yield configuration("forward", "a step of a stream", "bf16", lanes=21)
 
 
-def _zipformer_attention_weights():
+def _zipformer_attention_weights(generation: int):
     from fastasr.kernels import zipformer_attention_weights as module
 
     like = ("X", "K", "R", "W", "GRAD", "DX", "DS", "DK")
@@ -458,12 +481,15 @@ def _zipformer_attention_weights():
     def configuration(
         name: str, label: str, dtype: str, keys: int = 1500, dim: int = 32, pos_dim: int = 4, **constants
     ):
-        shapes = module.tiles(keys, dim, pos_dim, DTYPES[dtype], "mask" in label, "PENALTY" in constants)
-        options = dict(shapes[name])
+        with _setting(dtype) as torch_dtype:
+            shapes = module.tiles(
+                keys, dim, pos_dim, torch_dtype, generation, "mask" in label, "PENALTY" in constants
+            )
+        options, element = dict(shapes[name]), _element(dtype)
         warps, stages = options.pop("num_warps"), options.pop("num_stages")
-        packed = pos_dim == 4 and dtype != "fp32"
-        pointers = dict.fromkeys(like, dtype) | masked | ({"R": "i64"} if packed else {})
-        pointers["PARTS"] = "fp64" if dtype == "fp32" else "fp32"
+        packed = pos_dim == 4 and element != "fp32"
+        pointers = dict.fromkeys(like, element) | masked | ({"R": "i64"} if packed else {})
+        pointers["PARTS"] = "fp64" if element == "fp32" else "fp32"
         fixed = {"DIM": dim, "POS_DIM": pos_dim, "PACKED": packed, "WIDE_POS": pos_dim, "PENALTY": False}
         fixed |= {"WINDOW": "chunks" in label} | ({} if "mask" in label else dict.fromkeys(masked))
         return Configuration(
@@ -477,7 +503,7 @@ def _zipformer_attention_weights():
             stages,
         )
 
-    for dtype in DTYPES:
+    for dtype in (*PRODUCTS, "fp16"):
         for name in ("forward", "queries", "keys", "positions"):
             yield configuration(name, "", dtype)
             if dtype == "fp16":
@@ -485,7 +511,7 @@ def _zipformer_attention_weights():
             if name in ("forward", "queries"):
                 yield configuration(name, "chunks, padding, mask", dtype)
             if name == "forward":
-                for keys in (50,) if dtype == "fp32" else (100, 200, 400):
+                for keys in (100, 200, 400) if dtype == "bf16" else (50,):
                     yield configuration(name, f"{keys} keys", dtype, keys)
             if name == "queries":
                 yield configuration(name, "penalty", dtype, PENALTY=True)
@@ -499,7 +525,7 @@ def _zipformer_attention_weights():
         yield Configuration(name, module.add_parts_kernel, types, constants, warps, ("size",))
 
 
-def _zipformer_attention():
+def _zipformer_attention(generation: int):
     from fastasr.kernels import zipformer_attention as module
 
     like = ("X", "K", "R", "V", "G", "Y", "DX", "DS", "DK", "DV")
@@ -510,23 +536,26 @@ def _zipformer_attention():
     def configuration(
         name: str, label: str, dtype: str, dim: int = 32, pos_dim: int = 4, value_dim: int = 12
     ):
-        options = dict(module.tiles(dim, pos_dim, value_dim, DTYPES[dtype], "mask" in label)[name])
-        warps, stages = options.pop("num_warps"), options.pop("num_stages")
-        packed = pos_dim == 4 and dtype != "fp32"
+        with _setting(dtype) as torch_dtype:
+            options = dict(
+                module.tiles(dim, pos_dim, value_dim, torch_dtype, generation, "mask" in label)[name]
+            )
+        warps, stages, element = options.pop("num_warps"), options.pop("num_stages"), _element(dtype)
+        packed = pos_dim == 4 and element != "fp32"
         fixed = {"DIM": dim, "POS_DIM": pos_dim, "VALUE_DIM": value_dim}
         fixed |= {"PACKED": packed, "WIDE_POS": pos_dim}
         fixed |= {"WINDOW": "chunks" in label} | ({} if "mask" in label else dict.fromkeys(masked))
         return Configuration(
             f"zipformer_attention {name}{label and ', ' + label}, {dtype}",
             getattr(module, f"{name}_kernel"),
-            dict.fromkeys(like, dtype) | wide | masked | ({"R": "i64"} if packed else {}),
+            dict.fromkeys(like, element) | wide | masked | ({"R": "i64"} if packed else {}),
             fixed | options,
             warps,
             strides,
             stages=stages,
         )
 
-    for dtype in DTYPES:
+    for dtype in (*PRODUCTS, "fp16"):
         for name in ("forward", "queries", "keys"):
             yield configuration(name, "", dtype)
             if dtype == "fp16":
@@ -536,7 +565,7 @@ def _zipformer_attention():
             yield configuration(name, "odd sizes", dtype, 40, 6, 20)
 
 
-def _rel_attention():
+def _rel_attention(generation: int):
     from fastasr.kernels import rel_attention as module
 
     like = ("Q", "K", "V", "POS", "U", "W", "Y", "G", "DS", "DQ", "DK", "DV", "DU", "DW")
@@ -544,14 +573,15 @@ def _rel_attention():
     strides = [f"{name}_{of}" for name in ("q", "v") for of in ("time", "batch")] + ["ds_row", "width"]
     masks = {"PADDING": "u8", "MASK": "u8", "SEED": "i64"}
 
-    def configuration(name: str, label: str, dtype: str, dim: int = 64, value: int = 64, only: int = 0):
-        hiding, dropping = "mask" in label, "dropout" in label
-        shapes = module.tiles(dim, value, DTYPES[dtype], only or 80, hiding, dropping) | {
-            "biases": module.BIASES
-        }
+    def configuration(name: str, label: str, dtype: str, dim: int = 64, value: int = 64):
+        hiding, dropping, element = "mask" in label, "dropout" in label, _element(dtype)
+        with _setting(dtype) as torch_dtype:
+            shapes = module.tiles(dim, value, torch_dtype, generation, hiding, dropping)
+        shapes["biases"] = module.BIASES
         options = dict(shapes[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
-        types = dict.fromkeys(like, dtype) | wide | masks | {"PARTS": "fp64" if dtype == "fp32" else "fp32"}
+        types = dict.fromkeys(like, element) | wide | masks
+        types |= {"PARTS": "fp64" if element == "fp32" else "fp32"}
         words = (("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout"))
         absent = [name for name, word in words if word not in label]
         return Configuration(
@@ -563,28 +593,27 @@ def _rel_attention():
             strides,
             ("scale", "factor"),
             stages,
-            (only,) if only else ARCHITECTURES,
         )
 
     for name in ("forward", "statistics", "queries", "keys"):
-        for only in GENERATIONS:
-            yield configuration(name, "padding", "bf16", only=only)
-            yield configuration(name, "padding, mask", "bf16", only=only)
-            for dim in (96, 128, 144):  # blocks of 64 channels or of 128
-                yield configuration(name, f"d={dim}, padding", "bf16", dim, dim, only)
-            yield configuration(name, "d=128, padding, mask", "bf16", 128, 128, only)
-            yield configuration(name, "padding, dropout", "bf16", only=only)
-            yield configuration(name, "padding, mask, dropout", "bf16", only=only)
-            yield configuration(name, "d=128, padding, dropout", "bf16", 128, 128, only)
-            yield configuration(name, "d=128, padding, mask, dropout", "bf16", 128, 128, only)
-        yield configuration(name, "padding, mask", "fp32")
-        yield configuration(name, "padding, dropout", "fp32")
-    for dtype in ("fp32", "bf16"):
-        for name in ("offsets", "positions", "biases"):
+        yield configuration(name, "padding", "bf16")
+        for dtype in PRODUCTS:
+            yield configuration(name, "padding, mask", dtype)
+            if dtype != "tf32":
+                yield configuration(name, "padding, dropout", dtype)
+        for dim in (96, 128, 144):  # blocks of 64 channels or of 128
+            yield configuration(name, f"d={dim}, padding", "bf16", dim, dim)
+        for label in ("padding, mask", "padding, dropout", "padding, mask, dropout"):
+            yield configuration(name, f"d=128, {label}", "bf16", 128, 128)
+        yield configuration(name, "padding, mask, dropout", "bf16")
+    for dtype in PRODUCTS:
+        for name in ("offsets", "positions"):
             yield configuration(name, "", dtype)
+    for dtype in ("fp32", "bf16"):
+        yield configuration("biases", "", dtype)
 
 
-def _rnnt_joiner():
+def _rnnt_joiner(generation: int):
     from fastasr.kernels import rnnt_joiner as module
 
     like = dict.fromkeys(("AM", "LM", "HIDDEN", "WEIGHT", "BIAS", "DLOGITS", "DAM"))
@@ -598,22 +627,23 @@ def _rnnt_joiner():
     }
 
     def configuration(name: str, label: str, dtype: str, d: int = 512, **constants):
-        options = dict(extra[name] if name in extra else module.tiles(d, DTYPES[dtype]))
-        warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
-        precise = {"PRECISE": dtype == "fp32"} if name == "frame_gradient" else {}
+        with _setting(dtype) as torch_dtype:
+            options = dict(extra[name] if name in extra else module.tiles(d, torch_dtype, generation))
+        warps, stages, element = options.pop("num_warps"), options.pop("num_stages", 3), _element(dtype)
+        precise = {"PRECISE": element == "fp32"} if name == "frame_gradient" else {}
         return Configuration(
             f"rnnt_joiner {name.replace('_', ' ')}{label and ', ' + label}, D={d}, {dtype}",
             getattr(module, f"{name}_kernel"),
             types
-            | dict.fromkeys(like, dtype)
-            | {"PARTS": "fp32" if name == "logits_gradient" and dtype != "fp32" else "fp64"},
+            | dict.fromkeys(like, element)
+            | {"PARTS": "fp32" if name == "logits_gradient" and element != "fp32" else "fp64"},
             {"ACTIVATION": 3, "HAT": False} | options | precise | constants,
             warps,
             ("width", "d_stride", "share", *(("D", "V") if d % 16 == 0 else ())),
             stages=stages,
         )
 
-    for dtype in DTYPES:
+    for dtype in (*PRODUCTS, "fp16"):
         for name in ("scores", "logits_gradient"):
             yield configuration(name, "", dtype)
             if dtype == "fp16":
@@ -621,7 +651,7 @@ def _rnnt_joiner():
             yield configuration(name, "HAT", dtype, HAT=True, BOUNDARY=None, BIAS=None)
             if dtype == "bf16":
                 yield configuration(name, "odd sizes", dtype, d=100)
-        if dtype == "fp16":
+        if dtype in ("tf32", "fp16"):
             continue
         for name in extra:
             if dtype == "fp32" or name not in (

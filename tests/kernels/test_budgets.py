@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernel configurations compile and stay within ``budgets.toml``: those that changed since they were measured, a random
-twentieth of the others, and in the long tests all. SEED repeats the choice. Without a section for this Triton, they are
-compared with that of the nearest version, in what holds for each version: spills and the device's shared memory.
+"""Kernel configurations compile and stay within ``budgets.toml``: on every architecture those that changed since they
+were measured, a random tenth of the others on one each, and in the long tests all. SEED repeats the choice. Without a
+section for this Triton, they are compared with that of the nearest version, in what holds for each version: spills and
+the device's shared memory.
 
 Compiling needs Triton but no GPU. It runs in a process of its own, where Triton is not in interpreter mode.
 """
@@ -13,22 +14,31 @@ import random
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from tests.kernels.configurations import CHOSEN_FOR, SHARED
+from tests.kernels import budgets
+from tests.kernels.configurations import ARCHITECTURES, SHARED
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.needs("kernels", "fastasr", "tests/kernels")
 
-HERE = Path(__file__).parent
-SECTIONS = tomllib.loads((HERE / "budgets.toml").read_text())
-MOST = ("registers", "spills", "shared", "narrow")  # may not grow
+SECTIONS = budgets.read()
+MOST = ("registers", "spills", "shared", "narrow", "repeated")  # may not grow
 GROWTH = 1.05  # the instruction count may grow by this factor
 UPDATE = "run python tests/kernels/update_budgets.py"
+ROWS = [
+    pytest.param(
+        {name: row[architecture] for name, row in rows.items()},
+        architecture,
+        id=f"{section}, sm_{architecture}",
+    )
+    for section, rows in SECTIONS.items()
+    for architecture in ARCHITECTURES
+]
+each_architecture = pytest.mark.parametrize(("rows", "architecture"), ROWS)
 
 
 @pytest.fixture(scope="module", params=["changed", pytest.param("all", marks=pytest.mark.long)])
@@ -36,8 +46,8 @@ def compiled(request) -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     seed = os.environ.get("SEED") or str(random.SystemRandom().randrange(10**6))
     which = ["--all"] if request.param == "all" else ["--seed", seed]
-    command = [sys.executable, str(HERE / "update_budgets.py"), "--json", *which]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
+    command = [sys.executable, str(Path(__file__).with_name("update_budgets.py")), "--json", *which]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=6000)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout) | {"seed": seed}
 
@@ -52,22 +62,9 @@ def _nearest(names: Iterable[str], name: str) -> str:
     return min(names, key=lambda other: abs(version(other) - version(name)))
 
 
-@pytest.fixture(scope="module")
-def section(compiled) -> str:
-    """Returns the name of this Triton's section of budgets.toml, or of the nearest version's."""
-    return _nearest(SECTIONS, f"triton {compiled['triton']}")
-
-
-@pytest.fixture(scope="module")
-def budgets(section) -> dict:
-    return SECTIONS[section]
-
-
 def _over(values: dict, budget: dict) -> list[str]:
     """Returns the measures that break the budget."""
     over = [key for key in MOST if key in budget and values[key] > budget[key]]
-    if values.get("repeated", 1) > budget.get("repeated", 1):
-        over.append("repeated")
     if values["wide"] < budget.get("wide", 0):
         over.append("wide")
     if values["instructions"] > budget.get("instructions", math.inf) * GROWTH:
@@ -80,63 +77,83 @@ def _table(rows: list[tuple[str, dict, dict]]) -> str:
     lines = []
     for name, values, budget in rows:
         over = _over(values, budget)
-        keys = [key for key in values if key != "hash"]
-        cells = [f"{k} {values[k]} (budget {budget.get(k, 1)}){' <--' if k in over else ''}" for k in keys]
+        cells = [
+            f"{key} {values[key]} (budget {budget.get(key)}){' <--' if key in over else ''}" for key in values
+        ]
         lines.append(f"{name}: {', '.join(cells)}")
     return "\n".join(lines)
 
 
-def test_within_budget(compiled, section, budgets):
-    if section != f"triton {compiled['triton']}":  # another version has other registers and instructions
-        budgets = {
-            name: {
-                "spills": row["spills"],
-                "shared": SHARED[int(name.rpartition("_")[2])],
-                "repeated": math.inf,
-            }
-            for name, row in budgets.items()
-        }
-    rows = [(name, values, budgets[name]) for name, values in compiled["measured"].items() if name in budgets]
+def test_within_budget(compiled):
+    section = _nearest(SECTIONS, compiled["section"])
+    rows = []
+    for name, measured in compiled["measured"].items():
+        for key, values in measured.items():
+            budget = SECTIONS[section].get(name, {}).get(int(key) if key != "hash" else None)
+            if budget and section != compiled["section"]:  # registers and instructions are other ones
+                budget = {"spills": budget["spills"], "shared": SHARED[int(key)]}
+            if budget:
+                rows.append((f"{name}, sm_{key}", values, budget))
     assert rows
     broken = [row for row in rows if _over(row[1], row[2])]
     assert not broken, f"\n{_table(broken)}\nSEED={compiled['seed']}. If meant: {UPDATE}"
 
 
-def test_budgets_cover_every_configuration(compiled, budgets):
-    assert set(budgets) == set(compiled["hashes"]), UPDATE
+def test_budgets_cover_every_configuration(compiled):
+    assert set(SECTIONS[_nearest(SECTIONS, compiled["section"])]) == set(compiled["hashes"]), UPDATE
 
 
-@pytest.mark.parametrize("architecture", CHOSEN_FOR)
-def test_budgets_have_no_spills(architecture, budgets):
-    rows = {name: row for name, row in budgets.items() if name.endswith(f"sm_{architecture}")}
-    spilled = {name: row["spills"] for name, row in rows.items() if row["spills"]}
+@each_architecture
+def test_budgets_have_no_spills(rows, architecture):
+    """No kernel runs out of its 255 registers. With fewer in use, the assembler itself spills up to 48 bytes, so that
+    more programs may be resident; to forbid it would cost a third or half of the resident warps."""
+    spilled = {
+        name: row["spills"]
+        for name, row in rows.items()
+        if row["spills"] and (row["registers"] == 255 or row["spills"] > 48)
+    }
     assert not spilled, f"bytes of local memory per thread: {spilled}"
 
 
-@pytest.mark.parametrize("architecture", SHARED)
-def test_budgets_fit_shared_memory(architecture, budgets):
-    """Capabilities 8.6 and 8.9 run the tiles and need the memory of 8.0, but have less of it."""
-    compiled_for = 80 if architecture in (86, 89) else architecture
-    rows = {name: row for name, row in budgets.items() if name.endswith(f"sm_{compiled_for}")}
-    wide = {name: row["shared"] for name, row in rows.items() if row["shared"] > SHARED[architecture]}
-    assert not wide, f"bytes of shared memory: {wide}"
+@each_architecture
+def test_budgets_fit_shared_memory(rows, architecture):
+    large = {name: row["shared"] for name, row in rows.items() if row["shared"] > SHARED[architecture]}
+    assert not large, f"bytes of shared memory: {large}"
 
 
-def test_budgets_repeat_no_work(budgets):
-    """Warps compute a product or its exponentials twice in these kernels alone; better tiles are not known yet."""
-    known = (
-        "layer_norm_lstm",  # products of 16 x 16, which one warp of four covers
-        "rel_attention statistics, padding, mask",
-        "segment_attention queries, memory, dropout",
-        *(f"toeplitz_attention {name}" for name in ("forward", "queries", "keys", "values")),
-        "zipformer_attention keys",  # the sums over 32 columns alone
-        "zipformer_attention_weights queries, penalty",
-    )
-    found = {name: row["repeated"] for name, row in budgets.items() if "repeated" in row}
-    assert {name: work for name, work in found.items() if not name.startswith(known)} == {}
+@each_architecture
+def test_budgets_repeat_no_work(rows, architecture):
+    """Warps compute a product or its exponentials twice in these kernels alone, by the ends of their names.
+    Microseconds are predictions for an H100 (docs/gpu-predictions.md)."""
+    known = {
+        # products of 16 x 16 need two of four warps; the others repeat them on tensor cores that would be idle
+        "layer_norm_lstm": ("bf16", "tf32"),
+        # tiles of 64 rows, which repeat nothing in 16 bits, spill with a mask; those of TF32 are to be found
+        "rel_attention statistics, padding, mask": ("bf16", "tf32"),
+        "rel_attention forward, padding, mask": ("tf32",),
+        "rel_attention keys, padding, mask": ("tf32",),
+        # two warps spill 104 bytes
+        "segment_attention keys": ("tf32",),
+        # on sm_90, four warps on half the columns take 137 us in place of 123 (forward) and 127 in place of 105
+        # (values), on 32 rows 136 in place of 84 (keys)
+        **{f"toeplitz_attention {name}": ("bf16", "fp16") for name in ("forward", "keys", "values")},
+        # 64 rows and four warps spill 8 bytes
+        "toeplitz_attention queries, both ways": ("tf32",),
+        # the sums over 32 columns alone: two warps on 32 rows take 3,055 us in place of 1,538, four on 64 columns
+        # spill; tiles for TF32 are to be found
+        "zipformer_attention keys": ("bf16", "fp16", "tf32"),
+    }
+    found = {
+        name: row["repeated"]
+        for name, row in rows.items()
+        if row["repeated"] > 1
+        and not any(name.startswith(start) and name.endswith(ends) for start, ends in known.items())
+    }
+    assert found == {}
 
 
-def test_budgets_have_128_bit_accesses(budgets):
+@each_architecture
+def test_budgets_have_128_bit_accesses(rows, architecture):
     """This holds at sizes that allow it (those with one column or tail elements do not). The joiner's scores and
     rel_attention's statistics read by asynchronous copies alone, which are not counted, and write few numbers per row.
     Rows of a lattice are T + 1 long and start where a boundary says; the joiner's parts are as long as a chunk."""
@@ -150,6 +167,6 @@ def test_budgets_have_128_bit_accesses(budgets):
         "statistics",
         "lattice",
     )
-    for name, row in budgets.items():
+    for name, row in rows.items():
         if not any(word in name for word in others):
             assert row["wide"] > 0, f"{name}: no 128-bit access"

@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles kernel configurations ahead of time, measures what the compiler made of them, and writes budgets.toml.
 
-    python tests/kernels/update_budgets.py             rows whose hash has changed, and new ones
-    python tests/kernels/update_budgets.py --all       every row of this Triton's section
-    python tests/kernels/update_budgets.py --op swoosh only the configurations of an op; other rows stay
-    python tests/kernels/update_budgets.py --json      prints hashes, and the measures of changed rows and of a random
-                                                       twentieth (--seed), or of all rows (--all); without a section
-                                                       for this Triton, of the twentieth alone
+    python tests/kernels/update_budgets.py               configurations whose hash has changed, and new ones
+    python tests/kernels/update_budgets.py --all         every configuration
+    python tests/kernels/update_budgets.py --op swoosh   those of one op
+    python tests/kernels/update_budgets.py --also FOLDER with the Triton in FOLDER too, for a section of its own
+                                                         (pip install --no-deps --target FOLDER triton==3.6.0)
+    python tests/kernels/update_budgets.py --json        prints hashes, and the measures of changed configurations and,
+                                                         on one architecture, of a random tenth (--seed), or of all
+                                                         (--all); without a section for this Triton, of the tenth alone
 
-No GPU is needed: Triton's wheel ships ptxas and cuobjdump. Measured per configuration:
+No GPU is needed: Triton's wheel ships ptxas and cuobjdump. Measured per configuration and architecture:
 
     registers      per thread            spills        bytes of stack or local memory per thread
     shared         bytes per program     instructions  of the whole program, in SASS
     wide, narrow   global loads and stores of 128 bits, and of fewer, in PTX
-    repeated       how often threads compute a product or an exponential of the worst loop, where it is more than once
+    repeated       how often threads compute a product or an exponential of the worst loop
 
-The hash is that of all that decides them: the kernel's code and that of what it calls, without comments, its signature,
-constants and options, the architecture and Triton's version.
+The hash is that of all that decides them on any architecture: the kernel's code and that of what it calls, without
+comments, its signature, constants and options, and Triton's version.
 """
 
 import argparse
@@ -30,13 +32,13 @@ import struct
 import subprocess
 import sys
 import tempfile
-import tomllib
 import warnings
 from functools import cache
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported, which follows
 
+import budgets
 import triton
 from configurations import Configuration, configurations
 from repetition import repeated
@@ -46,9 +48,8 @@ from triton.runtime import JITFunction
 
 from fastasr.kernels._launch import PRECISE
 
-BUDGETS = Path(__file__).with_name("budgets.toml")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MEASURES = ("registers", "spills", "shared", "wide", "narrow", "instructions", "repeated")
+Compilations = dict[int, Configuration]  # those of one name, by architecture
 
 
 @cache
@@ -85,11 +86,12 @@ def _source(configuration: Configuration) -> tuple[ASTSource, dict]:
     return source, options | {"maxnreg": configuration.most_registers}
 
 
-def fingerprint(configuration: Configuration, architecture: int) -> str:
-    """Returns the hash of all that decides what the compiler makes of the configuration."""
+def fingerprint(compilations: Compilations) -> str:
+    """Returns the hash of all that decides what the compiler makes of the configurations."""
     _strip_comments()
-    source, options = _source(configuration)
-    parts = source.hash(), configuration.kernel.arg_names, options, architecture, triton.__version__
+    sources = {id(configuration): _source(configuration) for configuration in compilations.values()}
+    texts = {key: (source.hash(), source.fn.arg_names, options) for key, (source, options) in sources.items()}
+    parts = triton.__version__, [(place, texts[id(own)]) for place, own in compilations.items()]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
@@ -142,73 +144,66 @@ def measure(configuration: Configuration, architecture: int) -> dict[str, int]:
         "wide": sum(width >= 128 for width in widths),
         "narrow": sum(width < 128 for width in widths),
         "instructions": _instructions(code.asm["cubin"]),
-    } | ({"repeated": work} if (work := repeated(code.asm["ttgir"])) > 1 else {})
-
-
-def triton_series() -> str:
-    return ".".join(triton.__version__.split(".")[:2])
-
-
-def compilations() -> dict[str, tuple[Configuration, int]]:
-    """Returns (configuration, architecture) by "name, sm_NN"."""
-    return {
-        f"{configuration.name}, sm_{architecture}": (configuration, architecture)
-        for configuration in configurations()
-        for architecture in configuration.architectures
+        "repeated": repeated(code.asm["ttgir"]),
     }
 
 
-def budgets() -> dict[str, dict]:
-    """Returns the rows of this Triton's section."""
-    return tomllib.loads(BUDGETS.read_text()).get(f"triton {triton_series()}", {})
+def section() -> str:
+    """Returns the name of this Triton's section of budgets.toml."""
+    return f"triton {'.'.join(triton.__version__.split('.')[:2])}"
 
 
-def write(measured: dict[str, dict]) -> None:
-    """Puts the measures into this Triton's section of budgets.toml, and drops the rows of configurations that no longer
-    exist; the head of the file and other sections stay.
-    """
-    section = f'["triton {triton_series()}"]'
-    known = budgets() | measured
-    rows = {name: known[name] for name in compilations() if name in known}
-    width = max(map(len, rows)) + 2
-    lines = [section]
-    for name, values in rows.items():
-        cells = [f"{key} = {values[key]:>{4 if key != 'spills' else 1}}" for key in MEASURES if key in values]
-        cells += [f'hash = "{values["hash"]}"'] if "hash" in values else []
-        lines.append(f"{json.dumps(name):<{width}} = {{ {', '.join(cells)} }}")
-    head, *sections = re.split(r"^(?=\[)", BUDGETS.read_text(), flags=re.MULTILINE)
-    kept = [s.strip() for s in sections if not s.startswith(section)]
-    BUDGETS.write_text("\n\n".join([head.strip(), *sorted([*kept, "\n".join(lines)])]) + "\n")
+def compilations() -> dict[str, Compilations]:
+    """Returns the configurations of each name, by architecture."""
+    found = {}
+    for configuration in configurations():
+        of_name = found.setdefault(configuration.name, {})
+        of_name |= dict.fromkeys(configuration.architectures, configuration)
+    return {name: dict(sorted(found[name].items())) for name in sorted(found)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="rows of known hash too")
+    parser.add_argument("--all", action="store_true", help="configurations of known hash too")
     parser.add_argument("--op", metavar="NAME", help="only configurations whose name begins with this word")
+    parser.add_argument(
+        "--also", metavar="FOLDER", help="then do the same with the Triton that lies in FOLDER"
+    )
     parser.add_argument("--json", action="store_true", help="print instead of writing budgets.toml")
-    parser.add_argument("--seed", help="with --json: compile a twentieth of the rows of known hash too")
+    parser.add_argument(
+        "--seed", help="with --json: compile a tenth of the others, each for one architecture"
+    )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     chosen = {
-        name: (fingerprint(*compilation), compilation)
-        for name, compilation in compilations().items()
+        name: (fingerprint(of_name), of_name)
+        for name, of_name in compilations().items()
         if arguments.op in (None, name.split()[0])
     }
     if not chosen:
         parser.error(f"no configuration of {arguments.op}")
-    known, draw = budgets(), random.Random(arguments.seed)
+    known, draw = budgets.read().get(section(), {}), random.Random(arguments.seed)
     measured = {}
-    for name, (hash_, compilation) in chosen.items():
-        sampled = arguments.seed is not None and draw.random() < 0.05
+    for name, (hash_, of_name) in chosen.items():
         changed = known.get(name, {}).get("hash") != hash_ and (known or not arguments.json)
-        if arguments.all or sampled or changed:
-            measured[name] = measure(*compilation) | {"hash": hash_}
+        architectures = list(of_name) if arguments.all or changed else []
+        if arguments.seed is not None and not architectures and draw.random() < 0.1:
+            architectures = [draw.choice(list(of_name))]
+        if architectures:
+            measured[name] = {"hash": hash_} | {
+                place: measure(of_name[place], place) for place in architectures
+            }
     if arguments.json:
         hashes = {name: hash_ for name, (hash_, _) in chosen.items()}
-        json.dump({"triton": triton_series(), "hashes": hashes, "measured": measured}, sys.stdout)
-    else:
-        write(measured)
-        print(f"{len(measured)} of {len(chosen)} configurations measured for {BUDGETS.name}")
+        json.dump({"section": section(), "hashes": hashes, "measured": measured}, sys.stdout)
+        return
+    rows = known | measured
+    budgets.write(section(), {name: rows[name] for name in compilations() if name in rows})
+    print(f"{len(measured)} of {len(chosen)} configurations measured with Triton {triton.__version__}")
+    if arguments.also:
+        place = sys.argv.index("--also")
+        again = [sys.executable, *sys.argv[:place], *sys.argv[place + 2 :]]
+        subprocess.run(again, env=os.environ | {"PYTHONPATH": arguments.also}, check=True)
 
 
 if __name__ == "__main__":
