@@ -14,7 +14,7 @@ import torch
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 # Bytes of shared memory that a program may have, by architecture. sm_89 has the memory of sm_86; the compilers made the
-# same of 59 configurations of attention and of the LSTM for both, to the register and the instruction.
+# same of 49 configurations of rel_attention and of the LSTM for both, to the register and the instruction.
 SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 ARCHITECTURES = tuple(SHARED)
 # The architectures that share a table of tiles, by the one that ``generation`` of kernels/_launch.py names.
