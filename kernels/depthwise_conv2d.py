@@ -11,7 +11,7 @@ backward 3 for dx and dw with their parts, and one copy.
 
 Bytes per element of e bytes: forward 2e; backward 2e for dx, 2e for dw. A 20x750x19x128 bf16 map at 4.3 TB/s: 34 us
 forward, 68 us backward. The kernels are bound by instructions: two pixels per thread share the loads of weights, and
-addresses and columns of a row are counted up (predicted for an H100 at 20x1500x19x128: 627 us, 900 with one pixel).
+addresses and columns of a row are counted up (predicted for an H100 at 20x1500x19x128: 606 us, 900 with one pixel).
 The weights' gradients are added up in parts that depend on the shape alone, and the parts in float64: results repeat
 bit for bit, there are no atomics.
 """
