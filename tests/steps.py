@@ -6,6 +6,8 @@ import random
 
 import torch
 
+from fastasr.testing import seeds
+
 
 @contextlib.contextmanager
 def one_thread():
@@ -18,8 +20,20 @@ def one_thread():
 
 
 def seeded(seed):
+    """Seeds all random numbers with the run's seed and this one."""
+    random.seed(seeds.seeded(seed))
+    torch.manual_seed(seeds.seeded(seed))
+
+
+def fixed(seed):
+    """Seeds all random numbers, alike in every run."""
     random.seed(seed)
     torch.manual_seed(seed)
+
+
+def numbers(seed):
+    """Returns a generator of random numbers, seeded with the run's seed and this one."""
+    return torch.Generator().manual_seed(seeds.seeded(seed))
 
 
 def draws():
@@ -28,7 +42,7 @@ def draws():
 
 def moved(model, scale, seed=None):
     """Returns the model with noise on every parameter, so that none is at an initial 0, 0.5 or identity."""
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = None if seed is None else numbers(seed)
     with torch.no_grad():
         for p in model.parameters():
             p += scale * torch.randn(p.shape, generator=generator, dtype=p.dtype)
@@ -42,6 +56,14 @@ def close(actual, expected, tolerance=2e-5, what="", least=1e-12):
     if expected.numel():
         error = ((actual - expected).abs().max() / expected.abs().max().clamp_min(least)).item()
         assert error <= tolerance, f"{what}: relative error {error:.2e}"
+
+
+def as_near(actual, expected, exact, factor=1.25):
+    """Asserts that the error of ``actual`` against ``exact`` is at most ``factor`` times that of ``expected``."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    error, allowed = ((t.double() - exact).norm().item() for t in (actual, expected))
+    assert error <= factor * allowed, f"an error of {error:.2e}, upstream's is {allowed:.2e}"
 
 
 def step(module, *inputs, seed=0, **options):

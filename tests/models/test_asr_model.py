@@ -6,6 +6,7 @@ import types
 import numpy
 import pytest
 import torch
+from steps import seeded
 
 from fastasr.models import zipformer
 from fastasr.models.transducer.time_warp import time_warp
@@ -30,7 +31,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
+    seeded(0)
     return zipformer.AsrModel(**TINY, use_ctc=True)
 
 

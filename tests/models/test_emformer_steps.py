@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from steps import seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastasr.models.emformer import Emformer
@@ -20,7 +21,7 @@ class Calls(TorchDispatchMode):
 
 def _stream(memory: int, batch: int, device: str = "cpu"):
     """Returns an encoder, a chunk, and the states after a chunk."""
-    torch.manual_seed(0)
+    seeded(0)
     encoder = Emformer(
         32, 2, 48, 2, 4, left_context_length=6, right_context_length=2, max_memory_size=memory
     ).to(device)

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from packed_layers import assert_near, check_declined, other_threads
+from steps import seeded
 
 import fastasr
 from fastasr.models import emformer
@@ -22,7 +23,7 @@ SIZES = {
 
 
 def _layer(dim=24, heads=3, ffn=70, **options):
-    torch.manual_seed(3)
+    seeded(3)
     layer = emformer.EmformerLayer(dim, heads, ffn, **(SIZES["memory"] | options)).eval()
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -171,7 +172,7 @@ def test_a_stream_through_swapped_layers():
         "max_memory_size": 2,
         "activation": "gelu",
     }
-    torch.manual_seed(0)
+    seeded(0)
     theirs = upstream.Emformer(24, 3, 40, 2, 4, **options).eval()
     ours = emformer.Emformer(24, 3, 40, 2, 4, **options).eval()
     ours.load_state_dict(theirs.state_dict())

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from steps import moved
+from steps import moved, numbers, seeded
 
 from fastasr.models import mega
 from fastasr.models.mega import decoder as decoder_file
@@ -16,7 +16,7 @@ from fastasr.models.mega.positional_bias import relative
 
 def decoder(seed=0, **arguments):
     """Returns a tiny decoder in eval mode, with parameters far from their initial values."""
-    torch.manual_seed(seed)
+    seeded(seed)
     sizes = {"block_size": 16, "linear_size": 24, "qk_size": 8, "v_size": 20, "num_heads": 2}
     return moved(
         mega.MEGADecoder(12, **{**sizes, "num_blocks": 2, "max_positions": 24, **arguments}), 0.3
@@ -24,7 +24,7 @@ def decoder(seed=0, **arguments):
 
 
 def sequence(length, seed=1):
-    generator = torch.Generator().manual_seed(seed)
+    generator = numbers(seed)
     return [0, *torch.randint(1, 12, (length - 1,), generator=generator).tolist()]
 
 

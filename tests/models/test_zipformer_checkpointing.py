@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from steps import numbers, seeded
 
 from fastasr.models.zipformer import Balancer, Whiten, ZipformerEncoderLayer, checkpoint
 from fastasr.models.zipformer import layer as layer_module
@@ -14,7 +15,7 @@ T, B, C, POS = 20, 2, 16, 8
 
 @pytest.fixture(scope="module")
 def layer():
-    torch.manual_seed(0)
+    seeded(0)
     module = ZipformerEncoderLayer(C, POS, 2, 4, 4, 4, 24, cnn_module_kernel=7).train()
     # a batch early in the schedules: many layers are skipped, and regularisers act often
     for part in module.modules():
@@ -31,10 +32,10 @@ def _step(layer, forward, seed):
         if isinstance(part, Whiten):
             part.prob = part.max_prob
     layer.zero_grad(set_to_none=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = numbers(seed)
     x = torch.randn(T, B, C, generator=generator).requires_grad_()
     positions = torch.randn(1, 2 * T - 1, POS, generator=generator)
-    torch.manual_seed(seed)
+    seeded(seed)
     random.seed(seed)
     y = forward(layer, x, positions)
     after_forward = random.random()
@@ -88,7 +89,7 @@ def test_a_share_that_changes_between_forward_and_recomputation(reentrant):
             seen.append("_Whitening" in y.grad_fn.name())
         return y.square()  # keeps y: the recomputation goes as far as here
 
-    x = torch.randn(T, C, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(T, C, generator=numbers(0)).requires_grad_()
     random.seed(0)
     total = checkpoint(run, x, use_reentrant=reentrant) + checkpoint(run, x, use_reentrant=reentrant)
     total.sum().backward()

@@ -7,7 +7,7 @@ import random
 import pytest
 import tiny_recogniser
 import torch
-from steps import moved
+from steps import moved, seeded
 from tiny_recogniser import RECOGNISER, STREAMING
 
 import fastasr
@@ -59,7 +59,7 @@ def exports(tmp_path_factory):
 
         @functools.cache
         def made(origin, causal):
-            torch.manual_seed(0)
+            seeded(0)
             random.seed(0)
             model = _made(origin, CAUSAL if causal else WHOLE)
             return model, _exported(model, origin, tmp_path_factory.mktemp("exported"))

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from steps import close, moved
+from steps import close, moved, seeded
 
 from fastasr.models import zipformer as models
 from fastasr.models.zipformer.encoder import int_tuple
@@ -31,7 +31,7 @@ STREAMING = {**TINY, "causal": True, "chunk_size": (8,), "left_context_frames": 
 
 def _encoder(config=TINY, **changes):
     """Returns an encoder none of whose parameters is at its initial 0 or 0.5."""
-    torch.manual_seed(0)
+    seeded(0)
     return moved(models.Zipformer(**{**config, **changes}), 0.05).eval()
 
 

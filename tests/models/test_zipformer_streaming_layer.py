@@ -7,13 +7,14 @@ from functools import partial
 import pytest
 import torch
 from packed_layers import assert_near, check_declined, other_threads
+from steps import seeded
 
 from fastasr.models.zipformer import ZipformerEncoderLayer, streaming_layer
 from fastasr.models.zipformer.layer import _stream_by_submodules
 
 
 def _layer(dim=20, kernel=7, **changes):
-    torch.manual_seed(3)
+    seeded(3)
     sizes = {
         "num_heads": 2,
         "query_head_dim": 6,

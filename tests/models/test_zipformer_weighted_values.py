@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from steps import seeded
 
 import fastasr
 from fastasr.models.zipformer import self_attention
@@ -27,7 +28,7 @@ def _error(y, exact):
 def test_values(heads, batch, targets, sources, columns):
     ours, eager, draws = 0.0, 0.0, 8  # with few numbers the error of one draw is luck
     for seed in range(draws):
-        torch.manual_seed(seed)
+        seeded(seed)
         weights = torch.randn(heads, batch, targets, sources + 3).softmax(-1)[..., :sources]  # rows apart
         values = torch.randn(sources, batch, heads * columns)
         exact = _eager(weights.double(), values.double())

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from steps import close, moved, step
+from steps import close, moved, seeded, step
 
 import fastasr
 from fastasr.swap import binding
@@ -99,7 +99,7 @@ MODELS = {
 
 def model(name, **options):
     """Returns the model in float64 with parameters and statistics away from their first values."""
-    torch.manual_seed(0)
+    seeded(0)
     made = moved(MODELS[name][0](**options), 0.1).double()
     for key, buffer in made.named_buffers():
         if key.endswith("running_var"):

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from steps import moved
+from steps import moved, seeded
 
 pytest.importorskip("espnet2.asr.encoder.e_branchformer_encoder")
 
@@ -44,7 +44,7 @@ DROPOUT = {"dropout_rate": 0.2, "positional_dropout_rate": 0.1, "attention_dropo
 
 def pair(**arguments):
     """Returns ESPnet's encoder with parameters away from their initial values, and fastasr's with the same."""
-    torch.manual_seed(0)
+    seeded(0)
     theirs = moved(Upstream(**{**SIZES, **arguments}), 0.1)
     model = ours.EBranchformerEncoder(**{**SIZES, **arguments})
     model.load_state_dict(theirs.state_dict())
@@ -52,7 +52,7 @@ def pair(**arguments):
 
 
 def inputs(arguments, dtype=torch.float64):
-    torch.manual_seed(1)
+    seeded(1)
     return torch.randn(3, 47, {**SIZES, **arguments}["input_size"], dtype=dtype), torch.tensor([47, 40, 21])
 
 
@@ -68,7 +68,7 @@ def flat(output):
 def step(model, x, lengths, seed=None):
     """Returns (values, lengths, gradients of the input and all parameters, random state after the forward)."""
     if seed is not None:
-        torch.manual_seed(seed)
+        seeded(seed)
     x = x.clone().requires_grad_()
     y, out_lengths = flat(model(x, lengths))
     state = torch.get_rng_state()
@@ -162,7 +162,7 @@ def test_a_query_without_keys_gives_the_projection_of_nothing():
 
 
 def test_the_gating_unit_alone():
-    torch.manual_seed(0)
+    seeded(0)
     theirs = UpstreamGate(12, 5, 0.0, False, "identity").double()
     unit = ours.ConvolutionalSpatialGatingUnit(12, 5, 0.0).double()
     unit.load_state_dict(theirs.state_dict())

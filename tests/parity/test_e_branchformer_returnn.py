@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from steps import seeded
 
 pytest.importorskip("returnn.frontend.encoder.e_branchformer")
 
@@ -31,7 +32,7 @@ def _config():
 
 
 def fill(module):
-    torch.manual_seed(0)
+    seeded(0)
     for parameter in module.parameters():
         parameter.raw_tensor.data = 0.2 * torch.randn(parameter.raw_tensor.shape, dtype=torch.float64) + 0.1
     return module
@@ -60,7 +61,7 @@ def encoder(inputs=INPUT, **options):
 
 def sequences(dim):
     """Returns (x, its RETURNN tensor, batch and time axes); gradients reach x."""
-    torch.manual_seed(1)
+    seeded(1)
     x = torch.randn(len(LENGTHS), FRAMES, dim.dimension, dtype=torch.float64, requires_grad=True)
     batch = Dim(len(LENGTHS), name="batch")
     lengths = torch.tensor(LENGTHS, dtype=torch.int32)

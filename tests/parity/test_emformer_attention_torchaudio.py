@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from steps import seeded
 
 from fastasr import ops
 
@@ -25,7 +26,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_between_the_projections(case, function, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", lambda t: t)  # upstream's softmax rounds to float32
-    torch.manual_seed(1)
+    seeded(1)
     frames, width, heads = 21, 12, 3
     segment, left, right, memory = (case[k] for k in ("segment", "left", "right", "memory"))
     context = {"left_context_length": left, "right_context_length": right, "max_memory_size": memory}

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from steps import moved, same_state
+from steps import moved, numbers, same_state, seeded
 
 from fastasr import rnnt
 from fastasr.decoding import RNNTBeamSearch
@@ -77,7 +77,7 @@ def test_predictor_in_training_draws_the_same():
     labels, lengths = torch.randint(0, SYMBOLS, (2, 6)), torch.tensor([6, 4])
     weight, found = torch.randn(2, 6, CHANNELS).double(), []
     for model in (expected.train(), actual.train()):
-        torch.manual_seed(5)
+        seeded(5)
         y = model(labels, lengths)[0]
         grads = torch.autograd.grad((y * weight).sum(), list(model.parameters()))
         found.append((y, torch.get_rng_state(), *grads))
@@ -87,7 +87,7 @@ def test_predictor_in_training_draws_the_same():
 def test_initialisation_draws_the_same():
     models = []
     for make in (theirs._Predictor, Predictor):
-        torch.manual_seed(7)
+        seeded(7)
         models.append(make(SYMBOLS, CHANNELS, 16, 2, 16, True))
     same_state(*models)
 
@@ -138,7 +138,7 @@ class Transcriber(torch.nn.Module):
 
 
 def transducers(dtype=torch.float64):
-    torch.manual_seed(11)
+    seeded(11)
     transcriber = shaken(Transcriber().to(dtype))
     predictor, joiner = predictors(dtype=dtype), pair("_Joiner", CHANNELS, SYMBOLS, dtype=dtype)
     expected, actual = (
@@ -149,7 +149,7 @@ def transducers(dtype=torch.float64):
 
 
 def batch():
-    generator = torch.Generator().manual_seed(1)
+    generator = numbers(1)
     sources = torch.randn(2, 9, 5, generator=generator).double()
     targets = torch.randint(0, SYMBOLS - 1, (2, 4), generator=generator)
     return sources, torch.tensor([9, 6]), targets, torch.tensor([4, 3])
@@ -213,7 +213,7 @@ def test_beam_search(seed, beam, options):
     expected, actual = transducers(torch.float32)
     blank = SYMBOLS - 1
     searches = decoder.RNNTBeamSearch(expected, blank, **options), RNNTBeamSearch(actual, blank, **options)
-    x = torch.randn(12, 5, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(12, 5, generator=numbers(seed))
     with torch.no_grad():
         whole = [search(x, torch.tensor(12), beam) for search in searches]
         same_hypotheses(whole[1], whole[0])
@@ -253,7 +253,7 @@ def emformer_models(seed=0, **changes):
     }
     models = []
     for make in (theirs.emformer_rnnt_model, emformer_rnnt_model):
-        torch.manual_seed(seed)
+        seeded(seed)
         models.append(make(**options).eval())
     assert [list(m.state_dict()) for m in models[:1]] == [list(m.state_dict()) for m in models[1:]]
     assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
@@ -279,7 +279,7 @@ def emformer_models(seed=0, **changes):
 )
 def test_the_emformer_transducer(changes):
     expected, actual = emformer_models(**changes)
-    generator = torch.Generator().manual_seed(2)
+    generator = numbers(2)
     sources, lengths = torch.randn(2, 28, 6, generator=generator), torch.tensor([24, 24])
     targets, target_lengths = torch.randint(0, SYMBOLS, (2, 5), generator=generator), torch.tensor([5, 4])
     with torch.no_grad():
@@ -300,7 +300,7 @@ def test_the_emformer_transducer(changes):
 def test_beam_search_of_the_emformer_transducer():
     decoder = pytest.importorskip("torchaudio.models.rnnt_decoder")
     models = [shaken(model) for model in emformer_models()]
-    blank, x = SYMBOLS - 1, torch.randn(28, 6, generator=torch.Generator().manual_seed(3))
+    blank, x = SYMBOLS - 1, torch.randn(28, 6, generator=numbers(3))
     searches = decoder.RNNTBeamSearch(models[0], blank), RNNTBeamSearch(models[1], blank)
     with torch.no_grad():
         whole = [search(x, torch.tensor(24), 4) for search in searches]

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from steps import same_state
+from steps import numbers, same_state, seeded
 
 from fastasr.models.emformer import Emformer
 
@@ -26,15 +26,15 @@ WIDTH = 12
 
 
 def _pair(dropout: float = 0.0, **options):
-    torch.manual_seed(3)
+    seeded(3)
     theirs = emformer.Emformer(WIDTH, 3, 20, 3, dropout=dropout, **options)
-    torch.manual_seed(3)
+    seeded(3)
     ours = Emformer(WIDTH, 3, 20, 3, dropout=dropout, **options)
     return ours, theirs
 
 
 def _input(batch: int, frames: int, right: int, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(batch + frames)
+    generator = numbers(batch + frames)
     return torch.randn(batch, frames + right, WIDTH, generator=generator, dtype=dtype)
 
 
@@ -81,7 +81,7 @@ def test_dropout_draws_what_upstream_draws(options, lengths):
     counts, found = torch.tensor(lengths), []
     valid = (torch.arange(19) < counts[:, None])[..., None]
     for model in (ours, theirs):
-        torch.manual_seed(11)
+        seeded(11)
         y = model(x, counts)[0] * valid
         y.square().sum().backward()
         found.append((y.detach(), torch.rand(3), *(p.grad for p in model.parameters())))
@@ -101,7 +101,7 @@ def test_every_step_and_state_of_a_stream(options, batch, training):
         lengths = full if step < 6 else full - 1 - torch.arange(batch) % 2  # the last chunk is short
         chunk, found = whole[:, step * segment : (step + 1) * segment + right], []
         for i, model in enumerate((ours.train(training), theirs.train(training))):
-            torch.manual_seed(step)
+            seeded(step)
             with torch.no_grad():
                 y, out_lengths, states[i] = model.infer(chunk, lengths, states[i])
             valid = (torch.arange(segment) < out_lengths[:, None])[..., None]

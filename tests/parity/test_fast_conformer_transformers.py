@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from steps import close, moved, same_state
+from steps import close, moved, same_state, seeded
 from tiny_parakeet import SIZES, STILL
 
 pytest.importorskip("transformers")
@@ -31,7 +31,7 @@ TOLERANCES = {"sdpa": 1e-10, "eager": 2e-5}
 def pair(dtype=torch.float64, **options):
     """Returns transformers' encoder with parameters and statistics away from their first values, and ours with the
     same."""
-    torch.manual_seed(0)
+    seeded(0)
     theirs = moved(ParakeetEncoder(ParakeetEncoderConfig(**SIZES, **options)), 0.1)
     for name, buffer in theirs.named_buffers():
         if name.endswith("running_var"):
@@ -44,7 +44,7 @@ def pair(dtype=torch.float64, **options):
 
 
 def inputs(lengths, dtype=torch.float64):
-    torch.manual_seed(1)
+    seeded(1)
     x = torch.randn(3, FRAMES, SIZES["num_mel_bins"], dtype=dtype)
     if lengths is None:
         return x, None
@@ -53,12 +53,12 @@ def inputs(lengths, dtype=torch.float64):
 
 def step(model, x, mask, seed=3):
     """Returns values, output mask, gradients of input and parameters, buffers, and the random state behind a step."""
-    torch.manual_seed(seed)
+    seeded(seed)
     x = x.clone().requires_grad_()
     result = model(x, mask)
     y, out_mask = result if isinstance(result, tuple) else (result.last_hidden_state, result.attention_mask)
     state = torch.get_rng_state()
-    torch.manual_seed(9)
+    seeded(9)
     grads = torch.autograd.grad(y, [x, *model.parameters()], torch.randn_like(y), allow_unused=True)
     return y.detach(), out_mask, grads, state
 
@@ -148,7 +148,7 @@ def test_state_dicts_load_both_ways(bias):
 
 
 def test_ctc():
-    torch.manual_seed(0)
+    seeded(0)
     config = ParakeetCTCConfig(vocab_size=11, pad_token_id=10, encoder_config=ParakeetEncoderConfig(**SIZES))
     theirs = ParakeetForCTC(config).eval()
     model = ours.FastConformerCTC(ours.FastConformerEncoder.from_config(config.encoder_config), 11).eval()
@@ -167,7 +167,7 @@ def test_ctc():
 def test_the_front_end_in_strips(frames, strip_bytes, monkeypatch):
     monkeypatch.setattr(subsampling, "STRIP_BYTES", strip_bytes)
     theirs, model = pair()
-    torch.manual_seed(1)
+    seeded(1)
     x = torch.randn(3, frames, SIZES["num_mel_bins"], dtype=torch.float64)
     mask = torch.arange(frames) < torch.tensor([frames, frames // 2, 0])[:, None]
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_the_front_end_with_frozen_parts(trained, backend, strip_bytes, monkeypa
         each.requires_grad_(False).get_submodule(trained).requires_grad_(True)
         with fastasr.backend(backend):
             y = each(x, mask)
-        torch.manual_seed(2)
+        seeded(2)
         grads.append(torch.autograd.grad(y, each.get_submodule(trained).weight, torch.randn_like(y))[0])
     close(grads[1], grads[0], 1e-10)
 

@@ -84,11 +84,10 @@ def test_bf16_and_autocast(upstream):
             expected, actual = upstream(x, lens)[0], ours(x, lens)[0]
         assert seen == ["last"]
         assert actual.dtype == expected.dtype
-        assert_close(actual, expected, rtol=0.05, atol=0.05)
         assert _distance([actual], [exact]) < 1.1 * _distance([expected], [exact])
         expected, actual = upstream.bfloat16()(x.bfloat16(), lens)[0], ours.bfloat16()(x.bfloat16(), lens)[0]
         assert actual.dtype == expected.dtype
-        assert_close(actual, expected, rtol=0.05, atol=0.05)
+        assert _distance([actual], [exact]) < 1.1 * _distance([expected], [exact])
 
 
 def _distance(tensors, reference):
@@ -98,7 +97,7 @@ def _distance(tensors, reference):
 def test_a_step_under_autocast_is_as_near_to_float32(upstream):
     upstream.train()
     ours, x = swapped(upstream), _batch()
-    exact, state = step(upstream, *x)
+    exact, state = step(copy.deepcopy(upstream), *x)  # a step changes what the next one draws
     with torch.autocast("cpu", torch.bfloat16):
         results = [step(module, *x) for module in (upstream, ours)]
     assert results[0][1] == results[1][1] == state

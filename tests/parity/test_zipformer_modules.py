@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from steps import same_step
+from steps import fixed, same_step
 from tiny_encoders import swapped
 from torch.testing import assert_close
 
@@ -52,6 +52,8 @@ CASES = {
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("case", CASES)
 def test_module(case, training):
+    # the terms of a scalar's gradient may cancel: no relative tolerance in float32 holds for every draw
+    fixed(0)
     name, arguments, options, shape = CASES[case]
     ours, theirs = _twins(name, arguments, options)
     inputs = [2 * torch.randn(shape) for _ in range(2 if name == "BypassModule" else 1)]

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from steps import draws, moved, seeded
+from steps import draws, moved, numbers, seeded
 
 pytest.importorskip("zipformer", reason="upstream's package is not installed")
 
@@ -17,6 +17,7 @@ from zipformer.modules import zipformer as their_zipformer
 
 from fastasr.models import zipformer as ours
 from fastasr.models.zipformer.balancer import CutoffEstimator
+from fastasr.testing import seeds
 
 # --------------------------------------------------------------------------- schedules
 _POINTS = st.lists(
@@ -71,7 +72,7 @@ def test_scheduled_float(count, training):
 
 def test_cutoff_estimator():
     mine, upstream = CutoffEstimator(0.05), theirs.CutoffEstimator(0.05)
-    generator = random.Random(0)
+    generator = random.Random(seeds.seeded(0))
     for _ in range(300):
         x = generator.gauss(10, 3)
         assert mine(x) == upstream(x)
@@ -104,8 +105,8 @@ BALANCERS = {
 @pytest.mark.parametrize(("options", "shift", "scale"), BALANCERS.values(), ids=BALANCERS)
 @pytest.mark.parametrize("channel_dim", [-1, 1])
 def test_balancer(options, shift, scale, channel_dim):
-    x = torch.randn(13, 6, 7, 6, generator=torch.Generator().manual_seed(0)) * scale + shift
-    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(13, 6, 7, 6, generator=numbers(0)) * scale + shift
+    grad = torch.randn(x.shape, generator=numbers(1))
 
     def build(module):
         arguments = {"prob": 1.0, **options}
@@ -135,7 +136,7 @@ def test_balancer_dtypes(dtype):
 
 def test_balancer_where_means_dwarf_deviations():
     """The test compares the error against fp64 with upstream's own."""
-    generator = torch.Generator().manual_seed(0)
+    generator = numbers(0)
     x = 0.02 * torch.randn(50, 4, 8, generator=generator) + torch.linspace(-4, 4, 8)
     grad = torch.randn(x.shape, generator=generator)
     options = {"max_positive": 0.55, "min_positive": 0.45, "max_abs": 0.5, "prob": 1.0}
@@ -160,7 +161,7 @@ def _whitens(groups, limit, prob=1.0, grad_scale=0.1):
 @pytest.mark.parametrize("limit", [1.0, 2.0, 50.0])
 @pytest.mark.parametrize("shape", [(40, 2, 12), (5, 2, 12)], ids=str)
 def test_whiten(groups, limit, shape):
-    generator = torch.Generator().manual_seed(0)
+    generator = numbers(0)
     x = torch.randn(shape, generator=generator) + 2 * torch.randn(*shape[:2], 1, generator=generator) + 1.0
     grad = torch.randn(shape, generator=generator)
     mine, upstream = _whitens(groups, limit, prob=(0.3, 1.0))
@@ -254,7 +255,7 @@ def test_resampling(frames, factor):
     x = torch.randn(frames, 2, 6)
     downs = [module.SimpleDownsample(6, factor, 0.0, False) for module in (ours, their_zipformer)]
     for down in downs:
-        torch.nn.init.normal_(down.bias, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.normal_(down.bias, generator=numbers(0))
     found, expected = (down(x) for down in downs)
     torch.testing.assert_close(found, expected)
     ups = [module.SimpleUpsample(6, factor) for module in (ours, their_zipformer)]

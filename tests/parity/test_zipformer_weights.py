@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from steps import seeded
 
 from fastasr.models.zipformer import attention
 
@@ -14,7 +15,7 @@ OURS = attention.RelPositionMultiheadAttentionWeights
 
 
 def upstream(heads=4, **options):
-    torch.manual_seed(0)
+    seeded(0)
     return zipformer.RelPositionMultiheadAttentionWeights(
         64, pos_dim=48, num_heads=heads, query_head_dim=32, pos_head_dim=4, **{"dropout": 0.0, **options}
     ).eval()
@@ -22,7 +23,7 @@ def upstream(heads=4, **options):
 
 def call(forward, module, *args, seed=5):
     random.seed(seed)
-    torch.manual_seed(seed)
+    seeded(seed)
     return forward(module, *args), random.random()
 
 
@@ -30,7 +31,7 @@ def gradients(forward, module, x, pos_emb, *args, seed=5):
     """Returns the weights, the gradients of a fixed function of them, and the next random draws."""
     leaves = x.clone().requires_grad_(), pos_emb.clone().requires_grad_()
     weights, draw = call(forward, module, *leaves, *args, seed=seed)
-    torch.manual_seed(7)
+    seeded(7)
     wanted = *leaves, *module.parameters()
     found = torch.autograd.grad(weights, wanted, torch.randn(weights.shape), allow_unused=True)
     return weights, found, draw
@@ -45,7 +46,7 @@ def same_gradients(actual, expected, tolerance):
 
 
 def inputs(frames, batch, left=0):
-    torch.manual_seed(3)
+    seeded(3)
     return torch.randn(frames, batch, 64), torch.randn(1, 2 * frames - 1 + left, 48)
 
 

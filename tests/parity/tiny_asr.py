@@ -3,6 +3,7 @@
 
 import tiny_recogniser
 import torch
+from steps import numbers
 from tiny_recogniser import RECOGNISER, WHOLE
 
 VOCABULARY = 19
@@ -29,6 +30,6 @@ TOKENS = [[3, 5, 5, 2, 9], [7, 1, 1], [4, 4]]
 
 def batch(lengths=LENGTHS, features=20, seed=1, dtype=torch.float32):
     """Returns x (batch, time, features), lengths, tokens."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = numbers(seed)
     x = torch.randn(len(lengths), max(lengths), features, generator=generator, dtype=torch.float64)
     return x.to(dtype), torch.tensor(lengths), [list(tokens) for tokens in TOKENS[: len(lengths)]]

@@ -4,6 +4,7 @@
 import copy
 
 import torch
+from steps import numbers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastasr
@@ -46,7 +47,7 @@ CHANNELS = 24
 
 def batch(lengths=(37, 30, 12), channels=CHANNELS, seed=1, dtype=torch.float32):
     """Returns x (time, batch, channels), lengths, padding mask (batch, time)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = numbers(seed)
     x = torch.randn(max(lengths), len(lengths), channels, generator=generator, dtype=torch.float64)
     lengths = torch.tensor(lengths)
     return x.to(dtype), lengths, torch.arange(x.shape[0]) >= lengths.unsqueeze(1)
