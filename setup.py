@@ -68,7 +68,7 @@ class CMakeBuild(build_ext):
 
 def packages(folder: str, name: str) -> list[str]:
     """Every package under ``folder``, named as it is imported, but those that need a checkout."""
-    found = [folder, *(f"{folder}.{p}" for p in find_packages(folder, exclude=["studies"]))]
+    found = [folder, *(f"{folder}.{p}" for p in find_packages(folder, exclude=["studies", "studies.*"]))]
     return [name + p[len(folder) :] for p in found]
 
 
