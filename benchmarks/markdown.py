@@ -12,16 +12,15 @@ START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 COLUMNS = {"eager": "eager", "compile": "`torch.compile`", "upstream": "upstream", "fastasr": "**fastasr**"}
 NONE_YET = "No measurements yet: `make bench` writes them."
 HEADLINES = (  # name, shape, case: the rows of the README's table, if its machine has them
+    ("fast_conformer", "110M, 6 of its layers, 4 x 16 s", "encoder"),
+    ("fast_conformer", "0.6B, 4 of its layers, 1 x 30 s", "encoder"),
+    ("fast_conformer", "110M, 6 of its layers, 1 x 120 s", "encoder"),
     ("zipformer", "medium 4x1600x80", "whole model"),
     ("zipformer", "medium 1x6000x80", "whole model"),
-    ("zipformer", "medium 4x1600x80", "whole model, autocast(bfloat16)"),
     ("zipformer_training", "medium 4x800x80", "training step"),
-    ("streaming_engine", "medium 8 streams, left context 128", "one chunk of 32"),
-    ("mega", "default 4x200", "whole model"),
+    ("streaming_engine", "medium 8 streams, left context 128", "one chunk of 16"),
     ("pruned_transducer", "4x400x60x5x512, V=500", "whole path"),
-    ("e_branchformer", "512 4x400", "layer"),
-    ("emformer", "base 4x400", "segment 16, right 4"),
-    ("emformer_rnnt", "base 4x50", "predictor"),
+    ("mega", "default 4x200", "whole model"),
 )
 
 
@@ -116,14 +115,24 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def whole_models(rows: Sequence[Row]) -> str:
-    """Returns the README's table: ``HEADLINES`` on the machine that has most of them."""
+    """Returns the README's table: ``HEADLINES`` on the machine and at the commit that have most of them, of several the
+    last."""
     columns = ("upstream", "compile", "fastasr")
 
     def headlines(measured: Sequence[Row]) -> list[Unit]:
         found = units(row for row in measured if row.suite == "models")
         return [u for key in HEADLINES for u in found if (u.first.name, u.first.shape, u.first.case) == key]
 
-    shown = max(map(headlines, _by_machine(rows)), key=len, default=[])
+    measured = (
+        [row for row in of_machine if row.commit == commit]
+        for of_machine in _by_machine(rows)
+        for commit in dict.fromkeys(row.commit for row in of_machine)
+    )
+    shown = max(
+        map(headlines, measured),
+        key=lambda found: (len(found), max((u.first.date for u in found), default="")),
+        default=[],
+    )
     if not shown:
         return NONE_YET
     where = conditions([row for unit in shown for row in unit.rows])
