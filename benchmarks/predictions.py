@@ -8,6 +8,8 @@ import json
 from functools import cache
 from pathlib import Path
 
+from fastasr.benchmarks.rows import array
+
 FILE = Path(__file__).with_name("results") / "predicted.json"
 
 
@@ -19,7 +21,7 @@ def rows() -> tuple[dict, ...]:
 
 def write(found: list[dict]) -> None:
     """Replaces the file: a JSON array with one row per line."""
-    FILE.write_text("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
+    FILE.write_text(array(found))
     rows.cache_clear()
 
 

@@ -97,6 +97,11 @@ class Row:
         return cls(**{key: value for key, value in values.items() if key in known})
 
 
+def array(found: Iterable[dict]) -> str:
+    """Returns a JSON array with one element per line, so that a change shows as lines."""
+    return "[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n"
+
+
 def read(path: str | os.PathLike) -> list[Row]:
     """Returns the rows of a JSON Lines file, in file order; an absent file has none. Raises ``ValueError`` with the
     line.

@@ -18,6 +18,7 @@ import hashlib
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -302,12 +303,22 @@ def closure(*paths: Path, without: Path | None = None, test: str = "") -> set[Pa
     return found
 
 
+@cache
+def _content(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+def digest(paths: Iterable[Path], salt: str = "") -> str:
+    """Returns a hash of names and contents of files, and of a text."""
+    found = hashlib.sha256(salt.encode())
+    for path in sorted(paths):
+        found.update(str(path.relative_to(ROOT)).encode() + _content(path))
+    return found.hexdigest()
+
+
 if __name__ == "__main__":
     paths = [Path(name).resolve() for name in sys.argv[1:] if name != "--hashes"]
     if "--hashes" not in sys.argv:
         print(*sorted(p.relative_to(ROOT) for p in closure(*paths)), sep="\n")
     for path in paths if "--hashes" in sys.argv else []:
-        found = hashlib.sha256()
-        for file in sorted(closure(path)):
-            found.update(f"{file.relative_to(ROOT)}\n".encode() + hashlib.sha256(file.read_bytes()).digest())
-        print(found.hexdigest()[:32], path.relative_to(ROOT))
+        print(digest(closure(path))[:32], path.relative_to(ROOT))

@@ -21,6 +21,7 @@ import torch
 
 from fastasr.benchmarks import environment
 from fastasr.benchmarks.markdown import NONE_YET
+from fastasr.benchmarks.rows import array
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "test_minutes.json"
@@ -123,8 +124,7 @@ def main(arguments: list[str]) -> int:
         row = measure(folder, case)
         print(f"{title(case)}: {row['seconds']} s", flush=True)
         rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-        lines = ",\n".join(json.dumps(each) for each in [*rows, row])
-        RESULTS.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        RESULTS.write_text(array([*rows, row]), encoding="utf-8")
     return 0
 
 

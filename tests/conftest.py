@@ -59,13 +59,15 @@ def _repeatable(request):
         fixed(0)
     else:
         seeded(request.node.nodeid)
+    imported = "speechbrain" in sys.modules
     yield
     torch.set_num_threads(threads)  # commands that run in this process set it for good
-    _forget_lazy_modules()
+    if not imported and "speechbrain" in sys.modules:
+        _forget_lazy_modules()
 
 
 def _forget_lazy_modules():
-    """SpeechBrain leaves modules behind that raise ImportError where hypothesis looks at every module."""
+    """SpeechBrain's import leaves modules that raise ImportError where hypothesis looks at every module."""
     for name, module in list(sys.modules.items()):
         if type(module).__module__ == "speechbrain.utils.importutils":
             del sys.modules[name]

@@ -37,11 +37,6 @@ INTERPRETER = "tests/kernels/interpreter"  # how kernels are interpreted
 
 
 @cache
-def content(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()
-
-
-@cache
 def packages() -> list[str]:
     return sorted({f"{d.name} {d.version}" for d in metadata.distributions()})
 
@@ -81,10 +76,7 @@ def files(path: Path, test: str, ops: tuple[str, ...], folders: tuple[str, ...])
 
 @cache
 def state(needed: frozenset[Path], **environment: str) -> str:
-    found = hashlib.sha256(settings(**environment).encode())
-    for path in sorted(needed):
-        found.update(str(path.relative_to(ROOT)).encode() + content(path))
-    return found.hexdigest()
+    return sources.digest(needed, settings(**environment))
 
 
 @cache

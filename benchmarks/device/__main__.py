@@ -16,7 +16,6 @@ the folder has a new verdict.md, units.json (a record per unit) and device.jsonl
 """
 
 import argparse
-import json
 import os
 import sys
 import threading
@@ -65,7 +64,7 @@ class Book:
 
     def write(self, wanted: Sequence[Unit]) -> None:
         left = [unit.key for unit in self.left(wanted)]
-        self._replace("units.json", "[\n" + ",\n".join(map(json.dumps, self.records)) + "\n]\n")
+        self._replace("units.json", rows.array(self.records))
         self._replace("verdict.md", verdict.report(self.facts, self.records, left))
 
     def _replace(self, name: str, text: str) -> None:

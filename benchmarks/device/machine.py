@@ -37,14 +37,18 @@ class Skipped(Exception):
 
 def kernels() -> dict[str, str]:
     """Returns op -> the backend of its GPU kernels. layer_norm_lstm, whose programs wait for each other, is last."""
-    found = {
-        op: implementation.backend
-        for family in _dispatch.FAMILIES.values()
-        for implementation in family.implementations
-        for op in family.ops
-        if "cuda" in implementation.device_types
-    }
+    found = _dispatch.gpu_backends()
     return dict(sorted(found.items(), key=lambda item: (item[0] == "layer_norm_lstm", item[0])))
+
+
+def _declared(op: str):
+    """Returns the module of the op's samples."""
+    return import_module(f"{samples.__name__}.{op}")
+
+
+def to_watch(op: str) -> str:
+    """Returns where to look first when an op is wrong or slow: ``WATCH`` beside its samples, or ""."""
+    return getattr(_declared(op), "WATCH", "")
 
 
 class GPU:
@@ -94,7 +98,7 @@ class GPU:
 
     def cases(self, op: str) -> tuple[Case, ...]:
         """Returns the op's calls at sizes of training; the first is the one that is checked and timed first."""
-        return import_module(f"{samples.__name__}.{op}").ON_DEVICE
+        return _declared(op).ON_DEVICE
 
     def synchronize(self, device: str | None = None) -> None:
         torch.cuda.synchronize(device)

@@ -85,10 +85,8 @@ def sanitize(tell: Callable, machine: GPU, tool: str, op: str) -> None:
         if machine.dry:
             raise Skipped("a dry run launches nothing on a GPU")
         homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-        program = shutil.which(
-            "compute-sanitizer", path=os.pathsep.join(f"{home}/bin" for home in homes if home)
-        )
-        program = shutil.which("compute-sanitizer") or program
+        folders = [os.environ.get("PATH", os.defpath), *(f"{home}/bin" for home in homes if home)]
+        program = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
         if program is None:
             raise Skipped("compute-sanitizer is not installed")
         with machine.serving(op):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastasr.benchmarks.device.checks import CHECKS
-from fastasr.benchmarks.device.machine import kernels
+from fastasr.benchmarks.device.machine import kernels, to_watch
 from fastasr.benchmarks.device.timing import MODELS
 from fastasr.benchmarks.device.units import SANITIZERS
 from fastasr.benchmarks.rows import Row
@@ -18,35 +18,6 @@ SLOWER = 1.05  # times the time of eager or torch.compile, from which on an op i
 FAR = 2.0  # times the prediction or its inverse, from which on the cost model is called off
 COLUMNS = (*CHECKS, *SANITIZERS, "tests")
 BAD = ("wrong", "hung", "crashed")
-
-# Where to look first when an op is wrong or slow: what no test without a GPU can show.
-WATCH = {
-    "bias_norm": "`rsqrt` with its Newton step; float64 row sums, on cards with few float64 units",
-    "bypass": "2048 elements per program; the scale's gradient in two stages",
-    "complex_ema_scan": "the device's `sinpi` and `cospi`; what two complex states per pass cost",
-    "conv_spatial_gate": "two frames per program; rows of up to 65536 channels in registers; seven launches backward",
-    "depthwise_conv2d": "two pixels per thread; the weights' gradients in parts",
-    "depthwise_conv_residual": "x read as a map of one pixel's width; eight taps per program where there are three",
-    "ema_scan": "the weak symbol for the stream; device `exp`, `tanh`, `erf`; one segment against several",
-    "gated_depthwise_conv": "`ex2` of the gate and its correction; the chunk-causal form; seven launches backward",
-    "gated_residual_norm": "the mean in two parts; `ex2` and the reciprocal of the gate; 800 rows in as many parts",
-    "layer_norm_lstm": "programs that wait for each other in one launch (with `_together` returning False, each phase "
-    "is a launch); a driver that refuses that launch with error 720 or 801",
-    "linear_activation": "`ex2` and reciprocals in SiLU, tanh and GELU; z overwritten in place",
-    "nonlin_attention": "the gate's tanh; rows of two layouts",
-    "rel_attention": "scores by offset shifted by `tl.gather` in registers; dropout by a hash; heads of up to 128",
-    "residual_norm": "the mean in two parts; 512 elements per warp forward and 256 backward",
-    "rnnt_joiner": "outputs shared among programs, whose sums a second kernel adds; `torch.mm(out_dtype=...)`",
-    "rnnt_lattice": "the last column of a block of 1024 frames, passed through memory between barriers",
-    "rnnt_pruned_lattice": "bands that move; one program per sequence",
-    "segment_attention": "rows gathered by segment; intervals as masks; more than one block of channels",
-    "swoosh_l": "the approximate `ex2` and reciprocal with their corrections in float32",
-    "swoosh_linear": "the masked kernels; the product in torch beside them",
-    "swoosh_r": "the same as in swoosh_l",
-    "toeplitz_attention": "rolled tiles (`tl.gather`) in the bias's gradient; float64 sums for float32; 150 channels",
-    "zipformer_attention": "tiles under a running maximum with four warps; pieces of dS added in order",
-    "zipformer_attention_weights": "packed 64-bit loads of R; keys outside the chunk window; 16×512 in one piece",
-}
 
 
 def records(file: Path) -> list[dict]:
@@ -192,7 +163,7 @@ def tables(records: Sequence[dict]) -> str:
     where = "No GPU has run any of this yet."
     if records:
         where = f"Records of {records[0]['device_name']}, commit {records[0]['commit']}."
-    watch = _table(("op", "what to look at"), ((f"`{op}`", WATCH[op]) for op in kernels()))
+    watch = _table(("op", "what to look at"), ((f"`{op}`", to_watch(op) or "–") for op in kernels()))
     return "\n\n".join((where, checks_table(found), times_table(found), watch))
 
 
@@ -245,7 +216,7 @@ def report(facts: dict, records: Sequence[dict], left: Sequence[str]) -> str:
     else:
         parts += ["Open an issue with this file and units.json, which holds what each unit printed."]
     for name, subject in (bad | slow).items():
-        watch = f"- look at: {WATCH[name]}" if name in WATCH else ""
+        watch = f"- look at: {to_watch(name)}" if name in kernels() and to_watch(name) else ""
         lines = (*(f"- {m}" for m in subject.messages), *(f"- {s}" for s in subject.slow), watch)
         parts += [f"### {name}", "\n".join(line for line in lines if line)]
     for record in records:

@@ -15,8 +15,9 @@ import torch
 import triton
 
 from fastasr.benchmarks.environment import stamp
+from fastasr.benchmarks.rows import array
 from fastasr.kernels._launch import launch
-from fastasr.ops._dispatch import FAMILIES
+from fastasr.ops._dispatch import gpu_backends
 from fastasr.testing import Make, tables
 from fastasr.testing.fake_gpu import Launch, fake_gpu
 from fastasr.testing.table import floating
@@ -52,11 +53,8 @@ def both_ways(one: Launch) -> tuple[float, float]:
 
 def rows():
     """Yields (op, launches of a forward call, its microseconds, those of its costliest launch both ways)."""
-    with_kernels = {
-        op for f in FAMILIES.values() for op in f.ops if any(i.backend == "triton" for i in f.implementations)
-    }
     for name, table in sorted(tables().items()):
-        if name not in with_kernels:
+        if gpu_backends().get(name) != "triton":
             continue
         arguments = table.thorough[0].arguments(Make(torch.bfloat16))
         arguments |= {n: t.requires_grad_() for n, t in floating(arguments).items()}
@@ -89,7 +87,7 @@ def main() -> None:
         times = dict(zip(("call_us", "launch_us", "triton_us"), (round(t, 1) for t in times), strict=True))
         found.append({"op": name, "launches": launches, **times, **{key: now[key] for key in STAMP}})
         print(found[-1], flush=True)
-    RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
+    RESULTS.write_text(array(found))
 
 
 if __name__ == "__main__":

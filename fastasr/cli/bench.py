@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import typer
 
-from fastasr.cli.console import err, escape, fail, out, table
+from fastasr.cli.console import check_device, err, escape, fail, out, table
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -78,12 +78,10 @@ def run(
     if dtype not in DTYPES:
         fail(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     try:
-        kind = torch.device(device).type
         chosen = runner.select(tuple(names))
-    except (RuntimeError, ValueError) as error:
+    except ValueError as error:
         fail(str(error).splitlines()[0])
-    if kind == "cuda" and not torch.cuda.is_available():
-        fail(f"--device {device}: no CUDA device here")
+    check_device(device)
     options = runner.Options(
         names=tuple(chosen),
         out=folder / "results.jsonl",

@@ -32,6 +32,18 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise typer.Exit(code)
 
 
+def check_device(name: str) -> None:
+    """Ends the command with the reason unless torch can use the device here."""
+    import torch
+
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        fail(str(error).splitlines()[0])
+    if kind == "cuda" and not torch.cuda.is_available():
+        fail(f"--device {name}: no CUDA device here")
+
+
 def escape(text: object) -> str:
     """Returns the text with rich's markup escaped."""
     from rich.markup import escape as rich_escape

@@ -14,7 +14,8 @@ from rich.progress import Progress
 import fastasr
 from fastasr.audio import captions, recordings
 from fastasr.audio.captions import Timed
-from fastasr.cli.console import err, escape, fail, out
+from fastasr.cli.bench import DTYPES
+from fastasr.cli.console import check_device, err, escape, fail, out
 
 MODELS = ("ParakeetForCTC", "ParakeetForRNNT", "ParakeetForTDT")
 INSTALL = "pip install 'fastasr[transcribe]'"
@@ -114,11 +115,11 @@ def peak(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-def write(folder: Path, result: dict, pieces: list[Timed]) -> None:
+def write(folder: Path, result: dict, words: list[Timed]) -> None:
     """Writes the text, the subtitles and everything as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = Path(result["recording"]).stem
-    subtitles = captions.srt(captions.lines(captions.words(pieces)))
+    subtitles = captions.srt(captions.lines(words))
     texts = {"txt": result["text"] + "\n", "srt": subtitles, "json": json.dumps(result, indent=2) + "\n"}
     for suffix, text in texts.items():
         (folder / f"{stem}.{suffix}").write_text(text, encoding="utf-8")
@@ -134,10 +135,10 @@ def run(
     swap: bool,
     as_json: bool,
 ) -> None:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in known:
-        fail(f"--dtype: expected one of {', '.join(known)}, got {dtype}")
-    model, processor = load(folder, device, known[dtype])
+    if dtype not in DTYPES:
+        fail(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
+    check_device(device)
+    model, processor = load(folder, device, getattr(torch, dtype))
     console = err()
     if swap:
         report = fastasr.accelerate(model)
@@ -150,10 +151,11 @@ def run(
             begin = time.perf_counter()
             text, pieces = transcribe(model, processor, samples)
             took = time.perf_counter() - begin
+        words = captions.words(pieces)
         result = {
             "recording": str(path),
             "text": text,
-            "words": [word._asdict() for word in captions.words(pieces)],
+            "words": [word._asdict() for word in words],
             "seconds": round(seconds, 3),
             "seconds_taken": round(took, 3),
             "real_time_factor": round(took / seconds, 4),
@@ -161,7 +163,7 @@ def run(
         }
         results.append(result)
         if target is not None:
-            write(target, result, pieces)
+            write(target, result, words)
         if not as_json:
             out().print(escape(text), soft_wrap=True)
         console.print(

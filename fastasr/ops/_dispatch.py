@@ -276,6 +276,17 @@ class KernelFamily:
 FAMILIES: dict[str, KernelFamily] = {}
 
 
+def gpu_backends() -> dict[str, str]:
+    """Returns op -> the backend of its kernels for GPUs, of the ops that have some."""
+    return {
+        op: implementation.backend
+        for family in FAMILIES.values()
+        for implementation in family.implementations
+        for op in family.ops
+        if "cuda" in implementation.device_types
+    }
+
+
 def widest(x: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> torch.dtype:
     """Returns float64 where any of ``others`` is float64, else x's dtype."""
     return torch.float64 if any(t is not None and t.dtype is torch.float64 for t in others) else x.dtype

@@ -134,6 +134,7 @@ def test_refusals(folder, recording, tmp_path, monkeypatch):
         ((tmp_path, path), "config.json cannot be read"),
         ((place, tmp_path / "none.wav"), "none.wav"),
         ((place, path, "--dtype", "int8"), "--dtype: expected one of float32, bfloat16, float16, got int8"),
+        ((place, path, "--device", "abacus"), "abacus"),
     ]
     other = tmp_path / "other"
     other.mkdir()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastasr.benchmarks.device.checks import launch as launch_samples
-from fastasr.ops._dispatch import FAMILIES
+from fastasr.ops._dispatch import gpu_backends
 from fastasr.testing import Make, tables
 from fastasr.testing.table import flat, floating
 from tests.kernels.configurations import KERNELS, kernel_files
@@ -20,9 +20,7 @@ from fastasr.testing.fake_gpu import fake_gpu
 
 pytestmark = pytest.mark.needs("kernels", "fastasr", "tests/kernels")
 
-TRITON = {
-    op for f in FAMILIES.values() for op in f.ops if any(i.backend == "triton" for i in f.implementations)
-}
+TRITON = {op for op, backend in gpu_backends().items() if backend == "triton"}
 TABLES = {name: table for name, table in tables().items() if name in TRITON}
 
 

@@ -25,7 +25,7 @@ from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.studies.predict import model, torch_ops
 from fastasr.benchmarks.studies.predict.cards import CARDS, Card
 from fastasr.kernels import _launch
-from fastasr.ops._dispatch import FAMILIES
+from fastasr.ops._dispatch import gpu_backends
 from fastasr.testing.fake_gpu import Launch, fake_gpu
 from fastasr.testing.speed import BOTH, Case, Unavailable
 
@@ -125,14 +125,12 @@ def main() -> None:
     parser.add_argument("--card", nargs="*", choices=[card.name for card in CARDS])
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
-    in_triton = {
-        op for f in FAMILIES.values() for op in f.ops if any(i.backend == "triton" for i in f.implementations)
-    }
+    backends = gpu_backends()
     passes = [
         (card, case, phase)
         for module in ops.MODULES
         for case in getattr(module, "ON_DEVICE", ())
-        if case.op in in_triton
+        if backends.get(case.op) == "triton"
         for phase in case.passes
         if phase != BOTH or len(case.passes) == 2  # else it is the sum of the others
         for card in CARDS

@@ -50,14 +50,12 @@ def fused_name(activation: torch.nn.Module) -> str | None:
         return None
     if type(activation) is torch.nn.GELU and activation.approximate != "none":
         return None
-    if (
-        type(activation).__name__ in ("Swish", "SiLUActivation")
-        and not activation._modules
-        and not vars(activation).get("forward")
-    ):
-        return "silu"  # ESPnet's and transformers' classes compute x sigmoid(x)
-    if type(activation).__name__ == "Swish" and getattr(activation, "beta", None) == 1:
-        return fused_name(activation.silu)  # SpeechBrain's computes silu(beta x)
+    named_silu = type(activation).__name__ in ("Swish", "SiLUActivation")
+    if named_silu and not vars(activation).get("forward"):
+        if not activation._modules:
+            return "silu"  # ESPnet's and transformers' classes compute x sigmoid(x)
+        if getattr(activation, "beta", None) == 1:
+            return fused_name(activation.silu)  # SpeechBrain's computes silu(beta x)
     return _FUSED.get(type(activation))
 
 

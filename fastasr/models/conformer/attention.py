@@ -9,6 +9,7 @@ import torch
 
 from fastasr import ops
 from fastasr.models.common import attention_dropout, plumbing
+from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD, projected
 from fastasr.models.fast_conformer.masks import is_readable, seen
 
@@ -26,10 +27,7 @@ def wav2vec2_attention(self, hidden_states, attention_mask=None, relative_positi
     )
     by = seen(attention_mask) if fits and attention_mask is not None else None
     if fits and (by is None or by.empty_rows is None):
-        hidden = {} if by is None else {"key_padding_mask": by.hidden_keys}
-        if by is not None and not by.by_length:
-            hidden = {"attn_mask": ~attention_mask[:, 0]}
-        y = _attention(self, hidden_states, relative_position_embeddings, hidden)
+        y = _attention(self, hidden_states, relative_position_embeddings, masks.of_kernel(attention_mask, by))
         if y is not None:
             return y, None
     return type(self).forward(self, hidden_states, attention_mask, relative_position_embeddings, **kwargs)
@@ -58,13 +56,13 @@ def speechbrain_attention(
     position embeddings (1, 2T − 1, width), masks bool (B, T) and (T, T), True at hidden keys, or None -> (B, T, width),
     and None for the weights if they are asked for."""
     batch, frames = query.shape[:2]
-    masks = {
+    given = {
         "key_padding_mask": (key_padding_mask, (batch, frames)),
         "attn_mask": (attn_mask, (frames, frames)),
     }
-    masks = {name: pair for name, pair in masks.items() if pair[0] is not None}
+    given = {name: pair for name, pair in given.items() if pair[0] is not None}
     fits = query is key is value and _is_one_table(pos_embs, frames)
-    fits = fits and all(mask.dtype == torch.bool and mask.shape == shape for mask, shape in masks.values())
+    fits = fits and all(mask.dtype == torch.bool and mask.shape == shape for mask, shape in given.values())
     share = plumbing.dropped_share(self.dropout_att)
     dropout = attention_dropout.of_kernel(share, query.device) if fits else None
     if dropout is None:
@@ -77,7 +75,7 @@ def speechbrain_attention(
     if self.vbias is not None:
         v = v + self.value_bias_weight.view(heads, self.vhead_dim)
     p = projected(self, self.linear_pos, pos_embs[0]).view(-1, heads, self.head_dim)
-    hidden = {name: mask for name, (mask, _) in masks.items()}
+    hidden = {name: mask for name, (mask, _) in given.items()}
     y = ops.rel_attention(q * scale, k, v, p, u, w, **hidden, **dropout)
     out = plumbing.linear(self.out_proj, y.flatten(2))
     return (out, None) if return_attn_weights else out

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from fastasr import ops
 from fastasr.models.common import attention_dropout, plumbing
+from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import is_readable, seen
 from fastasr.models.fast_conformer.positions import KEPT_FRAMES
 from fastasr.ops.rel_attention import relative_shift
@@ -84,13 +85,9 @@ class FastConformerAttention(torch.nn.Module):
 
 def _fused(module, q, k, v, p, mask, dropout):
     """Queries that see no key get the mean of v without dropout."""
-    bias_u, bias_v = module.bias_u, module.bias_v
-    if mask is None:
-        return ops.rel_attention(q, k, v, p, bias_u, bias_v, **dropout)
-    by = seen(mask)
-    hidden = {"key_padding_mask": by.hidden_keys} if by.by_length else {"attn_mask": ~mask[:, 0]}
-    y = ops.rel_attention(q, k, v, p, bias_u, bias_v, **hidden, **dropout)
-    if by.empty_rows is None:
+    by = None if mask is None else seen(mask)
+    y = ops.rel_attention(q, k, v, p, module.bias_u, module.bias_v, **masks.of_kernel(mask, by), **dropout)
+    if by is None or by.empty_rows is None:
         return y
     return torch.where(by.empty_rows[:, :, None, None], _mean(module, q, k, v).to(y.dtype), y)
 

@@ -43,3 +43,10 @@ def seen(mask: Tensor) -> Seen:
         kept = version, Seen(~keys, empty if bool(empty.any()) else None, by_length)
         mask._fastasr_seen = kept
     return kept[1]
+
+
+def of_kernel(mask: Tensor | None, by: Seen | None) -> dict[str, Tensor]:
+    """Returns the arguments of ``ops.rel_attention`` for ``mask`` and what queries see by it; {} without a mask."""
+    if by is None:
+        return {}
+    return {"key_padding_mask": by.hidden_keys} if by.by_length else {"attn_mask": ~mask[:, 0]}

@@ -6,10 +6,9 @@ import torch
 from fastasr.models import conformer as models
 from fastasr.models.fast_conformer.attention import release
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child
-from fastasr.swap.rules.transformers_parakeet import CAPTURING
+from fastasr.swap.rules.transformers_parakeet import CAPTURING, SILU, convolution_structure
 
 _TRANSFORMERS = Known("transformers 5.23")
-_SILU = {"bbb3a89cc2c8993670072487"}
 
 
 _NOTE = "the weights are not returned; in training the kernel draws their dropout itself, see upstream_draws"
@@ -31,16 +30,10 @@ def _wav2vec2_attention_structure(module):
 def _wav2vec2_convolution_structure(module):
     children = ("pointwise_conv1", "glu", "depthwise_conv", "batch_norm", "activation", "pointwise_conv2")
     reason = check_parameters(module, {}) or check_child_names(module, ("layer_norm", *children, "dropout"))
-    reason = reason or unread_child(module, "activation", "SiLUActivation", _SILU)
+    reason = reason or unread_child(module, "activation", "SiLUActivation", SILU)
     if reason is None and (type(module.glu) is not torch.nn.GLU or module.glu.dim != 1):
         return f"submodule glu is {module.glu}, expected GLU(dim=1)"
     return reason
-
-
-def _fastspeech2_convolution_structure(module):
-    children = ("pointwise_conv1", "depthwise_conv", "norm", "activation", "pointwise_conv2")
-    reason = check_parameters(module, {}) or check_child_names(module, children)
-    return reason or unread_child(module, "activation", "SiLUActivation", _SILU)
 
 
 def _feed_forward_structure(module):
@@ -52,7 +45,7 @@ def _feed_forward_structure(module):
         "output_dropout",
     )
     reason = check_parameters(module, {}) or check_child_names(module, children)
-    return reason or unread_child(module, "intermediate_act_fn", "SiLUActivation", _SILU)
+    return reason or unread_child(module, "intermediate_act_fn", "SiLUActivation", SILU)
 
 
 WAV2VEC2_ATTENTION = Rule(
@@ -103,7 +96,7 @@ FASTSPEECH2_CONVOLUTION = Rule(
     class_name="FastSpeech2ConformerConvolutionModule",
     forward=models.fastspeech2_convolution,
     kernels=("linear", "gated_depthwise_conv"),
-    structure=_fastspeech2_convolution_structure,
+    structure=convolution_structure,
     known={"678665bfb3c75f52d4520768": _TRANSFORMERS},
 )
 

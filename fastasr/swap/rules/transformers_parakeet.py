@@ -20,11 +20,11 @@ CAPTURING = (
 )
 
 
-_SILU = {"bbb3a89cc2c8993670072487"}
+SILU = {"bbb3a89cc2c8993670072487"}
 
 
 def _activation(module):
-    return unread_child(module, "activation", "SiLUActivation", _SILU)
+    return unread_child(module, "activation", "SiLUActivation", SILU)
 
 
 def _attention_structure(module):
@@ -41,7 +41,7 @@ def _feed_forward_structure(module):
     return reason or _activation(module)
 
 
-def _convolution_structure(module):
+def convolution_structure(module):
     children = ("pointwise_conv1", "depthwise_conv", "norm", "activation", "pointwise_conv2")
     return check_parameters(module, {}) or check_child_names(module, children) or _activation(module)
 
@@ -78,7 +78,7 @@ CONVOLUTION = Rule(
     class_name="ParakeetEncoderConvolutionModule",
     forward=models.FastConformerConvolution.forward,
     kernels=("linear", "gated_depthwise_conv"),
-    structure=_convolution_structure,
+    structure=convolution_structure,
     known={"9a392b8a0f44c543026efdf7": _TRANSFORMERS},
 )
 

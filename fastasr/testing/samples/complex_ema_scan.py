@@ -89,3 +89,4 @@ def _case(length: int) -> Case:
 
 CASES = tuple(_case(length) for length in (1, 64, 200, 512, 2048))
 ON_DEVICE = (_case(2048),)
+WATCH = "the device's `sinpi` and `cospi`; what two complex states per pass cost"

@@ -113,3 +113,4 @@ CASES = (
     _case((1, 22, 19, 128), (0, 3), ", one streaming step", passes=(FORWARD,)),
 )
 ON_DEVICE = (_case((BATCH, FRAMES, 19, 128)),)  # a front end
+WATCH = "two pixels per thread; the weights' gradients in parts"

@@ -238,3 +238,4 @@ CASES = (
     *(_curve_case(2**k) for k in range(6, 18)),
 )
 ON_DEVICE = (*(_case(length, 8) for length in (2048, 16384, 1)), _case(2048, 2), _case(2048, 8, states=16))
+WATCH = "the weak symbol for the stream; device `exp`, `tanh`, `erf`; one segment against several"

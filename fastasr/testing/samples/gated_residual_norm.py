@@ -76,3 +76,4 @@ def _case(*shape: int) -> Case:
 
 
 CASES = ON_DEVICE = (_case(200, 4, 512), _case(1024, 4, 512))
+WATCH = "the mean in two parts; `ex2` and the reciprocal of the gate; 800 rows in as many parts"

@@ -131,3 +131,7 @@ CASES = (
 )
 # of a transducer's predictor
 ON_DEVICE = (_case(50, 16), _case(50, 64), _case(1, 1, True), _case(1, 10, True))
+WATCH = (
+    "programs that wait for each other in one launch (with `_together` returning False, each phase is "
+    "a launch); a driver that refuses that launch with error 720 or 801"
+)

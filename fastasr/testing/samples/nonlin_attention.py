@@ -62,3 +62,4 @@ def _case(frames: int, batch: int, width: int) -> Case:
 
 CASES = (_case(796, 4, 144), _case(100, 4, 384))
 ON_DEVICE = (_case(FRAMES, BATCH, 144), _case(188, BATCH, 384))
+WATCH = "the gate's tanh; rows of two layouts"

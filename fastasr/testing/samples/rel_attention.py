@@ -255,3 +255,4 @@ def _case(frames: int, batch: int) -> Case:
 
 CASES = (_case(400, 4), _case(1500, 1))
 ON_DEVICE = (_case(400, BATCH), _case(FRAMES, BATCH))
+WATCH = "scores by offset shifted by `tl.gather` in registers; dropout by a hash; heads of up to 128"

@@ -56,3 +56,4 @@ def _case(*shape: int) -> Case:
 
 
 CASES = ON_DEVICE = (_case(200, 4, 512), _case(1024, 4, 512))
+WATCH = "the mean in two parts; 512 elements per warp forward and 256 backward"

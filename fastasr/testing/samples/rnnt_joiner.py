@@ -157,3 +157,4 @@ def _case(outputs: int, keep_logits: bool | None = None) -> Case:
 
 CASES = (_case(500), _case(500, False), _case(5000), _case(5000, False))
 ON_DEVICE = CASES[::2]
+WATCH = "outputs shared among programs, whose sums a second kernel adds; `torch.mm(out_dtype=...)`"

@@ -193,3 +193,4 @@ CASES = (
     _case(1, 10, 40),
 )
 ON_DEVICE = CASES[:3]
+WATCH = "the last column of a block of 1024 frames, passed through memory between barriers"

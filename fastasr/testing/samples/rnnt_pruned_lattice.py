@@ -168,3 +168,4 @@ def _case(batch: int, symbols: int, frames: int, window: int) -> Case:
 
 CASES = (_case(40, 100, 750, 5), _case(4, 60, 400, 5), _case(1, 10, 40, 5))
 ON_DEVICE = CASES[:1]
+WATCH = "bands that move; one program per sequence"

@@ -184,3 +184,4 @@ def _case(segment: int, right: int) -> Case:
 
 
 CASES = ON_DEVICE = (_case(16, 4), _case(4, 1))
+WATCH = "rows gathered by segment; intervals as masks; more than one block of channels"

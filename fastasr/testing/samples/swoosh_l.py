@@ -57,3 +57,4 @@ def measured(op: str, *shape: int, quick: bool = True) -> Case:
 
 CASES = (measured("swoosh_l", 4, 1600, 512),)
 ON_DEVICE = tuple(measured("swoosh_l", FRAMES, BATCH, c) for c in (512, 768, 1536))
+WATCH = "the approximate `ex2` and reciprocal with their corrections in float32"

@@ -13,3 +13,4 @@ CASES = (
     swoosh_l.measured("swoosh_r", 4, 8, 1598, 80, quick=False),
 )
 ON_DEVICE = tuple(swoosh_l.measured("swoosh_r", FRAMES, BATCH, c) for c in (512, 768, 1536))
+WATCH = "the same as in swoosh_l"

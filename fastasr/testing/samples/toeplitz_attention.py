@@ -164,3 +164,4 @@ def _case(length: int, batch: int, quick: bool = True) -> Case:
 
 
 CASES = ON_DEVICE = (_case(200, 4), _case(1024, 4, quick=False))
+WATCH = "rolled tiles (`tl.gather`) in the bias's gradient; float64 sums for float32; 150 channels"

@@ -200,3 +200,4 @@ def _case(*sizes: int) -> Case:
 
 CASES = (_case(796, 4, 4), _case(398, 4, 4), _case(100, 4, 8), _case(2998, 1, 4))
 ON_DEVICE = (_case(FRAMES, BATCH, 4), _case(188, BATCH, 8))
+WATCH = "packed 64-bit loads of R; keys outside the chunk window; 16×512 in one piece"
