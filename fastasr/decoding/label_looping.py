@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy search of a transducer over a batch: for each sequence, at frame t and with the predictor's output g,
+
+    logits = head act(f[t] + g)     token = argmax over tokens     duration = durations[argmax over durations]
+    blank:   t moves by the duration, at least by 1; without durations by 1. g stays.
+    a label: t moves by the duration; without durations it stays. g is the predictor's output after the label.
+
+The first of several largest logits wins, and a NaN counts as the largest, as for ``torch.argmax``. RNN-T: Graves
+(2012); TDT, with durations: Xu et al. (2023). On the CPU one native call does it (csrc/cpu/decoding/greedy_search.h),
+where sequences advance on their own: label looping, Xu et al. (2024).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from fastasr.ops import _activation, _dispatch
+
+FORMATS = ("fp32", "bf16", "int8")
+ACTIVATIONS = ("relu", "tanh")
+_MOST_LAYERS = 8  # of the native call
+
+# The integers of a sequence; the predictor's last tokens follow, the newest last. A negative token embeds as zeros.
+FRAME, SYMBOLS, PENDING, END, TOKENS = range(5)
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The parameters of a predictor and a joint network.
+
+    The predictor is embedding -> LSTM layers -> linear (-> LayerNorm) or, without LSTM layers, embedding ->
+    convolution over the last ``context`` tokens and ReLU, if there is one -> linear.
+    """
+
+    embedding: torch.Tensor  # (tokens, E), blank included
+    layers: (
+        tuple  # of each LSTM layer w_ih (4 H, inputs), w_hh (4 H, H), b_ih, b_hh (4 H), as torch.nn.LSTM's
+    )
+    linear: tuple  # weight (J, H or E) and bias (J)
+    head: tuple  # weight (tokens + durations, J) and bias
+    activation: str  # of the joint network: "relu" or "tanh"
+    convolution: torch.Tensor | None = None  # (E, E / groups, context)
+    norm: tuple | None = None  # weight (J), bias (J), eps
+    context: int = 1
+
+    @property
+    def hidden(self):
+        return self.layers[0][1].shape[1] if self.layers else 0
+
+    @property
+    def durations(self):
+        return len(self.head[0]) - len(self.embedding)
+
+    def tensors(self):
+        every = [t for layer in self.layers for t in layer] + [*self.linear, *self.head, self.embedding]
+        every += [] if self.convolution is None else [self.convolution]
+        return every + list(self.norm[:2] if self.norm else ())
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a search moves.
+
+    Args:
+        blank: the blank token. skipped: a token that counts as blank; -1: none.
+        durations: values of the durations, in the order of the head's outputs; () for RNN-T.
+        most_symbols: labels on one frame before the sequence is moved by 1; 0: any number.
+        together: every sequence takes as many steps as the longest: behind its end it goes on, from then on with the
+            last of all frames, and there is at least one step. Otherwise each ends at its own length.
+        blank_penalty: subtracted from blank's logit.
+        scored: whether to return the tokens' log-probabilities.
+    """
+
+    blank: int
+    durations: tuple = ()
+    skipped: int = -1
+    most_symbols: int = 0
+    together: bool = False
+    blank_penalty: float = 0.0
+    scored: bool = False
+
+
+@dataclass
+class Steps:
+    """The steps of a search, (batch, steps): tokens with blanks, the frames that each moved by, log-probabilities or
+    None. Sequence n has the first ``counts[n]``; zeros follow."""
+
+    tokens: torch.Tensor
+    moves: torch.Tensor
+    scores: torch.Tensor | None
+    counts: torch.Tensor
+
+
+class LabelLooping:
+    """Greedy search with these weights. ``reason`` says why it does not run natively: "" if it does.
+
+    Args:
+        format: "fp32", "bf16" or "int8", the storage of the native call's copy of the matrices; sums are float32.
+
+    Raises:
+        ValueError: weights do not fit each other, or no such format or activation.
+    """
+
+    def __init__(self, weights, format="fp32"):
+        if format not in FORMATS:
+            raise ValueError(f"LabelLooping: format: expected one of {', '.join(FORMATS)}, got {format!r}")
+        _check_weights(weights)
+        self.weights = weights
+        self.reason = _why_not_native(weights)
+        if self.reason and format != "fp32":
+            raise ValueError(f"LabelLooping: format {format} needs the native call: {self.reason}")
+        if not self.reason:
+            self._pack(FORMATS.index(format))
+
+    def _pack(self, format):
+        w = self.weights
+        group = 0 if w.convolution is None else w.convolution.shape[1]
+        activation = _activation.NAMES.index(w.activation)
+        self._numbers = [len(w.embedding), w.durations, len(w.linear[0]), w.embedding.shape[1], len(w.layers)]
+        self._numbers += [w.hidden, w.context, group, activation, int(w.norm is not None), format]
+        self._eps = float(w.norm[2]) if w.norm else 0.0
+        vectors = ([w.convolution] if group else []) + list(w.norm[:2] if w.norm else ())
+        with torch.no_grad():
+            self._embedding = w.embedding.detach().contiguous()
+            parts = [
+                [t.detach().contiguous() for t in part]
+                for part in ([t for layer in w.layers for t in layer], [*w.linear, *w.head], vectors)
+            ]
+            self._packed = torch.ops.fastasr_cpu.greedy_pack.default(self._numbers, self._eps, *parts)
+
+    def start(self, batch, first):
+        """Returns state (batch, floats) and counters (batch, fields) of sequences before their first frame. ``first``:
+        the ``context`` tokens that stand before the first label."""
+        w = self.weights
+        if len(first) != w.context or not all(token < len(w.embedding) for token in first):
+            raise ValueError(f"LabelLooping: first: expected {w.context} tokens, got {list(first)}")
+        like = w.embedding
+        state = like.new_zeros(batch, 2 * len(w.layers) * w.hidden + len(w.linear[0]))
+        row = [0, 0, 1, 0, *first]
+        return state, torch.tensor([row] * batch, device=like.device).view(batch, len(row))
+
+    @torch.no_grad()
+    def search(self, encoded, lengths, rules, state, counters, most_steps):
+        """Searches encoded (batch, frames, J), projected frames of which ``lengths`` (batch,) are valid. Updates state
+        and counters in place and returns Steps, at most ``most_steps`` per sequence.
+
+        A sequence that has moved behind its end keeps that frame in its counters, which the caller may carry over.
+
+        Raises:
+            ValueError: shapes, dtypes, lengths or rules do not fit.
+        """
+        lengths = self._check(encoded, lengths, rules, state, counters, most_steps)
+        if self.reason:
+            return _by_operations(self.weights, encoded, lengths, rules, state, counters, most_steps)
+        tokens, moves, scores, counts = torch.ops.fastasr_cpu.greedy_search.default(
+            self._numbers,
+            self._eps,
+            self._packed,
+            self._embedding,
+            encoded if encoded.stride(2) == 1 else encoded.contiguous(),
+            lengths,
+            list(rules.durations),
+            [rules.blank, rules.skipped, rules.most_symbols, int(rules.together), most_steps],
+            float(rules.blank_penalty),
+            state,
+            counters,
+            rules.scored,
+            torch.get_num_threads(),
+        )
+        longest = int(counts.max()) if len(counts) else 0
+        scores = scores[:, :longest] if rules.scored else None
+        return Steps(tokens[:, :longest], moves[:, :longest], scores, counts)
+
+    def _check(self, encoded, lengths, rules, state, counters, most_steps):
+        """Returns the lengths as int64 on the device of the weights."""
+        w, like = self.weights, self.weights.embedding
+        joint, tokens = len(w.linear[0]), len(like)
+        if encoded.ndim != 3 or encoded.shape[2] != joint:
+            raise ValueError(
+                f"LabelLooping: encoded: expected (batch, frames, {joint}), got {tuple(encoded.shape)}"
+            )
+        if encoded.dtype != like.dtype or encoded.device != like.device:
+            raise ValueError(
+                f"LabelLooping: encoded: expected {like.dtype} on {like.device}, "
+                f"got {encoded.dtype} on {encoded.device}"
+            )
+        batch, frames, _ = encoded.shape
+        lengths = torch.as_tensor(lengths)
+        if lengths.shape != (batch,) or lengths.is_floating_point():
+            raise ValueError(
+                f"LabelLooping: lengths: expected {batch} ints, got {lengths.dtype} {tuple(lengths.shape)}"
+            )
+        lengths = lengths.to(like.device, torch.int64).contiguous()
+        if batch and (int(lengths.min()) < 0 or int(lengths.max()) > frames):
+            raise ValueError(f"LabelLooping: lengths: expected 0 to {frames} frames, got {lengths.tolist()}")
+        if not 0 <= rules.blank < tokens:
+            raise ValueError(f"LabelLooping: blank: expected a token below {tokens}, got {rules.blank}")
+        values = rules.durations
+        if len(values) != w.durations or not all(isinstance(v, int) and v >= 0 for v in values):
+            raise ValueError(
+                f"LabelLooping: durations: expected {w.durations} ints of at least 0, got {values}"
+            )
+        if rules.most_symbols < 0 or most_steps < 0:
+            raise ValueError(
+                f"LabelLooping: most_symbols and most_steps must be at least 0, "
+                f"got {rules.most_symbols} and {most_steps}"
+            )
+        if rules.together and not frames:
+            raise ValueError("LabelLooping: together: expected at least one frame, got none")
+        for name, t, kind, like_start in (
+            ("state", state, like.dtype, 2 * len(w.layers) * w.hidden + joint),
+            ("counters", counters, torch.int64, TOKENS + w.context),
+        ):
+            if t.shape != (batch, like_start) or t.dtype != kind or not t.is_contiguous():
+                raise ValueError(
+                    f"LabelLooping: {name}: expected contiguous {kind} ({batch}, {like_start}), "
+                    f"got {t.dtype} {tuple(t.shape)}"
+                )
+        return lengths
+
+
+def _check_weights(w):
+    tokens, channels = w.embedding.shape
+    joint = len(w.linear[0])
+    inputs = channels
+    shapes = []
+    for w_ih, w_hh, b_ih, b_hh in w.layers:
+        gates = 4 * w.hidden
+        shapes += [(w_ih, (gates, inputs)), (w_hh, (gates, w.hidden)), (b_ih, (gates,)), (b_hh, (gates,))]
+        inputs = w.hidden
+    outputs = len(w.head[0])
+    shapes += [(w.linear[0], (joint, inputs)), (w.linear[1], (joint,))]
+    shapes += [(w.head[0], (outputs, joint)), (w.head[1], (outputs,))]
+    if w.norm is not None:
+        shapes += [(w.norm[0], (joint,)), (w.norm[1], (joint,))]
+    group = 0 if w.convolution is None else w.convolution.shape[1]
+    if group:
+        shapes.append((w.convolution, (channels, group, w.context)))
+    wrong = [(tuple(t.shape), shape) for t, shape in shapes if tuple(t.shape) != shape]
+    if wrong:
+        raise ValueError(f"LabelLooping: weights: expected shape {wrong[0][1]}, got {wrong[0][0]}")
+    if outputs < tokens or (w.layers and (group or w.context != 1)) or (group and channels % group):
+        raise ValueError("LabelLooping: weights: head, LSTM layers, convolution and context do not fit")
+    if w.context > 1 and not group:
+        raise ValueError("LabelLooping: weights: a context of several tokens needs a convolution")
+    if w.activation not in ACTIVATIONS:
+        raise ValueError(f"LabelLooping: activation: expected relu or tanh, got {w.activation!r}")
+
+
+def _why_not_native(w):
+    if _dispatch.forced_backend() not in ("auto", "cpu"):
+        return f"the backend {_dispatch.forced_backend()} is in force"
+    if reason := _dispatch.reason_cpu("greedy_pack", "greedy_search"):
+        return reason
+    if any(not t.is_cpu for t in w.tensors()):
+        return "not all parameters are on the CPU"
+    if any(t.dtype is not torch.float32 for t in w.tensors()):
+        return "not all parameters are float32"
+    return f"it takes at most {_MOST_LAYERS} LSTM layers" if len(w.layers) > _MOST_LAYERS else ""
+
+
+# --------------------------------------------------------------------------- the definition, in PyTorch
+def _by_operations(w, encoded, lengths, rules, state, counters, most_steps):
+    batch, frames, joint = encoded.shape
+    tokens = torch.zeros(batch, most_steps, dtype=torch.int64, device=encoded.device)
+    moves, scores = torch.zeros_like(tokens), encoded.new_zeros(tokens.shape, dtype=torch.float32)
+    counts = torch.zeros_like(lengths)
+    durations = torch.tensor(rules.durations or (0,), device=encoded.device)
+    for step in range(most_steps):
+        ended = counters[:, END] > 0 if rules.together else counters[:, FRAME] >= lengths
+        live = (~ended.all()).expand(batch) if rules.together else ~ended
+        rows = live.nonzero()[:, 0]
+        if not len(rows):
+            break
+        pending = rows[counters[rows, PENDING] == 1]
+        if len(pending):
+            state[pending] = predict(w, counters[pending, TOKENS:], state[pending])
+            counters[pending, PENDING] = 0
+        at = counters[rows, FRAME].clamp(max=frames - 1)
+        logits = join(w, encoded[rows, at], state[rows, state.shape[1] - joint :])
+        logits, logits_of_durations = logits[:, : len(w.embedding)], logits[:, len(w.embedding) :]
+        logits[:, rules.blank] -= rules.blank_penalty
+        token = logits.argmax(-1)
+        blank = (token == rules.blank) | (token == rules.skipped)
+        if rules.durations:
+            moved = durations[logits_of_durations.argmax(-1)]
+        else:
+            moved = torch.zeros_like(token)
+        moved = torch.where(blank, moved.clamp(min=1), moved)
+        symbols = torch.where(blank | (moved > 0), 0, counters[rows, SYMBOLS] + 1)
+        if rules.most_symbols:
+            forced = symbols >= rules.most_symbols
+            moved, symbols = torch.where(forced, 1, moved), torch.where(forced, 0, symbols)
+        counters[rows, SYMBOLS] = symbols
+        counters[rows, FRAME] += moved
+        counts[rows] += 1
+        end = (counters[rows, END] == 0) & (counters[rows, FRAME] >= lengths[rows])
+        counters[rows, END] = torch.where(end, counts[rows], counters[rows, END])
+        tokens[rows, step], moves[rows, step] = token, moved
+        scores[rows, step] = logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]
+        took = rows[~blank]
+        context = torch.cat((counters[took, TOKENS + 1 :], token[~blank][:, None]), 1)
+        counters[took, TOKENS:] = context
+        counters[took, PENDING] = 1
+    longest = int(counts.max()) if batch else 0
+    return Steps(
+        tokens[:, :longest], moves[:, :longest], scores[:, :longest] if rules.scored else None, counts
+    )
+
+
+def predict(w, tokens, state):
+    """Reads the last of tokens (rows, context); returns the state (rows, floats) after it: h and c of each layer, then
+    the predictor's output."""
+    x = w.embedding[tokens.clamp(min=0)] * (tokens >= 0).unsqueeze(-1)
+    new = []
+    if w.convolution is not None:
+        channels, group, _ = w.convolution.shape
+        x = F.conv1d(x.transpose(1, 2), w.convolution, groups=channels // group).relu().transpose(1, 2)
+    x = x[:, -1]
+    for i, (w_ih, w_hh, b_ih, b_hh) in enumerate(w.layers):
+        h, c = state[:, 2 * i * w.hidden : 2 * (i + 1) * w.hidden].chunk(2, 1)
+        x, c = torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
+        new += [x, c]
+    g = F.linear(x, *w.linear)
+    return torch.cat((*new, F.layer_norm(g, g.shape[-1:], *w.norm) if w.norm else g), 1)
+
+
+def join(w, frames, predictions):
+    """Two of (rows, J) -> logits (rows, tokens + durations)."""
+    return F.linear(getattr(torch, w.activation)(frames + predictions), *w.head)
