@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/rnnt/tdt_lattice.h"
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+#include "bindings/lattice_boundary.h"
+#include "bindings/pooled.h"
+
+namespace fastasr {
+namespace {
+
+// Reads the durations: different numbers that are not negative.
+std::vector<int64_t> checked_durations(const Tensor& durations, const char* op) {
+  check(durations.dim() == 1 && is_dense(durations, ScalarType::Long, {durations.size(0)}), op, "durations");
+  const int64_t* p = data<int64_t>(durations);
+  std::vector<int64_t> found(p, p + durations.size(0));
+  for (size_t i = 0; i < found.size(); i++)
+    check(found[i] >= 0 && std::find(found.begin(), found.begin() + static_cast<int64_t>(i), found[i]) ==
+                               found.begin() + static_cast<int64_t>(i),
+          op, "durations");
+  return found;
+}
+
+int64_t tdt_grain(int64_t frames, int64_t row) { return std::max<int64_t>(1, kGrain / (frames * row + 1)); }
+
+std::tuple<Tensor, Tensor> tdt_lattice_forward(const Tensor& x, const Tensor& y, const Tensor& z,
+                                               const Tensor& durations, const Optional& boundary, bool keep) {
+  const char* op = "tdt_lattice_forward";
+  check_like(x, x, op, "symbol_logprobs");
+  check(x.dim() == 3 && x.size(2) >= 1, op, "symbol_logprobs");
+  const std::vector<int64_t> steps = checked_durations(durations, op);
+  const int64_t batch = x.size(0), frames = x.size(1), row = x.size(2), count = static_cast<int64_t>(steps.size());
+  check(is_dense(y, x.scalar_type(), {batch, frames, row}), op, "blank_logprobs");
+  check(is_dense(z, x.scalar_type(), {batch, frames, row, count}), op, "duration_logprobs");
+  const std::vector<Boundary> boundaries = checked_boundaries(boundary, batch, row - 1, frames, op);
+  const int64_t slab = frames * 2 * count * cpu::tdt_row(row);
+  Tensor scores = new_pooled<1>(x, {batch});
+  Tensor shares = keep ? new_pooled<4>(x, {batch, frames, 2 * count, cpu::tdt_row(row)}) : new_without_elements(x);
+  with_compute_type(x.scalar_type(), op, [&]<typename C>() {
+    const auto& kernel = cpu::kernels<cpu::TdtLatticeKernels<C>>();
+    const C *xp = data<C>(x), *yp = data<C>(y), *zp = data<C>(z);
+    C *sp = mutable_data<C>(scores), *kept = keep && slab ? mutable_data<C>(shares) : nullptr;
+    parallel_range(batch, tdt_grain(frames, row), [&](int64_t begin, int64_t end) {
+      const Scratch<C> scratch(cpu::tdt_scratch({row - 1, frames, row, steps.data(), count}));
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t b = dealt(i, batch);
+        const Boundary& at = boundaries[static_cast<size_t>(b)];
+        const cpu::TdtSize size{at.symbols(), at.frames(), row, steps.data(), count};
+        const int64_t first = (b * frames + at.t_begin) * row + at.s_begin, used = size.frames * 2 * count;
+        sp[b] = kernel.forward(size, xp + first, yp + first, zp + first * count, kept ? kept + b * slab : nullptr,
+                               scratch.data());
+        if (kept) std::fill(kept + b * slab + used * cpu::tdt_row(row), kept + (b + 1) * slab, C(0));
+      }
+    });
+  });
+  return {scores, shares};
+}
+
+std::tuple<Tensor, Tensor, Tensor> tdt_lattice_backward(const Optional& grad, const Tensor& scores,
+                                                        const Tensor& shares, const Tensor& durations,
+                                                        const Optional& boundary, int64_t frames, int64_t row) {
+  const char* op = "tdt_lattice_backward";
+  check_like(scores, scores, op, "scores");
+  check_like(shares, scores, op, "shares");
+  check(scores.dim() == 1 && frames >= 0 && row >= 1, op, "sizes");
+  const std::vector<int64_t> steps = checked_durations(durations, op);
+  const int64_t batch = scores.size(0), count = static_cast<int64_t>(steps.size());
+  if (grad.has_value()) check_same_size(*grad, scores, op, "grad");
+  const std::vector<Boundary> boundaries = checked_boundaries(boundary, batch, row - 1, frames, op);
+  const int64_t slab = frames * 2 * count * cpu::tdt_row(row);
+  check(shares.numel() == batch * slab, op, "shares");
+  Tensor dx = new_pooled<3>(scores, {batch, frames, row}), dy = new_pooled<3>(scores, {batch, frames, row});
+  Tensor dz = new_pooled<4>(scores, {batch, frames, row, count});
+  with_compute_type(scores.scalar_type(), op, [&]<typename C>() {
+    const auto& kernel = cpu::kernels<cpu::TdtLatticeKernels<C>>();
+    const C *gp = data_or_null<C>(grad), *sp = data<C>(scores), *kept = data<C>(shares);
+    C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy), *dzp = mutable_data<C>(dz);
+    parallel_range(batch, tdt_grain(frames, row), [&](int64_t begin, int64_t end) {
+      const Scratch<C> scratch(cpu::tdt_scratch({row - 1, frames, row, steps.data(), count}));
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t b = dealt(i, batch), whole = frames * row;
+        const Boundary& at = boundaries[static_cast<size_t>(b)];
+        const C g = gp ? gp[b] : C(1);
+        const int64_t first = at.t_begin * row + at.s_begin;
+        const auto fill = [&](C* d, int64_t width, int64_t missing, C value) {  // the cells inside
+          for (int64_t t = 0; t < at.frames(); t++)
+            std::fill_n(d + (first + t * row) * width, (at.symbols() + 1 - missing) * width, value);
+        };
+        std::fill_n(dxp + b * whole, whole, C(0));
+        std::fill_n(dyp + b * whole, whole, C(0));
+        std::fill_n(dzp + b * whole * count, whole * count, C(0));
+        if (std::isnan(sp[b])) {
+          fill(dxp + b * whole, 1, 1, sp[b]);
+          fill(dyp + b * whole, 1, 0, sp[b]);
+          fill(dzp + b * whole * count, count, 0, sp[b]);
+        }
+        if (!std::isfinite(sp[b]) || g == 0) continue;
+        kernel.backward({at.symbols(), at.frames(), row, steps.data(), count}, g, kept + b * slab,
+                        dxp + b * whole + first, dyp + b * whole + first, dzp + (b * whole + first) * count,
+                        scratch.data());
+      }
+    });
+  });
+  return {dx, dy, dz};
+}
+
+}  // namespace
+
+FASTASR_OPERATORS({"tdt_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor duration_logprobs, "
+                   "Tensor durations, Tensor? boundary, bool keep) -> (Tensor,Tensor)",
+                   TORCH_BOX(&tdt_lattice_forward)},
+                  {"tdt_lattice_backward(Tensor? grad, Tensor scores, Tensor shares, Tensor durations, "
+                   "Tensor? boundary, int frames, int row) -> (Tensor,Tensor,Tensor)",
+                   TORCH_BOX(&tdt_lattice_backward)})
+
+}  // namespace fastasr
