@@ -4,26 +4,34 @@ to them. A Conformer of fastasr's own is :mod:`fastasr.models.fast_conformer`.""
 
 from fastasr.models.conformer.attention import (
     fastspeech2_attention,
+    nemo_attention,
     speechbrain_attention,
     wav2vec2_attention,
 )
 from fastasr.models.conformer.convolution import (
     espnet_convolution,
     fastspeech2_convolution,
+    nemo_convolution,
     speechbrain_convolution,
     torchaudio_convolution,
     wav2vec2_convolution,
 )
 from fastasr.models.conformer.feed_forward import (
+    nemo_feed_forward,
     speechbrain_feed_forward,
     torchaudio_feed_forward,
     wav2vec2_feed_forward,
 )
+from fastasr.models.conformer.subsampling import nemo_subsampling
 
 __all__ = [
     "espnet_convolution",
     "fastspeech2_attention",
     "fastspeech2_convolution",
+    "nemo_attention",
+    "nemo_convolution",
+    "nemo_feed_forward",
+    "nemo_subsampling",
     "speechbrain_attention",
     "speechbrain_convolution",
     "speechbrain_feed_forward",

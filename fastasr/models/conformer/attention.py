@@ -27,9 +27,10 @@ def wav2vec2_attention(self, hidden_states, attention_mask=None, relative_positi
     )
     by = seen(attention_mask) if fits and attention_mask is not None else None
     if fits and (by is None or by.empty_rows is None):
-        y = _attention(self, hidden_states, relative_position_embeddings, masks.of_kernel(attention_mask, by))
-        if y is not None:
-            return y, None
+        dropout = _dropout_of(self)
+        if dropout is not None:
+            hidden = masks.of_kernel(attention_mask, by)
+            return _attention(self, hidden_states, relative_position_embeddings, hidden, dropout), None
     return type(self).forward(self, hidden_states, attention_mask, relative_position_embeddings, **kwargs)
 
 
@@ -43,10 +44,33 @@ def fastspeech2_attention(self, hidden_states, attention_mask=None, pos_emb=None
         and (attention_mask is None or attention_mask.shape == (batch, 1, frames))
     ):
         hidden = {} if attention_mask is None else {"key_padding_mask": attention_mask[:, 0].eq(0)}
-        y = _attention(self, hidden_states, pos_emb, hidden)
-        if y is not None:
-            return y, None
+        dropout = _dropout_of(self)
+        if dropout is not None:
+            return _attention(self, hidden_states, pos_emb, hidden, dropout), None
     return type(self).forward(self, hidden_states, attention_mask, pos_emb, output_attentions)
+
+
+def nemo_attention(self, query, key, value, mask, pos_emb, cache=None):
+    """NeMo's RelPositionMultiHeadAttention. query, which is key and value too, (B, T, width), mask bool (B, T, T), True
+    at hidden keys, or None, position embeddings (1, 2T − 1, width) -> (B, T, width). Queries that see no key attend to
+    nothing. Upstream's code serves streaming's cache, and autocast to float16, where it computes in another dtype.
+    """
+    batch, frames = query.shape[:2]
+    half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.float16
+    fits = query is key is value and cache is None and not half and _is_one_table(pos_emb, frames)
+    fits = fits and (mask is None or (mask.dtype == torch.bool and mask.shape == (batch, frames, frames)))
+    dropout = None
+    if fits and self.use_pytorch_sdpa:
+        share = self.dropout_rate if self.training else 0.0
+        dropout = attention_dropout.of_kernel(share, query.device)
+    elif fits:
+        dropout = _dropout_of(self)
+    if dropout is None:
+        return type(self).forward(self, query, key, value, mask, pos_emb, cache)
+    by = None if mask is None else seen(mask, hides=True)
+    hidden = masks.of_kernel(mask, by, hides=True)
+    empty_rows = by.empty_rows if by is not None and by.by_length else None  # else the kernel gives 0 there
+    return _attention(self, query, pos_emb, hidden, dropout, empty_rows)
 
 
 def speechbrain_attention(
@@ -85,15 +109,19 @@ def _is_one_table(positions, frames):
     return positions is not None and positions.ndim == 3 and positions.shape[:2] == (1, 2 * frames - 1)
 
 
-def _attention(module, x, positions, hidden):
-    """Returns the attention of modules with ESPnet's names; None where upstream must draw the dropout."""
-    dropout = attention_dropout.of_kernel(plumbing.dropped_share(module.dropout), x.device)
-    if dropout is None:
-        return None
+def _dropout_of(module):
+    """Returns the kernel's arguments for the module's dropout, None where upstream must draw it."""
+    return attention_dropout.of_kernel(plumbing.dropped_share(module.dropout), module.pos_bias_u.device)
+
+
+def _attention(module, x, positions, hidden, dropout, empty_rows=None):
+    """Returns the attention of modules with ESPnet's names, without the values of ``empty_rows``, bool (B, T)."""
     shape = *x.shape[:2], *module.pos_bias_u.shape
     q, k, v = (
         plumbing.linear(layer, x).view(shape) for layer in (module.linear_q, module.linear_k, module.linear_v)
     )
     p = projected(module, module.linear_pos, positions[0]).view(-1, *module.pos_bias_u.shape)
     y = ops.rel_attention(q, k, v, p, module.pos_bias_u, module.pos_bias_v, **hidden, **dropout)
+    if empty_rows is not None:
+        y = y.masked_fill(empty_rows[:, :, None, None], 0.0)
     return plumbing.linear(module.linear_out, y.flatten(2))

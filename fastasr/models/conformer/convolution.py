@@ -18,6 +18,25 @@ def fastspeech2_convolution(self, hidden_states, attention_mask=None):
     return FastConformerConvolution.forward(self, hidden_states, attention_mask)
 
 
+def nemo_convolution(self, x, pad_mask=None, cache=None):
+    """NeMo's Conformer. x (B, T, width), pad mask (bool (B, T), True at padding) or None -> (B, T, width). Upstream's
+    code serves streaming's cache."""
+    if cache is not None:
+        return type(self).forward(self, x, pad_mask, cache)
+    y = gated_convolution(
+        x,
+        self.pointwise_conv1,
+        self.depthwise_conv,
+        self.batch_norm,
+        self.activation,
+        self.pointwise_conv2,
+        pad_mask,
+    )
+    if not self.training:
+        return y
+    return y.transpose(1, 2).contiguous().transpose(1, 2)  # the layer's dropout draws in the order of memory
+
+
 def speechbrain_convolution(self, x, mask=None, dynchunktrain_config=None):
     """SpeechBrain's Conformer, whose norm is LayerNorm. x (B, T, width), mask (bool (B, T, 1), True where the result is
     0) or None -> (B, T, width). Chunks and causal convolutions take upstream's code."""

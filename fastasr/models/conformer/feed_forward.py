@@ -4,6 +4,12 @@
 from fastasr.models.common import activations, plumbing
 
 
+def nemo_feed_forward(self, x):
+    """NeMo's Conformer, without the last dropout. x (..., width) -> same shape."""
+    hidden = plumbing.dropout(self.dropout, activations.activated(self.linear1, self.activation, x))
+    return plumbing.linear(self.linear2, hidden)
+
+
 def speechbrain_feed_forward(self, x):
     """SpeechBrain's positionwise feed-forward, without the last dropout. x (B, T, width) -> same shape."""
     if plumbing.is_watched(self.ffn):

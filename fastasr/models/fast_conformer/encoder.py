@@ -88,7 +88,7 @@ class FastConformerEncoder(torch.nn.Module):
         positions = F.dropout(positions, self.dropout_positions, self.training)
         mask = pairs = None
         if attention_mask is not None:
-            lengths = subsampled(self.subsampling, attention_mask.sum(-1))
+            lengths = subsampled(self.subsampling.layers, attention_mask.sum(-1))
             mask = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
             pairs = mask[:, None, :, None] & mask[:, None, None, :]
         for layer in self.layers:

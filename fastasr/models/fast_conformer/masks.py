@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an attention mask of transformers hides, read once for all layers that are given the same mask."""
+"""What an attention mask of transformers or NeMo hides, read once for all layers that are given the same mask."""
 
 from typing import NamedTuple
 
@@ -24,17 +24,19 @@ def is_readable(mask: Tensor | None, batch: int, frames: int) -> bool:
     return mask is None or (mask.dtype == torch.bool and mask.shape == (batch, 1, frames, frames))
 
 
-def seen(mask: Tensor) -> Seen:
-    """Returns what queries see by ``mask``, bool (B, 1, T, T), True where a query sees a key.
+def seen(mask: Tensor, hides: bool = False) -> Seen:
+    """Returns what queries see by ``mask``, bool (B, 1, T, T), True where a query sees a key. With ``hides`` the mask
+    is NeMo's: (B, T, T), True where a key is hidden.
 
     The answer stays with the tensor: a mask of a long recording is large, and an encoder gives it to every layer.
     """
-    by_query = mask[:, 0]
     if torch.compiler.is_compiling():  # nothing may depend on values, or be kept
+        by_query = ~mask if hides else mask[:, 0]
         return Seen(~by_query.any(1), ~by_query.any(2), False)
     version = None if mask.is_inference() else mask._version
     kept = getattr(mask, "_fastasr_seen", None)
     if kept is None or kept[0] != version:
+        by_query = ~mask if hides else mask[:, 0]
         rows, keys = by_query.any(2), by_query.any(1)
         # where each is seen or sees, all pairs are in the mask exactly if their number is that of the mask's
         pairs = rows.sum(1) * keys.sum(1)
@@ -45,8 +47,10 @@ def seen(mask: Tensor) -> Seen:
     return kept[1]
 
 
-def of_kernel(mask: Tensor | None, by: Seen | None) -> dict[str, Tensor]:
+def of_kernel(mask: Tensor | None, by: Seen | None, hides: bool = False) -> dict[str, Tensor]:
     """Returns the arguments of ``ops.rel_attention`` for ``mask`` and what queries see by it; {} without a mask."""
     if by is None:
         return {}
-    return {"key_padding_mask": by.hidden_keys} if by.by_length else {"attn_mask": ~mask[:, 0]}
+    if by.by_length:
+        return {"key_padding_mask": by.hidden_keys}
+    return {"attn_mask": mask if hides else ~mask[:, 0]}

@@ -38,41 +38,48 @@ class FastConformerSubsampling(torch.nn.Module):
         self.linear = torch.nn.Linear(channels * (mel_bins // 2**self.num_layers), width)
 
     def forward(self, input_features, attention_mask=None):
-        if not all(map(_is_plain, self.layers)):
+        if not are_plain(self.layers):
             return _as_upstream(self, input_features, attention_mask)
-        x, layers = input_features, self.layers
-        batch, frames, bins = x.shape
-        count = subsampled(self, frames)
-        differentiated = torch.is_grad_enabled() and (
-            x.requires_grad or any(p.requires_grad for p in layers.parameters())
-        )
-        in_strips = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        in_strips = in_strips and (not differentiated or _dispatch.direct(x, *layers.parameters()))
-        strip = count
-        if in_strips:
-            first = 2 ** (self.num_layers - 1)  # frames of the first convolution for one of the output
-            per_frame = batch * first * (bins // 2 + 1) * self.channels * x.element_size()
-            strip = STRIP_BYTES // max(1, per_frame)
-        if in_strips and not differentiated:  # by lists of lengths, which no other device should wait for
-            lengths = [frames] * batch if attention_mask is None else attention_mask.sum(-1).tolist()
-        elif attention_mask is None:
-            lengths = torch.full((batch,), frames, device=x.device)
-        else:
-            lengths = attention_mask.sum(-1)
-        strip = max(1, strip)
-        strips = [
-            _kept_or_again(
-                differentiated and strip < count, self, x, lengths, begin, min(strip, count - begin)
-            )
-            for begin in range(0, count, strip)
-        ]
-        y = torch.cat(strips, 1) if strips else x.new_zeros(batch, 0, self.linear.in_features)
-        return plumbing.linear(self.linear, y)
+        lengths = None if attention_mask is None else attention_mask.sum(-1)
+        return plumbing.linear(self.linear, convolved(self.layers, input_features, lengths))
 
 
-def subsampled(module, frames):
+def are_plain(layers):
+    """Whether these are torch's ReLUs and convolutions of this front end without hooks, so that weights suffice."""
+    return all(map(_is_plain, layers))
+
+
+def convolved(layers, x, lengths):
+    """Returns what the last linear layer takes, (B, ⌈T₀ / factor⌉, C · F), of features (B, T₀, mel_bins), of which
+    ``lengths`` (B), or None for all, are valid. ``layers`` are those of the front end above."""
+    batch, frames, bins = x.shape
+    count, stages = subsampled(layers, frames), _stages(layers)
+    parameters = list(layers.parameters())
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
+    in_strips = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    in_strips = in_strips and (not differentiated or _dispatch.direct(x, *parameters))
+    strip = count
+    if in_strips:
+        first = 2 ** (stages - 1)  # frames of the first convolution for one of the output
+        per_frame = batch * first * (bins // 2 + 1) * layers[0].out_channels * x.element_size()
+        strip = STRIP_BYTES // max(1, per_frame)
+    if in_strips and not differentiated:  # by lists of lengths, which no other device should wait for
+        lengths = [frames] * batch if lengths is None else lengths.tolist()
+    elif lengths is None:
+        lengths = torch.full((batch,), frames, device=x.device)
+    strip = max(1, strip)
+    again = differentiated and strip < count
+    strips = [
+        _kept_or_again(again, layers, x, lengths, begin, min(strip, count - begin))
+        for begin in range(0, count, strip)
+    ]
+    bins_left = math.ceil(bins / 2**stages)
+    return torch.cat(strips, 1) if strips else x.new_zeros(batch, 0, layers[0].out_channels * bins_left)
+
+
+def subsampled(layers, frames):
     """Returns the front end's length of output for ``frames``, a number or a tensor of numbers."""
-    for _ in range(module.num_layers):
+    for _ in range(_stages(layers)):
         frames = _halved(frames)
     return frames
 
@@ -88,10 +95,15 @@ def _kept_or_again(again, *arguments):
     return checkpoint(_strip, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
 
 
-def _strip(module, x, lengths, begin, count):
+def _stages(layers):
+    """Returns how many convolutions of stride 2 the front end has."""
+    return (len(layers) + 1) // 3
+
+
+def _strip(layers, x, lengths, begin, count):
     """Returns frames begin … begin + count − 1 of what ``linear`` takes, (B, count, C · F)."""
-    layers, levels = module.layers, [(begin, count)]
-    for _ in range(module.num_layers):  # the frames that these need, level by level, down to those of x
+    levels = [(begin, count)]
+    for _ in range(_stages(layers)):  # the frames that these need, level by level, down to those of x
         begin, count = 2 * begin - 1, 2 * count + 1
         levels.insert(0, (begin, count))
     h, stem = _patches(x, *levels[0]), layers[0]

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NeMo's front end of depthwise strided convolutions: that of :mod:`fastasr.models.fast_conformer.subsampling`."""
+
+import torch
+
+from fastasr.models.common import plumbing
+from fastasr.models.fast_conformer.subsampling import are_plain, convolved, subsampled
+
+
+def nemo_subsampling(self, x, lengths):
+    """NeMo's ConvSubsampling. x (B, T₀, mel_bins), lengths (B) -> ((B, ⌈T₀ / factor⌉, width), lengths int64 (B)).
+
+    Frames behind a sequence's end are 0 before every convolution, in recordings of any length: upstream splits long
+    ones, and does not mask those that it splits by channel.
+    """
+    if (
+        self.subsampling_conv_chunking_factor == -1
+        or plumbing.is_watched(self.conv)
+        or not are_plain(self.conv)
+    ):
+        return type(self).forward(self, x, lengths)
+    lengths = lengths.long()
+    valid = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
+    y = convolved(self.conv, x * valid.unsqueeze(2), lengths)
+    return plumbing.linear(self.out, y), subsampled(self.conv, lengths)

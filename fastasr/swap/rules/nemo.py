@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for NeMo's Conformer and FastConformer (nemo/collections/asr/parts/submodules)."""
+
+import torch
+
+from fastasr.models import conformer as models
+from fastasr.models.fast_conformer.attention import release
+from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child
+
+_NEMO = Known("nemo_toolkit 3.0.0")
+_CAUSAL_CONVOLUTION = {"46714ff84a8e88178d848c5c"}
+_MASKED_CONVOLUTIONS = {"d97ea33fee420de6fe5562f1"}
+_LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "linear_pos")
+_CONVOLUTIONS = ("pointwise_conv1", "depthwise_conv", "batch_norm", "activation", "pointwise_conv2")
+
+
+def _activation(module):
+    cls = type(module.activation)
+    if cls.__name__ == "Swish" and cls.forward is not torch.nn.SiLU.forward:
+        return "submodule activation is a Swish that is not torch's SiLU"
+    return None
+
+
+def _attention_structure(module):
+    shapes = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (module.h, module.d_k))
+    return check_parameters(module, shapes) or check_child_names(module, (*_LINEARS, "dropout"))
+
+
+def _convolution_structure(module):
+    if module.pointwise_activation != "glu_":
+        return f"pointwise_activation is {module.pointwise_activation!r}, expected 'glu_'"
+    if module.norm_type == "layer_norm":
+        return "norm_type is 'layer_norm', expected one that takes channels first"
+    reason = check_parameters(module, {}) or check_child_names(module, _CONVOLUTIONS)
+    reason = reason or unread_child(module, "depthwise_conv", "CausalConv1D", _CAUSAL_CONVOLUTION)
+    return reason or _activation(module)
+
+
+def _feed_forward_structure(module):
+    children = ("linear1", "activation", "dropout", "linear2")
+    reason = check_parameters(module, {}) or check_child_names(module, children)
+    return reason or _activation(module)
+
+
+def _subsampling_structure(module):
+    if module._subsampling != "dw_striding" or module.is_causal:
+        return f"computes {'causal ' * module.is_causal}{module._subsampling}, expected dw_striding"
+    reason = check_parameters(module, {}) or check_child_names(module, ("conv", "out"))
+    if reason is None and type(module.conv).__name__ != "MaskedConvSequential":
+        return f"submodule conv is a {type(module.conv).__name__}, expected a MaskedConvSequential"
+    expected = 2 + 3 * (module._sampling_num - 1)
+    if reason is None and len(module.conv) != expected:
+        return f"submodule conv has {len(module.conv)} layers, expected {expected}"
+    return reason or unread_child(module, "conv", "MaskedConvSequential", _MASKED_CONVOLUTIONS)
+
+
+ATTENTION = Rule(
+    name="nemo.rel_position_attention",
+    class_name="RelPositionMultiHeadAttention",
+    forward=models.nemo_attention,
+    kernels=("linear", "rel_attention"),
+    structure=_attention_structure,
+    known={"32d9e468b5129de771d4aa32": _NEMO},
+    release=release,
+    note="streaming's cache runs upstream's code; in training the kernel draws the weights' dropout itself, see "
+    "upstream_draws",
+)
+
+CONVOLUTION = Rule(
+    name="nemo.conformer_convolution",
+    class_name="ConformerConvolution",
+    forward=models.nemo_convolution,
+    kernels=("linear", "gated_depthwise_conv"),
+    structure=_convolution_structure,
+    known={"8718311024358c647d33a7e1": _NEMO},
+    note="streaming's cache and unequal contexts run upstream's code",
+)
+
+FEED_FORWARD = Rule(
+    name="nemo.conformer_feed_forward",
+    class_name="ConformerFeedForward",
+    forward=models.nemo_feed_forward,
+    kernels=("linear_activation", "linear"),
+    structure=_feed_forward_structure,
+    known={"9a04a861a080041baeba46f8": _NEMO},
+)
+
+SUBSAMPLING = Rule(
+    name="nemo.conv_subsampling",
+    class_name="ConvSubsampling",
+    forward=models.nemo_subsampling,
+    kernels=("linear_activation", "linear"),
+    structure=_subsampling_structure,
+    known={"65fa60149e9b3bfa5527a8bd": _NEMO},
+)
+
+RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING)

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NeMo's Conformer swapped: the front end, masks of every attention context, streaming's caches, and what is declined.
+``tests/parity/test_conformer.py`` compares module by module."""
+
+import copy
+
+import nemo_encoder
+import pytest
+import torch
+from steps import close, moved, same_step
+from tiny_zipformer import same_training
+
+import fastasr
+
+SIZES = {
+    "feat_in": 16,
+    "n_layers": 2,
+    "d_model": 24,
+    "n_heads": 3,
+    "ff_expansion_factor": 2,
+    "conv_kernel_size": 5,
+    "subsampling": "dw_striding",
+    "subsampling_factor": 8,
+    "subsampling_conv_channels": 8,
+}
+RATES = ("dropout", "dropout_pre_encoder", "dropout_emb", "dropout_att")
+SWAPPED = {
+    "ConformerConvolution",
+    "ConformerFeedForward",
+    "ConvSubsampling",
+    "RelPositionMultiHeadAttention",
+}
+
+
+def encoder(dropout=0.0, **options):
+    torch.manual_seed(0)
+    made = nemo_encoder.load().ConformerEncoder(**{**SIZES, **dict.fromkeys(RATES, dropout), **options})
+    return moved(made, 0.03).eval()
+
+
+def batch(lengths=(75, 50, 9)):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(len(lengths), SIZES["feat_in"], max(lengths), generator=generator)
+    return {"audio_signal": x, "length": torch.tensor(lengths)}
+
+
+def pair(**options):
+    theirs = encoder(**options)
+    ours = copy.deepcopy(theirs)
+    return ours, theirs, fastasr.accelerate(ours)
+
+
+def swapped(report):
+    return {row.class_name for row in report.replaced} - {"Linear"}
+
+
+class ByPosition(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, lengths):
+        return self.model(audio_signal=x, length=lengths)
+
+
+CONTEXTS = {
+    "full": {},
+    "window": {"att_context_size": [4, 2]},
+    "chunks": {"att_context_size": [4, 1], "att_context_style": "chunked_limited"},
+    "tied biases": {"untie_biases": False},
+    "sdpa": {"use_pytorch_sdpa": True},
+    "sdpa, window": {"use_pytorch_sdpa": True, "att_context_size": [4, 2]},
+    "no scale, no biases": {"xscaling": False, "use_bias": False},
+}
+
+
+@pytest.mark.parametrize("options", CONTEXTS.values(), ids=CONTEXTS)
+def test_every_context(options):
+    ours, theirs, report = pair(**options)
+    assert swapped(report) == SWAPPED
+    for lengths in ((75, 50, 9), (80,), (1,), (17, 0)):
+        with torch.no_grad():
+            (found, count), (expected, there) = ours(**batch(lengths)), theirs(**batch(lengths))
+        close(found, expected)
+        assert torch.equal(count, there)
+        assert count.dtype == there.dtype
+
+
+@pytest.mark.parametrize("options", [{}, {"att_context_size": [4, 2]}], ids=["full", "window"])
+def test_a_training_step(options):
+    with fastasr.upstream_draws():
+        same_training(
+            ByPosition(encoder(dropout=0.1, stochastic_depth_drop_prob=0.3, **options)).train().double(),
+            (batch()["audio_signal"].double(), batch()["length"]),
+            lambda y: y[0],
+        )
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_front_end(training):
+    ours, theirs, _ = pair()
+    x, lengths = batch()["audio_signal"].transpose(1, 2).double(), batch()["length"]
+    nets = [net.double().train(training).pre_encode for net in (ours, theirs)]
+    same_step(*nets, x, lengths, tolerance=1e-10)
+    assert torch.equal(*(net(x, lengths)[1] for net in nets))
+
+
+def test_a_step_without_splits():
+    """Upstream splits batches of long recordings; here one pass serves them."""
+    ours, theirs, _ = pair(subsampling_conv_chunking_factor=2)
+    with torch.no_grad():
+        close(ours(**batch())[0], theirs(**batch())[0])
+
+
+def test_streaming_caches_run_upstream():
+    options = {"att_context_size": [4, 1], "att_context_style": "chunked_limited"}
+    ours, theirs, _ = pair(**options, conv_context_size="causal", causal_downsampling=True)
+    chunk = batch((16, 16))
+    found, expected = [], []
+    for net, outputs in ((ours, found), (theirs, expected)):
+        channel, time, length = net.get_initial_cache_state(batch_size=2)
+        with torch.no_grad():
+            outputs.extend(
+                net(
+                    **chunk,
+                    cache_last_channel=channel,
+                    cache_last_time=time,
+                    cache_last_channel_len=length,
+                )
+            )
+    for a, b in zip(found, expected, strict=True):
+        close(a, b)
+
+
+def test_autocast():
+    ours, theirs, _ = pair()
+    exact = encoder().double()
+    with torch.no_grad():
+        reference = exact(audio_signal=batch()["audio_signal"].double(), length=batch()["length"])[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            found, expected = ours(**batch())[0], theirs(**batch())[0]
+    assert found.dtype == expected.dtype
+    assert (found - reference).abs().mean() <= 1.2 * (expected - reference).abs().mean()
+
+
+def test_new_positions_of_a_longer_recording():
+    ours, theirs, _ = pair(pos_emb_max_len=8)
+    for frames in (40, 120, 40):
+        with torch.no_grad():
+            close(ours(**batch((frames,)))[0], theirs(**batch((frames,)))[0])
+
+
+DECLINED = {
+    "layer norm": (
+        {"conv_norm_type": "layer_norm"},
+        "layers.0.conv",
+        "norm_type is 'layer_norm', expected one that takes channels first",
+    ),
+    "striding": ({"subsampling": "striding"}, "pre_encode", "computes striding, expected dw_striding"),
+    "causal": (
+        {"causal_downsampling": True},
+        "pre_encode",
+        "computes causal dw_striding, expected dw_striding",
+    ),
+    "local attention": (
+        {"self_attention_model": "rel_pos_local_attn", "att_context_size": [4, 4]},
+        "layers.0.self_attn",
+        "RelPositionMultiHeadAttentionLongformer is a subclass of RelPositionMultiHeadAttention that overrides",
+    ),
+    "no positions": ({"self_attention_model": "abs_pos"}, "layers.0.self_attn", "container"),
+}
+
+
+@pytest.mark.parametrize(("options", "path", "reason"), DECLINED.values(), ids=DECLINED)
+def test_what_is_declined(options, path, reason):
+    model = encoder(**options)
+    report = fastasr.explain(model)
+    assert report[path].status == "skipped"
+    assert reason in report[path].reason
+
+
+@pytest.mark.parametrize("kind", ["batch_norm", "group_norm2", "instance_norm", "fused_batch_norm"])
+def test_every_norm(kind):
+    ours, theirs, report = pair(conv_norm_type=kind)
+    assert "ConformerConvolution" in swapped(report)
+    with torch.no_grad():
+        close(ours(**batch())[0], theirs(**batch())[0])
+
+
+def test_restored():
+    ours, theirs, report = pair()
+    assert fastasr.restore(ours) == len(report.replaced)
+    with torch.no_grad():
+        assert torch.equal(ours(**batch())[0], theirs(**batch())[0])
