@@ -475,7 +475,7 @@ def tiles(
     block = 16 if wide else 32
     columns = min(32 if wide else 128, max(16, triton.next_power_of_2(value_dim)))
     common = {"BLOCK_D": head_block(dim, dtype), "num_warps": 4} | dot_options(dtype)
-    square = common | {"BLOCK": block, "BLOCK_V": columns, "num_stages": 2}
+    square = common | {"BLOCK": block, "BLOCK_V": columns, "num_stages": 2 if wide else 3}
     halves = {"BLOCK_D": 64} if dim > 64 and not wide else {}
     forward = common | {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_V": columns, "num_stages": 2}
     if generation in (90, 100) and dim <= (64 if dropping else 128) and not wide and not hiding:
@@ -490,8 +490,15 @@ def tiles(
     # scores of ``queries`` to the last bit with square tiles, so that rows of dS add up to zero.
     statistics = {name: value for name, value in square.items() if name != "BLOCK"}
     statistics |= {"BLOCK_M": block, "BLOCK_N": block}
-    if not wide and not hiding and dim <= square["BLOCK_D"]:
-        statistics |= {"BLOCK_M": 64, "num_stages": 1 if dropping and generation == 120 else 3}
+    if not wide and dim <= square["BLOCK_D"]:
+        if hiding and generation == 80:  # 64 rows spill, two warps have 16 of 32 each
+            statistics |= {"num_warps": 2, "num_stages": 2}
+        elif hiding and generation != 120:
+            statistics |= {"BLOCK_M": 64, "num_stages": 1}
+        elif not hiding:
+            statistics |= {"BLOCK_M": 64, "num_stages": 1 if dropping and generation == 120 else 3}
+        if generation == 90 and not (hiding or dropping):
+            statistics["maxnreg"] = 168  # of 176, so that three programs are resident, not two
     products = common | {"BLOCK": 32, "num_stages": 3}  # blocks of dS as ``queries`` stores them
     crowded = {"num_stages": 1} if hiding and dropping else {}  # loads ahead would spill
     return {

@@ -50,7 +50,7 @@ from fastasr.kernels.zipformer_attention_weights import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PIECE_BYTES = 64 << 20
+PIECE_BYTES = 128 << 20
 
 
 # --------------------------------------------------------------------------- forward

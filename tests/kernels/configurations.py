@@ -580,6 +580,7 @@ def _rel_attention(generation: int):
         shapes["biases"] = module.BIASES
         options = dict(shapes[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
+        registers = options.pop("maxnreg", None)
         types = dict.fromkeys(like, element) | wide | masks
         types |= {"PARTS": "fp64" if element == "fp32" else "fp32"}
         words = (("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout"))
@@ -593,6 +594,7 @@ def _rel_attention(generation: int):
             strides,
             ("scale", "factor"),
             stages,
+            registers,
         )
 
     for name in ("forward", "statistics", "queries", "keys"):

@@ -128,7 +128,7 @@ def test_budgets_repeat_no_work(rows, architecture):
     known = {
         # products of 16 x 16 need two of four warps; the others repeat them on tensor cores that would be idle
         "layer_norm_lstm": ("bf16", "tf32"),
-        # tiles of 64 rows, which repeat nothing in 16 bits, spill with a mask; those of TF32 are to be found
+        # in 16 bits on sm_120 alone, where tiles that repeat nothing spill with a mask; those of TF32 are to be found
         "rel_attention statistics, padding, mask": ("bf16", "tf32"),
         "rel_attention forward, padding, mask": ("tf32",),
         "rel_attention keys, padding, mask": ("tf32",),

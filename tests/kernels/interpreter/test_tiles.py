@@ -9,8 +9,8 @@ from fastasr.kernels import rel_attention
 
 
 @pytest.mark.parametrize("generation", [80, 90])
-@pytest.mark.parametrize("dim", [48, 72, 136])
-def test_rel_attention(monkeypatch, generation, dim):
+@pytest.mark.parametrize(("dim", "hiding"), [(48, False), (48, True), (72, False), (136, False)])
+def test_rel_attention(monkeypatch, generation, dim, hiding):
     """Kernels take blocks of 64 or 128 channels of wide heads, not all kernels of one generation the same."""
     monkeypatch.setattr(rel_attention, "generation", lambda t: generation)
     torch.manual_seed(0)
@@ -19,9 +19,10 @@ def test_rel_attention(monkeypatch, generation, dim):
     pos = torch.randn(2 * frames - 1, heads, dim, dtype=torch.bfloat16)
     u, w = torch.randn(2, heads, dim, dtype=torch.bfloat16)
     arguments = tuple(t.contiguous() for t in (q, k, v, pos, u, w))
-    y, lse = rel_attention.rel_attention_forward(*arguments, None, None, None, 0.0)
-    found = y, *rel_attention.rel_attention_backward(g, *arguments, None, None, None, y, lse, 0.0)
+    mask = torch.rand(frames, frames) < 0.3 if hiding else None
+    y, lse = rel_attention.rel_attention_forward(*arguments, None, mask, None, 0.0)
+    found = y, *rel_attention.rel_attention_backward(g, *arguments, None, mask, None, y, lse, 0.0)
     leaves = [t.float().requires_grad_() for t in arguments]
-    expected = ops.rel_attention.definition(*leaves)
+    expected = ops.rel_attention.definition(*leaves, attn_mask=mask)
     for a, b in zip(found, (expected, *torch.autograd.grad(expected, leaves, g.float())), strict=True):
         assert (a - b).abs().max() <= 0.02 * b.abs().max()
