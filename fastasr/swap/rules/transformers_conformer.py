@@ -8,7 +8,7 @@ from fastasr.models.fast_conformer.attention import release
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child
 from fastasr.swap.rules.transformers_parakeet import CAPTURING, SILU, convolution_structure
 
-_TRANSFORMERS = Known("transformers 5.23")
+_TRANSFORMERS = Known("transformers 5.6 to 5.23")
 
 
 _NOTE = "the weights are not returned; in training the kernel draws their dropout itself, see upstream_draws"
@@ -54,7 +54,7 @@ WAV2VEC2_ATTENTION = Rule(
     forward=models.wav2vec2_attention,
     kernels=("linear", "rel_attention"),
     structure=_wav2vec2_attention_structure,
-    known={"3be48be58561286160964bba": _TRANSFORMERS},
+    known={"3be48be58561286160964bba": Known("transformers 5.17 to 5.23")},
     release=release,
     shared=lambda result: result[0],
     hooks=CAPTURING,

@@ -14,13 +14,15 @@ from fastasr.swap.rule import (
     unread_child,
 )
 
-_TRANSFORMERS = Known("transformers 5.23")
+_TRANSFORMERS = Known("transformers 5.18 to 5.23")
 CAPTURING = (
     "transformers.utils.output_capturing.install_output_capuring_hook.<locals>.output_capturing_hook",
 )
-
-
 SILU = {"bbb3a89cc2c8993670072487"}
+
+
+def _before_5_18(module):
+    return "transformers 5.6 to 5.17 hides keys by -inf: queries of padding give 0 or NaN; expected 5.18 or newer"
 
 
 def _activation(module):
@@ -65,7 +67,10 @@ ATTENTION = Rule(
     forward=models.FastConformerAttention.forward,
     kernels=("linear", "rel_attention"),
     structure=_attention_structure,
-    known={"008a9cc97b05d9f6b47b2309": _TRANSFORMERS},
+    known={
+        "008a9cc97b05d9f6b47b2309": _TRANSFORMERS,
+        "625f1f5f4e1805e6f4c28619": Known("transformers 5.6 to 5.17", condition=_before_5_18),
+    },
     release=attention.release,
     shared=lambda result: result[0],  # not the weights, which the eager implementation returns
     hooks=CAPTURING,
@@ -79,7 +84,7 @@ CONVOLUTION = Rule(
     forward=models.FastConformerConvolution.forward,
     kernels=("linear", "gated_depthwise_conv"),
     structure=convolution_structure,
-    known={"9a392b8a0f44c543026efdf7": _TRANSFORMERS},
+    known={"9a392b8a0f44c543026efdf7": Known("transformers 5.6 to 5.23")},
 )
 
 FEED_FORWARD = Rule(
@@ -88,7 +93,7 @@ FEED_FORWARD = Rule(
     forward=models.FastConformerFeedForward.forward,
     kernels=("linear_activation", "linear"),
     structure=_feed_forward_structure,
-    known={"676056f9fa94c63e8bea9766": _TRANSFORMERS},
+    known={"676056f9fa94c63e8bea9766": Known("transformers 5.6 to 5.23")},
 )
 
 SUBSAMPLING = Rule(
@@ -97,7 +102,7 @@ SUBSAMPLING = Rule(
     forward=models.FastConformerSubsampling.forward,
     kernels=("linear_activation", "linear"),
     structure=_subsampling_structure,
-    known={"351a84f7dc7d7ed4cfb8044e": _TRANSFORMERS},
+    known={"351a84f7dc7d7ed4cfb8044e": Known("transformers 5.6 to 5.23")},
 )
 
 POSITIONS = Rule(
@@ -105,7 +110,11 @@ POSITIONS = Rule(
     class_name="ParakeetEncoderRelPositionalEncoding",
     forward=models.FastConformerPositions.forward,
     structure=_positions_structure,
-    known={"0c61bad53ae76a9166f94487": _TRANSFORMERS},
+    known={
+        "0c61bad53ae76a9166f94487": Known("transformers 5.21 to 5.23"),
+        "e9298577c4c8d93416f99812": Known("transformers 5.18"),
+        "d5a3f1249fd909100d375303": Known("transformers 5.10 to 5.17"),
+    },
     release=positions.release,
 )
 
