@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gate, padding mask, depthwise convolution over time (plain or chunk-causal) and SwooshR, forward and backward.
+"""Gate, padding mask, depthwise convolution over time (plain or chunk-causal) and SwooshR or SiLU, both passes.
 
-    h (T, B, 2C) = (x, s)      u = x sigmoid(s), 0 at padding and outside [0, T); K taps, P = K // 2
+    h (T, B, 2C) = (x, s)      u = x sigmoid(s), 0 at padding and outside [0, T); K taps, P of them on past frames
     plain:         z[t] = b + sum_k w[k] u[t + k - P]
     chunk-causal:  z[t] = b' + sum_(j <= P) v[j] u[t + j - P] + scale (b + sum_k w[k] u[t + k - P], t's chunk alone)
                    scale at position p of a chunk of S: 1 + L[p] (p < K) + R[p - (S - K)] (p >= S - K)
-    y = z or SwooshR(z).    With q = dy act'(z), r = q scale, e the sum within the chunk:
+    y = z, SwooshR(z) or SiLU(z).    With q = dy act'(z), r = q scale, e the sum within the chunk:
     du[t] = sum_k w[k] r[t - k + P] (in the chunk) + sum_j v[j] q[t - j + P]
     dw[k] = sum r[t] u[t + k - P] (in the chunk)     dv[j] = sum q[t] u[t + j - P]     dL, dR: sums of q e by position
 
@@ -29,6 +29,8 @@ from fastasr.kernels._launch import launch
 from fastasr.kernels.swoosh import _activation, _exp_minus_abs, _slope
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+SWOOSH_R, SILU = tl.constexpr(1), tl.constexpr(2)  # activations; 0: none
 
 BLOCK_T, BLOCK_C, NUM_WARPS = 32, 64, 4  # a tile of 16 elements per thread
 TAPS, BLOCK_R = 8, 16  # a program's share of the taps' gradients: 64 sums per thread
@@ -61,21 +63,20 @@ def _lay_out(SOURCE, TABLE, row, taps, C, pid, BLOCK_K: tl.constexpr, BLOCK_C: t
     tl.store(TABLE + (row + k[:, None]) * C + c[None, :], w.to(TABLE.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=["frames", "batch", "gate_programs"])
+@triton.jit(do_not_specialize=["frames", "batch", "past", "gate_programs"])
 def gate_kernel(
     H, MASK, CACHE, WEIGHT, CAUSAL_WEIGHT, CHUNK_SCALE, U, TABLE,
-    time_stride, batch_stride, frames, batch, C, taps, gate_programs,
+    time_stride, batch_stride, frames, batch, C, taps, past, gate_programs,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # U (P + T, B, C): P rows of the cache, or zeros, then u. TABLE: rows of w (K), v (P + 1), L (K), R (K).
-    pad = taps // 2
     pid = tl.program_id(0)
     if pid < gate_programs:
         SHORT: tl.constexpr = U.dtype.element_ty.primitive_bitwidth == 16
         c_tiles = tl.cdiv(C, BLOCK_C)
         row = pid // c_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
         c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-        t, b = row // batch - pad, row % batch
+        t, b = row // batch - past, row % batch
         valid = (t >= 0) & (t < frames)
         if MASK is not None:
             valid = valid & (tl.load(MASK + b * frames + t, mask=valid, other=1) == 0)
@@ -86,7 +87,7 @@ def gate_kernel(
         u = tl.where(keep, x * _logistic(s, SHORT), 0.0)
         if CACHE is not None:
             cached = (t < 0)[:, None] & (c < C)[None, :]
-            before = (b[:, None].to(tl.int64) * C + c[None, :]) * pad + pad + t[:, None]
+            before = (b[:, None].to(tl.int64) * C + c[None, :]) * past + past + t[:, None]
             u += tl.load(CACHE + before, mask=cached, other=0.0).to(tl.float32)
         inside = (t < frames)[:, None] & (c < C)[None, :]
         tl.store(U + row[:, None].to(tl.int64) * C + c[None, :], u.to(U.dtype.element_ty), mask=inside)
@@ -97,6 +98,7 @@ def gate_kernel(
             _lay_out(WEIGHT, TABLE, 0, taps, C, pid, BLOCK_K, BLOCK_C)
         else:
             if CAUSAL_WEIGHT is not None:
+                pad = taps // 2
                 if pid < 2 * tiles:
                     _lay_out(CAUSAL_WEIGHT, TABLE, taps, pad + 1, C, pid - tiles, BLOCK_K, BLOCK_C)
                 elif pid < 3 * tiles:
@@ -136,23 +138,22 @@ def _edge_scale(TABLE, position, c, C, chunk, taps):
 
 @triton.jit
 def _convolve(
-    U, TABLE, BIAS, CAUSAL_BIAS, t, b, c, frames, batch, C, chunk, taps,
+    U, TABLE, BIAS, CAUSAL_BIAS, t, b, c, frames, batch, C, chunk, taps, past,
     CHUNKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Returns (z, e, scale) of these frames; e and scale in chunk-causal form alone."""
-    pad = taps // 2
     z = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     e = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     scale = e
     first = t // chunk * chunk
     last = tl.minimum(first + chunk, frames)
     for k in range(taps):
-        frame = t + k - pad
+        frame = t + k - past
         keep = (frame < frames)[:, None] & (c < C)[None, :]
         at = ((t + k) * batch + b)[:, None].to(tl.int64) * C + c[None, :]
         u = tl.load(U + at, mask=keep, other=0.0).to(tl.float32)
         if CHUNKED:
-            if k <= pad:
+            if k <= past:
                 z = tl.fma(u, _row(TABLE + (taps + k) * C, c, C), z)
             seen = tl.where(((frame >= first) & (frame < last))[:, None], u, 0.0)
             e = tl.fma(seen, _row(TABLE + k * C, c, C), e)
@@ -171,40 +172,45 @@ def _convolve(
     return z, e, scale
 
 
-@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps"])
+@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
 def forward_kernel(
-    U, TABLE, BIAS, CAUSAL_BIAS, Y, frames, batch, C, chunk, taps,
-    CHUNKED: tl.constexpr, RIGHT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    U, TABLE, BIAS, CAUSAL_BIAS, Y, frames, batch, C, chunk, taps, past,
+    CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     SHORT: tl.constexpr = Y.dtype.element_ty.primitive_bitwidth == 16
     t, b, c = _place(batch, C, BLOCK_T, BLOCK_C)
     z, _, _ = _convolve(
-        U, TABLE, BIAS, CAUSAL_BIAS, t, b, c, frames, batch, C, chunk, taps, CHUNKED, BLOCK_T, BLOCK_C
+        U, TABLE, BIAS, CAUSAL_BIAS, t, b, c, frames, batch, C, chunk, taps, past, CHUNKED, BLOCK_T, BLOCK_C
     )
-    if RIGHT:
+    if ACTIVATION == SWOOSH_R:
         shifted, u = _exp_minus_abs(z, True, SHORT)
         z = _activation(z, shifted, u, True, SHORT)
+    elif ACTIVATION == SILU:
+        z *= _logistic(z, SHORT)
     keep = (t < frames)[:, None] & (c < C)[None, :]
     tl.store(Y + (t * batch + b)[:, None].to(tl.int64) * C + c[None, :], z.to(Y.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps"])
+@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
 def output_gradient_kernel(
     GRAD, U, TABLE, BIAS, CAUSAL_BIAS, Q, R, V, grad_time_stride, grad_batch_stride, frames, batch, C, chunk, taps,
-    CHUNKED: tl.constexpr, RIGHT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    past, CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # Q = q (T, B, C); in chunk-causal form R = q scale and V = q e.
     SHORT: tl.constexpr = Q.dtype.element_ty.primitive_bitwidth == 16
     t, b, c = _place(batch, C, BLOCK_T, BLOCK_C)
     z, e, scale = _convolve(
-        U, TABLE, BIAS, CAUSAL_BIAS, t, b, c, frames, batch, C, chunk, taps, CHUNKED, BLOCK_T, BLOCK_C
+        U, TABLE, BIAS, CAUSAL_BIAS, t, b, c, frames, batch, C, chunk, taps, past, CHUNKED, BLOCK_T, BLOCK_C
     )
     keep = (t < frames)[:, None] & (c < C)[None, :]
     at = t[:, None].to(tl.int64) * grad_time_stride + (b.to(tl.int64) * grad_batch_stride + c)[None, :]
     q = tl.load(GRAD + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_C]
-    if RIGHT:
+    if ACTIVATION == SWOOSH_R:
         shifted, u = _exp_minus_abs(z, True, SHORT)
         q *= _slope(shifted, u, SHORT)
+    elif ACTIVATION == SILU:
+        s = _logistic(z, SHORT)
+        q *= s * tl.fma(z, 1.0 - s, 1.0)
     at = (t * batch + b)[:, None].to(tl.int64) * C + c[None, :]
     tl.store(Q + at, q.to(Q.dtype.element_ty), mask=keep)
     if CHUNKED:
@@ -212,27 +218,26 @@ def output_gradient_kernel(
         tl.store(V + at, (q * e).to(V.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps"])
+@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
 def input_gradient_kernel(
     Q, R, H, MASK, TABLE, DH, DCACHE, time_stride, batch_stride, frames, batch, C, chunk, taps,
-    CHUNKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    past, CHUNKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # Plain form: R is Q. With DCACHE the first P rows are frames before the first.
     SHORT: tl.constexpr = DH.dtype.element_ty.primitive_bitwidth == 16
-    pad = taps // 2
     t, b, c = _place(batch, C, BLOCK_T, BLOCK_C)
     if DCACHE is not None:
-        t -= pad
+        t -= past
     in_row = (c < C)[None, :]
     du = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     first = t // chunk * chunk
     last = tl.minimum(first + chunk, frames)
     for k in range(taps):
-        frame = t - k + pad
+        frame = t - k + past
         at = (frame * batch + b)[:, None].to(tl.int64) * C + c[None, :]
         inside = (frame >= 0) & (frame < frames)
         if CHUNKED:
-            if k <= pad:
+            if k <= past:
                 q = tl.load(Q + at, mask=inside[:, None] & in_row, other=0.0).to(tl.float32)
                 du = tl.fma(q, _row(TABLE + (taps + k) * C, c, C), du)
             inside = inside & (t >= 0) & (frame >= first) & (frame < last)
@@ -240,7 +245,7 @@ def input_gradient_kernel(
         du = tl.fma(r, _row(TABLE + k * C, c, C), du)
     if DCACHE is not None:
         before = (t < 0)[:, None] & in_row
-        at = (b.to(tl.int64) * C + c)[None, :] * pad + pad + t[:, None]
+        at = (b.to(tl.int64) * C + c)[None, :] * past + past + t[:, None]
         tl.store(DCACHE + at, du.to(DCACHE.dtype.element_ty), mask=before)
     stored = (t >= 0) & (t < frames)
     valid = stored
@@ -258,9 +263,9 @@ def input_gradient_kernel(
     tl.store(DH + at + C, ds.to(DH.dtype.element_ty), mask=stored[:, None] & in_row)
 
 
-@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "count", "row", "rows", "rows_per_part"])
+@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past", "count", "row", "rows", "rows_per_part"])
 def weight_gradient_kernel(
-    G, U, PARTS, frames, batch, C, chunk, taps, count, row, rows, rows_per_part,
+    G, U, PARTS, frames, batch, C, chunk, taps, past, count, row, rows, rows_per_part,
     CHUNKED: tl.constexpr, TAPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # Rows `row` (sum of G) and row + 1 + k (sum of G[t] u[t + k - P], k < count) of a part's `rows` rows. Frames and
@@ -275,7 +280,7 @@ def weight_gradient_kernel(
     sums = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     start = part * rows_per_part
     end = tl.minimum(start + rows_per_part, frames * batch)
-    limit = (frames + taps // 2) * batch
+    limit = (frames + past) * batch
     while start < end:
         r = start + tl.arange(0, BLOCK_R)
         g = tl.load(
@@ -286,7 +291,7 @@ def weight_gradient_kernel(
         seen = (there < limit) & (k < count)[:, None] & (r < end)[None, :]
         if CHUNKED:
             t = r // batch
-            frame = t[None, :] + k[:, None] - taps // 2
+            frame = t[None, :] + k[:, None] - past
             first = (t // chunk * chunk)[None, :]
             seen = seen & (frame >= first) & (frame < first + chunk)
         u = tl.load(
@@ -369,10 +374,10 @@ def add_parts_kernel(
 class _Call:
     """The sizes of a call, u and the weights' table, which forward and backward share."""
 
-    def __init__(self, h, weight, causal_weight, chunk_scale, mask, cache, chunk_size):
+    def __init__(self, h, weight, causal_weight, chunk_scale, mask, cache, chunk_size, delay):
         self.frames, self.batch, self.channels = h.shape[0], h.shape[1], h.shape[2] // 2
         self.taps = weight.shape[-1]
-        self.pad = self.taps // 2
+        self.past = self.taps // 2 + delay
         self.chunked = causal_weight is not None
         whole = self.chunked and 0 < chunk_size < self.frames
         self.chunk = chunk_size if whole else self.frames
@@ -384,22 +389,22 @@ class _Call:
         self.dtype = h.dtype if chunk_scale is None else torch.promote_types(h.dtype, chunk_scale.dtype)
         rows = 4 * self.taps + 1 if self.chunked else self.taps
         self.u = torch.empty(
-            self.frames + self.pad, self.batch, self.channels, dtype=self.dtype, device=h.device
+            self.frames + self.past, self.batch, self.channels, dtype=self.dtype, device=h.device
         )
         self.table = torch.empty(rows, self.channels, dtype=torch.float32, device=h.device)
-        gates = triton.cdiv((self.frames + self.pad) * self.batch, BLOCK_T) * self.c_tiles
+        gates = triton.cdiv((self.frames + self.past) * self.batch, BLOCK_T) * self.c_tiles
         tables = triton.cdiv(self.taps, BLOCK_K) * self.c_tiles * (4 if self.chunked else 1)
         launch(gate_kernel, (gates + tables,),
             h, _bytes(mask), cache, weight, causal_weight, chunk_scale, self.u, self.table,
-            h.stride(0), h.stride(1), self.frames, self.batch, self.channels, self.taps, gates,
+            h.stride(0), h.stride(1), self.frames, self.batch, self.channels, self.taps, self.past, gates,
             BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K, num_warps=NUM_WARPS,
         )  # fmt: skip
 
     def grid(self, frames: int) -> tuple[int]:
         return (triton.cdiv(frames, BLOCK_T) * self.batch * self.c_tiles,)
 
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        return self.frames, self.batch, self.channels, self.chunk, self.taps
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        return self.frames, self.batch, self.channels, self.chunk, self.taps, self.past
 
     def empty(self) -> torch.Tensor:
         return torch.empty(self.frames, self.batch, self.channels, dtype=self.dtype, device=self.u.device)
@@ -419,28 +424,40 @@ def gated_depthwise_conv_forward(
     mask,
     cache,
     chunk_size: int,
-    right: bool,
+    activation: int,
     need_cache: bool,
+    delay: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (y (T, B, C), new cache (B, C, K // 2), or a tensor without elements). y has the promoted dtype of h and
+    """Returns (y (T, B, C), new cache (B, C, P), or a tensor without elements). y has the promoted dtype of h and
     chunk_scale. The channels of h and all other tensors are contiguous.
     """
     if not h.numel() or not weight.numel():
         y = h.new_zeros(h.shape[0], h.shape[1], h.shape[2] // 2)
-        pad = weight.shape[-1] // 2
-        before = h.new_zeros(h.shape[1], h.shape[2] // 2, pad) if cache is None else cache.clone()
+        past = weight.shape[-1] // 2 + delay
+        before = h.new_zeros(h.shape[1], h.shape[2] // 2, past) if cache is None else cache.clone()
         return y, before if need_cache else h.new_empty(0)
-    call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size)
+    call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size, delay)
     y = call.empty()
     launch(forward_kernel, call.grid(call.frames),
         call.u, call.table, bias, causal_bias, y, *call.sizes(),
-        CHUNKED=call.chunked, RIGHT=right, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+        CHUNKED=call.chunked, ACTIVATION=activation, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip
     return y, call.u[call.frames :].permute(1, 2, 0).contiguous() if need_cache else h.new_empty(0)
 
 
 def gated_depthwise_conv_backward(
-    grad, h, weight, bias, causal_weight, causal_bias, chunk_scale, mask, cache, chunk_size: int, right: bool
+    grad,
+    h,
+    weight,
+    bias,
+    causal_weight,
+    causal_bias,
+    chunk_scale,
+    mask,
+    cache,
+    chunk_size: int,
+    activation: int,
+    delay: int = 0,
 ) -> tuple[torch.Tensor, ...]:
     """Returns the gradients of h to chunk_scale and of cache, without elements where the tensor is None. The channels
     of grad and h and all other tensors are contiguous.
@@ -451,33 +468,33 @@ def gated_depthwise_conv_backward(
     dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     found = [None if t is None else torch.empty_like(t) for t in tensors[1:]]
     dweight, dbias, dcausal_weight, dcausal_bias, dchunk_scale, dcache = found
-    if not (weight.shape[-1] // 2):
+    if dcache is not None and not dcache.shape[-1]:
         dcache = None  # a cache of no frames has no gradient
-    call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size)
-    frames, batch, channels, _, taps = call.sizes()
+    call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size, delay)
+    frames, batch, channels, _, taps, _ = call.sizes()
     form = {"CHUNKED": call.chunked, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "num_warps": NUM_WARPS}
     q = r = v = None
-    if call.chunked or right:
+    if call.chunked or activation:
         q = call.empty()
         if call.chunked:
             r, v = call.empty(), call.empty()
         launch(output_gradient_kernel, call.grid(frames),
             grad, call.u, call.table, bias, causal_bias, q, r, v, grad.stride(0), grad.stride(1),
-            *call.sizes(), RIGHT=right, **form,
+            *call.sizes(), ACTIVATION=activation, **form,
         )  # fmt: skip
     else:
         q = grad.contiguous()
     if r is None:
         r = q
-    launch(input_gradient_kernel, call.grid(frames + (0 if dcache is None else call.pad)),
+    launch(input_gradient_kernel, call.grid(frames + (0 if dcache is None else call.past)),
         q, r, h, _bytes(mask), call.table, dh, dcache, h.stride(0), h.stride(1), *call.sizes(), **form,
     )  # fmt: skip
-    rows = 1 + taps + (2 + call.pad if call.chunked else 0)
+    rows = 1 + taps + (2 + taps // 2 if call.chunked else 0)
     per_part = triton.cdiv(triton.cdiv(frames * batch, MAX_PARTS), BLOCK_R) * BLOCK_R
     parts = triton.cdiv(frames * batch, per_part)
     table = torch.empty(parts, rows, channels, dtype=torch.float32, device=h.device)
     # (gradient, the frames its taps see, number of taps, first row)
-    sums = [(r, call.chunked, taps, 0)] + ([(q, False, call.pad + 1, taps + 1)] if call.chunked else [])
+    sums = [(r, call.chunked, taps, 0)] + ([(q, False, taps // 2 + 1, taps + 1)] if call.chunked else [])
     for gradient, within, count, row in sums:
         launch(weight_gradient_kernel, (parts * triton.cdiv(count, TAPS) * call.c_tiles,),
             gradient, call.u, table, *call.sizes(), count, row, rows, per_part,
@@ -485,7 +502,7 @@ def gated_depthwise_conv_backward(
         )  # fmt: skip
     if call.chunked:
         launch(edge_gradient_kernel, (2 * taps * call.c_tiles,),
-            v, dchunk_scale, *call.sizes(), BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+            v, dchunk_scale, *call.sizes()[:5], BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
         )  # fmt: skip
     launch(add_parts_kernel, (rows * call.c_tiles,),
         table, dweight, dbias, dcausal_weight, dcausal_bias, parts, channels, taps,

@@ -15,8 +15,7 @@ using cpu::GatedDepthwiseConv;
 struct Operands {
   const Tensor &h, &weight;
   const Optional &bias, &causal_weight, &causal_bias, &chunk_scale, &mask, &cache;
-  int64_t chunk;
-  bool swoosh;
+  int64_t chunk, delay, activation;
 };
 
 void check_shape(const Optional& t, const Tensor& h, std::initializer_list<int64_t> sizes, const char* op,
@@ -41,11 +40,15 @@ GatedDepthwiseConv<T> checked(const Operands& o, const char* op) {
   check_like(o.weight, o.h, op, "weight");
   check(o.weight.dim() >= 2, op, "weight has another shape");
   const int64_t taps = o.weight.size(o.weight.dim() - 1), causal = taps / 2 + 1;
-  check(taps % 2 == 1 && (has_sizes(o.weight, {channels, 1, taps}) || has_sizes(o.weight, {channels, taps})), op,
+  check(taps > 0 && (has_sizes(o.weight, {channels, 1, taps}) || has_sizes(o.weight, {channels, taps})), op,
         "weight has another shape");
   const bool chunked = o.causal_weight.has_value();
-  check(chunked == o.chunk_scale.has_value() && (chunked || !(o.causal_bias.has_value() || o.cache.has_value())), op,
+  check(chunked == o.chunk_scale.has_value() && (chunked || !o.causal_bias.has_value()), op,
         "chunk-causal form needs causal_weight and chunk_scale, plain form takes neither");
+  check(!chunked || (taps % 2 == 1 && o.delay == 0), op, "chunk-causal form needs an odd number of taps and no delay");
+  const int64_t past = taps / 2 + o.delay;
+  check(past >= 0 && past < taps, op, "delay");
+  check(o.activation >= 0 && o.activation <= static_cast<int64_t>(cpu::GatedActivation::silu), op, "activation");
   check_shape(o.bias, o.h, {channels}, op, "bias");
   if (chunked) {
     check_like(*o.causal_weight, o.h, op, "causal_weight");
@@ -54,7 +57,7 @@ GatedDepthwiseConv<T> checked(const Operands& o, const char* op) {
   }
   check_shape(o.causal_bias, o.h, {channels}, op, "causal_bias");
   check_shape(o.chunk_scale, o.h, {2, channels, taps}, op, "chunk_scale");
-  check_shape(o.cache, o.h, {batch, channels, taps / 2}, op, "cache");
+  check_shape(o.cache, o.h, {batch, channels, past}, op, "cache");
   if (o.mask.has_value())
     check(is_dense(*o.mask, ScalarType::Bool, {batch, frames}), op,
           "padding_mask is not a contiguous bool tensor (B, T)");
@@ -74,8 +77,9 @@ GatedDepthwiseConv<T> checked(const Operands& o, const char* op) {
           batch,
           channels,
           taps,
+          past,
           chunked && o.chunk > 0 ? std::min(o.chunk, whole) : whole,
-          o.swoosh};
+          static_cast<cpu::GatedActivation>(o.activation)};
 }
 
 Tensor new_like_if(const Optional& t, const Tensor& h) {
@@ -95,17 +99,16 @@ int64_t grain(int64_t frames, int64_t taps) {
 std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const Tensor& h, const Tensor& weight, const Optional& bias,
                                                         const Optional& causal_weight, const Optional& causal_bias,
                                                         const Optional& chunk_scale, const Optional& padding_mask,
-                                                        const Optional& cache, int64_t chunk_size, bool swoosh,
-                                                        bool need_cache) {
+                                                        const Optional& cache, int64_t chunk_size, int64_t activation,
+                                                        bool need_cache, int64_t delay) {
   const char* op = "gated_depthwise_conv_forward";
-  const Operands operands{h,           weight,       bias,  causal_weight, causal_bias,
-                          chunk_scale, padding_mask, cache, chunk_size,    swoosh};
+  const Operands operands{h,     weight,     bias,  causal_weight, causal_bias, chunk_scale, padding_mask,
+                          cache, chunk_size, delay, activation};
   Tensor y = new_without_elements(h), new_cache = y;
   with_kernel_type(h.scalar_type(), op, [&]<typename T>() {
     const GatedDepthwiseConv<T> conv = checked<T>(operands, op);
-    check(!need_cache || conv.chunked(), op, "the plain form has no cache");
     y = new_contiguous(h, {conv.frames, conv.batch, conv.channels});
-    if (need_cache) new_cache = new_contiguous(h, {conv.batch, conv.channels, conv.pad()});
+    if (need_cache) new_cache = new_contiguous(h, {conv.batch, conv.channels, conv.past});
     T *yp = mutable_data<T>(y), *cp = mutable_or_null<T>(new_cache, need_cache);
     const auto& kernel = cpu::kernels<cpu::GatedDepthwiseConvForward<T>>();
     const int64_t stripes = (conv.channels + cpu::kGatedStripe - 1) / cpu::kGatedStripe;
@@ -118,10 +121,10 @@ std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const Tensor& h, const T
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_depthwise_conv_backward(
     const Tensor& grad, const Tensor& h, const Tensor& weight, const Optional& bias, const Optional& causal_weight,
     const Optional& causal_bias, const Optional& chunk_scale, const Optional& padding_mask, const Optional& cache,
-    int64_t chunk_size, bool swoosh) {
+    int64_t chunk_size, int64_t activation, int64_t delay) {
   const char* op = "gated_depthwise_conv_backward";
-  const Operands operands{h,           weight,       bias,  causal_weight, causal_bias,
-                          chunk_scale, padding_mask, cache, chunk_size,    swoosh};
+  const Operands operands{h,     weight,     bias,  causal_weight, causal_bias, chunk_scale, padding_mask,
+                          cache, chunk_size, delay, activation};
   Tensor dh = new_without_elements(h);
   Tensor dweight = new_like(weight), dbias = new_like_if(bias, h), dcausal_weight = new_like_if(causal_weight, h),
          dcausal_bias = new_like_if(causal_bias, h), dchunk_scale = new_like_if(chunk_scale, h),
@@ -153,12 +156,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_depthwi
 
 FASTASR_OPERATORS(
     {"gated_depthwise_conv_forward(Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, Tensor? causal_bias, "
-     "Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, bool swoosh, bool need_cache) -> "
-     "(Tensor, Tensor)",
+     "Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, int activation, bool need_cache, int "
+     "delay) -> (Tensor, Tensor)",
      TORCH_BOX(&gated_depthwise_conv_forward)},
     {"gated_depthwise_conv_backward(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, "
-     "Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, bool swoosh) -> "
-     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+     "Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, int activation, "
+     "int "
+     "delay) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
      TORCH_BOX(&gated_depthwise_conv_backward)})
 
 }  // namespace fastasr

@@ -8,7 +8,9 @@ namespace {
 
 struct Shape {
   int64_t frames, batch, channels, taps, chunk;  // chunk 0: plain
-  bool swoosh, mask, cache, biases;
+  cpu::GatedActivation activation;
+  bool mask, cache, biases;
+  int64_t delay = 0;
 };
 
 // Adds the product of two sums to a third, with the sizes of its errors.
@@ -23,7 +25,7 @@ struct Case {
   using C = compute_t<T>;
   Shape s;
   bool chunked = s.chunk > 0;
-  int64_t P = s.taps / 2, groups = std::min(s.batch, cpu::kGatedGroups), n = s.frames * s.batch * s.channels;
+  int64_t P = s.taps / 2 + s.delay, groups = std::min(s.batch, cpu::kGatedGroups), n = s.frames * s.batch * s.channels;
   int64_t chunk = chunked ? std::min(s.chunk, s.frames) : s.frames;
   Random random{static_cast<uint64_t>(s.frames * 1000 + s.channels * 10 + s.taps)};
   Buffer<T> h{2 * n, 3, random, 1.5}, grad{n, 1, random}, y{n, 5}, dh{2 * n, 2};
@@ -38,7 +40,7 @@ struct Case {
   void run(int64_t step) {
     for (int64_t i = 0; i < mask.size(); i++) mask[i] = i % s.frames > s.frames - 2 * (i / s.frames) - 1;
     const auto given = [](bool there, auto& b) { return there ? b.data() : nullptr; };
-    const bool both = chunked && s.biases, cached = chunked && s.cache;
+    const bool both = chunked && s.biases, cached = s.cache;
     const cpu::GatedDepthwiseConv<T> conv{h,
                                           s.batch * 2 * s.channels,
                                           2 * s.channels,
@@ -53,13 +55,14 @@ struct Case {
                                           s.batch,
                                           s.channels,
                                           s.taps,
+                                          P,
                                           chunk,
-                                          s.swoosh};
+                                          s.activation};
     std::vector<C> parts(static_cast<size_t>(groups * conv.sums() * s.channels));
     const auto& backward = cpu::kernels<cpu::GatedDepthwiseConvBackward<T>>();
     const int64_t stripes = (s.channels + cpu::kGatedStripe - 1) / cpu::kGatedStripe;
     in_pieces(stripes * s.batch, step, [&](int64_t begin, int64_t end) {
-      cpu::kernels<cpu::GatedDepthwiseConvForward<T>>().run(conv, y, given(chunked, new_cache), begin, end);
+      cpu::kernels<cpu::GatedDepthwiseConvForward<T>>().run(conv, y, new_cache, begin, end);
     });
     in_pieces(stripes * groups, step, [&](int64_t begin, int64_t end) {
       backward.run(conv, grad, s.batch * s.channels, s.channels, dh, given(cached, dcache), parts.data(), groups, begin,
@@ -80,7 +83,7 @@ struct Reference {
 
   void run() {
     for (int64_t p = 0; p < P; p++)
-      if (k.chunked && k.s.cache) u[p] = exactly(k.cache((b * k.s.channels + c) * P + p));
+      if (k.s.cache) u[p] = exactly(k.cache((b * k.s.channels + c) * P + p));
     for (int64_t t = 0; t < L; t++) {
       const long double x = k.h(at(t));
       gate[t] = logistic(k.h(at(t) + k.s.channels));
@@ -89,7 +92,7 @@ struct Reference {
     for (int64_t t = 0; t < L; t++) {
       if (k.s.biases) add(e[t], exactly(k.bias(c)));
       for (int64_t j = 0; j < K; j++)
-        if (within(t, t + j - P)) add_product(e[t], weight(j), u[t + j]);
+        if (seen(t, t + j - P)) add_product(e[t], weight(j), u[t + j]);
       if (k.chunked) {
         if (k.s.biases) add(z[t], exactly(k.causal_bias(c)));
         for (int64_t j = 0; j <= P; j++) add_product(z[t], causal(j), u[t + j]);
@@ -98,13 +101,13 @@ struct Reference {
         z[t] = e[t];
       }
       const long double g = k.grad((t * k.s.batch + b) * k.s.channels + c);
-      const long double d = k.s.swoosh ? logistic(z[t].value - 1) - 0.08L : 1;
-      q[t] = {g * d, std::fabs(g) * (4 + (k.s.swoosh ? z[t].size : 0))};
+      const bool linear = k.s.activation == cpu::GatedActivation::identity;
+      q[t] = {g * slope(z[t].value), std::fabs(g) * (4 + (linear ? 0 : 2 * z[t].size))};
       add_product(r[t], q[t], k.chunked ? scale(t) : Sum{1, 0});
     }
     for (int64_t t = 0; t < L; t++) {
       for (int64_t j = 0; j < K; j++)
-        if (within(t, t + j - P)) add_product(du[t + j], weight(j), r[t]);
+        if (seen(t, t + j - P)) add_product(du[t + j], weight(j), r[t]);
       for (int64_t j = 0; k.chunked && j <= P; j++) add_product(du[t + j], causal(j), q[t]);
     }
   }
@@ -112,6 +115,13 @@ struct Reference {
   int64_t at(int64_t t) const { return (t * k.s.batch + b) * 2 * k.s.channels + c; }
   bool padded(int64_t t) const { return k.s.mask && k.mask[b * L + t]; }
   bool within(int64_t t, int64_t other) const { return other >= 0 && other < L && other / S == t / S; }
+  // Plain form: the convolution sees the cache too.
+  bool seen(int64_t t, int64_t other) const { return within(t, other) || (!k.chunked && other < 0); }
+  long double slope(long double z_) const {
+    if (k.s.activation == cpu::GatedActivation::identity) return 1;
+    if (k.s.activation == cpu::GatedActivation::swoosh_r) return logistic(z_ - 1) - 0.08L;
+    return logistic(z_) * (1 + z_ * (1 - logistic(z_)));
+  }
   Sum weight(int64_t j) { return exactly(k.weight(c * K + j)); }
   Sum causal(int64_t j) { return exactly(k.causal(c * (P + 1) + j)); }
   Sum scale(int64_t t) {
@@ -138,7 +148,8 @@ void values(const Shape& s) {
       ref.run();
       for (int64_t t = 0; t < s.frames; t++) {
         const long double z = ref.z[t].value;
-        const long double y = s.swoosh ? std::log1p(std::exp(z - 1)) - 0.08L * z - 0.313261687L : z;
+        long double y = s.activation == cpu::GatedActivation::silu ? z * logistic(z) : z;
+        if (s.activation == cpu::GatedActivation::swoosh_r) y = std::log1p(std::exp(z - 1)) - 0.08L * z - 0.313261687L;
         EXPECT(k.y, (t * s.batch + b) * s.channels + c, y, 4 * (ref.z[t].size + std::fabs(y) + 1));
         const Sum& du = ref.du[t + P];
         const long double g = ref.gate[t], x = k.h(ref.at(t)), keep = ref.padded(t) ? 0 : 1;
@@ -147,13 +158,13 @@ void values(const Shape& s) {
         const Sum &q = ref.q[t], &r = ref.r[t];
         add(db, s.chunk ? r : q), add(dcb, q);
         for (int64_t j = 0; j < K; j++)
-          if (ref.within(t, t + j - P)) add_product(dw[j], r, ref.u[t + j]);
-        for (int64_t j = 0; j <= P; j++) add_product(dv[j], q, ref.u[t + j]);
+          if (ref.seen(t, t + j - P)) add_product(dw[j], r, ref.u[t + j]);
+        for (int64_t j = 0; s.chunk && j <= P; j++) add_product(dv[j], q, ref.u[t + j]);
         const int64_t p = t % S;
         if (p < K) add_product(dl[p], q, ref.e[t]);
         if (p >= S - K) add_product(dr[p - S + K], q, ref.e[t]);
       }
-      for (int64_t p = 0; s.chunk && p < P; p++) {
+      for (int64_t p = 0; p < P; p++) {
         const int64_t i = (b * s.channels + c) * P + p;
         EXPECT_SUM(k.new_cache, i, ref.u[s.frames + p]);
         if (s.cache) EXPECT_SUM(k.dcache, i, ref.du[p]);
@@ -176,15 +187,18 @@ void values(const Shape& s) {
 }  // namespace
 
 TEST_CASE("gated_depthwise_conv") {
+  using enum cpu::GatedActivation;
   for_each_type([]<typename T>() {
     for (const int64_t channels : {1, 7, 16, 33, 64})
-      for (const int64_t taps : {1, 5, 15}) values<T>({70, 3, channels, taps, 0, true, true, false, true});
+      for (const int64_t taps : {1, 5, 15}) values<T>({70, 3, channels, taps, 0, swoosh_r, true, false, true});
     for (const int64_t chunk : {1, 2, 5, 8, 40, 64, 65, 100, 200})
-      values<T>({133, 2, 18, 15, chunk, true, true, true, true});
+      values<T>({133, 2, 18, 15, chunk, swoosh_r, true, true, true});
     for (const int64_t frames : {1, 3, 63, 64, 65}) {
-      values<T>({frames, 2, 17, 31, 0, false, false, false, false});
-      values<T>({frames, 2, 17, 31, 16, false, true, true, false});
-      values<T>({frames, 6, 9, 7, frames, true, false, false, true});
+      values<T>({frames, 2, 17, 31, 0, identity, false, false, false});
+      values<T>({frames, 2, 17, 31, 16, identity, true, true, false});
+      values<T>({frames, 6, 9, 7, frames, swoosh_r, false, false, true});
+      values<T>({frames, 2, 17, 9, 0, silu, true, true, true, 4});
+      values<T>({frames, 2, 33, 4, 0, silu, true, true, true, -1});
     }
   });
 }

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""The core of Zipformer's convolution module (Yao et al., 2023): gate, padding mask, depthwise convolution, SwooshR.
+r"""The core of a Conformer's convolution module (Gulati et al., 2020): gate, padding mask, depthwise convolution, SiLU;
+and of Zipformer's (Yao et al., 2023), whose convolution may be chunk-causal, and whose activation is SwooshR.
 
-For h = (x, s) of shape (T, B, 2C), u = x · sigmoid(s), 0 at padding and outside the sequence; per channel, P = K // 2:
+For h = (x, s) of shape (T, B, 2C), u = x · sigmoid(s), 0 at padding and outside the sequence; per channel, with
+P = K // 2 + delay frames of the past (delay = 0 and K odd in chunk-causal form):
 
     plain         z[t] = b + Σ_k w[k] u[t + k − P]
     chunk-causal  z[t] = b' + Σ_{j ≤ P} v[j] u[t + j − P] + scale[t mod S] (b + Σ_k w[k] u[t + k − P])
 
 where the last sum is over the frames of t's chunk of S frames alone, and scale[p] = 1 + L[p] (p < K) + R[p − (S − K)]
-(p ≥ S − K) for chunk_scale = (L, R). y = SwooshR(z), or z. Upstream: ``ConvolutionModule`` in
+(p ≥ S − K) for chunk_scale = (L, R). y = z, SiLU(z) or SwooshR(z). Upstream: ``ConvolutionModule`` in
 ``zipformer.modules.zipformer``, ``ChunkCausalDepthwiseConv1d`` in ``zipformer.modules.scaling``.
 
 With q = dy · act'(z), r = q · scale: du[t] = Σ_k w[k] r[t − k + P] (within chunks) + Σ_j v[j] q[t − j + P],
@@ -25,10 +27,20 @@ from fastasr.ops import swoosh
 from fastasr.ops._op import op
 from fastasr.ops._register import cast
 
-ACTIVATIONS = {"swoosh_r": True, "identity": False}
+ACTIVATIONS = {"identity": 0, "swoosh_r": 1, "silu": 2}  # with the kernels' numbers
 
 
 # --------------------------------------------------------------------------- parts
+def _check(op, a) -> None:
+    taps = a.weight.shape[-1]
+    if a.causal_weight is not None and taps % 2 == 0:
+        op.fail("weight", "an odd number of taps in chunk-causal form", taps)
+    if not -(taps // 2) <= a.delay <= (taps - 1) // 2:
+        op.fail("delay", f"{-(taps // 2)} to {(taps - 1) // 2} for {taps} taps", a.delay)
+    if a.causal_weight is not None and a.delay:
+        op.fail("delay", "0 in chunk-causal form", a.delay)
+
+
 def _autocast(op, dtype, a):
     """Follows the convolution's rule, but the output is float32 where the scale is; the kernels widen a narrower h."""
     if a.chunk_scale is not None:
@@ -98,37 +110,37 @@ def edge_scale(chunk_scale: Tensor, size: int) -> Tensor:
         "causal_weight": "chunk_scale",
         "chunk_scale": "causal_weight",
         "causal_bias": "causal_weight",
-        "cache": "causal_weight",
         "chunk_size": "causal_weight",
-        "return_cache": "causal_weight",
     },
+    check=_check,
     flagged=_cache_gradient,
-    summary="gate, padding mask, depthwise convolution (plain, chunk-causal, streaming), SwooshR",
+    summary="gate, padding mask, depthwise convolution (plain, chunk-causal, streaming), SiLU or SwooshR",
 )
 def gated_depthwise_conv(
     h: Annotated[Tensor, "T B 2*C"],
-    weight: Annotated[Tensor, "C 1 K | C K, K odd"],
+    weight: Annotated[Tensor, "C 1 K | C K, K >= 1"],
     bias: Annotated[Tensor, "C"] | None = None,
     causal_weight: Annotated[Tensor, "C 1 K//2+1 | C K//2+1"] | None = None,
     causal_bias: Annotated[Tensor, "C"] | None = None,
     chunk_scale: Annotated[Tensor, "2 C K"] | None = None,
     *,
     padding_mask: Annotated[Tensor, "B T", bool] | None = None,
-    cache: Annotated[Tensor, "B C K//2"] | None = None,
+    cache: Annotated[Tensor, "B C K//2+delay"] | None = None,
     chunk_size: Annotated[int, "-1 or >= 1"] = -1,
     activation: Annotated[Literal["swoosh_r", "identity"], ACTIVATIONS] = "swoosh_r",
     return_cache: bool = False,
+    delay: int = 0,
 ) -> (
     Annotated[Tensor, "T B C", "h + chunk_scale"]
-    | tuple[Annotated[Tensor, "T B C", "h + chunk_scale"], Annotated[Tensor, "B C K//2", "h + cache"]]
+    | tuple[Annotated[Tensor, "T B C", "h + chunk_scale"], Annotated[Tensor, "B C K//2+delay", "h + cache"]]
 ):
-    """SwooshR of the depthwise convolution over time of x · sigmoid(s), for h = (x, s); plain, or chunk-causal.
+    """act of the depthwise convolution over time of x · sigmoid(s), for h = (x, s); plain, or chunk-causal.
 
     Args:
         h: (T, B, 2C), both halves of a gated projection; float32, bfloat16, float16 or float64. Its channels are read
             where they lie if they are contiguous, whatever the other strides.
-        weight: (C, 1, K) or (C, K), K odd: the taps of the plain convolution, padded with zeros to the same length; in
-            chunk-causal form those of the convolution within each chunk.
+        weight: (C, 1, K) or (C, K): the taps of the plain convolution, padded with zeros to the same length; in
+            chunk-causal form, where K is odd, those of the convolution within each chunk.
         bias: (C,), of that convolution.
         causal_weight: (C, 1, (K + 1) / 2) or (C, (K + 1) / 2): the taps on this frame and those before it, whatever
             their chunk. Together with chunk_scale it selects the chunk-causal form.
@@ -136,31 +148,36 @@ def gated_depthwise_conv(
         chunk_scale: (2, C, K): what the scale of the convolution within the chunk has beyond 1, by the distance from
             the chunk's first frame, and to its last.
         padding_mask: (B, T), bool; True: the frame is padding, and counts as 0.
-        cache: (B, C, K // 2), chunk-causal form: x · sigmoid(s) of the frames before the first, which else are 0.
+        cache: (B, C, K // 2 + delay): x · sigmoid(s) of the frames before the first, which else are 0.
         chunk_size: frames of a chunk; -1, or more than T: one chunk holds the whole sequence.
-        activation: "swoosh_r" or "identity".
+        activation: "swoosh_r", "silu" or "identity".
         return_cache: return (y, cache for the frames that follow).
+        delay: plain form: the convolution sees K // 2 + delay frames of the past; (K − 1) // 2 makes it causal.
     Returns:
         y (T, B, C), contiguous, in the promotion of h's and chunk_scale's dtype, computed in float32 or better and
         rounded once. The new cache has the promotion of h's and the cache's dtype.
     Raises:
         TypeError: an argument is of the wrong type, or a tensor not floating (padding_mask: not bool).
-        ValueError: shapes, dtypes or devices do not match; chunk_size is 0 or less than -1; an argument of the
-            chunk-causal form is given without the others.
+        ValueError: shapes, dtypes or devices do not match; chunk_size is 0 or less than -1; a tap would not reach the
+            frame itself because of delay; an argument of the chunk-causal form is given without the others.
     """
     x, s = h.chunk(2, dim=-1)
     u = (x * torch.sigmoid(s)).permute(1, 2, 0)  # [B, C, T]
     if padding_mask is not None:
         u = u.masked_fill(padding_mask.unsqueeze(1), 0.0)
-    frames, pad = u.shape[2], weight.shape[-1] // 2
+    frames, taps = u.shape[2], weight.shape[-1]
+    past = taps // 2 + delay
+    context = F.pad(u, (past, 0)) if cache is None else torch.cat([cache, u], dim=2)
+    new_cache = context[..., frames:]
+    context = context.to(u.dtype)
     if causal_weight is None:
-        z = _conv(F.pad(u, (pad, pad)), weight, bias, frames)
+        z = _conv(F.pad(context, (0, taps - 1 - past)), weight, bias, frames)
     else:
-        context = F.pad(u, (pad, 0)) if cache is None else torch.cat([cache, u], dim=2)
-        new_cache = context[..., frames:]
-        z = _conv(context.to(u.dtype), causal_weight, causal_bias, frames)
+        z = _conv(context, causal_weight, causal_bias, frames)
         z = z + _within_chunks(u, weight, bias, chunk_scale, chunk_size)
     y = z.permute(2, 0, 1)  # [T, B, C]
-    if ACTIVATIONS[activation]:
+    if activation == "swoosh_r":
         y = swoosh.definition(y, "SwooshR")
+    elif activation == "silu":
+        y = F.silu(y)
     return (y, new_cache) if return_cache else y

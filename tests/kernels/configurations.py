@@ -291,7 +291,7 @@ def _gated_depthwise_conv():
         types |= {"MASK": "u8", "TABLE": "fp32", "PARTS": "fp32"}
         for form, none in (("plain", absent), ("chunks", {})):
             chunked = {"CHUNKED": form == "chunks"}
-            outer = {"RIGHT": True, **tile, **chunked, **none}
+            outer = {"ACTIVATION": 1, **tile, **chunked, **none}
             only_q = dict.fromkeys(("R", "V")) if form == "plain" else {}
             for kernel, constants in (
                 ("gate", {**tile, "BLOCK_K": conv.BLOCK_K, **none}),
@@ -304,6 +304,11 @@ def _gated_depthwise_conv():
                 name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, {form}, {dtype}"
                 function = getattr(conv, f"{kernel}_kernel")
                 yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
+        silu = {**tile, "CHUNKED": False, **absent, "ACTIVATION": 2}
+        for kernel, constants in (("forward", silu), ("output_gradient", {**silu, "R": None, "V": None})):
+            name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, SiLU, {dtype}"
+            function = getattr(conv, f"{kernel}_kernel")
+            yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
         name = f"gated_depthwise_conv edge gradient, chunks, {dtype}"
         yield Configuration(name, conv.edge_gradient_kernel, types, sums, conv.NUM_WARPS, divisible)
 

@@ -5,15 +5,17 @@
 
 #include "cpu/simd/kernels.h"
 
-// The core of Zipformer's convolution module, time-major. h (T, B, 2 C) = (x, s), u = x sigmoid(s), 0 where masked and
-// outside [0, T); K odd, P = K / 2.
+// The core of a Conformer's or Zipformer's convolution module, time-major. h (T, B, 2 C) = (x, s), u = x sigmoid(s), 0
+// where masked and outside [0, T); P frames of the past: in chunk-causal form K is odd and P = K / 2.
 //
-//   plain          z[t] = bias + sum_k weight[k] u[t + k - P]
+//   plain          z[t] = bias + sum_k weight[k] u[t + k - P], 0 <= P < K
 //   chunk-causal   z[t] = causal_bias + sum_{j <= P} causal_weight[j] u[t + j - P]
 //                         + scale[t mod S] (bias + sum_k weight[k] u[t + k - P], frames of t's chunk of S alone)
 //                  scale[p] = 1 + L[p] (p < K) + R[p - (S - K)] (p >= S - K),  chunk_scale = (L, R), each (C, K)
-//   y = z or SwooshR(z). In chunk-causal form u of the P frames before the first is the cache, or 0.
+//   y = z, SwooshR(z) or SiLU(z). u of the P frames before the first is the cache, or 0.
 namespace fastasr::cpu {
+
+enum class GatedActivation : int { identity, swoosh_r, silu };
 
 template <typename T>
 struct GatedDepthwiseConv {
@@ -24,13 +26,13 @@ struct GatedDepthwiseConv {
   const bool* mask;                                    // (B, T) or null; true: padding
   const T* cache;                                      // (B, C, P) or null
   int64_t frames, batch, channels, taps;               // T, B, C, K
+  int64_t past;                                        // P
   int64_t chunk;                                       // S, 1 <= S <= max(T, 1)
-  bool swoosh;
+  GatedActivation activation;
 
   FASTASR_MEMBER bool chunked() const { return causal_weight != nullptr; }
-  FASTASR_MEMBER int64_t pad() const { return taps / 2; }
   // Each channel has these sums: dbias, dweight; in chunk-causal form also dcausal_bias, dcausal_weight, dL, dR.
-  FASTASR_MEMBER int64_t sums() const { return chunked() ? 2 + taps + pad() + 1 + 2 * taps : 1 + taps; }
+  FASTASR_MEMBER int64_t sums() const { return chunked() ? 2 + taps + past + 1 + 2 * taps : 1 + taps; }
 };
 
 // Work is cut into stripes of kGatedStripe channels.

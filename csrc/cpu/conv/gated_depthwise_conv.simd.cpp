@@ -6,17 +6,19 @@
 namespace fastasr::cpu {
 namespace {
 
-// Computes y[i] = z[i] + bias or SwooshR of it, for n rows of `channels`; rows of y are y_row elements apart.
-template <bool kSwoosh, typename T, typename C>
+// Computes y[i] = act(z[i] + bias) for n rows of `channels`; rows of y are y_row elements apart.
+template <GatedActivation kActivation, typename T, typename C>
 __attribute__((noinline)) void finish(const C* __restrict z, const C* __restrict bias, int64_t n, int64_t channels,
                                       T* __restrict y, int64_t y_row) {
 #ifdef __AVX512F__
-  if constexpr (kSwoosh && !std::is_same_v<T, double>) {
+  if constexpr (kActivation != GatedActivation::identity && !std::is_same_v<T, double>) {
     const avx512::Registers table = avx512::load_table();
     for (int64_t i = 0; i < n; i++, z += kStripe, y += y_row)
       for (int64_t c = 0; c < channels; c += 16) {
         const __m512 v = _mm512_add_ps(_mm512_load_ps(z + c), _mm512_load_ps(bias + c));
-        avx512::store16(y + c, avx512::lanes(channels - c), avx512::swoosh(table, v, 1.0f, 0.313261687f));
+        const __m512 value = kActivation == GatedActivation::silu ? _mm512_mul_ps(v, avx512::logistic(v))
+                                                                  : avx512::swoosh(table, v, 1.0f, 0.313261687f);
+        avx512::store16(y + c, avx512::lanes(channels - c), value);
       }
     return;
   }
@@ -25,8 +27,12 @@ __attribute__((noinline)) void finish(const C* __restrict z, const C* __restrict
 #pragma omp simd
     for (int64_t c = 0; c < channels; c++) {
       const C v = z[c] + bias[c], e = v - C(1);
-      const C tail = kSwoosh ? log1p_unit(exp_nonpositive(-std::fabs(e))) - C(0.313261687) : C(0);
-      store(&y[c], kSwoosh ? tail + ((e > 0 ? e : C(0)) - C(0.08) * v) : v);
+      if constexpr (kActivation == GatedActivation::swoosh_r) {
+        const C tail = log1p_unit(exp_nonpositive(-std::fabs(e))) - C(0.313261687);
+        store(&y[c], tail + ((e > 0 ? e : C(0)) - C(0.08) * v));
+      } else {
+        store(&y[c], kActivation == GatedActivation::silu ? v * sigmoid(v) : v);
+      }
     }
   }
 }
@@ -38,7 +44,7 @@ class Forward : Convolution<T> {
   using typename Base::C;
 
  public:
-  explicit Forward(const GatedDepthwiseConv<T>& conv) : Base(conv), ring_(kBlock + 2 * pad_ + 2 * kTile) {}
+  explicit Forward(const GatedDepthwiseConv<T>& conv) : Base(conv), ring_(kBlock + conv.taps - 1 + 2 * kTile) {}
 
   void run(T* y, T* new_cache, int64_t begin, int64_t end) {
     for (int64_t task = begin, staged = -1; task < end; task++) {
@@ -51,15 +57,19 @@ class Forward : Convolution<T> {
 
  private:
   void sequence(const Stripe<T>& stripe, T* y) {
-    const int64_t frames = conv_.frames, reach = 2 * pad_, y_row = conv_.batch * conv_.channels;
-    const auto write = conv_.swoosh ? finish<true, T, C> : finish<false, T, C>;
+    const int64_t frames = conv_.frames, reach = conv_.taps - 1, future = reach - pad_;
+    const int64_t y_row = conv_.batch * conv_.channels;
+    constexpr decltype(&finish<GatedActivation::identity, T, C>) writes[] = {finish<GatedActivation::identity, T, C>,
+                                                                             finish<GatedActivation::swoosh_r, T, C>,
+                                                                             finish<GatedActivation::silu, T, C>};
+    const auto write = writes[static_cast<int>(conv_.activation)];
     stage<false>(stripe, -pad_, reach, ring_[0], static_cast<C*>(nullptr));
     for (int64_t t = 0; t < frames;) {  // row r of the ring: frame t - pad + r
       const int64_t end = block_end(t, kBlock, frames, conv_.chunk, conv_.chunked()), n = end - t;
-      stage<false>(stripe, t + pad_, n, ring_[reach], static_cast<C*>(nullptr));
+      stage<false>(stripe, t + future, n, ring_[reach], static_cast<C*>(nullptr));
       T* to = y + t * y_row + stripe.batch * conv_.channels + stripe.first;
       this->convolve_block(ring_[0], t, end, [&](int64_t i) {
-        stripe.prefetch(end + pad_ + i, kTile);
+        stripe.prefetch(end + future + i, kTile);
         for (int64_t j = i; j < std::min(i + kTile, n); j++) prefetch_row(to + j * y_row);
       });
       write(z_[0], bias_[0], n, stripe.channels, to, y_row);

@@ -12,23 +12,35 @@ namespace fastasr::cpu {
 namespace {
 
 // q = grad act'(z + bias)
-template <bool kSwoosh, typename T, typename C>
+template <GatedActivation kActivation, typename T, typename C>
 FASTASR_INLINE void output_gradient(const T* __restrict grad, const C* __restrict z, const C* __restrict bias,
                                     int64_t n, C* __restrict q) {
 #ifdef __AVX512F__
-  if constexpr (kSwoosh && !std::is_same_v<T, double>) {
+  if constexpr (kActivation != GatedActivation::identity && !std::is_same_v<T, double>) {
+    const __m512 one = _mm512_set1_ps(1.0f);
     for (int64_t c = 0; c < n; c += 16) {
       const __m512 v = _mm512_add_ps(_mm512_load_ps(z + c), _mm512_load_ps(bias + c));
-      const __m512 d = avx512::logistic(_mm512_sub_ps(v, _mm512_set1_ps(1.0f)));
-      const __m512 g = avx512::load16(grad + c, avx512::lanes(n - c));
-      _mm512_store_ps(q + c, _mm512_mul_ps(g, _mm512_sub_ps(d, _mm512_set1_ps(0.08f))));
+      __m512 d;
+      if constexpr (kActivation == GatedActivation::silu) {
+        const __m512 s = avx512::logistic(v);
+        d = _mm512_mul_ps(s, _mm512_fmadd_ps(v, _mm512_sub_ps(one, s), one));
+      } else {
+        d = _mm512_sub_ps(avx512::logistic(_mm512_sub_ps(v, one)), _mm512_set1_ps(0.08f));
+      }
+      _mm512_store_ps(q + c, _mm512_mul_ps(avx512::load16(grad + c, avx512::lanes(n - c)), d));
     }
     return;
   }
 #endif
 #pragma omp simd
   for (int64_t c = 0; c < n; c++) {
-    const C d = kSwoosh ? sigmoid(z[c] + bias[c] - C(1)) - C(0.08) : C(1);
+    C d = 1;
+    if constexpr (kActivation == GatedActivation::swoosh_r) {
+      d = sigmoid(z[c] + bias[c] - C(1)) - C(0.08);
+    } else if constexpr (kActivation == GatedActivation::silu) {
+      const C v = z[c] + bias[c], s = sigmoid(v);
+      d = s * (C(1) + v * (C(1) - s));
+    }
     q[c] = static_cast<C>(load(grad[c])) * d;
   }
 }
@@ -71,15 +83,16 @@ class Backward : Convolution<T> {
  public:
   explicit Backward(const GatedDepthwiseConv<T>& conv)
       : Base(conv),
+        reach_(conv.taps - 1),
         weight_row_(1),
         causal_bias_row_(weight_row_ + whole_tiles(conv.taps)),
         causal_row_(causal_bias_row_ + 1),
         edge_row_(causal_row_ + whole_tiles(pad_ + 1)),
         sums_(conv.chunked() ? edge_row_ + 2 * conv.taps : causal_bias_row_),
-        u_(kBlock + 2 * pad_ + 2 * kTile),
-        gate_(kBlock + 2 * pad_ + 2 * kTile),
-        q_(kBlock + 2 * pad_ + 2 * kTile),
-        r_(conv.chunked() ? kBlock + 2 * pad_ + 2 * kTile : 0) {}
+        u_(kBlock + reach_ + 2 * kTile),
+        gate_(kBlock + reach_ + 2 * kTile),
+        q_(kBlock + reach_ + 2 * kTile),
+        r_(conv.chunked() ? kBlock + reach_ + 2 * kTile : 0) {}
 
   struct Gradient {
     const T* grad;
@@ -101,9 +114,9 @@ class Backward : Convolution<T> {
   }
 
  private:
-  // Row r of u_ and gate_ is frame t - P + r; row r of q_ and r_ is frame t - 2 P + r.
+  // Row r of u_ and gate_ is frame t - P + r; row r of q_ and r_ is frame t - (K - 1) + r.
   void sequence(const Stripe<T>& stripe, const Gradient& g) {
-    const int64_t frames = conv_.frames, reach = 2 * pad_;
+    const int64_t frames = conv_.frames, reach = reach_, future = reach - pad_;
     stage<true>(stripe, -pad_, reach, u_[0], gate_[0]);
     clear_rows(q_[0], reach);
     if (conv_.chunked()) clear_rows(r_[0], reach);
@@ -113,10 +126,10 @@ class Backward : Convolution<T> {
       const int64_t end =
           within ? block_end(t, kBlock, frames, conv_.chunk, conv_.chunked()) : std::min(t + kBlock, frames + pad_);
       const int64_t n = end - t;
-      stage<true>(stripe, t + pad_, n, u_[reach], gate_[reach]);
+      stage<true>(stripe, t + future, n, u_[reach], gate_[reach]);
       if (within) {
-        if (conv_.swoosh || conv_.chunked()) {
-          this->convolve_block(u_[0], t, end, [&](int64_t i) { stripe.prefetch(end + pad_ + i, kTile); });
+        if (conv_.activation != GatedActivation::identity || conv_.chunked()) {
+          this->convolve_block(u_[0], t, end, [&](int64_t i) { stripe.prefetch(end + future + i, kTile); });
         }
         output_gradients(stripe, g, t, end);
         tap_gradients(t, end);
@@ -145,13 +158,15 @@ class Backward : Convolution<T> {
   }
 
   void output_gradients(const Stripe<T>& stripe, const Gradient& g, int64_t t, int64_t end) {
-    const int64_t reach = 2 * pad_, n = end - t;
+    const int64_t reach = reach_, n = end - t;
     C *q = q_[reach], *z = z_[0];
     for (int64_t i = t; i < end; i++, q += kStripe, z += kStripe) {
-      if (conv_.swoosh)
-        output_gradient<true>(row_of(g, stripe, i), z, bias_[0], stripe.channels, q);
+      if (conv_.activation == GatedActivation::swoosh_r)
+        output_gradient<GatedActivation::swoosh_r>(row_of(g, stripe, i), z, bias_[0], stripe.channels, q);
+      else if (conv_.activation == GatedActivation::silu)
+        output_gradient<GatedActivation::silu>(row_of(g, stripe, i), z, bias_[0], stripe.channels, q);
       else
-        output_gradient<false>(row_of(g, stripe, i), z, bias_[0], stripe.channels, q);
+        output_gradient<GatedActivation::identity>(row_of(g, stripe, i), z, bias_[0], stripe.channels, q);
     }
     sums_.add(conv_.chunked() ? causal_bias_row_ : 0, q_[reach], n);
     if (!conv_.chunked()) return;
@@ -166,7 +181,7 @@ class Backward : Convolution<T> {
   }
 
   void tap_gradients(int64_t t, int64_t end) {
-    const int64_t reach = 2 * pad_, K = conv_.taps;
+    const int64_t reach = reach_, K = conv_.taps;
     if (!conv_.chunked()) {
       add_tap_gradients(u_[0], q_[reach], end - t, K, sums_.part(weight_row_));
       return sums_.carry(weight_row_, K);
@@ -206,11 +221,11 @@ class Backward : Convolution<T> {
                            e_[begin - start]);
           });
       for (int64_t i = low; i < high; i++) add_row(e_[i - start], z_[i - start]);
-      if (g.dcache)
-        for (int64_t i = start; i < std::min<int64_t>(0, start + n); i++)
-          for (int64_t c = 0; c < stripe.channels; c++)
-            store(&g.dcache[(stripe.batch * channels + stripe.first + c) * pad_ + pad_ + i], z_[i - start][c]);
     }
+    if (g.dcache)
+      for (int64_t i = start; i < std::min<int64_t>(0, start + n); i++)
+        for (int64_t c = 0; c < stripe.channels; c++)
+          store(&g.dcache[(stripe.batch * channels + stripe.first + c) * pad_ + pad_ + i], z_[i - start][c]);
     for (int64_t i = low; i < high; i++) {
       T* dx = output(stripe, g, i);
       const int64_t r = i - start;
@@ -232,6 +247,7 @@ class Backward : Convolution<T> {
     write(edge_row_, 2 * conv_.taps);
   }
 
+  const int64_t reach_;
   // Rows of sums_; those of taps are whole tiles.
   const int64_t weight_row_, causal_bias_row_, causal_row_, edge_row_;
   Sums<C> sums_;
@@ -261,7 +277,7 @@ void add_groups(const GatedDepthwiseConv<T>& conv, const compute_t<T>* parts, in
 template <typename T>
 void reduce(const GatedDepthwiseConv<T>& conv, const compute_t<T>* parts, int64_t groups, T* dweight, T* dbias,
             T* dcausal_weight, T* dcausal_bias, T* dchunk_scale) {
-  const int64_t K = conv.taps, P = conv.pad();
+  const int64_t K = conv.taps, P = conv.past;
   add_groups(conv, parts, groups, 0, 1, dbias);
   add_groups(conv, parts, groups, 1, K, dweight);
   if (!conv.chunked()) return;

@@ -65,7 +65,7 @@ FASTASR_INLINE void gate_row(const T* __restrict x, const T* __restrict s, int64
 template <bool kGates, typename T, typename C>
 void stage(const Stripe<T>& stripe, int64_t t, int64_t n, C* u, C* gate) {
   const GatedDepthwiseConv<T>& conv = stripe.conv;
-  const int64_t channels = stripe.channels, pad = conv.pad();
+  const int64_t channels = stripe.channels, past = conv.past;
   for (const int64_t end = t + n; t < end; t++, u += kStripe, gate += kGates ? kStripe : 0) {
     if (stripe.valid(t)) {
       const T* x = stripe.input(t);
@@ -80,7 +80,7 @@ void stage(const Stripe<T>& stripe, int64_t t, int64_t n, C* u, C* gate) {
       for (int64_t c = 0; c < kStripe; c++) gate[c] = 0;
     if (t < 0 && conv.cache)
       for (int64_t c = 0; c < channels; c++)
-        u[c] = load(conv.cache[(stripe.batch * conv.channels + stripe.first + c) * pad + pad + t]);
+        u[c] = load(conv.cache[(stripe.batch * conv.channels + stripe.first + c) * past + past + t]);
   }
 }
 
@@ -160,7 +160,7 @@ class Convolution {
 
   explicit Convolution(const GatedDepthwiseConv<T>& conv)
       : conv_(conv),
-        pad_(conv.pad()),
+        pad_(conv.past),
         taps_(conv.taps),
         causal_(conv.chunked() ? pad_ + 1 : 0),
         edges_(conv.chunked() ? 2 * conv.taps + 1 : 0),

@@ -56,12 +56,13 @@ def gated_convolution(x, first, conv, norm, activation, last, hidden=None):
     if plumbing.is_depthwise_conv(conv) and _is_batch_norm(norm):
         folded = not norm.training
         weight, bias = _fold(conv, norm) if folded else (conv.weight, conv.bias)
+        fused = folded and activations.fused_name(activation) == "silu"
         z = ops.gated_depthwise_conv(
-            h.transpose(0, 1), weight, bias, padding_mask=hidden, activation="identity"
+            h.transpose(0, 1), weight, bias, padding_mask=hidden, activation="silu" if fused else "identity"
         )  # [T, B, C]
         # channels first, as upstream: over a matrix of frames torch sums the statistics 2 to 10 times less exactly
         z = z.transpose(0, 1) if folded else norm(z.permute(1, 2, 0).contiguous()).transpose(1, 2)
-        y = _activate(activation, z)
+        y = z if fused else activation(z)
     else:
         u = F.glu(h, -1)
         u = u if hidden is None else u.masked_fill(hidden.unsqueeze(-1), 0.0)
@@ -87,13 +88,6 @@ def _fold(conv, norm):
     shift = -norm.running_mean.to(wide) if conv.bias is None else conv.bias.to(wide) - norm.running_mean
     weight, bias = conv.weight * scale[:, None, None], torch.addcmul(norm.bias.to(wide), shift, scale)
     return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
-
-
-def _activate(activation, z):
-    """Applies the activation, in place where it is SiLU and no gradient needs ``z``."""
-    if activations.fused_name(activation) != "silu":
-        return activation(z)
-    return F.silu(z, inplace=not z.requires_grad)
 
 
 def pointwise(conv, x):

@@ -26,6 +26,11 @@ def _plain(make: Make, frames: int, batch: int, channels: int, taps: int, **opti
     }
 
 
+def _past(make: Make, frames: int, batch: int, channels: int, taps: int, delay: int, **options) -> dict:
+    cache = make.normal(batch, channels, taps // 2 + delay)
+    return _plain(make, frames, batch, channels, taps, cache=cache, delay=delay, **options)
+
+
 def _causal(
     make: Make, frames: int, batch: int, channels: int, taps: int, chunk: int = -1, **options
 ) -> dict:
@@ -47,9 +52,13 @@ def _random(make: Make, shape) -> dict:
     frames, batch, channels = shape.size(), shape.choice((0, 1, 2, 5)), shape.size()
     taps = shape.choice((1, 3, 7, 15, 31))
     options = {"activation": shape.choice(tuple(ACTIVATIONS))}
-    form = shape.choice(("plain", "causal", "stream"))
+    form = shape.choice(("plain", "past", "causal", "stream"))
     if form == "plain":
         return _plain(make, frames, batch, channels, taps) | options
+    if form == "past":
+        taps = shape.choice((1, 2, 4, 9, 15, 32))
+        delay = shape.choice((-(taps // 2), 0, (taps - 1) // 2))
+        return _past(make, frames, batch, channels, taps, delay) | options
     chunk = shape.choice((-1, 1, 2, 3, 4, 8, 13, 32, 65, 100))
     return (_causal if form == "causal" else _stream)(make, frames, batch, channels, taps, chunk) | options
 
@@ -85,6 +94,15 @@ TABLE = OpTable(
                 | {"weight": m.normal(16, 5), "padding_mask": None}
             ),
         ),
+        Sample("SiLU", lambda m: _plain(m, 14, 2, 12, 9, activation="silu"), thorough=True),
+        Sample("SiLU, chunks", lambda m: _causal(m, 24, 3, 12, 5, 4, activation="silu")),
+        Sample(
+            "causal by delay, cached", lambda m: _past(m, 12, 2, 10, 9, 4, activation="silu"), thorough=True
+        ),
+        Sample("even, cached", lambda m: _past(m, 13, 2, 10, 4, 0, activation="identity"), thorough=True),
+        Sample("even, none of the past", lambda m: _plain(m, 70, 2, 33, 4, delay=-2)),
+        Sample("causal by delay, longer than a block", lambda m: _past(m, 150, 2, 40, 31, 15)),
+        Sample("causal by delay, shorter than the kernel", lambda m: _past(m, 3, 2, 40, 31, 15)),
         Sample("one tap", lambda m: _plain(m, 160, 3, 64, 1)),
         Sample("one tap, causal", lambda m: _stream(m, 40, 2, 24, 1, 5)),
         Sample("shorter than the kernel", lambda m: _plain(m, 7, 3, 80, 31)),
@@ -101,6 +119,7 @@ TABLE = OpTable(
         Sample("whole sequence, causal", lambda m: _causal(m, 150, 2, 64, 31), large=True),
         Sample("no frames", lambda m: _plain(m, 0, 3, 8, 5)),
         Sample("no frames, causal", lambda m: _stream(m, 0, 3, 8, 5)),
+        Sample("no frames, causal by delay", lambda m: _past(m, 0, 3, 8, 5, 2)),
         Sample("no sequences", lambda m: _causal(m, 4, 0, 8, 5, 2)),
         Sample("no channels", lambda m: _causal(m, 4, 2, 0, 5, 2)),
         Sample("saturated gates", lambda m: _saturated_gates(m, _plain(m, 40, 2, 20, 5))),
