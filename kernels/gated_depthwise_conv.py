@@ -263,7 +263,9 @@ def input_gradient_kernel(
     tl.store(DH + at + C, ds.to(DH.dtype.element_ty), mask=stored[:, None] & in_row)
 
 
-@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past", "count", "row", "rows", "rows_per_part"])
+@triton.jit(
+    do_not_specialize=["frames", "batch", "chunk", "taps", "past", "count", "row", "rows", "rows_per_part"]
+)
 def weight_gradient_kernel(
     G, U, PARTS, frames, batch, C, chunk, taps, past, count, row, rows, rows_per_part,
     CHUNKED: tl.constexpr, TAPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,

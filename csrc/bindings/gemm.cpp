@@ -27,8 +27,16 @@ Tensor gemm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias)
   Tensor c = new_pooled<2>(a, {g.m, g.n});
   if (c.numel() == 0) return c;
   g.c = mutable_data<float>(c);
-  const Scratch<float> pa(kernel.packed_a(g)), pb(kernel.packed_b(g));
+  const Scratch<float> pa(kernel.packed_a(g));
   const int64_t rows = kernel.a_panels(g), columns = kernel.b_panels(g);
+  if (const int64_t strips = kernel.strip_count(g, torch::stable::get_num_threads())) {
+    parallel_range(rows, std::max<int64_t>(1, 4 * kGrain * rows / kernel.packed_a(g)),
+                   [&](int64_t begin, int64_t end) { kernel.pack_a(g, pa.data(), begin, end); });
+    parallel_range(strips, std::max<int64_t>(1, 8 * kGrain * strips / (g.m * g.n * g.k / 32 + 1)),
+                   [&](int64_t begin, int64_t end) { kernel.strips(g, pa.data(), strips, begin, end); });
+    return c;
+  }
+  const Scratch<float> pb(kernel.packed_b(g));
   const int64_t panel = std::max(kernel.packed_a(g) / rows, kernel.packed_b(g) / columns);
   parallel_range(rows + columns, std::max<int64_t>(1, 4 * kGrain / panel), [&](int64_t begin, int64_t end) {
     if (begin < rows) kernel.pack_a(g, pa.data(), begin, std::min(end, rows));

@@ -42,6 +42,13 @@ struct Problem {
     in_pieces(kernel.b_panels(g), step, [&](int64_t begin, int64_t end) { kernel.pack_b(g, pb, begin, end); });
     in_pieces(kernel.tasks(g), step, [&](int64_t begin, int64_t end) { kernel.products(g, pa, pb, begin, end); });
   }
+  // Packs B on the way, in `count` strips.
+  void run_strips(int64_t count) {
+    const auto& kernel = cpu::kernels<cpu::GemmKernels>();
+    Buffer<float> pa(kernel.packed_a(g));
+    kernel.pack_a(g, pa, 0, kernel.a_panels(g));
+    in_pieces(count, 2, [&](int64_t begin, int64_t end) { kernel.strips(g, pa, count, begin, end); });
+  }
 };
 
 void values(int64_t m, int64_t n, int64_t k, int kind_a, int kind_b) {
@@ -51,6 +58,11 @@ void values(int64_t m, int64_t n, int64_t k, int kind_a, int kind_b) {
   p.run(int64_t{1} << 40);
   pieces.run(3);
   CHECK(p.c.equals(pieces.c), "the split shows");
+  for (const int64_t count : {int64_t{1}, int64_t{3}, cpu::kernels<cpu::GemmKernels>().strip_count(p.g, 2)}) {
+    Problem strips(m, n, k, kind_a, kind_b, with_bias);
+    if (count) strips.run_strips(count);
+    CHECK(!count || p.c.equals(strips.c), "strips have other bits");
+  }
   for (int64_t at = 0; at < p.c.size(); at++) {
     const int64_t i = at / (n + 7), j = at % (n + 7);
     if (j >= n) {

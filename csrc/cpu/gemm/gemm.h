@@ -6,10 +6,12 @@
 #include "cpu/simd/kernels.h"
 
 // C = A B, plus a bias on every row, in float32, for operands of any strides, as a linear layer needs it forward and
-// for both gradients. Operands are packed once into panels as wide as a tile of registers; the products then read
-// nothing but panels. Sums run in chains of at most kGemmChain terms, which are then added: longer chains of floats
-// would be less exact than a BLAS. The bits of an element depend on its row, its column and k alone, not on how the
-// work is split.
+// for both gradients. Operands are packed into panels as wide as a tile of registers; the products then read nothing
+// but panels. With many rows both operands are packed once, beforehand. With few rows B is most of the memory that a
+// product touches, and packing it costs a fifth of the time of a product of 376 rows: `strips` packs it part by part
+// into memory that stays in the second cache, and asks for the next part ahead of time. Sums run in chains of at most
+// kGemmChain terms, which are then added: longer chains of floats would be less exact than a BLAS. The bits of an
+// element depend on its row, its column and k alone, not on how the work is split.
 namespace fastasr::cpu {
 
 inline constexpr int64_t kGemmChain = 192;
@@ -36,6 +38,11 @@ struct GemmKernels {
   void (*pack_b)(const Gemm& g, float* packed, int64_t begin, int64_t end);
   // Runs tasks [begin, end) of the products of packed operands; more of them in one call are faster.
   void (*products)(const Gemm& g, const float* a, const float* b, int64_t begin, int64_t end);
+  // Returns into how many strips of columns `threads` threads should cut a product whose B is packed on the way; 0:
+  // pack it beforehand.
+  int64_t (*strip_count)(const Gemm& g, int64_t threads);
+  // Computes strips [begin, end) of `count` with packed A.
+  void (*strips)(const Gemm& g, const float* a, int64_t count, int64_t begin, int64_t end);
 };
 
 }  // namespace fastasr::cpu

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "cpu/simd/vectors.simd.h"
 
@@ -17,6 +18,11 @@ constexpr int64_t kColumns = 2 * kLanes;
 // A block has this many panels: its rows of A, of one chain, stay in the second cache, beside its part of C.
 constexpr int64_t kBlockRows = 96 / kRows;
 constexpr int64_t kBlockColumns = 512 / kColumns;
+
+// A strip of columns has at most this many panels: its part of B of one chain, of C, and a chain of A fill the second
+// cache at kStripRows rows.
+constexpr int64_t kStripColumns = 256 / kColumns;
+constexpr int64_t kStripRows = 512;
 
 struct Chains {
   int64_t depth, count;
@@ -44,33 +50,38 @@ FASTASR_INLINE void interleave(const float* __restrict in, int64_t step, int64_t
     for (int64_t w = 0; w < kWidth; w++) out[k * kWidth + w] = in[w * step + k];
 }
 
-// Packs panels [begin, end) of an operand (width, depth); `across` and `along` are its strides.
+// Packs `width` rows of `depth` elements, one chain of an operand, to panels; `across` and `along` are its strides.
+template <int64_t kWidth>
+void pack_chain(const float* from, int64_t across, int64_t along, int64_t width, int64_t depth, float* out) {
+  const int64_t whole = width / kWidth;
+  int64_t p = 0;
+  // Packs whole panels, a few rows of the operand at a time where its rows run across the panels.
+  if (across == 1) {
+    for (int64_t k = 0; k < depth; k++)
+      for (int64_t i = 0; i < whole; i++)
+        std::memcpy(out + (i * depth + k) * kWidth, from + i * kWidth + k * along, sizeof(float) * kWidth);
+    p = whole;
+  } else if (along == 1) {
+    for (; p < whole; p++) interleave<kWidth>(from + p * kWidth * across, across, depth, out + p * depth * kWidth);
+  }
+  for (; p * kWidth < width; p++) {
+    float* to = out + p * depth * kWidth;
+    const int64_t there = std::min(kWidth, width - p * kWidth);
+    for (int64_t k = 0; k < depth; k++, to += kWidth)
+      for (int64_t w = 0; w < kWidth; w++) to[w] = w < there ? from[(p * kWidth + w) * across + k * along] : 0.0f;
+  }
+}
+
+// Packs panels [begin, end) of an operand (width, depth), all its chains.
 template <int64_t kWidth>
 void pack(const float* in, int64_t across, int64_t along, int64_t width, int64_t depth, float* packed, int64_t begin,
           int64_t end) {
-  const int64_t panels = (width + kWidth - 1) / kWidth;
+  const int64_t panels = (width + kWidth - 1) / kWidth, i = begin * kWidth;
   const Chains chains(depth);
   for (int64_t chain = 0; chain < chains.count; chain++) {
     const int64_t k0 = chains.begin(chain), n = chains.begin(chain + 1) - k0;
-    float* const first = packed + k0 * kWidth * panels;
-    const float* from = in + k0 * along;
-    int64_t p = begin;
-    // Packs whole panels, a few rows of the operand at a time where its rows run across the panels.
-    const int64_t whole = std::min(end, width / kWidth);
-    if (across == 1 && p < whole) {
-      for (int64_t k = 0; k < n; k++)
-        for (int64_t i = p; i < whole; i++)
-          std::memcpy(first + (i * n + k) * kWidth, from + i * kWidth + k * along, sizeof(float) * kWidth);
-      p = whole;
-    } else if (along == 1) {
-      for (; p < whole; p++) interleave<kWidth>(from + p * kWidth * across, across, n, first + p * n * kWidth);
-    }
-    for (; p < end; p++) {
-      float* out = first + p * n * kWidth;
-      const int64_t there = std::min(kWidth, width - p * kWidth);
-      for (int64_t k = 0; k < n; k++, out += kWidth)
-        for (int64_t w = 0; w < kWidth; w++) out[w] = w < there ? from[(p * kWidth + w) * across + k * along] : 0.0f;
-    }
+    pack_chain<kWidth>(in + k0 * along + i * across, across, along, std::min(end * kWidth, width) - i, n,
+                       packed + k0 * kWidth * panels + i * n);
   }
 }
 
@@ -132,26 +143,35 @@ void pack_b(const Gemm& g, float* packed, int64_t begin, int64_t end) {
   pack<kColumns>(g.b, g.b_column, g.b_depth, g.n, g.k, packed, begin, end);
 }
 
-// Multiplies panels [p0, p1) of A by panels [q0, q1) of B.
+// Multiplies panels [p0, p1) of A by panels [q0, q1) of B, whose parts of one chain begin at `b`; calls ahead() before
+// each tile.
+template <typename F>
+FASTASR_INLINE void one_chain(const Gemm& g, const Chains& chains, int64_t chain, const float* a, const float* b,
+                              int64_t p0, int64_t p1, int64_t q0, int64_t q1, const F& ahead) {
+  const int64_t k0 = chains.begin(chain), n = chains.begin(chain + 1) - k0;
+  const float* ac = a + k0 * kRows * a_panels(g);
+  const float* bias = chain + 1 == chains.count ? g.bias : nullptr;
+  for (int64_t q = q0; q < q1; q++, b += n * kColumns) {
+    const int64_t j = q * kColumns, width = std::min(kColumns, g.n - j);
+    for (int64_t p = p0; p < p1; p++) {
+      ahead();
+      const int64_t i = p * kRows, height = std::min(kRows, g.m - i);
+      float* c = g.c + i * g.c_row + j;
+      const float* ap = ac + p * n * kRows;
+      if (height == kRows && width == kColumns)
+        tile(ap, b, n, bias ? bias + j : nullptr, c, g.c_row, chain == 0);
+      else
+        edge_tile(ap, b, n, bias ? bias + j : nullptr, c, g.c_row, chain == 0, height, width);
+    }
+  }
+}
+
+// Multiplies panels [p0, p1) of A by panels [q0, q1) of B, both packed.
 void block(const Gemm& g, const float* a, const float* b, int64_t p0, int64_t p1, int64_t q0, int64_t q1) {
-  const int64_t rows = a_panels(g), columns = b_panels(g);
   const Chains chains(g.k);
   for (int64_t chain = 0; chain < chains.count; chain++) {
     const int64_t k0 = chains.begin(chain), n = chains.begin(chain + 1) - k0;
-    const float *ac = a + k0 * kRows * rows, *bc = b + k0 * kColumns * columns;
-    const float* bias = chain + 1 == chains.count ? g.bias : nullptr;
-    for (int64_t q = q0; q < q1; q++) {
-      const int64_t j = q * kColumns, width = std::min(kColumns, g.n - j);
-      for (int64_t p = p0; p < p1; p++) {
-        const int64_t i = p * kRows, height = std::min(kRows, g.m - i);
-        float* c = g.c + i * g.c_row + j;
-        const float *ap = ac + p * n * kRows, *bp = bc + q * n * kColumns;
-        if (height == kRows && width == kColumns)
-          tile(ap, bp, n, bias ? bias + j : nullptr, c, g.c_row, chain == 0);
-        else
-          edge_tile(ap, bp, n, bias ? bias + j : nullptr, c, g.c_row, chain == 0, height, width);
-      }
-    }
+    one_chain(g, chains, chain, a, b + (k0 * b_panels(g) + q0 * n) * kColumns, p0, p1, q0, q1, [] {});
   }
 }
 
@@ -167,9 +187,68 @@ void products(const Gemm& g, const float* a, const float* b, int64_t begin, int6
   }
 }
 
+// Asks for a rectangle of memory, `rows` rows of `bytes`, a few lines at a time.
+class Ahead {
+ public:
+  Ahead(const float* from, int64_t stride, int64_t rows, int64_t count)
+      : from_(from), stride_(stride), rows_(rows), lines_((count + kLine - 1) / kLine) {}
+  // Asks for up to `count` more lines.
+  void operator()(int64_t count) {
+    for (; count > 0 && row_ < rows_; count--) {
+      __builtin_prefetch(from_ + row_ * stride_ + line_ * kLine, 0, 2);
+      if (++line_ == lines_) line_ = 0, row_++;
+    }
+  }
+  int64_t left() const { return (rows_ - row_) * lines_; }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(float);
+  const float* from_;
+  int64_t stride_, rows_, lines_, row_ = 0, line_ = 0;
+};
+
+// B of columns [j0, j1) and depths [k0, k1), which lies next to each other along one of the two.
+Ahead part_of_b(const Gemm& g, int64_t j0, int64_t j1, int64_t k0, int64_t k1) {
+  const float* from = g.b + k0 * g.b_depth + j0 * g.b_column;
+  if (g.b_depth == 1) return {from, g.b_column, j1 - j0, k1 - k0};
+  return {from, g.b_depth, g.b_column == 1 ? k1 - k0 : 0, j1 - j0};
+}
+
+int64_t strip_count(const Gemm& g, int64_t threads) {
+  const int64_t panels = b_panels(g), least = (panels + kStripColumns - 1) / kStripColumns;
+  const int64_t count = (least + threads - 1) / threads * threads;  // as many for each thread
+  return g.m <= kStripRows && 2 * count <= panels ? count : 0;
+}
+
+void strips(const Gemm& g, const float* a, int64_t count, int64_t begin, int64_t end) {
+  const int64_t rows = a_panels(g), panels = b_panels(g);
+  const Chains chains(g.k);
+  const std::unique_ptr<float[]> memory(new float[(panels / count + 1) * kColumns * kGemmChain + kColumns]);
+  float* part = memory.get();
+  while (reinterpret_cast<uintptr_t>(part) % 64) part++;
+  for (int64_t strip = begin; strip < end; strip++) {
+    const int64_t q0 = panels * strip / count, q1 = panels * (strip + 1) / count;
+    if (q0 == q1) continue;
+    const int64_t j0 = q0 * kColumns, j1 = std::min(g.n, q1 * kColumns);
+    for (int64_t chain = 0; chain < chains.count; chain++) {
+      const int64_t k0 = chains.begin(chain), k1 = chains.begin(chain + 1);
+      pack_chain<kColumns>(g.b + k0 * g.b_depth + j0 * g.b_column, g.b_column, g.b_depth, j1 - j0, k1 - k0, part);
+      const bool last = chain + 1 == chains.count;  // then the next strip begins with its first chain
+      const int64_t n0 = last ? j1 : j0, n1 = last ? std::min(g.n, panels * (strip + 2) / count * kColumns) : j1;
+      const bool more = !last || strip + 1 < end;
+      Ahead next = more ? part_of_b(g, n0, n1, chains.begin(last ? 0 : chain + 1), chains.begin(last ? 1 : chain + 2))
+                        : part_of_b(g, 0, 0, 0, 0);
+      const int64_t each = next.left() / (rows * (q1 - q0)) + 1;
+      for (int64_t p = 0; p < rows; p += kBlockRows)
+        one_chain(g, chains, chain, a, part, p, std::min(p + kBlockRows, rows), q0, q1, [&] { next(each); });
+    }
+  }
+}
+
 }  // namespace
 
 FASTASR_KERNELS_FLOAT(GemmKernels, .a_panels = a_panels, .b_panels = b_panels, .packed_a = packed_a,
-                      .packed_b = packed_b, .tasks = tasks, .pack_a = pack_a, .pack_b = pack_b, .products = products)
+                      .packed_b = packed_b, .tasks = tasks, .pack_a = pack_a, .pack_b = pack_b, .products = products,
+                      .strip_count = strip_count, .strips = strips)
 
 }  // namespace fastasr::cpu
