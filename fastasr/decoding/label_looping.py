@@ -107,11 +107,16 @@ class LabelLooping:
             raise ValueError(f"LabelLooping: format: expected one of {', '.join(FORMATS)}, got {format!r}")
         _check_weights(weights)
         self.weights = weights
-        self.reason = _why_not_native(weights)
-        if self.reason and format != "fp32":
-            raise ValueError(f"LabelLooping: format {format} needs the native call: {self.reason}")
-        if not self.reason:
+        self._never = _why_not_native(weights)
+        if self._never and format != "fp32":
+            raise ValueError(f"LabelLooping: format {format} needs the native call: {self._never}")
+        if not self._never:
             self._pack(FORMATS.index(format))
+
+    @property
+    def reason(self):
+        forced = _dispatch.forced_backend()
+        return self._never or ("" if forced in ("auto", "cpu") else f"the backend {forced} is in force")
 
     def _pack(self, format):
         w = self.weights
@@ -249,8 +254,6 @@ def _check_weights(w):
 
 
 def _why_not_native(w):
-    if _dispatch.forced_backend() not in ("auto", "cpu"):
-        return f"the backend {_dispatch.forced_backend()} is in force"
     if reason := _dispatch.reason_cpu("greedy_pack", "greedy_search"):
         return reason
     if any(not t.is_cpu for t in w.tensors()):

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for ``generate`` of transformers' ParakeetForRNNT and ParakeetForTDT (transformers/models/parakeet): plain
+greedy search of float32 models on the CPU runs as one native call after the encoder.
+
+``sequences`` and ``durations`` are upstream's, with what is peculiar to them: TDT moves by the index of the duration
+and has no limit of labels per frame, ended sequences go on until all have ended, and the length limit counts blanks.
+Whatever else ``generate`` is asked for runs upstream's loop.
+"""
+
+import torch
+
+from fastasr.decoding.label_looping import TOKENS, Rules
+from fastasr.decoding.looping_transducers import Parakeet, Unserved, forget
+from fastasr.models.common.inference import any_hooked
+from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child, upstream_class
+
+_TRANSFORMERS = Known("transformers 5.23")
+# arguments of generate that reach upstream's loop alone
+_LOOP = {"assistant_model", "assistant_tokenizer", "custom_generate", "streamer", "synced_gpus", "tokenizer"}
+_CRITERIA = {"MaxLengthCriteria", "EncoderExhaustedCriteria"}
+_DECODER, _JOINT = {"0eddbad75b6591b64c7adf1c"}, {"77cd1733ed6085f7e3c2b2df"}
+
+
+def forward(
+    self,
+    input_features=None,
+    attention_mask=None,
+    decoder_input_ids=None,
+    decoder_cache=None,
+    use_decoder_cache=None,
+    encoder_outputs=None,
+    labels=None,
+    **kwargs,
+):
+    """Calls upstream's forward. Upstream's generate looks at these names."""
+    given = input_features, attention_mask, decoder_input_ids, decoder_cache, use_decoder_cache
+    return upstream_class(self).forward(self, *given, encoder_outputs, labels, **kwargs)
+
+
+def generate(self, inputs=None, generation_config=None, **kwargs):
+    """Prepares everything as upstream does, and runs ``_steps`` in place of upstream's loop."""
+    plain = all(kwargs.get(name) is None for name in _LOOP)
+    if plain and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        kwargs["custom_generate"] = _steps
+    return upstream_class(self).generate(self, inputs, generation_config, **kwargs)
+
+
+def _steps(self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+    """Returns (batch, 1 + steps), what upstream's ``_sample`` returns, and leaves durations in ``_step_durations``."""
+    looping = _looping(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+    if looping is None:
+        return upstream_class(self)._sample(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+        )
+    durations = looping.weights.durations
+    rules = Rules(
+        blank=self.config.blank_token_id,
+        durations=tuple(range(durations)),
+        most_symbols=0 if durations else self.max_symbols_per_step,
+        together=True,
+    )
+    state, counters = looping.start(len(input_ids), [rules.blank])
+    counters[:, TOKENS:] = input_ids
+    frames, lengths = model_kwargs["encoder_outputs"].pooler_output, model_kwargs["encoder_valid_lengths"]
+    most_steps = stopping_criteria.max_length - input_ids.shape[1]
+    steps = looping.search(frames, lengths, rules, state, counters, most_steps)
+    self._step_durations.extend(steps.moves.unbind(1))
+    return torch.cat((input_ids, steps.tokens), 1)
+
+
+def _looping(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs):
+    """Returns the native search if this is plain greedy search that it serves, else None."""
+    frames, tokens = model_kwargs["encoder_outputs"].pooler_output, model.config.vocab_size
+    durations = len(getattr(model.config, "durations", ()))
+    suppressed = [getattr(processor, "suppress_tokens", torch.tensor([-1])) for processor in logits_processor]
+    plain = (
+        {token for every in suppressed for token in every.tolist()} == set(range(tokens, tokens + durations))
+        and {type(criteria).__name__ for criteria in stopping_criteria} == _CRITERIA
+        and generation_config.use_cache
+        and generation_config.prefill_chunk_size is None
+        and input_ids.shape[1] == 1
+        and (durations or model.max_symbols_per_step >= 1)
+        and not torch.is_autocast_enabled("cpu")
+        and not any_hooked([model])
+        and frames.is_cpu
+        and frames.dtype is torch.float32
+        and frames.shape[1] > 0
+    )
+    try:
+        looping = Parakeet(model).looping() if plain else None
+    except Unserved:
+        return None
+    return looping if looping is not None and not looping.reason else None
+
+
+def _functions(module):
+    cls = upstream_class(module)
+    prepared = "model_inputs", "generated_length", "cache_for_generation"
+    others = (
+        cls._get_stopping_criteria,
+        cls._update_model_kwargs_for_generation,
+        cls.prepare_inputs_for_generation,
+    )
+    return [cls.forward, cls.generate, *others, *(getattr(cls, f"_prepare_{name}") for name in prepared)]
+
+
+def _structure(module):
+    kind = "TDT" if hasattr(module.config, "durations") else "RNNT"
+    return (
+        check_parameters(module, {})
+        or check_child_names(module, ("encoder", "encoder_projector", "decoder", "joint"))
+        or unread_child(module, "decoder", "ParakeetRNNTDecoder", _DECODER)
+        or unread_child(module, "joint", f"Parakeet{kind}JointNetwork", _JOINT)
+    )
+
+
+RULES = tuple(
+    Rule(
+        name=f"transformers.parakeet_{kind.lower()}_generate",
+        class_name=f"ParakeetFor{kind}",
+        forward=forward,
+        methods=(("generate", generate),),
+        compared=("generate",),
+        structure=_structure,
+        functions=_functions,
+        known={value: _TRANSFORMERS},
+        shallow=True,
+        release=lambda module: forget(Parakeet(module)),
+        note="generate runs natively for plain greedy search in float32 on the CPU",
+    )
+    for kind, value in (("RNNT", "5cbdcdf3b4a18e32c6bd0336"), ("TDT", "f54efa3174e660a462db4b4b"))
+)
