@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from fastasr.decoding.label_looping import LabelLooping, Weights, join, predict
-from fastasr.models.common.inference import any_hooked, has_known_forward
+from fastasr.models.common.inference import any_hooked, has_known_forward, is_unmodified
+from fastasr.models.common.linear import Linear
 from fastasr.models.common.module_state import ModuleState
 
 _AGREEMENT = 1e-4  # of logits with those of the model's own modules, relative to the largest
@@ -229,7 +230,8 @@ class _Kept:
             self._reason is None
             and all(ref() is part for ref, part in zip(self._parts, parts, strict=True))
             and not any(part.training for part in parts)
-            and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+            and not any_hooked(parts)
+            and all(map(has_known_forward, parts))
             and self._watched == [state.watched() for state in self._states]
             and all(state.unchanged() for state in self._states)
         )
@@ -248,15 +250,15 @@ def forget(transducer):
     _KEPT.pop(transducer.parts()[0], None)
 
 
-def _plain(module, kind):
-    if type(module) is not kind or not has_known_forward(module):
-        raise Unserved(f"a submodule is a {type(module).__name__}, expected a plain {kind.__name__}")
+def _plain(module, *kinds):
+    if not is_unmodified(module, kinds):
+        raise Unserved(f"a submodule is a {type(module).__name__}, expected a plain {kinds[0].__name__}")
     return module
 
 
 def _linear(module):
     """Returns weight and bias."""
-    weight, bias = _plain(module, torch.nn.Linear).weight, module.bias
+    weight, bias = _plain(module, torch.nn.Linear, Linear).weight, module.bias
     return weight, torch.zeros_like(weight[:, 0]) if bias is None else bias
 
 
