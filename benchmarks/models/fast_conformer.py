@@ -28,7 +28,13 @@ ENCODER, FRONT_END = "encoder", "front end"
 # width and feed-forward width of Parakeet's 110M and 0.6B models, with fewer layers
 SIZES = {"110M": (512, 2048), "0.6B": (1024, 4096), "tiny": (32, 64)}
 # size, layers, sequences, seconds of audio (100 frames each, 8 to a frame of the encoder)
-SHAPES = (("110M", 6, 4, 16), ("0.6B", 4, 1, 30), ("110M", 6, 1, 120), ("110M", 2, 1, 600))
+GROWTH = ("110M", 2, 1)  # over the length, which benchmarks.studies.curves draws
+SHAPES = (
+    ("110M", 6, 4, 16),
+    ("0.6B", 4, 1, 30),
+    ("110M", 6, 1, 120),
+    *((*GROWTH, seconds) for seconds in (15, 30, 60, 120, 300, 600)),
+)
 QUICK = {"shapes": (("tiny", 1, 2, 2),)}
 
 
@@ -75,7 +81,7 @@ def measure(run: Run, *, shapes: tuple = SHAPES) -> Iterator[list[Row]]:
             shipped = encoder(size, layers)
             shipped = shipped if case == ENCODER else shipped.subsampling
             models = {UPSTREAM: shipped, FASTASR: swapped(shipped)}
-            if run.compile_model:
+            if run.compile_model and (size, layers, batch) != GROWTH:  # each length compiles for a minute
                 models[COMPILE] = torch.compile(copy.deepcopy(shipped))
             inputs = batch_of(batch, seconds)
             if pass_ == BOTH:

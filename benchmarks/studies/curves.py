@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory over the length of the input, from the rows whose case is called "length …".
+"""Time and memory over the length of the input, from the rows whose case is called "length …", and for a model from
+those of one size of it.
 
-``python -m fastasr.benchmarks.studies.curves [--results DIR] [--out DIR]`` writes one picture per op with
-such rows.
+``python -m fastasr.benchmarks.studies.curves [--results DIR] [--out DIR]`` writes one picture per op or model
+with such rows.
 """
 
 import argparse
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,21 +19,28 @@ from fastasr.benchmarks.table import title
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFIX = "length "
+MODELS = {
+    "fast_conformer": re.compile(r"(110M, 2 of its layers, 1 x )(\d+)( s)")
+}  # what varies in a row's shape
 
 
 def lengths(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Returns op -> its rows over the length, shortest first, with the newest measurement of each."""
+    """Returns op or model -> its rows over the length, shortest first, with the newest measurement of each."""
     newest: dict[tuple, Row] = {}
-    for row in sorted((row for row in rows if row.case.startswith(PREFIX)), key=lambda row: row.date):
-        newest[row.name, row.case, row.pass_, row.implementation] = row
+    for row in sorted((row for row in rows if length(row) is not None), key=lambda row: row.date):
+        newest[row.name, length(row), row.pass_, row.implementation] = row
     found = defaultdict(list)
     for row in sorted(newest.values(), key=length):
         found[row.name].append(row)
     return dict(found)
 
 
-def length(row: Row) -> int:
-    return int(row.case.removeprefix(PREFIX).split()[0])
+def length(row: Row) -> int | None:
+    """Returns the length of a row that belongs to a picture, else None."""
+    if row.case.startswith(PREFIX):
+        return int(row.case.removeprefix(PREFIX).split()[0])
+    found = row.name in MODELS and MODELS[row.name].fullmatch(row.shape)
+    return int(found[2]) if found else None
 
 
 def figure(name: str, rows: Sequence[Row]):
@@ -50,7 +59,10 @@ def figure(name: str, rows: Sequence[Row]):
     _lines(axes[-1], remembered, lambda row: row.peak_bytes / 2**20)
     axes[-1].set_title(f"peak memory of {passes[-1]}, MiB", fontsize=9, loc="left")
     axes[0].legend(fontsize=8, frameon=False)
-    shape = "×".join(["L", *rows[0].shape.split("x")[1:]])
+    if name in MODELS:
+        shape = MODELS[name].sub(r"\1L\3", rows[0].shape)
+    else:
+        shape = "×".join(["L", *rows[0].shape.split("x")[1:]])
     picture.suptitle(
         f"{name} over the length, {shape}, {rows[0].device_name}", fontsize=10, x=0.01, ha="left"
     )

@@ -71,8 +71,9 @@ def features_of_stream(rate=RATE, bins=BINS):
     return features.FbankStream(rate, bins, HIGH_FREQ)
 
 
-def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None):
-    """Returns (training utterances, held-out utterances). ``cache`` keeps the downloaded prompts.
+def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None, features=fbank):
+    """Returns (training utterances, held-out utterances). ``cache`` keeps the downloaded prompts. ``features`` makes
+    (frames, bins) of samples at RATE.
 
     A hash of the name decides which prompts are held out, and the training set has no prompt with the same words.
     ``say`` gets one line about the recordings that are left out and why. Raises NoSpeech if none remain.
@@ -94,9 +95,9 @@ def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None):
     training, held_out = [], []
     for clip, text in found:
         if clip.name in held:
-            held_out.append(_utterance(clip, text, (1.0,)))
+            held_out.append(_utterance(clip, text, (1.0,), features))
         elif text not in held_texts:
-            training.append(_utterance(clip, text, speeds))
+            training.append(_utterance(clip, text, speeds, features))
     if not training:
         raise NoSpeech(f"{len(found)} recordings are too few to hold some out")
     return training, held_out
@@ -135,13 +136,13 @@ def _clips(cache, folder, say):
     return clips
 
 
-def _utterance(clip, text, speeds):
+def _utterance(clip, text, speeds, features):
     samples = resample(clip.samples, clip.rate, RATE)
     # Faster speech has fewer samples at the same rate.
     versions = [
         samples if s == 1.0 else resample(samples, round(RATE * s / 100), RATE // 100) for s in speeds
     ]
-    return Utterance(clip.name, [fbank(version) for version in versions], text)
+    return Utterance(clip.name, [features(version) for version in versions], text)
 
 
 def _hash(name):

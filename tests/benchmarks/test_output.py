@@ -145,6 +145,15 @@ def test_curves_over_the_length(tmp_path):
     ]
     line = next(line for line in picture.axes[0].lines if line.get_label() == "fastasr")
     assert list(line.get_xdata()) == [64, 256, 1024]
+    model = [
+        dataclasses.replace(
+            row, name="fast_conformer", case="encoder", shape=f"110M, 2 of its layers, 1 x {s} s"
+        )
+        for s in (15, 600)
+        for row in made[:4]
+    ]
+    assert [curves.length(row) for row in curves.lengths(model)["fast_conformer"]] == [15] * 4 + [600] * 4
+    assert "1 x L s" in curves.figure("fast_conformer", model).get_suptitle()
     rows.write(tmp_path / "rows.jsonl", made)
     assert curves.main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "ema_scan_length.png").read_bytes().startswith(PNG)

@@ -72,6 +72,26 @@ def test_train_char_lm(tmp_path):
     assert "continued: all ag" in printed
 
 
+def test_fine_tune_parakeet(tmp_path):
+    """Upstream's losses and those of the swapped model with upstream's draws differ by rounding."""
+    for name in ("transformers", "accelerate", "kaldi_native_fbank", "kaldialign", "matplotlib"):
+        pytest.importorskip(name)
+    sys.path.insert(0, str(EXAMPLES.parent / "tests" / "recipe"))
+    import beeps
+
+    speech, runs = beeps.folder(tmp_path / "speech", count=12), ["upstream", "swapped, upstream's draws"]
+    sizes = ["--steps", "3", "--batch", "2", "--seconds", "2"]
+    files = ["--report", "report.json", "--plot", "losses.png"]
+    process("fine_tune_parakeet.py", tmp_path, "--speech", str(speech), "--runs", *runs, *sizes, *files)
+    found = json.loads((tmp_path / "report.json").read_text())["runs"]
+    upstream, swapped = (found[name]["losses"] for name in runs)
+    assert len(upstream) == 3
+    assert swapped == pytest.approx(upstream, rel=1e-3)
+    assert swapped[0] == pytest.approx(upstream[0], rel=1e-5)
+    assert all(each["peak_bytes"] > 0 for each in found.values())
+    assert (tmp_path / "losses.png").stat().st_size > 1000
+
+
 def test_train_transducer_and_transcribe(tmp_path):
     """A run that is killed and started again has the losses of a run without a break; its result reads a recording."""
     for name in ("kaldi_native_fbank", "kaldialign", "onnxruntime", "matplotlib"):
