@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 
 #include "cpu/simd/vectors.simd.h"
 
@@ -19,8 +18,8 @@ constexpr int64_t kColumns = 2 * kLanes;
 constexpr int64_t kBlockRows = 96 / kRows;
 constexpr int64_t kBlockColumns = 512 / kColumns;
 
-// A strip of columns has at most this many panels: its part of B of one chain, of C, and a chain of A fill the second
-// cache at kStripRows rows.
+// A strip of columns has at most this many panels: its part of C and a chain of A fill the second cache at kStripRows
+// rows.
 constexpr int64_t kStripColumns = 256 / kColumns;
 constexpr int64_t kStripRows = 512;
 
@@ -44,6 +43,16 @@ FASTASR_INLINE void interleave(const float* __restrict in, int64_t step, int64_t
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; i++) put(out + (k + i) * kWidth + w, r[i]);
       }
+  }
+  if constexpr (kWidth < kLanes && 2 * kWidth >= kLanes) {  // a store reaches into the next column, which comes later
+    for (; k + kLanes < depth; k += kLanes) {
+      Vector<float> r[kLanes];
+#pragma GCC unroll 16
+      for (int64_t w = 0; w < kLanes; w++) r[w] = at(in + std::min(w, kWidth - 1) * step + k);
+      transpose<float>(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) put(out + (k + i) * kWidth, r[i]);
+    }
   }
   for (; k < depth; k++)
 #pragma GCC unroll 16
@@ -207,11 +216,12 @@ class Ahead {
   int64_t stride_, rows_, lines_, row_ = 0, line_ = 0;
 };
 
-// B of columns [j0, j1) and depths [k0, k1), which lies next to each other along one of the two.
-Ahead part_of_b(const Gemm& g, int64_t j0, int64_t j1, int64_t k0, int64_t k1) {
-  const float* from = g.b + k0 * g.b_depth + j0 * g.b_column;
-  if (g.b_depth == 1) return {from, g.b_column, j1 - j0, k1 - k0};
-  return {from, g.b_depth, g.b_column == 1 ? k1 - k0 : 0, j1 - j0};
+// B of panel q and depths [k0, k1), which lies next to each other along one of the two.
+Ahead part_of_b(const Gemm& g, int64_t q, int64_t k0, int64_t k1) {
+  const int64_t columns = std::min(kColumns, g.n - q * kColumns);
+  const float* from = g.b + k0 * g.b_depth + q * kColumns * g.b_column;
+  if (g.b_depth == 1) return {from, g.b_column, columns, k1 - k0};
+  return {from, g.b_depth, g.b_column == 1 ? k1 - k0 : 0, columns};
 }
 
 int64_t strip_count(const Gemm& g, int64_t threads) {
@@ -220,27 +230,26 @@ int64_t strip_count(const Gemm& g, int64_t threads) {
   return g.m <= kStripRows && 2 * count <= panels ? count : 0;
 }
 
+// Packs a panel, multiplies all rows of A by it and asks for the next one meanwhile: more of B at a time would not stay
+// in the second cache where rows of B lie a power of two apart, as those of weights do.
 void strips(const Gemm& g, const float* a, int64_t count, int64_t begin, int64_t end) {
   const int64_t rows = a_panels(g), panels = b_panels(g);
   const Chains chains(g.k);
-  const std::unique_ptr<float[]> memory(new float[(panels / count + 1) * kColumns * kGemmChain + kColumns]);
-  float* part = memory.get();
-  while (reinterpret_cast<uintptr_t>(part) % 64) part++;
+  alignas(64) float panel[kColumns * kGemmChain];
   for (int64_t strip = begin; strip < end; strip++) {
     const int64_t q0 = panels * strip / count, q1 = panels * (strip + 1) / count;
-    if (q0 == q1) continue;
-    const int64_t j0 = q0 * kColumns, j1 = std::min(g.n, q1 * kColumns);
     for (int64_t chain = 0; chain < chains.count; chain++) {
       const int64_t k0 = chains.begin(chain), k1 = chains.begin(chain + 1);
-      pack_chain<kColumns>(g.b + k0 * g.b_depth + j0 * g.b_column, g.b_column, g.b_depth, j1 - j0, k1 - k0, part);
-      const bool last = chain + 1 == chains.count;  // then the next strip begins with its first chain
-      const int64_t n0 = last ? j1 : j0, n1 = last ? std::min(g.n, panels * (strip + 2) / count * kColumns) : j1;
-      const bool more = !last || strip + 1 < end;
-      Ahead next = more ? part_of_b(g, n0, n1, chains.begin(last ? 0 : chain + 1), chains.begin(last ? 1 : chain + 2))
-                        : part_of_b(g, 0, 0, 0, 0);
-      const int64_t each = next.left() / (rows * (q1 - q0)) + 1;
-      for (int64_t p = 0; p < rows; p += kBlockRows)
-        one_chain(g, chains, chain, a, part, p, std::min(p + kBlockRows, rows), q0, q1, [&] { next(each); });
+      for (int64_t q = q0; q < q1; q++) {
+        const float* from = g.b + k0 * g.b_depth + q * kColumns * g.b_column;
+        pack_chain<kColumns>(from, g.b_column, g.b_depth, std::min(kColumns, g.n - q * kColumns), k1 - k0, panel);
+        Ahead next = q + 1 < q1                       ? part_of_b(g, q + 1, k0, k1)
+                     : chain + 1 < chains.count       ? part_of_b(g, q0, k1, chains.begin(chain + 2))
+                     : strip + 1 < end && q1 < panels ? part_of_b(g, q1, 0, chains.begin(1))
+                                                      : part_of_b(g, q, 0, 0);
+        const int64_t each = next.left() / rows + 1;
+        one_chain(g, chains, chain, a, panel, 0, rows, q, q + 1, [&] { next(each); });
+      }
     }
   }
 }
