@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory and time of our Zipformer encoder on long recordings: random weights, inference, one utterance.
+"""Peak memory and time of an encoder on long recordings: random weights, inference, one utterance.
 
 ``python -m fastasr.benchmarks.studies.long_audio [--minutes 2.5 5 10] [--chunk-size C] [--results FILE] [--out FILE]``
-measures each length in a fresh process, adds the rows to a file and writes the picture. The memory is the resident
-set's high-water mark over what the process held with the model loaded. It is linear in time, as nothing of time by
-time exists. Computing time is linear only with chunks: without them every frame attends to all others.
+measures our Zipformer, ``… --parakeet 17 --size 110M --minutes 60`` transformers' Parakeet encoder of so many layers,
+swapped, with full attention and a mask. Each length runs in a fresh process; its rows are added to a file, and the
+picture is written. The memory is the resident set's high-water mark over what the process held with the model loaded.
+It is linear in time but for one byte per pair of frames, which transformers' encoder puts into the mask of Parakeet.
+Computing time is linear only with chunks: without them every frame attends to all others.
 """
 
 import argparse
@@ -19,12 +21,14 @@ from pathlib import Path
 import torch
 
 from fastasr.benchmarks.harness import peak_bytes
+from fastasr.benchmarks.models import fast_conformer
+from fastasr.benchmarks.models.unit import swapped
 from fastasr.benchmarks.plots import COLOURS, plain, png, pyplot
 from fastasr.benchmarks.rows import Row, merge, read
 from fastasr.benchmarks.upstream import BINS, SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
-NAME, FRAMES_PER_MINUTE = "zipformer_long_audio", 6000
+NAME, PARAKEET, FRAMES_PER_MINUTE = "zipformer_long_audio", "fast_conformer_long_audio", 6000
 MINUTES = (2.5, 5.0, 10.0)
 
 
@@ -52,10 +56,16 @@ class Encoder(torch.nn.Module):
         return self.encoder(x.transpose(0, 1), lengths, padding)[0].transpose(0, 1)
 
 
-def run(size: str, frames: int, chunk_size: int) -> dict:
+def parakeet(size: str, layers: int):
+    """Returns transformers' encoder, swapped, features (1, T, 80) to (1, T', C)."""
+    encoder = swapped(fast_conformer.encoder(size, layers))
+    return lambda features: encoder(features, torch.ones(features.shape[:2]).long()).last_hidden_state
+
+
+def run(size: str, frames: int, chunk_size: int, layers: int = 0) -> dict:
     """Returns seconds and peak bytes of one call in this process."""
     torch.manual_seed(0)
-    model = Encoder(size, chunk_size).eval()
+    model = parakeet(size, layers) if layers else Encoder(size, chunk_size).eval()
     features = torch.randn(1, frames, BINS)
     outcome = {}
 
@@ -75,11 +85,21 @@ def run(size: str, frames: int, chunk_size: int) -> dict:
     return {"seconds": outcome["seconds"], "peak_bytes": peak}
 
 
-def measure(size: str, minutes: float, chunk_size: int = -1, timeout: float | None = None) -> Row:
-    """Measures one length in a fresh process. Raises RuntimeError with its last output when it fails."""
+def case_name(size: str, chunk_size: int, layers: int) -> str:
+    if layers:
+        return f"{size}, {layers} layers"
+    return f"{size}, chunks of {chunk_size}" if chunk_size > 0 else f"{size}, whole"
+
+
+def measure(
+    size: str, minutes: float, chunk_size: int = -1, layers: int = 0, timeout: float | None = None
+) -> Row:
+    """Measures one length in a fresh process: of a Parakeet of so many layers, or of Zipformer. Raises RuntimeError
+    with its last output when it fails.
+    """
     frames = round(minutes * FRAMES_PER_MINUTE)
     command = [sys.executable, "-m", "fastasr.benchmarks.studies.long_audio", "--run", str(frames)]
-    command += ["--size", size, "--chunk-size", str(chunk_size)]
+    command += ["--size", size, "--chunk-size", str(chunk_size), "--parakeet", str(layers)]
     environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
     if done.returncode != 0:
@@ -88,8 +108,8 @@ def measure(size: str, minutes: float, chunk_size: int = -1, timeout: float | No
     milliseconds = round(found["seconds"] * 1e3, 3)
     return Row.measured(
         suite="models",
-        name=NAME,
-        case=f"{size}, chunks of {chunk_size}" if chunk_size > 0 else f"{size}, whole",
+        name=PARAKEET if layers else NAME,
+        case=case_name(size, chunk_size, layers),
         shape=f"1x{frames}x{BINS}",
         dtype="float32",
         device="cpu",
@@ -133,7 +153,8 @@ def figure(rows: Sequence[Row]):
         panel.set_ylim(bottom=0)
         plain(panel)
     axes[0].legend(fontsize=8, frameon=False)
-    picture.suptitle("Zipformer's encoder on one long recording, CPU inference in float32", fontsize=10)
+    model = "Parakeet" if rows[0].name == PARAKEET else "Zipformer"
+    picture.suptitle(f"{model}'s encoder on one long recording, CPU inference in float32", fontsize=10)
     return picture
 
 
@@ -142,28 +163,33 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m fastasr.benchmarks.studies.long_audio", description=__doc__
     )
     parser.add_argument("--minutes", type=float, nargs="*", default=MINUTES)
-    parser.add_argument("--size", choices=sorted(SIZES), default="medium")
+    parser.add_argument("--parakeet", type=int, default=0, metavar="LAYERS", help="Parakeet, not Zipformer")
+    parser.add_argument("--size", choices=sorted({*SIZES, *fast_conformer.SIZES}), help="medium, or 110M")
     parser.add_argument(
         "--chunk-size", type=int, default=-1, help="frames of a chunk of a causal encoder; -1: none"
     )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "cpu.jsonl")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "plots" / "long_audio.png")
+    parser.add_argument("--out", type=Path, help="default: long_audio.png or long_parakeet.png of the docs")
     parser.add_argument("--run", type=int, metavar="FRAMES", help="measure this many frames in this process")
     options = parser.parse_args(arguments)
+    layers = options.parakeet
+    size = options.size or ("110M" if layers else "medium")
     if options.run is not None:
-        print(json.dumps(run(options.size, options.run, options.chunk_size)))
+        print(json.dumps(run(size, options.run, options.chunk_size, layers)))
         return 0
     for minutes in options.minutes:
-        row = measure(options.size, minutes, options.chunk_size)
+        row = measure(size, minutes, options.chunk_size, layers)
         merge(options.results, [row])
         print(f"{minutes:g} min: {row.peak_bytes / 2**20:.0f} MiB, {row.median_ms / 1e3:.1f} s", flush=True)
-    rows = [row for row in read(options.results) if row.name == NAME and row.case.startswith(options.size)]
+    name = PARAKEET if layers else NAME
+    rows = [row for row in read(options.results) if row.name == name and row.case.startswith(size)]
     if not rows:
-        print(f"no rows of {NAME} in {options.results}", file=sys.stderr)
+        print(f"no rows of {name} in {options.results}", file=sys.stderr)
         return 1
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_bytes(png(figure(rows)))
-    print(options.out)
+    out = options.out or ROOT / "docs" / "plots" / ("long_parakeet.png" if layers else "long_audio.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(png(figure(rows)))
+    print(out)
     return 0
 
 

@@ -23,6 +23,17 @@ def test_memory_grows_with_the_length(tmp_path, capsys):
     assert long_audio.main(["--results", str(tmp_path / "none"), "--out", str(picture), "--minutes"]) == 1
 
 
+def test_parakeet(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    table, picture = tmp_path / "rows.jsonl", tmp_path / "long.png"
+    arguments = ["--parakeet", "1", "--size", "tiny", "--results", str(table), "--out", str(picture)]
+    assert long_audio.main([*arguments, "--minutes", "0.5"]) == 0
+    (row,) = rows.read(table)
+    assert (row.name, row.case) == ("fast_conformer_long_audio", "tiny, 1 layers")
+    assert row.peak_bytes > 0
+
+
 def test_a_failed_process_says_why():
     with pytest.raises(RuntimeError, match="long_audio: 0 minutes: "):
         long_audio.measure("tiny", 0.0)

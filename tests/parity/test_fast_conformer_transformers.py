@@ -13,7 +13,7 @@ from transformers import ParakeetCTCConfig, ParakeetEncoder, ParakeetEncoderConf
 import fastasr
 from fastasr import ops
 from fastasr.models import fast_conformer as ours
-from fastasr.models.fast_conformer import subsampling
+from fastasr.models.fast_conformer import masks, subsampling
 
 FRAMES = 75
 LENGTHS = {
@@ -129,6 +129,23 @@ def test_the_kernel_draws_dropout_itself(masked, monkeypatch):
         truth = draw(theirs.eval())
     deviation = found.std(0) * count**-0.5
     assert ((found.mean(0) - truth).abs() <= 6 * deviation + 1e-12).all()
+
+
+@pytest.mark.parametrize("lengths", [(9, 9), (9, 4), (9, 0)], ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_mask_of_frames_is_that_of_their_pairs(lengths, training):
+    _, model = pair(**STILL)
+    block = model.layers[0].train(training)
+    torch.manual_seed(1)
+    x = torch.randn(2, 9, block.norm_out.weight.numel(), dtype=torch.float64)
+    positions = model.encode_positions(x)
+    valid = torch.arange(9) < torch.tensor(lengths)[:, None]
+    outputs = []
+    for mask in (valid, masks.pairs(valid)):
+        y = block(x.requires_grad_(), mask, positions)
+        outputs.append((y.detach(), *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])))
+    for a, b in zip(*outputs, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_layer_drop_draws_as_upstream():

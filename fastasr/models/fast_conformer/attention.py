@@ -30,7 +30,7 @@ def release(module) -> None:
 
 class FastConformerAttention(torch.nn.Module):
     """hidden states (B, T, width), position embeddings (B or 1, 2T − 1, width), attention mask (bool (B, 1, T, T),
-    True: the query sees the key) or None -> ((B, T, width), None).
+    True: the query sees the key; or bool (B, T), True at valid frames) or None -> ((B, T, width), None).
 
     The weights are not returned. They are formed only if every sequence has position embeddings of its own, or while
     dropout is drawn from them inside :func:`fastasr.upstream_draws`: else see :func:`fastasr.ops.rel_attention`.
@@ -112,7 +112,7 @@ def _with_weights(module, q, k, v, p, mask, dropout):
     position = (q + module.bias_v).transpose(1, 2)  # [B, H, T, d]
     scores = relative_shift(position @ p.permute(0, 2, 3, 1)) * scale
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(~masks.pairs(mask), torch.finfo(scores.dtype).min)
     content = (q + module.bias_u).transpose(1, 2) * scale
     scores = torch.matmul(content, k.permute(0, 2, 3, 1)) + scores
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))

@@ -18,7 +18,8 @@ from fastasr.models.fast_conformer.masks import is_readable, seen
 
 
 class FastConformerConvolution(torch.nn.Module):
-    """hidden states (B, T, width), attention mask (bool (B, 1, T, T), True: seen) or None -> (B, T, width)."""
+    """hidden states (B, T, width), attention mask (bool (B, 1, T, T), True: seen; or bool (B, T), True: valid) or None
+    -> (B, T, width)."""
 
     def __init__(self, width, taps=9, bias=True):
         super().__init__()

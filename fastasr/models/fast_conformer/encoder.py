@@ -86,15 +86,14 @@ class FastConformerEncoder(torch.nn.Module):
         positions = self.encode_positions(x)
         x = F.dropout(x, self.dropout, self.training)
         positions = F.dropout(positions, self.dropout_positions, self.training)
-        mask = pairs = None
+        mask = None
         if attention_mask is not None:
             lengths = subsampled(self.subsampling.layers, attention_mask.sum(-1))
             mask = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
-            pairs = mask[:, None, :, None] & mask[:, None, None, :]
         for layer in self.layers:
             if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
                 continue
-            x = layer(x, pairs, positions)
+            x = layer(x, mask, positions)
         return x, mask
 
 
