@@ -224,6 +224,18 @@ def test_the_fast_conformer():
     assert list(fast_conformer.measure(settings=QUICK, skip=lambda *_: True)) == []
 
 
+def test_generate_of_transducers():
+    from fastasr.benchmarks.models import transducer_generate
+
+    with peer():
+        units = list(transducer_generate.measure(**transducer_generate.QUICK, settings=QUICK, reps=2))
+    assert [unit[0].case for unit in units] == ["TDT", "RNNT"]
+    for unit in units:
+        assert [row.implementation for row in unit] == ["upstream", "fastasr"]
+        assert unit[0].shape == "B=2, T=20, 5 steps"
+    assert list(transducer_generate.measure(settings=QUICK, skip=lambda *_: True)) == []
+
+
 def test_the_predictor_of_the_emformer_transducer():
     from fastasr.benchmarks.models import emformer_rnnt
 
