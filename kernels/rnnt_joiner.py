@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A transducer's joiner down to two log-probabilities per row; logits stay in registers.
 
-    h = act(am[b, t] + lm[b, s]), l = W h + bias, L = log sum_v exp(l_v), blank = l_blank - L, symbol = l_y - L
+    h = m act(am[b, t] + lm[b, s]), l = W h + bias, L = log sum_v exp(l_v), blank = l_blank - L, symbol = l_y - L
     With gx, gy the gradients of symbol and blank: dl = gx e_y + gy e_blank - (gx + gy) exp(l - L), dbias = sum dl,
-    dW = sum dl h^T, da = (W^T dl) act', summed over the rows of a frame (dam) and of a context (dlm).
+    dW = sum dl h^T, da = m (W^T dl) act', summed over the rows of a frame (dam) and of a context (dlm).
 
 For N rows of D channels, V outputs, e bytes, per kernel:
 
@@ -21,6 +21,9 @@ whose rows are all outside the boundary, or all have gradients of 0, multiply no
 would take a synchronisation. What a program does depends on the shape alone: results repeat bit for bit, without
 atomics.
 
+The few durations of a TDT joiner are outputs behind the tokens: their logits are a product of their own from the
+same h.
+
 At B = 20, T = 750, R = 5, D = 512, V = 5000 in bf16 the products need 0.49 ms forward and 1.46 backward at 790 TFLOP/s.
 """
 
@@ -31,6 +34,7 @@ import triton.language as tl
 from fastasr.kernels._activation import TANH, activate_with_slope, exp_nonpositive, sigmoid_pair
 from fastasr.kernels._attention_tiles import NONE, products, running, sums
 from fastasr.kernels._launch import dot_options, generation, launch
+from fastasr.kernels._weights_dropout import constants, dropped, row_words
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_BYTES = 64 << 20
@@ -74,12 +78,12 @@ def softplus(x):
 
 
 # --------------------------------------------------------------------------- forward
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "threshold"])
 def hidden_kernel(
-    AM, LM, STARTS, SYMBOLS, BOUNDARY, HIDDEN, first, rows, frames, length, s_range, D, width,
+    AM, LM, STARTS, SYMBOLS, BOUNDARY, SEED, HIDDEN, first, rows, frames, length, s_range, D, width, threshold, factor,
     ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Writes act(am + lm) of rows [first, rows), with zeros outside the boundary and behind the last
+    """Writes m act(am + lm) of rows [first, rows), with zeros outside the boundary and behind the last
     channel.
     """
     PRECISE: tl.constexpr = HIDDEN.dtype.element_ty == tl.float32
@@ -92,6 +96,7 @@ def hidden_kernel(
     a = tl.load(AM + frame[:, None] * D + c[None, :], mask=keep, other=0.0).to(tl.float32)
     b = tl.load(LM + context[:, None] * D + c[None, :], mask=keep, other=0.0).to(tl.float32)
     h, _slope = activate_with_slope(a + b, ACTIVATION, PRECISE)
+    h = dropped(h, SEED, row_words(SEED, row), c, threshold, factor)
     whole = (row < rows)[:, None] & (c < width)[None, :]
     tl.store(HIDDEN + local[:, None] * width + c[None, :], h.to(HIDDEN.dtype.element_ty), mask=whole)
 
@@ -232,9 +237,9 @@ def logits_gradient_kernel(
     tl.store(PARTS + block * V + v, sums(d, 0, PRECISE), mask=here)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "threshold"])
 def frame_gradient_kernel(
-    AM, LM, STARTS, SYMBOLS, BOUNDARY, DHIDDEN, DAM, first, rows, frames, length, s_range, D,
+    AM, LM, STARTS, SYMBOLS, BOUNDARY, SEED, DHIDDEN, DAM, first, rows, frames, length, s_range, D, threshold, factor,
     ACTIVATION: tl.constexpr, PRECISE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Writes da over dh, in place, and dam, of a frame."""
@@ -251,6 +256,8 @@ def frame_gradient_kernel(
         keep = in_row & inside  # [BLOCK_C]
         b = tl.load(LM + context * D + c, mask=keep, other=0.0).to(tl.float32)
         d = tl.load(DHIDDEN + local * D + c, mask=keep, other=0.0)
+        if SEED is not None:
+            d = tl.sum(dropped(d[None, :], SEED, row_words(SEED, row), c, threshold, factor), axis=0)
         h, slope = activate_with_slope(a + b, ACTIVATION, PRECISE)
         if ACTIVATION == TANH:
             # rounded once; a sum over outputs does not show the digits that cancel near 0
@@ -304,16 +311,39 @@ def tiles(d: int, dtype: torch.dtype, generation: int) -> dict[str, int]:
 class _Plan:
     """Operands and sizes that the launches of one call share."""
 
-    def __init__(self, am, lm, weight, bias, symbols, starts, boundary, s_range, blank, activation, hat):
+    def __init__(
+        self,
+        am,
+        lm,
+        weight,
+        bias,
+        symbols,
+        starts,
+        boundary,
+        seed,
+        s_range,
+        blank,
+        activation,
+        hat,
+        durations,
+        p,
+    ):
         self.am, self.lm, self.weight = am.contiguous(), lm.contiguous(), weight.contiguous()
         self.bias = None if bias is None else bias.contiguous()
+        self.v, self.durations = weight.shape[0] - durations, durations
+        if durations:
+            self.weight, self.duration_weight = self.weight.split((self.v, durations))
+            self.bias, self.duration_bias = (
+                (None, None) if bias is None else self.bias.split((self.v, durations))
+            )
+        self.seed, self.dropout = seed if p else None, constants(p)
         self.band = (
             starts.contiguous(),
             symbols.contiguous(),
             None if boundary is None else boundary.contiguous(),
         )
         self.batch, self.frames, self.d = am.shape
-        self.v, self.length, self.s_range = weight.shape[0], symbols.shape[1], s_range
+        self.length, self.s_range = symbols.shape[1], s_range
         self.blank, self.activation, self.hat = blank, activation, hat
         self.tiles = tiles(self.d, weight.dtype, generation(weight))
         self.width = triton.cdiv(self.d, 16) * 16  # row width of h and of this weight: loads of 128 bits
@@ -343,10 +373,24 @@ class _Plan:
         if self.width:
             grid = triton.cdiv(end - first, HIDDEN["BLOCK_R"]) * triton.cdiv(self.width, HIDDEN["BLOCK_C"])
             launch(hidden_kernel, (grid,),
-                self.am, self.lm, *self.band, h, *self.sizes(first, end), self.d, self.width,
+                self.am, self.lm, *self.band, self.seed, h, *self.sizes(first, end), self.d, self.width, *self.dropout,
                 ACTIVATION=self.activation, **HIDDEN,
             )  # fmt: skip
         return h
+
+    def duration_logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = _product(hidden[:, : self.d], self.duration_weight.t())
+        return (logits if self.duration_bias is None else logits + self.duration_bias).log_softmax(1)
+
+    def outside(self, first: int, end: int) -> torch.Tensor | None:
+        """Says for rows [first, end) of a whole lattice whether they are outside the boundary."""
+        if self.band[2] is None:
+            return None
+        row = torch.arange(first, end, device=self.am.device)
+        frame, s = row // self.s_range, row % self.s_range
+        t = frame % self.frames
+        s_begin, t_begin, s_end, t_end = self.band[2][frame // self.frames].unbind(1)
+        return (s < s_begin) | (s > s_end) | (t < t_begin) | (t >= t_end)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -357,39 +401,49 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def rnnt_joiner_forward(
-    am, lm, weight, bias, symbols, starts, boundary,
-    s_range: int, blank: int, activation: int, hat: bool, need_gradients: bool, keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:  # fmt: skip
-    """Returns (symbol_logprobs, blank_logprobs, L, None): this kernel never keeps logits."""
-    p = _Plan(am, lm, weight, bias, symbols, starts, boundary, s_range, blank, activation, hat)
+    am, lm, weight, bias, symbols, starts, boundary, seed, s_range: int, blank: int, activation: int, hat: bool,
+    durations: int, dropout: float, need_gradients: bool, keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, None]:  # fmt: skip
+    """Returns (symbol_logprobs, blank_logprobs, duration_logprobs, L, None): this kernel never keeps logits."""
+    options = s_range, blank, activation, hat, durations, dropout
+    p = _Plan(am, lm, weight, bias, symbols, starts, boundary, seed, *options)
     shape = p.batch, p.frames, s_range
     px, py = (torch.empty(shape, dtype=torch.float32, device=am.device) for _ in range(2))
+    pd = torch.empty(*shape, durations, dtype=torch.float32, device=am.device)
     normaliser = torch.empty(shape, dtype=torch.float64, device=am.device)
     for first, end in p.chunks(p.width * weight.element_size()):
         blocks, share = p.blocks(end - first), p.share(end - first)
         shares = triton.cdiv(p.v, share)
         parts = torch.empty(shares, 4, end - first, dtype=torch.float64, device=am.device)
+        hidden = p.hidden(first, end)
         launch(scores_kernel, (blocks, shares),
-            p.hidden(first, end), p.padded, p.bias, *p.band, parts,
+            hidden, p.padded, p.bias, *p.band, parts,
             *p.sizes(first, end), p.width, p.v, blank, share, HAT=hat, **p.tiles,
         )  # fmt: skip
         launch(normalise_kernel, (triton.cdiv(end - first, NORMALISE["BLOCK_M"]),),
             parts, *p.band, px, py, normaliser, *p.sizes(first, end), p.v, blank, shares,
             HAT=hat, BLOCK_S=triton.next_power_of_2(shares), **NORMALISE,
         )  # fmt: skip
-    return px, py, normaliser, None
+        if durations:
+            found, outside = p.duration_logprobs(hidden), p.outside(first, end)
+            if outside is not None:
+                found = found.masked_fill(outside[:, None], -torch.inf)
+            pd.view(-1, durations)[first:end] = found
+    return px, py, pd, normaliser, None
 
 
 def rnnt_joiner_backward(
-    grad_symbol, grad_blank, am, lm, weight, bias, symbols, starts, boundary, normaliser,
-    s_range: int, blank: int, activation: int, hat: bool, needs, kept: None,
+    grad_symbol, grad_blank, grad_durations, am, lm, weight, bias, symbols, starts, boundary, seed,
+    s_range: int, blank: int, activation: int, hat: bool, durations: int, dropout: float, normaliser, needs, kept: None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Returns (dam, dlm, dweight, dbias); those that ``needs`` does not ask for may be zeros."""
-    p = _Plan(am, lm, weight, bias, symbols, starts, boundary, s_range, blank, activation, hat)
+    options = s_range, blank, activation, hat, durations, dropout
+    p = _Plan(am, lm, weight, bias, symbols, starts, boundary, seed, *options)
     gx, gy = grad_symbol.contiguous(), grad_blank.contiguous()
     dam = torch.zeros(am.shape, dtype=am.dtype, device=am.device)
-    dlm, dweight = torch.zeros(lm.shape, dtype=torch.float32, device=am.device), None
-    dbias = torch.zeros(p.v, dtype=torch.float64, device=am.device)
+    dlm = torch.zeros(lm.shape, dtype=torch.float32, device=am.device)
+    dweight = torch.zeros(weight.shape, dtype=torch.float32, device=am.device) if durations else None
+    dbias = torch.zeros(weight.shape[0], dtype=torch.float64, device=am.device)
     stride = triton.cdiv(p.v, 16) * 16
     size = weight.element_size()
     sum_dtype = torch.float64 if weight.dtype is torch.float32 else torch.float32
@@ -406,11 +460,27 @@ def rnnt_joiner_backward(
             dlogits = dlogits[:, : p.v]
             if needs[2]:
                 product = _product(dlogits.t(), hidden[:, : p.d])
-                dweight = product if dweight is None else dweight.add_(product)
+                if durations:
+                    dweight[: p.v] += product
+                else:
+                    dweight = product if dweight is None else dweight.add_(product)
             if needs[3]:
-                dbias += parts.sum(0, dtype=torch.float64)
+                dbias[: p.v] += parts.sum(0, dtype=torch.float64)
+            if durations:
+                grad, outside = (
+                    grad_durations.reshape(-1, durations)[first:end].float(),
+                    p.outside(first, end),
+                )
+                if outside is not None:
+                    grad = grad.masked_fill(outside[:, None], 0.0)
+                grad = grad - p.duration_logprobs(hidden).exp() * grad.sum(1, keepdim=True)
+                dweight[p.v :] += grad.t() @ hidden[:, : p.d].float()
+                dbias[p.v :] += grad.sum(0, dtype=torch.float64)
             if p.d and (needs[0] or needs[1]):
-                _hidden_gradient(p, _product(dlogits, p.weight), first, end, dam, dlm)
+                dhidden = _product(dlogits, p.weight)
+                if durations:
+                    dhidden.addmm_(grad, p.duration_weight.float())
+                _hidden_gradient(p, dhidden, first, end, dam, dlm)
     dweight = torch.zeros_like(weight) if dweight is None else dweight.to(weight.dtype)
     db = weight.new_empty(0) if bias is None else dbias.to(bias.dtype)
     return dam, dlm.to(lm.dtype), dweight, db
@@ -421,7 +491,8 @@ def _hidden_gradient(p: _Plan, dhidden, first: int, end: int, dam, dlm) -> None:
     grid = (end - first) // p.s_range * triton.cdiv(p.d, FRAME["BLOCK_C"])
     precise = p.am.dtype is torch.float32
     launch(frame_gradient_kernel, (grid,),
-        p.am, p.lm, *p.band, dhidden, dam, *sizes, ACTIVATION=p.activation, PRECISE=precise, **FRAME,
+        p.am, p.lm, *p.band, p.seed, dhidden, dam, *sizes, *p.dropout,
+        ACTIVATION=p.activation, PRECISE=precise, **FRAME,
     )  # fmt: skip
     grid = p.batch * (p.length + 1) * triton.cdiv(p.d, CONTEXT["BLOCK_C"])
     launch(context_gradient_kernel, (grid,), p.band[0], dhidden, dlm, *sizes, **CONTEXT)

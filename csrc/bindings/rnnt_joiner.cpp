@@ -101,6 +101,24 @@ void rnnt_joiner_hidden(const Tensor& am, const Tensor& lm, const Tensor& rows, 
   });
 }
 
+// Applies dropout with probability p to x (rows, channels) in place; seed (1,) and a row's place choose what is kept.
+void rnnt_joiner_dropout(const Tensor& rows, const Tensor& seed, double p, Tensor x) {
+  const char* op = "rnnt_joiner_dropout";
+  check(is_dense(seed, ScalarType::Long, {1}) && p > 0 && p < 1, op, "seed, p");
+  check(x.dim() == 2, op, "x");
+  const int64_t count = rows.size(0), channels = x.size(1);
+  const JoinerRow* table = checked_rows(rows, kAny, kAny, kAny, kAny, op);
+  const cpu::WeightsDropout dropout{static_cast<uint64_t>(*data<int64_t>(seed)), static_cast<int32_t>(p * 0x1p31),
+                                    1 / (1 - p)};
+  with_compute_type(x.scalar_type(), op, [&]<typename C>() {
+    const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
+    check_plain<C>(x, count * channels, op, "x");
+    C* to = mutable_data<C>(x);
+    parallel_range(count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels)),
+                   [&](int64_t begin, int64_t end) { kernel.dropout(dropout, table, begin, end, channels, to); });
+  });
+}
+
 void rnnt_joiner_scores(const Tensor& logits, const Tensor& rows, int64_t blank, bool hat, Tensor symbol_logprobs,
                         Tensor blank_logprobs, Tensor normaliser) {
   const char* op = "rnnt_joiner_scores";
@@ -191,6 +209,8 @@ FASTASR_OPERATORS({"rnnt_joiner_rows(Tensor starts, Tensor symbols, Tensor? boun
                    TORCH_BOX(&rnnt_joiner_rows)},
                   {"rnnt_joiner_hidden(Tensor am, Tensor lm, Tensor rows, int activation, Tensor(a!) out) -> ()",
                    TORCH_BOX(&rnnt_joiner_hidden)},
+                  {"rnnt_joiner_dropout(Tensor rows, Tensor seed, float p, Tensor(a!) x) -> ()",
+                   TORCH_BOX(&rnnt_joiner_dropout)},
                   {"rnnt_joiner_scores(Tensor logits, Tensor rows, int termination_symbol, bool hat, "
                    "Tensor(a!) symbol_logprobs, Tensor(b!) blank_logprobs, Tensor(c!) normaliser) -> ()",
                    TORCH_BOX(&rnnt_joiner_scores)},

@@ -28,11 +28,11 @@ int64_t tdt_grain(int64_t frames, int64_t row) { return std::max<int64_t>(1, kGr
 std::tuple<Tensor, Tensor> tdt_lattice_forward(const Tensor& x, const Tensor& y, const Tensor& z,
                                                const Tensor& durations, const Optional& boundary, bool keep) {
   const char* op = "tdt_lattice_forward";
-  check_like(x, x, op, "symbol_logprobs");
-  check(x.dim() == 3 && x.size(2) >= 1, op, "symbol_logprobs");
+  check_like(y, y, op, "blank_logprobs");
+  check(y.dim() == 3 && y.size(2) >= 1, op, "blank_logprobs");
   const std::vector<int64_t> steps = checked_durations(durations, op);
-  const int64_t batch = x.size(0), frames = x.size(1), row = x.size(2), count = static_cast<int64_t>(steps.size());
-  check(is_dense(y, x.scalar_type(), {batch, frames, row}), op, "blank_logprobs");
+  const int64_t batch = y.size(0), frames = y.size(1), row = y.size(2), count = static_cast<int64_t>(steps.size());
+  check(is_dense(x, y.scalar_type(), {batch, frames, row - 1}), op, "symbol_logprobs");
   check(is_dense(z, x.scalar_type(), {batch, frames, row, count}), op, "duration_logprobs");
   const std::vector<Boundary> boundaries = checked_boundaries(boundary, batch, row - 1, frames, op);
   const int64_t slab = frames * 2 * count * cpu::tdt_row(row);
@@ -48,9 +48,9 @@ std::tuple<Tensor, Tensor> tdt_lattice_forward(const Tensor& x, const Tensor& y,
         const int64_t b = dealt(i, batch);
         const Boundary& at = boundaries[static_cast<size_t>(b)];
         const cpu::TdtSize size{at.symbols(), at.frames(), row, steps.data(), count};
-        const int64_t first = (b * frames + at.t_begin) * row + at.s_begin, used = size.frames * 2 * count;
-        sp[b] = kernel.forward(size, xp + first, yp + first, zp + first * count, kept ? kept + b * slab : nullptr,
-                               scratch.data());
+        const int64_t frame = b * frames + at.t_begin, first = frame * row + at.s_begin, used = size.frames * 2 * count;
+        sp[b] = kernel.forward(size, xp + frame * (row - 1) + at.s_begin, yp + first, zp + first * count,
+                               kept ? kept + b * slab : nullptr, scratch.data());
         if (kept) std::fill(kept + b * slab + used * cpu::tdt_row(row), kept + (b + 1) * slab, C(0));
       }
     });
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> tdt_lattice_backward(const Optional& grad, co
   const std::vector<Boundary> boundaries = checked_boundaries(boundary, batch, row - 1, frames, op);
   const int64_t slab = frames * 2 * count * cpu::tdt_row(row);
   check(shares.numel() == batch * slab, op, "shares");
-  Tensor dx = new_pooled<3>(scores, {batch, frames, row}), dy = new_pooled<3>(scores, {batch, frames, row});
+  Tensor dx = new_pooled<3>(scores, {batch, frames, row - 1}), dy = new_pooled<3>(scores, {batch, frames, row});
   Tensor dz = new_pooled<4>(scores, {batch, frames, row, count});
   with_compute_type(scores.scalar_type(), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::TdtLatticeKernels<C>>();
@@ -80,25 +80,23 @@ std::tuple<Tensor, Tensor, Tensor> tdt_lattice_backward(const Optional& grad, co
     parallel_range(batch, tdt_grain(frames, row), [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(cpu::tdt_scratch({row - 1, frames, row, steps.data(), count}));
       for (int64_t i = begin; i < end; i++) {
-        const int64_t b = dealt(i, batch), whole = frames * row;
+        const int64_t b = dealt(i, batch);
         const Boundary& at = boundaries[static_cast<size_t>(b)];
-        const C g = gp ? gp[b] : C(1);
-        const int64_t first = at.t_begin * row + at.s_begin;
-        const auto fill = [&](C* d, int64_t width, int64_t missing, C value) {  // the cells inside
-          for (int64_t t = 0; t < at.frames(); t++)
-            std::fill_n(d + (first + t * row) * width, (at.symbols() + 1 - missing) * width, value);
+        const C g = gp ? gp[b] : C(1), nan = std::isnan(sp[b]) ? sp[b] : C(0);
+        // Writes zeros, or the NaN of the score into the cells inside, and returns where the first of these is.
+        const auto filled = [&](C* d, int64_t width, int64_t cells, int64_t count) {
+          d += b * frames * width * count;
+          std::fill_n(d, frames * width * count, C(0));
+          d += (at.t_begin * width + at.s_begin) * count;
+          for (int64_t t = 0; nan != C(0) && t < at.frames(); t++)
+            std::fill_n(d + t * width * count, cells * count, nan);
+          return d;
         };
-        std::fill_n(dxp + b * whole, whole, C(0));
-        std::fill_n(dyp + b * whole, whole, C(0));
-        std::fill_n(dzp + b * whole * count, whole * count, C(0));
-        if (std::isnan(sp[b])) {
-          fill(dxp + b * whole, 1, 1, sp[b]);
-          fill(dyp + b * whole, 1, 0, sp[b]);
-          fill(dzp + b * whole * count, count, 0, sp[b]);
-        }
+        C* const x = filled(dxp, row - 1, at.symbols(), 1);
+        C* const y = filled(dyp, row, at.symbols() + 1, 1);
+        C* const z = filled(dzp, row, at.symbols() + 1, count);
         if (!std::isfinite(sp[b]) || g == 0) continue;
-        kernel.backward({at.symbols(), at.frames(), row, steps.data(), count}, g, kept + b * slab,
-                        dxp + b * whole + first, dyp + b * whole + first, dzp + (b * whole + first) * count,
+        kernel.backward({at.symbols(), at.frames(), row, steps.data(), count}, g, kept + b * slab, x, y, z,
                         scratch.data());
       }
     });

@@ -55,6 +55,22 @@ void hidden(int64_t n) {
   }
 }
 
+// A row keeps the same channels wherever it lies in a chunk; what is kept is scaled.
+template <typename C>
+void dropout(int64_t n) {
+  const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
+  const cpu::WeightsDropout half{12345, int32_t{1} << 30, 2.0};
+  const JoinerRow table[] = {{7, 0, 0, 0}, {9, 0, 0, 0}, {7, 0, 0, 0}};
+  Buffer<C> x(3 * n);
+  x.set(C(3));
+  kernel.dropout(half, table, 0, 2, n, x);
+  kernel.dropout(half, table, 2, 3, n, x);
+  for (int64_t j = 0; j < n; j++) {
+    const bool kept = cpu::dropout_bits(cpu::dropout_row(half, 7), static_cast<uint32_t>(j)) >= half.threshold;
+    CHECK(x[j] == (kept ? C(6) : C(0)) && x[2 * n + j] == x[j], "%s: channel %ld", Type<C>::name, long(j));
+  }
+}
+
 // Compares scores and the gradient of the logits of 19 rows with the formulas in long double; then the same in place.
 template <typename C>
 void logits(int64_t n, bool hat) {
@@ -152,6 +168,7 @@ TEST_CASE("rnnt_joiner") {
   });
   for (const int64_t n : kSizes) {
     hidden_gradient<float>(n), hidden_gradient<double>(n);
+    dropout<float>(n), dropout<double>(n);
     for (const bool hat : {false, true})
       if (n > hat) logits<float>(n, hat), logits<double>(n, hat);
   }

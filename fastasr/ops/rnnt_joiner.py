@@ -3,15 +3,18 @@ r"""The joiner of a pruned transducer, and what a lattice reads of it (Kuang et 
 
 Row (b, t, r), with s = starts[b, t] + r, joins frame t and the context of s symbols:
 
-h = act(am[b, t] + lm[b, s]),  l = W h + bias,  L = log Σ_v exp(l_v),
+h = m act(am[b, t] + lm[b, s]),  l = W h + bias,  L = log Σ_v exp(l_v),
 blank_logprobs = l_blank − L,  symbol_logprobs = l_y − L for y = symbols[b, s], −∞ where s has no symbol.
+
+m is 1, or under dropout 0 for the share p of all values and 1 / (1 − p) for the others: a hash of a seed and of the
+value's place (:mod:`fastasr.ops._weights_dropout`), which the backward pass computes again.
 
 HAT (Variani et al., 2020): blank_logprobs = log σ(l_blank), and with L over the other outputs alone
 symbol_logprobs = l_y − L + log σ(−l_blank).
 
 Backward, gx, gy being the gradients of the two (0 where the value is −∞), p = softmax(l), e_v the unit vector of v:
 dl = gx e_y + gy e_blank − (gx + gy) p; HAT: dl_v = gx ([v = y] − p_v) with p over v ≠ blank, and
-dl_blank = gy σ(−l_blank) − gx σ(l_blank). Then dW = Σ dl hᵀ, dbias = Σ dl, da = Wᵀ dl ⊙ act', dam[b, t] = Σ_r da,
+dl_blank = gy σ(−l_blank) − gx σ(l_blank). Then dW = Σ dl hᵀ, dbias = Σ dl, da = m Wᵀ dl ⊙ act', dam[b, t] = Σ_r da,
 dlm[b, s] = Σ over the rows of that s.
 
 Upstream: k2's ``do_rnnt_pruning``, the model's joiner, ``get_rnnt_logprobs_pruned``, ``get_hat_logprobs_pruned``.
@@ -30,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.ops import _activation, _joiner_rows
+from fastasr.ops import _activation, _joiner_rows, _weights_dropout
 from fastasr.ops._dispatch import (
     FLOATING,
     Implementation,
@@ -77,8 +80,9 @@ def _band(
     return s.clamp(0, length), inside, has_symbol
 
 
-def _check(op, a) -> None:
-    outputs, frames, length = a.weight.shape[0], a.am.shape[1], a.symbols.shape[1]
+def check(op, a, starts: Tensor | None, outputs: int) -> None:
+    """Checks what the signature of a joiner does not say; ``outputs`` are the tokens."""
+    frames, length = a.am.shape[1], a.symbols.shape[1]
     joined = torch.promote_types(a.am.dtype, a.lm.dtype)
     if autocast_dtype(a.am) is None:
         for name, t in (("weight", a.weight), ("bias", a.bias)):
@@ -86,44 +90,58 @@ def _check(op, a) -> None:
                 op.fail(name, f"dtype {joined} (that of am + lm)", t.dtype, TypeError)
     if not 0 <= a.termination_symbol < outputs:
         op.fail("termination_symbol", f"a number in [0, {outputs})", a.termination_symbol)
-    if a.hat and outputs < 2:
-        op.fail("weight", "at least 2 outputs with hat", outputs)
+    if a.dropout_p and a.dropout_seed is None:
+        op.fail("dropout_seed", "a Tensor where dropout_p is more than 0", None)
     check_boundary(op, a.boundary, length, frames)
     if not values_are_checked(a.am):
         return
-    symbols, starts = a.symbols, a.starts
+    symbols = a.symbols
     if a.boundary is not None:
         s_begin, t_begin, s_end, t_end = (column.unsqueeze(1) for column in a.boundary.unbind(1))
         s, t = torch.arange(length), torch.arange(frames)
-        symbols, starts = symbols[(s >= s_begin) & (s < s_end)], starts[(t >= t_begin) & (t < t_end)]
+        symbols = symbols[(s >= s_begin) & (s < s_end)]
+        starts = None if starts is None else starts[(t >= t_begin) & (t < t_end)]
     for name, values, end in (("symbols", symbols, outputs), ("starts", starts, length + 1)):
+        if values is None:
+            continue
         least, most = (int(v) for v in values.aminmax()) if values.numel() else (0, 0)
         if least < 0 or most >= max(end, 1):
             op.fail(name, f"values in [0, {end})", least if least < 0 else most)
 
 
+def _check(op, a) -> None:
+    if a.hat and a.weight.shape[0] < 2:
+        op.fail("weight", "at least 2 outputs with hat", a.weight.shape[0])
+    check(op, a, a.starts, a.weight.shape[0])
+
+
 def _operands(a) -> tuple:
-    """Returns the kernels' arguments for both directions: the tensors, then the options."""
-    indices = (None if t is None else t.long() for t in (a.symbols, a.starts, a.boundary))
-    options = a.s_range, a.termination_symbol, ACTIVATIONS[a.activation], a.hat
-    return (a.am, a.lm, a.weight, a.bias, *indices), options
+    """Returns the kernels' operands for both directions: the tensors, then the options."""
+    indices = (None if t is None else t.long() for t in (a.symbols, a.starts, a.boundary, a.dropout_seed))
+    options = a.s_range, a.termination_symbol, ACTIVATIONS[a.activation], a.hat, 0, a.dropout_p
+    return (a.am, a.lm, a.weight, a.bias, *indices, *options)
+
+
+def launched(kernels, a, operands: tuple, rows: int, keep: bool) -> tuple[Tensor, ...]:
+    """Returns a joiner's outputs and what is kept."""
+    kept = a.keep_logits
+    if kept is None:
+        kept = rows * sum(a.weight.shape) * max(4, a.weight.dtype.itemsize) <= KEPT_BYTES
+    *outputs, normaliser, chunks = kernels.forward(*operands, keep, kept)
+    normaliser.chunks = chunks  # they live until the backward has run
+    return *outputs, normaliser
 
 
 def _launch(op, kernels, a, dtype, keep: bool):
-    tensors, options = _operands(a)
-    kept = a.keep_logits
-    if kept is None:
-        rows = a.am.shape[0] * a.am.shape[1] * a.s_range
-        kept = rows * sum(a.weight.shape) * max(4, a.weight.dtype.itemsize) <= KEPT_BYTES
-    px, py, normaliser, chunks = kernels.forward(*tensors, *options, keep, kept)
-    normaliser.chunks = chunks  # they live until the backward has run
+    px, py, _, normaliser = launched(
+        kernels, a, _operands(a), a.am.shape[0] * a.am.shape[1] * a.s_range, keep
+    )
     return px, py, normaliser
 
 
 def _gradients(op, kernels, grads, s, needs):
-    tensors, options = _operands(s)
     chunks = getattr(s.normaliser, "chunks", None)
-    return kernels.backward(*grads, *tensors, s.normaliser, *options, needs, chunks)
+    return kernels.backward(*grads, None, *_operands(s), s.normaliser, needs, chunks)
 
 
 # --------------------------------------------------------------------------- the op
@@ -151,6 +169,8 @@ def rnnt_joiner(
     activation: Annotated[Literal["tanh", "relu"], ACTIVATIONS] = "tanh",
     hat: bool = False,
     keep_logits: bool | None = None,
+    dropout_p: Annotated[float, ">= 0 and < 1"] = 0.0,
+    dropout_seed: Annotated[Tensor, "1", torch.int64] | None = None,
 ) -> tuple[
     Annotated[Tensor, "B T s_range", "wide am + lm + weight"],
     Annotated[Tensor, "B T s_range", "wide am + lm + weight"],
@@ -170,6 +190,8 @@ def rnnt_joiner(
         activation: "tanh" or "relu".
         hat: factor blank out as a Bernoulli variable (HAT).
         keep_logits: keep logits for the backward (4 N (V + D) bytes) or compute them again; None: by their size.
+        dropout_p: the share of h that is set to 0; the others are divided by 1 − dropout_p.
+        dropout_seed: int64 (1,), which chooses these values; needed where dropout_p is more than 0.
     Returns:
         Both (B, T, R), float32 (float64 for float64). symbol_logprobs is -inf where s has no symbol before s_end, both
         are -inf outside the boundary. Rows outside it, and in the backward pass rows whose gradients are both 0, are
@@ -184,7 +206,10 @@ def rnnt_joiner(
     s, inside, has_symbol = _band(symbols, starts, boundary, s_range)
     index = s.flatten(1)
     context = lm.gather(1, index.unsqueeze(-1).expand(-1, -1, lm.shape[2])).view(*s.shape, lm.shape[2])
-    logits = F.linear(_activation.function(activation)(am.unsqueeze(2) + context), weight, bias)
+    hidden = _activation.function(activation)(am.unsqueeze(2) + context)
+    if dropout_p:
+        hidden = hidden * _weights_dropout.kept(dropout_seed, dropout_p, *hidden.shape) / (1 - dropout_p)
+    logits = F.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # 0 at s = S
     target = F.pad(symbols, (0, 1)).clamp(0, weight.shape[0] - 1).gather(1, index).view(*s.shape, 1)

@@ -42,7 +42,7 @@ class _Steps:
     """A batch of lattices by steps t + s. The arcs that leave a step are (K, B, S+1), by the s that they leave."""
 
     def __init__(self, x: Tensor, y: Tensor, z: Tensor, durations: Tensor, boundary: Tensor | None):
-        batch, frames, self.row = x.shape
+        batch, frames, self.row = y.shape
         symbols, self.durations = self.row - 1, durations.tolist()
         if boundary is None:
             boundary = whole(torch.full((batch,), symbols, device=x.device), frames)
@@ -51,7 +51,7 @@ class _Steps:
         self.s = torch.arange(self.row, device=x.device)
         t, t_end = torch.arange(frames, device=x.device)[:, None], boundary[:, 3].view(-1, 1, 1)
         inside_x, inside_y = within(boundary, self.s, t, False)
-        x, y, poisoned = log_probabilities(x, y, inside_x, inside_y)
+        x, y, poisoned = log_probabilities(F.pad(x, (0, 1)), y, inside_x, inside_y)
         every = z.unbind(3)
         pairs = [log_probabilities(one, one, inside_y, inside_y) for one in every]
         self.poisoned = torch.stack([poisoned, *(bad for _, _, bad in pairs)]).any(0)
@@ -93,7 +93,7 @@ class _Steps:
 
 # --------------------------------------------------------------------------- kernels
 def _check(op, a) -> None:
-    check_boundary(op, a.boundary, a.symbol_logprobs.shape[2] - 1, a.symbol_logprobs.shape[1])
+    check_boundary(op, a.boundary, a.symbol_logprobs.shape[2], a.symbol_logprobs.shape[1])
     if values_are_checked(a.durations):
         found = a.durations.tolist()
         if len(set(found)) < len(found) or min(found, default=0) < 0:
@@ -102,22 +102,22 @@ def _check(op, a) -> None:
 
 def _kept_shape(backend: str, a) -> tuple[int, ...]:
     """Returns the shape of the shares of blank and symbol arcs; C++ reads whole vectors of them."""
-    batch, frames, row = a.symbol_logprobs.shape
+    batch, frames, row = a.blank_logprobs.shape
     return batch, frames, 2 * a.durations.shape[0], row if backend == "triton" else (row + 15) // 16 * 16
 
 
 # --------------------------------------------------------------------------- the op
 @op(
-    "cpu",
+    "cpu triton",
     returns="scores",
     keeps={"shares": Annotated[Tensor, _kept_shape, "wide scores"]},
     saves="symbol_logprobs blank_logprobs duration_logprobs durations boundary scores shares",
     unread="symbol_logprobs blank_logprobs duration_logprobs",
-    backward="grad scores shares durations boundary symbol_logprobs.shape[1] symbol_logprobs.shape[2]",
+    backward="grad scores shares durations boundary blank_logprobs.shape[1] blank_logprobs.shape[2]",
     check=_check,
 )
 def tdt_lattice(
-    symbol_logprobs: Annotated[Tensor, "B T S+1"],
+    symbol_logprobs: Annotated[Tensor, "B T S"],
     blank_logprobs: Annotated[Tensor, "B T S+1"],
     duration_logprobs: Annotated[Tensor, "B T S+1 N"],
     durations: Annotated[Tensor, "N", torch.int64],
@@ -126,9 +126,9 @@ def tdt_lattice(
     """The log of the summed probability of all paths through each lattice of tokens and durations.
 
     Args:
-        symbol_logprobs, blank_logprobs: (B, T, S+1), log probabilities of symbol s+1 and of a blank in cell (t, s).
-            float32, bfloat16, float16 or float64; special values as in ``rnnt_lattice``. Symbols in column s_end are
-            not read.
+        symbol_logprobs: (B, T, S), log probability of symbol s+1 in cell (t, s). float32, bfloat16, float16 or float64;
+            special values as in ``rnnt_lattice``.
+        blank_logprobs: (B, T, S+1), log probability of a blank in cell (t, s).
         duration_logprobs: (B, T, S+1, N), log probability of each duration.
         durations: (N,) int64, different numbers of frames, in any order, with or without 0.
         boundary: (B, 4) int64, [s_begin, t_begin, s_end, t_end] of each sequence; None: [0, 0, S, T].

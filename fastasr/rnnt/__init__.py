@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transducer (RNN-T) losses: k2's functions by name, argument and result, and the joiner fused with its loss.
 
-``pruned_joiner_loss`` and ``joiner_loss`` are fastasr's; all others are k2's, with ``zero_infinity`` and
-``fastemit_lambda`` added. ``fastasr.compat.k2`` puts them under the name ``k2``. See docs/rnnt.md.
+``pruned_joiner_loss``, ``joiner_loss`` and ``tdt_joiner_loss`` are fastasr's, ``tdt_loss`` is transformers'; all others
+are k2's, with ``zero_infinity`` and ``fastemit_lambda`` added. ``fastasr.compat.k2`` puts them under the name ``k2``.
+See docs/rnnt.md.
 """
 
 from fastasr.rnnt.joiner import joiner_loss, pruned_joiner_loss
@@ -16,6 +17,7 @@ from fastasr.rnnt.logprobs import (
 from fastasr.rnnt.losses import rnnt_loss, rnnt_loss_pruned, rnnt_loss_simple, rnnt_loss_smoothed
 from fastasr.rnnt.pruning import do_rnnt_pruning, get_rnnt_prune_ranges, get_rnnt_prune_ranges_deprecated
 from fastasr.rnnt.recursion import joint_mutual_information_recursion, mutual_information_recursion
+from fastasr.rnnt.tdt import tdt_joiner_loss, tdt_loss
 
 __all__ = [
     "do_rnnt_pruning",
@@ -34,4 +36,6 @@ __all__ = [
     "rnnt_loss_pruned",
     "rnnt_loss_simple",
     "rnnt_loss_smoothed",
+    "tdt_joiner_loss",
+    "tdt_loss",
 ]

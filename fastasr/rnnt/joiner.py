@@ -8,6 +8,7 @@ outside the boundary, or with no part in any path, are left out.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import ops
@@ -55,7 +56,7 @@ def pruned_joiner_loss(
     starts = arguments.ranges(op, ranges, *am.shape[:2], length, am)
     arguments.wide_enough(op, ranges.shape[2], length, rnnt_type)
     delay_penalty, factor = losses._numbers(op, delay_penalty, fastemit_lambda)
-    px, py = _Negligible.apply(
+    px, py = negligible(
         *ops.rnnt_joiner(
             *(am, lm, weight, bias, symbols, starts),
             s_range=ranges.shape[2],
@@ -95,7 +96,7 @@ def joiner_loss(
     op = "rnnt.joiner_loss"
     length, symbols, boundary = _checked(op, am, lm, weight, symbols, termination_symbol, boundary, rnnt_type)
     delay_penalty, factor = losses._numbers(op, delay_penalty, fastemit_lambda)
-    px, py = _Negligible.apply(
+    px, py = negligible(
         *ops.rnnt_joiner(
             *(am, lm, weight, bias, symbols, torch.zeros(am.shape[:2], dtype=torch.int64, device=am.device)),
             s_range=length + 1,
@@ -112,8 +113,8 @@ def joiner_loss(
 
 
 class _Negligible(torch.autograd.Function):
-    """Passes (px, py) through unchanged. In their gradients, cells with almost no part in any path count as having
-    none, so that the joiner's backward pass leaves them out.
+    """Passes (px, py), and durations (..., N), through unchanged. In their gradients, cells with almost no
+    part in any path count as having none, so that the joiner's backward pass leaves them out.
 
     A cell's part is |gx| + |gy|; that of a sequence's first cell is the whole. A part below 1/64 of the dtype's
     rounding error (2e-9 in float32) of the whole does not show in sums over cells. With windows of 5 and random
@@ -121,16 +122,23 @@ class _Negligible(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, px: Tensor, py: Tensor) -> tuple[Tensor, Tensor]:
-        return px.view_as(px), py.view_as(py)
+    def forward(ctx, px: Tensor, py: Tensor, *durations: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in (px, py, *durations))
 
     @staticmethod
-    def backward(ctx, gx: Tensor, gy: Tensor):
-        part = gx.abs() + gy.abs()
+    def backward(ctx, gx: Tensor, gy: Tensor, *gd: Tensor):
+        part = F.pad(gx.abs(), (0, gy.shape[2] - gx.shape[2])) + gy.abs()
         if part.numel() == 0:
-            return gx, gy
+            return gx, gy, *gd
         negligible = part <= part.amax((1, 2), keepdim=True) * (torch.finfo(part.dtype).eps / 64)
-        return gx.masked_fill(negligible, 0.0), gy.masked_fill(negligible, 0.0)
+        return (
+            gx.masked_fill(negligible[:, :, : gx.shape[2]], 0.0),
+            gy.masked_fill(negligible, 0.0),
+            *(g.masked_fill(negligible.unsqueeze(-1), 0.0) for g in gd),
+        )
+
+
+negligible = _Negligible.apply
 
 
 def _checked(op, am, lm, weight, symbols, termination_symbol, boundary, rnnt_type):

@@ -644,7 +644,7 @@ def _rnnt_joiner(generation: int):
             types
             | dict.fromkeys(like, element)
             | {"PARTS": "fp32" if name == "logits_gradient" and element != "fp32" else "fp64"},
-            {"ACTIVATION": 3, "HAT": False} | options | precise | constants,
+            {"ACTIVATION": 3, "HAT": False, "SEED": None} | options | precise | constants,
             warps,
             ("width", "d_stride", "share", *(("D", "V") if d % 16 == 0 else ())),
             stages=stages,
@@ -687,6 +687,23 @@ def _rnnt_pruned_lattice():
     names = ("X", "Y", "SCORES", "SHARES", "GRAD", "DX", "DY")
     types = dict.fromkeys(names, "fp32") | {"BOUNDARY": "i64", "STARTS": "i64"}
     yield from _lattices(module, "R", (5, 16), types)
+
+
+def _tdt_lattice():
+    from fastasr.kernels import tdt_lattice as module
+
+    names = ("X", "Y", "Z", "SCORES", "SHARES", "CELLS_M", "CELLS_E", "GRAD", "DX", "DY", "DZ", "MASS")
+    types = dict.fromkeys(names, "fp32") | dict.fromkeys(("BOUNDARY", "DURATIONS"), "i64")
+    for symbols in (40, 600):
+        lanes, warps = module._lanes(symbols)
+        for kernel in ("forward", "backward"):
+            function = getattr(module, f"{kernel}_kernel")
+            name = f"tdt_lattice {kernel}, S={symbols}"
+            yield Configuration(name, function, types, {"BLOCK": lanes}, warps)
+    constants = {"BLOCK": lanes, "BOUNDARY": None, "SHARES": None}
+    yield Configuration(
+        "tdt_lattice forward, no shares, S=600", module.forward_kernel, types, constants, warps
+    )
 
 
 def _lattices(module, letter: str, sizes: tuple[int, ...], types: dict, divisible: tuple[str, ...] = ()):

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/attention/weights_dropout.h"
 #include "cpu/simd/kernels.h"
 
 // The passes around the matrix products of a transducer's joiner, over a chunk of rows. Row (b, t, r) joins frame t and
@@ -46,6 +47,9 @@ struct JoinerKernels {
   // relu.
   void (*hidden)(const T* am, const T* lm, const JoinerRow* rows, int64_t begin, int64_t end, int64_t channels,
                  bool tanh, C* hidden);
+  // Applies dropout to rows [begin, end) of x, in place: what is kept follows from a row's place and the channel.
+  void (*dropout)(const WeightsDropout& dropout, const JoinerRow* rows, int64_t begin, int64_t end, int64_t channels,
+                  C* x);
   // Computes symbol, blank and L of rows [begin, end), by place.
   void (*scores)(const C* logits, const JoinerRow* rows, int64_t begin, int64_t end, int64_t outputs, int64_t blank,
                  bool hat, C* symbol_logprobs, C* blank_logprobs, double* normaliser);

@@ -52,6 +52,18 @@ void hidden_rows(const T* am, const T* lm, const JoinerRow* rows, int64_t begin,
   }
 }
 
+template <typename C>
+void dropout(const WeightsDropout& d, const JoinerRow* rows, int64_t begin, int64_t end, int64_t n, C* x) {
+  const C scale = static_cast<C>(d.scale);
+  for (int64_t i = begin; i < end; i++) {
+    const DropoutRow row = dropout_row(d, rows[i].place);
+    C* __restrict h = x + i * n;
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++)
+      h[j] = dropout_bits(row, static_cast<uint32_t>(j)) >= d.threshold ? h[j] * scale : C(0);
+  }
+}
+
 // Adds at most kChain terms per lane in the compute type, then in double.
 constexpr int64_t kChain = 512;
 
@@ -202,7 +214,8 @@ void hidden_gradient(const C* dhidden, const C* hidden, const JoinerRow* rows, i
 
 }  // namespace
 
-FASTASR_KERNELS(JoinerKernels, .rows = rows<compute_t<T>>, .hidden = hidden<T>, .scores = scores<compute_t<T>>,
-                .logits_gradient = logits_gradient<compute_t<T>>, .hidden_gradient = hidden_gradient<compute_t<T>>)
+FASTASR_KERNELS(JoinerKernels, .rows = rows<compute_t<T>>, .hidden = hidden<T>, .dropout = dropout<compute_t<T>>,
+                .scores = scores<compute_t<T>>, .logits_gradient = logits_gradient<compute_t<T>>,
+                .hidden_gradient = hidden_gradient<compute_t<T>>)
 
 }  // namespace fastasr::cpu

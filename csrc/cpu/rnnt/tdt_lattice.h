@@ -14,7 +14,7 @@ namespace fastasr::cpu {
 
 struct TdtSize {
   int64_t symbols, frames;
-  int64_t row;  // cells from one frame to the next in x, y and z
+  int64_t row;  // cells from one frame to the next in y and z; one less in x
   const int64_t* durations;
   int64_t count;
   // Returns the frames from an arc's first to its last, with both: as many frames are in use at once.
@@ -32,8 +32,8 @@ FASTASR_INLINE int64_t tdt_scratch(const TdtSize& size) {
   return (2 * size.window() + 4 * size.count + 3) * (tdt_row(size.row) + 16);
 }
 
-// x and y are (frames, row), z is (frames, row, count). Shares are (frames, 2 count, tdt_row(row)): of the blank arcs,
-// then of the symbol arcs, that leave a cell.
+// x is (frames, row - 1), y is (frames, row), z is (frames, row, count). Shares are (frames, 2 count, tdt_row(row)): of
+// the blank arcs, then of the symbol arcs, that leave a cell.
 template <typename C>
 struct TdtLatticeKernels {
   // Returns the score, or a NaN if it read a NaN or +infinity. All of shares is written, unless it is null.

@@ -69,7 +69,7 @@ C forward(const TdtSize& size, const C* x, const C* y, const C* z, C* shares, C*
   const int64_t kept = tdt_row(size.row), row = kept + 16, end = (cells + n - 1) / n * n;
   if (shares) std::fill(shares, shares + size.frames * 2 * count * kept, C(0));
   for (int64_t t = 0; t < size.frames; t++)
-    if (unfit(x + t * size.row, symbols) || unfit(y + t * size.row, cells) ||
+    if (unfit(x + t * (size.row - 1), symbols) || unfit(y + t * size.row, cells) ||
         unfit(z + t * size.row * count, cells * count))
       return std::numeric_limits<C>::quiet_NaN();
   const auto cells_of = [&](int64_t t) {
@@ -93,7 +93,7 @@ C forward(const TdtSize& size, const C* x, const C* y, const C* z, C* shares, C*
       weigh(y + from * size.row, at, count, cells, end, weights);
       add_arcs<C>(weights, cells, cells_of(from), p, term(i));
       if (last) continue;
-      weigh(x + from * size.row, at, count, symbols, end, weights);
+      weigh(x + from * (size.row - 1), at, count, symbols, end, weights);
       add_arcs<C>(weights, symbols, cells_of(from), {p.m + 1, p.e + 1}, term(count + i));
     }
     for (int64_t u = 0; u < end; u += n) {
@@ -103,7 +103,7 @@ C forward(const TdtSize& size, const C* x, const C* y, const C* z, C* shares, C*
     }
     if (within >= 0 && !last) {
       const Numbers<C> added = term(count + within);
-      weigh(x + t * size.row, z + t * size.row * count + within, count, symbols, end, weights);
+      weigh(x + t * (size.row - 1), z + t * size.row * count + within, count, symbols, end, weights);
       for (int64_t u = 0; u < symbols; u += n) {
         Vector<C> m, e;
         split<C>(at(weights + u), m, e);
@@ -147,9 +147,10 @@ void backward(const TdtSize& size, C grad, const C* shares, C* dx, C* dy, C* dz,
   mass_of(size.frames)[symbols] = grad;
   for (int64_t t = size.frames - 1; t >= 0; t--) {
     C* const g = mass_of(t);
-    C *const to_x = dx + t * size.row, *const to_y = dy + t * size.row, *const to_z = dz + t * size.row * count;
-    std::fill(to_x, to_x + cells, C(0));
+    C *const to_x = dx + t * (size.row - 1), *const to_y = dy + t * size.row, *const to_z = dz + t * size.row * count;
+    std::fill(to_x, to_x + symbols, C(0));
     std::fill(to_y, to_y + cells, C(0));
+    std::fill(g, g + cells, C(0));
     int64_t within = -1;
     for (int64_t i = 0; i < count; i++) {
       const int64_t d = size.durations[i];
@@ -164,13 +165,14 @@ void backward(const TdtSize& size, C grad, const C* shares, C* dx, C* dy, C* dz,
       const C* const mass = mass_of(t + d);
 #pragma omp simd
       for (int64_t u = 0; u < cells; u++) {
-        const C by_blank = blank[u] * mass[u], by_symbol = symbol[u] * mass[u + 1];
+        const C by_blank = blank[u] * mass[u], all = by_blank + symbol[u] * mass[u + 1];
         to_y[u] += by_blank;
-        to_x[u] += by_symbol;
-        to_z[u * count + i] = by_blank + by_symbol;
+        g[u] += all;
+        to_z[u * count + i] = all;
       }
+#pragma omp simd
+      for (int64_t u = 0; u < symbols; u++) to_x[u] += symbol[u] * mass[u + 1];
     }
-    for (int64_t u = 0; u < cells; u++) g[u] = to_x[u] + to_y[u];
     if (within < 0) continue;
     const C* const symbol = shares + (t * 2 * count + count + within) * kept;
     for (int64_t u = symbols - 1; u >= 0; u--) {

@@ -44,6 +44,10 @@ def _hat(make: Make, *sizes: int, **more) -> dict:
     return _symbols_but_blank(_short(make, *sizes, hat=True, **more))
 
 
+def dropout(make: Make, p: float, seed: int) -> dict:
+    return {"dropout_p": p, "dropout_seed": torch.tensor([seed], device=make.device)}
+
+
 def _boundary(make: Make, *rows: tuple[int, int, int, int]) -> torch.Tensor:
     return torch.tensor(rows, device=make.device)
 
@@ -73,6 +77,8 @@ def _random(make: Make, shape) -> dict:
         hat=shape.choice((False, True)),
         keep_logits=shape.choice((None, True, False)),
     )
+    if shape.choice((False, True)):
+        call |= dropout(make, shape.size() % 10 / 10, shape.size())
     return _symbols_but_blank(call)
 
 
@@ -90,6 +96,17 @@ TABLE = OpTable(
             "logits computed again",
             lambda m: _short(m, 2, 4, 5, 3, 8, 7, termination_symbol=6, keep_logits=False),
             thorough=True,
+        ),
+        Sample(
+            "dropout",
+            lambda m: _short(m, 2, 4, 5, 3, 8, 7, keep_logits=False, **dropout(m, 0.3, 2**45 + 11)),
+            thorough=True,
+        ),
+        Sample(
+            "dropout, relu, logits kept",
+            lambda m: _short(
+                m, 2, 4, 5, 2, 40, 9, activation="relu", keep_logits=True, **dropout(m, 0.5, -7)
+            ),
         ),
         Sample("to the last context", lambda m: _call(m, 2, 7, 5, 3, 17, 33)),
         Sample("boundary", _padded),
@@ -114,7 +131,9 @@ TABLE = OpTable(
     invalid=tuple(
         Invalid(
             name,
-            lambda m, argument=argument, value=value: _call(m, 2, 4, 5, 2, 8, 7) | {argument: value},
+            lambda m, argument=argument, value=value: (
+                _call(m, 2, 4, 5, 2, 8, 7, dropout_p=0.5, dropout_seed=torch.tensor([3])) | {argument: value}
+            ),
             error,
             argument,
         )
@@ -126,6 +145,7 @@ TABLE = OpTable(
             ("starts out of range", "starts", torch.full((2, 4), 6), ValueError),
             ("beyond the frames", "boundary", torch.tensor([[0, 0, 5, 4], [0, 0, 5, 5]]), ValueError),
             ("outside", "termination_symbol", 7, ValueError),
+            ("dropout without a seed", "dropout_seed", None, ValueError),
         )
     ),
     thread_invariant=False,

@@ -34,7 +34,7 @@ def _lattice(
 ) -> dict:
     shape = batch, frames, symbols + 1
     call = {
-        "symbol_logprobs": make.normal(*shape, scale=scale, mean=mean),
+        "symbol_logprobs": make.normal(batch, frames, symbols, scale=scale, mean=mean),
         "blank_logprobs": make.normal(*shape, scale=scale, mean=mean / 2),
         "duration_logprobs": make.normal(*shape, len(durations), mean=mean / 2),
         "durations": torch.tensor(durations, dtype=torch.int64, device=make.device),
@@ -130,14 +130,14 @@ PEER = "transformers.loss.loss_tdt.tdt_loss"
 
 def _peer(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary=None) -> Implementation:
     """Calls transformers' loss with two tokens, which it normalises once more: blank and the next symbol."""
-    function, (batch, frames, row) = upstream_member(PEER), symbol_logprobs.shape
+    function, (batch, frames, row) = upstream_member(PEER), blank_logprobs.shape
     targets = torch.ones(batch, row - 1, dtype=torch.int64)
     ends = torch.full((batch,), frames), torch.full((batch,), row - 1)
     if boundary is not None:
         ends = boundary[:, 3], boundary[:, 2]
 
     def loss(x, y, z):
-        tokens = torch.stack((y, x), 3)
+        tokens = torch.stack((y, torch.nn.functional.pad(x, (0, 1))), 3)
         return function(tokens, z, targets, *ends, 0, durations.tolist(), reduction="none")
 
     return simple(loss, symbol_logprobs, blank_logprobs, duration_logprobs)

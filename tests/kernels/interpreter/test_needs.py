@@ -76,9 +76,9 @@ def test_rows_of_the_joiner_without_a_gradient_add_nothing():
     keep = torch.rand(batch, frames, 3) < 0.3
     keep[0] = False
     grads = [g * keep for g in torch.randn(2, batch, frames, 3).unbind(0)]
-    call = *leaves, symbols, starts, boundary, 3, 0, 3, False
-    normaliser = rnnt_joiner.rnnt_joiner_forward(*call, True, False)[2]
-    found = rnnt_joiner.rnnt_joiner_backward(*grads, *call[:7], normaliser, *call[7:], (True,) * 4, None)
+    call = *leaves, symbols, starts, boundary, None, 3, 0, 3, False, 0, 0.0
+    normaliser = rnnt_joiner.rnnt_joiner_forward(*call, True, False)[3]
+    found = rnnt_joiner.rnnt_joiner_backward(*grads, None, *call, normaliser, (True,) * 4, None)
     wide = [t.double().requires_grad_() for t in leaves]
     outputs = ops.rnnt_joiner.definition(
         *wide, symbols, starts, s_range=3, termination_symbol=0, boundary=boundary

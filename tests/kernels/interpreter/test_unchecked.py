@@ -22,10 +22,10 @@ def test_symbols_and_starts_of_the_joiner():
     symbols[1, 2], symbols[1, 3] = v, -1
     starts = (torch.arange(frames) * (length - 1) // (frames - 1)).expand(batch, frames).contiguous()
     starts[0, 1], starts[0, 2], starts[0, 3] = 7, -5, 1 << 62
-    tensors, rest = (am, lm, weight, bias, symbols, starts, None), (3, 0, 3, False)
-    px, py, normaliser, _ = rnnt_joiner.rnnt_joiner_forward(*tensors, *rest, True, False)
+    tensors, rest = (am, lm, weight, bias, symbols, starts, None, None), (3, 0, 3, False, 0, 0.0)
+    px, py, _, normaliser, _ = rnnt_joiner.rnnt_joiner_forward(*tensors, *rest, True, False)
     grads = torch.randn(2, batch, frames, 3).unbind(0)
-    found = rnnt_joiner.rnnt_joiner_backward(*grads, *tensors, normaliser, *rest, (True,) * 4, None)
+    found = rnnt_joiner.rnnt_joiner_backward(*grads, None, *tensors, *rest, normaliser, (True,) * 4, None)
     assert (px[0, 1:4] == -math.inf).all()
     assert (py[0, 1:4] == -math.inf).all()
     s = starts[1].unsqueeze(1) + torch.arange(3)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The joiner of a token-and-duration transducer, and what a lattice reads of it (Xu et al., 2023).
+
+Row (b, t, s) joins frame t and the context of s symbols. The output layer has V tokens and, behind them, N durations:
+
+h = m act(am[b, t] + lm[b, s]),  l = W h + bias,  L = log Σ_{v < V} exp(l_v),
+blank_logprobs = l_blank − L,  symbol_logprobs = l_y − L for y = symbols[b, s],
+duration_logprobs_i = l_{V+i} − log Σ_j exp(l_{V+j}).
+
+m is the dropout of :mod:`fastasr.ops.rnnt_joiner`, whose kernels compute this op too; the derivatives are there. With
+gz the gradients of the durations and q their softmax, dl_{V+i} = gz_i − q_i Σ_j gz_j.
+
+Upstream: transformers' ``ParakeetTDTJointNetwork`` and the first lines of its ``tdt_loss``, which keep three tensors of
+B T (S + 1) (V + N); NeMo's ``RNNTJoint`` with ``num_extra_outputs``. FLOPs and bytes are those of rnnt_joiner.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastasr.ops import _activation, _weights_dropout
+from fastasr.ops._lattice import within
+from fastasr.ops._op import op
+from fastasr.ops.rnnt_joiner import ACTIVATIONS, FAMILY, check, launched, rnnt_joiner
+
+
+# --------------------------------------------------------------------------- parts
+def _check(op, a) -> None:
+    check(op, a, None, a.weight.shape[0] - a.durations)
+
+
+def _operands(a) -> tuple:
+    batch, frames, _ = a.am.shape
+    starts = torch.zeros(batch, frames, dtype=torch.int64, device=a.am.device)
+    indices = (None if t is None else t.long() for t in (a.symbols, starts, a.boundary, a.dropout_seed))
+    options = a.lm.shape[1], a.termination_symbol, ACTIVATIONS[a.activation], False, a.durations, a.dropout_p
+    return (a.am, a.lm, a.weight, a.bias, *indices, *options)
+
+
+def _launch(op, kernels, a, dtype, keep: bool):
+    px, *rest = launched(kernels, a, _operands(a), a.am.shape[0] * a.am.shape[1] * a.lm.shape[1], keep)
+    return px[:, :, :-1].contiguous(), *rest
+
+
+def _gradients(op, kernels, grads, s, needs):
+    gx, *others = grads
+    chunks = getattr(s.normaliser, "chunks", None)
+    return kernels.backward(F.pad(gx, (0, 1)), *others, *_operands(s), s.normaliser, needs, chunks)
+
+
+# --------------------------------------------------------------------------- the op
+@op(
+    FAMILY,
+    returns="symbol_logprobs blank_logprobs duration_logprobs",
+    autocast="weight bias",  # the activation is computed in the dtype that its operands have
+    keeps={"normaliser": Annotated[Tensor, "B T S+1", torch.float64]},
+    launch=_launch,
+    gradients=_gradients,
+    check=_check,
+    fits="False",  # the kernels do not check values
+)
+def tdt_joiner(
+    am: Annotated[Tensor, "B T D"],
+    lm: Annotated[Tensor, "B S+1 D"],
+    weight: Annotated[Tensor, "V+durations D, V >= 1"],
+    bias: Annotated[Tensor, "V+durations"] | None,
+    symbols: Annotated[Tensor, "B S", int],
+    *,
+    durations: Annotated[int, ">= 1"],
+    termination_symbol: int,
+    boundary: Annotated[Tensor, "B 4", int] | None = None,
+    activation: Annotated[Literal["tanh", "relu"], ACTIVATIONS] = "tanh",
+    keep_logits: bool | None = None,
+    dropout_p: Annotated[float, ">= 0 and < 1"] = 0.0,
+    dropout_seed: Annotated[Tensor, "1", torch.int64] | None = None,
+) -> tuple[
+    Annotated[Tensor, "B T S", "wide am + lm + weight"],
+    Annotated[Tensor, "B T S+1", "wide am + lm + weight"],
+    Annotated[Tensor, "B T S+1 durations", "wide am + lm + weight"],
+]:
+    """Log-probabilities of symbol, blank and durations of a TDT joiner, without a tensor of B × T × S × V logits.
+
+    Args:
+        am: (B, T, D), the projected frames; lm: (B, S + 1, D), the projected contexts. float32, bfloat16, float16 or
+            float64.
+        weight: (V + durations, D); bias: (V + durations,) or None: the output layer, in the dtype of am + lm, except
+            under autocast, which casts them.
+        symbols: int64 (B, S), values in [0, V) within the boundary; what lies behind it is not read.
+        durations: N, the number of outputs behind the tokens.
+        termination_symbol: the output of blank.
+        boundary: int64 (B, 4) of s_begin, t_begin, s_end, t_end; None: all of every sequence.
+        activation: "tanh" or "relu".
+        keep_logits: keep logits for the backward (4 B T (S + 1) (V + D) bytes) or compute them again; None: by their
+            size.
+        dropout_p: the share of h that is set to 0; the others are divided by 1 − dropout_p.
+        dropout_seed: int64 (1,), which chooses these values; needed where dropout_p is more than 0.
+    Returns:
+        (B, T, S), (B, T, S + 1) and (B, T, S + 1, N), float32 (float64 for float64), which ``tdt_lattice`` takes. All
+        are -inf outside the boundary, symbol_logprobs at s_end too. Rows outside it, and in the backward pass
+        rows whose gradients are all 0, are not computed.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or names do not match; symbols or boundary out of range, for CPU tensors outside
+            ``torch.compile`` (see ``rnnt_joiner``).
+    """
+    starts = symbols.new_zeros(am.shape[:2])
+    parts = slice(None, -durations), slice(-durations, None)
+    weights, biases = ([None if t is None else t[part] for part in parts] for t in (weight, bias))
+    px, py = rnnt_joiner.definition(
+        *(am, lm, weights[0], biases[0], symbols, starts),
+        s_range=lm.shape[1],
+        termination_symbol=termination_symbol,
+        boundary=boundary,
+        activation=activation,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )
+    hidden = _activation.function(activation)(am.unsqueeze(2) + lm.unsqueeze(1))
+    if dropout_p:
+        hidden = hidden * _weights_dropout.kept(dropout_seed, dropout_p, *hidden.shape) / (1 - dropout_p)
+    logits = F.linear(hidden, weights[1], biases[1])
+    pd = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    px = px[:, :, :-1]
+    if boundary is None:
+        return px, py, pd
+    s, t = (torch.arange(n, device=am.device) for n in py.shape[:0:-1])
+    _, inside = within(boundary, s, t[:, None], False)
+    return px, py, pd.masked_fill(~inside.unsqueeze(-1), float("-inf"))

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Losses of token-and-duration transducers (TDT): transformers' ``tdt_loss``, and the joiner fused with its loss.
+
+Each arc of a TDT emits a token and moves on by one of the durations (Xu et al., 2023); ``fastasr.ops.tdt_lattice`` has
+the recursion. σ (``sigma``) is subtracted from the log-probabilities of tokens, which favours paths with few arcs.
+
+``fastasr.rnnt.lengths`` has the reductions. A sequence that cannot be aligned has the loss +∞ and gradients of 0;
+``zero_infinity`` makes it 0.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastasr import ops
+from fastasr.ops import _weights_dropout
+from fastasr.rnnt import _arguments as arguments
+from fastasr.rnnt import _check, lengths, logprobs
+from fastasr.rnnt.joiner import negligible
+from fastasr.rnnt.rows import row_logprobs
+
+
+def tdt_loss(
+    token_logits: Tensor,
+    duration_logits: Tensor,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    blank_token_id: int,
+    durations: Sequence[int],
+    sigma: float = 0.0,
+    reduction: str = "mean",
+    *,
+    zero_infinity: bool = False,
+    fastemit_lambda: float = 0.0,
+) -> Tensor:
+    """Returns the loss of a TDT joiner's logits; ``transformers.loss.loss_tdt.tdt_loss`` has the same arguments.
+
+    Args:
+        token_logits: (B, T, U + 1, V).
+        duration_logits: (B, T, U + 1, N).
+        targets: (B, U), integers in [0, V) in front of each sequence's end.
+        logit_lengths, target_lengths: (B,), integers: frames and symbols of each sequence.
+        blank_token_id: blank, in [0, V).
+        durations: N different numbers of frames, in any order.
+        sigma: the constant of undernormalisation.
+        reduction: mean, mean_volume, mean_batch, sum or none.
+        zero_infinity: a sequence that cannot be aligned has the loss 0.
+        fastemit_lambda: the gradients of symbol arcs are multiplied by 1 + λ (FastEmit).
+    """
+    op = "rnnt.tdt_loss"
+    arguments.floating(op, "token_logits", token_logits, "(B, T, U + 1, V)")
+    arguments.floating(op, "duration_logits", duration_logits, "(B, T, U + 1, N)")
+    batch, frames, positions, classes = token_logits.shape
+    steps = _durations(op, durations, token_logits.device)
+    expected = batch, frames, positions, len(steps)
+    _check.shape(op, "duration_logits", duration_logits, f"{expected}", duration_logits.shape == expected)
+    arguments.class_index(op, "blank_token_id", blank_token_id, classes)
+    boundary = lengths.boundary(op, logit_lengths, target_lengths, batch, frames, positions - 1, token_logits)
+    targets = arguments.symbols(op, targets, positions - 1, classes, boundary, token_logits)
+    rows = F.pad(targets, (0, 1), value=blank_token_id).unsqueeze(1).expand(batch, frames, positions)
+    px, py = row_logprobs(token_logits, rows, blank_token_id)
+    wide = torch.promote_types(duration_logits.dtype, torch.float32)
+    pd = duration_logits.to(wide).log_softmax(-1)
+    return _loss(op, px[:, :, :-1], py, pd, steps, boundary, sigma, fastemit_lambda, reduction, zero_infinity)
+
+
+def tdt_joiner_loss(
+    am: Tensor,
+    lm: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    blank_token_id: int,
+    durations: Sequence[int],
+    sigma: float = 0.0,
+    reduction: str = "mean",
+    activation: str = "relu",
+    dropout_p: float = 0.0,
+    *,
+    keep_logits: bool | None = None,
+    zero_infinity: bool = False,
+    fastemit_lambda: float = 0.0,
+) -> Tensor:
+    """Returns ``tdt_loss`` of the joiner dropout(activation(am + lm)) Wᵀ + bias, without its (B, T, U + 1, V) logits.
+
+    Args:
+        am: (B, T, D), the encoder's output after the joiner's projection.
+        lm: (B, U + 1, D), the prediction network's output after the joiner's projection.
+        weight: (V + N, D); bias: (V + N,) or None. The output layer: V tokens, then N durations.
+        activation: tanh or relu.
+        dropout_p: dropout before the output layer, with random numbers of its own.
+        keep_logits: whether to keep logits for the backward pass; None decides by their size.
+        The other arguments are those of ``tdt_loss``.
+    """
+    op = "rnnt.tdt_joiner_loss"
+    for name, value, dims in (
+        ("am", am, "(B, T, D)"), ("lm", lm, "(B, U + 1, D)"), ("weight", weight, "(V + N, D)")
+    ):  # fmt: skip
+        arguments.floating(op, name, value, dims)
+    (batch, frames, channels), positions = am.shape, lm.shape[1]
+    fits = lm.shape == (batch, positions, channels) and positions >= 1
+    _check.shape(op, "lm", lm, f"({batch}, U + 1, {channels}) with U >= 0", fits)
+    steps = _durations(op, durations, am.device)
+    classes = weight.shape[0] - len(steps)
+    arguments.class_index(op, "blank_token_id", blank_token_id, classes)
+    boundary = lengths.boundary(op, logit_lengths, target_lengths, batch, frames, positions - 1, am)
+    targets = arguments.symbols(op, targets, positions - 1, classes, boundary, am)
+    found = ops.tdt_joiner(
+        *(am, lm, weight, bias, targets),
+        durations=len(steps),
+        termination_symbol=blank_token_id,
+        boundary=boundary,
+        activation=activation,
+        keep_logits=keep_logits,
+        dropout_p=float(dropout_p),
+        dropout_seed=_weights_dropout.draw_seed(am.device) if dropout_p else None,
+    )
+    return _loss(op, *negligible(*found), steps, boundary, sigma, fastemit_lambda, reduction, zero_infinity)
+
+
+# --------------------------------------------------------------------------- what they share
+def _loss(op, px, py, pd, steps, boundary, sigma, fastemit_lambda, reduction, zero_infinity) -> Tensor:
+    factor = 1.0 + _check.number(op, "fastemit_lambda", fastemit_lambda)
+    if _check.number(op, "sigma", sigma):
+        px, py = px - sigma, py - sigma
+    loss = -ops.tdt_lattice(logprobs.scale_gradient(px, factor), py, pd, steps, boundary)
+    if _check.flag(op, "zero_infinity", zero_infinity):
+        loss = torch.where(loss == math.inf, 0.0, loss)
+    return lengths.reduced(op, loss, boundary[:, 2], reduction)
+
+
+def _durations(op: str, durations: Sequence[int], device: torch.device) -> Tensor:
+    found = tuple(durations)
+    whole = all(isinstance(d, int) and not isinstance(d, bool) and d >= 0 for d in found)
+    if not found or not whole or len(set(found)) < len(found):
+        raise ValueError(f"fastasr.{op}: durations: expected different integers >= 0, got {list(found)}")
+    return _on_device(found, device)
+
+
+@lru_cache(maxsize=64)
+def _on_device(durations: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(durations, dtype=torch.int64, device=device)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of tdt_joiner, and its benchmark at a size of Parakeet: 31,000 rows of 640 channels, 8,193 tokens and 5
+durations."""
+
+import torch
+
+from fastasr.testing.samples.rnnt_joiner import dropout
+from fastasr.testing.speed import Case, Cost, case, costs_of
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
+
+
+def _call(
+    make: Make, batch: int, frames: int, length: int, d: int, v: int, n: int, bias: bool = True, **more
+) -> dict:
+    generator = torch.Generator().manual_seed(7)
+    call = {
+        "am": make.normal(batch, frames, d),
+        "lm": make.normal(batch, length + 1, d),
+        "weight": make.normal(v + n, d, scale=d**-0.5 if d else 1.0),
+        "bias": make.normal(v + n, scale=0.3) if bias else None,
+        "symbols": torch.randint(0, v, (batch, length), generator=generator).to(make.device),
+        "durations": n,
+        "termination_symbol": v - 1,
+    }
+    return call | more
+
+
+def _ragged(make: Make, **more) -> dict:
+    """Makes ragged sequences with invalid symbols behind the end of each."""
+    call = _call(make, 3, 9, 6, 16, 11, 4, **more)
+    symbols = call["symbols"].clone()
+    symbols[1, 4:] = -1
+    symbols[2, 0:] = 99
+    boundary = torch.tensor([(0, 0, 6, 9), (1, 2, 4, 7), (0, 0, 0, 5)], device=make.device)
+    return call | {"symbols": symbols, "boundary": boundary}
+
+
+def _random(make: Make, shape) -> dict:
+    call = _call(
+        make,
+        shape.size() % 4,
+        shape.size() % 12,
+        shape.size() % 12,
+        shape.size() % 40,
+        1 + shape.size() % 40,
+        1 + shape.size() % 6,
+        bias=shape.choice((False, True)),
+        activation=shape.choice(("tanh", "relu")),
+        keep_logits=shape.choice((None, True, False)),
+    )
+    if shape.choice((False, True)):
+        call |= dropout(make, shape.size() % 10 / 10, shape.size())
+    return call
+
+
+TABLE = OpTable(
+    op="tdt_joiner",
+    samples=(
+        Sample("small", lambda m: _call(m, 2, 4, 3, 8, 7, 5), thorough=True),
+        Sample(
+            "relu, no bias",
+            lambda m: _call(m, 2, 3, 2, 12, 9, 3, bias=False, activation="relu", keep_logits=False),
+            thorough=True,
+        ),
+        Sample(
+            "dropout",
+            lambda m: _call(m, 2, 4, 3, 24, 7, 5, keep_logits=False, **dropout(m, 0.3, 2**45 + 11)),
+            thorough=True,
+        ),
+        Sample(
+            "dropout, relu, logits kept",
+            lambda m: _call(m, 2, 4, 3, 40, 9, 2, activation="relu", keep_logits=True, **dropout(m, 0.5, -7)),
+        ),
+        Sample("no symbols", lambda m: _call(m, 2, 4, 0, 8, 7, 5)),
+        Sample("boundary", _ragged),
+        Sample("boundary, computed again", lambda m: _ragged(m, keep_logits=False), large=True),
+        Sample("one token, one duration", lambda m: _call(m, 2, 3, 2, 8, 1, 1)),
+        Sample("model", lambda m: _call(m, 2, 40, 7, 128, 500, 5, activation="relu"), large=True),
+        Sample(
+            "model, computed again",
+            lambda m: _call(m, 2, 40, 7, 128, 500, 5, activation="relu", keep_logits=False),
+            large=True,
+        ),
+        Sample("no frames", lambda m: _call(m, 2, 0, 3, 8, 7, 5)),
+        Sample("no sequences", lambda m: _call(m, 0, 4, 3, 8, 7, 5)),
+        Sample("no channels", lambda m: _call(m, 2, 4, 3, 0, 7, 5)),
+    ),
+    invalid=tuple(
+        Invalid(
+            name,
+            lambda m, argument=argument, value=value: (
+                _call(m, 2, 4, 5, 8, 7, 5, dropout_p=0.5, dropout_seed=torch.tensor([3])) | {argument: value}
+            ),
+            error,
+            argument,
+        )
+        for name, argument, value, error in (
+            ("durations without tokens", "weight", torch.zeros(5, 8), ValueError),
+            ("weight in half precision", "weight", torch.zeros(12, 8).half(), TypeError),
+            ("a symbol outside the vocabulary", "symbols", torch.full((2, 5), 7), ValueError),
+            ("beyond the frames", "boundary", torch.tensor([[0, 0, 5, 4], [0, 0, 5, 5]]), ValueError),
+            ("outside", "termination_symbol", 7, ValueError),
+            ("dropout without a seed", "dropout_seed", None, ValueError),
+        )
+    ),
+    thread_invariant=False,
+    unread=("am", "lm"),
+    random=_random,
+)
+
+
+# --- the benchmark
+
+
+def _case(batch: int, frames: int, length: int, channels: int, outputs: int) -> Case:
+    rows = batch * frames * (length + 1)
+
+    def costs(size: int) -> dict[str, Cost]:
+        operands = (batch * (frames + length + 1) + outputs + 5) * channels * size
+        product = 2 * rows * channels * (outputs + 5)
+        return costs_of(Cost(operands + 28 * rows, product), Cost(2 * operands + 28 * rows, 2 * product))
+
+    shape = f"{batch}x{frames}x{length + 1}x{channels}, V={outputs}"
+    options = {"quick": outputs < 5000, "result": lambda _, y: torch.cat([t.flatten() for t in y])}
+    arguments = lambda m: _call(m, batch, frames, length, channels, outputs, 5, activation="relu")  # noqa: E731
+    return case("tdt_joiner", shape, arguments, costs, shape=shape, **options)
+
+
+CASES = (_case(4, 188, 40, 640, 8193), _case(1, 20, 5, 64, 30))
+ON_DEVICE = CASES[:1]
+WATCH = "the products of the durations in float32; dropout by a hash"

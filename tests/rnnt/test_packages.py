@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transducer losses of other packages by their signatures, against the packages where they run."""
+
+import sys
+
+import pytest
+import torch
+
+import fastasr.compat.torchaudio
+from fastasr import rnnt
+from fastasr.compat import nemo, torchaudio, transformers, warp_rnnt
+
+
+def problem(dtype=torch.float32, blank=6):
+    logits = torch.randn(3, 9, 5, 7, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, 6, (3, 4), dtype=torch.int32) + (blank == 0)
+    frames, symbols = (torch.tensor(n, dtype=torch.int32) for n in ([9, 6, 7], [4, 2, 3]))
+    return logits, targets, frames, symbols
+
+
+def ours(logits, targets, frames, symbols, blank=6):
+    """Returns the losses by k2's function, which other tests compare with k2's goldens."""
+    boundary = torch.stack((torch.zeros(3), torch.zeros(3), symbols, frames), 1).long()
+    return rnnt.rnnt_loss(logits, targets.long(), blank, boundary, reduction="none")
+
+
+def _upstream():
+    """Returns torchaudio's own loss, or None where there is no torchaudio with a binary for this torch."""
+    try:
+        from torchaudio.functional import rnnt_loss
+    except (ImportError, OSError):
+        return None
+    return rnnt_loss if hasattr(torch.ops.torchaudio, "rnnt_loss_forward") else None
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("clamp", [-1, 0.05])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_torchaudio(reduction, clamp, fused):
+    call = problem()
+    if not fused:
+        call = (call[0].detach().log_softmax(-1).requires_grad_(), *call[1:])
+    loss = torchaudio.rnnt_loss(*call, clamp=clamp, reduction=reduction, fused_log_softmax=fused)
+    (found,) = torch.autograd.grad(loss.sum(), call[0])
+    losses = ours(*call)
+    expected = {"none": losses, "mean": losses.mean(), "sum": losses.sum()}[reduction]
+    torch.testing.assert_close(loss, expected)
+    if clamp > 0:
+        assert found.abs().max() <= clamp / (3 if reduction == "mean" else 1) * 1.0001
+    if fused and clamp < 0:
+        torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), call[0])[0])
+    upstream = _upstream()
+    if upstream is None:
+        return
+    theirs = upstream(*call, blank=6, clamp=clamp, reduction=reduction, fused_log_softmax=fused)
+    torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, torch.autograd.grad(theirs.sum(), call[0])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_torchaudio_as_a_module_with_a_blank_in_front():
+    call = problem(blank=0)
+    loss = torchaudio.RNNTLoss(blank=0, reduction="sum")(*call)
+    torch.testing.assert_close(loss, ours(*call, blank=0).sum())
+
+
+def test_install_and_uninstall(monkeypatch):
+    for name in ("torchaudio", "torchaudio.functional", "torchaudio.transforms"):
+        monkeypatch.setitem(sys.modules, name, None)  # as where there is none
+    for name in ("torchaudio", "torchaudio.functional", "torchaudio.transforms"):
+        del sys.modules[name]
+    monkeypatch.setattr(
+        fastasr.compat.torchaudio.importlib,
+        "import_module",
+        lambda path: (_ for _ in ()).throw(ImportError(path)),
+    )
+    torchaudio.install()
+    torchaudio.install()
+    import torchaudio as installed
+
+    try:
+        assert installed.functional.rnnt_loss is torchaudio.rnnt_loss
+        from torchaudio.transforms import RNNTLoss
+
+        assert RNNTLoss is torchaudio.RNNTLoss
+    finally:
+        torchaudio.uninstall()
+    assert "torchaudio" not in sys.modules
+
+
+@pytest.mark.parametrize("reduction", ["mean_volume", "mean_batch", "mean", "sum", "none"])
+def test_transformers_and_nemo(reduction):
+    call = problem()
+    losses, lengths = ours(*call), call[3].float()
+    expected = {
+        "mean_volume": losses.sum() / lengths.sum(),
+        "mean_batch": losses.mean(),
+        "mean": (losses / lengths).mean(),
+        "sum": losses.sum(),
+        "none": losses,
+    }[reduction]
+    torch.testing.assert_close(transformers.rnnt_loss(*call, 6, reduction), expected)
+    torch.testing.assert_close(transformers.ParakeetForRNNTLoss(*call, 6, reduction, other=1), expected)
+    torch.testing.assert_close(nemo.RNNTLoss(6, reduction)(*call), expected)
+
+
+def test_nemos_tdt():
+    call, durations = problem(), [0, 1, 2]
+    steps = torch.randn(3, 9, 5, 3)
+    both = torch.cat((call[0], steps), -1)
+    loss = nemo.RNNTLoss(6, "mean_batch", "tdt", {"durations": durations, "sigma": 0.02})
+    expected = rnnt.tdt_loss(call[0], steps, *call[1:], 6, durations, 0.02, "mean_batch")
+    torch.testing.assert_close(loss(both, *call[1:]), expected)
+    torch.testing.assert_close(transformers.ParakeetForTDTLoss(
+        call[0], steps, *call[1:], 6, durations, 0.02, "mean_batch", other=1), expected)  # fmt: skip
+    plain = nemo.RNNTLoss(6, "sum", "tdt", {"durations": durations, "sigma": 0.02, "omega": 1.1})
+    torch.testing.assert_close(plain(both, *call[1:]), ours(*call).sum())
+    with pytest.raises(ValueError, match="loss_name: expected one of default"):
+        nemo.RNNTLoss(6, loss_name="ctc")
+
+
+def test_warp_rnnt():
+    call = problem(blank=0)
+    losses = ours(*call, blank=0)
+    logprobs = call[0].log_softmax(-1)
+    torch.testing.assert_close(warp_rnnt.rnnt_loss(logprobs, *call[1:]), losses)
+    torch.testing.assert_close(warp_rnnt.rnnt_loss(logprobs, *call[1:], reduction="mean"), losses.mean())
+    averaged = warp_rnnt.rnnt_loss(logprobs, *call[1:], average_frames=True, reduction="sum")
+    torch.testing.assert_close(averaged, (losses / call[2]).sum())
