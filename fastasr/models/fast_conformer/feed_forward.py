@@ -2,9 +2,9 @@
 """Feed-forward block: W2 dropout(SiLU(W1 x + b1)) + b2."""
 
 import torch
-import torch.nn.functional as F
 
 from fastasr.models.common import activations, plumbing
+from fastasr.ops import _dropout
 
 
 class FastConformerFeedForward(torch.nn.Module):
@@ -19,5 +19,6 @@ class FastConformerFeedForward(torch.nn.Module):
 
     def forward(self, hidden_states):
         hidden = activations.activated(self.linear1, self.activation, hidden_states)
-        hidden = F.dropout(hidden, self.activation_dropout, self.training)
+        if self.training and self.activation_dropout > 0.0:
+            hidden = _dropout.dropout(hidden, self.activation_dropout)
         return plumbing.linear(self.linear2, hidden)
