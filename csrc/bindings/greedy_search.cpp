@@ -12,26 +12,28 @@ namespace {
 
 using cpu::GreedyLayout;
 
-// numbers: tokens, durations, joint, embedding, layers, hidden, context, group, activation, norm, format; eps of norm.
-GreedyLayout layout_of(const std::vector<int64_t>& n, double eps) {
-  bool fits = n.size() == 11;
+// numbers: tokens, durations, joint, embedding, layers, hidden, context, group, activation, norm, gate_norm, format;
+// eps of both norms.
+GreedyLayout layout_of(const std::vector<int64_t>& n, const std::vector<double>& eps) {
+  bool fits = n.size() == 12 && eps.size() == 2;
   for (size_t i = 0; fits && i < n.size(); i++) fits = n[i] >= 0 && n[i] < (int64_t{1} << 31);
   fits = fits && n[0] && n[2] && n[3] && n[4] <= cpu::kMostLayers && (n[4] ? n[5] > 0 : n[6] > 0) &&
-         (!n[7] || n[3] % n[7] == 0) && n[8] < cpu::kActivations && n[9] <= 1 && n[10] <= 2;
+         (!n[7] || n[3] % n[7] == 0) && n[8] < cpu::kActivations && n[9] <= 1 && n[10] <= 1 && n[11] <= 2;
   check(fits, "greedy_search", "the numbers describe no transducer");
-  return GreedyLayout(
-      {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9] == 1, eps, static_cast<cpu::WeightFormat>(n[10])});
+  return GreedyLayout({n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9] == 1, n[10] == 1, eps[0], eps[1],
+                       static_cast<cpu::WeightFormat>(n[11])});
 }
 
 // lstm: w_ih, w_hh and both biases of each layer; linear: weight and bias of the predictor's linear layer and of the
-// head; vectors: those of the convolution, if any, then weight and bias of the norm, if any.
-Tensor greedy_pack(std::vector<int64_t> numbers, double eps, std::vector<Tensor> lstm, std::vector<Tensor> linear,
-                   std::vector<Tensor> vectors) {
+// head; vectors: those of the convolution, if any, then weight and bias of the norm, if any, then for each layer those
+// of the gates' norm and of the cells', if any.
+Tensor greedy_pack(std::vector<int64_t> numbers, std::vector<double> eps, std::vector<Tensor> lstm,
+                   std::vector<Tensor> linear, std::vector<Tensor> vectors) {
   const GreedyLayout l = layout_of(numbers, eps);
   const cpu::GreedyShape& s = l.shape;
-  const size_t convolutions = s.group ? 1 : 0;
+  const size_t convolutions = s.group ? 1 : 0, norms = convolutions + (s.norm ? 2 : 0);
   check(static_cast<int64_t>(lstm.size()) == 4 * s.layers && linear.size() == 4 &&
-            vectors.size() == convolutions + (s.norm ? 2 : 0),
+            vectors.size() == norms + (s.gate_norm ? lstm.size() : 0),
         "greedy_pack", "the parameters are not those of the numbers");
   for (size_t i = 0; i < lstm.size(); i++) {
     const int64_t inputs = l.product[i / 4].inputs - s.hidden;
@@ -42,13 +44,19 @@ Tensor greedy_pack(std::vector<int64_t> numbers, double eps, std::vector<Tensor>
     check_floats(linear[i], p.outputs * (i % 2 ? 1 : p.inputs), "a parameter of a linear layer");
   }
   if (s.group) check_floats(vectors[0], s.embedding * s.group * s.context, "the convolution");
-  for (size_t i = convolutions; i < vectors.size(); i++) check_floats(vectors[i], s.joint, "a parameter of the norm");
+  for (size_t i = convolutions; i < norms; i++) check_floats(vectors[i], s.joint, "a parameter of the norm");
+  for (size_t i = norms; i < vectors.size(); i++)
+    check_floats(vectors[i], ((i - norms) % 4 < 2 ? 4 : 1) * s.hidden, "a parameter of the LSTM's norms");
 
   const Tensor packed = on_huge_pages(linear[0], l.bytes / 4);
   auto* const arena = reinterpret_cast<char*>(mutable_data<float>(packed));
   for (int64_t i = 0; i < s.layers; i++) {
     const Tensor* const p = lstm.data() + 4 * i;
     cpu::greedy_pack_lstm(l, i, data<float>(p[0]), data<float>(p[1]), data<float>(p[2]), data<float>(p[3]), arena);
+    if (!s.gate_norm) continue;
+    const Tensor* const v = vectors.data() + norms + 4 * static_cast<size_t>(i);
+    const float* const parameters[4] = {data<float>(v[0]), data<float>(v[1]), data<float>(v[2]), data<float>(v[3])};
+    cpu::greedy_pack_gate_norm(l, i, parameters, arena);
   }
   cpu::greedy_pack_linear(l, false, data<float>(linear[0]), data<float>(linear[1]), arena);
   cpu::greedy_pack_linear(l, true, data<float>(linear[2]), data<float>(linear[3]), arena);
@@ -65,8 +73,8 @@ bool is_integers(const Tensor& t, std::initializer_list<int64_t> sizes) {
 // encoded (batch, frames, joint) with dense channels, lengths (batch,), state (batch, floats) and counters (batch,
 // fields), which are updated; rules: blank, skipped, most_symbols, together, most_steps. Returns tokens, moves and
 // scores (batch, most_steps), of which a sequence has the first steps (batch,), and these; no scores unless asked for.
-std::vector<Tensor> greedy_search(std::vector<int64_t> numbers, double eps, Tensor packed, Tensor embedding,
-                                  Tensor encoded, Tensor lengths, std::vector<int64_t> durations,
+std::vector<Tensor> greedy_search(std::vector<int64_t> numbers, std::vector<double> eps, Tensor packed,
+                                  Tensor embedding, Tensor encoded, Tensor lengths, std::vector<int64_t> durations,
                                   std::vector<int64_t> rules, double penalty, Tensor state, Tensor counters,
                                   bool scored, int64_t threads) {
   const GreedyLayout l = layout_of(numbers, eps);
@@ -126,11 +134,12 @@ std::vector<Tensor> greedy_search(std::vector<int64_t> numbers, double eps, Tens
 
 }  // namespace
 
-FASTASR_OPERATORS({"greedy_pack(int[] numbers, float eps, Tensor[] lstm, Tensor[] linear, Tensor[] vectors) -> Tensor",
-                   TORCH_BOX(&greedy_pack)},
-                  {"greedy_search(int[] numbers, float eps, Tensor packed, Tensor embedding, Tensor encoded, "
-                   "Tensor lengths, int[] durations, int[] rules, float penalty, Tensor state, Tensor counters, "
-                   "bool scored, int threads) -> Tensor[]",
-                   TORCH_BOX(&greedy_search)})
+FASTASR_OPERATORS(
+    {"greedy_pack(int[] numbers, float[] eps, Tensor[] lstm, Tensor[] linear, Tensor[] vectors) -> Tensor",
+     TORCH_BOX(&greedy_pack)},
+    {"greedy_search(int[] numbers, float[] eps, Tensor packed, Tensor embedding, Tensor encoded, "
+     "Tensor lengths, int[] durations, int[] rules, float penalty, Tensor state, Tensor counters, "
+     "bool scored, int threads) -> Tensor[]",
+     TORCH_BOX(&greedy_search)})
 
 }  // namespace fastasr

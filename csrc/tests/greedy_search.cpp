@@ -29,6 +29,8 @@ struct Transducer {
       Buffer<float> w_ih(4 * s.hidden * inputs, 0, random, 0.3), w_hh(4 * s.hidden * s.hidden, 0, random, 0.3);
       Buffer<float> b_ih(4 * s.hidden, 0, random), b_hh(4 * s.hidden, 0, random);
       cpu::greedy_pack_lstm(layout, i, w_ih, w_hh, b_ih, b_hh, bytes);
+      const float* const norm[4] = {w_ih, b_ih, w_hh, b_hh};  // any numbers, as many as it takes
+      if (s.gate_norm) cpu::greedy_pack_gate_norm(layout, i, norm, bytes);
     }
     for (const bool head : {false, true}) {
       const GreedyLayout::Product& p = head ? layout.head() : layout.projector();
@@ -127,9 +129,9 @@ void companions(const GreedyShape& s) {
 TEST_CASE("greedy_search: a sequence depends on nothing but itself") {
   for (const WeightFormat format : {WeightFormat::fp32, WeightFormat::bf16, WeightFormat::int8})
     for (const int64_t durations : {0, 3}) {
-      companions({90, durations, 33, 24, 2, 37, 1, 0, static_cast<int64_t>(2), false, 0, format});
-      companions({20, durations, 9, 8, 1, 5, 1, 0, static_cast<int64_t>(3), true, 1e-3, format});
-      companions({17, durations, 12, 16, 0, 0, 2, 4, static_cast<int64_t>(3), false, 0, format});
+      companions({90, durations, 33, 24, 2, 37, 1, 0, static_cast<int64_t>(2), false, false, 0, 0, format});
+      companions({20, durations, 9, 8, 1, 5, 1, 0, static_cast<int64_t>(3), true, true, 1e-3, 1e-5, format});
+      companions({17, durations, 12, 16, 0, 0, 2, 4, static_cast<int64_t>(3), false, false, 0, 0, format});
     }
 }
 

@@ -42,6 +42,9 @@ class Weights:
     activation: str  # of the joint network: "relu" or "tanh"
     convolution: torch.Tensor | None = None  # (E, E / groups, context)
     norm: tuple | None = None  # weight (J), bias (J), eps
+    # With them LSTM layers normalise gates and cells: of each weight and bias (4 H), then (H)
+    gate_norms: tuple = ()
+    gate_eps: float = 0.0
     context: int = 1
 
     @property
@@ -55,6 +58,7 @@ class Weights:
     def tensors(self):
         every = [t for layer in self.layers for t in layer] + [*self.linear, *self.head, self.embedding]
         every += [] if self.convolution is None else [self.convolution]
+        every += [t for norm in self.gate_norms for t in norm]
         return every + list(self.norm[:2] if self.norm else ())
 
 
@@ -123,9 +127,18 @@ class LabelLooping:
         group = 0 if w.convolution is None else w.convolution.shape[1]
         activation = _activation.NAMES.index(w.activation)
         self._numbers = [len(w.embedding), w.durations, len(w.linear[0]), w.embedding.shape[1], len(w.layers)]
-        self._numbers += [w.hidden, w.context, group, activation, int(w.norm is not None), format]
-        self._eps = float(w.norm[2]) if w.norm else 0.0
+        self._numbers += [
+            w.hidden,
+            w.context,
+            group,
+            activation,
+            int(w.norm is not None),
+            int(bool(w.gate_norms)),
+            format,
+        ]
+        self._eps = [float(w.norm[2]) if w.norm else 0.0, float(w.gate_eps)]
         vectors = ([w.convolution] if group else []) + list(w.norm[:2] if w.norm else ())
+        vectors += [t for norm in w.gate_norms for t in norm]
         with torch.no_grad():
             self._embedding = w.embedding.detach().contiguous()
             parts = [
@@ -234,6 +247,8 @@ def _check_weights(w):
         gates = 4 * w.hidden
         shapes += [(w_ih, (gates, inputs)), (w_hh, (gates, w.hidden)), (b_ih, (gates,)), (b_hh, (gates,))]
         inputs = w.hidden
+    for norm in w.gate_norms:
+        shapes += zip(norm, ((4 * w.hidden,), (4 * w.hidden,), (w.hidden,), (w.hidden,)), strict=True)
     outputs = len(w.head[0])
     shapes += [(w.linear[0], (joint, inputs)), (w.linear[1], (joint,))]
     shapes += [(w.head[0], (outputs, joint)), (w.head[1], (outputs,))]
@@ -245,6 +260,8 @@ def _check_weights(w):
     wrong = [(tuple(t.shape), shape) for t, shape in shapes if tuple(t.shape) != shape]
     if wrong:
         raise ValueError(f"LabelLooping: weights: expected shape {wrong[0][1]}, got {wrong[0][0]}")
+    if len(w.gate_norms) not in (0, len(w.layers)):
+        raise ValueError("LabelLooping: weights: expected norms for each LSTM layer or none")
     if outputs < tokens or (w.layers and (group or w.context != 1)) or (group and channels % group):
         raise ValueError("LabelLooping: weights: head, LSTM layers, convolution and context do not fit")
     if w.context > 1 and not group:
@@ -323,10 +340,20 @@ def predict(w, tokens, state):
     x = x[:, -1]
     for i, (w_ih, w_hh, b_ih, b_hh) in enumerate(w.layers):
         h, c = state[:, 2 * i * w.hidden : 2 * (i + 1) * w.hidden].chunk(2, 1)
-        x, c = torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
+        if w.gate_norms:
+            gates = F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)
+            x, c = _normalized_cell(gates, c, *w.gate_norms[i], w.gate_eps)
+        else:
+            x, c = torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
         new += [x, c]
     g = F.linear(x, *w.linear)
     return torch.cat((*new, F.layer_norm(g, g.shape[-1:], *w.norm) if w.norm else g), 1)
+
+
+def _normalized_cell(gates, c, gate_weight, gate_bias, cell_weight, cell_bias, eps):
+    i, f, v, o = F.layer_norm(gates, gates.shape[1:], gate_weight, gate_bias, eps).chunk(4, 1)
+    c = F.layer_norm(f.sigmoid() * c + i.sigmoid() * v.tanh(), c.shape[1:], cell_weight, cell_bias, eps)
+    return o.sigmoid() * c.tanh(), c
 
 
 def join(w, frames, predictions):

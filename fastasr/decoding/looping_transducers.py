@@ -115,7 +115,7 @@ class Stateless(LoopingTransducer):
 
 
 class EmformerRNNT(LoopingTransducer):
-    """torchaudio's RNN-T, ours or theirs, without LayerNorm in its LSTM layers. Its blank is the last symbol."""
+    """torchaudio's RNN-T, ours or theirs. Its blank is the last symbol."""
 
     def __init__(self, model):
         super().__init__(model)
@@ -127,22 +127,26 @@ class EmformerRNNT(LoopingTransducer):
     def weights(self):
         predictor, joiner = self.parts()
         table = _plain(predictor.embedding, torch.nn.Embedding).weight
-        first, last = (
-            _plain(n, torch.nn.LayerNorm) for n in (predictor.input_layer_norm, predictor.output_layer_norm)
-        )
+        layers, first = tuple(predictor.lstm_layers), _norm(predictor.input_layer_norm)
+        normalised = type(layers[0].g_norm) is torch.nn.LayerNorm
+        kind = torch.nn.LayerNorm if normalised else torch.nn.Identity
+        norms = [(_plain(layer.g_norm, kind), _plain(layer.c_norm, kind)) for layer in layers]
+        eps = {norm.eps for pair in norms for norm in pair} if normalised else {0.0}
+        if len(eps) > 1:
+            raise Unserved("the norms of its LSTM layers differ in eps")
         return Weights(
-            embedding=F.layer_norm(table, table.shape[1:], first.weight, first.bias, first.eps),
-            layers=tuple(map(self._layer, predictor.lstm_layers)),
+            embedding=F.layer_norm(table, table.shape[1:], *first),
+            layers=tuple(map(self._layer, layers)),
             linear=_linear(predictor.linear),
             head=_linear(joiner.linear),
             activation=_activation(joiner.activation),
-            norm=(last.weight, last.bias, last.eps),
+            norm=_norm(predictor.output_layer_norm),
+            gate_norms=tuple((*_norm(g)[:2], *_norm(c)[:2]) for g, c in norms) if normalised else (),
+            gate_eps=eps.pop(),
         )
 
     @staticmethod
     def _layer(layer):
-        if type(layer.g_norm) is not torch.nn.Identity or type(layer.c_norm) is not torch.nn.Identity:
-            raise Unserved("its LSTM layers normalise gates and cells")
         (w_ih, b_ih), (w_hh, b_hh) = _linear(layer.x2g), _linear(layer.p2g)
         return w_ih, w_hh, b_ih, b_hh
 
@@ -260,6 +264,13 @@ def _linear(module):
     """Returns weight and bias."""
     weight, bias = _plain(module, torch.nn.Linear, Linear).weight, module.bias
     return weight, torch.zeros_like(weight[:, 0]) if bias is None else bias
+
+
+def _norm(module):
+    """Returns weight, bias and eps of a LayerNorm."""
+    if _plain(module, torch.nn.LayerNorm).weight is None or module.bias is None:
+        raise Unserved("a LayerNorm lacks weight or bias")
+    return module.weight, module.bias, module.eps
 
 
 def _convolution(module):

@@ -54,6 +54,13 @@ def drawn_problem():
     if random.random() < 0.3:
         joint = sizes["joint"]
         sizes["norm"] = (1 + 0.2 * torch.randn(joint), torch.randn(joint), 1e-3)
+    if sizes.get("layers") and random.random() < 0.4:
+        hidden = sizes["hidden"]
+        sizes["gate_norms"] = tuple(
+            tuple(offset + 0.3 * torch.randn(n * hidden) for offset, n in ((1, 4), (0, 4), (1, 1), (0, 1)))
+            for _ in range(sizes["layers"])
+        )
+        sizes["gate_eps"] = 1e-3
     w = drawn_weights(tokens, len(durations), activation=random.choice(["relu", "tanh"]), **sizes)
     batch, frames = random.randint(1, 9), random.randint(1, 12)
     rules = Rules(
@@ -86,6 +93,17 @@ def by_hand(w, encoded, length, rules, first, least_steps, most_steps):
             ).relu()[None]
         x = x[-1:]
         for i, (w_ih, w_hh, b_ih, b_hh) in enumerate(w.layers):
+            if w.gate_norms:
+                h, c = hidden[i] or (torch.zeros(1, w.hidden), torch.zeros(1, w.hidden))
+                gate_weight, gate_bias, cell_weight, cell_bias = w.gate_norms[i]
+                gates = x @ w_ih.T + b_ih + h @ w_hh.T + b_hh
+                gates = F.layer_norm(gates, gates.shape[1:], gate_weight, gate_bias, w.gate_eps)[0]
+                write, keep, new, read = gates.split(w.hidden)
+                c = torch.sigmoid(keep) * c + torch.sigmoid(write) * torch.tanh(new)
+                c = F.layer_norm(c, c.shape[1:], cell_weight, cell_bias, w.gate_eps)
+                x = torch.sigmoid(read) * torch.tanh(c)
+                hidden[i] = x, c
+                continue
             layer = torch.nn.LSTM(w_ih.shape[1], w_hh.shape[1])
             with torch.no_grad():
                 for parameter, value in zip(layer.parameters(), (w_ih, w_hh, b_ih, b_hh), strict=True):
@@ -303,6 +321,7 @@ def test_weights_that_do_not_fit_are_refused():
         ({"head": (torch.zeros(12, 7), w.head[1])}, r"expected shape \(12, 6\), got \(12, 7\)"),
         ({"activation": "gelu"}, "activation: expected relu or tanh, got 'gelu'"),
         ({"context": 2}, "do not fit"),
+        ({"gate_norms": ((torch.zeros(28),) * 4,)}, r"expected shape \(7,\), got \(28,\)"),
         ({"layers": (), "linear": (torch.zeros(6, 5), w.linear[1]), "context": 2}, "needs a convolution"),
     ):
         with pytest.raises(ValueError, match=message):

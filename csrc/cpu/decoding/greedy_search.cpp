@@ -23,7 +23,8 @@ void pack(const GreedyLayout& l, const GreedyLayout::Product& p, const float* we
 
 GreedyLayout::GreedyLayout(const GreedyShape& s) : shape(s) {
   const int64_t units = (s.hidden + kGateUnits - 1) / kGateUnits * kGateUnits;
-  for (int64_t i = 0; i < s.layers; i++) product[i] = {(i ? s.hidden : s.embedding) + s.hidden, 4 * units, 0, 0, 0};
+  for (int64_t i = 0; i < s.layers; i++)
+    product[i] = {(i ? s.hidden : s.embedding) + s.hidden, s.gate_norm ? 4 * s.hidden : 4 * units, 0, 0, 0};
   product[s.layers] = {s.stateless() ? s.embedding : s.hidden, s.joint, 0, 0, 0};
   product[s.layers + 1] = {s.joint, s.tokens + s.durations, 0, 0, 0};
   int64_t at = 0;
@@ -34,6 +35,7 @@ GreedyLayout::GreedyLayout(const GreedyShape& s) : shape(s) {
   };
   convolution = take(4 * s.embedding * s.group * s.context);
   norm_weight = take(s.norm ? 4 * s.joint : 0), norm_bias = take(s.norm ? 4 * s.joint : 0);
+  for (int64_t i = 0; i < s.layers; i++) gate_norm[i] = take(s.gate_norm ? 4 * 10 * s.hidden : 0);
   for (int64_t i = 0; i < s.products(); i++) {
     Product& p = product[i];
     p.bias = take(4 * stride(p));
@@ -53,7 +55,9 @@ void greedy_pack_lstm(const GreedyLayout& l, int64_t layer, const float* w_ih, c
   for (int64_t unit = 0; unit < hidden; unit++)
     for (int64_t gate = 0; gate < 4; gate++) {
       const int64_t from = gate * hidden + unit;
-      const int64_t to = unit / kGateUnits * kPanelColumns + gate * kGateUnits + unit % kGateUnits;
+      // A panel has all gates of its units, unless a norm must have seen them all.
+      const int64_t apart = unit / kGateUnits * kPanelColumns + gate * kGateUnits + unit % kGateUnits;
+      const int64_t to = l.shape.gate_norm ? from : apart;
       float* const row = weight.data() + to * p.inputs;
       std::copy_n(w_ih + from * inputs, inputs, row);
       std::copy_n(w_hh + from * hidden, hidden, row + inputs);
@@ -74,6 +78,11 @@ void greedy_pack_vectors(const GreedyLayout& l, const float* convolution, const 
   if (!s.norm) return;
   std::copy_n(norm_weight, s.joint, floats(arena, l.norm_weight));
   std::copy_n(norm_bias, s.joint, floats(arena, l.norm_bias));
+}
+
+void greedy_pack_gate_norm(const GreedyLayout& l, int64_t layer, const float* const parameters[4], char* arena) {
+  float* to = floats(arena, l.gate_norm[layer]);
+  for (int i = 0; i < 4; i++) to = std::copy_n(parameters[i], (i < 2 ? 4 : 1) * l.shape.hidden, to);
 }
 
 }  // namespace fastasr::cpu

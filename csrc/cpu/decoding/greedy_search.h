@@ -30,7 +30,8 @@ struct GreedyShape {
   int64_t context, group;     // without state: tokens it sees, and the convolution's inputs per group (0: none)
   int64_t activation;         // of the joint network, see activation.h
   bool norm;                  // whether a LayerNorm follows the predictor's linear layer
-  double eps;                 // of this LayerNorm
+  bool gate_norm;             // whether LSTM layers normalise gates and cells, as layer_norm_lstm.h
+  double eps, gate_eps;       // of these norms
   WeightFormat format;
 
   FASTASR_MEMBER bool stateless() const { return layers == 0; }
@@ -48,6 +49,7 @@ struct GreedyLayout {
     int64_t weight, scale, bias;  // bytes into the arena
   } product[kMostLayers + 2];
   int64_t convolution, norm_weight, norm_bias;  // bytes into the arena
+  int64_t gate_norm[kMostLayers];               // the same: weight and bias of the gates' norm, then of the cells'
   int64_t bytes;
   int64_t state_floats;    // of a sequence: h and c of each layer, g
   int64_t counter_fields;  // of a sequence, see GreedyCounter; the tokens follow
@@ -71,6 +73,9 @@ void greedy_pack_linear(const GreedyLayout& layout, bool head, const float* weig
 // convolution (embedding, group, context); both parameters of the norm.
 void greedy_pack_vectors(const GreedyLayout& layout, const float* convolution, const float* norm_weight,
                          const float* norm_bias, char* arena);
+
+// gate_weight, gate_bias (4 hidden), cell_weight, cell_bias (hidden).
+void greedy_pack_gate_norm(const GreedyLayout& layout, int64_t layer, const float* const parameters[4], char* arena);
 
 struct GreedyBatch {
   const GreedyLayout& layout;

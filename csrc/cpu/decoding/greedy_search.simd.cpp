@@ -170,7 +170,7 @@ class Search {
     for (int64_t i = 0; i < count; i++) {
       const float* const y = room_.y + i * l_.stride(p);
       std::memcpy(prediction(rows[i]), y, static_cast<size_t>(s_.joint) * 4);
-      if (s_.norm) normalize(prediction(rows[i]));
+      if (s_.norm) normalize(prediction(rows[i]), s_.joint, vector(l_.norm_weight), vector(l_.norm_bias), s_.eps);
     }
   }
 
@@ -203,6 +203,7 @@ class Search {
     const int64_t inputs = p.inputs - s_.hidden, at = 2 * layer * s_.hidden;
     for (int64_t i = 0; i < count; i++)
       std::memcpy(x + i * room_.x_stride + inputs, state(rows[i]) + at, static_cast<size_t>(s_.hidden) * 4);
+    if (s_.gate_norm) return normalized_lstm(layer, rows, count, x, next);
     split_panels(p, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; panel++) {
         panels(p, x, count, panel, panel + 1);
@@ -217,11 +218,33 @@ class Search {
     return next;
   }
 
-  void normalize(float* __restrict x) const {
-    const float* __restrict weight = vector(l_.norm_weight), * __restrict bias = vector(l_.norm_bias);
-    const float scale = centre(x, s_.joint, s_.eps).scale;
+  // Does the same for layers that normalise gates and cells.
+  float* normalized_lstm(int64_t layer, const int64_t* rows, int64_t count, const float* x, float* next) const {
+    const GreedyLayout::Product& p = l_.product[layer];
+    const int64_t hidden = s_.hidden, at = 2 * layer * hidden;
+    const float *const gate_weight = vector(l_.gate_norm[layer]), *const gate_bias = gate_weight + 4 * hidden,
+                       *const cell_weight = gate_bias + 4 * hidden, *const cell_bias = cell_weight + hidden;
+    split_panels(p, [&](int64_t begin, int64_t end) { panels(p, x, count, begin, end); });
+    for (int64_t i = 0; i < count; i++) {
+      float* __restrict gates = room_.y + i * l_.stride(p);
+      float* __restrict h = state(rows[i]) + at, * __restrict c = h + hidden;
+      normalize(gates, 4 * hidden, gate_weight, gate_bias, s_.gate_eps);
 #pragma omp simd
-    for (int64_t i = 0; i < s_.joint; i++) x[i] = x[i] * scale * weight[i] + bias[i];
+      for (int64_t j = 0; j < hidden; j++)
+        c[j] = sigmoid(gates[hidden + j]) * c[j] + sigmoid(gates[j]) * tanh(gates[2 * hidden + j]);
+      normalize(c, hidden, cell_weight, cell_bias, s_.gate_eps);
+#pragma omp simd
+      for (int64_t j = 0; j < hidden; j++) h[j] = sigmoid(gates[3 * hidden + j]) * tanh(c[j]);
+      std::memcpy(next + i * room_.x_stride, h, static_cast<size_t>(hidden) * 4);
+    }
+    return next;
+  }
+
+  static void normalize(float* __restrict x, int64_t n, const float* __restrict weight, const float* __restrict bias,
+                        double eps) {
+    const float scale = centre(x, n, eps).scale;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) x[i] = x[i] * scale * weight[i] + bias[i];
   }
 
   // How many frames of a sequence a product serves at once: reading the weights takes as long as multiplying them with
