@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import multiprocessing
+import os
 import random
 import tempfile
 import time
@@ -189,6 +190,9 @@ def plot(results: dict[str, dict], path: Path) -> None:
     for axes in (losses, apart):
         plain(axes)
         axes.set_xlabel("step", fontsize=8)
+    loads = ", ".join(f"{found['load']:.1f}" for found in results.values())
+    text = f"load of the machine before each run: {loads} on {os.cpu_count()} processors"
+    picture.suptitle(text, fontsize=8, x=0.01, ha="left")  # times of a busy machine say little
     path.write_bytes(png(picture))
 
 
@@ -220,8 +224,10 @@ def main() -> None:
         task = Characters([each.text for each in training + held_out])
     results = {}
     for name in options.runs:
+        load = os.getloadavg()[0]
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             results[name] = found = process.submit(train, name, task, training, held_out, options).result()
+        found["load"] = load
         print(
             f"{name}: loss {found['losses'][0]:.4f} to {found['losses'][-1]:.4f}, {found['seconds']:.1f} s, "
             f"{found['peak_bytes'] / 2**20:.0f} MiB, {found['characters_wrong']:.1%} of characters wrong"

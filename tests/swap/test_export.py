@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 import torch
-from steps import close
+from steps import close, moved
+from tiny_parakeet import SIZES
 from tiny_zipformer import plain_swoosh
 
 import fastasr
@@ -130,3 +131,42 @@ def test_scripted_submodules_are_declined(head, x):
     assert not report.replaced
     assert report["0"].reason == "compiled by TorchScript"
     close(scripted[0](x), head(x))
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, features, mask):
+        return self.model(input_features=features, attention_mask=mask).logits
+
+
+def test_a_parakeet_to_onnx(tmp_path):
+    """The encoder with its CTC head, for any batch and any length, from a swapped model."""
+    transformers = pytest.importorskip("transformers")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    encoder = transformers.ParakeetEncoderConfig(**SIZES)
+    torch.manual_seed(0)
+    config = transformers.ParakeetCTCConfig(vocab_size=11, pad_token_id=10, encoder_config=encoder)
+    model = moved(transformers.ParakeetForCTC(config), 0.03).eval()
+    fastasr.accelerate(model)
+
+    def inputs(*lengths):
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        return torch.randn(*mask.shape, SIZES["num_mel_bins"]), mask
+
+    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("frames", min=16)}
+    with fastasr.eager_mode(model), torch.no_grad():
+        program = torch.onnx.export(
+            Logits(model), inputs(80, 50), dynamic_shapes=(free, free), dynamo=True, verbose=False
+        )
+    program.save(tmp_path / "parakeet.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "parakeet.onnx")
+    names = [each.name for each in session.get_inputs()]
+    for lengths in ((80, 50), (133,)):
+        given = inputs(*lengths)
+        found = session.run(None, {n: x.numpy() for n, x in zip(names, given, strict=True)})[0]
+        with torch.no_grad():
+            close(torch.from_numpy(found), Logits(model)(*given), 1e-4)
