@@ -34,7 +34,10 @@ REGISTRIES = {
 }
 RULES = ROOT / "fastasr/swap/rules"
 # In these no model of upstream's is made that could be swapped.
-WITHOUT_UPSTREAM = ("fastasr/swap", "fastasr/models", "fastasr/ops", "fastasr/testing", "kernels")
+WITHOUT_UPSTREAM = (
+    *(f"fastasr/{name}" for name in ("__init__.py", "swap", "models", "ops", "testing", "rnnt", "decoding")),
+    *("fastasr/streaming", "fastasr/export", "kernels", "tests/conftest.py"),
+)
 ENGINE = ("fastasr/ops", "fastasr/testing")  # have the registries, or get from them what they are asked for
 
 
@@ -262,44 +265,42 @@ def needs(path: Path, test: str = "") -> frozenset[Path]:
     return frozenset(_native(path) - {path} if path.is_relative_to(ROOT / "csrc") else ())
 
 
-def _framework(path: Path) -> str:
-    """Returns the framework that a file of fastasr/swap/rules is for; "" for any other file."""
-    if not path.is_relative_to(RULES):
-        return ""
-    return path.relative_to(RULES).parts[0].removesuffix(".py").strip("_").partition("_")[0]
+@cache
+def _subjects(path: Path) -> frozenset[str]:
+    """Returns framework and family, of which a file of fastasr/swap/rules has its name; nothing for the rules of torch,
+    and for any other file."""
+    name = path.relative_to(RULES).parts[0].removesuffix(".py") if path.is_relative_to(RULES) else ""
+    return frozenset(name.split("_")) - {"", "init", "torch", "pycache"}
 
 
 @cache
-def frameworks(path: Path, test: str = "") -> frozenset[str]:
-    """Returns the frameworks that a Python file mentions."""
+def subjects(path: Path, test: str = "") -> frozenset[str]:
+    """Returns which of the words that rules are named after a Python file has."""
     if path.suffix != ".py" or any(path.is_relative_to(ROOT / name) for name in WITHOUT_UPSTREAM):
         return frozenset()
-    known = {_framework(rule) for rule in RULES.iterdir()} - {""}
+    known = frozenset().union(*map(_subjects, RULES.iterdir()))
     return frozenset(name for name in known if any(name in word.lower() for word in words(path, test)))
 
 
-def closure(*paths: Path, without: Path | None = None, test: str = "") -> set[Path]:
-    """Returns these files and all that they need, but those below the folder ``without`` and what only they need. With
+def closure(*paths: Path, without: tuple[Path, ...] = (), test: str = "") -> set[Path]:
+    """Returns these files and all that they need, but those below the folders ``without`` and what only they need. With
     ``test`` the first file is needed for the tests of this name alone.
 
     Every swap goes through all rules, but a rule binds its forwards to modules of its framework alone: what it needs is
-    needed here if a file that may have such a module mentions the framework.
+    needed here if the files mention framework and family, as one that may have such a module does.
     """
-    found, left, waiting = set(), list(paths), defaultdict(set)
-    mentioned = {"", "init", "torch", *map(_framework, paths)}
+    found, left, waiting = set(), list(paths), set()
+    mentioned = set().union(*map(_subjects, paths))
     while left:
         path = left.pop()
-        if path in found or (without and path.is_relative_to(without)):
+        if path in found or any(map(path.is_relative_to, without)):
             continue
         found.add(path)
-        name, mine = _framework(path), test if path == paths[0] else ""
-        if name in mentioned:
-            left += needs(path, mine)
-        else:
-            waiting[name].add(path)
-        for name in frameworks(path, mine) - mentioned:
-            mentioned.add(name)
-            left += (p for rule in waiting.pop(name, ()) for p in needs(rule))
+        waiting.add(path)
+        mentioned |= subjects(path, test if path == paths[0] else "")
+        ready = {p for p in waiting if _subjects(p) <= mentioned}
+        waiting -= ready
+        left += (n for p in ready for n in needs(p, test if p == paths[0] else ""))
     return found
 
 

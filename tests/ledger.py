@@ -3,9 +3,10 @@
 
 A test's key is the hash of its name, of every file that it needs (scripts/sources.py), of the installed packages, the
 processor and the settings. A file of tests that starts processes or reads files needs the whole tree, unless it says
-``pytestmark = pytest.mark.needs("docs", ...)``; tests marked ``inner`` or ``always`` are never skipped. A file of which
-every test has passed with what it needs is not even imported. Of what would be skipped a tenth runs all the same, drawn
-by the run's seed (of tests of more than half a second fewer): a third of such files, and in them three tenths.
+``pytestmark = pytest.mark.needs("docs", "examples/*.py")``: what a folder holds, or files with all that they need
+themselves. Tests marked ``inner`` or ``always`` are never skipped. A file of which every test has passed with what it
+needs is not even imported. Of what would be skipped a tenth runs all the same (of tests of more than half a second
+fewer), drawn by the run's seed: a third of such files, and in them three tenths.
 
 FASTASR_LEDGER   the file of passed tests; without it nothing is skipped or kept
 CI_FULL=1        skips nothing
@@ -33,6 +34,7 @@ BUILD = ("CMakeLists.txt", "setup.py", "pyproject.toml")  # every test needs the
 OF_A_RUN = ("FASTASR_LEDGER", "FASTASR_CACHE", "FASTASR_GEMM")
 LOOKS_ELSEWHERE = {"subprocess", "__file__", "ROOT"}
 KERNELS = ROOT / "kernels"
+NATIVE = (ROOT / "csrc/cpu", ROOT / "csrc/bindings")
 INTERPRETER = "tests/kernels/interpreter"  # how kernels are interpreted
 
 
@@ -62,15 +64,22 @@ def tree(*names: str) -> frozenset[Path]:
 
 
 @cache
-def files(path: Path, test: str, ops: tuple[str, ...], folders: tuple[str, ...]) -> frozenset[Path]:
-    """Returns what the tests of a name need, or those of a file, for ``ops``."""
+def files(path: Path, test: str, ops: tuple[str, ...], names: tuple[str, ...]) -> frozenset[Path]:
+    """Returns what the tests of a name need, or those of a file, for ``ops``. ``names`` are folders, or files that are
+    needed with all that they need."""
     ours = [
         f for op in ops for f in (sources.ops()[op], ROOT / f"fastasr/testing/samples/{op}.py") if f.exists()
     ]
-    # Triton's kernels run where they are interpreted or imported, and nowhere else.
+    # Triton's kernels run where they are interpreted or imported, and nowhere else. There the native library is not
+    # tested: it may even be missing. Tests of the packages load it, and the other tests see what it computes.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     triton = interpreted or "kernels" in sources.words(path) | {*path.parts}
-    found = sources.closure(path, *ours, without=None if triton else KERNELS, test=test)
+    native = not interpreted and path.parent.name not in ("kernels", "packaging")
+    others = (*([] if triton else [KERNELS]), *([] if native else NATIVE))
+    found = sources.closure(path, *ours, without=others, test=test)
+    named = [p for name in names for p in ROOT.glob(name) if p.is_file()]
+    found |= sources.closure(*named, without=() if triton else (KERNELS,))
+    folders = [name for name in names if (ROOT / name).is_dir()]
     return frozenset(found | tree(*BUILD, *folders, *([INTERPRETER] if interpreted else [])))
 
 
@@ -92,7 +101,7 @@ def key(item: pytest.Item) -> str:
 @cache
 def looks_elsewhere(path: Path) -> bool:
     """Says whether a file of tests, or a file beside it that it uses, starts processes or reads files."""
-    beside = (p for p in sources.closure(path, without=ROOT / "fastasr") if p.parent == path.parent)
+    beside = (p for p in sources.closure(path, without=(ROOT / "fastasr",)) if p.parent == path.parent)
     return any(LOOKS_ELSEWHERE & sources.words(p) for p in beside)
 
 
@@ -103,17 +112,19 @@ def test(item: pytest.Item) -> str:
 
 
 def ops_of(item: pytest.Item) -> tuple[str, ...]:
-    """Returns the ops that a test is for: of a file that goes through all of them, those that the test's name has."""
+    """Returns the ops that a test is for: of a file that goes through all of them, those that the test's name has, or
+    those of the file that it is named after."""
     if not sources.goes_through_ops(item.path, test(item)):
         return ()
     named = sources.ops().keys() & set(re.findall(r"\w+", item.name.partition("[")[2]))
-    return tuple(sorted(named or sources.ops()))
+    declared = sources.ops().get(item.path.stem.removeprefix("test_"))
+    return tuple(sorted(named or {n for n, p in sources.ops().items() if declared in (p, None)}))
 
 
 def needed(item: pytest.Item) -> frozenset[Path]:
     marked = item.get_closest_marker("needs")
-    folders = marked.args if marked else TREE if looks_elsewhere(item.path) else ()
-    return files(item.path, test(item), ops_of(item), folders)
+    names = marked.args if marked else TREE if looks_elsewhere(item.path) else ()
+    return files(item.path, test(item), ops_of(item), names)
 
 
 def concerns(item: pytest.Item, op: str) -> bool:

@@ -15,7 +15,7 @@ from fastasr.benchmarks.studies import curves
 sys.path.insert(0, str(Path(__file__).parent))
 import synthetic
 
-pytestmark = pytest.mark.needs("benchmarks", "fastasr", "csrc/cpu", "csrc/bindings")
+pytestmark = pytest.mark.needs("benchmarks", "fastasr")
 
 PNG = b"\x89PNG\r\n"
 

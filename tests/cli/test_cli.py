@@ -16,7 +16,7 @@ from fastasr.cli import env
 from fastasr.cli.app import app
 from fastasr.ops import _dispatch
 
-pytestmark = pytest.mark.needs("benchmarks", "fastasr", "csrc/cpu", "csrc/bindings")
+pytestmark = pytest.mark.needs("benchmarks", "fastasr", "examples")
 
 HERE = Path(__file__).parent
 

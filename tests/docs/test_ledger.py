@@ -38,8 +38,10 @@ FILES = {
     "tests/unit/test_first.py": TEST.format(name="first"),
     "tests/unit/test_second.py": TEST.format(name="second") + "\ndef test_other(): pass\n",
     "tests/unit/test_pages.py": "def test_pages():\n    assert __file__\n",
+    "tests/unit/test_marked.py": "import pytest\n\npytestmark = pytest.mark.needs('fastasr/ops/s*.py')\n\n"
+    "def test_marked():\n    assert __file__\n",
 }
-ALL = {"first", "second", "other", "pages"}
+ALL = {"first", "second", "other", "pages", "marked"}
 
 
 def nothing_drawn() -> str:
@@ -94,6 +96,8 @@ def test_what_has_passed_is_skipped_until_what_it_needs_changes(session):
     (session.folder / "docs/page.md").write_text("")
     first.write_text(before)
     assert session() == set()  # as it was when all passed
+    (session.folder / "fastasr/ops/second.py").write_text(OP.format(name="second") + "# a comment\n")
+    assert session() == {"second", "other", "pages", "marked"}
     (session.folder / "setup.py").write_text("")
     assert session() == ALL  # every test needs how the library is built
     assert session(FASTASR_SIMD="portable") == ALL

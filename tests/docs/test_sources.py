@@ -13,11 +13,13 @@ pytestmark = pytest.mark.needs("fastasr", "kernels", "benchmarks", "csrc", "scri
 
 BYPASS, LINEAR, SWAP = "fastasr/ops/bypass.py", "fastasr/ops/linear.py", "fastasr/swap/engine.py"
 MEGA, EMFORMER = "fastasr/models/mega/decoder.py", "fastasr/models/emformer/layer.py"
+CONFORMER = "csrc/cpu/attention/rel_attention.cpp"
 NEEDED_BY = {  # what a Python file needs, and what it does not need
     "import fastasr\nx.bypass(fastasr.backend)": ("fastasr/ops/_dispatch.py", BYPASS),
     "import fastasr\nfastasr.accelerate(espnet)": (SWAP, EMFORMER),
     "import fastasr\ngetattr(fastasr, 'restore')": (SWAP, BYPASS),
     "from fastasr import verify\nimport espnet2.asr": (MEGA, EMFORMER),
+    "import fastasr\nfastasr.accelerate(torchaudio.models.Conformer)": (CONFORMER, EMFORMER),
     "import fastasr as f\nf.models.mega.MEGA": (MEGA, SWAP),
     "place = 'fastasr.models.mega'": (MEGA, SWAP),
     "from fastasr import ops as o\no.bypass.op": (BYPASS, LINEAR),

@@ -11,7 +11,7 @@ import fastasr
 from fastasr import ops
 from fastasr.ops import _dispatch
 
-pytestmark = pytest.mark.needs("csrc", "tests/kernels")
+pytestmark = pytest.mark.needs("csrc/cuda", "csrc/bindings/ema_scan_cuda.cpp", "tests/kernels")
 
 CUDA = torch._C.DispatchKey.CUDA
 

@@ -10,7 +10,7 @@ from tests.kernels import cuda_emulated
 
 pytestmark = [
     pytest.mark.skipif(cuda_emulated.compiler() is None, reason="there is no C++ compiler"),
-    pytest.mark.needs("csrc", "tests/kernels"),
+    pytest.mark.needs("csrc/cuda", "csrc/cuda/ema_scan.cu", "tests/kernels"),
 ]
 
 

@@ -9,6 +9,8 @@ import torch
 from fastasr.recipe.eden import eden
 from fastasr.recipe.scaled_adam import ScaledAdam
 
+pytestmark = pytest.mark.needs("tests/recipe", "fastasr", "examples", "examples/*.py")
+
 
 @pytest.fixture(scope="module")
 def upstream():

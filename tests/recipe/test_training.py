@@ -13,6 +13,8 @@ from tiny_runs import TINY, losses, process, same_checkpoints, trainer
 
 from fastasr.recipe import checkpoints, recogniser, sizes, training
 
+pytestmark = pytest.mark.needs("tests/recipe", "fastasr", "examples", "examples/*.py")
+
 
 def test_a_run_writes_what_it_says(trained):
     simple = losses(trained, "simple")  # the pruned loss counts more and more at first

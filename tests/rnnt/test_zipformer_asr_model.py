@@ -16,7 +16,7 @@ from zipformer.modules import model as upstream
 import fastasr
 from fastasr.compat import k2
 
-pytestmark = pytest.mark.needs("tests/rnnt", "fastasr", "csrc/cpu", "csrc/bindings")
+pytestmark = pytest.mark.needs("tests/rnnt", "fastasr")
 
 
 @pytest.fixture(scope="module")

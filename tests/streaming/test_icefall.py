@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.needs("fastasr", "csrc/cpu", "csrc/bindings")
+pytestmark = pytest.mark.needs("fastasr", "tests/streaming/icefall_chunks.py")
 
 ICEFALL = os.environ.get("FASTASR_ICEFALL")
 
