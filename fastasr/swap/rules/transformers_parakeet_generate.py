@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for ``generate`` of transformers' ParakeetForRNNT and ParakeetForTDT (transformers/models/parakeet): plain
-greedy search of float32 models on the CPU runs as one native call after the encoder.
+"""Rules for ``generate`` and the loss of transformers' ParakeetForRNNT and ParakeetForTDT
+(transformers/models/parakeet): plain greedy search of float32 models on the CPU runs as one native call after the
+encoder, and a forward with labels computes the loss without logits.
 
 ``sequences`` and ``durations`` are upstream's, with what is peculiar to them: TDT moves by the index of the duration
 and has no limit of labels per frame, ended sequences go on until all have ended, and the length limit counts blanks.
@@ -13,6 +14,7 @@ from fastasr.decoding.label_looping import TOKENS, Rules
 from fastasr.decoding.looping_transducers import Parakeet, Unserved, forget
 from fastasr.models.common.inference import any_hooked
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child, upstream_class
+from fastasr.swap.rules.transformers_parakeet_loss import serves, shared, with_loss
 
 _TRANSFORMERS = Known("transformers 5.23")
 # arguments of generate that reach upstream's loop alone
@@ -32,7 +34,11 @@ def forward(
     labels=None,
     **kwargs,
 ):
-    """Calls upstream's forward. Upstream's generate looks at these names."""
+    """Computes the loss without logits, or calls upstream's forward. Upstream's generate looks at these names."""
+    if serves(self, encoder_outputs, labels, decoder_cache, use_decoder_cache, kwargs):
+        return with_loss(
+            self, input_features, attention_mask, decoder_input_ids, encoder_outputs, labels, **kwargs
+        )
     given = input_features, attention_mask, decoder_input_ids, decoder_cache, use_decoder_cache
     return upstream_class(self).forward(self, *given, encoder_outputs, labels, **kwargs)
 
@@ -121,12 +127,15 @@ RULES = tuple(
         forward=forward,
         methods=(("generate", generate),),
         compared=("generate",),
+        kernels=("tdt_joiner", "tdt_lattice") if kind == "TDT" else ("rnnt_joiner", "rnnt_lattice"),
+        shared=shared,
         structure=_structure,
         functions=_functions,
         known={value: _TRANSFORMERS},
         shallow=True,
         release=lambda module: forget(Parakeet(module)),
-        note="generate runs natively for plain greedy search in float32 on the CPU",
+        note="generate runs natively for plain greedy search in float32 on the CPU; with labels the loss is computed "
+        "without logits, which are None in the output",
     )
     for kind, value in (("RNNT", "5cbdcdf3b4a18e32c6bd0336"), ("TDT", "f54efa3174e660a462db4b4b"))
 )

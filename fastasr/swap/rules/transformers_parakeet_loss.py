@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss of transformers' ParakeetForRNNT and ParakeetForTDT, without the joint's logits."""
+
+import sys
+
+import torch
+
+from fastasr.models.common.inference import any_hooked
+from fastasr.rnnt import joiner_loss, lengths, tdt_joiner_loss
+from fastasr.swap.rule import upstream_class
+
+
+def with_loss(model, features, mask, decoder_input_ids, encoder_outputs, labels, **kwargs):
+    """Returns what upstream's forward returns for labels, with None for ``logits``."""
+    config, head = model.config, model.joint.head
+    if encoder_outputs is None:
+        encoder_outputs = model.get_audio_features(input_features=features, attention_mask=mask, **kwargs)
+    contexts = model.decoder(decoder_input_ids, cache=None)
+    ends = encoder_outputs.attention_mask.sum(-1)
+    labels, ends = labels.to(contexts.device), ends.to(contexts.device)
+    call = encoder_outputs.pooler_output, contexts, head.weight, head.bias, labels
+    if hasattr(config, "durations"):
+        symbols = (labels != config.pad_token_id).sum(-1)
+        options = kwargs.get("sigma", 0.0), kwargs.get("reduction", "mean"), config.hidden_act
+        loss = tdt_joiner_loss(*call, ends, symbols, config.blank_token_id, config.durations, *options)
+    else:
+        symbols = (labels != config.blank_token_id).sum(-1)
+        limits = lengths.boundary(
+            "rnnt.joiner_loss", ends, symbols, *call[0].shape[:2], labels.shape[1], contexts
+        )
+        options = {"reduction": "none", "activation": config.hidden_act}
+        losses = joiner_loss(*call, config.blank_token_id, limits, **options)
+        loss = lengths.reduced("rnnt.joiner_loss", losses, symbols, kwargs.get("reduction", "mean_volume"))
+    kept = "last_hidden_state", "pooler_output", "hidden_states", "attentions"
+    output = sys.modules[upstream_class(model).__module__].ParakeetRNNTOutput
+    return output(loss=loss, **{name: getattr(encoder_outputs, name) for name in kept})
+
+
+def serves(model, encoder_outputs, labels, decoder_cache, use_decoder_cache, kwargs) -> bool:
+    """Says whether ``with_loss`` gives what upstream's forward gives for these arguments, but for the logits."""
+    if labels is None or labels.dim() != 2 or labels.shape[1] == 0 or decoder_cache is not None:
+        return False
+    head, loss = model.joint.head, model.loss_function
+    return (
+        not use_decoder_cache
+        and not isinstance(encoder_outputs, tuple | list)
+        and kwargs.get("return_dict", model.config.return_dict) is not False
+        and loss.__name__ in ("ParakeetForRNNTLoss", "ParakeetForTDTLoss")
+        and loss.__module__.startswith("transformers.loss.")
+        and model.config.hidden_act in ("relu", "tanh")
+        and type(head) is torch.nn.Linear
+        and not any_hooked([model.joint])
+    )
+
+
+def shared(result):
+    """Returns the part of upstream's output that a forward with labels returns too: all but the logits."""
+    if getattr(result, "loss", None) is None:
+        return result
+    return {name: value for name, value in result.items() if name != "logits"}
