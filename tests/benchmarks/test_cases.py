@@ -321,6 +321,16 @@ def test_both_losses_of_a_pruned_transducer_are_one_number():
     torch.testing.assert_close(problem.fused(False, True), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_loss_of_a_transducer_with_durations():
+    pytest.importorskip("transformers")
+    from fastasr.benchmarks.models import tdt_loss
+
+    (unit,) = tdt_loss.measure(cases=tdt_loss.TINY, settings=QUICK, reps=2)
+    assert [row.implementation for row in unit] == ["upstream", "fastasr"]
+    problem = tdt_loss.Problem(*tdt_loss.TINY[0])
+    torch.testing.assert_close(problem.fused(), problem.upstream(), rtol=1e-5, atol=1e-5)
+
+
 def test_a_convolution_in_groups_counts_its_own_products():
     from fastasr.benchmarks.models.unit import product_flops
 
