@@ -7,7 +7,7 @@ from fastasr.models import conformer as models
 from fastasr.models.fast_conformer.attention import release
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child
 
-_NEMO = Known("nemo_toolkit 3.0.0")
+_NEMO = Known("nemo_toolkit 2.5 to 3.0")
 _CAUSAL_CONVOLUTION = {"46714ff84a8e88178d848c5c"}
 _MASKED_CONVOLUTIONS = {"d97ea33fee420de6fe5562f1"}
 _LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "linear_pos")
