@@ -233,7 +233,9 @@ def main() -> None:
             f"{found['peak_bytes'] / 2**20:.0f} MiB, {found['characters_wrong']:.1%} of characters wrong"
         )
     if options.report:
-        settings = {key: str(value) for key, value in vars(options).items() if key not in ("report", "plot")}
+        settings = {
+            key: str(value) for key, value in vars(options).items() if key not in ("cache", "report", "plot")
+        }
         options.report.write_text(json.dumps({"runs": results, "settings": settings, **stamp()}) + "\n")
     if options.plot:
         plot(results, options.plot)
