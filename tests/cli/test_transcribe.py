@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from fastasr.audio import recordings
 from fastasr.audio.captions import Timed, lines, srt, words
 from fastasr.cli.app import app
+from fastasr.decoding.label_looping import LabelLooping
 
 transformers = pytest.importorskip("transformers")
 PIECES = ["<pad>", " th", "e", " cat", "s", " sat", "."]
@@ -105,6 +106,22 @@ def test_text_and_times_are_upstreams(kind, folder, recording, tmp_path):
     assert (written / "speech.txt").read_text() == ours["text"] + "\n"
     assert json.loads((written / "speech.json").read_text()) == ours
     assert (written / "speech.srt").read_text().startswith("1\n00:00:0")
+
+
+@pytest.mark.parametrize("kind", ["ParakeetForRNNT", "ParakeetForTDT"])
+def test_greedy_search_is_one_native_call(kind, folder, recording, monkeypatch):
+    searched, search = [], LabelLooping.search
+
+    def counted(self, *arguments):
+        searched.append(self.reason)
+        return search(self, *arguments)
+
+    monkeypatch.setattr(LabelLooping, "search", counted)
+    place, path = folder(kind), recording()
+    assert call(place, path).exit_code == 0
+    assert searched == [""]
+    assert call(place, path, "--no-swap").exit_code == 0
+    assert len(searched) == 1
 
 
 def test_ctc_is_collapsed(folder, recording):
