@@ -42,20 +42,60 @@ from fastasr.kernels.zipformer_attention import PIECE_BYTES, slopes_of
 from fastasr.kernels.zipformer_attention_weights import PARTS, _bytes, _mask_batch, add_parts_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = ["frames", "batch", "blocks", "heads", "threshold"]
+SIZES = ["frames", "keys", "chunk", "left", "right", "batch", "blocks", "heads", "threshold"]
 UNALIGNED = ["PADDING", "MASK", "SEED"]
+
+
+# --------------------------------------------------------------------------- what a query sees
+# sizes: (frames, keys, chunk, left, right); negative: all of that side. Without WINDOW nothing reads the last three.
+@triton.jit
+def _context(i, sizes):
+    """Returns [first, end) of the keys in the context of queries i; those behind the last one have its context."""
+    frames, keys, chunk, left, right = sizes
+    start = (tl.minimum(i, frames - 1) + (keys - frames)) // chunk * chunk
+    first = tl.where(left < 0, 0, tl.maximum(start - left, 0))
+    return first, tl.where(right < 0, keys, tl.minimum(start + chunk + right, keys))
+
+
+@triton.jit
+def _keys_seen(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+    """Returns [begin, end) of the keys in the context of any of the queries [first, last]; begin is a multiple of
+    BLOCK.
+    """
+    begin, end = 0, sizes[1]
+    if WINDOW:
+        begin, _ = _context(first, sizes)
+        begin = begin // BLOCK * BLOCK
+        _, end = _context(last, sizes)
+    return begin, end
+
+
+@triton.jit
+def _queries_seeing(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+    """Returns [begin, end) of the queries with any of the keys [first, last] in their context; begin is a multiple of
+    BLOCK.
+    """
+    frames, keys, chunk, left, right = sizes
+    begin, end = 0, frames
+    if WINDOW:
+        cached = keys - frames
+        begin = tl.where(right < 0, 0, tl.maximum(tl.maximum(first - right, 0) // chunk * chunk - cached, 0))
+        begin = begin // BLOCK * BLOCK
+        end = tl.where(left < 0, frames, tl.minimum((last + left) // chunk * chunk + chunk - cached, frames))
+    return begin, end
 
 
 # --------------------------------------------------------------------------- scores
 # tensors: (Q, K, V, POS, U, W) of a head and a sequence; masks: (PADDING, MASK, sequence, mask_batch), either or None
 @triton.jit
 def _of_head(
-    Q, K, V, POS, U, W, head, sequence, q_batch, v_batch, DIM: tl.constexpr, VALUE_DIM: tl.constexpr
-):
+    Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM: tl.constexpr, VALUE_DIM: tl.constexpr
+):  # fmt: skip
     """Returns the tensors of a head and a sequence."""
     q = sequence * q_batch + head * DIM
+    k = sequence * k_batch + head * DIM
     v = sequence * v_batch + head * VALUE_DIM
-    return Q + q, K + q, V + v, POS + head * DIM, U + head * DIM, W + head * DIM
+    return Q + q, K + k, V + v, POS + head * DIM, U + head * DIM, W + head * DIM
 
 
 @triton.jit
@@ -81,38 +121,44 @@ def _queries(tensors, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 
 @triton.jit
 def _band(
-    rows, tensors, i, q_time, keep_i, start, frames,
+    rows, tensors, i, q_time, keep_i, start, sizes,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Returns the [BLOCK_M, BLOCK_N] products of q + w and the rows of R from ``start`` on."""
     Q, _k, _v, POS, _u, W = tensors
     r = start + tl.arange(0, BLOCK_N)
-    keep_r = (r >= 0) & (r < 2 * frames - 1)
+    keep_r = (r >= 0) & (r < sizes[0] + sizes[1] - 1)
     return query_key(rows, Q, i, q_time, keep_i, POS, r, q_time, keep_r, DIM, BLOCK_D, BLOCK_M, BLOCK_N, W)
 
 
 @triton.jit
 def _scores(
-    first, second, third, rows, key, tensors, masks, i, q_time, keep_i, j, frames, scale,
-    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    first, second, third, rows, key, tensors, masks, i, q_time, keep_i, j, sizes, scale,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Returns the scores of queries i and keys j, -inf where hidden. The caller passes the first pieces of the band;
     ``rows`` and ``key`` hold q + u and k if they fit a block.
     """
     Q, K, _v, _pos, U, _w = tensors
     PADDING, MASK, sequence, mask_batch = masks
+    frames, keys = sizes[0], sizes[1]
     if PADDING is not None:
-        PADDING += sequence * frames
+        PADDING += sequence * keys
     if MASK is not None:
         MASK += sequence * mask_batch
-    keep_j = j < frames
+    keep_j = j < keys
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if DIM <= BLOCK_D:
         scores = tl.dot(rows, tl.trans(key), scores)
     else:
         scores = products(scores, Q, i, q_time, keep_i, K, j, q_time, keep_j, DIM, BLOCK_D, U)
     scores = (scores + by_key(first, second, third, BLOCK_M, BLOCK_N)) * scale
-    scores = masked(scores, NONE, PADDING, MASK, i[:, None], j[None, :], frames, frames, 0, 0, False)
+    seen, end = i, i
+    if WINDOW:
+        seen, end = _context(i, sizes)
+    scores = masked(
+        scores, NONE, PADDING, MASK, i[:, None], j[None, :], frames, keys, seen[:, None], end[:, None], WINDOW
+    )  # fmt: skip
     return tl.where(keep_j[None, :], scores, NONE)
 
 
@@ -120,54 +166,56 @@ def _scores(
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def forward_kernel(
     Q, K, V, POS, U, W, PADDING, MASK, SEED, Y, LSE,
-    frames, batch, blocks, heads, q_time, v_time, q_batch, v_batch, mask_batch, threshold, scale, factor,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
+    mask_batch, threshold, scale, factor, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes y of a block of queries and of columns, and the queries' lse, which is inf without a key."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
+    sizes = frames, keys, chunk, left, right
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     keep_i = i < frames
-    tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, v_batch, DIM, VALUE_DIM)
+    tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
     masks = (PADDING, MASK, sequence, mask_batch)
     content, position = _queries(tensors, i, q_time, keep_i, DIM, BLOCK_M, BLOCK_D)
     base = frames - (block + 1) * BLOCK_M  # row of R of the last query and key 0
-    first = _band(position, tensors, i, q_time, keep_i, base, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
+    begin, end = _keys_seen(block * BLOCK_M, (block + 1) * BLOCK_M - 1, sizes, BLOCK_N, WINDOW)
+    first = _band(position, tensors, i, q_time, keep_i, base + begin, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
     second = first
     if BLOCK_M > BLOCK_N:
         second = _band(
-            position, tensors, i, q_time, keep_i, base + BLOCK_N, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D
-        )
+            position, tensors, i, q_time, keep_i, base + begin + BLOCK_N, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D
+        )  # fmt: skip
     row = (sequence * heads + head) * frames + i
     words = row_words(SEED, row)
     maximum = tl.full([BLOCK_M], NONE, tl.float32)
     total = tl.zeros([BLOCK_M], SUM)
     y = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    for start in range(0, frames, BLOCK_N):
+    for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         third = _band(
-            position, tensors, i, q_time, keep_i, base + start + BLOCK_M, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D
+            position, tensors, i, q_time, keep_i, base + start + BLOCK_M, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D
         )  # fmt: skip
         if BLOCK_M == BLOCK_N:
             second = third
-        key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < frames, DIM)  # [BLOCK_N, BLOCK_D]
+        key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK_N, BLOCK_D]
         scores = _scores(
-            first, second, third, content, key, tensors, masks, i, q_time, keep_i, j, frames, scale,
-            DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+            first, second, third, content, key, tensors, masks, i, q_time, keep_i, j, sizes, scale,
+            DIM, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW,
         )  # fmt: skip
         first, second = moved(first, second, third, BLOCK_M, BLOCK_N)
         maximum, shrunk, e = running(maximum, scores, PRECISE)
         total = total * shrunk + sums(e, 1, PRECISE)
         e = dropped(e, SEED, words, j, threshold, factor)
-        value = load_rows(tensors[2], j, v_time, c, j < frames, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
+        value = load_rows(tensors[2], j, v_time, c, j < keys, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
         y = tl.dot(e.to(value.dtype), value, y * shrunk[:, None])
     total = total.to(tl.float32)
     none = total == 0.0
     y = y * tl.div_rn(1.0, tl.where(none, 1.0, total))[:, None]
-    out = Y + sequence * v_batch + head * VALUE_DIM + i.to(tl.int64)[:, None] * v_time + c[None, :]
+    out = Y + sequence * g_batch + head * VALUE_DIM + i.to(tl.int64)[:, None] * v_time + c[None, :]
     tl.store(out, y.to(Y.dtype.element_ty), mask=keep_i[:, None] & (c < VALUE_DIM)[None, :])
     lse = tl.where(none, float("inf"), maximum + tl.log(total))
     once = keep_i & (tl.program_id(1) == 0)
@@ -190,39 +238,40 @@ def _rows(
 
 @triton.jit
 def _tile(
-    lower, rows, key, tensors, masks, G, i, q_time, v_time, keep_i, j, after, frames, scale,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    lower, rows, key, tensors, masks, G, i, q_time, v_time, keep_i, j, after, sizes, scale,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Returns (scores, dW, upper piece of the band) of a square tile. ``_rows`` gave the operands; the lower piece of
     the band ends at row ``after`` of R.
     """
     content, position, g = rows
-    upper = _band(position, tensors, i, q_time, keep_i, after, frames, DIM, BLOCK, BLOCK, BLOCK_D)
+    upper = _band(position, tensors, i, q_time, keep_i, after, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
     scores = _scores(
-        lower, upper, upper, content, key, tensors, masks, i, q_time, keep_i, j, frames, scale,
-        DIM, BLOCK, BLOCK, BLOCK_D,
+        lower, upper, upper, content, key, tensors, masks, i, q_time, keep_i, j, sizes, scale,
+        DIM, BLOCK, BLOCK, BLOCK_D, WINDOW,
     )  # fmt: skip
-    slope = slopes_of(g, G, tensors[2], i, j, keep_i, j < frames, v_time, VALUE_DIM, BLOCK, BLOCK, BLOCK_V)
+    slope = slopes_of(g, G, tensors[2], i, j, keep_i, j < sizes[1], v_time, VALUE_DIM, BLOCK, BLOCK, BLOCK_V)
     return scores, slope, upper
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def statistics_kernel(
     G, Q, K, V, POS, U, W, PADDING, MASK, SEED, LSE, INVERSE, DELTA,
-    frames, batch, blocks, heads, q_time, v_time, q_batch, v_batch, mask_batch, threshold, scale, factor,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
+    mask_batch, threshold, scale, factor, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes 1 / sum of the weights and delta of a block of queries."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
+    sizes = frames, keys, chunk, left, right
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     keep_i = i < frames
-    tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, v_batch, DIM, VALUE_DIM)
+    tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
     masks = (PADDING, MASK, sequence, mask_batch)
-    G += sequence * v_batch + head * VALUE_DIM
+    G += sequence * g_batch + head * VALUE_DIM
     content, position, g = _rows(
         tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V
     )
@@ -230,29 +279,30 @@ def statistics_kernel(
     words = row_words(SEED, row)
     lse = tl.load(LSE + row, mask=keep_i, other=float("inf"))
     base = frames - (block + 1) * BLOCK_M
-    first = _band(position, tensors, i, q_time, keep_i, base, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
+    begin, end = _keys_seen(block * BLOCK_M, (block + 1) * BLOCK_M - 1, sizes, BLOCK_N, WINDOW)
+    first = _band(position, tensors, i, q_time, keep_i, base + begin, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
     second = first
     if BLOCK_M > BLOCK_N:
         second = _band(
-            position, tensors, i, q_time, keep_i, base + BLOCK_N, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D
-        )
+            position, tensors, i, q_time, keep_i, base + begin + BLOCK_N, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D
+        )  # fmt: skip
     total = tl.zeros([BLOCK_M], SUM)
     along = tl.zeros([BLOCK_M], SUM)
-    for start in range(0, frames, BLOCK_N):
+    for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         third = _band(
-            position, tensors, i, q_time, keep_i, base + start + BLOCK_M, frames, DIM, BLOCK_M, BLOCK_N, BLOCK_D
+            position, tensors, i, q_time, keep_i, base + start + BLOCK_M, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D
         )  # fmt: skip
         if BLOCK_M == BLOCK_N:
             second = third
-        key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < frames, DIM)  # [BLOCK_N, BLOCK_D]
+        key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK_N, BLOCK_D]
         scores = _scores(
-            first, second, third, content, key, tensors, masks, i, q_time, keep_i, j, frames, scale,
-            DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+            first, second, third, content, key, tensors, masks, i, q_time, keep_i, j, sizes, scale,
+            DIM, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW,
         )  # fmt: skip
         first, second = moved(first, second, third, BLOCK_M, BLOCK_N)
         slope = slopes_of(
-            g, G, tensors[2], i, j, keep_i, j < frames, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V
+            g, G, tensors[2], i, j, keep_i, j < keys, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V
         )
         slope = dropped(slope, SEED, words, j, threshold, factor)
         e = exp_nonpositive(scores - lse[:, None], PRECISE)
@@ -268,52 +318,57 @@ def statistics_kernel(
 )
 def queries_kernel(
     G, Q, K, V, POS, U, W, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DQ, DS, PARTS,
-    frames, start_row, rows, batch, blocks, all_blocks, heads, q_time, v_time, q_batch, v_batch, mask_batch, ds_row,
-    threshold, scale, factor,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    frames, keys, chunk, left, right, start_row, rows, batch, blocks, all_blocks, heads, q_time, v_time, q_batch,
+    k_batch, v_batch, g_batch, mask_batch, ds_row, threshold, scale, factor,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes dS k of a block of the queries [start_row, start_row + rows) and of channels, in float32, and its sums.
-    Programs of the first block of channels also store dS by offset: blocks + 1 times BLOCK columns for all the
-    sequence's blocks, of which column 0 is the row ``base`` of R. Rows behind the last query are 0."""
+    Programs of the first block of channels also store dS by offset: one BLOCK of columns more than the keys that they
+    meet, of which column 0 is the row ``base`` of R. Rows behind the last query are 0."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
+    sizes = frames, keys, chunk, left, right
     head, sequence, block = place(tl.program_id(0), blocks, batch)
     lanes = tl.arange(0, BLOCK)
     local = block * BLOCK + lanes
     i = start_row + local
     keep_i = local < rows
     once = tl.program_id(1) == 0
-    tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, v_batch, DIM, VALUE_DIM)
+    tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
     masks = (PADDING, MASK, sequence, mask_batch)
-    G += sequence * v_batch + head * VALUE_DIM
+    G += sequence * g_batch + head * VALUE_DIM
     held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
     row = (sequence * heads + head) * frames + i
     words = row_words(SEED, row)
     lse = tl.load(LSE + row, mask=keep_i, other=float("inf"))
     inverse = tl.load(INVERSE + row, mask=keep_i, other=0.0)
     delta = tl.load(DELTA + row, mask=keep_i, other=0.0)
-    base = frames - start_row - (block + 1) * BLOCK
+    first = start_row + block * BLOCK
+    begin, end = _keys_seen(first, first + BLOCK - 1, sizes, BLOCK, WINDOW)
+    base = frames - first - BLOCK + begin
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     all_lanes = (lanes >= 0)[None, :]
     before = tl.zeros([BLOCK, BLOCK], Q.dtype.element_ty)
     DS += ((head * batch + sequence) * blocks * BLOCK + local)[:, None] * ds_row
-    lower = _band(held[1], tensors, i, q_time, keep_i, base, frames, DIM, BLOCK, BLOCK, BLOCK_D)
-    for start in range(0, frames, BLOCK):
-        j = start + lanes
-        key = load_rows(tensors[1], j, q_time, d, j < frames, DIM)  # [BLOCK, BLOCK_D]
+    lower = _band(held[1], tensors, i, q_time, keep_i, base, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
+    for start in range(0, end - begin, BLOCK):
+        j = begin + start + lanes
+        key = load_rows(tensors[1], j, q_time, d, j < keys, DIM)  # [BLOCK, BLOCK_D]
         scores, slope, lower = _tile(
-            lower, held, key, tensors, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, frames, scale,
-            DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V,
+            lower, held, key, tensors, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes, scale,
+            DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         w = exp_nonpositive(scores - lse[:, None], PRECISE) * inverse[:, None]
         ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
         narrow = ds.to(key.dtype)
         dq = tl.dot(narrow, key, dq)
         after = by_offset(narrow, BLOCK)
-        tl.store(DS + j[None, :], merged(after, before, before, BLOCK, BLOCK), mask=all_lanes & once)
+        tl.store(
+            DS + (start + lanes)[None, :], merged(after, before, before, BLOCK, BLOCK), mask=all_lanes & once
+        )
         before = after
-    j = tl.cdiv(frames, BLOCK) * BLOCK + lanes
+    j = tl.cdiv(end - begin, BLOCK) * BLOCK + lanes
     last = merged(tl.zeros([BLOCK, BLOCK], before.dtype), before, before, BLOCK, BLOCK)
     tl.store(DS + j[None, :], last, mask=all_lanes & once)
 
@@ -327,8 +382,8 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize=[*SIZES, "first_block", "all_blocks"])
 def offsets_kernel(
-    DS, POS, CONTENT, DQ, PARTS, frames, first_block, batch, blocks, all_blocks, heads, q_time, q_batch, ds_row, scale,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    DS, POS, CONTENT, DQ, PARTS, frames, keys, chunk, left, right, first_block, batch, blocks, all_blocks, heads,
+    q_time, q_batch, ds_row, scale, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes dq = CONTENT + dS' R of a block of channels and of queries, out of the ``blocks`` that DS holds, and sums
     of dS' R.
@@ -340,12 +395,14 @@ def offsets_kernel(
     i = (first_block + block) * BLOCK + lanes
     POS += head * DIM
     DS += ((head * batch + sequence) * blocks + block) * BLOCK * ds_row + lanes.to(tl.int64)[:, None] * ds_row
-    base = frames - (first_block + block + 1) * BLOCK
+    first = (first_block + block) * BLOCK
+    begin, end = _keys_seen(first, first + BLOCK - 1, (frames, keys, chunk, left, right), BLOCK, WINDOW)
+    base = frames - first - BLOCK + begin
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for start in range(0, ds_row, BLOCK):
+    for start in range(0, tl.cdiv(end - begin, BLOCK) * BLOCK + BLOCK, BLOCK):
         ds = tl.load(DS + (start + lanes)[None, :])  # [BLOCK, BLOCK]
         r = base + start + lanes
-        pos = load_rows(POS, r, q_time, d, (r >= 0) & (r < 2 * frames - 1), DIM)  # [BLOCK, BLOCK_D]
+        pos = load_rows(POS, r, q_time, d, (r >= 0) & (r < frames + keys - 1), DIM)  # [BLOCK, BLOCK_D]
         dq = tl.dot(ds, pos, dq)
     dq *= scale
     part = sequence * all_blocks + first_block + block
@@ -359,36 +416,38 @@ def offsets_kernel(
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def keys_kernel(
     G, Q, K, V, POS, U, W, PADDING, MASK, SEED, LSE, INVERSE, DELTA, DK, DV,
-    frames, batch, blocks, heads, q_time, v_time, q_batch, v_batch, mask_batch, threshold, scale, factor,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
+    mask_batch, threshold, scale, factor, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes dS^T (q + u) and W^T G of a block of keys and of their channels."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     head, sequence, block = place(tl.program_id(0), blocks, batch)
+    sizes = frames, keys, chunk, left, right
     lanes = tl.arange(0, BLOCK)
     j = block * BLOCK + lanes
-    keep_j = j < frames
-    tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, v_batch, DIM, VALUE_DIM)
+    keep_j = j < keys
+    tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
     masks = (PADDING, MASK, sequence, mask_batch)
-    G += sequence * v_batch + head * VALUE_DIM
+    G += sequence * g_batch + head * VALUE_DIM
     row = (sequence * heads + head) * frames
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), keep_j, DIM)
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_V], tl.float32)
-    for start in range(0, frames, BLOCK):
+    begin, end = _queries_seeing(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK, WINDOW)
+    for start in range(begin, end, BLOCK):
         i = start + lanes
         keep_i = i < frames
         content, position, g = _rows(
             tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V
         )
         first = frames + (block - 1) * BLOCK - start
-        lower = _band(position, tensors, i, q_time, keep_i, first, frames, DIM, BLOCK, BLOCK, BLOCK_D)
+        lower = _band(position, tensors, i, q_time, keep_i, first, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
         scores, slope, _ = _tile(
-            lower, (content, position, g), key, tensors, masks, G, i, q_time, v_time, keep_i, j, first + BLOCK, frames,
-            scale, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V,
+            lower, (content, position, g), key, tensors, masks, G, i, q_time, v_time, keep_i, j, first + BLOCK, sizes,
+            scale, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         lse = tl.load(LSE + row + i, mask=keep_i, other=float("inf"))  # W is 0 behind the last query
         inverse = tl.load(INVERSE + row + i, mask=keep_i, other=0.0)
@@ -403,38 +462,46 @@ def keys_kernel(
             g = load_rows(G, i, v_time, c, keep_i, VALUE_DIM)
         dk = tl.dot(tl.trans(ds.to(content.dtype)), content, dk)
         dv = tl.dot(tl.trans(w.to(g.dtype)), g, dv)
-    out = DK + sequence * q_batch + head * DIM + j.to(tl.int64)[:, None] * q_time + d[None, :]
+    out = DK + sequence * k_batch + head * DIM + j.to(tl.int64)[:, None] * q_time + d[None, :]
     tl.store(out, (dk * scale).to(DK.dtype.element_ty), mask=keep_j[:, None] & (d < DIM)[None, :])
     out = DV + sequence * v_batch + head * VALUE_DIM + j.to(tl.int64)[:, None] * v_time + c[None, :]
     tl.store(out, dv.to(DV.dtype.element_ty), mask=keep_j[:, None] & (c < VALUE_DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=[*SIZES, "first_block", "count", "all_blocks"])
+@triton.jit(do_not_specialize=[*SIZES, "first_block", "count", "lowest"])
 def positions_kernel(
-    DS, Q, W, PARTS, frames, first_block, count, batch, blocks, all_blocks, heads, q_time, q_batch, ds_row, scale,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    DS, Q, W, PARTS, frames, keys, chunk, left, right, first_block, count, lowest, batch, blocks, heads, q_time,
+    q_batch, ds_row, scale, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes PARTS + dS'^T (q + w) of a block of offsets and of channels, over the ``count`` blocks of queries that DS
-    holds; PARTS is (batch, offsets, heads DIM). Offsets r = T + t BLOCK + c are block t + b + 1 of the rows of block b.
+    holds; PARTS is (batch, offsets, heads DIM). Offsets r = T + t BLOCK + c are block t + b + 1 of the rows of block b,
+    counted from key 0; the first program has t = ``lowest``.
     """
+    sizes = frames, keys, chunk, left, right
     head, sequence, number = place(tl.program_id(0), blocks, batch)
     lanes = tl.arange(0, BLOCK)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    t = number - first_block - count
+    t = lowest + number
     Q += sequence * q_batch + head * DIM
     W += head * DIM
     DS += (head * batch + sequence) * count * BLOCK * ds_row
     dr = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     begin = tl.maximum(-1 - t, first_block)
-    end = tl.minimum(all_blocks - t, first_block + count)
+    end = tl.minimum(tl.cdiv(keys, BLOCK) - t, first_block + count)
     for block in range(begin, end):
         i = block * BLOCK + lanes
         rows = ((block - first_block) * BLOCK + lanes).to(tl.int64) * ds_row
-        ds = tl.load(DS + rows[:, None] + ((t + block + 1) * BLOCK + lanes)[None, :])  # [BLOCK, BLOCK]
+        column = (t + block + 1) * BLOCK
+        if WINDOW:
+            first, behind = _keys_seen(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK, WINDOW)
+            met = (column >= first) & (column < behind + BLOCK) & (lanes >= 0)[None, :]
+            ds = tl.load(DS + rows[:, None] + (column - first + lanes)[None, :], mask=met, other=0.0)
+        else:
+            ds = tl.load(DS + rows[:, None] + (column + lanes)[None, :])  # [BLOCK, BLOCK]
         p = load_rows(Q, i, q_time, d, i < frames, DIM, W)  # [BLOCK, BLOCK_D]
         dr = tl.dot(tl.trans(ds), p, dr)
     r = frames + t * BLOCK + lanes
-    offsets = 2 * frames - 1
+    offsets = frames + keys - 1
     out = PARTS + (sequence * offsets + r)[:, None] * (heads * DIM) + head * DIM + d[None, :]
     whole = ((r >= 0) & (r < offsets))[:, None] & (d < DIM)[None, :]
     found = tl.load(out, mask=whole, other=0.0)
@@ -525,22 +592,26 @@ def rel_attention_forward(
     attn_mask: torch.Tensor | None,
     dropout_seed: torch.Tensor | None,
     dropout_p: float,
+    left: int,
+    right: int,
+    chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (y (B, T, H, e), lse (B, H, T) in float32, inf where a query sees no key). All tensors are
     contiguous.
     """
     batch, frames, heads, dim = q.shape
-    y = torch.empty_like(v)
+    y = v.new_empty(batch, frames, heads, v.shape[3])
     lse = q.new_empty(batch, heads, frames, dtype=torch.float32)
     if not lse.numel():
         return y, lse
+    sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size)
     tile = _tiles(q, v, attn_mask, dropout_p)["forward"]
     blocks = triton.cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (heads * batch * blocks, triton.cdiv(v.shape[3], tile["BLOCK_V"])),
         q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask),
         dropout_seed if dropout_p else None, y, lse,
-        frames, batch, blocks, heads, *_strides(q, v), _mask_batch(attn_mask), *_last(dim, dropout_p),
-        DIM=dim, VALUE_DIM=v.shape[3], **tile,
+        *sizes, batch, blocks, heads, *_strides(q, k, v, y), _mask_batch(attn_mask), *_last(dim, dropout_p),
+        DIM=dim, VALUE_DIM=v.shape[3], WINDOW=window, **tile,
     )  # fmt: skip
     return y, lse
 
@@ -557,8 +628,29 @@ def _tiles(
     return tiles(q.shape[3], v.shape[3], q.dtype, generation(q), attn_mask is not None, dropout_p > 0)
 
 
-def _strides(q: torch.Tensor, v: torch.Tensor) -> tuple[int, int, int, int]:
-    return q.stride(1), v.stride(1), q.stride(0), v.stride(0)
+def _strides(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor) -> tuple[int, ...]:
+    return q.stride(1), v.stride(1), q.stride(0), k.stride(0), v.stride(0), y.stride(0)
+
+
+def _sizes(
+    frames: int, keys: int, left: int, right: int, chunk_size: int
+) -> tuple[tuple[int, int, int, int, int], bool]:
+    """Returns the kernels' ``sizes``, and whether any context is limited. No sum of them overflows."""
+    return (frames, keys, *(min(n, keys) for n in (chunk_size, left, right))), max(left, right) >= 0
+
+
+def _met(sizes: tuple[int, int, int, int, int], block: int) -> tuple[int, int, int]:
+    """Returns (number, lowest, highest): a block of queries meets at most that many blocks of keys, and its rows of dS
+    by offset lie in the blocks ``lowest`` to ``highest`` of offsets that ``positions_kernel`` counts.
+    """
+    frames, keys, chunk, left, right = sizes
+    blocks, cached = triton.cdiv(keys, block), keys - frames
+    lowest, highest = -triton.cdiv(frames, block), blocks - 1
+    if left >= 0:
+        lowest = max(lowest, (cached - chunk + 1 - left) // block - 1)
+    if right >= 0:
+        highest = min(highest, triton.cdiv(block - 1 + cached + chunk + right, block) - 1)
+    return min(blocks, highest - lowest), lowest, highest
 
 
 def rel_attention_backward(
@@ -575,17 +667,21 @@ def rel_attention_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     dropout_p: float,
+    left: int,
+    right: int,
+    chunk_size: int,
 ) -> tuple[torch.Tensor, ...]:
     """Returns the gradients of the six tensors. All tensors are contiguous."""
     batch, frames, heads, dim = q.shape
     if not lse.numel():
         return tuple(torch.zeros_like(t) for t in (q, k, v, pos, bias_u, bias_v))
     dq, dk, dv, dpos, du, dw = (torch.empty_like(t) for t in (q, k, v, pos, bias_u, bias_v))
-    width, pairs, offsets, scale = heads * dim, heads * batch, 2 * frames - 1, dim**-0.5
+    width, pairs, offsets, scale = heads * dim, heads * batch, pos.shape[0], dim**-0.5
+    sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size)
     shares = torch.float64 if q.dtype == torch.float32 else torch.float32
     shapes = _tiles(q, v, attn_mask, dropout_p)
-    constants = {"DIM": dim, "VALUE_DIM": v.shape[3]}
-    strides, last = (*_strides(q, v), _mask_batch(attn_mask)), _last(dim, dropout_p)
+    constants = {"DIM": dim, "VALUE_DIM": v.shape[3], "WINDOW": window}
+    strides, last = (*_strides(q, k, v, grad), _mask_batch(attn_mask)), _last(dim, dropout_p)
     operands = (
         grad, q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask),
         dropout_seed if dropout_p else None, lse,
@@ -593,7 +689,7 @@ def rel_attention_backward(
     inverse, delta = torch.empty_like(lse), torch.empty_like(lse)
     blocks = triton.cdiv(frames, shapes["statistics"]["BLOCK_M"])
     launch(statistics_kernel, (pairs * blocks,),
-        *operands, inverse, delta, frames, batch, blocks, heads, *strides, *last,
+        *operands, inverse, delta, *sizes, batch, blocks, heads, *strides, *last,
         **constants, **shapes["statistics"],
     )  # fmt: skip
     operands = *operands, inverse, delta
@@ -602,7 +698,8 @@ def rel_attention_backward(
     tile = shapes["queries"]
     block = tile["BLOCK"]
     blocks = triton.cdiv(frames, block)
-    row = (blocks + 1) * block  # a row of dS by offset
+    met, lowest, highest = _met(sizes, block)
+    row = (met + 1) * block  # a row of dS by offset
     step = max(1, PIECE_BYTES // (pairs * row * q.element_size()) // block)
     ds = q.new_empty(pairs * min(step, blocks) * block * row)
     parts = torch.zeros(batch, offsets, width, dtype=shares, device=q.device)
@@ -613,15 +710,17 @@ def rel_attention_backward(
         rows = min(count * block, frames - first * block)
         launch(queries_kernel, (pairs * count, columns),
             *operands, content, ds, sums_of[0],
-            frames, first * block, rows, batch, count, blocks, heads, *strides, row, *last, **constants, **tile,
+            *sizes, first * block, rows, batch, count, blocks, heads, *strides, row, *last, **constants, **tile,
         )  # fmt: skip
         launch(offsets_kernel, (pairs * count, of_products),
-            ds, pos, content, dq, sums_of[1], frames, first, batch, count, blocks, heads,
-            q.stride(1), q.stride(0), row, scale, DIM=dim, **shapes["offsets"],
+            ds, pos, content, dq, sums_of[1], *sizes, first, batch, count, blocks, heads,
+            q.stride(1), q.stride(0), row, scale, DIM=dim, WINDOW=window, **shapes["offsets"],
         )  # fmt: skip
-        launch(positions_kernel, (pairs * (blocks + count), of_products),
-            ds, q, bias_v, parts, frames, first, count, batch, blocks + count, blocks, heads,
-            q.stride(1), q.stride(0), row, scale, DIM=dim, **shapes["positions"],
+        here = max(lowest, -first - count)  # offsets of the piece, in blocks
+        tall = min(highest, triton.cdiv(k.shape[1], block) - 1 - first) - here + 1
+        launch(positions_kernel, (pairs * tall, of_products),
+            ds, q, bias_v, parts, *sizes, first, count, here, batch, tall, heads,
+            q.stride(1), q.stride(0), row, scale, DIM=dim, WINDOW=window, **shapes["positions"],
         )  # fmt: skip
     size = dpos.numel()
     launch(add_parts_kernel, (triton.cdiv(size, PARTS["BLOCK"]),), parts, dpos, size, batch, **PARTS)
@@ -630,9 +729,9 @@ def rel_attention_backward(
     )  # fmt: skip
 
     tile = shapes["keys"]
-    blocks = triton.cdiv(frames, tile["BLOCK"])
+    blocks = triton.cdiv(k.shape[1], tile["BLOCK"])
     columns = max(triton.cdiv(dim, tile["BLOCK_D"]), triton.cdiv(v.shape[3], tile["BLOCK_V"]))
     launch(keys_kernel, (pairs * blocks, columns),
-        *operands, dk, dv, frames, batch, blocks, heads, *strides, *last, **constants, **tile
+        *operands, dk, dv, *sizes, batch, blocks, heads, *strides, *last, **constants, **tile
     )  # fmt: skip
     return dq, dk, dv, dpos, du, dw

@@ -19,6 +19,7 @@ struct RelAttentionTensors {
   const Tensor &q, &k, &v, &pos, &bias_u, &bias_v;
   const Optional &padding, &mask, &seed;
   double dropout_p;
+  int64_t left, right, chunk;
 
   template <typename T>
   RelAttentionOperands<T> operands() const {
@@ -33,17 +34,23 @@ RelAttention checked(const RelAttentionTensors& t, const char* op) {
   };
   check(t.q.dim() == 4 && t.v.dim() == 4 && t.q.size(2) > 0 && t.q.size(3) > 0 && t.v.size(3) > 0, op,
         "sizes of q or v");
+  check(t.v.size(1) >= t.q.size(1), op, "fewer keys than queries");
   RelAttention r{};
   AttentionProblem& a = r.problem;
   a.batch = t.q.size(0), a.frames = t.q.size(1), a.heads = t.q.size(2), a.query_dim = a.pos_dim = t.q.size(3);
   a.pos_batch = 1, a.chunk = -1, a.left_chunks = -1, r.value_dim = t.v.size(3);
+  a.left = t.v.size(1) - a.frames;
   check_sizes(t.q, {a.batch, a.frames, a.heads, a.query_dim}, "q");
-  check_sizes(t.k, {a.batch, a.frames, a.heads, a.query_dim}, "k");
-  check_sizes(t.v, {a.batch, a.frames, a.heads, r.value_dim}, "v");
+  check_sizes(t.k, {a.batch, a.keys(), a.heads, a.query_dim}, "k");
+  check_sizes(t.v, {a.batch, a.keys(), a.heads, r.value_dim}, "v");
   check_sizes(t.pos, {a.offsets(), a.heads, a.query_dim}, "pos");
   check_sizes(t.bias_u, {a.heads, a.query_dim}, "bias_u");
   check_sizes(t.bias_v, {a.heads, a.query_dim}, "bias_v");
   set_masks(a, t.padding, t.mask, op);
+  check(t.left >= -1 && t.right >= -1, op, "context");
+  check(t.chunk >= 1, op, "chunk_size");
+  const int64_t most = std::max<int64_t>(1, a.keys());  // no sum overflows
+  r.context = {std::min(t.left, most), std::min(t.right, most), std::min(t.chunk, most)};
   check(t.dropout_p >= 0 && t.dropout_p < 1, op, "dropout_p");
   if (t.dropout_p > 0) {
     check(t.seed.has_value() && t.seed->scalar_type() == ScalarType::Long && has_sizes(*t.seed, {1}), op,
@@ -62,12 +69,14 @@ Tensor new_log_sum_exp(const Tensor& q, const AttentionProblem& a) {
 
 std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos,
                                                  const Tensor& bias_u, const Tensor& bias_v, const Optional& padding,
-                                                 const Optional& mask, const Optional& dropout_seed, double dropout_p) {
+                                                 const Optional& mask, const Optional& dropout_seed, double dropout_p,
+                                                 int64_t left, int64_t right, int64_t chunk) {
   const char* op = "rel_attention_forward";
-  const RelAttentionTensors tensors{q, k, v, pos, bias_u, bias_v, padding, mask, dropout_seed, dropout_p};
+  const RelAttentionTensors tensors{q,         k,    v,     pos,  bias_u, bias_v, padding, mask, dropout_seed,
+                                    dropout_p, left, right, chunk};
   const RelAttention r = checked(tensors, op);
   const AttentionProblem& a = r.problem;
-  Tensor y = new_like(v), lse = new_log_sum_exp(q, a);
+  Tensor y = torch::stable::new_empty(v, {a.batch, a.frames, a.heads, r.value_dim}), lse = new_log_sum_exp(q, a);
   if (y.numel() == 0) return {y, lse};
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
@@ -92,7 +101,7 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
     T* yp = mutable_data<T>(y);
     C* lp = mutable_data<C>(lse);
     const int64_t rows = cpu::kRelAttentionQueries, tasks = (a.frames + rows - 1) / rows;
-    parallel_range(pairs * tasks, std::max<int64_t>(1, kGrain / (rows * a.frames)), [&](int64_t begin, int64_t end) {
+    parallel_range(pairs * tasks, std::max<int64_t>(1, kGrain / (rows * a.keys())), [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(r.forward_scratch());
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i / tasks, first = i % tasks * rows;
@@ -109,12 +118,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backwar
     const Tensor& bias_v, const Optional& padding, const Optional& mask, const Optional& dropout_seed,
     const Tensor& /*out*/,
     // the softmax is computed again with the scores: its sums are exact, and it does not depend on out
-    const Tensor& /*lse*/, double dropout_p) {
+    const Tensor& /*lse*/, double dropout_p, int64_t left, int64_t right, int64_t chunk) {
   const char* op = "rel_attention_backward";
-  const RelAttentionTensors tensors{q, k, v, pos, bias_u, bias_v, padding, mask, dropout_seed, dropout_p};
+  const RelAttentionTensors tensors{q,         k,    v,     pos,  bias_u, bias_v, padding, mask, dropout_seed,
+                                    dropout_p, left, right, chunk};
   const RelAttention r = checked(tensors, op);
   const AttentionProblem& a = r.problem;
-  check_same_size(grad, v, op, "grad");
+  check(has_sizes(grad, {a.batch, a.frames, a.heads, r.value_dim}), op, "sizes of grad");
   Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v), dpos = new_like(pos);
   Tensor du = new_like(bias_u), dw = new_like(bias_v);
   if (grad.numel() == 0) {
@@ -135,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backwar
     const Scratch<C> workspace(a.heads * (rt_size + r_size) + tasks * r_size);
     const Scratch<double> biases(tasks * width);
     C *const rt = workspace.data(), *const rows = rt + a.heads * rt_size, *const sums = rows + a.heads * r_size;
-    const int64_t grain = std::max<int64_t>(1, kGrain / (a.frames * a.frames));
+    const int64_t grain = std::max<int64_t>(1, kGrain / (a.frames * a.keys()));
     parallel_range(a.heads, grain, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; h++) kernel.pack_positions(r, t, h, rt + h * rt_size, rows + h * r_size);
     });
@@ -164,13 +174,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backwar
 
 }  // namespace
 
-FASTASR_OPERATORS({"rel_attention_forward(Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, Tensor bias_v, "
-                   "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, float dropout_p) -> (Tensor, "
-                   "Tensor)",
-                   TORCH_BOX(&rel_attention_forward)},
-                  {"rel_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, "
-                   "Tensor bias_v, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, Tensor out, "
-                   "Tensor lse, float dropout_p) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-                   TORCH_BOX(&rel_attention_backward)})
+FASTASR_OPERATORS(
+    {"rel_attention_forward(Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, Tensor bias_v, "
+     "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, float dropout_p, int left, int right, "
+     "int chunk) -> (Tensor, Tensor)",
+     TORCH_BOX(&rel_attention_forward)},
+    {"rel_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, "
+     "Tensor bias_v, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, Tensor out, "
+     "Tensor lse, float dropout_p, int left, int right, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+     TORCH_BOX(&rel_attention_backward)})
 
 }  // namespace fastasr

@@ -13,6 +13,9 @@ struct Shape {
   int64_t batch, frames, heads, dim, value_dim;
   int masks;  // 1: padding, 2: a mask, 4: a mask per sequence
   double dropout = 0;
+  int64_t cached = 0;
+  cpu::Context context{};
+  int64_t keys() const { return cached + frames; }
 };
 
 // Holds a call with everything the kernels compute, in long double.
@@ -23,27 +26,30 @@ struct Call {
   RelAttention r{};
   AttentionProblem& a = r.problem;
   Random random;
-  Buffer<T> q{s.batch * s.frames * s.heads * s.dim, 1, random, 0.7}, k{q.size(), 3, random, 0.7},
-      v{s.batch * s.frames * s.heads * s.value_dim, 0, random, 0.7},
-      pos{(2 * s.frames - 1) * s.heads * s.dim, 2, random, 0.7}, u{s.heads * s.dim, 0, random, 0.7},
-      w{s.heads * s.dim, 0, random, 0.7}, grad{v.size(), 1, random, 0.7};
+  Buffer<T> q{s.batch * s.frames * s.heads * s.dim, 1, random, 0.7},
+      k{s.batch * s.keys() * s.heads * s.dim, 3, random, 0.7},
+      v{s.batch * s.keys() * s.heads * s.value_dim, 0, random, 0.7},
+      pos{(s.frames + s.keys() - 1) * s.heads * s.dim, 2, random, 0.7}, u{s.heads * s.dim, 0, random, 0.7},
+      w{s.heads * s.dim, 0, random, 0.7}, grad{s.batch * s.frames * s.heads * s.value_dim, 1, random, 0.7};
   std::vector<uint8_t> padding, mask;
   Reals y, lse, dq, dk, dv, dpos, du, dw;
 
   Call(const Shape& shape, uint64_t seed) : s(shape), random(seed) {
     a.batch = s.batch, a.frames = s.frames, a.heads = s.heads, a.query_dim = a.pos_dim = s.dim;
     a.pos_batch = 1, a.chunk = -1, a.left_chunks = -1, r.value_dim = s.value_dim;
+    a.left = s.cached, r.context = s.context;
     r.dropout = {seed * 0x123456789abcdef, static_cast<int32_t>(s.dropout * 0x1p31), 1 / (1 - s.dropout)};
     const auto draw = [&](std::vector<uint8_t>& m, int64_t n) {
       m.resize(static_cast<size_t>(n));
       for (auto& x : m) x = random.uniform() < 0.3;
     };
-    draw(padding, s.batch * s.frames);
-    draw(mask, (s.masks & 4 ? s.batch : 1) * s.frames * s.frames);
-    for (int64_t j = 0; j < s.frames; j++) {  // one sequence of padding alone, one with a padded tail; an empty query
-      if (s.batch > 1) padding[(s.batch - 1) * s.frames + j] = 1;
-      padding[j] = j >= s.frames - s.frames / 3;
-      mask[s.frames / 2 * s.frames + j] = 1;
+    const int64_t keys = s.keys();
+    draw(padding, s.batch * keys);
+    draw(mask, (s.masks & 4 ? s.batch : 1) * s.frames * keys);
+    for (int64_t j = 0; j < keys; j++) {  // one sequence of padding alone, one with a padded tail; an empty query
+      if (s.batch > 1) padding[(s.batch - 1) * keys + j] = 1;
+      padding[j] = j >= keys - keys / 3;
+      mask[s.frames / 2 * keys + j] = 1;
     }
     a.padding = s.masks & 1 ? padding.data() : nullptr;
     a.mask = s.masks & 6 ? mask.data() : nullptr;
@@ -52,49 +58,54 @@ struct Call {
   }
 
   int64_t row(int64_t b, int64_t i, int64_t h) const { return (b * a.frames + i) * a.heads + h; }
+  int64_t key_row(int64_t b, int64_t j, int64_t h) const { return (b * a.keys() + j) * a.heads + h; }
   bool hidden(int64_t b, int64_t i, int64_t j) const {
-    if (a.padding && a.padding[b * a.frames + j]) return true;
-    return a.mask && a.mask[((a.mask_per_sequence ? b * a.frames : 0) + i) * a.frames + j];
+    const int64_t chunk = (i + s.cached) / s.context.chunk * s.context.chunk;
+    if (s.context.left >= 0 && j < chunk - s.context.left) return true;
+    if (s.context.right >= 0 && j >= chunk + s.context.chunk + s.context.right) return true;
+    if (a.padding && a.padding[b * a.keys() + j]) return true;
+    return a.mask && a.mask[((a.mask_per_sequence ? b * a.frames : 0) + i) * a.keys() + j];
   }
 
   void reference() {
-    const int64_t n = a.frames, d = a.query_dim, e = r.value_dim;
+    const int64_t n = a.frames, keys = a.keys(), d = a.query_dim, e = r.value_dim;
     const long double scale = 1 / std::sqrt(static_cast<long double>(d));
     const auto zeros = [](Reals& t, int64_t count) { t.assign(static_cast<size_t>(count), 0); };
-    zeros(y, v.size()), zeros(lse, a.batch * a.heads * n), zeros(dq, q.size()), zeros(dk, q.size());
+    zeros(y, grad.size()), zeros(lse, a.batch * a.heads * n), zeros(dq, q.size()), zeros(dk, k.size());
     zeros(dv, v.size()), zeros(dpos, pos.size()), zeros(du, u.size()), zeros(dw, w.size());
-    Reals p(static_cast<size_t>(n)), dp(p);
+    Reals p(static_cast<size_t>(keys)), dp(p);
     for (int64_t b = 0; b < a.batch; b++)
       for (int64_t h = 0; h < a.heads; h++)
         for (int64_t i = 0; i < n; i++) {
           const int64_t qi = row(b, i, h) * d, hd = h * d;
           const auto offset = [&](int64_t j) { return ((n - 1 + j - i) * a.heads + h) * d; };
           long double sum = 0, delta = 0;
-          for (int64_t j = 0; j < n; j++) {
+          for (int64_t j = 0; j < keys; j++) {
             long double score = 0;
             for (int64_t c = 0; c < d; c++)
-              score += (q(qi + c) + u(hd + c)) * k(row(b, j, h) * d + c) + (q(qi + c) + w(hd + c)) * pos(offset(j) + c);
+              score +=
+                  (q(qi + c) + u(hd + c)) * k(key_row(b, j, h) * d + c) + (q(qi + c) + w(hd + c)) * pos(offset(j) + c);
             sum += p[j] = hidden(b, i, j) ? 0 : std::exp(score * scale);
           }
           lse[(b * a.heads + h) * n + i] = sum == 0 ? INFINITY : std::log(sum);
           if (sum == 0) continue;
           const cpu::DropoutRow words = dropout_row(r.dropout, (b * a.heads + h) * n + i);
-          for (int64_t j = 0; j < n; j++) {
+          for (int64_t j = 0; j < keys; j++) {
             const bool kept = dropout_bits(words, static_cast<uint32_t>(j)) >= r.dropout.threshold;
             const long double m = kept ? r.dropout.scale : 0;
             p[j] /= sum, dp[j] = 0;
             for (int64_t c = 0; c < e; c++) {
-              const int64_t out = row(b, i, h) * e + c, in = row(b, j, h) * e + c;
+              const int64_t out = row(b, i, h) * e + c, in = key_row(b, j, h) * e + c;
               y[out] += p[j] * m * v(in);
               dv[in] += p[j] * m * grad(out);
               dp[j] += grad(out) * v(in) * m;
             }
             delta += p[j] * dp[j];
           }
-          for (int64_t j = 0; j < n; j++) {
+          for (int64_t j = 0; j < keys; j++) {
             const long double ds = p[j] * (dp[j] - delta) * scale;
             for (int64_t c = 0; c < d; c++) {
-              const int64_t kj = row(b, j, h) * d + c, rj = offset(j) + c;
+              const int64_t kj = key_row(b, j, h) * d + c, rj = offset(j) + c;
               const long double content = ds * k(kj), position = ds * pos(rj);
               dq[qi + c] += content + position;
               du[hd + c] += content, dw[hd + c] += position;
@@ -122,7 +133,7 @@ void values(const Shape& shape, uint64_t seed) {
       rows(a.heads * r.positions_size()), sums(pairs * r.positions_size()), forward(r.forward_scratch()),
       backward(r.backward_scratch()), lse(pairs * a.frames, 1);
   Buffer<double> biases(pairs * 2 * a.query_dim);
-  Buffer<T> y(c.v.size(), 1), dq(c.q.size(), 1), dk(c.q.size(), 1), dv(c.v.size(), 1), dpos(c.pos.size(), 1),
+  Buffer<T> y(c.grad.size(), 1), dq(c.q.size(), 1), dk(c.k.size(), 1), dv(c.v.size(), 1), dpos(c.pos.size(), 1),
       du(c.u.size(), 1), dw(c.w.size(), 1);
   sums.set(0), biases.set(0);
   for (int64_t h = 0; h < a.heads; h++)
@@ -153,9 +164,19 @@ void values(const Shape& shape, uint64_t seed) {
 
 TEST_CASE("rel_attention") {
   const Shape shapes[] = {
-      {1, 1, 1, 1, 1, 0},   {2, 7, 2, 8, 8, 1},        {3, 33, 1, 64, 64, 3},
-      {2, 40, 3, 5, 19, 2}, {2, 66, 1, 33, 48, 5},     {1, 100, 2, 16, 3, 4},
-      {1, 560, 1, 4, 4, 1}, {2, 37, 3, 8, 8, 1, 0.25}, {1, 560, 1, 5, 19, 2, 0.5},
+      {1, 1, 1, 1, 1, 0},
+      {2, 7, 2, 8, 8, 1},
+      {3, 33, 1, 64, 64, 3},
+      {2, 40, 3, 5, 19, 2},
+      {2, 66, 1, 33, 48, 5},
+      {1, 100, 2, 16, 3, 4},
+      {1, 560, 1, 4, 4, 1},
+      {2, 37, 3, 8, 8, 1, 0.25},
+      {1, 560, 1, 5, 19, 2, 0.5},
+      {2, 45, 1, 8, 8, 0, 0, 0, {7, 2}},
+      {1, 300, 1, 8, 8, 1, 0, 0, {20, 0, 10}},
+      {2, 3, 2, 8, 8, 1, 0, 70, {70, 0, 2}},
+      {1, 90, 1, 5, 19, 2, 0.25, 550, {40, -1, 3}},
   };
   uint64_t seed = 1;
   for (const Shape& shape : shapes) {

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Attention with relative positions of Transformer-XL (Dai et al., 2019, section 3.3), without the T×T weights.
 
-For every sequence and head, with i, j in 0 … T − 1:
+For every sequence and head, with queries i in 0 … T − 1 and keys j in 0 … K − 1, the last T of which stand at the
+queries' frames (K = T but for a stream, whose first K − T keys come from a cache):
 
     s[i,j] = ((q[i] + u)·k[j] + (q[i] + w)·R[T − 1 + j − i]) / √d,    y[i] = Σ_j softmax_j(s[i,j]) m[i,j] v[j]
 
-over the keys that query i sees; a query that sees none gives 0. Row r of R stands for the key r − (T − 1) frames behind
-the query; u and w are the biases of content and of position. m is 1, or under dropout 0 for the share p of all weights
-and 1 / (1 − p) for the others: a hash of a seed and of the weight's place (:mod:`fastasr.ops._weights_dropout`), which
-no pass keeps. With G = dy, P the weights and D[i] = Σ_j P m G vᵀ:
+over the keys that query i sees; a query that sees none gives 0. Row r of R stands for the key r − (K − 1) frames behind
+the query; u and w are the biases of content and of position. A limited context hides keys without a mask: with
+f = i + K − T, the query's frame, and chunks of c frames, query i sees
+
+    c⌊f / c⌋ − left ≤ j < c⌊f / c⌋ + c + right
+
+m is 1, or under dropout 0 for the share p of all weights and 1 / (1 − p) for the others: a hash of a seed and of the
+weight's place (:mod:`fastasr.ops._weights_dropout`), which no pass keeps. With G = dy, P the weights and
+D[i] = Σ_j P m G vᵀ:
 
     dv = (P m)ᵀ G        dS = P (m G vᵀ − D) / √d
     dq = dS k + dS′ R,    dk = dSᵀ (q + u),    dR = dS′ᵀ (q + w),    du = Σ dS k,    dw = Σ dS′ R
@@ -20,7 +26,7 @@ Upstream: ``RelPositionMultiHeadedAttention`` of ESPnet's Conformer, Branchforme
 projections, and RETURNN's; both form the (T, 2T − 1) scores by offset, shift them, and keep some six (B, H, T, T)
 tensors for the backward pass. Here scores by offset are formed for one block of queries and keys at a time and shifted
 where they are added. Forward keeps y and the log-sum-exp of each query, backward computes the scores again: memory is
-O(T) in both.
+O(T) in both. Blocks of keys outside the context of a block of queries are left out: work is then O(T) too.
 """
 
 from typing import Annotated
@@ -33,23 +39,37 @@ from fastasr.ops._op import op
 
 
 def relative_shift(scores: Tensor) -> Tensor:
-    """Maps (..., T, 2T − 1) by offset to (..., T, T) by key: element (i, j) is that of offset j − i. The result is a
+    """Maps (..., T, T + K − 1) by offset to (..., T, K) by key: element (i, j) is that of offset j − i. The result is a
     view.
     """
-    frames = scores.shape[-2]
-    if frames < 2:
-        return scores
+    frames, offsets = scores.shape[-2:]
+    if frames < 2:  # without queries there are no offsets, whatever the number of keys: (0, 1) goes with any
+        return scores if frames else scores.sum(-1, keepdim=True)
     # with rows one element closer together, each key's scores stand in one column
     flat = scores.flatten(-2)[..., frames - 1 : -1]
-    return flat.unflatten(-1, (frames, 2 * frames - 2))[..., :frames]
+    return flat.unflatten(-1, (frames, offsets - 1))[..., : offsets - frames + 1]
 
 
-def _has_seed(op, a) -> None:
+def outside_context(scores: Tensor, context: tuple[int, int], chunk_size: int) -> Tensor:
+    """Returns (T, K) for scores (..., T, K), True where a key is outside the context of a query."""
+    frames, keys = scores.shape[-2:]
+    key = torch.arange(keys, device=scores.device)
+    chunk = key[keys - frames :, None] // chunk_size * chunk_size
+    (left, right), hidden = context, torch.zeros(frames, keys, dtype=torch.bool, device=scores.device)
+    if left >= 0:
+        hidden = hidden | (key < chunk - left)
+    return hidden if right < 0 else hidden | (key >= chunk + chunk_size + right)
+
+
+def _check(op, a) -> None:
     if a.dropout_p and a.dropout_seed is None:
         op.fail("dropout_seed", "a Tensor where dropout_p is more than 0", None)
+    if min(a.context) < -1:
+        op.fail("context", "two numbers, each -1 or at least 0", a.context)
 
 
 _TENSORS = "q k v pos bias_u bias_v key_padding_mask attn_mask dropout_seed"
+_OPTIONS = "dropout_p *context chunk_size"
 
 
 @op(
@@ -58,54 +78,61 @@ _TENSORS = "q k v pos bias_u bias_v key_padding_mask attn_mask dropout_seed"
     autocast="one dtype",
     keeps={"lse": Annotated[Tensor, "B H T", "wide q"]},
     saves=f"{_TENSORS} y lse",
-    forward=f"{_TENSORS} dropout_p",
-    backward=f"grad {_TENSORS} y lse dropout_p",
+    forward=f"{_TENSORS} {_OPTIONS}",
+    backward=f"grad {_TENSORS} y lse {_OPTIONS}",
     fast_strides=_TENSORS,
-    check=_has_seed,
+    check=_check,
     summary="softmax_j((q+u)·k + (q+w)·R[j−i]) v, Transformer-XL's, of Conformer and E-Branchformer, without the "
-    "weights in memory",
+    "weights in memory; limited context, cache",
 )
 def rel_attention(
     q: Annotated[Tensor, "B T H D, H >= 1, D >= 1"],
-    k: Annotated[Tensor, "B T H D"],
-    v: Annotated[Tensor, "B T H E, E >= 1"],
-    pos: Annotated[Tensor, "(T and 2*T-1) H D"],
+    k: Annotated[Tensor, "B K H D, K >= T"],
+    v: Annotated[Tensor, "B K H E, E >= 1"],
+    pos: Annotated[Tensor, "(T and T+K-1) H D"],
     bias_u: Annotated[Tensor, "H D"],
     bias_v: Annotated[Tensor, "H D"],
     *,
-    key_padding_mask: Annotated[Tensor, "B T", bool] | None = None,
-    attn_mask: Annotated[Tensor, "T T | B T T", bool] | None = None,
+    key_padding_mask: Annotated[Tensor, "B K", bool] | None = None,
+    attn_mask: Annotated[Tensor, "T K | B T K", bool] | None = None,
     dropout_p: Annotated[float, ">= 0 and < 1"] = 0.0,
     dropout_seed: Annotated[Tensor, "1", torch.int64] | None = None,
+    context: tuple[int, int] = (-1, -1),
+    chunk_size: Annotated[int, ">= 1"] = 1,
 ) -> Annotated[Tensor, "B T H E", "q"]:
     """softmax_j(((q[i] + bias_u)·k[j] + (q[i] + bias_v)·pos[T − 1 + j − i]) / √d) · v, without the weights in memory.
 
     Args:
-        q, k: (B, T, H, d), d of at least 1. float32, bfloat16, float16 or float64.
-        v: (B, T, H, e), e of at least 1.
-        pos: (2T − 1, H, d), the projected positions: row r is that of a key r − (T − 1) frames behind the query. No
+        q: (B, T, H, d), d of at least 1. float32, bfloat16, float16 or float64.
+        k: (B, K, H, d), K of at least T: those of the queries' frames are the last T.
+        v: (B, K, H, e), e of at least 1.
+        pos: (T + K − 1, H, d), the projected positions: row r is that of a key r − (K − 1) frames behind the query. No
             rows where T is 0.
         bias_u, bias_v: (H, d): added to q where it meets keys, and where it meets positions.
-        key_padding_mask: bool (B, T), True where a key is hidden from every query of its sequence.
-        attn_mask: bool (T, T) or (B, T, T), True where a key (last) is hidden from a query.
+        key_padding_mask: bool (B, K), True where a key is hidden from every query of its sequence.
+        attn_mask: bool (T, K) or (B, T, K), True where a key (last) is hidden from a query.
         dropout_p: the share of weights that are set to 0 after the softmax; the others are divided by 1 − dropout_p.
         dropout_seed: int64 (1,), which chooses these weights; needed where dropout_p is more than 0. One seed and shape
             give the same weights on every backend.
+        context: (left, right): a query sees the keys from ``left`` frames before its chunk to ``right`` frames behind
+            it; -1: all of that side. No mask is made, and keys that no query of a block sees are not read.
+        chunk_size: frames of a chunk, counted from the first key. 1: the context is that of each frame.
         All floating tensors have q's dtype, but for autocast, which casts them.
     Returns:
         (B, T, H, e), of q's dtype (autocast's under autocast), accumulated in float32 or better; 0 for a query that
         sees no key.
     Raises:
         TypeError: an argument of the wrong type, or dtypes that differ outside autocast.
-        ValueError: shapes or devices do not match.
+        ValueError: shapes or devices do not match; an option is out of range.
     """
     scale = q.shape[-1] ** -0.5
     content = ((q + bias_u) * scale).transpose(1, 2)  # [B, H, T, d]
     position = ((q + bias_v) * scale).transpose(1, 2)
-    by_offset = torch.matmul(position, pos.permute(1, 2, 0))  # [B, H, T, 2T - 1]
+    by_offset = torch.matmul(position, pos.permute(1, 2, 0))  # [B, H, T, T + K - 1]
     scores = torch.matmul(content, k.permute(0, 2, 3, 1)) + relative_shift(by_offset)
     masks = [] if key_padding_mask is None else [key_padding_mask[:, None, None, :]]
     masks += [] if attn_mask is None else [attn_mask.unsqueeze(-3)]
+    masks += [] if max(context) < 0 else [outside_context(scores, context, chunk_size)]
     for mask in masks:
         scores = scores.masked_fill(mask, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, -1)

@@ -575,7 +575,8 @@ def _rel_attention(generation: int):
 
     like = ("Q", "K", "V", "POS", "U", "W", "Y", "G", "DS", "DQ", "DK", "DV", "DU", "DW")
     wide = dict.fromkeys(("LSE", "INVERSE", "DELTA", "CONTENT"), "fp32")
-    strides = [f"{name}_{of}" for name in ("q", "v") for of in ("time", "batch")] + ["ds_row", "width"]
+    strides = [f"{name}_{of}" for name in ("q", "v") for of in ("time", "batch")]
+    strides += ["k_batch", "g_batch", "ds_row", "width"]
     masks = {"PADDING": "u8", "MASK": "u8", "SEED": "i64"}
 
     def configuration(name: str, label: str, dtype: str, dim: int = 64, value: int = 64):
@@ -594,7 +595,7 @@ def _rel_attention(generation: int):
             f"rel_attention {name}{label and ', ' + label}, {dtype}",
             getattr(module, f"{name}_kernel"),
             types | ({"DQ": "fp32"} if name == "queries" else {}),
-            {"DIM": dim, "VALUE_DIM": value, **dict.fromkeys(absent)} | options,
+            {"DIM": dim, "VALUE_DIM": value, "WINDOW": "context" in label, **dict.fromkeys(absent)} | options,
             warps,
             strides,
             ("scale", "factor"),
@@ -613,9 +614,16 @@ def _rel_attention(generation: int):
         for label in ("padding, mask", "padding, dropout", "padding, mask, dropout"):
             yield configuration(name, f"d=128, {label}", "bf16", 128, 128)
         yield configuration(name, "padding, mask, dropout", "bf16")
+        for dtype in ("fp32", "bf16"):
+            yield configuration(name, "padding, context", dtype)
+        for label in ("padding, dropout, context", "d=128, padding, context"):
+            dim = 128 if "d=128" in label else 64
+            yield configuration(name, label, "bf16", dim, dim)
     for dtype in PRODUCTS:
         for name in ("offsets", "positions"):
             yield configuration(name, "", dtype)
+            if dtype != "tf32":
+                yield configuration(name, "context", dtype)
     for dtype in ("fp32", "bf16"):
         yield configuration("biases", "", dtype)
 

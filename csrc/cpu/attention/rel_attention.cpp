@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/attention/rel_attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -21,10 +22,25 @@ C scale_of(const RelAttention& r) {
   return static_cast<C>(1 / std::sqrt(static_cast<double>(r.problem.query_dim)));
 }
 
-// Returns the row of one frame in (batch, frames, heads, width).
+// Returns the row of a query in (batch, frames, heads, width).
 template <typename T>
 T* row_of(const AttentionProblem& a, T* t, int64_t width, int64_t hb, int64_t frame) {
   return t + ((hb % a.batch * a.frames + frame) * a.heads + hb / a.batch) * width;
+}
+
+// Returns the row of a key in (batch, keys, heads, width).
+template <typename T>
+T* key_row(const AttentionProblem& a, T* t, int64_t width, int64_t hb, int64_t key) {
+  return t + ((hb % a.batch * a.keys() + key) * a.heads + hb / a.batch) * width;
+}
+
+// Returns the keys that the context of the queries [first, last] lets through.
+Window context_of(const RelAttention& r, int64_t first, int64_t last) {
+  const AttentionProblem& a = r.problem;
+  const Context& c = r.context;
+  const auto chunk = [&](int64_t i) { return (i + a.left) / c.chunk * c.chunk; };
+  return {c.left < 0 ? 0 : std::max<int64_t>(0, chunk(first) - c.left),
+          c.right < 0 ? a.keys() : std::min(a.keys(), chunk(last) + c.chunk + c.right)};
 }
 
 // Computes out[d * stride + j] = in[j * step + d] for N rows, whose lanes are written side by side.
@@ -97,14 +113,18 @@ void scores_of(const RelAttention& r, const KeyRange& range, const Strip& t, con
     C* row = s + m * stride;
     row_kernels.add(row, band + m * kBandWidth + lead - m, n);
     fill_hidden(a, t, m, range, begin, end, row, -kInfinity<C>);
-    for (int64_t j = seen; j < n; j++) row[j] = -kInfinity<C>;
+    const Window w = context_of(r, t.begin + m, t.begin + m);  // ends with the keys
+    std::fill(row, row + std::clamp<int64_t>(w.begin - begin, 0, n), -kInfinity<C>);
+    std::fill(row + std::clamp<int64_t>(w.end - begin, 0, n), row + n, -kInfinity<C>);
   }
 }
 
 // Says whether any key is hidden from the query. A query whose scores are all -inf though no key is hidden has NaN for
 // weights; one that sees no key has zeros.
-bool hides_any(const AttentionProblem& a, const KeyRange& range, int64_t sequence, int64_t frame) {
-  if (range.masked >= 0) return true;
+bool hides_any(const RelAttention& r, const KeyRange& range, int64_t sequence, int64_t frame) {
+  const AttentionProblem& a = r.problem;
+  const Window w = context_of(r, frame, frame);
+  if (range.masked >= 0 || w.begin > 0 || w.end < a.keys()) return true;
   const uint8_t* row = mask_row(a, sequence, frame);
   return row && std::memchr(row, 1, static_cast<size_t>(a.keys()));
 }
@@ -119,10 +139,12 @@ void drop(const RelAttention& r, int64_t hb, int64_t frame, int64_t begin, int64
                                    static_cast<C>(r.dropout.scale));
 }
 
-// Returns the keys that any query may see: padding at either end of a sequence is left out.
-Window window_of(const KeyRange& range) {
-  if (range.begin >= range.end) return {0, 0};
-  return {range.begin / kAttentionPad * kAttentionPad, round_up(range.end, kAttentionPad)};
+// Returns the keys that any of the queries [first, last] may see: padding at either end of a sequence is left out.
+Window window_of(const RelAttention& r, const KeyRange& range, int64_t first, int64_t last) {
+  const Window w = context_of(r, first, last);
+  const int64_t begin = std::max(w.begin, range.begin), end = std::min(w.end, range.end);
+  if (begin >= end) return {0, 0};
+  return {begin / kAttentionPad * kAttentionPad, round_up(end, kAttentionPad)};
 }
 
 template <typename T, typename C = compute_t<T>>
@@ -130,9 +152,9 @@ void pack_keys(const RelAttention& r, const RelAttentionOperands<T>& t, int64_t 
   const AttentionProblem& a = r.problem;
   const int64_t n = r.key_rows(), dim = a.query_dim;
   zero(values, r.values_size());
-  transpose(row_of(a, t.k, dim, hb, 0), a.heads * dim, a.frames, dim, keys_transposed, n);
-  zero_columns(keys_transposed, dim, n, a.frames);
-  copy_rows(row_of(a, t.v, r.value_dim, hb, 0), a.heads * r.value_dim, a.frames, r.value_dim, values, r.values());
+  transpose(key_row(a, t.k, dim, hb, 0), a.heads * dim, a.keys(), dim, keys_transposed, n);
+  zero_columns(keys_transposed, dim, n, a.keys());
+  copy_rows(key_row(a, t.v, r.value_dim, hb, 0), a.heads * r.value_dim, a.keys(), r.value_dim, values, r.values());
 }
 
 template <typename T, typename C = compute_t<T>>
@@ -151,6 +173,7 @@ void pack_positions(const RelAttention& r, const RelAttentionOperands<T>& t, int
 template <typename C>
 struct StripState {
   Strip strip;
+  Window window;
   C *content, *position;
   RunningSoftmax<C> softmax;
 };
@@ -162,7 +185,7 @@ void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOp
   const AttentionProblem& a = r.problem;
   const int64_t depth = r.values(), h = hb / a.batch, b = hb % a.batch;
   const KeyRange& range = ranges[b];
-  const Window window = window_of(range);
+  const Window window = window_of(r, range, begin, end - 1);
   C *scores = scratch, *band = scores + kAttentionRows * kKeyBlock, *part = band + kAttentionRows * kBandWidth;
   C *rows = part + kAttentionRows * depth, *memory = rows + 2 * kAttentionRows * r.dim();
   StripState<C> states[kStrips];
@@ -170,6 +193,7 @@ void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOp
   for_each_strip<C>(a, hb, begin, end, [&](const Strip& strip) {
     StripState<C>& s = states[count++];
     s.strip = strip;
+    s.window = window_of(r, range, strip.begin, strip.begin + strip.stored - 1);
     s.softmax.total = memory, memory += strip.rows * depth;
     s.content = memory, memory += strip.rows * a.query_dim;
     s.position = memory, memory += strip.rows * a.query_dim;
@@ -179,17 +203,18 @@ void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOp
   for (int64_t j0 = window.begin; j0 < window.end; j0 += kKeyBlock)
     for (int k = 0; k < count; k++) {
       StripState<C>& s = states[k];
-      const int64_t j1 = std::min(j0 + kKeyBlock, window.end);
-      scores_of(r, range, s.strip, s.content, s.position, kt, rt, j0, j1, scores, kKeyBlock, band);
-      s.softmax.add(scores, s.strip.stored, j1 - j0, v + j0 * depth, depth, part,
-                    [&](int m, C* row) { drop(r, hb, s.strip.begin + m, j0, j1 - j0, row); });
+      const int64_t from = std::max(j0, s.window.begin), to = std::min(j0 + kKeyBlock, s.window.end);
+      if (from >= to) continue;
+      scores_of(r, range, s.strip, s.content, s.position, kt, rt, from, to, scores, kKeyBlock, band);
+      s.softmax.add(scores, s.strip.stored, to - from, v + from * depth, depth, part,
+                    [&](int m, C* row) { drop(r, hb, s.strip.begin + m, from, to - from, row); });
     }
   for (int k = 0; k < count; k++) {
     const StripState<C>& s = states[k];
     for (int m = 0; m < s.strip.stored; m++) {
       const int64_t frame = s.strip.begin + m;
       T* out = row_of(a, y, r.value_dim, hb, frame);
-      const bool none = s.softmax.sum[m] == 0 && hides_any(a, range, b, frame);  // the query sees no key
+      const bool none = s.softmax.sum[m] == 0 && hides_any(r, range, b, frame);  // the query sees no key
       if (none)
         std::memset(static_cast<void*>(out), 0, sizeof(T) * static_cast<size_t>(r.value_dim));
       else
@@ -241,8 +266,8 @@ struct BackwardProblem {
   const T* grad;
   const C *rt, *rows;  // R of this head
   int64_t hb;
-  Window window;
   const BackwardMemory<C>& m;
+  Window window;  // of the block
 };
 
 // Writes e^(s - max) of a strip to `weights`, dS to `ds`, and the strip's rows of q, p and g. `first` is the block's.
@@ -271,11 +296,12 @@ void strip_softmax_gradient(const BackwardProblem<T, C>& b, const Strip& t, int6
   for (int i = 0; i < t.rows; i++) {
     C *e = weights + i * m.stride + w.begin, *gradient = ds + i * m.stride + w.begin, *g = m.g + (row0 + i) * values;
     const int64_t n = w.end - w.begin;
+    zero(gradient - kAttentionMargin, kAttentionMargin), zero(gradient + n, kAttentionMargin);
     C sum = 0;
     if (i < t.stored)
       sum = row_kernels.exponentials(e, n, std::max(row_kernels.maximum(e, n), std::numeric_limits<C>::lowest()));
     // the query sees no key, or does not exist
-    if (sum == 0 && (i >= t.stored || hides_any(a, b.range, t.sequence, t.begin + i))) {
+    if (sum == 0 && (i >= t.stored || hides_any(b.r, b.range, t.sequence, t.begin + i))) {
       zero(e, n), zero(gradient, n), zero(g, values);
       continue;
     }
@@ -343,23 +369,23 @@ void backward(const RelAttention& r, const KeyRange* ranges, const T* grad, cons
   const BackwardMemory<C> m(r, scratch);
   const int64_t n = r.key_rows(), depth = r.dim(), values = r.values(), dim = a.query_dim, width = r.value_dim;
   const KeyRange& range = ranges[hb % a.batch];
-  const BackwardProblem<T, C> b = {r, t, range, grad, rt, rows, hb, window_of(range), m};
+  BackwardProblem<T, C> b = {r, t, range, grad, rt, rows, hb, m, {}};
   zero(m.keys, depth * n);
-  const T* keys = row_of(a, t.k, dim, hb, 0);
-  copy_rows(keys, a.heads * dim, a.frames, dim, m.keys, depth);
-  transpose(keys, a.heads * dim, a.frames, dim, m.kt, n);
-  zero_columns(m.kt, dim, n, a.frames);
-  transpose(row_of(a, t.v, width, hb, 0), a.heads * width, a.frames, width, m.vt, n);
-  zero_columns(m.vt, width, n, a.frames);
+  const T* keys = key_row(a, t.k, dim, hb, 0);
+  copy_rows(keys, a.heads * dim, a.keys(), dim, m.keys, depth);
+  transpose(keys, a.heads * dim, a.keys(), dim, m.kt, n);
+  zero_columns(m.kt, dim, n, a.keys());
+  transpose(key_row(a, t.v, width, hb, 0), a.heads * width, a.keys(), width, m.vt, n);
+  zero_columns(m.vt, width, n, a.keys());
   zero(m.dk, depth * n), zero(m.dv, values * n);
-  zero(m.ds - kAttentionMargin, m.stride * kBackwardQueries);
   for (int64_t first = 0; first < a.frames; first += kBackwardQueries) {
     const int64_t count = std::min(kBackwardQueries, a.frames - first);
+    b.window = window_of(r, range, first, first + count - 1);
     for_each_strip<C>(a, hb, first, first + count, [&](const Strip& s) { strip_softmax_gradient(b, s, first); });
     block_gradients(b, first, count, dq, sums);
   }
-  for (int64_t j = 0; j < a.frames; j++) {
-    T *key = row_of(a, dk, dim, hb, j), *value = row_of(a, dv, width, hb, j);
+  for (int64_t j = 0; j < a.keys(); j++) {
+    T *key = key_row(a, dk, dim, hb, j), *value = key_row(a, dv, width, hb, j);
     for (int64_t d = 0; d < dim; d++) store(&key[d], m.dk[j * depth + d]);
     for (int64_t d = 0; d < width; d++) store(&value[d], m.dv[j * values + d]);
   }

@@ -11,17 +11,25 @@
 // as keys. Scores of a strip by offset are one product of its queries with consecutive rows of R, the band: row m of it
 // is the strip's row m, m columns further left, and is shifted when it is added to the scores by key. Backward, the
 // band of dS is dS itself, read with rows one element further apart. In the forward pass blocks of queries meet blocks
-// of keys, as in zipformer_attention.h. In the backward pass a block of queries has its weights and their gradient for
-// all keys in the second cache, then feeds the products with its own depth. Memory is O(keys): packed operands, weights
-// of one block of queries and sums of dR.
+// of keys, as in zipformer_attention.h; keys outside the context of a whole strip are left out. In the backward pass a
+// block of queries has its weights and their gradient for all keys that one of them may see in the second cache, then
+// feeds the products with its own depth. Memory is O(keys): packed operands, weights of one block of queries and sums
+// of dR.
 namespace fastasr::cpu {
 
 inline constexpr int64_t kRelAttentionQueries = 64;  // queries of a call of the forward pass
 
+// A query sees the keys from `left` frames before its chunk of `chunk` frames to `right` frames behind it. A negative
+// side has no limit.
+struct Context {
+  int64_t left = -1, right = -1, chunk = 1;
+};
+
 struct RelAttention {
-  AttentionProblem problem;  // pos_dim = query_dim, pos_batch = 1, no chunks, no cache
+  AttentionProblem problem;  // pos_dim = query_dim, pos_batch = 1, no chunks; `left` keys stand before the first query
   int64_t value_dim;
   WeightsDropout dropout;
+  Context context;
 
   // Elements of the compute type.
   int64_t key_rows() const { return problem.padded_keys(); }
@@ -35,7 +43,7 @@ struct RelAttention {
   int64_t backward_scratch() const;                                                                   // per thread
 };
 
-// The operands, contiguous: (batch, frames, heads, dim or value_dim), (offsets, heads, dim), (heads, dim).
+// The operands, contiguous: (batch, frames or keys, heads, dim or value_dim), (offsets, heads, dim), (heads, dim).
 template <typename T>
 struct RelAttentionOperands {
   const T *q, *k, *v, *pos, *bias_u, *bias_v;

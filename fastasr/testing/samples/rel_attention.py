@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of rel_attention, and its benchmark in an E-Branchformer layer (8 heads of 64): four padded sequences of
-16 s, and one minute of audio.
+16 s, and one minute of audio, all of it and in chunks of 14 frames with 70 before them, as Nemotron streams.
 
 It is compared with the definition, with ESPnet's own code between its projections, and with torch's fused attention,
 which takes the scores of positions and the padding as one additive mask.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from fastasr.ops.rel_attention import relative_shift
+from fastasr.ops.rel_attention import outside_context, relative_shift
 from fastasr.testing.speed import (
     BATCH,
     FRAMES,
@@ -23,18 +23,18 @@ from fastasr.testing.speed import (
     costs,
     upstream_member,
 )
-from fastasr.testing.table import Make, OpTable, Sample
+from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
 
 def _call(
-    make: Make, batch: int, frames: int, heads: int, width: int, value: int | None = None, **more
+    make: Make, batch: int, frames: int, heads: int, width: int, value: int | None = None, cached=0, **more
 ) -> dict:
-    shape = batch, frames, heads
+    keys = cached + frames
     return {
-        "q": make.normal(*shape, width),
-        "k": make.normal(*shape, width),
-        "v": make.normal(*shape, width if value is None else value),
-        "pos": make.normal(max(0, 2 * frames - 1), heads, width),
+        "q": make.normal(batch, frames, heads, width),
+        "k": make.normal(batch, keys, heads, width),
+        "v": make.normal(batch, keys, heads, width if value is None else value),
+        "pos": make.normal(frames and frames + keys - 1, heads, width),
         "bias_u": make.normal(heads, width, scale=0.5),
         "bias_v": make.normal(heads, width, scale=0.5),
     } | {name: m(make) if callable(m) else m for name, m in more.items()}
@@ -64,6 +64,10 @@ def _dropout(p: float, seed: int) -> dict:
     return {"dropout_p": p, "dropout_seed": torch.tensor([seed])}
 
 
+def _context(left: int, right: int, chunk_size: int = 1) -> dict:
+    return {"context": (left, right), "chunk_size": chunk_size}
+
+
 def _infinite(make: Make) -> dict:
     call = _call(make, 2, 7, 2, 4)
     call["q"][1, 3, 0, 2] = float("inf")
@@ -72,15 +76,18 @@ def _infinite(make: Make) -> dict:
 
 def _random(make: Make, shape) -> dict:
     batch, frames, heads = shape.size() % 4, shape.size() % 130, 1 + shape.size() % 3
-    width = 1 + shape.size() % 70
-    call = _call(make, batch, frames, heads, width, shape.choice((width, 1 + shape.size() % 40)))
+    width, cached = 1 + shape.size() % 70, shape.choice((0, shape.size() % 80))
+    call = _call(make, batch, frames, heads, width, shape.choice((width, 1 + shape.size() % 40)), cached)
+    keys = cached + frames
     if shape.choice((True, False)):
-        lengths = [shape.size() % (frames + 1) for _ in range(batch)]
-        call["key_padding_mask"] = _padding(frames, *lengths) if batch else torch.zeros(0, frames) > 0
+        call |= _context(shape.size() % 60 - 1, shape.size() % 40 - 1, 1 + shape.size() % 20)
+    if shape.choice((True, False)):
+        lengths = [shape.size() % (keys + 1) for _ in range(batch)]
+        call["key_padding_mask"] = _padding(keys, *lengths) if batch else torch.zeros(0, keys) > 0
     if shape.choice((True, False)):
         call |= _dropout(shape.size() % 10 / 10, shape.size())
     if shape.choice((True, False)):
-        sizes = shape.choice(((frames, frames), (batch, frames, frames)))
+        sizes = shape.choice(((frames, keys), (batch, frames, keys)))
         call["attn_mask"] = make.uniform(*sizes) < 0.4
     return call
 
@@ -170,9 +177,56 @@ TABLE = OpTable(
             large=True,
             draws=4,
         ),
+        _small("keys of a cache", lambda m: _call(m, 2, 3, 2, 8, cached=5), thorough=True),
+        _small("one query and a cache", lambda m: _call(m, 2, 1, 2, 4, cached=9, **_context(9, 0))),
+        _small("a limited context", lambda m: _call(m, 2, 13, 2, 8, **_context(3, 1)), thorough=True),
+        _small("the past alone", lambda m: _call(m, 1, 9, 1, 8, **_context(-1, 0))),
+        _small(
+            "chunks, a cache, padding within the context",
+            lambda m: _call(
+                m, 2, 7, 1, 8, cached=6, key_padding_mask=_random_mask(2, 13, hidden=0.6), **_context(4, 0, 4)
+            ),
+        ),
+        Sample(
+            "chunks, several tiles, masks, a cache, dropout",
+            lambda m: _call(
+                m,
+                1,
+                40,
+                1,
+                20,
+                24,
+                21,
+                key_padding_mask=_padding(61, 50),
+                attn_mask=_random_mask(40, 61, hidden=0.2),
+                **_context(21, 2, 7),
+                **_dropout(0.2, 9),
+            ),
+        ),
+        Sample(
+            "a limited context, several tiles", lambda m: _call(m, 1, 67, 1, 16, **_context(20, 9)), draws=2
+        ),
+        Sample(
+            "a limited context, several blocks of keys",
+            lambda m: _call(m, 1, 700, 1, 16, **_context(70, 13)),
+            draws=2,
+            large=True,
+        ),
         Sample("an infinite query", _infinite, exact=False),
         Sample("no frames", lambda m: _call(m, 2, 0, 2, 8)),
+        Sample("no frames, keys of a cache", lambda m: _call(m, 2, 0, 2, 8, cached=3)),
         Sample("no sequences", lambda m: _call(m, 0, 5, 2, 8)),
+    ),
+    invalid=(
+        Invalid(
+            "a negative context", lambda m: _call(m, 1, 4, 1, 4, **_context(-2, 0)), ValueError, "context"
+        ),
+        Invalid(
+            "fewer keys than queries",
+            lambda m: _call(m, 1, 4, 1, 4, cached=-1),
+            ValueError,
+            "k",
+        ),
     ),
     unread=("k", "v"),  # the op may skip hidden keys
     random=_random,
@@ -202,11 +256,14 @@ def espnet(device: str) -> Callable:
     return run
 
 
-def additive(q, k, v, pos, bias_u, bias_v, key_padding_mask):
-    """Returns torch's fused attention with the scores of positions and padding as its mask."""
+def additive(q, k, v, pos, bias_u, bias_v, key_padding_mask=None, context=(-1, -1), chunk_size=1):
+    """Returns torch's fused attention with the scores of positions, padding and context as its mask."""
     position = ((q + bias_v) * WIDTH**-0.5).transpose(1, 2)
     mask = relative_shift(torch.matmul(position, pos.permute(1, 2, 0)))
-    mask = mask.masked_fill(key_padding_mask[:, None, None], torch.finfo(mask.dtype).min)
+    hidden = outside_context(mask, context, chunk_size)
+    if key_padding_mask is not None:
+        hidden = hidden | key_padding_mask[:, None, None]
+    mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
     content, k, v = (t.transpose(1, 2) for t in (q + bias_u, k, v))
     return F.scaled_dot_product_attention(content, k, v, attn_mask=mask).transpose(1, 2)
 
@@ -246,13 +303,32 @@ def _case(frames: int, batch: int) -> Case:
         "upstream": lambda **call: computed(espnet(call["q"].device), call),
     }
     name = f"{batch}x{frames}, {HEADS} heads of {WIDTH}"
-    product = 2 * batch * HEADS * frames * frames * WIDTH
-    rows, offsets = batch * frames * HEADS * WIDTH, 2 * frames * HEADS * WIDTH
-    passes = costs((4 * rows + offsets, 3 * product), (7 * rows + 2 * offsets, 8 * product))
     quick = frames * frames * batch < 1_000_000
+    passes = _passes(batch, frames, frames * frames)
     return case("rel_attention", name, arguments, passes, others=others, quick=quick)
 
 
-CASES = (_case(400, 4), _case(1500, 1))
-ON_DEVICE = (_case(400, BATCH), _case(FRAMES, BATCH))
-WATCH = "scores by offset shifted by `tl.gather` in registers; dropout by a hash; heads of up to 128"
+def _passes(batch: int, frames: int, pairs: int):
+    """Returns the costs of each pass, where queries see ``pairs`` keys in all."""
+    product = 2 * batch * HEADS * pairs * WIDTH
+    rows, offsets = batch * frames * HEADS * WIDTH, 2 * frames * HEADS * WIDTH
+    return costs((4 * rows + offsets, 3 * product), (7 * rows + 2 * offsets, 8 * product))
+
+
+def _chunks(frames: int, batch: int, left: int = 70, chunk_size: int = 14) -> Case:
+    context = _context(left, 0, chunk_size)
+    pairs = int((~outside_context(torch.empty(frames, frames), **context)).sum())
+    return case(
+        "rel_attention",
+        f"{batch}x{frames} in chunks of {chunk_size}, {HEADS} heads of {WIDTH}",
+        lambda m: _call(m, batch, frames, HEADS, WIDTH, **context),
+        _passes(batch, frames, pairs),
+        others={"additive mask": lambda **call: computed(additive, call)},
+    )
+
+
+CASES = (_case(400, 4), _case(1500, 1), _chunks(1500, 1))
+ON_DEVICE = (_case(400, BATCH), _case(FRAMES, BATCH), _chunks(FRAMES, BATCH))
+WATCH = (
+    "scores by offset shifted by `tl.gather` in registers; dropout by a hash; heads of up to 128; contexts"
+)
