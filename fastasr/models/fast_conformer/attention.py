@@ -69,25 +69,29 @@ class FastConformerAttention(torch.nn.Module):
         q = plumbing.linear(self.q_proj, hidden_states).view(shape)
         k = plumbing.linear(self.k_proj, hidden_states).view(shape)
         v = plumbing.linear(self.v_proj, hidden_states).view(shape)
-        dropout = self.attention_dropout if self.training else 0.0
-        shared = len(position_embeddings) == 1 or position_embeddings.stride(0) == 0
-        of_kernel = attention_dropout.of_kernel(dropout, q.device) if shared else None
-        if of_kernel is None:
-            p = plumbing.linear(self.relative_k_proj, position_embeddings)
-            p = p.view(*position_embeddings.shape[:2], *self.bias_u.shape)
-            y = _with_weights(self, q, k, v, p, attention_mask, dropout)
-        else:
-            table = position_embeddings[0]
-            p = projected(self, self.relative_k_proj, table).view(len(table), *self.bias_u.shape)
-            y = _fused(self, q, k, v, p, attention_mask, of_kernel)
+        by = None if attention_mask is None else seen(attention_mask)
+        y = attended(self, q, k, v, position_embeddings, attention_mask, by, mean=True)
         return plumbing.linear(self.o_proj, y.flatten(2)), None
 
 
-def _fused(module, q, k, v, p, mask, dropout):
-    """Queries that see no key get the mean of v without dropout."""
-    by = None if mask is None else seen(mask)
-    y = ops.rel_attention(q, k, v, p, module.bias_u, module.bias_v, **masks.of_kernel(mask, by), **dropout)
-    if by is None or by.empty_rows is None:
+def attended(module, q, k, v, position_embeddings, mask, by, mean=False):
+    """Returns y (B, T, H, d) of queries (B, T, H, d), which stand at the last frames of keys and values (B, K, H, d).
+
+    The position embeddings have 2K − 1 rows. ``by`` is what ``masks.seen`` reads in the mask. A query that sees no key
+    gets 0, or with ``mean`` the mean of v: in the kernel's case without dropout.
+    """
+    dropout = module.attention_dropout if module.training else 0.0
+    rows = max(0, q.shape[1] + k.shape[1] - 1)  # the others are of keys behind those of the queries
+    shared = len(position_embeddings) == 1 or position_embeddings.stride(0) == 0
+    of_kernel = attention_dropout.of_kernel(dropout, q.device) if shared else None
+    if of_kernel is None:
+        p = plumbing.linear(module.relative_k_proj, position_embeddings[:, :rows])
+        p = p.view(*p.shape[:2], *module.bias_u.shape)
+        return _with_weights(module, q, k, v, p, mask, dropout, mean)
+    p = projected(module, module.relative_k_proj, position_embeddings[0])[:rows]
+    p = p.view(rows, *module.bias_u.shape)
+    y = ops.rel_attention(q, k, v, p, module.bias_u, module.bias_v, **masks.of_kernel(mask, by), **of_kernel)
+    if not mean or by is None or by.empty_rows is None:
         return y
     return torch.where(by.empty_rows[:, :, None, None], _mean(module, q, k, v).to(y.dtype), y)
 
@@ -106,7 +110,7 @@ def _mean(module, q, k, v):
     return mean + (slope - slope.detach())
 
 
-def _with_weights(module, q, k, v, p, mask, dropout):
+def _with_weights(module, q, k, v, p, mask, dropout, mean):
     """Computes the formula directly, as upstream does, with upstream's draw of the dropout."""
     scale = module.head_dim**-0.5
     position = (q + module.bias_v).transpose(1, 2)  # [B, H, T, d]
@@ -116,6 +120,8 @@ def _with_weights(module, q, k, v, p, mask, dropout):
     content = (q + module.bias_u).transpose(1, 2) * scale
     scores = torch.matmul(content, k.permute(0, 2, 3, 1)) + scores
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    if mask is not None and not mean:
+        weights = weights.masked_fill(~mask, 0.0)
     weights = F.dropout(weights.to(q.dtype), dropout)
     return torch.matmul(weights, v.transpose(1, 2)).transpose(1, 2)
 

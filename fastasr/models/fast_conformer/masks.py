@@ -6,23 +6,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastasr.ops.rel_attention import outside_context
+
 
 class Seen(NamedTuple):
     """What queries see of keys.
 
     ``hidden_keys`` (B, T): True at keys that no query sees. ``empty_rows`` (B, T): True at queries that see no key, or
-    None if there are none. ``by_length``: whether every other query sees every other key.
+    None if there are none. ``by_length``: whether every other query sees every other key. ``context``: the arguments of
+    ``ops.rel_attention`` that with ``hidden_keys`` say all that the mask does, or {}.
     """
 
     hidden_keys: Tensor
     empty_rows: Tensor | None
     by_length: bool
+    context: dict
 
 
-def is_readable(mask: Tensor | None, batch: int, frames: int) -> bool:
-    """Whether ``mask`` is None or bool (B, 1, T, T), True where a query (third) sees a key (last); or bool (B, T), True
-    at valid frames, each of which sees all others: over an hour the pairs would take 2 GB."""
-    shapes = (batch, 1, frames, frames), (batch, frames)
+def is_readable(mask: Tensor | None, batch: int, frames: int, keys: int | None = None) -> bool:
+    """Whether ``mask`` is None or bool (B, 1, T, K), True where a query (third) sees a key (last), with K = T unless
+    given; or bool (B, T), True at valid frames, each of which sees all others: over an hour the pairs would take 2 GB.
+    """
+    shapes = ((batch, 1, frames, frames), (batch, frames)) if keys is None else ((batch, 1, frames, keys),)
     return mask is None or (mask.dtype == torch.bool and mask.shape in shapes)
 
 
@@ -31,17 +36,18 @@ def pairs(mask: Tensor) -> Tensor:
     return mask[:, None, :, None] & mask[:, None, None, :] if mask.dim() == 2 else mask
 
 
-def seen(mask: Tensor, hides: bool = False) -> Seen:
-    """Returns what queries see by ``mask``, bool (B, 1, T, T), True where a query sees a key, or bool (B, T), True at
-    valid frames. With ``hides`` the mask is NeMo's: (B, T, T), True where a key is hidden.
+def seen(mask: Tensor, hides: bool = False, left: int | None = None) -> Seen:
+    """Returns what queries see by ``mask``, bool (B, 1, T, K), True where a query sees a key, or bool (B, T), True at
+    valid frames. With ``hides`` the mask is NeMo's: (B, T, T), True where a key is hidden. ``left``: it may stand for
+    chunks and as many earlier ones as fit into so many frames.
 
     The answer stays with the tensor: a mask of a long recording is large, and an encoder gives it to every layer.
     """
     if torch.compiler.is_compiling():  # nothing may depend on values, or be kept
         if mask.dim() == 2:
-            return Seen(~mask, ~mask, True)
+            return Seen(~mask, ~mask, True, {})
         by_query = ~mask if hides else mask[:, 0]
-        return Seen(~by_query.any(1), ~by_query.any(2), False)
+        return Seen(~by_query.any(1), ~by_query.any(2), False, {})
     version = None if mask.is_inference() else mask._version
     kept = getattr(mask, "_fastasr_seen", None)
     if kept is None or kept[0] != version:
@@ -55,15 +61,27 @@ def seen(mask: Tensor, hides: bool = False) -> Seen:
             counts = torch.stack([torch.count_nonzero(m) for m in by_query]) if len(mask) else rows.sum(1)
             by_length = torch.equal(counts, rows.sum(1) * keys.sum(1))
         empty = ~rows
-        kept = version, Seen(~keys, empty if bool(empty.any()) else None, by_length)
+        context = {} if by_length or left is None else _chunks(by_query, keys, left)
+        kept = version, Seen(~keys, empty if bool(empty.any()) else None, by_length, context)
         mask._fastasr_seen = kept
     return kept[1]
+
+
+def _chunks(by_query: Tensor, seen_keys: Tensor, left: int) -> dict:
+    """Returns the context that with hidden keys makes the mask (B, T, T), or {}: the first query sees its chunk."""
+    frames, keys = by_query.shape[1:]
+    chunk = int(by_query[:, 0].any(0).sum())
+    if frames != keys or not chunk:
+        return {}
+    context = {"context": (left // chunk * chunk, 0), "chunk_size": chunk}
+    expected = seen_keys[:, None] & ~outside_context(by_query, **context)
+    return context if torch.equal(by_query, expected) else {}
 
 
 def of_kernel(mask: Tensor | None, by: Seen | None, hides: bool = False) -> dict[str, Tensor]:
     """Returns the arguments of ``ops.rel_attention`` for ``mask`` and what queries see by it; {} without a mask."""
     if by is None:
         return {}
-    if by.by_length:
-        return {"key_padding_mask": by.hidden_keys}
+    if by.by_length or by.context:
+        return {"key_padding_mask": by.hidden_keys, **by.context}
     return {"attn_mask": mask if hides else ~mask[:, 0]}

@@ -26,8 +26,8 @@ def table(frames: int, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class FastConformerPositions(torch.nn.Module):
-    """hidden states (B, T, D) -> (B, 2T − 1, D), a view of one table. Row r is that of a key T − 1 − r frames before
-    the query. Columns 2k, 2k + 1: sine and cosine of p · 10000^(−2k/D)."""
+    """hidden states (B, T, D) -> (B, 2K − 1, D), a view of one table; K is T and the cached frames. Row r is that of a
+    key K − 1 − r frames before the query. Columns 2k, 2k + 1: sine and cosine of p · 10000^(−2k/D)."""
 
     def __init__(self, width):
         super().__init__()
@@ -35,8 +35,8 @@ class FastConformerPositions(torch.nn.Module):
         self.register_buffer("inv_freq", frequencies, persistent=False)
 
     @torch.no_grad()
-    def forward(self, hidden_states):
-        batch, frames = hidden_states.shape[:2]
+    def forward(self, hidden_states, cached_frames=0):
+        batch, frames = hidden_states.shape[0], hidden_states.shape[1] + cached_frames
         dtype, device = hidden_states.dtype, hidden_states.device
         if torch.compiler.is_compiling() or not 0 < frames <= KEPT_FRAMES:
             rows = table(frames, self.inv_freq.to(device), dtype)

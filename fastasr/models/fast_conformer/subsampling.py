@@ -49,12 +49,17 @@ def are_plain(layers):
     return all(map(_is_plain, layers))
 
 
-def convolved(layers, x, lengths):
-    """Returns what the last linear layer takes, (B, ⌈T₀ / factor⌉, C · F), of features (B, T₀, mel_bins), of which
-    ``lengths`` (B), or None for all, are valid. ``layers`` are those of the front end above."""
+def convolved(layers, x, lengths, left=1):
+    """Returns what the last linear layer takes, (B, T, C · F), of features (B, T₀, mel_bins), of which ``lengths`` (B),
+    or None for all, are valid. ``layers`` are those of the front end above, whose convolutions are padded by ``left``
+    on the left of both axes and by 1 on the right: T is ⌈T₀ / factor⌉ with 1."""
     batch, frames, bins = x.shape
-    count, stages = subsampled(layers, frames), _stages(layers)
-    parameters = list(layers.parameters())
+    count, bins_left, stages = (
+        subsampled(layers, frames, left),
+        subsampled(layers, bins, left),
+        _stages(layers),
+    )
+    parameters = [p for layer in layers for p in layer.parameters()]
     differentiated = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
     in_strips = x.device.type == "cpu" and not torch.compiler.is_compiling()
     in_strips = in_strips and (not differentiated or _dispatch.direct(x, *parameters))
@@ -70,17 +75,16 @@ def convolved(layers, x, lengths):
     strip = max(1, strip)
     again = differentiated and strip < count
     strips = [
-        _kept_or_again(again, layers, x, lengths, begin, min(strip, count - begin))
+        _kept_or_again(again, layers, x, lengths, begin, min(strip, count - begin), left)
         for begin in range(0, count, strip)
     ]
-    bins_left = math.ceil(bins / 2**stages)
     return torch.cat(strips, 1) if strips else x.new_zeros(batch, 0, layers[0].out_channels * bins_left)
 
 
-def subsampled(layers, frames):
+def subsampled(layers, frames, left=1):
     """Returns the front end's length of output for ``frames``, a number or a tensor of numbers."""
     for _ in range(_stages(layers)):
-        frames = _halved(frames)
+        frames = _halved(frames, left)
     return frames
 
 
@@ -100,39 +104,45 @@ def _stages(layers):
     return (len(layers) + 1) // 3
 
 
-def _strip(layers, x, lengths, begin, count):
+def _strip(layers, x, lengths, begin, count, left):
     """Returns frames begin … begin + count − 1 of what ``linear`` takes, (B, count, C · F)."""
     levels = [(begin, count)]
     for _ in range(_stages(layers)):  # the frames that these need, level by level, down to those of x
-        begin, count = 2 * begin - 1, 2 * count + 1
+        begin, count = 2 * begin - left, 2 * count + 1
         levels.insert(0, (begin, count))
-    h, stem = _patches(x, *levels[0]), layers[0]
-    h = ops.linear_activation(h, stem.weight.flatten(1), stem.bias, "relu")
-    lengths = _halved(lengths)
+    h, lengths = stem(layers[0], _part(x, *levels[0], left)), _halved(lengths, left)
     h = _within(h, levels[1][0], lengths)
     for i, (begin, _) in enumerate(levels[2:]):
         depthwise, pointwise = layers[2 + 3 * i], layers[3 + 3 * i]
-        lengths = _halved(lengths)
+        lengths = _halved(lengths, left)
         h = h.permute(0, 3, 1, 2)
-        h = F.conv2d(h, depthwise.weight, depthwise.bias, stride=2, padding=(0, 1), groups=depthwise.groups)
+        h, bins_padding = (h, 1) if left == 1 else (F.pad(h, (left, 1)), 0)
+        h = F.conv2d(
+            h, depthwise.weight, depthwise.bias, stride=2, padding=(0, bins_padding), groups=depthwise.groups
+        )
         h = _within(h.permute(0, 2, 3, 1), begin, lengths)
         h = ops.linear_activation(h, pointwise.weight[..., 0, 0], pointwise.bias, "relu")
         h = _within(h, begin, lengths)
     return h.transpose(2, 3).flatten(2)  # [B, count, C * F]
 
 
-def _patches(x, begin, count):
-    """Returns (B, (count − 1) / 2, F', 9): the 3 × 3 patches, two apart, of frames ``begin`` … of x, 0 outside."""
-    frames = x.shape[1]
-    before, after = max(0, -begin), max(0, begin + count - frames)
-    part = F.pad(x[:, max(0, begin) : begin + count], (1, 1, before, after))
-    patches = part.unfold(1, 3, 2).unfold(2, 3, 2)
-    return patches.reshape(*patches.shape[:3], 9)
+def _part(x, begin, count, left):
+    """Returns frames ``begin`` … of x (B, T₀, mel_bins) with the padding of its bins, 0 outside."""
+    before, after = max(0, -begin), max(0, begin + count - x.shape[1])
+    return F.pad(x[:, max(0, begin) : begin + count], (left, 1, before, after))
 
 
-def _halved(lengths):
-    """Returns the length, or the list or tensor of them, after a convolution of 3 taps, stride 2 and padding 1."""
-    return [_halved(n) for n in lengths] if isinstance(lengths, list) else (lengths - 1) // 2 + 1
+def stem(conv, x):
+    """Returns (B, n, F, C): the ReLU of the first convolution of padded x, as a product of 3 × 3 patches, two apart."""
+    patches = x.unfold(1, 3, 2).unfold(2, 3, 2)
+    patches = patches.reshape(*patches.shape[:3], 9)
+    return ops.linear_activation(patches, conv.weight.flatten(1), conv.bias, "relu")
+
+
+def _halved(lengths, left=1):
+    """Returns the length, or the list or tensor of them, after a convolution of 3 taps and stride 2, with 1 of padding
+    on the right."""
+    return [_halved(n, left) for n in lengths] if isinstance(lengths, list) else (lengths + left - 2) // 2 + 1
 
 
 def _within(h, begin, lengths):
@@ -157,9 +167,16 @@ def _is_plain(layer):
         return type(layer) is torch.nn.ReLU
     depthwise = (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (2, 2), (1, 1))
     depthwise = depthwise and layer.groups == layer.in_channels
-    pointwise = (layer.kernel_size, layer.stride, layer.padding) == ((1, 1), (1, 1), (0, 0))
-    pointwise = pointwise and layer.groups == 1
-    return (depthwise or pointwise) and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    return (
+        is_plain_pointwise(layer) or depthwise and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    )
+
+
+def is_plain_pointwise(layer):
+    """Whether this is torch's convolution of 1 × 1 taps without hooks."""
+    plain = type(layer) is torch.nn.Conv2d and not plumbing.is_watched(layer) and has_known_forward(layer)
+    sizes = (1, 1), (1, 1), (0, 0), 1
+    return plain and (layer.kernel_size, layer.stride, layer.padding, layer.groups) == sizes
 
 
 def _as_upstream(module, x, mask):

@@ -29,7 +29,7 @@ def _activation(module):
     return unread_child(module, "activation", "SiLUActivation", SILU)
 
 
-def _attention_structure(module):
+def attention_structure(module):
     if module.num_key_value_groups != 1:
         return f"num_key_value_groups is {module.num_key_value_groups}, expected 1"
     heads = module.config.num_attention_heads
@@ -38,7 +38,7 @@ def _attention_structure(module):
     ) or check_child_names(module, ("q_proj", "k_proj", "v_proj", "o_proj", "relative_k_proj"))
 
 
-def _feed_forward_structure(module):
+def feed_forward_structure(module):
     reason = check_parameters(module, {}) or check_child_names(module, ("linear1", "activation", "linear2"))
     return reason or _activation(module)
 
@@ -55,7 +55,7 @@ def _subsampling_structure(module):
     return check_parameters(module, {}) or check_child_names(module, ("layers", "linear"))
 
 
-def _positions_structure(module):
+def positions_structure(module):
     if module.inv_freq.dtype != torch.float32:
         return f"inv_freq is {module.inv_freq.dtype}, expected float32"
     return check_parameters(module, {}, allowed_buffers=("inv_freq",)) or check_child_names(module, ())
@@ -66,7 +66,7 @@ ATTENTION = Rule(
     class_name="ParakeetEncoderAttention",
     forward=models.FastConformerAttention.forward,
     kernels=("linear", "rel_attention"),
-    structure=_attention_structure,
+    structure=attention_structure,
     known={
         "008a9cc97b05d9f6b47b2309": _TRANSFORMERS,
         "625f1f5f4e1805e6f4c28619": Known("transformers 5.6 to 5.17", condition=_before_5_18),
@@ -92,7 +92,7 @@ FEED_FORWARD = Rule(
     class_name="ParakeetEncoderFeedForward",
     forward=models.FastConformerFeedForward.forward,
     kernels=("linear_activation", "linear"),
-    structure=_feed_forward_structure,
+    structure=feed_forward_structure,
     known={"676056f9fa94c63e8bea9766": Known("transformers 5.6 to 5.23")},
 )
 
@@ -109,7 +109,7 @@ POSITIONS = Rule(
     name="transformers.parakeet_positions",
     class_name="ParakeetEncoderRelPositionalEncoding",
     forward=models.FastConformerPositions.forward,
-    structure=_positions_structure,
+    structure=positions_structure,
     known={
         "0c61bad53ae76a9166f94487": Known("transformers 5.21 to 5.23"),
         "e9298577c4c8d93416f99812": Known("transformers 5.18"),

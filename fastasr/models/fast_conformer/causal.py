@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""What Nemotron's streaming FastConformer has for attention, convolution module and front end (Noroozi et al.,
+"Stateful Conformer with cache-based inference for streaming automatic speech recognition", ICASSP 2024).
+
+Attention sees chunks: with a look-ahead of r frames, those of its own chunk of r + 1 frames and of the earlier ones
+that fit into the left context. Convolutions over time are padded on the left (the front end's by one more frame on the
+right); after the convolution LayerNorm stands for BatchNorm. Each takes the past from a cache and updates it, so that
+chunk by chunk the outputs are those of the whole recording. Attributes are those of transformers'
+``NemotronAsrStreamingEncoder``.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from fastasr import ops
+from fastasr.models.common import plumbing
+from fastasr.models.fast_conformer.attention import attended
+from fastasr.models.fast_conformer.convolution import pointwise
+from fastasr.models.fast_conformer.masks import is_readable, seen
+from fastasr.models.fast_conformer.positions import FastConformerPositions
+from fastasr.models.fast_conformer.subsampling import convolved, is_plain_pointwise, stem
+
+
+def cached_attention(
+    self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs
+):
+    """NemotronAsrStreamingEncoderAttention. hidden states (B, T, width), position embeddings (B or 1, 2K − 1, width),
+    attention mask (bool (B, 1, T, K), True: the query sees the key) or None -> ((B, T, width), None).
+
+    The T keys follow those of the cache, K in all. A query that sees no key gets 0 before the last projection.
+    """
+    batch, frames = hidden_states.shape[:2]
+    keys = (position_embeddings.shape[1] + 1) // 2
+    if self.config._attn_implementation != "sdpa" or not is_readable(attention_mask, batch, frames, keys):
+        return type(self).forward(
+            self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+        )
+    shape = batch, frames, *self.bias_u.shape
+    q = plumbing.linear(self.q_proj, hidden_states).view(shape)
+    k = plumbing.linear(self.k_proj, hidden_states).view(shape)
+    v = plumbing.linear(self.v_proj, hidden_states).view(shape)
+    if past_key_values is not None:
+        cached = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+        k, v = (t.transpose(1, 2).contiguous() for t in cached)
+    by = None if attention_mask is None else seen(attention_mask, left=self.config.sliding_window - 1)
+    y = attended(self, q, k, v, position_embeddings, attention_mask, by)
+    return plumbing.linear(self.o_proj, y.flatten(2)), None
+
+
+def causal_convolution(self, hidden_states, all_masked_rows=None, padding_cache=None):
+    """NemotronAsrStreamingEncoderConvolutionModule. hidden states (B, T, width), all_masked_rows (bool (B, 1, T), True:
+    the frame sees no key, and its gated frame is 0) or None -> (B, T, width)."""
+    conv = self.depthwise_conv
+    if plumbing.is_watched(conv):
+        return type(self).forward(self, hidden_states, all_masked_rows, padding_cache)
+    h = pointwise(self.pointwise_conv1, hidden_states)
+    if padding_cache is None:
+        hidden = None if all_masked_rows is None else all_masked_rows[:, 0]
+        z = ops.gated_depthwise_conv(
+            h.transpose(0, 1), conv.weight, conv.bias, padding_mask=hidden, activation="identity",
+            delay=(conv.weight.shape[-1] - 1) // 2,
+        ).transpose(0, 1)  # fmt: skip
+    else:  # upstream's cache holds gated frames, and takes them
+        u = F.glu(h, -1).transpose(1, 2)
+        u = u if all_masked_rows is None else u.masked_fill(all_masked_rows, 0.0)
+        u = padding_cache.update(u, conv.cache_key, conv)  # [B, C, K - 1 + T]
+        z = F.conv1d(u, conv.weight, conv.bias, groups=conv.groups).transpose(1, 2)
+    return pointwise(self.pointwise_conv2, self.activation(self.norm(z)))
+
+
+def causal_subsampling(self, input_features, attention_mask=None, padding_cache=None):
+    """NemotronAsrStreamingEncoderSubsamplingConv2D. features (B, T₀, mel_bins), mask (B, T₀), 1 at valid frames, or
+    None -> (B, T, width). Without a cache each of the convolutions makes ⌊n / 2⌋ + 1 frames and bins of n."""
+    convs = [self.conv_in, *(layer.depthwise_conv for layer in self.layers)]
+    products = [layer.pointwise_conv for layer in self.layers]
+    watched = any(map(plumbing.is_watched, (*convs, self.act_fn, *self.layers)))
+    if watched or not all(map(is_plain_pointwise, products)):
+        return type(self).forward(self, input_features, attention_mask, padding_cache)
+    lengths = None if attention_mask is None else attention_mask.sum(-1)
+    if padding_cache is None:
+        pairs = zip(convs[1:], products, strict=True)
+        layers = [convs[0], self.act_fn, *(m for pair in pairs for m in (*pair, self.act_fn))]
+        y = convolved(layers, input_features, lengths, left=2)
+    else:
+        y = _subsampled_chunk(convs, products, input_features, lengths, padding_cache)
+    return plumbing.linear(self.linear, y)
+
+
+def _subsampled_chunk(convs, products, x, lengths, cache):
+    """Returns what the last linear layer takes, (B, n, C · F), of the features behind those that the cache holds."""
+    h = x.unsqueeze(-1)
+    for i, conv in enumerate(convs):
+        h = cache.update(F.pad(h.permute(0, 3, 1, 2), (2, 1)), conv.cache_key, conv)
+        if i == 0:
+            h = stem(conv, h[:, 0])
+        else:
+            h = F.conv2d(h, conv.weight, conv.bias, stride=2, groups=conv.groups).permute(0, 2, 3, 1)
+            h = ops.linear_activation(h, products[i - 1].weight[..., 0, 0], products[i - 1].bias, "relu")
+        if lengths is not None:
+            lengths = (lengths - 2) // 2 + 1
+            h = h * (torch.arange(h.shape[1], device=h.device) < lengths[:, None])[..., None, None]
+    return h.transpose(2, 3).flatten(2)
+
+
+def limited_positions(self, hidden_states, cached_frames=None):
+    """NemotronAsrStreamingEncoderRelPositionalEncoding, which refuses sequences longer than its configuration's."""
+    cached_frames = cached_frames or 0
+    if hidden_states.shape[1] + cached_frames > self.max_position_embeddings:
+        return type(self).forward(self, hidden_states, cached_frames)
+    return FastConformerPositions.forward(self, hidden_states, cached_frames)

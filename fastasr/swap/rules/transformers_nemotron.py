@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for transformers' Nemotron streaming encoder
+(transformers/models/nemotron_asr_streaming/modeling_nemotron_asr_streaming.py), whole recordings and chunks."""
+
+from fastasr.models.fast_conformer import FastConformerFeedForward, attention, causal, positions
+from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child, upstream_class
+from fastasr.swap.rules import transformers_parakeet as parakeet
+
+_TRANSFORMERS = Known("transformers 5.23")
+_CAUSAL_1D, _CAUSAL_2D = {"490bda47555e4ff32663f51b"}, {"729bfd53b68871a0ce46be64"}
+_STAGE = {"5d3928cd5c0d992983fba885"}
+
+
+def _attention_structure(module):
+    implementation = module.config._attn_implementation
+    if implementation != "sdpa":
+        return f"attention implementation is {implementation!r}, expected 'sdpa'; upstream's eager one inverts the mask"
+    return parakeet.attention_structure(module)
+
+
+def _upstream_child(module, name, class_name, known, **sizes):
+    """Returns a reason unless the submodule is upstream's and its convolution has these sizes, else None: our forward
+    reads its weights and does not call it."""
+    child, class_name = module._modules[name], f"NemotronAsrStreamingEncoder{class_name}"
+    if upstream_class(child).__name__ != class_name:
+        return f"submodule {name} is a {type(child).__name__}, expected {class_name}"
+    for attribute, size in sizes.items():
+        if getattr(child, attribute) != size:
+            return f"{attribute} of submodule {name} is {getattr(child, attribute)}, expected {size}"
+    return unread_child(module, name, class_name, known)
+
+
+def _convolution_structure(module):
+    reason = parakeet.convolution_structure(module)
+    return reason or _upstream_child(
+        module, "depthwise_conv", "CausalConv1d", _CAUSAL_1D, stride=(1,), dilation=(1,)
+    )
+
+
+def _subsampling_structure(module):
+    reason = check_parameters(module, {}) or check_child_names(
+        module, ("conv_in", "layers", "act_fn", "linear")
+    )
+    if reason:
+        return reason
+    stages = module.layers
+    sizes = {"kernel_size": (3, 3), "stride": (2, 2), "dilation": (1, 1)}
+    reasons = [_upstream_child(module, "conv_in", "CausalConv2D", _CAUSAL_2D, **sizes)]
+    reasons += [_upstream_child(stages, name, "SubsamplingLayer", _STAGE) for name in stages._modules]
+    reasons += [
+        _upstream_child(stage, "depthwise_conv", "CausalConv2D", _CAUSAL_2D, **sizes) for stage in stages
+    ]
+    return next(filter(None, reasons), None)
+
+
+def _rule(part, class_name, forward, kernels, structure, known, **more):
+    return Rule(
+        name=f"transformers.nemotron_{part}",
+        class_name=f"NemotronAsrStreamingEncoder{class_name}",
+        forward=forward,
+        kernels=kernels,
+        structure=structure,
+        known={known: _TRANSFORMERS},
+        **more,
+    )
+
+
+ATTENTION = _rule(
+    "attention",
+    "Attention",
+    causal.cached_attention,
+    ("linear", "rel_attention"),
+    _attention_structure,
+    "1710d25767b8e99381952a49",
+    release=attention.release,
+    shared=lambda result: result[0],
+    hooks=parakeet.CAPTURING,
+    note="in training the kernel draws the weights' dropout itself, see upstream_draws",
+)
+
+CONVOLUTION = _rule(
+    "convolution",
+    "ConvolutionModule",
+    causal.causal_convolution,
+    ("linear", "gated_depthwise_conv"),
+    _convolution_structure,
+    "b06d1b1a5b7542df6a8cb506",
+)
+
+FEED_FORWARD = _rule(
+    "feed_forward",
+    "FeedForward",
+    FastConformerFeedForward.forward,
+    ("linear_activation", "linear"),
+    parakeet.feed_forward_structure,
+    "42a30cc7e2d4ef6832511448",
+)
+
+SUBSAMPLING = _rule(
+    "subsampling",
+    "SubsamplingConv2D",
+    causal.causal_subsampling,
+    ("linear_activation", "linear"),
+    _subsampling_structure,
+    "ff63eb2e7f1ea0850f9768b2",
+)
+
+POSITIONS = _rule(
+    "positions",
+    "RelPositionalEncoding",
+    causal.limited_positions,
+    (),
+    parakeet.positions_structure,
+    "9c01af313de053d2168e55bb",
+    release=positions.release,
+)
+
+RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING, POSITIONS)
