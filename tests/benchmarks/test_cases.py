@@ -236,6 +236,15 @@ def test_generate_of_transducers():
     assert list(transducer_generate.measure(settings=QUICK, skip=lambda *_: True)) == []
 
 
+def test_nemotron_streaming():
+    from fastasr.benchmarks.models import nemotron_streaming
+
+    with peer():
+        units = list(nemotron_streaming.measure(**nemotron_streaming.QUICK, settings=QUICK, reps=2))
+    assert [[row.implementation for row in unit] for unit in units] == [["upstream", "fastasr"]]
+    assert list(nemotron_streaming.measure(settings=QUICK, skip=lambda *_: True)) == []
+
+
 def test_the_predictor_of_the_emformer_transducer():
     from fastasr.benchmarks.models import emformer_rnnt
 

@@ -83,7 +83,10 @@ def causal_subsampling(self, input_features, attention_mask=None, padding_cache=
         y = convolved(layers, input_features, lengths, left=2)
     else:
         y = _subsampled_chunk(convs, products, input_features, lengths, padding_cache)
-    return plumbing.linear(self.linear, y)
+    y = plumbing.linear(self.linear, y)
+    return (
+        y.clone() if y.requires_grad else y
+    )  # upstream's encoder scales it in place, which a view would not bear
 
 
 def _subsampled_chunk(convs, products, x, lengths, cache):

@@ -167,8 +167,8 @@ def _is_plain(layer):
         return type(layer) is torch.nn.ReLU
     depthwise = (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (2, 2), (1, 1))
     depthwise = depthwise and layer.groups == layer.in_channels
-    return (
-        is_plain_pointwise(layer) or depthwise and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    return is_plain_pointwise(layer) or (
+        depthwise and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
     )
 
 

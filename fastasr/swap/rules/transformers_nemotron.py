@@ -6,7 +6,6 @@ from fastasr.models.fast_conformer import FastConformerFeedForward, attention, c
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child, upstream_class
 from fastasr.swap.rules import transformers_parakeet as parakeet
 
-_TRANSFORMERS = Known("transformers 5.23")
 _CAUSAL_1D, _CAUSAL_2D = {"490bda47555e4ff32663f51b"}, {"729bfd53b68871a0ce46be64"}
 _STAGE = {"5d3928cd5c0d992983fba885"}
 
@@ -53,66 +52,37 @@ def _subsampling_structure(module):
     return next(filter(None, reasons), None)
 
 
-def _rule(part, class_name, forward, kernels, structure, known, **more):
+def _rule(part, class_name, forward, structure, known, kernels="", **more):
     return Rule(
-        name=f"transformers.nemotron_{part}",
-        class_name=f"NemotronAsrStreamingEncoder{class_name}",
-        forward=forward,
-        kernels=kernels,
-        structure=structure,
-        known={known: _TRANSFORMERS},
+        f"transformers.nemotron_{part}",
+        f"NemotronAsrStreamingEncoder{class_name}",
+        forward,
+        structure,
+        tuple(kernels.split()),
+        known={known: Known("transformers 5.23")},
         **more,
     )
 
 
 ATTENTION = _rule(
-    "attention",
-    "Attention",
-    causal.cached_attention,
-    ("linear", "rel_attention"),
-    _attention_structure,
-    "1710d25767b8e99381952a49",
-    release=attention.release,
-    shared=lambda result: result[0],
-    hooks=parakeet.CAPTURING,
+    "attention", "Attention", causal.cached_attention, _attention_structure, "1710d25767b8e99381952a49",
+    "linear rel_attention", release=attention.release, shared=lambda result: result[0], hooks=parakeet.CAPTURING,
     note="in training the kernel draws the weights' dropout itself, see upstream_draws",
-)
-
+)  # fmt: skip
 CONVOLUTION = _rule(
-    "convolution",
-    "ConvolutionModule",
-    causal.causal_convolution,
-    ("linear", "gated_depthwise_conv"),
-    _convolution_structure,
-    "b06d1b1a5b7542df6a8cb506",
-)
-
+    "convolution", "ConvolutionModule", causal.causal_convolution, _convolution_structure, "b06d1b1a5b7542df6a8cb506",
+    "linear gated_depthwise_conv",
+)  # fmt: skip
 FEED_FORWARD = _rule(
-    "feed_forward",
-    "FeedForward",
-    FastConformerFeedForward.forward,
-    ("linear_activation", "linear"),
-    parakeet.feed_forward_structure,
-    "42a30cc7e2d4ef6832511448",
-)
-
+    "feed_forward", "FeedForward", FastConformerFeedForward.forward, parakeet.feed_forward_structure,
+    "42a30cc7e2d4ef6832511448", "linear_activation linear",
+)  # fmt: skip
 SUBSAMPLING = _rule(
-    "subsampling",
-    "SubsamplingConv2D",
-    causal.causal_subsampling,
-    ("linear_activation", "linear"),
-    _subsampling_structure,
-    "ff63eb2e7f1ea0850f9768b2",
-)
-
+    "subsampling", "SubsamplingConv2D", causal.causal_subsampling, _subsampling_structure, "ff63eb2e7f1ea0850f9768b2",
+    "linear_activation linear",
+)  # fmt: skip
 POSITIONS = _rule(
-    "positions",
-    "RelPositionalEncoding",
-    causal.limited_positions,
-    (),
-    parakeet.positions_structure,
-    "9c01af313de053d2168e55bb",
-    release=positions.release,
-)
-
+    "positions", "RelPositionalEncoding", causal.limited_positions, parakeet.positions_structure,
+    "9c01af313de053d2168e55bb", release=positions.release,
+)  # fmt: skip
 RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING, POSITIONS)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' Nemotron streaming encoder swapped: whole recordings and chunks of every look-ahead give upstream's
+outputs and caches, and so does training; what is declined."""
+
+import copy
+
+import pytest
+import torch
+from steps import moved
+from tiny_parakeet import SIZES, STILL
+from tiny_zipformer import same_training
+
+pytest.importorskip("transformers.models.nemotron_asr_streaming")
+
+from transformers import NemotronAsrStreamingConfig, NemotronAsrStreamingEncoder, NemotronAsrStreamingForRNNT
+from transformers.models.nemotron_asr_streaming.configuration_nemotron_asr_streaming import (
+    NemotronAsrStreamingEncoderConfig,
+)
+
+import fastasr
+from fastasr.models.fast_conformer import masks
+
+PARTS = "Attention", "ConvolutionModule", "FeedForward", "RelPositionalEncoding", "SubsamplingConv2D"
+SWAPPED = {f"NemotronAsrStreamingEncoder{part}" for part in PARTS}
+FRAMES, LEFT = 203, 14
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5}
+
+
+def config(**options):
+    return NemotronAsrStreamingEncoderConfig(**{**SIZES, "sliding_window": LEFT + 1, **options})
+
+
+def encoder(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    return moved(NemotronAsrStreamingEncoder(config(**options)), 0.03).eval().to(dtype)
+
+
+def pair(dtype=torch.float32, **options):
+    """Returns upstream's encoder and a swapped copy."""
+    theirs = encoder(dtype, **options)
+    ours = copy.deepcopy(theirs)
+    fastasr.accelerate(ours)
+    return theirs, ours
+
+
+def batch(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, FRAMES, SIZES["num_mel_bins"], generator=generator, dtype=dtype)
+    mask = (torch.arange(FRAMES) < torch.tensor([FRAMES, 150, 9])[:, None]).long()
+    return {"input_features": x, "attention_mask": mask}
+
+
+def same(found, expected):
+    tolerance = TOLERANCES[expected.dtype]
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+def chunks(model, x, look_ahead, **options):
+    """Yields what the model returns for each chunk of a stream."""
+    keys = padding = None
+    begin, size = 0, 1 + 8 * look_ahead
+    while begin + size <= x.shape[1]:
+        out = model(
+            x[:, begin : begin + size],
+            num_lookahead_tokens=look_ahead,
+            use_cache=True,
+            past_key_values=keys,
+            padding_cache=padding,
+            **options,
+        )
+        yield out
+        keys, padding = out.past_key_values, out.padding_cache
+        begin, size = begin + size, 8 * (look_ahead + 1)
+
+
+def test_swap_and_verify():
+    model = encoder()
+    expected = model(**batch(), num_lookahead_tokens=3).last_hidden_state
+    report = fastasr.accelerate(model, verify=batch())
+    assert report.ok, str(report)
+    assert {row.class_name for row in report.replaced} == SWAPPED | {"Linear"}
+    same(model(**batch(), num_lookahead_tokens=3).last_hidden_state, expected)
+    assert fastasr.restore(model) == len(report.replaced)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("look_ahead", [13, 6, 1, 0])
+def test_a_recording_and_its_chunks(look_ahead, dtype):
+    theirs, ours = pair(dtype)
+    inputs = batch(dtype)
+    for mask in (None, inputs["attention_mask"]):
+        with torch.no_grad():
+            found, expected = (
+                model(inputs["input_features"], mask, num_lookahead_tokens=look_ahead)
+                for model in (ours, theirs)
+            )
+        same(found.last_hidden_state, expected.last_hidden_state)
+    whole, end = theirs(inputs["input_features"], num_lookahead_tokens=look_ahead).last_hidden_state, 0
+    streams = (chunks(model, inputs["input_features"], look_ahead) for model in (ours, theirs))
+    for found, expected in zip(*streams, strict=True):
+        same(found.last_hidden_state, expected.last_hidden_state)
+        for a, b in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+            same(a.keys, b.keys)
+            same(a.values, b.values)
+        assert list(found.padding_cache.layers) == list(expected.padding_cache.layers)
+        for key, layer in expected.padding_cache.layers.items():
+            same(found.padding_cache.layers[key].cache, layer.cache)
+        begin, end = end, end + expected.last_hidden_state.shape[1]
+        if LEFT % (look_ahead + 1) == 0:  # otherwise the cache lacks frames that the recording's chunks see
+            same(found.last_hidden_state, whole[:, begin:end].detach())
+    assert end
+
+
+def test_streams_of_unequal_valid_frames():
+    theirs, ours = pair()
+    x = batch()["input_features"][:, :56]
+    mask = (torch.arange(8) < torch.tensor([8, 5, 0])[:, None]).long()
+    streams = (chunks(model, x[:, 1:], 0, attention_mask=None) for model in (ours, theirs))
+    for found, expected in zip(*streams, strict=True):
+        same(found.last_hidden_state, expected.last_hidden_state)
+    with torch.no_grad():
+        found, expected = (
+            model(x[:, :8], mask, num_lookahead_tokens=0, use_cache=True).last_hidden_state
+            for model in (ours, theirs)
+        )
+    same(found, expected)
+
+
+def test_chunks_need_no_mask(monkeypatch):
+    """The mask is read once, and what it says goes to the kernel as numbers."""
+    _, model = pair()
+    read = []
+    monkeypatch.setattr(
+        masks, "of_kernel", lambda mask, by, of=masks.of_kernel: read.append(of(mask, by)) or read[-1]
+    )
+    with torch.no_grad():
+        model(**batch(), num_lookahead_tokens=3)
+    assert len(read) == SIZES["num_hidden_layers"]
+    for arguments in read:
+        assert arguments.keys() == {"key_padding_mask", "context", "chunk_size"}
+        assert (arguments["context"], arguments["chunk_size"]) == ((12, 0), 4)
+
+
+def test_training():
+    rates = {"dropout": 0.1, "activation_dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.3}
+    for options in (STILL, rates):
+        with fastasr.upstream_draws():
+            same_training(encoder(**options).train(), tuple(batch().values()), lambda y: y.last_hidden_state)
+
+
+def test_generate_streams_the_same():
+    torch.manual_seed(0)
+    model = NemotronAsrStreamingForRNNT(
+        NemotronAsrStreamingConfig(
+            vocab_size=11,
+            blank_token_id=10,
+            decoder_hidden_size=12,
+            num_decoder_layers=1,
+            encoder_config=config(),
+        )
+    ).eval()
+    moved(model, 0.3)
+    model.generation_config.decoder_start_token_id = 10
+    x = batch()["input_features"][:1]
+
+    def tokens(look_ahead):
+        def pieces():
+            begin, size = 0, 1 + 8 * look_ahead
+            while begin + size <= FRAMES:
+                yield x[:, begin : begin + size]
+                begin, size = begin + size, 8 * (look_ahead + 1)
+
+        with torch.no_grad():
+            return [
+                model.generate(x, num_lookahead_tokens=look_ahead),
+                model.generate(pieces(), num_lookahead_tokens=look_ahead),
+            ]
+
+    expected = [tokens(look_ahead) for look_ahead in (1, 0)]
+    fastasr.accelerate(model)
+    for found, wanted in zip([tokens(1), tokens(0)], expected, strict=True):
+        for a, b in zip(found, wanted, strict=True):
+            assert torch.equal(getattr(a, "sequences", a), getattr(b, "sequences", b))
+            assert getattr(a, "sequences", a).shape[1] > 2
+
+
+def test_what_is_declined():
+    model = encoder()
+    model.set_attn_implementation("eager")
+    model.layers[0].conv.depthwise_conv = torch.nn.Conv1d(24, 24, 5, padding=2, groups=24)
+    reasons = {row.path: row.reason for row in fastasr.accelerate(model).rows if row.status != "replaced"}
+    assert "eager one inverts the mask" in reasons["layers.0.self_attn"]
+    assert reasons["layers.0.conv"].startswith("submodule depthwise_conv is a Conv1d")
+
+
+def test_the_implementation_changes_after_the_swap():
+    theirs, ours = pair()
+    for model in (theirs, ours):
+        model.set_attn_implementation("eager")
+    x = batch()["input_features"]
+    with torch.no_grad():
+        found, expected = (model(x, num_lookahead_tokens=3).last_hidden_state for model in (ours, theirs))
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_a_recording_that_is_too_long():
+    _, model = pair(max_position_embeddings=20)
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        model(**batch())
