@@ -528,10 +528,16 @@ def biases_kernel(PARTS, DU, DW, parts, width, BLOCK_P: tl.constexpr, BLOCK_C: t
 
 # --------------------------------------------------------------------------- launchers
 def tiles(
-    dim: int, value_dim: int, dtype: torch.dtype, generation: int, hiding: bool, dropping: bool
+    dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    generation: int,
+    hiding: bool,
+    dropping: bool,
+    limited: bool,
 ) -> dict[str, dict]:
     """Returns tile shapes, warps and stages by kernel; ``hiding`` says whether there is a mask of pairs, ``dropping``
-    whether there is dropout.
+    whether there is dropout, ``limited`` whether the context is.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
     cores unless TF32 is allowed, and need small tiles. Heads of 65 to 128 channels fit the registers in one block only
@@ -545,7 +551,7 @@ def tiles(
     square = common | {"BLOCK": block, "BLOCK_V": columns, "num_stages": 2 if wide else 3}
     halves = {"BLOCK_D": 64} if dim > 64 and not wide else {}
     forward = common | {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_V": columns, "num_stages": 2}
-    if generation in (90, 100) and dim <= (64 if dropping else 128) and not wide and not hiding:
+    if generation in (90, 100) and dim <= (64 if dropping or limited else 128) and not wide and not hiding:
         forward["BLOCK_M"] = 64
     else:
         forward |= halves
@@ -558,8 +564,8 @@ def tiles(
     statistics = {name: value for name, value in square.items() if name != "BLOCK"}
     statistics |= {"BLOCK_M": block, "BLOCK_N": block}
     if not wide and dim <= square["BLOCK_D"]:
-        if hiding and generation == 80:  # 64 rows spill, two warps have 16 of 32 each
-            statistics |= {"num_warps": 2, "num_stages": 2}
+        if hiding and generation == 80:  # 64 rows spill, two warps have 16 of 32 each, one stage with dropout
+            statistics |= {"num_warps": 2, "num_stages": 1 if dropping else 2}
         elif hiding and generation != 120:
             statistics |= {"BLOCK_M": 64, "num_stages": 1}
         elif not hiding:
@@ -605,7 +611,7 @@ def rel_attention_forward(
     if not lse.numel():
         return y, lse
     sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size)
-    tile = _tiles(q, v, attn_mask, dropout_p)["forward"]
+    tile = _tiles(q, v, attn_mask, dropout_p, window)["forward"]
     blocks = triton.cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (heads * batch * blocks, triton.cdiv(v.shape[3], tile["BLOCK_V"])),
         q, k, v, pos, bias_u, bias_v, _bytes(key_padding_mask), _bytes(attn_mask),
@@ -623,9 +629,10 @@ def _last(dim: int, dropout_p: float) -> tuple[int, float, float]:
 
 
 def _tiles(
-    q: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None, dropout_p: float
+    q: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None, dropout_p: float, limited: bool
 ) -> dict[str, dict]:
-    return tiles(q.shape[3], v.shape[3], q.dtype, generation(q), attn_mask is not None, dropout_p > 0)
+    hiding, dropping = attn_mask is not None, dropout_p > 0
+    return tiles(q.shape[3], v.shape[3], q.dtype, generation(q), hiding, dropping, limited)
 
 
 def _strides(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor) -> tuple[int, ...]:
@@ -679,7 +686,7 @@ def rel_attention_backward(
     width, pairs, offsets, scale = heads * dim, heads * batch, pos.shape[0], dim**-0.5
     sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size)
     shares = torch.float64 if q.dtype == torch.float32 else torch.float32
-    shapes = _tiles(q, v, attn_mask, dropout_p)
+    shapes = _tiles(q, v, attn_mask, dropout_p, window)
     constants = {"DIM": dim, "VALUE_DIM": v.shape[3], "WINDOW": window}
     strides, last = (*_strides(q, k, v, grad), _mask_batch(attn_mask)), _last(dim, dropout_p)
     operands = (

@@ -582,7 +582,7 @@ def _rel_attention(generation: int):
     def configuration(name: str, label: str, dtype: str, dim: int = 64, value: int = 64):
         hiding, dropping, element = "mask" in label, "dropout" in label, _element(dtype)
         with _setting(dtype) as torch_dtype:
-            shapes = module.tiles(dim, value, torch_dtype, generation, hiding, dropping)
+            shapes = module.tiles(dim, value, torch_dtype, generation, hiding, dropping, "context" in label)
         shapes["biases"] = module.BIASES
         options = dict(shapes[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
