@@ -2,8 +2,8 @@
 """What all tests share: the seed of the run, its folder of measured choices, and the tests that need a GPU.
 
 ``SEED`` in the environment repeats a run's random numbers; without it, each run draws a seed. The processes that a test
-starts inherit it. Tests of whole models run on one thread; those of the recipe, of streaming and of swapping are seeded
-alike in every run. With FASTASR_LEDGER a test that has passed with the same files is skipped.
+starts inherit it. Tests of whole models run on one thread. With FASTASR_LEDGER a test that has passed with the same
+files is skipped.
 """
 
 import os
@@ -12,13 +12,12 @@ import tempfile
 
 import pytest
 import torch
-from steps import fixed, seeded
+from steps import seeded
 
 from fastasr.testing import seeds
 
 # The models are tiny: threads cost more than they bring, most of all beside other processes.
-SEEDED_ALIKE = {"recipe", "streaming", "swap"}
-TINY_MODELS = SEEDED_ALIKE | {"models", "parity"}
+TINY_MODELS = {"models", "parity", "recipe", "streaming", "swap"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -55,10 +54,7 @@ def pytest_collection_modifyitems(items):
 def _repeatable(request):
     folder, threads = request.path.parent.name, torch.get_num_threads()
     torch.set_num_threads(1 if folder in TINY_MODELS else threads)
-    if folder in SEEDED_ALIKE:
-        fixed(0)
-    else:
-        seeded(request.node.nodeid)
+    seeded(request.node.nodeid)
     imported = "speechbrain" in sys.modules
     yield
     torch.set_num_threads(threads)  # commands that run in this process set it for good

@@ -11,6 +11,7 @@ import beeps
 import pytest
 import torch
 import torch.multiprocessing
+from steps import seeded
 from tiny_runs import losses, process, refused, same_checkpoints, trainer
 
 import fastasr
@@ -109,7 +110,7 @@ def test_a_streamed_emformer_is_the_whole_one(ctc):
     """Where the recording ends with a segment, they agree to rounding; a batch gives each sequence what
     it gets alone.
     """
-    torch.manual_seed(0)
+    seeded(0)
     model = sizes.build(sizes.config("tiny", 7, speech.BINS, encoder="emformer")).eval()
     segment = sizes.SIZES["emformer"]["tiny"]["segment_length"]
     x = torch.randn(5 * 4 * segment, speech.BINS)

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from steps import seeded
 
 from fastasr.recipe.eden import eden
 from fastasr.recipe.scaled_adam import ScaledAdam
@@ -36,7 +37,7 @@ class _Problem(torch.nn.Module):
 
 @pytest.mark.parametrize("clipping_scale", [None, 2.0, 0.5])
 def test_the_same_parameters_after_every_step(upstream, clipping_scale):
-    torch.manual_seed(0)
+    seeded(0)
     ours = _Problem()
     theirs = copy.deepcopy(ours)
     one = ScaledAdam(ours.parameters(), lr=0.04, clipping_scale=clipping_scale)
@@ -58,7 +59,7 @@ def test_the_same_parameters_after_every_step(upstream, clipping_scale):
 
 
 def test_gradients_that_are_not_finite_change_nothing_for_good():
-    torch.manual_seed(0)
+    seeded(0)
     model = _Problem()
     optimizer = ScaledAdam(model.parameters(), lr=0.04)
     for step in range(30):
@@ -73,7 +74,7 @@ def test_gradients_that_are_not_finite_change_nothing_for_good():
 def test_a_step_that_goes_on_from_a_saved_state():
     from fastasr.recipe import checkpoints
 
-    torch.manual_seed(0)
+    seeded(0)
     model = _Problem()
     optimizer = ScaledAdam(model.parameters(), lr=0.04)
     data = [(torch.randn(16, 7), torch.randn(16, 5)) for _ in range(24)]

@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from steps import fixed, moved
+from steps import moved, seeded
 
 from fastasr.audio import features, recordings
 
@@ -32,7 +32,7 @@ def model(**changes):
     """Returns AsrModel with every parameter moved, in training mode."""
     from zipformer.modules.model import AsrModel
 
-    fixed(0)
+    seeded(0)
     made = moved(AsrModel(**{**CONFIG, **changes}), 0.05)
     for module in made.modules():
         if hasattr(module, "batch_count"):
@@ -57,7 +57,7 @@ def batch(cache: Path):
 
 def step(asr, inputs, reduction="sum", **scales):
     """Returns (losses, gradients by parameter) of a step with its own seed."""
-    fixed(1)
+    seeded(1)
     asr.zero_grad()
     x, lengths, tokens = inputs
     simple, pruned, *_ = asr(x, lengths, [list(t) for t in tokens], reduction=reduction, **scales)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from steps import numbers, seeded
 
 from fastasr.models import zipformer
 
@@ -30,7 +31,7 @@ CONFIG = {
 
 def randomized(model, seed=3):
     """Returns the model with no parameter at its initial 0 or 0.5, and tokens about as likely as blank."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = numbers(seed)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.05 * torch.randn(p.shape, generator=generator)
@@ -41,7 +42,7 @@ def randomized(model, seed=3):
 
 @pytest.fixture(scope="session")
 def model():
-    torch.manual_seed(0)
+    seeded(0)
     return randomized(zipformer.AsrModel(**CONFIG)).eval()
 
 

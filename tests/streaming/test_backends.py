@@ -8,11 +8,13 @@ import pytest
 import torch
 from conftest import BINS, CHUNK, LEFT
 from oracle import Alone, relative
+from steps import numbers
 
 import fastasr
 from fastasr.streaming import CudaGraphBackend, EagerBackend
 from fastasr.streaming.cuda_graph import bucket_sizes
 from fastasr.streaming.native import NativeBackend
+from fastasr.testing import seeds
 
 FRAMES = 2 * CHUNK + 13
 SLOTS = 5
@@ -37,7 +39,7 @@ def test_streams_at_random(model, kind, seed):
     """A random program sends chunks for random subsets in random order, resets streams, and moves one to
     another slot.
     """
-    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    draw, generator = random.Random(seeds.seeded(seed)), numbers(seed)
     chunk, left = draw.choice([(8, 16), (8, 32), (16, 16)])
     backend = BACKENDS[kind](model, chunk, left, max_streams=SLOTS)
     alone = [Alone(model, chunk, left) for _ in range(SLOTS)]
@@ -63,7 +65,7 @@ def test_streams_at_random(model, kind, seed):
 def test_states_are_upstreams(model, kind):
     """Exported states are those of the wrapper, and either continues from the other's."""
     backend, alone = BACKENDS[kind](model, CHUNK, LEFT, max_streams=2), Alone(model, CHUNK, LEFT)
-    x = torch.randn(4, FRAMES, BINS, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(4, FRAMES, BINS, generator=numbers(1))
     for chunk in x[:2]:
         backend.step(chunk[None], [1])
         alone.step(chunk)
@@ -84,7 +86,7 @@ def test_states_are_upstreams(model, kind):
 @every_backend
 def test_what_is_not_finite_stays_in_its_stream(model, kind):
     backend, alone = BACKENDS[kind](model, CHUNK, LEFT, max_streams=2), Alone(model, CHUNK, LEFT)
-    x = torch.randn(3, 2, FRAMES, BINS, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(3, 2, FRAMES, BINS, generator=numbers(2))
     bad = x[0].clone()
     bad[1, 3, 4] = float("nan")
     y = backend.step(bad, [0, 1])
@@ -102,7 +104,7 @@ def test_what_is_not_finite_stays_in_its_stream(model, kind):
 def test_rounded_weights(model, kind, weights):
     before = copy.deepcopy(model.state_dict())
     backend, alone = BACKENDS[kind](model, CHUNK, LEFT, weights=weights), Alone(model, CHUNK, LEFT)
-    x = torch.randn(FRAMES, BINS, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(FRAMES, BINS, generator=numbers(3))
     assert 1e-6 < relative(backend.step(x[None], [0])[0], alone.step(x)) < 0.02
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
@@ -111,7 +113,7 @@ def test_upstream_and_swapped_models(model, upstream_model):
     swapped = copy.deepcopy(upstream_model)
     assert len(fastasr.accelerate(swapped).replaced) > 50
     backends = [EagerBackend(m, CHUNK, LEFT) for m in (model, upstream_model, swapped)]
-    for x in torch.randn(3, FRAMES, BINS, generator=torch.Generator().manual_seed(4)):
+    for x in torch.randn(3, FRAMES, BINS, generator=numbers(4)):
         ours, theirs, fast = (backend.step(x[None], [0]) for backend in backends)
         assert relative(ours, theirs) < TOLERANCE
         assert relative(fast, theirs) < TOLERANCE
@@ -136,7 +138,7 @@ def test_graphs_are_recorded_once_per_size(model):
 def test_graphs_on_a_gpu(model):
     graphs = CudaGraphBackend(copy.deepcopy(model).cuda(), CHUNK, LEFT, max_streams=4)
     plain = EagerBackend(copy.deepcopy(model).cuda(), CHUNK, LEFT, max_streams=4)
-    generator = torch.Generator().manual_seed(5)
+    generator = numbers(5)
     for slots in ([0], [1, 0], [3, 1, 2], [2], [0, 1, 2, 3], [3, 0]):
         x = torch.randn(len(slots), FRAMES, BINS, generator=generator)
         assert relative(graphs.step(x, slots), plain.step(x, slots)) < 1e-4

@@ -7,9 +7,11 @@ import pytest
 import torch
 from conftest import BINS, CHUNK, LEFT
 from oracle import Alone, relative
+from steps import numbers
 
 from fastasr import decoding
 from fastasr.streaming import StreamingEncoder, utterance_chunks
+from fastasr.testing import seeds
 
 FRAMES = 2 * CHUNK + 13
 TOLERANCE = 5e-6
@@ -21,7 +23,7 @@ def make(model, **options):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_streams_open_and_close_at_random(model, seed):
-    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    draw, generator = random.Random(seeds.seeded(seed)), numbers(seed)
     encoder, alone = make(model, max_streams=4), {}
     seen = set()
     for _ in range(20):
@@ -50,7 +52,7 @@ def test_streams_open_and_close_at_random(model, seed):
 @pytest.mark.parametrize("frames", [9, 16, 29, 30, 61, 100])
 def test_whole_utterances_keep_their_length(model, frames):
     """A stream gives as many frames as the encoder gives at once; those before the last chunk are the stream's own."""
-    features = torch.randn(frames, BINS, generator=torch.Generator().manual_seed(frames))
+    features = torch.randn(frames, BINS, generator=numbers(frames))
     _, expected = model.forward_encoder(features[None], torch.tensor([frames]))
     encoder, alone = make(model), Alone(model, CHUNK, LEFT)
     stream, total = encoder.open(), 0
@@ -65,7 +67,7 @@ def test_whole_utterances_keep_their_length(model, frames):
 def test_fewer_frames_are_filled_with_silence(model):
     encoder = make(model, max_streams=3)
     a, b, c = (encoder.open() for _ in range(3))
-    x = torch.randn(1, 20, BINS, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(1, 20, BINS, generator=numbers(1))
     full = torch.nn.functional.pad(x, (0, 0, 0, FRAMES - 20), value=decoding.chunks.SILENCE)
     short, lengths = encoder.step(x, [a])
     same, counted = encoder.step(torch.cat([full, torch.randn(1, FRAMES, BINS)]), [b, c], [20, 0])
@@ -79,7 +81,7 @@ def test_samples_go_in_as_they_come(model):
     pytest.importorskip("kaldi_native_fbank")
     from fastasr.streaming import FbankStream
 
-    samples = torch.randn(24000, generator=torch.Generator().manual_seed(2)) * 0.1
+    samples = torch.randn(24000, generator=numbers(2)) * 0.1
     computer = FbankStream()
     features = torch.cat([computer.accept(samples), computer.finish()])
     chunks = decoding.FeatureChunks(CHUNK)
@@ -113,7 +115,7 @@ def test_integers_are_samples_too(model):
     pytest.importorskip("kaldi_native_fbank")
     encoder = make(model)
     one, other = encoder.open(), encoder.open()
-    samples = torch.randint(-3000, 3000, (16000,), generator=torch.Generator().manual_seed(3))
+    samples = torch.randint(-3000, 3000, (16000,), generator=numbers(3))
     encoder.push(one, samples.to(torch.int16))
     encoder.push(other, (samples.float() / 32768).numpy())
     _, y = encoder.advance()
@@ -123,7 +125,7 @@ def test_integers_are_samples_too(model):
 def test_states_come_and_go(model):
     encoder = make(model)
     one = encoder.open()
-    x = torch.randn(3, 1, FRAMES, BINS, generator=torch.Generator().manual_seed(4))
+    x = torch.randn(3, 1, FRAMES, BINS, generator=numbers(4))
     encoder.step(x[0], [one])
     other = encoder.open()
     encoder.import_states(other, encoder.export_states(one))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import CHUNK, LEFT
 from oracle import Alone, relative
+from steps import numbers
 
 from fastasr import decoding
 from fastasr.streaming import EndpointRules, FbankStream, StreamingEncoder, StreamingRecogniser
@@ -29,7 +30,7 @@ def held():
 
 
 def second(number):
-    return torch.randn(SECOND, generator=torch.Generator().manual_seed(number)) * 0.1
+    return torch.randn(SECOND, generator=numbers(number)) * 0.1
 
 
 def listen(model, seconds, check_from, memory, growth):

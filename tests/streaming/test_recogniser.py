@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import CHUNK, LEFT
 from oracle import Alone
+from steps import numbers
 
 from fastasr import decoding, streaming
 from fastasr.streaming import EndpointRules, FbankStream, Result, StreamingEncoder, StreamingRecogniser
@@ -16,7 +17,7 @@ METHODS = ("greedy", "beam", "ctc-greedy", "ctc-beam")
 
 @pytest.fixture(scope="module")
 def recordings():
-    generator = torch.Generator().manual_seed(7)
+    generator = numbers(7)
     return [torch.randn(n, generator=generator) * 0.1 for n in (9000, 14000, 6001)]
 
 
@@ -75,7 +76,7 @@ def test_streams_together_are_as_alone(model, recordings, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_states_of_searches_join_and_split(model, method):
     recogniser = StreamingRecogniser(model, engine(model), method, beam=3)
-    search, generator = recogniser.search, torch.Generator().manual_seed(8)
+    search, generator = recogniser.search, numbers(8)
     width = 12 if method.startswith("ctc-") else 48
     x = torch.randn(2, 3, 6, width, generator=generator).log_softmax(-1)
     whole = search.advance(search.advance(search.start(3), x[0]), x[1])

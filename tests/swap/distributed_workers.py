@@ -6,7 +6,7 @@ import os
 
 import torch
 import torch.distributed as dist
-from steps import close, fixed
+from steps import close, seeded
 from tiny_zipformer import batch, tiny, training_step
 
 import fastasr
@@ -78,7 +78,7 @@ def fsdp2(rank):
             report = fastasr.accelerate(candidate)
             assert "pre-hook" in report["encoder_embed.out"].reason
         assert (_count(candidate) > 40) == (when != "never")
-        fixed(0)
+        seeded(0)
         out, _ = candidate(*inputs)
         out.square().sum().backward()
         gradients = {n: _full(p.grad) for n, p in candidate.named_parameters() if p.grad is not None}

@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from steps import numbers, seeded
 
 import fastasr
 from fastasr.models.zipformer import RelPositionMultiheadAttentionWeights as Ours
@@ -19,14 +20,14 @@ FRAMES, BATCH, CHANNELS = 18, 2, 24
 
 
 def attention(cls=None, **options):
-    torch.manual_seed(0)
+    seeded(0)
     cls = cls or zipformer.RelPositionMultiheadAttentionWeights
     module = cls(CHANNELS, pos_dim=16, num_heads=2, query_head_dim=8, pos_head_dim=4, **options)
     return torch.nn.ModuleDict({"weights": module})
 
 
 def inputs(left=0, scale=1.0):
-    torch.manual_seed(1)
+    seeded(1)
     return torch.randn(FRAMES, BATCH, CHANNELS) * scale, torch.randn(1, 2 * FRAMES - 1 + left, 16)
 
 
@@ -36,10 +37,10 @@ def padding(keys):
 
 def train(module, seed, *args):
     random.seed(seed)
-    torch.manual_seed(seed)
+    seeded(seed)
     leaves = [t.clone().requires_grad_() for t in args[:2]]
     weights = module(*leaves, *args[2:])
-    generator = torch.Generator().manual_seed(9)
+    generator = numbers(9)
     wanted = [*leaves, *module.parameters()]
     grads = torch.autograd.grad(
         weights, wanted, torch.randn(weights.shape, generator=generator), allow_unused=True
@@ -128,7 +129,7 @@ def test_streaming_of_the_whole_encoder():
     ours = copy.deepcopy(theirs)
     assert fastasr.accelerate(ours).replaced
     states = [side.get_init_states(BATCH) for side in (theirs, ours)]
-    torch.manual_seed(2)
+    seeded(2)
     for chunk in torch.randn(3, 8, BATCH, 24):
         lengths, mask = torch.full((BATCH,), 8), torch.zeros(BATCH, 16 + 8, dtype=torch.bool)
         outputs = []

@@ -12,7 +12,7 @@ from espnet.nets.pytorch_backend.conformer.swish import Swish
 from espnet2.asr.encoder.branchformer_encoder import BranchformerEncoder
 from espnet2.asr.encoder.conformer_encoder import ConformerEncoder
 from espnet2.asr.encoder.e_branchformer_encoder import EBranchformerEncoder
-from steps import close, moved
+from steps import close, moved, numbers, seeded
 from tiny_zipformer import same_training
 
 import fastasr
@@ -28,14 +28,14 @@ SWAPPED = {
 
 
 def encoder(**arguments):
-    torch.manual_seed(0)
+    seeded(0)
     sizes = {"output_size": 24, "attention_heads": 3, "cgmlp_linear_units": 36, "cgmlp_conv_kernel": 7}
     options = {"num_blocks": 2, "linear_units": 28, "use_ffn": True, "macaron_ffn": True}
     return moved(EBranchformerEncoder(20, **{**sizes, **options, **arguments}), 0.1).eval()
 
 
 def batch():
-    generator = torch.Generator().manual_seed(1)
+    generator = numbers(1)
     return torch.randn(3, 47, 20, generator=generator), torch.tensor([47, 40, 21])
 
 
@@ -78,7 +78,7 @@ def test_dropout_of_the_attention_is_the_kernels(monkeypatch):
     for definition in (False, True):
         if definition:
             monkeypatch.setattr(ops, "rel_attention", ops.rel_attention.definition)
-        torch.manual_seed(4)
+        seeded(4)
         y = model(*batch())[0]
         results.append(
             (y, *torch.autograd.grad(y.sin().sum(), list(model.parameters()), materialize_grads=True))
@@ -97,7 +97,7 @@ def test_the_report_names_kernels_and_what_differs():
 
 @pytest.mark.parametrize("kind", ["branchformer", "conformer"])
 def test_the_same_classes_elsewhere(kind):
-    torch.manual_seed(0)
+    seeded(0)
     if kind == "branchformer":
         sizes = {"cgmlp_linear_units": 36, "cgmlp_conv_kernel": 7}
         model = BranchformerEncoder(20, 24, attention_heads=3, num_blocks=1, **sizes).eval()

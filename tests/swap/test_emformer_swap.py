@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from steps import numbers, seeded
 
 import fastasr
 
@@ -10,13 +11,13 @@ emformer = pytest.importorskip("torchaudio.models.emformer")
 
 
 def model(**options):
-    torch.manual_seed(0)
+    seeded(0)
     sizes = {"left_context_length": 5, "right_context_length": 2, "max_memory_size": 2, "dropout": 0.1}
     return emformer.Emformer(12, 3, 20, 2, 4, **sizes | options)
 
 
 def inputs():
-    generator = torch.Generator().manual_seed(1)
+    generator = numbers(1)
     return torch.randn(3, 23, 12, generator=generator), torch.tensor([21, 15, 9])
 
 
@@ -60,7 +61,7 @@ def test_training_draws_what_upstream_draws():
         net = model().train()
         if swap:
             fastasr.accelerate(net)
-        torch.manual_seed(4)
+        seeded(4)
         x, lengths = inputs()
         y, _ = net(x, lengths)
         (y * (torch.arange(21) < lengths[:, None])[..., None]).square().sum().backward()

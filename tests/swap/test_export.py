@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from steps import close, moved
+from steps import close, moved, numbers, seeded
 from tiny_parakeet import SIZES
 from tiny_zipformer import plain_swoosh
 
@@ -22,14 +22,14 @@ def head():
     """Returns modules that upstream itself can script: norm, linear, activation."""
     from zipformer.modules.scaling import BiasNorm, SwooshR
 
-    torch.manual_seed(0)
+    seeded(0)
     with plain_swoosh():
         return torch.nn.Sequential(torch.nn.Linear(12, 8), BiasNorm(8), SwooshR()).eval()
 
 
 @pytest.fixture
 def x():
-    return torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    return torch.randn(5, 12, generator=numbers(0))
 
 
 def test_script_inside_eager_mode(head, x):

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from steps import close, fixed
+from steps import close, seeded
 from tiny_zipformer import from_file, plain_swoosh
 from torch.nn.utils import parametrizations, weight_norm
 
@@ -189,7 +189,7 @@ def test_a_layer_whose_constant_attention_acts_in_eval_mode(recipe, training):
     for seed in range(6):
         results = []
         for forward in (type(layer).forward, constant_attention_in_eval):
-            fixed(seed)
+            seeded(seed)
             with torch.no_grad():
                 results.append((forward(layer, x, pos_emb), random.getstate()))
         close(results[1][0], results[0][0], what="output")

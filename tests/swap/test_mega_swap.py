@@ -13,7 +13,7 @@ from espnet2.asr_transducer.beam_search_transducer import BeamSearchTransducer, 
 from espnet2.asr_transducer.decoder.blocks.mega import MEGA
 from espnet2.asr_transducer.decoder.mega_decoder import MEGADecoder
 from espnet2.asr_transducer.decoder.modules.mega.multi_head_damped_ema import MultiHeadDampedEMA
-from steps import close, moved
+from steps import close, moved, numbers, seeded
 from tiny_zipformer import same_training
 
 import fastasr
@@ -26,7 +26,7 @@ SWAPPED = ("MEGADecoder", "MEGA", "MultiHeadDampedEMA", "NormalizedPositionwiseF
 
 
 def decoder(**arguments):
-    torch.manual_seed(0)
+    seeded(0)
     sizes = {"block_size": 16, "linear_size": 24, "qk_size": 8, "v_size": 20, "num_heads": 2}
     return moved(MEGADecoder(12, **{**sizes, "num_blocks": 2, "max_positions": 24, **arguments}), 0.3).eval()
 
@@ -37,7 +37,7 @@ def model():
 
 
 def labels():
-    generator = torch.Generator().manual_seed(1)
+    generator = numbers(1)
     batch = torch.randint(1, 12, (3, 9), generator=generator)
     batch[:, 0] = batch[1, 6:] = 0
     return batch
@@ -131,7 +131,7 @@ def test_a_beam_search(model):
         def forward(self, encoded, decoded):
             return self.lin_out(torch.tanh(encoded + decoded))
 
-    torch.manual_seed(7)
+    seeded(7)
     joint, encoded = Joint(), torch.randn(6, 16)
     twin = copy.deepcopy(model)
     fastasr.accelerate(model)

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from steps import close, fixed
+from steps import close, numbers, seeded
 from tiny_zipformer import plain_swoosh, training_step
 from torch.utils.checkpoint import checkpoint
 
@@ -111,7 +111,7 @@ def test_compile_fullgraph(model, part, training):
         args = [torch.randn(length, 2, channels, requires_grad=True) for _ in range(count)]
         results = []
         for run in (module, compiled):
-            fixed(3)
+            seeded(3)
             y = run(*args)
             results.append([y.detach(), *torch.autograd.grad(y.sin().sum(), args)])
         for a, b in zip(*results, strict=True):
@@ -173,8 +173,8 @@ def test_activation_checkpointing(model, whole_layer, reentrant):
     results = []
     for run in (module, lambda *args: replayed(module, *args, use_reentrant=reentrant)):
         module.zero_grad()
-        x = torch.randn(9, 2, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        fixed(5)
+        x = torch.randn(9, 2, 32, generator=numbers(0)).requires_grad_()
+        seeded(5)
         run(*((x, stack.encoder_pos(x)) if whole_layer else (x,))).square().sum().backward()
         results.append([x.grad, *(p.grad for p in module.parameters())])
     for a, b in zip(*results, strict=True):

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from steps import close, moved
+from steps import close, moved, numbers, seeded
 from tiny_parakeet import SIZES, STILL
 from tiny_zipformer import same_training
 
@@ -31,12 +31,12 @@ SWAPPED = {
 
 
 def encoder(**options):
-    torch.manual_seed(0)
+    seeded(0)
     return moved(ParakeetEncoder(ParakeetEncoderConfig(**{**SIZES, **options})), 0.03).eval()
 
 
 def batch():
-    generator = torch.Generator().manual_seed(1)
+    generator = numbers(1)
     x = torch.randn(3, 75, SIZES["num_mel_bins"], generator=generator)
     return {
         "input_features": x,
@@ -88,7 +88,7 @@ def test_gradient_checkpointing_drops_the_same_weights_again():
     fastasr.accelerate(model)
     found = []
     for _ in range(2):
-        torch.manual_seed(5)
+        seeded(5)
         loss = model(**batch()).last_hidden_state.sin().sum()
         found.append(torch.autograd.grad(loss, list(model.parameters())))
         model.gradient_checkpointing_enable()
@@ -163,7 +163,7 @@ def test_the_implementation_changes_after_the_swap():
 
 
 def test_ctc_generates_the_same():
-    torch.manual_seed(0)
+    seeded(0)
     config = ParakeetCTCConfig(vocab_size=11, pad_token_id=10, encoder_config=ParakeetEncoderConfig(**SIZES))
     model = ParakeetForCTC(config).eval()
     inputs = {**batch(), "labels": torch.tensor([[1, 2, 3], [4, 5, -100], [6, -100, -100]])}
@@ -179,7 +179,7 @@ def test_ctc_generates_the_same():
 def test_any_mask_of_pairs():
     model = encoder()
     attention = model.layers[0].self_attn
-    torch.manual_seed(2)
+    seeded(2)
     x, table = torch.randn(2, 7, 24), model.encode_positions(torch.empty(2, 7, 24))
     mask = torch.rand(2, 1, 7, 7) < 0.6
     mask[0, :, 3] = False  # a query that sees nothing

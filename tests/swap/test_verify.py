@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from steps import fixed
+from steps import seeded
 from tiny_zipformer import from_file, training_step
 
 import fastasr
@@ -47,7 +47,7 @@ def reached(report):
 def test_regularisers_that_adapt_do_not_change_the_outcome(model, inputs, seed):
     """Whitening lowers its own probability as it runs; both sides start from the same one."""
     fastasr.accelerate(model, only="encoder_embed*")
-    fixed(seed)
+    seeded(seed)
     report = fastasr.verify(model, inputs)
     assert report.ok, str(report)
 
@@ -155,7 +155,7 @@ def test_it_leaves_no_trace(model, inputs):
     model.register_buffer("counter", torch.zeros(()))
     model.cache = {"length": 1}
     model.register_forward_pre_hook(lambda m, args: m.counter.add_(1) and m.cache.update(length=2))
-    fixed(11)
+    seeded(11)
     before = copy.deepcopy(model)
     for p, q in zip(before.parameters(), model.parameters(), strict=True):
         p.grad = None if q.grad is None else q.grad.clone()
