@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 
-SETS = ("portable", "avx2", "avx512")
+SETS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
 
 
 def set_of(path: str) -> int:

@@ -141,6 +141,9 @@ def swap(
     verify: Annotated[bool, typer.Option(help="Run every swapped module both ways on the inputs.")] = True,
     time: Annotated[bool, typer.Option(help="Time the model before and after.")] = True,
     reps: Annotated[int, typer.Option(min=1, help="Timed calls before and after, interleaved.")] = 5,
+    weights: Annotated[
+        str | None, typer.Option(metavar="int8|bf16", help="Run linear layers on weights in this format.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Swap faster kernels into a model; show what was done, that it is right, and what it gains.
@@ -151,7 +154,7 @@ def swap(
     """
     from fastasr.cli import swap as command
 
-    command.run(factory, input_factory, verify=verify, timed=time, reps=reps, as_json=json)
+    command.run(factory, input_factory, verify=verify, timed=time, reps=reps, weights=weights, as_json=json)
 
 
 @app.command()

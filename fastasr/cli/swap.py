@@ -106,7 +106,14 @@ def _print_report(report) -> None:
 
 
 def run(
-    reference: str, input_reference: str | None, *, verify: bool, timed: bool, reps: int, as_json: bool
+    reference: str,
+    input_reference: str | None,
+    *,
+    verify: bool,
+    timed: bool,
+    reps: int,
+    weights: str | None,
+    as_json: bool,
 ) -> None:
     factory = load(reference, "MODULE:FACTORY")
     input_factory = load(input_reference, "--input") if input_reference else None
@@ -123,7 +130,9 @@ def run(
     before = copy.deepcopy(model) if timed and inputs is not None else None
     with progress.status("verifying every swapped module on the inputs" if verify else "swapping"):
         try:
-            report = fastasr.accelerate(model, verify=inputs if verify else None)
+            report = fastasr.accelerate(model, verify=inputs if verify else None, weights=weights)
+        except ValueError as error:
+            fail(str(error))
         except Exception as error:  # most likely the user's model does not accept these inputs
             fail(f"the model could not be run on the inputs: {type(error).__name__}: {error}")
     result["report"] = report.to_dict()

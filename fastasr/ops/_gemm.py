@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastasr.ops import _reduced_weights
 from fastasr.ops._dispatch import reason_cpu
 
 _log = logging.getLogger("fastasr")
@@ -172,6 +173,10 @@ def _call(operation: str, m: int, n: int, k: int, *operands: Tensor | None) -> T
 # The cost of a small product is its call overhead, and torch's is the smallest.
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns x weightᵀ + bias for x (..., K), weight (N, K)."""
+    if _reduced_weights.copies:
+        copy = _reduced_weights.of(x, weight)
+        if copy is not None:
+            return copy.product(x, bias)
     n, k = weight.shape
     if not k or x.numel() * n < _SMALL:
         return F.linear(x, weight, bias)

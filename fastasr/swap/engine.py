@@ -10,10 +10,13 @@ from torch.nn.utils import parametrize
 
 from fastasr.ops._dispatch import eager_on_device
 from fastasr.swap import binding
+from fastasr.swap import weights as reduced
 from fastasr.swap.report import REPLACED, ROLLED_BACK, SKIPPED, Row, SwapReport
 from fastasr.swap.rule import Known, Rule, upstream_class
 from fastasr.swap.rules import FAMILIES, returnn, rules_by_forward
+from fastasr.swap.rules.torch import LINEAR
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
+from fastasr.swap.verify import run as run_model
 from fastasr.swap.verify import verify as run_verification
 
 
@@ -32,7 +35,7 @@ class Decision:
     known: Known | None = None
 
 
-def accelerate(model, only=None, exclude=None, verify=None, strict=True):
+def accelerate(model, only=None, exclude=None, verify=None, strict=True, weights=None, weights_error=0.05):
     """Replaces the forward of every module that a rule recognises, in place. Returns a SwapReport.
 
     Parameters, buffers, submodules, hooks and types stay unchanged. A second call changes nothing.
@@ -43,15 +46,26 @@ def accelerate(model, only=None, exclude=None, verify=None, strict=True):
         model and runs it). Every swapped module then runs both ways and is rolled back if the results disagree.
     strict: False also accepts modules that fit in structure but run an unknown version of the code, provided
         that they pass ``verify``.
+    weights: "int8" or "bf16" to run the products of linear layers on copies of their weights in this format, in
+        inference on a CPU; parameters and state dict stay. None leaves things as they are. ``report.weights`` names the
+        weights, and those that stay in float32 with the reason; torch's own linear layers are swapped in every model.
+        With ``verify``, products whose error stands out stay in float32. ``only`` and ``exclude`` select modules here
+        too. ``model.train()`` raises RuntimeError until ``restore``.
+    weights_error: the largest change of the model's outputs on the inputs of ``verify`` that ``weights`` may cause,
+        as the rms of the difference relative to the rms of the output.
 
     Raises TypeError if model is not a torch.nn.Module or a selector has another type, ValueError if a pattern matches
-    nothing or ``strict=False`` is given without ``verify``.
+    nothing, ``strict=False`` is given without ``verify``, or ``weights`` is no such format or the model is in training
+    mode with it.
     """
+    _check_model("accelerate", model)
     if not strict and verify is None:
         raise ValueError(
             "accelerate: strict=False accepts unknown code only when it is verified; pass verify=inputs"
         )
-    plan = _plan(model, only, exclude)
+    if weights is not None:
+        reduced.check(model, weights, weights_error)
+    plan = _plan(model, only, exclude, every_linear=weights is not None)
     report = SwapReport(type(model).__name__)
     bound, unproven = [], set()
     for path, module, decision in plan:
@@ -64,7 +78,19 @@ def accelerate(model, only=None, exclude=None, verify=None, strict=True):
         report.rows.append(_row(path, module, decision, accept))
     if verify is not None:
         _verify(model, verify, report, bound, unproven)
+    if weights is not None:
+        chosen = _selected(model, only, exclude)
+        report.weights = reduced.keep(model, weights, chosen, verify, run_model, weights_error)
     return report
+
+
+def _selected(model, only, exclude):
+    """Returns a function (path, module) -> bool for the modules that ``only`` and ``exclude`` leave."""
+    modules = list(model.named_modules())
+    only, exclude = _selector("only", only, modules), _selector("exclude", exclude, modules)
+    return lambda path, module: (
+        (only is None or only(path, module)) and not (exclude is not None and exclude(path, module))
+    )
 
 
 def _verify(model, inputs, report, bound, unproven):
@@ -103,6 +129,7 @@ def explain(model, only=None, exclude=None):
 def restore(model):
     """Gives every swapped module of ``model`` its own forward back. Returns the number of these modules."""
     _check_model("restore", model)
+    reduced.release(model)
     rules, count = rules_by_forward(), 0
     for module in list(model.modules()):
         bound = binding.unbind(module)
@@ -144,7 +171,7 @@ def _row(path, module, decision, accept):
     return Row(path, type(module).__name__, rule.name if rule else None, kernels, status, reason)
 
 
-def _plan(model, only, exclude):
+def _plan(model, only, exclude, every_linear=False):
     """Returns [(path, module, Decision)] for every module of the model."""
     _check_model("accelerate", model)
     modules = list(model.named_modules())
@@ -153,6 +180,8 @@ def _plan(model, only, exclude):
     decisions = [decide(module) for _, module in modules]
     matched = {id(d.rule) for d in decisions if d.apply and not d.rule.companion}
     companions = {rule for family in FAMILIES if any(id(r) in matched for r in family) for rule in family}
+    if every_linear:
+        companions.add(LINEAR)
     plan = []
     for (path, module), decision in zip(modules, decisions, strict=True):
         rule = decision.rule

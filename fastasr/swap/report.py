@@ -35,6 +35,7 @@ class SwapReport:
     """One row per module of the model, in the order of ``model.named_modules()``.
 
     ``dry_run`` is True for ``explain``: status "replaced" then means that accelerate would replace the module.
+    ``weights`` is the :class:`fastasr.swap.weights.ReducedReport` of ``accelerate(weights=...)``, or None.
     ``print(report)`` shows equal rows as one line; ``report.table(every=True)`` has one line per module.
     """
 
@@ -42,6 +43,7 @@ class SwapReport:
     rows: list = field(default_factory=list)
     dry_run: bool = False
     verified: bool = False
+    weights: object = None
 
     def _with_status(self, status):
         return [row for row in self.rows if row.status == status]
@@ -88,6 +90,7 @@ class SwapReport:
             "verified": self.verified,
             "counts": counts,
             "rows": rows,
+            "weights": None if self.weights is None else asdict(self.weights),
         }
 
     def to_json(self, **options):
@@ -103,7 +106,10 @@ class SwapReport:
         checked = [row for row in self.replaced if row.errors]
         if self.verified:
             parts.append(f"{len(checked)} verified")
-        return f"{self.model}: {', '.join(parts)} ({len(self.rows)} modules)"
+        lines = [f"{self.model}: {', '.join(parts)} ({len(self.rows)} modules)"]
+        if self.weights is not None:
+            lines += [self.weights.summary, *self.weights.lines()]
+        return "\n".join(lines)
 
     def table(self, every=False):
         """Returns the report as text: one line per module or, with ``every=False``, per group of equal rows."""

@@ -29,13 +29,19 @@ constexpr bool kDouble = false;
 template <template <typename> typename Kernels>
 constexpr bool kDouble<Kernels<double>> = true;
 
+// What adds dot products of short numbers is compiled for the sets that have instructions for it, too. The set is then
+// picked at run time, by a caller compiled for avx512 as well.
+template <typename Table>
+constexpr bool kDots = requires { Table::kDotProducts; };
+
 #if defined(__clang__)
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Wundefined-var-template"
 #endif
 template <typename Table, Simd least, Simd... wider>
 FASTASR_INLINE const Table& pick([[maybe_unused]] Simd set) {
-  if constexpr (sizeof...(wider) > 0 && !(kDouble<Table> && least >= Simd::avx2)) {
+  constexpr bool last = (kDouble<Table> && least >= Simd::avx2) || (!kDots<Table> && least >= Simd::avx512);
+  if constexpr (sizeof...(wider) > 0 && !last) {
     if (set > least) return pick<Table, wider...>(set);
   }
   return Provided<Table, least>::table;
@@ -49,10 +55,9 @@ FASTASR_INLINE const Table& kernels() {
   using enum Simd;
   if constexpr (requires { Table::kCompiledOnce; }) return pick<Table, portable>(portable);
 #ifdef FASTASR_SIMD
-  return pick<Table, FASTASR_SETS>(FASTASR_SIMD);
-#else
-  return pick<Table, FASTASR_SETS>(simd());
+  if constexpr (!kDots<Table>) return pick<Table, FASTASR_SETS>(FASTASR_SIMD);
 #endif
+  return pick<Table, FASTASR_SETS>(simd());
 }
 
 }  // namespace fastasr::cpu

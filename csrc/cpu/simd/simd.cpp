@@ -29,7 +29,9 @@ Simd of_machine() {
   unsigned saved, unused;
   asm volatile("xgetbv" : "=a"(saved), "=d"(unused) : "c"(0));
   if ((saved & 0x06u) != 0x06u) return Simd::portable;
-  return (b & kWide) == kWide && (saved & 0xe6u) == 0xe6u ? Simd::avx512 : Simd::avx2;
+  if ((b & kWide) != kWide || (saved & 0xe6u) != 0xe6u) return Simd::avx2;
+  if (!(c & 1u << 11)) return Simd::avx512;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1u << 5 ? Simd::avx512_bf16 : Simd::avx512_vnni;
 #else
   return Simd::portable;
 #endif
@@ -39,7 +41,7 @@ using enum Simd;
 constexpr Simd kBuilt[] = {FASTASR_SETS};  // in ascending order
 
 const char* name(Simd set) {
-  constexpr const char* names[] = {"portable", "avx2", "avx512"};
+  constexpr const char* names[] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
   return names[static_cast<int>(set)];
 }
 
@@ -66,7 +68,8 @@ constinit Simd simd_in_use = kBuilt[0];
 
 const char* simd_level() {
 #if defined(__x86_64__)
-  constexpr const char* levels[] = {"x86-64 baseline (SSE2)", "x86-64-v3 (AVX2)", "x86-64-v4 (AVX-512)"};
+  constexpr const char* levels[] = {"x86-64 baseline (SSE2)", "x86-64-v3 (AVX2)", "x86-64-v4 (AVX-512)",
+                                    "x86-64-v4 (AVX-512, VNNI)", "x86-64-v4 (AVX-512, VNNI, BF16)"};
   return levels[static_cast<int>(simd())];
 #elif defined(__aarch64__)
   return "aarch64 (NEON)";

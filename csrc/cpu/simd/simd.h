@@ -12,8 +12,9 @@
 namespace fastasr::cpu {
 
 // The sets in ascending order. portable is x86-64, or the compiler's own set elsewhere; avx2 is x86-64-v3; avx512 is
-// x86-64-v4.
-enum class Simd { portable, avx2, avx512 };
+// x86-64-v4. The two beyond it add instructions that multiply and add four integers of 8 bits (VNNI), or two bfloat16:
+// only files that use them are compiled for these.
+enum class Simd { portable, avx2, avx512, avx512_vnni, avx512_bf16 };
 
 // Returns the set in use: the widest that this machine runs and this library was built for, or the one that the
 // environment variable FASTASR_SIMD names. It is chosen when the library is loaded; until then it is the least.

@@ -17,6 +17,7 @@ from fastasr.models.common import attention_dropout, plumbing
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import is_readable, seen
 from fastasr.models.fast_conformer.positions import KEPT_FRAMES
+from fastasr.ops import _reduced_weights
 from fastasr.ops.rel_attention import relative_shift
 
 _PROJECTED = weakref.WeakKeyDictionary()  # module -> what its projected positions were made of, and these
@@ -144,5 +145,6 @@ def projected(module, projection, table):
     kept = _PROJECTED.get(module)
     if kept is None or kept[0] != now:
         # the table is kept as well: as long as it lives, no other tensor has its address
-        kept = _PROJECTED[module] = now, table, plumbing.linear(projection, table)
+        with _reduced_weights.suspended():  # computed once, so exactly
+            kept = _PROJECTED[module] = now, table, plumbing.linear(projection, table)
     return kept[2]

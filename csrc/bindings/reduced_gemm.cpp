@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/gemm/reduced_gemm.h"
+
+#include "bindings/dispatch.h"
+#include "bindings/pooled.h"
+
+namespace fastasr {
+namespace {
+
+constexpr const char* kOp = "reduced_linear";
+
+cpu::WeightFormat format_of(int64_t format) {
+  check(format == 1 || format == 2, kOp, "the format is bf16 (1) or int8 (2)");
+  return static_cast<cpu::WeightFormat>(format);
+}
+
+// Bytes of a packed weight: words, scales, sums.
+int64_t bytes_of(int64_t n, int64_t k, cpu::WeightFormat format) {
+  const int64_t columns = cpu::reduced_panels(n) * cpu::kReducedColumns;
+  return 4 * columns * (cpu::reduced_words(k, format) + 2);
+}
+cpu::ReducedWeights parts_of(const Tensor& packed, int64_t n, int64_t k, cpu::WeightFormat format) {
+  const int64_t columns = cpu::reduced_panels(n) * cpu::kReducedColumns;
+  auto* const words = reinterpret_cast<int32_t*>(mutable_data<uint8_t>(packed));
+  auto* const scale = reinterpret_cast<float*>(words + columns * cpu::reduced_words(k, format));
+  return {words, scale, reinterpret_cast<int32_t*>(scale + columns)};
+}
+
+// Packs a weight (N, K) in float32 into `packed`, bytes, which reduced_bytes counts.
+void reduced_pack(const Tensor& weight, int64_t format, const Tensor& packed) {
+  const cpu::WeightFormat f = format_of(format);
+  check(weight.dim() == 2 && weight.scalar_type() == ScalarType::Float && weight.is_cpu(), kOp,
+        "weight is a float32 matrix on the CPU");
+  const int64_t n = weight.size(0), k = weight.size(1);
+  check(k > 0 && k <= cpu::kReducedMostInputs && n > 0, kOp, "the weight has 1 to 65536 inputs");
+  check(k == 1 || weight.stride(1) == 1, kOp, "rows of the weight are contiguous");
+  check(packed.is_cpu() && packed.is_contiguous() && packed.scalar_type() == ScalarType::Byte &&
+            packed.numel() == bytes_of(n, k, f),
+        kOp, "the packed weight has another size");
+  const cpu::ReducedWeights out = parts_of(packed, n, k, f);
+  const auto* const w = data<float>(weight);
+  parallel_tasks(cpu::reduced_panels(n), cpu::kReducedColumns * k,
+                 [&](int64_t begin, int64_t end) { cpu::pack_reduced(w, n, k, weight.stride(0), f, out, begin, end); });
+}
+
+// Multiplies x (..., K) by a packed weight (N, K), plus a bias (N) or none, in float32.
+Tensor reduced_linear(const Tensor& x, const Tensor& packed, const Optional& bias, int64_t n, int64_t format) {
+  const auto& kernel = cpu::kernels<cpu::ReducedGemmKernels>();
+  check(x.is_cpu() && x.dim() == 2 && x.scalar_type() == ScalarType::Float, kOp, "x is a float32 matrix on the CPU");
+  cpu::ReducedGemm g{};
+  g.format = format_of(format);
+  g.m = x.size(0), g.n = n, g.k = x.size(1);
+  check(packed.is_contiguous() && packed.scalar_type() == ScalarType::Byte && g.k > 0 && n > 0 &&
+            packed.numel() == bytes_of(n, g.k, g.format),
+        kOp, "the packed weight has another size");
+  g.x = data<float>(x), g.x_row = row_stride(x, kOp, "x");
+  g.weights = parts_of(packed, n, g.k, g.format);
+  if (bias) {
+    check_like(*bias, x, kOp, "bias");
+    check(bias->numel() == n && bias->is_contiguous(), kOp, "sizes of bias");
+    g.bias = data<float>(*bias);
+  }
+  const Tensor y = new_pooled<2>(x, {g.m, n});
+  if (g.m == 0) return y;
+  g.y = mutable_data<float>(y);
+  const int64_t words = cpu::reduced_words(g.k, g.format);
+  const Scratch<int32_t> rows(g.m * (words + 2));
+  g.rows = rows.data(), g.zero = g.rows + g.m * words, g.step = reinterpret_cast<float*>(g.zero + g.m);
+  parallel_tasks(g.m, g.k, [&](int64_t begin, int64_t end) { kernel.rows(g, begin, end); });
+  const int64_t tasks = kernel.tasks(g), grain = std::max<int64_t>(1, 16 * kGrain * tasks / (g.m * n * words / 32 + 1));
+  parallel_range(tasks, grain, [&](int64_t begin, int64_t end) { kernel.products(g, begin, end); });
+  return y;
+}
+
+}  // namespace
+
+FASTASR_OPERATORS({"reduced_pack(Tensor weight, int format, Tensor(a!) packed) -> ()", TORCH_BOX(&reduced_pack)},
+                  {"reduced_linear(Tensor x, Tensor packed, Tensor? bias, int n, int format) -> Tensor",
+                   TORCH_BOX(&reduced_linear)})
+
+}  // namespace fastasr

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/gemm/reduced_gemm.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/simd/vectors.simd.h"
+
+namespace fastasr::cpu {
+namespace {
+
+constexpr int kLanes = Lanes<float>::count;
+using Ints = BitVector<float>;
+using Floats = Vector<float>;
+
+// Two vectors of columns make a tile; its sums take the registers that weights, a broadcast and, without an instruction
+// for the whole, halves of sums leave.
+constexpr int64_t kTileColumns = 2 * kLanes;
+constexpr int64_t kPanelTiles = kReducedColumns / kTileColumns;
+#if defined(__AVX512VNNI__)
+constexpr int64_t kRows = 14;
+#elif defined(__AVX512F__)
+constexpr int64_t kRows = 12;
+#elif defined(__AVX2__)
+constexpr int64_t kRows = 5;
+#else
+constexpr int64_t kRows = 3;
+#endif
+
+// Without VNNI two products are added in 16 bits, which saturate: 7 bits of x keep the sum below 2^15.
+#if defined(__AVX512VNNI__) || !defined(__AVX2__)
+constexpr int32_t kLevels = 255;
+#else
+constexpr int32_t kLevels = 127;
+#endif
+
+constexpr int64_t kBlockBytes = int64_t{1} << 18;  // weights that several rows share while they are in a cache
+
+FASTASR_INLINE Ints broadcast(int32_t v) { return v - Ints{}; }
+FASTASR_INLINE Ints load_words(const int32_t* p) {
+  Ints v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+struct Int8 {
+  using Sum = Ints;
+  // Adds the four products of each word: unsigned bytes of x, signed bytes of w.
+  FASTASR_INLINE Sum dot(Sum sum, Ints x, Ints w) {
+#if defined(__AVX512VNNI__)
+    return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(x),
+                                                      reinterpret_cast<__m512i>(w)));
+#elif defined(__AVX512F__)
+    const __m512i pairs = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(w));
+    return sum + reinterpret_cast<Ints>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#elif defined(__AVX2__)
+    const __m256i pairs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(x), reinterpret_cast<__m256i>(w));
+    return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#else
+    const auto part = [&](int shift)
+                          __attribute__((always_inline)) { return ((x >> shift) & 255) * ((w << (24 - shift)) >> 24); };
+    return sum + part(0) + part(8) + part(16) + part(24);
+#endif
+  }
+};
+
+struct Bf16 {
+  using Sum = Floats;
+  FASTASR_INLINE Sum dot(Sum sum, Ints x, Ints w) {
+#if defined(__AVX512BF16__)
+    return reinterpret_cast<Sum>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w)));
+#else
+    const Ints high = broadcast(static_cast<int32_t>(0xffff0000u));
+    sum += reinterpret_cast<Sum>(x << 16) * reinterpret_cast<Sum>(w << 16);
+    return sum + reinterpret_cast<Sum>(x & high) * reinterpret_cast<Sum>(w & high);
+#endif
+  }
+};
+
+// Describes a tile: row i of x, and column j of the panel, of which `columns` exist.
+struct Tile {
+  const ReducedGemm& g;
+  int64_t i, j, columns;
+};
+
+FASTASR_INLINE Floats finished(const Tile& t, int64_t row, int64_t j, Ints sum) {
+  const ReducedWeights& w = t.g.weights;
+  const Ints centred = sum - t.g.zero[row] * load_words(w.sum + j);
+  return __builtin_convertvector(centred, Floats) * (t.g.step[row] * at(w.scale + j));
+}
+FASTASR_INLINE Floats finished(const Tile&, int64_t, int64_t, Floats sum) { return sum; }
+
+// Each number of rows has its own function: several tiles inlined into one function would spill.
+template <typename F, int64_t kTileRows>
+__attribute__((noinline)) void tile(const Tile& t) {
+  const ReducedGemm& g = t.g;
+  const int64_t words = reduced_words(g.k, g.format);
+  const int32_t* const x = g.rows + t.i * words;
+  const int32_t* w = g.weights.words + t.j / kReducedColumns * kReducedColumns * words + t.j % kReducedColumns;
+  typename F::Sum sum[kTileRows][2] = {};
+  for (int64_t k = 0; k < words; k++, w += kReducedColumns) {
+    const Ints left = load_words(w), right = load_words(w + kLanes);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kTileRows; i++) {
+      const Ints v = broadcast(x[i * words + k]);
+      sum[i][0] = F::dot(sum[i][0], v, left);
+      sum[i][1] = F::dot(sum[i][1], v, right);
+    }
+  }
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kTileRows; i++) {
+    alignas(64) float out[kTileColumns];
+    Floats left = finished(t, t.i + i, t.j, sum[i][0]), right = finished(t, t.i + i, t.j + kLanes, sum[i][1]);
+    float* const y = g.y + (t.i + i) * g.n + t.j;
+    if (t.columns == kTileColumns) {
+      if (g.bias) left += at(g.bias + t.j), right += at(g.bias + t.j + kLanes);
+      put(y, left), put(y + kLanes, right);
+    } else {
+      put(out, left), put(out + kLanes, right);
+      for (int64_t c = 0; c < t.columns; c++) y[c] = g.bias ? out[c] + g.bias[t.j + c] : out[c];
+    }
+  }
+}
+
+template <typename F>
+constexpr auto tiles() {
+  return []<int64_t... i>(std::integer_sequence<int64_t, i...>) {
+    return std::array<void (*)(const Tile&), kRows>{tile<F, i + 1>...};
+  }(std::make_integer_sequence<int64_t, kRows>());
+}
+constexpr auto kInt8 = tiles<Int8>(), kBf16 = tiles<Bf16>();
+
+// A task is some rows by a block of panels, and neighbours share the block. Rows are split evenly: 8 + 7, not 14 + 1.
+int64_t row_parts(const ReducedGemm& g) { return (g.m + kRows - 1) / kRows; }
+int64_t blocks(const ReducedGemm& g) {
+  const int64_t bytes = reduced_panels(g.n) * kReducedColumns * reduced_words(g.k, g.format) * 4;
+  return std::min(reduced_panels(g.n), (bytes + kBlockBytes - 1) / kBlockBytes);
+}
+int64_t tasks(const ReducedGemm& g) { return row_parts(g) * blocks(g); }
+
+void products(const ReducedGemm& g, int64_t begin, int64_t end) {
+  const auto& functions = g.format == WeightFormat::int8 ? kInt8 : kBf16;
+  const int64_t parts = row_parts(g), panels = reduced_panels(g.n), count = blocks(g);
+  for (int64_t task = begin; task < end; task++) {
+    const int64_t block = task / parts, part = task % parts;
+    const int64_t i = g.m * part / parts, rows = g.m * (part + 1) / parts - i;
+    const int64_t last = std::min(g.n, panels * (block + 1) / count * kReducedColumns);
+    for (int64_t j = panels * block / count * kReducedColumns; j < last; j += kTileColumns)
+      functions[static_cast<size_t>(rows - 1)]({g, i, j, std::min(kTileColumns, g.n - j)});
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- rows of x
+constexpr float kMagic = Bits<float>::magic;
+
+void int8_row(const float* x, int64_t k, int64_t words, uint8_t* out, float& step, int32_t& zero) {
+  Floats low{}, high{};
+  Ints nan{};
+  float least = 0, most = 0;
+  bool bad = false;
+  int64_t j = 0;
+  for (; j + kLanes <= k; j += kLanes) {
+    const Floats v = at(x + j);
+    nan |= v != v;
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+  }
+  for (int l = 0; l < kLanes; l++) least = std::min(least, low[l]), most = std::max(most, high[l]), bad |= nan[l] != 0;
+  for (; j < k; j++) least = std::min(least, x[j]), most = std::max(most, x[j]), bad |= x[j] != x[j];
+  const float range = most - least;
+  step = bad || !(range < std::numeric_limits<float>::infinity()) ? std::numeric_limits<float>::quiet_NaN()
+                                                                  : std::max(range, 1e-30f) / kLevels;
+  std::memset(out + k, 0, static_cast<size_t>(4 * words - k));
+  if (step != step) {
+    zero = 0;
+    std::memset(out, 0, static_cast<size_t>(k));
+    return;
+  }
+  const float per_step = 1 / step, origin = std::nearbyint(-least * per_step);
+  zero = static_cast<int32_t>(origin);
+  const auto level = [&](auto v) __attribute__((always_inline)) {
+    const auto p = v * per_step + origin;
+    const auto some = p > 0.0f ? p : p * 0.0f, at_most = some * 0.0f + static_cast<float>(kLevels);
+    return (some < at_most ? some : at_most) + kMagic;  // the low bits are the integer
+  };
+  for (j = 0; j + kLanes <= k; j += kLanes) {
+    typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+    const Floats rounded = level(at(x + j));
+    const Ints low_bits = reinterpret_cast<Ints>(rounded) & 255;
+    const Bytes bytes = __builtin_convertvector(low_bits, Bytes);
+    std::memcpy(out + j, &bytes, kLanes);
+  }
+  for (; j < k; j++) out[j] = static_cast<uint8_t>(to_bits(level(x[j])));
+}
+
+void bf16_row(const float* x, int64_t k, int64_t words, bfloat16* out) {
+  for (int64_t j = 0; j < k; j++) store(out + j, x[j]);
+  if (k < 2 * words) out[k] = {};
+}
+
+void rows(const ReducedGemm& g, int64_t begin, int64_t end) {
+  const int64_t words = reduced_words(g.k, g.format);
+  for (int64_t i = begin; i < end; i++) {
+    const float* const x = g.x + i * g.x_row;
+    int32_t* const out = g.rows + i * words;
+    if (g.format == WeightFormat::int8)
+      int8_row(x, g.k, words, reinterpret_cast<uint8_t*>(out), g.step[i], g.zero[i]);
+    else
+      bf16_row(x, g.k, words, reinterpret_cast<bfloat16*>(out));
+  }
+}
+
+}  // namespace
+
+FASTASR_KERNELS_FLOAT(ReducedGemmKernels, .levels = kLevels, .rows = rows, .tasks = tasks, .products = products)
+
+}  // namespace fastasr::cpu

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of the weights of linear layers in fewer bits, which the products of inference read in their place.
+
+``keep`` makes the copy of a parameter; from then on every product of an op with that parameter, or with a view of all
+of it as a matrix, runs on the copy (csrc/cpu/gemm/reduced_gemm.h has the formulas). The parameter itself stays, and a
+change of it, in place or by new memory, makes its copy anew at the next product. A copy lives as long as its parameter,
+or until ``drop``.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fastasr.ops import _dispatch
+
+FORMATS = {"bf16": 1, "int8": 2}  # cpu::WeightFormat
+NEEDS = {
+    "bf16": "BF16",
+    "int8": "",
+}  # the instructions without which float32 is as fast, as the library names them
+COLUMNS, MOST_INPUTS = 32, 1 << 16  # of csrc/cpu/gemm/reduced_gemm.h
+
+
+def reason(format: str) -> str:
+    """Says why no product runs on such copies on this machine, or returns ""."""
+    why = _dispatch.reason_cpu("reduced_linear")
+    if not why and NEEDS[format] not in _dispatch.native_build_info()["simd"]:
+        return f"this processor has no instructions for {format}: float32 is as fast"
+    return why
+
+
+class Copy:
+    """The copy of one parameter. ``watch``, if given, is called with x, bias and the product's result."""
+
+    def __init__(self, weight: Tensor, format: str):
+        self.format = format
+        self.watch: Callable[[Tensor, Tensor | None, Tensor], None] | None = None
+        self._weight = weakref.ref(weight)
+        self._packed: Tensor | None = None
+        self._pack()
+
+    def _pack(self) -> None:
+        weight = self._weight()
+        assert weight is not None
+        self.version, self.address = weight._version, weight.data_ptr()
+        matrix = weight.detach().flatten(1).contiguous()
+        self.outputs, inputs = matrix.shape
+        columns = -(-self.outputs // COLUMNS) * COLUMNS
+        words = -(-inputs // (4 if self.format == "int8" else 2))
+        if self._packed is None:
+            self._packed = torch.empty(4 * columns * (words + 2), dtype=torch.uint8)
+        torch.ops.fastasr_cpu.reduced_pack(matrix, FORMATS[self.format], self._packed)
+
+    @property
+    def bytes(self) -> int:
+        """Returns the size of the copy in memory."""
+        return 0 if self._packed is None else self._packed.numel()
+
+    def fresh(self) -> bool:
+        """Whether the parameter is alive and is what was packed; packs it again where it only changed in place."""
+        weight = self._weight()
+        if weight is None or weight.data_ptr() != self.address:
+            return False
+        if weight._version != self.version:
+            self._pack()
+        return True
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns x weightᵀ + bias for x (..., K)."""
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        y = torch.ops.fastasr_cpu.reduced_linear(rows, self._packed, bias, self.outputs, FORMATS[self.format])
+        y = y.view(*x.shape[:-1], self.outputs)
+        if self.watch is not None:
+            self.watch(x, bias, y)
+        return y
+
+
+_kept = WeakIdKeyDictionary()  # parameter -> its copy
+copies: dict[int, Copy] = {}  # by the address of the parameter
+
+
+def keep(weight: Tensor, format: str) -> Copy:
+    """Makes the copy of ``weight`` (N, K) or (N, K, 1), float32 on the CPU, and has products read it."""
+    drop(weight)
+    copy = Copy(weight, format)
+    _kept[weight] = copies[copy.address] = copy
+    weakref.finalize(weight, _forget, copy.address)
+    return copy
+
+
+def copy_of(weight: Tensor) -> Copy | None:
+    """Returns the copy of a parameter, or None."""
+    return _kept.get(weight)
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """Products read the parameters themselves inside the block, in all threads."""
+    global copies
+    aside, copies = copies, {}
+    try:
+        yield
+    finally:
+        copies = aside
+
+
+def _forget(address: int) -> None:
+    """Frees the copy at the address of a parameter that died, unless another has its memory by now."""
+    copy = copies.get(address)
+    if copy is not None and not copy.fresh():
+        del copies[address]
+
+
+def drop(weight: Tensor) -> bool:
+    """Forgets the copy of ``weight``. Returns whether there was one."""
+    copy = _kept.pop(weight, None)
+    if copy is not None and copies.get(copy.address) is copy:
+        del copies[copy.address]
+    return copy is not None
+
+
+def of(x: Tensor, weight: Tensor) -> Copy | None:
+    """Returns the copy that the product of x with ``weight`` reads, or None."""
+    copy = copies.get(weight.data_ptr())
+    if copy is None:
+        copy = _moved(weight)
+        if copy is None:
+            return None
+    elif not copy.fresh():
+        copies.pop(copy.address)
+        return of(x, weight)
+    fits = x.dtype is torch.float32 and x.is_cpu and weight.dtype is torch.float32 and weight.dim() == 2
+    return copy if fits and len(weight) == copy.outputs and x.numel() else None
+
+
+def _moved(weight: Tensor) -> Copy | None:
+    """Returns the copy of a parameter that has other memory than when it was packed, packed again."""
+    for candidate in (weight, weight._base):
+        copy = None if candidate is None else _kept.get(candidate)
+        if copy is not None and candidate is not None and candidate.data_ptr() == weight.data_ptr():
+            return keep(candidate, copy.format) if candidate.is_cpu else None
+    return None

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chooses the weights of a swapped model whose products run in fewer bits, measures what that costs, and undoes it.
+
+:func:`keep` makes a copy of every weight of a linear layer or a pointwise convolution whose product runs through
+fastasr's ops (:mod:`fastasr.ops._reduced_weights`); the parameters stay. With inputs it measures the error of each
+product on the activations that it meets, and of the model's outputs, both as the rms of the difference from float32
+relative to the rms of the result. A product whose error stands out stays in float32, and so do the next ones, largest
+error first, until the outputs are within the bound.
+"""
+
+import types
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_flatten
+
+from fastasr.ops import _reduced_weights
+from fastasr.swap import binding
+from fastasr.swap.state import ModelState, RandomState
+
+FLOAT32 = "float32"
+SMALL = 4096  # a weight with fewer elements gains less than its rows cost to convert
+OUTLIER = 3.0  # an error this many times the median of the model's products stands out
+NOTICEABLE = {"bf16": 0.01, "int8": 0.03}  # below it no error stands out
+STEP = 8  # an eighth of the weights goes back to float32 at a time
+
+
+@dataclass
+class WeightRow:
+    """One weight: its module's path, its format ("int8", "bf16" or "float32"), why it is float32, and the relative rms
+    error of its product, where inputs measured it."""
+
+    path: str
+    shape: tuple
+    format: str
+    reason: str = ""
+    error: float | None = None
+
+
+@dataclass
+class ReducedReport:
+    """The weights of a model, the relative rms error of the model's outputs (None without inputs), and the bytes of
+    these weights in float32 and as products read them."""
+
+    format: str
+    rows: list
+    error: float | None = None
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    @property
+    def reduced(self):
+        return [row for row in self.rows if row.format != FLOAT32]
+
+    @property
+    def summary(self):
+        share = self.bytes_after / self.bytes_before if self.bytes_before else 1.0
+        error = "" if self.error is None else f"; the outputs change by {self.error:.1e} (relative rms)"
+        count = f"{len(self.reduced)} of {len(self.rows)} weights in {self.format}"
+        return f"{count}: products read {share:.2f} of float32's bytes{error}"
+
+    def lines(self):
+        """Returns a line per reason why weights stay in float32."""
+        reasons = {}
+        for row in self.rows:
+            if row.format == FLOAT32:
+                reasons.setdefault(row.reason, []).append(row)
+        return [
+            f"float32: {len(rows)} x {rows[0].path} {rows[0].shape}: {reason}"
+            for reason, rows in reasons.items()
+        ]
+
+
+def check(model, format, bound):
+    """Raises ValueError unless ``accelerate`` can reduce the weights of this model."""
+    if format not in _reduced_weights.FORMATS:
+        raise ValueError(
+            f"accelerate: weights: expected None or one of {', '.join(_reduced_weights.FORMATS)}, got {format!r}"
+        )
+    if not 0 < bound < 1:
+        raise ValueError(f"accelerate: weights_error: expected a number between 0 and 1, got {bound!r}")
+    if model.training:
+        raise ValueError(f"accelerate: weights={format!r} is for inference: call model.eval() first")
+
+
+def keep(model, format, chosen, inputs, run, bound):
+    """Reduces the weights of ``model`` and returns a ReducedReport.
+
+    chosen: a function (path, module) -> bool, or None for all. inputs: those of ``verify``, or None. run: a function
+    (model, inputs) that runs the model and returns its result. bound: the largest relative rms error of the outputs.
+    """
+    release(model)
+    report = ReducedReport(format, [])
+    whole = _reduced_weights.reason(format)
+    kept = []
+    for path, module, weight, by_us in _weights(model):
+        row = WeightRow(path, tuple(weight.shape), FLOAT32, whole or _obstacle(weight, by_us))
+        if chosen is not None and not chosen(path, module):
+            row.reason = "not selected"
+        report.rows.append(row)
+        if not row.reason:
+            row.format = format
+            kept.append((row, weight))
+    for _, weight in kept:
+        _reduced_weights.keep(weight, format)
+    if kept and inputs is not None:
+        _measure(model, kept, lambda: run(model, inputs), report, bound)
+    _count(model, report)
+    if report.reduced:
+        vars(model)["train"] = types.MethodType(_train, model)
+    return report
+
+
+def release(model):
+    """Drops the copies of the model's weights. Returns how many there were."""
+    if vars(model).get("train").__class__ is types.MethodType and model.train.__func__ is _train:
+        del vars(model)["train"]
+    return sum(_reduced_weights.drop(parameter) for parameter in model.parameters())
+
+
+def _train(self, mode=True):
+    if mode:
+        raise RuntimeError(
+            f"{type(self).__name__}.train: its weights are reduced for inference (fastasr.accelerate with weights=); "
+            "call fastasr.restore(model) first"
+        )
+    return type(self).train(self, mode)
+
+
+_train.__name__ = "train"  # a bound method pickles by name: upstream's own is found on loading
+
+
+def _weights(model):
+    """Yields (path, module, weight, whether fastasr computes the product) of each linear layer, each weight once."""
+    seen, swapped = set(), []
+    for path, module in model.named_modules():
+        if binding.bound_forward(module) is not None or type(module).__module__.startswith("fastasr."):
+            swapped.append(path + "." if path else "")
+        weight = getattr(module, "weight", None)
+        pointwise = isinstance(module, torch.nn.Conv1d) and module.kernel_size == (1,) and module.groups == 1
+        if not (isinstance(module, torch.nn.Linear) or pointwise) or id(weight) in seen:
+            continue
+        seen.add(id(weight))
+        if isinstance(weight, torch.nn.Parameter):
+            yield path, module, weight, any((path + ".").startswith(owner) for owner in swapped)
+
+
+def _obstacle(weight, by_us):
+    if weight.dtype is not torch.float32 or not weight.is_cpu:
+        return f"it is {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}, not float32 on the CPU"
+    if not by_us:
+        return "no kernel of fastasr's computes its product"
+    if weight.numel() < SMALL:
+        return f"too small: fewer than {SMALL} elements"
+    if weight[0].numel() > _reduced_weights.MOST_INPUTS:
+        return f"more than {_reduced_weights.MOST_INPUTS} inputs"
+    return ""
+
+
+def _measure(model, kept, run, report, bound):
+    with ModelState(model), RandomState() as random, torch.no_grad():
+        with _reduced_weights.suspended():
+            expected = _outputs(run())
+        sums = {}
+        for row, weight in kept:
+            _reduced_weights.copy_of(weight).watch = _watch(weight, sums.setdefault(row.path, [0.0, 0.0]))
+        random.restore()
+        report.error = _error(_outputs(run()), expected)
+        for row, weight in kept:
+            _reduced_weights.copy_of(weight).watch = None
+            difference, size = sums[row.path]
+            row.error = (difference / size) ** 0.5 if size else None
+        reached = sorted(r.error for r, _ in kept if r.error is not None)
+        limit = max(NOTICEABLE[report.format], OUTLIER * reached[len(reached) // 2]) if reached else 0.0
+        for row, weight in kept:
+            if row.error is None:
+                _give_back(row, weight, "the inputs of verify do not reach it")
+            elif not row.error <= limit:
+                _give_back(row, weight, f"its error of {row.error:.1e} stands out")
+        while True:
+            random.restore()
+            report.error = _error(_outputs(run()), expected)
+            left = sorted((p for p in kept if p[0].format != FLOAT32), key=lambda pair: -pair[0].error)
+            if report.error <= bound or not left:
+                return
+            for row, weight in left[: max(1, len(left) // STEP)]:
+                _give_back(row, weight, f"the outputs would change by more than {bound:g}")
+
+
+def _give_back(row, weight, reason):
+    row.format, row.reason = FLOAT32, reason
+    _reduced_weights.drop(weight)
+
+
+def _watch(weight, sums):
+    def watch(x, bias, y):
+        exact = F.linear(x, weight.flatten(1), bias).double()
+        sums[0] += (y - exact).square().sum().item()
+        sums[1] += exact.square().sum().item()
+
+    return watch
+
+
+def _outputs(result):
+    leaves = tree_flatten(dict(result) if hasattr(result, "keys") else result)[0]
+    return [t.detach().double() for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def _error(got, expected):
+    """Returns the largest relative rms error of the outputs; infinity where one has another shape or is a NaN."""
+    errors = [0.0]
+    for a, b in zip(got, expected, strict=True):
+        size = b.square().sum().item() if a.shape == b.shape else 0.0
+        error = ((a - b).square().sum().item() / size) ** 0.5 if size else float(a.numel() > 0)
+        errors.append(error if error == error else float("inf"))
+    return max(errors)
+
+
+def _count(model, report):
+    formats = {row.path: row.format for row in report.rows}
+    for path, _, weight, _ in _weights(model):
+        bytes_ = weight.numel() * weight.element_size()
+        report.bytes_before += bytes_
+        report.bytes_after += bytes_ if formats[path] == FLOAT32 else _reduced_weights.copy_of(weight).bytes

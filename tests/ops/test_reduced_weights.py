@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products on copies of weights in fewer bits: their formulas, and the life of a copy."""
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from steps import numbers
+
+from fastasr import ops
+from fastasr.ops import _dispatch, _reduced_weights
+
+pytestmark = pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
+# Products of x in 7 bits, where the processor adds two of them in 16, have twice the error of 8.
+EIGHT_BITS = "VNNI" in _dispatch.native_build_info().get("simd", "") or "baseline" in str(
+    _dispatch.native_build_info().get("simd")
+)
+
+
+@pytest.fixture
+def layer():
+    generator = numbers(1)
+    layer = torch.nn.Linear(72, 100)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    yield layer
+    _reduced_weights.drop(layer.weight)
+
+
+def product(layer, x):
+    with torch.no_grad():
+        return ops.linear(x, layer.weight, layer.bias)
+
+
+def expected(layer, x, format):
+    w, x = layer.weight.detach().double(), x.double()
+    if format == "bf16":
+        w, x = (t.bfloat16().double() for t in (w, x))
+    else:
+        scale = w.abs().amax(1, keepdim=True) / 127
+        w = (w / scale).round() * scale
+        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        step = (high - low) / (255 if EIGHT_BITS else 127)
+        zero = (-low / step).round()
+        x = ((x / step).round() + zero - zero) * step
+    return F.linear(x, w, layer.bias.detach().double())
+
+
+def relative(got, truth):
+    return ((got.double() - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("format", ["int8", "bf16"])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (40,), (2, 3, 4)])
+def test_formula(layer, format, shape):
+    x = torch.randn(*shape, 72, generator=numbers(2)) + 0.5
+    exact = product(layer, x)
+    _reduced_weights.keep(layer.weight, format)
+    y = product(layer, x)
+    assert y.shape == exact.shape
+    assert y.dtype == torch.float32
+    # an input on the border of two levels may take the other one
+    assert relative(y, expected(layer, x, format)) < (2e-3 if format == "int8" else 1e-5)
+    assert 1e-4 < relative(y, exact.double()) < 0.03
+
+
+def test_rows_are_independent(layer):
+    _reduced_weights.keep(layer.weight, "int8")
+    x = torch.randn(33, 72, generator=numbers(3))
+    together = product(layer, x)
+    assert torch.equal(together, torch.cat([product(layer, row[None]) for row in x]))
+    assert torch.equal(together, product(layer, torch.cat([x, 1000 * x]))[:33])
+
+
+def test_strided_rows_and_no_bias(layer):
+    _reduced_weights.keep(layer.weight, "int8")
+    wide = torch.randn(6, 144, generator=numbers(4))
+    with torch.no_grad():
+        assert torch.equal(
+            ops.linear(wide[:, 72:], layer.weight), ops.linear(wide[:, 72:].clone(), layer.weight)
+        )
+        assert torch.equal(
+            ops.linear(wide[:, ::2], layer.weight), ops.linear(wide[:, ::2].clone(), layer.weight)
+        )
+
+
+def test_other_dtypes_and_other_weights_are_exact(layer):
+    _reduced_weights.keep(layer.weight, "int8")
+    x = torch.randn(4, 72, generator=numbers(5))
+    half = layer.weight.detach()[:50]
+    with torch.no_grad():
+        assert torch.equal(ops.linear(x, half), F.linear(x, half))
+        assert torch.equal(ops.linear(x[:, :0], half[:, :0]), F.linear(x[:, :0], half[:, :0]))
+        assert ops.linear(x.double(), layer.weight.double()).dtype == torch.float64
+    assert product(layer, x[:0]).shape == (0, 100)
+
+
+def test_fused_ops_read_the_copy(layer):
+    x = torch.randn(9, 72, generator=numbers(6))
+    with torch.no_grad():
+        exact = ops.linear_activation(x, layer.weight, layer.bias, activation="silu")
+        _reduced_weights.keep(layer.weight, "int8")
+        y = ops.linear_activation(x, layer.weight, layer.bias, activation="silu")
+    assert 0 < relative(y, exact.double()) < 0.03
+    assert torch.allclose(y, F.silu(product(layer, x)), atol=1e-5)
+
+
+def test_copy_follows_its_parameter(layer):
+    x = torch.randn(9, 72, generator=numbers(7))
+    _reduced_weights.keep(layer.weight, "int8")
+    for change in (
+        lambda: layer.weight.mul_(-3),
+        lambda: setattr(layer.weight, "data", layer.weight.data.clone() + 1),
+        lambda: layer.load_state_dict({"weight": torch.ones(100, 72), "bias": torch.zeros(100)}),
+    ):
+        with torch.no_grad():
+            change()
+        truth = F.linear(x.double(), layer.weight.detach().double(), layer.bias.detach().double())
+        assert relative(product(layer, x), truth) < 0.03
+        assert not torch.equal(product(layer, x), F.linear(x, layer.weight, layer.bias).detach())
+
+
+def test_view_of_a_pointwise_convolution():
+    conv = torch.nn.Conv1d(72, 100, 1)
+    x = torch.randn(9, 72, generator=numbers(8))
+    with torch.no_grad():
+        exact = ops.linear(x, conv.weight[..., 0], conv.bias)
+        _reduced_weights.keep(conv.weight, "int8")
+        assert 0 < relative(ops.linear(x, conv.weight[..., 0], conv.bias), exact.double()) < 0.03
+    assert _reduced_weights.drop(conv.weight)
+
+
+def test_copy_dies_with_its_parameter():
+    before = len(_reduced_weights.copies)
+    layer = torch.nn.Linear(72, 100)
+    _reduced_weights.keep(layer.weight, "bf16")
+    assert len(_reduced_weights.copies) == before + 1
+    del layer
+    gc.collect()
+    assert len(_reduced_weights.copies) == before
+
+
+def test_suspended_and_dropped(layer):
+    x = torch.randn(9, 72, generator=numbers(9))
+    exact = product(layer, x)
+    _reduced_weights.keep(layer.weight, "int8")
+    with _reduced_weights.suspended():
+        assert torch.equal(product(layer, x), exact)
+    assert not torch.equal(product(layer, x), exact)
+    assert _reduced_weights.drop(layer.weight)
+    assert not _reduced_weights.drop(layer.weight)
+    assert torch.equal(product(layer, x), exact)
+
+
+def test_not_finite(layer):
+    x = torch.randn(4, 72, generator=numbers(10))
+    x[2, 5] = float("nan")
+    with torch.no_grad():
+        layer.weight[7, 3] = float("inf")
+    _reduced_weights.keep(layer.weight, "int8")
+    bad = ~torch.isfinite(product(layer, x))
+    assert bad[2].all()
+    assert bad[:, 7].all()
+    assert bad.sum() == 100 + 3
+
+
+def test_packed_of_another_size_is_declined(layer):
+    packed = torch.zeros(64, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="another size"):
+        torch.ops.fastasr_cpu.reduced_linear(torch.ones(2, 72), packed, None, 100, 2)
+    with pytest.raises(RuntimeError, match="another size"):
+        torch.ops.fastasr_cpu.reduced_pack(layer.weight.detach(), 2, packed)
