@@ -18,7 +18,7 @@ from fastasr import ops
 from fastasr.benchmarks import predictions
 from fastasr.benchmarks.device import verdict
 from fastasr.benchmarks.markdown import put, table, whole_models
-from fastasr.benchmarks.models import recipe_step, transcribe
+from fastasr.benchmarks.models import recipe_step, reduced_weights, transcribe
 from fastasr.benchmarks.rows import Row, read_all
 from fastasr.benchmarks.studies import curves, launch_cost
 
@@ -32,6 +32,7 @@ ELSEWHERE = {
     transcribe.NAME: "decoding.md",
     recipe_step.NAME: "training.md",
 }  # pages with a table of another form
+PAGES = {reduced_weights.NAME: DOCS / "precision.md"}  # where not docs/models has the page
 
 
 def op_page(name: str) -> Path:
@@ -47,9 +48,13 @@ def measured(rows: Sequence[Row]) -> dict[Path, str]:
     pages |= {
         path: [] for path in sorted((DOCS / "models").glob("*.md")) if "bench:start" in path.read_text()
     }
-    pages |= {DOCS / "benchmarks.md": []}
+    pages |= {page: [] for page in (DOCS / "benchmarks.md", *PAGES.values())}
     for row in rows:
-        page = op_page(row.name) if row.suite == "ops" else DOCS / "models" / f"{row.name}.md"
+        page = (
+            op_page(row.name)
+            if row.suite == "ops"
+            else PAGES.get(row.name, DOCS / "models" / f"{row.name}.md")
+        )
         if row.name not in ELSEWHERE and not row.case.startswith(curves.PREFIX):
             pages[page if row.suite != "dispatch" and page in pages else DOCS / "benchmarks.md"].append(row)
     made = {page: table(found) for page, found in pages.items()}
