@@ -141,7 +141,8 @@ def _durations(op: str, durations: Sequence[int], device: torch.device) -> Tenso
     whole = all(isinstance(d, int) and not isinstance(d, bool) and d >= 0 for d in found)
     if not found or not whole or len(set(found)) < len(found):
         raise ValueError(f"fastasr.{op}: durations: expected different integers >= 0, got {list(found)}")
-    return _on_device(found, device)
+    # a copy to a GPU waits for it
+    return torch.tensor(found) if device.type == "cpu" else _on_device(found, device)
 
 
 @lru_cache(maxsize=64)
