@@ -7,9 +7,8 @@
     and with d = du norm_weight, n the normalised row, per row: dg = (d - mean d - n mean(d n)) / sqrt(var g + eps)
 
 Rows are normalised once and written as u: applied in every tap, mean, scale, weight and bias would triple the
-arithmetic. A convolving program computes two frames of each row of its tile, so a row of u that is loaded, from the
-first-level cache but for its first use, serves both, and a tap's weights go from one frame to the next in registers.
-du stays where dg will be. The taps' gradients are those of a map of one row (depthwise_conv2d.py).
+arithmetic. A convolving program computes groups of four frames, which share each row of u and each tap's weights from
+registers; so do eight taps in their gradients (_sliding_taps.py). du stays where dg will be.
 Launches: forward 2 (the first writes u and the taps as rows of channels), backward 7.
 
 Bytes per element of g, of e bytes: forward 3e, and 2e for u; backward 5e, and 9e between the kernels: u and q three
@@ -23,16 +22,16 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels import residual_norm
+from fastasr.kernels import _sliding_taps as sliding
+from fastasr.kernels import gated_depthwise_conv, residual_norm
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._launch import launch
-from fastasr.kernels.depthwise_conv2d import depthwise_conv2d_backward
 from fastasr.kernels.gated_depthwise_conv import _lay_out
 from fastasr.kernels.residual_norm import MAX_CHANNELS, _centred, _mean
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-BLOCK_R, BLOCK_C, NUM_WARPS = 16, 64, 4  # pairs of frames and channels of a tile: 16 sums per thread
+BLOCK_C, NUM_WARPS = 64, 4  # of a convolving program
 BLOCK_K = 32
 
 
@@ -112,57 +111,37 @@ def norm_gradient_kernel(
     tl.store(row, tl.sum(dbias.to(PARTS.dtype.element_ty), axis=0), mask=in_row)
 
 
-# --------------------------------------------------------------------------- tiles of pairs of frames
+# --------------------------------------------------------------------------- tiles of groups of frames
 @triton.jit
-def _place(frames, pairs, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Returns (sequence, its first row, first frame of each pair, channels, their mask). Channels vary fastest. Past
-    the last pair the first frame is ``frames``."""
+def _place(frames, batch, C, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Returns (sequence, its first row, first frames of groups, channels). Channels vary fastest, then sequences."""
     pid = tl.program_id(0)
     c_tiles = tl.cdiv(C, BLOCK_C)
-    c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    pair = pid // c_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
-    per_sequence = tl.cdiv(frames, 2)
-    there = (pair < pairs)[:, None] & (c < C)[None, :]
-    b = (pair // per_sequence).to(tl.int64)
-    return b, b * frames, tl.where(pair < pairs, pair % per_sequence * 2, frames), c, there
-
-
-@triton.jit
-def _frame(POINTER, at, start, k, c, there, frames, C):
-    """Loads the frames k after ``start``, which lies at ``at``, with 0 outside the sequence."""
-    keep = there & ((start + k >= 0) & (start + k < frames))[:, None]
-    return _load(POINTER, (at + k * C)[:, None] + c[None, :], keep)  # [BLOCK_R, BLOCK_C]
-
-
-@triton.jit
-def _taps(TABLE, k, taps, c, C, TURNED: tl.constexpr):
-    k = taps - 1 - k if TURNED else k
-    return tl.load(TABLE + k * C + c, mask=c < C, other=0.0)[None, :]
+    b, t, _ = sliding.groups(pid // c_tiles, batch, frames, 0, BLOCK_G)
+    b = b.to(tl.int64)
+    return b, b * frames, t, pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
 
 
 @triton.jit
 def _convolve(
-    POINTER, TABLE, BIAS, base, t, c, there, frames, C, taps,
-    TURNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    POINTER, TABLE, base, t, c, frames, C, taps, TURNED: tl.constexpr,
+    TAIL: tl.constexpr, FEW: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Returns the convolution at frames t and t + 1, with the taps as they are or reversed."""
-    one = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    two = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    """Returns the convolution of groups, without the bias, with the taps as they are or reversed."""
     start = t - taps // 2
-    at = (base + start) * C
-    w = _taps(TABLE, 0, taps, c, C, TURNED)
-    one = tl.fma(_frame(POINTER, at, start, 0, c, there, frames, C), w, one)
-    for k in range(1, taps):
-        x = _frame(POINTER, at, start, k, c, there, frames, C)
-        two = tl.fma(x, w, two)
-        w = _taps(TABLE, k, taps, c, C, TURNED)
-        one = tl.fma(x, w, one)
-    two = tl.fma(_frame(POINTER, at, start, taps, c, there, frames, C), w, two)
+    at = POINTER + ((base + start)[:, None] * C + c[None, :])
+    row = TABLE + tl.broadcast_to(c[None, :], [BLOCK_G, BLOCK_C])
+    return sliding.sums(
+        at, start, tl.full([BLOCK_G], 0, tl.int32) + frames, row + (taps - 1) * C if TURNED else row, taps, c < C,
+        C, -C if TURNED else C, TAIL, FEW, BLOCK_G, BLOCK_C,
+    )  # fmt: skip
+
+
+@triton.jit
+def _with_bias(z, BIAS, c, C):
     if BIAS is not None:
-        b = tl.load(BIAS + c, mask=c < C, other=0.0)[None, :]
-        one += b
-        two += b
-    return one, two
+        z += tl.load(BIAS + c, mask=c < C, other=0.0)[None, :]
+    return z
 
 
 @triton.jit
@@ -171,87 +150,74 @@ def _factor(X, b, t, c, keep, x_batch, x_time):
     return _load(X, at[:, None] + c[None, :], keep)
 
 
-@triton.jit
-def _store_gated(
-    X, Y, z, b, base, t, c, there, frames, C, x_batch, x_time, ACTIVATION: tl.constexpr, PRECISE: tl.constexpr
-):
-    keep = there & (t < frames)[:, None]
-    r = _factor(X, b, t, c, keep, x_batch, x_time)
-    act, _ = activate_with_slope(z, ACTIVATION, PRECISE)
-    tl.store(Y + (base + t)[:, None] * C + c[None, :], (r * act).to(Y.dtype.element_ty), mask=keep)
-
-
-@triton.jit(do_not_specialize=["frames", "pairs", "taps"])
+@triton.jit(do_not_specialize=["frames", "batch", "taps"])
 def forward_kernel(
-    X, U, TABLE, BIAS, Y, x_batch, x_time, frames, pairs, C, taps,
-    ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    X, U, TABLE, BIAS, Y, x_batch, x_time, frames, batch, C, taps, ACTIVATION: tl.constexpr,
+    TAIL: tl.constexpr, FEW: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     PRECISE: tl.constexpr = Y.dtype.element_ty == tl.float32
-    b, base, t, c, there = _place(frames, pairs, C, BLOCK_R, BLOCK_C)
-    one, two = _convolve(U, TABLE, BIAS, base, t, c, there, frames, C, taps, False, BLOCK_R, BLOCK_C)
-    _store_gated(X, Y, one, b, base, t, c, there, frames, C, x_batch, x_time, ACTIVATION, PRECISE)
-    _store_gated(X, Y, two, b, base, t + 1, c, there, frames, C, x_batch, x_time, ACTIVATION, PRECISE)
+    b, base, first, c = _place(frames, batch, C, BLOCK_G, BLOCK_C)
+    found = _convolve(U, TABLE, base, first, c, frames, C, taps, False, TAIL, FEW, BLOCK_G, BLOCK_C)
+    for n in tl.static_range(sliding.GROUP):
+        t = first + n
+        keep = (t < frames)[:, None] & (c < C)[None, :]
+        r = _factor(X, b, t, c, keep, x_batch, x_time)
+        act, _ = activate_with_slope(_with_bias(found[n], BIAS, c, C), ACTIVATION, PRECISE)
+        tl.store(Y + (base + t)[:, None] * C + c[None, :], (r * act).to(Y.dtype.element_ty), mask=keep)
 
 
-@triton.jit
-def _store_output_gradients(
-    GRAD, X, DX, Q, z, b, base, t, c, there, frames, C, x_batch, x_time,
-    ACTIVATION: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
-    keep = there & (t < frames)[:, None]
-    r = _factor(X, b, t, c, keep, x_batch, x_time)
-    row = (base + t)[:, None]
-    dy = _load(GRAD, row * C + c[None, :], keep)
-    act, slope = activate_with_slope(z, ACTIVATION, PRECISE)
-    tl.store(Q + row * C + c[None, :], (dy * r * slope).to(Q.dtype.element_ty), mask=keep)
-    tl.store(DX + row * (2 * C) + c[None, :], (dy * act).to(DX.dtype.element_ty), mask=keep)
-
-
-@triton.jit(do_not_specialize=["frames", "pairs", "taps"])
+@triton.jit(do_not_specialize=["frames", "batch", "taps"])
 def output_gradient_kernel(
-    GRAD, X, U, TABLE, BIAS, DX, Q, x_batch, x_time, frames, pairs, C, taps,
-    ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    GRAD, X, U, TABLE, BIAS, DX, Q, x_batch, x_time, frames, batch, C, taps, ACTIVATION: tl.constexpr,
+    TAIL: tl.constexpr, FEW: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # q, and dr in the first half of DX.
     PRECISE: tl.constexpr = DX.dtype.element_ty == tl.float32
-    b, base, t, c, there = _place(frames, pairs, C, BLOCK_R, BLOCK_C)
-    one, two = _convolve(U, TABLE, BIAS, base, t, c, there, frames, C, taps, False, BLOCK_R, BLOCK_C)
-    _store_output_gradients(
-        GRAD, X, DX, Q, one, b, base, t, c, there, frames, C, x_batch, x_time, ACTIVATION, PRECISE
-    )
-    _store_output_gradients(
-        GRAD, X, DX, Q, two, b, base, t + 1, c, there, frames, C, x_batch, x_time, ACTIVATION, PRECISE
-    )
+    b, base, first, c = _place(frames, batch, C, BLOCK_G, BLOCK_C)
+    found = _convolve(U, TABLE, base, first, c, frames, C, taps, False, TAIL, FEW, BLOCK_G, BLOCK_C)
+    for n in tl.static_range(sliding.GROUP):
+        t = first + n
+        keep = (t < frames)[:, None] & (c < C)[None, :]
+        r = _factor(X, b, t, c, keep, x_batch, x_time)
+        row = (base + t)[:, None]
+        dy = _load(GRAD, row * C + c[None, :], keep)
+        act, slope = activate_with_slope(_with_bias(found[n], BIAS, c, C), ACTIVATION, PRECISE)
+        tl.store(Q + row * C + c[None, :], (dy * r * slope).to(Q.dtype.element_ty), mask=keep)
+        tl.store(DX + row * (2 * C) + c[None, :], (dy * act).to(DX.dtype.element_ty), mask=keep)
 
 
-@triton.jit
-def _store_input_gradient(MASK, DX, du, base, t, c, there, frames, C):
-    keep = there & (t < frames)[:, None]
-    row = base + t
-    if MASK is not None:
-        du = tl.where((tl.load(MASK + row, mask=t < frames, other=1) == 0)[:, None], du, 0.0)
-    tl.store(DX + row[:, None] * (2 * C) + (C + c)[None, :], du.to(DX.dtype.element_ty), mask=keep)
-
-
-@triton.jit(do_not_specialize=["frames", "pairs", "taps"])
+@triton.jit(do_not_specialize=["frames", "batch", "taps"])
 def input_gradient_kernel(
-    Q, MASK, TABLE, DX, frames, pairs, C, taps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
+    Q, MASK, TABLE, DX, frames, batch, C, taps,
+    TAIL: tl.constexpr, FEW: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     # du, 0 at padding, in the second half of DX.
-    _, base, t, c, there = _place(frames, pairs, C, BLOCK_R, BLOCK_C)
-    one, two = _convolve(Q, TABLE, None, base, t, c, there, frames, C, taps, True, BLOCK_R, BLOCK_C)
-    _store_input_gradient(MASK, DX, one, base, t, c, there, frames, C)
-    _store_input_gradient(MASK, DX, two, base, t + 1, c, there, frames, C)
+    _, base, first, c = _place(frames, batch, C, BLOCK_G, BLOCK_C)
+    found = _convolve(Q, TABLE, base, first, c, frames, C, taps, True, TAIL, FEW, BLOCK_G, BLOCK_C)
+    for n in tl.static_range(sliding.GROUP):
+        t = first + n
+        keep = (t < frames)[:, None] & (c < C)[None, :]
+        du = found[n]
+        if MASK is not None:
+            du = tl.where((tl.load(MASK + base + t, mask=t < frames, other=1) == 0)[:, None], du, 0.0)
+        at = (base + t)[:, None] * (2 * C) + (C + c)[None, :]
+        tl.store(DX + at, du.to(DX.dtype.element_ty), mask=keep)
 
 
 # --------------------------------------------------------------------------- launches
+def convolving(taps: int) -> dict[str, int]:
+    """Returns the constants of the convolving kernels."""
+    tail, few = sliding.remainder(taps)
+    return {"TAIL": tail, "FEW": few, "BLOCK_G": sliding.BLOCK_G, "BLOCK_C": BLOCK_C}
+
+
 class _Call:
     """The sizes of a call, u and the table of the taps, which forward and backward share."""
 
     def __init__(self, x, norm_weight, norm_bias, weight, mask, eps: float):
         self.batch, self.frames, self.channels = x.shape[0], x.shape[1], x.shape[2] // 2
         self.taps, self.eps, self.rows = weight.shape[-1], eps, x.shape[0] * x.shape[1]
-        if self.channels > MAX_CHANNELS or self.rows + 2 * BLOCK_R >= 2**31:
+        if self.channels > MAX_CHANNELS or self.rows + 4 * sliding.BLOCK_G >= 2**31:
             raise ValueError(
                 f"fastasr.conv_spatial_gate: x: expected at most {MAX_CHANNELS} channels of each half and fewer than "
                 f"2**31 rows on CUDA, got shape {tuple(x.shape)}"
@@ -268,10 +234,12 @@ class _Call:
             programs, self.channels, self.taps, eps,
             BLOCK_R=block_r, BLOCK_C=block_c, TILE_K=BLOCK_K, TILE_C=BLOCK_C, num_warps=warps,
         )  # fmt: skip
-        self.pairs = self.batch * triton.cdiv(self.frames, 2)
-        self.grid = (triton.cdiv(self.pairs, BLOCK_R) * triton.cdiv(self.channels, BLOCK_C),)
-        self.sizes = self.frames, self.pairs, self.channels, self.taps
-        self.tile = {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "num_warps": NUM_WARPS}
+        self.c_tiles = triton.cdiv(self.channels, BLOCK_C)
+        self.grid = (
+            sliding.group_blocks(self.frames, self.frames, 0, sliding.BLOCK_G) * self.batch * self.c_tiles,
+        )
+        self.sizes = self.frames, self.batch, self.channels, self.taps
+        self.form = convolving(self.taps) | {"num_warps": NUM_WARPS}
 
     def norm_gradients(self, x, norm_weight, dx) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes dg over du in dx and returns (dnorm_weight, dnorm_bias)."""
@@ -303,7 +271,7 @@ def conv_spatial_gate_forward(
     if y.numel():
         call = _Call(x, norm_weight, norm_bias, weight, mask, eps)
         launch(forward_kernel, call.grid,
-            x, call.u, call.table, bias, y, *call.strides, *call.sizes, ACTIVATION=activation, **call.tile,
+            x, call.u, call.table, bias, y, *call.strides, *call.sizes, ACTIVATION=activation, **call.form,
         )  # fmt: skip
     return y
 
@@ -320,14 +288,21 @@ def conv_spatial_gate_backward(
     call = _Call(x, norm_weight, norm_bias, weight, mask, eps)
     q = torch.empty_like(call.u)
     launch(output_gradient_kernel, call.grid,
-        grad, x, call.u, call.table, bias, dx, q, *call.strides, *call.sizes, ACTIVATION=activation, **call.tile
+        grad, x, call.u, call.table, bias, dx, q, *call.strides, *call.sizes, ACTIVATION=activation, **call.form
     )  # fmt: skip
-    launch(input_gradient_kernel, call.grid, q, call.mask, call.table, dx, *call.sizes, **call.tile)
+    launch(input_gradient_kernel, call.grid, q, call.mask, call.table, dx, *call.sizes, **call.form)
     dnorm_weight, dnorm_bias = call.norm_gradients(x, norm_weight, dx)
-    shape = call.batch, 1, call.frames, call.channels
-    taps = weight.view(call.channels, 1, call.taps)
-    pad = 0, call.taps // 2
-    _, dweight, dbias = depthwise_conv2d_backward(
-        q.view(shape), call.u.view(shape), taps, *pad, False, True, True
-    )
-    return dx, dnorm_weight, dnorm_bias, dweight.view(weight.shape), dbias
+    frames, batch, channels, taps = call.sizes
+    parts = gated_depthwise_conv.MAX_PARTS
+    segments = sliding.Segments(frames, batch, frames, parts)
+    table = torch.empty(segments.parts, 1 + taps, channels, dtype=torch.float32, device=x.device)
+    sliding.gradients(
+        q, call.u, table, segments, (channels, frames * channels), (frames, batch, channels, frames), taps // 2, 0,
+        taps, 0, False,
+    )  # fmt: skip
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(norm_bias)
+    launch(gated_depthwise_conv.add_parts_kernel, ((1 + taps) * call.c_tiles,),
+        table, dweight, dbias, None, None, segments.parts, channels, taps,
+        BLOCK_P=parts, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return dx, dnorm_weight, dnorm_bias, dweight, dbias

@@ -9,15 +9,17 @@
     du[t] = sum_k w[k] r[t - k + P] (in the chunk) + sum_j v[j] q[t - j + P]
     dw[k] = sum r[t] u[t + k - P] (in the chunk)     dv[j] = sum q[t] u[t + j - P]     dL, dR: sums of q e by position
 
-The first kernel of a pass writes u, after P rows of the cache or of zeros, and the weights as rows of channels, so
-that the others read shifted tiles of u: 2 bytes per tap and element from the first-level cache, converted and
-multiplied, 128 bits at a time. Applying the gate in every tap would cost ten times the arithmetic; two Toeplitz
-products per channel need channel-major memory, which h does not have. Launches: forward 2; backward 5 (4 without an
-activation), 7 in chunk-causal form.
+The first kernel of a pass writes u, after P rows of the cache or of zeros, and the weights as rows of channels. In the
+others a program computes groups of four frames, which share each row of u and each tap's weights from registers
+(_sliding_taps.py): a load and a conversion per four taps and element. A group lies in one chunk, so that sums within
+the chunk hide whole rows. Applying the gate in every tap would cost ten times the arithmetic; two Toeplitz products per
+channel need channel-major memory, which h does not have. Launches: forward 2; backward 5 (4 without an activation), 7
+in chunk-causal form.
 
 Bytes per element of u, of e bytes: forward 3e and 2e for u; backward 5e, 2e for u and 2e for q (chunk-causal: 6e for
-q, r and q e). A 1500x20x192 bf16 tensor at 4.3 TB/s: 13 us forward, 24 us backward; by count of instructions (about 2.5
-per tap and element) 20 us forward and 70 us backward. The weights' gradients are added up in parts that depend on the
+q, r and q e). A 1500x20x192 bf16 tensor at 2.9 TB/s: 20 us forward, 35 us backward; predicted for an H100 with 31 taps
+24 us for each convolution and 27 us for the weights' gradients (with a load per tap: 46 to 54 us each).
+The weights' gradients are added up in parts that depend on the
 shape alone, in registers, and the parts in float64: results repeat bit for bit, there are no atomics.
 """
 
@@ -25,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels._launch import launch
 from fastasr.kernels.swoosh import _activation, _exp_minus_abs, _slope
 
@@ -33,7 +36,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SWOOSH_R, SILU = tl.constexpr(1), tl.constexpr(2)  # activations; 0: none
 
 BLOCK_T, BLOCK_C, NUM_WARPS = 32, 64, 4  # a tile of 16 elements per thread
-TAPS, BLOCK_R = 8, 16  # a program's share of the taps' gradients: 64 sums per thread
+BLOCK_R = 16
 MAX_PARTS = 64
 BLOCK_K = 32
 
@@ -98,26 +101,27 @@ def gate_kernel(
             _lay_out(WEIGHT, TABLE, 0, taps, C, pid, BLOCK_K, BLOCK_C)
         else:
             if CAUSAL_WEIGHT is not None:
-                pad = taps // 2
                 if pid < 2 * tiles:
-                    _lay_out(CAUSAL_WEIGHT, TABLE, taps, pad + 1, C, pid - tiles, BLOCK_K, BLOCK_C)
+                    _lay_out(CAUSAL_WEIGHT, TABLE, taps, taps // 2 + 1, C, pid - tiles, BLOCK_K, BLOCK_C)
                 elif pid < 3 * tiles:
-                    row = taps + pad + 1
+                    row = taps + taps // 2 + 1
                     _lay_out(CHUNK_SCALE, TABLE, row, taps, C, pid - 2 * tiles, BLOCK_K, BLOCK_C)
                 else:
-                    row = 2 * taps + pad + 1
+                    row = 2 * taps + taps // 2 + 1
                     _lay_out(CHUNK_SCALE + C * taps, TABLE, row, taps, C, pid - 3 * tiles, BLOCK_K, BLOCK_C)
 
 
 @triton.jit
-def _place(batch, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Returns (frames, sequence, channels) of this program: channels vary fastest, then sequences."""
-    pid = tl.program_id(0)
+def _place(batch, frames, C, chunk, before, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Returns (first frames of groups, their chunks' first and end, sequence, channels) of this program: channels vary
+    fastest, then sequences.
+    """
     c_tiles = tl.cdiv(C, BLOCK_C)
-    c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    b = (pid // c_tiles) % batch
-    t = pid // (c_tiles * batch) * BLOCK_T + tl.arange(0, BLOCK_T)
-    return t, b, c
+    pid = tl.program_id(0)
+    b, t, first = sliding.groups(pid // c_tiles, batch, chunk, before, BLOCK_G)
+    last = tl.maximum(tl.minimum(first + chunk, frames), first)
+    last = tl.where(t < 0, first, last)
+    return t, first, last, b, pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
 
 
 @triton.jit
@@ -131,40 +135,46 @@ def _edge_scale(TABLE, position, c, C, chunk, taps):
     left = taps + taps // 2 + 1 + position
     right = 2 * taps + taps // 2 + 1 + position - (chunk - taps)
     near = (position < taps)[:, None] & (c < C)[None, :]
-    far = (position >= chunk - taps)[:, None] & (c < C)[None, :]
+    far = ((position >= chunk - taps) & (position < chunk))[:, None] & (c < C)[None, :]
     scale = tl.load(TABLE + left[:, None] * C + c[None, :], mask=near, other=0.0)
     return 1.0 + (scale + tl.load(TABLE + right[:, None] * C + c[None, :], mask=far, other=0.0))
 
 
 @triton.jit
 def _convolve(
-    U, TABLE, BIAS, CAUSAL_BIAS, t, b, c, frames, batch, C, chunk, taps, past,
-    CHUNKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    U, TABLE, t, first, last, b, c, frames, batch, C, taps, past,
+    CHUNKED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    TAIL: tl.constexpr, FEW: tl.constexpr, CAUSAL_TAIL: tl.constexpr, CAUSAL_FEW: tl.constexpr,
 ):  # fmt: skip
-    """Returns (z, e, scale) of these frames; e and scale in chunk-causal form alone."""
-    z = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    e = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    scale = e
-    first = t // chunk * chunk
-    last = tl.minimum(first + chunk, frames)
-    for k in range(taps):
-        frame = t + k - past
-        keep = (frame < frames)[:, None] & (c < C)[None, :]
-        at = ((t + k) * batch + b)[:, None].to(tl.int64) * C + c[None, :]
-        u = tl.load(U + at, mask=keep, other=0.0).to(tl.float32)
-        if CHUNKED:
-            if k <= past:
-                z = tl.fma(u, _row(TABLE + (taps + k) * C, c, C), z)
-            seen = tl.where(((frame >= first) & (frame < last))[:, None], u, 0.0)
-            e = tl.fma(seen, _row(TABLE + k * C, c, C), e)
-        else:
-            z = tl.fma(u, _row(TABLE + k * C, c, C), z)
+    """Returns the sums of groups over all frames, and over those of their chunks, without biases. In plain form the
+    first are with w; else with v, and the others with w.
+    """
+    step = batch.to(tl.int64) * C
+    at = U + (t[:, None].to(tl.int64) * step + (b.to(tl.int64) * C + c)[None, :])
+    row = TABLE + tl.broadcast_to(c[None, :], at.shape)
+    some = tl.full([BLOCK_G], 0, tl.int32)
+    z = sliding.sums(
+        at, t, some + frames + past, row + taps * C if CHUNKED else row, past + 1 if CHUNKED else taps, c < C, step, C,
+        CAUSAL_TAIL if CHUNKED else TAIL, CAUSAL_FEW if CHUNKED else FEW, BLOCK_G, BLOCK_C,
+    )  # fmt: skip
+    e = z
+    if CHUNKED:
+        e = sliding.sums(
+            at, t - past - first, last - first, row, taps, c < C, step, C, TAIL, FEW, BLOCK_G, BLOCK_C
+        )
+    return z, e
+
+
+@triton.jit
+def _finish(z, e, TABLE, BIAS, CAUSAL_BIAS, position, c, C, chunk, taps, CHUNKED: tl.constexpr):
+    """Returns (z, e, scale) of frames at positions of a chunk; e and scale in chunk-causal form alone."""
+    scale = z
     if CHUNKED:
         if BIAS is not None:
             e += _row(BIAS, c, C)
         if CAUSAL_BIAS is not None:
             z += _row(CAUSAL_BIAS, c, C)
-        scale = _edge_scale(TABLE, t - first, c, C, chunk, taps)
+        scale = _edge_scale(TABLE, position, c, C, chunk, taps)
         z = tl.fma(e, scale, z)
     else:
         if BIAS is not None:
@@ -175,140 +185,115 @@ def _convolve(
 @triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
 def forward_kernel(
     U, TABLE, BIAS, CAUSAL_BIAS, Y, frames, batch, C, chunk, taps, past,
-    CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    TAIL: tl.constexpr, FEW: tl.constexpr, CAUSAL_TAIL: tl.constexpr, CAUSAL_FEW: tl.constexpr,
 ):  # fmt: skip
     SHORT: tl.constexpr = Y.dtype.element_ty.primitive_bitwidth == 16
-    t, b, c = _place(batch, C, BLOCK_T, BLOCK_C)
-    z, _, _ = _convolve(
-        U, TABLE, BIAS, CAUSAL_BIAS, t, b, c, frames, batch, C, chunk, taps, past, CHUNKED, BLOCK_T, BLOCK_C
-    )
-    if ACTIVATION == SWOOSH_R:
-        shifted, u = _exp_minus_abs(z, True, SHORT)
-        z = _activation(z, shifted, u, True, SHORT)
-    elif ACTIVATION == SILU:
-        z *= _logistic(z, SHORT)
-    keep = (t < frames)[:, None] & (c < C)[None, :]
-    tl.store(Y + (t * batch + b)[:, None].to(tl.int64) * C + c[None, :], z.to(Y.dtype.element_ty), mask=keep)
+    t, first, last, b, c = _place(batch, frames, C, chunk, 0, BLOCK_G, BLOCK_C)
+    of_all, of_chunk = _convolve(
+        U, TABLE, t, first, last, b, c, frames, batch, C, taps, past, CHUNKED, BLOCK_G, BLOCK_C,
+        TAIL, FEW, CAUSAL_TAIL, CAUSAL_FEW,
+    )  # fmt: skip
+    for r in tl.static_range(sliding.GROUP):
+        position = t + r - first
+        z, _, _ = _finish(
+            of_all[r], of_chunk[r], TABLE, BIAS, CAUSAL_BIAS, position, c, C, chunk, taps, CHUNKED
+        )
+        if ACTIVATION == SWOOSH_R:
+            shifted, u = _exp_minus_abs(z, True, SHORT)
+            z = _activation(z, shifted, u, True, SHORT)
+        elif ACTIVATION == SILU:
+            z *= _logistic(z, SHORT)
+        keep = (t + r < last)[:, None] & (c < C)[None, :]
+        at = (t + r)[:, None].to(tl.int64) * batch + b
+        tl.store(Y + at * C + c[None, :], z.to(Y.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
 def output_gradient_kernel(
     GRAD, U, TABLE, BIAS, CAUSAL_BIAS, Q, R, V, grad_time_stride, grad_batch_stride, frames, batch, C, chunk, taps,
-    past, CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    past, CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    TAIL: tl.constexpr, FEW: tl.constexpr, CAUSAL_TAIL: tl.constexpr, CAUSAL_FEW: tl.constexpr,
 ):  # fmt: skip
     # Q = q (T, B, C); in chunk-causal form R = q scale and V = q e.
     SHORT: tl.constexpr = Q.dtype.element_ty.primitive_bitwidth == 16
-    t, b, c = _place(batch, C, BLOCK_T, BLOCK_C)
-    z, e, scale = _convolve(
-        U, TABLE, BIAS, CAUSAL_BIAS, t, b, c, frames, batch, C, chunk, taps, past, CHUNKED, BLOCK_T, BLOCK_C
-    )
-    keep = (t < frames)[:, None] & (c < C)[None, :]
-    at = t[:, None].to(tl.int64) * grad_time_stride + (b.to(tl.int64) * grad_batch_stride + c)[None, :]
-    q = tl.load(GRAD + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_C]
-    if ACTIVATION == SWOOSH_R:
-        shifted, u = _exp_minus_abs(z, True, SHORT)
-        q *= _slope(shifted, u, SHORT)
-    elif ACTIVATION == SILU:
-        s = _logistic(z, SHORT)
-        q *= s * tl.fma(z, 1.0 - s, 1.0)
-    at = (t * batch + b)[:, None].to(tl.int64) * C + c[None, :]
-    tl.store(Q + at, q.to(Q.dtype.element_ty), mask=keep)
-    if CHUNKED:
-        tl.store(R + at, (q * scale).to(R.dtype.element_ty), mask=keep)
-        tl.store(V + at, (q * e).to(V.dtype.element_ty), mask=keep)
+    t, first, last, b, c = _place(batch, frames, C, chunk, 0, BLOCK_G, BLOCK_C)
+    of_all, of_chunk = _convolve(
+        U, TABLE, t, first, last, b, c, frames, batch, C, taps, past, CHUNKED, BLOCK_G, BLOCK_C,
+        TAIL, FEW, CAUSAL_TAIL, CAUSAL_FEW,
+    )  # fmt: skip
+    for r in tl.static_range(sliding.GROUP):
+        position = t + r - first
+        z, e, scale = _finish(
+            of_all[r], of_chunk[r], TABLE, BIAS, CAUSAL_BIAS, position, c, C, chunk, taps, CHUNKED
+        )
+        keep = (t + r < last)[:, None] & (c < C)[None, :]
+        at = (t + r)[:, None].to(tl.int64) * grad_time_stride + (b.to(tl.int64) * grad_batch_stride + c)[
+            None, :
+        ]
+        q = tl.load(GRAD + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_G, BLOCK_C]
+        if ACTIVATION == SWOOSH_R:
+            shifted, u = _exp_minus_abs(z, True, SHORT)
+            q *= _slope(shifted, u, SHORT)
+        elif ACTIVATION == SILU:
+            s = _logistic(z, SHORT)
+            q *= s * tl.fma(z, 1.0 - s, 1.0)
+        at = ((t + r)[:, None].to(tl.int64) * batch + b) * C + c[None, :]
+        tl.store(Q + at, q.to(Q.dtype.element_ty), mask=keep)
+        if CHUNKED:
+            tl.store(R + at, (q * scale).to(R.dtype.element_ty), mask=keep)
+            tl.store(V + at, (q * e).to(V.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
 def input_gradient_kernel(
-    Q, R, H, MASK, TABLE, DH, DCACHE, time_stride, batch_stride, frames, batch, C, chunk, taps,
-    past, CHUNKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    Q, R, H, MASK, TABLE, DH, DCACHE, time_stride, batch_stride, frames, batch, C, chunk, taps, past,
+    CHUNKED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    TAIL: tl.constexpr, FEW: tl.constexpr, CAUSAL_TAIL: tl.constexpr, CAUSAL_FEW: tl.constexpr,
 ):  # fmt: skip
-    # Plain form: R is Q. With DCACHE the first P rows are frames before the first.
+    # Plain form: R is Q. With DCACHE the first groups are of the P frames before the first.
     SHORT: tl.constexpr = DH.dtype.element_ty.primitive_bitwidth == 16
-    t, b, c = _place(batch, C, BLOCK_T, BLOCK_C)
-    if DCACHE is not None:
-        t -= past
-    in_row = (c < C)[None, :]
-    du = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    first = t // chunk * chunk
-    last = tl.minimum(first + chunk, frames)
-    for k in range(taps):
-        frame = t - k + past
-        at = (frame * batch + b)[:, None].to(tl.int64) * C + c[None, :]
-        inside = (frame >= 0) & (frame < frames)
-        if CHUNKED:
-            if k <= past:
-                q = tl.load(Q + at, mask=inside[:, None] & in_row, other=0.0).to(tl.float32)
-                du = tl.fma(q, _row(TABLE + (taps + k) * C, c, C), du)
-            inside = inside & (t >= 0) & (frame >= first) & (frame < last)
-        r = tl.load(R + at, mask=inside[:, None] & in_row, other=0.0).to(tl.float32)
-        du = tl.fma(r, _row(TABLE + k * C, c, C), du)
-    if DCACHE is not None:
-        before = (t < 0)[:, None] & in_row
-        at = (b.to(tl.int64) * C + c)[None, :] * past + past + t[:, None]
-        tl.store(DCACHE + at, du.to(DCACHE.dtype.element_ty), mask=before)
-    stored = (t >= 0) & (t < frames)
-    valid = stored
-    if MASK is not None:
-        valid = valid & (tl.load(MASK + b.to(tl.int64) * frames + t, mask=stored, other=1) == 0)
-    keep = valid[:, None] & in_row
-    at = t[:, None].to(tl.int64) * time_stride + (b.to(tl.int64) * batch_stride + c)[None, :]
-    x = tl.load(H + at, mask=keep, other=0.0).to(tl.float32)
-    s = tl.load(H + at + C, mask=keep, other=0.0).to(tl.float32)
-    gate = _logistic(s, SHORT)
-    du = tl.where(keep, du, 0.0)
-    at = (t * batch + b)[:, None].to(tl.int64) * (2 * C) + c[None, :]
-    tl.store(DH + at, (du * gate).to(DH.dtype.element_ty), mask=stored[:, None] & in_row)
-    ds = du * (x * gate) * (1.0 - gate)
-    tl.store(DH + at + C, ds.to(DH.dtype.element_ty), mask=stored[:, None] & in_row)
-
-
-@triton.jit(
-    do_not_specialize=["frames", "batch", "chunk", "taps", "past", "count", "row", "rows", "rows_per_part"]
-)
-def weight_gradient_kernel(
-    G, U, PARTS, frames, batch, C, chunk, taps, past, count, row, rows, rows_per_part,
-    CHUNKED: tl.constexpr, TAPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    # Rows `row` (sum of G) and row + 1 + k (sum of G[t] u[t + k - P], k < count) of a part's `rows` rows. Frames and
-    # sequences are one dimension: k frames on are k batch rows on.
-    pid = tl.program_id(0)
-    c_tiles, groups = tl.cdiv(C, BLOCK_C), tl.cdiv(count, TAPS)
-    c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    k = (pid // c_tiles) % groups * TAPS + tl.arange(0, TAPS)
-    part = pid // (c_tiles * groups)
+    t, first, last, b, c = _place(
+        batch, frames, C, chunk, past if DCACHE is not None else 0, BLOCK_G, BLOCK_C
+    )
     in_row = c < C
-    total = tl.zeros([TAPS, BLOCK_R, BLOCK_C], tl.float32)
-    sums = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    start = part * rows_per_part
-    end = tl.minimum(start + rows_per_part, frames * batch)
-    limit = (frames + past) * batch
-    while start < end:
-        r = start + tl.arange(0, BLOCK_R)
-        g = tl.load(
-            G + r[:, None].to(tl.int64) * C + c[None, :], mask=(r < end)[:, None] & in_row[None, :], other=0.0
-        )
-        g = g.to(tl.float32)  # [BLOCK_R, BLOCK_C]
-        there = r[None, :] + k[:, None] * batch  # [TAPS, BLOCK_R]
-        seen = (there < limit) & (k < count)[:, None] & (r < end)[None, :]
-        if CHUNKED:
-            t = r // batch
-            frame = t[None, :] + k[:, None] - past
-            first = (t // chunk * chunk)[None, :]
-            seen = seen & (frame >= first) & (frame < first + chunk)
-        u = tl.load(
-            U + there[:, :, None].to(tl.int64) * C + c[None, None, :],
-            mask=seen[:, :, None] & in_row[None, None, :],
-            other=0.0,
-        )
-        total += u.to(tl.float32) * g[None, :, :]
-        sums += g
-        start += BLOCK_R
-    at = PARTS + (part * rows + row) * C + c
-    keep = (k < count)[:, None] & in_row[None, :]
-    tl.store((at + C)[None, :] + k[:, None] * C, tl.sum(total, axis=1), mask=keep)
-    if (pid // c_tiles) % groups == 0:
-        tl.store(at, tl.sum(sums, axis=0), mask=in_row)
+    step = batch.to(tl.int64) * C
+    column = (b.to(tl.int64) * C + c)[None, :]
+    start = t + (past - taps + 1)  # w and v are read from their last tap on
+    row = TABLE + tl.broadcast_to(c[None, :], [BLOCK_G, BLOCK_C])
+    every = tl.full([BLOCK_G], 0, tl.int32) + frames
+    of_chunk = sliding.sums(
+        R + (start[:, None].to(tl.int64) * step + column), start - first if CHUNKED else start,
+        last - first if CHUNKED else every, row + (taps - 1) * C, taps, in_row, step, -C, TAIL, FEW, BLOCK_G, BLOCK_C,
+    )  # fmt: skip
+    of_all = of_chunk
+    if CHUNKED:
+        of_all = sliding.sums(
+            Q + (t[:, None].to(tl.int64) * step + column), t, every, row + (taps + past) * C, past + 1, in_row, step,
+            -C, CAUSAL_TAIL, CAUSAL_FEW, BLOCK_G, BLOCK_C,
+        )  # fmt: skip
+    for r in tl.static_range(sliding.GROUP):
+        now = t + r
+        du = of_chunk[r] + of_all[r] if CHUNKED else of_chunk[r]
+        if DCACHE is not None:
+            before = ((now < 0) & (now >= -past))[:, None] & in_row[None, :]
+            tl.store(
+                DCACHE + column * past + past + now[:, None], du.to(DCACHE.dtype.element_ty), mask=before
+            )
+        stored = (now >= 0) & (now < last)
+        valid = stored
+        if MASK is not None:
+            valid = valid & (tl.load(MASK + b.to(tl.int64) * frames + now, mask=stored, other=1) == 0)
+        keep = valid[:, None] & in_row[None, :]
+        at = now[:, None].to(tl.int64) * time_stride + (b.to(tl.int64) * batch_stride + c)[None, :]
+        x = tl.load(H + at, mask=keep, other=0.0).to(tl.float32)
+        s = tl.load(H + at + C, mask=keep, other=0.0).to(tl.float32)
+        gate = _logistic(s, SHORT)
+        du = tl.where(keep, du, 0.0)
+        at = (now[:, None].to(tl.int64) * batch + b) * (2 * C) + c[None, :]
+        tl.store(DH + at, (du * gate).to(DH.dtype.element_ty), mask=stored[:, None] & in_row[None, :])
+        ds = du * (x * gate) * (1.0 - gate)
+        tl.store(DH + at + C, ds.to(DH.dtype.element_ty), mask=stored[:, None] & in_row[None, :])
 
 
 @triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps"])
@@ -373,6 +358,14 @@ def add_parts_kernel(
             _store_column(DCAUSAL_WEIGHT, total, c, C, taps // 2 + 1, row - taps - 2)
 
 
+def convolving(taps: int, chunked: bool, dtype: torch.dtype) -> dict[str, int]:
+    """Returns the constants of the convolving kernels. Two sums of each of 16 groups would spill in float32."""
+    (tail, few), (causal_tail, causal_few) = sliding.remainder(taps), sliding.remainder(taps // 2 + 1)
+    names = {"TAIL": tail, "FEW": few, "CAUSAL_TAIL": causal_tail, "CAUSAL_FEW": causal_few}
+    block = sliding.BLOCK_G // 2 if chunked and dtype == torch.float32 else sliding.BLOCK_G
+    return names | {"CHUNKED": chunked, "BLOCK_G": block, "BLOCK_C": BLOCK_C}
+
+
 class _Call:
     """The sizes of a call, u and the weights' table, which forward and backward share."""
 
@@ -384,11 +377,12 @@ class _Call:
         whole = self.chunked and 0 < chunk_size < self.frames
         self.chunk = chunk_size if whole else self.frames
         self.c_tiles = triton.cdiv(self.channels, BLOCK_C)
-        if (self.frames + self.taps + BLOCK_T + BLOCK_R) * self.batch >= 2**31:
+        if (self.frames + self.taps + 4 * sliding.BLOCK_G + BLOCK_T) * self.batch >= 2**31:
             raise ValueError(
                 f"fastasr.gated_depthwise_conv: h: expected fewer than 2**31 rows on CUDA, got shape {tuple(h.shape)}"
             )
         self.dtype = h.dtype if chunk_scale is None else torch.promote_types(h.dtype, chunk_scale.dtype)
+        self.form = convolving(self.taps, self.chunked, self.dtype) | {"num_warps": NUM_WARPS}
         rows = 4 * self.taps + 1 if self.chunked else self.taps
         self.u = torch.empty(
             self.frames + self.past, self.batch, self.channels, dtype=self.dtype, device=h.device
@@ -402,8 +396,9 @@ class _Call:
             BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K, num_warps=NUM_WARPS,
         )  # fmt: skip
 
-    def grid(self, frames: int) -> tuple[int]:
-        return (triton.cdiv(frames, BLOCK_T) * self.batch * self.c_tiles,)
+    def grid(self, before: int = 0) -> tuple[int]:
+        blocks = sliding.group_blocks(self.frames, self.chunk, before, self.form["BLOCK_G"])
+        return (blocks * self.batch * self.c_tiles,)
 
     def sizes(self) -> tuple[int, int, int, int, int, int]:
         return self.frames, self.batch, self.channels, self.chunk, self.taps, self.past
@@ -440,9 +435,8 @@ def gated_depthwise_conv_forward(
         return y, before if need_cache else h.new_empty(0)
     call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size, delay)
     y = call.empty()
-    launch(forward_kernel, call.grid(call.frames),
-        call.u, call.table, bias, causal_bias, y, *call.sizes(),
-        CHUNKED=call.chunked, ACTIVATION=activation, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
+    launch(forward_kernel, call.grid(),
+        call.u, call.table, bias, causal_bias, y, *call.sizes(), ACTIVATION=activation, **call.form,
     )  # fmt: skip
     return y, call.u[call.frames :].permute(1, 2, 0).contiguous() if need_cache else h.new_empty(0)
 
@@ -473,41 +467,36 @@ def gated_depthwise_conv_backward(
     if dcache is not None and not dcache.shape[-1]:
         dcache = None  # a cache of no frames has no gradient
     call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, chunk_size, delay)
-    frames, batch, channels, _, taps, _ = call.sizes()
-    form = {"CHUNKED": call.chunked, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "num_warps": NUM_WARPS}
+    frames, batch, channels, _, taps, past = call.sizes()
     q = r = v = None
     if call.chunked or activation:
         q = call.empty()
         if call.chunked:
             r, v = call.empty(), call.empty()
-        launch(output_gradient_kernel, call.grid(frames),
+        launch(output_gradient_kernel, call.grid(),
             grad, call.u, call.table, bias, causal_bias, q, r, v, grad.stride(0), grad.stride(1),
-            *call.sizes(), ACTIVATION=activation, **form,
+            *call.sizes(), ACTIVATION=activation, **call.form,
         )  # fmt: skip
     else:
         q = grad.contiguous()
     if r is None:
         r = q
-    launch(input_gradient_kernel, call.grid(frames + (0 if dcache is None else call.past)),
-        q, r, h, _bytes(mask), call.table, dh, dcache, h.stride(0), h.stride(1), *call.sizes(), **form,
+    launch(input_gradient_kernel, call.grid(0 if dcache is None else past),
+        q, r, h, _bytes(mask), call.table, dh, dcache, h.stride(0), h.stride(1), *call.sizes(), **call.form,
     )  # fmt: skip
-    rows = 1 + taps + (2 + taps // 2 if call.chunked else 0)
-    per_part = triton.cdiv(triton.cdiv(frames * batch, MAX_PARTS), BLOCK_R) * BLOCK_R
-    parts = triton.cdiv(frames * batch, per_part)
-    table = torch.empty(parts, rows, channels, dtype=torch.float32, device=h.device)
-    # (gradient, the frames its taps see, number of taps, first row)
-    sums = [(r, call.chunked, taps, 0)] + ([(q, False, taps // 2 + 1, taps + 1)] if call.chunked else [])
-    for gradient, within, count, row in sums:
-        launch(weight_gradient_kernel, (parts * triton.cdiv(count, TAPS) * call.c_tiles,),
-            gradient, call.u, table, *call.sizes(), count, row, rows, per_part,
-            CHUNKED=within, TAPS=TAPS, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    rows = 1 + taps + (2 + past if call.chunked else 0)
+    segments = sliding.Segments(frames, batch, call.chunk, MAX_PARTS)
+    table = torch.empty(segments.parts, rows, channels, dtype=torch.float32, device=h.device)
+    form = (batch * channels, channels), (frames, batch, channels, call.chunk), past, past
+    sliding.gradients(r, call.u, table, segments, *form, taps, 0, call.chunked)
+    if call.chunked:
+        sliding.gradients(q, call.u, table, segments, *form, past + 1, taps + 1, False)
     if call.chunked:
         launch(edge_gradient_kernel, (2 * taps * call.c_tiles,),
             v, dchunk_scale, *call.sizes()[:5], BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
         )  # fmt: skip
     launch(add_parts_kernel, (rows * call.c_tiles,),
-        table, dweight, dbias, dcausal_weight, dcausal_bias, parts, channels, taps,
+        table, dweight, dbias, dcausal_weight, dcausal_bias, segments.parts, channels, taps,
         BLOCK_P=MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip
     return dh, *(h.new_empty(0) if g is None else g for g in found)

@@ -258,6 +258,10 @@ def _depthwise_conv2d():
         ):
             name = f"depthwise_conv2d {name}, {dtype}"
             yield Configuration(name, kernel, types, constants, conv.NUM_WARPS, ("C",))
+    types = {"G": "bf16", "X": "bf16", "PARTS": "fp32"}
+    sums |= {"taps_t": 1}  # Triton makes integers that are 1 constants
+    name = "depthwise_conv2d weight gradient, one row, bf16"
+    yield Configuration(name, conv.weight_gradient_kernel, types, sums, conv.NUM_WARPS, ("C",))
 
 
 def _depthwise_conv_residual():
@@ -275,53 +279,57 @@ def _depthwise(op: str, dtype: str, types: dict, residual: bool):
         yield Configuration(name, conv.forward_kernel, types, constants, conv.NUM_WARPS, ("C",))
 
 
-def _gated_depthwise_conv():
+def _gated_depthwise_conv(generation: int):
+    from fastasr.kernels import _sliding_taps as sliding
     from fastasr.kernels import gated_depthwise_conv as conv
 
     inputs = ("H", "CACHE", "WEIGHT", "CAUSAL_WEIGHT", "CHUNK_SCALE", "BIAS", "CAUSAL_BIAS", "GRAD")
-    between = ("U", "Q", "R", "V", "G")
+    between = ("U", "Q", "R", "V", "G", "X")
     outputs = ("Y", "DH", "DCACHE", "DWEIGHT", "DBIAS", "DCAUSAL_WEIGHT", "DCAUSAL_BIAS", "DCHUNK_SCALE")
     chunk_causal = ("CACHE", "CAUSAL_WEIGHT", "CHUNK_SCALE", "CAUSAL_BIAS", "DCACHE", "DCAUSAL_WEIGHT")
     absent = dict.fromkeys((*chunk_causal, "DCAUSAL_BIAS"))
     divisible = ("C", "time_stride", "batch_stride", "grad_time_stride", "grad_batch_stride")
-    tile = {"BLOCK_T": conv.BLOCK_T, "BLOCK_C": conv.BLOCK_C}
-    sums = {"BLOCK_R": conv.BLOCK_R, "BLOCK_C": conv.BLOCK_C}
+    divisible += "time_step", "batch_step"
+    block_c = {"BLOCK_C": conv.BLOCK_C}
     for dtype in ("fp32", "bf16"):
         types = dict.fromkeys((*inputs, *between, *outputs), dtype)
         types |= {"MASK": "u8", "TABLE": "fp32", "PARTS": "fp32"}
         for form, none in (("plain", absent), ("chunks", {})):
-            chunked = {"CHUNKED": form == "chunks"}
-            outer = {"ACTIVATION": 1, **tile, **chunked, **none}
+            chunked = form == "chunks"
+            outer = none | conv.convolving(31, chunked, DTYPES[dtype])
             only_q = dict.fromkeys(("R", "V")) if form == "plain" else {}
             for kernel, constants in (
-                ("gate", {**tile, "BLOCK_K": conv.BLOCK_K, **none}),
-                ("forward", outer),
-                ("output_gradient", outer | only_q),
-                ("input_gradient", {**tile, **chunked, **none}),
-                ("weight_gradient", {**sums, **chunked, "TAPS": conv.TAPS}),
-                ("add_parts", {"BLOCK_P": conv.MAX_PARTS, "BLOCK_C": conv.BLOCK_C, **none}),
+                ("gate", block_c | none | {"BLOCK_T": conv.BLOCK_T, "BLOCK_K": conv.BLOCK_K}),
+                ("forward", outer | {"ACTIVATION": 1}),
+                ("output_gradient", outer | only_q | {"ACTIVATION": 1}),
+                ("input_gradient", outer),
+                ("add_parts", block_c | none | {"BLOCK_P": conv.MAX_PARTS}),
             ):
                 name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, {form}, {dtype}"
                 function = getattr(conv, f"{kernel}_kernel")
                 yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
-        silu = {**tile, "CHUNKED": False, **absent, "ACTIVATION": 2}
-        for kernel, constants in (("forward", silu), ("output_gradient", {**silu, "R": None, "V": None})):
+            name = f"gated_depthwise_conv weight gradient, {form}, {dtype}"
+            block_s = sliding.segment_block(DTYPES[dtype], generation)
+            constants = block_c | {"CHUNKED": chunked, "BLOCK_S": block_s}
+            yield Configuration(name, sliding.gradient_kernel, types, constants, sliding.NUM_WARPS, divisible)
+        silu = conv.convolving(31, False, DTYPES[dtype]) | absent | {"ACTIVATION": 2}
+        for kernel, constants in (("forward", silu), ("output_gradient", silu | {"R": None, "V": None})):
             name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, SiLU, {dtype}"
             function = getattr(conv, f"{kernel}_kernel")
             yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
         name = f"gated_depthwise_conv edge gradient, chunks, {dtype}"
-        yield Configuration(name, conv.edge_gradient_kernel, types, sums, conv.NUM_WARPS, divisible)
+        constants = block_c | {"BLOCK_R": conv.BLOCK_R}
+        yield Configuration(name, conv.edge_gradient_kernel, types, constants, conv.NUM_WARPS, divisible)
 
 
-def _conv_spatial_gate():
+def _conv_spatial_gate():  # the weight's gradient is that of gated_depthwise_conv
     from fastasr.kernels import conv_spatial_gate as gate
-    from fastasr.kernels import depthwise_conv2d as conv
     from fastasr.kernels import residual_norm
 
     like = ("X", "U", "Y", "GRAD", "Q", "G", "DX")
     parameters = ("NORM_WEIGHT", "NORM_BIAS", "WEIGHT", "BIAS", "TABLE", "DWEIGHT", "DBIAS")
     divisible = ("C", "x_batch", "x_time")
-    tile = {"BLOCK_R": gate.BLOCK_R, "BLOCK_C": gate.BLOCK_C}
+    tile = gate.convolving(31)
     rows = {"normalise": residual_norm.FORWARD_ELEMENTS, "norm_gradient": residual_norm.BACKWARD_ELEMENTS}
     for dtype in ("fp32", "bf16", "fp16"):
         types = dict.fromkeys(like, dtype) | dict.fromkeys(parameters, "fp32") | {"MASK": "u8"}
@@ -344,11 +352,6 @@ def _conv_spatial_gate():
                 kernel = getattr(gate, f"{name}_kernel")
                 name = f"conv_spatial_gate {name.replace('_', ' ')}, C={channels}, {dtype}"
                 yield Configuration(name, kernel, types, constants, warps, divisible, ("eps",))
-    types = {"G": "bf16", "X": "bf16", "PARTS": "fp32"}
-    sums = {"TAPS": conv.TAPS, "BLOCK_S": conv.BLOCK_S, "BLOCK_C": conv.BLOCK_C}
-    sums |= {"taps_t": 1}  # Triton makes integers that are 1 constants
-    name = "conv_spatial_gate weight gradient, bf16"
-    yield Configuration(name, conv.weight_gradient_kernel, types, sums, conv.NUM_WARPS, ("C",))
 
 
 def _layer_norm_lstm():

@@ -105,12 +105,37 @@ def test_budgets_cover_every_configuration(compiled):
 
 @each_architecture
 def test_budgets_have_no_spills(rows, architecture):
-    """No kernel runs out of its 255 registers. With fewer in use, the assembler itself spills up to 48 bytes, so that
-    more programs may be resident; to forbid it would cost a third or half of the resident warps."""
+    """No kernel runs out of its 255 registers. In those named the assembler takes fewer and spills at most 48 bytes, so
+    that more programs may be resident; to forbid it would cost a third or half of the resident warps."""
+    known = {
+        "gated_depthwise_conv input gradient, chunks, fp32": (86,),
+        "rel_attention forward, padding, dropout, fp32": (86,),
+        "rel_attention forward, padding, mask, fp32": (100,),
+        "rel_attention keys, padding, mask, tf32": (90, 100),
+        "rel_attention statistics, padding, mask, fp32": (86,),
+        "rnnt_joiner scores, D=512, fp32": (120,),
+        "rnnt_joiner scores, HAT, D=512, fp32": (120,),
+        "rnnt_lattice forward, modified, T=750": (100,),
+        "segment_attention keys, fp32": (100,),
+        "segment_attention keys, memory, dropout, lengths, history, fp32": (86,),
+        "segment_attention keys, memory, dropout, lengths, history, tf32": (80, 86),
+        "segment_attention queries, fp32": (100,),
+        "segment_attention queries, memory, dropout, lengths, history, fp32": (86, 100),
+        "tdt_lattice forward, S=600": (80, 90),
+        "tdt_lattice forward, no shares, S=600": (86,),
+        "toeplitz_attention forward, both ways, padding, dropout, d=128, V=1024, fp32": (86, 100),
+        "toeplitz_attention keys, both ways, padding, dropout, d=128, V=1024, tf32": (90,),
+        "zipformer_attention queries, chunks, padding, mask, tf32": (100, 120),
+        "zipformer_attention queries, odd sizes, bf16": (100,),
+        "zipformer_attention queries, tf32": (120,),
+        "zipformer_attention_weights queries, bf16": (120,),
+        "zipformer_attention_weights queries, chunks, padding, mask, fp32": (120,),
+    }
     spilled = {
         name: row["spills"]
         for name, row in rows.items()
-        if row["spills"] and (row["registers"] == 255 or row["spills"] > 48)
+        if row["spills"]
+        and (row["registers"] == 255 or row["spills"] > 48 or architecture not in known.get(name, ()))
     }
     assert not spilled, f"bytes of local memory per thread: {spilled}"
 
@@ -156,7 +181,8 @@ def test_budgets_repeat_no_work(rows, architecture):
 def test_budgets_have_128_bit_accesses(rows, architecture):
     """This holds at sizes that allow it (those with one column or tail elements do not). The joiner's scores and
     rel_attention's statistics read by asynchronous copies alone, which are not counted, and write few numbers per row.
-    Rows of a lattice are T + 1 long and start where a boundary says; the joiner's parts are as long as a chunk."""
+    Rows of a lattice are T + 1 long and start where a boundary says; the joiner's parts are as long as a chunk. On
+    sm_120 a thread has four channels of the gradients of gated_depthwise_conv's weights, as eight would spill."""
     others = (
         "one column",
         "C=1,",
@@ -167,6 +193,11 @@ def test_budgets_have_128_bit_accesses(rows, architecture):
         "statistics",
         "lattice",
     )
+    if architecture == 120:
+        others += (
+            "gated_depthwise_conv weight gradient, plain, bf16",
+            "gated_depthwise_conv weight gradient, chunks, bf16",
+        )
     for name, row in rows.items():
         if not any(word in name for word in others):
             assert row["wide"] > 0, f"{name}: no 128-bit access"

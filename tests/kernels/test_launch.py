@@ -12,7 +12,7 @@ from fastasr.benchmarks.device.checks import launch as launch_samples
 from fastasr.ops._dispatch import gpu_backends
 from fastasr.testing import Make, tables
 from fastasr.testing.table import flat, floating
-from tests.kernels.configurations import KERNELS, kernel_files
+from tests.kernels.configurations import KERNELS
 
 pytest.importorskip("triton")
 from fastasr.kernels._launch import generation, launch
@@ -55,7 +55,7 @@ def test_every_kernel_was_launched():
     """A kernel that a launcher names is one that the samples reach, so that the test above sees it."""
     launched = {kernel for op in TABLES for kernel, *_ in _launches(op)}
     named = set()
-    for name in kernel_files():
+    for name in (file.stem for file in KERNELS.glob("*.py")):
         module = import_module(f"fastasr.kernels.{name}")
         found = re.findall(r"\b(\w+(?:_kernel|_flat|_tile))\b(?!\()", (KERNELS / f"{name}.py").read_text())
         named |= {f"{k.__module__}.{k.__name__}" for k in (getattr(module, n, None) for n in found) if k}
