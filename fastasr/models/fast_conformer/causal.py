@@ -54,13 +54,20 @@ def causal_convolution(self, hidden_states, all_masked_rows=None, padding_cache=
     if plumbing.is_watched(conv):
         return type(self).forward(self, hidden_states, all_masked_rows, padding_cache)
     h = pointwise(self.pointwise_conv1, hidden_states)
-    if padding_cache is None:
-        hidden = None if all_masked_rows is None else all_masked_rows[:, 0]
-        z = ops.gated_depthwise_conv(
-            h.transpose(0, 1), conv.weight, conv.bias, padding_mask=hidden, activation="identity",
-            delay=(conv.weight.shape[-1] - 1) // 2,
-        ).transpose(0, 1)  # fmt: skip
-    else:  # upstream's cache holds gated frames, and takes them
+    taps = conv.weight.shape[-1]
+    kept = None if padding_cache is None else padding_cache.layers.get(conv.cache_key)
+    if padding_cache is None or (kept is not None and not torch.is_grad_enabled()):
+        found = ops.gated_depthwise_conv(
+            h.transpose(0, 1), conv.weight, conv.bias,
+            padding_mask=None if all_masked_rows is None else all_masked_rows[:, 0],
+            cache=None if kept is None else kept.cache,
+            activation="identity", return_cache=kept is not None, delay=(taps - 1) // 2,
+        )  # fmt: skip
+        if kept is not None:
+            found, cache = found
+            kept.cache.copy_(cache)
+        z = found.transpose(0, 1)
+    else:  # upstream makes the cache, and gradients need what it was
         u = F.glu(h, -1).transpose(1, 2)
         u = u if all_masked_rows is None else u.masked_fill(all_masked_rows, 0.0)
         u = padding_cache.update(u, conv.cache_key, conv)  # [B, C, K - 1 + T]
