@@ -166,7 +166,8 @@ class _Probe:
         self.note = ""
 
     def attach(self):
-        @functools.wraps(self.ours)  # keeps our attributes, by which other code recognises our method
+        # keeps our attributes, by which other code recognises our method, and the names of its arguments
+        @functools.wraps(getattr(self.ours, "__func__", self.ours))
         def method(module, *args, **kwargs):
             return self(*args, **kwargs)
 

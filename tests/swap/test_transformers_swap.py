@@ -22,6 +22,7 @@ from transformers import (
 import fastasr
 
 SWAPPED = {
+    "ParakeetEncoder",
     "ParakeetEncoderAttention",
     "ParakeetEncoderConvolutionModule",
     "ParakeetEncoderFeedForward",
@@ -188,6 +189,28 @@ def test_any_mask_of_pairs():
     fastasr.accelerate(model)
     close(attention(x, table, mask)[0], expected[0])
     close(model.layers[0].conv(x, mask), expected[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"output_hidden_states": True}, {"return_dict": False}], ids=str)
+def test_a_mask_that_hides_nothing_makes_no_pairs(options):
+    model = encoder()
+    inputs = {**batch(), "attention_mask": torch.ones(3, 75).long()}
+    with torch.no_grad():
+        expected = model(**inputs, **options)
+        fastasr.accelerate(model)
+        masks = []
+        model.layers[0].register_forward_pre_hook(
+            lambda module, arguments, named: masks.append(named["attention_mask"]), with_kwargs=True
+        )
+        found = model(**inputs, **options)
+    assert all(mask is None for mask in masks) == ("return_dict" not in options)
+    if not options.get("return_dict", True):
+        found, expected = ({str(i): t for i, t in enumerate(result)} for result in (found, expected))
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert found[key].dtype == value.dtype
+            close(found[key], value)
 
 
 def test_new_weights_are_noticed():

@@ -12,6 +12,7 @@ from fastasr.swap.rule import (
     check_child_names,
     check_parameters,
     unread_child,
+    upstream_class,
 )
 
 _TRANSFORMERS = Known("transformers 5.18 to 5.23")
@@ -59,6 +60,37 @@ def positions_structure(module):
     if module.inv_freq.dtype != torch.float32:
         return f"inv_freq is {module.inv_freq.dtype}, expected float32"
     return check_parameters(module, {}, allowed_buffers=("inv_freq",)) or check_child_names(module, ())
+
+
+def encoder(self, input_features, attention_mask=None, output_attention_mask=True, **kwargs):
+    """Calls upstream's forward without a mask that hides nothing: upstream makes a mask of all pairs of frames of it,
+    2 GB for an hour."""
+    upstream = upstream_class(self).forward
+    idle = (
+        type(attention_mask) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and attention_mask.is_cpu  # reading the mask would wait for another device
+        and attention_mask.shape == input_features.shape[:2]
+        and kwargs.get("return_dict", self.config.return_dict) is not False
+        and bool((attention_mask == 1).all())
+    )
+    if not idle:
+        return upstream(self, input_features, attention_mask, output_attention_mask, **kwargs)
+    result = upstream(self, input_features, None, output_attention_mask, **kwargs)
+    if not output_attention_mask:
+        return result
+    hidden = result.last_hidden_state
+    mask = torch.ones(hidden.shape[:2], dtype=torch.int32)
+    found = type(result)(last_hidden_state=hidden, attention_mask=mask)
+    for name in [name for name in result if name not in found]:  # captured by upstream, behind these
+        found[name] = result[name]
+    return found
+
+
+def _encoder_structure(module):
+    return check_parameters(module, {}) or check_child_names(
+        module, ("subsampling", "encode_positions", "layers")
+    )
 
 
 ATTENTION = Rule(
@@ -118,4 +150,14 @@ POSITIONS = Rule(
     release=positions.release,
 )
 
-RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING, POSITIONS)
+ENCODER = Rule(
+    name="transformers.parakeet_encoder",
+    class_name="ParakeetEncoder",
+    forward=encoder,
+    structure=_encoder_structure,
+    known={"5ffbcd81ffef3ae7089eada1": Known("transformers 5.23")},
+    shallow=True,
+    companion=True,
+)
+
+RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING, POSITIONS, ENCODER)
