@@ -120,7 +120,7 @@ def release(model):
 
 
 def _train(self, mode=True):
-    if mode:
+    if mode and _reduced_weights.copies:  # verify runs on the parameters themselves
         raise RuntimeError(
             f"{type(self).__name__}.train: its weights are reduced for inference (fastasr.accelerate with weights=); "
             "call fastasr.restore(model) first"

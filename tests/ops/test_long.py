@@ -19,6 +19,7 @@ from fastasr.testing.samples import (
     rnnt_lattice,
     rnnt_pruned_lattice,
     segment_attention,
+    tdt_lattice,
     toeplitz_attention,
     zipformer_attention,
     zipformer_attention_weights,
@@ -44,6 +45,7 @@ RECURRENCES = {
     "layer_norm_lstm": lambda m: layer_norm_lstm.lstm(m, STEPS, 1, 2, 8, eps=1.0),
     "rnnt_lattice": lambda m: rnnt_lattice._lattice(m, 1, 3, STEPS),
     "rnnt_pruned_lattice": lambda m: rnnt_pruned_lattice._band(m, 1, STEPS, 3, step=1),
+    "tdt_lattice": lambda m: tdt_lattice._lattice(m, 1, STEPS, 3, (0, 1, 2)),
 }
 
 

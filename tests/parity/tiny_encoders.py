@@ -5,7 +5,6 @@ import copy
 
 import torch
 from steps import numbers
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastasr
 
@@ -73,16 +72,3 @@ def set_batch_count(model, count):
         if hasattr(module, "name"):
             module.name = name
     return model
-
-
-class InFp64(TorchDispatchMode):
-    """Makes casts of fp64 tensors to fp32, as in the backward passes of upstream's softmax and regularisers, copy
-    instead.
-    """
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        cast = func is torch.ops.aten._to_copy.default and kwargs.get("dtype") is torch.float32
-        if cast and args[0].dtype is torch.float64:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
