@@ -31,8 +31,8 @@ LOSERS_MARKERS = "<!-- losers:start -->", "<!-- losers:end -->"
 ELSEWHERE = {
     transcribe.NAME: "decoding.md",
     recipe_step.NAME: "training.md",
+    reduced_weights.NAME: "precision.md",
 }  # pages with a table of another form
-PAGES = {reduced_weights.NAME: DOCS / "precision.md"}  # where not docs/models has the page
 
 
 def op_page(name: str) -> Path:
@@ -48,18 +48,16 @@ def measured(rows: Sequence[Row]) -> dict[Path, str]:
     pages |= {
         path: [] for path in sorted((DOCS / "models").glob("*.md")) if "bench:start" in path.read_text()
     }
-    pages |= {page: [] for page in (DOCS / "benchmarks.md", *PAGES.values())}
+    pages |= {DOCS / "benchmarks.md": []}
     for row in rows:
-        page = (
-            op_page(row.name)
-            if row.suite == "ops"
-            else PAGES.get(row.name, DOCS / "models" / f"{row.name}.md")
-        )
+        page = op_page(row.name) if row.suite == "ops" else DOCS / "models" / f"{row.name}.md"
         if row.name not in ELSEWHERE and not row.case.startswith(curves.PREFIX):
             pages[page if row.suite != "dispatch" and page in pages else DOCS / "benchmarks.md"].append(row)
     made = {page: table(found) for page, found in pages.items()}
     made[ROOT / "README.md"] = whole_models(rows)
-    made[DOCS / "decoding.md"] = transcribe.table([row for row in rows if row.name == transcribe.NAME])
+    for module in (transcribe, reduced_weights):
+        own = [row for row in rows if row.name == module.NAME]
+        made[DOCS / ELSEWHERE[module.NAME]] = module.table(own)
     return made
 
 

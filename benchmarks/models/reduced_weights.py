@@ -5,14 +5,16 @@ swapped model in float32, bfloat16 and int8. The limit is that of the float32 pr
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from fastasr.benchmarks import upstream
+from fastasr.benchmarks.markdown import NONE_YET, conditions
 from fastasr.benchmarks.models import fast_conformer
 from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, Run, benchmark, inference, swapped
 from fastasr.benchmarks.rows import Row
+from fastasr.benchmarks.table import duration, times, units
 
 NAME = "reduced_weights"
 TORCH_INT8, BF16, INT8 = "torch int8", "fastasr bf16", "fastasr int8"
@@ -63,3 +65,23 @@ def measure(run: Run, *, shapes: tuple = SHAPES) -> Iterator[list[Row]]:
             models.pop(TORCH_INT8, None)
         runs = {key: inference(model, *inputs) for key, model in models.items() if model is not None}
         yield run.unit(name, FORWARD, shape, runs)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Returns a Markdown table: a model per line, its milliseconds by format, and how much faster than float32."""
+    lines = []
+    for machine in dict.fromkeys(row.device_name for row in rows):
+        measured = [row for row in rows if row.device_name == machine]
+        lines += [
+            conditions(measured),
+            "",
+            "| | upstream | torch int8 | float32 | bf16 | int8 | int8 × float32 |",
+        ]
+        lines += ["|---|" + "---:|" * 6]
+        for unit in units(measured):
+            medians = [unit.median(name) for name in (UPSTREAM, TORCH_INT8, FASTASR, BF16, INT8)]
+            cells = [duration(median) if median else "–" for median in medians]
+            gain = times(medians[2] / medians[4] if medians[2] and medians[4] else None)
+            lines.append(f"| {unit.first.case} ({unit.first.shape}) | {' | '.join(cells)} | {gain} |")
+        lines.append("")
+    return "\n".join(lines).strip() or NONE_YET
