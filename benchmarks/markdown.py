@@ -2,7 +2,7 @@
 """Markdown tables of benchmark rows, and their place between two markers of a page."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastasr.benchmarks.rows import Row
@@ -99,6 +99,22 @@ def conditions(rows: Sequence[Row]) -> str:
 def _by_machine(rows: Sequence[Row]) -> list[list[Row]]:
     names = dict.fromkeys(row.device_name for row in rows)
     return [[row for row in rows if row.device_name == name] for name in names]
+
+
+def by_machine(
+    rows: Sequence[Row], names: str, figures: str, lines: Callable[[Unit], list[list[str]]], note: str = ""
+) -> str:
+    """Returns a Markdown table per machine, below the conditions of its rows. ``names`` and ``figures`` are heads of
+    columns, separated by " | "; ``lines`` returns the lines of a unit, a text per column; ``note`` stands below."""
+    heads = names.split(" | ") + figures.split(" | ")
+    head = f"|{'|'.join(f' {text} ' if text else ' ' for text in heads)}|"
+    rule = "|---" * len(names.split(" | ")) + "|---:" * len(figures.split(" | ")) + "|"
+    shown = []
+    for measured in _by_machine(rows):
+        shown += [conditions(measured), "", head, rule]
+        shown += [f"| {' | '.join(cells)} |" for unit in units(measured) for cells in lines(unit)]
+        shown += ["", note, ""] if note else [""]
+    return "\n".join(shown).strip() or NONE_YET
 
 
 def table(rows: Sequence[Row]) -> str:

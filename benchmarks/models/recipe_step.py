@@ -22,10 +22,10 @@ import torch
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import BOTH, Report
 from fastasr.benchmarks.harness import LoadMeter, Timing, interleave, peak_bytes
-from fastasr.benchmarks.markdown import NONE_YET, conditions
+from fastasr.benchmarks.markdown import by_machine
 from fastasr.benchmarks.models.unit import FASTASR, UPSTREAM, Run, benchmark, timed_row
 from fastasr.benchmarks.rows import Row
-from fastasr.benchmarks.table import duration, units
+from fastasr.benchmarks.table import Unit, duration
 
 NAME = "recipe_step"
 CASE = "training step"
@@ -169,26 +169,21 @@ def table(rows: Sequence[Row]) -> str:
     """Returns a Markdown table: a batch's duration and an implementation per line, time and peak memory beside
     fastasr's.
     """
-    lines = []
-    for machine in dict.fromkeys(row.device_name for row in rows):
-        measured = [row for row in rows if row.device_name == machine]
-        lines += [
-            conditions(measured),
-            "",
-            "| | | a step | times fastasr's | peak memory | times fastasr's |",
-        ]
-        lines += ["|---|---|" + "---:|" * 4]
-        for unit in units(measured):
-            ours = unit.row(FASTASR)
-            for row in unit.rows:
-                cells = [unit.first.shape, row.implementation, duration(row.median_ms)]
-                cells.append(f"{row.median_ms / ours.median_ms:.2f}" if ours else "–")
-                cells.append(f"{row.peak_bytes / 2**20:.0f} MiB" if row.peak_bytes else "–")
-                known = ours and ours.peak_bytes and row.peak_bytes
-                cells.append(f"{row.peak_bytes / ours.peak_bytes:.2f}" if known else "–")
-                lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines).strip() or NONE_YET
+    return by_machine(
+        rows, " | ", "a step | times fastasr's | peak memory | times fastasr's", _implementations
+    )
+
+
+def _implementations(unit: Unit) -> list[list[str]]:
+    ours, lines = unit.row(FASTASR), []
+    for row in unit.rows:
+        cells = [unit.first.shape, row.implementation, duration(row.median_ms)]
+        cells.append(f"{row.median_ms / ours.median_ms:.2f}" if ours else "–")
+        cells.append(f"{row.peak_bytes / 2**20:.0f} MiB" if row.peak_bytes else "–")
+        known = ours and ours.peak_bytes and row.peak_bytes
+        cells.append(f"{row.peak_bytes / ours.peak_bytes:.2f}" if known else "–")
+        lines.append(cells)
+    return lines
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from fastasr.benchmarks import upstream
-from fastasr.benchmarks.markdown import NONE_YET, conditions
+from fastasr.benchmarks.markdown import by_machine
 from fastasr.benchmarks.models import fast_conformer
 from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, Run, benchmark, inference, swapped
 from fastasr.benchmarks.rows import Row
-from fastasr.benchmarks.table import duration, times, units
+from fastasr.benchmarks.table import Unit, duration, times
 
 NAME = "reduced_weights"
 TORCH_INT8, BF16, INT8 = "torch int8", "fastasr bf16", "fastasr int8"
@@ -69,19 +69,11 @@ def measure(run: Run, *, shapes: tuple = SHAPES) -> Iterator[list[Row]]:
 
 def table(rows: Sequence[Row]) -> str:
     """Returns a Markdown table: a model per line, its milliseconds by format, and how much faster than float32."""
-    lines = []
-    for machine in dict.fromkeys(row.device_name for row in rows):
-        measured = [row for row in rows if row.device_name == machine]
-        lines += [
-            conditions(measured),
-            "",
-            "| | upstream | torch int8 | float32 | bf16 | int8 | int8 × float32 |",
-        ]
-        lines += ["|---|" + "---:|" * 6]
-        for unit in units(measured):
-            medians = [unit.median(name) for name in (UPSTREAM, TORCH_INT8, FASTASR, BF16, INT8)]
-            cells = [duration(median) if median else "–" for median in medians]
-            gain = times(medians[2] / medians[4] if medians[2] and medians[4] else None)
-            lines.append(f"| {unit.first.case} ({unit.first.shape}) | {' | '.join(cells)} | {gain} |")
-        lines.append("")
-    return "\n".join(lines).strip() or NONE_YET
+    return by_machine(rows, "", "upstream | torch int8 | float32 | bf16 | int8 | int8 × float32", _line)
+
+
+def _line(unit: Unit) -> list[list[str]]:
+    medians = [unit.median(name) for name in (UPSTREAM, TORCH_INT8, FASTASR, BF16, INT8)]
+    cells = [duration(median) if median else "–" for median in medians]
+    gain = times(medians[2] / medians[4] if medians[2] and medians[4] else None)
+    return [[f"{unit.first.case} ({unit.first.shape})", *cells, gain]]

@@ -16,10 +16,10 @@ import torch
 
 from fastasr import decoding
 from fastasr.benchmarks import upstream
-from fastasr.benchmarks.markdown import NONE_YET, conditions
+from fastasr.benchmarks.markdown import by_machine
 from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, Run, benchmark
 from fastasr.benchmarks.rows import Row
-from fastasr.benchmarks.table import duration, times, units
+from fastasr.benchmarks.table import Unit, duration, times
 from fastasr.streaming import StreamingEncoder, utterance_chunks
 
 NAME = "transcribe"
@@ -136,27 +136,18 @@ def measure(
 
 def table(rows: Sequence[Row]) -> str:
     """Returns a Markdown table: a case per line, milliseconds and real-time factors side by side."""
-    lines = []
-    for machine in dict.fromkeys(row.device_name for row in rows):
-        measured = [row for row in rows if row.device_name == machine]
-        lines += [
-            conditions(measured),
-            "",
-            "| | upstream | onnxruntime | fastasr | engine | best × upstream | best × onnxruntime |",
-        ]
-        lines += ["|---|" + "---:|" * 6]
-        for unit in units(measured):
-            spoken = int(unit.first.shape.split("x")[1]) * 10.0  # ms
-            cells = [
-                f"{duration(unit.median(name))} ({unit.median(name) / spoken:.3f})"
-                if unit.median(name)
-                else "–"
-                for name in (UPSTREAM, ONNX, FASTASR, ENGINE)
-            ]
-            best = min(filter(None, (unit.median(FASTASR), unit.median(ENGINE))), default=None)
-            for name in (UPSTREAM, ONNX):
-                other = unit.median(name)
-                cells.append(times(other / best if other and best else None))
-            lines.append(f"| {unit.first.case} ({unit.first.shape}) | " + " | ".join(cells) + " |")
-        lines += ["", "In brackets: the real-time factor.", ""]
-    return "\n".join(lines).strip() or NONE_YET
+    figures = "upstream | onnxruntime | fastasr | engine | best × upstream | best × onnxruntime"
+    return by_machine(rows, "", figures, _line, "In brackets: the real-time factor.")
+
+
+def _line(unit: Unit) -> list[list[str]]:
+    spoken = int(unit.first.shape.split("x")[1]) * 10.0  # ms
+    cells = [
+        f"{duration(unit.median(name))} ({unit.median(name) / spoken:.3f})" if unit.median(name) else "–"
+        for name in (UPSTREAM, ONNX, FASTASR, ENGINE)
+    ]
+    best = min(filter(None, (unit.median(FASTASR), unit.median(ENGINE))), default=None)
+    for name in (UPSTREAM, ONNX):
+        other = unit.median(name)
+        cells.append(times(other / best if other and best else None))
+    return [[f"{unit.first.case} ({unit.first.shape})", *cells]]

@@ -8,6 +8,7 @@ or until ``drop``.
 """
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -84,6 +85,7 @@ class Copy:
 
 _kept = WeakIdKeyDictionary()  # parameter -> its copy
 copies: dict[int, Copy] = {}  # by the address of the parameter
+_thread = threading.local()
 
 
 def keep(weight: Tensor, format: str) -> Copy:
@@ -102,13 +104,17 @@ def copy_of(weight: Tensor) -> Copy | None:
 
 @contextlib.contextmanager
 def suspended() -> Iterator[None]:
-    """Products read the parameters themselves inside the block, in all threads."""
-    global copies
-    aside, copies = copies, {}
+    """This thread's products read the parameters themselves inside the block."""
+    before, _thread.suspended = is_suspended(), True
     try:
         yield
     finally:
-        copies = aside
+        _thread.suspended = before
+
+
+def is_suspended() -> bool:
+    """Says whether this thread is inside ``suspended``."""
+    return getattr(_thread, "suspended", False)
 
 
 def _forget(address: int) -> None:
@@ -128,6 +134,8 @@ def drop(weight: Tensor) -> bool:
 
 def of(x: Tensor, weight: Tensor) -> Copy | None:
     """Returns the copy that the product of x with ``weight`` reads, or None."""
+    if is_suspended():
+        return None
     copy = copies.get(weight.data_ptr())
     if copy is None:
         copy = _moved(weight)

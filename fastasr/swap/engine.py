@@ -58,14 +58,14 @@ def accelerate(model, only=None, exclude=None, verify=None, strict=True, weights
     nothing, ``strict=False`` is given without ``verify``, or ``weights`` is no such format or the model is in training
     mode with it.
     """
-    _check_model("accelerate", model)
     if not strict and verify is None:
         raise ValueError(
             "accelerate: strict=False accepts unknown code only when it is verified; pass verify=inputs"
         )
+    modules, only, exclude = _selection(model, only, exclude)
     if weights is not None:
         reduced.check(model, weights, weights_error)
-    plan = _plan(model, only, exclude, every_linear=weights is not None)
+    plan = _plan(modules, only, exclude, every_linear=weights is not None)
     report = SwapReport(type(model).__name__)
     bound, unproven = [], set()
     for path, module, decision in plan:
@@ -79,18 +79,12 @@ def accelerate(model, only=None, exclude=None, verify=None, strict=True, weights
     if verify is not None:
         _verify(model, verify, report, bound, unproven)
     if weights is not None:
-        chosen = _selected(model, only, exclude)
+
+        def chosen(path, module):
+            return (only is None or only(path, module)) and (exclude is None or not exclude(path, module))
+
         report.weights = reduced.keep(model, weights, chosen, verify, run_model, weights_error)
     return report
-
-
-def _selected(model, only, exclude):
-    """Returns a function (path, module) -> bool for the modules that ``only`` and ``exclude`` leave."""
-    modules = list(model.named_modules())
-    only, exclude = _selector("only", only, modules), _selector("exclude", exclude, modules)
-    return lambda path, module: (
-        (only is None or only(path, module)) and not (exclude is not None and exclude(path, module))
-    )
 
 
 def _verify(model, inputs, report, bound, unproven):
@@ -121,7 +115,7 @@ def _verify(model, inputs, report, bound, unproven):
 def explain(model, only=None, exclude=None):
     """Returns the report that ``accelerate`` would return, and changes nothing. It raises the same errors."""
     report = SwapReport(type(model).__name__, dry_run=True)
-    for path, module, decision in _plan(model, only, exclude):
+    for path, module, decision in _plan(*_selection(model, only, exclude)):
         report.rows.append(_row(path, module, decision, decision.apply))
     return report
 
@@ -171,12 +165,15 @@ def _row(path, module, decision, accept):
     return Row(path, type(module).__name__, rule.name if rule else None, kernels, status, reason)
 
 
-def _plan(model, only, exclude, every_linear=False):
-    """Returns [(path, module, Decision)] for every module of the model."""
+def _selection(model, only, exclude):
+    """Returns the model's modules with their paths, and ``only`` and ``exclude`` as functions or None."""
     _check_model("accelerate", model)
     modules = list(model.named_modules())
-    only = _selector("only", only, modules)
-    exclude = _selector("exclude", exclude, modules)
+    return modules, _selector("only", only, modules), _selector("exclude", exclude, modules)
+
+
+def _plan(modules, only, exclude, every_linear=False):
+    """Returns [(path, module, Decision)] for every module."""
     decisions = [decide(module) for _, module in modules]
     matched = {id(d.rule) for d in decisions if d.apply and not d.rule.companion}
     companions = {rule for family in FAMILIES if any(id(r) in matched for r in family) for rule in family}

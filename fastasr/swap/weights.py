@@ -87,26 +87,29 @@ def check(model, format, bound):
 def keep(model, format, chosen, inputs, run, bound):
     """Reduces the weights of ``model`` and returns a ReducedReport.
 
-    chosen: a function (path, module) -> bool, or None for all. inputs: those of ``verify``, or None. run: a function
+    chosen: a function (path, module) -> bool. inputs: those of ``verify``, or None. run: a function
     (model, inputs) that runs the model and returns its result. bound: the largest relative rms error of the outputs.
     """
     release(model)
     report = ReducedReport(format, [])
     whole = _reduced_weights.reason(format)
-    kept = []
+    weights = []
     for path, module, weight, by_us in _weights(model):
         row = WeightRow(path, tuple(weight.shape), FLOAT32, whole or _obstacle(weight, by_us))
-        if chosen is not None and not chosen(path, module):
+        if not chosen(path, module):
             row.reason = "not selected"
-        report.rows.append(row)
         if not row.reason:
             row.format = format
-            kept.append((row, weight))
-    for _, weight in kept:
-        _reduced_weights.keep(weight, format)
+            _reduced_weights.keep(weight, format)
+        report.rows.append(row)
+        weights.append(weight)
+    kept = [pair for pair in zip(report.rows, weights, strict=True) if pair[0].format != FLOAT32]
     if kept and inputs is not None:
         _measure(model, kept, lambda: run(model, inputs), report, bound)
-    _count(model, report)
+    for weight in weights:
+        size, copy = weight.numel() * weight.element_size(), _reduced_weights.copy_of(weight)
+        report.bytes_before += size
+        report.bytes_after += size if copy is None else copy.bytes
     if report.reduced:
         vars(model)["train"] = types.MethodType(_train, model)
     return report
@@ -120,7 +123,7 @@ def release(model):
 
 
 def _train(self, mode=True):
-    if mode and _reduced_weights.copies:  # verify runs on the parameters themselves
+    if mode and not _reduced_weights.is_suspended():  # as inside verify
         raise RuntimeError(
             f"{type(self).__name__}.train: its weights are reduced for inference (fastasr.accelerate with weights=); "
             "call fastasr.restore(model) first"
@@ -215,11 +218,3 @@ def _error(got, expected):
         error = ((a - b).square().sum().item() / size) ** 0.5 if size else float(a.numel() > 0)
         errors.append(error if error == error else float("inf"))
     return max(errors)
-
-
-def _count(model, report):
-    formats = {row.path: row.format for row in report.rows}
-    for path, _, weight, _ in _weights(model):
-        bytes_ = weight.numel() * weight.element_size()
-        report.bytes_before += bytes_
-        report.bytes_after += bytes_ if formats[path] == FLOAT32 else _reduced_weights.copy_of(weight).bytes

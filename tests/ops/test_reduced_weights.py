@@ -2,6 +2,7 @@
 """Products on copies of weights in fewer bits: their formulas, and the life of a copy."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -146,8 +147,9 @@ def test_suspended_and_dropped(layer):
     x = torch.randn(9, 72, generator=numbers(9))
     exact = product(layer, x)
     _reduced_weights.keep(layer.weight, "int8")
-    with _reduced_weights.suspended():
+    with _reduced_weights.suspended(), ThreadPoolExecutor(1) as other:
         assert torch.equal(product(layer, x), exact)
+        assert not torch.equal(other.submit(product, layer, x).result(), exact)  # for one thread alone
     assert not torch.equal(product(layer, x), exact)
     assert _reduced_weights.drop(layer.weight)
     assert not _reduced_weights.drop(layer.weight)

@@ -2,6 +2,8 @@
 """Samples of rnnt_joiner, and its benchmark at the sizes of a pruned transducer: 8,000 rows of 512 channels, 500 and
 5,000 outputs."""
 
+from collections.abc import Callable
+
 import torch
 
 from fastasr.testing.speed import Case, Cost, case, costs_of
@@ -46,6 +48,16 @@ def _hat(make: Make, *sizes: int, **more) -> dict:
 
 def dropout(make: Make, p: float, seed: int) -> dict:
     return {"dropout_p": p, "dropout_seed": torch.tensor([seed], device=make.device)}
+
+
+def changed(
+    call: Callable[[Make], dict], *cases: tuple[str, str, object, type[Exception]]
+) -> tuple[Invalid, ...]:
+    """Returns calls that must be refused: ``call`` with one argument changed. Cases: name, argument, value, error."""
+    return tuple(
+        Invalid(name, lambda m, change={argument: value}: call(m) | change, error, argument)
+        for name, argument, value, error in cases
+    )
 
 
 def _boundary(make: Make, *rows: tuple[int, int, int, int]) -> torch.Tensor:
@@ -128,25 +140,16 @@ TABLE = OpTable(
         Sample("no sequences", lambda m: _call(m, 0, 4, 3, 2, 8, 7)),
         Sample("no channels", lambda m: _call(m, 2, 4, 3, 2, 0, 7)),
     ),
-    invalid=tuple(
-        Invalid(
-            name,
-            lambda m, argument=argument, value=value: (
-                _call(m, 2, 4, 5, 2, 8, 7, dropout_p=0.5, dropout_seed=torch.tensor([3])) | {argument: value}
-            ),
-            error,
-            argument,
-        )
-        for name, argument, value, error in (
-            ("lm without contexts", "lm", torch.zeros(2, 0, 8), ValueError),
-            ("weight in half precision", "weight", torch.zeros(7, 8).half(), TypeError),
-            ("a symbol outside the vocabulary", "symbols", torch.full((2, 5), 7), ValueError),
-            ("a negative symbol", "symbols", torch.full((2, 5), -1), ValueError),
-            ("starts out of range", "starts", torch.full((2, 4), 6), ValueError),
-            ("beyond the frames", "boundary", torch.tensor([[0, 0, 5, 4], [0, 0, 5, 5]]), ValueError),
-            ("outside", "termination_symbol", 7, ValueError),
-            ("dropout without a seed", "dropout_seed", None, ValueError),
-        )
+    invalid=changed(
+        lambda m: _call(m, 2, 4, 5, 2, 8, 7, **dropout(m, 0.5, 3)),
+        ("lm without contexts", "lm", torch.zeros(2, 0, 8), ValueError),
+        ("weight in half precision", "weight", torch.zeros(7, 8).half(), TypeError),
+        ("a symbol outside the vocabulary", "symbols", torch.full((2, 5), 7), ValueError),
+        ("a negative symbol", "symbols", torch.full((2, 5), -1), ValueError),
+        ("starts out of range", "starts", torch.full((2, 4), 6), ValueError),
+        ("beyond the frames", "boundary", torch.tensor([[0, 0, 5, 4], [0, 0, 5, 5]]), ValueError),
+        ("outside", "termination_symbol", 7, ValueError),
+        ("dropout without a seed", "dropout_seed", None, ValueError),
     ),
     thread_invariant=False,
     unread=("am", "lm"),

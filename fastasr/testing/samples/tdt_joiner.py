@@ -4,9 +4,9 @@ durations."""
 
 import torch
 
-from fastasr.testing.samples.rnnt_joiner import dropout
+from fastasr.testing.samples.rnnt_joiner import changed, dropout
 from fastasr.testing.speed import Case, Cost, case, costs_of
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Make, OpTable, Sample
 
 
 def _call(
@@ -85,23 +85,14 @@ TABLE = OpTable(
         Sample("no sequences", lambda m: _call(m, 0, 4, 3, 8, 7, 5)),
         Sample("no channels", lambda m: _call(m, 2, 4, 3, 0, 7, 5)),
     ),
-    invalid=tuple(
-        Invalid(
-            name,
-            lambda m, argument=argument, value=value: (
-                _call(m, 2, 4, 5, 8, 7, 5, dropout_p=0.5, dropout_seed=torch.tensor([3])) | {argument: value}
-            ),
-            error,
-            argument,
-        )
-        for name, argument, value, error in (
-            ("durations without tokens", "weight", torch.zeros(5, 8), ValueError),
-            ("weight in half precision", "weight", torch.zeros(12, 8).half(), TypeError),
-            ("a symbol outside the vocabulary", "symbols", torch.full((2, 5), 7), ValueError),
-            ("beyond the frames", "boundary", torch.tensor([[0, 0, 5, 4], [0, 0, 5, 5]]), ValueError),
-            ("outside", "termination_symbol", 7, ValueError),
-            ("dropout without a seed", "dropout_seed", None, ValueError),
-        )
+    invalid=changed(
+        lambda m: _call(m, 2, 4, 5, 8, 7, 5, **dropout(m, 0.5, 3)),
+        ("durations without tokens", "weight", torch.zeros(5, 8), ValueError),
+        ("weight in half precision", "weight", torch.zeros(12, 8).half(), TypeError),
+        ("a symbol outside the vocabulary", "symbols", torch.full((2, 5), 7), ValueError),
+        ("beyond the frames", "boundary", torch.tensor([[0, 0, 5, 4], [0, 0, 5, 5]]), ValueError),
+        ("outside", "termination_symbol", 7, ValueError),
+        ("dropout without a seed", "dropout_seed", None, ValueError),
     ),
     thread_invariant=False,
     unread=("am", "lm"),
