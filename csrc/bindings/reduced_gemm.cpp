@@ -14,33 +14,31 @@ cpu::WeightFormat format_of(int64_t format) {
   return static_cast<cpu::WeightFormat>(format);
 }
 
-// Bytes of a packed weight: words, scales, sums.
-int64_t bytes_of(int64_t n, int64_t k, cpu::WeightFormat format) {
-  const int64_t columns = cpu::reduced_panels(n) * cpu::kReducedColumns;
-  return 4 * columns * (cpu::reduced_words(k, format) + 2);
+// A packed weight is a tensor of float32 that holds words, scales and sums: its elements.
+int64_t size_of(int64_t n, int64_t k, cpu::WeightFormat format) {
+  return cpu::reduced_panels(n) * cpu::kReducedColumns * (cpu::reduced_words(k, format) + 2);
 }
 cpu::ReducedWeights parts_of(const Tensor& packed, int64_t n, int64_t k, cpu::WeightFormat format) {
   const int64_t columns = cpu::reduced_panels(n) * cpu::kReducedColumns;
-  auto* const words = reinterpret_cast<int32_t*>(mutable_data<uint8_t>(packed));
+  auto* const words = reinterpret_cast<int32_t*>(mutable_data<float>(packed));
   auto* const scale = reinterpret_cast<float*>(words + columns * cpu::reduced_words(k, format));
   return {words, scale, reinterpret_cast<int32_t*>(scale + columns)};
 }
 
-// Packs a weight (N, K) in float32 into `packed`, bytes, which reduced_bytes counts.
-void reduced_pack(const Tensor& weight, int64_t format, const Tensor& packed) {
+// Packs a weight (N, K) in float32.
+Tensor reduced_pack(const Tensor& weight, int64_t format) {
   const cpu::WeightFormat f = format_of(format);
   check(weight.dim() == 2 && weight.scalar_type() == ScalarType::Float && weight.is_cpu(), kOp,
         "weight is a float32 matrix on the CPU");
   const int64_t n = weight.size(0), k = weight.size(1);
   check(k > 0 && k <= cpu::kReducedMostInputs && n > 0, kOp, "the weight has 1 to 65536 inputs");
   check(k == 1 || weight.stride(1) == 1, kOp, "rows of the weight are contiguous");
-  check(packed.is_cpu() && packed.is_contiguous() && packed.scalar_type() == ScalarType::Byte &&
-            packed.numel() == bytes_of(n, k, f),
-        kOp, "the packed weight has another size");
+  const Tensor packed = new_contiguous(weight, {size_of(n, k, f)});
   const cpu::ReducedWeights out = parts_of(packed, n, k, f);
   const auto* const w = data<float>(weight);
   parallel_tasks(cpu::reduced_panels(n), cpu::kReducedColumns * k,
                  [&](int64_t begin, int64_t end) { cpu::pack_reduced(w, n, k, weight.stride(0), f, out, begin, end); });
+  return packed;
 }
 
 // Multiplies x (..., K) by a packed weight (N, K), plus a bias (N) or none, in float32.
@@ -50,9 +48,8 @@ Tensor reduced_linear(const Tensor& x, const Tensor& packed, const Optional& bia
   cpu::ReducedGemm g{};
   g.format = format_of(format);
   g.m = x.size(0), g.n = n, g.k = x.size(1);
-  check(packed.is_contiguous() && packed.scalar_type() == ScalarType::Byte && g.k > 0 && n > 0 &&
-            packed.numel() == bytes_of(n, g.k, g.format),
-        kOp, "the packed weight has another size");
+  check(g.k > 0 && n > 0 && is_dense(packed, ScalarType::Float, {size_of(n, g.k, g.format)}), kOp,
+        "the packed weight has another size");
   g.x = data<float>(x), g.x_row = row_stride(x, kOp, "x");
   g.weights = parts_of(packed, n, g.k, g.format);
   if (bias) {
@@ -74,7 +71,7 @@ Tensor reduced_linear(const Tensor& x, const Tensor& packed, const Optional& bia
 
 }  // namespace
 
-FASTASR_OPERATORS({"reduced_pack(Tensor weight, int format, Tensor(a!) packed) -> ()", TORCH_BOX(&reduced_pack)},
+FASTASR_OPERATORS({"reduced_pack(Tensor weight, int format) -> Tensor", TORCH_BOX(&reduced_pack)},
                   {"reduced_linear(Tensor x, Tensor packed, Tensor? bias, int n, int format) -> Tensor",
                    TORCH_BOX(&reduced_linear)})
 

@@ -23,7 +23,7 @@ NEEDS = {
     "bf16": "BF16",
     "int8": "",
 }  # the instructions without which float32 is as fast, as the library names them
-COLUMNS, MOST_INPUTS = 32, 1 << 16  # of csrc/cpu/gemm/reduced_gemm.h
+MOST_INPUTS = 1 << 16  # of csrc/cpu/gemm/reduced_gemm.h
 
 
 def reason(format: str) -> str:
@@ -41,25 +41,19 @@ class Copy:
         self.format = format
         self.watch: Callable[[Tensor, Tensor | None, Tensor], None] | None = None
         self._weight = weakref.ref(weight)
-        self._packed: Tensor | None = None
         self._pack()
 
     def _pack(self) -> None:
         weight = self._weight()
         assert weight is not None
-        self.version, self.address = weight._version, weight.data_ptr()
+        self.version, self.address, self.outputs = weight._version, weight.data_ptr(), len(weight)
         matrix = weight.detach().flatten(1).contiguous()
-        self.outputs, inputs = matrix.shape
-        columns = -(-self.outputs // COLUMNS) * COLUMNS
-        words = -(-inputs // (4 if self.format == "int8" else 2))
-        if self._packed is None:
-            self._packed = torch.empty(4 * columns * (words + 2), dtype=torch.uint8)
-        torch.ops.fastasr_cpu.reduced_pack(matrix, FORMATS[self.format], self._packed)
+        self._packed = torch.ops.fastasr_cpu.reduced_pack(matrix, FORMATS[self.format])
 
     @property
     def bytes(self) -> int:
         """Returns the size of the copy in memory."""
-        return 0 if self._packed is None else self._packed.numel()
+        return self._packed.nbytes
 
     def fresh(self) -> bool:
         """Whether the parameter is alive and is what was packed; packs it again where it only changed in place."""

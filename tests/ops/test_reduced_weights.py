@@ -169,8 +169,8 @@ def test_not_finite(layer):
 
 
 def test_packed_of_another_size_is_declined(layer):
-    packed = torch.zeros(64, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="another size"):
-        torch.ops.fastasr_cpu.reduced_linear(torch.ones(2, 72), packed, None, 100, 2)
-    with pytest.raises(RuntimeError, match="another size"):
-        torch.ops.fastasr_cpu.reduced_pack(layer.weight.detach(), 2, packed)
+    for packed in (torch.zeros(64), torch.zeros(64, dtype=torch.uint8)):
+        with pytest.raises(RuntimeError, match="another size"):
+            torch.ops.fastasr_cpu.reduced_linear(torch.ones(2, 72), packed, None, 100, 2)
+    with pytest.raises(RuntimeError, match="float32 matrix"):
+        torch.ops.fastasr_cpu.reduced_pack(layer.weight.detach().double(), 2)
