@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from steps import close, draws, moved, same_tree, seeded
+from steps import close, computing_in, draws, moved, same_tree, seeded
 
 pytest.importorskip("zipformer", reason="upstream's package is not installed")
 
@@ -19,7 +19,6 @@ from zipformer.modules.label_smoothing import LabelSmoothingLoss
 from zipformer.utils import make_pad_mask
 
 from fastasr.models import zipformer as ours
-from fastasr.swap.verify import StayInFp64
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +180,7 @@ def test_attention(masks, scale):
     for attention in (our_attn, their_attn):
         leaves = [query.clone().requires_grad_(), memory.clone().requires_grad_()]
         random.seed(3)
-        with StayInFp64():
+        with computing_in(torch.float64):
             out = attention(leaves[0], leaves[1], leaves[1], **kwargs)
             (out.sin()).sum().backward()
         grads = [leaf.grad for leaf in leaves] + [p.grad for p in attention.parameters()]

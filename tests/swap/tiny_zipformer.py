@@ -6,11 +6,10 @@ import importlib.util
 import sys
 
 import torch
-from steps import close, draws, numbers, seeded
+from steps import close, computing_in, draws, numbers, seeded
 
 import fastasr
 from fastasr.benchmarks.upstream import MEDIUM, activations
-from fastasr.swap.verify import StayInFp64
 
 TINY = {
     "output_downsampling_factor": 2,
@@ -87,7 +86,7 @@ def training_step(model, inputs, seed):
     model.train()
     model.zero_grad(set_to_none=True)
     seeded(seed)
-    with StayInFp64():  # upstream's softmax and regularisers cast to fp32
+    with computing_in(inputs[0].dtype):
         out, _ = model(*inputs)
         weight = torch.linspace(-1, 1, out.numel()).view_as(out)
         loss = (out * weight).sum() / out.shape[1]
