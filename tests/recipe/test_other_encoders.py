@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from steps import seeded
-from tiny_runs import losses, process, refused, same_checkpoints, trainer
+from tiny_runs import in_two_processes, losses, refused, same_checkpoints, trainer
 
 import fastasr
 from fastasr import decoding
@@ -172,6 +172,5 @@ def test_two_processes_have_the_losses_of_one(tmp_path, speech_sets, encoder, ki
         cut = [replace(u, features=[f[:shortest] for f in u.features]) for u in speech_sets[0]]
         speech_sets = cut, speech_sets[1]
     trainer(tmp_path / "one", speech_sets, steps=4, plain=True, encoder=encoder).run()
-    arguments = tmp_path / "rendezvous", tmp_path / "two", kind, speech_sets, encoder
-    torch.multiprocessing.spawn(process, arguments, nprocs=2)
+    in_two_processes(tmp_path, kind, speech_sets, encoder)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)

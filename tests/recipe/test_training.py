@@ -9,7 +9,7 @@ import beeps
 import pytest
 import torch
 import torch.multiprocessing
-from tiny_runs import TINY, losses, process, same_checkpoints, trainer
+from tiny_runs import TINY, in_two_processes, losses, same_checkpoints, trainer
 
 from fastasr.recipe import checkpoints, recogniser, sizes, training
 
@@ -120,9 +120,7 @@ def test_upstreams_model(trained, tmp_path, speech_sets, swap, monkeypatch):
 def test_two_processes_have_the_losses_of_one(tmp_path, speech_sets, kind):
     """One process goes on from their checkpoint too."""
     trainer(tmp_path / "one", speech_sets, steps=6, plain=True).run()
-    torch.multiprocessing.spawn(
-        process, (tmp_path / "rendezvous", tmp_path / "two", kind, speech_sets), nprocs=2
-    )
+    in_two_processes(tmp_path, kind, speech_sets)
     expected = losses(tmp_path / "one")
     assert losses(tmp_path / "two") == pytest.approx(expected[:4], rel=1e-3)
     trainer(tmp_path / "two", speech_sets, steps=6, plain=True).run()

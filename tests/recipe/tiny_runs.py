@@ -2,12 +2,12 @@
 """Runs of a few steps of the tiny model."""
 
 import csv
-import os
 import runpy
 from pathlib import Path
 
 import pytest
 import torch
+import two_processes
 
 from fastasr.recipe import checkpoints, parallel, training
 
@@ -44,12 +44,10 @@ def refused(example, *arguments):
     return ended.value.code
 
 
-def process(rank, file, out, kind, sets, encoder="zipformer"):
-    """Runs one of two processes that train together."""
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    try:
-        trainer(out, sets, parallel.World(rank, 2, kind), steps=4, plain=True, encoder=encoder).run()
-    finally:
-        torch.distributed.destroy_process_group()
+def in_two_processes(tmp_path, kind, sets, encoder="zipformer"):
+    """Runs two processes that train together, into the folder ``two``."""
+    two_processes.run(_process, tmp_path, tmp_path / "two", kind, sets, encoder)
+
+
+def _process(rank, out, kind, sets, encoder):
+    trainer(out, sets, parallel.World(rank, 2, kind), steps=4, plain=True, encoder=encoder).run()

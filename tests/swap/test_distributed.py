@@ -4,6 +4,7 @@
 import distributed_workers
 import pytest
 import torch
+import two_processes
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -12,5 +13,4 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_ddp_and_fsdp2_on_two_processes(tmp_path):
-    arguments = (2, str(tmp_path / "rendezvous"))
-    torch.multiprocessing.spawn(distributed_workers.run, args=arguments, nprocs=2)
+    two_processes.run(distributed_workers.run, tmp_path)
