@@ -41,7 +41,7 @@ from fastasr.ops._op import op
 
 
 # --------------------------------------------------------------------------- the formula, step by step
-class _Steps:
+class Steps:
     """A batch of lattices by steps k: a regular lattice's anti-diagonals s + t, a modified one's frames. The arcs that
     leave a step are (K, B, S+1) each, by the s they enter.
     """
@@ -87,14 +87,14 @@ class _Steps:
         """Returns (B, S+1): the cell, where it is in step k."""
         return (self.row == cell[:, :1]) & (self._step(cell) == k)[:, None]
 
-    def cells(self) -> Tensor:
-        """Returns p by steps, (K + 1, B, S + 1)."""
+    def cells(self, add=log_add) -> Tensor:
+        """Returns p by steps, (K + 1, B, S + 1). ``add`` joins the symbol arc that enters a cell and the blank arc."""
         p = self.y.new_full((len(self.begin), len(self.row)), -INF)
         cells = []
         for k in range(self.steps + 1):
             if k:
                 entering = F.pad(p[:, :-1], (1, 0), value=-INF)
-                p = log_add(entering + self.x[k - 1], p + self.y[k - 1])
+                p = add(entering + self.x[k - 1], p + self.y[k - 1])
             p = torch.where(self._at(self.begin, k), 0.0, p)
             cells.append(p)
         return torch.stack(cells)
@@ -197,7 +197,7 @@ def rnnt_lattice(
         ValueError: shapes or devices do not match; a boundary that is not inside the lattice (on a GPU it is moved
             inside instead: to look at it would stall the GPU).
     """
-    lattice = _Steps(symbol_logprobs, blank_logprobs, boundary)
+    lattice = Steps(symbol_logprobs, blank_logprobs, boundary)
     cells = lattice.cells()
     scores = lattice.scores(cells)
     if not return_occupation:

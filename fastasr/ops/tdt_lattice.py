@@ -38,7 +38,7 @@ def _log_sum(terms: list[Tensor]) -> Tensor:
     return torch.where(none, -INF, torch.where(none, 0.0, stacked).logsumexp(0))
 
 
-class _Steps:
+class Steps:
     """A batch of lattices by steps t + s. The arcs that leave a step are (K, B, S+1), by the s that they leave."""
 
     def __init__(self, x: Tensor, y: Tensor, z: Tensor, durations: Tensor, boundary: Tensor | None):
@@ -73,7 +73,8 @@ class _Steps:
         found = torch.where((t >= 0) & (t < frames), x[:, t.clamp(0, frames - 1), self.s], -INF)
         return found.transpose(0, 1)
 
-    def scores(self) -> Tensor:
+    def scores(self, add=_log_sum) -> Tensor:
+        """Returns the scores. ``add`` joins the arcs that enter a cell: those of each duration, blank before symbol."""
         cells, begin = [], self.begin.sum(1)[:, None]
         nothing = self.zero.new_full((len(self.begin), self.row), -INF)
         for k in range(self.steps + 1):
@@ -85,7 +86,7 @@ class _Steps:
                     leaving = cells[k - d - 1] + self.symbols[i][k - d - 1]
                     terms.append(F.pad(leaving[:, :-1], (1, 0), value=-INF))
             at_begin = (self.s == self.begin[:, :1]) & (begin == k)
-            cells.append(torch.where(at_begin, 0.0, _log_sum(terms)))
+            cells.append(torch.where(at_begin, 0.0, add(terms)))
         batch = torch.arange(len(self.end), device=self.s.device)
         scores = torch.stack(cells)[self.end.sum(1), batch, self.end[:, 0]] + self.zero
         return torch.where(self.poisoned, float("nan"), scores)
@@ -141,4 +142,4 @@ def tdt_lattice(
             that are negative or equal (on a GPU the boundary is moved inside, and nothing leads along a negative
             duration).
     """
-    return _Steps(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary).scores()
+    return Steps(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary).scores()

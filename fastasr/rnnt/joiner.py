@@ -94,8 +94,21 @@ def joiner_loss(
     1, V) logits. The arguments are those of ``pruned_joiner_loss``.
     """
     op = "rnnt.joiner_loss"
-    length, symbols, boundary = _checked(op, am, lm, weight, symbols, termination_symbol, boundary, rnnt_type)
     delay_penalty, factor = losses._numbers(op, delay_penalty, fastemit_lambda)
+    px, py, boundary = logprobs_of_joiner(
+        op, am, lm, weight, bias, symbols, termination_symbol, boundary, rnnt_type, use_hat_loss, activation,
+        keep_logits,
+    )  # fmt: skip
+    px, py = logprobs.lattice(op, px, py, boundary, rnnt_type, factor, delay_penalty)
+    return losses.over_lattice(op, px, py, boundary, reduction, False, zero_infinity)
+
+
+def logprobs_of_joiner(
+    op, am, lm, weight, bias, symbols, termination_symbol, boundary, rnnt_type, hat, activation, keep_logits
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checks the arguments of the function ``op`` and returns the joiner's px (B, S, T) and py (B, S + 1, T), and the
+    boundary."""
+    length, symbols, boundary = _checked(op, am, lm, weight, symbols, termination_symbol, boundary, rnnt_type)
     px, py = negligible(
         *ops.rnnt_joiner(
             *(am, lm, weight, bias, symbols, torch.zeros(am.shape[:2], dtype=torch.int64, device=am.device)),
@@ -103,13 +116,11 @@ def joiner_loss(
             termination_symbol=termination_symbol,
             boundary=boundary,
             activation=activation,
-            hat=_check.flag(op, "use_hat_loss", use_hat_loss),
+            hat=_check.flag(op, "use_hat_loss", hat),
             keep_logits=keep_logits,
         )
     )
-    px, py = px[:, :, :length].transpose(1, 2), py.transpose(1, 2)
-    px, py = logprobs.lattice(op, px, py, boundary, rnnt_type, factor, delay_penalty)
-    return losses.over_lattice(op, px, py, boundary, reduction, False, zero_infinity)
+    return px[:, :, :length].transpose(1, 2), py.transpose(1, 2), boundary
 
 
 class _Negligible(torch.autograd.Function):

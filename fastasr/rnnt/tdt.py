@@ -53,20 +53,10 @@ def tdt_loss(
         fastemit_lambda: the gradients of symbol arcs are multiplied by 1 + λ (FastEmit).
     """
     op = "rnnt.tdt_loss"
-    arguments.floating(op, "token_logits", token_logits, "(B, T, U + 1, V)")
-    arguments.floating(op, "duration_logits", duration_logits, "(B, T, U + 1, N)")
-    batch, frames, positions, classes = token_logits.shape
-    steps = _durations(op, durations, token_logits.device)
-    expected = batch, frames, positions, len(steps)
-    _check.shape(op, "duration_logits", duration_logits, f"{expected}", duration_logits.shape == expected)
-    arguments.class_index(op, "blank_token_id", blank_token_id, classes)
-    boundary = lengths.boundary(op, logit_lengths, target_lengths, batch, frames, positions - 1, token_logits)
-    targets = arguments.symbols(op, targets, positions - 1, classes, boundary, token_logits)
-    rows = F.pad(targets, (0, 1), value=blank_token_id).unsqueeze(1).expand(batch, frames, positions)
-    px, py = row_logprobs(token_logits, rows, blank_token_id)
-    wide = torch.promote_types(duration_logits.dtype, torch.float32)
-    pd = duration_logits.to(wide).log_softmax(-1)
-    return _loss(op, px[:, :, :-1], py, pd, steps, boundary, sigma, fastemit_lambda, reduction, zero_infinity)
+    found = logprobs_of_logits(
+        op, token_logits, duration_logits, targets, logit_lengths, target_lengths, blank_token_id, durations
+    )
+    return _loss(op, *found, sigma, fastemit_lambda, reduction, zero_infinity)
 
 
 def tdt_joiner_loss(
@@ -100,6 +90,39 @@ def tdt_joiner_loss(
         The other arguments are those of ``tdt_loss``.
     """
     op = "rnnt.tdt_joiner_loss"
+    px, py, pd, *rest = logprobs_of_joiner(
+        op, am, lm, weight, bias, targets, logit_lengths, target_lengths, blank_token_id, durations, activation,
+        dropout_p, keep_logits,
+    )  # fmt: skip
+    return _loss(op, *negligible(px, py, pd), *rest, sigma, fastemit_lambda, reduction, zero_infinity)
+
+
+# --------------------------------------------------------------------------- what the lattice reads
+def logprobs_of_logits(
+    op, token_logits, duration_logits, targets, logit_lengths, target_lengths, blank_token_id, durations
+) -> tuple[Tensor, ...]:
+    """Checks the arguments of the function ``op`` and returns px (B, T, U), py (B, T, U + 1), pd (B, T, U + 1, N), the
+    durations and the boundary."""
+    arguments.floating(op, "token_logits", token_logits, "(B, T, U + 1, V)")
+    arguments.floating(op, "duration_logits", duration_logits, "(B, T, U + 1, N)")
+    batch, frames, positions, classes = token_logits.shape
+    steps = _durations(op, durations, token_logits.device)
+    expected = batch, frames, positions, len(steps)
+    _check.shape(op, "duration_logits", duration_logits, f"{expected}", duration_logits.shape == expected)
+    arguments.class_index(op, "blank_token_id", blank_token_id, classes)
+    boundary = lengths.boundary(op, logit_lengths, target_lengths, batch, frames, positions - 1, token_logits)
+    targets = arguments.symbols(op, targets, positions - 1, classes, boundary, token_logits)
+    rows = F.pad(targets, (0, 1), value=blank_token_id).unsqueeze(1).expand(batch, frames, positions)
+    px, py = row_logprobs(token_logits, rows, blank_token_id)
+    wide = torch.promote_types(duration_logits.dtype, torch.float32)
+    return px[:, :, :-1], py, duration_logits.to(wide).log_softmax(-1), steps, boundary
+
+
+def logprobs_of_joiner(
+    op, am, lm, weight, bias, targets, logit_lengths, target_lengths, blank_token_id, durations, activation,
+    dropout_p=0.0, keep_logits=None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Does the same as ``logprobs_of_logits`` for the joiner dropout(activation(am + lm)) Wᵀ + bias."""
     for name, value, dims in (
         ("am", am, "(B, T, D)"), ("lm", lm, "(B, U + 1, D)"), ("weight", weight, "(V + N, D)")
     ):  # fmt: skip
@@ -122,7 +145,7 @@ def tdt_joiner_loss(
         dropout_p=float(dropout_p),
         dropout_seed=_weights_dropout.draw_seed(am.device) if dropout_p else None,
     )
-    return _loss(op, *negligible(*found), steps, boundary, sigma, fastemit_lambda, reduction, zero_infinity)
+    return *found, steps, boundary
 
 
 # --------------------------------------------------------------------------- what they share
