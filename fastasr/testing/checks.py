@@ -32,16 +32,28 @@ def _call(f: Callable[..., Tensor], arguments: dict) -> Tensor:
     return flat(f(**arguments))
 
 
+Layout = Callable[[str, Tensor], Tensor]  # from the name of an argument, or "cotangent", and its value
+
+
+def _contiguous(name: str, t: Tensor) -> Tensor:
+    return t.clone()
+
+
 def values_and_gradients(
-    f: Callable[..., Tensor], arguments: dict, cotangent: Tensor | None = None, draw: int = 0
+    f: Callable[..., Tensor],
+    arguments: dict,
+    cotangent: Tensor | None = None,
+    draw: int = 0,
+    layout: Layout = _contiguous,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Returns f's output, its gradients by argument, and the cotangent that they belong to."""
-    leaves = with_tensors(arguments, lambda _, t: t.detach().clone().requires_grad_())
+    leaves = with_tensors(arguments, lambda name, t: layout(name, t.detach()).requires_grad_())
     out = _call(f, leaves)
     if cotangent is None:
         cotangent = Make(out.dtype, out.device.type, f"cotangent {draw}").normal(*out.shape)
     names = list(floating(leaves))
-    grads = torch.autograd.grad(out, [leaves[n] for n in names], cotangent.to(out.dtype), allow_unused=True)
+    laid_out = layout("cotangent", cotangent.to(out.dtype))
+    grads = torch.autograd.grad(out, [leaves[n] for n in names], laid_out, allow_unused=True)
     return out, dict(zip(names, grads, strict=True)), cotangent
 
 
@@ -102,8 +114,11 @@ def compared(
     draw: int = 0,
     exact: bool = True,
     oracle: torch.dtype = torch.float64,
+    cotangent: Tensor | None = None,
+    layout: Layout = _contiguous,
 ) -> Iterator[tuple[str, Comparison]]:
-    """Yields what is compared with eager and the oracle, and how: the values and, if ``exact``, each gradient."""
+    """Yields what is compared with eager and the oracle, and how: the values and, if ``exact``, each gradient. The op's
+    own arguments and cotangent have this ``layout``; those of eager and the oracle are contiguous."""
     wide = with_tensors(arguments, lambda _, t: t.to(oracle))
     if not exact:
         with torch.no_grad():
@@ -117,8 +132,8 @@ def compared(
             )
         yield "values", compare(out, eager, reference)
         return
-    eager, eager_grads, cotangent = values_and_gradients(table.definition, arguments, draw=draw)
-    out, grads, _ = values_and_gradients(table.function, arguments, cotangent)
+    eager, eager_grads, cotangent = values_and_gradients(table.definition, arguments, cotangent, draw)
+    out, grads, _ = values_and_gradients(table.function, arguments, cotangent, layout=layout)
     with _drawing_like(dtype):
         reference, reference_grads, _ = values_and_gradients(table.definition, wide, cotangent)
     assert out.dtype == eager.dtype, f"dtype {out.dtype}, eager gives {eager.dtype}"
@@ -235,22 +250,48 @@ def _reversed_order(t: Tensor) -> Tensor:
     return t.permute(order).contiguous().permute(order)
 
 
+def _agree(
+    table: OpTable,
+    arguments: Callable[[torch.dtype, int], dict],
+    dtype: torch.dtype,
+    draws: int,
+    layouts: dict[str, Layout],
+    cotangent: Callable[[torch.dtype, int], Tensor | None] = lambda dtype, draw: None,
+) -> None:
+    """Asserts that a call gives the same results in each of the layouts as with contiguous tensors.
+
+    Sums in another order differ by more than ``_close`` allows where their terms cancel. Then the results of all these
+    calls must be as near to float64 as eager's, by the contract's own tolerance.
+    """
+
+    def one_draw(draw: int, single: bool) -> Iterator[tuple[str, Comparison]]:
+        kind = torch.float32 if single else dtype
+        for name, layout in {"contiguous": _contiguous, **layouts}.items():
+            given, weights = arguments(kind, draw), cotangent(kind, draw)
+            for what, comparison in compared(table, given, kind, draw, cotangent=weights, layout=layout):
+                yield f"{name}, {what}", comparison
+
+    given = arguments(dtype, 0)
+    out, grads, weights = values_and_gradients(table.function, given, cotangent(dtype, 0))
+    try:
+        for name, layout in layouts.items():
+            other, other_grads, _ = values_and_gradients(table.function, given, weights, layout=layout)
+            _close(other.detach(), out.detach(), name)
+            for argument, grad in other_grads.items():
+                _close(grad, grads[argument], f"{name}, gradient of {argument}")
+    except AssertionError:
+        _assert_judged(one_draw, draws)
+
+
 def strides(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
     """Transposed, sliced, reordered and unaligned arguments and gradients give the same results as contiguous ones."""
-    arguments = _make(sample, dtype, device)
-    out, grads, cotangent = values_and_gradients(table.function, arguments)
-    for layout in (_transposed, _sliced, _offset, _reversed_order):
-        leaves = dict(arguments)
-        for name, t in floating(arguments).items():
-            leaves[name] = layout(t).requires_grad_()
-        other = _call(table.function, leaves)
-        _close(other.detach(), out.detach(), layout.__name__)
-        names = list(floating(leaves))
-        other_grads = torch.autograd.grad(
-            other, [leaves[n] for n in names], layout(cotangent), allow_unused=True
-        )
-        for name, grad in zip(names, other_grads, strict=True):
-            _close(grad, grads[name], f"{layout.__name__}, gradient of {name}")
+
+    def make(dtype: torch.dtype, draw: int) -> dict:
+        return _make(sample, dtype, device, draw)
+
+    layouts = (_transposed, _sliced, _offset, _reversed_order)
+    layouts = {f.__name__: lambda _, t, f=f: f(t) for f in layouts}
+    _agree(table, make, dtype, sample.draws, layouts)
 
 
 def expanded(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
@@ -261,24 +302,23 @@ def expanded(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) ->
     def one_row(name: str, t: Tensor) -> Tensor:
         return t[:1].expand_as(t) if name in table.rows and t.dim() > 1 else t
 
-    arguments = with_tensors(_make(sample, dtype, device), lambda name, t: one_row(name, t).contiguous())
-    out, grads, cotangent = values_and_gradients(table.function, arguments)
-    leaves = with_tensors(arguments, lambda name, t: one_row(name, t).requires_grad_())
-    other = _call(table.function, leaves)
-    _close(other.detach(), out.detach(), "values of expanded arguments")
-    found = torch.autograd.grad(other, list(floating(leaves).values()), cotangent, allow_unused=True)
-    for name, grad in zip(grads, found, strict=True):
-        _close(grad, grads[name], f"expanded arguments, gradient of {name}")
+    def make(dtype: torch.dtype, draw: int) -> dict:
+        return _make(sample, dtype, device, draw)
 
-    arguments = with_tensors(_make(sample, dtype, device), lambda _, t: t.requires_grad_())
-    leaves = list(floating(arguments).values())
-    out = _call(table.function, arguments)
-    for sizes in ((), out.shape[-1:]):
-        cotangent = Make(out.dtype, device, "cotangent").normal(*sizes).expand(out.shape)
-        expected = torch.autograd.grad(_call(table.function, arguments), leaves, cotangent.contiguous())
-        actual = torch.autograd.grad(_call(table.function, arguments), leaves, cotangent)
-        for name, a, b in zip(floating(arguments), actual, expected, strict=True):
-            _close(a, b, f"gradient of {name}")
+    def rows_alike(dtype: torch.dtype, draw: int) -> dict:
+        return with_tensors(make(dtype, draw), lambda name, t: one_row(name, t).contiguous())
+
+    _agree(table, rows_alike, dtype, sample.draws, {"expanded arguments": one_row})
+    shape = _call(table.function, make(dtype, 0)).shape
+    for sizes in ((), shape[-1:]):
+
+        def alike(dtype: torch.dtype, draw: int, sizes=sizes) -> Tensor:
+            return Make(dtype, device, f"cotangent {draw}").normal(*sizes).expand(shape).contiguous()
+
+        def one_value(name: str, t: Tensor, sizes=sizes) -> Tensor:
+            return t[(0,) * (t.dim() - len(sizes))].expand_as(t) if name == "cotangent" else t
+
+        _agree(table, make, dtype, sample.draws, {"expanded gradient": one_value}, alike)
 
 
 def poisoned(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
