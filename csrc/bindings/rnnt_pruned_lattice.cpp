@@ -64,9 +64,10 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_forward(const Tensor& x, const Te
                                                        const Optional& boundary, bool modified, bool keep) {
   const char* op = "rnnt_pruned_lattice_forward";
   check_like(x, x, op, "symbol_logprobs");
-  check_same_size(y, x, op, "blank_logprobs");
-  check(x.dim() == 3 && x.size(2) >= 1 && has_sizes(starts, {x.size(0), x.size(1)}), op, "sizes");
+  check_like(y, x, op, "blank_logprobs");
+  check(x.dim() == 3, op, "sizes");
   const int64_t batch = x.size(0), frames = x.size(1), window = x.size(2), groups = groups_of(batch);
+  check(window >= 1 && has_sizes(y, {batch, frames, window}) && has_sizes(starts, {batch, frames}), op, "sizes");
   const cpu::BandSize size{frames, window, modified};
   const std::vector<Boundary> boundaries = checked_band(starts, boundary, window, op);
   Tensor scores = new_pooled<1>(x, {batch});

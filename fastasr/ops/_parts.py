@@ -19,6 +19,7 @@ from torch import (
     promote_types,
     strided,
 )
+from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.autograd import Function
 from torch.compiler import is_compiling
 

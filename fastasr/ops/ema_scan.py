@@ -189,12 +189,17 @@ def _with_complex_states(scan: Callable) -> Callable:
 
 def _complex_states(scan: Callable) -> Callable:
     @functools.wraps(scan)
-    def function(*arguments, state: Tensor | None = None, **options):
-        complex_state = isinstance(state, Tensor) and state.dim() == 3 and state.dtype in COMPLEX
-        if complex_state:
-            state = torch.view_as_real(state.resolve_conj())
-        found = scan(*arguments, state=state, **options)
-        if isinstance(found, tuple) and (state is None or complex_state):
+    def function(  # the names stand here once more because *arguments and **options take a tenth of a small call's time
+        x, alpha, delta, theta, gamma, omega=None, *, state=None, return_state=False, padding_mask=None,
+        truncation=None, direction="forward", activation="identity", layout="LBD",
+    ):  # fmt: skip
+        is_complex = isinstance(state, Tensor) and state.dim() == 3 and state.dtype in COMPLEX
+        found = scan(
+            x, alpha, delta, theta, gamma, omega, padding_mask=padding_mask, return_state=return_state,
+            state=torch.view_as_real(state.resolve_conj()) if is_complex else state,
+            truncation=truncation, direction=direction, activation=activation, layout=layout,
+        )  # fmt: skip
+        if return_state and (state is None or is_complex):
             return found[0], torch.view_as_complex(found[1])
         return found
 

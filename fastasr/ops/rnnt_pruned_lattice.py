@@ -167,7 +167,6 @@ def _fast(kernels, keep: bool, x, y, starts, boundary, modified: bool, return_oc
     check=_check,
     launch=launch,
     fast=_fast,
-    fits="symbol_logprobs.shape == blank_logprobs.shape",  # the kernels count the elements alone
 )
 def rnnt_pruned_lattice(
     symbol_logprobs: Annotated[Tensor, "B T R, R >= 1"],

@@ -103,3 +103,12 @@ def test_the_operator_differentiates_the_formula_where_no_kernel_serves(name):
     table = tables()[name]
     with fastasr.backend("eager"):
         checks.gradcheck(table, table.thorough[0], torch.float64, "cpu")
+
+
+def test_transforms_of_torch_func_are_refused():
+    """The direct path leaves out ``Function.apply``, which refuses these transforms."""
+    x, scale = torch.randn(2, 3), torch.randn(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.vmap(lambda row: ops.bypass(row, row, scale))(x)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda s: ops.bypass(x, x, s).sum())(scale)

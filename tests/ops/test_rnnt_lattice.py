@@ -154,3 +154,10 @@ def test_an_end_that_is_a_cell_of_the_band_but_not_reached_gives_zeros(name, mod
     assert scores.tolist() == [-INF]
     for grad in torch.autograd.grad(scores.sum(), (x, y)):
         assert torch.equal(grad, torch.zeros(1, 4, 5))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4), (2, 4, 3), (24,)], ids=str)
+def test_blanks_of_as_many_elements_but_another_shape_are_refused(shape):
+    x, starts = torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"blank_logprobs: expected shape \(2, 3, 4\)"):
+        ops.rnnt_pruned_lattice(x, torch.randn(shape), starts)
