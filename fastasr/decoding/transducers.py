@@ -3,6 +3,9 @@
 
 import torch
 
+from fastasr.decoding import label_looping
+from fastasr.decoding.looping_transducers import Unserved
+
 BEFORE_THE_SENTENCE = -1  # embeds as zeros
 
 
@@ -48,6 +51,43 @@ class OnnxTransducer:
 
     def join(self, frames, predictions):
         return self.model.run_joiner(frames.contiguous(), predictions.contiguous())
+
+
+class RecurrentTransducer:
+    """A transducer whose predictor has a state: torchaudio's RNN-T, transformers' ParakeetForRNNT and ParakeetForTDT. A
+    state (floats,) holds the predictor's output too."""
+
+    context_size = 1
+
+    def __init__(self, name, looping):
+        self.name, self.looping = name, looping
+        self.blank_id, self.unk_id = looping.blank_id, looping.skipped
+        self.weights = self._current()
+        self.device = self.weights.embedding.device
+
+    def _current(self):
+        try:
+            return self.looping.looping().weights
+        except Unserved as reason:
+            model = type(self.looping.model).__name__
+            raise TypeError(f"{self.name}: this {model} cannot be searched: {reason}") from None
+
+    def project(self, encoder_out):
+        self.weights = self._current()  # they may have changed since the last call
+        return self.looping.projected(encoder_out.to(self.device))
+
+    def step(self, tokens, states):
+        """Returns states (rows, floats) after these tokens; a state of None is that before the first."""
+        w = self.weights
+        before = w.embedding.new_zeros(2 * len(w.layers) * w.hidden + len(w.linear[0]))
+        rows = torch.stack([before if state is None else state for state in states])
+        return label_looping.predict(w, torch.tensor(tokens, device=self.device)[:, None], rows)
+
+    def predictions(self, states):
+        return states[:, -len(self.weights.linear[0]) :]
+
+    def join(self, frames, predictions):
+        return label_looping.join(self.weights, frames, predictions)
 
 
 def as_transducer(name, model):
