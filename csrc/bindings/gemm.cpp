@@ -7,11 +7,8 @@
 namespace fastasr {
 namespace {
 
-// Multiplies (M, K) by (K, N) of any strides, plus a contiguous bias (N) or none, and returns (M, N), contiguous, in
-// float32.
-Tensor gemm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
-  const auto& kernel = cpu::kernels<cpu::GemmKernels>();
-  const char* op = "gemm";
+// Returns the product of (M, K) by (K, N) of any strides in float32, plus a contiguous bias (N) or none, without its C.
+cpu::Gemm checked(const Tensor& a, const Tensor& b, const Optional& bias, const char* op) {
   for (const Tensor* t : {&a, &b})
     check(t->dim() == 2 && t->scalar_type() == ScalarType::Float, op, "a and b are float32 matrices");
   check(a.size(1) == b.size(0) && a.size(1) > 0, op, "the inner sizes differ or are 0");
@@ -24,6 +21,26 @@ Tensor gemm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias)
     check(bias->numel() == g.n, op, "sizes of bias");
     g.bias = data<float>(*bias);
   }
+  return g;
+}
+
+// Multiplies few rows by B, whose inputs lie next to each other, and returns (M, N), contiguous.
+Tensor gemm_few_rows(const Tensor& a, const Tensor& b, const Optional& bias) {
+  const auto& kernel = cpu::kernels<cpu::FewRowsGemm>();
+  const char* op = "gemm_few_rows";
+  cpu::Gemm g = checked(a, b, bias, op);
+  const int64_t groups = kernel.groups(g);
+  check(groups > 0, op, "expected 1 to ", cpu::kFewRows, " rows, 8 columns or more, and contiguous inputs");
+  const Tensor c = new_pooled<2>(a, {g.m, g.n});
+  g.c = mutable_data<float>(c);
+  parallel_tasks(groups, g.n * g.k / groups, [&](int64_t begin, int64_t end) { kernel.products(g, begin, end); });
+  return c;
+}
+
+// Does the same for operands of any strides and sizes.
+Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias) {
+  const auto& kernel = cpu::kernels<cpu::GemmKernels>();
+  cpu::Gemm g = checked(a, b, bias, "gemm");
   Tensor c = new_pooled<2>(a, {g.m, g.n});
   if (c.numel() == 0) return c;
   g.c = mutable_data<float>(c);
@@ -50,6 +67,7 @@ Tensor gemm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias)
 
 }  // namespace
 
-FASTASR_OPERATORS({"gemm(Tensor a, Tensor b, Tensor? bias) -> Tensor", TORCH_BOX(&gemm)})
+FASTASR_OPERATORS({"gemm(Tensor a, Tensor b, Tensor? bias) -> Tensor", TORCH_BOX(&gemm)},
+                  {"gemm_few_rows(Tensor a, Tensor b, Tensor? bias) -> Tensor", TORCH_BOX(&gemm_few_rows)})
 
 }  // namespace fastasr

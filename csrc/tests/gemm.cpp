@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/gemm/gemm.h"
 
+#include <array>
+
 #include "tests/check.h"
 
 namespace fastasr::test {
@@ -51,6 +53,22 @@ struct Problem {
   }
 };
 
+// Checks the product, which the problem holds, against exact sums; chains of terms are at most so long.
+void check_values(Problem& p, bool with_bias, int64_t terms) {
+  const auto [m, n, k] = std::array{p.g.m, p.g.n, p.g.k};
+  for (int64_t at = 0; at < p.c.size(); at++) {
+    const int64_t i = at / (n + 7), j = at % (n + 7);
+    if (j >= n) {
+      CHECK(p.c.unset(at), "wrote behind a row");
+      continue;
+    }
+    Sum sum;
+    sum.add(with_bias ? p.bias(j) : 0);
+    for (int64_t l = 0; l < k; l++) sum.add(p.a(i * p.la.row + l * p.la.column) * p.b(l * p.lb.row + j * p.lb.column));
+    EXPECT_WITHIN(p.c, at, sum.value, static_cast<long double>(terms) * 0x1p-24L * sum.size);
+  }
+}
+
 void values(int64_t m, int64_t n, int64_t k, int kind_a, int kind_b) {
   INFO(m, "x", n, "x", k, " layouts ", kind_a, " and ", kind_b);
   const bool with_bias = (m + n + k) % 2;
@@ -63,18 +81,36 @@ void values(int64_t m, int64_t n, int64_t k, int kind_a, int kind_b) {
     if (count) strips.run_strips(count);
     CHECK(!count || p.c.equals(strips.c), "strips have other bits");
   }
-  for (int64_t at = 0; at < p.c.size(); at++) {
-    const int64_t i = at / (n + 7), j = at % (n + 7);
-    if (j >= n) {
-      CHECK(p.c.unset(at), "wrote behind a row");
-      continue;
-    }
-    Sum sum;
-    sum.add(with_bias ? p.bias(j) : 0);
-    for (int64_t l = 0; l < k; l++) sum.add(p.a(i * p.la.row + l * p.la.column) * p.b(l * p.lb.row + j * p.lb.column));
-    const long double chain = std::min(k, cpu::kGemmChain) + (k + cpu::kGemmChain - 1) / cpu::kGemmChain + 1;
-    EXPECT_WITHIN(p.c, at, sum.value, chain * 0x1p-24L * sum.size);
-  }
+  check_values(p, with_bias, std::min(k, cpu::kGemmChain) + (k + cpu::kGemmChain - 1) / cpu::kGemmChain + 1);
+}
+
+// A few rows read B where it lies: any split gives the same bits, and so does any number of rows beside them.
+void few_rows(int64_t m, int64_t n, int64_t k) {
+  INFO(m, " rows, ", n, "x", k);
+  const auto& kernel = cpu::kernels<cpu::FewRowsGemm>();
+  const bool with_bias = (m + n + k) % 2;
+  Problem p(m, n, k, 0, 1, with_bias), pieces(m, n, k, 0, 1, with_bias);
+  const int64_t groups = kernel.groups(p.g);
+  CHECK(groups > 0, "the product does not fit");
+  kernel.products(p.g, 0, groups);
+  in_pieces(groups, 3, [&](int64_t begin, int64_t end) { kernel.products(pieces.g, begin, end); });
+  CHECK(p.c.equals(pieces.c), "the split shows");
+  check_values(p, with_bias, 64 + 4 + (k + 255) / 256 + 1);
+  Problem some(m, n, k, 0, 1, with_bias);
+  in_pieces(m, 2, [&](int64_t begin, int64_t end) {
+    cpu::Gemm g = some.g;
+    g.a += begin * g.a_row, g.c += begin * g.c_row, g.m = end - begin;
+    kernel.products(g, 0, kernel.groups(g));
+  });
+  CHECK(p.c.equals(some.c), "rows by two differ from all at once");
+}
+
+void no_few_rows() {
+  const auto& kernel = cpu::kernels<cpu::FewRowsGemm>();
+  for (int kind = 0; kind < 9; kind++)
+    CHECK((kernel.groups(Problem(3, 40, 20, kind / 3, kind % 3, false).g) > 0) == (kind == 1), "strides");
+  CHECK(kernel.groups(Problem(cpu::kFewRows + 1, 40, 20, 0, 1, false).g) == 0, "many rows");
+  CHECK(kernel.groups(Problem(3, 7, 20, 0, 1, false).g) == 0, "few columns");
 }
 
 }  // namespace
@@ -86,6 +122,10 @@ TEST_CASE("gemm") {
         for (int kind = 0; kind < 9; kind++) values(m, n, k, kind / 3, kind % 3);
   for (int kind = 0; kind < 9; kind++) values(37, 65, 400, kind / 3, kind % 3);
   values(113, 530, 20, 0, 1);  // more than one block of rows and of columns
+  for (int64_t m = 1; m <= cpu::kFewRows; m++)
+    for (const int64_t n : {8, 13, 40})
+      for (const int64_t k : {1, 16, 41, 1100}) few_rows(m, n, k);
+  no_few_rows();
 }
 
 }  // namespace fastasr::test

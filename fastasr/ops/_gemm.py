@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix product around a kernel: torch's or fastasr's own, whichever was measured faster on this machine.
+"""The matrix product around a kernel: torch's or one of fastasr's own, whichever was measured faster on this machine.
 
 torch's float32 products go through MKL, which takes a slow path on some CPUs. fastasr's own product
 (csrc/cpu/gemm/gemm.h) packs every operand, whatever its strides, and writes to memory that was used before, which is
-faster for large results and for transposed operands, as gradients have. The choice is measured, never guessed from a
-vendor name: the first call of each shape class runs both on its own operands (a few calls' time), and the winner is
-kept on disk by CPU, torch version and thread count. It must beat torch by 3 % to be taken. Only float32 on CPU has a
-choice; torch computes everything else.
+faster for large results and for transposed operands, as gradients have. A third one, for fewer than 16 rows as in a
+stream's chunk, reads each weight once, where it lies. The choice is measured, never guessed from a vendor name: the
+first call of each shape class runs both on its own operands (a few calls' time), and the winner is kept on disk by
+CPU, torch version and thread count. It must beat torch by 3 % to be taken. Only float32 on CPU has a choice; torch
+computes everything else.
 
 Environment: ``FASTASR_GEMM=auto|torch|native``, ``FASTASR_CACHE=<folder>`` (default: the user's cache folder).
 """
@@ -31,10 +32,11 @@ from fastasr.ops._dispatch import reason_cpu
 
 _log = logging.getLogger("fastasr")
 _MARGIN = 0.97
-_REVISION = 2  # of fastasr's product and of how it is measured: choices of another one are not read
+_REVISION = 3  # of fastasr's product and of how it is measured: choices of another one are not read
 _REPETITIONS = 3  # at least, and more of them as long as all together take less than _SHORT_S
 _SHORT_S = 0.05
 _BUDGET_S = 0.5
+_MOST_FEW, _LEAST_OUTPUTS = 15, 8  # rows and outputs of csrc/cpu/gemm/few_rows.simd.cpp
 _SMALL = 1 << 16
 _CLEAR = 1.1  # Stop after the fewest repetitions once fastasr's product is this much slower.
 
@@ -50,6 +52,14 @@ def _native(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.view(*a.shape[:-1], b.shape[1])
 
 
+def _few_rows(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    if w.stride(1) != 1 or len(w) < _LEAST_OUTPUTS:
+        return F.linear(x, w, b)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = torch.ops.fastasr_cpu.gemm_few_rows.default(rows, w.t(), None if b is None else b.contiguous())
+    return y.view(*x.shape[:-1], len(w))
+
+
 _PRODUCTS: dict[str, dict[str, Callable[..., Tensor]]] = {
     "torch": {
         "forward": F.linear,
@@ -62,6 +72,11 @@ _PRODUCTS: dict[str, dict[str, Callable[..., Tensor]]] = {
         "weight_grad": lambda g, x: _native(g.t(), x),
     },
 }
+_FEW_ROWS = "few rows"  # a third for the forward product of few rows; its bits are not those of "native"
+
+
+def _function(product: str, operation: str) -> Callable[..., Tensor]:
+    return _few_rows if product == _FEW_ROWS else _PRODUCTS[product][operation]
 
 
 # --------------------------------------------------------------------------- what has been measured
@@ -96,7 +111,7 @@ def _read(path: Path) -> dict[str, str]:
     except (OSError, ValueError, TypeError):
         return {}
     # another version of fastasr may have written products that this one does not have
-    return {key: product for key, product in content.items() if product in ("torch", "native")}
+    return {key: product for key, product in content.items() if product in (*_PRODUCTS, _FEW_ROWS)}
 
 
 def _remember(key: str, choice: str) -> None:
@@ -131,30 +146,33 @@ def _decide(key: tuple, operands: tuple) -> str:
     if _saved is None:
         _saved = _read(cache_file())
     if name not in _saved:
-        _saved[name] = _measure(operation, operands)
+        few = operation == "forward" and 1 << m <= _MOST_FEW + 1 and not reason_cpu("gemm_few_rows")
+        _saved[name] = _measure(operation, operands, few)
         _remember(name, _saved[name])
     return _saved[name]
 
 
 def _timed(product: str, operation: str, operands: tuple) -> float:
     begin = time.perf_counter()
-    _PRODUCTS[product][operation](*operands)
+    _function(product, operation)(*operands)
     return time.perf_counter() - begin
 
 
-def _measure(operation: str, operands: tuple) -> str:
+def _measure(operation: str, operands: tuple, few: bool) -> str:
     start = time.perf_counter()
-    for product in _PRODUCTS:  # the first run packs and allocates
+    best = dict.fromkeys([*_PRODUCTS, *([_FEW_ROWS] if few else [])], math.inf)
+    for product in best:  # the first run packs and allocates
         _timed(product, operation, operands)
-    theirs = ours = math.inf
+    theirs, ours, taken = math.inf, math.inf, ""
     for repetition in range(5 * _REPETITIONS):
         spent, clear = time.perf_counter() - start, ours > _CLEAR * theirs
         # one call may have waited for another process: a short product is measured often
         if spent > _BUDGET_S or (repetition >= _REPETITIONS and (spent > _SHORT_S or clear)):
             break
-        theirs = min(theirs, _timed("torch", operation, operands))
-        ours = min(ours, _timed("native", operation, operands))
-    return "native" if ours < _MARGIN * theirs else "torch"
+        best = {p: min(seconds, _timed(p, operation, operands)) for p, seconds in best.items()}
+        theirs = best["torch"]
+        ours, taken = min((seconds, product) for product, seconds in best.items() if product != "torch")
+    return taken if ours < _MARGIN * theirs else "torch"
 
 
 def _call(operation: str, m: int, n: int, k: int, *operands: Tensor | None) -> Tensor:
@@ -165,7 +183,7 @@ def _call(operation: str, m: int, n: int, k: int, *operands: Tensor | None) -> T
     key = (operation, m.bit_length(), n, k, torch.get_num_threads())
     f = _choices.get(key)
     if f is None:
-        f = _choices[key] = _PRODUCTS[_decide(key, operands)][operation]
+        f = _choices[key] = _function(_decide(key, operands), operation)
     return f(*operands)
 
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastasr import ops
 from fastasr.ops import _gemm
@@ -59,6 +60,45 @@ def test_threads_and_rows_do_not_change_a_bit():
         torch.set_num_threads(threads)
     assert torch.equal(native(x[7:20], w, b), y[7:20])
     assert torch.equal(native(x.view(1, 331, 500), w, b)[0], y)
+
+
+@needs_both
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 15])
+def test_few_rows(rows):
+    """The error is that of torch's product, and rows, threads and strides do not change a bit."""
+    x, w, b = torch.randn(rows, 1500), torch.randn(77, 1500), torch.randn(77)
+    y = _gemm._few_rows(x, w, b)
+    exact, mkl = F.linear(x.double(), w.double(), b.double()), F.linear(x, w, b)
+    error, allowed = ((t - exact).square().mean().sqrt() for t in (y, mkl))
+    assert error <= 1.5 * allowed + 1e-7
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(_gemm._few_rows(x, w, b), y)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(_gemm._few_rows(x[-1:], w, b), y[-1:])
+    wide = torch.randn(rows, 3000)[:, ::2].copy_(x)
+    assert torch.equal(_gemm._few_rows(wide[None], torch.randn(77, 1600)[:, :1500].copy_(w), b)[0], y)
+
+
+@needs_both
+@pytest.mark.parametrize(("rows", "offered"), [(1, True), (15, True), (16, False)])
+def test_few_rows_are_offered_a_third_product(fresh, monkeypatch, rows, offered):
+    taken = []
+    monkeypatch.setattr(
+        _gemm, "_timed", lambda product, *_: taken.append(product) or float(product != "few rows")
+    )
+    x, w = (torch.randint(-9, 9, (n, 512)).float() for n in (rows, 256))  # sums are exact
+    _gemm.forward(x, w, None)
+    assert ("few rows" in taken) == offered
+    (choice,) = json.loads(next(fresh.iterdir()).read_text()).values()
+    assert choice == ("few rows" if offered else "torch")
+    _gemm.forget()
+    expected = F.linear(x.double(), w.double()).float()
+    assert torch.equal(_gemm.forward(x, w, None), expected)  # by the choice on disk
+    assert torch.equal(_gemm.forward(x, w.t().contiguous().t(), None), expected)
+    assert torch.equal(_gemm.input_grad(x, w.t()), expected)
 
 
 @pytest.fixture

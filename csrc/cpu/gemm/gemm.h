@@ -45,4 +45,15 @@ struct GemmKernels {
   void (*strips)(const Gemm& g, const float* a, int64_t count, int64_t begin, int64_t end);
 };
 
+// The same for few rows, where reading B is most of the cost: B is read once, where it lies. Sums run in chains of at
+// most 64 terms in every lane of a vector, so its bits are not those of the product above; they do not depend on the
+// number of rows either.
+inline constexpr int64_t kFewRows = 15;
+
+struct FewRowsGemm {
+  // Returns groups of columns; 0 if there are more than kFewRows rows, fewer than 8 columns, or inputs (k) with gaps.
+  int64_t (*groups)(const Gemm& g);
+  void (*products)(const Gemm& g, int64_t begin, int64_t end);  // computes groups [begin, end)
+};
+
 }  // namespace fastasr::cpu
