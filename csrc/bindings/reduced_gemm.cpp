@@ -18,7 +18,12 @@ cpu::WeightFormat format_of(int64_t format) {
 int64_t size_of(int64_t n, int64_t k, cpu::WeightFormat format) {
   return cpu::reduced_panels(n) * cpu::kReducedColumns * (cpu::reduced_words(k, format) + 2);
 }
-cpu::ReducedWeights parts_of(const Tensor& packed, int64_t n, int64_t k, cpu::WeightFormat format) {
+struct Parts {
+  int32_t* words;
+  float* scale;
+  int32_t* sum;
+};
+Parts parts_of(const Tensor& packed, int64_t n, int64_t k, cpu::WeightFormat format) {
   const int64_t columns = cpu::reduced_panels(n) * cpu::kReducedColumns;
   auto* const words = reinterpret_cast<int32_t*>(mutable_data<float>(packed));
   auto* const scale = reinterpret_cast<float*>(words + columns * cpu::reduced_words(k, format));
@@ -34,10 +39,11 @@ Tensor reduced_pack(const Tensor& weight, int64_t format) {
   check(k > 0 && k <= cpu::kReducedMostInputs && n > 0, kOp, "the weight has 1 to 65536 inputs");
   check(k == 1 || weight.stride(1) == 1, kOp, "rows of the weight are contiguous");
   const Tensor packed = new_contiguous(weight, {size_of(n, k, f)});
-  const cpu::ReducedWeights out = parts_of(packed, n, k, f);
+  const auto [words, scale, sum] = parts_of(packed, n, k, f);
   const auto* const w = data<float>(weight);
-  parallel_tasks(cpu::reduced_panels(n), cpu::kReducedColumns * k,
-                 [&](int64_t begin, int64_t end) { cpu::pack_reduced(w, n, k, weight.stride(0), f, out, begin, end); });
+  parallel_tasks(cpu::reduced_panels(n), cpu::kReducedColumns * k, [&](int64_t begin, int64_t end) {
+    cpu::pack_reduced(w, n, k, weight.stride(0), f, words, scale, sum, begin, end);
+  });
   return packed;
 }
 
@@ -51,7 +57,8 @@ Tensor reduced_linear(const Tensor& x, const Tensor& packed, const Optional& bia
   check(g.k > 0 && n > 0 && is_dense(packed, ScalarType::Float, {size_of(n, g.k, g.format)}), kOp,
         "the packed weight has another size");
   g.x = data<float>(x), g.x_row = row_stride(x, kOp, "x");
-  g.weights = parts_of(packed, n, g.k, g.format);
+  const Parts parts = parts_of(packed, n, g.k, g.format);
+  g.weights = {parts.words, parts.scale, parts.sum};
   if (bias) {
     check_like(*bias, x, kOp, "bias");
     check(bias->numel() == n && bias->is_contiguous(), kOp, "sizes of bias");
@@ -59,7 +66,7 @@ Tensor reduced_linear(const Tensor& x, const Tensor& packed, const Optional& bia
   }
   const Tensor y = new_pooled<2>(x, {g.m, n});
   if (g.m == 0) return y;
-  g.y = mutable_data<float>(y);
+  g.y = mutable_data<float>(y), g.y_row = n;
   const int64_t words = cpu::reduced_words(g.k, g.format);
   const Scratch<int32_t> rows(g.m * (words + 2));
   g.rows = rows.data(), g.zero = g.rows + g.m * words, g.step = reinterpret_cast<float*>(g.zero + g.m);

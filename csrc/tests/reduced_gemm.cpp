@@ -20,9 +20,12 @@ struct Problem {
 
   Problem(WeightFormat format_, int64_t m_, int64_t n_, int64_t k_)
       : format(format_), m(m_), n(n_), k(k_), rows(m * words), packed(columns * words), zero(m), sum(columns) {
-    cpu::pack_reduced(w, n, k, k + 3, format, {packed.data(), scale, sum.data()}, 0, cpu::reduced_panels(n));
-    g = {x, k + 5, rows.data(), step, zero.data(), {packed.data(), scale, sum.data()}, n % 2 ? bias.data() : nullptr,
-         y, m,     n,           k,    format};
+    pack();
+    g = {x, k + 5, rows.data(), step, zero.data(), {packed.data(), scale, sum.data()}, n % 2 ? bias.data() : nullptr, y,
+         n, m,     n,           k,    format};
+  }
+  void pack() {
+    cpu::pack_reduced(w, n, k, k + 3, format, packed.data(), scale, sum.data(), 0, cpu::reduced_panels(n));
   }
   const cpu::ReducedGemmKernels& kernel = cpu::kernels<cpu::ReducedGemmKernels>();
   void run(int64_t pieces) {
@@ -107,7 +110,7 @@ TEST_CASE("reduced_gemm of the largest numbers") {  // sums of 16 bits would sat
   Problem p(WeightFormat::int8, 3, 32, 4096);
   for (int64_t at = 0; at < p.w.size(); at++) p.w[at] = at % (2 * (p.k + 3)) < p.k + 3 ? 1 : -1;
   for (int64_t at = 0; at < p.x.size(); at++) p.x[at] = 1;
-  cpu::pack_reduced(p.w, p.n, p.k, p.k + 3, p.format, p.g.weights, 0, 1);
+  p.pack();
   p.run(1);
   for (int64_t at = 0; at < p.y.size(); at++) {
     const double expected = at % p.n % 2 ? -4096 : 4096;
@@ -120,7 +123,7 @@ TEST_CASE("reduced_gemm keeps what is not finite") {
     Problem p(WeightFormat::int8, 3, 5, 40);
     p.x[1 * 45 + 39] = bad;
     p.w[3 * 43 + 7] = bad;
-    cpu::pack_reduced(p.w, p.n, p.k, p.k + 3, p.format, p.g.weights, 0, 1);
+    p.pack();
     p.run(1);
     for (int64_t i = 0; i < 3; i++)
       for (int64_t j = 0; j < 5; j++)

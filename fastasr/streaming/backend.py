@@ -25,7 +25,7 @@ class Backend(abc.ABC):
     Args:
         model: a model in eval mode and float32 with ``encoder`` and ``encoder_embed``.
         chunk_size, left_context_frames: frames of the encoder, 20 ms each.
-        weights: "fp32", "bf16" or "int8", the storage of the large matrices; products are summed in fp32.
+        weights: "fp32", "bf16" or "int8", the storage of the large matrices.
         threads: threads of a call on a CPU.
 
     ``streams_bytes`` counts the bytes of all states, ``weights_bytes`` those of the backend's own copy of the weights,

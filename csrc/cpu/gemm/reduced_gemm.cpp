@@ -20,24 +20,24 @@ float scale_of(const float* w, int64_t k) {
 
 }  // namespace
 
-void pack_reduced(const float* w, int64_t n, int64_t k, int64_t stride, WeightFormat format, const ReducedWeights& out,
-                  int64_t begin, int64_t end) {
-  const int64_t words = reduced_words(k, format);
+void pack_reduced(const float* w, int64_t n, int64_t k, int64_t stride, WeightFormat format, int32_t* words,
+                  float* scale, int32_t* sum, int64_t begin, int64_t end) {
+  const int64_t length = reduced_words(k, format);
   const bool int8 = format == WeightFormat::int8;
   const int64_t each = int8 ? 4 : 2, first = begin * kReducedColumns;
-  std::memset(out.words + first * words, 0, static_cast<size_t>((end - begin) * kReducedColumns * words) * 4);
+  std::memset(words + first * length, 0, static_cast<size_t>((end - begin) * kReducedColumns * length) * 4);
   for (int64_t j = first; j < end * kReducedColumns; j++) {
-    int32_t* const column = out.words + j / kReducedColumns * kReducedColumns * words + j % kReducedColumns;
+    int32_t* const column = words + j / kReducedColumns * kReducedColumns * length + j % kReducedColumns;
     const float* const row = w + j * stride;
-    if (int8) out.scale[j] = 0, out.sum[j] = 0;
+    if (int8) scale[j] = 0, sum[j] = 0;
     if (j >= n) continue;
-    if (int8) out.scale[j] = scale_of(row, k);
-    if (int8 && !std::isfinite(out.scale[j])) continue;
+    if (int8) scale[j] = scale_of(row, k);
+    if (int8 && !std::isfinite(scale[j])) continue;
     for (int64_t i = 0; i < k; i++) {
       char* const at = reinterpret_cast<char*>(column + i / each * kReducedColumns) + i % each * (4 / each);
       if (int8) {
-        const auto q = static_cast<int8_t>(std::lrint(row[i] / out.scale[j]));
-        out.sum[j] += q;
+        const auto q = static_cast<int8_t>(std::lrint(row[i] / scale[j]));
+        sum[j] += q;
         std::memcpy(at, &q, 1);
       } else {
         bfloat16 v;

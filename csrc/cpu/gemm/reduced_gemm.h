@@ -30,13 +30,13 @@ FASTASR_INLINE constexpr int64_t reduced_panels(int64_t n) { return (n + kReduce
 
 // A packed W: its panels, and for int8 the scale and the sum of q of every column.
 struct ReducedWeights {
-  int32_t* words;
-  float* scale;
-  int32_t* sum;
+  const int32_t* words;
+  const float* scale;
+  const int32_t* sum;
 };
 // Packs panels [begin, end) of w (n, k), rows `stride` elements apart. Columns beyond n are 0.
-void pack_reduced(const float* w, int64_t n, int64_t k, int64_t stride, WeightFormat format, const ReducedWeights& out,
-                  int64_t begin, int64_t end);
+void pack_reduced(const float* w, int64_t n, int64_t k, int64_t stride, WeightFormat format, int32_t* words,
+                  float* scale, int32_t* sum, int64_t begin, int64_t end);
 
 struct ReducedGemm {
   const float* x;
@@ -46,7 +46,8 @@ struct ReducedGemm {
   int32_t* zero;
   ReducedWeights weights;
   const float* bias;  // n elements, or null
-  float* y;           // contiguous
+  float* y;           // rows y_row elements apart
+  int64_t y_row;
   int64_t m, n, k;
   WeightFormat format;
 };

@@ -119,7 +119,7 @@ __attribute__((noinline)) void tile(const Tile& t) {
   for (int64_t i = 0; i < kTileRows; i++) {
     alignas(64) float out[kTileColumns];
     Floats left = finished(t, t.i + i, t.j, sum[i][0]), right = finished(t, t.i + i, t.j + kLanes, sum[i][1]);
-    float* const y = g.y + (t.i + i) * g.n + t.j;
+    float* const y = g.y + (t.i + i) * g.y_row + t.j;
     if (t.columns == kTileColumns) {
       if (g.bias) left += at(g.bias + t.j), right += at(g.bias + t.j + kLanes);
       put(y, left), put(y + kLanes, right);
@@ -162,43 +162,38 @@ void products(const ReducedGemm& g, int64_t begin, int64_t end) {
 constexpr float kMagic = Bits<float>::magic;
 
 void int8_row(const float* x, int64_t k, int64_t words, uint8_t* out, float& step, int32_t& zero) {
-  Floats low{}, high{};
-  Ints nan{};
-  float least = 0, most = 0;
-  bool bad = false;
-  int64_t j = 0;
-  for (; j + kLanes <= k; j += kLanes) {
-    const Floats v = at(x + j);
-    nan |= v != v;
-    low = v < low ? v : low;
-    high = v > high ? v : high;
+  float least = 0, most = 0, poison = 0;  // a NaN or an infinity makes NaN of it
+#pragma omp simd reduction(min : least) reduction(max : most) reduction(+ : poison)
+  for (int64_t j = 0; j < k; j++) {
+    least = x[j] < least ? x[j] : least;
+    most = x[j] > most ? x[j] : most;
+    poison += x[j] * 0;
   }
-  for (int l = 0; l < kLanes; l++) least = std::min(least, low[l]), most = std::max(most, high[l]), bad |= nan[l] != 0;
-  for (; j < k; j++) least = std::min(least, x[j]), most = std::max(most, x[j]), bad |= x[j] != x[j];
   const float range = most - least;
-  step = bad || !(range < std::numeric_limits<float>::infinity()) ? std::numeric_limits<float>::quiet_NaN()
-                                                                  : std::max(range, 1e-30f) / kLevels;
+  const bool bad = poison != poison || !(range < std::numeric_limits<float>::infinity());
+  step = bad ? std::numeric_limits<float>::quiet_NaN() : std::max(range, 1e-30f) / kLevels;
   std::memset(out + k, 0, static_cast<size_t>(4 * words - k));
-  if (step != step) {
+  if (bad) {
     zero = 0;
     std::memset(out, 0, static_cast<size_t>(k));
     return;
   }
   const float per_step = 1 / step, origin = std::nearbyint(-least * per_step);
   zero = static_cast<int32_t>(origin);
-  const auto level = [&](auto v) __attribute__((always_inline)) {
-    const auto p = v * per_step + origin;
-    const auto some = p > 0.0f ? p : p * 0.0f, at_most = some * 0.0f + static_cast<float>(kLevels);
-    return (some < at_most ? some : at_most) + kMagic;  // the low bits are the integer
+  // beside the ends of the range the rounded zero leaves half a level; the low bits of the result are the integer
+  const auto level = [&](auto v, auto none, auto all) __attribute__((always_inline)) {
+    const auto p = v * per_step + origin, some = p > none ? p : none;
+    return (some < all ? some : all) + kMagic;
   };
-  for (j = 0; j + kLanes <= k; j += kLanes) {
+  const Floats none{}, all = none + static_cast<float>(kLevels);
+  int64_t j = 0;
+  for (; j + kLanes <= k; j += kLanes) {
     typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-    const Floats rounded = level(at(x + j));
-    const Ints low_bits = reinterpret_cast<Ints>(rounded) & 255;
+    const Ints low_bits = reinterpret_cast<Ints>(level(at(x + j), none, all)) & 255;
     const Bytes bytes = __builtin_convertvector(low_bits, Bytes);
     std::memcpy(out + j, &bytes, kLanes);
   }
-  for (; j < k; j++) out[j] = static_cast<uint8_t>(to_bits(level(x[j])));
+  for (; j < k; j++) out[j] = static_cast<uint8_t>(to_bits(level(x[j], 0.0f, static_cast<float>(kLevels))));
 }
 
 void bf16_row(const float* x, int64_t k, int64_t words, bfloat16* out) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/gemm/reduced_gemm.h"
 #include "cpu/gemm/skinny_gemm.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/support/workers.h"
@@ -26,7 +27,7 @@ struct ChunkShape {
   int64_t chunk = 0, left = 0;  // frames at 50 Hz, before the stacks' own downsampling
   // the front end: most features, channels of the convolutions, of ConvNeXt's hidden rows
   int64_t bins = 0, maps[3] = {}, expanded = 0;
-  WeightFormat weights = WeightFormat::fp32;  // format of the encoder's products; the front end's are fp32
+  WeightFormat weights = WeightFormat::fp32;  // format of the products; in the front end only int8, else fp32
   std::vector<ChunkStack> stacks;
 
   // Reads a list of ints: chunk, left, bins, maps (3), expanded, weights, then the 12 of each stack. If the list does
@@ -48,7 +49,8 @@ FASTASR_INLINE constexpr int64_t round_up(int64_t n, int64_t to) { return (n + t
 inline constexpr int64_t kChunkLanes = 16;
 inline constexpr int64_t kFrontPast = 3;  // ConvNeXt has this many frames of left padding.
 
-// y = x Wᵀ + bias. The offsets are bytes into the weights and floats into the vectors.
+// y = x Wᵀ + bias, by skinny_gemm.h; in int8 by reduced_gemm.h, which rounds x as well. The offsets are bytes into the
+// weights and floats into the vectors, where a scale and, in int8, a sum follow each other for every output.
 struct ChunkProduct {
   int64_t inputs, outputs, weight, bias, scale;
   WeightFormat format;
@@ -56,6 +58,11 @@ struct ChunkProduct {
   FASTASR_MEMBER Panels panels(const char* weights, const float* vectors) const {
     return {weights + weight, format, vectors + scale};
   }
+  FASTASR_MEMBER ReducedWeights reduced(const char* weights, const float* vectors) const {
+    return {reinterpret_cast<const int32_t*>(weights + weight), vectors + scale,
+            reinterpret_cast<const int32_t*>(vectors + sums())};
+  }
+  FASTASR_MEMBER int64_t sums() const { return scale + (scale - bias); }
 };
 
 // rows x columns floats among the vectors, with rows `stride` apart and zeros behind the columns.

@@ -31,7 +31,7 @@ class Front {
     }
     const int64_t rows = step_.streams * n_.chunk, stride = p_.front_out.stride(), dim = p_.front_out.outputs;
     float* const y = room_.repeated;  // its convolutions are done
-    chunk_product(step_, p_.front_out, room_.frames, row(), rows, y, stride);
+    chunk_product(step_, p_.front_out, room_.frames, row(), rows, room_.levels, y);
     for (int64_t r = 0; r < rows; r++) {
       kernels<BiasNormKernels<float>>().forward(y + r * stride, vector(p_.front_norm_bias),
                                                 *vector(p_.front_norm_scale), x + r * stride, 1, dim);
@@ -43,8 +43,14 @@ class Front {
   int64_t row() const { return n_.width3() * n_.maps[2]; }  // floats of a frame after the third convolution
   const float* vector(const ChunkTable& t) const { return step_.vectors + t.at; }
 
-  // Multiplies the rows of one worker; the panels are not split.
-  void product(const ChunkProduct& p, const float* x, int64_t rows, float* y) const {
+  // Multiplies the rows of frame t, on one worker; the panels are not split.
+  void product(const ChunkProduct& p, const float* x, int64_t rows, int64_t t, float* y) const {
+    if (p.format == WeightFormat::int8) {
+      const auto& kernel = kernels<ReducedGemmKernels>();
+      const ReducedGemm g = chunk_int8(step_, p, x, p.inputs, rows, room_.levels + t * room_.level, y);
+      kernel.rows(g, 0, rows);
+      return kernel.products(g, 0, kernel.tasks(g));
+    }
     skinny_gemm(x, p.inputs, rows, p.inputs, p.panels(step_.weights, step_.vectors), step_.vectors + p.bias, y,
                 p.stride(), 0, panel_count(p.outputs));
   }
@@ -67,7 +73,7 @@ class Front {
         std::memcpy(patches + b * p.inputs + i * run, in + ((t * down + i) * bins + 2 * b) * maps,
                     static_cast<size_t>(run) * 4);
     float* const y = room_.product + t * width * p.stride();
-    product(p, patches, width, y);
+    product(p, patches, width, t, y);
     activate(y, p.stride(), width, p.outputs, Swoosh::R, out + t * width * p.outputs);
   }
 
@@ -114,9 +120,9 @@ class Front {
         float* const expanded = room_.expanded + t * w3 * p_.expand.stride();
         float* const activated = room_.activated + t * w3 * n_.expanded;
         float* const y = room_.contracted + t * w3 * p_.contract.stride();
-        product(p_.expand, room_.filtered + t * row(), w3, expanded);
+        product(p_.expand, room_.filtered + t * row(), w3, t, expanded);
         activate(expanded, p_.expand.stride(), w3, n_.expanded, Swoosh::L, activated);
-        product(p_.contract, activated, w3, y);
+        product(p_.contract, activated, w3, t, y);
         float* const to = out + t * row();
         std::memcpy(to, room_.third + (kFrontPast + t) * row(), static_cast<size_t>(row()) * 4);
         for (int64_t b = 0; b < w3; b++) chunk_add(y + b * p_.contract.stride(), to + b * maps, maps);

@@ -55,7 +55,7 @@ class Layer {
   }
   const uint8_t* masked(int64_t stream) const { return step_.masked ? step_.masked + stream * s_.keys : nullptr; }
   void product(const ChunkProduct& p, const float* x, int64_t x_stride, float* y) const {
-    chunk_product(step_, p, x, x_stride, rows_, y, p.stride());
+    chunk_product(step_, p, x, x_stride, rows_, room_.levels, y);
   }
   void add() const { chunk_add(room_.y, x_, rows_ * s_.stride); }
 

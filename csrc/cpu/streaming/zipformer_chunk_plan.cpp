@@ -25,12 +25,19 @@ struct Layout {
   ChunkProduct product(int64_t inputs, int64_t outputs, WeightFormat format) const {
     const int64_t padded = panel_count(outputs) * kPanelColumns;
     ChunkProduct p{inputs, outputs, plan->weight_bytes, plan->vector_floats, plan->vector_floats + padded, format};
-    plan->weight_bytes += packed_size(outputs, inputs) * weight_bytes(format);
-    plan->vector_floats += padded * (format == WeightFormat::int8 ? 2 : 1);
+    const bool int8 = format == WeightFormat::int8;
+    plan->weight_bytes +=
+        int8 ? padded * reduced_words(inputs, format) * 4 : packed_size(outputs, inputs) * weight_bytes(format);
+    plan->vector_floats += padded * (int8 ? 3 : 1);
     plan->products.push_back(p);
     return p;
   }
   ChunkProduct product(int64_t inputs, int64_t outputs) const { return product(inputs, outputs, plan->shape.weights); }
+  // The front end's weights stay in a cache: fewer bytes gain nothing, and int8 gains by its instructions alone.
+  ChunkProduct front_product(int64_t inputs, int64_t outputs) const {
+    const bool int8 = plan->shape.weights == WeightFormat::int8;
+    return product(inputs, outputs, int8 ? WeightFormat::int8 : WeightFormat::fp32);
+  }
 
   int64_t state(int64_t floats) const {
     const int64_t at = plan->state_floats;
@@ -133,12 +140,12 @@ ChunkPlan::ChunkPlan(const ChunkShape& given) : shape(given) {
   conv1 = l.table(kConvTaps, shape.bins * shape.maps[0], round_up(shape.bins * shape.maps[0], kChunkLanes));
   conv1_bias = l.row(shape.bins * shape.maps[0]);
   conv2 = l.product(kConvTaps * shape.maps[0], shape.maps[1], WeightFormat::fp32);
-  conv3 = l.product(kConvTaps * shape.maps[1], shape.maps[2], WeightFormat::fp32);
+  conv3 = l.front_product(kConvTaps * shape.maps[1], shape.maps[2]);
   depthwise = l.table(1, shape.maps[2] * kDepthTaps, shape.maps[2] * kDepthTaps);
   depthwise_bias = l.row(shape.maps[2]);
-  expand = l.product(shape.maps[2], shape.expanded, WeightFormat::fp32);
-  contract = l.product(shape.expanded, shape.maps[2], WeightFormat::fp32);
-  front_out = l.product(w3 * shape.maps[2], shape.stacks[0].dim, WeightFormat::fp32);
+  expand = l.front_product(shape.maps[2], shape.expanded);
+  contract = l.front_product(shape.expanded, shape.maps[2]);
+  front_out = l.front_product(w3 * shape.maps[2], shape.stacks[0].dim);
   front_norm_bias = l.row(shape.stacks[0].dim);
   front_norm_scale = l.row(1);
   front_past = l.state(kFrontPast * w3 * shape.maps[2]);

@@ -85,6 +85,7 @@ __attribute__((noinline)) void weighted_tile(const Weighted& a, int64_t first) {
 
 inline void chunk_scores(const ChunkScores& a) {
   int64_t i = 0;
+  for (; i + 8 <= a.frames; i += 8) score_tile<8>(a, i);
   for (; i + 4 <= a.frames; i += 4) score_tile<4>(a, i);
   for (; i + 2 <= a.frames; i += 2) score_tile<2>(a, i);
   for (; i < a.frames; i++) score_tile<1>(a, i);
@@ -96,6 +97,7 @@ inline void chunk_weighted(const float* weights, int64_t weight_stride, int64_t 
                            int64_t value_stride, float* out, int64_t out_stride, int64_t columns) {
   const Weighted a{weights, weight_stride, keys, values, value_stride, out, out_stride, columns};
   int64_t i = 0;
+  for (; i + 8 <= rows; i += 8) weighted_tile<8>(a, i);
   for (; i + 4 <= rows; i += 4) weighted_tile<4>(a, i);
   for (; i + 2 <= rows; i += 2) weighted_tile<2>(a, i);
   for (; i < rows; i++) weighted_tile<1>(a, i);
@@ -150,26 +152,51 @@ inline void chunk_add(const float* __restrict y, float* __restrict x, int64_t n)
   for (int64_t i = 0; i < n; i++) x[i] += y[i];
 }
 
-inline void chunk_convolution(const ChunkConvStripe& a) {
-  const int64_t table = a.table_stride;
-  for (int64_t t = 0; t < a.frames; t++) {
-    float past[kLanes], around[kLanes];
-    for (int c = 0; c < kLanes; c++) past[c] = around[c] = 0;
-    const float* __restrict u = a.u + t * a.stride;
-    for (int64_t j = 0; j <= a.pad; j++) {
+// Each number of frames has its own function, see score_tile.
+template <int kFrames>
+__attribute__((noinline)) void convolution_tile(const ChunkConvStripe& a, int64_t t) {
+  const int64_t table = a.table_stride, stride = a.stride;
+  float past[kFrames][kLanes], around[kFrames][kLanes];
+  for (int i = 0; i < kFrames; i++)
+    for (int c = 0; c < kLanes; c++) past[i][c] = around[i][c] = 0;
+  const float* __restrict u = a.u + t * stride;
+  for (int64_t j = 0; j <= a.pad; j++) {
+    const float* __restrict w = a.causal + j * table;
+#pragma GCC unroll 8
+    for (int i = 0; i < kFrames; i++)
 #pragma omp simd
-      for (int c = 0; c < kLanes; c++) past[c] += a.causal[j * table + c] * u[j * a.stride + c];
-    }
-    // of the 2 pad + 1 taps, those whose frame lies within the chunk
-    const int64_t from = std::max<int64_t>(0, a.pad - t), to = std::min(2 * a.pad, a.pad + a.frames - 1 - t);
-    for (int64_t j = from; j <= to; j++) {
-#pragma omp simd
-      for (int c = 0; c < kLanes; c++) around[c] += a.chunkwise[j * table + c] * u[j * a.stride + c];
-    }
-    float* __restrict out = a.out + t * a.out_stride;
-    for (int64_t c = 0; c < a.columns; c++)
-      out[c] = (a.causal_bias[c] + past[c]) + (a.chunkwise_bias[c] + around[c]) * a.scale[t * table + c];
+      for (int c = 0; c < kLanes; c++) past[i][c] += w[c] * u[(j + i) * stride + c];
   }
+  // the frames of the chunk, which lie behind `pad` others, as far as the 2 pad + 1 taps reach
+  const auto add = [&](int64_t f, int first, int last) __attribute__((always_inline)) {
+    const float* __restrict v = a.u + (a.pad + f) * stride;
+#pragma GCC unroll 8
+    for (int i = 0; i < kFrames; i++) {
+      if (i < first || i > last) continue;
+      const float* __restrict w = a.chunkwise + (f - t - i + a.pad) * table;
+#pragma omp simd
+      for (int c = 0; c < kLanes; c++) around[i][c] += w[c] * v[c];
+    }
+  };
+  constexpr int kLast = kFrames - 1;
+  const int64_t all = std::max<int64_t>(0, t + kLast - a.pad), end = std::min(a.frames - 1, t + kLast + a.pad);
+  int64_t f = std::max<int64_t>(0, t - a.pad);
+  for (; f < std::min(all, a.frames); f++) add(f, 0, static_cast<int>(f - t + a.pad));
+  for (; f <= std::min(a.frames - 1, t + a.pad); f++) add(f, 0, kLast);
+  for (; f <= end; f++) add(f, static_cast<int>(f - t - a.pad), kLast);
+  for (int i = 0; i < kFrames; i++) {
+    float* __restrict out = a.out + (t + i) * a.out_stride;
+    const float* __restrict scale = a.scale + (t + i) * table;
+    for (int64_t c = 0; c < a.columns; c++)
+      out[c] = (a.causal_bias[c] + past[i][c]) + (a.chunkwise_bias[c] + around[i][c]) * scale[c];
+  }
+}
+
+inline void chunk_convolution(const ChunkConvStripe& a) {
+  int64_t t = 0;
+  for (; t + 4 <= a.frames; t += 4) convolution_tile<4>(a, t);
+  for (; t + 2 <= a.frames; t += 2) convolution_tile<2>(a, t);
+  for (; t < a.frames; t++) convolution_tile<1>(a, t);
 }
 
 // Computes the first convolution, 3 x 3 with zeros beside the bins, and SwooshR's input: three rows of features of
@@ -215,15 +242,47 @@ inline void chunk_combine(float* x, const float* y, const float* scale, int64_t 
   }
 }
 
-// Computes y = x Wᵀ + bias for `rows` rows of x, on the workers.
+// A product of `rows` rows of x with weights in int8; `levels` is memory for the rows in int8.
+inline ReducedGemm chunk_int8(const ChunkStep& step, const ChunkProduct& p, const float* x, int64_t x_stride,
+                              int64_t rows, int32_t* levels, float* y) {
+  const int64_t words = reduced_words(p.inputs, p.format), n = p.stride();
+  auto* const steps = reinterpret_cast<float*>(levels + rows * words);
+  return {x,
+          x_stride,
+          levels,
+          steps,
+          levels + rows * (words + 1),
+          p.reduced(step.weights, step.vectors),
+          step.vectors + p.bias,
+          y,
+          n,
+          rows,
+          n,
+          p.inputs,
+          p.format};
+}
+
+// Computes y = x Wᵀ + bias for `rows` rows of x, on the workers. Rows of y have the product's stride.
 inline void chunk_product(const ChunkStep& step, const ChunkProduct& p, const float* x, int64_t x_stride, int64_t rows,
-                          float* y, int64_t y_stride) {
-  const int64_t panel = kPanelColumns * p.inputs;
-  step.workers.split(panel_count(p.outputs), std::max<int64_t>(1, kLeastWeights / panel),
-                     [&](int64_t begin, int64_t end) {
-                       skinny_gemm(x, x_stride, rows, p.inputs, p.panels(step.weights, step.vectors),
-                                   step.vectors + p.bias, y, y_stride, begin, end);
-                     });
+                          int32_t* levels, float* y) {
+  const int64_t panel = kPanelColumns * p.inputs, panels = panel_count(p.outputs);
+  const int64_t least = std::max<int64_t>(1, kLeastWeights / panel);
+  if (p.format != WeightFormat::int8)
+    return step.workers.split(panels, least, [&](int64_t begin, int64_t end) {
+      skinny_gemm(x, x_stride, rows, p.inputs, p.panels(step.weights, step.vectors), step.vectors + p.bias, y,
+                  p.stride(), begin, end);
+    });
+  const auto& kernel = kernels<ReducedGemmKernels>();
+  const ReducedGemm whole = chunk_int8(step, p, x, x_stride, rows, levels, y);
+  step.workers.split(rows, std::max<int64_t>(1, kLeastWeights / p.inputs),
+                     [&](int64_t begin, int64_t end) { kernel.rows(whole, begin, end); });
+  step.workers.split(panels, least, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kPanelColumns;
+    ReducedGemm g = whole;
+    g.weights.words += first * reduced_words(g.k, g.format), g.weights.scale += first, g.weights.sum += first;
+    g.bias += first, g.y += first, g.n = (end - begin) * kPanelColumns;
+    kernel.products(g, 0, kernel.tasks(g));
+  });
 }
 
 }  // namespace FASTASR_SIMD
