@@ -83,7 +83,7 @@ _thread = threading.local()
 
 
 def keep(weight: Tensor, format: str) -> Copy:
-    """Makes the copy of ``weight`` (N, K) or (N, K, 1), float32 on the CPU, and has products read it."""
+    """Makes the copy of ``weight`` (N, K, 1...), float32 on the CPU, and has products read it."""
     drop(weight)
     copy = Copy(weight, format)
     _kept[weight] = copies[copy.address] = copy

@@ -24,6 +24,7 @@ SMALL = 4096  # a weight with fewer elements gains less than its rows cost to co
 OUTLIER = 3.0  # an error this many times the median of the model's products stands out
 NOTICEABLE = {"bf16": 0.01, "int8": 0.03}  # below it no error stands out
 STEP = 8  # an eighth of the weights goes back to float32 at a time
+LINEAR = ("ActivationDropoutAndLinear",)  # Zipformer's linear layers that are no torch.nn.Linear, by class
 
 
 @dataclass
@@ -141,8 +142,10 @@ def _weights(model):
         if binding.bound_forward(module) is not None or type(module).__module__.startswith("fastasr."):
             swapped.append(path + "." if path else "")
         weight = getattr(module, "weight", None)
-        pointwise = isinstance(module, torch.nn.Conv1d) and module.kernel_size == (1,) and module.groups == 1
-        if not (isinstance(module, torch.nn.Linear) or pointwise) or id(weight) in seen:
+        convolves = isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d)
+        pointwise = convolves and set(module.kernel_size) == {1} and module.groups == 1
+        linear = isinstance(module, torch.nn.Linear) or type(module).__name__ in LINEAR
+        if not (linear or pointwise) or id(weight) in seen:
             continue
         seen.add(id(weight))
         if isinstance(weight, torch.nn.Parameter):
