@@ -35,6 +35,12 @@ OF_A_RUN = ("FASTASR_LEDGER", "FASTASR_CACHE", "FASTASR_GEMM")
 LOOKS_ELSEWHERE = {"subprocess", "__file__", "ROOT"}
 KERNELS = ROOT / "kernels"
 NATIVE = (ROOT / "csrc/cpu", ROOT / "csrc/bindings")
+# What the tests of a folder use and the tests of other folders judge: C++ kernels are judged by the C++ tests and by
+# those of ops, models and swaps, and the models of a wheel are those of the tree.
+JUDGED_ELSEWHERE = {
+    **dict.fromkeys(("benchmarks", "cli", "docs", "examples", "kernels", "recipe"), NATIVE),
+    "packaging": (*NATIVE, ROOT / "fastasr/models"),
+}
 INTERPRETER = "tests/kernels/interpreter"  # how kernels are interpreted
 
 
@@ -70,15 +76,16 @@ def files(path: Path, test: str, ops: tuple[str, ...], names: tuple[str, ...]) -
     ours = [
         f for op in ops for f in (sources.ops()[op], ROOT / f"fastasr/testing/samples/{op}.py") if f.exists()
     ]
-    # Triton's kernels run where they are interpreted or imported, and nowhere else. There the native library is not
-    # tested: it may even be missing. Tests of the packages load it, and the other tests see what it computes.
+    # Triton's kernels run where they are interpreted or imported, and nowhere else. Where they are interpreted, the
+    # native library is not tested: it may even be missing.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     triton = interpreted or "kernels" in sources.words(path) | {*path.parts}
-    native = not interpreted and path.parent.name not in ("kernels", "packaging")
-    others = (*([] if triton else [KERNELS]), *([] if native else NATIVE))
+    judged_elsewhere = NATIVE if interpreted else JUDGED_ELSEWHERE.get(path.parent.name, ())
+    others = (*([] if triton else [KERNELS]), *judged_elsewhere)
     found = sources.closure(path, *ours, without=others, test=test)
-    named = [p for name in names for p in ROOT.glob(name) if p.is_file()]
-    found |= sources.closure(*named, without=() if triton else (KERNELS,))
+    named = {p for name in names for p in ROOT.glob(name) if p.is_file()}
+    python = {p for p in named if p.suffix == ".py"}
+    found |= sources.closure(*python, without=others) | sources.closure(*named - python)
     folders = [name for name in names if (ROOT / name).is_dir()]
     return frozenset(found | tree(*BUILD, *folders, *([INTERPRETER] if interpreted else [])))
 

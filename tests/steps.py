@@ -6,7 +6,6 @@ import random
 
 import torch
 
-from fastasr.swap.verify import StayInFp64
 from fastasr.testing import seeds
 
 
@@ -18,19 +17,6 @@ def one_thread():
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def computing_in(dtype):
-    """Keeps upstream in ``dtype``: in fp64 its softmax and regularisers cast to fp32, and constants of its dropout have
-    the default dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with StayInFp64():
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def seeded(seed):

@@ -15,7 +15,7 @@ from fastasr.benchmarks.studies import curves
 sys.path.insert(0, str(Path(__file__).parent))
 import synthetic
 
-pytestmark = pytest.mark.needs("benchmarks", "fastasr")
+pytestmark = pytest.mark.needs("benchmarks")
 
 PNG = b"\x89PNG\r\n"
 

@@ -32,23 +32,26 @@ FILES = {
     "benchmarks/__init__.py": "",
     "kernels/__init__.py": "",
     "csrc/bindings/module.cpp": "",
+    "csrc/bindings/first.cpp": '{"first_forward("',
     "docs/page.md": "",
     "tests/conftest.py": "from ledger import Ledger\n\ndef pytest_configure(config):\n    import os\n"
     "    config.pluginmanager.register(Ledger(config, os.environ['FASTASR_LEDGER']), 'ledger')\n",
     "tests/unit/test_first.py": TEST.format(name="first"),
     "tests/unit/test_second.py": TEST.format(name="second") + "\ndef test_other(): pass\n",
+    "tests/cli/test_command.py": TEST.format(name="first").replace("test_first", "test_command"),
     "tests/unit/test_pages.py": "def test_pages():\n    assert __file__\n",
     "tests/unit/test_marked.py": "import pytest\n\npytestmark = pytest.mark.needs('fastasr/ops/s*.py')\n\n"
     "def test_marked():\n    assert __file__\n",
 }
-ALL = {"first", "second", "other", "pages", "marked"}
+ALL = {"first", "second", "other", "command", "pages", "marked"}
 
 
 def nothing_drawn() -> str:
     """Returns a seed that draws no file of the tree and none of its tests to run although they have passed."""
-    tests = (f"tests/unit/test_{n.replace('other', 'second')}.py" for n in ALL)
-    files = {f"{name} -m ''" for name in tests}
-    items = {f"tests/unit/test_{n.replace('other', 'second')}.py::test_{n}" for n in ALL}
+    places = {"other": "unit/test_second", "command": "cli/test_command"}
+    tests = {n: f"tests/{places.get(n, f'unit/test_{n}')}.py" for n in ALL}
+    files = {f"{name} -m ''" for name in tests.values()}
+    items = {f"{name}::test_{n}" for n, name in tests.items()}
     for seed in map(str, range(1000)):
         draws = [zlib.crc32(f"{name} {seed}".encode()) for name in (*files, *items)]
         if all(draw % 3 for draw in draws[: len(files)]) and all(
@@ -90,12 +93,18 @@ def test_what_has_passed_is_skipped_until_what_it_needs_changes(session):
     assert session() == ALL
     assert session() == set()
     first.write_text(before + "# a comment\n")
-    assert session() == {"first", "pages"}  # that of pages has __file__, so it needs the whole tree
+    assert session() == {
+        "first",
+        "command",
+        "pages",
+    }  # that of pages has __file__, so it needs the whole tree
     (session.folder / "docs/page.md").write_text("a line\n")
     assert session() == {"pages"}
     (session.folder / "docs/page.md").write_text("")
     first.write_text(before)
     assert session() == set()  # as it was when all passed
+    (session.folder / "csrc/bindings/first.cpp").write_text('{"first_forward("  // a comment')
+    assert session() == {"first", "pages"}  # that of the command uses the kernel, which others judge
     (session.folder / "fastasr/ops/second.py").write_text(OP.format(name="second") + "# a comment\n")
     assert session() == {"second", "other", "pages", "marked"}
     (session.folder / "setup.py").write_text("")

@@ -30,7 +30,7 @@ from fastasr.testing.table import floating
 
 pytest.importorskip("triton")
 
-pytestmark = pytest.mark.needs("benchmarks", "fastasr", "kernels", "tests/kernels")
+pytestmark = pytest.mark.needs("benchmarks", "kernels", "tests/kernels")
 COMMAND = [sys.executable, "-m", "fastasr.benchmarks.device"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 

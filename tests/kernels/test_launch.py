@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from fastasr.kernels._launch import generation, launch
 from fastasr.testing.fake_gpu import fake_gpu
 
-pytestmark = pytest.mark.needs("kernels", "fastasr", "tests/kernels")
+pytestmark = pytest.mark.needs("kernels", "tests/kernels")
 
 TRITON = {op for op, backend in gpu_backends().items() if backend == "triton"}
 TABLES = {name: table for name, table in tables().items() if name in TRITON}

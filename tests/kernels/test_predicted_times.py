@@ -13,7 +13,7 @@ from fastasr.benchmarks.studies.predict.cards import CARDS
 from fastasr.testing.fake_gpu import fake_gpu
 
 pytestmark = [
-    pytest.mark.needs("benchmarks", "fastasr", "tests/kernels"),
+    pytest.mark.needs("benchmarks", "tests/kernels"),
     pytest.mark.skipif(triton.knobs.runtime.interpret, reason="kernels are compiled here"),
 ]
 BY_NAME = {card.name: card for card in CARDS}

@@ -12,7 +12,7 @@ import pytest
 
 from fastasr.testing.checks import CHECKS
 
-pytestmark = pytest.mark.needs("CONTRIBUTING.md", "tests/ops", "fastasr")
+pytestmark = pytest.mark.needs("CONTRIBUTING.md", "benchmarks", "fastasr/ops", "fastasr/testing", "tests/ops")
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {

@@ -7,7 +7,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.packaging,
-    pytest.mark.needs("kernels", "benchmarks", "csrc/cuda", "scripts", "tests/packaging", "fastasr"),
+    pytest.mark.needs("kernels", "benchmarks", "csrc/cuda", "scripts", "tests/packaging"),
 ]
 
 # It runs every op forward and backward, and prints where the package is and the table of backends.

@@ -19,7 +19,7 @@ from fastasr import decoding
 from fastasr.recipe import checkpoints, recogniser, sizes, speech
 from fastasr.recipe.transducers import TRANSDUCERS
 
-pytestmark = pytest.mark.needs("tests/recipe", "fastasr", "examples", "examples/*.py")
+pytestmark = pytest.mark.needs("tests/recipe", "examples", "examples/*.py")
 
 ENCODERS = tuple(TRANSDUCERS)
 STEPS = 5  # from the fifth on the averaged model is another

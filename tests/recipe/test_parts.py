@@ -14,7 +14,7 @@ from fastasr.recipe import batches, checkpoints, curves, recogniser, scoring, si
 from fastasr.recipe.logs import COLUMNS, Log
 from fastasr.recipe.units import Units
 
-pytestmark = pytest.mark.needs("tests/recipe", "fastasr", "examples", "examples/*.py")
+pytestmark = pytest.mark.needs("tests/recipe", "examples", "examples/*.py")
 
 TEXTS = ["please press one", "the number is busy", "i'm sorry", "press two to call back"] * 4
 

@@ -12,7 +12,7 @@ pytest.importorskip("kaldi_native_fbank", reason="features need the extra fastas
 
 from fastasr.recipe import checkpoints
 
-pytestmark = pytest.mark.needs("tests/recipe", "fastasr", "examples", "examples/*.py")
+pytestmark = pytest.mark.needs("tests/recipe", "examples", "examples/*.py")
 
 
 @pytest.fixture

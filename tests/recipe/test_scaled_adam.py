@@ -10,7 +10,7 @@ from steps import seeded
 from fastasr.recipe.eden import eden
 from fastasr.recipe.scaled_adam import ScaledAdam
 
-pytestmark = pytest.mark.needs("tests/recipe", "fastasr", "examples", "examples/*.py")
+pytestmark = pytest.mark.needs("tests/recipe", "examples", "examples/*.py")
 
 
 @pytest.fixture(scope="module")

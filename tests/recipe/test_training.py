@@ -13,7 +13,7 @@ from tiny_runs import TINY, in_two_processes, losses, same_checkpoints, trainer
 
 from fastasr.recipe import checkpoints, recogniser, sizes, training
 
-pytestmark = pytest.mark.needs("tests/recipe", "fastasr", "examples", "examples/*.py")
+pytestmark = pytest.mark.needs("tests/recipe", "examples", "examples/*.py")
 
 
 def test_a_run_writes_what_it_says(trained):

@@ -5,8 +5,9 @@ import copy
 
 import torch
 import torch.distributed as dist
-from steps import close, computing_in, seeded
+from steps import close, seeded
 from tiny_zipformer import batch, tiny, training_step
+from upstream_precision import computing_in
 
 import fastasr
 from fastasr.swap import binding

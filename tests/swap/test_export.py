@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 from steps import close, moved, numbers, seeded
-from tiny_parakeet import SIZES
 from tiny_zipformer import plain_swoosh
 
 import fastasr
@@ -144,11 +143,12 @@ class Logits(torch.nn.Module):
 
 def test_a_parakeet_to_onnx(tmp_path):
     """The encoder with its CTC head, for any batch and any length, from a swapped model."""
+    from tiny_parakeet import SIZES  # here, since by this name a test needs the rules for Parakeet
+
     transformers = pytest.importorskip("transformers")
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     encoder = transformers.ParakeetEncoderConfig(**SIZES)
-    torch.manual_seed(0)
     config = transformers.ParakeetCTCConfig(vocab_size=11, pad_token_id=10, encoder_config=encoder)
     model = moved(transformers.ParakeetForCTC(config), 0.03).eval()
     fastasr.accelerate(model)

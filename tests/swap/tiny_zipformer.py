@@ -6,7 +6,8 @@ import importlib.util
 import sys
 
 import torch
-from steps import close, computing_in, draws, numbers, seeded
+from steps import close, draws, numbers, seeded
+from upstream_precision import computing_in
 
 import fastasr
 from fastasr.benchmarks.upstream import MEDIUM, activations
