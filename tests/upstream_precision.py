@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Upstream's models in another precision. This imports the swap's engine, which steps.py does not: all tests need that."""
+"""Upstream's models in another precision. This imports the engine of the swap, so it is not part of steps.py."""
 
 import contextlib
 
