@@ -144,10 +144,22 @@ def checked(found, n, expected, rules):
         assert found.scores is None
 
 
-@pytest.mark.parametrize("seed", range(60))
-@torch.no_grad()
+@pytest.mark.parametrize("seed", range(200))
 def test_steps_are_those_of_a_loop(seed):
     seeded(seed)
+    compare_with_a_loop()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(20))
+def test_steps_of_ten_thousand_models_are_those_of_a_loop(seed):
+    seeded(1000 + seed)
+    for _ in range(500):
+        compare_with_a_loop()
+
+
+@torch.no_grad()
+def compare_with_a_loop():
     w, encoded, lengths, rules = drawn_problem()
     first = [random.choice([-1, rules.blank]) for _ in range(w.context - 1)] + [rules.blank]
     most = random.choice([3, 40])

@@ -58,14 +58,44 @@ def _labels(model, bias):
 
 
 @torch.no_grad()
-def test_greedy_search_of_ctc():
-    seeded(2)
+def ctc_model():
+    """Returns a ParakeetForCTC whose labels change with the frame, its inputs, log-probabilities and lengths."""
     config = transformers.ParakeetCTCConfig(vocab_size=7, pad_token_id=6, encoder_config=SIZES)
     model, inputs = transformers.ParakeetForCTC(config).eval(), batch()
     model.ctc_head.weight.normal_()
     model.ctc_head.bias -= model(**inputs).logits.mean((0, 1))
     lengths = model._get_output_attention_mask(inputs["attention_mask"]).sum(1)
-    found = decoding.ctc_greedy_search(model(**inputs).logits.log_softmax(-1), lengths, blank_id=6)
+    return model, inputs, model(**inputs).logits.log_softmax(-1), lengths
+
+
+@torch.no_grad()
+def test_beam_search_of_ctc():
+    """A score is at most the transcript's probability, and at least that of greedy search's path. Each token has a
+    frame."""
+    seeded(4)
+    *_, log_probs, lengths = ctc_model()
+    found = decoding.ctc_prefix_beam_search(log_probs, lengths, beam=200, blank_id=6)
+    counts = torch.tensor([len(tokens) for tokens in found.tokens])
+    targets = torch.zeros(3, max(counts), dtype=torch.int64)
+    for row, tokens in zip(targets, found.tokens, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    exact = -torch.nn.functional.ctc_loss(
+        log_probs.double().transpose(0, 1), targets, lengths, counts, blank=6, reduction="none"
+    )
+    assert (torch.tensor(found.scores).double() <= exact + 1e-4).all()
+    greedy = decoding.ctc_greedy_search(log_probs, lengths, blank_id=6)
+    assert all(score >= path for score, path in zip(found.scores, greedy.scores, strict=True))
+    for stamps, count, length in zip(found.timestamps, counts.tolist(), lengths.tolist(), strict=True):
+        assert len(stamps) == count > 0
+        assert sorted(set(stamps)) == stamps
+        assert 0 <= stamps[0] <= stamps[-1] < length
+
+
+@torch.no_grad()
+def test_greedy_search_of_ctc():
+    seeded(2)
+    model, inputs, log_probs, lengths = ctc_model()
+    found = decoding.ctc_greedy_search(log_probs, lengths, blank_id=6)
     for n, path in enumerate(model.generate(**inputs).tolist()):
         runs = [
             (label, [t for t, _ in run]) for label, run in itertools.groupby(enumerate(path), lambda p: p[1])

@@ -124,10 +124,10 @@ def test_drawn_models(seed, native):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(10))
-def test_many_drawn_models(seed):
+@pytest.mark.parametrize("seed", range(20))
+def test_ten_thousand_drawn_models(seed):
     seeded(100 + seed)
-    drawn(300)
+    drawn(500)
 
 
 @pytest.mark.parametrize("durations", [None, (0, 1, 2, 3, 4)], ids=["RNN-T", "TDT"])
