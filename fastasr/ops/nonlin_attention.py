@@ -11,7 +11,8 @@ With gradient g of y and u = g z:
 
 Upstream: ``NonlinAttention.forward`` in ``zipformer.modules.zipformer``, between its two projections.
 
-The products with W are the vendor's; around them is one pass each. Memory traffic per element of y beside them:
+The products with W are torch's, or in a forward pass in float32 on the CPU the faster of torch's and fastasr's own
+(``_gemm``); around them is one pass each. Memory traffic per element of y beside them:
 forward reads s, v, o, z and writes x, y; backward reads s, v, z, g and writes x, u, then reads s, v, dx, g, o and
 writes ds, dv, dz. FLOPs of the products: 2 T² B D forward, 4 T² B D backward.
 """
@@ -25,7 +26,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from fastasr.ops import _layout
+from fastasr.ops import _gemm, _layout
 from fastasr.ops._dispatch import FLOATING, KernelFamily, Kernels, native_kernels, reason_cpu, triton_kernels
 from fastasr.ops._op import op
 
@@ -68,9 +69,17 @@ def _fits(weights: Tensor, projected: Tensor) -> bool:
     return channels % 3 == 0 and weights.shape == (batch, frames, frames)
 
 
+def _weighted(weights: Tensor, x: Tensor) -> Tensor:
+    """Returns weights x, (B, T, D). The product of two matrices is what ``input_grad`` computes."""
+    if not x.is_cpu or x.dtype is not torch.float32 or not x.numel():
+        return torch.bmm(weights, x)
+    parts = [_gemm.input_grad(w, v) for w, v in zip(weights, x, strict=True)]
+    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+
+
 def _fast(kernels: _Passes, keep: bool, weights: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     projected = _layout.rows(projected)
-    o = torch.bmm(weights, kernels.forward(projected).transpose(0, 1))  # [B, T, D]
+    o = _weighted(weights, kernels.forward(projected).transpose(0, 1))  # [B, T, D]
     return kernels.product(projected, o), o
 
 
