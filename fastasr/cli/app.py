@@ -158,6 +158,26 @@ def swap(
 
 
 @app.command()
+def export(
+    factory: Annotated[
+        str, typer.Argument(metavar="MODULE:FACTORY", help="Function that returns the recogniser.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the files.", file_okay=False)],
+    suffix: Annotated[str, typer.Option(help="Goes into the files' names: encoder-SUFFIX.onnx.")] = "",
+    int8: Annotated[bool, typer.Option("--int8", help="Write dynamically quantised files as well.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a Zipformer recogniser as ONNX files for onnxruntime and sherpa-onnx.
+
+    The current folder is searched for MODULE. The model must be in eval mode; a swapped one is exported by
+    upstream's own code.
+    """
+    from fastasr.cli import export as command
+
+    command.run(factory, folder, suffix=suffix, int8=int8, as_json=json)
+
+
+@app.command()
 def transcribe(
     folder: Annotated[
         Path,

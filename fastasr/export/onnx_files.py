@@ -26,7 +26,7 @@ STATE_BATCH = (1, 1, 1, 1, 0, 0)  # the batch dimension of each state
 
 
 @torch.no_grad()
-def export_onnx(model, folder, suffix="", feature_dim=None):
+def export_onnx(model, folder, suffix="", feature_dim=None, int8=False):
     """Writes the ONNX files of ``model``, an AsrModel of this package or of upstream's, in eval mode on the CPU.
 
     A transducer becomes the files ``encoder``, ``decoder`` and ``joiner``, a CTC output the file ``ctc``, which has the
@@ -38,10 +38,14 @@ def export_onnx(model, folder, suffix="", feature_dim=None):
         folder: the folder for the files; it is made if it is missing. Files are called ``encoder-SUFFIX.onnx`` and so
             on. A complete file replaces one of the same name.
         feature_dim: channels of the features; by default the front end's.
+        int8: whether to write a dynamically quantised file beside each file, ``encoder-SUFFIX.int8.onnx`` and so on:
+            the weights of matrix products, and the decoder's embedding, in 8 bits.
 
-    Returns the files as {"encoder": path, ...}. Raises ValueError for a model that cannot be exported.
+    Returns the files as {"encoder": path, ...}, with int8 also as {"encoder.int8": path, ...}. Raises ValueError for a
+    model that cannot be exported, ImportError if a package is missing.
     """
     _check(model)
+    quantise = _quantiser() if int8 else None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     channels = feature_dim or _channels(model)
@@ -71,7 +75,30 @@ def export_onnx(model, folder, suffix="", feature_dim=None):
             )
         else:
             _write_whole(wrappers.OnnxCtcWrapper(*parts, model.ctc_output), path("ctc"), channels, True)
+    if quantise is not None:
+        for name, file in list(written.items()):
+            written[f"{name}.int8"] = file.with_suffix(".int8.onnx")
+            quantise(file, written[f"{name}.int8"])
     return written
+
+
+def _quantiser():
+    """Returns a function (file, quantised file)."""
+    try:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ImportError as error:
+        raise ImportError(
+            f'export_onnx: int8=True needs onnx and onnxruntime ({error}): pip install "fastasr[export]"'
+        ) from None
+
+    def quantise(file, quantised):
+        unfinished = quantised.with_name(quantised.name + ".unfinished")
+        # a product of the embedding is a lookup, which ONNX calls Gather
+        operators = ["MatMul", "Gather"] if file.name.startswith("decoder") else ["MatMul"]
+        quantize_dynamic(file, unfinished, op_types_to_quantize=operators, weight_type=QuantType.QInt8)
+        os.replace(unfinished, quantised)
+
+    return quantise
 
 
 def _check(model):

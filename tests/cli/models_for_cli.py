@@ -47,3 +47,11 @@ def broken_model():
 
 def not_a_model():
     return 3
+
+
+def recogniser():
+    from tiny_recogniser import RECOGNISER, WHOLE
+
+    from fastasr.models.zipformer import AsrModel
+
+    return AsrModel(**RECOGNISER | WHOLE).eval()

@@ -37,7 +37,7 @@ def run(monkeypatch):
 # --- help and failures
 
 
-@pytest.mark.parametrize("command", ["env", "ops", "check", "bench", "gpu", "swap", "transcribe"])
+@pytest.mark.parametrize("command", ["env", "ops", "check", "bench", "gpu", "swap", "export", "transcribe"])
 def test_every_command_has_help(run, command):
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -187,6 +187,28 @@ def test_bench_on_a_device_that_is_not_there(run, tmp_path):
     result = run("bench", "bypass", "--device", "cuda", "--out", str(tmp_path))
     assert result.exit_code == 2
     assert "no CUDA device here" in result.stderr
+
+
+# --- export
+def test_export_writes_files(run, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    result = run("export", "models_for_cli:recogniser", str(tmp_path), "--suffix", "tiny", "--int8", "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert {f"{name}{kind}" for name in ("encoder", "decoder", "joiner") for kind in ("", ".int8")} <= set(
+        found
+    )
+    for values in found.values():
+        assert (tmp_path / values["file"]).stat().st_size == values["bytes"]
+    assert found["encoder.int8"]["bytes"] < found["encoder"]["bytes"]
+
+
+def test_export_refuses_what_is_no_recogniser(run, tmp_path):
+    result = run("export", "models_for_cli:model", str(tmp_path / "none"))
+    assert result.exit_code == 2
+    assert "expected an AsrModel" in result.stderr
+    assert not (tmp_path / "none").exists()
 
 
 # --- swap

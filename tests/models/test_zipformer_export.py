@@ -3,6 +3,7 @@
 
 import functools
 import random
+import sys
 
 import pytest
 import tiny_recogniser
@@ -203,6 +204,55 @@ def test_upstreams_runtimes_load_our_files(whole, streaming):
     for chunk in torch.randn(2, 1, 29, 80):
         torch.testing.assert_close(*(model.run_encoder(chunk) for model in models), rtol=0, atol=0)
         torch.testing.assert_close(*(model(chunk) for model in ctcs), rtol=0, atol=0)
+
+
+# --------------------------------------------------------------------------- int8
+@pytest.fixture(scope="module", params=["whole", "streaming"])
+def quantised(request, tmp_path_factory):
+    seeded(0)
+    random.seed(0)
+    model = randomized(zipformer.AsrModel(**(CAUSAL if request.param == "streaming" else WHOLE)))
+    return model, export_onnx(model, tmp_path_factory.mktemp("quantised"), suffix="test", int8=True)
+
+
+def test_int8_files(quantised):
+    """Each file has a smaller one beside it with the same inputs, outputs and metadata, and nearly the same results."""
+    import onnxruntime
+
+    _, files = quantised
+    assert sorted(files) == sorted(
+        f"{n}{e}" for n in ("encoder", "decoder", "joiner", "ctc") for e in ("", ".int8")
+    )
+    for name in ("encoder", "decoder", "joiner", "ctc"):
+        whole, small = files[name], files[f"{name}.int8"]
+        assert small.name == f"{name}-test.int8.onnx"
+        assert _fields(small).items() >= _fields(whole).items()
+        sessions = [onnxruntime.InferenceSession(str(path)) for path in (whole, small)]
+        torch.manual_seed(1)
+        feed = {}
+        for i in sessions[0].get_inputs():
+            shape = [2 if d == "N" else 100 if d == "T" else d for d in i.shape]
+            if "int64" in i.type:
+                feed[i.name] = (
+                    torch.full(shape, 90) if i.name == "x_lens" else torch.zeros(shape).long()
+                ).numpy()
+            else:
+                feed[i.name] = torch.randn(shape).numpy()
+        expected, got = (torch.from_numpy(session.run(None, feed)[0]) for session in sessions)
+        assert got.shape == expected.shape
+        assert (got - expected).norm() <= 0.1 * expected.norm()
+        if name in ("encoder", "ctc"):
+            assert not torch.equal(got, expected)
+            assert small.stat().st_size < whole.stat().st_size
+    assert not list(files["encoder"].parent.glob("*.unfinished"))
+
+
+def test_int8_without_onnxruntime(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime.quantization", None)
+    model = randomized(zipformer.AsrModel(**WHOLE))
+    with pytest.raises(ImportError, match=r"int8=True needs onnx and onnxruntime .*fastasr\[export\]"):
+        export_onnx(model, tmp_path, int8=True)
+    assert not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------- what is refused
