@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The limits of the machine, measured once per run: the time of a plain copy and the rate of the best GEMM.
+"""The limits of the machine, measured once per run: the time of a plain copy, the rate of the best GEMM and of reading.
 
 An elementwise op that moves ``n`` bytes cannot be faster than a copy that moves as many (half read, half
 written, into a destination that exists already); a product cannot be faster than the library's best GEMM.
-The fractions in the rows refer to these.
+The fractions in the rows refer to these. What reads its weights once, as a chunk of a stream does, cannot be
+faster than a sum over as many bytes.
 """
 
 import functools
@@ -25,6 +26,14 @@ def copy_seconds(bytes_moved: int, device: str = "cpu", reps: int = 15) -> float
     """Returns median seconds of a copy that moves ``bytes_moved`` bytes, both directions counted."""
     source, destination = copy_buffers(bytes_moved, device)
     return interleave({"copy": lambda: destination.copy_(source)}, reps=reps, device=device)["copy"].median
+
+
+@functools.cache
+def read_bytes_per_second(size: int = 1 << 28, reps: int = 7) -> float:
+    """Returns the rate at which the CPU reads memory that is in no cache: the best of sums over ``size`` bytes."""
+    memory = torch.ones(size // 4)
+    timings = interleave({"read": memory.sum}, reps=reps)
+    return memory.nbytes / min(timings["read"].samples)
 
 
 def _onednn_linear(x: torch.Tensor, weight: torch.Tensor):

@@ -40,7 +40,8 @@ def _quantised(model: torch.nn.Module) -> torch.nn.Module:
         return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear})
 
 
-def _reduced(model: torch.nn.Module, weights: str) -> torch.nn.Module | None:
+def reduced(model: torch.nn.Module, weights: str) -> torch.nn.Module | None:
+    """Returns a swapped copy with weights of fewer bits, or None if no weight can have them."""
     import fastasr
 
     model = swapped(model)
@@ -56,7 +57,7 @@ def measure(run: Run, *, shapes: tuple = SHAPES) -> Iterator[list[Row]]:
             continue
         shipped, inputs = _model(name, batch, seconds)
         models = {UPSTREAM: shipped, FASTASR: swapped(shipped)}
-        models |= {BF16: _reduced(shipped, "bf16"), INT8: _reduced(shipped, "int8")}
+        models |= {BF16: reduced(shipped, "bf16"), INT8: reduced(shipped, "int8")}
         try:
             models[TORCH_INT8] = _quantised(shipped)
             inference(models[TORCH_INT8], *inputs)()

@@ -22,6 +22,7 @@ If no fp64 run is possible, the two are compared with each other, with a toleran
 
 import contextlib
 import copy
+import enum
 import functools
 import itertools
 import sys
@@ -291,18 +292,34 @@ def _replay(module, forward, args, kwargs, training, shared, draw, roundings=Non
     """
 
     def fresh(value):
-        if not isinstance(value, torch.Tensor):
-            return value
         value = value.detach()
         return value.clone().requires_grad_() if training and value.is_floating_point() else value
 
-    args, kwargs = tree_map(fresh, (args, kwargs))
+    args, kwargs = _mapped(fresh, (args, kwargs))
     with torch.set_grad_enabled(training):
         outputs = tree_flatten(_sorted(shared(forward(*args, **kwargs))))[0]
         outputs = [t for t in outputs if isinstance(t, torch.Tensor)]
         values = [(f"output {i}" if len(outputs) > 1 else "the output", t) for i, t in enumerate(outputs)]
         gradients = _gradients(module, outputs, (args, kwargs), draw, roundings) if training else []
     return _Outcome([(name, t.detach()) for name, t in values], gradients)
+
+
+def _mapped(function, value):
+    """Returns ``value`` with ``function`` of its tensors, and copies of the objects that hold some: a forward updates a
+    cache that it is given, and the next one must find it as it was."""
+    copies = {}
+
+    def of_leaf(leaf):
+        if isinstance(leaf, torch.Tensor):
+            return function(leaf)
+        if not hasattr(leaf, "__dict__") or callable(leaf) or isinstance(leaf, enum.Enum):
+            return leaf
+        if id(leaf) not in copies:
+            copies[id(leaf)] = twin = copy.copy(leaf)
+            vars(twin).update({name: tree_map(of_leaf, held) for name, held in vars(leaf).items()})
+        return copies[id(leaf)]
+
+    return tree_map(of_leaf, value)
 
 
 def _sorted(value):
@@ -376,7 +393,7 @@ class _Reference:
         self.dtype = min(floating, key=lambda d: -torch.finfo(d).eps, default=torch.float32)
         try:
             self.module = self._in_fp64(module)
-            self.args, self.kwargs = tree_map(self._double, (args, kwargs))
+            self.args, self.kwargs = _mapped(self._double, (args, kwargs))
             self.outcome = self._replay(None)
         except Exception:  # an extension without fp64 or a sharded parameter: there is no reference
             self.outcome = None
@@ -396,9 +413,7 @@ class _Reference:
 
     @staticmethod
     def _double(value):
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return value.detach().double()
-        return value
+        return value.detach().double() if value.is_floating_point() else value
 
     def _replay(self, roundings):
         self.start.restore()

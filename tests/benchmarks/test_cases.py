@@ -241,7 +241,17 @@ def test_nemotron_streaming():
 
     with peer():
         units = list(nemotron_streaming.measure(**nemotron_streaming.QUICK, settings=QUICK, reps=2))
-    assert [[row.implementation for row in unit] for unit in units] == [["upstream", "fastasr"]]
+    (unit,) = units
+    implementations = [row.implementation for row in unit]
+    assert (implementations[:2], implementations[-1]) == (["upstream", "fastasr"], "fastasr int8")
+    assert unit[0].limit.startswith(nemotron_streaming.READING)
+    assert unit[0].bytes > 4 * 32 * 64 * 4  # the feed-forward weights alone
+    assert " | – | – | 2.00× | 50 % | 25 % |" in nemotron_streaming.table(
+        [
+            replace(row, median_ms=ms, fraction_of_limit=1 / ms)
+            for row, ms in zip(unit[:2], (4, 2), strict=True)
+        ]
+    )
     assert list(nemotron_streaming.measure(settings=QUICK, skip=lambda *_: True)) == []
 
 

@@ -94,3 +94,4 @@ def test_limits_are_measured_once():
     assert limits.copy_seconds(4096, reps=2) == limits.copy_seconds(4096, reps=2) > 0
     source, destination = limits.copy_buffers(4096)
     assert source.nbytes + destination.nbytes == 4096
+    assert limits.read_bytes_per_second(1 << 20, reps=2) == limits.read_bytes_per_second(1 << 20, reps=2) > 0

@@ -19,6 +19,7 @@ from transformers.models.nemotron_asr_streaming.configuration_nemotron_asr_strea
 
 import fastasr
 from fastasr.models.fast_conformer import masks
+from fastasr.ops import _reduced_weights
 
 PARTS = "Attention", "ConvolutionModule", "FeedForward", "RelPositionalEncoding", "SubsamplingConv2D"
 SWAPPED = {f"NemotronAsrStreamingEncoder{part}" for part in PARTS}
@@ -183,6 +184,34 @@ def test_generate_streams_the_same():
         for a, b in zip(found, wanted, strict=True):
             assert torch.equal(getattr(a, "sequences", a), getattr(b, "sequences", b))
             assert getattr(a, "sequences", a).shape[1] > 2
+
+
+def test_verify_a_stream():
+    """The caches that a module updates are the same for every run of it."""
+    _, model = pair()
+    x = batch()["input_features"]
+    expected = [out.last_hidden_state for out in chunks(model, x, 1)]
+    report = fastasr.verify(model, lambda model: list(chunks(model, x, 1)))
+    assert report.ok, str(report)
+    assert {row.class_name for row in report.replaced} == SWAPPED | {"Linear"}
+    for out, before in zip(chunks(model, x, 1), expected, strict=True):
+        assert torch.equal(out.last_hidden_state, before)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8"])
+def test_chunks_on_weights_of_fewer_bits(format):
+    if reason := _reduced_weights.reason(format):
+        pytest.skip(reason)
+    theirs, ours = pair(hidden_size=64, num_attention_heads=4, intermediate_size=128)
+    inputs = batch()["input_features"]
+    report = fastasr.accelerate(ours, weights=format, verify=lambda model: list(chunks(model, inputs, 1)))
+    assert report.ok, str(report)
+    reduced = {row.path for row in report.weights.reduced if row.path.startswith("layers.0.")}
+    parts = ("feed_forward1.linear1", "self_attn.q_proj", "self_attn.o_proj", "conv.pointwise_conv1")
+    assert reduced >= {f"layers.0.{part}" for part in parts}
+    for found, expected in zip(chunks(ours, inputs, 1), chunks(theirs, inputs, 1), strict=True):
+        error = (found.last_hidden_state - expected.last_hidden_state).norm()
+        assert 0 < error < 0.1 * expected.last_hidden_state.norm()
 
 
 def test_what_is_declined():
