@@ -38,8 +38,13 @@ ELSEWHERE = {
 
 
 def op_page(name: str) -> Path:
-    """Returns the op's page, which has the name of the op's file."""
-    return DOCS / "ops" / f"{getattr(ops, name).__module__.rpartition('.')[2]}.md"
+    """Returns the op's page, which has the name of the op or of its file."""
+    own = DOCS / "ops" / f"{name}.md"
+    return own if own.exists() else own.with_stem(_file(name))
+
+
+def _file(name: str) -> str:
+    return getattr(ops, name).__module__.rpartition(".")[2]
 
 
 def measured(rows: Sequence[Row]) -> dict[Path, str]:
@@ -75,15 +80,19 @@ FAMILIES = {  # folders of csrc/cpu
 
 
 def by_family() -> dict[str, list[str]]:
-    """Returns family -> its ops, in the order of their pages. The folder of an op's C++ kernel is its
-    family.
+    """Returns family -> its ops, in the order of their pages. The folder of an op's C++ kernel is its family; an op
+    without a kernel of its own has the one that it shares, but a linear layer is one first.
     """
     found: dict[str, list[str]] = {family: [] for family in FAMILIES.values()}
     for name in sorted(ops.NAMES, key=lambda name: (op_page(name).stem, name)):
-        files = (ROOT / "csrc" / "cpu").glob(f"*/{op_page(name).stem}.*")
-        folders = {file.parent.name for file in files} & FAMILIES.keys()
-        found[FAMILIES[max(folders, default="gemm" if "linear" in name else "")]].append(name)
+        shared = {"gemm"} if "linear" in name else _folders(ops.OPS[name].family.name)
+        found[FAMILIES[max(_folders(_file(name)) or shared, default="")]].append(name)
     return {family: names for family, names in found.items() if names}
+
+
+def _folders(stem: str) -> set[str]:
+    """Returns the folders of csrc/cpu with a kernel of this name."""
+    return {file.parent.name for file in (ROOT / "csrc" / "cpu").glob(f"*/{stem}.*")} & FAMILIES.keys()
 
 
 def op_families() -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an op is right on a machine: ``CHECKS`` is the list of what a verdict says about it."""
+"""Says whether an op is right on a machine: ``CHECKS`` is the list of what a verdict says about it."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -8,7 +8,7 @@ INSTALL = "pip install 'fastasr[cli]'"
 
 
 def main() -> None:
-    """Entry point. Errors go to stderr without a traceback; FASTASR_DEBUG=1 shows it."""
+    """Runs the command `fastasr`. Errors go to stderr without a traceback; FASTASR_DEBUG=1 shows it."""
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401

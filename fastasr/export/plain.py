@@ -21,12 +21,12 @@ MASKED = -1000.0
 
 
 def is_exporting():
-    """Whether a tracer or an exporter runs."""
+    """Says whether a tracer or an exporter runs."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 def serves(encoder_embed, encoder):
-    """Whether both modules have the classes that this file defines in plain PyTorch."""
+    """Says whether both modules have the classes that this file defines in plain PyTorch."""
     return type(encoder_embed) is Conv2dSubsampling and type(encoder) is Zipformer
 
 

@@ -111,7 +111,7 @@ class Op(Errors):
 
     def __call__(self, formula: Callable[P, R]) -> Callable[P, R]:
         self.name, self.definition = formula.__name__, formula
-        self.summary = self.summary or formula.__doc__.partition("\n")[0].rstrip(".")
+        self.summary = self.summary or formula.__doc__.partition("\n")[0].removeprefix("Returns ").rstrip(".")
         self._read(formula)
         if not isinstance(self.kernels, KernelFamily):
             family = tuple(KERNELS[backend](self.name) for backend in self.kernels.split())

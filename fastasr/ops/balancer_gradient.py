@@ -87,7 +87,7 @@ def balancer_gradient(
     grad_scale: float,
     channel_dim: Annotated[int, "dimension of x"] = -1,
 ) -> Annotated[Tensor, "*S D", "grad"]:
-    """The gradient of x, changed so that the channels of x keep to the limits. Not differentiable.
+    """Returns the gradient of x, changed so that the channels of x keep to the limits. Not differentiable.
 
     Args:
         grad, x: the same shape, with at least one dimension. float32, bfloat16, float16 or float64.

@@ -54,7 +54,7 @@ def depthwise_conv2d(
     *,
     padding: tuple[int, int] = (0, 0),
 ) -> Annotated[Tensor, "B T+2*P-K+1 F+2*Q-L+1 C", "x"]:
-    """Every channel of the maps x convolved with taps of its own, stride 1, zeros around x; channels last.
+    """Convolves every channel of the maps x with taps of its own, stride 1, zeros around x; channels last.
 
     Args:
         x: (B, T, F, C), contiguous best: ``map.permute(0, 2, 3, 1)`` of a map in channels_last order is. float32,

@@ -149,7 +149,7 @@ def ema_scan(
         Annotated[Tensor, "B D N", "wide x + damping + decay + expansion + projection + residual + state"],
     ]
 ):
-    """The multi-head damped EMA of Mega: y = act(Σ_n c_n h_n + residual · x), h_n(t) = q_n h_n(t−1) + b_n x_t.
+    """Computes the multi-head damped EMA of Mega: y = act(Σ_n c_n h_n + residual · x), h_n(t) = q_n h_n(t−1) + b_n x_t.
 
     Args:
         x: (L, B, D), (B, L, D) or (B, D, L) as ``layout`` says; float32, bfloat16, float16 or float64.
@@ -228,7 +228,7 @@ def complex_ema_scan(
     activation: Activation = "identity",
     layout: Layout = "LBD",
 ) -> Y | tuple[Y, Annotated[Tensor, "B D N 2", "wide x + alpha + delta + theta + gamma + omega + state"]]:
-    """The complex EMA of Megalodon: y = act(Re Σ_n c_n h_n + omega · x), h_n(t) = q_n h_n(t−1) + p_n x_t.
+    """Computes the complex EMA of Megalodon: y = act(Re Σ_n c_n h_n + omega · x), h_n(t) = q_n h_n(t−1) + p_n x_t.
 
     Args:
         x: (L, B, D), (B, L, D) or (B, D, L) as ``layout`` says; float32, bfloat16, float16 or float64.

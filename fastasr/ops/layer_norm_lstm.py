@@ -125,7 +125,7 @@ def layer_norm_lstm(
     Annotated[Tensor, "B H", "y"],
     Annotated[Tensor, "B H", "y"],
 ]:
-    """An LSTM layer with LayerNorm on gates and cell, over a whole sequence or one step.
+    """Runs an LSTM layer with LayerNorm on gates and cell, over a whole sequence or one step.
 
     Args:
         x: (T, B, D); float32, bfloat16, float16 or float64.

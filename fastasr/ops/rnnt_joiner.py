@@ -175,7 +175,7 @@ def rnnt_joiner(
     Annotated[Tensor, "B T s_range", "wide am + lm + weight"],
     Annotated[Tensor, "B T s_range", "wide am + lm + weight"],
 ]:
-    """(symbol_logprobs, blank_logprobs) of a pruned transducer's joiner, without a tensor of B × T × R × V.
+    """Returns (symbol_logprobs, blank_logprobs) of a pruned transducer's joiner, without a tensor of B × T × R × V.
 
     Args:
         am: (B, T, D), the projected frames; lm: (B, S + 1, D), the projected contexts. float32, bfloat16, float16 or

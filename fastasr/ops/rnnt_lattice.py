@@ -177,7 +177,7 @@ def rnnt_lattice(
         Annotated[Tensor, "B S+1 T", "wide scores", "constant"],
     ]
 ):
-    """The log of the summed probability of all paths through each lattice.
+    """Returns the log of the summed probability of all paths through each lattice.
 
     Args:
         symbol_logprobs: (B, S, T+1) for the regular lattice, (B, S, T) for the modified one, where a symbol takes a

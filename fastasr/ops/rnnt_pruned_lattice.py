@@ -184,7 +184,7 @@ def rnnt_pruned_lattice(
         Annotated[Tensor, "B T R", "wide scores", "constant"],
     ]
 ):
-    """The log of the summed probability of all paths through each lattice that stay inside the band.
+    """Returns the log of the summed probability of all paths through each lattice that stay inside the band.
 
     Args:
         symbol_logprobs, blank_logprobs: (B, T, R), log probabilities of symbol s+1 and of a blank in cell (s, t),

@@ -147,7 +147,7 @@ def segment_attention(
     history: Annotated[Tensor, "2", int] | None = None,
     weights_dropout: Annotated[Tensor, "B num_heads Q lanes", "constant"] | None = None,
 ) -> Annotated[Tensor, "N B num_heads*D", "query"]:
-    """Attention of every segment over its memory, right context, left context and itself.
+    """Computes the attention of every segment over its memory, right context, left context and itself.
 
     Args:
         query: (Q, B, D), Q = n R + T and, where there is memory, n more: right-context blocks, utterance, summaries;

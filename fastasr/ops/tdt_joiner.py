@@ -80,7 +80,7 @@ def tdt_joiner(
     Annotated[Tensor, "B T S+1", "wide am + lm + weight"],
     Annotated[Tensor, "B T S+1 durations", "wide am + lm + weight"],
 ]:
-    """Log-probabilities of symbol, blank and durations of a TDT joiner, without a tensor of B × T × S × V logits.
+    """Returns the log-probabilities of symbol, blank and durations of a TDT joiner, without B × T × S × V logits.
 
     Args:
         am: (B, T, D), the projected frames; lm: (B, S + 1, D), the projected contexts. float32, bfloat16, float16 or

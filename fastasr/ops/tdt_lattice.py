@@ -124,7 +124,7 @@ def tdt_lattice(
     durations: Annotated[Tensor, "N", torch.int64],
     boundary: Annotated[Tensor, "B 4", torch.int64] | None = None,
 ) -> Annotated[Tensor, "B", "wide symbol_logprobs + blank_logprobs + duration_logprobs"]:
-    """The log of the summed probability of all paths through each lattice of tokens and durations.
+    """Returns the log of the summed probability of all paths through each lattice of tokens and durations.
 
     Args:
         symbol_logprobs: (B, T, S), log probability of symbol s+1 in cell (t, s). float32, bfloat16, float16 or float64;

@@ -49,7 +49,7 @@ def _value_heads(op, a) -> None:
     backward=f"grad {_FORWARD} -> x pos value cached_key",
     fast_strides="x pos value cached_key key_padding_mask attn_mask",
     check=_value_heads,
-    summary="the values weighted by it, without the weights in memory",
+    summary="softmax_j(q·k + p·R[j−i]) v, Zipformer's, without the weights in memory",
 )
 def zipformer_attention(
     x: Projection,

@@ -204,7 +204,7 @@ class _Flat:
         return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
 
     def holds(self, state):
-        """Whether the state's tensors are still views of these buffers. Those of a loaded state are not."""
+        """Says whether the state's tensors are still views of these buffers. Those of a loaded state are not."""
         return all(state[p].get(name) is tensor for p, name, tensor in self._states)
 
     def take_gradients(self):

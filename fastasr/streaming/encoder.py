@@ -146,7 +146,7 @@ class StreamingEncoder:
     # ------------------------------------------------------------------ streams
     @property
     def streams(self):
-        """The open streams in the order of their opening."""
+        """Returns the open streams in the order of their opening."""
         return list(self._slots)
 
     def open(self):

@@ -26,7 +26,9 @@ class EndpointRules:
     longest: float | None = 20.0
 
     def reached(self, frames, last):
-        """Whether a segment of ``frames`` frames ends here; ``last`` is the frame of its last token, None without."""
+        """Says whether a segment of ``frames`` frames ends here; ``last`` is the frame of its last token, None
+        without.
+        """
         quiet = frames * FRAME if last is None else (frames - 1 - last) * FRAME
         limit = self.silence if last is None else self.trailing
         return (limit is not None and quiet >= limit) or (

@@ -62,7 +62,7 @@ class SwapReport:
 
     @property
     def ok(self):
-        """False if verification rolled a module back."""
+        """Is False if verification rolled a module back."""
         return not self.rolled_back
 
     def __getitem__(self, path):

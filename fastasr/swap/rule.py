@@ -163,7 +163,7 @@ def check_sequence(module, name, classes):
 
 
 def is_rate(value):
-    """Whether the value is a number or a schedule module that converts to float."""
+    """Says whether the value is a number or a schedule module that converts to float."""
     return isinstance(value, (int, float)) or (
         isinstance(value, torch.nn.Module) and hasattr(type(value), "__float__")
     )

@@ -263,7 +263,9 @@ class _Probe:
         return None
 
     def _draws_by_k2(self):
-        """Whether upstream uses k2's Swoosh, which draws random numbers to round derivatives; fastasr's does not."""
+        """Says whether upstream uses k2's Swoosh, which draws random numbers to round derivatives; fastasr's does
+        not.
+        """
         return "k2" in type(self.module).forward.__globals__
 
     def _record(self, kind, verdict):

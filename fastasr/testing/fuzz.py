@@ -261,8 +261,9 @@ def _differs(out: Tensor, reference: Tensor) -> str:
 
 
 def _as_good_as_eager(definition, arguments: dict, outputs, eager, references) -> bool:
-    """Whether the definition in the call's own dtypes is about as far from float64 as the op. With a value of 60000
-    among scores of 1, for example, no implementation is accurate."""
+    """Says whether the definition in the call's own dtypes is about as far from float64 as the op. With a value of
+    60000 among scores of 1, for example, no implementation is accurate.
+    """
     near = definition(**with_tensors(arguments, lambda _, t: _nudged(t.detach().double(), 1e-7)))
     for ours, theirs, exact, moved in zip(*map(_tuple, (outputs, eager, references, near)), strict=True):
         # Where eager, or float64 of inputs moved by a rounding, disagrees with float64, rounding decides: an infinity

@@ -4,7 +4,8 @@
 Both are compared with the definition evaluated in float64 on the same numbers. 10 % is allowed for rounding noise, and
 in addition the cost of correct rounding, since eager may happen to be exact: 0.3 units in the last place on average
 (0.5 for a handful of elements), one at the worst element. The reference of float64 results has rounding errors itself:
-32 units are allowed there or, where that is more, the units by which eager is off in float32.
+32 units are allowed there, and a result that exceeds the bound is compared with the units by which eager is off in
+float32, in the place of eager's error.
 """
 
 import statistics

@@ -5,7 +5,7 @@ import torch
 
 
 def is_plain_inference(module, x, weight, ndim):
-    """Whether this call runs in eval mode on the CPU without gradients, autocast or compilation.
+    """Says whether this call runs in eval mode on the CPU without gradients, autocast or compilation.
 
     It is False too unless x has ``ndim`` dimensions, is not empty and has the weight's dtype.
     """
@@ -27,7 +27,7 @@ def _wants_gradients(module):
 
 
 def any_hooked(modules):
-    """Whether one of the modules has hooks, which a fused call would give other tensors or not call at all."""
+    """Says whether one of the modules has hooks, which a fused call would give other tensors or not call at all."""
     return any(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -38,17 +38,21 @@ def any_hooked(modules):
 
 
 def has_known_forward(module):
-    """Whether the module's forward is that of its class or the one that fastasr's swap bound to it."""
+    """Says whether the module's forward is that of its class or the one that fastasr's swap bound to it."""
     bound = vars(module).get("forward")
     return bound is None or hasattr(bound, "fastasr_forward")
 
 
 def is_unmodified(module, classes):
-    """Whether the module's class is one of ``classes`` itself and nothing but fastasr's swap replaced its forward."""
+    """Says whether the module's class is one of ``classes`` itself and nothing but fastasr's swap replaced its
+    forward.
+    """
     return type(module) in classes and has_known_forward(module)
 
 
 def runs(module, method, name="forward"):
-    """Whether ``module.name`` is the function ``method``: from the class or bound to the instance, plain or wrapped."""
+    """Says whether ``module.name`` is the function ``method``: from the class or bound to the instance, plain or
+    wrapped.
+    """
     function = getattr(getattr(module, name), "__func__", None)
     return getattr(function, "__wrapped__", function) is method

@@ -14,7 +14,7 @@ _VERSION = torch.Tensor._version.__get__
 
 
 def global_hooks():
-    """Whether torch has global module hooks, which run at every module's call."""
+    """Says whether torch has global module hooks, which run at every module's call."""
     return any(_GLOBAL_HOOKS)
 
 
@@ -52,15 +52,15 @@ class ModuleState:
             return None
 
     def traceable(self):
-        """Whether the parameters have versions and addresses."""
+        """Says whether the parameters have versions and addresses."""
         return self._values is not None
 
     def watched(self):
-        """Whether a submodule has hooks now, or one selected by ``drops`` is in training mode."""
+        """Says whether a submodule has hooks now, or one selected by ``drops`` is in training mode."""
         return any(self._hooks) or any(map(operator.itemgetter("training"), self._dropping))
 
     def unchanged(self):
-        """Whether nothing but hooks and modes has changed since the record was made."""
+        """Says whether nothing but hooks and modes has changed since the record was made."""
         now = list(self._now())
         return (
             len(now) == len(self._members)

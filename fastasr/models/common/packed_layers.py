@@ -28,8 +28,9 @@ _WATCHED = "a submodule has hooks, or is in training mode"
 
 
 def may_serve(layer, x, weight):
-    """Whether the native call may replace this one: eval mode, no gradients, a CPU with a native library, and a layer
-    that does not decline with ``packed_streaming = False``. x (frames, streams, channels) has the weight's dtype."""
+    """Says whether the native call may replace this one: eval mode, no gradients, a CPU with a native library, and a
+    layer that does not decline with ``packed_streaming = False``. x (frames, streams, channels) has the weight's dtype.
+    """
     return (
         is_plain_inference(layer, x, weight, 3)
         and not torch.jit.is_tracing()
@@ -69,7 +70,7 @@ class PackedLayer(abc.ABC):
             self.reason = "" if error <= AGREEMENT else f"its {self.OPERATIONS} compute something else"
 
     def fresh(self):
-        """Whether the layer has not changed since its weights were packed."""
+        """Says whether the layer has not changed since its weights were packed."""
         watched = self.reason == _WATCHED
         return self._state.watched() == watched and self._state.unchanged()
 

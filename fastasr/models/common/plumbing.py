@@ -17,7 +17,9 @@ def is_watched(module):
 
 
 def is_plain_linear(module):
-    """Whether this is torch's linear layer without hooks or another forward, so that its weight and bias suffice."""
+    """Says whether this is torch's linear layer without hooks or another forward, so that its weight and bias
+    suffice.
+    """
     return type(module) is torch.nn.Linear and not is_watched(module) and has_known_forward(module)
 
 
@@ -26,7 +28,7 @@ def linear(module, x):
 
 
 def is_idle(module):
-    """Whether this dropout returns its input and draws no random numbers."""
+    """Says whether this dropout returns its input and draws no random numbers."""
     return (
         type(module) is torch.nn.Dropout and not is_watched(module) and not (module.training and module.p > 0)
     )
@@ -50,7 +52,7 @@ def dropout(module, x, residual=None):
 
 
 def is_layer_norm(module):
-    """Whether this is torch's LayerNorm over the last dimension with weight and bias, without hooks."""
+    """Says whether this is torch's LayerNorm over the last dimension with weight and bias, without hooks."""
     return (
         type(module) is torch.nn.LayerNorm
         and len(module.normalized_shape) == 1
@@ -61,8 +63,9 @@ def is_layer_norm(module):
 
 
 def is_depthwise_conv(module):
-    """Whether this is a depthwise convolution over time that keeps the length, without hooks: torch's, or NeMo's class
-    that pads by itself."""
+    """Says whether this is a depthwise convolution over time that keeps the length, without hooks: torch's, or NeMo's
+    class that pads by itself.
+    """
     nemo = type(module).__name__ == "CausalConv1D"
     if not nemo and type(module) is not torch.nn.Conv1d:
         return False

@@ -15,8 +15,8 @@ from fastasr.models.fast_conformer.masks import is_readable, seen
 
 
 def wav2vec2_attention(self, hidden_states, attention_mask=None, relative_position_embeddings=None, **kwargs):
-    """transformers' Wav2Vec2Conformer. hidden states (B, T, width), attention mask (bool (B, 1, T, T), True: the query
-    sees the key) or None, position embeddings (1, 2T − 1, width) -> ((B, T, width), None)."""
+    """Serves transformers' Wav2Vec2Conformer: hidden states (B, T, width), attention mask (bool (B, 1, T, T), True: the
+    query sees the key) or None, position embeddings (1, 2T − 1, width) -> ((B, T, width), None)."""
     batch, frames = hidden_states.shape[:2]
     implementation = self.config._attn_implementation
     fits = (
@@ -35,8 +35,8 @@ def wav2vec2_attention(self, hidden_states, attention_mask=None, relative_positi
 
 
 def fastspeech2_attention(self, hidden_states, attention_mask=None, pos_emb=None, output_attentions=False):
-    """transformers' FastSpeech2Conformer. hidden states (B, T, width), attention mask (B, 1, T) that is 0 at hidden
-    keys or None, position embeddings (1, 2T − 1, width) -> ((B, T, width), None)."""
+    """Serves transformers' FastSpeech2Conformer: hidden states (B, T, width), attention mask (B, 1, T) that is 0 at
+    hidden keys or None, position embeddings (1, 2T − 1, width) -> ((B, T, width), None)."""
     batch, frames = hidden_states.shape[:2]
     if (
         not output_attentions

@@ -55,7 +55,7 @@ def speechbrain_convolution(self, x, mask=None, dynchunktrain_config=None):
 
 
 def wav2vec2_convolution(self, hidden_states):
-    """transformers' Wav2Vec2Conformer. hidden states (B, T, width) -> same shape. Padding is not masked."""
+    """Serves transformers' Wav2Vec2Conformer: hidden states (B, T, width) -> same shape. Padding is not masked."""
     if plumbing.is_watched(self.glu):
         return type(self).forward(self, hidden_states)
     y = gated_convolution(

@@ -22,7 +22,7 @@ def speechbrain_feed_forward(self, x):
 
 
 def wav2vec2_feed_forward(self, hidden_states):
-    """transformers' Wav2Vec2Conformer. hidden states (..., width) -> same shape."""
+    """Serves transformers' Wav2Vec2Conformer: hidden states (..., width) -> same shape."""
     hidden = activations.activated(self.intermediate_dense, self.intermediate_act_fn, hidden_states)
     hidden = plumbing.dropout(self.intermediate_dropout, hidden)
     return plumbing.dropout(self.output_dropout, plumbing.linear(self.output_dense, hidden))

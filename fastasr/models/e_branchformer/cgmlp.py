@@ -8,7 +8,7 @@ from fastasr.models.common import activations, plumbing
 
 
 def _is_layer_norm(norm) -> bool:
-    """Whether this is torch's or ESPnet's LayerNorm over the last dimension, with weight and bias."""
+    """Says whether this is torch's or ESPnet's LayerNorm over the last dimension, with weight and bias."""
     return (
         isinstance(norm, torch.nn.LayerNorm)
         and type(norm).__name__ == "LayerNorm"

@@ -168,7 +168,7 @@ def _is_own(layer: nn.Module, name: str) -> bool:
 
 
 def _is_unwatched(layer: nn.Module) -> bool:
-    """Whether a call of the layer runs its own forward and nothing else."""
+    """Says whether a call of the layer runs its own forward and nothing else."""
     return not any_hooked((layer,)) and not global_hooks() and _is_own(layer, "forward")
 
 

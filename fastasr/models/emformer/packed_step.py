@@ -79,7 +79,7 @@ class _PackedLayer(PackedLayer):
         return self.run(*arguments), by_operations(*arguments)
 
     def fits(self, utterance, right_context, state, mems):
-        """Whether the native call can read these arguments without conversion."""
+        """Says whether the native call can read these arguments without conversion."""
         frames, streams, dim = utterance.shape
         rows = self._memory, self._left, self._left
         return (

@@ -24,8 +24,8 @@ from fastasr.models.fast_conformer.subsampling import convolved, is_plain_pointw
 def cached_attention(
     self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs
 ):
-    """NemotronAsrStreamingEncoderAttention. hidden states (B, T, width), position embeddings (B or 1, 2K − 1, width),
-    attention mask (bool (B, 1, T, K), True: the query sees the key) or None -> ((B, T, width), None).
+    """Serves NemotronAsrStreamingEncoderAttention: hidden states (B, T, width), position embeddings (B or 1, 2K − 1,
+    width), attention mask (bool (B, 1, T, K), True: the query sees the key) or None -> ((B, T, width), None).
 
     The T keys follow those of the cache, K in all. A query that sees no key gets 0 before the last projection.
     """
@@ -48,8 +48,8 @@ def cached_attention(
 
 
 def causal_convolution(self, hidden_states, all_masked_rows=None, padding_cache=None):
-    """NemotronAsrStreamingEncoderConvolutionModule. hidden states (B, T, width), all_masked_rows (bool (B, 1, T), True:
-    the frame sees no key, and its gated frame is 0) or None -> (B, T, width)."""
+    """Serves NemotronAsrStreamingEncoderConvolutionModule: hidden states (B, T, width), all_masked_rows (bool (B, 1,
+    T), True: the frame sees no key, and its gated frame is 0) or None -> (B, T, width)."""
     conv = self.depthwise_conv
     if plumbing.is_watched(conv):
         return type(self).forward(self, hidden_states, all_masked_rows, padding_cache)
@@ -76,8 +76,8 @@ def causal_convolution(self, hidden_states, all_masked_rows=None, padding_cache=
 
 
 def causal_subsampling(self, input_features, attention_mask=None, padding_cache=None):
-    """NemotronAsrStreamingEncoderSubsamplingConv2D. features (B, T₀, mel_bins), mask (B, T₀), 1 at valid frames, or
-    None -> (B, T, width). Without a cache each of the convolutions makes ⌊n / 2⌋ + 1 frames and bins of n."""
+    """Serves NemotronAsrStreamingEncoderSubsamplingConv2D: features (B, T₀, mel_bins), mask (B, T₀), 1 at valid frames,
+    or None -> (B, T, width). Without a cache each of the convolutions makes ⌊n / 2⌋ + 1 frames and bins of n."""
     convs = [self.conv_in, *(layer.depthwise_conv for layer in self.layers)]
     products = [layer.pointwise_conv for layer in self.layers]
     watched = any(map(plumbing.is_watched, (*convs, self.act_fn, *self.layers)))

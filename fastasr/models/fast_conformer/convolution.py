@@ -72,7 +72,7 @@ def gated_convolution(x, first, conv, norm, activation, last, hidden=None):
 
 
 def _is_batch_norm(norm):
-    """Whether this is torch's BatchNorm with running statistics, without hooks."""
+    """Says whether this is torch's BatchNorm with running statistics, without hooks."""
     return (
         type(norm) is torch.nn.BatchNorm1d
         and norm.track_running_stats

@@ -24,8 +24,9 @@ class Seen(NamedTuple):
 
 
 def is_readable(mask: Tensor | None, batch: int, frames: int, keys: int | None = None) -> bool:
-    """Whether ``mask`` is None or bool (B, 1, T, K), True where a query (third) sees a key (last), with K = T unless
-    given; or bool (B, T), True at valid frames, each of which sees all others: over an hour the pairs would take 2 GB.
+    """Says whether ``mask`` is None or bool (B, 1, T, K), True where a query (third) sees a key (last), with K = T
+    unless given; or bool (B, T), True at valid frames, each of which sees all others: over an hour the pairs would take
+    2 GB.
     """
     shapes = ((batch, 1, frames, frames), (batch, frames)) if keys is None else ((batch, 1, frames, keys),)
     return mask is None or (mask.dtype == torch.bool and mask.shape in shapes)

@@ -45,7 +45,9 @@ class FastConformerSubsampling(torch.nn.Module):
 
 
 def are_plain(layers):
-    """Whether these are torch's ReLUs and convolutions of this front end without hooks, so that weights suffice."""
+    """Says whether these are torch's ReLUs and convolutions of this front end without hooks, so that weights
+    suffice.
+    """
     return all(map(_is_plain, layers))
 
 
@@ -160,7 +162,7 @@ def _within(h, begin, lengths):
 
 
 def _is_plain(layer):
-    """Whether this is torch's ReLU, or a convolution of this front end without hooks."""
+    """Says whether this is torch's ReLU, or a convolution of this front end without hooks."""
     if plumbing.is_watched(layer) or not has_known_forward(layer):
         return False
     if type(layer) is not torch.nn.Conv2d:
@@ -173,7 +175,7 @@ def _is_plain(layer):
 
 
 def is_plain_pointwise(layer):
-    """Whether this is torch's convolution of 1 × 1 taps without hooks."""
+    """Says whether this is torch's convolution of 1 × 1 taps without hooks."""
     plain = type(layer) is torch.nn.Conv2d and not plumbing.is_watched(layer) and has_known_forward(layer)
     sizes = (1, 1), (1, 1), (0, 0), 1
     return plain and (layer.kernel_size, layer.stride, layer.padding, layer.groups) == sizes

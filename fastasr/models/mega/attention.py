@@ -36,7 +36,9 @@ def causal(queries, keys, device):
 
 
 def is_causal(attn_mask):
-    """Whether a mask is the causal one. A tensor's values are read on the CPU only, since a GPU would have to wait."""
+    """Says whether a mask is the causal one. A tensor's values are read on the CPU only, since a GPU would have to
+    wait.
+    """
     if isinstance(attn_mask, str):
         if attn_mask != CAUSAL:
             raise ValueError(f"MEGA: attn_mask: expected a tensor or {CAUSAL!r}, got {attn_mask!r}")

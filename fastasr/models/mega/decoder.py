@@ -258,7 +258,7 @@ def _device(decoder):
 
 
 def _takes_causal(mega):
-    """Whether the block accepts the causal mask by its name. Another forward needs a tensor."""
+    """Says whether the block accepts the causal mask by its name. Another forward needs a tensor."""
     return getattr(mega.forward, "takes_causal", False)
 
 

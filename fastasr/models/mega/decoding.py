@@ -202,7 +202,7 @@ def _why_not_block(mega, feed_forward):
 
 
 def _runs(module, ours):
-    """Whether a call of the module runs the forward of our class ``ours``, its own or bound by a swap."""
+    """Says whether a call of the module runs the forward of our class ``ours``, its own or bound by a swap."""
     bound = vars(module).get("forward")
     if bound is None:
         return type(module).forward is ours.forward
@@ -210,7 +210,7 @@ def _runs(module, ours):
 
 
 def _foreign(module, *names):
-    """Whether the module's class is neither ours nor ESPnet's of these names, or runs another forward."""
+    """Says whether the module's class is neither ours nor ESPnet's of these names, or runs another forward."""
     bound = vars(module).get("forward")
     if bound is not None and not hasattr(getattr(bound, "__func__", None), "fastasr_forward"):
         return True
@@ -250,7 +250,7 @@ class _Plan:
             self._pack(decoder)
 
     def fresh(self):
-        """Whether modules, parameters, their values, forwards and hooks have not changed since packing."""
+        """Says whether modules, parameters, their values, forwards and hooks have not changed since packing."""
         watched = self.reason.startswith("a submodule has hooks")
         return self._state.unchanged() and self._state.watched() == watched
 
@@ -316,7 +316,7 @@ class _Plan:
         return ended(self._static(batch, length + 1).step(labels, states, lengths), self, lengths)
 
     def _fit(self, states, batch, length):
-        """Whether the native step accepts these states of ``length`` positions."""
+        """Says whether the native step accepts these states of ``length`` positions."""
         size, heads, key, value = self.shape[:4]
         limit = self.chunk or self._limit
         if limit and length + 1 > limit:

@@ -91,7 +91,9 @@ class RotaryRelativePositionBias(torch.nn.Module):
 
 
 def has_values(bias):
-    """Whether this is a bias whose values can be read by offset: of a class here or of ESPnet's of the same name."""
+    """Says whether this is a bias whose values can be read by offset: of a class here or of ESPnet's of the same
+    name.
+    """
     parameters = bias._parameters
     return "relative_position_bias" in parameters or ("alpha" in parameters and "beta" in parameters)
 

@@ -40,7 +40,9 @@ class _PenalizeScores(torch.autograd.Function):
 
 
 def _may_exceed(q, k, scale):
-    """Whether a score can exceed the limit. By the Cauchy-Schwarz inequality no score exceeds the norms' product."""
+    """Says whether a score can exceed the limit. By the Cauchy-Schwarz inequality no score exceeds the norms'
+    product.
+    """
     if q.numel() == 0 or k.numel() == 0:
         return False
     return float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) * scale > 0.99 * SCORE_LIMIT

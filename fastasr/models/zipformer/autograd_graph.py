@@ -7,7 +7,7 @@ _VIEWS = {"AliasBackward0", "SliceBackward0", "SplitBackward0", "SplitWithSizesB
 
 
 def is_same(part, original):
-    """Whether ``part`` has the memory of ``original`` and no autograd node between them changes the gradient."""
+    """Says whether ``part`` has the memory of ``original`` and no autograd node between them changes the gradient."""
     if part is original:
         return True
     if torch.compiler.is_compiling() or type(part) is not torch.Tensor or type(original) is not torch.Tensor:

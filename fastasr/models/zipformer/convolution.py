@@ -155,7 +155,7 @@ def _is_depthwise(conv, channels, taps, padding):
 
 
 def _fits(mask, h):
-    """Whether the mask is (batch, time) or one for the whole batch. The submodules raise for other shapes."""
+    """Says whether the mask is (batch, time) or one for the whole batch. The submodules raise for other shapes."""
     frames, batch = h.shape[0], h.shape[1]
     return mask is None or (mask.ndim == 2 and mask.shape[0] in (1, batch) and mask.shape[1] == frames)
 
@@ -165,7 +165,7 @@ def _of_batch(mask, h):
 
 
 def _continues(cache, h, weights):
-    """Whether the cache fits h. With one tap there is nothing to cache, but upstream then caches all frames."""
+    """Says whether the cache fits h. With one tap there is nothing to cache, but upstream then caches all frames."""
     taps = weights[0].shape[-1]
     return (
         len(weights) > 2
@@ -180,7 +180,9 @@ def _needs_gradients(*tensors):
 
 
 def _is_swoosh_r_and_linear(out_proj):
-    """Whether ``out_proj`` runs our code in eval mode with SwooshR, which the convolution's kernel can then apply."""
+    """Says whether ``out_proj`` runs our code in eval mode with SwooshR, which the convolution's kernel can then
+    apply.
+    """
     if torch.compiler.is_compiling() or out_proj.training:
         return False
     forward = inspect.unwrap(out_proj.forward)

@@ -5,5 +5,5 @@ import importlib.util
 
 
 def is_module_available(*modules):
-    """Whether all of these top-level modules can be found. The function does not import them."""
+    """Says whether all of these top-level modules can be found. The function does not import them."""
     return all(importlib.util.find_spec(module) is not None for module in modules)

@@ -243,7 +243,9 @@ def _stream_by_submodules(layer, src, pos_emb, states, left_context_len, src_key
 
 
 def takes_chunks(layer):
-    """Whether ``layer`` and its attention run our code, so that they accept left_context_chunks instead of a mask."""
+    """Says whether ``layer`` and its attention run our code, so that they accept left_context_chunks instead of a
+    mask.
+    """
     attention = getattr(layer, "self_attn_weights", None)
     if (
         type(layer) is not ZipformerEncoderLayer
@@ -255,7 +257,7 @@ def takes_chunks(layer):
 
 
 def _is_long(layer, src):
-    """Whether the consumers should compute the weights of this call, since they are too large to keep. The layer's
+    """Says whether the consumers should compute the weights of this call, since they are too large to keep. The layer's
     attention modules must all run our code, their own or bound to them.
     """
     if torch.compiler.is_compiling() or src.ndim != 3:

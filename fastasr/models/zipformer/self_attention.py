@@ -59,7 +59,7 @@ def weighted(attn_weights, values):
 
 
 def _is_native(weights, values):
-    """Whether the kernel for few columns can be used: float32 on the CPU, without gradients."""
+    """Says whether the kernel for few columns can be used: float32 on the CPU, without gradients."""
     return (
         type(weights) in _dispatch.PLAIN
         and type(values) in _dispatch.PLAIN

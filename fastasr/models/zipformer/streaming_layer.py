@@ -94,7 +94,7 @@ class _PackedLayer(PackedLayer):
         return (left, streams, key), (1, streams, left, hidden), of_value, of_value, of_conv, of_conv
 
     def fits(self, src, pos_emb, states, left, masked):
-        """Whether the native call can read these arguments without conversion."""
+        """Says whether the native call can read these arguments without conversion."""
         frames, streams, dim = src.shape
         return (
             dim == self._dim

@@ -210,7 +210,7 @@ def _residual(layer, x, y, mask):
 
 
 def _runs_by_rows(x, weight, modules):
-    """Whether neither hooks nor a compiler could see the layout or the parts of a call."""
+    """Says whether neither hooks nor a compiler could see the layout or the parts of a call."""
     plain = x.dtype == weight.dtype or torch.is_autocast_enabled("cpu")
     return (
         ((x.is_cpu and plain) or x.is_cuda)

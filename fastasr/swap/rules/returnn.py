@@ -22,5 +22,5 @@ def reason(module):
 
 
 def is_module(value):
-    """Whether this is a module of RETURNN without the wrapper."""
+    """Says whether this is a module of RETURNN without the wrapper."""
     return any(cls.__module__.startswith("returnn.frontend") for cls in type(value).__mro__)
