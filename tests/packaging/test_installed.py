@@ -4,6 +4,7 @@
 import json
 
 import pytest
+from fresh import ROOT
 
 pytestmark = [
     pytest.mark.packaging,
@@ -66,6 +67,57 @@ def test_every_op_runs_on_its_kernels(installed):
     assert len(kernels) >= 5
     assert all(row["available"] for row in kernels)
     assert {row["op"] for row in found["table"]} == {row["op"] for row in rows(found, "eager")}
+
+
+def test_every_op_keeps_the_contract(installed):
+    """Each op on one sample, values and gradients."""
+    installed.python(
+        "import torch\n"
+        "from fastasr.testing import checks, tables\n"
+        "for table in tables().values():\n"
+        "    checks.parity(table, table.thorough[0], torch.float32, 'cpu')\n"
+    )
+
+
+# A recogniser decodes, streams, is exported and trained; the recordings and its sizes come from the tests.
+RECOGNISE = """
+import sys
+import torch
+sys.path[:0] = [{tests!r}, {tests!r} + "/recipe"]
+import beeps
+from tiny_recogniser import RECOGNISER, STREAMING
+from fastasr import decoding, streaming
+from fastasr.demo import report, run, stages, story
+from fastasr.export import export_onnx
+from fastasr.models import zipformer
+from fastasr.recipe import checkpoints, speech, training
+from pathlib import Path
+
+options = RECOGNISER | STREAMING | {{"feature_dim": 80, "vocab_size": 12, "use_ctc": True}}
+model = zipformer.AsrModel(**options).eval()
+x = torch.randn(2, 120, 80)
+found = decoding.greedy_search(model, *decoding.encode(model, x, torch.tensor([120, 77])))
+assert len(found.tokens) == 2
+encoder = streaming.StreamingEncoder.from_model(model, 8, 16)
+with streaming.StreamingRecogniser(model, encoder, "greedy") as recogniser:
+    stream = recogniser.open()
+    recogniser.push(stream, torch.randn(9000))
+    assert recogniser.advance()
+    recogniser.finish(stream)
+assert all(Path(file).is_file() for file in export_onnx(model, Path("onnx")).values())
+sets = speech.load(None, beeps.folder(Path("beeps")), speeds=(1.0,), say=lambda text: None)
+tiny = training.Options(out=Path("run"), size="tiny", max_duration=8.0, warmup=5, steps=2)
+training.Trainer(tiny, *sets, training.learn_units("char", sets[0]), None, say=lambda text: None).run()
+assert checkpoints.load(Path("run") / checkpoints.NAME)["step"] == 2
+assert {folder!r} in zipformer.__file__
+"""
+
+
+def test_a_recogniser_decodes_streams_is_exported_and_trained(installed):
+    for name in ("kaldi_native_fbank", "kaldialign", "onnxruntime", "rich"):
+        pytest.importorskip(name)
+    installed.python(RECOGNISE.format(tests=str(ROOT / "tests"), folder=str(installed.folder)))
+    assert "--generated" in installed.python("from fastasr.demo.__main__ import main; main(['--help'])")
 
 
 def test_without_the_native_library(installed_pure):
