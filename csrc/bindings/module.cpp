@@ -18,6 +18,7 @@ py::dict build_info() {
   info["compiler"] = "gcc " __VERSION__;
 #endif
   info["simd"] = fastasr::cpu::simd_level();
+  info["simd_set"] = fastasr::cpu::simd_name();
   info["torch_abi"] = "2.11";
 #ifdef FASTASR_WITH_CUDA
   info["cuda_architectures"] = FASTASR_CUDA_ARCHS;

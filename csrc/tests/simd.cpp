@@ -18,7 +18,7 @@ TEST_CASE("simd") {
     CHECK(!possible || set < avx512_vnni || __builtin_cpu_supports("avx512vnni"), "no VNNI here");
     CHECK(!possible || set < avx512_bf16 || __builtin_cpu_supports("avx512bf16"), "no BF16 here");
 #endif
-    CHECK(std::strlen(cpu::simd_level()) > 0, "a level has a name");
+    CHECK(std::strlen(cpu::simd_level()) > 0 && std::strlen(cpu::simd_name()) > 0, "a set has no name");
   }
   CHECK(cpu::use_simd(before), "no way back");
   // No library may turn denormals off for the process.

@@ -19,17 +19,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastasr.ops import _dispatch
 
 FORMATS = {"bf16": 1, "int8": 2}  # cpu::WeightFormat
-NEEDS = {
-    "bf16": "BF16",
-    "int8": "",
-}  # the instructions without which float32 is as fast, as the library names them
+# the instruction sets that multiply in these formats; with others float32 is as fast
+SETS = {"bf16": ("avx512_bf16",)}
 MOST_INPUTS = 1 << 16  # of csrc/cpu/gemm/reduced_gemm.h
 
 
 def reason(format: str) -> str:
     """Says why no product runs on such copies on this machine, or returns ""."""
     why = _dispatch.reason_cpu("reduced_linear")
-    if not why and NEEDS[format] not in _dispatch.native_build_info()["simd"]:
+    if not why and format in SETS and _dispatch.native_build_info()["simd_set"] not in SETS[format]:
         return f"this processor has no instructions for {format}: float32 is as fast"
     return why
 
@@ -56,7 +54,7 @@ class Copy:
         return self._packed.nbytes
 
     def fresh(self) -> bool:
-        """Whether the parameter is alive and is what was packed; packs it again where it only changed in place."""
+        """Says whether the parameter is alive and is what was packed; packs it again where it only changed in place."""
         weight = self._weight()
         if weight is None or weight.data_ptr() != self.address:
             return False

@@ -66,6 +66,8 @@ __attribute__((constructor)) void choose() {
 
 constinit Simd simd_in_use = kBuilt[0];
 
+const char* simd_name() { return name(simd()); }
+
 const char* simd_level() {
 #if defined(__x86_64__)
   constexpr const char* levels[] = {"x86-64 baseline (SSE2)", "x86-64-v3 (AVX2)", "x86-64-v4 (AVX-512)",

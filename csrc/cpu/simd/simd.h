@@ -20,7 +20,8 @@ enum class Simd { portable, avx2, avx512, avx512_vnni, avx512_bf16 };
 // environment variable FASTASR_SIMD names. It is chosen when the library is loaded; until then it is the least.
 extern Simd simd_in_use;
 FASTASR_INLINE Simd simd() { return simd_in_use; }
-const char* simd_level();
+const char* simd_name();   // as FASTASR_SIMD names it
+const char* simd_level();  // for people
 
 // Says why this machine runs no set of this library, or what is wrong with FASTASR_SIMD; null if nothing is.
 const char* machine_problem();
