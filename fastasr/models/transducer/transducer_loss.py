@@ -13,7 +13,7 @@ from fastasr.models.transducer.sequences import pad_sequences
 
 
 class TransducerLoss:
-    """The transducer's part of AsrModel, for models with ``blank_id``, ``decoder``, ``joiner``, ``simple_am_proj`` and
+    """The transducer's part of AsrModel, for models with ``decoder``, ``joiner``, ``simple_am_proj`` and
     ``simple_lm_proj``.
     """
 
@@ -38,7 +38,7 @@ class TransducerLoss:
         Raises:
             ValueError: ``reduction`` is another, or a length or a token is out of range.
         """
-        blank, device = self.blank_id, encoder_out.device
+        blank, device = self.decoder.blank_id, encoder_out.device
         contexts, _ = pad_sequences(y, blank, sos_id=blank, device=device)
         symbols, lengths = pad_sequences(y, 0, device=device)
         boundary = torch.zeros(len(y), 4, dtype=torch.int64, device=device)

@@ -5,7 +5,7 @@ Fingerprints come from ``fastasr.swap.source_hash``; ``docs/swap.md`` says how t
 """
 
 from fastasr.swap.rules.zipformer.activations import ACTIVATION_DROPOUT_AND_LINEAR, SWOOSH_L, SWOOSH_R
-from fastasr.swap.rules.zipformer.asr_model import ASR_MODEL
+from fastasr.swap.rules.zipformer.asr_model import ASR_MODEL, ICEFALL_MODEL
 from fastasr.swap.rules.zipformer.attention import ATTENTION_WEIGHTS, NONLIN_ATTENTION, SELF_ATTENTION
 from fastasr.swap.rules.zipformer.convolution import CONVOLUTION
 from fastasr.swap.rules.zipformer.front_end import CONV2D_SUBSAMPLING, CONVNEXT
@@ -14,6 +14,7 @@ from fastasr.swap.rules.zipformer.regularisers import BALANCER, WHITEN
 
 RULES = (
     ASR_MODEL,
+    ICEFALL_MODEL,
     ENCODER_LAYER,
     ZIPFORMER2_ENCODER_LAYER,
     SELF_ATTENTION,

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for the recogniser around the encoder: its transducer loss."""
 
+import itertools
+from dataclasses import replace
+
 import torch
 from torch.nn.utils import parametrize
 
 from fastasr.models import zipformer as models
 from fastasr.swap.binding import foreign_forward
 from fastasr.swap.rule import Rule, check_parameters, own_forward, unread_code, upstream_class
-from fastasr.swap.rules.zipformer.versions import PACKAGE
+from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE
 
 _JOINERS = {
-    "958338ded2adf41ffd935f00"  # zipformer 0.1.3
+    "958338ded2adf41ffd935f00"  # zipformer 0.1.3 and icefall
 }
 
 
@@ -41,6 +44,16 @@ def _upstreams_forward(self, *args, **kwargs):
     return type(self).forward(self, *args, **kwargs)
 
 
+def _ragged(self, encoder_out, encoder_out_lens, y, y_lens, prune_range=5, am_scale=0.0, lm_scale=0.0):
+    """Computes forward_transducer of icefall's models. ``y`` is a k2.RaggedTensor, of which ``values`` and
+    ``shape.row_splits(1)`` are read; ``y_lens`` follows from it.
+    """
+    values, splits = y.values.tolist(), y.shape.row_splits(1).tolist()
+    tokens = [values[begin:end] for begin, end in itertools.pairwise(splits)]
+    options = prune_range, am_scale, lm_scale
+    return models.AsrModel.forward_transducer(self, encoder_out, encoder_out_lens, tokens, *options)
+
+
 def _forward_transducer(module):
     return [upstream_class(module).forward_transducer]
 
@@ -57,4 +70,13 @@ ASR_MODEL = Rule(
     known={"2a2c2b84100694a1e6450c86": PACKAGE},
     shallow=True,
     note="its transducer loss runs without the joiner's logits and without k2; forward is upstream's",
+)
+
+ICEFALL_MODEL = replace(
+    ASR_MODEL,
+    name="icefall.asr_model",
+    methods=(("forward_transducer", _ragged),),
+    known=dict.fromkeys(  # they spell the context that switches autocast off in three ways
+        ("e96fa3faa8136d8968ff0a10", "109e3b3e7e2493302adfe928", "a6b7d6cb864a8e34e22de525"), ICEFALL
+    ),
 )
