@@ -196,14 +196,55 @@ def test_whole_model(name):
         assert torch.equal(call(name, ours, x, lengths), call(name, theirs, x, lengths))
 
 
-def test_speechbrain_chunks_and_causal_convolutions_run_upstream():
-    config = pytest.importorskip("speechbrain.utils.dynamic_chunk_training").DynChunkTrainConfig(4)
-    x = torch.randn(2, 21, WIDTH)
-    for options, given in (({}, config), ({"causal": True}, None)):
-        ours, theirs = pair("speechbrain", False, **options)
-        for net in (ours.float(), theirs.float()):
-            net.found = net.layers[0].convolution_module(x, dynchunktrain_config=given)
-        assert torch.equal(ours.found, theirs.found)
+class Chunks(torch.nn.Module):
+    """Calls SpeechBrain's convolution module with dynamic chunks."""
+
+    def __init__(self, module, chunk_size):
+        super().__init__()
+        dynamic = pytest.importorskip("speechbrain.utils.dynamic_chunk_training")
+        self.module, self.config = module, chunk_size and dynamic.DynChunkTrainConfig(chunk_size)
+
+    def forward(self, x):
+        hidden = torch.arange(x.shape[1])[:, None] >= torch.tensor([21, 13, 1])[:, None, None]
+        return self.module(x, hidden, dynchunktrain_config=self.config)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    "chunk_size", [None, 1, 4, 7, 30], ids=lambda size: f"chunks of {size}" if size else "causal"
+)
+def test_speechbrain_chunks_and_causal_convolutions(chunk_size, training, monkeypatch):
+    ours, theirs = pair("speechbrain", training, causal=chunk_size is None)
+    made = [Chunks(net.layers[0].convolution_module, chunk_size) for net in (ours, theirs)]
+    x = torch.randn(3, 21, WIDTH, dtype=torch.float64)
+    same_steps(*made, x, 1e-10)
+    monkeypatch.setattr(type(made[1].module), "forward", None)  # ours does not need it
+    made[0](x)
+
+
+def test_speechbrain_stream():
+    """Chunk by chunk as upstream, and as the whole recording with the mask of chunks and their convolution."""
+    dynamic = pytest.importorskip("speechbrain.utils.dynamic_chunk_training")
+    from speechbrain.lobes.models.transformer.TransformerASR import make_transformer_src_mask
+    from speechbrain.nnet.attention import RelPosEncXL
+
+    config, frames = dynamic.DynChunkTrainConfig(4, 2), 22
+    nets = [net.float() for net in pair("speechbrain", training=False)]
+    positions, x = RelPosEncXL(WIDTH), torch.randn(2, frames, WIDTH)
+    contexts = [net.make_streaming_context(config) for net in nets]
+    wholes, streams = [], ([], [])
+    with torch.no_grad():
+        for net in nets:
+            mask = make_transformer_src_mask(x, dynchunktrain_config=config)
+            wholes.append(net(x, src_mask=mask, pos_embs=positions(x), dynchunktrain_config=config)[0])
+        for begin in range(0, frames, 4):
+            chunk = x[:, begin : begin + 4]
+            table = positions(torch.zeros(1, min(begin, 8) + chunk.shape[1], WIDTH))
+            for net, context, found in zip(nets, contexts, streams, strict=True):
+                found.append(net.forward_streaming(chunk, context, pos_embs=table)[0])
+    ours, theirs = (torch.cat(found, 1) for found in streams)
+    for found, expected in ((ours, theirs), (wholes[0], wholes[1]), (ours, wholes[0])):
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_group_norm_and_order():

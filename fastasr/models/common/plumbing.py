@@ -62,20 +62,21 @@ def is_layer_norm(module):
     )
 
 
-def is_depthwise_conv(module):
+def is_depthwise_conv(module, causal=False):
     """Says whether this is a depthwise convolution over time that keeps the length, without hooks: torch's, or NeMo's
-    class that pads by itself.
+    class that pads by itself. ``causal``: torch's with all of its padding on either side, whose last frames are cut.
     """
     nemo = type(module).__name__ == "CausalConv1D"
     if not nemo and type(module) is not torch.nn.Conv1d:
         return False
     taps = module.kernel_size[0]
     padding = (module._left_padding, module._right_padding) if nemo else module.padding * 2
+    expected = taps - 1 if causal else taps // 2
     return (
         taps % 2 == 1
         and not is_watched(module)
         and has_known_forward(module)
         and module.groups == module.in_channels == module.out_channels
         and (module.stride, module.dilation, padding, module.padding_mode)
-        == ((1,), (1,), (taps // 2,) * 2, "zeros")
+        == ((1,), (1,), (expected,) * 2, "zeros")
     )

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolution modules: W_out activation(norm(depthwise(glu(W_in LayerNorm(x))))), with dropout at the end."""
 
+import torch.nn.functional as F
+
 from fastasr import ops
 from fastasr.models.common import plumbing
 from fastasr.models.fast_conformer.convolution import FastConformerConvolution, gated_convolution, pointwise
@@ -39,19 +41,42 @@ def nemo_convolution(self, x, pad_mask=None, cache=None):
 
 def speechbrain_convolution(self, x, mask=None, dynchunktrain_config=None):
     """SpeechBrain's Conformer, whose norm is LayerNorm. x (B, T, width), mask (bool (B, T, 1), True where the result is
-    0) or None -> (B, T, width). Chunks and causal convolutions take upstream's code."""
+    0) or None -> (B, T, width). With dynamic chunks (Li et al., "Dynamic chunk convolution for unified streaming and
+    non-streaming Conformer ASR", 2023) the taps on later frames see those of the same chunk alone."""
     first, gate = self.bottleneck
+    chunk_size = None if dynchunktrain_config is None else dynchunktrain_config.chunk_size
     if (
-        dynchunktrain_config is not None
-        or any(map(plumbing.is_watched, (self.bottleneck, gate, self.after_conv)))
-        or not plumbing.is_depthwise_conv(self.conv)
+        any(map(plumbing.is_watched, (self.bottleneck, gate, self.after_conv)))
+        or not plumbing.is_depthwise_conv(self.conv, self.causal)
+        or (self.causal and chunk_size is not None)
     ):
         return type(self).forward(self, x, mask, dynchunktrain_config)
     norm, activation, last, dropout = self.after_conv
     h = pointwise(first, self.layer_norm(x)).transpose(0, 1)
-    z = ops.gated_depthwise_conv(h, self.conv.weight, self.conv.bias, activation="identity").transpose(0, 1)
-    y = plumbing.dropout(dropout, plumbing.linear(last, activation(norm(z))))
+    if chunk_size is None:
+        taps = self.conv.kernel_size[0]
+        form = {"weight": self.conv.weight, "delay": taps // 2 if self.causal else 0}
+    else:
+        form = _within_chunks(self.conv.weight, chunk_size)
+    z = ops.gated_depthwise_conv(h, bias=self.conv.bias, activation="identity", **form).transpose(0, 1)
+    y = plumbing.linear(last, activation(norm(z)))
+    if chunk_size is not None and not plumbing.is_idle(dropout):  # upstream draws for whole chunks
+        frames = y.shape[1]
+        y = plumbing.dropout(dropout, F.pad(y, (0, 0, 0, -frames % chunk_size)))[:, :frames]
+    else:
+        y = plumbing.dropout(dropout, y)
     return y if mask is None else y.masked_fill(mask, 0.0)
+
+
+def _within_chunks(weight, chunk_size):
+    """Returns the arguments of ``ops.gated_depthwise_conv`` for taps (C, 1, K) whose last ⌊K / 2⌋ stay in the chunk."""
+    past = weight.shape[-1] // 2 + 1
+    return {
+        "weight": F.pad(weight[..., past:], (past, 0)),
+        "causal_weight": weight[..., :past],
+        "chunk_scale": weight.new_zeros(2, len(weight), weight.shape[-1]),
+        "chunk_size": chunk_size,
+    }
 
 
 def wav2vec2_convolution(self, hidden_states):

@@ -60,7 +60,6 @@ CONVOLUTION = Rule(
     kernels=("linear", "gated_depthwise_conv"),
     structure=_convolution_structure,
     known={"0ab2da6351ae5e2df2b10a5a": _SPEECHBRAIN},
-    note="dynamic chunks and causal convolutions run upstream's code",
 )
 
 FEED_FORWARD = Rule(
