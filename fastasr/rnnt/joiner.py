@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import ops
+from fastasr.ops import _weights_dropout
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check, logprobs, losses
 
@@ -85,27 +86,33 @@ def joiner_loss(
     use_hat_loss: bool = False,
     reduction: str | None = "mean",
     activation: str = "tanh",
+    dropout_p: float = 0.0,
     *,
     keep_logits: bool | None = None,
     zero_infinity: bool = False,
     fastemit_lambda: float = 0.0,
 ) -> Tensor:
-    """Computes ``rnnt_loss`` of the joiner activation(am + lm) Wᵀ + bias over the whole lattice, without its (B, T, S +
-    1, V) logits. The arguments are those of ``pruned_joiner_loss``.
+    """Computes ``rnnt_loss`` of the joiner dropout(activation(am + lm)) Wᵀ + bias over the whole lattice, without its
+    (B, T, S + 1, V) logits.
+
+    Args:
+        dropout_p: dropout before the output layer, with random numbers of its own.
+        The other arguments are those of ``pruned_joiner_loss``.
     """
     op = "rnnt.joiner_loss"
     delay_penalty, factor = losses._numbers(op, delay_penalty, fastemit_lambda)
     px, py, boundary = logprobs_of_joiner(
         op, am, lm, weight, bias, symbols, termination_symbol, boundary, rnnt_type, use_hat_loss, activation,
-        keep_logits,
+        keep_logits, dropout_p,
     )  # fmt: skip
     px, py = logprobs.lattice(op, px, py, boundary, rnnt_type, factor, delay_penalty)
     return losses.over_lattice(op, px, py, boundary, reduction, False, zero_infinity)
 
 
 def logprobs_of_joiner(
-    op, am, lm, weight, bias, symbols, termination_symbol, boundary, rnnt_type, hat, activation, keep_logits
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    op, am, lm, weight, bias, symbols, termination_symbol, boundary, rnnt_type, hat, activation, keep_logits,
+    dropout_p=0.0,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Checks the arguments of the function ``op`` and returns the joiner's px (B, S, T) and py (B, S + 1, T), and the
     boundary."""
     length, symbols, boundary = _checked(op, am, lm, weight, symbols, termination_symbol, boundary, rnnt_type)
@@ -118,6 +125,8 @@ def logprobs_of_joiner(
             activation=activation,
             hat=_check.flag(op, "use_hat_loss", hat),
             keep_logits=keep_logits,
+            dropout_p=float(dropout_p),
+            dropout_seed=_weights_dropout.draw_seed(am.device) if dropout_p else None,
         )
     )
     return px[:, :, :length].transpose(1, 2), py.transpose(1, 2), boundary

@@ -65,6 +65,20 @@ def test_windows_of_everything_prune_nothing(rnnt_type):
             close(pruned, rnnt.joiner_loss(*joiner, *tail, use_hat_loss=hat))
 
 
+def test_dropout_drops_its_share_and_follows_torchs_generator():
+    p = random_problem(3)
+    am, lm, weight = (torch.randn(*shape, 64).double() for shape in (p.am.shape[:2], p.lm.shape[:2], (9,)))
+    losses = []
+    for seed, dropout in ((0, 0.0), (1, 0.3), (1, 0.3), (2, 0.3)):
+        torch.manual_seed(seed)
+        losses.append(
+            rnnt.joiner_loss(am, lm, weight, None, p.symbols, p.blank, p.boundary, dropout_p=dropout)
+        )
+    assert losses[1] == losses[2]
+    assert len(set(map(float, losses))) == 3
+    close(losses[0], rnnt.joiner_loss(am, lm, weight, None, p.symbols, p.blank, p.boundary))
+
+
 @pytest.mark.parametrize("rnnt_type", TYPES)
 def test_occupations_sum_to_what_a_path_has(rnnt_type):
     """The sum is S_b for symbols. With blanks there is one arc per frame, T_b in all; a regular path has T_b blanks
