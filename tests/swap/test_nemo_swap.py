@@ -63,6 +63,7 @@ class ByPosition(torch.nn.Module):
         return self.model(audio_signal=x, length=lengths)
 
 
+LOCAL = {"self_attention_model": "rel_pos_local_attn", "att_context_size": [3, 3]}
 CONTEXTS = {
     "full": {},
     "window": {"att_context_size": [4, 2]},
@@ -71,13 +72,19 @@ CONTEXTS = {
     "sdpa": {"use_pytorch_sdpa": True},
     "sdpa, window": {"use_pytorch_sdpa": True, "att_context_size": [4, 2]},
     "no scale, no biases": {"xscaling": False, "use_bias": False},
+    "layer norm": {"conv_norm_type": "layer_norm"},
+    "causal": {"conv_context_size": "causal", "conv_norm_type": "layer_norm"},
+    "unequal": {"conv_context_size": [3, 1]},
+    "local": LOCAL,
+    "local, long": {**LOCAL, "att_context_size": [12, 12]},
 }
 
 
 @pytest.mark.parametrize("options", CONTEXTS.values(), ids=CONTEXTS)
 def test_every_context(options):
     ours, theirs, report = pair(**options)
-    assert swapped(report) == SWAPPED
+    local = {"RelPositionMultiHeadAttentionLongformer"} if "self_attention_model" in options else set()
+    assert swapped(report) == (SWAPPED - {"RelPositionMultiHeadAttention"} | local if local else SWAPPED)
     for lengths in ((75, 50, 9), (80,), (1,), (17, 0)):
         with torch.no_grad():
             (found, count), (expected, there) = ours(**batch(lengths)), theirs(**batch(lengths))
@@ -86,7 +93,15 @@ def test_every_context(options):
         assert count.dtype == there.dtype
 
 
-@pytest.mark.parametrize("options", [{}, {"att_context_size": [4, 2]}], ids=["full", "window"])
+STEPS = {
+    "full": {},
+    "window": {"att_context_size": [4, 2]},
+    "local": LOCAL,
+    "layer norm": {"conv_norm_type": "layer_norm", "conv_context_size": "causal"},
+}
+
+
+@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
 def test_a_training_step(options):
     with fastasr.upstream_draws():
         same_training(
@@ -112,24 +127,31 @@ def test_a_step_without_splits():
         close(ours(**batch())[0], theirs(**batch())[0])
 
 
-def test_streaming_caches_run_upstream():
-    options = {"att_context_size": [4, 1], "att_context_style": "chunked_limited"}
-    ours, theirs, _ = pair(**options, conv_context_size="causal", causal_downsampling=True)
-    chunk = batch((16, 16))
-    found, expected = [], []
-    for net, outputs in ((ours, found), (theirs, expected)):
-        channel, time, length = net.get_initial_cache_state(batch_size=2)
-        with torch.no_grad():
-            outputs.extend(
-                net(
-                    **chunk,
-                    cache_last_channel=channel,
-                    cache_last_time=time,
-                    cache_last_channel_len=length,
-                )
-            )
-    for a, b in zip(found, expected, strict=True):
+@pytest.mark.parametrize("norm", ["layer_norm", "batch_norm"])
+@pytest.mark.parametrize("sdpa", [False, True], ids=["eager", "sdpa"])
+def test_streaming_caches(sdpa, norm, monkeypatch):
+    """Chunk by chunk the outputs and caches are upstream's, and upstream's attention and convolution do not run."""
+    options = {"att_context_size": [4, 1], "att_context_style": "chunked_limited", "use_pytorch_sdpa": sdpa}
+    nets = pair(**options, conv_norm_type=norm, conv_context_size="causal", causal_downsampling=True)[:2]
+    x = batch((64, 40))["audio_signal"]
+    found = []
+    for net in nets:
+        caches, outputs = net.get_initial_cache_state(batch_size=2), []
+        for begin in range(0, 64, 16):
+            if begin == 16 and net is nets[0]:
+                for name in ("self_attn", "conv"):
+                    monkeypatch.setattr(type(getattr(net.layers[0], name)), "forward", None)
+            names = ("cache_last_channel", "cache_last_time", "cache_last_channel_len")
+            chunk = {"audio_signal": x[..., begin : begin + 16], "length": torch.tensor([16, 16])}
+            with torch.no_grad():
+                out = net(**chunk, **dict(zip(names, caches, strict=True)))
+            outputs += out
+            caches = out[2:]
+        found.append(outputs)
+        monkeypatch.undo()
+    for a, b in zip(*found, strict=True):
         close(a, b)
+    assert found[0][-1].tolist() == [4, 4]  # the caches are full
 
 
 def test_autocast():
@@ -151,21 +173,21 @@ def test_new_positions_of_a_longer_recording():
 
 
 DECLINED = {
-    "layer norm": (
-        {"conv_norm_type": "layer_norm"},
-        "layers.0.conv",
-        "norm_type is 'layer_norm', expected one that takes channels first",
-    ),
     "striding": ({"subsampling": "striding"}, "pre_encode", "computes striding, expected dw_striding"),
     "causal": (
         {"causal_downsampling": True},
         "pre_encode",
         "computes causal dw_striding, expected dw_striding",
     ),
-    "local attention": (
-        {"self_attention_model": "rel_pos_local_attn", "att_context_size": [4, 4]},
+    "global tokens": (
+        {**LOCAL, "global_tokens": 1},
         "layers.0.self_attn",
-        "RelPositionMultiHeadAttentionLongformer is a subclass of RelPositionMultiHeadAttention that overrides",
+        "global_tokens is 1, expected 0: they attend by another formula",
+    ),
+    "unequal contexts": (
+        {**LOCAL, "att_context_size": [3, 2]},
+        "layers.0.self_attn",
+        "att_context_size is [3, 2], expected equal ones: else upstream shifts the positions",
     ),
     "no positions": ({"self_attention_model": "abs_pos"}, "layers.0.self_attn", "container"),
 }
@@ -179,7 +201,9 @@ def test_what_is_declined(options, path, reason):
     assert reason in report[path].reason
 
 
-@pytest.mark.parametrize("kind", ["batch_norm", "group_norm2", "instance_norm", "fused_batch_norm"])
+@pytest.mark.parametrize(
+    "kind", ["batch_norm", "layer_norm", "group_norm2", "instance_norm", "fused_batch_norm"]
+)
 def test_every_norm(kind):
     ours, theirs, report = pair(conv_norm_type=kind)
     assert "ConformerConvolution" in swapped(report)

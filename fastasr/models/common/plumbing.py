@@ -62,21 +62,28 @@ def is_layer_norm(module):
     )
 
 
-def is_depthwise_conv(module, causal=False):
-    """Says whether this is a depthwise convolution over time that keeps the length, without hooks: torch's, or NeMo's
-    class that pads by itself. ``causal``: torch's with all of its padding on either side, whose last frames are cut.
+def conv_delay(module, causal=False):
+    """Returns P − ⌊K / 2⌋ of a depthwise convolution of K taps over time that keeps the length and sees P frames of the
+    past, or None for any other module and under hooks. It is torch's, or NeMo's class that pads by itself. ``causal``:
+    torch's with all of its padding on either side, whose last frames are cut.
     """
     nemo = type(module).__name__ == "CausalConv1D"
     if not nemo and type(module) is not torch.nn.Conv1d:
-        return False
+        return None
     taps = module.kernel_size[0]
-    padding = (module._left_padding, module._right_padding) if nemo else module.padding * 2
-    expected = taps - 1 if causal else taps // 2
-    return (
-        taps % 2 == 1
-        and not is_watched(module)
+    left, right = (module._left_padding, module._right_padding) if nemo else module.padding * 2
+    plain = (
+        not is_watched(module)
         and has_known_forward(module)
         and module.groups == module.in_channels == module.out_channels
-        and (module.stride, module.dilation, padding, module.padding_mode)
-        == ((1,), (1,), (expected,) * 2, "zeros")
+        and (module.stride, module.dilation, module.padding_mode) == ((1,), (1,), "zeros")
+        and left + right == (taps - 1) * (2 if causal else 1)
     )
+    return left - taps // 2 if plain else None
+
+
+def is_depthwise_conv(module):
+    """Says whether this is a depthwise convolution over time with equal padding on both sides that keeps the length,
+    without hooks.
+    """
+    return conv_delay(module) == 0 and module.kernel_size[0] % 2 == 1

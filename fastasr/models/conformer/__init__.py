@@ -5,6 +5,7 @@ to them. A Conformer of fastasr's own is :mod:`fastasr.models.fast_conformer`.""
 from fastasr.models.conformer.attention import (
     fastspeech2_attention,
     nemo_attention,
+    nemo_local_attention,
     speechbrain_attention,
     wav2vec2_attention,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "nemo_attention",
     "nemo_convolution",
     "nemo_feed_forward",
+    "nemo_local_attention",
     "nemo_subsampling",
     "speechbrain_attention",
     "speechbrain_convolution",

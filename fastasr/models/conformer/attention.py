@@ -6,6 +6,7 @@ that is drawn as upstream does, position embeddings of each sequence's own.
 """
 
 import torch
+import torch.nn.functional as F
 
 from fastasr import ops
 from fastasr.models.common import attention_dropout, plumbing
@@ -51,14 +52,16 @@ def fastspeech2_attention(self, hidden_states, attention_mask=None, pos_emb=None
 
 
 def nemo_attention(self, query, key, value, mask, pos_emb, cache=None):
-    """NeMo's RelPositionMultiHeadAttention. query, which is key and value too, (B, T, width), mask bool (B, T, T), True
-    at hidden keys, or None, position embeddings (1, 2T − 1, width) -> (B, T, width). Queries that see no key attend to
-    nothing. Upstream's code serves streaming's cache, and autocast to float16, where it computes in another dtype.
+    """NeMo's RelPositionMultiHeadAttention. query, which is key and value too, (B, T, width), mask bool (B, T, K), True
+    at hidden keys, or None, position embeddings (1, 2K − 1, width), cache (B, K − T, width) of inputs before these or
+    None, with K = T -> (B, T, width), and with a cache the next one. Queries that see no key attend to nothing.
+    Upstream's code serves autocast to float16, where it computes in another dtype.
     """
     batch, frames = query.shape[:2]
+    keys = frames if cache is None else cache.shape[1] + frames
     half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.float16
-    fits = query is key is value and cache is None and not half and _is_one_table(pos_emb, frames)
-    fits = fits and (mask is None or (mask.dtype == torch.bool and mask.shape == (batch, frames, frames)))
+    fits = query is key is value and not half and _is_one_table(pos_emb, keys)
+    fits = fits and (mask is None or (mask.dtype == torch.bool and mask.shape == (batch, frames, keys)))
     dropout = None
     if fits and self.use_pytorch_sdpa:
         share = self.dropout_rate if self.training else 0.0
@@ -67,10 +70,32 @@ def nemo_attention(self, query, key, value, mask, pos_emb, cache=None):
         dropout = _dropout_of(self)
     if dropout is None:
         return type(self).forward(self, query, key, value, mask, pos_emb, cache)
+    key, _, query, following = self.update_cache(key=key, value=value, query=query, cache=cache)
     by = None if mask is None else seen(mask, hides=True)
     hidden = masks.of_kernel(mask, by, hides=True)
     empty_rows = by.empty_rows if by is not None and by.by_length else None  # else the kernel gives 0 there
-    return _attention(self, query, pos_emb, hidden, dropout, empty_rows)
+    y = _attention(self, query, pos_emb, hidden, dropout, empty_rows, key)
+    return y if cache is None else (y, following)
+
+
+def nemo_local_attention(self, query, key, value, pad_mask, pos_emb, cache=None):
+    """NeMo's RelPositionMultiHeadAttentionLongformer without global tokens: a query sees l frames before it and as many
+    behind it. query, which is key and value too, (B, T, width), pad mask bool (B, T), True at padding, position
+    embeddings (1, 2l + 1, width) -> (B, T, width), without values at padding. Upstream's code serves caches and
+    unequal contexts, where it gives keys the positions of others."""
+    batch, frames = query.shape[:2]
+    left, right = self.att_context_size
+    fits = query is key is value and cache is None and not torch.is_autocast_enabled(query.device.type)
+    fits = fits and pos_emb.shape[:2] == (1, left + right + 1) and left == right > 0
+    fits = fits and pad_mask.dtype == torch.bool and pad_mask.shape == (batch, frames)
+    dropout = _dropout_of(self) if fits else None
+    if dropout is None:
+        return type(self).forward(self, query, key, value, pad_mask, pos_emb, cache)
+    # rows for all distances, of which the kernel reads those of the context; a negative padding cuts
+    p = projected(self, self.linear_pos, pos_emb[0])
+    p = F.pad(p, (0, 0, frames - 1 - left, frames - 1 - left))
+    hidden = {"key_padding_mask": pad_mask, "context": (left, right)}
+    return _attention(self, query, None, hidden, dropout, pad_mask, rows=p)
 
 
 def speechbrain_attention(
@@ -114,14 +139,19 @@ def _dropout_of(module):
     return attention_dropout.of_kernel(plumbing.dropped_share(module.dropout), module.pos_bias_u.device)
 
 
-def _attention(module, x, positions, hidden, dropout, empty_rows=None):
-    """Returns the attention of modules with ESPnet's names, without the values of ``empty_rows``, bool (B, T)."""
-    shape = *x.shape[:2], *module.pos_bias_u.shape
+def _attention(module, x, positions, hidden, dropout, empty_rows=None, keys=None, rows=None):
+    """Returns the attention of modules with ESPnet's names, without the values of ``empty_rows``, bool (B, T). ``keys``
+    (B, K, width) are x unless given, ``rows`` the projected positions (T + K − 1, width) those of ``positions``."""
+    heads, keys = module.pos_bias_u.shape, x if keys is None else keys
     q, k, v = (
-        plumbing.linear(layer, x).view(shape) for layer in (module.linear_q, module.linear_k, module.linear_v)
+        plumbing.linear(layer, given).view(*given.shape[:2], *heads)
+        for layer, given in ((module.linear_q, x), (module.linear_k, keys), (module.linear_v, keys))
     )
-    p = projected(module, module.linear_pos, positions[0]).view(-1, *module.pos_bias_u.shape)
-    y = ops.rel_attention(q, k, v, p, module.pos_bias_u, module.pos_bias_v, **hidden, **dropout)
+    if rows is None:
+        rows = projected(module, module.linear_pos, positions[0])[: max(0, x.shape[1] + keys.shape[1] - 1)]
+    y = ops.rel_attention(
+        q, k, v, rows.view(-1, *heads), module.pos_bias_u, module.pos_bias_v, **hidden, **dropout
+    )
     if empty_rows is not None:
         y = y.masked_fill(empty_rows[:, :, None, None], 0.0)
     return plumbing.linear(module.linear_out, y.flatten(2))

@@ -5,7 +5,14 @@ import torch.nn.functional as F
 
 from fastasr import ops
 from fastasr.models.common import plumbing
-from fastasr.models.fast_conformer.convolution import FastConformerConvolution, gated_convolution, pointwise
+from fastasr.models.fast_conformer.convolution import (
+    FastConformerConvolution,
+    after_gate,
+    gated,
+    gated_convolution,
+    is_batch_norm,
+    pointwise,
+)
 
 
 def espnet_convolution(self, x):
@@ -21,22 +28,16 @@ def fastspeech2_convolution(self, hidden_states, attention_mask=None):
 
 
 def nemo_convolution(self, x, pad_mask=None, cache=None):
-    """NeMo's Conformer. x (B, T, width), pad mask (bool (B, T), True at padding) or None -> (B, T, width). Upstream's
-    code serves streaming's cache."""
-    if cache is not None:
+    """NeMo's Conformer. x (B, T, width), pad mask (bool (B, T), True at padding) or None, cache (B, width, P) of the
+    gated frames before x or None -> (B, T, width), and with a cache the next one."""
+    conv, norm, by_frame = self.depthwise_conv, self.batch_norm, self.norm_type == "layer_norm"
+    if cache is not None and (plumbing.conv_delay(conv) is None or not (by_frame or is_batch_norm(norm))):
         return type(self).forward(self, x, pad_mask, cache)
-    y = gated_convolution(
-        x,
-        self.pointwise_conv1,
-        self.depthwise_conv,
-        self.batch_norm,
-        self.activation,
-        self.pointwise_conv2,
-        pad_mask,
-    )
-    if not self.training:
-        return y
-    return y.transpose(1, 2).contiguous().transpose(1, 2)  # the layer's dropout draws in the order of memory
+    h = pointwise(self.pointwise_conv1, x)
+    y = after_gate(h, conv, norm, self.activation, self.pointwise_conv2, pad_mask, cache, by_frame)
+    if self.training:  # the layer's dropout draws in the order of memory
+        y = y.transpose(1, 2).contiguous().transpose(1, 2)
+    return y if cache is None else (y, conv.update_cache(gated(h, pad_mask), cache)[1])
 
 
 def speechbrain_convolution(self, x, mask=None, dynchunktrain_config=None):
@@ -47,15 +48,14 @@ def speechbrain_convolution(self, x, mask=None, dynchunktrain_config=None):
     chunk_size = None if dynchunktrain_config is None else dynchunktrain_config.chunk_size
     if (
         any(map(plumbing.is_watched, (self.bottleneck, gate, self.after_conv)))
-        or not plumbing.is_depthwise_conv(self.conv, self.causal)
-        or (self.causal and chunk_size is not None)
+        or (delay := plumbing.conv_delay(self.conv, self.causal)) is None
+        or (chunk_size is not None and delay)
     ):
         return type(self).forward(self, x, mask, dynchunktrain_config)
     norm, activation, last, dropout = self.after_conv
     h = pointwise(first, self.layer_norm(x)).transpose(0, 1)
     if chunk_size is None:
-        taps = self.conv.kernel_size[0]
-        form = {"weight": self.conv.weight, "delay": taps // 2 if self.causal else 0}
+        form = {"weight": self.conv.weight, "delay": delay}
     else:
         form = _within_chunks(self.conv.weight, chunk_size)
     z = ops.gated_depthwise_conv(h, bias=self.conv.bias, activation="identity", **form).transpose(0, 1)

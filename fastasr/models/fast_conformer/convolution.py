@@ -53,25 +53,42 @@ class FastConformerConvolution(torch.nn.Module):
 def gated_convolution(x, first, conv, norm, activation, last, hidden=None):
     """Returns ``last(activation(norm(conv(glu(first(x))))))`` of x (B, T, width), whose convolutions are channels first
     and whose gated frames are 0 where ``hidden`` (B, T), or None, is True."""
-    h = pointwise(first, x)
-    if plumbing.is_depthwise_conv(conv) and _is_batch_norm(norm):
-        folded = not norm.training
+    return after_gate(pointwise(first, x), conv, norm, activation, last, hidden)
+
+
+def after_gate(h, conv, norm, activation, last, hidden=None, cache=None, by_frame=False):
+    """Does the same from h = first(x) (B, T, 2 width) on. ``cache`` (B, width, P) holds the P gated frames that the
+    convolution sees before h; without it they are 0. ``by_frame``: the norm is a LayerNorm over the channels."""
+    delay = plumbing.conv_delay(conv)
+    if delay is not None and (by_frame or is_batch_norm(norm)):
+        folded = not by_frame and not norm.training
         weight, bias = _fold(conv, norm) if folded else (conv.weight, conv.bias)
         fused = folded and activations.fused_name(activation) == "silu"
         z = ops.gated_depthwise_conv(
-            h.transpose(0, 1), weight, bias, padding_mask=hidden, activation="silu" if fused else "identity"
-        )  # [T, B, C]
-        # channels first, as upstream: over a matrix of frames torch sums the statistics 2 to 10 times less exactly
-        z = z.transpose(0, 1) if folded else norm(z.permute(1, 2, 0).contiguous()).transpose(1, 2)
+            h.transpose(0, 1), weight, bias, padding_mask=hidden, cache=cache, delay=delay,
+            activation="silu" if fused else "identity",
+        )  # [T, B, C]  # fmt: skip
+        if by_frame:
+            z = norm(z.transpose(0, 1))
+        elif folded:
+            z = z.transpose(0, 1)
+        else:
+            # channels first, as upstream: over a matrix of frames torch sums the statistics 2 to 10 times less exactly
+            z = norm(z.permute(1, 2, 0).contiguous()).transpose(1, 2)
         y = z if fused else activation(z)
     else:
-        u = F.glu(h, -1)
-        u = u if hidden is None else u.masked_fill(hidden.unsqueeze(-1), 0.0)
-        y = activation(norm(conv(u.transpose(1, 2)))).transpose(1, 2)
+        z = conv(gated(h, hidden))
+        y = activation(norm(z.transpose(1, 2)) if by_frame else norm(z).transpose(1, 2))
     return pointwise(last, y)
 
 
-def _is_batch_norm(norm):
+def gated(h, hidden=None):
+    """Returns (B, width, T), the gated frames of h (B, T, 2 width), 0 where ``hidden`` (B, T), or None, is True."""
+    u = F.glu(h, -1)
+    return (u if hidden is None else u.masked_fill(hidden.unsqueeze(-1), 0.0)).transpose(1, 2)
+
+
+def is_batch_norm(norm):
     """Says whether this is torch's BatchNorm with running statistics, without hooks."""
     return (
         type(norm) is torch.nn.BatchNorm1d

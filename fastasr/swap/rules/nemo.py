@@ -26,11 +26,18 @@ def _attention_structure(module):
     return check_parameters(module, shapes) or check_child_names(module, (*_LINEARS, "dropout"))
 
 
+def _local_attention_structure(module):
+    if module.global_tokens:
+        return f"global_tokens is {module.global_tokens}, expected 0: they attend by another formula"
+    left, right = module.att_context_size
+    if left != right:
+        return f"att_context_size is {[left, right]}, expected equal ones: else upstream shifts the positions"
+    return _attention_structure(module)
+
+
 def _convolution_structure(module):
     if module.pointwise_activation != "glu_":
         return f"pointwise_activation is {module.pointwise_activation!r}, expected 'glu_'"
-    if module.norm_type == "layer_norm":
-        return "norm_type is 'layer_norm', expected one that takes channels first"
     reason = check_parameters(module, {}) or check_child_names(module, _CONVOLUTIONS)
     reason = reason or unread_child(module, "depthwise_conv", "CausalConv1D", _CAUSAL_CONVOLUTION)
     return reason or _activation(module)
@@ -62,8 +69,18 @@ ATTENTION = Rule(
     structure=_attention_structure,
     known={"32d9e468b5129de771d4aa32": _NEMO},
     release=release,
-    note="streaming's cache runs upstream's code; in training the kernel draws the weights' dropout itself, see "
-    "upstream_draws",
+    note="in training the kernel draws the weights' dropout itself, see upstream_draws",
+)
+
+LOCAL_ATTENTION = Rule(
+    name="nemo.local_attention",
+    class_name="RelPositionMultiHeadAttentionLongformer",
+    forward=models.nemo_local_attention,
+    kernels=("linear", "rel_attention"),
+    structure=_local_attention_structure,
+    known={"a7c824605ce71afc8cd100e0": Known("nemo_toolkit 3.0")},
+    release=release,
+    note="in training the kernel draws the weights' dropout itself, see upstream_draws",
 )
 
 CONVOLUTION = Rule(
@@ -73,7 +90,6 @@ CONVOLUTION = Rule(
     kernels=("linear", "gated_depthwise_conv"),
     structure=_convolution_structure,
     known={"8718311024358c647d33a7e1": _NEMO},
-    note="streaming's cache and unequal contexts run upstream's code",
 )
 
 FEED_FORWARD = Rule(
@@ -94,4 +110,4 @@ SUBSAMPLING = Rule(
     known={"65fa60149e9b3bfa5527a8bd": _NEMO},
 )
 
-RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING)
+RULES = (ATTENTION, LOCAL_ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING)
