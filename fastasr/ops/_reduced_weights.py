@@ -32,6 +32,11 @@ def reason(format: str) -> str:
     return why
 
 
+def _version(weight: Tensor) -> int:
+    """Counts the changes in place; those of a parameter made in inference mode are not counted."""
+    return 0 if weight.is_inference() else weight._version
+
+
 class Copy:
     """The copy of one parameter. ``watch``, if given, is called with x, bias and the product's result."""
 
@@ -44,7 +49,7 @@ class Copy:
     def _pack(self) -> None:
         weight = self._weight()
         assert weight is not None
-        self.version, self.address, self.outputs = weight._version, weight.data_ptr(), len(weight)
+        self.version, self.address, self.outputs = _version(weight), weight.data_ptr(), len(weight)
         matrix = weight.detach().flatten(1).contiguous()
         self._packed = torch.ops.fastasr_cpu.reduced_pack(matrix, FORMATS[self.format])
 
@@ -58,7 +63,7 @@ class Copy:
         weight = self._weight()
         if weight is None or weight.data_ptr() != self.address:
             return False
-        if weight._version != self.version:
+        if _version(weight) != self.version:
             self._pack()
         return True
 

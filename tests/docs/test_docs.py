@@ -10,7 +10,7 @@ import pytest
 
 import fastasr
 from fastasr import ops
-from fastasr.benchmarks.studies import recipe, streaming_accuracy, streaming_load
+from fastasr.benchmarks.studies import int8_peers, recipe, streaming_accuracy, streaming_load
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -55,6 +55,12 @@ def test_the_training_page_says_what_the_committed_run_says():
 def test_the_load_page_says_what_the_committed_load_test_says():
     assert streaming_load.main(["--check"]) == 0, (
         "run python -m fastasr.benchmarks.studies.streaming_load --plot"
+    )
+
+
+def test_the_page_of_peers_says_what_the_study_found():
+    assert int8_peers.main(["--check"]) == 0, (
+        "run python -m fastasr.benchmarks.studies.int8_peers --page-only"
     )
 
 

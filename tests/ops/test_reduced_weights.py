@@ -106,6 +106,16 @@ def test_fused_ops_read_the_copy(layer):
     assert torch.allclose(y, F.silu(product(layer, x)), atol=1e-5)
 
 
+def test_parameter_made_in_inference_mode():
+    with torch.inference_mode():
+        layer = torch.nn.Linear(72, 100)
+        x = torch.randn(9, 72, generator=numbers(8))
+        exact = product(layer, x)
+        _reduced_weights.keep(layer.weight, "int8")
+        assert 0 < relative(product(layer, x), exact.double()) < 0.03
+        _reduced_weights.drop(layer.weight)
+
+
 def test_copy_follows_its_parameter(layer):
     x = torch.randn(9, 72, generator=numbers(7))
     _reduced_weights.keep(layer.weight, "int8")

@@ -16,8 +16,11 @@ from tiny_runs import in_two_processes, losses, refused, same_checkpoints, train
 
 import fastasr
 from fastasr import decoding
+from fastasr.benchmarks.studies import int8_peers
+from fastasr.ops import _dispatch
 from fastasr.recipe import checkpoints, recogniser, sizes, speech
 from fastasr.recipe.transducers import TRANSDUCERS
+from fastasr.swap import weights
 
 pytestmark = pytest.mark.needs("tests/recipe", "examples", "examples/*.py")
 
@@ -174,3 +177,17 @@ def test_two_processes_have_the_losses_of_one(tmp_path, speech_sets, encoder, ki
     trainer(tmp_path / "one", speech_sets, steps=4, plain=True, encoder=encoder).run()
     in_two_processes(tmp_path, kind, speech_sets, encoder)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+
+
+@pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
+def test_int8_reads_what_float32_reads(run, trained, speech_sets, monkeypatch):
+    """A model of few steps says few letters, which int8 hardly changes. No weight is too small here."""
+    monkeypatch.setattr(weights, "SMALL", 0)
+    runs = [run[1], trained]
+    found = int8_peers.accuracy(runs, speech_sets[1])
+    assert found["recordings"] == len(speech_sets[1])
+    for out in runs:
+        row = found["runs"][out.name]
+        assert row["weights"][0] > 10
+        assert row["bytes"] < 0.7
+        assert abs(row["int8"]["cer"] - row["float32"]["cer"]) <= 0.1 * row["float32"]["cer"]

@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recognisers in float32 and int8 side by side, on the same weights and recordings; error rates of trained models.
+
+    python -m fastasr.benchmarks.studies.int8_peers                  # the peers: JSON beside the rows, and the page
+    python -m fastasr.benchmarks.studies.int8_peers --runs RUN ...   # error rates of the recipe's runs, JSON and page
+    python -m fastasr.benchmarks.studies.int8_peers --page-only      # the page from the JSON; --check compares it
+
+Each implementation reads recordings from samples to tokens by greedy search, each in a process of its own: a Zipformer
+with random weights whose joiner's bias lets blank win most frames. All but sherpa-onnx share our features and our
+search, and their decoder and joiner run where their encoder does (OpenVINO's in onnxruntime). Files are those of
+``fastasr.export``. An implementation whose package is not installed is left out, and the program says so: sherpa-onnx
+and OpenVINO may lie in a folder that PYTHONPATH names.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import wave
+from pathlib import Path
+
+import torch
+
+from fastasr.benchmarks import upstream
+from fastasr.benchmarks.environment import stamp
+from fastasr.benchmarks.markdown import put
+
+ROOT = Path(__file__).resolve().parents[2]
+RATE = 16000
+NAMES = (
+    "upstream",
+    "torch.ao int8",
+    "onnxruntime float32",
+    "onnxruntime int8",
+    "sherpa-onnx float32",
+    "sherpa-onnx int8",
+    "OpenVINO float32",
+    "OpenVINO int8",
+    "fastasr float32",
+    "fastasr bf16",
+    "fastasr int8",
+)
+MARKS = {"peers": "<!-- peers:{} -->", "runs": "<!-- runs:{} -->"}
+
+
+# --------------------------------------------------------------------------- one implementation, in its own process
+class OpenVinoSession:
+    """OpenVINO in the place of an onnxruntime session."""
+
+    def __init__(self, file, threads):
+        import openvino
+
+        # without the precision it computes in bfloat16 where the processor has instructions for it
+        options = {
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        self._model = openvino.Core().compile_model(str(file), "CPU", options)
+        self._inputs = [type("Input", (), {"name": i.get_any_name()})() for i in self._model.inputs]
+
+    def get_inputs(self):
+        return self._inputs
+
+    def run(self, _, inputs):
+        return list(self._model(inputs).values())
+
+
+def _torch_model(name, folder):
+    import fastasr
+
+    made = torch.load(folder / "model.pt", weights_only=True)
+    model = upstream.recogniser(made["config"])
+    model.load_state_dict(made["state"])
+    file = folder / "model.pt"
+    if name.startswith("fastasr"):
+        weights = name.split()[1]
+        report = fastasr.accelerate(model, weights=None if weights == "float32" else weights)
+        if weights != "float32" and not report.weights.reduced:
+            raise ImportError(report.weights.rows[0].reason)
+    elif name == "torch.ao int8":
+        warnings.simplefilter("ignore")  # torch.ao is deprecated; it is what users have
+        for part in ("encoder", "encoder_embed"):
+            setattr(
+                model, part, torch.ao.quantization.quantize_dynamic(getattr(model, part), {torch.nn.Linear})
+            )
+        file = folder / "torch.ao.pt"
+        torch.save(model.state_dict(), file)
+    return model, [file]
+
+
+def _onnx_model(name, folder, threads):
+    from fastasr.export import OnnxTransducerModel
+
+    ending = ".int8.onnx" if name.endswith("int8") else ".onnx"
+    files = [folder / f"{part}{ending}" for part in ("encoder", "decoder", "joiner")]
+    model = OnnxTransducerModel(*files, threads=threads)
+    if name.startswith("OpenVINO"):
+        model.encoder = OpenVinoSession(files[0], threads)
+    return model, files
+
+
+def _sherpa(name, folder, threads):
+    import sherpa_onnx
+
+    ending = ".int8.onnx" if name.endswith("int8") else ".onnx"
+    files = [folder / f"{part}{ending}" for part in ("encoder", "decoder", "joiner")]
+    recogniser = sherpa_onnx.OfflineRecognizer.from_transducer(
+        *(str(file) for file in files),
+        tokens=str(folder / "tokens.txt"),
+        num_threads=threads,
+        sample_rate=RATE,
+    )
+
+    def read(samples):
+        stream = recogniser.create_stream()
+        stream.accept_waveform(RATE, samples.numpy())
+        recogniser.decode_stream(stream)
+        return stream.result.tokens
+
+    return read, files
+
+
+def _reader(name, folder, threads):
+    """Returns (read, encode or None, files): read(samples) -> tokens, encode(samples) -> what the joiner gets."""
+    from fastasr import decoding
+    from fastasr.audio.features import fbank
+
+    if name.startswith("sherpa"):
+        read, files = _sherpa(name, folder, threads)
+        return read, None, files
+    made = _torch_model(name, folder) if name in NAMES[:2] or name.startswith("fastasr") else None
+    model, files = made or _onnx_model(name, folder, threads)
+
+    def encoded(samples):
+        x = fbank(samples, RATE, upstream.BINS).unsqueeze(0)
+        return decoding.encode(model, x, torch.tensor([x.shape[1]]))
+
+    def read(samples):
+        return decoding.greedy_search(model, *encoded(samples)).tokens[0]
+
+    def encode(samples):
+        y = encoded(samples)[0]
+        return model.joiner.encoder_proj(y) if made else y
+
+    return read, encode, files
+
+
+def _resident():
+    """Returns the resident memory of this process in bytes."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(fields["VmRSS"].split()[0])
+
+
+def one(name, folder, threads, calls):
+    """Prints a line of JSON about one implementation."""
+    torch.set_num_threads(threads)
+    samples = _samples(folder)
+    before = _resident()
+    read, encode, files = _reader(name, folder, threads)
+    with torch.inference_mode():
+        read(samples), read(samples)
+        taken = []
+        for _ in range(calls):
+            began = time.perf_counter()
+            read(samples)
+            taken.append(time.perf_counter() - began)
+        grown = _resident() - before
+        if encode is not None:
+            torch.save(encode(samples).clone(), folder / f"{name}.out")
+    sizes = sum(file.stat().st_size for file in files)
+    print(json.dumps({"seconds": sorted(taken), "resident": grown, "file": sizes}))
+
+
+# --------------------------------------------------------------------------- the peers
+def _samples(folder):
+    with wave.open(str(folder / "recording.wav")) as file:
+        data = bytearray(file.readframes(file.getnframes()))
+    return torch.frombuffer(data, dtype=torch.int16).float() / 32768
+
+
+def _prepare(folder, size, seconds):
+    from fastasr.benchmarks.models.transcribe import VOCABULARY, config
+    from fastasr.export import export_onnx
+
+    model = upstream.recogniser(config(size, None))
+    with torch.no_grad():
+        model.joiner.output_linear.bias[0] += 4.0
+    torch.save({"config": config(size, None), "state": model.state_dict()}, folder / "model.pt")
+    from fastasr.models import zipformer
+
+    ours = zipformer.AsrModel(**config(size, None)).eval()
+    ours.load_state_dict(model.state_dict(), strict=True)
+    export_onnx(ours, folder, int8=True)
+    names = ["<blk>", *(f"t{i}" for i in range(1, VOCABULARY))]
+    (folder / "tokens.txt").write_text("".join(f"{n} {i}\n" for i, n in enumerate(names)), encoding="utf-8")
+    noise = torch.randn(round(RATE * seconds), generator=torch.Generator().manual_seed(1)) * 3000
+    with wave.open(str(folder / "recording.wav"), "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(RATE)
+        file.writeframes(noise.clamp(-32767, 32767).to(torch.int16).numpy().tobytes())
+
+
+def measure(
+    names=NAMES, size="medium", seconds=16.0, threads=(1, 2), calls=7, rounds=2, report=lambda _: None
+):
+    """Returns a dict of what was found, as in the JSON file: for each number of threads and implementation the median
+    time over the recording's length, the resident memory that it added, its files' size, and the relative rms change
+    of what the joiner gets from upstream's.
+
+    The implementations take turns, ``rounds`` times; the time is that of the best round.
+    """
+    found = {}
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
+        _prepare(folder, size, seconds)
+        for count in threads:
+            rows = found.setdefault(str(count), {})
+            for _ in range(rounds):
+                for name in names:
+                    row = _in_process(name, folder, count, calls, report)
+                    if row is not None and (name not in rows or row["median"] < rows[name]["median"]):
+                        rows[name] = row
+        exact = torch.load(folder / "upstream.out") if (folder / "upstream.out").exists() else None
+        changes = {}
+        for name in names:
+            file = folder / f"{name}.out"
+            if exact is not None and file.exists():
+                changes[name] = ((torch.load(file) - exact).norm() / exact.norm()).item()
+    rows = {
+        count: {
+            name: {
+                "rtf": round(row["median"] / seconds, 5),
+                "resident_mb": round(row["resident"] / 1e6, 1),
+                "file_mb": round(row["file"] / 1e6, 1),
+                "change": changes.get(name),
+            }
+            for name, row in of_count.items()
+        }
+        for count, of_count in found.items()
+    }
+    return {"size": size, "seconds": seconds, "calls": calls, "rounds": rounds, "threads": rows}
+
+
+def _in_process(name, folder, threads, calls, report):
+    command = [sys.executable, "-m", __spec__.name, "--one", name, str(folder), str(threads), str(calls)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        report(f"{name}: left out: {done.stderr.strip().splitlines()[-1]}")
+        return None
+    row = json.loads(done.stdout.strip().splitlines()[-1])
+    row["median"] = row["seconds"][len(row["seconds"]) // 2]
+    report(f"{name}, {threads} thread(s): {1e3 * row['median']:.1f} ms")
+    return row
+
+
+def versions():
+    """Returns the versions of the peers that are installed."""
+    found = {}
+    for name in ("onnxruntime", "sherpa_onnx", "openvino"):
+        try:
+            found[name] = __import__(name).__version__
+        except ImportError:
+            continue
+    return found
+
+
+# --------------------------------------------------------------------------- error rates of trained models
+def accuracy(runs, utterances, report=lambda _: None):
+    """Returns for each run of the recipe its error rates on ``utterances`` (name, features, text), read whole, in
+    float32 and int8, and how many texts differ."""
+    import fastasr
+    from fastasr import decoding
+    from fastasr.recipe import recogniser, scoring
+
+    said, found = [utterance.text for utterance in utterances], {}
+    for run in runs:
+        loaded = recogniser.load(run)
+        report(f"{run}: {type(loaded.model).__name__}")
+
+        def texts(loaded=loaded):
+            read = []
+            for utterance in utterances:
+                x = utterance.features[0].unsqueeze(0)
+                x = torch.nn.functional.pad(x, (0, 0, 0, 32), value=decoding.chunks.SILENCE)
+                y, frames = decoding.encode(loaded.model, x, torch.tensor([x.shape[1]]))
+                read.append(loaded.units.decode(decoding.greedy_search(loaded.model, y, frames).tokens[0]))
+            return read
+
+        with torch.inference_mode():
+            exact = texts()
+            reduced = fastasr.accelerate(loaded.model, weights="int8").weights
+            rounded = texts()
+        found[Path(run).name] = {
+            "float32": scoring.rates(said, exact),
+            "int8": scoring.rates(said, rounded),
+            "differs": sum(a != b for a, b in zip(exact, rounded, strict=True)),
+            "weights": [len(reduced.reduced), len(reduced.rows)],
+            "bytes": reduced.bytes_after / reduced.bytes_before,
+        }
+    return {"recordings": len(utterances), "runs": found}
+
+
+# --------------------------------------------------------------------------- the page
+def peers_block(found):
+    """Returns the page's table of ``measure``."""
+    counts = list(found["threads"])
+    heads = [*(f"RTF, {count} thread{'s' * (count != '1')}" for count in counts), "memory, MB", "files, MB"]
+    lines = [f"| | {' | '.join(heads)} | output changed by |", "|---|" + "---:|" * (len(heads) + 1)]
+    for name in NAMES:
+        of_counts = [found["threads"][count].get(name) for count in counts]
+        known = next((row for row in of_counts if row), None)
+        if known is None:
+            continue
+        cells = ["–" if row is None else f"{row['rtf']:.4f}" for row in of_counts]
+        change = "" if known["change"] is None else f"{known['change']:.1e}"
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {known['resident_mb']:.0f} | {known['file_mb']:.0f} | {change} |"
+        )
+    place = found["environment"]
+    packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    when = f"commit {place['commit']}, {place['date'][:10]}"
+    where = f"{place['device_name']}, torch {place['torch']}, {packages}; {when}"
+    what = f"Zipformer {found['size']}, a recording of {found['seconds']:g} s"
+    return "\n".join([*lines, "", f"{what}. {where}."])
+
+
+def runs_block(found):
+    """Returns the page's table of ``accuracy``."""
+    lines = [
+        f"| {found['recordings']} held-out recordings | float32: characters wrong | int8 | change | other texts | "
+        "weights in int8 |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in found["runs"].items():
+        before, after = row["float32"]["cer"], row["int8"]["cer"]
+        lines.append(
+            f"| {name} | {before:.2%} | {after:.2%} | {100 * (after - before):+.2f} points | {row['differs']} | "
+            f"{row['weights'][0]} of {row['weights'][1]} |"
+        )
+    place = found["environment"]
+    where = f"{place['device_name']}, torch {place['torch']}, commit {place['commit']}, {place['date'][:10]}"
+    return "\n".join([*lines, "", f"{where}."])
+
+
+def main(arguments=None):
+    """Returns the exit code: 0, 1 when ``--check`` finds a difference, or 2 when a file cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastasr.benchmarks.studies.int8_peers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--only", nargs="*", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES)
+    )
+    parser.add_argument("--size", choices=sorted(upstream.SIZES), default="medium")
+    parser.add_argument("--seconds", type=float, default=16.0, help="of the recording")
+    parser.add_argument("--threads", type=int, nargs="*", default=(1, 2))
+    parser.add_argument("--calls", type=int, default=7, help="timed calls of an implementation in a round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--runs", type=Path, nargs="*", help="runs of the recipe, instead of the peers")
+    parser.add_argument("--cache", type=Path, default=Path("demo/cache"), help="downloads, for --runs")
+    parser.add_argument(
+        "--speech", type=Path, help="a folder of recordings with transcripts instead of the prompts"
+    )
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/int8_peers.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/int8_peers.md")
+    parser.add_argument("--page-only", action="store_true")
+    parser.add_argument("--check", action="store_true", help="compare the page only")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        name, folder, threads, calls = options.one
+        one(name, Path(folder), int(threads), int(calls))
+        return 0
+    try:
+        found = json.loads(options.results.read_text(encoding="utf-8")) if options.results.exists() else {}
+        if not (options.page_only or options.check):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                part, values = _measured(options)
+            found[part] = values
+            options.results.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        blocks = {"peers": peers_block, "runs": runs_block}
+        differs = [
+            put(
+                options.page,
+                blocks[part](values),
+                options.check,
+                *(MARKS[part].format(e) for e in ("start", "end")),
+            )
+            for part, values in found.items()
+        ]
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return max(differs, default=0)
+
+
+def _measured(options):
+    def report(line):
+        print(line, flush=True)
+
+    if options.runs:
+        from fastasr.recipe import speech
+
+        _, held_out = speech.load(options.cache, options.speech, speeds=(1.0,))
+        return "runs", {**accuracy(options.runs, held_out, report), "environment": stamp()}
+    sizes = options.size, options.seconds, options.threads, options.calls, options.rounds
+    found = measure(options.only, *sizes, report=report)
+    return "peers", {**found, "versions": versions(), "environment": stamp()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study of int8 beside its peers: two implementations of a tiny model, and the page."""
+
+import json
+
+import pytest
+
+from fastasr.benchmarks.studies import int8_peers
+from fastasr.ops import _dispatch
+
+PLACE = {"device_name": "a CPU", "torch": "2.13.0", "commit": "abc", "date": "2026-11-22T00:00:00Z"}
+PAGE = "\n".join(mark.format(end) for mark in int8_peers.MARKS.values() for end in ("start", "end"))
+
+
+@pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
+def test_a_tiny_model(tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("zipformer.modules.model", exc_type=ImportError)
+    page, results = tmp_path / "page.md", tmp_path / "found.json"
+    page.write_text(PAGE)
+    files = ["--results", str(results), "--page", str(page)]
+    shape = ["--size", "tiny", "--seconds", "1", "--threads", "1", "--calls", "1", "--rounds", "1"]
+    names = ("upstream", "onnxruntime int8", "fastasr int8", "OpenVINO int8")
+    assert int8_peers.main([*files, *shape, "--only", *names]) == 0
+    rows = json.loads(results.read_text())["peers"]["threads"]["1"]
+    missing = "OpenVINO int8: left out: ModuleNotFoundError: No module named 'openvino'"
+    assert (missing in capsys.readouterr().out) == (names[3] not in rows)
+    assert set(rows) >= set(names[:3])
+    assert rows["upstream"]["change"] == 0
+    for name in names[1:3]:
+        assert 0 < rows[name]["change"] < 0.1
+        assert rows[name]["rtf"] > 0
+    assert rows["onnxruntime int8"]["file_mb"] < rows["upstream"]["file_mb"]
+    assert "| fastasr int8 | " in page.read_text()
+    assert int8_peers.main([*files, "--check"]) == 0
+    page.write_text(PAGE)
+    assert int8_peers.main([*files, "--check"]) == 1
+
+
+def test_the_table_of_runs():
+    rates = {"cer": 0.25, "wer": 0.5}
+    row = {
+        "float32": rates,
+        "int8": {"cer": 0.2505, "wer": 0.5},
+        "differs": 1,
+        "weights": [9, 10],
+        "bytes": 0.27,
+    }
+    text = int8_peers.runs_block({"recordings": 56, "runs": {"main": row}, "environment": PLACE})
+    assert "| main | 25.00% | 25.05% | +0.05 points | 1 | 9 of 10 |" in text
