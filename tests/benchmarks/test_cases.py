@@ -350,6 +350,21 @@ def test_the_loss_of_a_transducer_with_durations():
     torch.testing.assert_close(problem.fused(), problem.upstream(), rtol=1e-5, atol=1e-5)
 
 
+def test_the_exact_loss_of_a_transducer():
+    from fastasr.benchmarks.models import rnnt_loss
+
+    problem = rnnt_loss.Problem(*rnnt_loss.TINY[rnnt_loss.LOGITS][0])
+    logits = problem.logits()
+    torch.testing.assert_close(problem.fused(), problem.fused(logits), rtol=1e-5, atol=1e-5)
+    try:
+        expected = problem.upstream()
+    except rnnt_loss.upstream.MissingUpstream as missing:
+        pytest.skip(str(missing))
+    torch.testing.assert_close(problem.fused(), expected, rtol=1e-5, atol=1e-5)
+    for unit in rnnt_loss.measure(cases=rnnt_loss.TINY, settings=QUICK, reps=2):
+        assert [row.implementation for row in unit] == ["upstream", "fastasr"]
+
+
 def test_a_convolution_in_groups_counts_its_own_products():
     from fastasr.benchmarks.models.unit import product_flops
 

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exact transducer loss at Parakeet's sizes, forward and backward: from given logits, and with the joiner.
+
+"upstream" is torchaudio's ``rnnt_loss``, whose library must fit the installed torch. Given logits, both return their
+gradient as a tensor of the same size.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastasr import rnnt
+from fastasr.benchmarks import limits, upstream
+from fastasr.benchmarks.case import BOTH
+from fastasr.benchmarks.harness import Variant
+from fastasr.benchmarks.models.unit import FASTASR, UPSTREAM, Run, benchmark
+from fastasr.benchmarks.rows import Row
+from fastasr.compat import torchaudio as compat
+
+NAME = "rnnt_loss"
+LOGITS, JOINER = "from logits", "joiner and loss"
+# B, T, U, D, V
+CASES = {
+    LOGITS: ((4, 188, 40, 640, 1025), (1, 188, 40, 640, 8193), (1, 20, 5, 64, 30)),
+    JOINER: ((4, 188, 40, 640, 8193), (1, 188, 40, 640, 8193), (1, 20, 5, 64, 30)),
+}
+TINY = {LOGITS: ((2, 12, 4, 16, 20),), JOINER: ((2, 12, 4, 16, 20),)}
+QUICK = {"cases": TINY}
+
+
+class Problem:
+    """Random outputs of encoder and predictor, and the losses of either implementation."""
+
+    def __init__(self, batch: int, frames: int, symbols: int, channels: int, outputs: int):
+        torch.manual_seed(0)
+        self.am, self.lm = torch.randn(batch, frames, channels), torch.randn(batch, symbols + 1, channels)
+        self.head, self.blank = torch.nn.Linear(channels, outputs), outputs - 1
+        targets = torch.randint(0, outputs - 1, (batch, symbols), dtype=torch.int32)
+        self.ends = targets, *(torch.full((batch,), n, dtype=torch.int32) for n in (frames, symbols))
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        return self.am.requires_grad_(), self.lm.requires_grad_(), *self.head.parameters()
+
+    def logits(self) -> Tensor:
+        return self.head(torch.relu(self.am[:, :, None] + self.lm[:, None]))
+
+    def upstream(self, logits: Tensor | None = None) -> Tensor:
+        loss = upstream.module("torchaudio.functional").rnnt_loss
+        if not hasattr(torch.ops.torchaudio, "rnnt_loss_forward"):
+            raise upstream.MissingUpstream("torchaudio's library does not load with this torch")
+        return loss(
+            self.logits() if logits is None else logits, *self.ends, blank=self.blank, reduction="sum"
+        )
+
+    def fused(self, logits: Tensor | None = None) -> Tensor:
+        if logits is not None:
+            return compat.rnnt_loss(logits, *self.ends, blank=self.blank, reduction="sum")
+        call = self.am, self.lm, self.head.weight, self.head.bias, self.ends[0], self.blank
+        return rnnt.joiner_loss(*call, reduction="sum", activation="relu")
+
+
+@benchmark(NAME)
+def measure(run: Run, *, cases=CASES) -> Iterator[list[Row]]:
+    """Yields the rows of each case and size. Raises ``upstream.MissingUpstream``."""
+    for case, sizes in cases.items():
+        for batch, frames, symbols, channels, outputs in sizes:
+            shape = f"{batch}x{frames}x{symbols}x{channels}, V={outputs}"
+            if run.skip(case, shape, BOTH):
+                continue
+            run.report(f"{NAME}: {case}, {shape}")
+            problem = Problem(batch, frames, symbols, channels, outputs)
+            rows, large = batch * frames * (symbols + 1), outputs > 1000
+            if case == LOGITS:
+                given = problem.logits().detach().requires_grad_()
+                leaves, arguments, flops, moved = (given,), (given,), 0, 2 * 4 * given.numel()
+                copied = limits.copy_seconds(moved)
+                limit = copied, f"copy {moved / copied / 1e9:.1f} GB/s"
+            else:
+                leaves, arguments, limit = problem.leaves(), (), None
+                flops = 6 * rows * channels * outputs
+                moved = 3 * 4 * (batch * (frames + symbols + 1) + outputs) * channels
+            variants = {
+                name: Variant(
+                    lambda call=call, leaves=leaves, arguments=arguments: torch.autograd.grad(
+                        call(*arguments), leaves
+                    )
+                )
+                for name, call in {UPSTREAM: problem.upstream, FASTASR: problem.fused}.items()
+            }
+            yield run.rows(
+                variants,
+                flops,
+                limit,
+                reps=run.reps or (3 if large else run.settings.reps),
+                warmup=1 if large else run.settings.warmup,
+                sample_seconds=0.0 if large else None,
+                memory=True,
+                case=case,
+                shape=shape,
+                pass_=BOTH,
+                bytes=moved,
+            )
