@@ -241,23 +241,25 @@ def _launch(flat, tile, before, mask, after, shape, shared_dim: int, **options) 
     launch(tile, grid, *before, mask, *after, rows, columns, *tiles, num_warps=NUM_WARPS, **options)
 
 
-def swoosh_forward(x: torch.Tensor, right: bool, mask: torch.Tensor | None, shared_dim: int) -> torch.Tensor:
+def swoosh_forward(
+    x: torch.Tensor, swoosh_r: bool, mask: torch.Tensor | None, shared_dim: int
+) -> torch.Tensor:
     """Returns swoosh(x), times ``mask`` if there is one.
 
-    ``right`` chooses SwooshR, else SwooshL. ``mask`` has x's shape, or size 1 in the non-negative ``shared_dim`` (-1:
-    full size or no mask). The result has x's shape and the promoted dtype of x and mask.
+    ``swoosh_r`` chooses SwooshR, else SwooshL. ``mask`` has x's shape, or size 1 in the non-negative ``shared_dim``
+    (-1: full size or no mask). The result has x's shape and the promoted dtype of x and mask.
     """
     dtype = x.dtype if mask is None else torch.promote_types(x.dtype, mask.dtype)
     y = torch.empty_like(x, dtype=dtype)
     if x.numel():
-        _launch(forward_flat, forward_tile, (x,), mask, (y,), x.shape, shared_dim, RIGHT=right)
+        _launch(forward_flat, forward_tile, (x,), mask, (y,), x.shape, shared_dim, RIGHT=swoosh_r)
     return y
 
 
 def swoosh_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
-    right: bool,
+    swoosh_r: bool,
     mask: torch.Tensor | None,
     shared_dim: int,
     need_output: bool,
@@ -271,6 +273,6 @@ def swoosh_backward(
     y = torch.empty_like(x, dtype=dtype) if need_output else x.new_empty(0, dtype=dtype)
     if x.numel():
         after = (dx, y if need_output else None)
-        options = {"RIGHT": right, "OUTPUT": need_output}
+        options = {"RIGHT": swoosh_r, "OUTPUT": need_output}
         _launch(backward_flat, backward_tile, (grad, x), mask, after, x.shape, shared_dim, **options)
     return dx, y

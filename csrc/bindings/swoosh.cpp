@@ -63,7 +63,7 @@ void for_each_piece(const MaskLayout& m, const F& f) {
   });
 }
 
-Tensor swoosh_forward(const Tensor& x, bool right, const std::optional<Tensor>& mask, int64_t shared_dim) {
+Tensor swoosh_forward(const Tensor& x, bool swoosh_r, const std::optional<Tensor>& mask, int64_t shared_dim) {
   check_like(x, x, "swoosh_forward", "x");
   const MaskLayout layout = mask_layout(x, mask, shared_dim, "swoosh_forward");
   Tensor y = new_pooled_like(x);
@@ -71,7 +71,7 @@ Tensor swoosh_forward(const Tensor& x, bool right, const std::optional<Tensor>& 
     const T* xp = data<T>(x);
     const T* mp = data_or_null<T>(mask);
     T* yp = mutable_data<T>(y);
-    const Swoosh kind = right ? Swoosh::R : Swoosh::L;
+    const Swoosh kind = swoosh_r ? Swoosh::R : Swoosh::L;
     for_each_piece(layout, [&](int64_t i, int64_t j, int64_t n) {
       cpu::kernels<cpu::SwooshKernels<T>>().forward(xp + i, mp ? mp + j : nullptr, layout.kind, yp + i, n, kind);
     });
@@ -79,7 +79,7 @@ Tensor swoosh_forward(const Tensor& x, bool right, const std::optional<Tensor>& 
   return y;
 }
 
-void backward_into(const Tensor& grad, const Tensor& x, bool right, const std::optional<Tensor>& mask,
+void backward_into(const Tensor& grad, const Tensor& x, bool swoosh_r, const std::optional<Tensor>& mask,
                    int64_t shared_dim, const Tensor& dx, const Tensor* y) {
   const MaskLayout layout = mask_layout(x, mask, shared_dim, "swoosh_backward");
   with_kernel_type(x.scalar_type(), "swoosh_backward", [&]<typename T>() {
@@ -88,7 +88,7 @@ void backward_into(const Tensor& grad, const Tensor& x, bool right, const std::o
     const T* mp = data_or_null<T>(mask);
     T* dp = mutable_data<T>(dx);
     T* yp = y ? mutable_data<T>(*y) : nullptr;
-    const Swoosh kind = right ? Swoosh::R : Swoosh::L;
+    const Swoosh kind = swoosh_r ? Swoosh::R : Swoosh::L;
     for_each_piece(layout, [&](int64_t i, int64_t j, int64_t n) {
       cpu::kernels<cpu::SwooshKernels<T>>().backward(gp + i, xp + i, mp ? mp + j : nullptr, layout.kind, dp + i,
                                                      yp ? yp + i : nullptr, n, kind);
@@ -96,21 +96,21 @@ void backward_into(const Tensor& grad, const Tensor& x, bool right, const std::o
   });
 }
 
-std::tuple<Tensor, Tensor> swoosh_backward(const Tensor& grad, const Tensor& x, bool right,
+std::tuple<Tensor, Tensor> swoosh_backward(const Tensor& grad, const Tensor& x, bool swoosh_r,
                                            const std::optional<Tensor>& mask, int64_t shared_dim, bool need_output) {
   check_like(x, x, "swoosh_backward", "x");
   check_same_size(grad, x, "swoosh_backward", "grad");
   Tensor dx = new_pooled_like(x);
   Tensor y = need_output ? new_pooled_like(x) : new_without_elements(x);
-  backward_into(grad, x, right, mask, shared_dim, dx, need_output ? &y : nullptr);
+  backward_into(grad, x, swoosh_r, mask, shared_dim, dx, need_output ? &y : nullptr);
   return {dx, y};
 }
 
 }  // namespace
 
 FASTASR_OPERATORS(
-    {"swoosh_forward(Tensor x, bool right, Tensor? mask, int shared_dim) -> Tensor", TORCH_BOX(&swoosh_forward)},
-    {"swoosh_backward(Tensor grad, Tensor x, bool right, Tensor? mask, int shared_dim, bool need_output) -> "
+    {"swoosh_forward(Tensor x, bool swoosh_r, Tensor? mask, int shared_dim) -> Tensor", TORCH_BOX(&swoosh_forward)},
+    {"swoosh_backward(Tensor grad, Tensor x, bool swoosh_r, Tensor? mask, int shared_dim, bool need_output) -> "
      "(Tensor, Tensor)",
      TORCH_BOX(&swoosh_backward)})
 

@@ -30,26 +30,28 @@ def definition(x: Tensor, kind: str) -> Tensor:
 
 
 # --------------------------------------------------------------------------- kernels
-def _launch(right: bool, op, kernels, a, dtype, keep: bool) -> Tensor:
-    return _layout.elementwise(lambda t: kernels.forward(t, right, None, -1), a.x)
+def _launch(swoosh_r: bool, op, kernels, a, dtype, keep: bool) -> Tensor:
+    return _layout.elementwise(lambda t: kernels.forward(t, swoosh_r, None, -1), a.x)
 
 
-def _gradients(right: bool, op, kernels, grads, saved, needs) -> tuple[Tensor]:
+def _gradients(swoosh_r: bool, op, kernels, grads, saved, needs) -> tuple[Tensor]:
     return (
-        _layout.elementwise(lambda t, g: kernels.backward(g, t, right, None, -1, False)[0], saved.x, *grads),
+        _layout.elementwise(
+            lambda t, g: kernels.backward(g, t, swoosh_r, None, -1, False)[0], saved.x, *grads
+        ),
     )
 
 
 def _op(kind: str):
-    right = KINDS[kind]
+    swoosh_r = KINDS[kind]
     return op(
         FAMILY,
         like="x",
         fast_strides="x",
-        forward=f"x {right} None -1",
-        backward=f"grad x {right} None -1 False -> x _",
-        launch=partial(_launch, right),
-        gradients=partial(_gradients, right),
+        forward=f"x {swoosh_r} None -1",
+        backward=f"grad x {swoosh_r} None -1 False -> x _",
+        launch=partial(_launch, swoosh_r),
+        gradients=partial(_gradients, swoosh_r),
         summary="log(1 + e^(x−a)) − 0.08 x − b",
     )
 
