@@ -104,7 +104,7 @@ class Op(Errors):
     # The shortest path, to the native kernels. Code may use the arguments, the names of the op's file, _kernels, keep.
     # code, or (native, keep, *arguments) -> outputs and keeps; by default ``forward``
     fast: str | Callable = ""
-    # code, or (*arguments) -> bool: a condition beside the types; kernels check the rest
+    # code, or (*arguments) -> bool: a condition beside the types, kernels check the rest; "False": no such path
     fits: str | Callable = ""
     fast_dtype: torch.dtype | None = None  # the only dtype that it serves
     fast_strides: str = ""  # arguments that must be contiguous

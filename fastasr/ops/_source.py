@@ -611,6 +611,9 @@ def _fast(op) -> Iterator[str]:
     """Returns the shortest path, for plain CPU tensors of one dtype and options of the exact type; kernels check the
     rest.
     """
+    if op.fits == "False":  # Python leaves the branch out
+        yield op.fits
+        return
     yield "_kernels is not None"
     others = [a for a in op.tensors if a is not op.leader]
     told = op.deciding if op.decides else op.one_dtype if not op.fast else ()  # kernels check these dtypes
