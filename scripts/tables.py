@@ -20,7 +20,7 @@ from fastasr.benchmarks.device import verdict
 from fastasr.benchmarks.markdown import put, table, whole_models
 from fastasr.benchmarks.models import nemotron_streaming, recipe_step, reduced_weights, transcribe
 from fastasr.benchmarks.rows import Row, read_all
-from fastasr.benchmarks.studies import curves, launch_cost
+from fastasr.benchmarks.studies import curves, launch_cost, training_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -28,12 +28,14 @@ GPU_RECORDS = ROOT / "benchmarks" / "results" / "gpu.json"  # the units.json of 
 OPS_MARKERS = "<!-- ops:start -->", "<!-- ops:end -->"
 LAUNCH_MARKERS = "<!-- launch:start -->", "<!-- launch:end -->"
 CHUNKS_MARKERS = "<!-- chunks:start -->", "<!-- chunks:end -->"
+MEMORY_MARKERS = "<!-- memory:start -->", "<!-- memory:end -->"
 LOSERS_MARKERS = "<!-- losers:start -->", "<!-- losers:end -->"
 ELSEWHERE = {
     transcribe.NAME: "decoding.md",
     recipe_step.NAME: "training.md",
     reduced_weights.NAME: "precision.md",
     nemotron_streaming.NAME: "models/fast_conformer.md",
+    training_memory.NAME: "models/fast_conformer.md",
 }  # pages with a table of another form
 
 
@@ -140,8 +142,9 @@ def main(arguments: list[str] | None = None) -> int:
     found += [put(DOCS / "index.md", op_rows(), check, *OPS_MARKERS)]
     found += [put(DOCS / "testing.md", test_minutes.table(), check)]
     found += [put(DOCS / "gpu-queue.md", launch_cost.table(), check, *LAUNCH_MARKERS)]
-    chunks = nemotron_streaming.table([row for row in rows if row.name == nemotron_streaming.NAME])
-    found += [put(DOCS / ELSEWHERE[nemotron_streaming.NAME], chunks, check, *CHUNKS_MARKERS)]
+    for module, markers in ((nemotron_streaming, CHUNKS_MARKERS), (training_memory, MEMORY_MARKERS)):
+        own = [row for row in rows if row.name == module.NAME]
+        found += [put(DOCS / ELSEWHERE[module.NAME], module.table(own), check, *markers)]
     found += [put(DOCS / "gpu-predictions.md", predictions.table(), check)]
     found += [put(DOCS / "gpu-predictions.md", predictions.losers(), check, *LOSERS_MARKERS)]
     found += [put(DOCS / "gpu-queue.md", verdict.tables(verdict.records(GPU_RECORDS)), check)]

@@ -85,6 +85,18 @@ def run(size: str, frames: int, chunk_size: int, layers: int = 0) -> dict:
     return {"seconds": outcome["seconds"], "peak_bytes": peak}
 
 
+def in_fresh_process(
+    study: str, arguments: Sequence[str], label: str, timeout: float | None = None
+) -> dict[str, float]:
+    """Returns what a study prints as JSON in its last line. Raises RuntimeError with its last output when it fails."""
+    command = [sys.executable, "-m", f"fastasr.benchmarks.studies.{study}", *arguments]
+    environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+    if done.returncode != 0:
+        raise RuntimeError(f"{label}: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def case_name(size: str, chunk_size: int, layers: int) -> str:
     if layers:
         return f"{size}, {layers} layers"
@@ -98,13 +110,9 @@ def measure(
     with its last output when it fails.
     """
     frames = round(minutes * FRAMES_PER_MINUTE)
-    command = [sys.executable, "-m", "fastasr.benchmarks.studies.long_audio", "--run", str(frames)]
-    command += ["--size", size, "--chunk-size", str(chunk_size), "--parakeet", str(layers)]
-    environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
-    if done.returncode != 0:
-        raise RuntimeError(f"long_audio: {minutes:g} minutes: {done.stderr.strip()[-500:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    arguments = ["--size", size, "--chunk-size", str(chunk_size), "--parakeet", str(layers)]
+    label = f"long_audio: {minutes:g} minutes"
+    found = in_fresh_process("long_audio", ["--run", str(frames), *arguments], label, timeout)
     milliseconds = round(found["seconds"] * 1e3, 3)
     return Row.measured(
         suite="models",

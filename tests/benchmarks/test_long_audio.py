@@ -4,7 +4,7 @@
 import pytest
 
 from fastasr.benchmarks import rows
-from fastasr.benchmarks.studies import long_audio
+from fastasr.benchmarks.studies import long_audio, training_memory
 
 
 def test_memory_grows_with_the_length(tmp_path, capsys):
@@ -32,6 +32,16 @@ def test_parakeet(tmp_path, capsys):
     (row,) = rows.read(table)
     assert (row.name, row.case) == ("fast_conformer_long_audio", "tiny, 1 layers")
     assert row.peak_bytes > 0
+
+
+def test_memory_of_a_training_step(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    file = tmp_path / "rows.jsonl"
+    assert training_memory.main(["--shape", "tiny", "1", "2", "20", "--results", str(file)]) == 0
+    found = rows.read(file)
+    assert [row.implementation for row in found] == ["upstream", "fastasr"]
+    assert all(row.peak_bytes > 0 for row in found)
+    assert capsys.readouterr().out.startswith("| tiny, 1 of its layers, 2 x 20 s | ")
 
 
 def test_a_failed_process_says_why():
