@@ -67,9 +67,8 @@ class Op(Errors):
     # The autocast rule: "one dtype" casts those arguments, names cast others, a function (op, dtype, a) -> a casts by
     # itself, "formula" does what eager does, and None applies no rule.
     autocast: str | Callable | None = None
-    uniform: bool = True  # C++ kernels get all floating tensors in the first output's dtype
     # The dtypes of these arguments choose the kernels, which read floating tensors in it: float64 where one argument
-    # has it, else the first one's dtype. By default the first output's dtype chooses.
+    # has it, else the first one's dtype. By default the first output's dtype chooses, and C++ kernels read it.
     deciding: str = ""
     wide: str = ""  # kernels get these arguments in that dtype, but at least float32
     own_dtype: str = ""  # kernels get these arguments in their own dtype

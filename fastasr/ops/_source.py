@@ -451,14 +451,13 @@ def _operands(op, dtype: str, grads: Iterable[str] = ()) -> Iterator[str]:
         first, *others = op.deciding
         dtype = "_dtype"
         yield f"_dtype = _widest({first}, ({', '.join(others)},))"
-    elif op.uniform:
+    else:
         yield f'_dtype = {dtype} if _kernels.backend == "cpu" else None'
     if op.wide:
         yield f"_work = _promote_types({dtype}, _float32)"
     for name in (*grads, *(a.name for a in op.tensors if not (grads and a.name in op.unread))):
         floating = name in grads or (op.argument(name).kind == "floating" and name not in op.own_dtype)
-        to = "_dtype" if (op.uniform or op.decides) and floating else None
-        to = "_work" if name in wide else to
+        to = "_work" if name in wide else "_dtype" if floating else None
         yield f"_o_{name} = _operand({name}, {to}, _{_layout(op, name, name in grads)})"
 
 
