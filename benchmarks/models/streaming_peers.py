@@ -3,26 +3,34 @@
 
 - ``upstream``: the PyPI package's streaming wrapper as it is;
 - ``scripted``: the same by ``torch.jit.script`` and ``torch.jit.freeze``, as upstream's exporter writes it;
-- ``onnxruntime``: the files that ``fastasr.export`` writes of the same weights (with the joiner's projection, one
-product more); - ``engine fp32``, ``engine bf16``, ``engine int8``: ``fastasr.streaming.StreamingEncoder``.
+- ``onnxruntime``, ``onnxruntime int8``: the files that ``fastasr.export`` writes of the same weights (with the joiner's
+  projection, one product more);
+- ``sherpa-onnx``, ``sherpa-onnx int8``: its online recogniser on the same files, with its own features and greedy
+  search, which no other implementation runs; only if they are named;
+- ``engine fp32``, ``engine bf16``, ``engine int8``: ``fastasr.streaming.StreamingEncoder``.
 
-The first three keep a list of states per stream, which they stack for a call and split after it, as upstream's servers
-do.
+Those before sherpa-onnx keep a list of states per stream, which they stack for a call and split after it, as upstream's
+servers do.
 """
 
 import copy
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 
 from fastasr.benchmarks import upstream
-from fastasr.benchmarks.models.transcribe import LEFT_CONTEXT, config
+from fastasr.benchmarks.models.transcribe import LEFT_CONTEXT, VOCABULARY, config
+from fastasr.benchmarks.models.zipformer_streaming import PADDING
 from fastasr.models.zipformer.stream_states import stack_states, unstack_states
 
-UPSTREAM, SCRIPTED, ONNX = "upstream", "scripted", "onnxruntime"
+UPSTREAM, SCRIPTED, ONNX, ONNX_INT8 = "upstream", "scripted", "onnxruntime", "onnxruntime int8"
+SHERPA = ("sherpa-onnx", "sherpa-onnx int8")
+RATE = 16000
+FRAME = 0.01  # seconds of a frame of features
 ENGINES = {"engine fp32": "fp32", "engine bf16": "bf16", "engine int8": "int8"}
-NAMES = (UPSTREAM, SCRIPTED, ONNX, *ENGINES)
+NAMES = (UPSTREAM, SCRIPTED, ONNX, ONNX_INT8, *ENGINES)
 
 
 class StackedStreams:
@@ -56,6 +64,37 @@ class StackedStreams:
         for stream, own in zip(streams, unstack_states(states), strict=True):
             self._states[stream] = own
         return y
+
+
+class SherpaStreams:
+    """The streams of sherpa-onnx's online recogniser. They hear noise, a chunk of it in the place of each chunk of
+    features."""
+
+    def __init__(self, files, tokens, chunk, threads):
+        sherpa_onnx = upstream.module("sherpa_onnx")
+        self._recogniser = sherpa_onnx.OnlineRecognizer.from_transducer(
+            str(tokens), *(str(file) for file in files), num_threads=threads, sample_rate=RATE
+        )
+        # two frames more than a chunk: sherpa-onnx waits for the end of a frame's window
+        noise = 0.1 * torch.randn(round(RATE * FRAME * (2 * chunk + PADDING + 2)))
+        self._head = noise[round(RATE * FRAME * 2 * chunk) :].numpy()  # that the first chunk has more
+        self._chunk = noise[: round(RATE * FRAME * 2 * chunk)].numpy()
+        self._streams = []
+
+    def open(self, count):
+        self._streams = [self._recogniser.create_stream() for _ in range(count)]
+        for stream in self._streams:
+            stream.accept_waveform(RATE, self._head)
+
+    def step(self, features, streams):
+        """Reads a chunk of each of ``streams`` and returns the number of chunks that it decoded."""
+        chosen, decoded = [self._streams[stream] for stream in streams], 0
+        for stream in chosen:
+            stream.accept_waveform(RATE, self._chunk)
+        while ready := [stream for stream in chosen if self._recogniser.is_ready(stream)]:
+            self._recogniser.decode_streams(ready)
+            decoded += len(ready)
+        return decoded
 
 
 class EngineStreams:
@@ -92,9 +131,9 @@ def make(names=NAMES, size="medium", chunk=16, threads=1, most=64):
     1, at most ``most`` of an engine. Raises ``upstream.MissingUpstream`` for a package that is not installed, and
     ValueError for an unknown name.
     """
-    unknown = [name for name in names if name not in NAMES]
+    unknown = [name for name in names if name not in (*NAMES, *SHERPA)]
     if unknown:
-        raise ValueError(f"implementations are {', '.join(NAMES)}, got {', '.join(unknown)}")
+        raise ValueError(f"implementations are {', '.join((*NAMES, *SHERPA))}, got {', '.join(unknown)}")
     with upstream.activations(compiled=False):
         theirs = upstream.recogniser(config(size, chunk))
     made = {}
@@ -109,8 +148,9 @@ def make(names=NAMES, size="medium", chunk=16, threads=1, most=64):
         if SCRIPTED in names:
             scripted = torch.jit.freeze(torch.jit.script(wrapper))
             made[SCRIPTED] = StackedStreams(_chunk_of(scripted), first)
-    if ONNX in names:
-        made[ONNX] = _onnx(theirs, size, chunk, threads)
+    exported = [name for name in (ONNX, ONNX_INT8, *SHERPA) if name in names]
+    if exported:
+        made |= _exported(exported, theirs, size, chunk, threads)
     for name, weights in ENGINES.items():
         if name in names:
             made[name] = EngineStreams(theirs, chunk, weights, threads, most)
@@ -126,7 +166,8 @@ def _chunk_of(wrapper):
     return run
 
 
-def _onnx(theirs, size, chunk, threads):
+def _exported(names, theirs, size, chunk, threads):
+    """Returns {name: streams} of implementations that read ONNX files."""
     for name in ("onnx", "onnxruntime"):
         upstream.module(name)
     from fastasr.export import export_onnx
@@ -134,12 +175,22 @@ def _onnx(theirs, size, chunk, threads):
 
     ours = zipformer.AsrModel(**config(size, chunk)).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
+    made = {}
     with tempfile.TemporaryDirectory() as folder:
-        files = export_onnx(ours, folder)
-        session = zipformer.OnnxStreamingTransducerModel(
-            *(files[name] for name in ("encoder", "decoder", "joiner")), threads=threads
-        )
+        files = export_onnx(ours, folder, int8=any(name.endswith("int8") for name in names))
+        tokens = Path(folder) / "tokens.txt"
+        tokens.write_text("".join(f"t{i} {i}\n" for i in range(VOCABULARY)), encoding="utf-8")
+        for name in names:
+            kind = ".int8" if name.endswith("int8") else ""
+            parts = [files[part + kind] for part in ("encoder", "decoder", "joiner")]
+            if name in SHERPA:
+                made[name] = SherpaStreams(parts, tokens, chunk, threads)
+            else:
+                made[name] = _onnx(zipformer.OnnxStreamingTransducerModel(*parts, threads=threads))
+    return made
 
+
+def _onnx(session):
     def run(features, states):
         session.states = [state.numpy() for state in states]
         y = session.run_encoder(features)

@@ -29,7 +29,7 @@ from fastasr.benchmarks.models.zipformer_streaming import PADDING
 from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, png, pyplot
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("engine fp32", "engine bf16", "engine int8", streaming_peers.SCRIPTED, streaming_peers.ONNX)
+NAMES = (*streaming_peers.ENGINES, streaming_peers.SCRIPTED, streaming_peers.ONNX, streaming_peers.ONNX_INT8)
 FRAME = 0.02  # seconds of an encoder's frame, before its output is halved
 OVERLOAD = 4  # chunks of delay at which a run is given up
 
@@ -219,7 +219,11 @@ def main(arguments=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--only", nargs="*", default=NAMES, metavar="NAME", help=", ".join(streaming_peers.NAMES)
+        "--only",
+        nargs="*",
+        default=NAMES,
+        metavar="NAME",
+        help=", ".join((*streaming_peers.NAMES, *streaming_peers.SHERPA)),
     )
     parser.add_argument("--size", choices=sorted(upstream.SIZES), default="medium")
     parser.add_argument("--chunk", type=int, default=16, help="frames of a chunk, 20 ms each")

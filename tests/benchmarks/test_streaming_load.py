@@ -122,8 +122,10 @@ def test_implementations_agree(peers):
             x = torch.randn(len(streams), 2 * 8 + PADDING, 80, generator=generator)
             outputs[name].append(served.step(x, streams))
     expected = outputs.pop(streaming_peers.UPSTREAM)
-    onnx = outputs.pop(streaming_peers.ONNX)
+    onnx, int8 = (outputs.pop(name) for name in (streaming_peers.ONNX, streaming_peers.ONNX_INT8))
     assert [len(y) for y in onnx] == [1, 2, 3, 1]
+    for y, x in zip(int8, onnx, strict=True):
+        assert 0 < (y - x).norm() < 0.1 * x.norm()
     for name, got in outputs.items():
         for y, x in zip(got, expected, strict=True):
             error = ((y - x).norm() / x.norm()).item()
