@@ -2,8 +2,10 @@
 """Train a Parakeet of transformers by transformers' Trainer, as it is and swapped, and compare.
 
     python examples/fine_tune_parakeet.py [--model FOLDER] [--speech FOLDER] [--steps 300] [--report FILE] [--plot FILE]
+    python examples/fine_tune_parakeet.py --tdt ...
 
 ``--model`` is the folder of a ParakeetForCTC with its processor; without it a tiny model begins from random weights.
+``--tdt`` trains a tiny ParakeetForTDT, whose swapped joint and loss never hold the logits.
 ``--speech`` is a folder of recordings with a .txt beside each; without it Debian's telephone prompts are downloaded.
 Each of three runs has a process of its own: upstream's code; the swapped model with upstream's random numbers, whose
 losses are upstream's but for rounding; and the swapped model as it is used, whose attention draws its dropout itself.
@@ -22,9 +24,18 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor, ParakeetCTCConfig, ParakeetForCTC, Trainer, TrainingArguments
+from transformers import (
+    AutoProcessor,
+    ParakeetCTCConfig,
+    ParakeetForCTC,
+    ParakeetForTDT,
+    ParakeetTDTConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 import fastasr
+from fastasr import decoding
 from fastasr.audio.features import resample
 from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.harness import peak_bytes
@@ -45,7 +56,17 @@ TINY = {
 }
 
 
-class Characters:
+class Ctc:
+    """Batches and texts of a ParakeetForCTC; subclasses have its model, features and tokens."""
+
+    def collate(self, items: list[tuple[torch.Tensor, list[int]]]) -> dict[str, torch.Tensor]:
+        return padded(items, -100)
+
+    def transcript(self, model: ParakeetForCTC, batch: dict[str, torch.Tensor]) -> str:
+        return self.decode(model(**batch).logits[0].argmax(-1).tolist())
+
+
+class Characters(Ctc):
     """Model, features and characters of a tiny Parakeet with random weights."""
 
     def __init__(self, texts: list[str]):
@@ -68,7 +89,30 @@ class Characters:
         return self.units.decode([label for label, _ in itertools.groupby(labels) if label])
 
 
-class Pretrained:
+class Tdt(Characters):
+    """The same of a tiny ParakeetForTDT. Its padding is 0, its blank the last token."""
+
+    def model(self) -> ParakeetForTDT:
+        sizes = {"decoder_hidden_size": 96, "num_decoder_layers": 1, "pad_token_id": 0}
+        blank = len(self.units)
+        return ParakeetForTDT(
+            ParakeetTDTConfig(vocab_size=blank + 1, blank_token_id=blank, encoder_config=TINY, **sizes)
+        )
+
+    def collate(self, items: list[tuple[torch.Tensor, list[int]]]) -> dict[str, torch.Tensor]:
+        batch = padded(items, 0)
+        contexts = torch.nn.functional.pad(batch["labels"], (1, 0), value=len(self.units))
+        return batch | {"decoder_input_ids": contexts}
+
+    def transcript(self, model: ParakeetForTDT, batch: dict[str, torch.Tensor]) -> str:
+        inputs = {name: batch[name] for name in ("input_features", "attention_mask")}
+        encoded = model.encoder(**inputs, output_attention_mask=True)
+        lengths = encoded.attention_mask.sum(1)
+        found = decoding.greedy_search(model, encoded.last_hidden_state, lengths)
+        return self.units.decode([token for token in found.tokens[0] if token])
+
+
+class Pretrained(Ctc):
     """Model, features and tokens of a folder."""
 
     def __init__(self, folder: Path):
@@ -113,24 +157,25 @@ def joined(utterances, seconds: float, seed: int) -> list[tuple[torch.Tensor, st
     return groups
 
 
-def collate(items: list[tuple[torch.Tensor, list[int]]]) -> dict[str, torch.Tensor]:
+def padded(items: list[tuple[torch.Tensor, list[int]]], label: int) -> dict[str, torch.Tensor]:
+    """Returns a batch; ``label`` fills up the labels."""
     pad = torch.nn.utils.rnn.pad_sequence
     features, labels = zip(*items, strict=True)
     return {
         "input_features": pad(list(features), batch_first=True),
         "attention_mask": pad([torch.ones(len(x), dtype=torch.long) for x in features], batch_first=True),
-        "labels": pad([torch.tensor(each) for each in labels], batch_first=True, padding_value=-100),
+        "labels": pad([torch.tensor(each) for each in labels], batch_first=True, padding_value=label),
     }
 
 
 @torch.inference_mode()
-def characters_wrong(model: ParakeetForCTC, task, held_out) -> float:
+def characters_wrong(model, task, held_out) -> float:
     model.eval()
     found = []
     for each in held_out:
-        batch = collate([(each.features[0], [])])
+        batch = task.collate([(each.features[0], [])])
         batch.pop("labels")
-        found.append(task.decode(model(**batch).logits[0].argmax(-1).tolist()))
+        found.append(task.transcript(model, batch))
     return error_rate([each.text for each in held_out], found)
 
 
@@ -157,7 +202,7 @@ def train(name: str, task, training, held_out, options) -> dict:
             disable_tqdm=True,
         )
         dataset = [(x, task.encode(text)) for x, text in joined(training, options.seconds, options.seed)]
-        trainer = Recorder(model=model, args=settings, train_dataset=dataset, data_collator=collate)
+        trainer = Recorder(model=model, args=settings, train_dataset=dataset, data_collator=task.collate)
         draws = fastasr.upstream_draws() if "draws" in name else contextlib.nullcontext()
         begun = time.perf_counter()
         with draws:
@@ -201,6 +246,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, help="a ParakeetForCTC with its processor")
+    parser.add_argument(
+        "--tdt", action="store_true", help="a tiny ParakeetForTDT instead of a ParakeetForCTC"
+    )
     parser.add_argument("--speech", type=Path, help="recordings with transcripts, instead of the prompts")
     parser.add_argument(
         "--cache", type=Path, default=Path("demo/cache"), help="downloads (default: %(default)s)"
@@ -215,13 +263,15 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="a PNG file: the losses")
     options = parser.parse_args()
 
+    if options.model and options.tdt:
+        parser.error("--tdt trains a tiny model: it takes no --model")
     speeches = {"cache": options.cache, "folder": options.speech, "speeds": (1.0,)}
     if options.model:
         task = Pretrained(options.model)
         training, held_out = speech.load(**speeches, features=task.features)
     else:
         training, held_out = speech.load(**speeches, features=Characters.features)
-        task = Characters([each.text for each in training + held_out])
+        task = (Tdt if options.tdt else Characters)([each.text for each in training + held_out])
     results = {}
     for name in options.runs:
         load = os.getloadavg()[0]

@@ -72,7 +72,8 @@ def test_train_char_lm(tmp_path):
     assert "continued: all ag" in printed
 
 
-def test_fine_tune_parakeet(tmp_path):
+@pytest.mark.parametrize("kind", [(), ("--tdt",)], ids=["CTC", "TDT"])
+def test_fine_tune_parakeet(tmp_path, kind):
     """Upstream's losses and those of the swapped model with upstream's draws differ by rounding."""
     for name in ("transformers", "accelerate", "kaldi_native_fbank", "kaldialign", "matplotlib"):
         pytest.importorskip(name)
@@ -82,7 +83,9 @@ def test_fine_tune_parakeet(tmp_path):
     speech, runs = beeps.folder(tmp_path / "speech", count=12), ["upstream", "swapped, upstream's draws"]
     sizes = ["--steps", "3", "--batch", "2", "--seconds", "2"]
     files = ["--report", "report.json", "--plot", "losses.png"]
-    process("fine_tune_parakeet.py", tmp_path, "--speech", str(speech), "--runs", *runs, *sizes, *files)
+    process(
+        "fine_tune_parakeet.py", tmp_path, "--speech", str(speech), "--runs", *runs, *sizes, *files, *kind
+    )
     found = json.loads((tmp_path / "report.json").read_text())["runs"]
     upstream, swapped = (found[name]["losses"] for name in runs)
     assert len(upstream) == 3
