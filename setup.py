@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds ``fastasr._C`` with CMake and Ninja.
+"""Builds ``fastasr/libfastasr.so`` with CMake and Ninja.
 
 Environment:
   FASTASR_NATIVE=0   install without the native library (every op then runs in eager and says so)
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -63,7 +64,17 @@ class CMakeBuild(build_ext):
         config += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.run(config, check=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        subprocess.run(["cmake", "--build", str(build), "--target", "_C", "-j", jobs], check=True)
+        targets = ["--target", "fastasr", "_build_info"]
+        subprocess.run(["cmake", "--build", str(build), *targets, "-j", jobs], check=True)
+
+
+class AnyPython(bdist_wheel):
+    """Tags the wheel for every Python 3: the library knows none, and without ``_build_info`` nothing is missed but how
+    the library was built.
+    """
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
 
 
 def packages(folder: str, name: str) -> list[str]:
@@ -84,6 +95,8 @@ setup(
         "": ["*.html", "*.toml", "*.json", "py.typed"],
         "fastasr.benchmarks": ["results/predicted.json"],  # to be compared with measurements
     },
-    ext_modules=[Extension("fastasr._C", [])] if os.environ.get("FASTASR_NATIVE", "1") != "0" else [],
-    cmdclass={"build_ext": CMakeBuild},
+    ext_modules=[Extension("fastasr._build_info", [])]
+    if os.environ.get("FASTASR_NATIVE", "1") != "0"
+    else [],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPython},
 )

@@ -3,19 +3,30 @@
 
 ``accelerate(model)`` swaps faster forwards into a model in place and reports what it did; ``verify``, ``restore``,
 ``eager_mode`` and ``explain`` check, undo, suspend and preview it, and inside ``upstream_draws`` attention draws its
-dropout as upstream does. ``fastasr.ops`` holds the operations themselves.
+dropout as upstream does. ``fastasr.ops`` holds the operations themselves; importing it registers ``torch.ops.fastasr``.
+
+``import fastasr`` imports nothing else: the command answers ``--help`` without torch, and each name here imports what
+it needs when it is first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from fastasr import ops
-from fastasr.ops._dispatch import backend
-
 __version__ = "0.1.0"
 
 _SWAP = ("accelerate", "explain", "verify", "restore", "eager_mode", "upstream_draws", "SwapReport")
-_SUBPACKAGES = ("models", "decoding", "export", "rnnt", "compat", "swap", "testing", "kernels", "benchmarks")
+_SUBPACKAGES = (
+    "ops",
+    "models",
+    "decoding",
+    "export",
+    "rnnt",
+    "compat",
+    "swap",
+    "testing",
+    "kernels",
+    "benchmarks",
+)
 __all__ = [
     "SwapReport",
     "accelerate",
@@ -29,16 +40,20 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from fastasr import ops
+    from fastasr.ops._dispatch import backend
     from fastasr.swap import SwapReport, accelerate, eager_mode, explain, restore, upstream_draws, verify
 
 
 def __getattr__(name: str):
     if name in _SWAP:
         return getattr(import_module("fastasr.swap"), name)
+    if name == "backend":
+        return import_module("fastasr.ops._dispatch").backend
     if name in _SUBPACKAGES:
         return import_module(f"fastasr.{name}")
     raise AttributeError(f"module 'fastasr' has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted({*globals(), *_SWAP, *_SUBPACKAGES})
+    return sorted({*globals(), *__all__, *_SUBPACKAGES})

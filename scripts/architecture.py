@@ -32,7 +32,7 @@ def folder(path: Path) -> str:
 def imported(path: Path) -> set[str]:
     """Returns the boxes that a Python file imports from, at its head or in a function."""
     files = {sources.modules()[name] for name in sources.imported(path)}
-    native = {"csrc/bindings"} if "fastasr._C" in path.read_text(encoding="utf-8") else set()
+    native = {"csrc/bindings"} if "libfastasr.so" in path.read_text(encoding="utf-8") else set()
     return native | {folder(file) for file in files if file.parent != ROOT / "fastasr"}
 
 

@@ -184,7 +184,8 @@ def operators() -> dict[str, Path]:
 def lazy() -> dict[str, str]:
     """Returns dotted name -> package, of what ``fastasr`` shows to a type checker and loads when it is asked for."""
     blocks = (node for node in _tree(modules()["fastasr"]).body if isinstance(node, ast.If))
-    return {f"fastasr.{a.name}": node.module for block in blocks for node in block.body for a in node.names}
+    imports = (node for block in blocks for node in block.body if node.module != "fastasr")
+    return {f"fastasr.{a.name}": node.module for node in imports for a in node.names}
 
 
 @cache
@@ -223,7 +224,7 @@ def _native(path: Path) -> set[Path]:
         named = path.name.split(".")[0]
         found |= {p for p in path.parent.glob("*.cpp") if p.name.startswith(named) or _own_header(p) == path}
     if path.parent == ROOT / "csrc/bindings":
-        found.add(path.with_name("module.cpp"))
+        found |= {path.with_name(name) for name in ("library.cpp", "glibc.cpp")}
     return found
 
 

@@ -54,7 +54,9 @@ def ops(json: Json = False) -> None:
 
 @app.command()
 def check(
-    op: Annotated[str | None, typer.Argument(help="An op's name; without one, every op.")] = None,
+    ops: Annotated[
+        list[str] | None, typer.Argument(metavar="[OP]...", help="Names of ops; without one, every op.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     json: Json = False,
 ) -> None:
@@ -64,7 +66,7 @@ def check(
     """
     from fastasr.cli import check as command
 
-    command.run(op, device, as_json=json)
+    command.run(ops or [], device, as_json=json)
 
 
 @app.command()

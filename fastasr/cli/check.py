@@ -49,17 +49,18 @@ def _summary(results: list):
     return shown
 
 
-def run(op: str | None, device: str, as_json: bool) -> None:
+def run(ops: list[str], device: str, as_json: bool) -> None:
     from fastasr import testing
 
     known = list(testing.tables())
-    if op is not None and op not in known:
-        fail(f"no op is called {op!r}; there are: {', '.join(known)}")
+    for op in ops:
+        if op not in known:
+            fail(f"no op is called {op!r}; there are: {', '.join(known)}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {device}: {str(error).splitlines()[0]}")
-    results = _run([op] if op else known, device, quiet=as_json)
+    results = _run(list(dict.fromkeys(ops)) or known, device, quiet=as_json)
     failures = [result for result in results if not result.passed]
     if as_json:
         print(json.dumps([dataclasses.asdict(result) for result in results], indent=2))

@@ -77,7 +77,7 @@ def collect() -> dict:
         },
         "cuda": _cuda(),
         "native": {
-            "loaded": _dispatch.native_library() is not None,
+            "loaded": not _dispatch.native_reason(),
             "reason": _dispatch.native_reason(),
             **_native(),
         },
@@ -126,7 +126,7 @@ def run(as_json: bool) -> None:
     _block(console, "CUDA", shown or {"devices": f"none: {found['cuda']['reason']}"})
     native = {k: v for k, v in found["native"].items() if k not in ("loaded", "reason")}
     loaded = "yes" if found["native"]["loaded"] else f"no: {found['native']['reason']}"
-    _block(console, "Native library (fastasr._C)", {"loaded": loaded, **native})
+    _block(console, "Native library", {"loaded": loaded, **native})
     usable = "usable" if found["triton"]["usable"] else f"not usable: {found['triton']['reason']}"
     _block(console, "Backends", {"in force": found["backend"], "Triton kernels": usable})
     if found["missing"]:

@@ -9,6 +9,8 @@ tensors): the use of such a name raises an error that says so. The names of k2's
 example, but the classes cannot be used.
 """
 
+import functools
+import math
 import sys
 
 import torch
@@ -25,9 +27,9 @@ from fastasr.rnnt import (
     get_rnnt_prune_ranges,
     get_rnnt_prune_ranges_deprecated,
     joint_mutual_information_recursion,
+    losses,
     mutual_information_recursion,
     rnnt_loss,
-    rnnt_loss_pruned,
     rnnt_loss_simple,
     rnnt_loss_smoothed,
 )
@@ -82,6 +84,38 @@ def uninstall() -> None:
     """Undoes ``install``: ``import k2`` finds k2 itself again, if it is installed."""
     if sys.modules.get(_NAME) is sys.modules[__name__]:
         del sys.modules[_NAME]
+
+
+# --------------------------------------------------------------------------- losses
+@functools.wraps(losses.rnnt_loss_pruned)
+def rnnt_loss_pruned(
+    logits,
+    symbols,
+    ranges,
+    termination_symbol,
+    boundary=None,
+    rnnt_type="regular",
+    delay_penalty=0.0,
+    reduction="mean",
+    use_hat_loss=False,
+    return_grad=False,
+    **options,
+):
+    arguments = logits, symbols, ranges, termination_symbol, boundary
+    narrow = rnnt_type == "constrained" and ranges.shape[-1] == 1 and symbols.shape[1] > 0
+    if not narrow or return_grad:
+        return losses.rnnt_loss_pruned(
+            *arguments, rnnt_type, delay_penalty, reduction, use_hat_loss, return_grad, **options
+        )
+    # In a constrained lattice windows of one emit no symbol. fastasr.rnnt raises an error, k2 returns inf.
+    finite = losses.rnnt_loss_pruned(
+        *arguments, "modified", delay_penalty, "none", use_hat_loss, **options | {"zero_infinity": False}
+    )
+    emits = torch.ones_like(finite, dtype=torch.bool) if boundary is None else boundary[:, 2] > boundary[:, 0]
+    scores = -finite.masked_fill(emits, math.inf)
+    return losses.reduced(
+        "compat.k2.rnnt_loss_pruned", scores, reduction, options.get("zero_infinity", False)
+    )
 
 
 # --------------------------------------------------------------------------- Swoosh

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
-from types import ModuleType
+from pathlib import Path
 
 import torch
 
@@ -27,38 +27,48 @@ _log = logging.getLogger("fastasr")
 
 
 # --------------------------------------------------------------------------- what is installed
+NATIVE_LIBRARY = Path(__file__).resolve().parents[1] / "libfastasr.so"
+
+
 @cache
-def _load_native() -> tuple[ModuleType | None, str]:
-    try:
-        module = importlib.import_module("fastasr._C")
-    except ModuleNotFoundError as error:
-        if error.name != "fastasr._C":
-            return None, f"the native library did not load: {error}"
-        return (
-            None,
-            "the native library is not built (installed with FASTASR_NATIVE=0, or from source files alone)",
-        )
-    except ValueError:  # FASTASR_SIMD names no instruction set of this library and machine
-        raise
-    except Exception as error:  # a binary for another system must not stop the import: it is reported
-        return None, f"the native library did not load: {error}"
-    return module, ""
-
-
-def native_library() -> ModuleType | None:
-    """Returns the module ``fastasr._C``, or None where it is missing."""
-    return _load_native()[0]
-
-
 def native_reason() -> str:
-    """Says why the native library is missing; "" when it is loaded."""
-    return _load_native()[1]
+    """Loads the native library, once; says why there is none, or returns "". It holds ``torch.ops.fastasr_cpu.*``."""
+    if not NATIVE_LIBRARY.exists():
+        return "the native library is not built (installed with FASTASR_NATIVE=0, or from source files alone)"
+    try:
+        torch.ops.load_library(NATIVE_LIBRARY)
+        problem = torch.ops.fastasr_cpu.machine_problem()
+    except Exception as error:  # a binary for another system must not stop the import: it is reported
+        problem = str(error)
+    if problem:
+        return f"the native library did not load: {problem}"
+    if (
+        wrong := torch.ops.fastasr_cpu.setting_problem()
+    ):  # FASTASR_SIMD names no set of this library and machine
+        raise ValueError(wrong)
+    return ""
 
 
+@cache
 def native_build_info() -> dict:
-    """Returns compiler, SIMD level in use and CUDA architectures of the native library; {} when it is missing."""
-    module = native_library()
-    return dict(module.build_info()) if module is not None else {}
+    """Returns SIMD level in use and CUDA architectures of the native library; {} when it is missing. How it was built
+    is known in the Python that built it.
+    """
+    if native_reason():
+        return {}
+    library = torch.ops.fastasr_cpu
+    architectures = library.cuda_architectures() or None
+    info = {
+        "simd": library.simd_level(),
+        "simd_set": library.simd_name(),
+        "cuda_architectures": architectures,
+        "cuda_devices": library.cuda_devices() if architectures else None,
+    }
+    try:
+        built = importlib.import_module("fastasr._build_info")
+    except ImportError:  # made for another version of Python
+        return info
+    return {"compiler": built.compiler, "torch_abi": built.torch_abi, "nvcc": built.nvcc} | info
 
 
 @cache
@@ -164,7 +174,7 @@ def _forget() -> None:
 
 def prepare() -> None:
     """Loads the native library, where there is one, and opens the shortest path to its kernels."""
-    if native_library() is None or _forced not in ("auto", "cpu"):
+    if native_reason() or _forced not in ("auto", "cpu"):
         return
     for family in FAMILIES.values():
         for implementation in family.implementations:

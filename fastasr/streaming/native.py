@@ -28,8 +28,8 @@ class NativeBackend(Backend):
     name = "native"
 
     def __init__(self, model, chunk_size, left_context_frames, weights="fp32", max_streams=1, threads=1):
-        if _dispatch.native_library() is None:
-            raise NotImplementedError(_dispatch.native_reason())
+        if reason := _dispatch.native_reason():
+            raise NotImplementedError(reason)
         for name, value in (("max_streams", max_streams), ("threads", threads)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"NativeBackend: {name} must be an int of 1 or more, got {value!r}")

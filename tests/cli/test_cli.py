@@ -93,14 +93,13 @@ def test_env(run):
     found = json.loads(run("env", "--json").stdout)
     assert found["versions"]["torch"] == torch.__version__
     assert found["cpu"]["torch threads"] == torch.get_num_threads()
-    assert found["native"]["loaded"] == (_dispatch.native_library() is not None)
+    assert found["native"]["loaded"] == (not _dispatch.native_reason())
     assert found["triton"]["usable"] or found["triton"]["reason"]
 
 
 def test_env_names_what_is_missing(run, monkeypatch):
     known = env._version
     monkeypatch.setattr(env, "_version", lambda name: None if name == "soundfile" else known(name))
-    monkeypatch.setattr(_dispatch, "native_library", lambda: None)
     monkeypatch.setattr(_dispatch, "native_reason", lambda: "the native library is not built")
     text = run("env").stdout
     assert "soundfile not installed: pip install 'fastasr[demo]'" in text
@@ -138,6 +137,8 @@ def test_check_fails_with_one(run, monkeypatch):
     assert result.exit_code == 1
     assert "failed: bypass, parity, small, float32: off by [2]" in result.stderr
     assert run("check", "linear").exit_code == 0
+    several = json.loads(run("check", "linear", "bypass", "linear", "--json").stdout)
+    assert [row["op"] for row in several] == ["linear", "bypass"]
     assert json.loads(run("check", "bypass", "--json").stdout)[0]["message"] == "off by [2]"
 
 
@@ -151,7 +152,7 @@ def test_check_runs_the_real_checks(run, monkeypatch):
 
 
 def test_check_refuses_an_unknown_op_and_device(run):
-    assert run("check", "nope").exit_code == 2
+    assert run("check", "bypass", "nope").exit_code == 2
     assert run("check", "bypass", "--device", "nowhere").exit_code == 2
 
 

@@ -57,7 +57,7 @@ def _readable(mangled: str) -> str:
 def measure() -> dict[str, dict[str, list[int]]]:
     """Returns {kernel: {architecture: [registers, stack, static shared memory]}}."""
     dump = subprocess.run(
-        [_cuobjdump(), "--dump-resource-usage", _dispatch.native_library().__file__],
+        [_cuobjdump(), "--dump-resource-usage", _dispatch.NATIVE_LIBRARY],
         capture_output=True,
         text=True,
         check=True,
@@ -109,7 +109,7 @@ def test_resources():
 @pytest.mark.skipif(bool(_obstacle()), reason=_obstacle())
 def test_every_architecture_is_in_the_library():
     dump = subprocess.run(
-        [_cuobjdump(), "--list-elf", _dispatch.native_library().__file__], capture_output=True, text=True
+        [_cuobjdump(), "--list-elf", _dispatch.NATIVE_LIBRARY], capture_output=True, text=True
     ).stdout
     for architecture in _dispatch.native_build_info()["cuda_architectures"].split(","):
         assert f"sm_{architecture.removesuffix('-real')}" in dump

@@ -27,7 +27,7 @@ from mega_decoders import (
 from fastasr.models.mega import MEGADecoder, decoding
 from fastasr.ops import _dispatch
 
-pytestmark = pytest.mark.skipif(_dispatch.native_library() is None, reason=_dispatch.native_reason())
+pytestmark = pytest.mark.skipif(bool(_dispatch.native_reason()), reason=_dispatch.native_reason())
 
 
 @pytest.fixture(autouse=True)

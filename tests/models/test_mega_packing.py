@@ -11,7 +11,7 @@ import fastasr
 from fastasr.models.mega import decoding
 from fastasr.ops import _dispatch
 
-pytestmark = pytest.mark.skipif(_dispatch.native_library() is None, reason=_dispatch.native_reason())
+pytestmark = pytest.mark.skipif(bool(_dispatch.native_reason()), reason=_dispatch.native_reason())
 
 
 @pytest.fixture(autouse=True)

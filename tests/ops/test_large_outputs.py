@@ -8,7 +8,7 @@ from fastasr import ops
 from fastasr.ops import _dispatch
 
 pytestmark = pytest.mark.skipif(
-    _dispatch.native_library() is None or _dispatch.forced_backend() not in ("auto", "cpu"),
+    bool(_dispatch.native_reason()) or _dispatch.forced_backend() not in ("auto", "cpu"),
     reason="the native kernels do not serve here",
 )
 ELEMENTS = 2_300_000  # 9.2 MB in float32

@@ -8,6 +8,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import kernel_abi_check
 import pytest
 from fresh import ROOT, run
 
@@ -42,8 +43,8 @@ def test_the_sdist_holds_every_source(sdist):
 
 def test_the_wheel_holds_the_package_alone(wheel):
     names = _names(wheel)
-    (library,) = (n for n in names if n.endswith(".so"))
-    assert re.fullmatch(r"fastasr/_C\.[\w-]+\.so", library)
+    libraries = sorted(n for n in names if n.endswith(".so"))
+    assert re.fullmatch(r"fastasr/_build_info\.[\w-]+\.so fastasr/libfastasr\.so", " ".join(libraries))
     for source, target in {
         "fastasr": "fastasr",
         "kernels": "fastasr/kernels",
@@ -67,6 +68,29 @@ def test_the_wheel_holds_the_package_alone(wheel):
 def test_the_pure_wheel_serves_every_machine(pure_wheel):
     assert pure_wheel.name == "fastasr-0.1.0-py3-none-any.whl"
     assert not [n for n in _names(pure_wheel) if n.endswith(".so")]
+
+
+def _nvcc() -> bool:
+    homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""), "/usr/local/cuda"]
+    return bool(shutil.which("nvcc") or any(home and (Path(home) / "bin/nvcc").exists() for home in homes))
+
+
+def test_one_wheel_serves_every_python_and_old_systems(wheel, library):
+    """CUDA's static library takes functions that a newer glibc has moved; nothing else may be newer than glibc 2.28."""
+    names = [n for n in _names(wheel) if n.endswith(".so")]
+    newer = {
+        (Path(name).name, symbol.name)
+        for name in names
+        for symbol in kernel_abi_check.ObjectFile(str(library.parents[1] / name)).check_manylinux(
+            "manylinux_2_28"
+        )
+        if not (_nvcc() and symbol.version == "2.34")
+    }
+    assert not newer
+    tag = re.fullmatch(r"fastasr-0\.1\.0-py3-none-manylinux_2_(\d+)_\w+\.whl", wheel.name)
+    assert tag
+    assert _nvcc() or int(tag[1]) <= 28
+    assert library.stat().st_size < 25e6
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +120,13 @@ def test_the_library_looks_nowhere_for_libraries(dynamic):
     assert not re.findall(r"\((?:RPATH|RUNPATH)\).*", dynamic)
 
 
-def test_the_library_exports_its_init_alone(library):
-    lines = run("nm", "--dynamic", "--defined-only", library).split("\n")
-    assert [line.split()[-1] for line in lines if line.strip()] == ["PyInit__C"]
+def test_the_library_exports_nothing(library):
+    assert run("nm", "--dynamic", "--defined-only", library).strip() == ""
+
+
+def test_the_library_knows_no_python(library):
+    symbols = run("nm", "--dynamic", "--undefined-only", library)
+    assert not re.findall(r"\b_?Py[A-Z_]\w+", symbols)
 
 
 def test_the_library_uses_the_stable_abi_alone(library):
@@ -125,7 +153,7 @@ def test_bindings_include_the_stable_headers_alone():
                 assert inner.startswith(("torch/csrc/stable/", "torch/headeronly/")), f"{path}: {name}"
                 assert "bindings" in path.parts, f"{path}: only csrc/bindings may know torch, includes {name}"
             if library == "pybind11":
-                assert path.name == "module.cpp", f"{path}: {name}"
+                assert path.name == "build_info.cpp", f"{path}: {name}"
     assert seen > 3
 
 
@@ -133,7 +161,5 @@ def test_every_architecture_is_compiled_where_nvcc_is(installed):
     architectures = installed.python(
         "from fastasr.ops import _dispatch; print(_dispatch.native_build_info()['cuda_architectures'])"
     ).strip()
-    homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""), "/usr/local/cuda"]
-    has_nvcc = shutil.which("nvcc") or any(home and (Path(home) / "bin" / "nvcc").exists() for home in homes)
     wanted = re.search(r'FASTASR_CUDA_ARCHITECTURES "([^"]+)"', (ROOT / "CMakeLists.txt").read_text())[1]
-    assert architectures == (wanted.replace(";", ",") if has_nvcc else "None")
+    assert architectures == (wanted.replace(";", ",") if _nvcc() else "None")

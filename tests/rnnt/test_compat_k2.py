@@ -24,7 +24,7 @@ def test_it_is_imported_under_the_name_k2(installed):
     from k2 import rnnt_loss_pruned
 
     assert k2 is compat
-    assert rnnt_loss_pruned is rnnt.rnnt_loss_pruned
+    assert rnnt_loss_pruned is compat.rnnt_loss_pruned
     compat.install()  # a second call has nothing to do
     compat.uninstall()
     assert "k2" not in sys.modules
@@ -45,6 +45,28 @@ def test_all_of_the_transducer_api_is_there():
     assert shared <= set(compat.__all__)
     for name in compat.__all__:
         assert getattr(compat, name) is not None
+
+
+def test_windows_of_one_in_a_constrained_lattice():
+    """As fast_rnnt: no symbol can be emitted, so the loss of a sequence with symbols is inf. Ours raises an error."""
+    logits = torch.randn(2, 4, 1, 5, requires_grad=True)
+    symbols, ranges = (
+        torch.tensor([[1, 2, 3]] * 2),
+        torch.tensor([0, 1, 2, 3]).view(1, 4, 1).expand(2, -1, -1),
+    )
+    boundary = torch.tensor([[0, 0, 3, 4], [0, 0, 0, 4]])
+    arguments = logits, symbols, ranges, 0
+    for reduction in ("mean", "sum"):
+        assert compat.rnnt_loss_pruned(*arguments, rnnt_type="constrained", reduction=reduction) == math.inf
+    ranges = torch.cat([ranges[:1], torch.zeros_like(ranges[:1])])
+    found = compat.rnnt_loss_pruned(logits, symbols, ranges, 0, boundary, "constrained", reduction="none")
+    of_blanks = -logits[1, :, 0].log_softmax(-1)[:, 0].sum()
+    torch.testing.assert_close(found, torch.stack([torch.tensor(math.inf), of_blanks]))
+    found[1].backward()
+    assert torch.isfinite(logits.grad).all()
+    assert compat.rnnt_loss_pruned(*arguments, rnnt_type="constrained", zero_infinity=True) == 0
+    with pytest.raises(ValueError, match="windows of at least 2 positions"):
+        compat.rnnt_loss_pruned(*arguments, rnnt_type="constrained", return_grad=True)
 
 
 def test_what_is_not_there_says_so():

@@ -35,7 +35,7 @@ def may_serve(layer, x, weight):
         is_plain_inference(layer, x, weight, 3)
         and not torch.jit.is_tracing()
         and _dispatch.forced_backend() in ("auto", "cpu")
-        and _dispatch.native_library() is not None
+        and not _dispatch.native_reason()
         and getattr(layer, "packed_streaming", True)
     )
 

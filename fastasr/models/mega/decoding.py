@@ -114,7 +114,7 @@ def _advance(state, length, chunk):
 
 # --------------------------------------------------------------------------- conditions
 def _native():
-    return _dispatch.forced_backend() in ("auto", "cpu") and _dispatch.native_library() is not None
+    return _dispatch.forced_backend() in ("auto", "cpu") and not _dispatch.native_reason()
 
 
 def _serves_natively(decoder):

@@ -72,7 +72,7 @@ def _is_native(weights, values):
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
         and _dispatch.forced_backend() in ("auto", "cpu")
-        and _dispatch.native_library() is not None
+        and not _dispatch.native_reason()
     )
 
 

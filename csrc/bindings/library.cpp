@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the library says of itself. Loading it registers torch.ops.fastasr_cpu.* and torch.ops.fastasr_cuda.*.
+#include "bindings/dispatch.h"
+#include "cpu/simd/simd.h"
+#ifdef FASTASR_WITH_CUDA
+#include "cuda/device.h"
+#endif
+
+namespace fastasr {
+namespace {
+
+std::string text(const char* problem) { return problem ? problem : ""; }
+std::string machine_problem() { return text(cpu::machine_problem()); }
+std::string setting_problem() { return text(cpu::setting_problem()); }
+std::string simd_name() { return cpu::simd_name(); }
+std::string simd_level() { return cpu::simd_level(); }
+
+#ifdef FASTASR_WITH_CUDA
+std::string cuda_architectures() { return FASTASR_CUDA_ARCHS; }
+int64_t cuda_devices() { return fastasr_cuda_device_count(); }
+#else
+std::string cuda_architectures() { return ""; }
+int64_t cuda_devices() { return 0; }
+#endif
+
+}  // namespace
+}  // namespace fastasr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
+  m.def("machine_problem() -> str");
+  m.def("setting_problem() -> str");
+  m.def("simd_name() -> str");
+  m.def("simd_level() -> str");
+  m.def("cuda_architectures() -> str");
+  m.def("cuda_devices() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CompositeExplicitAutograd, m) {
+  m.impl("machine_problem", TORCH_BOX(&fastasr::machine_problem));
+  m.impl("setting_problem", TORCH_BOX(&fastasr::setting_problem));
+  m.impl("simd_name", TORCH_BOX(&fastasr::simd_name));
+  m.impl("simd_level", TORCH_BOX(&fastasr::simd_level));
+  m.impl("cuda_architectures", TORCH_BOX(&fastasr::cuda_architectures));
+  m.impl("cuda_devices", TORCH_BOX(&fastasr::cuda_devices));
+}
