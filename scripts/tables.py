@@ -3,7 +3,8 @@
 
     python scripts/tables.py [--check]
 
-Measured tables come from benchmarks/results, the tables of ops from the ops' declarations. ``--check`` changes
+Measured tables come from benchmarks/results, the tables of ops from the ops' declarations, those
+of frameworks from the rules. ``--check`` changes
 nothing and ends with 1 when a page does not say what they say.
 """
 
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import frameworks
 import test_minutes
 
 from fastasr import ops
@@ -26,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 GPU_RECORDS = ROOT / "benchmarks" / "results" / "gpu.json"  # the units.json of a run on a GPU
 OPS_MARKERS = "<!-- ops:start -->", "<!-- ops:end -->"
+RULES_MARKERS = "<!-- rules:start -->", "<!-- rules:end -->"
 LAUNCH_MARKERS = "<!-- launch:start -->", "<!-- launch:end -->"
 CHUNKS_MARKERS = "<!-- chunks:start -->", "<!-- chunks:end -->"
 MEMORY_MARKERS = "<!-- memory:start -->", "<!-- memory:end -->"
@@ -140,6 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = [put(page, block, check) for page, block in measured(rows).items()]
     found += [put(ROOT / "README.md", op_families(), check, *OPS_MARKERS)]
     found += [put(DOCS / "index.md", op_rows(), check, *OPS_MARKERS)]
+    found += [put(DOCS / "frameworks.md", frameworks.table(), check, *RULES_MARKERS)]
     found += [put(DOCS / "testing.md", test_minutes.table(), check)]
     found += [put(DOCS / "gpu-queue.md", launch_cost.table(), check, *LAUNCH_MARKERS)]
     for module, markers in ((nemotron_streaming, CHUNKS_MARKERS), (training_memory, MEMORY_MARKERS)):

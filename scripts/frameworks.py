@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of the rules: what serves each class of a framework, and why an instance is declined. ``tables.py`` writes
+them into docs/frameworks.md.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+
+from fastasr.swap.rule import Rule
+from fastasr.swap.rules import FAMILIES, returnn
+
+# heading, section of docs/swap.md, prefixes of the rules' names
+FRAMEWORKS = (
+    ("transformers", "transformers", ("transformers.",)),
+    ("NeMo", "nemo", ("nemo.",)),
+    ("SpeechBrain", "speechbrain", ("speechbrain.",)),
+    ("torchaudio", "torchaudio", ("torchaudio.",)),
+    ("ESPnet", "espnet", ("espnet.",)),
+    ("icefall and the PyPI package `zipformer`", "icefall", ("zipformer.", "icefall.")),
+    ("torch, beside a class above", "what-is-replaced", ("torch.",)),
+)
+
+
+def rules() -> list[Rule]:
+    return list(dict.fromkeys(rule for family in FAMILIES for rule in family))
+
+
+def _reasons(function: Callable, seen: set) -> Iterator[str]:
+    """Yields the texts that the function returns, and those of the functions of rules that it calls. "…" stands for
+    what depends on the instance.
+    """
+    function = inspect.unwrap(function)
+    if function in seen or not getattr(function, "__module__", "").startswith("fastasr.swap.rules"):
+        return
+    seen.add(function)
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    names = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Constant | ast.JoinedStr):
+            parts = node.value.values if isinstance(node.value, ast.JoinedStr) else [node.value]
+            text = "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in parts)
+            if len(text.split()) > 2 * text.count("…"):  # else it says nothing without the instance
+                yield text
+        elif isinstance(node, ast.Call):
+            called = names.get(node.func.id) if isinstance(node.func, ast.Name) else None
+            if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+                called = getattr(names.get(node.func.value.id), node.func.attr, None)
+            if inspect.isfunction(called):
+                yield from _reasons(called, seen)
+
+
+def _line(rule: Rule) -> str:
+    origins = dict.fromkeys(known.origin for known in (rule.known or {}).values())
+    declined = (
+        "; ".join(dict.fromkeys(_reasons(rule.structure, set())))
+        if inspect.isfunction(rule.structure)
+        else ""
+    )
+    ops = ", ".join(f"`{name}`" for name in rule.kernels)
+    cells = f"`{rule.class_name}`", ops or "–", ", ".join(origins) or "–", declined or "–", rule.note or "–"
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def table() -> str:
+    """Returns a section and a table for each framework. Raises ``ValueError`` if a rule belongs to none."""
+    left, blocks = rules(), []
+    for heading, section, prefixes in FRAMEWORKS:
+        own = [rule for rule in left if rule.name.startswith(prefixes)]
+        left = [rule for rule in left if rule not in own]
+        blocks.append(
+            "\n".join(
+                [
+                    f"## {heading}",
+                    "",
+                    f"[How to use it, and which calls run upstream's code](swap.md#{section})",
+                    "",
+                    "| class | ops | known code | declined because | the report adds |",
+                    "|---|---|---|---|---|",
+                    *map(_line, own),
+                ]
+            )
+        )
+    if left:
+        raise ValueError(f"rules of no framework: {', '.join(rule.name for rule in left)}")
+    why = f"fastasr swaps no module of RETURNN's: each {returnn._NEVER_CALLED}."
+    blocks.append(f"## RETURNN\n\n{why} [How its encoders are converted](swap.md#returnn)")
+    return "\n\n".join(blocks)
