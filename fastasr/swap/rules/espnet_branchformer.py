@@ -16,6 +16,7 @@ from fastasr.swap.rule import (
     check_parameters,
     unread_child,
 )
+from fastasr.swap.rules.conformer import convolution_rule, feed_forward_rule
 
 _ESPNET = Known("espnet 202511")
 
@@ -110,20 +111,18 @@ GATING_MLP = Rule(
     known={"8b8ff5185f9ecabcf556351c": _ESPNET},
 )
 
-CONVOLUTION = Rule(
+CONVOLUTION = convolution_rule(
     name="espnet.conformer_convolution",
     class_name="ConvolutionModule",
     forward=conformer.espnet_convolution,
-    kernels=("linear", "gated_depthwise_conv"),
     structure=_convolution_structure,
     known={"2f808e0e85acb8c584f3c13a": _ESPNET},
 )
 
-FEED_FORWARD = Rule(
+FEED_FORWARD = feed_forward_rule(
     name="espnet.positionwise_feed_forward",
     class_name="PositionwiseFeedForward",
     forward=models.PositionwiseFeedForward.forward,
-    kernels=("linear_activation", "linear"),
     structure=_feed_forward_structure,
     known={"a832391b864ae7c1dd5108ee": _ESPNET},
 )

@@ -4,8 +4,8 @@
 import torch
 
 from fastasr.models import conformer as models
-from fastasr.models.fast_conformer.attention import release
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child
+from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
 
 _NEMO = Known("nemo_toolkit 2.5 to 3.0")
 _CAUSAL_CONVOLUTION = {"46714ff84a8e88178d848c5c"}
@@ -61,42 +61,36 @@ def _subsampling_structure(module):
     return reason or unread_child(module, "conv", "MaskedConvSequential", _MASKED_CONVOLUTIONS)
 
 
-ATTENTION = Rule(
+ATTENTION = attention_rule(
     name="nemo.rel_position_attention",
     class_name="RelPositionMultiHeadAttention",
     forward=models.nemo_attention,
-    kernels=("linear", "rel_attention"),
     structure=_attention_structure,
     known={"32d9e468b5129de771d4aa32": _NEMO},
-    release=release,
     note="in training the kernel draws the weights' dropout itself, see upstream_draws",
 )
 
-LOCAL_ATTENTION = Rule(
+LOCAL_ATTENTION = attention_rule(
     name="nemo.local_attention",
     class_name="RelPositionMultiHeadAttentionLongformer",
     forward=models.nemo_local_attention,
-    kernels=("linear", "rel_attention"),
     structure=_local_attention_structure,
     known={"a7c824605ce71afc8cd100e0": Known("nemo_toolkit 3.0")},
-    release=release,
     note="in training the kernel draws the weights' dropout itself, see upstream_draws",
 )
 
-CONVOLUTION = Rule(
+CONVOLUTION = convolution_rule(
     name="nemo.conformer_convolution",
     class_name="ConformerConvolution",
     forward=models.nemo_convolution,
-    kernels=("linear", "gated_depthwise_conv"),
     structure=_convolution_structure,
     known={"8718311024358c647d33a7e1": _NEMO},
 )
 
-FEED_FORWARD = Rule(
+FEED_FORWARD = feed_forward_rule(
     name="nemo.conformer_feed_forward",
     class_name="ConformerFeedForward",
     forward=models.nemo_feed_forward,
-    kernels=("linear_activation", "linear"),
     structure=_feed_forward_structure,
     known={"9a04a861a080041baeba46f8": _NEMO},
 )

@@ -4,8 +4,8 @@
 from torch import nn
 
 from fastasr.models import conformer as models
-from fastasr.models.fast_conformer.attention import release
-from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, check_sequence, unread_child
+from fastasr.swap.rule import Known, check_child_names, check_parameters, check_sequence, unread_child
+from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
 
 _SPEECHBRAIN = Known("speechbrain 1.1.2")
 _SWISH = {"592b77330169aa9f5c793530"}
@@ -41,32 +41,28 @@ def _feed_forward_structure(module):
     return reason or unread_child(module.ffn, "1", "Swish", _SWISH)
 
 
-ATTENTION = Rule(
+ATTENTION = attention_rule(
     name="speechbrain.rel_position_attention",
     class_name="RelPosMHAXL",
     forward=models.speechbrain_attention,
-    kernels=("linear", "rel_attention"),
     structure=_attention_structure,
     known={"1cb23af43aa149e75afc1daa": _SPEECHBRAIN},
-    release=release,
     shared=lambda result: result[0] if isinstance(result, tuple) else result,
     note="the weights are not returned; in training the kernel draws their dropout itself, see upstream_draws",
 )
 
-CONVOLUTION = Rule(
+CONVOLUTION = convolution_rule(
     name="speechbrain.convolution",
     class_name="ConvolutionModule",
     forward=models.speechbrain_convolution,
-    kernels=("linear", "gated_depthwise_conv"),
     structure=_convolution_structure,
     known={"0ab2da6351ae5e2df2b10a5a": _SPEECHBRAIN},
 )
 
-FEED_FORWARD = Rule(
+FEED_FORWARD = feed_forward_rule(
     name="speechbrain.feed_forward",
     class_name="PositionalwiseFeedForward",
     forward=models.speechbrain_feed_forward,
-    kernels=("linear_activation", "linear"),
     structure=_feed_forward_structure,
     known={"4d170277bea5bfc5641e7f74": _SPEECHBRAIN},
 )

@@ -4,7 +4,8 @@
 import torch
 
 from fastasr.models import conformer as models
-from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, check_sequence
+from fastasr.swap.rule import Known, check_child_names, check_parameters, check_sequence
+from fastasr.swap.rules.conformer import convolution_rule, feed_forward_rule
 
 _TORCHAUDIO = Known("torchaudio 2.11.0")
 _NN = torch.nn
@@ -33,20 +34,18 @@ def _feed_forward_structure(module):
     return reason or check_sequence(module, "sequential", _FEED_FORWARD)
 
 
-CONVOLUTION = Rule(
+CONVOLUTION = convolution_rule(
     name="torchaudio.conformer_convolution",
     class_name="_ConvolutionModule",
     forward=models.torchaudio_convolution,
-    kernels=("linear", "gated_depthwise_conv"),
     structure=_convolution_structure,
     known={"738a24b7bf15278a784bd0f6": _TORCHAUDIO},
 )
 
-FEED_FORWARD = Rule(
+FEED_FORWARD = feed_forward_rule(
     name="torchaudio.conformer_feed_forward",
     class_name="_FeedForwardModule",
     forward=models.torchaudio_feed_forward,
-    kernels=("linear_activation", "linear"),
     structure=_feed_forward_structure,
     known={"3dcdc142e81cadddd1921a11": _TORCHAUDIO},
 )

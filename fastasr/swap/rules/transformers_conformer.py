@@ -4,8 +4,8 @@
 import torch
 
 from fastasr.models import conformer as models
-from fastasr.models.fast_conformer.attention import release
-from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child
+from fastasr.swap.rule import Known, check_child_names, check_parameters, unread_child
+from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
 from fastasr.swap.rules.transformers_parakeet import CAPTURING, SILU, convolution_structure
 
 _TRANSFORMERS = Known("transformers 5.6 to 5.23")
@@ -48,54 +48,47 @@ def _feed_forward_structure(module):
     return reason or unread_child(module, "intermediate_act_fn", "SiLUActivation", SILU)
 
 
-WAV2VEC2_ATTENTION = Rule(
+WAV2VEC2_ATTENTION = attention_rule(
     name="transformers.wav2vec2_conformer_attention",
     class_name="Wav2Vec2ConformerSelfAttention",
     forward=models.wav2vec2_attention,
-    kernels=("linear", "rel_attention"),
     structure=_wav2vec2_attention_structure,
     known={"3be48be58561286160964bba": Known("transformers 5.17 to 5.23")},
-    release=release,
     shared=lambda result: result[0],
     hooks=CAPTURING,
     note=_NOTE,
 )
 
-FASTSPEECH2_ATTENTION = Rule(
+FASTSPEECH2_ATTENTION = attention_rule(
     name="transformers.fastspeech2_conformer_attention",
     class_name="FastSpeech2ConformerAttention",
     forward=models.fastspeech2_attention,
-    kernels=("linear", "rel_attention"),
     structure=_attention_structure,
     known={"7c37bb05d8926df2afba4abb": _TRANSFORMERS},
-    release=release,
     shared=lambda result: result[0],
     note=_NOTE,
 )
 
-WAV2VEC2_CONVOLUTION = Rule(
+WAV2VEC2_CONVOLUTION = convolution_rule(
     name="transformers.wav2vec2_conformer_convolution",
     class_name="Wav2Vec2ConformerConvolutionModule",
     forward=models.wav2vec2_convolution,
-    kernels=("linear", "gated_depthwise_conv"),
     structure=_wav2vec2_convolution_structure,
     known={"f2583fecc7a86abd21a40c2c": _TRANSFORMERS},
 )
 
-WAV2VEC2_FEED_FORWARD = Rule(
+WAV2VEC2_FEED_FORWARD = feed_forward_rule(
     name="transformers.wav2vec2_conformer_feed_forward",
     class_name="Wav2Vec2ConformerFeedForward",
     forward=models.wav2vec2_feed_forward,
-    kernels=("linear_activation", "linear"),
     structure=_feed_forward_structure,
     known={"a7e579c30f41d605b3484748": _TRANSFORMERS},
 )
 
-FASTSPEECH2_CONVOLUTION = Rule(
+FASTSPEECH2_CONVOLUTION = convolution_rule(
     name="transformers.fastspeech2_conformer_convolution",
     class_name="FastSpeech2ConformerConvolutionModule",
     forward=models.fastspeech2_convolution,
-    kernels=("linear", "gated_depthwise_conv"),
     structure=convolution_structure,
     known={"678665bfb3c75f52d4520768": _TRANSFORMERS},
 )

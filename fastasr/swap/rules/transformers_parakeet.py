@@ -5,7 +5,7 @@ RNN-T and TDT models, Canary and Cohere ASR share."""
 import torch
 
 from fastasr.models import fast_conformer as models
-from fastasr.models.fast_conformer import attention, positions
+from fastasr.models.fast_conformer import positions
 from fastasr.swap.rule import (
     Known,
     Rule,
@@ -14,6 +14,7 @@ from fastasr.swap.rule import (
     unread_child,
     upstream_class,
 )
+from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
 
 _TRANSFORMERS = Known("transformers 5.18 to 5.23")
 CAPTURING = (
@@ -93,37 +94,33 @@ def _encoder_structure(module):
     )
 
 
-ATTENTION = Rule(
+ATTENTION = attention_rule(
     name="transformers.parakeet_attention",
     class_name="ParakeetEncoderAttention",
     forward=models.FastConformerAttention.forward,
-    kernels=("linear", "rel_attention"),
     structure=attention_structure,
     known={
         "008a9cc97b05d9f6b47b2309": _TRANSFORMERS,
         "625f1f5f4e1805e6f4c28619": Known("transformers 5.6 to 5.17", condition=_before_5_18),
     },
-    release=attention.release,
     shared=lambda result: result[0],  # not the weights, which the eager implementation returns
     hooks=CAPTURING,
     note="whatever the attention implementation; the weights are not returned; in training the kernel draws their "
     "dropout itself, see upstream_draws",
 )
 
-CONVOLUTION = Rule(
+CONVOLUTION = convolution_rule(
     name="transformers.parakeet_convolution",
     class_name="ParakeetEncoderConvolutionModule",
     forward=models.FastConformerConvolution.forward,
-    kernels=("linear", "gated_depthwise_conv"),
     structure=convolution_structure,
     known={"9a392b8a0f44c543026efdf7": Known("transformers 5.6 to 5.23")},
 )
 
-FEED_FORWARD = Rule(
+FEED_FORWARD = feed_forward_rule(
     name="transformers.parakeet_feed_forward",
     class_name="ParakeetEncoderFeedForward",
     forward=models.FastConformerFeedForward.forward,
-    kernels=("linear_activation", "linear"),
     structure=feed_forward_structure,
     known={"676056f9fa94c63e8bea9766": Known("transformers 5.6 to 5.23")},
 )

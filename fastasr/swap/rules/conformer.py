@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the rules for the Conformers of all frameworks share: the ops that our forwards of its modules call."""
+
+from functools import partial
+
+from fastasr.models.fast_conformer.attention import release
+from fastasr.swap.rule import Rule
+
+attention_rule = partial(Rule, kernels=("linear", "rel_attention"), release=release)
+convolution_rule = partial(Rule, kernels=("linear", "gated_depthwise_conv"))
+feed_forward_rule = partial(Rule, kernels=("linear_activation", "linear"))
