@@ -33,13 +33,14 @@ SOURCES += rebuild
 endif
 endif
 
-.PHONY: rebuild help install demo test test-python test-long test-cpp test-cpp-long bench docs lint fuzz clean distclean
+.PHONY: rebuild help install demo test test-python test-long test-matrix test-cpp test-cpp-long bench docs lint fuzz clean distclean
 
 help:
 	@echo "make demo       a Zipformer on real speech: upstream against fastasr, with a report"
 	@echo "make test       C++ tests under sanitizers, fuzzing, the Python suite: what has not passed with the same files"
 	@echo "                (OP=bypass: one op in all languages; CI_FULL=1: everything; ARGS=-k...: for pytest)"
 	@echo "make test-long  make test, thread sanitizer, long sweeps"
+	@echo "make test-matrix   the wheel in fresh environments: every torch from 2.11 on, every Python (ARGS=--torch 2.11 ...)"
 	@echo "make bench      measure; rows, plots and a page in bench-report/"
 	@echo "make docs       the documentation as a site, in build/site"
 	@echo "make lint       ruff and clang-format"
@@ -114,6 +115,9 @@ test-long: test-cpp-long install $(STAMPS)/docs
 	export CI_FULL=1; for set in portable avx2; do export FASTASR_SIMD=$$set; \
 	  if $(PY) -c "import fastasr.ops"; then $(SUITE) -m "not long" $(ARGS) tests/ops --ignore tests/ops/test_contract_interpreted.py; fi; done
 	$(PY) -m fastasr.testing.fuzz -n 100000
+
+test-matrix: build/dist/.made
+	$(PY) scripts/test_matrix.py $$(ls build/dist/*.whl) build/matrix $(ARGS)
 
 # The C++ tests need a compiler and CMake, no Python. Here they run under sanitizers, on the widest set of this machine: the
 # Python suite covers the optimised library. test-cpp-long runs every set, optimised and under every sanitizer.

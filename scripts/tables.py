@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import frameworks
+import test_matrix
 import test_minutes
 
 from fastasr import ops
@@ -32,6 +33,7 @@ RULES_MARKERS = "<!-- rules:start -->", "<!-- rules:end -->"
 LAUNCH_MARKERS = "<!-- launch:start -->", "<!-- launch:end -->"
 CHUNKS_MARKERS = "<!-- chunks:start -->", "<!-- chunks:end -->"
 MEMORY_MARKERS = "<!-- memory:start -->", "<!-- memory:end -->"
+MATRIX_MARKERS = "<!-- matrix:start -->", "<!-- matrix:end -->"
 LOSERS_MARKERS = "<!-- losers:start -->", "<!-- losers:end -->"
 ELSEWHERE = {
     transcribe.NAME: "decoding.md",
@@ -145,6 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     found += [put(DOCS / "index.md", op_rows(), check, *OPS_MARKERS)]
     found += [put(DOCS / "frameworks.md", frameworks.table(), check, *RULES_MARKERS)]
     found += [put(DOCS / "testing.md", test_minutes.table(), check)]
+    found += [put(DOCS / "testing.md", test_matrix.table(), check, *MATRIX_MARKERS)]
     found += [put(DOCS / "gpu-queue.md", launch_cost.table(), check, *LAUNCH_MARKERS)]
     for module, markers in ((nemotron_streaming, CHUNKS_MARKERS), (training_memory, MEMORY_MARKERS)):
         own = [row for row in rows if row.name == module.NAME]

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Installs one wheel with every torch from 2.11 on and several Pythons, runs a part of the tests, and keeps the rows.
+
+    python scripts/test_matrix.py WHEEL FOLDER [--python PYTHON...] [--torch 2.N...]
+
+Each pair gets an environment in FOLDER, which is removed again. It has torch 2.N as pip finds it: a CPU build where an
+index of such is configured. By default these are python3.11 to python3.14 as far as they exist here, and every 2.N
+that pip finds. Where pip refuses the wheel, because it is for another Python, its files are unpacked in place of an
+installation: then fastasr must say what is missing and compute by its eager definitions.
+docs/testing.md shows benchmarks/results/test_matrix.json.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "test_matrix.json"
+OLDEST = 11
+PYTHONS = tuple(f"python3.{minor}" for minor in range(11, 15))
+TOOLS = ("numpy", "pytest", "pytest-xdist", "hypothesis")
+# The contract of every op, and calls from threads and from a forked process.
+TESTS = ("tests/ops/test_contract.py", "tests/ops/test_fork.py", "tests/ops/test_threads.py")
+CHOSEN = "parity and float32 or opcheck or compiles or refuses or forked or thread"
+ASK = """
+import json, sys, torch, fastasr
+from fastasr.ops import _dispatch
+x = torch.randn(3, 8, requires_grad=True)
+fastasr.ops.swoosh_l(x).sum().backward()
+assert torch.isfinite(x.grad).all()
+print(json.dumps({
+    "python": sys.version.split()[0],
+    "torch": torch.__version__,
+    "backend": _dispatch.explain_choice("swoosh", "cpu", torch.float32)[0],
+    "reason": _dispatch.native_reason(),
+}))
+"""
+
+
+def run(*command, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+def last_line(done: subprocess.CompletedProcess) -> str:
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else f"exit code {done.returncode}"
+
+
+def pair(wheel: Path, folder: Path, python: str, minor: int) -> dict:
+    """Returns the row of one Python and one torch."""
+    shutil.rmtree(folder, ignore_errors=True)
+    row = {"python": python, "torch": f"2.{minor}", "wheel": "", "backend": "", "reason": "", "tests": ""}
+    run(python, "-m", "venv", folder, check=True)
+    pip = (folder / "bin/python", "-m", "pip", "install", "--quiet", "--no-cache-dir")
+    done = run(*pip, f"torch~=2.{minor}.0", *TOOLS)
+    if done.returncode:
+        return row | {"wheel": "no torch: " + last_line(done)}
+    done = run(*pip, "--no-deps", wheel)
+    row["wheel"] = "installed" if not done.returncode else "refused by pip, unpacked"
+    (packages,) = (folder / "lib").glob("python*/site-packages")
+    if done.returncode:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(packages)
+    done = run(folder / "bin/python", "-c", ASK, cwd=folder)
+    if done.returncode:
+        return row | {"tests": "fastasr does not import: " + last_line(done)}
+    row |= json.loads(last_line(done))
+    # the tests and no package beside them: what is imported is the wheel's
+    shutil.copytree(ROOT / "tests", folder / "tree/tests")
+    for name in ("pyproject.toml", "scripts"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / "tree" / name)
+    command = (folder / "bin/python", "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", "-m", "not long")
+    begin = time.monotonic()
+    done = run(*command, "-k", CHOSEN, *TESTS, cwd=folder / "tree")
+    print(done.stdout[-3000:] if done.returncode else last_line(done), flush=True)
+    counts = re.findall(r"\d+ (?:passed|failed|skipped|errors?)", last_line(done))
+    return row | {"tests": ", ".join(counts) or last_line(done), "seconds": round(time.monotonic() - begin)}
+
+
+def torches() -> list[int]:
+    """Returns N of every torch 2.N that pip finds, from the oldest that fastasr runs with."""
+    found = run(sys.executable, "-m", "pip", "index", "versions", "torch").stdout
+    return sorted({int(n) for n in re.findall(r"\b2\.(\d+)\.\d+", found) if int(n) >= OLDEST})
+
+
+def table() -> str:
+    """Returns the table of the newest row of each pair."""
+    if not RESULTS.exists():
+        return "No rows yet: `make test-matrix` writes them."
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))
+    newest = {(row["python"], row["torch"]): row for row in rows}
+    lines = ["| Python | torch | wheel | kernels | tests |", "|---|---|---|---|---|"]
+    for row in newest.values():
+        kernels = row["backend"] + (f": {row['reason']}" if row["reason"] else "")
+        lines.append(f"| {row['python']} | {row['torch']} | {row['wheel']} | {kernels} | {row['tests']} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--python", nargs="*", default=[p for p in PYTHONS if shutil.which(p)])
+    parser.add_argument("--torch", nargs="*", help="2.11 and so on")
+    options = parser.parse_args()
+    minors = [int(v.partition(".")[2]) for v in options.torch] if options.torch else torches()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for python in options.python:
+        for minor in minors:
+            row = pair(options.wheel.resolve(), options.folder.resolve() / "environment", python, minor)
+            row["date"] = datetime.now(UTC).date().isoformat()
+            print(row, flush=True)
+            rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+            RESULTS.write_text(json.dumps([*rows, row], indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(options.folder / "environment", ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
