@@ -8,6 +8,7 @@ or until ``drop``.
 """
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -30,6 +31,11 @@ def reason(format: str) -> str:
     if not why and format in SETS and _dispatch.native_build_info()["simd_set"] not in SETS[format]:
         return f"this processor has no instructions for {format}: float32 is as fast"
     return why
+
+
+@functools.cache
+def _product() -> Callable[..., Tensor]:
+    return torch.ops.fastasr_cpu.reduced_linear.default  # whose call costs less than that of all overloads
 
 
 def _version(weight: Tensor) -> int:
@@ -69,12 +75,14 @@ class Copy:
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Returns x weightᵀ + bias for x (..., K)."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        y = torch.ops.fastasr_cpu.reduced_linear(rows, self._packed, bias, self.outputs, FORMATS[self.format])
-        y = y.view(*x.shape[:-1], self.outputs)
+        if bias is not None and not bias.is_contiguous():
+            bias = bias.contiguous()
+        y = _product()(rows, self._packed, bias, self.outputs, FORMATS[self.format])
+        if x.dim() != 2:
+            y = y.view(*x.shape[:-1], self.outputs)
         if self.watch is not None:
             self.watch(x, bias, y)
         return y
