@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The joiner and the loss of a token-and-duration transducer at Parakeet's sizes, forward and backward.
 
-"upstream" is transformers' joint and its ``tdt_loss``, which hold the logits.
+"upstream" is transformers' joint and its ``tdt_loss``, which hold the logits. ``python -m
+fastasr.benchmarks.studies.transducer_memory --tdt`` draws the memory over U and V.
 """
 
 from collections.abc import Iterator
@@ -18,10 +19,13 @@ from fastasr.benchmarks.rows import Row
 
 NAME = "tdt_loss"
 DURATIONS = [0, 1, 2, 3, 4]
-CASE = "joiner and loss"
+CASE, MEMORY = "joiner and loss", "memory"
 # B, T, U, D, V
-CASES = ((4, 188, 40, 640, 8193), (1, 188, 40, 640, 8193), (1, 20, 5, 64, 30))
-TINY = ((2, 12, 4, 16, 20),)
+CASES = {
+    CASE: ((4, 188, 40, 640, 8193), (1, 188, 40, 640, 8193), (1, 20, 5, 64, 30)),
+    MEMORY: tuple((1, 188, u, 640, v) for v in (1025, 4097, 8193) for u in (10, 20, 40, 80)),
+}
+TINY = {CASE: ((2, 12, 4, 16, 20),)}
 QUICK = {"cases": TINY}
 
 
@@ -50,12 +54,14 @@ class Problem:
 
 @benchmark(NAME)
 def measure(run: Run, *, cases=CASES) -> Iterator[list[Row]]:
-    """Yields the rows of each case."""
-    for batch, frames, symbols, channels, outputs in cases:
+    """Yields the rows of each case and size; those of MEMORY are for their peak memory."""
+    for case, (batch, frames, symbols, channels, outputs) in (
+        (case, s) for case in cases for s in cases[case]
+    ):
         shape = f"{batch}x{frames}x{symbols}x{channels}, V={outputs}"
-        if run.skip(CASE, shape, BOTH):
+        if run.skip(case, shape, BOTH):
             continue
-        run.report(f"{NAME}: {CASE}, {shape}")
+        run.report(f"{NAME}: {case}, {shape}")
         problem = Problem(batch, frames, symbols, channels, outputs)
         leaves, calls = problem.leaves(), {UPSTREAM: problem.upstream, FASTASR: problem.fused}
         variants = {
@@ -67,11 +73,11 @@ def measure(run: Run, *, cases=CASES) -> Iterator[list[Row]]:
         yield run.rows(
             variants,
             6 * batch * frames * (symbols + 1) * channels * (outputs + len(DURATIONS)),
-            reps=run.reps or (3 if large else run.settings.reps),
+            reps=1 if case == MEMORY else run.reps or (3 if large else run.settings.reps),
             warmup=1 if large else run.settings.warmup,
             sample_seconds=0.0 if large else None,
             memory=True,
-            case=CASE,
+            case=case,
             shape=shape,
             pass_=BOTH,
             bytes=3 * 4 * operands,

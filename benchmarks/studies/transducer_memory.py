@@ -1,41 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory of the pruned joiner and its loss over rows and outputs, from the rows of ``pruned_transducer``.
+"""Peak memory of a joiner and its loss over rows and outputs: of the pruned joiner, from the rows of
+``pruned_transducer``, or of a TDT's, from those of ``tdt_loss``.
 
-``python -m fastasr.benchmarks.studies.transducer_memory [--results DIR] [--out FILE]`` writes the picture.
+``python -m fastasr.benchmarks.studies.transducer_memory [--tdt] [--results DIR] [--out FILE]`` writes the picture.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from fastasr.benchmarks.models.pruned_transducer import FASTASR, NAME, PART, UPSTREAM
+from fastasr.benchmarks.models import pruned_transducer, tdt_loss
+from fastasr.benchmarks.models.unit import FASTASR, UPSTREAM
 from fastasr.benchmarks.plots import COLOURS, plain, png, pyplot
 from fastasr.benchmarks.rows import Row, read_all
 
 ROOT = Path(__file__).resolve().parents[2]
-LABELS = {UPSTREAM: "fast_rnnt and an eager joiner", FASTASR: "fastasr"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Which rows are drawn, where, and how: the names of both implementations and of the joiner's rows."""
+
+    name: str
+    case: str
+    upstream: str
+    rows: str
+    title: str
+    out: str
+
+
+PRUNED = Kind(
+    pruned_transducer.NAME,
+    pruned_transducer.PART,
+    "fast_rnnt and an eager joiner",
+    "rows B·T·R",
+    "Pruned joiner and loss, forward and backward: peak memory besides the inputs",
+    "pruned_transducer_memory.png",
+)
+TDT = Kind(
+    tdt_loss.NAME,
+    tdt_loss.MEMORY,
+    "transformers",
+    "rows B·T·(U + 1)",
+    "TDT's joiner and loss, forward and backward: peak memory besides the inputs",
+    "tdt_memory.png",
+)
 
 
 def joined(row: Row) -> int:
-    """Returns the rows of the joiner, B T R."""
-    batch, frames, _, s_range, _ = row.shape.split(",")[0].split("x")
-    return prod(map(int, (batch, frames, s_range)))
+    """Returns the rows of the joiner, B T R or B T (U + 1)."""
+    sizes = [int(size) for size in row.shape.split(",")[0].split("x")]
+    if row.name == TDT.name:
+        batch, frames, symbols, _ = sizes
+        return batch * frames * (symbols + 1)
+    batch, frames, _, s_range, _ = sizes
+    return prod((batch, frames, s_range))
 
 
 def outputs(row: Row) -> int:
     return int(row.shape.split("V=")[1])
 
 
-def memory_rows(rows: Sequence[Row]) -> list[Row]:
+def memory_rows(rows: Sequence[Row], kind: Kind = PRUNED) -> list[Row]:
     """Returns the newest measurement of each size and implementation."""
-    found = [row for row in rows if (row.name, row.case) == (NAME, PART) and row.peak_bytes]
+    found = [row for row in rows if (row.name, row.case) == (kind.name, kind.case) and row.peak_bytes]
     newest = {(row.shape, row.implementation): row for row in sorted(found, key=lambda row: row.date)}
     return sorted(newest.values(), key=lambda row: (outputs(row), joined(row)))
 
 
-def figure(rows: Sequence[Row]):
+def figure(rows: Sequence[Row], kind: Kind = PRUNED):
     """Draws one panel per number of outputs: MiB over rows, both logarithmic."""
     plt = pyplot()
     classes = sorted({outputs(row) for row in rows})
@@ -43,7 +79,7 @@ def figure(rows: Sequence[Row]):
         1, len(classes), figsize=(3.6 * len(classes), 3.4), sharey=True, squeeze=False, layout="constrained"
     )
     for panel, v in zip(axes.flat, classes, strict=True):
-        for name, label in LABELS.items():
+        for name, label in ((UPSTREAM, kind.upstream), (FASTASR, "fastasr")):
             points = [
                 (joined(r), r.peak_bytes / 2**20)
                 for r in rows
@@ -52,15 +88,13 @@ def figure(rows: Sequence[Row]):
             if points:
                 panel.plot(*zip(*points, strict=True), "o-", ms=3, color=COLOURS[name], label=label)
         panel.set_title(f"V = {v}", fontsize=9, loc="left")
-        panel.set_xlabel("rows B·T·R", fontsize=8)
+        panel.set_xlabel(kind.rows, fontsize=8)
         panel.set_xscale("log")
         panel.set_yscale("log")
         plain(panel)
     axes[0, 0].set_ylabel("MiB", fontsize=8)
     axes[0, 0].legend(fontsize=8, frameon=False)
-    picture.suptitle(
-        "Pruned joiner and loss, forward and backward: peak memory besides the inputs", fontsize=10
-    )
+    picture.suptitle(kind.title, fontsize=10)
     return picture
 
 
@@ -69,15 +103,18 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m fastasr.benchmarks.studies.transducer_memory", description=__doc__
     )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "plots" / "pruned_transducer_memory.png")
+    parser.add_argument("--tdt", action="store_true", help="the memory of a TDT")
+    parser.add_argument("--out", type=Path, help="the picture; by default in docs/plots")
     options = parser.parse_args(arguments)
-    rows = memory_rows(read_all(sorted(options.results.glob("*.jsonl"))))
+    kind = TDT if options.tdt else PRUNED
+    out = options.out or ROOT / "docs" / "plots" / kind.out
+    rows = memory_rows(read_all(sorted(options.results.glob("*.jsonl"))), kind)
     if not rows:
-        print(f"no rows of {NAME}, {PART}, in {options.results}", file=sys.stderr)
+        print(f"no rows of {kind.name}, {kind.case}, in {options.results}", file=sys.stderr)
         return 1
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_bytes(png(figure(rows)))
-    print(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(png(figure(rows, kind)))
+    print(out)
     return 0
 
 

@@ -346,8 +346,27 @@ def test_the_loss_of_a_transducer_with_durations():
 
     (unit,) = tdt_loss.measure(cases=tdt_loss.TINY, settings=QUICK, reps=2)
     assert [row.implementation for row in unit] == ["upstream", "fastasr"]
-    problem = tdt_loss.Problem(*tdt_loss.TINY[0])
+    problem = tdt_loss.Problem(*tdt_loss.TINY[tdt_loss.CASE][0])
     torch.testing.assert_close(problem.fused(), problem.upstream(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_memory_of_a_transducer_with_durations(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("transformers")
+    from fastasr.benchmarks.models import tdt_loss
+    from fastasr.benchmarks.studies import transducer_memory
+
+    cases = {tdt_loss.MEMORY: ((1, 12, 4, 16, 20), (1, 12, 8, 16, 20), (1, 12, 8, 16, 40))}
+    units = tdt_loss.measure(cases=cases, settings=QUICK)
+    # a process that has run other tests may need no new memory for these
+    rows = [replace(row, peak_bytes=row.peak_bytes or 2**20) for unit in units for row in unit]
+    found = transducer_memory.memory_rows(rows, transducer_memory.TDT)
+    assert sorted({(transducer_memory.joined(r), transducer_memory.outputs(r)) for r in found}) == [
+        *((60, 20), (108, 20), (108, 40))
+    ]
+    assert [
+        axes.get_title(loc="left") for axes in transducer_memory.figure(found, transducer_memory.TDT).axes
+    ] == [*("V = 20", "V = 40")]
 
 
 def test_the_exact_loss_of_a_transducer():
