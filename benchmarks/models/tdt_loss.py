@@ -55,9 +55,8 @@ class Problem:
 @benchmark(NAME)
 def measure(run: Run, *, cases=CASES) -> Iterator[list[Row]]:
     """Yields the rows of each case and size; those of MEMORY are for their peak memory."""
-    for case, (batch, frames, symbols, channels, outputs) in (
-        (case, s) for case in cases for s in cases[case]
-    ):
+    every = [(case, size) for case, sizes in cases.items() for size in sizes]
+    for case, (batch, frames, symbols, channels, outputs) in every:
         shape = f"{batch}x{frames}x{symbols}x{channels}, V={outputs}"
         if run.skip(case, shape, BOTH):
             continue
