@@ -124,7 +124,6 @@ def test_onnx_models_of_whole_utterances(tmp_path):
     pytest.importorskip("onnxruntime")
     from fastasr.export import export_onnx
 
-    torch.manual_seed(0)
     whole = zipformer.AsrModel(
         **{**CONFIG, "causal": False, "chunk_size": -1, "left_context_frames": -1}
     ).eval()

@@ -10,6 +10,7 @@ import torch
 
 from fastasr.testing import Make, tables
 from fastasr.testing.table import flat, floating, with_tensors
+from fastasr.testing.tolerance import compare, judged
 
 THREADS = 4
 
@@ -55,24 +56,38 @@ def test_four_threads_at_once(name):
                 assert all(same(one, serial) for one in repeated), sample.name
 
 
+def gradients(function, arguments, forward, backward, dtype=torch.float32):
+    """Returns the gradients of a call whose passes have these numbers of threads."""
+    leaves = with_tensors(arguments, lambda _, t: t.detach().to(dtype).requires_grad_())
+    torch.set_num_threads(forward)
+    out = flat(function(**leaves))
+    cotangent = Make(seed="cotangent").normal(*out.shape).to(dtype)
+    torch.set_num_threads(backward)
+    return torch.autograd.grad(out, list(floating(leaves).values()), cotangent)
+
+
 @pytest.mark.parametrize("name", tables())
 def test_other_number_of_threads_in_the_backward_pass(name):
+    """A vendor's matrix product may round otherwise: then the gradients are as near to float64 as eager's."""
     table, samples = calls(name)
     threads = torch.get_num_threads()
+
+    def one_draw(draw, single):
+        given = sample.arguments(Make(seed=draw))
+        found = gradients(table.function, given, forward, backward)
+        eager = gradients(table.definition, given, 1, 1)
+        exact = gradients(table.definition, given, 1, 1, torch.float64)
+        for argument, *each in zip(floating(given), found, eager, exact, strict=True):
+            yield argument, compare(*each)
+
     try:
         for sample in samples:
             for forward, backward in ((2, 1), (1, 3)):
-                torch.set_num_threads(forward)
-                leaves = leaves_of(sample)
-                out = flat(table.function(**leaves))
-                cotangent = Make(seed="cotangent").normal(*out.shape)
-                inputs = list(floating(leaves).values())
-                expected = torch.autograd.grad(out, inputs, cotangent, retain_graph=True)
-                torch.set_num_threads(backward)
-                found = torch.autograd.grad(out, inputs, cotangent)
-                if table.thread_invariant:
-                    assert same(found, expected), sample.name
-                else:
-                    torch.testing.assert_close(found, expected)
+                given = sample.arguments(Make())
+                expected = gradients(table.function, given, forward, forward)
+                found = gradients(table.function, given, forward, backward)
+                if not same(found, expected):
+                    assert not table.thread_invariant, sample.name
+                    assert judged(one_draw, 1) == {}, sample.name
     finally:
         torch.set_num_threads(threads)

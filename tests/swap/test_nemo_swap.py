@@ -7,7 +7,7 @@ import copy
 import nemo_encoder
 import pytest
 import torch
-from steps import close, moved, same_step
+from steps import close, moved, numbers, same_step, seeded
 from tiny_zipformer import same_training
 
 import fastasr
@@ -33,14 +33,13 @@ SWAPPED = {
 
 
 def encoder(dropout=0.0, **options):
-    torch.manual_seed(0)
+    seeded("encoder")  # each call the same weights
     made = nemo_encoder.load().ConformerEncoder(**{**SIZES, **dict.fromkeys(RATES, dropout), **options})
     return moved(made, 0.03).eval()
 
 
 def batch(lengths=(75, 50, 9)):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(len(lengths), SIZES["feat_in"], max(lengths), generator=generator)
+    x = torch.randn(len(lengths), SIZES["feat_in"], max(lengths), generator=numbers("batch"))
     return {"audio_signal": x, "length": torch.tensor(lengths)}
 
 

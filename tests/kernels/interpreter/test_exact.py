@@ -9,7 +9,6 @@ from fastasr.ops.segment_attention import rows_of
 
 
 def test_a_scale_of_zero_or_one_selects():
-    torch.manual_seed(0)
     x_orig, x, grad = (torch.randn(6, 40) for _ in range(3))
     for value in (0.0, 1.0):
         scale = torch.full((40,), value)
@@ -28,7 +27,6 @@ def test_rows_of_one_value_are_normalised_to_zeros():
 
 
 def test_pieces_of_zipformer_attention_change_rounding_alone(small_blocks, monkeypatch):
-    torch.manual_seed(0)
     x, pos, value = 0.5 * torch.randn(50, 1, 20), torch.randn(1, 108, 4), torch.randn(59, 1, 4)
     call = x, pos, value, 0.5 * torch.randn(9, 1, 8), None, None, 1, 8, 1, 8, 1
     grad = torch.randn(50, 1, 4)
@@ -52,7 +50,6 @@ def test_pieces_of_zipformer_attention_change_rounding_alone(small_blocks, monke
 )
 def test_segment_attention_sees_what_there_is(sizes, endless):
     """Contexts without end see all frames; one segment longer than the utterance is as long as it."""
-    torch.manual_seed(0)
     frames, segment, _, right, memory, *past = sizes
     queries, keys = rows_of(frames, segment, right, memory, *past)
     query, key, value, grad = (torch.randn(rows, 1, 8) for rows in (queries, keys, keys, queries))

@@ -21,11 +21,6 @@ def _same(found, expected) -> None:
         assert torch.equal(a, b), f"result {number}"
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def test_padding_of_conv_spatial_gate():
     """Frames before the padding stay the same, and so do their gradients."""
     batch, frames, channels = 2, 20, 6

@@ -65,7 +65,6 @@ def test_layer_norm_lstm_without_cooperative_launches(monkeypatch, caplog, reaso
 
 def test_programs_of_layer_norm_lstm_wait_for_each_other(monkeypatch):
     """One launch over the sequence gives what a launch for each phase gives."""
-    torch.manual_seed(0)
     grads, run = lstm(2, 3, 20)
     launch, together = interpreter.GridExecutor.__call__, []
 

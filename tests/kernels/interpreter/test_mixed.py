@@ -9,7 +9,6 @@ from fastasr.kernels import gated_depthwise_conv
 
 def test_gated_depthwise_conv_of_bfloat16_with_parameters_of_float32():
     """y is float32 and each gradient has its tensor's type; nothing is rounded on the way."""
-    torch.manual_seed(0)
     frames, batch, channels, taps, chunk = 40, 2, 20, 5, 4
     tensors = [torch.randn(frames, batch, 2 * channels).bfloat16(), 0.4 * torch.randn(channels, 1, taps)]
     tensors += [torch.randn(channels), 0.4 * torch.randn(channels, 1, taps // 2 + 1), torch.randn(channels)]

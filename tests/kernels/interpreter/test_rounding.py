@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from steps import numbers
 
 from tests.kernels.interpreter import repair
 
@@ -30,7 +31,7 @@ def _dot(A, B, C, N: tl.constexpr):
 
 
 def _every_kind_of_float() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
+    generator = numbers("floats")
     bits = torch.randint(-(2**31), 2**31, (4000,), generator=generator, dtype=torch.int64).to(torch.int32)
     ties = torch.tensor([0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x00008000, 0, -(2**31)], dtype=torch.int32)
     special = torch.tensor([0x7F800000, -0x00800000, 0x7FC00000, 1], dtype=torch.int32)
@@ -77,7 +78,6 @@ def test_ties_go_to_even():
 
 @pytest.mark.usefixtures("products_in_order")
 def test_products_in_order():
-    torch.manual_seed(0)
     a, b = torch.randn(32, 32), torch.randn(32, 32)
     ab, ba = torch.empty(32, 32), torch.empty(32, 32)
     _dot[(1,)](a, b, ab, 32)

@@ -3,16 +3,10 @@
 
 import math
 
-import pytest
 import torch
 
 from fastasr import ops
 from fastasr.kernels import rnnt_joiner, rnnt_lattice, rnnt_pruned_lattice
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def test_symbols_and_starts_of_the_joiner():
