@@ -42,9 +42,8 @@ def native_reason() -> str:
         problem = str(error)
     if problem:
         return f"the native library did not load: {problem}"
-    if (
-        wrong := torch.ops.fastasr_cpu.setting_problem()
-    ):  # FASTASR_SIMD names no set of this library and machine
+    wrong = torch.ops.fastasr_cpu.setting_problem()  # FASTASR_SIMD names no set of this library and machine
+    if wrong:
         raise ValueError(wrong)
     return ""
 
@@ -211,7 +210,7 @@ class KernelFamily:
     ops: tuple[str, ...]
     implementations: tuple[Implementation, ...]
     vendor: bool = (
-        False  # the eager definition calls a vendor library's kernel: using it loses nothing worth a warning
+        False  # the definition calls a vendor library's kernel: using it loses nothing worth a warning
     )
     chosen: dict = field(default_factory=dict)
     # by device and dtype: the backend whose kernels the device could not launch, and why

@@ -37,7 +37,7 @@ _REPETITIONS = 3  # at least, and more of them as long as all together take less
 _SHORT_S = 0.05
 _BUDGET_S = 0.5
 _MOST_FEW, _LEAST_OUTPUTS = 15, 8  # rows and outputs of csrc/cpu/gemm/few_rows.simd.cpp
-_SMALL = 1 << 16
+SMALL = 1 << 16
 _CLEAR = 1.1  # Stop after the fewest repetitions once fastasr's product is this much slower.
 
 reason = partial(reason_cpu, "gemm")  # says why there is nothing to choose from; "" when there is
@@ -196,7 +196,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if copy is not None:
             return copy.product(x, bias)
     n, k = weight.shape
-    if not k or x.numel() * n < _SMALL:
+    if not k or x.numel() * n < SMALL:
         return F.linear(x, weight, bias)
     return _call("forward", x.numel() // k, n, k, x, weight, bias)
 
@@ -204,7 +204,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     """Returns grad weight for grad (..., N), weight (N, K)."""
     n, k = weight.shape
-    if grad.numel() * k < _SMALL:
+    if grad.numel() * k < SMALL:
         return torch.matmul(grad, weight)
     return _call("input_grad", grad.numel() // n, k, n, grad, weight)
 
@@ -215,6 +215,6 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
         rows = grad.shape[:-1].numel()
         grad, x = grad.reshape(rows, grad.shape[-1]), x.reshape(rows, x.shape[-1])
     rows, n = grad.shape
-    if grad.numel() * x.shape[1] < _SMALL:
+    if grad.numel() * x.shape[1] < SMALL:
         return torch.mm(grad.t(), x)
     return _call("weight_grad", n, x.shape[1], rows, grad, x)

@@ -615,13 +615,14 @@ def _fast(op) -> Iterator[str]:
         return
     yield "_kernels is not None"
     others = [a for a in op.tensors if a is not op.leader]
-    told = op.deciding if op.decides else op.one_dtype if not op.fast else ()  # kernels check these dtypes
-    untold = [a for a in others if a.name not in (*told, *op.own_dtype)]
+    # Kernels check dtypes, and the dispatcher devices. With ``fits`` another product comes first, which does not.
+    unchecked = bool(op.fast and op.fits)
+    told = op.deciding if op.decides else () if unchecked else op.one_dtype
+    untold = [a for a in others if a.name not in (*told, *op.own_dtype)] if unchecked or not op.fast else []
     compared = [a for a in untold if a.kind in ("constant", "floating")]
     for a in (op.leader, *others):
         parts = [f"type({a.name}) in _PLAIN"]
-        # kernels and dispatcher decline other devices; where torch's own product comes first, ``fits`` checks operands
-        if a is op.leader or (op.fast and op.fits):
+        if a is op.leader or unchecked:
             parts.append(f"{a.name}.is_cpu")
         # reading an attribute costs 40 ns, a local variable 1
         if a is op.leader and (compared or op.fast_dtype):

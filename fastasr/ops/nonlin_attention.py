@@ -71,7 +71,8 @@ def _fits(weights: Tensor, projected: Tensor) -> bool:
 
 def _weighted(weights: Tensor, x: Tensor) -> Tensor:
     """Returns weights x, (B, T, D). The product of two matrices is what ``input_grad`` computes."""
-    if not x.is_cpu or x.dtype is not torch.float32 or not x.numel():
+    small = weights.numel() * x.shape[2] <= _gemm.SMALL * len(x)
+    if small or not x.is_cpu or x.dtype is not torch.float32:
         return torch.bmm(weights, x)
     parts = [_gemm.input_grad(w, v) for w, v in zip(weights, x, strict=True)]
     return parts[0][None] if len(parts) == 1 else torch.stack(parts)
