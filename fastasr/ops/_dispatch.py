@@ -334,9 +334,7 @@ def cuda_kernels(name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> Imple
 def _registered(backend: str, name: str) -> Kernels:
     namespace = getattr(torch.ops, f"fastasr_{backend}")
     return Kernels(
-        backend,
-        getattr(namespace, f"{name}_forward").default,
-        getattr(namespace, f"{name}_backward").default,
+        backend, getattr(namespace, f"{name}_forward").default, getattr(namespace, f"{name}_backward").default
     )
 
 

@@ -20,12 +20,7 @@ import torch
 from torch import Tensor
 
 from fastasr.ops import _layout, _parts, _shapes, _signature, _source
-from fastasr.ops._dispatch import (
-    KernelFamily,
-    cuda_kernels,
-    native_kernels,
-    triton_kernels,
-)
+from fastasr.ops._dispatch import KernelFamily, cuda_kernels, native_kernels, triton_kernels
 from fastasr.ops._errors import Errors
 from fastasr.ops._register import cast, register
 

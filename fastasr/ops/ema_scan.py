@@ -145,8 +145,7 @@ def ema_scan(
 ) -> (
     Y
     | tuple[
-        Y,
-        Annotated[Tensor, "B D N", "wide x + damping + decay + expansion + projection + residual + state"],
+        Y, Annotated[Tensor, "B D N", "wide x + damping + decay + expansion + projection + residual + state"]
     ]
 ):
     """Computes the multi-head damped EMA of Mega: y = act(Σ_n c_n h_n + residual · x), h_n(t) = q_n h_n(t−1) + b_n x_t.

@@ -34,14 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.ops import _activation, _joiner_rows, _weights_dropout
-from fastasr.ops._dispatch import (
-    FLOATING,
-    Implementation,
-    KernelFamily,
-    Kernels,
-    reason_cpu,
-    triton_kernels,
-)
+from fastasr.ops._dispatch import FLOATING, Implementation, KernelFamily, Kernels, reason_cpu, triton_kernels
 from fastasr.ops._lattice import check_boundary, values_are_checked, whole, within
 from fastasr.ops._op import op
 from fastasr.ops._register import autocast_dtype
