@@ -3,6 +3,8 @@
 a safe log-sum, and the calls of the kernels.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -80,8 +82,8 @@ def check_boundary(op, boundary: Tensor | None, symbols: int | None, frames: int
 
 
 # --------------------------------------------------------------------------- kernels
-def launch(op, kernels, a, dtype: torch.dtype, keep: bool) -> list[Tensor]:
+def launch(call: Callable, op, kernels, a, dtype: torch.dtype, keep: bool) -> list[Tensor]:
     """Calls the kernels with contiguous tensors in the dtype of the scores."""
     x, y, *others = (t.contiguous() if isinstance(t, Tensor) else t for t in a)
-    found = op.fast(kernels, keep, x.to(dtype), y.to(dtype), *others)
+    found = call(kernels, keep, x.to(dtype), y.to(dtype), *others)
     return [found[0].new_empty(0) if t is None else t for t in found]

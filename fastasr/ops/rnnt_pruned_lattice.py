@@ -15,6 +15,7 @@ the whole lattice gives with the band scattered into -inf. Bytes per cell of e b
 kept), backward 3 e. Upstream scatters: ``rnnt_loss_pruned`` of k2 and fast_rnnt.
 """
 
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -165,7 +166,7 @@ def _fast(kernels, keep: bool, x, y, starts, boundary, modified: bool, return_oc
     unread="symbol_logprobs blank_logprobs",
     backward="grad scores shares starts boundary symbol_logprobs.shape[2] modified",
     check=_check,
-    launch=launch,
+    launch=partial(launch, _fast),
     fast=_fast,
 )
 def rnnt_pruned_lattice(
