@@ -7,8 +7,38 @@
 namespace fastasr {
 namespace {
 
-// Returns the product of (M, K) by (K, N) of any strides in float32, plus a contiguous bias (N) or none, without its C.
-cpu::Gemm checked(const Tensor& a, const Tensor& b, const Optional& bias, const char* op) {
+// Multiplies few rows of x, (K), (B, K) or (B, T, K), by the transposed weight (N, K), whose rows are contiguous.
+Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const Optional& bias) {
+  const auto& kernel = cpu::kernels<cpu::FewRowsGemm>();
+  const char* op = "linear_few_rows";
+  const int64_t dims = x.dim(), n = weight.size(0), k = weight.size(1);
+  check(dims >= 1 && dims <= 3 && weight.dim() == 2 && x.size(dims - 1) == k && k > 0, op, "sizes of x or weight");
+  check(x.scalar_type() == ScalarType::Float && weight.scalar_type() == ScalarType::Float, op, "dtypes");
+  const Tensor rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  cpu::Gemm g{};
+  g.a = data<float>(rows), g.a_row = k, g.a_depth = 1;
+  g.b = data<float>(weight), g.b_depth = weight.stride(1), g.b_column = weight.stride(0);
+  g.m = x.numel() / k, g.n = g.c_row = n, g.k = k;
+  if (bias) {
+    check_like(*bias, x, op, "bias");
+    check(bias->numel() == n && bias->is_contiguous(), op, "sizes of bias");
+    g.bias = data<float>(*bias);
+  }
+  const int64_t groups = kernel.groups(g);
+  check(groups > 0, op, "expected 1 to ", cpu::kFewRows, " rows, 8 columns or more, and contiguous inputs");
+  const Tensor y = dims == 1   ? new_pooled<1>(x, {n})
+                   : dims == 2 ? new_pooled<2>(x, {x.size(0), n})
+                               : new_pooled<3>(x, {x.size(0), x.size(1), n});
+  g.c = mutable_data<float>(y);
+  parallel_tasks(groups, n * k / groups, [&](int64_t begin, int64_t end) { kernel.products(g, begin, end); });
+  return y;
+}
+
+// Multiplies (M, K) by (K, N) of any strides, plus a contiguous bias (N) or none, and returns (M, N), contiguous, in
+// float32.
+Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias) {
+  const auto& kernel = cpu::kernels<cpu::GemmKernels>();
+  const char* op = "gemm";
   for (const Tensor* t : {&a, &b})
     check(t->dim() == 2 && t->scalar_type() == ScalarType::Float, op, "a and b are float32 matrices");
   check(a.size(1) == b.size(0) && a.size(1) > 0, op, "the inner sizes differ or are 0");
@@ -21,26 +51,6 @@ cpu::Gemm checked(const Tensor& a, const Tensor& b, const Optional& bias, const 
     check(bias->numel() == g.n, op, "sizes of bias");
     g.bias = data<float>(*bias);
   }
-  return g;
-}
-
-// Multiplies few rows by B, whose inputs lie next to each other, and returns (M, N), contiguous.
-Tensor gemm_few_rows(const Tensor& a, const Tensor& b, const Optional& bias) {
-  const auto& kernel = cpu::kernels<cpu::FewRowsGemm>();
-  const char* op = "gemm_few_rows";
-  cpu::Gemm g = checked(a, b, bias, op);
-  const int64_t groups = kernel.groups(g);
-  check(groups > 0, op, "expected 1 to ", cpu::kFewRows, " rows, 8 columns or more, and contiguous inputs");
-  const Tensor c = new_pooled<2>(a, {g.m, g.n});
-  g.c = mutable_data<float>(c);
-  parallel_tasks(groups, g.n * g.k / groups, [&](int64_t begin, int64_t end) { kernel.products(g, begin, end); });
-  return c;
-}
-
-// Does the same for operands of any strides and sizes.
-Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias) {
-  const auto& kernel = cpu::kernels<cpu::GemmKernels>();
-  cpu::Gemm g = checked(a, b, bias, "gemm");
   Tensor c = new_pooled<2>(a, {g.m, g.n});
   if (c.numel() == 0) return c;
   g.c = mutable_data<float>(c);
@@ -68,6 +78,6 @@ Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias) {
 }  // namespace
 
 FASTASR_OPERATORS({"gemm(Tensor a, Tensor b, Tensor? bias) -> Tensor", TORCH_BOX(&gemm)},
-                  {"gemm_few_rows(Tensor a, Tensor b, Tensor? bias) -> Tensor", TORCH_BOX(&gemm_few_rows)})
+                  {"linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor", TORCH_BOX(&linear_few_rows)})
 
 }  // namespace fastasr

@@ -36,7 +36,7 @@ _REVISION = 4  # of fastasr's product and of how it is measured: choices of anot
 _REPETITIONS = 3  # at least, and more of them as long as all together take less than _SHORT_S
 _SHORT_S = 0.05
 _BUDGET_S = 0.5
-_MOST_FEW, _LEAST_OUTPUTS = 15, 8  # rows and outputs of csrc/cpu/gemm/few_rows.simd.cpp
+_MOST_FEW = 15  # rows: cpu::kFewRows
 SMALL = 1 << 16
 _CLEAR = 1.1  # Stop after the fewest repetitions once fastasr's product is this much slower.
 
@@ -53,11 +53,9 @@ def _native(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _few_rows(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    if w.stride(1) != 1 or len(w) < _LEAST_OUTPUTS:
+    if w.stride(1) != 1 or x.dim() > 3:
         return F.linear(x, w, b)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = torch.ops.fastasr_cpu.gemm_few_rows.default(rows, w.t(), None if b is None else b.contiguous())
-    return y.view(*x.shape[:-1], len(w))
+    return torch.ops.fastasr_cpu.linear_few_rows.default(x, w, None if b is None else b.contiguous())
 
 
 _PRODUCTS: dict[str, dict[str, Callable[..., Tensor]]] = {
@@ -146,7 +144,9 @@ def _decide(key: tuple, operands: tuple) -> str:
     if _saved is None:
         _saved = _read(cache_file())
     if name not in _saved:
-        few = operation == "forward" and 1 << m <= _MOST_FEW + 1 and not reason_cpu("gemm_few_rows")
+        # its kernel takes 8 outputs or more, and a class of 16 has none with fewer
+        few = operation == "forward" and 1 << m <= _MOST_FEW + 1 and sizes[0] >= 16
+        few = few and not reason_cpu("linear_few_rows")
         _saved[name] = _measure(operation, operands, few)
         _remember(name, _saved[name])
     return _saved[name]
