@@ -31,7 +31,8 @@ FILES = {
     "fastasr/swap/rules/__init__.py": "",
     "benchmarks/__init__.py": "",
     "kernels/__init__.py": "",
-    "csrc/bindings/module.cpp": "",
+    "csrc/bindings/library.cpp": "",
+    "csrc/bindings/glibc.cpp": "",
     "csrc/bindings/first.cpp": '{"first_forward("',
     "docs/page.md": "",
     "tests/conftest.py": "from ledger import Ledger\n\ndef pytest_configure(config):\n    import os\n"
