@@ -5,8 +5,7 @@
 
 Each pair gets an environment in FOLDER, which is removed again. It has torch 2.N as pip finds it: a CPU build where an
 index of such is configured. By default these are python3.11 to python3.14 as far as they exist here, and every 2.N
-that pip finds. Where pip refuses the wheel, because it is for another Python, its files are unpacked in place of an
-installation: then fastasr must say what is missing and compute by its eager definitions.
+that pip finds.
 docs/testing.md shows benchmarks/results/test_matrix.json.
 """
 
@@ -17,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -64,11 +62,9 @@ def pair(wheel: Path, folder: Path, python: str, minor: int) -> dict:
     if done.returncode:
         return row | {"wheel": "no torch: " + last_line(done)}
     done = run(*pip, "--no-deps", wheel)
-    row["wheel"] = "installed" if not done.returncode else "refused by pip, unpacked"
-    (packages,) = (folder / "lib").glob("python*/site-packages")
     if done.returncode:
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(packages)
+        return row | {"wheel": "refused by pip: " + last_line(done)}
+    row["wheel"] = "installed"
     done = run(folder / "bin/python", "-c", ASK, cwd=folder)
     if done.returncode:
         return row | {"tests": "fastasr does not import: " + last_line(done)}
