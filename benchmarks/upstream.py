@@ -115,6 +115,17 @@ def steady(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
+def distinct(model: torch.nn.Module, seed: int = 2) -> torch.nn.Module:
+    """Returns the model with each parameter changed by a hundredth. Layers of a stack begin as copies of one: ONNX
+    files would keep one of them, and onnxruntime's quantisation leaves weights that several products share in float32.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.01 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 def example(batch: int = 4, frames: int = 1600, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns random features ``[batch, frames, 80]`` and lengths that differ by 8 frames, as a sampler batches
     them.

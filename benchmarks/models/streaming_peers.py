@@ -135,7 +135,7 @@ def make(names=NAMES, size="medium", chunk=16, threads=1, most=64):
     if unknown:
         raise ValueError(f"implementations are {', '.join((*NAMES, *SHERPA))}, got {', '.join(unknown)}")
     with upstream.activations(compiled=False):
-        theirs = upstream.recogniser(config(size, chunk))
+        theirs = upstream.distinct(upstream.recogniser(config(size, chunk)))
     made = {}
     if UPSTREAM in names or SCRIPTED in names:
         from zipformer.modules.model import StreamingEncoderWrapper

@@ -186,7 +186,7 @@ def _prepare(folder, size, seconds):
     from fastasr.benchmarks.models.transcribe import VOCABULARY, config
     from fastasr.export import export_onnx
 
-    model = upstream.recogniser(config(size, None))
+    model = upstream.distinct(upstream.recogniser(config(size, None)))
     with torch.no_grad():
         model.joiner.output_linear.bias[0] += 4.0
     torch.save({"config": config(size, None), "state": model.state_dict()}, folder / "model.pt")
