@@ -28,11 +28,13 @@ def rules() -> list[Rule]:
 
 
 def _reasons(function: Callable, seen: set) -> Iterator[str]:
-    """Yields the texts that the function returns, and those of the functions of rules that it calls. "…" stands for
-    what depends on the instance.
+    """Yields the texts that the function returns, and those of the functions of rules and models that it calls. "…"
+    stands for what depends on the instance.
     """
     function = inspect.unwrap(function)
-    if function in seen or not getattr(function, "__module__", "").startswith("fastasr.swap.rules"):
+    if function in seen or not getattr(function, "__module__", "").startswith(
+        ("fastasr.swap.rules", "fastasr.models")
+    ):
         return
     seen.add(function)
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -41,7 +43,9 @@ def _reasons(function: Callable, seen: set) -> Iterator[str]:
         if isinstance(node, ast.Return) and isinstance(node.value, ast.Constant | ast.JoinedStr):
             parts = node.value.values if isinstance(node.value, ast.JoinedStr) else [node.value]
             text = "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in parts)
-            if len(text.split()) > 2 * text.count("…"):  # else it says nothing without the instance
+            if text != "None" and len(text.split()) > 2 * text.count(
+                "…"
+            ):  # else it says nothing without the instance
                 yield text
         elif isinstance(node, ast.Call):
             called = names.get(node.func.id) if isinstance(node.func, ast.Name) else None

@@ -50,8 +50,13 @@ class RNNTLoss(nn.Module):
             tokens = log_probs[..., : self.blank + 1]
             if random.random() >= omega:
                 steps = log_probs[..., self.blank + 1 :]
-                return tdt_loss(tokens, steps, *ends, durations, reduction=self.reduction, **options)
+                loss = tdt_loss(tokens, steps, *ends, durations, reduction=self.reduction, **options)
+                return self._scaled(loss)
             log_probs = tokens
             options.pop("sigma", None)
         loss = lengths.rnnt_losses(op, log_probs, *ends, **options)
-        return lengths.reduced(op, loss, target_lengths, self.reduction)
+        return self._scaled(lengths.reduced(op, loss, target_lengths, self.reduction))
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        """Multiplies the value by 1 + λ of FastEmit, as NeMo does; the gradients have the factor already."""
+        return loss + self.options.get("fastemit_lambda", 0.0) * loss.detach()

@@ -114,6 +114,8 @@ def test_nemos_tdt():
         call[0], steps, *call[1:], 6, durations, 0.02, "mean_batch", other=1), expected)  # fmt: skip
     plain = nemo.RNNTLoss(6, "sum", "tdt", {"durations": durations, "sigma": 0.02, "omega": 1.1})
     torch.testing.assert_close(plain(both, *call[1:]), ours(*call).sum())
+    fast = nemo.RNNTLoss(6, "sum", loss_kwargs={"fastemit_lambda": 0.25})
+    torch.testing.assert_close(fast(*call), 1.25 * ours(*call).sum())
     with pytest.raises(ValueError, match="loss_name: expected one of default"):
         nemo.RNNTLoss(6, loss_name="ctc")
 

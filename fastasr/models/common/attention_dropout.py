@@ -26,12 +26,17 @@ def upstream_draws():
         _as_upstream = before
 
 
+def as_upstream() -> bool:
+    """Says whether the call is inside a block of ``upstream_draws``."""
+    return _as_upstream
+
+
 def of_kernel(p: float | None, device: torch.device) -> dict | None:
     """Returns the op's arguments for dropout p, with a new seed, or None where the caller must form the weights. That
     includes p = None, which stands for a module that is no plain dropout.
     """
     if p == 0:
         return {}
-    if p is None or p >= 1 or _as_upstream:
+    if p is None or p >= 1 or as_upstream():
         return None
     return {"dropout_p": float(p), "dropout_seed": _weights_dropout.draw_seed(device)}

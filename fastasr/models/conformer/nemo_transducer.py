@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NeMo's transducer loss: of its fused joint, which never holds the logits here, and of given logits."""
+
+import random
+
+from torch import nn
+
+from fastasr.models.common.attention_dropout import as_upstream
+from fastasr.models.common.inference import any_hooked
+from fastasr.rnnt import joiner_loss, lengths, tdt_joiner_loss, tdt_loss
+
+LOSSES = ("RNNTLossNumba", "RNNTLossPytorch", "TDTLossNumba", "TDTLossPytorch")
+ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh"}
+
+
+def nemo_transducer_loss(self, log_probs, targets, input_lengths, target_lengths):
+    """Returns what upstream's loss returns for a joint's logits or log-probabilities."""
+    core, targets = self._loss, targets[:, : log_probs.shape[2] - 1]
+    call = targets, input_lengths, target_lengths, core.blank
+    tokens, durations = log_probs.tensor_split((core.blank + 1,), -1)
+    if _has_durations(core):
+        losses = tdt_loss(tokens, durations, *call, core.durations, core.sigma, "none", **_fastemit(core))
+    else:
+        clamp = getattr(core, "clamp", 0.0)
+        losses = lengths.rnnt_losses("rnnt_loss", tokens, *call, clamp=clamp, **_fastemit(core))
+    losses = _scaled(core, losses)
+    return losses if self.reduction is None else self.reduce(losses, target_lengths)
+
+
+def nemo_fused_joint(
+    self, encoder_outputs, decoder_outputs, encoder_lengths=None, transcripts=None, transcript_lengths=None,
+    compute_wer=False, keep_hypotheses=False,
+):  # fmt: skip
+    """Returns what upstream's fused joint returns. Upstream's code decodes for the word error rate."""
+
+    def upstream(outputs):
+        ends = {"encoder_lengths": encoder_lengths, "transcript_lengths": transcript_lengths}
+        options = {"compute_wer": compute_wer, "keep_hypotheses": keep_hypotheses, "transcripts": transcripts}
+        # NeMo checks types of keyword arguments only
+        return type(self).forward.__get__(self)(
+            encoder_outputs=encoder_outputs, decoder_outputs=outputs, **ends, **options
+        )
+
+    given = decoder_outputs, encoder_lengths, transcripts, transcript_lengths, self.wer, self.loss
+    draws = as_upstream() and _dropout(self) > 0
+    if draws or any(value is None for value in given) or why_with_logits(self) is not None:
+        return upstream(decoder_outputs)
+    lm = self.project_prednet(decoder_outputs.mT)
+    symbols = min(transcripts.shape[1], lm.shape[1] - 1)
+    batch = self.project_encoder(encoder_outputs.mT), lm[:, : symbols + 1], transcripts[:, :symbols]
+    batch = *batch, encoder_lengths, transcript_lengths
+    # a TDT draws for each of upstream's parts of the batch whether durations count
+    size = self.fused_batch_size if hasattr(self.loss._loss, "omega") else max(len(lm), 1)
+    losses = [_of_part(self, *part) for part in zip(*(x.split(size) for x in batch), strict=True)]
+    self.hypotheses = None
+    decoded = upstream(None)[1:] if compute_wer or keep_hypotheses else (None, None, None)
+    return self.loss.reduce(losses, [transcript_lengths]), *decoded
+
+
+def why_with_logits(joint) -> str | None:
+    """Returns why upstream's code must compute this joint's loss; None if it need not."""
+    if not joint.fuse_loss_wer:
+        return "fuse_loss_wer is False: the joint returns its logits, from which the loss is computed"
+    if joint.masking_prob > 0:
+        return (
+            f"masking_prob is {joint.masking_prob}, expected none: it hides parts of the prediction network"
+        )
+    if joint.temperature != 1:
+        return f"temperature is {joint.temperature}, expected 1"
+    if joint.is_adapter_available():
+        return "has adapters between the joint's sum and its activation"
+    core = None if joint.loss is None else joint.loss._loss
+    if core is not None and getattr(core, "clamp", 0.0) > 0:
+        return f"the loss clamps the gradients of its logits to {core.clamp}"
+    if core is not None and type(core).__name__ not in LOSSES:
+        return f"the loss is a {type(core).__name__}, expected {', '.join(LOSSES[:-1])} or {LOSSES[-1]}"
+    expected = joint.joint_net[-1].out_features - len(getattr(core, "durations", ())) - 1
+    if core is not None and core.blank != expected:
+        return f"blank is {core.blank}, expected the last token, {expected}"
+    parts = [*joint.joint_net, *(() if core is None else (joint.loss, core))]
+    if any_hooked(parts):
+        return "has hooks on its layers or its loss"
+    return None
+
+
+def _dropout(joint) -> float:
+    return joint.joint_net[1].p if joint.training and len(joint.joint_net) == 3 else 0.0
+
+
+def _of_part(self, am, lm, targets, frames, symbols):
+    """Returns the losses (B,) of projected outputs of the encoder and the prediction network."""
+    core, head = self.loss._loss, self.joint_net[-1]
+    options = {"activation": ACTIVATIONS[type(self.joint_net[0])], "dropout_p": _dropout(self)}
+    options |= {"reduction": "none"} | _fastemit(core)
+    if _has_durations(core):
+        call = (
+            am,
+            lm,
+            head.weight,
+            head.bias,
+            targets,
+            frames,
+            symbols,
+            core.blank,
+            core.durations,
+            core.sigma,
+        )
+        return _scaled(core, tdt_joiner_loss(*call, **options))
+    limits = lengths.boundary("rnnt.joiner_loss", frames, symbols, *am.shape[:2], targets.shape[1], am)
+    tokens = slice(core.blank + 1)
+    call = am, lm, head.weight[tokens], head.bias[tokens], targets, core.blank, limits
+    return _scaled(core, joiner_loss(*call, **options))
+
+
+def _has_durations(core) -> bool:
+    """Says whether this call is a TDT's. With the chance omega a TDT is trained as an RNN-T of its tokens."""
+    return hasattr(core, "durations") and not (hasattr(core, "omega") and random.uniform(0, 1) < core.omega)
+
+
+def _fastemit(core) -> dict:
+    return {"fastemit_lambda": getattr(core, "fastemit_lambda", 0.0)}
+
+
+def _scaled(core, losses):
+    """Multiplies values by 1 + λ, as upstream does. The gradients have FastEmit's factor already."""
+    return losses + getattr(core, "fastemit_lambda", 0.0) * losses.detach()
