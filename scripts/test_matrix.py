@@ -3,7 +3,8 @@
 
     python scripts/test_matrix.py WHEEL FOLDER [--python PYTHON...] [--torch 2.N...]
 
-Each pair gets an environment in FOLDER, which is removed again. It has torch 2.N as pip finds it: a CPU build where an
+Each pair gets an environment in FOLDER, where pip also keeps what it downloads; both are removed at the end. An
+environment has torch 2.N as pip finds it: a CPU build where an
 index of such is configured. By default these are python3.11 to python3.14 as far as they exist here, and every 2.N
 that pip finds.
 docs/testing.md shows benchmarks/results/test_matrix.json.
@@ -18,6 +19,8 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+
+from fastasr.benchmarks import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "test_matrix.json"
@@ -57,7 +60,7 @@ def pair(wheel: Path, folder: Path, python: str, minor: int) -> dict:
     shutil.rmtree(folder, ignore_errors=True)
     row = {"python": python, "torch": f"2.{minor}", "wheel": "", "backend": "", "reason": "", "tests": ""}
     run(python, "-m", "venv", folder, check=True)
-    pip = (folder / "bin/python", "-m", "pip", "install", "--quiet", "--no-cache-dir")
+    pip = (folder / "bin/python", "-m", "pip", "install", "--quiet", "--cache-dir", folder.parent / "downloads")
     done = run(*pip, f"torch~=2.{minor}.0", *TOOLS)
     if done.returncode:
         return row | {"wheel": "no torch: " + last_line(done)}
@@ -115,11 +118,16 @@ def main() -> int:
     for python in options.python:
         for minor in minors:
             row = pair(options.wheel.resolve(), options.folder.resolve() / "environment", python, minor)
-            row["date"] = datetime.now(UTC).date().isoformat()
+            row |= {
+                "date": datetime.now(UTC).date().isoformat(),
+                "commit": environment.commit(),
+                "device": environment.device_name(),
+            }
             print(row, flush=True)
             rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
             RESULTS.write_text(json.dumps([*rows, row], indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(options.folder / "environment", ignore_errors=True)
+    for made in ("environment", "downloads"):
+        shutil.rmtree(options.folder / made, ignore_errors=True)
     return 0
 
 

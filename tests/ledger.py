@@ -136,15 +136,25 @@ def needed(item: pytest.Item) -> frozenset[Path]:
 
 def concerns(item: pytest.Item, op: str) -> bool:
     """Says whether a test is run for one op: it names the op, or its file does, or it compares a model that has it."""
-    declared = sources.ops()[op]
     if mine := ops_of(item):
-        return any(sources.ops()[name] == declared for name in mine) and len(mine) < len(sources.ops())
+        return any(sources.ops()[name] == sources.ops()[op] for name in mine) and len(mine) < len(sources.ops())
+    return item.get_closest_marker("inner") is not None or file_concerns(item.path, op)
+
+
+def file_concerns(path: Path, op: str) -> bool:
+    """Says whether a file is named after an op, or compares a model that has it."""
+    declared = sources.ops()[op]
     return (
-        item.get_closest_marker("inner") is not None
-        or op in item.path.stem
-        or declared.stem in item.path.stem
-        or ("parity" in item.path.parts and declared in sources.closure(item.path))
+        op in path.stem
+        or declared.stem in path.stem
+        or ("parity" in path.parts and declared in sources.closure(path))
     )
+
+
+@cache
+def may_concern(path: Path, op: str) -> bool:
+    """Says whether a file may hold tests that are run for one op: of others not even the imports are paid for."""
+    return sources.goes_through_ops(path) or "inner" in sources.words(path) or file_concerns(path, op)
 
 
 def runs_always(item: pytest.Item) -> bool:
@@ -168,6 +178,8 @@ class Ledger:
         # Processes of one session must find the same tests: what is written after the first has begun does not count.
         self.began = float(os.environ.setdefault("FASTASR_LEDGER_BEGAN", str(time.time())))
         self.seed, self.op = os.environ["SEED"], os.environ.get("OP")
+        if self.op and self.op not in sources.ops():
+            raise pytest.UsageError(f"OP: expected one of {', '.join(sorted(sources.ops()))}, got {self.op}")
         self.chosen = config.option.markexpr
         self.whole = not (self.op or config.option.keyword or any("::" in name for name in config.args))
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -206,6 +218,9 @@ class Ledger:
         return {self.name(path) for path in paths} <= self.files(**environment)[1]
 
     def pytest_ignore_collect(self, collection_path):
+        is_file = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+        if self.op and is_file and not may_concern(collection_path, self.op):
+            return True
         return True if self.name(collection_path) in self.skipped else None
 
     def skips(self, item: pytest.Item, known: dict[str, float]) -> bool:
@@ -218,6 +233,10 @@ class Ledger:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_collection_modifyitems(self, config, items):
+        if self.op:
+            concerned = [item for item in items if concerns(item, self.op)]
+            config.hook.pytest_deselected(items=list(set(items) - set(concerned)))
+            items[:] = concerned
         every = list(items)
         yield
         self.keys = {item.nodeid: key(item) for item in every}
@@ -230,15 +249,9 @@ class Ledger:
         ).fetchall()
         self.known, last = {k: s for k, _, s in rows}, {n: s for _, n, s in rows}
         left, kept = [], []
-        if self.op and self.op not in sources.ops():
-            raise pytest.UsageError(f"OP: expected one of {', '.join(sorted(sources.ops()))}, got {self.op}")
         for item in items:
-            skip = (
-                not concerns(item, self.op)
-                if self.op
-                else os.environ.get("CI_FULL") != "1" and self.skips(item, self.known)
-            )
-            (left if skip else kept).append(item)
+            always = self.op or os.environ.get("CI_FULL") == "1"
+            (kept if always or not self.skips(item, self.known) else left).append(item)
         config.hook.pytest_deselected(items=left)
         files = defaultdict(float)
         for item in kept:
