@@ -60,7 +60,8 @@ def pair(wheel: Path, folder: Path, python: str, minor: int) -> dict:
     shutil.rmtree(folder, ignore_errors=True)
     row = {"python": python, "torch": f"2.{minor}", "wheel": "", "backend": "", "reason": "", "tests": ""}
     run(python, "-m", "venv", folder, check=True)
-    pip = (folder / "bin/python", "-m", "pip", "install", "--quiet", "--cache-dir", folder.parent / "downloads")
+    downloads = folder.parent / "downloads"
+    pip = (folder / "bin/python", "-m", "pip", "install", "--quiet", "--cache-dir", downloads)
     done = run(*pip, f"torch~=2.{minor}.0", *TOOLS)
     if done.returncode:
         return row | {"wheel": "no torch: " + last_line(done)}

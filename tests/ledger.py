@@ -136,8 +136,9 @@ def needed(item: pytest.Item) -> frozenset[Path]:
 
 def concerns(item: pytest.Item, op: str) -> bool:
     """Says whether a test is run for one op: it names the op, or its file does, or it compares a model that has it."""
+    declared = sources.ops()
     if mine := ops_of(item):
-        return any(sources.ops()[name] == sources.ops()[op] for name in mine) and len(mine) < len(sources.ops())
+        return any(declared[name] == declared[op] for name in mine) and len(mine) < len(declared)
     return item.get_closest_marker("inner") is not None or file_concerns(item.path, op)
 
 
