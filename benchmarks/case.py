@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures a case, one op at one shape, and makes its rows."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,17 +13,22 @@ from fastasr.benchmarks.rows import Row
 from fastasr.testing.speed import BOTH, FORWARD, Case, Cost, Implementation, Unavailable
 
 Report = Callable[[str], None]
+TRAINING = "training forward"  # a call that keeps what its gradients need
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure. ``compile`` includes torch.compile'd formulas."""
+    """How long to measure. ``compile`` includes torch.compile'd formulas, ``limits`` what the machine can do. Rounds
+    end after ``seconds``, but three are measured.
+    """
 
     reps: int = 15
     warmup: int = 3
     sample_seconds: float = 0.02
     compile: bool = True
     memory: bool = True
+    limits: bool = True
+    seconds: float = math.inf
 
     @classmethod
     def quick(cls, **changes) -> "Settings":
@@ -30,7 +36,9 @@ class Settings:
 
 
 def variant(implementation: Implementation, pass_: str) -> Variant:
-    """Returns what a pass times: a call without gradients, a call and its gradients, or the gradients alone."""
+    """Returns what a pass times: a call without gradients, one that keeps what they need, a call and its gradients, or
+    the gradients alone.
+    """
     if pass_ == FORWARD:
         call = implementation.inference or implementation.call
 
@@ -40,6 +48,8 @@ def variant(implementation: Implementation, pass_: str) -> Variant:
 
         return Variant(forward)
     call, wanted = implementation.call, implementation.differentiable()
+    if pass_ == TRAINING:
+        return Variant(call)
     grad = torch.randn_like(call().detach())
     if pass_ == BOTH:
         return Variant(lambda: torch.autograd.grad(call(), wanted, grad))
@@ -63,11 +73,18 @@ def _floor_seconds(
 
 
 def row(
-    case: Case, device: str, dtype: torch.dtype, pass_: str, name: str, quartiles, floor_ms: float, **more
+    case: Case,
+    device: str,
+    dtype: torch.dtype,
+    pass_: str,
+    name: str,
+    quartiles,
+    floor_ms: float | None,
+    **more,
 ) -> Row:
-    """Returns the row of one implementation from its quartiles and the least time of the pass, in ms."""
+    """Returns the row of one implementation from its quartiles and the least time of the pass in ms, if known."""
     q1, median, q3 = quartiles
-    cost = case.costs(dtype.itemsize)[pass_]
+    cost = case.costs(dtype.itemsize).get(pass_)
     return Row.measured(
         suite="ops",
         name=case.op,
@@ -80,9 +97,9 @@ def row(
         median_ms=round(median, 6),
         q1_ms=round(q1, 6),
         q3_ms=round(q3, 6),
-        bytes=cost.bytes,
-        flops=cost.flops,
-        fraction_of_limit=round(floor_ms / median, 4),
+        bytes=cost.bytes if cost else None,
+        flops=cost.flops if cost else None,
+        fraction_of_limit=round(floor_ms / median, 4) if floor_ms else None,
         **more,
     )
 
@@ -93,12 +110,15 @@ def measure(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     settings: Settings | None = None,
+    passes: Sequence[str] | None = None,
     skip: Callable[[str], bool] = lambda _: False,
     report: Report = lambda _: None,
 ) -> Iterator[list[Row]]:
-    """Measures ``case`` pass by pass and yields the rows of each. If ``skip(pass)`` is true, that pass is left out."""
+    """Measures ``case`` pass by pass, ``passes`` or all of its own, and yields the rows of each. If ``skip(pass)`` is
+    true, that pass is left out.
+    """
     settings = settings or Settings()
-    passes = [p for p in case.passes if not skip(p)]
+    passes = [p for p in passes or case.passes if not skip(p)]
     if not passes:
         return
     # Each case compiles from scratch: graphs of an earlier shape would make this one's dynamic.
@@ -113,7 +133,6 @@ def measure(
         except Unavailable as reason:
             report(f"{case.op} {case.name}: {name} left out: {reason}")
     for pass_ in passes:
-        cost = case.costs(dtype.itemsize)[pass_]
         variants = {}
         for name, implementation in implementations.items():
             try:
@@ -128,7 +147,8 @@ def measure(
             variants[name] = made
         if not variants:
             continue
-        if case.copy:
+        cost = case.costs(dtype.itemsize)[pass_] if settings.limits else None
+        if case.copy and cost:
             variants["copy"] = _copy_variant(cost.bytes, device)
         load = LoadMeter()
         timings = interleave(
@@ -136,15 +156,19 @@ def measure(
             reps=settings.reps,
             warmup=settings.warmup,
             sample_seconds=settings.sample_seconds,
+            seconds=settings.seconds,
             device=device,
         )
         other = load.other_cores()
-        floor, limit = _floor_seconds(cost, device, dtype, timings["copy"].median if case.copy else None)
+        floor, limit = None, None
+        if cost:
+            copy = timings["copy"].median if case.copy else None
+            floor, limit = _floor_seconds(cost, device, dtype, copy)
         rows = []
         for name, timing in timings.items():
             memory = peak_bytes(variants[name], device) if settings.memory and name != "copy" else None
             lower, upper = timing.quartiles
             quartiles = [1e3 * seconds for seconds in (lower, timing.median, upper)]
             more = {"reps": timing.reps, "peak_bytes": memory, "limit": limit, "load": other}
-            rows.append(row(case, device, dtype, pass_, name, quartiles, 1e3 * floor, **more))
+            rows.append(row(case, device, dtype, pass_, name, quartiles, floor and 1e3 * floor, **more))
         yield rows

@@ -8,6 +8,7 @@ that the caller of the op would not reuse. Preparation (a forward before a timed
 
 import ctypes
 import gc
+import math
 import os
 import statistics
 import time
@@ -85,10 +86,11 @@ def interleave(
     warmup: int = 3,
     sample_seconds: float = 0.02,
     max_calls: int = 1000,
+    seconds: float = math.inf,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Timing]:
-    """Times ``variants`` in turn, ``reps`` rounds of one sample each.
+    """Times ``variants`` in turn, ``reps`` rounds of one sample each, or three once they take more than ``seconds``.
 
     A sample is the mean of as many calls as fill ``sample_seconds`` (one at least, ``max_calls`` at most),
     so that the timer's own cost does not show. The order of the implementations rotates by one each round: none always
@@ -106,8 +108,11 @@ def interleave(
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
+    end = time.monotonic() + seconds
     try:
         for round_ in range(reps):
+            if round_ >= 3 and time.monotonic() > end:
+                break
             turn = round_ % len(names) if names else 0
             for name in names[turn:] + names[:turn]:
                 timings[name].samples.append(_sample(ready[name], calls[name], device))

@@ -96,9 +96,10 @@ def conditions(rows: Sequence[Row]) -> str:
     )
 
 
-def _by_machine(rows: Sequence[Row]) -> list[list[Row]]:
-    names = dict.fromkeys(row.device_name for row in rows)
-    return [[row for row in rows if row.device_name == name] for name in names]
+def by_name(rows: Sequence[Row], field: str = "device_name") -> list[list[Row]]:
+    """Returns the rows grouped by a field, by default by machine, in order of appearance."""
+    names = dict.fromkeys(getattr(row, field) for row in rows)
+    return [[row for row in rows if getattr(row, field) == name] for name in names]
 
 
 def by_machine(
@@ -110,7 +111,7 @@ def by_machine(
     head = f"|{'|'.join(f' {text} ' if text else ' ' for text in heads)}|"
     rule = "|---" * len(names.split(" | ")) + "|---:" * len(figures.split(" | ")) + "|"
     shown = []
-    for measured in _by_machine(rows):
+    for measured in by_name(rows):
         shown += [conditions(measured), "", head, rule]
         shown += [f"| {' | '.join(cells)} |" for unit in units(measured) for cells in lines(unit)]
         shown += ["", note, ""] if note else [""]
@@ -120,7 +121,7 @@ def by_machine(
 def table(rows: Sequence[Row]) -> str:
     """Returns all rows, machine by machine: models and ops, what the linear layers bring, the cost of a call."""
     blocks = []
-    for measured in _by_machine(rows):
+    for measured in by_name(rows):
         found = units(measured)
         timed = [unit for suite in ("models", "ops") for unit in found if unit.first.suite == suite]
         dispatched = [unit for unit in found if unit.first.suite == "dispatch"]
@@ -141,7 +142,7 @@ def whole_models(rows: Sequence[Row]) -> str:
 
     measured = (
         [row for row in of_machine if row.commit == commit]
-        for of_machine in _by_machine(rows)
+        for of_machine in by_name(rows)
         for commit in dict.fromkeys(row.commit for row in of_machine)
     )
     shown = max(

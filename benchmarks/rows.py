@@ -19,7 +19,7 @@ from fastasr.benchmarks.environment import stamp
 class Row:
     """One measurement. Times are wall-clock milliseconds of one call.
 
-    ``suite`` "ops" | "models" | "dispatch"; ``name`` the op or model; ``case`` which of its cases;
+    ``suite`` "ops" | "models" | "dispatch" | "sweep"; ``name`` the op or model; ``case`` which of its cases;
     ``shape`` and ``dtype`` of the main input; ``implementation`` "eager" | "compile" | "upstream" |
     "fastasr" | "copy" | .... ``peak_bytes``: memory above what was held before the call. ``bytes`` and
     ``flops``: what the mathematics needs at least. ``fraction_of_limit``: least possible time on this
@@ -75,6 +75,7 @@ class Row:
             self.dtype,
             self.device,
             self.device_name,
+            self.threads,
         )
 
     def to_dict(self) -> dict:

@@ -69,21 +69,25 @@ def select(names: tuple[str, ...]) -> list[str]:
     return [name for name in known_names() if name in chosen]
 
 
+def measured_units(path: Path, device: str, reps: int) -> set[tuple]:
+    """Returns suite, name, case, shape, pass, dtype and threads of what the file holds from this commit and machine,
+    with as many repetitions (of models and sweeps, with any number).
+    """
+    at, machine = commit(), device_name(device)
+    return {
+        (row.suite, row.name, row.case, row.shape, row.pass_, row.dtype, row.threads)
+        for row in rows.read(path)
+        if (row.commit, row.device_name, row.device) == (at, machine, device)
+        and (row.reps >= reps or row.suite not in ("ops", "dispatch"))
+    }
+
+
 def _finished(options: Options) -> Callable[..., bool]:
-    """Tells whether the file already holds a unit, measured at this commit with as many repetitions."""
+    """Tells whether the file already holds a unit, measured at this commit with as many repetitions and threads."""
     if options.fresh:
         return lambda *unit: False
-    at, wanted = commit(), options.settings().reps
-    machine = device_name(options.device)
-    done = {
-        (row.suite, row.name, row.case, row.shape, row.pass_, row.dtype)
-        for row in rows.read(options.out)
-        if row.commit == at
-        and row.device_name == machine
-        and row.device == options.device
-        and (row.reps >= wanted or row.suite == "models")
-    }
-    return lambda *unit: unit in done
+    done = measured_units(options.out, options.device, options.settings().reps)
+    return lambda *unit: (*unit, torch.get_num_threads()) in done
 
 
 def _model(name: str, options: Options, done: Callable[..., bool]) -> dict:

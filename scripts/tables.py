@@ -18,7 +18,7 @@ import test_matrix
 import test_minutes
 
 from fastasr import ops
-from fastasr.benchmarks import predictions
+from fastasr.benchmarks import predictions, sweep
 from fastasr.benchmarks.device import verdict
 from fastasr.benchmarks.markdown import put, table, whole_models
 from fastasr.benchmarks.models import nemotron_streaming, recipe_step, reduced_weights, transcribe
@@ -34,6 +34,7 @@ LAUNCH_MARKERS = "<!-- launch:start -->", "<!-- launch:end -->"
 CHUNKS_MARKERS = "<!-- chunks:start -->", "<!-- chunks:end -->"
 MEMORY_MARKERS = "<!-- memory:start -->", "<!-- memory:end -->"
 MATRIX_MARKERS = "<!-- matrix:start -->", "<!-- matrix:end -->"
+SWEEP_MARKERS = "<!-- sweeps:start -->", "<!-- sweeps:end -->"
 LOSERS_MARKERS = "<!-- losers:start -->", "<!-- losers:end -->"
 ELSEWHERE = {
     transcribe.NAME: "decoding.md",
@@ -141,11 +142,14 @@ def main(arguments: list[str] | None = None) -> int:
     if missing := [str(page) for page in map(op_page, ops.NAMES) if not page.exists()]:
         print(f"missing: {', '.join(missing)}", file=sys.stderr)
         return 1
-    rows = read_all(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
+    everything = read_all(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
+    swept = [row for row in everything if row.suite == sweep.SUITE]
+    rows = [row for row in everything if row.suite != sweep.SUITE]
     found = [put(page, block, check) for page, block in measured(rows).items()]
     found += [put(ROOT / "README.md", op_families(), check, *OPS_MARKERS)]
     found += [put(DOCS / "index.md", op_rows(), check, *OPS_MARKERS)]
     found += [put(DOCS / "frameworks.md", frameworks.table(), check, *RULES_MARKERS)]
+    found += [put(DOCS / "benchmarks.md", sweep.table(swept), check, *SWEEP_MARKERS)]
     found += [put(DOCS / "testing.md", test_minutes.table(), check)]
     found += [put(DOCS / "testing.md", test_matrix.table(), check, *MATRIX_MARKERS)]
     found += [put(DOCS / "gpu-queue.md", launch_cost.table(), check, *LAUNCH_MARKERS)]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from fastasr.benchmarks import upstream
+from fastasr.benchmarks.models import unit
 from fastasr.benchmarks.models.unit import (
     BOTH,
     COMPILE,
@@ -22,6 +23,7 @@ from fastasr.benchmarks.models.unit import (
     weighted_step,
 )
 from fastasr.benchmarks.rows import Row
+from fastasr.testing.speed import Case
 
 NAME = "fast_conformer"
 ENCODER, FRONT_END = "encoder", "front end"
@@ -65,6 +67,11 @@ def batch_of(batch: int, seconds: int) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = torch.linspace(frames, 0.8 * frames, batch).long()
     mask = (torch.arange(frames) < lengths[:, None]).long()
     return torch.randn(batch, frames, 80, generator=generator), mask
+
+
+def sized(frames: int, batch: int) -> Case:
+    shape = f"110M, 2 of its layers, {batch}x{frames}x80"
+    return unit.sized(NAME, shape, lambda: encoder("110M", 2), torch.randn(batch, frames, 80))
 
 
 @benchmark(NAME)

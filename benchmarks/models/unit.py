@@ -4,15 +4,16 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from math import prod
 
 import torch
 
-from fastasr.benchmarks import limits
+from fastasr.benchmarks import limits, upstream
 from fastasr.benchmarks.case import Report, Settings
 from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, interleave, peak_bytes
 from fastasr.benchmarks.rows import Row
+from fastasr.testing.speed import Case, Implementation, Unavailable
 
 UPSTREAM, COMPILE, FASTASR = "upstream", "compile", "fastasr"
 FORWARD, BOTH = "forward", "forward+backward"
@@ -170,3 +171,27 @@ def weighted_step(model: torch.nn.Module, weight: torch.Tensor, *inputs: torch.T
         (model(*inputs)[0] * weight).sum().backward()
 
     return run
+
+
+def sized(name: str, shape: str, make: Callable[[], torch.nn.Module], *inputs: torch.Tensor) -> Case:
+    """Returns a case of a sweep: upstream's model in evaluation mode, as ``make`` returns it, under torch.compile and
+    swapped. Gradients are those of its parameters.
+    """
+
+    def shipped(device: str, dtype: torch.dtype) -> torch.nn.Module:
+        try:
+            return make().to(device, dtype)
+        except upstream.MissingUpstream as reason:
+            raise Unavailable(str(reason)) from None
+
+    def versions(device: str, dtype: torch.dtype):
+        given = [t.to(device, dtype if t.is_floating_point() else None) for t in inputs]
+
+        def build(change: Callable) -> Implementation:
+            model = change(shipped(device, dtype))
+            return Implementation(lambda: model(*given)[0], lambda: tuple(model.parameters()))
+
+        changes = {UPSTREAM: lambda model: model, COMPILE: torch.compile, FASTASR: swapped}
+        return {key: partial(build, change) for key, change in changes.items()}
+
+    return Case(name, shape, shape, versions, lambda size: {}, passes=(FORWARD, BOTH))

@@ -14,15 +14,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import Report, Settings
 from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, interleave, peak_bytes
+from fastasr.benchmarks.models import unit
 from fastasr.benchmarks.models.unit import product_limit, timed_row
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.time_limit import Expired, time_limit
+from fastasr.testing.speed import Case
 
 NAME = "zipformer"
 WHOLE, STACKS, AUTOCAST = "whole model", "stacks", "whole model, autocast(bfloat16)"
@@ -178,6 +181,13 @@ def _first_calls(size: str, shape: str, report: Report) -> list[list[Row]]:
 
 def shape_name(size: str = "medium", batch: int = BATCH, frames: int = FRAMES) -> str:
     return f"{size} {batch}x{frames}x{upstream.BINS}"
+
+
+def sized(frames: int, batch: int) -> Case:
+    """Returns the case of a sweep. Upstream's own compilation of its activations would take most of a cell's time."""
+    inputs = upstream.example(batch, frames)
+    make = partial(upstream.zipformer, inner_compile=False)
+    return unit.sized(NAME, shape_name("medium", batch, frames), make, *inputs)
 
 
 def measure(

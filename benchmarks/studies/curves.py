@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and memory over the length of the input, from the rows whose case is called "length …", and for a model from
-those of one size of it.
+those of one size of it. The maps of sweeps.
 
 ``python -m fastasr.benchmarks.studies.curves [--results DIR] [--out DIR]`` writes one picture per op or model
-with such rows.
+with such rows, and one per sweep.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastasr.benchmarks import sweep
 from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, plain, png, pyplot
 from fastasr.benchmarks.rows import Row, read_all
 from fastasr.benchmarks.table import title
@@ -86,15 +87,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "plots")
     options = parser.parse_args(arguments)
-    found = lengths(read_all(sorted(options.results.glob("*.jsonl"))))
-    if not found:
+    rows = read_all(sorted(options.results.glob("*.jsonl")))
+    found, maps = lengths(rows), sweep.draw(rows, options.out)
+    if not found and not maps:
         print(f"no rows over the length in {options.results}", file=sys.stderr)
         return 1
-    options.out.mkdir(parents=True, exist_ok=True)
     for name, rows in found.items():
         path = options.out / f"{name}_length.png"
         path.write_bytes(png(figure(name, rows)))
-        print(path)
+        maps.append(path)
+    print(*maps, sep="\n")
     return 0
 
 

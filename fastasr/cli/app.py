@@ -83,15 +83,35 @@ def bench(
     quick: Annotated[
         bool, typer.Option(help="Run in seconds to see that it works; figures mean nothing.")
     ] = False,
-    fresh: Annotated[bool, typer.Option(help="Measure again what the folder has for this commit.")] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh/--resume", help="Measure again what the folder has for this commit, or keep it."
+        ),
+    ] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OP|MODEL|all", help="Measure this over all sizes and draw its map of ratios."),
+    ] = None,
+    frames: Annotated[str | None, typer.Option(help="Frames of a sweep, as 1,100,1500.")] = None,
+    batches: Annotated[str | None, typer.Option(help="Sequences of a sweep, as 1,4.")] = None,
+    threads: Annotated[str | None, typer.Option(help="Threads of a sweep, as 1,2.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Limit of a cell of a sweep.")] = 60.0,
     compile_ops: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Measure torch.compile'd formulas as well.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Measure torch.compile'd formulas as well (by default, but not in a sweep).",
+        ),
+    ] = None,
     compile_model: Annotated[
         bool, typer.Option("--compile-model", help="Measure the model under torch.compile too (minutes).")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16 (default: float32, and bfloat16 in a sweep)."),
+    ] = None,
     reps: Annotated[int | None, typer.Option(min=1, help="Rounds of interleaved repetitions.")] = None,
     patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for idle cores, each time.")] = 60.0,
     plots: Annotated[bool, typer.Option(help="Draw plots and the HTML page.")] = True,
@@ -102,15 +122,30 @@ def bench(
     """
     from fastasr.cli import bench as command
 
+    if sweep:
+        sizes = {"frames": frames, "batches": batches, "threads": threads, "dtypes": dtype}
+        command.run_sweep(
+            sweep,
+            out,
+            sizes,
+            quick=quick,
+            fresh=fresh,
+            compile_ops=bool(compile_ops),
+            device=device,
+            reps=reps,
+            seconds=seconds,
+            plots=plots,
+        )
+        return
     command.run(
         names or [],
         out,
         quick=quick,
         fresh=fresh,
-        compile_ops=compile_ops,
+        compile_ops=compile_ops is not False,
         compile_model=compile_model,
         device=device,
-        dtype=dtype,
+        dtype=dtype or "float32",
         reps=reps,
         patience=patience,
         plots=plots,

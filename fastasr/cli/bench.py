@@ -126,5 +126,73 @@ def run(
         raise typer.Exit(1)
 
 
+def run_sweep(
+    names: list[str],
+    folder: Path,
+    sizes: dict[str, str | None],
+    *,
+    quick: bool,
+    fresh: bool,
+    compile_ops: bool,
+    device: str,
+    reps: int | None,
+    seconds: float,
+    plots: bool,
+) -> None:
+    """Measures sweeps into ``folder``, draws their maps and names the worst cell of each. ``sizes`` are the fields of
+    ``sweep.Options`` that the user gave, as text."""
+    from fastasr.benchmarks import sweep
+    from fastasr.benchmarks.markdown import by_name
+    from fastasr.benchmarks.table import line, units
+
+    check_device(device)
+    given = {"frames": "1,16", "batches": "1", "threads": "1", "dtypes": "float32"} if quick else {}
+    given |= {name: text for name, text in sizes.items() if text}
+    console = err()
+    try:
+        found = sweep.run(
+            sweep.Options(
+                names=tuple(names),
+                out=folder / "sweep.jsonl",
+                device=device,
+                compile=compile_ops,
+                fresh=fresh,
+                reps=reps or (3 if quick else 7),
+                seconds=seconds,
+                **{name: _values(name, text) for name, text in given.items()},
+            ),
+            lambda message: console.print(f"[dim]{escape(message)}[/]", soft_wrap=True),
+            lambda unit: console.print(escape(f"{line(unit)}, {_where(unit[0])}"), soft_wrap=True),
+        )
+    except ValueError as error:
+        fail(str(error).splitlines()[0])
+    for of_name in by_name(found, "name"):
+        out().print(escape(sweep.worst(units(of_name))), soft_wrap=True)
+    if quick:
+        console.print("[yellow]a quick run: these figures mean nothing[/]")
+    if plots and found:
+        try:
+            for path in sweep.draw(found, folder):
+                console.print(f"the map: {escape(path)}", soft_wrap=True)
+        except ImportError as error:
+            console.print(f"[yellow]no map:[/] {escape(error)}", soft_wrap=True)
+
+
+def _where(row) -> str:
+    return f"{row.dtype}, {row.threads} threads"
+
+
+def _values(name: str, text: str) -> tuple:
+    """Returns the numbers or dtypes of a list with commas. Raises ``ValueError`` naming the option."""
+    values = tuple(text.split(","))
+    if name == "dtypes":
+        if unknown := [value for value in values if value not in DTYPES]:
+            raise ValueError(f"--dtype: expected some of {', '.join(DTYPES)}, got {unknown[0]!r}")
+        return values
+    if not all(value.isdecimal() and int(value) > 0 for value in values):
+        raise ValueError(f"--{name}: expected positive numbers with commas, got {text!r}")
+    return tuple(int(value) for value in values)
+
+
 def _wanted(row, chosen: list[str]) -> bool:
     return "dispatch" in chosen if row.suite == "dispatch" else row.name in chosen

@@ -175,12 +175,32 @@ def test_bench_writes_rows_plots_and_a_page(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("nonsense",), ("bypass", "--dtype", "int8"), ("bypass", "--device", "nowhere")]
+    "arguments",
+    [
+        ("nonsense",),
+        ("bypass", "--dtype", "int8"),
+        ("bypass", "--device", "nowhere"),
+        ("--sweep", "nonsense"),
+        ("--sweep", "bypass", "--frames", "1,no"),
+        ("--sweep", "bypass", "--dtype", "int8"),
+    ],
 )
 def test_bench_refuses(run, arguments, tmp_path):
     result = run("bench", *arguments, "--out", str(tmp_path))
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ")
+
+
+def test_bench_sweeps(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    command = ("bench", "--sweep", "swoosh_l", "--quick", "--frames", "3", "--out", str(tmp_path))
+    result = run(*command)
+    assert result.exit_code == 0, result.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"sweep.jsonl", "sweep_swoosh_l.png"}
+    assert "cells below 0.97×; the worst: 3 x 1, " in result.stdout
+    again = run(*command, "--resume")
+    assert again.stdout == result.stdout
+    assert "swoosh_l 3 x 1" not in again.stderr, "nothing is measured again"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -53,4 +53,8 @@ def _case(channel_dim: int, *shape: int) -> Case:
     return case("balancer_gradient", shape, lambda m: _call(m, shape, channel_dim), costs, **options)
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case(-1, frames, batch, 192)
+
+
 CASES = (_case(-1, 796, 4, 192), _case(1, 4, 32, 798, 39))

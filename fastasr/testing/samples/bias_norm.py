@@ -82,6 +82,10 @@ def _case(*shape: int) -> Case:
     )
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case(frames, batch, 192)
+
+
 CASES = (_case(796, 4, 192), _case(100, 4, 512))
 ON_DEVICE = (*(_case(FRAMES, BATCH, c) for c in (192, 512, 768)), _case(188, BATCH, 512))
 WATCH = "`rsqrt` with its Newton step; float64 row sums, on cards with few float64 units"

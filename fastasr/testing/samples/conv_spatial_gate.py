@@ -101,6 +101,10 @@ def _case(*shape: int, taps: int = 31) -> Case:
     return case("conv_spatial_gate", shape, arguments, passes, f", {taps} taps", others=others)
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case(batch, frames, 1536)
+
+
 CASES = (_case(4, 400, 1536), _case(4, 400, 512))
 ON_DEVICE = (_case(BATCH, 750, 1536), _case(BATCH, 750, 512))
 WATCH = (

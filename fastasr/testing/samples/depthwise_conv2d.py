@@ -107,6 +107,10 @@ def _case(shape, padding=(3, 3), note: str = "", **options) -> Case:
     return case("depthwise_conv2d", shape, lambda m: _maps(m, shape, taps, padding), moved, note, **options)
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case((batch, frames, 19, 128))
+
+
 CASES = (
     _case((4, 796, 19, 128)),
     _case((4, 396, 19, 128)),

@@ -90,6 +90,10 @@ def _case(*shape: int, taps: int = 3) -> Case:
     )
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case(batch, frames, 1024)
+
+
 CASES = (_case(4, 400, 1024), _case(4, 400, 1024, taps=31))
 ON_DEVICE = (_case(BATCH, FRAMES // 2, 1024),)
 WATCH = "x read as a map of one pixel's width; eight taps per program where there are three"

@@ -232,6 +232,10 @@ def _curve_case(length: int) -> Case:
     )
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case(frames, batch)
+
+
 CASES = (
     *(_case(length) for length in (1, 16, 64, 200, 512, 2048, 16384)),
     _case(2048, states=16),

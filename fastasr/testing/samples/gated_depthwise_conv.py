@@ -198,6 +198,10 @@ def _step_case(shape, taps: int) -> Case:
     return case("gated_depthwise_conv", shape, arguments, passes, note, **options)
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case((frames, batch, 192), 31)
+
+
 CASES = (
     _case((796, 4, 192), 31),
     _case((796, 4, 192), 31, chunk=32),

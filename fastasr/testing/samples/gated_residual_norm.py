@@ -75,5 +75,9 @@ def _case(*shape: int) -> Case:
     return case("gated_residual_norm", shape, lambda m: _slices(m, *shape, between=1152), passes, copy=True)
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case(frames, batch, 512)
+
+
 CASES = ON_DEVICE = (_case(200, 4, 512), _case(1024, 4, 512))
 WATCH = "the mean in two parts; `ex2` and the reciprocal of the gate; 800 rows in as many parts"

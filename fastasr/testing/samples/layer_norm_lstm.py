@@ -120,6 +120,10 @@ def _case(steps: int, batch: int, state: bool = False) -> Case:
     )
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case(frames, batch)
+
+
 CASES = (
     _case(50, 4),
     _case(50, 1),

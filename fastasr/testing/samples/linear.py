@@ -6,6 +6,7 @@ stay in the caches between calls: those cases go through a ring of weights that 
 """
 
 import itertools
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,6 @@ TABLE = OpTable(
 # --- the benchmark
 
 INPUT_GRADIENT, WEIGHT_GRADIENT = "input gradient", "weight gradient"
-FEW_ROWS = 64
 RING_BYTES = 96 * 2**20
 RING_MOST = 24  # weights
 
@@ -66,48 +66,57 @@ def _ring(function, make: Make, rows: int, inputs: int, outputs: int) -> Impleme
     return Implementation(lambda: function(call["x"], next(turn), call["bias"]), wanted)
 
 
-def _cases(rows: int, inputs: int, outputs: int) -> list[Case]:
-    """Returns one case per set of gradients; a streaming step (few rows) has a forward only."""
+def _costs(rows: int, inputs: int, outputs: int, size: int) -> dict[str, Cost]:
+    one = Cost((rows * inputs + inputs * outputs + rows * outputs) * size, 2 * rows * inputs * outputs)
+    both = Cost(3 * one.bytes, 3 * one.flops)
+    return {FORWARD: one, INPUT_GRADIENT: one, WEIGHT_GRADIENT: one, BOTH: both}
 
-    def costs(size: int) -> dict[str, Cost]:
-        product = 2 * rows * inputs * outputs
-        moved = (rows * inputs + inputs * outputs + rows * outputs) * size
-        one = Cost(moved, product)
-        return {FORWARD: one, INPUT_GRADIENT: one, WEIGHT_GRADIENT: one, BOTH: Cost(3 * moved, 3 * product)}
 
-    name, shape = f"{rows}x{inputs}->{outputs}", f"{rows}x{inputs}"
-    if rows < FEW_ROWS:
-        functions = {"eager": F.linear, "fastasr": ops.linear}
+def _case(
+    rows: int, inputs: int, outputs: int, wanted=("x", "weight", "bias"), passes=(FORWARD, BOTH)
+) -> Case:
+    """Returns the case with gradients of the arguments that are ``wanted``."""
+    return case(
+        "linear",
+        f"{rows}x{inputs}->{outputs}",
+        lambda m: affine(m, (rows, inputs), outputs),
+        partial(_costs, rows, inputs, outputs),
+        shape=f"{rows}x{inputs}",
+        compiles=False,
+        differentiable=wanted,
+        passes=passes,
+    )
 
-        def make(device: str, dtype: torch.dtype):
-            return {
-                name: lambda f=function: _ring(f, Make(dtype, device), rows, inputs, outputs)
-                for name, function in functions.items()
-            }
 
-        return [Case("linear", name, shape, make, costs, passes=(FORWARD,))]
-    everything = (("x", "weight", "bias"), (FORWARD, BOTH))
-    gradients = [everything, (("x",), (INPUT_GRADIENT,)), (("weight",), (WEIGHT_GRADIENT,))]
-    return [
-        case(
-            "linear",
-            name,
-            lambda m: affine(m, (rows, inputs), outputs),
-            costs,
-            shape=shape,
-            compiles=False,
-            differentiable=wanted,
-            passes=passes,
-        )
-        for wanted, passes in gradients
-    ]
+def _step_case(rows: int, inputs: int, outputs: int) -> Case:
+    """Returns the case of a streaming step, which has a forward only."""
+    functions = {"eager": F.linear, "fastasr": ops.linear}
+
+    def make(device: str, dtype: torch.dtype):
+        return {
+            name: lambda f=function: _ring(f, Make(dtype, device), rows, inputs, outputs)
+            for name, function in functions.items()
+        }
+
+    name, costs = f"{rows}x{inputs}->{outputs}", partial(_costs, rows, inputs, outputs)
+    return Case("linear", name, f"{rows}x{inputs}", make, costs, passes=(FORWARD,))
+
+
+def _cases(*sizes: int) -> list[Case]:
+    """Returns one case per set of gradients."""
+    gradients = (("x",), (INPUT_GRADIENT,)), (("weight",), (WEIGHT_GRADIENT,))
+    return [_case(*sizes), *(_case(*sizes, wanted, passes) for wanted, passes in gradients)]
+
+
+def sized(frames: int, batch: int) -> Case:
+    return _case(frames * batch, 192, 512)
 
 
 CASES = (
     *_cases(3184, 192, 512),
     *_cases(3184, 512, 192),
     *_cases(400, 512, 1536),
-    *_cases(20, 512, 2048),
-    *_cases(16, 384, 1024),
-    *_cases(4, 512, 2048),
+    _step_case(20, 512, 2048),
+    _step_case(16, 384, 1024),
+    _step_case(4, 512, 2048),
 )

@@ -55,6 +55,10 @@ def _case(shape: tuple[int, ...], outputs: int, activation: str) -> Case:
     return case("linear_activation", f"{text}->{outputs}, {activation}", arguments, costs, shape=text)
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case((batch, frames, 512), 1024, "silu")
+
+
 CASES = (_case((4, 400, 512), 3072, "gelu"), _case((4, 400, 512), 1024, "silu"))
 ON_DEVICE = (_case((BATCH, FRAMES // 2, 512), 3072, "gelu"),)
 WATCH = "`ex2` and reciprocals in SiLU, tanh and GELU; z overwritten in place"

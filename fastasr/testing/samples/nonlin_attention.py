@@ -60,6 +60,10 @@ def _case(frames: int, batch: int, width: int) -> Case:
     return case("nonlin_attention", (frames, batch, width), lambda m: _call(m, frames, batch, width), passes)
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case(frames, batch, 144)
+
+
 CASES = (_case(796, 4, 144), _case(100, 4, 384))
 ON_DEVICE = (_case(FRAMES, BATCH, 144), _case(188, BATCH, 384))
 WATCH = "the gate's tanh; rows of two layouts"

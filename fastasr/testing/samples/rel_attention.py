@@ -327,6 +327,10 @@ def _chunks(frames: int, batch: int, left: int = 70, chunk_size: int = 14) -> Ca
     )
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case(frames, batch)
+
+
 CASES = (_case(400, 4), _case(1500, 1), _chunks(1500, 1))
 ON_DEVICE = (_case(400, BATCH), _case(FRAMES, BATCH), _chunks(FRAMES, BATCH))
 WATCH = (

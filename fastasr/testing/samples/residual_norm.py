@@ -55,5 +55,9 @@ def _case(*shape: int) -> Case:
     return case("residual_norm", shape, lambda m: _call(m, shape), costs((3 * n, 0), (4 * n, 0)), copy=True)
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case(frames, batch, 512)
+
+
 CASES = ON_DEVICE = (_case(200, 4, 512), _case(1024, 4, 512))
 WATCH = "the mean in two parts; 512 elements per warp forward and 256 backward"

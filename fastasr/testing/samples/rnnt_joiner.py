@@ -160,8 +160,10 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _case(outputs: int, keep_logits: bool | None = None) -> Case:
-    batch, frames, length, s_range, channels = sizes = 4, 400, 60, 5, 512
+def _case(
+    outputs: int, keep_logits: bool | None = None, sizes: tuple[int, ...] = (4, 400, 60, 5, 512)
+) -> Case:
+    batch, frames, length, s_range, channels = sizes
 
     def arguments(make: Make) -> dict:
         return _symbols_but_blank(_call(make, *sizes, outputs, keep_logits=keep_logits))
@@ -176,6 +178,10 @@ def _case(outputs: int, keep_logits: bool | None = None) -> Case:
     name = shape if keep_logits is None else f"{shape}, logits computed again"
     options = {"quick": keep_logits is None and outputs <= 500, "result": lambda _, y: torch.stack(y)}
     return case("rnnt_joiner", name, arguments, costs, shape=shape, **options)
+
+
+def sized(frames: int, batch: int) -> Case:
+    return _case(500, sizes=(batch, frames, 60, 5, 512))
 
 
 CASES = (_case(500), _case(500, False), _case(5000), _case(5000, False))

@@ -185,6 +185,10 @@ def _case(batch: int, symbols: int, frames: int, *, modified: bool = False, ragg
     )
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case(batch, 60, frames)
+
+
 CASES = (
     _case(40, 100, 750),
     _case(40, 100, 750, ragged=True),

@@ -166,6 +166,10 @@ def _case(batch: int, symbols: int, frames: int, window: int) -> Case:
     return case("rnnt_pruned_lattice", shape, arguments, lattice_costs(cells), f", S={symbols}", **options)
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case(batch, 60, frames, 5)
+
+
 CASES = (_case(40, 100, 750, 5), _case(4, 60, 400, 5), _case(1, 10, 40, 5))
 ON_DEVICE = CASES[:1]
 WATCH = "bands that move; one program per sequence"

@@ -146,41 +146,49 @@ TABLE = OpTable(
 
 # --- the benchmark
 
-FRAMES, BATCH, HEADS, WIDTH, LEFT = 400, 4, 8, 64, 30
+HEADS, WIDTH, LEFT = 8, 64, 30
 
 
-def upstream(segment: int, right: int, device: str) -> Callable:
+def upstream(segment: int, right: int, frames: int, batch: int, device: str) -> Callable:
     """Does what torchaudio's layer does between its projections: dense scores and a mask, built once per forward."""
     emformer = upstream_member("torchaudio.models.emformer.Emformer")
     context = {"left_context_length": LEFT, "right_context_length": right}
     model = emformer(HEADS * WIDTH, HEADS, 8, 1, segment, **context)
     attention = model.emformer_layers[0].attention
-    mask = model._gen_attention_mask(torch.empty(FRAMES, BATCH, 1, device=device))
+    mask = model._gen_attention_mask(torch.empty(frames, batch, 1, device=device))
 
     def run(query, key, value, **_):
         rows = query.shape[0]
-        q, k, v = (t.contiguous().view(-1, BATCH * HEADS, WIDTH).transpose(0, 1) for t in (query, key, value))
+        q, k, v = (t.contiguous().view(-1, batch * HEADS, WIDTH).transpose(0, 1) for t in (query, key, value))
         scores = torch.bmm(q * attention.scaling, k.transpose(1, 2))
         mixed = torch.bmm(attention._gen_attention_probs(scores, mask, None), v)
-        return mixed.transpose(0, 1).contiguous().view(rows, BATCH, HEADS * WIDTH)
+        return mixed.transpose(0, 1).contiguous().view(rows, batch, HEADS * WIDTH)
 
     return run
 
 
-def _case(segment: int, right: int) -> Case:
-    queries, keys = rows_of(FRAMES, segment, right, 0)
-    row, pairs = BATCH * HEADS * WIDTH, 0
-    for start in range(0, FRAMES, segment):
-        end = min(start + segment, FRAMES)
-        pairs += BATCH * HEADS * (right + end - start) * (right + end - max(0, start - LEFT))
+def _case(segment: int, right: int, frames: int = 400, batch: int = 4) -> Case:
+    queries, keys = rows_of(frames, segment, right, 0)
+    row, pairs = batch * HEADS * WIDTH, 0
+    for start in range(0, frames, segment):
+        end = min(start + segment, frames)
+        pairs += batch * HEADS * (right + end - start) * (right + end - max(0, start - LEFT))
     passes = costs(
         ((2 * queries + 2 * keys) * row, 4 * WIDTH * pairs),
         ((3 * queries + 4 * keys) * row, 10 * WIDTH * pairs),
     )
-    name, shape = f"{FRAMES}x{BATCH}, segment {segment}, right {right}", f"{FRAMES}x{BATCH}x{HEADS * WIDTH}"
-    sizes = BATCH, HEADS, WIDTH, FRAMES, segment, LEFT, right, 0
-    others = {"upstream": lambda **call: computed(upstream(segment, right, call["query"].device), call)}
+    name, shape = f"{frames}x{batch}, segment {segment}, right {right}", f"{frames}x{batch}x{HEADS * WIDTH}"
+    sizes = batch, HEADS, WIDTH, frames, segment, LEFT, right, 0
+    others = {
+        "upstream": lambda **call: computed(
+            upstream(segment, right, frames, batch, call["query"].device), call
+        )
+    }
     return case("segment_attention", name, lambda m: _slices(m, *sizes), passes, shape=shape, others=others)
+
+
+def sized(frames: int, batch: int) -> Case:
+    return _case(16, 4, frames, batch)
 
 
 CASES = ON_DEVICE = (_case(16, 4), _case(4, 1))

@@ -55,6 +55,10 @@ def measured(op: str, *shape: int, quick: bool = True) -> Case:
     return case(op, shape, lambda m: {"x": m.normal(*shape, scale=3.0)}, passes, **options)
 
 
+def sized(frames: int, batch: int) -> Case:
+    return measured("swoosh_l", frames, batch, 512)
+
+
 CASES = (measured("swoosh_l", 4, 1600, 512),)
 ON_DEVICE = tuple(measured("swoosh_l", FRAMES, BATCH, c) for c in (512, 768, 1536))
 WATCH = "the approximate `ex2` and reciprocal with their corrections in float32"

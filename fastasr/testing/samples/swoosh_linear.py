@@ -164,6 +164,10 @@ def _case(shape: tuple[int, ...], outputs: int) -> Case:
     )
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case((frames, batch, 512), 192)
+
+
 CASES = (_case((796, 4, 512), 192), _case((100, 4, 1536), 512))
 ON_DEVICE = (_case((FRAMES, BATCH, 512), 192), _case((FRAMES, BATCH, 1536), 512))
 WATCH = "the masked kernels; the product in torch beside them"

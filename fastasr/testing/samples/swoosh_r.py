@@ -4,9 +4,15 @@
 from dataclasses import replace
 
 from fastasr.testing.samples import swoosh_l
-from fastasr.testing.speed import BATCH, FRAMES
+from fastasr.testing.speed import BATCH, FRAMES, Case
 
 TABLE = replace(swoosh_l.TABLE, op="swoosh_r", definition=None)
+
+
+def sized(frames: int, batch: int) -> Case:
+    return swoosh_l.measured("swoosh_r", frames, batch, 512)
+
+
 CASES = (
     swoosh_l.measured("swoosh_r", 4, 1600, 512),
     # the first activations of Zipformer-M's front end: 16 s, after the first convolution

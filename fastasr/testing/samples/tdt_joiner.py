@@ -117,6 +117,10 @@ def _case(batch: int, frames: int, length: int, channels: int, outputs: int) -> 
     return case("tdt_joiner", shape, arguments, costs, shape=shape, **options)
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case(batch, frames, 20, 640, 1025)
+
+
 CASES = (_case(4, 188, 40, 640, 8193), _case(1, 20, 5, 64, 30))
 ON_DEVICE = CASES[:1]
 WATCH = "the products of the durations in float32; dropout by a hash"

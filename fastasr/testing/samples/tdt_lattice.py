@@ -165,6 +165,10 @@ def _case(batch: int, frames: int, symbols: int, *, ragged: bool = False) -> Cas
     return case("tdt_lattice", shape, arguments, costs, ", ragged" * ragged, **options)
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case(batch, frames, 20)
+
+
 CASES = (_case(4, 188, 40), _case(4, 188, 40, ragged=True), _case(1, 20, 5))
 ON_DEVICE = CASES[:2]
 WATCH = "frames of a sequence handed from thread to thread through memory between barriers"

@@ -163,5 +163,9 @@ def _case(length: int, batch: int, quick: bool = True) -> Case:
     return case("toeplitz_attention", name, arguments, passes, shape=shape, quick=quick)
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case(frames, batch)
+
+
 CASES = ON_DEVICE = (_case(200, 4), _case(1024, 4, quick=False))
 WATCH = "rolled tiles (`tl.gather`) in the bias's gradient; float64 sums for float32; 150 channels"

@@ -104,6 +104,10 @@ def _case(*sizes: int) -> Case:
     return weights.measured("zipformer_attention", arguments, forward, backward, *sizes)
 
 
+def sized(frames: int, batch: int) -> Case:
+    return _case(frames, batch, 4)
+
+
 CASES = (_case(796, 4, 4), _case(2998, 1, 4))
 ON_DEVICE = (_case(FRAMES, BATCH, 4), _case(188, BATCH, 8))
 WATCH = "tiles under a running maximum with four warps; pieces of dS added in order"

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sweeps: the sizes of every op, processes that are stopped, ratios, the table and the map."""
+
+import dataclasses
+import time
+
+import pytest
+
+from fastasr import ops
+from fastasr.benchmarks import rows, sweep
+from fastasr.benchmarks.case import Settings
+from fastasr.benchmarks.table import units
+from fastasr.testing import Make
+from fastasr.testing.table import floating
+
+
+def row(**changes) -> rows.Row:
+    fields = {"suite": "sweep", "name": "bypass", "case": "16 x 4", "shape": "16x4", "dtype": "float32"}
+    times = {"median_ms": 1.0, "q1_ms": 1.0, "q3_ms": 1.0, "reps": 3}
+    return rows.Row.measured(
+        **fields | times | {"device": "cpu", "pass_": "forward", "implementation": "fastasr"} | changes
+    )
+
+
+@pytest.fixture
+def made():
+    """Two cells: ours is faster than the fastest other in one, slower in the other."""
+    cell = [row(), row(implementation="eager", median_ms=3.0), row(implementation="upstream", median_ms=2.0)]
+    slower = [row(case="1 x 1"), row(case="1 x 1", implementation="eager", median_ms=0.5)]
+    return cell + slower
+
+
+@pytest.mark.parametrize("name", ops.NAMES)
+def test_every_op_has_sizes(name):
+    """The arguments grow with both."""
+
+    def values(frames, batch):
+        arguments = sweep.subjects()[name](frames, batch).arguments(Make())
+        return sum(t.numel() for t in floating(arguments).values())
+
+    assert values(3, 2) > values(3, 1)
+    assert values(6, 2) > values(3, 2)
+
+
+def test_the_cells_of_a_sweep(tmp_path):
+    options = sweep.Options(("bypass",), tmp_path, frames=(1, 9), batches=(1, 2), threads=(1,))
+    cells = options.cells()
+    assert [cell.case for cell in cells] == ["1 x 1"] * 2 + ["1 x 2"] * 2 + ["9 x 1"] * 2 + ["9 x 2"] * 2
+    assert {cell.dtype for cell in cells} == {"float32", "bfloat16"}
+    with pytest.raises(ValueError, match="no sweep is called 'nonsense'"):
+        dataclasses.replace(options, names=("nonsense",)).cells()
+    assert {cell.name for cell in dataclasses.replace(options, names=("all",)).cells()} >= set(ops.NAMES)
+
+
+def test_a_cell_is_measured_in_three_passes():
+    found = []
+    settings = Settings(1, 1, 0.0, compile=False, memory=False, limits=False)
+    cell = sweep.Cell("bypass", 3, 2, "bfloat16", 1, memory=2**40)
+    sweep._measure(cell, settings, ("training forward",), found.append)
+    measured = [content for kind, content in found if kind == "rows"]
+    assert [unit[0].pass_ for unit in measured] == ["forward", "forward+backward"]
+    first = measured[0][0]
+    assert (first.suite, first.case, first.shape, first.dtype) == ("sweep", "3 x 2", "3x2x192", "bfloat16")
+    assert {row.implementation for row in measured[0]} >= {"eager", "fastasr"}
+    assert first.fraction_of_limit is None
+
+
+def sleeps(connection, *_):
+    connection.send(("note", "asleep"))
+    time.sleep(60)
+
+
+def dies(*_):
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"), [(sleeps, "stopped after 5 s"), (dies, "its process ended with 3")]
+)
+def test_a_process_that_does_not_end_well(what, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_child", what)
+    options = sweep.Options(("bypass",), tmp_path / "rows.jsonl", frames=(1,), batches=(1,), seconds=5.0)
+    notes = [note for kind, note in sweep._in_process(options.cells()[0], options, ())]
+    assert said in notes[-1]
+
+
+def test_sizes_beyond_the_memory_are_left_out(tmp_path):
+    notes = []
+    options = sweep.Options(
+        ("bypass",), tmp_path / "rows.jsonl", frames=(90000,), batches=(40,), memory=2**20
+    )
+    assert sweep.run(options, notes.append) == []
+    assert all("left out: it needs more than 0.0 GiB" in note for note in notes)
+    assert notes
+
+
+def test_ratios_and_the_worst_cell(made):
+    cells = units(made)
+    assert [sweep.ratio(unit) for unit in cells] == [2.0, 0.5]
+    text = sweep.worst(cells)
+    assert text.startswith("bypass: 1 of 2 cells below 0.97×; the worst: 1 x 1, forward, float32, ")
+    assert text.endswith("0.50×: 1 ms beside 0.5 ms of eager")
+    assert sweep.ratio(units([row()])[0]) == float("inf")
+    assert sweep.ratio(units([row(implementation="eager")])[0]) == 0.0
+
+
+def test_the_table_and_the_map(made, tmp_path):
+    pytest.importorskip("matplotlib")
+    made.append(row(case="90000 x 1"))  # only ours ran
+    text = sweep.table(made)
+    assert "| `bypass` | 3 | 2.00× | 1 | 1 x 1, forward, float32, " in text
+    assert "![Sweep of bypass](plots/sweep_bypass.png)" in text
+    (path,) = sweep.draw(made, tmp_path)
+    assert path.name == "sweep_bypass.png"
+    panel = sweep.figure(made).axes[0]
+    assert [text.get_text() for text in panel.texts] == ["0.50", "2.00", "only"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["1 x 1", "16 x 4", "90000 x 1"]
