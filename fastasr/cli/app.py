@@ -221,7 +221,7 @@ def transcribe(
         typer.Argument(metavar="MODEL_DIR", help="Folder of a Parakeet of transformers.", file_okay=False),
     ],
     recordings: Annotated[
-        list[Path], typer.Argument(metavar="RECORDING...", help="Sound files: wav, flac, ogg.")
+        list[Path], typer.Argument(metavar="RECORDING...", help="Sound files: wav, flac, ogg, mp3.")
     ],
     target: Annotated[
         Path | None,
@@ -230,6 +230,9 @@ def transcribe(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     swap: Annotated[bool, typer.Option(help="Swap fastasr's kernels into the model.")] = True,
+    beam: Annotated[
+        int | None, typer.Option(help="Search with so many hypotheses; without it the search is greedy.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write down recordings with a model from a local folder; show time and memory.
@@ -238,4 +241,6 @@ def transcribe(
     """
     from fastasr.cli import transcribe as command
 
-    command.run(folder, recordings, target=target, device=device, dtype=dtype, swap=swap, as_json=json)
+    command.run(
+        folder, recordings, target=target, device=device, dtype=dtype, swap=swap, beam=beam, as_json=json
+    )

@@ -16,6 +16,8 @@ from fastasr.audio import captions, recordings
 from fastasr.audio.captions import Timed
 from fastasr.cli.bench import DTYPES
 from fastasr.cli.console import check_device, err, escape, fail, out
+from fastasr.decoding import ctc_prefix_beam_search, modified_beam_search
+from fastasr.rnnt import ctc_align
 
 MODELS = ("ParakeetForCTC", "ParakeetForRNNT", "ParakeetForTDT")
 INSTALL = "pip install 'fastasr[transcribe]'"
@@ -62,36 +64,64 @@ def read(path: Path, rate: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def transcribe(model, processor, samples: torch.Tensor) -> tuple[str, list[Timed]]:
-    """Returns the text of one recording, and its pieces with their times."""
-    rate = processor.feature_extractor.sampling_rate
-    inputs = processor(samples.numpy(), sampling_rate=rate).to(model.device)
+def transcribe(model, processor, samples: torch.Tensor, beam: int | None = None) -> tuple[str, list[Timed]]:
+    """Returns the text of one recording, and its pieces with their times. Without ``beam`` the search is greedy."""
+    features, tokenizer = processor.feature_extractor, processor.tokenizer
+    inputs = processor(samples.numpy(), sampling_rate=features.sampling_rate).to(model.device)
     inputs["input_features"] = inputs["input_features"].to(model.dtype)
+    seconds = features.hop_length * model.config.encoder_config.subsampling_factor / features.sampling_rate
+    if beam is not None:
+        tokens, starts, durations = _beam_search(model, inputs, beam)
+        times = [(first * seconds, (first + n) * seconds) for first, n in zip(starts, durations, strict=True)]
+        text = tokenizer.decode(tokens, skip_special_tokens=True, group_tokens=False)
+        return text, _pieces(tokens, times, tokenizer)
     found = model.generate(**inputs)
     if isinstance(found, torch.Tensor):
-        seconds = (
-            processor.feature_extractor.hop_length * model.config.encoder_config.subsampling_factor / rate
-        )
-        return processor.decode(found[0], skip_special_tokens=True), _ctc_pieces(
-            found[0].tolist(), processor.tokenizer, seconds
-        )
+        text = processor.decode(found[0], skip_special_tokens=True)
+        return text, _ctc_pieces(found[0].tolist(), tokenizer, seconds)
     text, pieces = processor.decode(found.sequences, durations=found.durations, skip_special_tokens=True)
     return text[0], [Timed(piece["token"], piece["start"], piece["end"]) for piece in pieces[0]]
 
 
+def _beam_search(model, inputs, beam: int) -> tuple[list[int], list[int], list[int]]:
+    """Returns the tokens, and each token's first frame and number of frames: those of CTC's best path through these
+    tokens, and one frame for a transducer's token."""
+    if type(model).__name__ == "ParakeetForCTC":
+        log_probs = model(**inputs).logits.float().log_softmax(-1)
+        mask = model._get_output_attention_mask(inputs["attention_mask"], target_length=log_probs.shape[1])
+        lengths, blank = mask.sum(1), model.config.pad_token_id
+        (tokens,) = ctc_prefix_beam_search(log_probs, lengths, beam, blank).tokens
+        targets = torch.tensor([tokens], dtype=torch.int64, device=log_probs.device)
+        found = ctc_align(log_probs, targets, lengths, lengths.new_tensor([len(tokens)]), blank)
+        return tokens, found.starts[0].tolist(), found.durations[0].tolist()
+    encoded = model.encoder(**inputs, output_attention_mask=True)
+    for part in (model.decoder, model.joint, model.encoder_projector):
+        part.float()  # beam search computes in float32, whatever the encoder's dtype
+    x, lengths = encoded.last_hidden_state.float(), encoded.attention_mask.sum(1)
+    try:
+        found = modified_beam_search(model, x, lengths, beam)
+    except TypeError as error:  # its predictor or joint network is of an unknown kind
+        fail(f"--beam: {error}")
+    return found.tokens[0], found.timestamps[0], [1] * len(found.tokens[0])
+
+
 def _ctc_pieces(labels: list[int], tokenizer, seconds: float) -> list[Timed]:
     """Returns the pieces of a CTC path, a label per frame of ``seconds``."""
-    from tokenizers.decoders import DecodeStream
-
-    stream, pieces, frame = DecodeStream(skip_special_tokens=True), [], 0
+    tokens, times, frame = [], [], 0
     for label, run in itertools.groupby(labels):
         first, frame = frame, frame + sum(1 for _ in run)
-        if label == tokenizer.pad_token_id:
-            continue
-        text = stream.step(tokenizer.backend_tokenizer, label)
-        if text is not None:
-            pieces.append(Timed(text, first * seconds, frame * seconds))
-    return pieces
+        if label != tokenizer.pad_token_id:
+            tokens.append(label)
+            times.append((first * seconds, frame * seconds))
+    return _pieces(tokens, times, tokenizer)
+
+
+def _pieces(tokens: list[int], times: list[tuple[float, float]], tokenizer) -> list[Timed]:
+    from tokenizers.decoders import DecodeStream
+
+    stream = DecodeStream(skip_special_tokens=True)
+    texts = [stream.step(tokenizer.backend_tokenizer, token) for token in tokens]
+    return [Timed(text, *time) for text, time in zip(texts, times, strict=True) if text is not None]
 
 
 @contextmanager
@@ -133,8 +163,11 @@ def run(
     device: str,
     dtype: str,
     swap: bool,
+    beam: int | None,
     as_json: bool,
 ) -> None:
+    if beam is not None and beam < 1:
+        fail(f"--beam: expected at least 1, got {beam}")
     if dtype not in DTYPES:
         fail(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
     check_device(device)
@@ -149,7 +182,7 @@ def run(
         seconds = len(samples) / processor.feature_extractor.sampling_rate
         with progress(model, path.name):
             begin = time.perf_counter()
-            text, pieces = transcribe(model, processor, samples)
+            text, pieces = transcribe(model, processor, samples, beam)
             took = time.perf_counter() - begin
         words = captions.words(pieces)
         result = {

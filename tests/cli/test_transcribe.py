@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fastasr transcribe`` on tiny models of each kind: upstream's text and times, files, errors."""
 
+import itertools
 import json
 import sys
 import wave
@@ -10,6 +11,7 @@ import torch
 from tiny_parakeet import SIZES
 from typer.testing import CliRunner
 
+from fastasr import decoding
 from fastasr.audio import recordings
 from fastasr.audio.captions import Timed, lines, srt, words
 from fastasr.cli.app import app
@@ -138,6 +140,50 @@ def test_ctc_is_collapsed(folder, recording):
     assert "modules replaced" in done.stderr
 
 
+@pytest.mark.parametrize("kind", ["ParakeetForCTC", "ParakeetForRNNT", "ParakeetForTDT"])
+def test_beam_search(kind, folder, recording):
+    """The text is that of the search's tokens, whichever code runs the encoder. Each word has its time."""
+    place, path = folder(kind), recording()
+    found = [call(place, path, "--json", "--beam", "5", option) for option in ("--swap", "--no-swap")]
+    assert [done.exit_code for done in found] == [0, 0], found[0].output
+    (ours,), (theirs,) = (json.loads(done.stdout) for done in found)
+    assert ours["text"] == theirs["text"]
+    assert ours["words"] == theirs["words"]
+    model = getattr(transformers, kind).from_pretrained(place).eval()
+    processor = transformers.AutoProcessor.from_pretrained(place)
+    inputs = processor(recordings.read(path).samples.numpy(), sampling_rate=16000)
+    with torch.no_grad():
+        if kind == "ParakeetForCTC":
+            result = decoding.ctc_prefix_beam_search(model(**inputs).logits.log_softmax(-1)[:, :-1], beam=5)
+        else:
+            encoded = model.encoder(**inputs, output_attention_mask=True)
+            frames = encoded.attention_mask.sum(1)
+            result = decoding.modified_beam_search(model, encoded.last_hidden_state, frames, beam=5)
+    (tokens,) = result.tokens
+    assert ours["text"].strip() == "".join((*PIECES, "")[token] for token in tokens).strip()
+    assert len(ours["words"]) > 1
+    assert all(word["start"] < word["end"] for word in ours["words"])
+    assert all(a["end"] < b["end"] for a, b in itertools.pairwise(ours["words"]))
+
+
+@pytest.mark.parametrize("kind", ["ParakeetForCTC", "ParakeetForTDT"])
+def test_beam_search_in_bfloat16(kind, folder, recording):
+    done = call(folder(kind), recording(), "--dtype", "bfloat16", "--beam", "4")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip()
+
+
+def test_beam_search_that_a_model_cannot_have(folder, recording):
+    place = folder("ParakeetForRNNT")
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"hidden_act": "silu"}))
+    assert call(place, recording()).exit_code == 0
+    done = call(place, recording(), "--beam", "4")
+    assert done.exit_code == 2
+    assert "--beam: ModifiedBeamSearch: this ParakeetForRNNT cannot be searched: " in done.stderr
+    assert "expected ReLU or Tanh" in done.stderr
+
+
 def test_another_rate(folder, recording):
     pytest.importorskip("soxr")
     done = call(folder("ParakeetForCTC"), recording(rate=8000), recording(name="other.wav"), "--json")
@@ -152,6 +198,7 @@ def test_refusals(folder, recording, tmp_path, monkeypatch):
         ((place, tmp_path / "none.wav"), "none.wav"),
         ((place, path, "--dtype", "int8"), "--dtype: expected one of float32, bfloat16, float16, got int8"),
         ((place, path, "--device", "abacus"), "abacus"),
+        ((place, path, "--beam", "0"), "--beam: expected at least 1, got 0"),
     ]
     other = tmp_path / "other"
     other.mkdir()
