@@ -23,7 +23,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="functional run of seconds; figures mean nothing"
     )
-    parser.add_argument("--fresh", action="store_true", help="measure again what the file already holds")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--fresh", action="store_true", help="measure again what the file already holds")
+    kept.add_argument(
+        "--resume", action="store_true", help="keep what the file holds for this commit (the default)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile'd formulas out")
     parser.add_argument(
         "--compile-model", action="store_true", help="also the model under torch.compile (minutes)"

@@ -7,11 +7,13 @@ import importlib.util
 import os
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
 # A change in these makes a measurement a different one; results and documentation do not.
 MEASURED_PATHS = ("fastasr", "kernels", "csrc", "benchmarks", "setup.py", "CMakeLists.txt")
 
@@ -44,6 +46,38 @@ def commit() -> str:
     if not changes:
         return head.strip()
     return f"{head.strip()}-dirty.{hashlib.sha1(changes.encode()).hexdigest()[:6]}"
+
+
+@functools.cache
+def _sources():
+    """Returns scripts/sources.py of the checkout, which knows what a file needs, or None outside a checkout."""
+    path = ROOT / "scripts" / "sources.py"
+    if not path.exists():
+        return None
+    spec = importlib.util.spec_from_file_location("sources", path)
+    found = sys.modules["sources"] = sys.modules.get("sources") or importlib.util.module_from_spec(spec)
+    if not hasattr(found, "closure"):
+        spec.loader.exec_module(found)
+    return found
+
+
+@functools.cache
+def code(suite: str, name: str, device: str = "cpu") -> str:
+    """Returns a hash of the files that an op or model is made of, without its samples and without the harness; "" if
+    there is no checkout or no such file. A model's name starts with that of its benchmark.
+    """
+    sources = _sources()
+    if sources is None:
+        return ""
+    path = sources.ops().get(name)
+    if path is None:
+        benchmarks = (p for p in (ROOT / "benchmarks" / "models").glob("*.py") if name.startswith(p.stem))
+        path = max(benchmarks, key=lambda p: len(p.stem), default=None)
+    if path is None:
+        return ""
+    others = ("kernels", "csrc/cuda") if torch.device(device).type == "cpu" else ("csrc/cpu",)
+    needed = sources.closure(path, without=tuple(ROOT / folder for folder in (*others, "fastasr/testing")))
+    return sources.digest(p for p in needed if p == path or not p.is_relative_to(ROOT / "benchmarks"))[:12]
 
 
 def _fastasr_version() -> str:

@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastasr.benchmarks.environment import stamp
+import torch
+
+from fastasr.benchmarks.environment import code, stamp
 
 
 @dataclass
@@ -26,6 +28,7 @@ class Row:
     machine over the median, 1.0 being the limit, which ``limit`` names. ``load``: cores kept busy by other
     processes meanwhile. On a GPU ``median_ms`` is the device's time; ``host_ms`` is the median until the call returns,
     ``predicted_ms`` what the cost model predicts for the device.
+    ``code``: a hash of the files that the op or model is made of.
     """
 
     suite: str
@@ -49,6 +52,7 @@ class Row:
     load: float | None = None
     host_ms: float | None = None
     predicted_ms: float | None = None
+    code: str = ""
     commit: str = ""
     torch: str = ""
     triton: str | None = None
@@ -61,7 +65,8 @@ class Row:
     @classmethod
     def measured(cls, **fields) -> "Row":
         """Returns a row stamped with the present environment."""
-        return cls(**{**fields, **stamp(fields["device"])})
+        device = fields["device"]
+        return cls(**{**fields, "code": code(fields["suite"], fields["name"], device), **stamp(device)})
 
     @property
     def unit(self) -> tuple:
@@ -77,6 +82,12 @@ class Row:
             self.device_name,
             self.threads,
         )
+
+    @property
+    def old(self) -> bool:
+        """Says whether the code has changed since. Rows from before there was a hash count as old."""
+        now = code(self.suite, self.name, torch.device(self.device).type)
+        return bool(now) and self.code != now
 
     def to_dict(self) -> dict:
         return {("pass" if key == "pass_" else key): value for key, value in dataclasses.asdict(self).items()}

@@ -216,7 +216,7 @@ def worst(found: Sequence[Unit]) -> str:
 
 def table(found: Sequence[Row]) -> str:
     """Returns a Markdown table per machine: a line per op or model with its worst cell, and the maps."""
-    from fastasr.benchmarks.markdown import NONE_YET, by_name, conditions
+    from fastasr.benchmarks.markdown import NONE_YET, by_name, conditions, mark
 
     blocks = []
     for measured in by_name(found, "device_name"):
@@ -230,8 +230,9 @@ def table(found: Sequence[Row]) -> str:
             first = unit.first
             where = f"{first.case}, {first.pass_}, {first.dtype}, {first.threads} thr."
             below = sum(r < ENOUGH for r, _ in rated)
+            old = mark(*(u.first for u in cells))
             lines.append(
-                f"| `{name}` | {len(rated)} | {times(middle)} | {below} | {where} | {times(least)} |"
+                f"| `{name}`{old} | {len(rated)} | {times(middle)} | {below} | {where} | {times(least)} |"
             )
         pictures = [f"![Sweep of {name}](plots/sweep_{name}.png)" for name in of_names]
         blocks.append("\n".join([conditions(measured), "", *lines, "", *pictures]))

@@ -100,6 +100,20 @@ def test_new_rows_are_noticed(readme, made):
     assert markdown.put(readme, markdown.table(made), check=True) == 1
 
 
+def test_rows_older_than_their_code_are_marked(readme, made):
+    markdown.put(readme, markdown.table(made), check=False)
+    assert markdown.OLD not in readme.read_text()
+    for row in made[:5]:
+        row.code = "another"
+    marked = markdown.table(made)
+    assert "| `swoosh_l` 4x1600x512, forward † | 5 ms |" in marked
+    assert "| `swoosh_l` 4x1600x512, backward | 5 ms |" in marked
+    assert "repetitions. †: measured before rows named their code, or with other code." in marked
+    assert markdown.put(readme, marked, check=True) == 0, "a mark alone is no difference"
+    markdown.put(readme, marked, check=False)
+    assert markdown.OLD in readme.read_text()
+
+
 def test_without_rows_the_table_says_so():
     assert markdown.table([]) == markdown.whole_models([]) == markdown.NONE_YET
 

@@ -27,6 +27,7 @@ KEYS = [
     "flops",
     "fraction_of_limit",
     "limit",
+    "code",
     "commit",
     "torch",
     "triton",
@@ -64,6 +65,23 @@ def test_a_row_is_stamped_with_its_environment():
     assert stamped["commit"]
     assert stamped["device_name"]
     assert stamped["date"].endswith("Z")
+
+
+def test_a_row_knows_whether_its_code_has_changed(monkeypatch):
+    assert row().code == environment.code("ops", "bypass")
+    assert row().code != row(name="linear").code
+    assert len(row().code) == 12
+    assert not row().old
+    later = row()
+    later.code = "another"
+    assert later.old
+    model = environment.code("models", "fast_conformer")
+    assert model
+    assert model == environment.code("models", "fast_conformer_long_audio")
+    assert environment.code("models", "no model") == ""
+    assert not row(name="no op").old, "there is nothing to compare with"
+    monkeypatch.setattr(environment, "_sources", lambda: None)  # an installed wheel
+    assert environment.code.__wrapped__("ops", "bypass") == ""
 
 
 def test_rows_survive_the_file(tmp_path):
