@@ -35,7 +35,9 @@ class Decision:
     known: Known | None = None
 
 
-def accelerate(model, only=None, exclude=None, verify=None, strict=True, weights=None, weights_error=0.05):
+def accelerate(
+    model, only=None, exclude=None, verify=None, strict=True, weights=None, weights_error=0.05, ragged=False
+):
     """Replaces the forward of every module that a rule recognises, in place. Returns a SwapReport.
 
     Parameters, buffers, submodules, hooks and types stay unchanged. A second call changes nothing.
@@ -53,6 +55,9 @@ def accelerate(model, only=None, exclude=None, verify=None, strict=True, weights
         too. ``model.train()`` raises RuntimeError until ``restore``.
     weights_error: the largest change of the model's outputs on the inputs of ``verify`` that ``weights`` may cause,
         as the rms of the difference relative to the rms of the output.
+    ragged: True to leave padding out of the encoders that can: they run on the frames that exist. Their rows in the
+        report, and ``report.ragged``, say which do and why others do not. A call that needs padded frames (output of
+        every layer, hooks) runs on the padded batch and warns.
 
     Raises TypeError if model is not a torch.nn.Module or a selector has another type, ValueError if a pattern matches
     nothing, ``strict=False`` is given without ``verify``, or ``weights`` is no such format or the model is in training
@@ -78,6 +83,8 @@ def accelerate(model, only=None, exclude=None, verify=None, strict=True, weights
         report.rows.append(_row(path, module, decision, accept))
     if verify is not None:
         _verify(model, verify, report, bound, unproven)
+    if ragged:
+        _leave_padding_out(plan, report)
     if weights is not None:
 
         def chosen(path, module):
@@ -85,6 +92,21 @@ def accelerate(model, only=None, exclude=None, verify=None, strict=True, weights
 
         report.weights = reduced.keep(model, weights, chosen, verify, run_model, weights_error)
     return report
+
+
+def _leave_padding_out(plan, report):
+    """Binds the forward without padding to every swapped encoder that has one, after verification, which compares
+    padded batches."""
+    report.ragged = {}
+    for (path, module, decision), row in zip(plan, report.rows, strict=True):
+        rule = decision.rule
+        if rule is None or rule.ragged is None:
+            continue
+        reason = rule.ragged.obstacle(module) if binding.bound_forward(module) else row.reason
+        if reason is None:
+            binding.bind(module, rule.ragged.forward, rule.methods)
+        report.ragged[path] = reason
+        row.reason += "; runs without padding" if reason is None else f"; runs on padding: {reason}"
 
 
 def _verify(model, inputs, report, bound, unproven):

@@ -35,6 +35,7 @@ class SwapReport:
     """One row per module of the model, in the order of ``model.named_modules()``.
 
     ``dry_run`` is True for ``explain``: status "replaced" then means that accelerate would replace the module.
+    ``ragged`` says of ``accelerate(ragged=True)`` why an encoder runs on padding (path -> reason, None: it does not).
     ``weights`` is the :class:`fastasr.swap.weights.ReducedReport` of ``accelerate(weights=...)``, or None.
     ``print(report)`` shows equal rows as one line; ``report.table(every=True)`` has one line per module.
     """
@@ -44,6 +45,7 @@ class SwapReport:
     dry_run: bool = False
     verified: bool = False
     weights: object = None
+    ragged: dict | None = None
 
     def _with_status(self, status):
         return [row for row in self.rows if row.status == status]
@@ -91,6 +93,7 @@ class SwapReport:
             "counts": counts,
             "rows": rows,
             "weights": None if self.weights is None else asdict(self.weights),
+            "ragged": self.ragged,
         }
 
     def to_json(self, **options):
@@ -107,6 +110,12 @@ class SwapReport:
         if self.verified:
             parts.append(f"{len(checked)} verified")
         lines = [f"{self.model}: {', '.join(parts)} ({len(self.rows)} modules)"]
+        if self.ragged is not None:
+            padded = [f"{path or '(the model)'}: {reason}" for path, reason in self.ragged.items() if reason]
+            lines.append(
+                f"without padding: {len(self.ragged) - len(padded)} of {len(self.ragged)} known encoders"
+            )
+            lines += [f"  runs on padding: {line}" for line in padded]
         if self.weights is not None:
             lines += [self.weights.summary, *self.weights.lines()]
         return "\n".join(lines)

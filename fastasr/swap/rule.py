@@ -39,6 +39,15 @@ class Known:
     forward: Callable | None = None
 
 
+@dataclass(frozen=True)
+class Ragged:
+    """How an encoder leaves padding out: ``forward`` is bound in place of the rule's, ``obstacle(module)`` returns why
+    an instance, whose modules are swapped already, cannot do so, or None."""
+
+    forward: Callable
+    obstacle: Callable
+
+
 @dataclass(frozen=True, eq=False)
 class Rule:
     """Says how to recognise one upstream class and which ``forward`` to bind to its instances.
@@ -59,6 +68,7 @@ class Rule:
     ``shallow`` marks rules for modules that only call others. Verification then runs upstream's code in the submodules,
     which it verifies separately.
     ``companion`` rules apply only to models in which another rule of the family matched a module.
+    ``ragged`` says how encoders of this class leave padding out, or is None if they do not.
     """
 
     name: str
@@ -77,12 +87,14 @@ class Rule:
     shared: Callable = field(default=lambda result: result)
     hooks: tuple = ()
     note: str = ""
+    ragged: Ragged | None = None
 
     @functools.cached_property
     def forwards(self):
         """Returns every forward that this rule may bind."""
         versions = (self.known or {}).values()
-        return {self.forward, *(known.forward for known in versions if known.forward is not None)}
+        ragged = () if self.ragged is None else (self.ragged.forward,)
+        return {self.forward, *ragged, *(known.forward for known in versions if known.forward is not None)}
 
     def bind(self, module, known=None):
         """Binds our functions to ``module``. ``known``: the version of upstream's code that it runs, if known."""

@@ -224,6 +224,21 @@ def test_the_fast_conformer():
     assert list(fast_conformer.measure(settings=QUICK, skip=lambda *_: True)) == []
 
 
+def test_ragged_batches():
+    from fastasr.benchmarks.models import ragged
+
+    with peer():
+        units = list(ragged.measure(**ragged.QUICK, settings=QUICK, reps=2))
+    assert [unit[0].pass_ for unit in units] == 2 * ["forward", "forward+backward"]
+    for unit in units:
+        assert [row.implementation for row in unit] == ["upstream", "fastasr", "fastasr, ragged"]
+    assert list(ragged.measure(settings=QUICK, skip=lambda *_: True)) == []
+    lengths = ragged.seconds(ragged.LIBRISPEECH, 1000, ordered=False)
+    assert 11 < sum(lengths) / 1000 < 13
+    lengths = ragged.seconds(ragged.LIBRISPEECH, 16, ordered=True)
+    assert min(lengths) > 0.85 * max(lengths)
+
+
 def test_generate_of_transducers():
     from fastasr.benchmarks.models import transducer_generate
 

@@ -31,12 +31,17 @@ def as_upstream() -> bool:
     return _as_upstream
 
 
+def forms_weights(p: float | None) -> bool:
+    """Says whether the caller must form the weights for dropout p."""
+    return p != 0 and (p is None or p >= 1 or as_upstream())
+
+
 def of_kernel(p: float | None, device: torch.device) -> dict | None:
     """Returns the op's arguments for dropout p, with a new seed, or None where the caller must form the weights. That
     includes p = None, which stands for a module that is no plain dropout.
     """
     if p == 0:
         return {}
-    if p is None or p >= 1 or as_upstream():
+    if forms_weights(p):
         return None
     return {"dropout_p": float(p), "dropout_seed": _weights_dropout.draw_seed(device)}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from fastasr import ops
 from fastasr.models.common import attention_dropout, plumbing
+from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import is_readable, seen
 from fastasr.models.fast_conformer.positions import KEPT_FRAMES
@@ -31,7 +32,8 @@ def release(module) -> None:
 
 class FastConformerAttention(torch.nn.Module):
     """hidden states (B, T, width), position embeddings (B or 1, 2T − 1, width), attention mask (bool (B, 1, T, T),
-    True: the query sees the key; or bool (B, T), True at valid frames) or None -> ((B, T, width), None).
+    True: the query sees the key; or bool (B, T), True at valid frames) or None -> ((B, T, width), None). With a
+    ``Packing`` as the mask, hidden states are (1, N, width) and positions are those of its longest recording.
 
     The weights are not returned. They are formed only if every sequence has position embeddings of its own, or while
     dropout is drawn from them inside :func:`fastasr.upstream_draws`: else see :func:`fastasr.ops.rel_attention`.
@@ -56,6 +58,11 @@ class FastConformerAttention(torch.nn.Module):
         config = getattr(self, "config", None)
         implementation = getattr(config, "_attn_implementation", "sdpa")
         batch, frames = hidden_states.shape[:2]
+        if isinstance(attention_mask, Packing):
+            y = _of_recordings(
+                self, *_projections(self, hidden_states), position_embeddings[0], attention_mask
+            )
+            return plumbing.linear(self.o_proj, y.flatten(1).unsqueeze(0)), None
         wants_weights = implementation == "eager" and plumbing.is_watched(self)
         if implementation not in STANDARD or wants_weights or not is_readable(attention_mask, batch, frames):
             if type(self) is FastConformerAttention:
@@ -66,13 +73,33 @@ class FastConformerAttention(torch.nn.Module):
             return type(self).forward(  # upstream's
                 self, hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs
             )
-        shape = batch, frames, *self.bias_u.shape
-        q = plumbing.linear(self.q_proj, hidden_states).view(shape)
-        k = plumbing.linear(self.k_proj, hidden_states).view(shape)
-        v = plumbing.linear(self.v_proj, hidden_states).view(shape)
         by = None if attention_mask is None else seen(attention_mask)
-        y = attended(self, q, k, v, position_embeddings, attention_mask, by, mean=True)
+        y = attended(
+            self, *_projections(self, hidden_states), position_embeddings, attention_mask, by, mean=True
+        )
         return plumbing.linear(self.o_proj, y.flatten(2)), None
+
+
+def _projections(module, x):
+    """Returns q, k and v, (B, T, H, d) each."""
+    projections = module.q_proj, module.k_proj, module.v_proj
+    return (plumbing.linear(p, x).view(*x.shape[:2], *module.bias_u.shape) for p in projections)
+
+
+def _of_recordings(module, q, k, v, table, packing):
+    """Returns y (N, H, d) of queries, keys and values (1, N, H, d): each recording sees itself."""
+    dropout = module.attention_dropout if module.training else 0.0
+    positions = projected(module, module.relative_k_proj, table).unflatten(-1, module.bias_u.shape)
+
+    def one(q, k, v, hidden):
+        frames = q.shape[1]
+        first = len(table) // 2 + 1 - frames
+        return ops.rel_attention(
+            q, k, v, positions[first : first + 2 * frames - 1], module.bias_u, module.bias_v,
+            key_padding_mask=hidden, **attention_dropout.of_kernel(dropout, q.device),
+        )  # fmt: skip
+
+    return packing.by_group(one, q[0], k[0], v[0])
 
 
 def attended(module, q, k, v, position_embeddings, mask, by, mean=False):

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from fastasr import ops
 from fastasr.models.common import activations, plumbing
 from fastasr.models.common.inference import has_known_forward
+from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer.masks import is_readable, seen
 
 
 class FastConformerConvolution(torch.nn.Module):
     """hidden states (B, T, width), attention mask (bool (B, 1, T, T), True: seen; or bool (B, T), True: valid) or None
-    -> (B, T, width)."""
+    -> (B, T, width). With a ``Packing`` as the mask, hidden states are (1, N, width)."""
 
     def __init__(self, width, taps=9, bias=True):
         super().__init__()
@@ -33,8 +34,10 @@ class FastConformerConvolution(torch.nn.Module):
 
     def forward(self, hidden_states, attention_mask=None):
         batch, frames = hidden_states.shape[:2]
-        hidden = None  # (B, T), True at frames that no query sees
-        if attention_mask is not None and is_readable(attention_mask, batch, frames):
+        hidden = packing = None  # (B, T), True at frames that no query sees
+        if isinstance(attention_mask, Packing):
+            packing = attention_mask
+        elif attention_mask is not None and is_readable(attention_mask, batch, frames):
             hidden = seen(attention_mask).hidden_keys
         elif attention_mask is not None:
             sees = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0.0
@@ -47,19 +50,23 @@ class FastConformerConvolution(torch.nn.Module):
             self.activation,
             self.pointwise_conv2,
             hidden,
+            packing,
         )
 
 
-def gated_convolution(x, first, conv, norm, activation, last, hidden=None):
+def gated_convolution(x, first, conv, norm, activation, last, hidden=None, packing=None):
     """Returns ``last(activation(norm(conv(glu(first(x))))))`` of x (B, T, width), whose convolutions are channels first
-    and whose gated frames are 0 where ``hidden`` (B, T), or None, is True."""
-    return after_gate(pointwise(first, x), conv, norm, activation, last, hidden)
+    and whose gated frames are 0 where ``hidden`` (B, T), or None, is True. With a ``packing`` x is (1, N, width)."""
+    return after_gate(pointwise(first, x), conv, norm, activation, last, hidden, packing=packing)
 
 
-def after_gate(h, conv, norm, activation, last, hidden=None, cache=None, by_frame=False):
+def after_gate(h, conv, norm, activation, last, hidden=None, cache=None, by_frame=False, packing=None):
     """Does the same from h = first(x) (B, T, 2 width) on. ``cache`` (B, width, P) holds the P gated frames that the
     convolution sees before h; without it they are 0. ``by_frame``: the norm is a LayerNorm over the channels."""
     delay = plumbing.conv_delay(conv)
+    if packing is not None:
+        slots = packing.with_gaps(conv.weight.shape[-1] // 2 + abs(delay))
+        h = packing.spread(h[0], slots).unsqueeze(0)
     if delay is not None and (by_frame or is_batch_norm(norm)):
         folded = not by_frame and not norm.training
         weight, bias = _fold(conv, norm) if folded else (conv.weight, conv.bias)
@@ -68,6 +75,8 @@ def after_gate(h, conv, norm, activation, last, hidden=None, cache=None, by_fram
             h.transpose(0, 1), weight, bias, padding_mask=hidden, cache=cache, delay=delay,
             activation="silu" if fused else "identity",
         )  # [T, B, C]  # fmt: skip
+        if packing is not None:
+            z = packing.gathered(z, slots)
         if by_frame:
             z = norm(z.transpose(0, 1))
         elif folded:
@@ -78,6 +87,8 @@ def after_gate(h, conv, norm, activation, last, hidden=None, cache=None, by_fram
         y = z if fused else activation(z)
     else:
         z = conv(gated(h, hidden))
+        if packing is not None:
+            z = packing.gathered(z[0].T, slots).T.unsqueeze(0)
         y = activation(norm(z.transpose(1, 2)) if by_frame else norm(z).transpose(1, 2))
     return pointwise(last, y)
 

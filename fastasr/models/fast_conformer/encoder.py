@@ -6,6 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from fastasr.models.fast_conformer import ragged
 from fastasr.models.fast_conformer.block import FastConformerBlock
 from fastasr.models.fast_conformer.positions import FastConformerPositions
 from fastasr.models.fast_conformer.subsampling import FastConformerSubsampling, subsampled
@@ -22,7 +23,11 @@ class FastConformerEncoder(torch.nn.Module):
         bias, conv_bias: whether projections and feed-forward blocks, and convolutions, have biases.
         dropout, activation_dropout, attention_dropout, position_dropout, layer_drop: rates in training.
         scale_input: whether the front end's output is multiplied by √width.
+
+    With ``encoder.ragged = True`` it computes nothing for padding, see ``ragged``.
     """
+
+    ragged = False
 
     def __init__(
         self,
@@ -80,21 +85,29 @@ class FastConformerEncoder(torch.nn.Module):
     def forward(self, input_features, attention_mask=None):
         """Features (B, T₀, mel_bins), mask (B, T₀), 1 at valid frames, or None -> ((B, T, width), mask (B, T) or None).
 
-        T = ⌈T₀ / factor⌉. Output at padding frames is not 0.
+        T = ⌈T₀ / factor⌉. Output at padding frames is not 0, but for ``ragged``.
         """
+        lengths = ragged.lengths(self, input_features, attention_mask) if self.ragged else None
+        if lengths is not None:
+            x = ragged.encoded(self, input_features, lengths)
+            return x, self._mask(attention_mask.sum(-1), x)
         x = self.subsampling(input_features, attention_mask) * self.input_scale
         positions = self.encode_positions(x)
         x = F.dropout(x, self.dropout, self.training)
         positions = F.dropout(positions, self.dropout_positions, self.training)
         mask = None
         if attention_mask is not None:
-            lengths = subsampled(self.subsampling.layers, attention_mask.sum(-1))
-            mask = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
+            mask = self._mask(attention_mask.sum(-1), x)
         for layer in self.layers:
             if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
                 continue
             x = layer(x, mask, positions)
         return x, mask
+
+    def _mask(self, lengths, x):
+        """Returns (B, T), True at valid frames of x (B, T, width) for features of these lengths."""
+        lengths = subsampled(self.subsampling.layers, lengths)
+        return torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
 
 
 class FastConformerCTC(torch.nn.Module):

@@ -84,7 +84,7 @@ def convolved(layers, x, lengths, left=1):
 
 
 def subsampled(layers, frames, left=1):
-    """Returns the front end's length of output for ``frames``, a number or a tensor of numbers."""
+    """Returns the front end's length of output for ``frames``, a number, or a list or tensor of numbers."""
     for _ in range(_stages(layers)):
         frames = _halved(frames, left)
     return frames

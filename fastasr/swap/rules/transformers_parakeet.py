@@ -2,16 +2,21 @@
 """Rules for transformers' Parakeet encoder (transformers/models/parakeet/modeling_parakeet.py), which Parakeet's CTC,
 RNN-T and TDT models, Canary and Cohere ASR share."""
 
+import sys
+
 import torch
 
 from fastasr.models import fast_conformer as models
-from fastasr.models.fast_conformer import positions
+from fastasr.models.fast_conformer import positions, ragged
 from fastasr.swap.rule import (
     Known,
+    Ragged,
     Rule,
     check_child_names,
     check_parameters,
+    own_forward,
     unread_child,
+    unread_code,
     upstream_class,
 )
 from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
@@ -21,6 +26,7 @@ CAPTURING = (
     "transformers.utils.output_capturing.install_output_capuring_hook.<locals>.output_capturing_hook",
 )
 SILU = {"bbb3a89cc2c8993670072487"}
+BLOCK = {"c6cc6c4c6c123d55235c5852"}
 
 
 def _before_5_18(module):
@@ -86,6 +92,35 @@ def encoder(self, input_features, attention_mask=None, output_attention_mask=Tru
     for name in [name for name in result if name not in found]:  # captured by upstream, behind these
         found[name] = result[name]
     return found
+
+
+def ragged_encoder(self, input_features, attention_mask=None, output_attention_mask=True, **kwargs):
+    """Does the same without computing anything for padding, but where outputs of every layer are asked for."""
+    asked = [
+        name
+        for name in ("output_hidden_states", "output_attentions")
+        if kwargs.get(name, getattr(self.config, name, False))
+    ]
+    if kwargs.get("return_dict", self.config.return_dict) is False:
+        asked.append("return_dict=False")
+    reason = f"the call asks for {', '.join(asked)}" if asked else None
+    lengths = ragged.lengths(self, input_features, attention_mask, reason)
+    if lengths is None:
+        return encoder(self, input_features, attention_mask, output_attention_mask, **kwargs)
+    hidden = ragged.encoded(self, input_features, lengths)
+    mask = None
+    if output_attention_mask:
+        mask = self._get_output_attention_mask(attention_mask, target_length=hidden.shape[1]).int()
+    output = sys.modules[upstream_class(self).__module__].ParakeetEncoderModelOutput
+    return output(last_hidden_state=hidden, attention_mask=mask)
+
+
+def _ragged_obstacle(module):
+    for i, layer in enumerate(module.layers):
+        reason = unread_code(f"layers.{i}", layer, own_forward, BLOCK)
+        if reason is not None:
+            return reason
+    return ragged.obstacle(module)
 
 
 def _encoder_structure(module):
@@ -155,6 +190,7 @@ ENCODER = Rule(
     known={"5ffbcd81ffef3ae7089eada1": Known("transformers 5.23")},
     shallow=True,
     companion=True,
+    ragged=Ragged(ragged_encoder, _ragged_obstacle),
 )
 
 RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING, POSITIONS, ENCODER)
