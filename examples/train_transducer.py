@@ -55,7 +55,10 @@ def parser():
     made.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     made.add_argument("--device", default=None, help="cpu or cuda (default: what there is)")
     made.add_argument("--parallel", default="ddp", choices=("ddp", "fsdp"), help="under torchrun")
-    made.add_argument("--speech", type=Path, help="a folder of recordings with .txt beside them")
+    made.add_argument(
+        "--speech", type=Path, help="a folder of recordings with .txt beside them, or a manifest"
+    )
+    made.add_argument("--held-out", help="the share of recordings to hold out, or another folder or manifest")
     made.add_argument(
         "--cache", type=Path, default=Path("demo/cache"), help="downloads (default: %(default)s)"
     )
@@ -120,7 +123,9 @@ def train(options):
 
     try:
         speeds = (1.0,) if options.no_augment else (1.0, 0.9, 1.1)
-        utterances, held_out = speech.load(options.cache, options.speech, speeds, say, options.limit)
+        utterances, held_out = speech.load(
+            options.cache, options.speech, speeds, say, options.limit, held_out=options.held_out
+        )
         units = training.learn_units(options.units, utterances)
         names = (
             "out",

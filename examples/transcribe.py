@@ -37,8 +37,11 @@ def parser():
         help="read the held-out recordings with this model too and stop",
     )
     made.add_argument(
-        "--speech", type=Path, help="with --compare: a folder of recordings with .txt beside them"
+        "--speech",
+        type=Path,
+        help="with --compare: a folder of recordings with .txt beside them, or a manifest",
     )
+    made.add_argument("--held-out", help="with --compare: as for train_transducer.py")
     made.add_argument(
         "--cache",
         type=Path,
@@ -53,7 +56,7 @@ def compare(options):
     from fastasr.recipe import recogniser, speech
 
     readers = recogniser.load(options.model), recogniser.load(options.compare)
-    _, held_out = speech.load(options.cache, options.speech, (1.0,))
+    _, held_out = speech.load(options.cache, options.speech, (1.0,), held_out=options.held_out)
     different = recogniser.disagreements(*readers, held_out, options.method)
     print(
         f"{len(held_out) - len(different)} of {len(held_out)} held-out recordings are read as the same text"

@@ -21,7 +21,7 @@ import torch
 PACKAGES = ("asterisk-core-sounds-en-wav", "asterisk-core-sounds-en")
 PROMPTS = "usr/share/asterisk/sounds/en_US_f_Allison"
 TRANSCRIPTS = "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
-SUFFIXES = (".wav", ".flac", ".ogg")
+SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 GAP_SECONDS = 0.3  # between two recordings of one utterance
 DOWNLOAD_TIMEOUT = 90  # seconds
 
@@ -34,12 +34,13 @@ class NoAudio(Exception):
 
 @dataclass
 class Clip:
-    """A recording: samples in [-1, 1], the rate in Hz, and the transcript, if it is known."""
+    """A recording: samples in [-1, 1], the rate in Hz, and the transcript and the speaker, if they are known."""
 
     name: str
     samples: torch.Tensor
     rate: int
     text: str = ""
+    speaker: str = ""
 
     @property
     def seconds(self) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recordings with transcripts, from Debian's telephone prompts or the user's folder, and their features.
+"""Recordings with transcripts, from Debian's telephone prompts or the user's own, and their features.
 
 Features are log-mel filterbanks of kaldi-native-fbank at the recordings' own rate. The prompts have 8 kHz, for which
 fewer than 80 bins suffice.
@@ -13,18 +13,16 @@ import torch
 
 from fastasr.audio import features, recordings
 from fastasr.audio.features import resample
+from fastasr.recipe import listings
+from fastasr.recipe.listings import NoSpeech
 
 RATE = 8000
 BINS = 40
 HIGH_FREQ = -200.0  # Hz relative to the Nyquist frequency
-SHORTEST, LONGEST = 0.4, 20.0  # seconds
-HELD_OUT = 10  # one prompt in ten is held out, chosen by a hash of its name
+SHORTEST, LONGEST = 0.4, 20.0  # seconds; silence follows what is shorter
+HELD_OUT = 10  # one recording in ten is held out, chosen by a hash of its name
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _LETTERS = re.compile(r"^[a-z' ]+$")
-
-
-class NoSpeech(ValueError):
-    """Raised if there are no recordings to train with; the message gives the reason."""
 
 
 @dataclass
@@ -71,36 +69,120 @@ def features_of_stream(rate=RATE, bins=BINS):
     return features.FbankStream(rate, bins, HIGH_FREQ)
 
 
-def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None, features=fbank):
-    """Returns (training utterances, held-out utterances). ``cache`` keeps the downloaded prompts. ``features`` makes
-    (frames, bins) of samples at RATE.
+def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None, features=fbank, held_out=None):
+    """Returns (training utterances, held-out utterances).
 
-    A hash of the name decides which prompts are held out, and the training set has no prompt with the same words.
-    ``say`` gets one line about the recordings that are left out and why. Raises NoSpeech if none remain.
+    Args:
+        cache: keeps the downloaded prompts.
+        folder: what ``listings.entries`` reads; None: the prompts.
+        speeds: of the training utterances.
+        say: gets a line about the recordings that are left out or padded and why, and what is held out.
+        limit: uses so many recordings only.
+        features: makes (frames, bins) of samples at RATE.
+        held_out: the share of recordings to hold out, as a number or its text; or the path of another folder or
+            manifest, all of which is held out. None: about one in HELD_OUT.
+
+    A hash of the name decides which recordings are held out, and the training set has none with the same words. If most
+    texts repeat, all recordings of some speakers are held out instead, or, where neither a manifest nor the names tell
+    speakers, some recordings. Raises NoSpeech if none remain.
     """
-    clips = _clips(cache, folder, say)[:limit]
-    found, unusable = [], {}
+    share, other = _share(held_out)
+    found = _usable(_clips(cache, folder, say)[:limit], say)
+    if other is None:
+        training, held = _split(found, share, say)
+    else:
+        training, held = found, _usable(_clips(cache, other, say), say)
+        trained = {text for _, text in training}
+        shared = sum(text in trained for _, text in held)
+        say(f"held out: {len(held)} recordings of {other}, {shared} of them with texts that are trained too")
+    if not training:
+        raise NoSpeech(f"{len(found)} recordings are too few to hold some out")
+    return (
+        [_utterance(clip, text, speeds, features) for clip, text in training],
+        [_utterance(clip, text, (1.0,), features) for clip, text in held],
+    )
+
+
+def _share(held_out):
+    """Returns the share of recordings to hold out, or None, and the path of held-out recordings, or None."""
+    if held_out is None:
+        return None, None
+    try:
+        share = float(str(held_out))
+    except ValueError:
+        return None, Path(held_out)
+    if not 0 < share < 1:
+        raise ValueError(f"--held-out: expected a share between 0 and 1 or a folder, got {held_out}")
+    return share, None
+
+
+def _usable(clips, say):
+    """Returns [(clip, plain text)] of the recordings that can be used for training, none of them too short."""
+    found, unusable, padded = [], {}, []
     for clip in clips:
         reason = _why_unusable(clip)
         if reason:
             unusable.setdefault(reason, []).append(clip.name)
-        else:
-            found.append((clip, plain_text(clip.text)))
+            continue
+        missing = round(SHORTEST * clip.rate) - len(clip.samples)
+        if missing > 0:
+            padded.append(clip.name)
+            clip.samples = torch.nn.functional.pad(clip.samples, (0, missing))
+        found.append((clip, plain_text(clip.text)))
     if unusable:
         say("left out: " + "; ".join(f"{_named(names)} {reason}" for reason, names in unusable.items()))
+    if padded:
+        say(f"with silence to {SHORTEST:g} s: {_named(padded)}")
     if not found:
-        raise NoSpeech("no recording has a transcript of letters and lasts 0.4 to 20 seconds")
-    held = {clip.name for clip, _ in found if _hash(clip.name) % HELD_OUT == 0} or {found[0][0].name}
-    held_texts = {text for clip, text in found if clip.name in held}
-    training, held_out = [], []
-    for clip, text in found:
-        if clip.name in held:
-            held_out.append(_utterance(clip, text, (1.0,), features))
-        elif text not in held_texts:
-            training.append(_utterance(clip, text, speeds, features))
-    if not training:
-        raise NoSpeech(f"{len(found)} recordings are too few to hold some out")
-    return training, held_out
+        raise NoSpeech(f"no recording has a transcript of letters and lasts up to {LONGEST:g} seconds")
+    return found
+
+
+def _split(found, share, say):
+    """Splits [(clip, text)] into training and held-out recordings."""
+
+    def is_held(name):
+        return _hash(name) % 10_000 < 10_000 * share if share else _hash(name) % HELD_OUT == 0
+
+    texts = {text for _, text in found}
+    if 2 * len(texts) > len(found):
+        held = [pair for pair in found if is_held(pair[0].name)] or found[:1]
+        heard = {text for _, text in held}
+        return [pair for pair in found if pair[1] not in heard], held
+    speakers = _speakers([clip for clip, _ in found], [text for _, text in found])
+    owners = speakers or [clip.name for clip, _ in found]
+    wanted, chosen, count = (share or 1 / HELD_OUT) * len(found), set(), 0
+    for owner in sorted(set(owners), key=_hash)[:-1]:  # one remains to train with
+        if count >= wanted:
+            break
+        chosen.add(owner)
+        count += owners.count(owner)
+    whose = f" of {', '.join(sorted(chosen))}" if speakers else ", chosen by their names"
+    say(
+        f"texts repeat ({len(texts)} different texts in {len(found)} recordings), so held-out texts are trained too; "
+        f"held out: {count} recordings{whose}"
+    )
+    training, held = [], []
+    for pair, owner in zip(found, owners, strict=True):
+        (held if owner in chosen else training).append(pair)
+    return training, held
+
+
+def _speakers(clips, texts):
+    """Returns each recording's speaker by the manifest, or else by the names; [] if neither tells.
+
+    Names tell a speaker if they have equally many parts between "_", "-" and "/", and one of these parts is shared by
+    recordings of different texts, while a text has several of them: "7_jackson_32", "jackson/7", "7/0a7c_nohash_0".
+    """
+    if all(clip.speaker for clip in clips):
+        return [clip.speaker for clip in clips]
+    names = [re.split("[_/-]", clip.name) for clip in clips]
+    for parts in zip(*names, strict=True) if len(set(map(len, names))) == 1 else ():
+        pairs = set(zip(parts, texts, strict=True))
+        speakers = len(set(parts))
+        if 1 < speakers <= len(clips) / 2 and len(pairs) >= 2 * max(speakers, len(set(texts))):
+            return list(parts)
+    return []
 
 
 def _why_unusable(clip):
@@ -109,7 +191,9 @@ def _why_unusable(clip):
         return "without a transcript"
     if plain_text(clip.text) is None:
         return "whose transcript is not of letters and digits"
-    return "" if SHORTEST <= clip.seconds <= LONGEST else f"not of {SHORTEST:g} to {LONGEST:g} s"
+    if not len(clip.samples):
+        return "without samples"
+    return "" if clip.seconds <= LONGEST else f"longer than {LONGEST:g} s"
 
 
 def _named(names):
@@ -118,10 +202,7 @@ def _named(names):
 
 def _clips(cache, folder, say):
     if folder is not None:
-        try:
-            return recordings.from_folder(Path(folder), say)
-        except recordings.NoAudio as error:
-            raise NoSpeech(str(error).replace("--audio", "--speech")) from None
+        return _listed(Path(folder), say)
     reason = recordings.fetch_prompts(Path(cache), say)
     if reason:
         raise NoSpeech(f"the prompts cannot be fetched here: {reason}; use --speech FOLDER")
@@ -133,6 +214,27 @@ def _clips(cache, folder, say):
             clip = recordings.read(path)
             clip.name, clip.text = name, words[name]
             clips.append(clip)
+    return clips
+
+
+def _listed(source, say):
+    """Reads the recordings that ``listings.entries`` returns."""
+    clips, whole = [], None
+    for entry in listings.entries(source):
+        try:
+            if (
+                whole is None or whole[0] != entry.path
+            ):  # a manifest lists the parts of a file one after the other
+                whole = entry.path, recordings.read(entry.path)
+        except ValueError as error:
+            say(f"left out: {error}")
+            continue
+        samples, rate = whole[1].samples, whole[1].rate
+        begin = round(entry.begin * rate)
+        end = len(samples) if entry.seconds is None else begin + round(entry.seconds * rate)
+        clips.append(recordings.Clip(entry.name, samples[begin:end], rate, entry.text, entry.speaker))
+    if not clips:
+        raise NoSpeech(f"--speech: no recording of {source} can be read")
     return clips
 
 

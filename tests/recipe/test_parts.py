@@ -197,10 +197,10 @@ def test_recordings_that_are_left_out_are_named(tmp_path):
             (tmp_path / f"{name}.txt").write_text(text)
     said = []
     training, held_out = speech.load(None, tmp_path, say=said.append)
-    assert len(training) + len(held_out) == 2
+    assert len(training) + len(held_out) == 3
     assert said == [
-        "left out: 2 (empty, ...) without a transcript; short not of 0.4 to 20 s; "
-        "signs whose transcript is not of letters and digits"
+        "left out: 2 (empty, ...) without a transcript; signs whose transcript is not of letters and digits",
+        "with silence to 0.4 s: short",
     ]
 
 
