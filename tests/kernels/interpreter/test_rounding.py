@@ -27,7 +27,7 @@ def _fma(A, B, C, Y, N: tl.constexpr):
 def _dot(A, B, C, N: tl.constexpr):
     i = tl.arange(0, N)
     offsets = i[:, None] * N + i[None, :]
-    tl.store(C + offsets, tl.dot(tl.load(A + offsets), tl.load(B + offsets)))
+    tl.store(C + offsets, tl.dot(tl.load(A + offsets), tl.load(B + offsets), input_precision="ieee"))
 
 
 def _every_kind_of_float() -> torch.Tensor:

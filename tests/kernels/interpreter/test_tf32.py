@@ -12,7 +12,14 @@ from fastasr.testing.table import flat, floating
 from tests.kernels.interpreter import repair
 
 OPS = (
-    *("layer_norm_lstm", "rel_attention", "rnnt_joiner", "segment_attention", "toeplitz_attention"),
+    *(
+        "layer_norm_lstm",
+        "rel_attention",
+        "rnnt_joiner",
+        "segment_attention",
+        "tdt_joiner",
+        "toeplitz_attention",
+    ),
     *("zipformer_attention", "zipformer_attention_weights"),
 )
 SAMPLES = [
