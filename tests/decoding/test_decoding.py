@@ -6,6 +6,7 @@ they refuse.
 import pytest
 import tables
 import torch
+from steps import numbers, seeded
 from tiny_recogniser import RECOGNISER, STREAMING
 
 from fastasr import decoding
@@ -18,7 +19,7 @@ CONFIG = RECOGNISER | STREAMING | {"vocab_size": 12, "use_ctc": True}
 @pytest.fixture(scope="module")
 def model():
     """Returns a model whose random weights make tokens about as likely as blank."""
-    torch.manual_seed(0)
+    seeded(0)
     made = zipformer.AsrModel(**CONFIG).eval()
     with torch.no_grad():
         made.joiner.output_linear.weight.normal_(std=1.0)
@@ -30,7 +31,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def encoder_out():
-    return torch.randn(len(LENGTHS), max(LENGTHS), 24, generator=torch.Generator().manual_seed(1))
+    return torch.randn(len(LENGTHS), max(LENGTHS), 24, generator=numbers(1))
 
 
 def _searches(model):
@@ -52,7 +53,7 @@ def _input(name, model, encoder_out):
 @pytest.mark.parametrize("seed", range(4))
 def test_beam_search_finds_the_best_of_all(seed):
     model = tables.TableTransducer(seed=seed)
-    frames = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed + 50))
+    frames = torch.randn(5, 3, generator=numbers(seed + 50))
     expected = tables.transducer_probabilities(model, frames)
     best = max(expected, key=lambda tokens: expected[tokens] / (len(tokens) + 1))
     found = decoding.modified_beam_search(model, frames[None], beam=1000)
@@ -65,7 +66,7 @@ def test_beam_search_finds_the_best_of_all(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_prefix_beam_search_finds_the_best_of_all(seed):
-    log_probs = torch.randn(6, 3, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
+    log_probs = torch.randn(6, 3, generator=numbers(seed)).log_softmax(-1)
     expected = tables.ctc_probabilities(log_probs)
     best = max(expected, key=expected.get)
     found = decoding.ctc_prefix_beam_search(log_probs[None], beam=1000)
@@ -78,7 +79,7 @@ def test_prefix_beam_search_finds_the_best_of_all(seed):
 
 def test_greedy_search_step_by_step():
     model = tables.TableTransducer(seed=3)
-    frames = torch.randn(9, 3, generator=torch.Generator().manual_seed(5))
+    frames = torch.randn(9, 3, generator=numbers(5))
     tokens, stamps, score = [], [], 0.0
     for t, row in enumerate(frames):
         log_probs = (row + model.after[tokens[-1] if tokens else 0]).log_softmax(-1)
@@ -145,7 +146,7 @@ def test_nothing_heard():
 def test_a_wider_beam_is_not_less_likely():
     for seed in range(5):
         model = tables.TableTransducer(vocabulary=5, seed=seed)
-        frames = torch.randn(1, 12, 5, generator=torch.Generator().manual_seed(seed))
+        frames = torch.randn(1, 12, 5, generator=numbers(seed))
         narrow, wide = (
             decoding.ctc_prefix_beam_search(frames.log_softmax(-1), beam=b).scores[0] for b in (1, 50)
         )

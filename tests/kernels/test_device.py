@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from steps import seeded
 
 import fastasr
 from fastasr import ops
@@ -112,7 +113,7 @@ def test_ema_scan_in_one_segment_and_in_several(shape, direction, layout):
     """Both ways to cut the work give values and gradients that repeat to the bit."""
     channels = shape[2]
     rows = channels * (2 if direction == "bidirectional" else 1)
-    torch.manual_seed(0)
+    seeded(0)
     x = torch.randn(shape, device="cuda")
     x = (x.permute(1, 2, 0).contiguous() if layout == "BDL" else x).requires_grad_()
     parameters = [torch.randn(rows, 4, device="cuda", requires_grad=True) for _ in range(4)]

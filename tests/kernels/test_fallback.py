@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from steps import numbers
 from torch._subclasses import FakeTensorMode
 
 import fastasr
@@ -91,7 +92,7 @@ def gpu(monkeypatch):
 
 
 def _bypass(dtype=torch.float32):
-    make = torch.Generator().manual_seed(0)
+    make = numbers(0)
     x_orig, x, scale = (torch.randn(*s, generator=make, dtype=dtype) for s in ((5, 8), (5, 8), (8,)))
     return tuple(t.requires_grad_() for t in (x_orig, x, scale))
 

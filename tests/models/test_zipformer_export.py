@@ -228,7 +228,7 @@ def test_int8_files(quantised):
         assert small.name == f"{name}-test.int8.onnx"
         assert _fields(small).items() >= _fields(whole).items()
         sessions = [onnxruntime.InferenceSession(str(path)) for path in (whole, small)]
-        torch.manual_seed(1)
+        seeded(1)
         feed = {}
         for i in sessions[0].get_inputs():
             shape = [2 if d == "N" else 100 if d == "T" else d for d in i.shape]

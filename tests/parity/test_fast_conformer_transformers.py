@@ -105,7 +105,7 @@ def test_the_kernel_draws_dropout_itself(masked, monkeypatch):
     """It agrees with the definition for the same seed, and its mean over many draws with upstream's result in eval."""
     theirs, model = (m.layers[0].self_attn for m in pair(**{**STILL, "attention_dropout": 0.25}))
     frames = 9
-    torch.manual_seed(1)
+    seeded(1)
     x = torch.randn(2, frames, theirs.q_proj.in_features, dtype=torch.float64)
     positions = torch.randn(1, 2 * frames - 1, x.shape[2], dtype=torch.float64).expand(2, -1, -1)
     mask = None
@@ -114,7 +114,7 @@ def test_the_kernel_draws_dropout_itself(masked, monkeypatch):
         mask = (seen[:, None, :] & seen[:, :, None])[:, None]
 
     def draw(module, seed=3):
-        torch.manual_seed(seed)
+        seeded(seed)
         return module(x, positions, mask)[0]
 
     expected = draw(model)
@@ -136,7 +136,7 @@ def test_the_kernel_draws_dropout_itself(masked, monkeypatch):
 def test_a_mask_of_frames_is_that_of_their_pairs(lengths, training):
     _, model = pair(**STILL)
     block = model.layers[0].train(training)
-    torch.manual_seed(1)
+    seeded(1)
     x = torch.randn(2, 9, block.norm_out.weight.numel(), dtype=torch.float64)
     positions = model.encode_positions(x)
     valid = torch.arange(9) < torch.tensor(lengths)[:, None]

@@ -2,7 +2,7 @@
 """The package that fastasr.rnnt is compared with, and random lattices."""
 
 import pytest
-import torch
+from steps import seeded
 
 
 @pytest.fixture(scope="session")
@@ -15,4 +15,4 @@ def fast_rnnt():
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    torch.manual_seed(0)
+    seeded(0)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from steps import numbers
 from torch import Tensor
 
 TYPES = ("regular", "modified", "constrained")
@@ -31,7 +32,7 @@ class Problem:
 
 def random_problem(seed: int, *, ragged: bool = True, dtype=torch.float64, scale: float = 2.0) -> Problem:
     """Returns up to 4 sequences, 7 symbols, 14 frames, 9 classes; T_b >= S_b, as upstream needs for all types."""
-    g = torch.Generator().manual_seed(seed)
+    g = numbers(seed)
 
     def draw(low, high):
         return int(torch.randint(low, high + 1, (), generator=g))

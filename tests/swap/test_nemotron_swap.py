@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from steps import moved
+from steps import moved, numbers, seeded
 from tiny_parakeet import SIZES, STILL
 from tiny_zipformer import same_training
 
@@ -32,7 +32,7 @@ def config(**options):
 
 
 def encoder(dtype=torch.float32, **options):
-    torch.manual_seed(0)
+    seeded(0)
     return moved(NemotronAsrStreamingEncoder(config(**options)), 0.03).eval().to(dtype)
 
 
@@ -45,7 +45,7 @@ def pair(dtype=torch.float32, **options):
 
 
 def batch(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
+    generator = numbers(1)
     x = torch.randn(3, FRAMES, SIZES["num_mel_bins"], generator=generator, dtype=dtype)
     mask = (torch.arange(FRAMES) < torch.tensor([FRAMES, 150, 9])[:, None]).long()
     return {"input_features": x, "attention_mask": mask}
@@ -151,7 +151,7 @@ def test_training():
 
 
 def test_generate_streams_the_same():
-    torch.manual_seed(0)
+    seeded(0)
     model = NemotronAsrStreamingForRNNT(
         NemotronAsrStreamingConfig(
             vocab_size=11,
