@@ -208,6 +208,7 @@ def logits_gradient_kernel(
     gx = tl.load(GX + row, mask=inside & (symbol != NO_SYMBOL), other=0.0)
     gy = tl.load(GY + row, mask=inside, other=0.0)
     active = (gx != 0.0) | (gy != 0.0)
+    symbol = symbol.to(tl.int32)  # half the instructions of a comparison
     end = tl.max(active.to(tl.int32)) * width  # no gradient: nothing to multiply
     here = v < V
     logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -226,12 +227,9 @@ def logits_gradient_kernel(
         s, r = sigmoid_pair(tl.sum(tl.where(is_blank, logits, 0.0), axis=1), PRECISE)
         d = tl.where(is_blank, (gy * r - gx * s)[:, None], d)
     else:
-        both = gx + gy
-        own = tl.where(is_symbol, tl.where(is_blank, both[:, None], gx[:, None]), 0.0)
-        own = tl.where(is_blank & (is_symbol == 0), gy[:, None], own)
-        d = own - both[:, None] * soft
-    whole = active[:, None] & here[None, :]
-    d = tl.where(whole, d, 0.0)
+        own = tl.where(is_symbol, gx[:, None], 0.0) + tl.where(is_blank, gy[:, None], 0.0)
+        d = own - (gx + gy)[:, None] * soft
+    d = tl.where(active[:, None], d, 0.0)
     keep = (row < rows)[:, None] & here[None, :]
     tl.store(DLOGITS + local[:, None] * d_stride + v[None, :], d.to(DLOGITS.dtype.element_ty), mask=keep)
     tl.store(PARTS + block * V + v, sums(d, 0, PRECISE), mask=here)

@@ -8,7 +8,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from fastasr.benchmarks.studies.predict import model, trips
+from fastasr.benchmarks.studies.predict import __main__ as study
+from fastasr.benchmarks.studies.predict import model, torch_ops, trips
 from fastasr.benchmarks.studies.predict.cards import CARDS
 from fastasr.testing.fake_gpu import fake_gpu
 
@@ -73,6 +74,17 @@ def test_a_product_runs_at_the_rate_that_is_reported_for_triton(name, known):
     )
     found = _predict(card, product_kernel, (n // tile["M"], n // tile["N"]), a, b, c, n, **tile)
     assert 2 * n**3 / found.microseconds / 1e6 == pytest.approx(known, rel=0.3)
+
+
+def test_the_products_of_the_joiner_are_those_of_a_gpu():
+    """On the CPU the joiner converts both matrices to float32 first, which would count as memory traffic."""
+    a, b = torch.randn(8, 16, dtype=torch.bfloat16), torch.randn(16, 4, dtype=torch.bfloat16)
+    with torch_ops.Recorder() as recorder:
+        y = study._product(a, b)
+    assert y.dtype is torch.float32
+    assert [(o.rate, o.flops, sum(o.inputs.values())) for o in recorder.operations] == [
+        ("product", 2 * 8 * 16 * 4, 2 * (8 * 16 + 16 * 4))
+    ]
 
 
 def test_passes_of_loops_follow_grid_arguments_and_memory():

@@ -24,7 +24,7 @@ from fastasr.benchmarks.case import variant
 from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.studies.predict import model, torch_ops
 from fastasr.benchmarks.studies.predict.cards import CARDS, Card
-from fastasr.kernels import _launch
+from fastasr.kernels import _launch, rnnt_joiner
 from fastasr.ops._dispatch import gpu_backends
 from fastasr.testing.fake_gpu import Launch, fake_gpu
 from fastasr.testing.speed import BOTH, Case, Unavailable
@@ -40,6 +40,11 @@ class _Forgetful(dict):
         return False
 
 
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Stands for the joiner's own, which takes tensors of the CPU for those of a CPU."""
+    return torch.mm(a, b) if a.dtype is torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+
+
 @lru_cache(maxsize=1)
 def record(
     case: Case, phase: str, capability: int, processors: int
@@ -48,6 +53,7 @@ def record(
     with (
         fake_gpu(capability=divmod(capability, 10), processors=processors) as gpu,
         mock.patch.object(_launch, "_compiled", _Forgetful()),
+        mock.patch.object(rnnt_joiner, "_product", _product),
     ):
         made = variant(case.make("cpu", DTYPE)["fastasr"](), phase)
         state = () if made.prepare is None else (made.prepare(),)

@@ -60,7 +60,10 @@ class Recorder(TorchDispatchMode):
         self.kept: list[torch.Tensor] = []  # so that no storage is named twice
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        result = function(*arguments, **(options or {}))
+        if function is torch.ops.aten.mm.dtype:  # the CPU has none
+            result = torch.mm(*(a.to(arguments[2]) for a in arguments[:2]))
+        else:
+            result = function(*arguments, **(options or {}))
         name = function._schema.name.removeprefix("aten::")
         given = [t for t in tree_leaves((arguments, options)) if isinstance(t, torch.Tensor)]
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
