@@ -33,7 +33,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
-from fastasr.kernels._launch import dot_options, generation, launch
+from fastasr.kernels._launch import dot_options, generation, launch, rounded
 from fastasr.kernels._rel_position_tiles import head_block, masked, place, query_key
 from fastasr.kernels._relative_shift import by_key, by_offset, merged, moved
 from fastasr.kernels._weights_dropout import constants as dropout_constants
@@ -574,11 +574,13 @@ def tiles(
             statistics["maxnreg"] = 168  # of 176, so that three programs are resident, not two
     products = common | {"BLOCK": 32, "num_stages": 3}  # blocks of dS as ``queries`` stores them
     crowded = {"num_stages": 1} if hiding and dropping else {}  # loads ahead would spill
+    # two warps have 8 columns each of 16 x 16; four compute all of them twice
+    two = {"num_warps": 2} if rounded(dtype) else {}
     return {
-        "forward": forward | crowded,
-        "statistics": statistics,
+        "forward": forward | crowded | two,
+        "statistics": statistics | two,
         "queries": inner | {"BLOCK": 32},
-        "keys": square | {"num_stages": 1} if wide else inner | crowded,
+        "keys": square | {"num_stages": 1} | two if wide else inner | crowded,
         "offsets": products,
         "positions": products,
     }
