@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-# Bytes of shared memory that a program may have, by architecture. sm_89 has the memory of sm_86; the compilers made the
-# same of 49 configurations of rel_attention and of the LSTM for both, to the register and the instruction.
-SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# Bytes of shared memory that a program may have, by architecture.
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 ARCHITECTURES = tuple(SHARED)
 # The architectures that share a table of tiles, by the one that ``generation`` of kernels/_launch.py names.
-GENERATIONS = {80: (80, 86), 90: (90,), 100: (100,), 120: (120,)}
+GENERATIONS = {80: (80, 86, 89), 90: (90,), 100: (100,), 120: (120,)}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRODUCTS = ("fp32", "tf32", "bf16")  # "tf32": tensors of float32 whose products may be rounded to TF32

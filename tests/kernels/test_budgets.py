@@ -84,6 +84,16 @@ def _table(rows: list[tuple[str, dict, dict]]) -> str:
     return "\n".join(lines)
 
 
+def test_the_file_names_sm_89_where_it_differs_from_sm_86(tmp_path, monkeypatch):
+    monkeypatch.setattr(budgets, "FILE", tmp_path / "budgets.toml")
+    budgets.FILE.write_text("# head\n")
+    few, more = (dict.fromkeys(budgets.MEASURES, n) for n in (1, 2))
+    rows = {"a": {"hash": "1", 86: few, 89: few}, "b": {"hash": "2", 86: few, 89: more, 90: few}}
+    budgets.write("triton 3.7", rows)
+    assert budgets.FILE.read_text().count("sm_89") == 1
+    assert budgets.read() == {"triton 3.7": rows}
+
+
 def test_within_budget(compiled):
     section = _nearest(SECTIONS, compiled["section"])
     rows = []
@@ -111,7 +121,6 @@ def test_budgets_have_no_spills(rows, architecture):
         "gated_depthwise_conv input gradient, chunks, fp32": (86,),
         "rel_attention forward, padding, dropout, fp32": (86,),
         "rel_attention forward, padding, mask, fp32": (100, 120),
-        "rel_attention keys, padding, mask, tf32": (90, 100),
         "rel_attention statistics, padding, context, bf16": (90,),
         "rel_attention statistics, padding, context, fp32": (80,),
         "rel_attention statistics, padding, mask, fp32": (86,),
@@ -133,11 +142,12 @@ def test_budgets_have_no_spills(rows, architecture):
         "zipformer_attention_weights queries, bf16": (120,),
         "zipformer_attention_weights queries, chunks, padding, mask, fp32": (120,),
     }
+    place = budgets.LIKE.get(architecture, architecture)
     spilled = {
         name: row["spills"]
         for name, row in rows.items()
         if row["spills"]
-        and (row["registers"] == 255 or row["spills"] > 48 or architecture not in known.get(name, ()))
+        and (row["registers"] == 255 or row["spills"] > 48 or place not in known.get(name, ()))
     }
     assert not spilled, f"bytes of local memory per thread: {spilled}"
 
@@ -155,10 +165,8 @@ def test_budgets_repeat_no_work(rows, architecture):
     known = {
         # products of 16 x 16 need two of four warps; the others repeat them on tensor cores that would be idle
         "layer_norm_lstm": ("bf16", "tf32"),
-        # in 16 bits on sm_120 alone, where tiles that repeat nothing spill with a mask; those of TF32 are to be found
-        "rel_attention statistics, padding, mask": ("bf16", "tf32"),
-        "rel_attention forward, padding, mask": ("tf32",),
-        "rel_attention keys, padding, mask": ("tf32",),
+        # on sm_120 alone, where tiles that repeat nothing spill with a mask
+        "rel_attention statistics, padding, mask": ("bf16",),
         # two warps spill 104 bytes
         "segment_attention keys": ("tf32",),
         # on sm_90, four warps on half the columns take 137 us in place of 123 (forward) and 127 in place of 105
