@@ -372,6 +372,9 @@ def tiles(
     if rounded(dtype):
         forward |= {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4}
         queries["num_warps"] = 4
+        # eight warps on 16 queries compute products up to eight times
+        if generation in (80, 120) or dim > block_d:
+            keys |= {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4}
     elif not wide and generation == 100:  # its products do not repeat rows, and four warps spill
         queries["num_warps"] = 8
         keys |= {"BLOCK_N": 64, "num_warps": 8}

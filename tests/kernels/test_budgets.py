@@ -136,6 +136,7 @@ def test_budgets_have_no_spills(rows, architecture):
         "tdt_lattice forward, no shares, S=600": (86,),
         "toeplitz_attention forward, both ways, padding, dropout, d=128, V=1024, fp32": (86, 100),
         "toeplitz_attention keys, both ways, padding, dropout, d=128, V=1024, tf32": (90,),
+        "zipformer_attention keys, chunks, padding, mask, tf32": (80,),
         "zipformer_attention queries, chunks, padding, mask, tf32": (100, 120),
         "zipformer_attention queries, odd sizes, bf16": (100,),
         "zipformer_attention queries, tf32": (120,),
@@ -175,7 +176,7 @@ def test_budgets_repeat_no_work(rows, architecture):
         # 64 rows and four warps spill 8 bytes
         "toeplitz_attention queries, both ways": ("tf32",),
         # the sums over 32 columns alone: two warps on 32 rows take 3,055 us in place of 1,538, four on 64 columns
-        # spill; tiles for TF32 are to be found
+        # spill; with TF32 over 16 columns, as 32 spill with a mask
         "zipformer_attention keys": ("bf16", "fp16", "tf32"),
     }
     found = {
