@@ -80,13 +80,13 @@ class Steps:
             x = F.pad(x.flatten(1), (0, rows)).reshape(batch, rows, steps + 1)
         return x[..., :width]
 
-    def _step(self, cell: Tensor) -> Tensor:
+    def step_of(self, cell: Tensor) -> Tensor:
         """Returns the step of cells (s, t)."""
         return cell.sum(1) if self.regular else cell[:, 1]
 
     def _at(self, cell: Tensor, k: int) -> Tensor:
         """Returns (B, S+1): the cell, where it is in step k."""
-        return (self.row == cell[:, :1]) & (self._step(cell) == k)[:, None]
+        return (self.row == cell[:, :1]) & (self.step_of(cell) == k)[:, None]
 
     def cells(self, add=log_add) -> Tensor:
         """Returns p by steps, (K + 1, B, S + 1). ``add`` joins the symbol arc that enters a cell and the blank arc."""
@@ -102,7 +102,7 @@ class Steps:
 
     def scores(self, cells: Tensor) -> Tensor:
         batch = torch.arange(len(self.end), device=cells.device)
-        scores = cells[self._step(self.end), batch, self.end[:, 0]]
+        scores = cells[self.step_of(self.end), batch, self.end[:, 0]]
         # zeros give gradients even without arcs
         scores = scores + self.x[:0].sum((0, 2)) + self.y[:0].sum((0, 2))
         return torch.where(self.poisoned, float("nan"), scores)

@@ -73,18 +73,23 @@ class Steps:
         found = torch.where((t >= 0) & (t < frames), x[:, t.clamp(0, frames - 1), self.s], -INF)
         return found.transpose(0, 1)
 
+    def arcs(self, k: int) -> list[tuple[int, int, int]]:
+        """Returns the arcs that may enter step k, those of each duration, blank before symbol: the duration's index,
+        and by how many steps and symbols the arc moves on."""
+        found = []
+        for i, d in enumerate(self.durations):
+            found += [(i, d, 0)] * (0 < d <= k) + [(i, d + 1, 1)] * (d < k)
+        return found
+
     def scores(self, add=_log_sum) -> Tensor:
-        """Returns the scores. ``add`` joins the arcs that enter a cell: those of each duration, blank before symbol."""
+        """Returns the scores. ``add`` joins -inf and what the arcs that enter a cell give, in the order of ``arcs``."""
         cells, begin = [], self.begin.sum(1)[:, None]
         nothing = self.zero.new_full((len(self.begin), self.row), -INF)
         for k in range(self.steps + 1):
             terms = [nothing]
-            for i, d in enumerate(self.durations):
-                if 0 < d <= k:
-                    terms.append(cells[k - d] + self.blanks[i][k - d])
-                if d < k:
-                    leaving = cells[k - d - 1] + self.symbols[i][k - d - 1]
-                    terms.append(F.pad(leaving[:, :-1], (1, 0), value=-INF))
+            for i, back, symbol in self.arcs(k):
+                leaving = cells[k - back] + (self.symbols if symbol else self.blanks)[i][k - back]
+                terms.append(F.pad(leaving[:, :-1], (1, 0), value=-INF) if symbol else leaving)
             at_begin = (self.s == self.begin[:, :1]) & (begin == k)
             cells.append(torch.where(at_begin, 0.0, add(terms)))
         batch = torch.arange(len(self.end), device=self.s.device)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Forced alignment: the likeliest path of given tokens through the lattice of a transducer, a TDT or CTC.
 
-The recursions are those of the losses with a maximum in place of the logarithm of a sum. In the lattice of a
-transducer (``fastasr.ops.rnnt_lattice``) and of a TDT (``fastasr.ops.tdt_lattice``) the derivative of the best path's
-score is 1 for each arc on the path and 0 for the others, so autograd finds the path. For CTC (Graves et al., 2006),
-with the states l of blank, token 1, blank, token 2, …, blank:
+The recursions are those of the losses with a maximum in place of the logarithm of a sum, step by step over the
+anti-diagonals of the lattice of a transducer (``fastasr.ops.rnnt_lattice``) or a TDT (``fastasr.ops.tdt_lattice``), and
+over the frames of CTC (Graves et al., 2006). CTC has the states l of blank, token 1, blank, token 2, …, blank:
 
     p[t, l] = log_probs[t, label of l] + max(p[t-1, l], p[t-1, l-1], p[t-1, l-2])
 
-where l - 2 counts only between two different tokens. One byte per state and frame remembers which was the largest.
+where l - 2 counts only between two different tokens. One byte per cell remembers which arc into it was the best, and
+the path is read from its end.
 
 Sums are float64. Of equally likely paths the first wins, looking from the end of the path back: in RNN-T blank comes
 before the symbol; in TDT the durations come in the given order, and for each of them blank before the symbol; in CTC
@@ -90,12 +90,20 @@ def _through_rnnt(op, px, py, boundary, rnnt_type) -> Alignment:
     """Aligns px (B, S, T) and py (B, S + 1, T) of a joiner."""
     if boundary is not None:
         boundary = boundary.to(torch.int64)
-    with torch.inference_mode(False), torch.enable_grad():
-        x, y = _leaf(px), _leaf(py)
-        lattice = Steps(*logprobs.lattice(op, x, y, boundary, rnnt_type), boundary)
-        scores = lattice.scores(lattice.cells(lambda symbol, blank: _first_best([blank, symbol])))
-        (path,) = torch.autograd.grad(scores.sum(), x)
-    return _alignment(px, path, path.new_ones(path.shape[:2], dtype=torch.int64), scores)
+    with torch.no_grad():
+        lattice = Steps(*logprobs.lattice(op, px.double(), py.double(), boundary, rnnt_type), boundary)
+        chosen = []
+
+        def best(symbol: Tensor, blank: Tensor) -> Tensor:
+            chosen.append(symbol > blank)
+            return torch.maximum(symbol, blank)
+
+        scores = lattice.scores(lattice.cells(best))
+        ends = [(cell[:, 0], lattice.step_of(cell)) for cell in (lattice.begin, lattice.end)]
+        moves = [torch.tensor([(1, 0), (1, 1)], device=px.device)]
+        steps, _ = _best_path(px.shape[1], chosen, moves, *ends)
+    starts = steps - lattice.row[:-1] if lattice.regular else steps
+    return _alignment(px, starts, steps.new_ones(()), steps >= 0, scores)
 
 
 # --------------------------------------------------------------------------- TDT
@@ -140,41 +148,60 @@ def tdt_joiner_align(
 
 
 def _through_tdt(px, py, pd, durations, boundary, sigma) -> Alignment:
-    with torch.inference_mode(False), torch.enable_grad():
-        x, y, z = _leaf(px), _leaf(py), _leaf(pd)
-        scores = TdtSteps(x - sigma, y - sigma, z, durations, boundary).scores(_first_best)
-        path, with_durations = torch.autograd.grad(scores.sum(), (x, z))
-    # a path leaves a cell once: where it leaves with a symbol, that arc's duration is the cell's
-    taken = (path.unsqueeze(-1) * with_durations[:, :, :-1]).sum(1)
-    durations = (taken.long() * durations).sum(-1)
-    return _alignment(px.transpose(1, 2), path.transpose(1, 2), durations, scores)
+    with torch.no_grad():
+        x, y, z = (t.double() for t in (px, py, pd))
+        lattice = TdtSteps(x - sigma, y - sigma, z, durations, boundary)
+        chosen = []
+
+        def best(terms: list[Tensor]) -> Tensor:
+            scores, which = torch.stack(terms).max(0)  # of equal ones the first
+            chosen.append(which.to(torch.uint8))
+            return scores
+
+        scores = lattice.scores(best)
+        ends = [(cell[:, 0], cell.sum(1)) for cell in (lattice.begin, lattice.end)]
+        arcs = [lattice.arcs(k) for k in range(1, max(lattice.durations) + 2)]
+        moves = [
+            torch.tensor([(0, 0), *((back, token) for _, back, token in each)], device=px.device)
+            for each in arcs
+        ]
+        steps, moved = _best_path(px.shape[2], chosen[1:], moves, *ends)
+    return _alignment(px.transpose(1, 2), steps - lattice.s[:-1], moved - 1, steps >= 0, scores)
 
 
 # --------------------------------------------------------------------------- what both share
-def _leaf(x: Tensor) -> Tensor:
-    return x.detach().to(torch.float64, copy=True).requires_grad_()
+def _best_path(tokens, chosen, moves, begin, end) -> tuple[Tensor, Tensor]:
+    """Returns the step of the cell where each token is emitted (B, S), -1 if none is, and by how many steps the path
+    moves on with it.
+
+    Args:
+        tokens: S.
+        chosen: of each step from the second on, the best arc into each cell (B, S + 1).
+        moves: of these steps, the last for all that follow: by how many steps and tokens each arc moves (arcs, 2).
+        begin, end: the first and the last cell of the path: tokens before it (B,) and step (B,).
+    """
+    steps = torch.full((len(begin[0]), tokens + 1), -1, device=begin[0].device)
+    moved = torch.zeros_like(steps)
+    s, at = end
+    for k in range(len(chosen), 0, -1):
+        arc = chosen[k - 1].gather(1, s.unsqueeze(1)).squeeze(1).long()
+        on_path = (at == k) & (k > begin[1])
+        move = torch.where(on_path.unsqueeze(1), moves[min(k, len(moves)) - 1][arc], 0)
+        at, s = at - move[:, 0], s - move[:, 1]
+        token = torch.where(move[:, 1] > 0, s, tokens).unsqueeze(1)  # the last column takes what is no token
+        steps.scatter_(1, token, at.unsqueeze(1))
+        moved.scatter_(1, token, move[:, :1])
+    return steps[:, :-1], moved[:, :-1]
 
 
-def _first_best(terms: list[Tensor]) -> Tensor:
-    """Returns the largest term, whose gradient goes to the first of several."""
-    return torch.stack(terms).max(0).values
-
-
-def _alignment(px: Tensor, path: Tensor, durations: Tensor, scores: Tensor) -> Alignment:
-    """Reads the alignment from px (B, S, T), the gradient ``path`` of its best path's score, and the tokens' durations
-    (B, S)."""
-    scores = scores.detach()
-    found = path.any(2) & scores.isfinite().unsqueeze(1)
-    if not path.shape[2]:  # argmax needs an element
+def _alignment(px: Tensor, starts: Tensor, durations: Tensor, found: Tensor, scores: Tensor) -> Alignment:
+    """Returns the alignment of the tokens that are ``found`` (B, S), with confidences read from px (B, S, T)."""
+    found = found & scores.isfinite().unsqueeze(1)
+    if not px.shape[2]:  # gather needs an element
         return Alignment(found.long() - 1, found.long(), found.double(), scores)
-    starts = path.argmax(2, keepdim=True)
-    confidences = px.gather(2, starts)[..., 0].double().exp()
-    return Alignment(
-        torch.where(found, starts[..., 0], -1),
-        torch.where(found, durations, 0),
-        torch.where(found, confidences, 0.0),
-        scores,
-    )
+    starts = torch.where(found, starts, -1)
+    confidences = px.gather(2, starts.clamp(min=0).unsqueeze(2))[..., 0].double().exp()
+    return Alignment(starts, torch.where(found, durations, 0), torch.where(found, confidences, 0.0), scores)
 
 
 # --------------------------------------------------------------------------- CTC
@@ -227,20 +254,28 @@ def _ctc_forward(log_probs, labels, frame_counts, ends) -> tuple[Tensor, Tensor,
     ends in (B,) and its score (B,)."""
     batch, frames, _ = log_probs.shape
     width = labels.shape[1]
-    # entering[:, n, l]: what it costs to come from state l - n
-    entering = log_probs.new_full((batch, 3, width), 0.0, dtype=torch.float64)
-    state = torch.arange(width, device=labels.device)
-    entering[:, 1, :1] = entering[:, 2] = -math.inf
-    entering[:, 2, 2:].masked_fill_(labels[:, 2:] != labels[:, :-2], 0.0)
-    p = torch.where(state == 0, 0.0, -math.inf).to(torch.float64).repeat(batch, 1)
+    differ = log_probs.new_full(
+        (batch, width), -math.inf, dtype=torch.float64
+    )  # what coming from l - 2 costs
+    differ[:, 2:].masked_fill_(labels[:, 2:] != labels[:, :-2], 0.0)
+    # two frames in turn; the two columns in front are no states
+    both = log_probs.new_full((2, batch, width + 2), -math.inf, dtype=torch.float64)
+    both[0, :, 2] = 0.0  # the first frame may begin with the first token
     moves = torch.empty(frames, batch, width, dtype=torch.uint8, device=labels.device)
+    skipping, further = torch.empty_like(differ), torch.empty_like(differ, dtype=torch.bool)
     for t in range(frames):
-        from_states = F.pad(p, (2, 0), value=-math.inf).unfold(1, width, 1).flip(1)
-        # the first frame may begin with the first token
-        best, move = (from_states + entering).max(1)
-        here = best + log_probs[:, t].gather(1, labels)
+        before, p = both[t % 2], both[(t + 1) % 2, :, 2:]
+        stay, enter, move = before[:, 2:], before[:, 1:-1], moves[t]
+        torch.gt(enter, stay, out=move)
+        torch.maximum(stay, enter, out=p)
+        torch.add(before[:, :-2], differ, out=skipping)
+        move.masked_fill_(torch.gt(skipping, p, out=further), 2)
+        torch.maximum(p, skipping, out=p)
+        p += log_probs[:, t].gather(1, labels)
         inside = (t < frame_counts).unsqueeze(1)
-        p, moves[t] = torch.where(inside, here, p), move * inside
+        torch.where(inside, p, stay, out=p)
+        move *= inside
+    p = both[frames % 2, :, 2:]
     of_ends = torch.stack((2 * ends - 1, 2 * ends), 1)
     last = p.gather(1, of_ends.clamp(min=0))
     scores, which = last.max(1)

@@ -233,3 +233,37 @@ def test_wrong_arguments(changed, message):
     call = torch.randn(1, 4, 5), torch.ones(1, 2, dtype=torch.int64), torch.tensor([4]), torch.tensor([2]), 0
     with pytest.raises(ValueError, match=rf"fastasr.rnnt.ctc_align: {message}"):
         rnnt.ctc_align(*(changed.get(i, value) for i, value in enumerate(call)))
+
+
+@pytest.mark.parametrize("kind", ["RNN-T", "TDT", "CTC"])
+def test_a_long_recording_with_a_path_that_stands_out(kind):
+    """The alignment finds tokens that were put on known frames, and makes no graph for gradients."""
+    seeded(kind)
+    frames, tokens = 700, 90
+    starts = torch.randperm(frames - 2)[:tokens].sort().values
+    starts[1:] = torch.maximum(starts[1:], starts[:-1] + 1)
+    targets = torch.arange(tokens) % 4 + 1
+    if kind == "CTC":
+        log_probs = torch.zeros(1, frames, 5)
+        log_probs[0, :, 0] = 4.0
+        log_probs[0, starts, targets] = 9.0
+        ends = torch.tensor([frames]), torch.tensor([tokens])
+        found = rnnt.ctc_align(log_probs.log_softmax(-1).requires_grad_(), targets[None], *ends)
+        assert found.durations.max() == 1
+    else:
+        position = torch.searchsorted(starts, torch.arange(frames + 1))  # tokens before each frame
+        logits = torch.zeros(1, frames, tokens + 1, 5)
+        logits[0, torch.arange(frames), position[1:], 0] = 9.0
+        logits[0, starts, torch.arange(tokens), targets] = 9.0
+        logits.requires_grad_()
+        if kind == "RNN-T":
+            found = rnnt.rnnt_align(logits, targets[None], 0)
+        else:
+            ends = torch.tensor([frames]), torch.tensor([tokens])
+            steps = torch.zeros(1, frames, tokens + 1, 2)
+            steps[0, :, :, 1] = 2.0
+            steps[0, starts, torch.arange(tokens), 0] = 7.0  # a token stays on its frame
+            found = rnnt.tdt_align(logits, steps, targets[None], *ends, 0, [0, 1])
+            assert not found.durations.any()
+    assert found.starts[0].tolist() == starts.tolist()
+    assert not found.scores.requires_grad
