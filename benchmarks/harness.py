@@ -203,6 +203,16 @@ def _reset_high_water_mark() -> bool:
     return True
 
 
+def limit_memory(more: int) -> None:
+    """Lets this process take no more than ``more`` bytes beyond what it holds, where the system tells what that is:
+    what does not fit raises an error, and the machine goes on."""
+    held = _status_bytes("VmSize")
+    if held is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (held + more, resource.RLIM_INFINITY))
+
+
 def peak_bytes(variant: Variant | Callable[[], Any], device: str = "cpu", rounds: int = 2) -> int | None:
     """Returns the memory that one call needs above what was held before it, the least of ``rounds`` calls.
 

@@ -18,6 +18,7 @@ import torch
 
 from fastasr.benchmarks import models, ops, rows
 from fastasr.benchmarks.case import TRAINING, Report, Settings, measure
+from fastasr.benchmarks.harness import limit_memory
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import Unit, duration, times, units
 from fastasr.testing.speed import BOTH, FORWARD, Case
@@ -94,19 +95,11 @@ class Options:
         ]
 
 
-def _limit_memory(more: int) -> None:
-    import resource
-
-    with open("/proc/self/statm") as file:
-        held = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (held + more, resource.RLIM_INFINITY))
-
-
 def _measure(cell: Cell, settings: Settings, done: Sequence[str], send: Callable) -> None:
     """Measures a cell in this process and sends ("rows", rows of a pass) and ("note", text)."""
     torch.set_num_threads(cell.threads)
-    if torch.device(cell.device).type == "cpu" and os.path.exists("/proc/self/statm"):
-        _limit_memory(cell.memory)
+    if torch.device(cell.device).type == "cpu":
+        limit_memory(cell.memory)
     case = subjects()[cell.name](cell.frames, cell.batch)
     options = {"device": cell.device, "dtype": getattr(torch, cell.dtype), "settings": settings}
     passes = [p for p in PASSES if p in case.passes or (p == TRAINING and BOTH in case.passes)]

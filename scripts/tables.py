@@ -23,7 +23,7 @@ from fastasr.benchmarks.device import verdict
 from fastasr.benchmarks.markdown import put, table, whole_models
 from fastasr.benchmarks.models import nemotron_streaming, recipe_step, reduced_weights, transcribe
 from fastasr.benchmarks.rows import Row, read_all
-from fastasr.benchmarks.studies import curves, launch_cost, training_memory
+from fastasr.benchmarks.studies import curves, growth, launch_cost
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -32,7 +32,7 @@ OPS_MARKERS = "<!-- ops:start -->", "<!-- ops:end -->"
 RULES_MARKERS = "<!-- rules:start -->", "<!-- rules:end -->"
 LAUNCH_MARKERS = "<!-- launch:start -->", "<!-- launch:end -->"
 CHUNKS_MARKERS = "<!-- chunks:start -->", "<!-- chunks:end -->"
-MEMORY_MARKERS = "<!-- memory:start -->", "<!-- memory:end -->"
+GROWTH_MARKERS = "<!-- growth:start -->", "<!-- growth:end -->"
 MATRIX_MARKERS = "<!-- matrix:start -->", "<!-- matrix:end -->"
 SWEEP_MARKERS = "<!-- sweeps:start -->", "<!-- sweeps:end -->"
 LOSERS_MARKERS = "<!-- losers:start -->", "<!-- losers:end -->"
@@ -41,7 +41,7 @@ ELSEWHERE = {
     recipe_step.NAME: "training.md",
     reduced_weights.NAME: "precision.md",
     nemotron_streaming.NAME: "models/fast_conformer.md",
-    training_memory.NAME: "models/fast_conformer.md",
+    **{f"{model}{growth.ENDING}": f"models/{model}.md" for model in growth.SIZES},
 }  # pages with a table of another form
 
 
@@ -153,9 +153,11 @@ def main(arguments: list[str] | None = None) -> int:
     found += [put(DOCS / "testing.md", test_minutes.table(), check)]
     found += [put(DOCS / "testing.md", test_matrix.table(), check, *MATRIX_MARKERS)]
     found += [put(DOCS / "gpu-queue.md", launch_cost.table(), check, *LAUNCH_MARKERS)]
-    for module, markers in ((nemotron_streaming, CHUNKS_MARKERS), (training_memory, MEMORY_MARKERS)):
-        own = [row for row in rows if row.name == module.NAME]
-        found += [put(DOCS / ELSEWHERE[module.NAME], module.table(own), check, *markers)]
+    tables = {nemotron_streaming.NAME: (nemotron_streaming.table, CHUNKS_MARKERS)}
+    tables |= {f"{model}{growth.ENDING}": (growth.table, GROWTH_MARKERS) for model in growth.SIZES}
+    for name, (made, markers) in tables.items():
+        own = [row for row in rows if row.name == name]
+        found += [put(DOCS / ELSEWHERE[name], made(own), check, *markers)]
     found += [put(DOCS / "gpu-predictions.md", predictions.table(), check)]
     found += [put(DOCS / "gpu-predictions.md", predictions.losers(), check, *LOSERS_MARKERS)]
     found += [put(DOCS / "gpu-queue.md", verdict.tables(verdict.records(GPU_RECORDS)), check)]

@@ -77,7 +77,7 @@ def test_a_row_knows_whether_its_code_has_changed(monkeypatch):
     assert later.old
     model = environment.code("models", "fast_conformer")
     assert model
-    assert model == environment.code("models", "fast_conformer_long_audio")
+    assert model == environment.code("models", "fast_conformer_growth")
     assert environment.code("models", "no model") == ""
     assert not row(name="no op").old, "there is nothing to compare with"
     monkeypatch.setattr(environment, "_sources", lambda: None)  # an installed wheel
