@@ -26,9 +26,8 @@ import torch
 
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.environment import stamp
-from fastasr.benchmarks.markdown import put
+from fastasr.benchmarks.studies import results
 
-ROOT = Path(__file__).resolve().parents[2]
 RATE = 16000
 NAMES = (
     "upstream",
@@ -43,7 +42,6 @@ NAMES = (
     "fastasr bf16",
     "fastasr int8",
 )
-MARKS = {"peers": "<!-- peers:{} -->", "runs": "<!-- runs:{} -->"}
 
 
 # --------------------------------------------------------------------------- one implementation, in its own process
@@ -346,12 +344,8 @@ def runs_block(found):
 
 
 def main(arguments=None):
-    """Returns the exit code: 0, 1 when ``--check`` finds a difference, or 2 when a file cannot be used."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastasr.benchmarks.studies.int8_peers",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Returns the exit code, see ``results.run``."""
+    parser = results.parser("int8_peers", __doc__, "int8_peers.md")
     parser.add_argument(
         "--only", nargs="*", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES)
     )
@@ -365,38 +359,21 @@ def main(arguments=None):
     parser.add_argument(
         "--speech", type=Path, help="a folder of recordings with transcripts instead of the prompts"
     )
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/int8_peers.json")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/int8_peers.md")
-    parser.add_argument("--page-only", action="store_true")
-    parser.add_argument("--check", action="store_true", help="compare the page only")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
         name, folder, threads, calls = options.one
         one(name, Path(folder), int(threads), int(calls))
         return 0
-    try:
-        found = json.loads(options.results.read_text(encoding="utf-8")) if options.results.exists() else {}
-        if not (options.page_only or options.check):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                part, values = _measured(options)
-            found[part] = values
-            options.results.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        blocks = {"peers": peers_block, "runs": runs_block}
-        differs = [
-            put(
-                options.page,
-                blocks[part](values),
-                options.check,
-                *(MARKS[part].format(e) for e in ("start", "end")),
-            )
-            for part, values in found.items()
-        ]
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return max(differs, default=0)
+
+    def measured(found):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            part, values = _measured(options)
+        return found | {part: values}
+
+    blocks = {"peers": peers_block, "runs": runs_block}
+    return results.run(options, measured, lambda found: {part: blocks[part](found[part]) for part in found})
 
 
 def _measured(options):

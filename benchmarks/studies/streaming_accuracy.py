@@ -7,17 +7,14 @@
 RUN is what examples/train_transducer.py wrote. Its held-out recordings are read chunk by chunk, by greedy search.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 
 from fastasr.benchmarks.environment import stamp
-from fastasr.benchmarks.markdown import put
+from fastasr.benchmarks.studies import results
 
-ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = ("fp32", "bf16", "int8")
 
 
@@ -111,12 +108,8 @@ def block(found: dict) -> str:
 
 
 def main(arguments=None):
-    """Returns the exit code: 0, 1 when ``--check`` finds a difference, or 2 when a file cannot be used."""
-    made = argparse.ArgumentParser(
-        prog="python -m fastasr.benchmarks.studies.streaming_accuracy",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Returns the exit code, see ``results.run``."""
+    made = results.parser("streaming_accuracy", __doc__, "streaming.md")
     made.add_argument("run", type=Path, nargs="?", help="a run's folder or checkpoint")
     made.add_argument("--cache", type=Path, default=Path("demo/cache"), help="downloads")
     made.add_argument(
@@ -124,22 +117,16 @@ def main(arguments=None):
     )
     made.add_argument("--method", default="greedy", choices=("greedy", "beam", "ctc-greedy", "ctc-beam"))
     made.add_argument("--backend", help="native or eager; the best by default")
-    made.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/streaming_accuracy.json")
-    made.add_argument("--page", type=Path, default=ROOT / "docs/streaming.md")
-    made.add_argument("--check", action="store_true", help="compare the page only")
     options = made.parse_args(arguments)
-    try:
-        if options.run:
-            from fastasr.recipe import speech
 
-            _, held_out = speech.load(options.cache, options.speech, speeds=(1.0,))
-            found = measure(options.run, held_out, method=options.method, backend=options.backend)
-            found["environment"] = stamp()
-            options.out.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        return put(options.page, block(json.loads(options.out.read_text(encoding="utf-8"))), options.check)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    def measured(_):
+        from fastasr.recipe import speech
+
+        _, held_out = speech.load(options.cache, options.speech, speeds=(1.0,))
+        found = measure(options.run, held_out, method=options.method, backend=options.backend)
+        return found | {"environment": stamp()}
+
+    return results.run(options, measured if options.run else None, lambda found: {"": block(found)})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ under one chunk; the largest such N is found by doubling and then halving the in
 then, whoever is measured. ``streaming_peers`` has what is compared.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -22,11 +21,11 @@ import torch
 
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.environment import stamp
-from fastasr.benchmarks.markdown import put
 from fastasr.benchmarks.models import streaming_peers
 from fastasr.benchmarks.models.transcribe import LEFT_CONTEXT
 from fastasr.benchmarks.models.zipformer_streaming import PADDING
 from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, png, pyplot
+from fastasr.benchmarks.studies import results
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = (*streaming_peers.ENGINES, streaming_peers.SCRIPTED, streaming_peers.ONNX, streaming_peers.ONNX_INT8)
@@ -210,14 +209,8 @@ def block(found):
 
 
 def main(arguments=None):
-    """Returns the exit code: 0, 1 when ``--check`` finds a difference, or 2 when something that is needed
-    is missing.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m fastasr.benchmarks.studies.streaming_load",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Returns the exit code, see ``results.run``."""
+    parser = results.parser("streaming_load", __doc__, "streaming_load.md", page_only="--plot")
     parser.add_argument(
         "--only",
         nargs="*",
@@ -232,37 +225,25 @@ def main(arguments=None):
     parser.add_argument("--batch", type=int, default=16, help="chunks in a call at most")
     parser.add_argument("--attempts", type=int, default=3, help="of each number of streams at most")
     parser.add_argument("--most", type=int, default=256, help="streams at most")
-    parser.add_argument(
-        "--results", type=Path, default=ROOT / "benchmarks" / "results" / "streaming_load.json"
-    )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "plots" / "streaming_load.png")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "streaming_load.md")
-    parser.add_argument("--plot", action="store_true", help="only the picture and the page, from the results")
-    parser.add_argument("--check", action="store_true", help="only compare the page with the results")
     options = parser.parse_args(arguments)
-    try:
-        if not (options.plot or options.check):
-            found = measure(
-                options.only,
-                options.size,
-                options.chunk,
-                options.threads,
-                options.seconds,
-                options.batch,
-                options.most,
-                options.attempts,
-                report=lambda line: print(line, flush=True),
-            )
-            options.results.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        found = json.loads(options.results.read_text(encoding="utf-8"))
-        differs = put(options.page, block(found), options.check)
-        if options.check:
-            return differs
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_bytes(png(figure(found)))
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    sizes = options.size, options.chunk, options.threads, options.seconds, options.batch
+    code = results.run(
+        options,
+        lambda _: measure(
+            options.only,
+            *sizes,
+            options.most,
+            options.attempts,
+            report=lambda line: print(line, flush=True),
+        ),
+        lambda found: {"": block(found)},
+    )
+    if code or options.check:
+        return code
+    found = json.loads(options.results.read_text(encoding="utf-8"))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_bytes(png(figure(found)))
     for name, values in found["implementations"].items():
         print(f"{name}: {values['streams']} streams, p99 {values['p99_ms']:.1f} ms")
     return 0

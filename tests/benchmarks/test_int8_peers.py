@@ -5,24 +5,24 @@ import json
 
 import pytest
 
-from fastasr.benchmarks.studies import int8_peers
+from fastasr.benchmarks.studies import int8_peers, results
 from fastasr.ops import _dispatch
 
 PLACE = {"device_name": "a CPU", "torch": "2.13.0", "commit": "abc", "date": "2026-11-22T00:00:00Z"}
-PAGE = "\n".join(mark.format(end) for mark in int8_peers.MARKS.values() for end in ("start", "end"))
+PAGE = "\n".join(mark for name in ("peers", "runs") for mark in results.marks(name))
 
 
 @pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
 def test_a_tiny_model(tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("zipformer.modules.model", exc_type=ImportError)
-    page, results = tmp_path / "page.md", tmp_path / "found.json"
+    page, file = tmp_path / "page.md", tmp_path / "found.json"
     page.write_text(PAGE)
-    files = ["--results", str(results), "--page", str(page)]
+    files = ["--results", str(file), "--page", str(page)]
     shape = ["--size", "tiny", "--seconds", "1", "--threads", "1", "--calls", "1", "--rounds", "1"]
     names = ("upstream", "onnxruntime int8", "fastasr int8", "OpenVINO int8")
     assert int8_peers.main([*files, *shape, "--only", *names]) == 0
-    rows = json.loads(results.read_text())["peers"]["threads"]["1"]
+    rows = json.loads(file.read_text())["peers"]["threads"]["1"]
     missing = "OpenVINO int8: left out: ModuleNotFoundError: No module named 'openvino'"
     assert (missing in capsys.readouterr().out) == (names[3] not in rows)
     assert set(rows) >= set(names[:3])

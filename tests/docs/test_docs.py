@@ -10,7 +10,14 @@ import pytest
 
 import fastasr
 from fastasr import ops
-from fastasr.benchmarks.studies import int8_peers, int8_shares, recipe, streaming_accuracy, streaming_load
+from fastasr.benchmarks.studies import (
+    breakdown,
+    int8_peers,
+    int8_shares,
+    recipe,
+    streaming_accuracy,
+    streaming_load,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -58,8 +65,8 @@ def test_the_load_page_says_what_the_committed_load_test_says():
     )
 
 
-def test_the_pages_of_int8_say_what_the_studies_found():
-    for study in (int8_peers, int8_shares):
+def test_pages_say_what_the_studies_found():
+    for study in (breakdown, int8_peers, int8_shares):
         assert study.main(["--check"]) == 0, f"run python -m {study.__name__} --page-only"
 
 
