@@ -33,13 +33,14 @@ SOURCES += rebuild
 endif
 endif
 
-.PHONY: rebuild help install demo test test-python test-long test-matrix test-cpp test-cpp-long bench docs lint fuzz clean distclean
+.PHONY: rebuild help install demo test test-python test-long test-matrix test-cpp test-cpp-long test-cpp-aarch64 bench docs lint fuzz clean distclean
 
 help:
 	@echo "make demo       a Zipformer on real speech: upstream against fastasr, with a report"
 	@echo "make test       C++ tests under sanitizers, fuzzing, the Python suite: what has not passed with the same files"
 	@echo "                (OP=bypass: one op in all languages; CI_FULL=1: everything; ARGS=-k...: for pytest)"
 	@echo "make test-long  make test, thread sanitizer, long sweeps"
+	@echo "make test-cpp-aarch64   C++ tests for aarch64 under qemu, where qemu and the cross compiler are installed"
 	@echo "make test-matrix   the wheel in fresh environments: every torch from 2.11 on, every Python (ARGS=--torch 2.11 ...)"
 	@echo "make bench      measure; rows, plots and a page in bench-report/"
 	@echo "make docs       the documentation as a site, in build/site"
@@ -110,7 +111,7 @@ test-python: install $(STAMPS)/docs
 	$(SUITE) -m "not long" $(ARGS) tests
 
 # The library holds kernels for every instruction set: the tests of ops run once more on each that this machine has.
-test-long: test-cpp-long install $(STAMPS)/docs
+test-long: test-cpp-long test-cpp-aarch64 install $(STAMPS)/docs
 	export CI_FULL=1; $(SUITE) -m "long or not long" $(ARGS) tests
 	export CI_FULL=1; for set in portable avx2; do export FASTASR_SIMD=$$set; \
 	  if $(PY) -c "import fastasr.ops"; then $(SUITE) -m "not long" $(ARGS) tests/ops --ignore tests/ops/test_contract_interpreted.py; fi; done
@@ -130,6 +131,13 @@ test-cpp-long:
 	scripts/cpp_tests.sh build/cpp-release ""
 	scripts/cpp_tests.sh build/cpp-asan address,undefined
 	scripts/cpp_tests.sh build/cpp-tsan thread
+
+# Debian's cross compiler and qemu, where both are installed.
+test-cpp-aarch64:
+	@echo "== C++ tests for aarch64, under qemu"
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || \
+	  { echo "skipped: $$tool is missing (on Debian: apt-get install g++-aarch64-linux-gnu qemu-user)"; exit; }; done; \
+	  CXX=aarch64-linux-gnu-g++ CMAKE_TOOLCHAIN_FILE=$(CURDIR)/scripts/aarch64.cmake scripts/cpp_tests.sh build/cpp-aarch64 ""
 
 # --------------------------------------------------------------------------- the rest
 fuzz: install

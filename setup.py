@@ -64,8 +64,7 @@ class CMakeBuild(build_ext):
         config += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.run(config, check=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        targets = ["--target", "fastasr", "_build_info"]
-        subprocess.run(["cmake", "--build", str(build), *targets, "-j", jobs], check=True)
+        subprocess.run(["cmake", "--build", str(build), "-j", jobs], check=True)
 
 
 class AnyPython(bdist_wheel):

@@ -15,12 +15,18 @@ import re
 import subprocess
 import sys
 
-SETS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+# The sets of each architecture in ascending order; every machine runs the first.
+SETS = (
+    ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"),
+    ("neon", "neon_dot", "neon_bf16"),
+)
+WIDEST = max(map(len, SETS))
 
 
-def set_of(path: str) -> int:
+def set_of(path: str) -> tuple[int, str]:
+    """Returns how wide the set of an object is, and its name."""
     found = re.search(r"kernels_(\w+)\.dir", path)
-    return SETS.index(found[1]) if found else 0
+    return next((sets.index(found[1]), found[1]) for sets in SETS if found[1] in sets) if found else (0, "")
 
 
 def symbols(path: str) -> list[tuple[str, str]]:
@@ -38,7 +44,7 @@ def demangled(names: list[str]) -> list[str]:
 def problems(paths: list[str]) -> list[str]:
     found, first, least, ours = [], {}, {}, {}
     for path in paths:
-        level = set_of(path)
+        level, name_of_set = set_of(path)
         if level:
             sections = subprocess.run(
                 ["readelf", "-SW", path], check=True, capture_output=True, text=True
@@ -48,9 +54,9 @@ def problems(paths: list[str]) -> list[str]:
         for name, letter in symbols(path):
             if letter in "WVu":
                 first.setdefault(name, (level, path))
-                if level and "7fastasr" in name and f"{len(SETS[level])}{SETS[level]}" not in name:
+                if level and "7fastasr" in name and f"{len(name_of_set)}{name_of_set}" not in name:
                     ours.setdefault(name, path)
-            if letter in "WVuU" and level < least.get(name, (len(SETS), ""))[0]:
+            if letter in "WVuU" and level < least.get(name, (WIDEST, ""))[0]:
                 least[name] = (level, path)
     for name, path in ours.items():
         found.append(f"{path}: {demangled([name])[0]} is outside the instruction set's namespace")

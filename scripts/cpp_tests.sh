@@ -4,7 +4,7 @@
 # thread. SETS: instruction sets as in CMakeLists.txt ("portable;avx2", for example) or "native", the widest that this
 # machine runs; all by default. A file of tests that has passed on this machine with the same files, compiler and
 # processor is skipped, but for a tenth of those that are built already (CI_FULL=1 runs all). OP=<op> runs the files that
-# test one op.
+# test one op. CXX and CMAKE_TOOLCHAIN_FILE in the environment choose another machine, as for CMake.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$1 sanitizers=$2 sets=${3:-}
@@ -16,7 +16,8 @@ state=$({
   echo "$sanitizers $sets"
   "${CXX:-c++}" --version
   grep -m1 ^flags /proc/cpuinfo || uname -m
-  sha256sum CMakeLists.txt csrc/tests/CMakeLists.txt csrc/tests/main.cpp scripts/cpp_tests.sh scripts/sources.py
+  sha256sum CMakeLists.txt csrc/tests/CMakeLists.txt csrc/tests/main.cpp scripts/cpp_tests.sh scripts/sources.py \
+    ${CMAKE_TOOLCHAIN_FILE:+"$CMAKE_TOOLCHAIN_FILE"}
 } | sha256sum | cut -c1-32)
 passed=${XDG_CACHE_HOME:-$HOME/.cache}/fastasr/cpp-tests/$state
 hashes=$("$(scripts/find_python.sh)" scripts/sources.py --hashes csrc/tests/*.cpp)

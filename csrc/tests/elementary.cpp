@@ -7,7 +7,7 @@
 namespace fastasr::test {
 namespace {
 
-#if defined(__FMA__) || !defined(__x86_64__)
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 constexpr bool kFma = true;
 #else
 constexpr bool kFma = false;

@@ -8,7 +8,7 @@ namespace fastasr::test {
 TEST_CASE("simd") {
   const cpu::Simd before = cpu::simd();
   using enum cpu::Simd;
-  for (const cpu::Simd set : {portable, avx2, avx512, avx512_vnni, avx512_bf16}) {
+  for (const cpu::Simd set : {portable, avx2, avx512, avx512_vnni, avx512_bf16, neon, neon_dot, neon_bf16}) {
     const bool possible = cpu::use_simd(set);
     CHECK(cpu::simd() == set || !possible, "%d was not taken", int(set));
 #if defined(__x86_64__)

@@ -83,7 +83,7 @@ def _machine() -> str:
     name = platform.processor() or platform.machine()
     try:
         first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-        known = ("model name", "cpu family", "model\t", "flags")
+        known = ("model name", "cpu family", "model\t", "flags", "CPU ", "Features")  # the last two: Arm
         name += "".join(line for line in first.splitlines() if line.startswith(known))
     except OSError:
         pass

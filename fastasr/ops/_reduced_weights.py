@@ -21,7 +21,7 @@ from fastasr.ops import _dispatch
 
 FORMATS = {"bf16": 1, "int8": 2}  # cpu::WeightFormat
 # the instruction sets that multiply in these formats; with others float32 is as fast
-SETS = {"bf16": ("avx512_bf16",)}
+SETS = {"bf16": ("avx512_bf16", "neon_bf16")}
 MOST_INPUTS = 1 << 16  # of csrc/cpu/gemm/reduced_gemm.h
 
 

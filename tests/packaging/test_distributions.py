@@ -75,8 +75,23 @@ def _nvcc() -> bool:
     return bool(shutil.which("nvcc") or any(home and (Path(home) / "bin/nvcc").exists() for home in homes))
 
 
-def test_one_wheel_serves_every_python_and_old_systems(wheel, library):
+@pytest.fixture(scope="module", params=["here", "aarch64"])
+def built(request, tmp_path_factory) -> tuple[Path, Path]:
+    """Returns a wheel with the native library, and that library: this machine's, and aarch64's if it was built."""
+    if request.param == "here":
+        return request.getfixturevalue("wheel"), request.getfixturevalue("library")
+    wheel = next(iter((ROOT / "build/dist-aarch64").glob("*.whl")), None)
+    if wheel is None:
+        pytest.skip("`scripts/build_dist.sh PYTHON aarch64` has not been run")
+    folder = tmp_path_factory.mktemp("aarch64")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder, [n for n in archive.namelist() if n.endswith(".so")])
+    return wheel, folder / "fastasr/libfastasr.so"
+
+
+def test_one_wheel_serves_every_python_and_old_systems(built):
     """CUDA's static library takes functions that a newer glibc has moved; nothing else may be newer than glibc 2.28."""
+    wheel, library = built
     names = [n for n in _names(wheel) if n.endswith(".so")]
     newer = {
         (Path(name).name, symbol.name)
@@ -94,8 +109,8 @@ def test_one_wheel_serves_every_python_and_old_systems(wheel, library):
 
 
 @pytest.fixture(scope="module")
-def dynamic(library) -> str:
-    return run("readelf", "--dynamic", "--wide", library)
+def dynamic(built) -> str:
+    return run("readelf", "--dynamic", "--wide", built[1])
 
 
 def test_the_library_links_torch_and_the_system_alone(dynamic):
@@ -120,17 +135,17 @@ def test_the_library_looks_nowhere_for_libraries(dynamic):
     assert not re.findall(r"\((?:RPATH|RUNPATH)\).*", dynamic)
 
 
-def test_the_library_exports_nothing(library):
-    assert run("nm", "--dynamic", "--defined-only", library).strip() == ""
+def test_the_library_exports_nothing(built):
+    assert run("nm", "--dynamic", "--defined-only", built[1]).strip() == ""
 
 
-def test_the_library_knows_no_python(library):
-    symbols = run("nm", "--dynamic", "--undefined-only", library)
+def test_the_library_knows_no_python(built):
+    symbols = run("nm", "--dynamic", "--undefined-only", built[1])
     assert not re.findall(r"\b_?Py[A-Z_]\w+", symbols)
 
 
-def test_the_library_uses_the_stable_abi_alone(library):
-    symbols = run("nm", "--dynamic", "--undefined-only", "--demangle", library)
+def test_the_library_uses_the_stable_abi_alone(built):
+    symbols = run("nm", "--dynamic", "--undefined-only", "--demangle", built[1])
     names = [line.split(maxsplit=1)[-1] for line in symbols.splitlines()]
     assert [n for n in names if n.startswith(("aoti_torch_", "torch_"))], "the registration shims are used"
     assert not [n for n in names if re.match(r"(at|c10|torch|caffe2|pybind11)::", n)]

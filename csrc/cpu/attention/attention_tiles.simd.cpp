@@ -16,6 +16,8 @@ namespace {
 constexpr int kRows = 8, kBytes = 128;
 #elif defined(__AVX2__)
 constexpr int kRows = 4, kBytes = 64;
+#elif defined(__aarch64__)
+constexpr int kRows = 8, kBytes = 32;
 #else
 constexpr int kRows = 4, kBytes = 32;
 #endif

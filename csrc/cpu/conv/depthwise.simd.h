@@ -135,6 +135,8 @@ FASTASR_INLINE void prefetch_row(const T* row) {
   for (int64_t c = 0; c < kStripe; c += 64 / static_cast<int64_t>(sizeof(T))) {
 #if defined(__x86_64__) && defined(__GNUC__)
     asm volatile("prefetcht0 %0" : : "m"(row[c]));
+#elif defined(__aarch64__)
+    asm volatile("prfm pldl1keep, %0" : : "Q"(row[c]));
 #else
     __builtin_prefetch(row + c);
 #endif

@@ -16,8 +16,8 @@
 namespace fastasr::cpu {
 namespace {
 
-constexpr int kPixels = kVectorBytes == 64 ? 10 : 6;  // 20 of 32, 12 of 16 registers hold sums
-constexpr int64_t kTaps = 8;                          // taps of the weight gradient at a time
+constexpr int kPixels = kRegisters == 32 ? 10 : 6;  // 20 of 32, 12 of 16 registers hold sums
+constexpr int64_t kTaps = 8;                        // taps of the weight gradient at a time
 constexpr int64_t kFlushed = 8;  // frames added up in floats, then in double: else less exact than eager
 
 // Uninitialised memory is never read: the constructor clears it.

@@ -122,11 +122,7 @@ void gradient_of(const EmaGradient<C>& a, int64_t first) {
 }
 
 // This many states fit the registers of the instruction set.
-#if defined(__AVX512F__)
-constexpr int kGroup = 4;
-#else
-constexpr int kGroup = 2;
-#endif
+constexpr int kGroup = kRegisters == 32 ? 4 : 2;
 
 template <typename C>
 void convolution(const EmaConvolution<C>& a) {

@@ -10,8 +10,8 @@ namespace {
 // A tile's sums, a vector for each row of A and column of B, take the registers that a vector of each column and one of
 // a row leave. With few rows a tile has twice the columns: a stream from memory needs work to wait for it.
 constexpr int kLanes = Lanes<float>::count;
-constexpr int64_t kRows = 6, kWideRows = kVectorBytes == 64 ? 3 : 2;
-constexpr int64_t kNarrow = kVectorBytes == 64 ? 4 : 2, kWide = 2 * kNarrow;
+constexpr int64_t kRows = 6, kWideRows = kRegisters == 32 ? 3 : 2;
+constexpr int64_t kNarrow = kRegisters == 32 ? 4 : 2, kWide = 2 * kNarrow;
 constexpr int64_t kLeastColumns = 8;
 static_assert(kWide <= kLeastColumns);
 constexpr int64_t kDepth = 64 * kLanes;  // the inputs of one chain

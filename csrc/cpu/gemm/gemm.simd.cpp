@@ -9,9 +9,10 @@
 namespace fastasr::cpu {
 namespace {
 
-// A tile's sums, two vectors wide, take all registers but those of one row of B and of a broadcast.
+// A tile's sums, two vectors wide, take all registers but those of one row of B and of a broadcast; on aarch64 GCC
+// keeps several broadcasts at a time, and would spill sums of 14 rows.
 constexpr int kLanes = Lanes<float>::count;
-constexpr int64_t kRows = kVectorBytes == 64 ? 14 : kVectorBytes == 32 ? 6 : 4;
+constexpr int64_t kRows = kVectorBytes == 64 ? 14 : kRegisters == 32 ? 12 : kVectorBytes == 32 ? 6 : 4;
 constexpr int64_t kColumns = 2 * kLanes;
 
 // A block has this many panels: its rows of A, of one chain, stay in the second cache, beside its part of C.

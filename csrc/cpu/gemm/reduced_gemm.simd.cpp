@@ -9,6 +9,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 #include "cpu/simd/vectors.simd.h"
@@ -24,7 +26,7 @@ using Floats = Vector<float>;
 // for the whole, halves of sums leave.
 constexpr int64_t kTileColumns = 2 * kLanes;
 constexpr int64_t kPanelTiles = kReducedColumns / kTileColumns;
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
 constexpr int64_t kRows = 14;
 #elif defined(__AVX512F__)
 constexpr int64_t kRows = 12;
@@ -39,6 +41,13 @@ constexpr int64_t kRows = 3;
 constexpr int32_t kLevels = 255;
 #else
 constexpr int32_t kLevels = 127;
+#endif
+
+// Arm's first instruction multiplies signed bytes alone: it gets 128 less than each byte of x.
+#if defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr int32_t kShift = 128;
+#else
+constexpr int32_t kShift = 0;
 #endif
 
 constexpr int64_t kBlockBytes = int64_t{1} << 18;  // weights that several rows share while they are in a cache
@@ -63,6 +72,11 @@ struct Int8 {
 #elif defined(__AVX2__)
     const __m256i pairs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(x), reinterpret_cast<__m256i>(w));
     return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+    return vusdotq_s32(sum, reinterpret_cast<uint8x16_t>(x), reinterpret_cast<int8x16_t>(w));
+#elif defined(__ARM_FEATURE_DOTPROD)
+    const Ints shifted = x ^ broadcast(static_cast<int32_t>(0x80808080u));
+    return vdotq_s32(sum, reinterpret_cast<int8x16_t>(shifted), reinterpret_cast<int8x16_t>(w));
 #else
     const auto part = [&](int shift)
                           __attribute__((always_inline)) { return ((x >> shift) & 255) * ((w << (24 - shift)) >> 24); };
@@ -77,6 +91,8 @@ struct Bf16 {
 #if defined(__AVX512BF16__)
     return reinterpret_cast<Sum>(
         _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w)));
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return vbfdotq_f32(sum, reinterpret_cast<bfloat16x8_t>(x), reinterpret_cast<bfloat16x8_t>(w));
 #else
     const Ints high = broadcast(static_cast<int32_t>(0xffff0000u));
     sum += reinterpret_cast<Sum>(x << 16) * reinterpret_cast<Sum>(w << 16);
@@ -93,7 +109,7 @@ struct Tile {
 
 FASTASR_INLINE Floats finished(const Tile& t, int64_t row, int64_t j, Ints sum) {
   const ReducedWeights& w = t.g.weights;
-  const Ints centred = sum - t.g.zero[row] * load_words(w.sum + j);
+  const Ints centred = sum - (t.g.zero[row] - kShift) * load_words(w.sum + j);
   return __builtin_convertvector(centred, Floats) * (t.g.step[row] * at(w.scale + j));
 }
 FASTASR_INLINE Floats finished(const Tile&, int64_t, int64_t, Floats sum) { return sum; }

@@ -145,8 +145,13 @@ constexpr Tiles tiles() {
   return {6,
           {panel_rows<F, 1, 64>, panel_rows<F, 2, 32>, panel_rows<F, 3, 16>, panel_rows<F, 4, 16>, panel_rows<F, 5, 16>,
            panel_rows<F, 6, 16>}};
+#elif defined(__aarch64__)
+  // 32 registers of 4 floats: up to 5 x 4 sums, the 4 weights and 5 inputs
+  return {
+      5,
+      {panel_rows<F, 1, 32>, panel_rows<F, 2, 32>, panel_rows<F, 3, 16>, panel_rows<F, 4, 16>, panel_rows<F, 5, 16>}};
 #else
-  return {2, {panel_rows<F, 1, 32>, panel_rows<F, 2, 16>}};  // 16 or more registers of 4 floats
+  return {2, {panel_rows<F, 1, 32>, panel_rows<F, 2, 16>}};  // 16 registers of 4 floats
 #endif
 }
 constexpr Tiles kFormats[] = {tiles<Fp32>(), tiles<Bf16>(), tiles<Int8>()};  // by WeightFormat

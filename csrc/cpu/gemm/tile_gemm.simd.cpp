@@ -87,6 +87,8 @@ FASTASR_INLINE void with_piece([[maybe_unused]] TilePart part, const F& f) {
   if (bytes % 96 == 0) return f.template operator()<4, 96>();  // without a rest
   if (bytes % 64 == 0) return f.template operator()<4, 64>();
   f.template operator()<4, 32>();
+#elif defined(__aarch64__)
+  f.template operator()<8, 32>();
 #else
   f.template operator()<4, 32>();
 #endif

@@ -12,7 +12,7 @@ namespace fastasr::cpu {
 // Computes a b + c, rounded once where the machine can. Of a product that is used twice, Clang fuses neither use unless
 // told to, and GCC under sanitizers one in one loop and both in another, so that their values differ.
 FASTASR_INLINE float multiply_add(float a, float b, float c) {
-#if defined(__FMA__)
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;

@@ -202,7 +202,7 @@ __attribute__((noinline)) void add_last_columns(const C* w, int64_t w_row, const
 template <int kBatch, bool kFar, typename C>
 FASTASR_INLINE void add_columns(const C* w, int64_t w_row, const C* g, int64_t depth, int64_t terms, int64_t columns,
                                 C* out, int64_t out_row) {
-  constexpr int n = Lanes<C>::count, vectors = kVectorBytes == 64 ? 4 : 2;
+  constexpr int n = Lanes<C>::count, vectors = kRegisters == 32 ? 4 : 2;
   int64_t u = 0;
   for (; u + vectors * n <= columns; u += vectors * n)
     product_tile<kBatch, vectors, kFar>(w + u, w_row, g, depth, terms, out + u, out_row);

@@ -9,12 +9,15 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace fastasr::cpu {
 namespace {
 
-// Checks for all that -march=x86-64-v3 and -v4 let the compiler use, if the operating system saves the registers.
+// Checks for all that the flags in CMakeLists.txt let the compiler use, and whether the operating system saves the
+// registers.
 Simd of_machine() {
 #if defined(__x86_64__)
   constexpr unsigned kLeaf1 = 1u << 0 | 1u << 9 | 1u << 12 | 1u << 13 | 1u << 19 | 1u << 20 | 1u << 22 | 1u << 23 |
@@ -32,6 +35,13 @@ Simd of_machine() {
   if ((b & kWide) != kWide || (saved & 0xe6u) != 0xe6u) return Simd::avx2;
   if (!(c & 1u << 11)) return Simd::avx512;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1u << 5 ? Simd::avx512_bf16 : Simd::avx512_vnni;
+#elif defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kDot = HWCAP_CRC32 | HWCAP_ATOMICS | HWCAP_ASIMDRDM | HWCAP_ASIMDDP;  // armv8.2-a+dotprod
+  constexpr unsigned long kWide = HWCAP2_I8MM | HWCAP2_BF16;
+  if ((getauxval(AT_HWCAP) & kDot) != kDot) return Simd::neon;
+  return (getauxval(AT_HWCAP2) & kWide) == kWide ? Simd::neon_bf16 : Simd::neon_dot;
+#elif defined(__aarch64__)
+  return Simd::neon;
 #else
   return Simd::portable;
 #endif
@@ -40,10 +50,25 @@ Simd of_machine() {
 using enum Simd;
 constexpr Simd kBuilt[] = {FASTASR_SETS};  // in ascending order
 
-const char* name(Simd set) {
-  constexpr const char* names[] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
-  return names[static_cast<int>(set)];
-}
+struct Named {
+  const char *name, *level;
+};
+constexpr Named kSets[] = {
+#if defined(__x86_64__)
+    {"portable", "x86-64 baseline (SSE2)"},
+#else
+    {"portable", "portable"},
+#endif
+    {"avx2", "x86-64-v3 (AVX2)"},
+    {"avx512", "x86-64-v4 (AVX-512)"},
+    {"avx512_vnni", "x86-64-v4 (AVX-512, VNNI)"},
+    {"avx512_bf16", "x86-64-v4 (AVX-512, VNNI, BF16)"},
+    {"neon", "aarch64 (NEON)"},
+    {"neon_dot", "aarch64 (NEON, dot products)"},
+    {"neon_bf16", "aarch64 (NEON, dot products, I8MM, BF16)"},
+};
+
+const char* name(Simd set) { return kSets[static_cast<int>(set)].name; }
 
 bool built(Simd set) { return std::find(std::begin(kBuilt), std::end(kBuilt), set) != std::end(kBuilt); }
 
@@ -68,17 +93,7 @@ constinit Simd simd_in_use = kBuilt[0];
 
 const char* simd_name() { return name(simd()); }
 
-const char* simd_level() {
-#if defined(__x86_64__)
-  constexpr const char* levels[] = {"x86-64 baseline (SSE2)", "x86-64-v3 (AVX2)", "x86-64-v4 (AVX-512)",
-                                    "x86-64-v4 (AVX-512, VNNI)", "x86-64-v4 (AVX-512, VNNI, BF16)"};
-  return levels[static_cast<int>(simd())];
-#elif defined(__aarch64__)
-  return "aarch64 (NEON)";
-#else
-  return "portable";
-#endif
-}
+const char* simd_level() { return kSets[static_cast<int>(simd())].level; }
 
 const char* machine_problem() {
   static const std::string text = of_machine() >= kBuilt[0]

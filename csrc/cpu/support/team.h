@@ -52,6 +52,8 @@ class Team {
   static FASTASR_MEMBER void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb" ::: "memory");  // waits some tens of cycles; `yield` is a nop on most processors
 #endif
   }
 
