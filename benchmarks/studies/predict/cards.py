@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPUs that times are predicted for: rates from NVIDIA's white papers and published microbenchmarks."""
+"""The GPUs that times are predicted for.
+
+Multiprocessors, clocks, memory and peaks are those of NVIDIA's publications: the white papers of the A100, of the H100
+(SXM5) and of Ada (GeForce RTX 4090: 1008 GB/s, 165 TFLOP/s of bfloat16, float64 at 1/64 of float32), and the data
+sheets of the H200 (4.8 TB/s) and of the HGX B200 (8 TB/s, 2250 TFLOP/s of bfloat16 without sparsity; the clock is that
+of this peak). Latencies and the rates of second-level caches are rounded from published microbenchmarks; those of the
+B200 are estimates, from the H100's.
+"""
 
 from dataclasses import dataclass
 
