@@ -25,7 +25,7 @@ class Decision:
     """The decision for one module. ``rule`` is the rule for its class; ``apply`` says whether the module fits it.
 
     ``unknown_source`` marks a module that fits in structure but runs code of an unknown version; ``known`` is the
-    version of its code.
+    version of its code. ``later`` is the decision for a rule that ``accelerate(ragged=True)`` binds at its end.
     """
 
     rule: Rule | None
@@ -33,6 +33,10 @@ class Decision:
     reason: str
     unknown_source: bool = False
     known: Known | None = None
+    later: "Decision | None" = None
+
+
+_CONTAINER = "container: see its submodules"
 
 
 def accelerate(
@@ -99,12 +103,15 @@ def _leave_padding_out(plan, report):
     padded batches."""
     report.ragged = {}
     for (path, module, decision), row in zip(plan, report.rows, strict=True):
-        rule = decision.rule
+        made = decision.later or decision
+        rule = made.rule
         if rule is None or rule.ragged is None:
             continue
-        reason = rule.ragged.obstacle(module) if binding.bound_forward(module) else row.reason
+        swapped = binding.bound_forward(module) is not None or (made is decision.later and made.apply)
+        reason = rule.ragged.obstacle(module) if swapped else made.reason
         if reason is None:
             binding.bind(module, rule.ragged.forward, rule.methods)
+            row.rule, row.status = rule.name, REPLACED
         report.ragged[path] = reason
         row.reason += "; runs without padding" if reason is None else f"; runs on padding: {reason}"
 
@@ -211,6 +218,8 @@ def _plan(modules, only, exclude, every_linear=False):
                 decision = Decision(rule, False, "not selected by only=")
             elif exclude is not None and exclude(path, module):
                 decision = Decision(rule, False, "excluded by exclude=")
+        if rule is not None and rule.is_ragged_only and binding.bound_forward(module) is None:
+            decision = Decision(None, False, _CONTAINER, later=decision)
         plan.append((path, module, decision))
     return plan
 
@@ -223,9 +232,7 @@ def decide(module):
         if (reason := returnn.reason(module)) is not None:
             return Decision(None, False, reason)
         container = next(module.children(), None) is not None
-        return Decision(
-            None, False, "container: see its submodules" if container else "no rule for this class"
-        )
+        return Decision(None, False, _CONTAINER if container else "no rule for this class")
     forward = binding.bound_forward(module)
     if forward is not None:
         return Decision(rule, True, "already swapped")

@@ -68,7 +68,8 @@ class Rule:
     ``shallow`` marks rules for modules that only call others. Verification then runs upstream's code in the submodules,
     which it verifies separately.
     ``companion`` rules apply only to models in which another rule of the family matched a module.
-    ``ragged`` says how encoders of this class leave padding out, or is None if they do not.
+    ``ragged`` says how encoders of this class leave padding out, or is None if they do not. If its forward is the
+    rule's, nothing but ``accelerate(ragged=True)`` binds it.
     """
 
     name: str
@@ -88,6 +89,10 @@ class Rule:
     hooks: tuple = ()
     note: str = ""
     ragged: Ragged | None = None
+
+    @property
+    def is_ragged_only(self):
+        return self.ragged is not None and self.ragged.forward is self.forward
 
     @functools.cached_property
     def forwards(self):

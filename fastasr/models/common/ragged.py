@@ -7,8 +7,10 @@ the recordings. The copies are concatenations of views, so that a backward pass 
 """
 
 import functools
+import threading
 import warnings
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,21 +43,35 @@ def warn(reason: str) -> None:
     warnings.warn(f"fastasr: this batch runs on its padding too: {reason}", stacklevel=3)
 
 
-class Packing:
-    """Where the recordings of a batch lie in rows (N, ...), N the sum of ``lengths``; those may be 0."""
+class Group(NamedTuple):
+    """Recordings that share a call: their numbers, the longest length, and (G, T) True behind their ends, or None."""
 
-    def __init__(self, lengths: list[int], device: torch.device):
-        self.lengths, self.device = list(lengths), device
+    members: list[int]
+    longest: int
+    hidden: Tensor | None
+
+
+_local = threading.local()
+
+
+class Packing:
+    """Where the recordings of a batch lie in rows (N, ...), N the sum of ``lengths``; those may be 0.
+
+    ``pads`` is False where a function of one recording depends on its length: then only equal lengths share a call.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device, pads: bool = True):
+        self.lengths, self.device, self.pads = list(lengths), device, pads
 
     @functools.cached_property
-    def groups(self) -> list[tuple[list[int], int, Tensor | None]]:
-        """Returns which recordings share a call: (their numbers, the longest length, hidden frames or None)."""
+    def groups(self) -> list[Group]:
+        """Returns the recordings that share a call; those of no frames are in none."""
         groups, longest = [], 0
         for i in sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i]):
             length = self.lengths[i]
             on_gpu = self.device.type != "cpu"
             lacking = longest // 8 if on_gpu else LACKING if longest <= SHORT else -1
-            if groups and longest - length <= lacking and length:
+            if groups and longest - length <= (lacking if self.pads else min(lacking, 0)) and length:
                 groups[-1].append(i)
             elif length:
                 groups.append([i])
@@ -65,21 +81,35 @@ class Packing:
     def _described(self, members):
         lengths = [self.lengths[i] for i in members]
         if min(lengths) == lengths[0]:
-            return members, lengths[0], None
+            return Group(members, lengths[0], None)
         frame = torch.arange(lengths[0], device=self.device)
-        return members, lengths[0], frame >= torch.tensor(lengths, device=self.device)[:, None]
+        return Group(members, lengths[0], frame >= torch.tensor(lengths, device=self.device)[:, None])
 
     def by_group(self, function, *rows: Tensor | list[Tensor], lengths: list[int] | None = None) -> Tensor:
         """Calls ``function(*tensors (G, T, ...), hidden (G, T) or None) -> (G, T', ...)`` for each group of recordings
         and returns the rows of all. ``rows`` are rows, or lists of a tensor per recording; ``lengths`` are those of the
         result, if others."""
-        pieces = [t if isinstance(t, list) else t.split(self.lengths) for t in rows]
+        calls = zip(*(self.stacked(t) for t in rows), (group.hidden for group in self.groups), strict=True)
+        return self.unstacked((function(*arguments) for arguments in calls), lengths)
+
+    def stacked(self, rows: Tensor | list[Tensor]):
+        """Yields (G, T, ...) for each group."""
+        pieces = rows if isinstance(rows, list) else rows.split(self.lengths)
+        for group in self.groups:
+            yield _stacked([pieces[i] for i in group.members], group.longest)
+
+    def unstacked(self, tensors, lengths: list[int] | None = None) -> Tensor:
+        """Returns the rows of tensors (G, T, ...), one for each group."""
         lengths, done = lengths or self.lengths, [None] * len(self.lengths)
-        for members, longest, hidden in self.groups:
-            y = function(*(_stacked([p[i] for i in members], longest) for p in pieces), hidden)
-            for i, one in zip(members, y.unbind(0), strict=True):
+        for group, y in zip(self.groups, tensors, strict=True):
+            for i, one in zip(group.members, y.unbind(0), strict=True):
                 done[i] = one[: lengths[i]]
         return torch.cat([one for one in done if one is not None])
+
+    def over_time(self, function, rows: Tensor) -> Tensor:
+        """Does as ``by_group`` for rows (N, 1, ...) and a function that has time first: (T, G, ...) -> (T, G, ...)."""
+        y = self.by_group(lambda x, hidden: function(x.transpose(0, 1), hidden).transpose(0, 1), rows[:, 0])
+        return y.unsqueeze(1)
 
     def spread(self, rows: Tensor, slots: list[int]) -> Tensor:
         """Returns rows (N, ...) with zeros behind each recording, so that it takes its number of ``slots``."""
@@ -90,6 +120,20 @@ class Packing:
         sizes = [size for n, slot in zip(self.lengths, slots, strict=True) for size in (n, slot - n)]
         return torch.cat(rows.split(sizes)[::2])
 
+    def repeated(self, values: Tensor) -> Tensor:
+        """Returns values (B, ...) of the recordings as those of their frames, (N, ...)."""
+        pairs = zip(values.unbind(0), self.lengths, strict=True)
+        return torch.cat([value.expand(length, *value.shape) for value, length in pairs])
+
+    @contextmanager
+    def in_use(self):
+        """Inside the block ``current()`` of this thread returns this packing."""
+        before, _local.packing = current(), self
+        try:
+            yield
+        finally:
+            _local.packing = before
+
     def with_gaps(self, frames: int) -> list[int]:
         """Returns the slots that leave so many zeros behind each recording."""
         return [length + frames for length in self.lengths]
@@ -97,6 +141,11 @@ class Packing:
     def batch(self, rows: Tensor, frames: int) -> Tensor:
         """Returns (B, frames, ...), 0 behind each recording's end."""
         return self.spread(rows, [frames] * len(self.lengths)).unflatten(0, (len(self.lengths), frames))
+
+
+def current() -> Packing | None:
+    """Returns the packing of the frames that modules in this thread get now, or None where they get padded batches."""
+    return getattr(_local, "packing", None)
 
 
 def _with_zeros(pieces, slots):

@@ -14,12 +14,14 @@ import random
 
 import torch
 
+from fastasr.models.common.ragged import current
 from fastasr.models.zipformer import score_penalty
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.gradient_scale import draw_for_log
 from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.initial_scale import ScaledLinear
+from fastasr.models.zipformer.packed_weights import of_recordings
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.score_blocks import ScoreBlocks
 from fastasr.models.zipformer.self_attention import check_cache
@@ -92,19 +94,24 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
         projected, relative, masks, penalized = _operands(
             self, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_context_chunks
         )
-        weights = zipformer_attention_weights(
-            projected,
-            relative,
-            self.num_heads,
-            self.query_head_dim,
-            score_penalty=SCORE_PENALTY if penalized else 0.0,
-            score_limit=SCORE_LIMIT,
-            **masks,
-        )
-        if random.random() < 0.001 and not self.training:
+
+        def formed(projected, relative, **masks):
+            weights = zipformer_attention_weights(
+                projected,
+                relative,
+                self.num_heads,
+                self.query_head_dim,
+                score_penalty=SCORE_PENALTY if penalized else 0.0,
+                score_limit=SCORE_LIMIT,
+                **masks,
+            )
+            if self.dropout != 0.0:
+                weights = torch.nn.functional.dropout(weights, p=self.dropout, training=self.training)
+            return weights
+
+        weights = of_recordings(formed, projected, relative, masks)
+        if random.random() < 0.001 and not self.training and current() is None:
             _log_entropy(self, weights)
-        if self.dropout != 0.0:
-            weights = torch.nn.functional.dropout(weights, p=self.dropout, training=self.training)
         return weights
 
     def unmaterialised(
@@ -120,7 +127,11 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
             projected, relative = score_penalty.penalized(
                 projected, relative, self.num_heads, self.query_head_dim, SCORE_PENALTY, SCORE_LIMIT
             )
-        return UnmaterialisedWeights(projected, relative, self.num_heads, self.query_head_dim, **masks)
+
+        def described(projected, relative, **masks):
+            return UnmaterialisedWeights(projected, relative, self.num_heads, self.query_head_dim, **masks)
+
+        return of_recordings(described, projected, relative, masks)
 
     def streaming_forward(self, x, pos_emb, cached_key, left_context_len, key_padding_mask):
         """x (T, B, C), one chunk; pos_emb (1 or B, left_context_len + 2T - 1, pos_dim); cached_key
@@ -152,7 +163,7 @@ def _operands(module, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_
     with_positions = not module.training or random.random() >= float(module.pos_emb_skip_rate)
     relative = module.linear_pos(pos_emb) if with_positions else None
     penalized = module.training and random.random() < 0.1
-    if penalized and draw_for_log() and module.name is not None:
+    if penalized and draw_for_log() and module.name is not None and current() is None:
         _log_penalty(module, projected, relative)
     masks = {
         "key_padding_mask": None if key_padding_mask is None else key_padding_mask.to(torch.bool),

@@ -17,6 +17,7 @@ import torch
 from fastasr import ops
 from fastasr.models.common.inference import any_hooked
 from fastasr.models.common.linear import Linear
+from fastasr.models.common.ragged import current
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
@@ -82,10 +83,10 @@ class ConvolutionModule(torch.nn.Module):
             return self.out_proj(_by_submodules(self, h, src_key_padding_mask, chunk_size))
         options = {"padding_mask": _of_batch(src_key_padding_mask, h), "chunk_size": chunk_size}
         if not _needs_gradients(h, *weights) and _is_swoosh_r_and_linear(self.out_proj):
-            y = ops.gated_depthwise_conv(h, *weights, **options)
+            y = _convolved(h, weights, **options)
             return ops.linear(y, self.out_proj.weight, self.out_proj.bias)
         h = _with_balanced_gate(self, h)
-        y = ops.gated_depthwise_conv(h, *weights, **options, activation="identity")
+        y = _convolved(h, weights, **options, activation="identity")
         if y.requires_grad:
             y = y.permute(1, 2, 0)
             if y.dtype is torch.float64:  # upstream's regularisers sum it in float32 in the order of memory
@@ -113,6 +114,15 @@ class ConvolutionModule(torch.nn.Module):
         if fused:
             return ops.linear(y, self.out_proj.weight, self.out_proj.bias), cache
         return self.out_proj(y), cache
+
+
+def _convolved(h, weights, padding_mask, **options):
+    packing = current()
+    if packing is None:
+        return ops.gated_depthwise_conv(h, *weights, padding_mask=padding_mask, **options)
+    return packing.over_time(
+        lambda h, hidden: ops.gated_depthwise_conv(h, *weights, padding_mask=hidden, **options), h
+    )
 
 
 def _weights(module, h, mask, chunk_size):

@@ -6,6 +6,7 @@ import random
 import torch
 import torch.nn.functional as F
 
+from fastasr.models.zipformer import ragged
 from fastasr.models.zipformer.layer import ZipformerEncoderLayer
 from fastasr.models.zipformer.resampling import SimpleDownsample
 from fastasr.models.zipformer.schedules import ScheduledFloat
@@ -26,8 +27,12 @@ class Zipformer(torch.nn.Module):
     With ``causal``, forward draws one of the chunk sizes and, unless it is -1, one of the left contexts; attention and
     convolutions then see whole chunks. src_key_padding_mask (batch, time) is True at padding.
 
+    With ``encoder.ragged = True`` it computes nothing for padding, see ``ragged``.
+
     Raises ValueError for arguments that do not fit each other.
     """
+
+    ragged = False
 
     def __init__(
         self,
@@ -118,6 +123,9 @@ class Zipformer(torch.nn.Module):
         )
 
     def forward(self, x, x_lens, src_key_padding_mask=None):
+        lengths = ragged.lengths(self, x, src_key_padding_mask) if self.ragged else None
+        if lengths is not None:
+            return ragged.encoded(self, x, lengths), (x_lens + 1) // 2
         feature_masks = self.get_feature_masks(x)
         chunk_size, left_context_chunks = self.get_chunk_info()
         self._check_chunks(chunk_size, left_context_chunks)

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 
 from fastasr.models.common.inference import any_hooked, is_plain_inference, runs
+from fastasr.models.common.ragged import current
 from fastasr.models.zipformer import streaming_layer
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.balancer import Balancer
@@ -26,7 +27,6 @@ from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import SelfAttention
-from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten
 
 # Larger weights are not materialised in inference, to save memory: for ten minutes of speech they take 14 GB in a layer
@@ -266,7 +266,9 @@ def _is_long(layer, src):
     if not runs(attention, RelPositionMultiheadAttentionWeights.forward):
         return False
     frames, batch, _ = src.shape
-    size = attention.num_heads * batch * frames * frames * src.element_size()
+    packing = current()
+    weights = batch * frames * frames if packing is None else sum(n * n for n in packing.lengths)
+    size = attention.num_heads * weights * src.element_size()
     if size <= min(MOST_WEIGHT_BYTES, MOST_WEIGHT_BYTES_WITH_GRADIENTS):
         return False
     consumers = layer.self_attn1, layer.self_attn2
@@ -292,7 +294,7 @@ def _balancer(channels, min_positive, max_positive, **limits):
 
 def _constant(weights):
     """Replaces the weights by equal weights on all sources whose weight is not 0."""
-    if isinstance(weights, UnmaterialisedWeights):
+    if not isinstance(weights, torch.Tensor):
         return weights.constant()
     weights = (weights > 0.0).to(weights.dtype)
     return weights * (1.0 / weights.sum(dim=-1, keepdim=True))
@@ -305,10 +307,14 @@ def _plus_convolved(layer, conv_module, src, chunk_size, src_key_padding_mask):
 
 
 def _sequence_mask(layer, x, rate):
-    """Draws (batch, 1), 0 for dropped sequences and 1 for the others, from torch's generator; None at rate 0."""
+    """Draws (batch, 1), 0 for dropped sequences and 1 for the others, from torch's generator; None at rate 0. For
+    packed frames it returns (frames, 1, 1)."""
     if rate == 0.0 or not layer.training:
         return None
-    return (torch.rand(x.shape[1], 1, device=x.device) > rate).to(x.dtype)
+    packing = current()
+    batch = x.shape[1] if packing is None else len(packing.lengths)
+    mask = (torch.rand(batch, 1, device=x.device) > rate).to(x.dtype)
+    return mask if packing is None else packing.repeated(mask).unsqueeze(1)
 
 
 def _plus_dropped(layer, src, y, rate):

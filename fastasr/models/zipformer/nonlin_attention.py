@@ -16,7 +16,6 @@ from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import check_cache, check_weights, weighted
-from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import nonlin_attention
 
@@ -61,7 +60,7 @@ class NonlinAttention(torch.nn.Module):
         parts = projected.chunk(3, dim=2)
         s, v, y = parts
         after = self.balancer(s), self.whiten1(v), y
-        if len(attn_weights) != 1 or isinstance(attn_weights, UnmaterialisedWeights):
+        if len(attn_weights) != 1 or not isinstance(attn_weights, torch.Tensor):
             s, v, y = after
             y = weighted(attn_weights, v * torch.tanh(s)) * y
         else:

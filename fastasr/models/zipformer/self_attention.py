@@ -9,7 +9,6 @@ import torch
 from fastasr.models.common.linear import Linear
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.schedules import whitening_schedule
-from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _dispatch
 
@@ -48,7 +47,7 @@ class SelfAttention(torch.nn.Module):
 
 def weighted(attn_weights, values):
     """W (heads, batch, T, S), values (S, batch, heads * dim) -> (T, batch, heads * dim)."""
-    if isinstance(attn_weights, UnmaterialisedWeights):
+    if not isinstance(attn_weights, torch.Tensor):
         return attn_weights.weighted(values)
     heads = attn_weights.shape[0]
     sources, batch, channels = values.shape

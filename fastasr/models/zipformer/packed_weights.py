@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention weights of packed frames: those of each group of recordings apart, as tensors or unmaterialised."""
+
+import torch
+
+from fastasr.models.common.ragged import current
+from fastasr.models.zipformer.self_attention import weighted
+
+
+class PackedWeights:
+    """``parts`` are the weights (heads, G, T, T) of each group of recordings of the packing, which see themselves."""
+
+    def __init__(self, packing, parts):
+        self.packing, self.parts = packing, parts
+
+    @property
+    def shape(self):
+        frames = sum(self.packing.lengths)
+        return torch.Size((len(self), 1, frames, frames))
+
+    def __len__(self):
+        return len(self.parts[0])
+
+    def __getitem__(self, index):
+        return PackedWeights(self.packing, [part[index] for part in self.parts])
+
+    def weighted(self, values):
+        """values (N, 1, heads * dim) -> their weighted sums, same shape."""
+        values = (v.transpose(0, 1) for v in self.packing.stacked(values[:, 0]))
+        sums = (weighted(part, v).transpose(0, 1) for part, v in zip(self.parts, values, strict=True))
+        return self.packing.unstacked(sums).unsqueeze(1)
+
+    def constant(self):
+        """Returns equal weights on all sources whose weight is not 0."""
+        from fastasr.models.zipformer.layer import _constant
+
+        return PackedWeights(self.packing, [_constant(part) for part in self.parts])
+
+
+def of_recordings(function, projected, positions, masks):
+    """Returns ``function(projected (T, B, C), positions, **masks)``, for packed frames (N, 1, C) as PackedWeights."""
+    packing = current()
+    if packing is None:
+        return function(projected, positions, **masks)
+    parts = []
+    for group, part in zip(packing.groups, packing.stacked(projected[:, 0]), strict=True):
+        rows = positions
+        if positions is not None:
+            first = positions.shape[1] // 2 + 1 - group.longest
+            rows = positions[:, first : first + 2 * group.longest - 1]
+        parts.append(function(part.transpose(0, 1), rows, **{**masks, "key_padding_mask": group.hidden}))
+    return PackedWeights(packing, parts)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder without padding: its layers run on the frames that exist, packed as ``models.common.ragged`` describes.
+
+Every stack has a packing of its own frame rate in use while its layers run; attention, convolution, bypass and dropout
+of whole sequences ask for it. A recording's output is what it is alone: at its end the downsampling repeats its own
+last frame, where upstream's reads frames of padding. In training balancers and whitening see the frames that exist.
+"""
+
+import torch
+
+from fastasr.models.common.inference import any_hooked, runs
+from fastasr.models.common.ragged import Packing, is_paused, warn
+from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
+from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
+from fastasr.models.zipformer.bypass import BypassModule
+from fastasr.models.zipformer.convolution import ConvolutionModule
+from fastasr.models.zipformer.layer import ZipformerEncoderLayer
+from fastasr.models.zipformer.nonlin_attention import NonlinAttention
+from fastasr.models.zipformer.self_attention import SelfAttention
+
+_OURS = {
+    "self_attn_weights": RelPositionMultiheadAttentionWeights,
+    "self_attn1": SelfAttention,
+    "self_attn2": SelfAttention,
+    "nonlin_attention": NonlinAttention,
+    "conv_module1": ConvolutionModule,
+    "conv_module2": ConvolutionModule,
+    "bypass": BypassModule,
+    "bypass_mid": BypassModule,
+    **{f"feed_forward{i}.out_proj": ActivationDropoutAndLinear for i in (1, 2, 3)},
+}
+
+
+def obstacle(encoder) -> str | None:
+    """Returns why this encoder cannot leave padding out, or None."""
+    for i, stack in enumerate(encoder.encoders):
+        if hasattr(stack, "downsample") and not runs(stack.out_combiner, BypassModule.forward):
+            return f"out_combiner of stack {i} is not swapped"
+        for j, layer in enumerate(getattr(stack, "encoder", stack).layers):
+            where = f"layer {j} of stack {i}"
+            if not runs(layer, ZipformerEncoderLayer.forward):
+                return f"{where} is not swapped, or is one of icefall before pull request 1566"
+            for name, cls in _OURS.items():
+                if not runs(layer.get_submodule(name), cls.forward):
+                    return f"{name} of {where} is not swapped"
+    return None
+
+
+def lengths(encoder, x, mask) -> list[int] | None:
+    """Returns the recordings' frames by the mask (batch, time), True at padding, or None where x (time, batch,
+    channels) has no padding to leave out, or it must stay, of which this function warns. Another device is waited for.
+    """
+    if mask is None or is_paused() or torch.jit.is_tracing() or mask.shape != (x.shape[1], x.shape[0]):
+        return None
+    hidden = mask.to(torch.bool)
+    counts = (~hidden).sum(-1)
+    found = counts.tolist()
+    if not 0 < sum(found) < mask.numel():
+        return None
+    reason = obstacle(encoder)
+    if not torch.equal(hidden, torch.arange(len(x), device=x.device) >= counts[:, None]):
+        reason = "its mask is not one of lengths"
+    elif any_hooked(module for module in encoder.modules() if module is not encoder):
+        reason = "a module in it has a hook, which would get packed frames"
+    if reason is not None:
+        warn(reason)
+    return found if reason is None else None
+
+
+def encoded(encoder, x, lengths):
+    """x (time, batch, channels) -> ((time + 1) // 2, batch, channels), 0 behind each recording's end."""
+    from fastasr.models.zipformer.encoder import Zipformer, convert_num_channels
+
+    packing = Packing(lengths, x.device, pads=not encoder.causal)  # chunks end with the recording
+    feature_masks = encoder.get_feature_masks(x)
+    chunk_size, left_context_chunks = encoder.get_chunk_info()
+    Zipformer._check_chunks(encoder, chunk_size, left_context_chunks)
+    src = torch.cat([one[:length] for one, length in zip(x.unbind(1), lengths, strict=True)]).unsqueeze(1)
+    outputs = []
+    for stack, width, feature_mask in zip(encoder.encoders, encoder.encoder_dim, feature_masks, strict=True):
+        src = convert_num_channels(src, width)
+        src = _stack(stack, src, packing, chunk_size, left_context_chunks, feature_mask)
+        outputs.append(src)
+    src = _downsampled(encoder.downsample_output, encoder._get_full_dim_output(outputs), packing)
+    packing = _at_rate(packing, 2)
+    return packing.batch(src[:, 0], (len(x) + 1) // 2).transpose(0, 1)
+
+
+def _stack(stack, src, packing, chunk_size, left_context_chunks, feature_mask):
+    """Runs a stack on packed frames (N, 1, channels)."""
+    window = chunk_size, left_context_chunks, feature_mask
+    if not hasattr(stack, "downsample"):
+        return _layers(stack, src, packing, *window)
+    factor = stack.downsample_factor
+    slower = _at_rate(packing, factor)
+    y = _downsampled(stack.downsample, src, packing)
+    y = _layers(stack.encoder, y, slower, chunk_size // factor, *window[1:])
+    y = packing.gathered(y.repeat_interleave(factor, 0), [factor * n for n in slower.lengths])
+    with packing.in_use():
+        return stack.out_combiner(src, y)
+
+
+def _layers(stack, src, packing, chunk_size, left_context_chunks, feature_mask):
+    if isinstance(feature_mask, torch.Tensor):
+        feature_mask = packing.repeated(feature_mask[0]).unsqueeze(1)
+    pos_emb = stack.encoder_pos(src[: max(packing.lengths)])
+    chunks = {"left_context_chunks": left_context_chunks} if chunk_size > 0 else {}
+    with packing.in_use():
+        src = _scaled(src, feature_mask)
+        for layer in stack.layers:
+            src = _scaled(layer(src, pos_emb, chunk_size=chunk_size, **chunks), feature_mask)
+    return src
+
+
+def _scaled(src, feature_mask):
+    return src * feature_mask if isinstance(feature_mask, torch.Tensor) else src
+
+
+def _at_rate(packing, factor):
+    """Returns the packing of the recordings after downsampling by ``factor``."""
+    return Packing([-(-n // factor) for n in packing.lengths], packing.device, packing.pads)
+
+
+def _downsampled(module, src, packing):
+    """Does as SimpleDownsample for packed frames: each recording ends with its own last frame, repeated."""
+    factor = module.downsample
+    whole = [
+        part
+        for one in src.split(packing.lengths)
+        for part in (one, one[-1:].expand(-len(one) % factor, -1, -1))
+    ]
+    weights = module.bias.softmax(0).view(factor, 1, 1)
+    return (torch.cat(whole).unflatten(0, (-1, factor)) * weights).sum(1)

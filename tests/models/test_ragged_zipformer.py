@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Zipformer's encoder without padding: a recording's output and gradients are those of the recording alone."""
+
+import copy
+import random
+
+import pytest
+import torch
+from steps import close, moved, numbers, seeded
+
+from fastasr.models.common.ragged import Packing
+from fastasr.models.zipformer import Zipformer
+
+SIZES = {
+    "downsampling_factor": (1, 2, 4),
+    "encoder_dim": (24, 32, 16),
+    "num_encoder_layers": 1,
+    "encoder_unmasked_dim": (16, 20, 12),
+    "query_head_dim": 8,
+    "value_head_dim": 6,
+    "num_heads": 2,
+    "feedforward_dim": 32,
+    "cnn_module_kernel": (7, 5, 3),
+    "pos_dim": 16,
+    "warmup_batches": 10.0,
+}
+LENGTHS = {
+    "mixed": [75, 50, 9, 1, 150, 33],
+    "with an empty mask": [40, 0, 90],
+    "one recording": [37],
+    "one frame": [1, 1, 20],
+    "equal": [64, 64, 64],
+    "short ones that share a call": [90, 85, 17, 24, 30, 1, 2],
+}
+lengths_of_every_kind = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+causal_or_not = pytest.mark.parametrize("causal", [False, True])
+
+
+def encoder(causal=False, **options):
+    seeded(0)
+    chunks = {"causal": True, "chunk_size": (8,), "left_context_frames": (32,)} if causal else {}
+    model = Zipformer(**SIZES, **chunks, **options)
+    for module in model.modules():
+        if hasattr(module, "batch_count"):
+            module.batch_count = 20000.0
+    return moved(model, 0.03).eval()
+
+
+def batch(lengths, dtype=torch.float64, more=5):
+    """Returns frames, their numbers and the mask. Padding holds noise."""
+    frames = max(lengths) + more
+    x = torch.randn(frames, len(lengths), SIZES["encoder_dim"][0], generator=numbers(1)).to(dtype)
+    lengths = torch.tensor(lengths)
+    return x, lengths, torch.arange(frames) >= lengths[:, None]
+
+
+def without_padding(model):
+    model = copy.deepcopy(model)
+    model.ragged = True
+    return model
+
+
+def without_regularisers(model):
+    """They change gradients by what a whole batch holds."""
+    for module in model.modules():
+        if type(module).__name__ == "Balancer":
+            del module.prob  # a schedule, which is a module
+            module.prob = 0.0
+        elif type(module).__name__ == "Whiten":
+            module.grad_scale = 0.0
+    return model
+
+
+def alone(model, x, length):
+    return model(x[:length], torch.tensor([length]))[0]
+
+
+def gradients(model, loss, x):
+    leaves = dict(model.named_parameters()) | {"frames": x}
+    found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+@causal_or_not
+@lengths_of_every_kind
+def test_each_recording_as_alone(lengths, causal):
+    model = encoder(causal).double()
+    x, x_lens, mask = batch(lengths)
+    with torch.no_grad():
+        found, counts = without_padding(model)(x, x_lens, mask)
+        assert torch.equal(counts, (x_lens + 1) // 2)
+        assert found.shape[:2] == ((len(x) + 1) // 2, len(lengths))
+        for i, n in enumerate(lengths):
+            if n:
+                close(found[: counts[i], i], alone(model, x[:, i : i + 1], n)[:, 0], 1e-11)
+            assert not found[counts[i] :, i].any()
+
+
+@causal_or_not
+@lengths_of_every_kind
+def test_gradients_as_of_each_recording_alone(lengths, causal):
+    model = without_regularisers(encoder(causal).double())
+    ours = without_padding(model)
+    x, x_lens, mask = batch(lengths)
+    x.requires_grad_()
+    y = ours(x, x_lens, mask)[0]
+    weight = torch.randn(y.shape, generator=numbers(2)).double()
+    found = gradients(ours, (y * weight).sum(), x)
+    loss = 0.0
+    for i, n in enumerate(lengths):
+        if n:
+            y = alone(model, x[:, i : i + 1], n)
+            loss = loss + (y * weight[: len(y), i : i + 1]).sum()
+    expected = gradients(model, loss, x)
+    largest = max(g.abs().max() for g in expected.values())
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() < 1e-10 * largest, name
+
+
+@causal_or_not
+@pytest.mark.parametrize("lengths", [[37], [150], [40, 40, 40], [1, 1]], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_training_step_as_without_padding(lengths, causal, seed):
+    """Where lengths are equal, every draw is that of the batch without padding: dropped channels, sequences and layers,
+    dropout, and the regularisers' calls."""
+    model = encoder(causal).double().train()
+    if max(lengths) == 1:  # Whiten in float32 has no digits on the covariance of two frames
+        without_regularisers(model)
+    results = []
+    for each, more in ((without_padding(model), 5), (model, 0)):
+        x, x_lens, mask = batch(lengths, more=5)
+        x, mask = x[: max(lengths) + more].detach().requires_grad_(), mask[:, : max(lengths) + more]
+        seeded(seed)
+        y = each(x, x_lens, mask)[0][: (lengths[0] + 1) // 2]
+        loss = (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum()
+        found = gradients(each, loss, x)
+        found["frames"] = found["frames"][: lengths[0]]
+        results.append((y.detach(), found, torch.get_rng_state(), random.getstate()))
+    (y, found, state, of_python), (expected_y, expected, *states) = results
+    assert torch.equal(state, states[0])
+    assert of_python == states[1]
+    close(y, expected_y, 1e-10)
+    largest = max(g.abs().max() for g in expected.values())
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() < 1e-6 * largest, name  # the regularisers sum in float32
+
+
+@causal_or_not
+def test_a_training_step_of_unequal_lengths(causal):
+    """Each sequence is dropped or kept as a whole."""
+    model = without_padding(encoder(causal).train())
+    x, x_lens, mask = batch(LENGTHS["mixed"], torch.float32)
+    for seed in range(4):
+        seeded(seed)
+        y = model(x, x_lens, mask)[0]
+        (g,) = torch.autograd.grad(y.sin().sum(), model.encoders[1].encoder.layers[0].norm.bias)
+        assert y.isfinite().all()
+        assert g.isfinite().all()
+    packing = Packing([3, 0, 2], x.device)
+    assert packing.repeated(torch.tensor([[1.0], [5.0], [2.0]])).flatten().tolist() == [1, 1, 1, 2, 2]
+
+
+def test_autocast():
+    """The error of bfloat16 is that of the padded batch."""
+    model = encoder()
+    x, x_lens, mask = batch(LENGTHS["mixed"], torch.float32)
+    ours = without_padding(model)
+    with torch.no_grad():
+        exact = [
+            alone(copy.deepcopy(model).double(), x[:, i : i + 1].double(), n)[:, 0]
+            for i, n in enumerate(x_lens)
+        ]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = ours(x, x_lens, mask)[0]
+            theirs = [alone(model, x[:, i : i + 1], n)[:, 0] for i, n in enumerate(x_lens)]
+    found = torch.cat([found[: len(e), i] for i, e in enumerate(exact)]).double()
+    exact, theirs = torch.cat(exact), torch.cat(theirs).double()
+    assert (found - exact).norm() <= 1.2 * (theirs - exact).norm()
+
+
+def test_long_recordings_without_weights_in_memory(monkeypatch):
+    import sys
+
+    layers = sys.modules["fastasr.models.zipformer.layer"]
+    monkeypatch.setattr(layers, "MOST_WEIGHT_BYTES", 0)
+    monkeypatch.setattr(layers, "MOST_WEIGHT_BYTES_WITH_GRADIENTS", 0)
+    test_each_recording_as_alone(LENGTHS["mixed"], False)
+    test_gradients_as_of_each_recording_alone(LENGTHS["mixed"], False)
+    test_a_training_step_as_without_padding([40, 40, 40], False, 0)
+
+
+@pytest.mark.parametrize("why", ["a hook", "a mask with holes"])
+def test_calls_that_need_padding_warn(why):
+    model = encoder()
+    ours = without_padding(model)
+    x, x_lens, mask = batch(LENGTHS["mixed"], torch.float32)
+    if why == "a hook":
+        ours.encoders[0].layers[0].norm.register_forward_hook(lambda module, inputs, y: None)
+    else:
+        mask[0, 3] = True
+    with torch.no_grad(), pytest.warns(UserWarning, match="a module in it has a hook|not one of lengths"):
+        assert torch.equal(ours(x, x_lens, mask)[0], model(x, x_lens, mask)[0])
