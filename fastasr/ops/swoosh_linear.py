@@ -69,7 +69,7 @@ def swoosh_linear(
     return F.linear(y if mask is None else y * mask, weight, bias)
 
 
-_masked = swoosh_linear
+with_mask = swoosh_linear
 
 
 def draw_mask(x: Tensor, dropout_p: float, dropout_shared_dim: int | None) -> Tensor:
@@ -81,7 +81,7 @@ def draw_mask(x: Tensor, dropout_p: float, dropout_shared_dim: int | None) -> Te
     return kept.to(x.dtype) * (1.0 / (1.0 - dropout_p))
 
 
-@_masked.op.public
+@with_mask.op.public
 def swoosh_linear(
     x: Tensor,
     weight: Tensor,
@@ -108,25 +108,25 @@ def swoosh_linear(
         ValueError: shapes or devices do not match; kind, dropout_p or dropout_shared_dim out of range.
     """
     if dropout_shared_dim is None and not training and type(dropout_p) is float and 0.0 <= dropout_p < 1.0:
-        return _masked(x, weight, bias, kind)
+        return with_mask(x, weight, bias, kind)
     if not isinstance(dropout_p, int | float) or isinstance(dropout_p, bool):
-        _masked.op.fail("dropout_p", "a float", type(dropout_p).__name__, TypeError)
+        with_mask.op.fail("dropout_p", "a float", type(dropout_p).__name__, TypeError)
     if not 0.0 <= dropout_p < 1.0:
-        _masked.op.fail("dropout_p", "0 <= p < 1", dropout_p)
+        with_mask.op.fail("dropout_p", "0 <= p < 1", dropout_p)
     if not training or dropout_p == 0.0:
         if dropout_shared_dim is not None:
             _dimension(dropout_shared_dim, x)
-        return _masked(x, weight, bias, kind)
-    _masked.op.checks(x, weight, bias, kind, None, -1)
+        return with_mask(x, weight, bias, kind)
+    with_mask.op.checks(x, weight, bias, kind, None, -1)
     dim = None if dropout_shared_dim is None else _dimension(dropout_shared_dim, x)
-    return _masked(x, weight, bias, kind, draw_mask(x, dropout_p, dim), -1 if dim is None else dim)
+    return with_mask(x, weight, bias, kind, draw_mask(x, dropout_p, dim), -1 if dim is None else dim)
 
 
 def _dimension(value: object, x: Tensor) -> int:
     """Returns the shared dimension counted from 0; other checks report a wrong x."""
     if not isinstance(x, Tensor) or not x.dim():
         return -1
-    op = _masked.op
+    op = with_mask.op
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         op.fail("dropout_shared_dim", "an int", type(value).__name__, TypeError)
     if not -x.dim() <= value < x.dim():

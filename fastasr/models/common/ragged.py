@@ -102,8 +102,11 @@ class Packing:
         """Returns the rows of tensors (G, T, ...), one for each group."""
         lengths, done = lengths or self.lengths, [None] * len(self.lengths)
         for group, y in zip(self.groups, tensors, strict=True):
-            for i, one in zip(group.members, y.unbind(0), strict=True):
-                done[i] = one[: lengths[i]]
+            ones = (y.squeeze(0),) if len(group.members) == 1 else y.unbind(0)
+            for i, one in zip(group.members, ones, strict=True):
+                done[i] = (
+                    one if len(one) == lengths[i] else one[: lengths[i]]
+                )  # a backward pass copies for a slice
         return torch.cat([one for one in done if one is not None])
 
     def over_time(self, function, rows: Tensor) -> Tensor:

@@ -5,13 +5,12 @@ SwooshL(x) = log(1 + e^(x-4)) - 0.08 x - 0.035
 SwooshR(x) = log(1 + e^(x-1)) - 0.08 x - 0.313261687
 """
 
-from functools import partial
-
 import torch
 
 from fastasr import ops
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer.initial_scale import ScaledLinear
+from fastasr.ops.swoosh_linear import draw_mask, with_mask
 
 
 class SwooshL(torch.nn.Module):
@@ -62,16 +61,17 @@ class ActivationDropoutAndLinear(torch.nn.Module):
     def forward(self, x):
         # A scheduled rate draws a random number when it is read, and upstream reads it in training only.
         dropout_p = float(self.dropout_p) if self.training else 0.0
-        function = partial(
-            ops.swoosh_linear,
-            weight=self.weight,
-            bias=self.bias,
+        packing = current()
+        if packing is not None and dropout_p > 0.0 and self.dropout_shared_dim == 0:
+            mask = draw_mask(x.new_empty(1, len(packing.lengths), x.shape[-1]), dropout_p, 0)
+            mask = packing.repeated(mask[0]).unsqueeze(1)
+            return with_mask(x, self.weight, self.bias, self.activation, mask)
+        return ops.swoosh_linear(
+            x,
+            self.weight,
+            self.bias,
             kind=self.activation,
             dropout_p=dropout_p,
             dropout_shared_dim=self.dropout_shared_dim,
             training=self.training,
         )
-        packing = current()
-        if packing is None or dropout_p == 0.0 or self.dropout_shared_dim != 0:
-            return function(x)
-        return packing.over_time(lambda x, hidden: function(x), x)  # a mask for each recording

@@ -14,6 +14,7 @@ from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.initial_scale import ScaledLinear
+from fastasr.models.zipformer.packed_weights import PackedWeights
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import check_cache, check_weights, weighted
 from fastasr.models.zipformer.whitening import Whiten
@@ -60,13 +61,14 @@ class NonlinAttention(torch.nn.Module):
         parts = projected.chunk(3, dim=2)
         s, v, y = parts
         after = self.balancer(s), self.whiten1(v), y
-        if len(attn_weights) != 1 or not isinstance(attn_weights, torch.Tensor):
+        packed = isinstance(attn_weights, PackedWeights) and attn_weights.in_memory
+        if len(attn_weights) != 1 or not (packed or isinstance(attn_weights, torch.Tensor)):
             s, v, y = after
             y = weighted(attn_weights, v * torch.tanh(s)) * y
         else:
             if not all(map(is_same, after, parts)):
                 projected = torch.cat(after, -1)
-            y = nonlin_attention(attn_weights[0], projected)
+            y = attn_weights.gated(projected) if packed else nonlin_attention(attn_weights[0], projected)
         return self.whiten2(self.out_proj(y))
 
     def streaming_forward(self, x, attn_weights, cached_x, left_context_len):

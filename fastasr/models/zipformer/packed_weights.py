@@ -5,6 +5,7 @@ import torch
 
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer.self_attention import weighted
+from fastasr.ops import nonlin_attention
 
 
 class PackedWeights:
@@ -29,6 +30,18 @@ class PackedWeights:
         values = (v.transpose(0, 1) for v in self.packing.stacked(values[:, 0]))
         sums = (weighted(part, v).transpose(0, 1) for part, v in zip(self.parts, values, strict=True))
         return self.packing.unstacked(sums).unsqueeze(1)
+
+    @property
+    def in_memory(self):
+        return all(isinstance(part, torch.Tensor) for part in self.parts)
+
+    def gated(self, projected):
+        """projected (N, 1, 3 channels) -> what ``ops.nonlin_attention`` makes of it with the first head's weights."""
+        values = (p.transpose(0, 1) for p in self.packing.stacked(projected[:, 0]))
+        parts = zip(self.parts, values, strict=True)
+        return self.packing.unstacked(
+            nonlin_attention(part[0], p).transpose(0, 1) for part, p in parts
+        ).unsqueeze(1)
 
     def constant(self):
         """Returns equal weights on all sources whose weight is not 0."""

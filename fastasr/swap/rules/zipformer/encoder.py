@@ -46,6 +46,7 @@ ENCODER = Rule(
     shallow=True,
     companion=True,
     ragged=Ragged(encoder, _obstacle),
+    note="bound by ragged=True alone",
 )
 
 ZIPFORMER2 = replace(ENCODER, class_name="Zipformer2", known={"deb746dcdc8224bdd3daba1c": ICEFALL})
