@@ -34,9 +34,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 def operand(t: Tensor | None, dtype: torch.dtype | None, layout: Callable) -> Tensor | None:
     """Returns a tensor as kernels read it."""
-    if t is None:
-        return None
-    return layout(t if dtype is None or t.dtype is dtype else t.to(dtype))
+    return None if t is None else layout(t if dtype is None or t.dtype is dtype else t.to(dtype))
 
 
 def back(grad: Tensor | None, t: Tensor | None) -> Tensor | None:

@@ -78,8 +78,7 @@ def key_rows(
     t = s * segment_length - left + torch.arange(left + segment_length, device=device)[None, :]
     row = torch.cat([past_memory + m, remembered + r, remembered + segments * right + past_frames + t], 1)
     position = torch.cat([m, torch.zeros_like(r), t], 1)
-    there = torch.cat([m >= -past_memory, r >= 0, (t >= -past_frames) & (t < frames)], 1)
-    return row, position, there
+    return row, position, torch.cat([m >= -past_memory, r >= 0, (t >= -past_frames) & (t < frames)], 1)
 
 
 def hidden_lanes(

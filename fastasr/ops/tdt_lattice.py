@@ -76,10 +76,8 @@ class Steps:
     def arcs(self, k: int) -> list[tuple[int, int, int]]:
         """Returns the arcs that may enter step k, those of each duration, blank before symbol: the duration's index,
         and by how many steps and symbols the arc moves on."""
-        found = []
-        for i, d in enumerate(self.durations):
-            found += [(i, d, 0)] * (0 < d <= k) + [(i, d + 1, 1)] * (d < k)
-        return found
+        arcs = (arc for i, d in enumerate(self.durations) for arc in ((i, d, 0), (i, d + 1, 1)))
+        return [arc for arc in arcs if 0 < arc[1] <= k]
 
     def scores(self, add=_log_sum) -> Tensor:
         """Returns the scores. ``add`` joins -inf and what the arcs that enter a cell give, in the order of ``arcs``."""
