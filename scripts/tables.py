@@ -4,8 +4,8 @@
     python scripts/tables.py [--check]
 
 Measured tables come from benchmarks/results, the tables of ops from the ops' declarations, those
-of frameworks from the rules. ``--check`` changes
-nothing and ends with 1 when a page does not say what they say.
+of frameworks from the rules. The picture of a TDT's memory is drawn from its rows. ``--check`` changes nothing and ends
+with 1 when a page does not say what they say.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from fastasr.benchmarks.device import verdict
 from fastasr.benchmarks.markdown import put, table, whole_models
 from fastasr.benchmarks.models import nemotron_streaming, recipe_step, reduced_weights, transcribe
 from fastasr.benchmarks.rows import Row, read_all
-from fastasr.benchmarks.studies import curves, growth, launch_cost
+from fastasr.benchmarks.studies import curves, growth, launch_cost, transducer_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -33,6 +33,7 @@ RULES_MARKERS = "<!-- rules:start -->", "<!-- rules:end -->"
 LAUNCH_MARKERS = "<!-- launch:start -->", "<!-- launch:end -->"
 CHUNKS_MARKERS = "<!-- chunks:start -->", "<!-- chunks:end -->"
 GROWTH_MARKERS = "<!-- growth:start -->", "<!-- growth:end -->"
+MEMORY_MARKERS = "<!-- memory:start -->", "<!-- memory:end -->"
 MATRIX_MARKERS = "<!-- matrix:start -->", "<!-- matrix:end -->"
 SWEEP_MARKERS = "<!-- sweeps:start -->", "<!-- sweeps:end -->"
 LOSERS_MARKERS = "<!-- losers:start -->", "<!-- losers:end -->"
@@ -66,7 +67,8 @@ def measured(rows: Sequence[Row]) -> dict[Path, str]:
     pages |= {DOCS / "benchmarks.md": []}
     for row in rows:
         page = op_page(row.name) if row.suite == "ops" else DOCS / "models" / f"{row.name}.md"
-        if row.name not in ELSEWHERE and not row.case.startswith(curves.PREFIX):
+        for_memory = (row.name, row.case) == (transducer_memory.TDT.name, transducer_memory.TDT.case)
+        if row.name not in ELSEWHERE and not row.case.startswith(curves.PREFIX) and not for_memory:
             pages[page if row.suite != "dispatch" and page in pages else DOCS / "benchmarks.md"].append(row)
     made = {page: table(found) for page, found in pages.items()}
     made[ROOT / "README.md"] = whole_models(rows)
@@ -158,6 +160,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name, (made, markers) in tables.items():
         own = [row for row in rows if row.name == name]
         found += [put(DOCS / ELSEWHERE[name], made(own), check, *markers)]
+    found += [put(DOCS / "rnnt.md", transducer_memory.table(rows), check, *MEMORY_MARKERS)]
+    if not check and transducer_memory.memory_rows(rows, transducer_memory.TDT):
+        transducer_memory.main(["--tdt"])
     found += [put(DOCS / "gpu-predictions.md", predictions.table(), check)]
     found += [put(DOCS / "gpu-predictions.md", predictions.losers(), check, *LOSERS_MARKERS)]
     found += [put(DOCS / "gpu-queue.md", verdict.tables(verdict.records(GPU_RECORDS)), check)]

@@ -3,6 +3,7 @@
 ``pruned_transducer``, or of a TDT's, from those of ``tdt_loss``.
 
 ``python -m fastasr.benchmarks.studies.transducer_memory [--tdt] [--results DIR] [--out FILE]`` writes the picture.
+``scripts/tables.py`` writes the TDT's, and its table, into docs/rnnt.md.
 """
 
 import argparse
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from fastasr.benchmarks.markdown import by_machine
 from fastasr.benchmarks.models import pruned_transducer, tdt_loss
 from fastasr.benchmarks.models.unit import FASTASR, UPSTREAM
 from fastasr.benchmarks.plots import COLOURS, plain, png, pyplot
 from fastasr.benchmarks.rows import Row, read_all
+from fastasr.benchmarks.table import Unit, percent
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,6 +99,19 @@ def figure(rows: Sequence[Row], kind: Kind = PRUNED):
     axes[0, 0].legend(fontsize=8, frameon=False)
     picture.suptitle(kind.title, fontsize=10)
     return picture
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Returns the TDT's picture, where it has rows, and a Markdown table of its peak memory: a size per line."""
+    own = [row for row in rows if row.name == TDT.name and row.peak_bytes]
+    picture = f"![{TDT.title}](plots/{TDT.out})\n\n" if memory_rows(own, TDT) else ""
+    return picture + by_machine(own, "B×T×U×D, V", "transformers | fastasr | share", _line)
+
+
+def _line(unit: Unit) -> list[list[str]]:
+    bytes_ = [row.peak_bytes if (row := unit.row(name)) else 0 for name in (UPSTREAM, FASTASR)]
+    share = bytes_[1] / bytes_[0] if all(bytes_) else None
+    return [[unit.first.shape, *(f"{n / 2**20:.1f} MiB" for n in bytes_), percent(share)]]
 
 
 def main(arguments: list[str] | None = None) -> int:

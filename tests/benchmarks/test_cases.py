@@ -383,6 +383,10 @@ def test_the_memory_of_a_transducer_with_durations(tmp_path):
     assert [
         axes.get_title(loc="left") for axes in transducer_memory.figure(found, transducer_memory.TDT).axes
     ] == [*("V = 20", "V = 40")]
+    text = transducer_memory.table(rows)
+    assert text.startswith("![TDT's joiner and loss")
+    assert text.count("\n| 1x12x") == 3
+    assert "MiB |" in text
 
 
 def test_the_exact_loss_of_a_transducer():
