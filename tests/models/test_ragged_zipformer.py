@@ -9,7 +9,7 @@ import torch
 from steps import close, moved, numbers, seeded
 
 from fastasr.models.common.ragged import Packing
-from fastasr.models.zipformer import Zipformer
+from fastasr.models.zipformer import Zipformer, checkpoint
 
 SIZES = {
     "downsampling_factor": (1, 2, 4),
@@ -200,3 +200,15 @@ def test_calls_that_need_padding_warn(why):
         mask[0, 3] = True
     with torch.no_grad(), pytest.warns(UserWarning, match="a module in it has a hook|not one of lengths"):
         assert torch.equal(ours(x, x_lens, mask)[0], model(x, x_lens, mask)[0])
+
+
+def test_activation_checkpointing_around_the_encoder():
+    model = without_padding(encoder().double().train())
+    x, x_lens, mask = batch(LENGTHS["mixed"])
+    x.requires_grad_()
+    results = []
+    for call in (model, lambda *inputs: checkpoint(model, *inputs)):
+        seeded(3)
+        results.append(gradients(model, call(x, x_lens, mask)[0].sin().sum(), x))
+    for name, value in results[0].items():
+        assert torch.equal(results[1][name], value), name

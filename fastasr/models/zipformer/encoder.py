@@ -4,16 +4,16 @@
 import random
 
 import torch
-import torch.nn.functional as F
 
 from fastasr.models.zipformer import ragged
 from fastasr.models.zipformer.layer import ZipformerEncoderLayer
-from fastasr.models.zipformer.resampling import SimpleDownsample
+from fastasr.models.zipformer.resampling import SimpleDownsample, convert_num_channels
 from fastasr.models.zipformer.schedules import ScheduledFloat
 from fastasr.models.zipformer.stack import (
     STATES_PER_LAYER,
     DownsampledZipformerEncoder,
     ZipformerEncoder,
+    check_chunks,
     chunk_mask,
 )
 
@@ -128,7 +128,7 @@ class Zipformer(torch.nn.Module):
             return ragged.encoded(self, x, lengths), (x_lens + 1) // 2
         feature_masks = self.get_feature_masks(x)
         chunk_size, left_context_chunks = self.get_chunk_info()
-        self._check_chunks(chunk_size, left_context_chunks)
+        check_chunks(self, chunk_size, left_context_chunks)
         outputs = []
         for i, encoder in enumerate(self.encoders):
             factor = self.downsampling_factor[i]
@@ -237,22 +237,6 @@ class Zipformer(torch.nn.Module):
         left_context_chunks = random.choice(self.left_context_frames) // chunk_size  # -1 stays -1
         return chunk_size, left_context_chunks or 1
 
-    def _check_chunks(self, chunk_size, left_context_chunks):
-        """Raises ValueError if the chunks do not fit the stacks."""
-        if chunk_size <= 0:
-            return
-        for factor, kernel in zip(self.downsampling_factor, self.cnn_module_kernel, strict=True):
-            if chunk_size % factor != 0:
-                raise ValueError(
-                    f"Zipformer: chunk_size must be divisible by downsampling_factor {self.downsampling_factor}, "
-                    f"got {chunk_size}"
-                )
-            if left_context_chunks >= 0 and chunk_size * left_context_chunks < kernel // 2 * factor:
-                raise ValueError(
-                    f"Zipformer: left_context_frames must cover half of cnn_module_kernel at every rate, "
-                    f"{kernel // 2 * factor} frames, got {chunk_size * left_context_chunks}"
-                )
-
     def _get_full_dim_output(self, outputs):
         """Returns the last stack's output. Channels that it lacks come from the last stack that has them."""
         pieces = [outputs[-1]]
@@ -262,12 +246,6 @@ class Zipformer(torch.nn.Module):
                 pieces.append(output[..., width:dim])
                 width = dim
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-
-
-def convert_num_channels(x, num_channels):
-    """Cuts the last dimension of x to ``num_channels`` channels or pads it with zeros."""
-    missing = num_channels - x.shape[-1]
-    return F.pad(x, (0, missing)) if missing > 0 else x[..., :num_channels]
 
 
 def int_tuple(name, value):

@@ -25,6 +25,7 @@ from fastasr.models.zipformer.convolution import ConvolutionModule
 from fastasr.models.zipformer.feed_forward import FeedforwardModule
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.normalization import BiasNorm
+from fastasr.models.zipformer.packed_weights import constant_weights
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import SelfAttention
 from fastasr.models.zipformer.whitening import Whiten
@@ -162,7 +163,7 @@ class ZipformerEncoderLayer(torch.nn.Module):
         attention_mask = _sequence_mask(self, src, attention_skip_rate)
         first_head = attn_weights[0:1]
         if may_be_constant and random.random() < float(self.const_attention_rate):
-            first_head = _constant(first_head)
+            first_head = constant_weights(first_head)
         src = _plus(src, self.balancer_na(self.nonlin_attention(src, first_head)), attention_mask)
         src = _plus(src, self.self_attn1(src, attn_weights), attention_mask)
         src = _plus_convolved(self, self.conv_module1, src, chunk_size, src_key_padding_mask)
@@ -290,14 +291,6 @@ def _is_long(layer, src):
 
 def _balancer(channels, min_positive, max_positive, **limits):
     return Balancer(channels, channel_dim=-1, min_positive=min_positive, max_positive=max_positive, **limits)
-
-
-def _constant(weights):
-    """Replaces the weights by equal weights on all sources whose weight is not 0."""
-    if not isinstance(weights, torch.Tensor):
-        return weights.constant()
-    weights = (weights > 0.0).to(weights.dtype)
-    return weights * (1.0 / weights.sum(dim=-1, keepdim=True))
 
 
 def _plus_convolved(layer, conv_module, src, chunk_size, src_key_padding_mask):

@@ -45,9 +45,15 @@ class PackedWeights:
 
     def constant(self):
         """Returns equal weights on all sources whose weight is not 0."""
-        from fastasr.models.zipformer.layer import _constant
+        return PackedWeights(self.packing, [constant_weights(part) for part in self.parts])
 
-        return PackedWeights(self.packing, [_constant(part) for part in self.parts])
+
+def constant_weights(weights):
+    """Replaces the weights by equal weights on all sources whose weight is not 0."""
+    if not isinstance(weights, torch.Tensor):
+        return weights.constant()
+    weights = (weights > 0.0).to(weights.dtype)
+    return weights * (1.0 / weights.sum(dim=-1, keepdim=True))
 
 
 def of_recordings(function, projected, positions, masks):

@@ -16,7 +16,9 @@ from fastasr.models.zipformer.bypass import BypassModule
 from fastasr.models.zipformer.convolution import ConvolutionModule
 from fastasr.models.zipformer.layer import ZipformerEncoderLayer
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
+from fastasr.models.zipformer.resampling import convert_num_channels
 from fastasr.models.zipformer.self_attention import SelfAttention
+from fastasr.models.zipformer.stack import check_chunks
 
 _OURS = {
     "self_attn_weights": RelPositionMultiheadAttentionWeights,
@@ -69,12 +71,10 @@ def lengths(encoder, x, mask) -> list[int] | None:
 
 def encoded(encoder, x, lengths):
     """x (time, batch, channels) -> ((time + 1) // 2, batch, channels), 0 behind each recording's end."""
-    from fastasr.models.zipformer.encoder import Zipformer, convert_num_channels
-
     packing = Packing(lengths, x.device, pads=not encoder.causal)  # chunks end with the recording
     feature_masks = encoder.get_feature_masks(x)
     chunk_size, left_context_chunks = encoder.get_chunk_info()
-    Zipformer._check_chunks(encoder, chunk_size, left_context_chunks)
+    check_chunks(encoder, chunk_size, left_context_chunks)
     src = torch.cat([one[:length] for one, length in zip(x.unbind(1), lengths, strict=True)]).unsqueeze(1)
     outputs = []
     for stack, width, feature_mask in zip(encoder.encoders, encoder.encoder_dim, feature_masks, strict=True):

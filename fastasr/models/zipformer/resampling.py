@@ -8,6 +8,7 @@ up:   y[t] = x[t // ds]
 import copy
 
 import torch
+import torch.nn.functional as F
 
 
 class SimpleDownsample(torch.nn.Module):
@@ -46,3 +47,9 @@ class SimpleUpsample(torch.nn.Module):
         frames, batch, channels = src.shape
         repeated = src.unsqueeze(1).expand(frames, self.upsample, batch, channels)
         return repeated.reshape(frames * self.upsample, batch, channels)
+
+
+def convert_num_channels(x, num_channels):
+    """Cuts the last dimension of x to ``num_channels`` channels or pads it with zeros."""
+    missing = num_channels - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing > 0 else x[..., :num_channels]

@@ -100,6 +100,23 @@ class ZipformerEncoder(torch.nn.Module):
         return src, new_states
 
 
+def check_chunks(encoder, chunk_size, left_context_chunks):
+    """Raises ValueError if the chunks do not fit the stacks of ``encoder``."""
+    if chunk_size <= 0:
+        return
+    for factor, kernel in zip(encoder.downsampling_factor, encoder.cnn_module_kernel, strict=True):
+        if chunk_size % factor != 0:
+            raise ValueError(
+                f"Zipformer: chunk_size must be divisible by downsampling_factor {encoder.downsampling_factor}, "
+                f"got {chunk_size}"
+            )
+        if left_context_chunks >= 0 and chunk_size * left_context_chunks < kernel // 2 * factor:
+            raise ValueError(
+                f"Zipformer: left_context_frames must cover half of cnn_module_kernel at every rate, "
+                f"{kernel // 2 * factor} frames, got {chunk_size * left_context_chunks}"
+            )
+
+
 def chunk_mask(frames, chunk_size, left_context_chunks, device):
     """Returns the mask (frames, frames), target by source, True for sources in a later chunk or before the left
     context."""
