@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fastasr import files
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import Unit, duration, percent, times, units
 
@@ -193,5 +194,5 @@ def put(page: Path, block: str, check: bool, start: str = START, end: str = END)
     if check:
         print(f"{page} is not what the results say; run this without --check", file=sys.stderr)
         return 1
-    page.write_text(made, encoding="utf-8")
+    files.write(page, made)
     return 0

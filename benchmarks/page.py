@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fastasr import files
 from fastasr.benchmarks import plots, table
 from fastasr.benchmarks.rows import Row
 
@@ -92,5 +93,5 @@ def render(rows: Sequence[Row], title: str = "fastasr benchmarks", notes: Sequen
 
 def write(rows: Sequence[Row], path: Path, **more) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(rows, **more), encoding="utf-8")
+    files.write(path, render(rows, **more))
     return path

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastasr import files
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import Unit, duration, implementations, title, units
 
@@ -132,6 +133,6 @@ def write(rows: Sequence[Row], folder: Path) -> list[Path]:
     paths = []
     for name, data in pictures(rows).items():
         path = folder / f"{name.replace(' ', '_')}.png"
-        path.write_bytes(data)
+        files.write(path, data)
         paths.append(path)
     return paths

@@ -8,6 +8,7 @@ import json
 from functools import cache
 from pathlib import Path
 
+from fastasr import files
 from fastasr.benchmarks.rows import array
 
 FILE = Path(__file__).with_name("results") / "predicted.json"
@@ -21,7 +22,7 @@ def rows() -> tuple[dict, ...]:
 
 def write(found: list[dict]) -> None:
     """Replaces the file: a JSON array with one row per line."""
-    FILE.write_text(array(found))
+    files.write(FILE, array(found))
     rows.cache_clear()
 
 

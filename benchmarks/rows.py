@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from fastasr import files
 from fastasr.benchmarks.environment import code, stamp
 
 
@@ -122,12 +123,12 @@ def read(path: str | os.PathLike) -> list[Row]:
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
             rows.append(Row.from_dict(json.loads(line)))
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
     return rows
 
@@ -140,11 +141,7 @@ def write(path: str | os.PathLike, rows: Iterable[Row]) -> None:
     """Replaces the file in one step: a reader, or an interrupt, never sees half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row.to_dict()) + "\n")
-    os.replace(partial, path)
+    files.write(path, "".join(json.dumps(row.to_dict()) + "\n" for row in rows))
 
 
 def merge(path: str | os.PathLike, new: Iterable[Row]) -> list[Row]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from fastasr import files
 from fastasr.benchmarks import models, ops, rows
 from fastasr.benchmarks.case import TRAINING, Report, Settings, measure
 from fastasr.benchmarks.harness import limit_memory
@@ -281,6 +282,6 @@ def draw(found: Sequence[Row], folder: Path) -> list[Path]:
     for of_name in by_name([row for row in found if row.suite == SUITE], "name"):
         newest = max(of_name, key=lambda row: row.date).device_name
         path = folder / f"sweep_{of_name[0].name}.png"
-        path.write_bytes(png(figure([row for row in of_name if row.device_name == newest])))
+        files.write(path, png(figure([row for row in of_name if row.device_name == newest])))
         paths.append(path)
     return paths

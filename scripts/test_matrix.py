@@ -20,6 +20,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fastasr import files
 from fastasr.benchmarks import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,7 +127,7 @@ def main() -> int:
             }
             print(row, flush=True)
             rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-            RESULTS.write_text(json.dumps([*rows, row], indent=1) + "\n", encoding="utf-8")
+            files.write(RESULTS, json.dumps([*rows, row], indent=1) + "\n")
     for made in ("environment", "downloads"):
         shutil.rmtree(options.folder / made, ignore_errors=True)
     return 0

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from fastasr import files
 from fastasr.benchmarks import environment
 from fastasr.benchmarks.markdown import NONE_YET
 from fastasr.benchmarks.rows import array
@@ -124,7 +125,7 @@ def main(arguments: list[str]) -> int:
         row = measure(folder, case)
         print(f"{title(case)}: {row['seconds']} s", flush=True)
         rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-        RESULTS.write_text(array([*rows, row]), encoding="utf-8")
+        files.write(RESULTS, array([*rows, row]))
     return 0
 
 

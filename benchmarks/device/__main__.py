@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 
+from fastasr import files
 from fastasr.benchmarks import rows
 from fastasr.benchmarks.device import verdict
 from fastasr.benchmarks.device.isolate import Outcome, isolated, kill_all
@@ -64,13 +65,8 @@ class Book:
 
     def write(self, wanted: Sequence[Unit]) -> None:
         left = [unit.key for unit in self.left(wanted)]
-        self._replace("units.json", rows.array(self.records))
-        self._replace("verdict.md", verdict.report(self.facts, self.records, left))
-
-    def _replace(self, name: str, text: str) -> None:
-        partial = self.out / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.out / name)
+        files.write(self.out / "units.json", rows.array(self.records))
+        files.write(self.out / "verdict.md", verdict.report(self.facts, self.records, left))
 
 
 def run(wanted: Sequence[Unit], machine: GPU, out: Path, minutes: float, resume: bool = False) -> int:

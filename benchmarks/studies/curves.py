@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastasr import files
 from fastasr.benchmarks import sweep
 from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, plain, png, pyplot
 from fastasr.benchmarks.rows import Row, read_all
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     for name, rows in found.items():
         path = options.out / f"{name}_length.png"
-        path.write_bytes(png(figure(name, rows)))
+        files.write(path, png(figure(name, rows)))
         maps.append(path)
     print(*maps, sep="\n")
     return 0

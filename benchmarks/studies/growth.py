@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from fastasr import files
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.harness import limit_memory, peak_bytes
 from fastasr.benchmarks.markdown import by_machine
@@ -304,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     newest = max(rows, key=lambda row: row.date).device_name
     out = options.out or ROOT / "docs" / "plots" / f"growth_{options.model}.png"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(png(figure([row for row in rows if row.device_name == newest])))
+    files.write(out, png(figure([row for row in rows if row.device_name == newest])))
     print(out)
     return 0
 

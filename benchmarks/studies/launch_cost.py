@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import triton
 
+from fastasr import files
 from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.rows import array
 from fastasr.kernels._launch import launch
@@ -87,7 +88,7 @@ def main() -> None:
         times = dict(zip(("call_us", "launch_us", "triton_us"), (round(t, 1) for t in times), strict=True))
         found.append({"op": name, "launches": launches, **times, **{key: now[key] for key in STAMP}})
         print(found[-1], flush=True)
-    RESULTS.write_text(array(found))
+    files.write(RESULTS, array(found))
 
 
 if __name__ == "__main__":

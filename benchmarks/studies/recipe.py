@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastasr import files
 from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.markdown import put
 from fastasr.benchmarks.models import recipe_step
@@ -277,7 +278,7 @@ def _others(path: Path, runs: Sequence[Path], commit: str | None) -> dict[str, d
         made = encoder_report(run, commit)
         found[made["run"]["encoder"]] = made
     if runs:
-        path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        files.write(path, json.dumps(found) + "\n")
     return {encoder: found[encoder] for encoder in sizes.ENCODERS if encoder in found}
 
 
@@ -308,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.runs:
             speeches = speech.load(options.cache, options.speech)
             found = report(options.runs, speeches, options.steps, options.commit)
-            options.json.write_text(json.dumps(found) + "\n", encoding="utf-8")
+            files.write(options.json, json.dumps(found) + "\n")
         elif options.json.is_file():
             found = json.loads(options.json.read_text(encoding="utf-8"))
         others = _others(options.json.with_name(OTHER_ENCODERS), options.encoder_run, options.commit)
@@ -321,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return differs
     if found:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
-        options.plot.write_bytes(png(figure(found)))
+        files.write(options.plot, png(figure(found)))
     return 0
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from fastasr import files
 from fastasr.benchmarks.markdown import END, START, put
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +47,7 @@ def run(
         if measure and not (options.page_only or options.check):
             known = options.results.exists()
             found = measure(json.loads(options.results.read_text(encoding="utf-8")) if known else {})
-            options.results.write_text(json.dumps(found) + "\n", encoding="utf-8")
+            files.write(options.results, json.dumps(found) + "\n")
         elif options.check and not options.results.exists():
             return 0
         found = json.loads(options.results.read_text(encoding="utf-8"))

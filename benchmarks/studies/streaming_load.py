@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from fastasr import files
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.models import streaming_peers
@@ -243,7 +244,7 @@ def main(arguments=None):
         return code
     found = json.loads(options.results.read_text(encoding="utf-8"))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_bytes(png(figure(found)))
+    files.write(options.out, png(figure(found)))
     for name, values in found["implementations"].items():
         print(f"{name}: {values['streams']} streams, p99 {values['p99_ms']:.1f} ms")
     return 0

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from fastasr import files
 from fastasr.benchmarks.environment import stamp
 from fastasr.recipe import speech, training
 from fastasr.recipe.curves import read
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, difference in differences.items():
         print(f"{name}: relative differences of the losses over {len(shipped)} steps: {difference}")
     report = {"size": options.size, "relative_differences": differences, "losses": curves, **stamp()}
-    options.out.write_text(json.dumps(report) + "\n")
+    files.write(options.out, json.dumps(report) + "\n")
     return 0
 
 

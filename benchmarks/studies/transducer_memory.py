@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from fastasr import files
 from fastasr.benchmarks.markdown import by_machine
 from fastasr.benchmarks.models import pruned_transducer, tdt_loss
 from fastasr.benchmarks.models.unit import FASTASR, UPSTREAM
@@ -129,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no rows of {kind.name}, {kind.case}, in {options.results}", file=sys.stderr)
         return 1
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(png(figure(rows, kind)))
+    files.write(out, png(figure(rows, kind)))
     print(out)
     return 0
 

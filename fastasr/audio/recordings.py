@@ -22,6 +22,8 @@ PACKAGES = ("asterisk-core-sounds-en-wav", "asterisk-core-sounds-en")
 PROMPTS = "usr/share/asterisk/sounds/en_US_f_Allison"
 TRANSCRIPTS = "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+RATES = range(1000, 1_000_001)  # Hz; of another rate a damaged header speaks
+BLOCK = 1 << 20  # samples of all channels that are read at once
 GAP_SECONDS = 0.3  # between two recordings of one utterance
 DOWNLOAD_TIMEOUT = 90  # seconds
 
@@ -60,11 +62,18 @@ class Speech:
 
 
 def read(path: Path) -> Clip:
-    """Reads the first channel of a recording. Raises ``ValueError`` with the reason if this fails."""
+    """Reads the first channel of a recording. Raises ``ValueError`` with the reason if this fails, if samples are not
+    finite, or if the rate is not in RATES. Memory is in proportion to the samples that are there, whatever the header
+    says.
+    """
     try:
         samples, rate = _read_pcm16(path) if path.suffix.lower() == ".wav" else _read_soundfile(path)
     except (OSError, EOFError, wave.Error, RuntimeError, ImportError) as error:
-        raise ValueError(f"{path.name}: {error}") from None
+        raise ValueError(f"{path.name}: {error or 'it ends too early'}") from None
+    if rate not in RATES:
+        raise ValueError(f"{path.name}: expected a rate of {RATES.start} to {RATES.stop - 1} Hz, got {rate}")
+    if not bool(samples.isfinite().all()):
+        raise ValueError(f"{path.name}: it has samples that are not finite")
     return Clip(path.stem, samples, rate)
 
 
@@ -72,8 +81,11 @@ def _read_pcm16(path: Path) -> tuple[torch.Tensor, int]:
     try:
         with wave.open(str(path)) as file:
             if file.getsampwidth() == 2:
-                data = bytearray(file.readframes(file.getnframes()))
                 channels, rate = file.getnchannels(), file.getframerate()
+                # A header may promise more frames than there are, and memory is taken for all.
+                most = path.stat().st_size // (2 * channels)
+                data = bytearray(file.readframes(min(most, file.getnframes())))
+                del data[len(data) - len(data) % (2 * channels) :]
                 samples = (
                     torch.frombuffer(data, dtype=torch.int16) if data else torch.zeros(0, dtype=torch.int16)
                 )
@@ -88,8 +100,12 @@ def _read_soundfile(path: Path) -> tuple[torch.Tensor, int]:
         import soundfile
     except ImportError:
         raise ImportError("needs soundfile: pip install 'fastasr[demo]'") from None
-    samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    return torch.from_numpy(samples[:, 0].copy()), rate
+    parts = [torch.zeros(0)]
+    with soundfile.SoundFile(str(path)) as file:
+        count = max(1, BLOCK // file.channels)
+        while len(block := file.read(count, dtype="float32", always_2d=True)):
+            parts.append(torch.from_numpy(block[:, 0].copy()))
+        return torch.cat(parts), file.samplerate
 
 
 def from_folder(folder: Path, say: Say) -> list[Clip]:

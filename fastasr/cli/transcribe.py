@@ -12,6 +12,7 @@ import torch
 from rich.progress import Progress
 
 import fastasr
+from fastasr import files
 from fastasr.audio import captions, recordings
 from fastasr.audio.captions import Timed
 from fastasr.cli.bench import DTYPES
@@ -31,17 +32,40 @@ def load(folder: Path, device: str, dtype: torch.dtype):
         fail(f"transformers cannot be imported ({error}): {INSTALL}")
     config = folder / "config.json"
     try:
-        name = json.loads(config.read_text(encoding="utf-8")).get("architectures", [None])[0]
-    except (OSError, ValueError) as error:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         fail(f"MODEL_DIR: {config} cannot be read: {error}")
+    try:
+        name = content["architectures"][0]
+    except (KeyError, IndexError, TypeError):
+        name = None
     if name not in MODELS:
         fail(f"MODEL_DIR: expected a {', '.join(MODELS[:-1])} or {MODELS[-1]}, got {name}")
     try:
+        _check_layers(content, folder)
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
         model = getattr(transformers, name).from_pretrained(folder, local_files_only=True, dtype=dtype)
         return model.eval().to(device), processor
     except Exception as error:  # transformers raises anything for a folder that lacks a file
         fail(f"MODEL_DIR: {folder} cannot be loaded: {type(error).__name__}: {error}")
+
+
+def _check_layers(config: dict, folder: Path) -> None:
+    """Raises ValueError if the configuration has more layers than the folder has tensors: transformers would make them
+    all before it compares.
+    """
+    from safetensors import safe_open
+
+    tensors = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            tensors += len(opened.keys())
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    layers = [
+        n for part in parts for key, n in part.items() if key.endswith("_layers") and isinstance(n, int)
+    ]
+    if tensors and max(layers, default=0) > tensors:
+        raise ValueError(f"config.json says {max(layers)} layers, the weights have {tensors} tensors")
 
 
 def read(path: Path, rate: int) -> torch.Tensor:
@@ -152,7 +176,7 @@ def write(folder: Path, result: dict, words: list[Timed]) -> None:
     subtitles = captions.srt(captions.lines(words))
     texts = {"txt": result["text"] + "\n", "srt": subtitles, "json": json.dumps(result, indent=2) + "\n"}
     for suffix, text in texts.items():
-        (folder / f"{stem}.{suffix}").write_text(text, encoding="utf-8")
+        files.write(folder / f"{stem}.{suffix}", text)
 
 
 def run(

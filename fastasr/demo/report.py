@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from fastasr import files
 from fastasr.benchmarks import page, plots
 from fastasr.demo.story import COMPILED, FASTASR, UPSTREAM, Story, replaced_by_class
 
@@ -112,5 +113,5 @@ def render(story: Story) -> str:
 
 def write(story: Story, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(story), encoding="utf-8")
+    files.write(path, render(story))
     return path

@@ -5,12 +5,12 @@ Our encoder is traced by its plain definition (``fastasr.export.plain``), upstre
 that ``fastasr.accelerate`` has swapped inside ``fastasr.eager_mode``.
 """
 
-import os
 import warnings
 from pathlib import Path
 
 import torch
 
+from fastasr import files
 from fastasr.export import metadata, wrappers
 
 OPSET = 13
@@ -92,11 +92,10 @@ def _quantiser():
         ) from None
 
     def quantise(file, quantised):
-        unfinished = quantised.with_name(quantised.name + ".unfinished")
         # a product of the embedding is a lookup, which ONNX calls Gather
         operators = ["MatMul", "Gather"] if file.name.startswith("decoder") else ["MatMul"]
-        quantize_dynamic(file, unfinished, op_types_to_quantize=operators, weight_type=QuantType.QInt8)
-        os.replace(unfinished, quantised)
+        with files.replacing(quantised) as unfinished:
+            quantize_dynamic(file, unfinished, op_types_to_quantize=operators, weight_type=QuantType.QInt8)
 
     return quantise
 
@@ -173,8 +172,7 @@ def _write_joiner(model, path):
 def _write(wrapper, inputs, path, input_names, output_names, axes, fields):
     import onnx
 
-    unfinished = path.with_name(path.name + ".unfinished")
-    with warnings.catch_warnings():
+    with files.replacing(path) as unfinished, warnings.catch_warnings():
         # The tracer warns of every Python branch, but upstream's branches on shapes are only checks. This exporter is
         # deprecated, but fastasr keeps it.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
@@ -190,9 +188,8 @@ def _write(wrapper, inputs, path, input_names, output_names, axes, fields):
             output_names=output_names,
             dynamic_axes=axes,
         )
-    written = onnx.load(str(unfinished))
-    for key, value in fields.items():
-        entry = written.metadata_props.add()
-        entry.key, entry.value = key, value
-    onnx.save(written, str(unfinished))
-    os.replace(unfinished, path)
+        written = onnx.load(str(unfinished))
+        for key, value in fields.items():
+            entry = written.metadata_props.add()
+            entry.key, entry.value = key, value
+        onnx.save(written, str(unfinished))

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.ops import _reduced_weights
+from fastasr import files
+from fastasr.ops import _dispatch, _reduced_weights
 from fastasr.ops._dispatch import reason_cpu
 
 _log = logging.getLogger("fastasr")
@@ -79,14 +80,17 @@ def _function(product: str, operation: str) -> Callable[..., Tensor]:
 
 # --------------------------------------------------------------------------- what has been measured
 @cache
-def _machine() -> str:
+def _machine(facts: Path = Path("/proc/cpuinfo")) -> str:
+    """Returns a hash of the processor's name and features."""
     name = platform.processor() or platform.machine()
     try:
-        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        first = facts.read_text().partition("\n\n")[0]
         known = ("model name", "cpu family", "model\t", "flags", "CPU ", "Features")  # the last two: Arm
         name += "".join(line for line in first.splitlines() if line.startswith(known))
     except OSError:
         pass
+    # FASTASR_SIMD may hold kernels of another set than the machine's widest
+    name += _dispatch.native_build_info().get("simd_set", "")
     return hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
@@ -105,11 +109,10 @@ _saved: dict[str, str] | None = None
 
 def _read(path: Path) -> dict[str, str]:
     try:
-        content = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
-    # another version of fastasr may have written products that this one does not have
-    return {key: product for key, product in content.items() if product in (*_PRODUCTS, _FEW_ROWS)}
+    return content if isinstance(content, dict) else {}
 
 
 def _remember(key: str, choice: str) -> None:
@@ -117,9 +120,7 @@ def _remember(key: str, choice: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         merged = _read(path) | {key: choice}  # another process may have written meanwhile
-        scratch = path.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps(merged, indent=1, sort_keys=True))
-        scratch.replace(path)
+        files.write(path, json.dumps(merged, indent=1, sort_keys=True), durable=False)
     except OSError as error:
         _log.debug("measured GEMM choices are not kept on disk: %s", error)
 
@@ -143,11 +144,12 @@ def _decide(key: tuple, operands: tuple) -> str:
     name = f"{operation} {m} {half_octaves} {threads}"
     if _saved is None:
         _saved = _read(cache_file())
-    if name not in _saved:
-        # its kernel takes 8 outputs or more, and a class of 16 has none with fewer
-        few = operation == "forward" and 1 << m <= _MOST_FEW + 1 and sizes[0] >= 16
-        few = few and not reason_cpu("linear_few_rows")
-        _saved[name] = _measure(operation, operands, few)
+    # its kernel takes 8 outputs or more, and a class of 16 has none with fewer
+    few = operation == "forward" and 1 << m <= _MOST_FEW + 1 and sizes[0] >= 16
+    products = [*_PRODUCTS, *([_FEW_ROWS] if few and not reason_cpu("linear_few_rows") else [])]
+    # the file may be damaged, or of a version of fastasr with other products
+    if _saved.get(name) not in products:
+        _saved[name] = _measure(operation, operands, products)
         _remember(name, _saved[name])
     return _saved[name]
 
@@ -158,9 +160,9 @@ def _timed(product: str, operation: str, operands: tuple) -> float:
     return time.perf_counter() - begin
 
 
-def _measure(operation: str, operands: tuple, few: bool) -> str:
+def _measure(operation: str, operands: tuple, products: list[str]) -> str:
     start = time.perf_counter()
-    best = dict.fromkeys([*_PRODUCTS, *([_FEW_ROWS] if few else [])], math.inf)
+    best = dict.fromkeys(products, math.inf)
     for product in best:  # the first run packs and allocates
         _timed(product, operation, operands)
     theirs, ours, taken = math.inf, math.inf, ""

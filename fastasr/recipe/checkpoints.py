@@ -4,12 +4,12 @@
 The entries ``model`` and ``model_avg`` are state dicts as in icefall's checkpoints.
 """
 
-import os
 import pickle
 from pathlib import Path
 
 import torch
 
+from fastasr import files
 from fastasr.recipe.parallel import full, like
 
 NAME = "last.pt"
@@ -17,11 +17,15 @@ NEEDED = ("model", "model_avg", "arguments", "units", "step", "features")
 
 
 def save(path, content):
-    """Writes ``content`` and replaces ``path`` at the end, so a killed process leaves the previous checkpoint."""
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
-    torch.save(content, unfinished)
-    os.replace(unfinished, path)
+    """Writes ``content`` and replaces ``path`` at the end, so a killed process leaves the previous checkpoint. Raises
+    OSError if there is no room for it."""
+    with files.replacing(path) as unfinished:
+        try:
+            torch.save(content, unfinished)
+        except RuntimeError as error:  # torch's writer does not say what the system said
+            raise OSError(
+                f"{path} cannot be written, is the disk full? {str(error).splitlines()[0]}"
+            ) from None
 
 
 def load(path):

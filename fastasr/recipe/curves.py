@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws the loss curves of several runs in one picture."""
 
-import csv
 from pathlib import Path
+
+from fastasr import files
+from fastasr.recipe.logs import read as rows_of
 
 
 def read(path):
     """Returns the columns of a training log, {name: floats}. Raises ValueError if the file is not a training log."""
-    with Path(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "loss" not in rows[0] or "step" not in rows[0]:
+    rows = rows_of(path)
+    if not rows or "loss" not in rows[0]:
         raise ValueError(f"{path} is no training log: it has no column step or loss, or no row")
-    return {name: [float(row[name]) for row in rows if row[name]] for name in ("step", "loss", "seconds")}
+    try:
+        return {
+            name: [float(row[name]) for row in rows if row.get(name)] for name in ("step", "loss", "seconds")
+        }
+    except ValueError as error:
+        raise ValueError(f"{path} is no training log: {error}") from None
 
 
 def smoothed(values, share=0.02):
@@ -43,5 +49,6 @@ def plot(logs, out):
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
-    picture.savefig(out, dpi=120)
+    with files.replacing(out) as unfinished:
+        picture.savefig(unfinished, dpi=120, format=Path(out).suffix[1:] or "png")
     plt.close(picture)

@@ -2,27 +2,39 @@
 """The training log, a CSV file with a row per step. A resumed run continues it."""
 
 import csv
-import os
 from pathlib import Path
+
+from fastasr import files
 
 COLUMNS = ("step", "epoch", "loss", "simple", "pruned", "ctc", "lr", "batch", "audio_seconds", "seconds")
 
 
+def read(path):
+    """Returns the rows of a log, {column: text} with a step of int. A last row that a full disk has cut is left out.
+    Raises ValueError if the file is not a training log.
+    """
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    try:
+        rows = [row for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()) if row["step"]]
+        return [{**row, "step": int(row["step"])} for row in rows]
+    except (csv.Error, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no training log: {type(error).__name__}: {error}") from None
+
+
 class Log:
-    """A training log. Opening it drops the rows after ``step``, since a run resumed from there repeats these steps."""
+    """A training log. Opening it drops the rows after ``step``, since a run resumed from there repeats these steps.
+    Raises ValueError as ``read`` does.
+    """
 
     def __init__(self, path, step=0):
         self.path = Path(path)
         rows = []
         if step and self.path.is_file():
-            with self.path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= step]
-        unfinished = self.path.with_name(self.path.name + ".unfinished")
-        with unfinished.open("w", newline="") as file:
+            rows = [row for row in read(self.path) if row["step"] <= step]
+        with files.replacing(self.path) as unfinished, unfinished.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows({name: row.get(name, "") for name in COLUMNS} for row in rows)
-        os.replace(unfinished, self.path)
         self._file = self.path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS)
 

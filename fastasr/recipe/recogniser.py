@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastasr import decoding
+from fastasr import decoding, files
 from fastasr.audio.features import resample
 from fastasr.models import zipformer
 from fastasr.recipe import checkpoints, sizes, speech
@@ -158,18 +158,20 @@ def export(path, folder):
             f"loads, and there is no such format for its states"
         )
     folder = Path(folder)
-    files = export_onnx(recogniser.model, folder, feature_dim=recogniser.bins)
+    # Without its description no folder is loaded: files of two models never go together, whenever this process ends.
+    (folder / DESCRIPTION).unlink(missing_ok=True)
+    written = export_onnx(recogniser.model, folder, feature_dim=recogniser.bins)
     recogniser.units.table.to_file(folder / "tokens.txt")
     description = {"rate": recogniser.rate, "bins": recogniser.bins}
-    (folder / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
-    return files
+    files.write(folder / DESCRIPTION, json.dumps(description))
+    return written
 
 
 def _load_onnx(folder):
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         rate, bins = int(description["rate"]), int(description["bins"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{folder / DESCRIPTION} is damaged: {type(error).__name__}: {error}") from None
     transducer = zipformer.OnnxStreamingTransducerModel(
         *(folder / f"{name}.onnx" for name in ("encoder", "decoder", "joiner"))

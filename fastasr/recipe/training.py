@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import fastasr
-from fastasr import decoding
+from fastasr import decoding, files
 from fastasr.recipe import batches, checkpoints, parallel, scoring, sizes, speech
 from fastasr.recipe.eden import eden
 from fastasr.recipe.logs import Log
@@ -353,7 +353,7 @@ class Trainer:
             "held_out": result,
         }
         path = Path(self.options.out) / "report.json"
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        files.write(path, json.dumps(report, indent=2) + "\n")
 
 
 def _optimizer(encoder, model, lr):

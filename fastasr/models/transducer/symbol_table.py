@@ -4,6 +4,8 @@
 import re
 from pathlib import Path
 
+from fastasr import files
+
 DISAMBIGUATION = re.compile(r"^#\d+$")
 _BYTE = re.compile(r"^<0x([0-9A-Fa-f]{1,2})>$")
 
@@ -47,14 +49,17 @@ class SymbolTable:
 
     @staticmethod
     def from_file(filename):
-        """Reads a table from a file as ``to_file`` writes it."""
-        return SymbolTable.from_str(Path(filename).read_text(encoding="utf-8").strip())
+        """Reads a table from a file as ``to_file`` writes it. Raises ValueError if the file is not such a table."""
+        try:
+            return SymbolTable.from_str(Path(filename).read_text(encoding="utf-8").strip())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"SymbolTable: {filename} is not UTF-8: {error}") from None
 
     def to_str(self):
         return "".join(f"{symbol} {index}\n" for index, symbol in sorted(self._id2sym.items()))
 
     def to_file(self, filename):
-        Path(filename).write_text(self.to_str(), encoding="utf-8")
+        files.write(filename, self.to_str())
 
     def add(self, symbol, index=None):
         """Adds ``symbol`` if it is new and returns its id: the one it has, else ``index``, else the next free id.
