@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fastasr env``: what is installed, and what is missing and why."""
 
+import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -46,6 +49,26 @@ def _cuda() -> dict:
     return {"devices": devices, "reason": ""}
 
 
+def _granted(groups: Path = Path("/sys/fs/cgroup")) -> float:
+    """Returns the cores that this process may use: of its affinity, or the share of time that its container has."""
+    cores = float(len(os.sched_getaffinity(0)))
+    with contextlib.suppress(OSError, ValueError):
+        if (groups / "cpu.max").exists():
+            quota, period = (groups / "cpu.max").read_text().split()
+        else:
+            quota, period = ((groups / "cpu" / f"cpu.cfs_{n}_us").read_text() for n in ("quota", "period"))
+        if float(quota) > 0:  # ValueError: "max"; -1 in the older files
+            cores = min(cores, float(quota) / float(period))
+    return round(cores, 2)
+
+
+def _amx() -> bool:
+    try:
+        return " amx_tile" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 def _native() -> dict:
     """Returns the native library's build information. A negative count of devices is a CUDA error code."""
     info = {str(key).replace("_", " "): value for key, value in _dispatch.native_build_info().items()}
@@ -72,8 +95,10 @@ def collect() -> dict:
         "cpu": {
             "name": cpu_name(),
             "cores": os.cpu_count(),
+            "cores granted": _granted(),
             "torch threads": torch.get_num_threads(),
             "torch SIMD level": torch.backends.cpu.get_cpu_capability(),
+            "AMX": "there; torch's products use it, fastasr's kernels do not" if _amx() else "none",
         },
         "cuda": _cuda(),
         "native": {
@@ -117,7 +142,10 @@ def run(as_json: bool) -> None:
         "Versions",
         {k: ("none" if k.startswith("cuda") and not v else v) for k, v in found["versions"].items()},
     )
-    _block(console, "CPU", found["cpu"])
+    cpu = found["cpu"]
+    if cpu["torch threads"] > math.ceil(cpu["cores granted"]):
+        cpu |= {"torch threads": f"{cpu['torch threads']}, more than there are cores: set OMP_NUM_THREADS"}
+    _block(console, "CPU", cpu)
     devices = found["cuda"]["devices"]
     shown = {
         f"cuda:{i}": f"{d['name']}, sm_{d['capability'].replace('.', '')}, {d['memory_gib']} GiB"

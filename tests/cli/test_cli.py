@@ -2,6 +2,7 @@
 """Every command: what it prints, what it returns, how it fails."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -369,3 +370,30 @@ def test_swap_refuses(run, arguments, message):
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "50000 100000\n"}, 0.5),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "25000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.25),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_cores_that_a_container_grants(tmp_path, files, cores):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert env._granted(tmp_path) == (cores or len(os.sched_getaffinity(0)))
+
+
+def test_env_warns_of_more_threads_than_cores(monkeypatch, capsys):
+    monkeypatch.setattr(env, "_granted", lambda: 0.5)
+    monkeypatch.setattr(env.torch, "get_num_threads", lambda: 2)
+    env.run(as_json=False)
+    assert "2, more than there are cores: set OMP_NUM_THREADS" in capsys.readouterr().out
+    monkeypatch.setattr(env.torch, "get_num_threads", lambda: 1)
+    env.run(as_json=False)
+    assert "more than there are cores" not in capsys.readouterr().out
