@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import frameworks
+import instruction_sets
 import test_matrix
 import test_minutes
 
@@ -23,7 +24,7 @@ from fastasr.benchmarks.device import verdict
 from fastasr.benchmarks.markdown import put, table, whole_models
 from fastasr.benchmarks.models import nemotron_streaming, recipe_step, reduced_weights, transcribe
 from fastasr.benchmarks.rows import Row, read_all
-from fastasr.benchmarks.studies import curves, growth, launch_cost, transducer_memory
+from fastasr.benchmarks.studies import crowd, curves, growth, launch_cost, transducer_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -36,6 +37,8 @@ GROWTH_MARKERS = "<!-- growth:start -->", "<!-- growth:end -->"
 MEMORY_MARKERS = "<!-- memory:start -->", "<!-- memory:end -->"
 MATRIX_MARKERS = "<!-- matrix:start -->", "<!-- matrix:end -->"
 SWEEP_MARKERS = "<!-- sweeps:start -->", "<!-- sweeps:end -->"
+CROWD_MARKERS = "<!-- crowd:start -->", "<!-- crowd:end -->"
+SETS_MARKERS = "<!-- sets:start -->", "<!-- sets:end -->"
 LOSERS_MARKERS = "<!-- losers:start -->", "<!-- losers:end -->"
 ELSEWHERE = {
     transcribe.NAME: "decoding.md",
@@ -154,6 +157,8 @@ def main(arguments: list[str] | None = None) -> int:
     found += [put(DOCS / "benchmarks.md", sweep.table(swept), check, *SWEEP_MARKERS)]
     found += [put(DOCS / "testing.md", test_minutes.table(), check)]
     found += [put(DOCS / "testing.md", test_matrix.table(), check, *MATRIX_MARKERS)]
+    found += [put(DOCS / "install.md", crowd.table(), check, *CROWD_MARKERS)]
+    found += [put(DOCS / "testing.md", instruction_sets.table(), check, *SETS_MARKERS)]
     found += [put(DOCS / "gpu-queue.md", launch_cost.table(), check, *LAUNCH_MARKERS)]
     tables = {nemotron_streaming.NAME: (nemotron_streaming.table, CHUNKS_MARKERS)}
     tables |= {f"{model}{growth.ENDING}": (growth.table, GROWTH_MARKERS) for model in growth.SIZES}
