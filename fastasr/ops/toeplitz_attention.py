@@ -156,5 +156,4 @@ def toeplitz_attention(
     if weights_dropout is not None:
         weights = weights * weights_dropout
     mixed = torch.matmul(weights, apart(act(value) if activate_value else value))
-    mixed = mixed.reshape(batch, size * count, value.shape[-1])[:, :length].transpose(0, 1)
-    return mixed * act(gate)
+    return mixed.reshape(batch, size * count, value.shape[-1])[:, :length].transpose(0, 1) * act(gate)
