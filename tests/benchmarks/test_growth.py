@@ -34,6 +34,7 @@ def test_memory_grows_with_the_length(files, tmp_path, capsys):
     assert "| tiny, whole, 1 x 30 s | " in growth.table(found)
 
 
+@pytest.mark.long
 def test_training_steps_until_the_memory_is_not_enough(files, tmp_path, capsys):
     pytest.importorskip("transformers")
     arguments = ["fast_conformer", "--training", "--layers", "1", "--size", "tiny", "--seconds", "2", *files]

@@ -17,6 +17,7 @@ from fastasr.models.zipformer import layer as layer_module
 from fastasr.models.zipformer import score_blocks, score_penalty
 from fastasr.models.zipformer import stack as stack_module
 from fastasr.models.zipformer.attention import SCORE_LIMIT
+from fastasr.models.zipformer.packed_weights import constant_weights
 from fastasr.models.zipformer.self_attention import weighted
 from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 
@@ -86,7 +87,7 @@ def test_constant_attention(monkeypatch, rows):
     """It compares fastasr's constant attention, in blocks of rows, and upstream's own operations on the handle."""
     monkeypatch.setattr(score_blocks, "BLOCK_ELEMENTS", rows * BATCH * FRAMES)
     weights, tensor = handle()[0:1], handle().materialised()[0:1]
-    equal, expected = layer_module._constant(weights), layer_module._constant(tensor)
+    equal, expected = constant_weights(weights), constant_weights(tensor)
     assert isinstance(equal, UnmaterialisedWeights)
     assert equal.shape == tensor.shape
     close(equal.materialised(), expected)
