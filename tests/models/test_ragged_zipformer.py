@@ -189,17 +189,37 @@ def test_long_recordings_without_weights_in_memory(monkeypatch):
     test_a_training_step_as_without_padding([40, 40, 40], False, 0)
 
 
-@pytest.mark.parametrize("why", ["a hook", "a mask with holes"])
+@pytest.mark.parametrize(
+    "why", ["a forward hook", "a backward hook", "a hook of a stack", "a mask with holes"]
+)
 def test_calls_that_need_padding_warn(why):
     model = encoder()
     ours = without_padding(model)
     x, x_lens, mask = batch(LENGTHS["mixed"], torch.float32)
-    if why == "a hook":
+    expected = "encoders.0.layers.0.norm has a hook"
+    with torch.no_grad():
+        assert not ours(x, x_lens, mask)[0][-1].any()  # a hook that comes after a call is seen too
+    if why == "a forward hook":
         ours.encoders[0].layers[0].norm.register_forward_hook(lambda module, inputs, y: None)
+    elif why == "a backward hook":
+        hooked = copy.deepcopy(ours.encoders[0].layers[0])
+        hooked.norm.register_full_backward_hook(lambda module, given, got: None)
+        ours.encoders[0].layers[0] = hooked
+    elif why == "a hook of a stack":
+        ours.encoders[1].register_forward_pre_hook(of_fsdp)
+        expected = "encoders.1 has a hook, but packed frames do not call it"
     else:
         mask[0, 3] = True
-    with torch.no_grad(), pytest.warns(UserWarning, match="a module in it has a hook|not one of lengths"):
+        expected = "not one of lengths"
+    with torch.no_grad(), pytest.warns(UserWarning, match=expected):
         assert torch.equal(ours(x, x_lens, mask)[0], model(x, x_lens, mask)[0])
+
+
+def of_fsdp(module, inputs):
+    """Stands for a hook of FSDP."""
+
+
+of_fsdp.__module__ = "torch.distributed.fsdp"
 
 
 def test_activation_checkpointing_around_the_encoder():

@@ -2,19 +2,21 @@
 """The two processes of the distributed tests run this. Each asserts; a failure ends the group."""
 
 import copy
+import warnings
 
 import torch
 import torch.distributed as dist
-from steps import close, seeded
+from steps import close, numbers, seeded
 from tiny_zipformer import batch, tiny, training_step
 from upstream_precision import computing_in
 
 import fastasr
+from fastasr.models.fast_conformer import FastConformerEncoder
 from fastasr.swap import binding
 
 
 def run(rank):
-    for worker in (ddp, fsdp2):
+    for worker in (ddp, fsdp2, without_padding):
         worker(rank)
         dist.barrier()
 
@@ -94,6 +96,54 @@ def fsdp2(rank):
         close(results[when][0], results["never"][0])
         assert results[when][1].keys() == results["never"][1].keys()
         _same(results[when][1], results["never"][1])
+
+
+def without_padding(rank):
+    """Checks that encoders whose layers FSDP2 wraps run on the frames that exist, with the gradients of DDP, and that a
+    Zipformer whose stacks it wraps runs on the padded batch."""
+    frames = torch.randn(3, 60, 32, generator=numbers(rank)).double()
+    lengths = torch.tensor([60, 31, 2])
+    valid = torch.arange(60) < lengths[:, None]
+    zipformer, parakeet = tiny().encoder, FastConformerEncoder(32, 48, 2, 4, 64, channels=8)
+    fastasr.accelerate(zipformer, ragged=True)
+    parakeet.ragged = True
+    of_zipformer = frames.transpose(0, 1), lengths, ~valid
+    layers = [layer for stack in zipformer.encoders for layer in getattr(stack, "encoder", stack).layers]
+    assert _warnings_of_fsdp2(zipformer, of_zipformer, layers) == []
+    assert _warnings_of_fsdp2(parakeet, (frames, valid), list(parakeet.layers)) == []
+    (warning,) = _warnings_of_fsdp2(zipformer, of_zipformer, list(zipformer.encoders))
+    assert "encoders.0 has a hook, but packed frames do not call it" in warning
+
+
+def _warnings_of_fsdp2(encoder, inputs, parts):
+    """Returns fastasr's warnings in a call of the encoder whose ``parts`` FSDP2 wraps. Without any it compares results
+    with those of the encoder alone."""
+    from torch.distributed.fsdp import fully_shard
+
+    encoder.double().eval()
+    names = {module: name for name, module in encoder.named_modules()}
+    results = []
+    for wrapped in (False, True):
+        candidate = copy.deepcopy(encoder)
+        scalars = {p for p in candidate.parameters() if p.ndim == 0}  # FSDP2 shards no scalars
+        for part in (*parts, encoder) if wrapped else ():
+            fully_shard(candidate.get_submodule(names[part]), ignored_params=scalars)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            seeded(0)  # Whiten draws in eval mode too
+            y = candidate(*inputs)[0]
+        said = [text for text in (str(w.message) for w in caught) if text.startswith("fastasr")]
+        y.square().sum().backward()
+        results.append((y.detach(), {n: p for n, p in candidate.named_parameters() if p.grad is not None}))
+    (y, alone), (of_shards, sharded) = results
+    if not said:
+        close(of_shards, y)
+        for p in alone.values():
+            if p.ndim:
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+        _same({n: _full(p.grad) for n, p in sharded.items()}, {n: p.grad for n, p in alone.items()})
+    return said
 
 
 def _full(gradient):

@@ -9,15 +9,12 @@ frames that exist, and each dropout draws numbers for these frames alone.
 import torch
 import torch.nn.functional as F
 
-from fastasr.models.common import attention_dropout, plumbing
+from fastasr.models.common import attention_dropout, plumbing, ragged
 from fastasr.models.common.inference import runs
-from fastasr.models.common.ragged import Packing, is_paused, warn
+from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer.attention import STANDARD, FastConformerAttention
 from fastasr.models.fast_conformer.convolution import FastConformerConvolution
 from fastasr.models.fast_conformer.subsampling import subsampled
-
-# hooks that serve packed frames too: of FSDP, and of transformers' outputs, which record only if asked for
-_HARMLESS = "torch.distributed.", "transformers.utils.output_capturing"
 
 
 def obstacle(encoder) -> str | None:
@@ -33,27 +30,15 @@ def obstacle(encoder) -> str | None:
 
 
 def lengths(encoder, features, mask, reason: str | None = None) -> list[int] | None:
-    """Returns the recordings' frames by the mask (B, T₀), or None where the batch has no padding to leave out, or it
-    must stay, for ``reason`` or one found here, of which this function warns. Another device is waited for."""
-    if mask is None or is_paused() or mask.shape != features.shape[:2]:
+    """Does as ``common.ragged.lengths`` for a mask (B, T₀), True or 1 at valid frames, or None. The padding stays for
+    ``reason``, if given."""
+    if mask is None or mask.shape != features.shape[:2]:
         return None
-    found = mask.sum(-1).tolist()
-    if not 0 < sum(found) < mask.numel():
-        return None
-    reason = reason or _obstacle_of_call(encoder)
-    if reason is not None:
-        warn(reason)
-    return found if reason is None else None
+    return ragged.lengths(encoder, mask.to(torch.bool), lambda: reason or _obstacle_of_call(encoder))
 
 
 def _obstacle_of_call(encoder):
     """Returns why a call cannot leave padding out now, or None."""
-    for name, module in encoder.named_modules():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if module is not encoder and any(
-            not getattr(h, "__module__", "").startswith(_HARMLESS) for h in hooks
-        ):
-            return f"{name} has a hook, which would get packed frames"
     implementation = getattr(getattr(encoder, "config", None), "_attn_implementation", "sdpa")
     if implementation not in STANDARD:
         return f"its attention implementation is {implementation}"

@@ -6,10 +6,13 @@ of whole sequences ask for it. A recording's output is what it is alone: at its 
 last frame, where upstream's reads frames of padding. In training balancers and whitening see the frames that exist.
 """
 
+from operator import attrgetter
+
 import torch
 
+from fastasr.models.common import ragged
 from fastasr.models.common.inference import any_hooked, runs
-from fastasr.models.common.ragged import Packing, is_paused, warn
+from fastasr.models.common.ragged import Packing
 from fastasr.models.zipformer.activations import ActivationDropoutAndLinear
 from fastasr.models.zipformer.attention import RelPositionMultiheadAttentionWeights
 from fastasr.models.zipformer.bypass import BypassModule
@@ -31,10 +34,14 @@ _OURS = {
     "bypass_mid": BypassModule,
     **{f"feed_forward{i}.out_proj": ActivationDropoutAndLinear for i in (1, 2, 3)},
 }
+_parts = attrgetter(*_OURS)
 
 
 def obstacle(encoder) -> str | None:
     """Returns why this encoder cannot leave padding out, or None."""
+    for name, module in _not_called(encoder):
+        if any_hooked([module]):
+            return f"{name} has a hook, but packed frames do not call it; FSDP can wrap its layers instead"
     for i, stack in enumerate(encoder.encoders):
         if hasattr(stack, "downsample") and not runs(stack.out_combiner, BypassModule.forward):
             return f"out_combiner of stack {i} is not swapped"
@@ -42,31 +49,29 @@ def obstacle(encoder) -> str | None:
             where = f"layer {j} of stack {i}"
             if not runs(layer, ZipformerEncoderLayer.forward):
                 return f"{where} is not swapped, or is one of icefall before pull request 1566"
-            for name, cls in _OURS.items():
-                if not runs(layer.get_submodule(name), cls.forward):
+            for (name, cls), part in zip(_OURS.items(), _parts(layer), strict=True):
+                if not runs(part, cls.forward):
                     return f"{name} of {where} is not swapped"
     return None
 
 
+def _not_called(encoder):
+    """Yields (name, module) for the modules whose parameters, or those of modules inside, ``encoded`` uses without
+    calling them, so that a hook of FSDP would not gather these."""
+    yield "downsample_output", encoder.downsample_output
+    for i, stack in enumerate(encoder.encoders):
+        yield f"encoders.{i}", stack
+        if hasattr(stack, "downsample"):
+            yield f"encoders.{i}.downsample", stack.downsample
+            yield f"encoders.{i}.encoder", stack.encoder
+
+
 def lengths(encoder, x, mask) -> list[int] | None:
-    """Returns the recordings' frames by the mask (batch, time), True at padding, or None where x (time, batch,
-    channels) has no padding to leave out, or it must stay, of which this function warns. Another device is waited for.
-    """
-    if mask is None or is_paused() or torch.jit.is_tracing() or mask.shape != (x.shape[1], x.shape[0]):
+    """Does as ``common.ragged.lengths`` for x (time, batch, channels) and a mask (batch, time), True at padding, or
+    None."""
+    if mask is None or mask.shape != (x.shape[1], x.shape[0]):
         return None
-    hidden = mask.to(torch.bool)
-    counts = (~hidden).sum(-1)
-    found = counts.tolist()
-    if not 0 < sum(found) < mask.numel():
-        return None
-    reason = obstacle(encoder)
-    if not torch.equal(hidden, torch.arange(len(x), device=x.device) >= counts[:, None]):
-        reason = "its mask is not one of lengths"
-    elif any_hooked(module for module in encoder.modules() if module is not encoder):
-        reason = "a module in it has a hook, which would get packed frames"
-    if reason is not None:
-        warn(reason)
-    return found if reason is None else None
+    return ragged.lengths(encoder, ~mask.to(torch.bool), lambda: obstacle(encoder))
 
 
 def encoded(encoder, x, lengths):
