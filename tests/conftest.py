@@ -6,6 +6,7 @@ starts inherit it. Tests of whole models run on one thread. With FASTASR_LEDGER 
 files is skipped.
 """
 
+import gc
 import os
 import sys
 import tempfile
@@ -48,6 +49,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled():
+    """Modules and collected tests live as long as the session. Python's collector leaves them out from here on: to walk
+    them again and again took more time than many a test.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
