@@ -129,13 +129,15 @@ def load(path):
     if path.is_dir():
         path = path / checkpoints.NAME
     found = checkpoints.load(path)
-    model = sizes.build(sizes.streaming(found["arguments"])).eval()
     try:
+        model = sizes.build(sizes.streaming(found["arguments"])).eval()
         model.load_state_dict(found["model_avg"], strict=True)
+        units = _units_for(model.vocab_size, Units.from_state_dict(found["units"]), path)
+        return Recogniser(model, units, found["features"]["rate"], found["features"]["bins"])
     except RuntimeError as error:
         raise ValueError(f"the checkpoint {path} does not fit its model: {error}") from None
-    units = _units_for(model.vocab_size, Units.from_state_dict(found["units"]), path)
-    return Recogniser(model, units, found["features"]["rate"], found["features"]["bins"])
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"the checkpoint {path} is damaged: {type(error).__name__}: {error}") from None
 
 
 def _units_for(vocabulary, units, path):

@@ -11,6 +11,7 @@ import re
 import shutil
 import struct
 import wave
+import zipfile
 
 import children
 import pytest
@@ -100,7 +101,6 @@ def _load(path):
 
 
 def _checkpoint(path):
-    torch.manual_seed(1)
     units = learn_units("char", [])
     arguments = sizes.config("tiny", len(units), 40)
     state = sizes.build(arguments).state_dict()
@@ -118,6 +118,42 @@ def _checkpoint(path):
 def test_checkpoints(tmp_path, count):
     _checkpoint(tmp_path / "last.pt")
     check(_load, tmp_path / "last.pt", count)
+
+
+@pytest.mark.parametrize(
+    ("pickled", "error"),
+    [
+        (b"\x80\x02.", "IndexError"),  # returns from an empty stack
+        (b"\x80\x02}J.", "error"),  # a number of four bytes, of which one is there
+        (b"\x80\x02}}K\x01s.", "TypeError"),  # a dict as a key
+    ],
+)
+def test_checkpoints_with_a_damaged_pickle(tmp_path, pickled, error):
+    """torch's unpickler ends with errors of many types."""
+    with zipfile.ZipFile(tmp_path / "last.pt", "w") as file:
+        file.writestr("last/data.pkl", pickled)
+        file.writestr("last/version", "3\n")
+    with pytest.raises(ValueError, match=f"last.pt is damaged: {error}: "):
+        checkpoints.load(tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"arguments": 3}, "AttributeError"),
+        ({"arguments": sizes.config("tiny", 3, 40) | {"encoder_dims": "8"}}, "TypeError"),
+        ({"units": {}}, "KeyError"),
+        ({"units": []}, "TypeError"),
+        ({"features": {}}, "KeyError"),
+        ({"model_avg": []}, "TypeError"),
+    ],
+)
+def test_checkpoints_with_wrong_entries(tmp_path, wrong, error):
+    path = tmp_path / "last.pt"
+    _checkpoint(path)
+    checkpoints.save(path, checkpoints.load(path) | wrong)
+    with pytest.raises(ValueError, match=f"last.pt is damaged: {error}: "):
+        recogniser.load(path)
 
 
 @pytest.fixture(scope="module")
