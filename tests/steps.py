@@ -22,13 +22,13 @@ def one_thread():
 def seeded(seed):
     """Seeds all random numbers with the run's seed and this one."""
     random.seed(seeds.seeded(seed))
-    torch.manual_seed(seeds.seeded(seed))
+    seeds.seed_torch(seeds.seeded(seed))
 
 
 def fixed(seed):
     """Seeds all random numbers, alike in every run."""
     random.seed(seed)
-    torch.manual_seed(seed)
+    seeds.seed_torch(seed)
 
 
 def numbers(seed):

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastasr import ops
 from fastasr.ops import _dispatch
 from fastasr.testing.refusals import Refusal, refusals
-from fastasr.testing.seeds import seeded
+from fastasr.testing.seeds import seed_torch, seeded
 from fastasr.testing.table import Make, OpTable, Sample, flat, floating, tables, with_tensors
 from fastasr.testing.tolerance import Comparison, compare, judged
 
@@ -28,7 +28,7 @@ def _make(sample: Sample, dtype: torch.dtype, device: str, seed: int = 0) -> dic
 
 
 def _call(f: Callable[..., Tensor], arguments: dict) -> Tensor:
-    torch.manual_seed(seeded("call"))  # an op that draws (dropout) draws the same numbers in every call
+    seed_torch(seeded("call"))  # an op that draws (dropout) draws the same numbers in every call
     return flat(f(**arguments))
 
 
@@ -168,7 +168,7 @@ def no_grad_equals_grad(table: OpTable, sample: Sample, dtype: torch.dtype, devi
         _same(_call(table.function, arguments), out.detach(), "no_grad")
     with torch.inference_mode():
         _same(_call(table.function, arguments).clone(), out.detach(), "inference_mode")
-    torch.manual_seed(seeded("call"))
+    seed_torch(seeded("call"))
     _same(table.call_registered(arguments), out.detach(), "registered op")
 
 
@@ -184,7 +184,7 @@ def gradcheck(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -
         return _call(table.function, arguments | dict(zip(names, tensors, strict=True)))
 
     def registered(*tensors):
-        torch.manual_seed(seeded("call"))
+        seed_torch(seeded("call"))
         return table.call_registered(arguments | dict(zip(names, tensors, strict=True)))
 
     tensors = tuple(arguments[n] for n in names)

@@ -5,6 +5,8 @@ import os
 import random
 import zlib
 
+import torch
+
 
 def begin(seed: str | None = None) -> str:
     """Begins a run with this seed, that of the environment, or a drawn one. Returns what repeats the run.
@@ -20,3 +22,13 @@ def begin(seed: str | None = None) -> str:
 def seeded(*parts: object) -> int:
     """Returns a seed made from the run's and from ``parts``, which tell apart what is drawn."""
     return zlib.crc32(f"{os.environ.get('SEED')} {parts}".encode())
+
+
+def seed_torch(seed: int) -> None:
+    """Seeds the numbers that torch draws, as ``torch.manual_seed`` does. Where there is no GPU, that function formats
+    the stack of its caller for each kind of GPU, which takes longer than many a call of an op.
+    """
+    if torch.cuda.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
