@@ -119,8 +119,6 @@ def _beam_search(model, inputs, beam: int) -> tuple[list[int], list[int], list[i
         found = ctc_align(log_probs, targets, lengths, lengths.new_tensor([len(tokens)]), blank)
         return tokens, found.starts[0].tolist(), found.durations[0].tolist()
     encoded = model.encoder(**inputs, output_attention_mask=True)
-    for part in (model.decoder, model.joint, model.encoder_projector):
-        part.float()  # beam search computes in float32, whatever the encoder's dtype
     x, lengths = encoded.last_hidden_state.float(), encoded.attention_mask.sum(1)
     try:
         found = modified_beam_search(model, x, lengths, beam)
@@ -196,6 +194,9 @@ def run(
         fail(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
     check_device(device)
     model, processor = load(folder, device, getattr(torch, dtype))
+    if beam is not None and hasattr(model, "joint"):
+        for part in (model.decoder, model.joint, model.encoder_projector):
+            part.float()  # beam search computes in float32, whatever the encoder's dtype
     console = err()
     if swap:
         report = fastasr.accelerate(model)

@@ -167,10 +167,18 @@ def test_beam_search(kind, folder, recording):
 
 
 @pytest.mark.parametrize("kind", ["ParakeetForCTC", "ParakeetForTDT"])
-def test_beam_search_in_bfloat16(kind, folder, recording):
-    done = call(folder(kind), recording(), "--dtype", "bfloat16", "--beam", "4")
+def test_beam_search_in_bfloat16(kind, folder, recording, monkeypatch):
+    """The parts that the search runs are converted once, and for all recordings."""
+    converted = []
+    of_module = torch.nn.Module.float
+    monkeypatch.setattr(
+        torch.nn.Module, "float", lambda module: converted.append(module) or of_module(module)
+    )
+    done = call(folder(kind), recording(), recording(), "--dtype", "bfloat16", "--beam", "4")
     assert done.exit_code == 0, done.output
-    assert done.stdout.strip()
+    first, second = done.stdout.strip().splitlines()
+    assert first == second
+    assert len(converted) == (0 if kind == "ParakeetForCTC" else 3)
 
 
 def test_beam_search_that_a_model_cannot_have(folder, recording):
