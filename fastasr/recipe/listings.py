@@ -8,6 +8,7 @@ folder clips beside it, as in Common Voice. A folder of Hugging Face's has such 
 
 import csv
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def entries(source: Path) -> list[Entry]:
     if source.is_file():
         return _of_manifest(source)
     if not source.is_dir():
-        raise NoSpeech(f"--speech: {source} is no folder and no manifest")
+        raise NoSpeech(f"{source} is no folder and no manifest")
     manifests = sorted(p for p in source.rglob("metadata.*") if p.suffix in MANIFESTS)
     if manifests:
         return [entry for manifest in manifests for entry in _of_manifest(manifest)]
@@ -51,19 +52,19 @@ def entries(source: Path) -> list[Entry]:
         text = words.read_text(encoding="utf-8").strip() if words.exists() else ""
         found.append(Entry(path, path.relative_to(source).with_suffix("").as_posix(), text))
     if not found:
-        raise NoSpeech(f"--speech: no recording ({', '.join(SUFFIXES)}) in {source}")
+        raise NoSpeech(f"no recording ({', '.join(SUFFIXES)}) in {source}")
     return found
 
 
 def _of_manifest(manifest: Path) -> list[Entry]:
     if manifest.suffix not in MANIFESTS:
-        raise ValueError(f"--speech: {manifest}: expected a manifest ({', '.join(MANIFESTS)})")
+        raise ValueError(f"{manifest}: expected a manifest ({', '.join(MANIFESTS)})")
     found = []
     for line, row in _rows(manifest):
         given = _column(row, PATHS)
         if not given:
             raise ValueError(
-                f"--speech: {manifest}: line {line}: expected one of {', '.join(PATHS)}, got {', '.join(map(str, row))}"
+                f"{manifest}: line {line}: expected one of {', '.join(PATHS)}, got {', '.join(map(str, row))}"
             )
         places = [manifest.parent / part / given for part in ("", "clips")]
         path = next((place for place in places if place.exists()), places[0])
@@ -71,12 +72,13 @@ def _of_manifest(manifest: Path) -> list[Entry]:
             path, Path(given).with_suffix("").as_posix(), *(_column(row, n) for n in (TEXTS, SPEAKERS))
         )
         if row.get("offset") not in (None, ""):
-            entry.begin = float(row["offset"])
-            entry.seconds = float(row["duration"]) if row.get("duration") else None
+            where = f"{manifest}: line {line}"
+            entry.begin = _seconds(row, "offset", where)
+            entry.seconds = _seconds(row, "duration", where) if row.get("duration") else None
             entry.name += f"@{entry.begin:g}"
         found.append(entry)
     if not found:
-        raise NoSpeech(f"--speech: {manifest} lists no recordings")
+        raise NoSpeech(f"{manifest} lists no recordings")
     return found
 
 
@@ -84,9 +86,22 @@ def _column(row: dict, names: tuple[str, ...]) -> str:
     return next((str(row[name]).strip() for name in names if row.get(name) is not None), "")
 
 
+def _seconds(row: dict, name: str, where: str) -> float:
+    try:
+        value = float(row[name])
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{where}: {name}: expected seconds, 0 or more, got {row[name]!r}")
+    return value
+
+
 def _rows(manifest: Path) -> list[tuple[int, dict]]:
     """Returns the lines' numbers and values by name."""
-    text = manifest.read_text(encoding="utf-8-sig")
+    try:
+        text = manifest.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{manifest}: {error}") from None
     if manifest.suffix in (".tsv", ".csv"):
         style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if manifest.suffix == ".tsv" else {}
         return list(enumerate(csv.DictReader(text.splitlines(), **style), 2))
@@ -95,8 +110,8 @@ def _rows(manifest: Path) -> list[tuple[int, dict]]:
         try:
             row = json.loads(line) if line.strip() else {}
         except ValueError as error:
-            raise ValueError(f"--speech: {manifest}: line {number}: {error}") from None
+            raise ValueError(f"{manifest}: line {number}: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"--speech: {manifest}: line {number}: expected an object, got {line[:40]}")
+            raise ValueError(f"{manifest}: line {number}: expected an object, got {line[:40]}")
         found += [(number, row)] if row else []
     return found

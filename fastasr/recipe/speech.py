@@ -6,6 +6,7 @@ fewer than 80 bins suffice.
 """
 
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +92,8 @@ def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None, feat
     if other is None:
         training, held = _split(found, share, say)
     else:
-        training, held = found, _usable(_clips(cache, other, say), say)
+        with _errors_name("--held-out"):
+            training, held = found, _usable(_listed(other, say), say)
         trained = {text for _, text in training}
         shared = sum(text in trained for _, text in held)
         say(f"held out: {len(held)} recordings of {other}, {shared} of them with texts that are trained too")
@@ -202,7 +204,8 @@ def _named(names):
 
 def _clips(cache, folder, say):
     if folder is not None:
-        return _listed(Path(folder), say)
+        with _errors_name("--speech"):
+            return _listed(Path(folder), say)
     reason = recordings.fetch_prompts(Path(cache), say)
     if reason:
         raise NoSpeech(f"the prompts cannot be fetched here: {reason}; use --speech FOLDER")
@@ -215,6 +218,16 @@ def _clips(cache, folder, say):
             clip.name, clip.text = name, words[name]
             clips.append(clip)
     return clips
+
+
+@contextmanager
+def _errors_name(option):
+    """Inside the block errors about recordings begin with the option that gave them."""
+    try:
+        yield
+    except ValueError as error:
+        kind = NoSpeech if isinstance(error, NoSpeech) else ValueError
+        raise kind(f"{option}: {error}") from None
 
 
 def _listed(source, say):
@@ -234,7 +247,7 @@ def _listed(source, say):
         end = len(samples) if entry.seconds is None else begin + round(entry.seconds * rate)
         clips.append(recordings.Clip(entry.name, samples[begin:end], rate, entry.text, entry.speaker))
     if not clips:
-        raise NoSpeech(f"--speech: no recording of {source} can be read")
+        raise NoSpeech(f"no recording of {source} can be read")
     return clips
 
 

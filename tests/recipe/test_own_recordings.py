@@ -160,7 +160,7 @@ def test_formats_of_soundfile(tmp_path, suffix):
 
 def test_refusals(digits, tmp_path):
     def said(name, text):
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(ValueError) as raised:
             load(tmp_path / name)
         return str(raised.value)
@@ -173,8 +173,31 @@ def test_refusals(digits, tmp_path):
     assert "expected a manifest (.tsv, .csv, .json, .jsonl)" in said("a.yaml", "")
     with pytest.raises(ValueError, match="--held-out: expected a share between 0 and 1 or a folder"):
         load(digits, "1.5")
-    with pytest.raises(listings.NoSpeech, match="is no folder and no manifest"):
+    assert "a.tsv: 'utf-8' codec can't decode" in said("a.tsv", b"\xff")
+    for part, got in (
+        (("abc", 1), "offset: expected seconds, 0 or more, got 'abc'"),
+        ((-1, 1), "got -1"),
+        ((0, "nan"), "duration: expected seconds, 0 or more, got 'nan'"),
+        ((0, [1]), r"got [1]"),
+    ):
+        line = json.dumps({"path": "a.wav"} | dict(zip(("offset", "duration"), part, strict=True)))
+        text = said("a.json", '{"path": "a.wav"}\n' + line)
+        assert text.startswith(f"--speech: {tmp_path / 'a.json'}: line 2: ")
+        assert got in text
+
+
+def test_refusals_of_recordings_to_hold_out(digits, tmp_path):
+    """They name the option that gave these recordings."""
+    with pytest.raises(listings.NoSpeech, match=r"^--held-out: .*missing is no folder and no manifest"):
         load(digits, tmp_path / "missing")
+    (tmp_path / "a.json").write_text("nothing\n")
+    with pytest.raises(ValueError, match=r"^--held-out: .*a.json: line 1: Expecting value"):
+        load(digits, tmp_path / "a.json")
+    beeps.write_wav(tmp_path / "a.wav", beeps.samples("abcd"))
+    with pytest.raises(listings.NoSpeech, match=r"^--held-out: no recording has a transcript of letters"):
+        load(digits, tmp_path)
+    with pytest.raises(listings.NoSpeech, match=r"^no recording has a transcript of letters"):
+        load(tmp_path)
 
 
 def test_two_steps(digits, tmp_path, capsys):
