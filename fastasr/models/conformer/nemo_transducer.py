@@ -93,23 +93,16 @@ def _of_part(self, am, lm, targets, frames, symbols):
     options = {"activation": ACTIVATIONS[type(self.joint_net[0])], "dropout_p": _dropout(self)}
     options |= {"reduction": "none"} | _fastemit(core)
     if _has_durations(core):
-        call = (
-            am,
-            lm,
-            head.weight,
-            head.bias,
-            targets,
-            frames,
-            symbols,
-            core.blank,
-            core.durations,
-            core.sigma,
+        of_durations = core.blank, core.durations, core.sigma
+        losses = tdt_joiner_loss(
+            am, lm, head.weight, head.bias, targets, frames, symbols, *of_durations, **options
         )
-        return _scaled(core, tdt_joiner_loss(*call, **options))
-    limits = lengths.boundary("rnnt.joiner_loss", frames, symbols, *am.shape[:2], targets.shape[1], am)
-    tokens = slice(core.blank + 1)
-    call = am, lm, head.weight[tokens], head.bias[tokens], targets, core.blank, limits
-    return _scaled(core, joiner_loss(*call, **options))
+    else:
+        limits = lengths.boundary("rnnt.joiner_loss", frames, symbols, *am.shape[:2], targets.shape[1], am)
+        tokens = slice(core.blank + 1)
+        weight, bias = head.weight[tokens], head.bias[tokens]
+        losses = joiner_loss(am, lm, weight, bias, targets, core.blank, limits, **options)
+    return _scaled(core, losses)
 
 
 def _has_durations(core) -> bool:
