@@ -12,7 +12,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 _NODES = (
     ast.Expression,
@@ -28,6 +28,7 @@ _NODES = (
     ast.Load,
 )
 Names = dict[str, object]  # sizes by name; of *S a tuple
+_compiled = cache(compile)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Dim:
         return frozenset(node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name))
 
     def value(self, names: Names) -> int:
-        return eval(compile(ast.Expression(self.tree), "<shape>", "eval"), {"__builtins__": {}}, names)
+        return eval(_compiled(self.text, "<shape>", "eval"), {"__builtins__": {}}, names)
 
     def unknown(self, known: set[str]) -> tuple[str, str, str] | None:
         """Returns (name, a, b) where the one unknown name is (size − b) / a; None where all names are known."""
@@ -96,10 +97,8 @@ class Shape:
 
     def text(self, names: Names) -> str:
         rest = names.get(self.rest, ("...",)) if self.rest else ()
-        parts = [
-            *rest,
-            *(d.value(names) if d.names <= names.keys() else _put(d.text, names) for d in self.dims),
-        ]
+        dims = (d.value(names) if d.names <= names.keys() else _put(d.text, names) for d in self.dims)
+        parts = [*rest, *dims]
         return f"({', '.join(map(str, parts))}{',' if len(parts) == 1 else ''})"
 
     def tuple_code(self) -> str:

@@ -8,7 +8,7 @@ must name.
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -29,10 +29,15 @@ class Refusal:
     blamed: str
 
 
+@cache
+def _tensors(op: Op) -> tuple:
+    return tuple(op.in_binding_order())
+
+
 def mismatch(op: Op, arguments: dict) -> str | None:
     """Returns the name of the first tensor whose shape does not fit the tensors before it."""
     names = {a.name: arguments.get(a.name, a.default) for a in op.options if a.kind == "int"}
-    for a in op.in_binding_order():
+    for a in _tensors(op):
         value = arguments.get(a.name)
         if value is None:
             names |= {name: 0 for name in a.pattern.names if name not in names}
