@@ -16,14 +16,18 @@ void out_of_memory(size_t bytes) {
   throw std::runtime_error("fastasr: no memory for " + std::to_string(bytes) + " bytes");
 }
 
-Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int64_t* strides) {
-  int32_t dtype, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                   std::optional<ScalarType> dtype) {
+  int32_t number, device_type, device_index;
+  if (dtype)
+    number = static_cast<int32_t>(*dtype);
+  else
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle));
+      aoti_torch_empty_strided(dim, sizes, strides, number, device_type, device_index, &handle));
   return Tensor(handle);
 }
 

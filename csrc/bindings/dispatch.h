@@ -94,9 +94,10 @@ void with_compute_type(ScalarType dtype, const char* op, F&& f) {
 template <typename T>
 constexpr ScalarType kComputeType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
-// Makes a new tensor of t's dtype and device. torch::stable::empty_like looks its op up by name at every call, which
-// costs more than a small kernel.
-Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int64_t* strides);
+// Makes a new tensor of t's device, and of its dtype unless another one is given. torch::stable::empty_like looks its
+// op up by name at every call, which costs more than a small kernel.
+Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                   std::optional<ScalarType> dtype = {});
 Tensor new_contiguous(const Tensor& t, std::initializer_list<int64_t> sizes);
 Tensor new_contiguous(const Tensor& t);  // of t's sizes
 Tensor new_like(const Tensor& t);        // of t's sizes and strides

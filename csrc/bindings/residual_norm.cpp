@@ -11,11 +11,13 @@
 namespace fastasr {
 namespace {
 
-// The arguments of a call: every pointer but those of the outputs.
+// The arguments of a call: every pointer but those of the outputs. `parameters` holds weight and bias, widened, where
+// they have x's dtype and it is a narrow one.
 template <typename T>
 struct Call {
   cpu::ResidualNorm<T> p{};
   int64_t rows = 0;
+  std::vector<cpu::compute_t<T>> parameters{};
 };
 
 void check_shape_of(const Tensor& t, const Tensor& x, const char* op, const char* name) {
@@ -39,7 +41,9 @@ Call<T> checked(const Tensor& x, const Tensor& update, const Optional& candidate
   Call<T> call;
   const int64_t channels = x.size(x.dim() - 1);
   check(candidate.has_value() == hidden.has_value(), op, "candidate and hidden go together");
-  for (const Tensor* t : {&weight, &bias}) check(is_dense(*t, kComputeType<T>, {channels}), op, "weight and bias");
+  const bool narrow = weight.scalar_type() != kComputeType<T>;
+  const ScalarType dtype = narrow ? x.scalar_type() : kComputeType<T>;
+  for (const Tensor* t : {&weight, &bias}) check(is_dense(*t, dtype, {channels}), op, "weight and bias");
   check(channels > 0, op, "x has no channels");
   check(eps >= 0, op, "eps");
   check(activation >= 0 && activation < cpu::kActivations, op, "activation");
@@ -55,7 +59,14 @@ Call<T> checked(const Tensor& x, const Tensor& update, const Optional& candidate
     check_shape_of(*mask, x, op, "mask");
     call.p.mask = data<C>(*mask);
   }
-  call.p.weight = data<C>(weight), call.p.bias = data<C>(bias);
+  if (narrow) {
+    const auto& kernel = cpu::kernels<cpu::ResidualNormKernels<T>>();
+    call.parameters.resize(2 * channels);
+    kernel.widen(data<T>(weight), call.parameters.data(), channels);
+    kernel.widen(data<T>(bias), call.parameters.data() + channels, channels);
+  }
+  call.p.weight = narrow ? call.parameters.data() : data<C>(weight);
+  call.p.bias = narrow ? call.parameters.data() + channels : data<C>(bias);
   call.p.eps = eps, call.p.activation = static_cast<int>(activation), call.p.channels = channels;
   return call;
 }
@@ -68,7 +79,9 @@ std::tuple<Tensor, Tensor> residual_norm_forward(const Tensor& x, const Tensor& 
   check(x.dim() >= 1, op, "x has no dimensions");
   Tensor y = new_contiguous(x);
   const int64_t channels = x.size(x.dim() - 1), kept = keep_statistics && channels ? 3 * (x.numel() / channels) : 0;
-  Tensor statistics = new_contiguous(weight, {kept});
+  const int64_t one = 1;
+  const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor statistics = new_strided(x, 1, &kept, &one, wide);
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::ResidualNormKernels<T>>();
     const auto call = checked<T>(x, update, candidate, hidden, mask, weight, bias, eps, activation, op);
@@ -77,8 +90,8 @@ std::tuple<Tensor, Tensor> residual_norm_forward(const Tensor& x, const Tensor& 
     auto* kept_rows = kept ? reinterpret_cast<Statistics*>(mutable_data<cpu::compute_t<T>>(statistics)) : nullptr;
     const int64_t n = call.p.channels;
     parallel_tasks(call.rows, 2 * n, [&](int64_t b, int64_t e) {
-      std::vector<cpu::compute_t<T>> scratch(cpu::residual_norm_scratch(n));
-      kernel.forward(call.p, b, e, out, kept_rows, scratch.data());
+      const std::unique_ptr<cpu::compute_t<T>[]> scratch(new cpu::compute_t<T>[cpu::residual_norm_scratch(n)]);
+      kernel.forward(call.p, b, e, out, kept_rows, scratch.get());
     });
   });
   return {y, statistics};
@@ -112,17 +125,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
     const RowBlocks blocks(call.rows, n);
     const std::unique_ptr<C[]> parts(new C[static_cast<size_t>(blocks.count * 2 * n)]);  // every block is written
     blocks.parallel(4 * n, [&](int64_t b, int64_t e) {
-      std::vector<C> scratch(cpu::residual_norm_scratch(n));
+      const std::unique_ptr<C[]> scratch(new C[cpu::residual_norm_scratch(n)]);
       for (int64_t k = b; k < e; k++) {
         C* part = parts.get() + k * 2 * n;
         kernel.backward(call.p, g, rows, blocks.begin(k), blocks.begin(k) + blocks.size(k), ox, ou, os, part, part + n,
-                        scratch.data());
+                        scratch.get());
       }
     });
-    std::vector<C> sums(2 * n);
-    reduce_blocks<C>(parts.get(), blocks.count, 2 * n, sums.data());
-    std::copy_n(sums.data(), n, mutable_data<C>(dweight));
-    std::copy_n(sums.data() + n, n, mutable_data<C>(dbias));
+    const auto add = [&]<typename P>() {  // P is the type of the parameters
+      std::vector<P> sums(2 * n);
+      reduce_blocks<P>(parts.get(), blocks.count, 2 * n, sums.data());
+      std::copy_n(sums.data(), n, mutable_data<P>(dweight));
+      std::copy_n(sums.data() + n, n, mutable_data<P>(dbias));
+    };
+    if (weight.scalar_type() == kComputeType<T>)
+      add.template operator()<C>();
+    else
+      add.template operator()<T>();
   });
   return {dx, dupdate, dsum, dweight, dbias};
 }

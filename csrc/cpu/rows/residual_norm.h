@@ -44,6 +44,8 @@ struct ResidualNormKernels {
   void (*backward)(const ResidualNorm<T>& p, const T* grad, const RowStatistics<compute_t<T>>* statistics,
                    int64_t begin, int64_t end, T* dx, T* dupdate, T* dsum, compute_t<T>* dweight, compute_t<T>* dbias,
                    compute_t<T>* scratch);
+  // Copies n parameters that are stored as the rows are.
+  void (*widen)(const T* from, compute_t<T>* to, int64_t n);
 };
 
 }  // namespace fastasr::cpu
