@@ -38,7 +38,7 @@ _REPETITIONS = 3  # at least, and more of them as long as all together take less
 _SHORT_S = 0.05
 _BUDGET_S = 0.5
 _MOST_FEW = 15  # rows: cpu::kFewRows
-SMALL = 1 << 16
+SMALL = 1 << 17  # one row of 192 to 512 is below it
 _CLEAR = 1.1  # Stop after the fewest repetitions once fastasr's product is this much slower.
 
 reason = partial(reason_cpu, "gemm")  # says why there is nothing to choose from; "" when there is

@@ -100,7 +100,9 @@ class Op(Errors):
     fast: str | Callable = ""
     # code, or (*arguments) -> bool: a condition beside the types, kernels check the rest; "False": no such path
     fits: str | Callable = ""
-    fast_dtype: torch.dtype | None = None  # the only dtype that it serves
+    by_torch: str = (
+        ""  # code after its checks that returns torch's own call, with its autograd, where that is best
+    )
     fast_strides: str = ""  # arguments that must be contiguous
 
     def __call__(self, formula: Callable[P, R]) -> Callable[P, R]:
@@ -307,7 +309,7 @@ class Op(Errors):
         space |= {f"_sizes_{i}": size for i, size in enumerate(self.sizes.values())}
         space |= {f"_shape_{o.name}": o.pattern for o in self.keeps if callable(o.pattern)}
         parts = ("family", "definition", "Arguments", "Saved", "Needs", "launch", "gradients", "flagged")
-        parts = (*parts, "fast", "fits", "fast_dtype", "cast")
+        parts = (*parts, "fast", "fits", "cast")
         space |= {f"_{name}": getattr(self, name) for name in parts}
         space |= {f"_{name}": value for name, value in vars(_parts).items() if not name.startswith("_")}
         return space | {

@@ -24,7 +24,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from fastasr.kernels import Unlaunchable
-from fastasr.ops._dispatch import FLOATING, PLAIN, served, widest
+from fastasr.ops._dispatch import FLOATING, PLAIN, forced_backend, served, widest
 from fastasr.ops._register import autocast_dtype, refuse_double_backward
 
 MASKS = (torch.bool, *FLOATING)

@@ -47,6 +47,7 @@ def {name}({parameters}):
         {fast}
     ):
         try:
+            {by_torch}
             {apply_direct}
             {results} = {native}
             return {selected}
@@ -226,6 +227,7 @@ def write(op) -> str:
         "native_backward": _native_backward(op, grads),
         "for_autograd": ", ".join(f"_d_{a.name}" if a in op.differentiable else "None" for a in op.arguments),
         "fast": ["\nand ".join(_fast(op))],
+        "by_torch": [op.by_torch] * bool(op.by_torch),
         "apply_direct": _apply(op, True),
         "apply": _apply(op, False),
         "plain": " and ".join(_optional(a, f"type({a.name}) in _PLAIN") for a in op.tensors),
@@ -622,17 +624,12 @@ def _fast(op) -> Iterator[str]:
     compared = [a for a in untold if a.kind in ("constant", "floating")]
     for a in (op.leader, *others):
         parts = [f"type({a.name}) in _PLAIN"]
-        if a is op.leader or unchecked:
-            parts.append(f"{a.name}.is_cpu")
+        parts += [f"{a.name}.is_cpu"] * (a is op.leader or unchecked)
         # reading an attribute costs 40 ns, a local variable 1
-        if a is op.leader and (compared or op.fast_dtype):
-            parts.append(f"(_dtype := {a.name}.dtype)" + " is _fast_dtype" * bool(op.fast_dtype))
-        if a in compared:
-            parts.append(f"{a.name}.dtype is _dtype")
-        if a.name in op.fast_strides:
-            parts.append(f"{a.name}.is_contiguous()")
-        if a.kind == "constant":
-            parts.append(f"not {a.name}.requires_grad")
+        parts += [f"(_dtype := {a.name}.dtype)"] * (a is op.leader and bool(compared))
+        parts += [f"{a.name}.dtype is _dtype"] * (a in compared)
+        parts += [f"{a.name}.is_contiguous()"] * (a.name in op.fast_strides)
+        parts += [f"not {a.name}.requires_grad"] * (a.kind == "constant")
         yield _optional(a, " and ".join(parts))
     for a in op.options:
         condition = f" and ({a.condition})" if a.constraint and not a.dimension_of else ""

@@ -46,8 +46,8 @@ def _norms(a) -> tuple[Tensor, ...]:
 
 
 def _launch(op, kernels, a, dtype, keep: bool):
-    few = kernels.backend == "cpu" and _few(a.x)
     work = torch.promote_types(dtype, torch.float32)
+    few = kernels.backend == "cpu" and a.x.dtype is work and _few(a.x)  # narrow weights cost more to widen
     x, input_weight, weight = a.x, a.input_weight, a.hidden_weight
     if kernels.backend != "cpu":
         # a product of another layout rounds differently, and the norms of few units enlarge the difference
@@ -101,12 +101,12 @@ def _gradients(op, kernels, grads, s, needs):
     one_dtype="x input_weight hidden_weight",
     autocast="one dtype",
     materialize=False,
-    fast_dtype=torch.float32,
     launch=_launch,
     gradients=_gradients,
     fast=_fast,
     # the vendor's product with W_x takes dtypes that the kernel does not
-    fits="x.layout is input_weight.layout is _strided and x.dim() == 3 and input_weight.dim() == 2",
+    fits="_dtype is _float32 and x.layout is input_weight.layout is _strided and x.dim() == 3 "
+    "and input_weight.dim() == 2",
     summary="LSTM with LayerNorm on gates and cell, whole sequences and one step",
 )
 def layer_norm_lstm(

@@ -28,8 +28,8 @@ FAMILY = KernelFamily(
 
 # These checks cover what the product itself does not refuse.
 FITS = (
-    "x.layout is weight.layout is _strided and weight.dim() == 2 and (bias is None or "
-    "bias.layout is _strided and bias.dim() == 1 and bias.size(0) == weight.size(0))"
+    "x.layout is weight.layout is _strided and len(_rows := weight.shape) == 2 and (bias is None or "
+    "bias.layout is _strided and bias.dim() == 1 and bias.numel() == _rows[0])"
 )
 
 
@@ -56,8 +56,11 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
     launch=lambda op, kernels, a, dtype, keep: kernels.forward(*a),
     gradients=_gradients,
     fast="_kernels.forward(x, weight, bias)",
-    fits=FITS,
-    fast_dtype=torch.float32,
+    # Only float32 has a choice, and only float32 may be forced.
+    fits=f"(_dtype is _float32 or _dtype in _FLOATING and _forced_backend() == 'auto') and {FITS}",
+    by_torch="if _dtype is not _float32 or "
+    "x.numel() * _rows[0] < _gemm.SMALL and not _gemm._reduced_weights.copies:\n"
+    "    return F.linear(x, weight, bias)",
     summary="a linear layer, by the matrix product that measured faster on this machine",
 )
 def linear(

@@ -7,7 +7,6 @@ Without a gradient act(z) takes z's place.
 
 from typing import Annotated
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,7 +44,6 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
     # unless z is kept, y takes its place
     fast="_kernels.forward(z := _gemm.forward(x, weight, bias), NUMBERS[activation], not keep), z",
     fits=FITS,
-    fast_dtype=torch.float32,
     summary="a linear layer with SiLU, GELU, ReLU or tanh: feed-forward blocks, gated MLPs",
 )
 def linear_activation(

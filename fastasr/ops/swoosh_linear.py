@@ -53,7 +53,6 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
     fast="_gemm.forward(_kernels.forward(x, KINDS[kind], mask, shared_dim), weight, bias)",
     fast_strides="x",
     fits=FITS,
-    fast_dtype=torch.float32,
     summary="activation, dropout with a shared mask, linear layer; saves only x",
 )
 def swoosh_linear(
