@@ -110,8 +110,8 @@ def formula(x, weight, bias, dropout_p: float) -> Tensor:
     """Computes linear(mask * swoosh_l(x)); the mask is shared over the first dimension, time."""
     y = ops.swoosh_l.definition(x)
     if dropout_p > 0:
-        shape = (1, *x.shape[1:])
-        y = y * ((torch.rand(shape, device=x.device, dtype=x.dtype) > dropout_p) * (1 / (1 - dropout_p)))
+        kept = torch.rand((1, *x.shape[1:]), device=x.device, dtype=x.dtype) > dropout_p
+        y = y * (kept.to(x.dtype) * (1 / (1 - dropout_p)))
     return F.linear(y, weight, bias)
 
 
