@@ -17,7 +17,7 @@ def recipe(folder):
     from fastasr.compat import k2
 
     utils = types.ModuleType("icefall.utils")
-    utils.torch_autocast = torch.amp.autocast
+    utils.torch_autocast = lambda device="cuda", **options: torch.amp.autocast(device, **options)
     sys.modules |= {"k2": k2, "icefall": types.ModuleType("icefall"), "icefall.utils": utils}
     sys.path.insert(0, folder)
     from subsampling import Conv2dSubsampling
