@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import parametrize
 
+from fastasr.models.common.ragged import hook
 from fastasr.ops._dispatch import eager_on_device
 from fastasr.swap import binding
 from fastasr.swap import weights as reduced
@@ -102,7 +103,7 @@ def _leave_padding_out(plan, report):
     """Binds the forward without padding to every swapped encoder that has one, after verification, which compares
     padded batches."""
     report.ragged = {}
-    for (path, module, decision), row in zip(plan, report.rows, strict=True):
+    for (_, module, decision), row in zip(plan, report.rows, strict=True):
         made = decision.later or decision
         rule = made.rule
         if rule is None or rule.ragged is None:
@@ -112,8 +113,13 @@ def _leave_padding_out(plan, report):
         if reason is None:
             binding.bind(module, rule.ragged.forward, rule.methods)
             row.rule, row.status = rule.name, REPLACED
-        report.ragged[path] = reason
-        row.reason += "; runs without padding" if reason is None else f"; runs on padding: {reason}"
+        _note_padding(report, row, reason)
+
+
+def _note_padding(report, row, reason):
+    """Says in the report that the row's encoder runs without padding, or the reason why it does not."""
+    report.ragged = (report.ragged or {}) | {row.path: reason}
+    row.reason += "; runs without padding" if reason is None else f"; runs on padding: {reason}"
 
 
 def _verify(model, inputs, report, bound, unproven):
@@ -142,10 +148,17 @@ def _verify(model, inputs, report, bound, unproven):
 
 
 def explain(model, only=None, exclude=None):
-    """Returns the report that ``accelerate`` would return, and changes nothing. It raises the same errors."""
+    """Returns the report that ``accelerate`` would return, and changes nothing. It raises the same errors.
+
+    Of encoders that ``accelerate(ragged=True)`` made run without padding it says whether they still can, for example
+    that a module has got a hook since.
+    """
     report = SwapReport(type(model).__name__, dry_run=True)
     for path, module, decision in _plan(*_selection(model, only, exclude)):
         report.rows.append(_row(path, module, decision, decision.apply))
+        ragged = decision.rule.ragged if decision.rule is not None else None
+        if ragged is not None and binding.bound_forward(module) is ragged.forward:
+            _note_padding(report, report.rows[-1], hook(module) or ragged.obstacle(module))
     return report
 
 

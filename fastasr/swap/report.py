@@ -35,7 +35,8 @@ class SwapReport:
     """One row per module of the model, in the order of ``model.named_modules()``.
 
     ``dry_run`` is True for ``explain``: status "replaced" then means that accelerate would replace the module.
-    ``ragged`` says of ``accelerate(ragged=True)`` why an encoder runs on padding (path -> reason, None: it does not).
+    ``ragged`` says of ``accelerate(ragged=True)``, and in ``explain`` after it, why an encoder runs on padding
+    (path -> reason, None: it does not).
     ``weights`` is the :class:`fastasr.swap.weights.ReducedReport` of ``accelerate(weights=...)``, or None.
     ``print(report)`` shows equal rows as one line; ``report.table(every=True)`` has one line per module.
     """

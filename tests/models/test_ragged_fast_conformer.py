@@ -248,6 +248,9 @@ def test_calls_that_need_padding_warn_and_are_upstreams():
     with pytest.warns(UserWarning, match="layers.1.norm_conv has a hook"):
         model(x, mask)
     assert seen == [(len(x), out_frames(x.shape[1]), SIZES["hidden_size"])]
+    now = fastasr.explain(model)
+    assert now.ragged[""].startswith("layers.1.norm_conv has a hook")
+    assert "runs on padding: layers.1.norm_conv has a hook" in now[""].reason
 
 
 def test_upstreams_draws_need_padding():
@@ -278,6 +281,9 @@ def test_reports_restores_and_verifies():
     with torch.no_grad():
         assert not model(x, mask).last_hidden_state[1, -1].any()
     assert fastasr.verify(model, (x, mask)).ok
+    assert fastasr.explain(model)[""].reason == "already swapped; runs without padding"
+    assert fastasr.explain(model).ragged == {"": None}
+    assert fastasr.explain(upstream()).ragged is None
     twin = copy.deepcopy(model)
     with fastasr.eager_mode(model), torch.no_grad():
         assert model(x, mask).last_hidden_state[1, -1].any()

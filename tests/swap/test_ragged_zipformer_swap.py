@@ -73,6 +73,7 @@ def test_it_is_bound_only_if_asked_for(model):
     assert report.ragged == {"encoder": None}
     assert report["encoder"].reason == "container: see its submodules; runs without padding"
     assert "already swapped" in fastasr.accelerate(model)["encoder"].reason
+    assert fastasr.explain(model).ragged == {"encoder": None}
 
 
 @pytest.mark.parametrize("path", ["encoder.encoders.0.layers.0.conv_module1", "encoder"])

@@ -53,7 +53,7 @@ def lengths(encoder, valid: Tensor, obstacle: Callable[[], str | None]) -> list[
     if not 0 < sum(found) < valid.numel():
         return None
     if torch.equal(valid, torch.arange(valid.shape[1], device=valid.device) < counts[:, None]):
-        reason = _hook(encoder) or obstacle()
+        reason = hook(encoder) or obstacle()
     else:
         reason = "its mask is not one of lengths"
     if reason is None:
@@ -63,7 +63,7 @@ def lengths(encoder, valid: Tensor, obstacle: Callable[[], str | None]) -> list[
     return None
 
 
-def _hook(encoder) -> str | None:
+def hook(encoder) -> str | None:
     """Returns which module inside the encoder has a hook that packed frames would surprise, or None."""
     for module, hooks in _hooked(encoder):
         if not all(getattr(hook, "__module__", "").startswith(_HARMLESS) for hook in hooks):
