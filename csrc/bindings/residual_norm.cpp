@@ -5,7 +5,7 @@
 #include <tuple>
 #include <vector>
 
-#include "bindings/dispatch.h"
+#include "bindings/pooled.h"
 #include "cpu/math/activation.h"
 
 namespace fastasr {
@@ -123,18 +123,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
     }
     T *ox = mutable_data<T>(dx), *ou = mutable_data<T>(dupdate), *os = mutable_data<T>(dsum);
     const RowBlocks blocks(call.rows, n);
-    const std::unique_ptr<C[]> parts(new C[static_cast<size_t>(blocks.count * 2 * n)]);  // every block is written
+    Scratch<C> parts(blocks.count * 2 * n);  // every block is written
     blocks.parallel(4 * n, [&](int64_t b, int64_t e) {
       const std::unique_ptr<C[]> scratch(new C[cpu::residual_norm_scratch(n)]);
       for (int64_t k = b; k < e; k++) {
-        C* part = parts.get() + k * 2 * n;
+        C* part = parts.data() + k * 2 * n;
         kernel.backward(call.p, g, rows, blocks.begin(k), blocks.begin(k) + blocks.size(k), ox, ou, os, part, part + n,
                         scratch.get());
       }
     });
     const auto add = [&]<typename P>() {  // P is the type of the parameters
       std::vector<P> sums(2 * n);
-      reduce_blocks<P>(parts.get(), blocks.count, 2 * n, sums.data());
+      reduce_blocks<P>(parts.data(), blocks.count, 2 * n, sums.data());
       std::copy_n(sums.data(), n, mutable_data<P>(dweight));
       std::copy_n(sums.data() + n, n, mutable_data<P>(dbias));
     };

@@ -31,7 +31,7 @@ struct ResidualNorm {
 };
 
 // Returns the elements of scratch that a call needs.
-FASTASR_INLINE constexpr int64_t residual_norm_scratch(int64_t channels) { return 6 * channels; }
+FASTASR_INLINE constexpr int64_t residual_norm_scratch(int64_t channels) { return 7 * channels; }
 
 // Each call computes rows [begin, end). Outputs are contiguous. statistics, one per row of the whole, may be null: then
 // the forward does not keep them and the backward computes them again. dweight, dbias (channels each, overwritten) are
