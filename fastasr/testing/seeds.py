@@ -25,10 +25,10 @@ def seeded(*parts: object) -> int:
 
 
 def seed_torch(seed: int) -> None:
-    """Seeds the numbers that torch draws, as ``torch.manual_seed`` does. Where there is no GPU, that function formats
-    the stack of its caller for each kind of GPU, which takes longer than many a call of an op.
+    """Seeds the numbers that torch draws, as ``torch.manual_seed`` does. Where there is no accelerator, that function
+    formats the stack of its caller for each kind of them, which takes longer than many a call of an op.
     """
-    if torch.cuda.is_available():
+    if torch.accelerator.is_available():
         torch.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
