@@ -11,6 +11,7 @@ import torch
 import torch.multiprocessing
 from tiny_runs import TINY, in_two_processes, losses, same_checkpoints, trainer
 
+from fastasr.ops import _dispatch, _reduced_weights
 from fastasr.recipe import checkpoints, recogniser, sizes, training
 
 pytestmark = pytest.mark.needs("tests/recipe", "examples", "examples/*.py")
@@ -39,6 +40,14 @@ def test_a_resumed_run_has_the_losses_of_one_without_a_break(trained, tmp_path, 
     (tmp_path / "last.pt.unfinished").write_bytes(b"half")
     trainer(tmp_path, speech_sets, steps=6).run()
     assert losses(tmp_path) == losses(trained)
+    same_checkpoints(trained, tmp_path)
+
+
+@pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
+def test_copies_of_another_models_weights_change_no_bit(trained, tmp_path, speech_sets):
+    layer = torch.nn.Linear(72, 100)
+    _reduced_weights.keep(layer.weight, "int8")
+    trainer(tmp_path, speech_sets, steps=6).run()
     same_checkpoints(trained, tmp_path)
 
 
