@@ -76,6 +76,16 @@ def holds(op: str, name: str, condition: Tensor, expected: str, value: Tensor) -
         _refuse(op, name, expected, value)
 
 
+def between(op: str, name: str, value: Tensor, most: int, expected: str) -> None:
+    """Requires integers (B,) in [0, most]."""
+    if not has_values(value):
+        return
+    if not value.is_cpu:
+        holds(op, name, (value >= 0) & (value <= most), expected, value)
+    elif not all(0 <= one <= most for one in value.tolist()):  # Python is faster for so few
+        _refuse(op, name, expected, value)
+
+
 def _refuse(op: str, name: str, expected: str, value: Tensor) -> None:
     low, high = value.aminmax()
     raise ValueError(
@@ -92,6 +102,10 @@ def symbols(
     """
     value = integers(op, "symbols", value, (like.shape[0], length), like, "the scores")
     if has_values(value):
+        if value.is_cpu:
+            low, high = value.aminmax()
+            if low >= 0 and high < classes:
+                return value
         right = (value >= 0) & (value < classes)
         if boundary is not None:
             s = torch.arange(value.shape[1], device=value.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastasr import ops
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check, logprobs
-from fastasr.rnnt.rows import row_logprobs
+from fastasr.rnnt import rows as row_ops
 
 REDUCTIONS = ("mean_volume", "mean_batch", "mean", "sum", "none")
 
@@ -45,38 +45,54 @@ def rnnt_losses(
     limits = boundary(op, logit_lengths, target_lengths, batch, frames, positions - 1, logits)
     targets = arguments.symbols(op, targets, positions - 1, classes, limits, logits)
     factor = 1.0 + _check.number(op, "fastemit_lambda", fastemit_lambda)
+    rows = F.pad(targets, (0, 1), value=blank).unsqueeze(1).expand(batch, frames, positions)
+    differentiates = torch.is_grad_enabled() and logits.requires_grad
+    return _Losses.apply(logits, rows, limits, blank, factor, clamp, fused_log_softmax, differentiates)
 
-    def losses(x: Tensor) -> Tensor:
-        rows = F.pad(targets, (0, 1), value=blank).unsqueeze(1).expand(batch, frames, positions)
-        if fused_log_softmax:
-            px, py = row_logprobs(x, rows, blank)
+
+class _Losses(torch.autograd.Function):
+    """The losses as one node of autograd's graph: of a short sequence, nodes cost more than the lattice.
+
+    With the occupations ox and oy of the lattice's arcs, which are the gradients of its score, the loss has
+    dpx = −(1 + λ) ox and dpy = −oy.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, rows, limits, blank, factor, clamp, fused: bool, differentiates: bool):
+        if fused:
+            row_logprobs = row_ops.OP if torch.compiler.is_compiling() else row_ops.forward
+            px, py, normaliser = row_logprobs(logits, rows, blank, False)
         else:
-            px, py = x.gather(-1, rows.unsqueeze(-1)).squeeze(-1), x[..., blank]
-        px, py = px[:, :, :-1].transpose(1, 2), py.transpose(1, 2)
-        px, py = logprobs.lattice(op, px, py, limits, "regular", factor, 0.0)
-        return -ops.rnnt_lattice(px, py, limits)
-
-    if clamp <= 0 or not (torch.is_grad_enabled() and logits.requires_grad):
-        return losses(logits)
-    leaf = logits.detach().requires_grad_()
-    found = losses(leaf)
-    return _Clamped.apply(
-        logits, found.detach(), torch.autograd.grad(found.sum(), leaf)[0].clamp_(-clamp, clamp)
-    )
-
-
-class _Clamped(torch.autograd.Function):
-    """Gives the losses these gradients, whatever each loss is multiplied with afterwards."""
+            px, py, normaliser = logits.gather(-1, rows.unsqueeze(-1)).squeeze(-1), logits[..., blank], None
+        px, py = px[:, :, :-1].transpose(1, 2), py.transpose(1, 2).contiguous()
+        px, py = logprobs.lattice("rnnt_lattice", px, py, limits, "regular")
+        if not differentiates:
+            return -ops.rnnt_lattice(px, py, limits)
+        scores, ox, oy = ops.rnnt_lattice(px, py, limits, return_occupation=True)
+        ctx.save_for_backward(logits, rows, normaliser, ox, oy)
+        ctx.rest = blank, factor, clamp
+        return -scores
 
     @staticmethod
-    def forward(ctx, logits: Tensor, losses: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return losses
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype).view(-1, 1, 1, 1), None, None
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():  # under create_graph=True alone
+            raise RuntimeError("fastasr.rnnt: gradients of this loss's gradients are not implemented")
+        logits, rows, normaliser, ox, oy = ctx.saved_tensors
+        blank, factor, clamp = ctx.rest
+        scale = -grad.view(-1, 1, 1) if clamp <= 0 else -1.0
+        gx = F.pad((ox[:, :, :-1] * (scale * factor)).transpose(1, 2), (0, 1))
+        gy = (oy * scale).transpose(1, 2)
+        if normaliser is None:
+            found = torch.zeros_like(logits).scatter_(
+                -1, rows.unsqueeze(-1), gx.to(logits.dtype).unsqueeze(-1)
+            )
+            found[..., blank] += gy
+        else:
+            row_gradients = row_ops.BACKWARD_OP if torch.compiler.is_compiling() else row_ops.backward
+            found = row_gradients(gx, gy, logits, rows, normaliser, blank, False)
+        if clamp > 0:
+            found = found.clamp_(-clamp, clamp) * grad.to(found.dtype).view(-1, 1, 1, 1)
+        return found, *(None,) * 7
 
 
 def reduced(op: str, loss: Tensor, target_lengths: Tensor, reduction: str) -> Tensor:
@@ -100,8 +116,7 @@ def boundary(op, logit_lengths, target_lengths, batch: int, frames: int, length:
         ("target_lengths", target_lengths, length),
     ):
         value = arguments.integers(op, name, value, (batch,), like, "the logits")
-        if arguments.has_values(value):
-            arguments.holds(op, name, (value >= 0) & (value <= most), f"lengths in [0, {most}]", value)
+        arguments.between(op, name, value, most, f"lengths in [0, {most}]")
         ends.append(value)
     zero = torch.zeros_like(ends[0])
     return torch.stack((zero, zero, ends[1], ends[0]), 1)

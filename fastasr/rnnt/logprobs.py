@@ -141,7 +141,7 @@ def joint(
     symbols = arguments.symbols(op, symbols, positions - 1, classes, boundary, logits)
     rows = F.pad(symbols, (0, 1), value=termination_symbol).unsqueeze(1).expand(batch, frames, positions)
     px, py = row_logprobs(logits, rows, termination_symbol)
-    px, py = px[:, :, : positions - 1].transpose(1, 2), py.transpose(1, 2)
+    px, py = px[:, :, : positions - 1].transpose(1, 2), py.transpose(1, 2).contiguous()
     return lattice(op, px, py, boundary, rnnt_type, symbol_gradient, delay_penalty)
 
 

@@ -85,7 +85,7 @@ def _fake_forward(logits, symbols, blank, hat):
     return tuple(logits.new_empty(symbols.shape, dtype=_wide(logits.dtype)) for _ in range(3))
 
 
-_BACKWARD_OP = register(
+BACKWARD_OP = register(
     "rnnt_row_logprobs_backward(Tensor grad_px, Tensor grad_py, Tensor logits, Tensor symbols, Tensor normaliser, "
     "int blank, bool hat) -> Tensor",
     backward,
@@ -100,12 +100,12 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[2])
 
 
-_OP = register(
+OP = register(
     "rnnt_row_logprobs(Tensor logits, Tensor symbols, int blank, bool hat) -> (Tensor, Tensor, Tensor)",
     forward,
     _fake_forward,
     setup_context=_setup_context,
-    backward=lambda ctx, gx, gy, _: (_BACKWARD_OP(gx, gy, *ctx.saved_tensors, *ctx.rest), None, None, None),
+    backward=lambda ctx, gx, gy, _: (BACKWARD_OP(gx, gy, *ctx.saved_tensors, *ctx.rest), None, None, None),
     autocast=lambda dtype, *arguments: arguments,
 )
 
@@ -114,5 +114,5 @@ def row_logprobs(logits: Tensor, symbols: Tensor, blank: int, hat: bool = False)
     """Returns (px, py) of symbols' shape, for logits (..., C) and symbols (...): float32, or float64
     where logits are.
     """
-    px, py, _ = _OP(logits, symbols, blank, hat)
+    px, py, _ = OP(logits, symbols, blank, hat)
     return px, py

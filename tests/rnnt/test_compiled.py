@@ -74,7 +74,7 @@ def test_operators(dtype):
     logits = p.full.to(dtype)[:, :, :-1].detach().requires_grad_()
     symbols = p.symbols.unsqueeze(1).expand(-1, p.am.shape[1], -1).contiguous()
     for hat in (False, True):
-        torch.library.opcheck(rows._OP, (logits, symbols, p.blank, hat))
+        torch.library.opcheck(rows.OP, (logits, symbols, p.blank, hat))
 
 
 def test_autocast_leaves_the_precision_alone():
