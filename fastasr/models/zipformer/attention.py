@@ -29,9 +29,10 @@ from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import zipformer_attention_weights
 
-# Scores beyond this are penalised on a share of the training calls.
+# Scores beyond the limit are penalised on this share of the training calls.
 SCORE_LIMIT = 25.0
 SCORE_PENALTY = 1.0e-04
+PENALISED_CALLS = 0.1
 
 
 class RelPositionMultiheadAttentionWeights(torch.nn.Module):
@@ -123,12 +124,12 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
             self, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_context_chunks
         )
         random.random()  # forward draws this to decide on logging, which would need all weights
-        if penalized and torch.is_grad_enabled():
-            projected, relative = score_penalty.penalized(
-                projected, relative, self.num_heads, self.query_head_dim, SCORE_PENALTY, SCORE_LIMIT
-            )
 
         def described(projected, relative, **masks):
+            if penalized and torch.is_grad_enabled():
+                projected, relative = score_penalty.penalized(
+                    projected, relative, self.num_heads, self.query_head_dim, SCORE_PENALTY, SCORE_LIMIT
+                )
             return UnmaterialisedWeights(projected, relative, self.num_heads, self.query_head_dim, **masks)
 
         return of_recordings(described, projected, relative, masks)
@@ -162,7 +163,7 @@ def _operands(module, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_
     projected = _with_gradient_changes(module, module.in_proj(x))
     with_positions = not module.training or random.random() >= float(module.pos_emb_skip_rate)
     relative = module.linear_pos(pos_emb) if with_positions else None
-    penalized = module.training and random.random() < 0.1
+    penalized = module.training and random.random() < PENALISED_CALLS
     if penalized and draw_for_log() and module.name is not None and current() is None:
         _log_penalty(module, projected, relative)
     masks = {
