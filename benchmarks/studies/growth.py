@@ -39,7 +39,7 @@ ENDING = "_growth"
 SIZES = {"zipformer": upstream.SIZES, "fast_conformer": fast_conformer.SIZES}  # the first of each by default
 SECONDS = (10, 60, 300, 600, 1800, 3600)
 LEFT_CONTEXT = 128
-NO_MEMORY = ("can't allocate memory", "bad_alloc", "not enough memory")
+NO_MEMORY = ("can't allocate memory", "bad_alloc", "not enough memory", "fastasr: no memory for")
 
 
 @dataclass(frozen=True)
