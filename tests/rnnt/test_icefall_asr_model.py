@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transducer loss of icefall's AsrModel, whose labels are ragged. FASTASR_ICEFALL: a checkout of icefall."""
+"""The transducer loss of icefall's AsrModel, whose labels are ragged."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import icefall_checkout
 import pytest
 import torch
 from icefall_loss import Ragged
@@ -14,7 +10,6 @@ from fastasr.models.transducer import AsrModel
 from fastasr.swap.rules.zipformer.asr_model import ICEFALL_MODEL
 
 pytestmark = pytest.mark.needs("fastasr", "tests/rnnt/icefall_loss.py")
-CHECKOUT = os.environ.get("FASTASR_ICEFALL")
 
 
 def test_ragged_labels_give_the_losses_of_lists():
@@ -29,12 +24,8 @@ def test_ragged_labels_give_the_losses_of_lists():
     assert ours == model.forward_transducer(frames, lengths, rows, 4, 0.1, 0.2)
 
 
-@pytest.mark.skipif(not CHECKOUT, reason="FASTASR_ICEFALL names no checkout of icefall")
+@icefall_checkout.needed
 def test_the_recipes_model_both_ways():
-    folder = Path(CHECKOUT) / "egs/librispeech/ASR/zipformer"
-    script = Path(__file__).with_name("icefall_loss.py")
-    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    status, rule, error = done.stdout.split()
+    status, rule, error = icefall_checkout.printed(__file__, "icefall_loss.py").split()
     assert (status, rule) == ("replaced", "icefall.asr_model")
     assert float(error) < 1e-5
