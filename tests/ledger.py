@@ -6,7 +6,7 @@ processor and the settings. A file of tests that starts processes or reads files
 ``pytestmark = pytest.mark.needs("docs", "examples/*.py")``: what a folder holds, or files with all that they need
 themselves. Tests marked ``inner`` or ``always`` are never skipped. A file of which every test has passed with what it
 needs is not even imported. Of what would be skipped a tenth runs all the same (of tests of more than half a second
-fewer), drawn by the run's seed: a third of such files, and in them three tenths.
+fewer), drawn by the run's seed: a sixth of such files, and in them six tenths.
 
 FASTASR_LEDGER   the file of passed tests; without it nothing is skipped or kept
 CI_FULL=1        skips nothing
@@ -41,6 +41,7 @@ JUDGED_ELSEWHERE = {
     **dict.fromkeys(("benchmarks", "cli", "docs", "examples", "kernels", "recipe"), NATIVE),
     "packaging": (*NATIVE, ROOT / "fastasr/models"),
 }
+DRAWN = 6  # one file in so many is drawn, and so many tenths of its tests: imports cost most
 INTERPRETER = "tests/kernels/interpreter"  # how kernels are interpreted
 
 
@@ -212,7 +213,7 @@ class Ledger:
         }
         # a session of its own is drawn as a whole, since its start costs most
         unit = {name: INTERPRETER if name.startswith(INTERPRETER) else name for name in done}
-        return done, {name for name in done if zlib.crc32(f"{unit[name]} {self.seed}".encode()) % 3}
+        return done, {name for name in done if zlib.crc32(f"{unit[name]} {self.seed}".encode()) % DRAWN}
 
     def has_nothing_in(self, *paths: Path, **environment: str) -> bool:
         """Says whether a session of these files in this environment would skip all of them."""
@@ -227,7 +228,7 @@ class Ledger:
     def skips(self, item: pytest.Item, known: dict[str, float]) -> bool:
         if runs_always(item) or self.keys[item.nodeid] not in known:
             return False
-        share = 300 if self.name(item.path) in self.done else 100
+        share = 100 * DRAWN if self.name(item.path) in self.done else 100
         return zlib.crc32(f"{item.nodeid} {self.seed}".encode()) % 1000 >= share * min(
             1.0, 0.5 / max(known[self.keys[item.nodeid]], 0.1)
         )

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <ucontext.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -13,8 +11,34 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
+
+// Keeps the caller's registers on its stack, whose place goes to *from, and goes on where the stack ``to`` was left. A
+// swapcontext makes two system calls, and address sanitizer's clears the other stack's shadow at every one.
+extern "C" void fastasr_switch_stack(void** from, void* to);
+asm(R"(
+.text
+.type fastasr_switch_stack, @function
+fastasr_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size fastasr_switch_stack, . - fastasr_switch_stack
+)");
 
 // Runs CUDA kernel bodies on the CPU: every CUDA thread is a fiber, a barrier hands over to the others. Shared memory
 // holds NaNs when a block starts and ends with its last byte (address sanitizer). The order in which threads run
@@ -71,12 +95,26 @@ class Emulator {
   enum class State { kReady, kBlock, kWarp, kDone };
   static constexpr size_t kStack = 256 * 1024;
   struct Fiber {
-    ucontext_t context;
     std::unique_ptr<char[]> stack{new char[kStack]};
+    void* place = nullptr;
     State state = State::kDone;
     bool predicate = false;
     uint32_t ballot = 0;
     void* fake_stack = nullptr;
+
+    // Makes the first switch to this fiber call entry().
+    void begin() {
+#if defined(__SANITIZE_ADDRESS__)
+      __asan_unpoison_memory_region(stack.get(), kStack);  // the last fiber's entry() did not return
+#endif
+      const uintptr_t end = reinterpret_cast<uintptr_t>(stack.get() + kStack) & ~uintptr_t{15};
+      void** top = reinterpret_cast<void**>(end) - 8;  // six registers, entry's address, where entry would return to
+      std::memset(top, 0, 8 * sizeof(void*));
+      top[6] = reinterpret_cast<void*>(&Emulator::entry);
+      place = top;
+      state = State::kReady;
+      fake_stack = nullptr;
+    }
   };
 
   static void entry() {
@@ -98,7 +136,7 @@ class Emulator {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(last ? nullptr : &f.fake_stack, scheduler_stack_, scheduler_size_);
 #endif
-    swapcontext(&f.context, &scheduler_);
+    fastasr_switch_stack(&f.place, scheduler_);
     finish_switch(f.fake_stack);
   }
 
@@ -114,26 +152,17 @@ class Emulator {
 #if defined(__SANITIZE_ADDRESS__)
     void* fake_stack = nullptr;
     __sanitizer_start_switch_fiber(&fake_stack, f.stack.get(), kStack);
-    swapcontext(&scheduler_, &f.context);
+    fastasr_switch_stack(&scheduler_, f.place);
     const void* bottom;
     size_t size;
     __sanitizer_finish_switch_fiber(fake_stack, &bottom, &size);
 #else
-    swapcontext(&scheduler_, &f.context);
+    fastasr_switch_stack(&scheduler_, f.place);
 #endif
   }
 
   void run_block() {
-    for (int i = 0; i < threads_; i++) {
-      Fiber& f = *fibers_[static_cast<size_t>(i)];
-      getcontext(&f.context);
-      f.context.uc_stack.ss_sp = f.stack.get();
-      f.context.uc_stack.ss_size = kStack;
-      f.context.uc_link = nullptr;
-      makecontext(&f.context, &Emulator::entry, 0);
-      f.state = State::kReady;
-      f.fake_stack = nullptr;
-    }
+    for (int i = 0; i < threads_; i++) fibers_[static_cast<size_t>(i)]->begin();
     for (;;) {
       // Runs to the block's barrier or the end: warp after warp, or all of them in step.
       if (order == Order::kShuffled) {
@@ -200,7 +229,7 @@ class Emulator {
   std::unique_ptr<unsigned char[]> memory_;
   unsigned char* shared_ = nullptr;
   const std::function<void()>* body_ = nullptr;
-  ucontext_t scheduler_;
+  void* scheduler_ = nullptr;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_size_ = 0;
   int threads_ = 0, current_ = 0;
