@@ -34,9 +34,10 @@ def log_probabilities(
 
 
 def log_add(a: Tensor, b: Tensor) -> Tensor:
-    """Returns log(e^a + e^b), with a gradient of 0 where both are -inf."""
-    none = (a == -INF) & (b == -INF)
-    return torch.where(none, -INF, torch.logaddexp(torch.where(none, 0.0, a), torch.where(none, 0.0, b)))
+    """Returns log(e^a + e^b), with gradients of any order, which are 0 where both are -inf."""
+    alone, largest = (a == -INF) | (b == -INF), torch.maximum(a, b)
+    both = torch.logaddexp(torch.where(alone, 0.0, a), torch.where(alone, 0.0, b))
+    return torch.where(alone, torch.where(largest == -INF, -INF, largest), both)
 
 
 def share(part: Tensor, whole: Tensor) -> Tensor:

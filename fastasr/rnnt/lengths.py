@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import ops
+from fastasr.ops._dispatch import forced_backend
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check, logprobs
 from fastasr.rnnt import rows as row_ops
@@ -46,6 +47,13 @@ def rnnt_losses(
     targets = arguments.symbols(op, targets, positions - 1, classes, limits, logits)
     factor = 1.0 + _check.number(op, "fastemit_lambda", fastemit_lambda)
     rows = F.pad(targets, (0, 1), value=blank).unsqueeze(1).expand(batch, frames, positions)
+    if forced_backend() == "eager" and clamp <= 0:
+        px, py = (
+            row_ops.row_logprobs(logits, rows, blank) if fused_log_softmax else _given(logits, rows, blank)
+        )
+        px, py = px[:, :, :-1].transpose(1, 2), py.transpose(1, 2)
+        px, py = logprobs.lattice(op, px, py, limits, "regular", factor, 0.0)
+        return -ops.rnnt_lattice(px, py, limits)
     differentiates = torch.is_grad_enabled() and logits.requires_grad
     return _Losses.apply(logits, rows, limits, blank, factor, clamp, fused_log_softmax, differentiates)
 
@@ -63,7 +71,7 @@ class _Losses(torch.autograd.Function):
             row_logprobs = row_ops.OP if torch.compiler.is_compiling() else row_ops.forward
             px, py, normaliser = row_logprobs(logits, rows, blank, False)
         else:
-            px, py, normaliser = logits.gather(-1, rows.unsqueeze(-1)).squeeze(-1), logits[..., blank], None
+            px, py, normaliser = *_given(logits, rows, blank), None
         px, py = px[:, :, :-1].transpose(1, 2), py.transpose(1, 2).contiguous()
         px, py = logprobs.lattice("rnnt_lattice", px, py, limits, "regular")
         if not differentiates:
@@ -93,6 +101,11 @@ class _Losses(torch.autograd.Function):
         if clamp > 0:
             found = found.clamp_(-clamp, clamp) * grad.to(found.dtype).view(-1, 1, 1, 1)
         return found, *(None,) * 7
+
+
+def _given(logprobs: Tensor, rows: Tensor, blank: int) -> tuple[Tensor, Tensor]:
+    """Returns (px, py) of log-probabilities (B, T, U + 1, V)."""
+    return logprobs.gather(-1, rows.unsqueeze(-1)).squeeze(-1), logprobs[..., blank]
 
 
 def reduced(op: str, loss: Tensor, target_lengths: Tensor, reduction: str) -> Tensor:

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from problems import TYPES, random_problem
 from steps import seeded
 
+import fastasr
 from fastasr import rnnt
+from fastasr.rnnt import lengths, rows
 
 SEEDS = range(8)
 
@@ -278,3 +280,33 @@ def test_cells_that_the_joiner_leaves_out_do_not_show():
     ):
         error, allowed = (float((g.double() - wanted).norm() / wanted.norm()) for g in (found, plain))
         assert error <= max(1.5 * allowed, 5e-7)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["logits", "log-probabilities"])
+def test_the_forced_formula_has_gradients_of_gradients(fused):
+    p = random_problem(3)
+    tail = p.symbols, p.boundary[:, 3], p.boundary[:, 2], p.blank
+
+    def losses(logits):
+        return lengths.rnnt_losses("rnnt_loss", logits, *tail, fused_log_softmax=fused)
+
+    kernels = losses(p.full)
+    with fastasr.backend("eager"):
+        close(losses(p.full), kernels)
+        assert torch.autograd.gradgradcheck(losses, p.full.requires_grad_(), fast_mode=True)
+
+
+@pytest.mark.parametrize("hat", [False, True])
+def test_the_forced_formula_of_rows(hat):
+    p = random_problem(5)
+    symbols = p.symbols.unsqueeze(1).expand(-1, p.am.shape[1], -1)
+    logits = p.full[:, :, 1:].requires_grad_()
+
+    def row_logprobs(logits):
+        return rows.row_logprobs(logits, symbols, p.blank, hat)
+
+    kernels = row_logprobs(logits)
+    with fastasr.backend("eager"):
+        close(row_logprobs(logits), kernels)
+        assert torch.autograd.gradcheck(row_logprobs, logits, fast_mode=True)
+        assert torch.autograd.gradgradcheck(row_logprobs, logits, fast_mode=True)
