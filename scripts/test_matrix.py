@@ -4,9 +4,8 @@
     python scripts/test_matrix.py WHEEL FOLDER [--python PYTHON...] [--torch 2.N...]
 
 Each pair gets an environment in FOLDER, where pip also keeps what it downloads; both are removed at the end. An
-environment has torch 2.N as pip finds it: a CPU build where an
-index of such is configured. By default these are python3.11 to python3.14 as far as they exist here, and every 2.N
-that pip finds.
+environment has torch 2.N as pip finds it: a CPU build where an index of such is configured. By default these are
+python3.11 to python3.14 as far as they exist here, and every 2.N that pip finds.
 docs/testing.md shows benchmarks/results/test_matrix.json.
 """
 

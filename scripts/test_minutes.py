@@ -32,7 +32,7 @@ CASES = {
     "demo": ("a bare clone that is installed: `make demo`", None, "make demo", "first"),
     "fresh": ("a fresh clone where another has passed", None, "make test", "second"),
     "nothing": ("nothing", None, "make test", "second"),
-    "op": ("nothing, `OP=rel_attention`", None, "make test OP=rel_attention", "second"),
+    "op": ("nothing, `OP=rel_attention`", None, "make test OP=rel_attention", "first"),
     "triton": ("a Triton kernel, {}", "kernels/rel_attention.py", "make test", "second"),
     "cpp": ("a C++ kernel, {}", "csrc/cpu/attention/rel_attention.cpp", "make test", "first"),
     "cpp-fresh": (

@@ -38,7 +38,7 @@ NATIVE = (ROOT / "csrc/cpu", ROOT / "csrc/bindings")
 # What the tests of a folder use and the tests of other folders judge: C++ kernels are judged by the C++ tests and by
 # those of ops, models and swaps, and the models of a wheel are those of the tree.
 JUDGED_ELSEWHERE = {
-    **dict.fromkeys(("benchmarks", "cli", "docs", "examples", "kernels", "recipe"), NATIVE),
+    **dict.fromkeys(("benchmarks", "cli", "docs", "examples", "faults", "kernels", "recipe"), NATIVE),
     "packaging": (*NATIVE, ROOT / "fastasr/models"),
 }
 DRAWN = 6  # one file in so many is drawn, and so many tenths of its tests: imports cost most
