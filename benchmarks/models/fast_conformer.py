@@ -47,17 +47,23 @@ def shape_name(size: str, layers: int, batch: int, seconds: int) -> str:
 def encoder(size: str, layers: int) -> torch.nn.Module:
     """Returns upstream's encoder with random parameters, in eval mode. Raises ``upstream.MissingUpstream``."""
     transformers = upstream.module("transformers")
-    width, hidden = SIZES[size]
     torch.manual_seed(0)
-    config = transformers.ParakeetEncoderConfig(
-        hidden_size=width,
-        intermediate_size=hidden,
-        num_hidden_layers=layers,
-        num_mel_bins=80,
-        subsampling_conv_channels=16 if size == "tiny" else 256,
-        layerdrop=0.0,
-    )
-    return transformers.ParakeetEncoder(config).eval()
+    return transformers.ParakeetEncoder(
+        transformers.ParakeetEncoderConfig(**encoder_config(size, layers))
+    ).eval()
+
+
+def encoder_config(size: str, layers: int) -> dict:
+    """Returns the arguments of transformers' ``ParakeetEncoderConfig``."""
+    width, hidden = SIZES[size]
+    return {
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_mel_bins": 80,
+        "subsampling_conv_channels": 16 if size == "tiny" else 256,
+        "layerdrop": 0.0,
+    }
 
 
 def batch_of(batch: int, seconds: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -245,10 +245,13 @@ def test_generate_of_transducers():
 
     with peer():
         units = list(transducer_generate.measure(**transducer_generate.QUICK, settings=QUICK, reps=2))
-    assert [unit[0].case for unit in units] == ["TDT", "RNNT"]
+    assert [(unit[0].case, unit[0].shape) for unit in units] == [
+        ("TDT", "B=2, T=20, 5 steps"),
+        ("RNNT", "B=2, T=20, 5 steps"),
+        ("a recording", "TDT tiny, 1 layers, 1 x 2 s, 5 steps"),
+    ]
     for unit in units:
         assert [row.implementation for row in unit] == ["upstream", "fastasr"]
-        assert unit[0].shape == "B=2, T=20, 5 steps"
     assert list(transducer_generate.measure(settings=QUICK, skip=lambda *_: True)) == []
 
 
