@@ -15,7 +15,7 @@ Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const Optional& bi
   check(dims >= 1 && dims <= 3 && weight.dim() == 2 && x.size(dims - 1) == k && k > 0, op, "sizes of x or weight");
   check(x.scalar_type() == ScalarType::Float && weight.scalar_type() == ScalarType::Float, op, "dtypes");
   const Tensor rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
-  cpu::Gemm g{};
+  cpu::Gemm<float> g{};
   g.a = data<float>(rows), g.a_row = k, g.a_depth = 1;
   g.b = data<float>(weight), g.b_depth = weight.stride(1), g.b_column = weight.stride(0);
   g.m = x.numel() / k, g.n = g.c_row = n, g.k = k;
@@ -34,26 +34,27 @@ Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const Optional& bi
   return y;
 }
 
-// Multiplies (M, K) by (K, N) of any strides, plus a contiguous bias (N) or none, and returns (M, N), contiguous, in
-// float32.
-Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias) {
-  const auto& kernel = cpu::kernels<cpu::GemmKernels>();
-  const char* op = "gemm";
+// Describes the product of (M, K) and (K, N), of any strides, plus a bias (N) or none.
+template <typename T>
+cpu::Gemm<T> described(const Tensor& a, const Tensor& b, const Optional& bias, const char* op) {
   for (const Tensor* t : {&a, &b})
-    check(t->dim() == 2 && t->scalar_type() == ScalarType::Float, op, "a and b are float32 matrices");
+    check(t->dim() == 2 && t->scalar_type() == a.scalar_type(), op, "a and b are matrices of one dtype");
   check(a.size(1) == b.size(0) && a.size(1) > 0, op, "the inner sizes differ or are 0");
-  cpu::Gemm g{};
-  g.a = data<float>(a), g.a_row = a.stride(0), g.a_depth = a.stride(1);
-  g.b = data<float>(b), g.b_depth = b.stride(0), g.b_column = b.stride(1);
+  cpu::Gemm<T> g{};
+  g.a = data<T>(a), g.a_row = a.stride(0), g.a_depth = a.stride(1);
+  g.b = data<T>(b), g.b_depth = b.stride(0), g.b_column = b.stride(1);
   g.m = a.size(0), g.n = g.c_row = b.size(1), g.k = a.size(1);
   if (bias) {
-    check_like(*bias, a, op, "bias");
-    check(bias->numel() == g.n, op, "sizes of bias");
+    check(is_dense(*bias, ScalarType::Float, {g.n}), op, "bias");
     g.bias = data<float>(*bias);
   }
-  Tensor c = new_pooled<2>(a, {g.m, g.n});
-  if (c.numel() == 0) return c;
-  g.c = mutable_data<float>(c);
+  return g;
+}
+
+template <typename T>
+void multiply(const cpu::Gemm<T>& g) {
+  const auto& kernel = cpu::kernels<cpu::GemmKernels<T>>();
+  if (g.m == 0 || g.n == 0) return;
   const Scratch<float> pa(kernel.packed_a(g));
   const int64_t rows = kernel.a_panels(g), columns = kernel.b_panels(g);
   if (const int64_t strips = kernel.strip_count(g, torch::stable::get_num_threads())) {
@@ -61,7 +62,7 @@ Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias) {
                    [&](int64_t begin, int64_t end) { kernel.pack_a(g, pa.data(), begin, end); });
     parallel_range(strips, std::max<int64_t>(1, 8 * kGrain * strips / (g.m * g.n * g.k / 32 + 1)),
                    [&](int64_t begin, int64_t end) { kernel.strips(g, pa.data(), strips, begin, end); });
-    return c;
+    return;
   }
   const Scratch<float> pb(kernel.packed_b(g));
   const int64_t panel = std::max(kernel.packed_a(g) / rows, kernel.packed_b(g) / columns);
@@ -72,12 +73,41 @@ Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias) {
   const int64_t tasks = kernel.tasks(g), grain = std::max<int64_t>(1, 8 * kGrain * tasks / (g.m * g.n * g.k / 32 + 1));
   parallel_range(tasks, grain,
                  [&](int64_t begin, int64_t end) { kernel.products(g, pa.data(), pb.data(), begin, end); });
+}
+
+template <typename F>
+void with_factors(const Tensor& a, const char* op, const F& f) {
+  if (a.scalar_type() == ScalarType::BFloat16) return f.template operator()<cpu::bfloat16>();
+  check(a.scalar_type() == ScalarType::Float, op, "a and b are float32 or bfloat16");
+  f.template operator()<float>();
+}
+
+// Returns a b, plus a contiguous bias in float32 or none, for float32 or bfloat16: contiguous, in float32.
+Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias) {
+  Tensor c;
+  with_factors(a, "gemm", [&]<typename T>() {
+    cpu::Gemm<T> g = described<T>(a, b, bias, "gemm");
+    c = new_pooled<2>(a, {g.m, g.n}, true);
+    g.c = mutable_data<float>(c);
+    multiply(g);
+  });
   return c;
+}
+
+// Adds a b to c, which is contiguous and in float32.
+void gemm_add(Tensor c, const Tensor& a, const Tensor& b) {
+  with_factors(a, "gemm_add", [&]<typename T>() {
+    cpu::Gemm<T> g = described<T>(a, b, {}, "gemm_add");
+    check(is_dense(c, ScalarType::Float, {g.m, g.n}), "gemm_add", "c");
+    g.c = mutable_data<float>(c), g.add = true;
+    multiply(g);
+  });
 }
 
 }  // namespace
 
 FASTASR_OPERATORS({"gemm(Tensor a, Tensor b, Tensor? bias) -> Tensor", TORCH_BOX(&gemm)},
+                  {"gemm_add(Tensor(a!) c, Tensor a, Tensor b) -> ()", TORCH_BOX(&gemm_add)},
                   {"linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor", TORCH_BOX(&linear_few_rows)})
 
 }  // namespace fastasr

@@ -8,18 +8,19 @@
 
 namespace fastasr {
 
-// Makes a contiguous tensor of t's dtype. A large one takes its memory from the pool and gives it back when it is
-// freed: fresh memory costs a page fault every 4 KiB.
+// Makes a contiguous tensor of t's dtype, or of float32. A large one takes its memory from the pool and gives it back
+// when it is freed: fresh memory costs a page fault every 4 KiB.
 template <size_t kDim>
-Tensor new_pooled(const Tensor& t, const std::array<int64_t, kDim>& sizes) {
+Tensor new_pooled(const Tensor& t, const std::array<int64_t, kDim>& sizes, bool floats = false) {
+  const ScalarType dtype = floats ? ScalarType::Float : t.scalar_type();
   std::array<int64_t, kDim> strides;
   int64_t elements = 1;
   for (size_t d = kDim; d-- > 0;) strides[d] = std::max<int64_t>(1, elements), elements *= sizes[d];
-  const size_t bytes = static_cast<size_t>(elements) * t.element_size();
-  if (bytes < (size_t{1} << 20)) return new_strided(t, kDim, sizes.data(), strides.data());
+  const size_t bytes = static_cast<size_t>(elements) * (floats ? sizeof(float) : t.element_size());
+  if (bytes < (size_t{1} << 20)) return new_strided(t, kDim, sizes.data(), strides.data(), dtype);
   void* memory = cpu::acquire_buffer(bytes);
   if (!memory) out_of_memory(bytes);
-  return torch::stable::from_blob(memory, {sizes.data(), kDim}, {strides.data(), kDim}, t.device(), t.scalar_type(),
+  return torch::stable::from_blob(memory, {sizes.data(), kDim}, {strides.data(), kDim}, t.device(), dtype,
                                   [](void* p) { cpu::release_buffer(p); });
 }
 

@@ -119,58 +119,68 @@ void rnnt_joiner_dropout(const Tensor& rows, const Tensor& seed, double p, Tenso
   });
 }
 
-void rnnt_joiner_scores(const Tensor& logits, const Tensor& rows, int64_t blank, bool hat, Tensor symbol_logprobs,
-                        Tensor blank_logprobs, Tensor normaliser) {
-  const char* op = "rnnt_joiner_scores";
+// The outputs of logits, of which the last ones are `durations`.
+cpu::JoinerOutputs outputs_of(const Tensor& logits, const Tensor& rows, int64_t durations, int64_t blank, bool hat,
+                              const char* op) {
   check(logits.dim() == 2 && logits.size(0) == rows.size(0), op, "logits");
-  const int64_t count = rows.size(0), outputs = logits.size(1), places = normaliser.numel();
-  check(blank >= 0 && blank < outputs, op, "termination_symbol");
-  const JoinerRow* table = checked_rows(rows, places, kAny, kAny, outputs, op);
+  const int64_t all = logits.size(1), tokens = all - durations;
+  check(durations >= 0 && blank >= 0 && blank < tokens, op, "durations, termination_symbol");
+  return {tokens, durations, blank, hat, all};
+}
+
+void rnnt_joiner_scores(const Tensor& logits, const Tensor& rows, int64_t blank, bool hat, Tensor symbol_logprobs,
+                        Tensor blank_logprobs, Tensor duration_logprobs, Tensor normaliser) {
+  const char* op = "rnnt_joiner_scores";
+  const int64_t places = normaliser.numel(), durations = duration_logprobs.size(duration_logprobs.dim() - 1);
+  const cpu::JoinerOutputs outputs = outputs_of(logits, rows, durations, blank, hat, op);
+  const int64_t count = rows.size(0);
+  const JoinerRow* table = checked_rows(rows, places, kAny, kAny, outputs.tokens, op);
   check_plain<double>(normaliser, places, op, "normaliser");
   with_compute_type(logits.scalar_type(), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
-    check_plain<C>(logits, count * outputs, op, "logits");
+    check_plain<C>(logits, count * outputs.all, op, "logits");
     check_plain<C>(symbol_logprobs, places, op, "symbol_logprobs");
     check_plain<C>(blank_logprobs, places, op, "blank_logprobs");
+    check_plain<C>(duration_logprobs, places * durations, op, "duration_logprobs");
     const C* x = data<C>(logits);
-    C *px = mutable_data<C>(symbol_logprobs), *py = mutable_data<C>(blank_logprobs);
-    double* total = mutable_data<double>(normaliser);
-    parallel_range(count, std::max<int64_t>(1, kGrain / outputs), [&](int64_t begin, int64_t end) {
-      kernel.scores(x, table, begin, end, outputs, blank, hat, px, py, total);
-    });
+    const cpu::JoinerScores<C> to{mutable_data<C>(symbol_logprobs), mutable_data<C>(blank_logprobs),
+                                  mutable_data<double>(normaliser), mutable_data<C>(duration_logprobs)};
+    parallel_tasks(count, outputs.all,
+                   [&](int64_t begin, int64_t end) { kernel.scores(x, table, begin, end, outputs, to); });
   });
 }
 
 // out may be logits; dbias, float64, is added to.
 void rnnt_joiner_logits_gradient(const Tensor& logits, const Tensor& rows, const Tensor& normaliser,
-                                 const Tensor& grad_symbol, const Tensor& grad_blank, int64_t blank, bool hat,
-                                 Tensor out, Tensor dbias) {
+                                 const Tensor& grad_symbol, const Tensor& grad_blank, const Tensor& grad_durations,
+                                 int64_t blank, bool hat, Tensor out, Tensor dbias) {
   const char* op = "rnnt_joiner_logits_gradient";
-  check(logits.dim() == 2 && logits.size(0) == rows.size(0), op, "logits");
-  const int64_t count = rows.size(0), outputs = logits.size(1), places = normaliser.numel();
-  check(blank >= 0 && blank < outputs, op, "termination_symbol");
-  const JoinerRow* table = checked_rows(rows, places, kAny, kAny, outputs, op);
+  const int64_t places = normaliser.numel(), durations = grad_durations.size(grad_durations.dim() - 1);
+  const cpu::JoinerOutputs outputs = outputs_of(logits, rows, durations, blank, hat, op);
+  const int64_t count = rows.size(0), all = outputs.all;
+  const JoinerRow* table = checked_rows(rows, places, kAny, kAny, outputs.tokens, op);
   check_plain<double>(normaliser, places, op, "normaliser");
-  check_plain<double>(dbias, outputs, op, "dbias");
+  check_plain<double>(dbias, all, op, "dbias");
   with_compute_type(logits.scalar_type(), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
-    check_plain<C>(logits, count * outputs, op, "logits");
-    check_plain<C>(out, count * outputs, op, "out");
+    check_plain<C>(logits, count * all, op, "logits");
+    check_plain<C>(out, count * all, op, "out");
     check_plain<C>(grad_symbol, places, op, "grad_symbol");
     check_plain<C>(grad_blank, places, op, "grad_blank");
-    const cpu::JoinerGradient<C> g{data<C>(logits), data<double>(normaliser), data<C>(grad_symbol), data<C>(grad_blank),
-                                   mutable_data<C>(out)};
+    check_plain<C>(grad_durations, places * durations, op, "grad_durations");
+    const cpu::JoinerGradient<C> g{data<C>(logits),     data<double>(normaliser), data<C>(grad_symbol),
+                                   data<C>(grad_blank), data<C>(grad_durations),  mutable_data<C>(out)};
     double* sum = mutable_data<double>(dbias);
     const int64_t blocks = (count + kBlock - 1) / kBlock;
-    std::vector<C> parts(static_cast<size_t>(blocks * outputs));
-    parallel_range(blocks, std::max<int64_t>(1, kGrain / (kBlock * outputs)), [&](int64_t begin, int64_t end) {
+    std::vector<C> parts(static_cast<size_t>(blocks * all));
+    parallel_range(blocks, std::max<int64_t>(1, kGrain / (kBlock * all)), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; b++)
-        kernel.logits_gradient(g, table, b * kBlock, std::min(count, (b + 1) * kBlock), outputs, blank, hat,
-                               parts.data() + b * outputs);
+        kernel.logits_gradient(g, table, b * kBlock, std::min(count, (b + 1) * kBlock), outputs,
+                               parts.data() + b * all);
     });
-    parallel_range(outputs, 1024, [&](int64_t begin, int64_t end) {
+    parallel_range(all, 1024, [&](int64_t begin, int64_t end) {
       for (int64_t b = 0; b < blocks; b++)
-        for (int64_t j = begin; j < end; j++) sum[j] += static_cast<double>(parts[b * outputs + j]);
+        for (int64_t j = begin; j < end; j++) sum[j] += static_cast<double>(parts[b * all + j]);
     });
   });
 }
@@ -212,10 +222,12 @@ FASTASR_OPERATORS({"rnnt_joiner_rows(Tensor starts, Tensor symbols, Tensor? boun
                   {"rnnt_joiner_dropout(Tensor rows, Tensor seed, float p, Tensor(a!) x) -> ()",
                    TORCH_BOX(&rnnt_joiner_dropout)},
                   {"rnnt_joiner_scores(Tensor logits, Tensor rows, int termination_symbol, bool hat, "
-                   "Tensor(a!) symbol_logprobs, Tensor(b!) blank_logprobs, Tensor(c!) normaliser) -> ()",
+                   "Tensor(a!) symbol_logprobs, Tensor(b!) blank_logprobs, Tensor(c!) duration_logprobs, "
+                   "Tensor(d!) normaliser) -> ()",
                    TORCH_BOX(&rnnt_joiner_scores)},
                   {"rnnt_joiner_logits_gradient(Tensor logits, Tensor rows, Tensor normaliser, Tensor grad_symbol, "
-                   "Tensor grad_blank, int termination_symbol, bool hat, Tensor(a!) out, Tensor(b!) dbias) -> ()",
+                   "Tensor grad_blank, Tensor grad_durations, int termination_symbol, bool hat, Tensor(a!) out, "
+                   "Tensor(b!) dbias) -> ()",
                    TORCH_BOX(&rnnt_joiner_logits_gradient)},
                   {"rnnt_joiner_hidden_gradient(Tensor dhidden, Tensor hidden, Tensor rows, int activation, "
                    "Tensor(a!) dam, Tensor(b!) dlm) -> ()",

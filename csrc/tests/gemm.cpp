@@ -22,11 +22,13 @@ struct Layout {
   }
 };
 
+template <typename T>
 struct Problem {
   Random random;
   Layout la, lb;
-  Buffer<float> a, b, bias, c;
-  cpu::Gemm g;
+  Buffer<T> a, b;
+  Buffer<float> bias, c;
+  cpu::Gemm<T> g;
   Problem(int64_t m, int64_t n, int64_t k, int kind_a, int kind_b, bool with_bias)
       : random(static_cast<uint64_t>(m * 7919 + n * 131 + k)),
         la(kind_a, m, k),
@@ -38,7 +40,7 @@ struct Problem {
         g{a, la.row, la.column, b, lb.row, lb.column, with_bias ? bias.data() : nullptr, c, n + 7, m, n, k} {}
   // Runs panels and tasks in pieces of `step`.
   void run(int64_t step) {
-    const auto& kernel = cpu::kernels<cpu::GemmKernels>();
+    const auto& kernel = cpu::kernels<cpu::GemmKernels<T>>();
     Buffer<float> pa(kernel.packed_a(g)), pb(kernel.packed_b(g));
     in_pieces(kernel.a_panels(g), step, [&](int64_t begin, int64_t end) { kernel.pack_a(g, pa, begin, end); });
     in_pieces(kernel.b_panels(g), step, [&](int64_t begin, int64_t end) { kernel.pack_b(g, pb, begin, end); });
@@ -46,15 +48,17 @@ struct Problem {
   }
   // Packs B on the way, in `count` strips.
   void run_strips(int64_t count) {
-    const auto& kernel = cpu::kernels<cpu::GemmKernels>();
+    const auto& kernel = cpu::kernels<cpu::GemmKernels<T>>();
     Buffer<float> pa(kernel.packed_a(g));
     kernel.pack_a(g, pa, 0, kernel.a_panels(g));
     in_pieces(count, 2, [&](int64_t begin, int64_t end) { kernel.strips(g, pa, count, begin, end); });
   }
 };
 
-// Checks the product, which the problem holds, against exact sums; chains of terms are at most so long.
-void check_values(Problem& p, bool with_bias, int64_t terms) {
+// Checks the product, which the problem holds, against exact sums; chains of terms are at most so long, and `held` is
+// what C held before.
+template <typename T>
+void check_values(Problem<T>& p, bool with_bias, int64_t terms, double held = 0) {
   const auto [m, n, k] = std::array{p.g.m, p.g.n, p.g.k};
   for (int64_t at = 0; at < p.c.size(); at++) {
     const int64_t i = at / (n + 7), j = at % (n + 7);
@@ -63,25 +67,33 @@ void check_values(Problem& p, bool with_bias, int64_t terms) {
       continue;
     }
     Sum sum;
-    sum.add(with_bias ? p.bias(j) : 0);
+    sum.add(with_bias ? p.bias(j) : 0), sum.add(held);
     for (int64_t l = 0; l < k; l++) sum.add(p.a(i * p.la.row + l * p.la.column) * p.b(l * p.lb.row + j * p.lb.column));
     EXPECT_WITHIN(p.c, at, sum.value, static_cast<long double>(terms) * 0x1p-24L * sum.size);
   }
 }
 
+template <typename T>
 void values(int64_t m, int64_t n, int64_t k, int kind_a, int kind_b) {
-  INFO(m, "x", n, "x", k, " layouts ", kind_a, " and ", kind_b);
+  INFO(Type<T>::name, " ", m, "x", n, "x", k, " layouts ", kind_a, " and ", kind_b);
   const bool with_bias = (m + n + k) % 2;
-  Problem p(m, n, k, kind_a, kind_b, with_bias), pieces(m, n, k, kind_a, kind_b, with_bias);
+  Problem<T> p(m, n, k, kind_a, kind_b, with_bias), pieces(m, n, k, kind_a, kind_b, with_bias);
   p.run(int64_t{1} << 40);
   pieces.run(3);
   CHECK(p.c.equals(pieces.c), "the split shows");
-  for (const int64_t count : {int64_t{1}, int64_t{3}, cpu::kernels<cpu::GemmKernels>().strip_count(p.g, 2)}) {
-    Problem strips(m, n, k, kind_a, kind_b, with_bias);
+  for (const int64_t count : {int64_t{1}, int64_t{3}, cpu::kernels<cpu::GemmKernels<T>>().strip_count(p.g, 2)}) {
+    Problem<T> strips(m, n, k, kind_a, kind_b, with_bias);
     if (count) strips.run_strips(count);
     CHECK(!count || p.c.equals(strips.c), "strips have other bits");
   }
-  check_values(p, with_bias, std::min(k, cpu::kGemmChain) + (k + cpu::kGemmChain - 1) / cpu::kGemmChain + 1);
+  const int64_t longest = cpu::kGemmChain * 4 / static_cast<int64_t>(sizeof(T));
+  const int64_t terms = std::min(k, longest) + (k + longest - 1) / longest + 1;
+  check_values(p, with_bias, terms);
+  Problem<T> added(m, n, k, kind_a, kind_b, with_bias);
+  for (int64_t i = 0; i < m; i++) std::fill_n(added.c + i * (n + 7), n, 3.0f);
+  added.g.add = true;
+  added.run(3);
+  check_values(added, with_bias, terms + 1, 3);
 }
 
 // A few rows read B where it lies: any split gives the same bits, and so does any number of rows beside them.
@@ -89,16 +101,16 @@ void few_rows(int64_t m, int64_t n, int64_t k) {
   INFO(m, " rows, ", n, "x", k);
   const auto& kernel = cpu::kernels<cpu::FewRowsGemm>();
   const bool with_bias = (m + n + k) % 2;
-  Problem p(m, n, k, 0, 1, with_bias), pieces(m, n, k, 0, 1, with_bias);
+  Problem<float> p(m, n, k, 0, 1, with_bias), pieces(m, n, k, 0, 1, with_bias);
   const int64_t groups = kernel.groups(p.g);
   CHECK(groups > 0, "the product does not fit");
   kernel.products(p.g, 0, groups);
   in_pieces(groups, 3, [&](int64_t begin, int64_t end) { kernel.products(pieces.g, begin, end); });
   CHECK(p.c.equals(pieces.c), "the split shows");
   check_values(p, with_bias, 64 + 4 + (k + 255) / 256 + 1);
-  Problem some(m, n, k, 0, 1, with_bias);
+  Problem<float> some(m, n, k, 0, 1, with_bias);
   in_pieces(m, 2, [&](int64_t begin, int64_t end) {
-    cpu::Gemm g = some.g;
+    cpu::Gemm<float> g = some.g;
     g.a += begin * g.a_row, g.c += begin * g.c_row, g.m = end - begin;
     kernel.products(g, 0, kernel.groups(g));
   });
@@ -108,20 +120,26 @@ void few_rows(int64_t m, int64_t n, int64_t k) {
 void no_few_rows() {
   const auto& kernel = cpu::kernels<cpu::FewRowsGemm>();
   for (int kind = 0; kind < 9; kind++)
-    CHECK((kernel.groups(Problem(3, 40, 20, kind / 3, kind % 3, false).g) > 0) == (kind == 1), "strides");
-  CHECK(kernel.groups(Problem(cpu::kFewRows + 1, 40, 20, 0, 1, false).g) == 0, "many rows");
-  CHECK(kernel.groups(Problem(3, 7, 20, 0, 1, false).g) == 0, "few columns");
+    CHECK((kernel.groups(Problem<float>(3, 40, 20, kind / 3, kind % 3, false).g) > 0) == (kind == 1), "strides");
+  CHECK(kernel.groups(Problem<float>(cpu::kFewRows + 1, 40, 20, 0, 1, false).g) == 0, "many rows");
+  CHECK(kernel.groups(Problem<float>(3, 7, 20, 0, 1, false).g) == 0, "few columns");
+}
+
+template <typename T>
+void all_values() {
+  for (const int64_t m : {1, 5, 6, 13, 14, 29})
+    for (const int64_t n : {1, 15, 32, 33})
+      for (const int64_t k : {1, 7, 16, 41})
+        for (int kind = 0; kind < 9; kind++) values<T>(m, n, k, kind / 3, kind % 3);
+  for (int kind = 0; kind < 9; kind++)
+    values<T>(37, 65, 401, kind / 3, kind % 3), values<T>(15, 70, 800, kind / 3, kind % 3);
+  values<T>(113, 530, 20, 0, 1);  // more than one block of rows and of columns
 }
 
 }  // namespace
 
 TEST_CASE("gemm") {
-  for (const int64_t m : {1, 5, 6, 13, 14, 29})
-    for (const int64_t n : {1, 15, 32, 33})
-      for (const int64_t k : {1, 7, 16, 41})
-        for (int kind = 0; kind < 9; kind++) values(m, n, k, kind / 3, kind % 3);
-  for (int kind = 0; kind < 9; kind++) values(37, 65, 400, kind / 3, kind % 3);
-  values(113, 530, 20, 0, 1);  // more than one block of rows and of columns
+  all_values<float>(), all_values<bfloat16>();
   for (int64_t m = 1; m <= cpu::kFewRows; m++)
     for (const int64_t n : {8, 13, 40})
       for (const int64_t k : {1, 16, 41, 1100}) few_rows(m, n, k);

@@ -73,13 +73,14 @@ void dropout(int64_t n) {
 
 // Compares scores and the gradient of the logits of 19 rows with the formulas in long double; then the same in place.
 template <typename C>
-void logits(int64_t n, bool hat) {
+void logits(int64_t n, bool hat, int64_t durations) {
   const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
-  const int64_t count = 19, blank = n / 2;
-  INFO("logits ", n, ", hat ", hat);
+  const int64_t count = 19, blank = n / 2, all = n + durations;
+  const cpu::JoinerOutputs outputs{n, durations, blank, hat, all};
+  INFO("logits ", n, ", hat ", hat, ", durations ", durations);
   Random random(static_cast<uint64_t>(2 * n + hat));
-  Buffer<C> x(count * n, 0, random, 3), gx(count, 0, random), gy(count, 0, random);
-  Buffer<C> px(count), py(count), d(count * n), sum(n), again(n);
+  Buffer<C> x(count * all, 0, random, 3), gx(count, 0, random), gy(count, 0, random), gz(count * durations, 0, random);
+  Buffer<C> px(count), py(count), pz(count * durations), d(count * all), sum(all), again(all);
   Buffer<double> total(count);
   std::vector<JoinerRow> table;
   for (int64_t i = 0; i < count; i++) {
@@ -87,13 +88,13 @@ void logits(int64_t n, bool hat) {
     if (i % 5 == 4) symbol = JoinerRow::kNoSymbol;
     table.push_back({count - 1 - i, 0, 0, symbol});  // places in another order
   }
-  kernel.scores(x, table.data(), 0, 7, n, blank, hat, px, py, total);
-  kernel.scores(x, table.data(), 7, count, n, blank, hat, px, py, total);
-  kernel.logits_gradient({x, total, gx, gy, d}, table.data(), 0, count, n, blank, hat, sum);
-  std::vector<long double> column(static_cast<size_t>(n));
+  kernel.scores(x, table.data(), 0, 7, outputs, {px, py, total, pz});
+  kernel.scores(x, table.data(), 7, count, outputs, {px, py, total, pz});
+  kernel.logits_gradient({x, total, gx, gy, gz, d}, table.data(), 0, count, outputs, sum);
+  std::vector<long double> column(static_cast<size_t>(all));
   for (int64_t i = 0; i < count; i++) {
     const JoinerRow& row = table[i];
-    const C* l = x + i * n;
+    const C* l = x + i * all;
     long double z = 0;
     for (int64_t j = 0; j < n; j++)
       if (!hat || j != blank) z += std::exp(static_cast<long double>(l[j]));
@@ -107,12 +108,24 @@ void logits(int64_t n, bool hat) {
     for (int64_t j = 0; j < n; j++) {
       long double e = -(hat ? u : u + v) * std::exp(l[j] - L) + (j == row.symbol ? u : 0);
       if (j == blank) e = hat ? v * (1 - s) - u * s : e + v;
-      EXPECT(d, i * n + j, e, 20);
+      EXPECT(d, i * all + j, e, 20);
       column[j] += e;
     }
+    long double of_durations = 0, gradients = 0;
+    for (int64_t j = 0; j < durations; j++) {
+      of_durations += std::exp(static_cast<long double>(l[n + j]));
+      gradients += gz[row.place * durations + j];
+    }
+    for (int64_t j = 0; j < durations; j++) {
+      const int64_t at = row.place * durations + j;
+      const long double p = l[n + j] - std::log(of_durations), e = gz[at] - std::exp(p) * gradients;
+      EXPECT(pz, at, p, 20);
+      EXPECT(d, i * all + n + j, e, 20);
+      column[n + j] += e;
+    }
   }
-  for (int64_t j = 0; j < n; j++) EXPECT(sum, j, column[j], 200);
-  kernel.logits_gradient({x, total, gx, gy, x}, table.data(), 0, count, n, blank, hat, again);
+  for (int64_t j = 0; j < all; j++) EXPECT(sum, j, column[j], 200);
+  kernel.logits_gradient({x, total, gx, gy, gz, x}, table.data(), 0, count, outputs, again);
   CHECK(x.equals(d) && again.equals(sum), "%s %ld: in place", Type<C>::name, long(n));
 }
 
@@ -123,14 +136,14 @@ void special() {
   const JoinerRow table[] = {{0, 0, 0, 0}, {1, 0, 0, JoinerRow::kUnknown}};
   float px[2], py[2];
   double total[2];
-  kernel.scores(x, table, 0, 2, 3, 2, false, px, py, total);
+  kernel.scores(x, table, 0, 2, {3, 0, 2, false, 3}, {px, py, total, nullptr});
   CHECK(std::isnan(px[0]) && std::isnan(py[0]), "a NaN logit");
   CHECK(std::isnan(px[1]) && std::isfinite(py[1]), "an unknown symbol");
   const JoinerRow one[] = {{0, 0, 0, 0}};
   const float gx = 0.7f, gy = 0.4f;
   float d, sum;
-  kernel.scores(x + 3, one, 0, 1, 1, 0, false, px, py, total);
-  kernel.logits_gradient({x + 3, total, &gx, &gy, &d}, one, 0, 1, 1, 0, false, &sum);
+  kernel.scores(x + 3, one, 0, 1, {1, 0, 0, false, 1}, {px, py, total, nullptr});
+  kernel.logits_gradient({x + 3, total, &gx, &gy, nullptr, &d}, one, 0, 1, {1, 0, 0, false, 1}, &sum);
   CHECK(px[0] == 0 && py[0] == 0 && d == 0 && sum == 0, "one output");
 }
 
@@ -170,7 +183,8 @@ TEST_CASE("rnnt_joiner") {
     hidden_gradient<float>(n), hidden_gradient<double>(n);
     dropout<float>(n), dropout<double>(n);
     for (const bool hat : {false, true})
-      if (n > hat) logits<float>(n, hat), logits<double>(n, hat);
+      if (n > hat) logits<float>(n, hat, 0), logits<double>(n, hat, 0);
+    if (n) logits<float>(n, false, 5), logits<double>(n, false, 1);
   }
 }
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rnnt_joiner and tdt_joiner on CPU in chunks of rows: the logits of all rows exist at once only if they are kept for
-the backward.
+"""rnnt_joiner and tdt_joiner on CPU in chunks of rows: all logits exist at once only if the backward pass keeps them.
 
 A chunk's logits are a matrix product between two passes over it: the first gathers act(am + lm), the second takes L
-and the two logits of each row or, in the backward pass, replaces the logits by their gradient. Rows outside the
-boundary, and in the backward pass rows whose gradients are both 0, are in no chunk. Everything is computed in float32,
-or in float64 for float64 tensors. The passes are in C++ (csrc/cpu/rnnt/rnnt_joiner.h); the products are torch's or
-fastasr's own. The few duration logits of a row are a product of their own, from the same hidden values.
+and the two logits of each row or, in the backward pass, replaces the logits by their gradient. A TDT joiner's durations
+are outputs behind the tokens. Rows outside the boundary, and in the backward pass rows without a gradient, are in no
+chunk. The passes are in C++ (csrc/cpu/rnnt/rnnt_joiner.h), in float32, or in float64 for float64 tensors; the products
+are torch's or fastasr's own. Where the processor multiplies bfloat16, the factors of a product with such a weight are
+rounded to it, as eager's are, and its result is float32.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.ops import _gemm
+from fastasr.ops import _gemm, _reduced_weights
 
 # Bytes of a chunk's hidden values and logits: what one pass wrote is still in the cache when the next pass reads it.
 CHUNK_BYTES = 6 << 20
@@ -32,7 +31,7 @@ class Joiner:
 
     am: Tensor
     lm: Tensor
-    weight: Tensor  # of the tokens, as the bias
+    weight: Tensor
     bias: Tensor | None
     symbols: Tensor
     starts: Tensor
@@ -44,8 +43,8 @@ class Joiner:
     hat: bool
     durations: int  # the number of outputs behind the tokens
     dropout: float
-    duration_weight: Tensor = None
-    duration_bias: Tensor | None = None
+    wide: torch.dtype = torch.float32  # of the results
+    short: bool = False  # the products are of bfloat16
 
     @classmethod
     def of(cls, am, lm, weight, bias, symbols, starts, boundary, seed, *rest) -> "Joiner":
@@ -53,42 +52,55 @@ class Joiner:
         wide = torch.promote_types(torch.promote_types(dtype, weight.dtype), torch.float32)
         if wide is torch.float64:
             dtype = wide
-        am, lm, weight = am.to(dtype).contiguous(), lm.to(dtype).contiguous(), weight.to(wide).contiguous()
+        short = weight.dtype is torch.bfloat16 and wide is torch.float32 and weight.shape[1] > 0
+        short = short and not _reduced_weights.reason("bf16")
+        am, lm = am.to(dtype).contiguous(), lm.to(dtype).contiguous()
+        weight = (weight if short else weight.to(wide)).contiguous()
         bias = None if bias is None else bias.to(wide).contiguous()
         boundary = None if boundary is None else boundary.contiguous()
-        made = cls(am, lm, weight, bias, symbols.contiguous(), starts.contiguous(), boundary, seed, *rest)
-        if made.durations:
-            tokens = len(weight) - made.durations
-            made.weight, made.duration_weight = weight[:tokens], weight[tokens:]
-            if bias is not None:
-                made.bias, made.duration_bias = bias[:tokens], bias[tokens:]
-        return made
+        symbols, starts = symbols.contiguous(), starts.contiguous()
+        return cls(am, lm, weight, bias, symbols, starts, boundary, seed, *rest, wide, short)
 
     def rows(self, *grads: Tensor) -> Tensor:
         """Returns (rows, 4): place among the results, frame, context and symbol of every row to compute."""
-        return torch.ops.fastasr_cpu.rnnt_joiner_rows(
-            self.starts, self.symbols, self.boundary, self.s_range, len(self.weight), *grads or (None, None)
-        )
+        tokens, grads = len(self.weight) - self.durations, grads or (None, None)
+        find = torch.ops.fastasr_cpu.rnnt_joiner_rows
+        return find(self.starts, self.symbols, self.boundary, self.s_range, tokens, *grads)
 
     def compute(self, rows: Tensor) -> Iterator[Chunk]:
         """Yields hidden values and logits of the rows, a chunk at a time."""
-        size = self.weight.element_size() * sum(self.weight.shape)
+        size = self.wide.itemsize * sum(self.weight.shape)
         step = max(16, min(CHUNK_ROWS, CHUNK_BYTES // size // 16 * 16))
         for first in range(0, len(rows), step):
             chunk = rows[first : first + step]
-            hidden = self.weight.new_empty(len(chunk), self.weight.shape[1])
+            hidden = self.weight.new_empty(len(chunk), self.weight.shape[1], dtype=self.wide)
             torch.ops.fastasr_cpu.rnnt_joiner_hidden(self.am, self.lm, chunk, self.activation, hidden)
             self.drop(chunk, hidden)
-            yield chunk, hidden, _gemm.forward(hidden, self.weight, self.bias)
+            yield chunk, hidden, self.logits(hidden)
             del hidden  # frees it before the next chunk is made
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        if self.short:
+            return torch.ops.fastasr_cpu.gemm(hidden.bfloat16(), self.weight.t(), self.bias)
+        return _gemm.forward(hidden, self.weight, self.bias)
+
+    def product_gradients(self, d: Tensor, hidden: Tensor, dweight: Tensor, needs) -> Tensor | None:
+        """Adds the weight's gradient to ``dweight`` and returns that of ``hidden``, each if it is needed."""
+        if self.short:
+            d, hidden = d.bfloat16(), hidden.bfloat16()
+        if needs[2]:
+            add = torch.ops.fastasr_cpu.gemm_add if self.short else Tensor.addmm_
+            add(dweight, d.t(), hidden)
+        if not (needs[0] or needs[1]):
+            return None
+        if self.short:
+            return torch.ops.fastasr_cpu.gemm(d, self.weight, None)
+        return _gemm.input_grad(d, self.weight)
 
     def drop(self, rows: Tensor, x: Tensor) -> None:
         """Applies dropout to hidden values or to their gradient, in place."""
         if self.dropout:
             torch.ops.fastasr_cpu.rnnt_joiner_dropout(rows, self.seed, self.dropout, x)
-
-    def duration_logprobs(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.duration_weight, self.duration_bias).log_softmax(1)
 
 
 def _without_autocast():
@@ -100,16 +112,15 @@ def forward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Chunk] | N
     *operands, need_gradients, keep = arguments
     p = Joiner.of(*operands)
     shape = (*p.starts.shape, p.s_range)
-    px, py = (p.weight.new_full(shape, -torch.inf) for _ in range(2))
-    durations = p.weight.new_full((*shape, p.durations), -torch.inf)
+    px, py = (torch.full(shape, -torch.inf, dtype=p.wide) for _ in range(2))
+    durations = torch.full((*shape, p.durations), -torch.inf, dtype=p.wide)
     normaliser = torch.zeros(shape, dtype=torch.float64)
     kept = [] if keep and need_gradients else None
     with _without_autocast():
         for chunk in p.compute(p.rows()):
             rows, hidden, logits = chunk
-            torch.ops.fastasr_cpu.rnnt_joiner_scores(logits, rows, p.blank, p.hat, px, py, normaliser)
-            if p.durations:
-                durations.view(-1, p.durations)[rows[:, 0]] = p.duration_logprobs(hidden)
+            scores = px, py, durations, normaliser
+            torch.ops.fastasr_cpu.rnnt_joiner_scores(logits, rows, p.blank, p.hat, *scores)
             if kept is not None:
                 kept.append(chunk)
             del chunk, logits, hidden
@@ -120,15 +131,14 @@ def backward(grad_symbol, grad_blank, grad_durations, *arguments) -> tuple[Tenso
     """Returns (dam, dlm, dweight, dbias), with zeros for those that are not needed."""
     *operands, normaliser, needs, kept = arguments
     p = Joiner.of(*operands)
-    wide = p.weight.dtype
-    gx, gy = grad_symbol.to(wide).contiguous(), grad_blank.to(wide).contiguous()
-    dam, dlm = torch.zeros(p.am.shape, dtype=wide), torch.zeros(p.lm.shape, dtype=wide)
-    am, lm, weight, bias = operands[:4]
-    dweight, dbias = torch.zeros(weight.shape, dtype=wide), torch.zeros(len(weight), dtype=torch.float64)
-    tokens, active = len(p.weight), gy
+    gx, gy = grad_symbol.to(p.wide).contiguous(), grad_blank.to(p.wide).contiguous()
+    gz, active = gy.new_empty(*gy.shape, 0), gy
     if p.durations:
-        grad_durations = grad_durations.to(wide).reshape(-1, p.durations)
-        active = gy.masked_fill((grad_durations != 0).any(1).view(gy.shape), 1.0)
+        gz = grad_durations.to(p.wide).contiguous()
+        active = gy.masked_fill((gz != 0).any(-1), 1.0)
+    dam, dlm = torch.zeros(p.am.shape, dtype=p.wide), torch.zeros(p.lm.shape, dtype=p.wide)
+    am, lm, weight, bias = operands[:4]
+    dweight, dbias = torch.zeros(weight.shape, dtype=p.wide), torch.zeros(len(weight), dtype=torch.float64)
     with _without_autocast():
         rows = p.rows(gx, active)
         room = None
@@ -139,27 +149,17 @@ def backward(grad_symbol, grad_blank, grad_durations, *arguments) -> tuple[Tenso
                     room = torch.empty_like(logits)
                 d = room[: len(logits)]
             torch.ops.fastasr_cpu.rnnt_joiner_logits_gradient(
-                logits, chunk, normaliser, gx, gy, p.blank, p.hat, d, dbias[:tokens]
+                logits, chunk, normaliser, gx, gy, gz, p.blank, p.hat, d, dbias
             )
-            if needs[2]:
-                dweight[:tokens].addmm_(d.t(), hidden)
-            if p.durations:
-                grad = grad_durations[chunk[:, 0]]
-                grad = grad - p.duration_logprobs(hidden).exp() * grad.sum(1, keepdim=True)
-                dweight[tokens:].addmm_(grad.t(), hidden)
-                dbias[tokens:] += grad.sum(0, dtype=torch.float64)
-            if needs[0] or needs[1]:
-                dhidden = _gemm.input_grad(d, p.weight)
-                if p.durations:
-                    dhidden.addmm_(grad, p.duration_weight)
+            dhidden = p.product_gradients(d, hidden, dweight, needs)
+            if dhidden is not None:
                 if p.dropout:
                     p.drop(chunk, dhidden)
                     hidden = hidden * (1 - p.dropout)  # tanh' needs what was kept as it was
                 torch.ops.fastasr_cpu.rnnt_joiner_hidden_gradient(
                     dhidden, hidden, chunk, p.activation, dam, dlm
                 )
-                del dhidden
-            del hidden, logits, d
+            del hidden, logits, d, dhidden
     dbias = weight.new_empty(0) if bias is None else dbias.to(bias.dtype)
     return dam.to(am.dtype), dlm.to(lm.dtype), dweight.to(weight.dtype), dbias
 

@@ -231,8 +231,9 @@ def test_the_passes_do_not_depend_on_the_number_of_threads():
                 torch.zeros(200),
             )
             dbias = dbias.double()
-            native.rnnt_joiner_scores(logits, rows, 0, False, px, py, total)
-            native.rnnt_joiner_logits_gradient(logits, rows, total, grads, grads, 0, False, d, dbias)
+            none = torch.empty(4, 60, 3, 0)
+            native.rnnt_joiner_scores(logits, rows, 0, False, px, py, none, total)
+            native.rnnt_joiner_logits_gradient(logits, rows, total, grads, grads, none, 0, False, d, dbias)
             dam, dlm = torch.zeros_like(am), torch.zeros_like(lm)
             native.rnnt_joiner_hidden_gradient(hidden, hidden, rows, 3, dam, dlm)
         finally:

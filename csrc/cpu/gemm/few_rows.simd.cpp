@@ -90,9 +90,11 @@ constexpr Tiles tiles() {
 }
 constexpr Tiles kWideTiles = tiles<kWide, 1>(), kOnePart = tiles<kNarrow, 1>(), kSomeParts = tiles<kNarrow, 2>();
 
-const Tiles& tiles_of(const Gemm& g) { return g.m <= kWideRows ? kWideTiles : g.m <= kRows ? kOnePart : kSomeParts; }
+const Tiles& tiles_of(const Gemm<float>& g) {
+  return g.m <= kWideRows ? kWideTiles : g.m <= kRows ? kOnePart : kSomeParts;
+}
 
-int64_t groups(const Gemm& g) {
+int64_t groups(const Gemm<float>& g) {
   const bool fits = g.m > 0 && g.m <= kFewRows && g.n >= kLeastColumns && g.a_depth == 1 && g.b_depth == 1;
   const int64_t columns = tiles_of(g).columns;
   return fits ? (g.n + columns - 1) / columns : 0;
@@ -100,7 +102,7 @@ int64_t groups(const Gemm& g) {
 
 // Prefetches the next group's columns, which lie behind those of this one in most weights, in the order in which they
 // lie in memory: 35 GB/s on one Zen 5 core that can read 43, where columns side by side were prefetched at 25.
-void products(const Gemm& g, int64_t begin, int64_t end) {
+void products(const Gemm<float>& g, int64_t begin, int64_t end) {
   const Tiles& t = tiles_of(g);
   const int64_t parts = (g.m + kRows - 1) / kRows;  // of equal height: 4 + 4 rows, not 6 + 2
   alignas(64) float out[kRows * kNarrow + kLanes];

@@ -6,43 +6,49 @@
 #include "cpu/simd/kernels.h"
 
 // C = A B, plus a bias on every row, in float32, for operands of any strides, as a linear layer needs it forward and
-// for both gradients. Operands are packed into panels as wide as a tile of registers; the products then read nothing
-// but panels. With many rows both operands are packed once, beforehand. With few rows B is most of the memory that a
-// product touches, and packing it costs a fifth of the time of a product of 376 rows: `strips` packs it part by part
-// into memory that stays in the second cache, and asks for the next part ahead of time. Sums run in chains of at most
-// kGemmChain terms, which are then added: longer chains of floats would be less exact than a BLAS. The bits of an
+// for both gradients. A and B are float or bfloat16. Two bfloat16 that follow each other along k make a word of four
+// bytes, whose products one instruction adds (without it, kernels for bfloat16 are slower than those for float); sums
+// are floats all the same. Operands are packed into panels as wide as a tile of registers; the products then read
+// nothing but panels. With many rows both operands are packed once, beforehand. With few rows B is most of the memory
+// that a product touches, and packing it costs a fifth of the time of a product of 376 rows: `strips` packs it part by
+// part into memory that stays in the second cache, and asks for the next part ahead of time. Sums run in chains of at
+// most kGemmChain terms, which are then added: longer chains of floats would be less exact than a BLAS. The bits of an
 // element depend on its row, its column and k alone, not on how the work is split.
 namespace fastasr::cpu {
 
 inline constexpr int64_t kGemmChain = 192;
 
+template <typename T>
 struct Gemm {
-  const float* a;
+  const T* a;
   int64_t a_row, a_depth;  // strides
-  const float* b;
+  const T* b;
   int64_t b_depth, b_column;
   const float* bias;  // n elements, or null
   float* c;           // rows of n elements, c_row apart
   int64_t c_row;
-  int64_t m, n, k;  // k at least 1
+  int64_t m, n, k;   // k at least 1
+  bool add = false;  // onto what C holds
 };
 
+template <typename T>
 struct GemmKernels {
-  int64_t (*a_panels)(const Gemm& g);  // of rows
-  int64_t (*b_panels)(const Gemm& g);  // of columns
-  int64_t (*packed_a)(const Gemm& g);  // elements
-  int64_t (*packed_b)(const Gemm& g);
-  int64_t (*tasks)(const Gemm& g);
+  static constexpr bool kDotProducts = true;
+  int64_t (*a_panels)(const Gemm<T>& g);  // of rows
+  int64_t (*b_panels)(const Gemm<T>& g);  // of columns
+  int64_t (*packed_a)(const Gemm<T>& g);  // words
+  int64_t (*packed_b)(const Gemm<T>& g);
+  int64_t (*tasks)(const Gemm<T>& g);
   // Packs panels [begin, end) to their place in `packed`.
-  void (*pack_a)(const Gemm& g, float* packed, int64_t begin, int64_t end);
-  void (*pack_b)(const Gemm& g, float* packed, int64_t begin, int64_t end);
+  void (*pack_a)(const Gemm<T>& g, float* packed, int64_t begin, int64_t end);
+  void (*pack_b)(const Gemm<T>& g, float* packed, int64_t begin, int64_t end);
   // Runs tasks [begin, end) of the products of packed operands; more of them in one call are faster.
-  void (*products)(const Gemm& g, const float* a, const float* b, int64_t begin, int64_t end);
+  void (*products)(const Gemm<T>& g, const float* a, const float* b, int64_t begin, int64_t end);
   // Returns into how many strips of columns `threads` threads should cut a product whose B is packed on the way; 0:
   // pack it beforehand.
-  int64_t (*strip_count)(const Gemm& g, int64_t threads);
+  int64_t (*strip_count)(const Gemm<T>& g, int64_t threads);
   // Computes strips [begin, end) of `count` with packed A.
-  void (*strips)(const Gemm& g, const float* a, int64_t count, int64_t begin, int64_t end);
+  void (*strips)(const Gemm<T>& g, const float* a, int64_t count, int64_t begin, int64_t end);
 };
 
 // The same for few rows, where reading B is most of the cost: B is read once, where it lies. Sums run in chains of at
@@ -52,8 +58,8 @@ inline constexpr int64_t kFewRows = 15;
 
 struct FewRowsGemm {
   // Returns groups of columns; 0 if there are more than kFewRows rows, fewer than 8 columns, or inputs (k) with gaps.
-  int64_t (*groups)(const Gemm& g);
-  void (*products)(const Gemm& g, int64_t begin, int64_t end);  // computes groups [begin, end)
+  int64_t (*groups)(const Gemm<float>& g);
+  void (*products)(const Gemm<float>& g, int64_t begin, int64_t end);  // computes groups [begin, end)
 };
 
 }  // namespace fastasr::cpu

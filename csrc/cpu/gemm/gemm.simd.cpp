@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/simd/vectors.simd.h"
+#include "cpu/gemm/words.simd.h"
 
 namespace fastasr::cpu {
 namespace {
@@ -24,88 +24,147 @@ constexpr int64_t kBlockColumns = 512 / kColumns;
 constexpr int64_t kStripColumns = 256 / kColumns;
 constexpr int64_t kStripRows = 512;
 
-struct Chains {
-  int64_t depth, count;
-  explicit Chains(int64_t k) : depth(k), count((k + kGemmChain - 1) / kGemmChain) {}
-  int64_t begin(int64_t i) const { return depth * i / count; }
+// How a product reads its operands: float, a word each, or bfloat16, two to a word.
+template <typename T>
+struct Words {
+  static constexpr int64_t kEach = 4 / sizeof(T);
+  static constexpr bool kShort = kEach > 1;
+  FASTASR_INLINE int64_t count(int64_t k) { return (k + kEach - 1) / kEach; }
+  FASTASR_INLINE auto load(const float* p) {
+    if constexpr (kShort)
+      return load_words(p);
+    else
+      return at(p);
+  }
+  FASTASR_INLINE auto all(const float* p) {
+    if constexpr (kShort)
+      return broadcast(to_bits(*p));
+    else
+      return vector_of(*p);
+  }
+  template <typename V>
+  FASTASR_INLINE Floats add(Floats sum, V x, V w) {
+    if constexpr (kShort)
+      return add_bf16(sum, x, w);
+    else
+      return sum + x * w;
+  }
 };
 
-// Copies kWidth rows of `depth` elements, `step` apart, as columns next to each other.
-template <int64_t kWidth>
-FASTASR_INLINE void interleave(const float* __restrict in, int64_t step, int64_t depth, float* __restrict out) {
+// The chains of k terms, by words.
+template <typename T>
+struct Chains {
+  int64_t k, depth, count;
+  explicit Chains(int64_t k_) : k(k_), depth(Words<T>::count(k)), count((depth + kGemmChain - 1) / kGemmChain) {}
+  int64_t begin(int64_t i) const { return depth * i / count; }
+  int64_t words(int64_t i) const { return begin(i + 1) - begin(i); }
+  int64_t first(int64_t i) const { return begin(i) * Words<T>::kEach; }
+  int64_t terms(int64_t i) const { return std::min(k, first(i + 1)) - first(i); }
+};
+
+// Copies kWidth rows of `words` words, `step` elements apart, as columns next to each other. Rows behind the first
+// `there` repeat the last one: what becomes of them is not written.
+template <int64_t kWidth, typename T>
+FASTASR_INLINE void interleave(const T* __restrict in, int64_t step, int64_t words, int64_t there,
+                               float* __restrict out) {
+  constexpr int64_t kEach = Words<T>::kEach;
+  const auto row = [&](int64_t w, int64_t k)
+                       __attribute__((always_inline)) { return in + std::min(w, there - 1) * step + k * kEach; };
   int64_t k = 0;
   if constexpr (kWidth % kLanes == 0) {
-    for (; k + kLanes <= depth; k += kLanes)
+    for (; k + kLanes <= words; k += kLanes)
       for (int64_t w = 0; w < kWidth; w += kLanes) {
-        Vector<float> r[kLanes];
+        Floats r[kLanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; i++) r[i] = at(in + (w + i) * step + k);
+        for (int i = 0; i < kLanes; i++) std::memcpy(&r[i], row(w + i, k), sizeof r[i]);
         transpose<float>(r);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; i++) put(out + (k + i) * kWidth + w, r[i]);
       }
   }
   if constexpr (kWidth < kLanes && 2 * kWidth >= kLanes) {  // a store reaches into the next column, which comes later
-    for (; k + kLanes < depth; k += kLanes) {
-      Vector<float> r[kLanes];
+    for (; k + kLanes < words; k += kLanes) {
+      Floats r[kLanes];
 #pragma GCC unroll 16
-      for (int64_t w = 0; w < kLanes; w++) r[w] = at(in + std::min(w, kWidth - 1) * step + k);
+      for (int64_t w = 0; w < kLanes; w++) std::memcpy(&r[w], row(std::min(w, kWidth - 1), k), sizeof r[w]);
       transpose<float>(r);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; i++) put(out + (k + i) * kWidth, r[i]);
     }
   }
-  for (; k < depth; k++)
+  for (; k < words; k++)
 #pragma GCC unroll 16
-    for (int64_t w = 0; w < kWidth; w++) out[k * kWidth + w] = in[w * step + k];
+    for (int64_t w = 0; w < kWidth; w++) std::memcpy(out + k * kWidth + w, row(w, k), 4);
 }
 
-// Packs `width` rows of `depth` elements, one chain of an operand, to panels; `across` and `along` are its strides.
+// Copies the words of kWidth columns that lie next to each other, `along` elements from one term to the next.
 template <int64_t kWidth>
-void pack_chain(const float* from, int64_t across, int64_t along, int64_t width, int64_t depth, float* out) {
-  const int64_t whole = width / kWidth;
-  int64_t p = 0;
-  // Packs whole panels, a few rows of the operand at a time where its rows run across the panels.
+FASTASR_INLINE void gather(const float* in, int64_t, float* out) {
+  std::memcpy(out, in, sizeof(float) * kWidth);
+}
+template <int64_t kWidth>
+FASTASR_INLINE void gather(const bfloat16* __restrict in, int64_t along, float* __restrict out) {
+  uint32_t words[kWidth];
+  for (int64_t w = 0; w < kWidth; w++)
+    words[w] = static_cast<uint32_t>(in[w].bits) | static_cast<uint32_t>(in[w + along].bits) << 16;
+  std::memcpy(out, words, sizeof words);
+}
+
+// Packs `width` rows of `depth` terms, one chain of an operand, to panels; `across` and `along` are its strides.
+template <int64_t kWidth, typename T>
+void pack_chain(const T* from, int64_t across, int64_t along, int64_t width, int64_t depth, float* out) {
+  constexpr int64_t kEach = Words<T>::kEach;
+  const int64_t words = Words<T>::count(depth), pairs = depth / kEach, panels = (width + kWidth - 1) / kWidth;
+  // Packs panels of whole words, a few rows of the operand at a time where its rows run across the panels.
+  int64_t p = 0, done = 0;
   if (across == 1) {
-    for (int64_t k = 0; k < depth; k++)
-      for (int64_t i = 0; i < whole; i++)
-        std::memcpy(out + (i * depth + k) * kWidth, from + i * kWidth + k * along, sizeof(float) * kWidth);
-    p = whole;
+    p = width / kWidth, done = pairs;
+    for (int64_t k = 0; k < pairs; k++)
+      for (int64_t i = 0; i < p; i++)
+        gather<kWidth>(from + i * kWidth + k * kEach * along, along, out + (i * words + k) * kWidth);
   } else if (along == 1) {
-    for (; p < whole; p++) interleave<kWidth>(from + p * kWidth * across, across, depth, out + p * depth * kWidth);
+    for (; p < panels; p++)
+      interleave<kWidth>(from + p * kWidth * across, across, pairs, std::min(kWidth, width - p * kWidth),
+                         out + p * words * kWidth);
+    done = pairs;
   }
-  for (; p * kWidth < width; p++) {
-    float* to = out + p * depth * kWidth;
-    const int64_t there = std::min(kWidth, width - p * kWidth);
-    for (int64_t k = 0; k < depth; k++, to += kWidth)
-      for (int64_t w = 0; w < kWidth; w++) to[w] = w < there ? from[(p * kWidth + w) * across + k * along] : 0.0f;
+  // the rest: panels from p on, and the last word of those before, where it holds one term
+  for (int64_t q = 0; q < panels; q++) {
+    const int64_t there = std::min(kWidth, width - q * kWidth);
+    for (int64_t k = q < p ? done : 0; k < words; k++)
+      for (int64_t w = 0; w < kWidth; w++) {
+        T terms[kEach] = {};
+        for (int64_t e = 0; e < kEach && w < there && k * kEach + e < depth; e++)
+          terms[e] = from[(q * kWidth + w) * across + (k * kEach + e) * along];
+        std::memcpy(out + (q * words + k) * kWidth + w, terms, sizeof terms);
+      }
   }
 }
 
 // Packs panels [begin, end) of an operand (width, depth), all its chains.
-template <int64_t kWidth>
-void pack(const float* in, int64_t across, int64_t along, int64_t width, int64_t depth, float* packed, int64_t begin,
+template <int64_t kWidth, typename T>
+void pack(const T* in, int64_t across, int64_t along, int64_t width, int64_t depth, float* packed, int64_t begin,
           int64_t end) {
   const int64_t panels = (width + kWidth - 1) / kWidth, i = begin * kWidth;
-  const Chains chains(depth);
-  for (int64_t chain = 0; chain < chains.count; chain++) {
-    const int64_t k0 = chains.begin(chain), n = chains.begin(chain + 1) - k0;
-    pack_chain<kWidth>(in + k0 * along + i * across, across, along, std::min(end * kWidth, width) - i, n,
-                       packed + k0 * kWidth * panels + i * n);
-  }
+  const Chains<T> chains(depth);
+  for (int64_t chain = 0; chain < chains.count; chain++)
+    pack_chain<kWidth>(in + chains.first(chain) * along + i * across, across, along, std::min(end * kWidth, width) - i,
+                       chains.terms(chain), packed + chains.begin(chain) * kWidth * panels + i * chains.words(chain));
 }
 
-// Computes a tile of C: its first chain sets it, the others are added, and the last adds the bias.
-__attribute__((noinline)) void tile(const float* __restrict a, const float* __restrict b, int64_t depth,
+// Computes a tile of C: its first chain sets it, unless the whole is added, the others are added, and the last adds the
+// bias.
+template <typename T>
+__attribute__((noinline)) void tile(const float* __restrict a, const float* __restrict b, int64_t words,
                                     const float* bias, float* __restrict c, int64_t c_row, bool first) {
-  Vector<float> sum[kRows][2] = {};
-  for (int64_t k = 0; k < depth; k++, a += kRows, b += kColumns) {
-    const Vector<float> left = at(b), right = at(b + kLanes);
+  Floats sum[kRows][2] = {};
+  for (int64_t k = 0; k < words; k++, a += kRows, b += kColumns) {
+    const auto left = Words<T>::load(b), right = Words<T>::load(b + kLanes);
 #pragma GCC unroll 16
     for (int64_t m = 0; m < kRows; m++) {
-      const Vector<float> v = vector_of(a[m]);
-      sum[m][0] += v * left;
-      sum[m][1] += v * right;
+      const auto v = Words<T>::all(a + m);
+      sum[m][0] = Words<T>::add(sum[m][0], v, left);
+      sum[m][1] = Words<T>::add(sum[m][1], v, right);
     }
   }
   if (!first) {
@@ -122,7 +181,8 @@ __attribute__((noinline)) void tile(const float* __restrict a, const float* __re
 }
 
 // Computes the tile at the lower or right edge, whose part inside C is rows x columns.
-void edge_tile(const float* a, const float* b, int64_t depth, const float* bias, float* c, int64_t c_row, bool first,
+template <typename T>
+void edge_tile(const float* a, const float* b, int64_t words, const float* bias, float* c, int64_t c_row, bool first,
                int64_t rows, int64_t columns) {
   alignas(64) float part[kRows * kColumns], some[kColumns] = {};
   for (int64_t m = 0; m < rows && !first; m++)
@@ -132,35 +192,56 @@ void edge_tile(const float* a, const float* b, int64_t depth, const float* bias,
   for (int64_t m = 0; m < rows && !first; m++)
     for (int64_t j = columns; j < kColumns; j++) part[m * kColumns + j] = 0;
   if (bias) std::copy_n(bias, columns, some);
-  tile(a, b, depth, bias ? some : nullptr, part, kColumns, first);
+  tile<T>(a, b, words, bias ? some : nullptr, part, kColumns, first);
   for (int64_t m = 0; m < rows; m++)
     for (int64_t j = 0; j < columns; j++) c[m * c_row + j] = part[m * kColumns + j];
 }
 
-int64_t a_panels(const Gemm& g) { return (g.m + kRows - 1) / kRows; }
-int64_t b_panels(const Gemm& g) { return (g.n + kColumns - 1) / kColumns; }
-int64_t packed_a(const Gemm& g) { return a_panels(g) * kRows * g.k; }
-int64_t packed_b(const Gemm& g) { return b_panels(g) * kColumns * g.k; }
+template <typename T>
+int64_t a_panels(const Gemm<T>& g) {
+  return (g.m + kRows - 1) / kRows;
+}
+template <typename T>
+int64_t b_panels(const Gemm<T>& g) {
+  return (g.n + kColumns - 1) / kColumns;
+}
+template <typename T>
+int64_t packed_a(const Gemm<T>& g) {
+  return a_panels(g) * kRows * Words<T>::count(g.k);
+}
+template <typename T>
+int64_t packed_b(const Gemm<T>& g) {
+  return b_panels(g) * kColumns * Words<T>::count(g.k);
+}
 
 // A task is a panel of A by a block of columns; neighbours in rows are worked on together.
-int64_t column_blocks(const Gemm& g) { return (b_panels(g) + kBlockColumns - 1) / kBlockColumns; }
-int64_t tasks(const Gemm& g) { return a_panels(g) * column_blocks(g); }
+template <typename T>
+int64_t column_blocks(const Gemm<T>& g) {
+  return (b_panels(g) + kBlockColumns - 1) / kBlockColumns;
+}
+template <typename T>
+int64_t tasks(const Gemm<T>& g) {
+  return a_panels(g) * column_blocks(g);
+}
 
-void pack_a(const Gemm& g, float* packed, int64_t begin, int64_t end) {
+template <typename T>
+void pack_a(const Gemm<T>& g, float* packed, int64_t begin, int64_t end) {
   pack<kRows>(g.a, g.a_row, g.a_depth, g.m, g.k, packed, begin, end);
 }
-void pack_b(const Gemm& g, float* packed, int64_t begin, int64_t end) {
+template <typename T>
+void pack_b(const Gemm<T>& g, float* packed, int64_t begin, int64_t end) {
   pack<kColumns>(g.b, g.b_column, g.b_depth, g.n, g.k, packed, begin, end);
 }
 
 // Multiplies panels [p0, p1) of A by panels [q0, q1) of B, whose parts of one chain begin at `b`; calls ahead() before
 // each tile.
-template <typename F>
-FASTASR_INLINE void one_chain(const Gemm& g, const Chains& chains, int64_t chain, const float* a, const float* b,
+template <typename T, typename F>
+FASTASR_INLINE void one_chain(const Gemm<T>& g, const Chains<T>& chains, int64_t chain, const float* a, const float* b,
                               int64_t p0, int64_t p1, int64_t q0, int64_t q1, const F& ahead) {
-  const int64_t k0 = chains.begin(chain), n = chains.begin(chain + 1) - k0;
-  const float* ac = a + k0 * kRows * a_panels(g);
+  const int64_t n = chains.words(chain);
+  const float* ac = a + chains.begin(chain) * kRows * a_panels(g);
   const float* bias = chain + 1 == chains.count ? g.bias : nullptr;
+  const bool sets = chain == 0 && !g.add;
   for (int64_t q = q0; q < q1; q++, b += n * kColumns) {
     const int64_t j = q * kColumns, width = std::min(kColumns, g.n - j);
     for (int64_t p = p0; p < p1; p++) {
@@ -169,23 +250,25 @@ FASTASR_INLINE void one_chain(const Gemm& g, const Chains& chains, int64_t chain
       float* c = g.c + i * g.c_row + j;
       const float* ap = ac + p * n * kRows;
       if (height == kRows && width == kColumns)
-        tile(ap, b, n, bias ? bias + j : nullptr, c, g.c_row, chain == 0);
+        tile<T>(ap, b, n, bias ? bias + j : nullptr, c, g.c_row, sets);
       else
-        edge_tile(ap, b, n, bias ? bias + j : nullptr, c, g.c_row, chain == 0, height, width);
+        edge_tile<T>(ap, b, n, bias ? bias + j : nullptr, c, g.c_row, sets, height, width);
     }
   }
 }
 
 // Multiplies panels [p0, p1) of A by panels [q0, q1) of B, both packed.
-void block(const Gemm& g, const float* a, const float* b, int64_t p0, int64_t p1, int64_t q0, int64_t q1) {
-  const Chains chains(g.k);
+template <typename T>
+void block(const Gemm<T>& g, const float* a, const float* b, int64_t p0, int64_t p1, int64_t q0, int64_t q1) {
+  const Chains<T> chains(g.k);
   for (int64_t chain = 0; chain < chains.count; chain++) {
-    const int64_t k0 = chains.begin(chain), n = chains.begin(chain + 1) - k0;
-    one_chain(g, chains, chain, a, b + (k0 * b_panels(g) + q0 * n) * kColumns, p0, p1, q0, q1, [] {});
+    const float* bc = b + (chains.begin(chain) * b_panels(g) + q0 * chains.words(chain)) * kColumns;
+    one_chain(g, chains, chain, a, bc, p0, p1, q0, q1, [] {});
   }
 }
 
-void products(const Gemm& g, const float* a, const float* b, int64_t begin, int64_t end) {
+template <typename T>
+void products(const Gemm<T>& g, const float* a, const float* b, int64_t begin, int64_t end) {
   const int64_t rows = a_panels(g), columns = b_panels(g), blocks = column_blocks(g);
   while (begin < end) {
     const int64_t at = begin / rows, first = begin % rows, last = std::min(rows, first + end - begin);
@@ -197,10 +280,11 @@ void products(const Gemm& g, const float* a, const float* b, int64_t begin, int6
   }
 }
 
-// Asks for a rectangle of memory, `rows` rows of `bytes`, a few lines at a time.
+// Asks for a rectangle of memory, `rows` rows of `count` elements, a few lines at a time.
+template <typename T>
 class Ahead {
  public:
-  Ahead(const float* from, int64_t stride, int64_t rows, int64_t count)
+  Ahead(const T* from, int64_t stride, int64_t rows, int64_t count)
       : from_(from), stride_(stride), rows_(rows), lines_((count + kLine - 1) / kLine) {}
   // Asks for up to `count` more lines.
   void operator()(int64_t count) {
@@ -212,20 +296,22 @@ class Ahead {
   int64_t left() const { return (rows_ - row_) * lines_; }
 
  private:
-  static constexpr int64_t kLine = 64 / sizeof(float);
-  const float* from_;
+  static constexpr int64_t kLine = 64 / sizeof(T);
+  const T* from_;
   int64_t stride_, rows_, lines_, row_ = 0, line_ = 0;
 };
 
-// B of panel q and depths [k0, k1), which lies next to each other along one of the two.
-Ahead part_of_b(const Gemm& g, int64_t q, int64_t k0, int64_t k1) {
+// B of panel q from term `first` on, which lies next to each other along one of the two.
+template <typename T>
+Ahead<T> part_of_b(const Gemm<T>& g, int64_t q, int64_t first, int64_t terms) {
   const int64_t columns = std::min(kColumns, g.n - q * kColumns);
-  const float* from = g.b + k0 * g.b_depth + q * kColumns * g.b_column;
-  if (g.b_depth == 1) return {from, g.b_column, columns, k1 - k0};
-  return {from, g.b_depth, g.b_column == 1 ? k1 - k0 : 0, columns};
+  const T* from = g.b + first * g.b_depth + q * kColumns * g.b_column;
+  if (g.b_depth == 1) return {from, g.b_column, columns, terms};
+  return {from, g.b_depth, g.b_column == 1 ? terms : 0, columns};
 }
 
-int64_t strip_count(const Gemm& g, int64_t threads) {
+template <typename T>
+int64_t strip_count(const Gemm<T>& g, int64_t threads) {
   const int64_t panels = b_panels(g), least = (panels + kStripColumns - 1) / kStripColumns;
   const int64_t count = (least + threads - 1) / threads * threads;  // as many for each thread
   return g.m <= kStripRows && 2 * count <= panels ? count : 0;
@@ -233,21 +319,22 @@ int64_t strip_count(const Gemm& g, int64_t threads) {
 
 // Packs a panel, multiplies all rows of A by it and asks for the next one meanwhile: more of B at a time would not stay
 // in the second cache where rows of B lie a power of two apart, as those of weights do.
-void strips(const Gemm& g, const float* a, int64_t count, int64_t begin, int64_t end) {
+template <typename T>
+void strips(const Gemm<T>& g, const float* a, int64_t count, int64_t begin, int64_t end) {
   const int64_t rows = a_panels(g), panels = b_panels(g);
-  const Chains chains(g.k);
+  const Chains<T> chains(g.k);
   alignas(64) float panel[kColumns * kGemmChain];
   for (int64_t strip = begin; strip < end; strip++) {
     const int64_t q0 = panels * strip / count, q1 = panels * (strip + 1) / count;
     for (int64_t chain = 0; chain < chains.count; chain++) {
-      const int64_t k0 = chains.begin(chain), k1 = chains.begin(chain + 1);
+      const int64_t first = chains.first(chain), terms = chains.terms(chain);
       for (int64_t q = q0; q < q1; q++) {
-        const float* from = g.b + k0 * g.b_depth + q * kColumns * g.b_column;
-        pack_chain<kColumns>(from, g.b_column, g.b_depth, std::min(kColumns, g.n - q * kColumns), k1 - k0, panel);
-        Ahead next = q + 1 < q1                       ? part_of_b(g, q + 1, k0, k1)
-                     : chain + 1 < chains.count       ? part_of_b(g, q0, k1, chains.begin(chain + 2))
-                     : strip + 1 < end && q1 < panels ? part_of_b(g, q1, 0, chains.begin(1))
-                                                      : part_of_b(g, q, 0, 0);
+        const T* from = g.b + first * g.b_depth + q * kColumns * g.b_column;
+        pack_chain<kColumns>(from, g.b_column, g.b_depth, std::min(kColumns, g.n - q * kColumns), terms, panel);
+        Ahead<T> next = q + 1 < q1                       ? part_of_b(g, q + 1, first, terms)
+                        : chain + 1 < chains.count       ? part_of_b(g, q0, first + terms, chains.terms(chain + 1))
+                        : strip + 1 < end && q1 < panels ? part_of_b(g, q1, 0, chains.terms(0))
+                                                         : part_of_b(g, q, 0, 0);
         const int64_t each = next.left() / rows + 1;
         one_chain(g, chains, chain, a, panel, 0, rows, q, q + 1, [&] { next(each); });
       }
@@ -255,10 +342,21 @@ void strips(const Gemm& g, const float* a, int64_t count, int64_t begin, int64_t
   }
 }
 
+template <typename T>
+constexpr GemmKernels<T> kGemmKernels = {.a_panels = a_panels<T>,
+                                         .b_panels = b_panels<T>,
+                                         .packed_a = packed_a<T>,
+                                         .packed_b = packed_b<T>,
+                                         .tasks = tasks<T>,
+                                         .pack_a = pack_a<T>,
+                                         .pack_b = pack_b<T>,
+                                         .products = products<T>,
+                                         .strip_count = strip_count<T>,
+                                         .strips = strips<T>};
+
 }  // namespace
 
-FASTASR_KERNELS_FLOAT(GemmKernels, .a_panels = a_panels, .b_panels = b_panels, .packed_a = packed_a,
-                      .packed_b = packed_b, .tasks = tasks, .pack_a = pack_a, .pack_b = pack_b, .products = products,
-                      .strip_count = strip_count, .strips = strips)
+FASTASR_PROVIDE(GemmKernels, float)
+FASTASR_PROVIDE(GemmKernels, bfloat16)
 
 }  // namespace fastasr::cpu

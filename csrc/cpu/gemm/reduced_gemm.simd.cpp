@@ -13,14 +13,12 @@
 #include <arm_neon.h>
 #endif
 
-#include "cpu/simd/vectors.simd.h"
+#include "cpu/gemm/words.simd.h"
 
 namespace fastasr::cpu {
 namespace {
 
 constexpr int kLanes = Lanes<float>::count;
-using Ints = BitVector<float>;
-using Floats = Vector<float>;
 
 // Two vectors of columns make a tile; its sums take the registers that weights, a broadcast and, without an instruction
 // for the whole, halves of sums leave.
@@ -52,13 +50,6 @@ constexpr int32_t kShift = 0;
 
 constexpr int64_t kBlockBytes = int64_t{1} << 18;  // weights that several rows share while they are in a cache
 
-FASTASR_INLINE Ints broadcast(int32_t v) { return v - Ints{}; }
-FASTASR_INLINE Ints load_words(const int32_t* p) {
-  Ints v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
 struct Int8 {
   using Sum = Ints;
   // Adds the four products of each word: unsigned bytes of x, signed bytes of w.
@@ -87,18 +78,7 @@ struct Int8 {
 
 struct Bf16 {
   using Sum = Floats;
-  FASTASR_INLINE Sum dot(Sum sum, Ints x, Ints w) {
-#if defined(__AVX512BF16__)
-    return reinterpret_cast<Sum>(
-        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w)));
-#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-    return vbfdotq_f32(sum, reinterpret_cast<bfloat16x8_t>(x), reinterpret_cast<bfloat16x8_t>(w));
-#else
-    const Ints high = broadcast(static_cast<int32_t>(0xffff0000u));
-    sum += reinterpret_cast<Sum>(x << 16) * reinterpret_cast<Sum>(w << 16);
-    return sum + reinterpret_cast<Sum>(x & high) * reinterpret_cast<Sum>(w & high);
-#endif
-  }
+  FASTASR_INLINE Sum dot(Sum sum, Ints x, Ints w) { return add_bf16(sum, x, w); }
 };
 
 // Describes a tile: row i of x, and column j of the panel, of which `columns` exist.

@@ -10,9 +10,11 @@
 // context s = starts[b, t] + r:
 //   h = act(am[b, t] + lm[b, s]),   l = W h + bias (a matrix product),   L = log sum_v exp(l_v),
 //   blank = l_blank - L,   symbol = l_y - L with y = symbols[b, s];
-//   HAT: blank = log sigmoid(l_blank), symbol = l_y - L + log sigmoid(-l_blank), L over the other outputs.
+//   HAT: blank = log sigmoid(l_blank), symbol = l_y - L + log sigmoid(-l_blank), L over the other outputs;
+//   the durations of a TDT joiner are outputs behind these tokens, with a softmax of their own.
 // Backward, with gx, gy the gradients of symbol and blank: dl = gx e_y + gy e_blank - (gx + gy) exp(l - L);
 //   HAT: dl = gx e_y - gx exp(l - L) but dl_blank = gy sigmoid(-l_blank) - gx sigmoid(l_blank);
+//   with durations, gz the gradients of theirs and q their softmax: dl_i = gz_i - q_i sum gz;
 //   then dh = dl W, dW = dl^T h (matrix products), and da = dh act' is added to dam[b, t] and dlm[b, s].
 namespace fastasr::cpu {
 
@@ -28,12 +30,27 @@ struct JoinerBand {
   int64_t batch, frames, length, range, outputs;
 };
 
+// What a row of logits holds: the tokens, blank among them, and behind them the durations, if there are any.
+struct JoinerOutputs {
+  int64_t tokens, durations, blank;
+  bool hat;
+  int64_t all;  // tokens + durations
+};
+
+// The forward pass writes these by a row's place; a place has `durations` of the last.
+template <typename C>
+struct JoinerScores {
+  C *symbol, *blank;
+  double* normaliser;
+  C* durations;
+};
+
 // The backward pass reads and writes these. The logits and their gradient go by row, everything else by a row's place.
 template <typename C>
 struct JoinerGradient {
   const C* logits;
   const double* normaliser;
-  const C *gx, *gy;
+  const C *gx, *gy, *gz;
   C* out;  // may be logits
 };
 
@@ -50,12 +67,12 @@ struct JoinerKernels {
   // Applies dropout to rows [begin, end) of x, in place: what is kept follows from a row's place and the channel.
   void (*dropout)(const WeightsDropout& dropout, const JoinerRow* rows, int64_t begin, int64_t end, int64_t channels,
                   C* x);
-  // Computes symbol, blank and L of rows [begin, end), by place.
-  void (*scores)(const C* logits, const JoinerRow* rows, int64_t begin, int64_t end, int64_t outputs, int64_t blank,
-                 bool hat, C* symbol_logprobs, C* blank_logprobs, double* normaliser);
+  // Computes the scores of rows [begin, end).
+  void (*scores)(const C* logits, const JoinerRow* rows, int64_t begin, int64_t end, const JoinerOutputs& outputs,
+                 const JoinerScores<C>& to);
   // Computes dl of rows [begin, end), and their sum in dbias (overwritten).
   void (*logits_gradient)(const JoinerGradient<C>& g, const JoinerRow* rows, int64_t begin, int64_t end,
-                          int64_t outputs, int64_t blank, bool hat, C* dbias);
+                          const JoinerOutputs& outputs, C* dbias);
   // Adds columns [begin, end) of da of all rows, in order, to dam and dlm.
   void (*hidden_gradient)(const C* dhidden, const C* hidden, const JoinerRow* rows, int64_t count, int64_t begin,
                           int64_t end, int64_t channels, bool tanh, C* dam, C* dlm);

@@ -87,26 +87,37 @@ FASTASR_INLINE double sum_of_exp(const C* __restrict x, int64_t begin, int64_t e
   return total;
 }
 
+template <typename C>
+double log_sum_of_exp(const C* x, int64_t n) {
+  const C shift = largest(x, 0, n, -std::numeric_limits<C>::infinity());
+  return static_cast<double>(shift) + std::log(sum_of_exp(x, 0, n, shift));
+}
+
 // log(1 + e^x)
 double softplus(double x) { return std::log1p(std::exp(-std::fabs(x))) + (x > 0 ? x : 0); }
 
 template <typename C>
-void scores(const C* logits, const JoinerRow* rows, int64_t begin, int64_t end, int64_t n, int64_t blank, bool hat,
-            C* px, C* py, double* normaliser) {
+void scores(const C* logits, const JoinerRow* rows, int64_t begin, int64_t end, const JoinerOutputs& o,
+            const JoinerScores<C>& to) {
   constexpr C kNone = -std::numeric_limits<C>::infinity();
+  const int64_t n = o.tokens;
   for (int64_t i = begin; i < end; i++) {
-    const C* x = logits + i * n;
+    const C* x = logits + i * o.all;
     // a HAT leaves blank out, which makes two stretches
-    const int64_t first = hat ? blank : n, second = hat ? blank + 1 : n;
+    const int64_t first = o.hat ? o.blank : n, second = o.hat ? o.blank + 1 : n;
     const C shift = largest(x, second, n, largest(x, 0, first, kNone));
     const double sum = sum_of_exp(x, 0, first, shift) + sum_of_exp(x, second, n, shift);
-    const double total = static_cast<double>(shift) + std::log(sum), z = static_cast<double>(x[blank]);
+    const double total = static_cast<double>(shift) + std::log(sum), z = static_cast<double>(x[o.blank]);
     const int64_t y = rows[i].symbol, place = rows[i].place;
     double symbol = y == JoinerRow::kUnknown ? std::numeric_limits<double>::quiet_NaN() : static_cast<double>(kNone);
-    if (y >= 0 && !(hat && y == blank)) symbol = static_cast<double>(x[y]) - total - (hat ? softplus(z) : 0);
-    px[place] = static_cast<C>(symbol);
-    py[place] = static_cast<C>(hat ? -softplus(-z) : z - total);
-    normaliser[place] = total;
+    if (y >= 0 && !(o.hat && y == o.blank)) symbol = static_cast<double>(x[y]) - total - (o.hat ? softplus(z) : 0);
+    to.symbol[place] = static_cast<C>(symbol);
+    to.blank[place] = static_cast<C>(o.hat ? -softplus(-z) : z - total);
+    to.normaliser[place] = total;
+    if (!o.durations) continue;
+    const double of_durations = log_sum_of_exp(x + n, o.durations);
+    C* out = to.durations + place * o.durations;
+    for (int64_t j = 0; j < o.durations; j++) out[j] = static_cast<C>(static_cast<double>(x[n + j]) - of_durations);
   }
 }
 
@@ -141,10 +152,24 @@ FASTASR_INLINE void softmax_gradient(const GradientRow<C>* rows, int64_t n, C* _
   }
 }
 
+// Writes the gradient of the durations' logits x to d, which may be x, and adds it to dbias.
 template <typename C>
-void logits_gradient(const JoinerGradient<C>& g, const JoinerRow* rows, int64_t begin, int64_t end, int64_t n,
-                     int64_t blank, bool hat, C* dbias) {
-  for (int64_t j = 0; j < n; j++) dbias[j] = 0;
+void durations_gradient(const C* x, const C* gz, int64_t n, C* d, C* dbias) {
+  const double total = log_sum_of_exp(x, n);
+  double sum = 0;
+  for (int64_t j = 0; j < n; j++) sum += static_cast<double>(gz[j]);
+  for (int64_t j = 0; j < n; j++) {
+    const C a = static_cast<C>(static_cast<double>(x[j]) - total);
+    d[j] = static_cast<C>(static_cast<double>(gz[j]) - static_cast<double>(exp_or_zero(a > 0 ? C(0) : a)) * sum);
+    dbias[j] += d[j];
+  }
+}
+
+template <typename C>
+void logits_gradient(const JoinerGradient<C>& g, const JoinerRow* rows, int64_t begin, int64_t end,
+                     const JoinerOutputs& o, C* dbias) {
+  const int64_t n = o.tokens, blank = o.blank;
+  for (int64_t j = 0; j < o.all; j++) dbias[j] = 0;
   double at_blank = 0;
   for (int64_t i = begin; i < end;) {
     const int count = end - i >= 4 ? 4 : 1;
@@ -155,8 +180,8 @@ void logits_gradient(const JoinerGradient<C>& g, const JoinerRow* rows, int64_t 
       const double total = g.normaliser[row.place];
       const C gx = row.symbol == JoinerRow::kNoSymbol ? C(0) : g.gx[row.place], gy = g.gy[row.place];
       const C high = static_cast<C>(total);
-      four[k] = {g.logits + (i + k) * n, g.out + (i + k) * n, high, static_cast<C>(total - static_cast<double>(high)),
-                 hat ? -gx : -(gx + gy)};
+      four[k] = {g.logits + (i + k) * o.all, g.out + (i + k) * o.all, high,
+                 static_cast<C>(total - static_cast<double>(high)), o.hat ? -gx : -(gx + gy)};
       z[k] = four[k].x[blank];  // out may be the same memory
     }
     if (count == 4)
@@ -167,7 +192,7 @@ void logits_gradient(const JoinerGradient<C>& g, const JoinerRow* rows, int64_t 
       const JoinerRow& row = rows[i + k];
       const C gx = row.symbol == JoinerRow::kNoSymbol ? C(0) : g.gx[row.place], gy = g.gy[row.place];
       C* d = four[k].out;
-      if (hat) {
+      if (o.hat) {
         C s, r;
         sigmoid_pair(z[k], &s, &r);
         d[blank] = gy * r - gx * s;
@@ -176,6 +201,7 @@ void logits_gradient(const JoinerGradient<C>& g, const JoinerRow* rows, int64_t 
       }
       if (row.symbol >= 0 && row.symbol != blank) d[row.symbol] += gx, dbias[row.symbol] += gx;
       at_blank += static_cast<double>(d[blank]);
+      if (o.durations) durations_gradient(four[k].x + n, g.gz + row.place * o.durations, o.durations, d + n, dbias + n);
     }
     i += count;
   }
