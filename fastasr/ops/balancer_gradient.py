@@ -21,14 +21,14 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from fastasr.ops._dispatch import FLOATING, Implementation, KernelFamily, Kernels, reason_cpu
+from fastasr.ops._dispatch import FLOATING, Implementation, KernelFamily, Kernels, reason_cpu, registered
 from fastasr.ops._op import op
 
 FLOOR = 1.0e-20  # least u − μ², u, and root mean square of d loss / dx
 
 
 def _load_native() -> Kernels:
-    return Kernels("cpu", torch.ops.fastasr_cpu.balancer_gradient.default, None)
+    return Kernels("cpu", registered("cpu", "balancer_gradient"), None)
 
 
 FAMILY = KernelFamily(

@@ -26,7 +26,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from fastasr.ops import _gemm, _layout
+from fastasr.ops import _dispatch, _gemm, _layout
 from fastasr.ops._dispatch import FLOATING, KernelFamily, Kernels, native_kernels, reason_cpu, triton_kernels
 from fastasr.ops._op import op
 
@@ -44,7 +44,7 @@ class _Passes(Kernels):
 def _load(backend: str) -> _Passes:
     names = [f"nonlin_attention_{name}" for name in ("gate", "operands", "product", "gradient")]
     if backend == "cpu":
-        return _Passes(backend, *(getattr(torch.ops.fastasr_cpu, name).default for name in names))
+        return _Passes(backend, *(_dispatch.registered(backend, name) for name in names))
     module = importlib.import_module("fastasr.kernels.nonlin_attention")
     return _Passes(backend, *(getattr(module, name) for name in names))
 

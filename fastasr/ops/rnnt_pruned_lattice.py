@@ -149,7 +149,7 @@ def _kept_shape(backend: str, a) -> tuple[int, ...]:
     return ((batch + 15) // 16, frames, window + 1, 16) if backend == "cpu" else (batch, frames, window + 1)
 
 
-def _fast(kernels, keep: bool, x, y, starts, boundary, modified: bool, return_occupation: bool):
+def _call(kernels, keep: bool, x, y, starts, boundary, modified: bool, return_occupation: bool):
     scores, shares = kernels.forward(x, y, starts, boundary, modified, keep or return_occupation)
     if not return_occupation:
         return scores, None, None, shares
@@ -166,8 +166,10 @@ def _fast(kernels, keep: bool, x, y, starts, boundary, modified: bool, return_oc
     unread="symbol_logprobs blank_logprobs",
     backward="grad scores shares starts boundary symbol_logprobs.shape[2] modified",
     check=_check,
-    launch=partial(launch, _fast),
-    fast=_fast,
+    launch=partial(launch, _call),
+    fast="_call(_kernels, keep, symbol_logprobs, blank_logprobs, starts, boundary, modified, True) if "
+    "return_occupation else ((found := _kernels.forward(symbol_logprobs, blank_logprobs, starts, boundary, modified, "
+    "keep))[0], None, None, found[1])",  # see rnnt_lattice
 )
 def rnnt_pruned_lattice(
     symbol_logprobs: Annotated[Tensor, "B T R, R >= 1"],
