@@ -4,6 +4,7 @@
 #include <array>
 #include <memory>
 #include <tuple>
+#include <vector>
 
 #include "bindings/dispatch.h"
 
@@ -16,7 +17,19 @@ struct Operands {
   const Tensor &h, &weight;
   const Optional &bias, &causal_weight, &causal_bias, &chunk_scale, &mask, &cache;
   int64_t chunk, delay, activation;
+  std::vector<int64_t> starts = {};  // of packed sequences, and the end of the last
 };
+
+// Returns the starts of packed sequences of these lengths, the rows of h (N, 1, 2 C).
+std::vector<int64_t> starts_of(const std::vector<int64_t>& lengths, const Tensor& h, const char* op) {
+  std::vector<int64_t> starts(1, 0);
+  for (const int64_t length : lengths) {
+    check(length >= 0, op, "lengths");
+    starts.push_back(starts.back() + length);
+  }
+  check(h.dim() == 3 && h.size(1) == 1 && !lengths.empty() && starts.back() == h.size(0), op, "lengths");
+  return starts;
+}
 
 void check_shape(const Optional& t, const Tensor& h, std::initializer_list<int64_t> sizes, const char* op,
                  const char* name) {
@@ -62,6 +75,7 @@ GatedDepthwiseConv<T> checked(const Operands& o, const char* op) {
     check(is_dense(*o.mask, ScalarType::Bool, {batch, frames}), op,
           "padding_mask is not a contiguous bool tensor (B, T)");
   check(o.chunk != 0, op, "chunk_size is 0");
+  const bool packed = !o.starts.empty();
   const int64_t whole = std::max<int64_t>(1, frames);
   return {data<T>(o.h),
           o.h.stride(0),
@@ -74,12 +88,13 @@ GatedDepthwiseConv<T> checked(const Operands& o, const char* op) {
           data_or_null<bool>(o.mask),
           data_or_null<T>(o.cache),
           frames,
-          batch,
+          packed ? static_cast<int64_t>(o.starts.size()) - 1 : batch,
           channels,
           taps,
           past,
           chunked && o.chunk > 0 ? std::min(o.chunk, whole) : whole,
-          static_cast<cpu::GatedActivation>(o.activation)};
+          static_cast<cpu::GatedActivation>(o.activation),
+          packed ? o.starts.data() : nullptr};
 }
 
 Tensor new_like_if(const Optional& t, const Tensor& h) {
@@ -91,9 +106,58 @@ T* mutable_or_null(const Tensor& t, bool wanted) {
   return wanted ? mutable_data<T>(t) : nullptr;
 }
 
-// A thread of its own pays off for this many tasks.
-int64_t grain(int64_t frames, int64_t taps) {
-  return std::max<int64_t>(1, 2 * kGrain / std::max<int64_t>(1, frames * cpu::kGatedStripe * (taps / 8 + 1)));
+// A thread of its own pays off for this many of the tasks into which all frames are cut.
+template <typename T>
+int64_t grain(const GatedDepthwiseConv<T>& conv, int64_t tasks_of_a_stripe, int64_t passes) {
+  const int64_t frames = conv.frames * (conv.starts ? 1 : conv.batch) / std::max<int64_t>(1, tasks_of_a_stripe);
+  return std::max<int64_t>(
+      1, 2 * kGrain / std::max<int64_t>(1, passes * frames * cpu::kGatedStripe * (conv.taps / 8 + 1)));
+}
+
+std::tuple<Tensor, Tensor> forward(const Operands& operands, bool need_cache, const char* op) {
+  const Tensor& h = operands.h;
+  Tensor y = new_without_elements(h), new_cache = y;
+  with_kernel_type(h.scalar_type(), op, [&]<typename T>() {
+    const GatedDepthwiseConv<T> conv = checked<T>(operands, op);
+    y = new_contiguous(h, {h.size(0), h.size(1), conv.channels});
+    if (need_cache) new_cache = new_contiguous(h, {conv.batch, conv.channels, conv.past});
+    T *yp = mutable_data<T>(y), *cp = mutable_or_null<T>(new_cache, need_cache);
+    const auto& kernel = cpu::kernels<cpu::GatedDepthwiseConvForward<T>>();
+    const int64_t stripes = (conv.channels + cpu::kGatedStripe - 1) / cpu::kGatedStripe;
+    parallel_range(stripes * conv.batch, grain(conv, conv.batch, 1),
+                   [&](int64_t b, int64_t e) { kernel.run(conv, yp, cp, b, e); });
+  });
+  return {y, new_cache};
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients backward(const Tensor& grad, const Operands& o, const char* op) {
+  const Tensor& h = o.h;
+  Tensor dh = new_without_elements(h);
+  Tensor dweight = new_like(o.weight), dbias = new_like_if(o.bias, h), dcausal_weight = new_like_if(o.causal_weight, h),
+         dcausal_bias = new_like_if(o.causal_bias, h), dchunk_scale = new_like_if(o.chunk_scale, h),
+         dcache = new_like_if(o.cache, h);
+  with_kernel_type(h.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const GatedDepthwiseConv<T> conv = checked<T>(o, op);
+    check_rows(grad, h, conv.channels, op, "grad");
+    dh = new_contiguous(h, {h.size(0), h.size(1), 2 * conv.channels});
+    const T* gp = data<T>(grad);
+    T *dp = mutable_data<T>(dh), *dcp = mutable_or_null<T>(dcache, o.cache.has_value());
+    const int64_t stripes = (conv.channels + cpu::kGatedStripe - 1) / cpu::kGatedStripe;
+    const auto& kernel = cpu::kernels<cpu::GatedDepthwiseConvBackward<T>>();
+    const int64_t groups = std::min(conv.batch, cpu::kGatedGroups);
+    const std::unique_ptr<C[]> parts(new C[static_cast<size_t>(groups * conv.sums() * conv.channels)]);
+    parallel_range(stripes * groups, grain(conv, groups, 2), [&](int64_t b, int64_t e) {
+      kernel.run(conv, gp, grad.stride(0), grad.stride(1), dp, dcp, parts.get(), groups, b, e);
+    });
+    kernel.reduce(conv, parts.get(), groups, mutable_data<T>(dweight), mutable_or_null<T>(dbias, o.bias.has_value()),
+                  mutable_or_null<T>(dcausal_weight, o.causal_weight.has_value()),
+                  mutable_or_null<T>(dcausal_bias, o.causal_bias.has_value()),
+                  mutable_or_null<T>(dchunk_scale, o.chunk_scale.has_value()));
+  });
+  return {dh, dweight, dbias, dcausal_weight, dcausal_bias, dchunk_scale, dcache};
 }
 
 std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const Tensor& h, const Tensor& weight, const Optional& bias,
@@ -101,55 +165,41 @@ std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const Tensor& h, const T
                                                         const Optional& chunk_scale, const Optional& padding_mask,
                                                         const Optional& cache, int64_t chunk_size, int64_t activation,
                                                         bool need_cache, int64_t delay) {
-  const char* op = "gated_depthwise_conv_forward";
-  const Operands operands{h,     weight,     bias,  causal_weight, causal_bias, chunk_scale, padding_mask,
-                          cache, chunk_size, delay, activation};
-  Tensor y = new_without_elements(h), new_cache = y;
-  with_kernel_type(h.scalar_type(), op, [&]<typename T>() {
-    const GatedDepthwiseConv<T> conv = checked<T>(operands, op);
-    y = new_contiguous(h, {conv.frames, conv.batch, conv.channels});
-    if (need_cache) new_cache = new_contiguous(h, {conv.batch, conv.channels, conv.past});
-    T *yp = mutable_data<T>(y), *cp = mutable_or_null<T>(new_cache, need_cache);
-    const auto& kernel = cpu::kernels<cpu::GatedDepthwiseConvForward<T>>();
-    const int64_t stripes = (conv.channels + cpu::kGatedStripe - 1) / cpu::kGatedStripe;
-    parallel_range(stripes * conv.batch, grain(conv.frames, conv.taps),
-                   [&](int64_t b, int64_t e) { kernel.run(conv, yp, cp, b, e); });
-  });
-  return {y, new_cache};
+  return forward(
+      {h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, delay, activation},
+      need_cache, "gated_depthwise_conv_forward");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_depthwise_conv_backward(
-    const Tensor& grad, const Tensor& h, const Tensor& weight, const Optional& bias, const Optional& causal_weight,
-    const Optional& causal_bias, const Optional& chunk_scale, const Optional& padding_mask, const Optional& cache,
-    int64_t chunk_size, int64_t activation, int64_t delay) {
-  const char* op = "gated_depthwise_conv_backward";
-  const Operands operands{h,     weight,     bias,  causal_weight, causal_bias, chunk_scale, padding_mask,
-                          cache, chunk_size, delay, activation};
-  Tensor dh = new_without_elements(h);
-  Tensor dweight = new_like(weight), dbias = new_like_if(bias, h), dcausal_weight = new_like_if(causal_weight, h),
-         dcausal_bias = new_like_if(causal_bias, h), dchunk_scale = new_like_if(chunk_scale, h),
-         dcache = new_like_if(cache, h);
-  with_kernel_type(h.scalar_type(), op, [&]<typename T>() {
-    using C = cpu::compute_t<T>;
-    const GatedDepthwiseConv<T> conv = checked<T>(operands, op);
-    check_rows(grad, h, conv.channels, op, "grad");
-    dh = new_contiguous(h, {conv.frames, conv.batch, 2 * conv.channels});
-    const T* gp = data<T>(grad);
-    T *dp = mutable_data<T>(dh), *dcp = mutable_or_null<T>(dcache, cache.has_value());
-    const int64_t stripes = (conv.channels + cpu::kGatedStripe - 1) / cpu::kGatedStripe;
-    const auto& kernel = cpu::kernels<cpu::GatedDepthwiseConvBackward<T>>();
-    const int64_t groups = std::min(conv.batch, cpu::kGatedGroups);
-    const std::unique_ptr<C[]> parts(new C[static_cast<size_t>(groups * conv.sums() * conv.channels)]);
-    parallel_range(stripes * groups, grain(2 * conv.frames * conv.batch / std::max<int64_t>(1, groups), conv.taps),
-                   [&](int64_t b, int64_t e) {
-                     kernel.run(conv, gp, grad.stride(0), grad.stride(1), dp, dcp, parts.get(), groups, b, e);
-                   });
-    kernel.reduce(conv, parts.get(), groups, mutable_data<T>(dweight), mutable_or_null<T>(dbias, bias.has_value()),
-                  mutable_or_null<T>(dcausal_weight, causal_weight.has_value()),
-                  mutable_or_null<T>(dcausal_bias, causal_bias.has_value()),
-                  mutable_or_null<T>(dchunk_scale, chunk_scale.has_value()));
-  });
-  return {dh, dweight, dbias, dcausal_weight, dcausal_bias, dchunk_scale, dcache};
+Gradients gated_depthwise_conv_backward(const Tensor& grad, const Tensor& h, const Tensor& weight, const Optional& bias,
+                                        const Optional& causal_weight, const Optional& causal_bias,
+                                        const Optional& chunk_scale, const Optional& padding_mask,
+                                        const Optional& cache, int64_t chunk_size, int64_t activation, int64_t delay) {
+  return backward(
+      grad,
+      {h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, chunk_size, delay, activation},
+      "gated_depthwise_conv_backward");
+}
+
+// The plain form for sequences of these lengths, which lie one after the other as rows of h (N, 1, 2 C). Returns y (N,
+// 1, C).
+Tensor gated_depthwise_conv_packed_forward(const Tensor& h, const Tensor& weight, const Optional& bias,
+                                           std::vector<int64_t> lengths, int64_t activation, int64_t delay) {
+  const char* op = "gated_depthwise_conv_packed_forward";
+  const Optional none;
+  return std::get<0>(forward(
+      {h, weight, bias, none, none, none, none, none, -1, delay, activation, starts_of(lengths, h, op)}, false, op));
+}
+
+// Returns dh, dweight and dbias, which has no elements without a bias.
+std::tuple<Tensor, Tensor, Tensor> gated_depthwise_conv_packed_backward(const Tensor& grad, const Tensor& h,
+                                                                        const Tensor& weight, const Optional& bias,
+                                                                        std::vector<int64_t> lengths,
+                                                                        int64_t activation, int64_t delay) {
+  const char* op = "gated_depthwise_conv_packed_backward";
+  const Optional none;
+  const Gradients found = backward(
+      grad, {h, weight, bias, none, none, none, none, none, -1, delay, activation, starts_of(lengths, h, op)}, op);
+  return {std::get<0>(found), std::get<1>(found), std::get<2>(found)};
 }
 
 }  // namespace
@@ -163,6 +213,12 @@ FASTASR_OPERATORS(
      "Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, int activation, "
      "int "
      "delay) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-     TORCH_BOX(&gated_depthwise_conv_backward)})
+     TORCH_BOX(&gated_depthwise_conv_backward)},
+    {"gated_depthwise_conv_packed_forward(Tensor h, Tensor weight, Tensor? bias, int[] lengths, int activation, "
+     "int delay) -> Tensor",
+     TORCH_BOX(&gated_depthwise_conv_packed_forward)},
+    {"gated_depthwise_conv_packed_backward(Tensor grad, Tensor h, Tensor weight, Tensor? bias, int[] lengths, "
+     "int activation, int delay) -> (Tensor, Tensor, Tensor)",
+     TORCH_BOX(&gated_depthwise_conv_packed_backward)})
 
 }  // namespace fastasr

@@ -172,6 +172,163 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backwar
   return {dq, dk, dv, dpos, du, dw};
 }
 
+// Sequences that lie one after the other as rows (N, heads, dim) of q, k and v, each of which sees itself. The longest
+// has all rows of pos, the others its middle ones.
+template <typename T>
+struct PackedSequences {
+  struct One {
+    RelAttention r;
+    RelAttentionOperands<T> t;
+    int64_t first;  // row
+    cpu::KeyRange range;
+  };
+  std::vector<One> all;  // the longest first, so that equal lengths are neighbours; without those of no rows
+
+  PackedSequences(const RelAttentionTensors& t, const std::vector<int64_t>& lengths, const char* op) {
+    check(t.q.dim() == 3 && t.v.dim() == 3 && t.q.size(1) > 0 && t.q.size(2) > 0 && t.v.size(2) > 0, op,
+          "sizes of q or v");
+    const int64_t rows = t.q.size(0), heads = t.q.size(1), dim = t.q.size(2), value_dim = t.v.size(2);
+    const auto check_sizes = [&](const Tensor& x, std::initializer_list<int64_t> sizes, const char* name) {
+      check_like(x, t.q, op, name);
+      check(x.is_contiguous() && has_sizes(x, sizes), op, "sizes or strides of ", name);
+    };
+    int64_t longest = 0, end = 0;
+    for (const int64_t length : lengths) {
+      check(length >= 0, op, "lengths");
+      longest = std::max(longest, length), end += length;
+    }
+    check(end == rows && longest > 0, op, "lengths");
+    check_sizes(t.q, {rows, heads, dim}, "q");
+    check_sizes(t.k, {rows, heads, dim}, "k");
+    check_sizes(t.v, {rows, heads, value_dim}, "v");
+    check_sizes(t.pos, {2 * longest - 1, heads, dim}, "pos");
+    check_sizes(t.bias_u, {heads, dim}, "bias_u");
+    check_sizes(t.bias_v, {heads, dim}, "bias_v");
+    check(t.dropout_p >= 0 && t.dropout_p < 1, op, "dropout_p");
+    const int64_t* seeds = nullptr;
+    if (t.dropout_p > 0) {
+      check(t.seed.has_value() && is_dense(*t.seed, ScalarType::Long, {static_cast<int64_t>(lengths.size())}), op,
+            "dropout_seeds");
+      seeds = data<int64_t>(*t.seed);
+    }
+    const RelAttentionOperands<T> operands = t.operands<T>();
+    int64_t first = 0;
+    for (size_t i = 0; i < lengths.size(); first += lengths[i++]) {
+      if (!lengths[i]) continue;
+      One one{{}, operands, first, {0, lengths[i], -1}};
+      AttentionProblem& a = one.r.problem;
+      a.batch = a.pos_batch = 1, a.frames = lengths[i], a.heads = heads, a.query_dim = a.pos_dim = dim;
+      a.chunk = a.left_chunks = -1, one.r.value_dim = value_dim;
+      one.t.q += first * heads * dim, one.t.k += first * heads * dim, one.t.v += first * heads * value_dim;
+      one.t.pos += (longest - lengths[i]) * heads * dim;
+      if (seeds)
+        one.r.dropout = {static_cast<uint64_t>(seeds[i]), static_cast<int32_t>(t.dropout_p * 0x1p31),
+                         1 / (1 - t.dropout_p)};
+      all.push_back(one);
+    }
+    std::stable_sort(all.begin(), all.end(), [](const One& x, const One& y) { return frames(x) > frames(y); });
+  }
+
+  static int64_t frames(const One& one) { return one.r.problem.frames; }
+  int64_t count() const { return static_cast<int64_t>(all.size()); }
+  const One& operator[](int64_t i) const { return all[static_cast<size_t>(i)]; }
+  // A thread of its own pays off for this many tasks, of `tasks`.
+  int64_t grain(int64_t tasks) const {
+    int64_t pairs = 0;
+    for (const One& one : all) pairs += frames(one) * frames(one);
+    return std::max<int64_t>(1, kGrain * tasks / std::max<int64_t>(1, pairs * all[0].r.problem.heads));
+  }
+};
+
+Tensor rel_attention_packed_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos,
+                                    const Tensor& bias_u, const Tensor& bias_v, const Optional& dropout_seeds,
+                                    std::vector<int64_t> lengths, double dropout_p) {
+  const char* op = "rel_attention_packed_forward";
+  const Optional none;
+  const RelAttentionTensors tensors{q, k, v, pos, bias_u, bias_v, none, none, dropout_seeds, dropout_p, -1, -1, 1};
+  Tensor y = new_contiguous(v);
+  with_kernel_type(q.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
+    const PackedSequences<T> sequences(tensors, lengths, op);
+    const RelAttention& longest = sequences[0].r;
+    const int64_t heads = longest.problem.heads, count = sequences.count();
+    const int64_t kt_size = longest.keys_transposed_size(), v_size = longest.values_size();
+    const int64_t rt_size = longest.positions_transposed_size();
+    T* yp = mutable_data<T>(y);
+    parallel_range(heads * count, sequences.grain(heads * count), [&](int64_t begin, int64_t end) {
+      const Scratch<C> workspace(kt_size + v_size + rt_size), scratch(longest.forward_scratch());
+      const Scratch<C> lse(heads * longest.problem.frames);  // which the backward pass computes again
+      C *const kt = workspace.data(), *const values = kt + kt_size, *const rt = values + v_size;
+      int64_t packed = 0;  // frames of the sequence whose positions are packed
+      for (int64_t i = begin; i < end; i++) {
+        const auto& [r, t, first, range] = sequences[i % count];
+        const int64_t head = i / count, frames = r.problem.frames;
+        if (i % count == 0 || frames != packed) kernel.pack_positions(r, t, head, rt, nullptr), packed = frames;
+        kernel.pack_keys(r, t, head, kt, values);
+        for (int64_t from = 0; from < frames; from += cpu::kRelAttentionQueries)
+          kernel.forward(r, &range, t, kt, values, rt, head, from, std::min(from + cpu::kRelAttentionQueries, frames),
+                         yp + first * heads * r.value_dim, lse.data(), scratch.data());
+      }
+    });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_packed_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos, const Tensor& bias_u,
+    const Tensor& bias_v, const Optional& dropout_seeds, std::vector<int64_t> lengths, double dropout_p) {
+  const char* op = "rel_attention_packed_backward";
+  const Optional none;
+  const RelAttentionTensors tensors{q, k, v, pos, bias_u, bias_v, none, none, dropout_seeds, dropout_p, -1, -1, 1};
+  check_like(grad, v, op, "grad");
+  check_same_size(grad, v, op, "grad");
+  Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v), dpos = new_like(pos);
+  Tensor du = new_like(bias_u), dw = new_like(bias_v);
+  with_kernel_type(q.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
+    const PackedSequences<T> sequences(tensors, lengths, op);
+    const RelAttention& longest = sequences[0].r;
+    const int64_t heads = longest.problem.heads, count = sequences.count(), dim = longest.problem.query_dim;
+    // Parts of the sequences have sums of their own. Their number depends on the shape.
+    const int64_t parts = std::clamp<int64_t>((32 + heads - 1) / heads, 1, count), tasks = heads * parts;
+    const int64_t rt_size = longest.positions_transposed_size(), r_size = longest.positions_size(), width = 2 * dim;
+    const Scratch<C> workspace(tasks * r_size);
+    const Scratch<double> biases(tasks * width);
+    C* const sums = workspace.data();
+    const T* gp = data<T>(grad);
+    T *dqp = mutable_data<T>(dq), *dkp = mutable_data<T>(dk), *dvp = mutable_data<T>(dv);
+    parallel_range(tasks, sequences.grain(tasks), [&](int64_t begin, int64_t end) {
+      const Scratch<C> positions(rt_size + r_size), scratch(longest.backward_scratch());
+      C *const rt = positions.data(), *const rows = rt + rt_size;
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t head = i / parts;
+        C* const own = sums + i * r_size;
+        std::fill_n(own, r_size, C(0));
+        std::fill_n(biases.data() + i * width, width, 0.0);
+        int64_t packed = 0;
+        for (int64_t s = i % parts; s < count; s += parts) {
+          const auto& [r, t, first, range] = sequences[s];
+          const int64_t frames = r.problem.frames, at = first * heads;
+          if (frames != packed) kernel.pack_positions(r, t, head, rt, rows), packed = frames;
+          kernel.backward(r, &range, gp + at * r.value_dim, t, rt, rows, head, dqp + at * dim, dkp + at * dim,
+                          dvp + at * r.value_dim,
+                          {own + (longest.problem.frames - frames) * r.dim(), biases.data() + i * width},
+                          scratch.data());
+        }
+      }
+    });
+    T *pp = mutable_data<T>(dpos), *up = mutable_data<T>(du), *wp = mutable_data<T>(dw);
+    parallel_range(heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t h = begin; h < end; h++)
+        kernel.store_sums(longest, {sums + h * parts * r_size, biases.data() + h * parts * width}, parts, h, pp, up,
+                          wp);
+    });
+  });
+  return {dq, dk, dv, dpos, du, dw};
+}
+
 }  // namespace
 
 FASTASR_OPERATORS(
@@ -182,6 +339,13 @@ FASTASR_OPERATORS(
     {"rel_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, "
      "Tensor bias_v, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, Tensor out, "
      "Tensor lse, float dropout_p, int left, int right, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-     TORCH_BOX(&rel_attention_backward)})
+     TORCH_BOX(&rel_attention_backward)},
+    {"rel_attention_packed_forward(Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, Tensor bias_v, "
+     "Tensor? dropout_seeds, int[] lengths, float dropout_p) -> Tensor",
+     TORCH_BOX(&rel_attention_packed_forward)},
+    {"rel_attention_packed_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, "
+     "Tensor bias_v, Tensor? dropout_seeds, int[] lengths, float dropout_p) -> (Tensor, Tensor, Tensor, Tensor, "
+     "Tensor, Tensor)",
+     TORCH_BOX(&rel_attention_packed_backward)})
 
 }  // namespace fastasr

@@ -16,7 +16,23 @@ using cpu::Swoosh;
 struct MaskLayout {
   Mask kind = Mask::none;
   int64_t rows = 1, row_elements = 0, rows_per_mask_row = 1, mask_row_elements = 0;
+  const int64_t* mask_row = nullptr;  // of every row of x, if given
 };
+
+// x is rows (N, ...) of sequences that lie one after the other: `sequence` (N) says to which row of the mask each
+// belongs.
+MaskLayout packed_layout(const Tensor& x, const Tensor& mask, const Tensor& sequence, const char* op) {
+  check_like(x, x, op, "x");
+  check_like(mask, x, op, "mask");
+  check(x.dim() > 0 && mask.dim() > 0 && is_dense(sequence, ScalarType::Long, {x.size(0)}), op, "sequence");
+  MaskLayout layout{Mask::elementwise, x.size(0), 0, 1, 0, data<int64_t>(sequence)};
+  layout.row_elements = layout.rows ? x.numel() / layout.rows : 0;
+  layout.mask_row_elements = layout.row_elements;
+  check(mask.numel() == mask.size(0) * layout.row_elements, op, "mask has another number of elements");
+  for (int64_t r = 0; r < layout.rows; r++)
+    check(layout.mask_row[r] >= 0 && layout.mask_row[r] < mask.size(0), op, "sequence");
+  return layout;
+}
 
 MaskLayout mask_layout(const Tensor& x, const std::optional<Tensor>& mask, int64_t shared_dim, const char* op) {
   MaskLayout layout;
@@ -51,7 +67,7 @@ MaskLayout mask_layout(const Tensor& x, const std::optional<Tensor>& mask, int64
 // Calls f(offset in x, offset in the mask, elements) over pieces of rows.
 template <typename F>
 void for_each_piece(const MaskLayout& m, const F& f) {
-  if (m.rows == 1) {
+  if (m.rows == 1 && !m.mask_row) {
     const bool moving = m.kind == Mask::elementwise;
     parallel_range(m.row_elements, kGrain, [&](int64_t b, int64_t e) { f(b, moving ? b : 0, e - b); });
     return;
@@ -59,13 +75,12 @@ void for_each_piece(const MaskLayout& m, const F& f) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, m.row_elements));
   parallel_range(m.rows, grain, [&](int64_t b, int64_t e) {
     for (int64_t r = b; r < e; r++)
-      f(r * m.row_elements, r / m.rows_per_mask_row * m.mask_row_elements, m.row_elements);
+      f(r * m.row_elements, (m.mask_row ? m.mask_row[r] : r / m.rows_per_mask_row) * m.mask_row_elements,
+        m.row_elements);
   });
 }
 
-Tensor swoosh_forward(const Tensor& x, bool swoosh_r, const std::optional<Tensor>& mask, int64_t shared_dim) {
-  check_like(x, x, "swoosh_forward", "x");
-  const MaskLayout layout = mask_layout(x, mask, shared_dim, "swoosh_forward");
+Tensor forward(const Tensor& x, bool swoosh_r, const std::optional<Tensor>& mask, const MaskLayout& layout) {
   Tensor y = new_pooled_like(x);
   with_kernel_type(x.scalar_type(), "swoosh_forward", [&]<typename T>() {
     const T* xp = data<T>(x);
@@ -79,9 +94,17 @@ Tensor swoosh_forward(const Tensor& x, bool swoosh_r, const std::optional<Tensor
   return y;
 }
 
+Tensor swoosh_forward(const Tensor& x, bool swoosh_r, const std::optional<Tensor>& mask, int64_t shared_dim) {
+  check_like(x, x, "swoosh_forward", "x");
+  return forward(x, swoosh_r, mask, mask_layout(x, mask, shared_dim, "swoosh_forward"));
+}
+
+Tensor swoosh_packed_forward(const Tensor& x, bool swoosh_r, const Tensor& mask, const Tensor& sequence) {
+  return forward(x, swoosh_r, mask, packed_layout(x, mask, sequence, "swoosh_packed_forward"));
+}
+
 void backward_into(const Tensor& grad, const Tensor& x, bool swoosh_r, const std::optional<Tensor>& mask,
-                   int64_t shared_dim, const Tensor& dx, const Tensor* y) {
-  const MaskLayout layout = mask_layout(x, mask, shared_dim, "swoosh_backward");
+                   const MaskLayout& layout, const Tensor& dx, const Tensor* y) {
   with_kernel_type(x.scalar_type(), "swoosh_backward", [&]<typename T>() {
     const T* gp = data<T>(grad);
     const T* xp = data<T>(x);
@@ -102,7 +125,17 @@ std::tuple<Tensor, Tensor> swoosh_backward(const Tensor& grad, const Tensor& x, 
   check_same_size(grad, x, "swoosh_backward", "grad");
   Tensor dx = new_pooled_like(x);
   Tensor y = need_output ? new_pooled_like(x) : new_without_elements(x);
-  backward_into(grad, x, swoosh_r, mask, shared_dim, dx, need_output ? &y : nullptr);
+  const MaskLayout layout = mask_layout(x, mask, shared_dim, "swoosh_backward");
+  backward_into(grad, x, swoosh_r, mask, layout, dx, need_output ? &y : nullptr);
+  return {dx, y};
+}
+
+std::tuple<Tensor, Tensor> swoosh_packed_backward(const Tensor& grad, const Tensor& x, bool swoosh_r,
+                                                  const Tensor& mask, const Tensor& sequence) {
+  const MaskLayout layout = packed_layout(x, mask, sequence, "swoosh_packed_backward");
+  check_same_size(grad, x, "swoosh_packed_backward", "grad");
+  Tensor dx = new_pooled_like(x), y = new_pooled_like(x);
+  backward_into(grad, x, swoosh_r, mask, layout, dx, &y);
   return {dx, y};
 }
 
@@ -112,6 +145,10 @@ FASTASR_OPERATORS(
     {"swoosh_forward(Tensor x, bool swoosh_r, Tensor? mask, int shared_dim) -> Tensor", TORCH_BOX(&swoosh_forward)},
     {"swoosh_backward(Tensor grad, Tensor x, bool swoosh_r, Tensor? mask, int shared_dim, bool need_output) -> "
      "(Tensor, Tensor)",
-     TORCH_BOX(&swoosh_backward)})
+     TORCH_BOX(&swoosh_backward)},
+    {"swoosh_packed_forward(Tensor x, bool swoosh_r, Tensor mask, Tensor sequence) -> Tensor",
+     TORCH_BOX(&swoosh_packed_forward)},
+    {"swoosh_packed_backward(Tensor grad, Tensor x, bool swoosh_r, Tensor mask, Tensor sequence) -> (Tensor, Tensor)",
+     TORCH_BOX(&swoosh_packed_backward)})
 
 }  // namespace fastasr

@@ -2,6 +2,7 @@
 #include "cpu/gemm/weighted_values.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
@@ -49,8 +50,51 @@ Tensor weighted_values(Tensor weights, Tensor values) {
   return out;
 }
 
+// Does the same for sequences that lie one after the other as rows of values (N, 1, heads dim), with weights (heads, 1,
+// T, T) of each.
+Tensor weighted_values_packed(std::vector<Tensor> weights, Tensor values) {
+  const char* op = "weighted_values_packed";
+  const auto& kernel = cpu::kernels<cpu::WeightedValues>();
+  check_like(values, values, op, "values");
+  check(values.dim() == 3 && values.size(1) == 1 && !weights.empty() && values.scalar_type() == ScalarType::Float, op,
+        "values");
+  const int64_t count = static_cast<int64_t>(weights.size()), heads = weights[0].size(0), width = values.size(2);
+  check(heads > 0 && width % heads == 0, op, "values");
+  const int64_t columns = width / heads;
+  std::vector<int64_t> starts(1, 0);
+  int64_t longest = 0, work = 0;
+  for (const Tensor& w : weights) {
+    const int64_t frames = w.dim() == 4 ? w.size(2) : 0;
+    check(w.is_cpu() && w.scalar_type() == ScalarType::Float && has_sizes(w, {heads, 1, frames, frames}) &&
+              (w.stride(3) == 1 || frames <= 1),
+          op, "weights");
+    longest = std::max(longest, frames), work += frames * frames;
+    starts.push_back(starts.back() + frames);
+  }
+  check(starts.back() == values.size(0), op, "lengths");
+  const Tensor out = new_contiguous(values);
+  const float* v = data<float>(values);
+  float* const y = mutable_data<float>(out);
+  const int64_t grain = std::max<int64_t>(1, kGrain * count / std::max<int64_t>(1, work));
+  parallel_range(heads * count, grain, [&](int64_t begin, int64_t end) {
+    const Scratch<float> packed(std::max<int64_t>(1, cpu::packed_values_size(longest, columns)));
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t head = i / count, at = starts[static_cast<size_t>(i % count)] * width + head * columns;
+      const Tensor& w = weights[static_cast<size_t>(i % count)];
+      const int64_t frames = w.size(2);
+      kernel.pack(v + at, width, frames, columns, packed.data());
+      for (int64_t first = 0; first < frames; first += kRows)
+        kernel.run(data<float>(w) + head * w.stride(0) + first * w.stride(2), w.stride(2),
+                   std::min(kRows, frames - first), frames, packed.data(), columns, y + at + first * width, width);
+    }
+  });
+  return out;
+}
+
 }  // namespace
 
-FASTASR_OPERATORS({"weighted_values(Tensor weights, Tensor values) -> Tensor", TORCH_BOX(&weighted_values)})
+FASTASR_OPERATORS({"weighted_values(Tensor weights, Tensor values) -> Tensor", TORCH_BOX(&weighted_values)},
+                  {"weighted_values_packed(Tensor[] weights, Tensor values) -> Tensor",
+                   TORCH_BOX(&weighted_values_packed)})
 
 }  // namespace fastasr

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/attention/zipformer_attention_weights.h"
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
 #include "bindings/attention_problem.h"
+#include "cpu/attention/attention_tiles.h"
 
 namespace fastasr {
 namespace {
@@ -126,6 +128,158 @@ std::tuple<Tensor, Tensor, Tensor> zipformer_attention_weights_backward(
   return {dx, dpos, dcached};
 }
 
+// Sequences that lie one after the other as rows of x (N, 1, width), each of which sees itself. The longest has all
+// rows of pos, the others its middle ones.
+struct PackedProblem {
+  struct One {
+    AttentionProblem a;
+    int64_t first, index;  // row; number among the sequences that have rows
+    cpu::KeyRange range;
+  };
+  std::vector<One> all;  // the longest first, so that equal lengths are neighbours
+
+  PackedProblem(const Tensor& x, const Optional& pos, const std::vector<int64_t>& lengths, int64_t heads,
+                int64_t query_dim, int64_t chunk, int64_t left_chunks, const char* op) {
+    check_like(x, x, op, "x");
+    check(x.dim() == 3 && x.size(1) == 1 && heads > 0 && query_dim > 0 && x.size(2) % heads == 0, op, "sizes of x");
+    AttentionProblem a{};
+    a.batch = 1, a.heads = heads, a.query_dim = query_dim, a.pos_dim = x.size(2) / heads - 2 * query_dim;
+    a.chunk = chunk, a.left_chunks = left_chunks;
+    check(a.pos_dim >= 0, op, "x has too few channels");
+    int64_t first = 0;
+    for (const int64_t length : lengths) {
+      check(length >= 0, op, "lengths");
+      a.frames = length;
+      if (length) all.push_back({a, first, static_cast<int64_t>(all.size()), {0, length, -1}});
+      first += length;
+    }
+    check(first == x.size(0) && !all.empty(), op, "lengths");
+    std::stable_sort(all.begin(), all.end(), [](const One& s, const One& t) { return s.a.frames > t.a.frames; });
+    if (!pos.has_value()) return;
+    check_like(*pos, x, op, "pos");
+    check(has_sizes(*pos, {1, longest().offsets(), heads * a.pos_dim}), op, "sizes of pos");
+    for (One& one : all) one.a.pos_batch = a.pos_dim > 0 ? 1 : 0;
+  }
+
+  const AttentionProblem& longest() const { return all[0].a; }
+  int64_t count() const { return static_cast<int64_t>(all.size()); }
+  const One& operator[](int64_t i) const { return all[static_cast<size_t>(i)]; }
+  // Rows of R between its first one and that of a sequence.
+  int64_t shift(const AttentionProblem& a) const { return longest().frames - a.frames; }
+  // A thread of its own pays off for this many tasks, of `tasks`.
+  int64_t grain(int64_t tasks) const {
+    int64_t pairs = 0;
+    for (const One& one : all) pairs += one.a.frames * one.a.frames;
+    return std::max<int64_t>(1, kGrain * tasks / std::max<int64_t>(1, pairs * longest().heads));
+  }
+};
+
+// Returns W (heads, 1, T, T) of each sequence that has rows.
+std::vector<Tensor> zipformer_attention_weights_packed_forward(Tensor x, Optional pos, std::vector<int64_t> lengths,
+                                                               int64_t heads, int64_t query_dim, int64_t chunk,
+                                                               int64_t left_chunks) {
+  const char* op = "zipformer_attention_weights_packed_forward";
+  const PackedProblem problem(x, pos, lengths, heads, query_dim, chunk, left_chunks, op);
+  const int64_t count = problem.count();
+  std::vector<Tensor> weights(static_cast<size_t>(count), x);
+  for (const auto& one : problem.all) weights[static_cast<size_t>(one.index)] = new_weights(one.a, x);
+  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
+    const AttentionProblem& longest = problem.longest();
+    const T *xp = data<T>(x), *pp = longest.pos_batch ? data<T>(*pos) : nullptr;
+    parallel_range(heads * count, problem.grain(heads * count), [&](int64_t begin, int64_t end) {
+      const Scratch<C> kt(longest.keys_transposed_size()), rt(longest.positions_size() + 1);
+      const Scratch<C> scratch(longest.forward_scratch());
+      int64_t packed = 0;  // frames of the sequence whose positions are packed
+      for (int64_t i = begin; i < end; i++) {
+        const auto& [a, first, index, range] = problem[i % count];
+        const int64_t head = i / count;
+        const Tensor& w = weights[static_cast<size_t>(index)];
+        if (pp && (i % count == 0 || a.frames != packed)) {
+          kernel.pack_positions(a, pp + problem.shift(a) * heads * a.pos_dim, head, 0, rt.data());
+          packed = a.frames;
+        }
+        const T* own = xp + first * a.width();
+        kernel.pack_keys(a, own, nullptr, head, kt.data(), nullptr);
+        kernel.forward(a, &range, own, kt.data(), pp ? rt.data() : nullptr, head, 0, a.frames,
+                       mutable_data<T>(w) + head * w.stride(0), w.stride(2), scratch.data());
+      }
+    });
+  });
+  return weights;
+}
+
+// Returns dx and dpos, which has no elements without positions.
+std::tuple<Tensor, Tensor> zipformer_attention_weights_packed_backward(
+    std::vector<Tensor> grads, std::vector<Tensor> weights, Tensor x, Optional pos, std::vector<int64_t> lengths,
+    int64_t heads, int64_t query_dim, int64_t chunk, int64_t left_chunks, double penalty, double limit) {
+  const char* op = "zipformer_attention_weights_packed_backward";
+  PackedProblem problem(x, pos, lengths, heads, query_dim, chunk, left_chunks, op);
+  const int64_t count = problem.count();
+  check(static_cast<int64_t>(grads.size()) == count && static_cast<int64_t>(weights.size()) == count, op,
+        "weights of other recordings");
+  for (auto& one : problem.all) {
+    one.a.penalty = penalty, one.a.limit = limit;
+    check_weights(weights[static_cast<size_t>(one.index)], one.a, x, op, "weights");
+    check_weights(grads[static_cast<size_t>(one.index)], one.a, x, op, "grad");
+  }
+  Tensor dx = new_like(x), dpos = pos.has_value() ? new_like(*pos) : new_without_elements(x);
+  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+    using C = cpu::compute_t<T>;
+    const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
+    const AttentionProblem& longest = problem.longest();
+    const T *xp = data<T>(x), *pp = longest.pos_batch ? data<T>(*pos) : nullptr;
+    T* dxp = mutable_data<T>(dx);
+    // Parts of the sequences have sums of dR of their own. Their number depends on the shape.
+    const int64_t parts = std::clamp<int64_t>((32 + heads - 1) / heads, 1, count), tasks = heads * parts;
+    const int64_t offsets = longest.offsets(), size = longest.pos_dim * offsets;
+    const Scratch<double> sums(std::max<int64_t>(1, tasks * size));  // (heads, parts, pos_dim, offsets)
+    parallel_range(tasks, problem.grain(tasks), [&](int64_t begin, int64_t end) {
+      const Scratch<C> kt(longest.keys_transposed_size()), rows(longest.key_rows_size()), dk(longest.key_rows_size());
+      const Scratch<C> rt(longest.positions_size() + 1), drt(longest.positions_size() + 1);
+      const Scratch<C> scratch(longest.backward_scratch());
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t head = i / parts;
+        double* const sum = sums.data() + i * size;
+        std::fill_n(sum, size, 0.0);
+        int64_t packed = 0;
+        for (int64_t s = i % parts; s < count; s += parts) {
+          const auto& [a, first, index, range] = problem[s];
+          const Tensor &w = weights[static_cast<size_t>(index)], &g = grads[static_cast<size_t>(index)];
+          if (pp && a.frames != packed) {
+            kernel.pack_positions(a, pp + problem.shift(a) * heads * a.pos_dim, head, 0, rt.data());
+            packed = a.frames;
+          }
+          const T* own = xp + first * a.width();
+          T* const to = dxp + first * a.width();
+          kernel.pack_keys(a, own, nullptr, head, kt.data(), rows.data());
+          kernel.backward(a, &range, own, data<T>(w) + head * w.stride(0), w.stride(2), data<T>(g) + head * g.stride(0),
+                          g.stride(2), kt.data(), rows.data(), pp ? rt.data() : nullptr, head, 0, a.frames, to,
+                          dk.data(), pp ? drt.data() : nullptr, scratch.data());
+          kernel.store_keys(a, dk.data(), 1, head, to, nullptr);
+          if (!pp) continue;
+          for (int64_t d = 0; d < a.pos_dim; d++) {
+            const C* from = drt.data() + d * a.padded_offsets() + cpu::kAttentionMargin;
+            double* const at = sum + d * offsets + problem.shift(a);
+            for (int64_t r = 0; r < a.offsets(); r++) at[r] += static_cast<double>(from[r]);
+          }
+        }
+      }
+    });
+    if (!pos.has_value()) return;
+    T* dpp = mutable_data<T>(dpos);
+    for (int64_t k = 0; k < heads * longest.pos_dim; k++)
+      for (int64_t r = 0; r < offsets; r++) {
+        const int64_t head = k / longest.pos_dim, d = k % longest.pos_dim;
+        double sum = 0;
+        for (int64_t part = 0; part < parts; part++) sum += sums.data()[(head * parts + part) * size + d * offsets + r];
+        cpu::store(&dpp[r * heads * longest.pos_dim + k], static_cast<C>(sum));
+      }
+  });
+  return {dx, dpos};
+}
+
 }  // namespace
 
 FASTASR_OPERATORS({"zipformer_attention_weights_forward(Tensor x, Tensor? pos, Tensor? cached_key, "
@@ -136,6 +290,13 @@ FASTASR_OPERATORS({"zipformer_attention_weights_forward(Tensor x, Tensor? pos, T
                    "Tensor? cached_key, Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, "
                    "int query_head_dim, int chunk_size, int left_context_chunks, float score_penalty, "
                    "float score_limit) -> (Tensor, Tensor, Tensor)",
-                   TORCH_BOX(&zipformer_attention_weights_backward)})
+                   TORCH_BOX(&zipformer_attention_weights_backward)},
+                  {"zipformer_attention_weights_packed_forward(Tensor x, Tensor? pos, int[] lengths, int num_heads, "
+                   "int query_head_dim, int chunk_size, int left_context_chunks) -> Tensor[]",
+                   TORCH_BOX(&zipformer_attention_weights_packed_forward)},
+                  {"zipformer_attention_weights_packed_backward(Tensor[] grads, Tensor[] weights, Tensor x, "
+                   "Tensor? pos, int[] lengths, int num_heads, int query_head_dim, int chunk_size, "
+                   "int left_context_chunks, float score_penalty, float score_limit) -> (Tensor, Tensor)",
+                   TORCH_BOX(&zipformer_attention_weights_packed_backward)})
 
 }  // namespace fastasr

@@ -24,6 +24,7 @@ LENGTHS = {
     "short ones that share a call": [90, 85, 80, 17, 24, 30, 1, 2],
 }
 lengths_of_every_kind = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+by_one_call_or_copies = pytest.mark.usefixtures("one_call_or_copies")
 both = pytest.mark.parametrize("kind", ["ours", "swapped"])
 
 
@@ -77,6 +78,7 @@ def same_gradients(found, expected):
         assert (found[name] - value).abs().max() < 1e-10 * largest, name
 
 
+@by_one_call_or_copies
 @both
 @lengths_of_every_kind
 def test_each_recording_as_alone(lengths, kind):
@@ -93,6 +95,7 @@ def test_each_recording_as_alone(lengths, kind):
             assert not found[i, out_frames(n) :].any()
 
 
+@by_one_call_or_copies
 @both
 def test_padding_is_not_read(kind):
     """Upstream's front end reads one frame of it."""
@@ -102,6 +105,7 @@ def test_padding_is_not_read(kind):
         assert torch.equal(run(x, mask), run(x.masked_fill(mask[..., None] == 0, torch.nan), mask))
 
 
+@by_one_call_or_copies
 @both
 @lengths_of_every_kind
 def test_gradients_as_of_each_recording_alone(lengths, kind):
@@ -140,6 +144,7 @@ class NormOfFrames(torch.nn.BatchNorm1d):
         return torch.zeros_like(z).masked_scatter(self.valid[..., None], y).transpose(1, 2)
 
 
+@by_one_call_or_copies
 @both
 @lengths_of_every_kind
 def test_statistics_in_training_are_those_of_the_frames_that_exist(lengths, kind):

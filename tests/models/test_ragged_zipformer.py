@@ -34,6 +34,7 @@ LENGTHS = {
     "short ones that share a call": [90, 85, 17, 24, 30, 1, 2],
 }
 lengths_of_every_kind = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+by_one_call_or_copies = pytest.mark.usefixtures("one_call_or_copies")
 causal_or_not = pytest.mark.parametrize("causal", [False, True])
 
 
@@ -82,6 +83,7 @@ def gradients(model, loss, x):
     return dict(zip(leaves, found, strict=True))
 
 
+@by_one_call_or_copies
 @causal_or_not
 @lengths_of_every_kind
 def test_each_recording_as_alone(lengths, causal):
@@ -97,6 +99,7 @@ def test_each_recording_as_alone(lengths, causal):
             assert not found[counts[i] :, i].any()
 
 
+@by_one_call_or_copies
 @causal_or_not
 @lengths_of_every_kind
 def test_gradients_as_of_each_recording_alone(lengths, causal):
@@ -118,6 +121,7 @@ def test_gradients_as_of_each_recording_alone(lengths, causal):
         assert (found[name] - value).abs().max() < 1e-10 * largest, name
 
 
+@by_one_call_or_copies
 @causal_or_not
 @pytest.mark.parametrize("lengths", [[37], [150], [40, 40, 40], [1, 1]], ids=str)
 @pytest.mark.parametrize("seed", range(3))
@@ -159,6 +163,7 @@ def test_whitening_of_two_frames_has_no_direction(groups):
     assert max(of_rounding) > 1e-3 if groups == 1 else max(of_rounding) < 1e-10
 
 
+@by_one_call_or_copies
 @causal_or_not
 def test_a_training_step_of_unequal_lengths(causal):
     """Each sequence is dropped or kept as a whole."""

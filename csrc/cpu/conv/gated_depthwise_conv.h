@@ -29,7 +29,16 @@ struct GatedDepthwiseConv {
   int64_t past;                                        // P
   int64_t chunk;                                       // S, 1 <= S <= max(T, 1)
   GatedActivation activation;
+  // (B + 1) or null. Sequence b is rows [starts[b], starts[b + 1]) of h, y and their gradients, which then have no
+  // batch, and frames is unused: plain form alone, without mask and cache.
+  const int64_t* starts = nullptr;
 
+  FASTASR_MEMBER int64_t frames_of(int64_t b) const { return starts ? starts[b + 1] - starts[b] : frames; }
+  // Where frame t of sequence b lies in a tensor of these strides, and the row of y and dh that it is.
+  FASTASR_MEMBER int64_t offset(int64_t t, int64_t b, int64_t time, int64_t batch_stride) const {
+    return starts ? (starts[b] + t) * time : t * time + b * batch_stride;
+  }
+  FASTASR_MEMBER int64_t row(int64_t t, int64_t b) const { return offset(t, b, starts ? 1 : batch, 1); }
   FASTASR_MEMBER bool chunked() const { return causal_weight != nullptr; }
   // Each channel has these sums: dbias, dweight; in chunk-causal form also dcausal_bias, dcausal_weight, dL, dR.
   FASTASR_MEMBER int64_t sums() const { return chunked() ? 2 + taps + past + 1 + 2 * taps : 1 + taps; }

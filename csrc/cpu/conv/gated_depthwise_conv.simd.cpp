@@ -57,8 +57,8 @@ class Forward : Convolution<T> {
 
  private:
   void sequence(const Stripe<T>& stripe, T* y) {
-    const int64_t frames = conv_.frames, reach = conv_.taps - 1, future = reach - pad_;
-    const int64_t y_row = conv_.batch * conv_.channels;
+    const int64_t frames = stripe.frames, reach = conv_.taps - 1, future = reach - pad_;
+    const int64_t y_row = (conv_.starts ? 1 : conv_.batch) * conv_.channels;
     constexpr decltype(&finish<GatedActivation::identity, T, C>) writes[] = {finish<GatedActivation::identity, T, C>,
                                                                              finish<GatedActivation::swoosh_r, T, C>,
                                                                              finish<GatedActivation::silu, T, C>};
@@ -67,7 +67,7 @@ class Forward : Convolution<T> {
     for (int64_t t = 0; t < frames;) {  // row r of the ring: frame t - pad + r
       const int64_t end = block_end(t, kBlock, frames, conv_.chunk, conv_.chunked()), n = end - t;
       stage<false>(stripe, t + future, n, ring_[reach], static_cast<C*>(nullptr));
-      T* to = y + t * y_row + stripe.batch * conv_.channels + stripe.first;
+      T* to = y + conv_.row(t, stripe.batch) * conv_.channels + stripe.first;
       this->convolve_block(ring_[0], t, end, [&](int64_t i) {
         stripe.prefetch(end + future + i, kTile);
         for (int64_t j = i; j < std::min(i + kTile, n); j++) prefetch_row(to + j * y_row);

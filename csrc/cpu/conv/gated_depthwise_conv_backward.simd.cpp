@@ -116,7 +116,7 @@ class Backward : Convolution<T> {
  private:
   // Row r of u_ and gate_ is frame t - P + r; row r of q_ and r_ is frame t - (K - 1) + r.
   void sequence(const Stripe<T>& stripe, const Gradient& g) {
-    const int64_t frames = conv_.frames, reach = reach_, future = reach - pad_;
+    const int64_t frames = stripe.frames, reach = reach_, future = reach - pad_;
     stage<true>(stripe, -pad_, reach, u_[0], gate_[0]);
     clear_rows(q_[0], reach);
     if (conv_.chunked()) clear_rows(r_[0], reach);
@@ -149,12 +149,12 @@ class Backward : Convolution<T> {
     if (conv_.chunked()) sums_.carry(edge_row_, 2 * conv_.taps);
   }
 
-  static const T* row_of(const Gradient& g, const Stripe<T>& stripe, int64_t t) {
-    return g.grad + t * g.time + stripe.batch * g.batch + stripe.first;
+  const T* row_of(const Gradient& g, const Stripe<T>& stripe, int64_t t) const {
+    return g.grad + conv_.offset(t, stripe.batch, g.time, g.batch) + stripe.first;
   }
 
   T* output(const Stripe<T>& stripe, const Gradient& g, int64_t t) const {
-    return g.dh + (t * conv_.batch + stripe.batch) * 2 * conv_.channels + stripe.first;
+    return g.dh + conv_.row(t, stripe.batch) * 2 * conv_.channels + stripe.first;
   }
 
   void output_gradients(const Stripe<T>& stripe, const Gradient& g, int64_t t, int64_t end) {
@@ -202,13 +202,13 @@ class Backward : Convolution<T> {
   // These are frames [t - P, end - P): their gradient is complete.
   void input_gradients(const Stripe<T>& stripe, const Gradient& g, int64_t t, int64_t end) {
     const int64_t channels = conv_.channels, n = end - t, start = t - pad_;
-    const int64_t low = std::max<int64_t>(start, 0), high = std::min(end - pad_, conv_.frames);
+    const int64_t low = std::max<int64_t>(start, 0), high = std::min(end - pad_, stripe.frames);
     const auto ahead = [&](int64_t i) {  // what the end of this block writes and the next one reads
       for (int64_t j = std::max(low, start + i); j < std::min(start + i + kTile, high); j++) {
         prefetch_row(output(stripe, g, j));
         prefetch_row(output(stripe, g, j) + channels);
       }
-      for (int64_t j = end + i; j < std::min(end + i + kTile, conv_.frames); j++) prefetch_row(row_of(g, stripe, j));
+      for (int64_t j = end + i; j < std::min(end + i + kTile, stripe.frames); j++) prefetch_row(row_of(g, stripe, j));
     };
     if (!conv_.chunked()) {
       convolve_reversed(q_[0], taps_[0], conv_.taps, n, z_[0], ahead);

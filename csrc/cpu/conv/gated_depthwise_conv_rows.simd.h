@@ -19,19 +19,24 @@ constexpr int64_t kBlock = 64;
 template <typename T>
 struct Stripe {
   const GatedDepthwiseConv<T>& conv;
-  int64_t batch, first, channels;  // channels [first, first + channels), at most kStripe
+  int64_t batch, frames;
+  int64_t first, channels;  // channels [first, first + channels), at most kStripe
+  const T* origin;          // of the inputs
 
   Stripe(const GatedDepthwiseConv<T>& conv_, int64_t stripe, int64_t batch_)
-      : conv(conv_), batch(batch_), first(stripe * kStripe), channels(std::min(kStripe, conv_.channels - first)) {}
+      : conv(conv_),
+        batch(batch_),
+        frames(conv_.frames_of(batch_)),
+        first(stripe * kStripe),
+        channels(std::min(kStripe, conv_.channels - first)),
+        origin(conv_.h + conv_.offset(0, batch_, conv_.h_time, conv_.h_batch) + first) {}
 
-  bool valid(int64_t t) const {
-    return t >= 0 && t < conv.frames && !(conv.mask && conv.mask[batch * conv.frames + t]);
-  }
-  const T* input(int64_t t) const { return conv.h + t * conv.h_time + batch * conv.h_batch + first; }
+  bool valid(int64_t t) const { return t >= 0 && t < frames && !(conv.mask && conv.mask[batch * frames + t]); }
+  const T* input(int64_t t) const { return origin + t * conv.h_time; }
 
   // of the inputs of frames [t, t + n)
   void prefetch(int64_t t, int64_t n) const {
-    for (const int64_t end = std::min(t + n, conv.frames); t < end; t++) {
+    for (const int64_t end = std::min(t + n, frames); t < end; t++) {
       prefetch_row(input(t));
       prefetch_row(input(t) + conv.channels);
     }

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches without padding: the frames of all recordings lie one after the other, as rows of one tensor.
 
-Products, norms and activations run on these rows as on any others. Attention runs per recording, on views; short
-recordings of similar length share a call. A convolution over time runs once over all rows, with frames of zeros between
-the recordings. The copies are concatenations of views, so that a backward pass takes time linear in the rows.
+Products, norms and activations run on these rows as on any others. Attention and convolutions over time are one native
+call each, see ``packed``. Where that does not serve, attention runs per recording, on views; short recordings of
+similar length share a call. A convolution then runs once over all rows, with frames of zeros between the recordings.
+Copies are concatenations of views or moves of rows, so that a backward pass takes time linear in the rows.
 """
 
 import functools
@@ -16,9 +17,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-# Shorter recordings share a call of attention or of a front end with others that lack at most so many frames: there
-# a call costs more than the padding. On a GPU, which has work for many recordings at once, all do that lack an eighth.
+# Shorter recordings share a call of attention with others that lack at most so many frames: there a call costs more
+# than the padding. On a GPU, which has work for many recordings at once, all do that lack an eighth.
 SHORT, LACKING = 64, 8
 
 # Hooks that serve packed frames too: those of FSDP, and those of transformers' outputs, which record only if asked for.
@@ -106,7 +108,7 @@ class Packing:
     """
 
     def __init__(self, lengths: list[int], device: torch.device, pads: bool = True):
-        self.lengths, self.device, self.pads = list(lengths), device, pads
+        self.lengths, self.device, self.pads, self._rates = list(lengths), device, pads, {}
 
     @functools.cached_property
     def groups(self) -> list[Group]:
@@ -130,22 +132,21 @@ class Packing:
         frame = torch.arange(lengths[0], device=self.device)
         return Group(members, lengths[0], frame >= torch.tensor(lengths, device=self.device)[:, None])
 
-    def by_group(self, function, *rows: Tensor | list[Tensor], lengths: list[int] | None = None) -> Tensor:
-        """Calls ``function(*tensors (G, T, ...), hidden (G, T) or None) -> (G, T', ...)`` for each group of recordings
-        and returns the rows of all. ``rows`` are rows, or lists of a tensor per recording; ``lengths`` are those of the
-        result, if others."""
+    def by_group(self, function, *rows: Tensor) -> Tensor:
+        """Calls ``function(*tensors (G, T, ...), hidden (G, T) or None) -> (G, T, ...)`` for each group of recordings
+        and returns the rows of all."""
         calls = zip(*(self.stacked(t) for t in rows), (group.hidden for group in self.groups), strict=True)
-        return self.unstacked((function(*arguments) for arguments in calls), lengths)
+        return self.unstacked(function(*arguments) for arguments in calls)
 
-    def stacked(self, rows: Tensor | list[Tensor]):
+    def stacked(self, rows: Tensor):
         """Yields (G, T, ...) for each group."""
-        pieces = rows if isinstance(rows, list) else rows.split(self.lengths)
+        pieces = rows.split(self.lengths)
         for group in self.groups:
             yield _stacked([pieces[i] for i in group.members], group.longest)
 
-    def unstacked(self, tensors, lengths: list[int] | None = None) -> Tensor:
+    def unstacked(self, tensors) -> Tensor:
         """Returns the rows of tensors (G, T, ...), one for each group."""
-        lengths, done = lengths or self.lengths, [None] * len(self.lengths)
+        lengths, done = self.lengths, [None] * len(self.lengths)
         for group, y in zip(self.groups, tensors, strict=True):
             ones = (y.squeeze(0),) if len(group.members) == 1 else y.unbind(0)
             for i, one in zip(group.members, ones, strict=True):
@@ -161,17 +162,34 @@ class Packing:
 
     def spread(self, rows: Tensor, slots: list[int]) -> Tensor:
         """Returns rows (N, ...) with zeros behind each recording, so that it takes its number of ``slots``."""
-        return _with_zeros(rows.split(self.lengths), slots)
+        return with_zeros(rows.split(self.lengths), slots)
 
     def gathered(self, rows: Tensor, slots: list[int]) -> Tensor:
         """Undoes ``spread``."""
         sizes = [size for n, slot in zip(self.lengths, slots, strict=True) for size in (n, slot - n)]
         return torch.cat(rows.split(sizes)[::2])
 
+    @functools.cached_property
+    def sizes(self) -> Tensor:
+        """Returns the lengths (B,)."""
+        return torch.tensor(self.lengths, device=self.device)
+
+    @functools.cached_property
+    def recording(self) -> Tensor:
+        """Returns the number of each frame's recording, (N,)."""
+        return torch.arange(len(self.lengths), device=self.device).repeat_interleave(
+            self.sizes, output_size=sum(self.lengths)
+        )
+
     def repeated(self, values: Tensor) -> Tensor:
         """Returns values (B, ...) of the recordings as those of their frames, (N, ...)."""
-        pairs = zip(values.unbind(0), self.lengths, strict=True)
-        return torch.cat([value.expand(length, *value.shape) for value, length in pairs])
+        return _Repeated.apply(values, self)
+
+    def at_rate(self, factor: int) -> "Rate":
+        """Returns the packing of the recordings after downsampling by ``factor``, and which rows meet."""
+        if factor not in self._rates:
+            self._rates[factor] = Rate(self, factor)
+        return self._rates[factor]
 
     @contextmanager
     def in_use(self):
@@ -191,12 +209,79 @@ class Packing:
         return self.spread(rows, [frames] * len(self.lengths)).unflatten(0, (len(self.lengths), frames))
 
 
+class Rate:
+    """Frames of a packing and those of the recordings after downsampling by ``factor``, ``slower``."""
+
+    def __init__(self, packing: Packing, factor: int):
+        self.factor, sizes, owner = factor, packing.sizes, packing.recording
+        self.slower = Packing([-(-n // factor) for n in packing.lengths], packing.device, packing.pads)
+        slots = self.slower.sizes * factor
+        first, first_slot = sizes.cumsum(0) - sizes, slots.cumsum(0) - slots
+        frame = torch.arange(len(owner), device=packing.device)
+        slot = torch.arange(factor * sum(self.slower.lengths), device=packing.device)
+        owner_of_slot = self.slower.recording.repeat_interleave(factor)
+        within = slot - first_slot[owner_of_slot]
+        # of every slot the frame, behind a recording's end its last one; of every frame the slot; the slots behind ends
+        self.frames = first[owner_of_slot] + torch.minimum(within, sizes[owner_of_slot] - 1)
+        self.slots = frame + (first_slot - first)[owner]
+        self.behind = (within >= sizes[owner_of_slot]).nonzero()[:, 0]
+
+    def grouped(self, rows: Tensor) -> Tensor:
+        """Returns rows (N, ...) as (N', factor, ...): a recording ends with its own last frame, repeated."""
+        return _Grouped.apply(rows, self).unflatten(0, (-1, self.factor))
+
+    def upsampled(self, rows: Tensor) -> Tensor:
+        """Returns rows (N', ...) of ``slower``, repeated, as (N, ...)."""
+        return _Upsampled.apply(rows, self)
+
+
+class _Repeated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, packing):
+        ctx.lengths = packing.lengths
+        return values.index_select(0, packing.recording)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return torch.stack([one.sum(0) for one in grad.split(ctx.lengths)]), None
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, rate):
+        ctx.rate = rate
+        return rows.index_select(0, rate.frames)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rate = ctx.rate
+        last = rate.frames.index_select(0, rate.behind)
+        return grad.index_select(0, rate.slots).index_add_(0, last, grad.index_select(0, rate.behind)), None
+
+
+class _Upsampled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, rate):
+        ctx.rate = rate
+        return rows.index_select(0, rate.slots // rate.factor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rate = ctx.rate
+        slots = grad.index_select(0, rate.frames).index_fill_(0, rate.behind, 0.0)
+        return slots.unflatten(0, (-1, rate.factor)).sum(1), None
+
+
 def current() -> Packing | None:
     """Returns the packing of the frames that modules in this thread get now, or None where they get padded batches."""
     return getattr(_local, "packing", None)
 
 
-def _with_zeros(pieces, slots):
+def with_zeros(pieces, slots):
+    """Returns the pieces as rows, with zeros behind each, so that it takes its number of ``slots``."""
     zeros = pieces[0].new_zeros(max(slots), *pieces[0].shape[1:])
     return torch.cat([
         part
@@ -209,4 +294,4 @@ def _stacked(pieces, longest):
     """Returns (G, longest, ...): one recording as it lies in memory, or several with zeros behind."""
     if len(pieces) == 1:
         return pieces[0].unsqueeze(0)
-    return _with_zeros(pieces, [longest] * len(pieces)).unflatten(0, (len(pieces), longest))
+    return with_zeros(pieces, [longest] * len(pieces)).unflatten(0, (len(pieces), longest))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastasr import ops
-from fastasr.models.common import attention_dropout, plumbing
+from fastasr.models.common import attention_dropout, packed, plumbing
 from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import is_readable, seen
@@ -90,6 +90,9 @@ def _of_recordings(module, q, k, v, table, packing):
     """Returns y (N, H, d) of queries, keys and values (1, N, H, d): each recording sees itself."""
     dropout = module.attention_dropout if module.training else 0.0
     positions = projected(module, module.relative_k_proj, table).unflatten(-1, module.bias_u.shape)
+    operands = q[0], k[0], v[0], positions, module.bias_u, module.bias_v
+    if packed.is_native(*operands):
+        return packed.attended(packing, *operands, dropout_p=dropout)
 
     def one(q, k, v, hidden):
         frames = q.shape[1]

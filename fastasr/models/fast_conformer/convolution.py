@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fastasr import ops
-from fastasr.models.common import activations, plumbing
+from fastasr.models.common import activations, packed, plumbing
 from fastasr.models.common.inference import has_known_forward
 from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer.masks import is_readable, seen
@@ -64,19 +64,15 @@ def after_gate(h, conv, norm, activation, last, hidden=None, cache=None, by_fram
     """Does the same from h = first(x) (B, T, 2 width) on. ``cache`` (B, width, P) holds the P gated frames that the
     convolution sees before h; without it they are 0. ``by_frame``: the norm is a LayerNorm over the channels."""
     delay = plumbing.conv_delay(conv)
-    if packing is not None:
-        slots = packing.with_gaps(conv.weight.shape[-1] // 2 + abs(delay))
-        h = packing.spread(h[0], slots).unsqueeze(0)
     if delay is not None and (by_frame or is_batch_norm(norm)):
         folded = not by_frame and not norm.training
         weight, bias = _fold(conv, norm) if folded else (conv.weight, conv.bias)
         fused = folded and activations.fused_name(activation) == "silu"
-        z = ops.gated_depthwise_conv(
-            h.transpose(0, 1), weight, bias, padding_mask=hidden, cache=cache, delay=delay,
-            activation="silu" if fused else "identity",
-        )  # [T, B, C]  # fmt: skip
-        if packing is not None:
-            z = packing.gathered(z, slots)
+        h, options = h.transpose(0, 1), {"delay": delay, "activation": "silu" if fused else "identity"}
+        if packing is None:
+            z = ops.gated_depthwise_conv(h, weight, bias, padding_mask=hidden, cache=cache, **options)
+        else:
+            z = packed.convolved(packing, h, weight, bias, **options)  # [T, B, C]
         if by_frame:
             z = norm(z.transpose(0, 1))
         elif folded:
@@ -86,6 +82,9 @@ def after_gate(h, conv, norm, activation, last, hidden=None, cache=None, by_fram
             z = norm(z.permute(1, 2, 0).contiguous()).transpose(1, 2)
         y = z if fused else activation(z)
     else:
+        if packing is not None:
+            slots = packing.with_gaps(conv.weight.shape[-1] // 2 + abs(delay))
+            h = packing.spread(h[0], slots).unsqueeze(0)
         z = conv(gated(h, hidden))
         if packing is not None:
             z = packing.gathered(z[0].T, slots).T.unsqueeze(0)

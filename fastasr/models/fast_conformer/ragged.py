@@ -14,7 +14,12 @@ from fastasr.models.common.inference import runs
 from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer.attention import STANDARD, FastConformerAttention
 from fastasr.models.fast_conformer.convolution import FastConformerConvolution
-from fastasr.models.fast_conformer.subsampling import subsampled
+from fastasr.models.fast_conformer.subsampling import (
+    FastConformerSubsampling,
+    are_plain,
+    in_a_row,
+    subsampled,
+)
 
 
 def obstacle(encoder) -> str | None:
@@ -55,11 +60,12 @@ def encoded(encoder, features, lengths):
     """Features (B, T₀, mel_bins), the recordings' frames as a list -> (B, ⌈T₀ / factor⌉, width), 0 behind each end."""
     layers = encoder.subsampling.layers
     packing = Packing(subsampled(layers, lengths), features.device)
-    x = Packing(lengths, features.device).by_group(
-        lambda x, hidden: encoder.subsampling(x, None if hidden is None else ~hidden),
-        [one[:length] for one, length in zip(features, lengths, strict=True)],
-        lengths=packing.lengths,
-    )
+    recordings = [one[:length] for one, length in zip(features, lengths, strict=True)]
+    ours = runs(encoder.subsampling, FastConformerSubsampling.forward)
+    if ours and are_plain(layers) and not plumbing.is_watched(encoder.subsampling):
+        x = in_a_row(encoder.subsampling, recordings)
+    else:
+        x = torch.cat([encoder.subsampling(one[None])[0] for one in recordings if len(one)])
     x = (x * encoder.input_scale).unsqueeze(0)  # [1, N, width]
     positions = encoder.encode_positions(x[:, : max(packing.lengths)])
     x = F.dropout(x, encoder.dropout, encoder.training)

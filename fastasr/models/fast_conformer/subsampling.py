@@ -11,6 +11,8 @@ Upstream: ``ParakeetEncoderSubsamplingConv2D``.
 
 import math
 from contextlib import nullcontext
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from fastasr import ops
 from fastasr.models.common import plumbing
 from fastasr.models.common.inference import has_known_forward
+from fastasr.models.common.ragged import with_zeros
 from fastasr.ops import _dispatch
 
 STRIP_BYTES = 16 << 20  # of the first convolution's output: strips of a few MB up to some tens cost the same
@@ -51,10 +54,44 @@ def are_plain(layers):
     return all(map(_is_plain, layers))
 
 
+class Spans(NamedTuple):
+    """The frames [begins, ends) of recordings that lie one after the other, both (R,), with a frame or more between."""
+
+    begins: torch.Tensor
+    ends: torch.Tensor
+
+    def halved(self, left):
+        begins = self.begins // 2
+        return Spans(begins, begins + _halved(self.ends - self.begins, left))
+
+    def within(self, h, begin):
+        """Returns h (1, n, F, C), which begins at frame ``begin``, with 0 at frames of no recording."""
+        frame = torch.arange(begin, begin + h.shape[1], device=h.device)
+        before = torch.searchsorted(self.begins, frame, right=True) - 1
+        outside = (before < 0) | (frame >= self.ends[before])
+        if not h.is_cpu:  # which would wait for the numbers of these frames
+            return h.masked_fill(outside[:, None, None], 0.0)
+        gaps = outside.nonzero()[:, 0]
+        return h.index_fill(1, gaps, 0.0) if h.requires_grad else h.index_fill_(1, gaps, 0.0)
+
+
+def in_a_row(module, recordings):
+    """Returns the output (N, width) of the front end ``module``, whose layers are plain, for features of recordings, a
+    list of (T₀, mel_bins): all go through its convolutions in one row, with a frame or more of zeros between."""
+    layers, lengths = module.layers, [len(x) for x in recordings]
+    slots = [n // 2 + 1 for n in subsampled(layers, lengths, stages=_stages(layers) - 1)]
+    factor = 2 ** _stages(layers)
+    begins = torch.tensor([0, *accumulate(slots[:-1])], device=recordings[0].device) * factor
+    spans = Spans(begins, begins + torch.tensor(lengths, device=begins.device))
+    x = with_zeros(recordings, [factor * slot for slot in slots]).unsqueeze(0)
+    y = plumbing.linear(module.linear, convolved(layers, x, spans))[0]
+    return torch.cat([one[:n] for one, n in zip(y.split(slots), subsampled(layers, lengths), strict=True)])
+
+
 def convolved(layers, x, lengths, left=1):
     """Returns what the last linear layer takes, (B, T, C · F), of features (B, T₀, mel_bins), of which ``lengths`` (B),
-    or None for all, are valid. ``layers`` are those of the front end above, whose convolutions are padded by ``left``
-    on the left of both axes and by 1 on the right: T is ⌈T₀ / factor⌉ with 1."""
+    or None for all, are valid, or ``Spans`` where B is 1. ``layers`` are those of the front end above, whose
+    convolutions are padded by ``left`` on the left of both axes and by 1 on the right: T is ⌈T₀ / factor⌉ with 1."""
     batch, frames, bins = x.shape
     count, bins_left, stages = (
         subsampled(layers, frames, left),
@@ -70,7 +107,9 @@ def convolved(layers, x, lengths, left=1):
         first = 2 ** (stages - 1)  # frames of the first convolution for one of the output
         per_frame = batch * first * (bins // 2 + 1) * layers[0].out_channels * x.element_size()
         strip = STRIP_BYTES // max(1, per_frame)
-    if in_strips and not differentiated:  # by lists of lengths, which no other device should wait for
+    if isinstance(lengths, Spans):
+        pass
+    elif in_strips and not differentiated:  # by lists of lengths, which no other device should wait for
         lengths = [frames] * batch if lengths is None else lengths.tolist()
     elif lengths is None:
         lengths = torch.full((batch,), frames, device=x.device)
@@ -83,9 +122,10 @@ def convolved(layers, x, lengths, left=1):
     return torch.cat(strips, 1) if strips else x.new_zeros(batch, 0, layers[0].out_channels * bins_left)
 
 
-def subsampled(layers, frames, left=1):
-    """Returns the front end's length of output for ``frames``, a number, or a list or tensor of numbers."""
-    for _ in range(_stages(layers)):
+def subsampled(layers, frames, left=1, stages=None):
+    """Returns the front end's length of output for ``frames``, a number, or a list or tensor of numbers; or that of its
+    first ``stages``."""
+    for _ in range(_stages(layers) if stages is None else stages):
         frames = _halved(frames, left)
     return frames
 
@@ -144,12 +184,16 @@ def stem(conv, x):
 def _halved(lengths, left=1):
     """Returns the length, or the list or tensor of them, after a convolution of 3 taps and stride 2, with 1 of padding
     on the right."""
+    if isinstance(lengths, Spans):
+        return lengths.halved(left)
     return [_halved(n, left) for n in lengths] if isinstance(lengths, list) else (lengths + left - 2) // 2 + 1
 
 
 def _within(h, begin, lengths):
     """Returns h (B, n, F, C), which begins at frame ``begin``, with 0 at frames outside their sequence. If the lengths
-    are a list, h itself changes."""
+    are a list, or spans while no gradient is wanted, h itself changes."""
+    if isinstance(lengths, Spans):
+        return lengths.within(h, begin)
     if isinstance(lengths, list):
         h[:, : max(0, -begin)] = 0
         for i, length in enumerate(lengths):

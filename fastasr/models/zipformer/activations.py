@@ -8,9 +8,10 @@ SwooshR(x) = log(1 + e^(x-1)) - 0.08 x - 0.313261687
 import torch
 
 from fastasr import ops
+from fastasr.models.common import packed
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer.initial_scale import ScaledLinear
-from fastasr.ops.swoosh_linear import draw_mask, with_mask
+from fastasr.ops.swoosh_linear import draw_mask
 
 
 class SwooshL(torch.nn.Module):
@@ -64,8 +65,7 @@ class ActivationDropoutAndLinear(torch.nn.Module):
         packing = current()
         if packing is not None and dropout_p > 0.0 and self.dropout_shared_dim == 0:
             mask = draw_mask(x.new_empty(1, len(packing.lengths), x.shape[-1]), dropout_p, 0)
-            mask = packing.repeated(mask[0]).unsqueeze(1)
-            return with_mask(x, self.weight, self.bias, self.activation, mask)
+            return packed.swoosh_linear(packing, x, self.weight, self.bias, self.activation, mask[0])
         return ops.swoosh_linear(
             x,
             self.weight,

@@ -21,7 +21,7 @@ from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.gradient_scale import draw_for_log
 from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.initial_scale import ScaledLinear
-from fastasr.models.zipformer.packed_weights import of_recordings
+from fastasr.models.zipformer.packed_weights import dropped, of_one_call, of_recordings
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.score_blocks import ScoreBlocks
 from fastasr.models.zipformer.self_attention import check_cache
@@ -96,21 +96,19 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
             self, x, pos_emb, key_padding_mask, attn_mask, chunk_size, left_context_chunks
         )
 
-        def formed(projected, relative, **masks):
-            weights = zipformer_attention_weights(
-                projected,
-                relative,
-                self.num_heads,
-                self.query_head_dim,
-                score_penalty=SCORE_PENALTY if penalized else 0.0,
-                score_limit=SCORE_LIMIT,
-                **masks,
-            )
-            if self.dropout != 0.0:
-                weights = torch.nn.functional.dropout(weights, p=self.dropout, training=self.training)
-            return weights
+        sizes = self.num_heads, self.query_head_dim
+        penalty = SCORE_PENALTY if penalized else 0.0
 
-        weights = of_recordings(formed, projected, relative, masks)
+        def formed(projected, relative, **masks):
+            return zipformer_attention_weights(
+                projected, relative, *sizes, score_penalty=penalty, score_limit=SCORE_LIMIT, **masks
+            )
+
+        weights = of_one_call(current(), projected, relative, *sizes, masks, penalty, SCORE_LIMIT)
+        if weights is None:
+            weights = of_recordings(formed, projected, relative, masks)
+        if self.dropout != 0.0:
+            weights = dropped(weights, self.dropout, self.training)
         if random.random() < 0.001 and not self.training and current() is None:
             _log_entropy(self, weights)
         return weights

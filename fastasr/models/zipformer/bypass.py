@@ -9,6 +9,7 @@ import copy
 import torch
 
 from fastasr import ops
+from fastasr.models.common import packed
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer.parameter_limits import limit_param_value
 from fastasr.models.zipformer.schedules import ScheduledFloat
@@ -56,5 +57,4 @@ class BypassModule(torch.nn.Module):
         scale = self._get_bypass_scale(src.shape[1] if packing is None else len(packing.lengths))
         if packing is None or scale.dim() == 1:
             return ops.bypass(src_orig, src, scale)
-        y = ops.bypass(src_orig.transpose(0, 1), src.transpose(0, 1), packing.repeated(scale))
-        return y.transpose(0, 1)
+        return packed.bypass(packing, src_orig, src, scale)

@@ -15,6 +15,7 @@ import inspect
 import torch
 
 from fastasr import ops
+from fastasr.models.common import packed
 from fastasr.models.common.inference import any_hooked
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.ragged import current
@@ -120,6 +121,8 @@ def _convolved(h, weights, padding_mask, **options):
     packing = current()
     if packing is None:
         return ops.gated_depthwise_conv(h, *weights, padding_mask=padding_mask, **options)
+    if len(weights) == 2:
+        return packed.convolved(packing, h, *weights, options.get("activation", "swoosh_r"))
     return packing.over_time(
         lambda h, hidden: ops.gated_depthwise_conv(h, *weights, padding_mask=hidden, **options), h
     )

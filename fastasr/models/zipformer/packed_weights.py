@@ -1,18 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention weights of packed frames: those of each group of recordings apart, as tensors or unmaterialised."""
+"""Attention weights of packed frames: tensors of each recording, where the native kernels form them in one call; else
+those of each group of recordings apart, as tensors or unmaterialised."""
 
 import torch
+from torch.autograd.function import once_differentiable
 
+from fastasr.models.common import packed
 from fastasr.models.common.ragged import current
 from fastasr.models.zipformer.self_attention import weighted
 from fastasr.ops import nonlin_attention
 
+_native = torch.ops.fastasr_cpu
+MOST_FRAMES = (
+    128  # of recordings whose weighted sums the kernel for few columns computes for many columns too
+)
+
 
 class PackedWeights:
-    """``parts`` are the weights (heads, G, T, T) of each group of recordings of the packing, which see themselves."""
+    """``parts`` are the weights (heads, G, T, T) of each group of recordings of the packing, which see themselves; with
+    ``alone`` those (heads, 1, T, T) of each recording that has frames."""
 
-    def __init__(self, packing, parts):
-        self.packing, self.parts = packing, parts
+    def __init__(self, packing, parts, alone=False):
+        self.packing, self.parts, self.alone = packing, parts, alone
 
     @property
     def shape(self):
@@ -23,10 +32,15 @@ class PackedWeights:
         return len(self.parts[0])
 
     def __getitem__(self, index):
-        return PackedWeights(self.packing, [part[index] for part in self.parts])
+        return self.mapped(lambda part: part[index])
+
+    def mapped(self, function):
+        return PackedWeights(self.packing, [function(part) for part in self.parts], self.alone)
 
     def weighted(self, values):
         """values (N, 1, heads * dim) -> their weighted sums, same shape."""
+        if self.alone:
+            return _Weighted.apply(values.contiguous(), *self.parts)
         values = (v.transpose(0, 1) for v in self.packing.stacked(values[:, 0]))
         sums = (weighted(part, v).transpose(0, 1) for part, v in zip(self.parts, values, strict=True))
         return self.packing.unstacked(sums).unsqueeze(1)
@@ -37,6 +51,8 @@ class PackedWeights:
 
     def gated(self, projected):
         """projected (N, 1, 3 channels) -> what ``ops.nonlin_attention`` makes of it with the first head's weights."""
+        if self.alone:
+            return _Gated.apply(projected.contiguous(), *self.parts)
         values = (p.transpose(0, 1) for p in self.packing.stacked(projected[:, 0]))
         parts = zip(self.parts, values, strict=True)
         return self.packing.unstacked(
@@ -45,7 +61,7 @@ class PackedWeights:
 
     def constant(self):
         """Returns equal weights on all sources whose weight is not 0."""
-        return PackedWeights(self.packing, [constant_weights(part) for part in self.parts])
+        return self.mapped(constant_weights)
 
 
 def constant_weights(weights):
@@ -54,6 +70,12 @@ def constant_weights(weights):
         return weights.constant()
     weights = (weights > 0.0).to(weights.dtype)
     return weights * (1.0 / weights.sum(dim=-1, keepdim=True))
+
+
+def dropped(weights, p, training):
+    if isinstance(weights, PackedWeights):
+        return weights.mapped(lambda part: dropped(part, p, training))
+    return torch.nn.functional.dropout(weights, p=p, training=training)
 
 
 def of_recordings(function, projected, positions, masks):
@@ -69,3 +91,94 @@ def of_recordings(function, projected, positions, masks):
             rows = positions[:, first : first + 2 * group.longest - 1]
         parts.append(function(part.transpose(0, 1), rows, **{**masks, "key_padding_mask": group.hidden}))
     return PackedWeights(packing, parts)
+
+
+def of_one_call(packing, projected, positions, heads, query_head_dim, masks, penalty, limit):
+    """Returns the weights of each recording by one call of the native kernel, or None where that does not serve."""
+    if packing is None or not packed.is_native(projected, positions):
+        return None
+    window = masks["chunk_size"], masks["left_context_chunks"]
+    parts = _Weights.apply(
+        projected, positions, packing.lengths, heads, query_head_dim, *window, penalty, limit
+    )
+    return PackedWeights(packing, list(parts), alone=True)
+
+
+class _Weights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, projected, positions, *options):
+        call = _native.zipformer_attention_weights_packed_forward.default
+        parts = tuple(call(projected, positions, *options[:-2]))
+        ctx.save_for_backward(projected, positions, *parts)
+        ctx.options = options
+        return parts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        projected, positions, *parts = ctx.saved_tensors
+        grads = [g if g.stride(-1) == 1 else g.contiguous() for g in grads]
+        call = _native.zipformer_attention_weights_packed_backward.default
+        found = call(grads, parts, projected, positions, *ctx.options)
+        return found[0], None if positions is None else found[1], *[None] * len(ctx.options)
+
+
+def _by_head(rows, parts):
+    """Yields of each recording the rows (N, 1, heads * dim) as a view (heads, T, dim)."""
+    heads = len(parts[0])
+    for one in rows[:, 0].unflatten(-1, (heads, -1)).split([part.shape[-1] for part in parts]):
+        yield one.transpose(0, 1)
+
+
+def _sums(values, parts):
+    """Returns the weighted sums (N, 1, heads * dim) of values of the same shape."""
+    few = values.shape[-1] // len(parts[0]) <= 32 or max(part.shape[-1] for part in parts) <= MOST_FRAMES
+    if few and values.dtype is torch.float32 and all(part.stride(-1) == 1 for part in parts):
+        return _native.weighted_values_packed.default(parts, values)
+    y = torch.empty_like(values)
+    for part, v, out in zip(parts, _by_head(values, parts), _by_head(y, parts), strict=True):
+        out.copy_(torch.bmm(part[:, 0], v))
+    return y
+
+
+def _sums_gradients(grad, values, parts, needed):
+    """Returns the gradients of the values and of those weights that need one."""
+    dvalues, dparts = torch.empty_like(values), []
+    views = (_by_head(rows, parts) for rows in (grad, values, dvalues))
+    for part, g, v, dv, wanted in zip(parts, *views, needed, strict=True):
+        dv.copy_(torch.bmm(part[:, 0].transpose(1, 2), g))
+        dparts.append(torch.bmm(g, v.transpose(1, 2)).unsqueeze(1) if wanted else None)
+    return dvalues, dparts
+
+
+class _Weighted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, *parts):
+        ctx.save_for_backward(values, *parts)
+        return _sums(values, parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        values, *parts = ctx.saved_tensors
+        dvalues, dparts = _sums_gradients(grad.contiguous(), values, parts, ctx.needs_input_grad[1:])
+        return dvalues, *dparts
+
+
+class _Gated(torch.autograd.Function):
+    """``ops.nonlin_attention``: its passes run over all rows at once."""
+
+    @staticmethod
+    def forward(ctx, projected, *parts):
+        o = _sums(_native.nonlin_attention_gate.default(projected), parts).transpose(0, 1)
+        ctx.save_for_backward(projected, o, *parts)
+        return _native.nonlin_attention_product.default(projected, o)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        projected, o, *parts = ctx.saved_tensors
+        grad = grad.contiguous()
+        x, u = _native.nonlin_attention_operands.default(grad, projected)
+        dx, dparts = _sums_gradients(u, x, parts, ctx.needs_input_grad[1:])
+        return _native.nonlin_attention_gradient.default(dx.transpose(0, 1), grad, projected, o), *dparts

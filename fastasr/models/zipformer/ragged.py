@@ -87,7 +87,7 @@ def encoded(encoder, x, lengths):
         src = _stack(stack, src, packing, chunk_size, left_context_chunks, feature_mask)
         outputs.append(src)
     src = _downsampled(encoder.downsample_output, encoder._get_full_dim_output(outputs), packing)
-    packing = _at_rate(packing, 2)
+    packing = packing.at_rate(encoder.downsample_output.downsample).slower
     return packing.batch(src[:, 0], (len(x) + 1) // 2).transpose(0, 1)
 
 
@@ -97,12 +97,11 @@ def _stack(stack, src, packing, chunk_size, left_context_chunks, feature_mask):
     if not hasattr(stack, "downsample"):
         return _layers(stack, src, packing, *window)
     factor = stack.downsample_factor
-    slower = _at_rate(packing, factor)
+    rate = packing.at_rate(factor)
     y = _downsampled(stack.downsample, src, packing)
-    y = _layers(stack.encoder, y, slower, chunk_size // factor, *window[1:])
-    y = packing.gathered(y.repeat_interleave(factor, 0), [factor * n for n in slower.lengths])
+    y = _layers(stack.encoder, y, rate.slower, chunk_size // factor, *window[1:])
     with packing.in_use():
-        return stack.out_combiner(src, y)
+        return stack.out_combiner(src, rate.upsampled(y))
 
 
 def _layers(stack, src, packing, chunk_size, left_context_chunks, feature_mask):
@@ -121,18 +120,7 @@ def _scaled(src, feature_mask):
     return src * feature_mask if isinstance(feature_mask, torch.Tensor) else src
 
 
-def _at_rate(packing, factor):
-    """Returns the packing of the recordings after downsampling by ``factor``."""
-    return Packing([-(-n // factor) for n in packing.lengths], packing.device, packing.pads)
-
-
 def _downsampled(module, src, packing):
     """Does as SimpleDownsample for packed frames: each recording ends with its own last frame, repeated."""
-    factor = module.downsample
-    whole = [
-        part
-        for one in src.split(packing.lengths)
-        for part in (one, one[-1:].expand(-len(one) % factor, -1, -1))
-    ]
-    weights = module.bias.softmax(0).view(factor, 1, 1)
-    return (torch.cat(whole).unflatten(0, (-1, factor)) * weights).sum(1)
+    weights = module.bias.softmax(0).view(-1, 1, 1)
+    return (packing.at_rate(module.downsample).grouped(src) * weights).sum(1)

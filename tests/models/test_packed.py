@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations on packed frames that one native call does for all recordings: values and gradients are those of the same
+operation on each recording alone."""
+
+import pytest
+import torch
+from steps import close, numbers
+
+from fastasr import ops
+from fastasr.models.common import packed
+from fastasr.models.common.ragged import Packing
+from fastasr.models.zipformer.packed_weights import of_one_call
+from fastasr.models.zipformer.self_attention import weighted
+from fastasr.ops import _dispatch
+from fastasr.ops.swoosh_linear import with_mask
+
+LENGTHS = [70, 0, 13, 1, 13, 140, 2]
+PACKING = Packing(LENGTHS, torch.device("cpu"))
+pytestmark = pytest.mark.skipif(bool(_dispatch.native_reason()), reason="the native library is not built")
+of_every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
+
+
+def drawn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=numbers(seed)).to(dtype).requires_grad_()
+
+
+def recordings(rows):
+    return [one for one in rows.split(LENGTHS) if len(one)]
+
+
+def same(found, expected, inputs, tolerance):
+    """``inputs`` get the same gradients from both."""
+    close(found, expected, tolerance)
+    weight = torch.randn(found.shape, generator=numbers(9)).to(found.dtype)
+    grads = (torch.autograd.grad((y * weight).sum(), inputs) for y in (found, expected))
+    for a, b in zip(*grads, strict=True):
+        close(a, b, tolerance)
+
+
+@of_every_dtype
+@pytest.mark.parametrize(
+    ("taps", "delay", "activation"),
+    [(9, 0, "silu"), (31, 0, "swoosh_r"), (5, -1, "identity"), (4, 1, "silu")],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolution(dtype, taps, delay, activation, bias):
+    h, weight = drawn(sum(LENGTHS), 1, 88, dtype=dtype), drawn(44, 1, taps, dtype=dtype, seed=1)
+    parameters = [weight, drawn(44, dtype=dtype, seed=2)] if bias else [weight]
+    options = {"activation": activation, "delay": delay}
+    assert packed.is_native(h, *parameters)
+    found = packed.convolved(PACKING, h, weight, parameters[1] if bias else None, **options)
+    expected = torch.cat([ops.gated_depthwise_conv(one, *parameters, **options) for one in recordings(h)])
+    same(found, expected, [h, *parameters], TOLERANCES[dtype])
+
+
+@of_every_dtype
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_attention(dtype, dropout_p):
+    frames, heads, dim, longest = sum(LENGTHS), 3, 20, max(LENGTHS)
+    q, k, v = (drawn(frames, heads, dim, dtype=dtype, seed=i) for i in range(3))
+    pos = drawn(2 * longest - 1, heads, dim, dtype=dtype, seed=3)
+    biases = [drawn(heads, dim, dtype=dtype, seed=i) for i in (4, 5)]
+    torch.manual_seed(0)
+    found = packed.attended(PACKING, q, k, v, pos, *biases, dropout_p=dropout_p)
+    torch.manual_seed(0)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (len(LENGTHS),))
+    assert len(set(seeds.tolist())) == len(LENGTHS)
+    expected = []
+    for i, n in enumerate(LENGTHS):
+        if n:
+            one = (t.split(LENGTHS)[i][None] for t in (q, k, v))
+            options = {"dropout_p": dropout_p, "dropout_seed": seeds[i : i + 1]} if dropout_p else {}
+            expected.append(
+                ops.rel_attention(*one, pos[longest - n : longest - 1 + n], *biases, **options)[0]
+            )
+    same(found, torch.cat(expected), [q, k, v, pos, *biases], TOLERANCES[dtype])
+
+
+@of_every_dtype
+def test_activation_with_a_mask_for_each_recording(dtype):
+    x, weight, bias = (drawn(*shape, dtype=dtype) for shape in ((sum(LENGTHS), 1, 40), (24, 40), (24,)))
+    mask = (torch.rand(len(LENGTHS), 40, generator=numbers(3)) > 0.4).to(dtype) * 1.5
+    found = packed.swoosh_linear(PACKING, x, weight, bias, "SwooshL", mask)
+    parts = zip(x.split(LENGTHS), mask, strict=True)
+    expected = torch.cat(
+        [with_mask(one, weight, bias, "SwooshL", m.repeat(len(one), 1, 1)) for one, m in parts]
+    )
+    same(found, expected, [x, weight, bias], TOLERANCES[dtype])
+
+
+@of_every_dtype
+def test_bypass(dtype):
+    x_orig, x = (drawn(sum(LENGTHS), 1, 24, dtype=dtype, seed=i) for i in (0, 1))
+    scale = drawn(len(LENGTHS), 24, dtype=dtype, seed=2)
+    found = packed.bypass(PACKING, x_orig, x, scale)
+    parts = zip(x_orig.split(LENGTHS), x.split(LENGTHS), scale, strict=True)
+    same(found, torch.cat([ops.bypass(*part) for part in parts]), [x_orig, x, scale], TOLERANCES[dtype])
+
+
+@of_every_dtype
+@pytest.mark.parametrize("positions", [True, False])
+@pytest.mark.parametrize("window", [(-1, -1), (8, 2)], ids=["whole", "chunks"])
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+def test_zipformers_weights_and_their_sums(dtype, positions, window, penalty):
+    heads, dim, longest = 3, 8, max(LENGTHS)
+    x = drawn(sum(LENGTHS), 1, heads * (2 * dim + 4), dtype=dtype)
+    pos = drawn(1, 2 * longest - 1, heads * 4, dtype=dtype, seed=1) if positions else None
+    values = drawn(sum(LENGTHS), 1, heads * 6, dtype=dtype, seed=2)
+    projected = drawn(sum(LENGTHS), 1, 3 * 20, dtype=dtype, seed=3)
+    masks = dict(zip(("chunk_size", "left_context_chunks"), window, strict=True))
+    weights = of_one_call(PACKING, x, pos, heads, dim, masks, penalty, 2.0)
+    found = weights.weighted(values), weights[0:1].gated(projected)
+    sums, gated = [], []
+    for one, v, p in zip(*map(recordings, (x, values, projected)), strict=True):
+        rows = None if pos is None else pos[:, longest - len(one) : longest - 1 + len(one)]
+        w = ops.zipformer_attention_weights(
+            one, rows, heads, dim, score_penalty=penalty, score_limit=2.0, **masks
+        )
+        sums.append(weighted(w, v))
+        gated.append(ops.nonlin_attention(w[0], p))
+    inputs = [t for t in (x, pos, values, projected) if t is not None]
+    both = (torch.cat([a, b], -1) for a, b in (found, (torch.cat(sums), torch.cat(gated))))
+    same(*both, inputs, TOLERANCES[dtype])
+
+
+def test_the_number_of_threads_changes_nothing():
+    h, weight = drawn(sum(LENGTHS), 1, 128), drawn(64, 1, 9, seed=1)
+    q = drawn(sum(LENGTHS), 2, 16)
+    pos, bias = drawn(2 * max(LENGTHS) - 1, 2, 16, seed=2), drawn(2, 16, seed=3)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            y = packed.convolved(PACKING, h, weight, None, "silu")
+            z = packed.attended(PACKING, q, q, q, pos, bias, bias, dropout_p=0.0)
+            grads = torch.autograd.grad(y.sin().sum() + z.sin().sum(), [h, weight, q, pos, bias])
+            results.append((y, z, *grads))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))
+
+
+def test_without_the_kernels_the_copies_give_the_same():
+    h, weight = drawn(sum(LENGTHS), 1, 88), drawn(44, 1, 9, seed=1)
+    found = packed.convolved(PACKING, h, weight, None, "silu", 1)
+    with _dispatch.backend("eager"):
+        assert not packed.is_native(h, weight)
+        same(packed.convolved(PACKING, h, weight, None, "silu", 1), found, [h, weight], 1e-5)
