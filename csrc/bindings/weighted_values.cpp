@@ -2,6 +2,8 @@
 #include "cpu/gemm/weighted_values.h"
 
 #include <algorithm>
+#include <memory>
+#include <tuple>
 #include <vector>
 
 #include "bindings/dispatch.h"
@@ -50,51 +52,108 @@ Tensor weighted_values(Tensor weights, Tensor values) {
   return out;
 }
 
-// Does the same for sequences that lie one after the other as rows of values (N, 1, heads dim), with weights (heads, 1,
-// T, T) of each.
-Tensor weighted_values_packed(std::vector<Tensor> weights, Tensor values) {
-  const char* op = "weighted_values_packed";
-  const auto& kernel = cpu::kernels<cpu::WeightedValues>();
-  check_like(values, values, op, "values");
-  check(values.dim() == 3 && values.size(1) == 1 && !weights.empty() && values.scalar_type() == ScalarType::Float, op,
-        "values");
-  const int64_t count = static_cast<int64_t>(weights.size()), heads = weights[0].size(0), width = values.size(2);
-  check(heads > 0 && width % heads == 0, op, "values");
-  const int64_t columns = width / heads;
-  std::vector<int64_t> starts(1, 0);
-  int64_t longest = 0, work = 0;
-  for (const Tensor& w : weights) {
-    const int64_t frames = w.dim() == 4 ? w.size(2) : 0;
-    check(w.is_cpu() && w.scalar_type() == ScalarType::Float && has_sizes(w, {heads, 1, frames, frames}) &&
-              (w.stride(3) == 1 || frames <= 1),
-          op, "weights");
-    longest = std::max(longest, frames), work += frames * frames;
-    starts.push_back(starts.back() + frames);
+// Sequences that lie one after the other as rows of values (N, 1, heads dim), with weights (heads, 1, T, T) of each.
+struct PackedSums {
+  int64_t count, heads, width, columns, longest = 0, work = 0;
+  std::vector<int64_t> starts = {0};
+
+  PackedSums(const std::vector<Tensor>& weights, const Tensor& values, const char* op) {
+    check_like(values, values, op, "values");
+    check(values.dim() == 3 && values.size(1) == 1 && !weights.empty() && values.scalar_type() == ScalarType::Float, op,
+          "values");
+    count = static_cast<int64_t>(weights.size()), heads = weights[0].size(0), width = values.size(2);
+    check(heads > 0 && width % heads == 0, op, "values");
+    columns = width / heads;
+    for (const Tensor& w : weights) {
+      const int64_t frames = w.dim() == 4 ? w.size(2) : 0;
+      check(w.is_cpu() && w.scalar_type() == ScalarType::Float && has_sizes(w, {heads, 1, frames, frames}) &&
+                (w.stride(3) == 1 || frames <= 1),
+            op, "weights");
+      longest = std::max(longest, frames), work += frames * frames;
+      starts.push_back(starts.back() + frames);
+    }
+    check(starts.back() == values.size(0), op, "lengths");
   }
-  check(starts.back() == values.size(0), op, "lengths");
+
+  // Runs f(head, sequence, frames, the place of its first number in values) for all heads and sequences; Context() is
+  // made once for each thread.
+  template <typename Context, typename F>
+  void for_each(const Context& context, const F& f) const {
+    const int64_t grain = std::max<int64_t>(1, kGrain * count / std::max<int64_t>(1, work));
+    parallel_range(heads * count, grain, [&](int64_t begin, int64_t end) {
+      const auto memory = context();
+      for (int64_t i = begin; i < end; i++) {
+        const auto sequence = static_cast<size_t>(i % count);
+        f(*memory, i / count, sequence, starts[sequence + 1] - starts[sequence],
+          starts[sequence] * width + i / count * columns);
+      }
+    });
+  }
+};
+
+auto scratch(int64_t size) { return std::make_unique<Scratch<float>>(std::max<int64_t>(1, size)); }
+
+Tensor weighted_values_packed(std::vector<Tensor> weights, Tensor values) {
+  const PackedSums sums(weights, values, "weighted_values_packed");
+  const auto& kernel = cpu::kernels<cpu::WeightedValues>();
   const Tensor out = new_contiguous(values);
   const float* v = data<float>(values);
   float* const y = mutable_data<float>(out);
-  const int64_t grain = std::max<int64_t>(1, kGrain * count / std::max<int64_t>(1, work));
-  parallel_range(heads * count, grain, [&](int64_t begin, int64_t end) {
-    const Scratch<float> packed(std::max<int64_t>(1, cpu::packed_values_size(longest, columns)));
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t head = i / count, at = starts[static_cast<size_t>(i % count)] * width + head * columns;
-      const Tensor& w = weights[static_cast<size_t>(i % count)];
-      const int64_t frames = w.size(2);
-      kernel.pack(v + at, width, frames, columns, packed.data());
-      for (int64_t first = 0; first < frames; first += kRows)
-        kernel.run(data<float>(w) + head * w.stride(0) + first * w.stride(2), w.stride(2),
-                   std::min(kRows, frames - first), frames, packed.data(), columns, y + at + first * width, width);
-    }
-  });
+  const int64_t columns = sums.columns, width = sums.width;
+  sums.for_each([&] { return scratch(cpu::packed_values_size(sums.longest, columns)); },
+                [&](const Scratch<float>& packed, int64_t head, size_t sequence, int64_t frames, int64_t at) {
+                  const Tensor& w = weights[sequence];
+                  kernel.pack(v + at, width, frames, columns, packed.data());
+                  for (int64_t first = 0; first < frames; first += kRows)
+                    kernel.run(data<float>(w) + head * w.stride(0) + first * w.stride(2), w.stride(2),
+                               std::min(kRows, frames - first), frames, packed.data(), columns, y + at + first * width,
+                               width);
+                });
   return out;
+}
+
+void transpose(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to) {
+  for (int64_t c = 0; c < columns; c++)
+    for (int64_t r = 0; r < rows; r++) to[c * rows + r] = from[r * stride + c];
+}
+
+// Returns the gradient of the values and, for each sequence, that of the weights, contiguous.
+std::tuple<Tensor, std::vector<Tensor>> weighted_values_packed_backward(Tensor grad, std::vector<Tensor> weights,
+                                                                        Tensor values) {
+  const char* op = "weighted_values_packed_backward";
+  const PackedSums sums(weights, values, op);
+  check_same_size(grad, values, op, "grad");
+  const auto& kernel = cpu::kernels<cpu::WeightedValues>();
+  const Tensor dvalues = new_contiguous(values);
+  std::vector<Tensor> dweights;
+  for (const Tensor& w : weights) dweights.push_back(new_contiguous(w));
+  const float *g = data<float>(grad), *v = data<float>(values);
+  float* const dv = mutable_data<float>(dvalues);
+  const int64_t columns = sums.columns, width = sums.width, longest = sums.longest;
+  const int64_t size = std::max(longest, columns) * longest;
+  const int64_t packed_size =
+      std::max(cpu::packed_values_size(longest, columns), cpu::packed_values_size(columns, longest));
+  sums.for_each([&] { return scratch(size + packed_size); },
+                [&](const Scratch<float>& memory, int64_t head, size_t sequence, int64_t frames, int64_t at) {
+                  const Tensor &w = weights[sequence], &dw = dweights[sequence];
+                  float *const packed = memory.data(), *const transposed = packed + packed_size;
+                  transpose(v + at, width, frames, columns, transposed);  // dW = g v^T
+                  kernel.pack(transposed, frames, columns, frames, packed);
+                  kernel.run(g + at, width, frames, columns, packed, frames,
+                             mutable_data<float>(dw) + head * frames * frames, frames);
+                  transpose(data<float>(w) + head * w.stride(0), w.stride(2), frames, frames, transposed);
+                  kernel.pack(g + at, width, frames, columns, packed);  // dv = W^T g
+                  kernel.run(transposed, frames, frames, frames, packed, columns, dv + at, width);
+                });
+  return {dvalues, dweights};
 }
 
 }  // namespace
 
-FASTASR_OPERATORS({"weighted_values(Tensor weights, Tensor values) -> Tensor", TORCH_BOX(&weighted_values)},
-                  {"weighted_values_packed(Tensor[] weights, Tensor values) -> Tensor",
-                   TORCH_BOX(&weighted_values_packed)})
+FASTASR_OPERATORS(
+    {"weighted_values(Tensor weights, Tensor values) -> Tensor", TORCH_BOX(&weighted_values)},
+    {"weighted_values_packed(Tensor[] weights, Tensor values) -> Tensor", TORCH_BOX(&weighted_values_packed)},
+    {"weighted_values_packed_backward(Tensor grad, Tensor[] weights, Tensor values) -> (Tensor, Tensor[])",
+     TORCH_BOX(&weighted_values_packed_backward)})
 
 }  // namespace fastasr

@@ -210,19 +210,34 @@ std::vector<Tensor> zipformer_attention_weights_packed_forward(Tensor x, Optiona
   return weights;
 }
 
-// Returns dx and dpos, which has no elements without positions.
+// Computes sum = a + b for rows of `count` numbers.
+template <typename T>
+void add_rows(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t rows, int64_t count, T* sum) {
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < count; j++)
+      cpu::store(&sum[i * count + j], cpu::load(a[i * a_stride + j]) + cpu::load(b[i * b_stride + j]));
+}
+
+// Returns dx and dpos, which has no elements without positions. `first` holds a second gradient of the first head's
+// weights, (1, 1, T, T) of each sequence, or nothing.
 std::tuple<Tensor, Tensor> zipformer_attention_weights_packed_backward(
-    std::vector<Tensor> grads, std::vector<Tensor> weights, Tensor x, Optional pos, std::vector<int64_t> lengths,
-    int64_t heads, int64_t query_dim, int64_t chunk, int64_t left_chunks, double penalty, double limit) {
+    std::vector<Tensor> grads, std::vector<Tensor> first_head, std::vector<Tensor> weights, Tensor x, Optional pos,
+    std::vector<int64_t> lengths, int64_t heads, int64_t query_dim, int64_t chunk, int64_t left_chunks, double penalty,
+    double limit) {
   const char* op = "zipformer_attention_weights_packed_backward";
   PackedProblem problem(x, pos, lengths, heads, query_dim, chunk, left_chunks, op);
   const int64_t count = problem.count();
-  check(static_cast<int64_t>(grads.size()) == count && static_cast<int64_t>(weights.size()) == count, op,
-        "weights of other recordings");
+  check(static_cast<int64_t>(grads.size()) == count && static_cast<int64_t>(weights.size()) == count &&
+            (first_head.empty() || static_cast<int64_t>(first_head.size()) == count),
+        op, "weights of other sequences");
   for (auto& one : problem.all) {
     one.a.penalty = penalty, one.a.limit = limit;
     check_weights(weights[static_cast<size_t>(one.index)], one.a, x, op, "weights");
     check_weights(grads[static_cast<size_t>(one.index)], one.a, x, op, "grad");
+    if (first_head.empty()) continue;
+    AttentionProblem head = one.a;
+    head.heads = 1;
+    check_weights(first_head[static_cast<size_t>(one.index)], head, x, op, "gradient of the first head");
   }
   Tensor dx = new_like(x), dpos = pos.has_value() ? new_like(*pos) : new_without_elements(x);
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
@@ -239,6 +254,7 @@ std::tuple<Tensor, Tensor> zipformer_attention_weights_packed_backward(
       const Scratch<C> kt(longest.keys_transposed_size()), rows(longest.key_rows_size()), dk(longest.key_rows_size());
       const Scratch<C> rt(longest.positions_size() + 1), drt(longest.positions_size() + 1);
       const Scratch<C> scratch(longest.backward_scratch());
+      const Scratch<T> sum_of_first(first_head.empty() ? 1 : longest.frames * longest.frames);
       for (int64_t i = begin; i < end; i++) {
         const int64_t head = i / parts;
         double* const sum = sums.data() + i * size;
@@ -253,10 +269,17 @@ std::tuple<Tensor, Tensor> zipformer_attention_weights_packed_backward(
           }
           const T* own = xp + first * a.width();
           T* const to = dxp + first * a.width();
+          const T* gp = data<T>(g) + head * g.stride(0);
+          int64_t g_stride = g.stride(2);
+          if (head == 0 && !first_head.empty()) {
+            const Tensor& more = first_head[static_cast<size_t>(index)];
+            add_rows(gp, g_stride, data<T>(more), more.stride(2), a.frames, a.frames, sum_of_first.data());
+            gp = sum_of_first.data(), g_stride = a.frames;
+          }
           kernel.pack_keys(a, own, nullptr, head, kt.data(), rows.data());
-          kernel.backward(a, &range, own, data<T>(w) + head * w.stride(0), w.stride(2), data<T>(g) + head * g.stride(0),
-                          g.stride(2), kt.data(), rows.data(), pp ? rt.data() : nullptr, head, 0, a.frames, to,
-                          dk.data(), pp ? drt.data() : nullptr, scratch.data());
+          kernel.backward(a, &range, own, data<T>(w) + head * w.stride(0), w.stride(2), gp, g_stride, kt.data(),
+                          rows.data(), pp ? rt.data() : nullptr, head, 0, a.frames, to, dk.data(),
+                          pp ? drt.data() : nullptr, scratch.data());
           kernel.store_keys(a, dk.data(), 1, head, to, nullptr);
           if (!pp) continue;
           for (int64_t d = 0; d < a.pos_dim; d++) {
@@ -282,21 +305,22 @@ std::tuple<Tensor, Tensor> zipformer_attention_weights_packed_backward(
 
 }  // namespace
 
-FASTASR_OPERATORS({"zipformer_attention_weights_forward(Tensor x, Tensor? pos, Tensor? cached_key, "
-                   "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int chunk_size, "
-                   "int left_context_chunks) -> Tensor",
-                   TORCH_BOX(&zipformer_attention_weights_forward)},
-                  {"zipformer_attention_weights_backward(Tensor grad, Tensor weights, Tensor x, Tensor? pos, "
-                   "Tensor? cached_key, Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, "
-                   "int query_head_dim, int chunk_size, int left_context_chunks, float score_penalty, "
-                   "float score_limit) -> (Tensor, Tensor, Tensor)",
-                   TORCH_BOX(&zipformer_attention_weights_backward)},
-                  {"zipformer_attention_weights_packed_forward(Tensor x, Tensor? pos, int[] lengths, int num_heads, "
-                   "int query_head_dim, int chunk_size, int left_context_chunks) -> Tensor[]",
-                   TORCH_BOX(&zipformer_attention_weights_packed_forward)},
-                  {"zipformer_attention_weights_packed_backward(Tensor[] grads, Tensor[] weights, Tensor x, "
-                   "Tensor? pos, int[] lengths, int num_heads, int query_head_dim, int chunk_size, "
-                   "int left_context_chunks, float score_penalty, float score_limit) -> (Tensor, Tensor)",
-                   TORCH_BOX(&zipformer_attention_weights_packed_backward)})
+FASTASR_OPERATORS(
+    {"zipformer_attention_weights_forward(Tensor x, Tensor? pos, Tensor? cached_key, "
+     "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int chunk_size, "
+     "int left_context_chunks) -> Tensor",
+     TORCH_BOX(&zipformer_attention_weights_forward)},
+    {"zipformer_attention_weights_backward(Tensor grad, Tensor weights, Tensor x, Tensor? pos, "
+     "Tensor? cached_key, Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, "
+     "int query_head_dim, int chunk_size, int left_context_chunks, float score_penalty, "
+     "float score_limit) -> (Tensor, Tensor, Tensor)",
+     TORCH_BOX(&zipformer_attention_weights_backward)},
+    {"zipformer_attention_weights_packed_forward(Tensor x, Tensor? pos, int[] lengths, int num_heads, "
+     "int query_head_dim, int chunk_size, int left_context_chunks) -> Tensor[]",
+     TORCH_BOX(&zipformer_attention_weights_packed_forward)},
+    {"zipformer_attention_weights_packed_backward(Tensor[] grads, Tensor[] first_head, Tensor[] weights, Tensor x, "
+     "Tensor? pos, int[] lengths, int num_heads, int query_head_dim, int chunk_size, "
+     "int left_context_chunks, float score_penalty, float score_limit) -> (Tensor, Tensor)",
+     TORCH_BOX(&zipformer_attention_weights_packed_backward)})
 
 }  // namespace fastasr

@@ -25,8 +25,8 @@ def drawn(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=numbers(seed)).to(dtype).requires_grad_()
 
 
-def recordings(rows):
-    return [one for one in rows.split(LENGTHS) if len(one)]
+def recordings(rows, lengths=LENGTHS):
+    return [one for one in rows.split(lengths) if len(one)]
 
 
 def same(found, expected, inputs, tolerance):
@@ -102,17 +102,18 @@ def test_bypass(dtype):
 @pytest.mark.parametrize("positions", [True, False])
 @pytest.mark.parametrize("window", [(-1, -1), (8, 2)], ids=["whole", "chunks"])
 @pytest.mark.parametrize("penalty", [0.0, 0.3])
-def test_zipformers_weights_and_their_sums(dtype, positions, window, penalty):
-    heads, dim, longest = 3, 8, max(LENGTHS)
-    x = drawn(sum(LENGTHS), 1, heads * (2 * dim + 4), dtype=dtype)
+@pytest.mark.parametrize("lengths", [LENGTHS, [20, 0, 13, 1, 13]], ids=["long", "short"])
+def test_zipformers_weights_and_their_sums(dtype, positions, window, penalty, lengths):
+    heads, dim, longest, frames = 3, 8, max(lengths), sum(lengths)
+    x = drawn(frames, 1, heads * (2 * dim + 4), dtype=dtype)
     pos = drawn(1, 2 * longest - 1, heads * 4, dtype=dtype, seed=1) if positions else None
-    values = drawn(sum(LENGTHS), 1, heads * 6, dtype=dtype, seed=2)
-    projected = drawn(sum(LENGTHS), 1, 3 * 20, dtype=dtype, seed=3)
+    values = drawn(frames, 1, heads * 6, dtype=dtype, seed=2)
+    projected = drawn(frames, 1, 3 * 20, dtype=dtype, seed=3)
     masks = dict(zip(("chunk_size", "left_context_chunks"), window, strict=True))
-    weights = of_one_call(PACKING, x, pos, heads, dim, masks, penalty, 2.0)
+    weights = of_one_call(Packing(lengths, x.device), x, pos, heads, dim, masks, penalty, 2.0)
     found = weights.weighted(values), weights[0:1].gated(projected)
     sums, gated = [], []
-    for one, v, p in zip(*map(recordings, (x, values, projected)), strict=True):
+    for one, v, p in zip(*(recordings(rows, lengths) for rows in (x, values, projected)), strict=True):
         rows = None if pos is None else pos[:, longest - len(one) : longest - 1 + len(one)]
         w = ops.zipformer_attention_weights(
             one, rows, heads, dim, score_penalty=penalty, score_limit=2.0, **masks

@@ -11,17 +11,17 @@ from fastasr.models.zipformer.self_attention import weighted
 from fastasr.ops import nonlin_attention
 
 _native = torch.ops.fastasr_cpu
-MOST_FRAMES = (
-    128  # of recordings whose weighted sums the kernel for few columns computes for many columns too
-)
+# Of recordings up to this length the kernel for few columns computes weighted sums for many columns too.
+MOST_FRAMES = 128
 
 
 class PackedWeights:
     """``parts`` are the weights (heads, G, T, T) of each group of recordings of the packing, which see themselves; with
-    ``alone`` those (heads, 1, T, T) of each recording that has frames."""
+    ``alone`` those (heads, 1, T, T) of each recording that has frames. ``first`` are those of the first head, if the
+    gradients of these do not pass through ``parts``."""
 
-    def __init__(self, packing, parts, alone=False):
-        self.packing, self.parts, self.alone = packing, parts, alone
+    def __init__(self, packing, parts, alone=False, first=None):
+        self.packing, self.parts, self.alone, self.first = packing, parts, alone, first
 
     @property
     def shape(self):
@@ -32,6 +32,8 @@ class PackedWeights:
         return len(self.parts[0])
 
     def __getitem__(self, index):
+        if self.first is not None and index == slice(0, 1):
+            return PackedWeights(self.packing, self.first, self.alone)
         return self.mapped(lambda part: part[index])
 
     def mapped(self, function):
@@ -101,26 +103,38 @@ def of_one_call(packing, projected, positions, heads, query_head_dim, masks, pen
     parts = _Weights.apply(
         projected, positions, packing.lengths, heads, query_head_dim, *window, penalty, limit
     )
-    return PackedWeights(packing, list(parts), alone=True)
+    count = len(parts) // 2
+    return PackedWeights(packing, parts[:count], True, parts[count:])
 
 
 class _Weights(torch.autograd.Function):
+    """Returns the weights of each recording, then those of each one's first head."""
+
     @staticmethod
     def forward(ctx, projected, positions, *options):
         call = _native.zipformer_attention_weights_packed_forward.default
         parts = tuple(call(projected, positions, *options[:-2]))
         ctx.save_for_backward(projected, positions, *parts)
         ctx.options = options
-        return parts
+        ctx.set_materialize_grads(False)
+        return *parts, *(part[:1] for part in parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         projected, positions, *parts = ctx.saved_tensors
-        grads = [g if g.stride(-1) == 1 else g.contiguous() for g in grads]
+        count = len(parts)
+        first = [g.contiguous() for g in grads[count:] if g is not None]
+        grads = [_of_rows(g, part) for g, part in zip(grads[:count], parts, strict=True)]
         call = _native.zipformer_attention_weights_packed_backward.default
-        found = call(grads, parts, projected, positions, *ctx.options)
+        found = call(grads, first, parts, projected, positions, *ctx.options)
         return found[0], None if positions is None else found[1], *[None] * len(ctx.options)
+
+
+def _of_rows(grad, part):
+    if grad is None:
+        return torch.zeros_like(part)
+    return grad if grad.stride(-1) == 1 else grad.contiguous()
 
 
 def _by_head(rows, parts):
@@ -130,10 +144,15 @@ def _by_head(rows, parts):
         yield one.transpose(0, 1)
 
 
+def _is_few(values, parts, columns):
+    """Says whether the kernel for few ``columns`` computes the sums, as it does for many where recordings are short."""
+    few = columns or max(part.shape[-1] for part in parts) <= MOST_FRAMES
+    return few and values.dtype is torch.float32 and all(part.stride(-1) == 1 for part in parts)
+
+
 def _sums(values, parts):
     """Returns the weighted sums (N, 1, heads * dim) of values of the same shape."""
-    few = values.shape[-1] // len(parts[0]) <= 32 or max(part.shape[-1] for part in parts) <= MOST_FRAMES
-    if few and values.dtype is torch.float32 and all(part.stride(-1) == 1 for part in parts):
+    if _is_few(values, parts, values.shape[-1] // len(parts[0]) <= 32):
         return _native.weighted_values_packed.default(parts, values)
     y = torch.empty_like(values)
     for part, v, out in zip(parts, _by_head(values, parts), _by_head(y, parts), strict=True):
@@ -143,6 +162,8 @@ def _sums(values, parts):
 
 def _sums_gradients(grad, values, parts, needed):
     """Returns the gradients of the values and of those weights that need one."""
+    if _is_few(values, parts, False) and all(needed):
+        return _native.weighted_values_packed_backward.default(grad, parts, values)
     dvalues, dparts = torch.empty_like(values), []
     views = (_by_head(rows, parts) for rows in (grad, values, dvalues))
     for part, g, v, dv, wanted in zip(parts, *views, needed, strict=True):
