@@ -129,10 +129,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(
                              blocks.begin(k) + blocks.size(k));
       }
     });
-    std::vector<C> sums(2 * n);
-    reduce_blocks<C>(parts.get(), blocks.count, 2 * n, sums.data());
-    std::copy_n(sums.data(), n, mutable_data<C>(dnorm_weight));
-    std::copy_n(sums.data() + n, n, mutable_data<C>(dnorm_bias));
+    reduce_blocks(parts.get(), blocks.count, 2 * n, dnorm_weight);
+    reduce_blocks(parts.get() + n, blocks.count, 2 * n, dnorm_bias);
   });
   return {dx, dnorm_weight, dnorm_bias, dweight, dbias};
 }

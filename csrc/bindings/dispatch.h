@@ -90,7 +90,10 @@ void with_compute_type(ScalarType dtype, const char* op, F&& f) {
   f.template operator()<float>();
 }
 
-// The dtype that a kernel type is computed in; parameters are passed in it.
+// The dtype that a tensor, or a kernel type, is computed in; parameters are passed in it.
+constexpr ScalarType compute_type(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 template <typename T>
 constexpr ScalarType kComputeType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
@@ -149,12 +152,19 @@ struct RowBlocks {
   void parallel(int64_t work, RangeFunction f) const { parallel_tasks(count, rows_per_block * work, f); }
 };
 
-// Computes out[j] = sum over blocks of parts[block][j], in block order, in double.
-template <typename T>
-void reduce_blocks(const cpu::compute_t<T>* parts, int64_t blocks, int64_t width, T* out) {
+// Computes out[j] = sum over blocks of parts[block width + j], in block order, in double, and rounds once.
+template <typename C>
+void reduce_blocks(const C* parts, int64_t blocks, int64_t width, const Tensor& out) {
   const int64_t grain = std::max<int64_t>(64, kGrain / std::max<int64_t>(1, blocks));
-  const auto& kernel = cpu::kernels<cpu::SumBlocks<T>>();
-  parallel_range(width, grain, [&](int64_t b, int64_t e) { kernel.run(parts, blocks, width, b, e, out); });
+  with_kernel_type(out.scalar_type(), "reduce_blocks", [&]<typename T>() {
+    if constexpr (std::is_same_v<cpu::compute_t<T>, C>) {
+      T* sums = mutable_data<T>(out);
+      const auto& kernel = cpu::kernels<cpu::SumBlocks<T>>();
+      parallel_range(out.numel(), grain, [&](int64_t b, int64_t e) { kernel.run(parts, blocks, width, b, e, sums); });
+    } else {
+      decline("reduce_blocks", {"unsupported dtype"});
+    }
+  });
 }
 
 // An operator of torch.ops.fastasr_cpu: its schema, which begins with its name, and TORCH_BOX(&function).

@@ -75,7 +75,7 @@ EmaShape checked_shape(const Inputs& in, bool with_state, const char* op) {
                    static_cast<cpu::EmaDirection>(in.direction),
                    static_cast<cpu::EmaActivation>(in.activation),
                    in.complex};
-  const ScalarType dtype = in.x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = compute_type(in.x.scalar_type());
   const int64_t rows = in.direction == 2 ? 2 * s.channels : s.channels;
   check(s.states >= 1 && s.states <= 64, op, "from 1 to 64 states");
   check_parameter(in.damping, dtype, rows, s.states, op, in.complex ? "alpha" : "damping");

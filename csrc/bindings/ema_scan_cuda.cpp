@@ -79,7 +79,7 @@ struct Arguments {
     batch = layout == 0 ? 1 : 0;
     channel = layout == 2 ? 1 : 2;
     scan.dtype = dtype_code(x.scalar_type(), op), scan.complex = complex;
-    compute = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    compute = compute_type(x.scalar_type());
     scan.length = x.size(time), scan.batch = x.size(batch), scan.channels = x.size(channel);
     check(damping.dim() == 2, op, names.damping, ": expected (rows, states), got ", damping.dim(), " dimensions");
     scan.states = damping.size(1);

@@ -63,7 +63,7 @@ RelAttention checked(const RelAttentionTensors& t, const char* op) {
 }
 
 Tensor new_log_sum_exp(const Tensor& q, const AttentionProblem& a) {
-  const ScalarType wide = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType wide = compute_type(q.scalar_type());
   return torch::stable::new_empty(q, {a.batch, a.heads, a.frames}, wide);
 }
 

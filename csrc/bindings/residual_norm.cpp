@@ -26,6 +26,8 @@ void check_shape_of(const Tensor& t, const Tensor& x, const char* op, const char
   check(ok, op, name, " has another shape than x");
 }
 
+Tensor new_result(const Tensor& x) { return x.is_contiguous() ? new_pooled_like(x) : new_contiguous(x); }
+
 template <typename T>
 cpu::Rows<T> rows_of(const Tensor& t, const Tensor& x, const char* op, const char* name) {
   check(t.scalar_type() == x.scalar_type(), op, name, " is not of x's dtype");
@@ -77,10 +79,10 @@ std::tuple<Tensor, Tensor> residual_norm_forward(const Tensor& x, const Tensor& 
                                                  bool keep_statistics) {
   const char* op = "residual_norm_forward";
   check(x.dim() >= 1, op, "x has no dimensions");
-  Tensor y = new_contiguous(x);
+  Tensor y = new_result(x);
   const int64_t channels = x.size(x.dim() - 1), kept = keep_statistics && channels ? 3 * (x.numel() / channels) : 0;
   const int64_t one = 1;
-  const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType wide = compute_type(x.scalar_type());
   Tensor statistics = new_strided(x, 1, &kept, &one, wide);
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::ResidualNormKernels<T>>();
@@ -104,9 +106,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
   const char* op = "residual_norm_backward";
   check(x.dim() >= 1, op, "x has no dimensions");
   check_same_size(grad, x, op, "grad");
-  Tensor dx = new_contiguous(x);
-  Tensor dupdate = candidate ? new_contiguous(x) : new_without_elements(x);
-  Tensor dsum = candidate ? new_contiguous(x) : new_without_elements(x);
+  Tensor dx = new_result(x);
+  Tensor dupdate = candidate ? new_result(x) : new_without_elements(x);
+  Tensor dsum = candidate ? new_result(x) : new_without_elements(x);
   Tensor dweight = new_like(weight), dbias = new_like(bias);
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::ResidualNormKernels<T>>();
@@ -132,16 +134,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
                         scratch.get());
       }
     });
-    const auto add = [&]<typename P>() {  // P is the type of the parameters
-      std::vector<P> sums(2 * n);
-      reduce_blocks<P>(parts.data(), blocks.count, 2 * n, sums.data());
-      std::copy_n(sums.data(), n, mutable_data<P>(dweight));
-      std::copy_n(sums.data() + n, n, mutable_data<P>(dbias));
-    };
-    if (weight.scalar_type() == kComputeType<T>)
-      add.template operator()<C>();
-    else
-      add.template operator()<T>();
+    reduce_blocks(parts.data(), blocks.count, 2 * n, dweight);
+    reduce_blocks(parts.data() + n, blocks.count, 2 * n, dbias);
   });
   return {dx, dupdate, dsum, dweight, dbias};
 }

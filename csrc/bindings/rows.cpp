@@ -16,12 +16,12 @@ namespace {
 // Runs f(block, part) for each block of rows; f writes a number per channel to its part, and their sums over the blocks
 // go to `sums`. Where that is null, so is part.
 template <typename T, typename F>
-void sum_parts(const RowBlocks& blocks, int64_t channels, T* sums, const F& f) {
+void sum_parts(const RowBlocks& blocks, int64_t channels, const Tensor* sums, const F& f) {
   const Scratch<cpu::compute_t<T>> parts(sums ? std::max<int64_t>(1, blocks.count * channels) : 1);
   blocks.parallel(channels, [&](int64_t b, int64_t e) {
     for (int64_t k = b; k < e; k++) f(k, sums ? parts.data() + k * channels : nullptr);
   });
-  if (sums) reduce_blocks<T>(parts.data(), blocks.count, channels, sums);
+  if (sums) reduce_blocks(parts.data(), blocks.count, channels, *sums);
 }
 
 // ---------------------------------------------------------------- bypass
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> bypass_backward(const Tensor& grad, const Ten
     T *dop = mutable_data<T>(dx_orig), *dxp = mutable_data<T>(dx);
     const auto& kernel = cpu::kernels<cpu::BypassKernels<T>>();
     const RowBlocks blocks(rows, period);
-    sum_parts(blocks, period, mutable_data<T>(dscale), [&](int64_t k, auto* part) {
+    sum_parts<T>(blocks, period, &dscale, [&](int64_t k, auto* part) {
       const int64_t at = blocks.begin(k) * period;
       kernel.backward(gp + at, op + at, xp + at, sp, dop + at, dxp + at, part, blocks.size(k), period);
     });
@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const 
     const double scale = scale_of(log_scale);
     const RowBlocks blocks(rows, channels);
     std::vector<double> scale_parts(blocks.count);
-    sum_parts(blocks, channels, mutable_data<T>(dbias), [&](int64_t k, auto* part) {
+    sum_parts<T>(blocks, channels, &dbias, [&](int64_t k, auto* part) {
       const int64_t at = blocks.begin(k) * channels;
       kernel.backward(gp + at, xp + at, bp, scale, dp + at, part, &scale_parts[k], blocks.size(k), channels);
     });
@@ -244,7 +244,7 @@ std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const 
     const T *g = data<T>(grad), *from = data<T>(z);
     T* to = mutable_data<T>(dz);
     const RowBlocks blocks(rows, channels);
-    sum_parts(blocks, channels, need_bias ? mutable_data<T>(dbias) : nullptr, [&](int64_t k, auto* part) {
+    sum_parts<T>(blocks, channels, need_bias ? &dbias : nullptr, [&](int64_t k, auto* part) {
       const int64_t at = blocks.begin(k) * channels;
       kernel.backward(static_cast<int>(activation), g + at, from + at, to + at, part, blocks.size(k), channels);
     });

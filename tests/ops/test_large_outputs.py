@@ -22,7 +22,12 @@ def _depthwise(x):
     return ops.depthwise_conv2d(x.view(1, -1, 50, 100), torch.ones(100, 1, 1)).view(-1)
 
 
-@pytest.mark.parametrize("function", [_swoosh, _depthwise])
+def _norm(x):
+    one = torch.ones(100)
+    return ops.residual_norm(x.view(-1, 100), x.view(-1, 100), one, one).view(-1)
+
+
+@pytest.mark.parametrize("function", [_swoosh, _depthwise, _norm])
 def test_live_tensors_share_nothing(function):
     x = torch.linspace(-3, 3, ELEMENTS)
     first = function(x)
@@ -32,7 +37,7 @@ def test_live_tensors_share_nothing(function):
     assert len({t.data_ptr() for t in (first, *others)}) == 3
 
 
-@pytest.mark.parametrize("function", [_swoosh, _depthwise])
+@pytest.mark.parametrize("function", [_swoosh, _depthwise, _norm])
 def test_memory_is_used_again(function):
     x = torch.linspace(-3, 3, ELEMENTS)
     y = function(x)
