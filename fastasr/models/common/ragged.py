@@ -213,18 +213,19 @@ class Rate:
     """Frames of a packing and those of the recordings after downsampling by ``factor``, ``slower``."""
 
     def __init__(self, packing: Packing, factor: int):
-        self.factor, sizes, owner = factor, packing.sizes, packing.recording
+        self.factor = factor
         self.slower = Packing([-(-n // factor) for n in packing.lengths], packing.device, packing.pads)
-        slots = self.slower.sizes * factor
+        # on the CPU, where nothing waits for a GPU
+        one, other = (Packing(p.lengths, torch.device("cpu")) for p in (packing, self.slower))
+        sizes, owner, slots = one.sizes, one.recording, other.sizes * factor
+        owner_of_slot = other.recording.repeat_interleave(factor)
         first, first_slot = sizes.cumsum(0) - sizes, slots.cumsum(0) - slots
-        frame = torch.arange(len(owner), device=packing.device)
-        slot = torch.arange(factor * sum(self.slower.lengths), device=packing.device)
-        owner_of_slot = self.slower.recording.repeat_interleave(factor)
-        within = slot - first_slot[owner_of_slot]
+        within = torch.arange(len(owner_of_slot)) - first_slot[owner_of_slot]
         # of every slot the frame, behind a recording's end its last one; of every frame the slot; the slots behind ends
-        self.frames = first[owner_of_slot] + torch.minimum(within, sizes[owner_of_slot] - 1)
-        self.slots = frame + (first_slot - first)[owner]
-        self.behind = (within >= sizes[owner_of_slot]).nonzero()[:, 0]
+        frames = first[owner_of_slot] + torch.minimum(within, sizes[owner_of_slot] - 1)
+        of_frames = torch.arange(len(owner)) + (first_slot - first)[owner]
+        behind = (within >= sizes[owner_of_slot]).nonzero()[:, 0]
+        self.frames, self.slots, self.behind = (t.to(packing.device) for t in (frames, of_frames, behind))
 
     def grouped(self, rows: Tensor) -> Tensor:
         """Returns rows (N, ...) as (N', factor, ...): a recording ends with its own last frame, repeated."""
@@ -258,7 +259,8 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx, grad):
         rate = ctx.rate
         last = rate.frames.index_select(0, rate.behind)
-        return grad.index_select(0, rate.slots).index_add_(0, last, grad.index_select(0, rate.behind)), None
+        more = grad.index_select(0, rate.behind)
+        return grad.index_select(0, rate.slots).index_put_((last,), more, accumulate=True), None
 
 
 class _Upsampled(torch.autograd.Function):
