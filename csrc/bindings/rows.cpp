@@ -41,7 +41,7 @@ int64_t bypass_rows(const Tensor& x_orig, const Tensor& x, const Tensor& scale, 
 
 Tensor bypass_forward(const Tensor& x_orig, const Tensor& x, const Tensor& scale) {
   const int64_t rows = bypass_rows(x_orig, x, scale, "bypass_forward"), period = scale.numel();
-  Tensor y = new_like(x);
+  Tensor y = new_pooled_like(x);
   with_kernel_type(x.scalar_type(), "bypass_forward", [&]<typename T>() {
     const T *op = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
     T* yp = mutable_data<T>(y);
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> bypass_backward(const Tensor& grad, const Ten
                                                    const Tensor& scale) {
   const int64_t rows = bypass_rows(x_orig, x, scale, "bypass_backward"), period = scale.numel();
   check_same_size(grad, x, "bypass_backward", "grad");
-  Tensor dx_orig = new_like(x), dx = new_like(x);
+  Tensor dx_orig = new_pooled_like(x), dx = new_pooled_like(x);
   Tensor dscale = new_like(scale);
   with_kernel_type(x.scalar_type(), "bypass_backward", [&]<typename T>() {
     const T *gp = data<T>(grad), *op = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
@@ -94,7 +94,7 @@ Tensor bypass_packed_forward(const Tensor& x_orig, const Tensor& x, const Tensor
   const char* op = "bypass_packed_forward";
   const std::vector<int64_t> starts = bypass_starts(x_orig, x, scale, lengths, op);
   const int64_t channels = scale.size(1);
-  Tensor y = new_like(x);
+  Tensor y = new_pooled_like(x);
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     const T *from = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
     T* yp = mutable_data<T>(y);
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> bypass_packed_backward(const Tensor& grad, co
   const std::vector<int64_t> starts = bypass_starts(x_orig, x, scale, lengths, op);
   check_same_size(grad, x, op, "grad");
   const int64_t channels = scale.size(1), count = scale.size(0);
-  Tensor dx_orig = new_like(x), dx = new_like(x), dscale = new_like(scale);
+  Tensor dx_orig = new_pooled_like(x), dx = new_pooled_like(x), dscale = new_like(scale);
   with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const T *gp = data<T>(grad), *from = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
@@ -164,7 +164,7 @@ double scale_of(const Tensor& log_scale) {
 
 Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_scale) {
   const int64_t rows = bias_norm_rows(x, bias, log_scale, "bias_norm_forward"), channels = bias.numel();
-  Tensor y = new_like(x);
+  Tensor y = new_pooled_like(x);
   with_kernel_type(x.scalar_type(), "bias_norm_forward", [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::BiasNormKernels<T>>();
     const T *xp = data<T>(x), *bp = data<T>(bias);
@@ -181,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const 
                                                       const Tensor& log_scale) {
   const int64_t rows = bias_norm_rows(x, bias, log_scale, "bias_norm_backward"), channels = bias.numel();
   check_same_size(grad, x, "bias_norm_backward", "grad");
-  Tensor dx = new_like(x), dbias = new_like(bias);
+  Tensor dx = new_pooled_like(x), dbias = new_like(bias);
   Tensor dlog_scale = new_like(log_scale);
   with_kernel_type(x.scalar_type(), "bias_norm_backward", [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::BiasNormKernels<T>>();

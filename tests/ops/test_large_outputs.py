@@ -27,7 +27,11 @@ def _norm(x):
     return ops.residual_norm(x.view(-1, 100), x.view(-1, 100), one, one).view(-1)
 
 
-@pytest.mark.parametrize("function", [_swoosh, _depthwise, _norm])
+def _bypass(x):
+    return ops.bypass(x.view(-1, 100), x.view(-1, 100), torch.ones(100)).view(-1)
+
+
+@pytest.mark.parametrize("function", [_swoosh, _depthwise, _norm, _bypass])
 def test_live_tensors_share_nothing(function):
     x = torch.linspace(-3, 3, ELEMENTS)
     first = function(x)
@@ -37,7 +41,7 @@ def test_live_tensors_share_nothing(function):
     assert len({t.data_ptr() for t in (first, *others)}) == 3
 
 
-@pytest.mark.parametrize("function", [_swoosh, _depthwise, _norm])
+@pytest.mark.parametrize("function", [_swoosh, _depthwise, _norm, _bypass])
 def test_memory_is_used_again(function):
     x = torch.linspace(-3, 3, ELEMENTS)
     y = function(x)
