@@ -129,6 +129,52 @@ void logits(int64_t n, bool hat, int64_t durations) {
   CHECK(x.equals(d) && again.equals(sum), "%s %ld: in place", Type<C>::name, long(n));
 }
 
+// Compares the scores and the gradient of one row of given logits with the formulas in long double.
+template <typename T>
+void given_logits(int64_t n, bool hat) {
+  using C = compute_t<T>;
+  const auto& kernel = cpu::kernels<cpu::JoinerKernels<T>>();
+  const int64_t blank = n / 2;
+  INFO("given logits ", n, ", hat ", hat);
+  Random random(static_cast<uint64_t>(2 * n + hat) + 7);
+  Buffer<T> x(n, 0, random, 3);
+  long double z = 0;
+  for (int64_t j = 0; j < n; j++)
+    if (!hat || j != blank) z += std::exp(x(j));
+  const long double L = std::log(z), b = x(blank), s = logistic(b);
+  for (const int64_t symbol : {int64_t{0}, blank, n - 1}) {
+    Buffer<C> px(1), py(1), total(1);
+    kernel.row_scores(x, n, symbol, blank, hat, px, py, total);
+    EXPECT(total, 0, L, 20);
+    EXPECT(px, 0, x(symbol) - L + (hat ? std::log1p(-s) : 0), 20);
+    EXPECT(py, 0, hat ? std::log(s) : b - L, 20);
+    const C gx = C(0.75), gy = C(-1.25);
+    Buffer<T> d(n);
+    kernel.row_gradient(x, total[0], gx, gy, n, symbol, blank, hat, d);
+    for (int64_t j = 0; j < n; j++) {
+      long double e = -(hat ? gx : gx + gy) * std::exp(x(j) - L);
+      if (j == blank) e = hat ? gy * (1 - s) - gx * s : e + gy;
+      EXPECT(d, j, e + (j == symbol ? gx : 0), 20);
+    }
+  }
+}
+
+// Where the largest given logit is infinite, L is it, unless a NaN is among them; a HAT's blank does not count.
+void infinite() {
+  const auto& kernel = cpu::kernels<cpu::JoinerKernels<float>>();
+  const float inf = std::numeric_limits<float>::infinity(), nan = cpu::from_bits(0x7fffffff);
+  const float rows[][3] = {{inf, 1, -inf}, {-inf, -inf, -inf}, {inf, nan, 1}, {-inf, -inf, nan}};
+  const float expected[] = {inf, -inf, nan, nan}, hats[] = {inf, -inf, nan, -inf};
+  for (int i = 0; i < 4; i++)
+    for (const bool hat : {false, true}) {
+      const float want = hat ? hats[i] : expected[i];
+      float px, py, total;
+      kernel.row_scores(rows[i], 3, 1, 2, hat, &px, &py, &total);
+      CHECK(total == want || (std::isnan(total) && std::isnan(want)), "row %d, hat %d: %g", i, hat, double(total));
+      CHECK(std::isnan(px) == (i != 0), "row %d, hat %d: %g", i, hat, double(px));
+    }
+}
+
 // A NaN among the logits shows in the whole row, and a symbol outside the vocabulary as NaN; one output is certain.
 void special() {
   const auto& kernel = cpu::kernels<cpu::JoinerKernels<float>>();
@@ -176,8 +222,13 @@ void hidden_gradient(int64_t n) {
 TEST_CASE("rnnt_joiner") {
   rows();
   special();
+  infinite();
   for_each_type([&]<typename T>() {
-    for (const int64_t n : kSizes) hidden<T>(n);
+    for (const int64_t n : kSizes) {
+      hidden<T>(n);
+      for (const bool hat : {false, true})
+        if (n > hat) given_logits<T>(n, hat);
+    }
   });
   for (const int64_t n : kSizes) {
     hidden_gradient<float>(n), hidden_gradient<double>(n);

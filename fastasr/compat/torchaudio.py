@@ -14,7 +14,7 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
-from fastasr.rnnt import _arguments, lengths, losses
+from fastasr.rnnt import _arguments, lengths
 
 __all__ = ["RNNTLoss", "install", "rnnt_loss", "uninstall"]
 
@@ -43,7 +43,9 @@ def rnnt_loss(
         clamp=clamp,
         fused_log_softmax=fused_log_softmax,
     )
-    return losses.reduced(op, -loss, reduction, False)
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
 
 
 class RNNTLoss(nn.Module):

@@ -25,7 +25,12 @@ def floating(op: str, name: str, value: object, dims: str) -> Tensor:
 
 
 def integers(op: str, name: str, value: object, shape: tuple, like: Tensor, like_name: str) -> Tensor:
-    """Checks for an integer tensor of that shape (None: any size) on like's device, and returns it as int64."""
+    """Does the same as ``checked_integers`` and returns int64."""
+    return checked_integers(op, name, value, shape, like, like_name).to(torch.int64)
+
+
+def checked_integers(op: str, name: str, value: object, shape: tuple, like: Tensor, like_name: str) -> Tensor:
+    """Checks for an integer tensor of that shape (None: any size) on like's device."""
     if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"fastasr.{op}: {name}: expected an integer tensor, got {got}")
@@ -37,7 +42,7 @@ def integers(op: str, name: str, value: object, shape: tuple, like: Tensor, like
         spelled = ", ".join("any" if want is None else str(want) for want in shape)
         _check.shape(op, name, value, f"({spelled})", False)
     _check.same_device(op, name, value, like, like_name)
-    return value.to(torch.int64)
+    return value
 
 
 def arcs(op: str, px_name: str, px: Tensor, py_name: str, py: Tensor) -> None:
@@ -76,14 +81,17 @@ def holds(op: str, name: str, condition: Tensor, expected: str, value: Tensor) -
         _refuse(op, name, expected, value)
 
 
-def between(op: str, name: str, value: Tensor, most: int, expected: str) -> None:
-    """Requires integers (B,) in [0, most]."""
+def between(op: str, name: str, value: Tensor, most: int, expected: str) -> list[int] | None:
+    """Requires integers (B,) in [0, most]. Returns them where they are on the CPU."""
     if not has_values(value):
-        return
+        return None
     if not value.is_cpu:
         holds(op, name, (value >= 0) & (value <= most), expected, value)
-    elif not all(0 <= one <= most for one in value.tolist()):  # Python is faster for so few
+        return None
+    numbers = value.tolist()
+    if not all(0 <= one <= most for one in numbers):  # Python is faster for so few
         _refuse(op, name, expected, value)
+    return numbers
 
 
 def _refuse(op: str, name: str, expected: str, value: Tensor) -> None:
@@ -103,7 +111,7 @@ def symbols(
     value = integers(op, "symbols", value, (like.shape[0], length), like, "the scores")
     if has_values(value):
         if value.is_cpu:
-            low, high = value.aminmax()
+            low, high = map(int, value.aminmax())
             if low >= 0 and high < classes:
                 return value
         right = (value >= 0) & (value < classes)

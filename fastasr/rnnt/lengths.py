@@ -88,7 +88,7 @@ class _Losses(torch.autograd.Function):
         logits, rows, normaliser, ox, oy = ctx.saved_tensors
         blank, factor, clamp = ctx.rest
         scale = -grad.view(-1, 1, 1) if clamp <= 0 else -1.0
-        gx = F.pad((ox[:, :, :-1] * (scale * factor)).transpose(1, 2), (0, 1))
+        gx = F.pad((ox[:, :, :-1] * (scale * factor if factor != 1.0 else scale)).transpose(1, 2), (0, 1))
         gy = (oy * scale).transpose(1, 2)
         if normaliser is None:
             found = torch.zeros_like(logits).scatter_(
@@ -123,13 +123,16 @@ def reduced(op: str, loss: Tensor, target_lengths: Tensor, reduction: str) -> Te
 
 def boundary(op, logit_lengths, target_lengths, batch: int, frames: int, length: int, like: Tensor) -> Tensor:
     """Returns the boundary (B, 4) of sequences of these lengths, after checking them."""
-    ends = []
+    ends, numbers = [], []
     for name, value, most in (
         ("logit_lengths", logit_lengths, frames),
         ("target_lengths", target_lengths, length),
     ):
-        value = arguments.integers(op, name, value, (batch,), like, "the logits")
-        arguments.between(op, name, value, most, f"lengths in [0, {most}]")
-        ends.append(value)
-    zero = torch.zeros_like(ends[0])
-    return torch.stack((zero, zero, ends[1], ends[0]), 1)
+        ends.append(arguments.checked_integers(op, name, value, (batch,), like, "the logits"))
+        numbers.append(arguments.between(op, name, value, most, f"lengths in [0, {most}]"))
+    if None not in numbers:  # one tensor of few numbers costs less than the conversions
+        rows = [(0, 0, symbols, frames) for frames, symbols in zip(*numbers, strict=True)]
+        return torch.tensor(rows, device="cpu")
+    stop, end = (value.to(torch.int64) for value in ends)
+    zero = torch.zeros_like(stop)
+    return torch.stack((zero, zero, end, stop), 1)

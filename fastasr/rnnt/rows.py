@@ -6,16 +6,19 @@ py = log σ(l_blank), and with L over the other classes px = l_y − L + log σ(
 
 Backward, with p = e^(l − L): dl = gx e_y + gy e_blank − (gx + gy) p. HAT: dl_c = gx ([c = y] − p_c) for c ≠ blank, and
 dl_blank = gy σ(−l_blank) − gx σ(l_blank). The forward pass reads the logits once; the backward pass reads them once and
-writes their gradient. Both work on slices of rows, so that nothing else has the size of the logits.
+writes their gradient. On a CPU these are kernels (csrc/cpu/rnnt/rnnt_joiner.h); elsewhere both work on slices of rows,
+so that nothing else has the size of the logits.
 """
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr.ops._dispatch import forced_backend
+from fastasr.ops._dispatch import PLAIN, forced_backend, reason_cpu
 from fastasr.ops._register import register
 
 _SLICE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
@@ -30,8 +33,22 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+@cache
+def _native() -> list[Callable]:
+    names = "rnnt_row_logprobs_forward", "rnnt_row_logprobs_backward"
+    return [] if reason_cpu(*names) else [getattr(torch.ops.fastasr_cpu, name).default for name in names]
+
+
+def _kernels(logits: Tensor) -> list[Callable]:
+    """Returns the kernels of both directions if they serve these logits."""
+    serve = logits.is_cpu and logits.dim() == 4 and logits.stride(3) == 1 and type(logits) in PLAIN
+    return _native() if serve and forced_backend() in ("auto", "cpu") else []
+
+
 def forward(logits: Tensor, symbols: Tensor, blank: int, hat: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (px, py, L), each of symbols' shape."""
+    if kernels := _kernels(logits):
+        return kernels[0](logits, symbols, blank, hat)
     dtype, classes = _wide(logits.dtype), logits.shape[-1]
     flat, index = logits.reshape(-1, classes), symbols.reshape(-1, 1)
     normaliser = flat.new_empty(flat.shape[0], dtype=dtype)
@@ -61,6 +78,8 @@ def backward(
 ) -> Tensor:
     """Returns dlogits."""
     dtype, classes = normaliser.dtype, logits.shape[-1]
+    if kernels := _kernels(logits):
+        return kernels[1](grad_px.to(dtype), grad_py.to(dtype), logits, symbols, normaliser, blank, hat)
     flat, index, normaliser = logits.reshape(-1, classes), symbols.reshape(-1, 1), normaliser.reshape(-1, 1)
     gx, gy = grad_px.reshape(-1, 1).to(dtype), grad_py.reshape(-1, 1).to(dtype)
     grad = torch.empty_like(flat, memory_format=torch.contiguous_format)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import TYPES, random_problem
@@ -310,3 +311,22 @@ def test_the_forced_formula_of_rows(hat):
         close(row_logprobs(logits), kernels)
         assert torch.autograd.gradcheck(row_logprobs, logits, fast_mode=True)
         assert torch.autograd.gradgradcheck(row_logprobs, logits, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("hat", [False, True])
+def test_rows_whose_classes_are_apart_in_memory(hat, dtype):
+    """Kernels do not read these: torch does their work in slices."""
+    p = random_problem(6)
+    symbols = F.pad(p.symbols, (0, 1), value=p.blank).unsqueeze(1).expand(-1, p.am.shape[1], -1)
+    logits = p.full.to(dtype)
+    apart = logits.transpose(1, 3).contiguous().transpose(1, 3)
+    assert rows._kernels(logits)
+    assert not rows._kernels(apart)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype.itemsize < 8 else {}
+    found, expected = (rows.forward(x, symbols, p.blank, hat) for x in (logits, apart))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+    gx, gy = (torch.randn_like(found[0]) for _ in range(2))
+    found, expected = (rows.backward(gx, gy, x, symbols, expected[2], p.blank, hat) for x in (logits, apart))
+    torch.testing.assert_close(found, expected, **(tolerance if dtype.itemsize > 2 else {}))

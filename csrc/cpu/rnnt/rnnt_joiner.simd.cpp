@@ -67,30 +67,31 @@ void dropout(const WeightsDropout& d, const JoinerRow* rows, int64_t begin, int6
 // Adds at most kChain terms per lane in the compute type, then in double.
 constexpr int64_t kChain = 512;
 
-template <typename C>
-FASTASR_INLINE C largest(const C* __restrict x, int64_t begin, int64_t end, C so_far) {
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE C largest(const T* __restrict x, int64_t begin, int64_t end, C so_far) {
 #pragma omp simd reduction(max : so_far)
-  for (int64_t j = begin; j < end; j++) so_far = x[j] > so_far ? x[j] : so_far;
+  for (int64_t j = begin; j < end; j++) so_far = load(x[j]) > so_far ? load(x[j]) : so_far;
   return so_far;
 }
 
-template <typename C>
-FASTASR_INLINE double sum_of_exp(const C* __restrict x, int64_t begin, int64_t end, C shift) {
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE double sum_of_exp(const T* __restrict x, int64_t begin, int64_t end, C shift) {
   double total = 0;
   for (int64_t first = begin; first < end; first += kChain) {
     const int64_t last = first + kChain < end ? first + kChain : end;
     C sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = first; j < last; j++) sum += exp_or_zero(x[j] - shift);
+    for (int64_t j = first; j < last; j++) sum += exp_or_zero(load(x[j]) - shift);
     total += static_cast<double>(sum);
   }
   return total;
 }
 
-template <typename C>
-double log_sum_of_exp(const C* x, int64_t n) {
-  const C shift = largest(x, 0, n, -std::numeric_limits<C>::infinity());
-  return static_cast<double>(shift) + std::log(sum_of_exp(x, 0, n, shift));
+// Leaves out one element, or none where `without` is n.
+template <typename T, typename C = compute_t<T>>
+FASTASR_INLINE double log_sum_of_exp(const T* x, int64_t n, int64_t without) {
+  const C shift = largest(x, without + 1, n, largest(x, 0, without, -std::numeric_limits<C>::infinity()));
+  return static_cast<double>(shift) + std::log(sum_of_exp(x, 0, without, shift) + sum_of_exp(x, without + 1, n, shift));
 }
 
 // log(1 + e^x)
@@ -103,11 +104,7 @@ void scores(const C* logits, const JoinerRow* rows, int64_t begin, int64_t end, 
   const int64_t n = o.tokens;
   for (int64_t i = begin; i < end; i++) {
     const C* x = logits + i * o.all;
-    // a HAT leaves blank out, which makes two stretches
-    const int64_t first = o.hat ? o.blank : n, second = o.hat ? o.blank + 1 : n;
-    const C shift = largest(x, second, n, largest(x, 0, first, kNone));
-    const double sum = sum_of_exp(x, 0, first, shift) + sum_of_exp(x, second, n, shift);
-    const double total = static_cast<double>(shift) + std::log(sum), z = static_cast<double>(x[o.blank]);
+    const double total = log_sum_of_exp(x, n, o.hat ? o.blank : n), z = static_cast<double>(x[o.blank]);
     const int64_t y = rows[i].symbol, place = rows[i].place;
     double symbol = y == JoinerRow::kUnknown ? std::numeric_limits<double>::quiet_NaN() : static_cast<double>(kNone);
     if (y >= 0 && !(o.hat && y == o.blank)) symbol = static_cast<double>(x[y]) - total - (o.hat ? softplus(z) : 0);
@@ -115,7 +112,7 @@ void scores(const C* logits, const JoinerRow* rows, int64_t begin, int64_t end, 
     to.blank[place] = static_cast<C>(o.hat ? -softplus(-z) : z - total);
     to.normaliser[place] = total;
     if (!o.durations) continue;
-    const double of_durations = log_sum_of_exp(x + n, o.durations);
+    const double of_durations = log_sum_of_exp(x + n, o.durations, o.durations);
     C* out = to.durations + place * o.durations;
     for (int64_t j = 0; j < o.durations; j++) out[j] = static_cast<C>(static_cast<double>(x[n + j]) - of_durations);
   }
@@ -155,7 +152,7 @@ FASTASR_INLINE void softmax_gradient(const GradientRow<C>* rows, int64_t n, C* _
 // Writes the gradient of the durations' logits x to d, which may be x, and adds it to dbias.
 template <typename C>
 void durations_gradient(const C* x, const C* gz, int64_t n, C* d, C* dbias) {
-  const double total = log_sum_of_exp(x, n);
+  const double total = log_sum_of_exp(x, n, n);
   double sum = 0;
   for (int64_t j = 0; j < n; j++) sum += static_cast<double>(gz[j]);
   for (int64_t j = 0; j < n; j++) {
@@ -208,6 +205,40 @@ void logits_gradient(const JoinerGradient<C>& g, const JoinerRow* rows, int64_t 
   dbias[blank] = static_cast<C>(at_blank);
 }
 
+template <typename T, typename C = compute_t<T>>
+void row_scores(const T* x, int64_t n, int64_t y, int64_t blank, bool hat, C* px, C* py, C* normaliser) {
+  double total = log_sum_of_exp(x, n, hat ? blank : n);
+  if (std::isnan(total)) {
+    total = -std::numeric_limits<double>::infinity();
+    for (int64_t j = 0; j < n && !std::isnan(total); j++)
+      if (const double l = static_cast<double>(load(x[j])); !(hat && j == blank) && !(l <= total)) total = l;
+  }
+  const double z = static_cast<double>(load(x[blank]));
+  *px = static_cast<C>(static_cast<double>(load(x[y])) - total - (hat ? softplus(z) : 0));
+  *py = static_cast<C>(hat ? -softplus(-z) : z - total);
+  *normaliser = static_cast<C>(total);
+}
+
+template <typename T, typename C = compute_t<T>>
+void row_gradient(const T* __restrict x, C total, C gx, C gy, int64_t n, int64_t y, int64_t blank, bool hat,
+                  T* __restrict out) {
+  const C weight = hat ? -gx : -(gx + gy);
+  const auto softmax = [&](int64_t j) __attribute__((always_inline)) {
+    const C a = load(x[j]) - total;
+    return exp_or_zero(a > 0 ? C(0) : a) * weight;  // above 0 by rounding, and a HAT's blank, which is replaced
+  };
+  C at_blank = softmax(blank) + gy;
+  if (hat) {
+    C s, r;
+    sigmoid_pair(load(x[blank]), &s, &r);
+    at_blank = gy * r - gx * s;
+  }
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) store(out + j, softmax(j));
+  store(out + y, softmax(y) + gx);
+  store(out + blank, y == blank ? at_blank + gx : at_blank);
+}
+
 template <bool kTanh, typename C>
 void hidden_gradient_rows(const C* dhidden, const C* hidden, const JoinerRow* rows, int64_t count, int64_t begin,
                           int64_t end, int64_t n, C* dam, C* dlm) {
@@ -242,6 +273,7 @@ void hidden_gradient(const C* dhidden, const C* hidden, const JoinerRow* rows, i
 
 FASTASR_KERNELS(JoinerKernels, .rows = rows<compute_t<T>>, .hidden = hidden<T>, .dropout = dropout<compute_t<T>>,
                 .scores = scores<compute_t<T>>, .logits_gradient = logits_gradient<compute_t<T>>,
+                .row_scores = row_scores<T>, .row_gradient = row_gradient<T>,
                 .hidden_gradient = hidden_gradient<compute_t<T>>)
 
 }  // namespace fastasr::cpu
