@@ -209,9 +209,8 @@ class KernelFamily:
     name: str
     ops: tuple[str, ...]
     implementations: tuple[Implementation, ...]
-    vendor: bool = (
-        False  # the definition calls a vendor library's kernel: using it loses nothing worth a warning
-    )
+    # the definition calls a vendor library's kernel: using it loses nothing worth a warning
+    vendor: bool = False
     chosen: dict = field(default_factory=dict)
     # by device and dtype: the backend whose kernels the device could not launch, and why
     failed: dict = field(default_factory=dict)

@@ -100,10 +100,9 @@ class Op(Errors):
     fast: str | Callable = ""
     # code, or (*arguments) -> bool: a condition beside the types, kernels check the rest; "False": no such path
     fits: str | Callable = ""
-    by_torch: str = (
-        ""  # code after its checks that returns torch's own call, with its autograd, where that is best
-    )
-    fast_strides: str = ""  # arguments that must be contiguous
+    # code after its checks that returns torch's own call, with its autograd, where that is best
+    by_torch: str = ""
+    fast_strides: str = ""  # arguments that must be contiguous; by default the first
 
     def __call__(self, formula: Callable[P, R]) -> Callable[P, R]:
         self.name, self.definition = formula.__name__, formula

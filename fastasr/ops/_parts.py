@@ -21,13 +21,13 @@ from torch import (
 )
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.autograd import Function
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, forced_backend, served, widest
 from fastasr.ops._register import autocast_dtype, refuse_double_backward
 
-MASKS = (torch.bool, *FLOATING)
+MASKS, COMPUTE = (torch.bool, *FLOATING), (float32, float64)
 BOOL, INT64 = (torch.bool,), (torch.int64,)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

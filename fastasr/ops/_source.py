@@ -609,12 +609,9 @@ def _for_the_operator(op) -> str:
 
 # --------------------------------------------------------------------------- the public function
 def _fast(op) -> Iterator[str]:
-    """Returns the shortest path, for plain CPU tensors of one dtype and options of the exact type; kernels check the
-    rest.
-    """
+    """Returns the conditions of the shortest path: plain CPU tensors, exact options. The kernels check the rest."""
     if op.fits == "False":  # Python leaves the branch out
-        yield op.fits
-        return
+        return (yield op.fits)
     yield "_kernels is not None"
     others = [a for a in op.tensors if a is not op.leader]
     # Kernels check dtypes, and the dispatcher devices. With ``fits`` another product comes first, which does not.
@@ -622,13 +619,20 @@ def _fast(op) -> Iterator[str]:
     told = op.deciding if op.decides else () if unchecked else op.one_dtype
     untold = [a for a in others if a.name not in (*told, *op.own_dtype)] if unchecked or not op.fast else []
     compared = [a for a in untold if a.kind in ("constant", "floating")]
+    # What the other path converts for the kernels is left to it: their decline would cost it 20 us more.
+    wide = [op.leader.name] if op.outputs[0].wide else op.wide[: not op.launch]
+    taken = {"contiguous": "{0}.is_contiguous()", "channels": "({0}.is_contiguous() or {0}.stride(-1) == 1)"}
+    layout = _layout(op, op.leader.name, False)
+    converts = layout in taken and (op.outputs[0].wide or not (op.launch or op.fast))
+    dense = op.fast_strides or [op.leader.name] * converts
     for a in (op.leader, *others):
         parts = [f"type({a.name}) in _PLAIN"]
         parts += [f"{a.name}.is_cpu"] * (a is op.leader or unchecked)
         # reading an attribute costs 40 ns, a local variable 1
         parts += [f"(_dtype := {a.name}.dtype)"] * (a is op.leader and bool(compared))
         parts += [f"{a.name}.dtype is _dtype"] * (a in compared)
-        parts += [f"{a.name}.is_contiguous()"] * (a.name in op.fast_strides)
+        parts += [f"{a.name}.dtype in _COMPUTE"] * (a.name in wide)
+        parts += [taken.get(layout, "").format(a.name)] * (a.name in dense)
         parts += [f"not {a.name}.requires_grad"] * (a.kind == "constant")
         yield _optional(a, " and ".join(parts))
     for a in op.options:
@@ -639,9 +643,8 @@ def _fast(op) -> Iterator[str]:
             yield f"({partner} is not None or {_absent(op, name)})"
     if op.fits:
         yield op.fits if isinstance(op.fits, str) else f"_fits({_names(op.arguments)})"
-    if op.cast is not None:
-        yield 'not _is_autocast_enabled("cpu")'
-    yield "not _is_compiling()"
+    yield from ['not _is_autocast_enabled("cpu")'] * (op.cast is not None)
+    yield "not _is_dynamo_compiling()"  # exports that trace without dynamo have no plain tensors
 
 
 def _formula_under_autocast(op) -> list[str]:

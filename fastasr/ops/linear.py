@@ -58,8 +58,7 @@ def _gradients(op, kernels, grads, saved, needs) -> tuple[Tensor | None, ...]:
     fast="_kernels.forward(x, weight, bias)",
     # Only float32 has a choice, and only float32 may be forced.
     fits=f"(_dtype is _float32 or _dtype in _FLOATING and _forced_backend() == 'auto') and {FITS}",
-    by_torch="if _dtype is not _float32 or "
-    "x.numel() * _rows[0] < _gemm.SMALL "
+    by_torch="if _dtype is not _float32 or x.numel() * _rows[0] < _gemm.SMALL "
     "and (not _gemm._reduced_weights.copies or _gemm._reduced_weights.of(x, weight) is None):\n"
     "    return F.linear(x, weight, bias)",
     summary="a linear layer, by the matrix product that measured faster on this machine",
