@@ -123,9 +123,11 @@ void pack_chain(const T* from, int64_t across, int64_t along, int64_t width, int
       for (int64_t i = 0; i < p; i++)
         gather<kWidth>(from + i * kWidth + k * kEach * along, along, out + (i * words + k) * kWidth);
   } else if (along == 1) {
+    // whole panels apart: their width is a constant
+    for (; (p + 1) * kWidth <= width; p++)
+      interleave<kWidth>(from + p * kWidth * across, across, pairs, kWidth, out + p * words * kWidth);
     for (; p < panels; p++)
-      interleave<kWidth>(from + p * kWidth * across, across, pairs, std::min(kWidth, width - p * kWidth),
-                         out + p * words * kWidth);
+      interleave<kWidth>(from + p * kWidth * across, across, pairs, width - p * kWidth, out + p * words * kWidth);
     done = pairs;
   }
   // the rest: panels from p on, and the last word of those before, where it holds one term
