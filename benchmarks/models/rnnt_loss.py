@@ -2,10 +2,11 @@
 """The exact transducer loss at Parakeet's sizes, forward and backward: from given logits, and with the joiner.
 
 "upstream" is torchaudio's ``rnnt_loss``, whose library must fit the installed torch. Given logits, both return their
-gradient as a tensor of the same size.
+gradient as a tensor of the same size; ours can write it over the logits.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,13 +20,14 @@ from fastasr.benchmarks.rows import Row
 from fastasr.compat import torchaudio as compat
 
 NAME = "rnnt_loss"
-LOGITS, JOINER = "from logits", "joiner and loss"
+LOGITS, IN_PLACE, JOINER = "from logits", "from logits, in place", "joiner and loss"
 # B, T, U, D, V
 CASES = {
     LOGITS: ((4, 188, 40, 640, 1025), (1, 188, 40, 640, 8193), (1, 20, 5, 64, 30)),
+    IN_PLACE: ((1, 188, 40, 640, 8193),),
     JOINER: ((4, 188, 40, 640, 8193), (1, 188, 40, 640, 8193), (1, 20, 5, 64, 30)),
 }
-TINY = {LOGITS: ((2, 12, 4, 16, 20),), JOINER: ((2, 12, 4, 16, 20),)}
+TINY = dict.fromkeys(CASES, ((2, 12, 4, 16, 20),))
 QUICK = {"cases": TINY}
 
 
@@ -53,9 +55,10 @@ class Problem:
             self.logits() if logits is None else logits, *self.ends, blank=self.blank, reduction="sum"
         )
 
-    def fused(self, logits: Tensor | None = None) -> Tensor:
+    def fused(self, logits: Tensor | None = None, in_place: bool = False) -> Tensor:
         if logits is not None:
-            return compat.rnnt_loss(logits, *self.ends, blank=self.blank, reduction="sum")
+            options = {"blank": self.blank, "reduction": "sum", "in_place": in_place}
+            return compat.rnnt_loss(logits, *self.ends, **options)
         call = self.am, self.lm, self.head.weight, self.head.bias, self.ends[0], self.blank
         return rnnt.joiner_loss(*call, reduction="sum", activation="relu")
 
@@ -71,7 +74,7 @@ def measure(run: Run, *, cases=CASES) -> Iterator[list[Row]]:
             run.report(f"{NAME}: {case}, {shape}")
             problem = Problem(batch, frames, symbols, channels, outputs)
             rows, large = batch * frames * (symbols + 1), outputs > 1000
-            if case == LOGITS:
+            if case != JOINER:
                 given = problem.logits().detach().requires_grad_()
                 leaves, arguments, flops, moved = (given,), (given,), 0, 2 * 4 * given.numel()
                 copied = limits.copy_seconds(moved)
@@ -86,7 +89,10 @@ def measure(run: Run, *, cases=CASES) -> Iterator[list[Row]]:
                         call(*arguments), leaves
                     )
                 )
-                for name, call in {UPSTREAM: problem.upstream, FASTASR: problem.fused}.items()
+                for name, call in {
+                    UPSTREAM: problem.upstream,
+                    FASTASR: partial(problem.fused, in_place=True) if case == IN_PLACE else problem.fused,
+                }.items()
             }
             yield run.rows(
                 variants,

@@ -78,17 +78,19 @@ std::tuple<Tensor, Tensor, Tensor> rnnt_row_logprobs_forward(const Tensor& logit
   return {px, py, normaliser};
 }
 
-Tensor rnnt_row_logprobs_backward(const Tensor& grad_px, const Tensor& grad_py, const Tensor& logits,
-                                  const Tensor& symbols, const Tensor& normaliser, int64_t blank, bool hat) {
+// Writes dlogits to `logits` and returns a tensor without elements, or returns dlogits.
+Tensor rnnt_row_logprobs_backward(const Tensor& grad_px, const Tensor& grad_py, Tensor logits, const Tensor& symbols,
+                                  const Tensor& normaliser, int64_t blank, bool hat, bool in_place) {
   const char* op = "rnnt_row_logprobs_backward";
   const Rows rows = checked_rows(logits, symbols, blank, op);
-  Tensor found = new_pooled<4>(logits, {rows.sizes[0], rows.sizes[1], rows.sizes[2], rows.outputs});
+  Tensor found = in_place ? logits : new_pooled<4>(logits, {rows.sizes[0], rows.sizes[1], rows.sizes[2], rows.outputs});
   with_kernel_type(logits.scalar_type(), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::JoinerKernels<T>>();
     for (const Tensor* t : {&grad_px, &grad_py, &normaliser})
       check(rows.fit(*t, kComputeType<T>), op, "gradients, normaliser");
     const Places logits_at(logits), symbols_at(symbols), gx_at(grad_px), gy_at(grad_py), normaliser_at(normaliser);
+    const Places found_at(found);
     const T* x = data<T>(logits);
     const int64_t* y = data<int64_t>(symbols);
     const C *gx = data<C>(grad_px), *gy = data<C>(grad_py), *l = data<C>(normaliser);
@@ -97,11 +99,11 @@ Tensor rnnt_row_logprobs_backward(const Tensor& grad_px, const Tensor& grad_py, 
       for (int64_t i = begin; i < end; i++) {
         const Three at = rows.index(i);
         kernel.row_gradient(x + logits_at[at], l[normaliser_at[at]], gx[gx_at[at]], gy[gy_at[at]], rows.outputs,
-                            y[symbols_at[at]], blank, hat, out + i * rows.outputs);
+                            y[symbols_at[at]], blank, hat, out + found_at[at]);
       }
     });
   });
-  return found;
+  return in_place ? new_without_elements(logits) : found;
 }
 
 }  // namespace
@@ -109,8 +111,8 @@ Tensor rnnt_row_logprobs_backward(const Tensor& grad_px, const Tensor& grad_py, 
 FASTASR_OPERATORS({"rnnt_row_logprobs_forward(Tensor logits, Tensor symbols, int blank, bool hat) -> "
                    "(Tensor, Tensor, Tensor)",
                    TORCH_BOX(&rnnt_row_logprobs_forward)},
-                  {"rnnt_row_logprobs_backward(Tensor grad_px, Tensor grad_py, Tensor logits, Tensor symbols, "
-                   "Tensor normaliser, int blank, bool hat) -> Tensor",
+                  {"rnnt_row_logprobs_backward(Tensor grad_px, Tensor grad_py, Tensor(a!) logits, Tensor symbols, "
+                   "Tensor normaliser, int blank, bool hat, bool in_place) -> Tensor",
                    TORCH_BOX(&rnnt_row_logprobs_backward)})
 
 }  // namespace fastasr

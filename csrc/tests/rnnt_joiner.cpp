@@ -156,6 +156,10 @@ void given_logits(int64_t n, bool hat) {
       if (j == blank) e = hat ? gy * (1 - s) - gx * s : e + gy;
       EXPECT(d, j, e + (j == symbol ? gx : 0), 20);
     }
+    Buffer<T> same(n);
+    for (int64_t j = 0; j < n; j++) same[j] = x[j];
+    kernel.row_gradient(same, total[0], gx, gy, n, symbol, blank, hat, same);
+    CHECK(same.equals(d), "symbol %ld: in place", long(symbol));
   }
 }
 

@@ -31,10 +31,12 @@ def rnnt_loss(
     clamp: float = -1,
     reduction: str = "mean",
     fused_log_softmax: bool = True,
+    in_place: bool = False,
 ) -> Tensor:
     """Returns ``torchaudio.functional.rnnt_loss``: see there.
 
     Lengths and targets may be any integers, logits any floating dtype and any strides. The loss is at least float32.
+    ``in_place`` is ours: the backward pass writes the gradient over the logits and takes no memory of their size.
     """
     op = "compat.torchaudio.rnnt_loss"
     _arguments.choice(op, "reduction", reduction, _arguments.REDUCTIONS)
@@ -42,6 +44,7 @@ def rnnt_loss(
         *(op, logits, targets, logit_lengths, target_lengths, blank),
         clamp=clamp,
         fused_log_softmax=fused_log_softmax,
+        in_place=in_place,
     )
     if reduction == "none":
         return loss
@@ -49,19 +52,24 @@ def rnnt_loss(
 
 
 class RNNTLoss(nn.Module):
-    """``torchaudio.transforms.RNNTLoss``."""
+    """``torchaudio.transforms.RNNTLoss``, and ``in_place`` as for ``rnnt_loss``."""
 
     def __init__(
-        self, blank: int = -1, clamp: float = -1.0, reduction: str = "mean", fused_log_softmax: bool = True
+        self,
+        blank: int = -1,
+        clamp: float = -1.0,
+        reduction: str = "mean",
+        fused_log_softmax: bool = True,
+        in_place: bool = False,
     ):
         super().__init__()
         self.blank, self.clamp, self.reduction = blank, clamp, reduction
-        self.fused_log_softmax = fused_log_softmax
+        self.fused_log_softmax, self.in_place = fused_log_softmax, in_place
 
     def forward(
         self, logits: Tensor, targets: Tensor, logit_lengths: Tensor, target_lengths: Tensor
     ) -> Tensor:
-        options = self.blank, self.clamp, self.reduction, self.fused_log_softmax
+        options = self.blank, self.clamp, self.reduction, self.fused_log_softmax, self.in_place
         return rnnt_loss(logits, targets, logit_lengths, target_lengths, *options)
 
 

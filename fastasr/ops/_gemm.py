@@ -177,16 +177,16 @@ def _measure(operation: str, operands: tuple, products: list[str]) -> str:
     return taken if ours < _MARGIN * theirs else "torch"
 
 
-def _call(operation: str, m: int, n: int, k: int, *operands: Tensor | None) -> Tensor:
+def _choice(operation: str, m: int, n: int, k: int, *operands: Tensor | None) -> Callable[..., Tensor]:
     x = operands[0]
     # deterministic algorithms need the same choice on every machine and in every run
     if x.dtype is not torch.float32 or not x.is_cpu or torch.are_deterministic_algorithms_enabled():
-        return _PRODUCTS["torch"][operation](*operands)
+        return _PRODUCTS["torch"][operation]
     key = (operation, m.bit_length(), n, k, torch.get_num_threads())
     f = _choices.get(key)
     if f is None:
         f = _choices[key] = _function(_decide(key, operands), operation)
-    return f(*operands)
+    return f
 
 
 # --------------------------------------------------------------------------- what ops call, below autograd
@@ -200,7 +200,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n, k = weight.shape
     if not k or x.numel() * n < SMALL:
         return F.linear(x, weight, bias)
-    return _call("forward", x.numel() // k, n, k, x, weight, bias)
+    return _choice("forward", x.numel() // k, n, k, x, weight, bias)(x, weight, bias)
 
 
 def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     n, k = weight.shape
     if grad.numel() * k < SMALL:
         return torch.matmul(grad, weight)
-    return _call("input_grad", grad.numel() // n, k, n, grad, weight)
+    return _choice("input_grad", grad.numel() // n, k, n, grad, weight)(grad, weight)
 
 
 def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
@@ -219,4 +219,14 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     rows, n = grad.shape
     if grad.numel() * x.shape[1] < SMALL:
         return torch.mm(grad.t(), x)
-    return _call("weight_grad", n, x.shape[1], rows, grad, x)
+    return _choice("weight_grad", n, x.shape[1], rows, grad, x)(grad, x)
+
+
+def batched(a: Tensor, b: Tensor) -> Tensor:
+    """Returns a b for a (B, M, N), b (B, N, K): each of the products is what ``input_grad`` computes."""
+    (batch, m, n), k = a.shape, b.shape[2]
+    product = _choice("input_grad", m, k, n, a[0], b[0]) if batch and m * n * k > SMALL else torch.matmul
+    if product is torch.matmul:
+        return torch.bmm(a, b)
+    parts = [product(one, other) for one, other in zip(a, b, strict=True)]
+    return parts[0][None] if batch == 1 else torch.stack(parts)

@@ -69,18 +69,9 @@ def _fits(weights: Tensor, projected: Tensor) -> bool:
     return channels % 3 == 0 and weights.shape == (batch, frames, frames)
 
 
-def _weighted(weights: Tensor, x: Tensor) -> Tensor:
-    """Returns weights x, (B, T, D). The product of two matrices is what ``input_grad`` computes."""
-    small = weights.numel() * x.shape[2] <= _gemm.SMALL * len(x)
-    if small or not x.is_cpu or x.dtype is not torch.float32:
-        return torch.bmm(weights, x)
-    parts = [_gemm.input_grad(w, v) for w, v in zip(weights, x, strict=True)]
-    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
-
-
 def _fast(kernels: _Passes, keep: bool, weights: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
     projected = _layout.rows(projected)
-    o = _weighted(weights, kernels.forward(projected).transpose(0, 1))  # [B, T, D]
+    o = _gemm.batched(weights, kernels.forward(projected).transpose(0, 1))  # [B, T, D]
     return kernels.product(projected, o), o
 
 

@@ -30,6 +30,7 @@ def rnnt_losses(
     clamp: float = -1,
     fused_log_softmax: bool = True,
     fastemit_lambda: float = 0.0,
+    in_place: bool = False,
 ) -> Tensor:
     """Returns the losses (B,) of logits (B, T, U + 1, V) for the function ``op``.
 
@@ -39,6 +40,8 @@ def rnnt_losses(
         clamp: above 0, the gradients of each loss are clamped to [-clamp, clamp].
         fused_log_softmax: False: the logits are log-probabilities already.
         fastemit_lambda: the gradients of symbol arcs are multiplied by 1 + λ.
+        in_place: the backward pass writes the gradient over the logits, whatever holds them. Under torch.compile
+            and the forced backend "eager" it takes memory of its own.
     """
     arguments.floating(op, "logits", logits, "(B, T, U + 1, V)")
     batch, frames, positions, classes = logits.shape
@@ -54,8 +57,12 @@ def rnnt_losses(
         px, py = px[:, :, :-1].transpose(1, 2), py.transpose(1, 2)
         px, py = logprobs.lattice(op, px, py, limits, "regular", factor, 0.0)
         return -ops.rnnt_lattice(px, py, limits)
+    if in_place and 0 in logits.stride():
+        expected = "in_place: expected logits whose elements have memory of their own"
+        raise ValueError(f"fastasr.{op}: {expected}, got strides {logits.stride()}")
     differentiates = torch.is_grad_enabled() and logits.requires_grad
-    return _Losses.apply(logits, rows, limits, blank, factor, clamp, fused_log_softmax, differentiates)
+    options = clamp, fused_log_softmax, in_place and not torch.compiler.is_compiling()
+    return _Losses.apply(logits, rows, limits, blank, factor, *options, differentiates)
 
 
 class _Losses(torch.autograd.Function):
@@ -66,7 +73,9 @@ class _Losses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, rows, limits, blank, factor, clamp, fused: bool, differentiates: bool):
+    def forward(
+        ctx, logits, rows, limits, blank, factor, clamp, fused: bool, in_place: bool, differentiates: bool
+    ):
         if fused:
             row_logprobs = row_ops.OP if torch.compiler.is_compiling() else row_ops.forward
             px, py, normaliser = row_logprobs(logits, rows, blank, False)
@@ -78,7 +87,7 @@ class _Losses(torch.autograd.Function):
             return -ops.rnnt_lattice(px, py, limits)
         scores, ox, oy = ops.rnnt_lattice(px, py, limits, return_occupation=True)
         ctx.save_for_backward(logits, rows, normaliser, ox, oy)
-        ctx.rest = blank, factor, clamp
+        ctx.rest = blank, factor, clamp, in_place
         return -scores
 
     @staticmethod
@@ -86,21 +95,24 @@ class _Losses(torch.autograd.Function):
         if torch.is_grad_enabled():  # under create_graph=True alone
             raise RuntimeError("fastasr.rnnt: gradients of this loss's gradients are not implemented")
         logits, rows, normaliser, ox, oy = ctx.saved_tensors
-        blank, factor, clamp = ctx.rest
+        blank, factor, clamp, in_place = ctx.rest
+        if in_place:  # whoever keeps the logits for a backward pass of its own gets torch's error
+            logits = logits.detach()
+            torch.autograd.graph.increment_version(logits)
         scale = -grad.view(-1, 1, 1) if clamp <= 0 else -1.0
         gx = F.pad((ox[:, :, :-1] * (scale * factor if factor != 1.0 else scale)).transpose(1, 2), (0, 1))
         gy = (oy * scale).transpose(1, 2)
         if normaliser is None:
-            found = torch.zeros_like(logits).scatter_(
-                -1, rows.unsqueeze(-1), gx.to(logits.dtype).unsqueeze(-1)
-            )
+            found = logits.zero_() if in_place else torch.zeros_like(logits)
+            found.scatter_(-1, rows.unsqueeze(-1), gx.to(logits.dtype).unsqueeze(-1))
             found[..., blank] += gy
         else:
-            row_gradients = row_ops.BACKWARD_OP if torch.compiler.is_compiling() else row_ops.backward
-            found = row_gradients(gx, gy, logits, rows, normaliser, blank, False)
+            call = gx, gy, logits, rows, normaliser, blank, False
+            compiling = torch.compiler.is_compiling()
+            found = row_ops.BACKWARD_OP(*call) if compiling else row_ops.backward(*call, in_place)
         if clamp > 0:
-            found = found.clamp_(-clamp, clamp) * grad.to(found.dtype).view(-1, 1, 1, 1)
-        return found, *(None,) * 7
+            found = found.clamp_(-clamp, clamp).mul_(grad.view(-1, 1, 1, 1))
+        return found, *(None,) * 8
 
 
 def _given(logprobs: Tensor, rows: Tensor, blank: int) -> tuple[Tensor, Tensor]:

@@ -75,14 +75,17 @@ def backward(
     normaliser: Tensor,
     blank: int,
     hat: bool,
+    in_place: bool = False,
 ) -> Tensor:
-    """Returns dlogits."""
+    """Returns dlogits, with ``in_place`` in the memory of the logits, which are lost."""
     dtype, classes = normaliser.dtype, logits.shape[-1]
     if kernels := _kernels(logits):
-        return kernels[1](grad_px.to(dtype), grad_py.to(dtype), logits, symbols, normaliser, blank, hat)
+        gradients = grad_px.to(dtype), grad_py.to(dtype)
+        found = kernels[1](*gradients, logits, symbols, normaliser, blank, hat, in_place)
+        return logits if in_place else found
     flat, index, normaliser = logits.reshape(-1, classes), symbols.reshape(-1, 1), normaliser.reshape(-1, 1)
     gx, gy = grad_px.reshape(-1, 1).to(dtype), grad_py.reshape(-1, 1).to(dtype)
-    grad = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    grad = flat if in_place else torch.empty_like(flat, memory_format=torch.contiguous_format)
     outputs = torch.arange(classes, device=flat.device)
     for part in _slices(flat.shape[0], classes, dtype, flat.device.type):
         x, y = gx[part], gy[part]

@@ -57,6 +57,35 @@ def test_torchaudio(reduction, clamp, fused):
     torch.testing.assert_close(found, torch.autograd.grad(theirs.sum(), call[0])[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("clamp", [-1, 0.05])
+@pytest.mark.parametrize("apart", [False, True], ids=["rows", "classes apart"])
+def test_torchaudio_in_place(fused, clamp, apart):
+    leaf, *rest = problem()
+    options = {"blank": 6, "clamp": clamp, "reduction": "sum", "fused_log_softmax": fused}
+    (expected,) = torch.autograd.grad(torchaudio.rnnt_loss(leaf, *rest, **options), leaf)
+
+    def logits():
+        return (leaf.transpose(1, 3) * 1).transpose(1, 3) if apart else leaf * 1
+
+    given = logits()
+    loss = torchaudio.RNNTLoss(**options, in_place=True)(given, *rest)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected)
+    if not (apart and fused):  # torch's copy of these takes the place
+        torch.testing.assert_close(given.detach(), expected)
+    given = logits()
+    other = given.square().sum()  # whose backward pass comes second and needs the logits
+    loss = other + torchaudio.rnnt_loss(given, *rest, **options, in_place=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_torchaudio_in_place_needs_memory_of_its_own():
+    logits, *rest = problem()
+    with pytest.raises(ValueError, match="in_place: expected logits whose elements have memory of their own"):
+        torchaudio.rnnt_loss(logits[:1].expand(3, -1, -1, -1), *rest, in_place=True)
+
+
 def test_torchaudio_as_a_module_with_a_blank_in_front():
     call = problem(blank=0)
     loss = torchaudio.RNNTLoss(blank=0, reduction="sum")(*call)

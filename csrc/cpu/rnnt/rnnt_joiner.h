@@ -74,7 +74,7 @@ struct JoinerKernels {
   void (*logits_gradient)(const JoinerGradient<C>& g, const JoinerRow* rows, int64_t begin, int64_t end,
                           const JoinerOutputs& outputs, C* dbias);
   // Do the same as `scores` and `logits_gradient` for one row of given logits, with a single L in the compute type and
-  // without a dbias. Where the largest logit is infinite and none is NaN, L is that logit.
+  // without a dbias. Where the largest logit is infinite and none is NaN, L is that logit. `out` may be `logits`.
   void (*row_scores)(const T* logits, int64_t outputs, int64_t symbol, int64_t blank, bool hat, C* symbol_logprob,
                      C* blank_logprob, C* normaliser);
   void (*row_gradient)(const T* logits, C normaliser, C gx, C gy, int64_t outputs, int64_t symbol, int64_t blank,

@@ -220,13 +220,13 @@ void row_scores(const T* x, int64_t n, int64_t y, int64_t blank, bool hat, C* px
 }
 
 template <typename T, typename C = compute_t<T>>
-void row_gradient(const T* __restrict x, C total, C gx, C gy, int64_t n, int64_t y, int64_t blank, bool hat,
-                  T* __restrict out) {
+void row_gradient(const T* x, C total, C gx, C gy, int64_t n, int64_t y, int64_t blank, bool hat, T* out) {
   const C weight = hat ? -gx : -(gx + gy);
   const auto softmax = [&](int64_t j) __attribute__((always_inline)) {
     const C a = load(x[j]) - total;
     return exp_or_zero(a > 0 ? C(0) : a) * weight;  // above 0 by rounding, and a HAT's blank, which is replaced
   };
+  const C at_symbol = softmax(y) + gx;
   C at_blank = softmax(blank) + gy;
   if (hat) {
     C s, r;
@@ -235,7 +235,7 @@ void row_gradient(const T* __restrict x, C total, C gx, C gy, int64_t n, int64_t
   }
 #pragma omp simd
   for (int64_t j = 0; j < n; j++) store(out + j, softmax(j));
-  store(out + y, softmax(y) + gx);
+  store(out + y, at_symbol);
   store(out + blank, y == blank ? at_blank + gx : at_blank);
 }
 
