@@ -144,6 +144,20 @@ def table(rows: Sequence[Row]) -> str:
     return "\n\n".join(blocks) or NONE_YET
 
 
+def without_padding(rows: Sequence[Row]) -> str:
+    """Returns the tables of docs/swap.md: batches of unequal lengths, padded and without padding."""
+    padded, ragged = ("upstream", "fastasr"), "fastasr, ragged"
+
+    def lines(unit: Unit) -> list[list[str]]:
+        figures = [duration(unit.median(name)) for name in (*padded, ragged)]
+        gains = [times(unit.ratio(name, ragged)) for name in padded]
+        pass_ = "" if unit.first.pass_ == "forward" else f", {unit.first.pass_}"
+        return [[f"{unit.first.case}, {unit.first.shape}{pass_}", *figures, *gains]]
+
+    figures = "upstream | fastasr, padded | fastasr, ragged | ragged × upstream | ragged × padded"
+    return by_machine(rows, "encoder, batch", figures, lines)
+
+
 def whole_models(rows: Sequence[Row]) -> str:
     """Returns the README's table: ``HEADLINES`` on the machine and at the commit that have most of them, of several the
     last."""

@@ -21,8 +21,8 @@ import test_minutes
 from fastasr import ops
 from fastasr.benchmarks import predictions, sweep
 from fastasr.benchmarks.device import verdict
-from fastasr.benchmarks.markdown import put, table, whole_models
-from fastasr.benchmarks.models import nemotron_streaming, recipe_step, reduced_weights, transcribe
+from fastasr.benchmarks.markdown import put, table, whole_models, without_padding
+from fastasr.benchmarks.models import nemotron_streaming, ragged, recipe_step, reduced_weights, transcribe
 from fastasr.benchmarks.rows import Row, read_all
 from fastasr.benchmarks.studies import crowd, curves, growth, launch_cost, transducer_memory
 
@@ -44,6 +44,7 @@ ELSEWHERE = {
     transcribe.NAME: "decoding.md",
     recipe_step.NAME: "training.md",
     reduced_weights.NAME: "precision.md",
+    ragged.NAME: "swap.md",
     nemotron_streaming.NAME: "models/fast_conformer.md",
     **{f"{model}{growth.ENDING}": f"models/{model}.md" for model in growth.SIZES},
 }  # pages with a table of another form
@@ -78,6 +79,7 @@ def measured(rows: Sequence[Row]) -> dict[Path, str]:
     for module in (transcribe, reduced_weights):
         own = [row for row in rows if row.name == module.NAME]
         made[DOCS / ELSEWHERE[module.NAME]] = module.table(own)
+    made[DOCS / ELSEWHERE[ragged.NAME]] = without_padding([row for row in rows if row.name == ragged.NAME])
     return made
 
 
