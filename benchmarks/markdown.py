@@ -34,10 +34,13 @@ def mark(*rows: Row) -> str:
 def _label(unit: Unit) -> str:
     first = unit.first
     if first.suite == "models":
-        pass_ = "" if first.pass_ == "forward" else f", {first.pass_}"
-        return f"{first.name} ({first.shape}), {first.case}{pass_}{mark(first)}"
+        return f"{first.name} ({first.shape}), {first.case}{_pass(first)}{mark(first)}"
     dtype = "" if first.dtype == "float32" else f", {first.dtype}"
     return f"`{first.name}` {first.case}, {first.pass_}{dtype}{mark(first)}"
+
+
+def _pass(row: Row) -> str:
+    return "" if row.pass_ == "forward" else f", {row.pass_}"
 
 
 def _limit(unit: Unit) -> str:
@@ -151,8 +154,7 @@ def without_padding(rows: Sequence[Row]) -> str:
     def lines(unit: Unit) -> list[list[str]]:
         figures = [duration(unit.median(name)) for name in (*padded, ragged)]
         gains = [times(unit.ratio(name, ragged)) for name in padded]
-        pass_ = "" if unit.first.pass_ == "forward" else f", {unit.first.pass_}"
-        return [[f"{unit.first.case}, {unit.first.shape}{pass_}", *figures, *gains]]
+        return [[f"{unit.first.case}, {unit.first.shape}{_pass(unit.first)}", *figures, *gains]]
 
     figures = "upstream | fastasr, padded | fastasr, ragged | ragged × upstream | ragged × padded"
     return by_machine(rows, "encoder, batch", figures, lines)
