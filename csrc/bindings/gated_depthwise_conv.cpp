@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings/dispatch.h"
+#include "bindings/packed.h"
 
 namespace fastasr {
 namespace {
@@ -22,13 +23,8 @@ struct Operands {
 
 // Returns the starts of packed sequences of these lengths, the rows of h (N, 1, 2 C).
 std::vector<int64_t> starts_of(const std::vector<int64_t>& lengths, const Tensor& h, const char* op) {
-  std::vector<int64_t> starts(1, 0);
-  for (const int64_t length : lengths) {
-    check(length >= 0, op, "lengths");
-    starts.push_back(starts.back() + length);
-  }
-  check(h.dim() == 3 && h.size(1) == 1 && !lengths.empty() && starts.back() == h.size(0), op, "lengths");
-  return starts;
+  check(h.dim() == 3 && h.size(1) == 1, op, "h is not (N, 1, 2 C)");
+  return packed_starts(lengths, h.size(0), op);
 }
 
 void check_shape(const Optional& t, const Tensor& h, std::initializer_list<int64_t> sizes, const char* op,

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings/attention_problem.h"
+#include "bindings/packed.h"
 
 namespace fastasr {
 namespace {
@@ -183,6 +184,7 @@ struct PackedSequences {
     cpu::KeyRange range;
   };
   std::vector<One> all;  // the longest first, so that equal lengths are neighbours; without those of no rows
+  std::vector<int64_t> starts;
 
   PackedSequences(const RelAttentionTensors& t, const std::vector<int64_t>& lengths, const char* op) {
     check(t.q.dim() == 3 && t.v.dim() == 3 && t.q.size(1) > 0 && t.q.size(2) > 0 && t.v.size(2) > 0, op,
@@ -192,12 +194,8 @@ struct PackedSequences {
       check_like(x, t.q, op, name);
       check(x.is_contiguous() && has_sizes(x, sizes), op, "sizes or strides of ", name);
     };
-    int64_t longest = 0, end = 0;
-    for (const int64_t length : lengths) {
-      check(length >= 0, op, "lengths");
-      longest = std::max(longest, length), end += length;
-    }
-    check(end == rows && longest > 0, op, "lengths");
+    starts = packed_starts(lengths, rows, op);
+    const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
     check_sizes(t.q, {rows, heads, dim}, "q");
     check_sizes(t.k, {rows, heads, dim}, "k");
     check_sizes(t.v, {rows, heads, value_dim}, "v");
@@ -212,9 +210,9 @@ struct PackedSequences {
       seeds = data<int64_t>(*t.seed);
     }
     const RelAttentionOperands<T> operands = t.operands<T>();
-    int64_t first = 0;
-    for (size_t i = 0; i < lengths.size(); first += lengths[i++]) {
+    for (size_t i = 0; i < lengths.size(); i++) {
       if (!lengths[i]) continue;
+      const int64_t first = starts[i];
       One one{{}, operands, first, {0, lengths[i], -1}};
       AttentionProblem& a = one.r.problem;
       a.batch = a.pos_batch = 1, a.frames = lengths[i], a.heads = heads, a.query_dim = a.pos_dim = dim;
@@ -232,12 +230,6 @@ struct PackedSequences {
   static int64_t frames(const One& one) { return one.r.problem.frames; }
   int64_t count() const { return static_cast<int64_t>(all.size()); }
   const One& operator[](int64_t i) const { return all[static_cast<size_t>(i)]; }
-  // A thread of its own pays off for this many tasks, of `tasks`.
-  int64_t grain(int64_t tasks) const {
-    int64_t pairs = 0;
-    for (const One& one : all) pairs += frames(one) * frames(one);
-    return std::max<int64_t>(1, kGrain * tasks / std::max<int64_t>(1, pairs * all[0].r.problem.heads));
-  }
 };
 
 Tensor rel_attention_packed_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos,
@@ -256,7 +248,7 @@ Tensor rel_attention_packed_forward(const Tensor& q, const Tensor& k, const Tens
     const int64_t kt_size = longest.keys_transposed_size(), v_size = longest.values_size();
     const int64_t rt_size = longest.positions_transposed_size();
     T* yp = mutable_data<T>(y);
-    parallel_range(heads * count, sequences.grain(heads * count), [&](int64_t begin, int64_t end) {
+    parallel_packed(heads * count, sequences.starts, heads, [&](int64_t begin, int64_t end) {
       const Scratch<C> workspace(kt_size + v_size + rt_size), scratch(longest.forward_scratch());
       const Scratch<C> lse(heads * longest.problem.frames);  // which the backward pass computes again
       C *const kt = workspace.data(), *const values = kt + kt_size, *const rt = values + v_size;
@@ -299,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_packed_
     C* const sums = workspace.data();
     const T* gp = data<T>(grad);
     T *dqp = mutable_data<T>(dq), *dkp = mutable_data<T>(dk), *dvp = mutable_data<T>(dv);
-    parallel_range(tasks, sequences.grain(tasks), [&](int64_t begin, int64_t end) {
+    parallel_packed(tasks, sequences.starts, heads, [&](int64_t begin, int64_t end) {
       const Scratch<C> positions(rt_size + r_size), scratch(longest.backward_scratch());
       C *const rt = positions.data(), *const rows = rt + rt_size;
       for (int64_t i = begin; i < end; i++) {

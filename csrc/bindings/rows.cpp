@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings/dispatch.h"
+#include "bindings/packed.h"
 #include "bindings/pooled.h"
 #include "cpu/math/activation.h"
 
@@ -79,14 +80,9 @@ std::vector<int64_t> bypass_starts(const Tensor& x_orig, const Tensor& x, const 
   check_like(x, x, op, "x");
   check_same_size(x_orig, x, op, "x_orig");
   check_like(scale, x, op, "scale");
-  std::vector<int64_t> starts(1, 0);
-  for (const int64_t length : lengths) {
-    check(length >= 0, op, "lengths");
-    starts.push_back(starts.back() + length);
-  }
-  const auto count = static_cast<int64_t>(lengths.size());
-  check(x.dim() > 0 && starts.back() == x.size(0) && x.size(0) > 0, op, "lengths");
-  check(has_sizes(scale, {count, x.numel() / x.size(0)}), op, "sizes of scale");
+  check(x.dim() > 0, op, "x has no rows");
+  std::vector<int64_t> starts = packed_starts(lengths, x.size(0), op);
+  check(has_sizes(scale, {static_cast<int64_t>(lengths.size()), x.numel() / x.size(0)}), op, "sizes of scale");
   return starts;
 }
 

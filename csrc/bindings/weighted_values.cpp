@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings/dispatch.h"
+#include "bindings/packed.h"
 #include "bindings/pooled.h"
 
 namespace fastasr {
@@ -33,12 +34,11 @@ Tensor weighted_values(Tensor weights, Tensor values) {
   const Scratch<float> packed(std::max<int64_t>(1, heads * batch * size));
   const float *w = data<float>(weights), *v = data<float>(values);
   float* const y = mutable_data<float>(out);
-  parallel_range(heads * batch, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size)),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t i = begin; i < end; i++)
-                     kernel.pack(v + i % batch * width + i / batch * columns, batch * width, sources, columns,
-                                 packed.data() + i * size);
-                 });
+  parallel_tasks(heads * batch, size, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      kernel.pack(v + i % batch * width + i / batch * columns, batch * width, sources, columns,
+                  packed.data() + i * size);
+  });
   const int64_t blocks = (rows + kRows - 1) / kRows;
   const int64_t grain = std::max<int64_t>(1, 2 * kGrain / std::max<int64_t>(1, kRows * sources));
   parallel_range(heads * batch * blocks, grain, [&](int64_t begin, int64_t end) {
@@ -54,8 +54,8 @@ Tensor weighted_values(Tensor weights, Tensor values) {
 
 // Sequences that lie one after the other as rows of values (N, 1, heads dim), with weights (heads, 1, T, T) of each.
 struct PackedSums {
-  int64_t count, heads, width, columns, longest = 0, work = 0;
-  std::vector<int64_t> starts = {0};
+  int64_t count, heads, width, columns, longest = 0;
+  std::vector<int64_t> starts;
 
   PackedSums(const std::vector<Tensor>& weights, const Tensor& values, const char* op) {
     check_like(values, values, op, "values");
@@ -64,23 +64,23 @@ struct PackedSums {
     count = static_cast<int64_t>(weights.size()), heads = weights[0].size(0), width = values.size(2);
     check(heads > 0 && width % heads == 0, op, "values");
     columns = width / heads;
+    std::vector<int64_t> lengths;
     for (const Tensor& w : weights) {
       const int64_t frames = w.dim() == 4 ? w.size(2) : 0;
       check(w.is_cpu() && w.scalar_type() == ScalarType::Float && has_sizes(w, {heads, 1, frames, frames}) &&
                 (w.stride(3) == 1 || frames <= 1),
             op, "weights");
-      longest = std::max(longest, frames), work += frames * frames;
-      starts.push_back(starts.back() + frames);
+      longest = std::max(longest, frames);
+      lengths.push_back(frames);
     }
-    check(starts.back() == values.size(0), op, "lengths");
+    starts = packed_starts(lengths, values.size(0), op);
   }
 
   // Runs f(head, sequence, frames, the place of its first number in values) for all heads and sequences; Context() is
   // made once for each thread.
   template <typename Context, typename F>
   void for_each(const Context& context, const F& f) const {
-    const int64_t grain = std::max<int64_t>(1, kGrain * count / std::max<int64_t>(1, work));
-    parallel_range(heads * count, grain, [&](int64_t begin, int64_t end) {
+    parallel_packed(heads * count, starts, heads, [&](int64_t begin, int64_t end) {
       const auto memory = context();
       for (int64_t i = begin; i < end; i++) {
         const auto sequence = static_cast<size_t>(i % count);

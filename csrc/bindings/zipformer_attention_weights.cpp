@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings/attention_problem.h"
+#include "bindings/packed.h"
 #include "cpu/attention/attention_tiles.h"
 
 namespace fastasr {
@@ -136,7 +137,8 @@ struct PackedProblem {
     int64_t first, index;  // row; number among the sequences that have rows
     cpu::KeyRange range;
   };
-  std::vector<One> all;  // the longest first, so that equal lengths are neighbours
+  std::vector<One> all;  // the longest first, so that equal lengths are neighbours; without those of no rows
+  std::vector<int64_t> starts;
 
   PackedProblem(const Tensor& x, const Optional& pos, const std::vector<int64_t>& lengths, int64_t heads,
                 int64_t query_dim, int64_t chunk, int64_t left_chunks, const char* op) {
@@ -146,14 +148,11 @@ struct PackedProblem {
     a.batch = 1, a.heads = heads, a.query_dim = query_dim, a.pos_dim = x.size(2) / heads - 2 * query_dim;
     a.chunk = chunk, a.left_chunks = left_chunks;
     check(a.pos_dim >= 0, op, "x has too few channels");
-    int64_t first = 0;
-    for (const int64_t length : lengths) {
-      check(length >= 0, op, "lengths");
-      a.frames = length;
-      if (length) all.push_back({a, first, static_cast<int64_t>(all.size()), {0, length, -1}});
-      first += length;
+    starts = packed_starts(lengths, x.size(0), op);
+    for (size_t i = 0; i < lengths.size(); i++) {
+      a.frames = lengths[i];
+      if (a.frames) all.push_back({a, starts[i], static_cast<int64_t>(all.size()), {0, a.frames, -1}});
     }
-    check(first == x.size(0) && !all.empty(), op, "lengths");
     std::stable_sort(all.begin(), all.end(), [](const One& s, const One& t) { return s.a.frames > t.a.frames; });
     if (!pos.has_value()) return;
     check_like(*pos, x, op, "pos");
@@ -166,12 +165,6 @@ struct PackedProblem {
   const One& operator[](int64_t i) const { return all[static_cast<size_t>(i)]; }
   // Rows of R between its first one and that of a sequence.
   int64_t shift(const AttentionProblem& a) const { return longest().frames - a.frames; }
-  // A thread of its own pays off for this many tasks, of `tasks`.
-  int64_t grain(int64_t tasks) const {
-    int64_t pairs = 0;
-    for (const One& one : all) pairs += one.a.frames * one.a.frames;
-    return std::max<int64_t>(1, kGrain * tasks / std::max<int64_t>(1, pairs * longest().heads));
-  }
 };
 
 // Returns W (heads, 1, T, T) of each sequence that has rows.
@@ -188,7 +181,7 @@ std::vector<Tensor> zipformer_attention_weights_packed_forward(Tensor x, Optiona
     const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
     const AttentionProblem& longest = problem.longest();
     const T *xp = data<T>(x), *pp = longest.pos_batch ? data<T>(*pos) : nullptr;
-    parallel_range(heads * count, problem.grain(heads * count), [&](int64_t begin, int64_t end) {
+    parallel_packed(heads * count, problem.starts, heads, [&](int64_t begin, int64_t end) {
       const Scratch<C> kt(longest.keys_transposed_size()), rt(longest.positions_size() + 1);
       const Scratch<C> scratch(longest.forward_scratch());
       int64_t packed = 0;  // frames of the sequence whose positions are packed
@@ -250,7 +243,7 @@ std::tuple<Tensor, Tensor> zipformer_attention_weights_packed_backward(
     const int64_t parts = std::clamp<int64_t>((32 + heads - 1) / heads, 1, count), tasks = heads * parts;
     const int64_t offsets = longest.offsets(), size = longest.pos_dim * offsets;
     const Scratch<double> sums(std::max<int64_t>(1, tasks * size));  // (heads, parts, pos_dim, offsets)
-    parallel_range(tasks, problem.grain(tasks), [&](int64_t begin, int64_t end) {
+    parallel_packed(tasks, problem.starts, heads, [&](int64_t begin, int64_t end) {
       const Scratch<C> kt(longest.keys_transposed_size()), rows(longest.key_rows_size()), dk(longest.key_rows_size());
       const Scratch<C> rt(longest.positions_size() + 1), drt(longest.positions_size() + 1);
       const Scratch<C> scratch(longest.backward_scratch());

@@ -112,10 +112,8 @@ def rnnt_loss_pruned(
         *arguments, "modified", delay_penalty, "none", use_hat_loss, **options | {"zero_infinity": False}
     )
     emits = torch.ones_like(finite, dtype=torch.bool) if boundary is None else boundary[:, 2] > boundary[:, 0]
-    scores = -finite.masked_fill(emits, math.inf)
-    return losses.reduced(
-        "compat.k2.rnnt_loss_pruned", scores, reduction, options.get("zero_infinity", False)
-    )
+    loss = finite.masked_fill(emits, math.inf)
+    return losses.reduced("compat.k2.rnnt_loss_pruned", loss, reduction, options.get("zero_infinity", False))
 
 
 # --------------------------------------------------------------------------- Swoosh

@@ -226,7 +226,8 @@ def write(op) -> str:
         "native_keeping": _native(op, "True"),
         "native_backward": _native_backward(op, grads),
         "for_autograd": ", ".join(f"_d_{a.name}" if a in op.differentiable else "None" for a in op.arguments),
-        "fast": ["\nand ".join(_fast(op))],
+        # Python leaves the branch of a condition "False" out
+        "fast": [op.fits if op.fits == "False" else "\nand ".join(_fast(op))],
         "by_torch": [op.by_torch] * bool(op.by_torch),
         "apply_direct": _apply(op, True),
         "apply": _apply(op, False),
@@ -610,8 +611,6 @@ def _for_the_operator(op) -> str:
 # --------------------------------------------------------------------------- the public function
 def _fast(op) -> Iterator[str]:
     """Returns the conditions of the shortest path: plain CPU tensors, exact options. The kernels check the rest."""
-    if op.fits == "False":  # Python leaves the branch out
-        return (yield op.fits)
     yield "_kernels is not None"
     others = [a for a in op.tensors if a is not op.leader]
     # Kernels check dtypes, and the dispatcher devices. With ``fits`` another product comes first, which does not.

@@ -12,9 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import ops
-from fastasr.ops import _weights_dropout
+from fastasr.ops import _activation, _weights_dropout
+from fastasr.ops._dispatch import PLAIN, forced_backend
+from fastasr.ops._register import autocast_dtype
+from fastasr.ops.rnnt_joiner import ACTIVATIONS
 from fastasr.rnnt import _arguments as arguments
-from fastasr.rnnt import _check, logprobs, losses
+from fastasr.rnnt import _check, logits_losses, logprobs, losses
+
+SMALL = 1 << 18  # numbers of all rows of the hidden layer and of the logits
 
 
 def pruned_joiner_loss(
@@ -95,18 +100,52 @@ def joiner_loss(
     """Computes ``rnnt_loss`` of the joiner dropout(activation(am + lm)) Wᵀ + bias over the whole lattice, without its
     (B, T, S + 1, V) logits.
 
+    A short utterance with few outputs (up to 1 MiB of logits and hidden values in float32) is the exception on the CPU:
+    there the loss is computed from the logits, since that takes fewer calls.
+
     Args:
         dropout_p: dropout before the output layer, with random numbers of its own.
         The other arguments are those of ``pruned_joiner_loss``.
     """
     op = "rnnt.joiner_loss"
     delay_penalty, factor = losses._numbers(op, delay_penalty, fastemit_lambda)
+    plain = rnnt_type == "regular" and delay_penalty == dropout_p == 0 and use_hat_loss is False
+    if plain and keep_logits is not False and activation in ACTIVATIONS and _is_small(am, lm, weight, bias):
+        _, symbols, boundary = _checked(op, am, lm, weight, symbols, termination_symbol, boundary, rnnt_type)
+        if boundary is not None:
+            s_begin, t_begin, s_end, t_end = boundary.unbind(1)
+            am, lm = _cleared(am, t_begin, t_end - 1), _cleared(lm, s_begin, s_end)
+        logits = F.linear(_activation.function(activation)(am.unsqueeze(2) + lm.unsqueeze(1)), weight, bias)
+        rows = F.pad(symbols, (0, 1), value=termination_symbol).unsqueeze(1).expand(logits.shape[:3])
+        loss = logits_losses.losses(logits, rows, boundary, termination_symbol, factor)
+        return losses.reduced(op, loss, reduction, zero_infinity)
     px, py, boundary = logprobs_of_joiner(
         op, am, lm, weight, bias, symbols, termination_symbol, boundary, rnnt_type, use_hat_loss, activation,
         keep_logits, dropout_p,
     )  # fmt: skip
     px, py = logprobs.lattice(op, px, py, boundary, rnnt_type, factor, delay_penalty)
     return losses.over_lattice(op, px, py, boundary, reduction, False, zero_infinity)
+
+
+def _is_small(am, lm, weight, bias) -> bool:
+    """Says whether the logits are so few that the calls cost more than them: eager products and one node for the loss
+    are the faster path then."""
+    operands = (am, lm, weight) if bias is None else (am, lm, weight, bias)
+    if not all(type(t) in PLAIN and t.dtype is torch.float32 and t.is_cpu for t in operands):
+        return False
+    if am.dim() != 3 or lm.dim() != 3 or weight.dim() != 2 or lm.shape[0] != am.shape[0]:
+        return False
+    rows = am.shape[0] * am.shape[1] * lm.shape[1]
+    fits = bias is None or bias.shape == weight.shape[:1]
+    calls = forced_backend() == "auto" and autocast_dtype(am) is None and not torch.compiler.is_compiling()
+    return calls and fits and 0 < rows * sum(weight.shape) <= SMALL
+
+
+def _cleared(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """Returns x (B, N, D) with zeros outside [first, last] of each sequence: there x may hold anything."""
+    at = torch.arange(x.shape[1], device=x.device)
+    outside = (at < first.unsqueeze(1)) | (at > last.unsqueeze(1))
+    return x.masked_fill(outside.unsqueeze(2), 0.0)
 
 
 def logprobs_of_joiner(

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastasr import ops
 from fastasr.ops._dispatch import forced_backend
 from fastasr.rnnt import _arguments as arguments
-from fastasr.rnnt import _check, logprobs
+from fastasr.rnnt import _check, logits_losses, logprobs
 from fastasr.rnnt import rows as row_ops
 
 REDUCTIONS = ("mean_volume", "mean_batch", "mean", "sum", "none")
@@ -41,7 +41,7 @@ def rnnt_losses(
         fused_log_softmax: False: the logits are log-probabilities already.
         fastemit_lambda: the gradients of symbol arcs are multiplied by 1 + λ.
         in_place: the backward pass writes the gradient over the logits, whatever holds them. Under torch.compile
-            and the forced backend "eager" it takes memory of its own.
+            it takes memory of its own, and under the forced backend "eager" unless ``clamp`` is above 0.
     """
     arguments.floating(op, "logits", logits, "(B, T, U + 1, V)")
     batch, frames, positions, classes = logits.shape
@@ -52,7 +52,9 @@ def rnnt_losses(
     rows = F.pad(targets, (0, 1), value=blank).unsqueeze(1).expand(batch, frames, positions)
     if forced_backend() == "eager" and clamp <= 0:
         px, py = (
-            row_ops.row_logprobs(logits, rows, blank) if fused_log_softmax else _given(logits, rows, blank)
+            row_ops.row_logprobs(logits, rows, blank)
+            if fused_log_softmax
+            else logits_losses.given(logits, rows, blank)
         )
         px, py = px[:, :, :-1].transpose(1, 2), py.transpose(1, 2)
         px, py = logprobs.lattice(op, px, py, limits, "regular", factor, 0.0)
@@ -60,64 +62,8 @@ def rnnt_losses(
     if in_place and 0 in logits.stride():
         expected = "in_place: expected logits whose elements have memory of their own"
         raise ValueError(f"fastasr.{op}: {expected}, got strides {logits.stride()}")
-    differentiates = torch.is_grad_enabled() and logits.requires_grad
     options = clamp, fused_log_softmax, in_place and not torch.compiler.is_compiling()
-    return _Losses.apply(logits, rows, limits, blank, factor, *options, differentiates)
-
-
-class _Losses(torch.autograd.Function):
-    """The losses as one node of autograd's graph: of a short sequence, nodes cost more than the lattice.
-
-    With the occupations ox and oy of the lattice's arcs, which are the gradients of its score, the loss has
-    dpx = −(1 + λ) ox and dpy = −oy.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, logits, rows, limits, blank, factor, clamp, fused: bool, in_place: bool, differentiates: bool
-    ):
-        if fused:
-            row_logprobs = row_ops.OP if torch.compiler.is_compiling() else row_ops.forward
-            px, py, normaliser = row_logprobs(logits, rows, blank, False)
-        else:
-            px, py, normaliser = *_given(logits, rows, blank), None
-        px, py = px[:, :, :-1].transpose(1, 2), py.transpose(1, 2).contiguous()
-        px, py = logprobs.lattice("rnnt_lattice", px, py, limits, "regular")
-        if not differentiates:
-            return -ops.rnnt_lattice(px, py, limits)
-        scores, ox, oy = ops.rnnt_lattice(px, py, limits, return_occupation=True)
-        ctx.save_for_backward(logits, rows, normaliser, ox, oy)
-        ctx.rest = blank, factor, clamp, in_place
-        return -scores
-
-    @staticmethod
-    def backward(ctx, grad):
-        if torch.is_grad_enabled():  # under create_graph=True alone
-            raise RuntimeError("fastasr.rnnt: gradients of this loss's gradients are not implemented")
-        logits, rows, normaliser, ox, oy = ctx.saved_tensors
-        blank, factor, clamp, in_place = ctx.rest
-        if in_place:  # whoever keeps the logits for a backward pass of its own gets torch's error
-            logits = logits.detach()
-            torch.autograd.graph.increment_version(logits)
-        scale = -grad.view(-1, 1, 1) if clamp <= 0 else -1.0
-        gx = F.pad((ox[:, :, :-1] * (scale * factor if factor != 1.0 else scale)).transpose(1, 2), (0, 1))
-        gy = (oy * scale).transpose(1, 2)
-        if normaliser is None:
-            found = logits.zero_() if in_place else torch.zeros_like(logits)
-            found.scatter_(-1, rows.unsqueeze(-1), gx.to(logits.dtype).unsqueeze(-1))
-            found[..., blank] += gy
-        else:
-            call = gx, gy, logits, rows, normaliser, blank, False
-            compiling = torch.compiler.is_compiling()
-            found = row_ops.BACKWARD_OP(*call) if compiling else row_ops.backward(*call, in_place)
-        if clamp > 0:
-            found = found.clamp_(-clamp, clamp).mul_(grad.view(-1, 1, 1, 1))
-        return found, *(None,) * 8
-
-
-def _given(logprobs: Tensor, rows: Tensor, blank: int) -> tuple[Tensor, Tensor]:
-    """Returns (px, py) of log-probabilities (B, T, U + 1, V)."""
-    return logprobs.gather(-1, rows.unsqueeze(-1)).squeeze(-1), logprobs[..., blank]
+    return logits_losses.losses(logits, rows, limits, blank, factor, *options)
 
 
 def reduced(op: str, loss: Tensor, target_lengths: Tensor, reduction: str) -> Tensor:

@@ -155,9 +155,9 @@ def over_lattice(
     if boundary is not None:
         boundary = boundary.to(torch.int64)
     if not return_grad:
-        return reduced(op, ops.rnnt_lattice(px, py, boundary), reduction, zero_infinity)
+        return reduced(op, -ops.rnnt_lattice(px, py, boundary), reduction, zero_infinity)
     scores, px_grad, py_grad = ops.rnnt_lattice(px, py, boundary, return_occupation=True)
-    return reduced(op, scores, reduction, zero_infinity), (px_grad, py_grad)
+    return reduced(op, -scores, reduction, zero_infinity), (px_grad, py_grad)
 
 
 def over_band(
@@ -188,13 +188,12 @@ def over_band(
         begin = starts.new_zeros(starts.shape[0], 1)
         boundary = torch.cat((begin, begin, begin + length, begin + frames), 1)
     scores = ops.rnnt_pruned_lattice(px, py, starts, boundary, modified=rnnt_type != "regular")
-    return reduced(op, scores, reduction, zero_infinity)
+    return reduced(op, -scores, reduction, zero_infinity)
 
 
-def reduced(op: str, scores: Tensor, reduction: str | None, zero_infinity: bool) -> Tensor:
-    """Returns −scores, reduced over the batch."""
+def reduced(op: str, loss: Tensor, reduction: str | None, zero_infinity: bool) -> Tensor:
+    """Returns the losses (B,), reduced over the batch."""
     arguments.choice(op, "reduction", reduction, arguments.REDUCTIONS)
-    loss = -scores
     if _check.flag(op, "zero_infinity", zero_infinity):
         loss = torch.where(loss == math.inf, 0.0, loss)
     if reduction == "none":

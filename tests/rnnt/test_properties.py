@@ -13,7 +13,7 @@ from steps import seeded
 
 import fastasr
 from fastasr import rnnt
-from fastasr.rnnt import lengths, rows
+from fastasr.rnnt import joiner, lengths, rows
 
 SEEDS = range(8)
 
@@ -63,10 +63,35 @@ def test_windows_of_everything_prune_nothing(rnnt_type):
             rnnt.rnnt_loss_pruned(p.full, p.symbols, ranges, *tail), rnnt.rnnt_loss(p.full, p.symbols, *tail)
         )
         weight = torch.randn(9, p.am.shape[2], dtype=torch.float64)
-        joiner = p.am, p.lm, weight, None, p.symbols
+        operands = p.am, p.lm, weight, None, p.symbols
         for hat in (False, True):
-            pruned = rnnt.pruned_joiner_loss(*joiner, ranges, *tail, use_hat_loss=hat)
-            close(pruned, rnnt.joiner_loss(*joiner, *tail, use_hat_loss=hat))
+            pruned = rnnt.pruned_joiner_loss(*operands, ranges, *tail, use_hat_loss=hat)
+            close(pruned, rnnt.joiner_loss(*operands, *tail, use_hat_loss=hat))
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_few_rows_by_eager_products_agree_with_the_kernels(monkeypatch, activation):
+    """What lies behind a boundary is not read, neither forward nor backward."""
+    for seed in SEEDS:
+        p = random_problem(seed)
+        operands = [t.float() for t in (p.am, p.lm, torch.randn(9, p.am.shape[2]))]
+        if p.boundary is not None:
+            frames, positions = (torch.arange(t.shape[1]) for t in operands[:2])
+            operands[0][frames >= p.boundary[:, 3:]] = math.nan
+            operands[1][positions > p.boundary[:, 2:3]] = math.nan
+        leaves = [t.requires_grad_() for t in (*operands, torch.randn(9))]
+        tail = {"boundary": p.boundary, "activation": activation, "reduction": "none", "zero_infinity": True}
+        found = []
+        for number in (joiner.SMALL, 0):
+            monkeypatch.setattr(joiner, "SMALL", number)
+            with monkeypatch.context() as patched:
+                if number:  # the kernels are out of reach
+                    patched.delattr(joiner, "logprobs_of_joiner")
+                loss = rnnt.joiner_loss(*leaves, p.symbols, p.blank, **tail, fastemit_lambda=0.1)
+            cotangent = torch.linspace(0.5, 1.5, len(loss))
+            found.append((loss.detach(), *torch.autograd.grad(loss, leaves, cotangent)))
+            monkeypatch.undo()
+        close(*found, 1e-5)
 
 
 def test_dropout_drops_its_share_and_follows_torchs_generator():

@@ -49,8 +49,10 @@ def test_a_training_step(fast_rnnt, inputs, monkeypatch, reduction, scales):
 
 def assert_same_gradients(ours, theirs):
     assert ours.keys() == theirs.keys()
-    # gradients that nearly cancel (the biases of downsampling) have float32's error of the terms: a part of the whole
-    floor = 1e-8 * float(torch.stack([g.norm() for g in theirs.values()]).norm())
+    # Gradients that nearly cancel (the biases of downsampling) have the rounding error of their terms: over 30 seeds
+    # up to 6e-9 of all gradients' norm, a twentieth of float32's own rounding error.
+    whole = float(torch.stack([g.norm() for g in theirs.values()]).norm())
+    floor = torch.finfo(torch.float32).eps / 4 * whole
     for name, expected in theirs.items():
         error = float((ours[name] - expected).norm())
         assert error <= 1e-5 * float(expected.norm()) + floor, name

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "bindings/dispatch.h"
+
+// The bindings of sequences that lie one after the other as the rows of one tensor share this.
+namespace fastasr {
+
+// Returns the row where each of the sequences of these lengths begins, and the end of the last one.
+inline std::vector<int64_t> packed_starts(const std::vector<int64_t>& lengths, int64_t rows, const char* op) {
+  std::vector<int64_t> starts(1, 0);
+  for (const int64_t length : lengths) {
+    check(length >= 0, op, "lengths");
+    starts.push_back(starts.back() + length);
+  }
+  check(rows > 0 && starts.back() == rows, op, "lengths");
+  return starts;
+}
+
+// Runs f(begin, end) over [0, tasks), into which the attention of every sequence to itself is cut, for all heads.
+inline void parallel_packed(int64_t tasks, const std::vector<int64_t>& starts, int64_t heads, RangeFunction f) {
+  int64_t pairs = 0;
+  for (size_t i = 1; i < starts.size(); i++) pairs += (starts[i] - starts[i - 1]) * (starts[i] - starts[i - 1]);
+  parallel_tasks(tasks, heads * pairs / std::max<int64_t>(1, tasks), f);
+}
+
+}  // namespace fastasr

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exact losses of logits (B, T, U + 1, V) as one node of autograd's graph."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastasr import ops
+from fastasr.rnnt import logprobs
+from fastasr.rnnt import rows as row_ops
+
+
+def losses(
+    logits: Tensor,
+    rows: Tensor,
+    limits: Tensor | None,
+    blank: int,
+    factor: float = 1.0,
+    clamp: float = -1.0,
+    fused_log_softmax: bool = True,
+    in_place: bool = False,
+) -> Tensor:
+    """Returns the losses (B,). Whoever calls has checked the arguments.
+
+    Args:
+        rows: int64 (B, T, U + 1), the symbol of each row of logits.
+        limits: int64 (B, 4), the boundary; None: whole sequences.
+        factor: the gradients of symbol arcs are multiplied by it.
+        clamp, fused_log_softmax, in_place: see ``fastasr.rnnt.lengths.rnnt_losses``.
+    """
+    differentiates = torch.is_grad_enabled() and logits.requires_grad
+    return _Losses.apply(
+        logits, rows, limits, blank, factor, clamp, fused_log_softmax, in_place, differentiates
+    )
+
+
+def given(logprobs: Tensor, rows: Tensor, blank: int) -> tuple[Tensor, Tensor]:
+    """Returns (px, py) of log-probabilities (B, T, U + 1, V)."""
+    return logprobs.gather(-1, rows.unsqueeze(-1)).squeeze(-1), logprobs[..., blank]
+
+
+class _Losses(torch.autograd.Function):
+    """The losses as one node of autograd's graph: of a short sequence, nodes cost more than the lattice.
+
+    With the occupations ox and oy of the lattice's arcs, which are the gradients of its score, the loss has
+    dpx = −(1 + λ) ox and dpy = −oy.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        logits: Tensor,
+        rows: Tensor,
+        limits: Tensor | None,
+        blank: int,
+        factor: float,
+        clamp: float,
+        fused: bool,
+        in_place: bool,
+        differentiates: bool,
+    ):
+        if fused:
+            row_logprobs = row_ops.OP if torch.compiler.is_compiling() else row_ops.forward
+            px, py, normaliser = row_logprobs(logits, rows, blank, False)
+        else:
+            px, py, normaliser = *given(logits, rows, blank), None
+        px, py = px[:, :, :-1].transpose(1, 2), py.transpose(1, 2).contiguous()
+        px, py = logprobs.lattice("rnnt_lattice", px, py, limits, "regular")
+        if not differentiates:
+            return -ops.rnnt_lattice(px, py, limits)
+        scores, ox, oy = ops.rnnt_lattice(px, py, limits, return_occupation=True)
+        ctx.save_for_backward(logits, rows, normaliser, ox, oy)
+        ctx.rest = blank, factor, clamp, in_place
+        return -scores
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():  # under create_graph=True alone
+            raise RuntimeError("fastasr.rnnt: gradients of this loss's gradients are not implemented")
+        logits, rows, normaliser, ox, oy = ctx.saved_tensors
+        blank, factor, clamp, in_place = ctx.rest
+        if in_place:  # whoever keeps the logits for a backward pass of its own gets torch's error
+            logits = logits.detach()
+            torch.autograd.graph.increment_version(logits)
+        scale = -grad.view(-1, 1, 1) if clamp <= 0 else -1.0
+        gx = F.pad((ox[:, :, :-1] * (scale * factor if factor != 1.0 else scale)).transpose(1, 2), (0, 1))
+        gy = (oy * scale).transpose(1, 2)
+        if normaliser is None:
+            found = logits.zero_() if in_place else torch.zeros_like(logits)
+            found.scatter_(-1, rows.unsqueeze(-1), gx.to(logits.dtype).unsqueeze(-1))
+            found[..., blank] += gy
+        else:
+            call = gx, gy, logits, rows, normaliser, blank, False
+            compiling = torch.compiler.is_compiling()
+            found = row_ops.BACKWARD_OP(*call) if compiling else row_ops.backward(*call, in_place)
+        if clamp > 0:
+            found = found.clamp_(-clamp, clamp).mul_(grad.view(-1, 1, 1, 1))
+        return found, *(None,) * 8
