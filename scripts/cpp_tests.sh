@@ -56,11 +56,14 @@ if ! echo "#include <doctest/doctest.h>" | "${CXX:-c++}" -E -x c++ - >/dev/null 
   options+=("-DFASTASR_DOCTEST=$PWD/$headers/usr/include")
 fi
 
-cmake -S . -B "$folder" "${options[@]}" >"$folder/configure.log" 2>&1 || {
+# Another version of CMake would compile everything again: a first run begins before the environment has one.
+cmake=$(sed -n 's/^CMAKE_COMMAND:INTERNAL=//p' "$folder/CMakeCache.txt" 2>/dev/null || true)
+[[ -x $cmake ]] || cmake=cmake
+"$cmake" -S . -B "$folder" "${options[@]}" >"$folder/configure.log" 2>&1 || {
   cat "$folder/configure.log" >&2
   exit 1
 }
-cmake --build "$folder" -j "$jobs"
+"$cmake" --build "$folder" -j "$jobs"
 run "${chosen[@]}" "${drawn[@]}"
 echo "$hashes" >"$folder/built"
 if ((${#states[@]})); then

@@ -6,7 +6,7 @@ processor and the settings. A file of tests that starts processes or reads files
 ``pytestmark = pytest.mark.needs("docs", "examples/*.py")``: what a folder holds, or files with all that they need
 themselves. Tests marked ``inner`` or ``always`` are never skipped. A file of which every test has passed with what it
 needs is not even imported. Of what would be skipped a tenth runs all the same (of tests of more than half a second
-fewer), drawn by the run's seed: a sixth of such files, and in them six tenths.
+fewer), drawn by the run's seed: a tenth of such files, and a tenth of the tests in the others.
 
 FASTASR_LEDGER   the file of passed tests; without it nothing is skipped or kept
 CI_FULL=1        skips nothing
@@ -41,7 +41,7 @@ JUDGED_ELSEWHERE = {
     **dict.fromkeys(("benchmarks", "cli", "docs", "examples", "faults", "kernels", "recipe"), NATIVE),
     "packaging": (*NATIVE, ROOT / "fastasr/models"),
 }
-DRAWN = 6  # one file in so many is drawn, and so many tenths of its tests: imports cost most
+DRAWN = 10  # one file in so many is drawn, and all of its tests: imports cost most
 INTERPRETER = "tests/kernels/interpreter"  # how kernels are interpreted
 
 
@@ -228,7 +228,7 @@ class Ledger:
     def skips(self, item: pytest.Item, known: dict[str, float]) -> bool:
         if runs_always(item) or self.keys[item.nodeid] not in known:
             return False
-        share = 100 * DRAWN if self.name(item.path) in self.done else 100
+        share = 1000 if self.name(item.path) in self.done else 100
         return zlib.crc32(f"{item.nodeid} {self.seed}".encode()) % 1000 >= share * min(
             1.0, 0.5 / max(known[self.keys[item.nodeid]], 0.1)
         )
