@@ -14,6 +14,7 @@ code may run before that set is chosen, and the linker may merge none of it with
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 # The sets of each architecture in ascending order; every machine runs the first.
 SETS = (
@@ -29,40 +30,43 @@ def set_of(path: str) -> tuple[int, str]:
     return next((sets.index(found[1]), found[1]) for sets in SETS if found[1] in sets) if found else (0, "")
 
 
-def symbols(path: str) -> list[tuple[str, str]]:
-    """Returns (name, nm's letter) of the symbols that leave an object."""
-    out = subprocess.run(["nm", "-P", "-g", path], check=True, capture_output=True, text=True).stdout
-    return [tuple(line.split()[:2]) for line in out.splitlines()]
+def output(*command: str, text: str = "") -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, input=text).stdout
 
 
-def demangled(names: list[str]) -> list[str]:
-    return subprocess.run(
-        ["c++filt"], check=True, capture_output=True, text=True, input="\n".join(names)
-    ).stdout.splitlines()
+def demangled(name: str) -> str:
+    return output("c++filt", name).strip()
+
+
+def symbols(paths: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Yields (object, name, nm's letter) of the symbols that leave each object."""
+    for line in output("nm", "-P", "-g", "-A", *paths).splitlines():
+        path, rest = line.split(": ", 1)
+        yield path, *rest.split()[:2]
 
 
 def problems(paths: list[str]) -> list[str]:
     found, first, least, ours = [], {}, {}, {}
-    for path in paths:
-        level, name_of_set = set_of(path)
-        if level:
-            sections = subprocess.run(
-                ["readelf", "-SW", path], check=True, capture_output=True, text=True
-            ).stdout
-            if re.search(r"\.(init_array|ctors)\b", sections):
-                found.append(f"{path}: runs code when the library is loaded")
-        for name, letter in symbols(path):
-            if letter in "WVu":
-                first.setdefault(name, (level, path))
-                if level and "7fastasr" in name and f"{len(name_of_set)}{name_of_set}" not in name:
-                    ours.setdefault(name, path)
-            if letter in "WVuU" and level < least.get(name, (WIDEST, ""))[0]:
-                least[name] = (level, path)
+    sets = {path: set_of(path) for path in paths}
+    sections = output("readelf", "-SW", *paths).split("\nFile: ")
+    for path in (
+        section.split("\n", 1)[0] for section in sections if re.search(r"\.(init_array|ctors)\b", section)
+    ):
+        if sets[path.removeprefix("File: ")][0]:
+            found.append(f"{path}: runs code when the library is loaded")
+    for path, name, letter in symbols(paths):
+        level, name_of_set = sets[path]
+        if letter in "WVu":
+            first.setdefault(name, (level, path))
+            if level and "7fastasr" in name and f"{len(name_of_set)}{name_of_set}" not in name:
+                ours.setdefault(name, path)
+        if letter in "WVuU" and level < least.get(name, (WIDEST, ""))[0]:
+            least[name] = (level, path)
     for name, path in ours.items():
-        found.append(f"{path}: {demangled([name])[0]} is outside the instruction set's namespace")
+        found.append(f"{path}: {demangled(name)} is outside the instruction set's namespace")
     for name, (level, path) in first.items():
         if level > least[name][0]:
-            found.append(f"{path}: {demangled([name])[0]} would serve {least[name][1]}")
+            found.append(f"{path}: {demangled(name)} would serve {least[name][1]}")
     return found
 
 

@@ -48,7 +48,7 @@ std::vector<double> sums(const T* x, const Layout& l, const std::vector<cpu::com
   const int64_t blocks = by_rows ? (l.outer + kRowsPerBlock - 1) / kRowsPerBlock : l.outer;
   std::vector<double> parts(blocks * 2 * channels), total(2 * channels, 0.0);
   const int64_t block_elements = std::max<int64_t>(1, channels * (by_rows ? kRowsPerBlock : l.inner));
-  parallel_range(blocks, std::max<int64_t>(1, kGrain / block_elements), [&](int64_t b, int64_t e) {
+  parallel_tasks(blocks, block_elements, [&](int64_t b, int64_t e) {
     for (int64_t k = b; k < e; k++) {
       double* part = parts.data() + k * 2 * channels;
       if (by_rows) {
@@ -98,7 +98,7 @@ Tensor balancer_gradient(const Tensor& grad, const Tensor& x, double min_mean, d
       offset[c] = static_cast<C>(o), slope[c] = static_cast<C>(s);
     }
     const int64_t row = l.channels * l.inner;
-    parallel_range(l.outer, std::max<int64_t>(1, kGrain / row), [&](int64_t b, int64_t e) {
+    parallel_tasks(l.outer, row, [&](int64_t b, int64_t e) {
       if (l.inner == 1) {
         kernel.apply_rows(gp + b * row, xp + b * l.stride, l.stride, shift.data(), offset.data(), slope.data(),
                           yp + b * row, e - b, l.channels);

@@ -26,7 +26,7 @@ void check_rows(const Tensor& t, const Tensor& p, bool batch_major, const char* 
 
 template <typename F>
 void over_rows(const cpu::NonlinAttentionRows& rows, F f) {
-  parallel_range(rows.batch * rows.frames, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, rows.width)), f);
+  parallel_tasks(rows.batch * rows.frames, rows.width, f);
 }
 
 Tensor gate(const Tensor& p) {

@@ -49,10 +49,10 @@ Tensor reduced_pack(const Tensor& weight, int64_t format) {
 
 // Multiplies x (..., K) by a packed weight (N, K), plus a bias (N) or none, in float32.
 Tensor reduced_linear(const Tensor& x, const Tensor& packed, const Optional& bias, int64_t n, int64_t format) {
-  const auto& kernel = cpu::kernels<cpu::ReducedGemmKernels>();
   check(x.is_cpu() && x.dim() == 2 && x.scalar_type() == ScalarType::Float, kOp, "x is a float32 matrix on the CPU");
   cpu::ReducedGemm g{};
   g.format = format_of(format);
+  const auto& kernel = cpu::reduced_gemm_kernels(g.format);
   g.m = x.size(0), g.n = n, g.k = x.size(1);
   check(g.k > 0 && n > 0 && is_dense(packed, ScalarType::Float, {size_of(n, g.k, g.format)}), kOp,
         "the packed weight has another size");

@@ -89,8 +89,7 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
     const int64_t rt_size = r.positions_transposed_size();
     const Scratch<C> workspace(pairs * (kt_size + v_size) + a.heads * rt_size);
     C *const kt = workspace.data(), *const values = kt + pairs * kt_size, *const rt = values + pairs * v_size;
-    const int64_t pack_grain = std::max<int64_t>(1, kGrain / (kt_size + v_size));
-    parallel_range(a.heads + pairs, pack_grain, [&](int64_t begin, int64_t end) {
+    parallel_tasks(a.heads + pairs, kt_size + v_size, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i - a.heads;
         if (hb < 0)
@@ -102,7 +101,7 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
     T* yp = mutable_data<T>(y);
     C* lp = mutable_data<C>(lse);
     const int64_t rows = cpu::kRelAttentionQueries, tasks = (a.frames + rows - 1) / rows;
-    parallel_range(pairs * tasks, std::max<int64_t>(1, kGrain / (rows * a.keys())), [&](int64_t begin, int64_t end) {
+    parallel_tasks(pairs * tasks, rows * a.keys(), [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(r.forward_scratch());
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i / tasks, first = i % tasks * rows;
@@ -146,13 +145,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backwar
     const Scratch<C> workspace(a.heads * (rt_size + r_size) + tasks * r_size);
     const Scratch<double> biases(tasks * width);
     C *const rt = workspace.data(), *const rows = rt + a.heads * rt_size, *const sums = rows + a.heads * r_size;
-    const int64_t grain = std::max<int64_t>(1, kGrain / (a.frames * a.keys()));
-    parallel_range(a.heads, grain, [&](int64_t begin, int64_t end) {
+    const int64_t work = a.frames * a.keys();
+    parallel_tasks(a.heads, work, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; h++) kernel.pack_positions(r, t, h, rt + h * rt_size, rows + h * r_size);
     });
     const T* gp = data<T>(grad);
     T *dqp = mutable_data<T>(dq), *dkp = mutable_data<T>(dk), *dvp = mutable_data<T>(dv);
-    parallel_range(tasks, grain, [&](int64_t begin, int64_t end) {
+    parallel_tasks(tasks, work, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(r.backward_scratch());
       for (int64_t i = begin; i < end; i++) {
         const int64_t h = i / parts, first = i % parts * each;
@@ -165,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backwar
       }
     });
     T *pp = mutable_data<T>(dpos), *up = mutable_data<T>(du), *wp = mutable_data<T>(dw);
-    parallel_range(a.heads, grain, [&](int64_t begin, int64_t end) {
+    parallel_tasks(a.heads, work, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; h++)
         kernel.store_sums(r, {sums + h * parts * r_size, biases.data() + h * parts * width}, parts, h, pp, up, wp);
     });

@@ -94,8 +94,7 @@ void rnnt_joiner_hidden(const Tensor& am, const Tensor& lm, const Tensor& rows, 
     check_plain<C>(out, rows.size(0) * channels, op, "out");
     const T *left = data<T>(am), *right = data<T>(lm);
     C* hidden = mutable_data<C>(out);
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels));
-    parallel_range(rows.size(0), grain, [&](int64_t begin, int64_t end) {
+    parallel_tasks(rows.size(0), channels, [&](int64_t begin, int64_t end) {
       kernel.hidden(left, right, table, begin, end, channels, tanh, hidden);
     });
   });
@@ -114,7 +113,7 @@ void rnnt_joiner_dropout(const Tensor& rows, const Tensor& seed, double p, Tenso
     const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
     check_plain<C>(x, count * channels, op, "x");
     C* to = mutable_data<C>(x);
-    parallel_range(count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels)),
+    parallel_tasks(count, channels,
                    [&](int64_t begin, int64_t end) { kernel.dropout(dropout, table, begin, end, channels, to); });
   });
 }
@@ -173,7 +172,7 @@ void rnnt_joiner_logits_gradient(const Tensor& logits, const Tensor& rows, const
     double* sum = mutable_data<double>(dbias);
     const int64_t blocks = (count + kBlock - 1) / kBlock;
     std::vector<C> parts(static_cast<size_t>(blocks * all));
-    parallel_range(blocks, std::max<int64_t>(1, kGrain / (kBlock * all)), [&](int64_t begin, int64_t end) {
+    parallel_tasks(blocks, kBlock * all, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; b++)
         kernel.logits_gradient(g, table, b * kBlock, std::min(count, (b + 1) * kBlock), outputs,
                                parts.data() + b * all);
@@ -204,8 +203,7 @@ void rnnt_joiner_hidden_gradient(const Tensor& dhidden, const Tensor& hidden, co
     // threads own columns, in whole cache lines: every sum runs in row order
     constexpr int64_t kColumns = 16;
     const int64_t stripes = (channels + kColumns - 1) / kColumns;
-    const int64_t grain = std::max<int64_t>(1, kGrain / (kColumns * std::max<int64_t>(1, count)));
-    parallel_range(stripes, grain, [&](int64_t begin, int64_t end) {
+    parallel_tasks(stripes, kColumns * std::max<int64_t>(1, count), [&](int64_t begin, int64_t end) {
       kernel.hidden_gradient(d, h, table, count, begin * kColumns, std::min(channels, end * kColumns), channels, tanh,
                              a, c);
     });

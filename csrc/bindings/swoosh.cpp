@@ -72,8 +72,7 @@ void for_each_piece(const MaskLayout& m, const F& f) {
     parallel_range(m.row_elements, kGrain, [&](int64_t b, int64_t e) { f(b, moving ? b : 0, e - b); });
     return;
   }
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, m.row_elements));
-  parallel_range(m.rows, grain, [&](int64_t b, int64_t e) {
+  parallel_tasks(m.rows, m.row_elements, [&](int64_t b, int64_t e) {
     for (int64_t r = b; r < e; r++)
       f(r * m.row_elements, (m.mask_row ? m.mask_row[r] : r / m.rows_per_mask_row) * m.mask_row_elements,
         m.row_elements);

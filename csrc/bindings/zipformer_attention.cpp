@@ -38,15 +38,14 @@ Tensor zipformer_attention_forward(const Tensor& x, const Optional& pos, const T
     const Scratch<C> workspace(values_at + pairs * attention_values_size(a, v));
     C* const w = workspace.data();
     pack<T>(a, x, pos, cached_key, packed, w, false);
-    parallel_range(pairs, std::max<int64_t>(1, kGrain / attention_values_size(a, v)), [&](int64_t begin, int64_t end) {
+    parallel_tasks(pairs, attention_values_size(a, v), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++)
         kernel.pack_values(a, v, data<T>(value), i, w + values_at + i * attention_values_size(a, v));
     });
     const T* xp = data<T>(x);
     T* yp = mutable_data<T>(y);
     const int64_t rows = cpu::kAttentionQueries, tasks = (a.frames + rows - 1) / rows;
-    const int64_t grain = std::max<int64_t>(1, kGrain / (rows * a.keys()));
-    parallel_range(pairs * tasks, grain, [&](int64_t begin, int64_t end) {
+    parallel_tasks(pairs * tasks, rows * a.keys(), [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(attention_values_scratch(a, v));
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i / tasks, first = i % tasks * rows;
@@ -97,11 +96,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(
     const T *xp = data<T>(x), *gp = data<T>(grad), *vp = data<T>(value);
     T *dxp = mutable_data<T>(dx), *dvp = mutable_data<T>(dvalue);
     T* dcp = cached_key.has_value() ? mutable_data<T>(dcached) : nullptr;
-    parallel_range(pairs, std::max<int64_t>(1, kGrain / vt_size), [&](int64_t begin, int64_t end) {
+    parallel_tasks(pairs, vt_size, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) kernel.transpose_values(a, v, vp, i, w + vt_at + i * vt_size);
     });
-    const int64_t grain = std::max<int64_t>(1, kGrain / (parts.rows * a.keys()));
-    parallel_range(tasks, grain, [&](int64_t begin, int64_t end) {
+    const int64_t work = parts.rows * a.keys();
+    parallel_tasks(tasks, work, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(attention_values_backward_scratch(a, v));
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i / parts.count, first = i % parts.count * parts.rows;
@@ -111,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(
                         w + dk_at + i * dk_size, w + drt_at + i * drt_size, w + dv_at + i * dv_size, scratch.data());
       }
     });
-    parallel_range(pairs, grain, [&](int64_t begin, int64_t end) {
+    parallel_tasks(pairs, work, [&](int64_t begin, int64_t end) {
       for (int64_t hb = begin; hb < end; hb++) {
         shared.store_keys(a, w + dk_at + hb * parts.count * dk_size, parts.count, hb, dxp, dcp);
         kernel.store_values(a, v, w + dv_at + hb * parts.count * dv_size, parts.count, hb, dvp);
@@ -119,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(
     });
     if (a.pos_batch) {
       T* dpp = mutable_data<T>(dpos);
-      parallel_range(v.heads * a.pos_batch, grain, [&](int64_t begin, int64_t end) {
+      parallel_tasks(v.heads * a.pos_batch, work, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; k++)
           shared.store_positions(a, w + drt_at, parts.count, k / a.pos_batch, k % a.pos_batch, dpp);
       });

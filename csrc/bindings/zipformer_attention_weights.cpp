@@ -56,8 +56,7 @@ Tensor zipformer_attention_weights_forward(const Tensor& x, const Optional& pos,
     T* wp = mutable_data<T>(weights);
     // A task has four strips: its W fits in the second cache together with the packed keys.
     const int64_t rows = 4 * cpu::attention_rows(sizeof(C) == 8), tasks = (a.frames + rows - 1) / rows;
-    const int64_t grain = std::max<int64_t>(1, kGrain / (rows * a.keys()));
-    parallel_range(a.heads * a.batch * tasks, grain, [&](int64_t begin, int64_t end) {
+    parallel_tasks(a.heads * a.batch * tasks, rows * a.keys(), [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(a.forward_scratch());
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i / tasks, first = i % tasks * rows;
@@ -101,8 +100,8 @@ std::tuple<Tensor, Tensor, Tensor> zipformer_attention_weights_backward(
     pack<T>(a, x, pos, cached_key, packed, w, true);
     const T *xp = data<T>(x), *wp = data<T>(weights), *gp = data<T>(grad);
     T *dxp = mutable_data<T>(dx), *dcp = cached_key.has_value() ? mutable_data<T>(dcached) : nullptr;
-    const int64_t grain = std::max<int64_t>(1, kGrain / (parts.rows * a.keys()));
-    parallel_range(tasks, grain, [&](int64_t begin, int64_t end) {
+    const int64_t work = parts.rows * a.keys();
+    parallel_tasks(tasks, work, [&](int64_t begin, int64_t end) {
       const Scratch<C> scratch(a.backward_scratch());
       for (int64_t i = begin; i < end; i++) {
         const int64_t hb = i / parts.count, first = i % parts.count * parts.rows, h = hb / a.batch, b = hb % a.batch;
@@ -114,13 +113,13 @@ std::tuple<Tensor, Tensor, Tensor> zipformer_attention_weights_backward(
                         scratch.data());
       }
     });
-    parallel_range(pairs, grain, [&](int64_t begin, int64_t end) {
+    parallel_tasks(pairs, work, [&](int64_t begin, int64_t end) {
       for (int64_t hb = begin; hb < end; hb++)
         kernel.store_keys(a, w + dk_at + hb * parts.count * a.key_rows_size(), parts.count, hb, dxp, dcp);
     });
     if (a.pos_batch) {
       T* dpp = mutable_data<T>(dpos);
-      parallel_range(a.heads * a.pos_batch, grain, [&](int64_t begin, int64_t end) {
+      parallel_tasks(a.heads * a.pos_batch, work, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; k++)
           kernel.store_positions(a, w + drt_at, parts.count, k / a.pos_batch, k % a.pos_batch, dpp);
       });

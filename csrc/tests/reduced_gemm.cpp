@@ -27,7 +27,7 @@ struct Problem {
   void pack() {
     cpu::pack_reduced(w, n, k, k + 3, format, packed.data(), scale, sum.data(), 0, cpu::reduced_panels(n));
   }
-  const cpu::ReducedGemmKernels& kernel = cpu::kernels<cpu::ReducedGemmKernels>();
+  const cpu::ReducedGemmKernels& kernel = cpu::reduced_gemm_kernels(format);
   void run(int64_t pieces) {
     in_pieces(m, pieces, [&](int64_t begin, int64_t end) { kernel.rows(g, begin, end); });
     in_pieces(kernel.tasks(g), pieces, [&](int64_t begin, int64_t end) { kernel.products(g, begin, end); });

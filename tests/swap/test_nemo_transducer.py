@@ -204,7 +204,7 @@ def test_dropout(made):
     results = []
     for joint in (ours, theirs):
         with fastasr.upstream_draws():
-            torch.manual_seed(3)
+            seeded("dropout")
             results.append(of(joint.train(), batch())[0])
     close(*results)
     assert of(ours.train(), batch())[0] != of(ours.train(), batch())[0]

@@ -12,13 +12,13 @@ __attribute__((noinline)) void finish(const C* __restrict z, const C* __restrict
                                       T* __restrict y, int64_t y_row) {
 #ifdef __AVX512F__
   if constexpr (kActivation != GatedActivation::identity && !std::is_same_v<T, double>) {
-    const avx512::Registers table = avx512::load_table();
+    const FASTASR_SIMD::Registers table = FASTASR_SIMD::load_table();
     for (int64_t i = 0; i < n; i++, z += kStripe, y += y_row)
       for (int64_t c = 0; c < channels; c += 16) {
         const __m512 v = _mm512_add_ps(_mm512_load_ps(z + c), _mm512_load_ps(bias + c));
-        const __m512 value = kActivation == GatedActivation::silu ? _mm512_mul_ps(v, avx512::logistic(v))
-                                                                  : avx512::swoosh(table, v, 1.0f, 0.313261687f);
-        avx512::store16(y + c, avx512::lanes(channels - c), value);
+        const __m512 value = kActivation == GatedActivation::silu ? _mm512_mul_ps(v, FASTASR_SIMD::logistic(v))
+                                                                  : FASTASR_SIMD::swoosh(table, v, 1.0f, 0.313261687f);
+        FASTASR_SIMD::store16(y + c, FASTASR_SIMD::lanes(channels - c), value);
       }
     return;
   }

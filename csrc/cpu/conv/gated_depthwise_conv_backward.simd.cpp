@@ -22,12 +22,12 @@ FASTASR_INLINE void output_gradient(const T* __restrict grad, const C* __restric
       const __m512 v = _mm512_add_ps(_mm512_load_ps(z + c), _mm512_load_ps(bias + c));
       __m512 d;
       if constexpr (kActivation == GatedActivation::silu) {
-        const __m512 s = avx512::logistic(v);
+        const __m512 s = FASTASR_SIMD::logistic(v);
         d = _mm512_mul_ps(s, _mm512_fmadd_ps(v, _mm512_sub_ps(one, s), one));
       } else {
-        d = _mm512_sub_ps(avx512::logistic(_mm512_sub_ps(v, one)), _mm512_set1_ps(0.08f));
+        d = _mm512_sub_ps(FASTASR_SIMD::logistic(_mm512_sub_ps(v, one)), _mm512_set1_ps(0.08f));
       }
-      _mm512_store_ps(q + c, _mm512_mul_ps(avx512::load16(grad + c, avx512::lanes(n - c)), d));
+      _mm512_store_ps(q + c, _mm512_mul_ps(FASTASR_SIMD::load16(grad + c, FASTASR_SIMD::lanes(n - c)), d));
     }
     return;
   }

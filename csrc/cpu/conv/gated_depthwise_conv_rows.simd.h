@@ -49,9 +49,9 @@ FASTASR_INLINE void gate_row(const T* __restrict x, const T* __restrict s, int64
 #ifdef __AVX512F__
   if constexpr (!std::is_same_v<T, double>) {
     for (int64_t c = 0; c < n; c += 16) {
-      const __mmask16 lanes = avx512::lanes(n - c);
-      const __m512 g = avx512::logistic(avx512::load16(s + c, lanes));
-      _mm512_store_ps(u + c, _mm512_mul_ps(avx512::load16(x + c, lanes), g));
+      const __mmask16 lanes = FASTASR_SIMD::lanes(n - c);
+      const __m512 g = FASTASR_SIMD::logistic(FASTASR_SIMD::load16(s + c, lanes));
+      _mm512_store_ps(u + c, _mm512_mul_ps(FASTASR_SIMD::load16(x + c, lanes), g));
       if (kGates) _mm512_store_ps(gate + c, g);
     }
     return;

@@ -4,10 +4,10 @@
 namespace fastasr::cpu {
 namespace {
 
-template <typename C, template <typename> typename Numbers>
+template <typename C>
 class Forward {
  public:
-  using Scan = EmaScan<C, Numbers>;
+  using Scan = EmaScan<C>;
 
   Forward(const EmaShape& shape, const EmaParameters<C>& parameters, const EmaCopies<C>& copies, const void* x,
           EmaStrides xs, void* y, EmaStrides ys, C* final_state, const Parallel& parallel)
@@ -97,11 +97,10 @@ class Forward {
 // Two passes over each row of the batch and tile of channels. The first, in the scan's order, recomputes h and v =
 // dh/dq and sums the gradients of q and c, and turns dy into g = dy act'(z). The second is the forward's scan in the
 // other order, of g, and gives dx. No state is stored but at chunk borders.
-template <typename C, template <typename> typename NumbersOf>
+template <typename C>
 class Backward {
  public:
-  using Numbers = NumbersOf<C>;
-  using Scan = EmaScan<C, NumbersOf>;
+  using Scan = EmaScan<C>;
   using Load = typename Scan::Load;
   static constexpr int64_t kBlock = Scan::kBlock;
 
@@ -228,7 +227,7 @@ class Backward {
     for (int64_t tau = scan_.begin(j, backwards), end = scan_.end(j, backwards); tau < end; tau += kEmaSteps) {
       a.steps = std::min(kEmaSteps, end - tau);
       load(tau, a.steps, x);
-      Numbers::block().gradient(a);
+      scan_.numbers().block().gradient(a);
     }
   }
   void carry(int64_t half, int64_t row) {
@@ -304,7 +303,7 @@ class Backward {
     const int64_t tile = row % plan_.tiles, b = row / plan_.tiles, lanes = scan_.lanes(tile), n = scan_.rows();
     const bool backwards = scan_.reversed(half), here = active_ && plan_.halves == 1;
     const EmaWeights<C> w = scan_.weights(half, tile);
-    const EmaBlock<C>& block = Numbers::block();
+    const EmaBlock<C>& block = scan_.numbers().block();
     alignas(64) C x[kBlock], late[kBlock], raw[kBlock], z[kBlock], dy[kBlock];
     std::vector<C> buffers(static_cast<size_t>(6 * n));
     EmaGradient<C> a = gradient(w, tile, buffers.data());
@@ -357,7 +356,7 @@ class Backward {
     if (grad_state_ && scan_.ordered(plan_.chunks - 1, backwards) == j) {
       std::vector<C> last(static_cast<size_t>(n));
       scan_.load_gradient(grad_state_, tile, b, last.data());
-      Numbers::add_products(last.data(), a.last_v, kind(slot, half, of_q_directly), a.states);
+      scan_.numbers().add_products(last.data(), a.last_v, kind(slot, half, of_q_directly), a.states);
     }
   }
 
@@ -402,9 +401,9 @@ class Backward {
       for (int64_t i = 0; i < kinds_ * n; i++) total[static_cast<size_t>(i)] += from[i];
     }
     const double* kinds = total.data();
-    Numbers::finish(scan_.parameters(), half * scan_.shape().channels + tile * kEmaLanes, m, scan_.shape().states,
-                    scan_.unit(), kinds + of_c * n, kinds + of_q * n, kinds + of_b * n, kinds + of_q_directly * n,
-                    gradients_);
+    scan_.numbers().finish(scan_.parameters(), half * scan_.shape().channels + tile * kEmaLanes, m,
+                           scan_.shape().states, scan_.unit(), kinds + of_c * n, kinds + of_q * n, kinds + of_b * n,
+                           kinds + of_q_directly * n, gradients_);
     if (half == 0 && gradients_.residual)
       for (int64_t j = 0; j < m; j++) {
         double sum = 0;
@@ -431,15 +430,6 @@ class Backward {
 bool empty(const EmaShape& s) { return s.length == 0 || s.batch == 0 || s.channels == 0; }
 int64_t state_size(const EmaShape& s) { return s.batch * s.channels * s.states * (s.complex ? 2 : 1); }
 
-// Calls run<Numbers>() for the numbers of the average.
-template <typename F>
-void with_numbers(const EmaShape& shape, const F& run) {
-  if (shape.complex)
-    run.template operator()<ComplexNumbers>();
-  else
-    run.template operator()<RealNumbers>();
-}
-
 template <typename T>
 void forward(const EmaShape& shape, const EmaParameters<compute_t<T>>& parameters, const T* x, EmaStrides xs, T* y,
              EmaStrides ys, compute_t<T>* final_state, const Parallel& parallel) {
@@ -448,11 +438,8 @@ void forward(const EmaShape& shape, const EmaParameters<compute_t<T>>& parameter
       final_state[i] = parameters.state ? parameters.state[i] : 0;
     return;
   }
-  with_numbers(shape, [&]<template <typename> typename Numbers>() {
-    Forward<compute_t<T>, Numbers>(shape, parameters, kernels<EmaTensor<T>>().copies, x, xs, y, ys, final_state,
-                                   parallel)
-        .run(parallel);
-  });
+  Forward<compute_t<T>>(shape, parameters, kernels<EmaTensor<T>>().copies, x, xs, y, ys, final_state, parallel)
+      .run(parallel);
 }
 
 template <typename T>
@@ -470,11 +457,9 @@ void backward(const EmaShape& shape, const EmaParameters<compute_t<T>>& paramete
       gradients.state[i] = grad_state ? grad_state[i] : 0;
     return;
   }
-  with_numbers(shape, [&]<template <typename> typename Numbers>() {
-    Backward<compute_t<T>, Numbers>(shape, parameters, kernels<EmaTensor<T>>().copies, x, xs, grad, grad_strides,
-                                    grad_state, dx, dx_strides, gradients, parallel)
-        .run(parallel);
-  });
+  Backward<compute_t<T>>(shape, parameters, kernels<EmaTensor<T>>().copies, x, xs, grad, grad_strides, grad_state, dx,
+                         dx_strides, gradients, parallel)
+      .run(parallel);
 }
 
 }  // namespace

@@ -24,16 +24,44 @@ struct EmaArrays {
 template <typename C>
 using EmaWeights = EmaArrays<const C*>;
 
+// Calls are few: through a table the scans are compiled once for both.
 template <typename C>
-struct RealNumbers {
-  static constexpr int64_t width = 1;
-  static constexpr bool precise = false;  // no low and polar
+struct EmaNumbers {
+  int64_t width;
+  bool precise;  // there are low and polar
 
-  static const EmaBlock<C>& block() { return kernels<EmaBlocks<C>>().real; }
-
+  virtual const EmaBlock<C>& block() const = 0;
   // Packs m channels from row `first` on. In the unit form, b becomes a factor of c.
-  static void pack(const EmaParameters<C>& p, int64_t first, int64_t m, int64_t states, bool unit,
-                   const EmaArrays<C*>& to) {
+  virtual void pack(const EmaParameters<C>& p, int64_t first, int64_t m, int64_t states, bool unit,
+                    const EmaArrays<C*>& to) const = 0;
+  virtual void pack_late(double k, int64_t states, const EmaArrays<C*>& a) const = 0;
+  // h = q h
+  virtual void decay(const EmaWeights<C>& w, C* h, int64_t states) const = 0;
+  // Computes out = g q^n + local, where out may be g; with v, also v and g's share in it.
+  virtual void carry(const EmaWeights<C>& w, int64_t states, double n, const C* g, const C* local, C* out, const C* v,
+                     const C* local_v, C* out_v) const = 0;
+  // Turns the gradient of a state into its derivative, or back.
+  virtual void conjugate(C* h, int64_t states) const = 0;
+  // sum += a b
+  virtual void add_products(const C* a, const C* b, double* sum, int64_t states) const = 0;
+  // of_h and of_v are the sums of g h and g v, of_b is the gradient of b, and `direct` is what the final state adds to
+  // the gradient of q. The unit form has neither of the last two.
+  virtual void finish(const EmaParameters<C>& p, int64_t first, int64_t m, int64_t states, bool unit,
+                      const double* of_h, const double* of_v, const double* of_b, const double* direct,
+                      const EmaGradients<C>& gradients) const = 0;
+
+ protected:
+  constexpr EmaNumbers(int64_t width_, bool precise_) : width(width_), precise(precise_) {}
+};
+
+template <typename C>
+struct RealNumbers final : EmaNumbers<C> {
+  constexpr RealNumbers() : EmaNumbers<C>(1, false) {}
+
+  const EmaBlock<C>& block() const override { return kernels<EmaBlocks<C>>().real; }
+
+  void pack(const EmaParameters<C>& p, int64_t first, int64_t m, int64_t states, bool unit,
+            const EmaArrays<C*>& to) const override {
     const int64_t at = first * states;
     std::vector<C> natural(static_cast<size_t>(3 * m * states));
     C *nd = natural.data(), *nb = nd + m * states, *nc = nb + m * states;
@@ -47,7 +75,7 @@ struct RealNumbers {
         to.out[i] = unit ? nb[from] * nc[from] : nc[from];
       }
   }
-  static void pack_late(double k, int64_t states, const EmaArrays<C*>& a) {
+  void pack_late(double k, int64_t states, const EmaArrays<C*>& a) const override {
     for (int64_t i = 0; i < states * kEmaLanes; i++) {
       const double log_q = ema_log_decay(a.decay[i]), gain = static_cast<double>(a.in[i]);
       a.late[i] = static_cast<C>(gain * std::exp(k * log_q));
@@ -55,13 +83,11 @@ struct RealNumbers {
     }
   }
 
-  // h = q h
-  static void decay(const EmaWeights<C>& w, C* h, int64_t states) {
+  void decay(const EmaWeights<C>& w, C* h, int64_t states) const override {
     for (int64_t i = 0; i < states * kEmaLanes; i++) h[i] = ema_decayed(h[i], w.decay[i]);
   }
-  // Computes out = g q^steps + local, where out may be g; with v, also v and g's share in it.
-  static void carry(const EmaWeights<C>& w, int64_t states, double n, const C* g, const C* local, C* out, const C* v,
-                    const C* local_v, C* out_v) {
+  void carry(const EmaWeights<C>& w, int64_t states, double n, const C* g, const C* local, C* out, const C* v,
+             const C* local_v, C* out_v) const override {
     for (int64_t i = 0; i < states * kEmaLanes; i++) {
       const double log_q = ema_log_decay(w.decay[i]), before = static_cast<double>(g[i]);
       const double power = std::exp(n * log_q), one_less = n == 1 ? 1.0 : std::exp((n - 1) * log_q);
@@ -71,17 +97,14 @@ struct RealNumbers {
       out[i] = static_cast<C>(power * before + static_cast<double>(local[i]));
     }
   }
-  // Turns the gradient of a state into its derivative, or back.
-  static void conjugate(C*, int64_t) {}
-  // sum += a b
-  static void add_products(const C* a, const C* b, double* sum, int64_t states) {
+  void conjugate(C*, int64_t) const override {}
+  void add_products(const C* a, const C* b, double* sum, int64_t states) const override {
     for (int64_t i = 0; i < states * kEmaLanes; i++) sum[i] += static_cast<double>(a[i]) * static_cast<double>(b[i]);
   }
 
-  // of_h and of_v are the sums of g h and g v, of_b is the gradient of b, and `direct` is what the final state adds to
-  // the gradient of q. The unit form has neither of the last two.
-  static void finish(const EmaParameters<C>& p, int64_t first, int64_t m, int64_t states, bool unit, const double* of_h,
-                     const double* of_v, const double* of_b, const double* direct, const EmaGradients<C>& gradients) {
+  void finish(const EmaParameters<C>& p, int64_t first, int64_t m, int64_t states, bool unit, const double* of_h,
+              const double* of_v, const double* of_b, const double* direct,
+              const EmaGradients<C>& gradients) const override {
     const int64_t at = first * states;
     const double scale = 1.0 / std::sqrt(static_cast<double>(states));
     std::vector<double> natural(static_cast<size_t>(3 * m * states));
@@ -106,16 +129,17 @@ struct RealNumbers {
 
 // The four parameters are alpha, delta, theta and gamma.
 template <typename C>
-struct ComplexNumbers {
-  static constexpr int64_t width = 2;
-  static constexpr bool precise = sizeof(C) == 8;
+struct ComplexNumbers final : EmaNumbers<C> {
+  static constexpr bool kPrecise = sizeof(C) == 8;
   using Z = std::complex<double>;
 
-  static const EmaBlock<C>& block() { return kernels<EmaBlocks<C>>().complex; }
+  constexpr ComplexNumbers() : EmaNumbers<C>(2, kPrecise) {}
+
+  const EmaBlock<C>& block() const override { return kernels<EmaBlocks<C>>().complex; }
 
   static double sigmoid(double z) { return 1.0 / (1.0 + std::exp(-z)); }
   // Returns 1 - sigmoid(z): in double as the definition rounds it, else without its cancellation.
-  static double less_sigmoid(double z) { return precise ? 1.0 - sigmoid(z) : sigmoid(-z); }
+  static double less_sigmoid(double z) { return kPrecise ? 1.0 - sigmoid(z) : sigmoid(-z); }
   // The angle of a channel's first state; the others' are multiples of it.
   static double step_of_angle(const EmaParameters<C>& p, int64_t channel, int64_t states) {
     return sigmoid(static_cast<double>(p.expansion[channel])) * (kTurn / static_cast<double>(states));
@@ -134,8 +158,8 @@ struct ComplexNumbers {
     return k;
   }
 
-  static void pack(const EmaParameters<C>& p, int64_t first, int64_t m, int64_t states, bool unit,
-                   const EmaArrays<C*>& to) {
+  void pack(const EmaParameters<C>& p, int64_t first, int64_t m, int64_t states, bool unit,
+            const EmaArrays<C*>& to) const override {
     const double scale = 1.0 / std::sqrt(static_cast<double>(states));
     double step[kEmaLanes];
     for (int64_t j = 0; j < m; j++) step[j] = step_of_angle(p, first + j, states);
@@ -145,7 +169,7 @@ struct ComplexNumbers {
         const C* gamma = p.projection + ((first + j) * states + n) * 2;
         const double gain = unit ? k.p * scale : scale;
         const int64_t re = 2 * n * kEmaLanes + j, im = re + kEmaLanes;
-        if constexpr (!precise) {
+        if constexpr (!kPrecise) {
           // 1 - q = (1 - |q|) + 2 |q| sin^2(angle / 2) - i |q| sin(angle): without cancellation
           const double sine = std::sin(0.5 * k.angle), cosine = std::cos(0.5 * k.angle);
           to.decay[re] = static_cast<C>(k.p * k.a + 2.0 * k.radius * sine * sine);
@@ -162,7 +186,7 @@ struct ComplexNumbers {
         to.out[im] = static_cast<C>(gain * static_cast<double>(gamma[1]));
       }
   }
-  static void pack_late(double k, int64_t states, const EmaArrays<C*>& a) {
+  void pack_late(double k, int64_t states, const EmaArrays<C*>& a) const override {
     each(states, [&](int64_t re, int64_t im) {
       const Z gain = at(a.in, re, im);
       put(gain * power(a.decay, a.polar, re, im, k), a.late, re, im);
@@ -170,10 +194,10 @@ struct ComplexNumbers {
     });
   }
 
-  static void decay(const EmaWeights<C>& w, C* h, int64_t states) {
+  void decay(const EmaWeights<C>& w, C* h, int64_t states) const override {
     each(states, [&](int64_t re, int64_t im) {
       const C r = h[re], i = h[im], d = w.decay[re], e = w.decay[im];
-      if constexpr (!precise) {
+      if constexpr (!kPrecise) {
         h[re] = r - d * r + e * i;
         h[im] = i - d * i - e * r;
       } else {
@@ -182,8 +206,8 @@ struct ComplexNumbers {
       }
     });
   }
-  static void carry(const EmaWeights<C>& w, int64_t states, double n, const C* g, const C* local, C* out, const C* v,
-                    const C* local_v, C* out_v) {
+  void carry(const EmaWeights<C>& w, int64_t states, double n, const C* g, const C* local, C* out, const C* v,
+             const C* local_v, C* out_v) const override {
     each(states, [&](int64_t re, int64_t im) {
       const Z before = at(g, re, im), q_n = power(w.decay, w.polar, re, im, n);
       if (v)
@@ -192,18 +216,19 @@ struct ComplexNumbers {
       put(q_n * before + at(local, re, im), out, re, im);
     });
   }
-  static void conjugate(C* h, int64_t states) {
+  void conjugate(C* h, int64_t states) const override {
     each(states, [&](int64_t, int64_t im) { h[im] = -h[im]; });
   }
-  static void add_products(const C* a, const C* b, double* sum, int64_t states) {
+  void add_products(const C* a, const C* b, double* sum, int64_t states) const override {
     each(states, [&](int64_t re, int64_t im) {
       const Z product = at(a, re, im) * at(b, re, im);
       sum[re] += product.real(), sum[im] += product.imag();
     });
   }
 
-  static void finish(const EmaParameters<C>& p, int64_t first, int64_t m, int64_t states, bool unit, const double* of_h,
-                     const double* of_v, const double* of_b, const double* direct, const EmaGradients<C>& gradients) {
+  void finish(const EmaParameters<C>& p, int64_t first, int64_t m, int64_t states, bool unit, const double* of_h,
+              const double* of_v, const double* of_b, const double* direct,
+              const EmaGradients<C>& gradients) const override {
     const double scale = 1.0 / std::sqrt(static_cast<double>(states));
     for (int64_t j = 0; j < m; j++) {
       const double theta = static_cast<double>(p.expansion[first + j]), step = step_of_angle(p, first + j, states);
@@ -246,7 +271,7 @@ struct ComplexNumbers {
   // Computes q^n: in float from q as the blocks hold it, in double from the radius and angle of the definition.
   static Z power(const C* d, const C* polar, int64_t re, int64_t im, double n) {
     if (n == 0) return 1;
-    if constexpr (precise) {  // n times the angle, rounded to double, would have an error of 1e-14 at 100 steps
+    if constexpr (kPrecise) {  // n times the angle, rounded to double, would have an error of 1e-14 at 100 steps
       const long double turned = static_cast<long double>(n) * static_cast<long double>(polar[im]);
       const double radius = std::pow(polar[re], n);
       return {radius * static_cast<double>(std::cos(turned)), radius * static_cast<double>(std::sin(turned))};
@@ -256,5 +281,13 @@ struct ComplexNumbers {
     return std::polar(std::exp(n * log_radius), n * std::atan2(-i, 1.0 - r));
   }
 };
+
+template <typename C>
+const EmaNumbers<C>& ema_numbers(bool complex) {
+  static constexpr RealNumbers<C> real;
+  static constexpr ComplexNumbers<C> complex_;
+  if (complex) return complex_;
+  return real;
+}
 
 }  // namespace fastasr::cpu

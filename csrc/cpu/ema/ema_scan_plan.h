@@ -48,10 +48,9 @@ void each_task(const Parallel& parallel, int64_t n, int64_t work, const F& f) {
   });
 }
 
-template <typename C, template <typename> typename NumbersOf>
+template <typename C>
 class EmaScan {
  public:
-  using Numbers = NumbersOf<C>;
   static constexpr int64_t kBlock = kEmaSteps * kEmaLanes;
 
   // Says how b and c enter the scans. The forward scan computes h itself (in = b, out = c). Without a state the
@@ -65,11 +64,12 @@ class EmaScan {
         copies_(copies),
         x_(x),
         x_strides_(x_strides),
+        numbers_(ema_numbers<C>(shape.complex)),
         plan_(shape),
         states_(shape.states),
-        rows_(shape.states * Numbers::width * kEmaLanes),
+        rows_(shape.states * numbers_.width * kEmaLanes),
         unit_(form == Form::unit),
-        arrays_(3 + (Numbers::precise ? 2 : 0) + (plan_.truncation > 0 ? 2 : 0)),
+        arrays_(3 + (numbers_.precise ? 2 : 0) + (plan_.truncation > 0 ? 2 : 0)),
         residual_(static_cast<size_t>(plan_.tiles * kEmaLanes)),
         packed_(static_cast<size_t>(plan_.halves * plan_.tiles * arrays_ * rows_)) {
     each_task(parallel, plan_.halves * plan_.tiles, 40 * rows_,
@@ -81,6 +81,7 @@ class EmaScan {
   const EmaShape& shape() const { return shape_; }
   const EmaParameters<C>& parameters() const { return parameters_; }
   const EmaPlan& plan() const { return plan_; }
+  const EmaNumbers<C>& numbers() const { return numbers_; }
   int64_t rows() const { return rows_; }  // elements of a tile's array over states
   bool unit() const { return unit_; }
   int64_t channels(int64_t tile) const { return std::min(kEmaLanes, shape_.channels - tile * kEmaLanes); }
@@ -163,7 +164,7 @@ class EmaScan {
     a.x = input, a.decay = w.decay, a.low = w.low, a.in = w.in, a.out = w.out, a.late_gain = w.late, a.y = y, a.g = g,
     a.last = last;
     a.lanes = lanes(tile), a.states = states_, a.real = w.real;
-    const EmaBlock<C>& block = Numbers::block();
+    const EmaBlock<C>& block = numbers_.block();
     std::vector<C> part;
     if (other) part.resize(static_cast<size_t>(rows_)), a.sum = part.data();
     for (int64_t tau = from; tau < to; tau += kEmaSteps) {
@@ -214,13 +215,13 @@ class EmaScan {
   void load_state(const C* state, int64_t tile, int64_t b, C* out) const {
     std::fill(out, out + rows_, C(0));
     if (!state) return;
-    const int64_t values = states_ * Numbers::width;
+    const int64_t values = states_ * numbers_.width;
     const C* p = state + (b * shape_.channels + tile * kEmaLanes) * values;
     for (int64_t j = 0; j < channels(tile); j++)
       for (int64_t n = 0; n < values; n++) out[n * kEmaLanes + j] = p[j * values + n];
   }
   void store_state(const C* in, int64_t tile, int64_t b, C* state) const {
-    const int64_t values = states_ * Numbers::width;
+    const int64_t values = states_ * numbers_.width;
     C* p = state + (b * shape_.channels + tile * kEmaLanes) * values;
     for (int64_t j = 0; j < channels(tile); j++)
       for (int64_t n = 0; n < values; n++) p[j * values + n] = in[n * kEmaLanes + j];
@@ -228,16 +229,16 @@ class EmaScan {
   // Does the same for the gradient of a state, which the tile holds as a derivative.
   void load_gradient(const C* gradient, int64_t tile, int64_t b, C* out) const {
     load_state(gradient, tile, b, out);
-    Numbers::conjugate(out, states_);
+    numbers_.conjugate(out, states_);
   }
   void store_gradient(C* in, int64_t tile, int64_t b, C* gradient) const {
-    Numbers::conjugate(in, states_);
+    numbers_.conjugate(in, states_);
     store_state(in, tile, b, gradient);
   }
   // Computes g before the first step: q times the state.
   void first(int64_t half, int64_t tile, int64_t b, C* g) const {
     load_state(parameters_.state, tile, b, g);
-    Numbers::decay(weights(half, tile), g, states_);
+    numbers_.decay(weights(half, tile), g, states_);
   }
   // Turns what each chunk of a row adds to h, and to v unless that is null, into h and v before the chunk. h and v are
   // given as they are before the first chunk; the slots are the borders of chunk 0.
@@ -247,7 +248,7 @@ class EmaScan {
       const int64_t j = ordered(k, backwards);
       std::copy_n(h_slots + j * rows_, rows_, own.data()), std::copy_n(h, rows_, h_slots + j * rows_);
       if (v) std::copy_n(v_slots + j * rows_, rows_, own.data() + rows_), std::copy_n(v, rows_, v_slots + j * rows_);
-      Numbers::carry(weights(half, tile), states_, static_cast<double>(end(j, backwards) - begin(j, backwards)), h,
+      numbers_.carry(weights(half, tile), states_, static_cast<double>(end(j, backwards) - begin(j, backwards)), h,
                      own.data(), h, v, own.data() + rows_, v);
     }
   }
@@ -259,21 +260,21 @@ class EmaScan {
 
   template <typename P>
   EmaArrays<P> arrays(P p) const {
-    const int64_t late = Numbers::precise ? 5 : 3;
+    const int64_t late = numbers_.precise ? 5 : 3;
     const bool truncated = plan_.truncation > 0;
     return {p,
             p + rows_,
             p + 2 * rows_,
-            Numbers::precise ? p + 3 * rows_ : nullptr,
-            Numbers::precise ? p + 4 * rows_ : nullptr,
+            numbers_.precise ? p + 3 * rows_ : nullptr,
+            numbers_.precise ? p + 4 * rows_ : nullptr,
             truncated ? p + late * rows_ : nullptr,
             truncated ? p + (late + 1) * rows_ : nullptr,
             true};
   }
   void pack(int64_t half, int64_t tile) {
     const EmaArrays<C*> to = arrays(packed_.data() + (half * plan_.tiles + tile) * arrays_ * rows_);
-    Numbers::pack(parameters_, half * shape_.channels + tile * kEmaLanes, channels(tile), states_, unit_, to);
-    if (plan_.truncation > 0) Numbers::pack_late(static_cast<double>(plan_.truncation), states_, to);
+    numbers_.pack(parameters_, half * shape_.channels + tile * kEmaLanes, channels(tile), states_, unit_, to);
+    if (plan_.truncation > 0) numbers_.pack_late(static_cast<double>(plan_.truncation), states_, to);
   }
 
   EmaShape shape_;
@@ -281,6 +282,7 @@ class EmaScan {
   const EmaCopies<C>& copies_;
   const void* x_;
   EmaStrides x_strides_;
+  const EmaNumbers<C>& numbers_;
   EmaPlan plan_;
   int64_t states_, rows_;
   bool unit_;

@@ -344,20 +344,11 @@ void strips(const Gemm<T>& g, const float* a, int64_t count, int64_t begin, int6
   }
 }
 
-template <typename T>
-constexpr GemmKernels<T> kGemmKernels = {.a_panels = a_panels<T>,
-                                         .b_panels = b_panels<T>,
-                                         .packed_a = packed_a<T>,
-                                         .packed_b = packed_b<T>,
-                                         .tasks = tasks<T>,
-                                         .pack_a = pack_a<T>,
-                                         .pack_b = pack_b<T>,
-                                         .products = products<T>,
-                                         .strip_count = strip_count<T>,
-                                         .strips = strips<T>};
-
 }  // namespace
 
+FASTASR_TABLE(GemmKernels, .a_panels = a_panels<T>, .b_panels = b_panels<T>, .packed_a = packed_a<T>,
+              .packed_b = packed_b<T>, .tasks = tasks<T>, .pack_a = pack_a<T>, .pack_b = pack_b<T>,
+              .products = products<T>, .strip_count = strip_count<T>, .strips = strips<T>)
 FASTASR_PROVIDE(GemmKernels, float)
 FASTASR_PROVIDE(GemmKernels, bfloat16)
 

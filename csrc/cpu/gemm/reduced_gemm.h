@@ -53,11 +53,21 @@ struct ReducedGemm {
 };
 
 struct ReducedGemmKernels {
-  static constexpr bool kDotProducts = true;
   int32_t levels;
   void (*rows)(const ReducedGemm& g, int64_t begin, int64_t end);  // converts rows of x
   int64_t (*tasks)(const ReducedGemm& g);
   void (*products)(const ReducedGemm& g, int64_t begin, int64_t end);  // runs tasks
 };
+
+// T is int8_t or bfloat16.
+template <typename T>
+struct ReducedGemmTable {
+  static constexpr bool kDotProducts = true;
+  ReducedGemmKernels kernels;
+};
+FASTASR_INLINE const ReducedGemmKernels& reduced_gemm_kernels(WeightFormat format) {
+  if (format == WeightFormat::int8) return kernels<ReducedGemmTable<int8_t>>().kernels;
+  return kernels<ReducedGemmTable<bfloat16>>().kernels;
+}
 
 }  // namespace fastasr::cpu

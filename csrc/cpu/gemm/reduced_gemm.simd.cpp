@@ -50,7 +50,10 @@ constexpr int32_t kShift = 0;
 
 constexpr int64_t kBlockBytes = int64_t{1} << 18;  // weights that several rows share while they are in a cache
 
-struct Int8 {
+template <typename T>
+struct Format;
+template <>
+struct Format<int8_t> {
   using Sum = Ints;
   // Adds the four products of each word: unsigned bytes of x, signed bytes of w.
   FASTASR_INLINE Sum dot(Sum sum, Ints x, Ints w) {
@@ -76,7 +79,8 @@ struct Int8 {
   }
 };
 
-struct Bf16 {
+template <>
+struct Format<bfloat16> {
   using Sum = Floats;
   FASTASR_INLINE Sum dot(Sum sum, Ints x, Ints w) { return add_bf16(sum, x, w); }
 };
@@ -95,8 +99,9 @@ FASTASR_INLINE Floats finished(const Tile& t, int64_t row, int64_t j, Ints sum) 
 FASTASR_INLINE Floats finished(const Tile&, int64_t, int64_t, Floats sum) { return sum; }
 
 // Each number of rows has its own function: several tiles inlined into one function would spill.
-template <typename F, int64_t kTileRows>
+template <typename T, int64_t kTileRows>
 __attribute__((noinline)) void tile(const Tile& t) {
+  using F = Format<T>;
   const ReducedGemm& g = t.g;
   const int64_t words = reduced_words(g.k, g.format);
   const int32_t* const x = g.rows + t.i * words;
@@ -126,13 +131,10 @@ __attribute__((noinline)) void tile(const Tile& t) {
   }
 }
 
-template <typename F>
-constexpr auto tiles() {
-  return []<int64_t... i>(std::integer_sequence<int64_t, i...>) {
-    return std::array<void (*)(const Tile&), kRows>{tile<F, i + 1>...};
-  }(std::make_integer_sequence<int64_t, kRows>());
-}
-constexpr auto kInt8 = tiles<Int8>(), kBf16 = tiles<Bf16>();
+template <typename T>
+constexpr auto kTiles = []<int64_t... i>(std::integer_sequence<int64_t, i...>) {
+  return std::array<void (*)(const Tile&), kRows>{tile<T, i + 1>...};
+}(std::make_integer_sequence<int64_t, kRows>());
 
 // A task is some rows by a block of panels, and neighbours share the block. Rows are split evenly: 8 + 7, not 14 + 1.
 int64_t row_parts(const ReducedGemm& g) { return (g.m + kRows - 1) / kRows; }
@@ -142,22 +144,22 @@ int64_t blocks(const ReducedGemm& g) {
 }
 int64_t tasks(const ReducedGemm& g) { return row_parts(g) * blocks(g); }
 
+template <typename T>
 void products(const ReducedGemm& g, int64_t begin, int64_t end) {
-  const auto& functions = g.format == WeightFormat::int8 ? kInt8 : kBf16;
   const int64_t parts = row_parts(g), panels = reduced_panels(g.n), count = blocks(g);
   for (int64_t task = begin; task < end; task++) {
     const int64_t block = task / parts, part = task % parts;
     const int64_t i = g.m * part / parts, rows = g.m * (part + 1) / parts - i;
     const int64_t last = std::min(g.n, panels * (block + 1) / count * kReducedColumns);
     for (int64_t j = panels * block / count * kReducedColumns; j < last; j += kTileColumns)
-      functions[static_cast<size_t>(rows - 1)]({g, i, j, std::min(kTileColumns, g.n - j)});
+      kTiles<T>[static_cast<size_t>(rows - 1)]({g, i, j, std::min(kTileColumns, g.n - j)});
   }
 }
 
 // ---------------------------------------------------------------------------------------------- rows of x
 constexpr float kMagic = Bits<float>::magic;
 
-void int8_row(const float* x, int64_t k, int64_t words, uint8_t* out, float& step, int32_t& zero) {
+FASTASR_INLINE void int8_row(const float* x, int64_t k, int64_t words, uint8_t* out, float& step, int32_t& zero) {
   float least = 0, most = 0, poison = 0;  // a NaN or an infinity makes NaN of it
 #pragma omp simd reduction(min : least) reduction(max : most) reduction(+ : poison)
   for (int64_t j = 0; j < k; j++) {
@@ -192,17 +194,18 @@ void int8_row(const float* x, int64_t k, int64_t words, uint8_t* out, float& ste
   for (; j < k; j++) out[j] = static_cast<uint8_t>(to_bits(level(x[j], 0.0f, static_cast<float>(kLevels))));
 }
 
-void bf16_row(const float* x, int64_t k, int64_t words, bfloat16* out) {
+FASTASR_INLINE void bf16_row(const float* x, int64_t k, int64_t words, bfloat16* out) {
   for (int64_t j = 0; j < k; j++) store(out + j, x[j]);
   if (k < 2 * words) out[k] = {};
 }
 
+template <typename T>
 void rows(const ReducedGemm& g, int64_t begin, int64_t end) {
   const int64_t words = reduced_words(g.k, g.format);
   for (int64_t i = begin; i < end; i++) {
     const float* const x = g.x + i * g.x_row;
     int32_t* const out = g.rows + i * words;
-    if (g.format == WeightFormat::int8)
+    if constexpr (std::is_same_v<T, int8_t>)
       int8_row(x, g.k, words, reinterpret_cast<uint8_t*>(out), g.step[i], g.zero[i]);
     else
       bf16_row(x, g.k, words, reinterpret_cast<bfloat16*>(out));
@@ -211,6 +214,9 @@ void rows(const ReducedGemm& g, int64_t begin, int64_t end) {
 
 }  // namespace
 
-FASTASR_KERNELS_FLOAT(ReducedGemmKernels, .levels = kLevels, .rows = rows, .tasks = tasks, .products = products)
+FASTASR_TABLE(ReducedGemmTable,
+              .kernels = {.levels = kLevels, .rows = rows<T>, .tasks = tasks, .products = products<T>})
+FASTASR_PROVIDE(ReducedGemmTable, int8_t)
+FASTASR_PROVIDE(ReducedGemmTable, bfloat16)
 
 }  // namespace fastasr::cpu

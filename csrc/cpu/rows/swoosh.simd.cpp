@@ -31,12 +31,12 @@ FASTASR_INLINE C derivative(C u, C z) {
 
 #ifdef __AVX512F__
 template <typename T, Mask kMask>
-FASTASR_INLINE void forward16(const avx512::Registers& table, const T* x, const T* mask, T* y, __mmask16 lanes,
+FASTASR_INLINE void forward16(const FASTASR_SIMD::Registers& table, const T* x, const T* mask, T* y, __mmask16 lanes,
                               __m512 scalar, const Constants<float>& k) {
-  __m512 out = avx512::swoosh(table, avx512::load16(x, lanes), k.shift, k.offset);
+  __m512 out = FASTASR_SIMD::swoosh(table, FASTASR_SIMD::load16(x, lanes), k.shift, k.offset);
   if (kMask == Mask::scalar) out = _mm512_mul_ps(out, scalar);
-  if (kMask == Mask::elementwise) out = _mm512_mul_ps(out, avx512::load16(mask, lanes));
-  avx512::store16(y, lanes, out);
+  if (kMask == Mask::elementwise) out = _mm512_mul_ps(out, FASTASR_SIMD::load16(mask, lanes));
+  FASTASR_SIMD::store16(y, lanes, out);
 }
 #endif
 
@@ -49,13 +49,13 @@ __attribute__((noinline)) void forward(const T* __restrict x, const T* __restric
   const C scalar = kMask == Mask::scalar ? load(mask[0]) : C(1);
 #ifdef __AVX512F__
   if constexpr (sizeof(C) == 4) {
-    const avx512::Registers table = avx512::load_table();
+    const FASTASR_SIMD::Registers table = FASTASR_SIMD::load_table();
     const __m512 scalars = _mm512_set1_ps(scalar);
     int64_t i = 0;
     for (; i + 16 <= n; i += 16)  // a constant mask: the compiler drops it
       forward16<T, kMask>(table, x + i, kMask == Mask::elementwise ? mask + i : mask, y + i, 0xffff, scalars, k);
     if (i < n)
-      forward16<T, kMask>(table, x + i, kMask == Mask::elementwise ? mask + i : mask, y + i, avx512::lanes(n - i),
+      forward16<T, kMask>(table, x + i, kMask == Mask::elementwise ? mask + i : mask, y + i, FASTASR_SIMD::lanes(n - i),
                           scalars, k);
     return;
   }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/math/number.h"
 #include "cpu/simd/simd.h"
 
@@ -23,28 +25,49 @@ struct Provided {
   static const Table table;
 };
 
-// double serves references and gradient checks, so it has no set of its own beyond AVX2.
-template <typename Table>
-constexpr bool kDouble = false;
-template <template <typename> typename Kernels>
-constexpr bool kDouble<Kernels<double>> = true;
-
-// What adds dot products of short numbers is compiled for the sets that have instructions for it, too. The set is then
-// picked at run time, by a caller compiled for avx512 as well.
+// What adds dot products of short numbers gets a table from the sets that have instructions for them, too. The set is
+// then picked at run time, by a caller compiled for avx512 as well.
 template <typename Table>
 constexpr bool kDots = requires { Table::kDotProducts; };
+
+// The type that a table is for.
+template <typename Table>
+struct TypeOf {
+  using Type = void;
+};
+template <template <typename> typename Kernels, typename T>
+struct TypeOf<Kernels<T>> {
+  using Type = T;
+};
+
+// Says whether a set has a table of its own. The least set of the library has all tables.
+template <typename Table>
+constexpr bool own(Simd set) {
+  using enum Simd;
+  using T = typename TypeOf<Table>::Type;
+  constexpr Simd sets[] = {FASTASR_SETS};
+  if (set == sets[0]) return true;
+  if (set == avx512 && std::is_same_v<T, double>) return false;  // for references and gradient checks avx2 will do
+  if (set <= avx512 || set == neon) return true;
+  const bool int8 = set == avx512_vnni || set == neon_dot || set == neon_bf16;
+  const bool bf16 = set == avx512_bf16 || set == neon_bf16;
+  return kDots<Table> && ((int8 && std::is_same_v<T, int8_t>) || (bf16 && std::is_same_v<T, bfloat16>));
+}
 
 #if defined(__clang__)
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Wundefined-var-template"
 #endif
-template <typename Table, Simd least, Simd... wider>
-FASTASR_INLINE const Table& pick([[maybe_unused]] Simd set) {
-  constexpr bool last = (kDouble<Table> && least >= Simd::avx2) || (!kDots<Table> && least >= Simd::avx512);
-  if constexpr (sizeof...(wider) > 0 && !last) {
-    if (set > least) return pick<Table, wider...>(set);
+template <typename Table, Simd best>
+FASTASR_INLINE const Table& pick(Simd) {
+  return Provided<Table, best>::table;
+}
+template <typename Table, Simd best, Simd next, Simd... wider>
+FASTASR_INLINE const Table& pick(Simd set) {
+  if constexpr (own<Table>(next)) {
+    if (set >= next) return pick<Table, next, wider...>(set);
   }
-  return Provided<Table, least>::table;
+  return pick<Table, best, wider...>(set);
 }
 #if defined(__clang__)
 #pragma clang diagnostic pop
@@ -70,29 +93,31 @@ FASTASR_INLINE const Table& kernels() {
 
 // A *.simd.cpp ends with one of these, in namespace fastasr::cpu. They define the object's tables from functions of a
 // storage type T: FASTASR_KERNELS for all four types, FASTASR_KERNELS_COMPUTE for float and double,
-// FASTASR_KERNELS_FLOAT for a table that is no template.
+// FASTASR_KERNELS_FLOAT for a table that is no template. For other types: FASTASR_TABLE, then FASTASR_PROVIDE for each.
 #define FASTASR_KERNELS(TABLE, ...)           \
   FASTASR_KERNELS_COMPUTE(TABLE, __VA_ARGS__) \
   FASTASR_PROVIDE(TABLE, bfloat16)            \
   FASTASR_PROVIDE(TABLE, float16)
 
-#define FASTASR_KERNELS_COMPUTE(TABLE, ...)    \
+#define FASTASR_KERNELS_COMPUTE(TABLE, ...) \
+  FASTASR_TABLE(TABLE, __VA_ARGS__)         \
+  FASTASR_PROVIDE(TABLE, float)             \
+  FASTASR_PROVIDE(TABLE, double)
+
+#define FASTASR_TABLE(TABLE, ...)              \
   namespace {                                  \
   template <typename T>                        \
   constexpr TABLE<T> k##TABLE = {__VA_ARGS__}; \
-  }                                            \
-  FASTASR_PROVIDE(TABLE, float)                \
-  FASTASR_PROVIDE_DOUBLE(TABLE)
+  }
 
 #define FASTASR_KERNELS_FLOAT(TABLE, ...) \
   template <>                             \
   constinit const TABLE Provided<TABLE, Simd::FASTASR_OBJECT_SET>::table = {__VA_ARGS__};
 
-#define FASTASR_PROVIDE(TABLE, T) \
-  template <>                     \
-  constinit const TABLE<T> Provided<TABLE<T>, Simd::FASTASR_OBJECT_SET>::table = k##TABLE<T>;
-#ifdef FASTASR_WITHOUT_DOUBLE
-#define FASTASR_PROVIDE_DOUBLE(TABLE)
-#else
-#define FASTASR_PROVIDE_DOUBLE(TABLE) FASTASR_PROVIDE(TABLE, double)
-#endif
+// An object whose set has no such table of its own holds an empty one that nobody picks.
+#define FASTASR_PROVIDE(TABLE, T)                                                                   \
+  template <>                                                                                       \
+  constinit const TABLE<T> Provided<TABLE<T>, Simd::FASTASR_OBJECT_SET>::table = []<typename U>() { \
+    if constexpr (own<TABLE<U>>(Simd::FASTASR_OBJECT_SET)) return k##TABLE<U>;                      \
+    return TABLE<U>{};                                                                              \
+  }.template operator()<T>();

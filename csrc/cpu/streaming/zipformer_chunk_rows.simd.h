@@ -272,7 +272,7 @@ inline void chunk_product(const ChunkStep& step, const ChunkProduct& p, const fl
       skinny_gemm(x, x_stride, rows, p.inputs, p.panels(step.weights, step.vectors), step.vectors + p.bias, y,
                   p.stride(), begin, end);
     });
-  const auto& kernel = kernels<ReducedGemmKernels>();
+  const auto& kernel = reduced_gemm_kernels(p.format);
   const ReducedGemm whole = chunk_int8(step, p, x, x_stride, rows, levels, y);
   step.workers.split(rows, std::max<int64_t>(1, kLeastWeights / p.inputs),
                      [&](int64_t begin, int64_t end) { kernel.rows(whole, begin, end); });
