@@ -16,6 +16,7 @@ constexpr int64_t kLeastColumns = 8;
 static_assert(kWide <= kLeastColumns);
 constexpr int64_t kDepth = 64 * kLanes;  // the inputs of one chain
 constexpr int64_t kLine = 64 / sizeof(float);
+constexpr int kSecondLevel = 2;  // of __builtin_prefetch
 
 // Describes a tile: rows of A from `a` on, columns of B from `b` on, inputs [0, depth), and what is prefetched from.
 struct Tile {
@@ -49,7 +50,7 @@ __attribute__((noinline)) void tile(const Tile& t, float* out) {
   int64_t k = 0;
   for (; k + kLanes <= t.depth; k += kLanes, ahead += kLines * kLine) {
 #pragma GCC unroll 8
-    for (int64_t line = 0; line < kLines; line++) __builtin_prefetch(ahead + line * kLine);
+    for (int64_t line = 0; line < kLines; line++) __builtin_prefetch(ahead + line * kLine, 0, kSecondLevel);
     step(t.a + k, t.a_row, t.b + k, t.b_column, sum);
   }
   if (k < t.depth) {  // the rest, padded with zeros
@@ -101,7 +102,9 @@ int64_t groups(const Gemm<float>& g) {
 }
 
 // Prefetches the next group's columns, which lie behind those of this one in most weights, in the order in which they
-// lie in memory: 35 GB/s on one Zen 5 core that can read 43, where columns side by side were prefetched at 25.
+// lie in memory: 35 GB/s on one Zen 5 core that can read 43, where columns side by side were prefetched at 25. They go
+// into the second level, for the reason that skinny_gemm.simd.cpp states: with 6 rows 85 GFLOP/s of one Zen 4 core
+// instead of 42, with 15 rows 97 instead of 64.
 void products(const Gemm<float>& g, int64_t begin, int64_t end) {
   const Tiles& t = tiles_of(g);
   const int64_t parts = (g.m + kRows - 1) / kRows;  // of equal height: 4 + 4 rows, not 6 + 2
