@@ -7,6 +7,8 @@
 namespace fastasr {
 namespace {
 
+constexpr int64_t kFewColumns = 14;  // as many rows as a tile has with AVX-512
+
 // Multiplies few rows of x, (K), (B, K) or (B, T, K), by the transposed weight (N, K), whose rows are contiguous.
 Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const Optional& bias) {
   const auto& kernel = cpu::kernels<cpu::FewRowsGemm>();
@@ -82,6 +84,28 @@ void with_factors(const Tensor& a, const char* op, const F& f) {
   f.template operator()<float>();
 }
 
+// Multiplies b^T by a^T into memory of its own and writes the transposed result: the same sums, bit for bit. Few
+// columns leave most of a tile of registers empty, and fill more of it as rows: the gradient of a weight (256, 9) over
+// 15840 rows takes 2 ms in place of 5.
+template <typename T>
+void multiply_transposed(const cpu::Gemm<T>& g) {
+  const Scratch<float> columns(g.n * g.m);
+  multiply(cpu::Gemm<T>{.a = g.b,
+                        .a_row = g.b_column,
+                        .a_depth = g.b_depth,
+                        .b = g.a,
+                        .b_depth = g.a_depth,
+                        .b_column = g.a_row,
+                        .bias = nullptr,
+                        .c = columns.data(),
+                        .c_row = g.m,
+                        .m = g.n,
+                        .n = g.m,
+                        .k = g.k});
+  for (int64_t i = 0; i < g.m; i++)
+    for (int64_t j = 0; j < g.n; j++) g.c[i * g.c_row + j] = columns.data()[j * g.m + i];
+}
+
 // Returns a b, plus a contiguous bias in float32 or none, for float32 or bfloat16: contiguous, in float32.
 Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias) {
   Tensor c;
@@ -89,7 +113,10 @@ Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias) {
     cpu::Gemm<T> g = described<T>(a, b, bias, "gemm");
     c = new_pooled<2>(a, {g.m, g.n}, true);
     g.c = mutable_data<float>(c);
-    multiply(g);
+    if (g.n <= kFewColumns && g.m >= kFewColumns && !g.bias && g.k >= g.m)
+      multiply_transposed(g);
+    else
+      multiply(g);
   });
   return c;
 }

@@ -63,6 +63,16 @@ def test_threads_and_rows_do_not_change_a_bit():
 
 
 @needs_both
+@pytest.mark.parametrize("columns", [1, 9, 14, 15])
+def test_few_columns_have_the_bits_of_many(columns):
+    grad, x = torch.randn(700, 61), torch.randn(700, 40)
+    native = _gemm._PRODUCTS["native"]["weight_grad"]
+    y = native(grad, x[:, :columns])
+    assert y.is_contiguous()
+    assert torch.equal(y, native(grad, x)[:, :columns])
+
+
+@needs_both
 @pytest.mark.parametrize("rows", [1, 3, 4, 7, 15])
 def test_few_rows(rows):
     """The error is that of torch's product, and rows, threads and strides do not change a bit."""
