@@ -79,7 +79,8 @@ def after_gate(h, conv, norm, activation, last, hidden=None, cache=None, by_fram
             z = z.transpose(0, 1)
         else:
             # channels first, as upstream: over a matrix of frames torch sums the statistics 2 to 10 times less exactly
-            z = norm(z.permute(1, 2, 0).contiguous()).transpose(1, 2)
+            # frames first again before the activation: its gradient would walk over two orders at once
+            z = norm(z.permute(1, 2, 0).contiguous()).transpose(1, 2).contiguous()
         y = z if fused else activation(z)
     else:
         if packing is not None:

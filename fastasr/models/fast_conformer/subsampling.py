@@ -109,7 +109,7 @@ def convolved(layers, x, lengths, left=1):
         strip = STRIP_BYTES // max(1, per_frame)
     if isinstance(lengths, Spans):
         pass
-    elif in_strips and not differentiated:  # by lists of lengths, which no other device should wait for
+    elif in_strips:  # by lists of lengths, which no other device should wait for
         lengths = [frames] * batch if lengths is None else lengths.tolist()
     elif lengths is None:
         lengths = torch.full((batch,), frames, device=x.device)
@@ -191,10 +191,14 @@ def _halved(lengths, left=1):
 
 def _within(h, begin, lengths):
     """Returns h (B, n, F, C), which begins at frame ``begin``, with 0 at frames outside their sequence. If the lengths
-    are a list, or spans while no gradient is wanted, h itself changes."""
+    are a list, or spans, while no gradient is wanted, h itself changes."""
     if isinstance(lengths, Spans):
         return lengths.within(h, begin)
     if isinstance(lengths, list):
+        if begin >= 0 and begin + h.shape[1] <= min(lengths, default=0):
+            return h  # as most strips: a pass over memory less
+        if h.requires_grad:
+            return _within(h, begin, torch.tensor(lengths))
         h[:, : max(0, -begin)] = 0
         for i, length in enumerate(lengths):
             if length - begin < h.shape[1]:
