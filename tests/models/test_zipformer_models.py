@@ -9,6 +9,7 @@ import torch
 from steps import close, moved, seeded
 
 from fastasr.models import zipformer as models
+from fastasr.models.zipformer import subsampling
 from fastasr.models.zipformer.encoder import int_tuple
 from fastasr.models.zipformer.whitening import whitening_gradient, whitening_metric
 from fastasr.ops import balancer_gradient
@@ -33,6 +34,19 @@ def _encoder(config=TINY, **changes):
     """Returns an encoder none of whose parameters is at its initial 0 or 0.5."""
     seeded(0)
     return moved(models.Zipformer(**{**config, **changes}), 0.05).eval()
+
+
+def test_the_front_end_reorders_the_weight_in_place_of_many_frames():
+    seeded(0)
+    out = torch.nn.Linear(128 * 4, 12).double()
+    x = torch.randn(3, 10, 4, 128, dtype=torch.float64, requires_grad=True).permute(0, 3, 1, 2)
+    operands = (x, out.weight, out.bias)
+    found, wanted = subsampling._projected(out, x), out(subsampling._frames(x))
+    assert found.is_contiguous()
+    assert torch.allclose(found, wanted)
+    grads = [torch.autograd.grad(y.square().sum(), operands) for y in (found, wanted)]
+    for one, other in zip(*grads, strict=True):
+        assert torch.allclose(one, other)
 
 
 def _padding(lengths, frames):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from fastasr import ops
-from fastasr.models.common.inference import any_hooked, is_plain_inference
+from fastasr.models.common.inference import any_hooked, is_plain_inference, is_unmodified
 from fastasr.models.common.linear import Linear
 from fastasr.models.zipformer.activations import SwooshL, SwooshR
 from fastasr.models.zipformer.balancer import Balancer
@@ -26,6 +26,7 @@ from fastasr.models.zipformer.initial_scale import ScaledConv2d
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.schedules import ScheduledFloat
 from fastasr.models.zipformer.whitening import Whiten
+from fastasr.ops import _reduced_weights
 
 # Rows per block: the hidden activations of a block, 3 * 128 channels in fp32, then take 1.5 MB.
 BLOCK_ROWS = 1024
@@ -87,7 +88,7 @@ class Conv2dSubsampling(torch.nn.Module):
             # With one channel, contiguous(memory_format=...) would return x itself and conv would stay in NCHW.
             x = x.to(memory_format=torch.channels_last)
         x = self.convnext(self.conv(x))
-        y = self.dropout(self.out_norm(self.out_whiten(self.out(_frames(x)))))
+        y = self.dropout(self.out_norm(self.out_whiten(_projected(self.out, x))))
         return y, _lengths(y, (x_lens - 7) // 2)
 
     def streaming_forward(self, x, x_lens, cached_left_pad):
@@ -108,6 +109,20 @@ class Conv2dSubsampling(torch.nn.Module):
 def _frames(x):
     """(batch, channels, time, frequency) -> (batch, time, channels * frequency)"""
     return x.transpose(1, 2).flatten(2)
+
+
+def _projected(out, x):
+    """Returns ``out(_frames(x))``. Where x has channels last and there are many frames, the columns of the weight are
+    reordered in place of the frames, which would be a slow pass over more memory, and one more for their gradient."""
+    batch, channels, time, frequency = x.shape
+    plain = is_unmodified(out, (torch.nn.Linear, Linear)) and not any_hooked([out])
+    many = batch * time > 2 * out.out_features if plain else False
+    maps = x.permute(0, 2, 3, 1)
+    # weights of fewer bits are known by the parameter; a compiler reorders by itself
+    if not many or not maps.is_contiguous() or _reduced_weights.copies or torch.compiler.is_compiling():
+        return out(_frames(x))
+    weight = out.weight.unflatten(1, (channels, frequency)).transpose(1, 2).flatten(1)
+    return ops.linear(maps.flatten(2), weight, out.bias)
 
 
 def _lengths(y, lengths):
@@ -260,14 +275,10 @@ def _in_blocks(layer, x):
     w1 = expand.weight.view(-1, channels)  # [3C, C]
     w2 = contract.weight.view(channels, -1)  # [C, 3C]
 
-    # The next layer reads (time, channels * frequency), so the result has this order in memory.
-    frames = x.new_empty(batch * time, channels, frequency)  # [N*T, C, F]
-    step = max(1, BLOCK_ROWS // frequency)
-    for first in range(0, batch * time, step):
-        last = min(first + step, batch * time)
-        rows = slice(first * frequency, last * frequency)
+    step = max(1, BLOCK_ROWS // frequency) * frequency
+    for first in range(0, len(x_rows), step):
+        rows = slice(first, first + step)
         hidden = ops.linear(conv_rows[rows], w1, expand.bias)  # [rows, 3C]
         y = ops.swoosh_linear(hidden, w2, contract.bias, kind="SwooshL")  # [rows, C]
-        y += x_rows[rows]
-        frames[first:last] = y.view(last - first, frequency, channels).transpose(1, 2)
-    return frames.view(batch, time, channels, frequency).transpose(1, 2)
+        torch.add(x_rows[rows], y, out=conv_rows[rows])  # which nothing reads any more
+    return conv_rows.view(batch, time, frequency, channels).permute(0, 3, 1, 2)
