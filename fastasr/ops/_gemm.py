@@ -59,23 +59,25 @@ def _few_rows(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return torch.ops.fastasr_cpu.linear_few_rows.default(x, w, None if b is None else b.contiguous())
 
 
+def _weight_grad(g: Tensor, x: Tensor, chain: int = 128) -> Tensor:
+    # torch adds in one chain of floats where g has few columns, and where x has few it is slow as well
+    if x.shape[1] < min(g.shape[1], 12):
+        return _weight_grad(x, g).t().contiguous()
+    if g.shape[1] >= 12 or len(g) < 2 * chain:
+        return torch.mm(g.t(), x)
+    a, b = (t[len(g) % chain :].unflatten(0, (-1, chain)) for t in (g, x))
+    return torch.addmm(torch.bmm(a.mT, b).sum(0), g[: len(g) % chain].t(), x[: len(g) % chain])
+
+
 _PRODUCTS: dict[str, dict[str, Callable[..., Tensor]]] = {
-    "torch": {
-        "forward": F.linear,
-        "input_grad": torch.matmul,
-        "weight_grad": lambda g, x: torch.mm(g.t(), x),
-    },
+    "torch": {"forward": F.linear, "input_grad": torch.matmul, "weight_grad": _weight_grad},
     "native": {
         "forward": lambda x, w, b: _native(x, w.t(), b),
         "input_grad": _native,
         "weight_grad": lambda g, x: _native(g.t(), x),
     },
+    "few rows": {"forward": _few_rows},  # its bits are not those of "native"
 }
-_FEW_ROWS = "few rows"  # a third for the forward product of few rows; its bits are not those of "native"
-
-
-def _function(product: str, operation: str) -> Callable[..., Tensor]:
-    return _few_rows if product == _FEW_ROWS else _PRODUCTS[product][operation]
 
 
 # --------------------------------------------------------------------------- what has been measured
@@ -84,9 +86,9 @@ def _machine(facts: Path = Path("/proc/cpuinfo")) -> str:
     """Returns a hash of the processor's name and features."""
     name = platform.processor() or platform.machine()
     try:
-        first = facts.read_text().partition("\n\n")[0]
         known = ("model name", "cpu family", "model\t", "flags", "CPU ", "Features")  # the last two: Arm
-        name += "".join(line for line in first.splitlines() if line.startswith(known))
+        first = facts.read_text().partition("\n\n")[0].splitlines()
+        name += "".join(line for line in first if line.startswith(known))
     except OSError:
         pass
     # FASTASR_SIMD may hold kernels of another set than the machine's widest
@@ -146,7 +148,7 @@ def _decide(key: tuple, operands: tuple) -> str:
         _saved = _read(cache_file())
     # its kernel takes 8 outputs or more, and a class of 16 has none with fewer
     few = operation == "forward" and 1 << m <= _MOST_FEW + 1 and sizes[0] >= 16
-    products = [*_PRODUCTS, *([_FEW_ROWS] if few and not reason_cpu("linear_few_rows") else [])]
+    products = ["torch", "native", *(["few rows"] if few and not reason_cpu("linear_few_rows") else [])]
     # the file may be damaged, or of a version of fastasr with other products
     if _saved.get(name) not in products:
         _saved[name] = _measure(operation, operands, products)
@@ -157,7 +159,7 @@ def _decide(key: tuple, operands: tuple) -> str:
 def _timed(product: str, operation: str, operands: tuple) -> float:
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # without other processes
     begin = clock()
-    _function(product, operation)(*operands)
+    _PRODUCTS[product][operation](*operands)
     return clock() - begin
 
 
@@ -186,7 +188,7 @@ def _choice(operation: str, m: int, n: int, k: int, *operands: Tensor | None) ->
     key = (operation, m.bit_length(), n, k, torch.get_num_threads())
     f = _choices.get(key)
     if f is None:
-        f = _choices[key] = _function(_decide(key, operands), operation)
+        f = _choices[key] = _PRODUCTS[_decide(key, operands)][operation]
     return f
 
 
@@ -194,10 +196,8 @@ def _choice(operation: str, m: int, n: int, k: int, *operands: Tensor | None) ->
 # The cost of a small product is its call overhead, and torch's is the smallest.
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns x weightᵀ + bias for x (..., K), weight (N, K)."""
-    if _reduced_weights.copies:
-        copy = _reduced_weights.of(x, weight)
-        if copy is not None:
-            return copy.product(x, bias)
+    if _reduced_weights.copies and (copy := _reduced_weights.of(x, weight)) is not None:
+        return copy.product(x, bias)
     n, k = weight.shape
     if not k or x.numel() * n < SMALL:
         return F.linear(x, weight, bias)
@@ -215,11 +215,10 @@ def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
 def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """Returns gradᵀ x over all leading dimensions, for grad (..., N), x (..., K)."""
     if grad.dim() != 2:
-        rows = grad.shape[:-1].numel()
-        grad, x = grad.reshape(rows, grad.shape[-1]), x.reshape(rows, x.shape[-1])
+        grad, x = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (grad, x))
     rows, n = grad.shape
     if grad.numel() * x.shape[1] < SMALL:
-        return torch.mm(grad.t(), x)
+        return _weight_grad(grad, x)
     return _choice("weight_grad", n, x.shape[1], rows, grad, x)(grad, x)
 
 
