@@ -90,9 +90,17 @@ def same(model, inputs, **options):
     return found
 
 
+def rounding_decides(model, inputs, **options):
+    """Says whether upstream's own sequences change from float32 to float64: two logits are nearly equal."""
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+    narrow = type(model).generate(model, **inputs, **options)
+    found = type(model).generate(copy.deepcopy(model).double(), **wide, **options)
+    return not torch.equal(narrow.sequences, found.sequences)
+
+
 def drawn(count):
     """Compares ``count`` drawn models. Returns the lengths of the sequences."""
-    found = []
+    found, undecided = [], 0
     for _ in range(count):
         durations = random.choice(
             [None, None, (0, 1, 2, 3, 4), (0, 1, 2), (0,), (0, 1), (4, 0, 1), (0, 1, 2, 4, 8), (1, 2)]
@@ -111,7 +119,13 @@ def drawn(count):
         inputs = batch(random.randint(1, 5), random.randint(9, 90), random.random() < 0.8)
         options = {} if random.random() < 0.7 else {"max_new_tokens": random.randint(1, 12)}
         only_generate(model)
-        found.append(same(model, inputs, **options).sequences.shape[1])
+        try:
+            found.append(same(model, inputs, **options).sequences.shape[1])
+        except AssertionError:
+            if not rounding_decides(model, inputs, **options):
+                raise
+            undecided += 1
+    assert undecided <= 1 + count // 250
     return found
 
 
