@@ -115,11 +115,11 @@ def _projected(out, x):
     """Returns ``out(_frames(x))``. Where x has channels last and there are many frames, the columns of the weight are
     reordered in place of the frames, which would be a slow pass over more memory, and one more for their gradient."""
     batch, channels, time, frequency = x.shape
-    plain = is_unmodified(out, (torch.nn.Linear, Linear)) and not any_hooked([out])
-    many = batch * time > 2 * out.out_features if plain else False
     maps = x.permute(0, 2, 3, 1)
-    # weights of fewer bits are known by the parameter; a compiler reorders by itself
-    if not many or not maps.is_contiguous() or _reduced_weights.copies or torch.compiler.is_compiling():
+    plain = is_unmodified(out, (torch.nn.Linear, Linear)) and not any_hooked([out])
+    # a compiler reorders by itself; weights of fewer bits are known by the parameter
+    kept = not plain or torch.compiler.is_compiling() or _reduced_weights.of(x, out.weight) is not None
+    if kept or not maps.is_contiguous() or batch * time <= 2 * out.out_features:
         return out(_frames(x))
     weight = out.weight.unflatten(1, (channels, frequency)).transpose(1, 2).flatten(1)
     return ops.linear(maps.flatten(2), weight, out.bias)
