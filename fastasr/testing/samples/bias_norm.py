@@ -27,7 +27,8 @@ TABLE = OpTable(
         Sample("channels first", lambda m: _norm(m, (3, 12, 5), 1), thorough=True),
         Sample("channels in the middle", lambda m: _norm(m, (2, 6, 5, 3), -3)),
         Sample("vector", lambda m: _norm(m, (40,))),
-        Sample("two channels", lambda m: _norm(m, (30, 2))),
+        # away from 0, where m^(-3/2) of the formula's gradient leaves float16's range
+        Sample("two channels", lambda m: _norm(m, (30, 2)) | {"x": m.normal(30, 2).abs() + 0.5}),
         Sample("one channel", lambda m: _norm(m, (5, 1)), exact=False),
         Sample("odd channels", lambda m: _norm(m, (11, 193))),
         Sample("encoder", lambda m: _norm(m, (150, 4, 192))),
