@@ -45,7 +45,8 @@ def rnnt_losses(
     """
     arguments.floating(op, "logits", logits, "(B, T, U + 1, V)")
     batch, frames, positions, classes = logits.shape
-    blank = arguments.class_index(op, "blank", _check.integer(op, "blank", blank) % classes, classes)
+    from_end = -classes <= _check.integer(op, "blank", blank) < 0
+    blank = arguments.class_index(op, "blank", blank + classes if from_end else blank, classes)
     limits = boundary(op, logit_lengths, target_lengths, batch, frames, positions - 1, logits)
     targets = arguments.symbols(op, targets, positions - 1, classes, limits, logits)
     factor = 1.0 + _check.number(op, "fastemit_lambda", fastemit_lambda)

@@ -206,6 +206,8 @@ class _Stop(transformers.StoppingCriteria):
         {"repetition_penalty": 1.3},
         {"use_cache": False},
         {"max_time": 100.0},
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+        {"output_attentions": True, "return_dict_in_generate": True},
     ],
     ids=lambda options: next(iter(options)),
 )

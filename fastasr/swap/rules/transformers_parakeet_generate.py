@@ -84,6 +84,7 @@ def _looping(model, input_ids, logits_processor, stopping_criteria, generation_c
         and {type(criteria).__name__ for criteria in stopping_criteria} == _CRITERIA
         and generation_config.use_cache
         and generation_config.prefill_chunk_size is None
+        and not (generation_config.return_dict_in_generate and _wants_states(generation_config))
         and input_ids.shape[1] == 1
         and (durations or model.max_symbols_per_step >= 1)
         and not torch.is_autocast_enabled("cpu")
@@ -97,6 +98,10 @@ def _looping(model, input_ids, logits_processor, stopping_criteria, generation_c
     except Unserved:
         return None
     return looping if looping is not None and not looping.reason else None
+
+
+def _wants_states(generation_config) -> bool:
+    return bool(generation_config.output_hidden_states or generation_config.output_attentions)
 
 
 def _functions(module):
