@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every launch of every Triton kernel goes to the device of its tensors. A fake GPU stands for the driver."""
 
+import json
 import re
 from functools import cache
 from importlib import import_module
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from fastasr.benchmarks.device.checks import launch as launch_samples
+from fastasr.benchmarks.studies import launch_cost
 from fastasr.ops._dispatch import gpu_backends
 from fastasr.testing import Make, tables
 from fastasr.testing.table import flat, floating
@@ -126,3 +128,15 @@ def test_tiles_are_those_of_the_devices_generation():
             (forward,) = (one for one in gpu.launches if one.kernel.__name__ == "forward_kernel")
             tiles[capability] = dict(zip(forward.kernel.arg_names, forward.arguments, strict=True))["BLOCK_N"]
     assert {capability for capability, columns in tiles.items() if columns == 64} == {90, 100, 103}
+
+
+@pytest.mark.parametrize("op", ["swoosh_l", "segment_attention"])  # of 9 and 37 arguments
+def test_a_launch_costs_the_host_less_than_tritons_own(op):
+    with fake_gpu() as gpu:
+        _run(TABLES[op], TABLES[op].thorough[0], torch.bfloat16)
+        ours, tritons = launch_cost.both_ways(gpu.launches[0])
+    assert ours < tritons
+
+
+def test_every_op_has_a_row_of_its_launch_cost():
+    assert [row["op"] for row in json.loads(launch_cost.RESULTS.read_text())] == sorted(TRITON)

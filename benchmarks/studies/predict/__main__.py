@@ -55,8 +55,9 @@ def record(
         mock.patch.object(_launch, "_compiled", _Forgetful()),
         mock.patch.object(rnnt_joiner, "_product", _product),
     ):
-        made = variant(case.make("cpu", DTYPE)["fastasr"](), phase)
-        state = () if made.prepare is None else (made.prepare(),)
+        with torch_ops.Recorder():  # which multiplies as _product asks
+            made = variant(case.make("cpu", DTYPE)["fastasr"](), phase)
+            state = () if made.prepare is None else (made.prepare(),)
         before = len(gpu.launches)
         with torch_ops.Recorder() as between:
             made.run(*state)
@@ -65,7 +66,9 @@ def record(
 
 @lru_cache(maxsize=1)
 def formulas(case: Case, phase: str) -> dict[str, tuple[list[torch_ops.Operation], set[int]]]:
-    """Returns the operations of the case's formulas in torch, and the storages of their results."""
+    """Returns the operations of the case's formulas in torch, and the storages of their results. A formula that goes
+    step by step is left out.
+    """
     found = {}
     for name, build in case.make("cpu", DTYPE).items():
         if name in ("fastasr", "compile", "upstream", "FlexAttention"):
@@ -74,11 +77,15 @@ def formulas(case: Case, phase: str) -> dict[str, tuple[list[torch_ops.Operation
             implementation = build()
         except Unavailable:
             continue
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            made = variant(implementation, phase)
-            state = () if made.prepare is None else (made.prepare(),)
-            with torch_ops.Recorder() as recorder:
-                results = made.run(*state)
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                made = variant(implementation, phase)
+                with torch_ops.Recorder(RECURRENCE):
+                    state = () if made.prepare is None else (made.prepare(),)
+                with torch_ops.Recorder(RECURRENCE) as recorder:
+                    results = made.run(*state)
+        except torch_ops.TooMany:
+            continue
         kept = {torch_ops.storage_of(t) for t in tree_leaves(results) if isinstance(t, torch.Tensor)}
         found[name] = recorder.operations, kept
     return found
@@ -99,7 +106,6 @@ def row(case: Case, phase: str, card: Card, verbose: bool) -> dict:
     torch_us = {
         name: torch_ops.compiled(operations, kept, card)
         for name, (operations, kept) in formulas(case, phase).items()
-        if len(operations) < RECURRENCE
     }
     best = min(torch_us, key=torch_us.get, default=None)
     return {
@@ -123,16 +129,10 @@ def row(case: Case, phase: str, card: Card, verbose: bool) -> dict:
 KEY = "device", "op", "case", "phase"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--op", nargs="*")
-    parser.add_argument("--card", nargs="*", choices=[card.name for card in CARDS])
-    parser.add_argument("--verbose", action="store_true")
-    options = parser.parse_args()
+def passes() -> list[tuple[Card, Case, str]]:
+    """Returns what has a prediction: every pass of the GPU cases of the ops with Triton kernels, for every GPU."""
     backends = gpu_backends()
-    passes = [
+    return [
         (card, case, phase)
         for module in ops.MODULES
         for case in getattr(module, "ON_DEVICE", ())
@@ -141,9 +141,19 @@ def main() -> None:
         if phase != BOTH or len(case.passes) == 2  # else it is the sum of the others
         for card in CARDS
     ]
-    places = {(card.name, case.op, case.name, phase): n for n, (card, case, phase) in enumerate(passes)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--op", nargs="*")
+    parser.add_argument("--card", nargs="*", choices=[card.name for card in CARDS])
+    parser.add_argument("--verbose", action="store_true")
+    options = parser.parse_args()
+    places = {(card.name, case.op, case.name, phase): n for n, (card, case, phase) in enumerate(passes())}
     known = {key: row for row in predictions.rows() if (key := tuple(row[name] for name in KEY)) in places}
-    for card, case, phase in passes:
+    for card, case, phase in passes():
         if case.op not in (options.op or [case.op]) or card.name not in (options.card or [card.name]):
             continue
         try:

@@ -5,6 +5,7 @@ A formula's time is that of torch.compile at its best: operations between two pr
 writes each tensor once at the speed of a copy, and products run at a share of the peak.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from math import prod
@@ -51,11 +52,16 @@ class Operation:
         return self.flops / peak[self.rate] / 1e6
 
 
-class Recorder(TorchDispatchMode):
-    """Lists the operations that read or write memory inside the ``with`` block."""
+class TooMany(Exception):
+    """More operations than a recorder was told to list."""
 
-    def __init__(self):
+
+class Recorder(TorchDispatchMode):
+    """Lists the operations that read or write memory inside the ``with`` block, at most ``most``."""
+
+    def __init__(self, most: float = math.inf):
         super().__init__()
+        self.most = most
         self.operations: list[Operation] = []
         self.kept: list[torch.Tensor] = []  # so that no storage is named twice
 
@@ -83,6 +89,8 @@ class Recorder(TorchDispatchMode):
             backward = "backward" in name
             weight, rows = (given[2], given[0]) if backward else (given[1], made[0])
             flops = (4 if backward else 2) * rows.numel() * prod(weight.shape[1:])
+        if len(self.operations) == self.most:
+            raise TooMany
         self.operations.append(Operation(name, _bytes(given), _bytes(made), flops, rate))
         return result
 

@@ -151,6 +151,8 @@ class Program:
             tensor, offset = given[0] if isinstance(given[0], tuple) else (given[0], 0)
             return [(tensor, offset + given[1])]
         if kind == "load":
+            if given[1:] and not given[1]:  # its mask hides it
+                return given[2:] or [None]
             tensor, offset = given[0] if isinstance(given[0], tuple) else (given[0], 0)
             flat = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
             return [int(flat[tensor.storage_offset() + offset])] if not tensor.is_floating_point() else [None]
