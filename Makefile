@@ -39,7 +39,7 @@ help:
 	@echo "make demo       a Zipformer on real speech: upstream against fastasr, with a report"
 	@echo "make test       C++ tests under sanitizers, fuzzing, the Python suite: what has not passed with the same files"
 	@echo "                (OP=bypass: one op in all languages; CI_FULL=1: everything; ARGS=-k...: for pytest)"
-	@echo "make test-long  make test, thread sanitizer, long sweeps"
+	@echo "make test-long  make test, thread sanitizer, every instruction set, long sweeps, test-matrix"
 	@echo "make test-cpp-aarch64   C++ tests for aarch64 under qemu, where qemu and the cross compiler are installed"
 	@echo "make test-matrix   the wheel in fresh environments: every torch from 2.11 on, every Python (ARGS=--torch 2.11 ...)"
 	@echo "make bench      measure; rows, plots and a page in bench-report/"
@@ -110,12 +110,15 @@ test-python: install $(STAMPS)/docs
 	@echo "== Python tests"
 	$(SUITE) -m "not long" $(ARGS) tests
 
-# The library holds kernels for every instruction set: the tests of ops run once more on each that this machine has.
+# Nothing is skipped, whatever has passed. The library holds kernels for every instruction set: the tests of ops run once
+# more on each that this machine has, beside the widest.
+test-long: export CI_FULL := 1
 test-long: test-cpp-long test-cpp-aarch64 install $(STAMPS)/docs
-	export CI_FULL=1; $(SUITE) -m "long or not long" $(ARGS) tests
-	export CI_FULL=1; for set in portable avx2; do export FASTASR_SIMD=$$set; \
-	  if $(PY) -c "import fastasr.ops"; then $(SUITE) -m "not long" $(ARGS) tests/ops --ignore tests/ops/test_contract_interpreted.py; fi; done
+	$(SUITE) -m "long or not long" $(ARGS) tests
+	sets=$$($(PY) scripts/instruction_sets.py); for set in $$sets; do export FASTASR_SIMD=$$set; \
+	  $(SUITE) -m "not long" $(ARGS) tests/ops --ignore tests/ops/test_contract_interpreted.py; done
 	$(PY) -m fastasr.testing.fuzz -n 100000
+	$(MAKE) --no-print-directory test-matrix ARGS=
 
 test-matrix: build/dist/.made
 	$(PY) scripts/test_matrix.py $$(ls build/dist/*.whl) build/matrix $(ARGS)
@@ -160,4 +163,4 @@ clean:
 
 distclean: clean
 	rm -rf $(VENV)
-	rm -f fastasr/_C*.so
+	rm -f fastasr/*.so

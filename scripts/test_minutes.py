@@ -30,6 +30,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "test_minutes.json"
 CASES = {
     "bare": ("a bare clone, nothing cached", None, ".ci/run", "first"),
     "demo": ("a bare clone that is installed: `make demo`", None, "make demo", "first"),
+    "demo-bare": ("a bare clone, nothing installed: `make demo`", None, "make demo", "third"),
     "fresh": ("a fresh clone where another has passed", None, "make test", "second"),
     "nothing": ("nothing", None, "make test", "second"),
     "op": ("nothing, `OP=rel_attention`", None, "make test OP=rel_attention", "first"),

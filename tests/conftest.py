@@ -26,6 +26,10 @@ def pytest_configure(config):
     print(seeds.begin())
     if config.getoption("--hypothesis-seed", None) is None:
         config.option.hypothesis_seed = os.environ["SEED"]
+    if config.getoption("--hypothesis-profile", None) is None:
+        config.option.hypothesis_profile = (
+            "default"  # with CI set hypothesis takes another, which ignores the seed
+        )
     folder = tempfile.TemporaryDirectory(prefix="fastasr-tests-")
     config.add_cleanup(folder.cleanup)
     os.environ["FASTASR_CACHE"] = folder.name

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def interpreted(request, *arguments: str, timeout: float = 1200, **environment: str) -> None:
+def interpreted(request, *arguments: str, timeout: float = 3600, **environment: str) -> None:
     """Runs tests with Triton's interpreter, chosen by this session's -m and -k as well. All of them must pass. The
     session is not started if the ledger would skip every file."""
     environment = {"TRITON_INTERPRET": "1", **environment}

@@ -253,11 +253,15 @@ def _differs(out: Tensor, reference: Tensor) -> str:
     finite = rounded.isfinite()
     if not torch.equal(finite, out.isfinite()):
         return "infinities or NaNs stand in other places"
-    error = (out.double() - rounded)[finite].abs()
-    limit = (
-        64 * torch.finfo(out.dtype).eps * rounded[finite].abs().amax().clamp(min=1) if finite.any() else 1.0
-    )
-    return "" if (error <= limit).all() else f"error {error.max():.3e}, allowed {limit:.3e}"
+    if not finite.any():
+        return ""
+    error, size = (out.double() - rounded)[finite].abs(), rounded[finite].abs()
+    eps, arithmetic = (torch.finfo(t).eps for t in (out.dtype, torch.promote_types(out.dtype, torch.float32)))
+    limit = eps * size + 64 * arithmetic * size.amax().clamp(
+        min=1
+    )  # a rounding, and kernels compute in float32
+    worst = (error / limit).argmax()
+    return "" if (error <= limit).all() else f"error {error[worst]:.3e}, allowed {limit[worst]:.3e}"
 
 
 def _as_good_as_eager(definition, arguments: dict, outputs, eager, references) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo: its audio, its features, and the whole of it in miniature."""
+"""The demo: its audio, its features, its stages and options."""
 
 import gzip
 import math
@@ -185,28 +185,7 @@ def test_a_compilation_that_takes_too_long_is_given_up():
         time.sleep(5)
 
 
-# --- the whole
-
-
-def test_the_demo_in_miniature(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("zipformer")
-    monkeypatch.chdir(tmp_path)
-    arguments = ["--generated", "--size", "tiny", "--seconds", "1.5", "--reps", "1"]
-    assert command.main([*arguments, "--out", str(tmp_path / "report.html")]) == 0
-    printed, errors = capsys.readouterr()
-    for words in (
-        "generating a speech-like signal",
-        "random weights",
-        "modules verified",
-        "fastasr",
-        "written",
-    ):
-        assert words in printed
-    assert errors == ""
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
-    assert "BiasNorm" in page
-    assert "torch.compile was left out" in page
+# --- the command; tests/packaging runs it
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):

@@ -27,7 +27,8 @@ def run(name):
     sample = max(table.thorough[:3], key=lambda s: sum(t.numel() for t in floating(s.arguments(Make())).values()))
     leaves = with_tensors(sample.arguments(Make()), lambda _, t: t.requires_grad_())
     out = flat(table.function(**leaves))
-    torch.autograd.grad(out.sum(), list(floating(leaves).values()), allow_unused=True)
+    cotangent = Make(seed="cotangent").normal(*out.shape)
+    torch.autograd.grad(out, list(floating(leaves).values()), cotangent, allow_unused=True)
 
 def ops():
     for name in tables():

@@ -11,9 +11,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
+OF_THE_RUN = (
+    "FASTASR_CACHE",
+    "FASTASR_GEMM",
+)  # else what is measured would decide, and the user's folder keep it
+
+
 def _clean(environment: dict[str, str]) -> dict[str, str]:
     """Returns this process's environment without what would change an import; this Python's tools are on PATH."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "FASTASR", "TRITON"))}
+    left_out = ("PYTHON", "FASTASR", "TRITON")
+    kept = {k: v for k, v in os.environ.items() if k in OF_THE_RUN or not k.startswith(left_out)}
     kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
     return kept | environment
 

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from steps import numbers, seeded
+from steps import cotangent, numbers, seeded
 
 import fastasr
 
@@ -64,7 +64,7 @@ def test_training_draws_what_upstream_draws():
         seeded(4)
         x, lengths = inputs()
         y, _ = net(x, lengths)
-        (y * (torch.arange(21) < lengths[:, None])[..., None]).square().sum().backward()
+        y.backward(cotangent(y) * (torch.arange(21) < lengths[:, None])[..., None])
         found.append([torch.rand(2), *(p.grad for p in net.parameters())])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5 * max(1.0, b.abs().max().item()))

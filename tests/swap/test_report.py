@@ -75,7 +75,9 @@ def test_dictionary_and_json(model, inputs):
     assert row["rule"] == "zipformer.bias_norm"
     assert row["kernels"] == ["bias_norm"]
     assert row["status"] == "replaced"
-    assert row["errors"]["values"] >= 0
+    parts = {"values", "gradients"}
+    assert row["errors"].keys() == parts | {f"upstream_{part}" for part in parts}
+    assert all(0 < error < 1e-5 for error in row["errors"].values())
 
 
 @pytest.mark.parametrize("rich", [True, False])
