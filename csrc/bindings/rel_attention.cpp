@@ -53,9 +53,9 @@ RelAttention checked(const RelAttentionTensors& t, const char* op) {
   const int64_t most = std::max<int64_t>(1, a.keys());  // no sum overflows
   r.context = {std::min(t.left, most), std::min(t.right, most), std::min(t.chunk, most)};
   check(t.dropout_p >= 0 && t.dropout_p < 1, op, "dropout_p");
+  check(t.seed.has_value() ? t.seed->scalar_type() == ScalarType::Long && has_sizes(*t.seed, {1}) : t.dropout_p == 0,
+        op, "dropout_seed");
   if (t.dropout_p > 0) {
-    check(t.seed.has_value() && t.seed->scalar_type() == ScalarType::Long && has_sizes(*t.seed, {1}), op,
-          "dropout_seed");
     r.dropout.seed = static_cast<uint64_t>(*data<int64_t>(*t.seed));
     r.dropout.threshold = static_cast<int32_t>(t.dropout_p * 0x1p31);
     r.dropout.scale = 1 / (1 - t.dropout_p);

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fastasr import ops
-from fastasr.testing.refusals import refusals
+from fastasr.testing.refusals import Refusal, refusals
 from fastasr.testing.seeds import begin, seeded
-from fastasr.testing.table import Make, flat, floating, tables, with_tensors
+from fastasr.testing.table import Make, OpTable, flat, floating, tables, with_tensors
 from fastasr.testing.tolerance import Comparison, compare, judged
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -112,6 +112,19 @@ class Wrong(Exception):
     """What is wrong about a call."""
 
 
+def refused(table: OpTable, refusal: Refusal, arguments: dict) -> None:
+    """Expects the error of the refusal."""
+    try:
+        table.function(**arguments)
+    except refusal.error as error:
+        if not str(error).startswith(f"fastasr.{table.op}: {refusal.blamed}: "):
+            raise Wrong(f"{refusal.name}: the message does not say so: {error}") from error
+    except Exception as error:
+        raise Wrong(f"{refusal.name}: {type(error).__name__}: {error}") from error
+    else:
+        raise Wrong(f"{refusal.name}: nothing was raised")
+
+
 class Call:
     """Call number ``index`` of the run. Another ``draw`` of it has other values in tensors of the same shapes."""
 
@@ -140,18 +153,6 @@ class Call:
 
     def __str__(self) -> str:
         return f"{self.table.op}({', '.join(f'{k}={_describe(v)}' for k, v in self.arguments.items())})"
-
-    def refused(self) -> None:
-        """Expects the error of the refusal."""
-        try:
-            self.table.function(**self.arguments)
-        except self.refusal.error as error:
-            if not str(error).startswith(f"fastasr.{self.table.op}: {self.refusal.blamed}: "):
-                raise Wrong(f"{self.refusal.name}: the message does not say so: {error}") from error
-        except Exception as error:
-            raise Wrong(f"{self.refusal.name}: {type(error).__name__}: {error}") from error
-        else:
-            raise Wrong(f"{self.refusal.name}: nothing was raised")
 
     def compared(self, single: bool, moved: bool) -> Iterator[tuple[str, Comparison]]:
         """Yields (what, comparison) of the outputs and gradients; nothing if the op refuses the call.
@@ -230,7 +231,7 @@ def run_one(index: int, only: tuple[str, ...] = ()) -> tuple[str, str]:
     call = Call(index, only)
     try:
         if call.refusal:
-            call.refused()
+            refused(call.table, call.refusal, call.arguments)
             return str(call), ""
         # Eager may be exact where terms are equal, as those of expanded tensors, or where one is 0.
         for moved in (False, True):

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random valid and invalid calls of every op, other ones in each run. ``make fuzz`` makes more of them."""
 
+import random
 import subprocess
 import sys
 
 import pytest
 
-from fastasr.testing import tables
-from fastasr.testing.fuzz import run_one
+from fastasr import ops
+from fastasr.testing import Make, seeded, tables
+from fastasr.testing.fuzz import Shape, refused, run_one
+from fastasr.testing.refusals import refusals
 
 pytestmark = pytest.mark.needs()
 CALLS = 70
@@ -18,6 +21,21 @@ def test_calls_of_one_op(name):
     calls = [(index, *run_one(index, (name,))) for index in range(CALLS)]
     wrong = [f"--op {name} --only {index}: {label}: {what}" for index, label, what in calls if what]
     assert not wrong, "\n".join(("python -m fastasr.testing.fuzz", *wrong))
+
+
+class Small(Shape):
+    def size(self):
+        return self.rng.choice((0, 0, 1, 2, 16))
+
+
+@pytest.mark.parametrize("name", tables())
+def test_calls_with_little_in_them_are_refused_too(name):
+    """A kernel with nothing to compute refuses what another would."""
+    for index in range(8):
+        rng = random.Random(seeded(name, index))
+        arguments = tables()[name].random(Make(seed=index), Small(rng))
+        for refusal in refusals(ops.OPS[name], arguments):
+            refused(tables()[name], refusal, refusal.arguments())
 
 
 @pytest.mark.always
