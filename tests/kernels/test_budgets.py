@@ -27,18 +27,32 @@ pytestmark = pytest.mark.needs("kernels", "tests/kernels")
 
 SECTIONS = budgets.read()
 MOST = ("registers", "spills", "shared", "narrow", "repeated")  # may not grow
+MOST_SPILLED = 48  # bytes of local memory per thread
 GROWTH = 1.05  # the instruction count may grow by this factor
 UPDATE = "run python tests/kernels/update_budgets.py"
-ROWS = [
-    pytest.param(
-        {name: row[architecture] for name, row in rows.items()},
-        architecture,
-        id=f"{section}, sm_{architecture}",
-    )
-    for section, rows in SECTIONS.items()
-    for architecture in ARCHITECTURES
-]
-each_architecture = pytest.mark.parametrize(("rows", "architecture"), ROWS)
+
+
+def _rows(sections: Iterable[str]) -> list:
+    return [
+        pytest.param(
+            {name: row[architecture] for name, row in SECTIONS[section].items()},
+            architecture,
+            id=f"{section}, sm_{architecture}",
+        )
+        for section in sections
+        for architecture in ARCHITECTURES
+    ]
+
+
+def _version(section: str) -> int:
+    major, minor = map(int, re.findall(r"\d+", section))
+    return 100 * major + minor
+
+
+*OLDER, NEWEST = sorted(SECTIONS, key=_version)
+each_architecture = pytest.mark.parametrize(("rows", "architecture"), _rows(SECTIONS))
+each_of_the_newest = pytest.mark.parametrize(("rows", "architecture"), _rows([NEWEST]))
+each_of_older_ones = pytest.mark.parametrize(("rows", "architecture"), _rows(OLDER))
 
 
 @pytest.fixture(scope="module", params=["changed", pytest.param("all", marks=pytest.mark.long)])
@@ -55,11 +69,7 @@ def compiled(request) -> dict:
 def _nearest(names: Iterable[str], name: str) -> str:
     """Returns the name of the section whose version is nearest to that of ``name``."""
 
-    def version(name: str) -> int:
-        major, minor = map(int, re.findall(r"\d+", name))
-        return 100 * major + minor
-
-    return min(names, key=lambda other: abs(version(other) - version(name)))
+    return min(names, key=lambda other: abs(_version(other) - _version(name)))
 
 
 def _over(values: dict, budget: dict) -> list[str]:
@@ -113,7 +123,16 @@ def test_budgets_cover_every_configuration(compiled):
     assert set(SECTIONS[_nearest(SECTIONS, compiled["section"])]) == set(compiled["hashes"]), UPDATE
 
 
-@each_architecture
+@each_of_older_ones
+def test_an_older_triton_spills_little(rows, architecture):
+    """Tiles are chosen for the newest Triton; what an older one makes of them may spill as much as the assembler does
+    there for more resident programs.
+    """
+    spilled = {name: row["spills"] for name, row in rows.items() if row["spills"] > MOST_SPILLED}
+    assert not spilled, f"bytes of local memory per thread: {spilled}"
+
+
+@each_of_the_newest
 def test_budgets_have_no_spills(rows, architecture):
     """No kernel runs out of its 255 registers. In those named the assembler takes fewer and spills at most 48 bytes, so
     that more programs may be resident; to forbid it would cost a third or half of the resident warps."""
@@ -148,7 +167,7 @@ def test_budgets_have_no_spills(rows, architecture):
         name: row["spills"]
         for name, row in rows.items()
         if row["spills"]
-        and (row["registers"] == 255 or row["spills"] > 48 or place not in known.get(name, ()))
+        and (row["registers"] == 255 or row["spills"] > MOST_SPILLED or place not in known.get(name, ()))
     }
     assert not spilled, f"bytes of local memory per thread: {spilled}"
 
