@@ -66,7 +66,7 @@ class GreedySearch:
         if self.transducer is not None:
             if self.reason and self.weights != "fp32":
                 raise ValueError(f"GreedySearch: weights {self.weights} need the native call: {self.reason}")
-            return None if self.reason else found
+            return found if not self.reason or (found and found.weights.embedding.is_cuda) else None
         if found is None:
             name = type(self.looping.model).__name__
             raise TypeError(f"GreedySearch: this {name} cannot be searched: {self.reason}")

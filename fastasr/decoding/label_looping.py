@@ -7,7 +7,8 @@
 
 The first of several largest logits wins, and a NaN counts as the largest, as for ``torch.argmax``. RNN-T: Graves
 (2012); TDT, with durations: Xu et al. (2023). On the CPU one native call does it (csrc/cpu/decoding/greedy_search.h),
-where sequences advance on their own: label looping, Xu et al. (2024).
+where sequences advance on their own: label looping, Xu et al. (2024). On a GPU a step of all sequences is recorded as a
+graph and replayed if there are many frames, and the host waits for the device once in 32 steps.
 """
 
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from fastasr.models.common.graph_capture import capture
 from fastasr.ops import _activation, _dispatch
 
 FORMATS = ("fp32", "bf16", "int8")
 ACTIVATIONS = ("relu", "tanh")
 _MOST_LAYERS = 8  # of the native call
+_RECORDED = 256  # frames from which on a GPU a step is recorded: a recording costs as much as many steps
 
 # The integers of a sequence; the predictor's last tokens follow, the newest last. A negative token embeds as zeros.
 FRAME, SYMBOLS, PENDING, END, TOKENS = range(5)
@@ -282,23 +285,55 @@ def _why_not_native(w):
 
 # --------------------------------------------------------------------------- the definition, in PyTorch
 def _by_operations(w, encoded, lengths, rules, state, counters, most_steps):
-    batch, frames, joint = encoded.shape
+    batch = len(encoded)
     tokens = torch.zeros(batch, most_steps, dtype=torch.int64, device=encoded.device)
     moves, scores = torch.zeros_like(tokens), encoded.new_zeros(tokens.shape, dtype=torch.float32)
-    counts = torch.zeros_like(lengths)
+    steps = Steps(tokens, moves, scores if rules.scored else None, torch.zeros_like(lengths))
+    record, looks = _pace(encoded)
+    live, step = _step(w, encoded, lengths, rules, state, counters, steps, looks == 1)
+    repeat = step
+    while batch and most_steps and live().any():
+        if record and repeat is step:
+            with torch.cuda.device_of(encoded):
+                repeat = record(step)
+        for _ in range(looks):
+            repeat()
+    longest = int(steps.counts.max()) if batch else 0
+    kept = (None if t is None else t[:, :longest] for t in (tokens, moves, steps.scores))
+    return Steps(*kept, steps.counts)
+
+
+def _pace(encoded):
+    """Returns what records a step, if anything, and the number of steps after which the host looks whether all
+    sequences have ended, for which it waits for the device. A graph serves one call, so it must be worth recording."""
+    if not encoded.is_cuda:
+        return None, 1
+    return capture if encoded.shape[1] >= _RECORDED else None, 32
+
+
+def _step(w, encoded, lengths, rules, state, counters, steps, looking):
+    """Returns two functions without arguments: which sequences take another step, and what takes it. Unless the host is
+    ``looking`` whether the predictor must run, they wait for nothing and keep all shapes and addresses, so that a CUDA
+    graph can replay the step. Behind the end it does nothing.
+    """
+    batch, frames, joint = encoded.shape
+    rows = torch.arange(batch, device=encoded.device)
     durations = torch.tensor(rules.durations or (0,), device=encoded.device)
-    for step in range(most_steps):
+    counts, most_steps = steps.counts, steps.tokens.shape[1]
+
+    def live():
         ended = counters[:, END] > 0 if rules.together else counters[:, FRAME] >= lengths
-        live = (~ended.all()).expand(batch) if rules.together else ~ended
-        rows = live.nonzero()[:, 0]
-        if not len(rows):
-            break
-        pending = rows[counters[rows, PENDING] == 1]
-        if len(pending):
-            state[pending] = predict(w, counters[pending, TOKENS:], state[pending])
-            counters[pending, PENDING] = 0
-        at = counters[rows, FRAME].clamp(max=frames - 1)
-        logits = join(w, encoded[rows, at], state[rows, state.shape[1] - joint :])
+        ended = ended.all().expand(batch) if rules.together else ended
+        return ~ended & (counts < most_steps)
+
+    def step():
+        now = live()
+        pending = now & (counters[:, PENDING] == 1)
+        if not looking or pending.any():
+            predicted = predict(w, counters[:, TOKENS:], state)
+            state.copy_(torch.where(pending.unsqueeze(1), predicted, state))
+        at = counters[:, FRAME].clamp(max=frames - 1)
+        logits = join(w, encoded[rows, at], state[:, state.shape[1] - joint :])
         logits, logits_of_durations = logits[:, : len(w.embedding)], logits[:, len(w.embedding) :]
         logits[:, rules.blank] -= rules.blank_penalty
         token = logits.argmax(-1)
@@ -308,25 +343,27 @@ def _by_operations(w, encoded, lengths, rules, state, counters, most_steps):
         else:
             moved = torch.zeros_like(token)
         moved = torch.where(blank, moved.clamp(min=1), moved)
-        symbols = torch.where(blank | (moved > 0), 0, counters[rows, SYMBOLS] + 1)
+        symbols = (counters[:, SYMBOLS] + 1).masked_fill(blank | (moved > 0), 0)
         if rules.most_symbols:
             forced = symbols >= rules.most_symbols
-            moved, symbols = torch.where(forced, 1, moved), torch.where(forced, 0, symbols)
-        counters[rows, SYMBOLS] = symbols
-        counters[rows, FRAME] += moved
-        counts[rows] += 1
-        end = (counters[rows, END] == 0) & (counters[rows, FRAME] >= lengths[rows])
-        counters[rows, END] = torch.where(end, counts[rows], counters[rows, END])
-        tokens[rows, step], moves[rows, step] = token, moved
-        scores[rows, step] = logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]
-        took = rows[~blank]
-        context = torch.cat((counters[took, TOKENS + 1 :], token[~blank][:, None]), 1)
-        counters[took, TOKENS:] = context
-        counters[took, PENDING] = 1
-    longest = int(counts.max()) if batch else 0
-    return Steps(
-        tokens[:, :longest], moves[:, :longest], scores[:, :longest] if rules.scored else None, counts
-    )
+            moved, symbols = moved.masked_fill(forced, 1), symbols.masked_fill(forced, 0)
+        found = [(steps.tokens, token), (steps.moves, moved)]
+        if rules.scored:
+            found.append((steps.scores, logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]))
+        column = counts.clamp(max=most_steps - 1).unsqueeze(1)
+        for kept, value in found:
+            value = torch.where(now, value, kept.gather(1, column)[:, 0])
+            kept.scatter_(1, column, value.unsqueeze(1))
+        counts.add_(now)
+        frame = counters[:, FRAME] + moved
+        end = torch.where((counters[:, END] == 0) & (frame >= lengths), counts, counters[:, END])
+        context = torch.cat((counters[:, TOKENS + 1 :], token.unsqueeze(1)), 1)
+        context = torch.where(blank.unsqueeze(1), counters[:, TOKENS:], context)
+        waits = (~blank).to(counters.dtype)  # the predictor has read what stood there before
+        after = torch.cat((torch.stack((frame, symbols, waits, end), 1), context), 1)
+        counters.copy_(torch.where(now.unsqueeze(1), after, counters))
+
+    return live, step
 
 
 def predict(w, tokens, state):

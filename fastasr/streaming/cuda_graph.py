@@ -8,6 +8,7 @@ stream joins or leaves by a change of these numbers. Rows that a call does not f
 
 import torch
 
+from fastasr.models.common.graph_capture import capture
 from fastasr.streaming.backend import EagerBackend
 
 
@@ -83,17 +84,3 @@ class _Graph:
         self.slots.copy_(torch.tensor([*slots, *[self.scratch] * (len(self.slots) - n)]), non_blocking=True)
         self.replay()
         return self.output[:n].clone()
-
-
-def capture(function):
-    """Records ``function`` as a CUDA graph and returns a function that replays it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay

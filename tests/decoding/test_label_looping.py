@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from steps import close, numbers, seeded
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastasr
 from fastasr.decoding import label_looping
@@ -156,6 +158,65 @@ def test_steps_of_ten_thousand_models_are_those_of_a_loop(seed):
     seeded(1000 + seed)
     for _ in range(500):
         compare_with_a_loop()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_step_that_is_recorded_and_replayed(seed, monkeypatch):
+    """Steps that are replayed without a look between them do nothing behind the end."""
+
+    def recorded(step):
+        for _ in range(2):
+            step()
+        return step
+
+    monkeypatch.setattr(label_looping, "_pace", lambda *_: (recorded, 7))
+    seeded(5000 + seed)
+    compare_with_a_loop()
+
+
+class Waits(TorchDispatchMode):
+    """Refuses what the host would have to wait for: values, and shapes that follow from them."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not {"_local_scalar_dense", "nonzero"} & set(function.name().replace("::", ".").split("."))
+        if function.name().startswith("aten::index"):
+            given = pytree.tree_leaves(args[1:])
+            assert not [t for t in given if isinstance(t, torch.Tensor) and t.dtype is torch.bool]
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("seed", range(20))
+@torch.no_grad()
+def test_a_recorded_step_waits_for_nothing(seed):
+    seeded(seed)
+    w, encoded, lengths, rules = drawn_problem()
+    state, counters = LabelLooping(w).start(len(encoded), [rules.blank] * w.context)
+    tokens = torch.zeros(len(encoded), 9, dtype=torch.int64)
+    steps = label_looping.Steps(tokens, tokens.clone(), tokens.float(), tokens[:, 0].clone())
+    call = w, encoded, lengths, rules, state, counters, steps
+    _, step = label_looping._step(*call, False)
+    with Waits():
+        step()
+    _, step = label_looping._step(*call, True)
+    with Waits(), pytest.raises(AssertionError):
+        step()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("seed", range(10))
+@torch.no_grad()
+def test_steps_on_a_gpu(seed):
+    seeded(seed)
+    w, encoded, lengths, rules = drawn_problem()
+    found = []
+    for device in ("cpu", "cuda"):
+        moved = pytree.tree_map(lambda t, d=device: t.to(d) if isinstance(t, torch.Tensor) else t, vars(w))
+        looping = LabelLooping(Weights(**moved))
+        state, counters = looping.start(len(encoded), [rules.blank] * w.context)
+        found.append(looping.search(encoded.to(device), lengths, rules, state, counters, 80))
+    for name in ("tokens", "moves", "counts"):
+        assert torch.equal(*(getattr(each, name).cpu() for each in found))
 
 
 @torch.no_grad()

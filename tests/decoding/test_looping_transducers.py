@@ -88,6 +88,21 @@ def by_hand(model, frames, most):
     return tokens, stamps, score
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_search_on_a_gpu(name):
+    seeded(1)
+    made, channels = MODELS[name]
+    model, found = made(), []
+    x = 2 * torch.randn(3, 300, channels)  # enough to record a step
+    for device in ("cpu", "cuda"):
+        search = decoding.GreedySearch(model.to(device), 2)
+        found.append(search.result(search.advance(search.start(3), x.to(device))))
+    assert found[0].tokens == found[1].tokens
+    assert found[0].timestamps == found[1].timestamps
+    assert sum(map(len, found[0].tokens)) > 5
+
+
 @pytest.mark.parametrize("most", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_search(name, most):
