@@ -14,7 +14,7 @@ using cpu::AttentionProblem;
 
 inline void set_masks(AttentionProblem& a, const Optional& padding, const Optional& mask, const char* op) {
   const auto check_mask = [&](const Tensor& t, const char* name) {
-    check(t.scalar_type() == ScalarType::Bool && t.is_contiguous(), op, name);
+    check(dtype_of(t) == ScalarType::Bool && t.is_contiguous(), op, name);
   };
   if (padding.has_value()) {
     check_mask(*padding, "key_padding_mask");
@@ -36,7 +36,7 @@ inline AttentionProblem checked_problem(const Tensor& x, const Optional& pos, co
                                         const Optional& padding, const Optional& mask, int64_t heads, int64_t query_dim,
                                         int64_t chunk, int64_t left_chunks, const char* op) {
   check_like(x, x, op, "x");
-  with_kernel_type(x.scalar_type(), op, []<typename T>() {});  // of other types not even no frames are taken
+  with_kernel_type(dtype_of(x), op, []<typename T>() {});  // of other types not even no frames are taken
   check(x.dim() == 3 && heads > 0 && query_dim > 0 && x.size(2) % heads == 0, op, "sizes of x");
   AttentionProblem a{};
   a.frames = x.size(0), a.batch = x.size(1), a.heads = heads, a.query_dim = query_dim;

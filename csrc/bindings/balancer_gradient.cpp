@@ -70,7 +70,7 @@ Tensor balancer_gradient(const Tensor& grad, const Tensor& x, double min_mean, d
   constexpr const char* kOp = "balancer_gradient";
   check(x.dim() == 2 || x.dim() == 3, kOp, "x must be (rows, channels) or (outer, channels, inner)");
   check(grad.dim() == x.dim() && grad.is_contiguous(), kOp, "grad is not contiguous, or of another shape");
-  check(grad.scalar_type() == x.scalar_type(), kOp, "grad has another dtype");
+  check(dtype_of(grad) == dtype_of(x), kOp, "grad has another dtype");
   for (int64_t d = 0; d < x.dim(); d++) check(grad.size(d) == x.size(d), kOp, "grad has another shape");
   check(x.is_contiguous() || (x.dim() == 2 && (x.stride(1) == 1 || x.size(1) == 1)), kOp,
         "x is not contiguous, or not along its channels");
@@ -78,7 +78,7 @@ Tensor balancer_gradient(const Tensor& grad, const Tensor& x, double min_mean, d
   const Layout l(x);
   Tensor y = new_like(grad);
   if (grad.numel() == 0) return y;
-  with_kernel_type(x.scalar_type(), kOp, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), kOp, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::BalancerKernels<T>>();
     using C = cpu::compute_t<T>;
     const T *gp = data<T>(grad), *xp = data<T>(x);

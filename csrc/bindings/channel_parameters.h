@@ -16,7 +16,7 @@ void check_vector(const Tensor& t, int64_t channels, const char* op, const char*
 template <typename T>
 void check_taps(const Tensor& t, int64_t channels, const char* op) {
   const int64_t dim = t.dim();
-  check(t.scalar_type() == kComputeType<T> && t.is_contiguous(), op,
+  check(dtype_of(t) == kComputeType<T> && t.is_contiguous(), op,
         "weight is not contiguous or not of the dtype that is computed in");
   check((dim == 2 || (dim == 3 && t.size(1) == 1)) && t.size(0) == channels && t.size(dim - 1) % 2 == 1, op,
         "weight is not (C, 1, K) or (C, K) with an odd number of taps");

@@ -80,7 +80,7 @@ Tensor conv_spatial_gate_forward(const Tensor& x, const Tensor& norm_weight, con
                                  int64_t activation) {
   const char* op = "conv_spatial_gate_forward";
   Tensor y = new_without_elements(x);
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::ConvSpatialGateKernels<T>>();
     const auto p = checked<T>({x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation}, op);
     y = new_contiguous(x, {p.batch, p.frames, p.channels});
@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(
   const char* op = "conv_spatial_gate_backward";
   Tensor dx = new_contiguous(x), dnorm_weight = new_like(norm_weight), dnorm_bias = new_like(norm_bias),
          dweight = new_like(weight), dbias = new_like(norm_bias);
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::ConvSpatialGateKernels<T>>();
     using C = cpu::compute_t<T>;
     const auto p = checked<T>({x, norm_weight, norm_bias, weight, bias, padding_mask, eps, activation}, op);

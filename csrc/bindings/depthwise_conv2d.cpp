@@ -41,8 +41,8 @@ Tensor depthwise_conv2d_forward(const Tensor& x, const Tensor& weight, const std
     check_like(*bias, x, op, "bias");
     check(has_sizes(*bias, {s.channels}), op, "bias has another shape");
   }
-  Tensor y = new_pooled<4>(x, {s.batch, s.out_frames(), s.out_width(), s.channels});
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  Tensor y = new_pooled(x, {s.batch, s.out_frames(), s.out_width(), s.channels});
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::DepthwiseConv2dKernels<T>>();
     const T *xp = data<T>(x), *wp = data<T>(weight), *bp = data_or_null<T>(bias);
     T* yp = mutable_data<T>(y);
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad,
     const int64_t stride = 1;
     dbias = new_strided(x, 1, &s.channels, &stride);
   }
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::DepthwiseConv2dKernels<T>>();
     const T *gp = data<T>(grad), *xp = data<T>(x), *wp = data<T>(weight);
     if (need_x) {

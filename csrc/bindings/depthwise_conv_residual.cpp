@@ -44,10 +44,10 @@ int64_t grain(int64_t rows, int64_t taps) {
 Tensor depthwise_conv_residual_forward(const Tensor& x, const Tensor& weight, const Optional& bias) {
   const char* op = "depthwise_conv_residual_forward";
   Tensor y = new_without_elements(x);
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::DepthwiseConvResidualKernels<T>>();
     const auto p = checked<T>(x, weight, bias, op);
-    y = new_pooled<3>(x, {p.batch, p.frames, p.channels});
+    y = new_pooled(x, {p.batch, p.frames, p.channels});
     T* out = mutable_data<T>(y);
     parallel_range(stripes(p) * p.batch, grain(p.frames, p.taps),
                    [&](int64_t b, int64_t e) { kernel.forward(p, out, b, e); });
@@ -59,12 +59,12 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv_residual_backward(const Tensor
                                                                     const Tensor& weight) {
   const char* op = "depthwise_conv_residual_backward";
   Tensor dx = new_without_elements(x), dweight = new_like(weight), dbias = new_without_elements(weight);
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::DepthwiseConvResidualKernels<T>>();
     using C = cpu::compute_t<T>;
     const auto p = checked<T>(x, weight, {}, op);
     check_same_size(grad, x, op, "grad");
-    dx = new_pooled<3>(x, {p.batch, p.frames, p.channels});
+    dx = new_pooled(x, {p.batch, p.frames, p.channels});
     const int64_t one = 1;
     dbias = new_strided(weight, 1, &p.channels, &one);
     const T* g = data<T>(grad);

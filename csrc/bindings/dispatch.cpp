@@ -16,6 +16,8 @@ void out_of_memory(size_t bytes) {
   throw std::runtime_error("fastasr: no memory for " + std::to_string(bytes) + " bytes");
 }
 
+ScalarType dtype_of(const Tensor& t) { return t.scalar_type(); }
+
 Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int64_t* strides,
                    std::optional<ScalarType> dtype) {
   int32_t number, device_type, device_index;
@@ -31,15 +33,15 @@ Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int
   return Tensor(handle);
 }
 
-static Tensor new_contiguous(const Tensor& t, int64_t dim, const int64_t* sizes) {
+static Tensor new_contiguous(const Tensor& t, int64_t dim, const int64_t* sizes, std::optional<ScalarType> dtype = {}) {
   std::vector<int64_t> strides(static_cast<size_t>(dim));
   int64_t stride = 1;
   for (int64_t d = dim - 1; d >= 0; d--) strides[d] = stride, stride *= std::max<int64_t>(1, sizes[d]);
-  return new_strided(t, dim, sizes, strides.data());
+  return new_strided(t, dim, sizes, strides.data(), dtype);
 }
 
-Tensor new_contiguous(const Tensor& t, std::initializer_list<int64_t> sizes) {
-  return new_contiguous(t, static_cast<int64_t>(sizes.size()), sizes.begin());
+Tensor new_contiguous(const Tensor& t, std::initializer_list<int64_t> sizes, std::optional<ScalarType> dtype) {
+  return new_contiguous(t, static_cast<int64_t>(sizes.size()), sizes.begin(), dtype);
 }
 
 Tensor new_contiguous(const Tensor& t) { return new_contiguous(t, t.dim(), t.sizes().data()); }
@@ -68,11 +70,11 @@ bool has_sizes(const Tensor& t, std::initializer_list<int64_t> sizes) {
 }
 
 bool is_dense(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes) {
-  return t.scalar_type() == dtype && t.is_contiguous() && has_sizes(t, sizes);
+  return dtype_of(t) == dtype && t.is_contiguous() && has_sizes(t, sizes);
 }
 
 void check_like(const Tensor& t, const Tensor& reference, const char* op, const char* name) {
-  check(t.scalar_type() == reference.scalar_type(), op, name, " has another dtype");
+  check(dtype_of(t) == dtype_of(reference), op, name, " has another dtype");
   check(t.is_contiguous(), op, name, " is not contiguous");
 }
 

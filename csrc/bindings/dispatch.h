@@ -29,6 +29,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
+// What Tensor::scalar_type returns; that one is compiled into every file that calls it.
+ScalarType dtype_of(const Tensor& t);
+
 template <typename T>
 const T* data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
@@ -101,7 +104,7 @@ constexpr ScalarType kComputeType = std::is_same_v<T, double> ? ScalarType::Doub
 // op up by name at every call, which costs more than a small kernel.
 Tensor new_strided(const Tensor& t, int64_t dim, const int64_t* sizes, const int64_t* strides,
                    std::optional<ScalarType> dtype = {});
-Tensor new_contiguous(const Tensor& t, std::initializer_list<int64_t> sizes);
+Tensor new_contiguous(const Tensor& t, std::initializer_list<int64_t> sizes, std::optional<ScalarType> dtype = {});
 Tensor new_contiguous(const Tensor& t);  // of t's sizes
 Tensor new_like(const Tensor& t);        // of t's sizes and strides
 Tensor new_without_elements(const Tensor& t);
@@ -156,7 +159,7 @@ struct RowBlocks {
 template <typename C>
 void reduce_blocks(const C* parts, int64_t blocks, int64_t width, const Tensor& out) {
   const int64_t grain = std::max<int64_t>(64, kGrain / std::max<int64_t>(1, blocks));
-  with_kernel_type(out.scalar_type(), "reduce_blocks", [&]<typename T>() {
+  with_kernel_type(dtype_of(out), "reduce_blocks", [&]<typename T>() {
     if constexpr (std::is_same_v<cpu::compute_t<T>, C>) {
       T* sums = mutable_data<T>(out);
       const auto& kernel = cpu::kernels<cpu::SumBlocks<T>>();

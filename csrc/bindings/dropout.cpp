@@ -16,7 +16,7 @@ namespace {
 class GeneratorState {
  public:
   explicit GeneratorState(const Tensor& state, const char* op) {
-    check(state.scalar_type() == ScalarType::Byte && state.is_contiguous() && state.numel() == kBytes, op,
+    check(dtype_of(state) == ScalarType::Byte && state.is_contiguous() && state.numel() == kBytes, op,
           "generator is no state of torch's");
     bytes_ = mutable_data<unsigned char>(state);
     const auto left = get<int32_t>(kLeft);
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor> dropout_forward(const Tensor& x, const Optional& resi
                                            double p) {
   const char* op = "dropout_forward";
   check_like(x, x, op, "x");
-  check(x.scalar_type() == ScalarType::Float, op, "x is not float32");
+  check(dtype_of(x) == ScalarType::Float, op, "x is not float32");
   if (residual) check_same_size(*residual, x, op, "residual");
   check_probability(p, op);
   GeneratorState state(generator, op);
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> dropout_forward(const Tensor& x, const Optional& resi
 Tensor dropout_backward(const Tensor& grad, const Tensor& keep, double p) {
   const char* op = "dropout_backward";
   check_like(grad, grad, op, "grad");
-  check(grad.scalar_type() == ScalarType::Float && keep.scalar_type() == ScalarType::Byte && keep.is_contiguous() &&
+  check(dtype_of(grad) == ScalarType::Float && dtype_of(keep) == ScalarType::Byte && keep.is_contiguous() &&
             keep.numel() == grad.numel(),
         op, "grad and keep");
   check_probability(p, op);
@@ -108,15 +108,15 @@ Tensor dropout_backward(const Tensor& grad, const Tensor& keep, double p) {
 Tensor dropout_windows(const Tensor& like, const Tensor& places, const Tensor& generator, int64_t sequences,
                        int64_t keys, double p) {
   const char* op = "dropout_windows";
-  check(like.scalar_type() == ScalarType::Float, op, "not float32");
-  check(places.dim() == 2 && places.scalar_type() == ScalarType::Long && places.is_contiguous(), op, "places");
+  check(dtype_of(like) == ScalarType::Float, op, "not float32");
+  check(places.dim() == 2 && dtype_of(places) == ScalarType::Long && places.is_contiguous(), op, "places");
   check(sequences >= 0 && keys >= 0, op, "sizes");
   check_probability(p, op);
   const int64_t queries = places.size(0), lanes = places.size(1);
   const auto* at = data<int64_t>(places);
   for (int64_t i = 0; i < queries * lanes; i++) check(at[i] >= 0 && at[i] < keys, op, "places");
   GeneratorState state(generator, op);
-  Tensor out = new_pooled<3>(like, {sequences, queries, lanes});
+  Tensor out = new_pooled(like, {sequences, queries, lanes});
   std::vector<uint8_t> keep(static_cast<size_t>(keys));
   auto* to = mutable_data<float>(out);
   for (int64_t row = 0; row < sequences * queries; row++, to += lanes)

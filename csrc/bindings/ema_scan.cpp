@@ -35,7 +35,7 @@ struct Inputs {
 
 void check_size(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> sizes, const char* op,
                 const char* name) {
-  check(t.scalar_type() == dtype && t.is_contiguous(), op, name, " has another dtype or strides");
+  check(dtype_of(t) == dtype && t.is_contiguous(), op, name, " has another dtype or strides");
   check(t.dim() == static_cast<int64_t>(sizes.size()), op, name, " has other dimensions");
   int64_t d = 0;
   for (const int64_t size : sizes) check(t.size(d++) == size, op, name, " has another shape");
@@ -43,14 +43,14 @@ void check_size(const Tensor& t, ScalarType dtype, std::initializer_list<int64_t
 
 // (rows), or with trailing dimensions of 1
 void check_column(const Tensor& t, ScalarType dtype, int64_t rows, const char* op, const char* name) {
-  check(t.scalar_type() == dtype && t.is_contiguous(), op, name, " has another dtype or strides");
+  check(dtype_of(t) == dtype && t.is_contiguous(), op, name, " has another dtype or strides");
   check(t.dim() >= 1 && t.dim() <= 3 && t.size(0) == rows && t.numel() == rows, op, name, " has another shape");
 }
 
 // (rows, N), or (rows, N, 1) as the modules hold them
 void check_parameter(const Tensor& t, ScalarType dtype, int64_t rows, int64_t states, const char* op,
                      const char* name) {
-  check(t.scalar_type() == dtype && t.is_contiguous(), op, name, " has another dtype or strides");
+  check(dtype_of(t) == dtype && t.is_contiguous(), op, name, " has another dtype or strides");
   check((t.dim() == 2 || (t.dim() == 3 && t.size(2) == 1)) && t.size(0) == rows && t.size(1) == states, op, name,
         " has another shape");
 }
@@ -75,7 +75,7 @@ EmaShape checked_shape(const Inputs& in, bool with_state, const char* op) {
                    static_cast<cpu::EmaDirection>(in.direction),
                    static_cast<cpu::EmaActivation>(in.activation),
                    in.complex};
-  const ScalarType dtype = compute_type(in.x.scalar_type());
+  const ScalarType dtype = compute_type(dtype_of(in.x));
   const int64_t rows = in.direction == 2 ? 2 * s.channels : s.channels;
   check(s.states >= 1 && s.states <= 64, op, "from 1 to 64 states");
   check_parameter(in.damping, dtype, rows, s.states, op, in.complex ? "alpha" : "damping");
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& damping, const
   Tensor final_state = !need_state ? new_without_elements(damping)
                        : complex   ? new_contiguous(damping, {s.batch, s.channels, s.states, 2})
                                    : new_contiguous(damping, {s.batch, s.channels, s.states});
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     C* last = need_state ? mutable_data<C>(final_state) : nullptr;
     const EmaStrides xs = strides_of(x, layout), ys = strides_of(y, layout);
@@ -140,15 +140,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Inputs in{x,    damping,    decay,     expansion,  projection, residual, state,
                   mask, truncation, direction, activation, layout,     complex};
   const EmaShape s = checked_shape(in, grad_state.has_value(), op);
-  check(grad.scalar_type() == x.scalar_type() && grad.dim() == 3, op, "grad");
+  check(dtype_of(grad) == dtype_of(x) && grad.dim() == 3, op, "grad");
   for (int64_t d = 0; d < 3; d++) check(grad.size(d) == x.size(d), op, "grad has another shape");
-  if (grad_state) check_state(*grad_state, damping.scalar_type(), s, op, "grad_state");
+  if (grad_state) check_state(*grad_state, dtype_of(damping), s, op, "grad_state");
   Tensor dx = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
   Tensor ddamping = new_like(damping), ddecay = new_like(decay), dexpansion = new_like(expansion);
   Tensor dprojection = new_like(projection);
   Tensor dresidual = residual ? new_like(*residual) : new_without_elements(damping);
   Tensor dstate = state ? new_like(*state) : new_without_elements(damping);
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const cpu::EmaGradients<C> gradients{mutable_data<C>(ddamping),
                                          mutable_data<C>(ddecay),

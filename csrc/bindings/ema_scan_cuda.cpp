@@ -2,7 +2,6 @@
 #ifdef FASTASR_WITH_CUDA
 #include <torch/csrc/stable/accelerator.h>
 
-#include <array>
 #include <initializer_list>
 #include <tuple>
 
@@ -38,19 +37,6 @@ int dtype_code(ScalarType dtype, const char* op) {
   }
 }
 
-Tensor make(const Tensor& device_of, ScalarType dtype, std::initializer_list<int64_t> sizes) {
-  std::array<int64_t, 4> size{}, stride{};
-  int64_t dim = 0, next = 1;
-  for (const int64_t n : sizes) size[dim++] = n;
-  for (int64_t d = dim; d-- > 0; next *= std::max<int64_t>(1, size[d])) stride[d] = next;
-  int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(device_of.get(), &device_type));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, size.data(), stride.data(), static_cast<int32_t>(dtype),
-                                                         device_type, device_of.get_device_index(), &handle));
-  return Tensor(handle);
-}
-
 // The four parameters and the residual weights, as the caller knows them.
 struct Names {
   const char *damping, *decay, *expansion, *projection, *residual;
@@ -78,8 +64,8 @@ struct Arguments {
     time = layout == 0 ? 0 : layout == 1 ? 1 : 2;
     batch = layout == 0 ? 1 : 0;
     channel = layout == 2 ? 1 : 2;
-    scan.dtype = dtype_code(x.scalar_type(), op), scan.complex = complex;
-    compute = compute_type(x.scalar_type());
+    scan.dtype = dtype_code(dtype_of(x), op), scan.complex = complex;
+    compute = compute_type(dtype_of(x));
     scan.length = x.size(time), scan.batch = x.size(batch), scan.channels = x.size(channel);
     check(damping.dim() == 2, op, names.damping, ": expected (rows, states), got ", damping.dim(), " dimensions");
     scan.states = damping.size(1);
@@ -102,7 +88,7 @@ struct Arguments {
     if (residual.has_value()) scan.residual = parameter(x, *residual, names.residual, {scan.channels});
     if (state.has_value()) scan.state = state_parameter(x, *state, "state");
     if (mask.has_value()) {
-      check(mask->scalar_type() == ScalarType::Bool, op, "mask: expected bool");
+      check(dtype_of(*mask) == ScalarType::Bool, op, "mask: expected bool");
       shaped(x, *mask, "mask", {scan.batch, scan.length});
       scan.mask = static_cast<const unsigned char*>(mask->const_data_ptr());
     }
@@ -129,7 +115,7 @@ struct Arguments {
 
   const void* parameter(const Tensor& x, const Tensor& t, const char* name,
                         std::initializer_list<int64_t> sizes) const {
-    check(t.scalar_type() == compute, op, name, ": expected ", compute == ScalarType::Double ? "float64" : "float32");
+    check(dtype_of(t) == compute, op, name, ": expected ", compute == ScalarType::Double ? "float64" : "float32");
     shaped(x, t, name, sizes);
     return t.const_data_ptr();
   }
@@ -139,8 +125,8 @@ struct Arguments {
     return parameter(x, t, name, {scan.batch, scan.channels, scan.states});
   }
   Tensor new_state(const Tensor& x) const {
-    if (complex) return make(x, compute, {scan.batch, scan.channels, scan.states, 2});
-    return make(x, compute, {scan.batch, scan.channels, scan.states});
+    if (complex) return new_contiguous(x, {scan.batch, scan.channels, scan.states, 2}, compute);
+    return new_contiguous(x, {scan.batch, scan.channels, scan.states}, compute);
   }
 
   void check_launch(int error) const {
@@ -152,7 +138,7 @@ struct Arguments {
   int64_t time, batch, channel;
 };
 
-Tensor workspace_of(const Tensor& x, int64_t bytes) { return make(x, ScalarType::Byte, {bytes}); }
+Tensor workspace_of(const Tensor& x, int64_t bytes) { return new_contiguous(x, {bytes}, ScalarType::Byte); }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -161,8 +147,8 @@ std::tuple<Tensor, Tensor> forward(Arguments& a, const Tensor& x, bool need_stat
         "need_state: expected false with both directions or truncation");
   a.check_device(x);
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor y = make(x, x.scalar_type(), {x.size(0), x.size(1), x.size(2)});
-  Tensor final_state = need_state ? a.new_state(x) : make(x, a.compute, {0});
+  Tensor y = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
+  Tensor final_state = need_state ? a.new_state(x) : new_contiguous(x, {0}, a.compute);
   Tensor workspace = workspace_of(x, fastasr_cuda_ema_scan_forward_workspace(&a.scan));
   a.scan.workspace = workspace.mutable_data_ptr();
   a.check_launch(fastasr_cuda_ema_scan_forward(
@@ -172,7 +158,7 @@ std::tuple<Tensor, Tensor> forward(Arguments& a, const Tensor& x, bool need_stat
 
 Gradients backward(Arguments& a, const Tensor& grad, const Optional& grad_state, const Tensor& x, const Tensor& damping,
                    bool residual, bool state) {
-  check(grad.scalar_type() == x.scalar_type() && grad.dim() == 3, a.op, "grad: expected x's dtype");
+  check(dtype_of(grad) == dtype_of(x) && grad.dim() == 3, a.op, "grad: expected x's dtype");
   for (int64_t d = 0; d < 3; d++)
     check(grad.size(d) == x.size(d), a.op, "grad: expected ", x.size(d), " in dimension ", d, ", got ", grad.size(d));
   check(grad.is_cuda() == x.is_cuda() && grad.get_device_index() == x.get_device_index(), a.op,
@@ -183,13 +169,14 @@ Gradients backward(Arguments& a, const Tensor& grad, const Optional& grad_state,
   if (grad_state.has_value()) g.grad_state = a.state_parameter(x, *grad_state, "grad_state");
   a.check_device(x);
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor dx = make(x, x.scalar_type(), {x.size(0), x.size(1), x.size(2)});
+  Tensor dx = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
   const int64_t rows = damping.size(0), states = damping.size(1);
-  Tensor ddamping = make(x, a.compute, {rows, states}), ddecay = make(x, a.compute, {rows, states});
-  Tensor dexpansion = a.complex ? make(x, a.compute, {rows}) : make(x, a.compute, {rows, states});
-  Tensor dprojection = a.complex ? make(x, a.compute, {rows, states, 2}) : make(x, a.compute, {rows, states});
-  Tensor dresidual = make(x, a.compute, {residual ? a.scan.channels : 0});
-  Tensor dstate = state ? a.new_state(x) : make(x, a.compute, {0});
+  Tensor ddamping = new_contiguous(x, {rows, states}, a.compute), ddecay = new_contiguous(x, {rows, states}, a.compute);
+  Tensor dexpansion = a.complex ? new_contiguous(x, {rows}, a.compute) : new_contiguous(x, {rows, states}, a.compute);
+  Tensor dprojection =
+      a.complex ? new_contiguous(x, {rows, states, 2}, a.compute) : new_contiguous(x, {rows, states}, a.compute);
+  Tensor dresidual = new_contiguous(x, {residual ? a.scan.channels : 0}, a.compute);
+  Tensor dstate = state ? a.new_state(x) : new_contiguous(x, {0}, a.compute);
   g.grad = a.sequence(grad);
   g.dx = a.sequence(dx);
   g.ddamping = ddamping.mutable_data_ptr(), g.ddecay = ddecay.mutable_data_ptr();

@@ -44,15 +44,15 @@ Tensor emformer_layer_pack(std::vector<int64_t> numbers, std::vector<double> eps
 }
 
 cpu::Sequence<const float> sequence(const Tensor& t, int64_t rows, int64_t streams, int64_t dim, const char* name) {
-  check(t.is_cpu() && t.scalar_type() == ScalarType::Float && has_sizes(t, {rows, streams, dim}) &&
+  check(t.is_cpu() && dtype_of(t) == ScalarType::Float && has_sizes(t, {rows, streams, dim}) &&
             (dim == 1 || t.stride(2) == 1),
         "emformer_layer_step", name, " is not (", rows, ", ", streams, ", ", dim, ") with dense channels");
   return {data<float>(t), t.stride(0), t.stride(1)};
 }
 
 const int64_t* integers(const Tensor& t, int64_t count, const char* name) {
-  check(t.is_cpu() && t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.numel() == count,
-        "emformer_layer_step", name);
+  check(t.is_cpu() && dtype_of(t) == ScalarType::Long && t.is_contiguous() && t.numel() == count, "emformer_layer_step",
+        name);
   return data<int64_t>(t);
 }
 
@@ -81,7 +81,7 @@ std::vector<Tensor> emformer_layer_step(std::vector<int64_t> numbers, std::vecto
   check_floats(states[0], memory * streams * dim, "memory");
   check_floats(states[1], left * streams * dim, "keys"), check_floats(states[2], left * streams * dim, "values");
   const Tensor& past = states[3];
-  check(past.is_cpu() && past.scalar_type() == ScalarType::Int && past.is_contiguous(), "emformer_layer_step",
+  check(past.is_cpu() && dtype_of(past) == ScalarType::Int && past.is_contiguous(), "emformer_layer_step",
         "frames so far");
   const int64_t* rows_kept = integers(kept, left, "kept");
   for (int64_t i = 0; i < left; i++)

@@ -36,7 +36,7 @@ void check_shape(const Optional& t, const Tensor& h, std::initializer_list<int64
 
 // Rows of x (T, B, channels) have contiguous channels; the other strides are x's.
 void check_rows(const Tensor& x, const Tensor& h, int64_t channels, const char* op, const char* name) {
-  check(x.scalar_type() == h.scalar_type(), op, name, " has another dtype");
+  check(dtype_of(x) == dtype_of(h), op, name, " has another dtype");
   check(has_sizes(x, {h.size(0), h.size(1), channels}), op, name, " has another shape");
   check(channels <= 1 || !x.numel() || x.stride(2) == 1, op, "the channels of ", name, " are not contiguous");
 }
@@ -113,7 +113,7 @@ int64_t grain(const GatedDepthwiseConv<T>& conv, int64_t tasks_of_a_stripe, int6
 std::tuple<Tensor, Tensor> forward(const Operands& operands, bool need_cache, const char* op) {
   const Tensor& h = operands.h;
   Tensor y = new_without_elements(h), new_cache = y;
-  with_kernel_type(h.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(h), op, [&]<typename T>() {
     const GatedDepthwiseConv<T> conv = checked<T>(operands, op);
     y = new_contiguous(h, {h.size(0), h.size(1), conv.channels});
     if (need_cache) new_cache = new_contiguous(h, {conv.batch, conv.channels, conv.past});
@@ -134,7 +134,7 @@ Gradients backward(const Tensor& grad, const Operands& o, const char* op) {
   Tensor dweight = new_like(o.weight), dbias = new_like_if(o.bias, h), dcausal_weight = new_like_if(o.causal_weight, h),
          dcausal_bias = new_like_if(o.causal_bias, h), dchunk_scale = new_like_if(o.chunk_scale, h),
          dcache = new_like_if(o.cache, h);
-  with_kernel_type(h.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(h), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const GatedDepthwiseConv<T> conv = checked<T>(o, op);
     check_rows(grad, h, conv.channels, op, "grad");

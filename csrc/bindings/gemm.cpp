@@ -7,15 +7,13 @@
 namespace fastasr {
 namespace {
 
-constexpr int64_t kFewColumns = 14;  // as many rows as a tile has with AVX-512
-
 // Multiplies few rows of x, (K), (B, K) or (B, T, K), by the transposed weight (N, K), whose rows are contiguous.
 Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const Optional& bias) {
   const auto& kernel = cpu::kernels<cpu::FewRowsGemm>();
   const char* op = "linear_few_rows";
   const int64_t dims = x.dim(), n = weight.size(0), k = weight.size(1);
   check(dims >= 1 && dims <= 3 && weight.dim() == 2 && x.size(dims - 1) == k && k > 0, op, "sizes of x or weight");
-  check(x.scalar_type() == ScalarType::Float && weight.scalar_type() == ScalarType::Float, op, "dtypes");
+  check(dtype_of(x) == ScalarType::Float && dtype_of(weight) == ScalarType::Float, op, "dtypes");
   const Tensor rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
   cpu::Gemm<float> g{};
   g.a = data<float>(rows), g.a_row = k, g.a_depth = 1;
@@ -28,9 +26,9 @@ Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const Optional& bi
   }
   const int64_t groups = kernel.groups(g);
   check(groups > 0, op, "expected 1 to ", cpu::kFewRows, " rows, 8 columns or more, and contiguous inputs");
-  const Tensor y = dims == 1   ? new_pooled<1>(x, {n})
-                   : dims == 2 ? new_pooled<2>(x, {x.size(0), n})
-                               : new_pooled<3>(x, {x.size(0), x.size(1), n});
+  const Tensor y = dims == 1   ? new_pooled(x, {n})
+                   : dims == 2 ? new_pooled(x, {x.size(0), n})
+                               : new_pooled(x, {x.size(0), x.size(1), n});
   g.c = mutable_data<float>(y);
   parallel_tasks(groups, n * k / groups, [&](int64_t begin, int64_t end) { kernel.products(g, begin, end); });
   return y;
@@ -40,7 +38,7 @@ Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const Optional& bi
 template <typename T>
 cpu::Gemm<T> described(const Tensor& a, const Tensor& b, const Optional& bias, const char* op) {
   for (const Tensor* t : {&a, &b})
-    check(t->dim() == 2 && t->scalar_type() == a.scalar_type(), op, "a and b are matrices of one dtype");
+    check(t->dim() == 2 && dtype_of(*t) == dtype_of(a), op, "a and b are matrices of one dtype");
   check(a.size(1) == b.size(0) && a.size(1) > 0, op, "the inner sizes differ or are 0");
   cpu::Gemm<T> g{};
   g.a = data<T>(a), g.a_row = a.stride(0), g.a_depth = a.stride(1);
@@ -79,31 +77,9 @@ void multiply(const cpu::Gemm<T>& g) {
 
 template <typename F>
 void with_factors(const Tensor& a, const char* op, const F& f) {
-  if (a.scalar_type() == ScalarType::BFloat16) return f.template operator()<cpu::bfloat16>();
-  check(a.scalar_type() == ScalarType::Float, op, "a and b are float32 or bfloat16");
+  if (dtype_of(a) == ScalarType::BFloat16) return f.template operator()<cpu::bfloat16>();
+  check(dtype_of(a) == ScalarType::Float, op, "a and b are float32 or bfloat16");
   f.template operator()<float>();
-}
-
-// Multiplies b^T by a^T into memory of its own and writes the transposed result: the same sums, bit for bit. Few
-// columns leave most of a tile of registers empty, and fill more of it as rows: the gradient of a weight (256, 9) over
-// 15840 rows takes 2 ms in place of 5.
-template <typename T>
-void multiply_transposed(const cpu::Gemm<T>& g) {
-  const Scratch<float> columns(g.n * g.m);
-  multiply(cpu::Gemm<T>{.a = g.b,
-                        .a_row = g.b_column,
-                        .a_depth = g.b_depth,
-                        .b = g.a,
-                        .b_depth = g.a_depth,
-                        .b_column = g.a_row,
-                        .bias = nullptr,
-                        .c = columns.data(),
-                        .c_row = g.m,
-                        .m = g.n,
-                        .n = g.m,
-                        .k = g.k});
-  for (int64_t i = 0; i < g.m; i++)
-    for (int64_t j = 0; j < g.n; j++) g.c[i * g.c_row + j] = columns.data()[j * g.m + i];
 }
 
 // Returns a b, plus a contiguous bias in float32 or none, for float32 or bfloat16: contiguous, in float32.
@@ -111,12 +87,9 @@ Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias) {
   Tensor c;
   with_factors(a, "gemm", [&]<typename T>() {
     cpu::Gemm<T> g = described<T>(a, b, bias, "gemm");
-    c = new_pooled<2>(a, {g.m, g.n}, true);
+    c = new_pooled(a, {g.m, g.n}, true);
     g.c = mutable_data<float>(c);
-    if (g.n <= kFewColumns && g.m >= kFewColumns && !g.bias && g.k >= g.m)
-      multiply_transposed(g);
-    else
-      multiply(g);
+    multiply(g);
   });
   return c;
 }

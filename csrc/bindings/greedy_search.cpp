@@ -81,7 +81,7 @@ std::vector<Tensor> greedy_search(std::vector<int64_t> numbers, std::vector<doub
   const cpu::GreedyShape& s = l.shape;
   check_floats(packed, l.bytes / 4, "packed");
   check_floats(embedding, s.tokens * s.embedding, "embedding");
-  check(encoded.dim() == 3 && encoded.is_cpu() && encoded.scalar_type() == ScalarType::Float &&
+  check(encoded.dim() == 3 && encoded.is_cpu() && dtype_of(encoded) == ScalarType::Float &&
             encoded.size(2) == s.joint && (s.joint == 1 || encoded.stride(2) == 1),
         "greedy_search", "encoded is not (batch, frames, ", s.joint, ") with dense channels");
   const int64_t batch = encoded.size(0), frames = encoded.size(1);

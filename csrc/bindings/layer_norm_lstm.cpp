@@ -99,10 +99,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_forward(const Tensor&
   }
   check_state(hidden, input, s.batch, s.hidden, op, "hidden");
   check_state(cell, input, s.batch, s.hidden, op, "cell");
-  Tensor y = new_pooled<3>(input, {s.steps, s.batch, s.hidden});
-  Tensor last_hidden = new_pooled<2>(input, {s.batch, s.hidden}), last_cell = new_pooled<2>(input, {s.batch, s.hidden});
-  Tensor kept = keep ? new_pooled<1>(input, {s.kept()}) : new_without_elements(input);
-  with_compute_type(input.scalar_type(), op, [&]<typename C>() {
+  Tensor y = new_pooled(input, {s.steps, s.batch, s.hidden});
+  Tensor last_hidden = new_pooled(input, {s.batch, s.hidden}), last_cell = new_pooled(input, {s.batch, s.hidden});
+  Tensor kept = keep ? new_pooled(input, {s.kept()}) : new_without_elements(input);
+  with_compute_type(dtype_of(input), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::LayerNormLstmKernels<C>>();
     auto p = problem<C>(s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps);
     p.input = data<C>(input), p.input_weight = data_or_null<C>(input_weight);
@@ -139,12 +139,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_ls
   if (grad_y.has_value()) check_size(*grad_y, hidden_weight, steps * batch * s.hidden, op, "grad_y");
   for (const Optional* state : {&grad_hidden, &grad_cell})
     check_state(*state, hidden_weight, batch, s.hidden, op, "grad");
-  Tensor dgates = new_pooled<3>(hidden_weight, {steps, batch, 4 * s.hidden});
+  Tensor dgates = new_pooled(hidden_weight, {steps, batch, 4 * s.hidden});
   Tensor dgate_weight = new_contiguous(gate_weight), dgate_bias = new_contiguous(gate_bias);
   Tensor dcell_weight = new_contiguous(cell_weight), dcell_bias = new_contiguous(cell_bias);
-  Tensor dhidden = new_pooled<2>(hidden_weight, {batch, s.hidden}),
-         dcell = new_pooled<2>(hidden_weight, {batch, s.hidden});
-  with_compute_type(hidden_weight.scalar_type(), op, [&]<typename C>() {
+  Tensor dhidden = new_pooled(hidden_weight, {batch, s.hidden}), dcell = new_pooled(hidden_weight, {batch, s.hidden});
+  with_compute_type(dtype_of(hidden_weight), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::LayerNormLstmKernels<C>>();
     const auto p = problem<C>(s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, {}, cell, eps);
     const auto given = [](const Optional& t) { return data_or_null<C>(t); };

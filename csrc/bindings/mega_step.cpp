@@ -23,7 +23,7 @@ MegaLayout layout_of(const std::vector<int64_t>& shape, const char* op) {
   return MegaLayout({shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]});
 }
 
-bool is_plain(const Tensor& t) { return t.is_cpu() && t.scalar_type() == ScalarType::Float; }
+bool is_plain(const Tensor& t) { return t.is_cpu() && dtype_of(t) == ScalarType::Float; }
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 // weights: per block the 21 of cpu::MegaParameters in its order, then weight and bias of the last LayerNorm.
@@ -182,7 +182,7 @@ std::vector<Tensor> mega_step(Tensor packed, std::vector<int64_t> shape, Tensor 
   check(static_cast<int64_t>(states.size()) == kStates * blocks, "mega_step", "states");
   check(lengths.empty() || static_cast<int64_t>(lengths.size()) == blocks, "mega_step", "lengths");
 
-  if (!labels.is_cpu() || labels.scalar_type() != ScalarType::Long || labels.dim() != 2 || labels.size(1) != 1 ||
+  if (!labels.is_cpu() || dtype_of(labels) != ScalarType::Long || labels.dim() != 2 || labels.size(1) != 1 ||
       labels.size(0) == 0)
     return {};
   const int64_t rows = labels.size(0), symbols = embed.size(0), label_stride = labels.stride(0);
@@ -210,8 +210,7 @@ std::vector<Tensor> mega_step(Tensor packed, std::vector<int64_t> shape, Tensor 
     longest = std::max(longest, length + 1);
     if (lengths.empty()) continue;
     const Tensor& own = lengths[static_cast<size_t>(b)];
-    if (!own.is_cpu() || own.scalar_type() != ScalarType::Long || own.numel() != rows || !own.is_contiguous())
-      return {};
+    if (!own.is_cpu() || dtype_of(own) != ScalarType::Long || own.numel() != rows || !own.is_contiguous()) return {};
     for (int64_t r = 0; r < rows; r++)
       if (data<int64_t>(own)[r] < 0 || data<int64_t>(own)[r] > length) return {};
   }

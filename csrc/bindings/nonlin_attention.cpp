@@ -32,7 +32,7 @@ void over_rows(const cpu::NonlinAttentionRows& rows, F f) {
 Tensor gate(const Tensor& p) {
   const auto rows = checked(p, "nonlin_attention_gate");
   Tensor x = make(p, rows, rows.width);
-  with_kernel_type(p.scalar_type(), "nonlin_attention_gate", [&]<typename T>() {
+  with_kernel_type(dtype_of(p), "nonlin_attention_gate", [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
     const T* pp = data<T>(p);
     T* xp = mutable_data<T>(x);
@@ -45,7 +45,7 @@ Tensor product(const Tensor& p, const Tensor& o) {
   const auto rows = checked(p, "nonlin_attention_product");
   check_rows(o, p, true, "nonlin_attention_product", "o");
   Tensor y = make(p, rows, rows.width);
-  with_kernel_type(p.scalar_type(), "nonlin_attention_product", [&]<typename T>() {
+  with_kernel_type(dtype_of(p), "nonlin_attention_product", [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
     const T *pp = data<T>(p), *op = data<T>(o);
     T* yp = mutable_data<T>(y);
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> operands(const Tensor& grad, const Tensor& p) {
   const auto rows = checked(p, "nonlin_attention_operands");
   check_rows(grad, p, false, "nonlin_attention_operands", "grad");
   Tensor x = new_like(grad), u = new_like(grad);
-  with_kernel_type(p.scalar_type(), "nonlin_attention_operands", [&]<typename T>() {
+  with_kernel_type(dtype_of(p), "nonlin_attention_operands", [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
     const T *gp = data<T>(grad), *pp = data<T>(p);
     T *xp = mutable_data<T>(x), *up = mutable_data<T>(u);
@@ -73,7 +73,7 @@ Tensor gradient(const Tensor& dx, const Tensor& grad, const Tensor& p, const Ten
   check_rows(grad, p, false, "nonlin_attention_gradient", "grad");
   check_rows(o, p, true, "nonlin_attention_gradient", "o");
   Tensor dp = make(p, rows, 3 * rows.width);
-  with_kernel_type(p.scalar_type(), "nonlin_attention_gradient", [&]<typename T>() {
+  with_kernel_type(dtype_of(p), "nonlin_attention_gradient", [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::NonlinAttentionKernels<T>>();
     const T *dxp = data<T>(dx), *gp = data<T>(grad), *pp = data<T>(p), *op = data<T>(o);
     T* dpp = mutable_data<T>(dp);

@@ -8,7 +8,7 @@
 namespace fastasr {
 
 inline void check_floats(const Tensor& t, int64_t numel, const char* name) {
-  check(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == numel, "fastasr", name,
+  check(t.is_cpu() && dtype_of(t) == ScalarType::Float && t.is_contiguous() && t.numel() == numel, "fastasr", name,
         " must be ", numel, " contiguous floats on the CPU, got ", t.numel());
 }
 

@@ -33,7 +33,7 @@ Parts parts_of(const Tensor& packed, int64_t n, int64_t k, cpu::WeightFormat for
 // Packs a weight (N, K) in float32.
 Tensor reduced_pack(const Tensor& weight, int64_t format) {
   const cpu::WeightFormat f = format_of(format);
-  check(weight.dim() == 2 && weight.scalar_type() == ScalarType::Float && weight.is_cpu(), kOp,
+  check(weight.dim() == 2 && dtype_of(weight) == ScalarType::Float && weight.is_cpu(), kOp,
         "weight is a float32 matrix on the CPU");
   const int64_t n = weight.size(0), k = weight.size(1);
   check(k > 0 && k <= cpu::kReducedMostInputs && n > 0, kOp, "the weight has 1 to 65536 inputs");
@@ -49,7 +49,7 @@ Tensor reduced_pack(const Tensor& weight, int64_t format) {
 
 // Multiplies x (..., K) by a packed weight (N, K), plus a bias (N) or none, in float32.
 Tensor reduced_linear(const Tensor& x, const Tensor& packed, const Optional& bias, int64_t n, int64_t format) {
-  check(x.is_cpu() && x.dim() == 2 && x.scalar_type() == ScalarType::Float, kOp, "x is a float32 matrix on the CPU");
+  check(x.is_cpu() && x.dim() == 2 && dtype_of(x) == ScalarType::Float, kOp, "x is a float32 matrix on the CPU");
   cpu::ReducedGemm g{};
   g.format = format_of(format);
   const auto& kernel = cpu::reduced_gemm_kernels(g.format);
@@ -64,7 +64,7 @@ Tensor reduced_linear(const Tensor& x, const Tensor& packed, const Optional& bia
     check(bias->numel() == n && bias->is_contiguous(), kOp, "sizes of bias");
     g.bias = data<float>(*bias);
   }
-  const Tensor y = new_pooled<2>(x, {g.m, n});
+  const Tensor y = new_pooled(x, {g.m, n});
   if (g.m == 0) return y;
   g.y = mutable_data<float>(y), g.y_row = n;
   const int64_t words = cpu::reduced_words(g.k, g.format);

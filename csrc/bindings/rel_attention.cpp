@@ -53,8 +53,8 @@ RelAttention checked(const RelAttentionTensors& t, const char* op) {
   const int64_t most = std::max<int64_t>(1, a.keys());  // no sum overflows
   r.context = {std::min(t.left, most), std::min(t.right, most), std::min(t.chunk, most)};
   check(t.dropout_p >= 0 && t.dropout_p < 1, op, "dropout_p");
-  check(t.seed.has_value() ? t.seed->scalar_type() == ScalarType::Long && has_sizes(*t.seed, {1}) : t.dropout_p == 0,
-        op, "dropout_seed");
+  check(t.seed.has_value() ? dtype_of(*t.seed) == ScalarType::Long && has_sizes(*t.seed, {1}) : t.dropout_p == 0, op,
+        "dropout_seed");
   if (t.dropout_p > 0) {
     r.dropout.seed = static_cast<uint64_t>(*data<int64_t>(*t.seed));
     r.dropout.threshold = static_cast<int32_t>(t.dropout_p * 0x1p31);
@@ -64,8 +64,7 @@ RelAttention checked(const RelAttentionTensors& t, const char* op) {
 }
 
 Tensor new_log_sum_exp(const Tensor& q, const AttentionProblem& a) {
-  const ScalarType wide = compute_type(q.scalar_type());
-  return torch::stable::new_empty(q, {a.batch, a.heads, a.frames}, wide);
+  return new_contiguous(q, {a.batch, a.heads, a.frames}, compute_type(dtype_of(q)));
 }
 
 std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos,
@@ -77,11 +76,11 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
                                     dropout_p, left, right, chunk};
   const RelAttention r = checked(tensors, op);
   const AttentionProblem& a = r.problem;
-  Tensor y = torch::stable::new_empty(v, {a.batch, a.frames, a.heads, r.value_dim}), lse = new_log_sum_exp(q, a);
+  Tensor y = new_contiguous(v, {a.batch, a.frames, a.heads, r.value_dim}), lse = new_log_sum_exp(q, a);
   if (y.numel() == 0) return {y, lse};
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
-  with_kernel_type(q.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(q), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
     const RelAttentionOperands<T> t = tensors.operands<T>();
@@ -133,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backwar
   }
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
-  with_kernel_type(q.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(q), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
     const RelAttentionOperands<T> t = tensors.operands<T>();
@@ -238,7 +237,7 @@ Tensor rel_attention_packed_forward(const Tensor& q, const Tensor& k, const Tens
   const Optional none;
   const RelAttentionTensors tensors{q, k, v, pos, bias_u, bias_v, none, none, dropout_seeds, dropout_p, -1, -1, 1};
   Tensor y = new_contiguous(v);
-  with_kernel_type(q.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(q), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
     const PackedSequences<T> sequences(tensors, lengths, op);
@@ -276,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_packed_
   check_same_size(grad, v, op, "grad");
   Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v), dpos = new_like(pos);
   Tensor du = new_like(bias_u), dw = new_like(bias_v);
-  with_kernel_type(q.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(q), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::RelAttentionKernels<T>>();
     const PackedSequences<T> sequences(tensors, lengths, op);

@@ -30,7 +30,7 @@ Tensor new_result(const Tensor& x) { return x.is_contiguous() ? new_pooled_like(
 
 template <typename T>
 cpu::Rows<T> rows_of(const Tensor& t, const Tensor& x, const char* op, const char* name) {
-  check(t.scalar_type() == x.scalar_type(), op, name, " is not of x's dtype");
+  check(dtype_of(t) == dtype_of(x), op, name, " is not of x's dtype");
   check_shape_of(t, x, op, name);
   return {data<T>(t), row_stride(t, op, name)};
 }
@@ -43,8 +43,8 @@ Call<T> checked(const Tensor& x, const Tensor& update, const Optional& candidate
   Call<T> call;
   const int64_t channels = x.size(x.dim() - 1);
   check(candidate.has_value() == hidden.has_value(), op, "candidate and hidden go together");
-  const bool narrow = weight.scalar_type() != kComputeType<T>;
-  const ScalarType dtype = narrow ? x.scalar_type() : kComputeType<T>;
+  const bool narrow = dtype_of(weight) != kComputeType<T>;
+  const ScalarType dtype = narrow ? dtype_of(x) : kComputeType<T>;
   for (const Tensor* t : {&weight, &bias}) check(is_dense(*t, dtype, {channels}), op, "weight and bias");
   check(channels > 0, op, "x has no channels");
   check(eps >= 0, op, "eps");
@@ -57,7 +57,7 @@ Call<T> checked(const Tensor& x, const Tensor& update, const Optional& candidate
     call.p.hidden = rows_of<T>(*hidden, x, op, "hidden");
   }
   if (mask) {
-    check(mask->scalar_type() == kComputeType<T> && mask->is_contiguous(), op, "mask");
+    check(dtype_of(*mask) == kComputeType<T> && mask->is_contiguous(), op, "mask");
     check_shape_of(*mask, x, op, "mask");
     call.p.mask = data<C>(*mask);
   }
@@ -82,9 +82,9 @@ std::tuple<Tensor, Tensor> residual_norm_forward(const Tensor& x, const Tensor& 
   Tensor y = new_result(x);
   const int64_t channels = x.size(x.dim() - 1), kept = keep_statistics && channels ? 3 * (x.numel() / channels) : 0;
   const int64_t one = 1;
-  const ScalarType wide = compute_type(x.scalar_type());
+  const ScalarType wide = compute_type(dtype_of(x));
   Tensor statistics = new_strided(x, 1, &kept, &one, wide);
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::ResidualNormKernels<T>>();
     const auto call = checked<T>(x, update, candidate, hidden, mask, weight, bias, eps, activation, op);
     using Statistics = cpu::RowStatistics<cpu::compute_t<T>>;
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
   Tensor dupdate = candidate ? new_result(x) : new_without_elements(x);
   Tensor dsum = candidate ? new_result(x) : new_without_elements(x);
   Tensor dweight = new_like(weight), dbias = new_like(bias);
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::ResidualNormKernels<T>>();
     using C = cpu::compute_t<T>;
     const auto call = checked<T>(x, update, candidate, hidden, mask, weight, bias, eps, activation, op);
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
     const T* g = data<T>(grad);
     const cpu::RowStatistics<C>* rows = nullptr;
     if (statistics) {
-      check(statistics->scalar_type() == kComputeType<T> && statistics->is_contiguous() &&
+      check(dtype_of(*statistics) == kComputeType<T> && statistics->is_contiguous() &&
                 statistics->numel() == 3 * call.rows,
             op, "statistics");
       rows = reinterpret_cast<const cpu::RowStatistics<C>*>(data<C>(*statistics));

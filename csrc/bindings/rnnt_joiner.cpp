@@ -15,7 +15,7 @@ using cpu::JoinerRow;
 constexpr int64_t kBlock = 16;
 
 void check_indices(const Tensor& t, int64_t dim, const char* op, const char* name) {
-  check(t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.dim() == dim, op, name);
+  check(dtype_of(t) == ScalarType::Long && t.is_contiguous() && t.dim() == dim, op, name);
 }
 
 bool is_tanh(int64_t activation, const char* op) {
@@ -27,7 +27,7 @@ bool is_tanh(int64_t activation, const char* op) {
 // Makes a contiguous tensor of the compute type with this many elements.
 template <typename C>
 void check_plain(const Tensor& t, int64_t elements, const char* op, const char* name) {
-  check(t.scalar_type() == kComputeType<C> && t.is_contiguous() && t.numel() == elements, op, name);
+  check(dtype_of(t) == kComputeType<C> && t.is_contiguous() && t.numel() == elements, op, name);
 }
 
 // Checks that each row of a table lies within the tensors that the kernels read and write by it.
@@ -65,7 +65,7 @@ Tensor rnnt_joiner_rows(const Tensor& starts, const Tensor& symbols, const Optio
   }
   check(grad_symbol.has_value() == grad_blank.has_value(), op, "one gradient of two");
   Tensor found;
-  with_compute_type(grad_symbol ? grad_symbol->scalar_type() : ScalarType::Float, op, [&]<typename C>() {
+  with_compute_type(grad_symbol ? dtype_of(*grad_symbol) : ScalarType::Float, op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
     const C *gx = nullptr, *gy = nullptr;
     if (grad_symbol) {
@@ -88,7 +88,7 @@ void rnnt_joiner_hidden(const Tensor& am, const Tensor& lm, const Tensor& rows, 
   const bool tanh = is_tanh(activation, op);
   const int64_t channels = am.size(2), frames = am.size(0) * am.size(1), contexts = lm.size(0) * lm.size(1);
   const JoinerRow* table = checked_rows(rows, kAny, frames, contexts, kAny, op);
-  with_kernel_type(am.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(am), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::JoinerKernels<T>>();
     using C = cpu::compute_t<T>;
     check_plain<C>(out, rows.size(0) * channels, op, "out");
@@ -109,7 +109,7 @@ void rnnt_joiner_dropout(const Tensor& rows, const Tensor& seed, double p, Tenso
   const JoinerRow* table = checked_rows(rows, kAny, kAny, kAny, kAny, op);
   const cpu::WeightsDropout dropout{static_cast<uint64_t>(*data<int64_t>(seed)), static_cast<int32_t>(p * 0x1p31),
                                     1 / (1 - p)};
-  with_compute_type(x.scalar_type(), op, [&]<typename C>() {
+  with_compute_type(dtype_of(x), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
     check_plain<C>(x, count * channels, op, "x");
     C* to = mutable_data<C>(x);
@@ -135,7 +135,7 @@ void rnnt_joiner_scores(const Tensor& logits, const Tensor& rows, int64_t blank,
   const int64_t count = rows.size(0);
   const JoinerRow* table = checked_rows(rows, places, kAny, kAny, outputs.tokens, op);
   check_plain<double>(normaliser, places, op, "normaliser");
-  with_compute_type(logits.scalar_type(), op, [&]<typename C>() {
+  with_compute_type(dtype_of(logits), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
     check_plain<C>(logits, count * outputs.all, op, "logits");
     check_plain<C>(symbol_logprobs, places, op, "symbol_logprobs");
@@ -160,7 +160,7 @@ void rnnt_joiner_logits_gradient(const Tensor& logits, const Tensor& rows, const
   const JoinerRow* table = checked_rows(rows, places, kAny, kAny, outputs.tokens, op);
   check_plain<double>(normaliser, places, op, "normaliser");
   check_plain<double>(dbias, all, op, "dbias");
-  with_compute_type(logits.scalar_type(), op, [&]<typename C>() {
+  with_compute_type(dtype_of(logits), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
     check_plain<C>(logits, count * all, op, "logits");
     check_plain<C>(out, count * all, op, "out");
@@ -192,7 +192,7 @@ void rnnt_joiner_hidden_gradient(const Tensor& dhidden, const Tensor& hidden, co
   const int64_t channels = dam.size(2), count = rows.size(0);
   const int64_t frames = dam.size(0) * dam.size(1), contexts = dlm.size(0) * dlm.size(1);
   const JoinerRow* table = checked_rows(rows, kAny, frames, contexts, kAny, op);
-  with_compute_type(dhidden.scalar_type(), op, [&]<typename C>() {
+  with_compute_type(dtype_of(dhidden), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
     check_plain<C>(dhidden, count * channels, op, "dhidden");
     check_plain<C>(hidden, count * channels, op, "hidden");

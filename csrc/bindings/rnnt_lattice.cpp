@@ -24,9 +24,9 @@ std::tuple<Tensor, Tensor> rnnt_lattice_forward(const Tensor& x, const Tensor& y
   const std::vector<Boundary> boundaries = checked_boundaries(boundary, batch, symbols, frames, op);
   const cpu::LatticeSize whole{symbols, frames, width > frames};
   const int64_t slab = whole.steps() * cpu::lattice_row(whole);
-  Tensor scores = new_pooled<1>(x, {batch});
-  Tensor shares = keep ? new_pooled<3>(x, {batch, whole.steps(), cpu::lattice_row(whole)}) : new_without_elements(x);
-  with_compute_type(x.scalar_type(), op, [&]<typename C>() {
+  Tensor scores = new_pooled(x, {batch});
+  Tensor shares = keep ? new_pooled(x, {batch, whole.steps(), cpu::lattice_row(whole)}) : new_without_elements(x);
+  with_compute_type(dtype_of(x), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::LatticeKernels<C>>();
     const C *xp = data<C>(x), *yp = data<C>(y);
     C *sp = mutable_data<C>(scores), *kept = keep && slab ? mutable_data<C>(shares) : nullptr;
@@ -77,8 +77,8 @@ std::tuple<Tensor, Tensor> rnnt_lattice_backward(const Optional& grad, const Ten
   const cpu::LatticeSize whole{symbols, frames, width > frames};
   const int64_t slab = whole.steps() * cpu::lattice_row(whole);
   check(shares.numel() == batch * slab, op, "shares");
-  Tensor dx = new_pooled<3>(scores, {batch, symbols, width}), dy = new_pooled<3>(scores, {batch, symbols + 1, frames});
-  with_compute_type(scores.scalar_type(), op, [&]<typename C>() {
+  Tensor dx = new_pooled(scores, {batch, symbols, width}), dy = new_pooled(scores, {batch, symbols + 1, frames});
+  with_compute_type(dtype_of(scores), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::LatticeKernels<C>>();
     const C *gp = data_or_null<C>(grad), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);

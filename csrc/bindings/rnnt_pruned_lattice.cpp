@@ -21,7 +21,7 @@ int64_t band_grain(const cpu::BandSize& size) {
 // Returns every sequence's boundary; without one it reaches from (0, 0) to the top of the last window. starts must not
 // decrease.
 std::vector<Boundary> checked_band(const Tensor& starts, const Optional& boundary, int64_t window, const char* op) {
-  check(starts.scalar_type() == ScalarType::Long && starts.is_contiguous() && starts.dim() == 2, op, "starts");
+  check(dtype_of(starts) == ScalarType::Long && starts.is_contiguous() && starts.dim() == 2, op, "starts");
   const int64_t batch = starts.size(0), frames = starts.size(1);
   std::vector<Boundary> out = checked_boundaries(boundary, batch, -1, frames, op);
   const int64_t* p = data<int64_t>(starts);
@@ -70,9 +70,9 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_forward(const Tensor& x, const Te
   check(window >= 1 && has_sizes(y, {batch, frames, window}) && has_sizes(starts, {batch, frames}), op, "sizes");
   const cpu::BandSize size{frames, window, modified};
   const std::vector<Boundary> boundaries = checked_band(starts, boundary, window, op);
-  Tensor scores = new_pooled<1>(x, {batch});
-  Tensor shares = keep ? new_pooled<4>(x, {groups, frames, window + 1, kBandLanes}) : new_without_elements(x);
-  with_compute_type(x.scalar_type(), op, [&]<typename C>() {
+  Tensor scores = new_pooled(x, {batch});
+  Tensor shares = keep ? new_pooled(x, {groups, frames, window + 1, kBandLanes}) : new_without_elements(x);
+  with_compute_type(dtype_of(x), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::PrunedLatticeKernels<C>>();
     const C *xp = data<C>(x), *yp = data<C>(y);
     C *sp = mutable_data<C>(scores), *kept = keep && shares.numel() ? mutable_data<C>(shares) : nullptr;
@@ -106,8 +106,8 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_backward(const Optional& grad, co
   const cpu::BandSize size{frames, window, modified};
   const std::vector<Boundary> boundaries = checked_band(starts, boundary, window, op);
   check(shares.numel() == groups * cpu::band_shares(size), op, "shares");
-  Tensor dx = new_pooled<3>(scores, {batch, frames, window}), dy = new_pooled<3>(scores, {batch, frames, window});
-  with_compute_type(scores.scalar_type(), op, [&]<typename C>() {
+  Tensor dx = new_pooled(scores, {batch, frames, window}), dy = new_pooled(scores, {batch, frames, window});
+  with_compute_type(dtype_of(scores), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::PrunedLatticeKernels<C>>();
     const C *gp = data_or_null<C>(grad), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);

@@ -28,7 +28,7 @@ struct Rows {
   Three index(int64_t i) const { return {i / sizes[2] / sizes[1], i / sizes[2] % sizes[1], i % sizes[2]}; }
   int64_t grain() const { return std::max<int64_t>(1, kGrain / outputs); }
   bool fit(const Tensor& t, ScalarType dtype) const {
-    return t.scalar_type() == dtype && has_sizes(t, {sizes[0], sizes[1], sizes[2]});
+    return dtype_of(t) == dtype && has_sizes(t, {sizes[0], sizes[1], sizes[2]});
   }
 };
 
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> rnnt_row_logprobs_forward(const Tensor& logit
   const char* op = "rnnt_row_logprobs_forward";
   const Rows rows = checked_rows(logits, symbols, blank, op);
   Tensor px, py, normaliser;
-  with_kernel_type(logits.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(logits), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::JoinerKernels<T>>();
     for (Tensor* t : {&px, &py, &normaliser}) *t = new_results<C>(logits, rows);
@@ -83,8 +83,8 @@ Tensor rnnt_row_logprobs_backward(const Tensor& grad_px, const Tensor& grad_py, 
                                   const Tensor& normaliser, int64_t blank, bool hat, bool in_place) {
   const char* op = "rnnt_row_logprobs_backward";
   const Rows rows = checked_rows(logits, symbols, blank, op);
-  Tensor found = in_place ? logits : new_pooled<4>(logits, {rows.sizes[0], rows.sizes[1], rows.sizes[2], rows.outputs});
-  with_kernel_type(logits.scalar_type(), op, [&]<typename T>() {
+  Tensor found = in_place ? logits : new_pooled(logits, {rows.sizes[0], rows.sizes[1], rows.sizes[2], rows.outputs});
+  with_kernel_type(dtype_of(logits), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::JoinerKernels<T>>();
     for (const Tensor* t : {&grad_px, &grad_py, &normaliser})

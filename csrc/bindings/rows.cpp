@@ -43,7 +43,7 @@ int64_t bypass_rows(const Tensor& x_orig, const Tensor& x, const Tensor& scale, 
 Tensor bypass_forward(const Tensor& x_orig, const Tensor& x, const Tensor& scale) {
   const int64_t rows = bypass_rows(x_orig, x, scale, "bypass_forward"), period = scale.numel();
   Tensor y = new_pooled_like(x);
-  with_kernel_type(x.scalar_type(), "bypass_forward", [&]<typename T>() {
+  with_kernel_type(dtype_of(x), "bypass_forward", [&]<typename T>() {
     const T *op = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
     T* yp = mutable_data<T>(y);
     const auto& kernel = cpu::kernels<cpu::BypassKernels<T>>();
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> bypass_backward(const Tensor& grad, const Ten
   check_same_size(grad, x, "bypass_backward", "grad");
   Tensor dx_orig = new_pooled_like(x), dx = new_pooled_like(x);
   Tensor dscale = new_like(scale);
-  with_kernel_type(x.scalar_type(), "bypass_backward", [&]<typename T>() {
+  with_kernel_type(dtype_of(x), "bypass_backward", [&]<typename T>() {
     const T *gp = data<T>(grad), *op = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
     T *dop = mutable_data<T>(dx_orig), *dxp = mutable_data<T>(dx);
     const auto& kernel = cpu::kernels<cpu::BypassKernels<T>>();
@@ -91,7 +91,7 @@ Tensor bypass_packed_forward(const Tensor& x_orig, const Tensor& x, const Tensor
   const std::vector<int64_t> starts = bypass_starts(x_orig, x, scale, lengths, op);
   const int64_t channels = scale.size(1);
   Tensor y = new_pooled_like(x);
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     const T *from = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
     T* yp = mutable_data<T>(y);
     const auto& kernel = cpu::kernels<cpu::BypassKernels<T>>();
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> bypass_packed_backward(const Tensor& grad, co
   check_same_size(grad, x, op, "grad");
   const int64_t channels = scale.size(1), count = scale.size(0);
   Tensor dx_orig = new_pooled_like(x), dx = new_pooled_like(x), dscale = new_like(scale);
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const T *gp = data<T>(grad), *from = data<T>(x_orig), *xp = data<T>(x), *sp = data<T>(scale);
     T *dop = mutable_data<T>(dx_orig), *dxp = mutable_data<T>(dx), *dsp = mutable_data<T>(dscale);
@@ -153,7 +153,7 @@ int64_t bias_norm_rows(const Tensor& x, const Tensor& bias, const Tensor& log_sc
 // log_scale keeps its own dtype: rounding it to that of 16-bit x would change it by 2^-9.
 double scale_of(const Tensor& log_scale) {
   double value = 0;
-  with_kernel_type(log_scale.scalar_type(), "bias_norm: log_scale",
+  with_kernel_type(dtype_of(log_scale), "bias_norm: log_scale",
                    [&]<typename T>() { value = static_cast<double>(cpu::load(*data<T>(log_scale))); });
   return std::exp(value);
 }
@@ -161,7 +161,7 @@ double scale_of(const Tensor& log_scale) {
 Tensor bias_norm_forward(const Tensor& x, const Tensor& bias, const Tensor& log_scale) {
   const int64_t rows = bias_norm_rows(x, bias, log_scale, "bias_norm_forward"), channels = bias.numel();
   Tensor y = new_pooled_like(x);
-  with_kernel_type(x.scalar_type(), "bias_norm_forward", [&]<typename T>() {
+  with_kernel_type(dtype_of(x), "bias_norm_forward", [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::BiasNormKernels<T>>();
     const T *xp = data<T>(x), *bp = data<T>(bias);
     T* yp = mutable_data<T>(y);
@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const 
   check_same_size(grad, x, "bias_norm_backward", "grad");
   Tensor dx = new_pooled_like(x), dbias = new_like(bias);
   Tensor dlog_scale = new_like(log_scale);
-  with_kernel_type(x.scalar_type(), "bias_norm_backward", [&]<typename T>() {
+  with_kernel_type(dtype_of(x), "bias_norm_backward", [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::BiasNormKernels<T>>();
     const T *gp = data<T>(grad), *xp = data<T>(x), *bp = data<T>(bias);
     T* dp = mutable_data<T>(dx);
@@ -192,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const Tensor& grad, const 
     });
     double sum = 0;
     for (double v : scale_parts) sum += v;
-    with_kernel_type(log_scale.scalar_type(), "bias_norm_backward", [&]<typename S>() {
+    with_kernel_type(dtype_of(log_scale), "bias_norm_backward", [&]<typename S>() {
       cpu::store(mutable_data<S>(dlog_scale), static_cast<cpu::compute_t<S>>(sum));
     });
   });
@@ -212,7 +212,7 @@ Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_pl
   const char* op = "linear_activation_forward";
   check_linear_activation(z, activation, op);
   Tensor y = in_place ? z : new_pooled_like(z);
-  with_kernel_type(z.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(z), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::LinearActivationKernels<T>>();
     const T* from = data<T>(z);
     T* to = mutable_data<T>(y);
@@ -235,7 +235,7 @@ std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const 
     const int64_t one = 1;
     dbias = new_strided(z, 1, &channels, &one);
   }
-  with_kernel_type(z.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(z), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::LinearActivationKernels<T>>();
     const T *g = data<T>(grad), *from = data<T>(z);
     T* to = mutable_data<T>(dz);

@@ -14,7 +14,7 @@ using Sizes = std::array<int64_t, 8>;  // heads, frames, segment, left, right, m
 
 template <typename T>
 cpu::Sequence<const T> sequence(const Tensor& t, const Tensor& query, int64_t rows, const char* op, const char* name) {
-  check(t.dim() == 3 && t.scalar_type() == query.scalar_type() && t.size(0) == rows && t.size(1) == query.size(1) &&
+  check(t.dim() == 3 && dtype_of(t) == dtype_of(query) && t.size(0) == rows && t.size(1) == query.size(1) &&
             t.size(2) == query.size(2) && (t.size(2) == 1 || t.stride(2) == 1 || t.numel() == 0),
         op, name, " is not (", rows, ", batch, dense channels) like query");
   return {data<T>(t), t.stride(0), t.stride(1)};
@@ -64,7 +64,7 @@ Tensor segment_attention_forward(const Tensor& query, const Tensor& key, const T
   const char* op = "segment_attention_forward";
   const Sizes sizes{heads, frames, segment, left, right, memory, past_frames, past_memory};
   Tensor y = new_contiguous(query);
-  with_kernel_type(query.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(query), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::SegmentAttentionKernels<T>>();
     const auto p = checked<T>(query, key, value, lengths, history, dropout, sizes, op);
     T* out = mutable_data<T>(y);
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> segment_attention_backward(
   const char* op = "segment_attention_backward";
   const Sizes sizes{heads, frames, segment, left, right, memory, past_frames, past_memory};
   Tensor dquery = new_contiguous(query), dkey = new_contiguous(key), dvalue = new_contiguous(value);
-  with_kernel_type(query.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(query), op, [&]<typename T>() {
     const auto& kernel = cpu::kernels<cpu::SegmentAttentionKernels<T>>();
     const auto p = checked<T>(query, key, value, lengths, history, dropout, sizes, op);
     const auto g = sequence<T>(grad, query, p.queries(), op, "grad");

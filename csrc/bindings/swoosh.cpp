@@ -81,7 +81,7 @@ void for_each_piece(const MaskLayout& m, const F& f) {
 
 Tensor forward(const Tensor& x, bool swoosh_r, const std::optional<Tensor>& mask, const MaskLayout& layout) {
   Tensor y = new_pooled_like(x);
-  with_kernel_type(x.scalar_type(), "swoosh_forward", [&]<typename T>() {
+  with_kernel_type(dtype_of(x), "swoosh_forward", [&]<typename T>() {
     const T* xp = data<T>(x);
     const T* mp = data_or_null<T>(mask);
     T* yp = mutable_data<T>(y);
@@ -104,7 +104,7 @@ Tensor swoosh_packed_forward(const Tensor& x, bool swoosh_r, const Tensor& mask,
 
 void backward_into(const Tensor& grad, const Tensor& x, bool swoosh_r, const std::optional<Tensor>& mask,
                    const MaskLayout& layout, const Tensor& dx, const Tensor* y) {
-  with_kernel_type(x.scalar_type(), "swoosh_backward", [&]<typename T>() {
+  with_kernel_type(dtype_of(x), "swoosh_backward", [&]<typename T>() {
     const T* gp = data<T>(grad);
     const T* xp = data<T>(x);
     const T* mp = data_or_null<T>(mask);

@@ -32,13 +32,13 @@ std::tuple<Tensor, Tensor> tdt_lattice_forward(const Tensor& x, const Tensor& y,
   check(y.dim() == 3 && y.size(2) >= 1, op, "blank_logprobs");
   const std::vector<int64_t> steps = checked_durations(durations, op);
   const int64_t batch = y.size(0), frames = y.size(1), row = y.size(2), count = static_cast<int64_t>(steps.size());
-  check(is_dense(x, y.scalar_type(), {batch, frames, row - 1}), op, "symbol_logprobs");
-  check(is_dense(z, x.scalar_type(), {batch, frames, row, count}), op, "duration_logprobs");
+  check(is_dense(x, dtype_of(y), {batch, frames, row - 1}), op, "symbol_logprobs");
+  check(is_dense(z, dtype_of(x), {batch, frames, row, count}), op, "duration_logprobs");
   const std::vector<Boundary> boundaries = checked_boundaries(boundary, batch, row - 1, frames, op);
   const int64_t slab = frames * 2 * count * cpu::tdt_row(row);
-  Tensor scores = new_pooled<1>(x, {batch});
-  Tensor shares = keep ? new_pooled<4>(x, {batch, frames, 2 * count, cpu::tdt_row(row)}) : new_without_elements(x);
-  with_compute_type(x.scalar_type(), op, [&]<typename C>() {
+  Tensor scores = new_pooled(x, {batch});
+  Tensor shares = keep ? new_pooled(x, {batch, frames, 2 * count, cpu::tdt_row(row)}) : new_without_elements(x);
+  with_compute_type(dtype_of(x), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::TdtLatticeKernels<C>>();
     const C *xp = data<C>(x), *yp = data<C>(y), *zp = data<C>(z);
     C *sp = mutable_data<C>(scores), *kept = keep && slab ? mutable_data<C>(shares) : nullptr;
@@ -71,9 +71,9 @@ std::tuple<Tensor, Tensor, Tensor> tdt_lattice_backward(const Optional& grad, co
   const std::vector<Boundary> boundaries = checked_boundaries(boundary, batch, row - 1, frames, op);
   const int64_t slab = frames * 2 * count * cpu::tdt_row(row);
   check(shares.numel() == batch * slab, op, "shares");
-  Tensor dx = new_pooled<3>(scores, {batch, frames, row - 1}), dy = new_pooled<3>(scores, {batch, frames, row});
-  Tensor dz = new_pooled<4>(scores, {batch, frames, row, count});
-  with_compute_type(scores.scalar_type(), op, [&]<typename C>() {
+  Tensor dx = new_pooled(scores, {batch, frames, row - 1}), dy = new_pooled(scores, {batch, frames, row});
+  Tensor dz = new_pooled(scores, {batch, frames, row, count});
+  with_compute_type(dtype_of(scores), op, [&]<typename C>() {
     const auto& kernel = cpu::kernels<cpu::TdtLatticeKernels<C>>();
     const C *gp = data_or_null<C>(grad), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy), *dzp = mutable_data<C>(dz);

@@ -24,8 +24,8 @@ struct Inputs {
 
 template <typename T>
 cpu::Sequence<const T> sequence(const Tensor& t, const Tensor& like, const char* op, const char* name) {
-  check(t.dim() == 3 && t.scalar_type() == like.scalar_type() && t.size(0) == like.size(0) &&
-            t.size(1) == like.size(1) && (t.size(2) == 1 || t.stride(2) == 1 || t.numel() == 0),
+  check(t.dim() == 3 && dtype_of(t) == dtype_of(like) && t.size(0) == like.size(0) && t.size(1) == like.size(1) &&
+            (t.size(2) == 1 || t.stride(2) == 1 || t.numel() == 0),
         op, name, " is not (time, batch, dense channels) like query_key");
   return {data<T>(t), t.stride(0), t.stride(1)};
 }
@@ -45,7 +45,7 @@ cpu::ToeplitzAttention<T> checked(const Inputs& in, const char* op) {
   for (const Tensor* t : {&in.qk_weight, &in.qk_bias})
     check(is_dense(*t, kComputeType<T>, {2, p.d}), op, "qk_weight and qk_bias");
   p.reach = (in.position_bias.numel() - 1) / 2;
-  check(in.position_bias.scalar_type() == kComputeType<T> && in.position_bias.is_contiguous() &&
+  check(dtype_of(in.position_bias) == kComputeType<T> && in.position_bias.is_contiguous() &&
             in.position_bias.dim() == 1 && in.position_bias.numel() % 2 == 1 && p.reach + 1 >= p.size,
         op, "position_bias");
   p.qk_weight = data<C>(in.qk_weight), p.qk_bias = data<C>(in.qk_bias);
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> toeplitz_attention_forward(const Tensor& query_key, c
                   padding_mask, dropout, causal, chunk_size, activation, activate_value};
   check(gate.dim() == 3, op, "gate");
   Tensor y = new_contiguous(gate), mixed = need_gradients ? new_contiguous(gate) : new_without_elements(gate);
-  with_kernel_type(query_key.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(query_key), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::ToeplitzAttentionKernels<T>>();
     const auto p = checked<T>(in, op);
@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> toeplitz_attention_ba
                   padding_mask, dropout, causal, chunk_size, activation, activate_value};
   Tensor dquery_key = new_contiguous(query_key), dgate = new_contiguous(gate), dvalue = new_contiguous(value);
   Tensor dqk_weight = new_like(qk_weight), dqk_bias = new_like(qk_bias), dposition_bias = new_like(position_bias);
-  with_kernel_type(query_key.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(query_key), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::ToeplitzAttentionKernels<T>>();
     const auto p = checked<T>(in, op);

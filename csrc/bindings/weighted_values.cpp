@@ -23,7 +23,7 @@ Tensor weighted_values(Tensor weights, Tensor values) {
   const int64_t heads = weights.size(0), batch = weights.size(1), rows = weights.size(2), sources = weights.size(3);
   const int64_t width = values.size(2);
   for (const Tensor& t : {weights, values})
-    check(t.is_cpu() && t.scalar_type() == ScalarType::Float, "weighted_values", "dtype or device");
+    check(t.is_cpu() && dtype_of(t) == ScalarType::Float, "weighted_values", "dtype or device");
   check(weights.stride(3) == 1 || sources <= 1, "weighted_values", "strides of weights");
   check(
       values.is_contiguous() && values.size(0) == sources && values.size(1) == batch && heads > 0 && width % heads == 0,
@@ -59,7 +59,7 @@ struct PackedSums {
 
   PackedSums(const std::vector<Tensor>& weights, const Tensor& values, const char* op) {
     check_like(values, values, op, "values");
-    check(values.dim() == 3 && values.size(1) == 1 && !weights.empty() && values.scalar_type() == ScalarType::Float, op,
+    check(values.dim() == 3 && values.size(1) == 1 && !weights.empty() && dtype_of(values) == ScalarType::Float, op,
           "values");
     count = static_cast<int64_t>(weights.size()), heads = weights[0].size(0), width = values.size(2);
     check(heads > 0 && width % heads == 0, op, "values");
@@ -67,7 +67,7 @@ struct PackedSums {
     std::vector<int64_t> lengths;
     for (const Tensor& w : weights) {
       const int64_t frames = w.dim() == 4 ? w.size(2) : 0;
-      check(w.is_cpu() && w.scalar_type() == ScalarType::Float && has_sizes(w, {heads, 1, frames, frames}) &&
+      check(w.is_cpu() && dtype_of(w) == ScalarType::Float && has_sizes(w, {heads, 1, frames, frames}) &&
                 (w.stride(3) == 1 || frames <= 1),
             op, "weights");
       longest = std::max(longest, frames);

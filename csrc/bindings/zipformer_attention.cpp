@@ -30,7 +30,7 @@ Tensor zipformer_attention_forward(const Tensor& x, const Optional& pos, const T
   if (y.numel() == 0) return y;
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::ZipformerAttentionKernels<T>>();
     const Packed<C> packed(a, false);
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(
   }
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::ZipformerAttentionKernels<T>>();
     const auto& shared = cpu::kernels<cpu::AttentionWeightsKernels<T>>();

@@ -7,6 +7,7 @@
 
 #include "bindings/attention_problem.h"
 #include "bindings/packed.h"
+#include "bindings/pooled.h"
 #include "cpu/attention/attention_tiles.h"
 
 namespace fastasr {
@@ -17,7 +18,7 @@ constexpr int64_t kRowPadding = 16;
 
 // Checks W or its gradient: (heads, batch, frames, keys), keys side by side.
 void check_weights(const Tensor& w, const AttentionProblem& a, const Tensor& x, const char* op, const char* name) {
-  check(w.scalar_type() == x.scalar_type() && has_sizes(w, {a.heads, a.batch, a.frames, a.keys()}) &&
+  check(dtype_of(w) == dtype_of(x) && has_sizes(w, {a.heads, a.batch, a.frames, a.keys()}) &&
             (w.stride(3) == 1 || a.keys() <= 1 || w.numel() == 0),
         op, name);
 }
@@ -27,12 +28,7 @@ Tensor new_weights(const AttentionProblem& a, const Tensor& x) {
   const int64_t stride = (a.keys() + kRowPadding - 1) / kRowPadding * kRowPadding;
   const int64_t sizes[4] = {a.heads, a.batch, a.frames, a.keys()};
   const int64_t strides[4] = {a.batch * a.frames * stride, a.frames * stride, stride, 1};
-  const size_t bytes = static_cast<size_t>(a.heads * strides[0]) * x.element_size();
-  if (bytes < (size_t{1} << 20)) return new_strided(x, 4, sizes, strides);
-  void* memory = cpu::acquire_buffer(bytes);
-  check(memory, "zipformer_attention_weights", "no memory for ", bytes, " bytes");
-  return torch::stable::from_blob(memory, {sizes, 4}, {strides, 4}, x.device(), x.scalar_type(),
-                                  [](void* p) { cpu::release_buffer(p); });
+  return new_pooled(x, 4, sizes, strides);
 }
 
 Tensor zipformer_attention_weights_forward(const Tensor& x, const Optional& pos, const Optional& cached_key,
@@ -45,7 +41,7 @@ Tensor zipformer_attention_weights_forward(const Tensor& x, const Optional& pos,
   if (weights.numel() == 0) return weights;
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
     const Packed<C> packed(a, false);
@@ -87,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> zipformer_attention_weights_backward(
   }
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
     const Packed<C> packed(a, true);
@@ -175,7 +171,7 @@ std::vector<Tensor> zipformer_attention_weights_packed_forward(Tensor x, Optiona
   const int64_t count = problem.count();
   std::vector<Tensor> weights(static_cast<size_t>(count), x);
   for (const auto& one : problem.all) weights[static_cast<size_t>(one.index)] = new_weights(one.a, x);
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
     const AttentionProblem& longest = problem.longest();
@@ -232,7 +228,7 @@ std::tuple<Tensor, Tensor> zipformer_attention_weights_packed_backward(
     check_weights(first_head[static_cast<size_t>(one.index)], head, x, op, "gradient of the first head");
   }
   Tensor dx = new_like(x), dpos = pos.has_value() ? new_like(*pos) : new_without_elements(x);
-  with_kernel_type(x.scalar_type(), op, [&]<typename T>() {
+  with_kernel_type(dtype_of(x), op, [&]<typename T>() {
     using C = cpu::compute_t<T>;
     const auto& kernel = cpu::kernels<cpu::AttentionWeightsKernels<T>>();
     const AttentionProblem& longest = problem.longest();

@@ -68,7 +68,7 @@ Tensor zipformer_chunk_step(std::vector<int64_t> numbers, Tensor weights, Tensor
   check_floats(vectors, plan.vector_floats, "vectors");
   check(states.dim() == 2, "zipformer_chunk_step", "states");
   check_floats(states, states.size(0) * plan.state_floats, "states");
-  check(counters.is_cpu() && counters.scalar_type() == ScalarType::Long && counters.is_contiguous() &&
+  check(counters.is_cpu() && dtype_of(counters) == ScalarType::Long && counters.is_contiguous() &&
             counters.numel() == 2 * states.size(0),
         "zipformer_chunk_step", "counters");
   for (size_t i = 0; i < slots.size(); i++)
@@ -76,7 +76,7 @@ Tensor zipformer_chunk_step(std::vector<int64_t> numbers, Tensor weights, Tensor
               std::find(slots.begin(), slots.begin() + static_cast<int64_t>(i), slots[i]) ==
                   slots.begin() + static_cast<int64_t>(i),
           "zipformer_chunk_step", "slots");
-  check(scratch.is_cpu() && scratch.is_contiguous() && scratch.scalar_type() == ScalarType::Float &&
+  check(scratch.is_cpu() && scratch.is_contiguous() && dtype_of(scratch) == ScalarType::Float &&
             scratch.numel() >= plan.scratch_floats(streams),
         "zipformer_chunk_step", "scratch");
   check(features.dim() == 3, "zipformer_chunk_step", "features");
@@ -108,7 +108,7 @@ void zipformer_chunk_states(std::vector<int64_t> numbers, Tensor states, Tensor 
   const ChunkPlan plan = plan_of(numbers);
   check(states.dim() == 2 && slot >= 0 && slot < states.size(0), "zipformer_chunk_states", "slot");
   check_floats(states, states.size(0) * plan.state_floats, "states");
-  check(counters.scalar_type() == ScalarType::Long && counters.numel() == 2 * states.size(0), "zipformer_chunk_states",
+  check(dtype_of(counters) == ScalarType::Long && counters.numel() == 2 * states.size(0), "zipformer_chunk_states",
         "counters");
   std::vector<float*> to;
   size_t at = 0;

@@ -71,7 +71,7 @@ std::vector<Tensor> zipformer_layer_step(std::vector<int64_t> numbers, int64_t l
   check_floats(vectors, plan.vector_floats, "vectors");
   check(static_cast<int64_t>(states.size()) == cpu::kLayerStates, "zipformer_layer_step", "states");
   if (masked)
-    check(masked->is_cpu() && masked->scalar_type() == ScalarType::Bool && masked->is_contiguous() &&
+    check(masked->is_cpu() && dtype_of(*masked) == ScalarType::Bool && masked->is_contiguous() &&
               masked->numel() == streams * (left + frames),
           "zipformer_layer_step", "masked");
   std::vector<Tensor> out{new_contiguous(x)};

@@ -38,6 +38,7 @@ _REPETITIONS = 3  # at least, and more of them as long as all together take less
 _SHORT_S = 0.05
 _BUDGET_S = 0.5
 _MOST_FEW = 15  # rows: cpu::kFewRows
+_FEW_COLUMNS = 14  # as many rows as a tile of registers has with AVX-512
 SMALL = 1 << 17  # one row of 192 to 512 is below it
 _CLEAR = 1.1  # Stop after the fewest repetitions once fastasr's product is this much slower.
 
@@ -60,9 +61,7 @@ def _few_rows(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 
 
 def _weight_grad(g: Tensor, x: Tensor, chain: int = 128) -> Tensor:
-    # torch adds in one chain of floats where g has few columns, and where x has few it is slow as well
-    if x.shape[1] < min(g.shape[1], 12):
-        return _weight_grad(x, g).t().contiguous()
+    # torch adds in one chain of floats where g has few columns
     if g.shape[1] >= 12 or len(g) < 2 * chain:
         return torch.mm(g.t(), x)
     a, b = (t[len(g) % chain :].unflatten(0, (-1, chain)) for t in (g, x))
@@ -216,10 +215,12 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """Returns gradᵀ x over all leading dimensions, for grad (..., N), x (..., K)."""
     if grad.dim() != 2:
         grad, x = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (grad, x))
-    rows, n = grad.shape
-    if grad.numel() * x.shape[1] < SMALL:
+    (rows, n), k = grad.shape, x.shape[1]
+    if k <= _FEW_COLUMNS < n:  # they fill more of a tile of registers as rows
+        return weight_grad(x, grad).t().contiguous()
+    if grad.numel() * k < SMALL:
         return _weight_grad(grad, x)
-    return _choice("weight_grad", n, x.shape[1], rows, grad, x)(grad, x)
+    return _choice("weight_grad", n, k, rows, grad, x)(grad, x)
 
 
 def batched(a: Tensor, b: Tensor) -> Tensor:
