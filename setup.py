@@ -67,6 +67,14 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "-j", jobs], check=True)
 
 
+    def copy_extensions_to_source(self) -> None:
+        """Copies the library too: an editable install imports what lies beside the sources."""
+        super().copy_extensions_to_source()
+        sources = Path(self.get_finalized_command("build_py").get_package_dir("fastasr"))
+        for library in Path(self.build_lib, "fastasr").glob("libfastasr.*"):
+            self.copy_file(str(library), str(sources / library.name))
+
+
 class AnyPython(bdist_wheel):
     """Tags the wheel for every Python 3: the library knows none, and without ``_build_info`` nothing is missed but how
     the library was built.

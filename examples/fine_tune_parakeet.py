@@ -5,7 +5,8 @@
     python examples/fine_tune_parakeet.py --tdt ...
 
 ``--model`` is the folder of a ParakeetForCTC with its processor; without it a tiny model begins from random weights.
-``--tdt`` trains a tiny ParakeetForTDT, whose swapped joint and loss never hold the logits.
+``--tdt`` trains a tiny ParakeetForTDT, whose swapped joint and loss never hold the logits. ``fastasr.decoding`` reads what
+is held out, and the recordings are counted of which the model's own ``generate`` makes other tokens.
 ``--speech`` is a folder of recordings with a .txt beside each; without it Debian's telephone prompts are downloaded.
 Each of three runs has a process of its own: upstream's code; the swapped model with upstream's random numbers, whose
 losses are upstream's but for rounding; and the swapped model as it is used, whose attention draws its dropout itself.
@@ -59,6 +60,8 @@ TINY = {
 class Ctc:
     """Batches and texts of a ParakeetForCTC; subclasses have its model, features and tokens."""
 
+    generated_otherwise = 0  # recordings that ``generate`` read otherwise than fastasr.decoding
+
     def collate(self, items: list[tuple[torch.Tensor, list[int]]]) -> dict[str, torch.Tensor]:
         return padded(items, -100)
 
@@ -108,8 +111,11 @@ class Tdt(Characters):
         inputs = {name: batch[name] for name in ("input_features", "attention_mask")}
         encoded = model.encoder(**inputs, output_attention_mask=True)
         lengths = encoded.attention_mask.sum(1)
-        found = decoding.greedy_search(model, encoded.last_hidden_state, lengths)
-        return self.units.decode([token for token in found.tokens[0] if token])
+        found = decoding.greedy_search(model, encoded.last_hidden_state, lengths).tokens[0]
+        generated = model.generate(**inputs, return_dict_in_generate=True).sequences[0].tolist()
+        blank, padding = len(self.units), 0
+        self.generated_otherwise += [t for t in generated if t not in (blank, padding)] != [t for t in found if t]
+        return self.units.decode([token for token in found if token])
 
 
 class Pretrained(Ctc):
@@ -209,7 +215,13 @@ def train(name: str, task, training, held_out, options) -> dict:
             peak = peak_bytes(trainer.train, str(trainer.args.device), rounds=1)
         seconds = time.perf_counter() - begun
     wrong = characters_wrong(model.cpu(), task, held_out)
-    return {"losses": trainer.losses, "seconds": seconds, "peak_bytes": peak, "characters_wrong": wrong}
+    return {
+        "losses": trainer.losses,
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "characters_wrong": wrong,
+        "generated_otherwise": task.generated_otherwise,
+    }
 
 
 def plot(results: dict[str, dict], path: Path) -> None:
@@ -280,7 +292,8 @@ def main() -> None:
         found["load"] = load
         print(
             f"{name}: loss {found['losses'][0]:.4f} to {found['losses'][-1]:.4f}, {found['seconds']:.1f} s, "
-            f"{found['peak_bytes'] / 2**20:.0f} MiB, {found['characters_wrong']:.1%} of characters wrong"
+            f"{found['peak_bytes'] / 2**20:.0f} MiB, {found['characters_wrong']:.1%} of characters wrong, "
+            f"{found['generated_otherwise']} of {len(held_out)} recordings generated otherwise"
         )
     if options.report:
         settings = {

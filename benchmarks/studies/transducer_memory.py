@@ -95,6 +95,9 @@ def figure(rows: Sequence[Row], kind: Kind = PRUNED):
         panel.set_xlabel(kind.rows, fontsize=8)
         panel.set_xscale("log")
         panel.set_yscale("log")
+        sizes = sorted({joined(r) for r in rows if outputs(r) == v})
+        panel.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
+        panel.set_xticks([], minor=True)  # labels of a logarithmic axis overlap within a decade
         plain(panel)
     axes[0, 0].set_ylabel("MiB", fontsize=8)
     axes[0, 0].legend(fontsize=8, frameon=False)

@@ -4,6 +4,7 @@
 import os
 import re
 import shutil
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -178,3 +179,30 @@ def test_every_architecture_is_compiled_where_nvcc_is(installed):
     ).strip()
     wanted = re.search(r'FASTASR_CUDA_ARCHITECTURES "([^"]+)"', (ROOT / "CMakeLists.txt").read_text())[1]
     assert architectures == (wanted.replace(";", ",") if _nvcc() else "None")
+
+
+CMAKE = """#!/bin/sh
+for argument; do case $argument in
+  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=*) folder=${argument#*=} ;;
+  -DFASTASR_MODULE_FILE=*) file=${argument#*=} ;;
+esac; done
+[ -z "$file" ] || { mkdir -p "$folder"; echo library > "$folder/libfastasr.so"; echo module > "$folder/$file"; }
+"""
+
+
+def test_what_is_built_in_place_lies_beside_the_sources(tmp_path):
+    """A stand-in for CMake writes the two files."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for folder in ("fastasr", "kernels", "benchmarks"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").touch()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/cmake").write_text(CMAKE)
+    (tmp_path / "bin/cmake").chmod(0o755)
+    (tmp_path / "fastasr/libfastasr.so").write_text("an older library")
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tmp_path, PATH=path)
+    assert (tmp_path / "fastasr/libfastasr.so").read_text() == "library\n"
+    (module,) = (tmp_path / "fastasr").glob("_build_info.*")
+    assert module.read_text() == "module\n"
