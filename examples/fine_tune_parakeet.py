@@ -5,8 +5,9 @@
     python examples/fine_tune_parakeet.py --tdt ...
 
 ``--model`` is the folder of a ParakeetForCTC with its processor; without it a tiny model begins from random weights.
-``--tdt`` trains a tiny ParakeetForTDT, whose swapped joint and loss never hold the logits. ``fastasr.decoding`` reads what
-is held out, and the recordings are counted of which the model's own ``generate`` makes other tokens.
+``--tdt`` trains a tiny ParakeetForTDT, whose swapped joint and loss never hold the logits. Afterwards upstream's code
+runs the encoder, ``fastasr.decoding`` reads what is held out, and the recordings are counted of which upstream's
+``generate`` makes other tokens.
 ``--speech`` is a folder of recordings with a .txt beside each; without it Debian's telephone prompts are downloaded.
 Each of three runs has a process of its own: upstream's code; the swapped model with upstream's random numbers, whose
 losses are upstream's but for rounding; and the swapped model as it is used, whose attention draws its dropout itself.
@@ -98,9 +99,13 @@ class Tdt(Characters):
     def model(self) -> ParakeetForTDT:
         sizes = {"decoder_hidden_size": 96, "num_decoder_layers": 1, "pad_token_id": 0}
         blank = len(self.units)
-        return ParakeetForTDT(
-            ParakeetTDTConfig(vocab_size=blank + 1, blank_token_id=blank, encoder_config=TINY, **sizes)
+        config = ParakeetTDTConfig(vocab_size=blank + 1, blank_token_id=blank, encoder_config=TINY, **sizes)
+        model = ParakeetForTDT(config)
+        outputs = blank + 1 + len(config.durations)
+        model.generation_config.update(
+            decoder_start_token_id=blank, suppress_tokens=[*range(blank + 1, outputs)]
         )
+        return model
 
     def collate(self, items: list[tuple[torch.Tensor, list[int]]]) -> dict[str, torch.Tensor]:
         batch = padded(items, 0)
@@ -114,7 +119,9 @@ class Tdt(Characters):
         found = decoding.greedy_search(model, encoded.last_hidden_state, lengths).tokens[0]
         generated = model.generate(**inputs, return_dict_in_generate=True).sequences[0].tolist()
         blank, padding = len(self.units), 0
-        self.generated_otherwise += [t for t in generated if t not in (blank, padding)] != [t for t in found if t]
+        self.generated_otherwise += [t for t in generated if t not in (blank, padding)] != [
+            t for t in found if t
+        ]
         return self.units.decode([token for token in found if token])
 
 
@@ -214,6 +221,7 @@ def train(name: str, task, training, held_out, options) -> dict:
         with draws:
             peak = peak_bytes(trainer.train, str(trainer.args.device), rounds=1)
         seconds = time.perf_counter() - begun
+    fastasr.restore(model)
     wrong = characters_wrong(model.cpu(), task, held_out)
     return {
         "losses": trainer.losses,
