@@ -66,7 +66,6 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.run(["cmake", "--build", str(build), "-j", jobs], check=True)
 
-
     def copy_extensions_to_source(self) -> None:
         """Copies the library too: an editable install imports what lies beside the sources."""
         super().copy_extensions_to_source()
