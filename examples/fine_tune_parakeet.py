@@ -61,7 +61,7 @@ TINY = {
 class Ctc:
     """Batches and texts of a ParakeetForCTC; subclasses have its model, features and tokens."""
 
-    generated_otherwise = 0  # recordings that ``generate`` read otherwise than fastasr.decoding
+    generated_otherwise = None  # how many recordings ``generate`` makes other tokens of; None: not compared
 
     def collate(self, items: list[tuple[torch.Tensor, list[int]]]) -> dict[str, torch.Tensor]:
         return padded(items, -100)
@@ -96,6 +96,8 @@ class Characters(Ctc):
 class Tdt(Characters):
     """The same of a tiny ParakeetForTDT. Its padding is 0, its blank the last token."""
 
+    generated_otherwise = 0
+
     def model(self) -> ParakeetForTDT:
         sizes = {"decoder_hidden_size": 96, "num_decoder_layers": 1, "pad_token_id": 0}
         blank = len(self.units)
@@ -118,11 +120,10 @@ class Tdt(Characters):
         lengths = encoded.attention_mask.sum(1)
         found = decoding.greedy_search(model, encoded.last_hidden_state, lengths).tokens[0]
         generated = model.generate(**inputs, return_dict_in_generate=True).sequences[0].tolist()
-        blank, padding = len(self.units), 0
-        self.generated_otherwise += [t for t in generated if t not in (blank, padding)] != [
-            t for t in found if t
-        ]
-        return self.units.decode([token for token in found if token])
+        nothing = 0, len(self.units)
+        found, generated = ([t for t in tokens if t not in nothing] for tokens in (found, generated))
+        self.generated_otherwise += generated != found
+        return self.units.decode(found)
 
 
 class Pretrained(Ctc):
@@ -300,9 +301,10 @@ def main() -> None:
         found["load"] = load
         print(
             f"{name}: loss {found['losses'][0]:.4f} to {found['losses'][-1]:.4f}, {found['seconds']:.1f} s, "
-            f"{found['peak_bytes'] / 2**20:.0f} MiB, {found['characters_wrong']:.1%} of characters wrong, "
-            f"{found['generated_otherwise']} of {len(held_out)} recordings generated otherwise"
+            f"{found['peak_bytes'] / 2**20:.0f} MiB, {found['characters_wrong']:.1%} of characters wrong"
         )
+        if (otherwise := found["generated_otherwise"]) is not None:
+            print(f"{name}: generate makes other tokens of {otherwise} of {len(held_out)} recordings")
     if options.report:
         settings = {
             key: str(value) for key, value in vars(options).items() if key not in ("cache", "report", "plot")

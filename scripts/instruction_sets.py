@@ -32,8 +32,12 @@ def narrower() -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", "import fastasr.ops"], env=environment, capture_output=True, text=True
     )
+    if done.returncode == 0:  # without the native library there are none
+        return []
     found = re.search(r"FASTASR_SIMD: expected (.+) \(", done.stderr)
-    return found[1].split(" or ")[:-1] if found else []  # without the native library there are none
+    if not found:
+        raise SystemExit(done.stderr)
+    return found[1].split(" or ")[:-1]
 
 
 def rows(report: Path) -> list[dict]:

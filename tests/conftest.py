@@ -27,9 +27,8 @@ def pytest_configure(config):
     if config.getoption("--hypothesis-seed", None) is None:
         config.option.hypothesis_seed = os.environ["SEED"]
     if config.getoption("--hypothesis-profile", None) is None:
-        config.option.hypothesis_profile = (
-            "default"  # with CI set hypothesis takes another, which ignores the seed
-        )
+        # with CI set hypothesis takes another, which ignores the seed
+        config.option.hypothesis_profile = "default"
     folder = tempfile.TemporaryDirectory(prefix="fastasr-tests-")
     config.add_cleanup(folder.cleanup)
     os.environ["FASTASR_CACHE"] = folder.name

@@ -258,9 +258,8 @@ def _differs(out: Tensor, reference: Tensor) -> str:
         return ""
     error, size = (out.double() - rounded)[finite].abs(), rounded[finite].abs()
     eps, arithmetic = (torch.finfo(t).eps for t in (out.dtype, torch.promote_types(out.dtype, torch.float32)))
-    limit = eps * size + 64 * arithmetic * size.amax().clamp(
-        min=1
-    )  # a rounding, and kernels compute in float32
+    # a rounding, and kernels compute in float32
+    limit = eps * size + 64 * arithmetic * size.amax().clamp(min=1)
     worst = (error / limit).argmax()
     return "" if (error <= limit).all() else f"error {error[worst]:.3e}, allowed {limit[worst]:.3e}"
 

@@ -98,7 +98,11 @@ def test_fine_tune_parakeet(tmp_path, kind):
     assert swapped == pytest.approx(upstream, rel=1e-3)
     assert swapped[0] == pytest.approx(upstream[0], rel=1e-5)
     assert all(each["peak_bytes"] > 0 for each in found.values())
-    assert all(each["generated_otherwise"] <= 1 for each in found.values())  # two logits may be nearly equal
+    otherwise = [each["generated_otherwise"] for each in found.values()]
+    if kind:
+        assert max(otherwise) <= 1  # two logits may be nearly equal
+    else:
+        assert otherwise == [None, None]
     assert (tmp_path / "losses.png").stat().st_size > 1000
 
 

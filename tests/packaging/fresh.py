@@ -9,12 +9,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-OF_THE_RUN = (
-    "FASTASR_CACHE",
-    "FASTASR_GEMM",
-)  # else what is measured would decide, and the user's folder keep it
+# Without them a measurement would choose the product, and the user's folder would keep the choice.
+OF_THE_RUN = ("FASTASR_CACHE", "FASTASR_GEMM")
 
 
 def _clean(environment: dict[str, str]) -> dict[str, str]:

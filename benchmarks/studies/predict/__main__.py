@@ -151,9 +151,10 @@ def main() -> None:
     parser.add_argument("--card", nargs="*", choices=[card.name for card in CARDS])
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
-    places = {(card.name, case.op, case.name, phase): n for n, (card, case, phase) in enumerate(passes())}
+    every = passes()
+    places = {(card.name, case.op, case.name, phase): n for n, (card, case, phase) in enumerate(every)}
     known = {key: row for row in predictions.rows() if (key := tuple(row[name] for name in KEY)) in places}
-    for card, case, phase in passes():
+    for card, case, phase in every:
         if case.op not in (options.op or [case.op]) or card.name not in (options.card or [card.name]):
             continue
         try:
