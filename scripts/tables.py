@@ -15,6 +15,7 @@ from pathlib import Path
 
 import frameworks
 import instruction_sets
+import newcomer
 import test_matrix
 import test_minutes
 
@@ -38,6 +39,7 @@ MEMORY_MARKERS = "<!-- memory:start -->", "<!-- memory:end -->"
 MATRIX_MARKERS = "<!-- matrix:start -->", "<!-- matrix:end -->"
 SWEEP_MARKERS = "<!-- sweeps:start -->", "<!-- sweeps:end -->"
 CROWD_MARKERS = "<!-- crowd:start -->", "<!-- crowd:end -->"
+NEWCOMER_MARKERS = "<!-- newcomer:start -->", "<!-- newcomer:end -->"
 SETS_MARKERS = "<!-- sets:start -->", "<!-- sets:end -->"
 LOSERS_MARKERS = "<!-- losers:start -->", "<!-- losers:end -->"
 ELSEWHERE = {
@@ -160,6 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
     found += [put(DOCS / "testing.md", test_minutes.table(), check)]
     found += [put(DOCS / "testing.md", test_matrix.table(), check, *MATRIX_MARKERS)]
     found += [put(DOCS / "install.md", crowd.table(), check, *CROWD_MARKERS)]
+    found += [put(DOCS / "install.md", newcomer.table(), check, *NEWCOMER_MARKERS)]
+    found += [put(ROOT / "README.md", newcomer.sentence(), check, *NEWCOMER_MARKERS)]
     found += [put(DOCS / "testing.md", instruction_sets.table(), check, *SETS_MARKERS)]
     found += [put(DOCS / "gpu-queue.md", launch_cost.table(), check, *LAUNCH_MARKERS)]
     tables = {nemotron_streaming.NAME: (nemotron_streaming.table, CHUNKS_MARKERS)}

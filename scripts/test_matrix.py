@@ -11,6 +11,7 @@ docs/testing.md shows benchmarks/results/test_matrix.json.
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -80,7 +81,9 @@ def pair(wheel: Path, folder: Path, python: str, minor: int) -> dict:
         copy(ROOT / name, folder / "tree" / name)
     command = (folder / "bin/python", "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", "-m", "not long")
     begin = time.monotonic()
-    done = run(*command, "-k", CHOSEN, *TESTS, cwd=folder / "tree")
+    # as in the suite: with more threads than cores, each parallel loop waits for threads that do not run
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = run(*command, "-k", CHOSEN, *TESTS, cwd=folder / "tree", env=one_thread)
     print(done.stdout[-3000:] if done.returncode else last_line(done), flush=True)
     counts = re.findall(r"\d+ (?:passed|failed|skipped|errors?)", last_line(done))
     return row | {"tests": ", ".join(counts) or last_line(done), "seconds": round(time.monotonic() - begin)}
@@ -116,14 +119,11 @@ def main() -> int:
     options = parser.parse_args()
     minors = [int(v.partition(".")[2]) for v in options.torch] if options.torch else torches()
     options.folder.mkdir(parents=True, exist_ok=True)
+    where = {"commit": environment.commit(), "device": environment.device_name()}
     for python in options.python:
         for minor in minors:
             row = pair(options.wheel.resolve(), options.folder.resolve() / "environment", python, minor)
-            row |= {
-                "date": datetime.now(UTC).date().isoformat(),
-                "commit": environment.commit(),
-                "device": environment.device_name(),
-            }
+            row |= {"date": datetime.now(UTC).date().isoformat(), **where}
             print(row, flush=True)
             rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
             files.write(RESULTS, json.dumps([*rows, row], indent=1) + "\n")

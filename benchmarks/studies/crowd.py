@@ -11,7 +11,9 @@ that a crowd of swapped models keeps with the share that a crowd of upstream's k
 
 import argparse
 import json
+import queue
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -27,45 +29,60 @@ MODELS = ("upstream", "fastasr")
 PATIENCE_S = 600  # until all processes have built their models
 
 
-def throughput(model: str, processes: int, threads: int, seconds: float, size: str, frames: int) -> float:
-    """Returns the calls per second of all processes together."""
+def throughputs(options: argparse.Namespace) -> dict[tuple[str, int], float]:
+    """Returns (model, number of processes that call it at once) -> the calls per second of all of them together, each
+    the best of ``rounds`` in turns.
+    """
     context = torch.multiprocessing.get_context("spawn")
-    barrier, counts = context.Barrier(processes), context.Queue()
-    arguments = (barrier, counts, model, threads, seconds, size, frames)
-    started = [context.Process(target=_member, args=arguments) for _ in range(processes)]
+    barrier, counts = context.Barrier(options.processes + 1), context.Queue()
+    started = [
+        context.Process(target=_member, args=(number, barrier, counts, options), daemon=True)
+        for number in range(options.processes)
+    ]
     for process in started:
         process.start()
-    for process in started:
-        process.join()
-    if any(process.exitcode for process in started):
-        raise ChildProcessError(f"a process of the crowd ended with {[p.exitcode for p in started]}")
-    return sum(counts.get() for _ in started)
+    best: dict[tuple[str, int], float] = {}
+    try:
+        for model, n in _turns(options):
+            barrier.wait(PATIENCE_S)
+            found = sum(counts.get(timeout=PATIENCE_S) for _ in range(n))
+            best[model, n] = max(best.get((model, n), 0.0), found)
+            print(f"{model}, {n} x {options.threads} threads: {found:.2f} calls/s", flush=True)
+    except (threading.BrokenBarrierError, queue.Empty):
+        codes = [process.exitcode for process in started]
+        raise ChildProcessError(f"a process of the crowd ended or hangs, exit codes {codes}") from None
+    return best
 
 
-def _member(barrier, counts, model, threads, seconds, size, frames):
+def _turns(options: argparse.Namespace) -> list[tuple[str, int]]:
+    return [(model, n) for model in MODELS for n in (1, options.processes)] * options.rounds
+
+
+def _member(number, barrier, counts, options):
+    """Takes its part in every turn: calls the model or, while one process measures alone, waits."""
     from fastasr.benchmarks.models.unit import inference, swapped
 
-    torch.set_num_threads(threads)
-    shipped = upstream.zipformer(size, inner_compile=False)
-    x = torch.randn(1, frames, upstream.BINS, generator=torch.Generator().manual_seed(1))
-    call = inference(swapped(shipped) if model == "fastasr" else shipped, x, torch.full((1,), frames))
-    call(), call()
-    barrier.wait(PATIENCE_S)
-    calls, begin = 0, time.perf_counter()
-    while (now := time.perf_counter()) < begin + seconds:
-        call()
-        calls += 1
-    counts.put(calls / (now - begin))
+    torch.set_num_threads(options.threads)
+    shipped = upstream.zipformer(options.size, inner_compile=False)
+    x = torch.randn(1, options.frames, upstream.BINS, generator=torch.Generator().manual_seed(1))
+    lengths = torch.full((1,), options.frames)
+    models = zip(MODELS, (shipped, swapped(shipped)), strict=True)
+    calls = {name: inference(model, x, lengths) for name, model in models}
+    for call in calls.values():
+        call(), call()
+    for model, n in _turns(options):
+        barrier.wait(PATIENCE_S)
+        if number < n:
+            done, begin = 0, time.perf_counter()
+            while (now := time.perf_counter()) < begin + options.seconds:
+                calls[model]()
+                done += 1
+            counts.put(done / (now - begin))
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
-    """Returns a row for each model: its throughput alone and in the crowd, each the best of ``rounds`` in turns."""
-    best = {(model, n): 0.0 for model in MODELS for n in (1, options.processes)}
-    for _ in range(options.rounds):
-        for (model, n), so_far in best.items():
-            found = throughput(model, n, options.threads, options.seconds, options.size, options.frames)
-            best[model, n] = max(so_far, found)
-            print(f"{model}, {n} x {options.threads} threads: {found:.2f} calls/s", flush=True)
+    """Returns a row for each model: its throughput alone and in the crowd."""
+    best = throughputs(options)
     shape = {name: vars(options)[name] for name in ("processes", "threads", "size", "frames", "seconds")}
     return [
         {**stamp(), "model": model, **shape, "alone": best[model, 1], "crowd": best[model, options.processes]}

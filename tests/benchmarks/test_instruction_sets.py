@@ -2,6 +2,7 @@
 """The table of instruction sets whose C++ tests have passed, and the study of many processes."""
 
 import json
+from argparse import Namespace
 
 import instruction_sets
 import pytest
@@ -28,12 +29,14 @@ def test_rows_of_a_report(tmp_path, monkeypatch):
     assert instruction_sets.table().splitlines()[2:] == ["| `portable` | 1 | 1 | 0 | a CPU | 2 |"]
 
 
-def test_a_crowd(tmp_path, monkeypatch, capsys):
-    """Two processes of one thread, whose throughputs are added; quick measurements are not kept."""
+def test_a_crowd(tmp_path, monkeypatch):
+    """Two processes of one thread take turns, alone and together."""
     pytest.importorskip("zipformer.modules.model", exc_type=ImportError)
     monkeypatch.setattr(crowd, "RESULTS", tmp_path / "crowd.json")
-    found = crowd.throughput("fastasr", 2, 1, 0.2, "tiny", 100)
-    assert found > 0
+    options = Namespace(processes=2, threads=1, seconds=0.2, rounds=1, size="tiny", frames=100)
+    found = crowd.throughputs(options)
+    assert set(found) == {(model, n) for model in crowd.MODELS for n in (1, 2)}
+    assert min(found.values()) > 0
     row = {"processes": 8, "threads": 2, "size": "tiny", "frames": 100, "device_name": "a CPU"}
     row |= {"torch": "2.13", "commit": "c", "date": "2026-11-22T10:00:00Z"}
     rows = [
