@@ -162,6 +162,27 @@ void features(WeightFormat format) {
   }
 }
 
+// Where products round their inputs, and how far rounded weights move the output from that of fp32.
+void rounding(WeightFormat format, double most) {
+  constexpr int64_t kBins = 14;
+  Engine exact(4, 8, WeightFormat::fp32, 1), rounded(4, 8, format, 1);
+  const bool instruction = cpu::simd() == cpu::Simd::avx512_bf16 || cpu::simd() == cpu::Simd::neon_bf16;
+  const bool both = format == WeightFormat::int8 || instruction;
+  CHECK(rounded.plan.shape.rounds_inputs() == both && rounded.plan.conv3.rounds_inputs == both, "which products");
+  CHECK(!rounded.plan.conv2.rounds_inputs && !exact.plan.stacks[0].layers[0].attention.rounds_inputs, "fp32 products");
+  CHECK((rounded.plan.expand.format == WeightFormat::fp32) == !both, "the front end's weights");
+  Random random(19);
+  double difference = 0, size = 0;
+  for (int step = 0; step < 5; step++) {
+    const std::vector<float> x = random_features(random, exact.inputs(kBins));
+    const std::vector<float> y = exact.step(x, {0}), z = rounded.step(x, {0});
+    for (size_t i = 0; i < y.size(); i++)
+      difference += std::pow(static_cast<double>(y[i]) - z[i], 2), size += std::pow(static_cast<double>(y[i]), 2);
+  }
+  const double error = std::sqrt(difference / size);
+  CHECK(error > 1e-5 && error <= most, "the output changes by %g", error);
+}
+
 void shapes() {
   CHECK(!ChunkShape(numbers(4, 8, WeightFormat::fp32)).stacks.empty(), "a shape");
   const auto refused = [](auto change) {
@@ -284,6 +305,8 @@ TEST_CASE("zipformer_chunk") {
   for (const int64_t frames : {1, 2, 5, 16})
     for (const int64_t pad : {1, 3, 7}) convolution(frames, pad, frames == 5 ? 16 : 11);
   for (const int64_t factor : {1, 2, 4}) resampling(factor);
+  rounding(WeightFormat::bf16, 4e-3);
+  rounding(WeightFormat::int8, 2e-2);
   for (const WeightFormat format : {WeightFormat::fp32, WeightFormat::bf16, WeightFormat::int8}) {
     for (const auto& [chunk, left] : {std::pair{2, 2}, std::pair{4, 8}, std::pair{8, 0}, std::pair{6, 24}})
       streams(chunk, left, format);

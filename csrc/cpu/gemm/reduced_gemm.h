@@ -54,6 +54,7 @@ struct ReducedGemm {
 
 struct ReducedGemmKernels {
   int32_t levels;
+  bool gains;  // over float32: int8 always, bf16 where an instruction multiplies and adds words of it
   void (*rows)(const ReducedGemm& g, int64_t begin, int64_t end);  // converts rows of x
   int64_t (*tasks)(const ReducedGemm& g);
   void (*products)(const ReducedGemm& g, int64_t begin, int64_t end);  // runs tasks

@@ -214,8 +214,11 @@ void rows(const ReducedGemm& g, int64_t begin, int64_t end) {
 
 }  // namespace
 
-FASTASR_TABLE(ReducedGemmTable,
-              .kernels = {.levels = kLevels, .rows = rows<T>, .tasks = tasks, .products = products<T>})
+FASTASR_TABLE(ReducedGemmTable, .kernels = {.levels = kLevels,
+                                            .gains = std::is_same_v<T, int8_t> || kBf16Instruction,
+                                            .rows = rows<T>,
+                                            .tasks = tasks,
+                                            .products = products<T>})
 FASTASR_PROVIDE(ReducedGemmTable, int8_t)
 FASTASR_PROVIDE(ReducedGemmTable, bfloat16)
 

@@ -25,6 +25,12 @@ FASTASR_INLINE Ints load_words(const void* p) {
   return v;
 }
 
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+constexpr bool kBf16Instruction = true;
+#else
+constexpr bool kBf16Instruction = false;
+#endif
+
 // Adds the products of the two bfloat16 of each word.
 FASTASR_INLINE Floats add_bf16(Floats sum, Ints x, Ints w) {
 #if defined(__AVX512BF16__)

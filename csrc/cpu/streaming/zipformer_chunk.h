@@ -27,7 +27,7 @@ struct ChunkShape {
   int64_t chunk = 0, left = 0;  // frames at 50 Hz, before the stacks' own downsampling
   // the front end: most features, channels of the convolutions, of ConvNeXt's hidden rows
   int64_t bins = 0, maps[3] = {}, expanded = 0;
-  WeightFormat weights = WeightFormat::fp32;  // format of the products; in the front end only int8, else fp32
+  WeightFormat weights = WeightFormat::fp32;  // format of the products, see also rounds_inputs
   std::vector<ChunkStack> stacks;
 
   // Reads a list of ints: chunk, left, bins, maps (3), expanded, weights, then the 12 of each stack. If the list does
@@ -42,6 +42,9 @@ struct ChunkShape {
   FASTASR_MEMBER int64_t width2() const { return width2_of(bins); }
   FASTASR_MEMBER int64_t width3() const { return width3_of(bins); }
   int64_t output_dim() const;
+  // Says whether products round their inputs as well, and reduced_gemm.h multiplies them: where that gains. Otherwise
+  // skinny_gemm.h widens the weights, and the front end's stay in fp32.
+  bool rounds_inputs() const;
 };
 
 FASTASR_INLINE constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -49,11 +52,12 @@ FASTASR_INLINE constexpr int64_t round_up(int64_t n, int64_t to) { return (n + t
 inline constexpr int64_t kChunkLanes = 16;
 inline constexpr int64_t kFrontPast = 3;  // ConvNeXt has this many frames of left padding.
 
-// y = x Wᵀ + bias, by skinny_gemm.h; in int8 by reduced_gemm.h, which rounds x as well. The offsets are bytes into the
-// weights and floats into the vectors, where a scale and, in int8, a sum follow each other for every output.
+// y = x Wᵀ + bias, by skinny_gemm.h, or by reduced_gemm.h, which rounds x as well. The offsets are bytes into the
+// weights and floats into the vectors, where in int8 a scale and a sum follow each other for every output.
 struct ChunkProduct {
   int64_t inputs, outputs, weight, bias, scale;
   WeightFormat format;
+  bool rounds_inputs;
   int64_t stride() const;  // floats of an output row, whole panels
   FASTASR_MEMBER Panels panels(const char* weights, const float* vectors) const {
     return {weights + weight, format, vectors + scale};

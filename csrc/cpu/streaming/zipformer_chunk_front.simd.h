@@ -45,9 +45,9 @@ class Front {
 
   // Multiplies the rows of frame t, on one worker; the panels are not split.
   void product(const ChunkProduct& p, const float* x, int64_t rows, int64_t t, float* y) const {
-    if (p.format == WeightFormat::int8) {
+    if (p.rounds_inputs) {
       const auto& kernel = reduced_gemm_kernels(p.format);
-      const ReducedGemm g = chunk_int8(step_, p, x, p.inputs, rows, room_.levels + t * room_.level, y);
+      const ReducedGemm g = chunk_reduced(step_, p, x, p.inputs, rows, room_.levels + t * room_.level, y);
       kernel.rows(g, 0, rows);
       return kernel.products(g, 0, kernel.tasks(g));
     }

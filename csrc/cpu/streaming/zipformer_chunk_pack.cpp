@@ -11,7 +11,7 @@ void chunk_pack_product(const ChunkPlan& plan, int64_t index, const float* w, co
   const int64_t padded = p.stride();
   if (vectors)
     for (int64_t i = 0; i < padded; i++) vectors[p.bias + i] = bias && i < p.outputs ? bias[i] : 0;
-  if (weights && p.format == WeightFormat::int8)
+  if (weights && p.rounds_inputs)
     pack_reduced(w, p.outputs, p.inputs, p.inputs, p.format, reinterpret_cast<int32_t*>(weights + p.weight),
                  vectors + p.scale, reinterpret_cast<int32_t*>(vectors + p.sums()), 0, padded / kReducedColumns);
   else if (weights)

@@ -24,19 +24,19 @@ struct Layout {
 
   ChunkProduct product(int64_t inputs, int64_t outputs, WeightFormat format) const {
     const int64_t padded = panel_count(outputs) * kPanelColumns;
-    ChunkProduct p{inputs, outputs, plan->weight_bytes, plan->vector_floats, plan->vector_floats + padded, format};
-    const bool int8 = format == WeightFormat::int8;
+    const bool reduced = format != WeightFormat::fp32 && plan->shape.rounds_inputs();
+    ChunkProduct p{inputs, outputs, plan->weight_bytes, plan->vector_floats, plan->vector_floats + padded,
+                   format, reduced};
     plan->weight_bytes +=
-        int8 ? padded * reduced_words(inputs, format) * 4 : packed_size(outputs, inputs) * weight_bytes(format);
-    plan->vector_floats += padded * (int8 ? 3 : 1);
+        reduced ? padded * reduced_words(inputs, format) * 4 : packed_size(outputs, inputs) * weight_bytes(format);
+    plan->vector_floats += padded * (format == WeightFormat::int8 ? 3 : 1);
     plan->products.push_back(p);
     return p;
   }
   ChunkProduct product(int64_t inputs, int64_t outputs) const { return product(inputs, outputs, plan->shape.weights); }
-  // The front end's weights stay in a cache: fewer bytes gain nothing, and int8 gains by its instructions alone.
+  // The front end's weights stay in a cache: fewer bytes gain nothing, instructions do.
   ChunkProduct front_product(int64_t inputs, int64_t outputs) const {
-    const bool int8 = plan->shape.weights == WeightFormat::int8;
-    return product(inputs, outputs, int8 ? WeightFormat::int8 : WeightFormat::fp32);
+    return product(inputs, outputs, plan->shape.rounds_inputs() ? plan->shape.weights : WeightFormat::fp32);
   }
 
   int64_t state(int64_t floats) const {
@@ -125,6 +125,8 @@ ChunkShape::ChunkShape(const std::vector<int64_t>& numbers) {
   }
   stacks = all;
 }
+
+bool ChunkShape::rounds_inputs() const { return weights != WeightFormat::fp32 && reduced_gemm_kernels(weights).gains; }
 
 int64_t ChunkShape::output_dim() const {
   int64_t dim = 0;

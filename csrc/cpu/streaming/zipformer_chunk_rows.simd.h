@@ -242,9 +242,9 @@ inline void chunk_combine(float* x, const float* y, const float* scale, int64_t 
   }
 }
 
-// A product of `rows` rows of x with weights in int8; `levels` is memory for the rows in int8.
-inline ReducedGemm chunk_int8(const ChunkStep& step, const ChunkProduct& p, const float* x, int64_t x_stride,
-                              int64_t rows, int32_t* levels, float* y) {
+// A product of `rows` rows of x that rounds them; `levels` is memory for the rounded rows.
+inline ReducedGemm chunk_reduced(const ChunkStep& step, const ChunkProduct& p, const float* x, int64_t x_stride,
+                                 int64_t rows, int32_t* levels, float* y) {
   const int64_t words = reduced_words(p.inputs, p.format), n = p.stride();
   auto* const steps = reinterpret_cast<float*>(levels + rows * words);
   return {x,
@@ -267,13 +267,13 @@ inline void chunk_product(const ChunkStep& step, const ChunkProduct& p, const fl
                           int32_t* levels, float* y) {
   const int64_t panel = kPanelColumns * p.inputs, panels = panel_count(p.outputs);
   const int64_t least = std::max<int64_t>(1, kLeastWeights / panel);
-  if (p.format != WeightFormat::int8)
+  if (!p.rounds_inputs)
     return step.workers.split(panels, least, [&](int64_t begin, int64_t end) {
       skinny_gemm(x, x_stride, rows, p.inputs, p.panels(step.weights, step.vectors), step.vectors + p.bias, y,
                   p.stride(), begin, end);
     });
   const auto& kernel = reduced_gemm_kernels(p.format);
-  const ReducedGemm whole = chunk_int8(step, p, x, x_stride, rows, levels, y);
+  const ReducedGemm whole = chunk_reduced(step, p, x, x_stride, rows, levels, y);
   step.workers.split(rows, std::max<int64_t>(1, kLeastWeights / p.inputs),
                      [&](int64_t begin, int64_t end) { kernel.rows(whole, begin, end); });
   step.workers.split(panels, least, [&](int64_t begin, int64_t end) {

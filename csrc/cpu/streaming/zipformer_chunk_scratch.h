@@ -12,13 +12,14 @@ namespace fastasr::cpu {
 
 struct ChunkRoom {
   float *x, *y, *projected, *hidden, *weights;  // of a layer
-  int32_t* levels;                              // int8: a product's input as words, then steps and zeros
+  int32_t* levels;                              // a product's rounded input as words, then int8's steps and zeros
   float* lower;                                 // a stack's activations at its own frame rate
   std::vector<float*> outputs;                  // of each stack, (streams chunk, stride)
   int64_t size;
 
   FASTASR_MEMBER ChunkRoom(const ChunkPlan& plan, int64_t streams, float* memory) {
     int64_t row = 0, wide = 0, weight = 0, level = 0;
+    const WeightFormat format = plan.shape.weights;
     for (const ChunkPlan::Stack& s : plan.stacks) {
       const ChunkLayer& l = s.layers[0];
       int64_t most = s.stride;
@@ -28,7 +29,7 @@ struct ChunkRoom {
       const int64_t rows = streams * s.frames;
       row = std::max(row, rows * s.stride);
       wide = std::max(wide, rows * most);
-      level = std::max(level, rows * (most / 4 + 2));  // no input is wider than these outputs
+      level = std::max(level, rows * (reduced_words(most, format) + 2));  // no input is wider than these outputs
       weight = std::max(weight, rows * s.shape.heads * round_up(s.keys, kChunkLanes));
     }
     int64_t at = 0;
@@ -40,7 +41,7 @@ struct ChunkRoom {
     for (const ChunkPlan::Stack& s : plan.stacks) outputs.push_back(take(streams * plan.shape.chunk * s.stride));
     x = take(row), y = take(row), lower = take(row);
     projected = take(wide), hidden = take(wide), weights = take(weight);
-    levels = reinterpret_cast<int32_t*>(take(plan.shape.weights == WeightFormat::int8 ? level : 0));
+    levels = reinterpret_cast<int32_t*>(take(plan.shape.rounds_inputs() ? level : 0));
     size = at;
   }
 };
@@ -48,7 +49,7 @@ struct ChunkRoom {
 // The front end's part serves one stream at a time, except for `frames`.
 struct FrontRoom {
   float *repeated, *first, *patches, *product, *second, *third, *filtered, *expanded, *activated, *contracted, *frames;
-  int32_t* levels;  // int8: the inputs of conv3, expand and contract of a frame, or of front_out, see ChunkRoom
+  int32_t* levels;  // the rounded inputs of conv3, expand and contract of a frame, or of front_out, see ChunkRoom
   int64_t level;    // words of a frame
   int64_t size;
 
@@ -77,9 +78,10 @@ struct FrontRoom {
     activated = take(n.chunk * w3 * n.expanded);
     contracted = take(n.chunk * w3 * plan.contract.stride());
     frames = take(streams * n.chunk * w3 * n.maps[2]);
-    level = w3 * (std::max({9 * n.maps[1], n.maps[2], n.expanded}) / 4 + 3);
-    const int64_t all = std::max(third_rows * level, streams * n.chunk * (w3 * n.maps[2] / 4 + 3));
-    levels = reinterpret_cast<int32_t*>(take(n.weights == WeightFormat::int8 ? all : 0));
+    level = w3 * (reduced_words(std::max({9 * n.maps[1], n.maps[2], n.expanded}), n.weights) + 2);
+    const int64_t all =
+        std::max(third_rows * level, streams * n.chunk * (reduced_words(w3 * n.maps[2], n.weights) + 2));
+    levels = reinterpret_cast<int32_t*>(take(n.rounds_inputs() ? all : 0));
     size = at;
   }
 };
