@@ -27,8 +27,13 @@ import torch
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.studies import results
+from fastasr.decoding.chunks import SILENCE
+from fastasr.recipe.transducers import EBranchformerTransducer
 
 RATE = 16000
+FORMATS = ("float32", "bf16", "int8")
+SPEEDS = (0.9, 1.0, 1.1)  # three times the characters: a single one then changes a rate by less
+PAUSE = 30  # frames of silence between recordings that are joined
 NAMES = (
     "upstream",
     "torch.ao int8",
@@ -266,39 +271,95 @@ def versions():
 
 
 # --------------------------------------------------------------------------- error rates of trained models
-def accuracy(runs, utterances, report=lambda _: None):
-    """Returns for each run of the recipe its error rates on ``utterances`` (name, features, text), read whole, in
-    float32 and int8, and how many texts differ."""
-    import fastasr
-    from fastasr import decoding
-    from fastasr.recipe import recogniser, scoring
+def joined(utterances, longer_than):
+    """Returns utterances made of ``utterances``, one after another with pauses: each of more than so many seconds."""
+    from fastasr.recipe.speech import Utterance
 
-    said, found = [utterance.text for utterance in utterances], {}
+    made, parts, words = [], [], []
+    for utterance in utterances:
+        x = utterance.features[0]
+        parts += [x, x.new_full((PAUSE, x.shape[1]), SILENCE)]
+        words.append(utterance.text)
+        if sum(map(len, parts)) > 100 * longer_than:
+            made.append(Utterance(f"{len(words)} joined", [torch.cat(parts)], " ".join(words)))
+            parts, words = [], []
+    return made
+
+
+def _whole(loaded, utterances, _):
+    from fastasr import decoding
+
+    read = []
+    for utterance in utterances:
+        x = utterance.features[0].unsqueeze(0)
+        x = torch.nn.functional.pad(x, (0, 0, 0, 32), value=SILENCE)
+        y, frames = decoding.encode(loaded.model, x, torch.tensor([x.shape[1]]))
+        read.append(loaded.units.decode(decoding.greedy_search(loaded.model, y, frames).tokens[0]))
+    return read
+
+
+def _streaming(loaded, utterances, weights):
+    """Reads a Zipformer's streams by the engine, another encoder's by its own code."""
+    from fastasr.benchmarks.studies import streaming_accuracy
+    from fastasr.recipe.transducers import Transducer
+
+    if isinstance(loaded.model, Transducer):
+        return [list(loaded.stream_features([u.features[0]]))[-1][0] for u in utterances]
+    return streaming_accuracy.engine_texts(loaded, utterances, weights.replace("float32", "fp32"))[0]
+
+
+def accuracy(runs, utterances, report=lambda _: None):
+    """Returns for each run of the recipe how it reads ``utterances`` (name, features, text), whole and, where its
+    encoder streams, as streams, in each format: a row for those of up to LONGEST seconds and one for the others, with
+    the error rates and how many texts are not those of float32."""
+    import fastasr
+    from fastasr.recipe import checkpoints, recogniser, scoring
+    from fastasr.recipe.speech import LONGEST
+
+    found = {}
     for run in runs:
         loaded = recogniser.load(run)
-        report(f"{run}: {type(loaded.model).__name__}")
-
-        def texts(loaded=loaded):
-            read = []
-            for utterance in utterances:
-                x = utterance.features[0].unsqueeze(0)
-                x = torch.nn.functional.pad(x, (0, 0, 0, 32), value=decoding.chunks.SILENCE)
-                y, frames = decoding.encode(loaded.model, x, torch.tensor([x.shape[1]]))
-                read.append(loaded.units.decode(decoding.greedy_search(loaded.model, y, frames).tokens[0]))
-            return read
-
-        with torch.inference_mode():
-            exact = texts()
-            reduced = fastasr.accelerate(loaded.model, weights="int8").weights
-            rounded = texts()
-        found[Path(run).name] = {
-            "float32": scoring.rates(said, exact),
-            "int8": scoring.rates(said, rounded),
-            "differs": sum(a != b for a, b in zip(exact, rounded, strict=True)),
-            "weights": [len(reduced.reduced), len(reduced.rows)],
-            "bytes": reduced.bytes_after / reduced.bytes_before,
-        }
-    return {"recordings": len(utterances), "runs": found}
+        ways = {"whole": _whole}
+        if not isinstance(loaded.model, EBranchformerTransducer):
+            ways["as streams"] = _streaming
+        texts, weights = {}, {}
+        for kind in FORMATS:
+            if kind != "float32":
+                reduced = fastasr.accelerate(loaded.model, weights=kind).weights
+                weights[kind] = {
+                    "reduced": len(reduced.reduced),
+                    "all": len(reduced.rows),
+                    "bytes": reduced.bytes_after / reduced.bytes_before,
+                }
+            with torch.inference_mode():
+                for way, read in ways.items():
+                    report(f"{run}: {kind}, {way}")
+                    texts[way, kind] = read(loaded, utterances, kind)
+        fastasr.restore(loaded.model)
+        rows = []
+        for way in ways:
+            for long in (False, True):
+                chosen = [i for i, u in enumerate(utterances) if (u.seconds > LONGEST) == long]
+                if not chosen:
+                    continue
+                said = [utterances[i].text for i in chosen]
+                heard = {kind: [texts[way, kind][i] for i in chosen] for kind in FORMATS}
+                rows.append(
+                    {
+                        "read": way,
+                        "long": long,
+                        "recordings": len(chosen),
+                        "characters": sum(map(len, said)),
+                        "rates": {kind: scoring.rates(said, heard[kind]) for kind in FORMATS},
+                        "differs": {
+                            kind: sum(a != b for a, b in zip(heard["float32"], heard[kind], strict=True))
+                            for kind in FORMATS[1:]
+                        },
+                    }
+                )
+        steps = checkpoints.load(Path(run) / checkpoints.NAME)["step"]
+        found[Path(run).name] = {"steps": steps, "weights": weights, "rows": rows}
+    return {"longest": LONGEST, "runs": found}
 
 
 # --------------------------------------------------------------------------- the page
@@ -328,19 +389,28 @@ def peers_block(found):
 def runs_block(found):
     """Returns the page's table of ``accuracy``."""
     lines = [
-        f"| {found['recordings']} held-out recordings | float32: characters wrong | int8 | change | other texts | "
-        "weights in int8 |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| run | read | recordings | characters | float32: characters wrong | bf16 | int8 | other texts: bf16 | int8 |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, row in found["runs"].items():
-        before, after = row["float32"]["cer"], row["int8"]["cer"]
-        lines.append(
-            f"| {name} | {before:.2%} | {after:.2%} | {100 * (after - before):+.2f} points | {row['differs']} | "
-            f"{row['weights'][0]} of {row['weights'][1]} |"
+    for name, run in found["runs"].items():
+        for row in run["rows"]:
+            exact, *others = (row["rates"][kind]["cer"] for kind in FORMATS)
+            lengths = f"{row['read']}, {'over' if row['long'] else 'up to'} {found['longest']:g} s"
+            cells = [name, lengths, row["recordings"], row["characters"], f"{exact:.2%}"]
+            cells += [f"{100 * (cer - exact):+.2f}" for cer in others]
+            cells += [row["differs"][kind] for kind in FORMATS[1:]]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    trained = [
+        f"{name}: {run['steps']} steps, "
+        + ", ".join(
+            f"{of['reduced']} of {of['all']} weights in {kind} ({of['bytes']:.2f} of float32's bytes)"
+            for kind, of in run["weights"].items()
         )
+        for name, run in found["runs"].items()
+    ]
     place = found["environment"]
     where = f"{place['device_name']}, torch {place['torch']}, commit {place['commit']}, {place['date'][:10]}"
-    return "\n".join([*lines, "", f"{where}."])
+    return "\n".join([*lines, "", f"{'; '.join(trained)}. {where}."])
 
 
 def main(arguments=None):
@@ -383,8 +453,11 @@ def _measured(options):
     if options.runs:
         from fastasr.recipe import speech
 
-        _, held_out = speech.load(options.cache, options.speech, speeds=(1.0,))
-        return "runs", {**accuracy(options.runs, held_out, report), "environment": stamp()}
+        utterances = []
+        for speed in SPEEDS:
+            read = speech.unheard(options.cache, options.speech, (speed,))
+            utterances += [*read, *joined([u for u in read if u.seconds <= speech.LONGEST], speech.LONGEST)]
+        return "runs", {**accuracy(options.runs, utterances, report), "environment": stamp()}
     sizes = options.size, options.seconds, options.threads, options.calls, options.rounds
     found = measure(options.only, *sizes, report=report)
     return "peers", {**found, "versions": versions(), "environment": stamp()}

@@ -24,8 +24,7 @@ def measure(run, utterances, weights=WEIGHTS, method="greedy", backend=None, str
     ``differs`` counts the recordings that the engine reads differently from the model's own streaming code.
     """
     from fastasr import decoding
-    from fastasr.recipe import recogniser, scoring, sizes
-    from fastasr.streaming import StreamingEncoder, StreamingRecogniser
+    from fastasr.recipe import recogniser, scoring
 
     loaded = recogniser.load(run)
     said, own = [utterance.text for utterance in utterances], []
@@ -44,27 +43,36 @@ def measure(run, utterances, weights=WEIGHTS, method="greedy", backend=None, str
         "engine": {},
     }
     for kind in weights:
-        encoder = StreamingEncoder.from_model(
-            loaded.model,
-            sizes.CHUNK,
-            sizes.LEFT_CONTEXT,
-            weights=kind,
-            max_streams=streams,
-            rate=loaded.rate,
-            bins=loaded.bins,
-            backend=backend,
-        )
-        reader = StreamingRecogniser(loaded.model, encoder, method, to_text=loaded.units.decode)
-        texts = []
-        for first in range(0, len(utterances), streams):
-            texts += _read(reader, utterances[first : first + streams])
+        texts, report = engine_texts(loaded, utterances, kind, method, backend, streams)
         found["engine"][kind] = {
             **scoring.rates(said, texts),
             "differs": sum(a != b for a, b in zip(own, texts, strict=True)),
-            "backend": encoder.report.backend,
-            "output_error": encoder.report.error,
+            "backend": report.backend,
+            "output_error": report.error,
         }
     return found
+
+
+def engine_texts(loaded, utterances, weights, method="greedy", backend=None, streams=8):
+    """Returns the texts that the engine reads, ``streams`` utterances side by side, and the engine's report."""
+    from fastasr.recipe import sizes
+    from fastasr.streaming import StreamingEncoder, StreamingRecogniser
+
+    encoder = StreamingEncoder.from_model(
+        loaded.model,
+        sizes.CHUNK,
+        sizes.LEFT_CONTEXT,
+        weights=weights,
+        max_streams=streams,
+        rate=loaded.rate,
+        bins=loaded.bins,
+        backend=backend,
+    )
+    reader = StreamingRecogniser(loaded.model, encoder, method, to_text=loaded.units.decode)
+    texts = []
+    for first in range(0, len(utterances), streams):
+        texts += _read(reader, utterances[first : first + streams])
+    return texts, encoder.report
 
 
 def _read(reader, utterances):

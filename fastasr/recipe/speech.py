@@ -21,6 +21,7 @@ RATE = 8000
 BINS = 40
 HIGH_FREQ = -200.0  # Hz relative to the Nyquist frequency
 SHORTEST, LONGEST = 0.4, 20.0  # seconds; silence follows what is shorter
+TOO_LONG = f"longer than {LONGEST:g} s"
 HELD_OUT = 10  # one recording in ten is held out, chosen by a hash of its name
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _LETTERS = re.compile(r"^[a-z' ]+$")
@@ -103,6 +104,15 @@ def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None, feat
         [_utterance(clip, text, speeds, features) for clip, text in training],
         [_utterance(clip, text, (1.0,), features) for clip, text in held],
     )
+
+
+def unheard(cache, folder=None, speeds=(1.0,), say=print, features=fbank):
+    """Returns the utterances, at each of the speeds, that ``load`` with these recordings never trains on: those that it
+    holds out, and those that are longer than LONGEST. ``say`` is told what is left out."""
+    clips = _clips(cache, folder, say)
+    long = [(clip, plain_text(clip.text)) for clip in clips if _why_unusable(clip) == TOO_LONG]
+    _, held = _split(_usable(clips, say), None, say)
+    return [_utterance(clip, text, speeds, features) for clip, text in [*held, *long]]
 
 
 def _share(held_out):
@@ -195,7 +205,7 @@ def _why_unusable(clip):
         return "whose transcript is not of letters and digits"
     if not len(clip.samples):
         return "without samples"
-    return "" if clip.seconds <= LONGEST else f"longer than {LONGEST:g} s"
+    return "" if clip.seconds <= LONGEST else TOO_LONG
 
 
 def _named(names):

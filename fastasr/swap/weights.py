@@ -6,6 +6,9 @@ fastasr's ops (:mod:`fastasr.ops._reduced_weights`); the parameters stay. With i
 product on the activations that it meets, and of the model's outputs, both as the rms of the difference from float32
 relative to the rms of the result. A product whose error stands out stays in float32, and so do the next ones, largest
 error first, until the outputs are within the bound.
+
+A transducer's predictor and joint network stay in float32: their results are compared with each other, token against
+token, so they change more texts than the whole encoder does, and greedy search has a copy of them in a native call.
 """
 
 import types
@@ -15,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten
 
+from fastasr.decoding.looping_transducers import looping_transducer
 from fastasr.ops import _reduced_weights
 from fastasr.swap import binding
 from fastasr.swap.state import ModelState, RandomState
@@ -23,6 +27,7 @@ FLOAT32 = "float32"
 SMALL = 4096  # a weight with fewer elements gains less than its rows cost to convert
 OUTLIER = 3.0  # an error this many times the median of the model's products stands out
 NOTICEABLE = {"bf16": 0.01, "int8": 0.03}  # below it no error stands out
+SEARCHED = "a search compares its results"
 STEP = 8  # an eighth of the weights goes back to float32 at a time
 LINEAR = ("ActivationDropoutAndLinear",)  # Zipformer's linear layers that are no torch.nn.Linear, by class
 
@@ -94,9 +99,10 @@ def keep(model, format, chosen, inputs, run, bound):
     release(model)
     report = ReducedReport(format, [])
     whole = _reduced_weights.reason(format)
-    weights = []
+    weights, searched = [], _searched(model)
     for path, module, weight, by_us in _weights(model):
-        row = WeightRow(path, tuple(weight.shape), FLOAT32, whole or _obstacle(weight, by_us))
+        obstacle = SEARCHED if id(weight) in searched else _obstacle(weight, by_us)
+        row = WeightRow(path, tuple(weight.shape), FLOAT32, whole or obstacle)
         if not chosen(path, module):
             row.reason = "not selected"
         if not row.reason:
@@ -150,6 +156,12 @@ def _weights(model):
         seen.add(id(weight))
         if isinstance(weight, torch.nn.Parameter):
             yield path, module, weight, any((path + ".").startswith(owner) for owner in swapped)
+
+
+def _searched(model):
+    """Returns the ids of the parameters of predictors and joint networks whose transducers greedy search knows."""
+    found = filter(None, map(looping_transducer, model.modules()))
+    return {id(weight) for transducer in found for part in transducer.parts() for weight in part.parameters()}
 
 
 def _obstacle(weight, by_us):

@@ -38,13 +38,18 @@ def test_a_tiny_model(tmp_path, capsys):
 
 
 def test_the_table_of_runs():
-    rates = {"cer": 0.25, "wer": 0.5}
     row = {
-        "float32": rates,
-        "int8": {"cer": 0.2505, "wer": 0.5},
-        "differs": 1,
-        "weights": [9, 10],
-        "bytes": 0.27,
+        "read": "whole",
+        "long": True,
+        "recordings": 14,
+        "characters": 4000,
+        "rates": {"float32": {"cer": 0.25}, "bf16": {"cer": 0.25}, "int8": {"cer": 0.2505}},
+        "differs": {"bf16": 0, "int8": 1},
     }
-    text = int8_peers.runs_block({"recordings": 56, "runs": {"main": row}, "environment": PLACE})
-    assert "| main | 25.00% | 25.05% | +0.05 points | 1 | 9 of 10 |" in text
+    weights = {kind: {"reduced": 9, "all": 10, "bytes": 0.27} for kind in ("bf16", "int8")}
+    runs = {"main": {"steps": 100, "weights": weights, "rows": [row]}}
+    text = int8_peers.runs_block({"longest": 20, "runs": runs, "environment": PLACE})
+    assert "| main | whole, over 20 s | 14 | 4000 | 25.00% | +0.00 | +0.05 | 0 | 1 |" in text
+    assert (
+        "main: 100 steps, 9 of 10 weights in bf16 (0.27 of float32's bytes), 9 of 10 weights in int8" in text
+    )

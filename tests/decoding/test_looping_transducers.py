@@ -160,6 +160,26 @@ def test_weights_in_fewer_bits(format):
         decoding.GreedySearch(model, weights="int8")
 
 
+def test_a_model_in_int8_is_searched_by_the_native_call(monkeypatch):
+    """Its predictor and joiner stay in float32: in int8 they would compute something else than the call does."""
+    seeded(7)
+    model, x = asr_model(), torch.randn(2, 20, 24)
+    exact = decoding.greedy_search(model, x)
+    monkeypatch.setattr("fastasr.swap.weights.SMALL", 0)
+    rows = fastasr.accelerate(model, weights="int8").weights.rows
+    heads = [row for row in rows if row.path.startswith(("joiner.", "decoder."))]
+    assert {row.path for row in heads} >= {
+        "joiner.encoder_proj",
+        "joiner.decoder_proj",
+        "joiner.output_linear",
+    }
+    assert {(row.format, row.reason) for row in heads} == {("float32", "a search compares its results")}
+    assert any(row.format == "int8" for row in rows)
+    assert decoding.GreedySearch(model).reason == ""
+    assert decoding.greedy_search(model, x).tokens == exact.tokens
+    fastasr.restore(model)
+
+
 def test_a_change_of_weights_is_seen():
     seeded(4)
     model, x = asr_model(), torch.randn(2, 20, 24)

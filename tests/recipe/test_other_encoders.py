@@ -184,10 +184,21 @@ def test_int8_reads_what_float32_reads(run, trained, speech_sets, monkeypatch):
     """A model of few steps says few letters, which int8 hardly changes. No weight is too small here."""
     monkeypatch.setattr(weights, "SMALL", 0)
     runs = [run[1], trained]
-    found = int8_peers.accuracy(runs, speech_sets[1])
-    assert found["recordings"] == len(speech_sets[1])
+    chained = int8_peers.joined(speech_sets[0], 20)
+    assert all(20 < u.seconds < 23 for u in chained)
+    assert " ".join(u.text for u in speech_sets[0]).startswith(chained[0].text)
+    found = int8_peers.accuracy(runs, [*speech_sets[1], chained[0]])
     for out in runs:
-        row = found["runs"][out.name]
-        assert row["weights"][0] > 10
-        assert row["bytes"] < 0.7
-        assert abs(row["int8"]["cer"] - row["float32"]["cer"]) <= 0.1 * row["float32"]["cer"]
+        streams = run[0] == "emformer" or out is trained
+        reduced, rows = found["runs"][out.name]["weights"]["int8"], found["runs"][out.name]["rows"]
+        assert reduced["reduced"] > 10
+        assert reduced["bytes"] < 0.7
+        ways = ["whole", "as streams"] if streams else ["whole"]
+        assert [(row["read"], row["long"]) for row in rows] == [
+            (way, long) for way in ways for long in (False, True)
+        ]
+        for row in rows:
+            assert row["recordings"] == (1 if row["long"] else len(speech_sets[1]))
+            assert row["characters"] > 0
+            exact = row["rates"]["float32"]["cer"]
+            assert all(abs(row["rates"][kind]["cer"] - exact) <= 0.1 * exact for kind in ("bf16", "int8"))
