@@ -79,7 +79,7 @@ def sentence() -> str:
         return NONE_YET
     row = json.loads(RESULTS.read_text(encoding="utf-8"))[-1]
     return (
-        f"Where torch is installed, it takes {row['model']:.0f} s from nothing to a swapped model that has run "
+        f"Where torch is installed, it takes {row['model']:.0f} s from nothing to a swapped model that has run\n"
         "([measured](docs/install.md#from-the-wheel))."
     )
 
