@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2, help="of each process")
-    parser.add_argument("--seconds", type=float, default=20, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", choices=sorted(upstream.SIZES), default="medium")
     parser.add_argument("--frames", type=int, default=400, help="of each recording, 10 ms each")
