@@ -24,8 +24,10 @@ from pathlib import Path
 
 import torch
 
+from fastasr import files
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.environment import stamp
+from fastasr.benchmarks.plots import COLOURS, bars, png, pyplot
 from fastasr.benchmarks.studies import results
 from fastasr.decoding.chunks import SILENCE
 from fastasr.recipe.transducers import EBranchformerTransducer
@@ -386,6 +388,22 @@ def peers_block(found):
     return "\n".join([*lines, "", f"{what}. {where}."])
 
 
+def figure(found):
+    """Draws the time of each implementation for the recording, a panel for each number of threads."""
+    counts = list(found["threads"])
+    picture, axes = pyplot().subplots(
+        1, len(counts), figsize=(4.4 * len(counts), 3.6), layout="constrained", squeeze=False
+    )
+    for panel, count in zip(axes[0], counts, strict=True):
+        rows = found["threads"][count]
+        times = {name: 1e3 * found["seconds"] * rows[name]["rtf"] for name in NAMES if name in rows}
+        bars(panel, times, {}, {name: COLOURS["fastasr"] for name in NAMES if name.startswith("fastasr")})
+        panel.set_title(f"{count} thread{'s' * (count != '1')}", fontsize=9, loc="left")
+    what = f"Zipformer {found['size']}, a recording of {found['seconds']:g} s"
+    picture.suptitle(f"{what}, {found['environment']['device_name']}", fontsize=10)
+    return picture
+
+
 def runs_block(found):
     """Returns the page's table of ``accuracy``."""
     lines = [
@@ -393,13 +411,19 @@ def runs_block(found):
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, run in found["runs"].items():
-        for row in run["rows"]:
-            exact, *others = (row["rates"][kind]["cer"] for kind in FORMATS)
-            lengths = f"{row['read']}, {'over' if row['long'] else 'up to'} {found['longest']:g} s"
-            cells = [name, lengths, row["recordings"], row["characters"], f"{exact:.2%}"]
-            cells += [f"{100 * (cer - exact):+.2f}" for cer in others]
-            cells += [row["differs"][kind] for kind in FORMATS[1:]]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+        for way in dict.fromkeys(row["read"] for row in run["rows"]):
+            rows = [row for row in run["rows"] if row["read"] == way]
+            groups = {f"{'over' if row['long'] else 'up to'} {found['longest']:g} s": [row] for row in rows}
+            for lengths, of in ({"all": rows} | groups).items():
+                characters = sum(row["characters"] for row in of)
+                exact, *others = (
+                    sum(row["characters"] * row["rates"][kind]["cer"] for row in of) / characters
+                    for kind in FORMATS
+                )
+                cells = [name, f"{way}, {lengths}", sum(row["recordings"] for row in of), characters]
+                cells += [f"{exact:.2%}", *(f"{100 * (cer - exact):+.2f}" for cer in others)]
+                cells += [sum(row["differs"][kind] for row in of) for kind in FORMATS[1:]]
+                lines.append(f"| {' | '.join(map(str, cells))} |")
     trained = [
         f"{name}: {run['steps']} steps, "
         + ", ".join(
@@ -429,6 +453,7 @@ def main(arguments=None):
     parser.add_argument(
         "--speech", type=Path, help="a folder of recordings with transcripts instead of the prompts"
     )
+    parser.add_argument("--out", type=Path, default=results.ROOT / "docs" / "plots" / "int8_peers.png")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
@@ -443,7 +468,11 @@ def main(arguments=None):
         return found | {part: values}
 
     blocks = {"peers": peers_block, "runs": runs_block}
-    return results.run(options, measured, lambda found: {part: blocks[part](found[part]) for part in found})
+    code = results.run(options, measured, lambda found: {part: blocks[part](found[part]) for part in found})
+    if code == 0 and not options.check and not options.runs:
+        peers = json.loads(options.results.read_text(encoding="utf-8"))["peers"]
+        files.write(options.out, png(figure(peers)))
+    return code
 
 
 def _measured(options):

@@ -16,9 +16,10 @@ PAGE = "\n".join(mark for name in ("peers", "runs") for mark in results.marks(na
 def test_a_tiny_model(tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("zipformer.modules.model", exc_type=ImportError)
-    page, file = tmp_path / "page.md", tmp_path / "found.json"
+    pytest.importorskip("matplotlib")
+    page, file, plot = tmp_path / "page.md", tmp_path / "found.json", tmp_path / "plot.png"
     page.write_text(PAGE)
-    files = ["--results", str(file), "--page", str(page)]
+    files = ["--results", str(file), "--page", str(page), "--out", str(plot)]
     shape = ["--size", "tiny", "--seconds", "1", "--threads", "1", "--calls", "1", "--rounds", "1"]
     names = ("upstream", "onnxruntime int8", "fastasr int8", "OpenVINO int8")
     assert int8_peers.main([*files, *shape, "--only", *names]) == 0
@@ -32,6 +33,7 @@ def test_a_tiny_model(tmp_path, capsys):
         assert rows[name]["rtf"] > 0
     assert rows["onnxruntime int8"]["file_mb"] < rows["upstream"]["file_mb"]
     assert "| fastasr int8 | " in page.read_text()
+    assert plot.read_bytes().startswith(b"\x89PNG")
     assert int8_peers.main([*files, "--check"]) == 0
     page.write_text(PAGE)
     assert int8_peers.main([*files, "--check"]) == 1
@@ -47,8 +49,12 @@ def test_the_table_of_runs():
         "differs": {"bf16": 0, "int8": 1},
     }
     weights = {kind: {"reduced": 9, "all": 10, "bytes": 0.27} for kind in ("bf16", "int8")}
-    runs = {"main": {"steps": 100, "weights": weights, "rows": [row]}}
+    short = row | {"long": False, "characters": 1000, "differs": {"bf16": 2, "int8": 0}}
+    short["rates"] = {"float32": {"cer": 0.2}, "bf16": {"cer": 0.205}, "int8": {"cer": 0.2}}
+    runs = {"main": {"steps": 100, "weights": weights, "rows": [short, row]}}
     text = int8_peers.runs_block({"longest": 20, "runs": runs, "environment": PLACE})
+    assert "| main | whole, all | 28 | 5000 | 24.00% | +0.10 | +0.04 | 2 | 1 |" in text
+    assert "| main | whole, up to 20 s | 14 | 1000 | 20.00% | +0.50 | +0.00 | 2 | 0 |" in text
     assert "| main | whole, over 20 s | 14 | 4000 | 25.00% | +0.00 | +0.05 | 0 | 1 |" in text
     assert (
         "main: 100 steps, 9 of 10 weights in bf16 (0.27 of float32's bytes), 9 of 10 weights in int8" in text

@@ -256,6 +256,22 @@ def test_swap_as_json(run):
     assert "times" not in found
 
 
+def test_swap_in_int8(run, monkeypatch):
+    result = run(*SMALL, "--weights", "int8", "--json", "--no-time")
+    (row,) = json.loads(result.stdout)["report"]["weights"]["rows"]
+    assert (row["path"], row["format"]) == ("linear", "float32")
+    assert "too small" in row["reason"]
+    monkeypatch.setattr("fastasr.swap.weights.SMALL", 0)
+    result = run(*SMALL, "--weights", "int8", "--reps", "1")
+    assert result.exit_code == 0, result.stderr
+    assert "1 of 1 weights in int8" in result.stdout
+    assert "the outputs change by" in result.stdout
+    assert "× as fast" in result.stdout
+    result = run(*SMALL, "--weights", "int4")
+    assert result.exit_code == 2
+    assert "expected None or one of bf16, int8, got 'int4'" in result.stderr
+
+
 def test_swap_takes_inputs_by_name(run):
     result = run(
         "swap", "models_for_cli:model", "--input", "models_for_cli:inputs_by_name", "--json", "--reps", "1"
