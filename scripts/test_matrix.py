@@ -101,10 +101,12 @@ def table() -> str:
         return "No rows yet: `make test-matrix` writes them."
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))
     newest = {(row["python"], row["torch"]): row for row in rows}
-    lines = ["| Python | torch | wheel | kernels | tests |", "|---|---|---|---|---|"]
+    lines = ["| Python | torch | wheel | kernels | tests | time |", "|---|---|---|---|---|---:|"]
     for row in newest.values():
         kernels = row["backend"] + (f": {row['reason']}" if row["reason"] else "")
-        lines.append(f"| {row['python']} | {row['torch']} | {row['wheel']} | {kernels} | {row['tests']} |")
+        cells = (row["python"], row["torch"], row["wheel"], kernels, row["tests"])
+        minutes = f"{row['seconds'] / 60:.0f} min" if "seconds" in row else ""
+        lines.append(f"| {' | '.join(cells)} | {minutes} |")
     return "\n".join(lines)
 
 
