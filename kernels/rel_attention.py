@@ -10,7 +10,8 @@ Per score, with d channels of q and e of v:
 
     kernel      program                           FLOPs
     forward     BLOCK queries x columns of v      2 (2 d + columns), a running maximum
-    statistics  BLOCK queries                     2 (2 d + e)
+    delta       BLOCK rows of y, 16 bits          2 e / keys; see below
+    statistics  BLOCK queries, float32            2 (2 d + e)
     queries     BLOCK queries x channels of q     2 (2 d + e) + 2 channels
     keys        BLOCK keys x channels of k, v     2 (3 d + e + channels + columns)
     offsets     BLOCK queries x channels          2 channels; of a piece of dS, which ``queries`` left by offset
@@ -20,8 +21,9 @@ Per score, with d channels of q and e of v:
 
 Scores by offset are products of tensor cores with a band of R; in registers a rotation of rows makes them scores by key
 (_relative_shift.py). A walk along the keys is one along the band: each tile needs one new piece of it; ``keys`` meets
-other queries in each tile and multiplies two. Weights are e^(s - lse), lse the log-sum-exp that the forward pass kept;
-their sum, which rounding of lse moves from 1, divides them, so that rows of dS add up to zero: ``statistics`` finds it
+other queries in each tile and multiplies two. Weights are e^(s - lse), lse the log-sum-exp that the forward pass kept.
+In 16 bits delta is y . G, which costs no sweep over the keys. float32 keeps more digits than y holds: there weights are
+divided by their sum, which rounding of lse moves from 1, so that rows of dS add up to zero, and ``statistics`` finds it
 and delta. (In one kernel with ``queries`` what either sweep needs is alive in both, and spills.) Rows are worked on in
 pieces of PIECE_BYTES of dS, as in zipformer_attention.py: memory is O(T), and dR is summed in their order. What a
 program does depends on the shape and the generation of the GPU alone: results repeat bit for bit, without atomics.
@@ -255,59 +257,58 @@ def _tile(
     return scores, slope, upper
 
 
+@triton.jit(do_not_specialize=["rows", "frames", "heads"])
+def delta_kernel(
+    G, Y, DELTA, rows, frames, heads, VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Writes the sums of G y over the columns, of a block of rows (sequence, frame, head) of both."""
+    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = r < rows
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, VALUE_DIM, BLOCK_V):
+        c = first + tl.arange(0, BLOCK_V)
+        g = load_rows(G, r, VALUE_DIM, c, keep, VALUE_DIM).to(tl.float32)  # [BLOCK, BLOCK_V]
+        total += tl.sum(g * load_rows(Y, r, VALUE_DIM, c, keep, VALUE_DIM).to(tl.float32), axis=1)
+    sequence, frame, head = r // (frames * heads), r // heads % frames, r % heads
+    tl.store(DELTA + (sequence * heads + head) * frames + frame, total, mask=keep)
+
+
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def statistics_kernel(
     G, Q, K, V, POS, U, W, PADDING, MASK, SEED, LSE, INVERSE, DELTA,
     frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch, g_batch,
     mask_batch, threshold, scale, factor, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Writes 1 / sum of the weights and delta of a block of queries."""
-    PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
-    SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
+    """Writes 1 / sum of the weights and delta of a block of queries of float32."""
     sizes = frames, keys, chunk, left, right
     head, sequence, block = place(tl.program_id(0), blocks, batch)
-    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    lanes = tl.arange(0, BLOCK)
+    i = block * BLOCK + lanes
     keep_i = i < frames
     tensors = _of_head(Q, K, V, POS, U, W, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
     masks = (PADDING, MASK, sequence, mask_batch)
     G += sequence * g_batch + head * VALUE_DIM
-    content, position, g = _rows(
-        tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V
-    )
+    held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
     row = (sequence * heads + head) * frames + i
     words = row_words(SEED, row)
     lse = tl.load(LSE + row, mask=keep_i, other=float("inf"))
-    base = frames - (block + 1) * BLOCK_M
-    begin, end = _keys_seen(block * BLOCK_M, (block + 1) * BLOCK_M - 1, sizes, BLOCK_N, WINDOW)
-    first = _band(position, tensors, i, q_time, keep_i, base + begin, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
-    second = first
-    if BLOCK_M > BLOCK_N:
-        second = _band(
-            position, tensors, i, q_time, keep_i, base + begin + BLOCK_N, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D
+    base = frames - (block + 1) * BLOCK
+    begin, end = _keys_seen(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK, WINDOW)
+    lower = _band(held[1], tensors, i, q_time, keep_i, base + begin, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
+    total = tl.zeros([BLOCK], tl.float64)
+    along = tl.zeros([BLOCK], tl.float64)
+    for start in range(begin, end, BLOCK):
+        j = start + lanes
+        key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK, BLOCK_D]
+        scores, slope, lower = _tile(
+            lower, held, key, tensors, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes, scale,
+            DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
-    total = tl.zeros([BLOCK_M], SUM)
-    along = tl.zeros([BLOCK_M], SUM)
-    for start in range(begin, end, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        third = _band(
-            position, tensors, i, q_time, keep_i, base + start + BLOCK_M, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D
-        )  # fmt: skip
-        if BLOCK_M == BLOCK_N:
-            second = third
-        key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK_N, BLOCK_D]
-        scores = _scores(
-            first, second, third, content, key, tensors, masks, i, q_time, keep_i, j, sizes, scale,
-            DIM, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW,
-        )  # fmt: skip
-        first, second = moved(first, second, third, BLOCK_M, BLOCK_N)
-        slope = slopes_of(
-            g, G, tensors[2], i, j, keep_i, j < keys, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V
-        )
         slope = dropped(slope, SEED, words, j, threshold, factor)
-        e = exp_nonpositive(scores - lse[:, None], PRECISE)
-        total += sums(e, 1, PRECISE)
-        along += sums(e * slope, 1, PRECISE)
+        e = exp_nonpositive(scores - lse[:, None], True)
+        total += sums(e, 1, True)
+        along += sums(e * slope, 1, True)
     total = tl.where(total == 0.0, 1.0, total)
     tl.store(INVERSE + row, tl.div_rn(1.0, total.to(tl.float32)), mask=keep_i)
     tl.store(DELTA + row, (along / total).to(tl.float32), mask=keep_i)
@@ -559,26 +560,14 @@ def tiles(
         square = inner = square | halves | {"BLOCK_V": min(64, columns)}
     else:
         inner = square | ({"num_warps": 8} if wide or dim > 128 else {})
-    # 64 rows: each of four warps has 16 of them in a product, and computes those of fewer rows again. float32 finds the
-    # scores of ``queries`` to the last bit with square tiles, so that rows of dS add up to zero.
-    statistics = {name: value for name, value in square.items() if name != "BLOCK"}
-    statistics |= {"BLOCK_M": block, "BLOCK_N": block}
-    if not wide and dim <= square["BLOCK_D"]:
-        if hiding and generation == 80:  # 64 rows spill, two warps have 16 of 32 each, one stage with dropout
-            statistics |= {"num_warps": 2, "num_stages": 1 if dropping else 2}
-        elif hiding and generation != 120:
-            statistics |= {"BLOCK_M": 64, "num_stages": 1}
-        elif not hiding:
-            statistics |= {"BLOCK_M": 64, "num_stages": 1 if dropping and generation == 120 else 3}
-        if generation == 90 and not (hiding or dropping):
-            statistics["maxnreg"] = 168  # of 176, so that three programs are resident, not two
     products = common | {"BLOCK": 32, "num_stages": 3}  # blocks of dS as ``queries`` stores them
     crowded = {"num_stages": 1} if hiding and dropping else {}  # loads ahead would spill
     # two warps have 8 columns each of 16 x 16; four compute all of them twice
     two = {"num_warps": 2} if rounded(dtype) else {}
     return {
         "forward": forward | crowded | two,
-        "statistics": statistics | two,
+        "delta": {"BLOCK": 32, "BLOCK_V": columns, "num_warps": 4},
+        "statistics": square | two,  # those of ``queries`` to the last bit, so that rows of dS add up to zero
         "queries": inner | {"BLOCK": 32},
         "keys": square | {"num_stages": 1} | two if wide else inner | crowded,
         "offsets": products,
@@ -696,11 +685,17 @@ def rel_attention_backward(
         dropout_seed if dropout_p else None, lse,
     )  # fmt: skip
     inverse, delta = torch.empty_like(lse), torch.empty_like(lse)
-    blocks = triton.cdiv(frames, shapes["statistics"]["BLOCK_M"])
-    launch(statistics_kernel, (pairs * blocks,),
-        *operands, inverse, delta, *sizes, batch, blocks, heads, *strides, *last,
-        **constants, **shapes["statistics"],
-    )  # fmt: skip
+    if q.dtype == torch.float32:
+        blocks = triton.cdiv(frames, shapes["statistics"]["BLOCK"])
+        launch(statistics_kernel, (pairs * blocks,),
+            *operands, inverse, delta, *sizes, batch, blocks, heads, *strides, *last,
+            **constants, **shapes["statistics"],
+        )  # fmt: skip
+    else:
+        inverse.fill_(1.0)
+        launch(delta_kernel, (triton.cdiv(lse.numel(), shapes["delta"]["BLOCK"]),),
+            grad, out, delta, lse.numel(), frames, heads, VALUE_DIM=v.shape[3], **shapes["delta"],
+        )  # fmt: skip
     operands = *operands, inverse, delta
     content = torch.empty_like(q, dtype=torch.float32)
 

@@ -37,9 +37,9 @@ from fastasr.kernels._launch import dot_options, generation, launch
 from fastasr.kernels._weights_dropout import constants, dropped, row_words
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 128 << 20
 HIDDEN = {"BLOCK_R": 4, "BLOCK_C": 256, "num_warps": 4}
-FRAME = {"BLOCK_C": 512, "num_warps": 4}
+FRAME = {"BLOCK_R": 8, "BLOCK_C": 128, "num_warps": 4}
 CONTEXT = {"BLOCK_T": 16, "BLOCK_C": 128, "num_warps": 4}
 NORMALISE = {"BLOCK_M": 32, "num_warps": 4}
 # `scores`: few blocks of rows share out the outputs, at most so often, up to about so many programs
@@ -238,31 +238,34 @@ def logits_gradient_kernel(
 @triton.jit(do_not_specialize=[*SIZES, "threshold"])
 def frame_gradient_kernel(
     AM, LM, STARTS, SYMBOLS, BOUNDARY, SEED, DHIDDEN, DAM, first, rows, frames, length, s_range, D, threshold, factor,
-    ACTIVATION: tl.constexpr, PRECISE: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Writes da over dh, in place, and dam, of a frame."""
+    """Writes da over dh, in place, and dam, of a frame, whose rows pass through in blocks: one by one, each would wait
+    for its loads.
+    """
     tiles = tl.cdiv(D, BLOCK_C)
     place = (tl.program_id(0) // tiles).to(tl.int64)
     c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     in_row = c < D
     total = tl.zeros([BLOCK_C], tl.float32)
     a = tl.load(AM + (first // s_range + place) * D + c, mask=in_row, other=0.0).to(tl.float32)
-    for r in range(0, s_range):
+    for start in range(0, s_range, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
         local = place * s_range + r
-        row = first + local + tl.zeros([1], tl.int64)
+        row = first + local
         _frame, context, inside, _ = locate(row, STARTS, SYMBOLS, BOUNDARY, rows, frames, length, s_range, 1)
-        keep = in_row & inside  # [BLOCK_C]
-        b = tl.load(LM + context * D + c, mask=keep, other=0.0).to(tl.float32)
-        d = tl.load(DHIDDEN + local * D + c, mask=keep, other=0.0)
-        if SEED is not None:
-            d = tl.sum(dropped(d[None, :], SEED, row_words(SEED, row), c, threshold, factor), axis=0)
-        h, slope = activate_with_slope(a + b, ACTIVATION, PRECISE)
+        own = (r < s_range)[:, None] & in_row[None, :]  # [BLOCK_R, BLOCK_C]
+        keep = own & inside[:, None]
+        b = tl.load(LM + context[:, None] * D + c[None, :], mask=keep, other=0.0).to(tl.float32)
+        d = tl.load(DHIDDEN + local[:, None] * D + c[None, :], mask=keep, other=0.0)
+        d = dropped(d, SEED, row_words(SEED, row), c, threshold, factor)
+        h, slope = activate_with_slope(a[None, :] + b, ACTIVATION, PRECISE)
         if ACTIVATION == TANH:
             # rounded once; a sum over outputs does not show the digits that cancel near 0
             slope = tl.fma(-h, h, 1.0)
         da = tl.where(keep, d * slope, 0.0)
-        tl.store(DHIDDEN + local * D + c, da, mask=in_row)
-        total += da
+        tl.store(DHIDDEN + local[:, None] * D + c[None, :], da, mask=own)
+        total += tl.sum(da, axis=0)
     tl.store(DAM + (first // s_range + place) * D + c, total.to(DAM.dtype.element_ty), mask=in_row)
 
 
@@ -295,15 +298,21 @@ def context_gradient_kernel(
 
 
 # --------------------------------------------------------------------------- launchers
-def tiles(d: int, dtype: torch.dtype, generation: int) -> dict[str, int]:
-    """Returns tile shape, warps and stages of the two kernels that multiply (tests/kernels/budgets.toml:
-    no spills; 128 rows spill on capability 12.0).
+def tiles(d: int, dtype: torch.dtype, generation: int) -> dict[str, dict[str, int]]:
+    """Returns tile shape, warps and stages of the two kernels that multiply (tests/kernels/budgets.toml: no spills; 128
+    rows spill on capability 12.0). On 9.0, 256 outputs at once read a quarter less from the second-level cache: for
+    30,832 rows of 640 channels and 8,193 outputs, ``scores`` is predicted to take 816 us on an H100 in place of 1,116.
+    ``logits_gradient`` would spill.
     """
     wide = dtype == torch.float32
-    block_k = min(16 if wide else 64, max(16, triton.next_power_of_2(d)))
+    size = max(16, triton.next_power_of_2(d))
     rows = 64 if wide or generation == 120 else 128
-    blocks = {"BLOCK_M": rows, "BLOCK_N": 32 if wide else 128}
-    return blocks | {"BLOCK_K": block_k, "num_warps": 8, "num_stages": 2 if wide else 3} | dot_options(dtype)
+    found = {"BLOCK_M": rows, "BLOCK_N": 32 if wide else 128, "BLOCK_K": min(16 if wide else 64, size)}
+    found |= {"num_warps": 8, "num_stages": 2 if wide else 3} | dot_options(dtype)
+    scores = found
+    if generation == 90 and not wide:
+        scores = found | {"BLOCK_N": 256, "BLOCK_K": min(32, size), "num_stages": 4}
+    return {"scores": scores, "logits_gradient": found}
 
 
 class _Plan:
@@ -328,6 +337,7 @@ class _Plan:
     ):
         self.am, self.lm, self.weight = am.contiguous(), lm.contiguous(), weight.contiguous()
         self.bias = None if bias is None else bias.contiguous()
+        self.outputs = self.weight  # tokens and durations
         self.v, self.durations = weight.shape[0] - durations, durations
         if durations:
             self.weight, self.duration_weight = self.weight.split((self.v, durations))
@@ -343,7 +353,8 @@ class _Plan:
         self.batch, self.frames, self.d = am.shape
         self.length, self.s_range = symbols.shape[1], s_range
         self.blank, self.activation, self.hat = blank, activation, hat
-        self.tiles = tiles(self.d, weight.dtype, generation(weight))
+        shapes = tiles(self.d, weight.dtype, generation(weight))
+        self.scores, self.logits_gradient = shapes["scores"], shapes["logits_gradient"]
         self.width = triton.cdiv(self.d, 16) * 16  # row width of h and of this weight: loads of 128 bits
         more = self.width - self.d
         self.padded = torch.nn.functional.pad(self.weight, (0, more)) if more else self.weight
@@ -358,11 +369,11 @@ class _Plan:
         return first, end, self.frames, self.length, self.s_range
 
     def blocks(self, count: int) -> int:
-        return triton.cdiv(count, self.tiles["BLOCK_M"])
+        return triton.cdiv(count, self.scores["BLOCK_M"])
 
     def share(self, count: int) -> int:
         """Returns the outputs of a program of `scores`: all, or fewer where blocks of rows alone leave a GPU idle."""
-        block = self.tiles["BLOCK_N"]
+        block = self.scores["BLOCK_N"]
         shares = max(1, min(MAX_SHARES, PROGRAMS // self.blocks(count)))
         return triton.cdiv(triton.cdiv(self.v, block), shares) * block
 
@@ -380,15 +391,15 @@ class _Plan:
         logits = _product(hidden[:, : self.d], self.duration_weight.t())
         return (logits if self.duration_bias is None else logits + self.duration_bias).log_softmax(1)
 
-    def outside(self, first: int, end: int) -> torch.Tensor | None:
-        """Says for rows [first, end) of a whole lattice whether they are outside the boundary."""
+    def hide(self, durations: torch.Tensor, value: float) -> torch.Tensor:
+        """Returns numbers (rows of the whole lattice, durations) with ``value`` outside the boundary."""
         if self.band[2] is None:
-            return None
-        row = torch.arange(first, end, device=self.am.device)
-        frame, s = row // self.s_range, row % self.s_range
-        t = frame % self.frames
-        s_begin, t_begin, s_end, t_end = self.band[2][frame // self.frames].unbind(1)
-        return (s < s_begin) | (s > s_end) | (t < t_begin) | (t >= t_end)
+            return durations
+        s_begin, t_begin, s_end, t_end = self.band[2][:, :, None, None].unbind(1)
+        s = torch.arange(self.s_range, device=self.am.device)
+        t = torch.arange(self.frames, device=self.am.device)[:, None]
+        outside = (s < s_begin) | (s > s_end) | (t < t_begin) | (t >= t_end)  # (batch, frames, s_range)
+        return durations.masked_fill(outside.reshape(-1, 1), value)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -416,17 +427,16 @@ def rnnt_joiner_forward(
         hidden = p.hidden(first, end)
         launch(scores_kernel, (blocks, shares),
             hidden, p.padded, p.bias, *p.band, parts,
-            *p.sizes(first, end), p.width, p.v, blank, share, HAT=hat, **p.tiles,
+            *p.sizes(first, end), p.width, p.v, blank, share, HAT=hat, **p.scores,
         )  # fmt: skip
         launch(normalise_kernel, (triton.cdiv(end - first, NORMALISE["BLOCK_M"]),),
             parts, *p.band, px, py, normaliser, *p.sizes(first, end), p.v, blank, shares,
             HAT=hat, BLOCK_S=triton.next_power_of_2(shares), **NORMALISE,
         )  # fmt: skip
         if durations:
-            found, outside = p.duration_logprobs(hidden), p.outside(first, end)
-            if outside is not None:
-                found = found.masked_fill(outside[:, None], -torch.inf)
-            pd.view(-1, durations)[first:end] = found
+            pd.view(-1, durations)[first:end] = p.duration_logprobs(hidden)
+    if durations:
+        pd = p.hide(pd.view(-1, durations), -torch.inf).view(pd.shape)
     return px, py, pd, normaliser, None
 
 
@@ -440,45 +450,36 @@ def rnnt_joiner_backward(
     gx, gy = grad_symbol.contiguous(), grad_blank.contiguous()
     dam = torch.zeros(am.shape, dtype=am.dtype, device=am.device)
     dlm = torch.zeros(lm.shape, dtype=torch.float32, device=am.device)
-    dweight = torch.zeros(weight.shape, dtype=torch.float32, device=am.device) if durations else None
-    dbias = torch.zeros(weight.shape[0], dtype=torch.float64, device=am.device)
-    stride = triton.cdiv(p.v, 16) * 16
+    dweight, outputs = None, weight.shape[0]
+    dbias = torch.zeros(outputs, dtype=torch.float64, device=am.device)
+    stride = triton.cdiv(outputs, 16) * 16
     size = weight.element_size()
     sum_dtype = torch.float64 if weight.dtype is torch.float32 else torch.float32
+    gz = p.hide(grad_durations.reshape(-1, durations).float(), 0.0) if durations else None
     # a backward inside autocast would take float32 products in 16 bits
     with torch.autocast(am.device.type, enabled=False):
         for first, end in p.chunks(stride * size + p.width * (size + 4)):
             hidden, count, blocks = p.hidden(first, end), end - first, p.blocks(end - first)
             dlogits = weight.new_empty(count, stride)
             parts = torch.empty(blocks, p.v, dtype=sum_dtype, device=am.device)
-            launch(logits_gradient_kernel, (blocks * triton.cdiv(p.v, p.tiles["BLOCK_N"]),),
+            launch(logits_gradient_kernel, (blocks * triton.cdiv(p.v, p.logits_gradient["BLOCK_N"]),),
                 hidden, p.padded, p.bias, *p.band, gx, gy, normaliser, dlogits, parts,
-                *p.sizes(first, end), p.width, p.v, stride, blank, HAT=hat, **p.tiles,
+                *p.sizes(first, end), p.width, p.v, stride, blank, HAT=hat, **p.logits_gradient,
             )  # fmt: skip
-            dlogits = dlogits[:, : p.v]
+            dlogits = dlogits[:, :outputs]
+            if durations:
+                found = torch.ops.aten._log_softmax_backward_data(
+                    gz[first:end], p.duration_logprobs(hidden), 1, torch.float32
+                )
+                dlogits[:, p.v :].copy_(found)
+                dbias[p.v :].add_(found.sum(0, dtype=torch.float64))
             if needs[2]:
                 product = _product(dlogits.t(), hidden[:, : p.d])
-                if durations:
-                    dweight[: p.v] += product
-                else:
-                    dweight = product if dweight is None else dweight.add_(product)
+                dweight = product if dweight is None else dweight.add_(product)
             if needs[3]:
-                dbias[: p.v] += parts.sum(0, dtype=torch.float64)
-            if durations:
-                grad, outside = (
-                    grad_durations.reshape(-1, durations)[first:end].float(),
-                    p.outside(first, end),
-                )
-                if outside is not None:
-                    grad = grad.masked_fill(outside[:, None], 0.0)
-                grad = grad - p.duration_logprobs(hidden).exp() * grad.sum(1, keepdim=True)
-                dweight[p.v :] += grad.t() @ hidden[:, : p.d].float()
-                dbias[p.v :] += grad.sum(0, dtype=torch.float64)
+                dbias[: p.v].add_(parts.sum(0, dtype=torch.float64))
             if p.d and (needs[0] or needs[1]):
-                dhidden = _product(dlogits, p.weight)
-                if durations:
-                    dhidden.addmm_(grad, p.duration_weight.float())
-                _hidden_gradient(p, dhidden, first, end, dam, dlm)
+                _hidden_gradient(p, _product(dlogits, p.outputs), first, end, dam, dlm)
     dweight = torch.zeros_like(weight) if dweight is None else dweight.to(weight.dtype)
     db = weight.new_empty(0) if bias is None else dbias.to(bias.dtype)
     return dam, dlm.to(lm.dtype), dweight, db

@@ -588,7 +588,6 @@ def _rel_attention(generation: int):
         shapes["biases"] = module.BIASES
         options = dict(shapes[name])
         warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
-        registers = options.pop("maxnreg", None)
         types = dict.fromkeys(like, element) | wide | masks
         types |= {"PARTS": "fp64" if element == "fp32" else "fp32"}
         words = (("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout"))
@@ -602,10 +601,15 @@ def _rel_attention(generation: int):
             strides,
             ("scale", "factor"),
             stages,
-            registers,
         )
 
-    for name in ("forward", "statistics", "queries", "keys"):
+    for value in (64, 100):
+        yield configuration("delta", "" if value == 64 else "odd sizes", "bf16", value=value)
+    for dtype in PRODUCTS:
+        for label in ("padding, mask", "padding, dropout", "padding, context"):
+            if dtype != "bf16" and (dtype != "tf32" or "mask" in label):
+                yield configuration("statistics", label, dtype)
+    for name in ("forward", "queries", "keys"):
         yield configuration(name, "padding", "bf16")
         for dtype in PRODUCTS:
             yield configuration(name, "padding, mask", dtype)
@@ -645,7 +649,7 @@ def _rnnt_joiner(generation: int):
 
     def configuration(name: str, label: str, dtype: str, d: int = 512, **constants):
         with _setting(dtype) as torch_dtype:
-            options = dict(extra[name] if name in extra else module.tiles(d, torch_dtype, generation))
+            options = dict((extra | module.tiles(d, torch_dtype, generation))[name])
         warps, stages, element = options.pop("num_warps"), options.pop("num_stages", 3), _element(dtype)
         precise = {"PRECISE": element == "fp32"} if name == "frame_gradient" else {}
         return Configuration(

@@ -66,8 +66,9 @@ class Recorder(TorchDispatchMode):
         self.kept: list[torch.Tensor] = []  # so that no storage is named twice
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        if function is torch.ops.aten.mm.dtype:  # the CPU has none
-            result = torch.mm(*(a.to(arguments[2]) for a in arguments[:2]))
+        if function is torch.ops.aten.mm.dtype:  # the CPU has none, and nobody reads the numbers
+            a, b, dtype = arguments
+            result = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
         else:
             result = function(*arguments, **(options or {}))
         name = function._schema.name.removeprefix("aten::")

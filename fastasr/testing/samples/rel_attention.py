@@ -334,5 +334,6 @@ def sized(frames: int, batch: int) -> Case:
 CASES = (_case(400, 4), _case(1500, 1), _chunks(1500, 1))
 ON_DEVICE = (_case(400, BATCH), _case(FRAMES, BATCH), _chunks(FRAMES, BATCH))
 WATCH = (
-    "scores by offset shifted by `tl.gather` in registers; dropout by a hash; heads of up to 128; contexts"
+    "scores by offset shifted by `tl.gather` in registers; dropout by a hash; heads of up to 128; contexts; "
+    "delta from y in 16 bits"
 )

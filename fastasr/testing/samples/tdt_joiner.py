@@ -123,4 +123,4 @@ def sized(frames: int, batch: int) -> Case:
 
 CASES = (_case(4, 188, 40, 640, 8193), _case(1, 20, 5, 64, 30))
 ON_DEVICE = CASES[:1]
-WATCH = "the products of the durations in float32; dropout by a hash"
+WATCH = "the gradients of the durations beside those of the tokens; dropout by a hash"
