@@ -21,6 +21,7 @@ from fastasr.decoding.ctc_prefix_beam_search import CtcPrefixBeamSearch, ctc_pre
 from fastasr.decoding.encoders import ChunkEncoder, encode
 from fastasr.decoding.greedy_search import GreedySearch, greedy_search
 from fastasr.decoding.modified_beam_search import ModifiedBeamSearch, modified_beam_search
+from fastasr.decoding.parakeet_generate import parakeet_generate
 from fastasr.decoding.results import Decoded
 from fastasr.decoding.rnnt_beam_search import RNNTBeamSearch
 
@@ -39,6 +40,7 @@ __all__ = [
     "greedy_search",
     "join_states",
     "modified_beam_search",
+    "parakeet_generate",
     "split_state",
 ]
 

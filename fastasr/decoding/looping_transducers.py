@@ -160,12 +160,13 @@ class EmformerRNNT(LoopingTransducer):
 
 
 class Parakeet(LoopingTransducer):
-    """transformers' ParakeetForRNNT and ParakeetForTDT."""
+    """transformers' ParakeetForRNNT and ParakeetForTDT, and our FastConformerRNNT and FastConformerTDT."""
 
     def __init__(self, model):
         super().__init__(model)
-        self.blank_id = model.config.blank_token_id
-        self.durations = tuple(getattr(model.config, "durations", ()))
+        config = getattr(model, "config", model)  # ours is its own
+        self.blank_id = config.blank_token_id
+        self.durations = tuple(getattr(config, "durations", ()))
         self.most_symbols = model.max_symbols_per_step
 
     def parts(self):

@@ -15,6 +15,7 @@ from fastasr.ops._dispatch import forced_backend
 from fastasr.rnnt import _arguments as arguments
 from fastasr.rnnt import _check, logits_losses, logprobs
 from fastasr.rnnt import rows as row_ops
+from fastasr.rnnt.joiner import joiner_loss
 
 REDUCTIONS = ("mean_volume", "mean_batch", "mean", "sum", "none")
 
@@ -65,6 +66,15 @@ def rnnt_losses(
         raise ValueError(f"fastasr.{op}: {expected}, got strides {logits.stride()}")
     options = clamp, fused_log_softmax, in_place and not torch.compiler.is_compiling()
     return logits_losses.losses(logits, rows, limits, blank, factor, *options)
+
+
+def joiner_losses(
+    am, lm, weight, bias, targets, logit_lengths, target_lengths, blank: int, **options
+) -> Tensor:
+    """Returns the losses (B,) of ``joiner_loss``, which takes the other arguments, for targets (B, U)."""
+    shape = *am.shape[:2], targets.shape[1]
+    limits = boundary("rnnt.joiner_loss", logit_lengths, target_lengths, *shape, lm)
+    return joiner_loss(am, lm, weight, bias, targets, blank, limits, reduction="none", **options)
 
 
 def reduced(op: str, loss: Tensor, target_lengths: Tensor, reduction: str) -> Tensor:

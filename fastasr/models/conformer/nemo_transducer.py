@@ -7,7 +7,7 @@ from torch import nn
 
 from fastasr.models.common.attention_dropout import as_upstream
 from fastasr.models.common.inference import any_hooked
-from fastasr.rnnt import joiner_loss, lengths, tdt_joiner_loss, tdt_loss
+from fastasr.rnnt import lengths, tdt_joiner_loss, tdt_loss
 
 LOSSES = ("RNNTLossNumba", "RNNTLossPytorch", "TDTLossNumba", "TDTLossPytorch")
 ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh"}
@@ -91,17 +91,16 @@ def _of_part(self, am, lm, targets, frames, symbols):
     """Returns the losses (B,) of projected outputs of the encoder and the prediction network."""
     core, head = self.loss._loss, self.joint_net[-1]
     options = {"activation": ACTIVATIONS[type(self.joint_net[0])], "dropout_p": _dropout(self)}
-    options |= {"reduction": "none"} | _fastemit(core)
+    options |= _fastemit(core)
     if _has_durations(core):
         of_durations = core.blank, core.durations, core.sigma
         losses = tdt_joiner_loss(
-            am, lm, head.weight, head.bias, targets, frames, symbols, *of_durations, **options
+            am, lm, head.weight, head.bias, targets, frames, symbols, *of_durations, "none", **options
         )
     else:
-        limits = lengths.boundary("rnnt.joiner_loss", frames, symbols, *am.shape[:2], targets.shape[1], am)
         tokens = slice(core.blank + 1)
         weight, bias = head.weight[tokens], head.bias[tokens]
-        losses = joiner_loss(am, lm, weight, bias, targets, core.blank, limits, **options)
+        losses = lengths.joiner_losses(am, lm, weight, bias, targets, frames, symbols, core.blank, **options)
     return _scaled(core, losses)
 
 

@@ -10,6 +10,7 @@ from fastasr.models.fast_conformer.encoder import FastConformerCTC, FastConforme
 from fastasr.models.fast_conformer.feed_forward import FastConformerFeedForward
 from fastasr.models.fast_conformer.positions import FastConformerPositions
 from fastasr.models.fast_conformer.subsampling import FastConformerSubsampling
+from fastasr.models.fast_conformer.transducer import FastConformerRNNT, FastConformerTDT
 
 __all__ = [
     "FastConformerAttention",
@@ -19,5 +20,7 @@ __all__ = [
     "FastConformerEncoder",
     "FastConformerFeedForward",
     "FastConformerPositions",
+    "FastConformerRNNT",
     "FastConformerSubsampling",
+    "FastConformerTDT",
 ]

@@ -3,15 +3,14 @@
 (transformers/models/parakeet): plain greedy search of float32 models on the CPU runs as one native call after the
 encoder, and a forward with labels computes the loss without logits.
 
-``sequences`` and ``durations`` are upstream's, with what is peculiar to them: TDT moves by the index of the duration
-and has no limit of labels per frame, ended sequences go on until all have ended, and the length limit counts blanks.
-Whatever else ``generate`` is asked for runs upstream's loop.
+``sequences`` and ``durations`` are upstream's, see ``fastasr.decoding.parakeet_generate``. Whatever else ``generate``
+is asked for runs upstream's loop.
 """
 
 import torch
 
-from fastasr.decoding.label_looping import TOKENS, Rules
 from fastasr.decoding.looping_transducers import Parakeet, Unserved, forget
+from fastasr.decoding.parakeet_generate import steps_of_generate
 from fastasr.models.common.inference import any_hooked
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child, upstream_class
 from fastasr.swap.rules.transformers_parakeet_loss import serves, shared, with_loss
@@ -58,18 +57,9 @@ def _steps(self, input_ids, logits_processor, stopping_criteria, generation_conf
         return upstream_class(self)._sample(
             self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
         )
-    durations = looping.weights.durations
-    rules = Rules(
-        blank=self.config.blank_token_id,
-        durations=tuple(range(durations)),
-        most_symbols=0 if durations else self.max_symbols_per_step,
-        together=True,
-    )
-    state, counters = looping.start(len(input_ids), [rules.blank])
-    counters[:, TOKENS:] = input_ids
     frames, lengths = model_kwargs["encoder_outputs"].pooler_output, model_kwargs["encoder_valid_lengths"]
     most_steps = stopping_criteria.max_length - input_ids.shape[1]
-    steps = looping.search(frames, lengths, rules, state, counters, most_steps)
+    steps = steps_of_generate(Parakeet(self), looping, frames, lengths, input_ids, most_steps)
     self._step_durations.extend(steps.moves.unbind(1))
     return torch.cat((input_ids, steps.tokens), 1)
 

@@ -6,7 +6,7 @@ import sys
 import torch
 
 from fastasr.models.common.inference import any_hooked
-from fastasr.rnnt import joiner_loss, lengths, tdt_joiner_loss
+from fastasr.rnnt import lengths, tdt_joiner_loss
 from fastasr.swap.rule import upstream_class
 
 
@@ -25,11 +25,8 @@ def with_loss(model, features, mask, decoder_input_ids, encoder_outputs, labels,
         loss = tdt_joiner_loss(*call, ends, symbols, config.blank_token_id, config.durations, *options)
     else:
         symbols = (labels != config.blank_token_id).sum(-1)
-        limits = lengths.boundary(
-            "rnnt.joiner_loss", ends, symbols, *call[0].shape[:2], labels.shape[1], contexts
-        )
-        options = {"reduction": "none", "activation": config.hidden_act}
-        losses = joiner_loss(*call, config.blank_token_id, limits, **options)
+        call = *call, ends, symbols, config.blank_token_id
+        losses = lengths.joiner_losses(*call, activation=config.hidden_act)
         loss = lengths.reduced("rnnt.joiner_loss", losses, symbols, kwargs.get("reduction", "mean_volume"))
     kept = "last_hidden_state", "pooler_output", "hidden_states", "attentions"
     output = sys.modules[upstream_class(model).__module__].ParakeetRNNTOutput

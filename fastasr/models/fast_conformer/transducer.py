@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder with a transducer: RNN-T (Graves, 2012) or TDT (Xu et al., 2023), whose labels and blanks
+have durations. ``fastasr.decoding`` searches these models."""
+
+import torch
+import torch.nn.functional as F
+
+from fastasr.models.common import plumbing
+from fastasr.models.fast_conformer.encoder import FastConformerEncoder
+from fastasr.rnnt import lengths, tdt_joiner_loss
+
+ACTIVATIONS = {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh}
+
+
+class FastConformerPredictor(torch.nn.Module):
+    """The prediction network: tokens (B, U) -> (B, U, hidden)."""
+
+    def __init__(self, vocabulary, hidden, layers):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocabulary, hidden)
+        self.lstm = torch.nn.LSTM(hidden, hidden, layers, batch_first=True)
+        self.decoder_projector = torch.nn.Linear(hidden, hidden)
+
+    def forward(self, input_ids):
+        return plumbing.linear(self.decoder_projector, self.lstm(self.embedding(input_ids))[0])
+
+
+class FastConformerJoint(torch.nn.Module):
+    """The joint network: head(activation(sum of both))."""
+
+    def __init__(self, hidden, outputs, activation):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]()
+        self.head = torch.nn.Linear(hidden, outputs)
+
+    def forward(self, decoder_hidden_states, encoder_hidden_states):
+        return plumbing.linear(self.head, self.activation(encoder_hidden_states + decoder_hidden_states))
+
+
+class FastConformerRNNT(torch.nn.Module):
+    """Loads the state dicts of transformers' ``ParakeetForRNNT``.
+
+    Args:
+        encoder: a FastConformerEncoder.
+        vocabulary: the number of tokens, blank included.
+        hidden, layers: the width of prediction and joint network, and the LSTM's layers.
+        blank: the blank token; None: the last one.
+        activation: of the joint network: "relu" or "tanh".
+        max_symbols_per_step: labels on a frame after which greedy search moves on.
+    """
+
+    durations = ()
+
+    def __init__(
+        self,
+        encoder,
+        vocabulary,
+        hidden=640,
+        layers=2,
+        blank=None,
+        activation="relu",
+        max_symbols_per_step=10,
+    ):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"{type(self).__name__}: activation: expected relu or tanh, got {activation!r}")
+        self.blank_token_id = vocabulary - 1 if blank is None else blank
+        self.hidden_act, self.max_symbols_per_step = activation, max_symbols_per_step
+        self.encoder = encoder
+        self.encoder_projector = torch.nn.Linear(encoder.subsampling.linear.out_features, hidden)
+        self.decoder = FastConformerPredictor(vocabulary, hidden, layers)
+        self.joint = FastConformerJoint(hidden, vocabulary + len(self.durations), activation)
+
+    @classmethod
+    def from_config(cls, config):
+        """Returns a model of the sizes of a transformers ``ParakeetRNNTConfig``, or ``ParakeetTDTConfig`` for a TDT."""
+        more = {"durations": config.durations} if issubclass(cls, FastConformerTDT) else {}
+        return cls(
+            FastConformerEncoder.from_config(config.encoder_config),
+            config.vocab_size,
+            hidden=config.decoder_hidden_size,
+            layers=config.num_decoder_layers,
+            blank=config.blank_token_id,
+            activation=config.hidden_act,
+            max_symbols_per_step=config.max_symbols_per_step,
+            **more,
+        )
+
+    def forward(self, input_features, attention_mask=None, *, labels):
+        """Returns (logits (B, T, U + 1, outputs) for labels (B, U), mask (B, T) or None). A TDT's outputs are tokens,
+        then durations."""
+        frames, mask, contexts = self._joined(input_features, attention_mask, labels)
+        return self.joint(contexts.unsqueeze(1), frames.unsqueeze(2)), mask
+
+    def loss(
+        self, input_features, attention_mask=None, *, labels, label_lengths=None, reduction="mean_volume"
+    ):
+        """Returns the loss of labels (B, U), of which ``label_lengths`` (B,) count, without logits.
+
+        Args:
+            label_lengths: None: all labels count. Behind its end a sequence may hold any tokens.
+            reduction: transformers': mean_volume, mean_batch, mean, sum or none.
+        """
+        call, symbols = self._call(input_features, attention_mask, labels, label_lengths)
+        losses = lengths.joiner_losses(*call, self.blank_token_id, activation=self.hidden_act)
+        return lengths.reduced("rnnt.joiner_loss", losses, symbols, reduction)
+
+    def _joined(self, input_features, attention_mask, labels):
+        """Returns what the joint network adds, (B, T, hidden) and (B, U + 1, hidden), and the mask between."""
+        x, mask = self.encoder(input_features, attention_mask)
+        contexts = self.decoder(F.pad(labels, (1, 0), value=self.blank_token_id))
+        return plumbing.linear(self.encoder_projector, x), mask, contexts
+
+    def _call(self, input_features, attention_mask, labels, label_lengths):
+        """Returns the arguments that both losses begin with, and the number of labels of each sequence."""
+        frames, mask, contexts = self._joined(input_features, attention_mask, labels)
+        ends = labels.new_full((len(labels),), frames.shape[1]) if mask is None else mask.sum(-1)
+        symbols = labels.new_full((len(labels),), labels.shape[1]) if label_lengths is None else label_lengths
+        return (
+            frames,
+            contexts,
+            self.joint.head.weight,
+            self.joint.head.bias,
+            labels,
+            ends,
+            symbols,
+        ), symbols
+
+
+class FastConformerTDT(FastConformerRNNT):
+    """Loads the state dicts of transformers' ``ParakeetForTDT``. ``durations``: how many frames a label or a blank may
+    take."""
+
+    def __init__(self, encoder, vocabulary, *args, durations=(0, 1, 2, 3, 4), **kwargs):
+        self.durations = tuple(durations)
+        super().__init__(encoder, vocabulary, *args, **kwargs)
+
+    def loss(
+        self,
+        input_features,
+        attention_mask=None,
+        *,
+        labels,
+        label_lengths=None,
+        reduction="mean",
+        sigma=0.0,
+    ):
+        """Does the same for a TDT. ``sigma`` is subtracted from the tokens' log-probabilities, as transformers does."""
+        call, _ = self._call(input_features, attention_mask, labels, label_lengths)
+        return tdt_joiner_loss(
+            *call, self.blank_token_id, self.durations, sigma, reduction, activation=self.hidden_act
+        )
