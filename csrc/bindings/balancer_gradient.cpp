@@ -118,6 +118,6 @@ Tensor balancer_gradient(const Tensor& grad, const Tensor& x, double min_mean, d
 FASTASR_OPERATORS(
     {"balancer_gradient(Tensor grad, Tensor x, float min_mean, float max_mean, float min_rms, float max_rms, float "
      "grad_scale) -> Tensor",
-     TORCH_BOX(&balancer_gradient)})
+     Boxed<balancer_gradient>::call})
 
 }  // namespace fastasr

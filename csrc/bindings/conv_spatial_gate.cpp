@@ -140,9 +140,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_spatial_gate_backward(
 FASTASR_OPERATORS(
     {"conv_spatial_gate_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias, Tensor? "
      "padding_mask, float eps, int activation) -> Tensor",
-     TORCH_BOX(&conv_spatial_gate_forward)},
+     Boxed<conv_spatial_gate_forward>::call},
     {"conv_spatial_gate_backward(Tensor grad, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? "
      "bias, Tensor? padding_mask, float eps, int activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-     TORCH_BOX(&conv_spatial_gate_backward)})
+     Boxed<conv_spatial_gate_backward>::call})
 
 }  // namespace fastasr

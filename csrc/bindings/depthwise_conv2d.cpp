@@ -95,9 +95,9 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad,
 }  // namespace
 
 FASTASR_OPERATORS({"depthwise_conv2d_forward(Tensor x, Tensor weight, Tensor? bias, int pad_t, int pad_f) -> Tensor",
-                   TORCH_BOX(&depthwise_conv2d_forward)},
+                   Boxed<depthwise_conv2d_forward>::call},
                   {"depthwise_conv2d_backward(Tensor grad, Tensor x, Tensor weight, int pad_t, int pad_f, bool need_x, "
                    "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
-                   TORCH_BOX(&depthwise_conv2d_backward)})
+                   Boxed<depthwise_conv2d_backward>::call})
 
 }  // namespace fastasr

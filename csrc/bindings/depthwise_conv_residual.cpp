@@ -79,8 +79,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv_residual_backward(const Tensor
 }  // namespace
 
 FASTASR_OPERATORS({"depthwise_conv_residual_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-                   TORCH_BOX(&depthwise_conv_residual_forward)},
+                   Boxed<depthwise_conv_residual_forward>::call},
                   {"depthwise_conv_residual_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)",
-                   TORCH_BOX(&depthwise_conv_residual_backward)})
+                   Boxed<depthwise_conv_residual_backward>::call})
 
 }  // namespace fastasr

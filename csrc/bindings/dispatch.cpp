@@ -94,6 +94,11 @@ void parallel_tasks(int64_t n, int64_t work, RangeFunction f) {
   parallel_range(n, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)), f);
 }
 
+void wrong_count(uint64_t arguments, uint64_t results) {
+  throw std::runtime_error("fastasr: a schema has " + std::to_string(arguments) + " arguments and " +
+                           std::to_string(results) + " results, its function others");
+}
+
 void define(Library& library, std::initializer_list<Operator> operators) {
   for (const Operator& o : operators) library.def(o.schema);
 }

@@ -13,7 +13,9 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/math/number.h"
@@ -170,7 +172,45 @@ void reduce_blocks(const C* parts, int64_t blocks, int64_t width, const Tensor& 
   });
 }
 
-// An operator of torch.ops.fastasr_cpu: its schema, which begins with its name, and TORCH_BOX(&function).
+// Raises an error: a schema has as many arguments or results.
+[[noreturn]] void wrong_count(uint64_t arguments, uint64_t results);
+
+// What torch's dispatcher calls in place of a function: it takes arguments from the stack and puts the results there.
+// TORCH_BOX does the same by way of tuples, which it copies: calls take longer, and so does the compiler.
+template <auto kFunction>
+struct Boxed;
+template <typename R, typename... A, R (*kFunction)(A...)>
+struct Boxed<kFunction> {
+  static void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
+    if (arguments != sizeof...(A) || results != count(static_cast<R*>(nullptr))) wrong_count(arguments, results);
+    on(stack, std::index_sequence_for<A...>());
+  }
+
+ private:
+  static constexpr uint64_t count(const void*) { return std::is_void_v<R> ? 0 : 1; }
+  template <typename... T>
+  static constexpr uint64_t count(const std::tuple<T...>*) {
+    return sizeof...(T);
+  }
+  template <size_t... I>
+  static void on([[maybe_unused]] StableIValue* stack, std::index_sequence<I...>) {
+    using torch::stable::detail::to;
+    if constexpr (std::is_void_v<R>)
+      kFunction(to<std::remove_cvref_t<A>>(stack[I])...);
+    else
+      put(stack, kFunction(to<std::remove_cvref_t<A>>(stack[I])...));
+  }
+  template <typename T>
+  static void put(StableIValue* stack, T&& result) {
+    *stack = torch::stable::detail::from(std::move(result));
+  }
+  template <typename... T>
+  static void put(StableIValue* stack, std::tuple<T...>&& results) {
+    std::apply([&](T&... result) { ((*stack++ = torch::stable::detail::from(std::move(result))), ...); }, results);
+  }
+};
+
+// An operator of torch.ops.fastasr_cpu: its schema, which begins with its name, and Boxed<function>::call.
 struct Operator {
   const char* schema;
   void (*boxed)(StableIValue*, uint64_t, uint64_t);

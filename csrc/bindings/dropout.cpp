@@ -129,9 +129,9 @@ Tensor dropout_windows(const Tensor& like, const Tensor& places, const Tensor& g
 
 FASTASR_OPERATORS(
     {"dropout_forward(Tensor x, Tensor? residual, Tensor(a!) generator, float p) -> (Tensor, Tensor)",
-     TORCH_BOX(&dropout_forward)},
-    {"dropout_backward(Tensor grad, Tensor keep, float p) -> Tensor", TORCH_BOX(&dropout_backward)},
+     Boxed<dropout_forward>::call},
+    {"dropout_backward(Tensor grad, Tensor keep, float p) -> Tensor", Boxed<dropout_backward>::call},
     {"dropout_windows(Tensor like, Tensor places, Tensor(a!) generator, int sequences, int keys, float p) -> Tensor",
-     TORCH_BOX(&dropout_windows)})
+     Boxed<dropout_windows>::call})
 
 }  // namespace fastasr

@@ -174,13 +174,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 #define FASTASR_GRADIENTS "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 FASTASR_OPERATORS({"ema_scan_forward(" FASTASR_INPUTS ", bool need_state) -> (Tensor, Tensor)",
-                   TORCH_BOX(&forward<false>)},
+                   Boxed<forward<false>>::call},
                   {"ema_scan_backward(Tensor grad, Tensor? grad_state, " FASTASR_INPUTS ") -> " FASTASR_GRADIENTS,
-                   TORCH_BOX(&backward<false>)},
+                   Boxed<backward<false>>::call},
                   {"complex_ema_scan_forward(" FASTASR_COMPLEX_INPUTS ", bool need_state) -> (Tensor, Tensor)",
-                   TORCH_BOX(&forward<true>)},
+                   Boxed<forward<true>>::call},
                   {"complex_ema_scan_backward(Tensor grad, Tensor? grad_state, " FASTASR_COMPLEX_INPUTS
                    ") -> " FASTASR_GRADIENTS,
-                   TORCH_BOX(&backward<true>)})
+                   Boxed<backward<true>>::call})
 
 }  // namespace fastasr

@@ -228,9 +228,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastasr_cuda, CUDA, m) {
-  m.impl("ema_scan_forward", TORCH_BOX(&fastasr::registered_forward<false>));
-  m.impl("ema_scan_backward", TORCH_BOX(&fastasr::registered_backward<false>));
-  m.impl("complex_ema_scan_forward", TORCH_BOX(&fastasr::registered_forward<true>));
-  m.impl("complex_ema_scan_backward", TORCH_BOX(&fastasr::registered_backward<true>));
+  m.impl("ema_scan_forward", fastasr::Boxed<fastasr::registered_forward<false>>::call);
+  m.impl("ema_scan_backward", fastasr::Boxed<fastasr::registered_backward<false>>::call);
+  m.impl("complex_ema_scan_forward", fastasr::Boxed<fastasr::registered_forward<true>>::call);
+  m.impl("complex_ema_scan_backward", fastasr::Boxed<fastasr::registered_backward<true>>::call);
 }
 #endif

@@ -131,10 +131,10 @@ std::vector<Tensor> emformer_layer_step(std::vector<int64_t> numbers, std::vecto
 
 FASTASR_OPERATORS({"emformer_layer_pack(int[] numbers, float[] eps, Tensor[] weights, Tensor[] biases, "
                    "Tensor[] norms) -> Tensor",
-                   TORCH_BOX(&emformer_layer_pack)},
+                   Boxed<emformer_layer_pack>::call},
                   {"emformer_layer_step(int[] numbers, float[] eps, Tensor packed, Tensor utterance, "
                    "Tensor right_context, Tensor mems, Tensor[] states, Tensor? lengths, Tensor history, "
                    "Tensor kept, int threads) -> Tensor[]",
-                   TORCH_BOX(&emformer_layer_step)})
+                   Boxed<emformer_layer_step>::call})
 
 }  // namespace fastasr

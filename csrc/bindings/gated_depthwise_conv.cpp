@@ -204,17 +204,17 @@ FASTASR_OPERATORS(
     {"gated_depthwise_conv_forward(Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, Tensor? causal_bias, "
      "Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, int activation, bool need_cache, int "
      "delay) -> (Tensor, Tensor)",
-     TORCH_BOX(&gated_depthwise_conv_forward)},
+     Boxed<gated_depthwise_conv_forward>::call},
     {"gated_depthwise_conv_backward(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor? causal_weight, "
      "Tensor? causal_bias, Tensor? chunk_scale, Tensor? padding_mask, Tensor? cache, int chunk_size, int activation, "
      "int "
      "delay) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-     TORCH_BOX(&gated_depthwise_conv_backward)},
+     Boxed<gated_depthwise_conv_backward>::call},
     {"gated_depthwise_conv_packed_forward(Tensor h, Tensor weight, Tensor? bias, int[] lengths, int activation, "
      "int delay) -> Tensor",
-     TORCH_BOX(&gated_depthwise_conv_packed_forward)},
+     Boxed<gated_depthwise_conv_packed_forward>::call},
     {"gated_depthwise_conv_packed_backward(Tensor grad, Tensor h, Tensor weight, Tensor? bias, int[] lengths, "
      "int activation, int delay) -> (Tensor, Tensor, Tensor)",
-     TORCH_BOX(&gated_depthwise_conv_packed_backward)})
+     Boxed<gated_depthwise_conv_packed_backward>::call})
 
 }  // namespace fastasr

@@ -106,8 +106,8 @@ void gemm_add(Tensor c, const Tensor& a, const Tensor& b) {
 
 }  // namespace
 
-FASTASR_OPERATORS({"gemm(Tensor a, Tensor b, Tensor? bias) -> Tensor", TORCH_BOX(&gemm)},
-                  {"gemm_add(Tensor(a!) c, Tensor a, Tensor b) -> ()", TORCH_BOX(&gemm_add)},
-                  {"linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor", TORCH_BOX(&linear_few_rows)})
+FASTASR_OPERATORS({"gemm(Tensor a, Tensor b, Tensor? bias) -> Tensor", Boxed<gemm>::call},
+                  {"gemm_add(Tensor(a!) c, Tensor a, Tensor b) -> ()", Boxed<gemm_add>::call},
+                  {"linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor", Boxed<linear_few_rows>::call})
 
 }  // namespace fastasr

@@ -136,10 +136,10 @@ std::vector<Tensor> greedy_search(std::vector<int64_t> numbers, std::vector<doub
 
 FASTASR_OPERATORS(
     {"greedy_pack(int[] numbers, float[] eps, Tensor[] lstm, Tensor[] linear, Tensor[] vectors) -> Tensor",
-     TORCH_BOX(&greedy_pack)},
+     Boxed<greedy_pack>::call},
     {"greedy_search(int[] numbers, float[] eps, Tensor packed, Tensor embedding, Tensor encoded, "
      "Tensor lengths, int[] durations, int[] rules, float penalty, Tensor state, Tensor counters, "
      "bool scored, int threads) -> Tensor[]",
-     TORCH_BOX(&greedy_search)})
+     Boxed<greedy_search>::call})
 
 }  // namespace fastasr

@@ -172,11 +172,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_ls
 FASTASR_OPERATORS({"layer_norm_lstm_forward(Tensor input, Tensor? input_weight, Tensor hidden_weight, "
                    "Tensor gate_weight, Tensor gate_bias, Tensor cell_weight, Tensor cell_bias, Tensor? hidden, "
                    "Tensor? cell, float eps, bool keep) -> (Tensor,Tensor, Tensor, Tensor)",
-                   TORCH_BOX(&layer_norm_lstm_forward)},
+                   Boxed<layer_norm_lstm_forward>::call},
                   {"layer_norm_lstm_backward(Tensor? grad_y, Tensor? grad_hidden, Tensor? grad_cell, "
                    "Tensor hidden_weight, Tensor gate_weight, Tensor gate_bias, Tensor cell_weight, "
                    "Tensor cell_bias, Tensor? cell, Tensor kept, int steps, int batch, float eps, bool need_state) "
                    " -> (Tensor,Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-                   TORCH_BOX(&layer_norm_lstm_backward)})
+                   Boxed<layer_norm_lstm_backward>::call})
 
 }  // namespace fastasr

@@ -36,10 +36,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CompositeExplicitAutograd, m) {
-  m.impl("machine_problem", TORCH_BOX(&fastasr::machine_problem));
-  m.impl("setting_problem", TORCH_BOX(&fastasr::setting_problem));
-  m.impl("simd_name", TORCH_BOX(&fastasr::simd_name));
-  m.impl("simd_level", TORCH_BOX(&fastasr::simd_level));
-  m.impl("cuda_architectures", TORCH_BOX(&fastasr::cuda_architectures));
-  m.impl("cuda_devices", TORCH_BOX(&fastasr::cuda_devices));
+  m.impl("machine_problem", fastasr::Boxed<fastasr::machine_problem>::call);
+  m.impl("setting_problem", fastasr::Boxed<fastasr::setting_problem>::call);
+  m.impl("simd_name", fastasr::Boxed<fastasr::simd_name>::call);
+  m.impl("simd_level", fastasr::Boxed<fastasr::simd_level>::call);
+  m.impl("cuda_architectures", fastasr::Boxed<fastasr::cuda_architectures>::call);
+  m.impl("cuda_devices", fastasr::Boxed<fastasr::cuda_devices>::call);
 }

@@ -335,10 +335,10 @@ Tensor mega_stack(std::vector<Tensor> states) {
 
 }  // namespace
 
-FASTASR_OPERATORS({"mega_pack(int[] shape, Tensor[] weights, float[] eps) -> Tensor", TORCH_BOX(&mega_pack)},
+FASTASR_OPERATORS({"mega_pack(int[] shape, Tensor[] weights, float[] eps) -> Tensor", Boxed<mega_pack>::call},
                   {"mega_step(Tensor packed, int[] shape, Tensor bias, Tensor embed, Tensor labels, "
                    "Tensor[] states, Tensor[] lengths) -> Tensor[]",
-                   TORCH_BOX(&mega_step)},
-                  {"mega_stack(Tensor[] states) -> Tensor", TORCH_BOX(&mega_stack)})
+                   Boxed<mega_step>::call},
+                  {"mega_stack(Tensor[] states) -> Tensor", Boxed<mega_stack>::call})
 
 }  // namespace fastasr

@@ -84,11 +84,11 @@ Tensor gradient(const Tensor& dx, const Tensor& grad, const Tensor& p, const Ten
 
 }  // namespace
 
-FASTASR_OPERATORS({"nonlin_attention_gate(Tensor projected) -> Tensor", TORCH_BOX(&gate)},
-                  {"nonlin_attention_product(Tensor projected, Tensor o) -> Tensor", TORCH_BOX(&product)},
+FASTASR_OPERATORS({"nonlin_attention_gate(Tensor projected) -> Tensor", Boxed<gate>::call},
+                  {"nonlin_attention_product(Tensor projected, Tensor o) -> Tensor", Boxed<product>::call},
                   {"nonlin_attention_operands(Tensor grad, Tensor projected) -> (Tensor, Tensor)",
-                   TORCH_BOX(&operands)},
+                   Boxed<operands>::call},
                   {"nonlin_attention_gradient(Tensor dx, Tensor grad, Tensor projected, Tensor o) -> Tensor",
-                   TORCH_BOX(&gradient)})
+                   Boxed<gradient>::call})
 
 }  // namespace fastasr

@@ -78,8 +78,8 @@ Tensor reduced_linear(const Tensor& x, const Tensor& packed, const Optional& bia
 
 }  // namespace
 
-FASTASR_OPERATORS({"reduced_pack(Tensor weight, int format) -> Tensor", TORCH_BOX(&reduced_pack)},
+FASTASR_OPERATORS({"reduced_pack(Tensor weight, int format) -> Tensor", Boxed<reduced_pack>::call},
                   {"reduced_linear(Tensor x, Tensor packed, Tensor? bias, int n, int format) -> Tensor",
-                   TORCH_BOX(&reduced_linear)})
+                   Boxed<reduced_linear>::call})
 
 }  // namespace fastasr

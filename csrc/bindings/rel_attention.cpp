@@ -325,17 +325,17 @@ FASTASR_OPERATORS(
     {"rel_attention_forward(Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, Tensor bias_v, "
      "Tensor? key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, float dropout_p, int left, int right, "
      "int chunk) -> (Tensor, Tensor)",
-     TORCH_BOX(&rel_attention_forward)},
+     Boxed<rel_attention_forward>::call},
     {"rel_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, "
      "Tensor bias_v, Tensor? key_padding_mask, Tensor? attn_mask, Tensor? dropout_seed, Tensor out, "
      "Tensor lse, float dropout_p, int left, int right, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-     TORCH_BOX(&rel_attention_backward)},
+     Boxed<rel_attention_backward>::call},
     {"rel_attention_packed_forward(Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, Tensor bias_v, "
      "Tensor? dropout_seeds, int[] lengths, float dropout_p) -> Tensor",
-     TORCH_BOX(&rel_attention_packed_forward)},
+     Boxed<rel_attention_packed_forward>::call},
     {"rel_attention_packed_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor pos, Tensor bias_u, "
      "Tensor bias_v, Tensor? dropout_seeds, int[] lengths, float dropout_p) -> (Tensor, Tensor, Tensor, Tensor, "
      "Tensor, Tensor)",
-     TORCH_BOX(&rel_attention_packed_backward)})
+     Boxed<rel_attention_packed_backward>::call})
 
 }  // namespace fastasr

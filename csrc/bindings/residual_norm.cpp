@@ -144,10 +144,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_backward(
 
 FASTASR_OPERATORS({"residual_norm_forward(Tensor x, Tensor update, Tensor? candidate, Tensor? hidden, Tensor? mask, "
                    "Tensor weight, Tensor bias, float eps, int activation, bool keep_statistics) -> (Tensor, Tensor)",
-                   TORCH_BOX(&residual_norm_forward)},
+                   Boxed<residual_norm_forward>::call},
                   {"residual_norm_backward(Tensor grad, Tensor x, Tensor update, Tensor? candidate, Tensor? hidden, "
                    "Tensor? mask, Tensor weight, Tensor bias, Tensor? statistics, float eps, int activation) -> "
                    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-                   TORCH_BOX(&residual_norm_backward)})
+                   Boxed<residual_norm_backward>::call})
 
 }  // namespace fastasr

@@ -214,21 +214,21 @@ void rnnt_joiner_hidden_gradient(const Tensor& dhidden, const Tensor& hidden, co
 
 FASTASR_OPERATORS({"rnnt_joiner_rows(Tensor starts, Tensor symbols, Tensor? boundary, int s_range, int outputs, "
                    "Tensor? grad_symbol, Tensor? grad_blank) -> Tensor",
-                   TORCH_BOX(&rnnt_joiner_rows)},
+                   Boxed<rnnt_joiner_rows>::call},
                   {"rnnt_joiner_hidden(Tensor am, Tensor lm, Tensor rows, int activation, Tensor(a!) out) -> ()",
-                   TORCH_BOX(&rnnt_joiner_hidden)},
+                   Boxed<rnnt_joiner_hidden>::call},
                   {"rnnt_joiner_dropout(Tensor rows, Tensor seed, float p, Tensor(a!) x) -> ()",
-                   TORCH_BOX(&rnnt_joiner_dropout)},
+                   Boxed<rnnt_joiner_dropout>::call},
                   {"rnnt_joiner_scores(Tensor logits, Tensor rows, int termination_symbol, bool hat, "
                    "Tensor(a!) symbol_logprobs, Tensor(b!) blank_logprobs, Tensor(c!) duration_logprobs, "
                    "Tensor(d!) normaliser) -> ()",
-                   TORCH_BOX(&rnnt_joiner_scores)},
+                   Boxed<rnnt_joiner_scores>::call},
                   {"rnnt_joiner_logits_gradient(Tensor logits, Tensor rows, Tensor normaliser, Tensor grad_symbol, "
                    "Tensor grad_blank, Tensor grad_durations, int termination_symbol, bool hat, Tensor(a!) out, "
                    "Tensor(b!) dbias) -> ()",
-                   TORCH_BOX(&rnnt_joiner_logits_gradient)},
+                   Boxed<rnnt_joiner_logits_gradient>::call},
                   {"rnnt_joiner_hidden_gradient(Tensor dhidden, Tensor hidden, Tensor rows, int activation, "
                    "Tensor(a!) dam, Tensor(b!) dlm) -> ()",
-                   TORCH_BOX(&rnnt_joiner_hidden_gradient)})
+                   Boxed<rnnt_joiner_hidden_gradient>::call})
 
 }  // namespace fastasr

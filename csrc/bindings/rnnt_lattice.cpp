@@ -108,9 +108,9 @@ std::tuple<Tensor, Tensor> rnnt_lattice_backward(const Optional& grad, const Ten
 
 FASTASR_OPERATORS({"rnnt_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor? boundary, "
                    "bool keep) -> (Tensor,Tensor)",
-                   TORCH_BOX(&rnnt_lattice_forward)},
+                   Boxed<rnnt_lattice_forward>::call},
                   {"rnnt_lattice_backward(Tensor? grad, Tensor scores, Tensor shares, Tensor? boundary, "
                    "int symbols, int width, int frames) -> (Tensor,Tensor)",
-                   TORCH_BOX(&rnnt_lattice_backward)})
+                   Boxed<rnnt_lattice_backward>::call})
 
 }  // namespace fastasr

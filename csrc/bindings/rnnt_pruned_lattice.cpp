@@ -134,9 +134,9 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_backward(const Optional& grad, co
 
 FASTASR_OPERATORS({"rnnt_pruned_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor starts, "
                    "Tensor? boundary, bool modified, bool keep) -> (Tensor,Tensor)",
-                   TORCH_BOX(&rnnt_pruned_lattice_forward)},
+                   Boxed<rnnt_pruned_lattice_forward>::call},
                   {"rnnt_pruned_lattice_backward(Tensor? grad, Tensor scores, Tensor shares, Tensor starts, "
                    "Tensor? boundary, int window, bool modified) -> (Tensor,Tensor)",
-                   TORCH_BOX(&rnnt_pruned_lattice_backward)})
+                   Boxed<rnnt_pruned_lattice_backward>::call})
 
 }  // namespace fastasr

@@ -110,9 +110,9 @@ Tensor rnnt_row_logprobs_backward(const Tensor& grad_px, const Tensor& grad_py, 
 
 FASTASR_OPERATORS({"rnnt_row_logprobs_forward(Tensor logits, Tensor symbols, int blank, bool hat) -> "
                    "(Tensor, Tensor, Tensor)",
-                   TORCH_BOX(&rnnt_row_logprobs_forward)},
+                   Boxed<rnnt_row_logprobs_forward>::call},
                   {"rnnt_row_logprobs_backward(Tensor grad_px, Tensor grad_py, Tensor(a!) logits, Tensor symbols, "
                    "Tensor normaliser, int blank, bool hat, bool in_place) -> Tensor",
-                   TORCH_BOX(&rnnt_row_logprobs_backward)})
+                   Boxed<rnnt_row_logprobs_backward>::call})
 
 }  // namespace fastasr

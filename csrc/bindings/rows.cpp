@@ -251,20 +251,20 @@ std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const 
 }  // namespace
 
 FASTASR_OPERATORS(
-    {"bypass_forward(Tensor x_orig, Tensor x, Tensor scale) -> Tensor", TORCH_BOX(&bypass_forward)},
+    {"bypass_forward(Tensor x_orig, Tensor x, Tensor scale) -> Tensor", Boxed<bypass_forward>::call},
     {"bypass_backward(Tensor grad, Tensor x_orig, Tensor x, Tensor scale) -> (Tensor, Tensor, Tensor)",
-     TORCH_BOX(&bypass_backward)},
+     Boxed<bypass_backward>::call},
     {"bypass_packed_forward(Tensor x_orig, Tensor x, Tensor scale, int[] lengths) -> Tensor",
-     TORCH_BOX(&bypass_packed_forward)},
+     Boxed<bypass_packed_forward>::call},
     {"bypass_packed_backward(Tensor grad, Tensor x_orig, Tensor x, Tensor scale, int[] lengths) -> (Tensor, Tensor, "
      "Tensor)",
-     TORCH_BOX(&bypass_packed_backward)},
-    {"bias_norm_forward(Tensor x, Tensor bias, Tensor log_scale) -> Tensor", TORCH_BOX(&bias_norm_forward)},
+     Boxed<bypass_packed_backward>::call},
+    {"bias_norm_forward(Tensor x, Tensor bias, Tensor log_scale) -> Tensor", Boxed<bias_norm_forward>::call},
     {"bias_norm_backward(Tensor grad, Tensor x, Tensor bias, Tensor log_scale) -> (Tensor, Tensor, Tensor)",
-     TORCH_BOX(&bias_norm_backward)},
+     Boxed<bias_norm_backward>::call},
     {"linear_activation_forward(Tensor(a!) z, int activation, bool in_place) -> Tensor",
-     TORCH_BOX(&linear_activation_forward)},
+     Boxed<linear_activation_forward>::call},
     {"linear_activation_backward(Tensor grad, Tensor z, int activation, bool need_bias) -> (Tensor, Tensor)",
-     TORCH_BOX(&linear_activation_backward)})
+     Boxed<linear_activation_backward>::call})
 
 }  // namespace fastasr

@@ -95,10 +95,10 @@ std::tuple<Tensor, Tensor, Tensor> segment_attention_backward(
 FASTASR_OPERATORS({"segment_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? lengths, "
                    "Tensor? history, Tensor? dropout, int heads, int frames, int segment, int left, int right, "
                    "int memory, int past_frames, int past_memory) -> Tensor",
-                   TORCH_BOX(&segment_attention_forward)},
+                   Boxed<segment_attention_forward>::call},
                   {"segment_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, "
                    "Tensor? lengths, Tensor? history, Tensor? dropout, int heads, int frames, int segment, "
                    "int left, int right, int memory, int past_frames, int past_memory) -> (Tensor, Tensor, Tensor)",
-                   TORCH_BOX(&segment_attention_backward)})
+                   Boxed<segment_attention_backward>::call})
 
 }  // namespace fastasr

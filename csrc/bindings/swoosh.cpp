@@ -141,13 +141,13 @@ std::tuple<Tensor, Tensor> swoosh_packed_backward(const Tensor& grad, const Tens
 }  // namespace
 
 FASTASR_OPERATORS(
-    {"swoosh_forward(Tensor x, bool swoosh_r, Tensor? mask, int shared_dim) -> Tensor", TORCH_BOX(&swoosh_forward)},
+    {"swoosh_forward(Tensor x, bool swoosh_r, Tensor? mask, int shared_dim) -> Tensor", Boxed<swoosh_forward>::call},
     {"swoosh_backward(Tensor grad, Tensor x, bool swoosh_r, Tensor? mask, int shared_dim, bool need_output) -> "
      "(Tensor, Tensor)",
-     TORCH_BOX(&swoosh_backward)},
+     Boxed<swoosh_backward>::call},
     {"swoosh_packed_forward(Tensor x, bool swoosh_r, Tensor mask, Tensor sequence) -> Tensor",
-     TORCH_BOX(&swoosh_packed_forward)},
+     Boxed<swoosh_packed_forward>::call},
     {"swoosh_packed_backward(Tensor grad, Tensor x, bool swoosh_r, Tensor mask, Tensor sequence) -> (Tensor, Tensor)",
-     TORCH_BOX(&swoosh_packed_backward)})
+     Boxed<swoosh_packed_backward>::call})
 
 }  // namespace fastasr

@@ -108,9 +108,9 @@ std::tuple<Tensor, Tensor, Tensor> tdt_lattice_backward(const Optional& grad, co
 
 FASTASR_OPERATORS({"tdt_lattice_forward(Tensor symbol_logprobs, Tensor blank_logprobs, Tensor duration_logprobs, "
                    "Tensor durations, Tensor? boundary, bool keep) -> (Tensor,Tensor)",
-                   TORCH_BOX(&tdt_lattice_forward)},
+                   Boxed<tdt_lattice_forward>::call},
                   {"tdt_lattice_backward(Tensor? grad, Tensor scores, Tensor shares, Tensor durations, "
                    "Tensor? boundary, int frames, int row) -> (Tensor,Tensor,Tensor)",
-                   TORCH_BOX(&tdt_lattice_backward)})
+                   Boxed<tdt_lattice_backward>::call})
 
 }  // namespace fastasr

@@ -178,11 +178,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> toeplitz_attention_ba
 FASTASR_OPERATORS({"toeplitz_attention_forward(Tensor query_key, Tensor gate, Tensor value, Tensor qk_weight, "
                    "Tensor qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? dropout, bool causal, "
                    "int chunk_size, int activation, bool activate_value, bool need_gradients) -> (Tensor, Tensor)",
-                   TORCH_BOX(&toeplitz_attention_forward)},
+                   Boxed<toeplitz_attention_forward>::call},
                   {"toeplitz_attention_backward(Tensor grad, Tensor query_key, Tensor gate, Tensor value, "
                    "Tensor qk_weight, Tensor qk_bias, Tensor position_bias, Tensor? padding_mask, Tensor? dropout, "
                    "Tensor mixed, bool causal, int chunk_size, int activation, bool activate_value) -> (Tensor, "
                    "Tensor, Tensor, Tensor, Tensor, Tensor)",
-                   TORCH_BOX(&toeplitz_attention_backward)})
+                   Boxed<toeplitz_attention_backward>::call})
 
 }  // namespace fastasr

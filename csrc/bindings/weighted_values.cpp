@@ -151,9 +151,9 @@ std::tuple<Tensor, std::vector<Tensor>> weighted_values_packed_backward(Tensor g
 }  // namespace
 
 FASTASR_OPERATORS(
-    {"weighted_values(Tensor weights, Tensor values) -> Tensor", TORCH_BOX(&weighted_values)},
-    {"weighted_values_packed(Tensor[] weights, Tensor values) -> Tensor", TORCH_BOX(&weighted_values_packed)},
+    {"weighted_values(Tensor weights, Tensor values) -> Tensor", Boxed<weighted_values>::call},
+    {"weighted_values_packed(Tensor[] weights, Tensor values) -> Tensor", Boxed<weighted_values_packed>::call},
     {"weighted_values_packed_backward(Tensor grad, Tensor[] weights, Tensor values) -> (Tensor, Tensor[])",
-     TORCH_BOX(&weighted_values_packed_backward)})
+     Boxed<weighted_values_packed_backward>::call})
 
 }  // namespace fastasr

@@ -132,11 +132,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(
 FASTASR_OPERATORS({"zipformer_attention_forward(Tensor x, Tensor? pos, Tensor value, Tensor? cached_key, "
                    "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, "
                    "int value_heads, int chunk_size, int left_context_chunks) -> Tensor",
-                   TORCH_BOX(&zipformer_attention_forward)},
+                   Boxed<zipformer_attention_forward>::call},
                   {"zipformer_attention_backward(Tensor grad, Tensor x, Tensor? pos, Tensor value, "
                    "Tensor? cached_key, Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, "
                    "int query_head_dim, int value_heads, int chunk_size, int left_context_chunks) -> (Tensor, "
                    "Tensor, Tensor, Tensor)",
-                   TORCH_BOX(&zipformer_attention_backward)})
+                   Boxed<zipformer_attention_backward>::call})
 
 }  // namespace fastasr

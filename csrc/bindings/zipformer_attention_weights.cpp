@@ -297,18 +297,18 @@ FASTASR_OPERATORS(
     {"zipformer_attention_weights_forward(Tensor x, Tensor? pos, Tensor? cached_key, "
      "Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, int query_head_dim, int chunk_size, "
      "int left_context_chunks) -> Tensor",
-     TORCH_BOX(&zipformer_attention_weights_forward)},
+     Boxed<zipformer_attention_weights_forward>::call},
     {"zipformer_attention_weights_backward(Tensor grad, Tensor weights, Tensor x, Tensor? pos, "
      "Tensor? cached_key, Tensor? key_padding_mask, Tensor? attn_mask, int num_heads, "
      "int query_head_dim, int chunk_size, int left_context_chunks, float score_penalty, "
      "float score_limit) -> (Tensor, Tensor, Tensor)",
-     TORCH_BOX(&zipformer_attention_weights_backward)},
+     Boxed<zipformer_attention_weights_backward>::call},
     {"zipformer_attention_weights_packed_forward(Tensor x, Tensor? pos, int[] lengths, int num_heads, "
      "int query_head_dim, int chunk_size, int left_context_chunks) -> Tensor[]",
-     TORCH_BOX(&zipformer_attention_weights_packed_forward)},
+     Boxed<zipformer_attention_weights_packed_forward>::call},
     {"zipformer_attention_weights_packed_backward(Tensor[] grads, Tensor[] first_head, Tensor[] weights, Tensor x, "
      "Tensor? pos, int[] lengths, int num_heads, int query_head_dim, int chunk_size, "
      "int left_context_chunks, float score_penalty, float score_limit) -> (Tensor, Tensor)",
-     TORCH_BOX(&zipformer_attention_weights_packed_backward)})
+     Boxed<zipformer_attention_weights_packed_backward>::call})
 
 }  // namespace fastasr

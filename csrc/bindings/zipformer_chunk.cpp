@@ -136,19 +136,19 @@ void zipformer_chunk_states(std::vector<int64_t> numbers, Tensor states, Tensor 
 
 }  // namespace
 
-FASTASR_OPERATORS({"zipformer_chunk_sizes(int[] numbers, int streams) -> int[]", TORCH_BOX(&zipformer_chunk_sizes)},
+FASTASR_OPERATORS({"zipformer_chunk_sizes(int[] numbers, int streams) -> int[]", Boxed<zipformer_chunk_sizes>::call},
                   {"zipformer_chunk_pack(int[] numbers, Tensor[] products, Tensor[] tables) -> Tensor[]",
-                   TORCH_BOX(&zipformer_chunk_pack)},
+                   Boxed<zipformer_chunk_pack>::call},
                   {"zipformer_chunk_step(int[] numbers, Tensor weights, Tensor vectors, Tensor(a!) states, "
                    "Tensor(b!) counters, Tensor(c!) scratch, Tensor features, int[] slots, int threads) -> Tensor",
-                   TORCH_BOX(&zipformer_chunk_step)},
+                   Boxed<zipformer_chunk_step>::call},
                   {"zipformer_chunk_states(int[] numbers, Tensor(a!) states, Tensor(b!) counters, int slot, "
                    "Tensor[] tensors, bool restore) -> ()",
-                   TORCH_BOX(&zipformer_chunk_states)})
+                   Boxed<zipformer_chunk_states>::call})
 
 // It takes no tensor that would tell the dispatcher that it runs on the CPU.
 STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CompositeExplicitAutograd, m) {
-  m.impl("zipformer_chunk_sizes", TORCH_BOX(&zipformer_chunk_sizes));
+  m.impl("zipformer_chunk_sizes", Boxed<zipformer_chunk_sizes>::call);
 }
 
 }  // namespace fastasr

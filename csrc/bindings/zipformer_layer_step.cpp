@@ -98,12 +98,12 @@ std::vector<Tensor> zipformer_layer_step(std::vector<int64_t> numbers, int64_t l
 }  // namespace
 
 FASTASR_OPERATORS({"zipformer_layer_weights(int[] numbers, Tensor[] weights) -> Tensor",
-                   TORCH_BOX(&zipformer_layer_weights)},
+                   Boxed<zipformer_layer_weights>::call},
                   {"zipformer_layer_vectors(int[] numbers, int frames, int left, Tensor[] biases, Tensor[] tables)"
                    " -> Tensor",
-                   TORCH_BOX(&zipformer_layer_vectors)},
+                   Boxed<zipformer_layer_vectors>::call},
                   {"zipformer_layer_step(int[] numbers, int left, Tensor weights, Tensor vectors, Tensor x, "
                    "Tensor[] states, Tensor? masked, int threads) -> Tensor[]",
-                   TORCH_BOX(&zipformer_layer_step)})
+                   Boxed<zipformer_layer_step>::call})
 
 }  // namespace fastasr
