@@ -1,30 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""The front end: three convolutions of stride 2, the second and third depthwise and followed by a product, and ReLU.
 
-Frames behind a sequence's end are 0 after every convolution. Everything is computed channels last; in inference on the
-CPU a strip of frames after the other: an output frame sees 15 frames of the input (of a factor of 8), and what lies
-between stays in the processor's caches and needs little memory however long the recording. In training on the CPU the
-backward pass computes a strip again: what lies between would be most of the memory of a training step.
+Frames behind a sequence's end are 0 after every convolution. Everything is computed channels last.
+``ops.conv_subsampling`` computes the first two convolutions without the map between them, which would be most of the
+memory of a training step. In inference on the CPU a strip of frames follows the other: an output frame sees 15 frames
+of the input (of a factor of 8), and what lies between needs little memory however long the recording.
 
 Upstream: ``ParakeetEncoderSubsamplingConv2D``.
 """
 
 import math
-from contextlib import nullcontext
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from fastasr import ops
 from fastasr.models.common import plumbing
 from fastasr.models.common.inference import has_known_forward
 from fastasr.models.common.ragged import with_zeros
-from fastasr.ops import _dispatch
 
-STRIP_BYTES = 16 << 20  # of the first convolution's output: strips of a few MB up to some tens cost the same
+STRIP_BYTES = 32 << 20  # of the second convolution's output: strips of 8 MB to 128 MB cost the same
 
 
 class FastConformerSubsampling(torch.nn.Module):
@@ -64,15 +61,11 @@ class Spans(NamedTuple):
         begins = self.begins // 2
         return Spans(begins, begins + _halved(self.ends - self.begins, left))
 
-    def within(self, h, begin):
-        """Returns h (1, n, F, C), which begins at frame ``begin``, with 0 at frames of no recording."""
-        frame = torch.arange(begin, begin + h.shape[1], device=h.device)
+    def inside(self, begin, count, device):
+        """Returns which of the frames begin … begin + count − 1 belong to a recording, (1, count)."""
+        frame = torch.arange(begin, begin + count, device=device)
         before = torch.searchsorted(self.begins, frame, right=True) - 1
-        outside = (before < 0) | (frame >= self.ends[before])
-        if not h.is_cpu:  # which would wait for the numbers of these frames
-            return h.masked_fill(outside[:, None, None], 0.0)
-        gaps = outside.nonzero()[:, 0]
-        return h.index_fill(1, gaps, 0.0) if h.requires_grad else h.index_fill_(1, gaps, 0.0)
+        return ((before >= 0) & (frame < self.ends[before]))[None]
 
 
 def in_a_row(module, recordings):
@@ -98,26 +91,23 @@ def convolved(layers, x, lengths, left=1):
         subsampled(layers, bins, left),
         _stages(layers),
     )
-    parameters = [p for layer in layers for p in layer.parameters()]
-    differentiated = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
+    differentiated = x.requires_grad or any(p.requires_grad for layer in layers for p in layer.parameters())
+    differentiated = torch.is_grad_enabled() and differentiated
     in_strips = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    in_strips = in_strips and (not differentiated or _dispatch.direct(x, *parameters))
     strip = count
-    if in_strips:
-        first = 2 ** (stages - 1)  # frames of the first convolution for one of the output
-        per_frame = batch * first * (bins // 2 + 1) * layers[0].out_channels * x.element_size()
-        strip = STRIP_BYTES // max(1, per_frame)
+    if in_strips and not differentiated:
+        first = 2 ** max(0, stages - 2)  # frames of the first map in memory for one of the output
+        per_frame = batch * first * (bins // 4 + 1) * layers[0].out_channels * x.element_size()
+        strip = max(1, STRIP_BYTES // max(1, per_frame))
     if isinstance(lengths, Spans):
         pass
     elif in_strips:  # by lists of lengths, which no other device should wait for
         lengths = [frames] * batch if lengths is None else lengths.tolist()
     elif lengths is None:
         lengths = torch.full((batch,), frames, device=x.device)
-    strip = max(1, strip)
-    again = differentiated and strip < count
     strips = [
-        _kept_or_again(again, layers, x, lengths, begin, min(strip, count - begin), left)
-        for begin in range(0, count, strip)
+        _strip(layers, x, lengths, begin, min(strip, count - begin), left)
+        for begin in range(0, count, max(1, strip))
     ]
     return torch.cat(strips, 1) if strips else x.new_zeros(batch, 0, layers[0].out_channels * bins_left)
 
@@ -128,17 +118,6 @@ def subsampled(layers, frames, left=1, stages=None):
     for _ in range(_stages(layers) if stages is None else stages):
         frames = _halved(frames, left)
     return frames
-
-
-def _kept_or_again(again, *arguments):
-    """Returns a strip. ``again``: nothing of it is kept for the backward pass, which computes it again, on a backend
-    that is forced now."""
-    if not again:
-        return _strip(*arguments)
-    backend, options = _dispatch.forced_backend(), {}
-    if backend != "auto":
-        options["context_fn"] = lambda: (nullcontext(), _dispatch.backend(backend))
-    return checkpoint(_strip, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def _stages(layers):
@@ -152,19 +131,22 @@ def _strip(layers, x, lengths, begin, count, left):
     for _ in range(_stages(layers)):  # the frames that these need, level by level, down to those of x
         begin, count = 2 * begin - left, 2 * count + 1
         levels.insert(0, (begin, count))
-    h, lengths = stem(layers[0], _part(x, *levels[0], left)), _halved(lengths, left)
-    h = _within(h, levels[1][0], lengths)
+    first, second = layers[0], layers[2] if len(layers) > 2 else None
+    x, lengths = _part(x, *levels[0], left), _halved(lengths, left)
+    if second is None:
+        return _within(stem(first, x), levels[1][0], lengths).transpose(2, 3).flatten(2)
+    mask = _inside(lengths, *levels[1], x.device)
+    h = ops.conv_subsampling(x, first.weight, first.bias, second.weight, second.bias, mask, left=left)
     for i, (begin, _) in enumerate(levels[2:]):
         depthwise, pointwise = layers[2 + 3 * i], layers[3 + 3 * i]
         lengths = _halved(lengths, left)
-        h = h.permute(0, 3, 1, 2)
-        h, bins_padding = (h, 1) if left == 1 else (F.pad(h, (left, 1)), 0)
-        h = F.conv2d(
-            h, depthwise.weight, depthwise.bias, stride=2, padding=(0, bins_padding), groups=depthwise.groups
-        )
-        h = _within(h.permute(0, 2, 3, 1), begin, lengths)
+        if i > 0:
+            h = h.permute(0, 3, 1, 2)
+            h, padding = (h, (0, 1)) if left == 1 else (F.pad(h, (left, 1)), 0)
+            weight, bias, groups = depthwise.weight, depthwise.bias, depthwise.groups
+            h = F.conv2d(h, weight, bias, stride=2, padding=padding, groups=groups).permute(0, 2, 3, 1)
         h = ops.linear_activation(h, pointwise.weight[..., 0, 0], pointwise.bias, "relu")
-        h = _within(h, begin, lengths)
+        h = _within(h, begin, lengths)  # what the depthwise convolution makes there, no other frame sees
     return h.transpose(2, 3).flatten(2)  # [B, count, C * F]
 
 
@@ -189,24 +171,31 @@ def _halved(lengths, left=1):
     return [_halved(n, left) for n in lengths] if isinstance(lengths, list) else (lengths + left - 2) // 2 + 1
 
 
-def _within(h, begin, lengths):
-    """Returns h (B, n, F, C), which begins at frame ``begin``, with 0 at frames outside their sequence. If the lengths
-    are a list, or spans, while no gradient is wanted, h itself changes."""
+def _inside(lengths, begin, count, device):
+    """Returns which of the frames begin … begin + count − 1 lie in their sequence, (B, count), or None where all of a
+    list of lengths do."""
     if isinstance(lengths, Spans):
-        return lengths.within(h, begin)
+        return lengths.inside(begin, count, device)
     if isinstance(lengths, list):
-        if begin >= 0 and begin + h.shape[1] <= min(lengths, default=0):
-            return h  # as most strips: a pass over memory less
-        if h.requires_grad:
-            return _within(h, begin, torch.tensor(lengths))
-        h[:, : max(0, -begin)] = 0
-        for i, length in enumerate(lengths):
-            if length - begin < h.shape[1]:
-                h[i, max(0, length - begin) :] = 0
-        return h
-    frame = torch.arange(begin, begin + h.shape[1], device=h.device)
-    inside = (frame >= 0) & (frame < lengths.unsqueeze(1))
-    return h * inside[..., None, None]
+        if begin >= 0 and begin + count <= min(lengths, default=0):
+            return None
+        lengths = torch.tensor(lengths, device=device)
+    frame = torch.arange(begin, begin + count, device=device)
+    return (frame >= 0) & (frame < lengths.unsqueeze(1))
+
+
+def _within(h, begin, lengths):
+    """Returns h (B, n, F, C), which begins at frame ``begin``, with 0 at frames outside their sequence. On CPU h itself
+    changes while no gradient is wanted."""
+    inside = _inside(lengths, begin, h.shape[1], h.device)
+    if inside is None:
+        return h  # as most strips: a pass over memory less
+    if not h.is_cpu:  # which would wait for the numbers of these frames
+        return h.masked_fill(~inside[..., None, None], 0.0)
+    outside = (~inside).flatten().nonzero()[:, 0]
+    rows = h.flatten(0, 1)
+    rows = rows.index_fill(0, outside, 0.0) if h.requires_grad else rows.index_fill_(0, outside, 0.0)
+    return rows.view(h.shape)
 
 
 def _is_plain(layer):

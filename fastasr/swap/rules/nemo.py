@@ -99,7 +99,7 @@ SUBSAMPLING = Rule(
     name="nemo.conv_subsampling",
     class_name="ConvSubsampling",
     forward=models.nemo_subsampling,
-    kernels=("linear_activation", "linear"),
+    kernels=("conv_subsampling", "linear_activation", "linear"),
     structure=_subsampling_structure,
     known={"65fa60149e9b3bfa5527a8bd": _NEMO},
 )

@@ -79,7 +79,7 @@ FEED_FORWARD = _rule(
 )  # fmt: skip
 SUBSAMPLING = _rule(
     "subsampling", "SubsamplingConv2D", causal.causal_subsampling, _subsampling_structure, "ff63eb2e7f1ea0850f9768b2",
-    "linear_activation linear",
+    "conv_subsampling linear_activation linear",
 )  # fmt: skip
 POSITIONS = _rule(
     "positions", "RelPositionalEncoding", causal.limited_positions, parakeet.positions_structure,

@@ -164,7 +164,7 @@ SUBSAMPLING = Rule(
     name="transformers.parakeet_subsampling",
     class_name="ParakeetEncoderSubsamplingConv2D",
     forward=models.FastConformerSubsampling.forward,
-    kernels=("linear_activation", "linear"),
+    kernels=("conv_subsampling", "linear_activation", "linear"),
     structure=_subsampling_structure,
     known={"351a84f7dc7d7ed4cfb8044e": Known("transformers 5.6 to 5.23")},
 )

