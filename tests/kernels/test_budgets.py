@@ -137,6 +137,9 @@ def test_budgets_have_no_spills(rows, architecture):
     """No kernel runs out of its 255 registers. In those named the assembler takes fewer and spills at most 48 bytes, so
     that more programs may be resident; to forbid it would cost a third or half of the resident warps."""
     known = {
+        "conv_subsampling input gradient, bf16": (100,),
+        "conv_subsampling input gradient, fp16": (100,),
+        "conv_subsampling input gradient, tf32": (86,),
         "gated_depthwise_conv input gradient, chunks, fp32": (86,),
         "rel_attention forward, padding, dropout, fp32": (86,),
         "rel_attention forward, padding, mask, fp32": (100, 120),

@@ -8,6 +8,7 @@ several parts of a sum and several pieces of a workspace, and masks hide somethi
 from fastasr.kernels import (
     bias_norm,
     bypass,
+    conv_subsampling,
     depthwise_conv2d,
     gated_depthwise_conv,
     layer_norm_lstm,
@@ -24,7 +25,8 @@ from fastasr.kernels import (
 
 BLOCK = 16  # the least that tl.dot takes
 RELATIVE = rel_attention, zipformer_attention, zipformer_attention_weights
-WITH_PARTS = depthwise_conv2d, gated_depthwise_conv, layer_norm_lstm, linear_activation, toeplitz_attention
+WITH_PARTS = conv_subsampling, depthwise_conv2d, gated_depthwise_conv, layer_norm_lstm, linear_activation
+WITH_PARTS += (toeplitz_attention,)
 
 
 def _small(tiles):
@@ -50,7 +52,7 @@ class _Shrunk:
 
 def shrink(monkeypatch) -> None:
     """Shrinks the blocks of every kernel until ``monkeypatch`` is undone."""
-    for module in (rnnt_joiner, segment_attention, toeplitz_attention, *RELATIVE):
+    for module in (conv_subsampling, rnnt_joiner, segment_attention, toeplitz_attention, *RELATIVE):
         monkeypatch.setattr(module, "tiles", _Shrunk(module.tiles))
     for module in RELATIVE:
         monkeypatch.setattr(module, "head_block", lambda dim, dtype: BLOCK)
@@ -63,7 +65,8 @@ def shrink(monkeypatch) -> None:
     for module in (bias_norm, residual_norm):
         monkeypatch.setattr(module, "MAX_WARPS", 16)
     monkeypatch.setattr(bypass, "MAX_PROGRAMS", 2)
-    monkeypatch.setattr(depthwise_conv2d, "LEAST_ROWS", 1)
+    for module in (conv_subsampling, depthwise_conv2d):
+        monkeypatch.setattr(module, "LEAST_ROWS", 1)
     monkeypatch.setattr(rnnt_joiner, "CHUNK_BYTES", 1)  # a frame at a time
     monkeypatch.setattr(rnnt_joiner, "MAX_SHARES", 2)
     monkeypatch.setattr(rnnt_joiner, "FRAME", rnnt_joiner.FRAME | {"BLOCK_R": 2})

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two 3 x 3 convolutions with stride 2, ReLU and mask between them, without the map h (B, H, W, C) in memory.
+
+    z = W X (taps of the first convolution and its bias by 9 pixels of x and a 1), h = ReLU(z), 0 where the mask excludes
+    y[b, t, f, c] = depthwise_bias[c] + sum_(tap) v[c, tap] h[b, 2t + i, 2f + j - left, c]
+    With E_tap[c, k] = sum_(b, t, f : h > 0) g[b, t, f, c] X_tap[k, b, t, f], k = 9 the 1:
+    dv[c, tap] = sum_k W[c, k] E_tap[c, k]     dw[c, k] = sum_tap v[c, tap] E_tap[c, k]     dbias[c] = dw[c, 9]
+
+Programs hold tiles of channels by pixels of y. For each tap of the second convolution they gather the patches of x and
+multiply them with the weights again, 16 numbers deep, on tensor cores for 16-bit numbers: 2.25 times the products that
+h has. Channels are the rows, since a thread of a product has two rows and many columns: it needs two weights v per tap.
+A pixel outside of h or excluded has a patch of zeros without the 1. In the gradients h is only a condition on g, the
+operand of a second product, and the nine sums E are all that is added up: no element is multiplied outside of products.
+Launches: forward 1, backward 3; dx, which features do not need, one and nine additions of torch's: its kernel writes
+the 9 shares of each pixel of h.
+
+Bytes: x, once per 64 channels from the cache, and y; x and g. A 20x3000x80 bf16 input with 256 channels at 3.35 TB/s:
+50 us each. The weights' gradients are added up in parts that depend on the shape alone, and the parts in float64:
+results repeat bit for bit, there are no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastasr.kernels import depthwise_conv2d
+from fastasr.kernels._launch import dot_options, launch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+SLOTS = tl.constexpr(16)  # 9 taps, the bias, zeros: the depth of a product
+MAX_PARTS = 256
+LEAST_ROWS = 256  # least rows of a part
+BLOCK_SUM = 8  # channels of a program that adds parts
+
+
+def tiles(dtype: torch.dtype) -> dict[str, dict]:
+    """Returns the constants of the kernels by name: pixels and channels of a tile (tests/kernels/budgets.toml: no spills;
+    more pixels spill).
+    """
+    wide = dtype == torch.float32
+    pixels = {"forward": 32 if wide else 64, "weight_gradient": 16 if wide else 64, "input_gradient": 64}
+    rest = {"BLOCK_C": 64, "num_warps": 4, "num_stages": 1} | dot_options(dtype)
+    return {name: {"BLOCK_P": number} | rest for name, number in pixels.items()}
+
+
+@triton.jit
+def _coefficients(WEIGHT, BIAS, c, C):
+    """Returns the taps of the first convolution, its bias and zeros, [BLOCK_C, SLOTS]."""
+    k = tl.arange(0, SLOTS)
+    w = tl.load(WEIGHT + c[:, None] * 9 + k[None, :], mask=(c < C)[:, None] & (k < 9)[None, :], other=0.0)
+    if BIAS is not None:
+        bias = tl.load(BIAS + c, mask=c < C, other=0.0)
+        w = tl.where((k == 9)[None, :], bias[:, None], w)
+    return w
+
+
+@triton.jit
+def _patches(X, pixel, width, seen):
+    """Returns the 9 pixels of x from ``pixel`` on, a 1 and zeros, [SLOTS, BLOCK_P]; zeros alone where not ``seen``."""
+    k = tl.arange(0, SLOTS)
+    at = X + pixel[None, :] + (k // 3 * width + k % 3)[:, None]
+    one = ((k == 9)[:, None] & seen[None, :]).to(tl.float32).to(X.dtype.element_ty)
+    return tl.load(at, mask=(k < 9)[:, None] & seen[None, :], other=one)
+
+
+@triton.jit
+def _seen(MASK, frame, column, there, first_width):
+    """Returns which of h's frames from ``frame`` on count (bits 0 to 2) and which columns from ``column`` on exist (3 to
+    5), [BLOCK_P]. As a sum it is computed once, and not again in every layout that asks for it.
+    """
+    k = tl.arange(0, 4)[:, None]
+    counts = there[None, :] & (k < 3)
+    if MASK is not None:
+        counts = tl.load(MASK + frame[None, :] + k, mask=counts, other=0) != 0
+    width = first_width.to(tl.uint32)
+    columns = (column.to(tl.uint32) < width).to(tl.int32) << 3
+    columns |= ((column + 1).to(tl.uint32) < width).to(tl.int32) << 4
+    columns |= ((column + 2).to(tl.uint32) < width).to(tl.int32) << 5
+    return tl.sum(tl.where(k < 3, counts.to(tl.int32) << k, columns[None, :]), axis=0)
+
+
+@triton.jit
+def _tap_seen(bits, i, j):
+    return ((bits >> i) & (bits >> (j + 3)) & 1) != 0
+
+
+@triton.jit(
+    do_not_specialize=[
+        "frames",
+        "width",
+        "first_frames",
+        "first_width",
+        "out_frames",
+        "out_width",
+        "left",
+        "rows",
+    ]
+)
+def forward_kernel(
+    X, WEIGHT, BIAS, DEPTHWISE, DEPTHWISE_BIAS, MASK, Y,
+    frames, width, first_frames, first_width, out_frames, out_width, left, rows, C,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # A row: one pixel of y, (b, t, f).
+    c_tiles = tl.cdiv(C, BLOCK_C)
+    pid = tl.program_id(0)
+    c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = pid // c_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    f, t, b = row % out_width, row // out_width % out_frames, row // out_width // out_frames
+    pixel = (b * frames + 4 * t) * width + 4 * f - 2 * left
+    bits = _seen(MASK, b * first_frames + 2 * t, 2 * f - left, row < rows, first_width)
+    w = _coefficients(WEIGHT, BIAS, c, C)
+    y = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    for i in range(3):
+        for j in tl.static_range(3):
+            seen = _tap_seen(bits, i, j)
+            z = tl.dot(w, _patches(X, pixel + 2 * (i * width + j), width, seen))
+            h = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            v = tl.load(DEPTHWISE + c * 9 + (3 * i + j), mask=c < C, other=0.0).to(tl.float32)
+            # A patch of zeros gives NaN with infinite weights.
+            y = tl.fma(v[:, None], tl.where(seen[None, :], h, 0.0), y)
+    if DEPTHWISE_BIAS is not None:
+        y += tl.load(DEPTHWISE_BIAS + c, mask=c < C, other=0.0).to(tl.float32)[:, None]
+    at = row.to(tl.int64)[None, :] * C + c[:, None]
+    tl.store(Y + at, y.to(Y.dtype.element_ty), mask=(c < C)[:, None] & (row < rows)[None, :])
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("frames", "width", "first_frames", "first_width", "out_frames", "out_width", "left", "rows"),
+        "rows_per_part",
+    ]
+)
+def weight_gradient_kernel(
+    G, X, WEIGHT, BIAS, DEPTHWISE, MASK, PARTS,
+    frames, width, first_frames, first_width, out_frames, out_width, left, rows, rows_per_part, C,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # A row i of taps over a part's pixels. PARTS: (parts, 3, 10, C), its share of dw and dbias; then (parts, 10, C), dv
+    # and the sum of G.
+    c_tiles = tl.cdiv(C, BLOCK_C)
+    pid = tl.program_id(0)
+    c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    i, part = pid // c_tiles % 3, pid // c_tiles // 3
+    parts = tl.num_programs(0) // (3 * c_tiles)
+    in_row = c < C
+    w = _coefficients(WEIGHT, BIAS, c, C)
+    zero = tl.zeros([BLOCK_C, SLOTS], tl.float32)
+    e = (zero, zero, zero)
+    total = tl.zeros([BLOCK_C], tl.float64)
+    start = part * rows_per_part
+    end = tl.minimum(start + rows_per_part, rows)
+    while start < end:
+        row = start + tl.arange(0, BLOCK_P)
+        f, t, b = row % out_width, row // out_width % out_frames, row // out_width // out_frames
+        at = row.to(tl.int64)[None, :] * C + c[:, None]
+        g = tl.load(G + at, mask=in_row[:, None] & (row < end)[None, :], other=0.0)  # [BLOCK_C, BLOCK_P]
+        if i == 0:
+            total += tl.sum(g.to(tl.float32), axis=1)
+        kept = row < end
+        if MASK is not None:
+            kept = tl.load(MASK + b * first_frames + 2 * t + i, mask=kept, other=0) != 0
+        pixel = (b * frames + 4 * t + 2 * i) * width + 4 * f - 2 * left
+        for j in tl.static_range(3):
+            seen = kept & ((2 * f + j - left).to(tl.uint32) < first_width.to(tl.uint32))
+            x = _patches(X, pixel + 2 * j, width, seen)
+            active = tl.where(tl.dot(w, x) <= 0.0, 0.0, g)
+            e = e[:j] + (tl.dot(active, tl.trans(x), e[j]),) + e[j + 1 :]
+        start += BLOCK_P
+    k = tl.arange(0, SLOTS)
+    first = PARTS + (part * 3 + i).to(tl.int64) * 10 * C + c
+    second = PARTS + (parts * 3 + part).to(tl.int64) * 10 * C + c
+    dw = tl.zeros([BLOCK_C, SLOTS], tl.float64)
+    for j in tl.static_range(3):
+        v = tl.load(DEPTHWISE + c * 9 + (3 * i + j), mask=in_row, other=0.0)
+        wide = e[j].to(tl.float64)
+        dw += v.to(tl.float64)[:, None] * wide
+        dv = tl.sum(w.to(tl.float64) * wide, axis=1)
+        tl.store(second + (3 * i + j) * C, dv.to(tl.float32), mask=in_row)
+    if i == 0:
+        tl.store(second + 9 * C, total.to(tl.float32), mask=in_row)
+    keep = in_row[:, None] & (k < 10)[None, :]
+    tl.store(first[:, None] + k[None, :] * C, dw.to(tl.float32), mask=keep)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "frames",
+        "width",
+        "first_frames",
+        "first_width",
+        "out_frames",
+        "out_width",
+        "left",
+        "rows",
+    ]
+)
+def input_gradient_kernel(
+    G, X, WEIGHT, BIAS, DEPTHWISE, MASK, SHARES,
+    frames, width, first_frames, first_width, out_frames, out_width, left, rows, C,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # A row: one pixel of h. SHARES (9, rows): what it adds to its pixels of x.
+    row = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    column, frame = row % first_width, row // first_width % first_frames
+    b = row // first_width // first_frames
+    seen = row < rows
+    if MASK is not None:
+        seen = tl.load(MASK + b * first_frames + frame, mask=seen, other=0) != 0
+    x = _patches(X, (b * frames + 2 * frame) * width + 2 * column, width, seen)
+    total = tl.zeros([BLOCK_P, SLOTS], tl.float32)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        w = _coefficients(WEIGHT, BIAS, c, C)
+        dh = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+        for tap in range(9):
+            t, f = frame - tap // 3, column + left - tap % 3  # twice those of y
+            there = (
+                seen & (t >= 0) & (t < 2 * out_frames) & (f >= 0) & (f < 2 * out_width) & ((t | f) % 2 == 0)
+            )
+            at = ((b * out_frames + t // 2) * out_width + f // 2).to(tl.int64)[None, :] * C + c[:, None]
+            g = tl.load(G + at, mask=(c < C)[:, None] & there[None, :], other=0.0)  # [BLOCK_C, BLOCK_P]
+            v = tl.load(DEPTHWISE + c * 9 + tap, mask=c < C, other=0.0).to(tl.float32)
+            dh = tl.fma(v[:, None], tl.where(there[None, :], g.to(tl.float32), 0.0), dh)
+        dz = tl.where(tl.dot(w, x) <= 0.0, 0.0, dh).to(w.dtype)
+        total = tl.dot(tl.trans(dz), w, total)
+    k = tl.arange(0, SLOTS)
+    at = k.to(tl.int64)[None, :] * rows + row[:, None]
+    tl.store(SHARES + at, total, mask=(row < rows)[:, None] & (k < 9)[None, :])
+
+
+def _sizes(x, left: int) -> tuple[int, ...]:
+    """Returns frames and columns of x, of h and of y, and left."""
+    (frames, width), (first_frames, first_width) = x.shape[1:], ((n - 1) // 2 for n in x.shape[1:])
+    if x.numel() + 2**20 >= 2**31:
+        raise ValueError(
+            f"fastasr.conv_subsampling: x: expected fewer than 2**31 pixels on CUDA, got {x.numel()}"
+        )
+    return frames, width, first_frames, first_width, (first_frames - 1) // 2, (first_width + left) // 2, left
+
+
+def _bytes(mask):
+    return None if mask is None else mask.view(torch.uint8)
+
+
+def conv_subsampling_forward(
+    x, weight, bias, depthwise_weight, depthwise_bias, mask, left: int
+) -> torch.Tensor:
+    """Returns y (B, T', F', C) of contiguous x (B, T, F), weights (C, 1, 3, 3) and biases (C,) or None, all of one
+    dtype, and mask (B, H) or None.
+    """
+    sizes, channels = _sizes(x, left), weight.shape[0]
+    y = x.new_empty(x.shape[0], *sizes[4:6], channels)
+    if y.numel():
+        tile, rows = tiles(x.dtype)["forward"], y.shape[:3].numel()
+        grid = (triton.cdiv(rows, tile["BLOCK_P"]) * triton.cdiv(channels, tile["BLOCK_C"]),)
+        launch(forward_kernel, grid,
+            x, weight, bias, depthwise_weight, depthwise_bias, _bytes(mask), y, *sizes, rows, channels,
+            **tile,
+        )  # fmt: skip
+    return y
+
+
+def conv_subsampling_backward(
+    grad, x, weight, bias, depthwise_weight, mask, left: int, need_x: bool
+) -> tuple[torch.Tensor, ...]:
+    """Returns (dx, dweight, dbias, ddepthwise_weight, ddepthwise_bias); dx without elements if not needed, dbias even
+    without a bias.
+    """
+    sizes, channels = _sizes(x, left), weight.shape[0]
+    if not grad.numel():
+        found = (torch.zeros_like(weight), weight.new_zeros(channels)) * 2
+        return x.new_zeros(x.shape if need_x else 0), *found
+    inputs = grad, x, weight, bias, depthwise_weight, _bytes(mask)
+    shapes = tiles(x.dtype)
+    dx = _input_gradient(inputs, sizes, shapes["input_gradient"]) if need_x else x.new_empty(0)
+    tile, rows = shapes["weight_gradient"], grad.shape[:3].numel()
+    rows_per_part = max(LEAST_ROWS, triton.cdiv(rows, MAX_PARTS))
+    rows_per_part = triton.cdiv(rows_per_part, tile["BLOCK_P"]) * tile["BLOCK_P"]
+    parts = triton.cdiv(rows, rows_per_part)
+    table = torch.empty(4 * parts, 10, channels, dtype=torch.float32, device=x.device)
+    launch(weight_gradient_kernel, (3 * parts * triton.cdiv(channels, tile["BLOCK_C"]),),
+        *inputs, table, *sizes, rows, rows_per_part, channels, **tile,
+    )  # fmt: skip
+    found = []
+    for share, parameter in zip(table.split((3 * parts, parts)), (weight, depthwise_weight), strict=True):
+        found += torch.empty_like(parameter), parameter.new_empty(channels)
+        launch(depthwise_conv2d.add_parts_kernel, (10 * triton.cdiv(channels, BLOCK_SUM),),
+            share, *found[-2:], len(share), channels, 9, BLOCK_P=4 * MAX_PARTS, BLOCK_C=BLOCK_SUM, num_warps=4,
+        )  # fmt: skip
+    return dx, *found
+
+
+def _input_gradient(inputs, sizes, tile) -> torch.Tensor:
+    x, weight = inputs[1:3]
+    frames, columns = sizes[2:4]
+    rows = len(x) * frames * columns
+    shares = torch.empty(9, len(x), frames, columns, dtype=torch.float32, device=x.device)
+    launch(input_gradient_kernel, (triton.cdiv(rows, tile["BLOCK_P"]),),
+        *inputs, shares, *sizes, rows, weight.shape[0], **tile,
+    )  # fmt: skip
+    dx = torch.zeros_like(x, dtype=torch.float32)
+    for tap, share in enumerate(shares):
+        i, j = divmod(tap, 3)
+        dx[:, i : i + 2 * frames : 2, j : j + 2 * columns : 2] += share
+    return dx.to(x.dtype)
