@@ -167,7 +167,8 @@ def weight_gradient_kernel(
             seen = kept & ((2 * f + j - left).to(tl.uint32) < first_width.to(tl.uint32))
             x = _patches(X, pixel + 2 * j, width, seen)
             active = tl.where(tl.dot(w, x) <= 0.0, 0.0, g)
-            e = e[:j] + (tl.dot(active, tl.trans(x), e[j]),) + e[j + 1 :]  # noqa: RUF005: Triton has no unpacking
+            # Triton has no unpacking of tuples.
+            e = e[:j] + (tl.dot(active, tl.trans(x), e[j]),) + e[j + 1 :]  # noqa: RUF005
         start += BLOCK_P
     k = tl.arange(0, SLOTS)
     first = PARTS + (part * 3 + i).to(tl.int64) * 10 * C + c
