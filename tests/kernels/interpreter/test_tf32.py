@@ -13,6 +13,7 @@ from tests.kernels.interpreter import repair
 
 OPS = (
     *(
+        "conv_subsampling",
         "layer_norm_lstm",
         "rel_attention",
         "rnnt_joiner",
