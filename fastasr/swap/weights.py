@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten
 
-from fastasr.decoding.looping_transducers import looping_transducer
 from fastasr.ops import _reduced_weights
-from fastasr.swap import binding
+from fastasr.swap import binding, rules
 from fastasr.swap.state import ModelState, RandomState
 
 FLOAT32 = "float32"
@@ -160,8 +159,7 @@ def _weights(model):
 
 def _searched(model):
     """Returns the ids of the parameters of predictors and joint networks whose transducers greedy search knows."""
-    found = filter(None, map(looping_transducer, model.modules()))
-    return {id(weight) for transducer in found for part in transducer.parts() for weight in part.parameters()}
+    return {id(w) for module in model.modules() for part in rules.searched(module) for w in part.parameters()}
 
 
 def _obstacle(weight, by_us):

@@ -14,6 +14,11 @@ _FRAMEWORKS = [module.RULES for module in _MODULES if module is not torch and ha
 FAMILIES = tuple((*rules, *torch.RULES) for rules in _FRAMEWORKS)
 
 
+def searched(model):
+    """Returns the parts of a transducer that a search of fastasr knows; () for other modules."""
+    return tuple(part for module in _MODULES if hasattr(module, "searched") for part in module.searched(model))
+
+
 def rules_by_forward():
     """Returns {forward: rule} for every forward that a rule binds."""
     return {forward: rule for family in FAMILIES for rule in family for forward in rule.forwards}
