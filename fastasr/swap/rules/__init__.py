@@ -16,7 +16,9 @@ FAMILIES = tuple((*rules, *torch.RULES) for rules in _FRAMEWORKS)
 
 def searched(model):
     """Returns the parts of a transducer that a search of fastasr knows; () for other modules."""
-    return tuple(part for module in _MODULES if hasattr(module, "searched") for part in module.searched(model))
+    return tuple(
+        part for module in _MODULES if hasattr(module, "searched") for part in module.searched(model)
+    )
 
 
 def rules_by_forward():
