@@ -89,10 +89,9 @@ std::vector<Taps<C>> pack(const SubsamplingSizes& s, const SubsamplingInputs<T>&
   return packed;
 }
 
-// Computes N pixels of a row of h from x, the first of three rows `bins` apart. It is a function of its own, as are the
-// others: inlined into a larger one, the compiler keeps vectors on the stack.
-template <int N, typename C>
-FASTASR_INLINE void first_pixels(const C* x, int64_t bins, const Vector<C>* w, Vector<C> bias, Vector<C>* h) {
+// Computes N pixels of a row of y, from pixel f on, from three rows of x: numbers that all channels share, or vectors.
+template <int N, bool kRelu, typename C, typename X>
+FASTASR_INLINE void pixels(const X* const* x, int64_t f, const Vector<C>* w, Vector<C> bias, Vector<C>* y) {
   Vector<C> a[N];
 #pragma GCC unroll 8
   for (int n = 0; n < N; n++) a[n] = bias;
@@ -101,44 +100,20 @@ FASTASR_INLINE void first_pixels(const C* x, int64_t bins, const Vector<C>* w, V
 #pragma GCC unroll 3
     for (int j = 0; j < 3; j++)
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n++) a[n] += w[3 * i + j] * x[i * bins + 2 * n + j];
+      for (int n = 0; n < N; n++) a[n] += w[3 * i + j] * x[i][2 * (f + n) + j];
 #pragma GCC unroll 8
-  for (int n = 0; n < N; n++) h[n] = a[n] <= C(0) ? Vector<C>{} : a[n];  // a NaN stays
+  for (int n = 0; n < N; n++) y[f + n] = kRelu && a[n] <= C(0) ? Vector<C>{} : a[n];  // a NaN stays
 }
-template <typename C>
-__attribute__((noinline)) void first_row(const C* x, int64_t bins, const Taps<C>& taps, int64_t width, Vector<C>* h) {
+// It is a function of its own, as are those below: inlined into a larger one, the compiler keeps vectors on the stack.
+template <int N, bool kRelu, typename C, typename X>
+__attribute__((noinline)) void convolve(const X* const* x, const Vector<C>* taps, Vector<C> bias, int64_t width,
+                                        Vector<C>* y) {
   Vector<C> w[9];
 #pragma GCC unroll 9
-  for (int k = 0; k < 9; k++) w[k] = taps.first[k];
+  for (int k = 0; k < 9; k++) w[k] = taps[k];
   int64_t f = 0;
-  for (; f + kPixels <= width; f += kPixels) first_pixels<kPixels, C>(x + 2 * f, bins, w, taps.bias, h + f);
-  for (; f < width; f++) first_pixels<1, C>(x + 2 * f, bins, w, taps.bias, h + f);
-}
-
-template <int N, typename C>
-FASTASR_INLINE void second_pixels(const Vector<C>* const* h, int64_t f, const Vector<C>* v, Vector<C> bias,
-                                  Vector<C>* y) {
-  Vector<C> a[N];
-#pragma GCC unroll 8
-  for (int n = 0; n < N; n++) a[n] = bias;
-#pragma GCC unroll 3
-  for (int i = 0; i < 3; i++)
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; j++)
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n++) a[n] += v[3 * i + j] * h[i][2 * (f + n) + j];
-#pragma GCC unroll 8
-  for (int n = 0; n < N; n++) y[f + n] = a[n];
-}
-// h: three rows, from the padding on the left on.
-template <typename C>
-__attribute__((noinline)) void second_row(const Vector<C>* const* h, const Taps<C>& taps, int64_t width, Vector<C>* y) {
-  Vector<C> v[9];
-#pragma GCC unroll 9
-  for (int k = 0; k < 9; k++) v[k] = taps.second[k];
-  int64_t f = 0;
-  for (; f + 4 <= width; f += 4) second_pixels<4, C>(h, f, v, taps.second_bias, y);
-  for (; f < width; f++) second_pixels<1, C>(h, f, v, taps.second_bias, y);
+  for (; f + N <= width; f += N) pixels<N, kRelu, C>(x, f, w, bias, y);
+  for (; f < width; f++) pixels<1, kRelu, C>(x, f, w, bias, y);
 }
 
 // Adds an output frame's share to the gradients of the second convolution: sums (10, lanes).
@@ -247,10 +222,12 @@ class Block {
   void compute(int64_t from, int64_t to, const Taps<C>& taps) {
     for (int64_t r = from; r < to; r++) {
       Vector<C>* h = row(r) + s_.left;
-      if (kept(r))
-        first_row<C>(x(r), s_.bins, taps, s_.first_width(), h);
-      else
+      if (!kept(r)) {
         std::fill(h, h + s_.first_width(), Vector<C>{});
+        continue;
+      }
+      const C* const rows[] = {x(r), x(r) + s_.bins, x(r) + 2 * s_.bins};
+      convolve<kPixels, true, C>(rows, taps.first, taps.bias, s_.first_width(), h);
     }
   }
 
@@ -280,7 +257,7 @@ void forward(const SubsamplingSizes& s, const SubsamplingInputs<T>& in, T* y, in
       for (int64_t t = block.first(); t < block.last(); t++) {
         block.compute(2 * t + 1, 2 * t + 3, taps);
         const Vector<C>* const h[] = {block.row(2 * t), block.row(2 * t + 1), block.row(2 * t + 2)};
-        second_row<C>(h, taps, width, out[0]);
+        convolve<4, false, C>(h, taps.second, taps.second_bias, width, out[0]);
         T* to = y + (block.sequence() * s.out_frames() + t) * width * s.channels + c;
         for (int64_t f = 0; f < width; f++) write<C>(to + f * s.channels, *out[f], n);
       }
