@@ -93,15 +93,15 @@ def convolved(layers, x, lengths, left=1):
     )
     differentiated = x.requires_grad or any(p.requires_grad for layer in layers for p in layer.parameters())
     differentiated = torch.is_grad_enabled() and differentiated
-    in_strips = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
     strip = count
-    if in_strips and not differentiated:
+    if eager_cpu and not differentiated:
         first = 2 ** max(0, stages - 2)  # frames of the first map in memory for one of the output
         per_frame = batch * first * (bins // 4 + 1) * layers[0].out_channels * x.element_size()
         strip = max(1, STRIP_BYTES // max(1, per_frame))
     if isinstance(lengths, Spans):
         pass
-    elif in_strips:  # by lists of lengths, which no other device should wait for
+    elif eager_cpu:  # by lists of lengths, which no other device should wait for
         lengths = [frames] * batch if lengths is None else lengths.tolist()
     elif lengths is None:
         lengths = torch.full((batch,), frames, device=x.device)
