@@ -29,6 +29,7 @@ from fastasr.kernels._launch import dot_options, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+SIZES = ["frames", "width", "first_frames", "first_width", "out_frames", "out_width", "left", "rows"]
 SLOTS = tl.constexpr(16)  # 9 taps, the bias, zeros: the depth of a product
 MAX_PARTS = 256
 LEAST_ROWS = 256  # least rows of a part
@@ -86,18 +87,7 @@ def _tap_seen(bits, i, j):
     return ((bits >> i) & (bits >> (j + 3)) & 1) != 0
 
 
-@triton.jit(
-    do_not_specialize=[
-        "frames",
-        "width",
-        "first_frames",
-        "first_width",
-        "out_frames",
-        "out_width",
-        "left",
-        "rows",
-    ]
-)
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     X, WEIGHT, BIAS, DEPTHWISE, DEPTHWISE_BIAS, MASK, Y,
     frames, width, first_frames, first_width, out_frames, out_width, left, rows, C,
@@ -127,12 +117,7 @@ def forward_kernel(
     tl.store(Y + at, y.to(Y.dtype.element_ty), mask=(c < C)[:, None] & (row < rows)[None, :])
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("frames", "width", "first_frames", "first_width", "out_frames", "out_width", "left", "rows"),
-        "rows_per_part",
-    ]
-)
+@triton.jit(do_not_specialize=[*SIZES, "rows_per_part"])
 def weight_gradient_kernel(
     G, X, WEIGHT, BIAS, DEPTHWISE, MASK, PARTS,
     frames, width, first_frames, first_width, out_frames, out_width, left, rows, rows_per_part, C,
@@ -186,18 +171,7 @@ def weight_gradient_kernel(
     tl.store(first[:, None] + k[None, :] * C, dw.to(tl.float32), mask=keep)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "frames",
-        "width",
-        "first_frames",
-        "first_width",
-        "out_frames",
-        "out_width",
-        "left",
-        "rows",
-    ]
-)
+@triton.jit(do_not_specialize=SIZES)
 def input_gradient_kernel(
     G, X, WEIGHT, BIAS, DEPTHWISE, MASK, SHARES,
     frames, width, first_frames, first_width, out_frames, out_width, left, rows, C,
