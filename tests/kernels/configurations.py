@@ -701,6 +701,8 @@ def _rnnt_joiner(generation: int):
                 "context_gradient",
             ):  # their kernels are those of fp32
                 yield configuration(name, "", dtype)
+        short = {name: value for name, value in module.SHORT_FRAME.items() if name != "num_warps"}
+        yield configuration("frame_gradient", "few rows", dtype, **short)
         yield configuration("hidden", "relu, odd sizes", dtype, d=100, ACTIVATION=2, BOUNDARY=None)
 
 

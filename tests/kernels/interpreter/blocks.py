@@ -70,4 +70,5 @@ def shrink(monkeypatch) -> None:
     monkeypatch.setattr(rnnt_joiner, "CHUNK_BYTES", 1)  # a frame at a time
     monkeypatch.setattr(rnnt_joiner, "MAX_SHARES", 2)
     monkeypatch.setattr(rnnt_joiner, "FRAME", rnnt_joiner.FRAME | {"BLOCK_R": 2})
+    monkeypatch.setattr(rnnt_joiner, "SHORT", 2)
     monkeypatch.setattr(rnnt_lattice, "MAX_LANES", 4)
