@@ -13,6 +13,7 @@ from tiny_zipformer import same_training
 pytest.importorskip("transformers.models.nemotron_asr_streaming")
 
 from transformers import NemotronAsrStreamingConfig, NemotronAsrStreamingEncoder, NemotronAsrStreamingForRNNT
+from transformers.models.nemotron_asr_streaming import modeling_nemotron_asr_streaming as nemotron
 from transformers.models.nemotron_asr_streaming.configuration_nemotron_asr_streaming import (
     NemotronAsrStreamingEncoderConfig,
 )
@@ -22,7 +23,7 @@ from fastasr.models.fast_conformer import masks
 from fastasr.ops import _reduced_weights
 
 PARTS = "Attention", "ConvolutionModule", "FeedForward", "RelPositionalEncoding", "SubsamplingConv2D"
-SWAPPED = {f"NemotronAsrStreamingEncoder{part}" for part in PARTS}
+SWAPPED = {f"NemotronAsrStreamingEncoder{part}" for part in ("", *PARTS)}
 FRAMES, LEFT = 203, 14
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5}
 
@@ -73,6 +74,13 @@ def chunks(model, x, look_ahead, **options):
         yield out
         keys, padding = out.past_key_values, out.padding_cache
         begin, size = begin + size, 8 * (look_ahead + 1)
+
+
+def _with_shared_tensors(cache):
+    """Returns a copy with layers of its own, which hold the same tensors."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
 
 
 def test_swap_and_verify():
@@ -141,6 +149,74 @@ def test_chunks_need_no_mask(monkeypatch):
     for arguments in read:
         assert arguments.keys() == {"key_padding_mask", "context", "chunk_size"}
         assert (arguments["context"], arguments["chunk_size"]) == ((12, 0), 4)
+
+
+@pytest.mark.parametrize("look_ahead", [13, 6, 1, 0])
+def test_next_chunks_make_no_mask(look_ahead, monkeypatch):
+    theirs, ours = pair()
+    x = torch.randn(2, 400, SIZES["num_mel_bins"], generator=numbers(4))
+    expected = [out.last_hidden_state for out in chunks(theirs, x, look_ahead)]
+    stream, found = chunks(ours, x, look_ahead), []
+    for out in stream:
+        found.append(out.last_hidden_state)
+        monkeypatch.setattr(nemotron, "create_bidirectional_mask", None)
+    for a, b in zip(found, expected, strict=True):
+        same(a, b)
+    assert len(found) > 1
+
+
+def test_chunks_that_do_not_see_all_frames():
+    """A cached frame is of a chunk that is too old, and a call ends within the next chunk."""
+    x = torch.randn(1, 240, SIZES["num_mel_bins"], generator=numbers(2))
+    for look_ahead, sizes in ((3, (25, 32, 32, 32)), (3, (25, 16, 32, 8)), (0, (1, 24, 8))):
+        streams = []
+        for model in pair(sliding_window=8):
+            keys = padding = None
+            begin, outputs = 0, []
+            for size in sizes:
+                with torch.no_grad():
+                    out = model(
+                        x[:, begin : begin + size], num_lookahead_tokens=look_ahead, use_cache=True,
+                        past_key_values=keys, padding_cache=padding,
+                    )  # fmt: skip
+                keys, padding, begin = out.past_key_values, out.padding_cache, begin + size
+                outputs.append(out.last_hidden_state)
+            streams.append(outputs)
+        for found, expected in zip(*streams, strict=True):
+            same(found, expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _with_shared_tensors])
+@pytest.mark.parametrize("size", [1, 3])
+def test_streams_that_part(size, copied):
+    """Two streams go on from one, each with its own copy of the caches."""
+    x = torch.randn(size, 400, SIZES["num_mel_bins"], generator=numbers(3))
+    found = []
+    for model in pair():
+        outputs = []
+        for chunk in range(40):
+            options = {"num_lookahead_tokens": 0, "use_cache": True}
+            if chunk == 0:
+                with torch.no_grad():
+                    first = model(x[:, :1], **options)
+                streams = [(first.past_key_values, first.padding_cache)]
+            for i, (keys, padding) in enumerate(streams):
+                begin = 1 + 8 * chunk + i
+                with torch.no_grad():
+                    outputs.append(
+                        model(x[:, begin : begin + 8], past_key_values=keys, padding_cache=padding, **options)
+                    )
+            if chunk in (5, 20):
+                keys, padding = streams[0]
+                streams.append((copied(keys), copy.deepcopy(padding)))
+        found.append((outputs, streams))
+    for a, b in zip(*(outputs for outputs, _ in found), strict=True):
+        same(a.last_hidden_state, b.last_hidden_state)
+    for (a, _), (b, _) in zip(*(streams for _, streams in found), strict=True):
+        for ours, theirs in zip(a.layers, b.layers, strict=True):
+            same(ours.keys, theirs.keys)
+            same(ours.values, theirs.values)
+            assert ours.cumulative_length == theirs.cumulative_length
 
 
 def test_training():

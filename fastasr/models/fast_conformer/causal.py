@@ -40,11 +40,87 @@ def cached_attention(
     k = plumbing.linear(self.k_proj, hidden_states).view(shape)
     v = plumbing.linear(self.v_proj, hidden_states).view(shape)
     if past_key_values is not None:
-        cached = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
-        k, v = (t.transpose(1, 2).contiguous() for t in cached)
+        if (cached := window_layer(past_key_values, self.layer_idx)) is not None and _writes_in_place(
+            cached, k
+        ):
+            k, v = _extended(cached, k, v)
+        else:
+            found = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+            k, v = (t.transpose(1, 2).contiguous() for t in found)
     by = None if attention_mask is None else seen(attention_mask, left=self.config.sliding_window - 1)
     y = attended(self, q, k, v, position_embeddings, attention_mask, by)
     return plumbing.linear(self.o_proj, y.flatten(2)), None
+
+
+def window_layer(cache, index):
+    """Returns a layer of transformers' cache that holds the last frames of keys and values, none of which it may have
+    to give back, or None."""
+    layer = cache.layers[index] if index < len(cache.layers) and not cache.offloading else None
+    plain = type(layer).__name__ == "DynamicSlidingWindowLayer" and layer.is_initialized
+    return layer if plain and not layer.record_past else None
+
+
+def sees_everything(cache, frames, look_ahead):
+    """Says whether the next frames of a stream see each other and all frames that transformers' ``cache`` holds."""
+    layer = None if cache is None or look_ahead is None or not frames else window_layer(cache, 0)
+    if layer is None:
+        return False
+    size, past, first = look_ahead + 1, layer.get_seq_length(), layer.get_mask_sizes(frames)[1]
+    chunk = past // size
+    chunks = (layer.sliding_window - 1) // size
+    return (past + frames - 1) // size == chunk and first // size >= chunk - chunks
+
+
+class _Room:
+    """Memory (2, B, N, H, d) of keys and values. The cache's, ``keys`` and ``values``, are the last up to ``end``.
+
+    A copy of a cache's layer may share it: whichever comes first writes behind ``end``, and the other sees that its
+    tensors are not these any more.
+    """
+
+    def __init__(self, memory, layer):
+        self.memory, self.end, self.keys, self.values = memory, layer.keys.shape[2], layer.keys, layer.values
+        memory[0, :, : self.end] = layer.keys.transpose(1, 2)
+        memory[1, :, : self.end] = layer.values.transpose(1, 2)
+
+
+def _writes_in_place(layer, k):
+    return (
+        k.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and k.dtype == layer.keys.dtype == layer.values.dtype
+        and layer.keys.shape == (len(k), k.shape[2], layer.keys.shape[2], k.shape[3]) == layer.values.shape
+    )
+
+
+def _extended(layer, k, v):
+    """Returns keys and values (B, K, H, d) of a cache's layer and a chunk, (B, T, H, d), and keeps the last of them, as
+    upstream's ``update``, which copies all of them for every chunk.
+
+    Here a chunk is written behind those before it, where nobody reads, and all move once no room is left.
+    """
+    frames, held = k.shape[1], layer.keys.shape[2]
+    room = getattr(layer, "_fastasr_room", None)
+    if (
+        room is None
+        or room.keys is not layer.keys
+        or room.values is not layer.values
+        or room.end + frames > room.memory.shape[2]
+        or (room.memory.is_inference() and not torch.is_inference_mode_enabled())
+    ):
+        more = (
+            max(frames, held) if len(k) == 1 else frames
+        )  # the kernel takes frames of one stream where they lie
+        room = _Room(k.new_empty(2, len(k), held + more, *k.shape[2:]), layer)
+    begin, middle, room.end = room.end - held, room.end, room.end + frames
+    room.memory[0, :, middle : room.end], room.memory[1, :, middle : room.end] = k, v
+    k, v = room.memory[:, :, begin : room.end].unbind()
+    first = max(0, held + frames + 1 - layer.sliding_window)
+    room.keys, room.values = k[:, first:].transpose(1, 2), v[:, first:].transpose(1, 2)
+    layer.keys, layer.values, layer._fastasr_room = room.keys, room.values, room
+    layer.cumulative_length += frames
+    return k, v
 
 
 def causal_convolution(self, hidden_states, all_masked_rows=None, padding_cache=None):

@@ -2,6 +2,10 @@
 """Rules for transformers' Nemotron streaming encoder
 (transformers/models/nemotron_asr_streaming/modeling_nemotron_asr_streaming.py), whole recordings and chunks."""
 
+import sys
+
+import torch
+
 from fastasr.models.fast_conformer import FastConformerFeedForward, attention, causal, positions
 from fastasr.swap.rule import Known, Rule, check_child_names, check_parameters, unread_child, upstream_class
 from fastasr.swap.rules import transformers_parakeet as parakeet
@@ -52,6 +56,47 @@ def _subsampling_structure(module):
     return next(filter(None, reasons), None)
 
 
+def encoder(
+    self,
+    input_features,
+    attention_mask=None,
+    position_ids=None,
+    past_key_values=None,
+    output_attention_mask=True,
+    use_cache=None,
+    padding_cache=None,
+    num_lookahead_tokens=None,
+    **kwargs,
+):
+    """Calls upstream's forward, but for the next chunk of streams whose frames see each other and all that are cached:
+    upstream makes a mask of these pairs by torch.func.vmap, which takes as long as a layer."""
+    frames = input_features.shape[1] // self.config.subsampling_factor
+    known = attention_mask is None and position_ids is None and not kwargs and not self.training
+    known = known and not torch.compiler.is_compiling() and self.config.return_dict
+    asked = self.config.output_hidden_states or self.config.output_attentions
+    asked = asked or getattr(self.config, "is_causal", None) is not None
+    if (
+        not known
+        or asked
+        or padding_cache is None
+        or not padding_cache.layers
+        or not causal.sees_everything(past_key_values, frames, num_lookahead_tokens)
+    ):
+        return upstream_class(self).forward(
+            self, input_features, attention_mask, position_ids, past_key_values, output_attention_mask, use_cache,
+            padding_cache, num_lookahead_tokens, **kwargs,
+        )  # fmt: skip
+    x = self.subsampling(input_features, padding_cache=padding_cache)
+    x *= self.input_scale
+    cached = past_key_values.get_mask_sizes(frames, 0)[0] - frames
+    embeddings = self.encode_positions(x, cached_frames=cached)
+    caches = {"past_key_values": past_key_values, "padding_cache": padding_cache}
+    for layer in self.layers:
+        x = layer(x, position_embeddings=embeddings, use_cache=use_cache, **caches)
+    output = sys.modules[upstream_class(self).__module__].NemotronAsrStreamingEncoderModelOutput
+    return output(last_hidden_state=x, **caches)
+
+
 def _rule(part, class_name, forward, structure, known, kernels="", **more):
     return Rule(
         f"transformers.nemotron_{part}",
@@ -85,4 +130,8 @@ POSITIONS = _rule(
     "positions", "RelPositionalEncoding", causal.limited_positions, parakeet.positions_structure,
     "9c01af313de053d2168e55bb", release=positions.release,
 )  # fmt: skip
-RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING, POSITIONS)
+ENCODER = Rule(
+    "transformers.nemotron_encoder", "NemotronAsrStreamingEncoder", encoder, parakeet.encoder_structure,
+    known={"cbaf5ceb04543d734c413d40": Known("transformers 5.23")}, shallow=True, companion=True,
+)  # fmt: skip
+RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING, POSITIONS, ENCODER)

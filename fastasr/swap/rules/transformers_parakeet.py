@@ -123,7 +123,7 @@ def _ragged_obstacle(module):
     return ragged.obstacle(module)
 
 
-def _encoder_structure(module):
+def encoder_structure(module):
     return check_parameters(module, {}) or check_child_names(
         module, ("subsampling", "encode_positions", "layers")
     )
@@ -186,7 +186,7 @@ ENCODER = Rule(
     name="transformers.parakeet_encoder",
     class_name="ParakeetEncoder",
     forward=encoder,
-    structure=_encoder_structure,
+    structure=encoder_structure,
     known={"5ffbcd81ffef3ae7089eada1": Known("transformers 5.23")},
     shallow=True,
     companion=True,
