@@ -6,7 +6,7 @@
 
 #include "bindings/dispatch.h"
 
-namespace fastasr {
+namespace fastasr::bindings::balancer_gradient {
 namespace {
 
 constexpr int64_t kRowsPerBlock = 256, kShiftSamples = 8;
@@ -120,4 +120,4 @@ FASTASR_OPERATORS(
      "grad_scale) -> Tensor",
      Boxed<balancer_gradient>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::balancer_gradient

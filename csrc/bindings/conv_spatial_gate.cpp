@@ -10,7 +10,7 @@
 #include "bindings/dispatch.h"
 #include "cpu/math/activation.h"
 
-namespace fastasr {
+namespace fastasr::bindings::conv_spatial_gate {
 namespace {
 
 using cpu::ConvSpatialGate;
@@ -145,4 +145,4 @@ FASTASR_OPERATORS(
      "bias, Tensor? padding_mask, float eps, int activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
      Boxed<conv_spatial_gate_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::conv_spatial_gate

@@ -7,7 +7,7 @@
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
 
-namespace fastasr {
+namespace fastasr::bindings::conv_subsampling {
 namespace {
 
 using cpu::SubsamplingSizes;
@@ -105,4 +105,4 @@ FASTASR_OPERATORS({"conv_subsampling_forward(Tensor x, Tensor weight, Tensor? bi
                    "Tensor)",
                    Boxed<conv_subsampling_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::conv_subsampling

@@ -7,7 +7,7 @@
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
 
-namespace fastasr {
+namespace fastasr::bindings::depthwise_conv2d {
 namespace {
 
 using cpu::DepthwiseSizes;
@@ -100,4 +100,4 @@ FASTASR_OPERATORS({"depthwise_conv2d_forward(Tensor x, Tensor weight, Tensor? bi
                    "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
                    Boxed<depthwise_conv2d_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::depthwise_conv2d

@@ -7,7 +7,7 @@
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
 
-namespace fastasr {
+namespace fastasr::bindings::depthwise_conv_residual {
 namespace {
 
 using cpu::DepthwiseConvResidual;
@@ -83,4 +83,4 @@ FASTASR_OPERATORS({"depthwise_conv_residual_forward(Tensor x, Tensor weight, Ten
                   {"depthwise_conv_residual_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)",
                    Boxed<depthwise_conv_residual_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::depthwise_conv_residual

@@ -8,7 +8,7 @@
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
 
-namespace fastasr {
+namespace fastasr::bindings::dropout {
 namespace {
 
 // The layout of torch's CPU generator in torch.get_rng_state(): seed (8 bytes), words left in the block and one more
@@ -134,4 +134,4 @@ FASTASR_OPERATORS(
     {"dropout_windows(Tensor like, Tensor places, Tensor(a!) generator, int sequences, int keys, float p) -> Tensor",
      Boxed<dropout_windows>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::dropout

@@ -5,7 +5,7 @@
 
 #include "bindings/dispatch.h"
 
-namespace fastasr {
+namespace fastasr::bindings::ema_scan {
 namespace {
 
 using cpu::EmaShape;
@@ -183,4 +183,4 @@ FASTASR_OPERATORS({"ema_scan_forward(" FASTASR_INPUTS ", bool need_state) -> (Te
                    ") -> " FASTASR_GRADIENTS,
                    Boxed<backward<true>>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::ema_scan

@@ -12,7 +12,7 @@
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream)
     __attribute__((weak));
 
-namespace fastasr {
+namespace fastasr::bindings::ema_scan_cuda {
 namespace {
 
 void* current_stream(const Tensor& t, const char* op) {
@@ -211,7 +211,6 @@ Gradients registered_backward(const Tensor& grad, Optional grad_state, const Ten
 }
 
 }  // namespace
-}  // namespace fastasr
 
 #define FASTASR_OPTIONS "Tensor? state, Tensor? mask, int truncation, int direction, int activation, int layout"
 #define FASTASR_REAL \
@@ -228,9 +227,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastasr_cuda, CUDA, m) {
-  m.impl("ema_scan_forward", fastasr::Boxed<fastasr::registered_forward<false>>::call);
-  m.impl("ema_scan_backward", fastasr::Boxed<fastasr::registered_backward<false>>::call);
-  m.impl("complex_ema_scan_forward", fastasr::Boxed<fastasr::registered_forward<true>>::call);
-  m.impl("complex_ema_scan_backward", fastasr::Boxed<fastasr::registered_backward<true>>::call);
+  m.impl("ema_scan_forward", Boxed<registered_forward<false>>::call);
+  m.impl("ema_scan_backward", Boxed<registered_backward<false>>::call);
+  m.impl("complex_ema_scan_forward", Boxed<registered_forward<true>>::call);
+  m.impl("complex_ema_scan_backward", Boxed<registered_backward<true>>::call);
 }
+
+}  // namespace fastasr::bindings::ema_scan_cuda
+
 #endif

@@ -7,7 +7,7 @@
 #include "bindings/pooled.h"
 #include "cpu/math/activation.h"
 
-namespace fastasr {
+namespace fastasr::bindings::emformer_step {
 namespace {
 
 using cpu::EmformerLayout;
@@ -137,4 +137,4 @@ FASTASR_OPERATORS({"emformer_layer_pack(int[] numbers, float[] eps, Tensor[] wei
                    "Tensor kept, int threads) -> Tensor[]",
                    Boxed<emformer_layer_step>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::emformer_step

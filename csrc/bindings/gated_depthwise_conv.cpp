@@ -9,7 +9,7 @@
 #include "bindings/dispatch.h"
 #include "bindings/packed.h"
 
-namespace fastasr {
+namespace fastasr::bindings::gated_depthwise_conv {
 namespace {
 
 using cpu::GatedDepthwiseConv;
@@ -217,4 +217,4 @@ FASTASR_OPERATORS(
      "int activation, int delay) -> (Tensor, Tensor, Tensor)",
      Boxed<gated_depthwise_conv_packed_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::gated_depthwise_conv

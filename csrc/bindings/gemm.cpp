@@ -4,7 +4,7 @@
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
 
-namespace fastasr {
+namespace fastasr::bindings::gemm {
 namespace {
 
 // Multiplies few rows of x, (K), (B, K) or (B, T, K), by the transposed weight (N, K), whose rows are contiguous.
@@ -110,4 +110,4 @@ FASTASR_OPERATORS({"gemm(Tensor a, Tensor b, Tensor? bias) -> Tensor", Boxed<gem
                   {"gemm_add(Tensor(a!) c, Tensor a, Tensor b) -> ()", Boxed<gemm_add>::call},
                   {"linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor", Boxed<linear_few_rows>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::gemm

@@ -7,7 +7,7 @@
 #include "bindings/pooled.h"
 #include "cpu/math/activation.h"
 
-namespace fastasr {
+namespace fastasr::bindings::greedy_search {
 namespace {
 
 using cpu::GreedyLayout;
@@ -142,4 +142,4 @@ FASTASR_OPERATORS(
      "bool scored, int threads) -> Tensor[]",
      Boxed<greedy_search>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::greedy_search

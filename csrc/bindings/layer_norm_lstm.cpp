@@ -8,7 +8,7 @@
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
 
-namespace fastasr {
+namespace fastasr::bindings::layer_norm_lstm {
 namespace {
 
 using cpu::LstmSizes;
@@ -179,4 +179,4 @@ FASTASR_OPERATORS({"layer_norm_lstm_forward(Tensor input, Tensor? input_weight, 
                    " -> (Tensor,Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
                    Boxed<layer_norm_lstm_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::layer_norm_lstm

@@ -6,7 +6,7 @@
 #include "cuda/device.h"
 #endif
 
-namespace fastasr {
+namespace fastasr::bindings::library {
 namespace {
 
 std::string text(const char* problem) { return problem ? problem : ""; }
@@ -24,7 +24,6 @@ int64_t cuda_devices() { return 0; }
 #endif
 
 }  // namespace
-}  // namespace fastasr
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
   m.def("machine_problem() -> str");
@@ -36,10 +35,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastasr_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CompositeExplicitAutograd, m) {
-  m.impl("machine_problem", fastasr::Boxed<fastasr::machine_problem>::call);
-  m.impl("setting_problem", fastasr::Boxed<fastasr::setting_problem>::call);
-  m.impl("simd_name", fastasr::Boxed<fastasr::simd_name>::call);
-  m.impl("simd_level", fastasr::Boxed<fastasr::simd_level>::call);
-  m.impl("cuda_architectures", fastasr::Boxed<fastasr::cuda_architectures>::call);
-  m.impl("cuda_devices", fastasr::Boxed<fastasr::cuda_devices>::call);
+  m.impl("machine_problem", Boxed<machine_problem>::call);
+  m.impl("setting_problem", Boxed<setting_problem>::call);
+  m.impl("simd_name", Boxed<simd_name>::call);
+  m.impl("simd_level", Boxed<simd_level>::call);
+  m.impl("cuda_architectures", Boxed<cuda_architectures>::call);
+  m.impl("cuda_devices", Boxed<cuda_devices>::call);
 }
+
+}  // namespace fastasr::bindings::library

@@ -9,7 +9,7 @@
 #include "bindings/packed_weights.h"
 #include "cpu/support/history.h"
 
-namespace fastasr {
+namespace fastasr::bindings::mega_step {
 namespace {
 
 using cpu::MegaLayout;
@@ -341,4 +341,4 @@ FASTASR_OPERATORS({"mega_pack(int[] shape, Tensor[] weights, float[] eps) -> Ten
                    Boxed<mega_step>::call},
                   {"mega_stack(Tensor[] states) -> Tensor", Boxed<mega_stack>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::mega_step

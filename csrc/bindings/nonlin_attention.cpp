@@ -5,7 +5,7 @@
 
 #include "bindings/dispatch.h"
 
-namespace fastasr {
+namespace fastasr::bindings::nonlin_attention {
 namespace {
 
 cpu::NonlinAttentionRows checked(const Tensor& p, const char* op) {
@@ -91,4 +91,4 @@ FASTASR_OPERATORS({"nonlin_attention_gate(Tensor projected) -> Tensor", Boxed<ga
                   {"nonlin_attention_gradient(Tensor dx, Tensor grad, Tensor projected, Tensor o) -> Tensor",
                    Boxed<gradient>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::nonlin_attention

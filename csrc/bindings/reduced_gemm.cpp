@@ -4,7 +4,7 @@
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
 
-namespace fastasr {
+namespace fastasr::bindings::reduced_gemm {
 namespace {
 
 constexpr const char* kOp = "reduced_linear";
@@ -82,4 +82,4 @@ FASTASR_OPERATORS({"reduced_pack(Tensor weight, int format) -> Tensor", Boxed<re
                   {"reduced_linear(Tensor x, Tensor packed, Tensor? bias, int n, int format) -> Tensor",
                    Boxed<reduced_linear>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::reduced_gemm

@@ -8,7 +8,7 @@
 #include "bindings/attention_problem.h"
 #include "bindings/packed.h"
 
-namespace fastasr {
+namespace fastasr::bindings::rel_attention {
 namespace {
 
 using cpu::RelAttention;
@@ -338,4 +338,4 @@ FASTASR_OPERATORS(
      "Tensor, Tensor)",
      Boxed<rel_attention_packed_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::rel_attention

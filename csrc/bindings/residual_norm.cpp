@@ -8,7 +8,7 @@
 #include "bindings/pooled.h"
 #include "cpu/math/activation.h"
 
-namespace fastasr {
+namespace fastasr::bindings::residual_norm {
 namespace {
 
 // The arguments of a call: every pointer but those of the outputs. `parameters` holds weight and bias, widened, where
@@ -150,4 +150,4 @@ FASTASR_OPERATORS({"residual_norm_forward(Tensor x, Tensor update, Tensor? candi
                    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
                    Boxed<residual_norm_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::residual_norm

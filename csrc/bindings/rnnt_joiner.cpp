@@ -6,7 +6,7 @@
 #include "bindings/dispatch.h"
 #include "cpu/math/activation.h"
 
-namespace fastasr {
+namespace fastasr::bindings::rnnt_joiner {
 namespace {
 
 using cpu::JoinerRow;
@@ -231,4 +231,4 @@ FASTASR_OPERATORS({"rnnt_joiner_rows(Tensor starts, Tensor symbols, Tensor? boun
                    "Tensor(a!) dam, Tensor(b!) dlm) -> ()",
                    Boxed<rnnt_joiner_hidden_gradient>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::rnnt_joiner

@@ -7,7 +7,7 @@
 #include "bindings/lattice_boundary.h"
 #include "bindings/pooled.h"
 
-namespace fastasr {
+namespace fastasr::bindings::rnnt_lattice {
 namespace {
 
 int64_t lattice_grain(int64_t symbols, int64_t frames) {
@@ -113,4 +113,4 @@ FASTASR_OPERATORS({"rnnt_lattice_forward(Tensor symbol_logprobs, Tensor blank_lo
                    "int symbols, int width, int frames) -> (Tensor,Tensor)",
                    Boxed<rnnt_lattice_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::rnnt_lattice

@@ -7,7 +7,7 @@
 #include "bindings/lattice_boundary.h"
 #include "bindings/pooled.h"
 
-namespace fastasr {
+namespace fastasr::bindings::rnnt_pruned_lattice {
 namespace {
 
 using cpu::kBandLanes;
@@ -139,4 +139,4 @@ FASTASR_OPERATORS({"rnnt_pruned_lattice_forward(Tensor symbol_logprobs, Tensor b
                    "Tensor? boundary, int window, bool modified) -> (Tensor,Tensor)",
                    Boxed<rnnt_pruned_lattice_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::rnnt_pruned_lattice

@@ -7,7 +7,7 @@
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
 
-namespace fastasr {
+namespace fastasr::bindings::rnnt_row_logprobs {
 namespace {
 
 using Three = std::array<int64_t, 3>;
@@ -115,4 +115,4 @@ FASTASR_OPERATORS({"rnnt_row_logprobs_forward(Tensor logits, Tensor symbols, int
                    "Tensor normaliser, int blank, bool hat, bool in_place) -> Tensor",
                    Boxed<rnnt_row_logprobs_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::rnnt_row_logprobs

@@ -11,7 +11,7 @@
 #include "bindings/pooled.h"
 #include "cpu/math/activation.h"
 
-namespace fastasr {
+namespace fastasr::bindings::rows {
 namespace {
 
 // Runs f(block, part) for each block of rows; f writes a number per channel to its part, and their sums over the blocks
@@ -267,4 +267,4 @@ FASTASR_OPERATORS(
     {"linear_activation_backward(Tensor grad, Tensor z, int activation, bool need_bias) -> (Tensor, Tensor)",
      Boxed<linear_activation_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::rows

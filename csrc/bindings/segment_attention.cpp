@@ -7,7 +7,7 @@
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
 
-namespace fastasr {
+namespace fastasr::bindings::segment_attention {
 namespace {
 
 using Sizes = std::array<int64_t, 8>;  // heads, frames, segment, left, right, memory, past frames, past memory
@@ -101,4 +101,4 @@ FASTASR_OPERATORS({"segment_attention_forward(Tensor query, Tensor key, Tensor v
                    "int left, int right, int memory, int past_frames, int past_memory) -> (Tensor, Tensor, Tensor)",
                    Boxed<segment_attention_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::segment_attention

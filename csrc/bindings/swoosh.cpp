@@ -6,7 +6,7 @@
 #include "bindings/dispatch.h"
 #include "bindings/pooled.h"
 
-namespace fastasr {
+namespace fastasr::bindings::swoosh {
 namespace {
 
 using cpu::Mask;
@@ -150,4 +150,4 @@ FASTASR_OPERATORS(
     {"swoosh_packed_backward(Tensor grad, Tensor x, bool swoosh_r, Tensor mask, Tensor sequence) -> (Tensor, Tensor)",
      Boxed<swoosh_packed_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::swoosh

@@ -8,7 +8,7 @@
 #include "bindings/lattice_boundary.h"
 #include "bindings/pooled.h"
 
-namespace fastasr {
+namespace fastasr::bindings::tdt_lattice {
 namespace {
 
 // Reads the durations: different numbers that are not negative.
@@ -113,4 +113,4 @@ FASTASR_OPERATORS({"tdt_lattice_forward(Tensor symbol_logprobs, Tensor blank_log
                    "Tensor? boundary, int frames, int row) -> (Tensor,Tensor,Tensor)",
                    Boxed<tdt_lattice_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::tdt_lattice

@@ -7,7 +7,7 @@
 #include "bindings/pooled.h"
 #include "cpu/math/activation.h"
 
-namespace fastasr {
+namespace fastasr::bindings::toeplitz_attention {
 namespace {
 
 // As many units as fit share memory for their packed operands: these stay in the last cache, and long sequences of
@@ -185,4 +185,4 @@ FASTASR_OPERATORS({"toeplitz_attention_forward(Tensor query_key, Tensor gate, Te
                    "Tensor, Tensor, Tensor, Tensor, Tensor)",
                    Boxed<toeplitz_attention_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::toeplitz_attention

@@ -10,7 +10,7 @@
 #include "bindings/packed.h"
 #include "bindings/pooled.h"
 
-namespace fastasr {
+namespace fastasr::bindings::weighted_values {
 namespace {
 
 constexpr int64_t kRows = 60;  // rows of a task
@@ -156,4 +156,4 @@ FASTASR_OPERATORS(
     {"weighted_values_packed_backward(Tensor grad, Tensor[] weights, Tensor values) -> (Tensor, Tensor[])",
      Boxed<weighted_values_packed_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::weighted_values

@@ -6,7 +6,7 @@
 
 #include "bindings/attention_problem.h"
 
-namespace fastasr {
+namespace fastasr::bindings::zipformer_attention {
 namespace {
 
 cpu::ValueShape checked_values(const Tensor& value, int64_t value_heads, const AttentionProblem& a, const Tensor& x,
@@ -139,4 +139,4 @@ FASTASR_OPERATORS({"zipformer_attention_forward(Tensor x, Tensor? pos, Tensor va
                    "Tensor, Tensor, Tensor)",
                    Boxed<zipformer_attention_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::zipformer_attention

@@ -10,7 +10,7 @@
 #include "bindings/pooled.h"
 #include "cpu/attention/attention_tiles.h"
 
-namespace fastasr {
+namespace fastasr::bindings::zipformer_attention_weights {
 namespace {
 
 // Rows of W start at multiples of this many elements.
@@ -311,4 +311,4 @@ FASTASR_OPERATORS(
      "int left_context_chunks, float score_penalty, float score_limit) -> (Tensor, Tensor)",
      Boxed<zipformer_attention_weights_packed_backward>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::zipformer_attention_weights

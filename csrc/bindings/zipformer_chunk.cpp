@@ -6,7 +6,7 @@
 
 #include "bindings/packed_weights.h"
 
-namespace fastasr {
+namespace fastasr::bindings::zipformer_chunk {
 namespace {
 
 using cpu::ChunkPlan;
@@ -151,4 +151,4 @@ STABLE_TORCH_LIBRARY_IMPL(fastasr_cpu, CompositeExplicitAutograd, m) {
   m.impl("zipformer_chunk_sizes", Boxed<zipformer_chunk_sizes>::call);
 }
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::zipformer_chunk

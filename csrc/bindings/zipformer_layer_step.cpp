@@ -6,7 +6,7 @@
 #include "bindings/packed_weights.h"
 #include "bindings/pooled.h"
 
-namespace fastasr {
+namespace fastasr::bindings::zipformer_layer_step {
 namespace {
 
 using cpu::ChunkPlan;
@@ -106,4 +106,4 @@ FASTASR_OPERATORS({"zipformer_layer_weights(int[] numbers, Tensor[] weights) -> 
                    "Tensor[] states, Tensor? masked, int threads) -> Tensor[]",
                    Boxed<zipformer_layer_step>::call})
 
-}  // namespace fastasr
+}  // namespace fastasr::bindings::zipformer_layer_step
