@@ -668,9 +668,9 @@ def _rnnt_joiner(generation: int):
         "context_gradient": module.CONTEXT,
     }
 
-    def configuration(name: str, label: str, dtype: str, d: int = 512, **constants):
+    def configuration(name: str, label: str, dtype: str, d: int = 512, tile: dict | None = None, **constants):
         with _setting(dtype) as torch_dtype:
-            options = dict((extra | module.tiles(d, torch_dtype, generation))[name])
+            options = dict(tile or (extra | module.tiles(d, torch_dtype, generation))[name])
         warps, stages, element = options.pop("num_warps"), options.pop("num_stages", 3), _element(dtype)
         precise = {"PRECISE": element == "fp32"} if name == "frame_gradient" else {}
         return Configuration(
@@ -701,8 +701,7 @@ def _rnnt_joiner(generation: int):
                 "context_gradient",
             ):  # their kernels are those of fp32
                 yield configuration(name, "", dtype)
-        short = {name: value for name, value in module.SHORT_FRAME.items() if name != "num_warps"}
-        yield configuration("frame_gradient", "few rows", dtype, **short)
+        yield configuration("frame_gradient", "few rows", dtype, tile=module.SHORT_FRAME)
         yield configuration("hidden", "relu, odd sizes", dtype, d=100, ACTIVATION=2, BOUNDARY=None)
 
 
