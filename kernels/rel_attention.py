@@ -15,8 +15,8 @@ Per score, with d channels of q and e of v:
     queries     BLOCK queries x channels of q     2 (2 d + e) + 2 channels
     keys        BLOCK keys x channels of k, v     2 (3 d + e + channels + columns)
     offsets     BLOCK queries x channels          2 channels; of a piece of dS, which ``queries`` left by offset
-    positions   BLOCK offsets x channels          2 channels; of the same
-    add_parts   1024 numbers                      -; dR over the sequences
+    positions   offsets x channels                2 channels; of the same, for a group of sequences
+    add_parts   1024 numbers                      -; dR over the groups
     biases      channels                          -; sums of the parts of du and dw that ``queries`` left
 
 Scores by offset are products of tensor cores with a band of R; in registers a rotation of rows makes them scores by key
@@ -469,42 +469,44 @@ def keys_kernel(
     tl.store(out, dv.to(DV.dtype.element_ty), mask=keep_j[:, None] & (c < VALUE_DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=[*SIZES, "first_block", "count", "lowest"])
+@triton.jit(do_not_specialize=[*SIZES, "first_block", "count", "lowest", "low", "high", "each", "groups"])
 def positions_kernel(
-    DS, Q, W, PARTS, frames, keys, chunk, left, right, first_block, count, lowest, batch, blocks, heads, q_time,
-    q_batch, ds_row, scale, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    DS, Q, W, PARTS, frames, keys, chunk, left, right, first_block, count, lowest, low, high, each, groups, batch,
+    blocks, heads, q_time, q_batch, ds_row, scale, DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes PARTS + dS'^T (q + w) of a block of offsets and of channels, over the ``count`` blocks of queries that DS
-    holds; PARTS is (batch, offsets, heads DIM). Offsets r = T + t BLOCK + c are block t + b + 1 of the rows of block b,
-    counted from key 0; the first program has t = ``lowest``.
+    """Writes PARTS + dS'^T (q + w) of WIDE blocks of offsets and one of channels, over the ``count`` blocks of queries
+    that DS holds of each sequence of a group of ``each``; PARTS is (groups, high - low, heads DIM), for the offsets
+    from ``low`` to ``high``. Offsets r = T + t BLOCK + c are block t + b + 1 of the rows of block b, counted from key
+    0; the first program begins with t = ``lowest``.
     """
     sizes = frames, keys, chunk, left, right
-    head, sequence, number = place(tl.program_id(0), blocks, batch)
+    head, group, number = place(tl.program_id(0), blocks, groups)
     lanes = tl.arange(0, BLOCK)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    t = lowest + number
-    Q += sequence * q_batch + head * DIM
+    t = lowest + number * WIDE
+    wide = tl.arange(0, WIDE * BLOCK)
+    Q += head * DIM
     W += head * DIM
-    DS += (head * batch + sequence) * count * BLOCK * ds_row
-    dr = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    begin = tl.maximum(-1 - t, first_block)
-    end = tl.minimum(tl.cdiv(keys, BLOCK) - t, first_block + count)
-    for block in range(begin, end):
+    dr = tl.zeros([WIDE * BLOCK, BLOCK_D], tl.float32)
+    begin = tl.maximum(-t - WIDE, first_block)
+    met = tl.minimum(tl.cdiv(keys, BLOCK) - t, first_block + count) - begin
+    sequences = tl.minimum(batch - group * each, each).to(tl.int32)
+    for n in range(0, tl.maximum(met, 0) * sequences):
+        sequence = group * each + n // met
+        block = begin + n % met
         i = block * BLOCK + lanes
-        rows = ((block - first_block) * BLOCK + lanes).to(tl.int64) * ds_row
-        column = (t + block + 1) * BLOCK
-        if WINDOW:
-            first, behind = _keys_seen(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK, WINDOW)
-            met = (column >= first) & (column < behind + BLOCK) & (lanes >= 0)[None, :]
-            ds = tl.load(DS + rows[:, None] + (column - first + lanes)[None, :], mask=met, other=0.0)
-        else:
-            ds = tl.load(DS + rows[:, None] + (column + lanes)[None, :])  # [BLOCK, BLOCK]
-        p = load_rows(Q, i, q_time, d, i < frames, DIM, W)  # [BLOCK, BLOCK_D]
+        rows = (block - first_block) * BLOCK + lanes
+        rows = ((head * batch + sequence) * count * BLOCK + rows) * ds_row
+        column = (t + block + 1) * BLOCK + wide
+        first, behind = _keys_seen(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK, WINDOW)
+        inside = (column >= first) & (column < (tl.cdiv(behind, BLOCK) + 1) * BLOCK)  # as whole blocks
+        ds = tl.load(DS + rows[:, None] + (column - first)[None, :], mask=inside[None, :], other=0.0)
+        p = load_rows(Q + sequence * q_batch, i, q_time, d, i < frames, DIM, W)  # [BLOCK, BLOCK_D]
         dr = tl.dot(tl.trans(ds), p, dr)
-    r = frames + t * BLOCK + lanes
-    offsets = frames + keys - 1
-    out = PARTS + (sequence * offsets + r)[:, None] * (heads * DIM) + head * DIM + d[None, :]
-    whole = ((r >= 0) & (r < offsets))[:, None] & (d < DIM)[None, :]
+    r = frames + t * BLOCK + wide
+    out = PARTS + (group * (high - low) + r - low)[:, None] * (heads * DIM) + head * DIM + d[None, :]
+    whole = ((r >= low) & (r < high))[:, None] & (d < DIM)[None, :]
     found = tl.load(out, mask=whole, other=0.0)
     tl.store(out, found + (dr * scale).to(found.dtype), mask=whole)
 
@@ -571,10 +573,11 @@ def tiles(
         "queries": inner | {"BLOCK": 32},
         "keys": square | {"num_stages": 1} | two if wide else inner | crowded,
         "offsets": products,
-        "positions": products,
+        "positions": products | {"WIDE": 1 if wide else 2},
     }
 
 
+PROGRAMS = 1024  # of ``positions_kernel``
 BIASES = {"BLOCK_P": 64, "BLOCK_C": 16, "num_warps": 4}
 
 
@@ -651,6 +654,13 @@ def _met(sizes: tuple[int, int, int, int, int], block: int) -> tuple[int, int, i
     return min(blocks, highest - lowest), lowest, highest
 
 
+def _each(batch: int, programs: int) -> int:
+    """Returns the sequences of a program of ``positions_kernel``, of which each sequence takes ``programs``: so many
+    that about PROGRAMS are left, as each group of sequences has a table of dR.
+    """
+    return triton.cdiv(batch, min(batch, triton.cdiv(PROGRAMS, programs)))
+
+
 def rel_attention_backward(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -673,8 +683,8 @@ def rel_attention_backward(
     batch, frames, heads, dim = q.shape
     if not lse.numel():
         return tuple(torch.zeros_like(t) for t in (q, k, v, pos, bias_u, bias_v))
-    dq, dk, dv, dpos, du, dw = (torch.empty_like(t) for t in (q, k, v, pos, bias_u, bias_v))
-    width, pairs, offsets, scale = heads * dim, heads * batch, pos.shape[0], dim**-0.5
+    dq, dk, dv, du, dw = (torch.empty_like(t) for t in (q, k, v, bias_u, bias_v))
+    width, pairs, scale = heads * dim, heads * batch, dim**-0.5
     sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size)
     shares = torch.float64 if q.dtype == torch.float32 else torch.float32
     shapes = _tiles(q, v, attn_mask, dropout_p, window)
@@ -706,7 +716,13 @@ def rel_attention_backward(
     row = (met + 1) * block  # a row of dS by offset
     step = max(1, PIECE_BYTES // (pairs * row * q.element_size()) // block)
     ds = q.new_empty(pairs * min(step, blocks) * block * row)
-    parts = torch.zeros(batch, offsets, width, dtype=shares, device=q.device)
+    of_program = shapes["positions"]["WIDE"]  # blocks of offsets of a program
+    programs = heads * triton.cdiv(highest - lowest + 1, of_program)
+    each = 1 if q.dtype == torch.float32 else _each(batch, programs)
+    groups = triton.cdiv(batch, each)
+    low, high = max(frames + lowest * block, 0), min(frames + (highest + 1) * block, pos.shape[0])
+    dpos = torch.zeros_like(pos) if window else torch.empty_like(pos)
+    parts = torch.zeros(groups, high - low, width, dtype=shares, device=q.device)
     sums_of = torch.empty(2, batch * blocks, width, dtype=shares, device=q.device)
     columns, of_products = (triton.cdiv(dim, shapes[name]["BLOCK_D"]) for name in ("queries", "offsets"))
     for first in range(0, blocks, step):
@@ -721,13 +737,14 @@ def rel_attention_backward(
             q.stride(1), q.stride(0), row, scale, DIM=dim, WINDOW=window, **shapes["offsets"],
         )  # fmt: skip
         here = max(lowest, -first - count)  # offsets of the piece, in blocks
-        tall = min(highest, triton.cdiv(k.shape[1], block) - 1 - first) - here + 1
-        launch(positions_kernel, (pairs * tall, of_products),
-            ds, q, bias_v, parts, *sizes, first, count, here, batch, tall, heads,
+        tall = triton.cdiv(min(highest, triton.cdiv(k.shape[1], block) - 1 - first) - here + 1, of_program)
+        launch(positions_kernel, (heads * groups * tall, of_products),
+            ds, q, bias_v, parts, *sizes, first, count, here, low, high, each, groups, batch, tall, heads,
             q.stride(1), q.stride(0), row, scale, DIM=dim, WINDOW=window, **shapes["positions"],
         )  # fmt: skip
-    size = dpos.numel()
-    launch(add_parts_kernel, (triton.cdiv(size, PARTS["BLOCK"]),), parts, dpos, size, batch, **PARTS)
+    met_by = dpos[low:high]
+    size = met_by.numel()
+    launch(add_parts_kernel, (triton.cdiv(size, PARTS["BLOCK"]),), parts, met_by, size, groups, **PARTS)
     launch(biases_kernel, (triton.cdiv(width, BIASES["BLOCK_C"]), 2),
         sums_of, du, dw, batch * blocks, width, **BIASES,
     )  # fmt: skip

@@ -67,6 +67,7 @@ def shrink(monkeypatch) -> None:
     monkeypatch.setattr(bypass, "MAX_PROGRAMS", 2)
     for module in (conv_subsampling, depthwise_conv2d):
         monkeypatch.setattr(module, "LEAST_ROWS", 1)
+    monkeypatch.setattr(rel_attention, "PROGRAMS", 1)  # the sequences are one group
     monkeypatch.setattr(rnnt_joiner, "CHUNK_BYTES", 1)  # a frame at a time
     monkeypatch.setattr(rnnt_joiner, "MAX_SHARES", 2)
     monkeypatch.setattr(rnnt_joiner, "FRAME", rnnt_joiner.FRAME | {"BLOCK_R": 2})
