@@ -91,6 +91,18 @@ std::tuple<Tensor, Tensor> dropout_forward(const Tensor& x, const Optional& resi
   return {y, keep};
 }
 
+// Draws which elements of a tensor like `like` dropout keeps.
+Tensor dropout_keep(const Tensor& like, const Tensor& generator, double p) {
+  const char* op = "dropout_keep";
+  check_like(like, like, op, "like");
+  check_probability(p, op);
+  GeneratorState state(generator, op);
+  Tensor keep = new_mask(like, generator);
+  kernels().draw(state.generator, 1 - p, like.numel(), mutable_data<uint8_t>(keep));
+  state.put_back();
+  return keep;
+}
+
 Tensor dropout_backward(const Tensor& grad, const Tensor& keep, double p) {
   const char* op = "dropout_backward";
   check_like(grad, grad, op, "grad");
@@ -130,6 +142,7 @@ Tensor dropout_windows(const Tensor& like, const Tensor& places, const Tensor& g
 FASTASR_OPERATORS(
     {"dropout_forward(Tensor x, Tensor? residual, Tensor(a!) generator, float p) -> (Tensor, Tensor)",
      Boxed<dropout_forward>::call},
+    {"dropout_keep(Tensor like, Tensor(a!) generator, float p) -> Tensor", Boxed<dropout_keep>::call},
     {"dropout_backward(Tensor grad, Tensor keep, float p) -> Tensor", Boxed<dropout_backward>::call},
     {"dropout_windows(Tensor like, Tensor places, Tensor(a!) generator, int sequences, int keys, float p) -> Tensor",
      Boxed<dropout_windows>::call})

@@ -19,7 +19,7 @@ from torch import Tensor, is_grad_enabled
 
 from fastasr.ops import _dispatch
 
-OPERATORS = "dropout_forward", "dropout_backward", "dropout_windows"
+OPERATORS = "dropout_forward", "dropout_backward", "dropout_keep", "dropout_windows"
 _LOCK = threading.Lock()
 
 
@@ -40,7 +40,7 @@ def windows(like: Tensor, places: Tensor, sequences: int, keys: int, p: float) -
     """
     if serves(p, like):
         operator = torch.ops.fastasr_cpu.dropout_windows.default
-        return _drawn(operator, like.detach(), places, (sequences, keys, p))
+        return drawn(operator, (like.detach(), places), sequences, keys, p)
     queries = places.shape[0]
     dense = F.dropout(like.new_ones(sequences, queries, keys), p)
     rows = torch.arange(queries, device=places.device)[:, None] * keys
@@ -75,17 +75,17 @@ def _draws_are_torchs() -> bool:
     return True
 
 
-def _drawn(operator, first: Tensor, second: Tensor | None, rest: tuple):
+def drawn(operator, tensors: tuple[Tensor | None, ...], *rest):
     with _LOCK:
         state = torch.default_generator.get_state()
-        found = operator(first, second, state, *rest)
+        found = operator(*tensors, state, *rest)
         torch.default_generator.set_state(state)
     return found
 
 
 def _forward(x: Tensor, residual: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
     """Returns y and which elements were kept."""
-    return _drawn(torch.ops.fastasr_cpu.dropout_forward.default, x, residual, (p,))
+    return drawn(torch.ops.fastasr_cpu.dropout_forward.default, (x, residual), p)
 
 
 class _Dropout(torch.autograd.Function):

@@ -4,7 +4,10 @@
 import torch
 
 from fastasr.models.common import activations, plumbing
-from fastasr.ops import _dropout
+from fastasr.ops import _dropout, _gemm
+from fastasr.ops._register import refuse_double_backward
+from fastasr.ops.linear import bias_grad
+from fastasr.ops.linear_activation import NUMBERS
 
 
 class FastConformerFeedForward(torch.nn.Module):
@@ -18,7 +21,62 @@ class FastConformerFeedForward(torch.nn.Module):
         self.activation_dropout = activation_dropout
 
     def forward(self, hidden_states):
+        dropout = self.activation_dropout if self.training else 0.0
+        if _is_served(self, hidden_states, dropout):
+            first, second = self.linear1, self.linear2
+            number = NUMBERS[activations.fused_name(self.activation)]
+            return _Trained.apply(
+                hidden_states, first.weight, first.bias, second.weight, second.bias, number, dropout
+            )
         hidden = activations.activated(self.linear1, self.activation, hidden_states)
-        if self.training and self.activation_dropout > 0.0:
-            hidden = _dropout.dropout(hidden, self.activation_dropout)
+        if dropout > 0.0:
+            hidden = _dropout.dropout(hidden, dropout)
         return plumbing.linear(self.linear2, hidden)
+
+
+def _is_served(module, x, dropout):
+    """Says whether this is a training step with dropout whose layers the kernels compute."""
+    if not (dropout and torch.is_grad_enabled() and x.numel()) or torch.is_autocast_enabled("cpu"):
+        return False
+    layers = module.linear1, module.linear2
+    if activations.fused_name(module.activation) is None or not all(map(plumbing.is_plain_linear, layers)):
+        return False
+    parameters = (p for layer in layers for p in (layer.weight, layer.bias) if p is not None)
+    return _dropout.serves(dropout, x, *parameters)
+
+
+class _Trained(torch.autograd.Function):
+    """Keeps W1 x + b1 and which elements dropout kept. What the second layer takes is as large, and backward computes
+    it again."""
+
+    @staticmethod
+    def forward(ctx, x, weight1, bias1, weight2, bias2, activation, p):
+        z = _gemm.forward(x, weight1, bias1).contiguous()
+        keep = _dropout.drawn(torch.ops.fastasr_cpu.dropout_keep.default, (z,), p)
+        ctx.save_for_backward(x, weight1, weight2, z, keep)
+        ctx.options = activation, p
+        return _gemm.forward(_hidden(z, activation, keep, p), weight2, bias2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_double_backward("linear_activation")
+        x, weight1, weight2, z, keep = ctx.saved_tensors
+        activation, p = ctx.options
+        needs, grad = ctx.needs_input_grad, grad.contiguous()
+        dweight2 = _gemm.weight_grad(grad, _hidden(z, activation, keep, p)) if needs[3] else None
+        dz = _gemm.input_grad(grad, weight2)
+        backward = torch.ops.fastasr_cpu.linear_activation_backward.default
+        dz, dbias1 = backward(dz, z, activation, needs[2], keep, p)
+        return (
+            _gemm.input_grad(dz, weight1) if needs[0] else None,
+            _gemm.weight_grad(dz, x) if needs[1] else None,
+            dbias1 if needs[2] else None,
+            dweight2,
+            bias_grad(grad) if needs[4] else None,
+            None,
+            None,
+        )
+
+
+def _hidden(z, activation, keep, p):
+    return torch.ops.fastasr_cpu.linear_activation_forward.default(z, activation, False, keep, p)
