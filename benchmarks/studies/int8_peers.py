@@ -3,6 +3,7 @@
 
     python -m fastasr.benchmarks.studies.int8_peers                  # the peers: JSON beside the rows, and the page
     python -m fastasr.benchmarks.studies.int8_peers --runs RUN ...   # error rates of the recipe's runs, JSON and page
+    python -m fastasr.benchmarks.studies.int8_peers --readings RUN   # error rates of the peers with a run's weights
     python -m fastasr.benchmarks.studies.int8_peers --page-only      # the page from the JSON; --check compares it
 
 Each implementation reads recordings from samples to tokens by greedy search, each in a process of its own: a Zipformer
@@ -21,6 +22,7 @@ import time
 import warnings
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -36,6 +38,8 @@ RATE = 16000
 FORMATS = ("float32", "bf16", "int8")
 SPEEDS = (0.9, 1.0, 1.1)  # three times the characters: a single one then changes a rate by less
 PAUSE = 30  # frames of silence between recordings that are joined
+TAIL = 50  # frames of silence behind a recording: sherpa-onnx drops what does not fill a chunk
+LIMIT = 1800  # seconds for one implementation
 NAMES = (
     "upstream",
     "torch.ao int8",
@@ -65,13 +69,25 @@ class OpenVinoSession:
             "INFERENCE_PRECISION_HINT": "f32",
         }
         self._model = openvino.Core().compile_model(str(file), "CPU", options)
-        self._inputs = [type("Input", (), {"name": i.get_any_name()})() for i in self._model.inputs]
+        self._inputs = [
+            SimpleNamespace(
+                name=i.get_any_name(),
+                shape=[n.get_length() if n.is_static else n for n in i.partial_shape],
+                type=str(i.element_type),
+            )
+            for i in self._model.inputs
+        ]
 
     def get_inputs(self):
         return self._inputs
 
-    def run(self, _, inputs):
-        return list(self._model(inputs).values())
+    def run(self, names, inputs):
+        found = self._model(inputs)
+        return list(found.values()) if names is None else [found[name] for name in names]
+
+
+def _in_torch(name):
+    return name in NAMES[:2] or name.startswith("fastasr")
 
 
 def _torch_model(name, folder):
@@ -97,22 +113,25 @@ def _torch_model(name, folder):
     return model, [file]
 
 
-def _onnx_model(name, folder, threads):
-    from fastasr.export import OnnxTransducerModel
-
+def _onnx_files(name, folder):
     ending = ".int8.onnx" if name.endswith("int8") else ".onnx"
-    files = [folder / f"{part}{ending}" for part in ("encoder", "decoder", "joiner")]
-    model = OnnxTransducerModel(*files, threads=threads)
+    return [folder / f"{part}{ending}" for part in ("encoder", "decoder", "joiner")]
+
+
+def _onnx_model(name, folder, threads, streams=False):
+    from fastasr.export import OnnxStreamingTransducerModel, OnnxTransducerModel
+
+    files = _onnx_files(name, folder)
+    model = (OnnxStreamingTransducerModel if streams else OnnxTransducerModel)(*files, threads=threads)
     if name.startswith("OpenVINO"):
-        model.encoder = OpenVinoSession(files[0], threads)
+        model.encoder = model._session = OpenVinoSession(files[0], threads)
     return model, files
 
 
 def _sherpa(name, folder, threads):
     import sherpa_onnx
 
-    ending = ".int8.onnx" if name.endswith("int8") else ".onnx"
-    files = [folder / f"{part}{ending}" for part in ("encoder", "decoder", "joiner")]
+    files = _onnx_files(name, folder)
     recogniser = sherpa_onnx.OfflineRecognizer.from_transducer(
         *(str(file) for file in files),
         tokens=str(folder / "tokens.txt"),
@@ -137,7 +156,7 @@ def _reader(name, folder, threads):
     if name.startswith("sherpa"):
         read, files = _sherpa(name, folder, threads)
         return read, None, files
-    made = _torch_model(name, folder) if name in NAMES[:2] or name.startswith("fastasr") else None
+    made = _torch_model(name, folder) if _in_torch(name) else None
     model, files = made or _onnx_model(name, folder, threads)
 
     def encoded(samples):
@@ -225,8 +244,12 @@ def measure(
             rows = found.setdefault(str(count), {})
             for _ in range(rounds):
                 for name in names:
-                    row = _in_process(name, folder, count, calls, report)
-                    if row is not None and (name not in rows or row["median"] < rows[name]["median"]):
+                    row = _in_process(name, report, "--one", name, folder, count, calls)
+                    if row is None:
+                        continue
+                    row["median"] = row["seconds"][len(row["seconds"]) // 2]
+                    report(f"{name}, {count} thread(s): {1e3 * row['median']:.1f} ms")
+                    if name not in rows or row["median"] < rows[name]["median"]:
                         rows[name] = row
         exact = torch.load(folder / "upstream.out") if (folder / "upstream.out").exists() else None
         changes = {}
@@ -249,16 +272,18 @@ def measure(
     return {"size": size, "seconds": seconds, "calls": calls, "rounds": rounds, "threads": rows}
 
 
-def _in_process(name, folder, threads, calls, report):
-    command = [sys.executable, "-m", __spec__.name, "--one", name, str(folder), str(threads), str(calls)]
-    done = subprocess.run(command, capture_output=True, text=True)
+def _in_process(name, report, *arguments):
+    """Returns what this program prints in a process of its own, or None if an implementation is left out."""
+    command = [sys.executable, "-m", __spec__.name, *map(str, arguments)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        report(f"{name}: left out: it takes more than {LIMIT} s")
+        return None
     if done.returncode:
         report(f"{name}: left out: {done.stderr.strip().splitlines()[-1]}")
         return None
-    row = json.loads(done.stdout.strip().splitlines()[-1])
-    row["median"] = row["seconds"][len(row["seconds"]) // 2]
-    report(f"{name}, {threads} thread(s): {1e3 * row['median']:.1f} ms")
-    return row
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def versions():
@@ -273,14 +298,14 @@ def versions():
 
 
 # --------------------------------------------------------------------------- error rates of trained models
-def joined(utterances, longer_than):
+def joined(utterances, longer_than, silence=SILENCE):
     """Returns utterances made of ``utterances``, one after another with pauses: each of more than so many seconds."""
     from fastasr.recipe.speech import Utterance
 
     made, parts, words = [], [], []
     for utterance in utterances:
         x = utterance.features[0]
-        parts += [x, x.new_full((PAUSE, x.shape[1]), SILENCE)]
+        parts += [x, x.new_full((PAUSE, x.shape[1]), silence)]
         words.append(utterance.text)
         if sum(map(len, parts)) > 100 * longer_than:
             made.append(Utterance(f"{len(words)} joined", [torch.cat(parts)], " ".join(words)))
@@ -315,7 +340,7 @@ def accuracy(runs, utterances, report=lambda _: None):
     encoder streams, as streams, in each format: a row for those of up to LONGEST seconds and one for the others, with
     the error rates and how many texts are not those of float32."""
     import fastasr
-    from fastasr.recipe import checkpoints, recogniser, scoring
+    from fastasr.recipe import checkpoints, recogniser
     from fastasr.recipe.speech import LONGEST
 
     found = {}
@@ -338,30 +363,138 @@ def accuracy(runs, utterances, report=lambda _: None):
                     report(f"{run}: {kind}, {way}")
                     texts[way, kind] = read(loaded, utterances, kind)
         fastasr.restore(loaded.model)
-        rows = []
-        for way in ways:
-            for long in (False, True):
-                chosen = [i for i, u in enumerate(utterances) if (u.seconds > LONGEST) == long]
-                if not chosen:
-                    continue
-                said = [utterances[i].text for i in chosen]
-                heard = {kind: [texts[way, kind][i] for i in chosen] for kind in FORMATS}
-                rows.append(
-                    {
-                        "read": way,
-                        "long": long,
-                        "recordings": len(chosen),
-                        "characters": sum(map(len, said)),
-                        "rates": {kind: scoring.rates(said, heard[kind]) for kind in FORMATS},
-                        "differs": {
-                            kind: sum(a != b for a, b in zip(heard["float32"], heard[kind], strict=True))
-                            for kind in FORMATS[1:]
-                        },
-                    }
-                )
+        rows = [
+            {"read": way, **row}
+            for way in ways
+            for row in _compared(utterances, {kind: texts[way, kind] for kind in FORMATS})
+        ]
         steps = checkpoints.load(Path(run) / checkpoints.NAME)["step"]
         found[Path(run).name] = {"steps": steps, "weights": weights, "rows": rows}
     return {"longest": LONGEST, "runs": found}
+
+
+def _compared(utterances, heard):
+    """Returns a row about the recordings of up to LONGEST seconds and one about the others: the error rates of each of
+    ``heard``, name -> texts, and how many of its texts are not those of the first."""
+    from fastasr.recipe import scoring
+    from fastasr.recipe.speech import LONGEST
+
+    rows = []
+    for long in (False, True):
+        chosen = [i for i, u in enumerate(utterances) if (u.seconds > LONGEST) == long]
+        if not chosen:
+            continue
+        said = [utterances[i].text for i in chosen]
+        texts = {name: [of[i] for i in chosen] for name, of in heard.items()}
+        first, *others = texts
+        rows.append(
+            {
+                "long": long,
+                "recordings": len(chosen),
+                "characters": sum(map(len, said)),
+                "rates": {name: scoring.rates(said, of) for name, of in texts.items()},
+                "differs": {
+                    name: sum(a != b for a, b in zip(texts[first], texts[name], strict=True))
+                    for name in others
+                },
+            }
+        )
+    return rows
+
+
+# --------------------------------------------------------------------------- error rates of the peers
+def in_frames(samples):
+    """Returns samples as (frames of 10 ms, samples of a frame), as many frames as the features have: ``joined`` then
+    joins the same recordings."""
+    from fastasr.recipe import speech
+
+    length = speech.RATE // 100
+    frames = (len(samples) + length // 2) // length
+    return torch.nn.functional.pad(samples, (0, frames * length - len(samples))).view(frames, length)
+
+
+def _sherpa_streams(name, folder, rate, bins):
+    """Returns a function from the samples of a whole recording to its text."""
+    import sherpa_onnx
+
+    from fastasr.recipe import speech
+
+    parts = dict(zip(("encoder", "decoder", "joiner"), map(str, _onnx_files(name, folder)), strict=True))
+    recogniser = sherpa_onnx.OnlineRecognizer.from_transducer(
+        **parts,
+        tokens=str(folder / "tokens.txt"),
+        num_threads=1,
+        sample_rate=rate,
+        feature_dim=bins,
+        high_freq=speech.HIGH_FREQ,
+    )
+
+    def read(samples):
+        stream = recogniser.create_stream()
+        stream.accept_waveform(rate, samples.numpy())
+        stream.input_finished()
+        while recogniser.is_ready(stream):
+            recogniser.decode_stream(stream)
+        return recogniser.get_result(stream)
+
+    return read
+
+
+def texts(name, folder):
+    """Prints what an implementation reads in the recordings of ``readings``, a line of JSON."""
+    from fastasr.recipe.recogniser import Recogniser
+    from fastasr.recipe.units import Units
+
+    torch.set_num_threads(1)
+    given = torch.load(folder / "recordings.pt", weights_only=True)
+    rate, bins = given["rate"], given["bins"]
+    if name.startswith("sherpa"):
+        read = _sherpa_streams(name, folder, rate, bins)
+    else:
+        torch_model = _in_torch(name)
+        model, _ = _torch_model(name, folder) if torch_model else _onnx_model(name, folder, 1, streams=True)
+        units = Units.from_state_dict(
+            {"table": (folder / "tokens.txt").read_text(encoding="utf-8"), "model": None}
+        )
+        loaded = Recogniser(model if torch_model else (model, None), units, rate, bins)
+
+        def read(samples):
+            return loaded.transcribe(samples)[0]
+
+    with torch.inference_mode():
+        print(json.dumps([read(samples) for samples in given["samples"]]))
+
+
+def readings(run, utterances, names=NAMES, report=lambda _: None):
+    """Returns how the implementations read ``utterances``, whose features are ``in_frames``, with the weights of a
+    Zipformer's run: rows as in ``accuracy``, in which upstream's are the first texts."""
+    from fastasr.export import export_onnx
+    from fastasr.models import zipformer
+    from fastasr.recipe import checkpoints, recogniser, sizes
+    from fastasr.recipe.speech import LONGEST
+
+    loaded = recogniser.load(run)
+    if not isinstance(loaded.model, zipformer.AsrModel):
+        raise ValueError(f"{run} is no Zipformer's run, whose ONNX files the peers read")
+    found = checkpoints.load(Path(run) / checkpoints.NAME)
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
+        torch.save(
+            {"config": sizes.streaming(found["arguments"]), "state": found["model_avg"]}, folder / "model.pt"
+        )
+        export_onnx(loaded.model, folder, feature_dim=loaded.bins, int8=True)
+        loaded.units.table.to_file(folder / "tokens.txt")
+        samples = [torch.nn.functional.pad(u.features[0], (0, 0, 0, TAIL)).flatten() for u in utterances]
+        torch.save({"samples": samples, "rate": loaded.rate, "bins": loaded.bins}, folder / "recordings.pt")
+        heard = {}
+        for name in names:
+            report(f"{run}: {name}")
+            heard[name] = _in_process(name, report, "--texts", name, folder)
+    heard = {name: of for name, of in heard.items() if of is not None}
+    if next(iter(heard), None) != NAMES[0]:
+        raise ValueError(f"the others are compared with {NAMES[0]}, which must be installed and come first")
+    rows = _compared(utterances, heard)
+    return {"run": Path(run).name, "steps": found["step"], "longest": LONGEST, "rows": rows}
 
 
 # --------------------------------------------------------------------------- the page
@@ -380,12 +513,15 @@ def peers_block(found):
         lines.append(
             f"| {name} | {' | '.join(cells)} | {known['resident_mb']:.0f} | {known['file_mb']:.0f} | {change} |"
         )
+    what = f"Zipformer {found['size']}, a recording of {found['seconds']:g} s"
+    return "\n".join([*lines, "", f"{what}. {_with_peers(found)}."])
+
+
+def _with_peers(found):
     place = found["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     when = f"commit {place['commit']}, {place['date'][:10]}"
-    where = f"{place['device_name']}, torch {place['torch']}, {packages}; {when}"
-    what = f"Zipformer {found['size']}, a recording of {found['seconds']:g} s"
-    return "\n".join([*lines, "", f"{what}. {where}."])
+    return f"{place['device_name']}, torch {place['torch']}, {packages}; {when}"
 
 
 def figure(found):
@@ -404,6 +540,17 @@ def figure(found):
     return picture
 
 
+def _groups(rows, longest):
+    groups = {f"{'over' if row['long'] else 'up to'} {longest:g} s": [row] for row in rows}
+    return {"all": rows} | groups
+
+
+def _cer(rows, name):
+    """Returns the share of characters that are wrong in the recordings of several rows."""
+    wrong = sum(row["characters"] * row["rates"][name]["cer"] for row in rows)
+    return wrong / sum(row["characters"] for row in rows)
+
+
 def runs_block(found):
     """Returns the page's table of ``accuracy``."""
     lines = [
@@ -413,13 +560,9 @@ def runs_block(found):
     for name, run in found["runs"].items():
         for way in dict.fromkeys(row["read"] for row in run["rows"]):
             rows = [row for row in run["rows"] if row["read"] == way]
-            groups = {f"{'over' if row['long'] else 'up to'} {found['longest']:g} s": [row] for row in rows}
-            for lengths, of in ({"all": rows} | groups).items():
+            for lengths, of in _groups(rows, found["longest"]).items():
                 characters = sum(row["characters"] for row in of)
-                exact, *others = (
-                    sum(row["characters"] * row["rates"][kind]["cer"] for row in of) / characters
-                    for kind in FORMATS
-                )
+                exact, *others = (_cer(of, kind) for kind in FORMATS)
                 cells = [name, f"{way}, {lengths}", sum(row["recordings"] for row in of), characters]
                 cells += [f"{exact:.2%}", *(f"{100 * (cer - exact):+.2f}" for cer in others)]
                 cells += [sum(row["differs"][kind] for row in of) for kind in FORMATS[1:]]
@@ -437,6 +580,31 @@ def runs_block(found):
     return "\n".join([*lines, "", f"{'; '.join(trained)}. {where}."])
 
 
+def readings_block(found):
+    """Returns the page's table of ``readings``."""
+    groups = _groups(found["rows"], found["longest"])
+    heads = [f"{what}{group}" for what in ("", "other texts: ") for group in groups]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    first = NAMES[0]
+    lines.append(
+        f"| {first} | {' | '.join(f'{_cer(rows, first):.2%}' for rows in groups.values())} |{' |' * len(groups)}"
+    )
+    for name in found["rows"][0]["differs"]:
+        rates = [
+            f"{_cer(rows, name):.2%} ({100 * (_cer(rows, name) - _cer(rows, first)):+.2f})"
+            for rows in groups.values()
+        ]
+        others = [str(sum(row["differs"][name] for row in rows)) for rows in groups.values()]
+        lines.append(f"| {name} | {' | '.join([*rates, *others])} |")
+    counts = ", ".join(
+        f"{group}: {sum(row['recordings'] for row in rows)} recordings of "
+        f"{sum(row['characters'] for row in rows)} characters"
+        for group, rows in groups.items()
+    )
+    what = f"{found['run']}, {found['steps']} steps; {counts}"
+    return "\n".join([*lines, "", f"{what}. {_with_peers(found)}."])
+
+
 def main(arguments=None):
     """Returns the exit code, see ``results.run``."""
     parser = results.parser("int8_peers", __doc__, "int8_peers.md")
@@ -449,16 +617,26 @@ def main(arguments=None):
     parser.add_argument("--calls", type=int, default=7, help="timed calls of an implementation in a round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--runs", type=Path, nargs="*", help="runs of the recipe, instead of the peers")
-    parser.add_argument("--cache", type=Path, default=Path("demo/cache"), help="downloads, for --runs")
+    parser.add_argument(
+        "--readings",
+        type=Path,
+        metavar="RUN",
+        help="a Zipformer's run of the recipe, which all implementations read",
+    )
+    parser.add_argument("--cache", type=Path, default=Path("demo/cache"), help="downloads, for runs")
     parser.add_argument(
         "--speech", type=Path, help="a folder of recordings with transcripts instead of the prompts"
     )
     parser.add_argument("--out", type=Path, default=results.ROOT / "docs" / "plots" / "int8_peers.png")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--texts", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
         name, folder, threads, calls = options.one
         one(name, Path(folder), int(threads), int(calls))
+        return 0
+    if options.texts:
+        texts(options.texts[0], Path(options.texts[1]))
         return 0
 
     def measured(found):
@@ -467,12 +645,23 @@ def main(arguments=None):
             part, values = _measured(options)
         return found | {part: values}
 
-    blocks = {"peers": peers_block, "runs": runs_block}
+    blocks = {"peers": peers_block, "runs": runs_block, "readings": readings_block}
     code = results.run(options, measured, lambda found: {part: blocks[part](found[part]) for part in found})
-    if code == 0 and not options.check and not options.runs:
+    if code == 0 and not options.check and not options.runs and not options.readings:
         peers = json.loads(options.results.read_text(encoding="utf-8"))["peers"]
         files.write(options.out, png(figure(peers)))
     return code
+
+
+def _unheard(options, features=None, silence=SILENCE):
+    """Returns the recordings at each speed that the recipe does not train on, and longer ones made of them."""
+    from fastasr.recipe import speech
+
+    found = []
+    for speed in SPEEDS:
+        read = speech.unheard(options.cache, options.speech, (speed,), features=features or speech.fbank)
+        found += [*read, *joined([u for u in read if u.seconds <= speech.LONGEST], speech.LONGEST, silence)]
+    return found
 
 
 def _measured(options):
@@ -480,13 +669,11 @@ def _measured(options):
         print(line, flush=True)
 
     if options.runs:
-        from fastasr.recipe import speech
-
-        utterances = []
-        for speed in SPEEDS:
-            read = speech.unheard(options.cache, options.speech, (speed,))
-            utterances += [*read, *joined([u for u in read if u.seconds <= speech.LONGEST], speech.LONGEST)]
-        return "runs", {**accuracy(options.runs, utterances, report), "environment": stamp()}
+        return "runs", {**accuracy(options.runs, _unheard(options), report), "environment": stamp()}
+    if options.readings:
+        recordings = _unheard(options, features=in_frames, silence=0.0)
+        found = readings(options.readings, recordings, options.only, report)
+        return "readings", {**found, "versions": versions(), "environment": stamp()}
     sizes = options.size, options.seconds, options.threads, options.calls, options.rounds
     found = measure(options.only, *sizes, report=report)
     return "peers", {**found, "versions": versions(), "environment": stamp()}
