@@ -86,6 +86,17 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const Tensor& q, const Tensor& 
     const RelAttentionOperands<T> t = tensors.operands<T>();
     const int64_t pairs = a.heads * a.batch, kt_size = r.keys_transposed_size(), v_size = r.values_size();
     const int64_t rt_size = r.positions_transposed_size();
+    if constexpr (std::is_same_v<T, float>) {
+      if (r.has_few_queries()) {
+        parallel_tasks(pairs, kt_size + v_size, [&](int64_t begin, int64_t end) {
+          const Scratch<float> scratch(r.few_queries_scratch());
+          for (int64_t hb = begin; hb < end; hb++)
+            cpu::rel_attention_few_queries(r, ranges.data(), t, hb, mutable_data<float>(y), mutable_data<float>(lse),
+                                           scratch.data());
+        });
+        return;
+      }
+    }
     const Scratch<C> workspace(pairs * (kt_size + v_size) + a.heads * rt_size);
     C *const kt = workspace.data(), *const values = kt + pairs * kt_size, *const rt = values + pairs * v_size;
     parallel_tasks(a.heads + pairs, kt_size + v_size, [&](int64_t begin, int64_t end) {

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "cpu/attention/attention_strips.h"
+#include "cpu/gemm/gemm.h"
 #include "cpu/math/elementary.h"
 
 namespace fastasr::cpu {
@@ -97,6 +98,16 @@ void load_biased(const RelAttention& r, const RelAttentionOperands<T>& t, const 
   transpose(position_rows, depth, s.rows, dim, position, s.rows);
 }
 
+// Sets the scores s[j - begin] of hidden keys and of those behind the last to -inf.
+template <typename C>
+void hide(const RelAttention& r, const Strip& t, int m, const KeyRange& range, int64_t begin, int64_t end, C* s) {
+  const int64_t n = end - begin;
+  fill_hidden(r.problem, t, m, range, begin, end, s, -kInfinity<C>);
+  const Window w = context_of(r, t.begin + m, t.begin + m);  // ends with the keys
+  std::fill(s, s + std::clamp<int64_t>(w.begin - begin, 0, n), -kInfinity<C>);
+  std::fill(s + std::clamp<int64_t>(w.end - begin, 0, n), s + n, -kInfinity<C>);
+}
+
 // Computes s[m][j - begin] = content[m] k[j] + position[m] R[T - 1 + j - i] for the keys [begin, end), -inf where one
 // is hidden.
 template <typename C>
@@ -112,10 +123,7 @@ void scores_of(const RelAttention& r, const KeyRange& range, const Strip& t, con
   for (int m = 0; m < t.stored; m++) {
     C* row = s + m * stride;
     row_kernels.add(row, band + m * kBandWidth + lead - m, n);
-    fill_hidden(a, t, m, range, begin, end, row, -kInfinity<C>);
-    const Window w = context_of(r, t.begin + m, t.begin + m);  // ends with the keys
-    std::fill(row, row + std::clamp<int64_t>(w.begin - begin, 0, n), -kInfinity<C>);
-    std::fill(row + std::clamp<int64_t>(w.end - begin, 0, n), row + n, -kInfinity<C>);
+    hide(r, t, m, range, begin, end, row);
   }
 }
 
@@ -179,12 +187,29 @@ struct StripState {
 };
 
 template <typename T, typename C = compute_t<T>>
-void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOperands<T>& t, const C* kt, const C* v,
-             const C* rt, int64_t hb, int64_t begin, int64_t end, T* y, C* lse, C* scratch) {
+void store_strip(const RelAttention& r, const KeyRange& range, int64_t hb, const Strip& strip,
+                 const RunningSoftmax<C>& softmax, T* y, C* lse) {
   const AttentionRows<T>& row_kernels = kernels<AttentionRows<T>>();
   const AttentionProblem& a = r.problem;
-  const int64_t depth = r.values(), h = hb / a.batch, b = hb % a.batch;
-  const KeyRange& range = ranges[b];
+  const int64_t h = hb / a.batch, b = hb % a.batch;
+  for (int m = 0; m < strip.stored; m++) {
+    const int64_t frame = strip.begin + m;
+    T* out = row_of(a, y, r.value_dim, hb, frame);
+    const bool none = softmax.sum[m] == 0 && hides_any(r, range, b, frame);  // the query sees no key
+    if (none)
+      std::memset(static_cast<void*>(out), 0, sizeof(T) * static_cast<size_t>(r.value_dim));
+    else
+      row_kernels.divided(softmax.total + m * r.values(), softmax.sum[m], out, r.value_dim);
+    lse[(b * a.heads + h) * a.frames + frame] = none ? kInfinity<C> : softmax.top[m] + std::log(softmax.sum[m]);
+  }
+}
+
+template <typename T, typename C = compute_t<T>>
+void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOperands<T>& t, const C* kt, const C* v,
+             const C* rt, int64_t hb, int64_t begin, int64_t end, T* y, C* lse, C* scratch) {
+  const AttentionProblem& a = r.problem;
+  const int64_t depth = r.values();
+  const KeyRange& range = ranges[hb % a.batch];
   const Window window = window_of(r, range, begin, end - 1);
   C *scores = scratch, *band = scores + kAttentionRows * kKeyBlock, *part = band + kAttentionRows * kBandWidth;
   C *rows = part + kAttentionRows * depth, *memory = rows + 2 * kAttentionRows * r.dim();
@@ -209,20 +234,21 @@ void forward(const RelAttention& r, const KeyRange* ranges, const RelAttentionOp
       s.softmax.add(scores, s.strip.stored, to - from, v + from * depth, depth, part,
                     [&](int m, C* row) { drop(r, hb, s.strip.begin + m, from, to - from, row); });
     }
-  for (int k = 0; k < count; k++) {
-    const StripState<C>& s = states[k];
-    for (int m = 0; m < s.strip.stored; m++) {
-      const int64_t frame = s.strip.begin + m;
-      T* out = row_of(a, y, r.value_dim, hb, frame);
-      const bool none = s.softmax.sum[m] == 0 && hides_any(r, range, b, frame);  // the query sees no key
-      if (none)
-        std::memset(static_cast<void*>(out), 0, sizeof(T) * static_cast<size_t>(r.value_dim));
-      else
-        row_kernels.divided(s.softmax.total + m * depth, s.softmax.sum[m], out, r.value_dim);
-      lse[(b * a.heads + h) * a.frames + frame] = none ? kInfinity<C> : s.softmax.top[m] + std::log(s.softmax.sum[m]);
-    }
-  }
+  for (int k = 0; k < count; k++) store_strip(r, range, hb, states[k].strip, states[k].softmax, y, lse);
 }
+
+// The memory of few_queries.
+struct FewQueries {
+  int64_t keys, offsets, depth, values;  // padded
+  int64_t content, position, by_key, by_offset, block, part, total, packed, elements;
+  explicit FewQueries(const RelAttention& r)
+      : keys(r.key_rows()), offsets(r.problem.padded_offsets()), depth(r.dim()), values(r.values()) {
+    const int64_t n = r.problem.frames;
+    content = 0, position = content + n * depth, by_key = position + n * depth, by_offset = by_key + n * keys;
+    block = by_offset + n * offsets, part = block + kAttentionRows * kKeyBlock, total = part + kAttentionRows * values;
+    packed = total + kAttentionRows * values, elements = packed + values * keys;
+  }
+};
 
 // --------------------------------------------------------------------------- backward
 // Memory of one head and sequence, and of one block of its queries.
@@ -420,7 +446,57 @@ int64_t RelAttention::forward_scratch() const {
          (kRelAttentionQueries + kAttentionRows) * (values() + 2 * problem.query_dim);
 }
 
+int64_t RelAttention::few_queries_scratch() const { return FewQueries(*this).elements; }
+
+bool RelAttention::has_few_queries() const {
+  // a query without a cache is a recording's, whose bits do not depend on its length
+  return problem.left > 0 && problem.frames <= kFewRows && key_rows() <= kKeyBlock && problem.keys() >= kFewColumns &&
+         dropout.threshold == 0;
+}
+
 int64_t RelAttention::backward_scratch() const { return BackwardMemory<float>(*this, nullptr).elements; }
+
+// Queries, keys and positions are multiplied where they lie: packed keys would serve too few queries.
+void rel_attention_few_queries(const RelAttention& r, const KeyRange* ranges, const RelAttentionOperands<float>& t,
+                               int64_t hb, float* y, float* lse, float* scratch) {
+  const AttentionProblem& a = r.problem;
+  const FewQueries m(r);
+  const int64_t dim = a.query_dim, head = hb / a.batch, step = a.heads * dim, n = a.keys();
+  const KeyRange& range = ranges[hb % a.batch];
+  const float *u = t.bias_u + head * dim, *w = t.bias_v + head * dim, scale = scale_of<float>(r);
+  for (int64_t i = 0; i < a.frames; i++) {
+    const float* __restrict q = row_of(a, t.q, dim, hb, i);
+    float* __restrict c = scratch + m.content + i * m.depth, * __restrict p = scratch + m.position + i * m.depth;
+    for (int64_t d = 0; d < dim; d++) c[d] = (q[d] + u[d]) * scale, p[d] = (q[d] + w[d]) * scale;
+  }
+  const FewRowsGemm& gemm = kernels<FewRowsGemm>();
+  const auto product = [&](int64_t rows, const float* columns, int64_t out, int64_t count, int64_t out_row) {
+    const Gemm<float> g = {scratch + rows, m.depth,       1,       columns,  1,     step,
+                           nullptr,        scratch + out, out_row, a.frames, count, dim};
+    gemm.products(g, 0, gemm.groups(g));
+  };
+  product(m.content, key_row(a, t.k, dim, hb, 0), m.by_key, n, m.keys);
+  product(m.position, t.pos + head * dim, m.by_offset, a.offsets(), m.offsets);
+  float *const block = scratch + m.block, *const packed = scratch + m.packed;
+  zero(packed, m.values * m.keys);
+  copy_rows(key_row(a, t.v, r.value_dim, hb, 0), a.heads * r.value_dim, n, r.value_dim, packed, m.values);
+  for_each_strip<float>(a, hb, 0, a.frames, [&](const Strip& strip) {
+    zero(block, kAttentionRows * kKeyBlock);
+    RunningSoftmax<float> softmax;
+    softmax.total = scratch + m.total;
+    softmax.reset(strip.rows, m.values);
+    for (int k = 0; k < strip.stored; k++) {
+      const int64_t i = strip.begin + k;
+      const float* content = scratch + m.by_key + i * m.keys;
+      const float* position = scratch + m.by_offset + i * m.offsets + a.frames - 1 - i;
+      float* row = block + k * kKeyBlock;
+      for (int64_t j = 0; j < n; j++) row[j] = content[j] + position[j];
+      hide(r, strip, k, range, 0, m.keys, row);
+    }
+    softmax.add(block, strip.stored, m.keys, packed, m.values, scratch + m.part);
+    store_strip(r, range, hb, strip, softmax, y, lse);
+  });
+}
 
 FASTASR_KERNELS(RelAttentionKernels, .pack_keys = pack_keys<T>, .pack_positions = pack_positions<T>,
                 .forward = forward<T>, .backward = backward<T>, .store_sums = store_sums<T>)

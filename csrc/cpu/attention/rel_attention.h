@@ -40,7 +40,11 @@ struct RelAttention {
   int64_t positions_transposed_size() const { return problem.query_dim * problem.padded_offsets(); }  // per head
   int64_t positions_size() const { return dim() * problem.padded_offsets(); }                         // per head
   int64_t forward_scratch() const;                                                                    // per thread
+  int64_t few_queries_scratch() const;                                                                // per thread
   int64_t backward_scratch() const;                                                                   // per thread
+
+  // Says whether rel_attention_few_queries serves the forward pass in float32.
+  bool has_few_queries() const;
 };
 
 // The operands, contiguous: (batch, frames or keys, heads, dim or value_dim), (offsets, heads, dim), (heads, dim).
@@ -78,5 +82,9 @@ struct RelAttentionKernels {
   void (*store_sums)(const RelAttention& r, const RelAttentionSums<C>& sums, int64_t parts, int64_t head, T* dpos,
                      T* dbias_u, T* dbias_v);
 };
+
+// Computes y and lse of one head and sequence of a stream's chunk, without packed operands.
+void rel_attention_few_queries(const RelAttention& r, const KeyRange* ranges, const RelAttentionOperands<float>& t,
+                               int64_t hb, float* y, float* lse, float* scratch);
 
 }  // namespace fastasr::cpu

@@ -12,8 +12,7 @@ namespace {
 constexpr int kLanes = Lanes<float>::count;
 constexpr int64_t kRows = 6, kWideRows = kRegisters == 32 ? 3 : 2;
 constexpr int64_t kNarrow = kRegisters == 32 ? 4 : 2, kWide = 2 * kNarrow;
-constexpr int64_t kLeastColumns = 8;
-static_assert(kWide <= kLeastColumns);
+static_assert(kWide <= kFewColumns);
 constexpr int64_t kDepth = 64 * kLanes;  // the inputs of one chain
 constexpr int64_t kLine = 64 / sizeof(float);
 constexpr int kSecondLevel = 2;  // of __builtin_prefetch
@@ -96,7 +95,7 @@ const Tiles& tiles_of(const Gemm<float>& g) {
 }
 
 int64_t groups(const Gemm<float>& g) {
-  const bool fits = g.m > 0 && g.m <= kFewRows && g.n >= kLeastColumns && g.a_depth == 1 && g.b_depth == 1;
+  const bool fits = g.m > 0 && g.m <= kFewRows && g.n >= kFewColumns && g.a_depth == 1 && g.b_depth == 1;
   const int64_t columns = tiles_of(g).columns;
   return fits ? (g.n + columns - 1) / columns : 0;
 }

@@ -54,10 +54,11 @@ struct GemmKernels {
 // The same for few rows, where reading B is most of the cost: B is read once, where it lies. Sums run in chains of at
 // most 64 terms in every lane of a vector, so its bits are not those of the product above; they do not depend on the
 // number of rows either.
-inline constexpr int64_t kFewRows = 15;
+inline constexpr int64_t kFewRows = 15, kFewColumns = 8;
 
 struct FewRowsGemm {
-  // Returns groups of columns; 0 if there are more than kFewRows rows, fewer than 8 columns, or inputs (k) with gaps.
+  // Returns groups of columns; 0 if there are more than kFewRows rows, fewer than kFewColumns columns, or inputs (k)
+  // with gaps.
   int64_t (*groups)(const Gemm<float>& g);
   void (*products)(const Gemm<float>& g, int64_t begin, int64_t end);  // computes groups [begin, end)
 };
