@@ -158,6 +158,14 @@ void values(const Shape& shape, uint64_t seed) {
   same("y", y, c.y, 128), same("lse", lse, c.lse, 64);
   same("dq", dq, c.dq, 256), same("dk", dk, c.dk, 256), same("dv", dv, c.dv, 256);
   same("dpos", dpos, c.dpos, 256), same("dbias_u", du, c.du, 512), same("dbias_v", dw, c.dw, 512);
+
+  if constexpr (std::is_same_v<T, float>) {
+    if (!r.has_few_queries()) return;
+    Buffer<T> few(c.grad.size(), 1), scratch(r.few_queries_scratch());
+    lse.set(0);
+    for (int64_t hb = 0; hb < pairs; hb++) rel_attention_few_queries(r, ranges.data(), t, hb, few, lse, scratch);
+    same("y of few queries", few, c.y, 128), same("lse of few queries", lse, c.lse, 64);
+  }
 }
 
 }  // namespace
@@ -176,6 +184,8 @@ TEST_CASE("rel_attention") {
       {2, 45, 1, 8, 8, 0, 0, 0, {7, 2}},
       {1, 300, 1, 8, 8, 1, 0, 0, {20, 0, 10}},
       {2, 3, 2, 8, 8, 1, 0, 70, {70, 0, 2}},
+      {2, 1, 3, 19, 5, 0, 0, 16},
+      {1, 15, 2, 33, 48, 6, 0, 90, {60, 1, 4}},
       {1, 90, 1, 5, 19, 2, 0.25, 550, {40, -1, 3}},
   };
   uint64_t seed = 1;
