@@ -76,6 +76,11 @@ def generation(t: torch.Tensor) -> int:
     return 10 * major if major in (9, 10, 12) else 80
 
 
+def processors(t: torch.Tensor) -> int:
+    """Returns how many multiprocessors the tensor's device has: 128 where there is no device, as in the interpreter."""
+    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.get_device() >= 0 else 128
+
+
 def rounded(dtype: torch.dtype) -> bool:
     """Returns whether products of this dtype are rounded to TF32: those of float32 where torch's own may be
     (``torch.backends.cuda.matmul.fp32_precision``, ``allow_tf32``).

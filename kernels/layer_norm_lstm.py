@@ -34,7 +34,7 @@ import triton.language as tl
 
 from fastasr.kernels import residual_norm
 from fastasr.kernels._activation import TANH, activate_with_slope, sigmoid_pair
-from fastasr.kernels._launch import dot_options, launch
+from fastasr.kernels._launch import dot_options, launch, processors
 from fastasr.kernels.residual_norm import _mean
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -384,10 +384,8 @@ def _launch(kernel, arguments, first: int, last: int, tail, weight, batch: int) 
     """Runs phases first to last - 1 in one launch, or in one launch each where programs cannot wait or there is but one
     step.
     """
-    units, device, processors = weight.shape[1], weight.device, 128
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    programs = min(processors, triton.cdiv(4 * units, BLOCK_N))
+    units, device = weight.shape[1], weight.device
+    programs = min(processors(weight), triton.cdiv(4 * units, BLOCK_N))
     shape = shapes(units, batch, programs, weight.dtype)
     if programs == 1:  # no other program to wait for
         launch(kernel, (1,), *arguments, None, *tail(first, last), **shape)

@@ -18,8 +18,8 @@ For N rows of D channels, V outputs, e bytes, per kernel:
 Rows pass through in chunks that hold h, and in the backward pass dl, in at most CHUNK_BYTES: the tensor of all logits
 never exists. A fused sweep that also forms W^T dl would compute the logits twice: 8 N D V FLOPs instead of 6. Blocks
 whose rows are all outside the boundary, or all have gradients of 0, multiply nothing; no list of rows is made: that
-would take a synchronisation. What a program does depends on the shape alone: results repeat bit for bit, without
-atomics.
+would take a synchronisation. What a program does depends on the shape and on the device's generation and number of
+multiprocessors: on one kind of device results repeat bit for bit, without atomics.
 
 The few durations of a TDT joiner are outputs behind the tokens: their logits are a product of their own from the
 same h.
@@ -33,7 +33,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import TANH, activate_with_slope, exp_nonpositive, sigmoid_pair
 from fastasr.kernels._attention_tiles import NONE, products, running, sums
-from fastasr.kernels._launch import dot_options, generation, launch
+from fastasr.kernels._launch import dot_options, generation, launch, processors
 from fastasr.kernels._weights_dropout import constants, dropped, row_words
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,8 +45,7 @@ FRAME = {"BLOCK_R": 8, "BLOCK_C": 128, "num_warps": 4}
 SHORT, SHORT_FRAME = 16, {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 4}
 CONTEXT = {"BLOCK_T": 16, "BLOCK_C": 128, "num_warps": 4}
 NORMALISE = {"BLOCK_M": 32, "num_warps": 4}
-# `scores`: few blocks of rows share out the outputs, at most so often, up to about so many programs
-PROGRAMS, MAX_SHARES = 512, 16
+MAX_SHARES = 16  # programs of `scores` that share the outputs of a block of rows
 NO_SYMBOL, UNKNOWN = tl.constexpr(-1), tl.constexpr(-2)
 SIZES = ["first", "rows", "frames", "length", "s_range"]
 
@@ -395,10 +394,22 @@ class _Plan:
         return triton.cdiv(count, self.scores["BLOCK_M"])
 
     def share(self, count: int) -> int:
-        """Returns the outputs of a program of `scores`: all, or fewer where blocks of rows alone leave a GPU idle."""
-        block = self.scores["BLOCK_N"]
-        shares = max(1, min(MAX_SHARES, PROGRAMS // self.blocks(count)))
-        return triton.cdiv(triton.cdiv(self.v, block), shares) * block
+        """Returns the outputs of a program of `scores`: those for which its programs take the fewest turns of a block.
+
+        A multiprocessor holds one program of 16 bits, two of float32 (tests/kernels/budgets.toml: registers). The 63
+        blocks of rows of 8,000 rows and 5,000 outputs are predicted to take 109 us on an H100 with 2 shares, which run
+        at once, and 118 with 7. The shares of a row are added up: devices with other numbers of multiprocessors may
+        round the last bits of L otherwise.
+        """
+        block, blocks = self.scores["BLOCK_N"], self.blocks(count)
+        tiles = triton.cdiv(self.v, block)
+        places = processors(self.weight) * (2 if self.weight.dtype is torch.float32 else 1)
+
+        def turns(share: int) -> int:
+            return -(blocks * (-tiles // share) // places) * share  # both divisions round up
+
+        choices = (-(-tiles // shares) for shares in range(1, min(MAX_SHARES, tiles) + 1))
+        return block * min(choices, key=turns)  # of equals the first, with the fewest shares
 
     def hidden(self, first: int, end: int) -> torch.Tensor:
         h = self.weight.new_empty(end - first, self.width)

@@ -5,6 +5,7 @@ import json
 import re
 from functools import cache
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fastasr.testing.table import flat, floating
 from tests.kernels.configurations import KERNELS
 
 pytest.importorskip("triton")
+from fastasr.kernels import rnnt_joiner
 from fastasr.kernels._launch import generation, launch
 from fastasr.testing.fake_gpu import fake_gpu
 
@@ -127,6 +129,15 @@ def test_tiles_are_those_of_the_devices_generation():
             (forward,) = (one for one in gpu.launches if one.kernel.__name__ == "forward_kernel")
             tiles[capability] = dict(zip(forward.kernel.arg_names, forward.arguments, strict=True))["BLOCK_N"]
     assert {capability for capability, columns in tiles.items() if columns == 64} == {90, 100, 103}
+
+
+@pytest.mark.parametrize(("processors", "shares"), [(1, 1), (64, 1), (108, 5), (132, 2), (640, 10)])
+def test_the_joiner_shares_outputs_as_multiprocessors_take_the_fewest_turns(processors, shares):
+    """63 blocks of rows and 20 tiles of outputs: 108 take 3 turns of 4 tiles, 132 one of 10."""
+    p = SimpleNamespace(scores={"BLOCK_N": 256}, weight=torch.empty(0, dtype=torch.bfloat16), v=5000)
+    p.blocks = lambda count: 63
+    with fake_gpu(processors=processors):
+        assert -(-p.v // rnnt_joiner._Plan.share(p, 8000)) == shares
 
 
 @pytest.mark.parametrize("op", ["swoosh_l", "segment_attention"])  # of 9 and 37 arguments
