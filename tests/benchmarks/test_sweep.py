@@ -2,6 +2,9 @@
 """Sweeps: the sizes of every op, processes that are stopped, ratios, the table and the map."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -82,6 +85,23 @@ def test_a_process_that_does_not_end_well(what, said, tmp_path, monkeypatch):
     options = sweep.Options(("bypass",), tmp_path / "rows.jsonl", frames=(1,), batches=(1,), seconds=5.0)
     notes = [note for kind, note in sweep._in_process(options.cells()[0], options, ())]
     assert said in notes[-1]
+
+
+def test_a_cell_with_two_threads(tmp_path):
+    """OpenMP's threads do not survive a fork: whatever the sweep's server computes with them hangs its children."""
+    code = (
+        "import sys; from pathlib import Path; from fastasr.benchmarks import sweep\n"
+        "sizes = {'frames': (1500,), 'batches': (4,), 'dtypes': ('float32',), 'threads': (2,)}\n"
+        "options = sweep.Options(('bypass',), Path(sys.argv[1]), **sizes, reps=1, seconds=30.0)\n"
+        "if __name__ == '__main__': sweep.run(options, print)"
+    )
+    out = tmp_path / "rows.jsonl"
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "stopped" not in done.stdout, done.stdout
+    assert {row.pass_ for row in rows.read(out)} == set(sweep.PASSES)
 
 
 def test_sizes_beyond_the_memory_are_left_out(tmp_path):
