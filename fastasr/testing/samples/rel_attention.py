@@ -318,7 +318,9 @@ def _passes(batch: int, frames: int, pairs: int):
 def _chunks(frames: int, batch: int, left: int = 70, chunk_size: int = 14) -> Case:
     context = _context(left, 0, chunk_size)
     chunks = range(0, frames, chunk_size)  # no tensor: what computes while it is imported starts threads
-    sizes = [(min(i + chunk_size, frames) - i, min(i + chunk_size, frames) - max(0, i - left)) for i in chunks]
+    sizes = [
+        (min(i + chunk_size, frames) - i, min(i + chunk_size, frames) - max(0, i - left)) for i in chunks
+    ]
     pairs = sum(queries * keys for queries, keys in sizes)
     return case(
         "rel_attention",
