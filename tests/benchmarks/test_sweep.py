@@ -8,12 +8,14 @@ import sys
 import time
 
 import pytest
+import torch
 
 from fastasr import ops
-from fastasr.benchmarks import rows, sweep
+from fastasr.benchmarks import models, rows, sweep
 from fastasr.benchmarks.case import Settings
 from fastasr.benchmarks.table import units
 from fastasr.testing import Make
+from fastasr.testing.speed import Unavailable
 from fastasr.testing.table import floating
 
 
@@ -43,6 +45,20 @@ def test_every_op_has_sizes(name):
 
     assert values(3, 2) > values(3, 1)
     assert values(6, 2) > values(3, 2)
+
+
+@pytest.mark.parametrize("name", sorted(models.MODULES.keys() & sweep.subjects().keys()))
+def test_every_model_runs_at_the_smallest_size(name):
+    case = sweep.subjects()[name](1, 1)
+    try:
+        made = {key: make() for key, make in case.make("cpu", torch.float32).items() if key != "compile"}
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    wanted = [implementation.differentiable() for implementation in made.values()]
+    assert len(made) == 2
+    assert len({len(of_one) for of_one in wanted}) == 1
+    for implementation, of_one in zip(made.values(), wanted, strict=True):
+        assert len(torch.autograd.grad(implementation.call().sum(), of_one)) > 0
 
 
 def test_the_cells_of_a_sweep(tmp_path):
