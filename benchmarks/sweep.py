@@ -12,12 +12,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from fastasr import files
-from fastasr.benchmarks import models, ops, rows
+from fastasr.benchmarks import models, ops, rows, upstream
 from fastasr.benchmarks.case import TRAINING, Report, Settings, measure
 from fastasr.benchmarks.harness import limit_memory
 from fastasr.benchmarks.rows import Row
@@ -35,8 +36,14 @@ ENOUGH = 0.97  # of the best of the others: what is below it is slower than they
 
 def subjects() -> dict[str, Callable[[int, int], Case]]:
     """Returns name -> ``sized(frames, batch)`` of every op and model that declares it."""
-    found = {module.CASES[0].op: module for module in ops.MODULES} | models.MODULES
-    return {name: module.sized for name, module in found.items() if hasattr(module, "sized")}
+    of_ops = {module.CASES[0].op: module.sized for module in ops.MODULES if hasattr(module, "sized")}
+    of_models = {name: module.sized for name, module in models.MODULES.items() if hasattr(module, "sized")}
+    return of_ops | {name: partial(_of_model, sized) for name, sized in of_models.items()}
+
+
+def _of_model(sized: Callable[[int, int], Case], frames: int, batch: int) -> Case:
+    """Returns the case of no fewer frames than the models' front ends take."""
+    return sized(max(frames, upstream.SHORTEST), batch)
 
 
 @dataclass(frozen=True)
